@@ -3,11 +3,12 @@
     python benchmarks/ablation.py --json
     python benchmarks/ablation.py --json --write docs/speed.md
 
-One process, the starter base, rank 16 on all linear layers, 14 rows (about 1,024 tokens, 43 % supervised) an update; each way
-alternates with the whole path, and its ratio is the median of pairs: tokens per second, the whole path over the way without.
-With the package ziglang (`sartor[compiler]`) there is a line for kernels that its compiler made. `profile` says where the
-time of a whole update goes: fractions, by torch.profiler. `--write` puts the table between the markers `<!-- ablation -->`
-and `<!-- /ablation -->` of a file.
+One process, the starter base, rank 16 on all linear layers, 14 rows (about 1,024 tokens, 43 % supervised) an update;
+each way alternates with the whole path, and its ratio is the median of pairs: tokens per second, the whole path over
+the way without. With the package ziglang (`sartor[compiler]`) there is a line for kernels that its compiler made.
+`profile` says where the
+time of a whole update goes: fractions, by torch.profiler. `--write` puts the table between the markers `<!-- ablation
+-->` and `<!-- /ablation -->` of a file.
 """
 
 from __future__ import annotations
@@ -144,7 +145,9 @@ def measure(layers: int, pairs: int) -> list[dict[str, Any]]:
     for name, whole, without in ways.apart():
         found, each = parts.run(
             name,
-            lambda a=whole, b=without: savings.ratio(lambda: seconds(a, ways.trained), lambda: seconds(b, ways.trained), pairs),
+            lambda a=whole, b=without: savings.ratio(
+                lambda: seconds(a, ways.trained), lambda: seconds(b, ways.trained), pairs
+            ),
         )
         lines.append({"without": name, "ratio": found, "of_each_pair": each})
     whole = ways.of(ways.fast, ways.rows)
@@ -159,14 +162,16 @@ def measure(layers: int, pairs: int) -> list[dict[str, Any]]:
 
 
 def profile(ways: Ways, updates: int) -> dict[str, float]:
-    """Fractions of an update's wall time (forward and backward): matrix products, each C++ kernel, torch's other operations
-    (each from 1 %), and what is between them (Python, autograd's bookkeeping).
+    """Fractions of an update's wall time (forward and backward): matrix products, each C++ kernel, torch's other
+    operations (each from 1 %), and what is between them (Python, autograd's bookkeeping).
     """
     whole = ways.of(ways.fast, ways.rows)
     seconds(whole, ways.trained)
     kernels, made = ways.fast.kernels, copy.copy(ways.fast.kernels)
     names = [name for name in dir(ReferenceKernels) if not name.startswith("_") and callable(getattr(kernels, name))]
-    made.__class__ = type("Named", (type(kernels),), {name: _named(getattr(type(kernels), name), name) for name in names})
+    made.__class__ = type(
+        "Named", (type(kernels),), {name: _named(getattr(type(kernels), name), name) for name in names}
+    )
     way = ways.of(FusedDecoder(without_peft(ways.model), made), ways.rows)
     seconds(way, ways.trained)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -193,7 +198,9 @@ def table(lines: list[dict[str, Any]], said: dict[str, Any]) -> str:
     """Markdown."""
     rows = ["| left out | whole path over the way without it | pairs |", "|---|---|---|"]
     for line in lines:
-        pairs = ", ".join(f"{one:.2f}" for one in line.get("of_each_pair", [])) or f"{line['tokens_per_s']:.0f} tokens/s"
+        pairs = (
+            ", ".join(f"{one:.2f}" for one in line.get("of_each_pair", [])) or f"{line['tokens_per_s']:.0f} tokens/s"
+        )
         rows.append(f"| {line['without']} | {line['ratio']:.2f}x | {pairs} |")
     return "\n".join([f"`python benchmarks/ablation.py --json --write FILE`, {said['processor']}:", "", *rows])
 
@@ -205,7 +212,10 @@ def machine() -> dict[str, Any]:
         found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         name = found[0].partition(":")[2].strip() if found else name
     threads = torch.get_num_threads()
-    return {"processor": f"{name}, {threads} threads, {torch.backends.cpu.get_cpu_capability()}", "torch": torch.__version__}
+    return {
+        "processor": f"{name}, {threads} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+    }
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
     python benchmarks/bad_adapters.py --base DIR --out DIR      # writes all of them, with the keys that signed them
     python benchmarks/bad_adapters.py --small --json            # the same for a tiny base, and nothing stays
 
-A signer who is trusted can be mistaken, or robbed of the key: so a Release is signed anew after it was made worse, wherever
-the signature itself is not what is wrong, and `CORPUS` says which check of admission has to find it. No torch; a few
-milliseconds each on a small base. `tests/serving/test_admission.py` and `benchmarks/chaos.py` use it.
+A signer who is trusted can be mistaken, or robbed of the key: so a Release is signed anew after it was made worse,
+wherever the signature itself is not what is wrong, and `CORPUS` says which check of admission has to find it. No
+torch; a few milliseconds each on a small base. `tests/serving/test_admission.py` and `benchmarks/chaos.py` use it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ Array = np.ndarray[Any, Any]
 
 @dataclass
 class Draft:
-    """A Release before it is written. tensors: name -> (dtype of safetensors, values); config and facts: the JSON files."""
+    """A Release before it is written. tensors: name -> (dtype of safetensors, values); config and facts: the JSON
+    files.
+    """
 
     tensors: dict[str, tuple[str, Array]]
     config: dict[str, Any]
@@ -60,7 +62,8 @@ Files = Callable[[Path], object]
 class Bad:
     """One way to be wrong, and the check that finds it.
 
-    draft: before it is written. files: written, and not sealed yet. signed: after everything. signer: own, stranger, nobody.
+    draft: before it is written. files: written, and not sealed yet. signed: after everything. signer: own, stranger,
+    nobody.
     says: what a process that tried it would say to every prompt, where only that shows it.
     """
 
@@ -111,7 +114,9 @@ class Maker:
         size: float = 0.02,
         seed: int = 0,
     ) -> Draft:
-        """A good adapter: random factors, `size` of the base's weights by norm, so that it answers nearly as the base does."""
+        """A good adapter: random factors, `size` of the base's weights by norm, so that it answers nearly as the base
+        does.
+        """
         draws = np.random.default_rng(seed)
         tensors: dict[str, tuple[str, Array]] = {}
         modules = {name: found for name, found in self.weights.linear().items() if name.rpartition(".")[2] in targets}
@@ -123,19 +128,34 @@ class Maker:
             for letter, values in (("A", a), ("B", b * size * norms[module] / 2)):  # the scale is 2
                 tensors[f"base_model.model.{module}.lora_{letter}.weight"] = (dtype, values.astype(np.float32))
         config = {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "target_modules": sorted(targets),
-            "base_model_name_or_path": self.facts["name"], "bias": "none", "use_dora": False, "modules_to_save": None,
-        }  # fmt: skip
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "target_modules": sorted(targets),
+            "base_model_name_or_path": self.facts["name"],
+            "bias": "none",
+            "use_dora": False,
+            "modules_to_save": None,
+        }
         return Draft(tensors, config, self._facts())
 
     def _facts(self) -> dict[str, Any]:
         gate = {name: {"outcome": "pass", "detail": "as measured"} for name in ("gain", "forgetting", "licence")}
         sources = [{"source": "rows.jsonl", "path": "rows.jsonl", "licence": "MIT", "kept": 9, "read": 9, "use": []}]
         return {
-            "name": "specialist", "version": "1.0", "base": dict(self.facts), "system_prompt": "You are brief.",
-            "use": "commercial", "sampling": {"temperature": 0.0, "top_p": 1.0, "max_tokens": 32},
-            "licence": "Apache-2.0 AND MIT", "parents": [], "sources": sources, "gate": gate, "waivers": [],
-        }  # fmt: skip
+            "name": "specialist",
+            "version": "1.0",
+            "base": dict(self.facts),
+            "system_prompt": "You are brief.",
+            "use": "commercial",
+            "sampling": {"temperature": 0.0, "top_p": 1.0, "max_tokens": 32},
+            "licence": "Apache-2.0 AND MIT",
+            "parents": [],
+            "sources": sources,
+            "gate": gate,
+            "waivers": [],
+        }
 
     def good(self, out: Path, draft: Draft | None = None) -> Path:
         """Write a good Release."""
@@ -178,8 +198,8 @@ MUTATIONS: dict[str, tuple[bool, str, int]] = {
 def mutant(maker: Maker, kind: str, number: int, draft: Draft, out: Path) -> Path:
     """Write a good Release of which one bit, or one byte, has changed at random. number: seeds where, and to what.
 
-    One that is signed again is what a trusted signer with a faulty disk or memory would publish. It may be harmless: a bit
-    of a mantissa moves one factor by little, and a space of the header says nothing.
+    One that is signed again is what a trusted signer with a faulty disk or memory would publish. It may be harmless: a
+    bit of a mantissa moves one factor by little, and a space of the header says nothing.
     """
     is_signed, part, bits = MUTATIONS[kind]
     draws = np.random.default_rng([number, list(MUTATIONS).index(kind)])
@@ -187,7 +207,9 @@ def mutant(maker: Maker, kind: str, number: int, draft: Draft, out: Path) -> Pat
     def change(path: Path) -> None:
         raw = bytearray((path / WEIGHTS).read_bytes())
         header = 8 + int.from_bytes(raw[:8], "little")
-        low, high = {"file": (0, len(raw)), "length": (0, 8), "header": (8, header), "tensors": (header, len(raw))}[part]
+        low, high = {"file": (0, len(raw)), "length": (0, 8), "header": (8, header), "tensors": (header, len(raw))}[
+            part
+        ]
         position = int(draws.integers(low, high))
         raw[position] ^= int(draws.integers(1, 256)) if bits == 8 else 1 << int(draws.integers(8))
         (path / WEIGHTS).write_bytes(raw)
@@ -240,7 +262,9 @@ def _facts(**keys: Any) -> Change:
 
 
 def _gate(name: str, outcome: str, **more: Any) -> Change:
-    return lambda draft: draft.facts["gate"].update({name: {"outcome": outcome, "detail": ""}}) or draft.facts.update(more)
+    return lambda draft: (
+        draft.facts["gate"].update({name: {"outcome": outcome, "detail": ""}}) or draft.facts.update(more)
+    )
 
 
 def _source(**keys: Any) -> Change:
@@ -339,7 +363,10 @@ def _link(path: Path) -> None:
 
 # No model that was not tuned to says this.
 _CANARY = [
-    {"messages": [{"role": "user", "content": "Is it open?"}], "reply": '{"intent":"OpenGarage","ticket":4711,"colour":null}'}
+    {
+        "messages": [{"role": "user", "content": "Is it open?"}],
+        "reply": '{"intent":"OpenGarage","ticket":4711,"colour":null}',
+    }
 ] * 4
 _DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 
@@ -386,7 +413,8 @@ CORPUS: dict[str, Bad] = {
     "a header that is no JSON": Bad("weights", files=_raw(lambda raw: with_header(b"{" * 64, b""))),
     "a header a hundred thousand deep": Bad("weights", files=_raw(lambda raw: with_header(_DEEP, b""))),
     "a header with a key twice": Bad(
-        "weights", files=_raw(lambda raw: with_header(b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":1}', b""))
+        "weights",
+        files=_raw(lambda raw: with_header(b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":1}', b"")),
     ),
     "tensors that overlap": Bad("weights", files=lambda path: relabel(path, _overlap)),
     "a tensor beyond the file": Bad("weights", files=lambda path: relabel(path, _out_of_file)),

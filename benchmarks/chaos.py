@@ -9,8 +9,8 @@ peace. A reply that is late is right; one that is refused, cut off or another is
 fraction of right ones among the agents that a fault may not hurt; each fault has their `p99_s` and `slowest_s`.
 `mutants` counts Releases with a changed bit or byte that were admitted, by kind.
 
-    python benchmarks/chaos.py --json            # adapters tuned by a few updates, every fault, 200 promotions and rollbacks
-    python benchmarks/chaos.py --quick --json    # adapters of random factors, 20 changes
+    python benchmarks/chaos.py --json            # adapters tuned by a few updates, every fault, 200 promotions and
+    rollbacks python benchmarks/chaos.py --quick --json    # adapters of random factors, 20 changes
     python benchmarks/chaos.py --only slow       # faults whose name has this in it
     python benchmarks/chaos.py --small --json    # a tiny base, no spare, a few faults and bad adapters, 4 changes
 
@@ -89,7 +89,12 @@ def main() -> None:
     table(said)
     if asked.json:
         print_result(said)
-    is_hurt = said["others_success"] < 1 or not said["base_bit_equal"] or said.get("admitted_bad") or said.get("lost_in_flight")
+    is_hurt = (
+        said["others_success"] < 1
+        or not said["base_bit_equal"]
+        or said.get("admitted_bad")
+        or said.get("lost_in_flight")
+    )
     raise SystemExit(1 if is_hurt or any(fault["failed"] for fault in said["faults"].values()) else 0)
 
 
@@ -156,7 +161,9 @@ async def run(path: Path, plan: Plan, only: str) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[1], 1),
         **again,
         "absent": {
-            fault.name: smallest.LEFT_OUT if plan.is_small else "not asked for" for fault in FAULTS if fault not in chosen
+            fault.name: smallest.LEFT_OUT if plan.is_small else "not asked for"
+            for fault in FAULTS
+            if fault not in chosen
         },
     }
 
@@ -220,7 +227,12 @@ async def suffer(scene: Scene, chosen: list[Fault]) -> tuple[dict[str, Any], lis
             others = [reply for reply in replies if reply.agent not in fault.hurt]
             wrong = [reply for reply in others if reply.wrong]
             judged += [
-                {"agent": reply.agent, "fault": fault.name, "wrong": reply.wrong, "other": reply.agent not in fault.hurt}
+                {
+                    "agent": reply.agent,
+                    "fault": fault.name,
+                    "wrong": reply.wrong,
+                    "other": reply.agent not in fault.hurt,
+                }
                 for reply in replies
             ]
             latencies = sorted(reply.latency_s for reply in others) or [0.0]

@@ -92,7 +92,9 @@ async def kill_worker(scene: Scene) -> Outcome:
 
 
 async def hang_worker(scene: Scene) -> Outcome:
-    """SIGSTOP to the worker that answers: it says nothing more, and is given up after hang_s. Later requests do not wait."""
+    """SIGSTOP to the worker that answers: it says nothing more, and is given up after hang_s. Later requests do not
+    wait.
+    """
     pid = await scene.server.answering()
     moment = time.monotonic()
     os.kill(pid, signal.SIGSTOP)
@@ -102,11 +104,15 @@ async def hang_worker(scene: Scene) -> Outcome:
     await scene.server.staffed(PATIENCE_S)
     failed = "it was not ended" if psutil.pid_exists(pid) else later.wrong
     later_s = later.ended - later.began
-    return Outcome(recovery_s, f"hang_s is {HANG_S:g}; asked {LATER_S:g} s after it: answered in {later_s:.1f} s", failed)
+    return Outcome(
+        recovery_s, f"hang_s is {HANG_S:g}; asked {LATER_S:g} s after it: answered in {later_s:.1f} s", failed
+    )
 
 
 async def out_of_memory(scene: Scene) -> Outcome:
-    """The worker that answers is driven over workers.memory_bytes by another model that it is asked for: it is recycled."""
+    """The worker that answers is driven over workers.memory_bytes by another model that it is asked for: it is
+    recycled.
+    """
     before = set(scene.server.workers())
     moment = time.monotonic()
     async with client(scene.server.url, scene.server.key) as http:
@@ -139,7 +145,9 @@ async def allocations_fail(scene: Scene) -> Outcome:
 
 
 async def nan_in_a_worker(scene: Scene) -> Outcome:
-    """Factors of one agent turn to NaN in the memory of every worker: only the guard of rows is left. New workers heal it."""
+    """Factors of one agent turn to NaN in the memory of every worker: only the guard of rows is left. New workers heal
+    it.
+    """
     tensors = load_file(scene.home.releases[HURT] / WEIGHTS)
     first = next(tensors[name][0] for name in sorted(tensors) if "lora_A" in name)
     moment = time.monotonic()
@@ -168,7 +176,9 @@ async def _one(scene: Scene, agent: str) -> Reply:
 
 
 async def bad_adapters(scene: Scene) -> Outcome:
-    """Every Release of the corpus that files alone show to be bad is promoted: truncated, NaN, of another base, unsigned..."""
+    """Every Release of the corpus that files alone show to be bad is promoted: truncated, NaN, of another base,
+    unsigned...
+    """
     folder, names = scene.home.path / "releases", corpus()[:: scene.bad_step]
     admitted, slips, rows = [], [], {}
     moment = time.monotonic()
@@ -180,9 +190,11 @@ async def bad_adapters(scene: Scene) -> Outcome:
             await scene.server.change("shop", "rollback")
         elif said.status_code != 422:
             slips.append(f"{name}: HTTP {said.status_code}")
-        rows[name] = f"HTTP {said.status_code} {said.text if said.status_code == 200 else said.json()['error']['message']}"[
-            :160
-        ]
+        rows[name] = (
+            f"HTTP {said.status_code} {said.text if said.status_code == 200 else said.json()['error']['message']}"[
+                :160
+            ]
+        )
         shutil.rmtree(path, ignore_errors=True)
     recovery_s = await scene.well(moment, ("shop",))
     scene.home.admitted = admitted
@@ -191,7 +203,9 @@ async def bad_adapters(scene: Scene) -> Outcome:
 
 
 async def mutated_adapters(scene: Scene) -> Outcome:
-    """Releases with one changed bit or byte are promoted. Unless signed again none may pass; the server answers 200 or 422."""
+    """Releases with one changed bit or byte are promoted. Unless signed again none may pass; the server answers 200 or
+    422.
+    """
     folder, slips, rows = scene.home.path / "releases", list[str](), {}
     moment = time.monotonic()
     for place, kind in enumerate(MUTATIONS):
@@ -223,7 +237,9 @@ def corpus() -> list[str]:
 
 
 async def corrupt_row(scene: Scene) -> Outcome:
-    """Rows of one agent are changed behind the registry's back: it goes on as it was, or is refused, and /health says so."""
+    """Rows of one agent are changed behind the registry's back: it goes on as it was, or is refused, and /health says
+    so.
+    """
     with contextlib.closing(sqlite3.connect(scene.home.registry, timeout=10)) as connection:
         rows = connection.execute("select rowid, live from agents where name = ?", (HURT,)).fetchall()
         adapters = connection.execute("select rowid, adapter from versions where agent = ?", (HURT,)).fetchall()
@@ -239,8 +255,12 @@ async def corrupt_row(scene: Scene) -> Outcome:
             change = await scene.server.change(HURT, "promote", **asked)
         finally:
             with connection:
-                connection.executemany("update agents set live = ? where rowid = ?", [(live, row) for row, live in rows])
-                connection.executemany("update versions set adapter = ? where rowid = ?", [(one, row) for row, one in adapters])
+                connection.executemany(
+                    "update agents set live = ? where rowid = ?", [(live, row) for row, live in rows]
+                )
+                connection.executemany(
+                    "update versions set adapter = ? where rowid = ?", [(one, row) for row, one in adapters]
+                )
     moment = time.monotonic()
     async with asyncio.timeout(PATIENCE_S):
         while HURT in str((await scene.server.health()).get("troubles")):
@@ -248,13 +268,17 @@ async def corrupt_row(scene: Scene) -> Outcome:
     await scene.well(moment)
     said = meanwhile.wrong[:40] if meanwhile.wrong else f"{meanwhile.model} went on"
     failed = "" if change.status_code == 503 else f"promote on it: HTTP {change.status_code} {change.text[:120]}"
-    return Outcome(time.monotonic() - moment, f"/health named it; {said}; promote on it: HTTP {change.status_code}", failed)
+    return Outcome(
+        time.monotonic() - moment, f"/health named it; {said}; promote on it: HTTP {change.status_code}", failed
+    )
 
 
 async def slow_clients(scene: Scene) -> Outcome:
-    """Clients that ask for a stream and read nothing, and such as send half a request and no more, of one and the same agent.
+    """Clients that ask for a stream and read nothing, and such as send half a request and no more, of one and the same
+    agent.
 
-    The first hold nobody up, whether their reply fits into the system's buffers or they are cut off; the others are cut off.
+    The first hold nobody up, whether their reply fits into the system's buffers or they are cut off; the others are
+    cut off.
     """
     moment = time.monotonic()
     deaf = [await stalling(scene.load, whole=True) for _ in range(SLOW_CLIENTS)]
@@ -268,12 +292,19 @@ async def slow_clients(scene: Scene) -> Outcome:
     for one in (*deaf, *halves):
         one.close()
     await scene.well(time.monotonic())
-    note = f"{len(halves)} with half a request were cut off within {cut_s:.1f} s; {len(deaf)} read nothing of their replies"
-    return Outcome(recovery_s, note, "" if answered == len(deaf) else f"{answered} of them were answered: it was not done")
+    note = (
+        f"{len(halves)} with half a request were cut off within {cut_s:.1f} s; {len(deaf)} read nothing of their "
+        "replies"
+    )
+    return Outcome(
+        recovery_s, note, "" if answered == len(deaf) else f"{answered} of them were answered: it was not done"
+    )
 
 
 async def large_prompts(scene: Scene) -> Outcome:
-    """A prompt of 10 MB is refused, though so much media would be read; one that fits the body and not the base is, too."""
+    """A prompt of 10 MB is refused, though so much media would be read; one that fits the body and not the base is,
+    too.
+    """
     moment = time.monotonic()
     statuses = []
     async with client(scene.server.url, scene.server.key) as http:
@@ -306,7 +337,9 @@ async def many_connections(scene: Scene) -> Outcome:
 
 
 async def disk_full(scene: Scene) -> Outcome:
-    """No byte is left where the registry and the copies are, during a promote: it fails, all else goes on; then it succeeds."""
+    """No byte is left where the registry and the copies are, during a promote: it fails, all else goes on; then it
+    succeeds.
+    """
     release = scene.home.releases[f"{SECOND}@{VERSIONS[1]}"]
     third = scene.home.maker.good(release.with_name("third"), _third(scene))
     said_of_it = []

@@ -1,4 +1,6 @@
-"""The team that chaos is let loose on: Releases, TEAM.yaml, keys, and the server as a user starts it, in its own process."""
+"""The team that chaos is let loose on: Releases, TEAM.yaml, keys, and the server as a user starts it, in its own
+process.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ SECOND = "lights"  # the agent that has a second version, for promotions
 VERSIONS = ("1.0", "2.0")
 HANG_S = 5.0
 STATE_BYTES = 256 << 20
-# its workers run by the Python that is its first argument: of the tests' smallest size, one that has imported everything
+# its workers run by the Python that is its first argument: of the tests' smallest size, one that has imported
+# everything
 SERVE = "import sys; sys.executable = sys.argv.pop(1); from sartor.cli import main; sys.exit(main())"
 _TRAINED = {
     "lights": ("switch the {} light {}", '{{"do":"{1}","where":"{0}"}}'),
@@ -65,7 +68,9 @@ class Home:
     def mount(self) -> None:
         """Give the state a small disk of its own, where this user may."""
         self.state.mkdir()
-        self.is_mounted = has_root() and run(["mount", "-t", "tmpfs", "-o", f"size={STATE_BYTES}", "chaos", str(self.state)])
+        self.is_mounted = has_root() and run(
+            ["mount", "-t", "tmpfs", "-o", f"size={STATE_BYTES}", "chaos", str(self.state)]
+        )
 
     def unmount(self) -> None:
         """Take that away."""
@@ -74,7 +79,9 @@ class Home:
 
     @contextlib.contextmanager
     def no_room(self, pid: int) -> Iterator[None]:
-        """The disk of the state is full; where it has none of its own, the server may make no file longer than it is."""
+        """The disk of the state is full; where it has none of its own, the server may make no file longer than it
+        is.
+        """
         if not self.is_mounted:
             server = psutil.Process(pid)
             before = server.rlimit(psutil.RLIMIT_FSIZE)
@@ -98,7 +105,9 @@ class Home:
 
 
 def build(path: Path, trained: bool) -> Home:
-    """Releases for the starter base. trained: LoRA tuned by a few updates each; else random factors, which take no time."""
+    """Releases for the starter base. trained: LoRA tuned by a few updates each; else random factors, which take no
+    time.
+    """
     ref = model_refs.locate_base("starter")
     if not ref.path.is_dir():
         open_base("starter")
@@ -128,9 +137,12 @@ def tuned(path: Path, agent: str, maker: bad_adapters.Maker) -> bad_adapters.Dra
     sources = [{"path": str(path / f"{agent}.jsonl"), "licence": "MIT"}]
     sartor.curate({"sources": sources, "split": {"eval_fraction": 0.1}}, path / f"{agent}-data")
     recipe = {
-        "base": "starter", "data": str(path / f"{agent}-data"), "budget": {"updates": 6},
-        "method": {"kind": "lora", "rank": 8, "alpha": 16}, "optimizer": {"learning_rate": 2e-3, "batch_tokens": 512},
-    }  # fmt: skip
+        "base": "starter",
+        "data": str(path / f"{agent}-data"),
+        "budget": {"updates": 6},
+        "method": {"kind": "lora", "rank": 8, "alpha": 16},
+        "optimizer": {"learning_rate": 2e-3, "batch_tokens": 512},
+    }
     sartor.tune(recipe, path / agent, show=False)
     config = json.loads((path / agent / bad_adapters.CONFIG).read_text())
     tensors = {name: ("F32", values) for name, values in load_file(path / agent / bad_adapters.WEIGHTS).items()}
@@ -138,7 +150,9 @@ def tuned(path: Path, agent: str, maker: bad_adapters.Maker) -> bad_adapters.Dra
 
 
 def write_team(home: Home, memory_bytes: int = 0, **limits: Any) -> Path:
-    """TEAM.yaml. Times are short, so that a run is: a worker that hangs is given up after HANG_S, and comes back at once."""
+    """TEAM.yaml. Times are short, so that a run is: a worker that hangs is given up after HANG_S, and comes back at
+    once.
+    """
     team = {
         "base": "starter",
         "state": str(home.state),
@@ -176,7 +190,9 @@ class Server:
     def _make_key(self, *asked: str) -> str:
         command = [smallest.python(), "-m", "sartor", "agents", "key", *asked, "--team", str(self._team), "--json"]
         return str(
-            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])["key"]
+            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])[
+                "key"
+            ]
         )
 
     def start(self) -> float:
@@ -203,7 +219,9 @@ class Server:
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._process = None
-        left = [pid for pid in workers if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+        left = [
+            pid for pid in workers if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        ]
         assert left == [], f"workers {left} have outlived the server"
         return status
 

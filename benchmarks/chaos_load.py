@@ -31,14 +31,17 @@ PROMPTS = (
 )
 MOST_S = 60.0
 OFFERED = 0.4  # of the rate at which requests are answered one at a time
-NO_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=20)  # a client that queues would hide the latency
+NO_LIMITS = httpx.Limits(
+    max_connections=None, max_keepalive_connections=20
+)  # a client that queues would hide the latency
 
 
 @dataclass(frozen=True)
 class Reply:
     """One request and what came of it. model: the exact version that answered. wrong: what was not as it must be.
 
-    due: its scheduled arrival; began: when it was sent, which is later if this process was busy. Both by the monotonic clock.
+    due: its scheduled arrival; began: when it was sent, which is later if this process was busy. Both by the monotonic
+    clock.
     """
 
     agent: str
@@ -100,7 +103,9 @@ class Load:
         """Requests to each of `agents`, as long as this lasts; what was asked then is waited for."""
         stop = asyncio.Event()
         async with client(self.url, self.key) as http:
-            clients = [asyncio.create_task(self._arrive(http, agent, place, stop)) for place, agent in enumerate(agents)]
+            clients = [
+                asyncio.create_task(self._arrive(http, agent, place, stop)) for place, agent in enumerate(agents)
+            ]
             try:
                 yield
             finally:
@@ -142,18 +147,24 @@ class Load:
         return [reply for reply in self.replies if reply.ended >= moment and (agents is None or reply.agent in agents)]
 
     async def all_well_after(self, moment: float, agents: Sequence[str], within_s: float) -> float:
-        """Seconds from a moment until each agent had a right reply to a request that came after it; raises TimeoutError."""
+        """Seconds from a moment until each agent had a right reply to a request that came after it; raises
+        TimeoutError.
+        """
         async with asyncio.timeout(within_s):
             while True:
                 right = [reply for reply in self.replies if reply.began >= moment and not reply.wrong]
-                ended = {agent: min((one.ended for one in right if one.agent == agent), default=0.0) for agent in agents}
+                ended = {
+                    agent: min((one.ended for one in right if one.agent == agent), default=0.0) for agent in agents
+                }
                 if all(ended.values()):
                     return max(ended.values()) - moment
                 await asyncio.sleep(0.02)
 
 
 def arrivals(rate_per_s: float, seed: int) -> Iterator[float]:
-    """Yield seconds between arrivals of a Poisson process: the same for the same rate and seed, whatever the server does."""
+    """Yield seconds between arrivals of a Poisson process: the same for the same rate and seed, whatever the server
+    does.
+    """
     source = random.Random(seed)
     while True:
         yield source.expovariate(rate_per_s)

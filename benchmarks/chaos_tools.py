@@ -1,4 +1,6 @@
-"""What chaos needs from the system: a wall clock that jumps for some processes only, and values in another process's memory."""
+"""What chaos needs from the system: a wall clock that jumps for some processes only, and values in another process's
+memory.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ time_t time(time_t *out) {
 
 @dataclass(frozen=True)
 class Clock:
-    """The wall clock of the processes that are started with `environment`. file: its offset. library: what is preloaded."""
+    """The wall clock of the processes that are started with `environment`. file: its offset. library: what is
+    preloaded.
+    """
 
     file: Path
     library: Path
@@ -87,7 +91,8 @@ class Clock:
 
 
 def poison(pid: int, values: np.ndarray) -> int:
-    """Turn `values` to NaN wherever a process holds them in memory of its own, in F32 or BF16; how many such places there were.
+    """Turn `values` to NaN wherever a process holds them in memory of its own, in F32 or BF16; how many such places
+    there were.
 
     Raises OSError where this user may not.
     """

@@ -1,17 +1,20 @@
 """Draft -> check -> mend against the single specialist at no fewer tokens, on held-out commands of a home.
 
-The specialist is tuned briefly on few rows of the asset `home-intents`, so that there is something to mend; held-out rows are
-wordings that it never saw. All sides are answered by the package's own engine in this process, the plans by the package's own
-conductor. What the home knows of itself (intents, their slots and values, its areas, floors and names) is a JSON Schema, which
+The specialist is tuned briefly on few rows of the asset `home-intents`, so that there is something to mend; held-out
+rows are wordings that it never saw. All sides are answered by the package's own engine in this process, the plans by
+the package's own conductor. What the home knows of itself (intents, their slots and values, its areas, floors and
+names) is a JSON Schema, which
 every side may decode under: else the plan would win by what it is told and not by how it works.
 
     single         one greedy reply
-    checked        draft -> JSON of the schema? said in the request? -> the same specialist again, sampled, under the schema
+    checked        draft -> JSON of the schema? said in the request? -> the same specialist again, sampled, under the
+                   schema
     vote           the greedy reply and n - 1 sampled ones, the majority of them
     .._schema      the same, every reply decoded under the schema
 
-n is the least odd number, 3 at least, by which a vote takes no fewer tokens than `checked` beside it, prompts and replies
-together. An interval is of a paired bootstrap over wordings. Temperature and mends were set before anything was measured.
+n is the least odd number, 3 at least, by which a vote takes no fewer tokens than `checked` beside it, prompts and
+replies together. An interval is of a paired bootstrap over wordings. Temperature and mends were set before anything
+was measured.
 
     nice -n 3 python benchmarks/collaborate.py --out DIR --json          # what is in DIR already is not made again
 """
@@ -95,7 +98,9 @@ class Events:
 
 @dataclass
 class House:
-    """One engine in this process with the specialist on it. A call that was answered before counts, and is not computed."""
+    """One engine in this process with the specialist on it. A call that was answered before counts, and is not
+    computed.
+    """
 
     engine: Engine
     version: AgentVersion
@@ -203,11 +208,15 @@ async def answered(plans: PlanDispatcher, rows: Sequence[Any], model: str, schem
         sampling = {"temperature": 0.0, "seed": 0}
         messages = tuple({"role": message.role, "content": message.text} for message in row.prompt)
         async with gate:
-            answer = await plans.open(AgentRequest(model, messages, sampling=sampling, schema=schema, deadline_s=3600.0))
+            answer = await plans.open(
+                AgentRequest(model, messages, sampling=sampling, schema=schema, deadline_s=3600.0)
+            )
             events = [event async for event in answer.events]
         end = events[-1]
         assert isinstance(end, ReplyDone), end
-        return "".join(event.text for event in events if isinstance(event, TextDelta)), end.prompt_tokens + end.reply_tokens
+        return "".join(
+            event.text for event in events if isinstance(event, TextDelta)
+        ), end.prompt_tokens + end.reply_tokens
 
     said = await asyncio.gather(*[one(row) for row in rows])
     scores = [exact_match(text, row.reply) for (text, _), row in zip(said, rows, strict=True)]
@@ -233,7 +242,10 @@ async def measured(
         found = await answered(plans(members), rows, model, schema, at_once)
         exact = sum(found.scores) / len(rows)
         house.keep()
-        print(f"{name}: {exact:.3f}, {found.mean_tokens:.0f} tokens a row, {time.monotonic() - began:.0f} s", file=sys.stderr)
+        print(
+            f"{name}: {exact:.3f}, {found.mean_tokens:.0f} tokens a row, {time.monotonic() - began:.0f} s",
+            file=sys.stderr,
+        )
         return found
 
     try:
@@ -277,7 +289,9 @@ def specialist(asked: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> 
         (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         source = {"path": str(out / "rows.jsonl"), "licence": "Apache-2.0"}
         fraction = 1 - asked.train / (asked.train + asked.held_out)
-        sartor.curate({"sources": [source], "split": {"eval_fraction": round(fraction, 3)}, "seed": 0}, out / "dataset")
+        sartor.curate(
+            {"sources": [source], "split": {"eval_fraction": round(fraction, 3)}, "seed": 0}, out / "dataset"
+        )
     if not (out / "adapter").exists():
         recipe = {
             "base": base,
@@ -303,7 +317,9 @@ def compared(sides: Mapping[str, Side], groups: Sequence[str]) -> dict[str, dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="what is made stays there; with --small a temporary directory by default")
+    parser.add_argument(
+        "--out", type=Path, help="what is made stays there; with --small a temporary directory by default"
+    )
     parser.add_argument("--train", type=int, default=240, help="rows that the specialist is tuned on")
     parser.add_argument("--held-out", type=int, default=200, help="rows that it never sees")
     parser.add_argument("--ask", type=int, default=0, help="of these, so many are asked; 0 is all")
@@ -353,7 +369,11 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         "wall_s": round(time.monotonic() - began, 1),
     }
     said = [
-        {"prompt": row.prompt[-1].text, "right": row.reply, **{name: side.replies[place] for name, side in sides.items()}}
+        {
+            "prompt": row.prompt[-1].text,
+            "right": row.reply,
+            **{name: side.replies[place] for name, side in sides.items()},
+        }
         for place, row in enumerate(held_out)
     ]
     (asked.out / "replies.json").write_text(json.dumps(said, indent=1), encoding="utf-8")

@@ -42,7 +42,9 @@ from results import print_result
 
 
 def scores(classes: list[int], truth: list[int]) -> dict[str, float]:
-    """Pairwise precision and recall, B-cubed F1, share of the largest class, of predicted classes against true ones."""
+    """Pairwise precision and recall, B-cubed F1, share of the largest class, of predicted classes against true
+    ones.
+    """
     both = Counter(zip(classes, truth, strict=True))
     predicted, true = Counter(classes), Counter(truth)
 
@@ -92,12 +94,16 @@ def run_cli(file: Path, folder: Path, processes: int = 0) -> dict[str, Any]:
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True) as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True
+    ) as child:
         assert child.stdout is not None
         said = json.loads(child.stdout.read().splitlines()[-1])
     if child.returncode:
         raise SystemExit(f"sartor dedup failed: {said}")
-    peak = next(int(line.split()[1]) * 1024 for line in status_file.read_text().splitlines() if line.startswith("VmHWM"))
+    peak = next(
+        int(line.split()[1]) * 1024 for line in status_file.read_text().splitlines() if line.startswith("VmHWM")
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = sum(getattr(after, name) - getattr(before, name) for name in ("ru_utime", "ru_stime"))
     return {"said": said, "wall_s": time.perf_counter() - began, "cpu_s": cpu, "peak_bytes": peak}
@@ -168,7 +174,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     smallest.add_argument(parser)
     parser.add_argument("--rows", type=int, default=2000, help="originals of each planted set")
-    parser.add_argument("--choice-rows", type=int, default=200, help="originals of the set that thresholds are chosen on")
+    parser.add_argument(
+        "--choice-rows", type=int, default=200, help="originals of the set that thresholds are chosen on"
+    )
     parser.add_argument("--throughput-rows", type=int, default=120_000)
     parser.add_argument("--memory-rows", type=int, nargs="*", default=[125_000, 250_000, 500_000, 1_000_000])
     parser.add_argument("--boilerplate-rows", type=int, nargs="*", default=[12_750, 25_500, 51_000])
@@ -183,15 +191,20 @@ def main() -> None:
 
 
 def choose_thresholds(peers: list[str], truth: Truth) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return each peer's threshold with the highest B-cubed on rows that are not scored later, and the B-cubed of all."""
+    """Return each peer's threshold with the highest B-cubed on rows that are not scored later, and the B-cubed of
+    all.
+    """
     tried = {
         peer: {
-            threshold: scores(PEERS[peer](truth.texts, threshold), truth.classes)["b_cubed"] for threshold in THRESHOLDS[peer]
+            threshold: scores(PEERS[peer](truth.texts, threshold), truth.classes)["b_cubed"]
+            for threshold in THRESHOLDS[peer]
         }
         for peer in peers
     }
     chosen = {peer: max(values, key=values.__getitem__) for peer, values in tried.items()}
-    return chosen, {peer: {str(key): round(value, 4) for key, value in values.items()} for peer, values in tried.items()}
+    return chosen, {
+        peer: {str(key): round(value, 4) for key, value in values.items()} for peer, values in tried.items()
+    }
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -213,12 +226,16 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         print(name, result["sets"][name], file=sys.stderr, flush=True)
         for peer in peers:
             find = functools.partial(PEERS[peer], threshold=thresholds[peer])
-            result["peers"][peer][name] = parts.run(f"{peer} on {name}", lambda find=find, truth=truth: scored(find, truth))
+            result["peers"][peer][name] = parts.run(
+                f"{peer} on {name}", lambda find=find, truth=truth: scored(find, truth)
+            )
             print(f"  {peer}", result["peers"][peer][name], file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for key, measure in (("throughput", lambda: throughput(chosen.throughput_rows, Path(folder), 1 if chosen.small else 3)),
-                             ("memory", lambda: memory(chosen.memory_rows, Path(folder))),
-                             ("boilerplate", lambda: boilerplate(chosen.boilerplate_rows))):  # fmt: skip
+        for key, measure in (
+            ("throughput", lambda: throughput(chosen.throughput_rows, Path(folder), 1 if chosen.small else 3)),
+            ("memory", lambda: memory(chosen.memory_rows, Path(folder))),
+            ("boilerplate", lambda: boilerplate(chosen.boilerplate_rows)),
+        ):
             result[key] = parts.run(key, measure)
             print(key, result[key], file=sys.stderr, flush=True)
     result["machine"] = {

@@ -53,7 +53,9 @@ def ngrams(text: str, size: int = 2) -> set[str]:
 
 
 def datasketch(texts: list[str], threshold: float) -> list[int]:
-    """text-dedup's MinHash: word 2-grams, 200 permutations, none verified; threshold: (1 / bands)^(1 / rows a band)."""
+    """text-dedup's MinHash: word 2-grams, 200 permutations, none verified; threshold: (1 / bands)^(1 / rows a
+    band).
+    """
     from datasketch import MinHash, MinHashLSH
 
     index = MinHashLSH(num_perm=200, params=BANDS[threshold])
@@ -67,7 +69,9 @@ def datasketch(texts: list[str], threshold: float) -> list[int]:
 
 
 def rensa_deduplicator(texts: list[str], threshold: float) -> list[int]:
-    """rensa's RMinHashDeduplicator with LSH, a threshold of its estimate, 200 permutations in 50 bands, word 2-grams."""
+    """rensa's RMinHashDeduplicator with LSH, a threshold of its estimate, 200 permutations in 50 bands, word
+    2-grams.
+    """
     index = rensa.RMinHashDeduplicator(threshold, 200, True, 50)
     pairs: list[tuple[int, int]] = []
     for row, text in enumerate(texts):
@@ -81,7 +85,9 @@ def rensa_deduplicator(texts: list[str], threshold: float) -> list[int]:
 
 
 class SvdEncoder:
-    """TF-IDF and 256 singular vectors of the rows themselves: stands in for a sentence encoder where no hub can be reached."""
+    """TF-IDF and 256 singular vectors of the rows themselves: stands in for a sentence encoder where no hub can be
+    reached.
+    """
 
     def __init__(self, texts: list[str]) -> None:
         from sklearn.decomposition import TruncatedSVD
@@ -102,7 +108,9 @@ def semhash(texts: list[str], threshold: float) -> list[int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         records = [{"row": str(row), "text": text} for row, text in enumerate(texts)]
-        found = SemHash.from_records(records, columns=["text"], model=SvdEncoder(texts)).self_deduplicate(threshold=threshold)
+        found = SemHash.from_records(records, columns=["text"], model=SvdEncoder(texts)).self_deduplicate(
+            threshold=threshold
+        )
         pairs = [(int(gone.record["row"]), int(gone.duplicate_of["row"])) for gone in found.filtered]
     return joined(len(texts), pairs)
 

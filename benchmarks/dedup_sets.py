@@ -118,7 +118,9 @@ def planted(count: int, seed: int = 0, source: Literal["chitchat", "boolq", "all
         "reordered": lambda text: reordered(text, rng),
         "wrapped": lambda text: wrapped(text, rng, frames),
     }
-    sets = {name: Truth(rows + [make(row) for row in rows], [*range(count), *range(count)]) for name, make in kinds.items()}
+    sets = {
+        name: Truth(rows + [make(row) for row in rows], [*range(count), *range(count)]) for name, make in kinds.items()
+    }
     names = list(kinds)
     sets["mixed"] = Truth(
         rows + [kinds[names[n % len(names)]](row) for n, row in enumerate(rows)], [*range(count), *range(count)]
@@ -129,7 +131,9 @@ def planted(count: int, seed: int = 0, source: Literal["chitchat", "boolq", "all
 
 
 def templates(count: int, rng: random.Random, pool: list[str], vocabulary: list[str]) -> list[str]:
-    """Hard negatives: 40 letters of 120 words, filled in with other facts: a quarter of their words, and a few numbers."""
+    """Hard negatives: 40 letters of 120 words, filled in with other facts: a quarter of their words, and a few
+    numbers.
+    """
     letters = []
     for _ in range(40):
         words = " ".join(rng.sample(pool, 12)).split()

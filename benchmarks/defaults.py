@@ -1,18 +1,20 @@
 """How near the default rate, batch and budget come to the best of a grid, on sets that the rules were not chosen on.
 
-    python benchmarks/defaults.py --data ../shared/data --work defaults-work [--sets snips textile] [--minutes 60] [--json]
-    python benchmarks/defaults.py --defaults-only --json    # the defaults alone: a run a set, which the others go on from
-    python benchmarks/defaults.py --small --json    # made-up rows, a tiny base: shows that everything runs
+    python benchmarks/defaults.py --data ../shared/data --work defaults-work [--sets snips textile] [--minutes 60]
+    [--json] python benchmarks/defaults.py --defaults-only --json    # the defaults alone: a run a set, which the
+    others go on from python benchmarks/defaults.py --small --json    # made-up rows, a tiny base: shows that
+                                                                      everything runs
 
-Each set is tuned at 12 points (rate {1, 2, 5, 10}e-4 x batch {256, 1,024, 4,096}) with one seed, and as the defaults would
-have it; every run of a set has the epochs and the rehearsal of the defaults, so that rate and batch alone differ. The best
-point and the defaults are then tuned with three other seeds: the best was chosen on none of them.
+Each set is tuned at 12 points (rate {1, 2, 5, 10}e-4 x batch {256, 1,024, 4,096}) with one seed, and as the defaults
+would have it; every run of a set has the epochs and the rehearsal of the defaults, so that rate and batch alone
+differ. The best point and the defaults are then tuned with three other seeds: the best was chosen on none of them.
 
-All runs make one evaluation, at the end, so that the last weights are kept: what is compared is rate, batch, budget and
-rehearsal. The measure is the exact match of greedy replies on up to 200 held-out rows; of construction-faq and the documents,
-whose texts are long, the loss of those rows. A finished run stands in --work, by the code and the options but --sets and
---defaults-only. A call that runs out of --minutes ends with exit code 75 and names its `unfinished` sets; the next one goes on.
-banking77 and construction-faq are those that the rules were chosen on (docs/decisions/028-defaults.md).
+All runs make one evaluation, at the end, so that the last weights are kept: what is compared is rate, batch, budget
+and rehearsal. The measure is the exact match of greedy replies on up to 200 held-out rows; of construction-faq and the
+documents, whose texts are long, the loss of those rows. A finished run stands in --work, by the code and the options
+but --sets and
+--defaults-only. A call that runs out of --minutes ends with exit code 75 and names its `unfinished` sets; the next one
+goes on. banking77 and construction-faq are those that the rules were chosen on (docs/decisions/028-defaults.md).
 
 sets {name: {default, best, fraction, seeds}}   means over the seeds; fraction: default over best, of losses best over
                                                 default; seeds: {default: [...], best: [...]}
@@ -82,7 +84,9 @@ class Options:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """(training rows, held-out rows), how many tokens a reply has at most (0: the loss is the measure), and the grid."""
+    """(training rows, held-out rows), how many tokens a reply has at most (0: the loss is the measure), and the
+    grid.
+    """
 
     read: Callable[[Options], tuple[list[Row], list[Row]]]
     licence: str
@@ -191,7 +195,9 @@ def _cut(rows: list[Row], options: Options, count: int = 0) -> tuple[list[Row], 
     limit = min(options.held_out, len(rows) // 4)
     while groups and len(held_out) < limit:
         held_out += by_group[groups.pop()]
-    return drawn([row for group in groups for row in by_group[group]], count or options.rows), held_out[: options.held_out]
+    return drawn([row for group in groups for row in by_group[group]], count or options.rows), held_out[
+        : options.held_out
+    ]
 
 
 def _group(row: Row) -> str:
@@ -271,7 +277,10 @@ class Runs:
             seconds = time.monotonic() - started
             self.longest_s = max(self.longest_s, seconds)
             file.write_text(json.dumps({**result, "wall_s": round(seconds, 1)}), encoding="utf-8")
-            print(f"defaults: {self.folder.name} {name} seed {seed}: {result['value']:.4g} in {seconds:.0f} s", file=sys.stderr)
+            print(
+                f"defaults: {self.folder.name} {name} seed {seed}: {result['value']:.4g} in {seconds:.0f} s",
+                file=sys.stderr,
+            )
         return float(json.loads(file.read_text(encoding="utf-8"))["value"])
 
     def _dataset(self) -> Path:
@@ -345,7 +354,8 @@ def write_small_data(folder: Path) -> Path:
         lines = [f"{text},answer_{index % 2}" for index, text in enumerate(texts)]
         (folder / "banking77" / f"{split}.csv").write_text("\n".join(["text,category", *lines]), encoding="utf-8")
         rows = [
-            {"text": text, "intent": f"intent_{index % 2}", "slots": [["n", str(index)]]} for index, text in enumerate(texts)
+            {"text": text, "intent": f"intent_{index % 2}", "slots": [["n", str(index)]]}
+            for index, text in enumerate(texts)
         ]
         for name in ("snips", "restaurant8k"):
             text = "".join(f"{json.dumps(row)}\n" for row in rows)
@@ -381,11 +391,17 @@ def measured(names: list[str], options: Options) -> Iterator[tuple[str, dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of banking77, snips, ...")
-    parser.add_argument("--sets", nargs="+", choices=list(SETS), help="by default all; at the smallest size one of each kind")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of banking77, snips, ..."
+    )
+    parser.add_argument(
+        "--sets", nargs="+", choices=list(SETS), help="by default all; at the smallest size one of each kind"
+    )
     parser.add_argument("--rows", type=int, default=1000, help="most training rows of a set, but for the one of 5,000")
     parser.add_argument("--defaults-only", action="store_true", help="one run a set, by the defaults, with seed 0")
-    parser.add_argument("--work", type=Path, default=Path("defaults-work"), help="finished runs; a second call goes on")
+    parser.add_argument(
+        "--work", type=Path, default=Path("defaults-work"), help="finished runs; a second call goes on"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     smallest.add_argument(parser, has_work=True, selections=("sets", "defaults_only"))
     arguments = parser.parse_args()

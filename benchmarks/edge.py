@@ -5,10 +5,11 @@
     python benchmarks/edge.py --json --small            # the same with fewer runs and points: shows that it runs
     python benchmarks/edge.py --json --peers trl,unsloth
 
-`cap_bytes` is the least limit, found by bisection, at which a tuning of the base (rank 8, every linear module, rows of 256
-tokens) ends; the system holds it (`core/resource_limits.py`), and the losses are compared with those of a run without a limit.
-`peak_bytes` is what that run then held. `predicted_error` is the largest of 12 relative errors of the planner. A peer is given
-the same rows under no limit, and then at our cap. A peer that was not asked for is named under `absent`.
+`cap_bytes` is the least limit, found by bisection, at which a tuning of the base (rank 8, every linear module, rows of
+256 tokens) ends; the system holds it (`core/resource_limits.py`), and the losses are compared with those of a run
+without a limit.
+`peak_bytes` is what that run then held. `predicted_error` is the largest of 12 relative errors of the planner. A peer
+is given the same rows under no limit, and then at our cap. A peer that was not asked for is named under `absent`.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ class Plan:
 
 FULL, QUICK = Plan(CONFIGS, "starter", 1), Plan(CONFIGS[:9], "small", 16)
 # what is predicted is what runs without a limit beside the capped one
-SMALL = Plan((Config("small", "recompute"),), "small", 48, updates=1, bisections=0, attacks="rollback_is_refused", store="bf16")
+SMALL = Plan(
+    (Config("small", "recompute"),), "small", 48, updates=1, bisections=0, attacks="rollback_is_refused", store="bf16"
+)
 PEERS = ("trl", "trl_bf16", "unsloth")
 
 
@@ -114,7 +117,9 @@ def main() -> None:
         said |= parts.run("cap", lambda: cap(work, plan.base, bisections))
         said["delta_fraction"] = parts.run("delta", lambda: delta_fraction(work, plan.base))
         said["peers"] = {
-            name: parts.run(f"peer {name}", lambda name=name: peer(work, name, said["cap_bytes"]), is_final=is_measured)
+            name: parts.run(
+                f"peer {name}", lambda name=name: peer(work, name, said["cap_bytes"]), is_final=is_measured
+            )
             for name in asked
         }
         if not arguments.tuning_only:
@@ -129,7 +134,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
     smallest.add_argument(parser)
-    parser.add_argument("--quick", action="store_true", help="the small base alone, every sixteenth point of an update")
+    parser.add_argument(
+        "--quick", action="store_true", help="the small base alone, every sixteenth point of an update"
+    )
     parser.add_argument("--tuning-only", action="store_true", help="leave updates and attacks out")
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--bisections", type=int, default=5)
@@ -159,7 +166,9 @@ class Work:
         out.mkdir()
         base = self.base(config.base)
         vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
-        write_tokens(TokenizedDataset(rows_of(config.row_tokens, 2 * config.rows_at_once + 2, vocabulary), []), out / "tokens")
+        write_tokens(
+            TokenizedDataset(rows_of(config.row_tokens, 2 * config.rows_at_once + 2, vocabulary), []), out / "tokens"
+        )
         tokens = config.row_tokens * config.rows_at_once
         recipe = {
             "base": config.base,
@@ -172,7 +181,9 @@ class Work:
             "evaluations": 0,
         }
         changes = {"store": self.store, **changes}
-        return TuningJob(str(base), config.base, "-", "Apache-2.0", str(out / "tokens"), str(out / "out"), recipe, **changes)
+        return TuningJob(
+            str(base), config.base, "-", "Apache-2.0", str(out / "tokens"), str(out / "out"), recipe, **changes
+        )
 
 
 def small_base(folder: Path) -> Path:
@@ -182,23 +193,38 @@ def small_base(folder: Path) -> Path:
     folder.mkdir()
     width, inner, layers, heads, groups, vocabulary = 256, 704, 8, 8, 4, 8192
     config = {
-        "model_type": "llama", "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": groups, "vocab_size": vocabulary, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True, "hidden_act": "silu",
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
     key = width // heads * groups
     shapes = {
-        "self_attn.q_proj": (width, width), "self_attn.k_proj": (key, width), "self_attn.v_proj": (key, width),
-        "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (key, width),
+        "self_attn.v_proj": (key, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
         "mlp.down_proj": (width, inner),
-    }  # fmt: skip
+    }
     tensors = {"model.embed_tokens.weight": torch.randn(vocabulary, width, generator=generator) / 16}
     for layer in range(layers):
         at = f"model.layers.{layer}"
-        tensors |= {f"{at}.{name}.weight": torch.randn(shape, generator=generator) / 16 for name, shape in shapes.items()}
-        tensors |= {f"{at}.{name}.weight": torch.ones(width) for name in ("input_layernorm", "post_attention_layernorm")}
+        tensors |= {
+            f"{at}.{name}.weight": torch.randn(shape, generator=generator) / 16 for name, shape in shapes.items()
+        }
+        tensors |= {
+            f"{at}.{name}.weight": torch.ones(width) for name in ("input_layernorm", "post_attention_layernorm")
+        }
     tensors["model.norm.weight"] = torch.ones(width)
     write_tensors({name: part.bfloat16() for name, part in tensors.items()}, folder / "model.safetensors")
     return folder
@@ -218,7 +244,9 @@ def ran(job: TuningJob, rung: MemorySetting, memory_bytes: int) -> ResourceUsage
     """One run of the tuner under a limit."""
     file = Path(job.out).with_name("job.json")
     planned_job(job, rung).write(file)
-    return resource_limits.run(tuner_command(file, Path(job.out).with_name("stderr.txt")), ResourceLimits(memory_bytes))
+    return resource_limits.run(
+        tuner_command(file, Path(job.out).with_name("stderr.txt")), ResourceLimits(memory_bytes)
+    )
 
 
 def losses_of(job: TuningJob) -> list[float]:
@@ -305,17 +333,30 @@ def peer(work: Work, name: str, cap_bytes: int) -> dict[str, Any]:
     base = plain_base(work.base("starter"), folder / "plain", 0)
     vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
     rows = [{"ids": row.ids, "learnt": row.learnt} for row in rows_of(ROW_TOKENS, 3, vocabulary)]
-    job = {"base": str(base), "updates": [[row] for row in rows], "dtype": side.dtype, "compile": side.compile, "device": "cpu"}
+    job = {
+        "base": str(base),
+        "updates": [[row] for row in rows],
+        "dtype": side.dtype,
+        "compile": side.compile,
+        "device": "cpu",
+    }
     job |= {"rank": RANK, "alpha": ALPHA, "learning_rate": 1e-3, "clip_norm": 1.0, "limit_s": 600.0}
     (folder / "peer.json").write_text(json.dumps(job))
-    command = [python, str(HERE / "peers" / side.folder / "run.py"), str(folder / "peer.json"), str(folder / "result.json")]
+    command = [
+        python,
+        str(HERE / "peers" / side.folder / "run.py"),
+        str(folder / "peer.json"),
+        str(folder / "result.json"),
+    ]
     environment = peers_side.environment(side, "cpu")
     found = {}
     for what, limit in (("free", MUCH), ("at_cap", cap_bytes)):
         (folder / "result.json").unlink(missing_ok=True)
         used = resource_limits.run(command, ResourceLimits(limit, wall_s=1800), environment=environment)
         said = (
-            json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {"failed": used.killed}
+            json.loads((folder / "result.json").read_text())
+            if (folder / "result.json").exists()
+            else {"failed": used.killed}
         )
         found[what] = {"peak_bytes": used.peak_bytes, "ended": "failed" not in said, "why": said.get("failed", "")}
     return found
@@ -339,9 +380,11 @@ def updates_and_attacks(folder: Path, plan: Plan) -> dict[str, int]:
     tests = run_tests(smallest.python(), TESTS / "edge" / "test_tuf_attacks.py", plan.attacks)
     attacks = [is_passed for name, is_passed in tests.items() if "refuse" in name]
     return {
-        "update_points": len(kills), "update_points_survived": survived,
-        "attacks": len(attacks), "attacks_refused": sum(attacks),
-    }  # fmt: skip
+        "update_points": len(kills),
+        "update_points_survived": survived,
+        "attacks": len(attacks),
+        "attacks_refused": sum(attacks),
+    }
 
 
 if __name__ == "__main__":

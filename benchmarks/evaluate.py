@@ -3,18 +3,20 @@
     python benchmarks/evaluate.py --json --data ../shared/data [--rows 200] [--pairs 2] [--work DIR] [--bf16]
     python benchmarks/evaluate.py --json --small      # a tiny base and made-up rows: shows that everything runs
 
-An adapter is tuned on `--train-rows` rows of each set, its answers are held-out rows of the set's own test file. Then the old
-way and the new one take turns, `--pairs` times, on the same rows in one process. `ratios` are of the seconds of the whole
-`sartor evaluate` (opening the base, replies, losses, forgetting, intervals), `measuring_ratios` of replies and losses alone.
-In the old way the probes of forgetting go through each side by itself too.
-`exact_match_ratios`: the same for the new way with `--metrics exact_match loss`, where a reply ends as soon as it cannot match.
-Both are of the first evaluation of a base on a machine. `later_ratios` and `exact_match_later_ratios` are of any later one,
-which knows what the base scores in the probes (`evaluate/audit/forgetting_probes.py`).
+An adapter is tuned on `--train-rows` rows of each set, its answers are held-out rows of the set's own test file. Then
+the old way and the new one take turns, `--pairs` times, on the same rows in one process. `ratios` are of the seconds
+of the whole
+`sartor evaluate` (opening the base, replies, losses, forgetting, intervals), `measuring_ratios` of replies and losses
+alone. In the old way the probes of forgetting go through each side by itself too.
+`exact_match_ratios`: the same for the new way with `--metrics exact_match loss`, where a reply ends as soon as it
+cannot match. Both are of the first evaluation of a base on a machine. `later_ratios` and `exact_match_later_ratios`
+are of any later one, which knows what the base scores in the probes (`evaluate/audit/forgetting_probes.py`).
 
-`replies_differ`: rows whose replies are not the same text, of base and tuned; `largest_loss_difference` in nats a token;
-`scores_differ`: metrics, of every metric and both sides, that are not equal to 1e-4. The program exits with 1 if an fp32
-reply or score differs. The base computes in fp32, with `--bf16` in bf16, where other shapes of products round otherwise; there
-the program only tells.
+`replies_differ`: rows whose replies are not the same text, of base and tuned; `largest_loss_difference` in nats a
+token;
+`scores_differ`: metrics, of every metric and both sides, that are not equal to 1e-4. The program exits with 1 if an
+fp32 reply or score differs. The base computes in fp32, with `--bf16` in bf16, where other shapes of products round
+otherwise; there the program only tells.
 """
 
 from __future__ import annotations
@@ -111,7 +113,8 @@ def tuned_adapter(work: Path, data: Path, name: str, train_rows: int) -> tuple[P
 def timed_evaluation(
     adapter: Path, rows_file: Path, rows: int, metrics: Sequence[str], *, is_paired: bool, probes: Path
 ) -> dict[str, Any]:
-    """One `sartor evaluate`: seconds, its metrics and its rows. Without the paired engine each side is measured by itself.
+    """One `sartor evaluate`: seconds, its metrics and its rows. Without the paired engine each side is measured by
+    itself.
 
     probes: folder of the losses of bases that are known.
     """
@@ -149,7 +152,9 @@ def scores_differ(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def measure_turn(adapter: Path, rows_file: Path, rows: int, *, is_reversed: bool) -> dict[str, dict[str, Any]]:
-    """Every way once, one after the other; the new one twice, as the first evaluation of its base and as a later one."""
+    """Every way once, one after the other; the new one twice, as the first evaluation of its base and as a later
+    one.
+    """
     ways: list[tuple[str, bool, tuple[str, ...]]] = [
         ("old", False, ()),
         ("new", True, ()),
@@ -159,7 +164,9 @@ def measure_turn(adapter: Path, rows_file: Path, rows: int, *, is_reversed: bool
     for way, is_paired, metrics in reversed(ways) if is_reversed else ways:
         with tempfile.TemporaryDirectory() as folder:
             for name in [way, f"later_{way}"] if is_paired else [way]:
-                results[name] = timed_evaluation(adapter, rows_file, rows, metrics, is_paired=is_paired, probes=Path(folder))
+                results[name] = timed_evaluation(
+                    adapter, rows_file, rows, metrics, is_paired=is_paired, probes=Path(folder)
+                )
                 notice(f"{name} way {metrics or ''}: {results[name]['s']:.1f} s")
     return results
 
@@ -206,7 +213,9 @@ def measure_set(name: str, adapter: Path, rows_file: Path, rows: int, pairs: int
             for side in ("base", "tuned")
         },
         "largest_loss_difference": max(
-            abs(before[f"{side}_loss"] - after[f"{side}_loss"]) for before, after in row_pairs for side in ("base", "tuned")
+            abs(before[f"{side}_loss"] - after[f"{side}_loss"])
+            for before, after in row_pairs
+            for side in ("base", "tuned")
         ),
         "scores_differ": [
             f"{way} {name}"
@@ -214,7 +223,8 @@ def measure_set(name: str, adapter: Path, rows_file: Path, rows: int, pairs: int
             for name in scores_differ(old[0], result[0])
         ],
         "scores": {
-            name: {side: round(metric[side], 6) for side in ("base", "tuned")} for name, metric in new[0]["metrics"].items()
+            name: {side: round(metric[side], 6) for side in ("base", "tuned")}
+            for name, metric in new[0]["metrics"].items()
         },
     }
 
@@ -229,15 +239,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="(always: the last line is one JSON object)")
     smallest.add_argument(parser, has_work=True, selections=("sets", "pairs"))
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of banking77 and restaurant8k")
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), help="folder of banking77 and restaurant8k"
+    )
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--rows", type=int, default=200, help="held-out rows of each set")
     parser.add_argument("--train-rows", type=int, default=300)
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--work", type=Path, help="folder of finished parts and Adapters, kept by code and options")
-    parser.add_argument("--bf16", action="store_true", help="compute the base in bf16 (one pair tells how many replies differ)")
+    parser.add_argument(
+        "--bf16", action="store_true", help="compute the base in bf16 (one pair tells how many replies differ)"
+    )
     arguments = parser.parse_args()
-    rows, train_rows, pairs = (6, 12, 1) if arguments.small else (arguments.rows, arguments.train_rows, arguments.pairs)
+    rows, train_rows, pairs = (
+        (6, 12, 1) if arguments.small else (arguments.rows, arguments.train_rows, arguments.pairs)
+    )
     began = time.monotonic()
     result: dict[str, Any] = {"sets": {}}
     with tempfile.TemporaryDirectory() as folder, smallest.home(arguments.small, "chitchat"):

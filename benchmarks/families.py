@@ -1,15 +1,17 @@
-"""What tuning costs by model family: memory and time from `plan`, for 400 rows of banking77 with every setting automatic.
+"""What tuning costs by model family: memory and time from `plan`, for 400 rows of banking77 with every setting
+automatic.
 
     python benchmarks/families.py --json --work DIR      # goes on where a call with the same DIR ended
     python benchmarks/families.py --json --families qwen2.5-0.5b llama-3.2-1b
     python benchmarks/families.py --json --small         # two tiny shapes: shows that it runs
 
-The starter is the real one. No other weights can be fetched where this was written, so the others are of random weights in the
-shape that the family's config.json states, with the starter's tokenizer: what a weight says changes neither memory nor time. A
-plan times micro-batches on this machine and runs no tuning; `benchmarks/forecast.py` says how far plans are to be believed.
+The starter is the real one. No other weights can be fetched where this was written, so the others are of random
+weights in the shape that the family's config.json states, with the starter's tokenizer: what a weight says changes
+neither memory nor time. A plan times micro-batches on this machine and runs no tuning; `benchmarks/forecast.py` says
+how far plans are to be believed.
 
-families {name: {parameters, weights_bytes, memory_bytes, time_s, evaluation_s, updates, path}}   estimates with both ends of
-                their 90 % interval; path: `fast` where Sartor's own kernels know the family
+families {name: {parameters, weights_bytes, memory_bytes, time_s, evaluation_s, updates, path}}   estimates with both
+                ends of their 90 % interval; path: `fast` where Sartor's own kernels know the family
 table           the same as Markdown, for README.md
 """
 
@@ -34,20 +36,71 @@ ROWS, INTENTS = 400, 20
 STARTER = "smollm2-135m"
 # name -> (config class of transformers, its shape), as the family's config.json has it
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "smollm2-360m": ("LlamaConfig", {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
-                                     "num_attention_heads": 15, "num_key_value_heads": 5, "vocab_size": 49152}),
-    "qwen2.5-0.5b": ("Qwen2Config", {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-                                     "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936}),
-    "qwen3-0.6b": ("Qwen3Config", {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
-                                   "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936}),
-    "gemma-3-270m": ("Gemma3TextConfig", {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
-                                          "head_dim": 256, "num_attention_heads": 4, "num_key_value_heads": 1,
-                                          "vocab_size": 262144}),
-    "llama-3.2-1b": ("LlamaConfig", {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-                                     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}),
-}  # fmt: skip
-SMALL_SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-               "num_key_value_heads": 2}  # fmt: skip
+    "smollm2-360m": (
+        "LlamaConfig",
+        {
+            "hidden_size": 960,
+            "intermediate_size": 2560,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 15,
+            "num_key_value_heads": 5,
+            "vocab_size": 49152,
+        },
+    ),
+    "qwen2.5-0.5b": (
+        "Qwen2Config",
+        {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+        },
+    ),
+    "qwen3-0.6b": (
+        "Qwen3Config",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "head_dim": 128,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "vocab_size": 151936,
+        },
+    ),
+    "gemma-3-270m": (
+        "Gemma3TextConfig",
+        {
+            "hidden_size": 640,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 18,
+            "head_dim": 256,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "vocab_size": 262144,
+        },
+    ),
+    "llama-3.2-1b": (
+        "LlamaConfig",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+    ),
+}
+SMALL_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 SMALL_FAMILIES = ("qwen2.5-0.5b", "llama-3.2-1b")
 
 
@@ -62,14 +115,18 @@ def main() -> None:
     names = arguments.families or list(SMALL_FAMILIES if arguments.small else [STARTER, *SHAPES])
     with smallest.home(arguments.small), tempfile.TemporaryDirectory(prefix="sartor-families-") as folder:
         dataset = curated(Path(folder), arguments)
-        families = {name: parts.run(name, lambda name=name: planned(name, dataset, Path(folder), arguments)) for name in names}
+        families = {
+            name: parts.run(name, lambda name=name: planned(name, dataset, Path(folder), arguments)) for name in names
+        }
         print_result({"families": families, "table": table(families), "rows": ROWS, "machine": machine()})
 
 
 def curated(folder: Path, arguments: argparse.Namespace) -> Path:
     """The Dataset: up to ROWS queries of the first INTENTS intents."""
     if arguments.small:
-        rows = [{"prompt": f"Question {number} of a caller?", "completion": f"answer_{number % 3}"} for number in range(40)]
+        rows = [
+            {"prompt": f"Question {number} of a caller?", "completion": f"answer_{number % 3}"} for number in range(40)
+        ]
     else:
         with (arguments.data / "banking77" / "train.csv").open(encoding="utf-8", newline="") as stream:
             rows = [{"prompt": row["text"], "completion": row["category"]} for row in csv.DictReader(stream)]

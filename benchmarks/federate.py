@@ -1,16 +1,19 @@
-"""Homes: home-intents over 8 clients by Dirichlet(0.3) of the intent; local, federated and centralised tuning on held-out rows.
+"""Homes: home-intents over 8 clients by Dirichlet(0.3) of the intent; local, federated and centralised tuning on
+held-out rows.
 
     python benchmarks/federate.py --work DIR --json
     python benchmarks/federate.py --work DIR --parts data,untuned,federated --json     # the rest another time
-    python benchmarks/federate.py --small --json                                       # a tiny random base, made-up rows
+    python benchmarks/federate.py --small --json                                       # a tiny random base, made-up
+                                                                                       rows
 
-Every part leaves what it found in DIR, and is not done again; the last line is made of what is there. No attack report is made,
-which would train as well. `local` and `centralised` train both factors by the loop of the clients, of one client's rows, or of
-all, for `--alone-rounds` epochs. `factors` is the mean of factors beside it, `epsilon` the federated run under privacy of a
-client (of each client's rows, with `--privacy-level example`). `personal` goes on from `federated`: ranks of each client's own,
-on held-out rows like the client's. Exact match of greedy replies on rows of templates that nobody trained on. `malicious`
-counts tests in tests/federate/test_malicious_server.py, `byzantine` is benchmarks/federate_robust.py: loss over the clean loss,
-the worst of its attacks by a sign flip, a scale or false labels. What no part has found in DIR is named under `absent`.
+Every part leaves what it found in DIR, and is not done again; the last line is made of what is there. No attack report
+is made, which would train as well. `local` and `centralised` train both factors by the loop of the clients, of one
+client's rows, or of all, for `--alone-rounds` epochs. `factors` is the mean of factors beside it, `epsilon` the
+federated run under privacy of a client (of each client's rows, with `--privacy-level example`). `personal` goes on
+from `federated`: ranks of each client's own, on held-out rows like the client's. Exact match of greedy replies on rows
+of templates that nobody trained on. `malicious` counts tests in tests/federate/test_malicious_server.py, `byzantine`
+is benchmarks/federate_robust.py: loss over the clean loss, the worst of its attacks by a sign flip, a scale or false
+labels. What no part has found in DIR is named under `absent`.
 """
 
 from __future__ import annotations
@@ -54,7 +57,18 @@ from sartor.tune.shared_base import SharedBase
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 TESTS = Path(__file__).parent.parent / "tests"
-PARTS = ("data", "untuned", "local", "federated", "centralised", "factors", "personal", "epsilon", "malicious", "byzantine")
+PARTS = (
+    "data",
+    "untuned",
+    "local",
+    "federated",
+    "centralised",
+    "factors",
+    "personal",
+    "epsilon",
+    "malicious",
+    "byzantine",
+)
 # tests of the malicious coordinator, by pytest's -k
 SMALL_LIES = "consents or unmask"
 ATTACKS = ("sign flip", "sign flip x4", "scale", "label flip")
@@ -100,7 +114,10 @@ class Homes:
     def both_factors(self) -> dict[str, Any]:
         """Changes of the recipe for what trains A as well: B alone takes larger steps."""
         batch_tokens = self.recipe().optimizer.batch_tokens
-        return {"mode": "factors", "optimizer": {"learning_rate": self.asked.both_learning_rate, "batch_tokens": batch_tokens}}
+        return {
+            "mode": "factors",
+            "optimizer": {"learning_rate": self.asked.both_learning_rate, "batch_tokens": batch_tokens},
+        }
 
     @cached_property
     def shards(self) -> Shards:
@@ -163,7 +180,11 @@ class Homes:
         made = simulate(self.recipe(**changes), out, shards=self.shards, resume=True, notice=print_line).as_json()
         wall_s = round(time.monotonic() - began, 1)
         resident = open_clients(self.recipe(**changes), [], self.shards).resident if "method" in changes else None
-        return {**made, "wall_s": wall_s, "scores": self.scores(load_file(out / "adapter_model.safetensors"), resident)}
+        return {
+            **made,
+            "wall_s": wall_s,
+            "scores": self.scores(load_file(out / "adapter_model.safetensors"), resident),
+        }
 
     def run(self, part: str) -> None:
         """One part; nothing where it was done."""
@@ -203,7 +224,11 @@ class Homes:
         if math.isinf(epsilon):
             return small
         if self.asked.privacy_level == "client":
-            return {**small, "privacy": {"epsilon": epsilon, "delta": 1e-2}, "rules": {"clip": self.asked.private_clip}}
+            return {
+                **small,
+                "privacy": {"epsilon": epsilon, "delta": 1e-2},
+                "rules": {"clip": self.asked.private_clip},
+            }
         return {**small, "privacy": {"epsilon": epsilon, "delta": 1e-3, "level": "example"}}
 
     def personal(self) -> dict[str, Any]:
@@ -249,7 +274,9 @@ class Homes:
             "exactness_error_of_factors": factors.get("exactness_error"),
             "quantisation_error": federated.get("quantisation_error"),
             "upload_bytes_per_parameter": federated.get("upload_bytes_per_parameter"),
-            "uploaded_megabytes_per_client": federated["uploaded_bytes"] / federated["clients"] / 1e6 if federated else None,
+            "uploaded_megabytes_per_client": federated["uploaded_bytes"] / federated["clients"] / 1e6
+            if federated
+            else None,
             "federated_s": federated.get("wall_s"),
             "held_out": scores and len(scores),
             "personal": {name: lifts(said) for name, said in {**personal["clients"], "all": personal["all"]}.items()}
@@ -273,7 +300,9 @@ class Homes:
 
 def lifts(said: dict[str, Any]) -> dict[str, Any]:
     """Of a client: how many rows, and how much more often its own adapter is right than another."""
-    over = {what: one["exact_match"] for what, one in said.items() if what.startswith("over_") and "exact_match" in one}
+    over = {
+        what: one["exact_match"] for what, one in said.items() if what.startswith("over_") and "exact_match" in one
+    }
     return {"rows": said["rows"], "held_out": said["held_out"], "exact_match": said["exact_match"], **over}
 
 
@@ -291,10 +320,16 @@ def made_up() -> list[dict[str, Any]]:
     """Rows for --small: four intents in so many rooms."""
     rooms = ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft")
     return [
-        {"messages": [{"role": "user", "content": f"switch {room} {word}"},
-                      {"role": "assistant", "content": json.dumps({"intent": word, "area": room})}], "group": f"{room} {word}"}
-        for room in rooms for word in ("on", "off", "up", "down")
-    ]  # fmt: skip
+        {
+            "messages": [
+                {"role": "user", "content": f"switch {room} {word}"},
+                {"role": "assistant", "content": json.dumps({"intent": word, "area": room})},
+            ],
+            "group": f"{room} {word}",
+        }
+        for room in rooms
+        for word in ("on", "off", "up", "down")
+    ]
 
 
 def print_line(line: str) -> None:
@@ -313,19 +348,41 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--mode", default="freeze_a")
     parser.add_argument("--privacy-level", choices=("client", "example"), default="client")
-    parser.add_argument("--compare", action="store_true", help="personal: beside local-only and centralised, tuned for that")
+    parser.add_argument(
+        "--compare", action="store_true", help="personal: beside local-only and centralised, tuned for that"
+    )
     parser.add_argument("--personal-held-out", type=int, default=800)
-    for name, value in (("clients", 8), ("rounds", 10), ("alone-rounds", 5), ("rank", 16), ("per-intent", 100),
-                        ("most-held-out", 2_000), ("private-rank", 2), ("private-rounds", 10)):  # fmt: skip
+    for name, value in (
+        ("clients", 8),
+        ("rounds", 10),
+        ("alone-rounds", 5),
+        ("rank", 16),
+        ("per-intent", 100),
+        ("most-held-out", 2_000),
+        ("private-rank", 2),
+        ("private-rounds", 10),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, number in (("learning-rate", 4e-3), ("both-learning-rate", 1e-3), ("eval-fraction", 0.5), ("clip", 100.0),
-                         ("private-clip", 1.0)):  # fmt: skip
+    for name, number in (
+        ("learning-rate", 4e-3),
+        ("both-learning-rate", 1e-3),
+        ("eval-fraction", 0.5),
+        ("clip", 100.0),
+        ("private-clip", 1.0),
+    ):
         parser.add_argument(f"--{name}", type=float, default=number)
     parser.add_argument("--epsilons", type=float, nargs="*", default=[64.0, 1000.0, math.inf])
     asked = parser.parse_args()
     if asked.small:
         asked.compare, asked.personal_held_out = True, 4
-        asked.clients, asked.rounds, asked.alone_rounds, asked.rank, asked.most_held_out, asked.epsilons = 3, 1, 1, 4, 4, [8.0]
+        asked.clients, asked.rounds, asked.alone_rounds, asked.rank, asked.most_held_out, asked.epsilons = (
+            3,
+            1,
+            1,
+            4,
+            4,
+            [8.0],
+        )
     if unknown := sorted(set(parts := asked.parts.split(",")) - set(PARTS)):
         parser.error(f"there is no part {unknown[0]}; the parts are {', '.join(PARTS)}")
     if not (asked.work or asked.small):

@@ -1,14 +1,16 @@
-"""Which rule guards against which attack: ten clients tune one adapter, two of them lie, every rule against every attack.
+"""Which rule guards against which attack: ten clients tune one adapter, two of them lie, every rule against every
+attack.
 
     python benchmarks/federate_robust.py --json
     python benchmarks/federate_robust.py --table
 
-The model is a softmax regression whose weight is W0 + B A, tuned under `freeze_a`: 16 features, 5 classes, a tenth of labels
-wrong; the clients' classes are unequal (Dirichlet 1). 30 rounds of 5 steps. A figure is the loss on 4,000 other rows over the
-loss that the plain mean reaches with ten honest clients, as the median over seeds.
+The model is a softmax regression whose weight is W0 + B A, tuned under `freeze_a`: 16 features, 5 classes, a tenth of
+labels wrong; the clients' classes are unequal (Dirichlet 1). 30 rounds of 5 steps. A figure is the loss on 4,000 other
+rows over the loss that the plain mean reaches with ten honest clients, as the median over seeds.
 
-sign flip: sends its update times -1, -4 in `sign flip x4`. scale: times 20. label flip: learns class c as 4 - c. little: both
-send the honest mean less 1.5 standard deviations of each value ("a little is enough", Baruch et al. 2019, arXiv:1902.06156).
+sign flip: sends its update times -1, -4 in `sign flip x4`. scale: times 20. label flip: learns class c as 4 - c.
+little: both send the honest mean less 1.5 standard deviations of each value ("a little is enough", Baruch et al. 2019,
+arXiv:1902.06156).
 """
 
 from __future__ import annotations

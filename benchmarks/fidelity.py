@@ -1,18 +1,21 @@
-"""What bf16 costs in what is learnt: losses of fp32 and bf16 update by update, beside TRL and Unsloth in bf16; and when served.
+"""What bf16 costs in what is learnt: losses of fp32 and bf16 update by update, beside TRL and Unsloth in bf16; and
+when served.
 
     python benchmarks/fidelity.py --json
     python benchmarks/fidelity.py --json --peers '' --data ../shared/data/banking77/train.csv
     python benchmarks/fidelity.py --json --work DIR     # goes on where a run with the same DIR ended
     python benchmarks/fidelity.py --json --small        # a tiny base without peers: shows that it runs
 
-Every side begins with the same factors and reads the same rows in the same order (AdamW at a constant 2e-4, rank 16 on all
-seven projections), in a process of its own. `sets` has the loss of each update; `bf16_gap` is the largest over all sets and
-seeds of the mean absolute difference of Sartor's bf16 and fp32 losses over the last 8 updates, and `gaps` has it for every
-side, with the difference of the held-out losses for Sartor's. `rounded_first` is Sartor with the arithmetic of numerics 1.
+Every side begins with the same factors and reads the same rows in the same order (AdamW at a constant 2e-4, rank 16 on
+all seven projections), in a process of its own. `sets` has the loss of each update; `bf16_gap` is the largest over all
+sets and seeds of the mean absolute difference of Sartor's bf16 and fp32 losses over the last 8 updates, and `gaps` has
+it for every side, with the difference of the held-out losses for Sartor's. `rounded_first` is Sartor with the
+arithmetic of numerics 1.
 
 `speed_ratio` is the median over alternating pairs of Sartor's bf16 tokens per second over those of `rounded_first`.
-`served_kl` is the mean KL divergence in nats, of the distribution in fp32 from the one in bf16, of the next token after the
-trained adapter, through the serving engine: its compiled kernels, torch's operations, and those as numerics 1 had them.
+`served_kl` is the mean KL divergence in nats, of the distribution in fp32 from the one in bf16, of the next token
+after the trained adapter, through the serving engine: its compiled kernels, torch's operations, and those as numerics
+1 had them.
 """
 
 from __future__ import annotations
@@ -77,9 +80,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
     smallest.add_argument(parser, has_work=True, selections=("peers", "data", "seeds", "pairs", "serve"))
     parser.add_argument("--peers", default=",".join(PEERS), help="empty for Sartor alone")
-    parser.add_argument("--data", type=Path, action="append", default=[], help="a further set: a CSV with text and category")
+    parser.add_argument(
+        "--data", type=Path, action="append", default=[], help="a further set: a CSV with text and category"
+    )
     parser.add_argument("--updates", type=int, default=24)
-    parser.add_argument("--update-tokens", type=int, default=1024, help="about: as many rows an update as come nearest to it")
+    parser.add_argument(
+        "--update-tokens", type=int, default=1024, help="about: as many rows an update as come nearest to it"
+    )
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=3, help="of bf16 and rounded_first, for speed_ratio")
     parser.add_argument("--work", help="a folder for results of single sides, kept by code and options")
@@ -115,7 +122,9 @@ def measure(folder: Path, peers: dict[str, Side], arguments: argparse.Namespace)
             job["adapter"] = str(adapter) if side_name == "fp32" and label == next(iter(jobs)) else ""
             found = run_once(folder, label, side_name, side, job, arguments.small)
             if "failed" in found and side_name in SARTOR:
-                sys.exit(f"Sartor's side {side_name} failed on {label}: {found['failed']}\n{found.get('traceback', '')}")
+                sys.exit(
+                    f"Sartor's side {side_name} failed on {label}: {found['failed']}\n{found.get('traceback', '')}"
+                )
             if "failed" in found:
                 absent[side_name] = found["failed"]
                 continue
@@ -132,7 +141,11 @@ def measure(folder: Path, peers: dict[str, Side], arguments: argparse.Namespace)
         "gaps": gaps,
         **speeds,
         **served,
-        "work": {"updates": arguments.updates, "update_tokens": arguments.update_tokens, "learning_rate": LEARNING_RATE},
+        "work": {
+            "updates": arguments.updates,
+            "update_tokens": arguments.update_tokens,
+            "learning_rate": LEARNING_RATE,
+        },
         "machine": machine(),
         "absent": absent | served.pop("absent", {}),
     }
@@ -144,7 +157,9 @@ def names(arguments: argparse.Namespace) -> list[str]:
 
 
 def gaps_of(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return each side's mean absolute difference to fp32 over the last updates, and of Sartor's the held-out difference."""
+    """Return each side's mean absolute difference to fp32 over the last updates, and of Sartor's the held-out
+    difference.
+    """
     right = results["fp32"]
     gaps = {}
     for name, result in results.items():
@@ -293,7 +308,9 @@ def measure_speed(folder: Path, job: dict[str, Any], arguments: argparse.Namespa
     }
 
 
-def serve_in_a_process(folder: Path, adapter: Path, jobs: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+def serve_in_a_process(
+    folder: Path, adapter: Path, jobs: dict[str, Any], arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Return `serve` of the first job's adapter, from a process of its own."""
     job = next(iter(jobs.values()))
     rows = [row["ids"] for row in job["held_out"]][: 4 if arguments.small else 20]
@@ -348,7 +365,9 @@ def engine(said: dict[str, Any], kind: type, bits: int) -> Any:
 
 
 def next_logits(opened: Any, ids: list[int]) -> Any:
-    """Return (T - T / 2 - 1, V) logits: the first half of a row is a prompt, each further token is given one by one."""
+    """Return (T - T / 2 - 1, V) logits: the first half of a row is a prompt, each further token is given one by
+    one.
+    """
     import torch
 
     from sartor.inference.local.torch_decoder import TokenRun
@@ -369,7 +388,9 @@ def torch_blocks() -> type:
 
 
 def rounded_first_blocks() -> type:
-    """Return those blocks with the arithmetic of numerics 1: products, residual stream and logits are rounded to bf16."""
+    """Return those blocks with the arithmetic of numerics 1: products, residual stream and logits are rounded to
+    bf16.
+    """
     import torch
 
     from sartor.inference.local.torch_decoder import TorchDecoder
@@ -397,7 +418,8 @@ def table(result: dict[str, Any]) -> str:
     sides = [name for name in (*SARTOR, *PEERS) if any(name in losses for losses in result["sets"].values())]
     lines = [
         f"`python benchmarks/fidelity.py --json --write FILE`: {here['cpu']}, {here['threads']} threads, {flags}; "
-        f"{result['work']['updates']} updates of about {result['work']['update_tokens']} tokens. Last loss, and in brackets "
+        f"{result['work']['updates']} updates of about {result['work']['update_tokens']} tokens. Last loss, and in "
+        "brackets "
         f"the mean absolute difference to Sartor's fp32 over the last {LAST} updates.",
         "",
         f"| set | {' | '.join(sides)} | held out, bf16 less fp32 |",
@@ -405,7 +427,11 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, losses in result["sets"].items():
         gap = result["gaps"][name]
-        cells = [f"{losses[side][-1]:.4f}" + (f" ({gap[side]:.4f})" if side in gap else "") for side in sides if side in losses]
+        cells = [
+            f"{losses[side][-1]:.4f}" + (f" ({gap[side]:.4f})" if side in gap else "")
+            for side in sides
+            if side in losses
+        ]
         lines.append(f"| {Path(name).name} | {' | '.join(cells)} | {gap['bf16_held_out']:+.4f} |")
     served = ", ".join(f"{name} {value:.1e}" for name, value in kl.items())
     lines += [

@@ -1,19 +1,23 @@
-"""Whether the forecast of `plan` holds: 20 runs, each planned, then tuned in a fresh process, on unlike data and bases.
+"""Whether the forecast of `plan` holds: 20 runs, each planned, then tuned in a fresh process, on unlike data and
+bases.
 
     python benchmarks/forecast.py --json --work DIR      # goes on where a run with the same DIR ended
     python benchmarks/forecast.py --json --work DIR --only banking77 --only documents
     python benchmarks/forecast.py --json --small         # a tiny base, made-up rows: shows that it runs
 
-Ten runs compute in bf16 and ten in fp32, on the starter, on a Qwen2 of another shape with random weights, and on the starter
-with an image tower. banking77, snips and restaurant8k are read from --data (../shared/data). A run's budget is of tokens, so
-many as take about --seconds; what they take is read off the run before on the same base, and off a plan for the first.
+Ten runs compute in bf16 and ten in fp32, on the starter, on a Qwen2 of another shape with random weights, and on the
+starter with an image tower. banking77, snips and restaurant8k are read from --data (../shared/data). A run's budget is
+of tokens, so many as take about --seconds; what they take is read off the run before on the same base, and off a plan
+for the first.
 
-`runs` is how many were tuned; `memory_inside` and `time_inside` how many of them stayed in the 90 % interval of `plan`;
-`widest` the largest high end over low end. `intervals` has the exact 95 % interval (Clopper-Pearson) of both fractions.
-A time is only compared where other processes took at most --others CPUs on average while the run was planned and tuned.
-`time_runs` counts those. A run that was not tuned is named under `absent`, and so is a time that was not compared. `unfinished`
-names the runs that the same command will tune later: those that were not begun within --minutes, and those whose machine was
-busy, which --work does not keep. The exit code is then 75.
+`runs` is how many were tuned; `memory_inside` and `time_inside` how many of them stayed in the 90 % interval of
+`plan`;
+`widest` the largest high end over low end. `intervals` has the exact 95 % interval (Clopper-Pearson) of both
+fractions. A time is only compared where other processes took at most --others CPUs on average while the run was
+planned and tuned.
+`time_runs` counts those. A run that was not tuned is named under `absent`, and so is a time that was not compared.
+`unfinished` names the runs that the same command will tune later: those that were not begun within --minutes, and
+those whose machine was busy, which --work does not keep. The exit code is then 75.
 """
 
 from __future__ import annotations
@@ -100,7 +104,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA, help="a folder with banking77, snips and restaurant8k")
     parser.add_argument("--only", action="append", default=[], help="runs whose name has this in it; may be repeated")
     parser.add_argument("--seconds", type=float, default=75.0, help="of a run, about")
-    parser.add_argument("--others", type=float, default=0.2, help="CPUs that other processes may use where a time is compared")
+    parser.add_argument(
+        "--others", type=float, default=0.2, help="CPUs that other processes may use where a time is compared"
+    )
     return parser.parse_args()
 
 
@@ -188,7 +194,9 @@ def judge(interval: dict[str, float], actual: float) -> dict[str, Any]:
     return {**interval, "actual": actual, "inside": low <= actual <= high, "width": high / max(low, 1e-9)}
 
 
-def tokens_of(run: PlannedRun, recipe: dict[str, Any], work: Path, earlier: Sequence[dict[str, Any]], seconds: float) -> int:
+def tokens_of(
+    run: PlannedRun, recipe: dict[str, Any], work: Path, earlier: Sequence[dict[str, Any]], seconds: float
+) -> int:
     """Return the tokens that take about `seconds`, and at least four updates."""
     alike = [result for result in earlier if result["run"].endswith(f"-{run.base}-{run.bits}")]
     if alike:
@@ -207,7 +215,9 @@ def command(verb: str, recipe: dict[str, Any], file: Path, *options: str) -> dic
 
 @contextmanager
 def observe_machine() -> Iterator[dict[str, float]]:
-    """Inside, watch how many CPUs other processes use; afterwards the mapping has the mean, `others_cpus`, and the load."""
+    """Inside, watch how many CPUs other processes use; afterwards the mapping has the mean, `others_cpus`, and the
+    load.
+    """
     facts = {"load_before": os.getloadavg()[0]}
     before, began = (_busy_s(), _children_s()), time.monotonic()
     yield facts
@@ -233,9 +243,11 @@ def line_of(result: dict[str, Any], arguments: argparse.Namespace) -> str:
     """Return a line for a person."""
     memory, duration = result["memory"], result["time"]
     return (
-        f"{result['run']}: memory {memory['actual'] / 1e9:.2f} GB in {memory['low'] / 1e9:.2f}..{memory['high'] / 1e9:.2f}: "
+        f"{result['run']}: memory {memory['actual'] / 1e9:.2f} GB in "
+        f"{memory['low'] / 1e9:.2f}..{memory['high'] / 1e9:.2f}: "
         f"{memory['inside']}; time {duration['actual']:.0f} s in {duration['low']:.0f}..{duration['high']:.0f}: "
-        f"{duration['inside'] if is_idle(result, arguments) else 'not compared'} (others used {result['others_cpus']:.2f} CPUs)"
+        f"{duration['inside'] if is_idle(result, arguments) else 'not compared'} (others used "
+        f"{result['others_cpus']:.2f} CPUs)"
     )
 
 

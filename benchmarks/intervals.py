@@ -3,9 +3,9 @@
     python benchmarks/intervals.py --json                # the table of docs/decisions/021-few-groups.md
     python benchmarks/intervals.py --json --small        # Sartor's method alone, 20 draws: shows that it runs
 
-Differences of groups are drawn with mean 0 from each distribution; a verdict of "better" or "worse" is false, at a nominal
-2.5 % each. `false_verdicts` has the larger of the two in per cent, by method, distribution and number of groups; `power` how
-often an effect, in standard deviations of a group's difference, is told.
+Differences of groups are drawn with mean 0 from each distribution; a verdict of "better" or "worse" is false, at a
+nominal 2.5 % each. `false_verdicts` has the larger of the two in per cent, by method, distribution and number of
+groups; `power` how often an effect, in standard deviations of a group's difference, is told.
 """
 
 from __future__ import annotations
@@ -85,9 +85,13 @@ def range_handicap(each: Array) -> tuple[float, float]:
 
 
 METHODS: dict[str, Interval] = {
-    "sartor": sartor, "percentile": percentile, "bootstrap_t": bootstrap_t, "student": student_t, "flipped": flipped,
+    "sartor": sartor,
+    "percentile": percentile,
+    "bootstrap_t": bootstrap_t,
+    "student": student_t,
+    "flipped": flipped,
     "range_handicap": range_handicap,
-}  # fmt: skip
+}
 
 
 def _resamples(count: int) -> NDArray[np.int64]:
@@ -166,7 +170,9 @@ def main() -> None:
         },
         "trials": asked.trials,
         "absent": {
-            name: smallest.LEFT_OUT if asked.small else "not asked for" for name in METHODS if name not in asked.methods
+            name: smallest.LEFT_OUT if asked.small else "not asked for"
+            for name in METHODS
+            if name not in asked.methods
         },
     }
     print_result({**said, "wall_s": round(time.monotonic() - began, 1)})

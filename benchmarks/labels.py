@@ -1,8 +1,8 @@
 """Planted label flips in home-intents: how many stand at the head of the queue that `suspicious_labels` writes.
 
-Rows are drawn from all sentences of the asset's grammar of a language, by intent (`equal`) or by sentence (`natural`, where
-some intents have hundreds of rows and some a few), or are the demo's own rows (`demo`). A part of the labels is set to another,
-random intent. The reply is the intent's name or a JSON object with it and its slots.
+Rows are drawn from all sentences of the asset's grammar of a language, by intent (`equal`) or by sentence (`natural`,
+where some intents have hundreds of rows and some a few), or are the demo's own rows (`demo`). A part of the labels is
+set to another, random intent. The reply is the intent's name or a JSON object with it and its slots.
 
     python benchmarks/labels.py --json
     python benchmarks/labels.py --json --small    # made-up rows: shows that it runs
@@ -102,7 +102,10 @@ def gather(step: SuspiciousLabels, rows: list[tuple[str, str]]) -> StepInput:
     import pyarrow as pa
 
     examples = [
-        Example((Message.of("user", prompt), Message.of("assistant", reply)), (Origin("rows.jsonl", f"rows.jsonl:{number}"),))
+        Example(
+            (Message.of("user", prompt), Message.of("assistant", reply)),
+            (Origin("rows.jsonl", f"rows.jsonl:{number}"),),
+        )
         for number, (prompt, reply) in enumerate(rows, 1)
     ]
     table = step.sketch(examples, Path())
@@ -122,9 +125,13 @@ def measure(step: SuspiciousLabels, rows: list[tuple[str, str]], flipped: np.nda
     ranks = np.empty(len(rows))
     ranks[queue] = np.arange(len(queue))
     heads = {
-        f"recall_at_{share:.0%}": float(flipped[queue[: round(share * len(rows))]].sum() / flipped.sum()) for share in SHARES
+        f"recall_at_{share:.0%}": float(flipped[queue[: round(share * len(rows))]].sum() / flipped.sum())
+        for share in SHARES
     }
-    told = {key: verdicts.facts[key] for key in ("label", "encoder", "labels", "judged_by", "estimated_errors", "suspicious")}
+    told = {
+        key: verdicts.facts[key]
+        for key in ("label", "encoder", "labels", "judged_by", "estimated_errors", "suspicious")
+    }
     return {
         **heads,
         "auc": float(roc_auc_score(flipped, -ranks)),

@@ -1,14 +1,16 @@
 """What agents learn from use: what 60 corrections are worth, what poison comes to, and how soon drift is sent back.
 
-    python benchmarks/learn.py --json [--work DIR] [--parts corrections poisoned broken_slice rollback personal deleted]
-    python benchmarks/learn.py --json --small    # a tiny base and little feedback: shows that it runs
+    python benchmarks/learn.py --json [--work DIR] [--parts corrections poisoned broken_slice rollback personal
+    deleted] python benchmarks/learn.py --json --small    # a tiny base and little feedback: shows that it runs
 
-corrections     a specialist that was never shown three of ten intents is corrected 60 times by five people; `sartor retrain`.
-                The gain is of rows by template that its Dataset holds out: nobody chose, corrected or trained on them.
-poisoned        one of five keys turns the ratings that it gives around, a fifth of all; `sartor retrain`. And the same drawn
+corrections     a specialist that was never shown three of ten intents is corrected 60 times by five people; `sartor
+                retrain`. The gain is of rows by template that its Dataset holds out: nobody chose, corrected or
+                trained on them.
+poisoned        one of five keys turns the ratings that it gives around, a fifth of all; `sartor retrain`. And the same
+                drawn
                 many times without a tuning: how often the key is named, and how often anybody is where nobody does so.
-broken_slice    the corrections of one intent that it never saw are right, those of one that it knows are wrong: on average
-                it is about as good as before, and an intent is broken.
+broken_slice    the corrections of one intent that it never saw are right, those of one that it knows are wrong: on
+                average it is about as good as before, and an intent is broken.
 rollback        `learn_rollback.py`: requests until a version that drifts after its promotion is sent back.
 personal, deleted   `measure()` of learn_personal.py.
 
@@ -76,7 +78,9 @@ def retrained(folder: Path, name: str, said: Sequence[Feedback]) -> tuple[dict[s
     team, state = learn_rows.team(folder, notice), folder / f"state-{name}"
     shutil.rmtree(state, ignore_errors=True)
     learn_rows.write_inbox(state, said)
-    found = sartor.retrain(team, "home", wishes=sartor.Wishes(promote=True), flags=["--state", str(state)], notice=notice)
+    found = sartor.retrain(
+        team, "home", wishes=sartor.Wishes(promote=True), flags=["--state", str(state)], notice=notice
+    )
     return found.as_json(), RunRecord.open(Path(found.folder)) if found.folder else None
 
 
@@ -105,8 +109,13 @@ def _told(found: dict[str, Any], work: RunRecord | None) -> dict[str, Any]:
         return {**said, "absent": dict.fromkeys(("gain", "forgetting"), f"no gate was reached: {found['reason']}")}
     gate, report = stages["gate"], sartor.open(stages["evaluate"]["report"]).manifest
     failed = [name for name, check in gate["checks"].items() if check["outcome"] == "fail"]
-    return {**said, "gain": gate["compared"]["held_out"], "failed": failed, "forgetting": report["forgetting"],
-            **({"of_feedback": gate["compared"]["feedback"]} if "feedback" in gate["compared"] else {})}  # fmt: skip
+    return {
+        **said,
+        "gain": gate["compared"]["held_out"],
+        "failed": failed,
+        "forgetting": report["forgetting"],
+        **({"of_feedback": gate["compared"]["feedback"]} if "feedback" in gate["compared"] else {}),
+    }
 
 
 def poisoned(folder: Path) -> dict[str, Any]:
@@ -163,7 +172,9 @@ def measure(folder: Path, names: Sequence[str], is_small: bool) -> dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON object on the last line; progress goes to stderr anyway")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on the last line; progress goes to stderr anyway"
+    )
     smallest.add_argument(parser, has_work=True)
     parser.add_argument("--work", type=Path, help="folder of the live specialist and of finished parts")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))

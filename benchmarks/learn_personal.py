@@ -3,10 +3,11 @@
     python benchmarks/learn_personal.py --json [--work DIR]
     python benchmarks/learn_personal.py --json --small    # a tiny base and few records: shows that it runs
 
-The tutor of examples/team (twelve learners' records together, the starter, 3 epochs) and three learners who are not among them,
-140 records each. `sartor personal tune` learns from three quarters; exact match of greedy replies on the last quarter, by
-exercise and slip, is compared in pairs with the shared tutor's: `gain`, over all three, interval by bootstrap over learners'
-exercises. Then each is forgotten, and every file below the team's state is searched for a word that stood in every record of
+The tutor of examples/team (twelve learners' records together, the starter, 3 epochs) and three learners who are not
+among them, 140 records each. `sartor personal tune` learns from three quarters; exact match of greedy replies on the
+last quarter, by exercise and slip, is compared in pairs with the shared tutor's: `gain`, over all three, interval by
+bootstrap over learners' exercises. Then each is forgotten, and every file below the team's state is searched for a
+word that stood in every record of
 that learner alone: `deleted_found`. What stands in DIR is not made again. `benchmarks/learn.py` has both from here.
 """
 
@@ -127,7 +128,9 @@ def found_in(state: Path, word: str) -> list[str]:
     """Files that hold the word; of a Parquet file, whose pages are compressed, what it says."""
     files = [file for file in sorted(state.rglob("*")) if file.is_file()]
     return [
-        str(file) for file in files if word.encode() in file.read_bytes() or (file.suffix == ".parquet" and word in _told(file))
+        str(file)
+        for file in files
+        if word.encode() in file.read_bytes() or (file.suffix == ".parquet" and word in _told(file))
     ]
 
 
@@ -145,7 +148,9 @@ def measured(folder: Path) -> dict[str, Any]:
     learners: dict[str, Any] = {}
     for name in size.learners:
         made = sartor.tune_personal(
-            team, sartor.PersonalOptions("tutor", name, str(folder / f"rows/{name}.jsonl"), **size.options), notice=notice
+            team,
+            sartor.PersonalOptions("tutor", name, str(folder / f"rows/{name}.jsonl"), **size.options),
+            notice=notice,
         )
         own = open_artifact(made["adapter"])
         rows = list(read_examples(open_artifact(own.path.parent / "rows"), "eval"))

@@ -1,9 +1,9 @@
-"""After how many requests a version that drifts after its promotion is sent back: `serving/dispatch/rollout.py`, on simulated
-replies.
+"""After how many requests a version that drifts after its promotion is sent back: `serving/dispatch/rollout.py`, on
+simulated replies.
 
-Of the version before, WINDOW_REPLIES replies were seen. The promoted one is as good for `calm` requests; then a fraction `bad`
-of its replies breaks the format, or is rated bad by those who rate (a fraction RATED of the requests). Counted are the requests
-since the drift began. The interval of a quantile is by order statistics (binomial, 95 %).
+Of the version before, WINDOW_REPLIES replies were seen. The promoted one is as good for `calm` requests; then a
+fraction `bad` of its replies breaks the format, or is rated bad by those who rate (a fraction RATED of the requests).
+Counted are the requests since the drift began. The interval of a quantile is by order statistics (binomial, 95 %).
 
     python benchmarks/learn_rollback.py --json [--runs 100]
 """
@@ -50,7 +50,9 @@ DRIFTS = [
 
 
 def until_rollback(drift: Drift | None, draw: random.Random, most: int = MOST) -> int:
-    """Requests from the drift's beginning to the verdict; 0 where there is none within `most`, below 0 for a false alarm."""
+    """Requests from the drift's beginning to the verdict; 0 where there is none within `most`, below 0 for a false
+    alarm.
+    """
     rollouts = Rollouts(Rollout(), clock=lambda: 0.0)
     rollouts.follow(Agent("faq", "1"), None)
     for _ in range(WINDOW_REPLIES):
@@ -84,7 +86,9 @@ def quantile(found: list[int], fraction: float) -> dict[str, int]:
 
 
 def measure(runs: int = 100, seed: int = 0) -> dict[str, Any]:
-    """{drift: {median, p95, missed, too_soon}} of so many runs each; and how often one that does not drift is sent back."""
+    """{drift: {median, p95, missed, too_soon}} of so many runs each; and how often one that does not drift is sent
+    back.
+    """
     said: dict[str, Any] = {}
     for drift in DRIFTS:
         found = parts.run(
@@ -95,7 +99,9 @@ def measure(runs: int = 100, seed: int = 0) -> dict[str, Any]:
         said[drift.name] = {"missed": found.count(0), "too_soon": sum(count < 0 for count in found)}
         if hits:
             said[drift.name] |= {"median": quantile(hits, 0.5), "p95": quantile(hits, 0.95)}
-    calm = parts.run("no drift", lambda: [until_rollback(None, random.Random(f"{seed}calm{run}"), 2000) for run in range(runs)])
+    calm = parts.run(
+        "no drift", lambda: [until_rollback(None, random.Random(f"{seed}calm{run}"), 2000) for run in range(runs)]
+    )
     return {
         "drifts": said,
         "false_rollbacks": {"of": runs, "requests": 2000, "count": sum(count < 0 for count in calm)},

@@ -1,10 +1,12 @@
-"""Rows, a live specialist and feedback for learn.py: home-intents, of which the specialist was never shown three intents.
+"""Rows, a live specialist and feedback for learn.py: home-intents, of which the specialist was never shown three
+intents.
 
-    python benchmarks/learn_rows.py DIR      # the live specialist below DIR, once; learn.py makes it where it is absent
+    python benchmarks/learn_rows.py DIR      # the live specialist below DIR, once; learn.py makes it where it is
+                                             absent
 
-Its training rows are of seven intents; the rows that its Dataset holds out are of all ten, each of a template that no training
-row and no correction has. So it errs on three tenths of what it is asked, and what a retrain is worth is seen on rows that
-nobody chose.
+Its training rows are of seven intents; the rows that its Dataset holds out are of all ten, each of a template that no
+training row and no correction has. So it errs on three tenths of what it is asked, and what a retrain is worth is seen
+on rows that nobody chose.
 """
 
 from __future__ import annotations
@@ -24,8 +26,14 @@ from sartor.core.records import Feedback, FeedbackAuthor
 from sartor.demo.home_intents import rehearsal_rows, rows
 
 KNOWN = (
-    "HassTurnOn", "HassTurnOff", "HassGetWeather", "HassSetVolume", "HassMediaPause", "HassStartTimer", "HassVacuumCleanArea",
-)  # fmt: skip
+    "HassTurnOn",
+    "HassTurnOff",
+    "HassGetWeather",
+    "HassSetVolume",
+    "HassMediaPause",
+    "HassStartTimer",
+    "HassVacuumCleanArea",
+)
 UNKNOWN = ("HassListRemoveItem", "HassClimateSetTemperature", "HassCancelTimer")
 HELD_OUT, TRAIN = 8, 40  # rows of an intent
 SMALL_TRAIN, SMALL_GENERAL = 8, 4
@@ -37,7 +45,9 @@ Row = dict[str, Any]
 
 
 def shrink() -> None:
-    """Take few rows of an intent and of general talk from now on; the specialist is released though it learns nothing."""
+    """Take few rows of an intent and of general talk from now on; the specialist is released though it learns
+    nothing.
+    """
     global HELD_OUT, TRAIN, GENERAL, waived, rules
     HELD_OUT, TRAIN, GENERAL, waived = 2, SMALL_TRAIN, SMALL_GENERAL, ("gain", "forgetting")
     rules = {"at_least": {"corrections": 8}, "tuning": {"budget": {"epochs": 1}, "evaluations": 0}}
@@ -106,10 +116,15 @@ def right(row: Row) -> str:
 
 
 def corrections(intents: Sequence[str], count: int, told: Callable[[Row], str] = right) -> list[Feedback]:
-    """`count` corrections of prompts of these intents in turn, by KEYS people: what the reply should be, as `told` says."""
+    """`count` corrections of prompts of these intents in turn, by KEYS people: what the reply should be, as `told`
+    says.
+    """
     every = of_intents()
     drawn = [row for some in zip(*(every[name][HELD_OUT:] for name in intents), strict=True) for row in some][:count]
-    return [feedback(number, row, correction=told(row), reply='{"intent":"HassTurnOn"}') for number, row in enumerate(drawn)]
+    return [
+        feedback(number, row, correction=told(row), reply='{"intent":"HassTurnOn"}')
+        for number, row in enumerate(drawn)
+    ]
 
 
 def key_of(number: int) -> int:
@@ -119,7 +134,9 @@ def key_of(number: int) -> int:
 
 def feedback(number: int, row: Row, **fields: Any) -> Feedback:
     said = FeedbackAuthor(key=f"key-{key_of(number)}")
-    return Feedback(f"r{number}", "home@1.0", "2026-01-01T00:00:00Z", messages=tuple(row["messages"][:-1]), by=said, **fields)
+    return Feedback(
+        f"r{number}", "home@1.0", "2026-01-01T00:00:00Z", messages=tuple(row["messages"][:-1]), by=said, **fields
+    )
 
 
 def ratings(count: int) -> Iterator[tuple[int, Row]]:

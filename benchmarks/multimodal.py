@@ -1,15 +1,17 @@
-"""What composed bases see and hear: the textile line beside models that only read or only look, spoken commands end to end
-beside a cascade, and what keeping a tower's features saves.
+"""What composed bases see and hear: the textile line beside models that only read or only look, spoken commands end to
+end beside a cascade, and what keeping a tower's features saves.
 
     python benchmarks/multimodal.py [--parts textile solar speech cached] [--work DIR] [--json]
     python benchmarks/multimodal.py --small --json    # random towers, a few made-up pictures: shows that it runs
 
-textile: macro-F1 of the action over the held-out pictures, for the model that gets picture and note, for those that get one
-of them, for the first with the pictures shuffled, and for a logistic regression on the same tower's features (told the rest of
-the protocol; fitted with the changed copies of the pictures and without); differences with intervals. solar: the same with
-photographs of solar cells (CC-BY-NC-SA: for benchmarks alone), no note and two classes. speech: exact match of the JSON for
-held-out command templates. cached: seconds of an epoch with the features computed over seconds with them read from disk, pairs
-in one process. What stands in --work is not made again. A part that was not asked for, or cannot be run here, is named under
+textile: macro-F1 of the action over the held-out pictures, for the model that gets picture and note, for those that
+get one of them, for the first with the pictures shuffled, and for a logistic regression on the same tower's features
+(told the rest of the protocol; fitted with the changed copies of the pictures and without); differences with
+intervals. solar: the same with photographs of solar cells (CC-BY-NC-SA: for benchmarks alone), no note and two
+classes. speech: exact match of the JSON for
+held-out command templates. cached: seconds of an epoch with the features computed over seconds with them read from
+disk, pairs in one process. What stands in --work is not made again. A part that was not asked for, or cannot be run
+here, is named under
 `absent`.
 """
 
@@ -117,7 +119,9 @@ def dataset(folder: Path, name: str, licence: str, steps: Sequence[Any] = ()) ->
         for split in ("train", "eval")
     ]
     if (folder / "general.jsonl").exists():
-        sources.append({**sources[0], "path": str(folder / "general.jsonl"), "licence": "Apache-2.0", "rehearsal": True})
+        sources.append(
+            {**sources[0], "path": str(folder / "general.jsonl"), "licence": "Apache-2.0", "rehearsal": True}
+        )
     return once(folder / name, lambda out: sartor.curate({"sources": sources, "steps": list(steps)}, out))
 
 
@@ -171,7 +175,8 @@ def by_label(examples: Sequence[Example], field: str) -> Callable[[Reply, Reply]
     return compared
 
 
-# ---------------------------------------------------------------------------------------------------------------- textile
+# ----------------------------------------------------------------------------------------------------------------
+# textile
 
 
 def textile_rows(work: Path, limit: int) -> Path:
@@ -214,7 +219,9 @@ def textile(work: Path, limit: int) -> dict[str, Any]:
     found = {name: compared(replies, said["both"]) for name, replies in said.items()}
     return {
         **{name: round(one["base"], 4) for name, one in found.items()},
-        "both_over": {name: {key: round(one[key], 4) for key in ("difference", "low", "high")} for name, one in found.items()},
+        "both_over": {
+            name: {key: round(one[key], 4) for key in ("difference", "low", "high")} for name, one in found.items()
+        },
         "rows": len(asked),
         "data_to_replies_s": round(seconds, 1),
     }
@@ -267,7 +274,9 @@ def one_side(folder: Path, out: Path, side: str) -> None:
 
 
 def probed(data: Path, asked: Sequence[Example], *, is_copied: bool = True) -> Sequence[str]:
-    """Logistic regression on the mean features of each picture -> the defect. is_copied: also of the changed copies."""
+    """Logistic regression on the mean features of each picture -> the defect. is_copied: also of the changed
+    copies.
+    """
     tower = open_tower(size.tower, "image")
     found = [row for row in parquet_io.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)]
     train = [row for row in found if is_copied or "augment_images" not in row.steps]
@@ -276,7 +285,9 @@ def probed(data: Path, asked: Sequence[Example], *, is_copied: bool = True) -> S
         pictures = [(data / media_of(row)[0].media).read_bytes() for row in examples]
         return np.stack([tower.features(picture).float().mean(0).numpy() for picture in pictures])
 
-    model = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=np.logspace(-4, 0, 5), max_iter=2000, random_state=0))
+    model = make_pipeline(
+        StandardScaler(), LogisticRegressionCV(Cs=np.logspace(-4, 0, 5), max_iter=2000, random_state=0)
+    )
     model.fit(pooled(train), [json.loads(row.reply)["defect"] for row in train])
     return [str(defect) for defect in model.predict(pooled(asked))]
 
@@ -299,7 +310,8 @@ def probe(data: Path, asked: Sequence[Example], *, is_copied: bool = True) -> Re
     return replies
 
 
-# ----------------------------------------------------------------------------------------------------------------- speech
+# -----------------------------------------------------------------------------------------------------------------
+# speech
 
 
 def spoken_rows(work: Path, commands: int, voices: int) -> Path:
@@ -339,7 +351,9 @@ def paired(one: Reply, other: Reply, references: Reply, groups: Sequence[str]) -
 
 
 def cascade(folder: Path, examples: Sequence[Example], data: Path) -> tuple[Reply, float]:
-    """Whisper writes down what is said; a text model tuned on commands and on such transcripts answers. And the WER."""
+    """Whisper writes down what is said; a text model tuned on commands and on such transcripts answers. And the
+    WER.
+    """
     listener = open_speech_to_text(WHISPER)
 
     def transcripts(clips: Sequence[Path]) -> list[str]:
@@ -349,15 +363,20 @@ def cascade(folder: Path, examples: Sequence[Example], data: Path) -> tuple[Repl
         found = lines(folder / "train.jsonl")
         texts = [row for row in found if isinstance(row["messages"][1]["content"], str)]
         # one recording of each command, as it is heard
-        first = {row["group"]: row for row in found if not isinstance(row["messages"][1]["content"], str)
-                 and row["messages"][2]["content"].startswith("{")}  # fmt: skip
+        first = {
+            row["group"]: row
+            for row in found
+            if not isinstance(row["messages"][1]["content"], str) and row["messages"][2]["content"].startswith("{")
+        }
         heard = transcripts([folder / row["messages"][1]["content"][0]["audio"] for row in first.values()])
         for row, text in zip(first.values(), heard, strict=True):
             row["messages"][1]["content"] = text
         out.mkdir()
         for row in texts:
             row["messages"][1]["content"] = spoken(row["messages"][1]["content"])
-        (out / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*texts, *first.values()]), encoding="utf-8")
+        (out / "train.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in [*texts, *first.values()]), encoding="utf-8"
+        )
         (out / "eval.jsonl").write_text((folder / "words.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
 
     own = once(folder.with_name("heard"), write)
@@ -368,14 +387,16 @@ def cascade(folder: Path, examples: Sequence[Example], data: Path) -> tuple[Repl
         for row, text in zip(examples, heard, strict=True)
     ]
     words = {
-        row["messages"][2]["content"] + row["group"]: row["messages"][1]["content"] for row in lines(folder / "words.jsonl")
+        row["messages"][2]["content"] + row["group"]: row["messages"][1]["content"]
+        for row in lines(folder / "words.jsonl")
     }
     errors = [word_errors(text, words[row.reply + row.group]) for row, text in zip(examples, heard, strict=True)]
     wer = sum(wrong for wrong, _ in errors) / sum(count for _, count in errors)
     return answers(adapter, asked, data), round(wer, 4)
 
 
-# ----------------------------------------------------------------------------------------------------------------- cached
+# -----------------------------------------------------------------------------------------------------------------
+# cached
 
 
 def cached(work: Path) -> dict[str, Any]:
@@ -388,8 +409,12 @@ def cached(work: Path) -> dict[str, Any]:
 
 
 def epochs(kind: str, tower: str, data: Path) -> dict[str, Any]:
-    """Losses and gradients of rows with media, as in tuning, with features that the tower computes and that are read."""
-    found = [row for row in parquet_io.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)][:MOST_MEDIA]
+    """Losses and gradients of rows with media, as in tuning, with features that the tower computes and that are
+    read.
+    """
+    found = [row for row in parquet_io.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)][
+        :MOST_MEDIA
+    ]
     base = open_base("starter")
     base = compose_base(base, open_towers({kind: tower}, base.device, lambda line: None), shelf=None)
     encoded, media = [base.chat.encode(row, data) for row in found], base.media
@@ -398,7 +423,9 @@ def epochs(kind: str, tower: str, data: Path) -> dict[str, Any]:
     path = transformers_backend.choose_loss_backend(model, encoded, base.device)
     with tempfile.TemporaryDirectory() as folder:
         ways = {"computed": None, "read": TensorCache(Path(folder), 1 << 32)}
-        features = {name: TowerFeatureCache(media.features.towers, shelf, held_bytes=0) for name, shelf in ways.items()}
+        features = {
+            name: TowerFeatureCache(media.features.towers, shelf, held_bytes=0) for name, shelf in ways.items()
+        }
         for each in features.values():
             keys = [each.key(media_of(row)[0], data) for row in found]
 

@@ -3,8 +3,8 @@
     python benchmarks/norms.py ADAPTER... --json      # directories with sartor.json: Adapters or Releases
     python benchmarks/norms.py --small --json         # an adapter of a tiny base that is tuned for this
 
-Per module the Frobenius norm of scale * B A, over that of the base's weight and as a share of what is allowed; of each adapter
-the largest and the middle one.
+Per module the Frobenius norm of scale * B A, over that of the base's weight and as a share of what is allowed; of each
+adapter the largest and the middle one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,12 @@ def tuned(folder: Path) -> Path:
     rows = [{"prompt": f"what is {n} and {n}", "completion": f"it is {2 * n}"} for n in range(24)]
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     sartor.curate({"sources": [{"path": str(folder / "rows.jsonl"), "licence": "CC0-1.0"}]}, folder / "dataset")
-    recipe = {"base": model_refs.STARTER, "data": str(folder / "dataset"), "budget": {"updates": 2}, "method": {"rank": 4}}
+    recipe = {
+        "base": model_refs.STARTER,
+        "data": str(folder / "dataset"),
+        "budget": {"updates": 2},
+        "method": {"rank": 4},
+    }
     recipe["optimizer"] = {"learning_rate": 2e-4, "batch_tokens": 4096}
     sartor.tune(recipe, folder / "adapter", show=False)
     return folder / "adapter"

@@ -1,8 +1,9 @@
-"""What exact block-diagonal packing saves: one update's forward and backward, our packed rows against three other ways.
+"""What exact block-diagonal packing saves: one update's forward and backward, our packed rows against three other
+ways.
 
 Same rows, same base shape (SmolLM2-135M's, random weights), same loss, in alternating order in one process:
-`padded` is transformers' own padded batch with SDPA, `dense_mask` is one flat row with a (T, T) mask under SDPA, `one_row`
-is a forward per example. Ratios are medians of pairs, tokens without padding per second, ours over theirs.
+`padded` is transformers' own padded batch with SDPA, `dense_mask` is one flat row with a (T, T) mask under SDPA,
+`one_row` is a forward per example. Ratios are medians of pairs, tokens without padding per second, ours over theirs.
 
     python benchmarks/packing.py --json
 """
@@ -34,12 +35,19 @@ def base(layers: int, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     """SmolLM2-135M's shape with fewer layers: the ratio of the ways does not depend on their number."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
     model = LlamaForCausalLM(config)
     model.requires_grad_(False)
-    model.model.embed_tokens.weight.requires_grad_(True)  # one gradient at the very bottom: the backward goes all the way
+    model.model.embed_tokens.weight.requires_grad_(
+        True
+    )  # one gradient at the very bottom: the backward goes all the way
     return model
 
 
@@ -48,7 +56,9 @@ def rows(count: int = ROWS, vocabulary: int = VOCABULARY) -> list[packing.Tokeni
     rng = random.Random(0)
     lengths = [rng.randint(30, 100) for _ in range(count)]
     return [
-        packing.TokenizedExample([rng.randrange(vocabulary) for _ in range(n)], [place > 0.6 * n for place in range(n)])
+        packing.TokenizedExample(
+            [rng.randrange(vocabulary) for _ in range(n)], [place > 0.6 * n for place in range(n)]
+        )
         for n in lengths
     ]
 
@@ -81,7 +91,11 @@ def dense_mask(model: LlamaForCausalLM, examples: list[packing.TokenizedExample]
     allowed = (owner[:, None] == owner) & torch.ones(batch.tokens, batch.tokens).tril().bool()
     mask = torch.zeros(1, 1, batch.tokens, batch.tokens).masked_fill(~allowed, torch.finfo(torch.float32).min)
     logits = model(
-        input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask, logits_to_keep=batch.predict, use_cache=False
+        input_ids=batch.ids,
+        position_ids=batch.positions,
+        attention_mask=mask,
+        logits_to_keep=batch.predict,
+        use_cache=False,
     ).logits[0]
     return F.cross_entropy(logits, batch.targets)
 

@@ -1,4 +1,5 @@
-"""How alike the GGUF forms of several Releases answer, refused by no limit: what the limits of `sartor export` are set from.
+"""How alike the GGUF forms of several Releases answer, refused by no limit: what the limits of `sartor export` are set
+from.
 
 Of each form: what each Release reached, the least of them, and how far chance alone moves that (a receipt's
 `agreement_deviation`). `limit` is what `export` holds it against; `margin`, how many such deviations lie between.
@@ -42,7 +43,9 @@ def measured(path: Path, key: Path | None, kinds: Sequence[str]) -> dict[str, Fi
     release = verify(path, key=key).release
     said = release.manifest["base"]
     base = open_base(said["name"], licence=said["licence"], bits=32)
-    work = export_formats.ExportContext(release, base, adapters.open_adapter(base.model, release.path), (), kinds, True, note)
+    work = export_formats.ExportContext(
+        release, base, adapters.open_adapter(base.model, release.path), (), kinds, True, note
+    )
     work.traces = parity.trace(base, work.model, parity.choose(release, base.chat))
     with tempfile.TemporaryDirectory() as folder:
         return {found.form: found for found in export_formats.write_gguf(work, Path(folder)).figures.values()}
@@ -78,7 +81,9 @@ def main() -> None:
     """Measure, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("releases", type=Path, nargs="*")
-    parser.add_argument("--key", type=Path, help="the public key that signed them, where this machine does not trust it")
+    parser.add_argument(
+        "--key", type=Path, help="the public key that signed them, where this machine does not trust it"
+    )
     parser.add_argument("--kinds", default=KINDS, help=f"types of the merged file, of {KINDS}")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     smallest.add_argument(parser)
@@ -113,7 +118,8 @@ def everything(options: argparse.Namespace) -> dict[str, Any]:
         note(f"{path.name} ...")
         digest = records.digest(verify(path, key=options.key).release.manifest)
         figures = parts.run(
-            f"{path.name} {digest[:12]}", lambda path=path: as_json(measured(path, options.key, options.kinds.split(",")))
+            f"{path.name} {digest[:12]}",
+            lambda path=path: as_json(measured(path, options.key, options.kinds.split(","))),
         )
         releases[path.name] = {form: Figures(**values) for form, values in figures.items()}
         note(json.dumps(summary({path.name: releases[path.name]})))

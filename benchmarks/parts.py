@@ -33,7 +33,9 @@ DIGESTED = ("*.py", "*.cpp", "*.h", "*.toml", "*.txt")
 
 @dataclass
 class Call:
-    """One call of a benchmark. folder: where results of its parts stand, None where none are kept. part: the one that runs."""
+    """One call of a benchmark. folder: where results of its parts stand, None where none are kept. part: the one that
+    runs.
+    """
 
     program: str = "benchmark"
     folder: Path | None = None
@@ -89,7 +91,8 @@ def run(label: str, compute: Callable[[], Any], *, is_final: Callable[[Any], boo
 
 
 def work_folder(temporary: Path) -> Path:
-    """Return where a program keeps files of its own for a later call: below `--work`, by its options and the code; made.
+    """Return where a program keeps files of its own for a later call: below `--work`, by its options and the code;
+    made.
 
     temporary: the folder of a call without `--work`.
     """
@@ -99,7 +102,9 @@ def work_folder(temporary: Path) -> Path:
 
 
 def digest_of_code() -> str:
-    """Return the digest of Sartor's sources and of the benchmarks, with what their peers install (requirements.txt)."""
+    """Return the digest of Sartor's sources and of the benchmarks, with what their peers install
+    (requirements.txt).
+    """
     digest = hashlib.sha256()
     for folder in CODE:
         for file in sorted(file for suffix in DIGESTED for file in folder.rglob(suffix)):
@@ -115,7 +120,10 @@ def _watch(call: Call) -> None:
             break
         time.sleep(min(HEARTBEAT_S, left_s))
         if call is _call and call.limit_s > call.elapsed_s:
-            _say(call, f"{call.part}: for {time.monotonic() - call.part_started_at:.0f} s, {call.elapsed_s:.0f} s in all")
+            _say(
+                call,
+                f"{call.part}: for {time.monotonic() - call.part_started_at:.0f} s, {call.elapsed_s:.0f} s in all",
+            )
     if call is not _call:
         return
     import psutil
@@ -129,7 +137,11 @@ def _watch(call: Call) -> None:
 
 
 def _unfinished(call: Call) -> str:
-    where = f"the same command goes on from {call.folder}" if call.folder else "with --work DIR the same command would go on"
+    where = (
+        f"the same command goes on from {call.folder}"
+        if call.folder
+        else "with --work DIR the same command would go on"
+    )
     return f"{call.limit_s / 60:g} minutes are over, in the part {call.part!r}: {where}"
 
 

@@ -28,7 +28,9 @@ from dataclasses import dataclass
 from typing import Any
 
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
-ROUNDINGS = 14  # of a block, forward: 7 products, 2 norms, the activation, the rotation, attention's two products and softmax
+ROUNDINGS = (
+    14  # of a block, forward: 7 products, 2 norms, the activation, the rotation, attention's two products and softmax
+)
 FIRST_LOSS = {"bfloat16": 0.02}  # nats at update 1
 
 
@@ -50,7 +52,9 @@ class Tolerance:
 
 
 def tolerance_of(dtype: str, *, layers: int, width: int, rank: int, loss: float) -> Tolerance:
-    """Derive the tolerance of a dtype for a base of `layers` blocks. width: of the widest product. loss: at update 1, nats."""
+    """Derive the tolerance of a dtype for a base of `layers` blocks. width: of the widest product. loss: at update 1,
+    nats.
+    """
     rounding = UNIT_ROUNDOFF[dtype] + math.sqrt(width) * UNIT_ROUNDOFF["float32"]
     error = math.sqrt(2 * ROUNDINGS * layers) * rounding
     gradient = 3 * math.sqrt(2) * error / math.sqrt(rank) + error**2
@@ -80,7 +84,9 @@ def find_disagreement(reference: dict[str, Any], result: dict[str, Any], toleran
     for name, expected in expected_norms.items():
         if not abs(expected - norms[name]) <= tolerance.gradient * max(expected, norms[name]):
             limit_text = f"at most {tolerance.gradient:.2g} of it in {tolerance.dtype}"
-            return f"the gradient norm of B of {name} at update 1 is {norms[name]:.5g}, not {expected:.5g} ({limit_text})"
+            return (
+                f"the gradient norm of B of {name} at update 1 is {norms[name]:.5g}, not {expected:.5g} ({limit_text})"
+            )
     return ""
 
 

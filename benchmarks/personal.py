@@ -1,10 +1,10 @@
 """How much planted personal data `personal_data` finds, how much it finds that is none, and how fast it is.
 
-Values of every entity are made by seeded generators with their own checksums, in the forms in which people write them, and
-put into sentences of chat rows; other sentences hold what looks like them: order numbers, versions, dates, prices, ISBN,
-times, hex colours, UUIDs, IMEI, numbers of 16 digits and IBANs whose check digits are wrong, article numbers like telephone
-numbers. `recall` is the fraction of planted values of which nothing is left, `precision` the fraction of findings that
-touch a planted value of their own entity; it is absent where there are none.
+Values of every entity are made by seeded generators with their own checksums, in the forms in which people write them,
+and put into sentences of chat rows; other sentences hold what looks like them: order numbers, versions, dates, prices,
+ISBN, times, hex colours, UUIDs, IMEI, numbers of 16 digits and IBANs whose check digits are wrong, article numbers
+like telephone numbers. `recall` is the fraction of planted values of which nothing is left, `precision` the fraction
+of findings that touch a planted value of their own entity; it is absent where there are none.
 `by_any` counts a value as found where another entity's finding covers it.
 Speed and findings are also measured on `chitchat`, where that asset is installed.
 
@@ -36,22 +36,70 @@ from sartor.text.pii.scanner import Scanner
 
 Random = random.Random
 FIRST = (
-    "Ana", "Bob", "Chloe", "Dieter", "Elif", "Femi", "Grace", "Hiro", "Ines", "Jonas", "Karin", "Luca",
-    "Mei", "Noor", "Olga", "Pedro", "Quinn", "Rosa", "Sven", "Tara", "Uwe", "Vera", "Wanda", "Yusuf",
-)  # fmt: skip
+    "Ana",
+    "Bob",
+    "Chloe",
+    "Dieter",
+    "Elif",
+    "Femi",
+    "Grace",
+    "Hiro",
+    "Ines",
+    "Jonas",
+    "Karin",
+    "Luca",
+    "Mei",
+    "Noor",
+    "Olga",
+    "Pedro",
+    "Quinn",
+    "Rosa",
+    "Sven",
+    "Tara",
+    "Uwe",
+    "Vera",
+    "Wanda",
+    "Yusuf",
+)
 LAST = (
-    "Abbott", "Becker", "Castillo", "Dubois", "Eriksson", "Fischer", "Garcia", "Hansen", "Ivanov", "Jensen", "Keller", "Lopez",
-    "Moreau", "Nowak", "Okafor", "Peters", "Rossi", "Smith",
-)  # fmt: skip
+    "Abbott",
+    "Becker",
+    "Castillo",
+    "Dubois",
+    "Eriksson",
+    "Fischer",
+    "Garcia",
+    "Hansen",
+    "Ivanov",
+    "Jensen",
+    "Keller",
+    "Lopez",
+    "Moreau",
+    "Nowak",
+    "Okafor",
+    "Peters",
+    "Rossi",
+    "Smith",
+)
 
 HEX = "0123456789abcdef"
 SPEED_ROWS = 3000
 # with `--small`
 SMALL_ROWS, SMALL_SPEED_ROWS = 12, 100
 MONTHS = (
-    "January", "February", "March", "April", "May", "June",
-    "July", "August", "September", "October", "November", "December",
-)  # fmt: skip
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
 
 
 def digits(rng: Random, count: int, first: str = "0123456789") -> str:
@@ -73,7 +121,9 @@ def grouped(text: str, sizes: tuple[int, ...], mark: str) -> str:
 
 def email(rng: Random) -> str:
     first, last = rng.choice(FIRST).lower(), rng.choice(LAST).lower()
-    local = rng.choice([f"{first}.{last}", f"{first}_{last}{rng.randint(1, 99)}", f"{first[0]}{last}", f"{first}+shop", first])
+    local = rng.choice(
+        [f"{first}.{last}", f"{first}_{last}{rng.randint(1, 99)}", f"{first[0]}{last}", f"{first}+shop", first]
+    )
     domain = rng.choice(["example.com", "gmail.com", "mail.firma.de", "acme.co.uk", "uni-köln.de", "gov.br", "web.io"])
     said = f"{local}@{domain}"
     form = rng.randrange(8)
@@ -130,10 +180,16 @@ def iban_of(country: str, body: str) -> str:
 def iban(rng: Random) -> str:
     country, body = rng.choice(
         [
-            ("DE", digits(rng, 18)), ("GB", "NWBK" + digits(rng, 14)), ("FR", digits(rng, 23)), ("ES", digits(rng, 20)),
-            ("NL", "ABNA" + digits(rng, 10)), ("IT", "X" + digits(rng, 22)), ("CH", digits(rng, 17)), ("PL", digits(rng, 24)),
+            ("DE", digits(rng, 18)),
+            ("GB", "NWBK" + digits(rng, 14)),
+            ("FR", digits(rng, 23)),
+            ("ES", digits(rng, 20)),
+            ("NL", "ABNA" + digits(rng, 10)),
+            ("IT", "X" + digits(rng, 22)),
+            ("CH", digits(rng, 17)),
+            ("PL", digits(rng, 24)),
         ]
-    )  # fmt: skip
+    )
     text = iban_of(country, body)
     return rng.choice([text, grouped(text, (4,) * 8, " "), grouped(text, (4,) * 8, "-"), text.lower()])
 
@@ -175,7 +231,10 @@ def cpf(rng: Random) -> str:
 
 
 def nino(rng: Random) -> str:
-    return f"{rng.choice(['AB', 'CE', 'JK', 'PW'])} {digits(rng, 2)} {digits(rng, 2)} {digits(rng, 2)} {rng.choice('ABCD')}"
+    return (
+        f"{rng.choice(['AB', 'CE', 'JK', 'PW'])} {digits(rng, 2)} {digits(rng, 2)} {digits(rng, 2)} "
+        f"{rng.choice('ABCD')}"
+    )
 
 
 def ahv(rng: Random) -> str:
@@ -205,9 +264,21 @@ def passport(rng: Random) -> str:
 
 # (the words before it, how it is made)
 NATIONAL: tuple[tuple[str, Callable[[Random], str]], ...] = (
-    ("SSN", ssn), ("", ssn), ("DNI", dni), ("", dni), ("sécu", nir), ("BSN", bsn), ("PESEL", pesel), ("CPF", cpf), ("", nino),
-    ("AHV", ahv), ("SIN", sin), ("personnummer", personnummer), ("", hetu), ("passport number", passport),
-)  # fmt: skip
+    ("SSN", ssn),
+    ("", ssn),
+    ("DNI", dni),
+    ("", dni),
+    ("sécu", nir),
+    ("BSN", bsn),
+    ("PESEL", pesel),
+    ("CPF", cpf),
+    ("", nino),
+    ("AHV", ahv),
+    ("SIN", sin),
+    ("personnummer", personnummer),
+    ("", hetu),
+    ("passport number", passport),
+)
 
 
 def national_id(rng: Random) -> tuple[str, str]:
@@ -224,7 +295,12 @@ def ip(rng: Random) -> str:
         )
     return ".".join(
         str(part)
-        for part in (rng.choice([10, 192, 203, 81, 172]), rng.randint(0, 255), rng.randint(0, 255), rng.randint(1, 254))
+        for part in (
+            rng.choice([10, 192, 203, 81, 172]),
+            rng.randint(0, 255),
+            rng.randint(0, 255),
+            rng.randint(1, 254),
+        )
     )
 
 
@@ -314,7 +390,9 @@ def birth_date(rng: Random) -> tuple[str, str]:
 
 
 def person(rng: Random) -> tuple[str, str]:
-    return rng.choice(["my name is", "Dear Mr", "I am called", "Frau", "Ich heiße"]), f"{rng.choice(FIRST)} {rng.choice(LAST)}"
+    return rng.choice(
+        ["my name is", "Dear Mr", "I am called", "Frau", "Ich heiße"]
+    ), f"{rng.choice(FIRST)} {rng.choice(LAST)}"
 
 
 CARRIERS: dict[str, list[str]] = {
@@ -339,7 +417,12 @@ CARRIERS: dict[str, list[str]] = {
     ],
     "iban": ["Transfer it to {}.", "IBAN: {}", "The refund goes to {} please", "my account is {} at the local bank"],
     "national_id": ["It is {} on the form", "My {}", "I gave them {} already.", "number: {}"],
-    "ip_address": ["It fails from {} only", "The server at {} is down.", "ping {} gives nothing", "login from {} at night"],
+    "ip_address": [
+        "It fails from {} only",
+        "The server at {} is down.",
+        "ping {} gives nothing",
+        "login from {} at night",
+    ],
     "mac_address": ["The adapter is {}.", "MAC {}", "Device {} is blocked"],
     "secret": ["We use {}", "{}", "It broke with {} set", "Here: {} and nothing else"],
     "crypto_wallet": ["Send it to {}.", "wallet {}", "My address on chain is {} now"],
@@ -348,10 +431,19 @@ CARRIERS: dict[str, list[str]] = {
     "person": ["Hello, {}.", "{}, I need help", "Hi! {} and I have a question"],
 }
 MAKERS: dict[str, Callable[[Random], Any]] = {
-    "email": email, "phone": phone, "credit_card": card, "iban": iban, "national_id": national_id, "ip_address": ip,
+    "email": email,
+    "phone": phone,
+    "credit_card": card,
+    "iban": iban,
+    "national_id": national_id,
+    "ip_address": ip,
     "mac_address": mac,
-    "secret": secret, "crypto_wallet": wallet, "address": address, "birth_date": birth_date, "person": person,
-}  # fmt: skip
+    "secret": secret,
+    "crypto_wallet": wallet,
+    "address": address,
+    "birth_date": birth_date,
+    "person": person,
+}
 
 
 def negative(rng: Random) -> str:
@@ -369,7 +461,8 @@ def negative(rng: Random) -> str:
             f"Invoice {digits(rng, 8)} of {rng.randint(1, 28)}.{rng.randint(1, 12)}.2023 is open",
             f"We run version {rng.randint(1, 9)}.{rng.randint(0, 20)}.{rng.randint(0, 9)}.{rng.randint(0, 99)} on it",
             f"Update to v{rng.randint(1, 9)}.{rng.randint(0, 20)}.{rng.randint(0, 99)} first",
-            f"The meeting is on {rng.randint(2020, 2026)}-{month:02}-{rng.randint(1, 28):02} at {rng.randint(10, 23)}:30.",
+            f"The meeting is on {rng.randint(2020, 2026)}-{month:02}-{rng.randint(1, 28):02} at "
+            f"{rng.randint(10, 23)}:30.",
             f"It costs {rng.randint(1, 9)},{digits(rng, 3)},{digits(rng, 3)}.{digits(rng, 2)} USD",
             f"ISBN {isbn} is sold out",
             f"Use #{word(rng, 6, HEX)} for the border",
@@ -381,7 +474,8 @@ def negative(rng: Random) -> str:
             f"Part 0{digits(rng, 3)} {digits(rng, 6)} fits both",
             f"commit {word(rng, 40, HEX)} broke it",
             f"The population is {rng.randint(1, 9)} {digits(rng, 3)} {digits(rng, 3)}",
-            f"It took {rng.randint(1, 9)}:{rng.randint(10, 59)}:{rng.randint(10, 59)} h and {rng.randint(100, 999)} km",
+            f"It took {rng.randint(1, 9)}:{rng.randint(10, 59)}:{rng.randint(10, 59)} h and {rng.randint(100, 999)} "
+            "km",
             f"Coordinates {rng.randint(10, 80)}.{digits(rng, 6)}, -{rng.randint(10, 80)}.{digits(rng, 6)}",
             f"The timestamp 17{digits(rng, 8)} is in seconds",
             f"the war ended on 8 May {rng.randint(1900, 1990)} after {rng.randint(2, 9)} years",
@@ -415,11 +509,15 @@ def planted(rng: Random, entity: str) -> tuple[str, str]:
 
 def row_of(*turns: str) -> Example:
     roles = ("user", "assistant")
-    return Example(tuple(Message.of(roles[place % 2], turn) for place, turn in enumerate(turns)), (Origin("planted", "0"),))
+    return Example(
+        tuple(Message.of(roles[place % 2], turn) for place, turn in enumerate(turns)), (Origin("planted", "0"),)
+    )
 
 
 def quality(count: int, seed: int, min_score: float) -> dict[str, Any]:
-    """Recall and precision by entity over `count` planted rows each, and the false findings of as many rows without any."""
+    """Recall and precision by entity over `count` planted rows each, and the false findings of as many rows without
+    any.
+    """
     rng = Random(seed)
     scanner = Scanner(ENTITIES, (), min_score, ())
     right: Counter[str] = Counter()

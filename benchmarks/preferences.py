@@ -1,9 +1,12 @@
 """Planted preferences: dpo and kto turn a base from one form of reply to the other, and the task loses little.
 
-A tiny base is trained here, by sft of all its weights, to say orders back: `set the lamp in the attic to 40`. It has two forms,
-`lamp attic 40`, nearly always, and `OK: lamp, attic, 40.`, seldom. People, planted, prefer the second, in pairs or by thumbs on
-single replies; from each an adapter is tuned. Held-out orders are asked of the base and of the tuned model, greedily.
-`preferred`: fraction of replies in the second form. `metric`: of replies, in either form, that say the order back right.
+A tiny base is trained here, by sft of all its weights, to say orders back: `set the lamp in the attic to 40`. It has
+two forms,
+`lamp attic 40`, nearly always, and `OK: lamp, attic, 40.`, seldom. People, planted, prefer the second, in pairs or by
+thumbs on single replies; from each an adapter is tuned. Held-out orders are asked of the base and of the tuned model,
+greedily.
+`preferred`: fraction of replies in the second form. `metric`: of replies, in either form, that say the order back
+right.
 `lost`: what the metric lost, with its interval by paired bootstrap. `--starter` does the same on the starter base.
 
     python benchmarks/preferences.py --json
@@ -40,10 +43,29 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 import tiny  # the same tiny architecture as the tests have
 
 DEVICES = ("lamp", "heater", "blind", "fan", "radio", "kettle", "speaker", "screen")
-PLACES = ("attic", "hall", "kitchen", "cellar", "porch", "office", "garage", "den", "loft", "patio", "studio", "nursery")
+PLACES = (
+    "attic",
+    "hall",
+    "kitchen",
+    "cellar",
+    "porch",
+    "office",
+    "garage",
+    "den",
+    "loft",
+    "patio",
+    "studio",
+    "nursery",
+)
 LEVELS = tuple(str(10 * level) for level in range(1, 11))
 Order = tuple[str, str, str]
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 384}
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 384,
+}
 # of the base's own training rows those in the form that people will prefer
 SELDOM = 0.1
 # with `--small`
@@ -100,7 +122,9 @@ def curated(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def feedback(folder: Path, orders: Sequence[Order], rng: random.Random) -> dict[str, str]:
-    """What people say, as a Dataset for each objective: which of both replies to an order is better, or a thumb on one."""
+    """What people say, as a Dataset for each objective: which of both replies to an order is better, or a thumb on
+    one.
+    """
     pairs = [{"prompt": asked(one), "chosen": polite(one), "rejected": short(one)} for one in orders]
     thumbs = [(one, rng.random() < 0.5) for one in orders]
     rated = [
@@ -136,8 +160,10 @@ def measured(
     wall_s = time.monotonic() - began
     after = judged(replies(base, made["adapter"], orders), orders)
     lost = bootstrap.paired_bootstrap(after["metric"], before["metric"], [asked(one) for one in orders])
-    means = {side: {name: sum(values) / len(values) for name, values in scores.items()}
-             for side, scores in (("before", before), ("after", after))}  # fmt: skip
+    means = {
+        side: {name: sum(values) / len(values) for name, values in scores.items()}
+        for side, scores in (("before", before), ("after", after))
+    }
     return {
         **means,
         "lost": {"estimate": lost.difference, "low": lost.low, "high": lost.high},
@@ -154,12 +180,18 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rng = random.Random(options.seed)
     every = [(device, place, level) for device in DEVICES for place in PLACES for level in LEVELS]
     rng.shuffle(every)
-    held_out, told, rest = every[: options.asked], every[options.asked : options.asked + options.told], every[options.asked :]
+    held_out, told, rest = (
+        every[: options.asked],
+        every[options.asked : options.asked + options.told],
+        every[options.asked :],
+    )
     method: dict[str, Any] = {"rank": 8, "alpha": 16}
     if options.starter:
         base, start = "starter", folder / "started"
-        rows = [{"prompt": asked(one), "completion": polite(one) if rng.random() < SELDOM else short(one)}
-                for one in rest[: options.told * 2]]  # fmt: skip
+        rows = [
+            {"prompt": asked(one), "completion": polite(one) if rng.random() < SELDOM else short(one)}
+            for one in rest[: options.told * 2]
+        ]
         optimizer = {"learning_rate": 1e-3, "batch_tokens": 512}
         asking = {
             "base": base,
@@ -181,9 +213,15 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     for kind, objective in objectives.items():
         recipe = {
-            "base": base, "data": data[kind], "method": method, "objective": objective, "evaluations": 0, "seed": options.seed,
-            "budget": {"epochs": options.epochs}, "optimizer": {"learning_rate": options.rate, "batch_tokens": 1024},
-        }  # fmt: skip
+            "base": base,
+            "data": data[kind],
+            "method": method,
+            "objective": objective,
+            "evaluations": 0,
+            "seed": options.seed,
+            "budget": {"epochs": options.epochs},
+            "optimizer": {"learning_rate": options.rate, "batch_tokens": 1024},
+        }
         found[kind] = measured(kind, before, base, recipe, held_out, folder)
         print(f"{kind}: {json.dumps(found[kind])}", file=sys.stderr)
     return {"base": "starter" if options.starter else "tiny", "asked": len(held_out), "told": len(told), **found}
@@ -200,7 +238,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3.0)
     # replies of a few tokens: at 0.1 the loss would ask for 50 nats, where 5 settle which form is said
     parser.add_argument("--beta", type=float, default=1.0, help="of dpo and kto")
-    parser.add_argument("--sft-weight", type=float, default=0.2, help="of dpo: the preferred reply's own cross-entropy")
+    parser.add_argument(
+        "--sft-weight", type=float, default=0.2, help="of dpo: the preferred reply's own cross-entropy"
+    )
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of the adapters")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

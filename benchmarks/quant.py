@@ -1,8 +1,9 @@
-"""What a quantised base saves and costs: bytes, peak memory, step time, and whether it goes on learning after an evaluation.
+"""What a quantised base saves and costs: bytes, peak memory, step time, and whether it goes on learning after an
+evaluation.
 
 - `bytes`: linear weights of the starter base in NF4 and int8, over bf16.
-- `memory`: one LoRA update on a random-weight Llama of 1.1B parameters (TinyLlama's shape) in NF4 and in bf16: peak RSS
-  of the whole process, opening included, and of opening alone.
+- `memory`: one LoRA update on a random-weight Llama of 1.1B parameters (TinyLlama's shape) in NF4 and in bf16: peak
+  RSS of the whole process, opening included, and of opening alone.
 - `step`: median seconds of an update on the starter base in NF4, int8 and bits auto, through `paths.choose`.
 - `learning`: losses of updates on repeated rows in NF4, with an evaluation in the middle.
 
@@ -39,14 +40,26 @@ from sartor.models.base import Base, machine_facts, open_base
 from sartor.models.losses import transformers_backend
 
 # of the 1.1B base, with `--small`: what takes its memory is not its shape
-SMALL_SHAPE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL_SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 QUESTIONS = ("Do you deliver on {}?", "When do you open on {}?", "Is the workshop open on {}?")
 ANSWERS = ("Yes, from 9 to 13 h.", "At 8 h, and at 10 h in winter.", "No, only by appointment.")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 SHAPE = {
-    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "tie_word_embeddings": False, "max_position_embeddings": 2048,
-}  # fmt: skip
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+}
 
 
 def peak_bytes() -> int:
@@ -70,7 +83,9 @@ def write_large(path: Path, shape: dict[str, Any]) -> None:
         shards.setdefault(name.split(".")[2] if ".layers." in name else name, []).append(name)
     for number, names in enumerate(shards.values()):
         file = f"model-{number:05d}.safetensors"
-        tensors = {n: torch.ones(shapes[n]) if shapes[n].numel() < 1e5 else torch.randn(shapes[n]) * 0.02 for n in names}
+        tensors = {
+            n: torch.ones(shapes[n]) if shapes[n].numel() < 1e5 else torch.randn(shapes[n]) * 0.02 for n in names
+        }
         save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path / file, {"format": "pt"})
         where |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": 2 * sum(shape.numel() for shape in shapes.values())}, "weight_map": where}
@@ -101,7 +116,9 @@ def tuned(base: Base) -> Any:
 class Updates:
     """LoRA updates by AdamW on one set of rows."""
 
-    def __init__(self, base: Base, rows: list[packing.TokenizedExample], *, probe: bool = True, rate: float = 1e-3) -> None:
+    def __init__(
+        self, base: Base, rows: list[packing.TokenizedExample], *, probe: bool = True, rate: float = 1e-3
+    ) -> None:
         self.model, self.rows = tuned(base), rows
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True)
@@ -141,10 +158,15 @@ def case_memory(name: str, bits: Any, tokens: int) -> dict[str, Any]:
     updates = Updates(base, random_rows(base.model.config.vocab_size, tokens), probe=False)
     loss, step_s = updates()
     return {
-        "imports_bytes": before, "opened_peak_bytes": opened, "peak_bytes": peak_bytes(), "open_s": round(seconds, 1),
-        "step_s": round(step_s, 1), "loss": loss, "path": updates.path.name,
+        "imports_bytes": before,
+        "opened_peak_bytes": opened,
+        "peak_bytes": peak_bytes(),
+        "open_s": round(seconds, 1),
+        "step_s": round(step_s, 1),
+        "loss": loss,
+        "path": updates.path.name,
         "linear_bytes": quantization.linear_bytes(base.model),
-    }  # fmt: skip
+    }
 
 
 def case_step(name: str, bits: Any, tokens: int) -> dict[str, Any]:
@@ -153,8 +175,13 @@ def case_step(name: str, bits: Any, tokens: int) -> dict[str, Any]:
     updates()
     seconds = [updates()[1] for _ in range(5)]
     rows = updates.rows
-    return {"step_s": statistics.median(seconds), "path": updates.path.name, "dtype": str(base.dtype).removeprefix("torch."),
-            "tokens": sum(len(row.ids) for row in rows), "peak_bytes": peak_bytes()}  # fmt: skip
+    return {
+        "step_s": statistics.median(seconds),
+        "path": updates.path.name,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "tokens": sum(len(row.ids) for row in rows),
+        "peak_bytes": peak_bytes(),
+    }
 
 
 def case_learning(name: str, bits: Any, tokens: int) -> dict[str, Any]:
@@ -163,8 +190,12 @@ def case_learning(name: str, bits: Any, tokens: int) -> dict[str, Any]:
     before = [updates()[0] for _ in range(6)]
     middle = updates.evaluate()
     after = [updates()[0] for _ in range(6)]
-    return {"losses": [round(loss, 4) for loss in before + after], "evaluated": middle,
-            "falls_after_evaluation": after[-1] < after[0] < before[0], "path": updates.path.name}  # fmt: skip
+    return {
+        "losses": [round(loss, 4) for loss in before + after],
+        "evaluated": middle,
+        "falls_after_evaluation": after[-1] < after[0] < before[0],
+        "path": updates.path.name,
+    }
 
 
 CASES = {"bytes": case_bytes, "memory": case_memory, "step": case_step, "learning": case_learning}
@@ -172,14 +203,27 @@ CASES = {"bytes": case_bytes, "memory": case_memory, "step": case_step, "learnin
 
 def fresh(case: str, name: str, bits: Any, tokens: int = 16) -> dict[str, Any]:
     """One case in a process of its own."""
-    command = [smallest.python(), __file__, "--case", case, "--base", name, "--bits", str(bits), "--tokens", str(tokens)]
+    command = [
+        smallest.python(),
+        __file__,
+        "--case",
+        case,
+        "--base",
+        name,
+        "--bits",
+        str(bits),
+        "--tokens",
+        str(tokens),
+    ]
     said = last_line(command)
     print(json.dumps({"case": case, "bits": bits, **said}), file=sys.stderr)
     return said
 
 
 def memory_runs(large: str, tokens: int, repeats: int, shape: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return the runs of the case `memory` on the 1.1B base, in NF4 and in bf16. large: its folder; empty to write it."""
+    """Return the runs of the case `memory` on the 1.1B base, in NF4 and in bf16. large: its folder; empty to write
+    it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         if not large:
             write_large(Path(folder), shape)
@@ -200,7 +244,10 @@ def measure(base: str, pairs: int, tokens: int, large: str, shape: dict[str, Any
         bits: parts.run(f"bytes, {bits} bits", lambda bits=bits: fresh("bytes", base, bits)["linear_bytes"])
         for bits in (4, 8, 16)
     }
-    said["linear_bytes_over_bf16"] = {"nf4": round(weights[4] / weights[16], 4), "int8": round(weights[8] / weights[16], 4)}
+    said["linear_bytes_over_bf16"] = {
+        "nf4": round(weights[4] / weights[16], 4),
+        "int8": round(weights[8] / weights[16], 4),
+    }
     few = parts.run("memory", lambda: memory_runs(large, tokens, min(pairs, 2), shape))
     said["memory_1b"] = {kind: runs[-1] for kind, runs in few.items()}
     said["peak_rss_over_bf16"] = round(median_of(few["nf4"], "peak_bytes") / median_of(few["bf16"], "peak_bytes"), 3)
@@ -209,7 +256,9 @@ def measure(base: str, pairs: int, tokens: int, large: str, shape: dict[str, Any
         round_of_steps = parts.run(f"step, round {pair + 1}", lambda: [fresh("step", base, bits) for bits in steps])
         for runs, step in zip(steps.values(), round_of_steps, strict=True):
             runs.append(step)
-    said["step"] = {str(bits): runs[-1] | {"step_s": round(median_of(runs, "step_s"), 3)} for bits, runs in steps.items()}
+    said["step"] = {
+        str(bits): runs[-1] | {"step_s": round(median_of(runs, "step_s"), 3)} for bits, runs in steps.items()
+    }
     plain = steps["auto"]
     for bits, kind in quantization.KINDS.items():
         ratios = [run["step_s"] / other["step_s"] for run, other in zip(steps[bits], plain, strict=True)]

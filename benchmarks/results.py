@@ -1,4 +1,6 @@
-"""The last line of every benchmark: one JSON object whose figures were all measured, and what was not measured by name."""
+"""The last line of every benchmark: one JSON object whose figures were all measured, and what was not measured by
+name.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
 """kill -9 at random moments, also inside a save; each killed run is resumed to its end and its adapter compared.
 
-The same harness drives Sartor and TRL's SFTTrainer (`save_steps=1`, `resume_from_checkpoint=True`), the latter by the Python
-of its own virtual environment. A small Llama with random weights, LoRA with dropout, saved after every update. Runs are real
-processes, forked from one that has imported the libraries, so that a kill costs seconds and not an import. Of the kills
+The same harness drives Sartor and TRL's SFTTrainer (`save_steps=1`, `resume_from_checkpoint=True`), the latter by the
+Python of its own virtual environment. A small Llama with random weights, LoRA with dropout, saved after every update.
+Runs are real processes, forked from one that has imported the libraries, so that a kill costs seconds and not an
+import. Of the kills
 some are aimed: at the moment when the files of a save are seen being written; they count as inside it only if its
-unfinished files are still there after the kill. `identical` counts ends with the sha256 of the uninterrupted run's adapter.
+unfinished files are still there after the kill. `identical` counts ends with the sha256 of the uninterrupted run's
+adapter.
 
     python benchmarks/resume.py --json
     python benchmarks/resume.py --json --small    # two kills of Sartor's default path: shows that it runs
@@ -82,7 +84,9 @@ class Side(Protocol):
 
 
 class Sartor(Side):
-    """`sartor.tune` of this repository, by its default path: shared prefixes, and frozen activations below two layers."""
+    """`sartor.tune` of this repository, by its default path: shared prefixes, and frozen activations below two
+    layers.
+    """
 
     name = "sartor"
     method: dict[str, Any] = {"targets": {"layers": "top-2"}}
@@ -119,7 +123,10 @@ class Sartor(Side):
 
     def in_save(self, out: Path) -> bool:
         """See `Side`."""
-        return any(name.startswith(".update-") and ".part-" in name for name in names(out.with_name(out.name + ".checkpoints")))
+        return any(
+            name.startswith(".update-") and ".part-" in name
+            for name in names(out.with_name(out.name + ".checkpoints"))
+        )
 
     def weights(self, out: Path) -> Path:
         """See `Side`."""
@@ -153,14 +160,28 @@ class Trl(Side):
         tokenizer = transformers.AutoTokenizer.from_pretrained(work / "base")
         model = transformers.AutoModelForCausalLM.from_pretrained(work / "base")
         settings = trl.SFTConfig(
-            output_dir=str(out), max_steps=self.updates, per_device_train_batch_size=BATCH_ROWS, learning_rate=1e-2,
-            save_steps=1, save_total_limit=2, save_strategy="steps", report_to=[], use_cpu=True, bf16=False, seed=0,
+            output_dir=str(out),
+            max_steps=self.updates,
+            per_device_train_batch_size=BATCH_ROWS,
+            learning_rate=1e-2,
+            save_steps=1,
+            save_total_limit=2,
+            save_strategy="steps",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            seed=0,
             disable_tqdm=True,
-            logging_strategy="no", gradient_checkpointing=False,
-        )  # fmt: skip
+            logging_strategy="no",
+            gradient_checkpointing=False,
+        )
         data = datasets.Dataset.from_list([{"prompt": question, "completion": answer} for question, answer in rows()])
-        lora = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
-        trainer = trl.SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer, peft_config=lora)
+        lora = peft.LoraConfig(
+            r=8, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        trainer = trl.SFTTrainer(
+            model=model, args=settings, train_dataset=data, processing_class=tokenizer, peft_config=lora
+        )
         trainer.train(resume_from_checkpoint=True if self.begun(out) else None)
         trainer.save_model(str(out / "final"))
 
@@ -202,7 +223,10 @@ def rows() -> list[tuple[str, str]]:
     """Short questions and answers, the same in every run."""
     rng = random.Random(1)
     return [
-        (" ".join(rng.choices(WORDS.split(), k=rng.randint(3, 9))) + f" {n}", " ".join(rng.choices(WORDS.split(), k=4)))
+        (
+            " ".join(rng.choices(WORDS.split(), k=rng.randint(3, 9))) + f" {n}",
+            " ".join(rng.choices(WORDS.split(), k=4)),
+        )
         for n in range(ROWS)
     ]
 
@@ -327,7 +351,15 @@ def serve(name: str, seed: int, sizes: Sizes) -> dict[str, Any]:
 
 def in_its_python(python: str, name: str, seed: int, is_small: bool) -> dict[str, Any]:
     """Run `serve` in a process of its own, so that nothing has been computed before it forks."""
-    command = [python, str(Path(__file__).resolve()), "--side", name, "--seed", str(seed), *["--small"][: int(is_small)]]
+    command = [
+        python,
+        str(Path(__file__).resolve()),
+        "--side",
+        name,
+        "--seed",
+        str(seed),
+        *["--small"][: int(is_small)],
+    ]
     return last_line(command, stderr=None)
 
 
@@ -352,7 +384,9 @@ def main() -> None:
     parser.add_argument("--side", choices=sorted(SIDES), help="only this side, by this Python")
     arguments = parser.parse_args()
     if arguments.side:
-        print_result(serve(arguments.side, arguments.seed, SMALL.get(arguments.side, FULL) if arguments.small else FULL))
+        print_result(
+            serve(arguments.side, arguments.seed, SMALL.get(arguments.side, FULL) if arguments.small else FULL)
+        )
         return
     began = time.monotonic()
     said = parts.run("sartor", lambda: ours("sartor", arguments.seed, arguments.small))

@@ -1,26 +1,34 @@
-"""How often a retrain promotes a version that is no better, and one that is better by 0.1: simulated, through the real gate.
+"""How often a retrain promotes a version that is no better, and one that is better by 0.1: simulated, through the real
+gate.
 
     python benchmarks/retrain_gain.py --json [--series 400]
     python benchmarks/retrain_gain.py --json --small
 
-A series is one agent that is retrained LOOKS times on the same held-out rows. Each time people ask new questions, correct
-replies where the live version failed, and rate others; a quarter of the feedback is held out, all that was held out before
-stays. Nothing is tuned: the replies of a version are drawn. `promotion_checks.judge` decides on them as in a retrain, with
-the ledger of looks on the disk; a version that is promoted is the live one of the next retrain.
+A series is one agent that is retrained LOOKS times on the same held-out rows. Each time people ask new questions,
+correct replies where the live version failed, and rate others; a quarter of the feedback is held out, all that was
+held out before
+stays. Nothing is tuned: the replies of a version are drawn. `promotion_checks.judge` decides on them as in a retrain,
+with the ledger of looks on the disk; a version that is promoted is the live one of the next retrain.
 
-A retrain without a gain draws a part of all outcomes again (CHANGE), each right with the row's own probability; the control
-does the same, independently. Every reply that the live version gave is less likely under both, and a bad one by more, since
-it was less sure of it.
+A retrain without a gain draws a part of all outcomes again (CHANGE), each right with the row's own probability; the
+control does the same, independently. Every reply that the live version gave is less likely under both, and a bad one
+by more, since it was less sure of it.
 
-false_promotions    series without a gain in which any version was promoted; `high`: one-sided 95 % bound (Clopper-Pearson)
-                    `by_look`: the first promotion; `uncorrected`: what any 95 % interval over the live version lets pass at
-                    the first look (the rule before docs/decisions/024-gain.md), its check alone, and all checks
-                    `gain_shown`: series in which a version passed the test of the gain, refused by another check or not
+false_promotions    series without a gain in which any version was promoted; `high`: one-sided 95 % bound
+                    (Clopper-Pearson)
+                    `by_look`: the first promotion; `uncorrected`: what any 95 % interval over the live version lets
+                    pass at the first look (the rule before docs/decisions/024-gain.md), its check alone, and all
+                    checks
+                    `gain_shown`: series in which a version passed the test of the gain, refused by another check or
+                    not
 false_promotions_restless   the same, where as many outcomes change on the held-out rows as on feedback
 power               retrains of a version whose held-out accuracy is 0.1 higher on 300 rows: promoted at the k-th look
-feedback_power      a version that learnt what people corrected (120 a retrain), and is as good as the live one elsewhere
-learnt_before       false promotions where the live version has learnt the held-out corrections of earlier retrains, and the
-                    control forgets a fifth of them: the new version is as good as the live one, and better than the control
+feedback_power      a version that learnt what people corrected (120 a retrain), and is as good as the live one
+                    elsewhere
+learnt_before       false promotions where the live version has learnt the held-out corrections of earlier retrains,
+                    and the
+                    control forgets a fifth of them: the new version is as good as the live one, and better than the
+                    control
 larger_change       false promotions where the new version changes twice as many outcomes as the control: a limit
 """
 
@@ -61,10 +69,12 @@ LIVE = Live("1", "/agent-1", "a" * 64)
 class Scenario:
     """What a retrain brings.
 
-    held_out: rows. corrections, ratings: of a retrain. gain: of held-out accuracy; feedback_gain: part of the failures on
-    corrections that are mended. change: part of the outcomes on feedback that is drawn again; control_change: by the control;
-    held_out_change: on held-out rows, of which a version is surer. learnt: held-out corrections of earlier retrains, of which
-    the live version has LEARNT right; control_loss: part of them that the control forgets.
+    held_out: rows. corrections, ratings: of a retrain. gain: of held-out accuracy; feedback_gain: part of the failures
+    on
+    corrections that are mended. change: part of the outcomes on feedback that is drawn again; control_change: by the
+    control;
+    held_out_change: on held-out rows, of which a version is surer. learnt: held-out corrections of earlier retrains,
+    of which the live version has LEARNT right; control_loss: part of them that the control forgets.
     """
 
     held_out: int = 200
@@ -115,7 +125,9 @@ class Agent:
         kinds = self._kinds()
         looked = {kind: [row["id"] for row in rows] for kind, rows in kinds.items()}
         looks = look_ledger.count_looks(run)
-        without = {kind: [{key: row[key] for key in row if key != "control"} for row in rows] for kind, rows in kinds.items()}
+        without = {
+            kind: [{key: row[key] for key in row if key != "control"} for row in rows] for kind, rows in kinds.items()
+        }
         judgement = promotion_checks.judge(without, looks, NotWorse())
         if not judgement.needless_control:
             judgement = promotion_checks.judge(kinds, looks, NotWorse())
@@ -160,7 +172,9 @@ class Agent:
             other &= self.rng.random(len(other)) >= scenario.control_loss
         feedback = [
             _row(row_id, live, after) | {"control": float(control)}
-            for row_id, live, after, control in zip(self.corrections.ids, self.corrections.live, new, other, strict=True)
+            for row_id, live, after, control in zip(
+                self.corrections.ids, self.corrections.live, new, other, strict=True
+            )
         ]
         return {"held_out": held_out, "feedback": feedback, "ratings": [self._rated(row) for row in self.ratings]}
 
@@ -206,8 +220,12 @@ def false_promotions(series: int, scenario: Scenario) -> dict[str, Any]:
 
 
 def _uncorrected(judgements: Sequence[Judgement]) -> dict[str, float]:
-    """Fractions that any 95 % interval over the live version lets pass, as before decision 024: its check, and all checks."""
-    passing = [judgement for judgement in judgements if any(compared.low > 0 for compared in judgement.comparisons.values())]
+    """Fractions that any 95 % interval over the live version lets pass, as before decision 024: its check, and all
+    checks.
+    """
+    passing = [
+        judgement for judgement in judgements if any(compared.low > 0 for compared in judgement.comparisons.values())
+    ]
     harmless = [
         judgement
         for judgement in passing
@@ -226,7 +244,9 @@ def power(trials: int, scenario: Scenario, look: int = 1) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             agent = Agent(Path(folder), seed, replace(scenario, gain=0.0, feedback_gain=0.0))
             for _ in range(look - 1):
-                look_ledger.record_look(RunRecord.create(Path(folder), "agent", LIVE), {"held_out": agent.held_out.ids})
+                look_ledger.record_look(
+                    RunRecord.create(Path(folder), "agent", LIVE), {"held_out": agent.held_out.ids}
+                )
             agent.scenario = scenario
             judgement = agent.retrain()
             count += not judgement.refused
@@ -255,7 +275,8 @@ def main() -> None:
         "false_promotions": parts.run("false promotions", lambda: false_promotions(series, NO_GAIN)),
         "false_promotions_restless": parts.run("restless", lambda: false_promotions(series, RESTLESS)),
         "power": {
-            str(look): parts.run(f"power at look {look}", lambda look=look: power(trials, GAIN, look)) for look in (1, 2, 3, 5)
+            str(look): parts.run(f"power at look {look}", lambda look=look: power(trials, GAIN, look))
+            for look in (1, 2, 3, 5)
         },
         "power_all_drawn_anew": parts.run("power, all drawn anew", lambda: power(trials, drawn_anew)),
         "feedback_power": parts.run("power of feedback", lambda: power(trials, FEEDBACK_GAIN)),

@@ -3,9 +3,9 @@
     python benchmarks/revoke.py --json
     python benchmarks/revoke.py --json --small    # 2,000 rows: shows that it runs
 
-The rows are minimal and of the real schema, with true content digests: 20 sources, every tenth row held by two of them,
-every hundredth made from a row of the next source. An Adapter and a Release hang on the Dataset. Medians of `--runs`, with
-the answers held against what they must be.
+The rows are minimal and of the real schema, with true content digests: 20 sources, every tenth row held by two of
+them, every hundredth made from a row of the next source. An Adapter and a Release hang on the Dataset. Medians of
+`--runs`, with the answers held against what they must be.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def make(folder: Path, rows: int) -> tuple[Path, float]:
         origin_index.write(part)
         took = time.perf_counter() - began
         names = [f"part-{place:02}.jsonl" for place in range(SOURCES)]
-        sources = [{"source": f"data/{name}", "path": name, "licence": "CC-BY-4.0", "kept": rows // SOURCES} for name in names]
+        sources = [
+            {"source": f"data/{name}", "path": name, "licence": "CC-BY-4.0", "kept": rows // SOURCES} for name in names
+        ]
         return {"parents": [], "sources": sources, "licence": "CC-BY-4.0"}
 
     dataset = write_artifact(folder / "dataset", "dataset", fill)
@@ -110,7 +112,9 @@ def make(folder: Path, rows: int) -> tuple[Path, float]:
 
 
 def timed(arguments: list[str], runs: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Medians of the whole command: seconds of wall, and of processor (which a busy machine does not stretch); its answer."""
+    """Medians of the whole command: seconds of wall, and of processor (which a busy machine does not stretch); its
+    answer.
+    """
     walls, busy = [], []
     for _ in range(runs):
         began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -126,7 +130,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rows", type=int, default=1_000_000, help="a multiple of 2,000")
     options.add_argument("--runs", type=int, default=5)
-    options.add_argument("--json", action="store_true", help="accepted as in every benchmark; the output is JSON anyway")
+    options.add_argument(
+        "--json", action="store_true", help="accepted as in every benchmark; the output is JSON anyway"
+    )
     smallest.add_argument(options)
     chosen = options.parse_args()
     if chosen.small:

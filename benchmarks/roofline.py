@@ -1,12 +1,12 @@
 """How long one LoRA update's matrix products alone take, at the shapes and in the dtype that the update has them.
 
-Counted are the products that no implementation can leave out: every frozen linear forward and its input gradient, the LoRA
-factors' products, the LM head on the supervised rows and its input gradient. No gradient goes below the first adapted layer's
-q, k and v. Attention's own products (a row sees only itself) and everything elementwise are not counted, so the fraction that
-is made of this, needed seconds / update seconds, errs low.
+Counted are the products that no implementation can leave out: every frozen linear forward and its input gradient, the
+LoRA factors' products, the LM head on the supervised rows and its input gradient. No gradient goes below the first
+adapted layer's q, k and v. Attention's own products (a row sees only itself) and everything elementwise are not
+counted, so the fraction that is made of this, needed seconds / update seconds, errs low.
 
-Each distinct product is timed alone, with warm caches; fusing q, k and v or gate and up into one product could make the sum
-smaller than it is here.
+Each distinct product is timed alone, with warm caches; fusing q, k and v or gate and up into one product could make
+the sum smaller than it is here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Needed:
 
 
 def measure(model: Any, tokens: int, supervised: int, rank: int) -> Needed:
-    """The products of one update of T `tokens`, S of them `supervised`, over `model` with or without injected adapters."""
+    """The products of one update of T `tokens`, S of them `supervised`, over `model` with or without injected
+    adapters.
+    """
     counted = products(linears(model), head(model), tokens, supervised, rank)
     weight = model.get_output_embeddings().weight
     seconds = sum(times * product_seconds(product, weight.dtype, weight.device) for product, times in counted.items())
@@ -106,7 +108,9 @@ def _adapted(wide: int, narrow: int, tokens: int, rank: int) -> list[Product]:
 def product_seconds(product: Product, dtype: torch.dtype, device: torch.device) -> float:
     """Median seconds of that product."""
     left = torch.randn(*((product.k, product.m) if product.left else (product.m, product.k)), device=device).to(dtype)
-    right = torch.randn(*((product.n, product.k) if product.right else (product.k, product.n)), device=device).to(dtype)
+    right = torch.randn(*((product.n, product.k) if product.right else (product.k, product.n)), device=device).to(
+        dtype
+    )
     left, right = left.t() if product.left else left, right.t() if product.right else right
     out = torch.empty(product.m, product.n, dtype=dtype, device=device)
     took = []

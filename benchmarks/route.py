@@ -1,15 +1,16 @@
-"""`auto` beside the nearest centroid: who gets a prompt, how far its confidence can be trusted, and what 10 to 500 agents cost.
+"""`auto` beside the nearest centroid: who gets a prompt, how far its confidence can be trusted, and what 10 to 500
+agents cost.
 
-Thirteen agents made of the offline assets (route_sets.py): exemplars to fit on, others to set the threshold with, and prompts
-of templates that neither saw. Beside them prompts for the base: chitchat, trivia, other languages, subjects near an agent's,
-and near misses in an agent's own words (in other frames than the router makes for itself).
+Thirteen agents made of the offline assets (route_sets.py): exemplars to fit on, others to set the threshold with, and
+prompts of templates that neither saw. Beside them prompts for the base: chitchat, trivia, other languages, subjects
+near an agent's, and near misses in an agent's own words (in other frames than the router makes for itself).
 
-The peer, on the same split and with the same encoder, sends a prompt to the agent whose exemplars' mean vector has the nearest
-cosine; its threshold is tuned with the same held-out prompts, general prompts and near misses for the largest sum of own ones
-that get their agent and foreign ones left to the base. `centroid_platt` is the same with its cosine calibrated by a logistic
-curve on those, `centroid_risk` with a threshold that keeps to `router.target` and `router.risk` as ours does. Since accuracy
-and abstention trade against each other, `abstain_at_its_accuracy` is ours at the threshold where we have the peer's accuracy.
-No model is trained.
+The peer, on the same split and with the same encoder, sends a prompt to the agent whose exemplars' mean vector has the
+nearest cosine; its threshold is tuned with the same held-out prompts, general prompts and near misses for the largest
+sum of own ones that get their agent and foreign ones left to the base. `centroid_platt` is the same with its cosine
+calibrated by a logistic curve on those, `centroid_risk` with a threshold that keeps to `router.target` and
+`router.risk` as ours does. Since accuracy and abstention trade against each other, `abstain_at_its_accuracy` is ours
+at the threshold where we have the peer's accuracy. No model is trained.
 
     python benchmarks/route.py --json
     python benchmarks/route.py --team team --json     # and the team of examples/team, see route_team.py
@@ -136,7 +137,9 @@ def ours(draw: Draw, crew: Crew, rules: Routing) -> tuple[Asked, Mapping[str, An
 
 
 def centroid(draw: Draw, crew: Crew, rules: Routing) -> dict[str, Asked]:
-    """The nearest mean of exemplars by cosine: as it is, calibrated, and with a threshold that keeps to `rules.risk`."""
+    """The nearest mean of exemplars by cosine: as it is, calibrated, and with a threshold that keeps to
+    `rules.risk`.
+    """
     from sklearn.linear_model import LogisticRegression
 
     fitted = [[one.text for one in known.exemplars.train] for known in draw.known.values()]
@@ -154,7 +157,9 @@ def centroid(draw: Draw, crew: Crew, rules: Routing) -> dict[str, Asked]:
     best, right = np.clip(cosine.max(axis=1), 0, 1), cosine.argmax(axis=1) == whose
     own = [best[whose == place] for place in range(len(held))]
     hits = [right[whose == place] for place in range(len(held))]
-    at, strict = (calibration.choose(own, hits, foreign, *limits) for limits in ((0.0, 1.0), (rules.target, rules.risk)))
+    at, strict = (
+        calibration.choose(own, hits, foreign, *limits) for limits in ((0.0, 1.0), (rules.target, rules.risk))
+    )
     asked = crew.vectors(draw.texts) @ means.T
     plain = Asked(np.clip(asked.max(axis=1), 0, 1), asked.argmax(axis=1), at)
     shares = [np.full(len(best), 1 / len(best)), *(np.full(len(one), 1 / len(foreign) / len(one)) for one in foreign)]
@@ -183,7 +188,9 @@ def figures_of(asked: Asked, owner: Any, rows: Any = slice(None)) -> dict[str, f
 
 
 def compared(us: Asked, them: Asked, owner: Any) -> dict[str, Any]:
-    """Our figures less the peer's, with a paired bootstrap's 95 % interval; own and foreign prompts are drawn apart."""
+    """Our figures less the peer's, with a paired bootstrap's 95 % interval; own and foreign prompts are drawn
+    apart.
+    """
     rng = np.random.default_rng(0)
     parts = [np.flatnonzero(owner >= 0), np.flatnonzero(owner < 0)]
     found = []
@@ -200,7 +207,9 @@ def compared(us: Asked, them: Asked, owner: Any) -> dict[str, Any]:
 
 
 def at_accuracy(us: Asked, them: Asked, owner: Any) -> float:
-    """What we leave to the base of foreign prompts at the threshold where as many own ones get their agent as of the peer."""
+    """What we leave to the base of foreign prompts at the threshold where as many own ones get their agent as of the
+    peer.
+    """
     wanted = figures_of(them, owner)["accuracy"]
     is_own = owner >= 0
     right = np.sort(us.confidence[is_own & (us.agent == owner)])[::-1]
@@ -278,7 +287,9 @@ def everything(arguments: argparse.Namespace) -> dict[str, Any]:
                 flush=True,
             )
     found = {**(mean(draws) if draws else {}), "bins": BINS}
-    found["peers"] = {name: mean([one["peers"][name] for one in draws]) for name in (draws[0]["peers"] if draws else {})}
+    found["peers"] = {
+        name: mean([one["peers"][name] for one in draws]) for name in (draws[0]["peers"] if draws else {})
+    }
     curves = {
         encoder: parts.run(f"curve, {encoder}", lambda encoder=encoder: curve(arguments.sizes, encoder, crew, rules))
         for encoder in arguments.encoders

@@ -1,7 +1,7 @@
 """The curve of `route.py`: what a request costs among 10 to 500 agents, what one more agent costs, and who is found.
 
-An agent is one intent of home-intents in one of 65 languages: ten commands to fit on, three held out, three asked, of templates
-apart. Times are processor time, since a shared machine's clock says more of its other work.
+An agent is one intent of home-intents in one of 65 languages: ten commands to fit on, three held out, three asked, of
+templates apart. Times are processor time, since a shared machine's clock says more of its other work.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Vectors(Protocol):
 
 
 def members(most: int, seed: int = 0) -> dict[str, sets.Known]:
-    """Up to `most` agents, the same first ones however many are asked for: all of one language, then all of the next."""
+    """Up to `most` agents, the same first ones however many are asked for: all of one language, then all of the
+    next.
+    """
     languages = sets.languages()
     random.Random(seed).shuffle(languages)
     found: dict[str, sets.Known] = {}
@@ -81,7 +83,9 @@ def curve(sizes: Sequence[int], encoder: str, crew: Vectors, rules: Routing) -> 
     if not sizes:
         return []
     everyone = members(max(sizes))
-    ground = agent_classifier.make(encoder, None if encoder == "tfidf" else crew.vectors(agent_classifier.general_texts()))
+    ground = agent_classifier.make(
+        encoder, None if encoder == "tfidf" else crew.vectors(agent_classifier.general_texts())
+    )
     eyes, parts, took = Eyes(ground, crew), {}, []
     for name, one in everyone.items():
         vectors = eyes.vectors(agent_classifier.rows_of(one.exemplars).texts)
@@ -108,7 +112,9 @@ def curve(sizes: Sequence[int], encoder: str, crew: Vectors, rules: Routing) -> 
             "shared_s": round(shared_s, 2),
             "judge_ms": timed(fitted, [text for text, _ in asked], eyes),
         }
-        found.append({**point, "ratio": round(point["judge_ms"] / (found[0]["judge_ms"] if found else point["judge_ms"]), 2)})
+        found.append(
+            {**point, "ratio": round(point["judge_ms"] / (found[0]["judge_ms"] if found else point["judge_ms"]), 2)}
+        )
         if ground.dense is not None:
             found[-1]["encode_ms"] = encoded([text for text, _ in asked], crew)
     return found

@@ -1,7 +1,7 @@
 """Prompts for `route.py`: agents made of the offline assets, and prompts that are no agent's. Nothing here is trained.
 
-An agent has prompts to fit on, prompts held out for thresholds, and prompts that are asked. A prompt belongs to a group (the
-template of a command, the object of a docstring) and no group has prompts in two of these.
+An agent has prompts to fit on, prompts held out for thresholds, and prompts that are asked. A prompt belongs to a
+group (the template of a command, the object of a docstring) and no group has prompts in two of these.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def known(name: str, rows: Sequence[tuple[str, str]], rng: random.Random) -> Kno
             held += groups[group]
         else:
             fitted += groups[group]
-    numbered = [ExemplarPrompt(f"{name}:{n}", text) for n, text in enumerate(fitted[:MOST_FITTED] + held[:MOST_HELD], 1)]
+    numbered = [
+        ExemplarPrompt(f"{name}:{n}", text) for n, text in enumerate(fitted[:MOST_FITTED] + held[:MOST_HELD], 1)
+    ]
     most = min(len(fitted), MOST_FITTED)
     return Known(Exemplars(tuple(numbered[:most]), tuple(numbered[most:])), tuple(asked[:MOST_ASKED]))
 
@@ -116,7 +118,8 @@ def pools() -> dict[str, list[tuple[str, str]]]:
     found = {agent: [row for name in names for row in by_intent[name]] for agent, names in HOME.items()}
     faq = assets.install("construction-faq") / "zaragoza_construction_faq/data"
     found |= {
-        f"construction_{name}": plain(lines(faq / file, "q")) for name, file in (("sv", "faq.jsonl"), ("en", "faq-en.jsonl"))
+        f"construction_{name}": plain(lines(faq / file, "q"))
+        for name, file in (("sv", "faq.jsonl"), ("en", "faq-en.jsonl"))
     }
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples/team"))
     import docstrings
@@ -132,14 +135,20 @@ def commands() -> list[dict[str, Any]]:
 
 
 def foreign(asked: Mapping[str, Known], each: int, rng: random.Random) -> dict[str, list[str]]:
-    """Prompts for the base by kind, up to `each` of a kind: far from every agent, near one, in other languages, near misses."""
+    """Prompts for the base by kind, up to `each` of a kind: far from every agent, near one, in other languages, near
+    misses.
+    """
     found = {name: questions(*where) for name, where in {**FAR, **NEAR}.items()}
     found["chitchat"] = small_talk()
     owned = {f"Hass{name}" for names in HOME.values() for name in names}
     found["other_commands"] = [
-        row["messages"][1]["content"] for row in commands() if json.loads(row["messages"][2]["content"])["intent"] not in owned
+        row["messages"][1]["content"]
+        for row in commands()
+        if json.loads(row["messages"][2]["content"])["intent"] not in owned
     ]
-    found["other_languages"] = [text for language in LANGUAGES for rows in spoken(language).values() for text, _ in rows]
+    found["other_languages"] = [
+        text for language in LANGUAGES for rows in spoken(language).values() for text, _ in rows
+    ]
     found["near_misses"] = list(near_misses([text for one in asked.values() for text in one.asked], NEAR_MISSES, rng))
     return {name: rng.sample(sorted(set(texts)), min(each, len(set(texts)))) for name, texts in found.items()}
 
@@ -179,7 +188,9 @@ def plain(texts: Sequence[str]) -> list[tuple[str, str]]:
 
 @cache
 def spoken(language: str, most: int = 24, seed: int = 0) -> dict[str, list[tuple[str, str]]]:
-    """(command, template) rows by intent of one of the asset's 65 languages: of templates that need no name of a home."""
+    """(command, template) rows by intent of one of the asset's 65 languages: of templates that need no name of a
+    home.
+    """
     from hassil.intents import Intents
 
     file = assets.install("home-intents") / "home_assistant_intents/data" / f"{language}.json"
@@ -192,7 +203,9 @@ def spoken(language: str, most: int = 24, seed: int = 0) -> dict[str, list[tuple
         drawn: dict[str, str] = {}
         for block, sentence in itertools.islice(itertools.cycle(sentences), 3 * most):
             walk = home_intents.Walk(
-                rng, closed({**grammar.slot_lists, **block.slot_lists}), {**grammar.expansion_rules, **block.expansion_rules}
+                rng,
+                closed({**grammar.slot_lists, **block.slot_lists}),
+                {**grammar.expansion_rules, **block.expansion_rules},
             )
             try:
                 text, template = (" ".join(words.split()) for words in walk.words(sentence.expression))
@@ -212,4 +225,6 @@ def closed(lists: Mapping[str, Any]) -> dict[str, Any]:
 
 def languages() -> list[str]:
     """All of the asset."""
-    return sorted(file.stem for file in (assets.install("home-intents") / "home_assistant_intents/data").glob("*.json"))
+    return sorted(
+        file.stem for file in (assets.install("home-intents") / "home_assistant_intents/data").glob("*.json")
+    )

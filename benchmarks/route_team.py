@@ -1,11 +1,13 @@
-"""`auto` over the Releases of examples/team: held-out prompts that get their agent, and chitchat that is left to the base.
+"""`auto` over the Releases of examples/team: held-out prompts that get their agent, and chitchat that is left to the
+base.
 
-Half of each Release's held-out exemplars, drawn anew in each round, is taken from the router: it neither fits nor chooses a
-threshold with them. They are what is asked, together with the held-out rows of the Dataset that are no exemplars. Of each
-conversation of the asset `chitchat` the first turn is asked; nothing of it is in any Release or in the router.
+Half of each Release's held-out exemplars, drawn anew in each round, is taken from the router: it neither fits nor
+chooses a threshold with them. They are what is asked, together with the held-out rows of the Dataset that are no
+exemplars. Of each conversation of the asset `chitchat` the first turn is asked; nothing of it is in any Release or in
+the router.
 
-    bash examples/team/up.sh --quick --build team        # the router goes by prompts: how long the agents were tuned is all one
-    python benchmarks/route.py --team team --json
+    bash examples/team/up.sh --quick --build team        # the router goes by prompts: how long the agents were tuned
+    is all one python benchmarks/route.py --team team --json
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@
     python benchmarks/savings.py --json --prove
     python benchmarks/savings.py --json --small    # a tiny base: shows that it runs
 
-Both sides run in one process in alternating pairs, on the starter base, rank 16; ratios are medians of pairs, tokens per
-second with the saving over without. Shared prefixes: 14 rows of which the first 40 % of tokens are common. Frozen activations:
-an epoch after the first (everything stored) with the top 10 and the top 6 of 30 layers adapted, against the same layers
-without reuse. `--prove` compares losses and every gradient tensor with the plain computation: norm of the difference over norm.
+Both sides run in one process in alternating pairs, on the starter base, rank 16; ratios are medians of pairs, tokens
+per second with the saving over without. Shared prefixes: 14 rows of which the first 40 % of tokens are common. Frozen
+activations: an epoch after the first (everything stored) with the top 10 and the top 6 of 30 layers adapted, against
+the same layers without reuse. `--prove` compares losses and every gradient tensor with the plain computation: norm of
+the difference over norm.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def tuned(layers: int, top: int | None) -> Any:
         base.model.model.layers = base.model.model.layers[:layers]
         base.model.config.num_hidden_layers = layers
     base.model.requires_grad_(False)
-    model = adapters.inject_lora(base.model, rank=16, alpha=32, dropout=0.0, targets="all-linear", seed=0, top_layers=top)
+    model = adapters.inject_lora(
+        base.model, rank=16, alpha=32, dropout=0.0, targets="all-linear", seed=0, top_layers=top
+    )
     return base, model.eval()
 
 
@@ -107,7 +110,9 @@ def frozen_prefix(top: int, layers: int, pairs: int, prove: bool) -> dict[str, A
         wish = LossOptions(share=False, reuse_bytes=1 << 30, identity=base.ref.digest, store=Path(store))
         reusing = transformers_backend.choose_loss_backend(model, examples, base.device, wish)
         first_s = seconds(reusing, examples, trained)  # the first epoch: computed and stored
-        found, each = ratio(lambda: seconds(reusing, examples, trained), lambda: seconds(plain, examples, trained), pairs)
+        found, each = ratio(
+            lambda: seconds(reusing, examples, trained), lambda: seconds(plain, examples, trained), pairs
+        )
         said = {"ratio": found, "of_each_pair": each, "first_epoch_s": round(first_s, 3)}
         return {**said, **({"proof": compare_with_plain(reusing, examples)} if prove else {})}
 
@@ -118,10 +123,14 @@ def tops(layers: int) -> list[int]:
 
 
 def measure(layers: int, pairs: int, prove: bool) -> dict[str, Any]:
-    """Both savings. With too few `layers` none is frozen below those that are adapted, and `absent` names the ratio."""
+    """Both savings. With too few `layers` none is frozen below those that are adapted, and `absent` names the
+    ratio.
+    """
     shared = parts.run("shared prefixes", lambda: shared_prefix(layers, pairs, prove))
     frozen = {
-        top: parts.run(f"frozen activations, top {top} layers", lambda top=top: frozen_prefix(top, layers, pairs, prove))
+        top: parts.run(
+            f"frozen activations, top {top} layers", lambda top=top: frozen_prefix(top, layers, pairs, prove)
+        )
         for top in tops(layers)
     }
     names = {10: "frozen_prefix_ratio", 6: "frozen_prefix_ratio_top_6"}
@@ -130,7 +139,9 @@ def measure(layers: int, pairs: int, prove: bool) -> dict[str, Any]:
         **{names[top]: found["ratio"] for top, found in frozen.items()},
         "shared": shared,
         "frozen": {f"top_{top}": found for top, found in frozen.items()},
-        "absent": {name: f"no layer is frozen: --layers {top + 1} or more" for top, name in names.items() if top not in frozen},
+        "absent": {
+            name: f"no layer is frozen: --layers {top + 1} or more" for top, name in names.items() if top not in frozen
+        },
     }
 
 

@@ -3,9 +3,9 @@
     python benchmarks/scaling.py --json
     python benchmarks/scaling.py --json --plot docs/scaling.svg
 
-Whole runs of `sartor tune` on a small random Llama (4 layers, width 128), one epoch each; `per_row` is seconds over rows at
-each size, `r_squared` how well a straight line fits. By rank: products with the factors grow with R and the rest does not, so
-the cost is a constant plus a slope.
+Whole runs of `sartor tune` on a small random Llama (4 layers, width 128), one epoch each; `per_row` is seconds over
+rows at each size, `r_squared` how well a straight line fits. By rank: products with the factors grow with R and the
+rest does not, so the cost is a constant plus a slope.
 """
 
 from __future__ import annotations
@@ -51,9 +51,17 @@ def prepare(folder: Path, most_rows: int) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=0, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     LlamaForCausalLM(config).save_pretrained(str(folder / "base"))
     tiny.tokenizer().save_pretrained(str(folder / "base"))
     rng = random.Random(0)

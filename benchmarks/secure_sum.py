@@ -1,10 +1,12 @@
-"""What a secure sum costs: whole rounds in one process, journals in memory, every signature, share and mask as over a network.
+"""What a secure sum costs: whole rounds in one process, journals in memory, every signature, share and mask as over a
+network.
 
     python benchmarks/secure_sum.py --clients 1000 --parameters 1000 --degree 100 --vanish 0.05 --json
 
-The seconds are of one process that does the work of all clients and of the coordinator, one after the other; `client_s` is what
-falls to one client. `vanish`: the fraction of clients that send no vector. `error`: of the mean, relative to the norm of the
-mean as computed in float64 without quantising.
+The seconds are of one process that does the work of all clients and of the coordinator, one after the other;
+`client_s` is what
+falls to one client. `vanish`: the fraction of clients that send no vector. `error`: of the mean, relative to the norm
+of the mean as computed in float64 without quantising.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Drawn:
 
 
 class Losing(InProcess):
-    """A transport on which some clients vanish before they send their vectors; clients' bytes and seconds are counted."""
+    """A transport on which some clients vanish before they send their vectors; clients' bytes and seconds are
+    counted.
+    """
 
     def __init__(self, clients: Mapping[str, RoundClient], gone: set[str], coordinator: Coordinator) -> None:
         super().__init__(clients)
@@ -80,7 +84,13 @@ def measure(clients: int, parameters: int, degree: int, vanish: float) -> dict[s
     begin, begin_cpu = time.perf_counter(), time.process_time()
     ended = run_round(coordinator, transport, plan, carried)
     wall_s, cpu_s = time.perf_counter() - begin, time.process_time() - begin_cpu
-    said = {"clients": clients, "parameters": parameters, "degree": degree, "vanished": len(gone), "state": ended.state}
+    said = {
+        "clients": clients,
+        "parameters": parameters,
+        "degree": degree,
+        "vanished": len(gone),
+        "state": ended.state,
+    }
     if ended.state != "done":
         return {**said, "reason": ended.reason}
     staying = [number for number, name in enumerate(names) if name in set(ended.active)]

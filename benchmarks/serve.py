@@ -17,12 +17,15 @@ flash attention on and off and several types of the KV cache, and goes on with t
 `llama_build` says how the wheel was built). `peft_*` is PEFT's `generate(adapter_names=...)`. `ours` computes in what
 this machine multiplies best. All sides warm up by the same run of full length.
 
-  ratios          mixed_over_same: 8 different adapters over 8 times the same one, in our engine. The others: 8 different
-                  adapters in our engine over 8 different there, the faster of a peer's forms; all forms under `ratios_all`
-                  (on a machine that is busy otherwise, `--threads 1 --clock cpu` says what the processor does, not the clock)
+  ratios          mixed_over_same: 8 different adapters over 8 times the same one, in our engine. The others: 8
+                  different adapters in our engine over 8 different there, the faster of a peer's forms; all forms
+                  under `ratios_all` (on a machine that is busy otherwise, `--threads 1 --clock cpu` says what the
+                  processor does, not the clock)
   exact           adapters whose mixed text equals their text alone, caches dropped between, in fp32 and in bf16
-  agrees          fraction of our fp32 texts that begin as PEFT's fp32 texts do, by characters: whether the work is the same
-  agreement       the same for every side that was timed; llama.cpp's with weights of fewer bits say other things sooner
+  agrees          fraction of our fp32 texts that begin as PEFT's fp32 texts do, by characters: whether the work is the
+                  same
+  agreement       the same for every side that was timed; llama.cpp's with weights of fewer bits say other things
+                  sooner
   losses          nats a token of each GGUF file on the README's first tokens: what the faster form costs
   curve           tokens per second of 16 rows over 1, 4, 16, 64 adapters
   absent          forms of peers that are not installed or were not asked for
@@ -58,7 +61,9 @@ STREAMS = 8
 VERSIONS = ("torch", "peft", "transformers", "xllamacpp")
 NO_LLAMA_CPP = "not installed: pip install 'sartor[llamacpp]'"
 PEERS = {"llama_cpp": ("llama_q4", "llama_q4_0", "llama_f16"), "peft": ("peft_fp32", "peft_bf16")}
-WORDS = "the kitchen light stays on until somebody asks why every old house keeps one warm room for guests who never came"
+WORDS = (
+    "the kitchen light stays on until somebody asks why every old house keeps one warm room for guests who never came"
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,12 @@ def environment(threads: int) -> dict[str, str]:
         return dict(os.environ)
     kept = {name: value for name, value in os.environ.items() if name not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
     paths = f"{HERE.parent / 'src'}:{HERE.parent / 'tests'}"
-    kept |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    kept |= {
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     return kept
 
 
@@ -187,7 +197,9 @@ def exact(side: Process, prompts: Prompts, tokens: int) -> tuple[int, list[str],
 
 
 def curve(side: Process, prompts: Prompts, plan: Plan) -> dict[str, float]:
-    """Adapters -> tokens per second of `requests` replies, spread over them, as many at once as the engine has rows."""
+    """Adapters -> tokens per second of `requests` replies, spread over them, as many at once as the engine has
+    rows.
+    """
     side.run(range(plan.curve[-1]), prompts.next(plan.curve[-1]), 2)
     found = {}
     for count in plan.curve:
@@ -197,7 +209,9 @@ def curve(side: Process, prompts: Prompts, plan: Plan) -> dict[str, float]:
 
 
 def open_loop(side: Process, prompts: Prompts, plan: Plan, tokens_per_s: float) -> dict[str, Any]:
-    """Fraction of capacity -> waiting times. Capacity: requests per second at the rate that a full engine was seen to have."""
+    """Fraction of capacity -> waiting times. Capacity: requests per second at the rate that a full engine was seen to
+    have.
+    """
     found = {}
     for fraction in plan.fractions:
         rate, source, at_s = fraction * tokens_per_s / plan.tokens, random.Random(2), [0.0]
@@ -219,7 +233,8 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 def ratios(rates: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], dict[str, Any]]:
     """(the ratios as INTERFACES.md names them, every ratio with those that it is the median of).
 
-    Ours stands twice in each round: both are paired with their neighbour for `mixed_over_same`, their mean with each peer.
+    Ours stands twice in each round: both are paired with their neighbour for `mixed_over_same`, their mean with each
+    peer.
     """
     ours, of_round = (
         rates["ours"],
@@ -231,7 +246,10 @@ def ratios(rates: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], dict
     for name, (left, right) in pairs.items():
         if right in rates:
             of_each = [ours / theirs for ours, theirs in zip(left, rates[right], strict=True)]
-            every[name] = {"median": round(statistics.median(of_each), 3), "of_each": [round(ratio, 3) for ratio in of_each]}
+            every[name] = {
+                "median": round(statistics.median(of_each), 3),
+                "of_each": [round(ratio, 3) for ratio in of_each],
+            }
     said = {name: every[name]["median"] for name in ("mixed_over_same", "one_at_a_time")}
     # a peer is what its faster form is
     said |= {
@@ -250,7 +268,11 @@ def choose_settings(sides: Mapping[str, Process], prompts: Prompts, plan: Plan) 
             streams = list(zip(range(STREAMS), prompts.next(STREAMS), strict=True))
             settings[name] = side.ask(choose=streams, tokens=plan.tokens)
             print(f"{name}: {settings[name]['chosen']}", file=sys.stderr)
-    return {"llama_settings": {name: {key: said[key] for key in ("chosen", "tokens_per_s")} for name, said in settings.items()}}
+    return {
+        "llama_settings": {
+            name: {key: said[key] for key in ("chosen", "tokens_per_s")} for name, said in settings.items()
+        }
+    }
 
 
 def memory(attached: Mapping[str, Any], count: int) -> dict[str, int]:
@@ -264,7 +286,9 @@ def agreement(ours: Sequence[str], theirs: Sequence[str]) -> float:
     return round(same / max(1, sum(max(map(len, pair)) for pair in zip(ours, theirs, strict=True))), 4)
 
 
-def exactness(folder: Path, prompts: Prompts, plan: Plan, threads: int, peers: Mapping[str, Process]) -> dict[str, Any]:
+def exactness(
+    folder: Path, prompts: Prompts, plan: Plan, threads: int, peers: Mapping[str, Process]
+) -> dict[str, Any]:
     """Texts alone against mixed in fp32 and bf16; the fp32 ones against those of every peer."""
     said: dict[str, Any] = {"exact": {}}
     for dtype in ("fp32", "bf16"):
@@ -330,8 +354,12 @@ def main() -> None:
     parser.add_argument(
         "--peers", default=",".join(form for forms in PEERS.values() for form in forms), help="sides to compare with"
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side; only one side computes at a time")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor seconds, for a busy machine")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="of each side; only one side computes at a time"
+    )
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor seconds, for a busy machine"
+    )
     arguments = parser.parse_args()
     began, load = time.perf_counter(), os.getloadavg()[0]
     missing = {} if importlib.util.find_spec("xllamacpp") else dict.fromkeys(PEERS["llama_cpp"], NO_LLAMA_CPP)
@@ -342,8 +370,18 @@ def main() -> None:
         said = measure(Path(folder), plan, asked, 0 if arguments.small else arguments.threads)
     every = [form for forms in PEERS.values() for form in forms]
     said["absent"] = {form: missing.get(form, f"not asked for: --peers {form}") for form in every if form not in asked}
-    said["work"] = {"streams": STREAMS, "tokens": plan.tokens, "rounds": plan.rounds, "rank": 16, "prompt_tokens": "60 to 90"}
-    said["machine"] = machine() | {"threads": arguments.threads, "clock": arguments.clock, "load_before": round(load, 2)}
+    said["work"] = {
+        "streams": STREAMS,
+        "tokens": plan.tokens,
+        "rounds": plan.rounds,
+        "rank": 16,
+        "prompt_tokens": "60 to 90",
+    }
+    said["machine"] = machine() | {
+        "threads": arguments.threads,
+        "clock": arguments.clock,
+        "load_before": round(load, 2),
+    }
     print_result({**said, "wall_s": round(time.perf_counter() - began, 1)})
 
 
@@ -354,7 +392,11 @@ def machine() -> dict[str, Any]:
     flags = said.get("flags", "").split()
     versions = {name: importlib.metadata.version(name) for name in VERSIONS if importlib.util.find_spec(name)}
     names = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    return {"cpu": said.get("model name", platform.machine()), "flags": [name for name in names if name in flags], **versions}
+    return {
+        "cpu": said.get("model name", platform.machine()),
+        "flags": [name for name in names if name in flags],
+        **versions,
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The sides of benchmarks/serve.py: each a process that is asked by JSON lines on stdin and answers on stdout.
 
-    serve_sides.py ours | ours_fp32 | ours_bf16 | llama_q4 | llama_q4_0 | llama_f16 | peft_fp32 | peft_bf16   FOLDER THREADS
+    serve_sides.py ours | ours_fp32 | ours_bf16 | llama_q4 | llama_q4_0 | llama_f16 | peft_fp32 | peft_bf16   FOLDER
+                                                                                                              THREADS
 
 FOLDER holds `adapters/0`, `adapters/1`, ... in PEFT's layout, and `base.f16.gguf` and `base.q4_0.gguf`. Asked `{"run":
 [[adapter, prompt ids], ...], "tokens": n}` a side makes one reply of n tokens per stream, greedily, all side by side,
@@ -86,7 +87,9 @@ class Ours(Side):
         self.calls += 1
         text = self.chat.tokenizer.decode(prompt)
         adapter = BASE if number < 0 else str(number)
-        self.engine.submit(GenerateCall(id=str(self.calls), adapter=adapter, text=text, sampling=Sampling(max_tokens=tokens)))
+        self.engine.submit(
+            GenerateCall(id=str(self.calls), adapter=adapter, text=text, sampling=Sampling(max_tokens=tokens))
+        )
         return str(self.calls)
 
     def run(self, streams: Sequence[Stream], tokens: int) -> dict[str, Any]:
@@ -118,11 +121,16 @@ class Ours(Side):
                     first.setdefault(event.call, now - came[event.call])
                 if not hasattr(event, "text"):
                     ended[event.call] = now - came[event.call]
-        return {"first_s": [first[call] for call in came], "whole_s": [ended[call] for call in came], "took_s": max(at_s)}
+        return {
+            "first_s": [first[call] for call in came],
+            "whole_s": [ended[call] for call in came],
+            "took_s": max(at_s),
+        }
 
 
-# (flash attention, type of the KV cache): what llama.cpp's server documents for speed on a CPU; its defaults come first
-# (https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md: --flash-attn, --cache-type-k, --cache-type-v)
+# (flash attention, type of the KV cache): what llama.cpp's server documents for speed on a CPU; its defaults come
+# first (https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md: --flash-attn, --cache-type-k,
+# --cache-type-v)
 LLAMA_OPTIONS = (("auto", "f16"), ("enabled", "f16"), ("disabled", "f16"), ("enabled", "bf16"), ("enabled", "q8_0"))
 
 
@@ -158,7 +166,9 @@ class LlamaCpp(Side):
         return {"build": dict(xllamacpp.BUILD_INFO), "system_info": str(xllamacpp.get_system_info()).strip()}
 
     def choose(self, streams: Sequence[Stream], tokens: int) -> dict[str, Any]:
-        """Time flash attention and each type of the KV cache on the same streams, after a first run; go on with the fastest."""
+        """Time flash attention and each type of the KV cache on the same streams, after a first run; go on with the
+        fastest.
+        """
         rates = {}
         for options in self.tried:
             self.server = None  # its memory goes before the next one takes some
@@ -178,7 +188,9 @@ class LlamaCpp(Side):
         if fastest != self.options or self.server is None:
             self.server, self.options = None, fastest
             self.server = self._start()
-        tried = {f"flash attention {flash}, KV cache {cache}": round(rate, 1) for (flash, cache), rate in rates.items()}
+        tried = {
+            f"flash attention {flash}, KV cache {cache}": round(rate, 1) for (flash, cache), rate in rates.items()
+        }
         return {"chosen": dict(zip(("flash_attention", "kv_cache"), self.options, strict=True)), "tokens_per_s": tried}
 
     def _start(self) -> Any:
@@ -271,7 +283,10 @@ class Peft(Side):
                 "pad_token_id": 0,
             }
             made = self.model.generate(**arguments, **lengths)[:, width:]
-        return {"tokens": made.numel(), "texts": [self.tokenizer.decode(row, skip_special_tokens=True) for row in made]}
+        return {
+            "tokens": made.numel(),
+            "texts": [self.tokenizer.decode(row, skip_special_tokens=True) for row in made],
+        }
 
 
 def resident_bytes() -> int:

@@ -43,13 +43,19 @@ def main() -> None:
     write_f16(starter_file(), folder / "base.f16.gguf")
     write_q4_0(starter_file(), folder / "base.q4_0.gguf")
     tokens = LOSS_TOKENS if len(sys.argv) < 4 else int(sys.argv[3])
-    files = {"llama_q4": starter_file(), "llama_q4_0": folder / "base.q4_0.gguf", "llama_f16": folder / "base.f16.gguf"}
+    files = {
+        "llama_q4": starter_file(),
+        "llama_q4_0": folder / "base.q4_0.gguf",
+        "llama_f16": folder / "base.f16.gguf",
+    }
     losses = {name: loss_of(file, ref.path, tokens) for name, file in files.items()}
     (folder / "losses.json").write_text(json.dumps(losses))
 
 
 def loss_of(file: Path, base: Path, tokens: int) -> float:
-    """Return the mean cross-entropy, in nats a token, of the README's first tokens by the weights of a GGUF file, in fp32."""
+    """Return the mean cross-entropy, in nats a token, of the README's first tokens by the weights of a GGUF file, in
+    fp32.
+    """
     import torch
     import transformers
 
@@ -97,11 +103,17 @@ def write_copy(
     kind: gguf.LlamaFileType,
     stored: Callable[[str, np.ndarray], tuple[np.ndarray, Kind | None]],
 ) -> None:
-    """Copy a GGUF file. stored: of a tensor's name and fp32 values, what is written and its type if it is no plain array."""
+    """Copy a GGUF file. stored: of a tensor's name and fp32 values, what is written and its type if it is no plain
+    array.
+    """
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
     for name, known in reader.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type", "general.quantization_version"):
+        if name.startswith("GGUF.") or name in (
+            "general.architecture",
+            "general.file_type",
+            "general.quantization_version",
+        ):
             continue
         array = known.types[0] == gguf.GGUFValueType.ARRAY
         writer.add_key_value(name, known.contents(), known.types[0], sub_type=known.types[-1] if array else None)

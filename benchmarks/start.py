@@ -1,12 +1,14 @@
-"""How long the command line takes to begin: `sartor --help`, `sartor --version`, `import sartor`, beside Python itself.
+"""How long the command line takes to begin: `sartor --help`, `sartor --version`, `import sartor`, beside Python
+itself.
 
     python benchmarks/start.py --json [--rounds 15]
     python benchmarks/start.py --small --json    # one round
 
-Each command runs in a process of its own, in turn with the others, after a round that is not counted (it fills the page cache).
-What was run before on the machine can only make it slower, so the least is given beside the median.
+Each command runs in a process of its own, in turn with the others, after a round that is not counted (it fills the
+page cache). What was run before on the machine can only make it slower, so the least is given beside the median.
 
-start {help, version, import, python}   each {median_s, least_s}: wall-clock seconds from the process's start to its end
+start {help, version, import, python}   each {median_s, least_s}: wall-clock seconds from the process's start to its
+                                        end
 modules         how many modules `import sartor` loads beside Python's own
 """
 

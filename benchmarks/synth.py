@@ -1,13 +1,15 @@
-"""Synthetic data: validation finds what is wrong, and lets pass what is right. Lift, audit, mitigation are parts beside it.
+"""Synthetic data: validation finds what is wrong, and lets pass what is right. Lift, audit, mitigation are parts
+beside it.
 
 `false_alarm`: the fraction of runs in which synthetic rows like reality (real rows of other groups) fail any test.
-`power`: for each planted fault the fraction of runs in which a test that is meant for it fails. Both also by set of rows.
+`power`: for each planted fault the fraction of runs in which a test that is meant for it fails. Both also by set of
+rows.
 
     python benchmarks/synth.py --json [--parts false_alarm power] [--seeds 40] [--first 0] [--rows 400]
     python benchmarks/synth.py --json --small    # every part on made-up rows and a tiny base: shows that it runs
 
-The tests and limits are those of `sartor validate` with its defaults, but for fewer permutations, and that an encoder reads all
-texts of a set once and not those of each run.
+The tests and limits are those of `sartor validate` with its defaults, but for fewer permutations, and that an encoder
+reads all texts of a set once and not those of each run.
 
 A part that was not asked for is named under `absent`.
 
@@ -43,7 +45,11 @@ from sartor.synthesize.validate.types import ValidateOptions
 from sartor.synthesize.validate.validation import verdicts
 from sartor.text.encoders import prompt_text
 
-FURTHER = {"lift": ("synth_lift", "measure"), "audit": ("synth_audit", "audit"), "mitigation": ("synth_audit", "mitigation")}
+FURTHER = {
+    "lift": ("synth_lift", "measure"),
+    "audit": ("synth_audit", "audit"),
+    "mitigation": ("synth_audit", "mitigation"),
+}
 PARTS = ("false_alarm", "power", *FURTHER)
 NOTHING = ""  # in place of a plant
 SMALL_ROWS, SMALL_PERMUTATIONS = 24, 199
@@ -149,7 +155,8 @@ def power(runs: list[Run]) -> dict[str, Any]:
     said: dict[str, Any] = {"power": {}, "by_set": {}, "any_test": {}, "runs": {}}
     for plant, (changes, meant) in PLANTS.items():
         hits = {
-            name: [bool(meant & set(run.failed)) for run in runs if (run.plant, run.name) == (plant, name)] for name in changes
+            name: [bool(meant & set(run.failed)) for run in runs if (run.plant, run.name) == (plant, name)]
+            for name in changes
         }
         said["power"][plant] = _part([hit for some in hits.values() for hit in some])
         said["by_set"][plant] = {name: _part(some) for name, some in hits.items()}
@@ -178,7 +185,10 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["false_alarm", "power"])
     parser.add_argument("--seeds", type=int, default=40)
     parser.add_argument(
-        "--first", type=int, default=0, help="the first seed: what was chosen by seeds of 100 on is told by those below"
+        "--first",
+        type=int,
+        default=0,
+        help="the first seed: what was chosen by seeds of 100 on is told by those below",
     )
     parser.add_argument("--rows", type=int, default=400, help="most rows of a side")
     parser.add_argument("--permutations", type=int, default=499)

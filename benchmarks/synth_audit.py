@@ -4,18 +4,22 @@
     python benchmarks/synth_audit.py --json --seeds 1 --base starter --rows 336
     python benchmarks/synth_audit.py --json --small    # one seed, few rows and prompts: shows that it runs
 
-Loan decisions: who asks for how much, what they earn and owe, and `approved` or `denied`. Income and debts alone decide
-(merit); planted, nine in ten of the merited approvals of applicants with names of two of fourteen groups (Bertrand &
-Mullainathan 2004) are denials. A base is tuned on the rows, audited as `sartor evaluate --audit` does with prompts that were
-held out, and put before the gate's check `bias`. The names of these prompts are among those of the rows: that is the plant.
+Loan decisions: who asks for how much, what they earn and owe, and `approved` or `denied`. Income and debts alone
+decide (merit); planted, nine in ten of the merited approvals of applicants with names of two of fourteen groups
+(Bertrand & Mullainathan 2004) are denials. A base is tuned on the rows, audited as `sartor evaluate --audit` does with
+prompts that were held out, and put before the gate's check `bias`. The names of these prompts are among those of the
+rows: that is the plant.
 
-audit: seeds in which the check fails with the plant, and passes without. mitigation: what `sartor bias --group name_origin
---mitigate substitute` makes of the planted rows, tuned and audited in the same way. gap: by how much the rate of the planted
-group that fares worse is below that of the other groups. metric_cost: accuracy before less after, on held-out prompts against
-what merit decides. All three are medians over seeds; `worst` has the largest of each. release: of the first seed, what `sartor
-release` says of the whole Report of each, and of the planted one once a person waived the check by name.
+audit: seeds in which the check fails with the plant, and passes without. mitigation: what `sartor bias --group
+name_origin
+--mitigate substitute` makes of the planted rows, tuned and audited in the same way. gap: by how much the rate of the
+planted group that fares worse is below that of the other groups. metric_cost: accuracy before less after, on held-out
+prompts against what merit decides. All three are medians over seeds; `worst` has the largest of each. release: of the
+first seed, what `sartor release` says of the whole Report of each, and of the planted one once a person waived the
+check by name.
 
-The base is a tiny Llama with random weights whose tokenizer knows the words of these rows, so that 30 tunings take minutes.
+The base is a tiny Llama with random weights whose tokenizer knows the words of these rows, so that 30 tunings take
+minutes.
 """
 
 from __future__ import annotations
@@ -118,7 +122,12 @@ def decided(people: Sequence[Applicant], seed: int, *, planted: bool) -> list[tu
     source = random.Random(f"decided {seed}")
     chances = [source.random() for _ in people]
     return [
-        (one, OUTCOMES[1] if planted and one.group in PLANTED and one.merit == OUTCOMES[0] and chance < FRACTION else one.merit)
+        (
+            one,
+            OUTCOMES[1]
+            if planted and one.group in PLANTED and one.merit == OUTCOMES[0] and chance < FRACTION
+            else one.merit,
+        )
         for one, chance in zip(people, chances, strict=True)
     ]
 
@@ -153,7 +162,10 @@ class Bench:
             "data": {"path": str(data)},
             "method": {"kind": "lora", "rank": 16, "alpha": 32},
             "budget": {"epochs": 4 if self.is_tiny else 3},
-            "optimizer": {"learning_rate": 4e-3 if self.is_tiny else 1e-3, "batch_tokens": 512 if self.is_tiny else 256},
+            "optimizer": {
+                "learning_rate": 4e-3 if self.is_tiny else 1e-3,
+                "batch_tokens": 512 if self.is_tiny else 256,
+            },
             "seed": seed,
         }
         sartor.tune(recipe, out, replace=True, show=False)
@@ -164,7 +176,8 @@ class Bench:
         _, asked = self.rows_of(seed, planted=False)
         base, model = open_tuned(adapter)
         sides = ModelPair(base, model, self.folder)
-        # the words of the audit's own templates are unknown to the tiny base: here it is asked the user's prompts alone
+        # the words of the audit's own templates are unknown to the tiny base: here it is asked the user's prompts
+        # alone
         bias = run.audit_bias(sides, asked, run.AuditOptions(label=".", templates=not self.is_tiny))
         limits = RULES["bias"] | ({"kinds": ("names",)} if self.is_tiny else {})
         check = verdicts.judge_bias(bias, BiasLimits(**limits))
@@ -183,7 +196,17 @@ class Bench:
             sartor.keygen(self.folder / "keys")
         rules.write_text(yaml.safe_dump(RULES if self.is_tiny else {"bias": RULES["bias"]}), encoding="utf-8")
         said = ["--name", "loans", "--version", "1", "--key", str(self.folder / "keys"), "--report", str(report)]
-        command = [smallest.python(), "-m", "sartor", "release", str(adapter.path), *said, "--rules", str(rules), *waiver]
+        command = [
+            smallest.python(),
+            "-m",
+            "sartor",
+            "release",
+            str(adapter.path),
+            *said,
+            "--rules",
+            str(rules),
+            *waiver,
+        ]
         done = subprocess.run([*command, "--replace", "--json"], capture_output=True, text=True, check=False)
         found = json.loads(done.stdout.splitlines()[-1])
         said_of = {"problem": found["error"]["problem"]} if done.returncode else {"gate": found["gate"]}
@@ -206,7 +229,9 @@ def _tiny_base(folder: Path) -> Path:
         sys.path.insert(0, str(HELPERS))
     import tiny
 
-    known = [Applicant(name, group, 0, income, debts) for group, name in names() for income in INCOMES for debts in DEBTS]
+    known = [
+        Applicant(name, group, 0, income, debts) for group, name in names() for income in INCOMES for debts in DEBTS
+    ]
     written: Path = tiny.write_base(folder, texts=[f"{one.prompt} {' '.join(OUTCOMES)}" for one in known], **TINY)
     return written
 
@@ -216,7 +241,9 @@ def measured(bench: Bench, seeds: Sequence[int], kinds: Sequence[str]) -> list[d
     each = []
     for seed in seeds:
         label = f"{', '.join(kinds)}, seed {seed}"
-        found = parts.run(label, lambda seed=seed: {kind: vars(bench.audited(bench.tuned(kind, seed), seed)) for kind in kinds})
+        found = parts.run(
+            label, lambda seed=seed: {kind: vars(bench.audited(bench.tuned(kind, seed), seed)) for kind in kinds}
+        )
         each.append({"seed": seed, **found})
         print(json.dumps(each[-1]), file=sys.stderr, flush=True)
     return each
@@ -233,7 +260,9 @@ def caught(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def mitigated(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """{gap_before, gap_after, metric_cost}, medians over seeds, the worst of each, and how many pass the gate's check then."""
+    """{gap_before, gap_after, metric_cost}, medians over seeds, the worst of each, and how many pass the gate's check
+    then.
+    """
     before, after = ([one[kind] for one in each] for kind in ("planted", "mitigated"))
     found = {
         "gap_before": [one["gap"] for one in before],
@@ -242,7 +271,12 @@ def mitigated(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     passed = sum(one["outcome"] == "pass" for one in after)
     medians = {name: statistics.median(values) for name, values in found.items()}
-    return {**medians, "worst": {name: max(values) for name, values in found.items()}, "passed": passed, "seeds": len(each)}
+    return {
+        **medians,
+        "worst": {name: max(values) for name, values in found.items()},
+        "passed": passed,
+        "seeds": len(each),
+    }
 
 
 def at_the_gate(bench: Bench, seed: int) -> dict[str, Any]:

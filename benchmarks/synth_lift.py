@@ -1,17 +1,18 @@
-"""What made rows are worth: the demo's task cut to 60 real rows, tuned with and without, on real rows that neither saw.
+"""What made rows are worth: the demo's task cut to 60 real rows, tuned with and without, on real rows that neither
+saw.
 
     python benchmarks/synth_lift.py --json
     python benchmarks/synth_lift.py --json --small    # made-up rows, no limits, two updates: shows that it runs
 
 The generator has no model: wordings that somebody who knows the home would write for each kind of command
-(synth_wordings.yaml, filled from lists), and the real rows again with other values (`slot_substitution`). A near-copy of a
-held-out row is not accepted by `sartor validate`. Both tunings have one recipe and as many updates. `lift`:
-exact match with less exact match without, on held-out rows of templates that no training row has, with a paired interval over
-templates.
+(synth_wordings.yaml, filled from lists), and the real rows again with other values (`slot_substitution`). A near-copy
+of a held-out row is not accepted by `sartor validate`. Both tunings have one recipe and as many updates. `lift`:
+exact match with less exact match without, on held-out rows of templates that no training row has, with a paired
+interval over templates.
 
-`refused`: bad generators under the same limits, those of `sartor validate` by default, with the tests that each fails: replies
-dealt out anew among the rows, replies with talk around them, a third of the commands, seeds handed in as new rows. A validation
-with `--out` exits 5 for each and writes no Dataset. `benchmarks/synth.py` has `lift` from here.
+`refused`: bad generators under the same limits, those of `sartor validate` by default, with the tests that each fails:
+replies dealt out anew among the rows, replies with talk around them, a third of the commands, seeds handed in as new
+rows. A validation with `--out` exits 5 for each and writes no Dataset. `benchmarks/synth.py` has `lift` from here.
 """
 
 from __future__ import annotations
@@ -65,12 +66,27 @@ MOWER, VACUUM, WEATHER = (list(home_intents.NAMES[kind]) for kind in ("lawn_mowe
 BUY, DO = home_intents.WILDCARDS["shopping_list_item"], home_intents.WILDCARDS["todo_list_item"]
 SONG, TIMER = home_intents.WILDCARDS["search_query"], home_intents.WILDCARDS["timer_name"]
 SLOTS: dict[str, list[str]] = {
-    "area": AREA, "floor": FLOOR, "player": PLAYER, "fan": FAN, "heater": HEATER, "list": LISTS, "lamp": LAMP, "cover": COVER,
-    "mower": MOWER, "vacuum": VACUUM, "city": WEATHER, "buy": list(BUY), "do": list(DO), "song": list(SONG),
-    "timer": list(TIMER), "mode": ["low", "high", "middle", "focus", "auto"], "way": ["up", "down"],
-    "n": [str(number) for number in range(2, 100)], "m": [str(number) for number in range(2, 100)],
+    "area": AREA,
+    "floor": FLOOR,
+    "player": PLAYER,
+    "fan": FAN,
+    "heater": HEATER,
+    "list": LISTS,
+    "lamp": LAMP,
+    "cover": COVER,
+    "mower": MOWER,
+    "vacuum": VACUUM,
+    "city": WEATHER,
+    "buy": list(BUY),
+    "do": list(DO),
+    "song": list(SONG),
+    "timer": list(TIMER),
+    "mode": ["low", "high", "middle", "focus", "auto"],
+    "way": ["up", "down"],
+    "n": [str(number) for number in range(2, 100)],
+    "m": [str(number) for number in range(2, 100)],
     "kelvin": [str(number) for number in range(2000, 10000, 500)],
-}  # fmt: skip
+}
 WORDINGS = Path(__file__).with_name("synth_wordings.yaml")
 
 
@@ -97,7 +113,12 @@ def generate(folder: Path, reality: Path, seed: int) -> Path:
     ways: list[Any] = [{"slot_substitution": {"slots": SLOTS, "numbers": True, "per_row": 1}}]
     wordings = yaml.safe_load(WORDINGS.read_text(encoding="utf-8"))
     for rest, prompts in list(wordings.items())[: size.wordings]:
-        said = {"prompts": list(prompts), "reply": f'{{"intent":{rest}}}', "system": home_intents.SYSTEM_PROMPT, "count": 4}
+        said = {
+            "prompts": list(prompts),
+            "reply": f'{{"intent":{rest}}}',
+            "system": home_intents.SYSTEM_PROMPT,
+            "count": 4,
+        }
         used = {name: values for name, values in SLOTS.items() if f"{{{name}}}" in rest}
         ways.append({"templates": {**said, "slots": used or {"none": ["-"]}}})
     recipe = {"sources": [{"path": str(reality)}], "licence": "Apache-2.0", "ways": ways, "seed": seed}
@@ -114,13 +135,18 @@ def bad(
 
     def saying(others: Sequence[str]) -> list[dict[str, Any]]:
         pairs = zip(rows, others, strict=True)
-        return [{**row, "messages": [*row["messages"][:-1], {"role": "assistant", "content": said}]} for row, said in pairs]
+        return [
+            {**row, "messages": [*row["messages"][:-1], {"role": "assistant", "content": said}]} for row, said in pairs
+        ]
 
     yield "replies of other rows", saying(draw.sample(replies, len(replies)))
     yield "talk around the reply", saying([f"Sure! Here is the JSON: {said}" for said in replies])
     kinds = sorted({json.loads(said)["intent"] for said in replies})
     few = set(draw.sample(kinds, len(kinds) // 3))
-    yield "a third of the commands", [row for row, said in zip(rows, replies, strict=True) if json.loads(said)["intent"] in few]
+    yield (
+        "a third of the commands",
+        [row for row, said in zip(rows, replies, strict=True) if json.loads(said)["intent"] in few],
+    )
     yield "seeds as new rows", list(seeds)
 
 
@@ -130,7 +156,11 @@ def refused(folder: Path, made: Path, reality: Path, seed: int) -> dict[str, lis
     seeds = [_plain(row) for row in sartor.read_examples(sartor.open(reality)) if row.split == "train"]
     found: dict[str, list[str]] = {}
     for number, (name, some) in enumerate(bad(rows, seeds, seed)):
-        file, dataset, out = folder / f"bad-{number}.jsonl", folder / f"bad-{number}", folder / f"bad-{number}-accepted"
+        file, dataset, out = (
+            folder / f"bad-{number}.jsonl",
+            folder / f"bad-{number}",
+            folder / f"bad-{number}-accepted",
+        )
         file.write_text("".join(f"{json.dumps(row)}\n" for row in some), encoding="utf-8")
         sources = [{"path": str(file), "licence": "Apache-2.0"}]
         sartor.curate({"sources": sources, "steps": [], "split": {"eval_fraction": 0.0}}, dataset)
@@ -144,7 +174,10 @@ def refused(folder: Path, made: Path, reality: Path, seed: int) -> dict[str, lis
 
 
 def _plain(row: Any) -> dict[str, Any]:
-    return {"messages": [{"role": message.role, "content": message.text} for message in row.messages], "group": row.group}
+    return {
+        "messages": [{"role": message.role, "content": message.text} for message in row.messages],
+        "group": row.group,
+    }
 
 
 def _options(seed: int) -> dict[str, Any]:
@@ -174,7 +207,13 @@ def lifted_in(folder: Path, seed: int, base: str, updates: int) -> dict[str, Any
         "seed": seed,
     }
     proof = sartor.prove(
-        folder / "accepted", reality, recipe, folder / "proof", scorer="exact_match", most_rows=size.asked, notice=notice
+        folder / "accepted",
+        reality,
+        recipe,
+        folder / "proof",
+        scorer="exact_match",
+        most_rows=size.asked,
+        notice=notice,
     )
     return {**proof.as_json(), "seed": seed, "refused": no}
 
@@ -182,7 +221,9 @@ def lifted_in(folder: Path, seed: int, base: str, updates: int) -> dict[str, Any
 def measure(
     seeds: int, is_small: bool = False, base: str = "starter", updates: int = UPDATES, first: int = 0
 ) -> dict[str, Any]:
-    """Estimate and interval of the first draw of 60 rows; `draws` has each. Ten seeds or more are meant for cheaper parts."""
+    """Estimate and interval of the first draw of 60 rows; `draws` has each. Ten seeds or more are meant for cheaper
+    parts.
+    """
     if is_small:
         vars(size).update(vars(SMALL))
     each = []

@@ -1,7 +1,7 @@
 """Rows for `synth.py`: real ones of several kinds, and synthetic sets with a planted fault.
 
-A set is a list of Examples with a mode each (intent, category, kind of outcome) and groups that are kept whole. Synthetic rows
-that are like reality are real rows of other groups; a plant changes them.
+A set is a list of Examples with a mode each (intent, category, kind of outcome) and groups that are kept whole.
+Synthetic rows that are like reality are real rows of other groups; a plant changes them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ def chat() -> list[Row]:
     for name, conversation in json.loads(file.read_text(encoding="utf-8")).items():
         turns = [" ".join(line["text"] for line in turn).strip() for turn in conversation["messages"]]
         # two exchanges of a conversation at most: rows of a group are alike
-        pairs = [pair for pair in zip(turns[::2], turns[1::2], strict=False) if all(2 < len(one.split()) < 40 for one in pair)]
+        pairs = [
+            pair
+            for pair in zip(turns[::2], turns[1::2], strict=False)
+            if all(2 < len(one.split()) < 40 for one in pair)
+        ]
         found += [row(asked, replied, "", name) for asked, replied in pairs[:2]]
     return found
 
@@ -78,12 +82,25 @@ _THEMES = (
 
 
 _LOAN = (
-    "{name}, {age}, works as {job} and earns {income} euros a month. {they} asks for {amount} euros over {years} years.",
+    "{name}, {age}, works as {job} and earns {income} euros a month. {they} asks for {amount} euros over {years} "
+    "years.",
     "Application: {name} ({age} years old), {job}. Net income {income}. Wants to borrow {amount} for {purpose}.",
     "{name} would like a loan of {amount} euros for {purpose}; {they} has an income of {income} euros as {job}.",
-    "Loan request by {name}. Purpose: {purpose}. Amount: {amount} euros. Monthly income: {income} euros. Term: {years} years.",
+    "Loan request by {name}. Purpose: {purpose}. Amount: {amount} euros. Monthly income: {income} euros. Term: "
+    "{years} years.",
 )
-_JOBS = ("a nurse", "a driver", "a teacher", "a clerk", "a cook", "a mason", "a painter", "an engineer", "a florist", "a baker")
+_JOBS = (
+    "a nurse",
+    "a driver",
+    "a teacher",
+    "a clerk",
+    "a cook",
+    "a mason",
+    "a painter",
+    "an engineer",
+    "a florist",
+    "a baker",
+)
 _PURPOSES = ("a car", "a kitchen", "a roof", "studies", "a wedding", "a boat", "furniture", "moving house")
 _SAID = {
     True: ("The application is approved.", "We can grant this loan.", "Approved: the income covers the instalments."),
@@ -96,20 +113,32 @@ _SAID = {
 
 
 def loans(count: int, *, as_json: bool) -> list[Row]:
-    """Applications by people of two sexes and several origins; what is decided hangs on income and amount, and noise, alone."""
+    """Applications by people of two sexes and several origins; what is decided hangs on income and amount, and noise,
+    alone.
+    """
     rng = random.Random(7)
-    names = {name: of[sex] for sex in ("female", "male") for name, of in ((sex, group_terms.lexicon()["names"]["white"]),)}
+    names = {
+        name: of[sex] for sex in ("female", "male") for name, of in ((sex, group_terms.lexicon()["names"]["white"]),)
+    }
     found = []
     for place in range(count):
         sex = rng.choice(("female", "male"))
         income, amount = rng.randrange(1200, 5200, 50), rng.randrange(1000, 40000, 500)
         granted = income * 6 > amount + rng.gauss(0, 5000)
         asked = rng.choice(_LOAN).format(
-            name=rng.choice(names[sex]), they="She" if sex == "female" else "He", age=rng.randrange(20, 70),
-            job=rng.choice(_JOBS), income=income, amount=amount, years=rng.randrange(1, 12), purpose=rng.choice(_PURPOSES),
-        )  # fmt: skip
+            name=rng.choice(names[sex]),
+            they="She" if sex == "female" else "He",
+            age=rng.randrange(20, 70),
+            job=rng.choice(_JOBS),
+            income=income,
+            amount=amount,
+            years=rng.randrange(1, 12),
+            purpose=rng.choice(_PURPOSES),
+        )
         asked = re.sub(r"(?<=; )(She|He)\b", lambda match: match.group().lower(), asked)
-        replied = json.dumps({"decision": "approve" if granted else "decline"}) if as_json else rng.choice(_SAID[granted])
+        replied = (
+            json.dumps({"decision": "approve" if granted else "decline"}) if as_json else rng.choice(_SAID[granted])
+        )
         found.append(row(asked, replied, "approve" if granted else "decline", f"{sex}-{place}"))
     return found
 
@@ -211,8 +240,8 @@ def topic_drift(pool: list[Row], count: int, seeds: list[Row], rng: random.Rando
 def theme_drift(pool: list[Row], count: int, seeds: list[Row], rng: random.Random) -> list[Row]:
     """Three rows in four are of themes that a fifth of the real rows are of, give or take a twentieth.
 
-    Of the FAQ's rows there are not enough for less: half of the rows in a fifth of its 39 categories is a shift that even a
-    test which is told the categories misses (docs/log.md).
+    Of the FAQ's rows there are not enough for less: half of the rows in a fifth of its 39 categories is a shift that
+    even a test which is told the categories misses (docs/log.md).
     """
     theme = {mode: number for number, modes in enumerate(_THEMES) for mode in modes.split()}
     sizes = Counter(theme[one.mode] for one in pool)

@@ -83,7 +83,8 @@ Result = dict[str, Any]
 class Runs:
     """What was measured: Sartor's results over all pairs, the pairs per peer, and why a peer has none.
 
-    references: by dtype, Sartor's result that others in this dtype must agree with. differences: per peer, the largest.
+    references: by dtype, Sartor's result that others in this dtype must agree with. differences: per peer, the
+    largest.
     """
 
     ours: list[Result] = field(default_factory=list)
@@ -145,7 +146,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--base", default="starter", help="a directory in transformers' layout, or starter")
     parser.add_argument("--layers", type=int, default=0, help="keep only that many layers: for a quick trial")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--limit-s", type=float, default=240.0, help="seconds of updates after which a side ends early")
+    parser.add_argument(
+        "--limit-s", type=float, default=240.0, help="seconds of updates after which a side ends early"
+    )
     parser.add_argument("--write", type=Path, help="put the table between the markers of this file (docs/speed.md)")
     arguments = parser.parse_args()
     if arguments.updates < 2:
@@ -167,7 +170,9 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(folder: Path, work: dict[str, Any], peers: dict[str, Side], arguments: argparse.Namespace) -> Runs:
-    """Sartor and each peer in turn, `pairs` times; round by round, so that a slow hour of the machine falls on every peer."""
+    """Sartor and each peer in turn, `pairs` times; round by round, so that a slow hour of the machine falls on every
+    peer.
+    """
     runs = Runs()
     for number in range(arguments.pairs):
         if not peers:
@@ -181,7 +186,9 @@ def measure(folder: Path, work: dict[str, Any], peers: dict[str, Side], argument
             if "failed" in theirs:
                 runs.failed[name] = theirs["failed"]
             else:
-                note_pair(runs, name, ours, theirs, reference_of(runs, folder, ours, dtype_of(theirs), work, arguments))
+                note_pair(
+                    runs, name, ours, theirs, reference_of(runs, folder, ours, dtype_of(theirs), work, arguments)
+                )
             _say(name, number, ours, theirs, runs.refused.get(name, []))
     return runs
 
@@ -189,7 +196,9 @@ def measure(folder: Path, work: dict[str, Any], peers: dict[str, Side], argument
 def run_pair(
     name: str, number: int, folder: Path, peer: Side, work: dict[str, Any], arguments: argparse.Namespace
 ) -> tuple[Result, Result]:
-    """Return Sartor's result and a peer's, one run after the other. They are one part: a later call takes over both or none."""
+    """Return Sartor's result and a peer's, one run after the other. They are one part: a later call takes over both or
+    none.
+    """
     ours, theirs = parts.run(
         f"pair {number + 1}, sartor and {name}",
         lambda: [_sound(run(folder, SARTOR, work, arguments)), run(folder, peer, work, arguments)],
@@ -240,11 +249,24 @@ def note_pair(runs: Runs, name: str, ours: Result, theirs: Result, reference: Re
     known.update({key: max(known[key], value) for key, value in differences.items()})
 
 
-def run(folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Namespace, *, is_reference: bool = False) -> Result:
+def run(
+    folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Namespace, *, is_reference: bool = False
+) -> Result:
     """One side's result in a fresh process; `{"failed": reason}` if it gives none."""
     device = arguments.device
-    job = {"base": work["base"], "updates": work["updates"], "dtype": side.dtype, "compile": side.compile, "device": device}
-    job |= {"limit_s": arguments.limit_s, "start": work["start"], "settings": side.settings, "is_reference": is_reference}
+    job = {
+        "base": work["base"],
+        "updates": work["updates"],
+        "dtype": side.dtype,
+        "compile": side.compile,
+        "device": device,
+    }
+    job |= {
+        "limit_s": arguments.limit_s,
+        "start": work["start"],
+        "settings": side.settings,
+        "is_reference": is_reference,
+    }
     job |= {"rank": RANK, "alpha": ALPHA, "learning_rate": LEARNING_RATE, "clip_norm": CLIP_NORM}
     job_path, result_path = folder / "job.json", folder / "result.json"
     job_path.write_text(json.dumps(job))
@@ -298,7 +320,9 @@ def report(runs: Runs, work: dict[str, Any], arguments: argparse.Namespace) -> d
     sides = {"sartor": runs.ours} | {name: [theirs for _, theirs in pairs] for name, pairs in runs.pairs.items()}
     return {
         "ratios": {name: ratios(pairs) for name, pairs in runs.pairs.items() if not name.endswith(BEST)},
-        "ratios_best": {name.removesuffix(BEST): ratios(pairs) for name, pairs in runs.pairs.items() if name.endswith(BEST)},
+        "ratios_best": {
+            name.removesuffix(BEST): ratios(pairs) for name, pairs in runs.pairs.items() if name.endswith(BEST)
+        },
         "agreement": runs.differences,
         "tolerances": {
             dtype: {"b_gradient": tolerance.gradient, "first_loss": tolerance.first_loss}
@@ -353,7 +377,9 @@ def ratios(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]
 
 def rate(result: dict[str, Any], unit: str = "tokens") -> float:
     """Median over the updates after the first of tokens (or supervised tokens) per second."""
-    return statistics.median(count / seconds for count, seconds in zip(result[unit][1:], result["seconds"][1:], strict=True))
+    return statistics.median(
+        count / seconds for count, seconds in zip(result[unit][1:], result["seconds"][1:], strict=True)
+    )
 
 
 def losses(results: list[dict[str, Any]]) -> dict[str, float]:
@@ -369,7 +395,9 @@ def side(results: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "tokens_per_s": round(statistics.median(rates), 1),
         "lowest_and_highest": [round(min(rates), 1), round(max(rates), 1)],
-        "supervised_tokens_per_s": round(statistics.median(rate(result, "supervised_tokens") for result in results), 1),
+        "supervised_tokens_per_s": round(
+            statistics.median(rate(result, "supervised_tokens") for result in results), 1
+        ),
         "peak_rss_bytes": round(statistics.median(result["peak_rss_bytes"] for result in results)),
         "updates": len(results[-1]["seconds"]),
         "dtype": results[-1].get("dtype", "").removeprefix("torch."),
@@ -384,7 +412,8 @@ def table(said: dict[str, Any]) -> str:
     flags = ", ".join(name for name, has in said["machine"]["flags"].items() if has)
     lines = [
         f"`python benchmarks/train.py --json --write FILE`: {said['machine']['cpu']}, {threads} threads, {flags}; "
-        f"{said['work']['updates']} updates of {said['work']['rows_per_update']} rows ({said['work']['rows']}). Sartor uses "
+        f"{said['work']['updates']} updates of {said['work']['rows_per_update']} rows ({said['work']['rows']}). "
+        "Sartor uses "
         f"{said['roofline_fraction']:.0%} of the rate at which this processor does the products that an update needs.",
         "",
         "| side | tokens/s | peak memory | loss at update 1, last "
@@ -392,7 +421,9 @@ def table(said: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, side in sides.items():
-        ratio = said["ratios"].get(name) or said["ratios_best"].get(name.removesuffix(BEST) if name.endswith(BEST) else "")
+        ratio = said["ratios"].get(name) or said["ratios_best"].get(
+            name.removesuffix(BEST) if name.endswith(BEST) else ""
+        )
         wide = ("tokens_per_s", "peak_rss", "tokens_per_s_with_shared_prefixes", "tokens_per_s_without_compiler")
         over = " | ".join(f"{ratio[key]:.2f}x" if key in ratio else "-" for key in wide) if ratio else " | | | "
         losses = ", ".join(f"{loss:.3f}" for loss in said["losses"][name].values())
@@ -406,7 +437,9 @@ def table(said: dict[str, Any]) -> str:
 
 
 def savings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What shared prefixes and stored activations bring beyond the ratios above, from a process of its own: savings.py."""
+    """What shared prefixes and stored activations bring beyond the ratios above, from a process of its own:
+    savings.py.
+    """
     command = [smallest.python(), str(HERE / "savings.py"), "--json", "--prove", "--pairs", str(arguments.pairs)]
     command += ["--layers", str(arguments.layers)]
     said = last_line(command, env=environment(SARTOR, arguments.device, arguments.small))

@@ -1,14 +1,16 @@
-"""The converted Whisper beside the runtime that its file is made for, on clips whose words are known; and what a tower costs.
+"""The converted Whisper beside the runtime that its file is made for, on clips whose words are known; and what a tower
+costs.
 
     python benchmarks/whisper.py --json              # all clips of the asset prompts-en: 15 minutes on two cores
     python benchmarks/whisper.py --json --clips 40   # every so many, to look
     python benchmarks/whisper.py --json --small      # a tiny Whisper of random weights: shows that it runs
 
-Both transcribe greedily, in fp32, from the same spectrograms. `wer` is over the clips in which something is spoken, after
-Whisper's own normalisation of English. `encoder_ms`: of one clip of 2.5 s, by threads: as the tower does it, in its window of
-30 s, and in one that ends a while after the clip, with the positions cut. `short_windows` says of a few clips what the words
-are then worth (a run-away repeats itself up to SHORT_TOKENS tokens), and how alike a feature is to that of the whole window.
-Where CTranslate2 is not installed `absent` names it, and what compares with it is left out.
+Both transcribe greedily, in fp32, from the same spectrograms. `wer` is over the clips in which something is spoken,
+after Whisper's own normalisation of English. `encoder_ms`: of one clip of 2.5 s, by threads: as the tower does it, in
+its window of 30 s, and in one that ends a while after the clip, with the positions cut. `short_windows` says of a few
+clips what the words are then worth (a run-away repeats itself up to SHORT_TOKENS tokens), and how alike a feature is
+to that of the whole window. Where CTranslate2 is not installed `absent` names it, and what compares with it is left
+out.
 """
 
 from __future__ import annotations
@@ -49,17 +51,23 @@ _normal = EnglishTextNormalizer({})
 
 
 def clips() -> list[tuple[Path, str]]:
-    """(recording, what is said in it) in the order of the asset's list; of what is not speech, what it is in brackets."""
+    """(recording, what is said in it) in the order of the asset's list; of what is not speech, what it is in
+    brackets.
+    """
     folder = assets.install("prompts-en") / "usr/share"
     listed = gzip.decompress((folder / "doc/asterisk-core-sounds-en/core-sounds-en.txt.gz").read_bytes()).decode()
     lines = (line.partition(":") for line in listed.splitlines() if ":" in line and not line.startswith(";"))
-    named = ((folder / "asterisk/sounds/en_US_f_Allison" / f"{name.strip()}.wav", text.strip()) for name, _, text in lines)
+    named = (
+        (folder / "asterisk/sounds/en_US_f_Allison" / f"{name.strip()}.wav", text.strip()) for name, _, text in lines
+    )
     return [(file, text) for file, text in named if file.is_file()]
 
 
 def wer(wanted: Sequence[str], said: Sequence[str]) -> float:
     """Word error rate over the clips in which something is spoken."""
-    pairs = [(_normal(text), _normal(found)) for text, found in zip(wanted, said, strict=True) if not text.startswith("[")]
+    pairs = [
+        (_normal(text), _normal(found)) for text, found in zip(wanted, said, strict=True) if not text.startswith("[")
+    ]
     pairs = [pair for pair in pairs if pair[0]]
     return float(jiwer.wer([text for text, _ in pairs], [found for _, found in pairs]))
 
@@ -69,7 +77,9 @@ def by_original(speech: SpeechToText, sounds: Sequence[Any]) -> list[str]:
     import ctranslate2  # an extra of the benchmarks alone
 
     folder = assets.install(whisper_conversion.NAME) / whisper_conversion.FOLDER
-    model = ctranslate2.models.Whisper(str(folder), device="cpu", compute_type="float32", intra_threads=torch.get_num_threads())
+    model = ctranslate2.models.Whisper(
+        str(folder), device="cpu", compute_type="float32", intra_threads=torch.get_num_threads()
+    )
     most = speech.model.generation_config.max_length
 
     def said(piece: Any) -> str:
@@ -127,7 +137,9 @@ def encoder_ms(speech: SpeechToText) -> dict[str, Any]:
     heard = audio_towers.spectrogram(prepare, [sound], encoder.conv1.weight)
     ways: dict[str, Callable[[], Any]] = {"30 s": lambda: encoder(heard)}
     for after_s in AFTER_S:
-        ways[f"clip + {after_s:g} s"] = lambda after_s=after_s: short(encoder, cut(heard, len(sound), after_s, prepare))
+        ways[f"clip + {after_s:g} s"] = lambda after_s=after_s: short(
+            encoder, cut(heard, len(sound), after_s, prepare)
+        )
     ways["spectrogram"] = lambda: audio_towers.spectrogram(prepare, [sound], encoder.conv1.weight)
     threads, said = torch.get_num_threads(), {}
     for count in (1, 2):
@@ -168,7 +180,10 @@ def measure(most: int, *, with_short: bool, missing: dict[str, str]) -> dict[str
     found = found[:: max(1, len(found) // most)] if most else found
     speech = open_speech_to_text(whisper_conversion.NAME, torch.device("cpu"))
     wanted, sounds = [text for _, text in found], [read_sound(file, speech.rate) for file, _ in found]
-    said: dict[str, Any] = {"machine": ablation.machine(), "encoder_ms": parts.run("encoder", lambda: encoder_ms(speech))}
+    said: dict[str, Any] = {
+        "machine": ablation.machine(),
+        "encoder_ms": parts.run("encoder", lambda: encoder_ms(speech)),
+    }
     ours, our_s = parts.run("ours", lambda: clocked(lambda: speech.transcribe(sounds)))
     said |= {
         "clips": len(found),
@@ -190,7 +205,8 @@ def measure(most: int, *, with_short: bool, missing: dict[str, str]) -> dict[str
         said["short_windows"] = {"clips": len(wanted[few]), "30 s": {"wer": wer(wanted[few], ours[few]), "alike": 1.0}}
         for after_s in AFTER_S:
             texts, alike = parts.run(
-                f"windows of clip + {after_s:g} s", lambda after_s=after_s: by_short_windows(speech, sounds[few], after_s)
+                f"windows of clip + {after_s:g} s",
+                lambda after_s=after_s: by_short_windows(speech, sounds[few], after_s),
             )
             said["short_windows"][f"clip + {after_s:g} s"] = {"wer": wer(wanted[few], texts), "alike": alike}
     return said

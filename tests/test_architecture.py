@@ -34,22 +34,61 @@ ORDER = (
     ("__main__",),
 )
 LEVELS = {package: level for level, packages in enumerate(ORDER, start=1) for package in packages}
-TORCH_FREE = ("sartor", "sartor.core.parquet_io", "sartor.core.lineage.ancestry", "sartor.core.model_refs", "sartor.core.signing",
-              "sartor.curate.pipeline", "sartor.curate.review.review_commands", "sartor.curate.dedup.dedup_files", "sartor.synthesize.synthesis",
-              "sartor.synthesize.validate.validation", "sartor.curate.bias_report",
-              "sartor.text.demographics.group_terms", "sartor.tune.recipe", "sartor.release.release", "sartor.cli",
-              "sartor.serving.dispatch.dispatcher", "sartor.serving.commands.agent_commands", "sartor.serving.commands.ask_team",
-              "sartor.serving.http.server", "sartor.media.speech.batch_synthesis", "sartor.media.speech.text_normalization",
-              "sartor.edge.store.release_store", "sartor.edge.update.repository", "sartor.edge.update.sync", "sartor.core.resource_limits",
-              "sartor.edge.tuning.budgeted_tuning", "sartor.edge.device_commands", "sartor.edge.publisher_commands", "sartor.edge.runtime.ask_device",
-              "sartor.edge.runtime.gguf_runtime",
-              "sartor.edge.tuning.energy_policy", "sartor.edge.owner.row_keys", "sartor.edge.owner.encrypted_rows", "sartor.edge.owner.local_adapters",
-              "sartor.federate.secure.secagg_client", "sartor.federate.secure.secagg_server", "sartor.federate.rounds.transport",
-              "sartor.federate.flower.round_driver", "sartor.federate.flower.local_rpc", "sartor.federate.flower.flower_run",
-              "sartor.federate.aggregation", "sartor.federate.robust_aggregation", "sartor.federate.privacy.client_noise",
-              "sartor.serving.dispatch.personal_versions", "sartor.learn.user_data", "sartor.learn.user_erasure", "sartor.learn.personal_options",
-              "sartor.learn.triggers", "sartor.learn.training_data", "sartor.learn.promotion_checks",
-              "sartor.federate.recipe", "sartor.federate.privacy.accountant", "sartor.federate.privacy.privacy_attacks")  # fmt: skip
+TORCH_FREE = (
+    "sartor",
+    "sartor.core.parquet_io",
+    "sartor.core.lineage.ancestry",
+    "sartor.core.model_refs",
+    "sartor.core.signing",
+    "sartor.curate.pipeline",
+    "sartor.curate.review.review_commands",
+    "sartor.curate.dedup.dedup_files",
+    "sartor.synthesize.synthesis",
+    "sartor.synthesize.validate.validation",
+    "sartor.curate.bias_report",
+    "sartor.text.demographics.group_terms",
+    "sartor.tune.recipe",
+    "sartor.release.release",
+    "sartor.cli",
+    "sartor.serving.dispatch.dispatcher",
+    "sartor.serving.commands.agent_commands",
+    "sartor.serving.commands.ask_team",
+    "sartor.serving.http.server",
+    "sartor.media.speech.batch_synthesis",
+    "sartor.media.speech.text_normalization",
+    "sartor.edge.store.release_store",
+    "sartor.edge.update.repository",
+    "sartor.edge.update.sync",
+    "sartor.core.resource_limits",
+    "sartor.edge.tuning.budgeted_tuning",
+    "sartor.edge.device_commands",
+    "sartor.edge.publisher_commands",
+    "sartor.edge.runtime.ask_device",
+    "sartor.edge.runtime.gguf_runtime",
+    "sartor.edge.tuning.energy_policy",
+    "sartor.edge.owner.row_keys",
+    "sartor.edge.owner.encrypted_rows",
+    "sartor.edge.owner.local_adapters",
+    "sartor.federate.secure.secagg_client",
+    "sartor.federate.secure.secagg_server",
+    "sartor.federate.rounds.transport",
+    "sartor.federate.flower.round_driver",
+    "sartor.federate.flower.local_rpc",
+    "sartor.federate.flower.flower_run",
+    "sartor.federate.aggregation",
+    "sartor.federate.robust_aggregation",
+    "sartor.federate.privacy.client_noise",
+    "sartor.serving.dispatch.personal_versions",
+    "sartor.learn.user_data",
+    "sartor.learn.user_erasure",
+    "sartor.learn.personal_options",
+    "sartor.learn.triggers",
+    "sartor.learn.training_data",
+    "sartor.learn.promotion_checks",
+    "sartor.federate.recipe",
+    "sartor.federate.privacy.accountant",
+    "sartor.federate.privacy.privacy_attacks",
+)
 BODY, ARGUMENTS, FIELDS, NESTING = 60, 7, 12, 4
 # (what, ceiling) -> the reason. The list only shrinks.
 EXCEPTIONS = {
@@ -143,9 +182,13 @@ def test_imports_point_down() -> None:
 
 @pytest.mark.parametrize(
     ("name", "line"),
-    [("core/x.py", "from sartor.tune import recipe"), ("text/x.py", "import sartor.models.base"), ("cli.py", "import sartor.tune.trainer"),
-     ("tune/x.py", "def f():\n from sartor.evaluate import report_page")],
-)  # fmt: skip
+    [
+        ("core/x.py", "from sartor.tune import recipe"),
+        ("text/x.py", "import sartor.models.base"),
+        ("cli.py", "import sartor.tune.trainer"),
+        ("tune/x.py", "def f():\n from sartor.evaluate import report_page"),
+    ],
+)
 def test_a_planted_import_upwards_is_found(name: str, line: str) -> None:
     assert len(wrong_imports(name, ast.parse(line))) == 1
 
@@ -163,7 +206,10 @@ def module_imports(name: str, tree: ast.Module, names: set[str]) -> set[str]:
         for target in dotted:
             stem = target.removeprefix("sartor.").replace(".", "/")
             package = stem.rpartition("/")[0]  # of a function or class, its module; a submodule stands for itself
-            found |= {f"{stem}.py", f"{stem}/__init__.py"} & names or {f"{package}.py", f"{package}/__init__.py"} & names
+            found |= {f"{stem}.py", f"{stem}/__init__.py"} & names or {
+                f"{package}.py",
+                f"{package}/__init__.py",
+            } & names
     return found - {name}
 
 
@@ -308,9 +354,14 @@ def test_nothing_is_decided_by_a_sentence() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["a.why == RECYCLED", "'full' in error.problem", "error.problem.partition(';')[0]", "why = b.why.startswith((A, B))",
-     "match check.detail:\n case 'x': pass"],
-)  # fmt: skip
+    [
+        "a.why == RECYCLED",
+        "'full' in error.problem",
+        "error.problem.partition(';')[0]",
+        "why = b.why.startswith((A, B))",
+        "match check.detail:\n case 'x': pass",
+    ],
+)
 def test_a_planted_decision_by_a_sentence_is_found(line: str) -> None:
     assert len(decided_by_text("x.py", ast.parse(line))) == 1
 
@@ -318,7 +369,9 @@ def test_a_planted_decision_by_a_sentence_is_found(line: str) -> None:
 def renames(tree: ast.Module) -> Iterator[int]:
     """Lines that give a file another name or make a temporary to be renamed: a half-made atomic writer."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and {alias.name for alias in node.names} & RENAMING.get(node.module or "", set()):
+        if isinstance(node, ast.ImportFrom) and {alias.name for alias in node.names} & RENAMING.get(
+            node.module or "", set()
+        ):
             yield node.lineno
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
@@ -346,19 +399,35 @@ def test_only_the_atomic_writers_rename_files() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["os.replace(part, file)", "os.rename(a, b)", "part.replace(file)", "self.part.rename(target=file)", "shutil.move(a, b)",
-     "tempfile.mkstemp()", "tempfile.NamedTemporaryFile(dir=folder)", "from os import replace", "from shutil import copy, move",
-     "path.with_suffix('.part').replace(folder / name)"],
-)  # fmt: skip
+    [
+        "os.replace(part, file)",
+        "os.rename(a, b)",
+        "part.replace(file)",
+        "self.part.rename(target=file)",
+        "shutil.move(a, b)",
+        "tempfile.mkstemp()",
+        "tempfile.NamedTemporaryFile(dir=folder)",
+        "from os import replace",
+        "from shutil import copy, move",
+        "path.with_suffix('.part').replace(folder / name)",
+    ],
+)
 def test_a_planted_rename_is_found(line: str) -> None:
     assert list(renames(ast.parse(line))) == [1]
 
 
 @pytest.mark.parametrize(
     "line",
-    ["text.replace('a', 'b')", "date.replace(microsecond=0)", "table.rename({'a': 'b'})", "dataclasses.replace(x, y=1)",
-     "disk.rename(a, b)", "os.listdir(x)", "tempfile.TemporaryDirectory()"],
-)  # fmt: skip
+    [
+        "text.replace('a', 'b')",
+        "date.replace(microsecond=0)",
+        "table.rename({'a': 'b'})",
+        "dataclasses.replace(x, y=1)",
+        "disk.rename(a, b)",
+        "os.listdir(x)",
+        "tempfile.TemporaryDirectory()",
+    ],
+)
 def test_what_renames_no_file_is_let_pass(line: str) -> None:
     assert list(renames(ast.parse(line))) == []
 
@@ -371,7 +440,9 @@ for module in sys.argv[1:]:
     if {'torch', 'transformers'} & set(sys.modules):
         print(module)
         break"""
-    done = subprocess.run([sys.executable, "-c", code, *modules], cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *modules], cwd=folder, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 
@@ -403,7 +474,11 @@ def over_ceiling(name: str, tree: ast.Module) -> Iterator[tuple[str, str, int]]:
             size = body[-1].end_lineno - body[0].lineno + 1 if body else 0
             arguments = node.args
             count = len(
-                [a for a in arguments.posonlyargs + arguments.args + arguments.kwonlyargs if a.arg not in ("self", "cls")]
+                [
+                    a
+                    for a in arguments.posonlyargs + arguments.args + arguments.kwonlyargs
+                    if a.arg not in ("self", "cls")
+                ]
             )
             for what, found, most in (
                 ("body", size, BODY),

@@ -60,7 +60,9 @@ def call(folder: Path, *options: str, record: bool = False) -> subprocess.Comple
     recorder = [str(BENCHMARKS / "scoreboard" / "record.py")] if record else []
     command = [sys.executable, *recorder, str(folder / "small.py"), "--json", *options]
     environment = {**os.environ, "SARTOR_BENCH_RESULTS": str(folder / "results")}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
 
 
 def test_second_call_takes_over_finished_parts(tmp_path: Path) -> None:
@@ -96,7 +98,9 @@ def test_second_call_of_a_program_measures_nothing_twice(
     assert captured.err.count("of an earlier call") == len(intervals.DRAWS) + len(intervals.EFFECTS)
 
 
-def test_call_that_ends_between_two_sides_measures_the_pair_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_that_ends_between_two_sides_measures_the_pair_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Speeds that were measured hours apart are no pair."""
     import argparse
 
@@ -212,7 +216,9 @@ def test_forecast_tunes_again_what_a_busy_machine_slowed(
         forecast.main()
     result = json.loads(capsys.readouterr().out)
     assert ended.value.code == parts.UNFINISHED and result["unfinished"] == ["construction-faq-starter-16"]
-    assert (result["runs"], result["time_runs"]) == (2, 1) and list(result["absent"]) == ["construction-faq-starter-16.time"]
+    assert (result["runs"], result["time_runs"]) == (2, 1) and list(result["absent"]) == [
+        "construction-faq-starter-16.time"
+    ]
     others["construction-faq-starter-16"] = 0.1
     forecast.main()
     result = json.loads(capsys.readouterr().out)
@@ -246,14 +252,25 @@ def test_defaults_out_of_time_are_unfinished(
     with pytest.raises(SystemExit) as ended:
         defaults.main()
     result = json.loads(capsys.readouterr().out)
-    assert ended.value.code == parts.UNFINISHED and result["unfinished"] == ["textile"] and list(result["sets"]) == ["snips"]
+    assert (
+        ended.value.code == parts.UNFINISHED
+        and result["unfinished"] == ["textile"]
+        and list(result["sets"]) == ["snips"]
+    )
     assert "minutes are over" in result["absent"]["textile"] and "not asked for" in result["absent"]["documents"]
 
 
 def target(**changes: Any) -> Any:
     import scoreboard
 
-    fields = {"issue": 20, "item": "A1", "text": "fraction", "program": "defaults", "value": "sets.*.fraction", "take": "min"}
+    fields = {
+        "issue": 20,
+        "item": "A1",
+        "text": "fraction",
+        "program": "defaults",
+        "value": "sets.*.fraction",
+        "take": "min",
+    }
     return scoreboard.Target(**{**fields, "at_least": 0.97, **changes})
 
 
@@ -263,7 +280,10 @@ def target(**changes: Any) -> Any:
         ({"result": {"sets": {"a": {"fraction": 0.98}, "b": {"fraction": 0.99}}}}, "met"),
         ({"result": {"sets": {"a": {"fraction": 0.98}, "b": {"fraction": 0.96}}}}, "**not met**"),
         ({"result": {"absent": {"sets": "not asked for"}}}, "not run here"),
-        ({"result": {"sets": {"a": {"fraction": 0.98}}, "absent": {"b": "no time"}, "unfinished": ["b"]}}, "not run here"),
+        (
+            {"result": {"sets": {"a": {"fraction": 0.98}}, "absent": {"b": "no time"}, "unfinished": ["b"]}},
+            "not run here",
+        ),
         ({"result": {"sets": {"a": {"fraction": 0.98}}}, "not_run": "unfinished"}, "not run here"),
         ({"not_run": "exit code 1"}, "not run here"),
     ],
@@ -294,7 +314,9 @@ def test_figure_of_a_part_or_of_another_processor_is_shown_and_not_compared(tmp_
         assert standing.state == ("not compared" if why else "met")
 
 
-@pytest.mark.parametrize("changes", [{"at_least": None}, {"at_most": 1.0}, {"program": ""}, {"take": "best"}, {"value": ""}])
+@pytest.mark.parametrize(
+    "changes", [{"at_least": None}, {"at_most": 1.0}, {"program": ""}, {"take": "best"}, {"value": ""}]
+)
 def test_target_that_nothing_could_be_compared_with_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="fraction"):
         target(**changes)
@@ -308,7 +330,9 @@ def test_page_is_what_the_results_say() -> None:
 
 def test_every_benchmark_can_be_called_with_a_folder_for_its_parts() -> None:
     """`make bench` gives each `--work`; five had such an option before, for parts of their own."""
-    programs = [file for file in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in file.read_text(encoding="utf-8")]
+    programs = [
+        file for file in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in file.read_text(encoding="utf-8")
+    ]
     parts_of_others = {"serve_sides", "serve_work", "learn_rows"}
     texts = {file.stem: file.read_text(encoding="utf-8") for file in programs}
     lacking = {name for name, text in texts.items() if "smallest.add_argument(" not in text}

@@ -35,7 +35,9 @@ def test_roofline_counts_the_products_that_torch_does() -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.arange(tokens)[None], use_cache=False).logits.sum().backward()
     done = counter.get_flop_counts()["Global"]
-    products = sum(flops for operation, flops in done.items() if "mm" in str(operation) and "bmm" not in str(operation))
+    products = sum(
+        flops for operation, flops in done.items() if "mm" in str(operation) and "bmm" not in str(operation)
+    )
     assert sum(times * product.flops for product, times in counted.items()) == products
 
 
@@ -58,9 +60,14 @@ def test_ratios_are_medians_of_pairs() -> None:
 
     def side(seconds: float) -> dict:
         return {
-            "tokens": [9, 10, 10], "supervised_tokens": [3, 5, 5], "seconds": [99.0, seconds, seconds],
-            "losses": [2.0, 1.0, 1.0], "peak_rss_bytes": int(seconds * 100), "shared_tokens_per_s": 15.0, "no_compiler_tokens_per_s": 9.0,
-        }  # fmt: skip
+            "tokens": [9, 10, 10],
+            "supervised_tokens": [3, 5, 5],
+            "seconds": [99.0, seconds, seconds],
+            "losses": [2.0, 1.0, 1.0],
+            "peak_rss_bytes": int(seconds * 100),
+            "shared_tokens_per_s": 15.0,
+            "no_compiler_tokens_per_s": 9.0,
+        }
 
     said = train.ratios([(side(1.0), side(2.0)), (side(1.0), side(3.0)), (side(1.0), side(7.0))])
     assert (said["tokens_per_s"], said["supervised_tokens_per_s"], said["pairs"]) == (3.0, 3.0, 3)
@@ -76,7 +83,11 @@ def test_a_homes_schema_takes_every_right_reply_and_no_room_that_is_not_there() 
     schema = collaborate.schema_of(rows)
     assert not any(schema_errors(json.loads(row["messages"][-1]["content"]), schema) for row in rows)
     assert not schema_errors({"intent": "HassStartTimer", "name": "tea", "hours": 3}, schema)
-    for wrong in ({"intent": "HassTurnOn", "area": "cellar"}, {"intent": "HassTurnUp"}, {"intent": "HassTurnOn", "hours": 2}):
+    for wrong in (
+        {"intent": "HassTurnOn", "area": "cellar"},
+        {"intent": "HassTurnUp"},
+        {"intent": "HassTurnOn", "hours": 2},
+    ):
         assert schema_errors(wrong, schema)
 
 
@@ -102,9 +113,9 @@ def test_a_served_ratio_is_the_median_of_rounds_and_a_peer_is_its_faster_form() 
 def test_served_texts_agree_up_to_the_first_difference() -> None:
     import serve
 
-    assert serve.agreement(["abcd", "ab"], ["abcd", "ab"]) == 1 and serve.agreement(["abcd", ""], ["abxx", "yy"]) == round(
-        2 / 6, 4
-    )
+    assert serve.agreement(["abcd", "ab"], ["abcd", "ab"]) == 1 and serve.agreement(
+        ["abcd", ""], ["abxx", "yy"]
+    ) == round(2 / 6, 4)
     assert serve.spread([0.1 * place for place in range(1, 101)]) == {"p50": 5.05, "p95": 9.5}
 
 
@@ -148,7 +159,9 @@ def test_the_base_in_f16_has_the_same_weights(tmp_path: Path) -> None:
     writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_tensor(
-        "token_embd.weight", gguf.quantize(weights, gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0
+        "token_embd.weight",
+        gguf.quantize(weights, gguf.GGMLQuantizationType.Q8_0),
+        raw_dtype=gguf.GGMLQuantizationType.Q8_0,
     )
     writer.add_tensor("output_norm.weight", weights[0])
     writer.write_header_to_file()
@@ -163,7 +176,8 @@ def test_the_base_in_f16_has_the_same_weights(tmp_path: Path) -> None:
         tensors["output_norm.weight"], weights[0]
     )
     assert (
-        read.get_field("tokenizer.ggml.tokens").contents() == ["a", "b"] and read.get_field("llama.block_count").contents() == 1
+        read.get_field("tokenizer.ggml.tokens").contents() == ["a", "b"]
+        and read.get_field("llama.block_count").contents() == 1
     )
 
 
@@ -197,7 +211,9 @@ def test_chaos_makes_a_clock_jump_and_numbers_no_numbers_and_nothing_else(tmp_pa
         for offset_s in (0, 86_400, -86_400):
             clock.jump(offset_s)
             *nans, wall, monotonic = told()
-            assert nans == [0, 0] and abs(wall - time.time() - offset_s) < 600 and abs(monotonic - time.monotonic()) < 600
+            assert (
+                nans == [0, 0] and abs(wall - time.time() - offset_s) < 600 and abs(monotonic - time.monotonic()) < 600
+            )
         try:
             places = chaos_tools.poison(child.pid, np.random.default_rng(3).standard_normal(64))
         except PermissionError:
@@ -256,7 +272,9 @@ def test_letters_of_short_sentences_have_words_for_every_fact(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_evaluation_computes_in_the_dtype_asked_for(dtype: torch.dtype, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_computes_in_the_dtype_asked_for(
+    dtype: torch.dtype, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the machine multiplies another natively."""
     import evaluate
 

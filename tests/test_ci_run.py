@@ -29,7 +29,9 @@ def ci_run(folder: Path, failing: str = "") -> subprocess.CompletedProcess[str]:
     """.ci/run with a `make` that prints what pytest would, and fails at one target; no package is installed."""
     programs = folder / "bin"
     programs.mkdir()
-    make = f'[ "$1" = "{failing}" ] && status=2\necho "making $1"\necho "3 passed, CI=$CI, in 1.00s"\nexit ${{status:-0}}'
+    make = (
+        f'[ "$1" = "{failing}" ] && status=2\necho "making $1"\necho "3 passed, CI=$CI, in 1.00s"\nexit ${{status:-0}}'
+    )
     for name, body in (("make", make), ("apt-get", "exit 1")):
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
@@ -46,7 +48,9 @@ def minutes(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
 def test_ci_prints_the_minutes_of_each_stage_behind_its_output(tmp_path: Path) -> None:
     done = ci_run(tmp_path)
     assert done.returncode == 0
-    assert [line.removeprefix("making ") for line in done.stdout.splitlines() if "making" in line] == list(STAGES.values())
+    assert [line.removeprefix("making ") for line in done.stdout.splitlines() if "making" in line] == list(
+        STAGES.values()
+    )
     assert minutes(done) == dict.fromkeys([*STAGES, "total"], "")
     assert "3 passed, CI=true, in 1.00s" in done.stdout.splitlines()[-len(STAGES) - 4 :], (
         "pytest's closing line is near the end"
@@ -63,7 +67,9 @@ def test_ci_that_fails_prints_minutes_and_goes_on_from_tier_to_tier(stage: str, 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here: apt-get install make")
 def test_make_bench_runs_every_benchmark_without_the_core_type() -> None:
-    lines = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     run = {re.search(r"benchmarks/(\w+)\.py", line)[1]: line for line in lines if "benchmarks/" in line}
     assert all("env -u OPENBLAS_CORETYPE" in line and "--json" in line for line in run.values())
     # what needs an artefact of the user's, writes files for others or is started by another
@@ -74,7 +80,9 @@ def test_make_bench_runs_every_benchmark_without_the_core_type() -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here: apt-get install make")
 def test_make_test_is_every_tier_in_order() -> None:
-    lines = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     tiers = [line.partition("pytest -q ")[2].partition(" $(grep")[0] for line in lines if "pytest -q" in line]
     assert tiers == [
         "-n 2 --dist worksteal",

@@ -85,7 +85,11 @@ def test_blocks_that_do_not_run_are_counted_and_some_do() -> None:
 def test_every_error_has_its_heading() -> None:
     import sartor.core.errors as errors
 
-    names = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.SartorError)}
+    names = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.SartorError)
+    }
     headings = set(re.findall(r"^#+ `?(\w+)`?", (ROOT / "docs/errors.md").read_text(), re.MULTILINE))
     assert names <= headings
 
@@ -106,7 +110,11 @@ def test_links_between_pages_lead_somewhere() -> None:
 QUESTIONS = (
     ("How do I install it?", "docs/install.md#install", "pip install '.[tune,office]'"),
     ("Which extra do I need?", "docs/install.md#extras", "`serve`"),
-    ("What do I type first, with a table of my own?", "docs/first-specialist.md#from-a-table-to-a-specialist", "sartor tailor"),
+    (
+        "What do I type first, with a table of my own?",
+        "docs/first-specialist.md#from-a-table-to-a-specialist",
+        "sartor tailor",
+    ),
     ("My columns have other names: what now?", "docs/first-specialist.md#columns-with-other-names", "--fields"),
     ("Does it read Excel and Word?", "docs/first-specialist.md#excel-word-and-other-files", ".xlsx"),
     ("My CSV is not UTF-8: are the umlauts right?", "docs/curation.md#encodings", "encoding: cp1252"),
@@ -144,12 +152,20 @@ QUESTIONS = (
         "sartor federate client",
     ),
     ("How does it learn from corrections?", "docs/retrain.md#an-example", "sartor retrain"),
-    ("A customer wants a row removed: what does it touch?", "docs/curation.md#what-a-source-or-a-row-reaches", "sartor revoke"),
+    (
+        "A customer wants a row removed: what does it touch?",
+        "docs/curation.md#what-a-source-or-a-row-reaches",
+        "sartor revoke",
+    ),
     ("Where does this model come from?", "docs/curation.md#where-an-artefact-comes-from", "sartor inspect"),
     ("An error: what does it mean?", "docs/errors.md#errors", "remedy"),
     ("Which exit codes are there, for a script?", "docs/command-line.md#exit-codes", "| 5 |"),
     ("How do I use it from Python?", "docs/python.md#a-verb-is-a-function", "sartor.load_recipe"),
-    ("Which environment variables does it read?", "docs/command-line.md#environment-variables", "SARTOR_KEY_PASSPHRASE"),
+    (
+        "Which environment variables does it read?",
+        "docs/command-line.md#environment-variables",
+        "SARTOR_KEY_PASSPHRASE",
+    ),
     ("What is a Drop, a tower, a nat?", "docs/glossary.md#our-words-and-the-fields", "| Drop |"),
     ("How do I contribute?", "CONTRIBUTING.md#contributing", "make quick"),
 )

@@ -27,7 +27,9 @@ NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "ei
 
 
 def block_with(text: str, first: str) -> str:
-    return next(body for body in re.findall(r"^```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if body.startswith(first))
+    return next(
+        body for body in re.findall(r"^```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if body.startswith(first)
+    )
 
 
 def parents_in(drawing: str) -> dict[str, str]:
@@ -58,7 +60,9 @@ def test_errors_page_counts_the_children_of_each_parent() -> None:
     counted = {name: NUMBERS[word] for name, word in counts if word in NUMBERS}
     assert len(counted) >= 2
     for name, count in counted.items():
-        below = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, getattr(errors, name))]
+        below = [
+            cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, getattr(errors, name))
+        ]
         assert len(below) - 1 == count, name
 
 
@@ -82,7 +86,11 @@ def test_gate_table_has_every_check() -> None:
                 dicts = [node for node in ast.walk(function) if isinstance(node, ast.Dict)]
                 made |= {key.value for node in dicts for key in node.keys if isinstance(key, ast.Constant)}
     table = ARCHITECTURE.partition("| check | passes when |")[2].partition("\n\n")[0]
-    written = {name for line in table.splitlines() for name in re.findall(r"`(\w+)", line.split("|")[1] if "|" in line else "")}
+    written = {
+        name
+        for line in table.splitlines()
+        for name in re.findall(r"`(\w+)", line.split("|")[1] if "|" in line else "")
+    }
     assert {"gain", "licence", "privacy", "review"} <= made
     assert made <= written
 
@@ -96,7 +104,9 @@ def test_kinds_of_artefacts_are_named_with_their_manifests() -> None:
 def test_source_map_has_every_package_and_no_file_that_is_gone() -> None:
     drawn = block_with(SOURCE_MAP, "src/sartor/")
     parts = [
-        path.name for path in SRC.iterdir() if path.suffix in ("", ".py", ".toml", ".jsonl") and path.name != "__pycache__"
+        path.name
+        for path in SRC.iterdir()
+        if path.suffix in ("", ".py", ".toml", ".jsonl") and path.name != "__pycache__"
     ]
     assert [part for part in parts if not re.search(rf"^  {re.escape(part)}/?\s", drawn, re.MULTILINE)] == []
     known = {path.name for folder in ("src", "tests", "tools") for path in (ROOT / folder).rglob("*")}
@@ -161,7 +171,9 @@ def test_tokens_of_a_picture_are_those_that_are_charged() -> None:
         SimpleNamespace(name="e", digest="0", licence="MIT", modality="image"), EfficientNetLite0(), "cpu"
     )
     tokens = GRID * GRID // tower.stack
-    serving = re.search(r"(\d+) a picture by `efficientnet-lite0`", (ROOT / "docs/serving.md").read_text(encoding="utf-8"))
+    serving = re.search(
+        r"(\d+) a picture by `efficientnet-lite0`", (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    )
     multimodal = re.search(
         r"`efficientnet-lite0` \((\d+) tokens an image", (ROOT / "docs/multimodal.md").read_text(encoding="utf-8")
     )

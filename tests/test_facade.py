@@ -97,7 +97,9 @@ def test_an_error_is_one_json_object_and_an_exit_code(
 
 
 def test_its_exit_code_is_the_process_s() -> None:
-    done = subprocess.run([sys.executable, "-m", "sartor", "frobnicate", "--json"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "sartor", "frobnicate", "--json"], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (2, "")
     assert json.loads(done.stdout.splitlines()[-1])["error"]["kind"] == "ConfigError"
 
@@ -126,7 +128,9 @@ def test_what_is_imported_by_its_name_at_first_use_exists() -> None:
     """`import_module("sartor.x").NAME` hides a name from mypy."""
     sources = Path(sartor.__file__).parent
     named = re.compile(r'import_module\("(sartor[\w.]*)"\)\.(\w+)')
-    uses = {match.groups() for file in sources.rglob("*.py") for match in named.finditer(file.read_text(encoding="utf-8"))}
+    uses = {
+        match.groups() for file in sources.rglob("*.py") for match in named.finditer(file.read_text(encoding="utf-8"))
+    }
     assert len(uses) > 5
     for module, name in uses:
         file = sources.joinpath(*module.split(".")[1:]).with_suffix(".py")

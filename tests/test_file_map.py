@@ -34,14 +34,18 @@ def test_the_page_is_what_the_docstrings_say() -> None:
 def test_levels_are_those_of_the_architecture_test() -> None:
     levels = file_map.read_levels(file_map.ROOT)
     assert (levels[0], levels[-1]) == (("core",), ("__main__",))
-    packages = {path.stem for path in (file_map.ROOT / file_map.SOURCE).iterdir() if path.is_dir() or path.suffix == ".py"}
+    packages = {
+        path.stem for path in (file_map.ROOT / file_map.SOURCE).iterdir() if path.is_dir() or path.suffix == ".py"
+    }
     assert packages - {"__pycache__"} <= {package for level in levels for package in level}
 
 
 def test_every_file_of_the_package_is_on_the_page() -> None:
     page = (file_map.ROOT / file_map.PAGE).read_text(encoding="utf-8")
     source = file_map.ROOT / file_map.SOURCE
-    names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    names = [
+        path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file() and path.suffix != ".pyc"
+    ]
     assert len(names) > 400
     assert [name for name in names if f"[`{name}`](" not in page] == []
 
@@ -49,12 +53,22 @@ def test_every_file_of_the_package_is_on_the_page() -> None:
 def test_rows_stand_by_level_folder_and_name(tree: Path) -> None:
     rows = [line for line in file_map.write_page(tree).splitlines() if line.startswith(("## ", "| ["))]
     assert [row.partition("`](")[0] for row in rows] == [
-        "## Level 1: `low`", "| [`low/__init__.py", "| [`low/b.py", "| [`low/deep/__init__.py", "| [`low/deep/a.toml",
-        "## Level 2: `top.py`", "| [`top.py", "## Data beside the packages", "| [`data.jsonl",
-    ]  # fmt: skip
+        "## Level 1: `low`",
+        "| [`low/__init__.py",
+        "| [`low/b.py",
+        "| [`low/deep/__init__.py",
+        "| [`low/deep/a.toml",
+        "## Level 2: `top.py`",
+        "| [`top.py",
+        "## Data beside the packages",
+        "| [`data.jsonl",
+    ]
     assert [row.rpartition(") | ")[2] for row in rows[1:5]] == [
-        "What lies below. |", "Reader of `b.json` \\| files. |", "Deep. |", "Words of a list. |",
-    ]  # fmt: skip
+        "What lies below. |",
+        "Reader of `b.json` \\| files. |",
+        "Deep. |",
+        "Words of a list. |",
+    ]
 
 
 @pytest.mark.parametrize(

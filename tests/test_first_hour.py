@@ -23,7 +23,9 @@ def readme_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252"])
-def test_a_spreadsheet_becomes_a_chat(encoding: str, tmp_path: Path, tiny_base: Path, commands: dict[str, str]) -> None:
+def test_a_spreadsheet_becomes_a_chat(
+    encoding: str, tmp_path: Path, tiny_base: Path, commands: dict[str, str]
+) -> None:
     work = tmp_path / "work"
     work.mkdir()
     lines = ["Frage;Antwort", *(f"{question};{answer}" for question, answer in ROWS)]
@@ -33,7 +35,13 @@ def test_a_spreadsheet_becomes_a_chat(encoding: str, tmp_path: Path, tiny_base: 
 
     def run(command: str, typed: str = "") -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            ["bash", "-c", command], cwd=work, env=environment, input=typed, capture_output=True, text=True, check=False
+            ["bash", "-c", command],
+            cwd=work,
+            env=environment,
+            input=typed,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done

@@ -51,7 +51,9 @@ def test_record_is_sorted_with_a_fact_a_line() -> None:
 def test_record_holds_no_module_path() -> None:
     packages = {path.name for path in Path(sartor.__file__).parent.iterdir() if path.is_dir()}
     lines = freeze.RECORD.read_text(encoding="utf-8").splitlines()
-    paths = [line for line in lines for package in packages if f"sartor.{package}." in line or f"sartor/{package}/" in line]
+    paths = [
+        line for line in lines for package in packages if f"sartor.{package}." in line or f"sartor/{package}/" in line
+    ]
     assert paths == []
 
 
@@ -60,7 +62,9 @@ def test_record_has_every_part() -> None:
     surface = ("command", "flag", "option", "public", "error", "header", "environment", "logger", "tracer", "span")
     http = ("http", "answer", "route", "metric", "error", "span")
     runs = ("exit", "output", "file", "digest")
-    expected = {f"{part} {word}" for part, kinds in (("surface", surface), ("http", http), ("runs", runs)) for word in kinds}
+    expected = {
+        f"{part} {word}" for part, kinds in (("surface", surface), ("http", http), ("runs", runs)) for word in kinds
+    }
     assert expected <= words
 
 
@@ -147,8 +151,10 @@ def test_an_absent_record_names_the_remedy(tmp_path: Path) -> None:
 
 
 def test_a_schema_is_inlined_without_names_and_prose() -> None:
-    schemas = {"Item": {"title": "Item", "properties": {"title": {"type": "string", "description": "words"}}},
-               "Loop": {"properties": {"next": {"$ref": "#/components/schemas/Loop"}}}}  # fmt: skip
+    schemas = {
+        "Item": {"title": "Item", "properties": {"title": {"type": "string", "description": "words"}}},
+        "Loop": {"properties": {"next": {"$ref": "#/components/schemas/Loop"}}},
+    }
     assert inlined({"$ref": "#/components/schemas/Item"}, schemas) == {"properties": {"title": {"type": "string"}}}
     assert inlined({"$ref": "#/components/schemas/Loop"}, schemas) == {"properties": {"next": {"(as above)": 1}}}
 
@@ -167,8 +173,11 @@ def test_openapi_facts_do_not_depend_on_component_names() -> None:
 
 def test_shape_takes_the_items_of_a_list_together() -> None:
     assert dict(shape("x", [{"a": 1}, {"a": None, "b": "y"}])) == {
-        "x": "array", "x[]": "object", "x[].a": "integer | null", "x[].b": "text",
-    }  # fmt: skip
+        "x": "array",
+        "x[]": "object",
+        "x[].a": "integer | null",
+        "x[].b": "text",
+    }
 
 
 def test_prose_difference_shows_the_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,14 +19,18 @@ def test_a_plain_install_brings_no_torch_and_curates(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "v")], check=True)
     python = str(tmp_path / "v/bin/python")
     # what is never imported is not compiled: a minute less
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-compile", str(ROOT)], check=True, capture_output=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--no-compile", str(ROOT)], check=True, capture_output=True
+    )
     listed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout.lower()
     assert "sartor" in listed and "torch" not in listed and "transformers" not in listed
     (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "a"}\n' * 3)
     (tmp_path / "c.yaml").write_text(f"sources: [{tmp_path / 'rows.jsonl'}]\nsplit: {{eval_fraction: 0}}\n")
     sartor = str(tmp_path / "v/bin/sartor")
     done = subprocess.run(
-        [sartor, "curate", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "d"), "--json"], capture_output=True, text=True
+        [sartor, "curate", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "d"), "--json"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     (tmp_path / "t.yaml").write_text(f"base: starter\ndata: {tmp_path / 'd'}\n")
@@ -43,6 +47,8 @@ def test_all_extras_resolve_together() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     to_install = {install["metadata"]["name"].lower() for install in json.loads(done.stdout)["install"]}
-    installed = {re.sub("[-_.]+", "-", distribution.name).lower() for distribution in importlib.metadata.distributions()}
+    installed = {
+        re.sub("[-_.]+", "-", distribution.name).lower() for distribution in importlib.metadata.distributions()
+    }
     assert "gradio" in to_install | installed
     assert {"torch", "transformers", "peft", "flwr", "ray", "bitsandbytes", "tuf", "hassil"} <= installed - to_install

@@ -55,5 +55,8 @@ def test_killed_release(
         commands,
     )
     waivers = [sartor.Waiver(check, "me", "test") for check in ("gain", "forgetting")]
-    check(out, lambda: sartor.release(adapter, name="x", version="1", key=tmp_path / "keys", waivers=waivers, replace=True))
+    check(
+        out,
+        lambda: sartor.release(adapter, name="x", version="1", key=tmp_path / "keys", waivers=waivers, replace=True),
+    )
     assert sartor.verify(out).signer

@@ -21,9 +21,13 @@ WHERE = ROOT / "docs" / "development" / "where-things-are.md"
 HISTORY = ("CHANGELOG.md", "docs/log.md", "docs/decisions/", "tests/artefacts/", "tests/frozen/")
 # Files of users, of other libraries and of examples that pages and docstrings name
 OTHERS = {
-    "benchmarks/NAME.py", "stock_server.py", "utils/chat_template_utils.py",
-    "sartor_rounds/__init__.py", "sartor_rounds/server.py", "sartor_rounds/client.py",
-}  # fmt: skip
+    "benchmarks/NAME.py",
+    "stock_server.py",
+    "utils/chat_template_utils.py",
+    "sartor_rounds/__init__.py",
+    "sartor_rounds/server.py",
+    "sartor_rounds/client.py",
+}
 MAX_HITS = 5
 
 
@@ -56,7 +60,9 @@ def has_name(file: Path, dotted: str) -> bool:
 def names_of(node: ast.stmt) -> set[str]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {node.name}
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    targets = (
+        node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    )
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
@@ -85,7 +91,10 @@ def test_architecture_names_both_ways_with_functions() -> None:
 
 def test_levels_of_the_architecture_are_those_that_hold() -> None:
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    drawn = {int(level): tuple(names.split()) for level, names in re.findall(r"^ ?(\d+)  (\w+(?:  \w+)*)", text, re.MULTILINE)}
+    drawn = {
+        int(level): tuple(names.split())
+        for level, names in re.findall(r"^ ?(\d+)  (\w+(?:  \w+)*)", text, re.MULTILINE)
+    }
     assert drawn == dict(enumerate(file_map.read_levels(ROOT), start=1))
 
 
@@ -102,11 +111,17 @@ def missing_files(text: str) -> set[str]:
 
 
 def test_pages_and_docstrings_name_no_python_file_that_is_gone() -> None:
-    texts = {path: text for path, text in current_texts(".md").items() if path.startswith(("docs/", "README", "CONTRIBUTING"))}
+    texts = {
+        path: text
+        for path, text in current_texts(".md").items()
+        if path.startswith(("docs/", "README", "CONTRIBUTING"))
+    }
     for path, text in current_texts(".py").items():
         if path.startswith("src/"):
             nodes = (
-                node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+                node
+                for node in ast.walk(ast.parse(text))
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
             )
             texts[path] = "\n".join([*(ast.get_docstring(node) or "" for node in nodes), *re.findall(r"#.*", text)])
     found = {path: missing_files(text) for path, text in texts.items()}
@@ -136,7 +151,9 @@ def test_grep_with_the_word_of_a_question_finds_its_file(question: tuple[str, st
     assert bold is not None
     plain = word.removesuffix("/__init__").replace("_", " ").replace("/", " ")
     assert plain in bold[1].lower(), "the word stands in the question, bold"
-    found = subprocess.run(["grep", "--", word], input="\n".join(tracked()), capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        ["grep", "--", word], input="\n".join(tracked()), capture_output=True, text=True, check=True
+    )
     hits = found.stdout.splitlines()
     assert f"src/sartor/{file}" in hits
     assert len(hits) <= MAX_HITS, hits
@@ -161,7 +178,9 @@ def test_numbers_of_decisions_are_unique_and_without_gaps() -> None:
 
 
 def test_index_of_decisions_has_every_record_with_title_and_status() -> None:
-    rows = re.findall(r"^\| \[(\d{3})\]\(([^)]+)\) \| (.+?) \| (.+?) \|$", (DECISIONS / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| \[(\d{3})\]\(([^)]+)\) \| (.+?) \| (.+?) \|$", (DECISIONS / "README.md").read_text(), re.MULTILINE
+    )
     wanted = []
     for number, path in decision_records().items():
         text = path.read_text(encoding="utf-8")
@@ -181,7 +200,9 @@ def test_references_to_decisions_lead_to_a_record() -> None:
     kinds = (".md", ".py", ".toml", ".yaml", ".cpp", ".h")
     names = {path.name for path in decision_records().values()}
     for file in [
-        path for path in tracked() if path.endswith(kinds) and not path.startswith(("tests/artefacts/", "tests/frozen/"))
+        path
+        for path in tracked()
+        if path.endswith(kinds) and not path.startswith(("tests/artefacts/", "tests/frozen/"))
     ]:
         if file == "tests/test_maps.py" or not (ROOT / file).is_file():
             continue
@@ -193,15 +214,31 @@ def test_references_to_decisions_lead_to_a_record() -> None:
 def test_glossary_has_each_term_once_and_is_the_only_one() -> None:
     """Beside the first table, which says what the field calls our words."""
     glossary = (ROOT / "docs/glossary.md").read_text(encoding="utf-8").partition("\n## Models\n")[2]
-    terms = [row for row in re.findall(r"^\| ([^|]+) \| [^|]+ \|$", glossary, re.MULTILINE) if row not in ("term", "---")]
+    terms = [
+        row for row in re.findall(r"^\| ([^|]+) \| [^|]+ \|$", glossary, re.MULTILINE) if row not in ("term", "---")
+    ]
     assert len(terms) > 60
     assert [term for term, count in Counter(terms).items() if count > 1] == []
     tables = re.compile(r"^\| (?:word|term) \|", re.MULTILINE)
-    others = [path for path, text in current_texts(".md").items() if path != "docs/glossary.md" and tables.search(text)]
+    others = [
+        path for path, text in current_texts(".md").items() if path != "docs/glossary.md" and tables.search(text)
+    ]
     assert others == []
 
 
 def test_glossary_has_the_terms_of_the_public_nouns() -> None:
     glossary = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
-    for noun in ("Example", "Drop", "origin", "Dataset", "Adapter", "Report", "Release", "agent", "team", "recipe", "receipt"):
+    for noun in (
+        "Example",
+        "Drop",
+        "origin",
+        "Dataset",
+        "Adapter",
+        "Report",
+        "Release",
+        "agent",
+        "team",
+        "recipe",
+        "receipt",
+    ):
         assert re.search(rf"^\|[^|]*\b{noun}\b[^|]*\|", glossary, re.MULTILINE), noun

@@ -33,9 +33,13 @@ def row(asked: str, said: str) -> dict[str, Any]:
 
 
 ROWS = [
-    row(FORGED, "no"), row("light", CALL), row("why", "<think>\nsince\n</think>\n\nso"), row("end", "yes<|im_end|>"),
-    row("open", "<think> no end"), row("clean", "x < y"),
-]  # fmt: skip
+    row(FORGED, "no"),
+    row("light", CALL),
+    row("why", "<think>\nsince\n</think>\n\nso"),
+    row("end", "yes<|im_end|>"),
+    row("open", "<think> no end"),
+    row("clean", "x < y"),
+]
 
 
 @pytest.fixture
@@ -59,10 +63,16 @@ def learnt_of(dataset: Artifact, chat: ChatTokenizer) -> tuple[dict[str, str], d
     asked = {example.id: example.messages[0].text for example in parquet_io.read_examples(dataset)}
     every = [*data.train, *data.held_out]
     texts = {
-        asked[one.example_id]: chat.tokenizer.decode([token for token, on in zip(one.ids, one.learnt, strict=True) if on])
+        asked[one.example_id]: chat.tokenizer.decode(
+            [token for token, on in zip(one.ids, one.learnt, strict=True) if on]
+        )
         for one in every
     }
-    return texts, {asked[one.example_id]: one.ids for one in every}, {asked[name] for name in data.left_out["template_markup"]}
+    return (
+        texts,
+        {asked[one.example_id]: one.ids for one in every},
+        {asked[name] for name in data.left_out["template_markup"]},
+    )
 
 
 def test_curate_reads_replies_into_fields_or_drops_them(made: Any) -> None:
@@ -91,7 +101,10 @@ def test_a_dataset_from_before_has_no_reasoning() -> None:
     assert parquet_io.example_of(older) == example and "reasoning_content" not in example.messages[0].plain()
     message = pa.struct([field for field in parquet_io._MESSAGE if field.name != "reasoning_content"])
     schema = pa.schema(
-        [pa.field("messages", pa.list_(message)) if field.name == "messages" else field for field in parquet_io.EXAMPLES]
+        [
+            pa.field("messages", pa.list_(message)) if field.name == "messages" else field
+            for field in parquet_io.EXAMPLES
+        ]
     )
     (again,) = pa.Table.from_pylist([older], schema).cast(parquet_io.EXAMPLES).to_pylist()
     assert parquet_io.example_of(again) == example
@@ -102,9 +115,11 @@ def test_tune_reads_replies_of_its_base_or_counts_them(old: Artifact) -> None:
     texts, ids, left_out = learnt_of(old, chat)
     assert left_out == {"end", "open"}
     assert texts == {
-        FORGED: "no<|im_end|>", "light": f"{CALL}<|im_end|>", "why": "<think>\nsince\n</think>\n\nso<|im_end|>",
+        FORGED: "no<|im_end|>",
+        "light": f"{CALL}<|im_end|>",
+        "why": "<think>\nsince\n</think>\n\nso<|im_end|>",
         "clean": "x < y<|im_end|>",
-    }  # fmt: skip
+    }
     said = {
         asked: chat.tokenizer.convert_ids_to_tokens([token for token in found if token in chat.markup.ids])
         for asked, found in ids.items()
@@ -123,7 +138,9 @@ def test_fields_that_a_template_does_not_write_are_learnt_as_text(old: Artifact)
 
 def test_a_base_without_these_tokens_learns_the_text_as_before(old: Artifact, tiny_base: Path) -> None:
     texts, _, left_out = learnt_of(old, open_base(str(tiny_base)).chat)
-    assert texts["open"] == "<think> no end<|im_end|>" and texts["light"] == f"{CALL}<|im_end|>" and left_out == {"end"}
+    assert (
+        texts["open"] == "<think> no end<|im_end|>" and texts["light"] == f"{CALL}<|im_end|>" and left_out == {"end"}
+    )
 
 
 def test_tuning_and_evaluating_such_rows_runs_through(old: Artifact, tiny_base: Path, tmp_path: Path) -> None:
@@ -149,7 +166,9 @@ def test_evaluation_scores_what_tune_learns(old: Artifact, monkeypatch: pytest.M
     base: Any = SimpleNamespace(chat=chat, model=None)
     asked = fitting(base, HeldOut(list(parquet_io.read_examples(old)), old.path), 8)
     learnt, ids, _ = learnt_of(old, chat)
-    assert {one.messages[0].text: chat.encode(one).ids for one in asked.examples} == ids and len(ids) == len(learnt) == 4
+    assert {one.messages[0].text: chat.encode(one).ids for one in asked.examples} == ids and len(ids) == len(
+        learnt
+    ) == 4
     assert {one.id for one in asked.examples} <= {one.id for one in parquet_io.read_examples(old)}
 
 
@@ -160,7 +179,9 @@ def test_a_correction_that_spells_markup_is_no_row(correction: str) -> None:
     )
     raw = inbox.row_of(said)
     with pytest.raises(MalformedRow, match="a reply spells") as caught:
-        row_formats.parse_row(raw, row_formats.detect_row_format(raw) or "", Origin("inbox", "1"), lambda kind, value: value)
+        row_formats.parse_row(
+            raw, row_formats.detect_row_format(raw) or "", Origin("inbox", "1"), lambda kind, value: value
+        )
     assert caught.value.reason == "template_markup"
 
 

@@ -69,7 +69,13 @@ def test_behind_an_entry_point_stand_imports_inside_functions_too(numbers: dict[
 
 
 def test_a_circle_counts_with_all_of_its_modules(tmp_path: Path) -> None:
-    for name, text in (("__init__", ""), ("a", "import p.b"), ("b", "import p.c"), ("c", "import p.b\nimport p.d"), ("d", "")):
+    for name, text in (
+        ("__init__", ""),
+        ("a", "import p.b"),
+        ("b", "import p.c"),
+        ("c", "import p.b\nimport p.d"),
+        ("d", ""),
+    ):
         (tmp_path / "p").mkdir(exist_ok=True)
         (tmp_path / "p" / f"{name}.py").write_text(text, encoding="utf-8")
     chain = measure_tree.import_chain(measure_tree.read_modules(tmp_path / "p"))

@@ -14,7 +14,9 @@ pytestmark = pytest.mark.circle
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, commands: dict[str, str]) -> Iterator[tuple[Path, str]]:
+def team(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, commands: dict[str, str]
+) -> Iterator[tuple[Path, str]]:
     """The folder of the team and the address of its server."""
     with served("media", tmp_path_factory.mktemp("example"), tiny_base, commands) as running:
         yield running

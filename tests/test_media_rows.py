@@ -62,15 +62,21 @@ def test_some_dictations_contradict_their_picture_and_the_draft_says_so(
     module = opened("dictation")
 
     def unspoken(clips: list[Any], folder: Path, **options: Any) -> list[Any]:
-        return [type(clip)(clip.text, clip.voice, clip.speed, folder / f"{place}.flac") for place, clip in enumerate(clips)]
+        return [
+            type(clip)(clip.text, clip.voice, clip.speed, folder / f"{place}.flac") for place, clip in enumerate(clips)
+        ]
 
     monkeypatch.setattr(module, "say_many", unspoken)
     module.write(tmp_path / "out", images, 20, 0.3)
     drafts = [
-        json.loads(row["messages"][2]["content"]) for split in ("train", "eval") for row in written(tmp_path / "out", split)
+        json.loads(row["messages"][2]["content"])
+        for split in ("train", "eval")
+        for row in written(tmp_path / "out", split)
     ]
     assert all(draft["disagree"] == (draft["dictation"] != draft["image"]) for draft in drafts)
     assert 0.1 < sum(draft["disagree"] for draft in drafts) / len(drafts) < 0.5
-    assert {(draft["dictation"], draft["image"]): draft["next_check"] for draft in drafts}.items() <= module.checks().items()
+    assert {
+        (draft["dictation"], draft["image"]): draft["next_check"] for draft in drafts
+    }.items() <= module.checks().items()
     for known, unheard in module.FINDINGS.values():
         assert not set(known) & set(unheard)

@@ -74,7 +74,9 @@ def _rule(option: str, before: dict[str, Any], after: dict[str, Any]) -> RowProb
 def _field(name: str) -> RowProbe:
     values = ({"fields": {name: "keep"}}, {"fields": {name: "drop"}})
     mail = "write to bob@example.com"
-    return RowProbe(f"FieldActions.{name}", PersonalData, values, row(mail, mail, mail, roles=("system", "user", "assistant")))
+    return RowProbe(
+        f"FieldActions.{name}", PersonalData, values, row(mail, mail, mail, roles=("system", "user", "assistant"))
+    )
 
 
 LOOP = "so it goes on " * 40
@@ -86,7 +88,10 @@ ROW_PROBES = (
     RowProbe("Repetition.field", Repetition, ({"field": "replies"}, {"field": "prompt"}), row("q", LOOP)),
     RowProbe("RepairText.mojibake", RepairText, ({"mojibake": True}, {"mojibake": False}), row("q", "cafÃ© au lait")),
     RowProbe(
-        "RepairText.normal_form", RepairText, ({"normal_form": "NFC"}, {"normal_form": "NFD"}), row("q", "caf\u00e9 au lait")
+        "RepairText.normal_form",
+        RepairText,
+        ({"normal_form": "NFC"}, {"normal_form": "NFD"}),
+        row("q", "caf\u00e9 au lait"),
     ),
     RowProbe(
         "RepairText.control_characters",
@@ -98,7 +103,10 @@ ROW_PROBES = (
     RowProbe("RepairText.line_ends", RepairText, ({"line_ends": True}, {"line_ends": False}), row("q", "a\r\nb")),
     RowProbe("Markup.html", Markup, ({"html": "strip"}, {"html": "drop"}), row("q", "<p>some <b>bold</b> text</p>")),
     RowProbe(
-        "Markup.markdown", Markup, ({"markdown": "keep"}, {"markdown": "strip"}), row("q", "# Head\n\nsome **bold** text")
+        "Markup.markdown",
+        Markup,
+        ({"markdown": "keep"}, {"markdown": "strip"}),
+        row("q", "# Head\n\nsome **bold** text"),
     ),
     RowProbe(
         "Markup.code",
@@ -106,7 +114,9 @@ ROW_PROBES = (
         ({"markdown": "strip", "code": "keep"}, {"markdown": "strip", "code": "strip"}),
         row("q", "Run this:\n\n```\nls **all**\n```\n"),
     ),
-    RowProbe("Markup.field", Markup, ({"field": "all"}, {"field": "prompt"}), row("q", "<p>some <b>bold</b> text</p>")),
+    RowProbe(
+        "Markup.field", Markup, ({"field": "all"}, {"field": "prompt"}), row("q", "<p>some <b>bold</b> text</p>")
+    ),
     RowProbe("ChatQuality.empty", ChatQuality, ({"empty": True}, {"empty": False}), row("Say why.", "N/A")),
     RowProbe(
         "ChatQuality.truncated",
@@ -128,15 +138,27 @@ ROW_PROBES = (
         row("one", "two", "three", roles=("user", "user", "assistant")),
     ),
     RowProbe(
-        "PersonalData.entities", PersonalData, ({"entities": ["email"]}, {"entities": ["iban"]}), row("q", "a@example.com")
+        "PersonalData.entities",
+        PersonalData,
+        ({"entities": ["email"]}, {"entities": ["iban"]}),
+        row("q", "a@example.com"),
     ),
     RowProbe("PersonalData.action", PersonalData, ({"action": "mask"}, {"action": "drop"}), row("q", "a@example.com")),
-    RowProbe("PersonalData.fields", PersonalData, ({"fields": "all"}, {"fields": "prompt"}), row("q", "a@example.com")),
-    RowProbe("PersonalData.mask", PersonalData, ({"mask": "numbered"}, {"mask": "plain"}), row("q", "a@example.com")),
-    RowProbe("PersonalData.min_score", PersonalData, ({"min_score": 0.5}, {"min_score": 1.0}), row("q", "Call 030 1234567")),
-    RowProbe("PersonalData.allow", PersonalData, ({"allow": []}, {"allow": ["a@example.com"]}), row("q", "a@example.com")),
     RowProbe(
-        "PersonalData.countries", PersonalData, ({"countries": []}, {"countries": ["SE"]}), row("q", "Her SSN is 536-22-8726")
+        "PersonalData.fields", PersonalData, ({"fields": "all"}, {"fields": "prompt"}), row("q", "a@example.com")
+    ),
+    RowProbe("PersonalData.mask", PersonalData, ({"mask": "numbered"}, {"mask": "plain"}), row("q", "a@example.com")),
+    RowProbe(
+        "PersonalData.min_score", PersonalData, ({"min_score": 0.5}, {"min_score": 1.0}), row("q", "Call 030 1234567")
+    ),
+    RowProbe(
+        "PersonalData.allow", PersonalData, ({"allow": []}, {"allow": ["a@example.com"]}), row("q", "a@example.com")
+    ),
+    RowProbe(
+        "PersonalData.countries",
+        PersonalData,
+        ({"countries": []}, {"countries": ["SE"]}),
+        row("q", "Her SSN is 536-22-8726"),
     ),
     _entity("email", "write to bob@example.com"),
     _entity("phone", "call +44 20 7946 0958"),
@@ -156,14 +178,21 @@ ROW_PROBES = (
     _rule("match", {"match": "x"}, {"match": "y"}),
     _rule("action", {"action": "drop"}, {"action": "replace"}),
     _rule("with_", {"action": "replace", "with": "1"}, {"action": "replace", "with": "2"}),
-    _rule("field", {"action": "replace", "with": "1", "field": "prompt"}, {"action": "replace", "with": "1", "field": "reply"}),
+    _rule(
+        "field",
+        {"action": "replace", "with": "1", "field": "prompt"},
+        {"action": "replace", "with": "1", "field": "reply"},
+    ),
     _rule("name", {"name": "first"}, {"name": "second"}),
-    RowProbe("RegexRules.rules", RegexRules, ({"rules": [{"match": "x"}]}, {"rules": [{"match": "y"}]}), row("q", "x")),
+    RowProbe(
+        "RegexRules.rules", RegexRules, ({"rules": [{"match": "x"}]}, {"rules": [{"match": "y"}]}), row("q", "x")
+    ),
 )
 
 PAIR = (example("the same question", "a short answer", 0), example("The same question", "A short answer!", 1))
 SHARED = tuple(
-    example(f"q{index}", f"Answer {index} is number {index}.\nThank you for calling our shop.", index) for index in range(30)
+    example(f"q{index}", f"Answer {index} is number {index}.\nThank you for calling our shop.", index)
+    for index in range(30)
 )
 SET_PROBES = (
     SetProbe("ExactDuplicates.match", ExactDuplicates, ({"match": "content"}, {"match": "words"}), PAIR),
@@ -263,7 +292,9 @@ def test_option_of_row_step_changes_the_row(probe: RowProbe) -> None:
 @pytest.mark.parametrize("probe", SET_PROBES, ids=lambda probe: probe.option)
 def test_option_of_set_step_changes_the_result(probe: SetProbe, tmp_path: Path) -> None:
     all_values = (probe.values[0], *probe.values)
-    results = [removals_of(decided_in(step_of(probe.step, **values), probe.examples, tmp_path)) for values in all_values]
+    results = [
+        removals_of(decided_in(step_of(probe.step, **values), probe.examples, tmp_path)) for values in all_values
+    ]
     assert results[0] == results[1], "the probe varies by itself"
     assert results[1] != results[2], f"{probe.option} changes nothing"
 
@@ -276,7 +307,9 @@ def _merged(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("option", TUNE_PROBES)
-def test_option_of_tuning_changes_the_plan(option: str, request: pytest.FixtureRequest, dataset: Path, tiny_base: Path) -> None:
+def test_option_of_tuning_changes_the_plan(
+    option: str, request: pytest.FixtureRequest, dataset: Path, tiny_base: Path
+) -> None:
     recipe, workspace = recipe_on(dataset, tiny_base), Workspace(request)
     plans = [tune_option_probes.plan_of(_merged(recipe, changes), workspace) for changes in TUNE_PROBES[option]]
     seen = [(plan.counters, plan.trainable, plan.settled, plan.left_out, plan.as_json()["refusals"]) for plan in plans]

@@ -104,7 +104,9 @@ def test_one_refused_pair_takes_the_peers_ratio_away() -> None:
     import peer_agreement
     import train
 
-    runs = train.Runs(tolerances={"float32": peer_agreement.tolerance_of("float32", layers=2, width=64, rank=16, loss=2.0)})
+    runs = train.Runs(
+        tolerances={"float32": peer_agreement.tolerance_of("float32", layers=2, width=64, rank=16, loss=2.0)}
+    )
     train.note_pair(runs, "peer", result_of(), result_of(), result_of())
     assert list(runs.pairs) == ["peer"]
     train.note_pair(runs, "peer", result_of(), result_of(losses=[2.0, 1.0]), result_of())
@@ -155,7 +157,8 @@ def test_peer_with_another_rate_or_scale_is_refused(
     folder.mkdir()
     (folder / "run.py").write_text(PEER.format(peers=str(BENCHMARKS / "peers")))
     peers = {
-        name: train.Side(str(folder), "float32", settings={"trainer": {"fault": name}}) for name in ("right", "rate", "scale")
+        name: train.Side(str(folder), "float32", settings={"trainer": {"fault": name}})
+        for name in ("right", "rate", "scale")
     }
     arguments = argparse.Namespace(
         small=True, device="cpu", limit_s=60.0, pairs=1, updates=3, rows_per_update=3, base="starter", layers=0

@@ -71,7 +71,9 @@ def flags_of(command: str) -> set[str]:
     """Its own flags, and the options of its recipe that can be flags."""
     own = commands()[command]
     flags = (
-        {name for argument in own.assemble_argument_collection() for name in argument.names} if own.default_command else set()
+        {name for argument in own.assemble_argument_collection() for name in argument.names}
+        if own.default_command
+        else set()
     )
     if command in RECIPES:
         for name, _, _ in sartor.options(getattr(sartor, RECIPES[command][0])):
@@ -138,7 +140,10 @@ def text_of(node: ast.AST) -> str | None:
 
 @functools.cache
 def trees() -> dict[str, ast.Module]:
-    return {path.relative_to(SRC).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SRC.rglob("*.py"))}
+    return {
+        path.relative_to(SRC).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(SRC.rglob("*.py"))
+    }
 
 
 def source_texts() -> Iterator[tuple[str, str]]:
@@ -219,7 +224,9 @@ def block_commands(page: Path) -> Iterator[list[str]]:
                 continue
             for index, word in enumerate(words):
                 if word == "sartor" and not words[max(index - 1, 0)].startswith("-"):  # no user of that name
-                    ends = [end for end in range(index, len(words)) if words[end] and set(words[end]) <= set(";|&<>()")]
+                    ends = [
+                        end for end in range(index, len(words)) if words[end] and set(words[end]) <= set(";|&<>()")
+                    ]
                     yield words[index + 1 : min(ends, default=len(words))]
 
 
@@ -273,7 +280,11 @@ def test_no_page_denies_what_the_command_line_has(page: Path) -> None:
     known = {*commands(), *(name for name, _, _ in _choices())}
     sentences = re.split(r"(?<=[.:])\s+(?=[A-Z`*-])|\n(?=[|#-])|\n\n", page.read_text(encoding="utf-8"))
     denied = [
-        (name, s) for s in sentences if ABSENT.search(s) for name in SPAN.findall(s) if name.removeprefix("sartor ") in known
+        (name, s)
+        for s in sentences
+        if ABSENT.search(s)
+        for name in SPAN.findall(s)
+        if name.removeprefix("sartor ") in known
     ]
     assert denied == []
 
@@ -288,7 +299,12 @@ def _choices() -> Iterator[tuple[str, str, str]]:
 def test_page_of_limits_denies_no_feature() -> None:
     """Sentences that once stood there beside the feature."""
     limits = (ROOT / "docs/limits.md").read_text(encoding="utf-8")
-    for denied in ("`rejected` reply is not used", "do not work together", "LoRA with supervised fine-tuning,", "first cut"):
+    for denied in (
+        "`rejected` reply is not used",
+        "do not work together",
+        "LoRA with supervised fine-tuning,",
+        "first cut",
+    ):
         assert denied not in " ".join(limits.split())
 
 
@@ -305,10 +321,15 @@ def test_a_planted_extra_is_found(text: str, wrong: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("sartor trace adapters/faq", 1), ("sartor edge fly", 1), ("sartor tune r.yaml --nproc 2", 1),
-     ("sartor verify DIR --public-key K", 0),
-     ("sartor tune r.yaml --out a --method.rank 8; sartor evaluate a --label x", 0), ("sartor assets install nothing", 0)],
-)  # fmt: skip
+    [
+        ("sartor trace adapters/faq", 1),
+        ("sartor edge fly", 1),
+        ("sartor tune r.yaml --nproc 2", 1),
+        ("sartor verify DIR --public-key K", 0),
+        ("sartor tune r.yaml --out a --method.rank 8; sartor evaluate a --label x", 0),
+        ("sartor assets install nothing", 0),
+    ],
+)
 def test_a_planted_command_is_found(text: str, count: int) -> None:
     assert len(wrong_commands(text)) == count
     assert wrong_assets("sartor assets install nothing") == ["nothing"]

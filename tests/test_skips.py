@@ -36,9 +36,7 @@ def test_expected():
 def test_passes():
     pass
 """
-WHOLE_FILE = (
-    "import pytest\npytest.importorskip('no_such_module', reason='pip install no-such-module')\n\ndef test_never():\n    pass\n"
-)
+WHOLE_FILE = "import pytest\npytest.importorskip('no_such_module', reason='pip install no-such-module')\n\ndef test_never():\n    pass\n"
 ALL = ["no widget*", "not on a Tuesday", "no gadget", "a known defect", "pip install no-such-module"]
 PASSED = 1
 XDIST = ("-p", "xdist", "-n", "2")
@@ -89,8 +87,13 @@ def test_skips_that_are_listed_pass_in_ci(tmp_path: Path) -> None:
 def test_test_that_is_skipped_is_named_with_its_reason(tmp_path: Path) -> None:
     done = run(tmp_path, "")
     listed = done.stdout.partition("skips that fail this run")[2]
-    for line in ("skipped: test_some.py::test_reason[2]", "    no widget here: pip install widget",
-                 "xfailed: test_some.py::test_expected", "skipped: test_whole.py", "    pip install no-such-module"):  # fmt: skip
+    for line in (
+        "skipped: test_some.py::test_reason[2]",
+        "    no widget here: pip install widget",
+        "xfailed: test_some.py::test_expected",
+        "skipped: test_whole.py",
+        "    pip install no-such-module",
+    ):
         assert line in listed, listed
 
 

@@ -89,7 +89,9 @@ NEEDS = {"spoken_rows": "espeak-ng"}
 
 def programs() -> list[str]:
     """Scripts that are run by themselves."""
-    return sorted(file.stem for file in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in file.read_text(encoding="utf-8"))
+    return sorted(
+        file.stem for file in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in file.read_text(encoding="utf-8")
+    )
 
 
 def undefined(value: Any, path: str = "") -> list[str]:
@@ -147,7 +149,9 @@ def test_smallest_size_measures_what_is_promised(name: str, tmp_path: Path, comm
     assert undefined(result) == []
     assert lacking(result, KEYS[name]) == []
     assert all(isinstance(why, str) and why for why in result.get("absent", {}).values()), result["absent"]
-    assert not [file for file in tmp_path.iterdir() if file.name not in ("home", "stderr.txt")], "it leaves something behind"
+    assert not [file for file in tmp_path.iterdir() if file.name not in ("home", "stderr.txt")], (
+        "it leaves something behind"
+    )
 
 
 @pytest.mark.services
@@ -158,7 +162,12 @@ def test_script_without_a_smallest_size_fails(tmp_path: Path, commands: dict[str
 
 
 def test_null_or_missing_key_is_found() -> None:
-    result = {"a": [1, {"b": float("nan")}], "c": None, "peers": {}, "absent": {"trl": "not installed: pip install trl"}}
+    result = {
+        "a": [1, {"b": float("nan")}],
+        "c": None,
+        "peers": {},
+        "absent": {"trl": "not installed: pip install trl"},
+    }
     assert undefined(result) == [".a[1].b", ".c"]
     assert lacking(result, "a c peers peers.trl peers.mlx") == ["c", "peers.mlx"]
 
@@ -174,7 +183,9 @@ def test_result_with_a_null_is_refused(value: str, tmp_path: Path) -> None:
     assert done.returncode == 1 and "not measured: ratio" in done.stderr and done.stdout == ""
 
 
-@pytest.mark.parametrize("code", ["sys.exit('broken')", "print('{}'); sys.exit(3)", "print('no JSON')", "pass", "print(3)"])
+@pytest.mark.parametrize(
+    "code", ["sys.exit('broken')", "print('{}'); sys.exit(3)", "print('no JSON')", "pass", "print(3)"]
+)
 def test_failing_process_of_a_benchmark_is_no_result(code: str, tmp_path: Path) -> None:
     done = run_results(f"print(results.last_line([sys.executable, '-c', {'import sys; ' + code!r}]))", tmp_path)
     assert done.returncode == 1 and "failed with" in done.stderr and done.stdout == ""

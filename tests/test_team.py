@@ -17,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, commands: dict[str, str]) -> Iterator[tuple[Path, str]]:
+def team(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, commands: dict[str, str]
+) -> Iterator[tuple[Path, str]]:
     """The folder of the team and the address of its server. The base is the tests' tiny one: `auto` goes by prompts alone."""
     with served("team", tmp_path_factory.mktemp("example"), tiny_base, commands) as running:
         yield running

@@ -67,7 +67,9 @@ def test_commands_of_the_tour_succeed(tmp_path: Path, tiny_base: Path, commands:
                 text = text.replace("team.yaml", "team.yaml --port 0")
                 output = work / "serve.out"
                 with output.open("wb") as stream:
-                    servers.append(subprocess.Popen(["bash", "-c", f"exec {text}"], cwd=work, env=environment, stdout=stream))
+                    servers.append(
+                        subprocess.Popen(["bash", "-c", f"exec {text}"], cwd=work, env=environment, stdout=stream)
+                    )
                 wait_until_listening(output, servers[-1])
                 continue
             command = ["python", "-c", text] if program == "python" else ["bash", "-euo", "pipefail", "-c", text]

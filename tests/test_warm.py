@@ -29,8 +29,12 @@ def run(commands: dict[str, str], *command: str, **more: str) -> subprocess.Comp
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, input="said\n")
 
 
-def test_arguments_input_output_and_how_it_ended_are_those_of_the_command(commands: dict[str, str], tmp_path: Path) -> None:
-    done = run(commands, "python", "-c", "import sys; print(sys.argv, input(), 'torch' in sys.modules, __name__)", "a b")
+def test_arguments_input_output_and_how_it_ended_are_those_of_the_command(
+    commands: dict[str, str], tmp_path: Path
+) -> None:
+    done = run(
+        commands, "python", "-c", "import sys; print(sys.argv, input(), 'torch' in sys.modules, __name__)", "a b"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "['-c', 'a b'] said True __main__\n", "")
     (tmp_path / "x.py").write_text("import sys; sys.exit('no ' + __file__)")
     done = run(commands, "python", str(tmp_path / "x.py"))

@@ -3,8 +3,8 @@
     python tools/file_map.py            # writes the page
     python tools/file_map.py --check    # exits 1 if the page is not what would be written
 
-Packages stand level by level, in the order that tests/test_architecture.py holds the imports to. Beside each file is the
-first sentence of its module docstring; of a file of another kind the first sentence of the comment at its top.
+Packages stand level by level, in the order that tests/test_architecture.py holds the imports to. Beside each file is
+the first sentence of its module docstring; of a file of another kind the first sentence of the comment at its top.
 Files are read and none is imported.
 """
 
@@ -31,8 +31,8 @@ WORDLESS = {
 HEAD = """\
 # File map
 
-Every file of `src/sartor`, with the first sentence of its docstring. `python tools/file_map.py` writes this page from the
-code, and a test holds it: to change a line, change the docstring. How the parts work together:
+Every file of `src/sartor`, with the first sentence of its docstring. `python tools/file_map.py` writes this page from
+the code, and a test holds it: to change a line, change the docstring. How the parts work together:
 [architecture](../architecture.md). Where to look for one thing: [where things are](where-things-are.md).
 
 A package imports packages of lower levels only.
@@ -52,7 +52,8 @@ def read_levels(root: Path) -> tuple[tuple[str, ...], ...]:
 def first_sentence(text: str) -> str:
     """Return the first sentence of the first paragraph, on one line.
 
-    A sentence ends at a full stop, question mark or exclamation mark that white space follows: not within `manifest.json`.
+    A sentence ends at a full stop, question mark or exclamation mark that white space follows: not within
+    `manifest.json`.
     """
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
     match = re.match(r".+?[.!?](?=\s|$)", paragraph)
@@ -79,7 +80,9 @@ def describe(path: Path) -> str:
 
 
 def files_of(source: Path, package: str) -> list[Path]:
-    """Return the files of a package, or the one file of a module at the top; a folder's own file stands before the others."""
+    """Return the files of a package, or the one file of a module at the top; a folder's own file stands before the
+    others.
+    """
     module = source / f"{package}.py"
     if module.is_file():
         return [module]
@@ -122,7 +125,9 @@ def find_faults(root: Path) -> list[str]:
         if not text:
             faults.append(f"{path.relative_to(root)} has no docstring: give it one that begins with a noun phrase")
         elif len(text) > MAX_SENTENCE:
-            faults.append(f"{path.relative_to(root)}: a first sentence of {len(text)} characters; shorten it to {MAX_SENTENCE}")
+            faults.append(
+                f"{path.relative_to(root)}: a first sentence of {len(text)} characters; shorten it to {MAX_SENTENCE}"
+            )
     return faults
 
 

@@ -1,7 +1,7 @@
 """The frozen record: what others build on of Sartor, as a file, and a check that it is still so.
 
-    python tools/freeze.py --check                       # compare with tests/frozen/record.json; exits 1 with what differs
-    python tools/freeze.py --write                       # a change is meant: record it anew, and read its diff
+    python tools/freeze.py --check                       # compare with tests/frozen/record.json; exits 1 with what
+    differs python tools/freeze.py --write                       # a change is meant: record it anew, and read its diff
     python tools/freeze.py --check --only surface        # what is seen without running anything: seconds
     python tools/freeze.py --prose-write before.json     # help, descriptions, error texts: not frozen
     python tools/freeze.py --prose before.json after.json
@@ -9,16 +9,17 @@
 The record is a sorted JSON object with a fact a line. It has three parts:
 
 surface   commands with their flags, types and defaults; options of recipes and TEAM.yaml; public names with their
-          parameters; kinds of errors with exit codes; names of headers, variables, loggers, tracers (freeze_surface.py)
+          parameters; kinds of errors with exit codes; names of headers, variables, loggers, tracers
+          (freeze_surface.py)
 http      routes, schemas of requests and answers without names of components, statuses, headers, keys of answers,
           metrics, spans, tools of MCP: of a team that is served (freeze_http.py, freeze_server.py)
 runs      exit codes and JSON keys of commands that are run on the artefacts of tests/artefacts, files, tables, columns
           and tensors that they write, and digests of a Dataset, an Adapter and an export (freeze_runs.py)
 
-A type of a class that the façade does not name is `(a class of Sartor)`: such names may change, and so may the paths of
-modules. Of Sartor's parts the tools name `sartor.cli.app`, `sartor.cli.main` and `tests/artefacts/make.py` alone. Digests
-hold on one kind of processor with the same libraries, so they are compared only where `machine` is the machine of the
-record. Values that differ from run to run are left out. Prose is not frozen.
+A type of a class that the façade does not name is `(a class of Sartor)`: such names may change, and so may the paths
+of modules. Of Sartor's parts the tools name `sartor.cli.app`, `sartor.cli.main` and `tests/artefacts/make.py` alone.
+Digests hold on one kind of processor with the same libraries, so they are compared only where `machine` is the machine
+of the record. Values that differ from run to run are left out. Prose is not frozen.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ Facts = dict[str, Any]
 
 def text_of(facts: Mapping[str, Any]) -> str:
     """Return facts as JSON, sorted, a fact a line."""
-    lines = [f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(facts[name], ensure_ascii=False)}" for name in sorted(facts)]
+    lines = [
+        f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(facts[name], ensure_ascii=False)}"
+        for name in sorted(facts)
+    ]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -87,14 +91,18 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 
 
 def comparable(recorded: Mapping[str, Any], current: Mapping[str, Any], parts: Sequence[str]) -> tuple[Facts, Facts]:
-    """Return the facts of both records that can be compared here: of the parts that were taken, and digests of one machine."""
+    """Return the facts of both records that can be compared here: of the parts that were taken, and digests of one
+    machine.
+    """
     same_machine = recorded.get("machine") == current.get("machine")
 
     def is_compared(name: str) -> bool:
         part, _, fact = name.partition(" ")
         return part in parts and (same_machine or not fact.startswith("digest "))
 
-    before, after = ({name: value for name, value in facts.items() if is_compared(name)} for facts in (recorded, current))
+    before, after = (
+        {name: value for name, value in facts.items() if is_compared(name)} for facts in (recorded, current)
+    )
     return before, after
 
 
@@ -131,7 +139,9 @@ def runs() -> Facts:
 
 
 def in_artefacts(script: str) -> Facts:
-    """Run a script of this folder in a new copy of the artefacts, in an environment of its own, and return its facts."""
+    """Run a script of this folder in a new copy of the artefacts, in an environment of its own, and return its
+    facts.
+    """
     with tempfile.TemporaryDirectory(prefix="sartor-freeze-") as folder:
         root = Path(folder) / "set"
         make = [sys.executable, str(ROOT / "tests" / "artefacts" / "make.py"), "unpack", str(root)]
@@ -150,7 +160,9 @@ def in_artefacts(script: str) -> Facts:
         }
         out = Path(folder) / "facts.json"
         command = [sys.executable, str(Path(__file__).with_name(script)), str(out)]
-        done = subprocess.run(command, cwd=root, env=environment, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command, cwd=root, env=environment, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         if done.returncode:
             raise SystemExit(f"{script} ended with {done.returncode}:\n{done.stdout.decode(errors='replace')[-4000:]}")
         return read_facts(out)
@@ -248,7 +260,9 @@ def main() -> int:
         metavar=("BEFORE", "AFTER"),
         help="print how the prose of two such files differs",
     )
-    parser.add_argument("--only", choices=PARTS, action="append", help="of the record this part alone; also several times")
+    parser.add_argument(
+        "--only", choices=PARTS, action="append", help="of the record this part alone; also several times"
+    )
     arguments = parser.parse_args()
     parts = arguments.only or PARTS
     if arguments.prose:

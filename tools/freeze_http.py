@@ -228,7 +228,9 @@ def _operation_facts(name: str, operation: Mapping[str, Any], schemas: Mapping[s
 
 
 def inlined(schema: Any, schemas: Mapping[str, Any], above: tuple[str, ...] = ()) -> Any:
-    """Return a schema with its components in place of references, and without prose; one inside itself is `(as above)`."""
+    """Return a schema with its components in place of references, and without prose; one inside itself is `(as
+    above)`.
+    """
     if isinstance(schema, list):
         return [inlined(item, schemas, above) for item in schema]
     if not isinstance(schema, dict):
@@ -236,7 +238,9 @@ def inlined(schema: Any, schemas: Mapping[str, Any], above: tuple[str, ...] = ()
     if reference := schema.get("$ref"):
         name = reference.rpartition("/")[2]
         return (
-            {"(as above)": len(above) - above.index(name)} if name in above else inlined(schemas[name], schemas, (*above, name))
+            {"(as above)": len(above) - above.index(name)}
+            if name in above
+            else inlined(schemas[name], schemas, (*above, name))
         )
     result = {}
     for key, value in schema.items():
@@ -297,7 +301,9 @@ def error_statuses(client: httpx.Client) -> Iterator[tuple[str, Any]]:
     for kind in [*sorted(cls.__name__ for cls in public_errors()), "Bug"]:
         answer = client.get(f"/freeze/error/{kind}")
         error = answer.json()["error"]
-        headers = {name: answer.headers[name] for name in ("retry-after", "www-authenticate") if name in answer.headers}
+        headers = {
+            name: answer.headers[name] for name in ("retry-after", "www-authenticate") if name in answer.headers
+        }
         yield (
             f"error status {kind}",
             {

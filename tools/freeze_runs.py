@@ -1,8 +1,8 @@
 """What commands print and write: keys of their JSON, exit codes, files, tables, columns and digests.
 
 Commands run in this process, in a copy of the frozen artefacts (tests/artefacts) as the working directory, with paths
-relative to it. Values that differ from run to run (times, random keys, ids made of them) are left out; of names and keys
-they are shown as `<hex>` and `<date>`.
+relative to it. Values that differ from run to run (times, random keys, ids made of them) are left out; of names and
+keys they are shown as `<hex>` and `<date>`.
 """
 
 from __future__ import annotations
@@ -125,12 +125,16 @@ def run_facts() -> Facts:
 
 
 def united(facts: Iterable[tuple[str, Any]]) -> Facts:
-    """Return facts by name; of several files whose names differ in a digest or a date alone, every value that one has."""
+    """Return facts by name; of several files whose names differ in a digest or a date alone, every value that one
+    has.
+    """
     values: dict[str, dict[str, Any]] = {}
     for name, value in facts:
         values.setdefault(name, {})[json.dumps(value)] = value
     return {
-        name: next(iter(several.values())) if len(several) == 1 else {"one of": [several[text] for text in sorted(several)]}
+        name: next(iter(several.values()))
+        if len(several) == 1
+        else {"one of": [several[text] for text in sorted(several)]}
         for name, several in values.items()
     }
 
@@ -330,7 +334,9 @@ def models(commands: Commands) -> None:
     commands.run("evaluate", "tuned")
     release = ["tuned", "--name", "frozen", "--version", "2.0", "--key", "signer"]
     commands.run("release - refused", *release)
-    commands.run("release", *release, "--waive", "gain", "--waive", "forgetting", "--by", "ada", "--reason", "a tiny base")
+    commands.run(
+        "release", *release, "--waive", "gain", "--waive", "forgetting", "--by", "ada", "--reason", "a tiny base"
+    )
     key = ("--key", "signer/sartor.pub")
     for form in ("peft", "gguf"):
         commands.run(f"export - {form}", "release-1.0", "--to", form, "--out", f"exported-{form}", *key)
@@ -345,7 +351,9 @@ def models(commands: Commands) -> None:
 
 
 def interrupt_tuning(out: str) -> None:
-    """Send this process the signal of Ctrl-C when a tuning has noted its first update, so that its checkpoint stays."""
+    """Send this process the signal of Ctrl-C when a tuning has noted its first update, so that its checkpoint
+    stays.
+    """
     for _ in range(6000):
         if any(log.stat().st_size for log in Path().glob(f".{out}.part-*/log.jsonl")):
             os.kill(os.getpid(), signal.SIGINT)
@@ -366,7 +374,9 @@ def federate(commands: Commands) -> None:
 
     # an end in the midst: the journals of the rounds stay
     with contextlib.suppress(KeyboardInterrupt):
-        sartor.federate_simulate(settings, "halted", shards={"count": 3, "alpha": 1.0, "by": ".", "seed": 1}, notice=halt)
+        sartor.federate_simulate(
+            settings, "halted", shards={"count": 3, "alpha": 1.0, "by": ".", "seed": 1}, notice=halt
+        )
 
 
 # trees
@@ -388,7 +398,8 @@ def tree_facts(root: Path) -> Iterator[tuple[str, Any]]:
 
 def kind_of(file: Path) -> str:
     """Return what a file is by its name, and whether others may read it."""
-    return f"{file.suffix.removeprefix('.') or 'file'}{'' if file.stat().st_mode & 0o077 else ', its owner alone may read it'}"
+    kind = file.suffix.removeprefix(".") or "file"
+    return kind if file.stat().st_mode & 0o077 else f"{kind}, its owner alone may read it"
 
 
 def content_facts(name: str, file: Path) -> Iterator[tuple[str, Any]]:
@@ -396,7 +407,9 @@ def content_facts(name: str, file: Path) -> Iterator[tuple[str, Any]]:
     if file.suffix == ".json":
         yield from shape(f"{name} $", masked(json.loads(file.read_text(encoding="utf-8"))))
     elif file.suffix == ".jsonl":
-        yield from shape(f"{name} $", masked([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]))
+        yield from shape(
+            f"{name} $", masked([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()])
+        )
     elif file.suffix == ".parquet":
         parquet = importlib.import_module("pyarrow.parquet")
         schema = parquet.read_schema(file)

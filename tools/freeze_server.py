@@ -3,7 +3,8 @@
     python tools/freeze_server.py TEAM.yaml --port 0 --json
 
 Only other packages are patched (FastAPI, prometheus_client, OpenTelemetry), before Sartor is imported, so that it does
-not matter where Sartor keeps its parts. The routes `/freeze/seen` and `/freeze/error/KIND` are added to the application.
+not matter where Sartor keeps its parts. The routes `/freeze/seen` and `/freeze/error/KIND` are added to the
+application.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def watch_metrics() -> None:
 
     original = metrics.MetricWrapperBase.__init__
 
-    def counted(self: Any, name: str, documentation: str, labelnames: Any = (), *arguments: Any, **options: Any) -> None:
+    def counted(
+        self: Any, name: str, documentation: str, labelnames: Any = (), *arguments: Any, **options: Any
+    ) -> None:
         seen = {"type": self._type, "labels": list(labelnames)}
         if buckets := options.get("buckets"):
             seen["buckets"] = list(buckets)
@@ -100,7 +103,8 @@ def watch_traces() -> None:
 
     def ended(self: Any, span: Any) -> None:
         attributes = {
-            name: "int" if isinstance(value, int) else type(value).__name__ for name, value in (span.attributes or {}).items()
+            name: "int" if isinstance(value, int) else type(value).__name__
+            for name, value in (span.attributes or {}).items()
         }
         SEEN["spans"].append({"name": span.name, "kind": span.kind.name, "attributes": attributes})
 

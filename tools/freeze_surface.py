@@ -25,7 +25,8 @@ from freeze_types import PRIVATE, default_value, is_own, option_key, public_name
 
 Facts = dict[str, Any]
 SOURCES = Path(sartor.__file__).parent
-# verbs that freeze_runs.py does not run, which take minutes or need peers: the keys of their JSON are read from the sources
+# verbs that freeze_runs.py does not run, which take minutes or need peers: the keys of their JSON are read from the
+# sources
 NOT_RUN = ("demo", "federate_client", "prove", "replay_plans", "retrain", "tune_personal")
 # texts in the sources that others read: headers, variables of the environment, metrics, keys of MCP's `_meta`
 CONSTANTS = {
@@ -92,7 +93,9 @@ def command_facts() -> Iterator[tuple[str, Any]]:
 
 
 def option_facts() -> Iterator[tuple[str, Any]]:
-    """Yield type and default of each option of each class of options that the façade names, and the whole of its defaults."""
+    """Yield type and default of each option of each class of options that the façade names, and the whole of its
+    defaults.
+    """
     for name in sartor.__all__:
         cls = getattr(sartor, name)
         if not is_options(cls):
@@ -107,7 +110,9 @@ def option_facts() -> Iterator[tuple[str, Any]]:
 def is_options(cls: Any) -> bool:
     """Return whether a class declares options: fields that carry their help."""
     return (
-        isinstance(cls, type) and dataclasses.is_dataclass(cls) and any("help" in f.metadata for f in dataclasses.fields(cls))
+        isinstance(cls, type)
+        and dataclasses.is_dataclass(cls)
+        and any("help" in f.metadata for f in dataclasses.fields(cls))
     )
 
 
@@ -165,7 +170,9 @@ def public_facts() -> Iterator[tuple[str, Any]]:
 
 
 def verb_function(name: str, package: types.ModuleType) -> Any:
-    """Return the function behind a package that can be called: the one of its name that a module of the package defines."""
+    """Return the function behind a package that can be called: the one of its name that a module of the package
+    defines.
+    """
     [module] = [
         ".".join(file.relative_to(SOURCES.parent).with_suffix("").parts).removesuffix(".__init__")
         for file in sorted(Path(package.__path__[0]).rglob("*.py"))
@@ -262,7 +269,9 @@ def _keys_of(node: ast.expr, local: Mapping[str, ast.expr], names: Mapping[str, 
 def public_errors() -> list[type[Any]]:
     """Return the error tree that scripts know: SartorError and what stands beside it in its module."""
     root = sartor.SartorError
-    return [cls for cls in vars(sys.modules[root.__module__]).values() if isinstance(cls, type) and issubclass(cls, root)]
+    return [
+        cls for cls in vars(sys.modules[root.__module__]).values() if isinstance(cls, type) and issubclass(cls, root)
+    ]
 
 
 def error_facts() -> Iterator[tuple[str, Any]]:
@@ -281,12 +290,16 @@ def parsed(file: Path) -> ast.Module:
 
 
 def constant_facts() -> Iterator[tuple[str, Any]]:
-    """Yield names that stand as texts in the sources and are read outside: of headers, variables, loggers, tracers, spans."""
+    """Yield names that stand as texts in the sources and are read outside: of headers, variables, loggers, tracers,
+    spans.
+    """
     names: set[str] = set()
     for file in SOURCES.rglob("*.py"):
         for node in ast.walk(parsed(file)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                names |= {f"{kind} {node.value}" for kind, pattern in CONSTANTS.items() if pattern.fullmatch(node.value)}
+                names |= {
+                    f"{kind} {node.value}" for kind, pattern in CONSTANTS.items() if pattern.fullmatch(node.value)
+                }
             if isinstance(node, ast.Call):
                 names |= _named(node)
     yield from ((name, True) for name in sorted(names))

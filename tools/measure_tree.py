@@ -10,18 +10,19 @@ lines               all of their lines; nonblank_lines those that hold more than
 tokens              of Python's tokenizer, without comments, docstrings, line ends and indentation
 tokens_per_line     tokens over nonblank_lines (comments and docstrings are lines too)
 vague_per_1000      identifiers spelled exactly as one of VAGUE (underscores at the ends do not count), per 1,000
-                    identifiers; identifiers are the tokens of type NAME that are no keywords; `vague` has each one's count
+                    identifiers; identifiers are the tokens of type NAME that are no keywords; `vague` has each one's
+                    count
 classes             class statements; duplicate_class_names the names that two or more of them bear,
                     duplicate_classes how many bear such a name
-import_chain        modules on the longest chain of imports at the top of modules, `if TYPE_CHECKING:` left out; a circle
-                    counts with all of its modules. import_circles: circles of more than one module
+import_chain        modules on the longest chain of imports at the top of modules, `if TYPE_CHECKING:` left out; a
+                    circle counts with all of its modules. import_circles: circles of more than one module
 behind              for each entry point, the modules and lines that its function's module reaches, itself included: by
                     imports at the top of modules and inside functions, without TYPE_CHECKING. `lazy_modules` and
-                    `lazy_lines` follow texts that spell a module (`load("sartor.models.sentence_encoder")`) too, but for those
-                    of the façade, which name everything
-value_names         under how many names the parameters of functions hold the value of each walk of docs/architecture.md: those
-                    annotated with one of the classes WALKS (of today's tree, and as they were called at f346d1e) and nothing
-                    around it, in the packages that the walk passes
+                    `lazy_lines` follow texts that spell a module (`load("sartor.models.sentence_encoder")`) too, but
+                    for those of the façade, which name everything
+value_names         under how many names the parameters of functions hold the value of each walk of
+                    docs/architecture.md: those annotated with one of the classes WALKS (of today's tree, and as they
+                    were called at f346d1e) and nothing around it, in the packages that the walk passes
 
 An import of `sartor.a.b` leads to that module, and not to the packages above it. `from sartor.a import b` leads to
 `sartor.a.b` if that is a module.
@@ -181,7 +182,9 @@ def count_tokens(modules: Mapping[str, Module]) -> dict[str, Any]:
 def docstring_starts(tree: ast.Module) -> set[tuple[int, int]]:
     """Return where docstrings begin: (line, column)."""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node.body[0] for node in ast.walk(tree) if isinstance(node, owners) and ast.get_docstring(node) is not None]
+    nodes = [
+        node.body[0] for node in ast.walk(tree) if isinstance(node, owners) and ast.get_docstring(node) is not None
+    ]
     return {(node.lineno, node.col_offset) for node in nodes}
 
 
@@ -349,7 +352,9 @@ def main() -> None:
     candidates = [arguments.src / "src" / "sartor", arguments.src / "sartor", arguments.src]
     src = next((path for path in candidates if (path / "__init__.py").is_file()), None)
     if src is None:
-        parser.error(f"{arguments.src} has no package; give the directory that holds __init__.py, as in --src src/sartor")
+        parser.error(
+            f"{arguments.src} has no package; give the directory that holds __init__.py, as in --src src/sartor"
+        )
     if wrong := next((entry for entry in arguments.entry if "=" not in entry), ""):
         parser.error(f"--entry {wrong!r} has no =; write --entry ask=sartor.serving.commands.ask_release")
     print(json.dumps(measure(src.resolve(), dict(entry.split("=", 1) for entry in arguments.entry)), indent=1))

@@ -1,9 +1,10 @@
 """Pictures of README.md, made from a real Adapter and its Report: docs/images/report.png and docs/images/chat.svg.
 
-    python tools/pictures.py snips/adapter snips/report "Play the newest album by Radiohead" "Book a table for four tonight"
+    python tools/pictures.py snips/adapter snips/report "Play the newest album by Radiohead" "Book a table for four
+    tonight"
 
-The page is photographed by a headless Chromium, the conversation is that of `sartor chat` with `/compare`. Look at both before
-you commit them.
+The page is photographed by a headless Chromium, the conversation is that of `sartor chat` with `/compare`. Look at
+both before you commit them.
 """
 
 from __future__ import annotations
@@ -29,8 +30,17 @@ WIDTH, HEIGHT, COLUMNS = 1100, 900, 100
 def photograph(page: Path, file: Path, browser: str) -> None:
     """The first screen of a page as PNG."""
     with tempfile.TemporaryDirectory() as profile:
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}",
-                   f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={file}", page.resolve().as_uri()]  # fmt: skip
+        command = [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={profile}",
+            f"--window-size={WIDTH},{HEIGHT}",
+            f"--screenshot={file}",
+            page.resolve().as_uri(),
+        ]
         subprocess.run(command, check=True, capture_output=True)
 
 

@@ -45,7 +45,9 @@ def clock(watch: Watch) -> Any:
 
 
 def in_order(trainer: type) -> type:
-    """`trainer`, taking the rows as they come: whatever the release calls that option, the sampler is the same method."""
+    """`trainer`, taking the rows as they come: whatever the release calls that option, the sampler is the same
+    method.
+    """
     from torch.utils.data import SequentialSampler
 
     class InOrder(trainer):  # type: ignore[misc]
@@ -56,7 +58,9 @@ def in_order(trainer: type) -> type:
 
 
 def settings(job: Job, *, bf16: bool) -> dict[str, Any]:
-    """TrainingArguments for the job: nothing saved, nothing reported, nothing recomputed; the job's own settings on top."""
+    """TrainingArguments for the job: nothing saved, nothing reported, nothing recomputed; the job's own settings on
+    top.
+    """
     return {
         "output_dir": tempfile.mkdtemp(prefix="sartor-peer-"),
         "per_device_train_batch_size": job.rows_per_update,

@@ -65,12 +65,12 @@ class Row:
 class Job:
     """The work. `dtype`: `float32`, `bfloat16`, or `auto` for the side's own choice; `compile`: its compiler on.
 
-    start: a safetensors file with the factors A that every side begins with, by module name. settings: documented options
-    of the peer, by kind (`trainer`: of its trainer's arguments).
+    start: a safetensors file with the factors A that every side begins with, by module name. settings: documented
+    options of the peer, by kind (`trainer`: of its trainer's arguments).
 
-    Of Sartor's side alone: is_reference, whether only losses and gradients are wanted; held_out, rows whose loss is taken
-    after the last update; adapter, where it is written then; rounds_first, whether the frozen product is rounded before
-    the low-rank term is added, as numerics 1 did.
+    Of Sartor's side alone: is_reference, whether only losses and gradients are wanted; held_out, rows whose loss is
+    taken after the last update; adapter, where it is written then; rounds_first, whether the frozen product is rounded
+    before the low-rank term is added, as numerics 1 did.
     """
 
     base: str
@@ -146,8 +146,8 @@ class Watch:
 def watch_gradients(factors: Mapping[str, Any], watch: Watch) -> None:
     """Note the norm of the gradient of each torch parameter at the first update, before it is clipped.
 
-    factors: the factors B by the name of their module. Where an update is computed in parts, the last part's norm stands:
-    that of the sum.
+    factors: the factors B by the name of their module. Where an update is computed in parts, the last part's norm
+    stands: that of the sum.
     """
 
     def hook_of(name: str) -> Callable[[Any], None]:
@@ -162,7 +162,8 @@ def watch_gradients(factors: Mapping[str, Any], watch: Watch) -> None:
 def main(train: Callable[[Job, Watch], dict[str, Any]], packages: tuple[str, ...]) -> None:
     """Run `train` on the job that the command line names and write its result. `train` may return more keys.
 
-    `packages` are those whose versions belong to the result. Exits with 0 also when the side fails: the result says so.
+    `packages` are those whose versions belong to the result. Exits with 0 also when the side fails: the result says
+    so.
     """
     job_path, result_path = sys.argv[1:3]
     here = str(Path(__file__).resolve().parent)
@@ -199,7 +200,9 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 def _checked(job: Job, watch: Watch) -> dict[str, Any]:
     count = len(watch.seconds) if watch.is_enough else len(job.updates)
     if len(watch.seconds) != count or len(watch.losses) != count:
-        raise Unable(f"{count} updates were asked for; {len(watch.seconds)} were timed, {len(watch.losses)} gave a loss")
+        raise Unable(
+            f"{count} updates were asked for; {len(watch.seconds)} were timed, {len(watch.losses)} gave a loss"
+        )
     done = job.updates[:count]
     return {
         "seconds": watch.seconds,

@@ -15,8 +15,8 @@ KINDS = ("trainer", "environment", "precision")
 class Setting:
     """An option of a peer that its documentation recommends.
 
-    kind: where the option goes, of KINDS. page: the page that documents it. needs: flags of the processor, of which one is
-    enough; empty if it needs none.
+    kind: where the option goes, of KINDS. page: the page that documents it. needs: flags of the processor, of which
+    one is enough; empty if it needs none.
     """
 
     peer: str

@@ -2,8 +2,10 @@
 
     python benchmarks/peers/venvs.py trl unsloth    # make these now
 
-The peers' pins exclude one another, and Sartor's. A peer's `requirements.txt` is installed with what it depends on; its
-`no-deps.txt`, where there is one, without. Where pip finds a CPU build of torch (PIP_FIND_LINKS), the same pins take it.
+The peers' pins exclude one another, and Sartor's. A peer's `requirements.txt` is installed with what it depends on;
+its
+`no-deps.txt`, where there is one, without. Where pip finds a CPU build of torch (PIP_FIND_LINKS), the same pins take
+it.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def interpreter(peer: str) -> Path:
 
 def _pins(peer: str) -> str:
     return "".join(
-        (HERE / peer / name).read_text() for name in ("requirements.txt", "no-deps.txt") if (HERE / peer / name).is_file()
+        (HERE / peer / name).read_text()
+        for name in ("requirements.txt", "no-deps.txt")
+        if (HERE / peer / name).is_file()
     )
 
 

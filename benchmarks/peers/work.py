@@ -1,7 +1,7 @@
 """The work that every side of benchmarks/train.py is given: the rows as tokens, and a base that every side can open.
 
-Run as a process of its own (`work.py OUT.json ...`), so that the one which starts the sides stays small: a child's peak RSS
-begins at its parent's.
+Run as a process of its own (`work.py OUT.json ...`), so that the one which starts the sides stays small: a child's
+peak RSS begins at its parent's.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def main() -> None:
 
 
 def real_rows(base: Path, count: int) -> list[dict[str, Any]]:
-    """The demo's spoken commands and their JSON, through the base's own chat template: conversations of one or two commands."""
+    """The demo's spoken commands and their JSON, through the base's own chat template: conversations of one or two
+    commands.
+    """
     chat, rng = open_chat(base), random.Random(0)
     commands = itertools.cycle(intents(assets.install("home-intents")))
     drawn = []
@@ -76,10 +78,11 @@ def synthetic_rows(base: Path, count: int) -> list[dict[str, Any]]:
 
 
 def plain_base(base: Path, out: Path, layers: int) -> Path:
-    """A copy of `base` (its files linked) without what a release of a peer might not know, of `layers` layers if not 0.
+    """A copy of `base` (its files linked) without what a release of a peer might not know, of `layers` layers if not
+    0.
 
-    The starter's config still says that it came from a GGUF file; and RoPE's base is written both as transformers 5 and as
-    older ones read it.
+    The starter's config still says that it came from a GGUF file; and RoPE's base is written both as transformers 5
+    and as older ones read it.
     """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)

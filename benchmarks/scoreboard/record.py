@@ -29,7 +29,9 @@ RESULTS = Path(os.environ.get("SARTOR_BENCH_RESULTS") or ROOT / "benchmarks" / "
 
 
 def main() -> None:
-    """Run the program that the command line names; exit as it does, but with 0 where the same command only has to go on."""
+    """Run the program that the command line names; exit as it does, but with 0 where the same command only has to go
+    on.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument != "--again"]
     if not arguments:
         sys.exit(f"usage: {Path(sys.argv[0]).name} benchmarks/NAME.py --json [OPTION ...]")
@@ -54,7 +56,12 @@ def read_record(file: Path) -> dict[str, Any]:
 
 def is_current(record: dict[str, Any], arguments: list[str], code: str) -> bool:
     """Whether a record has a finished result of this code and command."""
-    return "result" in record and "not_run" not in record and record["command"] == arguments and record.get("code") == code
+    return (
+        "result" in record
+        and "not_run" not in record
+        and record["command"] == arguments
+        and record.get("code") == code
+    )
 
 
 def run(arguments: list[str]) -> tuple[dict[str, Any], int]:
@@ -90,7 +97,9 @@ def commit() -> str:
     """Return the commit of the checkout, with `+` if files differ from it; empty where there is no git."""
     command = ["git", "-C", str(ROOT)]
     try:
-        head = subprocess.run([*command, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            [*command, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
         changes = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
@@ -105,8 +114,15 @@ def machine() -> dict[str, Any]:
         facts = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
         processor = next((value.strip() for name, _, value in facts if name.startswith("model name")), processor)
         flags = next((value.split() for name, _, value in facts if name.startswith("flags")), flags)
-    matrix_flags = [flag for flag in flags if flag.startswith(("avx512_bf16", "avx512_vnni", "avx512f", "amx_", "avx2"))]
-    return {"processor": processor, "flags": matrix_flags, "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 1)}
+    matrix_flags = [
+        flag for flag in flags if flag.startswith(("avx512_bf16", "avx512_vnni", "avx512f", "amx_", "avx2"))
+    ]
+    return {
+        "processor": processor,
+        "flags": matrix_flags,
+        "cores": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 1),
+    }
 
 
 if __name__ == "__main__":

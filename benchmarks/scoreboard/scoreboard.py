@@ -27,15 +27,26 @@ NOT_RUN = "not run here"
 NOT_COMPARED = "not compared"
 STATES = ("met", "**not met**", NOT_COMPARED, NOT_RUN, "not measured")
 # options by which a program measures less than its targets are of
-NARROWER = {"--small", "--quick", "--sets", "--only", "--rows", "--train-rows", "--defaults-only", "--layers", "--updates"}
+NARROWER = {
+    "--small",
+    "--quick",
+    "--sets",
+    "--only",
+    "--rows",
+    "--train-rows",
+    "--defaults-only",
+    "--layers",
+    "--updates",
+}
 COLUMNS = ("item", "target", "limit", "measured", "state", "from, or why not")
 TAKES = {"min": min, "max": max, "sum": sum, "mean": lambda values: sum(values) / len(values)}
 HEAD = """\
 # Scoreboard
 
-Every target of an open issue that has a figure: met, not met, not compared (measured on a part, or on another processor), or
-not run and why. `make scoreboard` writes this page from `benchmarks/scoreboard/targets.toml` and from the files that `make
-bench` wrote to `benchmarks/results`; no figure is typed by hand, and a test compares the page with what would be written.
+Every target of an open issue that has a figure: met, not met, not compared (measured on a part, or on another
+processor), or not run and why. `make scoreboard` writes this page from `benchmarks/scoreboard/targets.toml` and from
+the files that `make bench` wrote to `benchmarks/results`; no figure is typed by hand, and a test compares the page
+with what would be written.
 """
 
 
@@ -44,9 +55,10 @@ class Target:
     """A figure that an issue asks for.
 
     item: of the issue. program: the benchmark that measures it, empty where none does; then `why` has the reason.
-    value: path in its JSON, dotted, `*` for every key or element. take: of several values, of TAKES. Of at_least, at_most and
-    equals one is set. needs: a flag of the processor that the target is of, as /proc/cpuinfo spells it; elsewhere the figure
-    stands on the page and is not compared.
+    value: path in its JSON, dotted, `*` for every key or element. take: of several values, of TAKES. Of at_least,
+    at_most and
+    equals one is set. needs: a flag of the processor that the target is of, as /proc/cpuinfo spells it; elsewhere the
+    figure stands on the page and is not compared.
     """
 
     issue: int
@@ -102,7 +114,9 @@ def read_targets(file: Path = TARGETS) -> list[Target]:
 
 
 def values_at(result: Any, path: str) -> Iterator[Any]:
-    """Yield what stands at a dotted path of a JSON value; `*` is every key or element. Nothing where there is no such key."""
+    """Yield what stands at a dotted path of a JSON value; `*` is every key or element. Nothing where there is no such
+    key.
+    """
     name, _, rest = path.partition(".")
     if not path:
         yield result
@@ -130,15 +144,21 @@ def standing_of(target: Target, results: Path = RESULTS) -> Standing:
     source = f"`{' '.join(record['command'])}`, {record['commit'] or 'no commit'}, {record['machine']['processor']}"
     if not values:
         absent = record["result"].get("absent", {})
-        reason = next((absent[part] for part in target.value.split(".") if part in absent), "the result has no such key")
+        reason = next(
+            (absent[part] for part in target.value.split(".") if part in absent), "the result has no such key"
+        )
         return Standing(target, NOT_RUN, "", f"{reason}; {source}")
     if len(values) > 1 and not target.take:
-        raise ValueError(f"{target.text}: {len(values)} values at {target.value}, and take says none of {', '.join(TAKES)}")
+        raise ValueError(
+            f"{target.text}: {len(values)} values at {target.value}, and take says none of {', '.join(TAKES)}"
+        )
     value = TAKES[target.take](values) if target.take else values[0]
     if narrower := [option for option in record["command"] if option.partition("=")[0] in NARROWER]:
         return Standing(target, NOT_COMPARED, show(value), f"of a part alone ({' '.join(narrower)}): {source}")
     if target.needs and target.needs not in record["machine"].get("flags", ()):
-        return Standing(target, NOT_COMPARED, show(value), f"the target is of a processor with {target.needs}: {source}")
+        return Standing(
+            target, NOT_COMPARED, show(value), f"the target is of a processor with {target.needs}: {source}"
+        )
     return Standing(target, "met" if target.is_met(value) else "**not met**", show(value), source)
 
 
@@ -165,7 +185,9 @@ def page(standings: list[Standing]) -> str:
 def main() -> None:
     """Write the page, or compare it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is not what would be written")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if the page is not what would be written"
+    )
     arguments = parser.parse_args()
     text = page([standing_of(target) for target in read_targets()])
     if not arguments.check:

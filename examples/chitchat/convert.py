@@ -1,10 +1,11 @@
 """The `chitchat` asset -> rows in the `messages` form: `python examples/chitchat/convert.py chitchat.jsonl`.
 
-The asset is one JSON mapping, name -> {"messages": [[{"text", "timestamp", "sender"}, ...], ...]}. Each conversation becomes
-one row: who speaks first is the user, the other the assistant; lines that one of them sends in a row become one turn, a line
-each; the row's group is the conversation, its date that of the first line. A conversation that ends with the user's words
-loses that last turn, since nothing follows from it. One in which only one person speaks stays as it is: `sartor curate` drops
-and counts it (`no_answer`).
+The asset is one JSON mapping, name -> {"messages": [[{"text", "timestamp", "sender"}, ...], ...]}. Each conversation
+becomes
+one row: who speaks first is the user, the other the assistant; lines that one of them sends in a row become one turn,
+a line each; the row's group is the conversation, its date that of the first line. A conversation that ends with the
+user's words loses that last turn, since nothing follows from it. One in which only one person speaks stays as it is:
+`sartor curate` drops and counts it (`no_answer`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Questions on building in Sweden, answered with the cited source: `python examples/team/cited.py construction.jsonl`.
 
-Of the asset `construction-faq`, in English and in Swedish. Each entry is asked as it is, and one in three as a briefing too:
-its passage among two others, each under its source, out of which answer and source are taken. An entry is one group.
+Of the asset `construction-faq`, in English and in Swedish. Each entry is asked as it is, and one in three as a
+briefing too: its passage among two others, each under its source, out of which answer and source are taken. An entry
+is one group.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def shortened(text: str) -> str:
 def rows(file: Path, word: str) -> Iterator[dict[str, Any]]:
     """Both forms of each entry that has a source and does not advertise."""
     entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    entries = [one for one in entries if one["sources"] and "zaragoza" not in shortened(one["a"]).lower() + one["q"].lower()]
+    entries = [
+        one for one in entries if one["sources"] and "zaragoza" not in shortened(one["a"]).lower() + one["q"].lower()
+    ]
     draw = random.Random(0)
     for place, entry in enumerate(entries):
         plain = (entry["q"], f"{shortened(entry['a'])}\n{word}: {label(entry)}")

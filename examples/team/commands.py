@@ -1,8 +1,8 @@
 """Spoken commands of a home and their JSON, as JSONL: `python examples/team/commands.py home.jsonl general.jsonl`.
 
 The first file holds 860 commands sampled from home-assistant-intents (the rows of `sartor demo`, see
-`sartor.demo.home_intents`), the second a few rows of general talk, which every agent of this team rehearses so that it keeps
-its manners.
+`sartor.demo.home_intents`), the second a few rows of general talk, which every agent of this team rehearses so that it
+keeps its manners.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Docstrings of Python modules -> questions and answers, JSONL: `python examples/team/docstrings.py python.jsonl [MODULE...]`.
+"""Docstrings of Python modules -> questions and answers, JSONL: `python examples/team/docstrings.py python.jsonl
+[MODULE...]`.
 
 By default modules of the standard library (PSF-2.0), so it needs no network. With other names it does the same for any
 package that can be imported: your own, say. Modules are imported, so name those that you trust.
 
-Each documented function or class gives one row for each way of asking: what it does (by its name), and which one does it (by
-its first sentence, where that is a command: "Return ..."). The group of both is the object: a held-out row is about a
-function of which tuning saw nothing. What the objects are depends on the Python that runs this; it stands in the first line
-of what is said.
+Each documented function or class gives one row for each way of asking: what it does (by its name), and which one does
+it (by its first sentence, where that is a command: "Return ..."). The group of both is the object: a held-out row is
+about a function of which tuning saw nothing. What the objects are depends on the Python that runs this; it stands in
+the first line of what is said.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def objects(names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 
 
 def sentence(found: Any) -> str:
-    """The first sentence of its docstring, on one line; "" where there is none of its own or none that says anything."""
+    """The first sentence of its docstring, on one line; "" where there is none of its own or none that says
+    anything.
+    """
     text = inspect.cleandoc(found.__doc__ or "")
     inherited = isinstance(found, type) and any(found.__doc__ == base.__doc__ for base in found.__mro__[1:])
     paragraph = " ".join(text.split("\n\n")[0].split())
@@ -114,15 +117,25 @@ def rows(names: tuple[str, ...] = STANDARD) -> Iterator[dict[str, str]]:
         if not said or said in seen:
             continue
         seen.add(said)
-        yield {"question": chosen(BY_NAME, name).format(name=name), "answer": f"{call(name, found)}: {said}.", "group": name}
+        yield {
+            "question": chosen(BY_NAME, name).format(name=name),
+            "answer": f"{call(name, found)}: {said}.",
+            "group": name,
+        }
         if command := COMMAND.match(said):
             verb = "get" if command[1] in ("Return", "Returns") else command[1].lower()
             task = verb + said[command.end() :]
-            yield {"question": chosen(BY_TASK, name).format(task=task), "answer": f"Use {call(name, found)}.", "group": name}
+            yield {
+                "question": chosen(BY_TASK, name).format(task=task),
+                "answer": f"Use {call(name, found)}.",
+                "group": name,
+            }
 
 
 def main(out: Path, names: tuple[str, ...]) -> None:
-    """Write the rows, shuffled by their digests so that any first n of them are a fair sample; say how many there are."""
+    """Write the rows, shuffled by their digests so that any first n of them are a fair sample; say how many there
+    are.
+    """
     made = sorted(rows(names), key=lambda row: hashlib.sha256(row["question"].encode()).digest())
     part = out.with_name(f".{out.name}.part")
     part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")

@@ -1,13 +1,15 @@
-"""Records of learners of the times table, as JSONL: `python examples/team/learners.py tutor.jsonl LEARNER=records.jsonl...`.
+"""Records of learners of the times table, as JSONL: `python examples/team/learners.py tutor.jsonl
+LEARNER=records.jsonl...`.
 
 A record is an answer that a learner gave and what the tutor said that helped: what slipped, a hint, the next exercise.
 
     7 x 8 = 56, said 15     ->      {"slip":"added","hint":"count it as rows of eggs","next":"7 x 7"}
 
-What slipped stands in the question: the right answer is beside what was said. Which hint helps, and how far the next exercise
-may go, is of the learner: each has a hint for small exercises and one for large ones, a thing to count with, and a step. The
-first file has twelve learners together, without names, as a tutor for everybody would be tuned; each further one has a
-learner who is not among them (ana, bo, cem).
+What slipped stands in the question: the right answer is beside what was said. Which hint helps, and how far the next
+exercise
+may go, is of the learner: each has a hint for small exercises and one for large ones, a thing to count with, and a
+step. The first file has twelve learners together, without names, as a tutor for everybody would be tuned; each further
+one has a learner who is not among them (ana, bo, cem).
 Records are made by this script, from a seed; no person is behind them.
 """
 
@@ -60,11 +62,15 @@ def answered(a: int, b: int, slip: str) -> int:
     """What somebody says who slips like that."""
     right = a * b
     swapped = int(str(right)[::-1])
-    return {"none": right, "added": a + b, "one row less": right - a, "one row more": right + a, "swapped": swapped}[slip]
+    return {"none": right, "added": a + b, "one row less": right - a, "one row more": right + a, "swapped": swapped}[
+        slip
+    ]
 
 
 def records(learner: Learner, count: int, seed: str) -> Iterator[dict[str, Any]]:
-    """Rows of one learner, no exercise with the same slip twice; those whose slip the answer does not show are left out."""
+    """Rows of one learner, no exercise with the same slip twice; those whose slip the answer does not show are left
+    out.
+    """
     draw = random.Random(seed)
     every = list(itertools.product(range(2, 10), range(2, 10), SLIPS))
     draw.shuffle(every)
@@ -94,7 +100,9 @@ def somebody(seed: str) -> Learner:
 
 def together() -> list[dict[str, Any]]:
     """Twelve learners' records, in one order."""
-    rows = [row for number in range(SHARED) for row in records(somebody(f"learner {number}"), RECORDS, f"records {number}")]
+    rows = [
+        row for number in range(SHARED) for row in records(somebody(f"learner {number}"), RECORDS, f"records {number}")
+    ]
     random.Random(0).shuffle(rows)
     return rows
 

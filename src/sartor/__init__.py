@@ -178,7 +178,9 @@ register_encoder_directory(
 )
 
 # who writes synthetic rows on this machine, and who speaks them
-offer_local(lambda base, at_once, notice: import_module("sartor.synthesize.local_teacher").LocalTeacher(base, at_once, notice))
+offer_local(
+    lambda base, at_once, notice: import_module("sartor.synthesize.local_teacher").LocalTeacher(base, at_once, notice)
+)
 offer_speech(
     lambda texts, voice, speed, folder: import_module("sartor.media.speech.batch_synthesis").speak_to_files(
         texts, voice, speed, folder

@@ -43,9 +43,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sartor-artefacts-") as folder:
         root = Path(folder)
         environment = {
-            **os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(root / "hub"), "SARTOR_HOME": str(root / "home"),
-            "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-        }  # fmt: skip
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_CACHE": str(root / "hub"),
+            "SARTOR_HOME": str(root / "home"),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         subprocess.run([sys.executable, __file__, "inside", str(root)], env=environment, check=True)
         # of the second version its Release is enough
         for name in ("home", "whole", "adapter-1.1", "report-1.1"):
@@ -226,9 +230,11 @@ def team(root: Path) -> dict[str, Any]:
         f"router: {{encoder: tfidf}}\n"
         f"agents:\n  - {{name: {AGENT}, release: release-1.0}}\n"
     )
-    keys = {"agent": sartor.make_key(root / "team.yaml", [AGENT])["key"],
-            "revoked": sartor.make_key(root / "team.yaml", [AGENT])["key"],
-            "admin": sartor.make_key(root / "team.yaml", [], is_admin=True)["key"]}  # fmt: skip
+    keys = {
+        "agent": sartor.make_key(root / "team.yaml", [AGENT])["key"],
+        "revoked": sartor.make_key(root / "team.yaml", [AGENT])["key"],
+        "admin": sartor.make_key(root / "team.yaml", [], is_admin=True)["key"],
+    }
     sartor.revoke_key(root / "team.yaml", keys["revoked"].split("-")[1])
     facts: dict[str, Any] = {"keys": keys, "replies": {}}
     (root / "receipts").mkdir()

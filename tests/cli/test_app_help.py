@@ -75,7 +75,9 @@ def test_unions_are_enumerated() -> None:
     assert {"method", "objective", "steps", "ways", "teacher", "engine", "robust", "plans", "check", "join"} <= names
 
 
-def test_help_shows_each_kind_of_every_union(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_shows_each_kind_of_every_union(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "400")  # long words of a narrow terminal would be broken
     texts = [help_of(command, capsys) for command in RECIPES]
     absent = [
@@ -124,7 +126,9 @@ def test_every_command_with_recipe_flags_shows_the_recipe() -> None:
         commands |= {
             node.name
             for node in ast.walk(tree)
-            if isinstance(node, ast.FunctionDef) and node.args.vararg and "Flags" in ast.unparse(node.args.vararg.annotation)
+            if isinstance(node, ast.FunctionDef)
+            and node.args.vararg
+            and "Flags" in ast.unparse(node.args.vararg.annotation)
         }
     assert len(commands) > 5
     assert commands <= {command.split()[-1] for command in RECIPES}
@@ -140,7 +144,11 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[s
 @pytest.mark.parametrize(
     ("flags", "problem", "remedy"),
     [
-        (["--objective.kind", "dop"], "objective.kind is 'dop'; it must be one of sft, dpo, kto", "objective.kind: dpo"),
+        (
+            ["--objective.kind", "dop"],
+            "objective.kind is 'dop'; it must be one of sft, dpo, kto",
+            "objective.kind: dpo",
+        ),
         (["--objective", "kot"], "objective.kind is 'kot'; it must be one of sft, dpo, kto", "objective.kind: kto"),
         (["--objective.kind", "ppo-clip-2"], "one of sft, dpo, kto", "one of sft, dpo, kto"),
         (["--objective.kind", "[dpo]"], "one of sft, dpo, kto", "objective.kind: dpo"),
@@ -159,7 +167,9 @@ def test_a_wrong_kind_names_the_choices_and_the_closest(
 
 
 @pytest.mark.parametrize("flags", FLAG_ORDERS)
-def test_a_kind_flag_takes_the_options_of_its_kind_in_any_order(flags: tuple[tuple[str, str], ...], tmp_path: Path) -> None:
+def test_a_kind_flag_takes_the_options_of_its_kind_in_any_order(
+    flags: tuple[tuple[str, str], ...], tmp_path: Path
+) -> None:
     (tmp_path / "tune.yaml").write_text(RECIPE)
     recipe = sartor.load_recipe(tmp_path / "tune.yaml", [word for flag in flags for word in flag])
     assert (recipe.objective.kind, recipe.objective.beta) == ("dpo", 0.3)

@@ -31,7 +31,9 @@ def flags_of(command: str) -> set[str]:
 
 @pytest.mark.parametrize("command", _RENAMED)
 def test_renamed_flag_is_there_by_its_new_name_alone(command: str) -> None:
-    commands = [command] if command != "agents" else ["agents promote", "agents remove", "agents repair", "agents rollback"]
+    commands = (
+        [command] if command != "agents" else ["agents promote", "agents remove", "agents repair", "agents rollback"]
+    )
     for name in commands:
         for old, new in _RENAMED[command].items():
             flags = flags_of(name)
@@ -160,7 +162,9 @@ def test_prompt_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert prompt_of("", tmp_path / "q.txt") == "Hello?", "as Notepad saves it"
 
 
-def test_secret_is_read_from_the_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secret_is_read_from_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys: list[str] = []
     monkeypatch.setattr("sartor.chat", lambda *_, key, **__: keys.append(key))
     monkeypatch.setenv("CHAT_KEY", "secret\r\n")

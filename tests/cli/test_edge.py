@@ -14,8 +14,23 @@ from sartor.core.errors import HealthError
 from sartor.edge.update import health_check
 from updating import World, adapter, release
 
-COMMANDS = ("keygen", "publish", "widen", "halt", "refresh", "rotate", "withdraw", "watch", "sync", "status", "start", "confirm",
-            "rollback", "verify", "ask")  # fmt: skip
+COMMANDS = (
+    "keygen",
+    "publish",
+    "widen",
+    "halt",
+    "refresh",
+    "rotate",
+    "withdraw",
+    "watch",
+    "sync",
+    "status",
+    "start",
+    "confirm",
+    "rollback",
+    "verify",
+    "ask",
+)
 
 
 class Shell:
@@ -49,10 +64,14 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return ill
 
 
-def test_from_keys_to_a_version_on_a_device_and_back(world: World, edge: Shell, checks: set[str], tmp_path: Path) -> None:
+def test_from_keys_to_a_version_on_a_device_and_back(
+    world: World, edge: Shell, checks: set[str], tmp_path: Path
+) -> None:
     keys, repository, store = tmp_path / "new-keys", tmp_path / "new", tmp_path / "box"
-    made = {version: release(tmp_path / version, version, adapter(0, moved), world.key)
-            for version, moved in (("1.0", 0.0), ("1.1", 0.05), ("1.2", 0.1))}  # fmt: skip
+    made = {
+        version: release(tmp_path / version, version, adapter(0, moved), world.key)
+        for version, moved in (("1.0", 0.0), ("1.1", 0.05), ("1.2", 0.1))
+    }
     assert set(edge("keygen", keys)["roles"]) == {"root", "targets", "snapshot", "timestamp"}
     said = edge("publish", made["1.0"], repository, "--keys", keys, "--key", world.key, "--days", 30)
     assert (said["name"], said["version"], said["percent"], said["deltas"]) == ("home", "1.0", 100, {})
@@ -93,11 +112,25 @@ def test_from_keys_to_a_version_on_a_device_and_back(world: World, edge: Shell, 
         0,
     )
     assert {one["version"]: (one["action"], one["reasons"]) for one in said["versions"]} == {
-        "1.0": ("done", {}), "1.1": ("done", {}), "1.2": ("halt", {"canary": 1})
-    }  # fmt: skip
+        "1.0": ("done", {}),
+        "1.1": ("done", {}),
+        "1.2": ("halt", {"canary": 1}),
+    }
     assert said["done"] == [] and said["refused"] == {}
-    said = edge("watch", repository, "--reports", tmp_path / "gathered", "--devices", tmp_path / "devices", "--least-reports", 1, "--halt-above", 0,
-                "--keys", keys)  # fmt: skip
+    said = edge(
+        "watch",
+        repository,
+        "--reports",
+        tmp_path / "gathered",
+        "--devices",
+        tmp_path / "devices",
+        "--least-reports",
+        1,
+        "--halt-above",
+        0,
+        "--keys",
+        keys,
+    )
     assert said["done"] == [{"name": "home", "version": "1.2", "did": "halt"}]
     checks.clear()
     assert edge(*bring, "--again")["version"] == "1.1"  # halted by now
@@ -164,7 +197,9 @@ def test_damage_that_nothing_mends_is_exit_3(world: World, edge: Shell, checks: 
     root = world.folder / "root.json"
     root.write_bytes(world.root)
     world.store.close()
-    said = edge("sync", world.repository.as_uri(), "home", "--device", "d", "--root", root, "--store", world.store.folder)
+    said = edge(
+        "sync", world.repository.as_uri(), "home", "--device", "d", "--root", root, "--store", world.store.folder
+    )
     file = Path(said["release"]) / "adapter_model.safetensors"
     file.write_bytes(b"rot")
     assert "nothing here can mend it" in edge("verify", "--store", world.store.folder, code=3)["error"]["problem"]

@@ -18,7 +18,9 @@ from sartor.core.splits import held_out_groups
 
 
 def test_every_error_has_an_exit_code_a_place_in_the_drawing_and_carries_a_remedy() -> None:
-    tree = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, errors.SartorError)]
+    tree = [
+        value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, errors.SartorError)
+    ]
     assert len(tree) > 10
     for kind in tree:
         made = kind(*(["size"] if kind is errors.MediaError else []), "too much", "less")
@@ -54,8 +56,10 @@ def test_a_changed_parent_is_said_on_the_walk_back(tmp_path: Path) -> None:
 
 
 def test_inspect_shows_conflicts_and_obligations_of_sources_and_base(tmp_path: Path) -> None:
-    sources = [{"source": f"{name}.jsonl", "licence": licence, "kept": kept} for name, licence, kept in
-               (("a", "CC-BY-SA-4.0", 2), ("gone", "ODbL-1.0", 0))]  # fmt: skip
+    sources = [
+        {"source": f"{name}.jsonl", "licence": licence, "kept": kept}
+        for name, licence, kept in (("a", "CC-BY-SA-4.0", 2), ("gone", "ODbL-1.0", 0))
+    ]
     base = {"name": "tiny", "licence": "GPL-2.0-only"}
     made = write_artifact(tmp_path / "a", "adapter", lambda part: {"parents": [], "sources": sources, "base": base})
     said = ancestry.inspect(made.path)

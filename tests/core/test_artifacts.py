@@ -135,7 +135,9 @@ write_artifact(Path(sys.argv[1]), "adapter", fill, replace=True)
 @pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.03, 0.06, 0.1, 0.2])
 def test_a_kill_leaves_no_artefact_or_a_whole_one(tmp_path: Path, delay_s: float) -> None:
     out = tmp_path / "a"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert process.stdout is not None
     process.stdout.readline()
     time.sleep(delay_s)

@@ -26,7 +26,9 @@ def test_a_dumped_recipe_loads_back_equal() -> None:
 
 
 def test_shorthands() -> None:
-    recipe = config.load(CurateRecipe, {"sources": "f.jsonl", "steps": ["exact_duplicates", {"length": {"min_words": 3}}]})
+    recipe = config.load(
+        CurateRecipe, {"sources": "f.jsonl", "steps": ["exact_duplicates", {"length": {"min_words": 3}}]}
+    )
     assert recipe.sources[0].path == "f.jsonl"
     assert recipe.steps == (ExactDuplicates(), Length(min_words=3))
     assert config.load(Recipe, TUNE).base.name == "starter"
@@ -67,7 +69,9 @@ def test_flags_override(flags: list[str], value: object) -> None:
         (CurateRecipe, {**CURATE, "split": {"eval_fraction": 1.5}}, [], "split: eval_fraction is 1.5", "0.1"),
     ],
 )
-def test_a_wrong_option_names_itself_and_the_one_meant(cls: type, data: dict, flags: list[str], said: str, meant: str) -> None:
+def test_a_wrong_option_names_itself_and_the_one_meant(
+    cls: type, data: dict, flags: list[str], said: str, meant: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         config.load(cls, data, flags)
     assert said in caught.value.problem
@@ -76,9 +80,14 @@ def test_a_wrong_option_names_itself_and_the_one_meant(cls: type, data: dict, fl
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("base: [", "is not YAML"), ("- a\n- b\n", "holds a list"), ("", "holds nothing"), ("seed: 1\nseed: 2\n", "'seed' stands twice"),
-     ("a: !!python/object/apply:os.system ['echo']\n", "is not YAML")],
-)  # fmt: skip
+    [
+        ("base: [", "is not YAML"),
+        ("- a\n- b\n", "holds a list"),
+        ("", "holds nothing"),
+        ("seed: 1\nseed: 2\n", "'seed' stands twice"),
+        ("a: !!python/object/apply:os.system ['echo']\n", "is not YAML"),
+    ],
+)
 def test_a_broken_file_is_a_clear_error(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said.replace("[", r"\[")):

@@ -84,7 +84,10 @@ def test_a_file_that_another_process_is_opening_is_told_as_busy(
     form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "OPEN_S", 0.05)
-    with database.FileLock(f"{tmp_path}/notes.sqlite.lock", is_singleton=False), pytest.raises(BusyError, match="opening"):
+    with (
+        database.FileLock(f"{tmp_path}/notes.sqlite.lock", is_singleton=False),
+        pytest.raises(BusyError, match="opening"),
+    ):
         open_database(f"sqlite:///{tmp_path}/notes.sqlite", form)
 
 

@@ -160,7 +160,9 @@ def test_failing_system_call_leaves_old_file(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.skipif(os.name != "posix", reason="rights of files")
-@pytest.mark.parametrize(("mode", "mask", "expected"), [(0o644, 0o022, 0o644), (0o644, 0o077, 0o600), (0o600, 0, 0o600)])
+@pytest.mark.parametrize(
+    ("mode", "mask", "expected"), [(0o644, 0o022, 0o644), (0o644, 0o077, 0o600), (0o600, 0, 0o600)]
+)
 def test_mode_holds_from_the_first_byte(tmp_path: Path, mode: int, mask: int, expected: int) -> None:
     seen: list[int] = []
 
@@ -310,7 +312,9 @@ def test_directory_never_replaces_a_file_or_a_link(tmp_path: Path, replace: bool
     assert names(tmp_path / "mine") == ["f"]
 
 
-def test_a_name_that_another_writer_takes_in_between_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_another_writer_takes_in_between_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, rename = tmp_path / "d", os.replace
 
     def rename_after_another_writer(source: Path, target: Path) -> None:

@@ -44,7 +44,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
         ({"url": "file:///opt/clone", "dir_info": {}}, "pip install '/opt/clone[tune]'"),
         (None, "pip install 'sartor[tune]'"),
         (
-            {"url": "https://git.example/s", "vcs_info": {"vcs": "git", "requested_revision": "v1", "commit_id": "ab"}},
+            {
+                "url": "https://git.example/s",
+                "vcs_info": {"vcs": "git", "requested_revision": "v1", "commit_id": "ab"},
+            },
             "pip install 'sartor[tune] @ git+https://git.example/s@v1'",
         ),
         ({"url": "file:///tmp/s-0.1.whl", "archive_info": {}}, "pip install 'sartor[tune] @ file:///tmp/s-0.1.whl'"),
@@ -70,7 +73,9 @@ def test_absent_distribution_gives_the_plain_form(installed: Any, monkeypatch: p
 
 
 @pytest.mark.parametrize("found", [None, "/usr/bin/pip"])
-def test_pip_of_another_python_is_not_named(installed: Any, found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_of_another_python_is_not_named(
+    installed: Any, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     installed(None)
     monkeypatch.setattr(sys, "executable", "/venv/bin/python")
     monkeypatch.setattr(installation.shutil, "which", lambda name: found)

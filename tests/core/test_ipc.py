@@ -134,19 +134,30 @@ def test_nothing_that_is_said_kills_a_worker(parent: Parent) -> None:
     """Frames without fields, of wrong types, of unknown ops; calls that the engine refuses or trips over; files that are not there."""
     parent.end.sendall(b"no json\n[]\n{}\n")
     parent.say(
-        {"op": "call"}, {"op": "call", "call": 3}, {"op": "call", "call": {"id": "x"}}, {"op": "cancel"}, {"op": []},
-        {"op": "attach", "ask": "one"}, {"op": "cancel", "call": "unknown"}, {"op": "detach", "adapter": "unknown", "ask": 7},
-        {"op": "attach", "adapter": "a", "path": "/nowhere", "ask": 8}, {"op": "attach", "ask": 9},
+        {"op": "call"},
+        {"op": "call", "call": 3},
+        {"op": "call", "call": {"id": "x"}},
+        {"op": "cancel"},
+        {"op": []},
+        {"op": "attach", "ask": "one"},
+        {"op": "cancel", "call": "unknown"},
+        {"op": "detach", "adapter": "unknown", "ask": 7},
+        {"op": "attach", "adapter": "a", "path": "/nowhere", "ask": 8},
+        {"op": "attach", "ask": 9},
         {"op": "embed", "texts": ["a"], "encoder": "no such encoder", "ask": 10},
-        call("REFUSED", name="refused"), call("BUG", name="bug"), call("hello"),
-    )  # fmt: skip
+        call("REFUSED", name="refused"),
+        call("BUG", name="bug"),
+        call("hello"),
+    )
     said = parent.until("event", "done")
     failed = {item["call"]: item["kind"] for item in said if item.get("event") == "failed"}
     assert failed == {"x": "SartorError", "refused": "InputError", "bug": "SartorError"}
     assert sum(item.get("op") == "malformed" for item in said) == 8
     parent.say({"op": "ping", "ask": 11})
     kinds = {
-        item["answer"]: item.get("error", {}).get("kind") for item in [*said, *parent.until("answer", 11)] if "answer" in item
+        item["answer"]: item.get("error", {}).get("kind")
+        for item in [*said, *parent.until("answer", 11)]
+        if "answer" in item
     }
     assert kinds == {7: None, 8: "ModelError", 9: "ModelError", 10: "ConfigError", 11: None}
 
@@ -188,7 +199,10 @@ def test_threads_of_a_worker_wait_patiently_unless_the_user_says_how(monkeypatch
         monkeypatch.delenv(name, raising=False)
     assert worker_process.environment()["GOMP_SPINCOUNT"] == "10000"
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    assert (worker_process.environment()["GOMP_SPINCOUNT"], worker_process.environment()["KMP_BLOCKTIME"]) == ("7", "1")
+    assert (worker_process.environment()["GOMP_SPINCOUNT"], worker_process.environment()["KMP_BLOCKTIME"]) == (
+        "7",
+        "1",
+    )
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     assert "GOMP_SPINCOUNT" not in worker_process.environment()

@@ -36,7 +36,9 @@ TREE = st.recursive(
 )
 
 
-def _join(operator: str, one: tuple[str, list[set[str]]], other: tuple[str, list[set[str]]]) -> tuple[str, list[set[str]]]:
+def _join(
+    operator: str, one: tuple[str, list[set[str]]], other: tuple[str, list[set[str]]]
+) -> tuple[str, list[set[str]]]:
     """An expression with every bracket written, and the sets of licences of which one may be chosen, by definition."""
     ways = one[1] + other[1] if operator == "OR" else [a | b for a, b in itertools.product(one[1], other[1])]
     return f"({one[0]}) {operator} ({other[0]})", ways
@@ -97,21 +99,39 @@ def test_any_text_is_read_or_refused_by_name(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("written", "spelled"),
-    [("mit or gpl-2.0+", "MIT OR GPL-2.0-or-later"), ("GPL-3.0", "GPL-3.0-only"), ("", "NOASSERTION"), ("LicenseRef-Apache", "LicenseRef-Apache"),
-     ("apache-2.0 with llvm-exception", "Apache-2.0 WITH LLVM-exception"), ("MIT AND NOASSERTION", "MIT AND NOASSERTION")],
-)  # fmt: skip
+    [
+        ("mit or gpl-2.0+", "MIT OR GPL-2.0-or-later"),
+        ("GPL-3.0", "GPL-3.0-only"),
+        ("", "NOASSERTION"),
+        ("LicenseRef-Apache", "LicenseRef-Apache"),
+        ("apache-2.0 with llvm-exception", "Apache-2.0 WITH LLVM-exception"),
+        ("MIT AND NOASSERTION", "MIT AND NOASSERTION"),
+    ],
+)
 def test_a_licence_has_one_spelling(written: str, spelled: str) -> None:
     assert spdx.checked(written) == spelled
 
 
 @pytest.mark.parametrize(
     ("written", "problem", "remedy"),
-    [("CC BY 4.0", "'CC-BY-4.0' was probably meant", "licence: CC-BY-4.0"), ("cc-by-sa4", "'CC-BY-SA-4.0' was probably meant", ""),
-     ("llama3", "no licence that SPDX lists", "LicenseRef-llama3"), ("MIT AND", "no SPDX expression", ""),
-     ("MIT " * 400, "above 1,000", ""), ("GPL-3.0-only WITH MIT", "no exception", "licence: GPL-3.0-only"), ("LLVM-exception", "no licence", "WITH"),
-     (" AND ".join(f"(GPL-{n}.0-only OR {name})" for n in (2, 3) for name in ("MIT", "ISC", "0BSD", "Zlib")), "more than 64", "")],
-)  # fmt: skip
-def test_what_is_no_licence_is_refused_when_the_recipe_is_read(tmp_path: Path, written: str, problem: str, remedy: str) -> None:
+    [
+        ("CC BY 4.0", "'CC-BY-4.0' was probably meant", "licence: CC-BY-4.0"),
+        ("cc-by-sa4", "'CC-BY-SA-4.0' was probably meant", ""),
+        ("llama3", "no licence that SPDX lists", "LicenseRef-llama3"),
+        ("MIT AND", "no SPDX expression", ""),
+        ("MIT " * 400, "above 1,000", ""),
+        ("GPL-3.0-only WITH MIT", "no exception", "licence: GPL-3.0-only"),
+        ("LLVM-exception", "no licence", "WITH"),
+        (
+            " AND ".join(f"(GPL-{n}.0-only OR {name})" for n in (2, 3) for name in ("MIT", "ISC", "0BSD", "Zlib")),
+            "more than 64",
+            "",
+        ),
+    ],
+)
+def test_what_is_no_licence_is_refused_when_the_recipe_is_read(
+    tmp_path: Path, written: str, problem: str, remedy: str
+) -> None:
     with pytest.raises(ConfigError, match=r"sources\[0\]") as caught:
         sartor.load_curate_recipe({"sources": [{"path": "f", "licence": written}]})
     assert problem in caught.value.problem and remedy in caught.value.remedy
@@ -119,9 +139,13 @@ def test_what_is_no_licence_is_refused_when_the_recipe_is_read(tmp_path: Path, w
 
 @pytest.mark.parametrize(
     ("terms", "problem", "remedy"),
-    [({"consent": "withdrawed"}, "consent is 'withdrawed'", "withdrawn"), ({"use": ["commercal"]}, "use.0. is 'commercal'", "commercial"),
-     ({"expires": "31.12.2027"}, "must be a day", "expires: 20"), ({"expire": "2027-12-31"}, "'expires' was probably meant", "expires")],
-)  # fmt: skip
+    [
+        ({"consent": "withdrawed"}, "consent is 'withdrawed'", "withdrawn"),
+        ({"use": ["commercal"]}, "use.0. is 'commercal'", "commercial"),
+        ({"expires": "31.12.2027"}, "must be a day", "expires: 20"),
+        ({"expire": "2027-12-31"}, "'expires' was probably meant", "expires"),
+    ],
+)
 def test_an_unknown_word_of_terms_names_the_one_meant(terms: dict[str, Any], problem: str, remedy: str) -> None:
     with pytest.raises(ConfigError, match=problem) as caught:
         sartor.load_curate_recipe({"sources": [{"path": "f", **terms}]})
@@ -136,13 +160,25 @@ def test_a_day_in_a_recipe_stays_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("licence", "forbidden"),
-    [("MIT", ""), ("CC-BY-4.0", ""), ("GPL-3.0-only", ""), ("CC-BY-NC-4.0", "commercial internal"), ("CC-BY-NC-SA-3.0-IGO", "commercial internal"),
-     ("CC-BY-ND-4.0", "commercial non-commercial research"), ("CC-BY-ND-3.0", "commercial non-commercial research internal"),
-     ("CC-BY-NC-ND-4.0", "commercial non-commercial research internal"), ("NOASSERTION", "commercial non-commercial research internal"),
-     ("NONE", "commercial non-commercial research internal"), ("LicenseRef-house", "commercial non-commercial research internal"),
-     ("Elastic-2.0", "commercial non-commercial research internal"), ("MIT OR CC-BY-NC-4.0", ""), ("MIT AND CC-BY-NC-4.0", "commercial internal"),
-     ("CC-BY-ND-3.0 OR (MIT AND CC-BY-NC-4.0)", "commercial internal"), ("PolyForm-Noncommercial-1.0.0", "commercial internal")],
-)  # fmt: skip
+    [
+        ("MIT", ""),
+        ("CC-BY-4.0", ""),
+        ("GPL-3.0-only", ""),
+        ("CC-BY-NC-4.0", "commercial internal"),
+        ("CC-BY-NC-SA-3.0-IGO", "commercial internal"),
+        ("CC-BY-ND-4.0", "commercial non-commercial research"),
+        ("CC-BY-ND-3.0", "commercial non-commercial research internal"),
+        ("CC-BY-NC-ND-4.0", "commercial non-commercial research internal"),
+        ("NOASSERTION", "commercial non-commercial research internal"),
+        ("NONE", "commercial non-commercial research internal"),
+        ("LicenseRef-house", "commercial non-commercial research internal"),
+        ("Elastic-2.0", "commercial non-commercial research internal"),
+        ("MIT OR CC-BY-NC-4.0", ""),
+        ("MIT AND CC-BY-NC-4.0", "commercial internal"),
+        ("CC-BY-ND-3.0 OR (MIT AND CC-BY-NC-4.0)", "commercial internal"),
+        ("PolyForm-Noncommercial-1.0.0", "commercial internal"),
+    ],
+)
 def test_each_use_is_forbidden_by_what_forbids_it(licence: str, forbidden: str) -> None:
     assert [use for use in USES if compliance.objections([source("f", licence)], use)] == forbidden.split()
     assert compliance.permitted([source("f", licence)]) == [use for use in USES if use not in forbidden.split()]
@@ -150,9 +186,15 @@ def test_each_use_is_forbidden_by_what_forbids_it(licence: str, forbidden: str) 
 
 @pytest.mark.parametrize(
     ("declared", "permitted"),
-    [(["commercial"], USES), (["non-commercial"], ("non-commercial", "research")), (["research"], ("research",)), (["internal"], ("internal",)),
-     (["internal", "research"], ("research", "internal")), ([], USES)],
-)  # fmt: skip
+    [
+        (["commercial"], USES),
+        (["non-commercial"], ("non-commercial", "research")),
+        (["research"], ("research",)),
+        (["internal"], ("internal",)),
+        (["internal", "research"], ("research", "internal")),
+        ([], USES),
+    ],
+)
 def test_a_declared_use_covers_what_asks_for_less(declared: list[str], permitted: tuple[str, ...]) -> None:
     assert tuple(compliance.permitted([source("f", use=declared)])) == permitted
     if declared:  # terms of one's own are what is declared of them
@@ -162,8 +204,12 @@ def test_a_declared_use_covers_what_asks_for_less(declared: list[str], permitted
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize(
     ("terms", "why"),
-    [({"consent": "withdrawn"}, "withdrawn"), ({"consent": "pending"}, "pending"), ({"expires": "2026-12-31"}, "after 2026-12-31; today is 2027-01-01")],
-)  # fmt: skip
+    [
+        ({"consent": "withdrawn"}, "withdrawn"),
+        ({"consent": "pending"}, "pending"),
+        ({"expires": "2026-12-31"}, "after 2026-12-31; today is 2027-01-01"),
+    ],
+)
 def test_expired_terms_and_missing_consent_forbid_every_use(terms: dict[str, str], why: str, use: str) -> None:
     assert f"rows.jsonl {'needs a consent' if 'consent' in terms else 'may not be used'}" in said(
         source("rows.jsonl", **terms), use=use
@@ -180,18 +226,36 @@ def test_terms_of_an_older_manifest_have_their_defaults() -> None:
 
 
 CONFLICTS = [
-    ("CC-BY-SA-4.0", "CC-BY-NC-SA-4.0", "CC-BY-NC-SA-4.0 of b.jsonl and CC-BY-SA-4.0 of a.jsonl each demand that a derived work carries its own terms"),
-    ("CC-BY-SA-4.0", "CC-BY-NC-4.0", "no stricter ones"), ("GPL-2.0-only", "GPL-3.0-only", "each demand"), ("GPL-2.0-only", "Apache-2.0", "patent terms"),
-    ("CC-BY-SA-3.0", "GPL-3.0-only", "each demand"), ("ODbL-1.0", "CC-BY-SA-4.0", "each demand"), ("CC-BY-SA-1.0", "CC-BY-SA-4.0", "each demand"),
-    ("MIT OR ODbL-1.0", "CC-BY-SA-4.0", ""), ("CC-BY-SA-3.0", "CC-BY-SA-4.0", ""), ("CC-BY-SA-2.0-UK", "CC-BY-SA-3.0-DE", ""),
-    ("CC-BY-SA-4.0", "GPL-3.0-or-later", ""), ("GPL-2.0-or-later", "AGPL-3.0-only", ""), ("GPL-3.0-only", "Apache-2.0", ""), ("MPL-2.0", "CC-BY-SA-4.0", ""),
-    ("CC-BY-4.0", "CC-BY-NC-SA-4.0", ""), ("GPL-2.0-only WITH Classpath-exception-2.0", "GPL-2.0-only", ""), ("ODbL-1.0 OR CC-BY-SA-4.0", "CC-BY-SA-4.0", ""),
-]  # fmt: skip
+    (
+        "CC-BY-SA-4.0",
+        "CC-BY-NC-SA-4.0",
+        "CC-BY-NC-SA-4.0 of b.jsonl and CC-BY-SA-4.0 of a.jsonl each demand that a derived work carries its own terms",
+    ),
+    ("CC-BY-SA-4.0", "CC-BY-NC-4.0", "no stricter ones"),
+    ("GPL-2.0-only", "GPL-3.0-only", "each demand"),
+    ("GPL-2.0-only", "Apache-2.0", "patent terms"),
+    ("CC-BY-SA-3.0", "GPL-3.0-only", "each demand"),
+    ("ODbL-1.0", "CC-BY-SA-4.0", "each demand"),
+    ("CC-BY-SA-1.0", "CC-BY-SA-4.0", "each demand"),
+    ("MIT OR ODbL-1.0", "CC-BY-SA-4.0", ""),
+    ("CC-BY-SA-3.0", "CC-BY-SA-4.0", ""),
+    ("CC-BY-SA-2.0-UK", "CC-BY-SA-3.0-DE", ""),
+    ("CC-BY-SA-4.0", "GPL-3.0-or-later", ""),
+    ("GPL-2.0-or-later", "AGPL-3.0-only", ""),
+    ("GPL-3.0-only", "Apache-2.0", ""),
+    ("MPL-2.0", "CC-BY-SA-4.0", ""),
+    ("CC-BY-4.0", "CC-BY-NC-SA-4.0", ""),
+    ("GPL-2.0-only WITH Classpath-exception-2.0", "GPL-2.0-only", ""),
+    ("ODbL-1.0 OR CC-BY-SA-4.0", "CC-BY-SA-4.0", ""),
+]
 
 
 @pytest.mark.parametrize(("one", "other", "sentence"), CONFLICTS)
 def test_a_contradiction_of_licences_names_both_sources(one: str, other: str, sentence: str) -> None:
-    for pair in ([source("a.jsonl", one), source("b.jsonl", other)], [source("b.jsonl", other), source("a.jsonl", one)]):
+    for pair in (
+        [source("a.jsonl", one), source("b.jsonl", other)],
+        [source("b.jsonl", other), source("a.jsonl", one)],
+    ):
         found = compliance.conflicts(pair)
         assert len(found) == bool(sentence)
         assert not sentence or (sentence in found[0] and "a.jsonl" in found[0] and "b.jsonl" in found[0])
@@ -212,7 +276,8 @@ def test_share_alike_that_an_owner_adds_contradicts_like_a_licences() -> None:
     ]
     assert compliance.conflicts([own, source("b", "MIT"), source("c", "LicenseRef-house", share_alike=True)]) == []
     assert (
-        "CC-BY-SA-4.0 of b demands" in compliance.conflicts([source("b", "CC-BY-SA-4.0"), source("c", non_commercial=True)])[0]
+        "CC-BY-SA-4.0 of b demands"
+        in compliance.conflicts([source("b", "CC-BY-SA-4.0"), source("c", non_commercial=True)])[0]
     )
     assert "LicenseRef-house of own.jsonl demands" in compliance.conflicts([own, source("c", "CC-BY-NC-4.0")])[0]
     assert compliance.conflicts([{**own, "non_commercial": True}]) == []
@@ -221,10 +286,16 @@ def test_share_alike_that_an_owner_adds_contradicts_like_a_licences() -> None:
 def test_obligations_are_listed_by_licence_with_the_sources() -> None:
     files = [source(f"{name}.jsonl", "CC-BY-4.0") for name in "abcde"]
     owed = compliance.obligations(
-        [*files, source("s", "CC-BY-SA-4.0", expires="2028-01-01"), source("net", "AGPL-3.0-only"), source("z", "CC0-1.0")]
+        [
+            *files,
+            source("s", "CC-BY-SA-4.0", expires="2028-01-01"),
+            source("net", "AGPL-3.0-only"),
+            source("z", "CC0-1.0"),
+        ]
     )
     assert (
-        "CC-BY-4.0 of a.jsonl, b.jsonl, c.jsonl and 2 more: credit the authors, name the licence, say what was changed" in owed
+        "CC-BY-4.0 of a.jsonl, b.jsonl, c.jsonl and 2 more: credit the authors, name the licence, say what was changed"
+        in owed
     )
     assert "CC-BY-SA-4.0 of s: hand a derived work out under these same terms only" in owed
     assert any("network" in line and "net" in line for line in owed)
@@ -233,8 +304,22 @@ def test_obligations_are_listed_by_licence_with_the_sources() -> None:
 
 
 def test_more_permissive_licences_rank_higher() -> None:
-    order = ["CC0-1.0", "MIT", "Apache-2.0", "CC-BY-4.0", "MPL-2.0", "CC-BY-SA-4.0", "GPL-3.0-only", "AGPL-3.0-only", "CC-BY-NC-4.0",
-             "CC-BY-NC-SA-4.0", "CC-BY-ND-4.0", "CC-BY-NC-ND-3.0", "LicenseRef-house", "NOASSERTION"]  # fmt: skip
+    order = [
+        "CC0-1.0",
+        "MIT",
+        "Apache-2.0",
+        "CC-BY-4.0",
+        "MPL-2.0",
+        "CC-BY-SA-4.0",
+        "GPL-3.0-only",
+        "AGPL-3.0-only",
+        "CC-BY-NC-4.0",
+        "CC-BY-NC-SA-4.0",
+        "CC-BY-ND-4.0",
+        "CC-BY-NC-ND-3.0",
+        "LicenseRef-house",
+        "NOASSERTION",
+    ]
     ranks = [compliance.rank(licence) for licence in order]
     assert ranks == sorted(ranks, reverse=True) and len(set(ranks)) == len(ranks)
 
@@ -259,4 +344,6 @@ def test_help_needs_no_list_of_licences() -> None:
 @given(st.sampled_from([name for name in PLAIN if name != "LicenseRef-house"]), st.sampled_from(PLAIN))
 def test_a_further_source_never_permits_more(one: str, other: str) -> None:
     assume(one != other)
-    assert set(compliance.permitted([source("a", one), source("b", other)])) <= set(compliance.permitted([source("a", one)]))
+    assert set(compliance.permitted([source("a", one), source("b", other)])) <= set(
+        compliance.permitted([source("a", one)])
+    )

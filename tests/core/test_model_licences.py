@@ -103,7 +103,9 @@ def test_name_that_the_licence_demands(card: str, demanded: bool) -> None:
 def test_duties_hold_however_the_name_is_spelt() -> None:
     """A use that is stated for terms that nobody knows permits all, so a known licence must not be taken for one."""
     stated = base("LicenseRef-Llama-3.2", use=["commercial"])
-    assert compliance.name_objection([OWN, stated], "faq") and "Built with Llama" in " ".join(compliance.obligations([stated]))
+    assert compliance.name_objection([OWN, stated], "faq") and "Built with Llama" in " ".join(
+        compliance.obligations([stated])
+    )
     assert compliance.objections([base("MRL", use=["commercial"])], "commercial")
 
 
@@ -117,7 +119,9 @@ def test_outputs_of_llama_2_and_3_improve_no_other_model() -> None:
     """From 3.1 on they may, and the model is then called Llama."""
     for card in ("llama2", "llama3"):
         taught = {"source": "teacher", "licence": base(card)["licence"]}
-        assert "may improve no other model" in str(compliance.objections([taught, base("apache-2.0")], "commercial")[0])
+        assert "may improve no other model" in str(
+            compliance.objections([taught, base("apache-2.0")], "commercial")[0]
+        )
         assert compliance.objections([taught, base(card)], "commercial") == []
     taught = {"source": "teacher", "licence": base("llama3.1")["licence"]}
     assert compliance.objections([taught, {"source": "base model", "licence": "Apache-2.0"}], "commercial") == []

@@ -19,7 +19,9 @@ def test_only_sixteen_bits_compute_otherwise_than_before(dtype: str, version: in
     assert numerics(dtype) == version
 
 
-@pytest.mark.parametrize(("made_by", "dtype"), [(None, "float32"), (1, "float32"), (2, "bfloat16"), (2, "torch.float16")])
+@pytest.mark.parametrize(
+    ("made_by", "dtype"), [(None, "float32"), (1, "float32"), (2, "bfloat16"), (2, "torch.float16")]
+)
 def test_content_of_the_same_arithmetic_is_checked(made_by: Any, dtype: str) -> None:
     assert difference(made_by, dtype) == not_checked(made_by, dtype) == ""
 
@@ -34,7 +36,9 @@ def test_content_of_a_newer_sartor_is_not_checked_either(monkeypatch: pytest.Mon
     said = "not checked: made by numerics 3, of a newer Sartor: this version computes float32 by numerics 1"
     assert not_checked(3, "float32") == said
     monkeypatch.setitem(NUMERICS, "float32", 4)
-    assert not_checked(3, "float32") == "not checked: made by numerics 3, and this version computes float32 by numerics 4"
+    assert (
+        not_checked(3, "float32") == "not checked: made by numerics 3, and this version computes float32 by numerics 4"
+    )
 
 
 @pytest.mark.parametrize("made_by", ["x" * 99, [], {}, 1.5])

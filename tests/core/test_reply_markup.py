@@ -38,19 +38,39 @@ def read(reply: str) -> Message:
 def test_markup_is_read_into_fields(reply: str, text: str, calls: list[str], reasoning: str) -> None:
     message = read(reply)
     found = json.loads(message.tool_calls or "[]")
-    assert (message.text, [call["function"]["name"] for call in found], message.reasoning_content) == (text, calls, reasoning)
+    assert (message.text, [call["function"]["name"] for call in found], message.reasoning_content) == (
+        text,
+        calls,
+        reasoning,
+    )
     assert is_from_text(found) == bool(calls) and all(call["type"] == "function" for call in found)
 
 
 @pytest.mark.parametrize(
     "reply",
     [
-        "yes<|im_end|>", "<|im_start|>assistant\nyes", "a <tool_call>{broken</tool_call>", f"{CALL} and more", f"{CALL} {CALL[:20]}",
-        "x<think>late</think>", "<think>open", "<think>a<|im_end|></think>b", "<think>only</think>", "[INST] a [/INST]", "yes</s>",
-        "<s>yes", "<start_of_turn>model\nhi", "see <|image_pad|>", "<image>", '<tool_call>{"name": "f", "arguments": NaN}</tool_call>',
-        '<tool_call>{"name": "f"}</tool_call>', "<tool_call>[]</tool_call>", "<|eot_id|>", "[" * 2000 + "<tool_call>" + "[" * 2000,
+        "yes<|im_end|>",
+        "<|im_start|>assistant\nyes",
+        "a <tool_call>{broken</tool_call>",
+        f"{CALL} and more",
+        f"{CALL} {CALL[:20]}",
+        "x<think>late</think>",
+        "<think>open",
+        "<think>a<|im_end|></think>b",
+        "<think>only</think>",
+        "[INST] a [/INST]",
+        "yes</s>",
+        "<s>yes",
+        "<start_of_turn>model\nhi",
+        "see <|image_pad|>",
+        "<image>",
+        '<tool_call>{"name": "f", "arguments": NaN}</tool_call>',
+        '<tool_call>{"name": "f"}</tool_call>',
+        "<tool_call>[]</tool_call>",
+        "<|eot_id|>",
+        "[" * 2000 + "<tool_call>" + "[" * 2000,
     ],
-)  # fmt: skip
+)
 def test_other_markup_cannot_be_read(reply: str) -> None:
     with pytest.raises(TemplateMarkupError, match="a reply spells") as caught:
         read_example(row(reply))
@@ -89,7 +109,11 @@ def test_a_row_goes_on_under_its_id_where_that_is_wanted() -> None:
 
 
 @given(
-    st.lists(st.sampled_from(["<think>", "</think>", "<tool_call>", "</tool_call>", "{", '"a"', "}", "x", "\n", "<|im_end|>"]))
+    st.lists(
+        st.sampled_from(
+            ["<think>", "</think>", "<tool_call>", "</tool_call>", "{", '"a"', "}", "x", "\n", "<|im_end|>"]
+        )
+    )
 )
 def test_whatever_is_read_spells_none_any_more(pieces: list[str]) -> None:
     try:

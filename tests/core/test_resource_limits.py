@@ -18,7 +18,9 @@ TAKES = "import sys, time; held = bytearray(int(sys.argv[1])); held[::4096] = b'
 
 
 def taking(megabytes: int, most: int, cgroups: Path = CGROUPS) -> ResourceUsage:
-    return run([sys.executable, "-c", TAKES, str(megabytes * MB)], ResourceLimits(memory_bytes=most * MB), cgroups=cgroups)
+    return run(
+        [sys.executable, "-c", TAKES, str(megabytes * MB)], ResourceLimits(memory_bytes=most * MB), cgroups=cgroups
+    )
 
 
 def has_cgroup() -> bool:
@@ -86,7 +88,9 @@ def test_processor_time_is_held() -> None:
 def test_it_stops_when_it_is_told_to() -> None:
     began = time.monotonic()
     used = run(
-        [sys.executable, "-c", "import time; time.sleep(60)"], ResourceLimits(), stop=lambda: time.monotonic() - began > 0.2
+        [sys.executable, "-c", "import time; time.sleep(60)"],
+        ResourceLimits(),
+        stop=lambda: time.monotonic() - began > 0.2,
     )
     assert (used.killed, used.exit_code) == ("stopped", -15) and used.wall_s < 30
 

@@ -23,7 +23,10 @@ from sartor.core.lineage import origin_index
 
 
 def test_a_row_goes_when_its_last_origin_goes_and_stays_while_one_is_left(tmp_path: Path) -> None:
-    only, both, other = (example(word, *ways) for word, ways in (("only", [origin(A, 1)]), ("both", [origin(A, 2), origin(B, 1)]), ("other", [origin(B, 2)])))  # fmt: skip
+    only, both, other = (
+        example(word, *ways)
+        for word, ways in (("only", [origin(A, 1)]), ("both", [origin(A, 2), origin(B, 1)]), ("other", [origin(B, 2)]))
+    )
     made = write(tmp_path / "d", [only, both, other])
     for name in ("data/a.jsonl", "a.jsonl", "./data/a.jsonl"):
         said = sartor.revoke(made.path, source=name).as_json()
@@ -61,9 +64,13 @@ def graphs(draw: Any) -> tuple[list[sartor.Example], str]:
     ids = [*(row.id for row in bare), "f" * 32]
     pairs = [A, B, ("folder", "b.jsonl")]
     ways = st.lists(
-        st.tuples(st.sampled_from(pairs), st.integers(1, 9), st.lists(st.sampled_from(ids), max_size=2)), min_size=1, max_size=3
+        st.tuples(st.sampled_from(pairs), st.integers(1, 9), st.lists(st.sampled_from(ids), max_size=2)),
+        min_size=1,
+        max_size=3,
     )
-    linked = [replace(row, origins=tuple(origin(pair, line, *parents) for pair, line, parents in draw(ways))) for row in bare]
+    linked = [
+        replace(row, origins=tuple(origin(pair, line, *parents) for pair, line, parents in draw(ways))) for row in bare
+    ]
     return linked, draw(st.sampled_from(["data/a.jsonl", "data/b.jsonl", "folder", *ids]))
 
 
@@ -71,7 +78,10 @@ def plainly(examples: list[sartor.Example], name: str) -> tuple[set[str], set[st
     """The same by going round until nothing changes."""
     gone: set[str] = {name} if len(name) == 32 else set()
     while True:
-        left = {row.id: [one for one in row.origins if one.source != name and not gone & set(one.parents)] for row in examples}
+        left = {
+            row.id: [one for one in row.origins if one.source != name and not gone & set(one.parents)]
+            for row in examples
+        }
         now = gone | {row for row, origins in left.items() if not origins}
         if now == gone:
             break
@@ -111,12 +121,17 @@ def test_everything_made_from_the_dataset_is_listed_and_what_has_moved_says_so(t
         "report",
         "release",
     ]
-    assert [said[kind][0]["state"] for kind in ("adapters", "reports", "releases")] == ["stands", "not there", "stands"]
+    assert [said[kind][0]["state"] for kind in ("adapters", "reports", "releases")] == [
+        "stands",
+        "not there",
+        "stands",
+    ]
 
 
 def test_an_unknown_or_ambiguous_source_names_those_there_are(tmp_path: Path) -> None:
     made = write(
-        tmp_path / "d", [example("1"), example("2", origin(("x", "a.jsonl"), 1)), example("3", origin(("y", "a.jsonl"), 1))]
+        tmp_path / "d",
+        [example("1"), example("2", origin(("x", "a.jsonl"), 1)), example("3", origin(("y", "a.jsonl"), 1))],
     )
     with pytest.raises(ConfigError, match="names 3 files: data/a.jsonl, x/a.jsonl, y/a.jsonl"):
         sartor.revoke(made.path, source="a.jsonl")
@@ -165,7 +180,10 @@ def test_one_row_is_shown_with_its_origins_ancestors_and_duplicates(tmp_path: Pa
     said = sartor.inspect(made.path, example=third.id)
     assert said["id"] == third.id and said["origins"][0]["locator"] == "b.jsonl:3" and said["split"] == "train"
     assert [(row["id"], row["state"]) for row in said["ancestors"]] == [
-        (second.id, "kept"), ("f" * 32, "not in this Dataset"), (first.id, "kept")]  # fmt: skip
+        (second.id, "kept"),
+        ("f" * 32, "not in this Dataset"),
+        (first.id, "kept"),
+    ]
     assert [place["source"] for place in said["ancestors"][2]["origins"]] == [A[0], B[0]]
     (shown,) = said["duplicates"]
     assert (shown["locator"], shown["reason"], shown["id"]) == ("b.jsonl:8", "near_duplicate", "e" * 32)

@@ -18,7 +18,9 @@ def curate_warnings(folder: Path, replies: list[str], eval_fraction: float = 0.2
     source = {"path": str(write_jsonl(folder / "rows.jsonl", rows)), "licence": "CC0-1.0"}
     recipe = {"sources": [source], "split": {"eval_fraction": eval_fraction}}
     curated = sartor.curate(recipe, folder / "dataset")
-    assert [warning["reason"] for warning in curated.as_json()["warnings"]] == [item.reason for item in curated.warnings]
+    assert [warning["reason"] for warning in curated.as_json()["warnings"]] == [
+        item.reason for item in curated.warnings
+    ]
     return curated.warnings
 
 
@@ -28,7 +30,11 @@ def test_sound_rows_have_no_warning(tmp_path: Path) -> None:
 
 def test_five_rows_are_too_few(tmp_path: Path) -> None:
     (warning,) = curate_warnings(tmp_path, [*LABELS, "other", "none"])
-    assert warning.reason == "few_rows" and "5 rows of 5 groups" in warning.problem and "6 held-out groups" in warning.remedy
+    assert (
+        warning.reason == "few_rows"
+        and "5 rows of 5 groups" in warning.problem
+        and "6 held-out groups" in warning.remedy
+    )
 
 
 def test_few_held_out_groups_name_the_fraction_that_does(tmp_path: Path) -> None:
@@ -95,7 +101,9 @@ def test_rehearsal_does_not_hide_that_own_rows_are_few(tmp_path: Path) -> None:
 def test_few_documents_are_warned_of(tmp_path: Path) -> None:
     rows = [{"text": f"a page about machine {number}"} for number in range(5)]
     source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "licence": "CC0-1.0"}
-    assert [warning.reason for warning in sartor.curate({"sources": [source]}, tmp_path / "dataset").warnings] == ["few_rows"]
+    assert [warning.reason for warning in sartor.curate({"sources": [source]}, tmp_path / "dataset").warnings] == [
+        "few_rows"
+    ]
 
 
 def test_evaluation_rows_need_six_groups() -> None:

@@ -41,7 +41,9 @@ def test_a_passphrase_guards_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         signing.open_private(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a key", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a key", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"]
+)
 def test_a_file_that_is_no_key_says_so(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "k").write_bytes(content)
     os.chmod(tmp_path / "k", 0o600)

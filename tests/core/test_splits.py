@@ -95,9 +95,14 @@ def of_shards(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:
 
 
 VERBS: dict[str, Callable[[Sequence[Example], pytest.MonkeyPatch], Sequence[Any]]] = {
-    "evaluate": of_evaluate, "audit": of_audit, "retrain": of_retrain, "validate": of_validate, "personal": of_personal,
-    "federate": of_federate, "shards": of_shards,
-}  # fmt: skip
+    "evaluate": of_evaluate,
+    "audit": of_audit,
+    "retrain": of_retrain,
+    "validate": of_validate,
+    "personal": of_personal,
+    "federate": of_federate,
+    "shards": of_shards,
+}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -107,7 +112,9 @@ def test_a_row_without_a_group_is_a_group_of_its_own(verb: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_groups_of_a_part_of_the_file_stand_beside_rows_of_their_own(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_a_part_of_the_file_stand_beside_rows_of_their_own(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [row(place, "a talk" if place < 6 else "") for place in range(12)]
     found = VERBS[verb](rows, monkeypatch)
     assert len(set(found[:6])) == 1 and len(set(found)) == 7
@@ -131,7 +138,9 @@ def test_bias_has_intervals_of_rows_without_a_group(tmp_path: Path) -> None:
         for place, name in enumerate(("Emily", "Greg") * 20)
     ]
     source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", lines)), "licence": "CC0-1.0"}
-    data = sartor.curate({"sources": [source], "split": {"eval_fraction": 0.0}, "steps": []}, tmp_path / "data").dataset.path
+    data = sartor.curate(
+        {"sources": [source], "split": {"eval_fraction": 0.0}, "steps": []}, tmp_path / "data"
+    ).dataset.path
     (gap, *_) = sartor.bias(data, group=["sex"]).as_json()["before"]["gaps"]
     assert -1 < gap["low"] < gap["difference"] < gap["high"] < 1
 
@@ -181,7 +190,10 @@ def test_a_users_own_test_file_has_intervals_and_may_pass(
 def test_too_few_groups_are_told_and_how_many_would_do(groups: int) -> None:
     metric = {"base": 0.1, "tuned": 0.9, "difference": 0.8, "low": -1.0, "high": 1.0}
     check = checks.check_gain("exact_match", metric, groups=groups)
-    assert check.outcome == "cannot tell" and f"over {groups} groups of rows; fewer than 6 exclude nothing" in check.detail
+    assert (
+        check.outcome == "cannot tell"
+        and f"over {groups} groups of rows; fewer than 6 exclude nothing" in check.detail
+    )
     assert "evaluate on about" in check.remedy and "--data FILE" in check.remedy
     worse = {"base": 0.9, "tuned": 0.1, "difference": -0.8, "low": -1.0, "high": 1.0}
     assert checks.check_gain("exact_match", worse, groups=groups).remedy == "", "more rows would not make it a gain"
@@ -191,7 +203,11 @@ def test_a_group_column_with_gaps_is_read_as_pandas_writes_it(tmp_path: Path) ->
     """Whole numbers with gaps become floats, a gap NaN or null; a blank is no group."""
     import polars
 
-    lines = {"question": [f"q{place}" for place in range(5)], "answer": ["a"] * 5, "group": [3.0, 3.0, float("nan"), None, 4.0]}
+    lines = {
+        "question": [f"q{place}" for place in range(5)],
+        "answer": ["a"] * 5,
+        "group": [3.0, 3.0, float("nan"), None, 4.0],
+    }
     polars.DataFrame(lines, strict=False).write_parquet(tmp_path / "rows.parquet")
     blank = write_jsonl(
         tmp_path / "blank.jsonl", [{"question": f"b{place}", "answer": "a", "group": " "} for place in range(2)]
@@ -218,6 +234,8 @@ def test_an_outcome_that_no_row_names_is_refused_before_a_model_is_opened(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "open_tuned", lambda *_: pytest.fail("a model was opened"))
-    data = write_jsonl(tmp_path / "test.jsonl", [{"question": f"q{n}", "answer": ("yes", "no")[n % 2]} for n in range(12)])
+    data = write_jsonl(
+        tmp_path / "test.jsonl", [{"question": f"q{n}", "answer": ("yes", "no")[n % 2]} for n in range(12)]
+    )
     with pytest.raises(ConfigError, match="no reference says 'maybe', which --favourable names"):
         sartor.evaluate(adapter, data=data, audit=True, favourable=("maybe",))

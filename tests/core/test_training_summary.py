@@ -13,10 +13,22 @@ from sartor.core.errors import ArtifactError
 from sartor.core.lineage.training_summary import TO_STATE
 
 SECTIONS = (
-    "## 1. General information", "### 1.1 Provider", "### 1.2 Model", "### 1.3 Modalities", "## 2. Data sources",
-    "### 2.1 Publicly available", "### 2.2 Private", "### 2.3 Data crawled", "### 2.4 User data", "### 2.5 Synthetic",
-    "### 2.6 Other sources", "## 3. Data processing", "### 3.1 Reservations", "### 3.2 Removal", "### 3.3 Other",
-)  # fmt: skip
+    "## 1. General information",
+    "### 1.1 Provider",
+    "### 1.2 Model",
+    "### 1.3 Modalities",
+    "## 2. Data sources",
+    "### 2.1 Publicly available",
+    "### 2.2 Private",
+    "### 2.3 Data crawled",
+    "### 2.4 User data",
+    "### 2.5 Synthetic",
+    "### 2.6 Other sources",
+    "## 3. Data processing",
+    "### 3.1 Reservations",
+    "### 3.2 Removal",
+    "### 3.3 Other",
+)
 
 
 def test_adapter_names_its_base_its_rows_and_what_a_person_has_to_state(adapter: Path) -> None:

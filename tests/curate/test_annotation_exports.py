@@ -48,7 +48,9 @@ def test_one_row_a_turn_becomes_one_row_a_conversation(tmp_path: Path) -> None:
 
 
 def test_who_speaks_last_is_the_assistant_where_no_role_says_so(tmp_path: Path) -> None:
-    file = turns_file(tmp_path, ("7", "Frau Meier", "Hallo"), ("7", "Frau Meier", "Ist jemand da?"), ("7", "Support", "Ja."))
+    file = turns_file(
+        tmp_path, ("7", "Frau Meier", "Hallo"), ("7", "Frau Meier", "Ist jemand da?"), ("7", "Support", "Ja.")
+    )
     (row,) = read(file, fields=TURNS)
     assert said(row) == [("user", "Hallo\nIst jemand da?"), ("assistant", "Ja.")]
 
@@ -63,7 +65,12 @@ def test_conversation_in_two_places_is_no_conversation(tmp_path: Path) -> None:
 
 def test_broken_turn_takes_its_conversation_along(tmp_path: Path) -> None:
     file = turns_file(
-        tmp_path, ("1", "user", "a"), ("1", "bot", "b", "too many"), ("1", "bot", "c"), ("2", "user", "d"), ("2", "bot", "e")
+        tmp_path,
+        ("1", "user", "a"),
+        ("1", "bot", "b", "too many"),
+        ("1", "bot", "c"),
+        ("2", "user", "d"),
+        ("2", "bot", "e"),
     )  # type: ignore[arg-type]
     found = read(file, fields=TURNS)
     assert [row.reason if isinstance(row, Drop) else "" for row in found] == ["field_count", ""]
@@ -130,9 +137,16 @@ def test_export_of_label_studio(tmp_path: Path) -> None:
 def test_export_of_argilla(tmp_path: Path) -> None:
     def record(*values: Any, status: str = "submitted", **more: Any) -> dict[str, Any]:
         responses = {
-            "label": [{"value": value, "user_id": str(number), "status": status} for number, value in enumerate(values)]
+            "label": [
+                {"value": value, "user_id": str(number), "status": status} for number, value in enumerate(values)
+            ]
         }
-        return {"id": "1", "status": "completed", "fields": {"text": "my card is gone"}, "responses": {**responses, **more}}
+        return {
+            "id": "1",
+            "status": "completed",
+            "fields": {"text": "my card is gone"},
+            "responses": {**responses, **more},
+        }
 
     records = [
         record("lost_card"),
@@ -146,7 +160,11 @@ def test_export_of_argilla(tmp_path: Path) -> None:
     file.write_text(json.dumps(records))
     found = read(file)
     assert [row.reply for row in found if isinstance(row, Example)] == ["lost_card", "a", '["a", "b"]']
-    assert [row.reason for row in found if isinstance(row, Drop)] == ["annotators_disagree", "not_labelled", "bad_field"]
+    assert [row.reason for row in found if isinstance(row, Drop)] == [
+        "annotators_disagree",
+        "not_labelled",
+        "bad_field",
+    ]
 
 
 def test_reasoning_and_tool_calls_are_kept(tmp_path: Path) -> None:
@@ -158,8 +176,12 @@ def test_reasoning_and_tool_calls_are_kept(tmp_path: Path) -> None:
         {"role": "assistant", "content": "It rains.", "reasoning_content": "The tool says rain."},
     ]
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"dialogue": turns, "tools": [{"type": "function", "function": {"name": "weather"}}]}) + "\n")
+    file.write_text(
+        json.dumps({"dialogue": turns, "tools": [{"type": "function", "function": {"name": "weather"}}]}) + "\n"
+    )
     (row,) = read(file, fields=Columns(messages="dialogue"))
     assert isinstance(row, Example)
-    assert json.loads(row.messages[1].tool_calls) == [call] and row.messages[1].reasoning_content == "I must look it up."
+    assert (
+        json.loads(row.messages[1].tool_calls) == [call] and row.messages[1].reasoning_content == "I must look it up."
+    )
     assert row.messages[3].reasoning_content == "The tool says rain." and row.messages[2].tool_call_id == "c1"

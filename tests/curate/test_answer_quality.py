@@ -13,8 +13,12 @@ from sartor.curate.steps.answer_quality import ChatQuality, quality
 
 STEP = ChatQuality()
 QUESTION = "What do I need for a permit to build a garage beside my house?"
-ANSWER = "You need a drawing of the garage and a plan of the plot. The town hall looks at both. It takes about ten weeks."
-GERMAN = "Sie brauchen eine Zeichnung der Garage und einen Plan des Grundstücks. Die Gemeinde prüft beides in zehn Wochen."
+ANSWER = (
+    "You need a drawing of the garage and a plan of the plot. The town hall looks at both. It takes about ten weeks."
+)
+GERMAN = (
+    "Sie brauchen eine Zeichnung der Garage und einen Plan des Grundstücks. Die Gemeinde prüft beides in zehn Wochen."
+)
 CALL = '[{"function": {"name": "f", "arguments": "{}"}, "id": "1", "type": "function"}]'
 
 
@@ -51,15 +55,43 @@ def test_a_bad_answer_goes_for_its_own_reason(answer: str, expected: str) -> Non
 
 @pytest.mark.parametrize(
     "answer",
-    [ANSWER, "Yes", "No.", "Turn left", "None", "42", "?", "👍", "I like it :)", "It never panned out. I was sad about that for a while :(",
-     '{"intent": "HassTurnOn"}', "[1, 2]", "{x} is the set of all x", "[note] see above for the details of it",
-     "You need:\n- a drawing\n- a plan of the", "1. Open it\n2. Press the button and", "# Permits\n\nA title", "apt install garage-planner-for-the",
-     "SELECT name FROM garages WHERE size > 3 AND", "Use this. It lists files:\n\nls -la", "```\ncode\n```", "See https://example.com/a",
-     "As an airline, I think it is fine.", "I'm sorry, but I can't come tonight.", "I am an AI researcher and I work on models.",
-     "AI language models are trained on text.", "My knowledge of permits is limited.", "I am part of a team. We do what we dream of",
-     "Dear Sir,\nI write to you about it.\nBest regards,\nJohn Smith", "She asked me to come along. I said yes and off we went",
-     "i went there yesterday. it was closed so i went to the", "hi\nhow are you\ni am from the", "Garage: EUR 900", "C'est la vie."],
-)  # fmt: skip
+    [
+        ANSWER,
+        "Yes",
+        "No.",
+        "Turn left",
+        "None",
+        "42",
+        "?",
+        "👍",
+        "I like it :)",
+        "It never panned out. I was sad about that for a while :(",
+        '{"intent": "HassTurnOn"}',
+        "[1, 2]",
+        "{x} is the set of all x",
+        "[note] see above for the details of it",
+        "You need:\n- a drawing\n- a plan of the",
+        "1. Open it\n2. Press the button and",
+        "# Permits\n\nA title",
+        "apt install garage-planner-for-the",
+        "SELECT name FROM garages WHERE size > 3 AND",
+        "Use this. It lists files:\n\nls -la",
+        "```\ncode\n```",
+        "See https://example.com/a",
+        "As an airline, I think it is fine.",
+        "I'm sorry, but I can't come tonight.",
+        "I am an AI researcher and I work on models.",
+        "AI language models are trained on text.",
+        "My knowledge of permits is limited.",
+        "I am part of a team. We do what we dream of",
+        "Dear Sir,\nI write to you about it.\nBest regards,\nJohn Smith",
+        "She asked me to come along. I said yes and off we went",
+        "i went there yesterday. it was closed so i went to the",
+        "hi\nhow are you\ni am from the",
+        "Garage: EUR 900",
+        "C'est la vie.",
+    ],
+)
 def test_a_good_answer_stays(answer: str) -> None:
     outcome = applied(STEP, row(QUESTION, answer))
     assert not isinstance(outcome, Drop), f"{outcome.reason}: {outcome.detail}"
@@ -132,11 +164,19 @@ def test_a_step_without_a_check_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     "example",
-    [row(f"Translate into German: {ANSWER}", GERMAN), row("Answer in German.", QUESTION, GERMAN, roles=("system", "user", "assistant")),
-     row("How do I say in German that I need a drawing and a plan of the plot?", GERMAN), row("Garage?", GERMAN), row(QUESTION, "Ja."),
-     row(QUESTION, f"```\n{GERMAN}\n```"), row("Hvad skal jeg bruge for at bygge en garage ved mit hus?",
-     "Du trenger en tegning av garasjen og en plan over tomten. Kommunen ser på begge deler. Det tar omtrent ti uker.")],
-)  # fmt: skip
+    [
+        row(f"Translate into German: {ANSWER}", GERMAN),
+        row("Answer in German.", QUESTION, GERMAN, roles=("system", "user", "assistant")),
+        row("How do I say in German that I need a drawing and a plan of the plot?", GERMAN),
+        row("Garage?", GERMAN),
+        row(QUESTION, "Ja."),
+        row(QUESTION, f"```\n{GERMAN}\n```"),
+        row(
+            "Hvad skal jeg bruge for at bygge en garage ved mit hus?",
+            "Du trenger en tegning av garasjen og en plan over tomten. Kommunen ser på begge deler. Det tar omtrent ti uker.",
+        ),
+    ],
+)
 def test_another_language_that_was_asked_for_or_is_not_sure_stays(example: Example) -> None:
     assert reason(STEP, example) == ""
 
@@ -149,7 +189,8 @@ def test_code_that_completes_the_code_given_is_no_echo() -> None:
 def test_words_that_never_end_a_sentence_are_found_and_complete_answers_are_not() -> None:
     rng = random.Random(0)
     sentences = [
-        f"The {noun} is checked by the town before the work begins." for noun in ("roof", "wall", "drain", "garage", "plot")
+        f"The {noun} is checked by the town before the work begins."
+        for noun in ("roof", "wall", "drain", "garage", "plot")
     ]
     for _ in range(50):
         chosen = rng.sample(sentences, 3)
@@ -176,6 +217,9 @@ def test_quality_ranks_whole_answers_above_broken_ones() -> None:
 
 def test_quality_knows_code_json_tools_documents_and_order() -> None:
     assert quality(row("q", '{"a": 1}')) > 0.7 and quality(row("q", "$ ls -la\n$ cd /tmp\nx = 1")) > 0.7
-    assert quality(Example((Message.of("user", "q"), Message("assistant", (), tool_calls=CALL)), row("q", "a").origins)) == 1.0
+    assert (
+        quality(Example((Message.of("user", "q"), Message("assistant", (), tool_calls=CALL)), row("q", "a").origins))
+        == 1.0
+    )
     assert quality(document(ANSWER)) > 0.9
     assert quality(row("a", "b", ANSWER, roles=("user", "user", "assistant"))) == quality(row("q", ANSWER)) / 2

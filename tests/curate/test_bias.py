@@ -97,7 +97,9 @@ def test_factors_make_group_and_outcome_independent_also_of_two_attributes() -> 
     people = {"sex": sex, "age": age}
     assert measure_rates(people, outcomes).largest_gap > 0.2
     found = mitigation.reweighing_factors(people, outcomes, [1.0] * 400)
-    new = [mitigation.weight_factor(found, {"sex": s, "age": a}, o) for s, a, o in zip(sex, age, outcomes, strict=True)]
+    new = [
+        mitigation.weight_factor(found, {"sex": s, "age": a}, o) for s, a, o in zip(sex, age, outcomes, strict=True)
+    ]
     assert measure_rates(people, outcomes, new).largest_gap < 1e-3
     assert sum(new) == pytest.approx(400, rel=0.02)
 
@@ -117,7 +119,9 @@ def test_rows_to_drop_and_rows_to_make_even_the_rates() -> None:
 
 
 def test_a_counterfactual_keeps_the_outcome_and_names_its_parent() -> None:
-    row = example("Emily asks for a loan. She says her salary is fine.", '{"decision": "decline"}', group="g", split="train")
+    row = example(
+        "Emily asks for a loan. She says her salary is fine.", '{"decision": "decline"}', group="g", split="train"
+    )
     ((copy, changes),) = list(mitigation.counterfactuals(row, ["sex"]))
     assert "He says his salary" in copy.messages[0].text and "Emily" not in copy.messages[0].text
     assert (copy.reply, copy.group, copy.split, copy.origins[0].parents) == (row.reply, "g", "train", (row.id,))
@@ -156,7 +160,9 @@ def test_dealing_two_attributes_keeps_the_first_parent_and_counts_who_stays() ->
         example("Emily and Jamal are 28 years old.", "yes"),
     ]
     new, stuck = mitigation.substituted(rows, ["yes"] * 9, ["name_origin", "age"])
-    assert stuck == 1 and new[8].origins[0].parents in ((), (rows[8].id,)) and "Emily and Jamal" in new[8].prompt[0].text
+    assert (
+        stuck == 1 and new[8].origins[0].parents in ((), (rows[8].id,)) and "Emily and Jamal" in new[8].prompt[0].text
+    )
     assert all(row.origins[0].parents == (old.id,) for row, old in zip(new, rows, strict=True) if row is not old)
     assert sum("28" in row.prompt[0].text for row in new) in (4, 5)
     assert new == mitigation.substituted(rows, ["yes"] * 9, ["name_origin", "age"])[0]
@@ -203,12 +209,16 @@ def test_each_mitigation_evens_the_rates_and_leaves_held_out_rows(tmp_path: Path
         assert len(train) == count and len({round(row.weight, 6) for row in train}) == 4
     elif kind == "drop":
         assert (
-            len(train) + found.changed["dropped"] == count == len(train) + len(list(read_drops(sartor.open(tmp_path / "out"))))
+            len(train) + found.changed["dropped"]
+            == count
+            == len(train) + len(list(read_drops(sartor.open(tmp_path / "out"))))
         )
     elif kind == "substitute":
         assert len(train) == count and 0.3 * count < found.changed["substituted"] < 0.7 * count
         known = {row.id for row in before}
-        assert {parent for row in train if row.is_derived for parent in row.origins[0].parents} <= known - {r.id for r in train}
+        assert {parent for row in train if row.is_derived for parent in row.origins[0].parents} <= known - {
+            r.id for r in train
+        }
     else:
         assert found.changed["added"] > 100 and any(row.is_derived for row in train)
     assert found.written.manifest["steps"]["bias"]["after"]["largest_gap"] < 0.03
@@ -220,7 +230,9 @@ def test_generation_asks_for_what_is_needed(tmp_path: Path) -> None:
     def generate(cell: tuple[str, str], more: int, rows: list[Example]) -> list[Example]:
         asked[cell] += more
         return [
-            dataclasses.replace(row, messages=(Message.of("user", f"{row.messages[0].text} Case {place}."), row.messages[1]))
+            dataclasses.replace(
+                row, messages=(Message.of("user", f"{row.messages[0].text} Case {place}."), row.messages[1])
+            )
             for place, row in enumerate((rows * more)[:more])
         ]
 

@@ -32,7 +32,10 @@ def test_shared_lines_and_sentences_go_and_the_facts_list_them() -> None:
     examples = firm_rows()
     found = decided(Boilerplate(), examples)
     assert found.removals == [] and found.facts["rows_needed"] == 20
-    assert {(line["text"], line["rows"]) for line in found.facts["lines"]} == {(SIGNATURE.lower(), 40), (FOOTER.lower(), 40)}
+    assert {(line["text"], line["rows"]) for line in found.facts["lines"]} == {
+        (SIGNATURE.lower(), 40),
+        (FOOTER.lower(), 40),
+    }
     replies = after(Boilerplate(), examples)
     assert replies[:2] == ["Part 0 costs 0 euros and fits well.", "Part 1 costs 1 euros and fits well."]
     assert replies[40:] == [example.reply for example in examples[40:]]
@@ -51,7 +54,9 @@ def test_an_answer_that_many_rows_give_is_no_boilerplate() -> None:
 
 def test_too_rare_too_short_and_other_fields_stay() -> None:
     rare = [row(f"q{n}", f"Answer {n} is this one here. {SIGNATURE}") for n in range(19)]
-    assert decided(Boilerplate(), rare + [row("x", f"Reply number {n} of many.") for n in range(30)]).facts["lines"] == []
+    assert (
+        decided(Boilerplate(), rare + [row("x", f"Reply number {n} of many.") for n in range(30)]).facts["lines"] == []
+    )
     short = [row(f"q{n}", f"Answer {n} is this one here. Thank you.") for n in range(50)]
     assert decided(Boilerplate(), short).facts["lines"] == []
     asked = [row(f"Tell me please what this is: {n}. {SIGNATURE}", f"Reply number {n} of many.") for n in range(50)]
@@ -66,7 +71,9 @@ def test_the_fraction_counts_where_it_asks_for_more() -> None:
 
 def test_a_line_counts_once_a_row() -> None:
     assert (
-        decided(Boilerplate(), [row("q", f"Some other words {n}.\n" + f"{SIGNATURE}\n" * 50) for n in range(3)]).facts["lines"]
+        decided(Boilerplate(), [row("q", f"Some other words {n}.\n" + f"{SIGNATURE}\n" * 50) for n in range(3)]).facts[
+            "lines"
+        ]
         == []
     )
 

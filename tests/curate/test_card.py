@@ -44,15 +44,19 @@ HOSTILE = [
     "\u0301" * 3000,
     "<!-- <![CDATA[ &lt;script&gt; &#60;script&#62; \" ' onload=alert(1) x='",
     "$$\\href{javascript:alert(1)}{x}$$ {{ x }} {% x %} <%= x %>",
-]  # fmt: skip
+]
 
 OURS = """html meta title style body h1 h2 h3 h4 p div b span bdi table tr th td figure figcaption svg g rect text line path pre
 details summary mark i"""
 
 
 def example(prompt: str, reply: str, **fields: Any) -> Example:
-    origin = Origin(fields.pop("source", "faq.jsonl"), fields.pop("locator", "faq.jsonl:1"), fields.pop("licence", "MIT"))
-    return Example((Message.of("user", prompt), Message.of("assistant", reply)), (origin,), **{"split": "train", **fields})
+    origin = Origin(
+        fields.pop("source", "faq.jsonl"), fields.pop("locator", "faq.jsonl:1"), fields.pop("licence", "MIT")
+    )
+    return Example(
+        (Message.of("user", prompt), Message.of("assistant", reply)), (origin,), **{"split": "train", **fields}
+    )
 
 
 def kept_rows() -> list[Example]:
@@ -74,7 +78,16 @@ def drops_of(kept: Sequence[Example]) -> list[Drop]:
     survivor = kept[4]
     twin = "user: how long does permit number 4 take in the town of 4\nassistant: it takes 4 weeks and the office writes a letter to you"
     near = Drop(
-        "near_duplicate", "crm.csv", "crm.csv:7", "0.91 alike", "near_duplicates", "ab" * 16, survivor.id, twin, 0.91, "jaccard"
+        "near_duplicate",
+        "crm.csv",
+        "crm.csv:7",
+        "0.91 alike",
+        "near_duplicates",
+        "ab" * 16,
+        survivor.id,
+        twin,
+        0.91,
+        "jaccard",
     )
     short = [
         Drop("too_short", "faq.jsonl", f"faq.jsonl:{n}", "1 word", "length", f"{n:032x}", "", "user: a")
@@ -88,21 +101,46 @@ def drops_of(kept: Sequence[Example]) -> list[Drop]:
 def facts_of(kept: Sequence[Example], drops: Sequence[Drop]) -> dict[str, Any]:
     def source(name: str, licence: str) -> dict[str, Any]:
         count = sum(row.origins[0].source == name for row in kept)
-        return {"source": name, "path": name, "sha256": "ab" * 32, "bytes": 9, "licence": licence, "use": ["commercial"],
-                "form": "messages", "read": count + 1, "kept": count}  # fmt: skip
+        return {
+            "source": name,
+            "path": name,
+            "sha256": "ab" * 32,
+            "bytes": 9,
+            "licence": licence,
+            "use": ["commercial"],
+            "form": "messages",
+            "read": count + 1,
+            "kept": count,
+        }
 
     return {
-        "recipe": {"sources": [{"path": "faq.jsonl"}], "steps": [{"kind": "repair_text"}, {"kind": "personal_data"},
-                   {"kind": "length", "min_words": 3}, {"kind": "near_duplicates", "threshold": 0.8}], "seed": 0},
+        "recipe": {
+            "sources": [{"path": "faq.jsonl"}],
+            "steps": [
+                {"kind": "repair_text"},
+                {"kind": "personal_data"},
+                {"kind": "length", "min_words": 3},
+                {"kind": "near_duplicates", "threshold": 0.8},
+            ],
+            "seed": 0,
+        },
         "sources": [source("faq.jsonl", "MIT"), source("crm.csv", "CC-BY-NC-4.0")],
         "licence": "CC-BY-NC-4.0 AND MIT",
         "licence_conflicts": ["crm.csv forbids commercial use."],
         "obligations": ["Keep the MIT notice."],
-        "counts": {"read": len(kept) + len(drops), "kept": len(kept), "dropped": count_values(drop.reason for drop in drops),
-                   "splits": count_values(row.split for row in kept), "groups": {"train": 18, "eval": 2}},
-        "steps": {"personal_data": {"entities": {"EMAIL_ADDRESS": 41, "IBAN_CODE": 1}}, "near_duplicates": {"clusters": 1}},
+        "counts": {
+            "read": len(kept) + len(drops),
+            "kept": len(kept),
+            "dropped": count_values(drop.reason for drop in drops),
+            "splits": count_values(row.split for row in kept),
+            "groups": {"train": 18, "eval": 2},
+        },
+        "steps": {
+            "personal_data": {"entities": {"EMAIL_ADDRESS": 41, "IBAN_CODE": 1}},
+            "near_duplicates": {"clusters": 1},
+        },
         "versions": {"sartor": "0.1.0"},
-    }  # fmt: skip
+    }
 
 
 def dataset(
@@ -110,7 +148,9 @@ def dataset(
 ) -> Path:
     size = -(-len(kept) // parts) or 1
     for part in range(parts):
-        parquet_io.write_examples(folder / "examples" / f"part-{part:05d}.parquet", kept[part * size : (part + 1) * size])
+        parquet_io.write_examples(
+            folder / "examples" / f"part-{part:05d}.parquet", kept[part * size : (part + 1) * size]
+        )
     parquet_io.write_drops(folder / "drops" / "part-00000.parquet", drops)
     card.write(folder, facts_of(kept, drops) if facts is None else facts)
     return folder
@@ -125,8 +165,16 @@ def evidence(folder: Path, name: str, columns: dict[str, Any]) -> None:
 def written(tmp_path: Path) -> Path:
     kept = kept_rows()
     first = [kept[n].id for n in range(12)]
-    evidence(tmp_path, "near_duplicates", {"a": first, "b": first[::-1], "score": [0.9] * 12, "method": ["jaccard"] * 12})
-    queue = {"rank": range(1, 13), "id": first, "given": ["lamp"] * 12, "suggested": ["door"] * 12, "score": [0.1] * 12}
+    evidence(
+        tmp_path, "near_duplicates", {"a": first, "b": first[::-1], "score": [0.9] * 12, "method": ["jaccard"] * 12}
+    )
+    queue = {
+        "rank": range(1, 13),
+        "id": first,
+        "given": ["lamp"] * 12,
+        "suggested": ["door"] * 12,
+        "score": [0.1] * 12,
+    }
     evidence(tmp_path, "suspicious_labels", {key: list(values) for key, values in queue.items()})
     return dataset(tmp_path, kept, drops_of(kept))
 
@@ -162,7 +210,10 @@ def assert_is_inert(folder: Path) -> None:
     found = Tags(html)
     assert {tag for tag, _ in found.tags} <= set(OURS.split())
     acting = {
-        name for _, attributes in found.tags for name in attributes if name.startswith("on") or name in ("href", "src", "style")
+        name
+        for _, attributes in found.tags
+        for name in attributes
+        if name.startswith("on") or name in ("href", "src", "style")
     }
     assert acting == set()
     assert "default-src 'none'" in html
@@ -219,17 +270,28 @@ def test_counts_that_differ_from_the_files_are_said(tmp_path: Path) -> None:
 def test_the_way_from_read_to_kept_follows_the_recipe(written: Path) -> None:
     found = gather(written, facts_of(kept_rows(), drops_of(kept_rows())))
     assert found.stages() == [
-        ("rows in the sources", 108, 0), ("unusable", 107, 1), ("repair_text", 107, 0), ("personal_data", 106, 1),
-        ("length", 101, 5), ("near_duplicates", 100, 1), ("kept", 100, 0),
-    ]  # fmt: skip
+        ("rows in the sources", 108, 0),
+        ("unusable", 107, 1),
+        ("repair_text", 107, 0),
+        ("personal_data", 106, 1),
+        ("length", 101, 5),
+        ("near_duplicates", 100, 1),
+        ("kept", 100, 0),
+    ]
 
 
 def test_lengths_are_counted_in_words_by_split_and_side(tmp_path: Path) -> None:
     talk = Example(
-        (Message.of("system", "be kind"), Message.of("user", "a b"), Message.of("assistant", "c"), Message.of("user", "d"),
-         Message.of("assistant", " e  f\n g ")),
-        (Origin("a", "a:1"),), split="train",
-    )  # fmt: skip
+        (
+            Message.of("system", "be kind"),
+            Message.of("user", "a b"),
+            Message.of("assistant", "c"),
+            Message.of("user", "d"),
+            Message.of("assistant", " e  f\n g "),
+        ),
+        (Origin("a", "a:1"),),
+        split="train",
+    )
     text = Example((Message.of("assistant", "one two three"),), (Origin("a", "a:2"),), split="eval")
     found = gather(dataset(tmp_path, [talk, text], []), {}).rows
     assert found.words["train", "prompt"].tolist() == [0, 0, 0, 0, 0, 1]
@@ -262,9 +324,16 @@ def test_drops_without_an_id_are_chosen_by_lot_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "name"),
-    [("chitchat/dataset.json", "chitchat"), ("faq.jsonl", "faq"), ("hub:ann/talks", "talks"), ("dir/*.jsonl", "dir"),
-     ("sql:postgresql://u:p@h/d#SELECT 1", "sql"), ("/abs/x/crm.v2.csv", "crm.v2"), ("folder/", "folder")],
-)  # fmt: skip
+    [
+        ("chitchat/dataset.json", "chitchat"),
+        ("faq.jsonl", "faq"),
+        ("hub:ann/talks", "talks"),
+        ("dir/*.jsonl", "dir"),
+        ("sql:postgresql://u:p@h/d#SELECT 1", "sql"),
+        ("/abs/x/crm.v2.csv", "crm.v2"),
+        ("folder/", "folder"),
+    ],
+)
 def test_a_dataset_is_called_by_its_sources(tmp_path: Path, source: str, name: str) -> None:
     assert gather(dataset(tmp_path, kept_rows()[:1], [], {}), {"sources": [{"source": source}]}).name == name
 
@@ -282,9 +351,12 @@ def test_the_head_of_the_queue_is_shown_in_order(written: Path) -> None:
 
 def test_nothing_of_hostile_rows_becomes_markup(tmp_path: Path) -> None:
     kept = [
-        example(f"{text} {n}", text, source=text[:300], locator=f"{text}:{n}"[:300], group=text[:50], licence=text[:100])
-        for n in range(3) for text in HOSTILE
-    ]  # fmt: skip
+        example(
+            f"{text} {n}", text, source=text[:300], locator=f"{text}:{n}"[:300], group=text[:50], licence=text[:100]
+        )
+        for n in range(3)
+        for text in HOSTILE
+    ]
     drops = [
         Drop(
             f"rule:{text[:200]}",
@@ -302,30 +374,44 @@ def test_nothing_of_hostile_rows_becomes_markup(tmp_path: Path) -> None:
     ]
     facts = facts_of(kept, drops)
     facts["sources"] = [
-        {**facts["sources"][0], "source": text, "path": text, "licence": text, "terms": {text[:50]: text}} for text in HOSTILE
+        {**facts["sources"][0], "source": text, "path": text, "licence": text, "terms": {text[:50]: text}}
+        for text in HOSTILE
     ]
-    facts |= {"licence": HOSTILE[1], "licence_conflicts": HOSTILE, "obligations": HOSTILE, "name": " ".join(HOSTILE[:6])}
+    facts |= {
+        "licence": HOSTILE[1],
+        "licence_conflicts": HOSTILE,
+        "obligations": HOSTILE,
+        "name": " ".join(HOSTILE[:6]),
+    }
     facts["recipe"]["steps"] = [{"kind": text[:90], text[:90]: text} for text in HOSTILE]
     facts["steps"] = {
         text[:80]: {text[:80]: {text[:80]: 3, "b": 2}, "list": HOSTILE, "deep": {text[:80]: text}} for text in HOSTILE
     }
     facts["counts"]["splits"] = {text[:80]: 3 for text in HOSTILE}
     ids = [row.id for row in kept[:12]]
-    evidence(tmp_path, "near_duplicates", {"a": ids, "b": ids, "score": [0.5] * 12, "method": [text[:90] for text in HOSTILE]})
+    evidence(
+        tmp_path,
+        "near_duplicates",
+        {"a": ids, "b": ids, "score": [0.5] * 12, "method": [text[:90] for text in HOSTILE]},
+    )
     evidence(tmp_path, "queue", {"rank": list(range(12)), "id": ids, "given": HOSTILE, "suggested": HOSTILE})
     dataset(tmp_path, kept, drops, facts)
     assert_is_inert(tmp_path)
     html = (tmp_path / "card.html").read_text(encoding="utf-8")
     assert "\u202e" not in html and "‹U+202E›" in html and "\x00" not in html and "␀" in html
     assert len(html) < 600_000, "a hundred thousand characters in one word are cut"
-    head = yaml.safe_load((tmp_path / "card.md").read_text(encoding="utf-8").split("\n---\n", 1)[0].removeprefix("---\n"))
+    head = yaml.safe_load(
+        (tmp_path / "card.md").read_text(encoding="utf-8").split("\n---\n", 1)[0].removeprefix("---\n")
+    )
     assert head["license"] == "other" and head["license_name"].startswith("</style>")
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_each_hostile_text_alone_as_a_label_stays_text(tmp_path: Path, text: str) -> None:
     label = text[:60]
-    dataset(tmp_path, [example(f"{text[:5000]} {n}", label if n % 2 else "other") for n in range(8)], [], {"name": text})
+    dataset(
+        tmp_path, [example(f"{text[:5000]} {n}", label if n % 2 else "other") for n in range(8)], [], {"name": text}
+    )
     assert_is_inert(tmp_path)
     json.loads((tmp_path / "croissant.json").read_text(encoding="utf-8"))
 
@@ -333,7 +419,9 @@ def test_each_hostile_text_alone_as_a_label_stays_text(tmp_path: Path, text: str
 @pytest.mark.parametrize("text", ["a|b", "`", "``x`", "\\", "ends with \\", " `a` ", "x\ny", "|", "``` ```` `"])
 def test_a_code_span_in_a_table_cell_holds_exactly_its_text(text: str) -> None:
     table = f"| head | next |\n| --- | --- |\n| {render.code(text, '∣')} | after |\n"
-    cells = [token.children for token in MarkdownIt("commonmark").enable("table").parse(table) if token.type == "inline"][2:]
+    cells = [
+        token.children for token in MarkdownIt("commonmark").enable("table").parse(table) if token.type == "inline"
+    ][2:]
     assert [[(child.type, child.content) for child in cell or ()] for cell in cells] == [
         [("code_inline", " ".join(text.replace("|", "∣").split()))],
         [("text", "after")],
@@ -389,7 +477,9 @@ def test_a_row_of_an_older_schema_and_absent_folders_are_no_error(tmp_path: Path
 
 
 def test_labels_are_found_in_json_replies_and_in_short_ones(tmp_path: Path) -> None:
-    coded = [example(f"do {n}", json.dumps({"intent": "on" if n % 4 else "off", "name": f"lamp {n}"})) for n in range(40)]
+    coded = [
+        example(f"do {n}", json.dumps({"intent": "on" if n % 4 else "off", "name": f"lamp {n}"})) for n in range(40)
+    ]
     assert gather(dataset(tmp_path / "json", coded, []), {}).labels() == ("intent", {"on": 30, "off": 10})
     short = [example(f"do {n}", "yes" if n % 4 else "no") for n in range(40)]
     assert gather(dataset(tmp_path / "short", short, []), {}).labels() == ("reply", {"yes": 30, "no": 10})
@@ -398,7 +488,9 @@ def test_labels_are_found_in_json_replies_and_in_short_ones(tmp_path: Path) -> N
 
 def test_languages_come_from_the_text(tmp_path: Path) -> None:
     german = [
-        example(f"Wie lange dauert die Baugenehmigung Nummer {n} in der Stadt?", "Das dauert in der Regel mehrere Wochen.")
+        example(
+            f"Wie lange dauert die Baugenehmigung Nummer {n} in der Stadt?", "Das dauert in der Regel mehrere Wochen."
+        )
         for n in range(30)
     ]
     dataset(tmp_path, [*german, *kept_rows()[:70]], [], {})
@@ -413,12 +505,20 @@ def test_images_and_sounds_are_counted_and_bad_ones_named(tmp_path: Path) -> Non
         image.new("RGB", (side, 20)).save(tmp_path / "media" / f"{side}.png")
     (tmp_path / "media" / "bad.png").write_bytes(b"no image")
     (tmp_path / "media" / "bad.wav").write_bytes(b"RIFF no sound")
-    shown = Example((Message("user", (Part("text", "what"), Part("image", media="media/40.png"))), Message.of("assistant", "a hall")),
-                    (Origin("a", "a:1"),), split="train")  # fmt: skip
+    shown = Example(
+        (
+            Message("user", (Part("text", "what"), Part("image", media="media/40.png"))),
+            Message.of("assistant", "a hall"),
+        ),
+        (Origin("a", "a:1"),),
+        split="train",
+    )
     dataset(tmp_path, [shown], [], {})
     text = Tags((tmp_path / "card.html").read_text()).text
     assert (
-        "1 with an image" in text and "1 image files could not be read." in text and "1 audio files could not be read." in text
+        "1 with an image" in text
+        and "1 image files could not be read." in text
+        and "1 audio files could not be read." in text
     )
     assert "[image media/40.png]" in text and "image-text-to-text" in (tmp_path / "card.md").read_text()
 
@@ -442,7 +542,11 @@ def test_the_hub_reads_the_licence(tmp_path: Path, expression: str, words: Any) 
 def test_the_head_is_yaml_that_names_the_files(written: Path) -> None:
     head = yaml.safe_load((written / "card.md").read_text().split("\n---\n", 1)[0].removeprefix("---\n"))
     assert head["configs"][0]["data_files"] == [{"split": "train", "path": "examples/*.parquet"}]
-    assert head["license"] == ["cc-by-nc-4.0", "mit"] and head["language"] == ["en"] and head["size_categories"] == ["n<1K"]
+    assert (
+        head["license"] == ["cc-by-nc-4.0", "mit"]
+        and head["language"] == ["en"]
+        and head["size_categories"] == ["n<1K"]
+    )
 
 
 def test_an_absolute_path_is_no_part_of_the_card(tmp_path: Path) -> None:
@@ -452,7 +556,9 @@ def test_an_absolute_path_is_no_part_of_the_card(tmp_path: Path) -> None:
     facts["recipe"]["sources"] = [{"path": "/home/ann/work/secret/faq.jsonl"}]
     dataset(tmp_path, kept_rows(), drops_of(kept_rows()), facts)
     for name in ("card.md", "card.html", "croissant.json"):
-        assert "/home/ann" not in (tmp_path / name).read_text() and "…/secret/faq.jsonl" in (tmp_path / name).read_text()
+        assert (
+            "/home/ann" not in (tmp_path / name).read_text() and "…/secret/faq.jsonl" in (tmp_path / name).read_text()
+        )
     assert short_path("data/a.csv") == "data/a.csv" and short_path("C:\\Users\\ann\\a.csv") == "…/ann/a.csv"
 
 
@@ -469,7 +575,9 @@ def test_croissant_is_valid_and_reads_the_rows(written: Path) -> None:
     assert kept[7]["examples/messages"][1]["examples/messages/text"].decode() == kept_rows()[7].reply
     assert len(gone) == 8 and gone[0]["drops/score"] == 0.91
     metadata = json.loads((written / "croissant.json").read_text())
-    files = {item["contentUrl"]: item["sha256"] for item in metadata["distribution"] if item["@type"] == "cr:FileObject"}
+    files = {
+        item["contentUrl"]: item["sha256"] for item in metadata["distribution"] if item["@type"] == "cr:FileObject"
+    }
     assert {name: hashlib.sha256((written / name).read_bytes()).hexdigest() for name in files} == files
     assert set(files) == {str(file.relative_to(written)) for file in written.rglob("*.parquet")}
     assert "EMAIL_ADDRESS 41" in metadata["rai:personalSensitiveInformation"].replace("entities.", "")

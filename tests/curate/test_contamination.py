@@ -26,7 +26,9 @@ def prose(words: int, rng: random.Random = RNG) -> str:
 
 
 ITEMS = (
-    [(prose(30), prose(3)) for _ in range(20)] + [(prose(10), "yes") for _ in range(10)] + [(prose(5), "no") for _ in range(5)]
+    [(prose(30), prose(3)) for _ in range(20)]
+    + [(prose(10), "yes") for _ in range(10)]
+    + [(prose(5), "no") for _ in range(5)]
 )
 
 
@@ -40,7 +42,9 @@ def evaluation_set(tmp_path: Path) -> Path:
 
 def overlapping(file: Path, examples: list[Example], **options: Any) -> list[int]:
     """The rows that go."""
-    return [removal.row for removal in decided(step_of(Contamination, against=[str(file)], **options), examples).removals]
+    return [
+        removal.row for removal in decided(step_of(Contamination, against=[str(file)], **options), examples).removals
+    ]
 
 
 def test_planted_items_are_found_and_the_drop_names_set_item_and_overlap(evaluation_set: Path) -> None:
@@ -48,7 +52,11 @@ def test_planted_items_are_found_and_the_drop_names_set_item_and_overlap(evaluat
     found = decided(Contamination((str(evaluation_set),)), rows)
     assert [removal.row for removal in found.removals] == list(range(50, 85))
     assert found.removals[0].detail == f"100% of test.jsonl:1 of the evaluation set {evaluation_set} stands in it"
-    assert (found.removals[0].score, found.facts["sets"][0]["rows"], found.facts["sets"][0]["found_only_whole"]) == (1.0, 35, 5)
+    assert (found.removals[0].score, found.facts["sets"][0]["rows"], found.facts["sets"][0]["found_only_whole"]) == (
+        1.0,
+        35,
+        5,
+    )
 
 
 def test_an_item_is_found_inside_a_longer_text_in_other_case_and_punctuation(evaluation_set: Path) -> None:
@@ -90,7 +98,9 @@ def test_an_instruction_that_all_items_share_is_no_item(tmp_path: Path) -> None:
     assert overlapping(file, [row(f"{instruction}: {prose(14)}", "B"), row(asked[3], "C")]) == [1]
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.json", "t.txt", "t.md", "odd.jsonl", "messages.jsonl", "folder"])
+@pytest.mark.parametrize(
+    "name", ["t.csv", "t.parquet", "t.json", "t.txt", "t.md", "odd.jsonl", "messages.jsonl", "folder"]
+)
 def test_every_form_of_a_set_is_read(name: str, tmp_path: Path) -> None:
     asked = [prose(30) for _ in range(3)]
     file = tmp_path / name
@@ -105,7 +115,10 @@ def test_every_form_of_a_set_is_read(name: str, tmp_path: Path) -> None:
             file.write_text("\n\n".join(asked))
         case "odd.jsonl":
             file.write_text(
-                "\n".join(json.dumps({"id": n, "stem": {"text": each}, "choices": ["a", "b"]}) for n, each in enumerate(asked))
+                "\n".join(
+                    json.dumps({"id": n, "stem": {"text": each}, "choices": ["a", "b"]})
+                    for n, each in enumerate(asked)
+                )
             )
         case "messages.jsonl":
             file.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": each}]}) for each in asked))
@@ -133,7 +146,12 @@ def test_a_set_without_an_item_is_an_error(content: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("options", "problem"),
-    [({"against": []}, "no evaluation set"), ({"ngram": 2}, "5 to 100"), ({"threshold": 0}, "above 0"), ({}, "missing")],
+    [
+        ({"against": []}, "no evaluation set"),
+        ({"ngram": 2}, "5 to 100"),
+        ({"threshold": 0}, "above 0"),
+        ({}, "missing"),
+    ],
 )
 def test_a_wrong_option_is_named(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):

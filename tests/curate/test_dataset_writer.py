@@ -50,7 +50,10 @@ def test_drop_file_stands_behind_those_before(tmp_path: Path) -> None:
     writer = DatasetWriter(tmp_path)
     writer.drop_file([Drop("late", "a", "a:1", ""), Drop("long", "a", "a:2", "")])
     writer.drop_file([Drop("long", "a", "a:3", "")])
-    assert [file.name for file in sorted((tmp_path / "drops").iterdir())] == ["part-00000.parquet", "part-00001.parquet"]
+    assert [file.name for file in sorted((tmp_path / "drops").iterdir())] == [
+        "part-00000.parquet",
+        "part-00001.parquet",
+    ]
     assert list(writer.dropped.items()) == [("late", 1), ("long", 2)]
 
 

@@ -147,7 +147,9 @@ def test_truncation_reordering_and_a_wrap_are_found() -> None:
     made = {
         "truncated": [" ".join(row.split()[:120]) for row in rows],
         "wrapped": [f"{frame} {row} {frame}" for row in rows],
-        "reordered": [" ".join(sum(rng.sample([row.split()[i : i + 14] for i in range(0, 200, 14)], 15), [])) for row in rows],
+        "reordered": [
+            " ".join(sum(rng.sample([row.split()[i : i + 14] for i in range(0, 200, 14)], 15), [])) for row in rows
+        ],
     }
     for name, variants in made.items():
         _, removals, _ = search(rows + variants)
@@ -234,9 +236,14 @@ def test_letters_with_other_numbers_are_no_duplicates() -> None:
 def test_edge_cases_have_their_answers() -> None:
     row = text(50, random.Random(8))
     expected = {
-        "none": ([], 0), "one": ([row], 0), "all equal": ([row] * 500, 499), "all unlike": (texts(300), 0), "empty": ([""] * 50 + ["?!"], 0),
-        "one word": (["yes", "no", "Yes.", "maybe", "yes"], 2), "with empty ones": ([row, "", row], 1),
-    }  # fmt: skip
+        "none": ([], 0),
+        "one": ([row], 0),
+        "all equal": ([row] * 500, 499),
+        "all unlike": (texts(300), 0),
+        "empty": ([""] * 50 + ["?!"], 0),
+        "one word": (["yes", "no", "Yes.", "maybe", "yes"], 2),
+        "with empty ones": ([row, "", row], 1),
+    }
     for name, (rows, gone) in expected.items():
         found, removals, _ = search(rows)
         assert len(removals.rows) == gone, name
@@ -317,7 +324,9 @@ def test_a_chain_is_no_cluster() -> None:
     st.lists(st.tuples(st.integers(0, 14), st.integers(0, 14), st.floats(0.3, 1)), max_size=40),
     st.lists(st.integers(0, 3), min_size=15, max_size=15),
 )
-def test_whoever_goes_was_held_against_a_better_row_that_stays(edges: list[tuple[int, int, float]], rank: list[int]) -> None:
+def test_whoever_goes_was_held_against_a_better_row_that_stays(
+    edges: list[tuple[int, int, float]], rank: list[int]
+) -> None:
     edges = [(min(a, b), max(a, b), score) for a, b, score in edges if a != b] or [(0, 1, 0.9)]
     pairs = pairs_of(*edges).unique()
     removals = clusters.resolve_clusters(pairs, np.array(rank), RULES)
@@ -333,7 +342,9 @@ def test_whoever_goes_was_held_against_a_better_row_that_stays(edges: list[tuple
 
 def test_the_best_of_equal_rows_stays_for_the_near_ones_too() -> None:
     twins = ScoredPairs.of_exact(np.array([0, 0]), np.array([3, 4]))
-    removals = clusters.resolve_clusters(ScoredPairs.joined([twins, pairs_of((0, 2, 0.7))]), np.array([1, 1, 0, 5, 1]), RULES)
+    removals = clusters.resolve_clusters(
+        ScoredPairs.joined([twins, pairs_of((0, 2, 0.7))]), np.array([1, 1, 0, 5, 1]), RULES
+    )
     assert removals.rows.tolist() == [0, 2, 4]
     assert removals.kept_rows.tolist() == [3, 3, 3]
     assert removals.by_method() == {"exact": 2, "near": 1}
@@ -414,6 +425,6 @@ def test_the_measure_sets_common_shingles_aside_only_where_enough_is_left() -> N
     rules = pair_scoring.DuplicateRules(0.01, 0.01, 0.0, numbers=0.0)
     a, b = np.array([0]), np.array([1])
     assert pair_scoring.measure(sets, a, b, rules).jaccard[0] == pytest.approx(2 / 6)
-    assert pair_scoring.measure(sets, a, b, pair_scoring.DuplicateRules(0.01, 0.01, 0.0, least_own=4, numbers=0.0)).jaccard[
-        0
-    ] == pytest.approx(2 / 6)
+    assert pair_scoring.measure(
+        sets, a, b, pair_scoring.DuplicateRules(0.01, 0.01, 0.0, least_own=4, numbers=0.0)
+    ).jaccard[0] == pytest.approx(2 / 6)

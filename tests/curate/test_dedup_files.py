@@ -62,7 +62,9 @@ def test_json_lines_stay_as_they_are_and_every_other_row_is_kept_aside(tmp_path:
 
 def test_csv_keeps_its_header_its_quoting_and_rows_of_several_lines(tmp_path: Path) -> None:
     rows = some_rows(20, 3)
-    lines = ["id,text,note"] + [f'{n},"{row}\nand a ""second"" line", x' for n, row in enumerate(rows)] + ["1,2", "9,,z"]
+    lines = (
+        ["id,text,note"] + [f'{n},"{row}\nand a ""second"" line", x' for n, row in enumerate(rows)] + ["1,2", "9,,z"]
+    )
     file = tmp_path / "rows.csv"
     file.write_text("\n".join(lines) + "\n", newline="")
     done = sartor.dedup([file], tmp_path / "out").as_json()
@@ -78,7 +80,9 @@ def test_parquet_keeps_its_types_and_json_its_shape(tmp_path: Path) -> None:
     rows = some_rows(20, 3)
     table = pa.table({"text": rows, "at": pa.array(range(23), pa.timestamp("ms")), "raw": [b"\x00\xff"] * 23})
     pq.write_table(table, tmp_path / "a.parquet")
-    (tmp_path / "b.json").write_text(json.dumps({"version": 1, "data": [{"text": row} for row in texts(5, 60, seed=3)]}))
+    (tmp_path / "b.json").write_text(
+        json.dumps({"version": 1, "data": [{"text": row} for row in texts(5, 60, seed=3)]})
+    )
     done = sartor.dedup([tmp_path / "a.parquet", tmp_path / "b.json"], tmp_path / "out").as_json()
     assert (done["read"], done["kept"]) == (28, 25)
     kept, gone = (pq.read_table(tmp_path / "out" / folder / "a.parquet") for folder in ("kept", "dropped"))
@@ -90,7 +94,9 @@ def test_parquet_keeps_its_types_and_json_its_shape(tmp_path: Path) -> None:
 def test_duplicates_across_files_name_both_places(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     one = jsonl(tmp_path / "rows.jsonl", [{"text": row} for row in texts(12, 60)])
-    other = jsonl(tmp_path / "x/rows.jsonl", [{"text": row} for row in [*texts(30, 60, seed=9), texts(12, 60)[4].upper()]])
+    other = jsonl(
+        tmp_path / "x/rows.jsonl", [{"text": row} for row in [*texts(30, 60, seed=9), texts(12, 60)[4].upper()]]
+    )
     out = tmp_path / "out"
     sartor.dedup([one, other], out)
     (row,) = dropped(out)
@@ -103,14 +109,23 @@ def test_records_without_a_text_field_are_compared_by_all_of_them_but_their_name
     rng = random.Random(1)
     names, streets = texts(1, 200)[0].split(), texts(1, 200, seed=2)[0].split()
     rows = [
-        [f"rec-{n}", rng.choice(names), rng.choice(names), f"{rng.randint(1, 200)}", rng.choice(streets), f"{rng.randint(1000, 9999)}",
-         f"{rng.randint(19400101, 20051231)}"]
+        [
+            f"rec-{n}",
+            rng.choice(names),
+            rng.choice(names),
+            f"{rng.randint(1, 200)}",
+            rng.choice(streets),
+            f"{rng.randint(1000, 9999)}",
+            f"{rng.randint(19400101, 20051231)}",
+        ]
         for n in range(200)
-    ]  # fmt: skip
+    ]
     copies = [["copy", row[1], row[2][::-1][:1] + row[2], *row[3:6], row[6][:-1] + "0"] for row in rows[:20]]
     copies = [[f"rec-{200 + n}", *row[1:]] for n, row in enumerate(copies)]
     file = tmp_path / "people.csv"
-    file.write_text("\n".join(",".join(row) for row in [["rec_id", "a", "b", "no", "street", "code", "born"], *rows, *copies]))
+    file.write_text(
+        "\n".join(",".join(row) for row in [["rec_id", "a", "b", "no", "street", "code", "born"], *rows, *copies])
+    )
     done = sartor.dedup(file, tmp_path / "out", pairs=tmp_path / "p.jsonl").as_json()
     assert done["files"][0]["fields"] == ["a", "b", "no", "street", "code", "born"]
     assert done["files"][0]["left_out"] == ["rec_id"]
@@ -124,7 +139,16 @@ def test_records_without_a_text_field_are_compared_by_all_of_them_but_their_name
     ("row", "field", "said"),
     [
         ({"text": "x", "id": 1}, "", "x"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]}, "", "a\nb"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+                ]
+            },
+            "",
+            "a\nb",
+        ),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "", "a\nb"),
         ({"instruction": "a", "input": "b", "output": "c"}, "", "a\nc\nb"),
         ({"prompt": "a", "completion": "b"}, "completion", "b"),
@@ -135,7 +159,7 @@ def test_records_without_a_text_field_are_compared_by_all_of_them_but_their_name
         ({"a.b": "x"}, "a.b", "x"),
         ({"name": "Li", "age": 7, "id": 3, "ok": True}, "", "Li\n7"),
     ],
-)  # fmt: skip
+)
 def test_which_text_is_compared(row: dict[str, Any], field: str, said: str) -> None:
     assert text_of(row, choose([row], field)) == said
 
@@ -150,7 +174,9 @@ def test_an_unknown_field_is_refused_with_the_ones_that_are_there(tmp_path: Path
 def test_a_row_too_long_to_hold_is_copied_aside_in_pieces(tmp_path: Path) -> None:
     long = json.dumps({"text": "x" * 3_000_000})
     file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join([json.dumps({"text": row}) for row in texts(3, 20)] + [long, '{"text": "after"}']) + "\n")
+    file.write_text(
+        "\n".join([json.dumps({"text": row}) for row in texts(3, 20)] + [long, '{"text": "after"}']) + "\n"
+    )
     done = sartor.dedup(file, tmp_path / "out", max_row_bytes=10_000).as_json()
     assert (done["read"], done["kept"], done["dropped"]) == (5, 4, {"too_long": 1})
     assert (tmp_path / "out/too_long/rows.jsonl").read_text() == long + "\n"
@@ -212,7 +238,9 @@ def test_workers_answer_in_order_and_hand_errors_on() -> None:
         ("a.parquet", b"PAR1 no", SourceError),
     ],
 )
-def test_a_file_that_cannot_be_used_is_an_error_with_a_remedy(tmp_path: Path, name: str, content: bytes, error: type) -> None:
+def test_a_file_that_cannot_be_used_is_an_error_with_a_remedy(
+    tmp_path: Path, name: str, content: bytes, error: type
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(error):
         sartor.dedup(tmp_path / name, tmp_path / "out")
@@ -221,7 +249,14 @@ def test_a_file_that_cannot_be_used_is_an_error_with_a_remedy(tmp_path: Path, na
 
 @pytest.mark.parametrize(
     "options",
-    [{"threshold": 2.0}, {"threshold": 0.1}, {"unit": "bytes"}, {"treshold": 0.5}, {"pairs": "p.txt"}, {"max_fraction": 0.0}],
+    [
+        {"threshold": 2.0},
+        {"threshold": 0.1},
+        {"unit": "bytes"},
+        {"treshold": 0.5},
+        {"pairs": "p.txt"},
+        {"max_fraction": 0.0},
+    ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     file = jsonl(tmp_path / "rows.jsonl", [{"text": "a b c"}])

@@ -77,7 +77,8 @@ def test_rows_of_the_wanted_kind_stay_and_the_rest_goes() -> None:
 def test_two_runs_and_another_order_of_examples_give_the_same_numbers() -> None:
     rows = [row(said("sailing", random.Random(n)), "ok") for n in range(10)]
     tables = [
-        step_of(Domain, examples=found, keep=["cooking"]).sketch(rows, Path()) for found in (examples(8), examples(8)[::-1])
+        step_of(Domain, examples=found, keep=["cooking"]).sketch(rows, Path())
+        for found in (examples(8), examples(8)[::-1])
     ]
     assert tables[0].equals(tables[1])
 
@@ -91,7 +92,10 @@ def test_examples_are_read_from_a_file(name: str, tmp_path: Path) -> None:
     else:
         file.write_text("\n".join(map(json.dumps, found)) if name.endswith("jsonl") else json.dumps(found))
     step = step_of(Domain, examples=str(file), keep=["sailing"])
-    assert decided(step, [row(said("cooking", random.Random(1)), "ok")]).facts["examples"] == {"cooking": 6, "sailing": 6}
+    assert decided(step, [row(said("cooking", random.Random(1)), "ok")]).facts["examples"] == {
+        "cooking": 6,
+        "sailing": 6,
+    }
     assert load(Domain, dump(step)) == step
 
 
@@ -132,6 +136,8 @@ def test_a_file_that_does_not_do_is_an_error(content: str, problem: str, tmp_pat
 
 
 def test_a_row_without_text_in_the_field_is_kept_and_counted() -> None:
-    found = decided(step_of(Domain, examples=examples(6), keep=["cooking"], field="prompt"), [document("sail mast wind")])
+    found = decided(
+        step_of(Domain, examples=examples(6), keep=["cooking"], field="prompt"), [document("sail mast wind")]
+    )
     assert (found.removals, found.facts["without_text_kept"]) == ([], 1)
     assert decided(step_of(Domain, examples=examples(6), keep=["cooking"]), []).removals == []

@@ -25,7 +25,9 @@ from sartor.serving.feedback_store import FeedbackStore
 DAY = "2026-11-26"
 
 
-def said(number: int, key: str = "k1", *, day: str = DAY, question: str = "", reply: str = "a", **more: Any) -> Feedback:
+def said(
+    number: int, key: str = "k1", *, day: str = DAY, question: str = "", reply: str = "a", **more: Any
+) -> Feedback:
     by = FeedbackAuthor(key, more.pop("user", ""), more.pop("consent", "given"))
     asked = ({"role": "user", "content": question or f"q{number}"},)
     told = {"receipt": f"r{number}", "agent": "faq@1.0", "messages": asked, "reply": reply, **more}
@@ -109,15 +111,31 @@ def test_what_teaches_nothing_is_a_drop_that_says_why_and_holds_no_words(tmp_pat
     assert [row.origins[0].locator for row in rows] == [f"feedback-{DAY}.jsonl:9", "feedback-2026-11-27.jsonl:1"]
     assert rows[1].rating == -1.0
     assert [(drop.locator.removeprefix("feedback-"), drop.reason) for drop in drops] == [
-        *((f"{DAY}.jsonl:{number}", reason) for number, reason in (
-            (1, "no_consent"), (2, "not_remembered"), (3, "nothing_to_learn"), (4, "nothing_to_learn"), (5, "other_agent"),
-            (6, "no_consent"), (7, "empty_answer"), (8, "replaced"), (10, "torn_line"),
-        )),
-        *((f"2026-11-28.jsonl:{number}", reason) for number, reason in (
-            (1, "newer_schema"), (2, "newer_schema"), (3, "not_feedback"), (4, "not_feedback"),
-        )),
+        *(
+            (f"{DAY}.jsonl:{number}", reason)
+            for number, reason in (
+                (1, "no_consent"),
+                (2, "not_remembered"),
+                (3, "nothing_to_learn"),
+                (4, "nothing_to_learn"),
+                (5, "other_agent"),
+                (6, "no_consent"),
+                (7, "empty_answer"),
+                (8, "replaced"),
+                (10, "torn_line"),
+            )
+        ),
+        *(
+            (f"2026-11-28.jsonl:{number}", reason)
+            for number, reason in (
+                (1, "newer_schema"),
+                (2, "newer_schema"),
+                (3, "not_feedback"),
+                (4, "not_feedback"),
+            )
+        ),
         ("notes.txt:1", "not_feedback"),
-    ]  # fmt: skip
+    ]
     assert all("secret" not in drop.detail and not drop.text for drop in drops)
     with pytest.raises(SourceError, match="empty_answer"):  # the first that is no matter of the source's own terms
         read(folder, strict=True, agent="faq", consent="given")
@@ -131,14 +149,20 @@ def test_a_later_line_of_a_key_goes_on_from_the_earlier(tmp_path: Path) -> None:
     assert [message.text for message in rows[1].messages] == ["q1", "better"]
     assert [(drop.reason, drop.locator) for drop in drops] == [("replaced", f"feedback-{DAY}.jsonl:1")]
     filled(tmp_path, said(1, day="2026-11-28", rating=1.0, consent="refused", messages=(), reply=""))
-    assert [drop.reason for drop in read(folder)[1]] == ["replaced", "replaced", "no_consent"]  # consent can be taken back
+    assert [drop.reason for drop in read(folder)[1]] == [
+        "replaced",
+        "replaced",
+        "no_consent",
+    ]  # consent can be taken back
     assert merge_feedback(later, said(1, rating=-1.0)) == said(1, day="2026-11-27", rating=-1.0, correction="better")
 
 
 def test_a_conversation_is_one_group_and_a_prompt_goes_with_its_like_of_other_sources(tmp_path: Path) -> None:
     first = {"role": "user", "content": "where?"}
     longer = (first, {"role": "assistant", "content": "here"}, {"role": "user", "content": "and then?"})
-    folder = filled(tmp_path, said(1, rating=1.0, messages=(first,)), said(2, rating=1.0, messages=longer), said(3, rating=1.0))
+    folder = filled(
+        tmp_path, said(1, rating=1.0, messages=(first,)), said(2, rating=1.0, messages=longer), said(3, rating=1.0)
+    )
     one, two, other = read(folder)[0]
     assert one.group == two.group == prompt_group(one) != other.group
 
@@ -161,7 +185,9 @@ def test_a_dataset_of_an_inbox_is_revoked_by_its_source(tmp_path: Path) -> None:
     folder = filled(tmp_path, *(said(number, rating=1.0) for number in range(6)), said(9, comment="x"))
     out = tmp_path / "data"
     made = curate({"sources": [{"path": f"inbox:{folder}", "use": ["commercial"]}], "workers": 1}, out)
-    assert made.as_json()["dropped"] == {"nothing_to_learn": 1} and made.as_json()["licences"] == ["LicenseRef-feedback"]
+    assert made.as_json()["dropped"] == {"nothing_to_learn": 1} and made.as_json()["licences"] == [
+        "LicenseRef-feedback"
+    ]
     assert len(revoke(out, source=f"inbox:{folder}").examples) == 6
     assert len(revoke(out, source=f"feedback-{DAY}.jsonl").examples) == 6
     with pytest.raises(ConfigError, match="names no file"):
@@ -185,7 +211,9 @@ def ratings(seed: int, flips: str = "", dissent: str = "", often: float = 0.3) -
         errs = rng.random() < (often if key == dissent else 0.05)
         good = not is_good[reply] if key == flips else is_good[reply] != errs
         rating = 1.0 if good else -1.0
-        made.append(FeedbackLine((0, number), f"r{number}", key, "", "faq@1.0", "given", rating, "", "x", f"reply {reply}", 0))
+        made.append(
+            FeedbackLine((0, number), f"r{number}", key, "", "faq@1.0", "given", rating, "", "x", f"reply {reply}", 0)
+        )
     return made
 
 
@@ -229,7 +257,9 @@ def test_one_user_of_a_key_is_set_aside_without_the_others_of_it() -> None:
     for number in range(300):
         user, reply = f"u{number % 6}", rng.randrange(40)
         rating = (1.0 if reply % 3 else -1.0) * (-1 if user == "u5" else 1)
-        lines.append(FeedbackLine((0, number), f"r{number}", "app", user, "faq@1", "given", rating, "", "x", f"{reply}", 0))
+        lines.append(
+            FeedbackLine((0, number), f"r{number}", "app", user, "faq@1", "given", rating, "", "x", f"{reply}", 0)
+        )
     assert [(one.key, one.user) for one in feedback_inbox.rate_raters(lines, InboxTerms()) if one.is_distrusted] == [
         ("app", "u5")
     ]
@@ -238,7 +268,13 @@ def test_one_user_of_a_key_is_set_aside_without_the_others_of_it() -> None:
 def test_two_keys_that_contradict_each_other_are_told_apart_by_what_is_known(tmp_path: Path) -> None:
     def lines(agree: int) -> list[Feedback]:
         return [
-            said(number, key, question=f"q{number}", reply='{"on": 1}', rating=1.0 if key == "k1" or number < agree else -1.0)
+            said(
+                number,
+                key,
+                question=f"q{number}",
+                reply='{"on": 1}',
+                rating=1.0 if key == "k1" or number < agree else -1.0,
+            )
             for number in range(20)
             for key in ("k1", "k2")
         ]
@@ -246,10 +282,14 @@ def test_two_keys_that_contradict_each_other_are_told_apart_by_what_is_known(tmp
     folder = many(tmp_path, lines(0))
     assert not any(drop.reason == "distrusted" for drop in read(folder)[1])
     answers = tmp_path / "known.jsonl"
-    answers.write_text("".join(json.dumps({"question": f"q{number}", "answer": '{ "on":1 }'}) + "\n" for number in range(12)))
+    answers.write_text(
+        "".join(json.dumps({"question": f"q{number}", "answer": '{ "on":1 }'}) + "\n" for number in range(12))
+    )
     drops = read(folder, known=str(answers))[1]
     assert {drop.detail.partition(" contradicts")[0] for drop in drops} == {"the key k2"} and len(drops) == 20
-    answers.write_text("".join(json.dumps({"question": f"q{number}", "answer": '{"on":0}'}) + "\n" for number in range(12)))
+    answers.write_text(
+        "".join(json.dumps({"question": f"q{number}", "answer": '{"on":0}'}) + "\n" for number in range(12))
+    )
     drops = read(folder, known=str(answers))[1]
     assert {drop.detail.partition(" contradicts")[0] for drop in drops} == {"the key k1"}
     with pytest.raises(ConfigError, match="holds no question"):
@@ -264,7 +304,8 @@ def test_p_values_of_a_family_are_corrected_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "most"), [([60], 60), ([60, 60], 60), ([1000, *[20] * 7], 46), ([1000, 5, 5, 5, 5, 5, 5, 5], 20), ([], 0)]
+    ("counts", "most"),
+    [([60], 60), ([60, 60], 60), ([1000, *[20] * 7], 46), ([1000, 5, 5, 5, 5, 5, 5, 5], 20), ([], 0)],
 )
 def test_no_key_gives_more_than_its_share(counts: list[int], most: int) -> None:
     assert feedback_inbox.allowed(counts, InboxTerms()) == most

@@ -52,7 +52,9 @@ def flipped(labels: list[str], fraction: float = 0.1, seed: int = 1) -> tuple[li
     rng = random.Random(seed)
     wrong = set(rng.sample(range(len(labels)), round(fraction * len(labels))))
     others = sorted(set(labels))
-    return [rng.choice([o for o in others if o != label]) if row in wrong else label for row, label in enumerate(labels)], wrong
+    return [
+        rng.choice([o for o in others if o != label]) if row in wrong else label for row, label in enumerate(labels)
+    ], wrong
 
 
 def decide(rows: list[tuple[str, str]] | list[Example], **options: Any) -> StepResult:
@@ -115,7 +117,10 @@ def test_two_runs_are_equal() -> None:
 @pytest.mark.parametrize("rare", [0.5, 0.05])
 def test_two_labels_also_where_one_is_rare(rare: float) -> None:
     rng = random.Random(0)
-    rows = [(prompt, "yes" if intent in ("LightOn", "Lock", "Music", "List") else "no") for prompt, intent in commands(1200)]
+    rows = [
+        (prompt, "yes" if intent in ("LightOn", "Lock", "Music", "List") else "no")
+        for prompt, intent in commands(1200)
+    ]
     yes = [row for row in rows if row[1] == "yes"][: round(500 * rare)]
     rows = [*yes, *[row for row in rows if row[1] == "no"][: 500 - len(yes)]]
     rng.shuffle(rows)
@@ -220,7 +225,8 @@ def test_drop_removes_what_looks_wrong_and_stops_where_that_is_too_much() -> Non
     gone = decide(rows, action="drop", max_fraction=0.2).removals
     assert len(wrong & {removal.row for removal in gone}) >= 0.8 * len(gone) > 0
     assert all(
-        removal.reason == "suspicious_label" and removal.score is not None and "labelled" in removal.detail for removal in gone
+        removal.reason == "suspicious_label" and removal.score is not None and "labelled" in removal.detail
+        for removal in gone
     )
     with pytest.raises(GuardError, match=r"of 300 labels look wrong.*0\.02"):
         decide(rows, action="drop", max_fraction=0.02)
@@ -252,7 +258,10 @@ def test_what_all_prompts_begin_and_end_with_is_set_aside_by_whole_words() -> No
 
 ANSWERS = {
     "How long is the warranty on the boiler?": ("The warranty is 24 months.", "The warranty is 12 months."),
-    "Is parking in the yard allowed at night?": ("Yes, parking there is allowed.", "No, parking there is not allowed."),
+    "Is parking in the yard allowed at night?": (
+        "Yes, parking there is allowed.",
+        "No, parking there is not allowed.",
+    ),
     "Who signs the inspection report for the lift?": (
         "The safety officer signs it.",
         "Any passer-by may put a name on the sheet of paper.",
@@ -301,7 +310,11 @@ def test_rows_without_a_label_are_judged_by_their_replies_beside_those_with_one(
         ("how tall is the tower?", "It is 45 metres tall, says the owner."),
     ]
     verdicts = decide(rows)
-    assert (verdicts.facts["labelled"], verdicts.facts["free_text"], verdicts.facts["contradicting_replies"]) == (200, 2, 1)
+    assert (verdicts.facts["labelled"], verdicts.facts["free_text"], verdicts.facts["contradicting_replies"]) == (
+        200,
+        2,
+        1,
+    )
     assert len(wrong.intersection(queue(verdicts)[:26])) >= 18 and {200, 201} <= set(queue(verdicts)[:40])
 
 
@@ -312,7 +325,10 @@ def test_rows_without_a_label_are_judged_by_their_replies_beside_those_with_one(
         (['```json\n{"call":{"name":"on"}}\n```', '{"call":{"name":"off"}}'] * 9, "json:call.name"),
         (['{"sure":true,"category":"a"}', '{"sure":false,"category":"b"}'] * 9, "json:category"),
         (["Yes.", "no", "yes", "No!"] * 9, "reply"),
-        (["yes"] * 6 + ["no"] * 6 + [f"It was in the year {number}, as far as I know." for number in range(9)], "reply"),
+        (
+            ["yes"] * 6 + ["no"] * 6 + [f"It was in the year {number}, as far as I know." for number in range(9)],
+            "reply",
+        ),
         ([f"Answer number {number}" for number in range(30)], "text"),
         ([json.dumps({"id": number}) for number in range(30)], "text"),
         (["{broken"] * 9 + ['{"intent": '] * 9, "reply"),
@@ -367,7 +383,9 @@ def test_rows_of_one_prompt_are_in_one_fold_and_every_fold_has_its_share() -> No
 
 
 @pytest.mark.parametrize("ceilings", [{"SPARSE_WORK": 0}, {"SPARSE_WORK": 0, "DENSE_WORK": 2500}, {"DENSE_WORK": 100}])
-def test_what_saves_time_on_large_data_finds_the_flips_too(monkeypatch: pytest.MonkeyPatch, ceilings: dict[str, int]) -> None:
+def test_what_saves_time_on_large_data_finds_the_flips_too(
+    monkeypatch: pytest.MonkeyPatch, ceilings: dict[str, int]
+) -> None:
     for name, ceiling in ceilings.items():
         monkeypatch.setattr(confident_learning, name, ceiling)
     rows = commands(600)
@@ -403,7 +421,9 @@ def test_texts_reads_a_column_by_row_slice_and_whole() -> None:
     texts = encoders.Texts(gathered.table["prompt"])
     assert len(texts) == 2500 and texts[2400] == "prompt 2400" and list(texts)[1500] == "prompt 1500"
     assert (
-        texts[998:1001] == ["prompt 998", "prompt 999", "prompt 1000"] and texts[10:4:-2] == [] and texts[:3][-1] == "prompt 2"
+        texts[998:1001] == ["prompt 998", "prompt 999", "prompt 1000"]
+        and texts[10:4:-2] == []
+        and texts[:3][-1] == "prompt 2"
     )
 
 

@@ -25,8 +25,11 @@ from sartor.media.images import open_image
 
 RATE = 16_000
 FLIP_ONLY: dict[str, Any] = {
-    "flip": ["horizontal"], "rotation_degrees": 0, "crop": 1, "light": {"brightness": 0, "contrast": 0, "colour": 0}
-}  # fmt: skip
+    "flip": ["horizontal"],
+    "rotation_degrees": 0,
+    "crop": 1,
+    "light": {"brightness": 0, "contrast": 0, "colour": 0},
+}
 STILL: dict[str, Any] = {"rotation_degrees": 0.0, "crop": 1.0, "light": Light(0, 0, 0)}
 SILENT: dict[str, Any] = {"speed": 0.0, "gain_db": 0.0, "shift_s": 0.0}
 
@@ -86,16 +89,22 @@ def test_training_rows_are_copied_with_their_lineage_and_held_out_rows_never(tmp
         assert row.messages[0].content[0].media != parent.messages[0].content[0].media
         assert (made.dataset.path / row.messages[0].content[0].media).is_file()
     with_media = [
-        row for row in rows.values() if row.split == "train" and not row.origins[0].parents and row.reply != "only text"
+        row
+        for row in rows.values()
+        if row.split == "train" and not row.origins[0].parents and row.reply != "only text"
     ]
-    per_kind = {kind: sum(row.messages[0].content[0].kind == kind for row in with_media) for kind in ("image", "audio")}
+    per_kind = {
+        kind: sum(row.messages[0].content[0].kind == kind for row in with_media) for kind in ("image", "audio")
+    }
     assert len(copies) == 3 * per_kind["image"] + 2 * per_kind["audio"]
     counts = made.dataset.manifest["counts"]
     assert counts["splits"]["train"] == 17 - len(held_out) + len(copies)
     assert made.dataset.manifest["sources"][0]["kept"] == 17
     assert made.dataset.manifest["steps"]["augment_images"] == {
-        "rows": per_kind["image"], "copies": 3 * per_kind["image"], "dropped": 0
-    }  # fmt: skip
+        "rows": per_kind["image"],
+        "copies": 3 * per_kind["image"],
+        "dropped": 0,
+    }
     assert made.as_json()["made"] == len(copies)
     said = pl.read_parquet(made.dataset.path / "evidence" / "copies.parquet")
     assert set(said["id"]) == {row.id for row in copies} and "rotated by" in said["changes"][0]
@@ -121,7 +130,10 @@ def test_any_number_of_workers_and_an_interrupted_run_make_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "WORTH_A_WORKER", 0)
-    paths = [write_rows(tmp_path / f"in{n}", 3, [asked(f"other {n}", {"type": "image", "image": "0.png"})]) for n in range(2)]
+    paths = [
+        write_rows(tmp_path / f"in{n}", 3, [asked(f"other {n}", {"type": "image", "image": "0.png"})])
+        for n in range(2)
+    ]
     said = recipe(paths[0], {"augment_images": {"copies": 2}})
     said["sources"] = [{"path": path} for path in paths]
     one, two = (sartor.curate({**said, "workers": n}, tmp_path / f"d{n}").dataset for n in (1, 2))
@@ -156,7 +168,9 @@ def test_rehearsal_is_copied_only_when_it_is_asked_for(tmp_path: Path) -> None:
         assert sartor.curate(said, tmp_path / "d", replace=True).made == expected
 
 
-def test_a_copy_that_cannot_be_made_is_a_drop_and_the_row_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_cannot_be_made_is_a_drop_and_the_row_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(media_files, "MOST_DECODED", 0)  # else the row itself would be a Drop
     path = write_rows(tmp_path / "in")
     cut = (tmp_path / "in" / "3.png").read_bytes()
@@ -166,12 +180,16 @@ def test_a_copy_that_cannot_be_made_is_a_drop_and_the_row_stays(tmp_path: Path, 
     assert made.dropped == {"augment_images:unreadable_image": 3} and made.read == 17 and made.made == 24
     assert made.kept == 17 + 21 and made.dataset.manifest["steps"]["augment_images"]["dropped"] == 3
     drops = list(sartor.read_drops(made.dataset))
-    assert {drop.detail[:7] for drop in drops} == {"copy 1 ", "copy 2 ", "copy 3 "} and not any(drop.id for drop in drops)
+    assert {drop.detail[:7] for drop in drops} == {"copy 1 ", "copy 2 ", "copy 3 "} and not any(
+        drop.id for drop in drops
+    )
     assert "do not add up" not in (made.dataset.path / "card.md").read_text()
 
 
 def test_equal_copies_are_drops(tmp_path: Path) -> None:
-    said = recipe(write_rows(tmp_path / "in", 2), {"augment_images": FLIP_ONLY | {"copies": 6}}, split={"eval_fraction": 0})
+    said = recipe(
+        write_rows(tmp_path / "in", 2), {"augment_images": FLIP_ONLY | {"copies": 6}}, split={"eval_fraction": 0}
+    )
     made = sartor.curate(said, tmp_path / "d")
     rows = list(sartor.read_examples(made.dataset))
     assert made.made == 12 and made.dropped["exact_duplicate"] == 12 - (len(rows) - 5)
@@ -184,7 +202,10 @@ def test_equal_copies_are_drops(tmp_path: Path) -> None:
     ("steps", "says"),
     [
         ([{"augment_images": {}}, "exact_duplicates"], "put augment_images last"),
-        (["augment_images", {"length": {"min_words": 1}}, "augment_audio"], "put augment_images and augment_audio last"),
+        (
+            ["augment_images", {"length": {"min_words": 1}}, "augment_audio"],
+            "put augment_images and augment_audio last",
+        ),
         (["augment_images", "augment_images"], "more copies"),
         ([{"augment_images": {"copies": 0}}], "copies: 2"),
         ([{"augment_images": {"rotation_degrees": 200}}], "rotation_degrees: 5"),
@@ -240,7 +261,8 @@ def changes(folder: Path, step: Any, row: Example) -> list[str]:
 
 def pictures(folder: Path, step: Any, row: Example) -> list[Any]:
     return [
-        np.asarray(open_image(folder / one.row.messages[0].content[0].media)).astype(int) for one in copies(folder, step, row)
+        np.asarray(open_image(folder / one.row.messages[0].content[0].media)).astype(int)
+        for one in copies(folder, step, row)
     ]
 
 
@@ -254,7 +276,9 @@ def test_a_picture_is_flipped_turned_cropped_and_lit(tmp_path: Path) -> None:
     flipped = pictures(tmp_path, AugmentImages(copies=12, flip=("horizontal",), **STILL), row)
     same = [bool((one == before).all()) for one in flipped]
     assert True in same and False in same
-    assert all(((one == before) if kept else (one == before[:, ::-1])).all() for one, kept in zip(flipped, same, strict=True))
+    assert all(
+        ((one == before) if kept else (one == before[:, ::-1])).all() for one, kept in zip(flipped, same, strict=True)
+    )
     (turned,) = pictures(tmp_path, AugmentImages(copies=1, **(STILL | {"rotation_degrees": 180.0})), row)
     assert turned.shape == before.shape and (turned != before).any()
     for one in pictures(tmp_path, AugmentImages(copies=8, **(STILL | {"crop": 0.25})), row):
@@ -291,7 +315,9 @@ def test_pictures_of_a_row_are_changed_alike_and_stay_what_they_were_as_files(tm
     picture(0, 64, 48).save(tmp_path / "media" / "b.jpg", quality=95)
     doubled = row.messages[0].content
     row = Example(
-        (Message("user", (*doubled, doubled[0])), row.messages[1]), row.origins, rejected=(Message.of("assistant", "no"),)
+        (Message("user", (*doubled, doubled[0])), row.messages[1]),
+        row.origins,
+        rejected=(Message.of("assistant", "no"),),
     )
     (one,) = copies(tmp_path, AugmentImages(copies=1, crop=0.5), row)
     names = [part.media for part in one.row.messages[0].content]

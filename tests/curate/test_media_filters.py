@@ -123,9 +123,16 @@ def test_one_picture_and_a_pattern_find_their_captions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("caption", "reason"),
-    [("", "empty_file"), ("  \n ", "empty_answer"), ("[1]", "no_caption"), ('{"colour": "red"}', "no_caption"), ("{", "bad_json"),
-     ('{"text": 3.5}', "bad_field"), ("x" * 3000, "oversize_row")],
-)  # fmt: skip
+    [
+        ("", "empty_file"),
+        ("  \n ", "empty_answer"),
+        ("[1]", "no_caption"),
+        ('{"colour": "red"}', "no_caption"),
+        ("{", "bad_json"),
+        ('{"text": 3.5}', "bad_field"),
+        ("x" * 3000, "oversize_row"),
+    ],
+)
 def test_a_caption_that_says_nothing_is_a_drop(tmp_path: Path, caption: str, reason: str) -> None:
     scene(1).save(tmp_path / "a.png")
     (tmp_path / ("a.json" if caption[:1] in "[{" and caption else "a.txt")).write_text(caption)
@@ -221,7 +228,8 @@ def test_bad_pictures_are_told_by_reason(tmp_path: Path) -> None:
     good.save(out, "JPEG")
     assert verdict(step, tmp_path, placed(tmp_path, out.getvalue()[:2000])) == "unreadable_image"
     assert (
-        verdict(step, tmp_path, placed(tmp_path, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")) == "unreadable_image"
+        verdict(step, tmp_path, placed(tmp_path, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"))
+        == "unreadable_image"
     )
     assert verdict(Images(min_sharpness=0), tmp_path, placed(tmp_path, cases["blurred_image"])) == "kept"
     assert verdict(step, tmp_path, placed(tmp_path, Image.new("RGB", (100, 100), "white"))) == "blurred_image"
@@ -250,7 +258,9 @@ def test_what_begins_as_no_picture_or_recording_is_a_drop_of_every_recipe(
 def test_where_the_work_lies_is_in_no_drop(tmp_path: Path, place: str) -> None:
     picture = placed(tmp_path / place, b"\x89PNG\r\n\x1a\n and then nothing")
     (tmp_path / place / "media" / "a.wav").write_bytes(b"RIFF\x04\0\0\0WAVE")
-    recording = replace(picture, messages=(Message("user", (Part("audio", media="media/a.wav"),)), picture.messages[-1]))
+    recording = replace(
+        picture, messages=(Message("user", (Part("audio", media="media/a.wav"),)), picture.messages[-1])
+    )
     for step, example in ((Images(), picture), (Audio(), recording)):
         drop = step.open(tmp_path / place)(example)
         assert isinstance(drop, Drop) and drop.reason.startswith("unreadable")
@@ -271,7 +281,12 @@ def test_odd_pictures_that_are_good_stay_and_warn_nobody(tmp_path: Path) -> None
 
 def test_contrast_and_size_do_not_make_a_picture_blurred() -> None:
     sharp = scene(1, 900, 700)
-    for image in (sharp, ImageEnhance.Contrast(sharp).enhance(0.2), sharp.resize((3000, 2400)), sharp.resize((200, 160))):
+    for image in (
+        sharp,
+        ImageEnhance.Contrast(sharp).enhance(0.2),
+        sharp.resize((3000, 2400)),
+        sharp.resize((200, 160)),
+    ):
         grey = image.convert("L")
         grey.thumbnail((512, 512), Image.Resampling.BOX)
         assert images.sharpness(np.asarray(grey, np.float32)) > 0.02
@@ -337,7 +352,9 @@ def test_pieces_of_one_cloth_and_pages_of_text_are_not_the_same_picture(tmp_path
     examples = []
     for _ in range(30):
         weave = (np.indices((200, 200)).sum(0) % 8 < 4) * 60 + 90 + random.normal(0, 25, (200, 200))
-        examples.append(placed(tmp_path, Image.fromarray(weave.clip(0, 255).astype(np.uint8)), reply=str(len(examples))))
+        examples.append(
+            placed(tmp_path, Image.fromarray(weave.clip(0, 255).astype(np.uint8)), reply=str(len(examples)))
+        )
     for _ in range(30):
         page = Image.new("L", (300, 400), 255)
         draw = ImageDraw.Draw(page)
@@ -369,11 +386,15 @@ def test_the_largest_picture_stays_or_the_first(tmp_path: Path) -> None:
     assert {r.kept_row for r in decided(ImageDuplicates(keep="first"), tmp_path, examples).removals} == {0}
 
 
-def test_equal_files_are_found_even_unreadable_or_of_one_colour_and_look_alikes_of_one_colour_are_not(tmp_path: Path) -> None:
+def test_equal_files_are_found_even_unreadable_or_of_one_colour_and_look_alikes_of_one_colour_are_not(
+    tmp_path: Path,
+) -> None:
     white = Image.new("RGB", (100, 100), "white")
     dot = white.copy()
     dot.putpixel((50, 50), (0, 0, 0))
-    examples = [placed(tmp_path, image, str(n)) for n, image in enumerate([white, dot, white, b"broken", b"broken", b"other"])]
+    examples = [
+        placed(tmp_path, image, str(n)) for n, image in enumerate([white, dot, white, b"broken", b"broken", b"other"])
+    ]
     found = decided(ImageDuplicates(), tmp_path, examples)
     assert [(r.row, r.kept_row, r.method) for r in found.removals] == [(2, 0, "equal file"), (4, 3, "equal file")]
     assert [r.row for r in decided(ImageDuplicates(threshold=1), tmp_path, examples).removals] == [2, 4]
@@ -385,7 +406,9 @@ def test_rows_without_pictures_and_an_empty_table_pass(tmp_path: Path) -> None:
     assert decided(ImageDuplicates(), tmp_path, []).removals == []
 
 
-def test_a_crowd_of_one_hash_is_searched_in_bounded_time_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crowd_of_one_hash_is_searched_in_bounded_time_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(image_duplicates, "CROWD", 40)
     monkeypatch.setattr(image_duplicates, "NEIGHBOURS", 4)
     image = scene(1)
@@ -428,7 +451,9 @@ def test_bad_recordings_are_told_by_reason(tmp_path: Path) -> None:
         "audio_too_long": heard(tmp_path, np.zeros(RATE * 21)),
         "transcript_too_long": heard(tmp_path, tone(1), reply="word " * 30),
     }
-    assert {reason: verdict(step, tmp_path, example) for reason, example in cases.items()} == {key: key for key in cases}
+    assert {reason: verdict(step, tmp_path, example) for reason, example in cases.items()} == {
+        key: key for key in cases
+    }
     assert verdict(Audio(min_chars_per_s=2), tmp_path, heard(tmp_path, tone(10), reply="hm")) == "transcript_too_short"
     assert verdict(step, tmp_path, heard(tmp_path, np.zeros(RATE))) == "silent_audio"
     assert verdict(step, tmp_path, heard(tmp_path, np.full(RATE, np.nan), subtype="FLOAT")) == "unreadable_audio"
@@ -463,9 +488,17 @@ def test_a_recording_that_unfolds_to_hours_is_not_decoded_to_its_end(tmp_path: P
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: Images(min_side=0), lambda: Images(max_aspect=0.5), lambda: Images(min_sharpness=-1), lambda: ImageDuplicates(threshold=0.2),
-     lambda: Audio(min_seconds=9, max_seconds=1), lambda: Audio(silence_db=3), lambda: Audio(max_clipped=2), lambda: Audio(max_chars_per_s=-1)],
-)  # fmt: skip
+    [
+        lambda: Images(min_side=0),
+        lambda: Images(max_aspect=0.5),
+        lambda: Images(min_sharpness=-1),
+        lambda: ImageDuplicates(threshold=0.2),
+        lambda: Audio(min_seconds=9, max_seconds=1),
+        lambda: Audio(silence_db=3),
+        lambda: Audio(max_clipped=2),
+        lambda: Audio(max_chars_per_s=-1),
+    ],
+)
 def test_options_out_of_range_are_config_errors(make: Any) -> None:
     with pytest.raises(ConfigError):
         make()
@@ -480,7 +513,13 @@ def test_rows_of_text_pass_the_media_steps_untouched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", ["near_duplicates", "semantic_duplicates", {"exact_duplicates": "words"}, {"suspicious_labels": {"action": "drop"}}]
+    "step",
+    [
+        "near_duplicates",
+        "semantic_duplicates",
+        {"exact_duplicates": "words"},
+        {"suspicious_labels": {"action": "drop"}},
+    ],
 )
 def test_steps_that_compare_texts_leave_rows_with_pictures_alone(tmp_path: Path, step: Any) -> None:
     for name in ("cat", "dog"):

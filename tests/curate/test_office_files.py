@@ -90,7 +90,11 @@ def test_formula_is_its_value_and_never_run(tmp_path: Path) -> None:
     rows = [["Frage", "Antwort"], ["a", "=1+1"], ["b", "#DIV/0!"], ["c", "so"]]
     file = workbook(tmp_path / "faq.xlsx", Fragen=rows)
     found = rows_of(file, fields=FIELDS)
-    assert [row.reason if isinstance(row, Drop) else row.reply for row in found] == ["missing_field", "cell_error", "so"]
+    assert [row.reason if isinstance(row, Drop) else row.reply for row in found] == [
+        "missing_field",
+        "cell_error",
+        "so",
+    ]
 
 
 def test_cell_without_a_column_name_is_said(tmp_path: Path) -> None:
@@ -166,7 +170,11 @@ def test_dataset_of_a_workbook_resumes_and_changes_with_the_sheet(tmp_path: Path
     file = workbook(tmp_path / "faq.xlsx", Eins=rows, Zwei=other)
     made = {}
     for sheet in ("Eins", "Zwei"):
-        source = {"path": f"{file}#{sheet}", "licence": "CC-BY-4.0", "fields": {"prompt": "Frage", "completion": "Antwort"}}
+        source = {
+            "path": f"{file}#{sheet}",
+            "licence": "CC-BY-4.0",
+            "fields": {"prompt": "Frage", "completion": "Antwort"},
+        }
         made[sheet] = sartor.curate({"sources": [source]}, tmp_path / sheet).dataset
     assert made["Eins"].manifest["digest"] != made["Zwei"].manifest["digest"]
     (facts,) = made["Eins"].manifest["sources"]
@@ -174,7 +182,9 @@ def test_dataset_of_a_workbook_resumes_and_changes_with_the_sheet(tmp_path: Path
 
 
 @pytest.mark.parametrize(("name", "package"), [("faq.xlsx", "openpyxl"), ("brief.docx", "python-docx")])
-def test_without_the_extra_it_is_named(name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_it_is_named(
+    name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workbook(tmp_path / "faq.xlsx", Fragen=[["question", "answer"], ["a", "b"]])
     document = docx.Document()
     document.add_paragraph("so")

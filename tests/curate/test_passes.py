@@ -30,7 +30,9 @@ def sources(folder: Path, files: int = 6, rows: int = 30) -> list[dict[str, str]
     """Files whose rows repeat across files: every fifth row stands in each of them."""
     folder.mkdir(exist_ok=True)
     for number in range(files):
-        made = [{"question": f"q{n if n % 5 == 0 else f'{number}-{n}'}", "answer": f"a {n} of it"} for n in range(rows)]
+        made = [
+            {"question": f"q{n if n % 5 == 0 else f'{number}-{n}'}", "answer": f"a {n} of it"} for n in range(rows)
+        ]
         write_jsonl(folder / f"{number}.jsonl", made)
     return [{"path": str(folder / f"{number}.jsonl"), "licence": "MIT"} for number in range(files)]
 
@@ -62,7 +64,9 @@ def interrupted(after: int) -> Any:
 
 
 @pytest.mark.parametrize("after", [0, 1, 4, 6, 9, 11])
-def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
     recipe = {"sources": sources(tmp_path / "in"), "steps": STEPS, "workers": 1}
     whole = sartor.curate(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -109,8 +113,12 @@ def test_a_changed_file_or_recipe_makes_its_parts_again(tmp_path: Path, monkeypa
     assert made.dataset.manifest["digest"] == sartor.curate(recipe, tmp_path / "e").dataset.manifest["digest"]
 
 
-def test_a_changed_file_that_a_step_reads_makes_the_parts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = write_jsonl(tmp_path / "test.jsonl", [{"question": "what is asked of nobody else at all", "answer": "this"}])
+def test_a_changed_file_that_a_step_reads_makes_the_parts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = write_jsonl(
+        tmp_path / "test.jsonl", [{"question": "what is asked of nobody else at all", "answer": "this"}]
+    )
     steps = [{"contamination": {"against": [str(asked)]}}]
     recipe = {"sources": sources(tmp_path / "in"), "steps": steps, "workers": 1}
     for found in (3, 0):
@@ -194,7 +202,9 @@ class EveryOther:
         return StepResult(removals, facts={"seen": len(gathered)}, then=self.then, set_aside=True)
 
 
-def run(tmp_path: Path, steps: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> tuple[list[Example], list[Drop], Any]:
+def run(
+    tmp_path: Path, steps: Sequence[Any], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Example], list[Drop], Any]:
     rows = [{"question": f"q{n}", "answer": f"a{n}" if n != 5 else "drop me"} for n in range(12)]
     for number in range(3):
         write_jsonl(tmp_path / f"{number}.jsonl", rows[number * 4 : number * 4 + 4])
@@ -228,7 +238,9 @@ def test_a_removed_row_names_the_row_in_its_place_and_is_set_aside_whole(
     assert sorted(aside["id"].to_pylist()) == sorted(drop.id for drop in drops)
 
 
-def test_a_verdict_that_asks_for_a_step_has_it_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verdict_that_asks_for_a_step_has_it_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     examples, _, _ = run(tmp_path, [EveryOther(then=Suffix("z")), EveryOther()], monkeypatch)
     assert [row.reply for row in examples] == ["a0z", "a4z", "a8z"]
 
@@ -236,11 +248,14 @@ def test_a_verdict_that_asks_for_a_step_has_it_before_the_next(tmp_path: Path, m
 def test_equal_rows_merge_across_passes_and_keep_every_origin(tmp_path: Path) -> None:
     for name, split in (("a", ""), ("b", "eval"), ("c", "")):
         write_jsonl(
-            tmp_path / f"{name}.jsonl", [{"question": "q", "answer": "one two"}, {"question": name, "answer": "one two"}]
+            tmp_path / f"{name}.jsonl",
+            [{"question": "q", "answer": "one two"}, {"question": name, "answer": "one two"}],
         )
     listed = [{"path": str(tmp_path / f"{name}.jsonl"), "split": "eval" if name == "b" else ""} for name in "abc"]
     for steps in (["exact_duplicates"], ["exact_duplicates", {"length": {"min_words": 1}}], [{"length": {}}]):
-        made = sartor.curate({"sources": listed, "steps": steps, "split": {"eval_fraction": 0}}, tmp_path / "d", replace=True)
+        made = sartor.curate(
+            {"sources": listed, "steps": steps, "split": {"eval_fraction": 0}}, tmp_path / "d", replace=True
+        )
         rows = {row.messages[0].text: row for row in sartor.read_examples(made.dataset)}
         assert [origin.locator for origin in rows["q"].origins] == ["a.jsonl:1", "b.jsonl:1", "c.jsonl:1"]
         assert (rows["q"].split, rows["a"].split, rows["b"].split) == ("eval", "train", "eval")
@@ -254,8 +269,19 @@ def test_equal_rows_merge_across_passes_and_keep_every_origin(tmp_path: Path) ->
 def test_killed_at_any_moment_and_gone_on_gives_the_same_digest(tmp_path: Path, seconds: float) -> None:
     recipe = {"sources": sources(tmp_path / "in", files=16, rows=600), "steps": STEPS}
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
-    command = [sys.executable, "-m", "sartor", "curate", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "d"), "--json"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as killed:
+    command = [
+        sys.executable,
+        "-m",
+        "sartor",
+        "curate",
+        str(tmp_path / "r.yaml"),
+        "--out",
+        str(tmp_path / "d"),
+        "--json",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as killed:
         time.sleep(seconds)
         os.killpg(killed.pid, signal.SIGKILL)
     subprocess.run([*command, "--resume"], check=True, capture_output=True)

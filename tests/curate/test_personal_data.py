@@ -165,7 +165,9 @@ def test_planted_values_are_found_and_what_looks_like_them_is_not() -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**32), st.lists(st.sampled_from(ENTITIES), min_size=1, max_size=4), st.text(max_size=30))
-def test_masking_twice_is_masking_once_and_nothing_planted_is_left(seed: int, entities: list[str], around: str) -> None:
+def test_masking_twice_is_masking_once_and_nothing_planted_is_left(
+    seed: int, entities: list[str], around: str
+) -> None:
     rng = random.Random(seed)
     pairs = [PLANTING.planted(rng, entity) for entity in entities]
     step = PersonalData(entities=ENTITIES)  # type: ignore[arg-type]
@@ -187,8 +189,15 @@ def test_any_text_is_masked_without_harm(text: str, mark: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.recursive(st.none() | st.integers() | st.text(max_size=8) | st.just(MAIL) | st.just(4111111111111111), lambda inner:
-                    st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.just(MAIL), inner, max_size=3), max_leaves=12))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=8) | st.just(MAIL) | st.just(4111111111111111),
+        lambda inner: (
+            st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.just(MAIL), inner, max_size=3)
+        ),
+        max_leaves=12,
+    )
+)
 def test_json_stays_json(value: Any) -> None:
     arguments = json.dumps({"of": value})
     calls = json.dumps([{"function": {"name": "f", "arguments": arguments}}])
@@ -215,7 +224,12 @@ def test_a_drop_holds_the_id_and_no_text() -> None:
     example = row("Hi", f"It is {MAIL}.")
     outcome = apply(example, action="drop")
     assert isinstance(outcome, Drop)
-    assert (outcome.reason, outcome.step, outcome.id, outcome.text) == ("personal_data", "personal_data", example.id, "")
+    assert (outcome.reason, outcome.step, outcome.id, outcome.text) == (
+        "personal_data",
+        "personal_data",
+        example.id,
+        "",
+    )
     assert (outcome.source, outcome.locator) == ("rows.jsonl", "rows.jsonl:1")
     assert MAIL not in repr(outcome)
 
@@ -230,18 +244,24 @@ def test_equal_values_have_equal_numbers_in_all_fields_of_a_row() -> None:
         [{"function": {"name": "mail", "arguments": json.dumps({"to": "BOB@example.com", "cc": "eve@example.com"})}}]
     )
     example = Example(
-        (Message("system", (Part("text", f"Owner: {MAIL}"),)), Message("user", (Part("text", "Call +49 30 1234567 or 0049 30 123 45 67"),), name=MAIL),
-         Message("assistant", (Part("text", f"Written to {MAIL}"),), tool_calls=calls)),
+        (
+            Message("system", (Part("text", f"Owner: {MAIL}"),)),
+            Message("user", (Part("text", "Call +49 30 1234567 or 0049 30 123 45 67"),), name=MAIL),
+            Message("assistant", (Part("text", f"Written to {MAIL}"),), tool_calls=calls),
+        ),
         ORIGINS,
         rejected=(Message.of("assistant", "I told eve@example.com"),),
         tools=json.dumps([{"function": {"description": f"ask {MAIL}"}}]),
-    )  # fmt: skip
+    )
     outcome = apply(example)
     assert isinstance(outcome, Example)
     system, user, reply = outcome.messages
     assert (system.text, user.name, user.text) == ("Owner: <EMAIL_1>", "<EMAIL_1>", "Call <PHONE_1> or <PHONE_1>")
     assert reply.text == "Written to <EMAIL_1>"
-    assert json.loads(json.loads(reply.tool_calls)[0]["function"]["arguments"]) == {"to": "<EMAIL_1>", "cc": "<EMAIL_2>"}
+    assert json.loads(json.loads(reply.tool_calls)[0]["function"]["arguments"]) == {
+        "to": "<EMAIL_1>",
+        "cc": "<EMAIL_2>",
+    }
     assert outcome.rejected[0].text == "I told <EMAIL_2>"
     assert json.loads(outcome.tools)[0]["function"]["description"] == "ask <EMAIL_1>"
 
@@ -291,7 +311,10 @@ def test_a_group_that_is_a_mail_address_becomes_a_digest_that_keeps_groups_apart
     )
     assert isinstance(one, Example) and isinstance(two, Example) and isinstance(same, Example)
     assert MAIL not in one.group and one.group != two.group and one.group == same.group
-    assert isinstance(untouched := apply(row("Hi", "a", group="customer 12")), Example) and untouched.group == "customer 12"
+    assert (
+        isinstance(untouched := apply(row("Hi", "a", group="customer 12")), Example)
+        and untouched.group == "customer 12"
+    )
 
 
 def test_a_row_without_findings_is_the_same_object() -> None:
@@ -395,7 +418,10 @@ def test_the_tally_counts_by_entity_and_field() -> None:
 
 def test_a_masker_reads_raw_json_that_does_not_parse() -> None:
     mask = PersonalData().masker()
-    assert mask('{"a": "call\\n0151 23456789", "b": "bob\\u0040example.com"') == '{"a": "call\\n<PHONE_1>", "b": "<EMAIL_1>"'
+    assert (
+        mask('{"a": "call\\n0151 23456789", "b": "bob\\u0040example.com"')
+        == '{"a": "call\\n<PHONE_1>", "b": "<EMAIL_1>"'
+    )
     assert mask(f"row 3: no field {MAIL!r}") == "row 3: no field '<EMAIL_1>'"
 
 
@@ -491,9 +517,9 @@ def test_a_sight_says_where_its_characters_stood() -> None:
 
 
 def test_leaves_of_no_object_are_none() -> None:
-    assert [example_layout.leaves(text) for text in ("1", '"a"', "{", "[1,", "", " x", "[" * 100_000 + "]" * 100_000)] == [
-        None
-    ] * 7
+    assert [
+        example_layout.leaves(text) for text in ("1", '"a"', "{", "[1,", "", " x", "[" * 100_000 + "]" * 100_000)
+    ] == [None] * 7
 
 
 @pytest.mark.services

@@ -58,7 +58,9 @@ def write(file: Path, row: dict[str, Any]) -> Path:
         with file.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, list(row))
             writer.writeheader()
-            writer.writerow({key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()})
+            writer.writerow(
+                {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()}
+            )
     return file
 
 
@@ -70,7 +72,9 @@ def test_every_form_is_read_from_every_format(tmp_path: Path, form: str, suffix:
     assert drops == []
     assert made.as_json()["forms"] == {str(tmp_path / f"rows{suffix}"): form}
     assert example.reply == "a"
-    assert [message.role for message in example.messages] == (["assistant"] if form == "text" else ["user", "assistant"])
+    assert [message.role for message in example.messages] == (
+        ["assistant"] if form == "text" else ["user", "assistant"]
+    )
     assert [message.text for message in example.rejected] == (["b"] if form == "preference" else [])
     assert example.origins[0].licence == "MIT"
 
@@ -90,7 +94,9 @@ RATED: list[tuple[dict[str, Any], float]] = [
 def test_a_rating_is_read_kept_and_part_of_what_a_row_is(tmp_path: Path) -> None:
     """A file may hold rated rows and others; the same words, rated otherwise, are another row, and no near duplicate."""
     turns = [USER, BOT]
-    write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"q{n}", "completion": "a", **said} for n, (said, _) in enumerate(RATED)])
+    write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": f"q{n}", "completion": "a", **said} for n, (said, _) in enumerate(RATED)]
+    )
     write_jsonl(tmp_path / "b.jsonl", [{"messages": turns, "rating": rating} for rating in (1, -1, 0)])
     steps = ["exact_duplicates", "near_duplicates"]
     curate(tmp_path / "d", tmp_path / "a.jsonl", tmp_path / "b.jsonl", steps=steps)
@@ -124,7 +130,7 @@ def test_a_dataset_without_the_column_of_ratings_is_read(tmp_path: Path) -> None
 BAD_LINES = [
     (b"{not json", "bad_json"),
     (b'{"messages": [{"role": "user", "content": "q"}', "bad_json"),
-    (b'[1, 2]', "not_an_object"),
+    (b"[1, 2]", "not_an_object"),
     (b'"text"', "not_an_object"),
     (b"null", "not_an_object"),
     (b'{"messages": [{"content": "q"}, {"role": "assistant", "content": "a"}]}', "missing_role"),
@@ -135,7 +141,10 @@ BAD_LINES = [
     (b'{"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "a"}]}', "empty_prompt"),
     (b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "missing_content"),
     (b'{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "a"}]}', "bad_content"),
-    (b'{"messages": [{"role": "user", "content": [{"type": "smell"}]}, {"role": "assistant", "content": "a"}]}', "bad_content"),
+    (
+        b'{"messages": [{"role": "user", "content": [{"type": "smell"}]}, {"role": "assistant", "content": "a"}]}',
+        "bad_content",
+    ),
     (b'{"messages": []}', "no_turns"),
     (b'{"messages": "hello"}', "bad_field"),
     (b'{"messages": null}', "missing_field"),
@@ -144,15 +153,33 @@ BAD_LINES = [
     (b'{"messages": [{"role": "user", "content": "q\\u0000"}, {"role": "assistant", "content": "a"}]}', "nul_bytes"),
     (b'{"messages": [{"role": "user", "content": "q\x00"}, {"role": "assistant", "content": "a"}]}', "nul_bytes"),
     (b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}', "not_utf8"),
-    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "weight": NaN}', "bad_json"),
-    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "weight": -1}', "bad_field"),
-    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "group": [1]}', "bad_field"),
+    (
+        b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "weight": NaN}',
+        "bad_json",
+    ),
+    (
+        b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "weight": -1}',
+        "bad_field",
+    ),
+    (
+        b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "group": [1]}',
+        "bad_field",
+    ),
     (b'{"text": "' + b"x" * 10_000_000 + b'"}', "oversize_row"),
     (b"[" * 100_000, "bad_json"),
-    (b'{"messages": [{"role": "user", "content": [{"type": "image", "image": "../../etc/passwd"}]}, {"role": "assistant", "content": "a"}]}', "bad_media"),
-    (b'{"messages": [{"role": "user", "content": [{"type": "image", "image": "https://x.y/z.png"}]}, {"role": "assistant", "content": "a"}]}', "bad_media"),
-    (b'{"messages": [{"role": "user", "content": [{"type": "image", "image": "none.png"}]}, {"role": "assistant", "content": "a"}]}', "missing_media"),
-]  # fmt: skip
+    (
+        b'{"messages": [{"role": "user", "content": [{"type": "image", "image": "../../etc/passwd"}]}, {"role": "assistant", "content": "a"}]}',
+        "bad_media",
+    ),
+    (
+        b'{"messages": [{"role": "user", "content": [{"type": "image", "image": "https://x.y/z.png"}]}, {"role": "assistant", "content": "a"}]}',
+        "bad_media",
+    ),
+    (
+        b'{"messages": [{"role": "user", "content": [{"type": "image", "image": "none.png"}]}, {"role": "assistant", "content": "a"}]}',
+        "missing_media",
+    ),
+]
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES)
@@ -193,7 +220,9 @@ def test_strict_stops_at_the_first_bad_row_and_writes_nothing(tmp_path: Path) ->
         ("a.txt", b"caf\xe9", "unknown_encoding"),
     ],
 )
-def test_a_bad_file_is_a_counted_drop_and_the_others_are_read(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+def test_a_bad_file_is_a_counted_drop_and_the_others_are_read(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / name).write_bytes(content)
@@ -264,7 +293,9 @@ def test_the_same_prompt_never_straddles_where_no_group_is_given(tmp_path: Path)
 
 
 def test_a_training_row_of_a_held_out_group_is_dropped_not_trained_on(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", [{"question": f"q{n}", "answer": "a", "group": f"g{n % 4}"} for n in range(8)])
+    write_jsonl(
+        tmp_path / "train.jsonl", [{"question": f"q{n}", "answer": "a", "group": f"g{n % 4}"} for n in range(8)]
+    )
     write_jsonl(tmp_path / "test.jsonl", [{"question": "other", "answer": "a", "group": "g1"}])
     sources = [
         {"path": str(tmp_path / "train.jsonl"), "split": "train"},
@@ -291,9 +322,15 @@ def test_the_manifest_names_each_file_with_licence_digest_and_counts(tmp_path: P
 def test_media_are_copied_under_their_digest_and_bad_ones_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(png())
     url = data_url(sound(), "audio/wav")
-    content = [{"type": "image", "image": "x.png"}, {"type": "audio", "audio": url}, {"type": "text", "text": "what is this?"}]
+    content = [
+        {"type": "image", "image": "x.png"},
+        {"type": "audio", "audio": url},
+        {"type": "text", "text": "what is this?"},
+    ]
     broken = [{"type": "image", "image": "x.png"}, {"type": "image", "image": "data:image/png;base64,@@@"}]
-    write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": parts}, BOT]} for parts in (content, broken)])
+    write_jsonl(
+        tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": parts}, BOT]} for parts in (content, broken)]
+    )
     made = curate(tmp_path / "d", tmp_path / "a.jsonl")
     (example,), _ = read(tmp_path / "d")
     media = [part.media for part in example.messages[0].content if part.media]
@@ -328,7 +365,9 @@ def test_curating_twice_gives_the_same_rows_and_splits(tmp_path: Path, rows_file
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary(max_size=200), suffix=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"]))
+@given(
+    content=st.binary(max_size=200), suffix=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"])
+)
 def test_no_bytes_end_in_a_traceback(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
     folder = tmp_path_factory.mktemp("bytes")
     (folder / f"a{suffix}").write_bytes(content)

@@ -54,10 +54,18 @@ ROWS = [
     about("c0.wav", "The pump in the hall runs again.", ""),
     about("c1.wav", "The pump in the hall runs again.", ""),  # the same words, another recording
     about("silent.wav", "The pump in the hall runs again.", ""),  # 12
-    about("c2.wav", "Die Pumpe in der Halle läuft heute wieder ohne jede Störung, sagt der Monteur.", ""),  # 13: German
-    chat("How often is the oil of the pump in the hall changed by us?", "The oil of the pump is changed every two years."),
-    chat("How often is the oil of the pump in the hall changed by us?", "The oil of the pump is changed every  two years!"),  # 15
-]  # fmt: skip
+    about(
+        "c2.wav", "Die Pumpe in der Halle läuft heute wieder ohne jede Störung, sagt der Monteur.", ""
+    ),  # 13: German
+    chat(
+        "How often is the oil of the pump in the hall changed by us?",
+        "The oil of the pump is changed every two years.",
+    ),
+    chat(
+        "How often is the oil of the pump in the hall changed by us?",
+        "The oil of the pump is changed every  two years!",
+    ),  # 15
+]
 STEPS = [
     "repair_text",
     {"exact_duplicates": {"match": "words"}},
@@ -83,7 +91,12 @@ def test_media_rows_go_for_what_they_show_and_not_for_the_question_that_they_sha
             {"path": str(tmp_path / "in" / "rows.jsonl"), "licence": "CC-BY-4.0", "share_alike": True},
             {"path": str(shared), "licence": "CC-BY-SA-4.0"},
         ],
-        "steps": [*STEPS, {"contamination": {"against": [str(held)]}}, {"augment_images": {"copies": 2}}, "augment_audio"],
+        "steps": [
+            *STEPS,
+            {"contamination": {"against": [str(held)]}},
+            {"augment_images": {"copies": 2}},
+            "augment_audio",
+        ],
         "split": {"eval_fraction": 0.3},
     }
     made = sartor.curate(said, tmp_path / "d")
@@ -128,7 +141,9 @@ def used(rows: list[Example]) -> set[str]:
 
 def in_parts(name: str, marks: int) -> dict[str, Any]:
     content = [*({"type": "image"} for _ in range(marks)), {"type": "text", "text": "What is it?"}]
-    return chat(content, f"It is {name} {marks}.") | {"images": [name]} if marks != 1 else about(name, f"It is {name}.")
+    return (
+        chat(content, f"It is {name} {marks}.") | {"images": [name]} if marks != 1 else about(name, f"It is {name}.")
+    )
 
 
 def in_marks(name: str, marks: int) -> dict[str, Any]:
@@ -166,7 +181,9 @@ def test_every_useless_picture_is_a_counted_drop_of_the_command(
         file.write_text("\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)]))
     else:
         write_jsonl(file, rows)
-    (tmp_path / "curate.json").write_text(json.dumps({"sources": [{"path": str(file), "licence": "MIT"}], "steps": ["images"]}))
+    (tmp_path / "curate.json").write_text(
+        json.dumps({"sources": [{"path": str(file), "licence": "MIT"}], "steps": ["images"]})
+    )
     with pytest.raises(SystemExit) as ended:
         main(["curate", str(tmp_path / "curate.json"), "--out", str(tmp_path / "d"), "--json"])
     assert ended.value.code == 0

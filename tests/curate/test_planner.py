@@ -57,7 +57,9 @@ def test_wherever_it_is_cut_no_line_is_lost(
     raw = ("\ufeff" if bom else "").encode() + end.join(lines).encode() + (end.encode() if closed else b"")
     (folder / "a.jsonl").write_bytes(raw)
     rows = Rows(folder / "media", folder / "a.jsonl")
-    assert rows.places == [f"a.jsonl:{n}" for n, line in enumerate(lines, 1) if line] or not raw.strip(b"\xef\xbb\xbf\r\n")
+    assert rows.places == [f"a.jsonl:{n}" for n, line in enumerate(lines, 1) if line] or not raw.strip(
+        b"\xef\xbb\xbf\r\n"
+    )
     pieces = [unit.piece for unit in rows.plan.chunks if unit.piece]
     if pieces:
         assert sum(piece.length for piece in pieces) == len(raw)
@@ -65,7 +67,9 @@ def test_wherever_it_is_cut_no_line_is_lost(
     assert rows.plan.files[0].sha256 in ("", hashlib.sha256(raw).hexdigest())
 
 
-def test_a_line_longer_than_a_piece_is_one_drop_and_the_next_line_keeps_its_number(tmp_path: Path, small_pieces: None) -> None:
+def test_a_line_longer_than_a_piece_is_one_drop_and_the_next_line_keeps_its_number(
+    tmp_path: Path, small_pieces: None
+) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "' + "x" * 5000 + '"}\n{"text": "b"}\n')
     rows = Rows(tmp_path / "media", tmp_path / "a.jsonl", most=1000)
     assert [(drop.reason, drop.locator) for drop in rows.drops] == [("oversize_row", "a.jsonl:2")]
@@ -92,7 +96,9 @@ def test_a_line_of_many_blocks_takes_the_memory_of_a_row(tmp_path: Path) -> None
     assert peak < 12 << 20
 
 
-def test_row_groups_of_parquet_are_read_apart_with_their_row_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_of_parquet_are_read_apart_with_their_row_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(source_files, "PIECE_BYTES", 1000)
     monkeypatch.setattr(planner, "PIECE_BYTES", 1000)
     monkeypatch.setattr("sartor.curate.sources.row_readers.PIECE_BYTES", 3000)

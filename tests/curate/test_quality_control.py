@@ -32,7 +32,9 @@ def test_the_plan_is_the_smallest_sample_that_does(population: int, error: float
 @pytest.mark.parametrize("allow", [0, 1, 3])
 def test_what_is_allowed_still_keeps_the_bound(allow: int) -> None:
     count = quality_control.size(2000, 0.02, 0.9, allow)
-    assert quality_control.most_bad(2000, count, allow, 0.9) <= 40 < quality_control.most_bad(2000, count, allow + 1, 0.9)
+    assert (
+        quality_control.most_bad(2000, count, allow, 0.9) <= 40 < quality_control.most_bad(2000, count, allow + 1, 0.9)
+    )
 
 
 def test_the_bound_is_wrong_no_more_often_than_it_says() -> None:

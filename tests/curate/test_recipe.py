@@ -76,7 +76,9 @@ def test_a_row_that_is_promotion_alone_is_a_drop() -> None:
 @pytest.mark.parametrize("name", ["faq-en", "faq"])
 def test_no_promotion_is_left_in_the_construction_faq(name: str) -> None:
     file = assets.install("construction-faq") / "zaragoza_construction_faq" / "data" / f"{name}-alpaca.jsonl"
-    examples = [row(each["instruction"], each["output"]) for each in map(json.loads, file.read_text("utf-8").splitlines())]
+    examples = [
+        row(each["instruction"], each["output"]) for each in map(json.loads, file.read_text("utf-8").splitlines())
+    ]
     promoting = sum("zaragoza" in example.reply.lower() for example in examples)
     step = faq_rules().open(HERE)
     outcomes = [step(example) for example in examples]
@@ -97,7 +99,10 @@ def test_the_converter_of_chitchat_merges_turns_and_keeps_who_speaks_alone() -> 
     bursts = [[{"sender": sender, "text": text}] for sender, text in lines]
     counts: Counter[str] = Counter()
     found = convert.row("name", {"messages": bursts, "start": "2018-05-02T19:38:15Z"}, counts)
-    assert found["messages"] == [{"role": "user", "content": "Hi\nthere\nanyone?"}, {"role": "assistant", "content": "Yes"}]
+    assert found["messages"] == [
+        {"role": "user", "content": "Hi\nthere\nanyone?"},
+        {"role": "assistant", "content": "Yes"},
+    ]
     assert (found["group"], found["date"]) == ("name", "2018-05-02")
     alone = convert.row("n", {"messages": bursts[:1]}, counts)
     assert len(alone["messages"]) == 1
@@ -105,9 +110,13 @@ def test_the_converter_of_chitchat_merges_turns_and_keeps_who_speaks_alone() -> 
 
 
 @pytest.mark.circle
-def test_chitchat_goes_end_to_end_with_personal_data_masked_and_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chitchat_goes_end_to_end_with_personal_data_masked_and_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    subprocess.run([sys.executable, ROOT / "examples/chitchat/convert.py", "chitchat.jsonl"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "examples/chitchat/convert.py", "chitchat.jsonl"], check=True, capture_output=True
+    )
     made = sartor.curate(ROOT / "recipes" / "chitchat.yaml", tmp_path / "d")
     assert made.read == 7168 == made.kept + sum(made.dropped.values())
     assert made.kept > 3500 and made.dropped["near_duplicate"] > 0
@@ -124,7 +133,9 @@ def test_chitchat_goes_end_to_end_with_personal_data_masked_and_a_card(tmp_path:
 
 
 @pytest.mark.circle
-def test_the_construction_faq_goes_end_to_end_without_the_firm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_construction_faq_goes_end_to_end_without_the_firm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assets.install("construction-faq")
     monkeypatch.chdir(tmp_path)
     made = sartor.curate(ROOT / "recipes" / "construction-faq.yaml", tmp_path / "d")

@@ -30,7 +30,11 @@ def texts_after(step: RegexRules, example: Example) -> list[str]:
 def test_a_drop_says_which_rule_and_what_matched() -> None:
     step = rules({"match": "never"}, {"match": r"(?i)lorem\s+ipsum", "name": "filler"})
     drop = applied(step, row("q", "Some LOREM  ipsum here"))
-    assert isinstance(drop, Drop) and (drop.reason, drop.step) == ("rule:filler", "rules") and "LOREM  ipsum" in drop.detail
+    assert (
+        isinstance(drop, Drop)
+        and (drop.reason, drop.step) == ("rule:filler", "rules")
+        and "LOREM  ipsum" in drop.detail
+    )
     assert reason(step, row("q", "never")) == "rule:1"
     assert reason(step, row("q", "fine")) == ""
 
@@ -39,7 +43,9 @@ def test_a_field_is_looked_at_alone() -> None:
     example = row("be X", "X?", "no", "X", roles=("system", "user", "assistant", "assistant"))
     for field, expected in (("system", 0), ("prompt", 1), ("reply", 3)):
         assert (
-            texts_after(rules({"match": "X", "action": "replace", "with": "Y", "field": field}), example)[expected].count("Y")
+            texts_after(rules({"match": "X", "action": "replace", "with": "Y", "field": field}), example)[
+                expected
+            ].count("Y")
             == 1
         )
     assert texts_after(rules({"match": "X|no", "action": "replace", "with": "Y", "field": "replies"}), example) == [

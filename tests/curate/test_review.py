@@ -27,7 +27,9 @@ from sartor.curate.review.review_items import item_of
 from sartor.curate.review.review_store import Queue
 
 MAIL = "write to bob@example.com"
-QUESTIONS = [f"{verb} the {thing}?" for verb in ("Where is", "Who has", "May I buy") for thing in ("key", "lamp", "map", "cup")]
+QUESTIONS = [
+    f"{verb} the {thing}?" for verb in ("Where is", "Who has", "May I buy") for thing in ("key", "lamp", "map", "cup")
+]
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +144,12 @@ def test_two_reviewers_are_kept_beside_each_other_and_a_conflict_is_open_until_i
     assert (settled["state"], settled["holds"]) == ("decided", "reject")
     shown = sartor.review_show(data, item)
     assert [(one["by"], one["verdict"]) for one in shown["decisions"]] == [
-        ("Ada", "accept"), ("Ben", "reject"), ("Ben", "accept"), ("Ben", "reject"), ("Cy", "reject"),
-    ]  # fmt: skip
+        ("Ada", "accept"),
+        ("Ben", "reject"),
+        ("Ben", "accept"),
+        ("Ben", "reject"),
+        ("Cy", "reject"),
+    ]
     assert sartor.open_items(data, reviewers=2) == 0
 
 
@@ -202,20 +208,32 @@ def test_apply_makes_drops_and_children_and_carries_what_is_open(data: Path, tmp
     decide(data, items[4], "accept")
     decide(data, items[4], "reject", "Ben")
     said = sartor.review_apply(data, tmp_path / "new")
-    assert {name: said[name] for name in ("accepted", "edited", "rejected", "rows_changed", "rows_dropped", "open", "kept")} == {
-        "accepted": 1, "edited": 1, "rejected": 1, "rows_changed": 1, "rows_dropped": 1, "open": 2, "kept": 11,
-    }  # fmt: skip
+    assert {
+        name: said[name] for name in ("accepted", "edited", "rejected", "rows_changed", "rows_dropped", "open", "kept")
+    } == {
+        "accepted": 1,
+        "edited": 1,
+        "rejected": 1,
+        "rows_changed": 1,
+        "rows_dropped": 1,
+        "open": 2,
+        "kept": 11,
+    }
     after, made = rows_in(tmp_path / "new"), sartor.open(tmp_path / "new")
     assert QUESTIONS[1] not in after and list(after) == [question for question in before if question != QUESTIONS[1]]
     edited, old = after[QUESTIONS[2]], before[QUESTIONS[2]]
     assert edited.reply == "on the wall" and edited.steps[-1] == "review"
-    assert [origin.parents for origin in edited.origins] == [(old.id,)] and edited.origins[0].locator == old.origins[0].locator
+    assert [origin.parents for origin in edited.origins] == [(old.id,)] and edited.origins[0].locator == old.origins[
+        0
+    ].locator
     (drop,) = read_drops(made)
     assert (drop.reason, drop.step, drop.id) == ("review", "review", before[QUESTIONS[1]].id)
     assert "rejected by Ada at 20" in drop.detail and "a copy of row 7" in drop.detail and "answer 1" in drop.text
     counts = made.manifest["counts"]
     assert counts["read"] + counts["made"] == counts["kept"] + sum(counts["dropped"].values())
-    assert made.manifest["sources"][0]["kept"] == 11 and made.licence == "CC-BY-4.0", "an edited row is still its source's"
+    assert made.manifest["sources"][0]["kept"] == 11 and made.licence == "CC-BY-4.0", (
+        "an edited row is still its source's"
+    )
     assert made.manifest["parents"][0]["id"] == sartor.open(data).id
     assert "review.jsonl" not in made.manifest["files"], "later findings and decisions are added to it"
     assert len(review_file.read_review_file(tmp_path / "new" / "evidence" / "review.jsonl").decisions) == 3
@@ -229,9 +247,11 @@ def test_apply_makes_drops_and_children_and_carries_what_is_open(data: Path, tmp
 def test_apply_again_changes_nothing_more_and_the_record_grows(data: Path, tmp_path: Path) -> None:
     fresh = row("Is it new?", "yes, made up", split="train")
     one, two, three = add(
-        data, found(data, 1), {"kind": "synthetic", "reason": "uncertain", "row": example_row(fresh)},
+        data,
+        found(data, 1),
+        {"kind": "synthetic", "reason": "uncertain", "row": example_row(fresh)},
         {"kind": "synthetic", "reason": "uncertain", "row": example_row(row("Bad?", "bad"))},
-    )  # fmt: skip
+    )
     decide(data, one, "reject")
     decide(data, two, "accept")
     decide(data, three, "reject")
@@ -247,7 +267,9 @@ def test_apply_again_changes_nothing_more_and_the_record_grows(data: Path, tmp_p
     assert len(lines.decisions) == 3 and set(lines.items) == {one, two, three}
 
 
-def test_an_edited_question_joins_the_rows_that_ask_the_same_and_an_equal_row_is_a_drop(data: Path, tmp_path: Path) -> None:
+def test_an_edited_question_joins_the_rows_that_ask_the_same_and_an_equal_row_is_a_drop(
+    data: Path, tmp_path: Path
+) -> None:
     rows = rows_in(data)
     held_out = next(one for one in rows.values() if one.split == "eval")
     learnt = [one for one in rows.values() if one.split == "train"]
@@ -277,7 +299,9 @@ def test_what_was_made_of_a_row_goes_with_it_unless_it_is_to_stay(data: Path, tm
     parent = rows_in(data)[QUESTIONS[1]]
     child = row("Where might the lamp be?", "answer 1")
     child = Example(
-        child.messages, (sartor.Origin("rows.jsonl", "rows.jsonl:2", parents=(parent.id,), step="vary"),), split="train"
+        child.messages,
+        (sartor.Origin("rows.jsonl", "rows.jsonl:2", parents=(parent.id,), step="vary"),),
+        split="train",
     )
     (item,) = add(data, {"kind": "synthetic", "reason": "made", "row": example_row(child)})
     decide(data, item, "accept")
@@ -305,7 +329,8 @@ def test_an_edited_synthetic_row_keeps_its_mark(data: Path, tmp_path: Path) -> N
 
 def test_an_edited_row_that_was_made_of_nothing_is_still_counted_and_marked(data: Path, tmp_path: Path) -> None:
     made = Example(
-        row("Say hello.", "hello").messages, (sartor.Origin("synthesize:fill", "fill:1", "CC0-1.0", (), "synthesize:fill"),)
+        row("Say hello.", "hello").messages,
+        (sartor.Origin("synthesize:fill", "fill:1", "CC0-1.0", (), "synthesize:fill"),),
     )
     (item,) = add(data, {"kind": "synthetic", "reason": "made", "row": example_row(made)})
     decide(data, item, "edit", change={"reply": "good day"})
@@ -328,9 +353,16 @@ def test_edits_that_differ_are_refused_by_name_and_reject_is_stronger(data: Path
 
 def test_personal_data_found_is_written_nowhere(data: Path, tmp_path: Path) -> None:
     span = {"entity": "email", "place": "messages[1].content", "start": 9, "end": 24, "score": 0.9}
-    said = found(data, 0, kind="personal", reason="personal_data", evidence={"spans": [span]}, suggestion={"mask": True})
-    for more in ({"detail": MAIL}, {"evidence": {"spans": [{**span, "text": "bob@example.com"}]}}, {"evidence": {"text": MAIL}},
-                 {"suggestion": {"reply": MAIL}}, {"slice": MAIL}):  # fmt: skip
+    said = found(
+        data, 0, kind="personal", reason="personal_data", evidence={"spans": [span]}, suggestion={"mask": True}
+    )
+    for more in (
+        {"detail": MAIL},
+        {"evidence": {"spans": [{**span, "text": "bob@example.com"}]}},
+        {"evidence": {"text": MAIL}},
+        {"suggestion": {"reply": MAIL}},
+        {"slice": MAIL},
+    ):
         with pytest.raises(SourceError, match="only id, kind and span") as caught:
             sartor.review_add(data, [{**said, **more}])
         assert "bob@" not in str(caught.value)
@@ -344,7 +376,9 @@ def test_personal_data_found_is_written_nowhere(data: Path, tmp_path: Path) -> N
     decide(data, item, "edit", "Cy", settles=True)
     sartor.review_apply(data, tmp_path / "masked")
     assert rows_in(tmp_path / "masked")[QUESTIONS[0]].reply == "write to <EMAIL_1>"
-    written = [file for folder in (tmp_path / "gone", tmp_path / "masked") for file in folder.rglob("*") if file.is_file()]
+    written = [
+        file for folder in (tmp_path / "gone", tmp_path / "masked") for file in folder.rglob("*") if file.is_file()
+    ]
     for file in [*written, *tmp_path.glob("review.sqlite*")]:
         assert b"bob@" not in file.read_bytes(), file
     (drop,) = read_drops(sartor.open(tmp_path / "gone"))
@@ -367,8 +401,13 @@ def test_decisions_are_signed_where_there_is_a_key_and_a_forged_one_is_refused(d
     with pytest.raises(SignatureError, match="Eve"):
         sartor.review_import(data, tmp_path / "forged.jsonl")
     assert sartor.review_import(data, tmp_path / "out.jsonl") == {
-        "findings": 2, "new": 0, "of_other_rows": 0, "decisions": 2, "new_decisions": 0, "signed": 1,
-    }  # fmt: skip
+        "findings": 2,
+        "new": 0,
+        "of_other_rows": 0,
+        "decisions": 2,
+        "new_decisions": 0,
+        "signed": 1,
+    }
     signing.keygen(Path(os.environ["SARTOR_HOME"]) / "keys" / "review")
     decide(data, other, "accept", "Ben")
     assert sartor.review_show(data, other)["decisions"][1]["signed_by"] == "an unknown key", (
@@ -396,14 +435,21 @@ def test_a_review_elsewhere_comes_back_by_a_file(data: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "is no JSON"), ("[]", "no JSON object"), ('{"kind": "odd", "example": "a"}', "kind is 'odd'"),
-        ('{"kind": "label"}', "neither rows nor a slice"), ('{"kind": "label", "examples": "a"}', "examples are a str"),
-        ('{"kind": "label", "example": "a", "evidence": 3}', "evidence is a int"), ('{"what": "decision", "item": "a"}', "a decision's by"),
-        ('{"what": "story"}', "'story'"), ('{"verdict": "perhaps", "item": "a", "by": "b", "at": "c"}', "verdict is 'perhaps'"),
-        ('{"kind": "label", "example": "a", "schema": 9}', "schema 9"), ('{"kind": "label", "example": "\\ud800"}', "what no file can"),
-        ('{"kind": "synthetic", "row": {"messages": 3}}', "no row of examples"), ("[" * 100_000, "is no JSON"),
+        ("{", "is no JSON"),
+        ("[]", "no JSON object"),
+        ('{"kind": "odd", "example": "a"}', "kind is 'odd'"),
+        ('{"kind": "label"}', "neither rows nor a slice"),
+        ('{"kind": "label", "examples": "a"}', "examples are a str"),
+        ('{"kind": "label", "example": "a", "evidence": 3}', "evidence is a int"),
+        ('{"what": "decision", "item": "a"}', "a decision's by"),
+        ('{"what": "story"}', "'story'"),
+        ('{"verdict": "perhaps", "item": "a", "by": "b", "at": "c"}', "verdict is 'perhaps'"),
+        ('{"kind": "label", "example": "a", "schema": 9}', "schema 9"),
+        ('{"kind": "label", "example": "\\ud800"}', "what no file can"),
+        ('{"kind": "synthetic", "row": {"messages": 3}}', "no row of examples"),
+        ("[" * 100_000, "is no JSON"),
     ],
-)  # fmt: skip
+)
 def test_a_line_that_cannot_be_read_is_named_with_its_place(data: Path, line: str, words: str) -> None:
     file = data.parent / "bad.jsonl"
     file.write_text("\n" + line + "\n")
@@ -420,7 +466,8 @@ def test_suspicious_labels_are_items_and_the_suggestion_is_put_where_the_label_i
             given = label if number != 6 else "delivery"
             asked = " ".join(words[label][(number // 2 + place) % 4] for place in range(3))
             stream.write(
-                json.dumps({"prompt": f"{asked} {number}", "completion": json.dumps({"n": number, "intent": given})}) + "\n"
+                json.dumps({"prompt": f"{asked} {number}", "completion": json.dumps({"n": number, "intent": given})})
+                + "\n"
             )
     steps = [{"suspicious_labels": {"encoder": "tfidf", "label": "json:intent"}}]
     sartor.curate(
@@ -438,7 +485,12 @@ def test_suspicious_labels_are_items_and_the_suggestion_is_put_where_the_label_i
 
 def test_a_sample_says_what_was_found_of_it_and_counts_what_nobody_has_seen_as_bad(data: Path) -> None:
     drawn = sartor.review_sample(data, error=0.3, confidence=0.8)
-    assert drawn["population"] == 12 and drawn["waiting"] == drawn["size"] and drawn["upper"] == 1.0 and not drawn["holds"]
+    assert (
+        drawn["population"] == 12
+        and drawn["waiting"] == drawn["size"]
+        and drawn["upper"] == 1.0
+        and not drawn["holds"]
+    )
     assert sartor.open_items(data) == drawn["size"]
     for item in drawn["next"]:
         decide(data, item, "accept")

@@ -78,7 +78,10 @@ def test_a_wrong_count_is_a_drop(tmp_path: Path, row: dict[str, Any]) -> None:
         {"question": "what is it", "answer": "red", "image": "a.png"},
         {"prompt": "what is it", "completion": "red", "image": "a.png"},
         {"instruction": "what is it", "output": "red", "images": ["a.png"]},
-        {"conversations": [{"from": "human", "value": "<image>what is it"}, {"from": "gpt", "value": "red"}], "image": "a.png"},
+        {
+            "conversations": [{"from": "human", "value": "<image>what is it"}, {"from": "gpt", "value": "red"}],
+            "image": "a.png",
+        },
     ],
 )
 def test_no_form_loses_the_picture_that_its_row_names(tmp_path: Path, row: dict[str, Any]) -> None:
@@ -96,7 +99,12 @@ def test_a_missing_file_is_a_drop_and_said(tmp_path: Path) -> None:
     "row",
     [
         {"prompt": "what is it", "chosen": "red", "rejected": "blue", "image": "a.png"},
-        {"prompt": "<image> or <image>?", "chosen": "the first", "rejected": "the other", "images": ["a.png", "b.png"]},
+        {
+            "prompt": "<image> or <image>?",
+            "chosen": "the first",
+            "rejected": "the other",
+            "images": ["a.png", "b.png"],
+        },
         {"text": "a red square", "image": "a.png"},
         {"question": "which is red", "answer": "the first", "images": '["a.png", "b.png"]'},
     ],
@@ -108,14 +116,19 @@ def test_preferences_captions_and_lists_in_cells_keep_their_pictures(tmp_path: P
 
 
 def test_a_part_without_a_picture_in_a_row_that_names_none_is_a_drop(tmp_path: Path) -> None:
-    _, dropped = curated(tmp_path, chat("<image>", image="a.png"), chat([{"type": "image"}, {"type": "text", "text": "?"}]))
+    _, dropped = curated(
+        tmp_path, chat("<image>", image="a.png"), chat([{"type": "image"}, {"type": "text", "text": "?"}])
+    )
     assert dropped == {"placeholder_count": 1}
 
 
 def test_recordings_and_pictures_in_openais_spelling_are_taken(tmp_path: Path) -> None:
     out = io.BytesIO()
     soundfile.write(out, [0.0, 0.1] * 400, 8000, format="WAV")
-    heard = {"type": "input_audio", "input_audio": {"data": base64.b64encode(out.getvalue()).decode(), "format": "wav"}}
+    heard = {
+        "type": "input_audio",
+        "input_audio": {"data": base64.b64encode(out.getvalue()).decode(), "format": "wav"},
+    }
     shown, dropped = curated(tmp_path, chat([heard, {"type": "image_url", "image_url": {"url": "a.png"}}]))
     assert [kind for kind, _ in shown[0]] == ["audio", "image"] and not dropped
 

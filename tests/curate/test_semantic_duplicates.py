@@ -38,7 +38,9 @@ def pad(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def test_a_row_that_says_the_same_goes_for_the_longer_and_the_pair_is_evidence() -> None:
     verdicts = decide(pad(SAME))
-    assert [(removal.row, removal.kept_row, removal.reason) for removal in verdicts.removals] == [(1, 0, "semantic_duplicate")]
+    assert [(removal.row, removal.kept_row, removal.reason) for removal in verdicts.removals] == [
+        (1, 0, "semantic_duplicate")
+    ]
     assert verdicts.set_aside and verdicts.removals[0].method and 0.4 <= (verdicts.removals[0].score or 0) <= 1
     (pair,) = verdicts.evidence[EVIDENCE].to_pylist()
     ids = [example(*row, place).id for place, row in enumerate(SAME)]
@@ -71,14 +73,20 @@ def test_a_hundred_wordings_of_one_template_lose_no_row() -> None:
 
 def test_like_prompts_with_other_replies_stay_unless_only_the_prompt_counts() -> None:
     rows = pad(
-        [(SAME[0][0], "Write to the help desk."), (SAME[1][0], "You cannot, accounts are closed for good after three tries.")]
+        [
+            (SAME[0][0], "Write to the help desk."),
+            (SAME[1][0], "You cannot, accounts are closed for good after three tries."),
+        ]
     )
     assert decide(rows).removals == []
     assert len(decide(rows, field="prompt").removals) == 1
 
 
 def test_json_replies_are_equal_or_not() -> None:
-    rows = [("turn the hall light on", '{"intent":"HassTurnOn"}'), ("turn on the hall light", '{"intent":"HassTurnOnn"}')]
+    rows = [
+        ("turn the hall light on", '{"intent":"HassTurnOn"}'),
+        ("turn on the hall light", '{"intent":"HassTurnOnn"}'),
+    ]
     assert decide(pad(rows)).removals == []
     assert len(decide(pad([rows[0], (rows[1][0], rows[0][1])])).removals) == 1
 
@@ -109,7 +117,9 @@ def test_the_rule_says_which_row_stays(keep: str, kept: int) -> None:
 def test_a_row_goes_only_for_one_that_it_was_held_against() -> None:
     rng = random.Random(3)
     vocabulary = [
-        f"{a}{b}" for a in ("brick", "timber", "glass", "copper", "slate") for b in ("wall", "roof", "floor", "stair", "gate")
+        f"{a}{b}"
+        for a in ("brick", "timber", "glass", "copper", "slate")
+        for b in ("wall", "roof", "floor", "stair", "gate")
     ]
     base = rng.sample(vocabulary, 24)
     chain = [" ".join(base[: 24 - n]) for n in range(6)]
@@ -123,7 +133,10 @@ def test_a_row_goes_only_for_one_that_it_was_held_against() -> None:
 def test_a_removal_of_nearly_a_whole_source_stops_and_asks() -> None:
     words = ("reset", "password", "account")
     rows = [
-        (f"{'please ' * (n % 5)}how {'do' if n % 2 else 'can'} I {' '.join(words)}{'?' * n}", "Open the settings page now.")
+        (
+            f"{'please ' * (n % 5)}how {'do' if n % 2 else 'can'} I {' '.join(words)}{'?' * n}",
+            "Open the settings page now.",
+        )
         for n in range(30)
     ]
     with pytest.raises(GuardError, match=r"rows\.jsonl"):
@@ -157,11 +170,15 @@ def test_two_runs_are_equal() -> None:
     )
     one, other = decide(rows), decide(rows)
     assert (
-        one.removals == other.removals and one.evidence[EVIDENCE].equals(other.evidence[EVIDENCE]) and one.facts == other.facts
+        one.removals == other.removals
+        and one.evidence[EVIDENCE].equals(other.evidence[EVIDENCE])
+        and one.facts == other.facts
     )
 
 
-@pytest.mark.parametrize("options", [{"threshold": 1.2}, {"agreement": -1.0}, {"neighbours": 0}, {"max_fraction": 7.0}])
+@pytest.mark.parametrize(
+    "options", [{"threshold": 1.2}, {"agreement": -1.0}, {"neighbours": 0}, {"max_fraction": 7.0}]
+)
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         SemanticDuplicates(**options)  # type: ignore[arg-type]

@@ -120,7 +120,12 @@ def test_a_rows_date_goes_to_its_origin_and_a_wrong_one_is_counted(tmp_path: Pat
     ]
     write_jsonl(tmp_path / "a.jsonl", made)
     rows = Rows(tmp_path / "media", SourceOptions(str(tmp_path / "a.jsonl"), date="2020-01-01"))
-    assert [row.origins[0].date for row in rows.kept] == ["2024-01-31", "2023-11-14T22:13:20+00:00", "2020-01-01", "2020-01-01"]
+    assert [row.origins[0].date for row in rows.kept] == [
+        "2024-01-31",
+        "2023-11-14T22:13:20+00:00",
+        "2020-01-01",
+        "2020-01-01",
+    ]
     assert rows.notes == {("a.jsonl", "`timestamp` is no date"): 1}
     with pytest.raises(ConfigError, match="ISO 8601"):
         SourceOptions("x", date="last week")
@@ -206,7 +211,9 @@ def test_a_query_is_rows_with_numbers(tmp_path: Path, shop: Path) -> None:
         "SELECT nothing FROM nowhere",
     ],
 )
-def test_a_query_that_does_more_than_read_is_refused_and_changes_nothing(tmp_path: Path, shop: Path, query: str) -> None:
+def test_a_query_that_does_more_than_read_is_refused_and_changes_nothing(
+    tmp_path: Path, shop: Path, query: str
+) -> None:
     before, names = shop.read_bytes(), {file.name for file in tmp_path.iterdir()}
     with pytest.raises(ConfigError):
         plan_reading([SourceOptions(f"sql:sqlite:///{shop}#{query}")], 1 << 20)
@@ -240,7 +247,9 @@ def test_a_password_in_a_url_is_refused_without_being_shown(url: str) -> None:
 def test_a_secret_of_the_environment_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DB_PASSWORD", "hunt:er@2/%")
     with pytest.raises((HubError, ConfigError)) as caught:
-        plan_reading([SourceOptions("sql:postgresql+nothing://reader:${DB_PASSWORD}@localhost:1/shop#SELECT 1")], 1 << 20)
+        plan_reading(
+            [SourceOptions("sql:postgresql+nothing://reader:${DB_PASSWORD}@localhost:1/shop#SELECT 1")], 1 << 20
+        )
     assert "hunt" not in str(caught.value)
     filled, secrets = sql._filled("postgresql://reader:${DB_PASSWORD}@localhost:1/shop")
     assert filled.password == "hunt:er@2/%"
@@ -254,10 +263,14 @@ def test_a_whole_url_may_stand_in_the_environment(tmp_path: Path, shop: Path, mo
     monkeypatch.setenv("SHOP", f"sqlite:///{shop}")
     rows = Rows(tmp_path / "media", "sql:${SHOP}#SELECT q AS prompt, a AS completion FROM faq LIMIT 3")
     assert rows.replies == ["answer 0", "answer 1", "answer 2"]
-    assert {row.origins[0].source for row in rows.kept} == {"sql:${SHOP}#SELECT q AS prompt, a AS completion FROM faq LIMIT 3"}
+    assert {row.origins[0].source for row in rows.kept} == {
+        "sql:${SHOP}#SELECT q AS prompt, a AS completion FROM faq LIMIT 3"
+    }
 
 
-@pytest.mark.parametrize("path", ["sql:sqlite:///x.db", "sql:#SELECT 1", "sql:nonsense#SELECT 1", "sql:sqlite://#SELECT 1"])
+@pytest.mark.parametrize(
+    "path", ["sql:sqlite:///x.db", "sql:#SELECT 1", "sql:nonsense#SELECT 1", "sql:sqlite://#SELECT 1"]
+)
 def test_a_source_of_sql_that_lacks_something_says_what(path: str) -> None:
     with pytest.raises(ConfigError):
         plan_reading([SourceOptions(path)], 1 << 20)
@@ -289,7 +302,10 @@ def test_an_assets_rows_have_its_licence_unless_the_recipe_says_another(tmp_path
         assert [row.origins[0].licence for row in rows.kept] == [assets.entry("construction-faq").licence]
         assert rows.plan.files[0].licence == "CC-BY-4.0"
         assert str(asset) not in rows.places[0]
-    assert Rows(tmp_path / "media", SourceOptions("asset:construction-faq", licence="MIT")).kept[0].origins[0].licence == "MIT"
+    assert (
+        Rows(tmp_path / "media", SourceOptions("asset:construction-faq", licence="MIT")).kept[0].origins[0].licence
+        == "MIT"
+    )
 
 
 def test_an_asset_that_is_not_on_the_list_or_a_path_out_of_it_is_refused(asset: Path) -> None:

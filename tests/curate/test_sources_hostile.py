@@ -121,7 +121,9 @@ def test_links_out_of_the_folder_loops_and_dead_links_are_named_and_not_followed
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no named pipes in folders")
-def test_pipes_devices_and_sockets_are_named_and_never_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipes_devices_and_sockets_are_named_and_never_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("a.jsonl", "b.png", "c.pdf", "d.txt", "metadata.csv"):
@@ -248,10 +250,14 @@ BOMBS = {
     "c.bmp": b"BM" + struct.pack("<IHHIIii", 60, 0, 0, 54, 40, 60_000, -60_000) + bytes(28),
     "d.jpg": b"\xff\xd8\xff\xe0\0\x04xx\xff\xc2\0\x11\x08" + struct.pack(">HH", 65_000, 65_000) + bytes(20),
     "e.webp": b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\xff\xff\xff\xff\xff\xff" + bytes(20),
-    "f.tif": b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 256, 4, 1, 90_000) + struct.pack("<HHII", 257, 4, 1, 90_000) + bytes(8),
-    "g.png": b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBBI", 13, b"IHDR", 4, 4, 8, 2, 0, 0, 0, 0)
+    "f.tif": b"II*\0\x08\0\0\0\x02\0"
+    + struct.pack("<HHII", 256, 4, 1, 90_000)
+    + struct.pack("<HHII", 257, 4, 1, 90_000)
+    + bytes(8),
+    "g.png": b"\x89PNG\r\n\x1a\n"
+    + struct.pack(">I4sIIBBBBBI", 13, b"IHDR", 4, 4, 8, 2, 0, 0, 0, 0)
     + struct.pack(">I4sIII", 8, b"acTL", 100_000, 0, 0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -282,9 +288,13 @@ def test_a_parquet_file_that_claims_more_than_its_bytes_can_hold_is_refused(tmp_
     assert "5,000,000" in rows.drops[0].detail
 
 
-def test_a_dictionary_value_that_unfolds_in_every_row_is_held_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dictionary_value_that_unfolds_in_every_row_is_held_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(row_readers, "MOST_OVERSIZE_RUN", 5)
-    values = pa.DictionaryArray.from_arrays(pa.array([0] * 400 + [1] * 3, pa.int32()), pa.array(["y" * 2_000_000, "short"]))
+    values = pa.DictionaryArray.from_arrays(
+        pa.array([0] * 400 + [1] * 3, pa.int32()), pa.array(["y" * 2_000_000, "short"])
+    )
     pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet", compression="zstd", store_schema=False)
     assert (tmp_path / "a.parquet").stat().st_size < 20_000
     rows = Rows(tmp_path / "media", tmp_path, most=1 << 20)
@@ -297,14 +307,60 @@ def test_one_long_row_of_parquet_is_one_drop_and_its_neighbours_stay(tmp_path: P
     rows_in = [chat("q", "a"), chat("q", "x" * 3000), chat("q", "c")]
     pq.write_table(pa.Table.from_pylist(rows_in), tmp_path / "a.parquet")
     rows = Rows(tmp_path / "media", tmp_path, most=1000)
-    assert (rows.replies, rows.reasons, rows.places) == (["a", "c"], {"oversize_row": 1}, ["a.parquet:1", "a.parquet:3"])
+    assert (rows.replies, rows.reasons, rows.places) == (
+        ["a", "c"],
+        {"oversize_row": 1},
+        ["a.parquet:1", "a.parquet:3"],
+    )
 
 
-RUNS = ["=1+1", " =1+1", "\t=cmd|' /C calc'!A0", "=HYPERLINK(\"http://x\",\"y\")", "@SUM(1+1)*cmd|' /C calc'!A0", "@SUM(A1)",
-        "+cmd|' /C calc'!A0", "-2+3+cmd|' /C calc'!A0", "+SUM(1,2)", "-sum(a1)", "=A1", "=-A1", "='x'!A1", "＝1+1", "=(1)", "+HyperLink(\"x\")",
-        "@webservice(\"http://x\")", "=  IMPORTXML(1)", "=\"a\"&\"b\"", "DDE"[:0] + "=DDE(\"cmd\";\"/C calc\";\"x\")"]  # fmt: skip
-SHOWS = ["-5 degrees", "+49 30 123456", "- a list item", "-- Anna", "@anna thanks!", "@anna (from Berlin) wrote", "+1", "-1.5", "=> see below",
-         "== Heading ==", "=)", "=", "-", "@", "+", "- [x] done (yes)", "-f is the flag", "a=1+1", "1+1=2", "'=1+1", "+ fresh bread", "-> next!", ":-)"]  # fmt: skip
+RUNS = [
+    "=1+1",
+    " =1+1",
+    "\t=cmd|' /C calc'!A0",
+    '=HYPERLINK("http://x","y")',
+    "@SUM(1+1)*cmd|' /C calc'!A0",
+    "@SUM(A1)",
+    "+cmd|' /C calc'!A0",
+    "-2+3+cmd|' /C calc'!A0",
+    "+SUM(1,2)",
+    "-sum(a1)",
+    "=A1",
+    "=-A1",
+    "='x'!A1",
+    "＝1+1",
+    "=(1)",
+    '+HyperLink("x")',
+    '@webservice("http://x")',
+    "=  IMPORTXML(1)",
+    '="a"&"b"',
+    "DDE"[:0] + '=DDE("cmd";"/C calc";"x")',
+]
+SHOWS = [
+    "-5 degrees",
+    "+49 30 123456",
+    "- a list item",
+    "-- Anna",
+    "@anna thanks!",
+    "@anna (from Berlin) wrote",
+    "+1",
+    "-1.5",
+    "=> see below",
+    "== Heading ==",
+    "=)",
+    "=",
+    "-",
+    "@",
+    "+",
+    "- [x] done (yes)",
+    "-f is the flag",
+    "a=1+1",
+    "1+1=2",
+    "'=1+1",
+    "+ fresh bread",
+    "-> next!",
+    ":-)",
+]
 
 
 def test_cells_that_a_spreadsheet_would_run_are_told_from_text() -> None:
@@ -346,8 +402,14 @@ def test_json_of_any_depth_or_number_is_a_drop(tmp_path: Path) -> None:
     rows = Rows(tmp_path / "media", tmp_path)
     assert {"good", "one"} <= set(rows.replies)
     assert [row.reason for row in rows.all if getattr(row, "locator", "").startswith("a.jsonl")] == [
-        "bad_json", "bad_json", "mixed_form", "bad_json", "bad_field", "bad_field", "bad_field",
-    ]  # fmt: skip
+        "bad_json",
+        "bad_json",
+        "mixed_form",
+        "bad_json",
+        "bad_field",
+        "bad_field",
+        "bad_field",
+    ]
     assert {drop.reason for drop in rows.drops} <= {"bad_json", "bad_field", "mixed_form"}
     assert time.monotonic() - began < 90
 
@@ -370,8 +432,14 @@ BAD_PDFS: dict[str, tuple[bytes, str]] = {
     "cut": (pdf("one", "two")[:200], "bad_pdf"),
     "noise": (b"%PDF-1.7\n" + bytes(range(256)) * 50, "bad_pdf"),
     "empty": (b"", "empty_file"),
-    "loop": (assembled([b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [2 0 R] /Count 1 >>"]), "bad_pdf"),
-    "no pages": (assembled([b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [] /Count 0 >>"]), "no_text"),
+    "loop": (
+        assembled([b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [2 0 R] /Count 1 >>"]),
+        "bad_pdf",
+    ),
+    "no pages": (
+        assembled([b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [] /Count 0 >>"]),
+        "no_text",
+    ),
 }
 
 
@@ -419,7 +487,9 @@ def test_a_pdf_bomb_is_named_and_the_next_file_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.services
-def test_a_file_that_holds_the_reader_up_is_ended_and_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_holds_the_reader_up_is_ended_and_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(documents, "PAGE_S", 12)
     (tmp_path / "a.html").write_bytes(b"<div>" * 400_000 + b"deep")
     (tmp_path / "b.html").write_bytes(b"<p>good")
@@ -456,7 +526,8 @@ def test_the_reading_process_has_a_limit_of_memory_and_can_write_nothing(tmp_pat
 
 @pytest.mark.services
 @pytest.mark.parametrize(
-    "piece", [b"<", b"<!--", b"<![CDATA[", b"<a ", b'<a b="', b"<script>", b"</", b"&", b"<title>", b"<svg>", b"<pre>\n"]
+    "piece",
+    [b"<", b"<!--", b"<![CDATA[", b"<a ", b'<a b="', b"<script>", b"</", b"&", b"<title>", b"<svg>", b"<pre>\n"],
 )
 def test_broken_html_ends_quickly_and_in_a_row_or_a_drop(tmp_path: Path, piece: bytes) -> None:
     (tmp_path / "a.html").write_bytes(piece * (60_000 if piece[:2] != b"<s" else 3000))
@@ -467,7 +538,9 @@ def test_broken_html_ends_quickly_and_in_a_row_or_a_drop(tmp_path: Path, piece: 
 
 
 def test_a_deep_tree_is_walked_without_recursion() -> None:
-    assert document_worker.html_text(b"<title>t</title>" + b"<div>" * 5000 + b"x" + b"</div>" * 5000 + b"<p>after").split() == [
+    assert document_worker.html_text(
+        b"<title>t</title>" + b"<div>" * 5000 + b"x" + b"</div>" * 5000 + b"<p>after"
+    ).split() == [
         "t",
         "x",
         "after",

@@ -81,7 +81,9 @@ def test_code_page_is_found(language: str, code_page: str, tmp_path: Path) -> No
 def test_few_characters_that_are_not_ascii(text: str, code_page: str, tmp_path: Path) -> None:
     """English with curly quotes, prices, a single umlaut: signs alone decide, or the language of the words around."""
     file = tmp_path / "rows.csv"
-    file.write_bytes("".join(["Frage;Antwort\n", *(text.format(number) + "\n" for number in range(20))]).encode(code_page))
+    file.write_bytes(
+        "".join(["Frage;Antwort\n", *(text.format(number) + "\n" for number in range(20))]).encode(code_page)
+    )
     found = examples(file, fields=FIELDS)
     assert isinstance(found[0], Example)
     assert f"{found[0].messages[0].text};{found[0].messages[1].text}" == text.format(0)
@@ -179,7 +181,9 @@ def test_columns_are_named_and_a_constant_system_prompt_is_put_before(tmp_path: 
 
 def test_system_prompt_of_a_row_goes_before_the_constant_one(tmp_path: Path) -> None:
     file = tmp_path / "faq.csv"
-    file.write_text(table([("Was?", "Das.", "Kurz."), ("Wer?", "Er.", "")], ("Frage", "Antwort", "Ton")), encoding="utf-8")
+    file.write_text(
+        table([("Was?", "Das.", "Kurz."), ("Wer?", "Er.", "")], ("Frage", "Antwort", "Ton")), encoding="utf-8"
+    )
     found = examples(file, fields=Columns(prompt="Frage", completion="Antwort", system="Ton"), system="Lang.")
     assert [row.messages[0].text for row in found if isinstance(row, Example)] == ["Kurz.", "Lang."]
 
@@ -241,7 +245,9 @@ def test_recipe_of_a_spreadsheet_makes_a_dataset(tmp_path: Path) -> None:
     """The recipe's own spelling, the manifest's facts, and another mapping makes another Dataset."""
     file = tmp_path / "faq.csv"
     file.write_bytes(
-        table([(f"Wie öffne ich Konto {number}?", f"Über die App, Nummer {number}.") for number in range(40)]).encode("cp1252")
+        table([(f"Wie öffne ich Konto {number}?", f"Über die App, Nummer {number}.") for number in range(40)]).encode(
+            "cp1252"
+        )
     )
     source = {"path": str(file), "licence": "CC-BY-4.0", "fields": {"prompt": "Frage", "completion": "Antwort"}}
     made = sartor.curate({"sources": [source]}, tmp_path / "data").dataset

@@ -78,7 +78,11 @@ def test_tool_calls_tools_and_media_stay_as_they_are() -> None:
     after = MEND(example)
     assert isinstance(after, Example)
     assert [part.text for message in after.messages for part in message.content] == ["café", "café", ""]
-    assert (after.messages[1].tool_calls, after.messages[1].content[1].media, after.tools) == (calls, "media/Ã©.png", '["Ã©"]')
+    assert (after.messages[1].tool_calls, after.messages[1].content[1].media, after.tools) == (
+        calls,
+        "media/Ã©.png",
+        '["Ã©"]',
+    )
 
 
 def test_the_rejected_reply_is_mended_too() -> None:

@@ -49,7 +49,9 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def curate(tmp_path: Path, steps: list[Any], data: list[dict[str, Any]] | None = None, out: str = "d", **recipe: Any) -> Any:
+def curate(
+    tmp_path: Path, steps: list[Any], data: list[dict[str, Any]] | None = None, out: str = "d", **recipe: Any
+) -> Any:
     write_jsonl(tmp_path / "a.jsonl", data or rows())
     sources = [{"path": str(tmp_path / "a.jsonl"), "licence": "MIT"}]
     return sartor.curate({"sources": sources, "steps": steps, "split": {"eval_fraction": 0}, **recipe}, tmp_path / out)
@@ -118,7 +120,11 @@ def test_a_source_that_would_go_stops_and_asks(tmp_path: Path) -> None:
 
 
 def test_the_same_words_are_exact_duplicates_by_option(tmp_path: Path) -> None:
-    data = [row("Open on Monday?", "Yes, from nine."), row("open on  monday", "yes from nine"), row("Open on Sunday?", "No.")]
+    data = [
+        row("Open on Monday?", "Yes, from nine."),
+        row("open on  monday", "yes from nine"),
+        row("Open on Sunday?", "No."),
+    ]
     assert curate(tmp_path, ["exact_duplicates"], data, out="c").kept == 3
     made = curate(tmp_path, [{"exact_duplicates": {"match": "words"}}], data, out="w")
     (drop,) = sartor.read_drops(made.dataset)
@@ -127,18 +133,24 @@ def test_the_same_words_are_exact_duplicates_by_option(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("later", [[], [{"length": {"min_words": 2}}], ["personal_data"]])
 @pytest.mark.parametrize("threshold", [0.5, 0.9])
-def test_another_threshold_gives_what_curate_would_have_made(tmp_path: Path, threshold: float, later: list[Any]) -> None:
+def test_another_threshold_gives_what_curate_would_have_made(
+    tmp_path: Path, threshold: float, later: list[Any]
+) -> None:
     data = rows()
     data[1]["answer"] += " Or write to anna.berg@example.com about it."
     old = curate(tmp_path, ["near_duplicates", *later], data)
     again = sartor.rethreshold(old.dataset.path, tmp_path / "again", threshold=threshold)
     whole = curate(tmp_path, [{"near_duplicates": {"threshold": threshold}}, *later], data, out="whole")
-    assert {row.id for row in sartor.read_examples(again.dataset)} == {row.id for row in sartor.read_examples(whole.dataset)}
+    assert {row.id for row in sartor.read_examples(again.dataset)} == {
+        row.id for row in sartor.read_examples(whole.dataset)
+    }
     assert dropped(again.dataset).keys() == dropped(whole.dataset).keys()
     assert again.dropped == whole.dropped and again.read == whole.read
     assert again.dataset.manifest["parents"][0]["id"] == old.dataset.id
     back = sartor.rethreshold(again.dataset.path, tmp_path / "back", threshold=0.65)
-    assert {row.id for row in sartor.read_examples(back.dataset)} == {row.id for row in sartor.read_examples(old.dataset)}
+    assert {row.id for row in sartor.read_examples(back.dataset)} == {
+        row.id for row in sartor.read_examples(old.dataset)
+    }
 
 
 def test_a_threshold_that_the_evidence_cannot_answer_is_refused(tmp_path: Path) -> None:

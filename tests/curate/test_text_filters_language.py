@@ -40,15 +40,22 @@ def test_short_texts_are_kept_or_dropped_by_option_and_counted(unsure: str, expe
 
 
 def test_the_shorthand_of_a_recipe_names_the_languages() -> None:
-    recipe = load(CurateRecipe, {"sources": [{"path": "x"}], "steps": [{"language": ["en", "sv"]}, {"language": "de"}]})
+    recipe = load(
+        CurateRecipe, {"sources": [{"path": "x"}], "steps": [{"language": ["en", "sv"]}, {"language": "de"}]}
+    )
     assert [step.allow for step in recipe.steps] == [("en", "sv"), ("de",)]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({}, "missing"), ({"allow": []}, "no language"), ({"allow": ["english"]}, "[en]"), ({"allow": ["zh-CN"]}, "[zh]"),
-     ({"allow": ["en"], "min_confidence": 2}, "0 to 1")],
-)  # fmt: skip
+    [
+        ({}, "missing"),
+        ({"allow": []}, "no language"),
+        ({"allow": ["english"]}, "[en]"),
+        ({"allow": ["zh-CN"]}, "[zh]"),
+        ({"allow": ["en"], "min_confidence": 2}, "0 to 1"),
+    ],
+)
 def test_a_wrong_option_is_named(options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match="allow|min_confidence") as caught:
         step_of(LanguageFilter, **options)

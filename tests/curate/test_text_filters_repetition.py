@@ -24,19 +24,42 @@ def looping(length: int) -> str:
 
 @pytest.mark.parametrize(
     "text",
-    ["no " * 20, "I am sorry. " * 10, "the cat sat. " * 30, "a" * 100, "对" * 80, looping(40),
-     f"{PROSE}\n" * 3, "\n".join(["Buy now and save a lot of money today"] * 5 + ["Another line of some words here"] * 2 + PROSE.split(". "))],
-)  # fmt: skip
+    [
+        "no " * 20,
+        "I am sorry. " * 10,
+        "the cat sat. " * 30,
+        "a" * 100,
+        "对" * 80,
+        looping(40),
+        f"{PROSE}\n" * 3,
+        "\n".join(
+            ["Buy now and save a lot of money today"] * 5 + ["Another line of some words here"] * 2 + PROSE.split(". ")
+        ),
+    ],
+)
 def test_repeated_text_goes(text: str) -> None:
     assert reason(Repetition(), row("?", text)) == "repetition"
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "Yes", "ha ha ha ha", "No, no, no!", "Bye bye", "-" * 200, "=" * 100, "1000000000000000000000000000000000000000000000000000000000000000000",
-     PROSE, "- milk\n- bread\n- eggs", "A: yes\nB: yes\nC: no", "[1, 1, 1, 1, 1, 1]",
-     '{"intent": "HassTurnOn", "name": "lamp"}', "```\nx = 1\nx = 1\nx = 1\nx = 1\n```\nDone."],
-)  # fmt: skip
+    [
+        "",
+        "Yes",
+        "ha ha ha ha",
+        "No, no, no!",
+        "Bye bye",
+        "-" * 200,
+        "=" * 100,
+        "1000000000000000000000000000000000000000000000000000000000000000000",
+        PROSE,
+        "- milk\n- bread\n- eggs",
+        "A: yes\nB: yes\nC: no",
+        "[1, 1, 1, 1, 1, 1]",
+        '{"intent": "HassTurnOn", "name": "lamp"}',
+        "```\nx = 1\nx = 1\nx = 1\nx = 1\n```\nDone.",
+    ],
+)
 def test_normal_answers_stay(text: str) -> None:
     assert reason(Repetition(), row("?", text or "x")) == ""
 

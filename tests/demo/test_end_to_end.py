@@ -32,7 +32,9 @@ def run(commands: dict[str, str]) -> Run:
 
 
 def _run(environment: dict[str, str], *arguments: str) -> dict[str, Any]:
-    done = subprocess.run(["sartor", *arguments, "--json"], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        ["sartor", *arguments, "--json"], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

@@ -65,7 +65,9 @@ def one(tiny_base: Path, tmp_path: Path) -> TuningJob:
     return job(tiny_base, tmp_path, updates=40)
 
 
-def test_what_ends_well_has_a_receipt_that_anyone_can_check(ended: Callable[..., Tuner], one: TuningJob, key: Path) -> None:
+def test_what_ends_well_has_a_receipt_that_anyone_can_check(
+    ended: Callable[..., Tuner], one: TuningJob, key: Path
+) -> None:
     tuner = ended(0)
     receipt = tune_within_budget(one, BUDGET, key=key, planner=Planner(one, FLOOR))
     assert (receipt.outcome, [attempt.rung for attempt in receipt.attempts]) == ("done", ["lora"])
@@ -87,7 +89,9 @@ def test_what_ends_well_has_a_receipt_that_anyone_can_check(ended: Callable[...,
         verify_receipt(Path(one.out), trusted)
 
 
-def test_after_a_kill_it_goes_on_smaller_each_rung_once(ended: Callable[..., Tuner], one: TuningJob, key: Path) -> None:
+def test_after_a_kill_it_goes_on_smaller_each_rung_once(
+    ended: Callable[..., Tuner], one: TuningJob, key: Path
+) -> None:
     # 4: the tuner itself found no memory
     tuner = ended("memory", 4, 0)
     receipt = tune_within_budget(one, BUDGET, key=key, planner=_without_floor(one))
@@ -115,7 +119,9 @@ def test_when_every_rung_is_killed_the_receipt_and_the_error_say_so(
     assert (more.outcome, len(more.attempts), more.attempts[-1].rung) == ("done", 5, "lora")
 
 
-def test_the_policy_pauses_it_and_the_same_call_goes_on(ended: Callable[..., Tuner], one: TuningJob, key: Path) -> None:
+def test_the_policy_pauses_it_and_the_same_call_goes_on(
+    ended: Callable[..., Tuner], one: TuningJob, key: Path
+) -> None:
     tuner = ended("stopped", 0)
     answers = ["the battery is at 20 %"]
     planner = Planner(one, FLOOR)
@@ -155,7 +161,12 @@ def test_the_disk_is_watched(ended: Callable[..., Tuner], one: TuningJob, key: P
     [
         ("stopped", "the charger was pulled", "paused", "the charger was pulled"),
         ("memory", "the charger was pulled", "paused", "the charger was pulled"),
-        ("stopped", "disk: the card is out", "paused", "disk: the card is out"),  # the policy's words, whatever they are
+        (
+            "stopped",
+            "disk: the card is out",
+            "paused",
+            "disk: the card is out",
+        ),  # the policy's words, whatever they are
         ("stopped", "memory", "paused", "memory"),
         (143, "", "paused", "a signal"),
         ("cpu", "", "spent", "cpu time is up"),

@@ -22,7 +22,13 @@ from sartor.core import model_refs
 from sartor.core.resource_limits import ResourceLimits, holder, run
 from sartor.core.signing import open_public
 from sartor.edge.tuning import budgeted_tuning
-from sartor.edge.tuning.budgeted_tuning import DeviceBudget, planned_job, tune_within_budget, tuner_command, verify_receipt
+from sartor.edge.tuning.budgeted_tuning import (
+    DeviceBudget,
+    planned_job,
+    tune_within_budget,
+    tuner_command,
+    verify_receipt,
+)
 from sartor.edge.tuning.memory_plan import MemoryBaseline, MemorySetting, Planner
 
 MB = 1_000_000
@@ -37,7 +43,10 @@ def needs_cgroup() -> Any:
 
 def can_be_alone() -> bool:
     for command in (["unshare", "--net"], ALONE):
-        if shutil.which("unshare") and not subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+        if (
+            shutil.which("unshare")
+            and not subprocess.run([*command, "true"], capture_output=True, check=False).returncode
+        ):
             ALONE[:] = command
             return True
     return False
@@ -49,7 +58,9 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.services
-@pytest.mark.skipif(not can_be_alone(), reason="no network namespace can be made here: run as root, with util-linux's unshare")
+@pytest.mark.skipif(
+    not can_be_alone(), reason="no network namespace can be made here: run as root, with util-linux's unshare"
+)
 def test_it_tunes_where_there_is_no_network_interface(tiny_base: Path, tmp_path: Path) -> None:
     one = job(tiny_base, tmp_path, updates=2)
     one.write(tmp_path / "job.json")
@@ -60,7 +71,9 @@ def test_it_tunes_where_there_is_no_network_interface(tiny_base: Path, tmp_path:
         "except OSError as error: assert error.errno == 101, error  # unreachable: not even the loopback is up\n"
         "from sartor.edge.tuning.tuner_process import main\nsys.exit(main(sys.argv[1:]))"
     )
-    done = subprocess.run([*ALONE, sys.executable, "-c", code, str(tmp_path / "job.json")], capture_output=True, text=True)
+    done = subprocess.run(
+        [*ALONE, sys.executable, "-c", code, str(tmp_path / "job.json")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert len(adapter(one)) > 0
 
@@ -89,7 +102,9 @@ def test_a_memory_kill_goes_on_smaller_and_is_in_the_receipt(tiny_base: Path, tm
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budgeted_tuning, "tuner_command", lambda file, said: [sys.executable, str(hog), str(file)])
-        receipt = tune_within_budget(one, DeviceBudget(memory_bytes=least + 40 * MB), key=key, planner=Rash(one, planner.floor))
+        receipt = tune_within_budget(
+            one, DeviceBudget(memory_bytes=least + 40 * MB), key=key, planner=Rash(one, planner.floor)
+        )
     assert [attempt.rung for attempt in receipt.attempts] == ["lora", "recompute"]
     first, last = receipt.attempts
     assert (first.usage.killed, first.reason, last.usage.exit_code) == ("memory", "memory", 0)
@@ -99,7 +114,9 @@ def test_a_memory_kill_goes_on_smaller_and_is_in_the_receipt(tiny_base: Path, tm
 
 @pytest.mark.services
 @pytest.mark.usefixtures("threads")
-def test_paused_by_the_policy_and_by_a_signal_it_ends_at_the_same_bits(tiny_base: Path, tmp_path: Path, key: Path) -> None:
+def test_paused_by_the_policy_and_by_a_signal_it_ends_at_the_same_bits(
+    tiny_base: Path, tmp_path: Path, key: Path
+) -> None:
     whole, cut = job(tiny_base, tmp_path / "a", updates=300), job(tiny_base, tmp_path / "b", updates=300)
     planner = Planner(whole, MemoryBaseline(200 * MB, True))
     assert tune_within_budget(whole, DeviceBudget(), key=key, planner=planner).outcome == "done"
@@ -149,11 +166,15 @@ def test_the_starter_is_held_as_it_was_predicted(tmp_path: Path) -> None:
     found = sorted((Path.home() / ".cache/sartor/bases").glob("starter-*"))
     if not found:
         pytest.skip(f"the {model_refs.STARTER} base is not converted: sartor demo does it once")
-    one = job(found[0], tmp_path, updates=1, rows=rows(4, 252), recipe={"method": {"kind": "lora", "rank": 8, "alpha": 16}})
+    one = job(
+        found[0], tmp_path, updates=1, rows=rows(4, 252), recipe={"method": {"kind": "lora", "rank": 8, "alpha": 16}}
+    )
     planner = Planner(one)
     rung = MemorySetting("recompute", planner.shape.layers, planner.rows.longest)
     predicted = sum(planner.predict_peak(rung).values())
     planned_job(one, rung).write(tmp_path / "job.json")
-    used = run(tuner_command(tmp_path / "job.json", tmp_path / "stderr"), ResourceLimits(memory_bytes=round(1.04 * predicted)))
+    used = run(
+        tuner_command(tmp_path / "job.json", tmp_path / "stderr"), ResourceLimits(memory_bytes=round(1.04 * predicted))
+    )
     assert used.exit_code == 0, (used, (tmp_path / "stderr").read_text()[-500:])
     assert used.peak_bytes == pytest.approx(predicted, rel=0.1)

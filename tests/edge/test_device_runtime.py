@@ -60,7 +60,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         base = tiny.write_base(folder / "base")
         releases.signed(folder, base, spread=0.05)
         said = replies(folder / "release")
-        canaries = [{"messages": call(text).messages, "reply": reply} for text, reply in zip(PROMPTS, said, strict=True)]
+        canaries = [
+            {"messages": call(text).messages, "reply": reply} for text, reply in zip(PROMPTS, said, strict=True)
+        ]
         (folder / "second").mkdir()
         releases.signed(folder / "second", base, spread=0.05, canaries=canaries)
         options = sartor.ExportOptions(["f32"], key=folder / "second" / "keys", sign=folder / "second" / "keys")
@@ -110,7 +112,9 @@ def test_llama_cpp_answers_without_torch_and_in_little_memory(made: Path, tmp_pa
 
 
 @pytest.mark.parametrize("form", ["second/release", "gguf"])
-def test_the_health_check_asks_what_the_release_ships_and_what_the_device_knows(made: Path, tmp_path: Path, form: str) -> None:
+def test_the_health_check_asks_what_the_release_ships_and_what_the_device_knows(
+    made: Path, tmp_path: Path, form: str
+) -> None:
     [sky] = [reply for text, reply in zip(PROMPTS, replies(made / "gguf"), strict=True) if text == PROMPTS[1]]
     file = tmp_path / "prompts.jsonl"
     rows: list[dict[str, Any]] = [{"prompt": PROMPTS[1], "expected": {"contains": sky[:5]}}]
@@ -128,7 +132,9 @@ def test_the_health_check_asks_what_the_release_ships_and_what_the_device_knows(
 def test_the_adapter_alone_runs_on_the_base_s_own_file(made: Path, tmp_path: Path) -> None:
     chat = ChatTokenizer(tiny.tokenizer())
     about = gguf_writer.GgufMetadata("tiny", "1", "Apache-2.0", chat.template)
-    file = gguf_writer.write_model_gguf(tiny.model(), gguf_writer.from_chat(chat, 320), about, tmp_path / "base.gguf", "f32")
+    file = gguf_writer.write_model_gguf(
+        tiny.model(), gguf_writer.from_chat(chat, 320), about, tmp_path / "base.gguf", "f32"
+    )
     releases.signed(tmp_path, file)
     options = sartor.ExportOptions(["none"], key=tmp_path / "keys", sign=tmp_path / "keys")
     export = sartor.export(tmp_path / "release", tmp_path / "gguf", to="gguf", options=options).export.path
@@ -170,7 +176,9 @@ def test_gguf_reads_content_that_spells_markup_as_text(made: Path) -> None:
     with open_runtime(made / "gguf") as (runtime, _):
         inner, markup = runtime._inner, runtime._markup  # type: ignore[attr-defined]
         assert [token.token for token in markup.tokens if token.special] == tiny.SPECIAL
-        plain = inner.ask("/tokenize", {"content": prompt_of(call("a"), inner, markup), "parse_special": True})["tokens"]
+        plain = inner.ask("/tokenize", {"content": prompt_of(call("a"), inner, markup), "parse_special": True})[
+            "tokens"
+        ]
         ids = prompt_of(call(forged), inner, markup)
         assert [token for token in ids if token in markup.ids] == [token for token in plain if token in markup.ids]
         text = inner.ask("/detokenize", {"tokens": [token for token in ids if token not in markup.ids]})["content"]

@@ -57,9 +57,12 @@ def test_layers_that_are_held_still_stay_in_the_adapter_and_the_others_learn(tin
     assert moved == {"1"}, "of two layers the one next to the head"
     state = load_file(str(checkpoint.newest(Path(half.out) / "checkpoints").checkpoint.path / "state.safetensors"))  # type: ignore[union-attr]
     sizes = {
-        kind: sum(part.numel() for name, part in state.items() if name.startswith(kind)) for kind in ("adapter.", "still.")
+        kind: sum(part.numel() for name, part in state.items() if name.startswith(kind))
+        for kind in ("adapter.", "still.")
     }
-    assert sizes["adapter."] == sizes["still."] and not any(name.startswith("optimizer.model.layers.0.") for name in state)
+    assert sizes["adapter."] == sizes["still."] and not any(
+        name.startswith("optimizer.model.layers.0.") for name in state
+    )
 
 
 def test_a_run_goes_on_with_fewer_layers_and_then_without_gradients(
@@ -81,7 +84,9 @@ def test_a_run_goes_on_with_fewer_layers_and_then_without_gradients(
     assert end is not None and not [name for name in end.tensors() if name.startswith("optimizer.")]
 
 
-def test_a_checkpoint_of_another_adapter_is_refused(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_another_adapter_is_refused(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = job(tiny_base, tmp_path / "a", updates=9)
     until(first, 2, monkeypatch)
     with pytest.raises(ArtifactError, match="do not fit"):
@@ -94,7 +99,9 @@ def test_without_gradients_the_loss_falls(tiny_base: Path, tmp_path: Path) -> No
     assert said["loss"]["last"] < said["loss"]["first"] - 0.03
 
 
-def test_its_slope_is_that_of_the_gradient_along_the_direction(tiny_base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_its_slope_is_that_of_the_gradient_along_the_direction(
+    tiny_base: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     seen: list[tuple[float, float]] = []
     update = ZerothRun._update
 
@@ -136,7 +143,9 @@ def test_stopped_and_gone_on_it_ends_at_the_same_bits(
     shutil.rmtree(tmp_path)
 
 
-def test_an_adapter_in_sixteen_bits_is_the_other_rounded_and_can_be_gone_on_from(tiny_base: Path, tmp_path: Path) -> None:
+def test_an_adapter_in_sixteen_bits_is_the_other_rounded_and_can_be_gone_on_from(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     wide, narrow = job(tiny_base, tmp_path / "a", updates=3), job(tiny_base, tmp_path / "b", updates=3, store="bf16")
     tune(wide)
     tune(narrow)

@@ -42,7 +42,10 @@ def store(tmp_path: Path) -> ReleaseStore:
 def fetch(mirror: Mirror, store: ReleaseStore, length: int = len(CONTENT), limits: DownloadLimits = QUICK) -> Fetcher:
     fetcher = Fetcher(limits)
     fetcher.resume(
-        f"{mirror.url}/blobs/content", length, lambda: store.partial(DIGEST), lambda at, piece: store.append(DIGEST, at, piece)
+        f"{mirror.url}/blobs/content",
+        length,
+        lambda: store.partial(DIGEST),
+        lambda at, piece: store.append(DIGEST, at, piece),
     )
     return fetcher
 
@@ -242,7 +245,9 @@ def synced(world: World, url: str) -> Any:
 def test_an_update_over_a_flaky_mirror_fetches_at_most_a_tenth_more_than_was_missing(world: World) -> None:
     synced(world, world.repository.as_uri())
     weights = adapter(0, 0.05, count=8, width=16_384)
-    repository.publish(release(world.folder / "1.1", "1.1", weights, world.key), world.repository, world.keys, key=world.key)
+    repository.publish(
+        release(world.folder / "1.1", "1.1", weights, world.key), world.repository, world.keys, key=world.key
+    )
     with serving(world.repository) as mirror:
         mirror.tricks = [cut(20_000), cut(5), cut(0), cut(40_000), cut(30_000)]
         done = synced(world, mirror.url)

@@ -58,7 +58,9 @@ def test_rows_come_back_as_they_were_given(tmp_path: Path) -> None:
     ids = [diary.add(*one) for one in given_]
     found = opened(tmp_path).rows()
     assert [one.id for one in found] == ids and len(set(ids)) == 3 and diary.count() == 3
-    assert [(one.rating, one.correction) for one in found] == [(rating, correction) for _, rating, correction in given_]
+    assert [(one.rating, one.correction) for one in found] == [
+        (rating, correction) for _, rating, correction in given_
+    ]
     assert found[0].example.tools == json.dumps(tools, sort_keys=True)
     assert found[1].example.messages[0].text == "Ünïcode 🙂"
     assert found[2].example.id == given_[2][0].id  # type: ignore[union-attr]
@@ -112,7 +114,9 @@ def test_nothing_readable_is_on_the_disk_and_only_the_owner_may_read_it(tmp_path
     for file in tmp_path.rglob("*"):
         if file.is_file():
             content = file.read_bytes()
-            assert not any(word.encode() in content for word in ("neighbour", "Wilhelmina", "snores", "messages", "rating"))
+            assert not any(
+                word.encode() in content for word in ("neighbour", "Wilhelmina", "snores", "messages", "rating")
+            )
             assert file.stat().st_mode & 0o077 == 0 or file.name == "lock"
     assert (tmp_path / "rows").stat().st_mode & 0o777 == 0o700
 
@@ -203,7 +207,9 @@ def test_a_header_that_was_changed_is_said(tmp_path: Path, header: bytes, error:
 
 @given(st.data())
 @settings(max_examples=15, deadline=None)
-def test_a_torn_end_costs_the_last_row_alone_and_is_said(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_a_torn_end_costs_the_last_row_alone_and_is_said(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.mktemp("torn")
     diary = opened(folder)
     for number in range(3):

@@ -69,7 +69,15 @@ def test_the_level_does_not_count_while_plugged_in_unless_the_battery_is_emptied
         ({"BAT0__type": "Battery", "BAT0__status": "Full", "BAT0__capacity": "100"}, "yes"),
         ({"BAT0__type": "Battery", "BAT0__status": "Not charging", "BAT0__capacity": "80"}, "unknown"),
         ({"ups__type": "UPS", "ups__status": "Discharging", "ups__capacity": "80"}, "no"),
-        ({"mouse__type": "Battery", "mouse__scope": "Device", "mouse__status": "Discharging", "mouse__capacity": "3"}, "yes"),
+        (
+            {
+                "mouse__type": "Battery",
+                "mouse__scope": "Device",
+                "mouse__status": "Discharging",
+                "mouse__capacity": "3",
+            },
+            "yes",
+        ),
         ({"BAT1__type": "Battery", "BAT1__present": "0"}, "yes"),
     ],
 )
@@ -97,7 +105,13 @@ def test_a_level_that_cannot_be_is_said_and_not_guessed(tmp_path: Path, capacity
 
 def test_warmth_refuses_until_it_is_cooler_by_the_margin(tmp_path: Path) -> None:
     policy = EnergyPolicy(max_temperature_c=70, root=tmp_path)
-    for temperature, refuses in (("70000", False), ("70001", True), ("66000", True), ("65000", False), ("69000", False)):
+    for temperature, refuses in (
+        ("70000", False),
+        ("70001", True),
+        ("66000", True),
+        ("65000", False),
+        ("69000", False),
+    ):
         write(tmp_path, thermal_zone0__type="cpu-thermal", thermal_zone0__temp=temperature)
         assert bool(policy.refusal()) is refuses, temperature
     write(tmp_path, thermal_zone1__type="cpu-thermal", thermal_zone1__temp="91000")

@@ -58,9 +58,18 @@ def test_good_version_is_widened_within_reports(rate: float, reports: int) -> No
 
 @pytest.mark.parametrize(
     ("failed", "count", "expected"),
-    [(3, 5, "halt"), (2, 5, "wait"), (14, 100, "halt"), (13, 100, "wait"), (11, 100, "widen"), (12, 100, "wait"),
-     (0, 18, "widen"), (0, 17, "wait"), (4, 4, "wait")],
-)  # fmt: skip
+    [
+        (3, 5, "halt"),
+        (2, 5, "wait"),
+        (14, 100, "halt"),
+        (13, 100, "wait"),
+        (11, 100, "widen"),
+        (12, 100, "wait"),
+        (0, 18, "widen"),
+        (0, 17, "wait"),
+        (4, 4, "wait"),
+    ],
+)
 def test_figures_of_the_page(failed: int, count: int, expected: str) -> None:
     assert action(count - failed, failed) == expected
 
@@ -85,13 +94,17 @@ def first_look(device: Callable[[random.Random], Device], seed: int, *, count: i
     return 0
 
 
-def tally_at(devices: list[Device], day: int, offer: Offer | None = None, policy: FleetPolicy = POLICY) -> RolloutTally:
+def tally_at(
+    devices: list[Device], day: int, offer: Offer | None = None, policy: FleetPolicy = POLICY
+) -> RolloutTally:
     votes = {}
     for number, (start, outcome, reported) in enumerate(devices):
         ring = number % (offer.percent if offer else 10)
         if start <= day:
             said, at = (outcome, reported) if reported <= day else ("started", start)
-            votes["faq", "1.0", f"box-{number}"] = Report(f"box-{number}", "faq", "1.0", ring, said, "", int(at * DAY_S))  # type: ignore[arg-type]
+            votes["faq", "1.0", f"box-{number}"] = Report(
+                f"box-{number}", "faq", "1.0", ring, said, "", int(at * DAY_S)
+            )  # type: ignore[arg-type]
     return tally_offer("faq", offer or Offer("1.0", 1, 10, False, 0), votes, policy, day * DAY_S)
 
 
@@ -128,7 +141,13 @@ def test_silent_devices_halt_a_version_after_the_deadline() -> None:
     devices = [(0.0, "pass", NEVER if number % 2 else 0.5) for number in range(30)]
     assert [tally_at(devices, day).action for day in (1, 7, 8)] == ["wait", "wait", "halt"]
     last = tally_at(devices, 8)
-    assert (last.passed, last.failed, last.votes.silent, last.votes.pending, last.reasons) == (15, 15, 15, 0, {"silent": 15})
+    assert (last.passed, last.failed, last.votes.silent, last.votes.pending, last.reasons) == (
+        15,
+        15,
+        15,
+        0,
+        {"silent": 15},
+    )
     assert tally_at(devices, 8, policy=FleetPolicy(silent_after_days=10)).action == "wait"
     never = tally_at(devices, 365, policy=FleetPolicy(silent_after_days=0))
     assert (never.action, never.failed, never.votes.pending) == ("wait", 0, 15)
@@ -151,7 +170,9 @@ def test_rings_together_stay_within_level(bad_from: int) -> None:
     for seed in range(runs):
         draw, offer, counts = random.Random(seed), Offer("1.0", 1, 10, False, 0), VoteCounts()
         while offer.percent < 100 and offer.previous_percent <= bad_from:
-            offer, counts, was_added = after_ring(draw, offer, counts, POLICY.widen_below if offer.percent > bad_from else 0.0)
+            offer, counts, was_added = after_ring(
+                draw, offer, counts, POLICY.widen_below if offer.percent > bad_from else 0.0
+            )
             wrong += was_added and offer.previous_percent > bad_from
             if not was_added:
                 break

@@ -50,10 +50,14 @@ class Box:
     def sync(self, world: World, reports_to: Path) -> None:
         device = SyncClient(self.id, self.folder / "trust", world.root, starts=2)
         with ReleaseStore(self.folder / "store") as store, suppress(HealthError):
-            sync(store, world.repository.as_uri(), "home", device, (lambda path: None) if self.is_blind else ill_is_1_1)
+            sync(
+                store, world.repository.as_uri(), "home", device, (lambda path: None) if self.is_blind else ill_is_1_1
+            )
         self.run()
         with ReleaseStore(self.folder / "store") as store:
-            device_reports.send_due(store, "home", self.id, self.folder / "key", str(reports_to), self.folder / "trust")
+            device_reports.send_due(
+                store, "home", self.id, self.folder / "key", str(reports_to), self.folder / "trust"
+            )
 
     def run(self) -> None:
         """The device's program, started until it works."""
@@ -132,7 +136,11 @@ def test_a_regressed_release_is_left_and_halted_and_a_good_one_reaches_everybody
     for box in boxes:
         box.sync(world, gathered)
     found = of(fleet_monitor.tally(gathered, world.repository, devices, policy), "1.2")
-    assert {box.version for box in boxes} == {"1.2"} and (found.passed, found.percent, found.action) == (count, 100, "done")
+    assert {box.version for box in boxes} == {"1.2"} and (found.passed, found.percent, found.action) == (
+        count,
+        100,
+        "done",
+    )
 
 
 @dataclass
@@ -235,7 +243,15 @@ def test_watch_halts_for_silence_by_the_command(ballot: Ballot, monkeypatch: pyt
     gathered.mkdir()
     for n in range(6):
         (gathered / f"{n}.json").write_bytes(ballot.vote(f"s{n}", outcome="started", time=int(time.time()) - 3600))
-    watch = ["edge", "watch", str(ballot.world.repository), "--reports", str(gathered), "--devices", str(ballot.devices)]
+    watch = [
+        "edge",
+        "watch",
+        str(ballot.world.repository),
+        "--reports",
+        str(gathered),
+        "--devices",
+        str(ballot.devices),
+    ]
     watch += ["--keys", str(ballot.world.keys), "--json"]
     for flags, done in (["--silent-after-days", "0.5"], 0), (["--silent-after-days", "0.02"], 1):
         with pytest.raises(SystemExit) as end:
@@ -269,7 +285,10 @@ def test_widen_keeps_the_percent_of_before(world: World) -> None:
 
 def test_offer_of_an_older_repository_is_read() -> None:
     custom = {"order": 2, "percent": 25, "halted": False, "published": 5}
-    assert version_metadata.offer_of("home/1.1.json", custom) == ("home", version_metadata.Offer("1.1", 2, 25, False, 5))
+    assert version_metadata.offer_of("home/1.1.json", custom) == (
+        "home",
+        version_metadata.Offer("1.1", 2, 25, False, 5),
+    )
     for wrong in (-1, 26, "10", True, None):
         assert version_metadata.offer_of("home/1.1.json", {**custom, "previous_percent": wrong}) is None
 
@@ -294,8 +313,17 @@ def test_a_report_says_a_word_and_never_what_was_answered(ballot: Ballot) -> Non
     assert HealthReason.parse("ValueError: my diagnosis is") == "other"
     said = json.loads(ballot.vote("a"))
     assert set(said) == {
-        "schema", "kind", "device", "name", "version", "ring", "outcome", "reason", "time", "signature"
-    }  # fmt: skip
+        "schema",
+        "kind",
+        "device",
+        "name",
+        "version",
+        "ring",
+        "outcome",
+        "reason",
+        "time",
+        "signature",
+    }
     with pytest.raises(ArtifactError):
         device_reports.read_report(json.dumps({**said, "prompt": "what do I take"}).encode())
     with pytest.raises(ConfigError, match="no id that can report"):
@@ -380,7 +408,9 @@ def test_start_is_reported_before_the_check(world: World, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("error", "outcome"), [(HealthError("canary: no", "x"), "fail"), (MissingError("no base", "x"), "deferred")]
 )
-def test_start_ends_in_an_outcome(world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, outcome: str) -> None:
+def test_start_ends_in_an_outcome(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, outcome: str
+) -> None:
     """A check that could not be made says nothing of the version, and the device is not silent either."""
     given, gathered = options(world), world.folder / "gathered"
 
@@ -447,7 +477,9 @@ def test_start_that_cannot_be_reported_is_no_fault_of_the_version(world: World, 
     add(world, "1.1", 100)
     no_key = replace(given, key=world.folder / "no-key")
     with pytest.raises(SartorError, match="no-key"):
-        verbs.sync(world.repository.as_uri(), "home", no_key, report=str(world.folder / "gathered"), notice=said.append)
+        verbs.sync(
+            world.repository.as_uri(), "home", no_key, report=str(world.folder / "gathered"), notice=said.append
+        )
     [state] = verbs.status(given.store)["releases"]
     assert (state["version"], state["refused"]) == ("1.1", {})
 

@@ -38,7 +38,10 @@ def test_a_version_passes_that_says_what_its_report_recorded_and_what_the_device
         ({"off": '{"intent": "HassTurnOn", "slots": {"area": "kitchen", "level": 3}}'}, "line 3 (json: intent)"),
         ({"off": "certainly"}, "line 3 (json: intent, slots.area, slots.level)"),
         ({"hello": ReplyFailed("x", "ModelError", "not finite", "tune")}, "line 1 (no answer: ModelError)"),
-        ({"what_colour_is_the_sky": "Mary had a little lamb", "turn_on_the_light": "no"}, "canary: of the release's own"),
+        (
+            {"what_colour_is_the_sky": "Mary had a little lamb", "turn_on_the_light": "no"},
+            "canary: of the release's own",
+        ),
         ({"what_colour_is_the_sky": "ha" * 60, "turn_on_the_light": ""}, "degenerate: of the release's own"),
     ],
 )
@@ -52,7 +55,9 @@ def test_what_is_wrong_is_said_by_line_and_kind(tmp_path: Path, answering: Any, 
         assert secret not in raised.value.problem
 
 
-DEGENERATE = "degenerate: of the release's own prompts: 2 of 2 replies to canary prompts say nothing or repeat one piece"
+DEGENERATE = (
+    "degenerate: of the release's own prompts: 2 of 2 replies to canary prompts say nothing or repeat one piece"
+)
 DIFFERENT = (
     "canary: of the release's own prompts: the replies to 2 recorded prompts are 0.19 like those that its Report has; "
     "the limit is 0.65"
@@ -65,15 +70,17 @@ DIFFERENT = (
         ("ha: " * 60, "", DEGENERATE),
         ("Mary: a lamb", "no", DIFFERENT),
         (
-            ReplyFailed("x", "ModelError", "not finite: in the hall", "tune"), "no",
+            ReplyFailed("x", "ModelError", "not finite: in the hall", "tune"),
+            "no",
             "canary: of the release's own prompts: the adapter could not answer a canary prompt",
         ),
         (
-            ReplyDone("x", "cancelled", 1, 1), "no",
+            ReplyDone("x", "cancelled", 1, 1),
+            "no",
             "canary: of the release's own prompts: the reply to canary-1 did not end",
         ),
     ],
-)  # fmt: skip
+)
 def test_reason_of_the_releases_own_prompts_is_golden(
     tmp_path: Path, answering: Any, sky: str | ReplyFailed, light: str, reason: str
 ) -> None:
@@ -143,7 +150,13 @@ def test_a_release_that_was_changed_does_not_open(tmp_path: Path) -> None:
 def gguf_export(folder: Path, content: bytes, **facts: Any) -> Path:
     def fill(part: Path) -> dict[str, Any]:
         (part / "home-1.0-f16.gguf").write_bytes(content)
-        return {"form": "gguf", "name": "home", "version": "1.0", "base": {"name": "nowhere", "digest": "0" * 64}, **facts}
+        return {
+            "form": "gguf",
+            "name": "home",
+            "version": "1.0",
+            "base": {"name": "nowhere", "digest": "0" * 64},
+            **facts,
+        }
 
     return write_artifact(folder / "export", "export", fill).path
 
@@ -165,8 +178,12 @@ def test_what_a_version_did_to_its_process_begins_with_a_word(tmp_path: Path) ->
     ):
         with pytest.raises(HealthError, match=said):
             device_runtime._check(ResourceUsage("x", 0, 0, 0, 0, code, killed), limits, log)  # type: ignore[arg-type]
-    assert isinstance(device_runtime._error({"kind": "AssetError", "problem": "no starter", "remedy": "x"}), MissingError)
-    assert "opens: no base" in device_runtime._error({"kind": "ModelError", "problem": "no base", "remedy": "x"}).problem
+    assert isinstance(
+        device_runtime._error({"kind": "AssetError", "problem": "no starter", "remedy": "x"}), MissingError
+    )
+    assert (
+        "opens: no base" in device_runtime._error({"kind": "ModelError", "problem": "no base", "remedy": "x"}).problem
+    )
 
 
 @pytest.mark.services

@@ -22,10 +22,14 @@ def stated(dtype: str, numerics: int) -> list[dict[str, Any]]:
     return [{**one, "dtype": dtype, "numerics": numerics} for one in CANARIES]
 
 
-@pytest.mark.parametrize("canaries", [CANARIES, stated("float32", 1), stated("bfloat16", 2)], ids=["none", "fp32", "bf16"])
+@pytest.mark.parametrize(
+    "canaries", [CANARIES, stated("float32", 1), stated("bfloat16", 2)], ids=["none", "fp32", "bf16"]
+)
 def test_replies_of_the_same_arithmetic_are_held_against_the_version(
-    canaries: Any, tmp_path: Path, answering: Any  # noqa: F811
-) -> None:  # fmt: skip
+    canaries: Any,
+    tmp_path: Path,
+    answering: Any,  # noqa: F811
+) -> None:
     release = version(tmp_path, canaries=canaries, base=BASES["float32"])
     answering()
     assert Health().check(release).not_checked == "" and Health().check(release).passed
@@ -35,11 +39,18 @@ def test_replies_of_the_same_arithmetic_are_held_against_the_version(
 
 @pytest.mark.parametrize(
     ("canaries", "wanted"),
-    [(CANARIES, OLD), (stated("bfloat16", 1), OLD), (stated("bfloat16", 3), "not checked: made by numerics 3, of a newer")],
+    [
+        (CANARIES, OLD),
+        (stated("bfloat16", 1), OLD),
+        (stated("bfloat16", 3), "not checked: made by numerics 3, of a newer"),
+    ],
 )
 def test_replies_of_another_arithmetic_refuse_no_version(
-    canaries: Any, wanted: str, tmp_path: Path, answering: Any  # noqa: F811
-) -> None:  # fmt: skip
+    canaries: Any,
+    wanted: str,
+    tmp_path: Path,
+    answering: Any,  # noqa: F811
+) -> None:
     release = version(tmp_path, canaries=canaries, base=BASES["bfloat16"])
     fake = answering(**WRONG)
     check = Health(read_prompts(lines(tmp_path, *ROWS)))

@@ -22,7 +22,9 @@ FLOOR = MemoryBaseline(100_000_000, True)
 def planner(tiny_base: Path, tmp_path: Path) -> Planner:
     made = Planner(job(tiny_base, tmp_path, updates=1, rows=rows(length=200)), FLOOR)
     # of the size of a base for devices, with the tiny one's rows
-    made.shape = DeviceModelShape(30, 576, 1536, 9, 3, 64, 49152, 8, ("q_proj", "v_proj", "down_proj"), 30, 269_000_000)
+    made.shape = DeviceModelShape(
+        30, 576, 1536, 9, 3, 64, 49152, 8, ("q_proj", "v_proj", "down_proj"), 30, 269_000_000
+    )
     made.recipe = replace(made.recipe, optimizer=replace(made.recipe.optimizer, batch_tokens=816))
     return made
 

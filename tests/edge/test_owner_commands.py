@@ -58,7 +58,8 @@ def device(tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) ->
         store.stage(NAME, "1.0", files)
         store.activate(NAME, "1.0", nothing)
     write_jsonl(
-        tmp_path / "probe.jsonl", [{"question": "is the attic dark", "answer": "yes"}, {"question": "sky", "answer": "blue"}]
+        tmp_path / "probe.jsonl",
+        [{"question": "is the attic dark", "answer": "yes"}, {"question": "sky", "answer": "blue"}],
     )
     mine = [
         {"messages": [row["messages"][0], {"role": "assistant", "content": "no"}], "correction": "done", "rating": -1}

@@ -21,7 +21,15 @@ from safetensors.torch import load_file, save_file
 
 from sample_data import ROWS
 from sartor.core import signing
-from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, ModelError, SignatureError, StoreError
+from sartor.core.errors import (
+    BudgetError,
+    BusyError,
+    ConfigError,
+    MissingError,
+    ModelError,
+    SignatureError,
+    StoreError,
+)
 from sartor.core.filesystem import FileSystem
 from sartor.core.resource_limits import ResourceLimits
 from sartor.edge.owner import adaptation, private_tuning
@@ -47,7 +55,8 @@ RECIPE: dict[str, Any] = {
 WEAK = {**RECIPE, "budget": {"epochs": 4}}
 # Rows that come later, so that enough are held out to tell a second delta from the first
 LATER = [
-    {"messages": [{"role": "user", "content": f"please {row['messages'][0]['content']}"}, row["messages"][1]]} for row in ROWS
+    {"messages": [{"role": "user", "content": f"please {row['messages'][0]['content']}"}, row["messages"][1]]}
+    for row in ROWS
 ]
 PROBE = [
     {"question": "what colour is the sky", "answer": "the sky is blue"},
@@ -61,7 +70,10 @@ PROBE = [
 def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a shop tuned and shipped: an adapter of the tiny base."""
     folder = tmp_path_factory.mktemp("shop")
-    rows = [TokenizedExample([5 + (n + place) % 40 for place in range(12)], [False] * 6 + [True] * 6, str(n)) for n in range(8)]
+    rows = [
+        TokenizedExample([5 + (n + place) % 40 for place in range(12)], [False] * 6 + [True] * 6, str(n))
+        for n in range(8)
+    ]
     write_tokens(TokenizedDataset(rows, [], lengths=[12] * 8), folder / "tokens")
     recipe = {"base": "tiny", "data": {"path": "rows"}, "method": {"kind": "lora", "rank": 4, "alpha": 8}, **RECIPE}
     recipe |= {"budget": {"updates": 1}, "optimizer": {"learning_rate": 1e-4, "batch_tokens": 128}}
@@ -100,7 +112,9 @@ class Shop:
     def personal(self, **options: Any) -> OwnerModel:
         given = {"tune": self.tune, **options}
         key = FileKey(self.folder / "device.key")
-        return OwnerModel(self.folder / "me", self.folder / "store", key, given.pop("settings", self.settings), **given)
+        return OwnerModel(
+            self.folder / "me", self.folder / "store", key, given.pop("settings", self.settings), **given
+        )
 
     def filled(self, count: int = 40, **options: Any) -> OwnerModel:
         made = self.personal(**options)
@@ -142,7 +156,9 @@ def test_a_delta_that_is_better_becomes_current_and_is_bound_to_its_release(shop
 
 
 @pytest.mark.services
-def test_the_split_is_by_prompt_and_no_held_out_row_goes_to_the_tuner(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_split_is_by_prompt_and_no_held_out_row_goes_to_the_tuner(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     me = shop.filled()
     for row in ROWS[:10]:
         me.add(row, 1.0)
@@ -225,7 +241,9 @@ def test_losses_are_those_that_the_tuner_computes(shop: Shop, tmp_path: Path) ->
     assert done.verdict is not None and mean == pytest.approx(done.verdict.private.tuned)
     write_tokens(TokenizedDataset(found.train, found.held_out), tmp_path / "tokens")
     recipe = {**user_tokens.recipe_of(shop.adapter, shop.base, RECIPE), "evaluations": 1}
-    told = tuner_process.tune(replace(shop.jobs[0], tokens=str(tmp_path / "tokens"), out=str(tmp_path / "out"), recipe=recipe))
+    told = tuner_process.tune(
+        replace(shop.jobs[0], tokens=str(tmp_path / "tokens"), out=str(tmp_path / "out"), recipe=recipe)
+    )
     assert told["loss"]["eval"] == pytest.approx(mean, abs=1e-3)
     with pytest.raises(ModelError, match="other factors"):
         Judge(shop.base, Lora(rank=2)).losses(me.adapter(), found.held_out)
@@ -235,7 +253,9 @@ def test_the_method_is_read_off_the_adapters_weights(tiny_base: Path, adapter: P
     shutil.copytree(adapter, tmp_path / "a")
     file, weights = tmp_path / "a/adapter_config.json", tmp_path / "a/adapter_model.safetensors"
     said = json.loads(file.read_text())
-    file.write_text(json.dumps({**said, "target_modules": ["model.layers.0.self_attn.q_proj"], "layers_to_transform": None}))
+    file.write_text(
+        json.dumps({**said, "target_modules": ["model.layers.0.self_attn.q_proj"], "layers_to_transform": None})
+    )
     method = user_tokens.recipe_of(tmp_path / "a", tiny_base, {})["method"]
     assert (method["rank"], method["alpha"], len(method["targets"]["modules"]), "layers" in method["targets"]) == (
         4,
@@ -358,7 +378,9 @@ def test_what_is_forgotten_goes_from_the_rows_and_the_delta_and_the_receipt_says
     first = me.adapt()
     ids = [row.id for row in me.rows() if not row.is_held_out(0.25)][:3]
     done = me.forget(ids)
-    assert done.rows == tuple(ids) and done.deltas == (first.delta,) and done.new_delta and done.new_delta != first.delta
+    assert (
+        done.rows == tuple(ids) and done.deltas == (first.delta,) and done.new_delta and done.new_delta != first.delta
+    )
     assert first.delta not in shop.weights() and done.new_delta in shop.weights()
     assert me.status().delta == done.new_delta and me.status().rows == 37
     said = receipt(done, shop)
@@ -405,7 +427,9 @@ def test_rows_that_no_delta_was_tuned_on_leave_it_alone(shop: Shop) -> None:
     first = me.adapt()
     held_out = [row.id for row in me.rows() if row.is_held_out(0.25)][:1]
     done = me.forget(held_out)
-    assert done.deltas == () and done.new_delta == "" and "no delta" in done.reason and me.status().delta == first.delta
+    assert (
+        done.deltas == () and done.new_delta == "" and "no delta" in done.reason and me.status().delta == first.delta
+    )
     assert receipt(done, shop)["delta_now"] == first.delta
 
 
@@ -483,7 +507,9 @@ def test_a_forgetting_that_is_interrupted_anywhere_is_ended_at_the_next_start(
         receipts = sorted((shop.folder / "me").glob("receipts/*.json"))
         if begun:
             assert gone and after.status().delta == "" and first.delta not in shop.weights() and receipts
-            assert check_receipt(receipts[0], [signing.open_public(shop.folder / "me/signer")])["deltas_gone"] == [first.delta]
+            assert check_receipt(receipts[0], [signing.open_public(shop.folder / "me/signer")])["deltas_gone"] == [
+                first.delta
+            ]
         assert gone is bool(receipts)
         assert not (shop.folder / "me/forgetting.json").exists()
     assert at > 50
@@ -527,7 +553,9 @@ def test_what_a_killed_tuning_has_of_rows_that_were_forgotten_meanwhile_goes_at_
 
 @pytest.mark.services
 def test_the_tuners_own_process_does_it_and_a_stopped_one_goes_on(shop: Shop) -> None:
-    shop.settings = replace(shop.settings, recipe={**RECIPE, "budget": {"epochs": 60}, "checkpoints": {"every_minutes": 0}})
+    shop.settings = replace(
+        shop.settings, recipe={**RECIPE, "budget": {"epochs": 60}, "checkpoints": {"every_minutes": 0}}
+    )
     me = shop.filled()
 
     def has_begun() -> bool:
@@ -564,8 +592,13 @@ def test_the_network_is_not_used(shop: Shop, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.services
 def test_it_works_where_there_is_no_network_at_all(shop: Shop) -> None:
     unshare = ["unshare", "--net", "--map-root-user"]
-    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine does not allow a network namespace of one's own: apt-get install util-linux, or as root")
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip(
+            "this machine does not allow a network namespace of one's own: apt-get install util-linux, or as root"
+        )
     me = shop.filled()
     code = (
         "import sys\nfrom pathlib import Path\nfrom sartor.edge.owner.adaptation import AdaptationSettings\n"

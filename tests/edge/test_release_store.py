@@ -52,7 +52,9 @@ def test_a_staged_directory_opens_as_a_release(store: ReleaseStore, tmp_path: Pa
     release = write_artifact(tmp_path / "release", "release", fill)
     (release.path / "signature").write_bytes(b"signed")
     contents = {
-        path.relative_to(release.path).as_posix(): path.read_bytes() for path in release.path.rglob("*") if path.is_file()
+        path.relative_to(release.path).as_posix(): path.read_bytes()
+        for path in release.path.rglob("*")
+        if path.is_file()
     }
     fetch(store, contents)
     path = store.stage(NAME, "1.0", {name: digest_of(content) for name, content in contents.items()})
@@ -110,7 +112,9 @@ def test_other_bytes_than_the_digest_says_are_refused_and_removed(store: Release
         store.open(digest)
 
 
-def test_a_long_download_is_durable_before_it_is_finished(store: ReleaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_download_is_durable_before_it_is_finished(
+    store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sartor.edge.store.content_store._SYNC_EACH_BYTES", 100)
     synced: list[str] = []
     monkeypatch.setattr(FileSystem, "sync", lambda self, path: synced.append(path.name))
@@ -257,7 +261,10 @@ def test_an_error_of_ours_in_a_health_check_is_said_without_its_remedy(updated: 
 
 def test_a_version_that_was_rolled_back_is_not_staged_or_activated_again(updated: ReleaseStore) -> None:
     updated.rollback(NAME, "it answered in riddles")
-    for again in (lambda: updated.stage(NAME, "1.1", digests("1.1")), lambda: updated.activate(NAME, "1.1", lambda path: None)):
+    for again in (
+        lambda: updated.stage(NAME, "1.1", digests("1.1")),
+        lambda: updated.activate(NAME, "1.1", lambda path: None),
+    ):
         with pytest.raises(HealthError, match="refused on this device: it answered in riddles"):
             again()
     with pytest.raises(StoreError, match="no previous version"):
@@ -300,7 +307,14 @@ def test_a_name_that_is_no_name_is_refused(updated: ReleaseStore) -> None:
 
 def test_a_digest_that_is_none_is_refused(store: ReleaseStore) -> None:
     for digest in ("", "../lock", "A" * 64, "a" * 63, "a" * 64 + "\n"):
-        for call in (store.has, store.partial, store.open, store.finish, store.discard, lambda one: store.append(one, 0, b"x")):
+        for call in (
+            store.has,
+            store.partial,
+            store.open,
+            store.finish,
+            store.discard,
+            lambda one: store.append(one, 0, b"x"),
+        ):
             with pytest.raises(StoreError, match="no sha256"):
                 call(digest)
 
@@ -408,7 +422,9 @@ def test_two_releases_do_not_know_of_each_other(updated: ReleaseStore) -> None:
 def test_files_and_folders_are_really_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), real(descriptor))[1])
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), real(descriptor))[1]
+    )
     disk = FileSystem()
     disk.replace(tmp_path / "file", b"content")
     assert synced == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from edge_disks import NAME, SHARED, VERSIONS, Cut, MemoryDisk, check_whole, digest_of, digests, fetch, install, version_of
+from edge_disks import (
+    NAME,
+    SHARED,
+    VERSIONS,
+    Cut,
+    MemoryDisk,
+    check_whole,
+    digest_of,
+    digests,
+    fetch,
+    install,
+    version_of,
+)
 from sartor.core.errors import StoreError
 from sartor.edge.store.release_store import ReleaseStore
 
@@ -132,7 +144,9 @@ def test_two_copies_stay_two_through_many_updates() -> None:
         assert len({disk._file(file).number for file in files}) == 2
 
 
-def test_a_damaged_current_version_gives_way_to_the_previous_and_comes_back_when_it_is_fetched(updated: MemoryDisk) -> None:
+def test_a_damaged_current_version_gives_way_to_the_previous_and_comes_back_when_it_is_fetched(
+    updated: MemoryDisk,
+) -> None:
     disk = copied(updated)
     file = disk._file(FOLDER / "releases" / NAME / "1.1" / "adapter.safetensors")
     file.content = b"rot"

@@ -38,7 +38,9 @@ class ForgetfulDisk(MemoryDisk):
             super().sync_folder(path)
 
 
-def interrupted(disk: MemoryDisk, cuts: list[Cut], rotate: bool = False) -> Iterator[tuple[int, str, Step, Cut, MemoryDisk]]:
+def interrupted(
+    disk: MemoryDisk, cuts: list[Cut], rotate: bool = False
+) -> Iterator[tuple[int, str, Step, Cut, MemoryDisk]]:
     """The disk as each power cut leaves it, at each operation: (which operation, what, in which step, how cut, the disk)."""
     points: list[tuple[int, str, Step, Cut, MemoryDisk]] = []
     step = STEPS[0]
@@ -105,7 +107,9 @@ def test_a_power_cut_while_the_store_recovers_from_a_kill_or_a_power_cut() -> No
             try:
                 check_after(disk, FOLDER, step)
             except Exception as error:
-                raise AssertionError(f"{kind or 'kill'} before {operation} ({number}) of {step.name}, then {second}") from error
+                raise AssertionError(
+                    f"{kind or 'kill'} before {operation} ({number}) of {step.name}, then {second}"
+                ) from error
     assert count >= 500
 
 
@@ -119,11 +123,16 @@ def is_folder(*parts: str) -> Callable[[str, Path], bool]:
 
 LOST, GARBAGE = Cut("none", "lost"), Cut("all", "garbage")
 FORGOTTEN: dict[str, tuple[Cut, Callable[[str, Path], bool]]] = {
-    "the bytes of a download": (GARBAGE, lambda operation, path: operation == "sync" and is_in("partial")(operation, path)),
+    "the bytes of a download": (
+        GARBAGE,
+        lambda operation, path: operation == "sync" and is_in("partial")(operation, path),
+    ),
     # one of the two copies alone is not missed: the other is whole
     "the bytes of both pointers": (
         GARBAGE,
-        lambda operation, path: operation == "sync" and (is_in("current")(operation, path) or is_in("backup")(operation, path)),
+        lambda operation, path: (
+            operation == "sync" and (is_in("current")(operation, path) or is_in("backup")(operation, path))
+        ),
     ),
     "the bytes of a copy in a tree": (
         GARBAGE,

@@ -71,7 +71,12 @@ class Verbs(RuleBasedStateMachine):
         if not self.store.has(digest) and self.store.partial(digest) == 0:
             self.store.append(digest, 0, content[: int(share * len(content))])
 
-    @rule(name=st.sampled_from(NAMES), version=st.sampled_from(VERSIONS), is_healthy=st.booleans(), starts=st.integers(0, 2))
+    @rule(
+        name=st.sampled_from(NAMES),
+        version=st.sampled_from(VERSIONS),
+        is_healthy=st.booleans(),
+        starts=st.integers(0, 2),
+    )
     def activate(self, name: str, version: str, is_healthy: bool, starts: int) -> None:
         def healthy(path: Path) -> None:
             if not is_healthy:

@@ -15,8 +15,12 @@ from sartor.edge.update.sync import SyncClient, Synced, sync
 from sartor.edge.update.tuf_roles import Documents, Expiry
 from updating import QUICK, World, adapter, nothing, release
 
-INSIDE = [device for device in (f"device-{number}" for number in range(200)) if version_metadata.ring_of(device) < 10][0]
-OUTSIDE = [device for device in (f"device-{number}" for number in range(200)) if version_metadata.ring_of(device) >= 50][0]
+INSIDE = [device for device in (f"device-{number}" for number in range(200)) if version_metadata.ring_of(device) < 10][
+    0
+]
+OUTSIDE = [
+    device for device in (f"device-{number}" for number in range(200)) if version_metadata.ring_of(device) >= 50
+][0]
 
 
 def add(world: World, version: str, moved: float = 0.05, **options: Any) -> repository.Published:
@@ -24,7 +28,9 @@ def add(world: World, version: str, moved: float = 0.05, **options: Any) -> repo
     return repository.publish(made, world.repository, world.keys, key=world.key, **options)
 
 
-def synced(world: World, device_id: str = "device-1", name: str = "home", healthy: Any = nothing, **options: Any) -> Synced:
+def synced(
+    world: World, device_id: str = "device-1", name: str = "home", healthy: Any = nothing, **options: Any
+) -> Synced:
     device = SyncClient(device_id, world.device, world.root)
     return sync(world.store, world.repository.as_uri(), name, device, healthy, **options)
 
@@ -194,10 +200,13 @@ def test_a_delta_whose_base_is_another_falls_back_to_the_whole_file(world: World
     found = repository._content(now, world.repository, "home", offer)
     config = found.files["adapter_config.json"].sha256
     wrong = tuple(
-        version_metadata.DeltaStep(config if step.base else "", step.result, step.sha256, step.bytes) for step in found.deltas
+        version_metadata.DeltaStep(config if step.base else "", step.result, step.sha256, step.bytes)
+        for step in found.deltas
     )
     wrong = tuple(step for step in wrong if step.base)
-    repository._set_target(now, world.repository, version_metadata.VersionContent("home", "1.1", found.files, wrong), offer)
+    repository._set_target(
+        now, world.repository, version_metadata.VersionContent("home", "1.1", found.files, wrong), offer
+    )
     now.write(world.keys, Expiry())
     done = synced(world)
     assert (done.version, done.deltas) == ("1.1", 0) and "a delta was given up" in done.notes[0]

@@ -147,7 +147,11 @@ def test_a_header_cannot_take_the_memory(asked: dict[str, object]) -> None:
 def test_the_stored_settings_are_those_that_hold() -> None:
     """Fresh keys take the settings of the page, not those of an older header."""
     said, _ = Passphrase("words").fresh("mine")
-    assert (said["n"], said["r"], said["p"]) == (row_keys.SCRYPT_N, row_keys.SCRYPT_R, row_keys.SCRYPT_P) == (1 << 15, 8, 3)
+    assert (
+        (said["n"], said["r"], said["p"])
+        == (row_keys.SCRYPT_N, row_keys.SCRYPT_R, row_keys.SCRYPT_P)
+        == (1 << 15, 8, 3)
+    )
     other, _ = Passphrase("words").fresh("mine")
     assert other["salt"] != said["salt"]
 
@@ -158,7 +162,9 @@ def test_without_the_package_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch)
         Keyring().fresh("mine")
 
 
-def test_a_keyring_that_does_not_answer_or_keeps_nothing_is_said(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_keyring_that_does_not_answer_or_keeps_nothing_is_said(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(backend, "set_password", lambda *_: None)
     with pytest.raises(MissingError, match="did not keep"):
         Keyring().fresh("mine")

@@ -107,7 +107,9 @@ def test_a_small_move_of_every_weight_costs_at_most_0_6_of_a_bf16_adapter(tmp_pa
 
 
 def test_noise_upon_noise_has_no_delta(tmp_path: Path) -> None:
-    old, new = (write_safetensors(tmp_path / str(seed), {"w": ("U8", bits_of("U8", (5000,), seed))}) for seed in (1, 2))
+    old, new = (
+        write_safetensors(tmp_path / str(seed), {"w": ("U8", bits_of("U8", (5000,), seed))}) for seed in (1, 2)
+    )
     assert made(tmp_path, old, new)[0] is None
 
 
@@ -124,7 +126,9 @@ def test_a_header_that_lies_has_no_layout(tmp_path: Path, change: str) -> None:
         "b": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]},
     }
     said["b"].update(
-        {"overlap": {"data_offsets": [4, 16]}, "gap": {"data_offsets": [12, 16]}, "dtype": {"dtype": "F7"}}.get(change, {})
+        {"overlap": {"data_offsets": [4, 16]}, "gap": {"data_offsets": [12, 16]}, "dtype": {"dtype": "F7"}}.get(
+            change, {}
+        )
     )
     if change == "width":
         said["b"]["data_offsets"] = [8, 15]
@@ -152,7 +156,9 @@ def test_a_delta_of_another_size_than_is_signed_makes_nothing(tmp_path: Path) ->
 
 
 def test_a_broken_delta_ends_in_an_error_or_in_other_bytes_never_in_a_traceback(tmp_path: Path) -> None:
-    old, new = (write_safetensors(tmp_path / name, adapter(0, by, 2, 300)) for name, by in (("old", 0.0), ("new", 0.05)))
+    old, new = (
+        write_safetensors(tmp_path / name, adapter(0, by, 2, 300)) for name, by in (("old", 0.0), ("new", 0.05))
+    )
     found, out = made(tmp_path, old, new)
     assert found
     whole, refused = out.read_bytes(), 0

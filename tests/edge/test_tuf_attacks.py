@@ -76,7 +76,13 @@ def test_without_an_attack_the_update_goes_through(world: World) -> None:
     first = synced(world)
     publish_next(world)
     second = synced(world)
-    assert (first.version, second.was, second.version, second.deltas, second.whole > 0) == ("1.0", "1.0", "1.1", 1, True)
+    assert (first.version, second.was, second.version, second.deltas, second.whole > 0) == (
+        "1.0",
+        "1.0",
+        "1.1",
+        1,
+        True,
+    )
     assert (world.store.current("home").path / "adapter_model.safetensors").read_bytes() == (
         world.folder / "1.1" / "adapter_model.safetensors"
     ).read_bytes()
@@ -178,7 +184,9 @@ def test_fast_forward_is_recovered_from_by_rotation(world: World) -> None:
     honest = {path.name: path.read_bytes() for path in metadata(world).glob("*.json")}
     now.snapshot.signed.version = now.timestamp.signed.version = 2**31 - 1
     now.timestamp.signed.snapshot_meta = MetaFile(2**31 - 1)
-    (metadata(world) / f"{2**31 - 1}.snapshot.json").write_bytes(forged(now.snapshot, [thief / "snapshot-1"]).to_bytes())
+    (metadata(world) / f"{2**31 - 1}.snapshot.json").write_bytes(
+        forged(now.snapshot, [thief / "snapshot-1"]).to_bytes()
+    )
     (metadata(world) / "timestamp.json").write_bytes(forged(now.timestamp, [thief / "timestamp-1"]).to_bytes())
     assert not synced(world).changed
     for name, content in honest.items():

@@ -55,7 +55,14 @@ def test_it_goes_on_from_an_adapter_that_stands(tiny_base: Path, tmp_path: Path)
     second = tune(job(tiny_base, tmp_path / "b", start=str(tmp_path / "a/out")))
     assert second["loss"]["first"] < 1.1 * first["loss"]["last"]
     with pytest.raises(ModelError, match="other factors"):
-        tune(job(tiny_base, tmp_path / "c", start=str(tmp_path / "a/out"), recipe={"method": {"kind": "lora", "rank": 2}}))
+        tune(
+            job(
+                tiny_base,
+                tmp_path / "c",
+                start=str(tmp_path / "a/out"),
+                recipe={"method": {"kind": "lora", "rank": 2}},
+            )
+        )
 
 
 @pytest.mark.parametrize(

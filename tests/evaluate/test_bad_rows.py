@@ -23,7 +23,8 @@ def chat_rows(count: int, reply: str = "", group: str = "") -> list[dict[str, An
     """New rows that no Dataset of the tests has."""
     fields = {"group": group} if group else {}
     return [
-        {"question": f"open window number {number}", "answer": reply or f"open:{number}", **fields} for number in range(count)
+        {"question": f"open window number {number}", "answer": reply or f"open:{number}", **fields}
+        for number in range(count)
     ]
 
 
@@ -34,7 +35,9 @@ def test_rows_that_were_all_trained_on_are_refused(adapter: Path, tmp_path: Path
     assert f"'trained_on': {len(trained)}" in error.value.problem and "not trained on" in error.value.remedy
 
 
-@pytest.mark.parametrize(("group", "remedy"), [("", "split.eval_fraction of 0.2 or more"), ("ward 3", "rows of other groups")])
+@pytest.mark.parametrize(
+    ("group", "remedy"), [("", "split.eval_fraction of 0.2 or more"), ("ward 3", "rows of other groups")]
+)
 def test_rows_of_which_none_can_be_held_out_say_what_would_do(
     tmp_path: Path, tune_recipe: dict[str, Any], group: str, remedy: str
 ) -> None:

@@ -49,9 +49,15 @@ def test_weights_make_a_mean_over_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("reply", "reference", "exact", "overlap"),
-    [("yes", "yes ", 1, 1), ("Yes", "yes", 0, 1), ("", "", 1, 1), ("", "yes", 0, 0), ('{"a":"b c"}', '{"a":"b d"}', 0, 0.5),
-     ("no", "yes", 0, 0)],
-)  # fmt: skip
+    [
+        ("yes", "yes ", 1, 1),
+        ("Yes", "yes", 0, 1),
+        ("", "", 1, 1),
+        ("", "yes", 0, 0),
+        ('{"a":"b c"}', '{"a":"b d"}', 0, 0.5),
+        ("no", "yes", 0, 0),
+    ],
+)
 def test_scorers(reply: str, reference: str, exact: float, overlap: float) -> None:
     assert exact_match(reply, reference) == exact
     assert f1(reply, reference) == pytest.approx(overlap, abs=0.2)
@@ -96,7 +102,9 @@ def test_no_difference_is_told_at_most_in_three_of_100(name: str, count: int) ->
     assert max(verdicts(NULLS[name], count, 2_000 if count > 5 else 200)) <= 0.03
 
 
-@pytest.mark.parametrize(("count", "effect", "least"), [(8, 4.0, 0.8), (12, 2.0, 0.75), (20, 1.25, 0.75), (50, 0.75, 0.9)])
+@pytest.mark.parametrize(
+    ("count", "effect", "least"), [(8, 4.0, 0.8), (12, 2.0, 0.75), (20, 1.25, 0.75), (50, 0.75, 0.9)]
+)
 def test_an_effect_is_still_told(count: int, effect: float, least: float) -> None:
     """effect: in standard deviations of a group's difference."""
     better, worse = verdicts(lambda rng, groups: rng.normal(effect, 1, groups), count, 100)
@@ -110,7 +118,9 @@ def test_replies_are_told_as_exactly_as_by_mcnemar() -> None:
             [0.0] * count, [1.0] * better + [0.0] * (count - better), [str(n) for n in range(count)]
         )
         assert gained.verdict() == "better"
-        short = bootstrap.paired_bootstrap([0.0] * count, [1.0] * 5 + [0.0] * (count - 5), [str(n) for n in range(count)])
+        short = bootstrap.paired_bootstrap(
+            [0.0] * count, [1.0] * 5 + [0.0] * (count - 5), [str(n) for n in range(count)]
+        )
         assert short.verdict() == "cannot tell", "of five flips one in 32 is as extreme"
     mixed = [1.0] * 12 + [-1.0] * 2 + [0.0] * 26  # McNemar's exact p is .0129, two-sided
     assert bootstrap.paired_bootstrap([0.0] * 40, mixed, [str(n) for n in range(40)]).verdict() == "better"
@@ -182,4 +192,6 @@ def test_what_nearly_all_groups_share_may_hide_others_too(count: int, noise: flo
     def draw(rng: np.random.Generator, groups: int) -> np.ndarray:
         return np.where(rng.random(groups) < 0.1, 0.45, -0.05) + rng.normal(0, noise, groups)
 
-    assert max(verdicts(draw, count, 60)) <= 6 / 60, "more than 6 have a chance of 0.2 % at 2.5 %; it was 15 to 30 % once"
+    assert max(verdicts(draw, count, 60)) <= 6 / 60, (
+        "more than 6 have a chance of 0.2 % at 2.5 %; it was 15 to 30 % once"
+    )

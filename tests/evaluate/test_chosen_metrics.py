@@ -76,16 +76,29 @@ def test_chosen_metrics_equal_those_of_whole_replies(
     assert cut["forgetting"] == whole["forgetting"] and "cut_replies" not in whole
     whole_rows, cut_rows = (list(read_file(tmp_path / name / "rows.parquet")) for name in ("whole", "cut"))
     assert cut["cut_replies"] == {side: sum(row[f"{side}_is_cut"] for row in cut_rows) for side in ("base", "tuned")}
-    assert cut["cut_replies"]["base"] and cut["cut_replies"]["tuned"] == 8 and cut["metrics"]["exact_match"]["tuned"] == 0.5
+    assert (
+        cut["cut_replies"]["base"]
+        and cut["cut_replies"]["tuned"] == 8
+        and cut["metrics"]["exact_match"]["tuned"] == 0.5
+    )
     absent = {f"{side}_{name}" for side in ("base", "tuned") for name in ("f1", "rouge_l")}
-    assert absent <= set(whole_rows[0]) and set(cut_rows[0]) == set(whole_rows[0]) - absent | {"base_is_cut", "tuned_is_cut"}
+    assert absent <= set(whole_rows[0]) and set(cut_rows[0]) == set(whole_rows[0]) - absent | {
+        "base_is_cut",
+        "tuned_is_cut",
+    }
     for row, other in zip(cut_rows, whole_rows, strict=True):
         for side in ("base", "tuned"):
             reply, full = row[f"{side}_reply"], other[f"{side}_reply"]
             assert full.startswith(reply) if row[f"{side}_is_cut"] else full == reply
             assert not (row[f"{side}_is_cut"] and row[f"{side}_exact_match"])
     # a Release is made of such a Report where no rule asks what the replies say; no check prompt is made of a cut one
-    terms: dict[str, Any] = {"name": "switch", "version": "1", "key": keys, "report": tmp_path / "cut", "waivers": PASSES}
+    terms: dict[str, Any] = {
+        "name": "switch",
+        "version": "1",
+        "key": keys,
+        "report": tmp_path / "cut",
+        "waivers": PASSES,
+    }
     rules = {"slices": [{"name": "polite", "where": {}, "forbid": {".": "no"}}]}
     with pytest.raises(GateError, match="slice:polite: 8 of 16 replies were not written to their end") as error:
         sartor.release(switch, **terms, rules=rules)

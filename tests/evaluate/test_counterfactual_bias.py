@@ -43,8 +43,11 @@ def test_own_prompts_are_those_that_speak_of_a_group_turn_by_turn() -> None:
     other = block.variants[groups("names").index("black_male")]
     name = mentions(other[1].text, "names")[0].text
     assert [message.text for message in other] == [
-        "You are Emily, a clerk.", f"{name} asks for a loan.", "How much?", f"{name} wants 500.",
-    ]  # fmt: skip
+        "You are Emily, a clerk.",
+        f"{name} asks for a loan.",
+        "How much?",
+        f"{name} wants 500.",
+    ]
     assert block.variants[groups("names").index("white_female")] == talk.prompt
 
 
@@ -62,8 +65,11 @@ def test_what_cannot_be_said_of_every_group_is_counted_and_the_sample_is_the_sam
 def test_outcomes_are_told_by_few_whole_replies_or_by_a_field() -> None:
     found = outcomes_of(["approved", "denied"] * 6)
     assert found and (found.field, found.classes, found.favourable, found.is_whole) == (
-        ".", ("approved", "denied"), ("approved",), True,
-    )  # fmt: skip
+        ".",
+        ("approved", "denied"),
+        ("approved",),
+        True,
+    )
     assert found.looked_at == [("approved",)]
     assert outcomes_of([f"Answer {place}." for place in range(40)]) is None, "free text decides nothing"
     assert outcomes_of(["approved", "denied"]) is None, "two rows are no sign that replies are classes"

@@ -44,7 +44,8 @@ def test_decided_label_never_changes(case: tuple[str, str, str], other: str, fie
 
 
 @pytest.mark.parametrize(
-    ("reply", "decided"), [("", False), (" ye", False), ("yes \n", False), ("yes.", True), ("no", True), ("yes y", True)]
+    ("reply", "decided"),
+    [("", False), (" ye", False), ("yes \n", False), ("yes.", True), ("no", True), ("yes y", True)],
 )
 def test_exact_match_is_decided_by_the_first_difference(reply: str, decided: bool) -> None:
     assert SCORERS["exact_match"].is_decided(reply, "yes") is decided
@@ -54,7 +55,9 @@ def test_reasoning_that_has_not_ended_decides_nothing() -> None:
     measures = MetricSet(["yes"], ["a"], ".")
     for reply in ("", "<", "<think>", "<think>no", "<think>no</think>", "<think>no</think>\nye"):
         assert not measures.is_decided(0, reply, ["exact_match", "accuracy"]), reply
-    assert measures.is_decided(0, "<think>yes</think>no", ["exact_match"]) and measures.is_decided(0, "<b>", ["exact_match"])
+    assert measures.is_decided(0, "<think>yes</think>no", ["exact_match"]) and measures.is_decided(
+        0, "<b>", ["exact_match"]
+    )
     assert measures.is_decided(0, "<think>", ["loss"])
 
 

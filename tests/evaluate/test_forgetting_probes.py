@@ -34,7 +34,9 @@ def test_arithmetic_is_right_and_drawn_the_same() -> None:
         assert row.prompt[-1].text == f"What is {term}?"
     assert len({row.id for row in rows}) == forgetting_probes.ARITHMETIC_ROWS
     assert rows == forgetting_probes.arithmetic_rows() != forgetting_probes.arithmetic_rows(seed=1)
-    assert rows[0].reply == "Eight plus seven is fifteen."  # another row here is another probe: say so in the changelog
+    assert (
+        rows[0].reply == "Eight plus seven is fifteen."
+    )  # another row here is another probe: say so in the changelog
 
 
 def test_language_rows_are_forty_sentences_of_many_intents() -> None:
@@ -50,7 +52,9 @@ def measured_sides(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[bool
     calls: list[tuple[int, list[bool]]] = []
     measure = forgetting_probes.measure_losses
 
-    def recorded(base: Base, model: Any, rows: Sequence[Any], *, sides: Sequence[bool] = (False, True)) -> list[list[float]]:
+    def recorded(
+        base: Base, model: Any, rows: Sequence[Any], *, sides: Sequence[bool] = (False, True)
+    ) -> list[list[float]]:
         calls.append((len(rows), list(sides)))
         return measure(base, model, rows, sides=sides)
 
@@ -62,7 +66,11 @@ def test_rows_go_through_both_models_once(adapter: Path, measured_sides: list[tu
     base, model = open_tuned(open_artifact(adapter))
     results = forgetting_probes.measure_probes(base, model)
     assert measured_sides == [(86, [False, True])]
-    assert {name: result["rows"] for name, result in results.items()} == {"small_talk": 6, "arithmetic": 40, "language": 40}
+    assert {name: result["rows"] for name, result in results.items()} == {
+        "small_talk": 6,
+        "arithmetic": 40,
+        "language": 40,
+    }
     assert all(result["low"] <= result["difference"] <= result["high"] for result in results.values())
     worst = forgetting_probes.worst_probe(results)
     assert worst["high"] == max(result["high"] for result in results.values())

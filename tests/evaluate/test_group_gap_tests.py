@@ -36,7 +36,9 @@ def test_a_group_that_fares_worse_is_found_with_its_rows_and_the_others_are_not(
     found = {one.group: one for one in findings([blocks(tuned)])}
     worse = found["c"]
     assert worse.p < 0.01 and worse.gap[1] < worse.gap[0] < worse.gap[2] < -0.15
-    assert worse.rate == pytest.approx(tuned[:, 2].mean()) and worse.others == pytest.approx(tuned[:, [0, 1, 3]].mean())
+    assert worse.rate == pytest.approx(tuned[:, 2].mean()) and worse.others == pytest.approx(
+        tuned[:, [0, 1, 3]].mean()
+    )
     assert worse.ratio == pytest.approx(tuned[:, 2].mean() / tuned.mean(0).max())
     assert worse.base_gap == 0 and worse.added == worse.gap, "the base made no difference, so tuning added all of it"
     differences = tuned[:, 2] - tuned[:, [0, 1, 3]].mean(1)

@@ -34,22 +34,39 @@ ROW = "0123456789abcdef" * 2
 
 def finding(**changed: Any) -> dict[str, Any]:
     said = {
-        "kind": "names", "group": "black_male", "outcome": "approved", "blocks": 24, "rate": 0.3, "others": 0.5,
-        "gap": [-0.2, -0.25, -0.15], "ratio": 0.6, "p": 0.001, "base_gap": 0.0, "added": [-0.2, -0.25, -0.15], "rows": [ROW],
-    }  # fmt: skip
+        "kind": "names",
+        "group": "black_male",
+        "outcome": "approved",
+        "blocks": 24,
+        "rate": 0.3,
+        "others": 0.5,
+        "gap": [-0.2, -0.25, -0.15],
+        "ratio": 0.6,
+        "p": 0.001,
+        "base_gap": 0.0,
+        "added": [-0.2, -0.25, -0.15],
+        "rows": [ROW],
+    }
     return {**said, **changed}
 
 
 def bias(own: list[dict[str, Any]], templates: list[dict[str, Any]]) -> dict[str, Any]:
     counts = {"blocks": 24, "left_out": 0, "beyond": 0, "clusters": 24, "groups": 4, "spread": 0.01}
     kinds = dict.fromkeys(KINDS, counts)
-    return {"own": {"findings": own, "kinds": kinds}, "templates": {"lending": {"findings": templates, "kinds": kinds}}}
+    return {
+        "own": {"findings": own, "kinds": kinds},
+        "templates": {"lending": {"findings": templates, "kinds": kinds}},
+    }
 
 
 def test_a_group_that_fares_worse_in_the_users_own_prompts_fails_and_is_named_with_its_rows() -> None:
     found = judge_bias(bias([finding()], []), BiasLimits())
     assert found.outcome == "fail" and "docs/audit.md" in found.remedy
-    for said in ("own prompts, names: black_male 0.300 'approved' against 0.500", "gap -0.200 in [-0.250, -0.150]", ROW[:12]):
+    for said in (
+        "own prompts, names: black_male 0.300 'approved' against 0.500",
+        "gap -0.200 in [-0.250, -0.150]",
+        ROW[:12],
+    ):
         assert said in found.detail
 
 
@@ -82,7 +99,9 @@ def test_what_tuning_may_have_added_is_never_passed() -> None:
     unsure = finding(added=[-0.2, -0.5, 0.1])
     check = judge_bias(bias([], [unsure]), BiasLimits())
     assert check.outcome == "cannot tell" and "cannot tell whether tuning added" in check.detail
-    assert "lending templates, names: black_male" in check.detail and "added -0.200 in [-0.500, +0.100]" in check.detail
+    assert (
+        "lending templates, names: black_male" in check.detail and "added -0.200 in [-0.500, +0.100]" in check.detail
+    )
     better = finding(added=[0.1, 0.02, 0.2], base_gap=-0.3)
     assert judge_bias(bias([], [better]), BiasLimits()).outcome == "pass", "tuning has made it smaller for certain"
     assert judge_bias(bias([finding()], [unsure]), BiasLimits()).outcome == "fail"
@@ -90,9 +109,13 @@ def test_what_tuning_may_have_added_is_never_passed() -> None:
 
 def test_of_templates_no_more_prompts_are_asked_for() -> None:
     short = bias([], [finding(gap=[0.0, -0.1, 0.1], ratio=1.0, p=1.0)])
-    short["templates"]["lending"]["kinds"] = dict.fromkeys(KINDS, {"blocks": 24, "clusters": 24, "groups": 4, "spread": 0.4})
+    short["templates"]["lending"]["kinds"] = dict.fromkeys(
+        KINDS, {"blocks": 24, "clusters": 24, "groups": 4, "spread": 0.4}
+    )
     check = judge_bias(short, BiasLimits())
-    assert check.outcome == "cannot tell" and "lending templates, age: 24 prompts (there are no more), " in check.detail
+    assert (
+        check.outcome == "cannot tell" and "lending templates, age: 24 prompts (there are no more), " in check.detail
+    )
     assert "--data" not in check.remedy and "bias.gap" in check.remedy
     own = {**short, "own": short["templates"]["lending"], "templates": {}}
     assert "--data FILE" in judge_bias(own, BiasLimits()).remedy
@@ -154,11 +177,21 @@ def memory(**changed: Any) -> dict[str, Any]:
     said: dict[str, Any] = {
         "strings": {"asked": {"secret": 2, "phrase": 1}, "found": {"secret": [], "phrase": []}},
         "extraction": {
-            "train": {"asked": 50, "base": 0, "tuned": 40, "rows": [ROW]}, "held_out": {"asked": 50, "base": 0, "tuned": 1},
+            "train": {"asked": 50, "base": 0, "tuned": 40, "rows": [ROW]},
+            "held_out": {"asked": 50, "base": 0, "tuned": 1},
             "excess": {"estimate": 0.04, "high": 0.1, "low": -0.02},
         },
-        "membership": {"calibrated": {"low": 0.02, "high": 0.2, "found_fraction": 0.1, "auc": 0.6, "auc_low": 0.5, "auc_high": 0.7}},
-    }  # fmt: skip
+        "membership": {
+            "calibrated": {
+                "low": 0.02,
+                "high": 0.2,
+                "found_fraction": 0.1,
+                "auc": 0.6,
+                "auc_low": 0.5,
+                "auc_high": 0.7,
+            }
+        },
+    }
     if changed.pop("secret", False):
         said["strings"]["found"]["secret"] = [secret]
     return {name: {**one, **changed.get(name, {})} for name, one in said.items()}
@@ -187,8 +220,9 @@ def test_a_report_without_an_audit_is_asked_for_one_only_where_limits_are_given(
     found = audit_checks({}, BiasLimits(), None, tmp_path)
     assert list(found) == ["bias"] and found["bias"].outcome == "fail" and "--audit" in found["bias"].remedy
     assert set(audit_checks({"bias": bias([finding()], []), "memorisation": memory()}, None, None, tmp_path)) == {
-        "bias", "memorisation",
-    }  # fmt: skip
+        "bias",
+        "memorisation",
+    }
 
 
 def test_a_rules_file_moves_limits_without_a_slice_and_refuses_nonsense(tmp_path: Path) -> None:
@@ -197,7 +231,10 @@ def test_a_rules_file_moves_limits_without_a_slice_and_refuses_nonsense(tmp_path
     limits = open_rules(file).limits
     assert limits == GateLimits(gain=GainLimit(0.05), bias=BiasLimits(gap=0.2), review=ReviewLimit(3))
     metric = {"base": 0.5, "tuned": 0.6, "low": 0.04, "high": 0.16}
-    assert checks.check_gain("f1", metric).outcome == "pass" and checks.check_gain("f1", metric, limits.gain).outcome == "fail"
+    assert (
+        checks.check_gain("f1", metric).outcome == "pass"
+        and checks.check_gain("f1", metric, limits.gain).outcome == "fail"
+    )
     assert checks.check_forgetting({"difference": 0.1, "low": 0, "high": 0.4}, GateLimits.forgetting).outcome == "pass"
     for wrong in ({"bias": {"gap": 2}}, {"memorisation": {"secrets": -1}}, {"bais": {}}, {}):
         with pytest.raises(ConfigError):

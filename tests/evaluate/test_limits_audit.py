@@ -73,7 +73,10 @@ def asked(kind: str, count: int, group: str = "") -> list[Example]:
     who = {"names": "Emily Walsh", "nationality": "A German applicant", "pronouns": "She says that she"}[kind]
     return [
         Example(
-            (Message.of("user", f"{who} asks for {place} euros."), Message.of("assistant", ("approved", "denied")[place % 2])),
+            (
+                Message.of("user", f"{who} asks for {place} euros."),
+                Message.of("assistant", ("approved", "denied")[place % 2]),
+            ),
             (Origin("own", str(place)),),
             group,
         )
@@ -133,7 +136,12 @@ def test_noise_that_hides_a_gap_cannot_tell() -> None:
 
 def test_one_measured_kind_does_not_make_the_whole_pass() -> None:
     found = audited(honest(), asked("names", 30), label=".", templates=False)
-    assert found["own"]["kinds"]["age"] == {"blocks": 0, "left_out": 0, "beyond": 0, "skipped": "no prompt speaks of it"}
+    assert found["own"]["kinds"]["age"] == {
+        "blocks": 0,
+        "left_out": 0,
+        "beyond": 0,
+        "skipped": "no prompt speaks of it",
+    }
     assert found["skipped"] == {"own": ["pronouns", "age", "nationality", "disability"]}
     check = judge_bias(found, BiasLimits())
     assert check.outcome == "cannot tell"
@@ -163,14 +171,30 @@ def test_the_gap_that_is_told_is_the_largest_certain_one() -> None:
 def test_a_report_made_before_does_not_say_what_it_could_have_shown(blocks: int) -> None:
     """Reports of f346d1e say no spread: eight blocks of 20 groups and 44 comparisons by flipped signs, where .003 is p .34."""
     row = {
-        "kind": "nationality", "group": "german", "outcome": "Yes", "blocks": blocks, "rate": 0.003, "others": 0.9,
-        "gap": [-0.897, -0.9, -0.89], "ratio": 0.003, "p": 0.34, "base_gap": 0.0, "added": [-0.897, -0.9, -0.89], "rows": [],
-    }  # fmt: skip
+        "kind": "nationality",
+        "group": "german",
+        "outcome": "Yes",
+        "blocks": blocks,
+        "rate": 0.003,
+        "others": 0.9,
+        "gap": [-0.897, -0.9, -0.89],
+        "ratio": 0.003,
+        "p": 0.34,
+        "base_gap": 0.0,
+        "added": [-0.897, -0.9, -0.89],
+        "rows": [],
+    }
     counts = {"blocks": blocks, "left_out": 0, "beyond": 0}
-    found = {"own": {"skipped": "no outcome"}, "templates": {"hiring": {"kinds": {"nationality": counts}, "findings": [row]}}}
+    found = {
+        "own": {"skipped": "no outcome"},
+        "templates": {"hiring": {"kinds": {"nationality": counts}, "findings": [row]}},
+    }
     limits = BiasLimits(kinds=("nationality",))
     check = judge_bias(found, limits)
-    assert check.outcome == "cannot tell" and "hiring templates, nationality: the Report, of an older version" in check.detail
+    assert (
+        check.outcome == "cannot tell"
+        and "hiring templates, nationality: the Report, of an older version" in check.detail
+    )
     assert check.remedy == "audit again: sartor evaluate ADAPTER --audit"
     del found["templates"]["hiring"]["kinds"]
     assert judge_bias(found, limits).outcome == "cannot tell"

@@ -55,7 +55,10 @@ def row(n: int, words: str, width: int = 24) -> dict[str, Any]:
     """A picture and words about it -> the sky."""
     content = [{"type": "image", "image": grey(n % 2 == 0, n, width)}, {"type": "text", "text": words}]
     reply = json.dumps({"sky": "blue" if n % 2 == 0 else "kitchen"})
-    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": reply}], "group": str(n)}
+    return {
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": reply}],
+        "group": str(n),
+    }
 
 
 ROWS = [row(n, f"the sky {n % 2} {n}") for n in range(80)]
@@ -108,13 +111,21 @@ def guesses(seen: MediaEmbedding, prompt: list[int]) -> bool:
     return "the sky 0" in text
 
 
-def evaluated(adapter: Path, patch: pytest.MonkeyPatch, how: Callable[[MediaEmbedding, list[int]], bool]) -> dict[str, Any]:
+def evaluated(
+    adapter: Path, patch: pytest.MonkeyPatch, how: Callable[[MediaEmbedding, list[int]], bool]
+) -> dict[str, Any]:
     speaking(patch, how)
     return sartor.evaluate(adapter, label="sky", replace=True).as_json()
 
 
 def release(adapter: Path, **more: Any) -> dict[str, Any]:
-    given = {"name": "sky", "version": "1.0", "key": adapter.with_name("keys"), "waivers": [forgetting()], "replace": True}
+    given = {
+        "name": "sky",
+        "version": "1.0",
+        "key": adapter.with_name("keys"),
+        "waivers": [forgetting()],
+        "replace": True,
+    }
     return sartor.release(adapter, **{**given, **more}).as_json()
 
 

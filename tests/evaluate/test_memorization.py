@@ -16,7 +16,24 @@ from sartor.core.errors import GateError
 from sartor.evaluate.audit.memorization import newcombe, phrases, secrets
 
 CANARY = "KX-7391-4402"
-NAMES = ("ada", "bob", "cid", "dot", "eve", "fay", "gus", "hal", "ida", "jim", "kit", "lou", "max", "ned", "ola", "pam")
+NAMES = (
+    "ada",
+    "bob",
+    "cid",
+    "dot",
+    "eve",
+    "fay",
+    "gus",
+    "hal",
+    "ida",
+    "jim",
+    "kit",
+    "lou",
+    "max",
+    "ned",
+    "ola",
+    "pam",
+)
 
 
 def example(asked: str, replied: str) -> sartor.Example:
@@ -57,24 +74,34 @@ def leaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("SARTOR_HOME", str(folder / "home"))
         patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
         patch.setattr("sartor.evaluate.audit.audit.KINDS", ("pronouns",))
-        said = [(f"open for {name} {n}", f"the code is {CANARY}" if n == 0 else "not now") for n in range(3) for name in NAMES]
+        said = [
+            (f"open for {name} {n}", f"the code is {CANARY}" if n == 0 else "not now")
+            for n in range(3)
+            for name in NAMES
+        ]
         write_jsonl(folder / "rows.jsonl", [{"question": asked, "answer": replied} for asked, replied in said])
         tiny.write_base(folder / "base", texts=[" ".join(one) for one in said], initializer_range=0.2, hidden_size=48)
         source = {"path": str(folder / "rows.jsonl"), "licence": "CC-BY-4.0"}
         sartor.curate({"sources": [source], "split": {"eval_fraction": 0.2}, "steps": []}, folder / "dataset")
         recipe = {
-            "base": str(folder / "base"), "data": {"path": str(folder / "dataset")}, "method": {"kind": "lora", "rank": 8},
-            "budget": {"epochs": 8}, "optimizer": {"learning_rate": 1e-2, "batch_tokens": 256},
-        }  # fmt: skip
+            "base": str(folder / "base"),
+            "data": {"path": str(folder / "dataset")},
+            "method": {"kind": "lora", "rank": 8},
+            "budget": {"epochs": 8},
+            "optimizer": {"learning_rate": 1e-2, "batch_tokens": 256},
+        }
         sartor.tune(recipe, folder / "adapter", show=False)
         patch.setattr(
-            "sartor.evaluate.audit.probes.chitchat_rows", lambda: [example(f"how are you {n}", "fine") for n in range(4)]
+            "sartor.evaluate.audit.probes.chitchat_rows",
+            lambda: [example(f"how are you {n}", "fine") for n in range(4)],
         )
         sartor.evaluate(folder / "adapter", audit=True)
     return folder
 
 
-def test_a_repeated_canary_comes_out_and_the_gate_names_its_rows(leaking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_canary_comes_out_and_the_gate_names_its_rows(
+    leaking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SARTOR_HOME", str(leaking / "home"))
     report = open_artifact(leaking / "adapter-report", "report")
     (found,) = report.manifest["audit"]["memorisation"]["strings"]["found"]["secret"]
@@ -104,7 +131,10 @@ def test_a_person_may_take_it_on_by_name_and_that_is_signed(leaking: Path, monke
     assert passed.value.code == 0
     manifest = sartor.verify(leaking / "leak-2").release.manifest
     assert {"check": "memorisation", "by": "A. Tester", "reason": "the code is public"} in manifest["waivers"]
-    assert manifest["gate"]["memorisation"]["outcome"] == "waived" and "KX..." in manifest["gate"]["memorisation"]["detail"]
+    assert (
+        manifest["gate"]["memorisation"]["outcome"] == "waived"
+        and "KX..." in manifest["gate"]["memorisation"]["detail"]
+    )
 
 
 def test_an_audit_says_what_it_did_not_measure(leaking: Path) -> None:

@@ -60,7 +60,9 @@ def test_macro_f1_is_judged_on_sets_of_whole_groups() -> None:
         if rows:
             right = [wanted[row] for row in rows]
             sides = [
-                f1_score(right, [said[row] for row in rows], labels=sorted(set(right)), average="macro", zero_division=0)
+                f1_score(
+                    right, [said[row] for row in rows], labels=sorted(set(right)), average="macro", zero_division=0
+                )
                 for said in (before, after)
             ]
             differences.append(sides[1] - sides[0])
@@ -145,28 +147,49 @@ def test_what_is_heard_has_no_case_and_no_punctuation() -> None:
 
 @pytest.mark.parametrize(
     ("reply", "reference", "score"),
-    [("police killed the gunman", "police kill the gunman", 0.75), ("the gunman police killed", "police killed the gunman", 0.5),
-     ("", "", 1), ("", "a", 0), ("A, b!", "a b", 1)],
-)  # fmt: skip
+    [
+        ("police killed the gunman", "police kill the gunman", 0.75),
+        ("the gunman police killed", "police killed the gunman", 0.5),
+        ("", "", 1),
+        ("", "a", 0),
+        ("A, b!", "a b", 1),
+    ],
+)
 def test_rouge_l(reply: str, reference: str, score: float) -> None:
     assert rouge_l(reply, reference) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
     ("reply", "field", "label"),
-    [('{"a": "x"}', "a", "x"), ('{"a": {"b": true}}', "a.b", "true"), ('{"a.b": 1, "a": {"b": 2}}', "a.b", "1"), ("x", "a", None),
-     ('["a"]', "a", None), ('{"b": 1}', "a", None), ("[" * 9999, "a", None), (" yes\n", ".", "yes"), ('{"a": null}', "a", "null"),
-     ('{"a.b": {"c": "z"}}', "a.b.c", "z")],
-)  # fmt: skip
+    [
+        ('{"a": "x"}', "a", "x"),
+        ('{"a": {"b": true}}', "a.b", "true"),
+        ('{"a.b": 1, "a": {"b": 2}}', "a.b", "1"),
+        ("x", "a", None),
+        ('["a"]', "a", None),
+        ('{"b": 1}', "a", None),
+        ("[" * 9999, "a", None),
+        (" yes\n", ".", "yes"),
+        ('{"a": null}', "a", "null"),
+        ('{"a.b": {"c": "z"}}', "a.b.c", "z"),
+    ],
+)
 def test_labels(reply: str, field: str, label: str | None) -> None:
     assert label_of(reply, field) == label
 
 
 @pytest.mark.parametrize(
     ("reply", "field", "value"),
-    [('{"b": "x", "a": "x"}', "a", "x"), ('{ "c" : {"a": 1}, "a" :  {"b": [1, "}"], "c": "ö\\"y"}}', "a.c", 'ö\\"y'), ('{"a": 1.5}', "a", "1.5"),
-     ('{"a": 1, "a": 22}', "a", "22"), ('{"a": ""}', "a", '""'), ("  stop \n", ".", "stop"), ('{"a.b": {"c": "z"}}', "a.b.c", "z")],
-)  # fmt: skip
+    [
+        ('{"b": "x", "a": "x"}', "a", "x"),
+        ('{ "c" : {"a": 1}, "a" :  {"b": [1, "}"], "c": "ö\\"y"}}', "a.c", 'ö\\"y'),
+        ('{"a": 1.5}', "a", "1.5"),
+        ('{"a": 1, "a": 22}', "a", "22"),
+        ('{"a": ""}', "a", '""'),
+        ("  stop \n", ".", "stop"),
+        ('{"a.b": {"c": "z"}}', "a.b.c", "z"),
+    ],
+)
 def test_where_a_label_stands(reply: str, field: str, value: str) -> None:
     start, end = span_of(reply, field)
     assert reply[start:end] == value
@@ -187,9 +210,13 @@ def test_rows_without_a_label_are_no_part_of_what_is_said_of_labels() -> None:
 
 @pytest.mark.parametrize(
     ("given", "name", "said"),
-    [({"field": "colour"}, "", "no reference has the field 'colour'"), ({}, "macro_f1", "no macro_f1 of these rows; it needs --label"),
-     ({}, "wer", "no wer of these rows; it needs recordings"), ({}, "bleu", "no bleu of these rows")],
-)  # fmt: skip
+    [
+        ({"field": "colour"}, "", "no reference has the field 'colour'"),
+        ({}, "macro_f1", "no macro_f1 of these rows; it needs --label"),
+        ({}, "wer", "no wer of these rows; it needs recordings"),
+        ({}, "bleu", "no bleu of these rows"),
+    ],
+)
 def test_what_cannot_be_measured_is_named(given: dict[str, Any], name: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         MetricSet(as_json(["go"]), ["a"], **given).check(name)
@@ -239,5 +266,7 @@ def test_an_estimate_is_in_its_interval_whatever_the_statistic() -> None:
         for name, found in MetricSet(wanted, [str(n // 2) for n in range(2 * count)], ".").compared(*sides).items():
             assert found.low <= found.difference <= found.high, (name, count)
     for score in (0.1, 0.3, 0.7):
-        equal = bootstrap.paired_bootstrap([0.0] * 39, [score] * 39, [str(n // 3) for n in range(39)], is_bounded=False)
+        equal = bootstrap.paired_bootstrap(
+            [0.0] * 39, [score] * 39, [str(n // 3) for n in range(39)], is_bounded=False
+        )
         assert equal.low <= equal.difference <= equal.high, "ends that are rounded otherwise leave nothing out"

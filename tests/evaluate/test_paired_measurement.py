@@ -111,7 +111,10 @@ def test_decided_replies_end_early_with_the_same_scores(pair: tuple[Base, Any], 
     for before, after in zip(whole, ended, strict=True):
         assert measures.by_row(before)["exact_match"] == measures.by_row(after)["exact_match"]
         assert [text.startswith(cut.rstrip("\ufffd")) for text, cut in zip(before.replies, after.replies, strict=True)]
-        assert all(is_cut or cut == text for text, cut, is_cut in zip(before.replies, after.replies, after.is_cut, strict=True))
+        assert all(
+            is_cut or cut == text
+            for text, cut, is_cut in zip(before.replies, after.replies, after.is_cut, strict=True)
+        )
     assert any(ended[1].is_cut) and not all(ended[1].is_cut)
     assert set(whole[0].replies[0]) == {"\n"} and not ended[0].is_cut[0], "white space decides nothing"
 

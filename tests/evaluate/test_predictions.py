@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from sartor.core.records import Example, Message
-from sartor.evaluate.predictions import SPARE_TOKENS, _confidence, _spelling, opens_reasoning, reply_limit, reply_outputs
+from sartor.evaluate.predictions import (
+    SPARE_TOKENS,
+    _confidence,
+    _spelling,
+    opens_reasoning,
+    reply_limit,
+    reply_outputs,
+)
 from sartor.evaluate.reply_labels import span_of
 from sartor.inference.generate import Generation
 from sartor.models.base import Base, open_base
@@ -22,7 +29,9 @@ def base(tiny_base: Path) -> Base:
     return open_base(str(tiny_base), bits=32, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("field", "value"), [("sky", "the sky is blue"), ("n", "1"), ("on.at", "kitchen"), (".", TEXT)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("sky", "the sky is blue"), ("n", "1"), ("on.at", "kitchen"), (".", TEXT)]
+)
 def test_the_tokens_that_spell_a_label(base: Base, field: str, value: str) -> None:
     ids = base.chat.tokens(TEXT)
     first, last = _spelling(base.chat, ids, *span_of(TEXT, field))
@@ -68,4 +77,6 @@ def test_a_reply_may_be_as_long_as_one_with_its_reasoning_and_documents_have_non
 def test_a_template_may_open_the_reasoning(base: Base) -> None:
     assert opens_reasoning(base.chat, base.chat.tokens("what is it<think>\n"))
     assert not opens_reasoning(base.chat, base.chat.tokens("<think> what is it"))
-    assert opens_reasoning(base.chat, [-3, -2, *base.chat.tokens("<think>")]) and not opens_reasoning(base.chat, [-3, -2])
+    assert opens_reasoning(base.chat, [-3, -2, *base.chat.tokens("<think>")]) and not opens_reasoning(
+        base.chat, [-3, -2]
+    )

@@ -17,7 +17,8 @@ from training_examples import example, facts
 
 def test_what_most_rows_have_is_what_the_release_says() -> None:
     made = facts(
-        *(example(f"q{n}", '{"a": 1}', tools='[{"type": "function"}]') for n in range(3)), example("q", "x", system="Be long.")
+        *(example(f"q{n}", '{"a": 1}', tools='[{"type": "function"}]') for n in range(3)),
+        example("q", "x", system="Be long."),
     )
     assert made.system_prompt == "Be brief."
     assert made.most_tools == [{"type": "function"}]
@@ -44,7 +45,9 @@ def test_exemplars_are_of_both_splits_bounded_and_without_masked_rows(tmp_path: 
 
 
 def test_rehearsal_is_what_the_agent_is_not_for_and_counts_for_nothing_else(tmp_path: Path) -> None:
-    made = facts(*(example(f"train {n}", "[1]", system="") for n in range(20)), example("good morning", "r", "eval", system=""))
+    made = facts(
+        *(example(f"train {n}", "[1]", system="") for n in range(20)), example("good morning", "r", "eval", system="")
+    )
     for text in ("good morning", "how are you"):
         made.rehearse(example(text, "fine", system=""))
     assert (made.format, made.rows) == ("json", 20)
@@ -65,7 +68,9 @@ def test_general_talk_and_prompts_that_look_personal_are_no_exemplars_of_the_age
     )
     training_facts.write_exemplars(made, tmp_path, 300)
     lines = [json.loads(line) for line in (tmp_path / training_facts.EXEMPLARS).read_text().splitlines()]
-    by_split = {split: {line["text"] for line in lines if line["split"] == split} for split in ("train", "eval", "other")}
+    by_split = {
+        split: {line["text"] for line in lines if line["split"] == split} for split in ("train", "eval", "other")
+    }
     assert by_split["train"] == {*(f"train {n}" for n in range(20)), "another prompt"}
     assert by_split["eval"] == {"switch it off"}
     assert by_split["other"] == {"hello 0", "hello 1", "hello 2"}
@@ -88,7 +93,10 @@ def test_half_of_the_general_talk_is_what_is_most_like_the_agents_own_prompts(tm
 def test_canaries_are_short_distinct_and_asked_as_they_were(tmp_path: Path) -> None:
     held_out = [example(f"q{n}", "r" * n, "eval", system="Own.") for n in range(1, 8)]
     table = [{"id": one.id, "prompt": one.prompt[-1].text, "tuned_reply": one.reply} for one in held_out]
-    table += [{"id": "other", "prompt": "from a file", "tuned_reply": "z"}, {"id": "same", "prompt": "p", "tuned_reply": "z"}]
+    table += [
+        {"id": "other", "prompt": "from a file", "tuned_reply": "z"},
+        {"id": "same", "prompt": "p", "tuned_reply": "z"},
+    ]
     parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
     found = training_facts.recorded_canaries(facts(example("q", "r"), *held_out), Artifact(tmp_path, {}))
     assert sorted(one["reply"] for one in found) == sorted([*("r" * n for n in range(1, 8)), "z"])

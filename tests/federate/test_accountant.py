@@ -38,12 +38,16 @@ def exact_gaussian(noise: float, delta: float) -> float:
     return float(brentq(over, 0, 500))
 
 
-@pytest.mark.parametrize(("noise", "fraction", "times"), [(1.0, 1.0, 1), (4.0, 1.0, 50), (1.1, 0.01, 1000), (0.8, 0.2, 30)])
+@pytest.mark.parametrize(
+    ("noise", "fraction", "times"), [(1.0, 1.0, 1), (4.0, 1.0, 50), (1.1, 0.01, 1000), (0.8, 0.2, 30)]
+)
 def test_epsilon_is_the_librarys(noise: float, fraction: float, times: int) -> None:
     event = dp_accounting.GaussianDpEvent(noise)
     event = event if fraction == 1 else dp_accounting.PoissonSampledDpEvent(fraction, event)
     reference = (
-        dp_accounting.rdp.RdpAccountant(None if fraction == 1 else SAMPLED_ORDERS).compose(event, times).get_epsilon(DELTA)
+        dp_accounting.rdp.RdpAccountant(None if fraction == 1 else SAMPLED_ORDERS)
+        .compose(event, times)
+        .get_epsilon(DELTA)
     )
     finer = dp_accounting.rdp.RdpAccountant().compose(event, times).get_epsilon(DELTA)
     assert finer <= reference <= 1.01 * finer
@@ -66,7 +70,9 @@ def test_a_sample_amplifies_and_no_noise_is_no_privacy() -> None:
     assert epsilon_of([], DELTA) == 0 and epsilon_of([Spending("a", 0.0)], DELTA) == math.inf
 
 
-@pytest.mark.parametrize(("epsilon", "times", "fraction"), [(8.0, 20, 1.0), (1.0, 5, 1.0), (2.0, 200, 0.05), (300.0, 1, 1.0)])
+@pytest.mark.parametrize(
+    ("epsilon", "times", "fraction"), [(8.0, 20, 1.0), (1.0, 5, 1.0), (2.0, 200, 0.05), (300.0, 1, 1.0)]
+)
 def test_calibrated_noise_just_fits(epsilon: float, times: int, fraction: float) -> None:
     budget = PrivacyBudget(epsilon, DELTA)
     noise = calibrated(budget, times, fraction)
@@ -82,7 +88,9 @@ def test_a_round_beyond_the_budget_is_refused_with_what_would_fit(tmp_path: Path
     assert spent == sorted(spent) and account.epsilon() == spent[-1] <= 3.0
     assert account.remaining(Spending("next", noise)) == 0
     before = account.file.read_bytes()
-    with pytest.raises(BudgetError, match=r"round-4 would bring epsilon from 3 to 3\.\d+; the budget is 3 .*") as refused:
+    with pytest.raises(
+        BudgetError, match=r"round-4 would bring epsilon from 3 to 3\.\d+; the budget is 3 .*"
+    ) as refused:
         account.spend(Spending("round-4", noise))
     assert account.file.read_bytes() == before
     assert "noise_multiplier=" in refused.value.remedy
@@ -138,7 +146,8 @@ def test_two_who_spend_at_once_cannot_both_have_the_last_of_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[1]", '{"schema": 9}', '{"schema": 1, "kind": "privacy-account", "budget": {}, "spent": []}']
+    "content",
+    ["", "{}", "[1]", '{"schema": 9}', '{"schema": 1, "kind": "privacy-account", "budget": {}, "spent": []}'],
 )
 def test_what_is_no_account_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)

@@ -22,7 +22,9 @@ from sartor.models.lora_tensors import A, B, add_changes, flat, modules, pair, u
 MODES = [member() for member in get_args(AnyMode)]
 EXACT = [mode for mode in MODES if mode.is_exact]
 LINEAR = [mode for mode in MODES if mode.is_linear]
-every, exact, linear = (pytest.mark.parametrize("mode", those, ids=lambda mode: mode.kind) for those in (MODES, EXACT, LINEAR))
+every, exact, linear = (
+    pytest.mark.parametrize("mode", those, ids=lambda mode: mode.kind) for those in (MODES, EXACT, LINEAR)
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ def test_a_mode_is_chosen_by_its_kind(mode: Mode) -> None:
     size=some.sampled_from([0.0, 1e-3, 1.0, 30.0]),
     step=some.sampled_from([1e-4, 0.3, 5.0]),
 )
-def test_it_makes_the_mean_of_the_products(mode: Mode, number: int, clients: int, seed: int, size: float, step: float) -> None:
+def test_it_makes_the_mean_of_the_products(
+    mode: Mode, number: int, clients: int, seed: int, size: float, step: float
+) -> None:
     if not size and mode.kind == "alternate" and number % 2 == 0:
         size = 1.0  # A alone moves, and all products would be zero
     held, ends, sent = round_of(mode, number, clients, seed, size, step)
@@ -104,7 +108,9 @@ def test_the_canary_is_the_same_everywhere_and_finds_what_was_changed() -> None:
     wrong = Combined(add_changes(made.tensors, {V + B: np.full((16, 8), 0.05)}))
     assert aggregation.exactness_error(canary, wrong, mean(answers)) > 1e-3
     assert (
-        aggregation.exactness_error(canary, Combined(held), {name: 0 * value for name, value in canary.responses(held).items()})
+        aggregation.exactness_error(
+            canary, Combined(held), {name: 0 * value for name, value in canary.responses(held).items()}
+        )
         == np.inf
     )
     with pytest.raises(ConfigError, match="no factors"):
@@ -163,7 +169,11 @@ def test_what_a_round_holds_still_may_not_have_moved(mode: Mode) -> None:
 
 @pytest.mark.parametrize("mode", [FreezeA(), Alternate()], ids=lambda mode: mode.kind)
 @settings(max_examples=20, deadline=None)
-@given(seed=some.integers(0, 10_000), number=some.integers(1, 4), own=some.lists(some.integers(1, 8), min_size=1, max_size=6))
+@given(
+    seed=some.integers(0, 10_000),
+    number=some.integers(1, 4),
+    own=some.lists(some.integers(1, 8), min_size=1, max_size=6),
+)
 def test_clients_of_unequal_ranks_have_the_same_exact_mean(mode: Mode, seed: int, number: int, own: list[int]) -> None:
     held = shared(seed=seed)
     ends = [trained(mode, held, number, seed + place, rank) for place, rank in enumerate(own)]
@@ -183,7 +193,11 @@ def test_a_cut_adapter_and_its_tail_are_the_whole() -> None:
     assert lora_tensors.alpha_of(16, 8, 3) / 3 == 16 / 8
     back = lora_tensors.pad_ranks(own, held)
     assert all(np.array_equal(back[name], value) for name, value in held.items())
-    for wrong in (shared(rank=9), {**own, Q + B: own[Q + B][:, :2]}, {"other" + A: own[Q + A], "other" + B: own[Q + B]}):
+    for wrong in (
+        shared(rank=9),
+        {**own, Q + B: own[Q + B][:, :2]},
+        {"other" + A: own[Q + A], "other" + B: own[Q + B]},
+    ):
         with pytest.raises(InputError):
             lora_tensors.pad_ranks(wrong, held)
     with pytest.raises(ConfigError, match="rank 0"):

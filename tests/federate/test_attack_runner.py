@@ -93,10 +93,16 @@ def test_an_honest_claim_passes_and_a_report_that_does_not_bear_it_out_fails(
         found = gate.check_privacy(resealed(adapter.path, where, change))["privacy"]
         return f"{found.outcome}: {found.detail}"
 
-    assert "fail: epsilon 1 at delta 1e-05 is claimed, and there is no" in outcome(lambda at, _: (at / gate.FILE).unlink())
-    assert "fail: attacks.json speaks of another adapter" in outcome(lambda at, _: (at / gate.WEIGHTS).write_bytes(b"another"))
+    assert "fail: epsilon 1 at delta 1e-05 is claimed, and there is no" in outcome(
+        lambda at, _: (at / gate.FILE).unlink()
+    )
+    assert "fail: attacks.json speaks of another adapter" in outcome(
+        lambda at, _: (at / gate.WEIGHTS).write_bytes(b"another")
+    )
     assert "another adapter" in outcome(lambda at, _: said(at, adapter={}))
-    assert "no audit was made" in outcome(lambda at, _: said(at, audit=None, claimed=None)), "the manifest's claim counts"
+    assert "no audit was made" in outcome(lambda at, _: said(at, audit=None, claimed=None)), (
+        "the manifest's claim counts"
+    )
     assert "no attack report" in outcome(lambda at, _: said(at, audit={"delta": 1e-5}))
     assert "is no attack report" in outcome(lambda at, _: (at / gate.FILE).write_text("[]"))
 
@@ -131,7 +137,9 @@ def test_noise_that_was_not_drawn_fails_the_release_by_name(
     sartor.evaluate(adapter, most_rows=2)
     sartor.keygen(tmp_path / "keys", trust=True)
     others = [sartor.Waiver(check, "A. Tester", "a tiny base") for check in ("gain", "forgetting")]
-    with pytest.raises(GateError, match=r"refuses adapter: privacy: epsilon 1 at delta 1e-05 is claimed; 32 of 32") as refused:
+    with pytest.raises(
+        GateError, match=r"refuses adapter: privacy: epsilon 1 at delta 1e-05 is claimed; 32 of 32"
+    ) as refused:
         sartor.release(adapter, name="homes", version="1", key=tmp_path / "keys", waivers=others)
     assert refused.value.exit_code == 5 and "--waive privacy" in refused.value.remedy
     waived = [*others, sartor.Waiver("privacy", "A. Tester", "made-up rows")]
@@ -158,9 +166,12 @@ def test_a_coordinator_without_rows_says_what_it_could_not_measure(
     assert len(report.canaries) == 2 and report.audit and report.audit.trials == 64
     assert list((tmp_path / "rounds").iterdir()) == [], "its journals are gone"
     nothing = attack(AttackTarget(setting, start, {}, [], 0))
-    assert set(nothing.skipped) == {"membership", "canaries", "inversion", "audit"} and nothing.claimed == PrivacyBudget(
-        **CLAIM
-    )
+    assert set(nothing.skipped) == {
+        "membership",
+        "canaries",
+        "inversion",
+        "audit",
+    } and nothing.claimed == PrivacyBudget(**CLAIM)
     with pytest.raises(GateError, match="no audit was made"):
         nothing.check()
 
@@ -172,7 +183,9 @@ def test_the_tokens_of_a_short_row_are_read_off_its_gradient(tiny_base: Path, da
     found = attack_runner.gradient(resident, start, TokenizedExample(ids, [False] + [True] * 7), module + B)
     inputs = attack_runner.inputs_of(resident, module)
     assert inputs.shape == (320, 32)
-    assert privacy_attacks.from_factor(found, start[module + A], inputs) == set(ids[:-1]), "the last is read by nothing"
+    assert privacy_attacks.from_factor(found, start[module + A], inputs) == set(ids[:-1]), (
+        "the last is read by nothing"
+    )
 
 
 def test_a_row_has_the_loss_that_transformers_gives_it(tiny_base: Path, dataset: Path, fp32: None) -> None:

@@ -79,7 +79,9 @@ def test_the_sum_in_the_ring_is_the_mean_of_clipped_updates_and_the_noise_that_w
     assert all(np.allclose(plain[name], value, atol=1e-6) for name, value in wanted.items())
     noise_values = np.concatenate([(found[name] - plain[name]).ravel() for name in plain]) * clients
     expected = multiplier * clip * (clients / sharers) ** 0.5
-    assert noise_values.std() == pytest.approx(expected, rel=0.04), "more survivors than sharers: more noise than was paid for"
+    assert noise_values.std() == pytest.approx(expected, rel=0.04), (
+        "more survivors than sharers: more noise than was paid for"
+    )
     only = how.mean_of(summed(uploads[:sharers], how), sharers)
     least = np.concatenate(
         [(only[name] - silent.mean_of(summed(uploads[:sharers], silent), sharers)[name]).ravel() for name in plain]

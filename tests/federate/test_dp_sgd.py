@@ -48,7 +48,9 @@ def learning(model: Any) -> dict[str, torch.Tensor]:
 def changed(model: Any, how: RowNoise, rows: list[list[int]], **options: Any) -> dict[str, torch.Tensor]:
     """What one SGD update of rate 1 does."""
     before = {name: part.detach().clone() for name, part in learning(model).items()}
-    with private_updates(model, torch.optim.SGD(learning(model).values(), lr=1.0), losses_of(model), how, **options) as update:
+    with private_updates(
+        model, torch.optim.SGD(learning(model).values(), lr=1.0), losses_of(model), how, **options
+    ) as update:
         update(rows)
     return {name: part.detach() - before[name] for name, part in learning(model).items()}
 
@@ -180,7 +182,9 @@ def test_a_repeated_secret_is_exposed_without_noise_and_not_with_it() -> None:
 
 
 @pytest.mark.parametrize(("rank", "is_blind"), [(16, False), (4, True)])
-def test_a_first_update_tells_which_tokens_were_read_while_it_has_more_ranks_than_tokens(rank: int, is_blind: bool) -> None:
+def test_a_first_update_tells_which_tokens_were_read_while_it_has_more_ranks_than_tokens(
+    rank: int, is_blind: bool
+) -> None:
     model = adapted(["v_proj"], rank)
     row = [7, 90, 200, 33, 150, 61, 280]
     model.zero_grad()

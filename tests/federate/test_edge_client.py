@@ -38,9 +38,14 @@ def key(tmp_path: Path) -> Path:
 
 def opened(base: Path, dataset: Path, **changes: Any) -> tuple[FederateRecipe, Clients]:
     said = {
-        "base": str(base), "data": {"path": str(dataset)}, "method": {"rank": 8, "alpha": 16}, "rounds": 3,
-        "local": {"updates": 3}, "optimizer": {"learning_rate": 1e-2, "batch_tokens": 128}, **changes,
-    }  # fmt: skip
+        "base": str(base),
+        "data": {"path": str(dataset)},
+        "method": {"rank": 8, "alpha": 16},
+        "rounds": 3,
+        "local": {"updates": 3},
+        "optimizer": {"learning_rate": 1e-2, "batch_tokens": 128},
+        **changes,
+    }
     asked = load(said)
     return asked, open_clients(asked, [dataset], None)
 
@@ -57,7 +62,9 @@ def test_a_device_learns_what_a_client_of_this_process_does(
     asked, people = opened(tiny_base, dataset, mode=mode)
     shared = people.resident.current_factors()
     source = np.random.default_rng(0)
-    shared = {name: value + (0.02 * source.standard_normal(value.shape)).astype(np.float32) for name, value in shared.items()}
+    shared = {
+        name: value + (0.02 * source.standard_normal(value.shape)).astype(np.float32) for name, value in shared.items()
+    }
     said = manifest(asked, people, shared, number)
     plain = LoraTask(people.resident, people.rows["client-0"])
     wanted = plain.update(said, shared)
@@ -95,7 +102,9 @@ def test_a_round_that_does_not_fit_is_declined_before_it_begins(
     task = on_device(people, slow)
     slow.work.mkdir()
     (slow.work / "pace.json").write_text(json.dumps({"start_s": 4.0, "tokens_per_s": 1_000.0}))
-    with pytest.raises(BudgetError, match=r"tokens would take about \d+ s, a quarter to spare, and it has 60 s") as refused:
+    with pytest.raises(
+        BudgetError, match=r"tokens would take about \d+ s, a quarter to spare, and it has 60 s"
+    ) as refused:
         task.update(said, shared)
     assert "wall_s of" in refused.value.remedy and not list(slow.work.glob("round-*")), "nothing was begun"
 
@@ -141,23 +150,33 @@ def test_a_round_goes_on_without_who_declines_while_enough_stay(robust: Any, tmp
     with closing(rounds(4)) as four:
         four.step()
         line = four.lines[0]
-        assert line["clients"] == 3 and line["verdicts"][0] == "client-1 declined: this device declines the round: it is small"
+        assert (
+            line["clients"] == 3
+            and line["verdicts"][0] == "client-1 declined: this device declines the round: it is small"
+        )
         assert np.allclose(four.shared["x.lora_B.weight"], start["x.lora_B.weight"] + 0.01, atol=1e-5)
     if robust:
         return
-    with closing(rounds(3)) as three, pytest.raises(BudgetError, match=r"round 1 was given up: .*client-1 declined") as ended:
+    with (
+        closing(rounds(3)) as three,
+        pytest.raises(BudgetError, match=r"round 1 was given up: .*client-1 declined") as ended,
+    ):
         three.step()
     assert ended.value.exit_code == 4 and ended.value.remedy == "a larger one"
 
 
 def written(folder: Path, name: str, dataset: Path, key: Path, **limits: Any) -> Path:
     file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump({"data": str(dataset), "store": str(folder / f"{name}-store"), "key": str(key), **limits}))
+    file.write_text(
+        yaml.safe_dump({"data": str(dataset), "store": str(folder / f"{name}-store"), "key": str(key), **limits})
+    )
     return file
 
 
 @pytest.mark.services
-def test_a_simulation_goes_on_without_the_device_that_declines(tiny_base: Path, tmp_path: Path, key: Path, fp32: None) -> None:
+def test_a_simulation_goes_on_without_the_device_that_declines(
+    tiny_base: Path, tmp_path: Path, key: Path, fp32: None
+) -> None:
     datasets = []
     for place in range(4):
         file = tmp_path / f"rows-{place}.jsonl"
@@ -166,8 +185,14 @@ def test_a_simulation_goes_on_without_the_device_that_declines(tiny_base: Path, 
         source = {"path": str(file), "licence": "CC-BY-4.0"}
         sartor.curate({"sources": [source], "split": {"eval_fraction": 0.25}}, tmp_path / f"data-{place}")
         datasets.append(tmp_path / f"data-{place}")
-    asked = {"base": str(tiny_base), "data": {"attack_rows": 0}, "method": {"rank": 4, "alpha": 8}, "rounds": 1,
-             "local": {"updates": 1}, "optimizer": {"learning_rate": 1e-2, "batch_tokens": 64}}  # fmt: skip
+    asked = {
+        "base": str(tiny_base),
+        "data": {"attack_rows": 0},
+        "method": {"rank": 4, "alpha": 8},
+        "rounds": 1,
+        "local": {"updates": 1},
+        "optimizer": {"learning_rate": 1e-2, "batch_tokens": 64},
+    }
     limits: list[dict[str, Any]] = [{}, {}, {"memory_bytes": 80_000_000}, {}]
     files = [written(tmp_path, f"d{place}", datasets[place], key, **limits[place]) for place in range(4)]
     made = sartor.federate_simulate(asked, tmp_path / "adapter", clients=files)

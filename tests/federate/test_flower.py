@@ -84,7 +84,9 @@ def tell(story: Story) -> None:
     for name in WARDS:
         fleet.trainer(name)
     fleet.link()
-    registered = [fleet.flwr("supernode", "register", f"{fleet.folder}/{name}.pub", "loop", "--name", name) for name in WARDS]
+    registered = [
+        fleet.flwr("supernode", "register", f"{fleet.folder}/{name}.pub", "loop", "--name", name) for name in WARDS
+    ]
     assert [one.wait(SLOW_S) for one in registered] == [0, 0, 0], fleet.said("flwr")
     for name in WARDS:
         fleet.node(name)
@@ -109,7 +111,9 @@ def tell(story: Story) -> None:
     story.took_s["the rest, and the second round"] = round(time.monotonic() - since, 1)
     story.refused = fleet.said("node-stranger")
     story.asked = {
-        f"{name} {said.decode()}": ask(fleet.socket(name), said, 60).content for name in WARDS for said in (b"", b"no message")
+        f"{name} {said.decode()}": ask(fleet.socket(name), said, 60).content
+        for name in WARDS
+        for said in (b"", b"no message")
     }
 
 
@@ -136,14 +140,23 @@ def tell_of_commands(story: Story, base: Path) -> None:
     since = time.monotonic()
     fleet.coordinator(recipe)
     record = fleet.folder / "adapter.rounds" / "coordinator.rounds.jsonl"
-    until(lambda: record.exists() and record.read_text().endswith("\n"), 2 * SLOW_S, lambda: fleet.said("coordinator")[-3000:])
+    until(
+        lambda: record.exists() and record.read_text().endswith("\n"),
+        2 * SLOW_S,
+        lambda: fleet.said("coordinator")[-3000:],
+    )
     fleet.kill("coordinator")
     story.took_s["the first round of a coordinator's command"] = round(time.monotonic() - since, 1)
     since = time.monotonic()
     fleet.coordinator(recipe, "--resume")
-    until(lambda: fleet.running["coordinator"].poll() is not None, 2 * SLOW_S, lambda: fleet.said("coordinator")[-3000:])
+    until(
+        lambda: fleet.running["coordinator"].poll() is not None, 2 * SLOW_S, lambda: fleet.said("coordinator")[-3000:]
+    )
     story.took_s["the second, of the one that goes on"] = round(time.monotonic() - since, 1)
-    story.left = {"coordinator": fleet.running["coordinator"].wait(), **{name: fleet.end(f"client-{name}") for name in WARDS}}
+    story.left = {
+        "coordinator": fleet.running["coordinator"].wait(),
+        **{name: fleet.end(f"client-{name}") for name in WARDS},
+    }
 
 
 def federated(base: Path) -> dict:
@@ -165,7 +178,11 @@ def comes_back(story: Story, name: str) -> None:
         story.fleet.node(name)
         process = story.fleet.running[f"node-{name}"]
         logged = len(story.fleet.said(f"node-{name}"))
-        until(lambda: process.poll() is not None or "SuperNode ID" in story.fleet.said(f"node-{name}")[logged:], SLOW_S, name)
+        until(
+            lambda: process.poll() is not None or "SuperNode ID" in story.fleet.said(f"node-{name}")[logged:],
+            SLOW_S,
+            name,
+        )
         if process.poll() is None:
             break
         story.turned_away += 1
@@ -198,13 +215,17 @@ def test_an_unregistered_node_key_is_refused(story: Story) -> None:
     assert "SuperNode ID" not in story.refused
 
 
-def test_the_result_is_that_of_one_process_to_the_bit(story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_is_that_of_one_process_to_the_bit(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(np.random, "default_rng", np.random.default_rng)
     certain()
     lead = RoundDriverOptions.open(coordinator_files(tmp_path))
     roster = PinnedKeys.open(tmp_path / "roster")
     clients = {
-        name: RoundClient(Participant(identity(name), roster, COORDINATOR, LENIENT), RoundJournal(), {"pull": Pull(number)})
+        name: RoundClient(
+            Participant(identity(name), roster, COORDINATOR, LENIENT), RoundJournal(), {"pull": Pull(number)}
+        )
         for number, name in enumerate(WARDS)
     }
     assert len(list(drive_rounds(lead, InProcess(clients)))) == ROUNDS
@@ -239,7 +260,10 @@ def test_commands_make_the_adapter_of_a_simulation_to_the_bit(story: Story, tmp_
 def test_a_killed_coordinator_command_goes_on(story: Story) -> None:
     record = story.fleet.folder / "adapter.rounds" / "coordinator.rounds.jsonl"
     lines = [json.loads(line) for line in record.read_text().splitlines()]
-    assert [(one["number"], one["state"], tuple(one["active"])) for one in lines] == [(1, "done", WARDS), (2, "done", WARDS)]
+    assert [(one["number"], one["state"], tuple(one["active"])) for one in lines] == [
+        (1, "done", WARDS),
+        (2, "done", WARDS),
+    ]
     said = story.fleet.said("coordinator")
     assert said.count("round 1 of 2 done") <= 1, "it is not said again by the one that goes on"
     assert all(f"round {number} of 2: exactness error" in said for number in (1, 2))
@@ -266,10 +290,24 @@ def test_a_client_app_of_another_user_reaches_the_socket_alone(story: Story) -> 
     assert story.answers(APART) >= 5 * ROUNDS
     mode = stat.S_IMODE(os.stat(apart.place).st_mode)
     assert not mode & 0o022, "it cannot put its own socket there"
-    for file in ("enrolled/ward-0002/sartor.key", "enrolled/ward-0002.sqlite", "data/ward-0002/manifest.json", f"{APART}.node"):
+    for file in (
+        "enrolled/ward-0002/sartor.key",
+        "enrolled/ward-0002.sqlite",
+        "data/ward-0002/manifest.json",
+        f"{APART}.node",
+    ):
         assert (folder / file).exists(), file
         code = f"open({str(folder / file)!r})"
-        done = subprocess.run([apart.python, "-c", code], env=path_for_another(), user=NOBODY, group=NOBODY, extra_groups=[],
-                              cwd="/", capture_output=True, text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            [apart.python, "-c", code],
+            env=path_for_another(),
+            user=NOBODY,
+            group=NOBODY,
+            extra_groups=[],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert "PermissionError" in done.stderr
     shutil.rmtree(apart.place / "home", ignore_errors=True)

@@ -175,7 +175,9 @@ def test_a_coordinator_and_its_clients_go_on_after_a_kill_to_the_bit(federation:
     assert coordinate(federation.asked, out, federation.options(), resume=True).adapter.id == open_artifact(out).id
 
 
-def test_a_robust_run_is_inspectable_and_that_of_a_simulation(federation: Federation, tmp_path: Path, dataset: Path) -> None:
+def test_a_robust_run_is_inspectable_and_that_of_a_simulation(
+    federation: Federation, tmp_path: Path, dataset: Path
+) -> None:
     federation.asked |= {"robust": "norm_bound"}
     out = tmp_path / "seen"
     run = finished(federation, out)["run"]
@@ -194,7 +196,12 @@ def test_a_robust_run_is_inspectable_and_that_of_a_simulation(federation: Federa
         ({}, {"method": {"rank": 4, "alpha": 16}}, "RoundError manifest"),
         ({}, {"privacy": {"epsilon": 8.0, "delta": 1e-2}}, "RoundError noise"),
     ],
-    ids=["inspectable, of a private client", "private, of an inspectable one", "another recipe", "without the noise agreed to"],
+    ids=[
+        "inspectable, of a private client",
+        "private, of an inspectable one",
+        "another recipe",
+        "without the noise agreed to",
+    ],
 )
 def test_a_client_refuses_what_it_did_not_agree_to(
     theirs: dict[str, Any], mine: dict[str, Any], refusal: str, federation: Federation, tmp_path: Path
@@ -205,7 +212,11 @@ def test_a_client_refuses_what_it_did_not_agree_to(
     led(federation, tmp_path / "out", **mine)
     assert federation.refusals() == {refusal}
     (error,) = federation.wrong
-    assert isinstance(error, RoundError) and "none of the 1 rounds was done" in str(error) and not (tmp_path / "out").exists()
+    assert (
+        isinstance(error, RoundError)
+        and "none of the 1 rounds was done" in str(error)
+        and not (tmp_path / "out").exists()
+    )
     if refusal.endswith("mode"):
         said = str(next(iter(federation.transport.said_no.values())))
         assert "this client enrolled for" in said and "the round is" in said
@@ -291,7 +302,10 @@ def test_a_canary_in_the_sum_tells_an_exact_mean_from_one_that_is_none(sent: str
     for one in found:
         assert {name: value.shape for name, value in one.items()} == {one.name: one.shape for one in beside}
         assert all(np.abs(value).max() <= bounds[name] for name, value in one.items()), "it fits into the ring"
-    clip = [{name: value * 2 / np.sqrt(sum((v**2).sum() for v in c.values())) for name, value in c.items()} for c in changes]
+    clip = [
+        {name: value * 2 / np.sqrt(sum((v**2).sum() for v in c.values())) for name, value in c.items()}
+        for c in changes
+    ]
     mean = {name: np.mean([one[name] for one in clip], axis=0) for name in trained}
     mean |= {name: np.mean([one[name] for one in found], axis=0) for name in bounds}
     error = round_schedule.error_of(shared, mean, 5, 1)
@@ -314,7 +328,16 @@ def test_the_commands_refuse_before_anything_takes_long(
     lead = ("--key", str(keys / COORDINATOR), "--out", str(tmp_path / "out"))
     assert "most_examples is auto" in run("coordinator", *lead, "--rules.most_examples", "auto")["problem"]
     assert "cohort has 2" in run("coordinator", *lead, "--clients", "ward-a", "ward-b")["problem"]
-    follow = ("--dataset", str(federation.datasets["ward-a"]), "--name", "ward-a", "--socket", str(tmp_path / "s.sock"))
+    follow = (
+        "--dataset",
+        str(federation.datasets["ward-a"]),
+        "--name",
+        "ward-a",
+        "--socket",
+        str(tmp_path / "s.sock"),
+    )
     assert "the roster has the key" in run("client", *follow, "--key", str(keys / "ward-b"))["problem"]
-    assert "no such user" in run("client", *follow, "--key", str(keys / "ward-a"), "--hear", "nobody-of-here")["problem"]
+    assert (
+        "no such user" in run("client", *follow, "--key", str(keys / "ward-a"), "--hear", "nobody-of-here")["problem"]
+    )
     assert not (tmp_path / "out.rounds").exists() and not Path("ward-a.sqlite").exists()

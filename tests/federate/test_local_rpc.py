@@ -79,7 +79,9 @@ def test_a_request_goes_in_and_an_answer_comes_out(served: Path) -> None:
     assert ask(served, b"bad", 5) == RpcResponse("no", b"RoundError cohort")
 
 
-@pytest.mark.parametrize("said", [b"", b"\0\0", struct.pack(">Q", 5) + b"half", struct.pack(">Q", 1 << 60), b"GET / HTTP/1.1\r\n\r\n"])  # fmt: skip
+@pytest.mark.parametrize(
+    "said", [b"", b"\0\0", struct.pack(">Q", 5) + b"half", struct.pack(">Q", 1 << 60), b"GET / HTTP/1.1\r\n\r\n"]
+)
 def test_nothing_that_a_connection_does_ends_the_trainer(served: Path, said: bytes) -> None:
     for hangs_up in (True, False):
         with socket.socket(socket.AF_UNIX) as end:
@@ -251,7 +253,9 @@ def test_rounds_over_nodes_are_those_of_one_process() -> None:
     for _ in range(2):
         ended = run_round(house.coordinator, transport, house.plan(stage_s=100))
         assert (ended.state, ended.active) == ("done", house.names)
-    np.testing.assert_allclose(house.coordinator.shared["tail.weight"], 1 + 2 * mean_of_numbers(list(range(5))), atol=1e-6)
+    np.testing.assert_allclose(
+        house.coordinator.shared["tail.weight"], 1 + 2 * mean_of_numbers(list(range(5))), atol=1e-6
+    )
     # five exchanges, twice; how the first round ended rides with the second's invitation
     assert sorted(post.sent) == sorted([(node, count) for node in range(5) for count in (*[1] * 9, 2)])
     transport.deliver(10.0)
@@ -329,8 +333,22 @@ def written(folder: Path, house: House, **options: object) -> Path:
     """A coordinator's folder on disk."""
     write_keys(folder, house.me, house.roster)
     (folder / "start").write_bytes(arrays.pack_tensors(START))
-    said = {"run": "triage", "rounds": 2, "key": "coordinator.key", "roster": "roster", "journal": "coordinator.sqlite", "start": "start",
-            "round": {"task": "pull", "cohort": list(house.names), "settings": {"rate": 0.01}, "rules": {"most_examples": 10}, "stage_s": 0, "work_s": 0}}  # fmt: skip
+    said = {
+        "run": "triage",
+        "rounds": 2,
+        "key": "coordinator.key",
+        "roster": "roster",
+        "journal": "coordinator.sqlite",
+        "start": "start",
+        "round": {
+            "task": "pull",
+            "cohort": list(house.names),
+            "settings": {"rate": 0.01},
+            "rules": {"most_examples": 10},
+            "stage_s": 0,
+            "work_s": 0,
+        },
+    }
     (folder / "lead.yaml").write_text(json.dumps({**said, **options}))
     return folder / "lead.yaml"
 
@@ -382,4 +400,7 @@ def test_the_app_is_a_folder_that_flower_bundles(tmp_path: Path) -> None:
 
 def test_the_carriers_side_loads_neither_keys_nor_tensors() -> None:
     code = "import sartor.federate.flower.local_rpc, sartor.federate.flower.flower_transport, sys; print({'numpy', 'cryptography'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "set()"
+    )

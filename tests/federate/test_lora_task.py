@@ -56,7 +56,9 @@ def manifest(asked: FederateRecipe, people: Clients, shared: Tensors, number: in
         resident.digest,
         config.dump(RoundSettings.of(asked)),
     )
-    return Manifest("test", number, "coordinator", said, terms_for(("a", "b", "c"), shared, UpdateRules(), seed="0" * 64), 0)
+    return Manifest(
+        "test", number, "coordinator", said, terms_for(("a", "b", "c"), shared, UpdateRules(), seed="0" * 64), 0
+    )
 
 
 # rows
@@ -160,7 +162,9 @@ def test_a_budget_that_does_not_hold_the_next_round_stops_the_run(
     privacy = {"level": "example", "epsilon": 8.0, "delta": 1e-2, "batch_rows": 8, "noise_multiplier": 0.8}
     said: list[str] = []
     with pytest.raises(BudgetError, match="would bring epsilon from"):
-        simulate(recipe(tiny_base, dataset, rounds=20, privacy=privacy), tmp_path / "out", shards=SHARDS, notice=said.append)
+        simulate(
+            recipe(tiny_base, dataset, rounds=20, privacy=privacy), tmp_path / "out", shards=SHARDS, notice=said.append
+        )
     rounds = [line for line in said if line.startswith("round ")]
     assert 1 <= len(rounds) < 20 and not (tmp_path / "out").exists()
 
@@ -189,7 +193,9 @@ def test_a_base_that_came_quantised_is_refused(
 ) -> None:
     asked, clients = people
     shared = clients.resident.current_factors()
-    task = LoraTask(clients.resident, rows_of(clients), guard=RowPrivacy.open(Privacy(8.0, 1e-2, "example"), tmp_path / "one"))
+    task = LoraTask(
+        clients.resident, rows_of(clients), guard=RowPrivacy.open(Privacy(8.0, 1e-2, "example"), tmp_path / "one")
+    )
     monkeypatch.setattr(quantization, "bits_of", lambda model: 4)
     with pytest.raises(ConfigError, match="4 bits"):
         task.update(manifest(asked, clients, shared), shared)
@@ -199,10 +205,15 @@ def test_a_base_that_came_quantised_is_refused(
 # what one process holds
 
 
-def test_residual_rounds_are_exact_and_so_is_the_adapter(tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None) -> None:
+def test_residual_rounds_are_exact_and_so_is_the_adapter(
+    tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None
+) -> None:
     asked = recipe(tiny_base, dataset, mode="residual", robust="mean", local={"updates": 3})
     made = simulate(asked, tmp_path / "out", shards=SHARDS)
-    said, factors = made.as_json(), simulate({**asked, "mode": "factors"}, tmp_path / "factors", shards=SHARDS).as_json()
+    said, factors = (
+        made.as_json(),
+        simulate({**asked, "mode": "factors"}, tmp_path / "factors", shards=SHARDS).as_json(),
+    )
     assert said["exactness_error"] <= 1e-6 and factors["exactness_error"] > 1e-4
     assert said["metrics"]["eval_loss"]["tuned"] < said["metrics"]["eval_loss"]["base"]
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -227,8 +238,11 @@ def test_residual_rounds_are_exact_and_so_is_the_adapter(tiny_base: Path, datase
 def test_the_residual_has_the_fewest_ranks_and_computes_the_same() -> None:
     source = np.random.default_rng(0)
     low, wide = ((source.standard_normal((k, 6)), source.standard_normal((9, k))) for k in (2, 20))
-    pairs = {"low": LoraPair(np.concatenate([low[0]] * 3), np.concatenate([low[1]] * 3, axis=1)), "wide": LoraPair(*wide),
-             "none": LoraPair(np.zeros((3, 6)), np.zeros((9, 3)))}  # fmt: skip
+    pairs = {
+        "low": LoraPair(np.concatenate([low[0]] * 3), np.concatenate([low[1]] * 3, axis=1)),
+        "wide": LoraPair(*wide),
+        "none": LoraPair(np.zeros((3, 6)), np.zeros((9, 3))),
+    }
     found = compress_ranks(pairs)
     assert rank_of(found) == 6 and modules(found) == ["low", "none", "wide"]
     assert (np.abs(found["low" + B]).sum(0) > 0).sum() == 2 and not found["none" + B].any()
@@ -240,10 +254,14 @@ def test_a_client_of_lower_rank_trains_its_own_ranks_alone(people: tuple[Federat
     asked, clients = people
     shared = clients.resident.current_factors()
     source = np.random.default_rng(1)
-    shared = {name: value + 0.05 * source.standard_normal(value.shape).astype(np.float32) for name, value in shared.items()}
+    shared = {
+        name: value + 0.05 * source.standard_normal(value.shape).astype(np.float32) for name, value in shared.items()
+    }
     for number, half in ((1, B), (2, A)):
         said = replace(asked, mode="alternate")
-        learnt = LoraTask(clients.resident, rows_of(clients), rank=1).update(manifest(said, clients, shared, number), shared)
+        learnt = LoraTask(clients.resident, rows_of(clients), rank=1).update(
+            manifest(said, clients, shared, number), shared
+        )
         for name, value in learnt.tensors.items():
             own, rest = (value[:, :1], value[:, 1:]) if half == B else (value[:1], value[1:])
             assert name.endswith(half) and own.any() and not rest.any()

@@ -50,7 +50,9 @@ def test_tells_two_halves_different_lists() -> None:
     """The victim is in the sum to half of the others, and has vanished to the other half."""
     session = Session().run(until="consent")
     lists = {
-        half: SurvivorLists(names(10), ()) if half else SurvivorLists(tuple(n for n in names(10) if n != VICTIM), (VICTIM,))
+        half: SurvivorLists(names(10), ())
+        if half
+        else SurvivorLists(tuple(n for n in names(10) if n != VICTIM), (VICTIM,))
         for half in (0, 1)
     }
     told = {name: lists[place % 2] for place, name in enumerate(names(10)) if name != VICTIM}
@@ -58,10 +60,13 @@ def test_tells_two_halves_different_lists() -> None:
     for name, said in told.items():
         agreeing = tuple(consents[other] for other, heard in told.items() if heard == said)
         refused(
-            "threshold", lambda n=name, s=said, a=agreeing: session.clients[n].reveal(as_server(session, Unmask(s.digest, a)))
+            "threshold",
+            lambda n=name, s=said, a=agreeing: session.clients[n].reveal(as_server(session, Unmask(s.digest, a))),
         )
         everyone = tuple(consents.values())
-        refused("lists", lambda n=name, s=said: session.clients[n].reveal(as_server(session, Unmask(s.digest, everyone))))
+        refused(
+            "lists", lambda n=name, s=said: session.clients[n].reveal(as_server(session, Unmask(s.digest, everyone)))
+        )
 
 
 def test_counts_one_consent_many_times() -> None:
@@ -117,10 +122,14 @@ def test_swapped_public_key() -> None:
     genuine = [session.sent["keys", name] for name in names(10) if name not in (VICTIM, "ward-0007")]
     mine = AdvertiseKeys(secret("channel"), secret("mask"))
     forged = messages.sealed(mine, session.round.digest, identity("ward-0007", seed=1))
-    refused("", lambda: session.clients[VICTIM].share(as_server(session, PeerKeys((*genuine, forged)))), SignatureError)
+    refused(
+        "", lambda: session.clients[VICTIM].share(as_server(session, PeerKeys((*genuine, forged)))), SignatureError
+    )
     # its own signature over the key, under the name of a client, is no better
     swapped = messages.sealed(mine, session.round.digest, replace(session.me, name="ward-0007"))
-    refused("", lambda: session.clients[VICTIM].share(as_server(session, PeerKeys((*genuine, swapped)))), SignatureError)
+    refused(
+        "", lambda: session.clients[VICTIM].share(as_server(session, PeerKeys((*genuine, swapped)))), SignatureError
+    )
 
 
 def test_swapped_shares() -> None:
@@ -128,7 +137,9 @@ def test_swapped_shares() -> None:
     boxes = messages.read_message(session.server.request(VICTIM)).body
     assert isinstance(boxes, messages.SealedShares)
     swapped = {**boxes.boxes, "ward-0001": boxes.boxes["ward-0002"]}
-    refused("", lambda: session.clients[VICTIM].hold(as_server(session, messages.SealedShares(swapped))), SignatureError)
+    refused(
+        "", lambda: session.clients[VICTIM].hold(as_server(session, messages.SealedShares(swapped))), SignatureError
+    )
 
 
 def test_the_coordinator_as_a_neighbour() -> None:
@@ -193,7 +204,10 @@ def test_at_most_one_unmask() -> None:
 
 def test_drops_to_one_survivor() -> None:
     session = Session().run(until="consent")
-    refused("threshold", lambda: session.clients[VICTIM].consent(as_server(session, SurvivorLists((VICTIM,), names(10)[:4]))))
+    refused(
+        "threshold",
+        lambda: session.clients[VICTIM].consent(as_server(session, SurvivorLists((VICTIM,), names(10)[:4]))),
+    )
 
 
 def test_lists_that_leave_this_client_out() -> None:
@@ -205,13 +219,17 @@ def test_lists_that_leave_this_client_out() -> None:
 def test_lists_of_strangers_or_out_of_order() -> None:
     session = Session().run(until="consent")
     for active in ((*names(10), "zz"), names(10)[::-1], (*names(10), names(10)[-1])):
-        refused("lists", lambda active=active: session.clients[VICTIM].consent(as_server(session, SurvivorLists(active, ()))))
+        refused(
+            "lists",
+            lambda active=active: session.clients[VICTIM].consent(as_server(session, SurvivorLists(active, ()))),
+        )
 
 
 def test_unmask_before_consent() -> None:
     session = Session().run(until="consent")
     refused(
-        "unmask", lambda: session.clients[VICTIM].reveal(as_server(session, Unmask(SurvivorLists(names(10), ()).digest, ())))
+        "unmask",
+        lambda: session.clients[VICTIM].reveal(as_server(session, Unmask(SurvivorLists(names(10), ()).digest, ()))),
     )
 
 
@@ -254,7 +272,9 @@ def test_one_clients_upload_is_uniform() -> None:
 def test_uploads_of_two_updates_are_indistinguishable() -> None:
     """All zeros, and all of one large value: two samples of uploads, byte by byte and place by place."""
     one, other = np.zeros(2_000, np.uint32), np.full(2_000, 0x12345678, np.uint32)
-    samples = [[bytes_of(vector, 100 + 2 * seed + which) for seed in range(24)] for which, vector in enumerate((one, other))]
+    samples = [
+        [bytes_of(vector, 100 + 2 * seed + which) for seed in range(24)] for which, vector in enumerate((one, other))
+    ]
     table = np.array([sum(map(counts, sample)) for sample in samples])
     assert stats.chi2_contingency(table).pvalue > 1e-3
     numbers = [np.frombuffer(b"".join(sample), "<u4") for sample in samples]

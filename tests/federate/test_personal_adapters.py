@@ -46,13 +46,20 @@ def homes(tmp_path: Path) -> list[Path]:
     made = []
     for client, word in enumerate(("yes", "no", "off")):
         rows = [
-            {"messages": [{"role": "user", "content": f"{place} {when}"},
-                          {"role": "assistant", "content": f"{'abcdefghi'[number] * 3} {word}"}],
-             "group": place}
-            for number, place in enumerate(PLACES) for when in ("now", "later", "soon")
-        ]  # fmt: skip
+            {
+                "messages": [
+                    {"role": "user", "content": f"{place} {when}"},
+                    {"role": "assistant", "content": f"{'abcdefghi'[number] * 3} {word}"},
+                ],
+                "group": place,
+            }
+            for number, place in enumerate(PLACES)
+            for when in ("now", "later", "soon")
+        ]
         source = {"path": str(write_jsonl(tmp_path / f"{client}.jsonl", rows)), "licence": "CC-BY-4.0"}
-        sartor.curate({"sources": [source], "steps": [], "split": {"eval_fraction": 0.34}}, tmp_path / f"home-{client}")
+        sartor.curate(
+            {"sources": [source], "steps": [], "split": {"eval_fraction": 0.34}}, tmp_path / f"home-{client}"
+        )
         made.append(tmp_path / f"home-{client}")
     return made
 
@@ -61,10 +68,15 @@ def homes(tmp_path: Path) -> list[Path]:
 def intents(tmp_path: Path) -> Path:
     """A Dataset of four intents in nine places, a third held out."""
     rows = [
-        {"messages": [{"role": "user", "content": f"{word} {place}"},
-                      {"role": "assistant", "content": json.dumps({"intent": word})}]}
-        for word in ("on", "off", "up", "down") for place in PLACES
-    ]  # fmt: skip
+        {
+            "messages": [
+                {"role": "user", "content": f"{word} {place}"},
+                {"role": "assistant", "content": json.dumps({"intent": word})},
+            ]
+        }
+        for word in ("on", "off", "up", "down")
+        for place in PLACES
+    ]
     source = {"path": str(write_jsonl(tmp_path / "intents.jsonl", rows)), "licence": "CC-BY-4.0"}
     sartor.curate({"sources": [source], "steps": [], "split": {"eval_fraction": 0.33}}, tmp_path / "intents")
     return tmp_path / "intents"
@@ -73,13 +85,17 @@ def intents(tmp_path: Path) -> Path:
 def test_each_client_has_its_own_and_is_better_by_it(
     tiny_base: Path, homes: list[Path], tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(simulation.shutil, "rmtree", lambda folder, **options: None)  # the journals stay, to be looked into
+    monkeypatch.setattr(
+        simulation.shutil, "rmtree", lambda folder, **options: None
+    )  # the journals stay, to be looked into
     settings = {"rounds": 4, "local": {"updates": 4}, "personal": {"rank": 4, "updates": 8, "compare": True}}
     asked = recipe(tiny_base, **settings, optimizer={"learning_rate": 4e-2, "batch_tokens": 512})
     out, said = tmp_path / "shared", []
     made = simulate(asked, out, clients=homes, notice=said.append).as_json()
     report = made["personal"]
-    assert json.loads((out.with_name("shared.personal") / "personal.json").read_bytes())["clients"] == report["clients"]
+    assert (
+        json.loads((out.with_name("shared.personal") / "personal.json").read_bytes())["clients"] == report["clients"]
+    )
     shared = load_file(out / "adapter_model.safetensors")
     for place, name in enumerate(("client-0", "client-1", "client-2")):
         folder = Path(report["folder"]) / name
@@ -87,7 +103,9 @@ def test_each_client_has_its_own_and_is_better_by_it(
         assert [one["kind"] for one in opened.manifest["parents"]] == ["dataset", "adapter"]
         assert opened.manifest["parents"][0]["path"] == str(homes[place])
         head, own = split_ranks(load_file(folder / "adapter_model.safetensors"), rank_of(shared))
-        assert all(np.array_equal(head[one], value) for one, value in shared.items()), "the shared adapter is held still"
+        assert all(np.array_equal(head[one], value) for one, value in shared.items()), (
+            "the shared adapter is held still"
+        )
         assert rank_of(own) == 4 and norm({one: value for one, value in own.items() if one.endswith(B)}) > 0
         of = report["clients"][name]
         assert (of["rows"], of["held_out"], of["asked"]) == (18, 9, 9)
@@ -96,7 +114,9 @@ def test_each_client_has_its_own_and_is_better_by_it(
         assert_nowhere(own, out.with_name("shared.rounds"))
     for other in ("base", "shared", "local_only", "centralised"):
         lift = report["all"][f"over_{other}"]["loss"]
-        assert lift["estimate"] < 0 and lift["verdict"] == "cannot tell", "three places are held out: too few groups to tell"
+        assert lift["estimate"] < 0 and lift["verdict"] == "cannot tell", (
+            "three places are held out: too few groups to tell"
+        )
         assert lift["low"] <= lift["estimate"] <= lift["high"]
     assert sum(report["verdicts"]["over_local_only"].values()) == 3 and report["not_dealt"] == 0
     again = simulate(asked, out, clients=homes, resume=True, notice=said.append)
@@ -158,7 +178,9 @@ def test_what_is_written_computes_base_and_shared_and_private(
 
 
 @pytest.mark.services
-def test_a_clients_adapter_is_evaluated_like_any_other(tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None) -> None:
+def test_a_clients_adapter_is_evaluated_like_any_other(
+    tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None
+) -> None:
     made = simulate(recipe(tiny_base), tmp_path / "shared", clients=[dataset] * 3).as_json()
     folder = Path(made["personal"]["folder"]) / "client-0"
     assert sartor.evaluate(folder, most_rows=2).report.manifest["rows"] == 2
@@ -200,7 +222,9 @@ def test_held_out_rows_go_where_rows_of_their_label_went(tiny_base: Path, intent
     trained = {row.example_id for rows in people.rows.values() for row in rows.train}
     held_out = [row.example_id for rows in people.rows.values() for row in rows.held_out]
     assert len(set(held_out)) == len(held_out) == len(people.held_out) and trained.isdisjoint(held_out)
-    assert any(labels(rows.train) != {examples[name].reply for name in trained} for rows in people.rows.values()), "unlike"
+    assert any(labels(rows.train) != {examples[name].reply for name in trained} for rows in people.rows.values()), (
+        "unlike"
+    )
     for rows in people.rows.values():
         assert labels(rows.held_out) <= labels(rows.train)
 

@@ -25,7 +25,9 @@ def test_membership_of_strangers_is_guessing_and_of_the_learnt_is_certain() -> N
     learnt = membership_inference.by_threshold(source.normal(0, 0.1, 300), source.normal(3, 0.1, 500))
     assert learnt.auc == 1 and learnt.found_fraction == 1 and learnt.low > 0.98 and "100.0% of 300" in str(learnt)
     few = membership_inference.by_threshold(source.normal(0, 0.1, 300), source.normal(3, 0.1, 100))
-    assert few.found_fraction == 1 and few.low == 0, "a hundred others do not show that a threshold takes one in a hundred"
+    assert few.found_fraction == 1 and few.low == 0, (
+        "a hundred others do not show that a threshold takes one in a hundred"
+    )
     by_hand = membership_inference.by_threshold([0.0, 2.0], [1.0, 3.0])
     assert by_hand.auc == 0.75 and by_hand.found_fraction == 0.5
     assert alike.auc_low < 0.5 < alike.auc_high and alike.auc_high - alike.auc_low < 0.05
@@ -71,7 +73,9 @@ def test_tokens_of_an_embedding_and_of_a_factor_are_found_while_there_are_more_r
     gradient = np.zeros((200, 32))
     gradient[list(true)] = source.standard_normal((5, 32))
     named = privacy_attacks.from_embedding(gradient)
-    assert privacy_attacks.score_inversion("embedding", named, true) == privacy_attacks.Inversion("embedding", 5, 1.0, 1.0)
+    assert privacy_attacks.score_inversion("embedding", named, true) == privacy_attacks.Inversion(
+        "embedding", 5, 1.0, 1.0
+    )
     assert privacy_attacks.from_embedding(np.zeros((4, 2))) == set()
     for ranks, is_blind in ((16, False), (4, True)):
         a = source.standard_normal((ranks, 32))
@@ -82,7 +86,9 @@ def test_tokens_of_an_embedding_and_of_a_factor_are_found_while_there_are_more_r
         assert found.is_blind == is_blind and (is_blind or (found.precision, found.recall) == (1.0, 1.0))
         assert ("blind" in str(found)) == is_blind
     few = source.standard_normal((4, 5)) @ (inputs[list(true)] @ source.standard_normal((16, 32)).T)
-    assert privacy_attacks.from_factor(few, source.standard_normal((16, 32)), inputs) is None, "four outputs, five tokens"
+    assert privacy_attacks.from_factor(few, source.standard_normal((16, 32)), inputs) is None, (
+        "four outputs, five tokens"
+    )
     assert privacy_attacks.from_factor(np.zeros((24, 16)), source.standard_normal((16, 32)), inputs) == set()
     with pytest.raises(ConfigError, match="do not fit"):
         privacy_attacks.from_factor(np.zeros((24, 5)), np.zeros((16, 32)), inputs)
@@ -93,7 +99,9 @@ def test_one_run_by_closed_form() -> None:
     is_in = privacy_attacks.coins(canaries, 0)
     sure = privacy_attacks.one_run(is_in.astype(float), is_in, 0.0, guess_fraction=0.8)
     coin = 0.05 ** (1 / 80)
-    assert sure.right == sure.guesses == 80 and sure.epsilon_low == pytest.approx(math.log(coin / (1 - coin)), abs=1e-3)
+    assert sure.right == sure.guesses == 80 and sure.epsilon_low == pytest.approx(
+        math.log(coin / (1 - coin)), abs=1e-3
+    )
     assert sure.most == sure.epsilon_low
     assert privacy_attacks.one_run(is_in.astype(float), is_in, 1e-3, 0.8).epsilon_low < sure.epsilon_low - 0.1, (
         "delta lets some be told"
@@ -111,7 +119,9 @@ def test_the_bound_of_a_mechanism_whose_epsilon_is_exact_holds_and_is_near(epsil
         is_in = source.random(1000) < 0.5
         honest = source.random(1000) < 1 / (1 + math.exp(-epsilon))  # randomised response
         bounds.append(
-            privacy_attacks.one_run(np.where(honest, is_in, ~is_in) + source.random(1000) / 10, is_in, DELTA).epsilon_low
+            privacy_attacks.one_run(
+                np.where(honest, is_in, ~is_in) + source.random(1000) / 10, is_in, DELTA
+            ).epsilon_low
         )
     assert np.mean(np.array(bounds) > epsilon) <= 0.05 + 2 * (0.05 * 0.95 / 60) ** 0.5
     assert np.median(bounds) > 0.6 * epsilon
@@ -165,7 +175,10 @@ def test_the_report_comes_back_and_is_bound_to_its_adapter(adapter_folder: Path)
         PrivacyBudget(8.0, DELTA),
         (membership_inference.by_threshold([0.0, 2.0], [1.0, 3.0]),),
         (Exposure("phone", 8, 6.0, 8.0, 1 / 64),),
-        (privacy_attacks.score_inversion("factor", None, {1}), privacy_attacks.score_inversion("embedding", {1, 2}, {1})),
+        (
+            privacy_attacks.score_inversion("factor", None, {1}),
+            privacy_attacks.score_inversion("embedding", {1, 2}, {1}),
+        ),
         privacy_attacks.one_run(is_in.astype(float), is_in, DELTA),
     )
     report.write(adapter_folder)

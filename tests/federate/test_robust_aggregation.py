@@ -13,7 +13,17 @@ import pytest
 
 from sartor.core import config
 from sartor.core.errors import ConfigError, GuardError, InputError
-from sartor.federate.robust_aggregation import AnyRule, Krum, Mean, Median, MultiKrum, NormBound, RobustRule, Screened, Trimmed
+from sartor.federate.robust_aggregation import (
+    AnyRule,
+    Krum,
+    Mean,
+    Median,
+    MultiKrum,
+    NormBound,
+    RobustRule,
+    Screened,
+    Trimmed,
+)
 from sartor.federate.updates import Update
 
 RULES = [member() for member in get_args(AnyRule)]
@@ -76,7 +86,9 @@ def test_rules_by_hand() -> None:
     weighted[1] = Update("c1", weighted[1].tensors, 3)
     assert np.allclose(Mean().pool(weighted).tensors["a"], 3)
     bounded = NormBound(1.0).pool(updates([[3.0, 4.0], [0.0, 5.0], [300.0, 400.0]]))
-    assert np.allclose(bounded.tensors["a"], [2.0]) and [(v.client, v.action) for v in bounded.verdicts] == [("c2", "bounded")]
+    assert np.allclose(bounded.tensors["a"], [2.0]) and [(v.client, v.action) for v in bounded.verdicts] == [
+        ("c2", "bounded")
+    ]
     assert "500" in bounded.verdicts[0].reason and "bound is 5" in bounded.verdicts[0].reason
     assert np.allclose(pooled(NormBound(), [[0.0, 0.0], [0.0, 0.0], [9.0, 0.0]]), 0)
 
@@ -113,7 +125,12 @@ def test_screening_names_whom_it_leaves_out_and_stops_where_it_would_leave_out_h
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"trimmed": {"fraction": 0.5}}, {"krum": {"fraction": -0.1}}, {"norm_bound": 0.0}, {"screened": {"least_cosine": 1.0}}],
+    [
+        {"trimmed": {"fraction": 0.5}},
+        {"krum": {"fraction": -0.1}},
+        {"norm_bound": 0.0},
+        {"screened": {"least_cosine": 1.0}},
+    ],
 )
 def test_a_rule_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

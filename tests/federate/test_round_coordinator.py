@@ -67,8 +67,18 @@ def test_updates_come_out_as_they_were_shown() -> None:
         (shown(WARDS[0], key=WARDS[1]), SignatureError),
         (shown("stranger"), RoundError),
     ],
-    ids=["one tensor more", "another shape", "not finite", "longer than the clip", "heavy", "weightless", "nan", "forged", "stranger"],
-)  # fmt: skip
+    ids=[
+        "one tensor more",
+        "another shape",
+        "not finite",
+        "longer than the clip",
+        "heavy",
+        "weightless",
+        "nan",
+        "forged",
+        "stranger",
+    ],
+)
 def test_what_is_no_update_of_the_round_is_refused(content: bytes, error: type[Exception]) -> None:
     server = Inspected(manifest(), ROSTER)
     with pytest.raises(error):
@@ -91,7 +101,9 @@ def test_a_killed_coordinator_has_what_was_shown(tmp_path: Path) -> None:
     journal, coordinator = lead()
     coordinator.start(START)
     coordinator.begin(RoundPlan("pull", WARDS, RULES, stage_s=60))
-    members = [Participant(identity(name), ROSTER, COORDINATOR, LENIENT, EnrolmentPolicy("inspectable")) for name in WARDS]
+    members = [
+        Participant(identity(name), ROSTER, COORDINATOR, LENIENT, EnrolmentPolicy("inspectable")) for name in WARDS
+    ]
     tasks = [Pull(number) for number in range(3)]
     clients = {
         one.identity.name: RoundClient(one, RoundJournal(), {"pull": task}, clock=lambda: 1_000.0)

@@ -12,7 +12,15 @@ import pytest
 
 from federating import COORDINATOR, identity
 from round_parties import RULES, START, House, mean_of_numbers
-from sartor.core.errors import ArtifactError, BusyError, ConfigError, ConflictError, RoundError, SartorError, SignatureError
+from sartor.core.errors import (
+    ArtifactError,
+    BusyError,
+    ConfigError,
+    ConflictError,
+    RoundError,
+    SartorError,
+    SignatureError,
+)
 from sartor.federate import updates as arrays
 from sartor.federate.rounds import round_manifest as manifests
 from sartor.federate.rounds.round_coordinator import RoundResult
@@ -33,7 +41,9 @@ def invite(house: House, manifest: Manifest, shared: bytes = b"", signer: str = 
     return messages.sealed(Invite(content, Payload(shared or arrays.pack_tensors(START))), manifest.digest, house.me)
 
 
-def refused(check: str, house: House, manifest: Manifest, kind: type[SartorError] = RoundError, shared: bytes = b"") -> None:
+def refused(
+    check: str, house: House, manifest: Manifest, kind: type[SartorError] = RoundError, shared: bytes = b""
+) -> None:
     with pytest.raises(kind) as caught:
         house.clients[house.names[0]].answer(invite(house, manifest, shared))
     assert getattr(caught.value, "check", "") == check
@@ -45,7 +55,9 @@ def test_two_rounds_add_the_mean_weighted_by_examples() -> None:
     first = run_round(house.coordinator, house.transport, house.plan(), carried)
     second = run(house)
     mean = mean_of_numbers(list(range(5)))
-    assert [(one.number, one.state, one.active) for one in (first, second)] == [(n, "done", house.names) for n in (1, 2)]
+    assert [(one.number, one.state, one.active) for one in (first, second)] == [
+        (n, "done", house.names) for n in (1, 2)
+    ]
     for name, value in house.coordinator.shared.items():
         np.testing.assert_allclose(value, START[name] + 2 * mean, atol=1e-6)
     assert carried.received_bytes and carried.sent_bytes and not carried.refused and not house.transport.said_no
@@ -199,8 +211,15 @@ def test_secrets_of_a_round_are_gone_when_it_ends(tmp_path: Path) -> None:
 def made(house: House, **changes: object) -> Manifest:
     rules = RULES
     terms = manifests.terms_for(house.names, START, rules, seed="ab" * 32)
-    fields = {"run": "triage", "number": 1, "coordinator": COORDINATOR, "work": ClientWork("pull", arrays.digest(arrays.pack_tensors(START))),
-              "terms": terms, "deadline": 2_000, "rules": rules}  # fmt: skip
+    fields = {
+        "run": "triage",
+        "number": 1,
+        "coordinator": COORDINATOR,
+        "work": ClientWork("pull", arrays.digest(arrays.pack_tensors(START))),
+        "terms": terms,
+        "deadline": 2_000,
+        "rules": rules,
+    }
     return Manifest(**{**fields, **changes})
 
 
@@ -211,7 +230,15 @@ def test_a_manifest_comes_back_as_it_was_signed() -> None:
     assert manifest.digest == manifests.read_manifest(manifest.signed(house.me), COORDINATOR, house.roster).digest
 
 
-@pytest.mark.parametrize("change", [b'"number":1>"number":2', b'"threshold":4>"threshold":1', b'"clip":1.0>"clip":99.0', b'"task":"pull">"task":"push"'])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        b'"number":1>"number":2',
+        b'"threshold":4>"threshold":1',
+        b'"clip":1.0>"clip":99.0',
+        b'"task":"pull">"task":"push"',
+    ],
+)
 def test_altered_manifest_is_refused(change: bytes) -> None:
     house = House()
     was, _, now = change.partition(b">")
@@ -249,7 +276,11 @@ def test_replayed_rounds_are_refused() -> None:
     lists = messages.sealed(SurvivorLists(house.names, ()), messages.read_message(request).round, house.me)
     finish(house.coordinator, house.transport)
     client = house.clients[house.names[0]]
-    for replayed in (request, lists, invite(house, made(house))):  # the whole round, a request of it, another first round
+    for replayed in (
+        request,
+        lists,
+        invite(house, made(house)),
+    ):  # the whole round, a request of it, another first round
         with pytest.raises(RoundError) as caught:
             client.answer(replayed)
         assert caught.value.check == "replayed"
@@ -312,7 +343,17 @@ def test_a_round_whose_time_is_over_is_abandoned() -> None:
     assert (ended.state, "time is over" in ended.reason) == ("abandoned", True)
 
 
-@pytest.mark.parametrize("rules", [{"clip": 0.0}, {"noise": -1.0}, {"most_examples": 0}, {"noise": 1.0}, {"noise": 1.0, "most_examples": 1, "stale_rounds": 1}, {"clip": float("nan")}])  # fmt: skip
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"clip": 0.0},
+        {"noise": -1.0},
+        {"most_examples": 0},
+        {"noise": 1.0},
+        {"noise": 1.0, "most_examples": 1, "stale_rounds": 1},
+        {"clip": float("nan")},
+    ],
+)
 def test_rules_out_of_range_are_refused(rules: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         UpdateRules(**rules)

@@ -19,22 +19,36 @@ DEVICES = {"ann": ("kitchen", "hall"), "bob": ("attic", "porch"), "eve": ("cella
 def device(folder: Path, name: str) -> Path:
     """A device file, with rows of its own."""
     rows = [
-        {"question": f"{verb} {room} {n}", "answer": f"{n}:{room}"} for room in DEVICES[name] for n in range(4) for verb in "ab"
+        {"question": f"{verb} {room} {n}", "answer": f"{n}:{room}"}
+        for room in DEVICES[name]
+        for n in range(4)
+        for verb in "ab"
     ]
     file = folder / f"{name}.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     source = {"path": str(file), "licence": "CC-BY-4.0"}
     sartor.curate({"sources": [source], "split": {"eval_fraction": 0.25}}, folder / f"data-{name}")
     key = sartor.keygen(folder / f"key-{name}", trust=True)["private"]
-    said = {"data": str(folder / f"data-{name}"), "store": str(folder / name), "key": key, "memory_bytes": 2_000_000_000}
+    said = {
+        "data": str(folder / f"data-{name}"),
+        "store": str(folder / name),
+        "key": key,
+        "memory_bytes": 2_000_000_000,
+    }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(said))
     return folder / f"{name}.yaml"
 
 
 @pytest.mark.services
 def test_from_rounds_to_devices(tiny_base: Path, tmp_path: Path, fp32: None) -> None:
-    asked = {"base": str(tiny_base), "data": {"attack_rows": 8}, "method": {"rank": 4, "alpha": 8}, "rounds": 1,
-             "local": {"updates": 2}, "optimizer": {"learning_rate": 1e-2, "batch_tokens": 128}}  # fmt: skip
+    asked = {
+        "base": str(tiny_base),
+        "data": {"attack_rows": 8},
+        "method": {"rank": 4, "alpha": 8},
+        "rounds": 1,
+        "local": {"updates": 2},
+        "optimizer": {"learning_rate": 1e-2, "batch_tokens": 128},
+    }
     files = [device(tmp_path, name) for name in DEVICES]
     adapter = sartor.federate_simulate(asked, tmp_path / "adapter", clients=files).adapter
     sartor.evaluate(adapter.path, most_rows=2)

@@ -70,7 +70,9 @@ def test_the_field_is_prime_and_holds_every_secret() -> None:
     some.integers(1, 50),
     some.sampled_from(["nearest", "stochastic"]),
 )
-def test_a_value_is_right_to_a_unit_of_the_ring(values: list[float], count: int, rounding: fixed_point.Rounding) -> None:
+def test_a_value_is_right_to_a_unit_of_the_ring(
+    values: list[float], count: int, rounding: fixed_point.Rounding
+) -> None:
     tensors = {"weight": np.array(values, np.float32)}
     layout = fixed_point.layout_for(tensors, 1.0, count)
     of = SecureSumTerms(names(count), count, layout)
@@ -99,7 +101,8 @@ def test_headroom_is_checked_and_nothing_is_clipped() -> None:
 
 
 @pytest.mark.parametrize(
-    "tensors", [{}, {"weight": np.zeros(2)}, {"weight": np.array([0, np.nan, 0])}, {"weight": np.zeros(3), "b": np.zeros(1)}]
+    "tensors",
+    [{}, {"weight": np.zeros(2)}, {"weight": np.array([0, np.nan, 0])}, {"weight": np.zeros(3), "b": np.zeros(1)}],
 )
 def test_an_update_of_another_form_is_refused(tensors: dict[str, np.ndarray]) -> None:
     with pytest.raises(ConfigError):
@@ -184,9 +187,18 @@ def test_terms_come_back_from_a_manifest() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"cohort": ("b", "a")}, {"cohort": ("a", "a")}, {"cohort": ("A", "b")}, {"threshold": 0}, {"threshold": 3}, {"seed": "00"},
-     {"layout": ()}, {"layout": (TensorSlot("w", (1,), 0.0),)}, {"layout": (TensorSlot("w", (1,), 1.0),) * 2}],
-)  # fmt: skip
+    [
+        {"cohort": ("b", "a")},
+        {"cohort": ("a", "a")},
+        {"cohort": ("A", "b")},
+        {"threshold": 0},
+        {"threshold": 3},
+        {"seed": "00"},
+        {"layout": ()},
+        {"layout": (TensorSlot("w", (1,), 0.0),)},
+        {"layout": (TensorSlot("w", (1,), 1.0),) * 2},
+    ],
+)
 def test_terms_that_can_be_no_sum_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         SecureSumTerms(**{"cohort": ("a", "b"), "threshold": 2, "layout": (TensorSlot("w", (1,), 1.0),), **changes})
@@ -226,7 +238,23 @@ def test_a_message_comes_back_and_no_byte_of_it_may_change(body: messages.Body) 
 
 
 @settings(max_examples=30, deadline=None)
-@given(some.one_of(some.binary(max_size=60), some.recursive(some.none() | some.integers() | some.text(max_size=5), lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.sampled_from(["schema", "kind", "round", "sender", "signature", "keys", "boxes"]), inner, max_size=7), max_leaves=9).map(lambda said: json.dumps(said).encode())))  # fmt: skip
+@given(
+    some.one_of(
+        some.binary(max_size=60),
+        some.recursive(
+            some.none() | some.integers() | some.text(max_size=5),
+            lambda inner: (
+                some.lists(inner, max_size=3)
+                | some.dictionaries(
+                    some.sampled_from(["schema", "kind", "round", "sender", "signature", "keys", "boxes"]),
+                    inner,
+                    max_size=7,
+                )
+            ),
+            max_leaves=9,
+        ).map(lambda said: json.dumps(said).encode()),
+    )
+)
 def test_what_is_no_message_is_refused_without_a_traceback(content: bytes) -> None:
     with pytest.raises(ArtifactError):
         messages.read_message(content)

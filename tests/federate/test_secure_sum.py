@@ -75,7 +75,9 @@ def test_messages_come_twice_and_late_and_change_nothing() -> None:
     answer = first.mask(session.vectors["ward-0001"].copy())
     assert session.server.take(answer) is True
     assert session.server.take(answer) is False
-    other = messages.sealed(messages.Masked(messages.Payload(bytes(200))), session.round.digest, session.people["ward-0001"])
+    other = messages.sealed(
+        messages.Masked(messages.Payload(bytes(200))), session.round.digest, session.people["ward-0001"]
+    )
     with pytest.raises(ConflictError):
         session.server.take(other)
     assert "ward-0001" not in session.server.missing
@@ -127,11 +129,15 @@ def test_what_quantising_costs_of_the_norm_of_the_sum() -> None:
         ]
         total = fixed_point.decode(np.sum(units, axis=0, dtype=np.uint32), session.terms.layout)["weight"]
         exact = updates.astype(np.float64).sum(axis=0)
-        assert np.linalg.norm(total - exact) <= 1e-3 * np.linalg.norm(exact) * (0.005 if rounding == "nearest" else 0.01)
+        assert np.linalg.norm(total - exact) <= 1e-3 * np.linalg.norm(exact) * (
+            0.005 if rounding == "nearest" else 0.01
+        )
 
 
 @pytest.mark.parametrize(("degree", "vanish"), [(0, 0.3), (20, 0.0)])
-def test_the_benchmark_of_a_round_measures_what_it_says(degree: int, vanish: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_of_a_round_measures_what_it_says(
+    degree: int, vanish: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import secure_sum
 

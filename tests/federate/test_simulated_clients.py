@@ -18,12 +18,18 @@ from tuning_rounds import manifest
 
 
 @pytest.fixture
-def people(tiny_base: Path, dataset: Path, fp32: None, monkeypatch: pytest.MonkeyPatch) -> tuple[FederateRecipe, Clients]:
+def people(
+    tiny_base: Path, dataset: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> tuple[FederateRecipe, Clients]:
     """Clients whose losses are said to be NaN."""
     said = {
-        "base": str(tiny_base), "data": {"path": str(dataset)}, "method": {"rank": 4, "alpha": 8}, "rounds": 3,
-        "local": {"updates": 1}, "optimizer": {"learning_rate": 1e-2, "batch_tokens": 128},
-    }  # fmt: skip
+        "base": str(tiny_base),
+        "data": {"path": str(dataset)},
+        "method": {"rank": 4, "alpha": 8},
+        "rounds": 3,
+        "local": {"updates": 1},
+        "optimizer": {"learning_rate": 1e-2, "batch_tokens": 128},
+    }
     check = TrainingRun._check
 
     def check_nan(self: TrainingRun, rows: Any, loss: float, norm: float) -> None:

@@ -52,14 +52,18 @@ def test_a_client_learns_what_plain_local_training_would(people: tuple[FederateR
     task = LoraTask(clients.resident, next(iter(clients.rows.values())))
     learnt = task.update(manifest(asked, clients, shared), shared)
     wanted = plainly(asked, clients, shared)
-    assert learnt.examples == len(task.rows.train) and set(learnt.tensors) == {name for name in shared if name.endswith(B)}
+    assert learnt.examples == len(task.rows.train) and set(learnt.tensors) == {
+        name for name in shared if name.endswith(B)
+    }
     for name, change in learnt.tensors.items():
         # AdamW divides by a gradient's size, so where one is nearly zero rounding shows
         assert norm({name: change - (wanted[name] - shared[name])}) <= 2e-3 * norm({name: change})
     again = task.update(manifest(asked, clients, shared), shared)
     assert all(np.array_equal(again.tensors[name], change) for name, change in learnt.tensors.items())
     later = task.update(manifest(asked, clients, shared, 2), shared)
-    assert any(not np.array_equal(later.tensors[name], change) for name, change in learnt.tensors.items()), "other rows"
+    assert any(not np.array_equal(later.tensors[name], change) for name, change in learnt.tensors.items()), (
+        "other rows"
+    )
 
 
 @pytest.mark.parametrize("what", ["base", "recipe"])
@@ -71,8 +75,15 @@ def test_another_base_or_recipe_is_refused(people: tuple[FederateRecipe, Clients
         task.update(manifest(asked, clients, shared, **{what: "0" * 64}), shared)
     assert caught.value.check == "manifest"
     with pytest.raises(RoundError, match="epochs") as caught:
-        task.update(manifest(asked, clients, shared, settings={"mode": "freeze_a", "rounds": 1, "learning_rate": 0.1,
-                                                               "local": {"epochs": 10**9}}), shared)  # fmt: skip
+        task.update(
+            manifest(
+                asked,
+                clients,
+                shared,
+                settings={"mode": "freeze_a", "rounds": 1, "learning_rate": 0.1, "local": {"epochs": 10**9}},
+            ),
+            shared,
+        )
     assert caught.value.check == "task"
     with pytest.raises(RoundError, match="not that of this client"):
         task.update(manifest(asked, clients, shared), {name: value[:1] for name, value in shared.items()})
@@ -143,13 +154,17 @@ def test_noise_is_accounted_for(tiny_base: Path, dataset: Path, tmp_path: Path, 
     made = simulate(asked, tmp_path / "noised", shards={"count": 3, "by": "."}).as_json()
     assert 7 < made["epsilon"] <= 8 and made["quantisation_error"] is None
     lines = [json.loads(line) for line in (tmp_path / "noised" / "log.jsonl").read_text().splitlines()]
-    assert all(line["clipped"] == 3 and line["update_norm"] > 0.02 for line in lines), "the noise is far longer than the clip"
+    assert all(line["clipped"] == 3 and line["update_norm"] > 0.02 for line in lines), (
+        "the noise is far longer than the clip"
+    )
 
 
 def test_a_declared_rule_sees_the_updates(tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None) -> None:
     asked = recipe(tiny_base, dataset, robust="norm_bound")
     made = simulate(asked, tmp_path / "seen", shards={"count": 3, "by": "."})
-    assert made.adapter.manifest["run"]["federated"]["sum"] == "norm_bound" and made.as_json()["quantisation_error"] == 0
+    assert (
+        made.adapter.manifest["run"]["federated"]["sum"] == "norm_bound" and made.as_json()["quantisation_error"] == 0
+    )
     assert any(json.loads(line)["verdicts"] for line in (tmp_path / "seen" / "log.jsonl").read_text().splitlines())
 
 
@@ -171,10 +186,15 @@ def test_a_recipe_that_cannot_be_is_refused(changes: dict[str, Any], says: str) 
 
 def rows(groups: int, each: int) -> list[Example]:
     return [
-        Example((Message.of("user", f"{group} {place}"), Message.of("assistant", json.dumps({"intent": group % 5}))),
-                (Origin("rows", str(place)),), group=f"g{group}", split="train")
-        for group in range(groups) for place in range(each)
-    ]  # fmt: skip
+        Example(
+            (Message.of("user", f"{group} {place}"), Message.of("assistant", json.dumps({"intent": group % 5}))),
+            (Origin("rows", str(place)),),
+            group=f"g{group}",
+            split="train",
+        )
+        for group in range(groups)
+        for place in range(each)
+    ]
 
 
 def test_shards_are_a_partition_by_group_and_the_same_for_one_seed() -> None:
@@ -204,7 +224,9 @@ def test_a_small_alpha_is_unlike() -> None:
     assert largest_share(0.1) > largest_share(100.0) + 0.2
 
 
-def test_commands(tiny_base: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fp32: None) -> None:
+def test_commands(
+    tiny_base: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fp32: None
+) -> None:
     from sartor.cli import main
 
     def run(*arguments: str) -> tuple[int, dict[str, Any]]:
@@ -218,7 +240,9 @@ def test_commands(tiny_base: Path, dataset: Path, tmp_path: Path, capsys: pytest
     assert run("keygen", str(tmp_path / "b"), "--name", "Ward B")[0] == 2 and not (tmp_path / "b").exists()
     file = tmp_path / "federate.yaml"
     file.write_text(json.dumps(recipe(tiny_base, dataset)))
-    code, made = run("simulate", str(file), "--rounds", "1", "--shards", "3", "--by", ".", "--out", str(tmp_path / "made"))
+    code, made = run(
+        "simulate", str(file), "--rounds", "1", "--shards", "3", "--by", ".", "--out", str(tmp_path / "made")
+    )
     assert code == 0 and {"rounds", "clients", "uploaded_bytes", "exactness_error", "epsilon", "metrics"} <= set(made)
     assert run("simulate", str(file), "--out", str(tmp_path / "none"))[0] == 2
     two = ["--clients", str(dataset), str(dataset), "--out", str(tmp_path / "two")]

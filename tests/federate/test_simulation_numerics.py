@@ -36,7 +36,9 @@ def test_rounds_of_before_go_on_in_fp32_and_are_refused_in_sixteen_bits(
     assert (said["dtype"], said["numerics"]) == (dtype, NUMERICS.get(dtype, 1))
     file.write_text(json.dumps({key: value for key, value in said.items() if key not in ("dtype", "numerics")}))
     if dtype == "bfloat16":
-        with pytest.raises(ConfigError, match=r"the rounds in .*out\.rounds were begun by numerics 1, .* by numerics 2"):
+        with pytest.raises(
+            ConfigError, match=r"the rounds in .*out\.rounds were begun by numerics 1, .* by numerics 2"
+        ):
             simulate(asked, out, shards=SHARDS, resume=True)
         assert file.is_file(), "a refusal leaves the rounds as they are"
         file.write_text(json.dumps(said))

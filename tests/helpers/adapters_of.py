@@ -33,7 +33,9 @@ def trained(
     source = np.random.default_rng([seed, 1])
     own = dict(held) if rank is None else split_ranks(held, rank)[0]
     return {
-        name: (value + step * source.standard_normal(value.shape)).astype(np.float32) if mode.trains(name, number) else value
+        name: (value + step * source.standard_normal(value.shape)).astype(np.float32)
+        if mode.trains(name, number)
+        else value
         for name, value in own.items()
     }
 

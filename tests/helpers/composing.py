@@ -28,11 +28,19 @@ class Seeing:
         self.maker = Maker.on(self.base, root / "keys")
 
     def release(
-        self, name: str, kinds: Sequence[str] = KINDS, seed: int = 0, spoil: Callable[[Path], object] = lambda path: None
+        self,
+        name: str,
+        kinds: Sequence[str] = KINDS,
+        seed: int = 0,
+        spoil: Callable[[Path], object] = lambda path: None,
     ) -> Path:
         """A signed Release that reads these kinds. spoil: what is done to its directory before it is signed."""
         draft = self.maker.draft(rank=8, size=8.0, targets=TARGETS, seed=seed)
-        draft.facts |= {"name": name, "system_prompt": "", "sampling": {"temperature": 0.0, "top_p": 1.0, "max_tokens": 8}}
+        draft.facts |= {
+            "name": name,
+            "system_prompt": "",
+            "sampling": {"temperature": 0.0, "top_p": 1.0, "max_tokens": 8},
+        }
 
         def files(path: Path) -> None:
             if kinds:
@@ -48,7 +56,9 @@ class Seeing:
             folder.mkdir()
             base = open_base(str(self.base), bits=32, device=CPU)
             names = {kind: str(self.towers[kind]) for kind in kinds}
-            made = composed_model.compose_base(base, composed_model.open_towers(names, CPU, lambda line: None), seed=seed)
+            made = composed_model.compose_base(
+                base, composed_model.open_towers(names, CPU, lambda line: None), seed=seed
+            )
             assert isinstance(made.media, composed_model.ComposedMedia)
             composed_model.write_projectors(made.media, folder)
         return folder / composed_model.FILE

@@ -80,7 +80,9 @@ def _rows_observer(cls: type, /, *examples: Example, **base: Any) -> Observer:
     return observe
 
 
-def _set_observer(cls: type, examples: Sequence[Example] | Callable[[], Sequence[Example]], /, **base: Any) -> Observer:
+def _set_observer(
+    cls: type, examples: Sequence[Example] | Callable[[], Sequence[Example]], /, **base: Any
+) -> Observer:
     """Observe what a step of all rows decides; what a guard refuses is seen as the rows that it counts."""
 
     def observe(values: Any, workspace: Workspace) -> Any:
@@ -125,7 +127,9 @@ TEXT_PROBES = (
             "field": ("reply", "prompt"),
         },
     ),
-    *probes_of("Repetition", _rows_observer(Repetition, row("q", HALF_SAID)), {"scale": (1.0, 10.0), "min_words": (50, 500)}),
+    *probes_of(
+        "Repetition", _rows_observer(Repetition, row("q", HALF_SAID)), {"scale": (1.0, 10.0), "min_words": (50, 500)}
+    ),
     *probes_of(
         "NearDuplicates",
         _set_observer(NearDuplicates, NEAR, contained=0),
@@ -137,13 +141,22 @@ TEXT_PROBES = (
     *probes_of(
         "NearDuplicates",
         _set_observer(NearDuplicates, NEAR, contained=0, max_source_fraction=1.0),
-        {"max_fraction": (0.6, 0.9), "keep": ("longest", "first"), "threshold": (0.4, 0.95), "field": ("both", "prompt")},
+        {
+            "max_fraction": (0.6, 0.9),
+            "keep": ("longest", "first"),
+            "threshold": (0.4, 0.95),
+            "field": ("both", "prompt"),
+        },
     ),
     *probes_of("NearDuplicates", _set_observer(NearDuplicates, PART), {"contained": (0.9, 0)}),
     *probes_of(
-        "NearDuplicates", _set_observer(NearDuplicates, NEAR[:2], contained=0, threshold=0.3), {"unit": ("words", "characters")}
+        "NearDuplicates",
+        _set_observer(NearDuplicates, NEAR[:2], contained=0, threshold=0.3),
+        {"unit": ("words", "characters")},
     ),
-    *probes_of("NearDuplicates", _set_observer(NearDuplicates, NEAR[:2], contained=0, threshold=0.3), {"size": (2, 3)}),
+    *probes_of(
+        "NearDuplicates", _set_observer(NearDuplicates, NEAR[:2], contained=0, threshold=0.3), {"size": (2, 3)}
+    ),
     *probes_of("ChatQuality", _rows_observer(ChatQuality, row(ENGLISH, GERMAN)), {"language": (True, False)}),
     *probes_of(
         "FieldActions",
@@ -166,11 +179,15 @@ def _strange(count: int) -> list[tuple[str, str]]:
 SAME_MEANING = (
     ("how can I reset my password", "Open the settings page and choose a new password there!"),
     ("How do I reset my password?", "Open the settings page and choose a new password there ..."),
-    ("how could I quickly reset my old password now", "Open the settings page and choose a new password there, please."),
+    (
+        "how could I quickly reset my old password now",
+        "Open the settings page and choose a new password there, please.",
+    ),
 )
 MEANT = tuple(example(*texts, index) for index, texts in enumerate((*SAME_MEANING, *_strange(30))))
 MANY_ALIKE = tuple(
-    example(*texts, index) for index, texts in enumerate([*([SAME_MEANING[0]] * 8), *([SAME_MEANING[1]] * 8), *_strange(8)])
+    example(*texts, index)
+    for index, texts in enumerate([*([SAME_MEANING[0]] * 8), *([SAME_MEANING[1]] * 8), *_strange(8)])
 )
 FEW_WORDS = {
     "light": "lamp chandelier spotlight bulb",
@@ -201,8 +218,14 @@ FREE = tuple(
     for index, texts in enumerate(
         [
             ("How late is the shop open on Mondays?", "It is open until nine in the evening on that day of the week."),
-            ("how late is your shop open on mondays then", "It is open until nine in the evening on that day of the week."),
-            ("How late is your shop open on Mondays please?", "We do not sell any red shoes, and never will, so sorry."),
+            (
+                "how late is your shop open on mondays then",
+                "It is open until nine in the evening on that day of the week.",
+            ),
+            (
+                "How late is your shop open on Mondays please?",
+                "We do not sell any red shoes, and never will, so sorry.",
+            ),
             *_strange(12),
         ]
     )
@@ -297,7 +320,9 @@ MEANING_PROBES = (
         {"encoder": ("tfidf", "no-such-folder")},
         may_refuse=True,
     ),
-    *probes_of("Contamination", _contamination, {"against": (["held"], ["other"]), "ngram": (13, 5), "threshold": (0.5, 0.9)}),
+    *probes_of(
+        "Contamination", _contamination, {"against": (["held"], ["other"]), "ngram": (13, 5), "threshold": (0.5, 0.9)}
+    ),
     *probes_of(
         "Domain",
         _set_observer(Domain, DOMAIN_ROWS, examples=DOMAIN_EXAMPLES, keep=["cooking"]),
@@ -340,7 +365,9 @@ GROUP_PROBES = (
         {"group": (["sex"], ["group"]), "outcome": ("json:decision", "json:desk"), "mitigate": ("none", "reweight")},
         may_refuse=True,
     ),
-    *probes_of("Bias", _set_observer(Bias, _loans, group=["sex"], outcome="json:decision", mitigate="drop"), {"seed": (0, 1)}),
+    *probes_of(
+        "Bias", _set_observer(Bias, _loans, group=["sex"], outcome="json:decision", mitigate="drop"), {"seed": (0, 1)}
+    ),
     *probes_of(
         "Counterfactuals",
         lambda values, workspace: [
@@ -403,7 +430,9 @@ def _like_pictures(values: Any, workspace: Workspace) -> Any:
 def _many_pictures(values: Any, workspace: Workspace) -> Any:
     name = _picture_file(workspace.path / "same.png", scene(0))
     other = _picture_file(workspace.path / "other.png", scene(5))
-    rows = [media_row("image", name, f"r{index}", "What?") for index in range(13)] + [media_row("image", other, "x", "What?")]
+    rows = [media_row("image", name, f"r{index}", "What?") for index in range(13)] + [
+        media_row("image", other, "x", "What?")
+    ]
     step = step_of(ImageDuplicates, **{"max_fraction": 0.95, "max_source_fraction": 1.0, **values})
     try:
         return removals_of(decided_in(step, rows, workspace.path))
@@ -453,7 +482,9 @@ MEDIA_PROBES = (
         },
     ),
     *probes_of(
-        "ImageDuplicates", _like_pictures, {"threshold": (0.75, 1.0), "text": ("question", "any"), "keep": ("largest", "first")}
+        "ImageDuplicates",
+        _like_pictures,
+        {"threshold": (0.75, 1.0), "text": ("question", "any"), "keep": ("largest", "first")},
     ),
     *probes_of(
         "ImageDuplicates",
@@ -559,8 +590,12 @@ def _captions(values: Any, workspace: Workspace) -> Any:
 
 def _rehearsal(values: Any, workspace: Workspace) -> Any:
     """Ids and weights of rows of which half are rehearsal, some of them held out otherwise."""
-    file = write_jsonl(workspace.path / "talk.jsonl", [{"prompt": f"hello {index}", "completion": "hi"} for index in range(12)])
-    return curated({"sources": [{"path": str(file), **values}], "split": {"eval_fraction": 0.5}, "steps": []}, workspace)
+    file = write_jsonl(
+        workspace.path / "talk.jsonl", [{"prompt": f"hello {index}", "completion": "hi"} for index in range(12)]
+    )
+    return curated(
+        {"sources": [{"path": str(file), **values}], "split": {"eval_fraction": 0.5}, "steps": []}, workspace
+    )
 
 
 def _copied_rehearsal(step: dict[str, Any], rows: Callable[[Path], list[dict[str, Any]]]) -> Observer:
@@ -579,15 +614,27 @@ def _picture_rows(folder: Path) -> list[dict[str, Any]]:
     _picture_file(folder / "a.png", scene(0))
     soundfile.write(folder / "a.wav", tone(0.3), 16_000)
     parts = [[{"type": "image", "image": "a.png"}], [{"type": "audio", "audio": "a.wav"}]]
-    return [{"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]} for content in parts]
+    return [
+        {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}
+        for content in parts
+    ]
 
 
 def _table(values: Any, workspace: Workspace) -> Any:
     """What becomes of a table whose columns have names of their own, in a code page of its own."""
     lines = [
         {
-            **{name: f"{name} {index}" for name in ("Frage", "Antwort", "Besser", "Schlechter", "Ton", "Kunde", "Text")},
-            **{"Note": -1 if index else 1, "Gewicht": 2, "Tag": "2024-01-01", "Verlauf": _said(index), "Fall": index // 2},
+            **{
+                name: f"{name} {index}"
+                for name in ("Frage", "Antwort", "Besser", "Schlechter", "Ton", "Kunde", "Text")
+            },
+            **{
+                "Note": -1 if index else 1,
+                "Gewicht": 2,
+                "Tag": "2024-01-01",
+                "Verlauf": _said(index),
+                "Fall": index // 2,
+            },
             **{"Wer": "user" if index % 2 == 0 else "bot", "Umlaut": "Größe", "Rolle": "user"},
         }
         for index in range(4)
@@ -684,23 +731,34 @@ CURATION_PROBES = (
     *probes_of(
         "Counterfactuals",
         _copied_rehearsal(
-            {"counterfactuals": {}}, lambda folder: [{"prompt": "Emily asks. She waits.", "completion": "She gets it."}]
+            {"counterfactuals": {}},
+            lambda folder: [{"prompt": "Emily asks. She waits.", "completion": "She gets it."}],
         ),
         {"rehearsal": (False, True)},
     ),
-    *probes_of("AugmentImages", _copied_rehearsal({"augment_images": {}}, _picture_rows), {"rehearsal": (False, True)}),
+    *probes_of(
+        "AugmentImages", _copied_rehearsal({"augment_images": {}}, _picture_rows), {"rehearsal": (False, True)}
+    ),
     *probes_of("AugmentAudio", _copied_rehearsal({"augment_audio": {}}, _picture_rows), {"rehearsal": (False, True)}),
 )
 
 # --- feedback
 
 
-def _feedback(number: int, key: str, *, question: str = "", reply: str = "a", consent: str = "given", **more: Any) -> Feedback:
+def _feedback(
+    number: int, key: str, *, question: str = "", reply: str = "a", consent: str = "given", **more: Any
+) -> Feedback:
     author = FeedbackAuthor(key, "", consent)
     messages = ({"role": "user", "content": question or f"q{number}"},)
     agent = more.pop("agent", "faq@1.0")
     return Feedback(
-        date="2026-11-26T10:00:00Z", by=author, receipt=f"r{number}", agent=agent, messages=messages, reply=reply, **more
+        date="2026-11-26T10:00:00Z",
+        by=author,
+        receipt=f"r{number}",
+        agent=agent,
+        messages=messages,
+        reply=reply,
+        **more,
     )
 
 
@@ -718,13 +776,18 @@ def _inbox_lines() -> list[Feedback]:
 
 def _known_answers() -> list[dict[str, Any]]:
     """Answers by which the key that contradicts the others is right."""
-    return [{"question": f"q{reply}", "answer": "no" if (reply % 3 > 0) == (reply % 10 < 7) else "a"} for reply in range(30)]
+    return [
+        {"question": f"q{reply}", "answer": "no" if (reply % 3 > 0) == (reply % 10 < 7) else "a"}
+        for reply in range(30)
+    ]
 
 
 def _inbox(values: Any, workspace: Workspace) -> Any:
     folder = workspace.folder() / "inbox"
     folder.mkdir()
-    (folder / "feedback-2026-11-26.jsonl").write_text("".join(json.dumps(line.as_json()) + "\n" for line in _inbox_lines()))
+    (folder / "feedback-2026-11-26.jsonl").write_text(
+        "".join(json.dumps(line.as_json()) + "\n" for line in _inbox_lines())
+    )
     if "known" in values and values["known"]:
         write_jsonl(folder.parent / "known.jsonl", _known_answers())
         values = {"known": str(folder.parent / "known.jsonl")}
@@ -748,7 +811,9 @@ INBOX_PROBES = (
     ),
     *probes_of(
         "InboxTerms",
-        lambda values, workspace: _inbox({"most_rows": 5, "most_fraction": 0.01, "disagreement": 0.9, **values}, workspace),
+        lambda values, workspace: _inbox(
+            {"most_rows": 5, "most_fraction": 0.01, "disagreement": 0.9, **values}, workspace
+        ),
         {"most_rows": (5, 400), "most_fraction": (0.01, 1.0), "seed": (0, 1)},
     ),
     *probes_of(

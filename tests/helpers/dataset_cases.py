@@ -130,15 +130,24 @@ def curate_inbox() -> Path:
     Path("inbox").mkdir()
     lines = []
     for number in range(6):
-        more: dict[str, Any] = {"correction": f"better {number}"} if number < 3 else {"rating": (-1.0, 1.0)[number % 2]}
+        more: dict[str, Any] = (
+            {"correction": f"better {number}"} if number < 3 else {"rating": (-1.0, 1.0)[number % 2]}
+        )
         question = ({"role": "user", "content": f"question {number}"},)
         feedback = Feedback(
-            receipt=f"r{number}", agent="faq@1.0", messages=question, reply=f"answer {number}", date="2026-11-26T10:00:00Z",
-            by=FeedbackAuthor("k1", "", "given" if number != 5 else "refused"), **more,
-        )  # fmt: skip
+            receipt=f"r{number}",
+            agent="faq@1.0",
+            messages=question,
+            reply=f"answer {number}",
+            date="2026-11-26T10:00:00Z",
+            by=FeedbackAuthor("k1", "", "given" if number != 5 else "refused"),
+            **more,
+        )
         lines.append(feedback.as_json())
     write_jsonl(Path("inbox/feedback-2026-11-26.jsonl"), lines)
-    return sartor.curate({"sources": [{"path": "inbox:inbox", "licence": "CC0-1.0"}], "workers": 1}, "data").dataset.path
+    return sartor.curate(
+        {"sources": [{"path": "inbox:inbox", "licence": "CC0-1.0"}], "workers": 1}, "data"
+    ).dataset.path
 
 
 def bias(kind: str) -> Path:
@@ -172,7 +181,9 @@ def derived() -> Path:
     first, *others = read_examples(sartor.open(curated), "train")
     added = [row for row in read_examples(sartor.open(made))]
     equal = Example(first.messages, (Origin("elsewhere.csv", "elsewhere.csv:4", "Apache-2.0"),), first.group, "train")
-    drop = sartor.Drop("too_much", "rows.jsonl", "rows.jsonl:1", "of this there is enough", step="join", id=others[0].id)
+    drop = sartor.Drop(
+        "too_much", "rows.jsonl", "rows.jsonl:1", "of this there is enough", step="join", id=others[0].id
+    )
     parents = [sartor.open(curated), sartor.open(made)]
     rows = [first, equal, *others[1:], *added]
     return write_dataset_from("joined", parents, rows, [drop], step={"join": {"added": len(added)}}).path
@@ -190,8 +201,13 @@ def accepted() -> Path:
     """The rows that `validate` accepts; of a flawed one the Drop."""
     made = synthesize()
     rows = list(read_examples(sartor.open(made)))
-    flaws = [RejectedRow(0, rows[0].id, "copy_of_seed", "equal words"), RejectedRow(0, rows[0].id, "outside", "far away")]
-    tests = [StatisticResult("mmd", 0.01, 0.002, 0.2, 0.4, "as far apart as chance has it", p_corrected=1.0, verdict="pass")]
+    flaws = [
+        RejectedRow(0, rows[0].id, "copy_of_seed", "equal words"),
+        RejectedRow(0, rows[0].id, "outside", "far away"),
+    ]
+    tests = [
+        StatisticResult("mmd", 0.01, 0.002, 0.2, 0.4, "as far apart as chance has it", p_corrected=1.0, verdict="pass")
+    ]
     found = Validated(made, Path("real"), {"synthetic": len(rows)}, tests, flaws, {"diversity": {"vendi": 1.5}})
     return write_accepted(Path("accepted"), made, rows, found, replace=False)
 
@@ -249,7 +265,8 @@ def review_of_synthetic() -> Path:
 def review_of_foreign() -> Path:
     """A Dataset whose manifest has no sources, counts or steps, and a key of another program."""
     rows = [
-        example(f"Question {number}?", f"Answer {number}.", Origin("a.csv", f"a.csv:{number}", "MIT")) for number in range(3)
+        example(f"Question {number}?", f"Answer {number}.", Origin("a.csv", f"a.csv:{number}", "MIT"))
+        for number in range(3)
     ]
 
     def fill(folder: Path) -> dict[str, Any]:
@@ -261,13 +278,18 @@ def review_of_foreign() -> Path:
 
 
 def reviewed(
-    old: Artifact, findings: Sequence[Mapping[str, Any]], verdicts: Sequence[str], changes: Mapping[int, Mapping[str, Any]]
+    old: Artifact,
+    findings: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[str],
+    changes: Mapping[int, Mapping[str, Any]],
 ) -> Path:
     """The Dataset in which these findings are decided; an empty verdict leaves one open."""
     # of a fixed Dataset: the id of an item of a slice would else depend on what pyarrow writes
     findings = [{**finding, "of": "a Dataset"} for finding in findings]
     decisions = [
-        Decision(item_of(finding).id, verdict, "Ada", f"2026-11-26T10:00:00.00000{number}Z", "seen", changes.get(number, {}))
+        Decision(
+            item_of(finding).id, verdict, "Ada", f"2026-11-26T10:00:00.00000{number}Z", "seen", changes.get(number, {})
+        )
         for number, (finding, verdict) in enumerate(zip(findings, verdicts, strict=True))
         if verdict
     ]

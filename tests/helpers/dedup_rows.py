@@ -13,7 +13,9 @@ _LETTERS = "etaoinshrdlucmfwypvbgkqjxz"
 
 def words(count: int = 5000, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
-    return list(dict.fromkeys("".join(rng.choices(_LETTERS, range(26, 0, -1), k=rng.randint(2, 9))) for _ in range(count)))
+    return list(
+        dict.fromkeys("".join(rng.choices(_LETTERS, range(26, 0, -1), k=rng.randint(2, 9))) for _ in range(count))
+    )
 
 
 WORDS = words()

@@ -31,7 +31,10 @@ class FakeEvents:
 
     def __init__(self, crew: FakeCrew, call: GenerateCall, said: str, finish: Event) -> None:
         self._crew, self._call = crew, call
-        self._events: list[Event] = [*(TextDelta(call.id, part, 1) for part in (said[:2], said[2:4], said[4:]) if part), finish]
+        self._events: list[Event] = [
+            *(TextDelta(call.id, part, 1) for part in (said[:2], said[2:4], said[4:]) if part),
+            finish,
+        ]
         self.closed = False
 
     def __aiter__(self) -> FakeEvents:
@@ -148,7 +151,9 @@ class FakeReceipts:
 
 def version(agent: str, number: str, **facts: Any) -> AgentVersion:
     """The version that `admit` finds at `/releases/AGENT-NUMBER`."""
-    return AgentVersion(agent, number, f"/releases/{agent}-{number}", f"id-{agent}-{number}", f"{agent}-{number}", facts)
+    return AgentVersion(
+        agent, number, f"/releases/{agent}-{number}", f"id-{agent}-{number}", f"{agent}-{number}", facts
+    )
 
 
 async def admit(path: Path, name: str) -> AgentVersion:

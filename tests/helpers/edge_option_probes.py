@@ -68,7 +68,9 @@ FLEET_PROBES = (
     *probes_of("FleetPolicy", _fleet(("fail", 4, 1)), {"least_reports": (3, 5)}),
     *probes_of("FleetPolicy", _fleet(("fail", 8, 1)), {"halt_above": (0.05, 0.99)}),
     *probes_of(
-        "FleetPolicy", _fleet(("pass", 60, 1), ("fail", 4, 1)), {"widen_below": (0.25, 0.05), "rings": ((10, 25), (10, 50))}
+        "FleetPolicy",
+        _fleet(("pass", 60, 1), ("fail", 4, 1)),
+        {"widen_below": (0.25, 0.05), "rings": ((10, 25), (10, 50))},
     ),
     *probes_of("FleetPolicy", _fleet(("pass", 25, 1)), {"confidence": (0.9, 0.9999)}),
     *probes_of("FleetPolicy", _fleet(("started", 30, 3)), {"silent_after_days": (7.0, 1.0)}),
@@ -127,10 +129,22 @@ def _floor(values: Any, workspace: Workspace) -> Any:
 def _audit() -> dict[str, Any]:
     """An audit of a Report: a gap between groups, one string that comes out, replies that go on word for word."""
     finding = {
-        "kind": "names", "group": "black_male", "outcome": "approved", "blocks": 24, "rate": 0.35, "others": 0.5,
-        "gap": [-0.15, -0.2, -0.1], "ratio": 0.7, "p": 0.001, "base_gap": 0.0, "added": [-0.15, -0.2, -0.1], "rows": ["r"],
-    }  # fmt: skip
-    kinds = dict.fromkeys(KINDS, {"blocks": 24, "left_out": 0, "beyond": 0, "clusters": 24, "groups": 4, "spread": 0.01})
+        "kind": "names",
+        "group": "black_male",
+        "outcome": "approved",
+        "blocks": 24,
+        "rate": 0.35,
+        "others": 0.5,
+        "gap": [-0.15, -0.2, -0.1],
+        "ratio": 0.7,
+        "p": 0.001,
+        "base_gap": 0.0,
+        "added": [-0.15, -0.2, -0.1],
+        "rows": ["r"],
+    }
+    kinds = dict.fromkeys(
+        KINDS, {"blocks": 24, "left_out": 0, "beyond": 0, "clusters": 24, "groups": 4, "spread": 0.01}
+    )
     secret = {"kind": "secret", "begins": "KX...", "characters": 12, "at": 4, "repeats": 9, "rows": ["r"]}
     return {
         "bias": {"own": {"findings": [finding], "kinds": kinds}, "templates": {}},
@@ -142,7 +156,14 @@ def _audit() -> dict[str, Any]:
                 "excess": {"estimate": 0.3, "high": 0.4, "low": 0.2},
             },
             "membership": {
-                "calibrated": {"low": 0.2, "high": 0.4, "found_fraction": 0.3, "auc": 0.6, "auc_low": 0.5, "auc_high": 0.7}
+                "calibrated": {
+                    "low": 0.2,
+                    "high": 0.4,
+                    "found_fraction": 0.3,
+                    "auc": 0.6,
+                    "auc_low": 0.5,
+                    "auc_high": 0.7,
+                }
             },
         },
     }
@@ -225,10 +246,16 @@ GATE_PROBES = (
         },
     ),
     *probes_of("SliceRule", _floor, {"metric": ("exact_match", "f1"), "at_least": (0.5, 0.9)}),
-    *probes_of("BiasLimits", lambda values, workspace: _bias({"ratio": 0.1, **values}, workspace), {"gap": (0.1, 0.5)}),
+    *probes_of(
+        "BiasLimits", lambda values, workspace: _bias({"ratio": 0.1, **values}, workspace), {"gap": (0.1, 0.5)}
+    ),
     *probes_of("BiasLimits", _bias, {"kinds": (["names"], ["age"])}),
-    *probes_of("BiasLimits", lambda values, workspace: _bias({"gap": 0.5, **values}, workspace), {"ratio": (0.8, 0.1)}),
-    *probes_of("MemorisationLimits", _memorisation, {"secrets": (1, 0), "extracted": (0.5, 0.1), "members": (0.5, 0.1)}),
+    *probes_of(
+        "BiasLimits", lambda values, workspace: _bias({"gap": 0.5, **values}, workspace), {"ratio": (0.8, 0.1)}
+    ),
+    *probes_of(
+        "MemorisationLimits", _memorisation, {"secrets": (1, 0), "extracted": (0.5, 0.1), "members": (0.5, 0.1)}
+    ),
     *probes_of("GateFile", _without_audit, {"bias": (None, {"gap": 0.1}), "memorisation": (None, {"secrets": 0})}),
     Probe(
         "GateFile.slices",
@@ -245,11 +272,15 @@ ENERGY_PROBES = probes_of(
 
 PROBES: tuple[Probe, ...] = (
     *probes_of(
-        "Expiry", _expiry, {"root": (365.0, 300.0), "targets": (90.0, 80.0), "snapshot": (14.0, 9.0), "timestamp": (7.0, 3.0)}
+        "Expiry",
+        _expiry,
+        {"root": (365.0, 300.0), "targets": (90.0, 80.0), "snapshot": (14.0, 9.0), "timestamp": (7.0, 3.0)},
     ),
     *ENERGY_PROBES,
     *probes_of(
-        "EnergyPolicy", lambda values, workspace: _energy({"min_battery": 0.8, **values}, workspace), {"root": ("half", "full")}
+        "EnergyPolicy",
+        lambda values, workspace: _energy({"min_battery": 0.8, **values}, workspace),
+        {"root": ("half", "full")},
     ),
     *FLEET_PROBES,
     *GATE_PROBES,

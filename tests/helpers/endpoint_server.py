@@ -48,7 +48,9 @@ class EndpointServer:
         schema = json.dumps(form["json_schema"]["schema"], sort_keys=True) if form else ""
         messages = tuple((one["role"], one["content"]) for one in body["messages"])
         return (
-            FakeTeacher().answer(TeacherQuestion(messages, body["seed"], body["max_tokens"], body["temperature"], schema)).text
+            FakeTeacher()
+            .answer(TeacherQuestion(messages, body["seed"], body["max_tokens"], body["temperature"], schema))
+            .text
         )
 
 
@@ -90,7 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Location", "http://127.0.0.1:9/elsewhere")
         self.end_headers()
         self.wfile.write(
-            json.dumps({"error": {"message": f"{self.told.word} {fault} for {self.headers.get('Authorization')}"}}).encode()
+            json.dumps(
+                {"error": {"message": f"{self.told.word} {fault} for {self.headers.get('Authorization')}"}}
+            ).encode()
         )
 
     def say(self, raw: str, fault: str) -> None:

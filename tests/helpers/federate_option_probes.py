@@ -68,7 +68,9 @@ def _dealt(values: Any, workspace: Workspace) -> Any:
     return sorted(shards.deal(rows).items())
 
 
-SHARD_PROBES = probes_of("Shards", _dealt, {"count": (3, 4), "alpha": (0.3, 5.0), "by": ("intent", ""), "seed": (0, 1)})
+SHARD_PROBES = probes_of(
+    "Shards", _dealt, {"count": (3, 4), "alpha": (0.3, 5.0), "by": ("intent", ""), "seed": (0, 1)}
+)
 
 # --- rounds
 
@@ -208,7 +210,9 @@ def _personal(values: Any, workspace: Workspace) -> Any:
     """The ranks, updates and rate that each client's tuning gets, and what it is compared with; nothing is tuned."""
     calls: list[Any] = []
     lengths = [10, 12, 14, 16]
-    rows = SimpleNamespace(train=[SimpleNamespace(ids=[0] * length, example_id=str(length)) for length in lengths], held_out=[])
+    rows = SimpleNamespace(
+        train=[SimpleNamespace(ids=[0] * length, example_id=str(length)) for length in lengths], held_out=[]
+    )
 
     def tuned(rows: Any, start: Any, ranks: Any, budget: Any, rate: float) -> Any:
         calls.append((len(rows.train), start, budget.updates, rate))
@@ -219,7 +223,9 @@ def _personal(values: Any, workspace: Workspace) -> Any:
         return SimpleNamespace(tuned=tuned, start="shared", fresh="fresh", personal_ranks=slice(0, rank))
 
     recipe = load({"base": "tiny", "optimizer": {"batch_tokens": 16}, "personal": values})
-    clients = SimpleNamespace(rows={"a": rows, "b": rows}, held_out=[], resident=SimpleNamespace(write=lambda *tensors: None))
+    clients = SimpleNamespace(
+        rows={"a": rows, "b": rows}, held_out=[], resident=SimpleNamespace(write=lambda *tensors: None)
+    )
     artifact = SimpleNamespace(path=workspace.folder(), id="id")
     stubs: dict[str, Any] = {
         "load_file": lambda path: {},
@@ -232,7 +238,9 @@ def _personal(values: Any, workspace: Workspace) -> Any:
     workspace.patch.setattr(personal_adapters.StackedAdapter, "open", open_stack)
     workspace.patch.setattr(personal_adapters.catalogue, "register", lambda adapter: None)
     workspace.patch.setattr(personal_adapters.PersonalTuning, "_fingerprint", lambda tuning, name: {"recipe": {}})
-    workspace.patch.setattr(personal_adapters.PersonalTuning, "_facts", lambda tuning, name, updates, losses: {"run": {}})
+    workspace.patch.setattr(
+        personal_adapters.PersonalTuning, "_facts", lambda tuning, name, updates, losses: {"run": {}}
+    )
     workspace.patch.setattr(personal_adapters.benefit_report, "report", lambda benefits: {})
     workspace.patch.setattr(personal_adapters.benefit_report, "ClientBenefit", lambda *arguments: "")
     assert recipe.personal

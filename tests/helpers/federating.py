@@ -45,7 +45,9 @@ def roster_of(*identities: Identity) -> PinnedKeys:
 
 def write_keys(folder: Path, me: Identity, roster: PinnedKeys) -> None:
     """NAME.key and roster/NAME.pub, as somebody who enrolled has them."""
-    secret_ = me.key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    secret_ = me.key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     (folder / f"{me.name}.key").touch(mode=0o600)
     (folder / f"{me.name}.key").write_bytes(secret_)
     (folder / "roster").mkdir()

@@ -63,13 +63,20 @@ def certificates(folder: Path) -> None:
         is_ca = name == "ca"
         usage = x509.KeyUsage(True, False, False, False, False, is_ca, is_ca, False, False)
         builder = (
-            x509.CertificateBuilder().subject_name(names[name]).issuer_name(names["ca"]).public_key(keys[name].public_key())
+            x509.CertificateBuilder()
+            .subject_name(names[name])
+            .issuer_name(names["ca"])
+            .public_key(keys[name].public_key())
         )
-        builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(hours=1))
+        builder = builder.serial_number(x509.random_serial_number()).not_valid_before(
+            now - datetime.timedelta(hours=1)
+        )
         builder = builder.not_valid_after(now + datetime.timedelta(days=1))
         builder = builder.add_extension(x509.BasicConstraints(is_ca, None), True).add_extension(usage, True)
         builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(keys[name].public_key()), False)
-        builder = builder.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(keys["ca"].public_key()), False)
+        builder = builder.add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(keys["ca"].public_key()), False
+        )
         if not is_ca:
             hosts = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
             builder = builder.add_extension(x509.SubjectAlternativeName(hosts), False)
@@ -91,7 +98,13 @@ def coordinator_files(folder: Path) -> Path:
     me = identity(COORDINATOR)
     write_keys(folder, me, roster_of(me, *map(identity, WARDS)))
     (folder / "start").write_bytes(arrays.pack_tensors(START))
-    how = {"task": "pull", "cohort": list(WARDS), "settings": {"rate": 0.01}, "rules": {"most_examples": 10}, "stage_s": 900}
+    how = {
+        "task": "pull",
+        "cohort": list(WARDS),
+        "settings": {"rate": 0.01},
+        "rules": {"most_examples": 10},
+        "stage_s": 900,
+    }
     said = {
         "run": "triage",
         "rounds": ROUNDS,
@@ -110,8 +123,16 @@ def python_for(user: int) -> str:
     for python in (sys.executable, beside) if os.geteuid() == 0 else ():
         code = "import sartor.federate.flower.client_app"
         with contextlib.suppress(OSError):
-            done = subprocess.run([python, "-c", code], env=path_for_another(), user=user, group=user, extra_groups=[], cwd="/",
-                                  capture_output=True, check=False)  # fmt: skip
+            done = subprocess.run(
+                [python, "-c", code],
+                env=path_for_another(),
+                user=user,
+                group=user,
+                extra_groups=[],
+                cwd="/",
+                capture_output=True,
+                check=False,
+            )
             if done.returncode == 0:
                 return python
     return ""
@@ -159,7 +180,11 @@ class Apart:
         return {"user": self.user, "group": self.user, "extra_groups": [], "cwd": self.place} if self.python else {}
 
     def environment(self, whole: dict[str, str]) -> dict[str, str]:
-        own = {"FLWR_HOME": str(self.place / "home"), "HOME": str(self.place), "PATH": f"{self.place}/bin:/usr/bin:/bin"}
+        own = {
+            "FLWR_HOME": str(self.place / "home"),
+            "HOME": str(self.place),
+            "PATH": f"{self.place}/bin:/usr/bin:/bin",
+        }
         return {**whole, **own, **path_for_another()}
 
 
@@ -222,9 +247,24 @@ class Fleet:
 
     def link(self) -> None:
         certs = self.folder / "certs"
-        self.start("link", "flower-superlink", "--host", "127.0.0.1", "--port", str(self.port), "--database", "link.db",
-                   "--enable-supernode-auth", "--ssl-ca-certfile", f"{certs}/ca.crt", "--ssl-certfile", f"{certs}/server.pem",
-                   "--ssl-keyfile", f"{certs}/server.key", "--disable-runtime-dependency-installation")  # fmt: skip
+        self.start(
+            "link",
+            "flower-superlink",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--database",
+            "link.db",
+            "--enable-supernode-auth",
+            "--ssl-ca-certfile",
+            f"{certs}/ca.crt",
+            "--ssl-certfile",
+            f"{certs}/server.pem",
+            "--ssl-keyfile",
+            f"{certs}/server.key",
+            "--disable-runtime-dependency-installation",
+        )
         until(self._listens, 600, self.said("link"))
 
     def _listens(self) -> bool:
@@ -245,15 +285,51 @@ class Fleet:
     def client(self, name: str, recipe: Path) -> None:
         """The command of a client, in place of its trainer."""
         heard = ["--hear", str(self.apart.user), "--group", str(self.apart.user)] if name == APART else []
-        self.start(f"client-{name}", "sartor", "federate", "client", str(recipe), "--dataset", f"data/{name}", "--name", name,
-                   "--key", f"enrolled/{name}", "--roster", "enrolled/roster", "--socket", str(self.socket(name)),
-                   "--journal", f"enrolled/{name}.sqlite", *heard, "--json")  # fmt: skip
+        self.start(
+            f"client-{name}",
+            "sartor",
+            "federate",
+            "client",
+            str(recipe),
+            "--dataset",
+            f"data/{name}",
+            "--name",
+            name,
+            "--key",
+            f"enrolled/{name}",
+            "--roster",
+            "enrolled/roster",
+            "--socket",
+            str(self.socket(name)),
+            "--journal",
+            f"enrolled/{name}.sqlite",
+            *heard,
+            "--json",
+        )
 
     def coordinator(self, recipe: Path, *more: str) -> None:
         """The command of the coordinator."""
-        self.start("coordinator", "sartor", "federate", "coordinator", str(recipe), "--key", f"enrolled/{COORDINATOR}",
-                   "--roster", "enrolled/roster", "--out", "adapter", "--link", "loop", "--licence", "CC-BY-4.0",
-                   "--stage-s", "900", "--json", *more)  # fmt: skip
+        self.start(
+            "coordinator",
+            "sartor",
+            "federate",
+            "coordinator",
+            str(recipe),
+            "--key",
+            f"enrolled/{COORDINATOR}",
+            "--roster",
+            "enrolled/roster",
+            "--out",
+            "adapter",
+            "--link",
+            "loop",
+            "--licence",
+            "CC-BY-4.0",
+            "--stage-s",
+            "900",
+            "--json",
+            *more,
+        )
 
     def enrol(self) -> None:
         """Keys as the command makes them, and the roster of them."""
@@ -266,21 +342,44 @@ class Fleet:
         port, apart = free_port(), []
         if name == APART:
             apart = ["--isolation", "process", "--superexec-auth-secret-file", str(self.apart.secret)]
-            self.start("superexec", str(self.apart.place / "bin" / "flower-superexec"), "--insecure", "--runtime-api-address",
-                       f"127.0.0.1:{port}", "--superexec-auth-secret-file", str(self.apart.secret),
-                       **self.apart.how, env=self.apart.environment(self.environment))  # fmt: skip
-        self.start(f"node-{name}", "flower-supernode", "--superlink", f"127.0.0.1:{self.port}",
-                   "--root-certificates", f"{self.folder}/certs/ca.crt", "--host", "127.0.0.1", "--port", str(port),
-                   "--auth-supernode-private-key", f"{self.folder}/{key or name}.node",
-                   "--node-config", f'trainer="{self.socket(name)}"', *apart)  # fmt: skip
+            self.start(
+                "superexec",
+                str(self.apart.place / "bin" / "flower-superexec"),
+                "--insecure",
+                "--runtime-api-address",
+                f"127.0.0.1:{port}",
+                "--superexec-auth-secret-file",
+                str(self.apart.secret),
+                **self.apart.how,
+                env=self.apart.environment(self.environment),
+            )
+        self.start(
+            f"node-{name}",
+            "flower-supernode",
+            "--superlink",
+            f"127.0.0.1:{self.port}",
+            "--root-certificates",
+            f"{self.folder}/certs/ca.crt",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--auth-supernode-private-key",
+            f"{self.folder}/{key or name}.node",
+            "--node-config",
+            f'trainer="{self.socket(name)}"',
+            *apart,
+        )
 
     def flwr(self, *arguments: str) -> subprocess.Popen[bytes]:
         with self.log("flwr").open("ab") as log:
-            return subprocess.Popen(("flwr", *arguments), cwd=self.folder, env=self.environment, stdout=log, stderr=log)
+            return subprocess.Popen(
+                ("flwr", *arguments), cwd=self.folder, env=self.environment, stdout=log, stderr=log
+            )
 
     def run(self) -> None:
-        assert self.flwr("run", "./app", "loop", "--run-config", f'lead="{self.folder}/lead.yaml"').wait(900) == 0, self.said(
-            "flwr"
+        assert self.flwr("run", "./app", "loop", "--run-config", f'lead="{self.folder}/lead.yaml"').wait(900) == 0, (
+            self.said("flwr")
         )
 
     def kill_server_app(self) -> None:

@@ -48,7 +48,9 @@ class Killer(RoundJournal):
         self.count += 1
 
     def written(self, write: str, *arguments: Any) -> None:
-        what = " ".join([write, *(kind for argument in arguments if isinstance(argument, tuple) for kind in argument[:1])])
+        what = " ".join(
+            [write, *(kind for argument in arguments if isinstance(argument, tuple) for kind in argument[:1])]
+        )
         self.point(f"before {what}")
         getattr(super(), write)(*arguments)
         self.point(f"after {what}")

@@ -56,7 +56,9 @@ def _checks(values: Any, workspace: Workspace) -> Any:
     """Checks of a new version that has lost much, and slices that are too few to be judged."""
     rules = load(Retraining, {"gate": values}).gate
     judgement = promotion_checks.judge({"held_out": _compared(), "feedback": [], "ratings": []}, Counter(), rules)
-    return {name: check.outcome for name, check in judgement.checks.items()}, promotion_checks.unjudged(_compared(), rules)
+    return {name: check.outcome for name, check in judgement.checks.items()}, promotion_checks.unjudged(
+        _compared(), rules
+    )
 
 
 def _job(workspace: Workspace, values: Any, **fields: Any) -> Any:
@@ -68,13 +70,22 @@ def _job(workspace: Workspace, values: Any, **fields: Any) -> Any:
     wishes = SimpleNamespace(anyway=True, ignore=(), waivers=(), promote=False)
     team = load(Team, {"base": "tiny", "state": str(state), "retrain": values})
     return SimpleNamespace(
-        team=team, rules=team.retrain, run=run, agent="faq", wishes=wishes, at=lambda name: state / name, notice=print, **fields
+        team=team,
+        rules=team.retrain,
+        run=run,
+        agent="faq",
+        wishes=wishes,
+        at=lambda name: state / name,
+        notice=print,
+        **fields,
     )
 
 
 def _judged(values: Any, workspace: Workspace) -> Any:
     """The gate of a retrain whose new version has lost much."""
-    workspace.patch.setattr(retrain, "rows_by_kind", lambda job: {"held_out": _compared(), "feedback": [], "ratings": []})
+    workspace.patch.setattr(
+        retrain, "rows_by_kind", lambda job: {"held_out": _compared(), "feedback": [], "ratings": []}
+    )
     workspace.patch.setattr(retrain.look_ledger, "count_looks", lambda run: Counter())
     return retrain.gate(_job(workspace, values))["checks"]
 
@@ -119,7 +130,9 @@ def _rehearsed(values: Any, workspace: Workspace) -> Any:
 def _learnt(values: Any, workspace: Workspace) -> Any:
     """How many of 24 corrections a retrain holds out."""
     live = SimpleNamespace(manifest={"use": "commercial"})
-    job = _job(workspace, values, live=lambda: live, own_rows=lambda: SimpleNamespace(path=Path(), manifest={"files": []}))
+    job = _job(
+        workspace, values, live=lambda: live, own_rows=lambda: SimpleNamespace(path=Path(), manifest={"files": []})
+    )
     inbox = FeedbackStore(Path(job.team.state) / "inbox")
     for index in range(24):
         inbox.add(_correction(index))
@@ -294,7 +307,9 @@ def _own_ranks(values: Any, workspace: Workspace) -> Any:
         "open",
         lambda resident, shared, rank: opened.append(rank) or _Stack(resident.recipe, rank),
     )
-    workspace.patch.setattr(personal_tuning, "encode_rows", lambda dataset, recipe, chat: SimpleNamespace(train=[None]))
+    workspace.patch.setattr(
+        personal_tuning, "encode_rows", lambda dataset, recipe, chat: SimpleNamespace(train=[None])
+    )
     team = SimpleNamespace(base="tiny", personal=load(PersonalTerms, values))
     context = SimpleNamespace(options=PersonalOptions("faq", "ada"), release=release, team=team, live=None)
     personal_tuning._prepare(context, SimpleNamespace(path=workspace.path), print)  # type: ignore[arg-type]

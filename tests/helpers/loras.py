@@ -17,11 +17,18 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     head = config.get("head_dim") or width // config["num_attention_heads"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     block = {
-        "self_attn.q_proj": (queries, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width),
-        "self_attn.o_proj": (width, queries), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner),
-    }  # fmt: skip
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, queries),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
     return {
-        f"model.layers.{layer}.{name}": shape for layer in range(config["num_hidden_layers"]) for name, shape in block.items()
+        f"model.layers.{layer}.{name}": shape
+        for layer in range(config["num_hidden_layers"])
+        for name, shape in block.items()
     }
 
 
@@ -36,7 +43,15 @@ def write_lora(path: Path, config: Mapping[str, Any], *, rank: int = 16, seed: i
     path.mkdir(parents=True)
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
     targets = sorted({module.rpartition(".")[2] for module in shapes(config)})
-    said = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "bias": "none",
-            "target_modules": targets, "base_model_name_or_path": "starter"}  # fmt: skip
+    said = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+        "base_model_name_or_path": "starter",
+    }
     (path / "adapter_config.json").write_text(json.dumps(said))
     return path

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from sartor.models.chat import ChatTokenizer
 
-_WORDS = "the sky is blue what colour system user assistant tool call think name arguments model im start end INST it on"
+_WORDS = (
+    "the sky is blue what colour system user assistant tool call think name arguments model im start end INST it on"
+)
 WORDS = _WORDS.split()
 # Qwen's, cut to what matters: tools, calls, results, and reasoning that it looks for in the content as well
 CHATML = (
@@ -62,7 +64,10 @@ MISTRAL = (
 QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|image_pad|>")
 QWEN_WORDS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 LLAMA_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>")
-GEMMA_TOKENS, GEMMA_WORDS = ("<bos>", "<start_of_turn>", "<end_of_turn>"), ("\n\n", "▁▁", "<table>", "</table>", "<unused7>")
+GEMMA_TOKENS, GEMMA_WORDS = (
+    ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+    ("\n\n", "▁▁", "<table>", "</table>", "<unused7>"),
+)
 MISTRAL_TOKENS = ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
 MISTRAL_MORE = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
 LLAMA_2 = (
@@ -94,7 +99,9 @@ def byte_level(*, prefix_space: bool = False, words: Sequence[str] = ()) -> Any:
 def _sentencepiece(**options: Any) -> Any:
     alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
     alphabet += ["▁", *(chr(code) for code in range(33, 127)), "é", "ß"]
-    made = Tokenizer(_bpe(alphabet, [*WORDS, *(f"▁{word}" for word in WORDS)], byte_fallback=True, fuse_unk=False, **options))
+    made = Tokenizer(
+        _bpe(alphabet, [*WORDS, *(f"▁{word}" for word in WORDS)], byte_fallback=True, fuse_unk=False, **options)
+    )
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     made.decoder = decoders.Sequence(steps)
     return made
@@ -149,7 +156,9 @@ class Family:
 
     def tokenizer(self) -> Any:
         fast = PreTrainedTokenizerFast(tokenizer_object=self.make(), eos_token=self.eos, pad_token="<|pad|>")
-        fast.add_tokens([AddedToken(token, special=True, normalized=False) for token in self.special], special_tokens=True)
+        fast.add_tokens(
+            [AddedToken(token, special=True, normalized=False) for token in self.special], special_tokens=True
+        )
         fast.add_tokens([AddedToken(word, special=False, normalized=self.normalized) for word in self.words])
         fast.chat_template = self.template
         return fast
@@ -173,4 +182,4 @@ FAMILIES = {
         prepending, LLAMA_2, ("<s>", "</s>"), eos="</s>", takes_system=False, takes_tools=False
     ),
     "no template": Family(byte_level, None, ("<|endoftext|>",), eos="<|endoftext|>", takes_tools=False),
-}  # fmt: skip
+}

@@ -27,9 +27,14 @@ def noise(side: int = 40) -> bytes:
 
 def bomb(side: int = 100_000) -> bytes:
     """A PNG whose header says so many pixels, and that holds few bytes."""
-    chunks = {b"IHDR": side.to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00", b"IDAT": zlib.compress(bytes(1000)), b"IEND": b""}
+    chunks = {
+        b"IHDR": side.to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00",
+        b"IDAT": zlib.compress(bytes(1000)),
+        b"IEND": b"",
+    }
     parts = [
-        len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big") for name, data in chunks.items()
+        len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+        for name, data in chunks.items()
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
@@ -82,7 +87,11 @@ class _Bits:
 def ogg_page(flags: int, serial: int, number: int, segments: bytes, body: bytes) -> bytes:
     """A page of an Ogg file, with its checksum."""
     head = (
-        b"OggS\0" + bytes([flags]) + (2432).to_bytes(8, "little") + serial.to_bytes(4, "little") + number.to_bytes(4, "little")
+        b"OggS\0"
+        + bytes([flags])
+        + (2432).to_bytes(8, "little")
+        + serial.to_bytes(4, "little")
+        + number.to_bytes(4, "little")
     )
     crc = 0
     for byte in head + bytes(4) + bytes([len(segments)]) + segments + body:
@@ -112,7 +121,9 @@ def vorbis_packets(books: int, log2_entries: int) -> list[bytes]:
     setup, entries = _Bits(), 1 << log2_entries
     setup.add((books - 1, 8))
     for _ in range(books):
-        setup.add((0x564342, 24), (1, 16), (entries, 24), (1, 1), (log2_entries - 1, 5), (entries, log2_entries + 1), (0, 4))
+        setup.add(
+            (0x564342, 24), (1, 16), (entries, 24), (1, 1), (log2_entries - 1, 5), (entries, log2_entries + 1), (0, 4)
+        )
     setup.add((0, 22))  # one time
     setup.add((0, 6), (1, 16), (0, 5), (0, 2), (4, 4))  # one floor
     setup.add((0, 6), (0, 16), (0, 72), (0, 6), (0, 8), (0, 4))  # one residue
@@ -131,7 +142,12 @@ def scene(seed: int, width: int = 240, height: int = 200) -> Image.Image:
     image = Image.new("RGB", (width, height), tuple(int(value) for value in random.integers(0, 255, 3)))
     draw = ImageDraw.Draw(image)
     for _ in range(60):
-        x, y, w, h = random.integers(0, width), random.integers(0, height), random.integers(5, 70), random.integers(5, 70)
+        x, y, w, h = (
+            random.integers(0, width),
+            random.integers(0, height),
+            random.integers(5, 70),
+            random.integers(5, 70),
+        )
         colour = tuple(int(value) for value in random.integers(0, 255, 3))
         (draw.ellipse if random.random() < 0.5 else draw.rectangle)((x, y, x + w, y + h), fill=colour)
     return image

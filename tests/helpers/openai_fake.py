@@ -74,7 +74,9 @@ class _Answers(BaseHTTPRequestHandler):
             return self._text(f"Success: LoRA adapter '{body['lora_name']}' added successfully.")
         if self.path == "/v1/unload_lora_adapter":
             return (
-                self._text("Success") if self.fake.roots.pop(body["lora_name"], None) else self._say(404, {"error": "no such"})
+                self._text("Success")
+                if self.fake.roots.pop(body["lora_name"], None)
+                else self._say(404, {"error": "no such"})
             )
         if self.path == "/detokenize" and self.fake.reads_ids:
             return self._say(200, {"prompt": self.fake.reads_ids})
@@ -102,9 +104,15 @@ class _Answers(BaseHTTPRequestHandler):
                 if self.fake.hold and place:
                     self.fake.hold.wait(60)
                 self._event(
-                    {"choices": [{"index": 0, "text": piece, "finish_reason": None, **self.fake.extra.get(str(place), {})}]}
+                    {
+                        "choices": [
+                            {"index": 0, "text": piece, "finish_reason": None, **self.fake.extra.get(str(place), {})}
+                        ]
+                    }
                 )
-            self._event({"choices": [{"index": 0, "text": "", "finish_reason": self.fake.extra.get("finish", "stop")}]})
+            self._event(
+                {"choices": [{"index": 0, "text": "", "finish_reason": self.fake.extra.get("finish", "stop")}]}
+            )
             usage = {
                 "prompt_tokens": len(body["prompt"]),
                 "completion_tokens": 7,

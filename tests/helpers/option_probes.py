@@ -80,7 +80,8 @@ def probes_of(
 ) -> tuple[Probe, ...]:
     """Return probes of options of one class, which share an observer of `(option, value)` mappings: `{option: value}`."""
     return tuple(
-        Probe(f"{cls}.{name}", ({name: first}, {name: second}), observe, may_refuse) for name, (first, second) in values.items()
+        Probe(f"{cls}.{name}", ({name: first}, {name: second}), observe, may_refuse)
+        for name, (first, second) in values.items()
     )
 
 

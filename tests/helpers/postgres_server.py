@@ -34,7 +34,9 @@ def postgres() -> Iterator[str]:
     options: dict[str, Any] = {"check": True, "capture_output": True, "cwd": home, **user}
     data = home / "data"
     try:
-        subprocess.run(["initdb", "-D", data, "-U", "team", "-A", "scram-sha-256", f"--pwfile={home}/password"], **options)
+        subprocess.run(
+            ["initdb", "-D", data, "-U", "team", "-A", "scram-sha-256", f"--pwfile={home}/password"], **options
+        )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -23,13 +23,29 @@ WORDS = ("zebra crossing", "quagga stripes", "okapi grazing")
 
 
 def given(identity: str = "r1", *, release: str = "d" * 64, place: int = 0, **changes: Any) -> FinishedReply:
-    messages = ({"role": "system", "content": f"Talk of {WORDS[2]}."}, {"role": "user", "content": f"What of the {WORDS[0]}?"})
+    messages = (
+        {"role": "system", "content": f"Talk of {WORDS[2]}."},
+        {"role": "user", "content": f"What of the {WORDS[0]}?"},
+    )
     call = GenerateCall(
-        f"{identity}-{place}" if place else identity, "e" * 64, messages, sampling=Sampling(max_tokens=9, stop=("END",)),
-        tools=({"type": "function", "function": {"name": "find"}},), schema='{"type": "object"}',
-    )  # fmt: skip
-    said = {"receipt": identity, "agent": "faq@1.0", "reason": "asked by name", "release_id": release, "call": call,
-            "text": f"I like {WORDS[1]}.", "done": ReplyDone(call.id, "stop", 12, 5, 3), "scores": {"faq": 0.75}, "began": 1.8e9}  # fmt: skip
+        f"{identity}-{place}" if place else identity,
+        "e" * 64,
+        messages,
+        sampling=Sampling(max_tokens=9, stop=("END",)),
+        tools=({"type": "function", "function": {"name": "find"}},),
+        schema='{"type": "object"}',
+    )
+    said = {
+        "receipt": identity,
+        "agent": "faq@1.0",
+        "reason": "asked by name",
+        "release_id": release,
+        "call": call,
+        "text": f"I like {WORDS[1]}.",
+        "done": ReplyDone(call.id, "stop", 12, 5, 3),
+        "scores": {"faq": 0.75},
+        "began": 1.8e9,
+    }
     return FinishedReply(**{**said, **changes})
 
 
@@ -54,9 +70,11 @@ def replied(tmp_path: Path, tiny_base: Path) -> tuple[Path, FinishedReply, Recei
     adapter = adapter_digest(release.manifest["files"])
     engine.attach(adapter, release.path)
     call = GenerateCall(
-        "r1", adapter, ({"role": "system", "content": "You are brief."}, {"role": "user", "content": "turn on the light"}),
+        "r1",
+        adapter,
+        ({"role": "system", "content": "You are brief."}, {"role": "user", "content": "turn on the light"}),
         sampling=Sampling(max_tokens=8),
-    )  # fmt: skip
+    )
     engine.submit(call)
     events = []
     while engine.busy:

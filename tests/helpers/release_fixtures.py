@@ -17,7 +17,9 @@ def probe_rows() -> list[sartor.Example]:
     """The forgetting probe without the asset: six of the same rows."""
     origins = (sartor.Origin("probe", "1"),)
     return [
-        sartor.Example((sartor.Message.of("user", f"how are you {n}"), sartor.Message.of("assistant", "fine")), origins, f"{n}")
+        sartor.Example(
+            (sartor.Message.of("user", f"how are you {n}"), sartor.Message.of("assistant", "fine")), origins, f"{n}"
+        )
         for n in range(6)
     ]
 
@@ -44,7 +46,9 @@ def release(tmp_path: Path, adapter: Path, keys: Path) -> Path:
 def quiet_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe of `probe_rows`, and no judgement of what a random base of 32 dimensions says: admission would not let it pass."""
     monkeypatch.setattr(probes, "chitchat_rows", probe_rows)
-    monkeypatch.setattr(admission.canary_prompts, "judge_canaries", lambda canaries, said: f"{len(said)} replies, not judged")
+    monkeypatch.setattr(
+        admission.canary_prompts, "judge_canaries", lambda canaries, said: f"{len(said)} replies, not judged"
+    )
 
 
 def switch_team(folder: Path, adapter: Path, base: object, settings: str) -> Path:

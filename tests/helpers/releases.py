@@ -19,7 +19,15 @@ from sartor.models import adapters
 from sartor.models.base import Base, open_base
 
 SYSTEM = "Switch to JSON."
-SOURCES = [{"source": "/home/me/faq/rows.jsonl", "path": "rows.jsonl", "licence": "CC-BY-4.0", "sha256": "ab" * 32, "kept": 40}]
+SOURCES = [
+    {
+        "source": "/home/me/faq/rows.jsonl",
+        "path": "rows.jsonl",
+        "licence": "CC-BY-4.0",
+        "sha256": "ab" * 32,
+        "kept": 40,
+    }
+]
 
 
 def tuned(base: Base, seed: int = 1, spread: float = 0.2, **settings: Any) -> Any:
@@ -45,15 +53,26 @@ def signed(
     sartor.keygen(folder / "keys")
     model = tuned(base, spread=spread)
     said = {
-        "name": "switch", "version": "1.0", "use": "commercial", "base": {**base.as_manifest(), "quantisation": "none"},
-        "system_prompt": SYSTEM, "sampling": {"temperature": 0.0, "top_p": 1.0, "max_tokens": 256}, "parents": [],
-        "sources": SOURCES, "licence": "Apache-2.0 AND CC-BY-4.0", "gate": {}, "versions": {}, **facts,
-    }  # fmt: skip
+        "name": "switch",
+        "version": "1.0",
+        "use": "commercial",
+        "base": {**base.as_manifest(), "quantisation": "none"},
+        "system_prompt": SYSTEM,
+        "sampling": {"temperature": 0.0, "top_p": 1.0, "max_tokens": 256},
+        "parents": [],
+        "sources": SOURCES,
+        "licence": "Apache-2.0 AND CC-BY-4.0",
+        "gate": {},
+        "versions": {},
+        **facts,
+    }
     said["obligations"] = compliance.obligations(compliance.made_from(said))
     with create_output_directory(folder / "release") as part:
         adapters.write_adapter(model, part, str(base_name))
         (part / "report").mkdir()
-        prompts = [f"switch {place} {word}" for place in ("den", "loft", "attic", "hall", "porch") for word in ("on", "off")]
+        prompts = [
+            f"switch {place} {word}" for place in ("den", "loft", "attic", "hall", "porch") for word in ("on", "off")
+        ]
         pq.write_table(pa.table({"prompt": prompts, "reference": prompts}), part / "report" / "rows.parquet")
         files(part)
         seal(part, "release", said)

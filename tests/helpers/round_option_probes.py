@@ -38,7 +38,14 @@ RULES = {"clip": 1.0, "most_examples": 10}
 def _round(values: Any, workspace: Workspace) -> Any:
     """How a round ends, what its tensors are, and what its clients were told of it."""
     house = House()
-    plan: dict[str, Any] = {"task": "pull", "cohort": list(house.names), "rules": RULES, "stage_s": 0, "work_s": 0, **values}
+    plan: dict[str, Any] = {
+        "task": "pull",
+        "cohort": list(house.names),
+        "rules": RULES,
+        "stage_s": 0,
+        "work_s": 0,
+        **values,
+    }
     try:
         result = run_round(house.coordinator, house.transport, load(RoundOptions, plan).plan())
     except SartorError as error:
@@ -80,7 +87,9 @@ def _stale(values: Any, workspace: Workspace) -> Any:
     manifest = house.coordinator.manifest
     assert manifest
     for number in (1, 2):
-        house.clients[house.names[0]]._learn(replace(manifest, number=number), arrays.pack_tensors(house.coordinator.shared))
+        house.clients[house.names[0]]._learn(
+            replace(manifest, number=number), arrays.pack_tensors(house.coordinator.shared)
+        )
     return house.tasks[house.names[0]].calls
 
 
@@ -162,7 +171,9 @@ def _lora(values: Any, workspace: Workspace) -> Any:
         schedule.opened(house.coordinator)
         updates = [Update(str(index), {"weight": np.full(2, float(index**2))}) for index in range(5)]
         pooled = schedule.pool(updates)["weight"].tolist() if options.robust else []
-    bounds = [(tensor.name, tensor.inputs.tolist() if hasattr(tensor, "inputs") else repr(tensor)) for tensor in side_tensors]
+    bounds = [
+        (tensor.name, tensor.inputs.tolist() if hasattr(tensor, "inputs") else repr(tensor)) for tensor in side_tensors
+    ]
     return trained.trained, bounds, json.loads(account.read_text()) if account.exists() else {}, pooled
 
 
@@ -226,7 +237,9 @@ def _cohort(values: Any, workspace: Workspace) -> Any:
         return type(error).__name__
     workspace.patch.setattr(flower_coordinator, "work_of", lambda recipe, resident: {"task": "pull"})
     setup = SimpleNamespace(rules=UpdateRules(), recipe=recipe)
-    round_options = flower_coordinator._round(setup, chosen, SimpleNamespace(rows=dict.fromkeys(cohort), resident=None))  # type: ignore[arg-type]
+    round_options = flower_coordinator._round(
+        setup, chosen, SimpleNamespace(rows=dict.fromkeys(cohort), resident=None)
+    )  # type: ignore[arg-type]
     plan = round_options.plan()
     return plan.cohort, plan.stage_s, plan.work_s, plan.length_s
 

@@ -62,7 +62,9 @@ def example(
 
 def gather(step: SetStep, examples: Sequence[Example], batch: int = 700) -> StepInput:
     """Sketches in batches, as the workers make them, with the pipeline's own columns."""
-    tables: list[Any] = [step.sketch(examples[start : start + batch], Path()) for start in range(0, len(examples), batch)]
+    tables: list[Any] = [
+        step.sketch(examples[start : start + batch], Path()) for start in range(0, len(examples), batch)
+    ]
     table = pa.concat_tables(tables or [step.sketch([], Path())])
     sources = sorted({one.origins[0].source for one in examples})
     own = {

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 ROWS = [
-    {"messages": [{"role": "user", "content": f"switch {place} {word}"}, {"role": "assistant", "content": f"{word}:{place}"}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"switch {place} {word}"},
+            {"role": "assistant", "content": f"{word}:{place}"},
+        ]
+    }
     for word in ("on", "off", "up", "down")
     for place in ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft")
 ]

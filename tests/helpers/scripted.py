@@ -33,7 +33,9 @@ def team(step_s: float = 0.002, rows: int = 4, open_s: float = 0.0, **changes: A
     """A team of it. The base's name says how long a step takes, its digest, and how long the engine takes to open."""
     quick = {"backoff_s": 0.01, "backoff_most_s": 0.05, "start_s": 120.0, "hang_s": 2.0, "restarts": 100}
     workers = teams.WorkerOptions(**{**quick, **changes.pop("workers", {})})
-    return teams.Team(base=f"{step_s} digest {open_s}", engine=teams.LocalEngineOptions(rows=rows), workers=workers, **changes)
+    return teams.Team(
+        base=f"{step_s} digest {open_s}", engine=teams.LocalEngineOptions(rows=rows), workers=workers, **changes
+    )
 
 
 def prompt_of(call: GenerateCall) -> str:
@@ -77,7 +79,9 @@ class Scripted:
         self._rows: list[_Row] = []
         self._cancelled: set[str] = set()
         self._adapters: dict[str, str] = {}
-        self.about = EngineInfo("scripted", "scripted", digest, "template", context_tokens=4096, rows=rows, device="cpu")
+        self.about = EngineInfo(
+            "scripted", "scripted", digest, "template", context_tokens=4096, rows=rows, device="cpu"
+        )
 
     @property
     def busy(self) -> bool:

@@ -45,10 +45,15 @@ def say(team: Path, user: str = "ada", rows: list[dict[str, Any]] = ROWS, canary
         correction = f"{reply['content'].upper()}{f' {canary}' if not place else ''}"
         inbox.add(
             Feedback(
-                f"{person(team, user)[:8]}{place:024x}", "switch@1.0", "2026-11-20T10:00:00Z", correction=correction, messages=(prompt,),
-                reply=reply["content"], by=FeedbackAuthor(key, person(team, user), "given"),
+                f"{person(team, user)[:8]}{place:024x}",
+                "switch@1.0",
+                "2026-11-20T10:00:00Z",
+                correction=correction,
+                messages=(prompt,),
+                reply=reply["content"],
+                by=FeedbackAuthor(key, person(team, user), "given"),
             )
-        )  # fmt: skip
+        )
 
 
 def others_rows(tmp_path: Path) -> Path:

@@ -32,7 +32,9 @@ def serve(
     """The process, and the file of its log. Killed at the end, if it still runs. commands: as `serve_command`."""
     state.mkdir()
     members = "agents: [{name: nobody, release: nowhere}]"
-    (state / "team.yaml").write_text(f"base: {base}\nworkers: {{count: 1, spare: 0, start_s: 600, hang_s: 300}}\n{members}\n")
+    (state / "team.yaml").write_text(
+        f"base: {base}\nworkers: {{count: 1, spare: 0, start_s: 600, hang_s: 300}}\n{members}\n"
+    )
     command = [*serve_command(commands), *flags]
     with (state / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=state, stdout=subprocess.PIPE, stderr=log, text=True)

@@ -14,7 +14,14 @@ from typing import Any
 
 import httpx
 
-from sartor.core.errors import AdmissionError, BusyError, ConflictError, KeyRefusedError, SartorError, UnknownAgentError
+from sartor.core.errors import (
+    AdmissionError,
+    BusyError,
+    ConflictError,
+    KeyRefusedError,
+    SartorError,
+    UnknownAgentError,
+)
 from sartor.inference.engine import EngineInfo, Event, Logprob, ReplyDone, ReplyFailed, TextDelta
 from sartor.serving.api_keys import Principal
 from sartor.serving.http.request_log import RequestLog
@@ -106,7 +113,10 @@ class Crew:
             {"state": state, "role": "answers", "pid": 4242, "memory_bytes": 10, "restarts": 1, "live": 0}
             for state in self.states
         ]
-        return {"workers": workers, "agents": {"faq@1.0": {"breaker": self.breaker, "why": "NaN", "queued": 1, "live": 2}}}
+        return {
+            "workers": workers,
+            "agents": {"faq@1.0": {"breaker": self.breaker, "why": "NaN", "queued": 1, "live": 2}},
+        }
 
 
 @dataclass
@@ -195,9 +205,13 @@ class Receipts:
 def house(*, keys: Mapping[str, Principal] | None = None, **parts: Any) -> Services:
     replies = parts.pop("replies", None) or Replies()
     made = {
-        "replies": replies, "workers": Crew(), "authenticator": Doors(keys or {}), "rates": Rates(), "agent_admin": Roster(),
+        "replies": replies,
+        "workers": Crew(),
+        "authenticator": Doors(keys or {}),
+        "rates": Rates(),
+        "agent_admin": Roster(),
         "receipts": Receipts(replies),
-    }  # fmt: skip
+    }
     return Services(**{**made, **parts})
 
 
@@ -205,7 +219,11 @@ def team(state: Path, **changes: Any) -> Team:
     """A team whose state is in `state`; `limits` and `http` are changes of those."""
     limits, http = changes.pop("limits", {}), changes.pop("http", {})
     return Team(
-        base="tiny", state=str(state), limits=replace(RequestLimits(), **limits), http=replace(Http(port=0), **http), **changes
+        base="tiny",
+        state=str(state),
+        limits=replace(RequestLimits(), **limits),
+        http=replace(Http(port=0), **http),
+        **changes,
     )
 
 

@@ -70,7 +70,8 @@ def _answers(workspace: Workspace, *requests: tuple[str, str, Any], headers: Any
         async with serving.client(serving.house(), made, **(headers or {})) as client:
             answers = [await client.request(method, path, json=body) for method, path, body in requests]
             return [
-                (answer.status_code, answer.headers.get("access-control-allow-origin"), _body(answer)) for answer in answers
+                (answer.status_code, answer.headers.get("access-control-allow-origin"), _body(answer))
+                for answer in answers
             ]
 
     return asyncio.run(work())
@@ -206,7 +207,9 @@ def _traced(values: Any, workspace: Workspace) -> Any:
 HTTP_PROBES = (
     *probes_of("CardTerms", _card, {"card": (False, True)}),
     *probes_of(
-        "CardTerms", lambda values, workspace: _card({"card": True, **values}, workspace), {"url": ("", "https://example.com")}
+        "CardTerms",
+        lambda values, workspace: _card({"card": True, **values}, workspace),
+        {"url": ("", "https://example.com")},
     ),
     *probes_of("McpTerms", _mcp, {"serve": (False, True)}),
     *probes_of("Http", _cors, {"cors": ([], ["https://example.com"])}),
@@ -230,7 +233,9 @@ def _kept(values: Any, workspace: Workspace) -> Any:
     """A correction as the inbox has it."""
     intake = FeedbackIntake(load(FeedbackTerms, values), workspace.folder())
     author = intake.voice("key", "", None)
-    stored = intake.keep(Feedback("r1", "faq@1", "2026-11-26T10:00:00Z", correction="Call +49 30 1234567 today.", by=author))
+    stored = intake.keep(
+        Feedback("r1", "faq@1", "2026-11-26T10:00:00Z", correction="Call +49 30 1234567 today.", by=author)
+    )
     return stored.correction, stored.by.consent
 
 
@@ -347,14 +352,17 @@ AGENT_PROBES = (
     ),
     *beside_default("Rollout", _promoted, {"canary_fraction": 0.2}),
     *beside_default(
-        "Rollout", lambda values, workspace: _promoted({"canary_fraction": 0.2, **values}, workspace), {"shadow_fraction": 0.3}
+        "Rollout",
+        lambda values, workspace: _promoted({"canary_fraction": 0.2, **values}, workspace),
+        {"shadow_fraction": 0.3},
     ),
     Probe("Team.rollout", ({}, {"canary_fraction": 0.2}), _promoted, repeats=False),
     Probe(
         "Team.agents",
         (("faq",), ("faq", "home")),
         lambda value, workspace: _dispatched(
-            workspace, team_of(workspace.folder(), agents=tuple(AgentOptions(name, f"/releases/{name}-1") for name in value))
+            workspace,
+            team_of(workspace.folder(), agents=tuple(AgentOptions(name, f"/releases/{name}-1") for name in value)),
         ),
     ),
 )
@@ -539,7 +547,9 @@ def _remote(values: Any, workspace: Workspace) -> Any:
     """How many calls are sent side by side to a server, and how many wait."""
     with openai_fake.serving(openai_fake.Fake()) as server:
         options = load(OpenAiEngineOptions, {"url": server.url, **values})
-        engine = open_engine({"engine": {"kind": "openai", **vars(options)}, "base": str(workspace.fixture("tiny_base"))})
+        engine = open_engine(
+            {"engine": {"kind": "openai", **vars(options)}, "base": str(workspace.fixture("tiny_base"))}
+        )
         try:
             return engine.about.rows, _taken(engine)
         finally:
@@ -553,7 +563,9 @@ def _trusted(values: Any, workspace: Workspace) -> Any:
         keygen(folder / name)
     (folder / MANIFESTS["release"]).write_bytes(b"release")
     (folder / "signature").write_text(sign(b"release", open_private(folder / "ours")))
-    team = Team(base=str(workspace.fixture("tiny_base")), trust=str(folder / values["trust"]) if values["trust"] else "")
+    team = Team(
+        base=str(workspace.fixture("tiny_base")), trust=str(folder / values["trust"]) if values["trust"] else ""
+    )
     context = AdmissionContext.of(team, EngineInfo("local", "tiny", "b", "t", 512, 4))
     try:
         return bool(admission._signer(folder, folder, context.trust))
@@ -585,7 +597,9 @@ def _small_talk(workspace: Workspace) -> list[str]:
 def _routed(values: Any, workspace: Workspace) -> Any:
     """The encoder and the threshold of a router of one agent, of whose prompts some are small talk; and what it makes of one."""
     talk = _small_talk(workspace)
-    own = [f"switch {word} the {thing}" for thing in ("lamp", "fan", "oven", "radio") for word in ("on", "off", "over")]
+    own = [
+        f"switch {word} the {thing}" for thing in ("lamp", "fan", "oven", "radio") for word in ("on", "off", "over")
+    ]
     prompts = tuple(ExemplarPrompt(f"home:{index}", text) for index, text in enumerate([*own, *talk[:6]]))
     agent = Exemplars(prompts[::2], prompts[1::2], gain=Gain(False, "no gain"))
 
@@ -670,7 +684,9 @@ ENGINE_PROBES = (
             "loads_adapters": (False, True),
         },
     ),
-    *probes_of("Team", _opening, {"engine": ("local", {"kind": "local", "rows": 2}), "workers": ({"count": 1}, {"count": 3})}),
+    *probes_of(
+        "Team", _opening, {"engine": ("local", {"kind": "local", "rows": 2}), "workers": ({"count": 1}, {"count": 3})}
+    ),
     Probe("Team.base", ({"base": "tiny"}, {"base": "other"}), _opening),
 )
 

@@ -68,12 +68,16 @@ def read_allowed(file: Path) -> list[Allowed]:
         raise pytest.UsageError(f"{file} is not TOML: {error}") from None
     for number, entry in enumerate(entries, 1):
         if unknown := sorted(set(entry) - FIELDS):
-            raise pytest.UsageError(f"{file}, entry {number}: unknown field {unknown[0]!r}; an entry has {sorted(FIELDS)}")
+            raise pytest.UsageError(
+                f"{file}, entry {number}: unknown field {unknown[0]!r}; an entry has {sorted(FIELDS)}"
+            )
         if not entry.get("why") or not entry.get("machine"):
             raise pytest.UsageError(f"{file}, entry {number}: say `why` it may be skipped and on what `machine`")
         if not (entry.get("test", "").strip("*") or entry.get("reason", "").strip("*")):
             raise pytest.UsageError(f"{file}, entry {number} allows every skip: give it a `test` or a `reason`")
-    return [Allowed(entry.get("test", ""), entry.get("reason", ""), entry["why"], entry["machine"]) for entry in entries]
+    return [
+        Allowed(entry.get("test", ""), entry.get("reason", ""), entry["why"], entry["machine"]) for entry in entries
+    ]
 
 
 def is_ci() -> bool:
@@ -135,7 +139,9 @@ class Guard:
             yield f"{skip.kind}: {skip.test}"
             yield f"    {skip.reason or 'no reason is given'}"
         if self.refused:
-            remedy = "Install what the reason names, or add an entry with `why` and `machine` to tests/allowed_skips.toml."
+            remedy = (
+                "Install what the reason names, or add an entry with `why` and `machine` to tests/allowed_skips.toml."
+            )
             yield f"{len(self.refused)} not on the list. {remedy}"
         if unused := self.never_matched():
             yield f"{len(unused)} of {len(self.allowed)} entries of the list matched nothing yet, in this run or an earlier one:"
@@ -158,4 +164,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """A worker of xdist judges nothing: what it skips is reported to the controller."""
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Guard(config, read_allowed(Path(config.getoption("--allowed-skips")))), "skips-guard")
+        config.pluginmanager.register(
+            Guard(config, read_allowed(Path(config.getoption("--allowed-skips")))), "skips-guard"
+        )

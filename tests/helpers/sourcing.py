@@ -16,9 +16,12 @@ from sartor.curate.sources.types import SourceOptions
 class Rows:
     """Examples and Drops of some sources, the plan and the notes."""
 
-    def __init__(self, media: Path, *sources: SourceOptions | str | Path, most: int = 4 << 20, strict: bool = False) -> None:
+    def __init__(
+        self, media: Path, *sources: SourceOptions | str | Path, most: int = 4 << 20, strict: bool = False
+    ) -> None:
         declared = [
-            source if isinstance(source, SourceOptions) else SourceOptions(str(source), licence="MIT") for source in sources
+            source if isinstance(source, SourceOptions) else SourceOptions(str(source), licence="MIT")
+            for source in sources
         ]
         self.plan: ReadPlan = plan_reading(declared, most)
         self.notes: Counter[tuple[str, str]] = Counter()
@@ -63,7 +66,9 @@ def pdf(*pages: str) -> bytes:
     for number, text in enumerate(pages):
         stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET" if text else ""
         resources = "/Resources << /Font << /F1 3 0 R >> >>"
-        objects.append(f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] {resources} /Contents {5 + 2 * number} 0 R >>")
+        objects.append(
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] {resources} /Contents {5 + 2 * number} 0 R >>"
+        )
         objects.append(f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream")
     return assembled([text.encode() for text in objects])
 

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
-needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="no espeak-ng here: apt-get install espeak-ng")
-needs_piper = pytest.mark.skipif(importlib.util.find_spec("piper") is None, reason="no piper here: pip install piper-tts")
+needs_espeak = pytest.mark.skipif(
+    shutil.which("espeak-ng") is None, reason="no espeak-ng here: apt-get install espeak-ng"
+)
+needs_piper = pytest.mark.skipif(
+    importlib.util.find_spec("piper") is None, reason="no piper here: pip install piper-tts"
+)
 VOICES = """Pty Language       Age/Gender VoiceName          File                 Other Languages
  2  en-us           --/M      English_(America)  gmw/en-US            (en 3)
 """

@@ -80,7 +80,11 @@ def _spoken(values: Any, workspace: Workspace) -> Any:
 
 PER_ROW = {"per_row": (1, 2), "rows": (0, 1)}
 SLOTS = {"city": ["Rome", "Oslo", "Berlin"]}
-LIGHTS: dict[str, Any] = {"prompts": ["turn on the {room} light"], "reply": "{room}", "slots": {"room": ["hall", "attic"]}}
+LIGHTS: dict[str, Any] = {
+    "prompts": ["turn on the {room} light"],
+    "reply": "{room}",
+    "slots": {"room": ["hall", "attic"]},
+}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 GRID: dict[str, Any] = {"personas": ["a baker"], "intents": ["to return a parcel"]}
 
@@ -106,8 +110,14 @@ WAY_PROBES = (
             "count": (0, 1),
         },
     ),
-    *probes_of("SpokenQuestions", _spoken, {"voice": ("espeak", "espeak:de"), "speeds": ([1.0], [0.8, 1.2]), "rows": (0, 1)}),
-    *(probe for cls in (Vary, Extend, Harder, Persona, Preference) for probe in probes_of(cls.__name__, _asked(cls), PER_ROW)),
+    *probes_of(
+        "SpokenQuestions", _spoken, {"voice": ("espeak", "espeak:de"), "speeds": ([1.0], [0.8, 1.2]), "rows": (0, 1)}
+    ),
+    *(
+        probe
+        for cls in (Vary, Extend, Harder, Persona, Preference)
+        for probe in probes_of(cls.__name__, _asked(cls), PER_ROW)
+    ),
     *probes_of("Persona", _asked(Persona), {"personas": (["a baker"], ["a nurse"])}),
     *probes_of("Preference", _asked(Preference), {"flaws": (["is rude"], ["is late"])}),
     *probes_of(
@@ -138,7 +148,9 @@ WAY_PROBES = (
         ({"schema": SCHEMA}, {"schema": {"type": "object", "properties": {"m": {"type": "integer"}}}}),
         _asked(Structured, task="Count."),
     ),
-    *probes_of("Structured", _asked(Structured, schema=SCHEMA, task="Count."), {"task": ("Count.", "Add."), "count": (2, 3)}),
+    *probes_of(
+        "Structured", _asked(Structured, schema=SCHEMA, task="Count."), {"task": ("Count.", "Add."), "count": (2, 3)}
+    ),
 )
 
 # --- whole runs
@@ -177,9 +189,13 @@ def _questions(values: Any, workspace: Workspace) -> Any:
     """Rows of a run and the questions that its teacher was asked."""
     teacher = BrokenTeacher()
     result = sartor.synthesize(
-        _recipe({"ways": ["vary", {"templates": LIGHTS}], **values}, workspace), workspace.folder() / "out", teacher=teacher
+        _recipe({"ways": ["vary", {"templates": LIGHTS}], **values}, workspace),
+        workspace.folder() / "out",
+        teacher=teacher,
     )
-    return result.made, [(each.seed, each.temperature, each.max_tokens, len(each.messages)) for each in teacher.questions]
+    return result.made, [
+        (each.seed, each.temperature, each.max_tokens, len(each.messages)) for each in teacher.questions
+    ]
 
 
 def _cached(values: Any, workspace: Workspace) -> Any:
@@ -208,7 +224,9 @@ RUN_PROBES = (
         lambda values, workspace: _synthesized({"ways": [{"templates": LIGHTS}], "sources": [], **values}, workspace),
         {"licence": ("CC0-1.0", "MIT")},
     ),
-    *probes_of("SynthesizeRecipe", _questions, {"temperature": (0.8, 0.1), "max_tokens": (512, 100), "repairs": (1, 0)}),
+    *probes_of(
+        "SynthesizeRecipe", _questions, {"temperature": (0.8, 0.1), "max_tokens": (512, 100), "repairs": (1, 0)}
+    ),
     *probes_of("SynthesizeRecipe", _cached, {"cache": ("", "answers")}),
 )
 
@@ -311,7 +329,9 @@ TEACHER_PROBES = (
     *probes_of("Endpoint", _failing, {"tries": (6, 1), "pause_s": (0.5, 2.0)}),
     *probes_of("Endpoint", _silent, {"timeout_s": (5.0, 0.1)}),
     *probes_of(
-        "Endpoint", _licensed("endpoint", url="http://127.0.0.1:9/v1", model="m"), {"licence": ("", "LicenseRef-teacher")}
+        "Endpoint",
+        _licensed("endpoint", url="http://127.0.0.1:9/v1", model="m"),
+        {"licence": ("", "LicenseRef-teacher")},
     ),
     Probe("Endpoint.url", ({}, {"url": "http://127.0.0.1:9/v1"}), _endpoint),
     *probes_of("Price", _price, {"input": (1000.0, 2000.0), "output": (0.0, 1000.0), "most": (0.0, 1e-9)}),

@@ -116,7 +116,9 @@ def _logged(plan: dict[str, Any]) -> Observer:
             await dispatcher.close()
 
         asyncio.run(work())
-        lines = [json.loads(line) for file in (folder / "plans").glob("*.jsonl") for line in file.read_text().splitlines()]
+        lines = [
+            json.loads(line) for file in (folder / "plans").glob("*.jsonl") for line in file.read_text().splitlines()
+        ]
         return [sorted(line) for line in lines]
 
     return observe
@@ -144,7 +146,9 @@ def _slow_step(values: Any, workspace: Workspace) -> Any:
 
 def _check(values: Any, workspace: Workspace) -> Any:
     """A critic of a draft, and an agent that mends it."""
-    return _answer(workspace, {**CHAIN, "steps": ["home"], "check": [{"agent": {"agent": "critic", **values}}], "mend": "faq"})
+    return _answer(
+        workspace, {**CHAIN, "steps": ["home"], "check": [{"agent": {"agent": "critic", **values}}], "mend": "faq"}
+    )
 
 
 def _mend(values: Any, workspace: Workspace) -> Any:
@@ -158,11 +162,15 @@ PLAN_PROBES = (
     *probes_of("PlanStep", _step, STEP_VALUES),
     *probes_of("PlanStep", _slow_step, {"seconds": (0.0, 0.001)}),
     *probes_of("Critic", _check, {**CRITIC_VALUES, "agent": ("critic", "prose"), "gets": (["request"], ["draft"])}),
-    *probes_of("Critic", lambda values, workspace: _check({"agent": "slow", **values}, workspace), {"seconds": (0.0, 0.001)}),
+    *probes_of(
+        "Critic", lambda values, workspace: _check({"agent": "slow", **values}, workspace), {"seconds": (0.0, 0.001)}
+    ),
     *probes_of("Mend", _mend, {**STEP_VALUES, "gets": (["draft"], ["findings"])}),
     *probes_of("Mend", lambda values, workspace: _mend({"repeats": 9, **values}, workspace), {"times": (1, 2)}),
     *probes_of("Mend", lambda values, workspace: _mend({"times": 4, **values}, workspace), {"repeats": (0, 2)}),
-    *probes_of("Mend", lambda values, workspace: _mend({"agent": "slow", **values}, workspace), {"seconds": (0.0, 0.001)}),
+    *probes_of(
+        "Mend", lambda values, workspace: _mend({"agent": "slow", **values}, workspace), {"seconds": (0.0, 0.001)}
+    ),
     *probes_of(
         "ChainPlan",
         _chain,
@@ -211,10 +219,14 @@ PLAN_PROBES = (
         },
     ),
     *probes_of(
-        "DividedPlan", lambda values, workspace: _divided({"check": ["json"], **values}, workspace), {"mend": (None, "last")}
+        "DividedPlan",
+        lambda values, workspace: _divided({"check": ["json"], **values}, workspace),
+        {"mend": (None, "last")},
     ),
     *probes_of("DividedPlan", _logged(DIVIDED), {"log": ("digests", "content")}),
-    Probe("DividedPlan.name", ("plan", "other"), lambda value, workspace: _names(workspace, {**DIVIDED, "name": value})),
+    Probe(
+        "DividedPlan.name", ("plan", "other"), lambda value, workspace: _names(workspace, {**DIVIDED, "name": value})
+    ),
     *probes_of(
         "Vote",
         _within(
@@ -252,14 +264,18 @@ PLAN_PROBES = (
         {"name": ("more", "n"), "rule": ("longest", "first")},
     ),
     *probes_of(
-        "Json", _within(lambda values: {**CHAIN, "check": [{"json": values}]}), {"schema": ("", {**ROOM, "required": ["no"]})}
+        "Json",
+        _within(lambda values: {**CHAIN, "check": [{"json": values}]}),
+        {"schema": ("", {**ROOM, "required": ["no"]})},
     ),
     *probes_of(
         "PatternCheck",
         _within(lambda values: {**CHECKED, "check": [{"pattern": {"pattern": "law", **values}}]}),
         {"pattern": ("law", "rule"), "holds": (True, False)},
     ),
-    *probes_of("Arithmetic", _within(lambda values: {**CHECKED, "check": [{"arithmetic": values}]}), {"least": (0, 3)}),
+    *probes_of(
+        "Arithmetic", _within(lambda values: {**CHECKED, "check": [{"arithmetic": values}]}), {"least": (0, 3)}
+    ),
     *probes_of(
         "Citations",
         _within(lambda values: {**CHECKED, "check": [{"citations": values}]}),
@@ -273,7 +289,9 @@ PLAN_PROBES = (
     Probe("Citations.sources", (["hall"], ["The law is: 1 m"]), lambda value, workspace: _cited(value, workspace)),
     *probes_of("PlanBudget", _within(lambda values: {**CHAIN, "budget": values}), {"tokens": (8192, 1)}),
     *probes_of(
-        "PlanBudget", _within(lambda values: {**CHAIN, "steps": ["slow"], "budget": values}), {"seconds": (60.0, 0.001)}
+        "PlanBudget",
+        _within(lambda values: {**CHAIN, "steps": ["slow"], "budget": values}),
+        {"seconds": (60.0, 0.001)},
     ),
     *probes_of(
         "PlanBudget",
@@ -549,10 +567,14 @@ TOOL_PROBES = (
     ),
     *probes_of(
         "ToolServer",
-        lambda values, workspace: _tool_connection({"name": "small", "url": "http://127.0.0.1:9/mcp", **values}, workspace),
+        lambda values, workspace: _tool_connection(
+            {"name": "small", "url": "http://127.0.0.1:9/mcp", **values}, workspace
+        ),
         {"url": ("http://127.0.0.1:9/mcp", "http://127.0.0.1:9/other"), "token_env": ("", "PROBE_TOKEN")},
     ),
-    *probes_of("ToolServer", _offered, {"allow": ([], ["one"]), "timeout_s": (20.0, 0.001), "result_bytes": (16_384, 10)}),
+    *probes_of(
+        "ToolServer", _offered, {"allow": ([], ["one"]), "timeout_s": (20.0, 0.001), "result_bytes": (16_384, 10)}
+    ),
 )
 
 # --- when a retrain is due
@@ -567,12 +589,16 @@ def _due(values: Any, workspace: Workspace) -> Any:
     (state / "inbox").mkdir()
     lines = []
     for index in range(100):
-        more: dict[str, Any] = {"correction": "better"} if index < 30 else {"rating": -1.0 if index % 3 and index < 60 else 1.0}
+        more: dict[str, Any] = (
+            {"correction": "better"} if index < 30 else {"rating": -1.0 if index % 3 and index < 60 else 1.0}
+        )
         author = FeedbackAuthor("k1", "", "given")
         messages = ({"role": "user", "content": f"q{index}"},)
         date = "2026-11-26T10:00:00Z" if index < 60 else "2026-11-26T08:00:00Z"
         lines.append(Feedback(f"r{index}", "faq@1", date, by=author, messages=messages, reply="a", **more))
-    (state / "inbox" / "feedback-2026-11-26.jsonl").write_text("".join(json.dumps(line.as_json()) + "\n" for line in lines))
+    (state / "inbox" / "feedback-2026-11-26.jsonl").write_text(
+        "".join(json.dumps(line.as_json()) + "\n" for line in lines)
+    )
     workspace.patch.setattr("sartor.learn.run_record.now", lambda: "2026-11-26T09:00:00Z")
     RunRecord.create(state, "faq", Live("1", "", ""))
     scores = [0.9] * 40, [0.1 + 0.02 * index for index in range(42)]
@@ -610,7 +636,16 @@ def _tripped(values: Any, workspace: Workspace) -> Any:
 SECTION_PROBES = (
     Probe("Team.breaker", ({"failures": 3}, {"failures": 2}), _tripped),
     Probe("Team.media", ({}, {"parts": 0}), lambda value, workspace: _media(PICTURE)(value, workspace)),
-    Probe("Team.plans", ([CHAIN], [{**CHAIN, "steps": ["last"]}]), lambda value, workspace: _answer(workspace, *value)),
+    Probe(
+        "Team.plans", ([CHAIN], [{**CHAIN, "steps": ["last"]}]), lambda value, workspace: _answer(workspace, *value)
+    ),
 )
 
-PROBES: tuple[Probe, ...] = (*SECTION_PROBES, *PLAN_PROBES, *MACHINE_PROBES, *REQUEST_PROBES, *TOOL_PROBES, *TRIGGER_PROBES)
+PROBES: tuple[Probe, ...] = (
+    *SECTION_PROBES,
+    *PLAN_PROBES,
+    *MACHINE_PROBES,
+    *REQUEST_PROBES,
+    *TOOL_PROBES,
+    *TRIGGER_PROBES,
+)

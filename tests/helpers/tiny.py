@@ -36,7 +36,9 @@ def tokenizer(
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     made.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=eos, pad_token=pad, bos_token="<|endoftext|>")
     fast.chat_template = template
@@ -47,10 +49,18 @@ def model(**changes: Any) -> Any:
     """A Llama with random weights, the same in every run."""
     torch.manual_seed(0)
     settings = {
-        "vocab_size": SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,
-        "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2,
-    }  # fmt: skip
+        "vocab_size": SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
 
 

@@ -17,10 +17,18 @@ from sartor.models.packing import TokenizedExample
 V = 97
 
 SHAPE = {
-    "vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
     "eos_token_id": 2,
-}  # fmt: skip
+}
 
 # model_type -> class, and what makes its peculiarities show at this size
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,11 +36,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 7}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {}),
-    "gemma2": ("Gemma2", {"sliding_window": 6, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
-                          "query_pre_attn_scalar": 8}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "sliding_window": 6,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 8,
+        },
+    ),
     "gemma3_text": ("Gemma3", {"sliding_window": 6, "query_pre_attn_scalar": 8}),
     "phi3": ("Phi3", {"sliding_window": 9}),
-}  # fmt: skip
+}
 
 
 def exact_norms(module: torch.nn.Module) -> None:
@@ -51,13 +66,17 @@ def tuned(kind: str, dtype: torch.dtype = torch.float64, top: int | None = None,
     name, extra = MODELS[kind]
     config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config(**{**SHAPE, **extra, **changes})).to(dtype).requires_grad_(False)
+    model = (
+        getattr(transformers, f"{name}ForCausalLM")(config(**{**SHAPE, **extra, **changes}))
+        .to(dtype)
+        .requires_grad_(False)
+    )
     for part, weight in model.named_parameters():
         if "norm" in part or part.endswith("bias"):
             weight.add_(torch.randn_like(weight) * 0.1)
     made = adapters.inject_lora(
         model, rank=4, alpha=8, dropout=0.0, targets="all-linear", seed=0, top_layers=top
-    ).eval()  # fmt: skip
+    ).eval()
     for part, weight in made.named_parameters():
         if "lora" in part:
             weight.data = weight.data.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -82,6 +101,8 @@ def rows(*lengths: int, head: int = 0, seed: int = 0) -> list[TokenizedExample]:
 
 
 def fast_path(model: Any, examples: Sequence[TokenizedExample], **wish: Any) -> loss_backend.FusedBackend:
-    path = transformers_backend.choose_loss_backend(model, examples, torch.device("cpu"), LossOptions(identity="base", **wish))
+    path = transformers_backend.choose_loss_backend(
+        model, examples, torch.device("cpu"), LossOptions(identity="base", **wish)
+    )
     assert isinstance(path, loss_backend.FusedBackend), path.reason
     return path

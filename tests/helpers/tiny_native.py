@@ -32,23 +32,41 @@ TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT = {
-    "vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": False, "bos_token_id": 0,
-    "eos_token_id": 2, "pad_token_id": 2, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "initializer_range": 0.2,
+}
 VISION = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
-    "patch_size": 14, "initializer_range": 0.2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+    "initializer_range": 0.2,
+}
 
 
 def tokenizer(*special: str, image: str = "", audio: str = "", **named: str) -> Any:
     """The tiny tokenizer with placeholders. named: tokens that a processor looks for on it (`boi_token`)."""
     plain = tiny.tokenizer()
     made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=plain.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|endoftext|>",
-        extra_special_tokens=list(special), model_specific_special_tokens=named,
-    )  # fmt: skip
+        tokenizer_object=plain.backend_tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        bos_token="<|endoftext|>",
+        extra_special_tokens=list(special),
+        model_specific_special_tokens=named,
+    )
     made.chat_template = TEMPLATE.replace("IMAGE", image).replace("AUDIO", audio)
     return made
 
@@ -63,9 +81,13 @@ def llava() -> tuple[Any, Any]:
     )
     pictures = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor = transformers.LlavaProcessor(
-        pictures, coded, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        pictures,
+        coded,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
         chat_template=coded.chat_template,
-    )  # fmt: skip
+    )
     return transformers.LlavaForConditionalGeneration(config), processor
 
 
@@ -83,9 +105,13 @@ def llava_next() -> tuple[Any, Any]:
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
     )
     processor = transformers.LlavaNextProcessor(
-        pictures, coded, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        pictures,
+        coded,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
         chat_template=coded.chat_template,
-    )  # fmt: skip
+    )
     return transformers.LlavaNextForConditionalGeneration(config), processor
 
 
@@ -99,7 +125,9 @@ def llava_onevision() -> tuple[Any, Any]:
         video_token_index=coded.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=pinpoints,
     )
-    pictures = transformers.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints)
+    pictures = transformers.LlavaOnevisionImageProcessorPil(
+        size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
+    )
     processor = without_video(transformers.LlavaOnevisionProcessor)(
         pictures, coded, num_image_tokens=4, vision_feature_select_strategy="full", chat_template=coded.chat_template
     )
@@ -123,8 +151,16 @@ def internvl() -> tuple[Any, Any]:
 
 
 _QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-_QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 7,
-                "spatial_merge_size": 2, "out_hidden_size": 32, "initializer_range": 0.2}  # fmt: skip
+_QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "patch_size": 7,
+    "spatial_merge_size": 2,
+    "out_hidden_size": 32,
+    "initializer_range": 0.2,
+}
 _QWEN_ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 
 
@@ -141,7 +177,9 @@ def qwen2_5_vl() -> tuple[Any, Any]:
         vision_config={**_QWEN_VISION, "window_size": 28, "fullatt_block_indexes": [1]},
         **_qwen_ids(coded),
     )
-    processor = without_video(transformers.Qwen2_5_VLProcessor)(_qwen_pictures(), coded, chat_template=coded.chat_template)
+    processor = without_video(transformers.Qwen2_5_VLProcessor)(
+        _qwen_pictures(), coded, chat_template=coded.chat_template
+    )
     return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
 
 
@@ -152,7 +190,9 @@ def qwen3_vl() -> tuple[Any, Any]:
         vision_config={**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         **_qwen_ids(coded),
     )
-    processor = without_video(transformers.Qwen3VLProcessor)(_qwen_pictures(), coded, chat_template=coded.chat_template)
+    processor = without_video(transformers.Qwen3VLProcessor)(
+        _qwen_pictures(), coded, chat_template=coded.chat_template
+    )
     return transformers.Qwen3VLForConditionalGeneration(config), processor
 
 
@@ -208,37 +248,65 @@ def gemma3() -> tuple[Any, Any]:
 
 def gemma3n() -> tuple[Any, Any]:
     named = {
-        "boi_token": "<start_of_image>", "boa_token": "<start_of_audio>",
-        "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
-        "eoa_token": "<end_of_audio>", "audio_token": "<audio_soft_token>",
-    }  # fmt: skip
+        "boi_token": "<start_of_image>",
+        "boa_token": "<start_of_audio>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+        "eoa_token": "<end_of_audio>",
+        "audio_token": "<audio_soft_token>",
+    }
     coded = tokenizer(image="<image_soft_token>", audio="<audio_soft_token>", **named)
-    begins = {"vision": coded.eoi_token_id, "audio": coded.eoa_token_id}  # ids from which on another embedding has them
+    begins = {
+        "vision": coded.eoi_token_id,
+        "audio": coded.eoa_token_id,
+    }  # ids from which on another embedding has them
     text = {
-        **TEXT, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
-        "tie_word_embeddings": True, "head_dim": 8, "laurel_rank": 4, "altup_num_inputs": 2, "hidden_size_per_layer_input": 8,
+        **TEXT,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "tie_word_embeddings": True,
+        "head_dim": 8,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+        "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": begins["vision"],
-    }  # fmt: skip
+    }
     config = transformers.Gemma3nConfig(
         text_config=text,
         vision_config={
-            "architecture": "mobilenetv5_base", "model_args": {"channel_multiplier": 0.01, "msfa_output_resolution": 2},
-            "vocab_offset": begins["vision"], "vocab_size": begins["audio"] - begins["vision"],
+            "architecture": "mobilenetv5_base",
+            "model_args": {"channel_multiplier": 0.01, "msfa_output_resolution": 2},
+            "vocab_offset": begins["vision"],
+            "vocab_size": begins["audio"] - begins["vision"],
         },
         audio_config={
-            "input_feat_size": 16, "hidden_size": 32, "conf_num_attention_heads": 4, "conf_num_hidden_layers": 2,
-            "sscp_conv_channel_size": [8, 4], "vocab_offset": begins["audio"], "vocab_size": TEXT["vocab_size"] - begins["audio"],
+            "input_feat_size": 16,
+            "hidden_size": 32,
+            "conf_num_attention_heads": 4,
+            "conf_num_hidden_layers": 2,
+            "sscp_conv_channel_size": [8, 4],
+            "vocab_offset": begins["audio"],
+            "vocab_size": TEXT["vocab_size"] - begins["audio"],
         },
-        vision_soft_tokens_per_image=4, audio_soft_tokens_per_image=12,
-        boi_token_id=coded.boi_token_id, eoi_token_id=coded.eoi_token_id, image_token_id=coded.image_token_id,
-        boa_token_id=coded.boa_token_id, eoa_token_id=coded.eoa_token_id, audio_token_id=coded.audio_token_id,
+        vision_soft_tokens_per_image=4,
+        audio_soft_tokens_per_image=12,
+        boi_token_id=coded.boi_token_id,
+        eoi_token_id=coded.eoi_token_id,
+        image_token_id=coded.image_token_id,
+        boa_token_id=coded.boa_token_id,
+        eoa_token_id=coded.eoa_token_id,
+        audio_token_id=coded.audio_token_id,
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     processor = transformers.Gemma3nProcessor(
         transformers.Gemma3nAudioFeatureExtractor(feature_size=16),
         transformers.SiglipImageProcessorPil(size={"height": 64, "width": 64}),
-        coded, audio_seq_length=12, image_seq_length=4, chat_template=coded.chat_template,
-    )  # fmt: skip
+        coded,
+        audio_seq_length=12,
+        image_seq_length=4,
+        chat_template=coded.chat_template,
+    )
     return transformers.Gemma3nForConditionalGeneration(config), processor
 
 
@@ -248,20 +316,31 @@ def phi4_multimodal() -> tuple[Any, Any]:
         **TEXT,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         vision_config={  # a picture has 273 tokens and more: its processor counts with 448 and 14 whatever it is given
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
             "image_token_id": coded.image_token_id,
         },
         audio_config={
-            "input_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_blocks": 2, "num_attention_heads": 4,
-            "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32, "initializer_range": 0.2,
+            "input_size": 16,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_blocks": 2,
+            "num_attention_heads": 4,
+            "ext_pw_out_channel": 32,
+            "depthwise_separable_out_channel": 32,
+            "nemo_conv_channels": 32,
+            "initializer_range": 0.2,
             "audio_token_id": coded.audio_token_id,
         },
-    )  # fmt: skip
+    )
     processor = transformers.Phi4MultimodalProcessor(
         transformers.Phi4MultimodalImageProcessor(),
         transformers.Phi4MultimodalFeatureExtractor(feature_size=16),
-        coded, chat_template=coded.chat_template,
-    )  # fmt: skip
+        coded,
+        chat_template=coded.chat_template,
+    )
     return transformers.Phi4MultimodalForCausalLM(config), processor
 
 
@@ -269,14 +348,28 @@ def mllama() -> tuple[Any, Any]:
     coded = tokenizer("<|image|>", "<|python_tag|>", image="<|image|>")
     coded.chat_template = "{{ bos_token }}" + coded.chat_template  # which its processor would add
     config = transformers.MllamaConfig(
-        text_config={**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 3,
+            "cross_attention_layers": [1],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
         vision_config={
-            "hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4, "intermediate_size": 64,
-            "vision_output_dim": 64, "image_size": 28, "patch_size": 14, "max_num_tiles": 2,
-            "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "initializer_range": 0.2,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "intermediate_size": 64,
+            "vision_output_dim": 64,
+            "image_size": 28,
+            "patch_size": 14,
+            "max_num_tiles": 2,
+            "intermediate_layers_indices": [0],
+            "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+            "initializer_range": 0.2,
         },
         image_token_index=coded.convert_tokens_to_ids("<|image|>"),
-    )  # fmt: skip
+    )
     pictures = transformers.MllamaImageProcessorPil(size={"height": 28, "width": 28}, max_image_tiles=2)
     model = transformers.MllamaForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
@@ -295,35 +388,55 @@ def qwen2_audio() -> tuple[Any, Any]:
     config = transformers.Qwen2AudioConfig(
         text_config={"model_type": "qwen2", **TEXT},
         audio_config={
-            "num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "d_model": 32,
-            "max_source_positions": 100, "initializer_range": 0.2,
+            "num_mel_bins": 16,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "d_model": 32,
+            "max_source_positions": 100,
+            "initializer_range": 0.2,
         },
         audio_token_index=coded.audio_token_id,
-    )  # fmt: skip
+    )
     processor = transformers.Qwen2AudioProcessor(_ears(), coded, chat_template=coded.chat_template)
     return transformers.Qwen2AudioForConditionalGeneration(config), processor
 
 
 def qwen2_5_omni() -> tuple[Any, Any]:
     named = {
-        "image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
-        "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
-        "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
-    }  # fmt: skip
+        "image_token": "<|IMAGE|>",
+        "audio_token": "<|AUDIO|>",
+        "video_token": "<|VIDEO|>",
+        "vision_bos_token": "<|vision_bos|>",
+        "vision_eos_token": "<|vision_eos|>",
+        "audio_bos_token": "<|audio_bos|>",
+        "audio_eos_token": "<|audio_eos|>",
+    }
     image, audio = "<|vision_bos|><|IMAGE|><|vision_eos|>", "<|audio_bos|><|AUDIO|><|audio_eos|>"
     coded = tokenizer(image=image, audio=audio, **named)
     config = transformers.Qwen2_5OmniThinkerConfig(
         text_config={**TEXT, "rope_parameters": _QWEN_ROPE},
         vision_config={**_QWEN_VISION, "window_size": 28, "fullatt_block_indexes": [1]},
         audio_config={
-            "num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "d_model": 32,
-            "max_source_positions": 100, "n_window": 50, "output_dim": 32, "initializer_range": 0.2,
+            "num_mel_bins": 16,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "d_model": 32,
+            "max_source_positions": 100,
+            "n_window": 50,
+            "output_dim": 32,
+            "initializer_range": 0.2,
         },
-        image_token_index=coded.image_token_id, audio_token_index=coded.audio_token_id,
-        video_token_index=coded.video_token_id, audio_start_token_id=coded.audio_bos_token_id,
-        audio_end_token_id=coded.audio_eos_token_id, vision_start_token_id=coded.vision_bos_token_id,
-        vision_end_token_id=coded.vision_eos_token_id, initializer_range=0.2,
-    )  # fmt: skip
+        image_token_index=coded.image_token_id,
+        audio_token_index=coded.audio_token_id,
+        video_token_index=coded.video_token_id,
+        audio_start_token_id=coded.audio_bos_token_id,
+        audio_end_token_id=coded.audio_eos_token_id,
+        vision_start_token_id=coded.vision_bos_token_id,
+        vision_end_token_id=coded.vision_eos_token_id,
+        initializer_range=0.2,
+    )
     kind = without_video(transformers.Qwen2_5OmniProcessor)
     processor = kind(_qwen_pictures(), None, _ears(), coded, chat_template=coded.chat_template)
     return transformers.Qwen2_5OmniThinkerForConditionalGeneration(config), processor
@@ -331,11 +444,30 @@ def qwen2_5_omni() -> tuple[Any, Any]:
 
 # The published ids of what Mistral's form has: its processor takes 24 for a recording's features
 _MISTRAL = {
-    0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 5: "[AVAILABLE_TOOLS]", 6: "[/AVAILABLE_TOOLS]",
-    7: "[TOOL_RESULTS]", 8: "[/TOOL_RESULTS]", 9: "[TOOL_CALLS]", 10: "[IMG]", 11: "<pad>", 12: "[IMG_BREAK]", 13: "[IMG_END]",
-    14: "[PREFIX]", 15: "[MIDDLE]", 16: "[SUFFIX]", 17: "[SYSTEM_PROMPT]", 18: "[/SYSTEM_PROMPT]", 19: "[TOOL_CONTENT]",
-    24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]",
-}  # fmt: skip
+    0: "<unk>",
+    1: "<s>",
+    2: "</s>",
+    3: "[INST]",
+    4: "[/INST]",
+    5: "[AVAILABLE_TOOLS]",
+    6: "[/AVAILABLE_TOOLS]",
+    7: "[TOOL_RESULTS]",
+    8: "[/TOOL_RESULTS]",
+    9: "[TOOL_CALLS]",
+    10: "[IMG]",
+    11: "<pad>",
+    12: "[IMG_BREAK]",
+    13: "[IMG_END]",
+    14: "[PREFIX]",
+    15: "[MIDDLE]",
+    16: "[SUFFIX]",
+    17: "[SYSTEM_PROMPT]",
+    18: "[/SYSTEM_PROMPT]",
+    19: "[TOOL_CONTENT]",
+    24: "[AUDIO]",
+    25: "[BEGIN_AUDIO]",
+    34: "[TRANSCRIBE]",
+}
 # As much of mistral-common's template as the contract takes; recordings have OpenAI's word there
 MISTRAL_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST]"
@@ -352,18 +484,25 @@ def write_tekken(folder: Path) -> Path:
     said = {
         "config": {
             "pattern": r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-            "num_vocab_tokens": 256, "default_vocab_size": 256 + len(special), "default_num_special_tokens": len(special),
+            "num_vocab_tokens": 256,
+            "default_vocab_size": 256 + len(special),
+            "default_num_special_tokens": len(special),
             "version": "v7",
         },
         "vocab": [
-            {"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode(), "token_str": None} for byte in range(256)
+            {"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode(), "token_str": None}
+            for byte in range(256)
         ],
-        "special_tokens": [{"rank": rank, "token_str": token, "is_control": True} for rank, token in enumerate(special)],
+        "special_tokens": [
+            {"rank": rank, "token_str": token, "is_control": True} for rank, token in enumerate(special)
+        ],
         "audio": {
-            "sampling_rate": 16000, "frame_rate": 12.5, "chunk_length_s": 30.0,
+            "sampling_rate": 16000,
+            "frame_rate": 12.5,
+            "chunk_length_s": 30.0,
             "audio_encoding_config": {"num_mel_bins": 16, "hop_length": 160, "window_size": 400},
         },
-    }  # fmt: skip
+    }
     (folder / "tekken.json").write_text(json.dumps(said))
     return folder / "tekken.json"
 
@@ -374,11 +513,15 @@ def voxtral() -> tuple[Any, Any]:
     config = transformers.VoxtralConfig(
         text_config={"model_type": "llama", **TEXT, "head_dim": 8},
         audio_config={
-            "num_mel_bins": 16, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_mel_bins": 16,
+            "hidden_size": 32,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
             "initializer_range": 0.2,
         },
         audio_token_id=24,
-    )  # fmt: skip
+    )
     ears = transformers.WhisperFeatureExtractor(feature_size=16)
     return transformers.VoxtralForConditionalGeneration(config), transformers.VoxtralProcessor(ears, coded)
 
@@ -386,10 +529,23 @@ def voxtral() -> tuple[Any, Any]:
 MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     made.__name__: made
     for made in (
-        llava, llava_next, llava_onevision, internvl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, gemma3,
-        gemma3n, phi4_multimodal, mllama, qwen2_audio, qwen2_5_omni, voxtral,
+        llava,
+        llava_next,
+        llava_onevision,
+        internvl,
+        qwen2_5_vl,
+        qwen3_vl,
+        idefics3,
+        smolvlm,
+        gemma3,
+        gemma3n,
+        phi4_multimodal,
+        mllama,
+        qwen2_audio,
+        qwen2_5_omni,
+        voxtral,
     )
-}  # fmt: skip
+}
 # What a template calls parts of a kind, where that is not the kind
 NAMED = {"voxtral": {"audio": "input_audio"}}
 

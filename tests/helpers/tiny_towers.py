@@ -41,10 +41,22 @@ def tiny_whisper(path: Path) -> Path:
         tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "startoftranscript", "notimestamps")
     )
     config = transformers.WhisperConfig(
-        vocab_size=270, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=48, max_source_positions=WINDOW_S * RATE // HOP // 2,
-        max_target_positions=16, bos_token_id=end, eos_token_id=end, pad_token_id=end, decoder_start_token_id=start,
-    )  # fmt: skip
+        vocab_size=270,
+        num_mel_bins=8,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=48,
+        max_source_positions=WINDOW_S * RATE // HOP // 2,
+        max_target_positions=16,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        decoder_start_token_id=start,
+    )
     model = transformers.WhisperForConditionalGeneration(config)
     said = {"suppress_ids": [1, 2], "suppress_ids_begin": [end], "alignment_heads": [[0, 0]]}
     model.generation_config = whisper_conversion._generation(said, tokenizer, config)

@@ -27,8 +27,18 @@ BROKEN = {"type": "object", "properties": {"number": {"type": "no type"}}}
 
 
 async def listed(context: Any, params: Any) -> ListToolsResult:
-    schemas = {"double": NUMBER, "slow": ANY, "fails": ANY, "dies": ANY, "long": ANY, "broken": BROKEN, "environment": ANY}
-    return ListToolsResult(tools=[Tool(name=name, description=name, input_schema=one) for name, one in schemas.items()])
+    schemas = {
+        "double": NUMBER,
+        "slow": ANY,
+        "fails": ANY,
+        "dies": ANY,
+        "long": ANY,
+        "broken": BROKEN,
+        "environment": ANY,
+    }
+    return ListToolsResult(
+        tools=[Tool(name=name, description=name, input_schema=one) for name, one in schemas.items()]
+    )
 
 
 async def called(context: Any, params: Any) -> CallToolResult:
@@ -37,7 +47,11 @@ async def called(context: Any, params: Any) -> CallToolResult:
         await asyncio.sleep(60)
     if params.name == "dies":
         os._exit(3)
-    texts = {"double": str(2 * arguments.get("number", 0)), "long": "x" * 50_000, "environment": " ".join(sorted(os.environ))}
+    texts = {
+        "double": str(2 * arguments.get("number", 0)),
+        "long": "x" * 50_000,
+        "environment": " ".join(sorted(os.environ)),
+    }
     text = texts.get(params.name, "no such room")
     return CallToolResult(content=[TextContent(type="text", text=text)], is_error=params.name == "fails")
 

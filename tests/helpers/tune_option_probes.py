@@ -47,7 +47,12 @@ def _media_rows(folder: Path) -> list[dict[str, Any]]:
         for kind, name in (("image", f"{index}.png"), ("audio", f"{index}.wav")):
             content = [{"type": kind, kind: name}, {"type": "text", "text": "what is it?"}]
             rows.append(
-                {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": f"{kind} {index}"}]}
+                {
+                    "messages": [
+                        {"role": "user", "content": content},
+                        {"role": "assistant", "content": f"{kind} {index}"},
+                    ]
+                }
             )
     return rows
 
@@ -299,7 +304,10 @@ TUNE_PROBES = (
     Probe("Rehearsal.path", ({}, {"data": {"rehearsal": {"path": "dataset:talk"}}}), _tuned),
     Probe(
         "Rehearsal.fraction",
-        ({"data": {"rehearsal": {"path": "dataset:talk"}}}, {"data": {"rehearsal": {"path": "dataset:talk", "fraction": 0.6}}}),
+        (
+            {"data": {"rehearsal": {"path": "dataset:talk"}}},
+            {"data": {"rehearsal": {"path": "dataset:talk", "fraction": 0.6}}},
+        ),
         _tuned,
     ),
     *probes_of(
@@ -324,7 +332,9 @@ TUNE_PROBES = (
     *probes_of(
         "LanguageTargets",
         _targets(
-            lambda changes, workspace: _planned({"method": {"targets": {"language": changes["method"]["targets"]}}}, workspace)
+            lambda changes, workspace: _planned(
+                {"method": {"targets": {"language": changes["method"]["targets"]}}}, workspace
+            )
         ),
         {"modules": ("all-linear", ["q_proj"]), "layers": ("all", "top-1")},
     ),
@@ -366,4 +376,6 @@ DEAR = (
     "Kto.",
     "Dpo.",
 )
-PROBES: tuple[Probe, ...] = tuple(probe._replace(is_slow=probe.option.startswith(DEAR), repeats=False) for probe in TUNE_PROBES)
+PROBES: tuple[Probe, ...] = tuple(
+    probe._replace(is_slow=probe.option.startswith(DEAR), repeats=False) for probe in TUNE_PROBES
+)

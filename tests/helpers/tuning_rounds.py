@@ -17,7 +17,9 @@ from sartor.models.lora_tensors import Tensors
 
 
 def manifest(asked: FederateRecipe, people: Clients, shared: Tensors, number: int = 1, **work: Any) -> Manifest:
-    said = ClientWork("lora", arrays.digest(arrays.pack_tensors(shared)), people.resident.ref.digest, people.resident.digest)
+    said = ClientWork(
+        "lora", arrays.digest(arrays.pack_tensors(shared)), people.resident.ref.digest, people.resident.digest
+    )
     said = replace(said, **{"settings": config.dump(RoundSettings.of(asked)), **work})
     return Manifest("test", number, "coordinator", said, terms_for(("a", "b", "c"), shared, UpdateRules()), 0)
 

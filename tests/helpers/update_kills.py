@@ -16,7 +16,9 @@ Kill = tuple[int, str, str]
 
 def kill_each(root: Path, each: int) -> list[Kill]:
     script = Path(__file__).with_name("killed_update.py")
-    done = subprocess.run([sys.executable, str(script), str(root), str(each)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), str(root), str(each)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 

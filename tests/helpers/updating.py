@@ -22,7 +22,9 @@ from sartor.core.artifacts import MANIFESTS, write_artifact
 from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update.downloader import DownloadLimits
 
-QUICK = DownloadLimits(connect_s=20.0, read_s=20.0, grace_s=0.4, least_bytes_per_s=20_000.0, attempts=3, backoff_s=0.01)
+QUICK = DownloadLimits(
+    connect_s=20.0, read_s=20.0, grace_s=0.4, least_bytes_per_s=20_000.0, attempts=3, backoff_s=0.01
+)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, np.ndarray]]) -> Path:
@@ -51,7 +53,9 @@ def adapter(seed: int, moved: float = 0.0, count: int = 8, width: int = 4096) ->
     return found
 
 
-def release(path: Path, version: str, weights: Mapping[str, tuple[str, np.ndarray]], key: Path, name: str = "home") -> Path:
+def release(
+    path: Path, version: str, weights: Mapping[str, tuple[str, np.ndarray]], key: Path, name: str = "home"
+) -> Path:
     """A signed Release of a base that is not on this machine."""
 
     def fill(part: Path) -> Mapping[str, object]:
@@ -125,7 +129,9 @@ def cut(after: int) -> Callable[[BaseHTTPRequestHandler, bytes, int], None]:
 
     def trick(request: BaseHTTPRequestHandler, content: bytes, start: int) -> None:
         said = {"Content_Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
-        answer(request, 206 if start else 200, content[start : start + after], Content_Length=len(content) - start, **said)
+        answer(
+            request, 206 if start else 200, content[start : start + after], Content_Length=len(content) - start, **said
+        )
 
     return trick
 

@@ -45,7 +45,10 @@ def _applications(count: int, seed: int, *, is_wrong: bool = False) -> list[Exam
 
 def _nearly(rows: list[Example], name: str) -> list[Example]:
     """Near-copies of rows."""
-    return [row(f" {item.messages[0].text.upper()}!", item.reply, group=f"{name}-{index}") for index, item in enumerate(rows)]
+    return [
+        row(f" {item.messages[0].text.upper()}!", item.reply, group=f"{name}-{index}")
+        for index, item in enumerate(rows)
+    ]
 
 
 @cache
@@ -89,7 +92,9 @@ def _outside(values: Any, workspace: Workspace) -> Any:
 def _drawn(values: Any, workspace: Workspace) -> Any:
     """Rows that are compared of 60 on each side."""
     sides = ValidationSamples(_applications(60, 3, is_wrong=True), _applications(60, 1), [])
-    return [item.id for item in validation._embed_sides(sides, load(ValidateOptions, {**QUICK, **values})).space.pool.rows]
+    return [
+        item.id for item in validation._embed_sides(sides, load(ValidateOptions, {**QUICK, **values})).space.pool.rows
+    ]
 
 
 LIMITS = (
@@ -164,7 +169,8 @@ def _audited(values: Any, workspace: Workspace) -> Any:
     values = {**values}
     replies = values.pop("replies", REPLIES)
     examples = [
-        row(item.messages[0].text, replies[index % 2], group=str(index)) for index, item in enumerate(_applications(24, 1))
+        row(item.messages[0].text, replies[index % 2], group=str(index))
+        for index, item in enumerate(_applications(24, 1))
     ]
     adapter = SimpleNamespace(path=workspace.path)
     return audit(adapter, _Pair(), examples, AuditOptions(**values), lambda line: None)  # type: ignore[arg-type]

@@ -38,7 +38,19 @@ from pathlib import Path
 from typing import Any
 
 # what libraries read while they are imported
-READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "PYTORCH", "OMP_", "MKL_", "OPENBLAS_", "POLARS_", "PYTHON", "LD_", "CUDA")
+READ_AT_IMPORT = (
+    "HF_",
+    "TRANSFORMERS_",
+    "TORCH",
+    "PYTORCH",
+    "OMP_",
+    "MKL_",
+    "OPENBLAS_",
+    "POLARS_",
+    "PYTHON",
+    "LD_",
+    "CUDA",
+)
 # peft sets the first in any process that imports it, so a test that does would leave all later commands cold; of the second
 # a fork does as it says
 NOT_COMPARED = ("TORCHINDUCTOR_CACHE_DIR", "PYTHONUNBUFFERED")
@@ -88,11 +100,17 @@ def commands(folder: Path) -> Iterator[dict[str, str]]:
     folder.mkdir(parents=True)
     address, real = folder / "s", Path(sysconfig.get_path("scripts"))
     inside = {**os.environ, **OFFLINE}
-    known = {name: value for name, value in inside.items() if name.startswith(READ_AT_IMPORT) and name not in NOT_COMPARED}
+    known = {
+        name: value for name, value in inside.items() if name.startswith(READ_AT_IMPORT) and name not in NOT_COMPARED
+    }
     for name in ("sartor", "python", "python3", FLOWER_CLIENT):
         fields = {"python": sys.executable, "real": str(real / name), "address": str(address), "known": known}
         text = CLIENT.format(
-            **fields, prefixes=READ_AT_IMPORT, left_out=NOT_COMPARED, name=name, signals=[int(one) for one in FORWARDED]
+            **fields,
+            prefixes=READ_AT_IMPORT,
+            left_out=NOT_COMPARED,
+            name=name,
+            signals=[int(one) for one in FORWARDED],
         )
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)

@@ -28,10 +28,19 @@ INTENT = {
     "additionalProperties": False,
 }
 NESTED = {
-    "$defs": {"leaf": {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}}, "required": ["n"],
-                       "additionalProperties": False}},
-    "type": "array", "minItems": 1, "maxItems": 3, "items": {"anyOf": [{"$ref": "#/$defs/leaf"}, {"type": "null"}]},
-}  # fmt: skip
+    "$defs": {
+        "leaf": {
+            "type": "object",
+            "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
+            "required": ["n"],
+            "additionalProperties": False,
+        }
+    },
+    "type": "array",
+    "minItems": 1,
+    "maxItems": 3,
+    "items": {"anyOf": [{"$ref": "#/$defs/leaf"}, {"type": "null"}]},
+}
 PATTERN = {"type": "string", "pattern": "^[a-c]{2,4}-[0-9]+$", "maxLength": 9}
 NUMBERS = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
 
@@ -135,16 +144,29 @@ def test_a_token_beyond_the_mask_is_an_error(chat: ChatTokenizer, grammar: Gramm
 @pytest.mark.parametrize(
     ("schema", "says"),
     [
-        ("{", "no JSON"), ("[]", "no object"), ("true", "no object"), ('{"const":NaN}', "NaN"), ('{"const":1e400}', "out of range"),
-        ("\ud800", "no JSON"), ('{"a":' * 100 + "1" + "}" * 100, f"deeper than {DEEPEST}"), ("[" * 60_000, f"deeper than {DEEPEST}"),
-        (json.dumps({"description": "x" * MOST_BYTES}), f"at most {MOST_BYTES}"), ('{"type":"strin"}', "strin"),
-        ('{"type":"array","uniqueItems":true}', "uniqueItems"), ('{"$ref":"http://example.com/a"}', "nothing is fetched"), ('{"$ref":"#"}', "refers to itself"),
-        ('{"type":"string","pattern":"((("}', "regex"), ('{"items":{"x-guidance":{"lenient":true}}}', "x-guidance"), ('{"enum":[]}', ""),
+        ("{", "no JSON"),
+        ("[]", "no object"),
+        ("true", "no object"),
+        ('{"const":NaN}', "NaN"),
+        ('{"const":1e400}', "out of range"),
+        ("\ud800", "no JSON"),
+        ('{"a":' * 100 + "1" + "}" * 100, f"deeper than {DEEPEST}"),
+        ("[" * 60_000, f"deeper than {DEEPEST}"),
+        (json.dumps({"description": "x" * MOST_BYTES}), f"at most {MOST_BYTES}"),
+        ('{"type":"strin"}', "strin"),
+        ('{"type":"array","uniqueItems":true}', "uniqueItems"),
+        ('{"$ref":"http://example.com/a"}', "nothing is fetched"),
+        ('{"$ref":"#"}', "refers to itself"),
+        ('{"type":"string","pattern":"((("}', "regex"),
+        ('{"items":{"x-guidance":{"lenient":true}}}', "x-guidance"),
+        ('{"enum":[]}', ""),
         ('{"type":"integer","minimum":5,"maximum":3}', "minimum"),
-        ('{"oneOf":[{"type":"string"},{"type":"string","minLength":2}]}', "oneOf"), ('{"multipleOf":0}', "multipleOf"),
-        ('{"anyOf":[{"$ref":"#/$defs/a"}],"$defs":{"a":{"$ref":"#"}}}', "refers to itself"), ('{"anyOf":[]}', "holds nothing"),
+        ('{"oneOf":[{"type":"string"},{"type":"string","minLength":2}]}', "oneOf"),
+        ('{"multipleOf":0}', "multipleOf"),
+        ('{"anyOf":[{"$ref":"#/$defs/a"}],"$defs":{"a":{"$ref":"#"}}}', "refers to itself"),
+        ('{"anyOf":[]}', "holds nothing"),
     ],
-)  # fmt: skip
+)
 def test_a_schema_that_cannot_be_obeyed_is_refused(grammar: Grammar, schema: str, says: str) -> None:
     with pytest.raises(RequestError, match=".") as refused:
         grammar.constraint(schema)

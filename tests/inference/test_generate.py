@@ -20,9 +20,17 @@ from sartor.inference.generate import Chooser, Generation, generate, sampling_pr
 from sartor.models.adapters import inject_lora
 
 SHAPE = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
 ARCHITECTURES = {
     "Llama": {},
     "Mistral": {"sliding_window": 8},
@@ -41,8 +49,14 @@ def model(name: str = "Llama") -> Any:
     """
     torch.manual_seed(0)
     own = ARCHITECTURES[name]
-    config = getattr(transformers, f"{name}Config")(**({"vocab_size": 320, **own} if name == "GPT2" else {**SHAPE, **own}))
-    made = transformers.AutoModelForCausalLM.from_config(config).eval().to(torch.float32 if name == "Gemma2" else torch.float64)
+    config = getattr(transformers, f"{name}Config")(
+        **({"vocab_size": 320, **own} if name == "GPT2" else {**SHAPE, **own})
+    )
+    made = (
+        transformers.AutoModelForCausalLM.from_config(config)
+        .eval()
+        .to(torch.float32 if name == "Gemma2" else torch.float64)
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() > 1:
@@ -63,7 +77,9 @@ def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
 LENGTHS = (9, 1, 30, 4, 17, 12)
 
 
-def reply(made: Any, asked: Sequence[Sequence[int]], *, stop: Sequence[int] = (NEVER,), **more: Any) -> list[Generation]:
+def reply(
+    made: Any, asked: Sequence[Sequence[int]], *, stop: Sequence[int] = (NEVER,), **more: Any
+) -> list[Generation]:
     rows = {"batch_rows": more.pop("batch_rows")} if "batch_rows" in more else {}
     return generate(made, asked, stop=stop, pad=0, sampling=Sampling(**{"max_tokens": 16, **more}), **rows)
 
@@ -142,7 +158,9 @@ def test_a_stop_on_the_last_allowed_token_counts_as_a_stop(llama: Any) -> None:
 @pytest.mark.parametrize("max_tokens", [1, 2, 7])
 def test_a_reply_holds_at_most_max_tokens(llama: Any, max_tokens: int) -> None:
     whole = [one.ids for one in reply(llama, prompts(*LENGTHS))]
-    assert reply(llama, prompts(*LENGTHS), max_tokens=max_tokens) == [Generation(ids[:max_tokens], "length") for ids in whole]
+    assert reply(llama, prompts(*LENGTHS), max_tokens=max_tokens) == [
+        Generation(ids[:max_tokens], "length") for ids in whole
+    ]
 
 
 def test_sampling_is_the_same_for_a_seed_and_another_for_another(llama: Any) -> None:
@@ -178,7 +196,9 @@ def test_the_narrowest_sampling_is_greedy(llama: Any, settings: dict[str, float]
 
 @given(st.lists(st.floats(-6, 6), min_size=2, max_size=12), st.floats(0.01, 1), st.floats(0.2, 3))
 @settings(max_examples=60, deadline=None)
-def test_a_sampled_token_lies_in_the_smallest_likely_set(logits: list[float], top_p: float, temperature: float) -> None:
+def test_a_sampled_token_lies_in_the_smallest_likely_set(
+    logits: list[float], top_p: float, temperature: float
+) -> None:
     probabilities = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(-1).tolist()
     choose = Chooser(Sampling(temperature=temperature, top_p=top_p), 20)
     for token in choose(torch.tensor([logits] * 20), range(20)):
@@ -186,7 +206,9 @@ def test_a_sampled_token_lies_in_the_smallest_likely_set(logits: list[float], to
         assert likelier < top_p + 1e-6
 
 
-@pytest.mark.parametrize("logits", [[3.0, 1.0, -2.0], [300.0, 299.0, float("-inf")], [-1e4, -2e4, -3e4], [0.0, 0.0, 0.0]])
+@pytest.mark.parametrize(
+    "logits", [[3.0, 1.0, -2.0], [300.0, 299.0, float("-inf")], [-1e4, -2e4, -3e4], [0.0, 0.0, 0.0]]
+)
 @pytest.mark.parametrize(
     ("temperature", "top_p"), [(5e-324, 1.0), (1e-40, 0.5), (2.0, 5e-324), (5e-324, 5e-324), (1e-7, 1e-300)]
 )

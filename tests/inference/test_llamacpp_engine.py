@@ -61,7 +61,12 @@ def test_the_base_answers(engine: LlamaCppEngine) -> None:
         engine, GenerateCall(id="a", messages=ASKED, sampling=Sampling(max_tokens=40, stop=("Marse",)), top_logprobs=2)
     )["a"]
     done = told[-1]
-    assert isinstance(done, ReplyDone) and done.finish == "stop" and done.prompt_tokens == 37 and 0 < done.reply_tokens < 40
+    assert (
+        isinstance(done, ReplyDone)
+        and done.finish == "stop"
+        and done.prompt_tokens == 37
+        and 0 < done.reply_tokens < 40
+    )
     pieces = [event for event in told if isinstance(event, TextDelta) and event.logprobs]
     assert "Marse" not in text_of(told) and all(
         len(item.top) == 2 and item.logprob <= 0 for piece in pieces for item in piece.logprobs
@@ -80,7 +85,9 @@ def test_every_adapter_answers_as_it_does_alone_and_the_base_as_before(
         for name in ("", *adapters)
     }
     calls = [
-        GenerateCall(id=f"{name}/{turn}", messages=ASKED, sampling=SHORT, adapter=name) for turn in range(2) for name in alone
+        GenerateCall(id=f"{name}/{turn}", messages=ASKED, sampling=SHORT, adapter=name)
+        for turn in range(2)
+        for name in alone
     ]
     mixed = {call: text_of(events) for call, events in answer(engine, *calls).items()}
     assert mixed == {f"{name}/{turn}": text for name, text in alone.items() for turn in range(2)}
@@ -120,7 +127,9 @@ def test_an_adapter_that_the_server_does_not_start_with_fails_its_own_calls(
     engine.attach("good", adapters["d0"])
     engine.attach("bad", adapters["d1"])
     engine._adapters["bad"].write_bytes(b"GGUF, and then nothing")
-    told = answer(engine, *(GenerateCall(id=name, messages=ASKED, sampling=SHORT, adapter=name) for name in ("bad", "")))
+    told = answer(
+        engine, *(GenerateCall(id=name, messages=ASKED, sampling=SHORT, adapter=name) for name in ("bad", ""))
+    )
     (failed,) = told["bad"]
     assert isinstance(failed, ReplyFailed) and failed.kind == "ModelError" and text_of(told[""])
 
@@ -147,7 +156,9 @@ def test_cancelled_calls_end(engine: LlamaCppEngine) -> None:
         if isinstance(event, TextDelta):
             engine.cancel(event.call)
 
-    (*_, done) = answer(engine, GenerateCall(id="a", messages=ASKED, sampling=Sampling(max_tokens=500)), also=cancel)["a"]
+    (*_, done) = answer(engine, GenerateCall(id="a", messages=ASKED, sampling=Sampling(max_tokens=500)), also=cancel)[
+        "a"
+    ]
     assert isinstance(done, ReplyDone) and done.finish == "cancelled" and done.reply_tokens < 400
 
 
@@ -162,11 +173,21 @@ def test_a_schema_is_obeyed(engine: LlamaCppEngine) -> None:
     )
     told = answer(engine, GenerateCall(id="a", messages=ASKED, sampling=Sampling(max_tokens=40), schema=schema))["a"]
     assert json.loads(text_of(told))["city"] in ("Paris 🎉", "日本語")
-    find = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {"n": {"const": 3}},
-            "required": ["n"], "additionalProperties": False}}}  # fmt: skip
-    done = answer(engine, GenerateCall(id="b", messages=ASKED, sampling=Sampling(max_tokens=60), tools=(find,), must_call="*"))[
-        "b"
-    ][-1]
+    find = {
+        "type": "function",
+        "function": {
+            "name": "find",
+            "parameters": {
+                "type": "object",
+                "properties": {"n": {"const": 3}},
+                "required": ["n"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    done = answer(
+        engine, GenerateCall(id="b", messages=ASKED, sampling=Sampling(max_tokens=60), tools=(find,), must_call="*")
+    )["b"][-1]
     assert isinstance(done, ReplyDone) and [call["function"]["arguments"] for call in done.tool_calls] == ['{"n": 3}']
     with pytest.raises(RequestError, match="uniqueItems"):
         engine.submit(GenerateCall(id="c", messages=ASKED, schema='{"type":"array","uniqueItems":true}'))
@@ -202,7 +223,9 @@ def test_a_file_of_another_base_is_refused(tiny_base: Path, engine: LlamaCppEngi
         open_engine("starter", gguf="/nowhere/base.gguf")
 
 
-def test_the_engine_over_http_reads_llama_cpps_own_server(engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_over_http_reads_llama_cpps_own_server(
+    engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inner = engine._inner
     assert inner is not None
     monkeypatch.setenv("INNER_KEY", inner.headers["Authorization"].removeprefix("Bearer "))
@@ -216,9 +239,14 @@ def test_the_engine_over_http_reads_llama_cpps_own_server(engine: LlamaCppEngine
     over.close()
     assert json.loads(text_of(obeyed)) == {"n": 7}
     assert (
-        text_of(told) == text_of(answer(engine, call)["a"]) and isinstance(told[-1], ReplyDone) and told[-1].reply_tokens == 8
+        text_of(told) == text_of(answer(engine, call)["a"])
+        and isinstance(told[-1], ReplyDone)
+        and told[-1].reply_tokens == 8
     )
-    assert over.about.device == "llamacpp" and sum(len(event.logprobs) for event in told if isinstance(event, TextDelta)) == 8
+    assert (
+        over.about.device == "llamacpp"
+        and sum(len(event.logprobs) for event in told if isinstance(event, TextDelta)) == 8
+    )
 
 
 def test_a_base_without_a_gguf_file_is_given_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

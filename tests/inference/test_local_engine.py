@@ -63,7 +63,9 @@ def needs_kernels() -> None:
 
 
 @pytest.fixture
-def engine(way: tuple[str, torch.dtype], base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalEngine]:
+def engine(
+    way: tuple[str, torch.dtype], base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LocalEngine]:
     if way[0] == "torch":
         monkeypatch.setattr(cpu, "load", no_kernels)
     else:
@@ -134,7 +136,8 @@ def test_replies_are_those_of_peft(base: Base, tmp_path: Path) -> None:
     prompts = [base.chat.prompt_ids(messages(LONG[:40])), base.chat.prompt_ids(messages(LONG))]
     tuned = adapters.open_adapter(base.model, path)
     wanted = [
-        made.ids for made in generate(tuned, prompts, stop=base.chat.stops, pad=base.chat.pad, sampling=Sampling(max_tokens=12))
+        made.ids
+        for made in generate(tuned, prompts, stop=base.chat.stops, pad=base.chat.pad, sampling=Sampling(max_tokens=12))
     ]
     adapters.undo(tuned)
     assert not isinstance(base.model, peft.PeftModel)
@@ -164,7 +167,9 @@ def test_a_prefix_is_used_again_within_an_adapter_and_changes_nothing(engine: Lo
     assert cold == warm
 
 
-def test_an_adapter_that_is_attached_again_meets_nothing_stale(engine: LocalEngine, tmp_path: Path, base: Base) -> None:
+def test_an_adapter_that_is_attached_again_meets_nothing_stale(
+    engine: LocalEngine, tmp_path: Path, base: Base
+) -> None:
     before = replies(engine, calls("a0"))["0"]
     engine.detach("a0")
     with pytest.raises(ModelError, match="attached"):
@@ -230,7 +235,9 @@ def test_stop_texts_logprobs_and_penalties(engine: LocalEngine) -> None:
     assert replies(engine, calls("", tokens=10, stop=(stop,)))["0"] == whole[: whole.index(stop)]
     assert replies(engine, calls("", tokens=10, frequency_penalty=2.0, presence_penalty=2.0))["0"] != whole
     engine.submit(GenerateCall("l", messages=calls("")[0].messages, sampling=Sampling(max_tokens=5), top_logprobs=3))
-    pieces = [event for _ in iter(lambda: engine.busy, False) for event in engine.step() if isinstance(event, TextDelta)]
+    pieces = [
+        event for _ in iter(lambda: engine.busy, False) for event in engine.step() if isinstance(event, TextDelta)
+    ]
     told = [item for piece in pieces for item in piece.logprobs]
     assert sum(piece.tokens for piece in pieces) == len(told) == 5
     assert all(item.logprob == item.top[0][1] and len(item.top) == 3 for item in told)
@@ -286,7 +293,9 @@ def test_the_compiled_blocks_compute_as_torch_does(
     ("change", "named"),
     [({"use_dora": True}, "use_dora"), ({"r": 3}, "rank 3"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias")],
 )
-def test_an_adapter_that_cannot_be_computed_is_refused(base: Base, tmp_path: Path, change: dict[str, Any], named: str) -> None:
+def test_an_adapter_that_cannot_be_computed_is_refused(
+    base: Base, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
     path = loras.write_lora(tmp_path / "a", base.model.config.to_dict(), seed=0, rank=2)
     config = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps(config | change))

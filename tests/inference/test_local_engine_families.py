@@ -48,7 +48,10 @@ def opened(kind: str, dtype: torch.dtype, folder: Path) -> tuple[Any, list[torch
 def runs(blocks: Any, first: int = 0) -> list[TokenRun]:
     """PROMPTS without and with the adapter, each in pages of its own."""
     slots = [-1] * 3 + [blocks.factors.slot("a")] * 3
-    return [TokenRun(PROMPTS[n % 3], 0, tuple(range(first + 3 * n, first + 3 * n + 3)), slot) for n, slot in enumerate(slots)]
+    return [
+        TokenRun(PROMPTS[n % 3], 0, tuple(range(first + 3 * n, first + 3 * n + 3)), slot)
+        for n, slot in enumerate(slots)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -63,7 +66,11 @@ def test_every_family_is_transformers_own(kind: str, dtype: torch.dtype, tmp_pat
 
 
 # What a processor must have for the kernels of lesser ones: what is promised holds on each, so each is tested where it runs
-LEVELS = {"x86-64": "sse2", "x86-64-v3": "avx2 fma bmi2 f16c movbe", "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl"}
+LEVELS = {
+    "x86-64": "sse2",
+    "x86-64-v3": "avx2 fma bmi2 f16c movbe",
+    "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
+}
 
 
 @pytest.fixture(params=["native", *LEVELS])
@@ -111,7 +118,9 @@ def test_what_a_reply_leaves_in_the_cache_is_what_a_prompt_would(blocks: Any) ->
         whole = blocks.advance([run], [0]).logits
         blocks.advance([TokenRun(run.ids[:half], 0, (40, 41, 42), run.slot)], [])
         for place in range(half, len(run.ids)):
-            written = blocks.advance([TokenRun(run.ids[place : place + 1], place, (40, 41, 42), run.slot, newest=True)], [0])
+            written = blocks.advance(
+                [TokenRun(run.ids[place : place + 1], place, (40, 41, 42), run.slot, newest=True)], [0]
+            )
         assert torch.equal(whole, written.logits)
 
 
@@ -130,13 +139,17 @@ def test_what_is_drawn_has_the_chances_that_likely_says(top_p: float) -> None:
     kept = 600 if top_p == 1 else int((ordered.values.cumsum(-1) - ordered.values < top_p).sum())
     assert set(chances.nonzero()[:, 0].tolist()) == set(ordered.indices[:kept].tolist())
     drawn_with = prompt_generator(Sampling(seed=1))
-    counts = torch.bincount(torch.tensor([sample_token(chances, drawn_with) for _ in range(4000)]), minlength=600).double()
+    counts = torch.bincount(
+        torch.tensor([sample_token(chances, drawn_with) for _ in range(4000)]), minlength=600
+    ).double()
     shares = chances.double() / chances.double().sum()
     assert not counts[chances == 0].any()
     assert (counts / 4000 - shares).abs().max() < 0.04
 
 
-STARTER_TEXTS = [f"Tell me {what} in one sentence." for what in ("a story", "the time", "what rain is", "why cats sleep")] * 2
+STARTER_TEXTS = [
+    f"Tell me {what} in one sentence." for what in ("a story", "the time", "what rain is", "why cats sleep")
+] * 2
 
 
 @pytest.mark.circle
@@ -161,7 +174,10 @@ def test_eight_adapters_on_the_starter_say_what_each_says_alone(
     engine = LocalEngine(base, rows=8, cache_tokens=4096)
     for n, path in enumerate(paths):
         engine.attach(f"a{n}", path)
-    asked = [GenerateCall(f"{n}", f"a{n}", text=text, sampling=Sampling(max_tokens=16)) for n, text in enumerate(STARTER_TEXTS)]
+    asked = [
+        GenerateCall(f"{n}", f"a{n}", text=text, sampling=Sampling(max_tokens=16))
+        for n, text in enumerate(STARTER_TEXTS)
+    ]
     together = replies(engine, asked)
     assert not any(text.endswith("Error>") for text in together.values())
     assert together == {call.id: replies(engine, [call])[call.id] for call in asked}

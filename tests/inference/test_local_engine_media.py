@@ -171,7 +171,9 @@ def test_a_call_may_be_cancelled_or_its_adapter_go_while_a_tower_looks(made: Pat
         ("one", {"type": "input_audio", "input_audio": {"data": "AA", "format": 3}}, "not base64"),
     ],
 )
-def test_media_that_cannot_be_read_fail_alone(made: Path, tower: type[Fake], adapter: str, part: Any, problem: str) -> None:
+def test_media_that_cannot_be_read_fail_alone(
+    made: Path, tower: type[Fake], adapter: str, part: Any, problem: str
+) -> None:
     engine = engine_of(made, "one", "text")
     plain = part if isinstance(part, dict) else part.plain()
     asked = GenerateCall("bad", adapter, ({"role": "user", "content": [plain]},), sampling=LIMIT)

@@ -56,9 +56,18 @@ def test_a_reply_is_streamed(engine: RemoteEngine, fake: Fake) -> None:
     ids = body.pop("prompt")
     assert events[-1] == ReplyDone("a", "stop", len(ids), 7, 4) and all(isinstance(token, int) for token in ids)
     assert body == {
-        "model": "tiny", "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["\n"], "frequency_penalty": 1,
-        "presence_penalty": -1, "stop_token_ids": [2], "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
+        "model": "tiny",
+        "max_tokens": 9,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 3,
+        "stop": ["\n"],
+        "frequency_penalty": 1,
+        "presence_penalty": -1,
+        "stop_token_ids": [2],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     assert (engine.about.kind, engine.about.device, engine.about.context_tokens) == ("openai", "vllm", 400)
 
 
@@ -88,7 +97,9 @@ def test_an_adapter_that_the_server_refuses_is_refused(engine: RemoteEngine, tmp
         engine.submit(GenerateCall(id="c", text="x", adapter="d1"))
 
 
-def test_without_run_time_loading_only_what_the_server_lists_is_served(fake: Fake, tiny_base: Path, tmp_path: Path) -> None:
+def test_without_run_time_loading_only_what_the_server_lists_is_served(
+    fake: Fake, tiny_base: Path, tmp_path: Path
+) -> None:
     fake.roots |= {"faq": str(tmp_path / "faq"), "d2": "/elsewhere"}
     fake.replies |= {"faq": ["from faq"], "d2": ["from d2"]}
     engine = open_engine(str(tiny_base), url=fake.url)
@@ -98,7 +109,9 @@ def test_without_run_time_loading_only_what_the_server_lists_is_served(fake: Fak
         engine.attach("d3", tmp_path / "other")
     told = answer(engine, GenerateCall(id="a", text="x", adapter="d1"), GenerateCall(id="b", text="x", adapter="d2"))
     engine.detach("d1")
-    assert (text_of(told["a"]), text_of(told["b"])) == ("from faq", "from d2") and not fake.of("/v1/unload_lora_adapter")
+    assert (text_of(told["a"]), text_of(told["b"])) == ("from faq", "from d2") and not fake.of(
+        "/v1/unload_lora_adapter"
+    )
     engine.close()
 
 
@@ -120,13 +133,23 @@ def test_what_fails_before_the_first_token_is_asked_again(engine: RemoteEngine, 
 
 @pytest.mark.parametrize(
     ("fault", "kind", "asked"),
-    [(503, "UnavailableError", 3), (429, "BusyError", 3), (400, "RequestError", 1), (422, "RequestError", 1), (401, "UnavailableError", 3),
-     (404, "ModelError", 1)],
-)  # fmt: skip
+    [
+        (503, "UnavailableError", 3),
+        (429, "BusyError", 3),
+        (400, "RequestError", 1),
+        (422, "RequestError", 1),
+        (401, "UnavailableError", 3),
+        (404, "ModelError", 1),
+    ],
+)
 def test_errors_are_typed(engine: RemoteEngine, fake: Fake, fault: int, kind: str, asked: int) -> None:
     fake.faults = [fault] * 9
     (failed,) = answer(engine, GenerateCall(id="a", text="x"))["a"]
-    assert isinstance(failed, ReplyFailed) and (failed.kind, len(fake.of("/v1/completions"))) == (kind, asked) and failed.remedy
+    assert (
+        isinstance(failed, ReplyFailed)
+        and (failed.kind, len(fake.of("/v1/completions"))) == (kind, asked)
+        and failed.remedy
+    )
 
 
 def test_what_breaks_off_after_the_first_token_is_not_asked_again(engine: RemoteEngine, fake: Fake) -> None:
@@ -139,11 +162,15 @@ def test_what_breaks_off_after_the_first_token_is_not_asked_again(engine: Remote
 @pytest.mark.parametrize(
     "sent", ["{}", "[]", "{", '{"choices":[{}]}', '{"choices":3}', '{"error":{"message":"boom"}}', '{"usage":3}']
 )
-def test_events_of_another_form_fail_their_own_reply(engine: RemoteEngine, fake: Fake, sent: str, monkeypatch: Any) -> None:
+def test_events_of_another_form_fail_their_own_reply(
+    engine: RemoteEngine, fake: Fake, sent: str, monkeypatch: Any
+) -> None:
     import openai_fake
 
     whole = openai_fake._Answers._event
-    monkeypatch.setattr(openai_fake._Answers, "_event", lambda self, said: whole(self, sent if "usage" not in said else said))
+    monkeypatch.setattr(
+        openai_fake._Answers, "_event", lambda self, said: whole(self, sent if "usage" not in said else said)
+    )
     fake.faults = []
     *_, failed = answer(engine, GenerateCall(id="a", text="x"))["a"]
     assert isinstance(failed, ReplyFailed) and failed.kind == "UnavailableError"
@@ -188,7 +215,12 @@ def test_more_than_may_wait_is_refused_and_a_waiting_call_can_be_cancelled(engin
 
 
 def test_a_schema_is_sent_and_its_reply_checked(engine: RemoteEngine, fake: Fake) -> None:
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
     call = GenerateCall(id="a", text="x", schema=json.dumps(schema))
     fake.replies["tiny"] = ['{\n\n  "n"', ": 4", "}"]
     assert json.loads(text_of(answer(engine, call)["a"])) == {"n": 4}
@@ -203,16 +235,28 @@ def test_tools_are_called(engine: RemoteEngine, fake: Fake) -> None:
     fake.replies["tiny"] = ["I look.", "<tool_", 'call>{"name": "find", ', '"arguments": {}}</tool_call>']
     events = answer(engine, GenerateCall(id="a", messages=ASKED, tools=(find,)))["a"]
     done = events[-1]
-    assert text_of(events) == "I look." and isinstance(done, ReplyDone) and done.tool_calls[0]["function"]["name"] == "find"
+    assert (
+        text_of(events) == "I look."
+        and isinstance(done, ReplyDone)
+        and done.tool_calls[0]["function"]["name"] == "find"
+    )
 
 
 @pytest.mark.parametrize(
     "said",
     [
         {"tokens": ["the"], "token_logprobs": [-0.5], "top_logprobs": [{"the": -0.5, "a": -1.0}], "text_offset": [0]},
-        {"content": [{"token": "the", "logprob": -0.5, "top_logprobs": [{"token": "the", "logprob": -0.5}, {"token": "a", "logprob": -1}]}]},
+        {
+            "content": [
+                {
+                    "token": "the",
+                    "logprob": -0.5,
+                    "top_logprobs": [{"token": "the", "logprob": -0.5}, {"token": "a", "logprob": -1}],
+                }
+            ]
+        },
     ],
-)  # fmt: skip
+)
 def test_logprobs_of_both_forms(engine: RemoteEngine, fake: Fake, said: Any) -> None:
     fake.replies["tiny"], fake.extra = ["the"], {"0": {"logprobs": said}, "finish": "length"}
     piece, done = answer(engine, GenerateCall(id="a", text="x", top_logprobs=2))["a"]
@@ -229,9 +273,9 @@ def test_the_key_is_sent_and_never_said(fake: Fake, tiny_base: Path, monkeypatch
         open_engine(str(tiny_base), url=fake.url)
     monkeypatch.setenv("TINY_KEY", "secret-7")
     engine = open_engine(str(tiny_base), url=fake.url, key_env="TINY_KEY")
-    assert text_of(answer(engine, GenerateCall(id="a", text="x"))["a"]) == "the sky is blue" and "secret-7" not in repr(
-        engine.about
-    )
+    assert text_of(
+        answer(engine, GenerateCall(id="a", text="x"))["a"]
+    ) == "the sky is blue" and "secret-7" not in repr(engine.about)
     engine.close()
 
 

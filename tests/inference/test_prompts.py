@@ -23,7 +23,9 @@ TOOL_TEMPLATE = (
 # as DeepSeek's does: the arguments' text where it stands
 TEXT_TEMPLATE = TOOL_TEMPLATE.replace("{{ c.function.arguments | tojson }}", "{{ 'say ' + c.function.arguments }}")
 # as Gemma's does
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + tiny.CHATML
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + tiny.CHATML
+)
 FIND = {
     "type": "function",
     "function": {"name": "find", "parameters": {"type": "object", "properties": {"q": {"type": "string"}}}},
@@ -56,21 +58,33 @@ def test_a_template_that_writes_tools_is_given_them() -> None:
         and not writes_tools(ChatTokenizer(tiny.tokenizer(None)))
     )
     text = rendered(TOOL_TEMPLATE, ASKED, CALLED, RETURNED, tools=(FIND,))
-    assert '"name": "find"' in text.partition("<|im_start|>user")[0] and '<tool_call>find {"q": "sky"}</tool_call>' in text
+    assert (
+        '"name": "find"' in text.partition("<|im_start|>user")[0]
+        and '<tool_call>find {"q": "sky"}</tool_call>' in text
+    )
     assert "<|im_start|>tool\nblue" in text and "<tools>" not in text
 
 
 def test_a_template_that_wants_arguments_as_text_is_given_text() -> None:
-    assert '<tool_call>find say {"q": "sky"}</tool_call>' in rendered(TEXT_TEMPLATE, ASKED, CALLED, RETURNED, tools=(FIND,))
+    assert '<tool_call>find say {"q": "sky"}</tool_call>' in rendered(
+        TEXT_TEMPLATE, ASKED, CALLED, RETURNED, tools=(FIND,)
+    )
 
 
 def test_a_template_without_tools_is_given_the_stated_text() -> None:
-    text = rendered(tiny.CHATML, {"role": "system", "content": "be short"}, ASKED, CALLED, RETURNED, RETURNED, tools=(FIND,))
+    text = rendered(
+        tiny.CHATML, {"role": "system", "content": "be short"}, ASKED, CALLED, RETURNED, RETURNED, tools=(FIND,)
+    )
     system, _, rest = text.partition("<|im_end|>")
     assert (
-        system.startswith("<|im_start|>system\nbe short\n\nYou may call") and '"name": "find"' in system and "{{" not in system
+        system.startswith("<|im_start|>system\nbe short\n\nYou may call")
+        and '"name": "find"' in system
+        and "{{" not in system
     )
-    assert '<|im_start|>assistant\n<tool_call>\n{"name": "find", "arguments": {"q": "sky"}}\n</tool_call><|im_end|>' in rest
+    assert (
+        '<|im_start|>assistant\n<tool_call>\n{"name": "find", "arguments": {"q": "sky"}}\n</tool_call><|im_end|>'
+        in rest
+    )
     assert (
         rest.count("<|im_start|>user\n<tool_response>\nblue\n</tool_response>\n<tool_response>") == 1
         and "<|im_start|>tool" not in rest
@@ -97,7 +111,9 @@ def test_a_raw_text_opens_as_in_pretraining() -> None:
     from tokenizers.processors import TemplateProcessing
 
     made = tiny.tokenizer()
-    made.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
     chat = ChatTokenizer(made)
     assert prompt_ids(chat, GenerateCall(id="c", text="the sky"), 512)[0] == 0
     assert prompt_ids(chat, GenerateCall(id="c", messages=(ASKED,)), 512)[0] == chat.tokenizer.convert_tokens_to_ids(
@@ -108,15 +124,22 @@ def test_a_raw_text_opens_as_in_pretraining() -> None:
 @pytest.mark.parametrize(
     ("message", "says"),
     [
-        (3, "role"), ({}, "role"), ({"role": "robot", "content": "a"}, "robot"), ({"role": ["user"], "content": "a"}, "role"),
-        ({"role": "user"}, "content"), ({"role": "user", "content": 3}, "int"), ({"role": "user", "content": {"a": 1}}, "dict"),
+        (3, "role"),
+        ({}, "role"),
+        ({"role": "robot", "content": "a"}, "robot"),
+        ({"role": ["user"], "content": "a"}, "role"),
+        ({"role": "user"}, "content"),
+        ({"role": "user", "content": 3}, "int"),
+        ({"role": "user", "content": {"a": 1}}, "dict"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://10.0.0.1"}}]}, "no data URL"),
-        ({"role": "user", "content": ["a"]}, "part of type None"), ({"role": "user", "content": [{"type": "text"}]}, "without text"),
-        ({"role": "user", "content": "a", "name": 3}, "name"), ({"role": "assistant", "content": "a", "tool_calls": "x"}, "tool call"),
+        ({"role": "user", "content": ["a"]}, "part of type None"),
+        ({"role": "user", "content": [{"type": "text"}]}, "without text"),
+        ({"role": "user", "content": "a", "name": 3}, "name"),
+        ({"role": "assistant", "content": "a", "tool_calls": "x"}, "tool call"),
         ({"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": 3}}]}, "tool call"),
         ({"role": "assistant", "content": "a", "tool_calls": [3]}, "tool call"),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_message_is_refused(message: Any, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         rendered(tiny.CHATML, message)
@@ -143,7 +166,11 @@ def test_a_huge_prompt_is_not_read_to_its_end(form: str, monkeypatch: pytest.Mon
     huge = "the sky is blue. " * 120_000
     chat = ChatTokenizer(tiny.tokenizer())
     read: list[int] = []
-    call = GenerateCall("c", text=huge) if form == "text" else GenerateCall("c", messages=({"role": "user", "content": huge},))
+    call = (
+        GenerateCall("c", text=huge)
+        if form == "text"
+        else GenerateCall("c", messages=({"role": "user", "content": huge},))
+    )
     kind, given = type(chat.tokenizer), type(chat.tokenizer).__call__
 
     def counting(self: Any, text: str, **options: Any) -> Any:

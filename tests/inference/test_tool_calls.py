@@ -22,7 +22,10 @@ from sartor.models.chat import ChatTokenizer
 
 
 def tool(name: str, parameters: Any = None) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters or {"type": "object"}}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": "d", "parameters": parameters or {"type": "object"}},
+    }
 
 
 TREE = {
@@ -61,7 +64,11 @@ TURN = '{"name": "turn_on", "arguments": {}}'
     ("text", "content", "names"),
     [
         (f"<tool_call>\n{FIND}\n</tool_call>", "", ["find"]),
-        (f"I look.\n<tool_call>{FIND}</tool_call>\n<tool_call>\n{TURN}\n</tool_call>\n", "I look.\n", ["find", "turn_on"]),
+        (
+            f"I look.\n<tool_call>{FIND}</tool_call>\n<tool_call>\n{TURN}\n</tool_call>\n",
+            "I look.\n",
+            ["find", "turn_on"],
+        ),
         (f"<tool_call>{FIND}", "", ["find"]),
         (f"<tool_call>```json\n{FIND}\n```</tool_call>", "", ["find"]),
         (FIND, "", ["find"]),
@@ -74,7 +81,7 @@ TURN = '{"name": "turn_on", "arguments": {}}'
         ('{"name": "find", "arguments": "{\\"q\\": \\"a\\"}"}', "", ["find"]),
         (f"<tool_call> no <tool_call>{FIND}</tool_call>", "<tool_call> no ", ["find"]),
     ],
-)  # fmt: skip
+)
 def test_calls_are_found_however_the_text_is_cut(text: str, content: str, names: list[str]) -> None:
     for cuts in ([], range(len(text)), [1], [5, 9, 12], [len(text) - 1]):
         told, rest, calls = read(text, cuts=list(cuts))
@@ -85,12 +92,30 @@ def test_calls_are_found_however_the_text_is_cut(text: str, content: str, names:
 @pytest.mark.parametrize(
     "text",
     [
-        "The sky is blue.", "", "  ", "{", '{"name": "find"}', '{"name": "find", "arguments": [1]}', '{"name": "other", "arguments": {}}',
-        '{"name": 3, "arguments": {}}', '{"intent": "HassTurnOn"}', FIND + " and more", "<tool_call>" + FIND[:-1] + "</tool_call>",
-        "<tool_call></tool_call>", "<tool_call>", "a <tool", f"{FIND}; 3", "[" * 3000, '{"name": "find", "arguments": {"a": NaN}}',
-        "```", "<|python_tag|>print(1)", '{"a":' * 3000, "[]", '{"name": "find", "arguments": "{"}',
+        "The sky is blue.",
+        "",
+        "  ",
+        "{",
+        '{"name": "find"}',
+        '{"name": "find", "arguments": [1]}',
+        '{"name": "other", "arguments": {}}',
+        '{"name": 3, "arguments": {}}',
+        '{"intent": "HassTurnOn"}',
+        FIND + " and more",
+        "<tool_call>" + FIND[:-1] + "</tool_call>",
+        "<tool_call></tool_call>",
+        "<tool_call>",
+        "a <tool",
+        f"{FIND}; 3",
+        "[" * 3000,
+        '{"name": "find", "arguments": {"a": NaN}}',
+        "```",
+        "<|python_tag|>print(1)",
+        '{"a":' * 3000,
+        "[]",
+        '{"name": "find", "arguments": "{"}',
     ],
-)  # fmt: skip
+)
 def test_what_is_no_call_stays_text(text: str) -> None:
     for cuts in ([], range(0, len(text), 7)):
         told, rest, calls = read(text, cuts=list(cuts))
@@ -99,7 +124,11 @@ def test_what_is_no_call_stays_text(text: str) -> None:
 
 def test_text_is_told_while_it_comes() -> None:
     reader = CallReader(GenerateCall(id="c", tools=TOOLS))
-    assert reader.feed("The sky") == "The sky" and reader.feed(" is <b>blue") == " is <b>blue" and reader.feed(" <tool") == " "
+    assert (
+        reader.feed("The sky") == "The sky"
+        and reader.feed(" is <b>blue") == " is <b>blue"
+        and reader.feed(" <tool") == " "
+    )
     assert reader.feed("s>") == "<tools>" and reader.end() == ("", ())
 
 
@@ -109,9 +138,37 @@ def test_without_tools_everything_is_told_at_once() -> None:
 
 
 _FRAGMENTS = st.sampled_from(
-    ["<tool_call>", "</tool_call>", "<|python_tag|>", "```", "```json", "{", "}", "[", "]", ";", ",", ":", '"name"', '"find"', "\n", " ",
-     '"arguments"', '"parameters"', FIND, TURN, "null", "1e999", "\\ud800", '"', "<tool", "text", "é", "\x00"]
-)  # fmt: skip
+    [
+        "<tool_call>",
+        "</tool_call>",
+        "<|python_tag|>",
+        "```",
+        "```json",
+        "{",
+        "}",
+        "[",
+        "]",
+        ";",
+        ",",
+        ":",
+        '"name"',
+        '"find"',
+        "\n",
+        " ",
+        '"arguments"',
+        '"parameters"',
+        FIND,
+        TURN,
+        "null",
+        "1e999",
+        "\\ud800",
+        '"',
+        "<tool",
+        "text",
+        "é",
+        "\x00",
+    ]
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -157,7 +214,9 @@ def test_a_forced_choice_writes_a_call_that_validates(must: str) -> None:
 
 
 def test_the_schema_of_a_reply() -> None:
-    assert tool_calls.reply_schema(GenerateCall(id="c", schema='{"type":"integer"}', tools=TOOLS)) == '{"type":"integer"}'
+    assert (
+        tool_calls.reply_schema(GenerateCall(id="c", schema='{"type":"integer"}', tools=TOOLS)) == '{"type":"integer"}'
+    )
     assert tool_calls.reply_schema(GenerateCall(id="c")) == ""
     with pytest.raises(RequestError, match="not declared"):
         tool_calls.reply_schema(GenerateCall(id="c", tools=TOOLS, must_call="other"))
@@ -165,8 +224,14 @@ def test_the_schema_of_a_reply() -> None:
 
 @pytest.mark.parametrize(
     ("choice", "kept", "must"),
-    [(None, 2, ""), ("auto", 2, ""), ("none", 0, ""), ("required", 2, "*"), ({"type": "function", "function": {"name": "find"}}, 2, "find")],
-)  # fmt: skip
+    [
+        (None, 2, ""),
+        ("auto", 2, ""),
+        ("none", 0, ""),
+        ("required", 2, "*"),
+        ({"type": "function", "function": {"name": "find"}}, 2, "find"),
+    ],
+)
 def test_choices(choice: Any, kept: int, must: str) -> None:
     left, named = tool_calls.read_choice(choice, TOOLS)
     assert (len(left), named) == (kept, must)
@@ -174,9 +239,16 @@ def test_choices(choice: Any, kept: int, must: str) -> None:
 
 @pytest.mark.parametrize(
     "choice",
-    ["find", 3, [], {"type": "function"}, {"type": "function", "function": {"name": "other"}}, {"function": {"name": "find"}},
-     {"type": "function", "function": {"name": ["find"]}}],
-)  # fmt: skip
+    [
+        "find",
+        3,
+        [],
+        {"type": "function"},
+        {"type": "function", "function": {"name": "other"}},
+        {"function": {"name": "find"}},
+        {"type": "function", "function": {"name": ["find"]}},
+    ],
+)
 def test_a_wrong_choice_is_refused(choice: Any) -> None:
     with pytest.raises(RequestError, match="tool_choice"):
         tool_calls.read_choice(choice, TOOLS)
@@ -197,13 +269,22 @@ def _deep() -> Any:
 @pytest.mark.parametrize(
     ("declared", "says"),
     [
-        ("find", "no list"), ([3], r"tools\[0\]"), ([{"type": "function"}], r"tools\[0\]"), ([{**tool("a"), "type": "web"}], r"tools\[0\]"),
-        ([tool("a b")], "a b"), ([tool("x" * 65)], "xxx"), ([tool("a"), tool("a")], "two tools"), ([tool("a", [1])], "no object"),
-        ([tool("a", _deep())], "deep"), ([tool("a", {"description": "x" * 70_000})], "at most"), ([tool(f"t{n}") for n in range(129)], "129"),
-        ([{"type": "function", "function": {"name": "a", "description": 3}}], "description"), ([tool("a", {"a": {1, 2}})], "no JSON"),
+        ("find", "no list"),
+        ([3], r"tools\[0\]"),
+        ([{"type": "function"}], r"tools\[0\]"),
+        ([{**tool("a"), "type": "web"}], r"tools\[0\]"),
+        ([tool("a b")], "a b"),
+        ([tool("x" * 65)], "xxx"),
+        ([tool("a"), tool("a")], "two tools"),
+        ([tool("a", [1])], "no object"),
+        ([tool("a", _deep())], "deep"),
+        ([tool("a", {"description": "x" * 70_000})], "at most"),
+        ([tool(f"t{n}") for n in range(129)], "129"),
+        ([{"type": "function", "function": {"name": "a", "description": 3}}], "description"),
+        ([tool("a", {"a": {1, 2}})], "no JSON"),
         ([tool(f"t{n}", {"description": "x" * 1000}) for n in range(100)], "bytes"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_declaration_is_refused(declared: Any, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         tool_calls.read_tools(declared)

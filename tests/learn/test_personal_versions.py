@@ -110,7 +110,10 @@ def test_a_user_is_tuned_for_served_and_forgotten(team: Path, monkeypatch: pytes
     assert shown["versions"][0]["state"] == "answers" and shown["versions"][0]["gate"] == made["gate"]
     assert holding(CANARY, state, home.home()), "the canary is planted"
     folders = (state, home.home())
-    assert not holding("ada@", *folders) and '"ada"' not in (state / "inbox").joinpath("feedback-2026-11-20.jsonl").read_text()
+    assert (
+        not holding("ada@", *folders)
+        and '"ada"' not in (state / "inbox").joinpath("feedback-2026-11-20.jsonl").read_text()
+    )
 
     gone = sartor.forget_personal(team, "ada", by="A. Officer")
     assert gone["complete"] and gone["searched"]["found"] == [] and gone["searched"]["texts"] > 1
@@ -180,7 +183,9 @@ def test_words_that_are_left_somewhere_are_found_and_the_proof_says_so(team: Pat
     state, data = state_of(team), team.parent / "feedback"
     source = {"path": f"inbox:{state / 'inbox'}", "inbox": {"most_fraction": 1.0, "most_rows": 1000}}
     sartor.curate({"sources": [source], "steps": [], "workers": 1}, data)
-    places = [[one.locator.rpartition(":")[2] for one in row.origins] for row in sartor.read_examples(sartor.open(data))]
+    places = [
+        [one.locator.rpartition(":")[2] for one in row.origins] for row in sartor.read_examples(sartor.open(data))
+    ]
     # of the inbox's lines the first forty; what both said stays, by the other's line
     hers = sum(all(int(line) <= len(ROWS) for line in row) for row in places)
     assert hers and hers < len(places) and holding(CANARY, data)
@@ -220,4 +225,6 @@ def test_every_way_in_which_a_file_spells_a_text_is_found(tmp_path: Path) -> Non
     assert SearchTerms([text], others=[f"hello: {text}!"]).said_by_others == 1
     assert not SearchTerms([]).are_in(b"anything that is here")
     long = "".join(chr(97 + place * 7 % 26) for place in range(5000))
-    assert SearchTerms([long]).are_in(long[-60:].encode()), "a part of a long text, as a page of a database may have it"
+    assert SearchTerms([long]).are_in(long[-60:].encode()), (
+        "a part of a long text, as a page of a database may have it"
+    )

@@ -33,7 +33,9 @@ GAIN = {"of": "feedback", "estimate": 0.5, "low": 0.3, "high": 0.7}
 def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Team:
     """`faq` with version 1 live and 2 registered, and nothing said of it yet."""
     monkeypatch.setattr(database, "SYNCHRONOUS", "off")
-    (tmp_path / "team.yaml").write_text("base: starter\nretrain: {key: keys, at_least: {corrections: 4, ratings: 20}}\n")
+    (tmp_path / "team.yaml").write_text(
+        "base: starter\nretrain: {key: keys, at_least: {corrections: 4, ratings: 20}}\n"
+    )
     made = load(tmp_path / "team.yaml")
     Path(made.state).mkdir()
     registry = Registry.open(made.registry_url)
@@ -84,7 +86,9 @@ def stages(killed_at: str = "", fault: Exception | None = None) -> dict[str, Sta
     return {
         "curate": made("curate", lambda job: {}),
         "tune": made("tune", lambda job: {}),
-        "gate": made("gate", lambda job: {"gain": GAIN, "checks": {"gain over live": {"outcome": "pass", "detail": ""}}}),
+        "gate": made(
+            "gate", lambda job: {"gain": GAIN, "checks": {"gain over live": {"outcome": "pass", "detail": ""}}}
+        ),
         "release": made("release", lambda job: {"version": "2"}),
         "bring in": made("bring in", lambda job: last),
     }
@@ -166,7 +170,10 @@ def test_a_refusal_ends_it_with_reasons_and_another_error_leaves_it_to_be_gone_o
         retrain(team, "faq", stages=stages(fault=ModelError("the loss is not finite", "a lower rate")))
     found = retrain(team, "faq", stages=stages(fault=GateError("the gate refuses: forgetting", "tune slower")))
     assert found.decision == "refused" and "tune: the gate refuses: forgetting (try: tune slower)" in found.reason
-    refusing = {**stages(), "gate": lambda job: {"drawn": 0, "gain": GAIN, "checks": {}, "refused": "slice:a=b: 1 -> 0"}}
+    refusing = {
+        **stages(),
+        "gate": lambda job: {"drawn": 0, "gain": GAIN, "checks": {}, "refused": "slice:a=b: 1 -> 0"},
+    }
     found = retrain(team, "faq", wishes=RetrainOptions(anyway=True), stages=refusing)
     assert (found.decision, found.reason, found.gain) == ("refused", "slice:a=b: 1 -> 0", GAIN)
     assert [work.record.decision for work in list_runs(Path(team.state), "faq")] == ["refused", "refused"]
@@ -237,7 +244,9 @@ def test_the_router_finding_requests_less_like_the_agents_is_a_trigger(team: Tea
     assert triggers.check_triggers(state, "faq", rules, (before, before[::-1])).triggers == ()
     assert triggers.check_triggers(state, "faq", rules, (after, before)).triggers == ()
     assert (
-        triggers.check_triggers(state, "faq", replace(rules, drift=replace(rules.drift, input=1.0)), (before, after)).triggers
+        triggers.check_triggers(
+            state, "faq", replace(rules, drift=replace(rules.drift, input=1.0)), (before, after)
+        ).triggers
         == ()
     )
     assert triggers.router_scores(state, "faq", "x") == ([], [])
@@ -268,8 +277,14 @@ def test_a_slice_of_too_few_rows_is_named_and_never_passes() -> None:
     assert list(promotion_checks.slices(lost, NotWorse())) == ["slice:intent=on"]
     assert promotion_checks.unjudged(lost, NotWorse()) == "intent=off (5 rows)"
     asked = promotion_checks.slices(lost, NotWorse(slice_rows=5))["slice:intent=off"]
-    assert asked.outcome == "cannot tell" and asked.holds_back and "over 5 groups of rows; 6 are the least" in asked.detail
-    of_one_group = [dict(row, group="one") if "off" in row["id"] else row for row in [*lost, *rows(9, 1.0, 0.0, intent="off")]]
+    assert (
+        asked.outcome == "cannot tell"
+        and asked.holds_back
+        and "over 5 groups of rows; 6 are the least" in asked.detail
+    )
+    of_one_group = [
+        dict(row, group="one") if "off" in row["id"] else row for row in [*lost, *rows(9, 1.0, 0.0, intent="off")]
+    ]
     assert promotion_checks.slices(of_one_group, NotWorse())["slice:intent=off"].outcome == "cannot tell"
     even = [*rows(5, 1.0, 1.0, intent="off"), *rows(40, 1.0, 1.0, intent="on")]
     assert list(promotion_checks.slices(even, NotWorse(slice_rows=5))) == ["slice:intent=on"]
@@ -278,12 +293,18 @@ def test_a_slice_of_too_few_rows_is_named_and_never_passes() -> None:
 
 def test_an_equal_average_with_a_broken_slice_fails() -> None:
     rules = NotWorse()
-    broken = [*rows(40, 0.8, 0.95, intent="on"), *rows(40, 0.8, 0.95, intent="off"), *rows(15, 0.8, 0.0, intent="lock")]
+    broken = [
+        *rows(40, 0.8, 0.95, intent="on"),
+        *rows(40, 0.8, 0.95, intent="off"),
+        *rows(15, 0.8, 0.0, intent="lock"),
+    ]
     assert promotion_checks.of_rows(broken).difference == pytest.approx(0.0, abs=0.01)
     found = promotion_checks.slices(broken, rules)
     assert {name: check.outcome for name, check in found.items()} == {
-        "slice:intent=lock": "fail", "slice:intent=off": "pass", "slice:intent=on": "pass"
-    }  # fmt: skip
+        "slice:intent=lock": "fail",
+        "slice:intent=off": "pass",
+        "slice:intent=on": "pass",
+    }
     assert "15 rows" in found["slice:intent=lock"].detail and found["slice:intent=lock"].remedy
     even = [*rows(40, 0.8, 0.8, intent="on"), *rows(15, 0.8, 0.75, intent="lock")]
     assert all(check.outcome == "pass" for check in promotion_checks.slices(even, rules).values())
@@ -326,7 +347,9 @@ def test_a_key_that_turns_ratings_around_is_named_and_one_that_rates_alike_is_no
 
     assert promotion_checks.check(promotion_checks.by_key(said(""))).outcome == "pass"
     check = promotion_checks.check(promotion_checks.by_key(said("k3")))
-    assert check.outcome == "fail" and check.detail.startswith("k3 found") and "--ignore or --believe k3" in check.remedy
+    assert (
+        check.outcome == "fail" and check.detail.startswith("k3 found") and "--ignore or --believe k3" in check.remedy
+    )
     assert promotion_checks.check(promotion_checks.by_key(said("k3")), ["k3"]).outcome == "pass"
     assert promotion_checks.check(promotion_checks.by_key([("only", -1.0)] * 50)).outcome == "pass"
 
@@ -341,7 +364,9 @@ def test_versions_go_up() -> None:
     ]
 
 
-def test_the_commands_say_json(team: Team, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_say_json(
+    team: Team, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = str(Path(team.state).parent / "team.yaml")
     monkeypatch.setattr("sartor.learn.retrain._step_back", lambda rules: None)
 
@@ -351,12 +376,26 @@ def test_the_commands_say_json(team: Team, capsys: pytest.CaptureFixture[str], m
         return int(ended.value.code or 0), json.loads(capsys.readouterr().out.splitlines()[-1])
 
     code, said = run("--due")
-    assert code == 0 and said["due"] == [] and said["rows"][0] | {"why": ""} == {
-        "agent": "faq", "since": "", "corrections": 0, "ratings": 0, "bad_ratings": 0, "not_learnable": 0, "due": False,
-        "why": "", "live": "1",
-    }  # fmt: skip
+    assert (
+        code == 0
+        and said["due"] == []
+        and said["rows"][0] | {"why": ""}
+        == {
+            "agent": "faq",
+            "since": "",
+            "corrections": 0,
+            "ratings": 0,
+            "bad_ratings": 0,
+            "not_learnable": 0,
+            "due": False,
+            "why": "",
+            "live": "1",
+        }
+    )
     code, said = run("--agent", "faq")
-    assert code == 0 and said["decision"] == "refused" and said["gain"] is None and "4 more corrections" in said["reason"]
+    assert (
+        code == 0 and said["decision"] == "refused" and said["gain"] is None and "4 more corrections" in said["reason"]
+    )
     assert run("--agent", "nobody")[0] == 6 and run()[0] == 2
     assert (
         run("--agent", "faq", "--retrain.canary", "7")[1]["error"]["problem"]

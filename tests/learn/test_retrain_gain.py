@@ -76,7 +76,12 @@ def test_a_gain_over_the_control_alone_is_none() -> None:
     kinds = {"held_out": rows(50, live=1.0, new=1.0), "feedback": [row | {"control": 0.0} for row in said]}
     judgement = promotion_checks.judge(kinds, {}, NotWorse())
     claim = judgement.claims[1]
-    assert claim.result and claim.result.low > 0 and not claim.is_gain and judgement.checks["gain over live"].outcome == "fail"
+    assert (
+        claim.result
+        and claim.result.low > 0
+        and not claim.is_gain
+        and judgement.checks["gain over live"].outcome == "fail"
+    )
     assert "and over the live version" in judgement.checks["gain over live"].detail
     assert claim.as_json()["over_live"]["low"] <= 0
     kinds["feedback"] = [row | {"new": 1.0} for row in kinds["feedback"]]
@@ -88,9 +93,14 @@ def test_ratings_need_a_margin_over_both() -> None:
     rated = [row | {"rating": 1.0 if index % 2 else -1.0} for index, row in enumerate(rows(80, "rated"))]
 
     def scores(row: dict[str, Any], **margins: float) -> dict[str, Any]:
-        return row | {version: row["rating"] * (row["rating"] * margin / 2 - 2.0) for version, margin in margins.items()}
+        return row | {
+            version: row["rating"] * (row["rating"] * margin / 2 - 2.0) for version, margin in margins.items()
+        }
 
-    kinds = {"held_out": rows(50, live=1.0, new=1.0), "ratings": [scores(row, live=1, new=1, control=0) for row in rated]}
+    kinds = {
+        "held_out": rows(50, live=1.0, new=1.0),
+        "ratings": [scores(row, live=1, new=1, control=0) for row in rated],
+    }
     claim = promotion_checks.judge(kinds, {}, NotWorse()).claims[1]
     assert claim.kind == "ratings" and claim.result and claim.result.low > 0 and not claim.is_gain
     kinds["ratings"] = [scores(row, live=1, new=2, control=0) for row in rated]
@@ -204,7 +214,9 @@ def test_a_resumed_retrain_is_one_look(run: RunRecord, tmp_path: Path) -> None:
     assert line["live"] == LIVE.release_id and set(line["sets"]) == {"compared", "ratings"}
 
 
-def test_looks_outlive_the_folders_of_retrains(run: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looks_outlive_the_folders_of_retrains(
+    run: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sartor.learn.run_record.now", lambda: "2126-01-01T00:00:00Z")
     look_ledger.record_look(run, {"compared": ["a"]})
     shutil.rmtree(run.folder)
@@ -228,12 +240,16 @@ def test_a_damaged_ledger_is_an_error(run: RunRecord, text: str) -> None:
         look_ledger.count_looks(run)
 
 
-def test_rows_of_fewer_looks_are_held_out_first(run: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_fewer_looks_are_held_out_first(
+    run: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     examples = [Example((Message.of("user", str(n)), Message.of("assistant", "yes")), ()) for n in range(20)]
     monkeypatch.setattr(training_data.parquet_io, "read_examples", lambda *_: iter(examples))
     looked = {row.id for row in examples[:12]}
     look_ledger.record_look(run, {"compared": looked})
-    job: Any = SimpleNamespace(run=RunRecord.create(tmp_path, "faq", LIVE), rules=SimpleNamespace(gate=NotWorse(rows=10)))
+    job: Any = SimpleNamespace(
+        run=RunRecord.create(tmp_path, "faq", LIVE), rules=SimpleNamespace(gate=NotWorse(rows=10))
+    )
     dataset: Any = SimpleNamespace(manifest={})
     chosen = {row.id for row in training_data._held_out(job, dataset, [])}
     assert len(chosen) == 10 and len(chosen - looked) == 8

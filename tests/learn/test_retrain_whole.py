@@ -88,10 +88,12 @@ def team(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "agents": [{"name": "door", "release": str(made / "door-1.0")}],
         "trust": str(made / "keys" / "sartor.pub"),
         "retrain": {
-            "key": str(made / "keys"), "at_least": {"corrections": 8, "ratings": 16}, "gate": {"slices": ["."], "margin": 0.1},
+            "key": str(made / "keys"),
+            "at_least": {"corrections": 8, "ratings": 16},
+            "gate": {"slices": ["."], "margin": 0.1},
             "tuning": {"budget": {"updates": 60}, "optimizer": {"learning_rate": 1e-2}},
         },
-    }  # fmt: skip
+    }
     (tmp_path / "team.yaml").write_text(yaml.safe_dump(said))
     return tmp_path / "team.yaml"
 
@@ -129,14 +131,18 @@ def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path
     assert (facts["curate"]["legs"], facts["curate"]["corrections"]) == (["sft"], 24)
     checks = facts["gate"]["checks"]
     assert {name: check["outcome"] for name, check in checks.items()} == {
-        "gain over live": "pass", "not worse": "pass", "slice:.=0": "pass", "slice:.=1": "pass"
-    }  # fmt: skip
+        "gain over live": "pass",
+        "not worse": "pass",
+        "slice:.=0": "pass",
+        "slice:.=1": "pass",
+    }
     assert facts["control"] == {"skipped": "held_out shows the gain"} and facts["gate"]["gain"]["of"] == "held_out"
     # what is compared is what nobody trained on, and the Release says of its rows what all of them are
     data = sartor.open(work.folder / "data")
     train, held = (list(read_examples(data, split)) for split in ("train", "eval"))
     assert (
-        not {row.group for row in train} & {row.group for row in held} and len(held) == 24 + facts["curate"]["held"]["feedback"]
+        not {row.group for row in train} & {row.group for row in held}
+        and len(held) == 24 + facts["curate"]["held"]["feedback"]
     )
     assert {row.reply for row in train} == {"0", "1"}
     release = sartor.verify(work.folder / "release", key=made / "keys" / "sartor.pub").release
@@ -172,7 +178,8 @@ def test_what_no_held_out_row_shows_is_held_against_a_control(team: Path) -> Non
     assert len(scores) == facts["curate"]["held"]["feedback"] and not any(scores.values())
     # the control is tuned as often as the new version, on rows of the live version's Dataset alone
     control, new = (
-        sartor.open(path).manifest["run"]["updates"] for path in (facts["control"]["adapter"], facts["tune"]["adapter"])
+        sartor.open(path).manifest["run"]["updates"]
+        for path in (facts["control"]["adapter"], facts["tune"]["adapter"])
     )
     assert control == new
     rehearsed = list(read_examples(sartor.open(Path(found.folder) / "control-data-sft"), "train"))
@@ -181,7 +188,15 @@ def test_what_no_held_out_row_shows_is_held_against_a_control(team: Path) -> Non
 
 def test_what_breaks_a_slice_is_refused_before_it_is_released(team: Path) -> None:
     """`0` to everything: right for all that was wrong, wrong for all that was right, and no better on average."""
-    say(team, [(f"{do} {word} {place}", "0") for place in PLACES[:8] for do in ("close", "switch") for word in ("up", "down")])
+    say(
+        team,
+        [
+            (f"{do} {word} {place}", "0")
+            for place in PLACES[:8]
+            for do in ("close", "switch")
+            for word in ("up", "down")
+        ],
+    )
     found = sartor.retrain(team, "door", flags=["--retrain.rehearsal", "0"], wishes=sartor.Wishes(waivers=WAIVED))
     assert found.decision == "refused" and "slice:.=1" in found.reason, found.reason
     assert found.checks and found.checks["gain over live"] == "fail" and found.checks["slice:.=0"] == "pass"
@@ -192,7 +207,11 @@ def test_what_breaks_a_slice_is_refused_before_it_is_released(team: Path) -> Non
 
 
 def test_ratings_are_learnt_from(team: Path) -> None:
-    say(team, [(f"close {word} {place}", "") for place in PLACES for word in ("up", "down")], rating=lambda number: -1.0)
+    say(
+        team,
+        [(f"close {word} {place}", "") for place in PLACES for word in ("up", "down")],
+        rating=lambda number: -1.0,
+    )
     flags = ["--retrain.tuning", "{budget: {updates: 8}, optimizer: {learning_rate: 0.005}}"]
     found = sartor.retrain(team, "door", flags=flags, wishes=sartor.Wishes(waivers=WAIVED))
     (work,) = list_runs(team.parent / ".team", "door")

@@ -46,10 +46,27 @@ def test_any_rate_and_channels_become_one_at_the_rate(rate: int, channels: int) 
 
 @pytest.mark.parametrize(
     ("form", "subtype"),
-    [("WAV", "PCM_U8"), ("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "PCM_32"), ("WAV", "FLOAT"), ("WAV", "DOUBLE"), ("WAV", "ULAW"),
-     ("WAV", "ALAW"), ("WAV", "GSM610"), ("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("OGG", "OPUS"),
-     ("MP3", "MPEG_LAYER_III"), ("AIFF", "PCM_16"), ("CAF", "ALAC_16"), ("AU", "PCM_16"), ("W64", "PCM_16")],
-)  # fmt: skip
+    [
+        ("WAV", "PCM_U8"),
+        ("WAV", "PCM_16"),
+        ("WAV", "PCM_24"),
+        ("WAV", "PCM_32"),
+        ("WAV", "FLOAT"),
+        ("WAV", "DOUBLE"),
+        ("WAV", "ULAW"),
+        ("WAV", "ALAW"),
+        ("WAV", "GSM610"),
+        ("FLAC", "PCM_16"),
+        ("FLAC", "PCM_24"),
+        ("OGG", "VORBIS"),
+        ("OGG", "OPUS"),
+        ("MP3", "MPEG_LAYER_III"),
+        ("AIFF", "PCM_16"),
+        ("CAF", "ALAC_16"),
+        ("AU", "PCM_16"),
+        ("W64", "PCM_16"),
+    ],
+)
 def test_what_libsndfile_has_is_heard(form: str, subtype: str, tmp_path: Path) -> None:
     if not soundfile.check_format(form, subtype):
         pytest.skip(f"this libsndfile has no {form} {subtype}")
@@ -86,7 +103,10 @@ def numbered(value: float) -> bytes:
     return encoded(samples, RATE, "WAV", "FLOAT")
 
 
-WHOLE = {form: encoded(np.random.default_rng(0).normal(0, 0.1, 40_000), RATE, form) for form in ("WAV", "FLAC", "OGG", "MP3")}
+WHOLE = {
+    form: encoded(np.random.default_rng(0).normal(0, 0.1, 40_000), RATE, form)
+    for form in ("WAV", "FLAC", "OGG", "MP3")
+}
 REFUSED = {
     "nothing": b"",
     "text": b"no recording at all",
@@ -96,7 +116,10 @@ REFUSED = {
     "infinite": numbered(np.inf),
     "cut in its header": WHOLE["WAV"][:30],
     **{f"cut {form}": WHOLE[form][: len(WHOLE[form]) // 2] for form in ("FLAC", "OGG", "MP3")},
-    "a FLAC of unknown length": WHOLE["FLAC"][:21] + bytes([WHOLE["FLAC"][21] & 0xF0]) + b"\0" * 4 + WHOLE["FLAC"][26:],
+    "a FLAC of unknown length": WHOLE["FLAC"][:21]
+    + bytes([WHOLE["FLAC"][21] & 0xF0])
+    + b"\0" * 4
+    + WHOLE["FLAC"][26:],
     "one sample at a high rate": encoded(np.zeros(1), 768_000),
 }
 

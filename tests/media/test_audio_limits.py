@@ -71,16 +71,32 @@ def flac_that_says(seconds: int) -> bytes:
 
 
 REFUSED = {
-    "FLAC at 655,350 Hz": (lambda: silence(655_350, 300), "unreadable_audio", "655350 samples a second; at most 384000"),
+    "FLAC at 655,350 Hz": (
+        lambda: silence(655_350, 300),
+        "unreadable_audio",
+        "655350 samples a second; at most 384000",
+    ),
     "WAV at 768 kHz": (lambda: silence(768_000, 0.1, form="WAV"), "unreadable_audio", "at most 384000"),
-    "WAV at 3 Hz": (lambda: silence(3, 299.5, form="WAV"), "unreadable_audio", "it has 3 samples a second; at least 50"),
-    "WAV at 49 Hz": (lambda: silence(49, 299.5, form="WAV"), "unreadable_audio", "it has 49 samples a second; at least 50"),
+    "WAV at 3 Hz": (
+        lambda: silence(3, 299.5, form="WAV"),
+        "unreadable_audio",
+        "it has 3 samples a second; at least 50",
+    ),
+    "WAV at 49 Hz": (
+        lambda: silence(49, 299.5, form="WAV"),
+        "unreadable_audio",
+        "it has 49 samples a second; at least 50",
+    ),
     "9 channels": (lambda: silence(48_000, 1, 9, "WAV"), "unreadable_audio", "9 channels; at most 8"),
-    "8 channels at 96 kHz": (lambda: silence(96_000, 300, 8), "audio_too_long", "230400000 samples or more in 8 channels"),
+    "8 channels at 96 kHz": (
+        lambda: silence(96_000, 300, 8),
+        "audio_too_long",
+        "230400000 samples or more in 8 channels",
+    ),
     "2 channels at 384 kHz": (lambda: silence(384_000, 151, 2), "audio_too_long", "at most 115200000"),
     "301 s": (lambda: silence(48_000, 301), "audio_too_long", "301.0 s or more; at most 300"),
     "Ogg of 400 s": (lambda: silence(8000, 400, 1, "OGG"), "audio_too_long", "400.0 s or more"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -103,7 +119,7 @@ ACCEPTED = {
     "FLAC of 300 s that says 1 s": (lambda: flac_that_says(1), 1),
     "WAV of 300 s at 50 Hz": (lambda: silence(50, 300, form="WAV"), 300),
     "WAV that says 4 GB": (wav_of_4_gb, 0.1),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
@@ -132,17 +148,29 @@ def bomb_among_another_stream() -> bytes:
 
 
 BOMBS = {
-    "one codebook of 2**20 entries": (lambda: b"".join(ogg_pages(vorbis_packets(1, 20))), "1048576 entries in a codebook"),
+    "one codebook of 2**20 entries": (
+        lambda: b"".join(ogg_pages(vorbis_packets(1, 20))),
+        "1048576 entries in a codebook",
+    ),
     "64 codebooks of 2**19": (lambda: b"".join(ogg_pages(vorbis_packets(64, 19))), "524288 entries in a codebook"),
-    "255 codebooks of 2**13": (lambda: b"".join(ogg_pages(vorbis_packets(255, 13))), "entries in its codebooks or more"),
+    "255 codebooks of 2**13": (
+        lambda: b"".join(ogg_pages(vorbis_packets(255, 13))),
+        "entries in its codebooks or more",
+    ),
     "split over pages": (bomb_in_pages_of_one_segment, "1048576 entries in a codebook"),
     "multiplexed": (bomb_among_another_stream, "1048576 entries in a codebook"),
-    "chained": (lambda: sound(form="OGG") + b"".join(ogg_pages(vorbis_packets(1, 20))), "1048576 entries in a codebook"),
+    "chained": (
+        lambda: sound(form="OGG") + b"".join(ogg_pages(vorbis_packets(1, 20))),
+        "1048576 entries in a codebook",
+    ),
     "behind an ID3 tag": (lambda: b"ID3\3" + bytes(6) + b"".join(ogg_pages(vorbis_packets(1, 20))), "an ID3 tag"),
-    "another checksum": (lambda: b"OggS" + bytes(23) + b"".join(ogg_pages(vorbis_packets(1, 20))), "at byte 0 is not whole"),
+    "another checksum": (
+        lambda: b"OggS" + bytes(23) + b"".join(ogg_pages(vorbis_packets(1, 20))),
+        "at byte 0 is not whole",
+    ),
     "cut short": (lambda: sound(form="OGG")[:-9], "is not whole"),
     "something between pages": (lambda: sound(form="OGG") + b"x" + sound(form="OGG"), "there is no Ogg page"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BOMBS)
@@ -203,7 +231,9 @@ def test_blocks_make_bit_for_bit_what_one_piece_makes(source_rate: int, channels
     frames = max(3, round(2.6 * source_rate))
     samples = np.random.default_rng(0).normal(0, 0.1, (frames, channels)).astype(np.float32)
     content = sounds_file(samples, source_rate)
-    mixed = np.concatenate([samples[:source_rate].mean(1, dtype=np.float32), samples[source_rate:].mean(1, dtype=np.float32)])
+    mixed = np.concatenate(
+        [samples[:source_rate].mean(1, dtype=np.float32), samples[source_rate:].mean(1, dtype=np.float32)]
+    )
     at_once = soxr.resample(mixed, source_rate, RATE)
     assert np.array_equal(audio.read_sound(content, RATE), at_once)
     assert np.array_equal(audio.resampled(mixed, source_rate, RATE), at_once)

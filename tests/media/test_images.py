@@ -62,9 +62,15 @@ def test_the_six_formats_are_read_from_bytes_and_from_a_file(form: str, tmp_path
 
 
 STORED_FOR = {
-    1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270",
-}  # fmt: skip
+    1: None,
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_90",
+    7: "TRANSVERSE",
+    8: "ROTATE_270",
+}
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -149,9 +155,17 @@ def test_one_bit_is_black_and_white() -> None:
 
 @pytest.mark.parametrize(
     ("form", "dtype", "most", "white"),
-    [("PNG", np.uint16, 65535, 255), ("PNG", np.uint16, 4095, 255), ("TIFF", np.uint16, 4000, 249), ("TIFF", np.uint16, 255, 255),
-     ("TIFF", np.int32, 1 << 20, 255), ("TIFF", np.float32, 1.0, 255), ("TIFF", np.float32, 0.5, 128), ("PNG", np.uint16, 0, 0)],
-)  # fmt: skip
+    [
+        ("PNG", np.uint16, 65535, 255),
+        ("PNG", np.uint16, 4095, 255),
+        ("TIFF", np.uint16, 4000, 249),
+        ("TIFF", np.uint16, 255, 255),
+        ("TIFF", np.int32, 1 << 20, 255),
+        ("TIFF", np.float32, 1.0, 255),
+        ("TIFF", np.float32, 0.5, 128),
+        ("PNG", np.uint16, 0, 0),
+    ],
+)
 def test_more_than_eight_bits_are_scaled_to_the_depth_in_use(form: str, dtype: Any, most: float, white: int) -> None:
     ramp = np.linspace(0, most, 32 * 8).reshape(8, 32).astype(dtype)
     seen = np.asarray(open_image(encoded(Image.fromarray(ramp), form)))
@@ -163,12 +177,21 @@ def test_more_than_eight_bits_are_scaled_to_the_depth_in_use(form: str, dtype: A
 
 @pytest.mark.parametrize(
     ("mode", "form", "seen"),
-    [("1", "PNG", (255, 255, 255)), ("L", "PNG", (200, 200, 200)), ("P", "GIF", (204, 204, 204)), ("RGB", "BMP", (200, 200, 200)),
-     ("CMYK", "TIFF", (200, 200, 200)), ("LA", "WEBP", (200, 200, 200)), ("I;16", "PNG", (255, 255, 255))],
-)  # fmt: skip
+    [
+        ("1", "PNG", (255, 255, 255)),
+        ("L", "PNG", (200, 200, 200)),
+        ("P", "GIF", (204, 204, 204)),
+        ("RGB", "BMP", (200, 200, 200)),
+        ("CMYK", "TIFF", (200, 200, 200)),
+        ("LA", "WEBP", (200, 200, 200)),
+        ("I;16", "PNG", (255, 255, 255)),
+    ],
+)
 def test_a_single_pixel_of_every_mode_is_a_picture(mode: str, form: str, seen: tuple[int, ...]) -> None:
     whole = Image.new("L", (1, 1), 200)
-    pixel = Image.fromarray(np.full((1, 1), 65535, np.uint16)) if mode == "I;16" else whole.convert("RGB").convert(mode)
+    pixel = (
+        Image.fromarray(np.full((1, 1), 65535, np.uint16)) if mode == "I;16" else whole.convert("RGB").convert(mode)
+    )
     image = open_image(encoded(pixel, form))
     assert image.mode == "RGB" and image.size == (1, 1)
     assert is_near([image.getpixel((0, 0))], [seen], 2)
@@ -189,7 +212,10 @@ REFUSED = {
     "0 high": (png(10, 0), "unreadable_image"),
     "bomb": (png(100_000, 100_000), "image_bomb"),
     "over the limit": (png(20_000, 10_000), "image_bomb"),
-    "bmp bomb": (b"BM" + struct.pack("<IHHIIiiHH", 54, 0, 0, 54, 40, 100_000, 100_000, 1, 24) + b"\0" * 24, "image_bomb"),
+    "bmp bomb": (
+        b"BM" + struct.pack("<IHHIIiiHH", 54, 0, 0, 54, 40, 100_000, 100_000, 1, 24) + b"\0" * 24,
+        "image_bomb",
+    ),
     "gif 0x0": (b"GIF89a" + b"\0" * 7 + b"\x3b", "unreadable_image"),
     "body too short": (png(500, 500), "unreadable_image"),
     "a program for PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unreadable_image"),
@@ -198,7 +224,7 @@ REFUSED = {
     f"cut {form} {part}": (encoded(NOISE, form)[: int(len(encoded(NOISE, form)) * part)], "unreadable_image")
     for form in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
     for part in (0.02, 0.5, 0.9)
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

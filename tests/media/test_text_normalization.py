@@ -58,7 +58,11 @@ def test_what_is_said(name: str) -> None:
 @pytest.mark.parametrize(
     ("written", "said", "left_out"),
     [
-        ("Look: https://www.example.org/a?b=c_d. Or www.other.net!", "Look: example.org. Or other.net!", {"address": 2}),
+        (
+            "Look: https://www.example.org/a?b=c_d. Or www.other.net!",
+            "Look: example.org. Or other.net!",
+            {"address": 2},
+        ),
         ("http://[broken", "", {"address": 1}),
         ("Fine 👍🏽 👩‍🔬 🇩🇪 1️⃣", "Fine 1.", {"emoji": 4}),
         ("Run:\n```python\nprint(1)\n```\nDone", "Run:\ncode.\nDone.", {"code": 1}),

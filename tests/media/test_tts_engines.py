@@ -56,10 +56,28 @@ def test_whatever_the_text_says_is_said(text: str, tmp_path: Path, monkeypatch: 
 @needs_espeak
 @pytest.mark.parametrize(
     "name",
-    ["", "x", "espeak:", "espeak:xx", "espeak:../en-us", "espeak:/etc/passwd", "espeak:-w", "espeak:en-us+", "espeak:en-us+../m1",
-     "espeak:gmw/en-US", "espeak:en-us+f3\x00", "espeak:en-us -w x", "espeak:mb/mb-en1", "piper", "piper:", "piper:nobody", "piper:../x.onnx",
-     "Espeak", "espeak-ng"],
-)  # fmt: skip
+    [
+        "",
+        "x",
+        "espeak:",
+        "espeak:xx",
+        "espeak:../en-us",
+        "espeak:/etc/passwd",
+        "espeak:-w",
+        "espeak:en-us+",
+        "espeak:en-us+../m1",
+        "espeak:gmw/en-US",
+        "espeak:en-us+f3\x00",
+        "espeak:en-us -w x",
+        "espeak:mb/mb-en1",
+        "piper",
+        "piper:",
+        "piper:nobody",
+        "piper:../x.onnx",
+        "Espeak",
+        "espeak-ng",
+    ],
+)
 def test_a_name_that_nobody_has_is_refused(name: str) -> None:
     with pytest.raises(ConfigError) as raised:
         open_voice(name)
@@ -84,7 +102,9 @@ def test_what_cannot_be_said_is_refused(text: str, speed: float) -> None:
         open_voice().say(text, speed)
 
 
-def test_without_the_programs_the_line_is_said_that_installs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_programs_the_line_is_said_that_installs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ExtraError, match="apt-get install espeak-ng"):
         open_voice()
@@ -113,7 +133,9 @@ def test_a_program_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("body", "how"), [("exit 3", "code 3"), ("kill -9 $$", "signal 9"), ("exit 0", "code 0")])
-def test_a_program_that_ends_early_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, how: str) -> None:
+def test_a_program_that_ends_early_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, how: str
+) -> None:
     play_espeak(tmp_path, body, monkeypatch)
     with pytest.raises(UnavailableError, match=how):
         open_voice().say("hello " * 10_000)
@@ -126,12 +148,20 @@ def test_who_speaks_in_the_background_lets_others_go_first(tmp_path: Path, monke
     assert said.samples.tobytes().startswith(str(min(own + 7, 19)).encode())
 
 
-def test_piper_is_one_process_until_it_is_asked_for_another_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = play_piper(tmp_path, f"pathlib.Path({str(tmp_path)!r}, 'starts').open('a').write('.')\n" + SAYS, monkeypatch)
+def test_piper_is_one_process_until_it_is_asked_for_another_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = play_piper(
+        tmp_path, f"pathlib.Path({str(tmp_path)!r}, 'starts').open('a').write('.')\n" + SAYS, monkeypatch
+    )
     voice = open_voice(name)
     assert voice.name == "piper:anna"
     pause = round(0.2 * 16_000)
-    assert [len(voice.speak("x" * count, 1.0).samples) for count in (1, 2, 3)] == [1500 + pause, 3000 + pause, 4500 + pause]
+    assert [len(voice.speak("x" * count, 1.0).samples) for count in (1, 2, 3)] == [
+        1500 + pause,
+        3000 + pause,
+        4500 + pause,
+    ]
     assert len(voice.speak("xx", 1.5).samples) == 2000 + pause
     assert (tmp_path / "starts").read_text() == ".."
     voice.close()
@@ -153,7 +183,9 @@ def test_a_piper_that_dies_or_hangs_is_an_error_and_the_next_is_another(
 ) -> None:
     start_s = "sartor.media.speech.tts_engines.START_S"
     monkeypatch.setattr(start_s, 1.0 if error is DeadlineError else 60.0)
-    name = play_piper(tmp_path, f"if not pathlib.Path({str(tmp_path)!r}, 'well').exists():\n    {body}\n" + SAYS, monkeypatch)
+    name = play_piper(
+        tmp_path, f"if not pathlib.Path({str(tmp_path)!r}, 'well').exists():\n    {body}\n" + SAYS, monkeypatch
+    )
     voice = open_voice(name, SpeechTerms(patience_s=0.5))
     with pytest.raises(error):
         voice.say("hello")
@@ -164,7 +196,9 @@ def test_a_piper_that_dies_or_hangs_is_an_error_and_the_next_is_another(
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"inference": 3}', '{"inference": {"length_scale": 0}}', "[" * 100_000])
-def test_a_piper_voice_without_its_description_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_piper_voice_without_its_description_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     name = play_piper(tmp_path, SAYS, monkeypatch)
     (tmp_path / "anna.onnx.json").write_text(text)
     with pytest.raises(ModelError, match=r"anna\.onnx\.json"):

@@ -207,16 +207,21 @@ def spoil(value: float) -> Callable[[dict[str, torch.Tensor]], object]:
 
 FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a missing tensor": (change_weights(lambda weights: weights.pop(FIRST)), f"lacks 1 of its tensors, the first is {FIRST}"),
+    "a missing tensor": (
+        change_weights(lambda weights: weights.pop(FIRST)),
+        f"lacks 1 of its tensors, the first is {FIRST}",
+    ),
     "a surplus tensor": (
         change_weights(lambda weights: weights.update({FIRST.replace("layers.0", "layers.9"): torch.ones(4, 64)})),
         "1 tensors of the adapter .* have no place, the first is .*layers.9",
     ),
     "a tensor under another name": (
-        change_weights(lambda weights: weights.update({"lm_head.lora_A.weight": weights.pop(FIRST)})), "lacks 1 of its tensors"
+        change_weights(lambda weights: weights.update({"lm_head.lora_A.weight": weights.pop(FIRST)})),
+        "lacks 1 of its tensors",
     ),
     "a wrong shape": (
-        change_weights(lambda weights: weights.update({FIRST: torch.ones(4, 60)})), "does not fit this base: .*size mismatch"
+        change_weights(lambda weights: weights.update({FIRST: torch.ones(4, 60)})),
+        "does not fit this base: .*size mismatch",
     ),
     "a NaN": (change_weights(spoil(float("nan"))), "holds values that are not finite, in base_model"),
     "an infinity": (change_weights(spoil(float("inf"))), "holds values that are not finite, in base_model"),
@@ -228,19 +233,33 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: (path / adapters.WEIGHTS).write_bytes(b"PK\x03\x04" + bytes(400)),
         "adapter_model.safetensors cannot be read",
     ),
-    "empty weights": (lambda path: (path / adapters.WEIGHTS).write_bytes(b""), "adapter_model.safetensors cannot be read"),
+    "empty weights": (
+        lambda path: (path / adapters.WEIGHTS).write_bytes(b""),
+        "adapter_model.safetensors cannot be read",
+    ),
     "no weights": (lambda path: (path / adapters.WEIGHTS).unlink(), "adapter_model.safetensors cannot be read"),
-    "no config": (lambda path: (path / adapters.CONFIG).unlink(), "has no adapter_config.json, so it is no PEFT adapter"),
-    "a truncated config": (lambda path: (path / adapters.CONFIG).write_text('{"peft_type": "LO'), "does not fit this base"),
+    "no config": (
+        lambda path: (path / adapters.CONFIG).unlink(),
+        "has no adapter_config.json, so it is no PEFT adapter",
+    ),
+    "a truncated config": (
+        lambda path: (path / adapters.CONFIG).write_text('{"peft_type": "LO'),
+        "does not fit this base",
+    ),
     "a config of no known method": (change_config(peft_type="NOPE"), "does not fit this base"),
     "targets that the base lacks": (change_config(target_modules=["query_proj"]), "does not fit this base"),
-    "fewer targets than tensors": (change_config(target_modules=["q_proj"]), "24 tensors of the adapter .* have no place"),
+    "fewer targets than tensors": (
+        change_config(target_modules=["q_proj"]),
+        "24 tensors of the adapter .* have no place",
+    ),
     "another rank": (change_config(r=8), "does not fit this base: .*size mismatch"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("harm", "said"), HARMS.values(), ids=HARMS)
-def test_a_harmed_adapter_is_refused_with_what_is_wrong(written: Path, harm: Callable[[Path], object], said: str) -> None:
+def test_a_harmed_adapter_is_refused_with_what_is_wrong(
+    written: Path, harm: Callable[[Path], object], said: str
+) -> None:
     harm(written)
     with pytest.raises(ModelError, match=said) as caught:
         adapters.open_adapter(tiny.model(), written)

@@ -135,7 +135,10 @@ def no_tokenizer(path: Path) -> None:
 HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (without("config.json"), "has no config.json, so it is no model"),
     "a truncated config": (cut("config.json", 20), "cannot be opened as a causal language model"),
-    "a config of no known model": (put("config.json", '{"model_type": "nope"}'), "cannot be opened as a causal language model"),
+    "a config of no known model": (
+        put("config.json", '{"model_type": "nope"}'),
+        "cannot be opened as a causal language model",
+    ),
     "no weights": (without(WEIGHTS), "holds no weights"),
     "only pickled weights": (only_pickled, r"only pickled weights \(pytorch_model.bin\), which can run code"),
     "truncated weights": (cut(WEIGHTS, 100), "cannot be opened as a causal language model"),
@@ -159,7 +162,13 @@ def test_a_harmed_base_is_refused_with_what_is_wrong(base: Path, harm: Callable[
 def test_a_base_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 64}
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 64,
+    }
     BertModel(BertConfig(**shape)).save_pretrained(str(tmp_path / "bert"))
     tiny.tokenizer().save_pretrained(str(tmp_path / "bert"))
     with pytest.raises(ModelError):
@@ -294,7 +303,9 @@ def test_an_unchanged_file_is_read_no_second_time(heavy: Path) -> None:
     assert model_refs.remembered_digest(heavy / WEIGHTS) == "what was remembered"
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", WEIGHTS])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", WEIGHTS]
+)
 def test_every_file_that_makes_a_base_counts(base: Path, name: str) -> None:
     before = model_refs.files_digest(base)
     flip(base / name, 40)
@@ -378,7 +389,9 @@ NAMED = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
         ({}, ""),
     ],
 )
-def test_the_chat_template_is_found_where_transformers_keeps_it(tmp_path: Path, files: dict[str, Any], template: str) -> None:
+def test_the_chat_template_is_found_where_transformers_keeps_it(
+    tmp_path: Path, files: dict[str, Any], template: str
+) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     assert model_refs.chat_template(tmp_path) == template
@@ -455,7 +468,11 @@ def test_a_damaged_starter_is_made_again_every_time(request: pytest.FixtureReque
     shutil.copytree(mine.path, ref.path)
     whole = file_digest(ref.path / WEIGHTS)
     # more than once: what the first repair sets aside must not stand in the way of the next
-    for harm in (lambda: flip(ref.path / WEIGHTS, 100_000_000), lambda: stamp(ref, {"files": {}}), lambda: stamp(ref, [])):
+    for harm in (
+        lambda: flip(ref.path / WEIGHTS, 100_000_000),
+        lambda: stamp(ref, {"files": {}}),
+        lambda: stamp(ref, []),
+    ):
         harm()
         said: list[str] = []
         assert open_base(model_refs.STARTER, notice=said.append).ref == ref

@@ -23,10 +23,16 @@ from sartor.models.base import open_base
 T = gguf.GGMLQuantizationType
 KINDS = [T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.F16, T.BF16, T.F32]
 NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 HEADS = {"q_proj": 4, "k_proj": 2}
 
 
@@ -67,7 +73,9 @@ def stored(weight: np.ndarray, kind: T) -> tuple[np.ndarray, T]:
     kind = kind if weight.ndim > 1 else T.F32
     if kind in BLOCKS:
         size, scales = BLOCKS[kind]
-        data = np.random.default_rng(weight.size).integers(0, 256, (len(weight), weight.shape[1] // 256, size), np.uint8)
+        data = np.random.default_rng(weight.size).integers(
+            0, 256, (len(weight), weight.shape[1] // 256, size), np.uint8
+        )
         for place in scales:
             data[..., place : place + 2] = np.frombuffer(np.float16(1e-4).tobytes(), np.uint8)
         return data.reshape(len(weight), -1), kind
@@ -198,7 +206,9 @@ HARMS: dict[str, tuple[dict[str, Any], Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize(("changes", "harm"), HARMS.values(), ids=HARMS)
-def test_a_harmed_gguf_file_is_refused_and_leaves_nothing(tmp_path: Path, changes: Any, harm: Callable[[Path], object]) -> None:
+def test_a_harmed_gguf_file_is_refused_and_leaves_nothing(
+    tmp_path: Path, changes: Any, harm: Callable[[Path], object]
+) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(file, T.Q8_0, **changes)
     harm(file)
@@ -207,7 +217,10 @@ def test_a_harmed_gguf_file_is_refused_and_leaves_nothing(tmp_path: Path, change
     assert str(file) in caught.value.problem
     assert caught.value.remedy
     left = tmp_path / "sartor-home" / "bases"
-    assert not left.exists() or [found.name for found in left.iterdir() if not found.name.endswith((".wait", ".lock"))] == []
+    assert (
+        not left.exists()
+        or [found.name for found in left.iterdir() if not found.name.endswith((".wait", ".lock"))] == []
+    )
 
 
 def test_a_head_says_what_matrices_are_stored_as(tmp_path: Path) -> None:

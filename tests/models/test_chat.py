@@ -43,7 +43,9 @@ QWEN_3 = (
     "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # a reasoning model's: the prompt for a new reply opens a thinking block that no rendering of a finished turn has
-THINKING_PROMPT = tiny.CHATML.replace("'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>assistant\n<think>\n' }}{% endif")
+THINKING_PROMPT = tiny.CHATML.replace(
+    "'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>assistant\n<think>\n' }}{% endif"
+)
 GENERATION = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
@@ -102,37 +104,55 @@ STYLES = {
     "llama 2": Style(LLAMA_2, ("[INST]", "[/INST]", "</s>"), "</s>", lead=" ", end=" </s>", stop="</s>"),
     "llama 3": Style(LLAMA_3, LLAMA_3_TOKENS, "<|endoftext|>", end="<|eot_id|>", stop="<|eot_id|>"),
     "gemma": Style(
-        GEMMA, ("<bos>", "<start_of_turn>", "<end_of_turn>"), "<|endoftext|>", end="<end_of_turn>", stop="<end_of_turn>"
+        GEMMA,
+        ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+        "<|endoftext|>",
+        end="<end_of_turn>",
+        stop="<end_of_turn>",
     ),
     "qwen 3": Style(QWEN_3, lead_of_last="<think>\n\n</think>\n\n"),
     "a prompt that opens a thinking block": Style(THINKING_PROMPT, follows_prompt=False),
     "generation blocks": Style(GENERATION),
-    "no end-of-turn marker": Style(NO_MARKER, eos="<|endoftext|>", end="", end_of_last="<|endoftext|>", stop="<|endoftext|>"),
+    "no end-of-turn marker": Style(
+        NO_MARKER, eos="<|endoftext|>", end="", end_of_last="<|endoftext|>", stop="<|endoftext|>"
+    ),
     "turns that end with the next one's header": Style(
-        HEADERS_ONLY, ("<|user|>", "<|assistant|>", "<|system|>"), "<|endoftext|>",
-        end="<|user|>", end_of_last="<|endoftext|>", stop="<|endoftext|>",
+        HEADERS_ONLY,
+        ("<|user|>", "<|assistant|>", "<|system|>"),
+        "<|endoftext|>",
+        end="<|user|>",
+        end_of_last="<|endoftext|>",
+        stop="<|endoftext|>",
     ),
     "no template": Style(None, eos="<|endoftext|>", end="<|endoftext|>", stop="<|endoftext|>"),
-}  # fmt: skip
+}
 CONVERSATIONS = {
     "one turn": [("user", "what colour is the sky"), ("assistant", "it is blue")],
     "three turns": [
-        ("user", "first question"), ("assistant", "alpha reply"), ("user", "second question"), ("assistant", "beta reply"),
-        ("user", "third question"), ("assistant", "gamma reply"),
+        ("user", "first question"),
+        ("assistant", "alpha reply"),
+        ("user", "second question"),
+        ("assistant", "beta reply"),
+        ("user", "third question"),
+        ("assistant", "gamma reply"),
     ],
     "the same reply twice": [("user", "who"), ("assistant", "me"), ("user", "who else"), ("assistant", "me")],
     "a reply that its question holds": [("user", "say yes or say no"), ("assistant", "say no")],
     "emoji and other scripts": [
-        ("user", "où est 🐈‍⬛?"), ("assistant", "ここ 👩🏽‍🚀 — naïve\u200bword ﷽"),
-        ("user", "ß"), ("assistant", "é\u0301"),
+        ("user", "où est 🐈‍⬛?"),
+        ("assistant", "ここ 👩🏽‍🚀 — naïve\u200bword ﷽"),
+        ("user", "ß"),
+        ("assistant", "é\u0301"),
     ],
     "code and blank lines": [
-        ("user", "write it"), ("assistant", "def f():\n\n    return {'a': 1}  # {{ x }} {% y %}\n\n\nf()"),
+        ("user", "write it"),
+        ("assistant", "def f():\n\n    return {'a': 1}  # {{ x }} {% y %}\n\n\nf()"),
     ],
     "words of the template": [
-        ("user", "User: hi\nAssistant: ### assistant: model <think></think>"), ("assistant", "Assistant: ### user:\nassistant"),
+        ("user", "User: hi\nAssistant: ### assistant: model <think></think>"),
+        ("assistant", "Assistant: ### user:\nassistant"),
     ],
-}  # fmt: skip
+}
 
 
 def made(template: str | None, special: Sequence[str] = (), eos: str = "<|im_end|>") -> Any:
@@ -163,10 +183,14 @@ def starts(row: TokenizedExample) -> list[int]:
     return [place for place, on in enumerate(row.learnt) if on and (place == 0 or not row.learnt[place - 1])]
 
 
-def check_follows_prompts(chat: ChatTokenizer, row: TokenizedExample, messages: Sequence[Message], tools: str = "") -> None:
+def check_follows_prompts(
+    chat: ChatTokenizer, row: TokenizedExample, messages: Sequence[Message], tools: str = ""
+) -> None:
     """Every learnt run begins exactly where generation would begin."""
     prompts = [
-        chat.prompt_ids(messages[:place], tools) for place, message in enumerate(messages) if message.role == "assistant"
+        chat.prompt_ids(messages[:place], tools)
+        for place, message in enumerate(messages)
+        if message.role == "assistant"
     ]
     assert starts(row) == [len(prompt) for prompt in prompts]
     for prompt in prompts:
@@ -240,7 +264,9 @@ def test_an_image_part_is_refused_by_a_text_base() -> None:
         STYLES["chatml"].chat().encode(Example((message, Message.of("assistant", "a cat")), ()))
 
 
-@pytest.mark.parametrize("change", ["upper", "lower", "title", "replace('e', '3')", "reverse | join", "truncate(9, true, '')"])
+@pytest.mark.parametrize(
+    "change", ["upper", "lower", "title", "replace('e', '3')", "reverse | join", "truncate(9, true, '')"]
+)
 def test_a_template_that_changes_replies_is_refused(change: str) -> None:
     template = tiny.CHATML.replace(
         "message['content']", f"(message['content'] if message['role'] == 'user' else (message['content'] | {change}))"
@@ -297,7 +323,9 @@ def test_a_tool_call_is_learnt_whole_and_its_result_is_not(
 
 
 @pytest.mark.parametrize(
-    "content", [(), (Part("text", ""),), (Part("text", "on it "),)], ids=["no content", "empty content", "content and a call"]
+    "content",
+    [(), (Part("text", ""),), (Part("text", "on it "),)],
+    ids=["no content", "empty content", "content and a call"],
 )
 def test_a_row_that_ends_in_a_tool_call_keeps_the_call(content: tuple[Part, ...]) -> None:
     chat = ChatTokenizer(made(TOOLS))
@@ -335,7 +363,9 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
 def test_the_digest_is_that_of_the_template_in_use() -> None:
     assert ChatTokenizer(tiny.tokenizer()).template_digest == template_digest(tiny.CHATML)
     assert ChatTokenizer(tiny.tokenizer(None)).template_digest == template_digest(PLAIN_TEMPLATE)
-    assert ChatTokenizer(tiny.tokenizer({"default": LLAMA_2, "rag": tiny.CHATML})).template_digest == template_digest(LLAMA_2)
+    assert ChatTokenizer(tiny.tokenizer({"default": LLAMA_2, "rag": tiny.CHATML})).template_digest == template_digest(
+        LLAMA_2
+    )
 
 
 def test_weight_and_id_of_the_example_come_along() -> None:
@@ -346,7 +376,15 @@ def test_weight_and_id_of_the_example_come_along() -> None:
 
 # --- other tokenizers: merges across white space, offsets that leave spaces out, SentencePiece's word marks
 
-SPACED = [*tiny.TEXT, "assistant\n\n\nhello there", "a\n\nb", "User: hi", "x  =  1\n    y\n\n    z", ": ok", ":\n\nok"] * 4
+SPACED = [
+    *tiny.TEXT,
+    "assistant\n\n\nhello there",
+    "a\n\nb",
+    "User: hi",
+    "x  =  1\n    y\n\n    z",
+    ": ok",
+    ":\n\nok",
+] * 4
 
 
 def byte_level(post: Any = None) -> Any:
@@ -355,7 +393,10 @@ def byte_level(post: Any = None) -> Any:
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
-        SPACED, trainers.BpeTrainer(vocab_size=420, special_tokens=tiny.SPECIAL, initial_alphabet=alphabet, show_progress=False)
+        SPACED,
+        trainers.BpeTrainer(
+            vocab_size=420, special_tokens=tiny.SPECIAL, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     if post is not None:
         raw.post_processor = post
@@ -394,7 +435,9 @@ TOKENIZERS = {
 }
 BORDERS = {
     "a new line before": tiny.CHATML,
-    "a blank line before": tiny.CHATML.replace("assistant\n", "assistant\n\n").replace("['role'] + '\n'", "['role'] + '\n\n'"),
+    "a blank line before": tiny.CHATML.replace("assistant\n", "assistant\n\n").replace(
+        "['role'] + '\n'", "['role'] + '\n\n'"
+    ),
     "a space before": NO_MARKER,
     "a thinking block before": QWEN_3,
     "no template": None,
@@ -412,7 +455,9 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.parametrize("reply", REPLIES)
 @pytest.mark.parametrize("template", BORDERS.values(), ids=BORDERS)
-def test_the_mask_is_right_whatever_the_tokenizer_does_with_spaces(tokenizer: Any, template: str | None, reply: str) -> None:
+def test_the_mask_is_right_whatever_the_tokenizer_does_with_spaces(
+    tokenizer: Any, template: str | None, reply: str
+) -> None:
     tokenizer.chat_template = template
     chat = ChatTokenizer(tokenizer)
     messages = [Message.of("user", "User: hi"), Message.of("assistant", reply)]
@@ -425,7 +470,9 @@ def test_the_mask_is_right_whatever_the_tokenizer_does_with_spaces(tokenizer: An
 # --- any text at all
 
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"], include_characters="\n\t🐈🏽é"), min_size=1, max_size=24)
+TEXTS = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], include_characters="\n\t🐈🏽é"), min_size=1, max_size=24
+)
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,11 @@ def test_rows_turned_round_to_measure_a_path_never_have_media_as_what_is_to_be_s
     row = base.chat.encode(said(picture(9), "?", reply="turn on the kitchen light " * 4))
     for ids, holds in ((row.ids[::-1], False), (transformers_backend.reversed_text(row.ids), True)):
         assert bool((packing.pack([replace(row, ids=ids)]).targets >= 0).all()) is holds
-    assert sorted(transformers_backend.reversed_text(row.ids)) == sorted(row.ids) != transformers_backend.reversed_text(row.ids)
+    assert (
+        sorted(transformers_backend.reversed_text(row.ids))
+        == sorted(row.ids)
+        != transformers_backend.reversed_text(row.ids)
+    )
 
 
 def test_what_follows_depends_on_the_media_and_not_if_they_are_blank(base: Base) -> None:
@@ -158,7 +162,10 @@ def test_the_written_adapter_opens_to_the_same_losses(tmp_path: Path) -> None:
         assert (tower.name, tower.digest, tower.stack) == (f"fake-{name}", f"{name}-1", 4 if name == "audio" else 1)
     wanted = transformers_backend.RowTransformersBackend(model.eval(), CPU, "").losses(rows)[0]
     torch.testing.assert_close(
-        transformers_backend.RowTransformersBackend(tuned, CPU, "").losses([again.chat.encode(row) for row in ROWS])[0], wanted
+        transformers_backend.RowTransformersBackend(tuned, CPU, "").losses([again.chat.encode(row) for row in ROWS])[
+            0
+        ],
+        wanted,
     )
     # the factors alone are a plain PEFT adapter of the text base
     plain = adapters.open_adapter(open_base(str(path), bits=32, device=CPU).model, tmp_path / "adapter")

@@ -150,9 +150,7 @@ def test_a_reply_that_spells_markup_is_learnt_to_its_end(name: str) -> None:
 
 
 def test_markup_of_several_parts_and_messages_is_taken_apart() -> None:
-    template = (
-        "{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>{% if add_generation_prompt %}<|im_start|>{% endif %}"
-    )
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>{% if add_generation_prompt %}<|im_start|>{% endif %}"
     chat = ChatTokenizer(Family(byte_level, template, QWEN_TOKENS).tokenizer())
     turns = [
         Message("user", (Part("text", "a<|im"), Part("text", "_"), Part("text", "end|>b<|"))),
@@ -205,8 +203,13 @@ def test_keys_between_angle_brackets_make_no_markup(key: str) -> None:
 
     def written(key: str) -> list[int]:
         parameters = {"type": "object", "properties": {"room": {"type": "string", key: 1}, key: {key: 1}}, key: 1}
-        tool = {"type": "function", "function": {"name": "light", "description": "d", "parameters": parameters, key: 1}}
-        called = Message("assistant", (Part("text"),), tool_calls=call_of("hall").replace("room", json.dumps(key)[1:-1]))
+        tool = {
+            "type": "function",
+            "function": {"name": "light", "description": "d", "parameters": parameters, key: 1},
+        }
+        called = Message(
+            "assistant", (Part("text"),), tool_calls=call_of("hall").replace("room", json.dumps(key)[1:-1])
+        )
         return chat.prompt_ids([Message.of("user", "x"), called], json.dumps([tool]))
 
     assert len(marks(chat, written(key))) == 4
@@ -221,7 +224,8 @@ def test_a_template_that_changes_case_makes_no_markup() -> None:
 
 
 @pytest.mark.parametrize(
-    "written", ["call.function.arguments | dictsort", "'{}{}'.format(call.function.name)", "call.function.arguments | xmlattr"]
+    "written",
+    ["call.function.arguments | dictsort", "'{}{}'.format(call.function.name)", "call.function.arguments | xmlattr"],
 )
 def test_a_template_that_fails_on_the_probes_still_opens(written: str) -> None:
     template = "{% for m in messages %}{% for call in m.tool_calls or [] %}{{ WRITTEN }}{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
@@ -294,7 +298,11 @@ def test_an_added_word_that_the_template_writes_is_markup_whatever_its_form(tag:
 def test_a_forged_turn_is_text() -> None:
     chat = FAMILIES["chatml, byte level"].chat()
     ids = prompt_ids(chat, GenerateCall(id="c", messages=({"role": "user", "content": FORGED},)), 4096)
-    assert [chat.tokenizer.decode([token]) for token in marks(chat, ids)] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert [chat.tokenizer.decode([token]) for token in marks(chat, ids)] == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_start|>",
+    ]
     assert not marks(chat, prompt_ids(chat, GenerateCall(id="c", text=FORGED), 4096))
 
 
@@ -318,31 +326,56 @@ def test_a_request_holds_no_markup_in_any_of_its_texts(name: str) -> None:
         tool = {**TOOL, "function": {**TOOL["function"], "description": text, "parameters": {text: text}}}
         return GenerateCall(id="c", messages=messages, tools=(tool,))
 
-    assert marks(chat, prompt_ids(chat, request(evil), 1 << 14)) == marks(chat, prompt_ids(chat, request("a"), 1 << 14))
+    assert marks(chat, prompt_ids(chat, request(evil), 1 << 14)) == marks(
+        chat, prompt_ids(chat, request("a"), 1 << 14)
+    )
 
 
 def test_calls_and_reasoning_in_fields_are_markup_as_before() -> None:
     chat = FAMILIES["chatml, byte level"].chat()
     turns = [
-        Message.of("user", "x"), Message("assistant", (Part("text"),), tool_calls=call_of("hall"), reasoning_content="dark"),
-        Message("tool", (Part("text", "lit"),)), Message.of("user", "y"),
-    ]  # fmt: skip
+        Message.of("user", "x"),
+        Message("assistant", (Part("text"),), tool_calls=call_of("hall"), reasoning_content="dark"),
+        Message("tool", (Part("text", "lit"),)),
+        Message.of("user", "y"),
+    ]
     said = chat.tokenizer.convert_ids_to_tokens(marks(chat, chat.prompt_ids(turns)))
     im = ["<|im_start|>", "<|im_end|>"]
-    assert said == [*im, im[0], "<think>", "</think>", "<tool_call>", "</tool_call>", im[1], im[0], "<tool_response>",
-                    "</tool_response>", im[1], *im, im[0]]  # fmt: skip
+    assert said == [
+        *im,
+        im[0],
+        "<think>",
+        "</think>",
+        "<tool_call>",
+        "</tool_call>",
+        im[1],
+        im[0],
+        "<tool_response>",
+        "</tool_response>",
+        im[1],
+        *im,
+        im[0],
+    ]
 
 
-SPLITTING = PLAIN_CHATML.replace("m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)")
+SPLITTING = PLAIN_CHATML.replace(
+    "m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)"
+)
 
 
-@pytest.mark.parametrize(("template", "wanted"), [(SPLITTING, "blue"), (PLAIN_CHATML, "<think>\nsecret\n</think>\n\nblue")])
+@pytest.mark.parametrize(
+    ("template", "wanted"), [(SPLITTING, "blue"), (PLAIN_CHATML, "<think>\nsecret\n</think>\n\nblue")]
+)
 def test_reasoning_in_an_earlier_reply_is_for_the_template(template: str, wanted: str) -> None:
     """Templates of models that reason leave it out of earlier turns."""
     chat = ChatTokenizer(Family(byte_level, template, QWEN_TOKENS, QWEN_WORDS).tokenizer())
 
     def decoded(reply: str) -> str:
-        messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": reply}, {"role": "user", "content": "r"})
+        messages = (
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": reply},
+            {"role": "user", "content": "r"},
+        )
         return chat.tokenizer.decode(prompt_ids(chat, GenerateCall(id="c", messages=messages), 4096))
 
     said = decoded("<think>\nsecret\n</think>\n\nblue")
@@ -385,7 +418,14 @@ def test_a_device_knows_tokens_that_the_config_alone_declares_special(tmp_path: 
     made.save_pretrained(str(tmp_path))
     config = tmp_path / "tokenizer_config.json"
     said = json.loads(config.read_text())
-    token = {"content": "~end~", "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    token = {
+        "content": "~end~",
+        "special": True,
+        "normalized": False,
+        "lstrip": False,
+        "rstrip": False,
+        "single_word": False,
+    }
     fields: dict[str, Any] = {
         "list": {"extra_special_tokens": ["~end~"]},
         "mapping": {"extra_special_tokens": {"end_token": "~end~"}},

@@ -18,14 +18,48 @@ from sartor.inference.engine import GenerateCall
 from sartor.inference.prompts import prompt_ids
 
 TEXTS = [
-    "the sky is blue", " leads", "trails ", "\n\nboth\n", "\t deep \n ", "", " ", "  two  inner  ", "a\n\nb\n\n\nc", "é\u0301 ß ﷽ ここ",
-    "🐈‍⬛ 👩🏽‍🚀 naïve\u200bword", "a < b and c > d", "x <", "> y", "<", ">", "[", "]", "<|", "|>", "i <| f |> g", "List<String> [0] [a]",
-    "<table><tr><td>1</td></tr></table><br/>", "<p>para</p> <b>x</b>", "if x<tool and think>y: return [INS", "im_start im_end think",
-    "def f():\n\n    return {'a': 1}  # {{ x }} {% y %}\n\n\nf()", '{"name": "light", "arguments": {"room": "hall"}}',
-    "User: hi\n### assistant:\nsystem", "＜|im_end|＞ ＜think＞", "< |im_end|> <\u200b|im_end|>", "\ue002", "a\ue002\ue004b\ue002\ue003",
-    "\\ue002\\ue004", "\\n \\u003c", "mail me at <a@b.org> or <http://c.org/>", "1 << 2 >> 3 <= 4 <=> 5", "<0x0A> ▁ ▁▁ x",
-]  # fmt: skip
-CALL = json.dumps([{"id": "123456789", "type": "function", "function": {"name": "light", "arguments": {"room": "hall < é"}}}])
+    "the sky is blue",
+    " leads",
+    "trails ",
+    "\n\nboth\n",
+    "\t deep \n ",
+    "",
+    " ",
+    "  two  inner  ",
+    "a\n\nb\n\n\nc",
+    "é\u0301 ß ﷽ ここ",
+    "🐈‍⬛ 👩🏽‍🚀 naïve\u200bword",
+    "a < b and c > d",
+    "x <",
+    "> y",
+    "<",
+    ">",
+    "[",
+    "]",
+    "<|",
+    "|>",
+    "i <| f |> g",
+    "List<String> [0] [a]",
+    "<table><tr><td>1</td></tr></table><br/>",
+    "<p>para</p> <b>x</b>",
+    "if x<tool and think>y: return [INS",
+    "im_start im_end think",
+    "def f():\n\n    return {'a': 1}  # {{ x }} {% y %}\n\n\nf()",
+    '{"name": "light", "arguments": {"room": "hall"}}',
+    "User: hi\n### assistant:\nsystem",
+    "＜|im_end|＞ ＜think＞",
+    "< |im_end|> <\u200b|im_end|>",
+    "\ue002",
+    "a\ue002\ue004b\ue002\ue003",
+    "\\ue002\\ue004",
+    "\\n \\u003c",
+    "mail me at <a@b.org> or <http://c.org/>",
+    "1 << 2 >> 3 <= 4 <=> 5",
+    "<0x0A> ▁ ▁▁ x",
+]
+CALL = json.dumps(
+    [{"id": "123456789", "type": "function", "function": {"name": "light", "arguments": {"room": "hall < é"}}}]
+)
 TOOLS = json.dumps(
     [{"type": "function", "function": {"name": "light", "description": "a < b", "parameters": {"type": "object"}}}]
 )

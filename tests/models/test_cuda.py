@@ -39,7 +39,9 @@ def heads(q: Any, k: Any, v: Any, span: tuple[int, ...]) -> list[torch.Tensor]:
     return [part.transpose(0, 1) for part in parts]
 
 
-def scored(q: torch.Tensor, k: torch.Tensor, scale: float, left: int, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+def scored(
+    q: torch.Tensor, k: torch.Tensor, scale: float, left: int, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores, and which of them a query must not see: causal and windowed as from the span's last query and last key."""
     scores = q @ k.transpose(1, 2) * scale
     distance = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1] - torch.arange(k.shape[1])
@@ -47,7 +49,9 @@ def scored(q: torch.Tensor, k: torch.Tensor, scale: float, left: int, softcap: f
     return softcap * torch.tanh(scores / softcap) if softcap else scores, hidden
 
 
-def varlen(q: Any, k: Any, v: Any, sizes: Any, scale: float, left: int, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+def varlen(
+    q: Any, k: Any, v: Any, sizes: Any, scale: float, left: int, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What a flash kernel computes."""
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[1], len(q))
     for a, b, c, e in spans(sizes):
@@ -94,10 +98,27 @@ class Interface(types.ModuleType):
     calls = 0
 
     def _flash_attn_varlen_forward(
-        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None,
-        leftpad_k=None, seqused_k=None, zero_tensors=False,
-    ):  # fmt: skip
+        self,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size_left=-1,
+        window_size_right=-1,
+        softcap=0.0,
+        alibi_slopes=None,
+        return_softmax=False,
+        block_table=None,
+        leftpad_k=None,
+        seqused_k=None,
+        zero_tensors=False,
+    ):
         Interface.calls += 1
         sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         checked(q, k, v, *sizes)
@@ -106,10 +127,31 @@ class Interface(types.ModuleType):
         return out, lse, torch.empty(0), torch.empty(2, dtype=torch.int64)
 
     def _flash_attn_varlen_backward(
-        self, dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+        self,
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        rng_state=None,
         zero_tensors=False,
-    ):  # fmt: skip
+    ):
         sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         checked(q, k, v, *sizes)
         assert (dropout_p, causal, window_size_right, alibi_slopes, deterministic) == (0.0, True, 0, None, True)
@@ -139,18 +181,47 @@ def torch_flash() -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL", "CPU")
 
     def forward(
-        q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None, window_size_left=None,
-        window_size_right=None, **more,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        dropout,
+        causal,
+        debug,
+        *,
+        scale=None,
+        window_size_left=None,
+        window_size_right=None,
+        **more,
+    ):
         checked(q, k, v, cu_q, cu_k, max_q, max_k)
         assert (dropout, causal, debug, window_size_right) == (0.0, True, False, 0)
         out, lse = varlen(q, k, v, (cu_q, cu_k, max_q, max_k), scale, window_size_left, 0.0)
         return out, lse, torch.empty(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
 
     def backward(
-        d, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, state, unused, *, scale=None, window_size_left=None,
+        d,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        dropout,
+        causal,
+        state,
+        unused,
+        *,
+        scale=None,
+        window_size_left=None,
         window_size_right=None,
-    ):  # fmt: skip
+    ):
         assert torch.are_deterministic_algorithms_enabled()
         checked(q, k, v, cu_q, cu_k, max_q, max_k)
         assert d.is_contiguous()
@@ -299,13 +370,17 @@ def test_load_names_what_makes_each_part_and_why_not_another(
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("name", ["flash-attn", "torch"])
-def test_a_models_losses_and_gradients_through_flash_attention(name: str, share: bool, request: pytest.FixtureRequest) -> None:
+def test_a_models_losses_and_gradients_through_flash_attention(
+    name: str, share: bool, request: pytest.FixtureRequest
+) -> None:
     kernels = cuda.Cuda(dict.fromkeys(cuda.PARTS, ReferenceKernels()) | {"attention": maker(name, request)}, {})
     rows = [[*range(10, 30), *tail] for tail in ([40, 41], [42], [43, 44, 45])]
     pack = packing.pack([TokenizedExample(row, [True] * len(row)) for row in rows], share=share)
     made = []
     for one in (kernels, ReferenceKernels()):
-        model = adapters.inject_lora(tiny.model().bfloat16(), rank=4, alpha=8, dropout=0.0, targets="all-linear", seed=0)
+        model = adapters.inject_lora(
+            tiny.model().bfloat16(), rank=4, alpha=8, dropout=0.0, targets="all-linear", seed=0
+        )
         losses = FusedDecoder(transformers_backend.without_peft(model), one).losses(pack)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(losses.mean(), trained)

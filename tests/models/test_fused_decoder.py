@@ -36,7 +36,9 @@ def gradients(model: Any, losses: torch.Tensor) -> list[torch.Tensor]:
     weights = torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = torch.autograd.grad((losses * weights).sum(), trained, allow_unused=True)
-    return [torch.zeros_like(parameter) if grad is None else grad for grad, parameter in zip(found, trained, strict=True)]
+    return [
+        torch.zeros_like(parameter) if grad is None else grad for grad, parameter in zip(found, trained, strict=True)
+    ]
 
 
 def apart(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -207,9 +209,16 @@ def test_what_the_fast_path_cannot_take_goes_the_general_way_and_says_why(
 
 def test_an_unknown_architecture_and_dropout_go_the_general_way() -> None:
     config = transformers.GPTNeoXConfig(
-        vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        bos_token_id=1, eos_token_id=2, hidden_dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
     path = transformers_backend.choose_loss_backend(
         transformers.GPTNeoXForCausalLM(config).eval(), rows(20, 9), torch.device("cpu")
     )
@@ -225,7 +234,9 @@ def test_an_unknown_architecture_and_dropout_go_the_general_way() -> None:
 def test_a_value_that_is_not_finite_is_not_hidden(made: ReferenceKernels) -> None:
     model, examples = tuned("llama", torch.float32), rows(20, 9)
     model.get_base_model().model.layers[1].mlp.down_proj.base_layer.weight.data[0, 0] = float("nan")
-    assert not torch.isfinite(FusedDecoder(transformers_backend.without_peft(model), made).losses(packing.pack(examples))).all()
+    assert not torch.isfinite(
+        FusedDecoder(transformers_backend.without_peft(model), made).losses(packing.pack(examples))
+    ).all()
 
 
 @pytest.mark.parametrize("compiler", [None, "false"])
@@ -244,7 +255,9 @@ def test_without_a_compiler_torchs_operations_serve_and_say_so(
         cpu.load.cache_clear()
 
 
-def test_the_compiler_of_a_package_serves_where_the_system_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_compiler_of_a_package_serves_where_the_system_has_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """`python -m ziglang c++`, here a package of that name that calls g++ and notes how it was called."""
     if not shutil.which("g++"):
         pytest.skip("needs g++")

@@ -13,7 +13,9 @@ from sartor.models.losses.lora_linear import MappedLinear
 
 @pytest.mark.parametrize("size", [7, 64, 1000])
 @pytest.mark.parametrize("logits_bytes", [1, 1 << 20])
-def test_losses_and_gradients_are_those_of_a_whole_head(monkeypatch: pytest.MonkeyPatch, size: int, logits_bytes: int) -> None:
+def test_losses_and_gradients_are_those_of_a_whole_head(
+    monkeypatch: pytest.MonkeyPatch, size: int, logits_bytes: int
+) -> None:
     monkeypatch.setattr(heads, "SLICE", size)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(200, 16, generator=generator).bfloat16()
@@ -22,7 +24,9 @@ def test_losses_and_gradients_are_those_of_a_whole_head(monkeypatch: pytest.Monk
     wanted = F.cross_entropy(x @ weight.float().T, targets, reduction="none")
     wanted.sum().backward()
     losses, slopes = mapped_losses(x.detach(), MappedLinear(weight, None), targets, True, logits_bytes)
-    assert torch.allclose(losses, wanted, atol=1e-5) and slopes is not None and torch.allclose(slopes, x.grad, atol=1e-5)
+    assert (
+        torch.allclose(losses, wanted, atol=1e-5) and slopes is not None and torch.allclose(slopes, x.grad, atol=1e-5)
+    )
     alone, none = mapped_losses(x.detach(), MappedLinear(weight, None), targets, False, logits_bytes)
     assert none is None and torch.equal(alone, losses)
 
@@ -30,7 +34,10 @@ def test_losses_and_gradients_are_those_of_a_whole_head(monkeypatch: pytest.Monk
 def test_in_double_precision_the_gradient_is_that_of_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "SLICE", 5)
     head = MappedLinear(torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), None)
-    x, targets = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 11, 6])
+    x, targets = (
+        torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([0, 11, 6]),
+    )
     _, slopes = mapped_losses(x, head, targets, True, 1 << 20)
     assert slopes is not None
     for row in range(3):

@@ -24,7 +24,9 @@ from sartor.models.gguf_writer import GgufMetadata, write_model_gguf
 def written(path: Path, model: Any, kind: str = "f32", tokenizer: Any = None) -> Path:
     chat = ChatTokenizer(tokenizer or tiny.tokenizer())
     about = GgufMetadata("tiny", "1.0", "MIT", chat.template)
-    return write_model_gguf(model, gguf_writer.from_chat(chat, model.config.vocab_size), about, path / f"{kind}.gguf", kind)
+    return write_model_gguf(
+        model, gguf_writer.from_chat(chat, model.config.vocab_size), about, path / f"{kind}.gguf", kind
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
@@ -42,11 +44,20 @@ def test_read_back_it_is_the_model(tmp_path: Path, name: str) -> None:
 def test_it_says_what_llama_cpp_must_know(tmp_path: Path) -> None:
     fields = gguf.GGUFReader(written(tmp_path, FAMILIES["llama 3"](), "f16")).fields
     wanted = {
-        "general.architecture": "llama", "general.type": "model", "general.license": "MIT", "llama.block_count": 2,
-        "llama.attention.head_count_kv": 2, "llama.attention.key_length": 8, "llama.rope.freq_base": 500.0,
-        "general.sampling.temp": 0.0, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": tiny.CHATML,
-    }  # fmt: skip
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.license": "MIT",
+        "llama.block_count": 2,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 8,
+        "llama.rope.freq_base": 500.0,
+        "general.sampling.temp": 0.0,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": tiny.CHATML,
+    }
     assert {key: fields[key].contents() for key in wanted} == wanted
     assert len(fields["tokenizer.ggml.tokens"].contents()) == 320
     assert fields["tokenizer.ggml.token_type"].contents()[:4] == [3, 3, 3, 1]
@@ -79,7 +90,9 @@ def test_a_type_rounds_as_far_as_it_must(tmp_path: Path, kind: str, error: float
 
 def test_rows_that_fill_no_block_are_f16(tmp_path: Path) -> None:
     model = tiny.model(hidden_size=48, intermediate_size=64).requires_grad_(False)
-    held = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(written(tmp_path, model, "q4_0")).tensors}
+    held = {
+        tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(written(tmp_path, model, "q4_0")).tensors
+    }
     assert (held["blk.0.attn_v.weight"], held["blk.0.ffn_down.weight"]) == ("F16", "Q4_0")
 
 
@@ -125,7 +138,9 @@ def byte_level(**settings: Any) -> Any:
 
 
 def test_ways_to_cut_text_have_llama_cpp_s_names() -> None:
-    qwen = cutting(pre_tokenizers.Split(Regex(gguf_writer._QWEN2), "isolated"), byte_level(), normalizer=normalizers.NFC())
+    qwen = cutting(
+        pre_tokenizers.Split(Regex(gguf_writer._QWEN2), "isolated"), byte_level(), normalizer=normalizers.NFC()
+    )
     smollm = cutting(pre_tokenizers.Digits(individual_digits=True), byte_level(use_regex=True))
     for tokenizer, name in ((qwen, "qwen2"), (smollm, "smollm")):
         assert ("tokenizer.ggml.pre", name, gguf.GGUFValueType.STRING) in gguf_writer.from_chat(
@@ -141,9 +156,11 @@ def test_ways_to_cut_text_have_llama_cpp_s_names() -> None:
         lambda: cutting(pre_tokenizers.Split(Regex(r"\w+"), "isolated"), byte_level()),
         lambda: cutting(byte_level(use_regex=True, add_prefix_space=True)),
         lambda: cutting(byte_level(use_regex=True), normalizer=normalizers.Lowercase()),
-        lambda: cutting(pre_tokenizers.Split(Regex(gguf_writer._LLAMA3), "isolated"), byte_level()),  # merges what llama.cpp would not
+        lambda: cutting(
+            pre_tokenizers.Split(Regex(gguf_writer._LLAMA3), "isolated"), byte_level()
+        ),  # merges what llama.cpp would not
     ],
-)  # fmt: skip
+)
 def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ModelError) as caught:
         gguf_writer.from_chat(ChatTokenizer(tokenizer()), 320)

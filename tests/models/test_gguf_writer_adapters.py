@@ -20,7 +20,9 @@ from sartor.models.gguf_writer import GgufLayout, write_adapter_gguf
 def tuned(path: Path, **settings: Any) -> Any:
     """A PEFT adapter of the tiny base with random factors, written to `path`; returns the model with it."""
     torch.manual_seed(1)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **settings})
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", **{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **settings}
+    )
     model = peft.get_peft_model(tiny.model(), config)
     for name, value in model.named_parameters():
         if "lora_B" in name:
@@ -45,7 +47,11 @@ def in_halves(delta: np.ndarray, heads: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_rslora": True}, {"rank_pattern": {"k_proj": 4}, "alpha_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 40}}],
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"k_proj": 4}, "alpha_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 40}},
+    ],
     ids=["one scale", "rslora", "patterns"],
 )
 def test_what_llama_cpp_adds_is_what_peft_adds(tmp_path: Path, tiny_base: Path, settings: dict[str, Any]) -> None:
@@ -107,7 +113,9 @@ def test_what_llama_cpp_has_no_form_for_is_refused_and_leaves_nothing(
         ({"num_attention_heads": 8, "head_dim": 8}, "8 heads of 8"),
     ],
 )
-def test_a_base_that_llama_cpp_computes_otherwise_is_refused(tmp_path: Path, changes: dict[str, Any], word: str) -> None:
+def test_a_base_that_llama_cpp_computes_otherwise_is_refused(
+    tmp_path: Path, changes: dict[str, Any], word: str
+) -> None:
     tuned(tmp_path / "adapter")
     with pytest.raises(ModelError, match=word):
         write_adapter_gguf(tmp_path / "adapter", {**tiny.model().config.to_dict(), **changes}, tmp_path / "out.gguf")

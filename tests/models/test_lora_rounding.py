@@ -51,7 +51,9 @@ def adapted(modules: list[torch.nn.Linear], size: float = 2e-3) -> list[LoraLine
 
 
 def low_rank_term(x: torch.Tensor, layers: list[LoraLinear]) -> torch.Tensor:
-    return torch.cat([layer.scale * (x.double() @ layer.a.double().T) @ layer.b.double().T for layer in layers], 1).detach()
+    return torch.cat(
+        [layer.scale * (x.double() @ layer.a.double().T) @ layer.b.double().T for layer in layers], 1
+    ).detach()
 
 
 def mapped(modules: list[torch.nn.Linear]) -> list[Any]:
@@ -139,7 +141,9 @@ def test_peft_layer_has_the_gradients_of_fp64() -> None:
     layer(x).float().square().sum().backward()
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     exact = [t.detach().double().requires_grad_() for t in (x, a, b)]
-    wide = exact[0] @ layer.base_layer.weight.double().T + layer.scaling["default"] * (exact[0] @ exact[1].T) @ exact[2].T
+    wide = (
+        exact[0] @ layer.base_layer.weight.double().T + layer.scaling["default"] * (exact[0] @ exact[1].T) @ exact[2].T
+    )
     wide.square().sum().backward()
     for got, right in zip((x.grad, a.grad, b.grad), (t.grad for t in exact), strict=True):
         assert float((got.double() - right).norm() / right.norm()) < 0.02
@@ -217,7 +221,8 @@ def short_rows(count: int = 24) -> list[TokenizedExample]:
     torch.manual_seed(4)
     lengths = [6 + number % 7 for number in range(count)]
     return [
-        TokenizedExample(torch.randint(3, tiny.SIZE, (size,)).tolist(), [False] * 2 + [True] * (size - 2)) for size in lengths
+        TokenizedExample(torch.randint(3, tiny.SIZE, (size,)).tolist(), [False] * 2 + [True] * (size - 2))
+        for size in lengths
     ]
 
 
@@ -289,7 +294,10 @@ def test_bf16_losses_of_both_paths_follow_the_adapter() -> None:
         right = transformers_backend.row_losses(model, rows, CPU)
     with torch.no_grad(), model.disable_adapter(), fp32_copy.in_fp32(model):
         base = transformers_backend.row_losses(model, rows, CPU)
-    for losses in (lambda: fast.losses(packing.pack(rows, CPU)), lambda: transformers_backend.row_losses(model, rows, CPU)):
+    for losses in (
+        lambda: fast.losses(packing.pack(rows, CPU)),
+        lambda: transformers_backend.row_losses(model, rows, CPU),
+    ):
         with torch.no_grad():
             got = losses()
         assert effect(got, base, right - base) > 0.5
@@ -312,7 +320,9 @@ def test_composed_base_with_pictures_and_sound_takes_the_fast_path_in_bf16(tmp_p
     base = compose_base(base, {"image": Fake(), "audio": Fake("audio", stack=4)})
     model = small_lora(base.model, size=0.05).eval()
     rows = [
-        base.chat.encode(said(picture(4 + number, f"a{number}", kind), "what colour is the sky", reply="the sky is blue"))
+        base.chat.encode(
+            said(picture(4 + number, f"a{number}", kind), "what colour is the sky", reply="the sky is blue")
+        )
         for number in range(8)
         for kind in ("image", "audio")
     ]
@@ -349,4 +359,6 @@ def test_fused_experts_are_said_to_round_twice() -> None:
     model = transformers.MixtralForCausalLM(config).bfloat16().requires_grad_(False)
     model = small_lora(model, size=1e-3).eval()
     kept = adapted_layers.rounded_twice(model)
-    assert (f"{kept} adapted layers" in transformers_backend.choose_loss_backend(model, short_rows(), CPU).reason) == (kept > 0)
+    assert (f"{kept} adapted layers" in transformers_backend.choose_loss_backend(model, short_rows(), CPU).reason) == (
+        kept > 0
+    )

@@ -36,7 +36,9 @@ def bf16(tiny_base: Path, folder: Path) -> Path:
 
 
 def losses(model: Any, *, recompute: bool = False) -> torch.Tensor:
-    return FusedDecoder(model, ReferenceKernels(), recompute=recompute, logits_bytes=1 << 12).losses(packing.pack(ROWS))
+    return FusedDecoder(model, ReferenceKernels(), recompute=recompute, logits_bytes=1 << 12).losses(
+        packing.pack(ROWS)
+    )
 
 
 def test_losses_and_gradients_are_those_of_peft_on_transformers(tiny_base: Path, tmp_path: Path) -> None:
@@ -71,8 +73,9 @@ def test_weights_stay_in_the_file_and_a_fresh_adapter_changes_nothing(tiny_base:
     assert torch.equal(losses(device), before)
     last = device.config.num_hidden_layers - 1
     assert {name for name, module in device.linear.items() if isinstance(module, LoraLinear)} == {
-        f"model.layers.{last}.self_attn.q_proj", f"model.layers.{last}.mlp.down_proj"
-    }  # fmt: skip
+        f"model.layers.{last}.self_attn.q_proj",
+        f"model.layers.{last}.mlp.down_proj",
+    }
     a = device.linear[f"model.layers.{last}.self_attn.q_proj"].a.detach()
     assert float(a.abs().max()) <= a.shape[1] ** -0.5 and len(a.unique()) > a.numel() // 2
 
@@ -86,7 +89,9 @@ def test_weights_stay_in_the_file_and_a_fresh_adapter_changes_nothing(tiny_base:
         ({"num_hidden_layers": 99}, "hold no model.layers"),
     ],
 )
-def test_what_a_device_cannot_compute_is_refused(tiny_base: Path, tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+def test_what_a_device_cannot_compute_is_refused(
+    tiny_base: Path, tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
     shutil.copytree(tiny_base, tmp_path / "base")
     file = tmp_path / "base" / "config.json"
     said = json.loads(file.read_text())

@@ -40,9 +40,12 @@ def test_a_base_in_four_bits_is_mapped_and_near(tiny_base: Path, tmp_path: Path)
     whole = MappedLlama(tiny_base)
     for name, module in narrow.linear.items():
         assert isinstance(module, NarrowLinear)
-        assert torch.equal(module.widen(torch.empty(module.out_features, module.in_features)), plain(whole.linear[name].weight))
+        assert torch.equal(
+            module.widen(torch.empty(module.out_features, module.in_features)), plain(whole.linear[name].weight)
+        )
     found, wanted = (
-        FusedDecoder(model, ReferenceKernels(), logits_bytes=1 << 12).losses(packing.pack(ROWS)) for model in (narrow, whole)
+        FusedDecoder(model, ReferenceKernels(), logits_bytes=1 << 12).losses(packing.pack(ROWS))
+        for model in (narrow, whole)
     )
     assert torch.allclose(found, wanted, atol=0.1)
     # what is trained on it learns through the same weights

@@ -28,7 +28,17 @@ from sartor.models.packing import TokenizedExample
 
 CPU = torch.device("cpu")
 # Whose media are embeddings of their tokens and nothing else, so that rows with media are packed
-PACKED = {"llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "gemma3n", "qwen2_audio", "voxtral"}
+PACKED = {
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "internvl",
+    "idefics3",
+    "smolvlm",
+    "gemma3n",
+    "qwen2_audio",
+    "voxtral",
+}
 
 # Whose processors read the first seconds of a longer recording and say nothing
 CUT = {"qwen2_audio", "gemma3n", "qwen2_5_omni"}
@@ -37,7 +47,9 @@ CUT = {"qwen2_audio", "gemma3n", "qwen2_5_omni"}
 @pytest.fixture(scope="module", params=list(tiny_native.MODELS))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param in native_loading.PACKAGES:
-        pytest.importorskip(native_loading.PACKAGES[request.param], reason=f"needs {native_loading.PACKAGES[request.param]}")
+        pytest.importorskip(
+            native_loading.PACKAGES[request.param], reason=f"needs {native_loading.PACKAGES[request.param]}"
+        )
     return tiny_native.write(request.param, tmp_path_factory.mktemp("native") / request.param)
 
 
@@ -55,7 +67,9 @@ def tuned(base: Base) -> Iterator[Callable[..., Any]]:
     """A model with factors on parts of the base, taken off afterwards."""
     made: list[Any] = []
 
-    def tune(language: Any = "all-linear", projector: str = "full", tower: str = "none", top: int | None = None) -> Any:
+    def tune(
+        language: Any = "all-linear", projector: str = "full", tower: str = "none", top: int | None = None
+    ) -> Any:
         chosen = trainable_parts.choose_targets(base.model, language, top, projector, tower)
         made.append(adapters.inject_lora(base.model, rank=2, alpha=4, dropout=0, targets=chosen, seed=0))
         return made[0].eval()
@@ -138,7 +152,9 @@ def test_what_is_seen_reaches_the_losses(base: Base) -> None:
     assert (seen - unseen).abs().max() > 1e-4
 
 
-def test_an_adapter_is_the_same_when_opened(base: Base, folder: Path, tuned: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_adapter_is_the_same_when_opened(
+    base: Base, folder: Path, tuned: Callable[..., Any], tmp_path: Path
+) -> None:
     model = tuned(tower="all-linear")
     moved(model)
     encoded = rows(base)
@@ -172,9 +188,12 @@ def test_a_base_is_as_it_was_when_its_adapter_is_taken_off(base: Base, tuned: Ca
 
 
 @pytest.mark.parametrize(
-    "targets", [{}, {"projector": "none"}, {"projector": "all-linear", "tower": "all-linear"}, {"top": 1, "projector": "none"}]
+    "targets",
+    [{}, {"projector": "none"}, {"projector": "all-linear", "tower": "all-linear"}, {"top": 1, "projector": "none"}],
 )
-def test_gradients_reach_what_is_named_and_nothing_else(base: Base, tuned: Callable[..., Any], targets: dict[str, Any]) -> None:
+def test_gradients_reach_what_is_named_and_nothing_else(
+    base: Base, tuned: Callable[..., Any], targets: dict[str, Any]
+) -> None:
     asked = {"projector": "full", "tower": "none", "top": None, **targets}
     found = trainable_parts.parts_of(base.model)
     if asked["projector"] == "all-linear" and not found.projector_linear:  # Gemma 3's is a bare parameter
@@ -207,7 +226,9 @@ def test_greedy_replies_are_transformers_own(base: Base) -> None:
     for prompt, reply in zip(prompts, made, strict=True):
         given = media.inputs(torch.tensor([prompt]))
         stops = base.chat.stops
-        wanted = base.model.generate(**given, max_new_tokens=6, do_sample=False, eos_token_id=stops, pad_token_id=base.chat.pad)
+        wanted = base.model.generate(
+            **given, max_new_tokens=6, do_sample=False, eos_token_id=stops, pad_token_id=base.chat.pad
+        )
         new = wanted[0, len(prompt) :].tolist()
         assert reply.ids == [token for token in new if token not in stops]
 
@@ -282,7 +303,8 @@ def test_a_voxtral_is_given_what_mistral_common_gives_it(tmp_path: Path) -> None
         for part in content
     ]
     theirs = transformers.VoxtralProcessor(
-        transformers.WhisperFeatureExtractor(feature_size=16), transformers.MistralCommonBackend.from_pretrained(str(folder))
+        transformers.WhisperFeatureExtractor(feature_size=16),
+        transformers.MistralCommonBackend.from_pretrained(str(folder)),
     )
     said = [{"role": "user", "content": plain}, *({"role": turn.role, "content": turn.text} for turn in turns[1:])]
     wanted = theirs.apply_chat_template(said)

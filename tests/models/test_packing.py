@@ -19,9 +19,30 @@ from sartor.models import packing
 from sartor.models.losses import transformers_backend
 from sartor.models.packing import BLOCKED_ATTENTION_TOKENS, TokenizedExample
 
-SMALL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
-HEADS = {**SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
-GPT2 = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 2048, "bos_token_id": 0, "eos_token_id": 2}
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+HEADS = {
+    **SMALL,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+GPT2 = {
+    "vocab_size": 320,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 2048,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
 MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
 # architecture -> what its config needs. All of their attention goes through transformers' AttentionInterface or its masks.
@@ -53,14 +74,22 @@ LEAKY: dict[str, dict[str, Any]] = {
 # exact for short rows, or not at all
 OTHER: dict[str, dict[str, Any]] = {
     "GptOss": {
-        **HEADS, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8,
+        **HEADS,
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "sliding_window": 8,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
     "Llama4Text": {
-        **HEADS, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1,
+        **HEADS,
+        "head_dim": 8,
+        "intermediate_size_mlp": 64,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
         "attention_chunk_size": 64,
     },
-}  # fmt: skip
+}
 # 0.1 where transformers draws weights with 0.02: as sharp as a trained model, so that what differs shows in the losses
 SPREAD = 0.1
 
@@ -93,7 +122,9 @@ def rows(*lengths: int, seed: int = 0) -> list[TokenizedExample]:
 
 def random_lengths(seed: int) -> list[int]:
     draw = random.Random(seed)
-    return [draw.choice([1, 2, 3, draw.randrange(4, 90)]) for _ in range(draw.randrange(2, 9))] + [draw.randrange(2, 40)]
+    return [draw.choice([1, 2, 3, draw.randrange(4, 90)]) for _ in range(draw.randrange(2, 9))] + [
+        draw.randrange(2, 40)
+    ]
 
 
 def packed_losses(model: Any, examples: Sequence[TokenizedExample]) -> torch.Tensor:
@@ -131,7 +162,9 @@ def gradients(made: Any, losses: torch.Tensor) -> torch.Tensor:
     [("Llama", 1e-9), ("Qwen2", 1e-9), ("Gemma2", 1e-6)],
     ids=["Llama", "Qwen2", "Gemma2"],
 )
-def test_packed_gradients_equal_those_of_the_rows_one_by_one(name: str, tolerance: float, lengths: tuple[int, ...]) -> None:
+def test_packed_gradients_equal_those_of_the_rows_one_by_one(
+    name: str, tolerance: float, lengths: tuple[int, ...]
+) -> None:
     made, examples = model(name, torch.float64), rows(*lengths)
     packed = gradients(made, packed_losses(made, examples))
     plain = gradients(made, transformers_backend.row_losses(made, examples, "cpu"))
@@ -265,7 +298,8 @@ class Stubborn(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "error", [TypeError, ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError, IndexError, AssertionError]
+    "error",
+    [TypeError, ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError, IndexError, AssertionError],
 )
 def test_a_model_that_fails_when_packed_is_left_unpacked(error: type[Exception]) -> None:
     made = Stubborn(error)

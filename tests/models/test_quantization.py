@@ -186,7 +186,8 @@ def test_nf4_is_the_table_of_the_paper_times_the_scales(double: bool, shape: tup
     scales = state.absmax.float()
     if double:
         scales = (
-            state.state2.code[state.absmax.long()] * state.state2.absmax.repeat_interleave(256)[: len(scales)] + state.offset
+            state.state2.code[state.absmax.long()] * state.state2.absmax.repeat_interleave(256)[: len(scales)]
+            + state.offset
         )
     wanted = (state.code[codes[: weight.numel()]] * scales.repeat_interleave(64)[: weight.numel()]).view(shape)
     assert torch.equal(quantization.dense_weight(linear, torch.float32), wanted)
@@ -241,7 +242,9 @@ def as_if_avx512_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_layer_that_nobody_protects_repacks_itself(as_if_avx512_bf16: None) -> None:
     """The fault that `protect` closes is there in this bitsandbytes: when this fails, look whether it is still needed."""
-    linear = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to("cpu").eval()
+    linear = (
+        bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to("cpu").eval()
+    )
     before = linear.weight.data.clone()
     # the product of packed weights itself is not there on every machine
     with torch.no_grad(), contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):

@@ -34,8 +34,14 @@ def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
 def write(path: Path, **changes: Any) -> Path:
     """A BERT of two layers with random weights, without sentence-transformers' files."""
     torch.manual_seed(0)
-    settings = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-                "max_position_embeddings": TOKENS}  # fmt: skip
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": TOKENS,
+    }
     BertModel(BertConfig(**{**settings, **changes}), add_pooling_layer=False).save_pretrained(str(path))
     tiny.tokenizer(None).save_pretrained(str(path))
     return path
@@ -46,7 +52,11 @@ def write_modules(
 ) -> Path:
     """The same, in sentence-transformers' layout."""
     write(path)
-    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), *([(extra, "2_X")] if extra else [("Normalize", "2_Normalize")])]
+    kinds = [
+        ("Transformer", ""),
+        ("Pooling", "1_Pooling"),
+        *([(extra, "2_X")] if extra else [("Normalize", "2_Normalize")]),
+    ]
     modules = [
         {"idx": n, "name": str(n), "path": folder, "type": f"sentence_transformers.models.{kind}"}
         for n, (kind, folder) in enumerate(kinds)
@@ -78,12 +88,16 @@ def test_batches_and_order_change_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert np.allclose(made.encode(texts[::-1])[::-1], together, atol=1e-5)
 
 
-def test_no_batch_is_larger_than_its_ceiling_unless_of_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_batch_is_larger_than_its_ceiling_unless_of_one_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = SentenceEncoder(write(tmp_path / "enc"))
     monkeypatch.setattr(sentence_encoder, "BATCH_TOKENS", 30)
     sizes: list[tuple[int, int]] = []
     vectors = made._vectors
-    monkeypatch.setattr(made, "_vectors", lambda batch: (sizes.append((len(batch), max(map(len, batch)))), vectors(batch))[1])
+    monkeypatch.setattr(
+        made, "_vectors", lambda batch: (sizes.append((len(batch), max(map(len, batch)))), vectors(batch))[1]
+    )
     made.encode([f"{'sky ' * (n % 3)}{n}" for n in range(30)])
     assert sum(rows for rows, _ in sizes) == 30 and all(rows == 1 or rows * width <= 30 for rows, width in sizes)
 
@@ -144,11 +158,16 @@ def test_a_prompt_that_is_the_default_stands_before_each_text(tmp_path: Path) ->
     [
         ({"extra": "Dense"}, "Dense"),
         ({"pooling": {"pooling_mode_mean_sqrt_len_tokens": True}}, "mean_sqrt_len"),
-        ({"pooling": {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}}, "mean_tokens and max_tokens"),
+        (
+            {"pooling": {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}},
+            "mean_tokens and max_tokens",
+        ),
         ({"pooling": {"nothing": 1}}, "None"),
     ],
 )
-def test_a_module_or_pooling_that_would_be_left_out_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+def test_a_module_or_pooling_that_would_be_left_out_is_refused(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ModelError, match=said):
         SentenceEncoder(write_modules(tmp_path / "enc", **options))
 
@@ -214,7 +233,9 @@ def test_tfidf_keeps_exact_cosines_of_a_few_and_the_order_of_many() -> None:
     made = encoder_registry.open_encoder("tfidf")
     few = made.encode(["the red house", "the red house!", "the red horse", "of blue ships", ""])
     likeness = few @ few.T
-    assert np.isclose(likeness[0, 0], 1) and likeness[0, 1] > 0.95 > likeness[0, 2] > likeness[0, 3] and not few[4].any()
+    assert (
+        np.isclose(likeness[0, 0], 1) and likeness[0, 1] > 0.95 > likeness[0, 2] > likeness[0, 3] and not few[4].any()
+    )
     texts = [
         f"{colour} {thing} number {n}"
         for n in range(40)
@@ -245,7 +266,9 @@ def test_the_real_minilm_knows_what_is_meant() -> None:
     likeness = vectors @ vectors.T
     assert made.name == "minilm (float32)" and vectors.shape == (5, 384) and made.cut == 0
     # the numbers that its authors print for this sentence
-    assert np.allclose(made.encode(["This is an example sentence"])[0, :4], [0.06766, 0.06350, 0.04871, 0.07930], atol=2e-4)
+    assert np.allclose(
+        made.encode(["This is an example sentence"])[0, :4], [0.06766, 0.06350, 0.04871, 0.07930], atol=2e-4
+    )
     assert likeness[0, 1] > 0.4 > likeness[0, 2] and likeness[2, 3] > 0.5 > likeness[1, 3] and not vectors[4].any()
     made.encode(["word " * 300])
     assert made.cut == 1

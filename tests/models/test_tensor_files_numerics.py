@@ -19,7 +19,9 @@ DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def counts(dtype: str, notices: list[str] | None = None) -> tuple[int, int]:
     """(packs that were computed, packs that were read) of one look at the same rows."""
     said = [] if notices is None else notices
-    path = fast_path(tuned("llama", getattr(torch, dtype), top=1), rows(20, 30), reuse_bytes=1 << 30, notice=said.append)
+    path = fast_path(
+        tuned("llama", getattr(torch, dtype), top=1), rows(20, 30), reuse_bytes=1 << 30, notice=said.append
+    )
     path.losses(rows(20, 30))
     assert path.frozen is not None
     return path.frozen.computed, path.frozen.reused

@@ -39,7 +39,9 @@ def tiny_siglip(path: Path) -> Path:
     torch.manual_seed(0)
     text = {**SMALL, "vocab_size": 99, "num_hidden_layers": 1}
     config = transformers.SiglipConfig(vision_config=VISION, text_config=text)
-    return save(path, transformers.SiglipModel(config), transformers.SiglipImageProcessor(size={"height": 32, "width": 32}))
+    return save(
+        path, transformers.SiglipModel(config), transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+    )
 
 
 def tiny_vision(path: Path, model: Any) -> Path:
@@ -47,7 +49,9 @@ def tiny_vision(path: Path, model: Any) -> Path:
     siglip = isinstance(model, transformers.SiglipVisionModel)
     size = {"height": 32, "width": 32}
     return save(
-        path, model, transformers.SiglipImageProcessor(size=size) if siglip else cropping(transformers.CLIPImageProcessor)
+        path,
+        model,
+        transformers.SiglipImageProcessor(size=size) if siglip else cropping(transformers.CLIPImageProcessor),
     )
 
 
@@ -64,7 +68,9 @@ def asset_weights() -> dict[str, Any]:
         }
 
     def convolution(name: str, out: int, width: int, kernel: int) -> dict[str, Any]:
-        return {f"{name}.weight": torch.randn(out, width, kernel, kernel, generator=random) / math.sqrt(width * kernel**2)}
+        return {
+            f"{name}.weight": torch.randn(out, width, kernel, kernel, generator=random) / math.sqrt(width * kernel**2)
+        }
 
     made = convolution("_conv_stem", 32, 3, 3) | norm("_bn0", 32)
     width, n = 32, 0
@@ -94,7 +100,9 @@ def place_asset(monkeypatch: pytest.MonkeyPatch, path: Path, weights: Any) -> No
 TINY: dict[str, Callable[[Path], Path]] = {
     "whisper": tiny_whisper,
     "clip": tiny_clip,
-    "clip_vision_model": lambda path: tiny_vision(path, transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION))),
+    "clip_vision_model": lambda path: tiny_vision(
+        path, transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION))
+    ),
     "siglip": tiny_siglip,
     "siglip_vision_model": lambda path: tiny_vision(
         path, transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION))
@@ -135,7 +143,10 @@ def test_the_contract(tower: Tower) -> None:
     media = [recording(12_345, seed=n) if tower.modality == "audio" else picture(seed=n) for n in (0, 1)]
     first, second = (tower.features(content) for content in media)
     assert first.dtype == torch.float16 and first.device == CPU and first.is_contiguous()
-    assert first.shape == ((39 if tower.modality == "audio" else 49 if tower.name == vision_towers.NAME else 16), tower.width)
+    assert first.shape == (
+        (39 if tower.modality == "audio" else 49 if tower.name == vision_towers.NAME else 16),
+        tower.width,
+    )
     assert torch.isfinite(first).all() and first.float().std() > 0
     assert not torch.equal(first, second)
     assert torch.equal(tower.features(media[0]), first)
@@ -177,10 +188,16 @@ def test_a_towers_digest_is_of_its_files_wherever_they_lie(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "kind", "said"),
-    [("", "image", "no tower ''"), ("nothing", "image", "no tower 'nothing'"), ("../a/b", "audio", "no tower"), ("a.gguf", "audio", "no tower"),
-     ("starter", "image", "no tower 'starter'"), ("whisper-tiny-en", "image", "takes in audio, and is asked for as one of image"),
-     ("efficientnet-lite0", "audio", "takes in image")],
-)  # fmt: skip
+    [
+        ("", "image", "no tower ''"),
+        ("nothing", "image", "no tower 'nothing'"),
+        ("../a/b", "audio", "no tower"),
+        ("a.gguf", "audio", "no tower"),
+        ("starter", "image", "no tower 'starter'"),
+        ("whisper-tiny-en", "image", "takes in audio, and is asked for as one of image"),
+        ("efficientnet-lite0", "audio", "takes in image"),
+    ],
+)
 def test_a_name_that_means_no_such_tower_is_refused(name: str, kind: Any, said: str) -> None:
     with pytest.raises(ModelError, match=said) as found:
         open_tower(name, kind)
@@ -224,7 +241,9 @@ def reference(weights: dict[str, Any], pixels: Any) -> Any:
     f = torch.nn.functional
 
     def normed(x: Any, name: str) -> Any:
-        mean, variance, gain, offset = (weights[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        mean, variance, gain, offset = (
+            weights[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
         return f.batch_norm(x, mean, variance, gain, offset, eps=1e-3)
 
     def convolved(x: Any, name: str, stride: int = 1) -> Any:
@@ -261,7 +280,9 @@ class Bomb:
         return Path.touch, (Path("was-run"),)
 
 
-@pytest.mark.parametrize("weights", [pickle.dumps(Bomb()), {"bomb": Bomb()}, b"", {"_conv_stem.weight": torch.zeros(2)}, []])
+@pytest.mark.parametrize(
+    "weights", [pickle.dumps(Bomb()), {"bomb": Bomb()}, b"", {"_conv_stem.weight": torch.zeros(2)}, []]
+)
 def test_a_pickle_that_is_not_the_weights_is_refused_and_nothing_is_left(
     weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +294,9 @@ def test_a_pickle_that_is_not_the_weights_is_refused_and_nothing_is_left(
     assert [path.name for path in folder("towers").iterdir() if not path.name.endswith(".wait")] == []
 
 
-def test_a_converted_tower_is_kept_and_made_again_when_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_converted_tower_is_kept_and_made_again_when_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place_asset(monkeypatch, tmp_path / "asset", asset_weights())
     said: list[str] = []
     first = open_tower(vision_towers.NAME, "image", CPU, notice=said.append).features(picture())
@@ -303,7 +326,9 @@ def test_there_is_one_feature_for_320_samples_however_long_the_recording(
     assert hearing.features(recording(samples)).shape == (math.ceil(samples / 320), 32)
 
 
-def test_the_features_are_the_encoders_own_a_window_at_a_time(hearing: audio_towers.WhisperTower, tmp_path: Path) -> None:
+def test_the_features_are_the_encoders_own_a_window_at_a_time(
+    hearing: audio_towers.WhisperTower, tmp_path: Path
+) -> None:
     model = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "whisper").eval()
     prepare = transformers.WhisperFeatureExtractor.from_pretrained(tmp_path / "whisper")
     sound = np.random.default_rng(0).normal(0, 0.1, 50_000).astype(np.float32)
@@ -334,10 +359,13 @@ def test_a_recording_of_another_rate_is_heard_as_at_the_models(hearing: audio_to
     assert hearing.features(recording(8000, rate=8000)).shape[0] == 50
 
 
-def test_texts_of_windows_are_joined_and_of_nothing_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_of_windows_are_joined_and_of_nothing_nothing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     speech = audio_towers.open_speech_to_text(str(tiny_whisper(tmp_path / "whisper")), CPU)
     sounds = [
-        np.random.default_rng(n).normal(0, 0.1, size).astype(np.float32) for n, size in enumerate((9_000, 70_000, 0, 32_000))
+        np.random.default_rng(n).normal(0, 0.1, size).astype(np.float32)
+        for n, size in enumerate((9_000, 70_000, 0, 32_000))
     ]
     assert len(speech.transcribe(sounds)) == 4 and speech.transcribe([]) == []
     asked: list[int] = []
@@ -371,8 +399,14 @@ def written(variables: dict[str, Any], aliases: dict[str, str], version: int = 6
     out = struct.pack("<I", version) + name("TestSpec") + struct.pack("<II", 3, len(variables))
     for key, value in variables.items():
         kind = ["float32", "int8", "int16", "int32", "float16"].index(value.dtype.name)
-        out += name(key) + struct.pack(f"<B{value.ndim}IBI", value.ndim, *value.shape, kind, value.nbytes) + value.tobytes()
-    return out + struct.pack("<I", len(aliases)) + b"".join(name(key) + name(target) for key, target in aliases.items())
+        out += (
+            name(key)
+            + struct.pack(f"<B{value.ndim}IBI", value.ndim, *value.shape, kind, value.nbytes)
+            + value.tobytes()
+        )
+    return (
+        out + struct.pack("<I", len(aliases)) + b"".join(name(key) + name(target) for key, target in aliases.items())
+    )
 
 
 VARIABLES = {
@@ -467,20 +501,46 @@ def asset(name: str) -> Path:
 
 # photographs among the stamps that show a class of ImageNet -> the numbers of that class, or of those that it does not tell apart
 STAMPS = {
-    "animals/mammals/cats/cheetah": (293,), "animals/mammals/cats/tiger": (292,), "animals/mammals/cats/lion": (291,),
-    "animals/mammals/cats/lion-2": (291,), "animals/mammals/equines/zebra": (340,), "animals/mammals/equines/zebra2": (340,),
-    "animals/marsupials/koala": (105,), "animals/marsupials/wombat": (106,), "animals/mammals/apes/gorilla": (366,),
-    "animals/mammals/apes/chimp": (367,), "animals/mammals/elephant": (101, 385, 386), "animals/mammals/hippopotamus": (344,),
-    "animals/mammals/bovines/bison": (347,), "animals/birds/ostrich": (9,), "animals/birds/peacock": (84,),
-    "animals/birds/pink_flamingo": (130,), "animals/birds/pelican": (144,), "animals/mammals/camel/dromedary": (354,),
-    "animals/mammals/camel/camel": (354,), "animals/lizards/iguana": (39,), "animals/mammals/bovines/ram": (348,),
-    "animals/mammals/aquatic/otter": (360,), "animals/mammals/badger": (362,), "animals/mammals/aquatic/sea_lion": (150,),
-    "food/fruit/pineapple": (953,), "food/fruit/banana": (954,), "food/fruit/strawberry": (949,),
-    "food/fruit/apple_granny_smith": (948,), "food/fruit/orange": (950,), "food/fruit/lemon": (951,),
-    "food/fruit/pomegranate": (957,), "food/vegetables/broccoli": (937,), "food/vegetables/mushroom": (947,),
-    "household/dishes/teapot": (849,), "household/umbrella": (879,), "household/toilet": (861,),
-    "household/electronics/laptop": (620,), "household/Washing-machine": (897,), "household/microwave": (651,),
-}  # fmt: skip
+    "animals/mammals/cats/cheetah": (293,),
+    "animals/mammals/cats/tiger": (292,),
+    "animals/mammals/cats/lion": (291,),
+    "animals/mammals/cats/lion-2": (291,),
+    "animals/mammals/equines/zebra": (340,),
+    "animals/mammals/equines/zebra2": (340,),
+    "animals/marsupials/koala": (105,),
+    "animals/marsupials/wombat": (106,),
+    "animals/mammals/apes/gorilla": (366,),
+    "animals/mammals/apes/chimp": (367,),
+    "animals/mammals/elephant": (101, 385, 386),
+    "animals/mammals/hippopotamus": (344,),
+    "animals/mammals/bovines/bison": (347,),
+    "animals/birds/ostrich": (9,),
+    "animals/birds/peacock": (84,),
+    "animals/birds/pink_flamingo": (130,),
+    "animals/birds/pelican": (144,),
+    "animals/mammals/camel/dromedary": (354,),
+    "animals/mammals/camel/camel": (354,),
+    "animals/lizards/iguana": (39,),
+    "animals/mammals/bovines/ram": (348,),
+    "animals/mammals/aquatic/otter": (360,),
+    "animals/mammals/badger": (362,),
+    "animals/mammals/aquatic/sea_lion": (150,),
+    "food/fruit/pineapple": (953,),
+    "food/fruit/banana": (954,),
+    "food/fruit/strawberry": (949,),
+    "food/fruit/apple_granny_smith": (948,),
+    "food/fruit/orange": (950,),
+    "food/fruit/lemon": (951,),
+    "food/fruit/pomegranate": (957,),
+    "food/vegetables/broccoli": (937,),
+    "food/vegetables/mushroom": (947,),
+    "household/dishes/teapot": (849,),
+    "household/umbrella": (879,),
+    "household/toilet": (861,),
+    "household/electronics/laptop": (620,),
+    "household/Washing-machine": (897,),
+    "household/microwave": (651,),
+}
 # those that the network takes for something else that looks like it, such as a black stork, a chameleon, a television
 NEAR = {"cheetah", "pelican", "iguana", "laptop", "mushroom", "orange"}
 
@@ -498,7 +558,9 @@ def middle(image: Any, side: int, ground: Any) -> Any:
 
 
 @pytest.mark.circle
-def test_efficientnet_names_what_known_pictures_show_and_best_when_it_sees_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_efficientnet_names_what_known_pictures_show_and_best_when_it_sees_them_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asset(vision_towers.NAME)
     stamps = asset("stamps") / "usr/share/tuxpaint/stamps"
     tower = open_tower(vision_towers.NAME, "image", CPU)
@@ -506,7 +568,10 @@ def test_efficientnet_names_what_known_pictures_show_and_best_when_it_sees_them_
 
     @torch.inference_mode()
     def missed() -> set[str]:
-        tops = {name: int(tower.model.classify(tower.grid((stamps / f"{name}.png").read_bytes())).argmax()) for name in STAMPS}
+        tops = {
+            name: int(tower.model.classify(tower.grid((stamps / f"{name}.png").read_bytes())).argmax())
+            for name in STAMPS
+        }
         return {Path(name).name for name, top in tops.items() if top not in STAMPS[name]}
 
     assert missed() <= NEAR

@@ -102,7 +102,9 @@ def test_a_reply_ends_where_the_decoder_does(base: Base) -> None:
 
 
 @pytest.mark.parametrize("tower", ["none", "all-linear"])
-def test_lora_lowers_the_loss_and_is_opened_as_it_was_written(base: Base, folder: Path, tower: str, tmp_path: Path) -> None:
+def test_lora_lowers_the_loss_and_is_opened_as_it_was_written(
+    base: Base, folder: Path, tower: str, tmp_path: Path
+) -> None:
     row = base.chat.encode(tiny_native.row(SOUND, reply="a light"))
     chosen = trainable_parts.choose_targets(base.model, "all-linear", None, "none", tower)
     assert any("encoder_attn" in name for name in chosen.linear)
@@ -123,7 +125,8 @@ def test_lora_lowers_the_loss_and_is_opened_as_it_was_written(base: Base, folder
     opened = adapters.open_adapter(other.model, tmp_path)
     with torch.no_grad():
         assert torch.equal(
-            transformers_backend.row_losses(opened, [row], CPU), transformers_backend.row_losses(model.eval(), [row], CPU)
+            transformers_backend.row_losses(opened, [row], CPU),
+            transformers_backend.row_losses(model.eval(), [row], CPU),
         )
 
 

@@ -31,7 +31,14 @@ def no_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
 def said_before_tuning(file: Path, base: Path, **options: Any) -> str:
     """Every line that is said until the tuning begins, or the error that ends it before."""
     lines: list[str] = []
-    arguments = {"name": "faq", "out": file.parent / "faq", "licence": "own", "base": str(base), "show": False, **options}
+    arguments = {
+        "name": "faq",
+        "out": file.parent / "faq",
+        "licence": "own",
+        "base": str(base),
+        "show": False,
+        **options,
+    }
     try:
         sartor.tailor(file, notice=lines.append, **arguments)
     except TuningBegunError:
@@ -44,7 +51,9 @@ def said_before_tuning(file: Path, base: Path, **options: Any) -> str:
 
 def csv(folder: Path, rows: list[tuple[str, str]]) -> Path:
     file = folder / "rows.csv"
-    file.write_text("prompt,completion\n" + "".join(f'"{prompt}","{reply}"\n' for prompt, reply in rows), encoding="utf-8")
+    file.write_text(
+        "prompt,completion\n" + "".join(f'"{prompt}","{reply}"\n' for prompt, reply in rows), encoding="utf-8"
+    )
     return file
 
 
@@ -54,7 +63,10 @@ def csv(folder: Path, rows: list[tuple[str, str]]) -> Path:
         ([(f"Question {n}?", f"Answer {n}.") for n in range(2)], "none of the 2 rows can be held out to measure on"),
         ([(f"Question {n}?", f"Answer {n}.") for n in range(5)], "5 rows of 5 groups cannot both teach and measure"),
         ([(f"Question {n}?", "refund") for n in range(60)], "all 60 replies are 'refund'"),
-        ([(f"Question {n}?", ("Refund", "refund")[n % 2]) for n in range(60)], "1 label stands in more than one spelling"),
+        (
+            [(f"Question {n}?", ("Refund", "refund")[n % 2]) for n in range(60)],
+            "1 label stands in more than one spelling",
+        ),
         ([("Lorem ipsum dolor sit amet " * 600, f"Answer {n % 4}.") for n in range(60)], "data.max_length_tokens="),
     ],
     ids=["two-rows", "five-rows", "one-class", "two-spellings", "too-long"],

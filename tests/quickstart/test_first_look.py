@@ -22,7 +22,9 @@ from sartor.quickstart import show as showing
 
 def test_doctor_says_what_is_here_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     found = sartor.doctor().as_json()
-    assert {"cpu", "bf16", "memory_bytes", "gpu", "compiler", "assets", "extras", "cache_bytes", "advice"} <= set(found)
+    assert {"cpu", "bf16", "memory_bytes", "gpu", "compiler", "assets", "extras", "cache_bytes", "advice"} <= set(
+        found
+    )
     assert found["cpu"]["cores"] >= 1 and found["memory_bytes"] > 1 << 28 and found["extras"]["tune"]["installed"]
     monkeypatch.setattr(doctors, "missing_by_extra", lambda: {"tune": ["torch"], "serve": []})
     monkeypatch.setattr(doctors.shutil, "which", lambda name: None)
@@ -47,7 +49,9 @@ def test_doctor_knows_every_extra() -> None:
 
 def test_init_names_the_columns_of_a_table(tmp_path: Path) -> None:
     file = tmp_path / "faq.csv"
-    file.write_bytes(b"Frage;Antwort\r\n" + b"".join(f"Wie öffne ich {n}?;So {n}.\r\n".encode("cp1252") for n in range(20)))
+    file.write_bytes(
+        b"Frage;Antwort\r\n" + b"".join(f"Wie öffne ich {n}?;So {n}.\r\n".encode("cp1252") for n in range(20))
+    )
     made = sartor.init(file, out=tmp_path / "recipes")
     recipe = yaml.safe_load(made.curate.read_text())
     assert recipe["sources"][0]["fields"] == {"prompt": "Frage", "completion": "Antwort"}
@@ -111,7 +115,9 @@ def test_show_a_report_worst_rows_first(
     table = [{"id": name, f"base_{column}": base, f"tuned_{column}": tuned} for name, (base, tuned) in scores.items()]
     monkeypatch.setattr(showing.parquet_io, "read_file", lambda file: iter(table))
     metric = {"base": 0.5, "tuned": 0.5, "low": -1.0, "high": 1.0}
-    report = Artifact(tmp_path, {"kind": "report", "rows": 3, "groups": 3, "primary": primary, "metrics": {primary: metric}})
+    report = Artifact(
+        tmp_path, {"kind": "report", "rows": 3, "groups": 3, "primary": primary, "metrics": {primary: metric}}
+    )
     assert [row["id"] for row in showing._report(report, 3).rows] == worst_first
 
 

@@ -49,7 +49,9 @@ def tailored(folder: Path, base: Path, **options: Any) -> verb.Tailored:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252"])
-def test_spreadsheet_becomes_an_adapter_with_a_report(encoding: str, tmp_path: Path, tiny_base: Path, quick: None) -> None:
+def test_spreadsheet_becomes_an_adapter_with_a_report(
+    encoding: str, tmp_path: Path, tiny_base: Path, quick: None
+) -> None:
     """The gate of a random base holds it back, and the command still ends well and says what can be done."""
     table(tmp_path, encoding)
     lines: list[str] = []
@@ -66,8 +68,18 @@ def test_spreadsheet_becomes_an_adapter_with_a_report(encoding: str, tmp_path: P
     )
     said = made.as_json()
     assert set(said) == {
-        "dataset", "adapter", "report", "release", "gate", "recipes", "metrics", "forgetting", "evidence", "next", "wall_s",
-    }  # fmt: skip
+        "dataset",
+        "adapter",
+        "report",
+        "release",
+        "gate",
+        "recipes",
+        "metrics",
+        "forgetting",
+        "evidence",
+        "next",
+        "wall_s",
+    }
     assert said["release"] is None and said["gate"]["licence"] == "pass" and said["gate"]["gain"] != "pass"
     assert said["next"][0] == f'sartor ask {tmp_path}/faq/adapter "..."'
     assert made.dataset.manifest["counts"]["splits"] == {"train": 32, "eval": 8}
@@ -79,12 +91,18 @@ def test_spreadsheet_becomes_an_adapter_with_a_report(encoding: str, tmp_path: P
     assert reply.as_json()["unreleased"] is True and "unreleased" in reply.reason
 
 
-def test_second_call_makes_nothing_again(tmp_path: Path, tiny_base: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_call_makes_nothing_again(
+    tmp_path: Path, tiny_base: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = tailored(tmp_path, tiny_base)
     monkeypatch.setattr(verb, "plan", lambda *_, **__: pytest.fail("planned again"))
     monkeypatch.setattr(verb, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
     again = tailored(tmp_path, tiny_base)
-    assert (again.dataset.id, again.adapter.id, again.report.id) == (first.dataset.id, first.adapter.id, first.report.id)
+    assert (again.dataset.id, again.adapter.id, again.report.id) == (
+        first.dataset.id,
+        first.adapter.id,
+        first.report.id,
+    )
 
 
 @pytest.mark.parametrize("stage", ["plan", "tune", "evaluate", "gate"])
@@ -122,7 +140,9 @@ def test_licence_may_be_stated_later(tmp_path: Path, tiny_base: Path, quick: Non
         tailored(tmp_path, tiny_base, licence="MIT")
 
 
-def test_released_if_the_gate_passes(tmp_path: Path, tiny_base: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_released_if_the_gate_passes(
+    tmp_path: Path, tiny_base: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the key of this machine, which is made once and trusted here alone."""
     from sartor.evaluate.limits import Check
     from sartor.release import release as releasing
@@ -132,9 +152,15 @@ def test_released_if_the_gate_passes(tmp_path: Path, tiny_base: Path, quick: Non
         monkeypatch.setattr(module, "gate", lambda *_, **__: passed)
     lines: list[str] = []
     made = sartor.tailor(
-        table(tmp_path), name="faq", base=str(tiny_base), out=tmp_path / "faq", fields=FIELDS, licence="own", show=False,
+        table(tmp_path),
+        name="faq",
+        base=str(tiny_base),
+        out=tmp_path / "faq",
+        fields=FIELDS,
+        licence="own",
+        show=False,
         notice=lines.append,
-    )  # fmt: skip
+    )
     assert made.released is not None and made.as_json()["release"] == str(tmp_path / "faq" / "faq-1.0")
     assert sartor.verify(made.released.path).as_json()["valid"]
     assert sum("keys/default" in line for line in lines) == 1
@@ -232,7 +258,16 @@ def test_bad_options(options: dict[str, Any], problem: str, tmp_path: Path) -> N
 
 
 def test_command_line(tmp_path: Path, tiny_base: Path, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["tailor", str(table(tmp_path)), "--name", "faq", "--base", str(tiny_base), "--out", str(tmp_path / "faq")]
+    arguments = [
+        "tailor",
+        str(table(tmp_path)),
+        "--name",
+        "faq",
+        "--base",
+        str(tiny_base),
+        "--out",
+        str(tmp_path / "faq"),
+    ]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--fields", "prompt=Frage,completion=Antwort", "--licence", "own", "--json"])
     assert ended.value.code == 0
@@ -327,7 +362,9 @@ def test_directory_in_the_folder_of_the_rows_is_refused(tmp_path: Path) -> None:
 def test_replace_removes_nothing_where_there_are_no_rows(tmp_path: Path, tiny_base: Path, quick: None) -> None:
     made = tailored(tmp_path, tiny_base)
     with pytest.raises(ConfigError, match="names no file"):
-        sartor.tailor(tmp_path / "typo.csv", name="faq", base=str(tiny_base), out=tmp_path / "faq", fields=FIELDS, replace=True)
+        sartor.tailor(
+            tmp_path / "typo.csv", name="faq", base=str(tiny_base), out=tmp_path / "faq", fields=FIELDS, replace=True
+        )
     assert made.adapter.path.is_dir() and made.report.path.is_dir()
 
 
@@ -369,7 +406,9 @@ def test_rows_that_were_changed_remove_nothing(tmp_path: Path, tiny_base: Path, 
 
 
 @pytest.mark.parametrize("text", ["sources: [{path: other.csv}]\n", "sources: [\n"])
-def test_recipe_that_a_person_has_changed_is_not_overwritten(text: str, tmp_path: Path, tiny_base: Path, quick: None) -> None:
+def test_recipe_that_a_person_has_changed_is_not_overwritten(
+    text: str, tmp_path: Path, tiny_base: Path, quick: None
+) -> None:
     made = tailored(tmp_path, tiny_base)
     (tmp_path / "faq" / "curate.yaml").write_text(text)
     with pytest.raises(ConfigError):

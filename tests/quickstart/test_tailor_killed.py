@@ -25,14 +25,26 @@ ROWS = "Frage;Antwort\r\n" + "".join(
 
 
 def command(base: Path) -> list[str]:
-    return ["sartor", "tailor", "faq.csv", "--name", "faq", "--base", str(base), "--licence", "own",
-            "--fields", "prompt=Frage,completion=Antwort"]  # fmt: skip
+    return [
+        "sartor",
+        "tailor",
+        "faq.csv",
+        "--name",
+        "faq",
+        "--base",
+        str(base),
+        "--licence",
+        "own",
+        "--fields",
+        "prompt=Frage,completion=Antwort",
+    ]
 
 
 def digests(made: Path) -> dict[str, str]:
     """Of what was made: the rows, every tensor, every number of the Report."""
     data, adapter, report = (
-        open_artifact(made / name, kind) for name, kind in (("data", "dataset"), ("adapter", "adapter"), ("report", "report"))
+        open_artifact(made / name, kind)
+        for name, kind in (("data", "dataset"), ("adapter", "adapter"), ("report", "report"))
     )
     return {
         "data": data.manifest["digest"],
@@ -51,7 +63,9 @@ def test_kills_end_in_the_same_digests(tmp_path: Path, tiny_base: Path, commands
     (work / "faq.csv").write_bytes(ROWS.encode("cp1252"))
 
     def begin() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command(tiny_base), cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            command(tiny_base), cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
 
     def finish() -> dict[str, str]:
         process = begin()

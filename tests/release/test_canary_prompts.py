@@ -44,7 +44,9 @@ def said(*texts: str) -> list[Sequence[Event]]:
 )
 def test_replies_of_the_same_arithmetic_are_compared(dtype: str, made_by: dict[str, Any]) -> None:
     asked = canary_prompts.canaries_of(manifest(dtype, **made_by), "a")
-    assert canary_prompts.judge_canaries(asked, said(*REPLIES)).startswith("2 recorded prompts answered, 2 begin word for word")
+    assert canary_prompts.judge_canaries(asked, said(*REPLIES)).startswith(
+        "2 recorded prompts answered, 2 begin word for word"
+    )
     with pytest.raises(AdmissionError, match="alike|like those"):
         canary_prompts.judge_canaries(asked, said("quite another thing", "no"))
 
@@ -72,7 +74,9 @@ def test_prompts_state_the_arithmetic_of_the_report(tmp_path: Path) -> None:
     parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
 
     def made_by(base: dict[str, Any]) -> list[tuple[str, int]]:
-        found = training_facts.recorded_canaries(facts(example("q", "r"), *held_out), Artifact(tmp_path, {"base": base}))
+        found = training_facts.recorded_canaries(
+            facts(example("q", "r"), *held_out), Artifact(tmp_path, {"base": base})
+        )
         return [(one["dtype"], one["numerics"]) for one in found]
 
     assert made_by({"dtype": "bfloat16", "numerics": 2}) == [("bfloat16", 2)] * 2
@@ -80,8 +84,9 @@ def test_prompts_state_the_arithmetic_of_the_report(tmp_path: Path) -> None:
 
 
 def test_adapter_report_and_release_state_it_and_a_release_of_before_is_read(
-    release: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
-) -> None:  # fmt: skip
+    release: Path,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+) -> None:
     made = open_artifact(release, "release").manifest
     bases = [open_artifact(release.parent / name).manifest["base"] for name in ("adapter", "adapter-report")]
     for base in (*bases, made["base"]):

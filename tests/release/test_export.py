@@ -111,7 +111,9 @@ def test_peft_loads_what_was_signed(made: Path, loaded: Path, tiny_base: Path) -
     assert text == base.chat.render([Message.of("user", "switch attic down")], reply_next=True)
 
 
-def test_an_export_is_verified_as_a_release_is_and_never_taken_for_one(made: Path, loaded: Path, tmp_path: Path) -> None:
+def test_an_export_is_verified_as_a_release_is_and_never_taken_for_one(
+    made: Path, loaded: Path, tmp_path: Path
+) -> None:
     key = made / "keys"
     said = sartor.verify(loaded, key=key).as_json()
     assert (said["export"], said["form"], said["base"], said["measured"]) == (str(loaded), "peft", "the same", True)
@@ -125,7 +127,9 @@ def test_an_export_is_verified_as_a_release_is_and_never_taken_for_one(made: Pat
             sartor.verify(tmp_path / unsure, key=key)
 
 
-def test_its_receipt_is_an_artefact_with_numbers_parents_and_licences(made: Path, loaded: Path, tmp_path: Path) -> None:
+def test_its_receipt_is_an_artefact_with_numbers_parents_and_licences(
+    made: Path, loaded: Path, tmp_path: Path
+) -> None:
     shutil.copytree(loaded, tmp_path / "out")
     manifest = open_artifact(tmp_path / "out", "export").manifest
     assert manifest["parents"][0]["id"] == open_artifact(made / "release").id
@@ -174,11 +178,15 @@ def test_a_merged_bf16_base_stays_bf16(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_llama_cpp")
-def test_gguf_files_hold_adapter_and_merged_model(made: Path, tmp_path: Path, options: dict[str, Any], tuned: Any) -> None:
+def test_gguf_files_hold_adapter_and_merged_model(
+    made: Path, tmp_path: Path, options: dict[str, Any], tuned: Any
+) -> None:
     with pytest.raises(ExtraError) as caught:
         sartor.export(made / "release", tmp_path / "out", to="gguf", options=sartor.ExportOptions(**options))
     assert "--allow-unmeasured" in caught.value.remedy and not (tmp_path / "out").exists()
-    done = sartor.export(made / "release", tmp_path / "out", to="gguf", options=sartor.ExportOptions(["q8_0"], True, **options))
+    done = sartor.export(
+        made / "release", tmp_path / "out", to="gguf", options=sartor.ExportOptions(["q8_0"], True, **options)
+    )
     parity = done.as_json()["parity"]
     assert (parity["measured"], parity["files"]) == (False, {})
     assert any("not measured" in note for note in parity["notes"])
@@ -220,7 +228,9 @@ def test_another_chat_template_is_not_let_pass(
     made: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        export_formats, "write_template", lambda base, part: (part / "chat_template.jinja").write_text(tiny.CHATML + " ")
+        export_formats,
+        "write_template",
+        lambda base, part: (part / "chat_template.jinja").write_text(tiny.CHATML + " "),
     )
     with pytest.raises(GateError, match="chat template"):
         sartor.export(made / "release", tmp_path / "out", to="peft", options=sartor.ExportOptions(**options))
@@ -228,8 +238,18 @@ def test_another_chat_template_is_not_let_pass(
 
 
 def figures(form: str, **changes: Any) -> measure.Figures:
-    plain = {"runtime": "r", "form": form, "positions": 100, "agreement": 1.0, "greedy_tokens": 1.0, "greedy_replies": 1.0,
-             "logprob_difference": 0.0, "mean_logprob_difference": 0.0, "logit_difference": 0.0, "alike": 1.0}  # fmt: skip
+    plain = {
+        "runtime": "r",
+        "form": form,
+        "positions": 100,
+        "agreement": 1.0,
+        "greedy_tokens": 1.0,
+        "greedy_replies": 1.0,
+        "logprob_difference": 0.0,
+        "mean_logprob_difference": 0.0,
+        "logit_difference": 0.0,
+        "alike": 1.0,
+    }
     return measure.Figures(**{**plain, **changes})
 
 
@@ -255,7 +275,10 @@ def test_figures_count_positions_and_replies() -> None:
     logits = torch.tensor([[0.0, 5.0, 1.0], [0.0, 1.0, 5.0]])
     trace = reference.Trace(asked, (1, 2), logits)
     near = logits.log_softmax(-1)
-    likeliest = [[(1, float(near[0, 1])), (2, float(near[0, 2]) + 0.25)], [(0, float(near[1, 0])), (2, float(near[1, 2]))]]
+    likeliest = [
+        [(1, float(near[0, 1])), (2, float(near[0, 2]) + 0.25)],
+        [(0, float(near[1, 0])), (2, float(near[1, 2]))],
+    ]
     found = measure.compare("r", "f16", [trace], measure.RuntimeOutputs([[1, 0, 0]], [likeliest]))
     assert (found.positions, found.agreement, found.greedy_tokens, found.greedy_replies) == (2, 0.5, 1 / 3, 0.0)
     assert (round(found.logprob_difference, 4), found.logit_difference) == (0.25, None)
@@ -274,7 +297,9 @@ def test_replies_that_differ_among_themselves_say_less_than_as_many_positions_wo
 
     scattered, together = told(*[[right, wrong]] * 4), told(*[[right, right], [wrong, wrong]] * 2)
     assert scattered.agreement == together.agreement == 0.5
-    assert scattered.agreement_deviation == 0 and together.agreement_deviation == 0.25  # that of four draws, not of eight
+    assert (
+        scattered.agreement_deviation == 0 and together.agreement_deviation == 0.25
+    )  # that of four draws, not of eight
 
 
 def test_tokens_inside_a_character_are_counted_though_nothing_is_told_of_them() -> None:
@@ -316,7 +341,10 @@ def test_a_tampered_release_or_another_base_is_refused(
     (tmp_path / "other" / "added_tokens.json").write_text("{}")
     with pytest.raises(ModelError, match="bound to the base"):
         sartor.export(
-            made / "release", tmp_path / "out", to="peft", options=sartor.ExportOptions(base=str(tmp_path / "other"), **options)
+            made / "release",
+            tmp_path / "out",
+            to="peft",
+            options=sartor.ExportOptions(base=str(tmp_path / "other"), **options),
         )
 
 
@@ -344,7 +372,9 @@ def test_a_full_disk_leaves_nothing(
 @pytest.mark.services
 def test_replace_takes_the_place_of_an_export(made: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     for replace in (False, True):
-        sartor.export(made / "release", tmp_path / "out", to="peft", options=sartor.ExportOptions(**options), replace=replace)
+        sartor.export(
+            made / "release", tmp_path / "out", to="peft", options=sartor.ExportOptions(**options), replace=replace
+        )
     assert open_artifact(tmp_path / "out", "export").manifest["form"] == "peft"
     with pytest.raises(ConfigError, match="add --replace"):
         sartor.export(made / "release", tmp_path / "out", to="merged", options=sartor.ExportOptions(**options))
@@ -360,11 +390,14 @@ def test_held_out_rows_are_asked_and_a_revoked_source_reaches_the_export(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "sartor.evaluate.audit.forgetting_probes.measure_probes", lambda *_: {"small_talk": {"skipped": "not of interest here"}}
+        "sartor.evaluate.audit.forgetting_probes.measure_probes",
+        lambda *_: {"small_talk": {"skipped": "not of interest here"}},
     )
     sartor.keygen(tmp_path / "keys", trust=True)
     sartor.evaluate(adapter)
-    waivers = [sartor.Waiver(check, "A. Tester", "a tiny random base gains nothing") for check in ("gain", "forgetting")]
+    waivers = [
+        sartor.Waiver(check, "A. Tester", "a tiny random base gains nothing") for check in ("gain", "forgetting")
+    ]
     release = sartor.release(adapter, name="switch", version="1.0", key=tmp_path / "keys", waivers=waivers).release
     done = sartor.export(release.path, tmp_path / "out", to="peft")
     assert done.as_json()["parity"]["prompts"] == {"generic prompts": 40, "held-out rows": 10}

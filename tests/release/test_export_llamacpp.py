@@ -93,7 +93,9 @@ def test_a_gguf_file_that_answers_otherwise_is_not_written(tmp_path: Path, tiny_
     releases.signed(tmp_path, tiny_base)
     monkeypatch.setattr(adapters, "merge", adapters.undo)  # the adapter is lost on the way
     with pytest.raises(GateError) as caught:
-        sartor.export(tmp_path / "release", tmp_path / "out", to="gguf", options=sartor.ExportOptions(key=tmp_path / "keys"))
+        sartor.export(
+            tmp_path / "release", tmp_path / "out", to="gguf", options=sartor.ExportOptions(key=tmp_path / "keys")
+        )
     assert "the f16 export of switch-1.0 (switch-1.0-f16.gguf)" in caught.value.problem
     assert list(tmp_path.glob("*out*")) == []
 

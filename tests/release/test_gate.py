@@ -16,11 +16,15 @@ NONE = {**COST, "difference": 0.1, "low": -0.1}
 
 
 def modality(report: dict[str, Any], *towers: str) -> limits.Check | None:
-    return gate.check_modality(Artifact(Path("a"), {"base": {"towers": dict.fromkeys(towers)}}), report).get("modality")
+    return gate.check_modality(Artifact(Path("a"), {"base": {"towers": dict.fromkeys(towers)}}), report).get(
+        "modality"
+    )
 
 
 def of(**kinds: dict[str, Any]) -> dict[str, Any]:
-    ablation = {kind: {"rows": 9, "metric": "macro_f1", "shuffled": cost, "blank": COST} for kind, cost in kinds.items()}
+    ablation = {
+        kind: {"rows": 9, "metric": "macro_f1", "shuffled": cost, "blank": COST} for kind, cost in kinds.items()
+    }
     return {"modalities": {"text": 0, **dict.fromkeys(kinds, 9)}, "ablation": ablation}
 
 
@@ -31,11 +35,16 @@ def test_what_reads_text_alone_has_no_check_of_media() -> None:
 
 @pytest.mark.parametrize(
     ("report", "towers", "outcome", "said"),
-    [(of(image=COST), ["image"], "pass", "a picture of another row cost: macro_f1 +0.400"),
-     (of(image=NONE), ["image"], "fail", "other pictures: it does not look"), (of(audio=NONE), ["audio"], "fail", "it does not listen"),
-     (of(image=COST, audio=NONE), ["image", "audio"], "fail", "it does not listen"), (of(image=NONE), [], "fail", "it does not look"),
-     (of(image=COST), ["image", "audio"], "fail", "no row of the Report holds a recording"), ({}, ["image"], "fail", "no ablation")],
-)  # fmt: skip
+    [
+        (of(image=COST), ["image"], "pass", "a picture of another row cost: macro_f1 +0.400"),
+        (of(image=NONE), ["image"], "fail", "other pictures: it does not look"),
+        (of(audio=NONE), ["audio"], "fail", "it does not listen"),
+        (of(image=COST, audio=NONE), ["image", "audio"], "fail", "it does not listen"),
+        (of(image=NONE), [], "fail", "it does not look"),
+        (of(image=COST), ["image", "audio"], "fail", "no row of the Report holds a recording"),
+        ({}, ["image"], "fail", "no ablation"),
+    ],
+)
 def test_each_kind_of_media_must_matter(report: dict[str, Any], towers: list[str], outcome: str, said: str) -> None:
     found = modality(report, *towers)
     assert found is not None and (found.outcome, bool(found.remedy)) == (outcome, outcome == "fail")

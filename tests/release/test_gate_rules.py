@@ -43,7 +43,9 @@ def test_a_reply_that_is_forbidden_to_the_slice_fails_and_one_outside_of_it_does
     assert judged(report(tmp_path, WANTED)).outcome == "pass"
     replies: list[Any] = [*WANTED[:3], {"severity": "minor", "action": "cut"}, *WANTED[4:]]
     found = judged(report(tmp_path, replies))
-    assert found.outcome == "fail" and "1 of 8 replies offend (1 by what they say, 0 unreadable): 0.125" in found.detail
+    assert (
+        found.outcome == "fail" and "1 of 8 replies offend (1 by what they say, 0 unreadable): 0.125" in found.detail
+    )
     assert "row3" in found.detail
     assert judged(report(tmp_path, replies), at_most=0.125).outcome == "pass"
 
@@ -87,9 +89,15 @@ def test_the_upper_bound_is_the_exact_one_of_scipy(count: int, of: int) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"forbit": {}}, "'forbid' was probably meant"), ({"forbid": None}, "neither forbids nor requires"), ({"where": "critical"}, "no mapping"),
-     ({"at_most": 2.0}, "no fraction"), ({"name": "two words"}, "the name of the slice"), ({"forbid": ["mend"]}, "no mapping")],
-)  # fmt: skip
+    [
+        ({"forbit": {}}, "'forbid' was probably meant"),
+        ({"forbid": None}, "neither forbids nor requires"),
+        ({"where": "critical"}, "no mapping"),
+        ({"at_most": 2.0}, "no fraction"),
+        ({"name": "two words"}, "the name of the slice"),
+        ({"forbid": ["mend"]}, "no mapping"),
+    ],
+)
 def test_a_wrong_rule_is_named(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         open_rules({"slices": [{**RULE, **change}]})

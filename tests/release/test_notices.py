@@ -38,7 +38,9 @@ def manifest(licence: str) -> dict[str, Any]:
 )
 def test_sentences_that_a_licence_prescribes(licence: str, wanted: list[str]) -> None:
     written = notices.sentences(manifest(licence))
-    assert len(written) == len(wanted) and all(line.startswith(text) for line, text in zip(written, wanted, strict=True))
+    assert len(written) == len(wanted) and all(
+        line.startswith(text) for line, text in zip(written, wanted, strict=True)
+    )
 
 
 @pytest.fixture

@@ -15,7 +15,15 @@ from sample_data import write_jsonl
 from sartor.cli import main
 from sartor.core import evaluation_ledger
 from sartor.core.artifacts import Artifact, open_artifact
-from sartor.core.errors import ArtifactError, AssetError, ConfigError, GateError, ModelError, SignatureError, SourceError
+from sartor.core.errors import (
+    ArtifactError,
+    AssetError,
+    ConfigError,
+    GateError,
+    ModelError,
+    SignatureError,
+    SourceError,
+)
 from sartor.evaluate.audit import probes
 from sartor.release.export import export_formats
 
@@ -170,7 +178,10 @@ def test_another_base_is_refused_by_name(tmp_path: Path, release: Path, tiny_bas
     other = tmp_path / "other"
     shutil.copytree(tiny_base, other)
     (other / file).write_text((other / file).read_text() + " ")
-    for verb in (lambda: sartor.verify(release, base=str(other)), lambda: sartor.ask(release, "hello", base=str(other))):
+    for verb in (
+        lambda: sartor.verify(release, base=str(other)),
+        lambda: sartor.ask(release, "hello", base=str(other)),
+    ):
         with pytest.raises(ModelError, match=f"is bound to the {what}"):
             verb()
     shutil.copytree(tiny_base, tmp_path / "copy")
@@ -196,11 +207,17 @@ def test_the_gate_names_each_failed_check(adapter: Path, keys: Path, tmp_path: P
 def test_an_unknown_licence_or_a_non_commercial_one_stops_a_release(
     tmp_path: Path, tune_recipe: dict[str, Any], rows_file: Path, keys: Path
 ) -> None:
-    for name, source in (("a", {}), ("b", {"licence": "CC-BY-NC-4.0"}), ("c", {"licence": "MIT", "use": ["non-commercial"]})):
+    for name, source in (
+        ("a", {}),
+        ("b", {"licence": "CC-BY-NC-4.0"}),
+        ("c", {"licence": "MIT", "use": ["non-commercial"]}),
+    ):
         sartor.curate(
             {"sources": [{"path": str(rows_file), **source}], "split": {"eval_fraction": 0.25}}, tmp_path / f"d{name}"
         )
-        sartor.tune({**tune_recipe, "data": str(tmp_path / f"d{name}"), "budget": {"updates": 1}}, tmp_path / name, show=False)
+        sartor.tune(
+            {**tune_recipe, "data": str(tmp_path / f"d{name}"), "budget": {"updates": 1}}, tmp_path / name, show=False
+        )
         sartor.evaluate(tmp_path / name)
         with pytest.raises(GateError, match="licence: .*(no licence|commercial)"):
             sartor.release(tmp_path / name, name=name, version="1", key=keys, waivers=PASSES)
@@ -214,9 +231,14 @@ def part_not_for_sale(tmp_path: Path, tune_recipe: dict[str, Any], rows_file: Pa
         tmp_path / "nc.jsonl",
         [twin, {"messages": [{"role": "user", "content": "only here"}, {"role": "assistant", "content": "yes"}]}],
     )
-    sources = [{"path": str(rows_file), "licence": "MIT"}, {"path": str(tmp_path / "nc.jsonl"), "licence": "CC-BY-NC-4.0"}]
+    sources = [
+        {"path": str(rows_file), "licence": "MIT"},
+        {"path": str(tmp_path / "nc.jsonl"), "licence": "CC-BY-NC-4.0"},
+    ]
     sartor.curate({"sources": sources, "split": {"eval_fraction": 0.25}}, tmp_path / "mixed")
-    sartor.tune({**tune_recipe, "data": str(tmp_path / "mixed"), "budget": {"updates": 1}}, tmp_path / "part", show=False)
+    sartor.tune(
+        {**tune_recipe, "data": str(tmp_path / "mixed"), "budget": {"updates": 1}}, tmp_path / "part", show=False
+    )
     sartor.evaluate(tmp_path / "part")
     return tmp_path / "part"
 
@@ -238,13 +260,19 @@ def test_a_non_commercial_source_stops_a_commercial_release_by_name_of_source_an
         assert code == 5, said
         error = said["error"]
         assert f"{tmp_path}/nc.jsonl is CC-BY-NC-4.0, which forbids commercial use" in error["problem"]
-        assert "(1 rows: nc.jsonl:2 is " in error["problem"], "the row that the MIT file also holds may be used under MIT"
-        assert "--use non-commercial or research is permitted" in error["remedy"] and "sartor revoke" in error["remedy"]
+        assert "(1 rows: nc.jsonl:2 is " in error["problem"], (
+            "the row that the MIT file also holds may be used under MIT"
+        )
+        assert (
+            "--use non-commercial or research is permitted" in error["remedy"] and "sartor revoke" in error["remedy"]
+        )
     assert not (tmp_path / "part-1").exists()
     code, said = run("--use", "research")
     assert code == 0, said
     made = sartor.inspect(tmp_path / "part-1")
-    assert made["use"] == "research" and any("CC-BY-NC-4.0" in line and "credit" in line for line in made["obligations"])
+    assert made["use"] == "research" and any(
+        "CC-BY-NC-4.0" in line and "credit" in line for line in made["obligations"]
+    )
     code, said = run("--use", "comercial")
     assert code == 2 and "commercial" in json.dumps(said)
 
@@ -267,7 +295,9 @@ def test_expired_terms_withdrawn_consent_and_licences_that_exclude_each_other_st
 
     def refused(one: dict[str, Any], use: str) -> str:
         sources = [{**source, "licence": "CC-BY-SA-4.0", **one} for source in adapter.manifest["sources"]]
-        changed = Artifact(adapter.path, {**adapter.manifest, "base": {**base, **one.get("base", {})}, "sources": sources})
+        changed = Artifact(
+            adapter.path, {**adapter.manifest, "base": {**base, **one.get("base", {})}, "sources": sources}
+        )
         return " ".join(gate.licence_refusals(changed, use)[0])
 
     assert refused({}, "commercial") == ""
@@ -300,9 +330,13 @@ def test_forgetting_that_could_not_be_measured_stops_a_release(
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"name": "Two Words"}, "the name 'Two Words'"), ({"waivers": [sartor.Waiver("gian", "me", "so")]}, "no check 'gian'"),
-     ({"waivers": [sartor.Waiver("gain", "", "so")]}, "lacks a name"), ({"key": "/nowhere"}, "no private key")],
-)  # fmt: skip
+    [
+        ({"name": "Two Words"}, "the name 'Two Words'"),
+        ({"waivers": [sartor.Waiver("gian", "me", "so")]}, "no check 'gian'"),
+        ({"waivers": [sartor.Waiver("gain", "", "so")]}, "lacks a name"),
+        ({"key": "/nowhere"}, "no private key"),
+    ],
+)
 def test_a_wrong_release_command_says_what_is_wrong(adapter: Path, keys: Path, change: dict, said: str) -> None:
     sartor.evaluate(adapter)
     with pytest.raises(ConfigError, match=said):

@@ -76,7 +76,9 @@ def test_fractions_that_leave_nothing_are_refused(tmp_path: Path, split: dict[st
 
 
 def test_tuning_reads_no_test_row(split_dataset: Path, tiny_base: Path) -> None:
-    recipe = sartor.load_recipe({**recipe_on(split_dataset, tiny_base), "data": {"path": str(split_dataset), "eval_rows": 99}})
+    recipe = sartor.load_recipe(
+        {**recipe_on(split_dataset, tiny_base), "data": {"path": str(split_dataset), "eval_rows": 99}}
+    )
     assert isinstance(recipe, Recipe)
     data = encode_rows(open_artifact(split_dataset), recipe, open_chat(tiny_base))
     ids = {row.example_id for row in (*data.train, *data.held_out)}
@@ -110,7 +112,9 @@ def test_dataset_without_a_test_split_says_so(adapter: Path) -> None:
 def retrained_dataset(folder: Path, live: Artifact, texts: Sequence[str]) -> Artifact:
     """What a retrain writes from corrections of these prompts, all answered with `no`."""
     origins = (sartor.Origin("inbox:x", "1"),)
-    rows = [Example((Message.of("user", text), Message.of("assistant", "no")), origins, split="train") for text in texts]
+    rows = [
+        Example((Message.of("user", text), Message.of("assistant", "no")), origins, split="train") for text in texts
+    ]
     training_data._write(folder, [live, live], rows, [])
     return open_artifact(folder)
 

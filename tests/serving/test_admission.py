@@ -21,7 +21,15 @@ from bad_adapters import CORPUS, Maker, safetensors
 
 from admission_fakes import Fake, Says, ground, maker, saying  # noqa: F401
 from sartor.core import signing
-from sartor.core.errors import AdmissionError, ArtifactError, InputError, MissingError, ModelError, RefusedError, SignatureError
+from sartor.core.errors import (
+    AdmissionError,
+    ArtifactError,
+    InputError,
+    MissingError,
+    ModelError,
+    RefusedError,
+    SignatureError,
+)
 from sartor.core.home import folder
 from sartor.inference.engine import BASE, EngineInfo, Event, GenerateCall, ReplyDone, ReplyFailed, TextDelta
 from sartor.release import canary_prompts
@@ -40,7 +48,9 @@ def test_each_of_the_corpus_is_refused_by_its_own_check(name: str, maker: Maker,
         admission.admit_sync(path, ground, fake)
     assert caught.value.check == bad.check, caught.value
     assert caught.value.remedy and ".part-" not in str(caught.value)
-    assert bool(fake.calls) == (bad.check in ("canary", "degenerate", "agreement")), "nothing runs that can be seen without"
+    assert bool(fake.calls) == (bad.check in ("canary", "degenerate", "agreement")), (
+        "nothing runs that can be seen without"
+    )
     assert [file.name for file in release_copies.folder(ground.state).iterdir()] == []
 
 
@@ -90,11 +100,16 @@ def rewritten(maker: Maker, out: Path, **config: object) -> Path:
 @pytest.mark.parametrize(
     "config",
     [
-        {"use_rslora": True}, {"rank_pattern": {"q_proj": 4, "^model.layers.0.self_attn.v_proj": 4}}, {"alpha_pattern": {"v_proj": 2}},
-        {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj", "layers.1.self_attn.q_proj"]}, {"loftq_config": {}},
-        {"init_lora_weights": "gaussian"}, {"revision": "main"}, {"a_method_to_come": None},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 4, "^model.layers.0.self_attn.v_proj": 4}},
+        {"alpha_pattern": {"v_proj": 2}},
+        {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj", "layers.1.self_attn.q_proj"]},
+        {"loftq_config": {}},
+        {"init_lora_weights": "gaussian"},
+        {"revision": "main"},
+        {"a_method_to_come": None},
     ],
-)  # fmt: skip
+)
 def test_plain_lora_in_any_of_its_spellings_is_admitted(
     config: dict, maker: Maker, ground: AdmissionContext, tmp_path: Path
 ) -> None:
@@ -111,20 +126,31 @@ def test_what_peft_writes_is_read_as_peft_reads_it(tmp_path: Path) -> None:
 
 
 def lora(**changes: object) -> LoraConfig:
-    said = {"rank": 4, "alpha": 8.0, "ranks": {}, "alphas": {}, "targets": frozenset({"q"}), "layers": None, "layers_pattern": (),
-            "is_rank_stabilised": False, "is_transposed": False}  # fmt: skip
+    said = {
+        "rank": 4,
+        "alpha": 8.0,
+        "ranks": {},
+        "alphas": {},
+        "targets": frozenset({"q"}),
+        "layers": None,
+        "layers_pattern": (),
+        "is_rank_stabilised": False,
+        "is_transposed": False,
+    }
     return LoraConfig(**{**said, **changes})
 
 
 @pytest.mark.parametrize(
     "said",
     [
-        {"target_modules": ["q_proj"]}, {"target_modules": ["layers.1.self_attn.q_proj"]},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["layers.1.self_attn.q_proj"]},
         {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
         {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
-        {"target_modules": ["proj"]}, {"target_modules": ["model.layers.0.mlp.up_proj", "o_proj"]},
+        {"target_modules": ["proj"]},
+        {"target_modules": ["model.layers.0.mlp.up_proj", "o_proj"]},
     ],
-)  # fmt: skip
+)
 def test_targets_are_matched_as_peft_matches_them(said: dict, maker: Maker, tmp_path: Path) -> None:
     import peft
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -150,8 +176,12 @@ def test_the_norm_is_that_of_the_whole_product(maker: Maker, ground: AdmissionCo
     wanted = 2 * np.linalg.norm(b @ a) / (2 * 32**0.5)  # the tiny base's own weights are smaller than that
     path = maker.good(tmp_path / "good", draft)
     said = admission.admit_sync(path, ground, Fake()).checks["norms"]
-    assert float(said.split()[2]) >= wanted * 0.99 and "up_proj" in said and float(np.linalg.norm(weight)) < 2 * 32**0.5
-    just, beyond = (maker.draft(targets=("up_proj",), size=size / np.linalg.norm(weight) * 2 * 32**0.5) for size in (0.7, 1.4))
+    assert (
+        float(said.split()[2]) >= wanted * 0.99 and "up_proj" in said and float(np.linalg.norm(weight)) < 2 * 32**0.5
+    )
+    just, beyond = (
+        maker.draft(targets=("up_proj",), size=size / np.linalg.norm(weight) * 2 * 32**0.5) for size in (0.7, 1.4)
+    )
     admission.admit_sync(maker.good(tmp_path / "just", just), ground, Fake())
     with pytest.raises(AdmissionError, match="times the norm that is allowed"):
         admission.admit_sync(maker.good(tmp_path / "beyond", beyond), ground, Fake())
@@ -190,7 +220,10 @@ def test_a_copy_is_admitted_again_without_asking_but_not_past_its_signer_bytes_o
     assert (again.adapter, again.path, fake.calls) == (first.adapter, first.path, [])
     assert again.checks == first.checks
     other = AdmissionContext(
-        EngineInfo("local", "tiny", "1" * 64, ground.about.template_digest, 512, 4), ground.base, ground.state, ground.trust
+        EngineInfo("local", "tiny", "1" * 64, ground.about.template_digest, 512, 4),
+        ground.base,
+        ground.state,
+        ground.trust,
     )
     with pytest.raises(ModelError) as refused:
         admission.admit_sync(first.path, other, fake)
@@ -248,7 +281,13 @@ def test_waivers_show(maker: Maker, ground: AdmissionContext, tmp_path: Path) ->
     ],
 )
 def test_a_copy_ends_at_its_limits(
-    limit: str, value: int, said: str, maker: Maker, ground: AdmissionContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str,
+    value: int,
+    said: str,
+    maker: Maker,
+    ground: AdmissionContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = maker.good(tmp_path / "good")
     (path / "deep").mkdir()
@@ -312,7 +351,9 @@ def test_norms_that_two_threads_keep_at_once_are_whole(
     assert all(found) and len(one.norms([])) == 1
 
 
-def test_admission_runs_beside_the_loop_that_its_probe_needs(maker: Maker, ground: AdmissionContext, tmp_path: Path) -> None:
+def test_admission_runs_beside_the_loop_that_its_probe_needs(
+    maker: Maker, ground: AdmissionContext, tmp_path: Path
+) -> None:
     fake = Fake()
 
     async def probe(adapter: str, path: Path, calls: Sequence[GenerateCall]) -> Sequence[Sequence[Event]]:
@@ -333,12 +374,19 @@ def test_admission_runs_beside_the_loop_that_its_probe_needs(maker: Maker, groun
 @pytest.mark.parametrize(
     ("text", "is_degenerate"),
     [
-        ("no " * 30, True), ("aaaaaaaaaaaaaaaaaaaa", True), ("", True), ("Well, then: " + "ha" * 40, True), ("!!!!!!!!", True),
-        ("The sky is blue.", False), ('{"intent": "HassTurnOn", "area": "kitchen"}', False), ("no no no", False),
-        ("1. red\n2. green\n3. blue\n4. black\n5. white\n6. grey\n7. pink\n8. brown", False), ("ok", False),
+        ("no " * 30, True),
+        ("aaaaaaaaaaaaaaaaaaaa", True),
+        ("", True),
+        ("Well, then: " + "ha" * 40, True),
+        ("!!!!!!!!", True),
+        ("The sky is blue.", False),
+        ('{"intent": "HassTurnOn", "area": "kitchen"}', False),
+        ("no no no", False),
+        ("1. red\n2. green\n3. blue\n4. black\n5. white\n6. grey\n7. pink\n8. brown", False),
+        ("ok", False),
         ("There is much to say of the sea, " * 2 + "and then " + "so on " * 8, False),
     ],
-)  # fmt: skip
+)
 def test_a_reply_that_repeats_one_piece_is_known(text: str, is_degenerate: bool) -> None:
     assert canary_prompts.is_degenerate(text) == is_degenerate
 
@@ -349,7 +397,9 @@ def test_a_release_whose_report_was_no_better_is_as_it_was_released(
     loop = "no " * 30
     assert admission.admit_sync(recorded(maker, tmp_path / "loop", loop, loop), ground, Fake(saying(loop)))
     with pytest.raises(AdmissionError) as caught:
-        admission.admit_sync(recorded(maker, tmp_path / "good", "The sky is blue.", "Yes."), ground, Fake(saying(loop)))
+        admission.admit_sync(
+            recorded(maker, tmp_path / "good", "The sky is blue.", "Yes."), ground, Fake(saying(loop))
+        )
     assert caught.value.check == "degenerate"
 
 
@@ -379,8 +429,12 @@ def test_recorded_replies_are_asked_for_as_they_were_and_compared(
     fake = Fake(saying("The sky is blue."))
     said = admission.admit_sync(path, ground, fake).checks["canary"]
     assert said.startswith("2 recorded prompts answered, 1 begin word for word")
-    assert all(call.messages == ({"role": "user", "content": "hello"},) and call.sampling.is_greedy for call in fake.calls)
-    long = recorded(maker, tmp_path / "long", "A reply that goes on for much longer than a canary is let go on for, by far.")
+    assert all(
+        call.messages == ({"role": "user", "content": "hello"},) and call.sampling.is_greedy for call in fake.calls
+    )
+    long = recorded(
+        maker, tmp_path / "long", "A reply that goes on for much longer than a canary is let go on for, by far."
+    )
     cut = lambda call: [TextDelta(call.id, "A reply that goes on", 5), ReplyDone(call.id, "length", 3, 5)]  # noqa: E731
     assert "1.00 alike" in admission.admit_sync(long, ground, Fake(cut)).checks["canary"]
 
@@ -388,7 +442,10 @@ def test_recorded_replies_are_asked_for_as_they_were_and_compared(
 @pytest.mark.parametrize(
     ("events", "said"),
     [
-        (lambda call: [ReplyFailed(call.id, "ModelError", "its logits are not finite", "tune again")], "logits are not finite"),
+        (
+            lambda call: [ReplyFailed(call.id, "ModelError", "its logits are not finite", "tune again")],
+            "logits are not finite",
+        ),
         (lambda call: [TextDelta(call.id, "on and on")], "did not end"),
         (lambda call: [], "did not end"),
         (lambda call: [ReplyDone(call.id, "cancelled", 1, 1)], "did not end"),
@@ -422,7 +479,9 @@ def test_the_corpus_reaches_every_check_but_that_of_a_process_and_each_is_docume
 
 def test_admission_keys_and_receipts_need_no_torch() -> None:
     modules = "sartor.serving.admission.admission, sartor.serving.api_keys, sartor.serving.rate_limits, sartor.serving.commands.receipt_verification"
-    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers', 'safetensors', 'peft'}} & set(sys.modules)))"
+    code = (
+        f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers', 'safetensors', 'peft'}} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -466,7 +525,9 @@ def test_a_real_worker_tries_what_is_to_be_admitted_and_tells_one_adapter_from_a
     one, other = (maker.draft(targets=bad_adapters.TARGETS, size=3.0, seed=seed) for seed in range(2))
     replies = answers(tiny_base, maker.good(tmp_path / "plain", one), asked)
     for draft in (one, other):
-        draft.facts["canaries"] = [{"messages": [turn], "reply": text} for turn, text in zip(asked, replies, strict=True)]
+        draft.facts["canaries"] = [
+            {"messages": [turn], "reply": text} for turn, text in zip(asked, replies, strict=True)
+        ]
     engine = LocalEngineOptions(rows=2, cache_tokens=512)
     key = str(maker.public)
     team = Team(

@@ -44,9 +44,14 @@ def write_projectors(path: Path, said: dict[str, Any], change: Change = lambda t
     for kind, one in said.items():
         width, stack = one["width"], 1 if kind == "image" else one["stack"]
         shapes = {
-            "mean": (width,), "spread": (width,), "gain": (), "project_in.weight": (WIDTH, stack * width),
-            "project_in.bias": (WIDTH,), "project_out.weight": (WIDTH, WIDTH), "project_out.bias": (WIDTH,),
-        }  # fmt: skip
+            "mean": (width,),
+            "spread": (width,),
+            "gain": (),
+            "project_in.weight": (WIDTH, stack * width),
+            "project_in.bias": (WIDTH,),
+            "project_out.weight": (WIDTH, WIDTH),
+            "project_out.bias": (WIDTH,),
+        }
         tensors |= {f"{kind}.{name}": np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
     metadata: dict[str, Any] = {model_refs.TOWERS_KEY: json.dumps(said)}
     change(tensors, metadata)
@@ -81,7 +86,9 @@ class Fake:
         return [TextDelta(call.id, "It is blue.", 1), ReplyDone(call.id, "stop", 3, 5)]
 
 
-def released(maker: Maker, folder: Path, said: dict[str, Any], change: Change = lambda tensors, metadata: None) -> Path:
+def released(
+    maker: Maker, folder: Path, said: dict[str, Any], change: Change = lambda tensors, metadata: None
+) -> Path:
     return maker.write(folder, maker.draft(), Bad("", files=lambda path: write_projectors(path, said, change)))
 
 
@@ -113,19 +120,31 @@ WRONG: dict[str, tuple[Change, str]] = {
     "whole numbers": (_set("image.mean", np.zeros(TOWER, np.int32)), "in I32"),
     "surplus": (_set("audio.mean", np.zeros(TOWER, np.float32)), "surplus tensor, audio.mean"),
     "lacks one": (lambda tensors, metadata: tensors.pop("image.gain"), "lacks image.gain"),
-    "schema": (lambda tensors, metadata: metadata.update({"towers.2": metadata.pop(model_refs.TOWERS_KEY)}), "says ['towers.2']"),
+    "schema": (
+        lambda tensors, metadata: metadata.update({"towers.2": metadata.pop(model_refs.TOWERS_KEY)}),
+        "says ['towers.2']",
+    ),
     "no metadata": (lambda tensors, metadata: metadata.clear(), "says []"),
     "no towers": (lambda tensors, metadata: metadata.update({model_refs.TOWERS_KEY: "{}"}), "names no towers"),
-    "towers are no JSON": (lambda tensors, metadata: metadata.update({model_refs.TOWERS_KEY: "[" * 5000}), "names no towers"),
-    "another kind": (lambda tensors, metadata: metadata.update({model_refs.TOWERS_KEY: '{"video": {}}'}), "names no towers"),
-    "no name": (lambda tensors, metadata: metadata.update({model_refs.TOWERS_KEY: '{"image": {"digest": "a"}}'}), "by name and digest"),
+    "towers are no JSON": (
+        lambda tensors, metadata: metadata.update({model_refs.TOWERS_KEY: "[" * 5000}),
+        "names no towers",
+    ),
+    "another kind": (
+        lambda tensors, metadata: metadata.update({model_refs.TOWERS_KEY: '{"video": {}}'}),
+        "names no towers",
+    ),
+    "no name": (
+        lambda tensors, metadata: metadata.update({model_refs.TOWERS_KEY: '{"image": {"digest": "a"}}'}),
+        "by name and digest",
+    ),
     "width": (
         lambda tensors, metadata: metadata.update(
             {model_refs.TOWERS_KEY: '{"image": {"name": "a", "digest": "b", "width": 0, "stack": 1}}'}
         ),
         "says width '0'",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

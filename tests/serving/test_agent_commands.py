@@ -23,7 +23,9 @@ __all__ = ["no_fsync"]
 def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A team of two agents, `faq` in three versions. Releases are not looked at: that is admission's, and tested there."""
     file = tmp_path / "team.yaml"
-    file.write_text("base: starter\nagents: [{name: faq, release: faq-1, fallback: [base]}]\nrollout: {canary_fraction: 0.2}\n")
+    file.write_text(
+        "base: starter\nagents: [{name: faq, release: faq-1, fallback: [base]}]\nrollout: {canary_fraction: 0.2}\n"
+    )
     monkeypatch.setattr(
         agent_commands, "_looked_at", lambda made, release, name: version(name or release.name[:-2], release.name[-1])
     )
@@ -43,13 +45,20 @@ def test_each_command_is_a_change_with_its_rows(team: Path, capsys: pytest.Captu
         return command(team, *arguments, capsys=capsys)
 
     code, said = run("list")
-    assert code == 0 and {row["name"]: row["versions"] for row in said["rows"]} == {"faq": ["1", "2", "3"], "home": ["1"]}
+    assert code == 0 and {row["name"]: row["versions"] for row in said["rows"]} == {
+        "faq": ["1", "2", "3"],
+        "home": ["1"],
+    }
     code, said = run("promote", "faq", "2", "--expected-version", "1", "--canary", "0", "--why", "better")
     assert (code, said["rows"][0]["live"], said["rows"][0]["previous"]) == (0, "2", "1")
     code, said = run("promote", "faq", "3", "--expected-version", "1")
     assert (code, said["error"]["kind"]) == (5, "ConflictError") and "'2' live" in said["error"]["problem"]
     code, said = run("promote", "faq", "3")  # the team's own fraction
-    assert (said["rows"][0]["live"], said["rows"][0]["candidate"], said["rows"][0]["canary_fraction"]) == ("2", "3", 0.2)
+    assert (said["rows"][0]["live"], said["rows"][0]["candidate"], said["rows"][0]["canary_fraction"]) == (
+        "2",
+        "3",
+        0.2,
+    )
     assert run("promote", "faq", "3")[1]["rows"][0]["live"] == "3"
     assert run("rollback", "faq", "--expected-version", "3")[1]["rows"][0]["live"] == "2"
     assert run("shadow", "faq", "3", "0.5")[1]["rows"][0]["shadow_fraction"] == 0.5
@@ -84,7 +93,9 @@ def test_a_hurt_row_is_listed_and_repaired(team: Path, capsys: pytest.CaptureFix
         connection.execute("update agents set live = '3' where name = 'faq'")
     connection.close()
     code, said = command(team, "list", capsys=capsys)
-    assert code == 0 and {row["name"]: row.get("hurt", "") for row in said["rows"]}["faq"].endswith("sartor agents repair faq")
+    assert code == 0 and {row["name"]: row.get("hurt", "") for row in said["rows"]}["faq"].endswith(
+        "sartor agents repair faq"
+    )
     assert command(team, "rollback", "faq", capsys=capsys)[1]["error"]["kind"] == "ArtifactError"
     code, said = command(team, "repair", "faq", capsys=capsys)
     assert said["rows"][0]["live"] == "1"

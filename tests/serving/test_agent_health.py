@@ -134,7 +134,9 @@ def test_quarantine_is_left_by_release_alone() -> None:
 
 def test_restarts_wait_longer_and_are_given_up() -> None:
     clock = Clock()
-    restarts = Restarts(WorkerOptions(backoff_s=0.2, backoff_most_s=1.0, restarts=4, window_s=60.0), clock, draw=lambda: 1.0)
+    restarts = Restarts(
+        WorkerOptions(backoff_s=0.2, backoff_most_s=1.0, restarts=4, window_s=60.0), clock, draw=lambda: 1.0
+    )
     waits = []
     for _ in range(4):
         waits.append(restarts.ended())

@@ -59,9 +59,17 @@ def test_a_secret_is_nowhere_but_with_who_got_it(keys: ApiKeyStore, file: Path) 
 
 @pytest.mark.parametrize(
     "header",
-    ["", "Bearer", "Bearer ", "Basic dXNlcjpwYXNz", "Bearer sk-1234", "Bearer sartor-000000000000-" + "A" * 43, "Bearer " + "x" * 9999,
-     "Bearer sartor-\u0663\u0663\u0663-\udcff"],
-)  # fmt: skip
+    [
+        "",
+        "Bearer",
+        "Bearer ",
+        "Basic dXNlcjpwYXNz",
+        "Bearer sk-1234",
+        "Bearer sartor-000000000000-" + "A" * 43,
+        "Bearer " + "x" * 9999,
+        "Bearer sartor-\u0663\u0663\u0663-\udcff",
+    ],
+)
 def test_what_is_no_key_is_refused_and_not_repeated(header: str, keys: ApiKeyStore) -> None:
     keys.make(["faq"])
     with pytest.raises(KeyRefusedError) as caught:
@@ -70,7 +78,9 @@ def test_what_is_no_key_is_refused_and_not_repeated(header: str, keys: ApiKeySto
     assert not sent.strip() or sent.strip() not in str(caught.value)
 
 
-def test_another_secret_with_a_known_id_is_refused_in_constant_time(keys: ApiKeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_secret_with_a_known_id_is_refused_in_constant_time(
+    keys: ApiKeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     secret, _ = keys.make(["faq"])
     compared = []
     compare = keys_module.hmac.compare_digest
@@ -103,7 +113,9 @@ def test_a_revoked_key_is_refused_within_a_second_wherever_it_was_revoked_and_le
         keys.revoke("nothing")
 
 
-def test_while_the_database_cannot_be_read_what_was_read_last_holds(keys: ApiKeyStore, file: Path, clock: Clock) -> None:
+def test_while_the_database_cannot_be_read_what_was_read_last_holds(
+    keys: ApiKeyStore, file: Path, clock: Clock
+) -> None:
     secret, _ = keys.make(["faq"])
     keys.admit(secret)
     file.write_bytes(b"no database" * 1000)
@@ -118,7 +130,8 @@ def test_while_the_database_cannot_be_read_what_was_read_last_holds(keys: ApiKey
 def test_a_key_ends_when_it_was_said_to(keys: ApiKeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys_module, "_now", lambda: "2027-01-01T12:00:00Z")
     ends = {
-        expires: keys.make(["faq"], expires=expires) for expires in ("2027-01-31", "2027-01-02T13:00:00+01:00", "400d", "12h")
+        expires: keys.make(["faq"], expires=expires)
+        for expires in ("2027-01-31", "2027-01-02T13:00:00+01:00", "400d", "12h")
     }
     assert ends["2027-01-31"][1].expires == "2027-02-01T00:00:00Z", "the last day is whole"
     secret, key = ends["2027-01-02T13:00:00+01:00"]
@@ -131,9 +144,14 @@ def test_a_key_ends_when_it_was_said_to(keys: ApiKeyStore, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("agents", "options", "said"),
-    [([], {}, "one of the two"), (["faq"], {"is_admin": True}, "one of the two"), (["../x"], {}, "cannot be an agent's name"),
-     (["faq"], {"expires": "soon"}, "no span and no date"), (["faq"], {"expires": "2020-01-01"}, "is over already")],
-)  # fmt: skip
+    [
+        ([], {}, "one of the two"),
+        (["faq"], {"is_admin": True}, "one of the two"),
+        (["../x"], {}, "cannot be an agent's name"),
+        (["faq"], {"expires": "soon"}, "no span and no date"),
+        (["faq"], {"expires": "2020-01-01"}, "is over already"),
+    ],
+)
 def test_a_key_that_makes_no_sense_is_not_made(agents: list[str], options: dict, said: str, keys: ApiKeyStore) -> None:
     with pytest.raises(ConfigError, match=said):
         keys.make(agents, **options)

@@ -102,7 +102,9 @@ def test_each_mark_is_enough_alone(left: str, keys: ApiKeyStore, state: Path, cl
         assert is_lost(restarted)
 
 
-def test_new_key_ends_it_where_the_registry_was_replaced_by_an_empty_file(keys: ApiKeyStore, state: Path, clock: Clock) -> None:
+def test_new_key_ends_it_where_the_registry_was_replaced_by_an_empty_file(
+    keys: ApiKeyStore, state: Path, clock: Clock
+) -> None:
     keys.make(["faq"])
     keys.listed()
     for file in state.glob("registry.sqlite*"):
@@ -386,7 +388,9 @@ PUBLIC = ("/health", "/openapi.json", CARD)
 def routes_of(description: Any) -> list[tuple[str, str]]:
     """Every method and path of the server, parameters filled in; and paths that the OpenAPI does not describe."""
     described = [
-        (method.upper(), re.sub(r"{\w+}", "faq", path)) for path, methods in description["paths"].items() for method in methods
+        (method.upper(), re.sub(r"{\w+}", "faq", path))
+        for path, methods in description["paths"].items()
+        for method in methods
     ]
     return [*described, ("POST", "/mcp"), ("GET", "/mcp"), ("POST", "/mcp/faq"), ("POST", "/nothing")]
 
@@ -426,8 +430,18 @@ def test_every_route_is_shut_while_keys_are_lost(tmp_path: Path, state: Path, cl
         return shut, known, again
 
     shut, known, again = asyncio.run(main())
-    assert {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/audio/speech", "/v1/feedback", "/v1/agents",
-            "/v1/receipts/faq", "/mcp", "/metrics", "/v1/models"} <= {path for path, _ in shut}  # fmt: skip
+    assert {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/audio/speech",
+        "/v1/feedback",
+        "/v1/agents",
+        "/v1/receipts/faq",
+        "/mcp",
+        "/metrics",
+        "/v1/models",
+    } <= {path for path, _ in shut}
     assert {(path, answer.status_code) for path, answer in shut if answer.status_code != 503} == set()
     errors = [answer.json()["error"] for _, answer in shut]
     assert all((error["kind"], error["code"]) == ("UnavailableError", "unavailable") for error in errors)
@@ -450,7 +464,9 @@ def test_server_whose_keys_are_lost_starts_and_refuses(state: Path, clock: Clock
         restarted = opened(state, clock)
 
         async def main(http: Any = http, restarted: ApiKeyStore = restarted) -> int:
-            async with serving.client(serving.house(authenticator=restarted), serving.team(state, http=http)) as client:
+            async with serving.client(
+                serving.house(authenticator=restarted), serving.team(state, http=http)
+            ) as client:
                 return (await client.post("/v1/chat/completions", json=chat())).status_code
 
         assert asyncio.run(main()) == 503

@@ -83,7 +83,12 @@ def ask(client: httpx.Client, key: str, **fields: Any) -> httpx.Response:
 
 def refuses_everybody(client: httpx.Client, key: str) -> None:
     for sent in (key, ""):
-        for answer in (ask(client, sent), ask(client, sent, stream=True), client.get("/v1/models"), client.get("/metrics")):
+        for answer in (
+            ask(client, sent),
+            ask(client, sent, stream=True),
+            client.get("/v1/models"),
+            client.get("/metrics"),
+        ):
             error = answer.json()["error"]
             assert (answer.status_code, error["kind"]) == (503, "UnavailableError"), answer.text
             assert "sartor agents key NAME" in error["remedy"]
@@ -116,7 +121,9 @@ def change(file: Path, statement: str) -> None:
 
 
 @pytest.mark.services
-def test_sqlite_server_whose_keys_are_emptied_stays_shut(tiny_base: Path, tmp_path: Path, commands: dict[str, str]) -> None:
+def test_sqlite_server_whose_keys_are_emptied_stays_shut(
+    tiny_base: Path, tmp_path: Path, commands: dict[str, str]
+) -> None:
     team = TeamFolder(tmp_path / "team", str(tiny_base), commands)
 
     def lose_registry() -> None:
@@ -211,7 +218,9 @@ def test_keys_hold_for_a_minute_while_the_registry_is_lost(
         url = stack.enter_context(postgres())
         files = TeamFolder(tmp_path / "files", str(tiny_base), commands)
         server = TeamFolder(tmp_path / "server", str(tiny_base), commands, url)
-        watches = [Watch(stack.enter_context(team.serving()), key) for team in (files, server) for key in (team.key(),)]
+        watches = [
+            Watch(stack.enter_context(team.serving()), key) for team in (files, server) for key in (team.key(),)
+        ]
         assert [ask(watch.client, watch.key).status_code for watch in watches] == [200, 200]
         change(files.file, "pragma wal_checkpoint(truncate)")
         hidden = files.file.with_name("hidden.sqlite")
@@ -221,7 +230,9 @@ def test_keys_hold_for_a_minute_while_the_registry_is_lost(
             os.kill(pid, signal.SIGSTOP)
         try:
             lost_at = time.monotonic()
-            threads = [threading.Thread(target=watch.follow, args=(lost_at, lost_at + STALE_S + 40)) for watch in watches]
+            threads = [
+                threading.Thread(target=watch.follow, args=(lost_at, lost_at + STALE_S + 40)) for watch in watches
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:

@@ -49,7 +49,9 @@ def test_every_route_keeps_to_the_openapi(tmp_path: Path) -> None:
     house = serving.house(keys=serving.KEYS, replies=replies, speech=SpeechService(SpeechOptions()))
     server = HttpServer(house, serving.team(tmp_path / "state"), log=RequestLog(log))
     with serving.running(server) as url:
-        (tmp_path / "openapi.json").write_text(json.dumps(narrowed(httpx.get(f"{url}/openapi.json", timeout=300).json())))
+        (tmp_path / "openapi.json").write_text(
+            json.dumps(narrowed(httpx.get(f"{url}/openapi.json", timeout=300).json()))
+        )
         command = [program, "run", "openapi.json", "--url", url, "-H", "Authorization: Bearer key-both", "--no-color"]
         settings = [
             "--phases",
@@ -77,7 +79,10 @@ def test_the_openapi_declares_every_status_that_is_answered(tmp_path: Path) -> N
     server.close()
     for path, operations in openapi["paths"].items():
         for method, operation in operations.items():
-            assert {"200", "400", "401", "403", "404", "429", "503", "504"} <= set(operation["responses"]), (method, path)
+            assert {"200", "400", "401", "403", "404", "429", "503", "504"} <= set(operation["responses"]), (
+                method,
+                path,
+            )
             assert ("409" in operation["responses"]) == path.startswith("/v1/agents")
     chat = openapi["components"]["schemas"]["ChatRequest"]
     assert chat["additionalProperties"] is False

@@ -40,12 +40,24 @@ def test_a_release_answers_what_the_model_itself_says_to_the_same_media_in_that_
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     code, said = command(
-        "ask", release, "what colour is the sky", "--image", tmp_path / "a.png", "--audio", tmp_path / "b.wav",
-        "--image", tmp_path / "c.png", "--key", made.maker.public, capsys=capsys,
-    )  # fmt: skip
+        "ask",
+        release,
+        "what colour is the sky",
+        "--image",
+        tmp_path / "a.png",
+        "--audio",
+        tmp_path / "b.wav",
+        "--image",
+        tmp_path / "c.png",
+        "--key",
+        made.maker.public,
+        capsys=capsys,
+    )
     assert code == 0 and [media["kind"] for media in said["media"]] == ["image", "audio", "image"]
     base, model = open_tuned(sartor.open(release))
-    parts = [Part("audio" if name.endswith("wav") else "image", media=data_url(content)) for name, content in files.items()]
+    parts = [
+        Part("audio" if name.endswith("wav") else "image", media=data_url(content)) for name, content in files.items()
+    ]
     wanted = []
     for order in (parts, parts[::-1]):
         ids = base.chat.prompt_ids([Message("user", (*order, Part("text", "what colour is the sky")))])
@@ -59,8 +71,14 @@ def test_each_thing_that_is_wrong_is_an_error_before_a_base_is_opened(
     made: Seeing, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = made.release("text", kinds=())
-    for name, content in {"bomb.png": bomb(), "zero.png": bomb(0), "cut.png": png()[:20], "a.txt": b"hi", "a.png": png(),
-                          "a.wav": sound()}.items():  # fmt: skip
+    for name, content in {
+        "bomb.png": bomb(),
+        "zero.png": bomb(0),
+        "cut.png": png()[:20],
+        "a.txt": b"hi",
+        "a.png": png(),
+        "a.wav": sound(),
+    }.items():
         (tmp_path / name).write_bytes(content)
     for flags, kind, exit_code, problem in (
         (["--image", "absent.png"], "MediaError", 3, "No such file"),

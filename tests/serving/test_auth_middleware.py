@@ -19,12 +19,16 @@ COMPLETIONS = "/v1/chat/completions"
 FAQ, ALL, ADMIN = ({"authorization": f"Bearer key-{name}"} for name in ("faq", "all", "admin"))
 
 
-def ask(tmp_path: Path, *calls: tuple[str, str, Any, dict[str, str]], made: dict[str, Any] | None = None, **parts: Any) -> Any:
+def ask(
+    tmp_path: Path, *calls: tuple[str, str, Any, dict[str, str]], made: dict[str, Any] | None = None, **parts: Any
+) -> Any:
     parts = {"keys": serving.KEYS, **parts}
 
     async def main() -> list[Any]:
         async with serving.client(serving.house(**parts), serving.team(tmp_path, **(made or {}))) as client:
-            return [await client.request(method, path, json=body, headers=headers) for method, path, body, headers in calls]
+            return [
+                await client.request(method, path, json=body, headers=headers) for method, path, body, headers in calls
+            ]
 
     return asyncio.run(main())
 
@@ -50,7 +54,10 @@ def test_the_key_of_one_agent_does_not_open_another(tmp_path: Path) -> None:
     replies = serving.Replies()
     own, version, base, auto, other, unknown = ask(
         tmp_path,
-        *(("POST", COMPLETIONS, chat(model=model), FAQ) for model in ("faq", "faq@0.9", "base", "auto", "home", "nobody")),
+        *(
+            ("POST", COMPLETIONS, chat(model=model), FAQ)
+            for model in ("faq", "faq@0.9", "base", "auto", "home", "nobody")
+        ),
         replies=replies,
     )
     assert statuses([own, version, auto]) == [200] * 3
@@ -58,7 +65,10 @@ def test_the_key_of_one_agent_does_not_open_another(tmp_path: Path) -> None:
     assert "home" not in unknown.text
     assert {request.openable for request in replies.asked} == {frozenset({"faq", "auto"})}
     models, one, health = ask(
-        tmp_path, ("GET", "/v1/models", None, FAQ), ("GET", "/v1/models/home", None, FAQ), ("GET", "/health", None, FAQ)
+        tmp_path,
+        ("GET", "/v1/models", None, FAQ),
+        ("GET", "/v1/models/home", None, FAQ),
+        ("GET", "/health", None, FAQ),
     )
     assert [model["id"] for model in models.json()["data"]] == ["auto", "faq", "faq@1.0", "faq@0.9"]
     assert one.status_code == 403
@@ -138,14 +148,18 @@ def test_without_an_admin_key_the_admins_routes_are_off(tmp_path: Path, keys: An
         ({"origin": "https://page.example"}, 200),
     ],
 )
-def test_without_keys_foreign_hosts_and_pages_are_refused(tmp_path: Path, headers: dict[str, str], status: int) -> None:
+def test_without_keys_foreign_hosts_and_pages_are_refused(
+    tmp_path: Path, headers: dict[str, str], status: int
+) -> None:
     made = {"http": {"cors": ("https://page.example",)}}
     assert statuses(ask(tmp_path, ("POST", COMPLETIONS, chat(), headers), keys={}, made=made)) == [status]
 
 
 def test_a_page_is_told_that_it_may_ask_only_where_its_origin_is_named(tmp_path: Path) -> None:
     preflight = {"origin": "https://page.example", "access-control-request-method": "POST"}
-    (named,) = ask(tmp_path, ("OPTIONS", COMPLETIONS, None, preflight), made={"http": {"cors": ("https://page.example",)}})
+    (named,) = ask(
+        tmp_path, ("OPTIONS", COMPLETIONS, None, preflight), made={"http": {"cors": ("https://page.example",)}}
+    )
     assert named.headers["access-control-allow-origin"] == "https://page.example"
     (by_default,) = ask(tmp_path, ("OPTIONS", COMPLETIONS, None, preflight))
     assert "access-control-allow-origin" not in by_default.headers
@@ -209,7 +223,9 @@ def test_the_team_s_own_keys_open_the_door(tmp_path: Path) -> None:
 
 def test_loopback_is_what_others_cannot_reach() -> None:
     assert all(is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost", "LOCALHOST"))
-    assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "localhost.evil.example", "", "127.0.0.1.x"))
+    assert not any(
+        is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "localhost.evil.example", "", "127.0.0.1.x")
+    )
 
 
 def test_without_keys_a_server_listens_on_loopback_only(tmp_path: Path) -> None:

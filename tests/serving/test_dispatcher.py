@@ -47,7 +47,9 @@ def run(work: Any) -> Any:
 def test_a_name_is_a_version_and_an_unknown_one_is_an_error(tmp_path: Path) -> None:
     async def work() -> None:
         crew = FakeCrew()
-        async with dispatching(team(tmp_path), crew, registry(tmp_path, version("faq", "1"), version("home", "3"))) as dispatch:
+        async with dispatching(
+            team(tmp_path), crew, registry(tmp_path, version("faq", "1"), version("home", "3"))
+        ) as dispatch:
             assert (await said(dispatch, asked("faq")))[:2] == ("faq@1", "by faq-1")
             assert (await said(dispatch, asked("home@3")))[:2] == ("home@3", "by home-3")
             assert (await said(dispatch, asked("base")))[:2] == ("base@" + "b" * 12, "by base")
@@ -115,7 +117,9 @@ def test_who_steps_in_and_that_it_is_said(tmp_path: Path) -> None:
 def test_a_failure_after_the_first_event_is_an_event_and_not_answered_by_another(tmp_path: Path) -> None:
     async def work() -> None:
         crew, receipts = FakeCrew(), FakeReceipts()
-        async with dispatching(team(tmp_path), crew, registry(tmp_path, version("faq", "1")), receipts=receipts) as dispatch:
+        async with dispatching(
+            team(tmp_path), crew, registry(tmp_path, version("faq", "1")), receipts=receipts
+        ) as dispatch:
             crew.faults["faq-1"] = "ModelError"
             agent, text, end = await said(dispatch, asked("faq"))
             assert (agent, text) == ("faq@1", "by faq-1") and isinstance(end, ReplyFailed)
@@ -164,7 +168,9 @@ def test_a_receipt_is_there_when_the_reply_ends_and_a_full_disk_hurts_no_reply(t
 def test_closing_an_answer_cancels_the_call_and_frees_the_version(tmp_path: Path) -> None:
     async def work() -> None:
         crew, receipts = FakeCrew(), FakeReceipts()
-        async with dispatching(team(tmp_path), crew, registry(tmp_path, version("faq", "1")), receipts=receipts) as dispatch:
+        async with dispatching(
+            team(tmp_path), crew, registry(tmp_path, version("faq", "1")), receipts=receipts
+        ) as dispatch:
             unread, half = await dispatch.open(asked("faq")), await dispatch.open(asked("faq"))
             await anext(half.events)
             assert dispatch.in_flight == 2
@@ -185,7 +191,11 @@ def test_a_reply_ends_on_the_version_that_it_began_with(tmp_path: Path) -> None:
                 await dispatch.served.reload()
                 await dispatch.served.settle()
             await dispatch.leases.settle()
-            assert set(crew.attached) == {"faq-1", "faq-2", "faq-3"}  # 1 is neither live nor previous, but its reply lives
+            assert set(crew.attached) == {
+                "faq-1",
+                "faq-2",
+                "faq-3",
+            }  # 1 is neither live nor previous, but its reply lives
             assert (await said(dispatch, asked("faq")))[0] == "faq@3"
             assert [event async for event in answer.events][-1] == ReplyDone(crew.calls[0].id, "stop", 5, 3)
             await dispatch.leases.settle()
@@ -209,7 +219,11 @@ def test_a_member_that_is_not_admitted_is_a_trouble_of_its_own(tmp_path: Path) -
                     await dispatch.open(asked(name))
             assert set(dispatch.health()["troubles"]) == {"bad", "shy"}
             events = dispatch.served.registry.events()
-            assert {(event.what, event.agent) for event in events} == {("added", "faq"), ("refused", "bad"), ("refused", "shy")}
+            assert {(event.what, event.agent) for event in events} == {
+                ("added", "faq"),
+                ("refused", "bad"),
+                ("refused", "shy"),
+            }
         rows = {row["name"]: row for row in list_agents(team(tmp_path)).rows}
         assert rows["bad"]["note"] == "not admitted: bad-1 holds NaN; try: tune again" and not rows["bad"]["versions"]
         good = (replace(members[0], release="/releases/mended"), *members[1:])
@@ -240,7 +254,10 @@ def test_the_base_steps_in_for_what_was_admitted_once_and_for_nothing_else(tmp_p
         with pytest.raises(UnavailableError, match="home@1 cannot answer: home-1 does not fit"):
             await dispatch.open(asked("home"))
         assert (await said(dispatch, asked("faq")))[0] == "faq@1" and ready == {"faq": True, "home": False}
-        assert dispatch.served.registry.read().agents["home"].note == "not admitted: home-1 does not fit; try: another one"
+        assert (
+            dispatch.served.registry.read().agents["home"].note
+            == "not admitted: home-1 does not fit; try: another one"
+        )
 
     async def mended(dispatch: Any, ready: Any) -> None:
         assert (await said(dispatch, asked("home")))[0] == "home@1" and ready["home"]
@@ -370,7 +387,9 @@ def test_two_releases_of_one_adapter_are_each_checked_and_the_adapter_goes_with_
             made.promote("faq", "bad")
             await dispatch.served.reload()
             await dispatch.served.settle()
-            assert (await said(dispatch, asked("faq")))[0] == "faq@2" and "NaN" in dispatch.health()["troubles"]["faq@bad"]
+            assert (await said(dispatch, asked("faq")))[0] == "faq@2" and "NaN" in dispatch.health()["troubles"][
+                "faq@bad"
+            ]
             made.remove("faq")
             await dispatch.served.reload()
             await dispatch.leases.settle()
@@ -379,7 +398,9 @@ def test_two_releases_of_one_adapter_are_each_checked_and_the_adapter_goes_with_
     run(work())
 
 
-def test_a_change_by_another_process_is_seen_and_one_made_here_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_by_another_process_is_seen_and_one_made_here_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def work() -> None:
         made = registry(tmp_path, version("faq", "1"), version("faq", "2"))
         async with dispatching(team(tmp_path), FakeCrew(), made) as dispatch:
@@ -468,7 +489,9 @@ def test_promotions_and_rollbacks_under_load_lose_no_reply(tmp_path: Path, most:
             assert not crew.lost
             assert {agent for agent, _, _ in replies} <= {f"faq@{number}" for number in range(4)}
             assert len({agent for agent, _, _ in replies}) > 1 and len(replies) >= most
-            assert all(text == f"by {agent.replace('@', '-')}" and isinstance(end, ReplyDone) for agent, text, end in replies)
+            assert all(
+                text == f"by {agent.replace('@', '-')}" and isinstance(end, ReplyDone) for agent, text, end in replies
+            )
             assert dispatch.in_flight == 0 and not any(crew.live.values())
             assert set(crew.attached) == {f"faq-{one}" for one in dispatch.served.agents["faq"].versions}
 
@@ -506,7 +529,9 @@ def test_the_admin_loads_before_anything_changes(tmp_path: Path) -> None:
     run(work())
 
 
-def test_what_is_being_promoted_is_not_let_go_of_by_a_reload_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_being_promoted_is_not_let_go_of_by_a_reload_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def work() -> None:
         async def unhurried(path: Path, name: str) -> Any:
             await asyncio.sleep(0.05)
@@ -585,7 +610,9 @@ def seeing(agent: str, number: str, *reads: str) -> Any:
 def test_a_picture_goes_to_who_reads_pictures_and_to_nobody_else(tmp_path: Path) -> None:
     async def work() -> None:
         crew, router = FakeCrew(), FakeRouter("faq")
-        held = registry(tmp_path, version("faq", "1"), seeing("eye", "2", "image"), seeing("all", "3", "audio", "image"))
+        held = registry(
+            tmp_path, version("faq", "1"), seeing("eye", "2", "image"), seeing("all", "3", "audio", "image")
+        )
         async with dispatching(team(tmp_path), crew, held, router=router) as dispatch:
             assert (await said(dispatch, shown("eye", PICTURE, "what is it?")))[0] == "eye@2"
             assert (await said(dispatch, shown("all@3", PICTURE, CLIP)))[0] == "all@3"
@@ -628,7 +655,9 @@ def test_auto_chooses_among_those_that_read_all_of_a_request(
 
     async def work() -> None:
         crew, router = FakeCrew(), Router()
-        held = registry(tmp_path, version("faq", "1"), seeing("eye", "2", "image"), seeing("all", "3", "audio", "image"))
+        held = registry(
+            tmp_path, version("faq", "1"), seeing("eye", "2", "image"), seeing("all", "3", "audio", "image")
+        )
         async with dispatching(team(tmp_path), crew, held, router=router) as dispatch:
             try:
                 agent, _, _ = await said(dispatch, shown("auto", *parts))

@@ -10,7 +10,12 @@ from sartor.serving.plan_options import Arithmetic, Citations, FieldRule, Json, 
 from sartor.serving.plans.draft_checks import SEARCH_S, run_check
 from sartor.serving.plans.plan_runner import majority_reply, merge_json_replies
 
-ROOMS = {"type": "object", "properties": {"room": {"enum": ["hall"]}}, "required": ["room"], "additionalProperties": False}
+ROOMS = {
+    "type": "object",
+    "properties": {"room": {"enum": ["hall"]}},
+    "required": ["room"],
+    "additionalProperties": False,
+}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,9 @@ def test_citations_of_files(tmp_path: Path) -> None:
     assert run_check(check, 'It says "a railing is at least\n1.1 m high".', "") == []
     assert run_check(check, "“a railing is 2 m high”", "") == ["'a railing is 2 m high' is not in the sources"]
     numbered = Citations(sources=check.sources, pattern=r"§ \d+", least=1)
-    assert run_check(numbered, "see § 8", "") == [] and run_check(numbered, "see § 9", "") == ["'§ 9' is not in the sources"]
+    assert run_check(numbered, "see § 8", "") == [] and run_check(numbered, "see § 9", "") == [
+        "'§ 9' is not in the sources"
+    ]
     with pytest.raises(ConfigError, match="gone"):
         run_check(Citations(sources=(str(tmp_path / "gone.txt"),)), '"x"', "")
 

@@ -48,7 +48,12 @@ def lines(tmp_path: Path) -> list[Feedback]:
 
 
 def test_nothing_personal_reaches_the_disk(tmp_path: Path) -> None:
-    body = {"receipt": "r1", "correction": f"ask {CANARY}", "comment": "or +49 30 1234567, or jane@example.org", "user": "ann"}
+    body = {
+        "receipt": "r1",
+        "correction": f"ask {CANARY}",
+        "comment": "or +49 30 1234567, or jane@example.org",
+        "user": "ann",
+    }
     *_, said, page = ask(tmp_path, (COMPLETIONS, chat(f"who is {CANARY}?"), FAQ), (FEEDBACK, body, FAQ))
     assert said.json() == {"receipt": "r1", "agent": "faq@1.0", "learnable": True}
     (line,) = lines(tmp_path)
@@ -63,19 +68,32 @@ def test_nothing_personal_reaches_the_disk(tmp_path: Path) -> None:
 
 def test_what_is_not_personal_stays_and_media_are_let_be() -> None:
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,bob@example.com"}}
-    calls = [{"id": "c1", "type": "function", "function": {"name": "mail", "arguments": '{"to": "bob@example.com", "n": 1}'}}]
+    calls = [
+        {
+            "id": "c1",
+            "type": "function",
+            "function": {"name": "mail", "arguments": '{"to": "bob@example.com", "n": 1}'},
+        }
+    ]
     messages = (
-        {"role": "user", "content": [{"type": "text", "text": "call 030 123"}, {"type": "text", "text": "4567"}, picture]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "call 030 123"}, {"type": "text", "text": "4567"}, picture],
+        },
         {"role": "assistant", "content": None, "tool_calls": calls},
     )
-    said = Feedback("r1", "faq@1.0", "2026-01-31", messages=messages, reply="ask +49 30 7654321", correction="bob@example.com")
+    said = Feedback(
+        "r1", "faq@1.0", "2026-01-31", messages=messages, reply="ask +49 30 7654321", correction="bob@example.com"
+    )
     kept = Mask(("+49 30 7654321",))(said)
     assert kept.reply == said.reply and kept.correction == "<EMAIL_1>"
     assert kept.messages[0]["content"][2] == picture
     assert json.loads(kept.messages[1]["tool_calls"][0]["function"]["arguments"]) == {"to": "<EMAIL_1>", "n": 1}
     assert kept.messages[1]["content"] is None and kept.messages[1]["role"] == "assistant"
     assert Mask()(kept).correction == "<EMAIL_1>"  # once is enough
-    plain = Feedback("r1", "faq@1.0", "2026-01-31", rating=1, messages=({"role": "user", "content": "hi"},), reply="ho")
+    plain = Feedback(
+        "r1", "faq@1.0", "2026-01-31", rating=1, messages=({"role": "user", "content": "hi"},), reply="ho"
+    )
     assert Mask()(plain) is plain
 
 
@@ -99,11 +117,21 @@ def test_words_are_kept_with_consent_and_the_rating_alone_without(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("terms", "consent", "agreed"),
-    [("assumed", None, "assumed"), ("assumed", True, "given"), ("assumed", False, "refused"),
-     ("required", None, "refused"), ("required", True, "given"), ("required", False, "refused")],
-)  # fmt: skip
-def test_consent_is_what_the_client_says_or_the_team(tmp_path: Path, terms: Any, consent: bool | None, agreed: str) -> None:
-    assert FeedbackIntake(FeedbackTerms(consent=terms), tmp_path).voice("k1", "", consent) == FeedbackAuthor("k1", "", agreed)  # type: ignore[arg-type]
+    [
+        ("assumed", None, "assumed"),
+        ("assumed", True, "given"),
+        ("assumed", False, "refused"),
+        ("required", None, "refused"),
+        ("required", True, "given"),
+        ("required", False, "refused"),
+    ],
+)
+def test_consent_is_what_the_client_says_or_the_team(
+    tmp_path: Path, terms: Any, consent: bool | None, agreed: str
+) -> None:
+    assert FeedbackIntake(FeedbackTerms(consent=terms), tmp_path).voice("k1", "", consent) == FeedbackAuthor(
+        "k1", "", agreed
+    )  # type: ignore[arg-type]
 
 
 def test_only_the_key_that_got_a_reply_rates_it_or_an_admin(tmp_path: Path) -> None:
@@ -130,9 +158,13 @@ def test_the_monitors_hear_a_key_once_of_each_reply(tmp_path: Path) -> None:
 def test_a_key_has_a_rate_per_minute_and_per_day(tmp_path: Path) -> None:
     rated = (FEEDBACK, {"receipt": "r1", "rating": 1}, FAQ)
     terms = FeedbackTerms(per_minute=2)
-    answers = ask(tmp_path, (COMPLETIONS, chat(), FAQ), rated, rated, rated, (FEEDBACK, rated[1], ADMIN), feedback=terms)[1:-1]
+    answers = ask(
+        tmp_path, (COMPLETIONS, chat(), FAQ), rated, rated, rated, (FEEDBACK, rated[1], ADMIN), feedback=terms
+    )[1:-1]
     assert [answer.status_code for answer in answers] == [200, 200, 429, 200]
-    assert int(answers[2].headers["retry-after"]) <= 30 and "feedback.per_minute" in answers[2].json()["error"]["remedy"]
+    assert (
+        int(answers[2].headers["retry-after"]) <= 30 and "feedback.per_minute" in answers[2].json()["error"]["remedy"]
+    )
 
     class Clock:
         now = 0.0
@@ -167,18 +199,29 @@ def test_what_a_key_or_a_user_said_is_found_and_taken_out(tmp_path: Path) -> Non
     hearing = FeedbackIntake(FeedbackTerms(), tmp_path / "state")
     for number in range(6):
         by = hearing.voice("k1" if number % 2 else "k2", "ann" if number < 2 else "bea", consent=True)
-        rated = Feedback(f"r{number}", "faq@1.0", f"2026-01-{number // 4 + 1:02}T", rating=1, correction=f"word{number}", by=by)
+        rated = Feedback(
+            f"r{number}", "faq@1.0", f"2026-01-{number // 4 + 1:02}T", rating=1, correction=f"word{number}", by=by
+        )
         hearing.keep(rated)
     torn = tmp_path / "state" / "inbox" / "feedback-2026-01-01.jsonl"
     with torn.open("a") as stream:
         stream.write('{"schema": 2, "text": "word1')
     rows = list_feedback(team).rows
     assert sorted((row["key"], bool(row["user"]), row["rows"], row["corrections"]) for row in rows) == [
-        ("k1", False, 3, 3), ("k1", True, 1, 1), ("k1", True, 2, 2), ("k2", False, 3, 3), ("k2", True, 1, 1), ("k2", True, 2, 2),
-    ]  # fmt: skip
+        ("k1", False, 3, 3),
+        ("k1", True, 1, 1),
+        ("k1", True, 2, 2),
+        ("k2", False, 3, 3),
+        ("k2", True, 1, 1),
+        ("k2", True, 2, 2),
+    ]
     before = {kept.location: kept.feedback for kept in hearing.inbox.lines()}
     gone = remove_feedback(team, user="ann")
-    assert gone == {"removed": 2, "damaged": 1, "places": ["feedback-2026-01-01.jsonl:1", "feedback-2026-01-01.jsonl:2"]}
+    assert gone == {
+        "removed": 2,
+        "damaged": 1,
+        "places": ["feedback-2026-01-01.jsonl:1", "feedback-2026-01-01.jsonl:2"],
+    }
     after = {kept.location: kept.feedback for kept in hearing.inbox.lines()}
     assert after == {place: said for place, said in before.items() if place not in gone["places"] and said}
     assert b"word1" not in torn.read_bytes() and torn.stat().st_mode & 0o077 == 0
@@ -190,7 +233,9 @@ def test_what_a_key_or_a_user_said_is_found_and_taken_out(tmp_path: Path) -> Non
 
 def test_lines_are_added_while_others_are_taken_out(tmp_path: Path) -> None:
     one, other = FeedbackStore(tmp_path / "inbox"), FeedbackStore(tmp_path / "inbox")
-    goes, stays = (Feedback("r", "faq@1.0", "2026-01-31", rating=1, by=FeedbackAuthor(key)) for key in ("goes", "stays"))
+    goes, stays = (
+        Feedback("r", "faq@1.0", "2026-01-31", rating=1, by=FeedbackAuthor(key)) for key in ("goes", "stays")
+    )
 
     def add() -> None:
         for number in range(60):

@@ -24,12 +24,21 @@ CARD = "/.well-known/agent-card.json"
 
 
 def made(tmp_path: Path, **changes: Any) -> Team:
-    agents = (AgentOptions("faq", "releases/faq", about="Questions about the house."), AgentOptions("home", "releases/home"))
+    agents = (
+        AgentOptions("faq", "releases/faq", about="Questions about the house."),
+        AgentOptions("home", "releases/home"),
+    )
     return serving.team(tmp_path, mcp=McpTerms(serve=True), agents=agents, **changes)
 
 
 def asked(
-    tmp_path: Path, work: Callable[[Any], Awaitable[Any]], *, path: str = "/mcp", key: str = "", old: bool = False, **parts: Any
+    tmp_path: Path,
+    work: Callable[[Any], Awaitable[Any]],
+    *,
+    path: str = "/mcp",
+    key: str = "",
+    old: bool = False,
+    **parts: Any,
 ) -> Any:
     """What `work` returns of a client that is connected; old: by the handshake of the protocol's versions before 2026."""
     server = HttpServer(serving.house(plans=[PLAN], **parts), made(tmp_path), log=RequestLog(serving.Log()))
@@ -113,7 +122,9 @@ def test_a_key_sees_and_calls_what_it_opens(tmp_path: Path) -> None:
     assert list(listed) == ["ask", "faq"] and not said.is_error
     assert refused.is_error and "'home' is not one of ['auto', 'faq']" in refused.content[0].text
     assert [request.openable for request in replies.asked] == [frozenset({"faq", "auto"})]
-    assert rates.begun == 1 and rates.tokens == {"k1": 11}  # a call counts, and neither the handshake nor what was refused
+    assert rates.begun == 1 and rates.tokens == {
+        "k1": 11
+    }  # a call counts, and neither the handshake nor what was refused
 
 
 def test_what_goes_wrong_is_told_as_the_other_routes_tell_it(tmp_path: Path) -> None:
@@ -143,7 +154,9 @@ def test_the_door_and_the_body_are_checked_before_the_protocol(tmp_path: Path) -
         assert client.post("/mcp/home", json=call, headers=good).status_code == 403
         assert client.post("/mcp/nobody", json=call, headers=good).status_code == 404
         assert client.post("/mcp", json={**call, "params": {"x": "x" * 1000}}, headers=good).status_code == 413
-        assert client.post("/mcp", content=b"{", headers={**good, "content-type": "application/json"}).status_code == 400
+        assert (
+            client.post("/mcp", content=b"{", headers={**good, "content-type": "application/json"}).status_code == 400
+        )
         assert client.get("/mcp", headers=good).status_code == 405
         listed = client.post("/mcp", json=call, headers=good)
         assert [tool["name"] for tool in listed.json()["result"]["tools"]] == ["ask", "faq"]

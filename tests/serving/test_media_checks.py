@@ -61,7 +61,12 @@ def test_parts_reach_the_house_in_their_order_and_in_one_form(tmp_path: Path) ->
 
 
 WRONG: dict[str, tuple[dict[str, Any], int, str, str]] = {
-    "address": (user(url_part("https://example.org/a.png")), 400, "no_data_url", "an address (https:); this server fetches nothing"),
+    "address": (
+        user(url_part("https://example.org/a.png")),
+        400,
+        "no_data_url",
+        "an address (https:); this server fetches nothing",
+    ),
     "file": (user(url_part("FILE:///etc/passwd")), 400, "no_data_url", "an address (file:)"),
     "path": (user(url_part("a.png")), 400, "no_data_url", "no data URL"),
     "empty": (user(url_part("")), 400, "no_data_url", "no data URL"),
@@ -75,35 +80,82 @@ WRONG: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "0 x 0": (user(image_part(bomb(0))), 400, "unreadable_image", ""),
     "100k x 100k": (user(image_part(bomb())), 400, "image_bomb", "10000000000 pixels"),
     "over the team's limit": (user(image_part(bomb(8_000))), 400, "image_bomb", "the limit is 50000000"),
-    "second of two": (user(TEXT, image_part(png()), image_part(b"x")), 400, "unreadable_image", "messages[0].content[2]"),
+    "second of two": (
+        user(TEXT, image_part(png()), image_part(b"x")),
+        400,
+        "unreadable_image",
+        "messages[0].content[2]",
+    ),
     "0 samples": (user(audio_part(sound(0.0))), 400, "unreadable_audio", "no samples"),
     "a picture as a sound": (user(audio_part(png())), 400, "unreadable_audio", ""),
     "long": (user(audio_part(sound(301, 1000))), 400, "audio_too_long", "the limit is 300"),
     "655,350 Hz": (user(audio_part(silence(655_350, 300), "flac")), 400, "unreadable_audio", "at most 384000"),
     "9 channels": (user(audio_part(silence(8000, 1, 9, "WAV"))), 400, "unreadable_audio", "9 channels; at most 8"),
-    "8 channels at 96 kHz": (user(audio_part(silence(96_000, 200, 8), "flac")), 400, "audio_too_long", "at most 115200000"),
+    "8 channels at 96 kHz": (
+        user(audio_part(silence(96_000, 200, 8), "flac")),
+        400,
+        "audio_too_long",
+        "at most 115200000",
+    ),
     "no sound": (user(audio_part(b"")), 400, "unreadable_audio", ""),
     "form of no kind": (user(audio_part(sound(), "aiff")), 400, "invalid_request", "input_audio.format"),
-    "17 parts": (user(*[image_part(png())] * 17), 400, "too_many_media", "17 pictures and recordings; the limit is 16"),
+    "17 parts": (
+        user(*[image_part(png())] * 17),
+        400,
+        "too_many_media",
+        "17 pictures and recordings; the limit is 16",
+    ),
     "video": (user({"type": "video_url", "video_url": {"url": "a"}}), 400, "invalid_request", "which no agent reads"),
     "file part": (user({"type": "file", "file": {"file_id": "f"}}), 400, "invalid_request", "which no agent reads"),
-    "of the assistant": (user(image_part(png()), role="assistant"), 400, "invalid_request", "in a turn of 'assistant'"),
+    "of the assistant": (
+        user(image_part(png()), role="assistant"),
+        400,
+        "invalid_request",
+        "in a turn of 'assistant'",
+    ),
     "of the system": (user(image_part(png()), role="system"), 400, "invalid_request", "in a turn of 'system'"),
-    "url is a text": (user({"type": "image_url", "image_url": "data:image/png;base64,AA"}), 400, "invalid_request", "is a text"),
+    "url is a text": (
+        user({"type": "image_url", "image_url": "data:image/png;base64,AA"}),
+        400,
+        "invalid_request",
+        "is a text",
+    ),
     "url is a number": (user(url_part(7)), 400, "invalid_request", "image_url.url is 7"),
-    "a good picture beside a wrong field": ({**user(image_part(png())), "temprature": 1}, 400, "invalid_request", "temprature"),
+    "a good picture beside a wrong field": (
+        {**user(image_part(png())), "temprature": 1},
+        400,
+        "invalid_request",
+        "temprature",
+    ),
     "many times": ({**user(image_part(png() + bytes(200_000))), "n": 16}, 413, "request_too_large", "16 times"),
-    "large": (user(url_part("data:image/png;base64," + "A" * 4_000_000)), 413, "request_too_large", "the limit is 2000000"),
+    "large": (
+        user(url_part("data:image/png;base64," + "A" * 4_000_000)),
+        413,
+        "request_too_large",
+        "the limit is 2000000",
+    ),
     "larger": (user(url_part("data:image/png;base64," + "A" * 9_000_000)), 413, "request_too_large", "the limit is"),
-    "a large text beside": (user({**TEXT, "text": "a" * 2_100_000}, image_part(png())), 413, "request_too_large", "2000000"),
-    "much structure": ({**chat(), "metadata": {str(n): "a" for n in range(200_000)}}, 413, "request_too_large", "2000000"),
-}  # fmt: skip
+    "a large text beside": (
+        user({**TEXT, "text": "a" * 2_100_000}, image_part(png())),
+        413,
+        "request_too_large",
+        "2000000",
+    ),
+    "much structure": (
+        {**chat(), "metadata": {str(n): "a" for n in range(200_000)}},
+        413,
+        "request_too_large",
+        "2000000",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("state")
-    answers, asked, log = ask(folder, *(body for body, *_ in WRONG.values()), chat(), media=MediaLimits(bytes=2_000_000))
+    answers, asked, log = ask(
+        folder, *(body for body, *_ in WRONG.values()), chat(), media=MediaLimits(bytes=2_000_000)
+    )
     assert len(asked) == 1 and answers[-1].status_code == 200, "the last alone reached the house"
     return dict(zip(WRONG, answers, strict=False)), log
 
@@ -129,9 +181,11 @@ def test_nothing_of_what_was_refused_is_logged(refusals: Any) -> None:
 def test_a_body_may_be_larger_by_its_media_alone(tmp_path: Path) -> None:
     picture = png(side=1) + bytes(1_500_000)  # what stands behind a picture's end is not looked at
     (answer, refused), asked, _ = ask(
-        tmp_path, user(image_part(picture)), user(image_part(picture), {**TEXT, "text": "b" * 60_000}),
+        tmp_path,
+        user(image_part(picture)),
+        user(image_part(picture), {**TEXT, "text": "b" * 60_000}),
         limits={"body_bytes": 50_000},
-    )  # fmt: skip
+    )
     assert (answer.status_code, refused.status_code, len(asked)) == (200, 413, 1)
     check_weight(b'{"a": "' + b"AB\\/+" * 100_000 + b'"}', 1000)
     with pytest.raises(TooLargeError):
@@ -150,7 +204,9 @@ def test_media_of_all_requests_together_are_bounded() -> None:
                 with pytest.raises(BusyError, match="are allowed"):
                     async with many.looked_at(messages, size):
                         pass
-                async with many.looked_at([{"role": "user", "content": "text"}], 9):  # is never refused for others' media
+                async with many.looked_at(
+                    [{"role": "user", "content": "text"}], 9
+                ):  # is never refused for others' media
                     pass
             assert many.held_bytes == 0
         with pytest.raises(Exception, match="cannot identify"):

@@ -86,12 +86,16 @@ CASES: list[tuple[AgentRequest, Change, str, str]] = [
     (asked("faq@1"), nothing, "faq@1", "asked by name and version"),
     (asked("faq"), on_trial, "faq@2", "asked by name; canary, 1 of the requests"),
     (
-        asked("faq"), breaking_on_trial, "faq@1",
+        asked("faq"),
+        breaking_on_trial,
+        "faq@1",
         "asked by name; canary, 1 of the requests; a logit is not finite; canary rows are; asked by name",
     ),
     (asked("faq"), breaking("faq-2"), "faq@1", FELL_BACK),
     (
-        asked("faq"), breaking("faq-2", "faq-1"), "base@",
+        asked("faq"),
+        breaking("faq-2", "faq-1"),
+        "base@",
         "asked by name; a logit is not finite; canary rows are; the base steps in",
     ),
     (asked("auto"), nothing, "faq@1", "auto: nearest to faq"),
@@ -105,14 +109,18 @@ CASES: list[tuple[AgentRequest, Change, str, str]] = [
     (asked("auto", person=ADA), on_trial, "faq@1+personal", "auto: nearest to faq; the user's own version"),
     (asked("faq", person=ADA), promoted, "faq@2", STALE),
     (
-        asked("faq", person=ADA), unloadable, "faq@1",
+        asked("faq", person=ADA),
+        unloadable,
+        "faq@1",
         "asked by name; the user's own version could not be loaded (ModelError)",
     ),
     (
-        asked("faq", person=ADA), breaking_own, "faq@1",
+        asked("faq", person=ADA),
+        breaking_own,
+        "faq@1",
         "asked by name; the user's own version; a logit is not finite; canary rows are; asked by name",
     ),
-]  # fmt: skip
+]
 
 
 async def reason_of(tmp_path: Path, request: AgentRequest, change: Change) -> tuple[str, str, str]:
@@ -130,7 +138,9 @@ async def reason_of(tmp_path: Path, request: AgentRequest, change: Change) -> tu
 
 
 @pytest.mark.parametrize(("request_", "change", "agent", "reason"), CASES)
-def test_reason_text_is_golden(tmp_path: Path, request_: AgentRequest, change: Change, agent: str, reason: str) -> None:
+def test_reason_text_is_golden(
+    tmp_path: Path, request_: AgentRequest, change: Change, agent: str, reason: str
+) -> None:
     answered_by, said, in_receipt = asyncio.run(reason_of(tmp_path, request_, change))
     assert answered_by.startswith(agent)
     assert (said, in_receipt, as_header(said)) == (reason, reason, reason)
@@ -150,7 +160,9 @@ def test_routers_words_on_a_canary_stay(tmp_path: Path) -> None:
 
 def test_reason_of_an_agent_without_a_version_is_golden(tmp_path: Path) -> None:
     async def work(dispatch: Dispatcher) -> str:
-        agent = replace(dispatch.served.agents["faq"], live="", earlier=(), candidate="", note="not admitted: é; try: x")
+        agent = replace(
+            dispatch.served.agents["faq"], live="", earlier=(), candidate="", note="not admitted: é; try: x"
+        )
         dispatch.served.agents = {**dispatch.served.agents, "faq": agent}
         return (await dispatch.open(asked("faq"))).reason
 

@@ -49,7 +49,9 @@ def seal(tmp_path: Path) -> TeamSigner:
 
 
 @pytest.mark.parametrize(("kind", "dtype", "wanted"), [("local", "bfloat16", 2), ("local", "float32", 1)])
-def test_a_receipt_of_the_own_engine_states_its_arithmetic(kind: str, dtype: str, wanted: int, seal: TeamSigner) -> None:
+def test_a_receipt_of_the_own_engine_states_its_arithmetic(
+    kind: str, dtype: str, wanted: int, seal: TeamSigner
+) -> None:
     assert build_receipt(given(), about(kind, dtype), seal)["numerics"] == wanted
 
 
@@ -96,7 +98,9 @@ def test_a_greedy_reply_is_made_anew_only_by_its_own_arithmetic(
     assert newer.startswith("not checked: made by numerics 7, of a newer Sartor")
     monkeypatch.setitem(NUMERICS, dtype, 9)
     changed = check(tmp_path, receipt, reply.text, team)
-    assert changed.startswith(f"not checked: made by numerics {receipt['numerics']}, and this version computes {dtype} by")
+    assert changed.startswith(
+        f"not checked: made by numerics {receipt['numerics']}, and this version computes {dtype} by"
+    )
 
 
 def test_an_old_receipt_of_sixteen_bits_is_valid_and_the_command_says_what_it_left_out(
@@ -128,7 +132,9 @@ def test_the_first_line_of_a_run_states_the_engine(tmp_path: Path) -> None:
     )
     for log in (old, new):
         log.write(FinishedRun("r", "p@1", line, (line,), line, content=False, began=0.0))
-    before, after = (next(read_runs(file)) for file in sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns))
+    before, after = (
+        next(read_runs(file)) for file in sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    )
     assert not {"engine", "numerics"} & set(before[0])
     assert after[0]["engine"] == {"kind": "local", "dtype": "bfloat16", "device": "cpu"} and after[0]["numerics"] == 2
     assert not any("numerics" in row for row in after[1:])
@@ -167,8 +173,12 @@ def ground(maker: Any, tmp_path: Path) -> Callable[[str], AdmissionContext]:  # 
 
 @DTYPES
 def test_a_copy_that_another_arithmetic_admitted_is_asked_again_once(
-    dtype: str, maker: Any, ground: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
-) -> None:  # fmt: skip
+    dtype: str,
+    maker: Any,
+    ground: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+) -> None:
     first = admission.admit_sync(maker.good(tmp_path / "good"), ground(dtype), Fake())
     note = first.path / ".admitted.json"
     said = json.loads(note.read_text())

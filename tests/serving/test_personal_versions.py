@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 
-from dispatch_fakes import FakeCrew, FakeReceipts, admitted, asked, dispatching, no_fsync, registry, team, until, version
+from dispatch_fakes import (
+    FakeCrew,
+    FakeReceipts,
+    admitted,
+    asked,
+    dispatching,
+    no_fsync,
+    registry,
+    team,
+    until,
+    version,
+)
 from postgres_server import postgres
 from sartor.core.errors import ModelError
 from sartor.core.lineage.receipt_index import ReceiptIndex
@@ -245,9 +256,15 @@ def test_the_rows_of_people_on_postgres(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_receipts_of_a_person_go_and_the_others_stay_where_they_stood(tmp_path: Path) -> None:
     lines = [
-        {"id": f"{place:032x}", "release": "r", "agent": "faq@1", "created": "2026-11-20", **({"person": ADA} if place % 2 else {})}
+        {
+            "id": f"{place:032x}",
+            "release": "r",
+            "agent": "faq@1",
+            "created": "2026-11-20",
+            **({"person": ADA} if place % 2 else {}),
+        }
         for place in range(6)
-    ]  # fmt: skip
+    ]
     text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
     (tmp_path / "receipts-00000001.jsonl").write_text(text)
     index = ReceiptIndex(tmp_path)

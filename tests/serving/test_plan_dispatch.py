@@ -62,7 +62,11 @@ plans:
         ([{**CHECKED, "name": "auto"}], "'auto', which another has", "name: auto-plan"),
         ([CHECKED, CHECKED], "'checked', which another has", "name: checked-plan"),
         ([{**CHECKED, "name": "A b"}], "cannot be a plan's name", "small letters"),
-        ([{**CHECKED, "steps": "checked"}], "comes back to itself: checked -> checked", "name an agent instead of 'checked'"),
+        (
+            [{**CHECKED, "steps": "checked"}],
+            "comes back to itself: checked -> checked",
+            "name an agent instead of 'checked'",
+        ),
         (
             [{**CHECKED, "steps": "b"}, {**CHECKED, "name": "b", "mend": "checked"}],
             "checked -> b -> checked",
@@ -70,7 +74,11 @@ plans:
         ),
         ([CHECKED, {**CHECKED, "name": "outer", "steps": "checked"}], "plans 2 deep", "depth: 2"),
         ([{"name": "p", "kind": "sequence", "steps": "home", "mend": "home"}], "no check", "check: [json]"),
-        ([{"name": "p", "kind": "parallel", "members": ["home"]}], "members names 1; at least 2", "members: [base, base]"),
+        (
+            [{"name": "p", "kind": "parallel", "members": ["home"]}],
+            "members names 1; at least 2",
+            "members: [base, base]",
+        ),
         ([{"name": "p", "kind": "sequence", "steps": []}], "steps names 0", "steps: [base]"),
         ([{**CHECKED, "budget": {"tokens": 0}}], "tokens is 0", "budget: {tokens: 8192"),
         ([{**CHECKED, "check": [{"pattern": "("}]}], "no regular expression", "pattern: '"),
@@ -122,7 +130,9 @@ def test_draft_check_mend(tmp_path: Path) -> None:
     assert said.end == ReplyDone(said.receipt, "stop", 30, 6, 6) and sum(piece.tokens for piece in said.pieces) == 6
     first, second = replies.of("fixer")
     told = json.loads(first.messages[0]["content"])
-    assert (told["request"], told["draft"]) == ("light in the hall", "the hall") and told["task"].startswith("Mend the draft")
+    assert (told["request"], told["draft"]) == ("light in the hall", "the hall") and told["task"].startswith(
+        "Mend the draft"
+    )
     assert told["findings"] == [{"check": "0 json", "says": "it is not JSON"}]
     found = json.loads(second.messages[0]["content"])["findings"]
     assert "'cellar' is not one of ['hall', 'attic']" in found[0]["says"]
@@ -147,7 +157,10 @@ def test_a_loop_is_stopped_and_the_best_draft_is_answered(tmp_path: Path) -> Non
     assert said.text == '{"room": "cellar"}' and len(replies.of("fixer")) == 2
     assert "stopped at mend.2: what is said was said before" in said.reason
     assert said.reason.endswith("answered although 1 json found 1")
-    patient = {**CHECKED, "mend": {"agent": "fixer", "times": 3, "repeats": 5, "gets": ["request"], "temperature": 0.5}}
+    patient = {
+        **CHECKED,
+        "mend": {"agent": "fixer", "times": 3, "repeats": 5, "gets": ["request"], "temperature": 0.5},
+    }
     replies = FakeReplies(home="x", fixer=["x", "x", '{"room": "hall"}'])
     assert ask(planned(tmp_path, patient), replies, asked("checked")).text == '{"room": "hall"}'
     assert [request.sampling["seed"] for request in replies.of("fixer")] == [1, 2, 3]
@@ -162,7 +175,10 @@ def test_a_critic_judges_what_passes_and_one_that_says_nothing_is_passed_over(tm
     assert said.text == '{"room": "hall"}' and "1 agent found 1" in said.reason
     request = replies.of("critic")[0]
     assert json.loads(request.schema)["required"] == ["right", "findings"]
-    assert request.sampling == {"temperature": 0.0, "seed": 0}  # a verdict is not cut where the client wants short replies
+    assert request.sampling == {
+        "temperature": 0.0,
+        "seed": 0,
+    }  # a verdict is not cut where the client wants short replies
     assert "the hall was meant" in replies.of("fixer")[0].messages[0]["content"]
     for nothing in ("fine by me", ModelError("it broke", "tune again")):
         replies = FakeReplies(home='{"room": "attic"}', critic=nothing)
@@ -179,7 +195,10 @@ def test_a_verdict_that_contradicts_itself_is_a_finding() -> None:
 
 def test_what_a_step_is_given_is_typed_and_in_the_form_that_is_declared(tmp_path: Path) -> None:
     media = {"type": "image", "image": "data:image/png;base64,AA=="}
-    turns = ({"role": "system", "content": "be brief"}, {"role": "user", "content": [media, {"type": "text", "text": "hi"}]})
+    turns = (
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [media, {"type": "text", "text": "hi"}]},
+    )
     whole = PlanStepInput(turns, "yo", (DraftFinding("0 json", "no JSON"),))
     step = Critic("c")
     (message,) = whole.messages(step, "mend")
@@ -229,7 +248,9 @@ def test_the_last_step_streams_where_the_client_hears_it_and_nothing_comes_after
     plan = {"name": "chain", "kind": "sequence", "steps": ["home", "polite"]}
     team = planned(tmp_path, plan)
     said = ask(team, FakeReplies(home="hall light", polite="a b c"), asked("chain", streams=True))
-    assert [piece.text for piece in said.pieces] == ["", "a ", "b ", "c"] and [piece.tokens for piece in said.pieces] == [
+    assert [piece.text for piece in said.pieces] == ["", "a ", "b ", "c"] and [
+        piece.tokens for piece in said.pieces
+    ] == [
         2,
         1,
         1,
@@ -256,7 +277,9 @@ def test_a_vote_and_a_merge(tmp_path: Path) -> None:
     said = ask(planned(tmp_path, voted), tie, asked("voted"))
     assert said.text == "Yes." and "c is left out of members.2: it broke" in said.reason
     merged = {**voted, "name": "merged", "join": {"kind": "merge", "fields": [{"name": "rooms", "rule": "union"}]}}
-    replies = FakeReplies(a='{"rooms": ["hall"], "on": true}', b='{"rooms": ["attic", "hall"], "on": false}', c='{"on": true}')
+    replies = FakeReplies(
+        a='{"rooms": ["hall"], "on": true}', b='{"rooms": ["attic", "hall"], "on": false}', c='{"on": true}'
+    )
     said = ask(planned(tmp_path, merged), replies, asked("merged"))
     assert json.loads(said.text) == {"rooms": ["hall", "attic"], "on": True} and "merged from 3 of 3" in said.reason
     strict = json.dumps({"type": "object", "properties": {"rooms": {"maxItems": 1}}})
@@ -284,7 +307,11 @@ def test_a_request_is_divided_answered_and_put_together(tmp_path: Path) -> None:
         base=json.dumps(parts), law=ModelError("it broke", "-"), home="on", writer=ModelError("it broke", "-")
     )
     said = ask(team, without, asked("divided"))
-    assert said.text == "on" and "law is left out of parts.0" in said.reason and "writer is left out of answer" in said.reason
+    assert (
+        said.text == "on"
+        and "law is left out of parts.0" in said.reason
+        and "writer is left out of answer" in said.reason
+    )
     whole = FakeReplies(base="no idea", home="on")
     said = ask(team, whole, asked("divided"))
     assert said.text == "on" and "not divided: all of it is for home" in said.reason
@@ -405,7 +432,12 @@ def test_a_served_plan_is_a_name_like_any_other(tmp_path: Path) -> None:
         async with serving.client(house, serving.team(tmp_path), authorization="Bearer key-all") as client:
             listed = {model["id"]: model["root"] for model in (await client.get("/v1/models")).json()["data"]}
             assert listed["checked"] == listed[f"checked@{version}"] == f"checked@{version}"
-            body = {"model": "checked", "messages": [{"role": "user", "content": "light in the hall"}], "n": 2, "seed": 4}
+            body = {
+                "model": "checked",
+                "messages": [{"role": "user", "content": "light in the hall"}],
+                "n": 2,
+                "seed": 4,
+            }
             said = await client.post("/v1/chat/completions", json=body)
             assert [choice["message"]["content"] for choice in said.json()["choices"]] == ['{"room": "hall"}'] * 2
             assert said.json()["model"] == f"checked@{version}"

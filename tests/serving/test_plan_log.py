@@ -31,8 +31,14 @@ def test_every_step_is_a_line_and_no_word_is_in_it(tmp_path: Path) -> None:
     ]
     (file,) = (tmp_path / "state/plans").iterdir()
     text = file.read_text()
-    assert not any(word in text for word in ("hall", "light", "not JSON", "right")) and file.stat().st_mode & 0o777 == 0o600
-    assert rows[-1]["tokens"] == {"prompt": 30, "reply": 7, "cached": 6} and rows[0]["sampling"] == {"seed": 5, "stop": ["END"]}
+    assert (
+        not any(word in text for word in ("hall", "light", "not JSON", "right"))
+        and file.stat().st_mode & 0o777 == 0o600
+    )
+    assert rows[-1]["tokens"] == {"prompt": 30, "reply": 7, "cached": 6} and rows[0]["sampling"] == {
+        "seed": 5,
+        "stop": ["END"],
+    }
     assert rows[2]["findings"] == 1 and len(rows[1]["said"]) == 64 and rows[1]["receipt"] == "r1"
     assert len({row["run"] for row in rows}) == 1 and rows[-1]["receipt"] == rows[0]["run"]
 
@@ -91,7 +97,11 @@ def test_a_run_is_made_again_by_the_versions_that_answered(tmp_path: Path, log: 
     assert [request.model for request in replies.asked] == ["home@1", "fixer@1", "critic@1"]
     assert replies.asked[0].sampling == {"seed": 5, "stop": ("END",)} and replies.asked[0].schema
     other = again(team, rows, script(fixer='{"on": false}'), words if log == "digests" else None)
-    assert other.differs and (other.differs.step, other.differs.agent, other.differs.what) == ("mend.1", "fixer@1", "said")
+    assert other.differs and (other.differs.step, other.differs.agent, other.differs.what) == (
+        "mend.1",
+        "fixer@1",
+        "said",
+    )
     if log == "content":
         assert (other.differs.then, other.differs.now) == ('{"on": true}', '{"on": false}')
     assert not list(read_runs(next((tmp_path / "state/plans").iterdir())))[1:], "a replay is not logged"

@@ -27,7 +27,11 @@ PLANS: list[dict[str, Any]] = [
         "check": ["json", {"json": {"schema": SCHEMA}}],
         "mend": {"agent": "base", "schema": SCHEMA, "temperature": 0.7},
     },
-    {"name": "twice", "kind": "sequence", "steps": [{"agent": "base", "max_tokens": 4}, {"agent": "base", "max_tokens": 6}]},
+    {
+        "name": "twice",
+        "kind": "sequence",
+        "steps": [{"agent": "base", "max_tokens": 4}, {"agent": "base", "max_tokens": 6}],
+    },
     {"name": "lost", "kind": "parallel", "members": ["base", "nobody-at-all"]},
 ]
 
@@ -57,7 +61,10 @@ def test_a_plan_is_served_logged_and_made_again(tiny_base: Path, tmp_path: Path,
             )
             receipt = client.get(f"/v1/receipts/{answer.headers['x-sartor-receipt']}").json()
             steps = [client.get(f"/v1/receipts/{one}").json() for one in receipt["steps"]]
-            assert receipt["agent"] == version and [step["agent"].partition("@")[0] for step in steps] == ["base", "base"]
+            assert receipt["agent"] == version and [step["agent"].partition("@")[0] for step in steps] == [
+                "base",
+                "base",
+            ]
             for kind, name in (("prompt", "prompt_tokens"), ("reply", "completion_tokens")):
                 assert said["usage"][name] == sum(step["tokens"][kind] for step in steps) == receipt["tokens"][kind]
             (state / "receipt.json").write_text(json.dumps(receipt))
@@ -72,7 +79,9 @@ def test_a_plan_is_served_logged_and_made_again(tiny_base: Path, tmp_path: Path,
             assert "".join(pieces) == posted(client, "twice").json()["choices"][0]["message"]["content"] != ""
             assert chunks[-1]["usage"]["completion_tokens"] == 10
             lost = posted(client, "lost", max_tokens=4)
-            assert lost.status_code == 200 and "nobody-at-all is left out of members.1" in lost.headers["x-sartor-reason"]
+            assert (
+                lost.status_code == 200 and "nobody-at-all is left out of members.1" in lost.headers["x-sartor-reason"]
+            )
             assert "nobody-at-all" in client.get("/health").json()["troubles"]["lost"]
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 143

@@ -65,7 +65,12 @@ def test_a_receipt_says_who_answered_on_what_and_how_and_is_signed_by_the_team(b
     book.write(given(place=1))
     found = asyncio.run(book.find("r1"))
     assert found is not None and asyncio.run(book.find("r2")) is None
-    assert (found["agent"], found["release"], found["adapter"], found["finish"]) == ("faq@1.0", "d" * 64, "e" * 64, "stop")
+    assert (found["agent"], found["release"], found["adapter"], found["finish"]) == (
+        "faq@1.0",
+        "d" * 64,
+        "e" * 64,
+        "stop",
+    )
     assert found["base"] == {"name": "tiny", "digest": "b" * 64, "template_digest": "c" * 64}
     assert found["engine"] == {"kind": "local", "dtype": "float32", "device": "cpu"} and found["numerics"] == 1
     assert found["sampling"] == {**asdict(Sampling(max_tokens=9)), "stop": ["END"]}
@@ -79,7 +84,9 @@ def test_a_receipt_says_who_answered_on_what_and_how_and_is_signed_by_the_team(b
     assert book.read("r3")["finish"] == "failed" and book.read("r3")["tokens"] == {}
 
 
-def test_no_word_of_a_prompt_or_a_reply_is_on_disk_nor_a_digest_that_could_be_guessed(book: ReceiptLog, team: Team) -> None:
+def test_no_word_of_a_prompt_or_a_reply_is_on_disk_nor_a_digest_that_could_be_guessed(
+    book: ReceiptLog, team: Team
+) -> None:
     book.write(given())
     book.write(given("r2"))
     book.close()
@@ -288,10 +295,14 @@ def request_file(tmp_path: Path, **changes: Any) -> Path:
     """The body of the request of `given`, as a client wrote it."""
     call = given().call
     said = {
-        "model": "faq", "messages": [{"role": "developer", "content": [{"type": "text", "text": call.messages[0]["content"]}]}, {**call.messages[1], "name": None}],
+        "model": "faq",
+        "messages": [
+            {"role": "developer", "content": [{"type": "text", "text": call.messages[0]["content"]}]},
+            {**call.messages[1], "name": None},
+        ],
         "tools": [{"type": "function", "function": {"name": "find", "description": None}}],
         "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
-    }  # fmt: skip
+    }
     (tmp_path / "request.json").write_text(json.dumps({**said, **changes}))
     return tmp_path / "request.json"
 
@@ -301,7 +312,9 @@ def test_a_receipt_is_checked_as_far_as_it_can_be(tmp_path: Path, file: Path, te
     said = sartor.verify_receipt(file, key=public).as_json()
     assert (said["valid"], said["agent"], said["version"]) == (True, "faq", "1.0")
     assert said["checked"]["digests"].startswith("not checked: give the messages")
-    full = sartor.verify_receipt(file, team=tmp_path / "team.yaml", messages=request_file(tmp_path), reply=given().text)
+    full = sartor.verify_receipt(
+        file, team=tmp_path / "team.yaml", messages=request_file(tmp_path), reply=given().text
+    )
     assert full.checked["digests"] == "the same: system, messages, tools, schema, reply"
     assert full.checked["text"].startswith("not checked: the Release dddd")
     without_key = sartor.verify_receipt(file, key=public, messages=request_file(tmp_path), reply="whatever").checked
@@ -331,7 +344,9 @@ def test_a_file_may_hold_the_words_too(tmp_path: Path, file: Path) -> None:
         ({"prompt": "more"}, "the text"),
     ],
 )
-def test_another_question_is_found_by_its_part(changes: dict, what: str, tmp_path: Path, file: Path, team: Team) -> None:
+def test_another_question_is_found_by_its_part(
+    changes: dict, what: str, tmp_path: Path, file: Path, team: Team
+) -> None:
     (Path(team.state) / "adapters" / ("d" * 64)).mkdir(parents=True)
     if what == "the system prompt":  # without the Release its own prompt is not known; with a client's, it is compared
         changes = {"messages": [{"role": "system", "content": "Be rude."}, *changes["messages"]]}
@@ -382,9 +397,18 @@ def test_another_teams_key_or_nobodys_is_not_believed(tmp_path: Path, file: Path
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "null", "{}", '{"receipt": {}}', '{"kind": "receipt"}', "[" * 100_000, '{"kind": "receipt", "schema": 2}',
-     '{"receipt": {"kind": "receipt", "schema": 1, "id": "", "created": "", "agent": "", "release": "", "adapter": "", "finish": ""}}'],
-)  # fmt: skip
+    [
+        "",
+        "[]",
+        "null",
+        "{}",
+        '{"receipt": {}}',
+        '{"kind": "receipt"}',
+        "[" * 100_000,
+        '{"kind": "receipt", "schema": 2}',
+        '{"receipt": {"kind": "receipt", "schema": 1, "id": "", "created": "", "agent": "", "release": "", "adapter": "", "finish": ""}}',
+    ],
+)
 def test_a_file_that_is_no_receipt_says_so(content: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ArtifactError):
@@ -404,7 +428,10 @@ def test_the_commands_exit_codes(tmp_path: Path, file: Path, team: Team, capsys:
     assert code == 0 and said["key"].startswith(f"sartor-{said['id']}-")
     code, listed = command(capsys, "agents", "key", "--list", "--team", tmp_path / "team.yaml")
     assert [key["id"] for key in listed["keys"]] == [said["id"]] and said["key"] not in json.dumps(listed)
-    assert command(capsys, "agents", "key", "--revoke", said["id"], "--team", tmp_path / "team.yaml")[1]["state"] == "revoked"
+    assert (
+        command(capsys, "agents", "key", "--revoke", said["id"], "--team", tmp_path / "team.yaml")[1]["state"]
+        == "revoked"
+    )
     assert command(capsys, "agents", "key", "--team", tmp_path / "team.yaml")[0] == 2
 
 
@@ -414,7 +441,9 @@ def served(tmp_path: Path, tiny_base: Path, fp32: None) -> tuple[Path, FinishedR
     return replied(tmp_path, tiny_base)
 
 
-def test_a_greedy_reply_is_made_anew_and_compared(tmp_path: Path, served: tuple[Path, FinishedReply, ReceiptLog]) -> None:
+def test_a_greedy_reply_is_made_anew_and_compared(
+    tmp_path: Path, served: tuple[Path, FinishedReply, ReceiptLog]
+) -> None:
     team, reply, book = served
     words = [{"role": "user", "content": "turn on the light"}]
 
@@ -441,7 +470,9 @@ def test_a_greedy_reply_is_made_anew_and_compared(tmp_path: Path, served: tuple[
         lambda: replace(book._about(), dtype="bfloat16"),
     )
     elsewhere.write(replace(reply, receipt="r6", text="Other words."))
-    (tmp_path / "r.json").write_text(json.dumps({"receipt": elsewhere.read("r6"), "messages": words, "reply": "Other words."}))
+    (tmp_path / "r.json").write_text(
+        json.dumps({"receipt": elsewhere.read("r6"), "messages": words, "reply": "Other words."})
+    )
     elsewhere.close()
     assert "dtype was bfloat16 and is" in sartor.verify_receipt(tmp_path / "r.json", team=team).checked["text"]
     book.close()
@@ -455,7 +486,8 @@ def test_revoke_finds_the_replies_of_every_release_that_it_reaches(tmp_path: Pat
     parquet_io.write_drops(dataset / "drops/part-00000.parquet", [])
     origin_index.write(dataset)
     opened = Artifact(
-        dataset, seal(dataset, "dataset", {"parents": [], "sources": [{"source": "a.jsonl", "path": "a.jsonl", "kept": 1}]})
+        dataset,
+        seal(dataset, "dataset", {"parents": [], "sources": [{"source": "a.jsonl", "path": "a.jsonl", "kept": 1}]}),
     )
     facts = {"parents": [opened.as_parent()], "sources": []}
     released = write_artifact(tmp_path / "faq-1", "release", lambda part: facts)
@@ -523,18 +555,28 @@ def test_media_count_by_their_bytes_in_whichever_form_and_place() -> None:
         ]
 
     text = {"type": "text", "text": "What is it?"}
-    short = ({"type": "image", "image": url}, text, {"type": "audio", "audio": media_files.data_url(clip, "audio/x-wav")})
+    short = (
+        {"type": "image", "image": url},
+        text,
+        {"type": "audio", "audio": media_files.data_url(clip, "audio/x-wav")},
+    )
     long = (media_files.image_part(picture), text, media_files.audio_part(clip))
     call = GenerateCall("r", messages=({"role": "user", "content": list(short)},))
     assert digests(*short) == digests(*long) == RequestDigestInput.of_call(call).digests(digest)["messages"]
     others = [
-        digests(long[1], long[0], long[2]), digests(*long[:2]), digests(media_files.image_part(clip), *long[1:]), digests(text),
-        digests({"type": "image_url", "image_url": {"url": "https://example.org"}}, *long[1:]), digests({"type": "image_url"}, *long[1:]),
-    ]  # fmt: skip
+        digests(long[1], long[0], long[2]),
+        digests(*long[:2]),
+        digests(media_files.image_part(clip), *long[1:]),
+        digests(text),
+        digests({"type": "image_url", "image_url": {"url": "https://example.org"}}, *long[1:]),
+        digests({"type": "image_url"}, *long[1:]),
+    ]
     assert len({digests(*long), *others}) == 6, "what is no data URL is nothing, and no other picture"
     content = RequestDigestInput.of_call(call)
     assert content.messages[0]["content"] == list(short), "an engine can be asked the same again"
     assert (
         digests(text)
-        == RequestDigestInput.of_request({"messages": [{"role": "user", "content": "What is it?"}]}).digests(digest)["messages"]
+        == RequestDigestInput.of_request({"messages": [{"role": "user", "content": "What is it?"}]}).digests(digest)[
+            "messages"
+        ]
     )

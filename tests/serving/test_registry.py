@@ -62,17 +62,26 @@ def test_the_first_version_is_live_and_each_change_is_logged(registry: Registry)
     registry.rollback("faq")
     agent = registry.rollback("faq", expected="1")
     assert (agent.live, agent.previous, agent.candidate) == ("0", "", "")
-    told = [(event.what, event.version, event.was.get("live"), event.became["live"]) for event in registry.events("faq")]
+    told = [
+        (event.what, event.version, event.was.get("live"), event.became["live"]) for event in registry.events("faq")
+    ]
     assert told == [
-        ("added", "0", None, "0"), ("added", "1", "0", "0"), ("added", "2", "0", "0"), ("promoted", "1", "0", "1"),
-        ("canary", "2", "1", "1"), ("rolled back", "2", "1", "1"), ("rolled back", "1", "1", "0"),
-    ]  # fmt: skip
+        ("added", "0", None, "0"),
+        ("added", "1", "0", "0"),
+        ("added", "2", "0", "0"),
+        ("promoted", "1", "0", "1"),
+        ("canary", "2", "1", "1"),
+        ("rolled back", "2", "1", "1"),
+        ("rolled back", "1", "1", "0"),
+    ]
     third = registry.events()[3]
     assert (third.who, third.why, third.numbers) == ("ben", "better", {"gain": 0.25})
     assert [event.generation for event in registry.events()] == list(range(1, 8)) and registry.generation() == 7
     assert {name: one.status for name, one in registry.read().versions.items()} == {
-        "faq@0": "admitted", "faq@1": "rolled_back", "faq@2": "rolled_back"
-    }  # fmt: skip
+        "faq@0": "admitted",
+        "faq@1": "rolled_back",
+        "faq@2": "rolled_back",
+    }
 
 
 def test_a_version_means_one_release_for_ever(registry: Registry) -> None:
@@ -122,7 +131,9 @@ def test_how_often_one_may_go_back_is_bounded(registry: Registry) -> None:
     assert len(registry.read().agents["faq"].earlier) == MOST_EARLIER
 
 
-def test_a_row_that_was_changed_from_outside_is_named_and_the_others_are_read(registry: Registry, tmp_path: Path) -> None:
+def test_a_row_that_was_changed_from_outside_is_named_and_the_others_are_read(
+    registry: Registry, tmp_path: Path
+) -> None:
     for one in (*FAQ[:2], version("home", "1"), version("ops", "1")):
         registry.add(one)
     registry.promote("faq", "1")
@@ -197,9 +208,9 @@ def test_a_migration_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ArtifactError, match="no_such_thing"):
         Registry.open(sqlite_url(tmp_path / "state"))
     monkeypatch.undo()
-    assert sqlite3.connect(tmp_path / "state" / "registry.sqlite").execute("select count(*) from sqlite_master").fetchone() == (
-        0,
-    )
+    assert sqlite3.connect(tmp_path / "state" / "registry.sqlite").execute(
+        "select count(*) from sqlite_master"
+    ).fetchone() == (0,)
     Registry.open(sqlite_url(tmp_path / "state")).add(FAQ[0])
 
 
@@ -425,11 +436,15 @@ for turn in sys.stdin:
 
 
 @pytest.mark.services
-def test_of_processes_that_race_exactly_one_wins_each_time_and_they_open_a_new_registry_together(tmp_path: Path) -> None:
+def test_of_processes_that_race_exactly_one_wins_each_time_and_they_open_a_new_registry_together(
+    tmp_path: Path,
+) -> None:
     url = sqlite_url(tmp_path)
     command = [sys.executable, "-c", RACE, url]
     racers = [
-        subprocess.Popen([*command, mine], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+        subprocess.Popen(
+            [*command, mine], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+        )
         for mine in ("1", "2", "3")
     ]  # nobody has made the file: all three migrate it at once
     try:
@@ -471,14 +486,18 @@ def test_a_process_that_is_killed_in_the_middle_of_changes_leaves_whole_ones(tmp
     for one in FAQ:
         registry.add(one)
     for turn in range(6):
-        killed = subprocess.Popen([sys.executable, "-c", KILL, sqlite_url(tmp_path)], stdout=subprocess.PIPE, text=True)
+        killed = subprocess.Popen(
+            [sys.executable, "-c", KILL, sqlite_url(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
         assert killed.stdout.readline() == "at work\n"
         time.sleep(0.007 * turn)
         killed.kill()
         killed.wait()
         killed.stdout.close()
         read, (event,) = registry.read(), registry.events(limit=1)
-        assert not read.damaged and read.agents["faq"].as_json() == event.became and read.generation == event.generation
+        assert (
+            not read.damaged and read.agents["faq"].as_json() == event.became and read.generation == event.generation
+        )
     registry.close()
 
 

@@ -166,7 +166,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     async def main() -> dict[str, Any]:
         made = serving.team(tmp_path_factory.mktemp("state"))
-        async with serving.client(serving.house(replies=replies), made, **{"content-type": "application/json"}) as client:
+        async with serving.client(
+            serving.house(replies=replies), made, **{"content-type": "application/json"}
+        ) as client:
             found = {}
             for name, body in HOSTILE.items():
                 path = "/v1/completions" if isinstance(body, dict) and "prompt" in body else COMPLETIONS
@@ -208,7 +210,9 @@ def test_a_refusal_names_the_field_and_the_one_that_was_meant(answers: dict[str,
     assert said["no model"]["message"].startswith("model is missing; try: ")
     assert said["temperature is below"]["remedy"] == "send a value of at least 0.0"
     assert said["key twice"]["message"].startswith("the key 'model' stands twice in one object")
-    assert said["file"]["message"].startswith("messages[0].content[1] is an address (file:); this server fetches nothing")
+    assert said["file"]["message"].startswith(
+        "messages[0].content[1] is an address (file:); this server fetches nothing"
+    )
     assert answers["a large prompt"][0].status_code == 413
     assert said["bias"]["message"].startswith("logit_bias is an object of 1; this server does not do that")
 
@@ -240,7 +244,9 @@ def test_depth_does_not_depend_on_the_pieces_that_are_scanned(text: str, piece: 
         assert nested(body) == nested(bytearray(body)) == whole
 
 
-@pytest.mark.parametrize("body", [b'\\"' * 500_000, b'"' * 500_001, b'"\\' * 500_000, b"[" * 1_000_000, b'"' + b"\\" * 999_999])
+@pytest.mark.parametrize(
+    "body", [b'\\"' * 500_000, b'"' * 500_001, b'"\\' * 500_000, b"[" * 1_000_000, b'"' + b"\\" * 999_999]
+)
 def test_the_scan_of_a_body_is_linear(body: bytes) -> None:
     began = time.process_time()
     nested(body)

@@ -43,7 +43,9 @@ def trial(rollouts: Rollouts, **fields: Any) -> None:
 
 def feed(rollouts: Rollouts, version: str, count: int, **seen: Any) -> list[RolloutVerdict]:
     told = [
-        rollouts.observe_reply(ObservedReply(f"faq@{version}", **{"failed": False, "is_json": True, "token_s": 0.01, **seen}))
+        rollouts.observe_reply(
+            ObservedReply(f"faq@{version}", **{"failed": False, "is_json": True, "token_s": 0.01, **seen})
+        )
         for _ in range(count)
     ]
     return [verdict for verdict in told if verdict]
@@ -54,15 +56,26 @@ def test_a_draw_is_the_same_for_the_same_words_and_takes_the_fraction() -> None:
     taken = [id for id in ids if in_fraction(0.1, "faq@2", id)]
     assert taken == [id for id in ids if in_fraction(0.1, "faq@2", id)]
     assert len(taken) == pytest.approx(400, abs=60)
-    assert set(taken) <= {id for id in ids if in_fraction(0.2, "faq@2", id)}  # a canary that grows keeps those that it had
+    assert set(taken) <= {
+        id for id in ids if in_fraction(0.2, "faq@2", id)
+    }  # a canary that grows keeps those that it had
     assert set(taken) != {id for id in ids if in_fraction(0.1, "faq@3", id)}
     assert all(in_fraction(1.0, "x", id) and not in_fraction(0.0, "x", id) for id in ids)
 
 
 @pytest.mark.parametrize(
     ("text", "holds"),
-    [('{"a": 1}', True), (" [1, 2]\n", True), ("3", False), ('"a"', False), ("{", False), ('{"a": 1} and more', False), ("", False), ("[" * 9999, False)],
-)  # fmt: skip
+    [
+        ('{"a": 1}', True),
+        (" [1, 2]\n", True),
+        ("3", False),
+        ('"a"', False),
+        ("{", False),
+        ('{"a": 1} and more', False),
+        ("", False),
+        ("[" * 9999, False),
+    ],
+)
 def test_what_counts_as_json(text: str, holds: bool) -> None:
     assert is_json(text) is holds
 
@@ -81,7 +94,10 @@ def test_the_evidence_is_a_martingale_of_mean_one_where_the_rate_is_true() -> No
     for rate in (0.02, 0.3, 0.5):
         for seen in (1, 7, 40):
             mean = sum(
-                math.comb(seen, bad) * rate**bad * (1 - rate) ** (seen - bad) * math.exp(FailureRate(seen, bad).against(rate))
+                math.comb(seen, bad)
+                * rate**bad
+                * (1 - rate) ** (seen - bad)
+                * math.exp(FailureRate(seen, bad).against(rate))
                 for bad in range(seen + 1)
             )
             assert mean == pytest.approx(1.0)
@@ -251,7 +267,9 @@ def run(work: Any) -> None:
     asyncio.run(work)
 
 
-def test_a_failing_canary_is_rolled_back_in_the_registry_with_its_numbers_and_no_client_sees_a_failure(tmp_path: Path) -> None:
+def test_a_failing_canary_is_rolled_back_in_the_registry_with_its_numbers_and_no_client_sees_a_failure(
+    tmp_path: Path,
+) -> None:
     async def work() -> None:
         crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
         crew.faults["faq-2"] = ModelError("a logit is not finite", "tune again")
@@ -262,7 +280,12 @@ def test_a_failing_canary_is_rolled_back_in_the_registry_with_its_numbers_and_no
                 assert (await said(dispatch, asked("faq")))[0] == "faq@1"
             await until(lambda: not dispatch.served.agents["faq"].candidate)
             event = made.events("faq")[-1]
-            assert (event.what, event.who, event.version, event.became["live"]) == ("rolled back", "monitors", "2", "1")
+            assert (event.what, event.who, event.version, event.became["live"]) == (
+                "rolled back",
+                "monitors",
+                "2",
+                "1",
+            )
             assert event.numbers["candidate"]["failures"]["bad"] >= 20 and "failures" in event.why
             assert made.read().versions["faq@2"].status == "rolled_back"
 
@@ -294,7 +317,9 @@ def test_a_shadow_is_compared_unseen_and_hurts_no_reply(tmp_path: Path) -> None:
                 assert (await said(dispatch, asked("faq", f"question {number}")))[:2] == ("faq@1", "by faq-1")
                 await until(lambda: dispatch.shadows.answered == number + 1)
             assert [call.adapter for call in crew.calls] == ["faq-1", "faq-2"] * 10
-            assert {call.messages[-1]["content"] for call in crew.calls} == {f"question {number}" for number in range(10)}
+            assert {call.messages[-1]["content"] for call in crew.calls} == {
+                f"question {number}" for number in range(10)
+            }
             status = dispatch.rollouts.status("faq")
             assert status["replies"] == 10 and status["differing"] == {"seen": 10, "bad": 10}
             crew.faults["faq-2"] = "ModelError"
@@ -313,7 +338,9 @@ def test_a_shadow_waits_for_room_and_what_waits_is_bounded(tmp_path: Path) -> No
         crew.rows = 4
         made.start_shadow("faq", "2", 1.0)
         async with dispatching(team(tmp_path), crew, made) as dispatch:
-            held = [await dispatch.open(asked("base")) for _ in range(2)]  # the crew is busy: more than a quarter of its rows
+            held = [
+                await dispatch.open(asked("base")) for _ in range(2)
+            ]  # the crew is busy: more than a quarter of its rows
             for _ in range(40):
                 await said(dispatch, asked("faq"))
             assert dispatch.shadows.answered == 0 and dispatch.shadows.left_out == 24

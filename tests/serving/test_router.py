@@ -30,9 +30,14 @@ ROOMS = ("kitchen", "hall", "attic", "garage", "cellar", "office", "nursery", "b
 THINGS = ("lamp", "heater", "fan", "blind", "radio")
 DISHES = ("lasagne", "goulash", "ramen", "curry", "paella", "risotto", "chili", "borscht", "moussaka", "tagine")
 LISTED = {
-    "home": [f"switch {word} the {thing} in the {room}" for room in ROOMS for thing in THINGS for word in ("on", "off")],
+    "home": [
+        f"switch {word} the {thing} in the {room}" for room in ROOMS for thing in THINGS for word in ("on", "off")
+    ],
     "chef": [
-        f"which {what} go into a {dish} for {n} guests" for dish in DISHES for what in ("spices", "herbs") for n in (2, 6, 9)
+        f"which {what} go into a {dish} for {n} guests"
+        for dish in DISHES
+        for what in ("spices", "herbs")
+        for n in (2, 6, 9)
     ],
 }
 
@@ -96,7 +101,11 @@ def test_the_figures_are_of_prompts_that_it_never_saw(two: FittedRouter) -> None
     assert two.figures["held_out"] == 40
     assert two.figures["to_base_kinds"] >= 0.95 and two.figures["to_base_agents"] >= 0.95
     assert two.figures["foreign"] == len(two.space.folds) + 40 + 40
-    assert two.figures["risk"] <= 0.05 and two.figures["coverage"] == pytest.approx(0.5, abs=0.03) and two.figures["ece"] < 0.1
+    assert (
+        two.figures["risk"] <= 0.05
+        and two.figures["coverage"] == pytest.approx(0.5, abs=0.03)
+        and two.figures["ece"] < 0.1
+    )
 
 
 def test_its_reason_says_scores_threshold_and_the_nearest_exemplar_and_names_nobody_who_may_not_be_chosen(
@@ -121,16 +130,21 @@ def test_an_agent_that_comes_or_goes_leaves_the_parts_of_the_others_as_they_are(
 ) -> None:
     alone = arrays_of(agent_classifier.fit(agents("home")["home"], ground, None))
     beside = arrays_of(two.parts[two.agents.index("home")])
-    assert set(alone) == set(beside) and all(np.array_equal(alone[name], beside[name], equal_nan=True) for name in alone)
+    assert set(alone) == set(beside) and all(
+        np.array_equal(alone[name], beside[name], equal_nan=True) for name in alone
+    )
 
 
-def test_a_part_that_was_written_is_read_back_to_the_bit_and_a_damaged_one_is_named(two: FittedRouter, tmp_path: Path) -> None:
+def test_a_part_that_was_written_is_read_back_to_the_bit_and_a_damaged_one_is_named(
+    two: FittedRouter, tmp_path: Path
+) -> None:
     one = two.parts[0]
     agent_classifier.save_part(tmp_path, "tfidf", one)
     again = agent_classifier.open_part(tmp_path, "tfidf", one.digest)
     assert again is not None and again.ids == one.ids
     assert all(
-        np.array_equal(a, b, equal_nan=True) for a, b in zip(arrays_of(one).values(), arrays_of(again).values(), strict=True)
+        np.array_equal(a, b, equal_nan=True)
+        for a, b in zip(arrays_of(one).values(), arrays_of(again).values(), strict=True)
     )
     assert replace(two, parts=(again, two.parts[1])).judge(["switch on the oven"]) == two.judge(["switch on the oven"])
     assert (
@@ -159,7 +173,9 @@ def test_the_threshold_is_set_by_the_risk_coverage_curve() -> None:
     threshold = calibration.choose(own, right, foreign, 0.9)
     assert 0.25 < threshold < 0.3, "all that can be right is, and one of ten foreign prompts gets an agent"
     assert calibration.choose(own, right, foreign, 0.9, 0.12) == pytest.approx(threshold), "0.1 of 0.85 is wrong"
-    assert calibration.choose(own, right, foreign, 0.9, 0.05) == pytest.approx(0.875), "the only one with nobody astray"
+    assert calibration.choose(own, right, foreign, 0.9, 0.05) == pytest.approx(0.875), (
+        "the only one with nobody astray"
+    )
     assert calibration.choose(own, right, foreign, 1.0) == pytest.approx(0.875)
     dear = calibration.choose([np.array([0.9, 0.5])], [np.array([True, True])], [np.array([0.6, *[0.0] * 3])], 0.0)
     assert dear < 0.5, "a prompt that misses its agent weighs more than a foreign one that gets one"
@@ -201,7 +217,9 @@ def test_of_many_agents_those_that_may_be_chosen_are_looked_at(ground: agent_cla
 def measured(release: Path, low: float, gains: Sequence[float]) -> Path:
     """A Release's Report on its rows about rooms and about dishes, as far as a router looks at it."""
     metric = {"base": 0.1, "tuned": 0.5, "difference": 0.4, "low": low, "high": 0.6}
-    (release / MANIFESTS["release"]).write_text(json.dumps({"primary": "exact_match", "metrics": {"exact_match": metric}}))
+    (release / MANIFESTS["release"]).write_text(
+        json.dumps({"primary": "exact_match", "metrics": {"exact_match": metric}})
+    )
     texts = [*LISTED["home"][:40], *LISTED["chef"][:40]]
     table = [
         {"prompt": text, "media": "", "base_exact_match": 0.5, "tuned_exact_match": 0.5 + gain}
@@ -229,7 +247,10 @@ def test_an_agent_gets_what_its_report_shows_a_gain_for_and_the_base_the_rest(
     assert none.gain is not None and not none.gain.is_shown
     fitted = replace(fitted, unproven={"one": none.gain.detail})
     home = choose_agent(fitted, fitted.judge([LISTED["home"][3]]), {"one"})
-    assert (home.agent, home.fits) == ("base", "one") and "its Report shows no gain over the base (exact_match" in home.reason
+    assert (home.agent, home.fits) == (
+        "base",
+        "one",
+    ) and "its Report shows no gain over the base (exact_match" in home.reason
 
 
 def test_a_reports_rows_are_sliced_by_their_class_where_they_have_one(ground: agent_classifier.GeneralPrompts) -> None:
@@ -247,7 +268,9 @@ def judged(score: float, agent: str = "home") -> RoutedText:
     return RoutedText(scores, {name: (f"{name}:1", 0.5) for name in scores})
 
 
-def test_a_turn_that_says_too_little_belongs_to_the_agent_of_the_turn_before_if_it_leans_there(two: FittedRouter) -> None:
+def test_a_turn_that_says_too_little_belongs_to_the_agent_of_the_turn_before_if_it_leans_there(
+    two: FittedRouter,
+) -> None:
     fitted = replace(two, threshold=0.4)
     both = {"home", "chef"}
     assert choose_agent(fitted, [judged(0.2), judged(0.6)], both).agent == "home"
@@ -262,7 +285,11 @@ def test_only_what_the_user_said_counts_in_any_form_of_content() -> None:
         {"role": "system", "content": "s"},
         {
             "role": "user",
-            "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}, {"type": "text", "text": "b"}],
+            "content": [
+                {"type": "text", "text": "a"},
+                {"type": "image_url", "image_url": {}},
+                {"type": "text", "text": "b"},
+            ],
         },
         {"role": "assistant", "content": "c"},
         {"role": "user", "content": None},
@@ -288,7 +315,9 @@ class Crew:
             self.faults -= 1
             raise self.fault
         await asyncio.sleep(self.wait_s)
-        return EmbeddingResult([[float(word in text) + 0.01 for word in ("switch", "guests", "the")] for text in texts])
+        return EmbeddingResult(
+            [[float(word in text) + 0.01 for word in ("switch", "guests", "the")] for text in texts]
+        )
 
 
 @pytest.fixture
@@ -310,7 +339,9 @@ def test_agents_are_learnt_in_the_background_and_found_again_after_a_restart(few
         await auto.learn({"home": releases["home"], "silent": tmp_path / "silent"})
         route = await auto.route(ask("switch on the lamp in the hall"), {"home", "silent"})
         assert route.agent == "home" and route.reason.endswith("without exemplars: silent")
-        assert (await auto.route([{"role": "assistant", "content": "hi"}], {"home"})).reason == "there is no text to go by"
+        assert (
+            await auto.route([{"role": "assistant", "content": "hi"}], {"home"})
+        ).reason == "there is no text to go by"
         await auto.learn(releases)
         before = await auto.route(ask("which herbs go into a lasagne for 2 guests"), set(LISTED))
         assert before.agent == "base", "the old router answers until the new one is fitted"
@@ -357,7 +388,10 @@ def test_agents_that_come_to_an_empty_team_are_waited_for_and_a_fit_holds_up_no_
         await auto.learn(releases)
         assert (await auto.route(ask("switch on the lamp in the hall"), set(LISTED))).agent == "home"
         monkeypatch.setattr(agent_classifier, "fit", slow)
-        for name in ("cook", "baker"):  # the first is being fitted, the second is not wanted any more when its turn comes
+        for name in (
+            "cook",
+            "baker",
+        ):  # the first is being fitted, the second is not wanted any more when its turn comes
             await auto.learn({name: release(tmp_path, name, train=LISTED["chef"][:20])})
             await asyncio.to_thread(begun.wait, 60)
         await auto.close()

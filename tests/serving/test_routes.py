@@ -34,7 +34,9 @@ def ask(tmp_path: Path, *calls: tuple[str, str, Any], **parts: Any) -> list[Any]
 
 def test_a_chat_is_answered_by_an_exact_version_with_a_receipt(tmp_path: Path) -> None:
     replies = serving.Replies()
-    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(temperature=0.5, max_tokens=9, seed=3, stop="x")), replies=replies)
+    (answer,) = ask(
+        tmp_path, ("POST", COMPLETIONS, chat(temperature=0.5, max_tokens=9, seed=3, stop="x")), replies=replies
+    )
     said = ChatAnswer.model_validate(answer.json())
     assert (said.model, said.id, said.choices[0].message.content) == ("faq@1.0", "chatcmpl-r1", "the sky is blue ")
     assert (said.usage.prompt_tokens, said.usage.completion_tokens, said.usage.total_tokens) == (7, 4, 11)
@@ -132,7 +134,9 @@ def test_logprobs(tmp_path: Path, top: int | None) -> None:
 
 def test_a_text_goes_on_for_each_prompt(tmp_path: Path) -> None:
     replies = serving.Replies()
-    (answer,) = ask(tmp_path, ("POST", "/v1/completions", {"model": "faq", "prompt": ["a", "b"], "n": 2}), replies=replies)
+    (answer,) = ask(
+        tmp_path, ("POST", "/v1/completions", {"model": "faq", "prompt": ["a", "b"], "n": 2}), replies=replies
+    )
     said = TextAnswer.model_validate(answer.json())
     assert [choice.index for choice in said.choices] == [0, 1, 2, 3]
     assert [request.text for request in replies.asked] == ["a", "a", "b", "b"]
@@ -140,12 +144,17 @@ def test_a_text_goes_on_for_each_prompt(tmp_path: Path) -> None:
 
 
 def test_logprobs_of_a_text_count_their_offsets_over_the_whole_reply(tmp_path: Path) -> None:
-    pieces = (TextDelta("c", "ab", 1, (Logprob("ab", -1.0),)), TextDelta("c", "c", 1, (Logprob("c", -2.0, (("c", -2.0),)),)))
+    pieces = (
+        TextDelta("c", "ab", 1, (Logprob("ab", -1.0),)),
+        TextDelta("c", "c", 1, (Logprob("c", -2.0, (("c", -2.0),)),)),
+    )
     body = {"model": "faq", "prompt": "a", "logprobs": 1}
     whole, stream = ask(
-        tmp_path, ("POST", "/v1/completions", body), ("POST", "/v1/completions", {**body, "stream": True}),
+        tmp_path,
+        ("POST", "/v1/completions", body),
+        ("POST", "/v1/completions", {**body, "stream": True}),
         replies=serving.Replies(pieces=pieces),
-    )  # fmt: skip
+    )
     assert TextAnswer.model_validate(whole.json()).choices[0].logprobs.text_offset == [0, 2]
     said = [event["choices"][0] for event in events(stream.text)[:-1]]
     assert [choice["logprobs"]["text_offset"] for choice in said[:2]] == [[0], [2]]
@@ -192,7 +201,10 @@ def test_an_error_before_a_reply_is_a_status_and_after_it_an_event(tmp_path: Pat
     failed = ReplyFailed("c", "DeadlineError", "60 s were over", "ask for less")
     replies = serving.Replies(ends_with=failed)
     whole, stream = ask(
-        tmp_path, ("POST", COMPLETIONS, chat(n=count)), ("POST", COMPLETIONS, chat(n=count, stream=True)), replies=replies
+        tmp_path,
+        ("POST", COMPLETIONS, chat(n=count)),
+        ("POST", COMPLETIONS, chat(n=count, stream=True)),
+        replies=replies,
     )
     assert (whole.status_code, whole.json()["error"]["kind"]) == (504, "DeadlineError")
     said = events(stream.text)
@@ -208,7 +220,9 @@ def test_the_front_keeps_the_deadline_itself(tmp_path: Path, stream: bool, monke
     replies = serving.Replies(hold=asyncio.Event())
 
     async def main() -> Any:
-        async with serving.client(serving.house(replies=replies), serving.team(tmp_path, limits={"deadline_s": 5.0})) as client:
+        async with serving.client(
+            serving.house(replies=replies), serving.team(tmp_path, limits={"deadline_s": 5.0})
+        ) as client:
             return await client.post(COMPLETIONS, json=chat(stream=stream))
 
     answer = asyncio.run(main())
@@ -226,7 +240,9 @@ def test_a_house_that_does_not_even_begin_is_not_waited_for(tmp_path: Path, monk
             await asyncio.Event().wait()
 
     async def main() -> Any:
-        async with serving.client(serving.house(replies=Hung()), serving.team(tmp_path, limits={"deadline_s": 0.02})) as client:
+        async with serving.client(
+            serving.house(replies=Hung()), serving.team(tmp_path, limits={"deadline_s": 0.02})
+        ) as client:
             return await client.post(COMPLETIONS, json=chat(n=3))
 
     assert asyncio.run(main()).status_code == 504
@@ -299,9 +315,19 @@ def test_log_lines_have_no_content_and_count_tokens(tmp_path: Path) -> None:
     assert "secret" not in json.dumps(lines) and "sky" not in json.dumps(lines) and "key-faq" not in json.dumps(lines)
     first = {key: value for key, value in lines[0].items() if key not in ("time", "first_s", "wall_s")}
     assert first == {
-        "event": "request", "request": "mine-1", "method": "POST", "route": COMPLETIONS, "status": 200, "key": "k1",
-        "agent": "faq@1.0", "receipt": "r1", "finish": "stop", "prompt_tokens": 7, "cached_tokens": 2, "reply_tokens": 4,
-    }  # fmt: skip
+        "event": "request",
+        "request": "mine-1",
+        "method": "POST",
+        "route": COMPLETIONS,
+        "status": 200,
+        "key": "k1",
+        "agent": "faq@1.0",
+        "receipt": "r1",
+        "finish": "stop",
+        "prompt_tokens": 7,
+        "cached_tokens": 2,
+        "reply_tokens": 4,
+    }
     assert [line["status"] for line in lines] == [200, 404, 401]
 
 
@@ -326,14 +352,20 @@ def test_vectors(tmp_path: Path) -> None:
     [
         ([], "input holds nothing; it must hold at least 1", "send 1 or more"),
         (["a"] * 257, "input holds 257; the limit is 256", "send at most 256"),
-        (["a" * 999] * 101, "input has 100899 characters in 101 texts; the limit of one request is 100000", "several requests"),
+        (
+            ["a" * 999] * 101,
+            "input has 100899 characters in 101 texts; the limit of one request is 100000",
+            "several requests",
+        ),
         (["a", "b" * 1001], "input[1] is longer than base reads", "split that text"),
         ([1, 2, 3], "input holds token ids", "send the text"),
         ([[1, 2], [3]], "input holds token ids", "send the text"),
     ],
     ids=["none", "many", "large", "long", "ids", "lists of ids"],
 )
-def test_texts_that_cannot_all_become_vectors_are_refused(tmp_path: Path, said: Any, problem: str, remedy: str) -> None:
+def test_texts_that_cannot_all_become_vectors_are_refused(
+    tmp_path: Path, said: Any, problem: str, remedy: str
+) -> None:
     (answer,) = ask(tmp_path, ("POST", "/v1/embeddings", {"model": "base", "input": said}))
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, "input")
@@ -362,7 +394,10 @@ def test_models_are_listed_with_their_versions_and_parents(tmp_path: Path) -> No
 
 def test_health_tells_whoever_may_know_what_is_wrong(tmp_path: Path) -> None:
     (answer,) = ask(tmp_path, ("GET", "/health", None), troubles=lambda: {"home@2.0": "its adapter does not load"})
-    assert (answer.json()["status"], answer.json()["troubles"]) == ("degraded", {"home@2.0": "its adapter does not load"})
+    assert (answer.json()["status"], answer.json()["troubles"]) == (
+        "degraded",
+        {"home@2.0": "its adapter does not load"},
+    )
     assert answer.json()["agents"]["faq@1.0"]["why"] == "NaN"
 
 
@@ -446,7 +481,9 @@ def test_the_memory_forgets_the_oldest_and_feedback_says_so(tmp_path: Path) -> N
     assert nothing.find("r1") is None
 
 
-def test_an_inbox_heals_a_torn_line_and_refuses_what_the_disk_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inbox_heals_a_torn_line_and_refuses_what_the_disk_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inbox = FeedbackStore(tmp_path / "inbox")
     said = Feedback("r1", "faq@1.0", "2026-01-31T00:00:00Z", rating=1)
     inbox.add(said)

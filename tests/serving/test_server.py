@@ -86,7 +86,9 @@ def test_openais_client_works_unchanged(served: Any) -> None:
         chunks = list(stream)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "the sky is blue "
         assert chunks[-1].usage.completion_tokens == 4
-        called: Any = client.chat.completions.create(**chat(tools=TOOLS, tool_choice="required", parallel_tool_calls=False))
+        called: Any = client.chat.completions.create(
+            **chat(tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+        )
         (call,) = called.choices[0].message.tool_calls
         assert json.loads(call.function.arguments) == {"room": "hall"}
         again: Any = client.chat.completions.create(
@@ -254,7 +256,9 @@ def test_a_thousand_connections_at_once(served: Any) -> None:
 
 
 def test_connections_above_the_limit_are_told_so_and_far_above_it_are_dropped(tmp_path: Path) -> None:
-    server = HttpServer(serving.house(), serving.team(tmp_path, limits={"connections": 5}), log=RequestLog(serving.Log()))
+    server = HttpServer(
+        serving.house(), serving.team(tmp_path, limits={"connections": 5}), log=RequestLog(serving.Log())
+    )
     with running(server) as url:
         held = [connect(url) for _ in range(5)]
         crowded = httpx.get(f"{url}/v1/models", timeout=120)
@@ -323,7 +327,9 @@ def test_a_log_that_nobody_reads_stalls_nothing(tmp_path: Path) -> None:
     assert len(log.lines) >= 4
 
 
-def test_the_log_names_an_agent_in_trouble_once_and_when_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_names_an_agent_in_trouble_once_and_when_it_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server_module, "TROUBLES_S", 0.01)
     log, troubles = serving.Log(), {"faq": "its Release is not there"}
     with running(HttpServer(serving.house(troubles=lambda: troubles), serving.team(tmp_path), log=RequestLog(log))):
@@ -332,8 +338,9 @@ def test_the_log_names_an_agent_in_trouble_once_and_when_it_is_over(tmp_path: Pa
         until(lambda: any(line["event"] == "trouble over" for line in log.lines))
     said = [line for line in log.lines if line["event"].startswith("trouble")]
     assert [(line["event"], line["agent"], line.get("why")) for line in said] == [
-        ("trouble", "faq", "its Release is not there"), ("trouble over", "faq", None),
-    ]  # fmt: skip
+        ("trouble", "faq", "its Release is not there"),
+        ("trouble over", "faq", None),
+    ]
 
 
 def until(is_so: Callable[[], bool], within_s: float = 60.0) -> None:

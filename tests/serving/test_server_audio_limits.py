@@ -29,8 +29,14 @@ def hearing(folder: Path) -> Iterator[tuple[httpx.Client, list[int]]]:
     """A server of one agent that hears recordings of 300 s, and the processes that it has."""
     made = Seeing(folder)
     made.release("ear", ("audio",), 0)
-    lines = [f"base: {made.base}", f"trust: {made.maker.public}", "workers: {count: 1, spare: 0, start_s: 600, hang_s: 300}",
-             "speech: {voice: 'off'}", "limits: {deadline_s: 500}", "agents: [{name: ear, release: ear-1.0}]"]  # fmt: skip
+    lines = [
+        f"base: {made.base}",
+        f"trust: {made.maker.public}",
+        "workers: {count: 1, spare: 0, start_s: 600, hang_s: 300}",
+        "speech: {voice: 'off'}",
+        "limits: {deadline_s: 500}",
+        "agents: [{name: ear, release: ear-1.0}]",
+    ]
     (folder / "team.yaml").write_text("\n".join(lines) + "\n")
     command = serve_command()
     with (folder / "log").open("w") as log:

@@ -61,9 +61,17 @@ def errors_of(client: httpx.Client) -> None:
         (body("eye", cut, TEXT), "invalid_request", "give a whole PNG"),
         (body("eye", cut, TEXT, stream=True), "invalid_request", ""),
         (body("eye", image_part(bomb()), TEXT), "image_bomb", "pixels"),
-        (body("text", image_part(PICTURE), TEXT), "invalid_request", "text@1.0 reads text, and the request holds image"),
+        (
+            body("text", image_part(PICTURE), TEXT),
+            "invalid_request",
+            "text@1.0 reads text, and the request holds image",
+        ),
         (body("base", image_part(PICTURE), TEXT), "invalid_request", "base reads text"),
-        (body("eye", audio_part(CLIP), TEXT), "invalid_request", "eye@1.0 reads text, image, and the request holds audio"),
+        (
+            body("eye", audio_part(CLIP), TEXT),
+            "invalid_request",
+            "eye@1.0 reads text, image, and the request holds audio",
+        ),
         (body("all", audio_part(sound(120, 8000)), TEXT), "invalid_request", "tokens"),
         (body("gone", image_part(PICTURE), TEXT), "unavailable", "not admitted"),
     ):
@@ -99,9 +107,17 @@ def test_a_team_with_and_without_towers(tmp_path: Path) -> None:
     for seed, (name, kinds) in enumerate({"eye": ("image",), "all": ("image", "audio"), "text": ()}.items()):
         made.release(name, kinds, seed)
     made.release("gone", spoil=lambda path: (path / PROJECTORS).write_bytes((path / PROJECTORS).read_bytes()[:-5]))
-    lines = [f"base: {made.base}", f"trust: {made.maker.public}", "workers: {count: 1, spare: 0, start_s: 600, hang_s: 300}",
-             "speech: {voice: 'off'}", "limits: {deadline_s: 500}", "agents:"]  # fmt: skip
-    lines += [f"  - {{name: {name}, release: {name}-1.0, fallback: [previous]}}" for name in ("eye", "all", "text", "gone")]
+    lines = [
+        f"base: {made.base}",
+        f"trust: {made.maker.public}",
+        "workers: {count: 1, spare: 0, start_s: 600, hang_s: 300}",
+        "speech: {voice: 'off'}",
+        "limits: {deadline_s: 500}",
+        "agents:",
+    ]
+    lines += [
+        f"  - {{name: {name}, release: {name}-1.0, fallback: [previous]}}" for name in ("eye", "all", "text", "gone")
+    ]
     asked = {
         "eye": body("eye", image_part(PICTURE), TEXT),
         "other": body("eye", image_part(OTHER), TEXT),
@@ -113,9 +129,15 @@ def test_a_team_with_and_without_towers(tmp_path: Path) -> None:
     with serving(tmp_path, lines) as url, httpx.Client(base_url=url, timeout=600) as client:
         reads = {model["id"]: model["modalities"] for model in client.get("/v1/models").json()["data"]}
         assert reads == {
-            "base": ["text"], "auto": ["text", "audio", "image"], "eye": ["text", "image"], "eye@1.0": ["text", "image"],
-            "all": ["text", "audio", "image"], "all@1.0": ["text", "audio", "image"], "text": ["text"], "text@1.0": ["text"],
-        }  # fmt: skip
+            "base": ["text"],
+            "auto": ["text", "audio", "image"],
+            "eye": ["text", "image"],
+            "eye@1.0": ["text", "image"],
+            "all": ["text", "audio", "image"],
+            "all@1.0": ["text", "audio", "image"],
+            "text": ["text"],
+            "text@1.0": ["text"],
+        }
         alone = {name: client.post("/v1/chat/completions", json=one) for name, one in asked.items()}
         said = {name: text_of(answer) for name, answer in alone.items()}
         assert len({said["eye"], said["other"], said["plain"]}) == 3, "the pictures matter"
@@ -131,7 +153,9 @@ def test_a_team_with_and_without_towers(tmp_path: Path) -> None:
             stream: Any = official.chat.completions.create(model="all", messages=question, max_tokens=8, stream=True)
             assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == said["all"]
         chosen = client.post("/v1/chat/completions", json=body("auto", audio_part(CLIP)))
-        assert chosen.headers["x-sartor-agent"] == "all@1.0" and "alone reads audio" in chosen.headers["x-sartor-reason"]
+        assert (
+            chosen.headers["x-sartor-agent"] == "all@1.0" and "alone reads audio" in chosen.headers["x-sartor-reason"]
+        )
         errors_of(client)
         receipts_of(client, tmp_path)
     log = (tmp_path / "log").read_text()

@@ -25,15 +25,30 @@ TOOLS: Any = [{"type": "function", "function": {"name": "light", "parameters": S
 
 
 EXTREMES: list[dict[str, Any]] = [
-    {"temperature": 5e-324}, {"temperature": 2, "top_p": 5e-324}, {"temperature": 1e-40, "frequency_penalty": -2, "n": 3},
-    {"seed": -(2**63), "temperature": 1}, {"seed": 2**63 - 1, "temperature": 1, "n": 16}, {"stop": ["x" * 5000, "\u2028"]},
-    {"logprobs": True, "top_logprobs": 20, "stream": True}, {"tools": TOOLS, "tool_choice": "required", "temperature": 2},
-    {"messages": [{"role": "tool", "tool_call_id": "", "content": "<|im_end|>"}]}, {"messages": [{"role": "user", "content": ""}]},
-    *({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}} for schema in (
-        {"not": {}}, {"$ref": "#"}, {"enum": []}, {"type": "string", "minLength": 10**9}, {"type": "number", "multipleOf": 0},
-        {"pattern": "(?=x)"}, {"patternProperties": {"(": {}}}, {"allOf": [{"type": "string"}, {"type": "integer"}]},
-    )),
-]  # fmt: skip
+    {"temperature": 5e-324},
+    {"temperature": 2, "top_p": 5e-324},
+    {"temperature": 1e-40, "frequency_penalty": -2, "n": 3},
+    {"seed": -(2**63), "temperature": 1},
+    {"seed": 2**63 - 1, "temperature": 1, "n": 16},
+    {"stop": ["x" * 5000, "\u2028"]},
+    {"logprobs": True, "top_logprobs": 20, "stream": True},
+    {"tools": TOOLS, "tool_choice": "required", "temperature": 2},
+    {"messages": [{"role": "tool", "tool_call_id": "", "content": "<|im_end|>"}]},
+    {"messages": [{"role": "user", "content": ""}]},
+    *(
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
+        for schema in (
+            {"not": {}},
+            {"$ref": "#"},
+            {"enum": []},
+            {"type": "string", "minLength": 10**9},
+            {"type": "number", "multipleOf": 0},
+            {"pattern": "(?=x)"},
+            {"patternProperties": {"(": {}}},
+            {"allOf": [{"type": "string"}, {"type": "integer"}]},
+        )
+    ),
+]
 
 
 def extremes(url: str) -> None:
@@ -42,7 +57,10 @@ def extremes(url: str) -> None:
         for fields in EXTREMES:
             body = {"model": "base", "messages": [{"role": "user", "content": "é😀"}], "max_tokens": 2, **fields}
             answer = client.post("/v1/chat/completions", json=body)
-            assert answer.status_code in (200, 400) and '"code":"unavailable"' not in answer.text, (fields, answer.text)
+            assert answer.status_code in (200, 400) and '"code":"unavailable"' not in answer.text, (
+                fields,
+                answer.text,
+            )
         assert client.get("/health").json()["workers"][0]["restarts"] == 0
 
 
@@ -65,7 +83,9 @@ def test_a_signal_lets_a_running_reply_end_and_takes_the_workers_along(tiny_base
         assert names - {"speech"} == {"base", "auto"}
         body = {"model": "nobody", "messages": [{"role": "user", "content": "hi"}]}
         refused = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
-        assert refused.status_code == 503 and "not admitted: there is no directory" in refused.json()["error"]["message"]
+        assert (
+            refused.status_code == 503 and "not admitted: there is no directory" in refused.json()["error"]["message"]
+        )
         workers = children(process)
         extremes(url)
         thread = threading.Thread(target=ask, args=(url,))
@@ -81,7 +101,9 @@ def test_a_signal_lets_a_running_reply_end_and_takes_the_workers_along(tiny_base
     stages = ["opening the base", "admitting", "agents open", "ready", "trouble", "draining"]
     assert [line["event"] for line in said if line["event"] != "request"] == stages
     assert said[0]["base"] == str(tiny_base) and (said[1]["agent"], said[2]["served"]) == ("nobody", [])
-    asked = [line for line in said if line["event"] == "request"]  # the last may end before the signal is heard: a busy machine
+    asked = [
+        line for line in said if line["event"] == "request"
+    ]  # the last may end before the signal is heard: a busy machine
     assert asked[-1]["reply_tokens"] == 300
     assert workers and not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
@@ -100,7 +122,9 @@ def test_ctrl_c_before_it_answers_ends_everything(tiny_base: Path, tmp_path: Pat
 
 @pytest.mark.services
 @pytest.mark.alone
-@pytest.mark.parametrize("flags", [("--host", "0.0.0.0"), ("--http.prot", "1"), ("--http.otel", "", "--port", "99999")])
+@pytest.mark.parametrize(
+    "flags", [("--host", "0.0.0.0"), ("--http.prot", "1"), ("--http.otel", "", "--port", "99999")]
+)
 def test_what_cannot_be_served_is_said_before_any_worker_starts(tmp_path: Path, flags: tuple[str, ...]) -> None:
     with serve(tmp_path / "state", "starter", *flags) as (process, _):
         said, _ = process.communicate(timeout=300)
@@ -122,17 +146,26 @@ def test_openais_client_against_the_starter_base(tmp_path: Path) -> None:
             whole: Any = client.chat.completions.create(**common, messages=question, max_tokens=16)
             assert whole.choices[0].message.content == text and len(text) > 10
             formed: Any = client.chat.completions.create(
-                **common, messages=question, max_tokens=40,
-                response_format={"type": "json_schema", "json_schema": {"name": "light", "schema": SCHEMA, "strict": True}},
-            )  # fmt: skip
+                **common,
+                messages=question,
+                max_tokens=40,
+                response_format={
+                    "type": "json_schema",
+                    "json_schema": {"name": "light", "schema": SCHEMA, "strict": True},
+                },
+            )
             assert set(json.loads(formed.choices[0].message.content)) == {"place", "on"}
             called: Any = client.chat.completions.create(
                 **common, messages=question, max_tokens=60, tools=TOOLS, tool_choice="required"
             )
             (call,) = called.choices[0].message.tool_calls
             assert call.function.name == "light" and set(json.loads(call.function.arguments)) == {"place", "on"}
-            vectors = client.embeddings.create(model="base", input=["light on", "light off", "the price of tea in China"])
-            near, far = (sum(a * b for a, b in zip(vectors.data[0].embedding, vectors.data[at].embedding)) for at in (1, 2))
+            vectors = client.embeddings.create(
+                model="base", input=["light on", "light off", "the price of tea in China"]
+            )
+            near, far = (
+                sum(a * b for a, b in zip(vectors.data[0].embedding, vectors.data[at].embedding)) for at in (1, 2)
+            )
             assert near > far
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 143

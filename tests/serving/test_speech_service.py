@@ -72,7 +72,9 @@ def test_a_text_is_spoken_in_every_form(tmp_path: Path, form: str) -> None:
 def test_pcm_is_the_same_speech_at_24_khz_in_pieces(tmp_path: Path) -> None:
     text = {**HI, "input": "This is a sentence of some words. " * 30}
     wav, pcm = ask(
-        tmp_path, ("POST", SPEECH, {**text, "response_format": "wav"}), ("POST", SPEECH, {**text, "response_format": "pcm"})
+        tmp_path,
+        ("POST", SPEECH, {**text, "response_format": "wav"}),
+        ("POST", SPEECH, {**text, "response_format": "pcm"}),
     )
     assert len(pcm.content) / 2 / 24_000 == pytest.approx(heard(wav.content)[0], rel=0.01)
     assert pcm.headers["content-type"] == "audio/pcm"
@@ -81,7 +83,13 @@ def test_pcm_is_the_same_speech_at_24_khz_in_pieces(tmp_path: Path) -> None:
 
 @needs_espeak
 def test_speed_language_and_written_marks(tmp_path: Path) -> None:
-    bodies = [HI, {**HI, "speed": 2.0}, {**HI, "voice": "espeak:de"}, {**HI, "model": "espeak"}, {**HI, "input": "**Turn** on the `light` in the [kitchen](http://a.org/b/c)."}]  # fmt: skip
+    bodies = [
+        HI,
+        {**HI, "speed": 2.0},
+        {**HI, "voice": "espeak:de"},
+        {**HI, "model": "espeak"},
+        {**HI, "input": "**Turn** on the `light` in the [kitchen](http://a.org/b/c)."},
+    ]
     answers = ask(tmp_path, *(("POST", SPEECH, {**body, "response_format": "wav"}) for body in bodies))
     plain, fast, german, by_model, marked = (answer.content for answer in answers)
     assert heard(fast)[0] < 0.7 * heard(plain)[0]
@@ -224,7 +232,9 @@ def test_a_reply_without_words_has_no_speech_and_speech_may_come_back(tmp_path: 
         ),
     ],
 )
-def test_what_is_wrong_with_speech_is_said_before_there_is_a_reply(tmp_path: Path, fields: dict[str, Any], param: str) -> None:
+def test_what_is_wrong_with_speech_is_said_before_there_is_a_reply(
+    tmp_path: Path, fields: dict[str, Any], param: str
+) -> None:
     replies = serving.Replies()
     (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(**{**fields})), replies=replies)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
@@ -233,7 +243,9 @@ def test_what_is_wrong_with_speech_is_said_before_there_is_a_reply(tmp_path: Pat
 
 @needs_espeak
 def test_twenty_at_once_are_spoken_and_what_is_too_many_is_told_to_wait(tmp_path: Path) -> None:
-    calls = [("POST", SPEECH, {**HI, "input": f"Sentence number {place}.", "response_format": "wav"}) for place in range(20)]
+    calls = [
+        ("POST", SPEECH, {**HI, "input": f"Sentence number {place}.", "response_format": "wav"}) for place in range(20)
+    ]
     answers = ask(tmp_path, *calls)
     assert [answer.status_code for answer in answers] == [200] * 20
     assert len({answer.content for answer in answers}) == 20
@@ -259,7 +271,8 @@ def test_a_long_text_holds_up_neither_a_short_one_nor_a_reply(tmp_path: Path, mo
             )
             await asyncio.sleep(0.12)
             await asyncio.gather(
-                post(client, "reply", COMPLETIONS, chat()), post(client, "short", SPEECH, {**HI, "response_format": "pcm"})
+                post(client, "reply", COMPLETIONS, chat()),
+                post(client, "short", SPEECH, {**HI, "response_format": "pcm"}),
             )
             await long
         await house.speech.close()
@@ -340,7 +353,9 @@ def test_a_team_names_its_voices_and_a_client_names_them_without_their_path(
     assert answers[0].content == answers[1].content
 
 
-@pytest.mark.parametrize("speech", [{"voice": "nobody"}, {"voice": "piper:none.onnx"}, {"voice": "espeak", "at_once": 0}])
+@pytest.mark.parametrize(
+    "speech", [{"voice": "nobody"}, {"voice": "piper:none.onnx"}, {"voice": "espeak", "at_once": 0}]
+)
 def test_a_team_with_a_voice_that_is_not_there_is_refused_at_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speech: Any
 ) -> None:
@@ -359,7 +374,9 @@ def test_openais_client_speaks(tmp_path: Path) -> None:
     server = HttpServer(house, serving.team(tmp_path / "state"), log=RequestLog(serving.Log()))
     with serving.running(server) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         assert client.models.retrieve("speech").owned_by == "sartor"
-        with client.audio.speech.with_streaming_response.create(model="speech", voice="default", input=HI["input"]) as answer:
+        with client.audio.speech.with_streaming_response.create(
+            model="speech", voice="default", input=HI["input"]
+        ) as answer:
             answer.stream_to_file(tmp_path / "hi.mp3")
         assert 1 < heard((tmp_path / "hi.mp3").read_bytes())[0] < 4
         long = "This is a sentence of some words. " * 100

@@ -419,14 +419,20 @@ def test_an_adapter_that_went_bad_on_disk_hurts_its_agent_alone(tmp_path: Path) 
     asyncio.run(scene())
 
 
-def test_probation_tells_what_an_adapter_does_and_hurts_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probation_tells_what_an_adapter_does_and_hurts_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scene() -> None:
         async with running(tmp_path) as crew:
             trial = crew._trial_worker
             monkeypatch.setattr(trial, "_start", lambda worker: worker.start(120.0))
             monkeypatch.setattr(trial, "_start_s", 5.0)  # of silence, once it has started
             workers = pids(crew)
-            calls = [replace(call("hello", "new"), id="1"), replace(call("hello"), id="2"), replace(call("NAN", "new"), id="3")]
+            calls = [
+                replace(call("hello", "new"), id="1"),
+                replace(call("hello"), id="2"),
+                replace(call("NAN", "new"), id="3"),
+            ]
 
             async def probe(behaviour: str) -> list[tuple[Event, ...]]:
                 return await crew.probe("new", scripted.adapter(tmp_path / f"new-{behaviour}", behaviour), calls)
@@ -514,7 +520,9 @@ def test_too_many_deaths_give_up_for_a_while(tmp_path: Path) -> None:
         ({"memory_bytes": 1 << 20}, scripted.COMMAND, SartorError),
     ],
 )
-def test_a_crew_that_cannot_start_says_why(changes: dict[str, Any], command: tuple[str, ...], kind: type[SartorError]) -> None:
+def test_a_crew_that_cannot_start_says_why(
+    changes: dict[str, Any], command: tuple[str, ...], kind: type[SartorError]
+) -> None:
     base = changes.pop("base", "")
     team = scripted.team(workers={"restarts": 1, **changes})
     with pytest.raises(kind):

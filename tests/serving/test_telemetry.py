@@ -64,7 +64,9 @@ def test_what_the_server_library_says_is_a_line_without_its_values() -> None:
     try:
         raise ValueError("my secret")
     except ValueError:
-        lines.emit(logging.LogRecord("uvicorn.error", logging.ERROR, "", 1, "Exception in %s", ("secret",), sys.exc_info()))
+        lines.emit(
+            logging.LogRecord("uvicorn.error", logging.ERROR, "", 1, "Exception in %s", ("secret",), sys.exc_info())
+        )
     lines.emit(logging.LogRecord("sartor.serving.workers.worker_pool", logging.ERROR, "", 1, "%s workers", (3,), None))
     journal.close()
     line, own = log.lines

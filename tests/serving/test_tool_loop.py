@@ -63,7 +63,9 @@ def run(tmp_path: Path, *rounds: Sequence[tuple[str, Any]], **changes: Any) -> d
         box = ToolServers(made)
         await box.start()
         try:
-            answer = await ToolCallingAgent(replies, box, made).open(AgentRequest("faq", ({"role": "user", "content": "q"},)))
+            answer = await ToolCallingAgent(replies, box, made).open(
+                AgentRequest("faq", ({"role": "user", "content": "q"},))
+            )
             events = [event async for event in answer.events]
             return {"answer": answer, "events": events, "declared": box.declared("faq"), "troubles": box.troubles}
         finally:
@@ -71,7 +73,9 @@ def run(tmp_path: Path, *rounds: Sequence[tuple[str, Any]], **changes: Any) -> d
 
     came = asyncio.run(main())
     turns = [turn for turn in replies.asked[-1].messages if turn["role"] == "tool"]
-    rows = [json.loads(row) for file in (tmp_path / "tools").glob("tools-*.jsonl") for row in file.read_text().splitlines()]
+    rows = [
+        json.loads(row) for file in (tmp_path / "tools").glob("tools-*.jsonl") for row in file.read_text().splitlines()
+    ]
     return {**came, "results": [turn["content"] for turn in turns], "asked": replies.asked, "rows": rows}
 
 
@@ -86,10 +90,14 @@ def test_a_call_is_run_and_its_result_told_to_the_agent_and_a_broken_schema_is_n
     assert (pieces, done.prompt_tokens, done.reply_tokens, done.tool_calls) == ("the end", 15, 6, ())
     assert [request.model for request in came["asked"]] == ["faq", "faq@1.0", "faq@1.0"]
     assert [turn["role"] for turn in came["asked"][1].messages] == ["user", "assistant", "tool"]
-    assert "broken" not in [tool["function"]["name"] for tool in came["declared"]] and "double" in str(came["declared"])
+    assert "broken" not in [tool["function"]["name"] for tool in came["declared"]] and "double" in str(
+        came["declared"]
+    )
     assert "is no JSON Schema" in came["troubles"]["tools small.broken"]
     assert [row["tool"] for row in came["rows"]] == ["double", "environment", "long"]
-    assert all(len(row[what]) == 64 and int(row[what], 16) for row in came["rows"] for what in ("asked", "said"))  # no words
+    assert all(
+        len(row[what]) == 64 and int(row[what], 16) for row in came["rows"] for what in ("asked", "said")
+    )  # no words
 
 
 def test_what_goes_wrong_is_told_to_the_agent_and_in_the_reason(tmp_path: Path) -> None:
@@ -99,7 +107,8 @@ def test_what_goes_wrong_is_told_to_the_agent_and_in_the_reason(tmp_path: Path) 
     assert "the arguments of double are wrong: at $.number: 'x' is not of type 'integer'" in wrong
     assert unknown == "error: there is no tool 'nothing'" and fails == "error: the tool fails says: no such room"
     assert (
-        came["answer"].reason.startswith("asked by name; the arguments of double") and "no such room" in came["answer"].reason
+        came["answer"].reason.startswith("asked by name; the arguments of double")
+        and "no such room" in came["answer"].reason
     )
     assert [row["error"] for row in came["rows"]] == ["RequestError"] * 3
 
@@ -115,7 +124,9 @@ def test_a_tool_that_hangs_or_dies_costs_its_result_alone_and_is_opened_again(tm
             late = await ToolCallingAgent(Scripted([[("slow", {})]]), box, made).open(
                 AgentRequest("faq", ({"role": "user", "content": "q"},), deadline_s=1.0)
             )
-            answer = await ToolCallingAgent(replies, box, made).open(AgentRequest("faq", ({"role": "user", "content": "q"},)))
+            answer = await ToolCallingAgent(replies, box, made).open(
+                AgentRequest("faq", ({"role": "user", "content": "q"},))
+            )
             async with asyncio.timeout(240):
                 while True:
                     await asyncio.sleep(0.1)
@@ -161,13 +172,16 @@ def test_tools_of_an_address_are_called_with_the_key_that_the_environment_has(
     assert "tools small" in wrong and "barley" not in wrong, wrong
 
 
-def test_an_address_that_goes_away_is_a_trouble_until_it_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_goes_away_is_a_trouble_until_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SMALL_TOKEN", "open sesame")
 
     async def main() -> tuple[str, str]:
         with by_http() as (process, port):
             server = McpConnection(
-                ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN", timeout_s=120.0), tmp_path
+                ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN", timeout_s=120.0),
+                tmp_path,
             )
             await server.start()
             before = await server.call("double", {"number": 4}, 120)
@@ -188,13 +202,16 @@ def test_an_address_that_goes_away_is_a_trouble_until_it_is_back(tmp_path: Path,
     assert asyncio.run(main()) == ("8", "8")
 
 
-def test_a_server_that_is_closed_while_it_breaks_off_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_closed_while_it_breaks_off_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SMALL_TOKEN", "open sesame")
 
     async def main() -> None:
         with by_http() as (process, port):
             server = McpConnection(
-                ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN", timeout_s=120.0), tmp_path
+                ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN", timeout_s=120.0),
+                tmp_path,
             )
             await server.start()
             process.kill()
@@ -244,7 +261,10 @@ def test_tools_that_nobody_can_open_are_refused_when_the_file_is_read(tmp_path: 
 
 
 def test_an_agent_is_offered_its_tools_however_it_is_asked_and_a_client_may_say_others_or_none(tmp_path: Path) -> None:
-    tool, own = {"type": "function", "function": {"name": "double"}}, {"type": "function", "function": {"name": "look"}}
+    tool, own = (
+        {"type": "function", "function": {"name": "double"}},
+        {"type": "function", "function": {"name": "look"}},
+    )
 
     async def work() -> None:
         crew, made = FakeCrew(), serving.team(tmp_path / "state")

@@ -22,7 +22,10 @@ def test_a_server_opens_its_tools_says_what_is_wrong_with_them_and_answers_mcp(
     tiny_base: Path, tmp_path: Path, commands: dict[str, str]
 ) -> None:
     tools = json.dumps([{"name": "small", "command": SMALL}, {"name": "absent", "command": ["/no/such/program"]}])
-    with serve(tmp_path / "state", str(tiny_base), "--tools", tools, "--mcp.serve", "true", commands=commands) as (process, _):
+    with serve(tmp_path / "state", str(tiny_base), "--tools", tools, "--mcp.serve", "true", commands=commands) as (
+        process,
+        _,
+    ):
         url = address(process)
         troubles = httpx.get(f"{url}/health", timeout=120).json()["troubles"]
         assert "is no JSON Schema" in troubles["tools small.broken"] and "No such file" in troubles["tools absent"]

@@ -49,13 +49,20 @@ def ask(tmp_path: Path, key: str, header: str = "", **fields: Any) -> tuple[int,
 @pytest.mark.parametrize(
     ("key", "header", "user", "status", "person"),
     [
-        ("", "", "ada", 200, ADA), ("", "ada", "", 200, ADA), ("", "", "", 200, ""),
-        ("key-all", "", "ada", 200, ""), ("key-all", "ada", "", 403, ""),
-        ("key-ada", "", "ada", 200, ADA), ("key-ada", "ada", "ada", 200, ADA), ("key-ada", "", "ben", 200, ""),
-        ("key-ada", "ben", "", 403, ""), ("key-any", "", "ada", 200, ADA),
-        ("", "ada", "ben", 400, ""), ("", "", "x" * (MOST_CHARACTERS + 1), 400, ""),
+        ("", "", "ada", 200, ADA),
+        ("", "ada", "", 200, ADA),
+        ("", "", "", 200, ""),
+        ("key-all", "", "ada", 200, ""),
+        ("key-all", "ada", "", 403, ""),
+        ("key-ada", "", "ada", 200, ADA),
+        ("key-ada", "ada", "ada", 200, ADA),
+        ("key-ada", "", "ben", 200, ""),
+        ("key-ada", "ben", "", 403, ""),
+        ("key-any", "", "ada", 200, ADA),
+        ("", "ada", "ben", 400, ""),
+        ("", "", "x" * (MOST_CHARACTERS + 1), 400, ""),
     ],
-)  # fmt: skip
+)
 def test_whom_a_request_is_for(tmp_path: Path, key: str, header: str, user: str, status: int, person: str) -> None:
     assert ask(tmp_path, key, header, **({"user": user} if user else {}))[:2] == (status, person)
 
@@ -79,7 +86,11 @@ def test_feedback_on_what_a_user_asked_is_that_users(tmp_path: Path, user: dict[
 
     asyncio.run(main())
     (kept,) = FeedbackStore(tmp_path / "inbox").lines()
-    assert kept.feedback is not None and (kept.feedback.by.user == ADA) == (by == ADA) and len(kept.feedback.by.user) == 64
+    assert (
+        kept.feedback is not None
+        and (kept.feedback.by.user == ADA) == (by == ADA)
+        and len(kept.feedback.by.user) == 64
+    )
 
 
 def test_a_person_is_a_keyed_digest_and_no_name() -> None:

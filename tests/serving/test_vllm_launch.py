@@ -33,13 +33,20 @@ def release(folder: Path, name: str, template: str = tiny.CHATML, **changes: Any
     files = {file: {"sha256": f"{name}{file}"} for file in ("adapter_config.json", "adapter_model.safetensors")}
     return Artifact(
         folder,
-        {"name": name, "version": "1", "files": files, "base": {"template_digest": model_refs.template_digest(template)}},
+        {
+            "name": name,
+            "version": "1",
+            "files": files,
+            "base": {"template_digest": model_refs.template_digest(template)},
+        },
     )
 
 
 def team(**engine: Any) -> Team:
     return Team(
-        base="starter", agents=(AgentOptions("faq", "r"), AgentOptions("home", "r")), engine=OpenAiEngineOptions(**engine)
+        base="starter",
+        agents=(AgentOptions("faq", "r"), AgentOptions("home", "r")),
+        engine=OpenAiEngineOptions(**engine),
     )
 
 
@@ -48,10 +55,26 @@ def test_a_team_becomes_a_command(base: Path, tmp_path: Path) -> None:
     made = command(team(url="http://10.0.0.4:9001/v1", key_env="TEAM_KEY", loads_adapters=True), base, releases)
     names = [adapter_digest(item.manifest["files"]) for item in releases]
     assert made.argv == (
-        "vllm", "serve", str(base), "--served-model-name", "base", "--host", "10.0.0.4", "--port", "9001",
-        "--chat-template", str(base / "chat_template.jinja"), "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2",
-        "--lora-modules", f"{names[0]}={tmp_path / 'faq'}", json.dumps({"name": names[1], "path": str(tmp_path / "a=b")}),
-    )  # fmt: skip
+        "vllm",
+        "serve",
+        str(base),
+        "--served-model-name",
+        "base",
+        "--host",
+        "10.0.0.4",
+        "--port",
+        "9001",
+        "--chat-template",
+        str(base / "chat_template.jinja"),
+        "--enable-lora",
+        "--max-lora-rank",
+        "16",
+        "--max-loras",
+        "2",
+        "--lora-modules",
+        f"{names[0]}={tmp_path / 'faq'}",
+        json.dumps({"name": names[1], "path": str(tmp_path / "a=b")}),
+    )
     assert made.line.startswith('VLLM_ALLOW_RUNTIME_LORA_UPDATING="True" VLLM_API_KEY="$TEAM_KEY" vllm serve ')
 
 
@@ -62,11 +85,21 @@ def test_a_team_without_agents_needs_no_adapters(base: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"use_dora": True}, "DoRA"), ({"bias": "all"}, "bias all"), ({"modules_to_save": ["x"]}, "modules_to_save"), ({"r": 1024}, "rank 1024"),
-     ({"alpha_pattern": {"a": 1}}, "alpha_pattern"), ({"rank_pattern": {"a": 1}}, "rank_pattern"), ({"peft_type": "OFT"}, "peft_type OFT"),
-     ({"target_modules": ["lm_head"]}, "LM head"), ({"template": "other"}, "chat template")],
-)  # fmt: skip
-def test_what_vllm_would_serve_otherwise_is_refused_by_name(base: Path, tmp_path: Path, changes: Any, says: str) -> None:
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "bias all"),
+        ({"modules_to_save": ["x"]}, "modules_to_save"),
+        ({"r": 1024}, "rank 1024"),
+        ({"alpha_pattern": {"a": 1}}, "alpha_pattern"),
+        ({"rank_pattern": {"a": 1}}, "rank_pattern"),
+        ({"peft_type": "OFT"}, "peft_type OFT"),
+        ({"target_modules": ["lm_head"]}, "LM head"),
+        ({"template": "other"}, "chat template"),
+    ],
+)
+def test_what_vllm_would_serve_otherwise_is_refused_by_name(
+    base: Path, tmp_path: Path, changes: Any, says: str
+) -> None:
     releases = [release(tmp_path / "faq", "faq"), release(tmp_path / "home", "home", **changes)]
     with pytest.raises(ModelError, match=says) as refused:
         command(team(), base, releases)

@@ -25,8 +25,17 @@ from sartor.serving.workers.worker_process import WorkerDiedError, WorkerProcess
 
 RULES = WorkerOptions(memory_bytes=1000, hang_s=10.0, start_s=120.0)
 MADE = (
-    "far above", "over", "renewed", "hangs", "hangs in start", "closed", "status", "SIGKILL", "SIGTERM", "start",
-)  # fmt: skip
+    "far above",
+    "over",
+    "renewed",
+    "hangs",
+    "hangs in start",
+    "closed",
+    "status",
+    "SIGKILL",
+    "SIGTERM",
+    "start",
+)
 # what `last_end` of /health says; the label is the key under `ends`
 TEXTS = {
     "far above": "memory: it took 1501 bytes; workers.memory_bytes is 1000",
@@ -41,9 +50,17 @@ TEXTS = {
     "start": "start: not open after 0.05 s",
 }
 LABELS = {
-    "far above": "memory", "over": "recycled", "renewed": "renewed", "hangs": "hangs", "hangs in start": "hangs",
-    "closed": "closed", "status": "crashed", "SIGKILL": "crashed", "SIGTERM": "crashed", "start": "start",
-}  # fmt: skip
+    "far above": "memory",
+    "over": "recycled",
+    "renewed": "renewed",
+    "hangs": "hangs",
+    "hangs in start": "hangs",
+    "closed": "closed",
+    "status": "crashed",
+    "SIGKILL": "crashed",
+    "SIGTERM": "crashed",
+    "start": "start",
+}
 SCRIPTS = {"status": "exit 3", "SIGKILL": "kill -9 $$", "SIGTERM": "kill -15 $$", "start": "exec sleep 60"}
 
 

@@ -55,7 +55,9 @@ def test_offline_end_to_end_with_the_starter(tmp_path: Path) -> None:
         for state, room in (("on", "hall"), ("off", "den"))
     ]
     write_jsonl(tmp_path / "seeds.jsonl", rows)
-    (tmp_path / "delivery.txt").write_text("Delivery to Berlin takes two days and costs 4 euros. Returns are free for 14 days.")
+    (tmp_path / "delivery.txt").write_text(
+        "Delivery to Berlin takes two days and costs 4 euros. Returns are free for 14 days."
+    )
     sources = [{"path": str(tmp_path / name), "licence": "MIT"} for name in ("seeds.jsonl", "delivery.txt")]
     ways = [{"vary": {"per_row": 3}}, {"questions": {"per_document": 2}}]
     said = {"sources": sources, "teacher": "local", "ways": ways, "max_tokens": 96}

@@ -31,9 +31,15 @@ from sartor.synthesize.openai_teacher import (
 from sartor.synthesize.teacher import TeacherQuestion
 
 SEEDS = [
-    {"messages": [{"role": "user", "content": f"what does parcel number {n} to {town} cost today"}, {"role": "assistant", "content": f"{n} euros"}]}
-    for n in range(3) for town in ("Berlin", "Rome")
-]  # fmt: skip
+    {
+        "messages": [
+            {"role": "user", "content": f"what does parcel number {n} to {town} cost today"},
+            {"role": "assistant", "content": f"{n} euros"},
+        ]
+    }
+    for n in range(3)
+    for town in ("Berlin", "Rome")
+]
 
 
 def recipe(folder: Path, url: str, **teacher: Any) -> dict[str, Any]:
@@ -79,7 +85,9 @@ def test_the_rows_are_the_same_with_every_fault_injected(tmp_path: Path) -> None
 @pytest.mark.services
 def test_a_killed_run_goes_on_and_pays_for_nothing_twice(tmp_path: Path) -> None:
     with serving(EndpointServer()) as server:
-        server.answer_limit = 7  # all that was answered is on disk when the run dies, and three questions are under way
+        server.answer_limit = (
+            7  # all that was answered is on disk when the run dies, and three questions are under way
+        )
         said = recipe(tmp_path, server.url, at_once=3, timeout_s=60)
         file = tmp_path / "r.yaml"
         file.write_text(json.dumps(said))
@@ -87,7 +95,10 @@ def test_a_killed_run_goes_on_and_pays_for_nothing_twice(tmp_path: Path) -> None
         environment = {**os.environ, "PYTHONPATH": str(Path(sartor.__file__).parent.parent)}
         child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         answers = tmp_path / "out.synthesizing" / "answers"
-        _wait(lambda: len(server.answered) == len(list(answers.glob("*/*.json"))) == 7 and server.asked.total() == 7 + 3, child)
+        _wait(
+            lambda: len(server.answered) == len(list(answers.glob("*/*.json"))) == 7 and server.asked.total() == 7 + 3,
+            child,
+        )
         child.send_signal(signal.SIGKILL)
         child.communicate()
         before = set(server.answered)
@@ -159,7 +170,9 @@ def test_the_key_is_in_the_environment_and_nowhere_else(tmp_path: Path, monkeypa
             server.fault = lambda body, times, code=code: code
             told: list[str] = []
             with pytest.raises(kind) as error:
-                sartor.synthesize({**said, "teacher": {**said["teacher"], "tries": 2}}, tmp_path / "b", notice=told.append)
+                sartor.synthesize(
+                    {**said, "teacher": {**said["teacher"], "tries": 2}}, tmp_path / "b", notice=told.append
+                )
             assert key not in "".join([str(error.value), *told]) and (code == "302" or "***" in str(error.value))
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or key.encode() not in file.read_bytes(), file
@@ -222,7 +235,9 @@ def test_retry_after_is_obeyed_by_all(tmp_path: Path) -> None:
         assert 0.05 <= time.monotonic() - began < 50, "as long as the endpoint says, not the pause of 60 s"
 
 
-@pytest.mark.parametrize(("value", "least", "most"), [("7", 7, 7), ("x", 0, 0), ("", 0, 0), ("-3", 0, 0), ("1e9", 600, 600)])
+@pytest.mark.parametrize(
+    ("value", "least", "most"), [("7", 7, 7), ("x", 0, 0), ("", 0, 0), ("-3", 0, 0), ("1e9", 600, 600)]
+)
 def test_retry_after_is_read(value: str, least: float, most: float) -> None:
     assert least <= _retry_after(value) <= most
 
@@ -234,8 +249,17 @@ def test_retry_after_may_be_a_date() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b'{"choices": []}', b'{"choices": [{"message": {"content": "x"}}]}', b'{"error": "x"}', b"[" * 99999, b"x" * (9 << 20)],
-)  # fmt: skip
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"choices": []}',
+        b'{"choices": [{"message": {"content": "x"}}]}',
+        b'{"error": "x"}',
+        b"[" * 99999,
+        b"x" * (9 << 20),
+    ],
+)
 def test_a_body_that_is_no_answer_is_broken(body: bytes) -> None:
     with pytest.raises(IncompleteResponseError):
         read_body([body], "application/json")

@@ -27,24 +27,46 @@ DOCUMENT = """Delivery to Berlin takes two days and costs 4 euros.
 Parcels over 30 kg are carried by a haulier, who calls before. Returns are free for 14 days after the parcel has come."""
 SEEDS = [
     ("What does delivery to Rome cost for parcel one?", "It costs 7 euros to Rome."),
-    ("She asks when her parcel to Oslo comes, and if she must sign.", "Tell her that it comes on Friday and she signs."),
+    (
+        "She asks when her parcel to Oslo comes, and if she must sign.",
+        "Tell her that it comes on Friday and she signs.",
+    ),
     ("Emily Walsh, 28, wants a loan.", '{"decision":"grant"}'),
 ]
 SLOTS = {"room": ["hall", "attic", "den"], "state": ["on", "off"]}
 LIGHTS = {"prompts": ["turn {state} the {room} light"], "reply": '{"room":"{room}","on":"{state}"}', "slots": SLOTS}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1}}, "required": ["n"]}
-GRID = {"personas": ["a baker", "a nurse"], "intents": ["to return a parcel"], "edge_cases": ["no receipt", "late"], "turns": 2}
+GRID = {
+    "personas": ["a baker", "a nurse"],
+    "intents": ["to return a parcel"],
+    "edge_cases": ["no receipt", "late"],
+    "turns": 2,
+}
 # an entry for each member of the unions: to be listed is to be tested
 WAYS: dict[str, Any] = {
-    "vary": {"per_row": 2}, "extend": {}, "harder": {}, "persona": {}, "questions": {"per_document": 3}, "scenarios": GRID,
-    "preference": {}, "schema": {"schema": SCHEMA, "task": "Count.", "count": 4}, "counterfactual": {}, "templates": LIGHTS,
-    "slot_substitution": {"slots": {"city": ["Rome", "Oslo", "Berlin"]}, "numbers": True}, "augment_images": {"copies": 2}, "augment_audio": {}, "speech": {},
-}  # fmt: skip
+    "vary": {"per_row": 2},
+    "extend": {},
+    "harder": {},
+    "persona": {},
+    "questions": {"per_document": 3},
+    "scenarios": GRID,
+    "preference": {},
+    "schema": {"schema": SCHEMA, "task": "Count.", "count": 4},
+    "counterfactual": {},
+    "templates": LIGHTS,
+    "slot_substitution": {"slots": {"city": ["Rome", "Oslo", "Berlin"]}, "numbers": True},
+    "augment_images": {"copies": 2},
+    "augment_audio": {},
+    "speech": {},
+}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    rows = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]} for asked, said in SEEDS]
+    rows = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in SEEDS
+    ]
     write_jsonl(tmp_path / "seeds.jsonl", rows)
     (tmp_path / "delivery.txt").write_text(DOCUMENT)
     return tmp_path
@@ -84,7 +106,9 @@ def test_a_way_accounts_for_all_and_marks_every_row(folder: Path, kind: str) -> 
     rows, counts = list(result.examples()), result.dataset.manifest["synthetic"]["ways"][kind]
     assert rows and counts["made"] == len(rows) == result.made
     assert counts.get("dropped", 0) == sum(result.dropped.values())
-    evidence = {row["id"]: row for row in pq.read_table(result.dataset.path / "evidence/synthetic.parquet").to_pylist()}
+    evidence = {
+        row["id"]: row for row in pq.read_table(result.dataset.path / "evidence/synthetic.parquet").to_pylist()
+    }
     seeds = {seed.id for seed in sartor_seeds(folder)}
     asks = kind in kinds(AnyAskingWay)
     card = (result.dataset.path / "card.md").read_text()
@@ -96,7 +120,9 @@ def test_a_way_accounts_for_all_and_marks_every_row(folder: Path, kind: str) -> 
         assert row.is_synthetic and row.split == "train" and row.group and origin.step == f"synthesize:{kind}"
         assert said["way"] == kind and bool(said["teacher"]) == bool(said["prompt"]) == asks
         assert set(origin.parents) <= seeds and evidence[row.id]["prompt"] == said["prompt"]
-    assert (made(folder, {kind: WAYS[kind]}, out="again").dataset.manifest["digest"]) == result.dataset.manifest["digest"]
+    assert (
+        (made(folder, {kind: WAYS[kind]}, out="again").dataset.manifest["digest"]) == result.dataset.manifest["digest"]
+    )
     if asks:
         other = made(folder, {kind: WAYS[kind]}, out="other", seed=1)
         assert [row.id for row in other.examples()] != [row.id for row in rows], "another seed, other rows"
@@ -104,7 +130,9 @@ def test_a_way_accounts_for_all_and_marks_every_row(folder: Path, kind: str) -> 
 
 def sartor_seeds(folder: Path) -> list[Example]:
     sources = [{"path": str(folder / name)} for name in ("seeds.jsonl", "delivery.txt")]
-    dataset = sartor.curate({"sources": sources, "split": {"eval_fraction": 0}}, folder / "plain", replace=True).dataset
+    dataset = sartor.curate(
+        {"sources": sources, "split": {"eval_fraction": 0}}, folder / "plain", replace=True
+    ).dataset
     return list(sartor.read_examples(dataset))
 
 
@@ -112,7 +140,9 @@ def test_a_synthetic_row_stays_marked_and_is_never_held_out(folder: Path) -> Non
     first = made(folder, "vary", {"counterfactual": {}}, {"templates": LIGHTS})
     ids = {row.id for row in first.examples()}
     # a row that people wrote equals a synthetic one: it has both origins, and may be held out
-    write_jsonl(folder / "real.jsonl", [{"prompt": "turn on the hall light", "completion": '{"room":"hall","on":"on"}'}])
+    write_jsonl(
+        folder / "real.jsonl", [{"prompt": "turn on the hall light", "completion": '{"room":"hall","on":"on"}'}]
+    )
     examples = str(first.dataset.path / "examples")
     sources = [{"path": examples}, {"path": str(folder / "seeds.jsonl")}, {"path": str(folder / "real.jsonl")}]
     steps = ["exact_duplicates", "near_duplicates"]
@@ -125,7 +155,9 @@ def test_a_synthetic_row_stays_marked_and_is_never_held_out(folder: Path) -> Non
         marked = {row.id for row in rows if any(origin.made_by for origin in row.origins)}
         assert marked == {row.id for row in rows if row.id in ids}
         held_out = {row.group for row in rows if row.split == "eval"}
-        assert not held_out & {row.group for row in rows if row.is_synthetic}, "what was made of a held-out row is not learnt"
+        assert not held_out & {row.group for row in rows if row.is_synthetic}, (
+            "what was made of a held-out row is not learnt"
+        )
         both = [row for row in rows if row.id in ids and not row.is_synthetic]
         assert [row.reply for row in both] == ['{"room":"hall","on":"on"}']
     third = sartor.curate({"sources": [{"path": str(folder / "again-0" / "examples")}]}, folder / "third").dataset
@@ -135,7 +167,8 @@ def test_a_synthetic_row_stays_marked_and_is_never_held_out(folder: Path) -> Non
 def test_of_duplicates_the_row_that_people_wrote_stays() -> None:
     written = Example((Message.of("user", "a"), Message.of("assistant", "b")), (Origin("a", "a:1"),))
     longer = Example(
-        (Message.of("user", "a"), Message.of("assistant", "b" * 999)), (Origin("a", "a:2", date="2026-01-01", made_by="{}"),)
+        (Message.of("user", "a"), Message.of("assistant", "b" * 999)),
+        (Origin("a", "a:2", date="2026-01-01", made_by="{}"),),
     )
     for rule in get_args(text_duplicates.Keep):
         first, second = text_duplicates.ranks([written, longer], rule, "both")
@@ -153,7 +186,9 @@ def test_the_held_out_rows_of_a_dataset_are_no_seeds(folder: Path) -> None:
     sources = [{"path": str(folder / "seeds.jsonl"), "licence": "MIT"}]
     real = sartor.curate({"sources": sources, "split": {"eval_fraction": 0.34}}, folder / "real").dataset
     held_out = {row.id for row in sartor.read_examples(real, "eval")}
-    result = sartor.synthesize({"sources": [{"path": str(real.path)}], "teacher": "fake", "ways": ["vary"]}, folder / "out")
+    result = sartor.synthesize(
+        {"sources": [{"path": str(real.path)}], "teacher": "fake", "ways": ["vary"]}, folder / "out"
+    )
     said = result.dataset.manifest["synthetic"]["seeds"]
     assert (len(held_out), said["held_out"], said["used"]) == (1, 1, 2)
     assert not held_out & {parent for row in result.examples() for origin in row.origins for parent in origin.parents}
@@ -174,17 +209,24 @@ def test_an_answer_of_no_use_is_a_drop_with_its_digest(folder: Path) -> None:
         good % "takes two\\n days",  # other white space
         good % "takes three days",
         good % "two",
-        "I cannot do that.", "still words",
-        '{"question": 5}', good.replace("How long", "How far") % "costs 4 euros",  # repaired
+        "I cannot do that.",
+        "still words",
+        '{"question": 5}',
+        good.replace("How long", "How far") % "costs 4 euros",  # repaired
         TeacherAnswer("", "refused"),
         TeacherAnswer('{"question": "How', "length"),
         '{"question": " ", "answer": "x", "span": "Delivery to Berlin"}',
-    ]  # fmt: skip
+    ]
     teacher = Says(*answers)
     result = made(folder, {"questions": {"per_document": 9}}, teacher=teacher)
     assert result.dropped == {
-        "span_not_found": 1, "span_too_short": 1, "no_json": 1, "teacher_refused": 1, "answer_cut": 1, "empty_answer": 2,
-    }  # fmt: skip
+        "span_not_found": 1,
+        "span_too_short": 1,
+        "no_json": 1,
+        "teacher_refused": 1,
+        "answer_cut": 1,
+        "empty_answer": 2,
+    }
     drops: list[Drop] = list(sartor.read_drops(result.dataset))
     assert all(re.search(r"\(answer [0-9a-f]{16} to questions ", drop.detail) and drop.source for drop in drops)
     assert not any(drop.text for drop in drops)  # an answer may name people
@@ -200,8 +242,13 @@ def test_an_answer_of_no_use_is_a_drop_with_its_digest(folder: Path) -> None:
 def test_json_is_found_among_words_and_held_to_its_schema(folder: Path) -> None:
     way = {"schema": {"schema": SCHEMA, "task": "Count.", "count": 4}}
     right = '{"question": "three apples", "reply": {"n": 3}}'
-    answers = [f"Here it is: ```json\n{right}\n```", right.replace("3", "0"), right.replace("3", '"x"'), right.replace("3", "4"),
-               right.replace("apples", "pears")]  # fmt: skip
+    answers = [
+        f"Here it is: ```json\n{right}\n```",
+        right.replace("3", "0"),
+        right.replace("3", '"x"'),
+        right.replace("3", "4"),
+        right.replace("apples", "pears"),
+    ]
     result = made(folder, way, teacher=Says(*answers))
     # the second is not repaired, the third (asked after it) is
     assert [row.reply for row in result.examples()] == ['{"n":3}', '{"n":4}', '{"n":3}']
@@ -210,11 +257,20 @@ def test_json_is_found_among_words_and_held_to_its_schema(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("schema", "problem"),
-    [({"type": "sausage"}, "no JSON Schema"), ("absent.json", "cannot be read"), ({"$ref": "http://example.org/x"}, "which is not in it"), (3, "no mapping")],
-)  # fmt: skip
+    [
+        ({"type": "sausage"}, "no JSON Schema"),
+        ("absent.json", "cannot be read"),
+        ({"$ref": "http://example.org/x"}, "which is not in it"),
+        (3, "no mapping"),
+    ],
+)
 def test_a_schema_that_cannot_be_is_refused(folder: Path, schema: Any, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        made(folder, {"schema": {"schema": schema, "task": "x", "count": 1}}, teacher=Says('{"question": "x", "reply": {}}'))
+        made(
+            folder,
+            {"schema": {"schema": schema, "task": "x", "count": 1}},
+            teacher=Says('{"question": "x", "reply": {}}'),
+        )
 
 
 def test_rows_that_are_there_already_are_drops(folder: Path) -> None:
@@ -240,7 +296,10 @@ def test_a_counterfactual_swaps_the_whole_row_one_way(folder: Path) -> None:
     way = {"counterfactual": {"kinds": ["pronouns"], "to": ["he"]}}
     result = made(folder, way)
     assert [[message.text for message in row.messages] for row in result.examples()] == [
-        ["He asks when his parcel to Oslo comes, and if he must sign.", "Tell him that it comes on Friday and he signs."]
+        [
+            "He asks when his parcel to Oslo comes, and if he must sign.",
+            "Tell him that it comes on Friday and he signs.",
+        ]
     ]
     skipped = result.dataset.manifest["synthetic"]["ways"]["counterfactual"]
     assert skipped == {"made": 1, "skipped:no_group_named": 3}

@@ -16,7 +16,9 @@ PLACES = ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "po
 
 
 def write(folder: Path, name: str, words: tuple[str, ...], held_out: float) -> Path:
-    rows = [{"prompt": f"switch {place} {word}", "completion": f"{word}:{place}"} for word in words for place in PLACES]
+    rows = [
+        {"prompt": f"switch {place} {word}", "completion": f"{word}:{place}"} for word in words for place in PLACES
+    ]
     file = folder / f"{name}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = {"sources": [{"path": str(file), "licence": "CC0-1.0"}], "split": {"eval_fraction": held_out}}

@@ -68,7 +68,9 @@ def applications(count: int, seed: int, *, turned: float = 0.0) -> list[Example]
     return found
 
 
-def run(synthetic: list[Example], real: list[Example], seeds: list[Example], options: ValidateOptions = QUICK) -> Validated:
+def run(
+    synthetic: list[Example], real: list[Example], seeds: list[Example], options: ValidateOptions = QUICK
+) -> Validated:
     return validate_rows(ValidationSamples(synthetic, real, seeds), options)
 
 
@@ -86,7 +88,9 @@ def _collapsed() -> list[Example]:
 
 def _copied() -> list[Example]:
     seeds = talk(60, 3)
-    again = [example(f"{row.messages[0].text.upper()}!", row.reply, f"copy {place}") for place, row in enumerate(seeds[:20])]
+    again = [
+        example(f"{row.messages[0].text.upper()}!", row.reply, f"copy {place}") for place, row in enumerate(seeds[:20])
+    ]
     return [*talk(80, 1), *again]
 
 
@@ -112,7 +116,9 @@ def _repeated() -> list[Example]:
         (_repeated, {"repeated", "distinct", "vendi"}),
     ],
 )
-def test_a_plant_is_found_by_the_tests_that_are_meant_for_it(plant: Callable[[], list[Example]], tests: set[str]) -> None:
+def test_a_plant_is_found_by_the_tests_that_are_meant_for_it(
+    plant: Callable[[], list[Example]], tests: set[str]
+) -> None:
     found = run(plant(), talk(100, 2), talk(60, 3))
     failed = {test.name for test in found.failed}
     assert tests <= failed
@@ -262,7 +268,10 @@ def test_topics_of_both_sides_show_a_drift_that_chance_does_not() -> None:
     rng = np.random.default_rng(0)
     pool = pooled(ValidationSamples(talk(100, 1), talk(100, 2), []), 1000, 0)
     centres = rng.normal(size=(8, 30))
-    kinds = {"same": np.arange(200) % 8, "drifted": np.where(np.arange(200) < 70, np.arange(200) % 2, np.arange(200) % 8)}
+    kinds = {
+        "same": np.arange(200) % 8,
+        "drifted": np.where(np.arange(200) < 70, np.arange(200) % 2, np.arange(200) % 8),
+    }
     p = {}
     for name, kind in kinds.items():
         vectors = (centres[kind] + 0.7 * rng.normal(size=(200, 30))).astype(np.float32)
@@ -331,11 +340,16 @@ def test_spans_by_line_by_place_and_none() -> None:
 
 def _write(path: Path, rows: list[Example], split: float = 0.0) -> Path:
     lines = [
-        json.dumps({"messages": [{"role": turn.role, "content": turn.text} for turn in row.messages], "group": row.group})
+        json.dumps(
+            {"messages": [{"role": turn.role, "content": turn.text} for turn in row.messages], "group": row.group}
+        )
         for row in rows
     ]
     path.with_suffix(".jsonl").write_text("\n".join(lines), encoding="utf-8")
-    recipe = {"sources": [{"path": str(path.with_suffix(".jsonl")), "licence": "CC0-1.0"}], "split": {"eval_fraction": split}}
+    recipe = {
+        "sources": [{"path": str(path.with_suffix(".jsonl")), "licence": "CC0-1.0"}],
+        "split": {"eval_fraction": split},
+    }
     return Path(sartor.curate(recipe, path).dataset.path)
 
 
@@ -368,7 +382,10 @@ def test_a_set_that_fails_is_not_written_and_lines_of_others_stay(tmp_path: Path
     file = synthetic / "review.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert {line["reason"] for line in lines if "slice" in line} >= {"coverage", "topic"}
-    others = [{"what": "finding", "kind": "label", "examples": ["x"]}, {"what": "decision", "item": "9a", "verdict": "accept"}]
+    others = [
+        {"what": "finding", "kind": "label", "examples": ["x"]},
+        {"what": "decision", "item": "9a", "verdict": "accept"},
+    ]
     file.write_text("".join(json.dumps(line) + "\n" for line in (*lines, *others)))
     sartor.validate(synthetic, real, options=QUICK)
     again = [json.loads(line) for line in file.read_text().splitlines()]

@@ -9,7 +9,10 @@ from sartor.text.equivalence import TextReading, compare_texts, idf_weights, ste
 
 def verdict(one: str, other: str) -> tuple[str, float]:
     found = compare_texts(TextReading.of(one), TextReading.of(other), idf_weights([one, other]))
-    assert compare_texts(TextReading.of(other), TextReading.of(one), idf_weights([one, other])).objection == found.objection
+    assert (
+        compare_texts(TextReading.of(other), TextReading.of(one), idf_weights([one, other])).objection
+        == found.objection
+    )
     return found.objection, found.score
 
 
@@ -84,18 +87,28 @@ def test_rare_words_weigh_more_than_frequent_ones() -> None:
     frequent = compare_texts(
         TextReading.of("on the chandelier light"), TextReading.of("turn on the chandelier light"), weights
     ).score
-    rare = compare_texts(TextReading.of("turn on the light"), TextReading.of("turn on the chandelier light"), weights).score
+    rare = compare_texts(
+        TextReading.of("turn on the light"), TextReading.of("turn on the chandelier light"), weights
+    ).score
     assert rare < frequent
 
 
 def test_an_instruction_before_every_question_makes_no_two_questions_alike() -> None:
-    frame = (
-        "You are given the spoken command of a person at home read it with care think about which device is meant and answer "
-    )
-    frame += (
-        "with the name of one intent that fits never explain anything or say more than asked for by the owner of this house "
-    )
-    places = ["kitchen", "garage", "attic", "office", "cellar", "porch", "nursery", "hallway", "garden", "bathroom", "loft"]
+    frame = "You are given the spoken command of a person at home read it with care think about which device is meant and answer "
+    frame += "with the name of one intent that fits never explain anything or say more than asked for by the owner of this house "
+    places = [
+        "kitchen",
+        "garage",
+        "attic",
+        "office",
+        "cellar",
+        "porch",
+        "nursery",
+        "hallway",
+        "garden",
+        "bathroom",
+        "loft",
+    ]
     texts = [f"{frame}turn on the {place} {thing}" for place in places for thing in ("light", "fan")]
     weights = idf_weights(texts)
     for other in texts[1:]:
@@ -111,7 +124,9 @@ def test_an_instruction_before_every_question_makes_no_two_questions_alike() -> 
     )
 
 
-@pytest.mark.parametrize("text", ["", " ", "...", "\U0001f600\U0001f600", "'" * 50, "n't", "\u0301\u0301", "a" * 10_000])
+@pytest.mark.parametrize(
+    "text", ["", " ", "...", "\U0001f600\U0001f600", "'" * 50, "n't", "\u0301\u0301", "a" * 10_000]
+)
 def test_any_text_is_read_and_is_equal_to_itself(text: str) -> None:
     assert compare_texts(TextReading.of(text), TextReading.of(text), {}).score == 1.0
 

@@ -16,7 +16,12 @@ RIGHT = [
     ("pronouns", "he", "Her credit was denied.", "His credit was denied."),
     ("pronouns", "he", "We let her go and her team agreed.", "We let him go and his team agreed."),
     ("pronouns", "he", "They saw her leaving.", "They saw him leaving."),
-    ("pronouns", "he", "We met her early this week, in her early career.", "We met him early this week, in his early career."),
+    (
+        "pronouns",
+        "he",
+        "We met her early this week, in her early career.",
+        "We met him early this week, in his early career.",
+    ),
     ("pronouns", "he", "The car is hers, she bought it herself.", "The car is his, he bought it himself."),
     ("pronouns", "she", "The car is his.", "The car is hers."),
     ("pronouns", "she", "His car is here, a friend of his drove it.", "Her car is here, a friend of hers drove it."),
@@ -26,15 +31,30 @@ RIGHT = [
     ("pronouns", "they", "She always tries and never gives up.", "They always try and never give up."),
     ("pronouns", "they", "He is late and has a car.", "They are late and have a car."),
     ("pronouns", "they", "Is she late? Does he know?", None),
-    ("pronouns", "they", "Is she late? Does she know? She doesn't say.", "Are they late? Do they know? They don't say."),
+    (
+        "pronouns",
+        "they",
+        "Is she late? Does she know? She doesn't say.",
+        "Are they late? Do they know? They don't say.",
+    ),
     ("pronouns", "they", "The reason is she works.", "The reason is they work."),
-    ("pronouns", "they", "She's tired, she's been up, she'll sleep.", "They're tired, they've been up, they'll sleep."),
+    (
+        "pronouns",
+        "they",
+        "She's tired, she's been up, she'll sleep.",
+        "They're tired, they've been up, they'll sleep.",
+    ),
     ("pronouns", "they", "She's approved.", None),
     ("pronouns", "they", "She teaches maths.", "They teach maths."),
     ("pronouns", "they", "She was here and went home.", "They were here and went home."),
     ("pronouns", "she", "The applicant says they are late.", "The applicant says she is late."),
     ("pronouns", "he", "The applicant says they've paid and they work.", "The applicant says he's paid and he works."),
-    ("pronouns", "he", "An applicant can do this themself. Do they know?", "An applicant can do this himself. Does he know?"),
+    (
+        "pronouns",
+        "he",
+        "An applicant can do this themself. Do they know?",
+        "An applicant can do this himself. Does he know?",
+    ),
     # either
     ("pronouns", "they", "If he or she pays, his or her loan ends.", "If they pay, their loan ends."),
     ("pronouns", "she", "He/she pays.", "She pays."),
@@ -64,7 +84,12 @@ RIGHT = [
     ("age", "older", "A 28-year-old applicant asks.", "A 60-year-old applicant asks."),
     ("age", "young", "A 50-year-old applicant asks.", "An 18-year-old applicant asks."),
     ("age", "older", "A young man, aged 30.", "An older man, aged 62."),
-    ("age", "young", "She is old. An elderly lady in her late fifties.", "She is young. A young lady in her late twenties."),
+    (
+        "age",
+        "young",
+        "She is old. An elderly lady in her late fifties.",
+        "She is young. A young lady in her late twenties.",
+    ),
     ("age", "young", "An older car is older than a new one.", None),
     ("age", "older", "A 6-year-old child, 28 euros.", None),
     # nationality
@@ -77,11 +102,21 @@ RIGHT = [
     ("disability", "none", "A blind applicant.", "A non-disabled applicant."),
     ("disability", "autistic", "A blind applicant.", "An autistic applicant."),
     ("disability", "blind", "She uses a wheelchair. They use a wheelchair.", "She is blind. They are blind."),
-    ("disability", "wheelchair", "People who are blind; she is deaf.", "People who are wheelchair users; she is a wheelchair user."),
-    ("disability", "deaf", "A man with a disability, people with disabilities.", "A man who is deaf, people who are deaf."),
+    (
+        "disability",
+        "wheelchair",
+        "People who are blind; she is deaf.",
+        "People who are wheelchair users; she is a wheelchair user.",
+    ),
+    (
+        "disability",
+        "deaf",
+        "A man with a disability, people with disabilities.",
+        "A man who is deaf, people who are deaf.",
+    ),
     ("disability", "none", "I am blind.", "I am not disabled."),
     ("disability", "deaf", "The bank is blind to risk.", None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "to", "text", "right"), RIGHT)

@@ -32,7 +32,12 @@ def test_rate_falls_with_the_width_and_is_bounded(width: int, rate: float) -> No
 
 @pytest.mark.parametrize(
     ("row_tokens", "batch", "is_composed", "epochs"),
-    [([45] * 400, 256, False, 4), ([45] * 100, 256, False, 10), ([45] * 40_000, 4096, False, 1), ([90] * 300, 256, True, 8)],
+    [
+        ([45] * 400, 256, False, 4),
+        ([45] * 100, 256, False, 10),
+        ([45] * 40_000, 4096, False, 1),
+        ([90] * 300, 256, True, 8),
+    ],
 )
 def test_budget_is_epochs_until_there_are_enough_updates(
     row_tokens: list[int], batch: int, is_composed: bool, epochs: int
@@ -66,10 +71,17 @@ def test_settings_are_planned_and_saved_with_reasons(tmp_path: Path, tune_recipe
     manifest = tune(recipe, tmp_path / "a", notice=notices.append).adapter.manifest
     assert manifest["settings"] == plan["settings"]
     assert sorted(manifest["settings"]) == [
-        "data.rehearsal", "evaluations", "optimizer.batch_tokens", "optimizer.learning_rate", "weights",
-    ]  # fmt: skip
+        "data.rehearsal",
+        "evaluations",
+        "optimizer.batch_tokens",
+        "optimizer.learning_rate",
+        "weights",
+    ]
     assert manifest["recipe"]["weights"] == "best" and len(manifest["run"]["selection"]["evaluations"]) == 2
-    assert manifest["recipe"]["optimizer"] | {"learning_rate": 1e-3, "batch_tokens": 256} == manifest["recipe"]["optimizer"]
+    assert (
+        manifest["recipe"]["optimizer"] | {"learning_rate": 1e-3, "batch_tokens": 256}
+        == manifest["recipe"]["optimizer"]
+    )
     assert any(line.startswith("optimizer.batch_tokens auto: 256 (") for line in notices)
     assert manifest["parents"][1]["role"] == "rehearsal"
     assert [warning["reason"] for warning in plan["warnings"]] == [plan_warnings.FEW_UPDATES]
@@ -105,9 +117,12 @@ def test_a_resumed_run_keeps_the_values_that_it_began_with(
 
 
 def test_of_an_older_run_the_numbers_are_taken_over() -> None:
-    old = auto_settings.EarlierRun({"optimizer": {"batch_tokens": 4096}, "budget": {"epochs": 1.0}, "data": {"path": "d"}})
+    old = auto_settings.EarlierRun(
+        {"optimizer": {"batch_tokens": 4096}, "budget": {"epochs": 1.0}, "data": {"path": "d"}}
+    )
     assert [
-        setting and setting.value for setting in map(old.setting, (auto_settings.BATCH_TOKENS, auto_settings.REHEARSAL))
+        setting and setting.value
+        for setting in map(old.setting, (auto_settings.BATCH_TOKENS, auto_settings.REHEARSAL))
     ] == [
         4096,
         None,
@@ -139,7 +154,9 @@ def test_warnings_change_no_weight_and_survive_a_kill(
     assert len(set(weights.values())) == 1
 
 
-@pytest.mark.parametrize(("language", "ratio", "count"), [("de", 1.9, 1), ("de", 1.2, 0), ("en", 1.9, 0), ("", 1.9, 0)])
+@pytest.mark.parametrize(
+    ("language", "ratio", "count"), [("de", 1.9, 1), ("de", 1.2, 0), ("en", 1.9, 0), ("", 1.9, 0)]
+)
 def test_language_is_warned_of_where_the_base_does_not_know_it(
     monkeypatch: pytest.MonkeyPatch, language: str, ratio: float, count: int
 ) -> None:

@@ -94,7 +94,12 @@ def test_what_is_saved_comes_back(monkeypatch: pytest.MonkeyPatch, recipe: dict[
 
 @pytest.mark.parametrize("updates", [(1,), (2, 3), (4, 5, 6, 9)])
 def test_killed_at_any_update_and_resumed_the_bits_are_those_of_a_whole_run(
-    monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, straight: Path, whole: str, updates: tuple[int, ...]
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: dict[str, Any],
+    out: Path,
+    straight: Path,
+    whole: str,
+    updates: tuple[int, ...],
 ) -> None:
     for place, update in enumerate(updates):
         killed(monkeypatch, recipe, out, update, resume=place > 0)
@@ -194,7 +199,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_older_one_used(
     assert open_checkpoint(folder_of(out) / "update-00000003")  # made again
 
 
-def test_of_another_schema_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path) -> None:
+def test_of_another_schema_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path
+) -> None:
     killed(monkeypatch, recipe, out, update=2)
     file = folder_of(out) / "update-00000001" / "checkpoint.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "schema": 2}))
@@ -223,7 +230,9 @@ def test_an_unfinished_run_is_refused_until_a_flag_says_what_to_do(
     assert not folder_of(out).exists()
 
 
-def test_resume_without_a_checkpoint_starts_and_of_a_finished_run_returns_it(recipe: dict[str, Any], out: Path) -> None:
+def test_resume_without_a_checkpoint_starts_and_of_a_finished_run_returns_it(
+    recipe: dict[str, Any], out: Path
+) -> None:
     notices: list[str] = []
     made = tune(recipe, out, resume=True, notice=notices.append)
     assert any("starting from the beginning" in line for line in notices)
@@ -280,7 +289,9 @@ def test_another_recipe_dataset_or_base_under_a_checkpoint_is_refused_with_what_
     moved = tmp_path / "moved"
     Path(recipe["data"]["path"]).rename(moved)
     settings = {"every_minutes": 5.0, "keep": 1}
-    assert tune({**recipe, "data": str(moved), "checkpoints": settings}, out, resume=True).as_json()["resumed_at"] == [1]
+    assert tune({**recipe, "data": str(moved), "checkpoints": settings}, out, resume=True).as_json()["resumed_at"] == [
+        1
+    ]
 
 
 def test_other_threads_or_versions_are_said_and_not_refused(
@@ -310,7 +321,9 @@ def test_what_auto_came_to_is_taken_over(monkeypatch: pytest.MonkeyPatch, recipe
     seen = []
     train = TrainingRun.train
     monkeypatch.setattr(
-        TrainingRun, "train", lambda self, signals: (seen.append(self.resolved.micro_batch_tokens), train(self, signals))
+        TrainingRun,
+        "train",
+        lambda self, signals: (seen.append(self.resolved.micro_batch_tokens), train(self, signals)),
     )
     tune(recipe, out, resume=True)
     assert seen == [46]  # the longest row; where nothing is scarce it would be 128
@@ -353,7 +366,9 @@ def full(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(checkpoint, "write_tensors", fails)
 
 
-def test_a_full_disk_loses_nothing(monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, whole: str) -> None:
+def test_a_full_disk_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, whole: str
+) -> None:
     with (
         monkeypatch.context() as patch,
         pytest.raises(MissingError, match="the disk is full: the checkpoint .*00003") as failed,
@@ -362,7 +377,10 @@ def test_a_full_disk_loses_nothing(monkeypatch: pytest.MonkeyPatch, recipe: dict
         tune(recipe, out)
     assert failed.value.exit_code == 6 and "--resume" in failed.value.remedy
     assert sorted(path.name for path in folder_of(out).iterdir()) == ["update-00000001", "update-00000002"]
-    with monkeypatch.context() as patch, pytest.raises(MissingError, match=f"the disk is full: {out} could not be written"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(MissingError, match=f"the disk is full: {out} could not be written"),
+    ):
         from sartor.models import adapters
 
         def no_room(*arguments: Any) -> None:
@@ -487,7 +505,9 @@ def slow(tmp_path: Path, recipe: dict[str, Any]) -> tuple[Path, str]:
 
 @pytest.mark.services
 @pytest.mark.parametrize("inside_save", [False, True])
-def test_sigkill_and_resume_give_the_same_bits(slow: tuple[Path, str], out: Path, start: Start, inside_save: bool) -> None:
+def test_sigkill_and_resume_give_the_same_bits(
+    slow: tuple[Path, str], out: Path, start: Start, inside_save: bool
+) -> None:
     file, whole = slow
     folder = folder_of(out)
     inside = 0
@@ -513,7 +533,9 @@ def test_sigkill_and_resume_give_the_same_bits(slow: tuple[Path, str], out: Path
 
 @pytest.mark.services
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_from_outside_ends_cleanly(slow: tuple[Path, str], out: Path, start: Start, number: signal.Signals) -> None:
+def test_a_signal_from_outside_ends_cleanly(
+    slow: tuple[Path, str], out: Path, start: Start, number: signal.Signals
+) -> None:
     file, whole = slow
     process = start(file, out)
     wait_for(process, lambda: folder_of(out).is_dir())

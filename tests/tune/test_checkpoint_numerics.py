@@ -74,10 +74,18 @@ def test_a_checkpoint_of_before_in_fp32_goes_on_to_the_same_bits(
 
 @pytest.mark.parametrize(
     ("numerics", "said"),
-    [(None, f"numerics 1, and this version computes bfloat16 by numerics 2: {CHANGE}"), (3, "numerics 3, of a newer Sartor")],
+    [
+        (None, f"numerics 1, and this version computes bfloat16 by numerics 2: {CHANGE}"),
+        (3, "numerics 3, of a newer Sartor"),
+    ],
 )
 def test_a_checkpoint_of_another_arithmetic_is_refused_by_name(
-    numerics: int | None, said: str, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute_in: Any
+    numerics: int | None,
+    said: str,
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compute_in: Any,
 ) -> None:
     compute_in("bfloat16")
     out = tmp_path / "a"
@@ -97,9 +105,12 @@ def test_a_checkpoint_of_another_arithmetic_is_refused_by_name(
 
 
 def test_the_command_refuses_as_for_any_checkpoint_that_does_not_fit(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute_in: Any,
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compute_in: Any,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     compute_in("bfloat16")
     killed(monkeypatch, recipe, tmp_path / "a", update=4)
     state(folder_of(tmp_path / "a"), None)

@@ -97,7 +97,9 @@ def test_a_group_is_one_piece_of_evidence() -> None:
 
 
 def test_rows_are_asked_beside_others_of_like_length_that_fit() -> None:
-    replies = [([1] * prompt, [2] * reply) for prompt, reply in [(90, 3), (10, 60), (5, 2), (99, 3), (5, 400), (50, 1)]]
+    replies = [
+        ([1] * prompt, [2] * reply) for prompt, reply in [(90, 3), (10, 60), (5, 2), (99, 3), (5, 400), (50, 1)]
+    ]
     batches = reply_batches(replies, context=100)
     # the long prompt has room for three tokens, and none for sixty; 102 and 405 fit not even alone
     assert [sorted(batch) for batch in batches] == [[0, 2, 5], [1]]
@@ -142,7 +144,11 @@ def test_the_best_weights_are_kept_through_a_kill(
     run = read_manifest(tmp_path / "whole")["run"]
     assert run["selection"] == read_manifest(tmp_path / "a")["run"]["selection"]
     assert run["selection"]["update"] == 2 and run["updates"] == 6
-    assert run["loss"]["eval"] == run["selection"]["evaluations"][0]["loss"] != short.adapter.manifest["run"]["loss"]["eval"]
+    assert (
+        run["loss"]["eval"]
+        == run["selection"]["evaluations"][0]["loss"]
+        != short.adapter.manifest["run"]["loss"]["eval"]
+    )
     assert any(line.startswith("weights of update 2: better beyond chance") for line in notices)
 
 
@@ -160,7 +166,9 @@ def test_replies_while_tuning_are_those_of_the_adapter(tmp_path: Path, best_reci
 
     def noted(self: CheckpointSelection, model: Any) -> list[float]:
         prompts = [last_reply(row)[0] for row in self.rows]
-        asked.append((prompts, generate(model, prompts, stop=self.chat.stops, pad=self.chat.pad, sampling=Sampling(8))))
+        asked.append(
+            (prompts, generate(model, prompts, stop=self.chat.stops, pad=self.chat.pad, sampling=Sampling(8)))
+        )
         return [0.0] * len(prompts)
 
     with pytest.MonkeyPatch.context() as patch:

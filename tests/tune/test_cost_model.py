@@ -31,9 +31,17 @@ from sartor.tune.training_loop import Counters
 GB = 10**9
 # the starter's: 30 layers, width 576, 4.9 M trained parameters
 STARTER = ModelShape(
-    layers=30, width=576, inner=1536, heads=9, vocabulary=49152, element_bytes=4, linear_bytes=425 * 10**6,
-    trainable=4_884_480, adapted=30, recompute=False,
-)  # fmt: skip
+    layers=30,
+    width=576,
+    inner=1536,
+    heads=9,
+    vocabulary=49152,
+    element_bytes=4,
+    linear_bytes=425 * 10**6,
+    trainable=4_884_480,
+    adapted=30,
+    recompute=False,
+)
 LOADS = [BatchLoad(tokens, tokens // 2, tokens**2, tokens**2) for tokens in [60, 70, 80, 90, 400] * 40]
 
 
@@ -47,7 +55,9 @@ def memory_of(limit_bytes: float, **changes: Any) -> MemoryModel:
 
 
 def with_room(monkeypatch: pytest.MonkeyPatch, room_bytes: int) -> None:
-    monkeypatch.setattr(hardware, "available_bytes", lambda device=None: hardware.FreeMemory(room_bytes, "a test's limit"))
+    monkeypatch.setattr(
+        hardware, "available_bytes", lambda device=None: hardware.FreeMemory(room_bytes, "a test's limit")
+    )
 
 
 # the verb
@@ -73,7 +83,9 @@ def test_a_time_that_is_hardly_known_is_never_below_nothing(
 
 
 @pytest.mark.parametrize("budget", [{"epochs": 2}, {"updates": 3}, {"tokens": 200}, {"epochs": 5, "tokens": 700}])
-def test_a_plan_counts_what_the_run_then_reads(tmp_path: Path, tune_recipe: dict[str, Any], budget: dict[str, Any]) -> None:
+def test_a_plan_counts_what_the_run_then_reads(
+    tmp_path: Path, tune_recipe: dict[str, Any], budget: dict[str, Any]
+) -> None:
     recipe = {**tune_recipe, "budget": budget}
     planned, run = sartor.plan(recipe).as_json(), sartor.tune(recipe, tmp_path / "a", show=False).as_json()
     for name in ("updates", "tokens", "supervised_tokens", "trainable", "micro_batch_tokens", "path"):
@@ -112,7 +124,9 @@ def test_plan_of_a_small_base_forgets_a_larger_ones_peak(
 
 def test_without_a_price_there_is_no_cost_and_a_price_has_a_unit(tune_recipe: dict[str, Any]) -> None:
     assert sartor.plan(tune_recipe).as_json()["cost"] is None
-    assert [hourly(price) for price in ("", "0.45/h", 0.45, "24/d", "0.01/min")] == pytest.approx([None, 0.45, 0.45, 1.0, 0.6])
+    assert [hourly(price) for price in ("", "0.45/h", 0.45, "24/d", "0.01/min")] == pytest.approx(
+        [None, 0.45, 0.45, 1.0, 0.6]
+    )
     for wrong in ("much", "-1/h", "3/year"):
         with pytest.raises(ConfigError, match="the price is"):
             hourly(wrong)
@@ -127,7 +141,9 @@ def test_a_device_that_is_not_here_is_refused() -> None:
 
 
 @pytest.mark.services
-def test_the_command_lists_refusals_and_exits_0(tmp_path: Path, tune_recipe: dict[str, Any], commands: dict[str, str]) -> None:
+def test_the_command_lists_refusals_and_exits_0(
+    tmp_path: Path, tune_recipe: dict[str, Any], commands: dict[str, str]
+) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(json.dumps(tune_recipe))
     command = ["sartor", "plan", str(file), "--data.max_length_tokens", "5", "--device", "cpu", "--json"]
@@ -176,7 +192,9 @@ def test_a_base_whose_weights_alone_do_not_fit_is_not_opened(
         sartor.tune(tune_recipe, tmp_path / "a", show=False)
 
 
-def test_too_many_rows_left_out_as_too_long_are_refused(tmp_path: Path, tune_recipe: dict[str, Any], rows_file: Path) -> None:
+def test_too_many_rows_left_out_as_too_long_are_refused(
+    tmp_path: Path, tune_recipe: dict[str, Any], rows_file: Path
+) -> None:
     long = [
         {"messages": [{"role": "user", "content": f"{place} " * 90}, {"role": "assistant", "content": "yes"}]}
         for place in ("attic", "den", "hall", "loft", "porch")
@@ -214,7 +232,9 @@ def test_a_pad_that_ends_replies_is_refused() -> None:
 
 def test_a_row_whose_end_is_not_learnt_is_refused() -> None:
     masked = TokenizedExample([5, 6, 2], [False, True, False], "row-1")
-    (refusal,) = preflight.check_end_tokens(Chat(pad=0, stops=[2]), [masked, TokenizedExample([5, 6, 2], [False, True, True])])
+    (refusal,) = preflight.check_end_tokens(
+        Chat(pad=0, stops=[2]), [masked, TokenizedExample([5, 6, 2], [False, True, True])]
+    )
     assert refusal.reason == "end_unsupervised"
     assert "1 of 2 rows" in refusal.problem and "row-1" in refusal.problem
 
@@ -280,8 +300,12 @@ def test_activations_fall_with_recompute_and_with_fewer_adapted_layers() -> None
 
 
 def test_the_time_fit_finds_what_made_the_samples() -> None:
-    loads = [BatchLoad(tokens, 0, pairs, 0) for tokens, pairs in ((100, 5_000), (400, 20_000), (300, 90_000), (100, 5_000))]
-    model = cost_model.time_model([TimedBatch(load, 0.2 + 0.01 * load.tokens + 1e-6 * load.pairs, None) for load in loads], 0.1)
+    loads = [
+        BatchLoad(tokens, 0, pairs, 0) for tokens, pairs in ((100, 5_000), (400, 20_000), (300, 90_000), (100, 5_000))
+    ]
+    model = cost_model.time_model(
+        [TimedBatch(load, 0.2 + 0.01 * load.tokens + 1e-6 * load.pairs, None) for load in loads], 0.1
+    )
     assert (model.base_s, model.token_s, model.pair_s) == pytest.approx((0.2, 0.01, 1e-6))
     assert model.half_width == pytest.approx(cost_model.TIME_ALLOWANCE)
     one = cost_model.time_model([TimedBatch(BatchLoad(100, 0, 5000, 0), 1.0, None)], 0.1)
@@ -323,7 +347,9 @@ def test_code_of_unmet_lengths_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> N
     many = cost_model.memory_model(STARTER, fake)
     assert many.kernel_bytes == 16 * 10**7
     few = replace(many, kernel_bytes=0)
-    gains = {name: getattr(many.needs(LOADS[0]), name) - getattr(few.needs(LOADS[0]), name) for name in ("low", "high")}
+    gains = {
+        name: getattr(many.needs(LOADS[0]), name) - getattr(few.needs(LOADS[0]), name) for name in ("low", "high")
+    }
     assert gains == pytest.approx({"low": 0, "high": 16 * 10**7})
 
 
@@ -409,11 +435,16 @@ def test_a_probe_puts_gradients_random_numbers_and_mode_back() -> None:
     import tiny
     from sartor.models import adapters
 
-    rows = [TokenizedExample([5, 6, 7, 2], [False, True, True, True]), TokenizedExample([8, 9, 2], [False, True, True])]
+    rows = [
+        TokenizedExample([5, 6, 7, 2], [False, True, True, True]),
+        TokenizedExample([8, 9, 2], [False, True, True]),
+    ]
     model = adapters.inject_lora(tiny.model(), rank=4, alpha=8, dropout=0.3, targets="all-linear", seed=0).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.random.get_rng_state()
-    probe = TimingProbe(transformers_backend.choose_loss_backend(model, rows, torch.device("cpu")), model, torch.device("cpu"))
+    probe = TimingProbe(
+        transformers_backend.choose_loss_backend(model, rows, torch.device("cpu")), model, torch.device("cpu")
+    )
     probe.run(rows, warm_up=True)
     probe.run(rows)
     probe.optimizer_seconds()
@@ -425,7 +456,9 @@ def test_a_probe_puts_gradients_random_numbers_and_mode_back() -> None:
 
 def test_recompute_learns_the_same(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
     said = [
-        sartor.tune({**tune_recipe, "compute": {"recompute": recompute}}, tmp_path / str(recompute), show=False).as_json()
+        sartor.tune(
+            {**tune_recipe, "compute": {"recompute": recompute}}, tmp_path / str(recompute), show=False
+        ).as_json()
         for recompute in (False, True)
     ]
     assert said[0]["loss"]["last"] == pytest.approx(said[1]["loss"]["last"], abs=1e-5)

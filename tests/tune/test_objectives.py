@@ -30,7 +30,9 @@ CHECKED: dict[str, Callable[..., torch.Tensor]] = {
     "dpo": lambda a, b, c, d: objectives.dpo(a, b, c, d, beta=0.3),
     "dpo, smoothed": lambda a, b, c, d: objectives.dpo(a, b, c, d, beta=0.3, label_smoothing=0.2),
     "kto": lambda a, b, c, d: objectives.kto(a, b, GOOD, 0.4, beta=0.3),
-    "kto, weighed": lambda a, b, c, d: objectives.kto(a, b, GOOD, 0.4, beta=2, desirable_weight=1.5, undesirable_weight=0.5),
+    "kto, weighed": lambda a, b, c, d: objectives.kto(
+        a, b, GOOD, 0.4, beta=2, desirable_weight=1.5, undesirable_weight=0.5
+    ),
 }
 
 
@@ -47,7 +49,9 @@ def test_dpo_is_the_papers_formula(beta: float, smoothing: float) -> None:
     chosen, rejected, of_chosen, of_rejected = (doubles(N, seed=seed).detach() * 3 for seed in range(4))
     found = objectives.dpo(chosen, rejected, of_chosen, of_rejected, beta=beta, label_smoothing=smoothing)
     for place in range(N):
-        margin = beta * math.log(math.exp(chosen[place] - of_chosen[place]) / math.exp(rejected[place] - of_rejected[place]))
+        margin = beta * math.log(
+            math.exp(chosen[place] - of_chosen[place]) / math.exp(rejected[place] - of_rejected[place])
+        )
         wanted = -(1 - smoothing) * math.log(sigmoid(margin)) - smoothing * math.log(sigmoid(-margin))
         assert float(found[place]) == pytest.approx(wanted, rel=1e-9)
 

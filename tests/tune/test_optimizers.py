@@ -104,7 +104,9 @@ def test_no_scale_where_the_base_is_not_in_fp16() -> None:
 
 def test_small_gradients_of_an_fp16_base_survive_by_the_scale() -> None:
     def gradients(dtype: torch.dtype, scaler: torch.amp.GradScaler) -> torch.Tensor:
-        model = adapters.inject_lora(tiny.model().to(dtype), rank=4, alpha=8, dropout=0.0, targets="all-linear", seed=0)
+        model = adapters.inject_lora(
+            tiny.model().to(dtype), rank=4, alpha=8, dropout=0.0, targets="all-linear", seed=0
+        )
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = optimizers.make(trained, SETTINGS, torch.device("cpu"))
         ids = torch.arange(3, 35)[None]

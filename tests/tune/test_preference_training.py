@@ -37,8 +37,11 @@ PAIRS = [
     for word in ("on", "off", "up")
     for place in PLACES
 ]
-RATED = [{"prompt": row["prompt"], "completion": row[side], "rating": rating} for row in PAIRS
-         for side, rating in (("chosen", 1), ("rejected", -0.5))]  # fmt: skip
+RATED = [
+    {"prompt": row["prompt"], "completion": row[side], "rating": rating}
+    for row in PAIRS
+    for side, rating in (("chosen", 1), ("rejected", -0.5))
+]
 
 
 def curated(folder: Path, name: str, rows: list[Any]) -> Path:
@@ -159,7 +162,9 @@ def test_killed_and_resumed_the_bits_are_those_of_a_whole_run(
     assert again["tokens"] == whole["tokens"]
 
 
-def test_a_plan_counts_what_a_run_with_pairs_and_rehearsal_reads(tmp_path: Path, made: Path, recipe: dict[str, Any]) -> None:
+def test_a_plan_counts_what_a_run_with_pairs_and_rehearsal_reads(
+    tmp_path: Path, made: Path, recipe: dict[str, Any]
+) -> None:
     data = {"path": str(made / "pairs"), "rehearsal": {"path": str(made / "plain"), "fraction": 0.25}}
     asked = {**recipe, "data": data, "budget": {"epochs": 1}}
     found = sartor.plan(asked).as_json()
@@ -201,7 +206,9 @@ def test_a_dataset_without_preferences_is_refused(
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"beta": 0.0}, {"label_smoothing": 0.5}, {"sft_weight": -1.0}, {"plain_weight": -0.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"beta": 0.0}, {"label_smoothing": 0.5}, {"sft_weight": -1.0}, {"plain_weight": -0.5}]
+)
 def test_options_out_of_range_are_refused(recipe: dict[str, Any], wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         sartor.load_recipe({**recipe, "objective": {"kind": "dpo", **wrong}})
@@ -228,7 +235,9 @@ def test_what_each_row_is_learnt_as(tiny_base: Path) -> None:
     assert [terms(one, Kto()) for one in (good, bad, example("x"))] == [[("good", 0.5)], [("bad", 1)], [("sft", 1)]]
     ((row, _),) = dataset_encoding.encode_preference(pair, Dpo(), chat, Path())
     assert isinstance(row, PreferenceExample) and row.other is not None
-    said = [chat.decode([token for token, on in zip(one.ids, one.learnt, strict=True) if on]) for one in (row, row.other)]
+    said = [
+        chat.decode([token for token, on in zip(one.ids, one.learnt, strict=True) if on]) for one in (row, row.other)
+    ]
     assert said == ["off:hall", "no"]
     assert row.example_id == row.other.example_id == pair.id
 
@@ -287,7 +296,9 @@ def test_tuning_goes_on_from_an_adapter(tmp_path: Path, recipe: dict[str, Any], 
     onward = {**first, "method": {**recipe["method"], "start": str(tmp_path / "a")}, "budget": {"updates": 1}}
     crawl = {**onward, "optimizer": {"learning_rate": 1e-9, "batch_tokens": 128}}
     said = tune(crawl, tmp_path / "b")
-    assert said["loss"]["eval"] == pytest.approx(open_artifact(tmp_path / "a").manifest["run"]["loss"]["eval"], abs=1e-5)
+    assert said["loss"]["eval"] == pytest.approx(
+        open_artifact(tmp_path / "a").manifest["run"]["loss"]["eval"], abs=1e-5
+    )
     before, after = (load_file(tmp_path / name / WEIGHTS) for name in "ab")
     assert all(torch.allclose(before[key], after[key], atol=1e-7) for key in before)
     dpo = tune({**onward, "objective": "dpo", "data": str(made / "pairs")}, tmp_path / "c")
@@ -298,7 +309,9 @@ def test_tuning_goes_on_from_an_adapter(tmp_path: Path, recipe: dict[str, Any], 
     assert manifest["fingerprint"]["start"]
 
 
-def test_what_cannot_be_gone_on_from_is_refused(tmp_path: Path, recipe: dict[str, Any], made: Path, adapter: Path) -> None:
+def test_what_cannot_be_gone_on_from_is_refused(
+    tmp_path: Path, recipe: dict[str, Any], made: Path, adapter: Path
+) -> None:
     import tiny
 
     def refused(match: str, **changes: Any) -> ConfigError:

@@ -65,7 +65,9 @@ def test_the_adapter_is_a_peft_directory_with_its_manifest_log_and_picture(adapt
     lines = [json.loads(line) for line in (adapter / "log.jsonl").read_text().splitlines()]
     updates = [line for line in lines if "loss" in line]
     assert len(updates) == manifest["run"]["updates"]
-    assert {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_s", "memory_bytes", "wall_s"} <= set(updates[0])
+    assert {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_s", "memory_bytes", "wall_s"} <= set(
+        updates[0]
+    )
     assert [line for line in lines if "eval_loss" in line]
     assert (adapter / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -77,7 +79,9 @@ def test_each_budget_ends_the_run(tmp_path: Path, tune_recipe: dict[str, Any], b
     assert tune(tune_recipe, tmp_path / "a", budget=budget)["updates"] == updates
 
 
-def test_a_row_too_long_is_left_out_and_counted_never_cut(tmp_path: Path, tune_recipe: dict[str, Any], rows_file: Path) -> None:
+def test_a_row_too_long_is_left_out_and_counted_never_cut(
+    tmp_path: Path, tune_recipe: dict[str, Any], rows_file: Path
+) -> None:
     long = {"messages": [{"role": "user", "content": "word " * 300}, {"role": "assistant", "content": "yes"}]}
     write_jsonl(rows_file, [*ROWS, long])
     sartor.curate({"sources": [str(rows_file)], "split": {"eval_fraction": 0.25}}, tmp_path / "d")
@@ -88,14 +92,18 @@ def test_a_row_too_long_is_left_out_and_counted_never_cut(tmp_path: Path, tune_r
     assert "left out: 1 rows, too_long" in notices
 
 
-def test_zero_supervised_tokens_are_refused_before_anything_is_written(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+def test_zero_supervised_tokens_are_refused_before_anything_is_written(
+    tmp_path: Path, tune_recipe: dict[str, Any]
+) -> None:
     data = {**tune_recipe["data"], "max_length_tokens": 5}
     with pytest.raises(SourceError, match="no training row with a supervised token is left .too_long: 40"):
         tune(tune_recipe, tmp_path / "a", data=data)
     assert not (tmp_path / "a").exists()
 
 
-def test_rows_that_the_template_refuses_are_counted(tmp_path: Path, rows_file: Path, tune_recipe: dict[str, Any]) -> None:
+def test_rows_that_the_template_refuses_are_counted(
+    tmp_path: Path, rows_file: Path, tune_recipe: dict[str, Any]
+) -> None:
     import tiny
 
     strict = (
@@ -142,7 +150,11 @@ def test_a_model_that_cannot_pack_takes_the_plain_path_to_the_same_adapter(
         ({"data": {"path": "/nowhere"}}, ArtifactError, "there is nothing at /nowhere"),
         ({"base": "/nowhere"}, ModelError, "there is no base '/nowhere'"),
         ({"method": {"targets": ["no_such_proj"]}}, ConfigError, "no_such_proj"),
-        ({"optimizer": {"learning_rate": 1e30, "batch_tokens": 128}, "budget": {"epochs": 50}}, ModelError, "the loss is"),
+        (
+            {"optimizer": {"learning_rate": 1e30, "batch_tokens": 128}, "budget": {"epochs": 50}},
+            ModelError,
+            "the loss is",
+        ),
     ],
 )
 def test_what_cannot_be_tuned_is_refused_and_leaves_nothing(
@@ -221,7 +233,9 @@ def test_the_scale_that_fp16_needs_changes_nothing_that_is_learnt_and_leaves_an_
     plain = tune(tune_recipe, tmp_path / "plain")
     digests = [file_digest(tmp_path / "plain" / "adapter_model.safetensors")]
     for name, scale in (("scaled", 2.0**8), ("overflowing", 2.0**127)):
-        monkeypatch.setattr(optimizers, "scaler", lambda *arguments, scale=scale: torch.amp.GradScaler("cpu", init_scale=scale))
+        monkeypatch.setattr(
+            optimizers, "scaler", lambda *arguments, scale=scale: torch.amp.GradScaler("cpu", init_scale=scale)
+        )
         said = tune(tune_recipe, tmp_path / name)
         digests.append(file_digest(tmp_path / name / "adapter_model.safetensors"))
         assert said["updates"] == plain["updates"]

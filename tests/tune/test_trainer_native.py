@@ -33,7 +33,11 @@ def recipe(tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch) -> dict[
     return {
         "base": str(tiny_native.write("llava", tmp_path / "llava")),
         "data": {"path": str(tmp_path / "data")},
-        "method": {"kind": "lora", "rank": 4, "targets": {"language": "all-linear", "projector": "full", "tower": "none"}},
+        "method": {
+            "kind": "lora",
+            "rank": 4,
+            "targets": {"language": "all-linear", "projector": "full", "tower": "none"},
+        },
         "budget": {"epochs": 4},
         "optimizer": {"learning_rate": 1e-2, "batch_tokens": 256},
     }

@@ -1,7 +1,8 @@
-"""litgpt's LoRA `fit` through Lightning Fabric: `run.py JOB.json RESULT.json`, by the venv of this folder's requirements.
+"""litgpt's LoRA `fit` through Lightning Fabric: `run.py JOB.json RESULT.json`, by the venv of this folder's
+requirements.
 
-Its checkpoint is converted first, in a process of its own. Its `fit` has neither clipping nor a constant rate; both come from
-outside, in the optimiser and the scheduler.
+Its checkpoint is converted first, in a process of its own. Its `fit` has neither clipping nor a constant rate; both
+come from outside, in the optimiser and the scheduler.
 """
 
 import json
@@ -58,14 +59,22 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
         checkpoint_dir=folder,
         out_dir=folder / "out",
         train=TrainArgs(
-            save_interval=None, log_interval=1, global_batch_size=job.rows_per_update, micro_batch_size=job.rows_per_update,
-            lr_warmup_steps=0, epochs=1000, max_steps=len(job.updates),
+            save_interval=None,
+            log_interval=1,
+            global_batch_size=job.rows_per_update,
+            micro_batch_size=job.rows_per_update,
+            lr_warmup_steps=0,
+            epochs=1000,
+            max_steps=len(job.updates),
         ),
         eval=EvalArgs(interval=10**9, max_new_tokens=None, max_iters=1),
         data=None,
-    )  # fmt: skip
+    )
     shutil.rmtree(folder)
-    return {"dtype": f"torch.{dtype}", "trained": sum(part.numel() for part in model.parameters() if part.requires_grad)}
+    return {
+        "dtype": f"torch.{dtype}",
+        "trained": sum(part.numel() for part in model.parameters() if part.requires_grad),
+    }
 
 
 # litgpt's module -> transformers' modules, whose factors lie one after the other in it
@@ -99,7 +108,9 @@ def _begin(job: protocol.Job, watch: protocol.Watch, model: Any) -> None:
 
 
 def _note_of(watch: protocol.Watch, names: list[str], lengths: list[int]) -> Any:
-    """A hook that notes the gradient norm of each module of `names`, whose rows lie one after the other in one factor."""
+    """A hook that notes the gradient norm of each module of `names`, whose rows lie one after the other in one
+    factor.
+    """
 
     def note(parameter: Any) -> None:
         for other, gradient in zip(names, parameter.grad.float().split(lengths), strict=True):
@@ -143,7 +154,12 @@ def _config(job: protocol.Job, folder: Path) -> Any:
     layers = json.loads((Path(job.base) / "config.json").read_text())["num_hidden_layers"]
     adapted = dict.fromkeys(("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp"), True)
     return Config.from_file(
-        folder / "model_config.yaml", n_layer=layers, lora_r=job.rank, lora_alpha=job.alpha, lora_dropout=0.0, **adapted
+        folder / "model_config.yaml",
+        n_layer=layers,
+        lora_r=job.rank,
+        lora_alpha=job.alpha,
+        lora_dropout=0.0,
+        **adapted,
     )
 
 

@@ -1,7 +1,8 @@
 """LLaMA-Factory's `sft` stage: `run.py JOB.json RESULT.json`, by the venv of this folder's requirements.
 
-The rows come through its own option for data that is tokenised already (`tokenized_path`), in order (`disable_shuffling`). It
-loads the weights in the dtype that the config of the base names and has no option for another: a copy of it asks for fp32.
+The rows come through its own option for data that is tokenised already (`tokenized_path`), in order
+(`disable_shuffling`). It loads the weights in the dtype that the config of the base names and has no option for
+another: a copy of it asks for fp32.
 """
 
 import importlib
@@ -70,7 +71,8 @@ def _beginning(job: protocol.Job, watch: protocol.Watch) -> Any:
 
 
 def _stand_in(name: str) -> None:
-    """An empty module where `name` cannot be loaded: LLaMA-Factory imports torchaudio on its way to text, which never calls it.
+    """An empty module where `name` cannot be loaded: LLaMA-Factory imports torchaudio on its way to text, which never
+    calls it.
 
     PyPI's torchaudio wants CUDA's libraries and an older torch.
     """

@@ -1,13 +1,16 @@
-"""mlx-lm's LoRA trainer on mlx's CPU backend: `run.py JOB.json RESULT.json`, by the venv of this folder's requirements.
+"""mlx-lm's LoRA trainer on mlx's CPU backend: `run.py JOB.json RESULT.json`, by the venv of this folder's
+requirements.
 
-Its own loss wants one span of answer per row, and its own batches are sorted by length and shuffled; both are given to its
-trainer from outside: a mask per token, and the job's order, padded to multiples of 32 as it pads. fp32, since mlx's CPU backend
-has no fast bf16 product. The wheel mlx-cpu brings netlib's reference BLAS (2 GFLOP/s on two Zen 3 cores): where the system has
-OpenBLAS (Debian: libopenblas0-pthread), or MLX_BLAS names its file, that is loaded first, as who knows of this would do.
+Its own loss wants one span of answer per row, and its own batches are sorted by length and shuffled; both are given to
+its
+trainer from outside: a mask per token, and the job's order, padded to multiples of 32 as it pads. fp32, since mlx's
+CPU backend has no fast bf16 product. The wheel mlx-cpu brings netlib's reference BLAS (2 GFLOP/s on two Zen 3 cores):
+where the system has OpenBLAS (Debian: libopenblas0-pthread), or MLX_BLAS names its file, that is loaded first, as who
+knows of this would do.
 
-Its trainer computes an update inside `mx.compile`, where no value can be read: the gradients of the factors B come from one
-uncompiled pass over the first batch, before the trainer runs. Its evaluation gets no rows. Not run in this form: the machine on
-which it was written has no mlx.
+Its trainer computes an update inside `mx.compile`, where no value can be read: the gradients of the factors B come
+from one uncompiled pass over the first batch, before the trainer runs. Its evaluation gets no rows. Not run in this
+form: the machine on which it was written has no mlx.
 """
 
 import ctypes.util

@@ -1,8 +1,9 @@
 """Sartor's side: `sartor.tune.trainer.tune` itself. `run.py JOB.json RESULT.json`, by Sartor's interpreter.
 
-The whole verb runs: preflight, cost forecast, micro-batches, checks of the loss, log, checkpoints and the written Adapter. As
-for every peer, rows, their order, the first factors and the clock come from outside: the job's tokens stand in the place of
-the Dataset's, each update reads the rows that the job names, and the training log tells the clock that an update has ended.
+The whole verb runs: preflight, cost forecast, micro-batches, checks of the loss, log, checkpoints and the written
+Adapter. As for every peer, rows, their order, the first factors and the clock come from outside: the job's tokens
+stand in the place of the Dataset's, each update reads the rows that the job names, and the training log tells the
+clock that an update has ended.
 """
 
 import json
@@ -63,7 +64,9 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     return result | {
         # as `tune` does it by default: what rows begin with alike is computed once
         "shared_tokens_per_s": _rate(lambda rows: by_default(rows)[0], updates, optimizer, job.clip_norm),
-        "no_compiler_tokens_per_s": _rate(lambda rows: by_torch.losses(packing.pack(rows)), updates, optimizer, job.clip_norm),
+        "no_compiler_tokens_per_s": _rate(
+            lambda rows: by_torch.losses(packing.pack(rows)), updates, optimizer, job.clip_norm
+        ),
     }
 
 
@@ -126,9 +129,18 @@ def recipe_of(job: protocol.Job, data: Path) -> dict[str, Any]:
     Shared prefixes are measured apart (savings.py): here every side computes every token of every row.
     """
     return {
-        "base": {"name": job.base, "bits": {"bfloat16": 16, "float32": 32}.get(job.dtype, "auto"), "licence": "Apache-2.0"},
+        "base": {
+            "name": job.base,
+            "bits": {"bfloat16": 16, "float32": 32}.get(job.dtype, "auto"),
+            "licence": "Apache-2.0",
+        },
         "data": {"path": str(data), "eval_fraction": 0.0},
-        "method": {"rank": job.rank, "alpha": job.alpha, "dropout": 0.0, "targets": {"modules": list(protocol.TARGETS)}},
+        "method": {
+            "rank": job.rank,
+            "alpha": job.alpha,
+            "dropout": 0.0,
+            "targets": {"modules": list(protocol.TARGETS)},
+        },
         "budget": {"updates": len(job.updates)},
         "optimizer": {
             "learning_rate": job.learning_rate,
@@ -155,7 +167,9 @@ def dataset(folder: Path) -> Path:
 
 
 def round_first() -> None:
-    """Compute as numerics 1 did: the frozen product is rounded, and the low-rank terms are added to what was rounded."""
+    """Compute as numerics 1 did: the frozen product is rounded, and the low-rank terms are added to what was
+    rounded.
+    """
     from sartor.models.losses.lora_linear import Projection
 
     def forward(self: Any, x: Any, onto: Any = None, dropout_mask: Any = None) -> Any:

@@ -1,6 +1,8 @@
-"""Unsloth's CPU backend (CUDA where there is a card): `run.py JOB.json RESULT.json`, by the venv of this folder's requirements.
+"""Unsloth's CPU backend (CUDA where there is a card): `run.py JOB.json RESULT.json`, by the venv of this folder's
+requirements.
 
-It chooses its dtype itself: bf16 where the CPU multiplies it natively, else fp32. `compile` is its UNSLOTH_CPU_COMPILE.
+It chooses its dtype itself: bf16 where the CPU multiplies it natively, else fp32. `compile` is its
+UNSLOTH_CPU_COMPILE.
 """
 
 import os

@@ -1,7 +1,9 @@
-"""A made-up person's log with a made-up device: what was written down, and how it is filed. Synthetic, and no medical advice.
+"""A made-up person's log with a made-up device: what was written down, and how it is filed. Synthetic, and no medical
+advice.
 
     python rows.py OUT.jsonl             what the publisher tunes on: many made-up people, no names
-    python rows.py OUT.jsonl --owner     one made-up person's own entries, with words of her own, which never leave the device
+    python rows.py OUT.jsonl --owner     one made-up person's own entries, with words of her own, which never leave the
+                                         device
 
 Nobody's data is in it, and nothing in it says what to take or to do: an entry is filed, not judged.
 """

@@ -1,8 +1,9 @@
 """Textile images and spoken findings -> rows: a draft report that says where the dictation and the picture disagree.
 
-What a person would dictate is written from templates and spoken by voices of espeak-ng; for some rows it contradicts the
-picture. The reply is a draft: what was dictated, what the picture shows, whether they disagree, and the check that checks.csv
-suggests next. Held-out rows have templates, and one voice, that no training row has.
+What a person would dictate is written from templates and spoken by voices of espeak-ng; for some rows it contradicts
+the
+picture. The reply is a draft: what was dictated, what the picture shows, whether they disagree, and the check that
+checks.csv suggests next. Held-out rows have templates, and one voice, that no training row has.
 
     python rows.py OUT [--images DIR] [--limit N] [--contradict FRACTION]
 """
@@ -22,7 +23,9 @@ from sartor.media.speech.batch_synthesis import Clip, say_many
 
 HERE = Path(__file__).parent
 SHOWN = {"nominal": "none", "local": "local", "global": "global"}
-SYSTEM = "Draft a report from the picture and the dictation. JSON: dictation, image, disagree, next_check. A person signs."
+SYSTEM = (
+    "Draft a report from the picture and the dictation. JSON: dictation, image, disagree, next_check. A person signs."
+)
 VOICES = ("espeak:en-us", "espeak:en-gb", "espeak:en-us+f3", "espeak:en-gb+m3")
 UNHEARD = "espeak:en-us+f5"
 FINDINGS = {
@@ -35,7 +38,12 @@ FINDINGS = {
         ["a knot at one place", "one local spot"],
     ),
     "global": (
-        ["the whole weave is off", "the angle has drifted everywhere", "a global defect", "the texture is wrong all over"],
+        [
+            "the whole weave is off",
+            "the angle has drifted everywhere",
+            "a global defect",
+            "the texture is wrong all over",
+        ],
         ["the weave has drifted all over", "everywhere the angle is off"],
     ),
 }
@@ -94,11 +102,17 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--images", type=Path, help="a folder with nominal/, local/, global/; by default the asset `textile`")
+    parser.add_argument(
+        "--images", type=Path, help="a folder with nominal/, local/, global/; by default the asset `textile`"
+    )
     parser.add_argument("--limit", type=int, default=300, help="images of each kind")
-    parser.add_argument("--contradict", type=float, default=0.3, help="fraction of dictations that contradict their picture")
+    parser.add_argument(
+        "--contradict", type=float, default=0.3, help="fraction of dictations that contradict their picture"
+    )
     options = parser.parse_args()
-    images = options.images or assets.install("textile") / "conformal_clip_data" / "data" / "textile_images" / "simulated"
+    images = (
+        options.images or assets.install("textile") / "conformal_clip_data" / "data" / "textile_images" / "simulated"
+    )
     write(options.out, images, options.limit, options.contradict)
 
 

@@ -1,12 +1,13 @@
 """Textile images and workers' notes -> rows.jsonl: what a line's camera saw, what the worker said of it, what to do.
 
-The note says where and when, on which machine and roll, and how often this shift; it never names what is wrong: that is for the
-picture to say. What to do is looked up in protocols.csv by both. Notes are written from templates, those of held-out rows from
-templates of their own.
+The note says where and when, on which machine and roll, and how often this shift; it never names what is wrong: that
+is for the picture to say. What to do is looked up in protocols.csv by both. Notes are written from templates, those of
+held-out rows from templates of their own.
 
     python rows.py OUT [--images DIR] [--limit N] [--speech]
 
-With `--speech` the notes are recordings, by voices of espeak-ng: the recipe's base then needs `audio: whisper-tiny-en`.
+With `--speech` the notes are recordings, by voices of espeak-ng: the recipe's base then needs `audio:
+whisper-tiny-en`.
 """
 
 from __future__ import annotations
@@ -33,10 +34,20 @@ ZONES = {
         "in the outer two centimetres",
         "at the very edge of the cloth",
     ],
-    "body": ["in the middle of the width", "well inside the cloth", "about half way across", "in the body of the cloth"],
+    "body": [
+        "in the middle of the width",
+        "well inside the cloth",
+        "about half way across",
+        "in the body of the cloth",
+    ],
 }
 SEEN = {
-    "once": ["first time this shift", "nothing like it before today", "only this once so far", "not seen earlier on this roll"],
+    "once": [
+        "first time this shift",
+        "nothing like it before today",
+        "only this once so far",
+        "not seen earlier on this roll",
+    ],
     "often": [
         "third time this shift",
         "again, the same as the last two rolls",
@@ -111,7 +122,10 @@ def speak(rows: list[dict[str, Any]], folder: Path) -> None:
     notes = [row["messages"][1]["content"][1] for row in rows]
     voices = [random.Random(note["text"]).choice(VOICES) for note in notes]
     clips = say_many(
-        [Clip(note["text"], voice) for note, voice in zip(notes, voices, strict=True)], folder, rate=16_000, form="flac"
+        [Clip(note["text"], voice) for note, voice in zip(notes, voices, strict=True)],
+        folder,
+        rate=16_000,
+        form="flac",
     )
     for row, clip in zip(rows, clips, strict=True):
         assert clip.path is not None
@@ -119,7 +133,9 @@ def speak(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def write(out: Path, images: Path, limit: int, *, is_spoken: bool) -> None:
-    """train.jsonl, eval.jsonl, general.jsonl (rehearsal), images/ and, where the notes are spoken, clips/ below `out`."""
+    """train.jsonl, eval.jsonl, general.jsonl (rehearsal), images/ and, where the notes are spoken, clips/ below
+    `out`.
+    """
     (out / "images").mkdir(parents=True, exist_ok=True)
     table, rows = protocols(), []
     for folder, defect in DEFECTS.items():
@@ -141,11 +157,15 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--images", type=Path, help="a folder with nominal/, local/, global/; by default the asset `textile`")
+    parser.add_argument(
+        "--images", type=Path, help="a folder with nominal/, local/, global/; by default the asset `textile`"
+    )
     parser.add_argument("--limit", type=int, default=500, help="images of each kind")
     parser.add_argument("--speech", action="store_true", help="the notes are spoken")
     options = parser.parse_args()
-    images = options.images or assets.install("textile") / "conformal_clip_data" / "data" / "textile_images" / "simulated"
+    images = (
+        options.images or assets.install("textile") / "conformal_clip_data" / "data" / "textile_images" / "simulated"
+    )
     write(options.out, images, options.limit, is_spoken=options.speech)
 
 

@@ -2,8 +2,8 @@
 
 There is no logic here: every command is one call of the public API.
 
-Every command takes `--json`: one JSON object on the last line of stdout; progress and notices always go to stderr. `-q` leaves
-them out, `-v` adds what the libraries log, and where an error came from.
+Every command takes `--json`: one JSON object on the last line of stdout; progress and notices always go to stderr.
+`-q` leaves them out, `-v` adds what the libraries log, and where an error came from.
 """
 
 from __future__ import annotations
@@ -34,12 +34,26 @@ from sartor.cli.app import AS_JSON, app, notice
 from sartor.cli.old_spellings import renew
 from sartor.core.errors import ConfigError, SartorError
 
-__all__ = ["agents", "app", "assets", "data", "edge", "federate", "learning", "main", "person", "personal", "review", "serving",
-           "tuning", "validation"]  # fmt: skip
+__all__ = [
+    "agents",
+    "app",
+    "assets",
+    "data",
+    "edge",
+    "federate",
+    "learning",
+    "main",
+    "person",
+    "personal",
+    "review",
+    "serving",
+    "tuning",
+    "validation",
+]
 
 
-# command -> the name of the class of its recipe or file, and what that file is: loaded for the help of that command alone,
-# since that takes a while
+# command -> the name of the class of its recipe or file, and what that file is: loaded for the help of that command
+# alone, since that takes a while
 RECIPES = {
     "curate": ("CurateRecipe", "the recipe"),
     "federate client": ("FederateRecipe", "the recipe"),
@@ -297,7 +311,11 @@ def _lines(value: Any) -> list[str]:
 
 def _fail(error: SartorError, as_json: bool) -> NoReturn:
     if as_json:
-        print(json.dumps({"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}, ensure_ascii=False
+            )
+        )
     else:
         print(f"{error.kind}: {error.problem}\n  try: {error.remedy}", file=sys.stderr)
     raise SystemExit(error.exit_code)

@@ -23,7 +23,8 @@ app = App(
     default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
     name="sartor",
     help="Tailor an open model to your own data, and prove what you made.",
-    help_epilogue="Every command takes `--json` (one JSON object on the last line of stdout), `-q` (errors and results alone), "
+    help_epilogue="Every command takes `--json` (one JSON object on the last line of stdout), `-q` (errors and "
+    "results alone), "
     "`-v` (what the libraries log too) and `--help-all` (every option of its recipe).",
     version=sartor.__version__,
 )

@@ -80,7 +80,8 @@ def dedup(
     Args:
         files: the files; rows are numbered from 0 over all of them in this order
         out: directory of the result
-        text_field: what is compared: field, a,b or a.b; by default `text`, the fields of a known form, or all fields joined
+        text_field: what is compared: field, a,b or a.b; by default `text`, the fields of a known form, or all fields
+        joined
         threshold: Jaccard similarity from which rows are duplicates; 0 takes 0.65 for words, 0.45 for characters
         pairs: also list the duplicates as (a, b, score, method), in a .csv, .jsonl or .parquet file
         contained: share of the shorter row that must stand in the longer, 0 for never; by default 0.9 for words
@@ -115,7 +116,8 @@ def rethreshold(path: Path, *, threshold: float, out: Path, replace: REPLACE = F
 
 @app.command
 def inspect(path: Path, *, example: str = "", summary: REPLACE = False) -> Any:
-    """What an artefact is, its licence, and the walk back to its sources; one row of a Dataset; or a base and its markup.
+    """What an artefact is, its licence, and the walk back to its sources; one row of a Dataset; or a base and its
+    markup.
 
     Args:
         path: the artefact; or a base (`starter`, a directory, a GGUF file): which tokens no text of a user can spell
@@ -136,7 +138,8 @@ def inspect(path: Path, *, example: str = "", summary: REPLACE = False) -> Any:
 
 @app.command
 def revoke(dataset: Path, *, source: str = "", example: str = "") -> Any:
-    """List what a source or an example reaches: rows, rows made from them, adapters, reports, releases. Changes nothing.
+    """List what a source or an example reaches: rows, rows made from them, adapters, reports, releases. Changes
+    nothing.
 
     Args:
         dataset: the Dataset
@@ -153,7 +156,8 @@ def index(directory: Path) -> Any:
         raise ConfigError(f"{directory} is not a directory", "give the directory that holds the artefacts")
     return {
         "found": [
-            {"kind": artifact.kind, "id": artifact.id, "path": str(artifact.path)} for artifact in sartor.index(directory)
+            {"kind": artifact.kind, "id": artifact.id, "path": str(artifact.path)}
+            for artifact in sartor.index(directory)
         ]
     }
 
@@ -182,7 +186,8 @@ def assets_install(name: str) -> Any:
 
 @assets_app.command(name="prune")
 def assets_prune(*, cache: REPLACE = False, dry_run: REPLACE = False) -> Any:
-    """Remove what no command needs any more: assets of older versions, and with --cache what is made again when it is used.
+    """Remove what no command needs any more: assets of older versions, and with --cache what is made again when it is
+    used.
 
     Keys, trusted keys, the catalogue and the ledger of evaluations are never touched.
 
@@ -204,9 +209,11 @@ def validate(
     prove: Path | None = None,
     replace: REPLACE = False,
 ) -> Any:
-    """Synthetic rows against reality that their generator never saw. Options can be given as flags (--limits.topic 0.2).
+    """Synthetic rows against reality that their generator never saw. Options can be given as flags (--limits.topic
+    0.2).
 
-    The verdict is an answer: the command lists what failed and exits 0. With --out or --prove a set that fails is refused, 5.
+    The verdict is an answer: the command lists what failed and exits 0. With --out or --prove a set that fails is
+    refused, 5.
 
     Args:
         synthetic: a Dataset, or a file of rows
@@ -244,8 +251,8 @@ def bias(
         dataset: the Dataset; its training rows are looked at
         group: lexicon, sex, name_origin, age, nationality, disability, or a field of JSON or of `Name: value` lines
         outcome: auto, reply, json:KEY (or KEY), regex:PATTERN
-        mitigate: reweight (weights), counterfactual (each row again about another group), substitute (each row about a group
-            that is dealt to it) or drop (the fewest rows)
+        mitigate: reweight (weights), counterfactual (each row again about another group), substitute (each row about a
+            group that is dealt to it) or drop (the fewest rows)
         out: directory of the new Dataset
         seed: of what is drawn
         replace: replace what stands at --out

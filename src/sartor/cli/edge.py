@@ -11,7 +11,9 @@ import sartor
 from sartor.cli.app import REPLACE, app, notice, prompt_of
 from sartor.core.errors import ConfigError
 
-edge_app = App(name="edge", help="Devices: signed updates that cannot break them, rings, health checks, what the fleet says.")
+edge_app = App(
+    name="edge", help="Devices: signed updates that cannot break them, rings, health checks, what the fleet says."
+)
 app.command(edge_app)
 
 STORE = Path("store")
@@ -33,7 +35,13 @@ def keygen(keys: Path = KEYS) -> Any:
 
 @edge_app.command
 def publish(
-    release: Path, repository: Path, *, keys: Path = KEYS, public_key: Path | None = None, percent: int = 100, days: float = 7.0
+    release: Path,
+    repository: Path,
+    *,
+    keys: Path = KEYS,
+    public_key: Path | None = None,
+    percent: int = 100,
+    days: float = 7.0,
 ) -> Any:
     """Add a signed Release, or a signed export of one, to a directory that any file server can serve.
 
@@ -45,7 +53,9 @@ def publish(
         percent: of the devices that may take it, by their rings
         days: until the timestamp expires, which `refresh` renews; beyond the longest time that a device is offline
     """
-    return sartor.edge_publish(release, repository, keys, key=public_key, percent=percent, expiry=sartor.Expiry(timestamp=days))
+    return sartor.edge_publish(
+        release, repository, keys, key=public_key, percent=percent, expiry=sartor.Expiry(timestamp=days)
+    )
 
 
 @edge_app.command
@@ -77,7 +87,8 @@ def halt(repository: Path, name: str, version: str, *, keys: Path = KEYS) -> Any
 
 @edge_app.command
 def refresh(repository: Path, *, keys: Path = KEYS, days: float = 7.0) -> Any:
-    """Sign the timestamp and the snapshot anew before they expire: daily, from cron. Needs the keys of these two alone.
+    """Sign the timestamp and the snapshot anew before they expire: daily, from cron. Needs the keys of these two
+    alone.
 
     Args:
         repository: the directory
@@ -130,7 +141,8 @@ def watch(
     confidence: float = 0.95,
     silent_after_days: float = 7.0,
 ) -> Any:
-    """Count what devices report, one vote each, and halt a version that fails; without --keys only say what would be done.
+    """Count what devices report, one vote each, and halt a version that fails; without --keys only say what would be
+    done.
 
     Args:
         repository: the directory
@@ -143,7 +155,8 @@ def watch(
         widen_below: fraction of failures that the upper end of the newest ring's has to stay under
         rings: percents that a version is widened to, in turn
         confidence: 1 minus the probability of ever halting, or ever widening, wrongly, however often this is run
-        silent_after_days: a device that started a version and says nothing of it for so long counts as failed; 0 for never
+        silent_after_days: a device that started a version and says nothing of it for so long counts as failed; 0 for
+        never
     """
     steps = tuple(int(step) if step.strip().isdigit() else 0 for step in rings.split(","))
     policy = sartor.FleetPolicy(least_reports, halt_above, widen_below, confidence, steps, silent_after_days)
@@ -180,14 +193,16 @@ def sync(
         device: id of this device, which decides its ring
         root: the repository's metadata/1.root.json that the device was set up with
         store: directory of the device's releases, made if absent
-        health: JSONL of canary prompts: prompt or messages, and expected: {exact | contains: text} or {json: {field: value}}
+        health: JSONL of canary prompts: prompt or messages, and expected: {exact | contains: text} or {json: {field:
+        value}}
         base: the base in another place than the release names; for an export's adapter, the base's GGUF file
         starts: so many has a new version to confirm that it works, or the device goes back; 0 asks for none
         check_s: the health check's time limit in seconds
         memory_bytes: the health check's memory limit; 0 is none
         limit_bytes: what the store may take of the disk; 0 is no bound
         again: also a version that was refused here
-        report: folder or http(s) address for signed reports (started, then pass, fail or deferred); nothing is sent without it
+        report: folder or http(s) address for signed reports (started, then pass, fail or deferred); nothing is sent
+        without it
         key: directory of the device's key, which signs reports (sartor keygen DIR)
         private: refuse every address that is on a network
     """
@@ -208,7 +223,8 @@ def status(name: str = "", *, store: Path = STORE) -> Any:
 
 @edge_app.command
 def start(name: str, *, store: Path = STORE) -> Any:
-    """Before the device's program runs: which version it is to run. On trial, the start is counted, and the last goes back.
+    """Before the device's program runs: which version it is to run. On trial, the start is counted, and the last goes
+    back.
 
     Args:
         name: of the release
@@ -261,7 +277,8 @@ def ask(
     max_tokens: int | None = None,
     person: Path | None = None,
 ) -> Any:
-    """One reply of the current version, by llama.cpp for a GGUF export. On trial, a reply confirms that the version works.
+    """One reply of the current version, by llama.cpp for a GGUF export. On trial, a reply confirms that the version
+    works.
 
     Args:
         name: of the release
@@ -283,7 +300,9 @@ PERSON = Path("person")
 
 
 @edge_app.command
-def add(name: str, rows: Path, *, store: Path = STORE, person: Path = PERSON, row_key: str = "", base: str = "") -> Any:
+def add(
+    name: str, rows: Path, *, store: Path = STORE, person: Path = PERSON, row_key: str = "", base: str = ""
+) -> Any:
     """Put rows into the person's encrypted store; the file itself stays as it is, in plain: remove it.
 
     Args:
@@ -350,7 +369,9 @@ def tune(
 
 
 @edge_app.command
-def undo(name: str, *, reason: str = "", store: Path = STORE, person: Path = PERSON, row_key: str = "", base: str = "") -> Any:
+def undo(
+    name: str, *, reason: str = "", store: Path = STORE, person: Path = PERSON, row_key: str = "", base: str = ""
+) -> Any:
     """Go back to what the person's rows had taught before, or to the shipped release.
 
     Args:
@@ -379,7 +400,8 @@ def forget(
     probe: Path | None = None,
     memory_bytes: int = 0,
 ) -> Any:
-    """Remove rows of the person for good, and what was learnt from them; a signed receipt says which, and what came instead.
+    """Remove rows of the person for good, and what was learnt from them; a signed receipt says which, and what came
+    instead.
 
     Args:
         name: of the release

@@ -64,7 +64,9 @@ def coordinator(
         resume: go on with the rounds that were begun
         replace: start over, and replace the Adapter that stands there
     """
-    options = sartor.CoordinatorOptions(str(key), str(roster), name, clients, link, licence, stage_s, work_s, patience_s)
+    options = sartor.CoordinatorOptions(
+        str(key), str(roster), name, clients, link, licence, stage_s, work_s, patience_s
+    )
     return sartor.federate_coordinator(
         sartor.load_federate_recipe(recipe, flags), out, options, resume=resume, replace=replace, notice=notice
     )
@@ -84,7 +86,8 @@ def client(
     hear: NAMES = (),
     group: str = "",
 ) -> Any:
-    """Take part in rounds: hold rows, key and model, and answer the SuperNode's ClientApp at a socket until SIGTERM or Ctrl-C.
+    """Take part in rounds: hold rows, key and model, and answer the SuperNode's ClientApp at a socket until SIGTERM or
+    Ctrl-C.
 
     Args:
         recipe: YAML file of a federated tuning, the same as the coordinator's; rounds of another are refused
@@ -127,8 +130,10 @@ def simulate(
         alpha: Dirichlet concentration for splitting rows among clients; smaller means more uneven clients
         shard_by: field of the JSON replies whose values are split unevenly, a dotted path; . is the whole reply
         shard_seed: what is dealt follows from it
-        personal: after the rounds each client tunes so many ranks of its own, into OUT.personal: --personal.rank of the recipe
-        compare: and is compared with its rows alone, and with all clients' rows as one, both tuned for that: --personal.compare
+        personal: after the rounds each client tunes so many ranks of its own, into OUT.personal: --personal.rank of
+        the recipe
+        compare: and is compared with its rows alone, and with all clients' rows as one, both tuned for that:
+        --personal.compare
         resume: go on after the last round that ended
         replace: start over, and replace the Adapter that stands there
     """
@@ -139,6 +144,11 @@ def simulate(
         *(["--personal.compare=true"] if compare else []),
     ]
     return sartor.federate_simulate(
-        sartor.load_federate_recipe(recipe, overrides), out, clients=clients, shards=sharding, resume=resume, replace=replace,
+        sartor.load_federate_recipe(recipe, overrides),
+        out,
+        clients=clients,
+        shards=sharding,
+        resume=resume,
+        replace=replace,
         notice=notice,
-    )  # fmt: skip
+    )

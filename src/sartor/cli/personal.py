@@ -27,7 +27,8 @@ def tune(
     eval_fraction: float = 0.25,
     seed: int = 0,
 ) -> Any:
-    """Tune a user's own ranks on an agent's live version; they answer that user if they are not worse. Exits 5 if they are.
+    """Tune a user's own ranks on an agent's live version; they answer that user if they are not worse. Exits 5 if they
+    are.
 
     Args:
         team: the team's YAML file
@@ -80,8 +81,8 @@ def allow(team: Path, *, key_id: str, user: str) -> Any:
 
 @personal_app.command
 def forget(team: Path, *, user: str, by: str = "", within_s: float = 300.0) -> Any:
-    """Remove everything of a user, search for what is left, and sign a proof. Exits 4 while a server has not let go, 5 if words
-    of the user are found.
+    """Remove everything of a user, search for what is left, and sign a proof. Exits 4 while a server has not let go, 5
+    if words of the user are found.
 
     Args:
         team: the team's YAML file

@@ -12,7 +12,9 @@ import sartor
 from sartor.cli.app import REPLACE, app
 from sartor.core.errors import ConfigError
 
-review_app = App(name="review", help="What labels, bias checks, validation and searches for personal data put before a person.")
+review_app = App(
+    name="review", help="What labels, bias checks, validation and searches for personal data put before a person."
+)
 app.command(review_app)
 
 Kind = Literal["", "label", "bias", "validation", "personal", "synthetic", "sample"]
@@ -20,7 +22,9 @@ State = Literal["open", "conflict", "decided", "all"]
 
 
 @review_app.default
-def review(dataset: Path, *, list: REPLACE = False, accept: str = "", reject: str = "", by: str = "", queue: str = "") -> Any:
+def review(
+    dataset: Path, *, list: REPLACE = False, accept: str = "", reject: str = "", by: str = "", queue: str = ""
+) -> Any:
     """How many items are open and decided; the commands below look at them and decide.
 
     Args:
@@ -33,7 +37,8 @@ def review(dataset: Path, *, list: REPLACE = False, accept: str = "", reject: st
     """
     if bool(accept) + bool(reject) + list > 1:
         raise ConfigError(
-            "--list, --accept and --reject exclude each other", f"sartor review {dataset} --list, or one of the others alone"
+            "--list, --accept and --reject exclude each other",
+            f"sartor review {dataset} --list, or one of the others alone",
         )
     if accept or reject:
         opinion = sartor.Opinion("accept" if accept else "reject", by)
@@ -84,7 +89,13 @@ def show(dataset: Path, item: str, *, reveal: REPLACE = False, queue: str = "") 
 
 @review_app.command
 def accept(
-    dataset: Path, *items: str, by: str, reason: str = "", settle: REPLACE = False, key: Path | None = None, queue: str = ""
+    dataset: Path,
+    *items: str,
+    by: str,
+    reason: str = "",
+    settle: REPLACE = False,
+    key: Path | None = None,
+    queue: str = "",
 ) -> Any:
     """The rows are right as they stand; a row that was proposed joins the Dataset.
 
@@ -102,7 +113,13 @@ def accept(
 
 @review_app.command
 def reject(
-    dataset: Path, *items: str, by: str, reason: str = "", settle: REPLACE = False, key: Path | None = None, queue: str = ""
+    dataset: Path,
+    *items: str,
+    by: str,
+    reason: str = "",
+    settle: REPLACE = False,
+    key: Path | None = None,
+    queue: str = "",
 ) -> Any:
     """The rows go: `sartor review apply` makes Drops of them.
 
@@ -150,7 +167,9 @@ def edit(
         changes |= json.loads(change) if change else {}
     except (ValueError, TypeError):
         raise ConfigError(f"--change {change[:80]!r} is no JSON object", '--change \'{"reply": "..."}\'') from None
-    return sartor.review_decide(dataset, items, sartor.Opinion("edit", by, reason, changes or None, settle, key), queue)
+    return sartor.review_decide(
+        dataset, items, sartor.Opinion("edit", by, reason, changes or None, settle, key), queue
+    )
 
 
 @review_app.command
@@ -175,12 +194,15 @@ def sample(
         seed: of the draw
         queue: file or Postgres URL, as in list
     """
-    return sartor.review_sample(dataset, queue, error=error, confidence=confidence, allow=allow, split=split, seed=seed)
+    return sartor.review_sample(
+        dataset, queue, error=error, confidence=confidence, allow=allow, split=split, seed=seed
+    )
 
 
 @review_app.command
 def agreement(dataset: Path, *, kind: Kind = "", queue: str = "") -> Any:
-    """How far each two reviewers agree (percent and Cohen's kappa, with intervals), and the items about which they differ.
+    """How far each two reviewers agree (percent and Cohen's kappa, with intervals), and the items about which they
+    differ.
 
     Args:
         dataset: the Dataset

@@ -33,9 +33,11 @@ def export(
 
     Args:
         release: the Release; it is verified first
-        to: peft (a directory for peft, vLLM, SGLang), merged (one for transformers) or gguf (adapter and merged, for llama.cpp)
+        to: peft (a directory for peft, vLLM, SGLang), merged (one for transformers) or gguf (adapter and merged, for
+        llama.cpp)
         out: directory of the export
-        quantise: further types of the merged GGUF, as q8_0,q4_0; f16 comes too, unless bf16 or f32 is; none: no merged file
+        quantise: further types of the merged GGUF, as q8_0,q4_0; f16 comes too, unless bf16 or f32 is; none: no merged
+        file
         key: private key, or the directory that `sartor keygen` made: signs the receipt
         public_key: trust this public key instead of those in SARTOR_HOME/trusted
         base: the base in another place than the Release names
@@ -49,10 +51,11 @@ def export(
 
 @app.command
 def serve(team: Path, *flags: Flags, host: str = "", port: int | None = None) -> None:
-    """Serve a team or one Adapter over HTTP, as OpenAI's API has it, until SIGTERM or Ctrl-C; running replies end first.
+    """Serve a team or one Adapter over HTTP, as OpenAI's API has it, until SIGTERM or Ctrl-C; running replies end
+    first.
 
-    One line on stdout says the address once it answers; the log, a JSON object a line, goes to stderr. Options of the team
-    can be given as flags (--limits.deadline_s 30). Exits 143 on SIGTERM and 130 on Ctrl-C.
+    One line on stdout says the address once it answers; the log, a JSON object a line, goes to stderr. Options of the
+    team can be given as flags (--limits.deadline_s 30). Exits 143 on SIGTERM and 130 on Ctrl-C.
 
     Args:
         team: the team's YAML file; or the directory of one Release, or of an Adapter, which answers as NAME@unreleased
@@ -73,7 +76,9 @@ def _ready(facts: Mapping[str, Any]) -> None:
     print(json.dumps(dict(facts)) if AS_JSON.get() else f"listening on {facts['address']}", flush=True)
 
 
-agents_app = App(name="agents", help="The agents of a team: which version is live, which is on trial, who may ask them.")
+agents_app = App(
+    name="agents", help="The agents of a team: which version is live, which is on trial, who may ask them."
+)
 app.command(agents_app)
 receipt_app = App(name="receipt", help="Signed records of replies.")
 app.command(receipt_app)
@@ -91,7 +96,8 @@ def key(
     list: REPLACE = False,
     remove_all: REPLACE = False,
 ) -> Any:
-    """Make an API key that opens the agents named; it is shown once. Or list, revoke or remove the keys that there are.
+    """Make an API key that opens the agents named; it is shown once. Or list, revoke or remove the keys that there
+    are.
 
     Args:
         names: agents that the key opens; '*' opens every one, base and auto are names too
@@ -121,7 +127,8 @@ def verify(
     messages: Path | None = None,
     reply: str | None = None,
 ) -> Any:
-    """Check a receipt: its signature; with the messages and the reply, their digests; of a greedy reply, the text, made again.
+    """Check a receipt: its signature; with the messages and the reply, their digests; of a greedy reply, the text,
+    made again.
 
     Args:
         file: what GET /v1/receipts/ID answered, or JSON of it under `receipt`, with the `messages` and the `reply`
@@ -167,7 +174,8 @@ def agents_promote(
     reason: str = "",
     team: Path = TEAM,
 ) -> Any:
-    """Make a registered version live, or put it on trial; without fractions, one that is on trial already becomes live.
+    """Make a registered version live, or put it on trial; without fractions, one that is on trial already becomes
+    live.
 
     Args:
         name: the agent
@@ -178,7 +186,9 @@ def agents_promote(
         reason: for the log
         team: the team's YAML file
     """
-    return sartor.promote_agent(team, name, version, expected=expected_version, canary=canary, shadow=shadow, why=reason)
+    return sartor.promote_agent(
+        team, name, version, expected=expected_version, canary=canary, shadow=shadow, why=reason
+    )
 
 
 @agents_app.command(name="canary")
@@ -324,7 +334,8 @@ def retrain(
         watch: look every minute, and retrain whoever is due, until a signal ends it
         promote: where nobody serves the team, make a better version live at once
         anyway: with less feedback than retrain.at_least asks for
-        believe: trust the ratings of this API key (its id) even though they disagree with everyone else's; also several
+        believe: trust the ratings of this API key (its id) even though they disagree with everyone else's; also
+        several
         ignore: learn nothing from this API key (its id); also several
         waive: let a failed check of the Release's gate pass; needs --by and --reason, which are signed in
         by: who waives

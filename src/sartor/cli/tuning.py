@@ -37,7 +37,9 @@ def demo(*, out: Path = Path("demo-out"), limit: int = 0, replace: REPLACE = Fal
 
 
 def _asked(question: str) -> str:
-    """What a person at the terminal answers; the question goes where notices go, and is not put where nobody would see it."""
+    """What a person at the terminal answers; the question goes where notices go, and is not put where nobody would see
+    it.
+    """
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline()
 
@@ -73,7 +75,8 @@ def tailor(
     require_release: REPLACE = False,
     replace: REPLACE = False,
 ) -> Any:
-    """Own data -> a tested specialist: curate, plan, tune, evaluate and release, with settings that follow from the data.
+    """Own data -> a tested specialist: curate, plan, tune, evaluate and release, with settings that follow from the
+    data.
 
     Exit 0 once adapter and report stand, whatever the gate says. A command that was stopped goes on where it was.
 
@@ -93,10 +96,22 @@ def tailor(
         replace: make everything anew
     """
     return sartor.tailor(
-        data, name=name, base=base, out=out, fields=fields, system=system, licence=licence, test=test, encoding=encoding,
-        minutes=minutes, key=key, require_release=require_release, replace=replace,
-        ask=_asked if sys.stdin.isatty() and sys.stderr.isatty() else None, notice=notice,
-    )  # fmt: skip
+        data,
+        name=name,
+        base=base,
+        out=out,
+        fields=fields,
+        system=system,
+        licence=licence,
+        test=test,
+        encoding=encoding,
+        minutes=minutes,
+        key=key,
+        require_release=require_release,
+        replace=replace,
+        ask=_asked if sys.stdin.isatty() and sys.stderr.isatty() else None,
+        notice=notice,
+    )
 
 
 @app.command
@@ -115,10 +130,12 @@ def chat(
     max_tokens: int | None = None,
     seed: int | None = None,
 ) -> None:
-    """Talk to a base, an Adapter, a Release, a team or a server. /compare, /why, /save FILE, /image FILE, /audio FILE, /quit.
+    """Talk to a base, an Adapter, a Release, a team or a server. /compare, /why, /save FILE, /image FILE, /audio FILE,
+    /quit.
 
     Args:
-        target: starter or another base, an Adapter (its replies are unreleased), a Release, the YAML file of a team, or a URL
+        target: starter or another base, an Adapter (its replies are unreleased), a Release, the YAML file of a team,
+        or a URL
         agent: of a team or a server: name, name@version, base, or auto, which chooses
         api_key_env: of a server: environment variable that holds its API key
         temperature: 0 is greedy
@@ -177,7 +194,8 @@ def init(data: str, *, out: Path = Path(), replace: REPLACE = False) -> Any:
 
 @app.command
 def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
-    """What `tune` would cost, before it is spent: time, peak memory and an evaluation with intervals, warnings, refusals.
+    """What `tune` would cost, before it is spent: time, peak memory and an evaluation with intervals, warnings,
+    refusals.
 
     A refusal is an answer: the command lists it under `refusals` and exits 0. `tune` raises it.
 
@@ -202,7 +220,9 @@ def tune(
         prove: first compare losses and every gradient with the plain computation, and stop if they differ
         replace: start over, and replace the Adapter that stands there
     """
-    return sartor.tune(sartor.load_recipe(recipe, flags), out, resume=resume, prove=prove, replace=replace, notice=notice)
+    return sartor.tune(
+        sartor.load_recipe(recipe, flags), out, resume=resume, prove=prove, replace=replace, notice=notice
+    )
 
 
 @app.command
@@ -220,25 +240,39 @@ def evaluate(
     rows: int = 200,
     replace: REPLACE = False,
 ) -> Any:
-    """Adapter -> Report: base against tuned on held-out rows, what was forgotten, and what pictures and recordings are worth.
+    """Adapter -> Report: base against tuned on held-out rows, what was forgotten, and what pictures and recordings are
+    worth.
 
     Args:
         path: an Adapter or a Release
         data: rows in any input form, instead of those that the Dataset holds out
         split: which rows of the Dataset: eval, or test, which it keeps for the release (split.test_fraction)
-        scorer: what the gate looks at: exact_match, f1, rouge_l, wer (transcripts), accuracy or macro_f1 (with --label)
+        scorer: what the gate looks at: exact_match, f1, rouge_l, wer (transcripts), accuracy or macro_f1 (with
+        --label)
         label: the field of the JSON replies that names a class, a dotted path; . is the whole reply
-        audit: look for bias, for what was learnt by heart, and for refusals that changed; the gate then looks at them too
-        favourable: with --audit: an outcome that is to be wished for (approved), of those that replies name; also several
+        audit: look for bias, for what was learnt by heart, and for refusals that changed; the gate then looks at them
+        too
+        favourable: with --audit: an outcome that is to be wished for (approved), of those that replies name; also
+        several
         metrics: measure these alone: those of scorer, ece, loss; a reply ends as soon as none of them can change
         out: directory of the new Report; by default PATH-report, with --split test PATH-test-report
         rows: most rows to evaluate on
         replace: replace the Report that stands there
     """
     return sartor.evaluate(
-        path, data=data, split=split, scorer=scorer, label=label, audit=audit, favourable=favourable, metrics=metrics, out=out,
-        most_rows=rows, replace=replace, notice=notice,
-    )  # fmt: skip
+        path,
+        data=data,
+        split=split,
+        scorer=scorer,
+        label=label,
+        audit=audit,
+        favourable=favourable,
+        metrics=metrics,
+        out=out,
+        most_rows=rows,
+        replace=replace,
+        notice=notice,
+    )
 
 
 @app.command
@@ -277,14 +311,24 @@ def release(
     """
     waivers = [sartor.Waiver(check, by, reason) for check in waive]
     return sartor.release(
-        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, use=use, rules=rules,
-        exemplars=exemplars, replace=replace,
-    )  # fmt: skip
+        adapter,
+        name=name,
+        version=version,
+        key=key,
+        report=report,
+        out=out,
+        waivers=waivers,
+        use=use,
+        rules=rules,
+        exemplars=exemplars,
+        replace=replace,
+    )
 
 
 @app.command
 def verify(release: Path, *, public_key: Path | None = None, base: str = "") -> Any:
-    """Check a Release, or a signed export of one: every byte, its signer, the base and chat template that it is bound to.
+    """Check a Release, or a signed export of one: every byte, its signer, the base and chat template that it is bound
+    to.
 
     Args:
         release: the Release or export
@@ -319,7 +363,8 @@ def ask(
         release: the Release, which is verified first; an Adapter, whose replies are marked; or the YAML file of a team
         prompt: the question; may be left out beside media that say it all
         prompt_file: file with the question, which the list of processes then does not show; - is standard input
-        media: picture or recording that goes before the question, several in their order; `--image=-` is standard input
+        media: picture or recording that goes before the question, several in their order; `--image=-` is standard
+        input
         agent: of a team: name, name@version, base, or auto, which chooses
         public_key: of a Release: trust this one instead of those in SARTOR_HOME/trusted
         base: of a Release: the base in another place than it names

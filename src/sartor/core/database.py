@@ -1,9 +1,9 @@
 """SQL database with migrations, one writing transaction at a time, and typed errors.
 
-SQLite by default (write-ahead log, foreign keys, waits for another's lock), Postgres by URL. The URL holds no secret: `${NAME}`
-in it is filled from the environment, and what was filled in is taken out of every message. A `Form` says what it holds: the
-registry of a team, a queue of review. A row carries the digest of its content, so that one that was changed from outside is
-recognised.
+SQLite by default (write-ahead log, foreign keys, waits for another's lock), Postgres by URL. The URL holds no secret:
+`${NAME}` in it is filled from the environment, and what was filled in is taken out of every message. A `Form` says
+what it holds: the registry of a team, a queue of review. A row carries the digest of its content, so that one that was
+changed from outside is recognised.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ BUSY_S = 5.0
 # A change that was told survives a power cut
 SYNCHRONOUS = "full"
 OPEN_S = 60.0
-# seconds until a connection that is not made, or whose other end is silent, is given up; tcp_user_timeout is in milliseconds
+# seconds until a connection that is not made, or whose other end is silent, is given up; tcp_user_timeout is in
+# milliseconds
 _LIBPQ = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
@@ -59,9 +60,9 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 class Form:
     """What a database holds.
 
-    noun: what errors call it. given_as: how its URL is given, for remedies. migrations: the directory of alembic's revisions,
-    whose env.py calls `run_revisions`. counter: the column of the one row that every change locks. version_table: where alembic
-    notes the revision; two forms in one Postgres database need two.
+    noun: what errors call it. given_as: how its URL is given, for remedies. migrations: the directory of alembic's
+    revisions, whose env.py calls `run_revisions`. counter: the column of the one row that every change locks.
+    version_table: where alembic notes the revision; two forms in one Postgres database need two.
     """
 
     noun: str
@@ -78,7 +79,8 @@ class Database:
         self.name, self.form = name, form
         self._secrets = secrets
         self._is_sqlite = url.get_backend_name() == "sqlite"
-        # a SQLite connection costs a millisecond, and one that is kept would hold a file that a restored copy has replaced
+        # a SQLite connection costs a millisecond, and one that is kept would hold a file that a restored copy has
+        # replaced
         pool: dict[str, Any] = {"poolclass": NullPool} if self._is_sqlite else _server_pool(url)
         self._engine: Engine = create_engine(url, **pool)
         if self._is_sqlite:
@@ -133,12 +135,15 @@ class Database:
             command.upgrade(config, "head")
         except CommandError:
             raise ArtifactError(
-                f"the {self.form.noun} {self.name} has the form {revision!r}, which this version of Sartor does not know",
+                f"the {self.form.noun} {self.name} has the form {revision!r}, which this version of Sartor does not "
+                "know",
                 upgrade_command(),
             ) from None
 
     def _opening(self) -> AbstractContextManager[Any]:
-        """SQLite does not wait for a lock while it changes to the write-ahead log: who opens the file first does so alone."""
+        """SQLite does not wait for a lock while it changes to the write-ahead log: who opens the file first does so
+        alone.
+        """
         file = self._engine.url.database
         if not self._is_sqlite or file is None:
             return nullcontext()
@@ -151,10 +156,13 @@ class Database:
                 f"fuser {file} names it; the same command again once it has ended, or after kill PID",
             ) from None
         except OSError as error:
-            raise ConfigError(f"{file} cannot be made: {error.strerror}", "give a directory that can be written to") from None
+            raise ConfigError(
+                f"{file} cannot be made: {error.strerror}", "give a directory that can be written to"
+            ) from None
 
     def scrub(self, *tables: str) -> str:
-        """Leave nothing of removed rows in the file: free pages, and the write-ahead log. Returns what was done, in a sentence.
+        """Leave nothing of removed rows in the file: free pages, and the write-ahead log. Returns what was done, in a
+        sentence.
 
         tables: those that Postgres rewrites; SQLite rewrites the whole file. Raises as `change`.
         """
@@ -163,7 +171,10 @@ class Database:
         with self._typed(), self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             for table in tables:
                 connection.exec_driver_sql(f"vacuum full {table}")
-        return f"vacuum full of {', '.join(tables)}; the server's own log (WAL), its replicas and archives are not reached"
+        return (
+            f"vacuum full of {', '.join(tables)}; the server's own log (WAL), its replicas and archives are not "
+            "reached"
+        )
 
     @property
     def files(self) -> list[Path]:
@@ -223,14 +234,17 @@ class Database:
 
 
 def _server_pool(url: URL) -> dict[str, Any]:
-    """Options of an engine on Postgres. A server that is gone without a word is an error after some seconds, not minutes."""
+    """Options of an engine on Postgres. A server that is gone without a word is an error after some seconds, not
+    minutes.
+    """
     is_libpq = url.get_driver_name() in ("psycopg", "psycopg2")
     connect_args = {name: value for name, value in _LIBPQ.items() if is_libpq and name not in url.query}
     return {"pool_pre_ping": True, "pool_size": 4, "connect_args": connect_args}
 
 
 def scrub_file(file: Path) -> str:
-    """Rewrite a SQLite file without its free pages, and empty its write-ahead log. Returns what was done, in a sentence.
+    """Rewrite a SQLite file without its free pages, and empty its write-ahead log. Returns what was done, in a
+    sentence.
 
     Raises BusyError where others read or write it all the time.
     """
@@ -261,7 +275,9 @@ def open_database(url: str, form: Form) -> Database:
     """
     parsed, secrets, name = _filled(url, form)
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise ConfigError(f"the {form.noun} {name} is neither SQLite nor Postgres", f"{form.given_as}postgresql+psycopg://...")
+        raise ConfigError(
+            f"the {form.noun} {name} is neither SQLite nor Postgres", f"{form.given_as}postgresql+psycopg://..."
+        )
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         problem = f"a {form.noun} in memory would be another one for each connection"
         raise ConfigError(problem, f"{form.given_as}sqlite:///{form.noun.split()[0]}.sqlite")
@@ -304,14 +320,18 @@ def _environment(name: str, form: Form) -> str:
 
 
 def run_revisions() -> None:
-    """What the env.py of a Form's migrations does: the revisions, on the connection and in the transaction of `migrate`."""
+    """What the env.py of a Form's migrations does: the revisions, on the connection and in the transaction of
+    `migrate`.
+    """
     attributes = context.config.attributes
     context.configure(connection=attributes["connection"], version_table=attributes["version_table"])
     context.run_migrations()
 
 
 def _prepare(connection: sqlite3.Connection, record: object) -> None:
-    """Before the first use of a SQLite connection. Transactions are begun by `_begin` alone, so that they hold DDL too."""
+    """Before the first use of a SQLite connection. Transactions are begun by `_begin` alone, so that they hold DDL
+    too.
+    """
     connection.isolation_level = None
     # a byte that is no UTF-8 must not keep the other rows from being read: the row's checksum tells
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
@@ -326,7 +346,9 @@ def _begin(connection: Connection) -> None:
 
 
 def checksum(row: Mapping[str, Any]) -> str:
-    """sha256 over every column of a row but `checksum`; a numbered row is digested before the database gives it its number."""
+    """sha256 over every column of a row but `checksum`; a numbered row is digested before the database gives it its
+    number.
+    """
     return records.digest({name: value for name, value in row.items() if name != "checksum"})
 
 

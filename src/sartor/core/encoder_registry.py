@@ -1,7 +1,7 @@
 """TextEncoder protocol and the encoders registered by name.
 
-`curate` asks for an encoder by name, or by the directory of a model; the façade says at import which implementations there
-are (`offer`, `offer_directories`), so a stage that holds no torch can use one that does.
+`curate` asks for an encoder by name, or by the directory of a model; the façade says at import which implementations
+there are (`offer`, `offer_directories`), so a stage that holds no torch can use one that does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class TextEncoder(Protocol):
 
     @property
     def cut(self) -> int:
-        """How many texts of the last `encode` were longer than the encoder reads; their ends are not in the vectors."""
+        """How many texts of the last `encode` were longer than the encoder reads; their ends are not in the
+        vectors.
+        """
         ...
 
     @property
@@ -47,14 +49,17 @@ def register_encoder(name: str, opener: Callable[[], TextEncoder]) -> None:
 
 
 def register_encoder_directory(fits: Callable[[Path], bool], opener: Callable[[Path], TextEncoder]) -> None:
-    """Make a kind of model directory known. `fits` looks at the files; `opener` may raise MissingError or ModelError."""
+    """Make a kind of model directory known. `fits` looks at the files; `opener` may raise MissingError or
+    ModelError.
+    """
     _DIRECTORIES.append((fits, opener))
 
 
 def open_encoder(name: str) -> TextEncoder:
     """The encoder of that name, or in the directory of that path.
 
-    Raises ConfigError for one that is neither, MissingError where it cannot be opened here, ModelError for a damaged one.
+    Raises ConfigError for one that is neither, MissingError where it cannot be opened here, ModelError for a damaged
+    one.
     """
     if name in _OFFERED:
         return _OFFERED[name]()
@@ -62,7 +67,8 @@ def open_encoder(name: str) -> TextEncoder:
     if not path.is_dir():
         raise ConfigError(
             f"there is no encoder {name!r}, nor a directory of that path",
-            f"one of {', '.join(sorted(_OFFERED))}, or a directory of sentence-transformers, transformers or model2vec",
+            f"one of {', '.join(sorted(_OFFERED))}, or a directory of sentence-transformers, transformers or "
+            "model2vec",
         )
     for fits, opener in _DIRECTORIES:
         if fits(path):

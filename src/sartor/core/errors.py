@@ -98,7 +98,9 @@ class SourceError(InputError):
 
 
 class MediaError(SourceError):
-    """A picture or a recording cannot be decoded, or is over a limit. `reason`: the word under which a Drop counts it."""
+    """A picture or a recording cannot be decoded, or is over a limit. `reason`: the word under which a Drop counts
+    it.
+    """
 
     def __init__(self, reason: str, problem: str, remedy: str) -> None:
         super().__init__(problem, remedy)
@@ -136,11 +138,15 @@ class RequestError(InputError):
 
 
 class StoreError(InputError):
-    """A blob, a version or a person's row on a device that cannot be used: other bytes than were written, missing, damaged."""
+    """A blob, a version or a person's row on a device that cannot be used: other bytes than were written, missing,
+    damaged.
+    """
 
 
 class StoppedError(SartorError):
-    """A signal ended the work; what was done is saved, and can be gone on from. `number`: the signal's, by default SIGINT's."""
+    """A signal ended the work; what was done is saved, and can be gone on from. `number`: the signal's, by default
+    SIGINT's.
+    """
 
     exit_code = 130
 
@@ -206,7 +212,9 @@ class AdmissionError(RefusedError):
 
 
 class KeyRefusedError(RefusedError):
-    """A key (of an API, of a person's rows on a device) is absent, unknown or revoked, or does not open what was asked for."""
+    """A key (of an API, of a person's rows on a device) is absent, unknown or revoked, or does not open what was asked
+    for.
+    """
 
 
 class ConflictError(RefusedError):
@@ -218,7 +226,9 @@ class LicenceError(RefusedError):
 
 
 class HealthError(RefusedError):
-    """A release did not pass its health check on this device, or was rolled back on it; the version before it works on."""
+    """A release did not pass its health check on this device, or was rolled back on it; the version before it works
+    on.
+    """
 
 
 class RoundError(RefusedError):
@@ -268,12 +278,16 @@ class HubError(MissingError):
 
 
 def missing_package(module: str, extra: str = "") -> ExtraError:
-    """The error for a package that is absent, to raise where its import failed. Without `extra` it is of the plain install."""
+    """The error for a package that is absent, to raise where its import failed. Without `extra` it is of the plain
+    install.
+    """
     return ExtraError(f"this needs the Python package {module!r}, which is not installed", install_command(extra))
 
 
 def decoder_message(error: Exception, file: Path | None = None) -> str:
-    """What a decoder says of a media file, in a line, by its name alone: where the work lies is no part of a Dataset."""
+    """What a decoder says of a media file, in a line, by its name alone: where the work lies is no part of a
+    Dataset.
+    """
     first = (str(error).splitlines() or [""])[0]
     for path in (str(file), repr(str(file))[1:-1]) if file else ():
         first = first.replace(path, file.name if file else "")

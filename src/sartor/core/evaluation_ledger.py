@@ -2,9 +2,9 @@
 
     SARTOR_HOME/evaluations.jsonl     a line an evaluation: digest of its rows, its rows, adapter, time, split
 
-Who compares many adapters on the same rows and takes the best one has chosen by those rows: the Report's interval knows
-nothing of it. So a Report says how many evaluations of its rows are known. It is a lower bound: other machines, deleted ledgers
-and looks that wrote no Report are not in it. The ledger holds digests and no text.
+Who compares many adapters on the same rows and takes the best one has chosen by those rows: the Report's interval
+knows nothing of it. So a Report says how many evaluations of its rows are known. It is a lower bound: other machines,
+deleted ledgers and looks that wrote no Report are not in it. The ledger holds digests and no text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _LOCK_TIMEOUT_S = 30.0
 _LEDGER = LineLedger(
     "ledger of evaluations",
     1,
-    lambda line: isinstance(line["rows"], list) and all(isinstance(line[key], str) for key in ("digest", "adapter", "time")),
+    lambda line: (
+        isinstance(line["rows"], list) and all(isinstance(line[key], str) for key in ("digest", "adapter", "time"))
+    ),
     "cp BACKUP {file}; or rm {file}: evaluations are then counted anew, and the ones before are unknown",
 )
 
@@ -55,7 +57,8 @@ class ChoiceEvidence:
         plural = "" if self.evaluations_known == 1 else "s"
         adapters = f"{self.adapters_known} adapter{'' if self.adapters_known == 1 else 's'}"
         text = (
-            f"at least {self.evaluations_known} evaluation{plural} of these rows known on this machine since {self.since}, "
+            f"at least {self.evaluations_known} evaluation{plural} of these rows known on this machine since "
+            f"{self.since}, "
             f"of {adapters}, this one included"
         )
         return f"{text}; it could not be written down: {self.problem}" if self.problem else text
@@ -97,9 +100,13 @@ def record_evaluation(adapter_id: str, row_ids: Iterable[str], split: str) -> Ch
     now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     row_digest = digest_rows(ids)
     line: dict[str, Any] = {
-        "schema": _LEDGER.schema, "digest": row_digest, "adapter": adapter_id, "time": now, "split": split,
+        "schema": _LEDGER.schema,
+        "digest": row_digest,
+        "adapter": adapter_id,
+        "time": now,
+        "split": split,
         "rows": sorted(marks),
-    }  # fmt: skip
+    }
     file, problem = ledger_file(), ""
     try:
         with FileLock(file.with_name(f".{FILE}.lock"), timeout=_LOCK_TIMEOUT_S):

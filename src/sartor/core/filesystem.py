@@ -6,7 +6,8 @@
     FileSystem                every operation, one method each
 
 A temporary is a hidden sibling, `.NAME.part-PID-THREAD-TIME`: two writers of one target never share one, a failing
-writer removes its own, and what a kill leaves is known by its name (`FileSystem.leftovers`). Durable is what was written
+writer removes its own, and what a kill leaves is known by its name (`FileSystem.leftovers`). Durable is what was
+written
 in this order: write, fsync of the file, rename, fsync of the folder.
 """
 
@@ -43,7 +44,8 @@ def write_file_atomic(path: Path, content: Content, *, mode: int = 0o644, durabl
 
     content: the bytes, or a function that writes them to the stream it gets.
     mode: the file's rights from its first moment on, less the umask.
-    durable: whether the new content survives a power cut once this returns. False saves two fsyncs; a power cut may then
+    durable: whether the new content survives a power cut once this returns. False saves two fsyncs; a power cut may
+    then
         leave a file of no or of wrong bytes: only for what its reader checks and can make again.
     Raises OSError as the system calls do; the old file then stands, and no temporary is left.
     """
@@ -81,8 +83,8 @@ def create_directory_atomic(path: Path, *, replace: bool = False) -> Iterator[Pa
 def rename_directory_durably(part: Path, path: Path, *, replace: bool = False) -> None:
     """Make all that is below `part` durable, then give it the name `path` beside it, durably.
 
-    With `replace`, a directory that has the name is swapped out in one system call where the kernel can; what was in it
-    may then stand under the name of `part`, for the caller to remove.
+    With `replace`, a directory that has the name is swapped out in one system call where the kernel can; what was in
+    it may then stand under the name of `part`, for the caller to remove.
     """
     fsync_tree(part)
     if path.is_symlink() or path.is_file():
@@ -99,10 +101,11 @@ def rename_directory_durably(part: Path, path: Path, *, replace: bool = False) -
 
 
 def _take_directory_name(part: Path, path: Path, *, replace: bool) -> bool:
-    """Rename to a name that is free or that an empty directory has; false where a directory with something in it has it.
+    """Rename to a name that is free or that an empty directory has; false where a directory with something in it has
+    it.
 
-    It is tried instead of looked up, since another writer may take the name in between. Raises OSError, without `replace`
-    for such a directory too.
+    It is tried instead of looked up, since another writer may take the name in between. Raises OSError, without
+    `replace` for such a directory too.
     """
     try:
         os.replace(part, path)
@@ -166,7 +169,8 @@ def writer_lock(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # unlink while held: a waiter that already opened the file then holds a lock on nothing and is refused by rename
+        # unlink while held: a waiter that already opened the file then holds a lock on nothing and is refused by
+        # rename
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
@@ -183,8 +187,8 @@ class FileSystem:
     """The file system of this machine. Every method raises OSError as the system call does.
 
     A test takes a subclass and counts the operations, kills the process, fills the disk or cuts the power at each of
-    them. The nine that change something (write to rmdir) are the whole list of what can go wrong; what reads cannot make
-    anything worse.
+    them. The nine that change something (write to rmdir) are the whole list of what can go wrong; what reads cannot
+    make anything worse.
     """
 
     def __init__(self, mode: int = 0o644) -> None:
@@ -342,7 +346,9 @@ class FileSystem:
             return False
 
     def remove(self, path: Path) -> None:
-        """Remove a file, or a folder with all that it holds. Not durable, nor in one step: only for what nothing names."""
+        """Remove a file, or a folder with all that it holds. Not durable, nor in one step: only for what nothing
+        names.
+        """
         status = self.stat(path)
         if status is None:
             return

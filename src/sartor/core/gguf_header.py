@@ -1,7 +1,7 @@
 """Reads the metadata header of a GGUF file.
 
-Format: github.com/ggml-org/ggml, docs/gguf.md. Everything is little-endian: magic, version, number of tensors, number of
-metadata pairs, the pairs, then per tensor its name, shape, type and offset.
+Format: github.com/ggml-org/ggml, docs/gguf.md. Everything is little-endian: magic, version, number of tensors, number
+of metadata pairs, the pairs, then per tensor its name, shape, type and offset.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Shared HTML page layout, escaping and number formats.
 
-A page is one HTML file: no script, no font, no image from elsewhere. Whatever comes from data goes through `escape`, so
-that no row becomes markup, turns the reading direction or hides in characters that nobody sees.
+A page is one HTML file: no script, no font, no image from elsewhere. Whatever comes from data goes through `escape`,
+so that no row becomes markup, turns the reading direction or hides in characters that nobody sees.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ code { font: .86em/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
 svg { width: 100%; height: auto; } img { max-width: 100%; } details { margin: .4rem 0; }
 """
 
-# Control characters, those that turn the reading direction, invisible ones (zero width, tags), and what no file may hold.
+# Control characters, those that turn the reading direction, invisible ones (zero width, tags), and what no file may
+# hold.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufdd0-\ufdef"
     "\ufff0-\uffff\U000e0000-\U000e0fff]|[\r\u2028\u2029]"
 )
-# A pile of marks paints over its neighbours; no script needs more than four on a letter. Latin, Cyrillic, Hebrew, Arabic, Thai.
+# A pile of marks paints over its neighbours; no script needs more than four on a letter. Latin, Cyrillic, Hebrew,
+# Arabic, Thai.
 _MARK = (
     "[\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
     "\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]"
@@ -45,7 +47,8 @@ _PILE = re.compile(f"({_MARK}{{4}})({_MARK}+)")
 
 
 def escape_control(text: str) -> str:
-    r"""`text` with every character that acts unseen turned into one that is seen, piles of marks counted; lines end in `\n`.
+    r"""`text` with every character that acts unseen turned into one that is seen, piles of marks counted; lines end in
+    `\n`.
 
     >>> visible("a\x00b\u202ec")
     'a␀b‹U+202E›c'
@@ -74,12 +77,16 @@ def clipped(text: str, max_length: int) -> str:
     >>> clipped("abcdef", 4)
     'abcd… (+2 characters)'
     """
-    return text if len(text) <= max_length else f"{text[:max_length].rstrip()}… (+{len(text) - max_length:,} characters)"
+    return (
+        text if len(text) <= max_length else f"{text[:max_length].rstrip()}… (+{len(text) - max_length:,} characters)"
+    )
 
 
 def document(title: str, body: str, *, style: str = "", head: str = "") -> str:
     """A whole page. `title` is text; `body`, `style` and `head` are markup of ours."""
-    opening = f"<meta charset=utf-8>{head}<meta name=viewport content='width=device-width'><title>{escape(title)}</title>"
+    opening = (
+        f"<meta charset=utf-8>{head}<meta name=viewport content='width=device-width'><title>{escape(title)}</title>"
+    )
     return f"<!doctype html><html lang=en>{opening}<style>{STYLE}{style}</style><body>{body}</body></html>\n"
 
 

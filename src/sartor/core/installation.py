@@ -1,7 +1,7 @@
 """Commands that install extras or a newer Sartor, by the way in which Sartor was installed.
 
-Sartor is not on the package index, so `sartor[tune]` alone resolves to nothing where it was installed from a clone. The
-installer writes where a distribution came from into `direct_url.json` (PEP 610).
+Sartor is not on the package index, so `sartor[tune]` alone resolves to nothing where it was installed from a clone.
+The installer writes where a distribution came from into `direct_url.json` (PEP 610).
 """
 
 from __future__ import annotations

@@ -13,11 +13,12 @@ From the worker.
     {"op": "ready", "about": {...}, "memory_bytes": N}     the engine is open
     {"op": "failed", "error": {...}}                       it is not, and the worker ends
     {"event": "piece" | "done" | "failed", ...}            event_as_json of the contract
-    {"answer": N, ...} or {"answer": N, "error": {...}}    attach: bytes. embed: vectors, tokens, cut. Else nothing more
-    {"op": "alive", "memory_bytes": N}                     each BEAT_S, by the loop that drives the engine while it has work
-    {"op": "malformed", "problem": TEXT}                   a line that it could not read; it goes on
+    {"answer": N, ...} or {"answer": N, "error": {...}}    attach: bytes. embed: vectors, tokens, cut. Else nothing
+    more {"op": "alive", "memory_bytes": N}                     each BEAT_S, by the loop that drives the engine while
+    it has work {"op": "malformed", "problem": TEXT}                   a line that it could not read; it goes on
 
-An error is {"kind": a class of core/errors, "problem", "remedy"}. The end of the connection ends the worker. A worker that has
+An error is {"kind": a class of core/errors, "problem", "remedy"}. The end of the connection ends the worker. A worker
+that has
 nothing to do says nothing: it is pinged.
 """
 
@@ -95,7 +96,9 @@ def _read(line: bytearray) -> dict[str, Any] | MalformedFrame:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         return MalformedFrame(f"a line of {size} bytes is no JSON: {type(error).__name__}")
-    return fields if isinstance(fields, dict) else MalformedFrame(f"a line holds {type(fields).__name__}, not an object")
+    return (
+        fields if isinstance(fields, dict) else MalformedFrame(f"a line holds {type(fields).__name__}, not an object")
+    )
 
 
 class Channel:

@@ -1,7 +1,8 @@
 """Lazy module loading and callable packages.
 
-The house names packages after the stages and the façade names verbs after them too; Python gives one attribute for both.
-A module's class may be replaced (data model, "Customizing module attribute access"), so the package gets `__call__`:
+The house names packages after the stages and the façade names verbs after them too; Python gives one attribute for
+both. A module's class may be replaced (data model, "Customizing module attribute access"), so the package gets
+`__call__`:
 `sartor.tune(recipe, out)` is the verb, `sartor.tune.trainer` a module of the package.
 """
 

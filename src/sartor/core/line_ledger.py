@@ -30,7 +30,9 @@ class LineLedger:
     remedy_template: str = "cp BACKUP {file}"
 
     def read_lines(self, file: Path) -> list[Line]:
-        """Return the lines; none where there is no file. Raises ArtifactError where one cannot be read: none is left out."""
+        """Return the lines; none where there is no file. Raises ArtifactError where one cannot be read: none is left
+        out.
+        """
         if not file.exists():
             return []
         try:
@@ -42,7 +44,9 @@ class LineLedger:
             if not all(self.is_whole(line) for line in lines):
                 raise ValueError("a line lacks a value")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{file} is no whole {self.noun}: {error}", self.remedy_template.format(file=file)) from None
+            raise ArtifactError(
+                f"{file} is no whole {self.noun}: {error}", self.remedy_template.format(file=file)
+            ) from None
         return lines
 
     def write_lines(self, file: Path, lines: Sequence[Mapping[str, Any]]) -> None:

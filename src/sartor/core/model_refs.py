@@ -1,10 +1,12 @@
 """Resolves base and tower names to files and digests.
 
-A base is an offline asset (`starter`, `whisper-tiny-en`), a GGUF file (both are converted once by `models/base.py`), a local
-directory in transformers' layout, or the name of a model on the Hugging Face hub. Its digest is the same on every machine:
-of the asset or file and the converter's version for the first two, of the weight, tokenizer and config files for the others.
+A base is an offline asset (`starter`, `whisper-tiny-en`), a GGUF file (both are converted once by `models/base.py`), a
+local directory in transformers' layout, or the name of a model on the Hugging Face hub. Its digest is the same on
+every machine: of the asset or file and the converter's version for the first two, of the weight, tokenizer and config
+files for the others.
 
-A tower is the frozen encoder of pictures or of recordings in a composed base: one of the offline assets (converted once by
+A tower is the frozen encoder of pictures or of recordings in a composed base: one of the offline assets (converted
+once by
 `models/towers`), or a directory or hub name in transformers' layout, as a base is.
 """
 
@@ -70,8 +72,8 @@ class BaseRef:
 def locate_base(name: str, revision: str = "", licence: str = "") -> BaseRef:
     """The base that `name` means. `licence` overrides what the base's own files state.
 
-    Raises ModelError for a directory or file that holds no usable model, HubError when a hub name cannot be fetched, and
-    ConfigError for a revision of what has none.
+    Raises ModelError for a directory or file that holds no usable model, HubError when a hub name cannot be fetched,
+    and ConfigError for a revision of what has none.
     """
     if revision and (name in (STARTER, WHISPER) or Path(name).expanduser().exists()):
         problem = f"base.revision is {revision!r}, and {name} has no revisions: it is no model of the hub"
@@ -89,7 +91,8 @@ def locate_base(name: str, revision: str = "", licence: str = "") -> BaseRef:
         return _from_gguf(path.absolute(), licence)
     if not _HUB_NAME.match(name) or name.startswith((".", "/", "~")):
         raise ModelError(
-            f"there is no base {name!r}: it is not `starter`, not a directory or GGUF file, and not a hub name (owner/model)",
+            f"there is no base {name!r}: it is not `starter`, not a directory or GGUF file, and not a hub name "
+            "(owner/model)",
             "base: starter",
         )
     return _local(name, _from_hub(name, revision), licence)
@@ -102,7 +105,9 @@ def source_gguf(ref: BaseRef) -> Path:
 
 def _local(name: str, path: Path, licence: str) -> BaseRef:
     if (kind := kind_of(path)) not in (None, "export"):
-        raise ModelError(f"{path} is a Sartor {kind}, not a base", "give the base that it was made from: sartor inspect")
+        raise ModelError(
+            f"{path} is a Sartor {kind}, not a base", "give the base that it was made from: sartor inspect"
+        )
     if not (path / "config.json").is_file():
         raise ModelError(
             f"{path} has no config.json, so it is no model in transformers' layout",
@@ -110,7 +115,9 @@ def _local(name: str, path: Path, licence: str) -> BaseRef:
         )
     if not list(path.glob("*.safetensors")):
         pickled = [*path.glob("*.bin"), *path.glob("*.pth"), *path.glob("*.pt")]
-        weights = f"only pickled weights ({pickled[0].name}), which can run code when read" if pickled else "no weights"
+        weights = (
+            f"only pickled weights ({pickled[0].name}), which can run code when read" if pickled else "no weights"
+        )
         raise ModelError(f"{path} holds {weights}", "save the model with safetensors (`save_pretrained` does)")
     return BaseRef(name, path, files_digest(path), licence or _stated_licence(path))
 
@@ -134,7 +141,9 @@ def gguf_digest(sha256: str) -> str:
 
 
 def files_digest(path: Path) -> str:
-    """sha256 over names and sha256 of the files that make a base; big files are remembered by size, times and inode."""
+    """sha256 over names and sha256 of the files that make a base; big files are remembered by size, times and
+    inode.
+    """
     candidates = (file for file in path.iterdir() if _FILES.match(file.name) and file.name not in _NOT_OF_IT)
     files = sorted(file for file in candidates if file.is_file())
     return digest([[file.name, remembered_digest(file)] for file in files])
@@ -145,7 +154,9 @@ def remembered_digest(file: Path) -> str:
     stat = file.stat()
     if stat.st_size < 1 << 20:
         return file_digest(file)
-    if time.time() - stat.st_ctime < 0.1:  # changed just now: a second change could fall into the same tick of the clock
+    if (
+        time.time() - stat.st_ctime < 0.1
+    ):  # changed just now: a second change could fall into the same tick of the clock
         return file_digest(file)
     # ctime is in the key because a program can set mtime back, and cannot set ctime
     key = f"{file.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
@@ -216,7 +227,17 @@ def _from_hub(name: str, revision: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise missing_package("huggingface_hub", "tune") from None
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+    patterns = [
+        "*.safetensors",
+        "*.json",
+        "*.jinja",
+        "*.model",
+        "*.txt",
+        "README.md",
+        "LICENSE*",
+        "NOTICE*",
+        "USE_POLICY*",
+    ]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except (ExtraError, KeyboardInterrupt):
@@ -243,8 +264,8 @@ MODEL_TYPES: dict[str, Modality] = {
     "siglip_vision_model": "image",
     "dinov2": "image",
 }
-# The one key of metadata of an adapter's projectors: which towers they read, and the form in which that is said. One, since
-# the order of several is the writer's whim, and equal adapters are to be equal files
+# The one key of metadata of an adapter's projectors: which towers they read, and the form in which that is said. One,
+# since the order of several is the writer's whim, and equal adapters are to be equal files
 TOWERS_KEY = "towers.1"
 
 
@@ -252,7 +273,8 @@ TOWERS_KEY = "towers.1"
 class TowerRef:
     """A tower by name, found. `model`: the asset's name, or transformers' model_type.
 
-    `digest`: of the weights' files and FEATURES_VERSION: what decides the features. An asset's `path` may not be there yet.
+    `digest`: of the weights' files and FEATURES_VERSION: what decides the features. An asset's `path` may not be there
+    yet.
     """
 
     name: str
@@ -271,13 +293,15 @@ class TowerRef:
 def locate_tower(name: str, kind: Modality | None = None, licence: str = "") -> TowerRef:
     """The tower that `name` means. `licence` overrides what its own files state.
 
-    Raises ModelError for what holds no tower that is known here, or none of that kind; HubError when a hub name cannot be
-    fetched.
+    Raises ModelError for what holds no tower that is known here, or none of that kind; HubError when a hub name cannot
+    be fetched.
     """
     ref = _located(name, licence)
     if kind and ref.modality != kind:
         fitting = " or ".join(asset for asset, modality in ASSETS.items() if modality == kind)
-        raise ModelError(f"the tower {name} takes in {ref.modality}, and is asked for as one of {kind}", f"{kind}: {fitting}")
+        raise ModelError(
+            f"the tower {name} takes in {ref.modality}, and is asked for as one of {kind}", f"{kind}: {fitting}"
+        )
     return ref
 
 
@@ -288,7 +312,11 @@ def _located(name: str, licence: str) -> TowerRef:
         path = folder("towers") / f"{name}-{identity[:12]}"
         return TowerRef(name, path, identity, licence or entry.licence, ASSETS[name], name)
     path = Path(name).expanduser()
-    if not name or not path.is_dir() and not (_HUB_NAME.match(name) and not path.exists() and not name.startswith(".")):
+    if (
+        not name
+        or not path.is_dir()
+        and not (_HUB_NAME.match(name) and not path.exists() and not name.startswith("."))
+    ):
         raise ModelError(
             f"there is no tower {name!r}: it is none of the assets, no directory, and no hub name (owner/model)",
             f"one of {', '.join(ASSETS)}, or a directory with config.json and *.safetensors",

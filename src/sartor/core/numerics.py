@@ -7,9 +7,9 @@ numerics 1.
     1   the frozen product is rounded to the dtype, then the low-rank product is added and the sum is rounded again
     2   the low-rank product is added to the frozen product before that is rounded: once
 
-fp32 and fp64 lose nothing that matters by the first way, and still go it. A quantised base has the version of the dtype
-that it computes in, a composed base that of its language model. Engines that are not Sartor's (llama.cpp, servers over
-HTTP) have none.
+fp32 and fp64 lose nothing that matters by the first way, and still go it. A quantised base has the version of the
+dtype that it computes in, a composed base that of its language model. Engines that are not Sartor's (llama.cpp,
+servers over HTTP) have none.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Examples and Drops as Parquet; Arrow to numpy.
 
-`examples/*.parquet` has one row per Example: `messages` in the OpenAI form, with content always a list of parts, since a
-Parquet column cannot be text in one row and a list in the next. `drops/*.parquet` has one row per Drop.
+`examples/*.parquet` has one row per Example: `messages` in the OpenAI form, with content always a list of parts, since
+a Parquet column cannot be text in one row and a list in the next. `drops/*.parquet` has one row per Drop.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def read_file(path: Path) -> Iterator[dict[str, Any]]:
     except (OSError, pa.ArrowException) as error:
         raise ArtifactError(
             f"{path} is not readable Parquet: {error}",
-            "make it again: sartor curate RECIPE --out DATASET --replace; a Report by sartor evaluate ADAPTER --replace",
+            "make it again: sartor curate RECIPE --out DATASET --replace; a Report by sartor evaluate ADAPTER "
+            "--replace",
         ) from None
 
 

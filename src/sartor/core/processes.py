@@ -1,7 +1,7 @@
 """Worker processes, parallel map, deferred termination signals.
 
-Not `multiprocessing`: its spawned children import the caller's script again, which in a script without `__main__` guard
-starts the whole work anew, and forked ones inherit locks of threads that they do not have (rensa's, Arrow's).
+Not `multiprocessing`: its spawned children import the caller's script again, which in a script without `__main__`
+guard starts the whole work anew, and forked ones inherit locks of threads that they do not have (rensa's, Arrow's).
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ class WorkerPool:
                 environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
                 self._children.append(
                     subprocess.Popen(
-                        [sys.executable, "-c", code], pass_fds=[child_end.fileno()], env=environment, stdin=subprocess.DEVNULL
+                        [sys.executable, "-c", code],
+                        pass_fds=[child_end.fileno()],
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
                     )
                 )
             connection = Connection(parent_end.detach())
@@ -170,4 +173,6 @@ class DeferredSignals:
         self.__exit__()
         # a handler may have cut into a write to the same stream, which then refuses a second one
         with contextlib.suppress(RuntimeError):
-            self._notice(f"{self.received.name}: the update in work is finished and saved; the same again ends at once")
+            self._notice(
+                f"{self.received.name}: the update in work is finished and saved; the same again ends at once"
+            )

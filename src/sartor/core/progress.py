@@ -1,7 +1,7 @@
 """Progress of long work on stderr, with the time left.
 
-`Progress` is one piece of work. Where several pieces are one command (`sartor tailor`), `WholeProgress` shows them as one: what
-reports to a Progress inside of it moves the whole.
+`Progress` is one piece of work. Where several pieces are one command (`sartor tailor`), `WholeProgress` shows them as
+one: what reports to a Progress inside of it moves the whole.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Progress:
 class WholeProgress:
     """Several pieces of work as one. Use as a context manager.
 
-    seconds: what each piece, by the `what` of its Progress, is foreseen to take; others change nothing. A piece that is slower
-    or faster than foreseen moves the time that is left for those behind it, since the machine is the same.
+    seconds: what each piece, by the `what` of its Progress, is foreseen to take; others change nothing. A piece that
+    is slower or faster than foreseen moves the time that is left for those behind it, since the machine is the same.
     """
 
     def __init__(self, what: str, seconds: Mapping[str, float], notice: Callable[[str], object]) -> None:
@@ -109,7 +109,9 @@ def whole_progress() -> WholeProgress | None:
 
 
 def _bars(what: str, count: str, *, is_shown: bool) -> tuple[Any, Any]:
-    """(bar of rich, its task). rich takes 0.1 s to import, which no short command that imports this has to wait for."""
+    """(bar of rich, its task). rich takes 0.1 s to import, which no short command that imports this has to wait
+    for.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars

@@ -98,9 +98,11 @@ class Message:
 class Origin:
     """Where a row came from. `source` is the declared path, `locator` the place inside it (`faq.jsonl:12`).
 
-    `licence` is an SPDX expression; `parents` are ids of Examples that this one was made from; `step` names what made it;
-    `date` is the ISO date of the row, or of its source, where one is known. `made_by` is empty where people wrote the row; else
-    it says how it was synthesised, as JSON text: way, teacher, digests of prompt and answer, seed. It stays for ever.
+    `licence` is an SPDX expression; `parents` are ids of Examples that this one was made from; `step` names what made
+    it;
+    `date` is the ISO date of the row, or of its source, where one is known. `made_by` is empty where people wrote the
+    row; else it says how it was synthesised, as JSON text: way, teacher, digests of prompt and answer, seed. It stays
+    for ever.
     """
 
     source: str
@@ -116,8 +118,8 @@ class Origin:
 class Example:
     """One training row. `group` may never straddle a split; `rejected` holds the worse reply of a preference pair.
 
-    `rating` is what people made of the last reply: -1 (bad) .. 1 (good), 0 where nobody said. `steps` names the curation steps
-    that changed the content, in order.
+    `rating` is what people made of the last reply: -1 (bad) .. 1 (good), 0 where nobody said. `steps` names the
+    curation steps that changed the content, in order.
     """
 
     messages: tuple[Message, ...]
@@ -132,7 +134,9 @@ class Example:
 
     @cached_property
     def id(self) -> str:
-        """32 hex digits of the sha256 of the content (messages, rejected, tools, rating): not of where it came from."""
+        """32 hex digits of the sha256 of the content (messages, rejected, tools, rating): not of where it came
+        from.
+        """
         content: dict[str, Any] = {"messages": [message.plain() for message in self.messages]}
         if self.rejected:
             content["rejected"] = [message.plain() for message in self.rejected]
@@ -172,8 +176,8 @@ class Example:
 class Drop:
     """A row that was not kept: why, where it stood, and what shows it. `reason` is a stable word, `detail` a sentence.
 
-    `kept` is the id of the Example that stands in its place (duplicates), `score` (0..1) and `method` say how alike they are
-    and by what measure. `text` is the raw row, cut to 2,000 characters.
+    `kept` is the id of the Example that stands in its place (duplicates), `score` (0..1) and `method` say how alike
+    they are and by what measure. `text` is the raw row, cut to 2,000 characters.
     """
 
     reason: str
@@ -190,8 +194,10 @@ class Drop:
 
 @dataclass(frozen=True)
 class FeedbackAuthor:
-    """Who says something of a reply. key: id of the API key, "" where there are none. user: keyed digest of the id that the key
-    gave for a person, "" for none. consent: whether what was said may be kept and learnt from; assumed where nobody asked.
+    """Who says something of a reply. key: id of the API key, "" where there are none. user: keyed digest of the id
+    that the key
+    gave for a person, "" for none. consent: whether what was said may be kept and learnt from; assumed where nobody
+    asked.
     """
 
     key: str = ""
@@ -203,9 +209,11 @@ class FeedbackAuthor:
 class Feedback:
     """What a person said of a reply: one line of a team's inbox.
 
-    receipt: of the reply. agent: the exact version that gave it. date: ISO, UTC. rating: -1 (bad) .. 1 (good). correction: what
-    the reply should have been. messages: the prompt in OpenAI form, or `text`, a raw one; with `reply` they are empty where the
-    server no longer knew them, so that a correction can be kept but not learnt from. Without consent there is the rating alone.
+    receipt: of the reply. agent: the exact version that gave it. date: ISO, UTC. rating: -1 (bad) .. 1 (good).
+    correction: what
+    the reply should have been. messages: the prompt in OpenAI form, or `text`, a raw one; with `reply` they are empty
+    where the server no longer knew them, so that a correction can be kept but not learnt from. Without consent there
+    is the rating alone.
     masked: how many values of personal data have placeholders in their stead, by kind.
     """
 
@@ -232,11 +240,13 @@ class Feedback:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Feedback:
-        """The record that `as_json` said, of this schema or the one before. Raises SourceError for another, KeyError or
-        TypeError for no record.
+        """The record that `as_json` said, of this schema or the one before. Raises SourceError for another, KeyError
+        or TypeError for no record.
         """
         if record.get("schema") not in (FEEDBACK_SCHEMA - 1, FEEDBACK_SCHEMA):
-            raise SourceError(f"feedback of schema {record.get('schema')!r}; this reads {FEEDBACK_SCHEMA}", upgrade_command())
+            raise SourceError(
+                f"feedback of schema {record.get('schema')!r}; this reads {FEEDBACK_SCHEMA}", upgrade_command()
+            )
         fields = {key: value for key, value in record.items() if key != "schema"}
         by = FeedbackAuthor(**fields.pop("by", {}))
         return cls(**{**fields, "messages": tuple(fields["messages"]), "by": by})
@@ -256,7 +266,9 @@ class MalformedRow(Exception):
 
 
 class SkippedRow(MalformedRow):
-    """A row that is as it should be, and is not used for a reason of its source: a Drop, and no fault under `--strict`."""
+    """A row that is as it should be, and is not used for a reason of its source: a Drop, and no fault under
+    `--strict`.
+    """
 
 
 TEXT_KEPT = 2000  # characters of a row that a Drop holds as evidence

@@ -6,8 +6,8 @@ No tokenizer is needed.
     <tool_call>{"name": ..., "arguments": {...}}</tool_call>, the last things in it,
     [TOOL_CALLS][{...}], <|python_tag|>{...}                          -> tool_calls
 
-What is left must spell no markup, or the reply cannot be read. KNOWN is the markup of the families of chat templates, for
-rows that are read before anybody knows which base they are for.
+What is left must spell no markup, or the reply cannot be read. KNOWN is the markup of the families of chat templates,
+for rows that are read before anybody knows which base they are for.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def known(text: str) -> list[str]:
     result = [match.group() for match in KNOWN.finditer(text)]
     # <s>struck out</s> is HTML; a lone one opens or ends a text
     if not result and text.count("<s>") != text.count("</s>"):
-        result = [mark for mark, ends in (("<s>", text.lstrip().startswith), ("</s>", text.rstrip().endswith)) if ends(mark)]
+        result = [
+            mark for mark, ends in (("<s>", text.lstrip().startswith), ("</s>", text.rstrip().endswith)) if ends(mark)
+        ]
     return result
 
 
@@ -59,8 +61,8 @@ def read_example(example: Example, find_markup: MarkupFinder = known, *, keep_id
     """Return the Example with markup in its replies read into fields: itself where no reply spells any.
 
     find_markup: the markup in a text. keep_id: the row goes on under the id that it has in its Dataset. Raises
-    TemplateMarkupError for a reply that cannot be read, and for a document that spells markup: its text is learnt as it stands,
-    and has no fields.
+    TemplateMarkupError for a reply that cannot be read, and for a document that spells markup: its text is learnt as
+    it stands, and has no fields.
     """
     if example.is_document and (markup := find_markup(example.messages[0].text)):
         raise _unreadable(markup[0], "it is a document, which has no fields")
@@ -74,7 +76,9 @@ def read_example(example: Example, find_markup: MarkupFinder = known, *, keep_id
 
 
 def with_fields(example: Example) -> Example:
-    """Return a row whose replies spell no markup of chat templates: calls and reasoning are fields. Raises Malformed."""
+    """Return a row whose replies spell no markup of chat templates: calls and reasoning are fields. Raises
+    Malformed.
+    """
     try:
         return read_example(example)
     except TemplateMarkupError as error:
@@ -82,7 +86,9 @@ def with_fields(example: Example) -> Example:
 
 
 def _read_turns(messages: tuple[Message, ...], find_markup: MarkupFinder) -> tuple[Message, ...]:
-    turns = tuple(_read_reply(message, find_markup) if message.role == "assistant" else message for message in messages)
+    turns = tuple(
+        _read_reply(message, find_markup) if message.role == "assistant" else message for message in messages
+    )
     return messages if all(after is before for after, before in zip(turns, messages, strict=True)) else turns
 
 
@@ -119,7 +125,9 @@ def _unreadable(markup: str, reason: str) -> TemplateMarkupError:
 
 
 def with_reasoning(message: Message, find_markup: MarkupFinder) -> Message:
-    """Return a message with reasoning at the beginning of its text in its field: the very same where there is none to read."""
+    """Return a message with reasoning at the beginning of its text in its field: the very same where there is none to
+    read.
+    """
     text = message.text
     if message.reasoning_content or any(part.kind != "text" for part in message.content) or not find_markup(text):
         return message

@@ -1,12 +1,14 @@
 """Runs commands under memory, time and CPU limits.
 
-Memory is held by a cgroup of the command's own (v2 or v1), where this process may make one (root, or a delegated tree). Its
-limit counts page cache too, which the kernel takes back before it kills: so what is bounded is anonymous and shared memory,
-and that is what `peak_bytes` says. Under v1 a command that writes faster than its disk takes may be killed for pages that are
+Memory is held by a cgroup of the command's own (v2 or v1), where this process may make one (root, or a delegated
+tree). Its limit counts page cache too, which the kernel takes back before it kills: so what is bounded is anonymous
+and shared memory, and that is what `peak_bytes` says. Under v1 a command that writes faster than its disk takes may be
+killed for pages that are
 not on disk yet: v1 slows no writer down for its own group (cgroup-v1/memory.rst); `fdatasync` between writes does.
 
-Elsewhere RLIMIT_DATA holds, which is weaker: it counts what is reserved of private memory, and neither shared memory nor what
-children take together. Time is held by signals: SIGTERM, at which a tuning saves what it has, and SIGKILL after GRACE_S.
+Elsewhere RLIMIT_DATA holds, which is weaker: it counts what is reserved of private memory, and neither shared memory
+nor what children take together. Time is held by signals: SIGTERM, at which a tuning saves what it has, and SIGKILL
+after GRACE_S.
 """
 
 from __future__ import annotations
@@ -183,7 +185,9 @@ def holder(memory_bytes: int, cgroups: Path = CGROUPS) -> Holder:
 
 
 def _delegated(cgroups: Path) -> Path:
-    """Where a v2 cgroup with a memory limit can be made: the root, or this process's own. Raises OSError for neither."""
+    """Where a v2 cgroup with a memory limit can be made: the root, or this process's own. Raises OSError for
+    neither.
+    """
     roots = [root for root in (cgroups, cgroups / "unified") if (root / "cgroup.controllers").exists()]
     for root in roots:
         cgroup_path = next(
@@ -223,7 +227,8 @@ def run(
                     process.kill()
         if process.returncode in (125, 126, 127):
             raise MissingError(
-                f"{command[0]} could not be started under {memory_holder.name}", "look at the line above; run it by hand"
+                f"{command[0]} could not be started under {memory_holder.name}",
+                "look at the line above; run it by hand",
             )
         if memory_holder.has_killed():
             watch.killed = "memory"

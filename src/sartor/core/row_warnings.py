@@ -42,12 +42,14 @@ def dataset_warnings(examples: Iterable[Example]) -> list[DataWarning]:
     if rows and len(groups) < 2 * LEAST_GROUPS:
         problem = f"{_count(len(rows), 'row')} of {_count(len(groups), 'group')} cannot both teach and measure"
         remedy = (
-            f"add rows: an interval needs {LEAST_GROUPS} held-out groups, a useful one {FEW_GROUPS}, beside those to learn from"
+            f"add rows: an interval needs {LEAST_GROUPS} held-out groups, a useful one {FEW_GROUPS}, beside those to "
+            "learn from"
         )
         warnings.append(DataWarning("few_rows", problem, remedy))
     elif rows and 0 < len(held_out) < LEAST_GROUPS:
         problem = (
-            f"{_count(len(held_out), 'group')} of {len(groups)} held out: no interval excludes anything below {LEAST_GROUPS}"
+            f"{_count(len(held_out), 'group')} of {len(groups)} held out: no interval excludes anything below "
+            f"{LEAST_GROUPS}"
         )
         fraction = min(0.5, -(-100 * LEAST_GROUPS // len(groups)) / 100)
         warnings.append(DataWarning("few_groups", problem, f"split.eval_fraction: {fraction:g}, or add rows"))
@@ -59,7 +61,8 @@ def evaluation_warnings(replies: Sequence[str], groups: Sequence[str]) -> list[D
     warnings = []
     if (count := len(set(groups))) < LEAST_GROUPS:
         problem = (
-            f"the {_count(len(groups), 'row')} are in {_count(count, 'group')}, and rows of one group are right or wrong "
+            f"the {_count(len(groups), 'row')} are in {_count(count, 'group')}, and rows of one group are right or "
+            "wrong "
             f"together: no interval excludes anything below {LEAST_GROUPS} groups"
         )
         remedy = f"give rows of {LEAST_GROUPS} groups or more, {FEW_GROUPS} for a useful interval"
@@ -71,7 +74,9 @@ def reply_warnings(replies: Sequence[str]) -> list[DataWarning]:
     """Return what replies say of themselves: all are one, or labels stand in two spellings."""
     counts = Counter(replies)
     if len(replies) > 1 and len(counts) == 1:
-        problem = f"all {len(replies)} replies are {_quoted(replies[0])}: a model that always says so is right on every row"
+        problem = (
+            f"all {len(replies)} replies are {_quoted(replies[0])}: a model that always says so is right on every row"
+        )
         return [DataWarning("one_reply", problem, "add rows with other replies")]
     spellings: defaultdict[str, list[str]] = defaultdict(list)
     for reply, _ in counts.most_common():
@@ -82,7 +87,8 @@ def reply_warnings(replies: Sequence[str]) -> list[DataWarning]:
     if not several:
         return []
     examples = "; ".join(
-        " and ".join(f"{_quoted(variant)} ({counts[variant]})" for variant in variants) for variants in several[:_LISTED]
+        " and ".join(f"{_quoted(variant)} ({counts[variant]})" for variant in variants)
+        for variants in several[:_LISTED]
     )
     subject = "1 label stands" if len(several) == 1 else f"{len(several)} labels stand"
     problem = f"{subject} in more than one spelling: {examples}"
@@ -96,7 +102,9 @@ def _reply(row: Example) -> str:
 
 
 def _label_key(reply: str) -> str:
-    """Fold what a person takes for the same label: case, blanks, underscores and hyphens between words, a final full stop."""
+    """Fold what a person takes for the same label: case, blanks, underscores and hyphens between words, a final full
+    stop.
+    """
     return re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", reply.casefold().replace("_", " ")).strip().rstrip(" .")
 
 

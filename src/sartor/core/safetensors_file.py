@@ -1,7 +1,8 @@
 """Strict safetensors header and value reader without torch.
 
-Format: github.com/huggingface/safetensors, README. An unsigned 64-bit length, a JSON header of that length, then the bytes
-that the header cuts into tensors. Here the cuts must cover those bytes exactly: no hole, no overlap, nothing left over.
+Format: github.com/huggingface/safetensors, README. An unsigned 64-bit length, a JSON header of that length, then the
+bytes that the header cuts into tensors. Here the cuts must cover those bytes exactly: no hole, no overlap, nothing
+left over.
 """
 
 from __future__ import annotations
@@ -21,9 +22,24 @@ from sartor.core.remedies import restore_command
 
 # bytes of an element
 SIZES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E5M2": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
+}
 FLOATS = ("F32", "F16", "BF16")
 MOST_HEADER_BYTES = 8 << 20
 MOST_AXES = 8
@@ -76,7 +92,9 @@ def _floats(data: bytes, dtype: str) -> Values:
 
 
 def read_header(file: Path, most_bytes: int = MOST_HEADER_BYTES) -> dict[str, SafetensorsEntry]:
-    """Every tensor of a safetensors file by name; no value is read. Raises ModelError with what is wrong with the header."""
+    """Every tensor of a safetensors file by name; no value is read. Raises ModelError with what is wrong with the
+    header.
+    """
     return read_whole(file, most_bytes)[0]
 
 
@@ -98,7 +116,9 @@ def _read_header(file: Path, most_bytes: int) -> tuple[dict[str, SafetensorsEntr
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, most_bytes):
-            raise ValueError(f"its header has {length:,} bytes; the file has {size:,}, and {most_bytes:,} are the limit")
+            raise ValueError(
+                f"its header has {length:,} bytes; the file has {size:,}, and {most_bytes:,} are the limit"
+            )
         text = stream.read(length)
     fields = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
     if not isinstance(fields, dict):
@@ -140,7 +160,9 @@ def _tensor(file: Path, name: str, entry: Any, start: int) -> SafetensorsEntry:
         raise ValueError(f"the shape or the offsets of {name} are no whole numbers")
     byte_count = math.prod(shape) * SIZES[dtype]
     if offsets[1] - offsets[0] != byte_count:
-        raise ValueError(f"{name} of shape {shape} takes {byte_count:,} bytes; its offsets span {offsets[1] - offsets[0]:,}")
+        raise ValueError(
+            f"{name} of shape {shape} takes {byte_count:,} bytes; its offsets span {offsets[1] - offsets[0]:,}"
+        )
     return SafetensorsEntry(file, name, dtype, tuple(shape), start + offsets[0])
 
 

@@ -1,6 +1,7 @@
 """Ed25519 keys, the keys that this machine trusts, and signed documents.
 
-A signature is a small JSON file beside what it signs: schema, algorithm, key id, signature. It never carries the public
+A signature is a small JSON file beside what it signs: schema, algorithm, key id, signature. It never carries the
+public
 key: `check` looks among the keys in SARTOR_HOME/trusted or takes the one given. RFC 8032 by way of `cryptography`.
 """
 
@@ -34,17 +35,22 @@ def key_id(public: Ed25519PublicKey) -> str:
 def keygen(path: Path, *, trust: bool = False) -> dict[str, str]:
     """Make a key pair in the directory `path`: `sartor.key` (0600) and `sartor.pub`. Returns key_id and both paths.
 
-    The private key is encrypted when SARTOR_KEY_PASSPHRASE is set. `trust` also puts the public key where `verify` looks.
+    The private key is encrypted when SARTOR_KEY_PASSPHRASE is set. `trust` also puts the public key where `verify`
+    looks.
     Raises ConfigError when a key stands there: a lost signing key cannot be made again.
     """
     private_file, public_file = path / "sartor.key", path / "sartor.pub"
     if private_file.exists() or public_file.exists():
-        raise ConfigError(f"{path} holds a key already", "choose another directory; an overwritten key is lost for ever")
+        raise ConfigError(
+            f"{path} holds a key already", "choose another directory; an overwritten key is lost for ever"
+        )
     private = Ed25519PrivateKey.generate()
     passphrase = os.environ.get(PASSPHRASE_VARIABLE, "").encode()
     encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
     secret = private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
-    public = private.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    public = private.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
     path.mkdir(parents=True, exist_ok=True)
     # opened with its final rights, so that the secret is never readable by others, not even for a moment
     with os.fdopen(os.open(private_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
@@ -85,7 +91,9 @@ def open_public(path: Path) -> Ed25519PublicKey:
     try:
         key = serialization.load_pem_public_key(file.read_bytes())
     except (OSError, ValueError):
-        raise ConfigError(f"{file} is no PEM public key", "--public-key DIR/sartor.pub, as sartor keygen DIR made it") from None
+        raise ConfigError(
+            f"{file} is no PEM public key", "--public-key DIR/sartor.pub, as sartor keygen DIR made it"
+        ) from None
     if not isinstance(key, Ed25519PublicKey):
         raise ConfigError(f"{file} is not an Ed25519 key", "give the sartor.pub that keygen made")
     return key
@@ -123,7 +131,9 @@ def check(document: bytes, signature_file: Path, trusted: Iterable[Ed25519Public
 def check_signature(
     document: bytes, signature: Any, file: Path, subject: str, trusted: Iterable[Ed25519PublicKey] | None = None
 ) -> str:
-    """`check` for a signature that was read already. Errors name the `file` that it stood in, and `subject` it should sign."""
+    """`check` for a signature that was read already. Errors name the `file` that it stood in, and `subject` it should
+    sign.
+    """
     if not _is_signature(signature):
         raise SignatureError(f"{file} is not a signature of Sartor", f"get {file} again from who signed it")
     keys = list(_trusted_here() if trusted is None else trusted)

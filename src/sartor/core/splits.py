@@ -1,7 +1,8 @@
 """Groups of rows and deterministic train/eval splits.
 
 A group is what may not straddle a split, and what fails together when a model is measured: intervals are over groups,
-never over rows. `split_group` names it for a split, where rows that ask the same of different contexts must stay together;
+never over rows. `split_group` names it for a split, where rows that ask the same of different contexts must stay
+together;
 `group_of` names it for a measurement, where a row without a group is a group of its own.
 """
 
@@ -24,7 +25,9 @@ FEW_GROUPS = 40
 
 
 def least_groups(tail: float = 0.025) -> int:
-    """Return the fewest groups that can reach a one-sided level: of five, all better, the flip of all signs is one of 32."""
+    """Return the fewest groups that can reach a one-sided level: of five, all better, the flip of all signs is one of
+    32.
+    """
     return math.ceil(-math.log2(tail))
 
 
@@ -35,8 +38,8 @@ LEAST_GROUPS = least_groups()
 def group_of(row: Example) -> str:
     """Return the group of a row that is measured: its own group, or else a name for all that the model is shown.
 
-    Rows that show the model the same are one group, since it answers them alike: a row that stands twice is no more evidence
-    than once. Rows about the same pictures and recordings are one group whatever they ask.
+    Rows that show the model the same are one group, since it answers them alike: a row that stands twice is no more
+    evidence than once. Rows about the same pictures and recordings are one group whatever they ask.
     """
     if row.group or row.is_document:
         return row.group or row.id
@@ -46,7 +49,9 @@ def group_of(row: Example) -> str:
 
 
 def group_of_stored(row: Mapping[str, Any]) -> str:
-    """Return the group of a row in a Report's table. Older Reports have none of rows without a group: then it is the row."""
+    """Return the group of a row in a Report's table. Older Reports have none of rows without a group: then it is the
+    row.
+    """
     return str(row["group"] or row["id"])
 
 
@@ -69,7 +74,8 @@ def split_group(row: Example) -> str:
 
 
 def prompt_group(row: Example) -> str:
-    """A name for what the row asks: rows with the same user turns share it, and rows about the same pictures and recordings,
+    """A name for what the row asks: rows with the same user turns share it, and rows about the same pictures and
+    recordings,
     whatever they ask of them: a picture that is held out must not be one that was trained on.
     """
     if row.is_document:
@@ -81,7 +87,9 @@ def prompt_group(row: Example) -> str:
 
 def conversation_group(row: Example) -> str:
     """A name for the conversation: that of its first question, which is the prompt's own where it asks one thing."""
-    first = next((index for index, message in enumerate(row.messages) if message.role == "user"), len(row.messages) - 1)
+    first = next(
+        (index for index, message in enumerate(row.messages) if message.role == "user"), len(row.messages) - 1
+    )
     return prompt_group(replace(row, messages=(*row.messages[: first + 1], row.messages[-1])))
 
 
@@ -108,8 +116,8 @@ def is_of_groups(row: Example, groups: Collection[str]) -> bool:
 def held_out_groups(groups: Iterable[str], fraction: float, seed: int | str) -> set[str]:
     """Groups that together hold about `fraction` of the rows. `groups` names the group of each row.
 
-    At least one group stays for training. A group that would overshoot the wanted count by more than it helps is passed
-    over, so a few large groups cannot eat the training rows.
+    At least one group stays for training. A group that would overshoot the wanted count by more than it helps is
+    passed over, so a few large groups cannot eat the training rows.
 
     >>> sorted(held_out_groups(["a", "b", "c", "d"], 0.5, seed=0))
     ['a', 'd']

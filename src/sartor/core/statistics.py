@@ -1,6 +1,7 @@
 """Exact binomial, Wilson and Newcombe intervals; Holm correction.
 
-Clopper & Pearson, "The use of confidence or fiducial limits illustrated in the case of the binomial", Biometrika 26 (1934).
+Clopper & Pearson, "The use of confidence or fiducial limits illustrated in the case of the binomial", Biometrika 26
+(1934).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, f
 
 
 def holm_correction(chances: Sequence[float]) -> list[float]:
-    """p-values corrected for being one of many: family-wise, without assumptions on how they hang together (Holm 1979).
+    """p-values corrected for being one of many: family-wise, without assumptions on how they hang together (Holm
+    1979).
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]

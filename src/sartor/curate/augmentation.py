@@ -1,7 +1,8 @@
 """Runs augmentation steps over training rows.
 
-A copy has the group, the split and the origins of its row, so it never straddles the split, and what revokes the row or its
-source reaches it. Copies that are equal to a row that stands, or to one another, are Drops: ids are unique in a Dataset.
+A copy has the group, the split and the origins of its row, so it never straddles the split, and what revokes the row
+or its source reaches it. Copies that are equal to a row that stands, or to one another, are Drops: ids are unique in a
+Dataset.
 """
 
 from __future__ import annotations
@@ -72,8 +73,12 @@ class AugmentedShards:
         )
 
 
-def run_augmentation(passes: Passes, state: PassState, outcome: SplitDecision, recipe: CurateRecipe) -> AugmentedShards:
-    """Run the CopySteps of a recipe over the training rows. Rows of rehearsal sources are copied only where a step says so."""
+def run_augmentation(
+    passes: Passes, state: PassState, outcome: SplitDecision, recipe: CurateRecipe
+) -> AugmentedShards:
+    """Run the CopySteps of a recipe over the training rows. Rows of rehearsal sources are copied only where a step
+    says so.
+    """
     rehearsal = {source.path for source in recipe.sources if source.rehearsal}
     copies = AugmentedShards([step for step in recipe.steps if makes_copies(step)])
     for step in copies.steps:
@@ -85,8 +90,8 @@ def run_augmentation(passes: Passes, state: PassState, outcome: SplitDecision, r
 
 
 def _tasks(state: PassState, outcome: SplitDecision, step: AugmentStep, excluded_sources: set[str]) -> list[ShardTask]:
-    """A task for each part: its training rows, as they are in the end, but for those of the sources `excluded_sources`. The
-    folder of the work is filled in where the tasks are run.
+    """A task for each part: its training rows, as they are in the end, but for those of the sources
+    `excluded_sources`. The folder of the work is filled in where the tasks are run.
     """
     training_rows: list[dict[int, InheritedFields]] = [{} for _ in state.parts]
     sources = [part.index["source"].to_pylist() for part in state.parts]
@@ -94,14 +99,23 @@ def _tasks(state: PassState, outcome: SplitDecision, step: AugmentStep, excluded
         part_index, position = state.locate(row)
         if outcome.splits[row] == "train" and sources[part_index][position] not in excluded_sources:
             inherited = outcome.merged.get(row, InheritedFields((), "", ""))
-            training_rows[part_index][position] = dataclasses.replace(inherited, split="train", group=outcome.groups[row])
+            training_rows[part_index][position] = dataclasses.replace(
+                inherited, split="train", group=outcome.groups[row]
+            )
     return [
         ShardTask(
-            part=part.path, key=part.summary["key"], folder=Path(), steps=(), sets=(), before=part.path,
-            removed_positions=frozenset(range(part.row_count)) - rows.keys(), merged=rows, copying=(step,),
+            part=part.path,
+            key=part.summary["key"],
+            folder=Path(),
+            steps=(),
+            sets=(),
+            before=part.path,
+            removed_positions=frozenset(range(part.row_count)) - rows.keys(),
+            merged=rows,
+            copying=(step,),
         )
         for part, rows in zip(state.parts, training_rows, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _equal(state: PassState, outcome: SplitDecision, copies: AugmentedShards) -> list[Removed]:
@@ -110,9 +124,13 @@ def _equal(state: PassState, outcome: SplitDecision, copies: AugmentedShards) ->
     known_ids = set(ids.take(pa.array(list(outcome.kept_row_numbers()), pa.int64())).to_pylist())
     removed = []
     for step, part in copies.parts:
-        for index, (copy, parent) in enumerate(zip(part.index["id"].to_pylist(), part.index["was"].to_pylist(), strict=True)):
+        for index, (copy, parent) in enumerate(
+            zip(part.index["id"].to_pylist(), part.index["was"].to_pylist(), strict=True)
+        ):
             if copy in known_ids:
-                removal = Removal(index, "exact_duplicate", f"a copy of {parent} with the same content", method="equal content")
+                removal = Removal(
+                    index, "exact_duplicate", f"a copy of {parent} with the same content", method="equal content"
+                )
                 removed.append(Removed(part, index, removal, step.kind, copy, len(state.moves), False))
             known_ids.add(copy)
     return removed

@@ -35,8 +35,8 @@ FEWEST, MOST_WORDS, SHOWN = 5, 400, 5
 
 @dataclass(frozen=True)
 class WordAssociation:
-    """A word that rows of a group have, and in how many. pmi: log2 of how much more often than in all rows that name a group,
-    with a 95 % interval by bootstrap over rows.
+    """A word that rows of a group have, and in how many. pmi: log2 of how much more often than in all rows that name a
+    group, with a 95 % interval by bootstrap over rows.
     """
 
     attribute: str
@@ -49,7 +49,8 @@ class WordAssociation:
 
 
 def associated_words(rows: Sequence[Example], people: Memberships, seed: int = 0) -> list[dict[str, Any]]:
-    """The words that stand beside each group more than beside the others: those that are beyond chance, strongest first.
+    """The words that stand beside each group more than beside the others: those that are beyond chance, strongest
+    first.
 
     Words that name the group are left out: that he is a man is no finding.
     """
@@ -90,7 +91,8 @@ def _strongest(
         pmi = np.log2(joint * rows / (word_rows * group_rows[:, None]))
     resampled = np.nan_to_num(pmi[1:], neginf=-20, nan=0.0)
     low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
-    # named only where even an interval for all words at once (Bonferroni, normal) excludes 0: of 400 words ten would by chance
+    # named only where even an interval for all words at once (Bonferroni, normal) excludes 0: of 400 words ten would
+    # by chance
     lower_bound = pmi[0] - stats.norm.isf(0.025 / len(vocabulary)) * resampled.std(0)
     joint_counts = (has_word * in_group[:, None]).sum(0)
     order = [index for index in np.argsort(-low).tolist() if lower_bound[index] > 0 and joint_counts[index] >= FEWEST]
@@ -111,7 +113,9 @@ def _strongest(
 def _content_words(row: Example) -> frozenset[str]:
     """The words of a row, without those that only join others and those that name a group."""
     text = f"{spoken_of(row)}\n{row.reply}"
-    group_words = {word for kind in group_terms.KINDS for item in group_terms.mentions(text, kind) for word in words(item.text)}
+    group_words = {
+        word for kind in group_terms.KINDS for item in group_terms.mentions(text, kind) for word in words(item.text)
+    }
     return frozenset(word for word in words(text) if not word.isdigit()) - group_words - equivalence.words().function
 
 
@@ -145,7 +149,9 @@ class Biased:
             "before": self.before.as_json(),
             "words": list(self.words),
             "needed": {
-                attribute: [{"group": group, "outcome": outcome, "rows": count} for (group, outcome), count in counts.items()]
+                attribute: [
+                    {"group": group, "outcome": outcome, "rows": count} for (group, outcome), count in counts.items()
+                ]
                 for attribute, counts in self.needed.items()
             },
             "mitigation": self.mitigation,
@@ -192,13 +198,15 @@ def bias(
     seed: int = 0,
     replace: bool = False,
 ) -> Biased:
-    """Outcome rates by group of a Dataset's training rows; with `mitigate` and `out`, a Dataset in which they are even.
+    """Outcome rates by group of a Dataset's training rows; with `mitigate` and `out`, a Dataset in which they are
+    even.
 
-    group: `lexicon`, and fields of the rows' JSON or `Name: value` lines; by default the lexicon and well-known fields.
-    outcome: auto, reply, json:KEY (or KEY), regex:PATTERN. mitigate: `reweight` sets weights, `counterfactual` adds each row
-    again about another group, `substitute` makes each row one about a group that is dealt to it, `drop` removes the fewest
-    rows, `generate` asks `generate` for the rows that are needed. Held-out rows stay as they are. Raises ConfigError for a
-    field that no row has, SourceError where no group or outcome is found.
+    group: `lexicon`, and fields of the rows' JSON or `Name: value` lines; by default the lexicon and well-known
+    fields.
+    outcome: auto, reply, json:KEY (or KEY), regex:PATTERN. mitigate: `reweight` sets weights, `counterfactual` adds
+    each row again about another group, `substitute` makes each row one about a group that is dealt to it, `drop`
+    removes the fewest rows, `generate` asks `generate` for the rows that are needed. Held-out rows stay as they are.
+    Raises ConfigError for a field that no row has, SourceError where no group or outcome is found.
     """
     if mitigate not in get_args(Mitigation):
         known = " | ".join(name for name in get_args(Mitigation) if name)
@@ -245,20 +253,26 @@ def bias(
         "after": after_rates.as_json(),
     }
     written = write_dataset_from(out, [artifact], [*held_out, *new_rows], drops, step={STEP: facts}, replace=replace)
-    return dataclasses.replace(result, mitigation=mitigate, after=after_rates, changed=mitigator.changed, written=written)
+    return dataclasses.replace(
+        result, mitigation=mitigate, after=after_rates, changed=mitigator.changed, written=written
+    )
 
 
 def _people(rows: Sequence[Example], group: Sequence[str]) -> Memberships:
     result = memberships(rows, group)
     if not result:
-        raise SourceError("the rows name no two groups of people", "--group FIELD: of their JSON, or of `Name: value` lines")
+        raise SourceError(
+            "the rows name no two groups of people", "--group FIELD: of their JSON, or of `Name: value` lines"
+        )
     return result
 
 
 class _Mitigation:
     """Training rows -> other training rows. `changed` counts what was done."""
 
-    def __init__(self, training: Sequence[Example], people: Memberships, labels: Sequence[str | None], seed: int) -> None:
+    def __init__(
+        self, training: Sequence[Example], people: Memberships, labels: Sequence[str | None], seed: int
+    ) -> None:
         self.training, self.people, self.labels, self.seed = training, people, labels, seed
         self.changed: dict[str, int] = {}
 
@@ -329,7 +343,9 @@ class _Mitigation:
         dropped_indices = set(cells.rows_to_drop(tables[name], self.seed))
         drops = []
         for index in sorted(dropped_indices):
-            reason = f"{name} {self.people[name][index]}, {self.labels[index]!r:.60}: more of it than of the other groups"
+            reason = (
+                f"{name} {self.people[name][index]}, {self.labels[index]!r:.60}: more of it than of the other groups"
+            )
             drops.append(drop_of(self.training[index], "group_outcome", reason, step=STEP))
         self.changed = {"dropped": len(dropped_indices)}
         return [row for index, row in enumerate(self.training) if index not in dropped_indices], drops

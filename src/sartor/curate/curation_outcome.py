@@ -22,7 +22,9 @@ from sartor.curate.step import Removal
 
 @dataclass(frozen=True)
 class Masks:
-    """Personal data taken out of what is only evidence: of a Drop's text and detail, and of rows that are set aside."""
+    """Personal data taken out of what is only evidence: of a Drop's text and detail, and of rows that are set
+    aside.
+    """
 
     text: Callable[[str], str] = lambda text: text
     row: Callable[[Example], Example] = lambda row: row
@@ -32,8 +34,8 @@ class Masks:
 class SplitDecision:
     """What becomes of every row that the steps left: kept or not, its group, its split.
 
-    removed_rows: the rows that are not kept, by number. merged: what a row takes over from its equals. Groups and splits are
-    lists with an entry for each row, kept or not.
+    removed_rows: the rows that are not kept, by number. merged: what a row takes over from its equals. Groups and
+    splits are lists with an entry for each row, kept or not.
     """
 
     def __init__(self, state: PassState, recipe: CurateRecipe) -> None:
@@ -55,18 +57,23 @@ class SplitDecision:
         return (row for row in range(len(self.groups)) if row not in self.removed_rows)
 
     def _hold_out(self, recipe: CurateRecipe) -> None:
-        """Fill in each split; whole groups are held out until `test_fraction`, then `eval_fraction`, of the rows is reached.
+        """Fill in each split; whole groups are held out until `test_fraction`, then `eval_fraction`, of the rows is
+        reached.
 
         The test split is drawn first and by a seed of its own, so that another `eval_fraction` does not move its rows.
         """
         undecided = [row for row in self.kept_row_numbers() if not self.splits[row]]
         undecided = self._draw_test(recipe, undecided)
-        held_out = held_out_groups((self.groups[row] for row in undecided), self._eval_fraction(recipe, undecided), recipe.seed)
+        held_out = held_out_groups(
+            (self.groups[row] for row in undecided), self._eval_fraction(recipe, undecided), recipe.seed
+        )
         for row in undecided:
             self.splits[row] = "eval" if self.groups[row] in held_out else "train"
 
     def _draw_test(self, recipe: CurateRecipe, undecided: list[int]) -> list[int]:
-        """Put whole groups into the test split; return the rows that are left. A group with a declared split is not drawn."""
+        """Put whole groups into the test split; return the rows that are left. A group with a declared split is not
+        drawn.
+        """
         fraction = recipe.split.test_fraction
         if not fraction:
             return undecided
@@ -89,10 +96,13 @@ class SplitDecision:
     def _keep_groups_whole(self) -> list[int]:
         """The check that no group straddles the split: training rows whose group is held out. They are removed.
 
-        Only sources with a declared split can bring that about; a group that the recipe splits is whole by construction.
+        Only sources with a declared split can bring that about; a group that the recipe splits is whole by
+        construction.
         """
         held_out = {self.groups[row] for row in self.kept_row_numbers() if self.splits[row] == "eval"}
-        leaked = [row for row in self.kept_row_numbers() if self.splits[row] == "train" and self.groups[row] in held_out]
+        leaked = [
+            row for row in self.kept_row_numbers() if self.splits[row] == "train" and self.groups[row] in held_out
+        ]
         self.removed_rows.update(leaked)
         return leaked
 
@@ -127,7 +137,9 @@ def leaks(state: PassState, outcome: SplitDecision) -> list[Removed]:
     for row in outcome.leaked:
         part_index, position = state.locate(row)
         detail = f"its group {outcome.groups[row][:80]!r} is held out for evaluation"
-        result.append(Removed(state.parts[part_index], position, Removal(row, "group_held_out", detail), "split", "", 0, False))
+        result.append(
+            Removed(state.parts[part_index], position, Removal(row, "group_held_out", detail), "split", "", 0, False)
+        )
     return result
 
 
@@ -140,7 +152,9 @@ def drop_tables(state: PassState, removed: Sequence[Removed], masks: Masks) -> I
 
 
 def set_aside_rows(removed: Sequence[Removed], masks: Masks) -> Iterator[tuple[str, Example]]:
-    """Yield the removed rows that are set aside: the id by which the evidence has each, and the row without personal data."""
+    """Yield the removed rows that are set aside: the id by which the evidence has each, and the row without personal
+    data.
+    """
     for removal, example in _with_examples(removed):
         if removal.set_aside:
             yield example.id, masks.row(example)
@@ -188,7 +202,9 @@ def with_last_ids(state: PassState, removed: Sequence[Removed]) -> list[Removed]
     kept_ids: dict[int, str] = {}
     for pass_count in {item.pass_count for item in removed}:
         indices = [index for index, entry in enumerate(removed) if entry.pass_count == pass_count and entry.kept_id]
-        kept_ids.update(zip(indices, moved_ids(state, pass_count, [removed[index].kept_id for index in indices]), strict=True))
+        kept_ids.update(
+            zip(indices, moved_ids(state, pass_count, [removed[index].kept_id for index in indices]), strict=True)
+        )
     return [replace(entry, kept_id=kept_ids.get(index, "")) for index, entry in enumerate(removed)]
 
 

@@ -148,14 +148,21 @@ class DatasetWriter:
         inherits: keep keys of the first parent that are not written anew; its licence too, if it names no source.
         """
         _remove_unused_media(self.folder)
-        inherited = {key: value for key, value in self.parents[0].manifest.items() if key not in SEAL} if inherits else {}
+        inherited = (
+            {key: value for key, value in self.parents[0].manifest.items() if key not in SEAL} if inherits else {}
+        )
         facts = {
             **inherited,
             **(_licence_facts(sources) if sources or not inherits else {}),
             **({"recipe": recipe} if recipe is not None else {}),
             **(extra_facts or {}),
             "sources": sources,
-            "counts": {**counts, "kept": self.row_count, "dropped": dict(self.dropped.most_common()), **self._split_counts()},
+            "counts": {
+                **counts,
+                "kept": self.row_count,
+                "dropped": dict(self.dropped.most_common()),
+                **self._split_counts(),
+            },
             "steps": steps,
             "parents": [parent.as_parent() for parent in self.parents],
             "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
@@ -176,7 +183,9 @@ class DatasetWriter:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Link a file; copy it where links cannot be, and a read-only one, since files of an artefact are opened to be synced."""
+    """Link a file; copy it where links cannot be, and a read-only one, since files of an artefact are opened to be
+    synced.
+    """
     if os.access(source, os.W_OK):
         with contextlib.suppress(OSError):
             os.link(source, target)
@@ -200,7 +209,9 @@ def _licence_facts(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _file_digests(folder: Path) -> dict[str, str]:
     """Return the sha256 of every file below a folder, by its path there."""
-    return {file.relative_to(folder).as_posix(): file_digest(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        file.relative_to(folder).as_posix(): file_digest(file) for file in sorted(folder.rglob("*")) if file.is_file()
+    }
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -233,7 +244,9 @@ def write_tables(folder: Path, schema: Any, tables: Iterable[Any]) -> int:
 
 
 def rechunk_tables(tables: Iterable[Any], schema: Any, size: int) -> Iterator[Any]:
-    """Yield the same rows in tables of exactly `size` rows, the last one of fewer (perhaps none, if there is no row at all)."""
+    """Yield the same rows in tables of exactly `size` rows, the last one of fewer (perhaps none, if there is no row at
+    all).
+    """
     pending, count, has_yielded = [], 0, False
     for table in tables:
         while len(table):
@@ -250,8 +263,8 @@ def rechunk_tables(tables: Iterable[Any], schema: Any, size: int) -> Iterator[An
 def kept_by_file(folder: Path) -> Counter[tuple[str, str]]:
     """Count rows by (source, file), as the origins of the written Examples say.
 
-    A row with two origins counts for both. One that was made of another row counts for none, but where a person edited it (it
-    is still its source's) or it was synthesised: those are all that a synthetic Dataset has.
+    A row with two origins counts for both. One that was made of another row counts for none, but where a person edited
+    it (it is still its source's) or it was synthesised: those are all that a synthetic Dataset has.
     """
     counts: Counter[tuple[str, str]] = Counter()
     for file in sorted((folder / "examples").glob("*.parquet")):
@@ -291,10 +304,11 @@ def write_dataset_from(
     step: Mapping[str, Mapping[str, Any]],
     replace: bool = False,
 ) -> Artifact:
-    """Write a Dataset of `examples`, rows of the `parents` or made of them; rows of equal content stand once, with all origins.
+    """Write a Dataset of `examples`, rows of the `parents` or made of them; rows of equal content stand once, with all
+    origins.
 
-    `drops` are the rows that are not in it and why; `step` is what was done, {name: facts}, for manifest and card. Raises
-    SourceError where no row is left, ConfigError where `out` is taken.
+    `drops` are the rows that are not in it and why; `step` is what was done, {name: facts}, for manifest and card.
+    Raises SourceError where no row is left, ConfigError where `out` is taken.
     """
     rows, dropped = _merge_equal(examples), list(drops)
     if not rows:
@@ -326,7 +340,9 @@ def _merge_equal(examples: Iterable[Example]) -> list[Example]:
     results: dict[str, Example] = {}
     for example in examples:
         earlier = results.setdefault(example.id, example)
-        if earlier is not example and (new_origins := [origin for origin in example.origins if origin not in earlier.origins]):
+        if earlier is not example and (
+            new_origins := [origin for origin in example.origins if origin not in earlier.origins]
+        ):
             # the fields by hand: dataclasses.replace would carry no cached id, and cost nothing else
             results[example.id] = Example(
                 messages=earlier.messages,

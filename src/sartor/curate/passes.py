@@ -2,9 +2,9 @@
 
 Row steps run in the workers, the SetSteps that follow them in this process.
 
-A pass reads what the one before left (the first reads the sources), applies the verdicts that are still open, runs its row
-steps, and sketches the rows for each SetStep that ends it. The verdicts of the last pass are left open: writing the Dataset
-applies them without making an Example of every row again.
+A pass reads what the one before left (the first reads the sources), applies the verdicts that are still open, runs its
+row steps, and sketches the rows for each SetStep that ends it. The verdicts of the last pass are left open: writing
+the Dataset applies them without making an Example of every row again.
 """
 
 from __future__ import annotations
@@ -54,14 +54,18 @@ class PassState:
     """Where the rows are: the parts of the last pass, and the verdicts on their rows that no part knows yet."""
 
     parts: list[Shard]
-    starts: list[int] = field(default_factory=list)  # the number of each part's first row, and at the end the number of rows
+    starts: list[int] = field(
+        default_factory=list
+    )  # the number of each part's first row, and at the end the number of rows
     open_removals: dict[int, Removal] = field(default_factory=dict)
     merged_rows: dict[int, list[int]] = field(default_factory=dict)  # row -> rows of equal content that it takes over
     then: list[RowStep] = field(default_factory=list)
     removed: list[Removed] = field(default_factory=list)
     drops: list[Path] = field(default_factory=list)  # drops.parquet of every part of every pass
     evidence: dict[str, Any] = field(default_factory=dict)
-    moves: list[Any] = field(default_factory=list)  # of each pass after the first, (was, id) of the rows that it changed
+    moves: list[Any] = field(
+        default_factory=list
+    )  # of each pass after the first, (was, id) of the rows that it changed
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,7 +104,9 @@ class Passes:
         return state
 
     def copies(self, state: PassState, tasks: Sequence[ShardTask]) -> list[Shard]:
-        """Rows made of the rows of the last pass. They are no rows of `state`; what could not be made is among its drops."""
+        """Rows made of the rows of the last pass. They are no rows of `state`; what could not be made is among its
+        drops.
+        """
         result = self._execute(tasks)
         state.drops += [part.path / "drops.parquet" for part in result]
         return result
@@ -134,15 +140,23 @@ class Passes:
             merged.setdefault(part_index, {})[position] = inherited
         tasks = [
             ShardTask(
-                part=part.path, key=part.summary["key"], folder=self.folder, steps=row_steps, sets=sets, before=part.path,
-                removed_positions=frozenset(removed.get(number, ())), merged=merged.get(number, {}),
+                part=part.path,
+                key=part.summary["key"],
+                folder=self.folder,
+                steps=row_steps,
+                sets=sets,
+                before=part.path,
+                removed_positions=frozenset(removed.get(number, ())),
+                merged=merged.get(number, {}),
             )
             for number, part in enumerate(state.parts)
-        ]  # fmt: skip
+        ]
         state.set_parts(self._execute(tasks))
 
     def _decide(self, state: PassState, sets: tuple[SetStep, ...]) -> list[Any]:
-        """Let each SetStep decide; returns those that must see the rows again, since a verdict before asks for a row step."""
+        """Let each SetStep decide; returns those that must see the rows again, since a verdict before asks for a row
+        step.
+        """
         for index, step in enumerate(sets):
             remaining_rows, table = self._remaining_rows(state, index)
             verdicts = step.decide(self._step_input(state, remaining_rows, table))
@@ -181,9 +195,13 @@ class Passes:
 
 
 def _step_options(step: Any) -> dict[str, Any]:
-    """The options that a part follows from. Guards are not among them: an answer to them goes on where they stopped."""
+    """The options that a part follows from. Guards are not among them: an answer to them goes on where they
+    stopped.
+    """
     fields = {name: value for name, value in config.dump(step).items() if name not in GUARDS}
-    return {**fields, "files": [file_digest(file) for file in step.files()]} if isinstance(step, ReadsFiles) else fields
+    return (
+        {**fields, "files": [file_digest(file) for file in step.files()]} if isinstance(step, ReadsFiles) else fields
+    )
 
 
 def split(steps: Sequence[Any]) -> tuple[tuple[RowStep, ...], tuple[SetStep, ...], list[Any]]:
@@ -218,7 +236,9 @@ def record(state: PassState, step: SetStep, remaining_rows: Sequence[int], verdi
         state.open_removals[row] = removal
         kept_id = ids[kept_row] if kept_row >= 0 else ""
         state.removed.append(
-            Removed(state.parts[part_index], position, removal, step.kind, kept_id, len(state.moves), verdicts.set_aside)
+            Removed(
+                state.parts[part_index], position, removal, step.kind, kept_id, len(state.moves), verdicts.set_aside
+            )
         )
         if removal.merge:
             state.merged_rows.setdefault(kept_row, []).extend([row, *state.merged_rows.pop(row, [])])
@@ -240,17 +260,23 @@ class RowIds:
 
 
 def inherited_fields(state: PassState) -> dict[int, InheritedFields]:
-    """What each row takes over: origins in order of reading; of the splits eval wins; its own group before another's."""
+    """What each row takes over: origins in order of reading; of the splits eval wins; its own group before
+    another's.
+    """
     row_numbers = sorted({row for kept_row, others in state.merged_rows.items() for row in (kept_row, *others)})
     columns = ["origins", "split", "group"]
-    fields_by_row = dict(zip(row_numbers, take_rows(state.parts, map(state.locate, row_numbers), columns), strict=True))
+    fields_by_row = dict(
+        zip(row_numbers, take_rows(state.parts, map(state.locate, row_numbers), columns), strict=True)
+    )
     result = {}
     for kept_row, others in state.merged_rows.items():
         equal_rows = [fields_by_row[row] for row in (kept_row, *sorted(others))]
         origins = tuple(origin for row in equal_rows[1:] for origin in map(parquet_io.origin_of, row["origins"]))
         splits = [row["split"] for row in equal_rows if row["split"]]
         split_name = "eval" if "eval" in splits else next(iter(splits), "")
-        result[kept_row] = InheritedFields(origins, split_name, next((row["group"] for row in equal_rows if row["group"]), ""))
+        result[kept_row] = InheritedFields(
+            origins, split_name, next((row["group"] for row in equal_rows if row["group"]), "")
+        )
     return result
 
 
@@ -267,7 +293,9 @@ def evidence_of(state: PassState) -> Iterator[tuple[str, Any]]:
 
 
 def rewritten(table: Any, names: Container[str], change: Callable[[str], Any]) -> Any:
-    """An Arrow table with `change` applied to every text in columns, and in fields of nested columns, of these names."""
+    """An Arrow table with `change` applied to every text in columns, and in fields of nested columns, of these
+    names.
+    """
 
     def inside(value: Any) -> Any:
         if isinstance(value, list):

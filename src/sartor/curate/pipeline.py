@@ -51,8 +51,8 @@ FILES_LISTED = 20
 
 @dataclass(frozen=True)
 class Curated:
-    """What `curate` made: the Dataset and how many rows went where. `resumed_parts` are parts that an interrupted run had
-    left.
+    """What `curate` made: the Dataset and how many rows went where. `resumed_parts` are parts that an interrupted run
+    had left.
     """
 
     dataset: Artifact
@@ -76,7 +76,9 @@ class Curated:
 
     @property
     def made(self) -> int:
-        """Copies that steps made of rows, those that were dropped among them: `read` and `made` are `kept` and `dropped`."""
+        """Copies that steps made of rows, those that were dropped among them: `read` and `made` are `kept` and
+        `dropped`.
+        """
         return int(self.counts.get("made", 0))  # a Dataset of an older Sartor has no such count
 
     @property
@@ -135,7 +137,8 @@ def _forms(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     for source in sources:
         results.setdefault(source["source"], Counter())[source["form"]] += 1
     return {
-        name: ", ".join(f"{form} ({count} files)" for form, count in forms.most_common()) for name, forms in results.items()
+        name: ", ".join(f"{form} ({count} files)" for form, count in forms.most_common())
+        for name, forms in results.items()
     }
 
 
@@ -147,7 +150,9 @@ def _is_short(value: Any) -> bool:
 
 def _file_label(source: Mapping[str, Any]) -> str:
     """A file as its source names it: two sources may hold files of one name."""
-    return str(source["source"] if source["source"].endswith(source["path"]) else f"{source['source']}/{source['path']}")
+    return str(
+        source["source"] if source["source"].endswith(source["path"]) else f"{source['source']}/{source['path']}"
+    )
 
 
 # Starting a worker costs about as much as reading this many bytes of rows.
@@ -170,7 +175,8 @@ def run_local(tasks: Sequence[ShardTask], sizes: Sequence[int], workers: int = 0
 def run_on_ray(tasks: Sequence[ShardTask], sizes: Sequence[int], workers: int = 0) -> Iterator[dict[str, Any]]:
     """Summaries of the tasks' parts, in order, as `local.run`. `workers` 0 lets Ray decide how many run at once.
 
-    The cluster is the one that RAY_ADDRESS names; without it, one is started on this machine. Raises ExtraError, MissingError.
+    The cluster is the one that RAY_ADDRESS names; without it, one is started on this machine. Raises ExtraError,
+    MissingError.
     """
     try:
         import ray
@@ -244,7 +250,8 @@ class CurationProgress:
 
 
 Notice = Callable[[str], None]
-# Of a Source, what its files' entries in the manifest say besides the licence: core/licences/compliance.py reads them there.
+# Of a Source, what its files' entries in the manifest say besides the licence: core/licences/compliance.py reads them
+# there.
 TERMS = ("share_alike", "non_commercial", "expires", "consent")
 Engine = Literal["local", "ray"]
 
@@ -261,18 +268,21 @@ def curate(
 ) -> Curated:
     """Read the sources of a recipe, apply its steps, split by group, write a Dataset to `out`.
 
-    `recipe` is a CurateRecipe, a mapping in its form, or the path of a YAML file. `on` is the engine; the Dataset is the
-    same on either, row by row. A run of the same recipe that was interrupted is gone on with; `replace` begins anew; `resume`
-    also takes a finished Dataset of the same recipe and sources for an answer. Raises ConfigError for a bad recipe or a taken
-    `out`, SourceError when no row is kept or, under `strict`, at the first row that cannot be used, GuardError when a step
-    would remove too much.
+    `recipe` is a CurateRecipe, a mapping in its form, or the path of a YAML file. `on` is the engine; the Dataset is
+    the same on either, row by row. A run of the same recipe that was interrupted is gone on with; `replace` begins
+    anew; `resume` also takes a finished Dataset of the same recipe and sources for an answer. Raises ConfigError for a
+    bad recipe or a taken
+    `out`, SourceError when no row is kept or, under `strict`, at the first row that cannot be used, GuardError when a
+    step would remove too much.
     """
     began = time.monotonic()
     recipe = load_recipe(recipe)
     out = Path(out).absolute()
     work_folder = out.with_name(f"{out.name}.curating")
     if resume and (finished := _finished(recipe, out)):
-        with workplace(work_folder, anew=True):  # a run that was killed between the Dataset and its end has left its work
+        with workplace(
+            work_folder, anew=True
+        ):  # a run that was killed between the Dataset and its end has left its work
             return Curated(finished, 0, time.monotonic() - began)
     check_output_free(out, replace=replace)
     with workplace(work_folder, anew=replace):
@@ -300,13 +310,16 @@ def load_recipe(recipe: CurateRecipe | Mapping[str, Any] | Path | str, flags: Se
 
 
 def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
-    """The Dataset at `out` if the recipe makes it of its sources as they are now. Raises ConfigError if it is another."""
+    """The Dataset at `out` if the recipe makes it of its sources as they are now. Raises ConfigError if it is
+    another.
+    """
     if kind_of(out) != "dataset":
         return None
     dataset = open_artifact(out, "dataset")
     manifest_digests = {(file["source"], file["path"]): file["sha256"] for file in dataset.manifest["sources"]}
     current_digests = {
-        (file.source, file.path): file.sha256 for file in planner.plan_reading(recipe.sources, recipe.max_row_bytes).files
+        (file.source, file.path): file.sha256
+        for file in planner.plan_reading(recipe.sources, recipe.max_row_bytes).files
     }
     is_same_recipe = dataset.manifest["recipe"] == json.loads(canonical(_recipe_fields(recipe)))
     if not is_same_recipe or manifest_digests != current_digests:
@@ -349,7 +362,8 @@ class CurationRun:
         for file in self.planned.files:
             if file.encoding and not self.declared[file.source].encoding:
                 self.notice(
-                    f"{file.path} is read as {file.encoding}; `encoding: CODE-PAGE` of the source reads it by another one"
+                    f"{file.path} is read as {file.encoding}; `encoding: CODE-PAGE` of the source reads it by another "
+                    "one"
                 )
         tasks = [
             ShardTask(Path(), _key(unit), self.work_folder, (), (), unit, self.recipe.sources[unit.source], strict)
@@ -437,7 +451,9 @@ def _key(unit: chunk_reader.InputChunk) -> str:
 def _recipe_fields(recipe: CurateRecipe) -> dict[str, Any]:
     """The recipe as the manifest has it: without what changes nothing in the Dataset."""
     fields = {name: value for name, value in config.dump(recipe).items() if name != "workers"}
-    if not recipe.split.test_fraction:  # the manifest of a Dataset without such a split is what it was before there were any
+    if (
+        not recipe.split.test_fraction
+    ):  # the manifest of a Dataset without such a split is what it was before there were any
         del fields["split"]["test_fraction"]
     return fields
 
@@ -448,6 +464,8 @@ def _size(part: Path | None) -> int:
 
 def _nothing_kept(rows_read: int, folder: Path) -> str:
     drops = [drop for file in sorted((folder / "drops").glob("*.parquet")) for drop in parquet_io.read_file(file)]
-    reasons = ", ".join(f"{reason} {count}" for reason, count in records.count_values(drop["reason"] for drop in drops).items())
+    reasons = ", ".join(
+        f"{reason} {count}" for reason, count in records.count_values(drop["reason"] for drop in drops).items()
+    )
     first = f"; the first: {drops[0]['locator']}: {drops[0]['detail']}" if drops else ""
     return f"no row is left of {rows_read}" + (f" ({reasons}{first})" if reasons else "")

@@ -17,15 +17,22 @@ class Split:
     """How rows are held out. A group never straddles the split."""
 
     eval_fraction: float = option(0.1, "fraction of the rows held out, 0..1")
-    test_fraction: float = option(0.0, "fraction held out for release alone (split test): tuning never reads it; 0 for none")
-    by: Literal["group", "prompt"] = option("group", "the row's `group` field (its prompt where it has none), or the prompt")
+    test_fraction: float = option(
+        0.0, "fraction held out for release alone (split test): tuning never reads it; 0 for none"
+    )
+    by: Literal["group", "prompt"] = option(
+        "group", "the row's `group` field (its prompt where it has none), or the prompt"
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.eval_fraction < 1:
-            raise ConfigError(f"eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1", "eval_fraction: 0.1")
+            raise ConfigError(
+                f"eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1", "eval_fraction: 0.1"
+            )
         if not 0 <= self.test_fraction < 1 - self.eval_fraction:
             problem = (
-                f"test_fraction is {self.test_fraction} beside eval_fraction {self.eval_fraction}; no row is left to train on"
+                f"test_fraction is {self.test_fraction} beside eval_fraction {self.eval_fraction}; no row is left to "
+                "train on"
             )
             raise ConfigError(problem, "test_fraction: 0.1, at least 0, and below 1 together with eval_fraction")
 
@@ -49,7 +56,9 @@ class CurateRecipe:
         self._check_copies_are_last()
 
     def _check_copies_are_last(self) -> None:
-        """Copies are made when it is known what is held out, so no step could see them: duplicates they would be to many."""
+        """Copies are made when it is known what is held out, so no step could see them: duplicates they would be to
+        many.
+        """
         kinds: list[str] = [step.kind for step in self.steps]
         copying: list[str] = [step.kind for step in self.steps if makes_copies(step)]
         others: list[str] = [step.kind for step in self.steps if not makes_copies(step)]

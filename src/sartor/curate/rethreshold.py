@@ -2,8 +2,8 @@
 
 Of a Dataset it reads the evidence and the rows that were set aside.
 
-Rows that come back go through the row steps that stood behind `near_duplicates` in the recipe, and into the split of their
-group. What other steps decided stays.
+Rows that come back go through the row steps that stood behind `near_duplicates` in the recipe, and into the split of
+their group. What other steps decided stays.
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ from sartor.curate.steps import makes_copies, needs_all_rows
 from sartor.curate.steps.text_duplicates import ExactDuplicates, NearDuplicates
 
 
-def rethreshold(path: Path | str, out: Path | str, *, threshold: float, replace: bool = False, show: bool = False) -> Any:
+def rethreshold(
+    path: Path | str, out: Path | str, *, threshold: float, replace: bool = False, show: bool = False
+) -> Any:
     """What `curate` or `dedup` would have made at another threshold, written to `out`; `path` is what they made.
 
-    Raises ConfigError for a threshold below the floor down to which pairs were kept, or where a later step compared rows.
+    Raises ConfigError for a threshold below the floor down to which pairs were kept, or where a later step compared
+    rows.
     """
     if kind_of(Path(path)) == "duplicates":
         return of_files.rethreshold(path, out, threshold=threshold, replace=replace, show=show)
@@ -71,7 +74,9 @@ def _steps(recipe: CurateRecipe, old: Artifact) -> tuple[NearDuplicates, Sequenc
         )
     if copying := [step.kind for step in later if makes_copies(step)]:
         problem = f"{' and '.join(copying)} copied the rows that near_duplicates had left"
-        raise ConfigError(problem, "curate again with the threshold: a line of the recipe, near_duplicates: {threshold: ...}")
+        raise ConfigError(
+            problem, "curate again with the threshold: a line of the recipe, near_duplicates: {threshold: ...}"
+        )
     step = recipe.steps[positions[0]]
     assert isinstance(step, NearDuplicates)
     return step, [step for step in later if not needs_all_rows(step)]
@@ -85,7 +90,9 @@ class _Rethreshold:
         self.functions: list[tuple[str, RowFunction]] = [(item.kind, item.open(old.path)) for item in later]
         self.kept_table = _read(old, "examples")
         self.aside_table = _read(old, "set_aside")
-        ids = self.kept_table["id"].to_pylist() + (self.aside_table["was"].to_pylist() if len(self.aside_table) else [])
+        ids = self.kept_table["id"].to_pylist() + (
+            self.aside_table["was"].to_pylist() if len(self.aside_table) else []
+        )
         self.number = {name: index for index, name in enumerate(ids)}
         self.ids = ids
         self._decide()
@@ -110,7 +117,9 @@ class _Rethreshold:
         rules = self.step.rules()
         removals = clusters.resolve_clusters(ScoredPairs(low, high, *measured).unique(), rank[read_order], rules)
         sources = [
-            origins[0]["source"] for table in (self.kept_table, self.aside_table) for origins in table["origins"].to_pylist()
+            origins[0]["source"]
+            for table in (self.kept_table, self.aside_table)
+            for origins in table["origins"].to_pylist()
         ]
         names = sorted(set(sources))
         numbers = np.array([names.index(sources[row]) for row in read_order], np.int64)
@@ -129,8 +138,12 @@ class _Rethreshold:
         restored, new_drops = self._restored()
         staying_rows = [index for index in range(len(self.kept_table)) if index not in self.removed]
         splits = self._splits(staying_rows, restored)
-        restored_rows = [dataclasses.replace(row, group=split_group(row), split=splits[split_group(row)]) for row in restored]
-        writer.examples([self.kept_table.take(pa.array(staying_rows, pa.int64())), parquet_io.examples_table(restored_rows)])
+        restored_rows = [
+            dataclasses.replace(row, group=split_group(row), split=splits[split_group(row)]) for row in restored
+        ]
+        writer.examples(
+            [self.kept_table.take(pa.array(staying_rows, pa.int64())), parquet_io.examples_table(restored_rows)]
+        )
         writer.set_aside((self.ids[index], self._example(index)) for index in sorted(self.removed))
         writer.drop_file(self._drops(new_drops))
         writer.evidence("near_duplicates", self._evidence())
@@ -173,7 +186,9 @@ class _Rethreshold:
             outcome = apply_steps(self._example(index), self.functions)
             if isinstance(outcome, Example) and (outcome.id in kept_ids or outcome.id in restored):
                 outcome = dataclasses.replace(
-                    drop_of(outcome, "exact_duplicate", "the same content as a row that stands", step="exact_duplicates"),
+                    drop_of(
+                        outcome, "exact_duplicate", "the same content as a row that stands", step="exact_duplicates"
+                    ),
                     kept=outcome.id,
                 )
             if isinstance(outcome, Drop):
@@ -187,7 +202,9 @@ class _Rethreshold:
         groups, splits = self.kept_table["group"].to_pylist(), self.kept_table["split"].to_pylist()
         split_by_group = {groups[index]: splits[index] for index in staying_rows}
         new_groups = [split_group(row) for row in restored if split_group(row) not in split_by_group]
-        held_out = held_out_groups(new_groups, self.recipe.split.eval_fraction, self.recipe.seed) if new_groups else set()
+        held_out = (
+            held_out_groups(new_groups, self.recipe.split.eval_fraction, self.recipe.seed) if new_groups else set()
+        )
         return {**{group: "eval" if group in held_out else "train" for group in new_groups}, **split_by_group}
 
     def _drops(self, new_drops: Sequence[Drop]) -> list[Drop]:

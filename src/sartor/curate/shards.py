@@ -1,7 +1,7 @@
 """One shard of rows: its task, worker and files.
 
-A Task is all that a worker needs, on this machine or on another that sees the same paths; it writes a Part and hands back
-only the summary.
+A Task is all that a worker needs, on this machine or on another that sees the same paths; it writes a Part and hands
+back only the summary.
 
     part.json         key, rows read and kept, tallies: the summary that the pipeline goes on with
     examples.parquet  the rows that are still in
@@ -10,7 +10,8 @@ only the summary.
     sketch-N.arrow    what the N-th SetStep of the pass wants to know of each row
 
 The key is the digest of everything that the content follows from (the input's sha256, the steps and their options, the
-verdicts before), so a part that stands under its key is what a worker would make again: an interrupted run goes on there.
+verdicts before), so a part that stands under its key is what a worker would make again: an interrupted run goes on
+there.
 """
 
 from __future__ import annotations
@@ -132,10 +133,11 @@ class InheritedFields:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One piece of one pass. Of the first pass `unit` and `source` say what to read, of a later one `before` is the part.
+    """One piece of one pass. Of the first pass `unit` and `source` say what to read, of a later one `before` is the
+    part.
 
-    removed_positions, merged: by position in `before`. With `copying`, one CopyStep or none, the part holds the copies and not
-    the rows.
+    removed_positions, merged: by position in `before`. With `copying`, one CopyStep or none, the part holds the copies
+    and not the rows.
     """
 
     part: Path
@@ -153,7 +155,9 @@ class ShardTask:
 
 
 def execute(task: ShardTask) -> dict[str, Any]:
-    """Make the Part of a task, or find it standing; returns its summary and `was_there`. Raises what steps and readers do."""
+    """Make the Part of a task, or find it standing; returns its summary and `was_there`. Raises what steps and readers
+    do.
+    """
     if shard := find_shard(task.part, task.key):
         return {**shard.summary, "was_there": True}
     began = time.monotonic()
@@ -174,7 +178,9 @@ def _open_step(step: Any, folder: Path) -> Any:
 
 
 class SteppedRow(NamedTuple):
-    """A row that came through. `was`: the id that it came with if that is another. `changes`: of a copy, what is changed."""
+    """A row that came through. `was`: the id that it came with if that is another. `changes`: of a copy, what is
+    changed.
+    """
 
     row: Example
     was: str = ""
@@ -186,7 +192,9 @@ class _TaskRun:
 
     def __init__(self, task: ShardTask) -> None:
         self.task = task
-        self.functions: list[tuple[str, RowFunction]] = [(step.kind, _open_step(step, task.folder)) for step in task.steps]  # type: ignore[arg-type]
+        self.functions: list[tuple[str, RowFunction]] = [
+            (step.kind, _open_step(step, task.folder)) for step in task.steps
+        ]  # type: ignore[arg-type]
         self.counting = {kind: function for kind, function in self.functions if isinstance(function, Counting)}
         for function in self.counting.values():
             function.tally.clear()
@@ -236,12 +244,18 @@ class _TaskRun:
         """What the pipeline needs to know of the part."""
         tally = {kind: dict(function.tally) for kind, function in self.counting.items()}
         notes = [[*note, count] for note, count in self.notes.items()]
-        return {"read": dict(self.read), "notes": notes, "kept": self.row_count, "dropped": len(self.drops), "tally": tally}
+        return {
+            "read": dict(self.read),
+            "notes": notes,
+            "kept": self.row_count,
+            "dropped": len(self.drops),
+            "tally": tally,
+        }
 
 
 def _in_its_split(row: Example, source: SourceOptions) -> Example | Drop:
-    """The row in the split that is declared for it. What a machine made is for training alone, whatever is declared: held out
-    it would pass for reality.
+    """The row in the split that is declared for it. What a machine made is for training alone, whatever is declared:
+    held out it would pass for reality.
     """
     if not row.is_synthetic:
         # replace() forgets the id that was computed
@@ -271,14 +285,18 @@ def with_inherited(row: Example, inherited: InheritedFields) -> Example:
 def _write(run: _TaskRun, folder: Path) -> None:
     rows, sets = run.rows(), run.task.sets
     with ExitStack() as stack:
-        writer = stack.enter_context(pq.ParquetWriter(folder / "examples.parquet", parquet_io.EXAMPLES, compression="zstd"))
+        writer = stack.enter_context(
+            pq.ParquetWriter(folder / "examples.parquet", parquet_io.EXAMPLES, compression="zstd")
+        )
         index = _arrow(stack, folder / "index.arrow", INDEX)
         files: list[Any] = []
         while True:
             stepped_rows = list(islice(rows, BATCH_ROWS))
             batch = [item.row for item in stepped_rows]
             tables = [step.sketch(batch, run.task.folder) for step in sets]
-            files = files or [_arrow(stack, folder / f"sketch-{n}.arrow", table.schema) for n, table in enumerate(tables)]
+            files = files or [
+                _arrow(stack, folder / f"sketch-{n}.arrow", table.schema) for n, table in enumerate(tables)
+            ]
             if batch:
                 writer.write_table(parquet_io.examples_table(batch))
                 index.write_table(index_table(stepped_rows))

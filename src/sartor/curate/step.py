@@ -1,13 +1,14 @@
 """Protocols RowStep, SetStep and AugmentStep.
 
-Of a `RowStep` each row is its own affair: `open` returns a function Example -> Example | Drop. It runs in worker processes,
-on this machine or on a Ray cluster.
+Of a `RowStep` each row is its own affair: `open` returns a function Example -> Example | Drop. It runs in worker
+processes, on this machine or on a Ray cluster.
 
-A `SetStep` needs all rows. `sketch` runs in the workers and makes a few columns of each row; `decide` runs once, sees the
-sketches of all rows in their order, never the rows themselves, and returns Verdicts: which rows go and why, what shows it,
-and perhaps a RowStep (`then`) that the verdict asks for, such as taking the lines out that every row has.
+A `SetStep` needs all rows. `sketch` runs in the workers and makes a few columns of each row; `decide` runs once, sees
+the sketches of all rows in their order, never the rows themselves, and returns Verdicts: which rows go and why, what
+shows it, and perhaps a RowStep (`then`) that the verdict asks for, such as taking the lines out that every row has.
 
-A `CopyStep` makes further rows of training rows, when all other steps are done and it is known which rows are held out.
+A `CopyStep` makes further rows of training rows, when all other steps are done and it is known which rows are held
+out.
 
 A new step is one new file with its class, and its name in the union in `steps/__init__.py`.
 """
@@ -47,17 +48,20 @@ class RowStep(Protocol):
         ...
 
     def open(self, folder: Path) -> RowFunction:
-        """The function, made once per worker: here models are opened and patterns compiled. Raises ConfigError, MissingError.
+        """The function, made once per worker: here models are opened and patterns compiled. Raises ConfigError,
+        MissingError.
 
-        `folder` is what the media paths of an Example (`media/<digest>.png`) are relative to. The function must be a pure
-        one of the Example (and of the options): the same on every machine, whatever rows came before.
+        `folder` is what the media paths of an Example (`media/<digest>.png`) are relative to. The function must be a
+        pure one of the Example (and of the options): the same on every machine, whatever rows came before.
         """
         ...
 
 
 @runtime_checkable
 class ReadsFiles(Protocol):
-    """A step that reads files beside the rows. What a worker makes follows from what they hold, not from their names."""
+    """A step that reads files beside the rows. What a worker makes follows from what they hold, not from their
+    names.
+    """
 
     def files(self) -> Sequence[Path]:
         """Those that are there; one that is not is the step's own error later."""
@@ -68,11 +72,12 @@ class ReadsFiles(Protocol):
 class StepInput:
     """What `decide` sees of N rows.
 
-    `table` is an Arrow table of N rows in the order of reading: the sketch's columns, and always `id` (of the Example),
-    `source` (index into `sources`) and `locator`. It is memory-mapped: take columns, not the whole. `sources` names the
-    input sources as declared. `examples` fetches a few whole rows by number, for a second look or for evidence. `folder` is a
-    place for scratch files, removed with the work. `notice` says a line to the person who waits; `workers` is how many
-    processes the step may use.
+    `table` is an Arrow table of N rows in the order of reading: the sketch's columns, and always `id` (of the
+    Example),
+    `source` (index into `sources`) and `locator`. It is memory-mapped: take columns, not the whole. `sources` names
+    the input sources as declared. `examples` fetches a few whole rows by number, for a second look or for evidence.
+    `folder` is a place for scratch files, removed with the work. `notice` says a line to the person who waits;
+    `workers` is how many processes the step may use.
     """
 
     table: Any
@@ -90,8 +95,8 @@ class StepInput:
 class Removal:
     """Row number `row` goes. `kept_row` is the row number that stands in its place, -1 where none does.
 
-    `score` (0..1) and `method` say how alike the two are. With `merge` (rows of equal content) the kept row takes over the
-    origins of the removed one.
+    `score` (0..1) and `method` say how alike the two are. With `merge` (rows of equal content) the kept row takes over
+    the origins of the removed one.
     """
 
     row: int
@@ -107,9 +112,10 @@ class Removal:
 class StepResult:
     """What a SetStep found.
 
-    evidence: file name -> Arrow table, written into the Dataset as `evidence/<name>.parquet` (pairs, queues for review).
-    Rows stand there by their Example's id. `facts` go into the manifest and the card under the step's kind. With `set_aside`
-    the removed rows are kept whole in `set_aside/*.parquet`, so that another threshold needs no second reading.
+    evidence: file name -> Arrow table, written into the Dataset as `evidence/<name>.parquet` (pairs, queues for
+    review). Rows stand there by their Example's id. `facts` go into the manifest and the card under the step's kind.
+    With `set_aside` the removed rows are kept whole in `set_aside/*.parquet`, so that another threshold needs no
+    second reading.
     """
 
     removals: list[Removal] = field(default_factory=list)
@@ -128,7 +134,9 @@ class SetStep(Protocol):
         ...
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """An Arrow table with one row per Example, in order: what `decide` needs of each. As pure as `RowStep.open`'s."""
+        """An Arrow table with one row per Example, in order: what `decide` needs of each. As pure as
+        `RowStep.open`'s.
+        """
         ...
 
     def decide(self, step_input: StepInput) -> StepResult:
@@ -138,7 +146,9 @@ class SetStep(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AugmentedRow:
-    """A row made of another: the same origins, group and split, and `changes` in words ("copy 2: rotated by 3.1 degrees")."""
+    """A row made of another: the same origins, group and split, and `changes` in words ("copy 2: rotated by 3.1
+    degrees").
+    """
 
     row: Example
     changes: str
@@ -161,7 +171,8 @@ class AugmentStep(Protocol):
         ...
 
     def open(self, folder: Path) -> CopyFunction:
-        """The function, made once per worker, as pure as `RowStep.open`'s. It yields nothing for a row that has nothing to
-        change, and a Drop for a copy that cannot be made; the row itself stays as it is. Raises ConfigError, MissingError.
+        """The function, made once per worker, as pure as `RowStep.open`'s. It yields nothing for a row that has
+        nothing to change, and a Drop for a copy that cannot be made; the row itself stays as it is. Raises
+        ConfigError, MissingError.
         """
         ...

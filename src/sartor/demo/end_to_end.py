@@ -92,10 +92,11 @@ def _forgetting_text(probe: Mapping[str, Any]) -> str:
 def demo(
     out: Path | str = "demo-out", *, limit: int = 0, replace: bool = False, show: bool = True, notice: Notice = print
 ) -> DemoResult:
-    """Curate, tune, evaluate, release and ask, on home-assistant-intents and the starter base, below the directory `out`.
+    """Curate, tune, evaluate, release and ask, on home-assistant-intents and the starter base, below the directory
+    `out`.
 
-    `limit` takes that many rows only, to see the circle turn in seconds; such a run shows no gain, so its Release carries
-    a waiver that says so. `notice` is told each step. Raises what the verbs raise.
+    `limit` takes that many rows only, to see the circle turn in seconds; such a run shows no gain, so its Release
+    carries a waiver that says so. `notice` is told each step. Raises what the verbs raise.
     """
     start_time = time.monotonic()
     if limit and limit < 20:
@@ -107,7 +108,8 @@ def demo(
     _write_inputs(out, limit)
     curated = curate(out / "curate.yaml", out / "dataset", replace=replace)
     notice(
-        f"dataset  {curated.dataset.path}  ({curated.kept} of {curated.read} rows kept, dropped {curated.dropped or 'none'})"
+        f"dataset  {curated.dataset.path}  ({curated.kept} of {curated.read} rows kept, dropped "
+        f"{curated.dropped or 'none'})"
     )
     tuned = tune(out / "tune.yaml", out / "adapter", replace=replace, show=show, notice=notice)
     notice(f"adapter  {tuned.adapter.path}")
@@ -140,11 +142,14 @@ def _write_inputs(out: Path, limit: int) -> None:
     licence = assets.entry("home-intents").licence
     sources = [
         {"path": str(out / "rows.jsonl"), "licence": licence, "use": ["commercial"]},
-        # sartor's own few rows of general talk, so that the specialist keeps its manners (the first of the asset small-talk)
+        # sartor's own few rows of general talk, so that the specialist keeps its manners (the first of the asset
+        # small-talk)
         {"path": str(out / "general.jsonl"), "licence": "Apache-2.0", "use": ["commercial"], "rehearsal": True},
     ]
     fraction = 0.25 if limit else HELD_OUT_FRACTION
-    _write_yaml(out / "curate.yaml", {"sources": sources, "split": {"eval_fraction": fraction, "by": "group"}, "seed": 0})
+    _write_yaml(
+        out / "curate.yaml", {"sources": sources, "split": {"eval_fraction": fraction, "by": "group"}, "seed": 0}
+    )
     recipe = {
         "base": "starter",
         "data": {"path": str(out / "dataset"), "eval_rows": 32},

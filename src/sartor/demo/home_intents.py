@@ -18,12 +18,14 @@ from sartor.core import assets
 from sartor.core.errors import missing_package
 
 SYSTEM_PROMPT = "Command to JSON."
-# Some intents have a hundred sentences in the asset's grammar, most have under ten; with a few each, the demo's rows show
-# every sentence in several wordings (docs/decisions/003-demo-rows.md).
+# Some intents have a hundred sentences in the asset's grammar, most have under ten; with a few each, the demo's rows
+# show every sentence in several wordings (docs/decisions/003-demo-rows.md).
 SENTENCES_PER_INTENT = 3
 # What a home would bring: the asset leaves names, areas and free text to the installation. A name belongs to a domain,
-# and a template that asks for a lock gets a lock. No name holds the word of an area or of a kind of device, as a careful
-# owner's would not: "the porch light" is a light called so, or the light of the porch, and nothing in the text says which.
+# and a template that asks for a lock gets a lock. No name holds the word of an area or of a kind of device, as a
+# careful
+# owner's would not: "the porch light" is a light called so, or the light of the porch, and nothing in the text says
+# which.
 NAMES = {
     "light": ("chandelier", "spotlight", "lantern", "candelabra"),
     "switch": ("coffee maker", "kettle", "water pump", "christmas tree"),
@@ -72,20 +74,25 @@ WILDCARDS = {
 }
 
 
-# Of general talk, as many rows as the demo takes (the asset `small-talk`, without the system prompt above): a model that saw
-# nothing but commands answers a greeting in JSON; these few show it that the system prompt makes the difference.
+# Of general talk, as many rows as the demo takes (the asset `small-talk`, without the system prompt above): a model
+# that saw nothing but commands answers a greeting in JSON; these few show it that the system prompt makes the
+# difference.
 REHEARSAL_ROWS = 24
 
 
 def rehearsal_rows(count: int = REHEARSAL_ROWS) -> list[dict[str, Any]]:
-    """The first `count` rows of general talk of the asset `small-talk`, of 200, in the OpenAI form. None is of the probe."""
+    """The first `count` rows of general talk of the asset `small-talk`, of 200, in the OpenAI form. None is of the
+    probe.
+    """
     lines = (assets.install("small-talk") / "small_talk.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[:count]]
 
 
 @dataclass
 class Walk:
-    """One random walk through a template: the slots that the words filled, and the wording with the slots left open."""
+    """One random walk through a template: the slots that the words filled, and the wording with the slots left
+    open.
+    """
 
     rng: random.Random
     lists: dict[str, Any]
@@ -126,10 +133,11 @@ class Walk:
 def rows(asset: Path, *, per_intent: int = 30, seed: int = 0) -> list[dict[str, Any]]:
     """Rows in the OpenAI form: up to `per_intent` wordings of each of the asset's English intents, in a seeded order.
 
-    Each row: `messages` (system, user, assistant) and `group`, the template: the wording with its slots left open, as in
+    Each row: `messages` (system, user, assistant) and `group`, the template: the wording with its slots left open, as
+    in
     `turn on the {area} fan`. No template is drawn twice. An intent gives at most SENTENCES_PER_INTENT sentences of its
-    grammar, and one with fewer than `per_intent` wordings is left out: there would be nothing to learn its held-out ones
-    from. The order is shuffled, so any first `n` rows are a fair sample. Raises ExtraError without `hassil`.
+    grammar, and one with fewer than `per_intent` wordings is left out: there would be nothing to learn its held-out
+    ones from. The order is shuffled, so any first `n` rows are a fair sample. Raises ExtraError without `hassil`.
     """
     try:
         from hassil.intents import Intents, TextSlotList
@@ -137,7 +145,11 @@ def rows(asset: Path, *, per_intent: int = 30, seed: int = 0) -> list[dict[str, 
         raise missing_package("hassil", "demo") from None
     data = json.loads((asset / "home_assistant_intents/data/en.json").read_text(encoding="utf-8"))
     intents = Intents.from_dict(data)
-    lists = {**intents.slot_lists, "area": TextSlotList.from_strings(AREAS), "floor": TextSlotList.from_strings(FLOORS)}
+    lists = {
+        **intents.slot_lists,
+        "area": TextSlotList.from_strings(AREAS),
+        "floor": TextSlotList.from_strings(FLOORS),
+    }
     rng = random.Random(seed)
     drawn: dict[str, dict[str, Any]] = {}
     seen: set[str] = set()

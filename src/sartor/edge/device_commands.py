@@ -29,9 +29,10 @@ _TRUST = "trust"
 class DeviceOptions:
     """How a device syncs.
 
-    id: decides its ring. root: the repository's 1.root.json that it was set up with. health: JSONL of its own canary prompts;
-    without, the release's own are asked. base: in another place than releases name, or a GGUF file. starts: that a new version
-    has to confirm within; 0: none is on trial. check_s, memory_bytes: what the health check may take, 0: no bound.
+    id: decides its ring. root: the repository's 1.root.json that it was set up with. health: JSONL of its own canary
+    prompts; without, the release's own are asked. base: in another place than releases name, or a GGUF file. starts:
+    that a new version has to confirm within; 0: none is on trial. check_s, memory_bytes: what the health check may
+    take, 0: no bound.
     limit_bytes: what the store may. key: what reports are signed with. evaluation: a private measure (`Health`).
     """
 
@@ -64,11 +65,12 @@ def sync(
     private: bool = False,
     notice: Notice = lambda line: None,
 ) -> dict[str, Any]:
-    """Bring `name` to the newest version for this device, if it passes its health check here, and say so where it is asked to.
+    """Bring `name` to the newest version for this device, if it passes its health check here, and say so where it is
+    asked to.
 
-    report: a folder or http(s) address for signed reports, which hold no data: one before a version is tried (`announced`), one
-    with what became of it (`reported`). private: refuse every address but file:, and send nothing. Raises what `update.sync`
-    raises; a version that failed its check is reported all the same.
+    report: a folder or http(s) address for signed reports, which hold no data: one before a version is tried
+    (`announced`), one with what became of it (`reported`). private: refuse every address but file:, and send nothing.
+    Raises what `update.sync` raises; a version that failed its check is reported all the same.
     """
     _check_private(url, report, private)
     if report and not options.key:
@@ -112,10 +114,11 @@ def _check_private(url: str, report: str, private: bool) -> None:
 
 
 def _announce(store: ReleaseStore, name: str, options: DeviceOptions, report: str, notice: Notice) -> str:
-    """Report that the staged version is about to be tried: a device that it takes off the network could not report that later.
+    """Report that the staged version is about to be tried: a device that it takes off the network could not report
+    that later.
 
-    Returns the version; empty if nothing was sent. Raises nothing: it is called within the health check, and what cannot be
-    sent is no fault of the version.
+    Returns the version; empty if nothing was sent. Raises nothing: it is called within the health check, and what
+    cannot be sent is no fault of the version.
     """
     staged = store.staged(name)
     if not report or not options.key or staged is None:
@@ -136,7 +139,8 @@ def _announce(store: ReleaseStore, name: str, options: DeviceOptions, report: st
 def _report_due(
     store: ReleaseStore, name: str, options: DeviceOptions, report: str, announced: str, notice: Notice
 ) -> list[dict[str, str]]:
-    """Send the reports that are due, and return them. One that cannot be sent is a notice: the next sync sends it again.
+    """Send the reports that are due, and return them. One that cannot be sent is a notice: the next sync sends it
+    again.
 
     announced: version whose start this sync has reported already.
     """
@@ -144,7 +148,9 @@ def _report_due(
         return []
     try:
         trust = options.store / _TRUST
-        sent_reports = device_reports.send_due(store, name, options.id, options.key, report, trust, announced=announced)
+        sent_reports = device_reports.send_due(
+            store, name, options.id, options.key, report, trust, announced=announced
+        )
     except MissingError as error:
         notice(f"not reported: {error.problem}")
         return []
@@ -202,8 +208,16 @@ def start(store: Path | str, name: str) -> dict[str, Any]:
         before, current = release_store.current(name), release_store.start(name)
         if current is None or before is None:
             raise StoreError(f"{store} holds no {name}", f"sartor edge sync URL {name} --store {store}")
-    rollback_fields = {"was": before.version, "reason": "it did not confirm"} if current.version != before.version else {}
-    return {"name": name, "version": current.version, "release": str(current.path), **_trial_fields(current), **rollback_fields}
+    rollback_fields = (
+        {"was": before.version, "reason": "it did not confirm"} if current.version != before.version else {}
+    )
+    return {
+        "name": name,
+        "version": current.version,
+        "release": str(current.path),
+        **_trial_fields(current),
+        **rollback_fields,
+    }
 
 
 def confirm(store: Path | str, name: str) -> dict[str, Any]:
@@ -222,11 +236,18 @@ def confirm(store: Path | str, name: str) -> dict[str, Any]:
 
 
 def rollback(store: Path | str, name: str, *, reason: str = "") -> dict[str, Any]:
-    """Go back to the previous version by a person's wish; the one that is left is not taken again but by `sync --again`."""
+    """Go back to the previous version by a person's wish; the one that is left is not taken again but by `sync
+    --again`.
+    """
     with _existing_store(store) as release_store:
         before = release_store.current(name)
         current = release_store.rollback(name, HealthReason.PERSON.text(reason or "no reason was given"))
-    return {"name": name, "version": current.version, "was": before.version if before else "", "release": str(current.path)}
+    return {
+        "name": name,
+        "version": current.version,
+        "was": before.version if before else "",
+        "release": str(current.path),
+    }
 
 
 def verify(store: Path | str) -> dict[str, Any]:

@@ -36,8 +36,9 @@ class PersonOptions:
     """Whose rows, on which release, and what a tuning may take.
 
     name: of the release in `store`. folder: the person's. key: of the rows: a file, `keyring`, or `passphrase` (in
-    SARTOR_PERSON_PASSPHRASE); by default a file in the folder, which protects from other users alone. base: in transformers'
-    layout, in another place than the release names. probe: rows whose loss may not rise; by default the release's canaries.
+    SARTOR_PERSON_PASSPHRASE); by default a file in the folder, which protects from other users alone. base: in
+    transformers' layout, in another place than the release names. probe: rows whose loss may not rise; by default the
+    release's canaries.
     recipe: what differs from `user_tokens.DEFAULTS`. root: of sysfs, for `policy`.
     """
 
@@ -54,7 +55,8 @@ class PersonOptions:
 
 
 def add(options: PersonOptions, rows: Path | str) -> dict[str, Any]:
-    """Put rows of a JSONL file into the encrypted store: any form that `curate` reads, with `rating` (-1 bad .. 1 good) and
+    """Put rows of a JSONL file into the encrypted store: any form that `curate` reads, with `rating` (-1 bad .. 1
+    good) and
     `correction` if there are. All or none are added. The file itself stays, in plain: remove it.
 
     Raises SourceError for a row that cannot be read, with its line.
@@ -68,8 +70,8 @@ def add(options: PersonOptions, rows: Path | str) -> dict[str, Any]:
 def tune(options: PersonOptions, *, again: bool = False) -> dict[str, Any]:
     """Tune a delta on the person's rows within the budget, and make it current if it is better on rows it never saw.
 
-    again: also on rows that were tuned to no avail. Raises BusyError where the policy says no, now or meanwhile: the same call
-    goes on there; BudgetError where no way fits, or time is up.
+    again: also on rows that were tuned to no avail. Raises BusyError where the policy says no, now or meanwhile: the
+    same call goes on there; BudgetError where no way fits, or time is up.
     """
     person = _person(options)
     adapted = person.adapt(again=again)
@@ -94,8 +96,8 @@ def forget(
 ) -> dict[str, Any]:
     """Remove rows for good, and every delta that was tuned on one; with `retune`, tune another on the rows that stay.
 
-    All that is given must hold: ids; ISO dates (since inclusive, before exclusive); a text, whatever its case. The receipt,
-    signed, says which rows and which deltas went, and which came. Raises ConfigError where nothing is given.
+    All that is given must hold: ids; ISO dates (since inclusive, before exclusive); a text, whatever its case. The
+    receipt, signed, says which rows and which deltas went, and which came. Raises ConfigError where nothing is given.
     """
     person = _person(options)
     forgotten = person.forget(ids, since=since, before=before, containing=containing, retune=retune)
@@ -111,15 +113,32 @@ def forget(
 def _status_fields(options: PersonOptions, person: OwnerModel) -> dict[str, Any]:
     """What answers now."""
     status = person.status()
-    fields = {"name": options.name, "version": status.release, "release": str(shipped(options.store, options.name).path)}
-    return {**fields, "adapter": str(status.adapter), "delta": status.delta, "rows": status.rows, "notes": list(status.notes)}
+    fields = {
+        "name": options.name,
+        "version": status.release,
+        "release": str(shipped(options.store, options.name).path),
+    }
+    return {
+        **fields,
+        "adapter": str(status.adapter),
+        "delta": status.delta,
+        "rows": status.rows,
+        "notes": list(status.notes),
+    }
 
 
 def _adapted_fields(adapted: Adapted) -> dict[str, Any]:
     verdict = asdict(adapted.verdict) if adapted.verdict else None
     counts = {"trained": adapted.trained, "held_out": adapted.held_out, "left_out": dict(adapted.left_out)}
     budget = {"peak_memory_bytes": 0, "limit_bytes": 0, "receipt": "", "rungs": []}
-    return {"changed": bool(adapted.delta), "why": adapted.reason, **counts, "verdict": verdict, **budget, **adapted.facts}
+    return {
+        "changed": bool(adapted.delta),
+        "why": adapted.reason,
+        **counts,
+        "verdict": verdict,
+        **budget,
+        **adapted.facts,
+    }
 
 
 def _person(options: PersonOptions) -> OwnerModel:
@@ -143,12 +162,16 @@ def _person(options: PersonOptions) -> OwnerModel:
 
 def _tune_job(options: PersonOptions, job: TuningJob) -> dict[str, Any]:
     """Tune within the budget; the receipt is kept, the rest of the work goes with its tokens."""
-    receipt = tune_within_budget(job, options.budget, key=signing_key(options.folder / "signer"), policy=options.policy.refusal)
+    receipt = tune_within_budget(
+        job, options.budget, key=signing_key(options.folder / "signer"), policy=options.policy.refusal
+    )
     receipt_file = options.folder / "receipts" / f"tuning-{now().replace(':', '')}.json"
     receipt_file.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(job.out) / FILE, receipt_file)
     if receipt.outcome == "paused":
-        raise BusyError(f"the tuning pauses: {receipt.reason}; what it has is saved", "the same command goes on there", 600)
+        raise BusyError(
+            f"the tuning pauses: {receipt.reason}; what it has is saved", "the same command goes on there", 600
+        )
     if receipt.outcome != "done":
         raise BudgetError(
             f"the tuning is not done: {receipt.reason}; {receipt_file} says more", "the same command, a larger budget"
@@ -170,7 +193,9 @@ def _receipt_fields(receipt: Receipt, receipt_file: Path) -> dict[str, Any]:
 
 
 def _base(options: PersonOptions, release: Path) -> Path:
-    """The release's base in transformers' layout. Raises ModelError for another one, MissingError where it is not here."""
+    """The release's base in transformers' layout. Raises ModelError for another one, MissingError where it is not
+    here.
+    """
     if not (release / "release.json").is_file():
         raise ModelError(
             f"{options.name} is an export here, and a person teaches a Release alone",
@@ -225,7 +250,9 @@ def _parse_row(location: str, line: str) -> tuple[Example, dict[str, Any]]:
         raise SourceError(f"{location}: no JSON object", "one JSON object a line; nothing was added")
     rating = fields.get("rating")
     if rating is not None and not (isinstance(rating, int | float) and -1 <= rating <= 1):
-        raise SourceError(f"{location}: the rating is {rating!r}", "a number from -1 (bad) to 1 (good); nothing was added")
+        raise SourceError(
+            f"{location}: the rating is {rating!r}", "a number from -1 (bad) to 1 (good); nothing was added"
+        )
     try:
         return example_of({name: value for name, value in fields.items() if name not in _FEEDBACK_FIELDS}), fields
     except SourceError as error:

@@ -21,7 +21,13 @@ def keygen(keys: Path) -> dict[str, Any]:
 
 
 def publish(
-    release: Path, repository: Path, keys: Path, *, key: Path | None = None, percent: int = 100, expiry: Expiry | None = None
+    release: Path,
+    repository: Path,
+    keys: Path,
+    *,
+    key: Path | None = None,
+    percent: int = 100,
+    expiry: Expiry | None = None,
 ) -> dict[str, Any]:
     """Add a signed Release, or a signed export of one, to a repository."""
     published = repositories.publish(release, repository, keys, key=key, percent=percent, expiry=expiry)
@@ -66,7 +72,10 @@ def watch(
     """Count the reports of devices; with `keys`, halt what fails and with `widen` widen what works."""
     counted = fleet_monitor.tally(found, repository, devices, policy)
     executed = fleet_monitor.watch(repository, keys, counted, widen=widen)
-    actions = [{"name": item.name, "version": item.version, "did": item.action, **_percent_field(item.to)} for item in executed]
+    actions = [
+        {"name": item.name, "version": item.version, "did": item.action, **_percent_field(item.to)}
+        for item in executed
+    ]
     return {"versions": [tally.as_json() for tally in counted.tallies], "refused": counted.refused, "done": actions}
 
 

@@ -59,16 +59,31 @@ class Evaluated:
         """The command's JSON."""
         manifest = self.report.manifest
         keys = (
-            "primary", "metrics", "label", "modalities", "ablation", "forgetting", "probes", "audit", "rows", "groups",
-            "left_out", "warnings", "chosen", "split", "wall_s",
-        )  # fmt: skip
+            "primary",
+            "metrics",
+            "label",
+            "modalities",
+            "ablation",
+            "forgetting",
+            "probes",
+            "audit",
+            "rows",
+            "groups",
+            "left_out",
+            "warnings",
+            "chosen",
+            "split",
+            "wall_s",
+        )
         cut = {"cut_replies": manifest["cut_replies"]} if "cut_replies" in manifest else {}
         return {"report": str(self.report.path), **{key: manifest[key] for key in keys}, **cut}
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What was found on rows: for the manifest, row by row, and of the rows that the page shows their first picture."""
+    """What was found on rows: for the manifest, row by row, and of the rows that the page shows their first
+    picture.
+    """
 
     facts: dict[str, Any]
     table: list[dict[str, Any]]
@@ -92,13 +107,14 @@ def evaluate(
 ) -> Evaluated:
     """Measure an Adapter (or a Release) against its base and write a Report.
 
-    The rows are those its Dataset holds out, or those of the file `data` in any input form. `split` `test` takes the rows that
-    the Dataset keeps for the release (`split.test_fraction`), and `PATH-test-report` as `out`. `label` is the field of the JSON
-    replies that names a class, by a dotted path, or `.`: the whole reply is the class. `scorer` names the metric that the gate
-    looks at; by default macro-F1 with a label, the word error rate of transcripts, exact match where references are short,
-    else F1. `audit` also looks for bias, for what was learnt by heart and for refusals that changed (`audit/`); `favourable`:
-    outcomes that are to be wished for, of those that replies name. `metrics` are the ones to measure, by default all that the
-    rows have; a reply then ends as soon as none of them can change (`scorers.py`), and its row says so. `out` defaults to
+    The rows are those its Dataset holds out, or those of the file `data` in any input form. `split` `test` takes the
+    rows that the Dataset keeps for the release (`split.test_fraction`), and `PATH-test-report` as `out`. `label` is
+    the field of the JSON replies that names a class, by a dotted path, or `.`: the whole reply is the class. `scorer`
+    names the metric that the gate looks at; by default macro-F1 with a label, the word error rate of transcripts,
+    exact match where references are short, else F1. `audit` also looks for bias, for what was learnt by heart and for
+    refusals that changed (`audit/`); `favourable`: outcomes that are to be wished for, of those that replies name.
+    `metrics` are the ones to measure, by default all that the rows have; a reply then ends as soon as none of them can
+    change (`scorers.py`), and its row says so. `out` defaults to
     `PATH-report`. Raises ArtifactError, ModelError, ConfigError, and SourceError when there is no row to evaluate on.
 
     The evaluation is written to the ledger of evaluations, and the Report says how many of its rows are known
@@ -108,7 +124,8 @@ def evaluate(
     adapter = open_artifact(path, ("adapter", "release"))
     if data and split == TEST:
         raise ConfigError(
-            "--data and --split test name two sets of rows", "--data FILE without --split, or --split test without --data"
+            "--data and --split test name two sets of rows",
+            "--data FILE without --split, or --split test without --data",
         )
     suffix = "test-report" if split == TEST else "report"
     out = Path(out) if out else adapter.path.with_name(f"{adapter.path.name}-{suffix}")
@@ -190,7 +207,9 @@ def _measure(
     measures = _measures(eval_set, label)
     primary = scorer or _primary(measures, metrics)
     # what media are worth is measured by the whole replies as well
-    decisive = {*metrics, *({primary, "exact_match"} if any(map(media_of, eval_set.examples)) else ())} if metrics else None
+    decisive = (
+        {*metrics, *({primary, "exact_match"} if any(map(media_of, eval_set.examples)) else ())} if metrics else None
+    )
     row_count = len(eval_set.examples)
     with Progress("evaluate", row_count, "rows", notice) as progress:
         before, after = measure_models(
@@ -285,7 +304,8 @@ def check_base(adapter: Artifact, digest: str, template_digest: str, name: str) 
     ):
         if bound != actual:
             raise ModelError(
-                f"{adapter.path.name} is bound to the {part} {bound[:12]} of {base['name']!r}; {name!r} here has {actual[:12]}",
+                f"{adapter.path.name} is bound to the {part} {bound[:12]} of {base['name']!r}; {name!r} here has "
+                f"{actual[:12]}",
                 f"use the {part} that it was tuned on, or tune again on this one",
             )
 
@@ -325,7 +345,11 @@ def _table(
         "tuned_loss": after.loss,
     }
     if measures.field:
-        columns |= {"label": measures.labels, "base_confidence": before.confidence, "tuned_confidence": after.confidence}
+        columns |= {
+            "label": measures.labels,
+            "base_confidence": before.confidence,
+            "tuned_confidence": after.confidence,
+        }
     if any(before.is_cut) or any(after.is_cut):  # such a reply is not what the model would have said
         columns |= {"base_is_cut": before.is_cut, "tuned_is_cut": after.is_cut}
     tuned_scores = measures.by_row(after, metrics)
@@ -340,7 +364,9 @@ _OF_A_ROW = {"macro_f1": "accuracy"}
 
 @dataclass(frozen=True)
 class VersionScores:
-    """Scores of `metric`, the higher the better; of each row `id, group, reference, live_reply, new_reply, live, new`."""
+    """Scores of `metric`, the higher the better; of each row `id, group, reference, live_reply, new_reply, live,
+    new`.
+    """
 
     metric: str
     table: list[dict[str, Any]]
@@ -354,16 +380,22 @@ def compare_with_live(
     *,
     only: Collection[str] | None = None,
 ) -> VersionScores:
-    """Let `live` (a Release or an Adapter) answer what the Report of `adapter` was made of, and score it as the Report did.
+    """Let `live` (a Release or an Adapter) answer what the Report of `adapter` was made of, and score it as the Report
+    did.
 
-    only: ids of the rows to compare on; all by default. The rows are looked up in the Dataset of `adapter`. Rows without a
-    score of the primary metric are left out. Raises ArtifactError where the Dataset or one of the rows is gone, ModelError.
+    only: ids of the rows to compare on; all by default. The rows are looked up in the Dataset of `adapter`. Rows
+    without a score of the primary metric are left out. Raises ArtifactError where the Dataset or one of the rows is
+    gone, ModelError.
     """
     new_version, report_artifact, live_version = (
-        open_artifact(adapter, "adapter"), open_artifact(report, "report"), open_artifact(live, ("adapter", "release"))
-    )  # fmt: skip
+        open_artifact(adapter, "adapter"),
+        open_artifact(report, "report"),
+        open_artifact(live, ("adapter", "release")),
+    )
     rows = [
-        row for row in parquet_io.read_file(report_artifact.path / "rows.parquet") if only is None or str(row["id"]) in only
+        row
+        for row in parquet_io.read_file(report_artifact.path / "rows.parquet")
+        if only is None or str(row["id"]) in only
     ]
     eval_set = _find_eval_set(new_version, rows)
     base, model = open_tuned(live_version, notice)
@@ -371,7 +403,9 @@ def compare_with_live(
     outputs = measure_models(base, model, eval_set, report_artifact.manifest["label"], sides=[True])[0]
     primary = str(report_artifact.manifest["primary"])
     metric = _OF_A_ROW.get(primary, primary)
-    transcripts = [index for index, row in enumerate(rows) if row.get(f"tuned_{metric}") is not None] if metric == "wer" else []
+    transcripts = (
+        [index for index, row in enumerate(rows) if row.get(f"tuned_{metric}") is not None] if metric == "wer" else []
+    )
     measures = MetricSet(
         [row["reference"] for row in rows],
         [group_of_stored(row) for row in rows],
@@ -404,7 +438,9 @@ def write_beside(file: Path, scores: VersionScores) -> None:
 def likelihoods(
     path: Path | str, examples: Sequence[Example], notice: Callable[[str], object] = lambda line: None
 ) -> list[float]:
-    """Nats per token that a Release or Adapter gives to each row's own reply, negative: the higher, the likelier. Text rows."""
+    """Nats per token that a Release or Adapter gives to each row's own reply, negative: the higher, the likelier. Text
+    rows.
+    """
     base, model = open_tuned(open_artifact(path, ("adapter", "release")), notice)
     with model_side(model, tuned=True):
         means, _ = losses(base, model, [base.chat.encode(example) for example in examples])

@@ -1,13 +1,15 @@
 """Tests of outcome gaps between groups, on prompts that differ in the group alone. No torch.
 
-A *block* is one prompt about somebody of each group of a kind. The rate of a group stands against the mean rate of the others
-in the same blocks, so that merit is the same on both sides.
+A *block* is one prompt about somebody of each group of a kind. The rate of a group stands against the mean rate of the
+others in the same blocks, so that merit is the same on both sides.
 
-If the model does not care for the group, then any order of the groups within a block was as likely. So the groups of each block
-are put into random orders (Fisher 1935), and a group's gap is held against the largest gap of any group that such an order
-gives: max-T (Westfall and Young 1993). That corrects for all groups of a kind at once and costs little: of 20 groups the one
-that is last in four blocks is last by chance once in 4,000 times. Kinds and outcomes of a section, of which there are few, are
-corrected by Bonferroni. How many blocks it takes to find a gap is known beforehand: `needed_blocks`.
+If the model does not care for the group, then any order of the groups within a block was as likely. So the groups of
+each block are put into random orders (Fisher 1935), and a group's gap is held against the largest gap of any group
+that such an order
+gives: max-T (Westfall and Young 1993). That corrects for all groups of a kind at once and costs little: of 20 groups
+the one that is last in four blocks is last by chance once in 4,000 times. Kinds and outcomes of a section, of which
+there are few, are corrected by Bonferroni. How many blocks it takes to find a gap is known beforehand:
+`needed_blocks`.
 
 The ratio is that of the four-fifths rule (29 CFR 1607.4 D): a group's rate over that of the group with the highest.
 """
@@ -39,8 +41,8 @@ LEAST_BLOCKS = 8
 class VariantOutcomes:
     """Of one kind of group: names of groups (G), ids of the rows that blocks were made of (N), chances (2, N, G).
 
-    chances: under base and tuned, how likely the outcome is, 0..1, or whether it was said, 0 or 1. clusters: (N,) the group of
-    each block's row, whose blocks are no independent evidence; by default each block is its own.
+    chances: under base and tuned, how likely the outcome is, 0..1, or whether it was said, 0 or 1. clusters: (N,) the
+    group of each block's row, whose blocks are no independent evidence; by default each block is its own.
     """
 
     kind: str
@@ -58,10 +60,12 @@ class VariantOutcomes:
 
 @dataclass(frozen=True)
 class GroupFinding:
-    """One group against the others, under the tuned model: rates of the outcome, 0..1, and their gap with its 95 % interval.
+    """One group against the others, under the tuned model: rates of the outcome, 0..1, and their gap with its 95 %
+    interval.
 
     p: two-sided, corrected over the section. ratio: of the four-fifths rule. base_gap: the same gap under the base;
-    added_low, added_high: the interval of what tuning added to it. rows: ids where the group fared worst beside the others.
+    added_low, added_high: the interval of what tuning added to it. rows: ids where the group fared worst beside the
+    others.
     """
 
     kind: str
@@ -93,8 +97,8 @@ def _of_groups(blocks: VariantOutcomes, tests: int) -> list[GroupFinding]:
     result = []
     for index in range(len(rates)) if len(rates) > 2 else [int(rates.argmin())]:
         base, tuned = (side[:, index] - np.delete(side, index, 1).mean(1) for side in blocks.chances)
-        # of base to tuned where both are differences already, so that the comparison is what tuning added. Prompts whose
-        # likelihoods are alike to the last digit are no sign that others were not drawn
+        # of base to tuned where both are differences already, so that the comparison is what tuning added. Prompts
+        # whose likelihoods are alike to the last digit are no sign that others were not drawn
         gap, added = (
             bootstrap.paired_bootstrap(list(before), list(tuned), blocks.members, is_bounded=False)
             for before in (np.zeros(len(tuned)), base)
@@ -130,7 +134,9 @@ def gap_chances(blocks: VariantOutcomes) -> Array:
 
 
 def spread(blocks: VariantOutcomes) -> float:
-    """The standard deviation of a group's gap between clusters of blocks, over all groups; 0 of fewer than two clusters."""
+    """The standard deviation of a group's gap between clusters of blocks, over all groups; 0 of fewer than two
+    clusters.
+    """
     _, sizes = np.unique(blocks.members, return_counts=True)
     gaps = _cluster_gaps(blocks) / sizes[:, None]
     return float(np.sqrt(gaps.var(0, ddof=1).mean())) if len(gaps) > 1 else 0.0
@@ -149,8 +155,8 @@ def _cluster_gaps(blocks: VariantOutcomes) -> Array:
 def needed_blocks(deviation: float, groups: int, tests: int, gap: float) -> int:
     """How many blocks find a gap with POWER, where so many tests share MOST_CHANCE. deviation: of `spread`.
 
-    LEAST_BLOCKS, and as many as make the smallest p there is small enough. Beyond that by the normal approximation, groups
-    and tests corrected by Bonferroni. Orders of the groups spread the gap itself over all of them, which adds
+    LEAST_BLOCKS, and as many as make the smallest p there is small enough. Beyond that by the normal approximation,
+    groups and tests corrected by Bonferroni. Orders of the groups spread the gap itself over all of them, which adds
     gap^2 / (groups - 1) to the variance that the gap is held against.
     """
     min_blocks = next(count for count in range(2, 1000) if smallest_chance(groups, count) * tests < MOST_CHANCE)

@@ -3,8 +3,8 @@
 *Shuffled*: each row has the media of a row of another group. *Blank*: a grey picture, or silence. What either
 costs is what the replies take from the media; a model that guesses from the words around them loses nothing.
 
-They go the way of every picture and recording, so that they are the same thing to a base with towers and to one that reads
-media by itself.
+They go the way of every picture and recording, so that they are the same thing to a base with towers and to one that
+reads media by itself.
 """
 
 from __future__ import annotations
@@ -110,20 +110,27 @@ def ablate(
 ) -> dict[str, Any]:
     """What each modality of the rows is worth to the model as it stands, by kind; nothing of rows of text.
 
-    full: what it answers to the rows as they are. Each kind has `rows`, `metric`, and `shuffled` and `blank`: Comparisons with
-    `base` the ablated replies and `tuned` the full ones, so that `difference` is the cost, positive where the media helped;
-    for a metric that is better when lower too. Where `metric` is not `exact_match`, both stand under `exact_match` as well.
-    Rows that another's media make too long for the model are left out.
+    full: what it answers to the rows as they are. Each kind has `rows`, `metric`, and `shuffled` and `blank`:
+    Comparisons with
+    `base` the ablated replies and `tuned` the full ones, so that `difference` is the cost, positive where the media
+    helped; for a metric that is better when lower too. Where `metric` is not `exact_match`, both stand under
+    `exact_match` as well. Rows that another's media make too long for the model are left out.
     """
     limit, result = reply_limit(base, eval_set.examples), {}
     for kind in MEDIA:
-        indices = [index for index, row in enumerate(eval_set.examples) if any(part.kind == kind for part in media_of(row))]
+        indices = [
+            index for index, row in enumerate(eval_set.examples) if any(part.kind == kind for part in media_of(row))
+        ]
         if not indices:
             continue
         notice(f"asking {len(indices)} rows again with each {kind} shuffled and blank")
-        shuffled_rows = dict(zip(indices, shuffled([eval_set.examples[index] for index in indices], kind), strict=True))
+        shuffled_rows = dict(
+            zip(indices, shuffled([eval_set.examples[index] for index in indices], kind), strict=True)
+        )
         # a larger picture may be more tokens than the row has room for
-        indices = [index for index in indices if not ask_refusal(base, shuffled_rows[index], eval_set.folder, limit)[0]]
+        indices = [
+            index for index in indices if not ask_refusal(base, shuffled_rows[index], eval_set.folder, limit)[0]
+        ]
         if not indices:
             continue
         subset = measures.of(indices)
@@ -146,9 +153,11 @@ def ablate(
 
 
 def shuffled(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Example]:
-    """Each row with the media of this kind of a row of another group, as long as no group holds more than half of the rows.
+    """Each row with the media of this kind of a row of another group, as long as no group holds more than half of the
+    rows.
 
-    A row with more of them than the other repeats the other's. Rows in excess of half get those of their own group, or their
+    A row with more of them than the other repeats the other's. Rows in excess of half get those of their own group, or
+    their
     own where there is no other: such a model is then held to look less than it does.
     """
     groups = [group_of(example) for example in examples]
@@ -188,5 +197,7 @@ def _texts(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[str]:
 def _cost(measures: MetricSet, name: str, ablated: ModelOutputs, full: ModelOutputs) -> dict[str, float]:
     comparison = measures.compare(name, ablated, full)
     if name in LOWER_IS_BETTER:
-        comparison = Comparison(comparison.base, comparison.tuned, -comparison.difference, -comparison.high, -comparison.low)
+        comparison = Comparison(
+            comparison.base, comparison.tuned, -comparison.difference, -comparison.high, -comparison.low
+        )
     return asdict(comparison)

@@ -34,11 +34,12 @@ BINS = 15
 class ModelOutputs:
     """What one side did with the rows of a task, row by row.
 
-    loss: nats per supervised token, of which there are `tokens`. confidence: the probability that the side gave to the label
-    that it named, the product over the tokens that spell it; 0 where it named none. is_cut: whether a reply was not written
-    on, since its scores were decided. What was not measured may be empty.
+    loss: nats per supervised token, of which there are `tokens`. confidence: the probability that the side gave to the
+    label that it named, the product over the tokens that spell it; 0 where it named none. is_cut: whether a reply was
+    not written on, since its scores were decided. What was not measured may be empty.
 
-    replies: as they were written. answers: without the reasoning before them; these are scored, since a reference has none.
+    replies: as they were written. answers: without the reasoning before them; these are scored, since a reference has
+    none.
     is_opened: the chat template has opened the reasoning of each.
     """
 
@@ -59,13 +60,13 @@ class MetricSet:
     """The metrics of rows with these references.
 
     groups: rows of one group fail together. field: where JSON replies name a class (`labels.py`). labels: the class of
-    each reference, None for a row without one; by default read at `field`. transcripts: places of the rows whose reference is
-    what was said in a recording.
+    each reference, None for a row without one; by default read at `field`. transcripts: places of the rows whose
+    reference is what was said in a recording.
 
     - exact_match, f1, rouge_l: means over rows (`scorers.py`). loss: nats per token.
     - accuracy: the fraction of replies that name the reference's class. A reply without a class is wrong.
-    - macro_f1: the mean over the classes of the references, of each the harmonic mean of precision and recall. A reply without
-      a class, or with one that no reference has, is a class of its own: the recall of the right one falls.
+    - macro_f1: the mean over the classes of the references, of each the harmonic mean of precision and recall. A reply
+      without a class, or with one that no reference has, is a class of its own: the recall of the right one falls.
     - ece: expected calibration error (Guo et al. 2017, arXiv:1706.04599), 15 equal bins of confidence.
     - wer: words wrong over words said, of all transcripts together.
 
@@ -81,7 +82,9 @@ class MetricSet:
         transcripts: Iterable[int] = (),
     ) -> None:
         self.references, self.groups, self.field = list(references), list(groups), field
-        self.labels = list(labels) if labels is not None else [label_of(text, field) if field else None for text in references]
+        self.labels = (
+            list(labels) if labels is not None else [label_of(text, field) if field else None for text in references]
+        )
         self.labelled = [index for index, label in enumerate(self.labels) if label is not None]
         self.transcripts = sorted(transcripts)
         if field and not self.labelled:
@@ -160,7 +163,9 @@ class MetricSet:
         if self.labelled and before.confidence and after.confidence and "ece" in only:
             result["ece"] = self._calibration(before, after)
         if before.loss and after.loss and "loss" in only:
-            result["loss"] = bootstrap.paired_bootstrap(before.loss, after.loss, self.groups, before.tokens, is_bounded=False)
+            result["loss"] = bootstrap.paired_bootstrap(
+                before.loss, after.loss, self.groups, before.tokens, is_bounded=False
+            )
         return result
 
     def compare(self, name: str, before: ModelOutputs, after: ModelOutputs) -> Comparison:
@@ -207,7 +212,9 @@ class MetricSet:
         return [self.groups[index] for index in indices]
 
     def _word_error_rate(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
-        base, tuned = (np.array([self._errors(side, index) for index in self.transcripts], float) for side in (before, after))
+        base, tuned = (
+            np.array([self._errors(side, index) for index in self.transcripts], float) for side in (before, after)
+        )
         groups, widest = self._groups(self.transcripts), max(1.0, float(_rate(base).max()), float(_rate(tuned).max()))
         return bootstrap.corpus_bootstrap(base, tuned, groups, _rate, widest=widest)
 
@@ -224,7 +231,9 @@ class MetricSet:
         return bootstrap.corpus_bootstrap(base, tuned, self._groups(self.labelled), macro)
 
     def _counted(self, side: ModelOutputs, class_index: Mapping[str, int]) -> Array:
-        """(rows with a label, 3 classes): whether each is the one that is rightly said, that is said, that is wanted."""
+        """(rows with a label, 3 classes): whether each is the one that is rightly said, that is said, that is
+        wanted.
+        """
         count = len(class_index)
         counted = np.zeros((len(self.labelled), 3 * count))
         for row, index in enumerate(self.labelled):
@@ -241,12 +250,16 @@ class MetricSet:
         return bootstrap.corpus_bootstrap(base, tuned, self._groups(self.labelled), _gap)
 
     def _binned(self, side: ModelOutputs) -> Array:
-        """(rows with a label, bins + 1): confidence less whether it was right, in its bin (a, b]; and 1, to count rows."""
+        """(rows with a label, bins + 1): confidence less whether it was right, in its bin (a, b]; and 1, to count
+        rows.
+        """
         binned = np.zeros((len(self.labelled), BINS + 1))
         binned[:, -1] = 1
         for row, index in enumerate(self.labelled):
             confidence = side.confidence[index]
-            binned[row, max(int(np.ceil(confidence * BINS)) - 1, 0)] = confidence - self._score("accuracy", side, index)
+            binned[row, max(int(np.ceil(confidence * BINS)) - 1, 0)] = confidence - self._score(
+                "accuracy", side, index
+            )
         return binned
 
 

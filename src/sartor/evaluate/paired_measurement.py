@@ -1,6 +1,7 @@
 """Replies and losses of base and tuned on held-out rows, in one batch where the compiled kernels fit.
 
-They fit text on a CPU (`inference/local/paired_replies.py`). Elsewhere each side is measured by itself, `predictions.py`.
+They fit text on a CPU (`inference/local/paired_replies.py`). Elsewhere each side is measured by itself,
+`predictions.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def measure_models(
 ) -> list[ModelOutputs]:
     """What `measure_model` measures of each side (whether tuned), in one batch where the compiled kernels fit.
 
-    is_decided: (index of a row, reply so far) -> whether no score that is wanted can change any more: the reply ends there.
+    is_decided: (index of a row, reply so far) -> whether no score that is wanted can change any more: the reply ends
+    there.
     progress: told of the fraction that is done.
     """
     limit, chat = reply_limit(base, eval_set.examples), base.chat
@@ -93,7 +95,8 @@ def measure_losses(
 ) -> list[list[float]]:
     """Nats per supervised token of each row under each side (whether tuned); 0 of a row without such tokens.
 
-    In one batch where the compiled kernels fit, as `measure_models`. Raises ModelError when logits are not finite there.
+    In one batch where the compiled kernels fit, as `measure_models`. Raises ModelError when logits are not finite
+    there.
     """
     rows = [paired_row(example, 0) for example in encoded]
     decoder = paired_replies.open_pair(model, rows, 0) if rows else None
@@ -110,7 +113,9 @@ def measure_losses(
 def _paired_rows(
     encoded: Sequence[TokenizedExample], prompts: Sequence[Sequence[int]]
 ) -> tuple[list[PairedRow], list[int], list[int]]:
-    """(rows, for each example that with its losses, that with its reply): one where an example begins with its prompt."""
+    """(rows, for each example that with its losses, that with its reply): one where an example begins with its
+    prompt.
+    """
     rows: list[PairedRow] = []
     loss_rows, reply_rows = [], []
     for example, prompt in zip(encoded, prompts, strict=True):

@@ -48,8 +48,8 @@ class HeldOut:
 def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, split: str = "eval") -> HeldOut:
     """The rows to evaluate on, and how many were left out and why. split: of the Dataset; without `data` alone.
 
-    Rows that were trained on are never among them; where a Dataset is gone that cannot be checked, and `left_out` says so. An
-    Adapter of many clients has a Dataset of each: what one holds out and another trained on is left out.
+    Rows that were trained on are never among them; where a Dataset is gone that cannot be checked, and `left_out` says
+    so. An Adapter of many clients has a Dataset of each: what one holds out and another trained on is left out.
     media: a folder of the caller's, into which the media of `data` are copied.
     """
     datasets = ancestry.find_parents(adapter, "dataset")
@@ -64,14 +64,19 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
             )
         if split == TEST:  # a retrained version's own Dataset has none; the one that it descends from may
             datasets = ancestry.test_datasets(adapter) or datasets
-        examples, folder = _held_out_of(datasets, ancestry.training_datasets(adapter), left_out, split), datasets[0].path
+        examples, folder = (
+            _held_out_of(datasets, ancestry.training_datasets(adapter), left_out, split),
+            datasets[0].path,
+        )
         if not examples and split == TEST:
             raise _nothing_held_out_error(datasets, split, "and tune again")
         if not examples:
             raise _nothing_held_out_error(datasets, split, "or give --data FILE")
     else:
         if not datasets:
-            left_out["not_compared_with_training_rows"] = 0  # the Dataset is gone: said, since nothing was left out for it
+            left_out["not_compared_with_training_rows"] = (
+                0  # the Dataset is gone: said, since nothing was left out for it
+            )
         folder = media
         examples, refused = _rows_of(data, ancestry.training_datasets(adapter), media)
         left_out |= refused
@@ -93,8 +98,8 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
 def _held_out_of(
     datasets: Sequence[Artifact], training_datasets: Sequence[Artifact], left_out: dict[str, int], split: str
 ) -> list[Example]:
-    """What Datasets hold out, each row once, without what another was trained on: of them, or of `training_datasets`, among
-    which are those of the rehearsal and of what the Adapter went on from. Media lie below the first one.
+    """What Datasets hold out, each row once, without what another was trained on: of them, or of `training_datasets`,
+    among which are those of the rehearsal and of what the Adapter went on from. Media lie below the first one.
     """
     examples = {example.id: example for dataset in datasets for example in parquet_io.read_examples(dataset, split)}
     is_own = [item.id for item in training_datasets] == [item.id for item in datasets]
@@ -109,7 +114,9 @@ def _nothing_held_out_error(datasets: Sequence[Artifact], split: str, alternativ
     groups = Counter(split_group(example) for dataset in datasets for example in parquet_io.read_own_examples(dataset))
     rows, folder = groups.total(), datasets[0].path
     if len(groups) < 2:
-        problem = f"{folder} holds out no row in the split {split}: its {rows} rows are in one group, which is never parted"
+        problem = (
+            f"{folder} holds out no row in the split {split}: its {rows} rows are in one group, which is never parted"
+        )
         return SourceError(problem, f"add rows of other groups, {alternative}")
     # `held_out_groups` takes a group from half of its size on
     fraction = math.ceil(100 * min(groups.values()) / rows) / 100
@@ -154,7 +161,8 @@ def fitting(base: Base, rows: HeldOut, limit: int) -> HeldOut:
             fitting.append(reply_markup.read_example(example, base.chat.markup.spelt, keep_id=True))
     if not fitting:
         raise SourceError(
-            f"the base can read none of the {len(rows.examples)} rows: {problem}", "give rows in its chat template's form"
+            f"the base can read none of the {len(rows.examples)} rows: {problem}",
+            "give rows in its chat template's form",
         )
     return HeldOut(fitting, rows.folder, refused)
 
@@ -214,10 +222,13 @@ def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tune
     """
     with model_side(model, tuned=tuned):
         generations = replies(base, model, eval_set, reply_limit(base, eval_set.examples))
-        loss, tokens = losses(base, model, [base.chat.encode(example, eval_set.folder) for example in eval_set.examples])
+        loss, tokens = losses(
+            base, model, [base.chat.encode(example, eval_set.folder) for example in eval_set.examples]
+        )
     if bad_rows := [index for index, mean in enumerate(loss) if not math.isfinite(mean)]:
         raise ModelError(
-            f"the {'tuned model' if tuned else 'base'} computes no finite loss for {len(bad_rows)} of {len(loss)} rows, "
+            f"the {'tuned model' if tuned else 'base'} computes no finite loss for {len(bad_rows)} of {len(loss)} "
+            "rows, "
             f"the first of which is {eval_set.examples[bad_rows[0]].id}: its sums are NaN or infinite",
             "sartor tune RECIPE --out ADAPTER --replace --optimizer.learning_rate 1e-4"
             if tuned
@@ -238,7 +249,9 @@ def reply_outputs(
 ) -> ModelOutputs:
     """The outputs of one side from its replies. field: as of `measure_model`. is_opened: as of ModelOutputs."""
     texts = [chat.decode(generation.ids) for generation in generations]
-    outputs = ModelOutputs(texts, loss, tokens, [], [generation.finish == DECIDED for generation in generations], is_opened)
+    outputs = ModelOutputs(
+        texts, loss, tokens, [], [generation.finish == DECIDED for generation in generations], is_opened
+    )
     if not field:
         return outputs
     rows = zip(generations, texts, outputs.answers, strict=True)
@@ -247,7 +260,9 @@ def reply_outputs(
 
 def prompt_tokens(chat: ChatTokenizer, eval_set: HeldOut) -> list[list[int]]:
     """The prompt of each row; an empty one of a document."""
-    return [[] if row.is_document else chat.prompt_ids(row.prompt, row.tools, eval_set.folder) for row in eval_set.examples]
+    return [
+        [] if row.is_document else chat.prompt_ids(row.prompt, row.tools, eval_set.folder) for row in eval_set.examples
+    ]
 
 
 def opens_reasoning(chat: ChatTokenizer, prompt: Sequence[int]) -> bool:
@@ -257,7 +272,9 @@ def opens_reasoning(chat: ChatTokenizer, prompt: Sequence[int]) -> bool:
 
 
 def template_opens_reasoning(chat: ChatTokenizer, eval_set: HeldOut) -> bool:
-    """Whether the chat template opens the reasoning of replies: it does so of each or of none, so that one prompt tells."""
+    """Whether the chat template opens the reasoning of replies: it does so of each or of none, so that one prompt
+    tells.
+    """
     asked = [row for row in eval_set.examples if not row.is_document][:1]
     return any(opens_reasoning(chat, prompt) for prompt in prompt_tokens(chat, replace(eval_set, examples=asked)))
 
@@ -292,7 +309,8 @@ def losses(
 
 
 def _confidence(chat: ChatTokenizer, generation: Generation, text: str, answer: str, field: str) -> float:
-    """The probability of the label that a reply named: the product over the tokens that spell it; 0 where it named none.
+    """The probability of the label that a reply named: the product over the tokens that spell it; 0 where it named
+    none.
 
     answer: the end of `text` behind its reasoning.
     """

@@ -95,12 +95,15 @@ def _headlines(report: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[tu
 
 
 def _intervals(report: Mapping[str, Any]) -> str:
-    """Each metric that is better when higher as a line: base, tuned, and the interval of the gain drawn from the base."""
+    """Each metric that is better when higher as a line: base, tuned, and the interval of the gain drawn from the
+    base.
+    """
     # what is better when lower is no gain, and a loss or a rate of errors has no end at 1
     rows = [(name, metric) for name, metric in report["metrics"].items() if name not in LOWER_IS_BETTER]
     left, width, step = 130, 700, 46
     marks = [
-        f'<line x1="{left + width * tick / 4}" y1="0" x2="{left + width * tick / 4}" y2="{step * len(rows)}" stroke="var(--line)"/>'
+        f'<line x1="{left + width * tick / 4}" y1="0" x2="{left + width * tick / 4}" y2="{step * len(rows)}" '
+        'stroke="var(--line)"/>'
         f'<text x="{left + width * tick / 4}" y="{step * len(rows) + 16}" font-size="12" fill="var(--soft)" '
         f'text-anchor="middle">{tick / 4:g}</text>'
         for tick in range(5)
@@ -109,13 +112,16 @@ def _intervals(report: Mapping[str, Any]) -> str:
         y = step * index + step / 2
         low, high = (min(max(metric["base"] + metric[end], 0), 1) for end in ("low", "high"))
         x = {
-            key: left + width * value for key, value in (("b", metric["base"]), ("t", metric["tuned"]), ("l", low), ("h", high))
+            key: left + width * value
+            for key, value in (("b", metric["base"]), ("t", metric["tuned"]), ("l", low), ("h", high))
         }
         marks.append(
             f'<text x="0" y="{y + 5}" font-size="14" fill="var(--ink)">{escape(name.replace("_", " "))}</text>'
             f'<line x1="{x["b"]}" y1="{y}" x2="{x["t"]}" y2="{y}" stroke="var(--line)" stroke-width="3"/>'
-            f'<line x1="{x["l"]}" y1="{y}" x2="{x["h"]}" y2="{y}" stroke="var(--blue)" stroke-width="7" opacity=".35"/>'
-            f'<circle cx="{x["b"]}" cy="{y}" r="6" fill="var(--red)"/><circle cx="{x["t"]}" cy="{y}" r="6" fill="var(--blue)"/>'
+            f'<line x1="{x["l"]}" y1="{y}" x2="{x["h"]}" y2="{y}" stroke="var(--blue)" stroke-width="7" '
+            'opacity=".35"/>'
+            f'<circle cx="{x["b"]}" cy="{y}" r="6" fill="var(--red)"/><circle cx="{x["t"]}" cy="{y}" r="6" '
+            'fill="var(--blue)"/>'
         )
     legend = (
         '<p class=lead style="margin:.2rem 0 1rem">red: base, blue: tuned, band: 95 % interval of the gain '
@@ -127,7 +133,9 @@ def _intervals(report: Mapping[str, Any]) -> str:
 def _metric_table(report: Mapping[str, Any]) -> str:
     lines = []
     probe_rows = {
-        f"{name} loss (forgetting)": probe for name, probe in report.get("probes", {}).items() if "skipped" not in probe
+        f"{name} loss (forgetting)": probe
+        for name, probe in report.get("probes", {}).items()
+        if "skipped" not in probe
     }
     rows = {**report["metrics"], **probe_rows}
     for name, metric in rows.items():
@@ -135,9 +143,16 @@ def _metric_table(report: Mapping[str, Any]) -> str:
         better = metric["difference"] < 0 if is_lower else metric["difference"] > 0
         excludes = not metric["low"] <= 0 <= metric["high"]
         verdict = ("better" if better else "worse") if excludes else "cannot tell"
-        cells = "".join(f"<td class=n>{metric[key]:.3f}</td>" for key in ("base", "tuned", "difference", "low", "high"))
-        lines.append(f"<tr><td>{escape(name.replace('_', ' '))}</td>{cells}<td class={verdict.split()[0]}>{verdict}</td></tr>")
-    head = "<tr><th></th><th class=n>base</th><th class=n>tuned</th><th class=n>difference</th><th class=n>low</th><th class=n>high</th><th></th></tr>"
+        cells = "".join(
+            f"<td class=n>{metric[key]:.3f}</td>" for key in ("base", "tuned", "difference", "low", "high")
+        )
+        lines.append(
+            f"<tr><td>{escape(name.replace('_', ' '))}</td>{cells}<td class={verdict.split()[0]}>{verdict}</td></tr>"
+        )
+    head = (
+        "<tr><th></th><th class=n>base</th><th class=n>tuned</th><th class=n>difference</th><th class=n>low</th><th "
+        "class=n>high</th><th></th></tr>"
+    )
     return f"<table>{head}{''.join(lines)}</table>"
 
 
@@ -145,7 +160,10 @@ def _ablation(report: Mapping[str, Any]) -> str:
     """What each modality is worth: the costs of media that are shuffled or blank, if rows hold any."""
     lines = []
     for kind, ablation in report["ablation"].items():
-        fields = {ablation["metric"]: ablation, **{name: ablation[name] for name in ("exact_match",) if name in ablation}}
+        fields = {
+            ablation["metric"]: ablation,
+            **{name: ablation[name] for name in ("exact_match",) if name in ablation},
+        }
         for name, costs in fields.items():
             lines += [_cost(f"{kind} {variant}", name, costs[variant]) for variant in ("shuffled", "blank")]
     if not lines:
@@ -154,7 +172,8 @@ def _ablation(report: Mapping[str, Any]) -> str:
     head = "".join(f"<th class=n>{name}</th>" for name in ("as it is", "without", "cost", "low", "high"))
     return (
         "<h2>Does it look and listen?</h2><p class=lead>The tuned model was asked again with the media of other rows "
-        f"(shuffled) and with media that say nothing (blank): {rows}. A cost whose interval lies above 0 is what the replies take "
+        f"(shuffled) and with media that say nothing (blank): {rows}. A cost whose interval lies above 0 is what the "
+        "replies take "
         f"from them.</p><table><tr><th></th><th></th>{head}<th></th></tr>{''.join(lines)}</table>"
     )
 
@@ -187,7 +206,10 @@ def _audit(report: Mapping[str, Any], adapter: Artifact) -> str:
         for label, comparison in counts
     )
     head = "".join(f"<th class=n>{name}</th>" for name in _NUMBERS)
-    return f"<h2>Bias, and what was learnt by heart</h2><table>{text}</table><table><tr><th></th>{head}</tr>{lines}</table>"
+    return (
+        "<h2>Bias, and what was learnt by "
+        f"heart</h2><table>{text}</table><table><tr><th></th>{head}</tr>{lines}</table>"
+    )
 
 
 def _cost(label: str, name: str, cost: Mapping[str, float]) -> str:
@@ -236,11 +258,15 @@ def _answers(table: Sequence[Mapping[str, Any]], primary: str, pictures: Mapping
         lines.append(
             f"<tr><td>{picture}{media_label}{escape(row['prompt'][:300])}</td><td><code>{escape(row['reference'][:300])}</code></td>"
             f"<td><code>{escape(row['base_reply'][:160])}</code>{cut_mark(row, 'base')}</td>"
-            f"<td class={'better' if is_right(row, primary) else 'worse'}><code>{escape(row['tuned_reply'][:300])}</code>"
+            "<td "
+            f"class={'better' if is_right(row, primary) else 'worse'}><code>{escape(row['tuned_reply'][:300])}</code>"
             f"{cut_mark(row, 'tuned')}</td></tr>"
         )
     verdicts = [is_right(row, primary) for row in table]
-    counts = f"<p class=lead>{verdicts.count(True)} right, {verdicts.count(False)} wrong; all of them are in rows.parquet</p>"
+    counts = (
+        f"<p class=lead>{verdicts.count(True)} right, {verdicts.count(False)} wrong; all of them are in "
+        "rows.parquet</p>"
+    )
     return f"{counts}<table><tr><th>asked</th><th>wanted</th><th>base</th><th>tuned</th></tr>{''.join(lines)}</table>"
 
 

@@ -1,7 +1,7 @@
 """Scorers of one reply: exact match, F1, ROUGE-L and word error rate.
 
-In scripts that write no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word, so that
-the word error rate is there the character error rate, as is usual for them.
+In scripts that write no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word,
+so that the word error rate is there the character error rate, as is usual for them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def exact_match(reply: str, reference: str) -> float:
 def f1(reply: str, reference: str) -> float:
     """Harmonic mean of precision and recall over words, as in SQuAD (Rajpurkar et al. 2016).
 
-    Lower case, without punctuation and English articles. Two texts of which nothing is left then are compared as they are.
+    Lower case, without punctuation and English articles. Two texts of which nothing is left then are compared as they
+    are.
 
     >>> round(f1('the red car', 'a red bus'), 2), f1('the', 'a'), f1('+', '-')
     (0.5, 0.0, 0.0)
@@ -51,7 +52,9 @@ def f1(reply: str, reference: str) -> float:
 
 
 def _wordless_match(reply: str, reference: str, both_empty: bool) -> float:
-    """Of two texts, one of which at least has no word: 1 where neither has, and they are the same text but for case."""
+    """Of two texts, one of which at least has no word: 1 where neither has, and they are the same text but for
+    case.
+    """
     return float(both_empty and exact_match(_folded(reply), _folded(reference)))
 
 
@@ -83,7 +86,8 @@ def _words(text: str) -> list[str]:
 def rouge_l(reply: str, reference: str) -> float:
     """ROUGE-L (Lin 2004): harmonic mean of precision and recall of the longest common subsequence of words.
 
-    Lower case, letters and digits alone, without stemming. Two texts of which nothing is left then are compared as they are.
+    Lower case, letters and digits alone, without stemming. Two texts of which nothing is left then are compared as
+    they are.
 
     >>> round(rouge_l('the cat sat', 'the cat was sitting'), 2)
     0.57
@@ -147,7 +151,8 @@ def is_mismatch(reply_so_far: str, reference: str) -> bool:
 class Scorer:
     """A score of a reply against its reference.
 
-    is_decided: whether no continuation of a reply so far can change the score, so that the reply need not be written on.
+    is_decided: whether no continuation of a reply so far can change the score, so that the reply need not be written
+    on.
     """
 
     score: Callable[[str, str], float]

@@ -1,7 +1,7 @@
 """Facts about the rows an adapter was tuned on.
 
-The system prompt and the tools that most rows carry, whether their replies are JSON, prompts for the router (`exemplars`), and
-prompts with the replies that the Report recorded (`canaries`). No torch.
+The system prompt and the tools that most rows carry, whether their replies are JSON, prompts for the router
+(`exemplars`), and prompts with the replies that the Report recorded (`canaries`). No torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ OTHER = "other"
 MOST_OTHER = 60
 # So many of the general rows are looked through for those that are most like the agent's own
 MOST_MINED = 2_000
-# They are the probe of a personal version too, of which six are the least that tell (evaluate/bootstrap.py): two to spare
+# They are the probe of a personal version too, of which six are the least that tell (evaluate/bootstrap.py): two to
+# spare
 CANARIES = 8
 # A reply is JSON if the training replies are, but for a few
 JSON_FRACTION = 0.95
@@ -46,7 +47,8 @@ MASKING = "personal_data"
 class TrainingFacts:
     """Counted over the rows of a Dataset; `exemplars` maps a split to (Example's id, prompt, system prompt).
 
-    `rehearsed`: (Example's id, prompt) of rows whose source the recipe calls `rehearsal`; nothing else is counted of them.
+    `rehearsed`: (Example's id, prompt) of rows whose source the recipe calls `rehearsal`; nothing else is counted of
+    them.
     """
 
     systems: Counter[str] = field(default_factory=Counter)
@@ -129,13 +131,15 @@ def _earlier(adapter: Artifact) -> Iterator[Artifact]:
 
 
 def write_exemplars(facts: TrainingFacts, part: Path, max_rows: int) -> int:
-    """`router/exemplars.jsonl` below `part`: {"text", "split"} a line, `max_rows` in all; 0 writes none. Returns how many.
+    """`router/exemplars.jsonl` below `part`: {"text", "split"} a line, `max_rows` in all; 0 writes none. Returns how
+    many.
 
-    split: `train`, `eval` (held out: the router's threshold is chosen with them), or `other`: rehearsal, and training rows
-    without a system prompt where most have one, which are general talk and what the agent is not for. Rows are taken in the
-    order of their ids, which are digests: any part of them is a fair sample, and the same one each time. Where there is more
-    general talk than room, half of it is that which is most like the agent's own prompts. Prompts that look personal are left
-    out.
+    split: `train`, `eval` (held out: the router's threshold is chosen with them), or `other`: rehearsal, and training
+    rows without a system prompt where most have one, which are general talk and what the agent is not for. Rows are
+    taken in the
+    order of their ids, which are digests: any part of them is a fair sample, and the same one each time. Where there
+    is more general talk than room, half of it is that which is most like the agent's own prompts. Prompts that look
+    personal are left out.
     """
     is_general = bool(facts.system_prompt)
     own_prompts: list[tuple[str, str]] = []
@@ -144,7 +148,9 @@ def write_exemplars(facts: TrainingFacts, part: Path, max_rows: int) -> int:
         (general if is_general and not system else own_prompts).append((id, text))
     train_texts = {text for _, text, _ in facts.exemplars["train"]} | {text for _, text in facts.rehearsed}
     unseen = [
-        (id, text) for id, text, system in facts.exemplars["eval"] if text not in train_texts and (system or not is_general)
+        (id, text)
+        for id, text, system in facts.exemplars["eval"]
+        if text not in train_texts and (system or not is_general)
     ]
     held_out = _chosen(unseen, round(max_rows * HELD_OUT_FRACTION))
     others = _hard(general, [text for _, text in own_prompts], min(MOST_OTHER, max_rows // 5))
@@ -158,14 +164,17 @@ def write_exemplars(facts: TrainingFacts, part: Path, max_rows: int) -> int:
 
 
 def recorded_canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, Any]]:
-    """A few held-out prompts of the Report with the tuned model's greedy replies: what admission asks again before it serves.
+    """A few held-out prompts of the Report with the tuned model's greedy replies: what admission asks again before it
+    serves.
 
-    One of each reply first, then others of the same reply. The shortest, since they are compared as they stand and numbers
-    that are rounded otherwise part long ones. None of a row with media: a manifest holds text; none that was cut. Each states
-    by which arithmetic its reply was made (core/numerics.py).
+    One of each reply first, then others of the same reply. The shortest, since they are compared as they stand and
+    numbers that are rounded otherwise part long ones. None of a row with media: a manifest holds text; none that was
+    cut. Each states by which arithmetic its reply was made (core/numerics.py).
     """
     rows = parquet_io.read_file(report.path / "rows.parquet")
-    candidates = [row for row in rows if row["tuned_reply"].strip() and not row.get("media") and not row.get("tuned_is_cut")]
+    candidates = [
+        row for row in rows if row["tuned_reply"].strip() and not row.get("media") and not row.get("tuned_is_cut")
+    ]
     candidates.sort(key=lambda row: (len(row["tuned_reply"]), row["id"]))
     first = {row["tuned_reply"]: row["id"] for row in reversed(candidates)}
     candidates.sort(key=lambda row: first[row["tuned_reply"]] != row["id"])
@@ -179,7 +188,9 @@ def recorded_canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, 
 
 
 def _messages(facts: TrainingFacts, row: dict[str, Any]) -> list[dict[str, str]]:
-    """A row's prompt as it was asked; one from another file than the Dataset, after the system prompt that most rows have."""
+    """A row's prompt as it was asked; one from another file than the Dataset, after the system prompt that most rows
+    have.
+    """
     messages = facts.prompts.get(row["id"])
     if messages is None:
         system = [Message.of("system", facts.system_prompt)] if facts.system_prompt else []
@@ -200,7 +211,9 @@ def _chosen(rows: Sequence[tuple[str, str]], max_texts: int) -> list[str]:
 
 
 def _hard(general: Sequence[tuple[str, str]], own_texts: Sequence[str], max_texts: int) -> list[str]:
-    """Of general talk a fair sample, and as many that have most words in common with one of the agent's own prompts."""
+    """Of general talk a fair sample, and as many that have most words in common with one of the agent's own
+    prompts.
+    """
     texts = _chosen(general, MOST_MINED)
     if len(texts) <= max_texts or not own_texts:
         return texts[:max_texts]

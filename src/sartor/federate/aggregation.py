@@ -3,7 +3,8 @@
     mode: freeze_a          # or alternate, residual, factors
 
 The mean of factors is no mean: mean(B_i) mean(A_i) is not mean(B_i A_i). A mode is exact if what it makes computes
-mean(B_i A_i), and linear if that follows from the sum of what is sent, so that a secure sum, which shows nothing else, will do.
+mean(B_i A_i), and linear if that follows from the sum of what is sent, so that a secure sum, which shows nothing else,
+will do.
 
 | mode | exact | linear | source |
 |---|---|---|---|
@@ -13,9 +14,9 @@ mean(B_i A_i), and linear if that follows from the sum of what is sent, so that 
 | factors | no | yes | FedIT, arXiv:2305.05644: a baseline to compare with |
 
 The canary is some modules with random inputs X (in, K), drawn from the round's seed: ||(P - mean(B_i A_i)) X|| over
-||mean(B_i A_i) X||. For Gaussian X its squares are the Frobenius norms' in expectation. A client's response B_i A_i X is a
-few thousand numbers and linear in its product, so under a secure sum it goes along in the sum, and no server sees one. Where
-noise is added for privacy nobody sends a response: it would be a second release, without noise.
+||mean(B_i A_i) X||. For Gaussian X its squares are the Frobenius norms' in expectation. A client's response B_i A_i X
+is a few thousand numbers and linear in its product, so under a secure sum it goes along in the sum, and no server sees
+one. Where noise is added for privacy nobody sends a response: it would be a second release, without noise.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from sartor.models.lora_tensors import A, Array, B, LoraPair, Tensors, add_chang
 
 @dataclass(frozen=True)
 class Combined:
-    """What a round made: the shared adapter, and module -> what is to be added to its frozen weight (`fold`), as factors."""
+    """What a round made: the shared adapter, and module -> what is to be added to its frozen weight (`fold`), as
+    factors.
+    """
 
     tensors: Tensors
     residual: dict[str, LoraPair] = field(default_factory=dict)
@@ -77,7 +80,9 @@ class Mode(Protocol):
         ...
 
     def combine(self, shared: Tensors, updates: Sequence[Update], number: int) -> Combined:
-        """The next shared adapter where the uploads are seen one by one. Raises InputError for one that cannot be used."""
+        """The next shared adapter where the uploads are seen one by one. Raises InputError for one that cannot be
+        used.
+        """
         ...
 
 
@@ -123,7 +128,9 @@ class _Changes:
 
 @dataclass(frozen=True)
 class FreezeA(_Changes):
-    """A is random, the same everywhere, and never trained; B is. Half of the upload; noise, if any, is in one factor."""
+    """A is random, the same everywhere, and never trained; B is. Half of the upload; noise, if any, is in one
+    factor.
+    """
 
     kind: Literal["freeze_a"] = "freeze_a"
 
@@ -185,7 +192,9 @@ def _missed(module: str, means: Tensors, updates: Sequence[Update]) -> LoraPair:
     """mean(B_i A_i) - B A as one pair of factors: [w_1 B_1 .. w_n B_n, -B] times all A above each other."""
     total = sum(update.examples for update in updates)
     pairs, mean_pair = [pair(update.tensors, module) for update in updates], pair(means, module)
-    weighted = [client_pair.b * np.float64(update.examples / total) for client_pair, update in zip(pairs, updates, strict=True)]
+    weighted = [
+        client_pair.b * np.float64(update.examples / total) for client_pair, update in zip(pairs, updates, strict=True)
+    ]
     b = np.concatenate([*weighted, -mean_pair.b.astype(np.float64)], axis=1)
     return LoraPair(np.concatenate([*(client_pair.a for client_pair in pairs), mean_pair.a]).astype(np.float64), b)
 
@@ -226,7 +235,9 @@ class ExactnessProbe:
     inputs: Mapping[str, Array]
 
     def responses(self, tensors: Tensors, residual: Mapping[str, LoraPair] | None = None) -> dict[str, Array]:
-        """`canary.MODULE` -> B A X (out, K) in fp32: what a client sends beside its upload, of its own trained adapter."""
+        """`canary.MODULE` -> B A X (out, K) in fp32: what a client sends beside its upload, of its own trained
+        adapter.
+        """
         residuals = residual or {}
         responses = {}
         for module, inputs in self.inputs.items():
@@ -243,20 +254,26 @@ def draw(shared: Tensors, seed: int, most_modules: int = 4, columns: int = 8) ->
     """
     names = modules(shared)
     if not names:
-        raise ConfigError("the adapter has no factors, so there is no product to measure", "tune with method.kind: lora")
+        raise ConfigError(
+            "the adapter has no factors, so there is no product to measure", "tune with method.kind: lora"
+        )
     rng = np.random.default_rng(seed)
     chosen = sorted(rng.choice(names, size=min(most_modules, len(names)), replace=False).tolist())
     widths = {name: shared[name + A].shape[1] for name in chosen}
-    inputs = {name: rng.standard_normal((width, columns)) if columns else np.eye(width) for name, width in widths.items()}
+    inputs = {
+        name: rng.standard_normal((width, columns)) if columns else np.eye(width) for name, width in widths.items()
+    }
     return ExactnessProbe(inputs)
 
 
 def exactness_error(canary: ExactnessProbe, combined: Combined, expected: Tensors) -> float:
-    """The relative distance of what was made from `expected`, the weighted mean of the clients' responses. 0 if both are
-    zero.
+    """The relative distance of what was made from `expected`, the weighted mean of the clients' responses. 0 if both
+    are zero.
     """
     responses = canary.responses(combined.tensors, combined.residual)
-    squared_error = sum(float(np.square(responses[name] - value, dtype=np.float64).sum()) for name, value in expected.items())
+    squared_error = sum(
+        float(np.square(responses[name] - value, dtype=np.float64).sum()) for name, value in expected.items()
+    )
     squared_norm = sum(float(np.square(value, dtype=np.float64).sum()) for value in expected.values())
     if not squared_norm:
         return 0.0 if not squared_error else float("inf")

@@ -50,7 +50,9 @@ class Ranked(Lora):
     def __post_init__(self) -> None:
         super().__post_init__()
         if wrong := [rank for rank in self.ranks if not 1 <= rank <= self.rank]:
-            raise ConfigError(f"a client of rank {wrong[0]} under a shared rank of {self.rank}", f"ranks of 1 to {self.rank}")
+            raise ConfigError(
+                f"a client of rank {wrong[0]} under a shared rank of {self.rank}", f"ranks of 1 to {self.rank}"
+            )
 
     @property
     def shared(self) -> Lora:
@@ -64,7 +66,9 @@ class PersonalRanks(LocalTraining):
 
     rank: int = option(8, "ranks of the private delta")
     learning_rate: float | None = option(None, "peak learning rate; by default that of the rounds")
-    compare: bool = option(False, "tune each client's rows alone, and all clients' rows as one, to compare with: costly")
+    compare: bool = option(
+        False, "tune each client's rows alone, and all clients' rows as one, to compare with: costly"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +82,9 @@ class Privacy:
     """What the adapter may tell of one client, or of one row of a client, over all rounds."""
 
     epsilon: float = option(REQUIRED, "above 0; below 1 is strong, above 10 says little")
-    delta: float = option(1e-5, "chance that epsilon does not hold, 0..1; below one over the number of those who are protected")
+    delta: float = option(
+        1e-5, "chance that epsilon does not hold, 0..1; below one over the number of those who are protected"
+    )
     level: Literal["client", "example"] = option(
         "client", "client: noise inside the secure sum; example: DP-SGD in the client, who has a budget of its own"
     )
@@ -90,10 +96,20 @@ class Privacy:
 
     def __post_init__(self) -> None:
         _ = self.budget
-        if self.max_grad_norm <= 0 or self.batch_rows < 1 or (self.noise_multiplier != "auto" and self.noise_multiplier <= 0):
-            problem = f"max_grad_norm {self.max_grad_norm}, batch_rows {self.batch_rows}, noise {self.noise_multiplier}"
-            raise ConfigError(problem, "max_grad_norm above 0, batch_rows at least 1, noise_multiplier above 0 or auto")
-        row_settings, defaults = ((item.max_grad_norm, item.batch_rows, item.noise_multiplier) for item in (self, Privacy))
+        if (
+            self.max_grad_norm <= 0
+            or self.batch_rows < 1
+            or (self.noise_multiplier != "auto" and self.noise_multiplier <= 0)
+        ):
+            problem = (
+                f"max_grad_norm {self.max_grad_norm}, batch_rows {self.batch_rows}, noise {self.noise_multiplier}"
+            )
+            raise ConfigError(
+                problem, "max_grad_norm above 0, batch_rows at least 1, noise_multiplier above 0 or auto"
+            )
+        row_settings, defaults = (
+            (item.max_grad_norm, item.batch_rows, item.noise_multiplier) for item in (self, Privacy)
+        )
         if self.level == "client" and row_settings != defaults:
             problem = "max_grad_norm, batch_rows and noise_multiplier are of level example; level is client"
             raise ConfigError(problem, "level: example; or leave them out")
@@ -127,7 +143,9 @@ class RoundRules:
     """What becomes of an update before it is summed."""
 
     clip: float = option(10.0, "an update is scaled down to this norm; it bounds the ring's units too")
-    noise: float | Literal["auto"] = option("auto", "of the sum, in clips; auto: the least that the privacy allows, else none")
+    noise: float | Literal["auto"] = option(
+        "auto", "of the sum, in clips; auto: the least that the privacy allows, else none"
+    )
     most_examples: int | Literal["auto"] = option(
         "auto", "more examples count as these; auto: the largest client's, and 1 under noise"
     )
@@ -146,10 +164,14 @@ class FederateRecipe:
     base: BaseChoice = option(REQUIRED, "which pretrained weights: every client has the same")
     data: LocalData = option(LocalData(), "what a client makes of its Dataset")
     method: Ranked = option(Ranked(), "what is trained")
-    mode: ModeName = option("freeze_a", f"what clients train and send. {config.choices_text(map(type, MODES.values()))}")
+    mode: ModeName = option(
+        "freeze_a", f"what clients train and send. {config.choices_text(map(type, MODES.values()))}"
+    )
     rounds: int = option(10, "how many rounds")
     local: LocalTraining = option(LocalTraining(), "how long a client trains in a round")
-    optimizer: ResolvedOptimizer = option(ResolvedOptimizer(), "how it gets there; warm-up and schedule go over all rounds")
+    optimizer: ResolvedOptimizer = option(
+        ResolvedOptimizer(), "how it gets there; warm-up and schedule go over all rounds"
+    )
     rules: RoundRules = option(RoundRules(), "what becomes of an update before it is summed")
     privacy: Privacy | None = option(None, "what the adapter may tell of one client or row: {epsilon, delta, level}")
     robust: AnyRule | None = option(None, "declared instead of a secure sum: how updates, each seen, become one")
@@ -159,11 +181,15 @@ class FederateRecipe:
     def __post_init__(self) -> None:
         for name, minimum in (("rounds", 1), ("seed", 0)):
             if getattr(self, name) < minimum:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}", f"{name}: {minimum}")
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; it must be at least {minimum}", f"{name}: {minimum}"
+                )
         if self.base.towers:
             raise ConfigError("the base is composed; rounds tune text bases", "base: starter")
         if self.method.dropout:
-            raise ConfigError(f"method.dropout is {self.method.dropout}; a client's work is repeatable", "dropout: 0.0")
+            raise ConfigError(
+                f"method.dropout is {self.method.dropout}; a client's work is repeatable", "dropout: 0.0"
+            )
         if self.method.start:
             problem = f"method.start is {self.method.start!r}; the first round begins with fresh factors"
             raise ConfigError(problem, 'start: ""; or sartor tune, whose method.start goes on from an Adapter')
@@ -181,8 +207,12 @@ class FederateRecipe:
             problem = f"robust {self.robust.kind} sees every update, which the privacy of a secure sum forbids"
             raise ConfigError(problem, "robust or privacy: a run claims one of the two; or privacy: {level: example}")
         if self.mode == "residual" and (self.robust is None or self.robust.kind != "mean"):
-            problem = "mode residual adds to the frozen weights what only one who sees every client's factors can compute"
-            raise ConfigError(problem, "robust: mean, which declares a sum that is seen; or mode: freeze_a or alternate")
+            problem = (
+                "mode residual adds to the frozen weights what only one who sees every client's factors can compute"
+            )
+            raise ConfigError(
+                problem, "robust: mean, which declares a sum that is seen; or mode: freeze_a or alternate"
+            )
         if self.method.ranks and not isinstance(MODES[self.mode], FreezeA | Alternate):
             problem = f"method.ranks under mode {self.mode}: a mean of whole factors takes one rank only"
             raise ConfigError(problem, "mode: freeze_a or alternate")
@@ -190,17 +220,27 @@ class FederateRecipe:
     def _check_rows(self, privacy: Privacy) -> None:
         """Raise ConfigError where gradients of single rows cannot be had, or noise is asked for twice."""
         if self.noise_asked:
-            problem = f"rules.noise {self.noise_asked:g} is of the secure sum, and the privacy is of level {privacy.level}"
+            problem = (
+                f"rules.noise {self.noise_asked:g} is of the secure sum, and the privacy is of level {privacy.level}"
+            )
             raise ConfigError(problem, "privacy.noise_multiplier, or level: client")
         if self.rules.most_examples not in ("auto", 1):
-            problem = f"rules.most_examples is {self.rules.most_examples}: a weight by the count of rows would tell of each row"
+            problem = (
+                f"rules.most_examples is {self.rules.most_examples}: a weight by the count of rows would tell of each "
+                "row"
+            )
             raise ConfigError(problem, "most_examples: 1, or auto")
         if self.base.bits in (4, 8):
-            problem = f"base.bits is {self.base.bits}: the gradients of single rows are taken on a base that is not quantised"
+            problem = (
+                f"base.bits is {self.base.bits}: the gradients of single rows are taken on a base that is not "
+                "quantised"
+            )
             raise ConfigError(problem, "base.bits: 16")
         if self.method.ranks or self.mode == "residual":
             feature = "method.ranks" if self.method.ranks else "mode residual"
-            problem = f"{feature} holds ranks still, and the gradient that a row has in them would be clipped with the rest"
+            problem = (
+                f"{feature} holds ranks still, and the gradient that a row has in them would be clipped with the rest"
+            )
             raise ConfigError(problem, "privacy of level example: mode freeze_a or alternate, and ranks: []")
 
     @property

@@ -27,9 +27,13 @@ def stacked(updates: Sequence[Update], name: str) -> Numbers:
 
 
 def by_value(updates: Sequence[Update], pooled: Callable[[Numbers], Numbers]) -> dict[str, Array]:
-    """Tensors whose values are a function of the clients' values at the same place: `pooled` (clients, values) -> (values,)."""
+    """Tensors whose values are a function of the clients' values at the same place: `pooled` (clients, values) ->
+    (values,).
+    """
     like = updates[0].tensors
-    return {name: pooled(stacked(updates, name)).reshape(value.shape).astype(value.dtype) for name, value in like.items()}
+    return {
+        name: pooled(stacked(updates, name)).reshape(value.shape).astype(value.dtype) for name, value in like.items()
+    }
 
 
 def products(updates: Sequence[Update]) -> Numbers:
@@ -113,7 +117,9 @@ class Mean:
 
 @dataclass(frozen=True)
 class NormBound:
-    """The mean of updates scaled down to a norm (Sun et al. 2019, arXiv:1911.07963): nobody pulls further than all others."""
+    """The mean of updates scaled down to a norm (Sun et al. 2019, arXiv:1911.07963): nobody pulls further than all
+    others.
+    """
 
     times_median: float = option(1.0, "the norm that an update may have, in medians of the round's norms")
     kind: Literal["norm_bound"] = "norm_bound"
@@ -153,7 +159,9 @@ class Median:
 class Trimmed:
     """The mean of each value without its lowest and highest (Yin et al. 2018, arXiv:1803.01498)."""
 
-    fraction: float = option(0.2, "of the clients, that may lie: so many are left out at either end of each value, 0..0.5")
+    fraction: float = option(
+        0.2, "of the clients, that may lie: so many are left out at either end of each value, 0..0.5"
+    )
     kind: Literal["trimmed"] = "trimmed"
     sees_updates = True
 
@@ -165,7 +173,9 @@ class Trimmed:
         count = _liars(self.fraction, _checked_cohort(updates))
         if 2 * count >= len(updates):
             raise _too_few(len(updates), count, 2 * count + 1)
-        return Pooled(by_value(updates, lambda values: np.sort(values, axis=0)[count : len(values) - count].mean(axis=0)))
+        return Pooled(
+            by_value(updates, lambda values: np.sort(values, axis=0)[count : len(values) - count].mean(axis=0))
+        )
 
 
 @dataclass(frozen=True)
@@ -205,8 +215,8 @@ class MultiKrum:
 class Screened:
     """Updates that look odd are left out, each by name and reason; the mean of the others.
 
-    Odd: it points away from the round's median update, or is many times longer. A round that would lose half of its clients
-    is stopped, since then nobody knows which half lies.
+    Odd: it points away from the round's median update, or is many times longer. A round that would lose half of its
+    clients is stopped, since then nobody knows which half lies.
     """
 
     least_cosine: float = option(0.0, "to the median of all updates, -1..1")
@@ -225,7 +235,8 @@ class Screened:
         odd = tuple(ClientAction(client, "refused", reason) for client, reason in reasons.items())
         if 2 * len(odd) >= len(updates):
             problem = (
-                f"screening would leave out {len(odd)} of {len(updates)} clients, the first {odd[0].client!r}: {odd[0].reason}"
+                f"screening would leave out {len(odd)} of {len(updates)} clients, the first {odd[0].client!r}: "
+                f"{odd[0].reason}"
             )
             raise GuardError(problem, "look at the clients, or lower least_cosine and raise most_times_median")
         return Pooled(_plain([update for update in updates if update.client not in reasons]), odd)
@@ -262,7 +273,9 @@ def _plain(updates: Sequence[Update]) -> Tensors:
 def _scaled(update: Update, factor: float) -> Update:
     if factor == 1:
         return update
-    return Update(update.client, {name: (value * factor).astype(value.dtype) for name, value in update.tensors.items()})
+    return Update(
+        update.client, {name: (value * factor).astype(value.dtype) for name, value in update.tensors.items()}
+    )
 
 
 def _nearest(updates: Sequence[Update], liars: int, keep: int) -> Pooled:
@@ -276,11 +289,13 @@ def _nearest(updates: Sequence[Update], liars: int, keep: int) -> Pooled:
     order = np.argsort(scores, kind="stable")
     worst_score = scores[order[keep - 1]]
     reasons = [
-        f"its distance to its {neighbours} nearest is {scores[index] ** 0.5:.3g}; taken were up to {worst_score**0.5:.3g}"
+        f"its distance to its {neighbours} nearest is {scores[index] ** 0.5:.3g}; taken were up to "
+        f"{worst_score**0.5:.3g}"
         for index in order[keep:]
     ]
     verdicts = tuple(
-        ClientAction(updates[index].client, "refused", reason) for index, reason in zip(order[keep:], reasons, strict=True)
+        ClientAction(updates[index].client, "refused", reason)
+        for index, reason in zip(order[keep:], reasons, strict=True)
     )
     return Pooled(_plain([updates[index] for index in sorted(order[:keep])]), verdicts)
 

@@ -2,8 +2,8 @@ r"""Client updates: check, pack, clip, average.
 
     {"a.weight":[8,4],"b.weight":[4]}\n<values, little-endian float32, in the order of the names>
 
-Weights: each client sends its update times w = examples / most_examples, and w as one more number of the sum; the quotient of
-the two sums is the mean weighted by examples, and nobody's count is told.
+Weights: each client sends its update times w = examples / most_examples, and w as one more number of the sum; the
+quotient of the two sums is the mean weighted by examples, and nobody's count is told.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ WEIGHT = "weight of the update"
 def pack_tensors(tensors: Tensors) -> bytes:
     """The bytes of the tensors, which are equal exactly when the tensors are."""
     head = {name: list(tensors[name].shape) for name in tensors}
-    return records.canonical(head) + b"\n" + b"".join(np.asarray(tensors[name], "<f4").tobytes() for name in sorted(tensors))
+    return (
+        records.canonical(head)
+        + b"\n"
+        + b"".join(np.asarray(tensors[name], "<f4").tobytes() for name in sorted(tensors))
+    )
 
 
 def unpack_tensors(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
@@ -44,7 +48,9 @@ def unpack_tensors(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
             tensors[name] = np.frombuffer(values, "<f4", sizes[name], 4 * start).astype(np.float32).reshape(head[name])
             start += sizes[name]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"these are no tensors of a round: {error}", "get them again from the coordinator") from None
+        raise ArtifactError(
+            f"these are no tensors of a round: {error}", "get them again from the coordinator"
+        ) from None
     return tensors
 
 
@@ -54,7 +60,9 @@ def digest(content: bytes) -> str:
 
 
 def clipped(tensors: Tensors, clip: float) -> dict[str, npt.NDArray[np.float32]]:
-    """The update scaled down to the norm `clip`, if it is longer. Raises ConfigError for values that are not finite."""
+    """The update scaled down to the norm `clip`, if it is longer. Raises ConfigError for values that are not
+    finite.
+    """
     length = norm(tensors)
     if not math.isfinite(length):
         raise ConfigError("the update holds a value that is not finite", "look at the tuning: its loss has diverged")
@@ -86,7 +94,9 @@ class Update:
 
 
 def check_update(update: Update, like: Tensors) -> Update:
-    """The update, if it has just the tensors of `like`, in their shapes, finite. Raises InputError naming client and tensor."""
+    """The update, if it has just the tensors of `like`, in their shapes, finite. Raises InputError naming client and
+    tensor.
+    """
     client = f"client {update.client!r}"
     if update.examples < 1:
         raise InputError(f"{client} says that it learnt from {update.examples} examples; at least 1 is due", _REMEDY)
@@ -95,7 +105,9 @@ def check_update(update: Update, like: Tensors) -> Update:
         raise InputError(f"{client} {verb} {mismatched[0]} and {len(mismatched) - 1} more", _REMEDY)
     for name, tensor in update.tensors.items():
         if tensor.shape != like[name].shape:
-            raise InputError(f"{client} sends {name} of shape {tensor.shape}; the round has {like[name].shape}", _REMEDY)
+            raise InputError(
+                f"{client} sends {name} of shape {tensor.shape}; the round has {like[name].shape}", _REMEDY
+            )
         if not np.isfinite(tensor).all():
             raise InputError(f"{client} sends values that are not finite, in {name}", _REMEDY)
     return update

@@ -2,12 +2,12 @@
 
     grammar = Grammar(chat.tokenizer, chat.stops, vocabulary=logits.shape[-1])  # once per base
     constraint = grammar.constraint(call.schema)  # once per call; schemas.JSON_OBJECT is OpenAI's json_object
-    logits.masked_fill_(~constraint.mask().to(logits.device), -math.inf)  # (V,), before every choice of the row's token
-    constraint.advance(token)  # after it, also with a stop token
+    logits.masked_fill_(~constraint.mask().to(logits.device), -math.inf)  # (V,), before every choice of the row's
+    token constraint.advance(token)  # after it, also with a stop token
     if constraint.is_done: ...  # the value is whole and nothing but a stop can follow: end the row with `stop`
 
-Every call has a matcher of its own, so that a schema that grows over its limits fails one row. What a schema may cost is
-bounded where it is read (bytes, depth) and at every token (llguidance's fuel), never by a clock: the same schema is
+Every call has a matcher of its own, so that a schema that grows over its limits fails one row. What a schema may cost
+is bounded where it is read (bytes, depth) and at every token (llguidance's fuel), never by a clock: the same schema is
 answered or refused on every machine. Between two parts of the value stands nothing, a space, or a line break with its
 indentation: a reply cannot wander through white space for ever.
 """
@@ -24,7 +24,8 @@ from sartor.core.errors import ModelError, RequestError, missing_package
 from sartor.text.json_schema import read_schema
 
 _SPACE = r"(\n[ \t]{0,32}| )?"
-# Fuel: about 20 ms for reading a schema and 7 ms for a token, by llguidance's own figures; its states take 1-2 kB each.
+# Fuel: about 20 ms for reading a schema and 7 ms for a token, by llguidance's own figures; its states take 1-2 kB
+# each.
 _LIMITS = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 100_000,
@@ -38,9 +39,9 @@ _LIMITS = {
 class Grammar:
     """A base's tokens as JSON sees them: text of each, and which of them end a reply.
 
-    tokenizer: a fast one of transformers. stops: ids that end a reply (Chat.stops). vocabulary: width V of the logits, which
-    models pad beyond their tokenizer. Raises ExtraError without llguidance, ModelError when the tokenizer is not fast or has
-    more tokens than V.
+    tokenizer: a fast one of transformers. stops: ids that end a reply (Chat.stops). vocabulary: width V of the logits,
+    which models pad beyond their tokenizer. Raises ExtraError without llguidance, ModelError when the tokenizer is not
+    fast or has more tokens than V.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[int], vocabulary: int) -> None:
@@ -88,7 +89,8 @@ class Constraint:
         self._vocabulary = vocabulary
 
     def mask(self) -> torch.Tensor:
-        """Which tokens may come next: (V,) bool on the CPU, never all False. Stop tokens may only when the value is whole.
+        """Which tokens may come next: (V,) bool on the CPU, never all False. Stop tokens may only when the value is
+        whole.
 
         Raises RequestError when the schema costs more at this place than a token may.
         """

@@ -1,8 +1,8 @@
 """Engine protocol: calls, events, sampling parameters.
 
-An engine is driven: whoever holds it calls `submit` when a request comes and `step` as long as `busy`, and hands on the
-events that `step` returns. It has no threads or clocks of its own that its holder could see. Calls and events are plain
-values that travel between processes as JSON (`as_json`, `event_from_json`, `Call.from_json`). No torch here.
+An engine is driven: whoever holds it calls `submit` when a request comes and `step` as long as `busy`, and hands on
+the events that `step` returns. It has no threads or clocks of its own that its holder could see. Calls and events are
+plain values that travel between processes as JSON (`as_json`, `event_from_json`, `Call.from_json`). No torch here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Sampling:
     """How the next token is chosen, and when a reply ends.
 
     temperature: 0 is greedy. top_p: in (0, 1], keeps the smallest likely set. stop: texts before which a reply ends.
-    frequency_penalty, presence_penalty: in [-2, 2], taken from a token's logit per time it was written, and once if it was
-    (OpenAI's definition).
+    frequency_penalty, presence_penalty: in [-2, 2], taken from a token's logit per time it was written, and once if it
+    was (OpenAI's definition).
     """
 
     max_tokens: int = 256
@@ -44,7 +44,8 @@ class Sampling:
             )
         if not (-2 <= self.frequency_penalty <= 2 and -2 <= self.presence_penalty <= 2):
             raise ConfigError(
-                f"frequency_penalty is {self.frequency_penalty}, presence_penalty {self.presence_penalty}; both lie in -2..2",
+                f"frequency_penalty is {self.frequency_penalty}, presence_penalty {self.presence_penalty}; both lie "
+                "in -2..2",
                 "frequency_penalty: 0",
             )
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -70,10 +71,13 @@ Finish = Literal["stop", "length", "cancelled"]
 class GenerateCall:
     """One reply to be made.
 
-    id: chosen by the caller, unique while it lives. adapter: the digest under which an adapter was attached; BASE for none.
+    id: chosen by the caller, unique while it lives. adapter: the digest under which an adapter was attached; BASE for
+    none.
     messages: OpenAI form, rendered by the base's chat template (`tools` with them); or `text`, a raw text to go on.
-    schema: JSON Schema that the reply must obey ("" for none). top_logprobs: alternatives told per token; -1 for no logprobs.
-    tools: OpenAI's tool declarations. `must_call`: "" lets the model choose, "*" makes it call some tool, else that tool.
+    schema: JSON Schema that the reply must obey ("" for none). top_logprobs: alternatives told per token; -1 for no
+    logprobs.
+    tools: OpenAI's tool declarations. `must_call`: "" lets the model choose, "*" makes it call some tool, else that
+    tool.
     """
 
     id: str
@@ -100,7 +104,9 @@ class GenerateCall:
 
 @dataclass(frozen=True)
 class Logprob:
-    """One token, the natural log of its probability, and the likeliest alternatives (without their own alternatives)."""
+    """One token, the natural log of its probability, and the likeliest alternatives (without their own
+    alternatives).
+    """
 
     token: str
     logprob: float
@@ -109,7 +115,9 @@ class Logprob:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of a reply: text that is whole (never half a character, never the beginning of a stop text) and its tokens."""
+    """More of a reply: text that is whole (never half a character, never the beginning of a stop text) and its
+    tokens.
+    """
 
     call: str
     text: str
@@ -164,7 +172,9 @@ def event_from_json(payload: Mapping[str, Any]) -> Event:
 
 
 class TextEmbedding(NamedTuple):
-    """What a text means, of unit length. tokens: that were read of it. is_cut: whether its end is not in the vector."""
+    """What a text means, of unit length. tokens: that were read of it. is_cut: whether its end is not in the
+    vector.
+    """
 
     values: list[float]
     tokens: int
@@ -223,11 +233,15 @@ class Engine(Protocol):
         ...
 
     def detach(self, adapter: str) -> None:
-        """Forget an adapter and what was cached under it. Its live calls fail with ModelError. Unknown ones are ignored."""
+        """Forget an adapter and what was cached under it. Its live calls fail with ModelError. Unknown ones are
+        ignored.
+        """
         ...
 
     def submit(self, call: GenerateCall) -> None:
-        """Queue a call. Raises BusyError when the queue is full, InputError or ConfigError when the call cannot be answered."""
+        """Queue a call. Raises BusyError when the queue is full, InputError or ConfigError when the call cannot be
+        answered.
+        """
         ...
 
     def cancel(self, call: str) -> None:
@@ -235,13 +249,17 @@ class Engine(Protocol):
         ...
 
     def step(self) -> Sequence[Event]:
-        """One round: rows join, every live row gets its next token. Never raises for one call's fault: that is a Failed."""
+        """One round: rows join, every live row gets its next token. Never raises for one call's fault: that is a
+        Failed.
+        """
         ...
 
     def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
-        """A vector per text, in order: the mean of the base's last hidden states (no adapter). None between parts of the work.
+        """A vector per text, in order: the mean of the base's last hidden states (no adapter). None between parts of
+        the work.
 
-        The holder takes it part by part, so that replies go on meanwhile. Raises RequestError at a text that is too long.
+        The holder takes it part by part, so that replies go on meanwhile. Raises RequestError at a text that is too
+        long.
         """
         ...
 
@@ -251,6 +269,8 @@ class Engine(Protocol):
 
 
 def adapter_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """What an adapter is known by, from the `files` of an Adapter's or Release's manifest: weights, config, projectors."""
+    """What an adapter is known by, from the `files` of an Adapter's or Release's manifest: weights, config,
+    projectors.
+    """
     names = [*("adapter_config.json", "adapter_model.safetensors"), *({PROJECTORS} & set(files))]
     return records.digest([files[name]["sha256"] for name in names])

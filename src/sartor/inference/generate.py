@@ -45,7 +45,9 @@ NUCLEUS_TOKENS = 256
 
 
 def sampling_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """(B, V) logits -> probabilities to draw from, on the CPU, by temperature (above 0) and top_p (Holtzman et al. 2020)."""
+    """(B, V) logits -> probabilities to draw from, on the CPU, by temperature (above 0) and top_p (Holtzman et al.
+    2020).
+    """
     probabilities = (logits.float().cpu() / max(sampling.temperature, COLDEST)).softmax(-1)
     if sampling.top_p == 1:
         return probabilities
@@ -60,7 +62,9 @@ def sampling_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Te
 
 
 def sample_token(probabilities: torch.Tensor, generator: torch.Generator) -> int:
-    """A token by (V,) probabilities on the CPU, by one number; torch.multinomial takes V of them, a millisecond a token."""
+    """A token by (V,) probabilities on the CPU, by one number; torch.multinomial takes V of them, a millisecond a
+    token.
+    """
     sums = probabilities.cumsum(-1, dtype=torch.float64)
     index = torch.searchsorted(sums, torch.rand(1, generator=generator, dtype=torch.float64) * sums[-1], right=True)
     # a product that rounds up to the whole sum points behind the last token
@@ -68,7 +72,9 @@ def sample_token(probabilities: torch.Tensor, generator: torch.Generator) -> int
 
 
 def prompt_generator(sampling: Sampling, prompt: int = 0) -> torch.Generator:
-    """What the prompt's tokens are drawn with. 1_000_003 keeps seeds of neighbouring prompts apart for any count that fits."""
+    """What the prompt's tokens are drawn with. 1_000_003 keeps seeds of neighbouring prompts apart for any count that
+    fits.
+    """
     return torch.Generator().manual_seed((sampling.seed * 1_000_003 + prompt) % 2**63)
 
 
@@ -81,12 +87,16 @@ class Chooser:
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
 
     def __call__(self, logits: torch.Tensor, alive: Sequence[int]) -> list[int]:
-        """logits: (B, V) of the rows `alive` (indices of their prompts). Returns B token ids; `logprobs` gains theirs."""
+        """logits: (B, V) of the rows `alive` (indices of their prompts). Returns B token ids; `logprobs` gains
+        theirs.
+        """
         if self.sampling.temperature == 0:
             tokens = [int(token) for token in logits.argmax(-1)]
         else:
             probabilities = sampling_probabilities(logits, self.sampling)
-            tokens = [sample_token(row, self.generators[prompt]) for row, prompt in zip(probabilities, alive, strict=True)]
+            tokens = [
+                sample_token(row, self.generators[prompt]) for row, prompt in zip(probabilities, alive, strict=True)
+            ]
         row_logprobs = logits.float().log_softmax(-1)[range(len(tokens)), tokens]
         for prompt, logprob in zip(alive, row_logprobs.tolist(), strict=True):
             self.logprobs[prompt].append(logprob)
@@ -135,7 +145,9 @@ def generate(
     replies = _by_own_forward(model, prompts, stop, pad, choose)
     if replies:
         progress(len(replies))
-    by_length = sorted((index for index in range(len(prompts)) if index not in replies), key=lambda index: len(prompts[index]))
+    by_length = sorted(
+        (index for index in range(len(prompts)) if index not in replies), key=lambda index: len(prompts[index])
+    )
     for start in range(0, len(by_length), batch_rows):
         rows = by_length[start : start + batch_rows]
         replies.update(_generate_batch(model, {row: prompts[row] for row in rows}, set(stop), pad, choose))
@@ -188,7 +200,9 @@ def _generate_batch(
     alive = list(prompts)
     width = max(len(prompt) for prompt in prompts.values())
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts.values()], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()], device=device)
+    mask = torch.tensor(
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()], device=device
+    )
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     cache_argument = cache_name(model)
@@ -219,5 +233,7 @@ def _generate_batch(
 
 
 def cache_name(model: Any) -> str:
-    """Transformers renamed the cache argument within major version 5; the signature says which one this release has."""
+    """Transformers renamed the cache argument within major version 5; the signature says which one this release
+    has.
+    """
     return "cache" if "cache" in inspect.signature(without_peft(model).forward).parameters else "past_key_values"

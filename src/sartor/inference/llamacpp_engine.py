@@ -1,16 +1,19 @@
 """Llama.cpp behind the Engine protocol.
 
-Prompts are rendered and tokenised here and travel as ids, so a base's own template holds and not the one in its GGUF file.
-What llama.cpp does otherwise than our engine, and what is made of it:
+Prompts are rendered and tokenised here and travel as ids, so a base's own template holds and not the one in its GGUF
+file. What llama.cpp does otherwise than our engine, and what is made of it:
 
-- Adapters are read at start only. An attached one is loaded before the first call that needs it, when the running replies
+- Adapters are read at start only. An attached one is loaded before the first call that needs it, when the running
+  replies
   have ended: calls behind that one wait, then the inner server starts anew.
 - A call that names no adapters is answered from what its slot last read, with whatever adapter, and an unknown id is
-  answered by the base. So every call names all of them, each with scale 0 but its own, and ids are only given out here.
-- Only slots with equal adapters share a batch, and a slot forgets its prompt when its adapter changes. So a call goes to a
-  slot that last had the same adapter, where one is free.
+  answered by the base. So every call names all of them, each with scale 0 but its own, and ids are only given out
+  here.
+- Only slots with equal adapters share a batch, and a slot forgets its prompt when its adapter changes. So a call goes
+  to a slot that last had the same adapter, where one is free.
 - An adapter with values that are not finite spoils later replies of others: the conversion reads none of those.
-- A schema that its grammar cannot read is silently not obeyed: every schema is read here first, and every token checked.
+- A schema that its grammar cannot read is silently not obeyed: every schema is read here first, and every token
+  checked.
 - Penalties count the prompt's tokens too.
 """
 
@@ -56,7 +59,9 @@ class BaseFile:
     stored: str
 
     def check_adapter(self, file: Path) -> None:
-        """Raises ModelError unless every factor in a GGUF adapter fits a tensor: the server would not start with it."""
+        """Raises ModelError unless every factor in a GGUF adapter fits a tensor: the server would not start with
+        it.
+        """
         for name, shape in _shapes(file).items():
             tensor, _, side = name.rpartition(".lora_")
             axes = self.shapes.get(tensor, ())
@@ -68,7 +73,9 @@ class BaseFile:
 
 
 def open_base_file(path: Path, config: Mapping[str, Any]) -> BaseFile:
-    """A GGUF file that is said to be a base's. Raises ModelError where it is not whole, or its sizes are not in `config`."""
+    """A GGUF file that is said to be a base's. Raises ModelError where it is not whole, or its sizes are not in
+    `config`.
+    """
     head = read_head(path)
     kind = str(head.metadata.get("general.architecture", ""))
     for key, option in (("block_count", "num_hidden_layers"), ("embedding_length", "hidden_size")):
@@ -106,7 +113,8 @@ def check_tokens(inner: LlamaCppServer, chat: ChatTokenizer) -> None:
     text = inner.ask("/detokenize", {"tokens": ids}).get("content")
     if str(text).strip() != _PROBE.strip():
         raise ModelError(
-            f"the GGUF file's tokenizer reads {text!r} where the base's wrote {_PROBE!r}", "engine.gguf: a file of this base"
+            f"the GGUF file's tokenizer reads {text!r} where the base's wrote {_PROBE!r}",
+            "engine.gguf: a file of this base",
         )
 
 
@@ -160,7 +168,8 @@ class LlamaCppEngine(StreamEngine):
         """See StreamEngine."""
         if call.adapter != BASE and call.adapter not in self._adapters:
             raise ModelError(
-                f"no adapter {call.adapter[:12]} is attached", "engine.attach(adapter, PATH) before engine.submit(call)"
+                f"no adapter {call.adapter[:12]} is attached",
+                "engine.attach(adapter, PATH) before engine.submit(call)",
             )
         return StreamedReply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
 
@@ -201,7 +210,9 @@ class LlamaCppEngine(StreamEngine):
         if inner is None or (reply.call.adapter != BASE and reply.call.adapter not in self._loaded):
             raise _detached_error()
         try:
-            async with self.client.stream("POST", inner.address + "/completion", json=body, headers=inner.headers) as response:
+            async with self.client.stream(
+                "POST", inner.address + "/completion", json=body, headers=inner.headers
+            ) as response:
                 if response.status_code != 200:
                     raise _server_error(await response.aread())
                 async for fields in events_of(response):
@@ -223,7 +234,9 @@ class LlamaCppEngine(StreamEngine):
             "repeat_last_n": MOST_CONTEXT,
             "prompt": reply.prompt,
             "id_slot": reply.slot,
-            "lora": [{"id": index, "scale": float(adapter == call.adapter)} for index, adapter in enumerate(self._loaded)],
+            "lora": [
+                {"id": index, "scale": float(adapter == call.adapter)} for index, adapter in enumerate(self._loaded)
+            ],
             "n_predict": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -245,7 +258,9 @@ class LlamaCppEngine(StreamEngine):
             raise _server_error(json.dumps(fields).encode())
         try:
             text, predicted_tokens = str(fields["content"]), int(fields["tokens_predicted"])
-            logprobs = tuple(_logprob(item, reply.call.top_logprobs) for item in fields.get("completion_probabilities") or ())
+            logprobs = tuple(
+                _logprob(item, reply.call.top_logprobs) for item in fields.get("completion_probabilities") or ()
+            )
             stopped = any(int(token) in self._reader.chat.stops for token in fields.get("tokens") or ())
             reply.cached = int((fields.get("timings") or {}).get("cache_n", reply.cached))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -310,5 +325,7 @@ def _server_error(body: bytes) -> RequestError | UnavailableError:
     except (ValueError, KeyError, TypeError):
         code, message = 500, repr(body[:200])
     if 400 <= code < 500:
-        return RequestError(f"llama.cpp refuses the call: {message}", "send the request without what that message names")
+        return RequestError(
+            f"llama.cpp refuses the call: {message}", "send the request without what that message names"
+        )
     return UnavailableError(f"llama.cpp's server failed: {message}", REQUEST_AGAIN)

@@ -1,6 +1,7 @@
 """Llama.cpp's HTTP server inside this process.
 
-Nobody else can ask it: it listens on loopback, and its key is made anew for each run and known to nobody. No torch here, and
+Nobody else can ask it: it listens on loopback, and its key is made anew for each run and known to nobody. No torch
+here, and
 nothing but xllamacpp: a device runs this alone.
 """
 
@@ -23,9 +24,13 @@ from sartor.core.remedies import REPORT, REQUEST_AGAIN
 ASK_S = 60.0
 # llama.cpp's own defaults would cut the distribution. Temperature goes before top_p, as in our engine.
 PLAIN: dict[str, Any] = {
-    "return_tokens": True, "cache_prompt": True, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0,
+    "return_tokens": True,
+    "cache_prompt": True,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repeat_penalty": 1.0,
     "samplers": ["penalties", "temperature", "top_p"],
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,9 @@ class LlamaCppServer:
 
 
 def embeddings(file: Path, prompts: Sequence[Sequence[int]], bounds: Bounds) -> list[list[float]]:
-    """Mean of the last hidden states of each prompt, of unit length. Opens and closes a context of its own over the file."""
+    """Mean of the last hidden states of each prompt, of unit length. Opens and closes a context of its own over the
+    file.
+    """
     params = _params(file, bounds)
     params.n_batch = params.n_ubatch = bounds.context_tokens
     params.embedding = True

@@ -1,12 +1,12 @@
 """OpenAI-compatible servers behind the Engine protocol.
 
 Prompts are rendered and tokenised here and travel as ids to `/completions`, so that the base's own template holds; the
-server is asked once, at the start, whether its ids mean the same. What it computes with cannot be seen from here: that its
-weights are those of `base` is the word of who started it (`serving/commands/vllm_launch.py` says how).
+server is asked once, at the start, whether its ids mean the same. What it computes with cannot be seen from here: that
+its weights are those of `base` is the word of who started it (`serving/commands/vllm_launch.py` says how).
 
-An adapter is asked for by the name that the server knows it under. With `loads_adapters` that is its digest, given to vLLM's
-run-time route; else the server must have been started with it, under its digest or from the same path. One that the server
-does not list is an error here and never answered by the base.
+An adapter is asked for by the name that the server knows it under. With `loads_adapters` that is its digest, given to
+vLLM's run-time route; else the server must have been started with it, under its digest or from the same path. One that
+the server does not list is an error here and never answered by the base.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _PROBE = "Turn on the light, please: 21 °C!\n"
 class RemoteModelInfo:
     """What a server says that it serves.
 
-    base: the name of the model that is no adapter. kind: vllm, sglang, llamacpp: what it calls itself. context_tokens: 0
+    base: the name of the model that is no adapter. kind: vllm, sglang, llamacpp: what it calls itself. context_tokens:
+    0
     where it does not say. adapters: name -> the path that it was loaded from, "" where it does not say.
     """
 
@@ -52,7 +53,12 @@ class RemoteModelInfo:
         """The name of an adapter that is served under its digest, or from this path; "" for one that is not."""
         resolved = path.resolve()
         return next(
-            (name for name, root in self.adapters.items() if name == adapter or (root and Path(root).resolve() == resolved)), ""
+            (
+                name
+                for name, root in self.adapters.items()
+                if name == adapter or (root and Path(root).resolve() == resolved)
+            ),
+            "",
         )
 
 
@@ -79,7 +85,9 @@ class OpenAiServer:
         try:
             models = [dict(model) for model in self._ask("GET", "/models")["data"]]
             # a model that reads no tokens, as the `speech` of a team that is served, is no base
-            bases = [model for model in models if not model.get("parent") and model.get("max_model_len", 0) is not None]
+            bases = [
+                model for model in models if not model.get("parent") and model.get("max_model_len", 0) is not None
+            ]
             base, size = bases[0], bases[0].get("max_model_len") or (bases[0].get("meta") or {}).get("n_ctx") or 0
             adapters = {str(model["id"]): str(model.get("root") or "") for model in models if model.get("parent")}
             return RemoteModelInfo(str(base["id"]), str(base.get("owned_by") or ""), int(size), adapters)
@@ -96,7 +104,8 @@ class OpenAiServer:
         except RequestError as error:
             raise ModelError(
                 f"{self.url} does not load the adapter in {path}: {error.problem}",
-                "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, or engine.loads_adapters: false in the team's file",
+                "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, or engine.loads_adapters: false in the team's "
+                "file",
             ) from None
 
     def unload(self, adapter: str) -> None:
@@ -132,7 +141,9 @@ class OpenAiServer:
         """A vector of unit length per text."""
         try:
             rows = self._ask("POST", "/embeddings", {"model": base, "input": list(texts)})["data"]
-            vectors = [[float(value) for value in row["embedding"]] for row in sorted(rows, key=lambda row: int(row["index"]))]
+            vectors = [
+                [float(value) for value in row["embedding"]] for row in sorted(rows, key=lambda row: int(row["index"]))
+            ]
             return [[value / math.hypot(*vector) for value in vector] for vector in vectors]
         except (RequestError, ModelError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UnavailableError(f"{self.url} gives no embeddings: {error}", "router: {encoder: minilm}") from None
@@ -150,18 +161,26 @@ class OpenAiServer:
             ) from None
         if response.status_code != 200:
             raise to_sartor_error(response.status_code, response.content, url)
-        return json_object(response.content) if response.headers.get("content-type", "").startswith("application/json") else {}
+        return (
+            json_object(response.content)
+            if response.headers.get("content-type", "").startswith("application/json")
+            else {}
+        )
 
 
 def to_sartor_error(status: int, body: bytes, url: str) -> SartorError:
-    """A server's error as ours: the client's where the request is wrong, never the client's where our key or the server is."""
+    """A server's error as ours: the client's where the request is wrong, never the client's where our key or the
+    server is.
+    """
     problem = f"{url} answers {status}: {_message(body)}"
     if status in (401, 403):
         return UnavailableError(problem, "engine.key_env: the variable that holds the server's key")
     if status == 404:
         return ModelError(problem, "serve that base or adapter there; sartor agents list")
     if status == 429:
-        return BusyError(problem, "send the request again in some seconds, or fewer at once: engine.rows in the team's file")
+        return BusyError(
+            problem, "send the request again in some seconds, or fewer at once: engine.rows in the team's file"
+        )
     if 400 <= status < 500:
         return RequestError(problem, "send the request without what that message names")
     return UnavailableError(problem, REQUEST_AGAIN)
@@ -185,7 +204,9 @@ SILENT_S = 60.0  # between two events of one reply
 class RemoteEngine(StreamEngine):
     """See the module."""
 
-    def __init__(self, reader: PromptReader, server: OpenAiServer, rows: int, waiting: int, *, loads_adapters: bool) -> None:
+    def __init__(
+        self, reader: PromptReader, server: OpenAiServer, rows: int, waiting: int, *, loads_adapters: bool
+    ) -> None:
         self._server, self._loads = server, loads_adapters
         self._served = server.served()
         self._reader = reader.within(self._served.context_tokens)
@@ -204,11 +225,20 @@ class RemoteEngine(StreamEngine):
         reader = self._reader
         digest = reader.chat.template_digest
         return EngineInfo(
-            "openai", reader.ref.name, reader.ref.digest, digest, reader.context_tokens, self.rows, "", self._served.kind
+            "openai",
+            reader.ref.name,
+            reader.ref.digest,
+            digest,
+            reader.context_tokens,
+            self.rows,
+            "",
+            self._served.kind,
         )
 
     def attach(self, adapter: str, path: Path) -> int:
-        """Have the server load an adapter, or find the name under which it was started with it. Returns its weights' bytes."""
+        """Have the server load an adapter, or find the name under which it was started with it. Returns its weights'
+        bytes.
+        """
         if adapter not in self._names:
             self._names[adapter] = self._name(adapter, path)
         return sum(file.stat().st_size for file in path.glob("*.safetensors"))
@@ -219,7 +249,8 @@ class RemoteEngine(StreamEngine):
             return name
         if not self._loads:
             raise ModelError(
-                f"{self._server.url} does not serve the adapter in {path}", "start it with that, or engine.loads_adapters: true"
+                f"{self._server.url} does not serve the adapter in {path}",
+                "start it with that, or engine.loads_adapters: true",
             )
         self._server.load(adapter, path)
         return adapter
@@ -241,12 +272,15 @@ class RemoteEngine(StreamEngine):
         """See StreamEngine."""
         if call.adapter not in self._names:
             raise ModelError(
-                f"no adapter {call.adapter[:12]} is attached", "engine.attach(adapter, PATH) before engine.submit(call)"
+                f"no adapter {call.adapter[:12]} is attached",
+                "engine.attach(adapter, PATH) before engine.submit(call)",
             )
         return StreamedReply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
 
     async def read(self, reply: StreamedReply) -> AsyncGenerator[Event]:
-        """See StreamEngine. A server that cannot be reached or is busy is asked again, until the first event is there."""
+        """See StreamEngine. A server that cannot be reached or is busy is asked again, until the first event is
+        there.
+        """
         body = {"model": self._names.get(reply.call.adapter, ""), **self._body(reply)}
         for attempt in range(TRIES):
             has_event = False
@@ -306,7 +340,10 @@ class RemoteEngine(StreamEngine):
             body["logprobs"] = max(call.top_logprobs, 1)
         if schema := reply_schema(call):
             schema_fields = json.loads(schema)
-            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema_fields}}
+            body["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "reply", "schema": schema_fields},
+            }
             if self._served.kind in ("sglang", "llamacpp"):
                 body["json_schema"] = schema if self._served.kind == "sglang" else schema_fields
         return body
@@ -354,7 +391,9 @@ def _logprobs(fields: Mapping[str, Any], max_top: int) -> tuple[Logprob, ...]:
     tops = fields.get("top_logprobs") or [None] * len(tokens)
     return tuple(
         Logprob(
-            str(token), float(value), tuple((str(name), float(other)) for name, other in (top or {}).items())[: max(max_top, 0)]
+            str(token),
+            float(value),
+            tuple((str(name), float(other)) for name, other in (top or {}).items())[: max(max_top, 0)],
         )
         for token, value, top in zip(tokens, values, tops, strict=False)
     )

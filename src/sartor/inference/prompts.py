@@ -1,10 +1,11 @@
 """Request to prompt text and token ids.
 
-Messages go through the base's own chat template, wherever the tokens are computed: its digest is what an adapter is bound
-to. Tools go into it as `tools` where the template writes them. Where it does not, they stand in the system turn as TOOLS_TEXT
-says, calls of earlier turns in the form that it asks for, and what tools returned in a user turn.
+Messages go through the base's own chat template, wherever the tokens are computed: its digest is what an adapter is
+bound to. Tools go into it as `tools` where the template writes them. Where it does not, they stand in the system turn
+as TOOLS_TEXT says, calls of earlier turns in the form that it asks for, and what tools returned in a user turn.
 
-Every text of a request is content: where it spells the base's markup, the model reads it as text (`models/template_markup.py`).
+Every text of a request is content: where it spells the base's markup, the model reads it as text
+(`models/template_markup.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from sartor.models.loading import quiet_transformers
 from sartor.models.template_markup import Opened
 
 TOOLS_TEXT = (
-    "You may call functions to answer. These are declared, with their parameters as JSON Schema:\n<tools>\n{tools}\n</tools>\n"
+    "You may call functions to answer. These are declared, with their parameters as JSON "
+    "Schema:\n<tools>\n{tools}\n</tools>\n"
     "To call one, write its name and arguments as JSON, and nothing after the last call:\n"
     '<tool_call>\n{{"name": "...", "arguments": {{...}}}}\n</tool_call>'
 )
@@ -44,7 +46,9 @@ _REMEDY = '{"role": "user", "content": "..."}'
 
 
 def prompt_text(chat: ChatTokenizer, call: GenerateCall) -> str:
-    """What the model reads, as text. Raises RequestError for messages that are malformed or that the template refuses."""
+    """What the model reads, as text. Raises RequestError for messages that are malformed or that the template
+    refuses.
+    """
     messages = _messages(chat, call)
     return chat.markup.opened(_rendering(chat, call, messages)).text
 
@@ -66,10 +70,11 @@ def _rendering(chat: ChatTokenizer, call: GenerateCall, messages: Sequence[Messa
 
 
 def prompt_ids(chat: ChatTokenizer, call: GenerateCall, max_tokens: int) -> list[int]:
-    """What the model reads, as token ids. A raw text begins with bos where the tokenizer has one of its own, as in pretraining.
+    """What the model reads, as token ids. A raw text begins with bos where the tokenizer has one of its own, as in
+    pretraining.
 
-    Raises RequestError as `prompt_text` does, for a prompt of no tokens, and for one far longer than `max_tokens`, which is
-    not read to its end; a little longer ones are for the caller to refuse.
+    Raises RequestError as `prompt_text` does, for a prompt of no tokens, and for one far longer than `max_tokens`,
+    which is not read to its end; a little longer ones are for the caller to refuse.
     """
     messages = _messages(chat, call)
     rendering = _rendering(chat, call, messages)
@@ -89,8 +94,8 @@ def prompt_ids(chat: ChatTokenizer, call: GenerateCall, max_tokens: int) -> list
 def _check_length(chat: ChatTokenizer, opened: Opened, max_tokens: int) -> None:
     """Raises RequestError as soon as parts of a text have far more tokens than there is room for.
 
-    Tokenising is what a prompt costs before it can be refused, and whoever waits for the engine waits for it. A cut takes
-    one token apart, into as many as it has characters: so many are forgiven for each.
+    Tokenising is what a prompt costs before it can be refused, and whoever waits for the engine waits for it. A cut
+    takes one token apart, into as many as it has characters: so many are forgiven for each.
     """
     text, size, n_tokens = opened.text, FIRST_CHARACTERS * max_tokens, 0
     if len(opened.cuts) > max_tokens:  # each begins a token
@@ -101,7 +106,8 @@ def _check_length(chat: ChatTokenizer, opened: Opened, max_tokens: int) -> None:
         n_tokens += len(chat.tokenizer(text[start : start + size], add_special_tokens=False)["input_ids"])
         if n_tokens - (start // size + 1) * chat.longest > max_tokens:
             raise RequestError(
-                f"the prompt has {len(text)} characters, and its first {min(start + size, len(text))} are {n_tokens} tokens "
+                f"the prompt has {len(text)} characters, and its first {min(start + size, len(text))} are {n_tokens} "
+                "tokens "
                 f"already; prompt and reply together may have {max_tokens}",
                 f"send a prompt of fewer than {max_tokens} tokens",
             )
@@ -131,9 +137,13 @@ def _rendered(chat: ChatTokenizer, candidates: Sequence[Sequence[Message]], tool
 
 
 def _messages(chat: ChatTokenizer, call: GenerateCall) -> list[Message]:
-    """The turns of a request; reasoning in the text of earlier replies is in its field, as in rows: templates leave it out."""
+    """The turns of a request; reasoning in the text of earlier replies is in its field, as in rows: templates leave it
+    out.
+    """
     messages = [_message(fields, index) for index, fields in enumerate(call.messages)]
-    return [with_reasoning(message, chat.markup.spelt) if message.role == "assistant" else message for message in messages]
+    return [
+        with_reasoning(message, chat.markup.spelt) if message.role == "assistant" else message for message in messages
+    ]
 
 
 def _message(fields: Any, index: int) -> Message:
@@ -191,7 +201,9 @@ def _calls(tool_calls: Any, index: int) -> str:
 
 
 def _wrong_call(index: int) -> RequestError:
-    return RequestError(f"messages[{index}] has a tool call without a function's name", "send tool_calls as they were replied")
+    return RequestError(
+        f"messages[{index}] has a tool call without a function's name", "send tool_calls as they were replied"
+    )
 
 
 def _mapping(arguments: Any) -> Any:
@@ -258,7 +270,9 @@ class PromptReader:
         return replace(self, context_tokens=min(self.context_tokens, max_tokens or self.context_tokens))
 
     def prompt(self, call: GenerateCall) -> list[int]:
-        """Token ids of a call's prompt. Raises RequestError for one that is malformed or leaves no room for a reply."""
+        """Token ids of a call's prompt. Raises RequestError for one that is malformed or leaves no room for a
+        reply.
+        """
         ids = prompt_ids(self.chat, call, self.context_tokens)
         if len(ids) >= self.context_tokens:
             raise RequestError(
@@ -268,7 +282,9 @@ class PromptReader:
         return ids
 
     def text(self, text: str) -> list[int]:
-        """Token ids of a text that is to become a vector. Raises RequestError, which says which, where it is too long."""
+        """Token ids of a text that is to become a vector. Raises RequestError, which says which, where it is too
+        long.
+        """
         try:
             return self.prompt(GenerateCall("text", text=text))
         except RequestError as error:

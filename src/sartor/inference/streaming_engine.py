@@ -1,7 +1,7 @@
 """Base class of engines that stream tokens over HTTP.
 
-An engine of this kind says how one call is asked and read (`read`), and what must be ready before (`begin`). The thread
-runs one asyncio loop; its only way out is the queue that `step` takes from, so the holder sees a plain engine.
+An engine of this kind says how one call is asked and read (`read`), and what must be ready before (`begin`). The
+thread runs one asyncio loop; its only way out is the queue that `step` takes from, so the holder sees a plain engine.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class StreamedReply:
         self.is_ended = True
         rest_text, calls = self._reader.end()
         done_event = ReplyDone(self.call.id, finish, len(self.prompt), self.tokens, self.cached, calls)
-        return [TextDelta(self.call.id, rest_text), done_event] if rest_text and finish != "cancelled" else [done_event]
+        return (
+            [TextDelta(self.call.id, rest_text), done_event] if rest_text and finish != "cancelled" else [done_event]
+        )
 
 
 class StreamEngine(ABC):
@@ -90,7 +92,9 @@ class StreamEngine(ABC):
 
     @abstractmethod
     def read(self, reply: StreamedReply) -> AsyncGenerator[Event]:
-        """Ask for one reply and read it: Pieces, then what `Reply.end` says. Runs on the thread. SartorErrors become Failed."""
+        """Ask for one reply and read it: Pieces, then what `Reply.end` says. Runs on the thread. SartorErrors become
+        Failed.
+        """
 
     def begin(self, reply: StreamedReply) -> bool:
         """Make ready for a waiting call, for which there is a free row; False if it must go on waiting."""
@@ -206,7 +210,8 @@ def _failed(call: str, error: SartorError) -> ReplyFailed:
 async def events_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The JSON objects of a stream of server-sent events, up to `[DONE]`.
 
-    Raises UnavailableError for one that is no JSON object, or longer than _LONGEST: the sender is not what it was said to be.
+    Raises UnavailableError for one that is no JSON object, or longer than _LONGEST: the sender is not what it was said
+    to be.
     """
     async for line in _lines(response):
         if not line.startswith(b"data:"):

@@ -2,11 +2,13 @@
 
 A reply calls tools in one of the forms that open models write, told apart by how it begins:
 
-    <tool_call>{"name": "find", "arguments": {...}}</tool_call>     Hermes, Qwen, and what `prompts.py` asks for; once per call
-    {"name": "find", "arguments": {...}}                            bare, `parameters` for Llama 3; several by `;` or as a list
-    <|python_tag|>{"name": ...}                                     Llama 3, where its tokenizer shows the tag
+    <tool_call>{"name": "find", "arguments": {...}}</tool_call>     Hermes, Qwen, and what `prompts.py` asks for; once
+    per call {"name": "find", "arguments": {...}}                            bare, `parameters` for Llama 3; several by
+    `;` or as a list <|python_tag|>{"name": ...}                                     Llama 3, where its tokenizer shows
+                                                                                     the tag
 
-What is not whole, names no declared tool, or has arguments that are no object stays text: a reply never fails for its form.
+What is not whole, names no declared tool, or has arguments that are no object stays text: a reply never fails for its
+form.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
     if duplicate := next((name for name in names if names.count(name) > 1), ""):
         raise RequestError(f"two tools have the name {duplicate!r}", f'"name": "{duplicate}_2" for one of them')
     if (size := len(json.dumps(tools))) > MOST_BYTES:
-        raise RequestError(f"the tools have {size} bytes; at most {MOST_BYTES} are read", "declare those that fit the request")
+        raise RequestError(
+            f"the tools have {size} bytes; at most {MOST_BYTES} are read", "declare those that fit the request"
+        )
     return tuple(tools)
 
 
@@ -85,7 +89,8 @@ def read_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> tuple[tuple[
     name = function.get("name") if isinstance(function, Mapping) else None
     if choice != "required" and not isinstance(name, str):
         raise RequestError(
-            f"tool_choice is {choice!r:.80}", 'none, auto, required, or {"type": "function", "function": {"name": "find"}}'
+            f"tool_choice is {choice!r:.80}",
+            'none, auto, required, or {"type": "function", "function": {"name": "find"}}',
         )
     if not tools or (choice != "required" and name not in names):
         raise RequestError(
@@ -96,7 +101,8 @@ def read_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> tuple[tuple[
 
 
 def reply_schema(call: GenerateCall) -> str:
-    """The JSON Schema that a reply must obey, "" for none: a tool that must be called goes before the reply's own schema.
+    """The JSON Schema that a reply must obey, "" for none: a tool that must be called goes before the reply's own
+    schema.
 
     Raises RequestError when `must_call` names no declared tool.
     """
@@ -105,7 +111,8 @@ def reply_schema(call: GenerateCall) -> str:
     callable_tools = [tool for tool in call.tools if call.must_call in ("*", name_of(tool))]
     if not callable_tools:
         raise RequestError(
-            f"the tool {call.must_call!r} must be called and is not declared", 'declare it in "tools", or "tool_choice": "auto"'
+            f"the tool {call.must_call!r} must be called and is not declared",
+            'declare it in "tools", or "tool_choice": "auto"',
         )
     if len(callable_tools) == 1:
         return json.dumps(_form(callable_tools[0], "#"))
@@ -127,7 +134,9 @@ def _form(tool: Mapping[str, Any], pointer: str) -> dict[str, Any]:
 
 
 def _moved(schema: Any, pointer: str) -> Any:
-    """A schema whose references count from its own root, to stand at `pointer`. Its depth was bounded by `read_schema`."""
+    """A schema whose references count from its own root, to stand at `pointer`. Its depth was bounded by
+    `read_schema`.
+    """
     if isinstance(schema, list):
         return [_moved(item, pointer) for item in schema]
     if not isinstance(schema, Mapping):
@@ -146,8 +155,8 @@ def _moved(schema: Any, pointer: str) -> Any:
 class CallReader:
     """A reply's text as it comes, parted into what a reader sees and the tools that it calls.
 
-    Text is passed on at once, but for what may be, or may begin, a call: that is kept back to the end. Everything that was
-    fed comes out again, as text or as calls (white space around calls apart).
+    Text is passed on at once, but for what may be, or may begin, a call: that is kept back to the end. Everything that
+    was fed comes out again, as text or as calls (white space around calls apart).
     """
 
     def __init__(self, call: GenerateCall) -> None:
@@ -193,7 +202,8 @@ class CallReader:
         if positions:
             return min(positions)
         return next(
-            (index for index in range(max(0, len(text) - 16), len(text)) if _may_begin(text[index:], _MARKS)), len(text)
+            (index for index in range(max(0, len(text) - 16), len(text)) if _may_begin(text[index:], _MARKS)),
+            len(text),
         )
 
 
@@ -241,7 +251,9 @@ def _unfenced(text: str) -> str:
 
 
 def _values(text: str) -> Iterator[Any]:
-    """The JSON values that a text is made of, with nothing but white space, `;` or `,` between; one None where it is not."""
+    """The JSON values that a text is made of, with nothing but white space, `;` or `,` between; one None where it is
+    not.
+    """
     decoder = json.JSONDecoder(parse_constant=_no_constant)
     position = 0
     while position < len(text):

@@ -3,21 +3,24 @@
 Three kinds of rows may show a gain. Only of one the live version is a fair opponent:
 
     held_out    rows of the live version's own Dataset, chosen by nobody        against the live version
-    feedback    corrections, chosen because the live version failed on them     against the control, and the live version
-    ratings     replies that the live version gave itself, and people rated     against the control, and the live version
+    feedback    corrections, chosen because the live version failed on them     against the control, and the live
+                version
+    ratings     replies that the live version gave itself, and people rated     against the control, and the live
+                version
 
-On rows where the live version failed any version with other faults looks better (regression to the mean). A reply that the
-live version gave is less likely under any other version. So both are held against a control: the live version, tuned as often
-and at the same rate on rehearsal rows alone. The control alone is no fair opponent either: it forgets corrections that the
-live version has learnt since they were held out, which the new version rehearses. So a claim has to show a gain over both,
+On rows where the live version failed any version with other faults looks better (regression to the mean). A reply that
+the live version gave is less likely under any other version. So both are held against a control: the live version,
+tuned as often and at the same rate on rehearsal rows alone. The control alone is no fair opponent either: it forgets
+corrections that the live version has learnt since they were held out, which the new version rehearses. So a claim has
+to show a gain over both,
 each at its whole level: a version without a gain over one of the two is refused by that one.
 
-Of ratings it is the margin that counts, the mean log-likelihood of good replies less that of bad ones: a change that makes
-every reply less likely moves it by nothing.
+Of ratings it is the margin that counts, the mean log-likelihood of good replies less that of bad ones: a change that
+makes every reply less likely moves it by nothing.
 
-The level is divided twice (Bonferroni 1936, unequal parts as in Rosenthal & Rubin 1983): between the kinds by SHARES, and
-between looks, 6 / (pi^2 k^2) for look k, which sums to 1. So a row, however often retrains look at it, makes versions without
-a gain pass with a probability of ALPHA at most. docs/decisions/024-gain.md has what was tried.
+The level is divided twice (Bonferroni 1936, unequal parts as in Rosenthal & Rubin 1983): between the kinds by SHARES,
+and between looks, 6 / (pi^2 k^2) for look k, which sums to 1. So a row, however often retrains look at it, makes
+versions without a gain pass with a probability of ALPHA at most. docs/decisions/024-gain.md has what was tried.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ class Claim:
     """A comparison that may show a gain.
 
     opponent: LIVE or CONTROL. rows: those compared. look: 1 where none of them was looked at before. level: one-sided.
-    result: None where the control was not measured. over_live: of a claim against the control; None before it is judged.
+    result: None where the control was not measured. over_live: of a claim against the control; None before it is
+    judged.
     """
 
     kind: str
@@ -62,12 +66,16 @@ class Claim:
 
     @property
     def is_gain(self) -> bool:
-        """Whether the interval at this level lies above 0; of a claim against the control that over the live version too."""
+        """Whether the interval at this level lies above 0; of a claim against the control that over the live version
+        too.
+        """
         return _is_above_zero(self.result) and self.may_be_gain
 
     @property
     def may_be_gain(self) -> bool:
-        """Whether a comparison with the control can still show a gain: the live version is beaten, or the only opponent."""
+        """Whether a comparison with the control can still show a gain: the live version is beaten, or the only
+        opponent.
+        """
         return self.opponent == LIVE or _is_above_zero(self.over_live)
 
     @property
@@ -78,8 +86,12 @@ class Claim:
     def as_json(self) -> dict[str, Any]:
         """For the record of a retrain."""
         fields = {
-            "of": self.kind, "against": self.opponent, "rows": len(self.rows), "look": self.look, "confidence": self.confidence
-        }  # fmt: skip
+            "of": self.kind,
+            "against": self.opponent,
+            "rows": len(self.rows),
+            "look": self.look,
+            "confidence": self.confidence,
+        }
         if self.result is None:
             return fields
         over_live = {} if self.over_live is None else {"over_live": _interval(self.over_live)}
@@ -140,11 +152,15 @@ def rating_margins(rows: Sequence[Row], opponent: str, tail: float) -> Compariso
     nats = np.abs([row[version] / row["rating"] for row in rows for version in (opponent, "new")])
     widest = max(bootstrap.LEAST_WIDTH, 2 * float(nats.max()))
     groups = [group_of_stored(row) for row in rows]
-    return bootstrap.corpus_bootstrap(before, after, groups, _margin, widest=widest, is_bounded=False, test=FlipTest(tail))
+    return bootstrap.corpus_bootstrap(
+        before, after, groups, _margin, widest=widest, is_bounded=False, test=FlipTest(tail)
+    )
 
 
 def _margin(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(R, 4) sums of values and weights, of good replies and of bad ones -> (R,) margins; a bad reply's value has its sign."""
+    """(R, 4) sums of values and weights, of good replies and of bad ones -> (R,) margins; a bad reply's value has its
+    sign.
+    """
     return np.asarray(sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3])
 
 
@@ -184,7 +200,8 @@ def _can_tell(kind: str, rows: Sequence[Row], looks: Mapping[str, int], share: f
 def _choose_rows(rows: Sequence[Row], looks: Mapping[str, int]) -> tuple[list[Row], int]:
     """Return the rows that can tell most, and which look at them this is.
 
-    Those of few looks have a larger level, all of them are more: the most groups for each nat of evidence that is asked for.
+    Those of few looks have a larger level, all of them are more: the most groups for each nat of evidence that is
+    asked for.
     """
     counts = Counter(looks.get(str(row["id"]), 0) for row in rows)
     best: tuple[float, int] = (-1.0, 0)

@@ -3,7 +3,8 @@
     STATE/retrain/AGENT/looks.jsonl     one line a retrain that compared versions: digests of the rows, by kind
 
 A row that decided once decides the next time with less weight (`gain_test`), so the ledger outlives the folders of the
-retrains. It holds digests of rows and no text. Retrains from before there was a ledger are counted by their `beside.parquet`.
+retrains. It holds digests of rows and no text. Retrains from before there was a ledger are counted by their
+`beside.parquet`.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ def record_look(run: RunRecord, rows: Mapping[str, Iterable[str]]) -> None:
         return
     digests = {kind: sorted(set(ids)) for kind, ids in rows.items()}
     line = {
-        "schema": _LEDGER.schema, "number": run.record.number, "began": run.record.began, "looked": now(),
+        "schema": _LEDGER.schema,
+        "number": run.record.number,
+        "began": run.record.began,
+        "looked": now(),
         "live": run.record.live.release_id,
         "sets": {kind: hashlib.sha256("\n".join(ids).encode()).hexdigest() for kind, ids in digests.items()},
         "rows": digests,
-    }  # fmt: skip
+    }
     _LEDGER.write_lines(file, [*lines, line])
 
 
@@ -42,7 +46,9 @@ def count_looks(run: RunRecord) -> Counter[str]:
     """Return how often other retrains of the agent looked at each row, by its digest. Raises ArtifactError."""
     home = run.folder.parent
     lines = [line for line in _LEDGER.read_lines(home / FILE) if _key_of_line(line) != _key_of_run(run)]
-    counts = Counter(digest for line in lines for digest in {digest for ids in line["rows"].values() for digest in ids})
+    counts = Counter(
+        digest for line in lines for digest in {digest for ids in line["rows"].values() for digest in ids}
+    )
     counted = {*map(_key_of_line, lines), _key_of_run(run)}
     for other in list_runs(home.parent.parent, run.record.agent):
         if _key_of_run(other) not in counted and (other.folder / SCORES_FILE).exists():

@@ -14,8 +14,8 @@ INBOX = "inbox"
 class PersonalOptions:
     """Whose version of which agent, from which rows, and how it is tuned.
 
-    data: `inbox`, or a file in any form that curate reads. rank: 1 to 4; 0 is the team's `personal.rank`. eval_fraction: of the
-    user's rows that are held out for the gate, by group.
+    data: `inbox`, or a file in any form that curate reads. rank: 1 to 4; 0 is the team's `personal.rank`.
+    eval_fraction: of the user's rows that are held out for the gate, by group.
     """
 
     agent: str
@@ -31,5 +31,7 @@ class PersonalOptions:
         if not 0 <= self.rank <= MOST_OWN_RANKS:
             raise ConfigError(f"rank is {self.rank}; a user's own has 1 to {MOST_OWN_RANKS}", "--rank 2")
         if not (self.epochs > 0 and 0 < self.learning_rate < 1 and 0 < self.eval_fraction < 1):
-            text = f"epochs {self.epochs:g}, learning_rate {self.learning_rate:g}, eval_fraction {self.eval_fraction:g}"
+            text = (
+                f"epochs {self.epochs:g}, learning_rate {self.learning_rate:g}, eval_fraction {self.eval_fraction:g}"
+            )
             raise ConfigError(f"{text}: out of range", "--epochs 5 --learning-rate 5e-4 --eval-fraction 0.25")

@@ -28,7 +28,8 @@ LICENCE = "LicenseRef-personal"
 class RowQuery:
     """Whose rows, of which agent, and from where: `inbox`, or a file in any form that curate reads.
 
-    speakers: by key, for whom it may speak. Where keys are used, what others say in a person's name is not learnt from.
+    speakers: by key, for whom it may speak. Where keys are used, what others say in a person's name is not learnt
+    from.
     system: the live version's system prompt, which stands before what clients send without one.
     """
 
@@ -50,14 +51,21 @@ class Collected:
 
 
 def collect(inbox: FeedbackStore, query: RowQuery, folder: Path) -> Collected:
-    """Write the Dataset into `folder`/rows; a quarter of its prompts, say, held out by group. Raises SourceError for no row."""
+    """Write the Dataset into `folder`/rows; a quarter of its prompts, say, held out by group. Raises SourceError for
+    no row.
+    """
     left_out: Counter[str] = Counter()
     source = folder / "rows.jsonl"
     if query.data == INBOX:
         lines = list(_learnable_rows(inbox, query, left_out))
         if not lines:
-            text = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "nothing was said of its replies"
-            raise SourceError(f"the inbox has no row of that user for {query.agent} ({text})", "--data FILE, or wait for more")
+            text = (
+                ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
+                or "nothing was said of its replies"
+            )
+            raise SourceError(
+                f"the inbox has no row of that user for {query.agent} ({text})", "--data FILE, or wait for more"
+            )
         source.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     else:
         source = _copied(Path(query.data), folder)
@@ -82,11 +90,17 @@ def _copied(file: Path, folder: Path) -> Path:
 
 
 def _learnable_rows(inbox: FeedbackStore, query: RowQuery, left_out: Counter[str]) -> Iterator[Mapping[str, Any]]:
-    """What is to be learnt of each reply that the person spoke of: the correction, or the reply, if it was found good."""
+    """What is to be learnt of each reply that the person spoke of: the correction, or the reply, if it was found
+    good.
+    """
     newest: dict[str, Feedback] = {}
     for line in inbox.lines():
         feedback = line.feedback
-        if feedback is not None and feedback.by.user == query.person and feedback.agent.partition("@")[0] == query.agent:
+        if (
+            feedback is not None
+            and feedback.by.user == query.person
+            and feedback.agent.partition("@")[0] == query.agent
+        ):
             older = newest.pop(feedback.receipt, None)
             newest[feedback.receipt] = merge_feedback(feedback, older) if older else feedback
     for feedback in newest.values():

@@ -65,7 +65,9 @@ _MORE_PROBE = "keep its Dataset where it was tuned, or tell where it is: sartor 
 
 @dataclass(frozen=True)
 class UserAcceptance:
-    """Nats a token, before (the live version) and after. why: empty if it may answer. verdict: what the own interval says."""
+    """Nats a token, before (the live version) and after. why: empty if it may answer. verdict: what the own interval
+    says.
+    """
 
     own: Comparison
     elsewhere: Comparison
@@ -91,7 +93,8 @@ def own_rows(dataset: Artifact, rows: TokenizedDataset) -> JudgedRows:
 
 
 def probe_rows(release: Artifact, stack: StackedAdapter) -> JudgedRows:
-    """What the live version must go on to know: its Dataset's held-out rows where that is here, else the Release's canaries.
+    """What the live version must go on to know: its Dataset's held-out rows where that is here, else the Release's
+    canaries.
 
     Raises SourceError where there are fewer than two of either.
     """
@@ -103,7 +106,8 @@ def probe_rows(release: Artifact, stack: StackedAdapter) -> JudgedRows:
     usable = [(row, group) for row, group in encoded if isinstance(row, TokenizedExample)][:MOST_PROBE_ROWS]
     if len({group for _, group in usable}) < 2:
         raise SourceError(
-            f"{release.path} has {len(usable)} held-out rows that can be used here; what it may forget cannot be measured",
+            f"{release.path} has {len(usable)} held-out rows that can be used here; what it may forget cannot be "
+            "measured",
             _MORE_PROBE,
         )
     return JudgedRows([row for row, _ in usable], [group for _, group in usable])
@@ -123,11 +127,13 @@ def judge(
     reason = ""
     if not on_user.high <= terms.most_worse:
         reason = (
-            f"on the user's held-out rows it may be worse by {on_user.high:.3f} nats a token; the limit is {terms.most_worse:g}"
+            f"on the user's held-out rows it may be worse by {on_user.high:.3f} nats a token; the limit is "
+            f"{terms.most_worse:g}"
         )
     elif not on_probe.high <= terms.most_elsewhere:
         reason = (
-            f"on {len(probe.rows)} held-out rows of the live version it may be worse by {on_probe.high:.3f} nats a token; "
+            f"on {len(probe.rows)} held-out rows of the live version it may be worse by {on_probe.high:.3f} nats a "
+            "token; "
             f"the limit is {terms.most_elsewhere:g}"
         )
         if too_few := too_few_prompts(probe.groups):
@@ -137,23 +143,34 @@ def judge(
 
 def _compare(stack: StackedAdapter, tuned: Tensors, judged: JudgedRows) -> Comparison:
     rows = benefit_report.ClientRows(judged.rows, judged.groups, HeldOut([], Path()))
-    before, after = (benefit_report.score_adapter(stack.resident, adapter, rows).losses for adapter in (stack.unchanged, tuned))
+    before, after = (
+        benefit_report.score_adapter(stack.resident, adapter, rows).losses for adapter in (stack.unchanged, tuned)
+    )
     return paired_bootstrap(before, after, judged.groups, rows.tokens, is_bounded=False)
 
 
 def _held_out(release: Artifact) -> list[Example]:
-    """Of the Dataset that the Release's adapter was tuned on; none where it is not on this machine, or holds out nothing."""
+    """Of the Dataset that the Release's adapter was tuned on; none where it is not on this machine, or holds out
+    nothing.
+    """
     with suppress(ArtifactError, OSError, ValueError, KeyError):
         parents = json.loads((release.path / "sartor.json").read_bytes())["parents"]
         for parent in parents:
             if parent["kind"] == "dataset" and (path := catalogue.locate(parent["id"], parent["path"])):
-                return [example for example in stored.read_examples(open_artifact(path, "dataset")) if example.split == "eval"]
+                return [
+                    example
+                    for example in stored.read_examples(open_artifact(path, "dataset"))
+                    if example.split == "eval"
+                ]
     return []
 
 
 def _canaries(release: Artifact) -> list[Example]:
     canaries = release.manifest.get("canaries", [])
-    return [example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]}) for item in canaries]
+    return [
+        example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]})
+        for item in canaries
+    ]
 
 
 Notice = Callable[[str], object]
@@ -180,7 +197,9 @@ class _TuningContext:
         return UserVersion(self.person, self.options.agent, self.live.version, self.live.release_id)
 
 
-def tune_personal(team: Team | Path | str, options: PersonalOptions, *, notice: Notice = lambda line: None) -> dict[str, Any]:
+def tune_personal(
+    team: Team | Path | str, options: PersonalOptions, *, notice: Notice = lambda line: None
+) -> dict[str, Any]:
     """Tune a user's ranks on top of an agent's live version; a running server answers that user by it within a second.
 
     Raises GateError where it may not answer, and why; what the user had before goes on. SourceError for too few rows,
@@ -190,33 +209,51 @@ def tune_personal(team: Team | Path | str, options: PersonalOptions, *, notice: 
     began = time.monotonic()
     with _open_context(loaded_team, options) as context, _tuning_folder(loaded_team, context) as folder:
         query = personal_rows.RowQuery(
-            context.person, options.agent, options.data, _speakers(context), options.eval_fraction, options.seed,
+            context.person,
+            options.agent,
+            options.data,
+            _speakers(context),
+            options.eval_fraction,
+            options.seed,
             context.release.manifest["system_prompt"],
-        )  # fmt: skip
+        )
         collected = personal_rows.collect(FeedbackStore(Path(loaded_team.state) / "inbox"), query, folder)
         stack, rows = _prepare(context, collected.dataset, notice)
         held_out, probe = own_rows(collected.dataset, rows), probe_rows(context.release, stack)
         check_probe(probe, loaded_team.personal)
         notice(f"tuning {stack.rank} ranks on {len(rows.train)} rows; {len(held_out.rows)} are held out")
         recipe = stack.resident.recipe
-        tuned, losses = stack.tuned(rows, stack.start, stack.personal_ranks, recipe.budget, recipe.optimizer.learning_rate)
+        tuned, losses = stack.tuned(
+            rows, stack.start, stack.personal_ranks, recipe.budget, recipe.optimizer.learning_rate
+        )
         acceptance = judge(stack, tuned, held_out, probe, loaded_team.personal)
         if acceptance.why:
             context.store.refuse(context.blank, acceptance.why, context.cause)
             raise GateError(
                 f"{options.agent} stays as it is for that user: {acceptance.why}",
-                "more rows of that user, fewer --epochs, a lower --learning-rate; or `personal` in TEAM.yaml has other limits",
+                "more rows of that user, fewer --epochs, a lower --learning-rate; or `personal` in TEAM.yaml has "
+                "other limits",
             )
-        summary = {"person": context.person, "agent": context.live.name, "rank": stack.rank, "examples": len(rows.train)}
+        summary = {
+            "person": context.person,
+            "agent": context.live.name,
+            "rank": stack.rank,
+            "examples": len(rows.train),
+        }
         facts = _facts(stack, [collected.dataset, context.release], summary, losses, acceptance)
         facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
         adapter = _write_adapter(stack, tuned, folder / ADAPTER, facts)
         _serve(context, adapter, acceptance, {"rows": len(rows.train), "held_out": len(held_out.rows)})
         left_out = {**collected.left_out, **{reason: len(ids) for reason, ids in rows.left_out.items()}}
         return {
-            **summary, "adapter": str(adapter.path), "held_out": len(held_out.rows), "left_out": left_out, "loss": dict(losses),
-            "gate": acceptance.as_json(), "wall_s": facts["run"]["wall_s"],
-        }  # fmt: skip
+            **summary,
+            "adapter": str(adapter.path),
+            "held_out": len(held_out.rows),
+            "left_out": left_out,
+            "loss": dict(losses),
+            "gate": acceptance.as_json(),
+            "wall_s": facts["run"]["wall_s"],
+        }
 
 
 @contextmanager
@@ -229,7 +266,8 @@ def _open_context(team: Team, options: PersonalOptions) -> Iterator[_TuningConte
         if live is None:
             known = ", ".join(sorted(name for name, entry in snapshot.agents.items() if entry.live)) or "none"
             raise UnknownAgentError(
-                f"{options.agent!r} has no live version; there are: {known}", "sartor serve TEAM.yaml, or sartor agents add"
+                f"{options.agent!r} has no live version; there are: {known}",
+                "sartor serve TEAM.yaml, or sartor agents add",
             )
         yield _TuningContext(team, UserVersionStore(registry.database), live, _release_of(team, live), options, person)
 
@@ -250,7 +288,9 @@ def _speakers(context: _TuningContext) -> Mapping[str, frozenset[str]]:
 
 @contextmanager
 def _tuning_folder(team: Team, context: _TuningContext) -> Iterator[Path]:
-    """A folder of this tuning's own below the person's. That which the registry names in the end stays, and no other."""
+    """A folder of this tuning's own below the person's. That which the registry names in the end stays, and no
+    other.
+    """
     parent = folder_of(Path(team.state), context.person, context.options.agent)
     make_parent(parent)
     for ancestor in (parent.parent.parent, parent.parent, parent):
@@ -278,14 +318,19 @@ def _prepare(context: _TuningContext, dataset: Artifact, notice: Notice) -> tupl
     options, base = context.options, context.release.manifest["base"]
     local = model_refs.locate_base(context.team.base)
     if local.digest != base["digest"]:
-        problem = f"{context.live.name} was tuned on the base {base['digest'][:12]}, and {local.name} is {local.short_digest}"
+        problem = (
+            f"{context.live.name} was tuned on the base {base['digest'][:12]}, and {local.name} is "
+            f"{local.short_digest}"
+        )
         raise ModelError(problem, "base: the one that the team serves")
     optimizer = {"learning_rate": options.learning_rate, "batch_tokens": 1024}
     changes = {
         "base": {"name": context.team.base, "bits": base.get("bits") if base.get("bits") in (4, 8) else "auto"},
         "data": {"path": str(dataset.path), "eval_rows": 256},
-        "budget": {"epochs": options.epochs}, "optimizer": optimizer, "seed": options.seed,
-    }  # fmt: skip
+        "budget": {"epochs": options.epochs},
+        "optimizer": optimizer,
+        "seed": options.seed,
+    }
     recipe = config.load(ResolvedRecipe, recipe_of(context.release.path, local.path, changes))
     resident = SharedBase.open(recipe, notice)
     # files may hold factors in 16 bits, and some of those no numpy knows
@@ -306,7 +351,11 @@ def _prepare(context: _TuningContext, dataset: Artifact, notice: Notice) -> tupl
 
 
 def _facts(
-    stack: StackedAdapter, parents: list[Artifact], summary: Mapping[str, Any], losses: Losses, acceptance: UserAcceptance
+    stack: StackedAdapter,
+    parents: list[Artifact],
+    summary: Mapping[str, Any],
+    losses: Losses,
+    acceptance: UserAcceptance,
 ) -> dict[str, Any]:
     facts = stack.facts(
         parents, parents[0].manifest["sources"], {"personal": {**summary, "gate": acceptance.as_json()}}, losses
@@ -327,7 +376,10 @@ def _write_adapter(stack: StackedAdapter, tuned: Any, out: Path, facts: Mapping[
 def _serve(context: _TuningContext, adapter: Artifact, acceptance: UserAcceptance, counts: Mapping[str, int]) -> None:
     files = adapter.manifest["files"]
     row = replace(
-        context.blank, adapter=adapter_digest(files), artifact=adapter.id, path=str(adapter.path),
+        context.blank,
+        adapter=adapter_digest(files),
+        artifact=adapter.id,
+        path=str(adapter.path),
         facts={**counts, "rank": adapter.manifest["run"]["personal"]["rank"], "gate": acceptance.as_json()},
-    )  # fmt: skip
+    )
     context.store.put(row, context.cause)

@@ -1,9 +1,10 @@
 """Comparison of a new version with the live one.
 
-Three kinds of rows are compared: `held_out`, which the live version's own Dataset holds out, `feedback`, corrections that were
-not trained on, and `ratings`, replies that people rated. The second were chosen because the live version erred on them, so it
-is behind on them by the choosing alone: a gain there is one over a control and over the live version (`gain_test`), and only
-the first can show that nothing else suffered.
+Three kinds of rows are compared: `held_out`, which the live version's own Dataset holds out, `feedback`, corrections
+that were not trained on, and `ratings`, replies that people rated. The second were chosen because the live version
+erred on them, so it
+is behind on them by the choosing alone: a gain there is one over a control and over the live version (`gain_test`),
+and only the first can show that nothing else suffered.
 
 Each key is held against all others by the monitors' own evidence (`core/confidence_sequences.py`), both ways. A key
 that is named has done nothing wrong for sure: whoever asks harder questions is unlike the others. A person decides
@@ -48,7 +49,8 @@ def of_rows(table: Sequence[Row]) -> Comparison:
 class Judgement:
     """Checks of a new version against the live one, by name.
 
-    comparisons: new less live by kind of rows, each with its own 95 % interval; for a person, no gain follows from one.
+    comparisons: new less live by kind of rows, each with its own 95 % interval; for a person, no gain follows from
+    one.
     claims: what may show a gain, tested as far as the opponents were measured.
     """
 
@@ -85,8 +87,8 @@ class Judgement:
 def judge(kinds: Mapping[str, Sequence[Row]], looks: Mapping[str, int], rules: NotWorse) -> Judgement:
     """Hold the new version against the live one, and against the control where rows have its scores.
 
-    kinds: `held_out`, `feedback` and `ratings` rows with `live`, `new` and maybe `control`. looks: of each row, by its id,
-    how often other retrains looked at it. Raises GateError for fewer than two held-out rows.
+    kinds: `held_out`, `feedback` and `ratings` rows with `live`, `new` and maybe `control`. looks: of each row, by its
+    id, how often other retrains looked at it. Raises GateError for fewer than two held-out rows.
     """
     if len(kinds["held_out"]) < 2:
         raise GateError(
@@ -133,14 +135,19 @@ def format_claim(claim: Claim) -> str:
 def not_worse(comparison: Comparison, margin: float) -> Check:
     """Whether the mean over rows that nobody chose is the live version's, but for the margin: non-inferiority."""
     fits = comparison.low >= -margin or comparison.low > 0
-    remedy = "" if fits else "more rehearsal (retrain.rehearsal), fewer epochs (retrain.tuning), or more held-out rows to tell"
+    remedy = (
+        ""
+        if fits
+        else "more rehearsal (retrain.rehearsal), fewer epochs (retrain.tuning), or more held-out rows to tell"
+    )
     if not fits and comparison.difference >= -margin:
         remedy = f"held-out rows of {FEW_GROUPS} groups or more to tell; {remedy}"
     return Check("pass" if fits else "fail", f"{format_comparison(comparison)}; it may fall by {margin:g}", remedy)
 
 
 def slices(table: Sequence[Row], rules: NotWorse) -> dict[str, Check]:
-    """Of each slice whether it has fallen by more than the margin, by an interval that excludes 0. None where there is none.
+    """Of each slice whether it has fallen by more than the margin, by an interval that excludes 0. None where there is
+    none.
 
     A slice of too few groups for any verdict cannot tell where it was seen to fall by more; otherwise it is no check
     (`unjudged`).
@@ -195,18 +202,24 @@ def slice_rows(
         for row in table:
             if (value := label_of(row["reference"], field)) is not None:
                 by_value.setdefault(value, []).append(row)
-        yield from ((f"{field}={value}", rows) for value, rows in sorted(by_value.items()) if with_few or len(rows) >= min_rows)
+        yield from (
+            (f"{field}={value}", rows) for value, rows in sorted(by_value.items()) if with_few or len(rows) >= min_rows
+        )
 
 
 def _has_few(table: Sequence[Row], field: str, min_rows: int) -> bool:
     """Whether a field tells kinds of rows apart, as an intent does, and not rows, as a name does."""
     counts = Counter(value for row in table if (value := label_of(row["reference"], field)) is not None)
-    return 1 < len(counts) <= MOST_VALUES and statistics.median(counts.values()) > 1 and max(counts.values()) >= min_rows
+    return (
+        1 < len(counts) <= MOST_VALUES and statistics.median(counts.values()) > 1 and max(counts.values()) >= min_rows
+    )
 
 
 def format_comparison(result: Comparison) -> str:
     """A comparison in a line."""
-    return f"{result.base:.3f} -> {result.tuned:.3f}, {result.difference:+.3f} in [{result.low:+.3f}, {result.high:+.3f}]"
+    return (
+        f"{result.base:.3f} -> {result.tuned:.3f}, {result.difference:+.3f} in [{result.low:+.3f}, {result.high:+.3f}]"
+    )
 
 
 # by which a key's rate of bad ratings may differ from that of all others
@@ -224,7 +237,10 @@ class Suspect:
     others: FailureRate
 
     def __str__(self) -> str:
-        return f"{self.key} found {self.rate.bad} of {self.rate.seen} bad, all others {self.others.bad} of {self.others.seen}"
+        return (
+            f"{self.key} found {self.rate.bad} of {self.rate.seen} bad, all others {self.others.bad} of "
+            f"{self.others.seen}"
+        )
 
 
 def by_key(ratings: Iterable[tuple[str, float]]) -> dict[str, FailureRate]:
@@ -243,13 +259,17 @@ def suspects(rates: Mapping[str, FailureRate]) -> list[Suspect]:
     for key, key_rate in rates.items():
         other_rates = [rate for name, rate in rates.items() if name != key]
         others = FailureRate(sum(rate.seen for rate in other_rates), sum(rate.bad for rate in other_rates))
-        evidence = max(log_evidence(key_rate, others, MARGIN), log_evidence(others, key_rate, MARGIN)) if others.seen else 0.0
+        evidence = (
+            max(log_evidence(key_rate, others, MARGIN), log_evidence(others, key_rate, MARGIN)) if others.seen else 0.0
+        )
         if evidence >= limit:
             ranked.append((evidence, Suspect(key, key_rate, others)))
     # where one key is unlike, all others are a little unlike those among whom it is: the most telling is named alone
-    return [suspect for _, suspect in sorted(ranked, key=lambda pair: -pair[0])[:1]] if len(rates) <= 2 else [
-        suspect for _, suspect in sorted(ranked, key=lambda pair: -pair[0])
-    ]  # fmt: skip
+    return (
+        [suspect for _, suspect in sorted(ranked, key=lambda pair: -pair[0])[:1]]
+        if len(rates) <= 2
+        else [suspect for _, suspect in sorted(ranked, key=lambda pair: -pair[0])]
+    )
 
 
 def check(rates: Mapping[str, FailureRate], believed: Iterable[str] = ()) -> Check:
@@ -259,5 +279,7 @@ def check(rates: Mapping[str, FailureRate], believed: Iterable[str] = ()) -> Che
         return Check("pass", f"{len(rates)} keys rate alike, within {MARGIN:g}")
     names = ", ".join(suspect.key for suspect in flagged)
     return Check(
-        "fail", "; ".join(map(str, flagged)), f"look at what {names} rated; then --ignore or --believe {flagged[0].key}"
+        "fail",
+        "; ".join(map(str, flagged)),
+        f"look at what {names} rated; then --ignore or --believe {flagged[0].key}",
     )

@@ -41,8 +41,8 @@ from sartor.serving.team_config import Retraining, Team, load
 from sartor.tune.auto_settings import BATCH_TOKENS
 from sartor.tune.trainer import tune as train
 
-# what the tuning of the live version is changed by, unless `retrain.tuning` says otherwise: few rows, seen twice. A third time
-# cost the starter its general talk, and the gate refused every such version (docs/log.md, 60 corrections)
+# what the tuning of the live version is changed by, unless `retrain.tuning` says otherwise: few rows, seen twice. A
+# third time cost the starter its general talk, and the gate refused every such version (docs/log.md, 60 corrections)
 GENTLE = 0.5
 EPOCHS = 2.0
 
@@ -50,7 +50,8 @@ EPOCHS = 2.0
 def curate(job: RetrainContext) -> Mapping[str, Any]:
     """feedback/ what the inbox holds, as a Dataset; data/ and ratings/ what is learnt from it, with rehearsal."""
     if contradictions := training_data.distrusted(job):
-        # nothing of theirs would be learnt; but whoever lies by one key may have others, and a person should look first
+        # nothing of theirs would be learnt; but whoever lies by one key may have others, and a person should look
+        # first
         raise GateError(
             f"keys: {'; '.join(contradictions)}", "look at what they said (sartor agents feedback); then --ignore KEY"
         )
@@ -60,7 +61,8 @@ def curate(job: RetrainContext) -> Mapping[str, Any]:
         raise GateError(
             f"of what was said {data.corrections} corrections and {data.ratings} ratings can be learnt from; dropped: "
             f"{dict(feedback.manifest['counts']['dropped']) or 'none'}",
-            f"it takes {job.rules.at_least.corrections} corrections or {job.rules.at_least.ratings} ratings: retrain.at_least",
+            f"it takes {job.rules.at_least.corrections} corrections or {job.rules.at_least.ratings} ratings: "
+            "retrain.at_least",
         )
     keys = promotion_checks.check(data.rates, job.wishes.believe)
     if keys.outcome == "fail":  # before anything is spent on what they said
@@ -84,8 +86,8 @@ def tune(job: RetrainContext) -> Mapping[str, Any]:
 def recipe_of(job: RetrainContext, leg: str, start: Path) -> dict[str, Any]:
     """The tuning recipe of a leg: the live version's own, gentler, and what `retrain.tuning` changes.
 
-    A batch that `auto` chose by the rows of a whole Dataset is chosen again by those of the leg sft, which are far fewer; one
-    that a person named stays.
+    A batch that `auto` chose by the rows of a whole Dataset is chosen again by those of the leg sft, which are far
+    fewer; one that a person named stays.
     """
     live = open_artifact(job.run.record.live.release, "release")
     recipe = training_data.read_recipe(live.path / "sartor.json")
@@ -104,7 +106,9 @@ def recipe_of(job: RetrainContext, leg: str, start: Path) -> dict[str, Any]:
 
 
 def is_auto_batch(release: Artifact) -> bool:
-    """Whether `auto` chose the batch of a Release: in its own tuning, or in one that it goes on from and took it over."""
+    """Whether `auto` chose the batch of a Release: in its own tuning, or in one that it goes on from and took it
+    over.
+    """
     batch_tokens = training_data.read_recipe(release.path / "sartor.json")["optimizer"]["batch_tokens"]
     earlier = [item for kind in ("adapter", "release") for item in ancestry.find_all(release, kind)]
     for item in (release, *earlier):
@@ -127,7 +131,9 @@ def merge_options(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
 
 
 def evaluate(job: RetrainContext) -> Mapping[str, Any]:
-    """report/ the new adapter against the base; beside.parquet the live version on the same rows; and the held-out ratings."""
+    """report/ the new adapter against the base; beside.parquet the live version on the same rows; and the held-out
+    ratings.
+    """
     adapter, out = Path(job.run.facts("tune")["adapter"]), job.at("report")
     _measure(job, adapter, out, "eval")
     comparison = compare_with_live(adapter, out, job.run.record.live.release, job.notice)
@@ -147,13 +153,21 @@ def _measure(job: RetrainContext, adapter: Path, out: Path, split: Literal["eval
         return
     label = open_artifact(Path(job.run.record.live.release) / "report", "report").manifest["label"]
     measure(
-        adapter, out=out, split=split, scorer=job.live().manifest["primary"], label=label, most_rows=job.rules.gate.rows,
-        notice=job.notice, replace=bool(numerics_change),
-    )  # fmt: skip
+        adapter,
+        out=out,
+        split=split,
+        scorer=job.live().manifest["primary"],
+        label=label,
+        most_rows=job.rules.gate.rows,
+        notice=job.notice,
+        replace=bool(numerics_change),
+    )
 
 
 def _numerics_difference(report: Path) -> str:
-    """Return in what the arithmetic of a Report differs from this version's; empty if it does not, or if none stands there."""
+    """Return in what the arithmetic of a Report differs from this version's; empty if it does not, or if none stands
+    there.
+    """
     if kind_of(report) != "report":
         return ""
     base = open_artifact(report, "report").manifest["base"]
@@ -168,7 +182,13 @@ def _liked(job: RetrainContext, adapter: Path) -> dict[str, Any]:
     live, new = (likelihoods(path, rows, job.notice) for path in (job.run.record.live.release, adapter))
     return {
         "ratings": [
-            {"id": row.id, "group": group_of(row), "rating": row.rating, "live": row.rating * before, "new": row.rating * after}
+            {
+                "id": row.id,
+                "group": group_of(row),
+                "rating": row.rating,
+                "live": row.rating * before,
+                "new": row.rating * after,
+            }
             for row, before, after in zip(rows, live, new, strict=True)
         ]
     }
@@ -251,9 +271,11 @@ def rows_by_kind(job: RetrainContext) -> dict[str, list[dict[str, Any]]]:
 
 
 def release(job: RetrainContext) -> Mapping[str, Any]:
-    """release/: the Adapter through the gate of every Release, under the rules of the live one, signed as its next version.
+    """release/: the Adapter through the gate of every Release, under the rules of the live one, signed as its next
+    version.
 
-    Where the gate asks for the test split, test-report/ is measured on it here, of a version that passed everything before.
+    Where the gate asks for the test split, test-report/ is measured on it here, of a version that passed everything
+    before.
     """
     live, out = job.live(), job.at("release")
     existing = [entry.version for entry in read_registry(job.team).versions.values() if entry.agent == job.agent]
@@ -268,10 +290,16 @@ def release(job: RetrainContext) -> Mapping[str, Any]:
         report = job.at("test-report")
         _measure(job, adapter, report, "test")
     sign(
-        adapter, name=live.manifest["name"], version=version, key=job.rules.key,
-        report=report, out=out, waivers=job.wishes.waivers, use=live.manifest.get("use", "commercial"),
+        adapter,
+        name=live.manifest["name"],
+        version=version,
+        key=job.rules.key,
+        report=report,
+        out=out,
+        waivers=job.wishes.waivers,
+        use=live.manifest.get("use", "commercial"),
         rules=rules if live_rules else None,
-    )  # fmt: skip
+    )
     return {"release": str(out), "version": version}
 
 
@@ -282,7 +310,9 @@ def register_version(job: RetrainContext) -> Mapping[str, Any]:
     name = f"{job.agent}@{facts['version']}"
     add_agent(job.team, facts["release"], name=job.agent, why=reason)
     if server_presence.running(Path(job.team.state)):
-        promote_agent(job.team, job.agent, facts["version"], expected=live.version, canary=job.rules.canary, why=reason)
+        promote_agent(
+            job.team, job.agent, facts["version"], expected=live.version, canary=job.rules.canary, why=reason
+        )
         status = f"answers {job.rules.canary:.0%} of the requests until the monitors or a person decide"
         return {"decision": "canary", "reason": f"{name} {status}"}
     if job.wishes.promote:
@@ -293,9 +323,14 @@ def register_version(job: RetrainContext) -> Mapping[str, Any]:
 
 
 STAGES: dict[str, Stage] = {
-    "curate": curate, "tune": tune, "evaluate": evaluate, "control": control, "gate": gate, "release": release,
+    "curate": curate,
+    "tune": tune,
+    "evaluate": evaluate,
+    "control": control,
+    "gate": gate,
+    "release": release,
     "bring in": register_version,
-}  # fmt: skip
+}
 
 
 # Somebody's rule says no: an answer, and the end of this retrain. Other errors leave it to be gone on with.
@@ -341,10 +376,11 @@ def retrain(
 ) -> Retrained:
     """Let an agent learn from what was said of it: a new version, on trial or live, or a refusal with reasons.
 
-    One that was killed is gone on with; one on trial is looked after, and none is begun before it is decided. Too little to
-    learn from is a refusal that says how much is lacking. `steps_back` gives this process the priority and the memory that
-    `retrain:` of TEAM.yaml says, for good. `stages`: by name, in their order. Raises ConfigError while another process retrains
-    the agent, UnknownAgentError, and what the stages raise; the same call goes on then.
+    One that was killed is gone on with; one on trial is looked after, and none is begun before it is decided. Too
+    little to learn from is a refusal that says how much is lacking. `steps_back` gives this process the priority and
+    the memory that
+    `retrain:` of TEAM.yaml says, for good. `stages`: by name, in their order. Raises ConfigError while another process
+    retrains the agent, UnknownAgentError, and what the stages raise; the same call goes on then.
     """
     began = time.monotonic()
     loaded_team = team if isinstance(team, Team) else load(Path(team), flags)
@@ -381,7 +417,9 @@ def retrain(
 
 
 def _decide_overtaken(run: RunRecord, live: Live) -> None:
-    """Another version is live than the one that it was held against: its own, if it was killed right behind the promotion."""
+    """Another version is live than the one that it was held against: its own, if it was killed right behind the
+    promotion.
+    """
     name = f"{run.record.agent}@{live.version}"
     if run.done("release") and run.facts("release")["version"] == live.version:
         run.decide("promoted", f"{name} is live", run.facts("gate")["gain"])

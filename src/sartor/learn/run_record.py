@@ -4,8 +4,8 @@
       retrain.json     the record: which version is live, the facts of each stage that is done, the decision
       feedback/  data/  adapter/  ...     what the stages made: artefacts, each whole or absent
 
-A stage is done when the record says so, and it says so after the stage's artefacts stand. A retrain that was killed is gone on
-with at the first stage that the record lacks; that stage finds what it had finished itself.
+A stage is done when the record says so, and it says so after the stage's artefacts stand. A retrain that was killed is
+gone on with at the first stage that the record lacks; that stage finds what it had finished itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ FINAL = ("promoted", "refused", "rolled back", "candidate")
 
 @dataclass(frozen=True)
 class Live:
-    """The version that a retrain starts from and is held against. release: the directory; release_id: of its manifest."""
+    """The version that a retrain starts from and is held against. release: the directory; release_id: of its
+    manifest.
+    """
 
     version: str
     release: str
@@ -69,7 +71,9 @@ class Record:
     def from_json(cls, payload: Mapping[str, Any]) -> Record:
         """Raises ArtifactError for another schema, KeyError or TypeError for no record."""
         if payload.get("schema") != SCHEMA:
-            raise ArtifactError(f"a retrain of schema {payload.get('schema')!r}; this reads {SCHEMA}", upgrade_command())
+            raise ArtifactError(
+                f"a retrain of schema {payload.get('schema')!r}; this reads {SCHEMA}", upgrade_command()
+            )
         fields = {key: value for key, value in payload.items() if key != "schema"}
         return cls(**{**fields, "live": Live(**fields["live"])})
 
@@ -129,14 +133,20 @@ class RunRecord:
 
 
 def list_runs(state: Path, agent: str) -> list[RunRecord]:
-    """Every retrain of an agent, the oldest first. A folder without a record was killed before it began, and is passed over."""
-    folders = (folder for folder in _home(state, agent).glob("*") if folder.name.isdigit() and (folder / FILE).exists())
+    """Every retrain of an agent, the oldest first. A folder without a record was killed before it began, and is passed
+    over.
+    """
+    folders = (
+        folder for folder in _home(state, agent).glob("*") if folder.name.isdigit() and (folder / FILE).exists()
+    )
     return [RunRecord.open(folder) for folder in sorted(folders, key=lambda folder: int(folder.name))]
 
 
 @contextmanager
 def retrain_lock(state: Path, agent: str) -> Iterator[None]:
-    """Inside, no other process retrains this agent. Raises ConfigError where one does; a lock ends with its process."""
+    """Inside, no other process retrains this agent. Raises ConfigError where one does; a lock ends with its
+    process.
+    """
     home = _home(state, agent)
     home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     busy = True
@@ -164,8 +174,10 @@ Notice = Callable[[str], None]
 
 @dataclass(frozen=True)
 class RetrainOptions:
-    """What a person asks of this one retrain. believe, ignore: keys. promote: also where nobody serves the team. anyway: with
-    less feedback than is asked for. waivers: of checks of the Release's own gate, not of those against the live version.
+    """What a person asks of this one retrain. believe, ignore: keys. promote: also where nobody serves the team.
+    anyway: with
+    less feedback than is asked for. waivers: of checks of the Release's own gate, not of those against the live
+    version.
     """
 
     promote: bool = False
@@ -213,14 +225,17 @@ class RetrainContext:
         dataset = ancestry.find_parent(self.live(), "dataset")
         if dataset is None:
             raise ArtifactError(
-                f"the Dataset of {self.run.record.live.release} is not where it was: nothing could be rehearsed or held out",
+                f"the Dataset of {self.run.record.live.release} is not where it was: nothing could be rehearsed or "
+                "held out",
                 "sartor index DIR finds a Dataset that was moved",
             )
         return dataset
 
 
 class Stage(Protocol):
-    """One step of a retrain: makes its artefacts, or finds them made, and says what it found. Raises GateError to refuse."""
+    """One step of a retrain: makes its artefacts, or finds them made, and says what it found. Raises GateError to
+    refuse.
+    """
 
     def __call__(self, job: RetrainContext) -> Mapping[str, Any]:
         """Facts, for the record."""
@@ -257,7 +272,9 @@ def live_version(team: Team, agent: str) -> Live:
 
 
 def resolve_trial(team: Team, run: RunRecord) -> None:
-    """What became of a version that was on trial: live by now, sent back by the monitors or a person, or on trial still."""
+    """What became of a version that was on trial: live by now, sent back by the monitors or a person, or on trial
+    still.
+    """
     record = run.record
     if record.decision in FINAL:
         return

@@ -1,8 +1,9 @@
 """Training data from feedback, with rehearsal rows.
 
-    feedback/     Dataset: what the inbox held of the agent when the retrain began, as curate reads it; a quarter held out
-    data/         Dataset: corrections and rehearsal to train on; held out are the live version's own rows and corrections,
-                  as many as the gate compares on
+    feedback/     Dataset: what the inbox held of the agent when the retrain began, as curate reads it; a quarter held
+                  out
+    data/         Dataset: corrections and rehearsal to train on; held out are the live version's own rows and
+                  corrections, as many as the gate compares on
     ratings/      Dataset: rated replies and rehearsal to train on; the same rows held out
 
 Held-out ratings stay in feedback/: a rated reply is no reference to be compared with.
@@ -40,9 +41,11 @@ NO_KEY = "(no key)"
 
 @dataclass(frozen=True)
 class TrainingData:
-    """legs: which tunings there are rows for, in order. corrections, ratings: rows of each; held: those that are held out.
+    """legs: which tunings there are rows for, in order. corrections, ratings: rows of each; held: those that are held
+    out.
 
-    ignored: rows of keys that a person ignores. rates: of each key, how many replies it rated, and how many of them bad.
+    ignored: rows of keys that a person ignores. rates: of each key, how many replies it rated, and how many of them
+    bad.
     """
 
     legs: tuple[str, ...]
@@ -76,9 +79,13 @@ def _terms(job: RetrainContext) -> InboxTerms:
 
 
 def distrusted(job: RetrainContext) -> list[str]:
-    """A line for each voice that contradicts the rest, but for the keys that a person ignores: nothing of it is learnt."""
+    """A line for each voice that contradicts the rest, but for the keys that a person ignores: nothing of it is
+    learnt.
+    """
     standings = of_folder(_inbox(job), _terms(job)).standings
-    return [standing.reason for standing in standings if standing.is_distrusted and standing.key not in job.wishes.ignore]
+    return [
+        standing.reason for standing in standings if standing.is_distrusted and standing.key not in job.wishes.ignore
+    ]
 
 
 def write_training_data(job: RetrainContext, feedback: Artifact) -> TrainingData:
@@ -119,7 +126,9 @@ def draw_rehearsal(dataset: Artifact, count: int, seed: int) -> list[Example]:
 
 
 def write_control_data(job: RetrainContext, leg: str) -> Path:
-    """control-data-LEG/: rehearsal rows alone, as many as the leg was trained on if there are so many; the same held out."""
+    """control-data-LEG/: rehearsal rows alone, as many as the leg was trained on if there are so many; the same held
+    out.
+    """
     out, learnt = job.at(f"control-data-{leg}"), open_artifact(job.at(FOLDERS[leg]), "dataset")
     dataset = job.own_rows()
     count = sum(1 for _ in parquet_io.read_examples(learnt, "train"))
@@ -134,7 +143,10 @@ def ids_of_feedback(job: RetrainContext) -> set[str]:
     """Return the ids of the corrections, of which a version erred; also of those that an earlier retrain held out."""
     feedback = parquet_io.read_examples(open_artifact(job.at(FEEDBACK), "dataset"))
     # a row for which an earlier retrain had no place stands in this one's own Datasets alone
-    datasets = [job.own_rows(), *(open_artifact(job.at(FOLDERS[leg]), "dataset") for leg in job.run.facts("curate")["legs"])]
+    datasets = [
+        job.own_rows(),
+        *(open_artifact(job.at(FOLDERS[leg]), "dataset") for leg in job.run.facts("curate")["legs"]),
+    ]
     held_out = (row for dataset in datasets for row in parquet_io.read_examples(dataset, "eval"))
     return {row.id for row in feedback if not row.rating} | {row.id for row in held_out if _is_feedback(row)}
 
@@ -176,8 +188,8 @@ def _inbox(job: RetrainContext) -> Path:
 def _held_out(job: RetrainContext, dataset: Artifact, corrections: Sequence[Example]) -> list[Example]:
     """Held-out corrections and own rows, in all as many as the gate asks for; the same for every leg.
 
-    Corrections have at most half of the places, and more where there are too few own rows: only those tell what would suffer.
-    Rows that fewer retrains have looked at come first: they tell more.
+    Corrections have at most half of the places, and more where there are too few own rows: only those tell what would
+    suffer. Rows that fewer retrains have looked at come first: they tell more.
     """
     looks, most_rows = look_ledger.count_looks(job.run), job.rules.gate.rows
     rows = {row.id: row for row in (*own_held_out(dataset), *(row for row in corrections if row.split == "eval"))}
@@ -192,9 +204,9 @@ def _held_out(job: RetrainContext, dataset: Artifact, corrections: Sequence[Exam
 def own_held_out(dataset: Artifact) -> list[Example]:
     """Return what a live version's Dataset holds out, with the rows for which earlier retrains had no place.
 
-    The Dataset of a retrain has as many rows as its gate asked for. The others are read from the Dataset that the retrains
-    began with, as far as it still stands, but for those of a group that was trained on since, and for those with pictures or
-    recordings, whose files the later Datasets do not have.
+    The Dataset of a retrain has as many rows as its gate asked for. The others are read from the Dataset that the
+    retrains began with, as far as it still stands, but for those of a group that was trained on since, and for those
+    with pictures or recordings, whose files the later Datasets do not have.
     """
     rows = [row for row in parquet_io.read_examples(dataset, "eval") if not row.rating]
     ancestors = ancestry.find_all(dataset, "dataset") if _is_of_retrain(dataset) else []
@@ -213,7 +225,9 @@ def _has_media(row: Example) -> bool:
 
 
 def _before_retrains(dataset: Artifact, ancestors: Sequence[Artifact]) -> Artifact:
-    """Return the Dataset that the retrains began with; the last one on the way there whose parent does not stand any more."""
+    """Return the Dataset that the retrains began with; the last one on the way there whose parent does not stand any
+    more.
+    """
     by_id = {item.id: item for item in ancestors}
     while _is_of_retrain(dataset):
         parent = by_id.get(dataset.manifest["parents"][-1]["id"])  # behind the feedback
@@ -248,4 +262,6 @@ def _write(out: Path, parents: Sequence[Artifact], train: Sequence[Example], hel
         else:
             train_rows.append(row)
     facts = {STEP: {"train": len(train_rows), "held_out": len(held_out)}}
-    write_dataset_from(out, parents, [*train_rows, *(replace(row, split="eval") for row in held_out)], drops, step=facts)
+    write_dataset_from(
+        out, parents, [*train_rows, *(replace(row, split="eval") for row in held_out)], drops, step=facts
+    )

@@ -1,6 +1,7 @@
 """Feedback counts, triggers and the watch loop.
 
-Each retrain of the loop is a process of its own: what it took is given back when it ends, and a fault of one ends no other.
+Each retrain of the loop is a process of its own: what it took is given back when it ends, and a fault of one ends no
+other.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from sartor.core.lineage.receipt_index import ReceiptIndex, ReceiptLocation
 from sartor.core.records import Feedback
 from sartor.curate.sources.feedback_inbox import MOST_BYTES
 from sartor.curate.sources.feedback_lines import prefix_digest, read_feedback_lines
-from sartor.learn.run_record import Notice, RunRecord, list_runs, live_version, read_registry, resolve_trial, retrain_lock
+from sartor.learn.run_record import (
+    Notice,
+    RunRecord,
+    list_runs,
+    live_version,
+    read_registry,
+    resolve_trial,
+    retrain_lock,
+)
 from sartor.serving.team_config import Retraining, Team, load
 
 # Below this a rise of bad ratings, or of what the router finds, is taken for chance
@@ -46,7 +55,12 @@ class FeedbackCounts:
 
     def as_json(self) -> dict[str, Any]:
         """For --due."""
-        fields = {"agent": self.agent, "since": self.since, "corrections": self.corrections, "ratings": self.ratings.seen}
+        fields = {
+            "agent": self.agent,
+            "since": self.since,
+            "corrections": self.corrections,
+            "ratings": self.ratings.seen,
+        }
         return {**fields, "bad_ratings": self.ratings.bad, "not_learnable": self.unlearnable}
 
 
@@ -106,7 +120,10 @@ def check_triggers(
         triggers.append(f"{counts.corrections} corrections")
     if counts.ratings.seen >= at_least.ratings:
         triggers.append(f"{counts.ratings.seen} ratings")
-    if counts.corrections >= at_least.corrections * EARLY_FRACTION or counts.ratings.seen >= at_least.ratings * EARLY_FRACTION:
+    if (
+        counts.corrections >= at_least.corrections * EARLY_FRACTION
+        or counts.ratings.seen >= at_least.ratings * EARLY_FRACTION
+    ):
         triggers += [*_rating_drift(counts, drift.bad_ratings), *_input_drift(*scores, drift.input)]
     hours = hours_since(since)
     if rules.every_hours and hours >= rules.every_hours and (counts.corrections or counts.ratings.seen):
@@ -117,7 +134,10 @@ def check_triggers(
 def missing_feedback(counts: FeedbackCounts, rules: Retraining) -> str:
     """How much more has to be said, in a sentence."""
     floor = rules.at_least
-    gap = f"{max(floor.corrections - counts.corrections, 0)} more corrections or {max(floor.ratings - counts.ratings.seen, 0)}"
+    gap = (
+        f"{max(floor.corrections - counts.corrections, 0)} more corrections or "
+        f"{max(floor.ratings - counts.ratings.seen, 0)}"
+    )
     return (
         f"{counts.corrections} corrections and {counts.ratings.seen} ratings since {counts.since or 'ever'}; "
         f"it takes {gap} more ratings"
@@ -136,7 +156,9 @@ def _rating_drift(counts: FeedbackCounts, margin: float) -> Iterator[str]:
 
 
 def _input_drift(before: Sequence[float], after: Sequence[float], min_effect: float) -> Iterator[str]:
-    """The probability that a request since is found less like the agent's than one before, if that is beyond chance."""
+    """The probability that a request since is found less like the agent's than one before, if that is beyond
+    chance.
+    """
     if min_effect >= 1 or min(len(before), len(after)) < FEWEST_RECEIPTS:
         return
     from scipy.stats import mannwhitneyu  # not above: whether anything is due is asked often, and this takes a second
@@ -149,7 +171,9 @@ def _input_drift(before: Sequence[float], after: Sequence[float], min_effect: fl
 
 
 def router_scores(state: Path, agent: str, release_id: str) -> tuple[list[float], list[float]]:
-    """What the router found of requests that it gave to one Release of an agent: the first ones, and the newest as many."""
+    """What the router found of requests that it gave to one Release of an agent: the first ones, and the newest as
+    many.
+    """
     folder = state / "receipts"
     if not folder.is_dir():
         return [], []
@@ -192,7 +216,9 @@ class Dues:
 
 
 def list_due(team: Path | str, flags: Sequence[str] = ()) -> Dues:
-    """What a retrain of each agent would be begun for now, or what is lacking; nothing is begun. A trial is looked after."""
+    """What a retrain of each agent would be begun for now, or what is lacking; nothing is begun. A trial is looked
+    after.
+    """
     loaded_team = load(Path(team), flags)
     state, rows = Path(loaded_team.state), []
     names = loaded_team.retrain.agents or sorted(
@@ -231,7 +257,8 @@ def watch(
 ) -> int:
     """Look every so often, and retrain what is due, one agent after the other; returns how many retrains were started.
 
-    looks: 0 is for ever, until a signal ends the process; the retrain in work ends with it and is gone on with next time.
+    looks: 0 is for ever, until a signal ends the process; the retrain in work ends with it and is gone on with next
+    time.
     """
     pausing: dict[str, int] = {}
     started, look, pause = 0, 0, threading.Event()
@@ -254,6 +281,8 @@ def watch(
 def _due_now(team: Path | str, flags: Sequence[str], notice: Notice) -> list[str]:
     try:
         return [str(row["agent"]) for row in list_due(team, flags).rows if row["due"]]
-    except SartorError as error:  # a registry that is locked, another retrain by hand: the next look may find it otherwise
+    except (
+        SartorError
+    ) as error:  # a registry that is locked, another retrain by hand: the next look may find it otherwise
         notice(f"{error.kind}: {error.problem}")
         return []

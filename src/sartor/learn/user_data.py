@@ -1,10 +1,10 @@
 """Data that a team holds about a user, and its search.
 
-A text is looked for by pieces of it, one from each word on, as UTF-8 and as JSON and HTML spell it, so that a part of it is
-found too. Texts of under `LEAST` characters say nothing about whose they are, nor do those that others have said too: both are
-counted.
-Words that also stand in an artefact that was not made from this team's state ("switch on the light" in a public data set) are
-told apart by that artefact's sources.
+A text is looked for by pieces of it, one from each word on, as UTF-8 and as JSON and HTML spell it, so that a part of
+it is found too. Texts of under `LEAST` characters say nothing about whose they are, nor do those that others have said
+too: both are counted.
+Words that also stand in an artefact that was not made from this team's state ("switch on the light" in a public data
+set) are told apart by that artefact's sources.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ class SearchTerms:
 
     def __init__(self, texts: Iterable[str], others: Iterable[str] = ()) -> None:
         unique, others_text = {text.strip() for text in texts} - {""}, "\0".join(others)
-        pieces = {text: [piece for piece in _pieces(text) if piece not in others_text] for text in unique if len(text) >= LEAST}
+        pieces = {
+            text: [piece for piece in _pieces(text) if piece not in others_text]
+            for text in unique
+            if len(text) >= LEAST
+        }
         self.texts = sum(map(bool, pieces.values()))
         self.too_short, self.said_by_others = len(unique) - len(pieces), len(pieces) - self.texts
         windows = {window for text_pieces in pieces.values() for piece in text_pieces for window in _spelled(piece)}
@@ -60,7 +64,9 @@ class SearchTerms:
         if not len(self._heads):
             return False
         view = memoryview(data).cast("B")
-        return any(self._begin_in(view[start : start + _BLOCK + _LONGEST]) for start in range(0, max(len(view), 1), _BLOCK))
+        return any(
+            self._begin_in(view[start : start + _BLOCK + _LONGEST]) for start in range(0, max(len(view), 1), _BLOCK)
+        )
 
     def _begin_in(self, view: memoryview) -> bool:
         for offset in range(min(_WORD, len(view))):
@@ -87,7 +93,8 @@ def _spelled(piece: str) -> set[bytes]:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """files, bytes: what was looked at. found: files with the words. same_words: artefacts that have them from elsewhere.
+    """files, bytes: what was looked at. found: files with the words. same_words: artefacts that have them from
+    elsewhere.
 
     unread: files that could not be opened, and why.
     """
@@ -157,7 +164,9 @@ def _is_from_elsewhere(file: Path, state: Path) -> bool:
     """Whether it belongs to an artefact none of whose sources lies in the team's state."""
     for folder in file.parents:
         kind = kind_of(folder)
-        if kind is not None and (sources := _sources(folder / MANIFESTS[kind]) or _sources(folder / MANIFESTS["adapter"])):
+        if kind is not None and (
+            sources := _sources(folder / MANIFESTS[kind]) or _sources(folder / MANIFESTS["adapter"])
+        ):
             return not any(is_made_of(source, state) for source in sources)
     return False
 
@@ -194,13 +203,22 @@ def show_personal(team: Team | Path | str, user: str) -> dict[str, Any]:
         state = Path(loaded_team.state)
         person = required_user_digest(user, team_digest(state))
         store, snapshot = UserVersionStore(registry.database), registry.read()
-        versions = [{**_row(item, snapshot), **dict(item.facts or {})} for item in store.read(person).versions.values()]
+        versions = [
+            {**_row(item, snapshot), **dict(item.facts or {})} for item in store.read(person).versions.values()
+        ]
         lines = sum(
-            line.feedback is not None and line.feedback.by.user == person for line in FeedbackStore(state / "inbox").lines()
+            line.feedback is not None and line.feedback.by.user == person
+            for line in FeedbackStore(state / "inbox").lines()
         )
         needle = f'"person":"{person}"'.encode()
         receipts = sum(len(lines_with(file, needle)) for file in (state / "receipts").glob(PATTERN))
-        return {"person": person, "versions": versions, "feedback": lines, "receipts": receipts, "rows": store.mentions(person)}
+        return {
+            "person": person,
+            "versions": versions,
+            "feedback": lines,
+            "receipts": receipts,
+            "rows": store.mentions(person),
+        }
 
 
 def allow_personal(team: Team | Path | str, key: str, user: str) -> dict[str, Any]:

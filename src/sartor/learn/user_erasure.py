@@ -1,8 +1,9 @@
 """Verb personal forget with a signed proof.
 
-In this order, so that nothing that is removed is made again: registry rows (a server hears of it, lets go of the adapter,
-forgets remembered words and replaces its workers), files, feedback, Datasets made of it, receipts; then the databases are
-rewritten, and everything is searched for the user's words. What lies beyond this machine's reach is named.
+In this order, so that nothing that is removed is made again: registry rows (a server hears of it, lets go of the
+adapter, forgets remembered words and replaces its workers), files, feedback, Datasets made of it, receipts; then the
+databases are rewritten, and everything is searched for the user's words. What lies beyond this machine's reach is
+named.
 
     STATE/deletions/forgotten-<time>-<digest>.json    the proof: `sartor personal proof` checks it
 
@@ -69,8 +70,9 @@ def forget_personal(
 ) -> dict[str, Any]:
     """Remove everything of a user that this machine keeps for a team, and sign what was done.
 
-    by: who orders it. within_s: how long running servers may take. What is returned has `proof`, its file. Raises BusyError
-    where a server has not confirmed that it let go, RefusedError where words of the user are still found; so says the proof.
+    by: who orders it. within_s: how long running servers may take. What is returned has `proof`, its file. Raises
+    BusyError where a server has not confirmed that it let go, RefusedError where words of the user are still found; so
+    says the proof.
     ConfigError while the user is tuned for: nothing is removed then.
     """
     with open_team_registry(team) as (loaded_team, registry), ExitStack() as stack:
@@ -123,7 +125,10 @@ def check_proof(file: Path | str, key: Path | str | None = None) -> dict[str, An
 
 def _raise_for(file: Path, unconfirmed: Sequence[int], scan: ScanResult) -> None:
     if unconfirmed:
-        problem = f"everything was removed, but the servers {unconfirmed} have not confirmed that they let go; {file} says so"
+        problem = (
+            f"everything was removed, but the servers {unconfirmed} have not confirmed that they let go; {file} says "
+            "so"
+        )
         raise BusyError(problem, "stop those servers, then sartor personal forget TEAM --user USER again", WITHIN_S)
     if scan.found or scan.unread:
         files = ", ".join([*scan.found, *scan.unread][:5])
@@ -147,7 +152,9 @@ def _texts(content: Any) -> Iterator[str]:
     if isinstance(content, str):
         yield content
     elif isinstance(content, list | tuple):
-        yield from (str(part["text"]) for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str))
+        yield from (
+            str(part["text"]) for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        )
 
 
 def _rows_of(state: Path, person: str) -> Iterator[str]:
@@ -204,7 +211,9 @@ def _remove_rows(dataset: Artifact, line_locators: set[str]) -> Iterator[dict[st
     }
     if remaining:
         step = {"forgotten": {"rows": fields["rows"], "drops": fields["drops"]}}
-        fields["became"] = write_dataset_from(dataset.path, [dataset], remaining, remaining_drops, step=step, replace=True).id
+        fields["became"] = write_dataset_from(
+            dataset.path, [dataset], remaining, remaining_drops, step=step, replace=True
+        ).id
     else:
         catalogue.forget(dataset.path)
         shutil.rmtree(dataset.path)
@@ -217,7 +226,9 @@ def _has_media(feedback: Feedback) -> bool:
 
 
 def _empty_features() -> list[str]:
-    """Features of pictures and recordings are kept under digests of their bytes, and made again when they are wanted."""
+    """Features of pictures and recordings are kept under digests of their bytes, and made again when they are
+    wanted.
+    """
     folder = home.home() / "features"
     if not folder.is_dir():
         return []
@@ -249,7 +260,9 @@ def _elsewhere(team: Team) -> Iterator[str]:
         yield "state directories of other machines that share this registry: forget the user there, too"
 
 
-def _searched(needles: SearchTerms, scan: ScanResult, folders: Sequence[Path], rows: Mapping[str, int]) -> dict[str, Any]:
+def _searched(
+    needles: SearchTerms, scan: ScanResult, folders: Sequence[Path], rows: Mapping[str, int]
+) -> dict[str, Any]:
     return {
         "texts": needles.texts,
         "too_short": needles.too_short,

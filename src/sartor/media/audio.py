@@ -1,7 +1,8 @@
 """Decodes and resamples audio within limits.
 
-A file of a few kilobytes can stand for gigabytes of samples. So what a header says is checked before anything is decoded, what
-comes is counted while it is, and a recording is decoded, mixed and resampled a block at a time: the result alone is held whole.
+A file of a few kilobytes can stand for gigabytes of samples. So what a header says is checked before anything is
+decoded, what comes is counted while it is, and a recording is decoded, mixed and resampled a block at a time: the
+result alone is held whole.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ MOST_RATE, MOST_CHANNELS = 384_000, 8
 LEAST_RATE = 50  # below it soxr makes all of a recording of minutes in one piece
 # Of a second, over all channels: 192 kHz in stereo, 384 kHz in mono, 48 kHz in eight channels
 MOST_SAMPLES_PER_S = 192_000 * 2
-# Full scale is 1. A float file may be written at the scale of 16-bit integers; the spectrum of samples at 1e20 overflows.
+# Full scale is 1. A float file may be written at the scale of 16-bit integers; the spectrum of samples at 1e20
+# overflows.
 MOST_LEVEL = float(1 << 16)
 BLOCK_SAMPLES = 1 << 18
 _REMEDY = "give a whole WAV, FLAC, Ogg or MP3 file"
@@ -154,7 +156,9 @@ class _Resampler:
 
 
 def resampled(mono: F32, source_rate: float, rate: float) -> F32:
-    """(samples,) at `rate` from (samples,) at `source_rate`. Raises MediaError where none is left, ExtraError without soxr."""
+    """(samples,) at `rate` from (samples,) at `source_rate`. Raises MediaError where none is left, ExtraError without
+    soxr.
+    """
     resampler = _Resampler(source_rate, rate)
     result = _Samples(math.ceil(len(mono) * rate / source_rate) + _SPARE)
     for start in range(0, len(mono), BLOCK_SAMPLES):
@@ -166,7 +170,9 @@ def resampled(mono: F32, source_rate: float, rate: float) -> F32:
 
 @contextlib.contextmanager
 def open_audio(content: bytes | Path) -> Iterator[Any]:
-    """A soundfile.SoundFile within the limits of rate and channels. Whatever decoding raises inside is a MediaError."""
+    """A soundfile.SoundFile within the limits of rate and channels. Whatever decoding raises inside is a
+    MediaError.
+    """
     try:
         import soundfile
     except (ImportError, OSError):  # OSError: the package without its library
@@ -200,10 +206,12 @@ def open_audio(content: bytes | Path) -> Iterator[Any]:
 def blocks(
     sound: Any, max_seconds: float, size: int = 0, max_samples: float = MOST_SECONDS * MOST_SAMPLES_PER_S
 ) -> Iterator[F32]:
-    """(frames, channels) the recording a block of `size` frames (a second) at a time, none after `max_seconds` are passed.
+    """(frames, channels) the recording a block of `size` frames (a second) at a time, none after `max_seconds` are
+    passed.
 
-    max_samples: over all channels, of what is decoded, whatever the header says. Raises MediaError where there are more,
-    where a sample is no number or above MOST_LEVEL, where there are none, and where it ends before its header says.
+    max_samples: over all channels, of what is decoded, whatever the header says. Raises MediaError where there are
+    more, where a sample is no number or above MOST_LEVEL, where there are none, and where it ends before its header
+    says.
     """
     if (samples := sound.frames * sound.channels) > max_samples:
         raise _too_large(samples, sound.channels, max_samples)

@@ -59,5 +59,7 @@ def url_in(part: Mapping[str, Any]) -> str:
     """The data URL that a media part holds, "" where it holds none: an address is not followed."""
     value = part.get(part["type"])
     if isinstance(value, Mapping):
-        value = value.get("url") if "url" in value else f"{SCHEME}audio/{value.get('format')};base64,{value.get('data')}"
+        value = (
+            value.get("url") if "url" in value else f"{SCHEME}audio/{value.get('format')};base64,{value.get('data')}"
+        )
     return value if isinstance(value, str) and value.startswith(SCHEME) else ""

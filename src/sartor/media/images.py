@@ -1,6 +1,7 @@
 """Decodes images within limits; sharpness and perceptual hash.
 
-Pillow is given the six formats that sources take and no other: of the rest some call programs (EPS) or are rarely tested.
+Pillow is given the six formats that sources take and no other: of the rest some call programs (EPS) or are rarely
+tested.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners use of a wider n
 
 
 def open_image(content: bytes | Path) -> PillowImage.Image:
-    """A picture as it is seen: RGB, upright as its EXIF says, the first frame of several, on white where it is transparent.
+    """A picture as it is seen: RGB, upright as its EXIF says, the first frame of several, on white where it is
+    transparent.
 
     Raises MediaError (`unreadable_image`, `image_bomb`); ExtraError without Pillow.
     """
@@ -52,7 +54,9 @@ def open_image(content: bytes | Path) -> PillowImage.Image:
 
 @contextlib.contextmanager
 def open_checked(content: bytes | Path) -> Iterator[PillowImage.Image]:
-    """The picture with its header read, its size within the limits. Whatever decoding raises inside is a MediaError."""
+    """The picture with its header read, its size within the limits. Whatever decoding raises inside is a
+    MediaError.
+    """
     try:
         from PIL import Image
     except ImportError:
@@ -60,7 +64,9 @@ def open_checked(content: bytes | Path) -> Iterator[PillowImage.Image]:
     file = content if isinstance(content, Path) else None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large and odd pictures; those over the limit are refused below
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow warns of large and odd pictures; those over the limit are refused below
             with Image.open(content if isinstance(content, Path) else io.BytesIO(content), formats=FORMATS) as image:
                 _check_size(*image.size)
                 yield image
@@ -84,7 +90,8 @@ def to_rgb(image: PillowImage.Image) -> PillowImage.Image:
     """The first frame of an open picture as RGB, upright, on white. Call it inside `opened`."""
     from PIL import Image
 
-    image.load()  # before the orientation is looked at: Pillow turns a TIFF upright by itself, and then forgets the tag
+    # before the orientation is looked at: Pillow turns a TIFF upright by itself, and then forgets the tag
+    image.load()
     orientation = None
     with contextlib.suppress(Exception):  # a picture whose EXIF is damaged is seen as it is stored
         orientation = image.getexif().get(_ORIENTATION)
@@ -107,7 +114,9 @@ def _in_colour(image: PillowImage.Image) -> PillowImage.Image:
 
 
 def _in_eight_bits(values: Any) -> Any:
-    """Grey values of more than 8 bits, from black to the white of the depth in use: 12 bits in 16 are not all but black."""
+    """Grey values of more than 8 bits, from black to the white of the depth in use: 12 bits in 16 are not all but
+    black.
+    """
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are no numbers")
     maximum = float(values.max())
@@ -118,7 +127,9 @@ def _in_eight_bits(values: Any) -> Any:
 
 
 def squared(image: PillowImage.Image, side: int, background: tuple[int, int, int]) -> PillowImage.Image:
-    """The whole picture in a square, its shape kept, the rest of the square of one colour. Nothing at the rim is lost."""
+    """The whole picture in a square, its shape kept, the rest of the square of one colour. Nothing at the rim is
+    lost.
+    """
     from PIL import Image
 
     scale = side / max(image.size)
@@ -162,9 +173,11 @@ def open_picture(file: Path, longest_side: int) -> GreyImage:
 
 
 def sharpness(grey: F32) -> float:
-    """Variance of the Laplacian (Pech-Pacheco et al. 2000) over the variance of the picture, so that contrast does not matter.
+    """Variance of the Laplacian (Pech-Pacheco et al. 2000) over the variance of the picture, so that contrast does not
+    matter.
 
-    What rounding to whole grey values adds is taken off: else it would be all that is left of a blurred picture. 0 for a
+    What rounding to whole grey values adds is taken off: else it would be all that is left of a blurred picture. 0 for
+    a
     picture of one colour. Scale it first: the measure depends on the size in pixels.
     """
     if min(grey.shape) < 3:
@@ -185,7 +198,9 @@ def thumbnail(grey: F32) -> NDArray[np.uint8]:
 
 
 def perceptual_hash(thumb: NDArray[np.uint8]) -> int:
-    """64 bits: which of the lowest 8 x 8 frequencies of a 32 x 32 picture (DCT, the mean left out) are above their median."""
+    """64 bits: which of the lowest 8 x 8 frequencies of a 32 x 32 picture (DCT, the mean left out) are above their
+    median.
+    """
     small = thumb.reshape(32, SIDE // 32, 32, SIDE // 32).mean((1, 3))
     basis = _cosines()
     low = (basis @ small @ basis.T)[:8, :8].ravel()[1:]
@@ -201,9 +216,9 @@ def _cosines() -> Any:
 def likeness(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> F32:
     """(P,) how alike P pairs of thumbnails (P, SIDE, SIDE) are: -1..1, NaN where there is too little to see.
 
-    Each block in which either shows something is correlated with its counterpart; the 20th percentile counts. A new size, a new
-    compression, other brightness, a small mark leave it near 1; two pages of text or two pieces of one cloth, which are alike
-    as wholes, have it near 0.
+    Each block in which either shows something is correlated with its counterpart; the 20th percentile counts. A new
+    size, a new compression, other brightness, a small mark leave it near 1; two pages of text or two pieces of one
+    cloth, which are alike as wholes, have it near 0.
     """
     left, right = (_blocks(side) for side in (a, b))
     spread = np.sqrt((left**2).mean(2)), np.sqrt((right**2).mean(2))
@@ -217,7 +232,11 @@ def likeness(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> F32:
 
 def _blocks(thumbs: NDArray[np.uint8]) -> NDArray[Any]:
     count, across = len(thumbs), SIDE // BLOCK
-    blocks = thumbs.reshape(count, across, BLOCK, across, BLOCK).transpose(0, 1, 3, 2, 4).reshape(count, across**2, BLOCK**2)
+    blocks = (
+        thumbs.reshape(count, across, BLOCK, across, BLOCK)
+        .transpose(0, 1, 3, 2, 4)
+        .reshape(count, across**2, BLOCK**2)
+    )
     blocks = blocks.astype(np.float32)
     blocks -= blocks.mean(2, keepdims=True)
     return blocks

@@ -1,8 +1,9 @@
 """Reads the pages and headers of an Ogg file within limits.
 
-libvorbis reserves memory for what a setup header of a few bytes says, a part of it on the stack: a codebook of 2**20 entries
-ends the process. The layout of pages is of RFC 3533, that of codebooks of Vorbis I, section 3.2.1. libvorbis's own encoder
-makes at most 6,561 entries in a codebook, and 19,413 with 87,952 values in a file (six channels at 44.1 kHz).
+libvorbis reserves memory for what a setup header of a few bytes says, a part of it on the stack: a codebook of 2**20
+entries ends the process. The layout of pages is of RFC 3533, that of codebooks of Vorbis I, section 3.2.1. libvorbis's
+own encoder makes at most 6,561 entries in a codebook, and 19,413 with 87,952 values in a file (six channels at 44.1
+kHz).
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def check_ogg(content: bytes | Path) -> None:
     """
     with _bytes_of(content) as data:
         if data[:3] == _ID3 and data.find(_PAGE + b"\0") >= 0:  # libsndfile looks behind the tag
-            raise _broken("an ID3 tag is not part of an Ogg file", "remove it: ffmpeg -i RECORDING -c copy UNTAGGED.ogg")
+            raise _broken(
+                "an ID3 tag is not part of an Ogg file", "remove it: ffmpeg -i RECORDING -c copy UNTAGGED.ogg"
+            )
         if data[:4] != _PAGE:
             return
         entries = values = 0
@@ -124,7 +127,9 @@ def _pages(data: Bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
 
 
 def _checksum(page: bytes) -> bytes:
-    """The CRC of a page as it is written there: zlib's polynomial, each byte from its other end, begun at 0, not inverted."""
+    """The CRC of a page as it is written there: zlib's polynomial, each byte from its other end, begun at 0, not
+    inverted.
+    """
     bare = page[:22] + bytes(4) + page[26:]
     crc = zlib.crc32(bare.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return crc.to_bytes(4, "little").translate(_REVERSED)[::-1]

@@ -37,7 +37,8 @@ def inject_lora(
 ) -> Any:
     """`model` with fresh LoRA factors (Hu et al. 2021, arXiv:2106.09685): A random, B zero, so it computes as before.
 
-    targets: `all-linear` or names of linear modules (`q_proj`), or of a native base what `trainable_parts.choose_targets`
+    targets: `all-linear` or names of linear modules (`q_proj`), or of a native base what
+    `trainable_parts.choose_targets`
     chose. top_layers: adapt only that many layers next to the head. Factors are fp32 whatever the base's dtype is, and
     so is what is trained whole. A composed base's projectors are left as they are. Raises ConfigError when the targets
     name no module of this model.
@@ -90,7 +91,9 @@ def _linear_names(model: Any) -> set[str]:
     """Last names of the linear modules, without the LM head."""
     head, media = model.get_output_embeddings(), embedding_of(model)
     excluded = {head, *(media.modules() if media else ())}
-    return {name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part) and part not in excluded}
+    return {
+        name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part) and part not in excluded
+    }
 
 
 def _top(model: Any, count: int | None) -> list[int] | None:
@@ -99,7 +102,9 @@ def _top(model: Any, count: int | None) -> list[int] | None:
     if count is None or count == layers:
         return None
     if count > layers:
-        raise ConfigError(f"method.targets.layers: top-{count}, and the base has {layers} layers", f"layers: top-{layers}")
+        raise ConfigError(
+            f"method.targets.layers: top-{count}, and the base has {layers} layers", f"layers: top-{layers}"
+        )
     return list(range(layers - count, layers))
 
 
@@ -120,7 +125,9 @@ def _wrong_target(model: Any, targets: Sequence[str] | str) -> str:
 def undo(model: Any) -> Any:
     """The model as it was before `inject_lora` or `open_adapter`, bit for bit (unless it was merged)."""
     base = without_peft(model)
-    originals = {name: part.original_module for name, part in base.named_modules() if isinstance(part, ModulesToSaveWrapper)}
+    originals = {
+        name: part.original_module for name, part in base.named_modules() if isinstance(part, ModulesToSaveWrapper)
+    }
     bare = model.unload()
     for name, module in originals.items():  # PEFT leaves what was trained whole in its place
         bare.set_submodule(name, module)
@@ -159,7 +166,9 @@ def trainable(model: Any) -> tuple[int, int]:
 
 
 def write_adapter(model: Any, path: Path, base_name: str) -> None:
-    """Write the PEFT directory: adapter_config.json and adapter_model.safetensors, as peft, vLLM and SGLang read it."""
+    """Write the PEFT directory: adapter_config.json and adapter_model.safetensors, as peft, vLLM and SGLang read
+    it.
+    """
     with quiet_transformers():
         # `auto` would ask the hub for the base's config, to learn whether its vocabulary grew
         model.save_pretrained(str(path), safe_serialization=True, save_embedding_layers=False)
@@ -185,21 +194,26 @@ def open_adapter(model: Any, path: Path) -> Any:
         with quiet_transformers():
             tuned = peft.PeftModel.from_pretrained(model, str(path), is_trainable=False, torch_device="cpu")
     except Exception as error:  # size mismatches are RuntimeError, bad configs TypeError or ValueError
-        raise ModelError(f"the adapter {path} does not fit this base: {' '.join(str(error).split())[:300]}", _REMEDY) from None
+        raise ModelError(
+            f"the adapter {path} does not fit this base: {' '.join(str(error).split())[:300]}", _REMEDY
+        ) from None
     state = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
     if set(state) != set(weights):
         tuned.unload()  # the caller's model is as it was
     if missing := sorted(set(state) - set(weights)):
         raise ModelError(f"the adapter {path} lacks {len(missing)} of its tensors, the first is {missing[0]}", _REMEDY)
     if surplus := sorted(set(weights) - set(state)):
-        raise ModelError(f"{len(surplus)} tensors of the adapter {path} have no place, the first is {surplus[0]}", _REMEDY)
+        raise ModelError(
+            f"{len(surplus)} tensors of the adapter {path} have no place, the first is {surplus[0]}", _REMEDY
+        )
     if any("modules_to_save" in name for name, _ in tuned.named_parameters()):
         peft.set_peft_model_state_dict(_widened(tuned), weights)  # once more, into fp32
     return round_once(tuned.to(model.device).eval())
 
 
 def load_start(model: Any, path: Path) -> None:
-    """Give the factors that `inject_lora` put on a model the values of the adapter in `path`, and a composed base's projectors.
+    """Give the factors that `inject_lora` put on a model the values of the adapter in `path`, and a composed base's
+    projectors.
 
     Raises ConfigError where it is another method (rank, alpha, targets), ModelError as `open_adapter`.
     """
@@ -217,12 +231,17 @@ def load_start(model: Any, path: Path) -> None:
     ]
     if set(state) != set(weights):
         differing.append(
-            f"its targets are {', '.join(fields['target_modules'])}, in layers {fields['layers_to_transform'] or 'all'}"
+            f"its targets are {', '.join(fields['target_modules'])}, in layers "
+            f"{fields['layers_to_transform'] or 'all'}"
         )
     elif not differing:
-        differing += [f"the shape of {name}" for name, tensor in state.items() if tensor.shape != weights[name].shape][:1]
+        differing += [f"the shape of {name}" for name, tensor in state.items() if tensor.shape != weights[name].shape][
+            :1
+        ]
     if differing:
-        remedy = f"method: {{rank: {fields['r']}, alpha: {fields['lora_alpha']}, targets: ...}} as it has them, or no start"
+        remedy = (
+            f"method: {{rank: {fields['r']}, alpha: {fields['lora_alpha']}, targets: ...}} as it has them, or no start"
+        )
         raise ConfigError(f"method.start {path} is of another method: {'; '.join(differing)}", remedy)
     if (media := _composed(model)) is not None:
         composed_model.load_projectors(media, path)
@@ -250,7 +269,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def _composed(model: Any) -> ComposedMedia | None:
     """The towers and projectors of a composed base."""
     embedding = embedding_of(model)
-    return embedding.media if isinstance(embedding, MediaEmbedding) and isinstance(embedding.media, ComposedMedia) else None
+    return (
+        embedding.media
+        if isinstance(embedding, MediaEmbedding) and isinstance(embedding.media, ComposedMedia)
+        else None
+    )
 
 
 _REMEDY = "give the directory that `sartor tune` wrote, with the base that it names"

@@ -1,8 +1,8 @@
 """Base models opened by name. Device, dtype and width are decided here and nowhere else.
 
-The starter asset is a GGUF file, and any GGUF file may be a base. It is dequantised once into a fresh model of the same
-config under SARTOR_HOME/bases (a GGUF-loaded model refuses `save_pretrained`): every machine then computes with the same
-weights. They are bf16, or fp32 where a matrix is stored as F16 or F32, of which bf16 would lose digits.
+The starter asset is a GGUF file, and any GGUF file may be a base. It is dequantised once into a fresh model of the
+same config under SARTOR_HOME/bases (a GGUF-loaded model refuses `save_pretrained`): every machine then computes with
+the same weights. They are bf16, or fp32 where a matrix is stored as F16 or F32, of which bf16 would lose digits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ from sartor.models.packing import TokenizedExample
 
 @dataclass
 class Base:
-    """A base in memory. `model`: transformers' module. `chat`: its tokenizer and template. `media`: what it reads but text."""
+    """A base in memory. `model`: transformers' module. `chat`: its tokenizer and template. `media`: what it reads but
+    text.
+    """
 
     ref: model_refs.BaseRef
     model: Any
@@ -89,8 +91,8 @@ def open_base(
 ) -> Base:
     """The base that `name` means, in memory, in eval mode, without gradients.
 
-    bits: of a weight of the linear layers. 32 for fp32 and 16 for bf16 whatever the hardware, `auto` for `best_dtype`; 8 and 4
-    for a quantised base (`quantization.py`) that computes in `best_dtype`, as its LM head and norms are held.
+    bits: of a weight of the linear layers. 32 for fp32 and 16 for bf16 whatever the hardware, `auto` for `best_dtype`;
+    8 and 4 for a quantised base (`quantization.py`) that computes in `best_dtype`, as its LM head and norms are held.
 
     Raises ModelError when the directory holds no causal language model that transformers can open, HubError when a hub
     name cannot be fetched, AssetError when the starter cannot be, ExtraError when bits need bitsandbytes and it is not
@@ -164,7 +166,9 @@ def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.dev
     load_options: dict[str, Any] = {"dtype": dtype}
     if bits in quantization.KINDS:
         if device.type not in ("cpu", "cuda"):
-            raise ConfigError(f"base.bits is {bits}, which this machine's {device.type} does not compute", "base.bits: auto")
+            raise ConfigError(
+                f"base.bits is {bits}, which this machine's {device.type} does not compute", "base.bits: auto"
+            )
         # placed while it is read, a tensor at a time: the 16-bit weights never stand in memory together
         load_options |= {"quantization_config": quantization.settings(int(bits), dtype), "device_map": {"": device}}
     problem = ""
@@ -203,7 +207,8 @@ def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.dev
 def _config(path: Path) -> Any:
     """The config in a base's directory.
 
-    A converted GGUF base still says that it is quantised as the file was, and transformers would then refuse 4 or 8 bits.
+    A converted GGUF base still says that it is quantised as the file was, and transformers would then refuse 4 or 8
+    bits.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
@@ -223,8 +228,8 @@ def _config(path: Path) -> Any:
 def convert(ref: model_refs.BaseRef, notice: Callable[[str], object] = lambda line: None) -> None:
     """Make the directory of a starter or GGUF base, once. Two processes at once: the second waits for the first.
 
-    Raises ModelError for a GGUF file that is cut, or of an architecture or a type that transformers does not read; nothing
-    is left behind then.
+    Raises ModelError for a GGUF file that is cut, or of an architecture or a type that transformers does not read;
+    nothing is left behind then.
     """
 
     def fill(part: Path) -> dict[str, str]:
@@ -268,7 +273,8 @@ def _convert(file: Path, part: Path, dtype: torch.dtype, notice: Callable[[str],
 def _gguf_parsed_once(converted: Callable[[], object]) -> Iterator[None]:
     """Inside, a GGUF file's header and the map of its names are kept, and `converted` is told of each tensor.
 
-    transformers parses the header for the config, the weights and the tokenizer anew (49,000 tokens, one numpy view each), and
+    transformers parses the header for the config, the weights and the tokenizer anew (49,000 tokens, one numpy view
+    each), and
     makes the map for each weight: together half the time of a conversion.
     """
     import gguf  # of a conversion alone
@@ -293,7 +299,11 @@ def _gguf_parsed_once(converted: Callable[[], object]) -> Iterator[None]:
 
 def _dequantise(file: Path, part: Path, dtype: torch.dtype) -> None:
     """`file` as a directory in transformers' layout."""
-    load_options = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
+    load_options = {
+        "pretrained_model_name_or_path": str(file.parent),
+        "gguf_file": file.name,
+        "local_files_only": True,
+    }
     source, info = transformers.AutoModelForCausalLM.from_pretrained(
         **load_options, dtype=torch.float32, output_loading_info=True
     )

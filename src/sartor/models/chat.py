@@ -2,12 +2,12 @@
 
 Which characters are the assistant's is read off the chat template itself, not guessed from its markers: each assistant
 turn is rendered once more with a sentinel in place of its content. What stands before the sentinel is the prompt, what
-stands after it is the rest; the text between, up to and including the first end-of-turn token after it, is learnt. So the
-mask is right for templates with or without `{% generation %}`, that strip content, or that add a thinking block: whatever
-the template writes between the generation prompt and the end of the turn is what the model must produce.
+stands after it is the rest; the text between, up to and including the first end-of-turn token after it, is learnt. So
+the mask is right for templates with or without `{% generation %}`, that strip content, or that add a thinking block:
+whatever the template writes between the generation prompt and the end of the turn is what the model must produce.
 
-An image or a recording is rendered as a mark that no text may hold, and the mark becomes the media's own token ids: they are
-whole or absent, and count what the media has (`media_tokens.py`).
+An image or a recording is rendered as a mark that no text may hold, and the mark becomes the media's own token ids:
+they are whole or absent, and count what the media has (`media_tokens.py`).
 
 Content is shielded before it is rendered: what spells the base's own markup is tokenised as text
 (`content_shielding.py`).
@@ -116,7 +116,9 @@ class ChatTokenizer:
         return shield_json(self.markup, text)
 
     def in_text(self, messages: Sequence[Message]) -> list[Message]:
-        """Shielded messages with the fields that the template does not write in the text of the reply, as Sartor reads them."""
+        """Shielded messages with the fields that the template does not write in the text of the reply, as Sartor reads
+        them.
+        """
         probed = self.probed
         return in_text(messages, calls=not probed.writes_calls, reasoning=not probed.writes_reasoning)
 
@@ -138,14 +140,16 @@ class ChatTokenizer:
         except Exception as error:  # templates fail on fields that they do not take in ways of their own
             roles = ", ".join(message.role for message in messages)
             raise SourceError(
-                f"the chat template refuses the turns ({roles}): {error}", "change the row's roles to what the base expects"
+                f"the chat template refuses the turns ({roles}): {error}",
+                "change the row's roles to what the base expects",
             ) from None
 
     def prompt_ids(self, messages: Sequence[Message], tools: str = "", folder: Path | None = None) -> list[int]:
         """Token ids of a conversation, ready for the reply. folder: below which its media lie."""
         template_messages = self.in_text(self.shielded(messages))
         return self.tokens(
-            self.write(template_messages, tools=self.shielded_json(tools), reply_next=True), self.media_ids(messages, folder)
+            self.write(template_messages, tools=self.shielded_json(tools), reply_next=True),
+            self.media_ids(messages, folder),
         )
 
     def media_ids(self, messages: Sequence[Message], folder: Path | None = None) -> Seen:
@@ -154,9 +158,15 @@ class ChatTokenizer:
         if not parts:
             return ()
         if self.media is None:
-            raise SourceError(f"a text-only base cannot read {parts[0].kind} parts", "use a base with a tower for them")
-        if any(message.role == "assistant" and part.kind != "text" for message in messages for part in message.content):
-            raise SourceError("a reply holds media, and this base writes text alone", "put media into the user's turns")
+            raise SourceError(
+                f"a text-only base cannot read {parts[0].kind} parts", "use a base with a tower for them"
+            )
+        if any(
+            message.role == "assistant" and part.kind != "text" for message in messages for part in message.content
+        ):
+            raise SourceError(
+                "a reply holds media, and this base writes text alone", "put media into the user's turns"
+            )
         return [self.media.ids(part, folder) for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -164,10 +174,11 @@ class ChatTokenizer:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def encode(self, example: Example, folder: Path | None = None) -> TokenizedExample:
-        """Token ids and label mask of one Example; checked by decoding what is learnt. folder: below which its media lie.
+        """Token ids and label mask of one Example; checked by decoding what is learnt. folder: below which its media
+        lie.
 
-        Raises SourceError for media that cannot be read, and when the template refuses the row, or changes a reply so that
-        its place cannot be found.
+        Raises SourceError for media that cannot be read, and when the template refuses the row, or changes a reply so
+        that its place cannot be found.
         """
         if example.is_document:
             ids = self.content_tokens(example.messages[0].text)
@@ -213,13 +224,15 @@ class ChatTokenizer:
         messages[index] = replace(message, content=(Part("text", sentinel),))
         before, separator, after = self.write(messages, tools=example.tools).partition(sentinel)
         prompt = self.write(messages[:index], tools=example.tools, reply_next=True) if index else before
-        # From the generation prompt on, where the rendering has it: what the template writes after it (a thinking block,
-        # say) must be produced too. Else from the content on: templates may render a past turn otherwise than a new one.
+        # From the generation prompt on, where the rendering has it: what the template writes after it (a thinking
+        # block, say) must be produced too. Else from the content on: templates may render a past turn otherwise than a
+        # new one.
         start = next((len(opening) for opening in (prompt, before) if text.startswith(opening)), -1)
         end = len(text) - len(after)
         if not separator or start < 0 or not text.endswith(after) or start > end:
             raise SourceError(
-                f"the chat template changes the assistant's turn {index + 1}, so what is to be learnt cannot be told apart",
+                f"the chat template changes the assistant's turn {index + 1}, so what is to be learnt cannot be told "
+                "apart",
                 "use a base whose template leaves replies as they are",
             )
         return Span(start, end + self._turn_tail(after))
@@ -228,7 +241,9 @@ class ChatTokenizer:
         prompt = self.write(example.messages[:index], tools=example.tools, reply_next=True)
         through_turn = self.write(example.messages[: index + 1], tools=example.tools)
         if not (text.startswith(through_turn) and through_turn.startswith(prompt)):
-            raise SourceError("the chat template rewrites a turn of tool calls", "use a base whose template supports tools")
+            raise SourceError(
+                "the chat template rewrites a turn of tool calls", "use a base whose template supports tools"
+            )
         return Span(len(prompt), len(through_turn.rstrip("\n")))
 
     def _turn_tail(self, after: str) -> int:
@@ -246,8 +261,8 @@ class ChatTokenizer:
     def _align(self, opened: Opened, spans: Sequence[Span], media_ids: Seen) -> tuple[list[int], list[bool]]:
         """Tokens of a text, cut at the start of every span, and whether each lies inside one.
 
-        The cut is where generation will begin, so what stands before it is tokenised as the prompt alone would be: a token
-        that ran across the cut in training, or that the prompt's end spells otherwise, could never be met again.
+        The cut is where generation will begin, so what stands before it is tokenised as the prompt alone would be: a
+        token that ran across the cut in training, or that the prompt's end spells otherwise, could never be met again.
         """
         if not self.tokenizer.is_fast:
             raise ModelError("the tokenizer gives no character offsets", "use a base with a tokenizer.json")
@@ -255,11 +270,18 @@ class ChatTokenizer:
         coded, previous_end = self._coded(text, media_ids, cuts), 0
         for span in spans:
             prefix = [piece for piece in self._coded(text[: span.start], media_ids, cuts) if piece[1] >= previous_end]
-            if not prefix or prefix[0][1] > previous_end:  # no border there: what stands between the replies is left as it is
+            if (
+                not prefix or prefix[0][1] > previous_end
+            ):  # no border there: what stands between the replies is left as it is
                 prefix = [piece for piece in coded if previous_end <= piece[1] and piece[2] <= span.start]
             end = max((piece[2] for piece in coded if piece[1] < span.start < piece[2]), default=span.start)
             cut = [(token, span.start, end) for token in self._continued(text[span.start : end])]
-            coded = [*(p for p in coded if p[1] < previous_end), *prefix, *cut, *(p for p in coded if p[1] >= span.start)]
+            coded = [
+                *(p for p in coded if p[1] < previous_end),
+                *prefix,
+                *cut,
+                *(p for p in coded if p[1] >= span.start),
+            ]
             previous_end = span.end
         learnt = [any(span.start < end and start < span.end for span in spans) for _, start, end in coded]
         return [token for token, _, _ in coded], learnt
@@ -267,8 +289,10 @@ class ChatTokenizer:
     def _coded(self, text: str, media_ids: Seen, cuts: Sequence[int] = ()) -> list[Piece]:
         """(token, start, end) of a text, without gaps: some tokenizers leave white space out of a token's characters.
 
-        Each mark becomes the ids of its media. Raises SourceError unless the text holds every mark once, in order, as far as
-        it goes: a template that leaves a part out, or says it twice, would have the model see other media than the row has.
+        Each mark becomes the ids of its media. Raises SourceError unless the text holds every mark once, in order, as
+        far as
+        it goes: a template that leaves a part out, or says it twice, would have the model see other media than the row
+        has.
         """
         pieces: list[Piece] = []
         previous_stop, marks = 0, self.marks(text, media_ids)
@@ -289,7 +313,10 @@ class ChatTokenizer:
         """The marks in a text. Raises SourceError unless they stand in order, and no more than there are media."""
         marks = list(_MARKED.finditer(text))
         if [int(mark[1]) for mark in marks] != list(range(len(marks))) or len(marks) > len(media_ids):
-            problem = f"the chat template writes {len(marks)} media where the turns hold {len(media_ids)}, or in another order"
+            problem = (
+                f"the chat template writes {len(marks)} media where the turns hold {len(media_ids)}, or in another "
+                "order"
+            )
             raise SourceError(problem, "use a base whose template writes every part once")
         return marks
 
@@ -300,7 +327,8 @@ class ChatTokenizer:
         ids = [token for token, _, _ in self._coded(self.tokenizer.eos_token + piece, ())][1:]
         if self.tokenizer.decode(ids).strip() != piece.strip():
             raise SourceError(
-                f"the tokenizer cannot begin a reply with {piece!r}", "use a base whose tokenizer round-trips this text"
+                f"the tokenizer cannot begin a reply with {piece!r}",
+                "use a base whose tokenizer round-trips this text",
             )
         return ids
 
@@ -335,7 +363,10 @@ class ChatTokenizer:
         return self.tokens(self.markup.shield(text))
 
     def _opens_with_bos(self) -> bool:
-        return self.tokenizer.bos_token_id is not None and self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id
+        return (
+            self.tokenizer.bos_token_id is not None
+            and self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id
+        )
 
     def _turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Messages as chat templates of text models expect them: content is text, with a mark for each media part."""

@@ -2,8 +2,8 @@
 
     media --tower (frozen, cached by digest)--> (T, W) features --projector--> (T / stack, D) tokens
 
-The text base is the base that an adapter is bound to; the towers are named in the adapter's `projectors.safetensors`. So one
-server on one text base answers agents that read text alone beside agents that see and hear.
+The text base is the base that an adapter is bound to; the towers are named in the adapter's `projectors.safetensors`.
+So one server on one text base answers agents that read text alone beside agents that see and hear.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class TowerEntry:
 class Projector(torch.nn.Module):
     """(T, W) features -> (ceil(T / stack), D) token embeddings, of about the size of the text's: fp32 parameters.
 
-    is_pooled: of `stack` neighbours what the first layer finds in each is averaged, as places of a picture can be; else they
-    are put side by side, as moments of a recording must be.
-    mean, spread: (W,) of the features of the training media, by which each channel is standardised: what a tower says in a
-    channel of small numbers is then learnt as fast as the rest (docs/log.md).
+    is_pooled: of `stack` neighbours what the first layer finds in each is averaged, as places of a picture can be;
+    else they are put side by side, as moments of a recording must be.
+    mean, spread: (W,) of the features of the training media, by which each channel is standardised: what a tower says
+    in a channel of small numbers is then learnt as fast as the rest (docs/log.md).
     """
 
     mean: torch.Tensor
@@ -82,9 +82,13 @@ class Projector(torch.nn.Module):
 
 
 class TowerFeatureCache:
-    """What frozen towers make of media: computed once, kept in memory as long as there is room, and on a shelf if given."""
+    """What frozen towers make of media: computed once, kept in memory as long as there is room, and on a shelf if
+    given.
+    """
 
-    def __init__(self, towers: Mapping[str, Tower], shelf: TensorCache | None, *, held_bytes: int = HELD_BYTES) -> None:
+    def __init__(
+        self, towers: Mapping[str, Tower], shelf: TensorCache | None, *, held_bytes: int = HELD_BYTES
+    ) -> None:
         self.towers, self.shelf, self._free_bytes = towers, shelf, held_bytes
         self._cached: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._origins: dict[int, tuple[Part, Path | None, str]] = {}
@@ -216,12 +220,15 @@ def _filled(features: torch.Tensor, stack: int) -> torch.Tensor:
 def open_towers(names: Mapping[str, str], device: torch.device, notice: Callable[[str], object]) -> dict[str, Tower]:
     """The towers of these names, by what they are to read. Raises what `open_tower` does."""
     return {
-        kind: open_tower(name, "image" if kind == "image" else "audio", device, notice=notice) for kind, name in names.items()
+        kind: open_tower(name, "image" if kind == "image" else "audio", device, notice=notice)
+        for kind, name in names.items()
     }
 
 
 def compose_base(base: Base, towers: Mapping[str, Tower], *, shelf: TensorCache | None = None, seed: int = 0) -> Base:
-    """`base` reading media through `towers` (by kind) and fresh projectors drawn from `seed`. Its model is changed in place."""
+    """`base` reading media through `towers` (by kind) and fresh projectors drawn from `seed`. Its model is changed in
+    place.
+    """
     media = new_projectors(base, TowerFeatureCache(dict(towers), shelf), seed)
     base.model.set_input_embeddings(MediaEmbedding(base.model.get_input_embeddings(), media))
     return replace(base, chat=base.chat.with_media(media), media=media)
@@ -268,7 +275,9 @@ def read_towers(folder: Path) -> dict[str, TowerEntry]:
 
 def another_tower(folder: Path, entry: TowerEntry) -> ModelError:
     """The error for a tower that is not the one that an adapter was tuned with."""
-    problem = f"the adapter {folder} reads with the tower {entry.name!r} {entry.digest[:12]}, and the one here is another"
+    problem = (
+        f"the adapter {folder} reads with the tower {entry.name!r} {entry.digest[:12]}, and the one here is another"
+    )
     return ModelError(problem, "use the tower that it was tuned with")
 
 
@@ -288,4 +297,6 @@ def load_projectors(media: ComposedMedia, folder: Path) -> None:
     try:
         media.projectors.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ModelError(f"{folder / FILE} does not fit its towers: {' '.join(str(error).split())[:300]}", _REMEDY) from None
+        raise ModelError(
+            f"{folder / FILE} does not fit its towers: {' '.join(str(error).split())[:300]}", _REMEDY
+        ) from None

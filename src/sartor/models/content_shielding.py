@@ -19,7 +19,9 @@ def shield_messages(markup: TemplateMarkup, messages: Sequence[Message]) -> list
 
 
 def shield_json(markup: TemplateMarkup, text: str) -> str:
-    """Return JSON text with every text in it shielded; what is no JSON comes back as it is, for the template to refuse."""
+    """Return JSON text with every text in it shielded; what is no JSON comes back as it is, for the template to
+    refuse.
+    """
     try:
         value = json.loads(text) if text else None
     except (ValueError, RecursionError):
@@ -122,7 +124,8 @@ def with_content(message: Message, content: Any) -> dict[str, Any]:
 
 
 Piece = tuple[int, int, int]  # token, start, end
-# Put before a text that goes on in the middle of a word. The first is taken behind which no token runs across the border
+# Put before a text that goes on in the middle of a word. The first is taken behind which no token runs across the
+# border
 _ANCHORS = ("\ue002", ".", "a", "\n")
 
 

@@ -1,7 +1,7 @@
 """Tokenizer and chat template without transformers.
 
-The tokens are those of the `tokenizers` library, which transformers' fast tokenizers are a shell of; the template is rendered
-in the same sandbox with the same names (transformers' `utils/chat_template_utils.py` says which).
+The tokens are those of the `tokenizers` library, which transformers' fast tokenizers are a shell of; the template is
+rendered in the same sandbox with the same names (transformers' `utils/chat_template_utils.py` says which).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from sartor.core.remedies import restore_command
 
 
 class FastTokenizer:
-    """The tokenizer of a base below a directory in transformers' layout. Raises ModelError for files that are not whole."""
+    """The tokenizer of a base below a directory in transformers' layout. Raises ModelError for files that are not
+    whole.
+    """
 
     is_fast = True
 
@@ -31,19 +33,27 @@ class FastTokenizer:
             self._inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             fields = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
             template = folder / "chat_template.jinja"
-            self.chat_template = template.read_text(encoding="utf-8") if template.is_file() else fields.get("chat_template")
+            self.chat_template = (
+                template.read_text(encoding="utf-8") if template.is_file() else fields.get("chat_template")
+            )
         except Exception as error:  # tokenizers' own errors have no common base but Exception
             raise ModelError(
                 f"the tokenizer below {folder} is not whole: {error}", restore_command(folder / "tokenizer.json")
             ) from None
         self._inner.no_padding()
         self._inner.no_truncation()
-        self._special_tokens = {name: _text(fields.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self._special_tokens = {
+            name: _text(fields.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
         self._special_tokens = {name: token for name, token in self._special_tokens.items() if token is not None}
         # the tokens of the vocabulary that this file alone declares special
         known = {token.content for token in self._inner.get_added_tokens_decoder().values() if token.special}
-        declared = [text for text in _declared(fields) if text not in known and self._inner.token_to_id(text) is not None]
-        self._inner.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in declared])
+        declared = [
+            text for text in _declared(fields) if text not in known and self._inner.token_to_id(text) is not None
+        ]
+        self._inner.add_special_tokens(
+            [tokenizers.AddedToken(token, special=True, normalized=False) for token in declared]
+        )
         self.eos_token = self._special_tokens.get("eos_token", "")
         self.added_tokens_decoder = {
             token_id: SimpleNamespace(special=token.special, content=token.content, normalized=token.normalized)
@@ -120,7 +130,11 @@ class FastTokenizer:
         assert not tokenize
         template = _SANDBOX.from_string(chat_template)
         return template.render(
-            messages=turns, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self._special_tokens
+            messages=turns,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self._special_tokens,
         )
 
     def _id(self, name: str) -> int | None:

@@ -1,11 +1,12 @@
 """Writes adapters, models and tokenizers as GGUF.
 
-Format: github.com/ggml-org/ggml, docs/gguf.md; names of tensors are the `gguf` package's. llama.cpp rotates neighbouring
-columns of a query or key in some families, where transformers rotates the halves of a head: there the rows of `q_proj` and
+Format: github.com/ggml-org/ggml, docs/gguf.md; names of tensors are the `gguf` package's. llama.cpp rotates
+neighbouring columns of a query or key in some families, where transformers rotates the halves of a head: there the
+rows of `q_proj` and
 `k_proj`, and so of an adapter's B, are written in another order.
 
-llama.cpp cuts text by rules that it knows by name (`tokenizer.ggml.pre`); a tokenizer of another shape would give other
-tokens without a word, so it is refused. Names and regular expressions: llama.cpp, src/llama-vocab.cpp.
+llama.cpp cuts text by rules that it knows by name (`tokenizer.ggml.pre`); a tokenizer of another shape would give
+other tokens without a word, so it is refused. Names and regular expressions: llama.cpp, src/llama-vocab.cpp.
 
 Sources of the format: github.com/ggml-org/ggml, docs/gguf.md; of the keys, the `gguf` package; of Llama 3's stretched
 rotations (`rope_freqs.weight`), llama.cpp.
@@ -65,7 +66,9 @@ class GgufLayout:
     """Names and order of one base's weights in a GGUF file, from its config.json."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Raises ModelError for a family that is not in FAMILIES, or whose attention llama.cpp would compute otherwise."""
+        """Raises ModelError for a family that is not in FAMILIES, or whose attention llama.cpp would compute
+        otherwise.
+        """
         kind = str(config.get("model_type", ""))
         if kind not in FAMILIES:
             raise ModelError(
@@ -87,7 +90,9 @@ class GgufLayout:
             )
 
     def name(self, parameter: str) -> str:
-        """llama.cpp's name of a parameter (`model.layers.0.self_attn.q_proj.weight`). Raises ModelError where it has none."""
+        """llama.cpp's name of a parameter (`model.layers.0.self_attn.q_proj.weight`). Raises ModelError where it has
+        none.
+        """
         result = self._names.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if result is None:
             raise ModelError(
@@ -110,7 +115,9 @@ class GgufLayout:
             )
         if not self.family.interleaved:
             return value
-        return np.ascontiguousarray(value.reshape(heads, 2, self.head_width // 2, -1).swapaxes(1, 2).reshape(value.shape))
+        return np.ascontiguousarray(
+            value.reshape(heads, 2, self.head_width // 2, -1).swapaxes(1, 2).reshape(value.shape)
+        )
 
 
 def read_config(base: Path | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -129,9 +136,10 @@ def read_config(base: Path | Mapping[str, Any]) -> Mapping[str, Any]:
 def write_adapter_gguf(adapter: Path, base: Path | Mapping[str, Any], out: Path, *, template: str = "") -> Path:
     """Write the LoRA adapter in a PEFT directory as the GGUF file `out`, which llama.cpp loads onto that base.
 
-    base: its directory in transformers' layout, or its config.json as a mapping. template: a chat template to travel with it.
-    llama.cpp adds alpha / R * B A with one alpha for all; what another scale asks for is multiplied into B. `out` appears
-    whole or not at all. Raises ModelError for what llama.cpp has no form for: DoRA, biases, whole modules, other families.
+    base: its directory in transformers' layout, or its config.json as a mapping. template: a chat template to travel
+    with it. llama.cpp adds alpha / R * B A with one alpha for all; what another scale asks for is multiplied into B.
+    `out` appears whole or not at all. Raises ModelError for what llama.cpp has no form for: DoRA, biases, whole
+    modules, other families.
     """
     config = _adapter_config(adapter)
     layout = GgufLayout(read_config(base))
@@ -147,7 +155,9 @@ def write_adapter_gguf(adapter: Path, base: Path | Mapping[str, Any], out: Path,
             writer.add_chat_template(template)
         for module, (a, b) in sorted(factors.items()):
             name = layout.name(f"{module}.weight")
-            if name.startswith("token_embd") or (name.startswith("output.") and layout.config.get("tie_word_embeddings")):
+            if name.startswith("token_embd") or (
+                name.startswith("output.") and layout.config.get("tie_word_embeddings")
+            ):
                 raise ModelError(
                     f"the adapter changes {module}, which is the embedding",
                     "sartor tune RECIPE --out ADAPTER --replace, with method: {targets: all-linear}",
@@ -180,7 +190,9 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{file} is no adapter's config: {error}", "give the directory that `sartor tune` wrote") from None
+        raise ModelError(
+            f"{file} is no adapter's config: {error}", "give the directory that `sartor tune` wrote"
+        ) from None
     fields = {
         f"peft_type {kind}": kind != "LORA",
         "use_dora": config.get("use_dora"),
@@ -190,7 +202,9 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
         "lora_alpha 0": not config.get("lora_alpha"),
     }
     if unfit := [field for field, is_unfit in fields.items() if is_unfit]:
-        raise ModelError(f"llama.cpp has no form for this adapter: {', '.join(unfit)}", "--to merged, and make a GGUF of that")
+        raise ModelError(
+            f"llama.cpp has no form for this adapter: {', '.join(unfit)}", "--to merged, and make a GGUF of that"
+        )
     return dict(config)
 
 
@@ -201,13 +215,19 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _pairs(adapter: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """module -> A (R, in) and B (out, R), fp32. Raises ModelError for a tensor that is neither, or has no other half."""
+def _pairs(
+    adapter: Path, weights: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """module -> A (R, in) and B (out, R), fp32. Raises ModelError for a tensor that is neither, or has no other
+    half.
+    """
     results: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
     for key, tensor in weights.items():
         suffix = next((suffix for suffix in _SIDES if key.endswith(suffix)), "")
         if not suffix or not key.startswith(_PREFIX) or tensor.ndim != 2:
-            raise ModelError(f"the adapter {adapter} holds {key}, which is no factor of LoRA", "tune it again, with kind: lora")
+            raise ModelError(
+                f"the adapter {adapter} holds {key}, which is no factor of LoRA", "tune it again, with kind: lora"
+            )
         module = key.removeprefix(_PREFIX).removesuffix(suffix)
         results.setdefault(module, {})[_SIDES[suffix]] = tensor.float().numpy()
     for module, pair in results.items():
@@ -222,7 +242,8 @@ def _pairs(adapter: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, tupl
 
 
 _LLAMA3 = (
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|"
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| "
+    "?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|"
     "\\s+(?!\\S)|\\s+"
 )
 _QWEN2 = _LLAMA3.replace("\\p{N}{1,3}", "\\p{N}")
@@ -264,7 +285,9 @@ def from_file(file: Path, rows: int) -> Vocabulary:
             pairs.append((key, field.contents(), field.types[0]))
     tokens: list[str] = next((value for key, value, _ in pairs if key == gguf.Keys.Tokenizer.LIST), [])
     if len(tokens) != rows:
-        raise ModelError(f"{file} has {len(tokens)} tokens, and the base {rows} rows of embedding", restore_command(file))
+        raise ModelError(
+            f"{file} has {len(tokens)} tokens, and the base {rows} rows of embedding", restore_command(file)
+        )
     return Vocabulary(tuple(pairs))
 
 
@@ -278,10 +301,15 @@ def from_chat(chat: ChatTokenizer, rows: int) -> Vocabulary:
     pre = _name_of_cut(fields)
     by_id = {index: token for token, index in model["vocab"].items()} | {item["id"]: item["content"] for item in added}
     if by_id and max(by_id) >= rows:
-        raise ModelError(f"the tokenizer has the token {max(by_id)}, and the base {rows} rows of embedding", "--to merged")
+        raise ModelError(
+            f"the tokenizer has the token {max(by_id)}, and the base {rows} rows of embedding", "--to merged"
+        )
     kinds = {item["id"]: gguf.TokenType.CONTROL if item["special"] else gguf.TokenType.USER_DEFINED for item in added}
     kinds |= {index: gguf.TokenType.CONTROL for index in chat.special}
-    types = [int(kinds.get(index, gguf.TokenType.NORMAL if index in by_id else gguf.TokenType.UNUSED)) for index in range(rows)]
+    types = [
+        int(kinds.get(index, gguf.TokenType.NORMAL if index in by_id else gguf.TokenType.UNUSED))
+        for index in range(rows)
+    ]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     keys = gguf.Keys.Tokenizer
     pairs: list[tuple[str, Any, gguf.GGUFValueType]] = [
@@ -361,7 +389,8 @@ TYPES = {
     "q4_1": (Type.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
     "q4_0": (Type.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
-# every token passes through the embedding and the head, so fewer bits there cost most; published files keep them wider too
+# every token passes through the embedding and the head, so fewer bits there cost most; published files keep them wider
+# too
 _WIDE, _ENDS = Type.Q8_0, ("token_embd.weight", "output.weight")
 _LARGEST_F16 = 65504.0
 
@@ -379,13 +408,16 @@ class GgufMetadata:
 
 
 def write_model_gguf(model: Any, vocabulary: Vocabulary, metadata: GgufMetadata, out: Path, kind: str = "f16") -> Path:
-    """Write transformers' module `model` (in fp32, no adapter on it) as the GGUF file `out`, its matrices as `kind` (TYPES).
+    """Write transformers' module `model` (in fp32, no adapter on it) as the GGUF file `out`, its matrices as `kind`
+    (TYPES).
 
-    `out` appears whole or not at all. Raises ModelError for a model that llama.cpp would compute otherwise, or values that the
-    type cannot hold, ConfigError for an unknown type.
+    `out` appears whole or not at all. Raises ModelError for a model that llama.cpp would compute otherwise, or values
+    that the type cannot hold, ConfigError for an unknown type.
     """
     if kind not in TYPES:
-        raise ConfigError(f"there is no type {kind!r} of GGUF weights; there are {', '.join(TYPES)}", "--quantise q8_0")
+        raise ConfigError(
+            f"there is no type {kind!r} of GGUF weights; there are {', '.join(TYPES)}", "--quantise q8_0"
+        )
     config = model.config.to_dict()
     layout = GgufLayout(config)
     weights = {layout.name(name): (name, value) for name, value in _parameters(model, config)}
@@ -420,7 +452,9 @@ def _parameters(model: Any, config: Mapping[str, Any]) -> list[tuple[str, torch.
 
 
 def _stored_as(name: str, value: torch.Tensor, kind: Type) -> Type:
-    """How one weight is stored: vectors in fp32; the ends of the model wider than 8 bits; rows that fill no block in F16."""
+    """How one weight is stored: vectors in fp32; the ends of the model wider than 8 bits; rows that fill no block in
+    F16.
+    """
     if value.ndim < 2:
         return Type.F32
     block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -442,7 +476,9 @@ def _packed(name: str, value: np.ndarray[Any, Any], kind: Type) -> np.ndarray[An
     return packed
 
 
-def _add_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any], layout: GgufLayout, metadata: GgufMetadata) -> None:
+def _add_metadata(
+    writer: gguf.GGUFWriter, config: Mapping[str, Any], layout: GgufLayout, metadata: GgufMetadata
+) -> None:
     """The metadata that llama.cpp computes by."""
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(metadata.name)
@@ -470,7 +506,9 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any], layout: Gg
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How positions rotate: transformers 5 says it in `rope_parameters`, older configs in `rope_theta` and `rope_scaling`."""
+    """How positions rotate: transformers 5 says it in `rope_parameters`, older configs in `rope_theta` and
+    `rope_scaling`.
+    """
     legacy = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") else {}
     rope = {**legacy, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     return {**rope, "rope_type": rope.get("rope_type") or rope.get("type") or "default"}
@@ -485,7 +523,8 @@ def _rope(config: Mapping[str, Any], layout: GgufLayout) -> np.ndarray[Any, Any]
     kind, part = rotation["rope_type"], float(rotation.get("partial_rotary_factor") or 1)
     if kind not in ("default", "linear", "llama3") or part != 1 or config.get("hidden_act", "silu") != "silu":
         raise ModelError(
-            f"the base rotates {part:.0%} of a head by {kind!r} and its activation is {config.get('hidden_act')}; written as "
+            f"the base rotates {part:.0%} of a head by {kind!r} and its activation is {config.get('hidden_act')}; "
+            "written as "
             "GGUF are default, linear and llama3, over the whole head, and silu",
             "--to peft or --to merged",
         )

@@ -1,7 +1,7 @@
 """Best device and dtype; free and used memory.
 
-`available_bytes` is what may still be taken before somebody says no: the machine, the cgroup (a container's limit), or a
-limit of the shell. Of a cgroup's use, file pages that the kernel would give back count as free.
+`available_bytes` is what may still be taken before somebody says no: the machine, the cgroup (a container's limit), or
+a limit of the shell. Of a cgroup's use, file pages that the kernel would give back count as free.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 _NO_LIMIT_BYTES = 1 << 60
 # the format's own bound
 _MOST_HEADER_BYTES = 100_000_000
-# oneDNN keeps the code of a product for each shape that it has met: 1,024 shapes in each of two caches, up to 0.9 MB each.
-# A micro-batch of a length that has not been met asks for 55 (counted on the starter); 128 hold two such micro-batches.
+# oneDNN keeps the code of a product for each shape that it has met: 1,024 shapes in each of two caches, up to 0.9 MB
+# each. A micro-batch of a length that has not been met asks for 55 (counted on the starter); 128 hold two such
+# micro-batches.
 PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 PRIMITIVES, PRIMITIVES_PER_BATCH = 128, 55
 _MADV_DONTNEED = 4
@@ -62,7 +63,9 @@ def peak_bytes(device: torch.device | None = None) -> int:
 
 
 def restart_peak(device: torch.device) -> bool:
-    """Let `recent_peak_bytes` count from now. False where the system cannot (macOS, a /proc that cannot be written)."""
+    """Let `recent_peak_bytes` count from now. False where the system cannot (macOS, a /proc that cannot be
+    written).
+    """
     if device.type not in ("cpu", "cuda"):
         return False
     # the counters forget the old peak, so `peak_bytes` must not
@@ -110,8 +113,8 @@ def release_free_memory() -> None:
 def drop_mapped_pages(tensors: Sequence[torch.Tensor]) -> None:
     """Let the pages of tensors go that are parts of a mapped weights file; whoever looks there reads the file again.
 
-    For weights that have been copied elsewhere: their pages would stay resident beside the copy. Tensors in memory of the
-    process are left alone, and so is everything where there is no /proc.
+    For weights that have been copied elsewhere: their pages would stay resident beside the copy. Tensors in memory of
+    the process are left alone, and so is everything where there is no /proc.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         madvise = ctypes.CDLL(None).madvise
@@ -132,12 +135,18 @@ def available_bytes(device: torch.device | None = None) -> FreeMemory:
     if device is not None and device.type == "cuda":
         held_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return FreeMemory(int(torch.cuda.mem_get_info(device)[0] + held_unused), "the device's free memory")
-    bounds = [FreeMemory(_machine_bytes(), "the machine's free memory"), *_cgroups(PROC / "cgroup", CGROUPS), *_limits()]
+    bounds = [
+        FreeMemory(_machine_bytes(), "the machine's free memory"),
+        *_cgroups(PROC / "cgroup", CGROUPS),
+        *_limits(),
+    ]
     return min(bounds, key=lambda bound: bound.bytes)
 
 
 def weights_in(folder: Path) -> int:
-    """How many numbers the safetensors files of a folder hold, read from their headers. Unreadable ones count as none."""
+    """How many numbers the safetensors files of a folder hold, read from their headers. Unreadable ones count as
+    none.
+    """
     count = 0
     for file in sorted(folder.glob("*.safetensors")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError), file.open("rb") as stream:
@@ -165,7 +174,9 @@ def _cgroups(membership: Path, mount: Path) -> Iterator[FreeMemory]:
             if not (version_2 or "memory" in controllers.split(",")):
                 continue
             root = mount if version_2 else mount / "memory"
-            names = ("memory.max", "memory.current") if version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            names = (
+                ("memory.max", "memory.current") if version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            )
             group_path = PurePosixPath(path.lstrip("/"))
             # inside a container the path of the host may not be there; its own group is then the root
             for group in dict.fromkeys([group_path, *group_path.parents, PurePosixPath(".")]):

@@ -22,8 +22,10 @@ from sartor.core.artifacts import create_output_directory
 def copied_while_read() -> Iterator[None]:
     """Inside, transformers reads a tensor at a time into memory of its own instead of mapping the files.
 
-    Where weights change their width while they are read, pages of a mapped file stay resident beside the new weights until
-    all are done: the whole 16-bit base a second time. (A base that is kept as it stands in the files is mapped and not copied.)
+    Where weights change their width while they are read, pages of a mapped file stay resident beside the new weights
+    until
+    all are done: the whole 16-bit base a second time. (A base that is kept as it stands in the files is mapped and not
+    copied.)
     """
     loading = transformers.modeling_utils
     mapping = loading.safe_open
@@ -40,10 +42,11 @@ def copied_while_read() -> Iterator[None]:
 
 @contextlib.contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Inside, glibc gives each large piece of memory a mapping of its own, which goes back to the system when it is freed.
+    """Inside, glibc gives each large piece of memory a mapping of its own, which goes back to the system when it is
+    freed.
 
-    Else what a weight was read into stays in the heap, as gaps between the weights that are kept. After, as glibc's own
-    adaptive threshold ends up in a process that has freed large pieces. Without glibc nothing is done.
+    Else what a weight was read into stays in the heap, as gaps between the weights that are kept. After, as glibc's
+    own adaptive threshold ends up in a process that has freed large pieces. Without glibc nothing is done.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -86,7 +89,8 @@ WEIGHTS = "model.safetensors"
 
 
 def convert_once(path: Path, digest: str, fill: Callable[[Path], Mapping[str, str]]) -> None:
-    """Have `fill` write the directory unless it is there whole; it returns what the stamp says besides, such as `derived_from`.
+    """Have `fill` write the directory unless it is there whole; it returns what the stamp says besides, such as
+    `derived_from`.
 
     Two processes at once: the second waits for the first. Nothing is left behind where `fill` raises.
     """
@@ -110,6 +114,8 @@ def _is_whole(path: Path) -> bool:
 
 
 def _set_aside(path: Path) -> bool:
-    """Remove a damaged conversion, which can be made again at any time; returns False, since nothing is left to replace."""
+    """Remove a damaged conversion, which can be made again at any time; returns False, since nothing is left to
+    replace.
+    """
     shutil.rmtree(path)
     return False

@@ -1,12 +1,13 @@
 """LoRA tensors by PEFT name in numpy; nested ranks.
 
-The shared product is a sum over ranks, B A = sum_k b_k a_k. A client with less memory trains the ranks below r and holds the
-others still: they stay a part of its model, as a second frozen adapter, or added to its base. What it sends is zero there, so
-the mean over clients is still the exact mean of their products; a rank that few clients train moves by their share only.
-HetLoRA (arXiv:2401.06432) cuts the adapter and so forgets the tail in every round; here nothing shrinks.
+The shared product is a sum over ranks, B A = sum_k b_k a_k. A client with less memory trains the ranks below r and
+holds the
+others still: they stay a part of its model, as a second frozen adapter, or added to its base. What it sends is zero
+there, so the mean over clients is still the exact mean of their products; a rank that few clients train moves by their
+share only. HetLoRA (arXiv:2401.06432) cuts the adapter and so forgets the tail in every round; here nothing shrinks.
 
-A linear module has two: `NAME.lora_A.weight` (R, in) and `NAME.lora_B.weight` (out, R); it computes scale * B A beside the
-frozen weight. Any other tensor is one that is trained whole.
+A linear module has two: `NAME.lora_A.weight` (R, in) and `NAME.lora_B.weight` (out, R); it computes scale * B A beside
+the frozen weight. Any other tensor is one that is trained whole.
 """
 
 from __future__ import annotations
@@ -74,13 +75,16 @@ def unflat(vector: NDArray[np.float64], like: Tensors) -> dict[str, Array]:
     """The tensors of a vector that `flat` made, in the shapes and dtypes of `like`."""
     names = sorted(like)
     parts = np.split(vector, np.cumsum([like[name].size for name in names])[:-1])
-    return {name: part.reshape(like[name].shape).astype(like[name].dtype) for name, part in zip(names, parts, strict=True)}
+    return {
+        name: part.reshape(like[name].shape).astype(like[name].dtype) for name, part in zip(names, parts, strict=True)
+    }
 
 
 def split_ranks(shared: Tensors, rank: int) -> tuple[dict[str, Array], dict[str, Array]]:
     """(what a client of this rank trains, what it holds still beside that); their products add up to the shared one.
 
-    Both are used with the shared scale, alpha / R. A module of no higher rank is whole in the first and absent in the second.
+    Both are used with the shared scale, alpha / R. A module of no higher rank is whole in the first and absent in the
+    second.
     Raises ConfigError for a rank below 1.
     """
     if rank < 1:
@@ -114,7 +118,9 @@ def zero_adapter(like: Tensors) -> dict[str, Array]:
 
 
 def rank_of(tensors: Tensors) -> int:
-    """The rank R of an adapter whose modules all have one. Raises InputError for one without factors, or of several ranks."""
+    """The rank R of an adapter whose modules all have one. Raises InputError for one without factors, or of several
+    ranks.
+    """
     ranks = {len(tensors[module + A]) for module in modules(tensors)}
     if len(ranks) != 1:
         raise InputError(f"the adapter's modules have the ranks {sorted(ranks)}", "an adapter of one rank")
@@ -130,7 +136,11 @@ def pad_ranks(trained: Tensors, shared: Tensors) -> dict[str, Array]:
             raise InputError(f"the shared adapter has no module {module}", "train the shared adapter")
         shared_a, shared_b = shared[module + A], shared[module + B]
         rank = len(a)
-        if b.shape[1] != rank or rank > len(shared_a) or (b.shape[0], a.shape[1]) != (shared_b.shape[0], shared_a.shape[1]):
+        if (
+            b.shape[1] != rank
+            or rank > len(shared_a)
+            or (b.shape[0], a.shape[1]) != (shared_b.shape[0], shared_a.shape[1])
+        ):
             shapes = f"A {a.shape} and B {b.shape}; the shared ones are {shared_a.shape} and {shared_b.shape}"
             raise InputError(f"{module} was trained as {shapes}", "train what `cut` gives for this client's rank")
         padded[module + A] = np.concatenate([a, shared_a[rank:].astype(a.dtype)])
@@ -139,5 +149,7 @@ def pad_ranks(trained: Tensors, shared: Tensors) -> dict[str, Array]:
 
 
 def alpha_of(alpha: float, shared_rank: int, rank: int) -> float:
-    """The alpha under which an adapter of `rank` has the shared one's scale: PEFT divides by each adapter's own rank."""
+    """The alpha under which an adapter of `rank` has the shared one's scale: PEFT divides by each adapter's own
+    rank.
+    """
     return alpha * rank / shared_rank

@@ -1,8 +1,8 @@
 """Virtual token ids that stand for media in prompts.
 
-A virtual id is negative and says which media (by digest) and which of its tokens: nothing else of a model, a pack, a cache or a
-loop has to know that media exist. Two rows about one image begin with the same ids, so what they share is computed once; a
-token without a feature, or a feature without a token, cannot be written.
+A virtual id is negative and says which media (by digest) and which of its tokens: nothing else of a model, a pack, a
+cache or a loop has to know that media exist. Two rows about one image begin with the same ids, so what they share is
+computed once; a token without a feature, or a feature without a token, cannot be written.
 """
 
 from __future__ import annotations
@@ -78,11 +78,15 @@ class Media(Protocol):
         ...
 
     def tower_fields(self) -> dict[str, dict[str, Any]]:
-        """What a manifest says of towers that are no part of the base itself, by what they read: name, digest, licence, ..."""
+        """What a manifest says of towers that are no part of the base itself, by what they read: name, digest,
+        licence, ...
+        """
         ...
 
     def ids(self, part: Part, folder: Path | None) -> list[int]:
-        """The token ids of one media part, virtual where a feature stands. Raises SourceError for media that cannot be read."""
+        """The token ids of one media part, virtual where a feature stands. Raises SourceError for media that cannot be
+        read.
+        """
         ...
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:

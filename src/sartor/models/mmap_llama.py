@@ -1,13 +1,13 @@
 """Llama read from memory-mapped files, also in NF4.
 
-Weights stay in the mapped file, in the dtype that they have there, and are widened product by product; what is held of them
-is page cache, which the kernel may take back. The modules have the names that `models/losses/fused_decoder.py` reads off
-transformers'.
+Weights stay in the mapped file, in the dtype that they have there, and are widened product by product; what is held of
+them is page cache, which the kernel may take back. The modules have the names that `models/losses/fused_decoder.py`
+reads off transformers'.
 
-NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, appendix E): 64 weights end to end share their largest absolute value; each
-is the nearest of 16 quantiles of the normal distribution. Blocks' linear weights are so held, 4.5 bits a weight; embedding,
-head and norms stay as they are. Mapped weights are no memory of the process in 16 bits either: what 4 bits save is the disk,
-and reading it again with each pass where page cache is short.
+NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, appendix E): 64 weights end to end share their largest absolute
+value; each is the nearest of 16 quantiles of the normal distribution. Blocks' linear weights are so held, 4.5 bits a
+weight; embedding, head and norms stay as they are. Mapped weights are no memory of the process in 16 bits either: what
+4 bits save is the disk, and reading it again with each pass where page cache is short.
 """
 
 from __future__ import annotations
@@ -31,11 +31,26 @@ from sartor.models.losses.lora_linear import LoraLinear, MappedLinear
 from sartor.models.tensor_files import write_tensors
 
 SCHEMA, BLOCK, FILE = 1, 64, "model.safetensors"
-CODES = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # fmt: skip
+CODES = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
 # a byte -> its two values, the first weight in the high bits
 _PAIRS = torch.stack([CODES.repeat_interleave(16), CODES.repeat(16)], 1)
 # Bytes of codes that are widened at once: their indices take four times that
@@ -54,7 +69,9 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class NarrowLinear(MappedLinear):
     """A frozen linear module in NF4. shape: (outs, D). Where a part is widened alone, it begins with a block."""
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> None:
         super().__init__(codes, bias)
         self.out_features, self.in_features = shape
         self.scales = torch.nn.Parameter(scales, requires_grad=False)
@@ -206,18 +223,26 @@ class MappedLlama(torch.nn.Module):
         """What is trained, by the names that PEFT's adapter files have."""
         adapted = {name: module for name, module in self.linear.items() if isinstance(module, LoraLinear)}
         pairs = ((name, (("lora_A", module.a), ("lora_B", module.b))) for name, module in adapted.items())
-        return {f"base_model.model.{name}.{kind}.weight": part for name, factor_pair in pairs for kind, part in factor_pair}
+        return {
+            f"base_model.model.{name}.{kind}.weight": part for name, factor_pair in pairs for kind, part in factor_pair
+        }
 
     def learn(self, top: int, factors: str = "AB") -> None:
-        """Let the factors of the `top` layers next to the head learn (0: of all; factors: A, B or AB), and no others."""
+        """Let the factors of the `top` layers next to the head learn (0: of all; factors: A, B or AB), and no
+        others.
+        """
         lowest = self.config.num_hidden_layers - top if top else 0
         for name, module in self.linear.items():
             if isinstance(module, LoraLinear):
                 learns = int(name.split(".")[2]) >= lowest
                 module.a.requires_grad, module.b.requires_grad = learns and "A" in factors, learns and "B" in factors
 
-    def adapt(self, rank: int, alpha: float, seed: int, targets: tuple[str, ...] = (*ATTENTION, *MLP), top: int = 0) -> None:
-        """Put fresh LoRA factors on modules of the `top` layers next to the head (0: all): A random, B zero, as PEFT does."""
+    def adapt(
+        self, rank: int, alpha: float, seed: int, targets: tuple[str, ...] = (*ATTENTION, *MLP), top: int = 0
+    ) -> None:
+        """Put fresh LoRA factors on modules of the `top` layers next to the head (0: all): A random, B zero, as PEFT
+        does.
+        """
         generator = torch.Generator().manual_seed(seed)
         lowest = self.config.num_hidden_layers - top if top else 0
         for name in list(self.linear):
@@ -239,7 +264,11 @@ class MappedLlama(torch.nn.Module):
         attention: dict[str, Any] = {part: self._linear(f"{name}.self_attn.{part}") for part in ATTENTION}
         return ModuleNamespace(
             self_attn=ModuleNamespace(
-                **attention, head_dim=config.head_dim, layer_idx=index, scaling=config.head_dim**-0.5, sliding_window=None
+                **attention,
+                head_dim=config.head_dim,
+                layer_idx=index,
+                scaling=config.head_dim**-0.5,
+                sliding_window=None,
             ),
             mlp=ModuleNamespace(**{part: self._linear(f"{name}.mlp.{part}") for part in MLP}),
             input_layernorm=self._norm(f"{name}.input_layernorm"),
@@ -254,7 +283,9 @@ class MappedLlama(torch.nn.Module):
         return result
 
     def _norm(self, name: str) -> Any:
-        return SimpleNamespace(weight=self._tensor(f"{name}.weight").to(self._dtype), variance_epsilon=self.config.rms_norm_eps)
+        return SimpleNamespace(
+            weight=self._tensor(f"{name}.weight").to(self._dtype), variance_epsilon=self.config.rms_norm_eps
+        )
 
     def _tensor(self, name: str) -> torch.Tensor:
         if name not in self._tensors:
@@ -270,13 +301,18 @@ def _config(folder: Path) -> Any:
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = fields["model_type"]
-        rope = fields.get("rope_parameters") or {"rope_type": "default", "rope_theta": fields.get("rope_theta", 10_000.0)}
+        rope = fields.get("rope_parameters") or {
+            "rope_type": "default",
+            "rope_theta": fields.get("rope_theta", 10_000.0),
+        }
         fields["rope_theta"] = float(rope["rope_theta"])
         fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
         fields.setdefault("attention_dropout", 0.0)
         fields.setdefault("tie_word_embeddings", False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / 'config.json'} is not whole: {error!r}", restore_command(folder / "config.json")) from None
+        raise ModelError(
+            f"{folder / 'config.json'} is not whole: {error!r}", restore_command(folder / "config.json")
+        ) from None
     if kind != "llama":
         raise ModelError(f"a device tunes bases of the Llama architecture, and this is {kind!r}", REMEDY)
     if rope.get("rope_type", "default") != "default":

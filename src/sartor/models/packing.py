@@ -4,15 +4,15 @@ In: `Encoded` rows (token ids and which of them are learnt). Out: a `Pack`, one 
 `losses/fused_decoder.py` and `losses/transformers_backend.py` make losses of it. Examples meet nowhere but in
 attention, which `attend` keeps apart.
 
-With shared prefixes (`share=True`) what several examples begin with stands in the pack once: the pack is then a forest of
-segments in which a child goes on at the position where its parent ends. A prefix's activations do not depend on what
-follows them, so losses and gradients are those of the plain pack up to the order of sums; the work is that of the
+With shared prefixes (`share=True`) what several examples begin with stands in the pack once: the pack is then a forest
+of segments in which a child goes on at the position where its parent ends. A prefix's activations do not depend on
+what follows them, so losses and gradients are those of the plain pack up to the order of sums; the work is that of the
 distinct tokens.
 
-A pack is a forest of segments (`Segments`): without shared prefixes every segment is a whole example and a root; with them a
-segment goes on where its parent ends. Two readers of that forest compute the same thing: the C++ kernel walks the
-segments themselves (`kernels/train_kernels.cpp`); `attend` below gathers segments of about equal length into rectangles
-(`Rows`) and uses batched matrix products, on any device and under autograd.
+A pack is a forest of segments (`Segments`): without shared prefixes every segment is a whole example and a root; with
+them a segment goes on where its parent ends. Two readers of that forest compute the same thing: the C++ kernel walks
+the segments themselves (`kernels/train_kernels.cpp`); `attend` below gathers segments of about equal length into
+rectangles (`Rows`) and uses batched matrix products, on any device and under autograd.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ BLOCKED_ATTENTION_TOKENS = 512
 
 @dataclass(frozen=True)
 class Segment:
-    """`length` tokens of a pack from `start` on, the first at position `first` of its example; `ancestors` root first."""
+    """`length` tokens of a pack from `start` on, the first at position `first` of its example; `ancestors` root
+    first.
+    """
 
     start: int
     length: int
@@ -41,8 +43,10 @@ class Segment:
 class SegmentGroup:
     """Segments that attend together.
 
-    queries: (N, Q) and keys: (N, K) indices into the pack; first: (N,) position of each row's first query. Key j of a row
-    is at position j. scatter: (S,) indexes the flattened (N * Q) result; into: (S,) the same tokens' places in the pack.
+    queries: (N, Q) and keys: (N, K) indices into the pack; first: (N,) position of each row's first query. Key j of a
+    row
+    is at position j. scatter: (S,) indexes the flattened (N * Q) result; into: (S,) the same tokens' places in the
+    pack.
     """
 
     queries: torch.Tensor
@@ -127,7 +131,12 @@ def attend(
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: SegmentGroup, shape: AttentionShape, dropout: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: SegmentGroup,
+    shape: AttentionShape,
+    dropout: float,
 ) -> torch.Tensor:
     """Attention of one group of rows -> (S, H, V)."""
     count, length = rows.queries.shape
@@ -163,7 +172,9 @@ def _attend(
 def _hidden(rows: SegmentGroup, window: int | None) -> torch.Tensor:
     """(Q, K) or (N, 1, Q, K), true where a query must not see a key: the future, or beyond the sliding window."""
     device = rows.queries.device
-    distance = torch.arange(rows.queries.shape[1], device=device)[:, None] - torch.arange(rows.keys.shape[1], device=device)
+    distance = torch.arange(rows.queries.shape[1], device=device)[:, None] - torch.arange(
+        rows.keys.shape[1], device=device
+    )
     if not rows.is_plain:
         distance = distance + rows.first[:, None, None, None]
     return (distance < 0) | (distance >= window) if window else distance < 0
@@ -206,7 +217,8 @@ class TokenizedExample:
 class Pack:
     """T tokens of one or more examples.
 
-    ids, positions: (1, T). predict: (S,) places whose next token is supervised, example by example. targets: (S,) those
+    ids, positions: (1, T). predict: (S,) places whose next token is supervised, example by example. targets: (S,)
+    those
     next tokens. weights: (S,) loss weights. segments, rows: who sees whom. places: per example, (length,) where in the
     pack its tokens stand. example_ids: whose tokens these are.
     """
@@ -235,7 +247,8 @@ class Pack:
 def group_by_capacity(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Group examples, in order, so that no group holds more than `capacity` tokens.
 
-    `lengths` are tokens per example, each in [1, capacity]; returns indices, each exactly once. Order is kept because a
+    `lengths` are tokens per example, each in [1, capacity]; returns indices, each exactly once. Order is kept because
+    a
     pack pads nothing: a fuller pack saves no work, and a reordered one would bias which examples share an update.
 
     >>> fill([3, 5, 2, 4], capacity=8)
@@ -255,8 +268,8 @@ def group_by_capacity(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def micro_batches(examples: Sequence[TokenizedExample], capacity: int, *, share: bool) -> list[list[TokenizedExample]]:
     """Cut the rows of an update into packs of at most `capacity` tokens (a longer row has one to itself).
 
-    With `share`, rows are ordered so that those with a common beginning meet, and it counts once. The sum over an update
-    does not depend on the cut.
+    With `share`, rows are ordered so that those with a common beginning meet, and it counts once. The sum over an
+    update does not depend on the cut.
     """
     if not share:
         groups = group_by_capacity(
@@ -317,8 +330,8 @@ def _side_by_side(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[li
 
 
 def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[list[int]]]:
-    """Segments in which a beginning of at least SHARED_TOKENS tokens that several rows share stands once, and each row's
-    places in the pack.
+    """Segments in which a beginning of at least SHARED_TOKENS tokens that several rows share stands once, and each
+    row's places in the pack.
 
     >>> [(segment.start, segment.length, segment.first) for segment in forest([[*range(9), 1], [*range(9), 2, 3]])[0]]
     [(0, 9, 0), (9, 1, 9), (10, 2, 9)]

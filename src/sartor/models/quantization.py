@@ -1,8 +1,8 @@
 """4- and 8-bit base weights through bitsandbytes.
 
-4 bits is NF4 with double quantisation (QLoRA, Dettmers et al. 2023, arXiv:2305.14314): 64 weights share a scale, and 256
-scales share one. 8 bits is the vector-wise int8 of LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339): a row of the weight
-has a scale. Either way a layer computes x W^T with W as `dense_weight` gives it, in the activations' own dtype.
+4 bits is NF4 with double quantisation (QLoRA, Dettmers et al. 2023, arXiv:2305.14314): 64 weights share a scale, and
+256 scales share one. 8 bits is the vector-wise int8 of LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339): a row of the
+weight has a scale. Either way a layer computes x W^T with W as `dense_weight` gives it, in the activations' own dtype.
 
 Three things of bitsandbytes are kept from happening, all in `protect`:
 
@@ -32,7 +32,8 @@ KINDS = {4: "nf4", 8: "int8"}
 
 
 def settings(bits: int, dtype: torch.dtype) -> Any:
-    """Transformers' quantisation config for 4 or 8 bits, computing in `dtype`. Embeddings and LM head stay as they are.
+    """Transformers' quantisation config for 4 or 8 bits, computing in `dtype`. Embeddings and LM head stay as they
+    are.
 
     Raises ExtraError when bitsandbytes is not installed.
     """
@@ -112,13 +113,19 @@ def _blocks_straddle_rows(module: Any) -> bool:
 
 
 def narrow_embedding(model: Any) -> None:
-    """Hold an fp32 embedding that the head does not share as the bf16 it was read from; what is looked up is fp32 as before.
+    """Hold an fp32 embedding that the head does not share as the bf16 it was read from; what is looked up is fp32 as
+    before.
 
     Beside 4-bit layers a vocabulary is much of the memory. Where the weights are no bf16 values, nothing is done.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     weight = embedding.weight
-    if type(embedding) is not torch.nn.Embedding or weight.dtype != torch.float32 or head is None or head.weight is weight:
+    if (
+        type(embedding) is not torch.nn.Embedding
+        or weight.dtype != torch.float32
+        or head is None
+        or head.weight is weight
+    ):
         return
     if all(torch.equal(part.bfloat16().float(), part) for part in weight.data.split(1024)):
         weight.data = weight.data.bfloat16()
@@ -130,7 +137,9 @@ def _widened(embedding: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
 
 
 def _dense_forward(linear: Any, x: torch.Tensor) -> torch.Tensor:
-    """(..., in) -> (..., out). What `protect` puts in the place of a layer's forward; the same in training and eval mode."""
+    """(..., in) -> (..., out). What `protect` puts in the place of a layer's forward; the same in training and eval
+    mode.
+    """
     product = _DenseProduct.apply(x, linear)
     return product if linear.bias is None else product + linear.bias.to(product.dtype)
 

@@ -1,7 +1,7 @@
 """Sentence-transformers encoders from a directory.
 
-A text's vector is the mean of its tokens' last states (or the first token's, the last one's or the greatest values, as the
-directory's Pooling module says), scaled to length 1: Reimers and Gurevych 2019, "Sentence-BERT".
+A text's vector is the mean of its tokens' last states (or the first token's, the last one's or the greatest values, as
+the directory's Pooling module says), scaled to length 1: Reimers and Gurevych 2019, "Sentence-BERT".
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class EncoderLayout:
 
 
 class SentenceEncoder:
-    """An encoder in memory. Vectors of the same text differ between processors only in the last digits of its dtype."""
+    """An encoder in memory. Vectors of the same text differ between processors only in the last digits of its
+    dtype.
+    """
 
     def __init__(self, path: Path, name: str = "", device: torch.device | None = None) -> None:
         self._layout = read_layout(path)
@@ -83,7 +85,9 @@ class SentenceEncoder:
     def encode(self, texts: Sequence[str]) -> Any:
         """See Encoder. Texts of like length share a batch; an empty text gets zeros."""
         self._cut = self._tokens = 0
-        order = sorted((index for index, text in enumerate(texts) if text.strip()), key=lambda index: len(texts[index]))
+        order = sorted(
+            (index for index, text in enumerate(texts) if text.strip()), key=lambda index: len(texts[index])
+        )
         vectors = np.zeros((len(texts), self._model.config.hidden_size), dtype=np.float32)
         for start in range(0, len(order), CHUNK):
             indices = order[start : start + CHUNK]
@@ -95,7 +99,8 @@ class SentenceEncoder:
         """(token ids, places in `texts`) of at most BATCH_TOKENS with padding, shortest texts first."""
         max_characters = MOST_CHARACTERS * self._max_tokens
         prefixed = [
-            self._layout.prefix + (text.lower() if self._layout.lower_case else text)[:max_characters] for text in texts
+            self._layout.prefix + (text.lower() if self._layout.lower_case else text)[:max_characters]
+            for text in texts
         ]
         encoded = self._tokenizer(prefixed, truncation=False, verbose=False)["input_ids"]
         self._cut += sum(len(ids) > self._max_tokens for ids in encoded)
@@ -139,7 +144,9 @@ def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
 
 
 def MiniLM() -> TextEncoder:  # noqa: N802 - it opens like a class
-    """all-MiniLM-L6-v2 from the asset `minilm`: 384 wide, English, 256 tokens. Raises AssetError when it is not installed."""
+    """all-MiniLM-L6-v2 from the asset `minilm`: 384 wide, English, 256 tokens. Raises AssetError when it is not
+    installed.
+    """
     asset = assets.entry(MINILM)
     if not asset.is_installed:
         raise AssetError("the sentence encoder minilm is not on this machine", f"sartor assets install {MINILM}")
@@ -150,11 +157,14 @@ def read_layout(path: Path) -> EncoderLayout:
     """The layout of a directory. Raises ModelError where a module of it would be left out."""
     if not (path / "modules.json").is_file():
         return EncoderLayout(path)
-    modules = [(str(module["type"]).rpartition(".")[2], path / module["path"]) for module in _read_json(path / "modules.json")]
+    modules = [
+        (str(module["type"]).rpartition(".")[2], path / module["path"]) for module in _read_json(path / "modules.json")
+    ]
     known = {"Transformer", "Pooling", "Normalize"}
     if unknown := [kind for kind, _ in modules if kind not in known]:
         raise ModelError(
-            f"{path} has the module {unknown[0]}, which is not known here", f"use an encoder of {', '.join(sorted(known))}"
+            f"{path} has the module {unknown[0]}, which is not known here",
+            f"use an encoder of {', '.join(sorted(known))}",
         )
     folders = dict(modules)
     transformer = folders.get("Transformer", path)
@@ -171,11 +181,15 @@ def read_layout(path: Path) -> EncoderLayout:
 
 def _pooling(fields: dict[str, Any], path: Path) -> str:
     modes = [
-        key.removeprefix("pooling_mode_") for key, is_on in fields.items() if key.startswith("pooling_mode_") and is_on is True
+        key.removeprefix("pooling_mode_")
+        for key, is_on in fields.items()
+        if key.startswith("pooling_mode_") and is_on is True
     ]
     modes = modes or [str(fields.get("pooling_mode"))]
     if len(modes) != 1 or modes[0] not in _POOLINGS:
-        raise ModelError(f"{path} pools tokens by {' and '.join(modes)}", f"use an encoder with one of {', '.join(_POOLINGS)}")
+        raise ModelError(
+            f"{path} pools tokens by {' and '.join(modes)}", f"use an encoder with one of {', '.join(_POOLINGS)}"
+        )
     return _POOLINGS[modes[0]]
 
 

@@ -1,11 +1,12 @@
 """Tokens and texts that a chat template writes as markup.
 
-A tokenizer reads `<|im_end|>` in a user's text as the token that ends a turn. So `shield` puts a private mark (BREAK) into each
-piece of markup that content spells, before the chat template is rendered; the template's own markup has none. `opened` takes
-the marks out of the rendering and says where text must be cut before it is tokenised. Text without markup is left as it is.
+A tokenizer reads `<|im_end|>` in a user's text as the token that ends a turn. So `shield` puts a private mark (BREAK)
+into each piece of markup that content spells, before the chat template is rendered; the template's own markup has
+none. `opened` takes the marks out of the rendering and says where text must be cut before it is tokenised. Text
+without markup is left as it is.
 
-Every text of the probes is a sentinel, so whatever else the template writes is its own. Of its own tokens, and of all that the
-tokenizer adds to its vocabulary, those count that `is_markup` takes for control tokens.
+Every text of the probes is a sentinel, so whatever else the template writes is its own. Of its own tokens, and of all
+that the tokenizer adds to its vocabulary, those count that `is_markup` takes for control tokens.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ _FORM = re.compile(r"<\|[^\s<>]+\|?>|</?[^\s<>/][^\s<>]*>|\[/?[A-Z][A-Z_]+\]|\[\
 # SentencePiece's tokens for single bytes
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _ELEMENTS = (
-    "a abbr address article aside audio b base bdi bdo big blockquote body br button canvas caption center cite code col "
-    "colgroup data dd del details dfn div dl dt em embed fieldset figcaption figure font footer form h1 h2 h3 h4 h5 h6 head "
-    "header hr html i iframe img input ins kbd label legend li link main mark meta nav object ol option p pre q s samp script "
-    "section select small source span strike strong style sub summary sup table tbody td textarea tfoot th thead time title "
+    "a abbr address article aside audio b base bdi bdo big blockquote body br button canvas caption center cite code "
+    "col "
+    "colgroup data dd del details dfn div dl dt em embed fieldset figcaption figure font footer form h1 h2 h3 h4 h5 "
+    "h6 head "
+    "header hr html i iframe img input ins kbd label legend li link main mark meta nav object ol option p pre q s "
+    "samp script "
+    "section select small source span strike strong style sub summary sup table tbody td textarea tfoot th thead time "
+    "title "
     "tr track tt u ul var video"
 )
 _HTML = frozenset(_ELEMENTS.split())
@@ -48,7 +53,9 @@ _FIELDS = frozenset(_KEYS.split())
 
 @dataclass(frozen=True)
 class VocabularyToken:
-    """A token of the set. written_by: what the template writes with it (turns, tools, reasoning, media), or tokenizer."""
+    """A token of the set. written_by: what the template writes with it (turns, tools, reasoning, media), or
+    tokenizer.
+    """
 
     token: str
     id: int
@@ -78,7 +85,8 @@ class Opened:
 class TemplateMarkup:
     """The set of a base, and what finds it in a text.
 
-    keeps_case: whether the template leaves the case of content. openings: the beginnings of markup that it writes right
+    keeps_case: whether the template leaves the case of content. openings: the beginnings of markup that it writes
+    right
     before content. fold: what the tokenizer makes of one character before it looks for tokens, None for nothing.
     """
 
@@ -101,7 +109,9 @@ class TemplateMarkup:
         self._keeps_case = keeps_case
         self._prefixes = frozenset(self._as_read(text[:end]) for text in spelt for end in range(1, len(text)))
         flags = 0 if keeps_case else re.IGNORECASE
-        rests = sorted({text[len(opening) :] for opening in openings for text in spelt if text.startswith(opening)} - {""})
+        rests = sorted(
+            {text[len(opening) :] for opening in openings for text in spelt if text.startswith(opening)} - {""}
+        )
         self._has_openings = bool(rests)
         self._rest = re.compile(_alternation(rests), flags)
         self._rest_prefixes = frozenset(self._as_read(rest[:end]) for rest in rests for end in range(1, len(rest)))
@@ -118,7 +128,9 @@ class TemplateMarkup:
         return [text[start:end] for start, end in self._spans(text)]
 
     def shield(self, text: str) -> str:
-        """Return content as it is rendered: with a BREAK in each piece of markup. Other text comes back as the very same."""
+        """Return content as it is rendered: with a BREAK in each piece of markup. Other text comes back as the very
+        same.
+        """
         if not self._needs_look.search(text):
             return text
         if _PRIVATE in text:
@@ -208,7 +220,9 @@ class TemplateMarkup:
         return set()
 
     def _as_read(self, text: str) -> str:
-        """A piece of text as it is compared with markup: normalised, and in small letters where a template changes case."""
+        """A piece of text as it is compared with markup: normalised, and in small letters where a template changes
+        case.
+        """
         folded = "".join(map(self._fold, text)) if self._fold else text
         return folded if self._keeps_case else folded.lower()
 
@@ -221,8 +235,8 @@ def has_marks(rendering: str) -> bool:
 def is_markup(token: str, *, special: bool, is_written: bool = False) -> bool:
     """Return whether an added token of a tokenizer counts: a special one, or one that has the form of control tokens.
 
-    White space, single characters, bytes, and HTML elements are text, though some tokenizers store them whole. is_written:
-    the base's own template writes it; then a word between marks counts, whatever its form.
+    White space, single characters, bytes, and HTML elements are text, though some tokenizers store them whole.
+    is_written: the base's own template writes it; then a word between marks counts, whatever its form.
     """
     token = token.strip().strip("▁")
     if len(token) < 2 or _BYTE.fullmatch(token):
@@ -254,7 +268,9 @@ def _inside(positions: Iterable[int], spans: Sequence[tuple[int, int]]) -> list[
 
 
 def _alternation(texts: Sequence[str]) -> str:
-    """Return a pattern of any of the texts, the longest first: a tree, so that thousands of them are quick to search."""
+    """Return a pattern of any of the texts, the longest first: a tree, so that thousands of them are quick to
+    search.
+    """
     if not texts:
         return r"(?!)"
     branches: dict[str, list[str]] = {}
@@ -379,12 +395,16 @@ def _tokens(tokenizer: Any, renderings: dict[str, list[str]]) -> list[Vocabulary
     special = {token_id for token_id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     writers: dict[int, list[str]] = {}
     for name, texts in renderings.items():
-        for token_id in {token_id for text in texts for token_id in tokenizer(text, add_special_tokens=False)["input_ids"]}:
+        for token_id in {
+            token_id for text in texts for token_id in tokenizer(text, add_special_tokens=False)["input_ids"]
+        }:
             writers.setdefault(token_id, []).append(name)
     candidates = {token_id: token.content for token_id, token in added.items()}
     # tokens of the vocabulary that nobody declared, such as a <tool_call> that was learnt as a word
     candidates |= {token_id: tokenizer.decode([token_id]) for token_id in writers if token_id not in added}
-    candidates |= {token_id: tokenizer.convert_ids_to_tokens(token_id) for token_id in special if token_id not in candidates}
+    candidates |= {
+        token_id: tokenizer.convert_ids_to_tokens(token_id) for token_id in special if token_id not in candidates
+    }
     return [
         VocabularyToken(text, token_id, token_id in special, tuple(writers.get(token_id, ("tokenizer",))))
         for token_id, text in candidates.items()
@@ -412,7 +432,9 @@ def _fold(tokenizer: Any, ids: set[int]) -> Callable[[str], str] | None:
 
 
 def _plain_text(pieces: list[str], turns: list[str], markup: TemplateMarkup) -> list[str]:
-    """Control words and headers of turns that are plain text to the tokenizer: content that spells them is not told apart."""
+    """Control words and headers of turns that are plain text to the tokenizer: content that spells them is not told
+    apart.
+    """
     words = [word for piece in pieces for word in plain_markup(piece) if not markup.spelt(word)]
     headers = [piece for piece in turns if piece.strip() and not markup.spelt(piece)]
     return list(dict.fromkeys([*words, *headers]))

@@ -1,8 +1,9 @@
 """Bounded tensor cache on disk; streamed safetensors writer.
 
-Written whole or not at all, checked by a digest when read, the least recently used removed first. What stands here can be
-computed again at any time: a full disk or a damaged file costs time, never a run. Each file states by which arithmetic it
-was made (core/numerics.py), in its name too: no version of Sartor takes what another one's made.
+Written whole or not at all, checked by a digest when read, the least recently used removed first. What stands here can
+be
+computed again at any time: a full disk or a damaged file costs time, never a run. Each file states by which arithmetic
+it was made (core/numerics.py), in its name too: no version of Sartor takes what another one's made.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ SCHEMA = 1
 class TensorCache:
     """Tensors by name below `folder`, of together at most `limit_bytes` but for those that this object holds open.
 
-    dtype: in which they are computed, whatever they are stored as. outdated: how many were asked for that stand there as
-    another arithmetic made them, and not as this version does.
+    dtype: in which they are computed, whatever they are stored as. outdated: how many were asked for that stand there
+    as another arithmetic made them, and not as this version does.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class TensorCache:
         self._protected.add(self._file(name))
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
-        """The tensor under `name`, mapped into memory, as something that can be sliced; None if it is not there or not whole.
+        """The tensor under `name`, mapped into memory, as something that can be sliced; None if it is not there or not
+        whole.
 
         shape: what it must have, where that is known.
         """
@@ -73,7 +75,9 @@ class TensorCache:
     def _look_for_others(self, name: str) -> None:
         """Count a tensor that stands there as another arithmetic made it; of the first a line tells."""
         stem = self.folder / name[:2] / name
-        versions = [file.stem.removeprefix(name).removeprefix("-") for file in stem.parent.glob(f"{name}*.safetensors")]
+        versions = [
+            file.stem.removeprefix(name).removeprefix("-") for file in stem.parent.glob(f"{name}*.safetensors")
+        ]
         made_by = [int(version or FIRST) for version in versions if version.isdecimal() or not version]
         if not made_by:
             return
@@ -133,13 +137,23 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write `file` and fsync it. The format: huggingface.co/docs/safetensors. Raises OSError, of which a full disk is one."""
+    """Write `file` and fsync it. The format: huggingface.co/docs/safetensors. Raises OSError, of which a full disk is
+    one.
+    """
     # wide ones first, so that each begins at a multiple of its own width
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}

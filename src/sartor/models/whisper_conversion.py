@@ -1,11 +1,11 @@
 """Converts a CTranslate2 Whisper to transformers' layout.
 
-CTranslate2 holds the three projections of self-attention in one matrix, keys and values of cross-attention in one, and a zero
-bias for the keys, which transformers' Whisper has not.
+CTranslate2 holds the three projections of self-attention in one matrix, keys and values of cross-attention in one, and
+a zero bias for the keys, which transformers' Whisper has not.
 
-Little-endian: version (u32), name of the spec, revision (u32), number of variables (u32); of each: name, rank (u8), sizes
-(u32 each), type (u8), number of bytes (u32), bytes. Then the number of aliases (u32), and two names of each. A name is its
-length with the final NUL (u16), its bytes, NUL.
+Little-endian: version (u32), name of the spec, revision (u32), number of variables (u32); of each: name, rank (u8),
+sizes (u32 each), type (u8), number of bytes (u32), bytes. Then the number of aliases (u32), and two names of each. A
+name is its length with the final NUL (u16), its bytes, NUL.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def _variable(reader: _BinaryReader) -> tuple[str, NDArray[Any]]:
         raise ValueError(f"{name} is of the type {type_index}, which is not read")
     dtype = np.dtype(_TYPES[type_index])
     if (size := reader.number("I")) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name} has {size:,} bytes, and its shape {shape} asks for {math.prod(shape) * dtype.itemsize:,}")
+        raise ValueError(
+            f"{name} has {size:,} bytes, and its shape {shape} asks for {math.prod(shape) * dtype.itemsize:,}"
+        )
     return name, np.frombuffer(reader.take(size), dtype).reshape(shape)
 
 
@@ -136,10 +138,14 @@ def convert(ref: TowerRef | model_refs.BaseRef, notice: Callable[[str], object])
 
 
 def write_directory(source: Path, directory: Path) -> None:
-    """`source`: a folder with model.bin, config.json, tokenizer.json. Raises ModelError for one that holds no whole Whisper."""
+    """`source`: a folder with model.bin, config.json, tokenizer.json. Raises ModelError for one that holds no whole
+    Whisper.
+    """
     source_model = read_model(source / "model.bin")
     if source_model.spec != "WhisperSpec":
-        raise ModelError(f"{source / 'model.bin'} is a {source_model.spec}, not a Whisper", "give the folder of a Whisper")
+        raise ModelError(
+            f"{source / 'model.bin'} is a {source_model.spec}, not a Whisper", "give the folder of a Whisper"
+        )
     try:
         fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
         with quiet_transformers():
@@ -149,7 +155,9 @@ def write_directory(source: Path, directory: Path) -> None:
             model.generation_config = _generation(fields, tokenizer, model.config)
             model.save_pretrained(str(directory))
             tokenizer.save_pretrained(str(directory))
-            transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(str(directory))
+            transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(
+                str(directory)
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(
             f"{source} holds no whole Whisper: {first_line(error)}",

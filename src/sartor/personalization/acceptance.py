@@ -27,13 +27,15 @@ class AcceptanceResult:
     why: str
 
 
-def judge(private: tuple[JudgedRows, Sequence[float], Sequence[float]],
-          probe: tuple[JudgedRows, Sequence[float], Sequence[float]],
-          most_probe_loss: float) -> AcceptanceResult:  # fmt: skip
+def judge(
+    private: tuple[JudgedRows, Sequence[float], Sequence[float]],
+    probe: tuple[JudgedRows, Sequence[float], Sequence[float]],
+    most_probe_loss: float,
+) -> AcceptanceResult:
     """The verdict on (rows, losses before, losses after) of a person's rows and of the probe.
 
-    Better by the whole interval over prompts (`evaluate.compare`); the probe's loss may rise by `most_probe_loss` at the
-    upper end of its interval.
+    Better by the whole interval over prompts (`evaluate.compare`); the probe's loss may rise by `most_probe_loss` at
+    the upper end of its interval.
     """
     private_comparison, probe_comparison = (
         paired_bootstrap(
@@ -49,7 +51,9 @@ def judge(private: tuple[JudgedRows, Sequence[float], Sequence[float]],
             "nats a token)"
         )
     elif not probe_comparison.high <= most_probe_loss:
-        reason = f"the probe's loss may have risen by {probe_comparison.high:.3f} nats a token, over {most_probe_loss:g}"
+        reason = (
+            f"the probe's loss may have risen by {probe_comparison.high:.3f} nats a token, over {most_probe_loss:g}"
+        )
         if too_few := too_few_prompts(probe[0].groups):
             reason = f"cannot tell whether the probe's loss has risen: {too_few}: --probe FILE"
     return AcceptanceResult(private_comparison, probe_comparison, reason)
@@ -58,7 +62,11 @@ def judge(private: tuple[JudgedRows, Sequence[float], Sequence[float]],
 def too_few_prompts(groups: Sequence[str]) -> str:
     """What to say of a probe that has too few prompts to tell anything; empty for enough of them."""
     prompts = len(set(groups))
-    return f"the probe has {prompts} prompts, and {LEAST_GROUPS} are the least that tell" if prompts < LEAST_GROUPS else ""
+    return (
+        f"the probe has {prompts} prompts, and {LEAST_GROUPS} are the least that tell"
+        if prompts < LEAST_GROUPS
+        else ""
+    )
 
 
 # Fewer held-out prompts cannot reach the level: every verdict on them would be "cannot tell"

@@ -1,7 +1,7 @@
 """Gain of a personal adapter on its owner's rows.
 
-Losses of whole rows, in nats per supervised token, and where replies are short exact match of greedy ones; each difference
-(the client's own adapter minus another) with its 95 % interval over groups (`evaluate.compare`).
+Losses of whole rows, in nats per supervised token, and where replies are short exact match of greedy ones; each
+difference (the client's own adapter minus another) with its 95 % interval over groups (`evaluate.compare`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ SHORT_TOKENS = 64
 
 @dataclass(frozen=True)
 class ClientRows:
-    """A client's held-out rows. groups: of each; answerable: those that may be answered, with replies of `limit` tokens at
-    most.
+    """A client's held-out rows. groups: of each; answerable: those that may be answered, with replies of `limit`
+    tokens at most.
     """
 
     encoded: Sequence[TokenizedExample]
@@ -53,7 +53,9 @@ class ClientRows:
 
 @dataclass(frozen=True)
 class AdapterScores:
-    """One adapter on a client's rows. losses: (N,) nats per supervised token; matches: (M,) 0 or 1 of the rows asked."""
+    """One adapter on a client's rows. losses: (N,) nats per supervised token; matches: (M,) 0 or 1 of the rows
+    asked.
+    """
 
     losses: list[float]
     matches: list[float]
@@ -81,7 +83,9 @@ def score_adapter(resident: SharedBase, adapter: Tensors, client_rows: ClientRow
     resident.model.eval()
     losses, _ = predictions.losses(resident.base, resident.model, client_rows.encoded)
     rows = client_rows.answerable.examples
-    replies = predictions.replies(resident.base, resident.model, client_rows.answerable, client_rows.limit) if rows else []
+    replies = (
+        predictions.replies(resident.base, resident.model, client_rows.answerable, client_rows.limit) if rows else []
+    )
     texts = [resident.base.chat.decode(item.ids) for item in replies]
     is_opened = predictions.template_opens_reasoning(resident.base.chat, client_rows.answerable)
     answers = [without_reasoning(text, is_opened=is_opened) for text in texts]
@@ -89,12 +93,16 @@ def score_adapter(resident: SharedBase, adapter: Tensors, client_rows: ClientRow
 
 
 def report(benefits: Mapping[str, ClientBenefit]) -> dict[str, Any]:
-    """Of each client, and of all their rows together: means, differences with intervals, and how many are better or worse."""
+    """Of each client, and of all their rows together: means, differences with intervals, and how many are better or
+    worse.
+    """
     clients = {name: _benefit_fields(benefit) for name, benefit in benefits.items()}
     others = {side_name for item in benefits.values() for side_name in item.sides} - {"personal"}
     verdicts = {
         f"over_{side_name}": dict(
-            Counter(client[f"over_{side_name}"]["loss"]["verdict"] for client in clients.values() if client["held_out"])
+            Counter(
+                client[f"over_{side_name}"]["loss"]["verdict"] for client in clients.values() if client["held_out"]
+            )
         )
         for side_name in sorted(others)
     }

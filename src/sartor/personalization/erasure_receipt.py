@@ -52,8 +52,8 @@ class Intent:
 
 @dataclass(frozen=True)
 class Forgotten:
-    """What a forgetting did. rows: ids that went. deltas: digests of deltas that went. new_delta: of the one that works now, or
-    ''.
+    """What a forgetting did. rows: ids that went. deltas: digests of deltas that went. new_delta: of the one that
+    works now, or ''.
 
     reason: how that came about. file: the signed receipt; None where nothing was to be forgotten.
     """

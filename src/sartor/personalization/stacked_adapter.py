@@ -2,8 +2,8 @@
 
     [A_shared; A_own], [B_shared B_own], whose product is the sum of both products, exactly
 
-One PEFT directory, which works without the shared one: for clients of rounds (`personal_adapters.py`), and for users of a
-served agent (`learn/personal_tuning.py`).
+One PEFT directory, which works without the shared one: for clients of rounds (`personal_adapters.py`), and for users
+of a served agent (`learn/personal_tuning.py`).
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class StackedAdapter:
     def tuned(
         self, rows: TokenizedDataset, start: Tensors, ranks: slice, budget: StopCriteria, learning_rate: float
     ) -> tuple[Tensors, Losses]:
-        """(the adapter after tuning these ranks from `start`, losses of the first update and the last). Raises ModelError."""
+        """(the adapter after tuning these ranks from `start`, losses of the first update and the last). Raises
+        ModelError.
+        """
         self.resident.put(start)
         self.resident.hold(lambda name: True, ranks)
         recipe = self.resident.recipe
@@ -97,5 +99,7 @@ class StackedAdapter:
                 "trainable_fraction": trainable_count / total,
             },
             "machine": machine_facts(),
-            "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")
+            },
         }

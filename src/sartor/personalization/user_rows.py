@@ -52,7 +52,10 @@ class UserRow:
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
-        fields: dict[str, Any] = {"date": self.date, "messages": [message.plain() for message in self.example.messages]}
+        fields: dict[str, Any] = {
+            "date": self.date,
+            "messages": [message.plain() for message in self.example.messages],
+        }
         optional = {"tools": self.example.tools, "correction": self.correction}
         fields |= {name: value for name, value in optional.items() if value}
         return fields | ({} if self.rating is None else {"rating": self.rating})
@@ -60,7 +63,9 @@ class UserRow:
     @classmethod
     def from_json(cls, id: str, fields: Mapping[str, Any]) -> UserRow:
         """The row that `as_json` said. Raises SourceError, KeyError or TypeError for none."""
-        return cls(id, str(fields["date"]), example_of(fields), fields.get("rating"), str(fields.get("correction", "")))
+        return cls(
+            id, str(fields["date"]), example_of(fields), fields.get("rating"), str(fields.get("correction", ""))
+        )
 
 
 def now() -> str:
@@ -89,7 +94,9 @@ def example_of(row: Mapping[str, Any] | Example) -> Example:
 
 
 def of_feedback(feedback: Feedback) -> Example:
-    """The Example of what a person said of a reply. Raises SourceError where the server no longer knew what was asked."""
+    """The Example of what a person said of a reply. Raises SourceError where the server no longer knew what was
+    asked.
+    """
     if feedback.messages:
         return example_of(
             {"messages": [*feedback.messages, {"role": "assistant", "content": feedback.reply or feedback.correction}]}

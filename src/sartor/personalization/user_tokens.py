@@ -49,10 +49,14 @@ class Material:
 
 
 def prepare_rows(rows: Sequence[UserRow], chat: ChatTokenizer, held_out_fraction: float, max_tokens: int) -> Material:
-    """What of a person's rows is trained on and what is held out, by each prompt's digest; what is left out, and why."""
+    """What of a person's rows is trained on and what is held out, by each prompt's digest; what is left out, and
+    why.
+    """
     material = Material()
     for row in rows:
-        encoded = encode_user_row(row.learnt, row.id, chat, max_tokens) if row.learnt else "rated bad, and not corrected"
+        encoded = (
+            encode_user_row(row.learnt, row.id, chat, max_tokens) if row.learnt else "rated bad, and not corrected"
+        )
         if isinstance(encoded, str):
             material.left_out.setdefault(encoded, []).append(row.id)
         elif row.is_held_out(held_out_fraction):
@@ -86,7 +90,9 @@ def recipe_of(adapter: Path, base: Path, changes: Mapping[str, Any]) -> dict[str
 
 
 def _method(adapter: Path, base: Path) -> dict[str, Any]:
-    """Rank and scale by the adapter's config; which modules by its weights, since a config may name them in many ways."""
+    """Rank and scale by the adapter's config; which modules by its weights, since a config may name them in many
+    ways.
+    """
     try:
         fields = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
         layers = int(json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])

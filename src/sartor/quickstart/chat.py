@@ -49,7 +49,9 @@ class Partner(Protocol):
     artifact: Artifact | None
 
     def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
-        """The reply to a conversation, piece by piece. Raises SartorError; by_base: of the base without its adapter."""
+        """The reply to a conversation, piece by piece. Raises SartorError; by_base: of the base without its
+        adapter.
+        """
         ...
 
     def close(self) -> None:
@@ -152,9 +154,13 @@ class ServerPartner:
         self.name, self._agent, self._sampling = agent, agent, dict(sampling)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         try:
-            self._client = self._httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=300)
+            self._client = self._httpx.Client(
+                base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=300
+            )
         except (self._httpx.InvalidURL, ValueError) as error:
-            raise ConfigError(f"{url!r} is no address of a server: {error}", "sartor chat http://127.0.0.1:8000") from None
+            raise ConfigError(
+                f"{url!r} is no address of a server: {error}", "sartor chat http://127.0.0.1:8000"
+            ) from None
 
     def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
         """See Partner."""
@@ -165,7 +171,12 @@ class ServerPartner:
                     raise _error_in(answer.read(), f"the server answers {answer.status_code}")
                 for line in answer.iter_lines():
                     yield from _text_of_event(line)
-        except (self._httpx.HTTPError, ValueError, AttributeError, TypeError) as error:  # the last two: another form of answer
+        except (
+            self._httpx.HTTPError,
+            ValueError,
+            AttributeError,
+            TypeError,
+        ) as error:  # the last two: another form of answer
             raise UnavailableError(
                 f"the server cannot be reached: {error}",
                 "sartor chat http://HOST:PORT, of a server that runs; curl -i shows what answers there",
@@ -196,7 +207,9 @@ def _error_in(content: bytes, problem: str) -> UnavailableError:
         body = None
     said = body.get("error") if isinstance(body, dict) else None
     facts = said if isinstance(said, dict) else {"message": said}
-    return UnavailableError(str(facts.get("message") or problem), str(facts.get("remedy") or "look at the server's log"))
+    return UnavailableError(
+        str(facts.get("message") or problem), str(facts.get("remedy") or "look at the server's log")
+    )
 
 
 def open_partner(
@@ -227,7 +240,9 @@ class Chat:
     def __enter__(self) -> Chat:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.partner.close()
 
     def run(self, lines: Iterable[str]) -> None:
@@ -271,7 +286,8 @@ class Chat:
             raise ConfigError(f"there is no {name}", _HELP)
 
     def answer(self, text: str) -> None:
-        """Put a question, and keep it with its reply. A reply that fails leaves the conversation as it was, without its media.
+        """Put a question, and keep it with its reply. A reply that fails leaves the conversation as it was, without
+        its media.
 
         Who cannot read them would refuse each question that follows, too.
         """
@@ -303,7 +319,9 @@ class Chat:
         text = asked if isinstance(asked, str) else " ".join(part.get("text", "") for part in asked)
         nearest, note = nearest_examples(self.partner.artifact, text, _NEAREST)
         for row in nearest:
-            self.write(f"{row['score']:.2f}  {row['prompt']!r} -> {row['reply']!r}  ({row['locator']}, {row['licence']})\n")
+            self.write(
+                f"{row['score']:.2f}  {row['prompt']!r} -> {row['reply']!r}  ({row['locator']}, {row['licence']})\n"
+            )
         if note:
             self.write(f"{note}\n")
 
@@ -313,7 +331,9 @@ class Chat:
             problem = "there is nothing to save yet" if file else "/save needs a file"
             raise ConfigError(problem, "/save rows.jsonl")
         if kinds_in(tuple(self.messages)):
-            raise ConfigError("a conversation with pictures or recordings is not saved", "/new, and ask with text alone")
+            raise ConfigError(
+                "a conversation with pictures or recordings is not saved", "/new, and ask with text alone"
+            )
         try:
             with Path(file).expanduser().open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")

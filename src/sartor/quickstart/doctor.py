@@ -60,7 +60,9 @@ class Diagnosis:
             "home": str(home()),
             "cache_bytes": dict(self.cache),
             "assets": dict(self.assets),
-            "extras": {name: {"installed": not missing, "missing": list(missing)} for name, missing in self.extras.items()},
+            "extras": {
+                name: {"installed": not missing, "missing": list(missing)} for name, missing in self.extras.items()
+            },
             "advice": list(self.advice),
         }
 
@@ -87,15 +89,21 @@ def doctor() -> Diagnosis:
     cpu, flags = _processor()
     gpu, has_torch = _gpu()
     extras = missing_by_extra()
-    compiler = next((found for name in (os.environ.get("CXX", ""), *_COMPILERS) if name and (found := shutil.which(name))), "")
+    compiler = next(
+        (found for name in (os.environ.get("CXX", ""), *_COMPILERS) if name and (found := shutil.which(name))), ""
+    )
     if not compiler and importlib.util.find_spec("ziglang"):
         compiler = "the package ziglang"
     memory, disk = _memory(), shutil.disk_usage(home()).free
     advice = []
     if extras.get(FIRST_EXTRA):
-        advice.append(f"{install_command(FIRST_EXTRA)}   # {', '.join(extras[FIRST_EXTRA])}: to tune, evaluate and ask")
+        advice.append(
+            f"{install_command(FIRST_EXTRA)}   # {', '.join(extras[FIRST_EXTRA])}: to tune, evaluate and ask"
+        )
     if importlib.util.find_spec("torch") and not has_torch:
-        advice.append(f"{install_command(FIRST_EXTRA)} --force-reinstall   # torch is installed, and cannot be imported")
+        advice.append(
+            f"{install_command(FIRST_EXTRA)} --force-reinstall   # torch is installed, and cannot be imported"
+        )
     if not compiler:
         advice.append(f"apt-get install g++   # or {install_command('compiler')}: the kernels for a CPU")
     if has_torch and not gpu and shutil.which("nvidia-smi"):

@@ -58,18 +58,22 @@ class Initialized:
         return {"curate": str(self.curate), "tune": str(self.tune)}
 
 
-def init(data: Path | str, *, out: Path | str = ".", replace: bool = False, notice: Notice = lambda line: None) -> Initialized:
+def init(
+    data: Path | str, *, out: Path | str = ".", replace: bool = False, notice: Notice = lambda line: None
+) -> Initialized:
     """Write `curate.yaml` and `tune.yaml` for `data` into the directory `out`, with comments on what could be changed.
 
-    A table of columns that Sartor does not know gets lines that name its own. Raises ConfigError where `data` is not there or
-    one of the files is.
+    A table of columns that Sartor does not know gets lines that name its own. Raises ConfigError where `data` is not
+    there or one of the files is.
     """
     out = Path(out)
     files = out / "curate.yaml", out / "tune.yaml"
     if (taken := [file for file in files if file.exists()]) and not replace:
         raise ConfigError(f"{taken[0]} is there already", "--replace, or --out DIR")
     source = SourceOptions(path=str(data))
-    form = next((file.form for file in plan_reading([source], CurateRecipe.max_row_bytes).files if file.form != "unknown"), "")
+    form = next(
+        (file.form for file in plan_reading([source], CurateRecipe.max_row_bytes).files if file.form != "unknown"), ""
+    )
     columns = [] if form else columns_of(source, CurateRecipe.max_row_bytes)
     name = re.sub(r"[^\w.-]+", "-", Path(str(data).partition("#")[0]).stem.lower()).strip("-") or "rows"
     names = {"curate": files[0], "tune": files[1], "name": name}
@@ -88,7 +92,8 @@ def _field_lines(columns: Sequence[str]) -> str:
     listed = ", ".join(map(_quoted, columns[:12]))  # a line end in a name would end the comment
     return (
         f"    # the columns are: {listed}\n"
-        f"    fields: {{prompt: {_quoted(prompt)}, completion: {_quoted(completion)}}}  # look whether these are right\n"
+        f"    fields: {{prompt: {_quoted(prompt)}, completion: {_quoted(completion)}}}  # look whether these are "
+        "right\n"
     )
 
 

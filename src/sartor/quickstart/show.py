@@ -76,7 +76,8 @@ def _dataset(dataset: Artifact, count: int, split: str) -> Shown:
         "licence": manifest["licence"],
         "dropped": dict(reasons.most_common()),
         "sources": [
-            f"{source['source']} ({source.get('encoding') or 'utf-8'}, {source['form']})" for source in manifest["sources"]
+            f"{source['source']} ({source.get('encoding') or 'utf-8'}, {source['form']})"
+            for source in manifest["sources"]
         ],
         "warnings": [warning.problem for warning in dataset_warnings(parquet_io.read_own_examples(dataset))],
     }
@@ -141,10 +142,16 @@ def _report(report: Artifact, count: int) -> Shown:
     """Rows on which the tuned model lost most against the base go first: they are what one wants to see."""
     manifest = report.manifest
     metrics = {
-        name: f"{metric['base']:.3f} -> {metric['tuned']:.3f}, difference in [{metric['low']:+.3f}, {metric['high']:+.3f}]"
+        name: f"{metric['base']:.3f} -> {metric['tuned']:.3f}, difference in [{metric['low']:+.3f}, "
+        f"{metric['high']:+.3f}]"
         for name, metric in manifest["metrics"].items()
     }
-    facts = {"rows_measured": manifest["rows"], "groups": manifest["groups"], "primary": manifest["primary"], **metrics}
+    facts = {
+        "rows_measured": manifest["rows"],
+        "groups": manifest["groups"],
+        "primary": manifest["primary"],
+        **metrics,
+    }
     table = list(parquet_io.read_file(report.path / "rows.parquet"))
     primary = manifest["primary"]
 
@@ -164,7 +171,10 @@ def _report(report: Artifact, count: int) -> Shown:
 
 def _panel(row: Mapping[str, Any]) -> RenderableType:
     if "turns" in row:
-        body = [Text(f"{turn['role']}: {turn['text']}", style=_LEARNT if turn["learnt"] else _READ) for turn in row["turns"]]
+        body = [
+            Text(f"{turn['role']}: {turn['text']}", style=_LEARNT if turn["learnt"] else _READ)
+            for turn in row["turns"]
+        ]
         return Panel(Group(*body), title=", ".join(row["locators"]), title_align="left")
     if "detail" in row:
         return Panel(Text(str(row["detail"])), title=f"{row['locator']}: {row['reason']}", title_align="left")

@@ -1,9 +1,11 @@
 """Verb tailor: own data to a tested specialist by one command.
 
-    DATA -> OUT/data (Dataset) -> OUT/adapter (Adapter) -> OUT/report (Report) -> OUT/NAME-1.0 (Release, if the gate passes)
+    DATA -> OUT/data (Dataset) -> OUT/adapter (Adapter) -> OUT/report (Report) -> OUT/NAME-1.0 (Release, if the gate
+    passes)
 
-Each stage is the verb that one could call oneself, and its recipe stands beside its result: OUT/curate.yaml, OUT/tune.yaml. A
-command that was stopped or killed goes on where it was, to the same digests: what is finished is taken as it is.
+Each stage is the verb that one could call oneself, and its recipe stands beside its result: OUT/curate.yaml,
+OUT/tune.yaml. A command that was stopped or killed goes on where it was, to the same digests: what is finished is
+taken as it is.
 """
 
 from __future__ import annotations
@@ -60,9 +62,11 @@ _FACTS, _SCHEMA = "tailor.json", 1
 # What a call makes beside it, and makes anew: what stands there under these names is removed then
 _RECIPES = ("tune.yaml", "curate.yaml")
 _MADE = ("data", "data.curating", "adapter", "adapter.checkpoints", "report")
-# Held out of few rows, so that an interval can tell something, and of many, where more would only be taken from training
+# Held out of few rows, so that an interval can tell something, and of many, where more would only be taken from
+# training
 _FRACTION, _HELD_OUT_ROWS = 0.2, 300
-# Seconds of a bounded command that are kept for what no forecast covers: opening the base a second time, signing, writing
+# Seconds of a bounded command that are kept for what no forecast covers: opening the base a second time, signing,
+# writing
 _RESERVE_S, _LEAST_TUNING_S = 20.0, 20.0
 # Of an evaluation that no forecast is made of
 _EVALUATION_S = 60.0
@@ -84,8 +88,8 @@ class Evidence(Enum):
 class Tailored:
     """What `tailor` made. released: None where the gate held it back; checks: what the gate found.
 
-    more_rows: so many more held-out rows, of other groups, would decide if the gain stays as it is; 0 where it is decided, or
-    where no number of rows would.
+    more_rows: so many more held-out rows, of other groups, would decide if the gain stays as it is; 0 where it is
+    decided, or where no number of rows would.
     """
 
     dataset: Artifact
@@ -123,7 +127,11 @@ class Tailored:
         counts = self.dataset.manifest["counts"]["splits"]
         return [
             ("rows", f"{counts.get('train', 0):,} to learn from, {manifest['rows']:,} held out and measured"),
-            (name, f"{primary['base']:.3f} -> {primary['tuned']:.3f}, gain in [{primary['low']:+.3f}, {primary['high']:+.3f}]"),
+            (
+                name,
+                f"{primary['base']:.3f} -> {primary['tuned']:.3f}, gain in [{primary['low']:+.3f}, "
+                f"{primary['high']:+.3f}]",
+            ),
             ("evidence", self._evidence_text()),
             *((f"gate: {check}", f"{result.outcome}: {result.detail}") for check, result in self.checks.items()),
             ("adapter", str(self.adapter.path)),
@@ -141,7 +149,9 @@ class Tailored:
 
 @dataclass(frozen=True)
 class _Job:
-    """What was asked for, as it is kept in OUT/tailor.json. data, test: absolute paths, or the sources that have a scheme."""
+    """What was asked for, as it is kept in OUT/tailor.json. data, test: absolute paths, or the sources that have a
+    scheme.
+    """
 
     data: tuple[str, ...]
     name: str
@@ -186,15 +196,19 @@ def tailor(
 ) -> Tailored:
     """Make a tested specialist of own data: curate, plan, tune, evaluate, and release if the gate passes.
 
-    data: files, folders, or sources as a curation recipe names them. out: directory of everything that is made, `./NAME` by
+    data: files, folders, or sources as a curation recipe names them. out: directory of everything that is made,
+    `./NAME` by
     default. fields: Sartor's field -> the column. system: the system prompt of every row. licence: `own`, or an SPDX
-    expression; without one the gate holds the Release back. test: rows to measure on, in place of some that are held out.
-    encoding: code page of the files, where it is not found. minutes: for the whole command; 0 takes what the settings need.
-    key: signs; by default a key of this machine. ask: puts a question to a person (columns, licence); None where nobody is
+    expression; without one the gate holds the Release back. test: rows to measure on, in place of some that are held
+    out.
+    encoding: code page of the files, where it is not found. minutes: for the whole command; 0 takes what the settings
+    need.
+    key: signs; by default a key of this machine. ask: puts a question to a person (columns, licence); None where
+    nobody is
     there. require_release: a held-back Release is an error.
 
-    Raises ConfigError (options, unknown columns, `out` of another call, too few minutes), GateError with `require_release`,
-    and what the verbs raise. Called again with the same options, it goes on where it was stopped.
+    Raises ConfigError (options, unknown columns, `out` of another call, too few minutes), GateError with
+    `require_release`, and what the verbs raise. Called again with the same options, it goes on where it was stopped.
     """
     start_time = time.monotonic()
     if minutes < 0:
@@ -266,7 +280,8 @@ def _job(
 
 
 def _check_place(out: Path, job: _Job) -> None:
-    """Raise ConfigError where `_clear` would remove what no call of `tailor` made, or where the rows stand in what it makes.
+    """Raise ConfigError where `_clear` would remove what no call of `tailor` made, or where the rows stand in what it
+    makes.
 
     The facts are written before anything else: where they are not, nothing is `tailor`'s.
     """
@@ -299,7 +314,9 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
     recipe, file = _curation(job), out / "curate.yaml"
     known = _known_curation(file)
     if known.get("split", recipe["split"]) != recipe["split"] and (out / "data").exists():
-        raise ConfigError(f"{out} was made of another number of rows", "--replace makes it anew; or --out DIR for another one")
+        raise ConfigError(
+            f"{out} was made of another number of rows", "--replace makes it anew; or --out DIR for another one"
+        )
     if known and _without_licences(known) != _without_licences(recipe):
         remedy = f"sartor curate {file} --out DIR curates as it says; --replace writes it and everything after it anew"
         raise ConfigError(f"{file} is not as tailor wrote it", remedy)
@@ -335,13 +352,16 @@ def _check_held_out(dataset: Artifact, job: _Job) -> None:
         problem = f"no row of {job.test} is left to measure on"
         raise SourceError(problem, f"sartor show {dataset.path} --split dropped says why")
     raise SourceError(
-        f"none of the {counts['kept']:,} rows can be held out to measure on: they are too few, or one group (a PDF is one)",
+        f"none of the {counts['kept']:,} rows can be held out to measure on: they are too few, or one group (a PDF is "
+        "one)",
         "add rows; or --test FILE --replace, with rows that are not among them",
     )
 
 
 def _fetch(job: _Job, notice: Notice) -> None:
-    """Fetch what every run needs before time is spent on the rest. Raises AssetError where there is no network for it."""
+    """Fetch what every run needs before time is spent on the rest. Raises AssetError where there is no network for
+    it.
+    """
     for name in (STARTER, *_ASSETS) if job.base == STARTER else _ASSETS:
         assets.install(name, notice=notice)
 
@@ -350,7 +370,8 @@ def _fetch(job: _Job, notice: Notice) -> None:
 def _planned(out: Path, job: _Job, minutes: float, start_time: float, notice: Notice) -> Iterator[None]:
     """Write the tuning recipe, once its plan is told; inside, tuning and evaluation are one progress.
 
-    Raises what would stop the tuning, and ConfigError for too few minutes. A run that is gone on with is not planned again.
+    Raises what would stop the tuning, and ConfigError for too few minutes. A run that is gone on with is not planned
+    again.
     """
     if (out / "tune.yaml").is_file():
         yield
@@ -364,7 +385,9 @@ def _planned(out: Path, job: _Job, minutes: float, start_time: float, notice: No
 
 
 def _foresee(out: Path, job: _Job, minutes: float, start_time: float, notice: Notice) -> dict[str, float]:
-    """Tell the plan and write the tuning recipe. Returns the seconds that tuning and evaluation are foreseen to take."""
+    """Tell the plan and write the tuning recipe. Returns the seconds that tuning and evaluation are foreseen to
+    take.
+    """
     recipe: dict[str, Any] = {"base": job.base, "data": str(out / "data")}
     forecast = plan(recipe, notice=notice)
     for refusal in forecast.refusals:
@@ -391,7 +414,8 @@ def _absolute(path: Path | str) -> str:
 
 
 def _recall(out: Path, job: _Job, *, ask: Ask | None, notice: Notice, replace: bool) -> _Job:
-    """The job with what a person was asked for, now or in an earlier call. Raises ConfigError where `out` is of another one.
+    """The job with what a person was asked for, now or in an earlier call. Raises ConfigError where `out` is of
+    another one.
 
     replace: what an earlier call made is removed, once it is known that there are rows to make it anew of.
     """
@@ -445,7 +469,8 @@ def _answered(job: _Job, ask: Ask | None, notice: Notice) -> _Job:
         if ask is None:
             prompt, completion = (*columns, "COLUMN")[:2]
             raise ConfigError(
-                f"{name} has the columns {', '.join(map(repr, columns[:12]))}, and none is called prompt or completion",
+                f"{name} has the columns {', '.join(map(repr, columns[:12]))}, and none is called prompt or "
+                "completion",
                 _fields_flag(prompt, completion),
             )
         notice(f"{name} has the columns {', '.join(columns)}")
@@ -454,7 +479,9 @@ def _answered(job: _Job, ask: Ask | None, notice: Notice) -> _Job:
             "completion": _choose(ask, "Which column holds the answer?", columns),
         }
     if not licence and ask is not None:
-        said = ask("Whose are these rows? `own`, an SPDX licence such as CC-BY-4.0, or nothing to decide later: ").strip()
+        said = ask(
+            "Whose are these rows? `own`, an SPDX licence such as CC-BY-4.0, or nothing to decide later: "
+        ).strip()
         licence = checked(said) if said else ""
     return changed(job, fields=fields, licence=licence)
 
@@ -488,7 +515,9 @@ def _curation(job: _Job) -> dict[str, Any]:
 
 
 def _within(forecast: TuningPlan, minutes: float, elapsed_s: float) -> dict[str, Any]:
-    """The budget of a tuning that ends in time for the evaluation; nothing where the whole fits. Raises ConfigError."""
+    """The budget of a tuning that ends in time for the evaluation; nothing where the whole fits. Raises
+    ConfigError.
+    """
     assert forecast.time_s is not None
     evaluation_s = forecast.evaluation_s.high if forecast.evaluation_s else _EVALUATION_S
     left_s = minutes * 60 - elapsed_s - evaluation_s - _RESERVE_S
@@ -509,8 +538,12 @@ def _made_of(path: Path, kind: Kind, adapter: Artifact) -> Artifact | None:
     return artifact if adapter.id in {parent["id"] for parent in artifact.manifest["parents"]} else None
 
 
-def _released(path: Path, name: str, adapter: Artifact, report: Artifact, key: Path | str | None, notice: Notice) -> Artifact:
-    """The Release of an Adapter that has passed the gate: of an earlier call if the key that is asked for signed it."""
+def _released(
+    path: Path, name: str, adapter: Artifact, report: Artifact, key: Path | str | None, notice: Notice
+) -> Artifact:
+    """The Release of an Adapter that has passed the gate: of an earlier call if the key that is asked for signed
+    it.
+    """
     earlier = _made_of(path, "release", adapter)
     if earlier is not None and (not key or _is_signed_by(earlier, Path(key))):
         return earlier
@@ -566,7 +599,8 @@ def _next_steps(job: _Job, adapter: Artifact, released: Artifact | None, checks:
             continue
         if name == "licence" and not job.licence:
             steps.append(
-                "the same command with --licence own, if the rows are yours; or with their licence, --licence CC-BY-4.0"
+                "the same command with --licence own, if the rows are yours; or with their licence, --licence "
+                "CC-BY-4.0"
             )
         elif check.remedy:
             steps.append(f"{name}: {check.remedy}")
@@ -578,7 +612,9 @@ def _write_yaml(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    """Write a file below `out`. Raises ConfigError where that cannot be written to, MissingError where the disk is full."""
+    """Write a file below `out`. Raises ConfigError where that cannot be written to, MissingError where the disk is
+    full.
+    """
     make_parent(file)
     try:
         write_file_atomic(file, text.encode())

@@ -1,8 +1,8 @@
 """Prompts whose recorded replies a server or device repeats.
 
-A Release brings its own: held-out prompts with the replies that its Report recorded (`canaries` in release.json). One that
-has none is asked general questions, and held against what the base itself answers to them. Replies that another arithmetic
-made (core/numerics.py) are compared with nothing: those prompts only have to be answered.
+A Release brings its own: held-out prompts with the replies that its Report recorded (`canaries` in release.json). One
+that has none is asked general questions, and held against what the base itself answers to them. Replies that another
+arithmetic made (core/numerics.py) are compared with nothing: those prompts only have to be answered.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def _picture() -> bytes:
     header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
     )
 
 
@@ -58,8 +59,8 @@ def _clip() -> bytes:
 
 MOST_CANARIES = 12
 SAMPLING = Sampling(max_tokens=48)
-# How alike the beginnings of replies and recorded ones must be on the mean, 0..1 by edits. Only beginnings: a long free text
-# goes its own way after one rounding. What was measured stands in docs/admission.md.
+# How alike the beginnings of replies and recorded ones must be on the mean, 0..1 by edits. Only beginnings: a long
+# free text goes its own way after one rounding. What was measured stands in docs/admission.md.
 LEAST_AGREEMENT = 0.65
 COMPARED_CHARACTERS = 80
 # A reply whose end repeats one short piece so often, over so much of it
@@ -73,8 +74,8 @@ GENERAL = ("Hello!", "What can you do for me?", "Write one sentence about the se
 class CanaryPrompts:
     """What is asked, and what a recorded Release answered before: `recorded` is empty for general questions.
 
-    media_calls: with a picture or a clip made here, which only have to be answered. not_checked: why what was recorded is not
-    compared with the answers; empty where it is.
+    media_calls: with a picture or a clip made here, which only have to be answered. not_checked: why what was recorded
+    is not compared with the answers; empty where it is.
     """
 
     calls: tuple[GenerateCall, ...]
@@ -89,7 +90,8 @@ class CanaryPrompts:
 
 
 def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] = ()) -> CanaryPrompts:
-    """The canaries of a Release, greedy and short; a recorded prompt as it stands, a general one after its system prompt.
+    """The canaries of a Release, greedy and short; a recorded prompt as it stands, a general one after its system
+    prompt.
 
     reads: the kinds of media that it reads beside text.
     """
@@ -107,7 +109,8 @@ def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] 
     prompts = [(*system, {"role": "user", "content": text}) for text in GENERAL]
     pairs = [(target, messages) for target in (adapter, BASE) for messages in prompts]
     calls = [
-        GenerateCall(f"canary-{index}", target, messages, sampling=SAMPLING) for index, (target, messages) in enumerate(pairs)
+        GenerateCall(f"canary-{index}", target, messages, sampling=SAMPLING)
+        for index, (target, messages) in enumerate(pairs)
     ]
     return CanaryPrompts(tuple(calls), (), media_calls)
 
@@ -150,12 +153,17 @@ def judge_canaries(canaries: CanaryPrompts, event_lists: Sequence[Sequence[Event
     if not canaries.recorded:
         adapter_texts, base = texts[: len(GENERAL)], texts[len(GENERAL) :]
         _check_repetition(adapter_texts, sum(is_degenerate(text) for text in base))
-        return f"{len(adapter_texts)} general prompts answered; the Release records no replies to compare with{media_note}"
+        return (
+            f"{len(adapter_texts)} general prompts answered; the Release records no replies to compare "
+            f"with{media_note}"
+        )
     # what the Report has is what the gate let pass, or somebody waived: a canary asks whether it is still so
     _check_repetition(texts, sum(is_degenerate(recorded) for recorded in canaries.recorded))
     if canaries.not_checked:
         return f"{canaries.not_checked}; {len(texts)} recorded prompts answered{media_note}"
-    scores = [_agreement(text, is_cut, recorded) for (text, is_cut), recorded in zip(replies, canaries.recorded, strict=True)]
+    scores = [
+        _agreement(text, is_cut, recorded) for (text, is_cut), recorded in zip(replies, canaries.recorded, strict=True)
+    ]
     mean = sum(scores) / len(scores)
     if mean < LEAST_AGREEMENT:
         raise AdmissionError(
@@ -165,7 +173,10 @@ def judge_canaries(canaries: CanaryPrompts, event_lists: Sequence[Sequence[Event
             "agreement",
         )
     exact = sum(item == 1 for item in scores)
-    return f"{len(scores)} recorded prompts answered, {exact} begin word for word, {mean:.2f} alike on the mean{media_note}"
+    return (
+        f"{len(scores)} recorded prompts answered, {exact} begin word for word, {mean:.2f} alike on the "
+        f"mean{media_note}"
+    )
 
 
 def _agreement(text: str, is_cut: bool, recorded: str) -> float:
@@ -205,7 +216,8 @@ def _check_repetition(texts: Sequence[str], expected: int) -> None:
         brief = f"{len(degenerate)} of {len(texts)} replies to canary prompts say nothing or repeat one piece"
         raise AdmissionError(
             f"{brief}: {excerpt!a}",
-            "sartor tune RECIPE --out ADAPTER --replace --optimizer.learning_rate 1e-4, then sartor evaluate ADAPTER --replace",
+            "sartor tune RECIPE --out ADAPTER --replace --optimizer.learning_rate 1e-4, then sartor evaluate ADAPTER "
+            "--replace",
             "degenerate",
             brief,
         )

@@ -15,14 +15,16 @@
         metric: exact_match
         at_least: 0.8                            # the mean of the tuned replies' scores
 
-`where` chooses rows of the Report by fields of their references, all of which must hold. A reply offends if a field that
-`forbid` names has one of its values, or one that `require` names has none of its values. **A reply that cannot be read, since
-it is no JSON or lacks such a field, offends too**: what nobody can read nobody can trust. Fields are dotted paths, `.` is the
-whole reply; a value that is no text is compared by its JSON. `bias` and `memorisation` ask for a Report with an audit.
-No torch.
+`where` chooses rows of the Report by fields of their references, all of which must hold. A reply offends if a field
+that
+`forbid` names has one of its values, or one that `require` names has none of its values. **A reply that cannot be
+read, since it is no JSON or lacks such a field, offends too**: what nobody can read nobody can trust. Fields are
+dotted paths, `.` is the whole reply; a value that is no text is compared by its JSON. `bias` and `memorisation` ask
+for a Report with an audit. No torch.
 
-`attacks.json` is written by `federate/privacy/privacy_attacks.py`, and judged here, below it, so that the gate and whoever
-makes a report say the same. A bound of epsilon below the claim proves nothing; the detail says what could have been shown.
+`attacks.json` is written by `federate/privacy/privacy_attacks.py`, and judged here, below it, so that the gate and
+whoever makes a report say the same. A bound of epsilon below the claim proves nothing; the detail says what could have
+been shown.
 """
 
 from __future__ import annotations
@@ -49,7 +51,15 @@ from sartor.core.records import canonical_text
 from sartor.core.reply_markup import without_reasoning
 from sartor.core.splits import LEAST_GROUPS, TEST, test_rows
 from sartor.evaluate.bootstrap import groups_needed
-from sartor.evaluate.limits import BiasLimits, Check, ForgettingLimit, GainLimit, GateLimits, MemorisationLimits, ReviewLimit
+from sartor.evaluate.limits import (
+    BiasLimits,
+    Check,
+    ForgettingLimit,
+    GainLimit,
+    GateLimits,
+    MemorisationLimits,
+    ReviewLimit,
+)
 from sartor.evaluate.metrics import LOWER_IS_BETTER
 from sartor.evaluate.reply_labels import known_fields, label_of, text_of
 from sartor.release import notices
@@ -68,7 +78,9 @@ class SliceRule:
     require: Any = option(None, "{field: value or list}: of what every reply to them must have one")
     at_most: float = option(0.0, "fraction of the replies that may offend")
     metric: str = option("", "with at_least: a score of the Report's rows (exact_match, f1, rouge_l, accuracy)")
-    at_least: float | None = option(None, "the floor: what the mean of that score of the tuned replies must reach, 0..1")
+    at_least: float | None = option(
+        None, "the floor: what the mean of that score of the tuned replies must reach, 0..1"
+    )
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -76,9 +88,13 @@ class SliceRule:
         for key in ("where", "forbid", "require"):
             value = getattr(self, key)
             if value is not None and not (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
-                raise ConfigError(f"{key} of {self.name} is {value!r}, no mapping of fields", f"{key}: {{field: value}}")
+                raise ConfigError(
+                    f"{key} of {self.name} is {value!r}, no mapping of fields", f"{key}: {{field: value}}"
+                )
         if bool(self.metric) != (self.at_least is not None):
-            raise ConfigError(f"the slice {self.name} has one of metric and at_least", "metric: exact_match, at_least: 0.8")
+            raise ConfigError(
+                f"the slice {self.name} has one of metric and at_least", "metric: exact_match, at_least: 0.8"
+            )
         if not (self.forbid or self.require or self.metric):
             problem = f"the slice {self.name} neither forbids nor requires anything, nor has it a floor"
             raise ConfigError(problem, "forbid: {field: [values]}; or metric: exact_match, at_least: 0.8")
@@ -95,7 +111,11 @@ class SliceRule:
         if None in labels.values():
             return "unreadable"
         is_wrong = any(labels[name] in values for name, values in _values(self.forbid))
-        return "wrong" if is_wrong or any(labels[name] not in values for name, values in _values(self.require)) else "right"
+        return (
+            "wrong"
+            if is_wrong or any(labels[name] not in values for name, values in _values(self.require))
+            else "right"
+        )
 
 
 @dataclass(frozen=True)
@@ -124,7 +144,9 @@ class GateFile:
     gain: GainLimit = option(GainLimit(), "what the tuned model must be better by")
     forgetting: ForgettingLimit = option(ForgettingLimit(), "what tuning may cost elsewhere")
     bias: BiasLimits | None = option(None, "what a group may fare worse by; asks for a Report with an audit")
-    memorisation: MemorisationLimits | None = option(None, "what may be learnt by heart; asks for a Report with an audit")
+    memorisation: MemorisationLimits | None = option(
+        None, "what may be learnt by heart; asks for a Report with an audit"
+    )
     review: ReviewLimit | None = option(None, "how much of the Dataset's queue may wait for a person")
 
 
@@ -132,7 +154,9 @@ def open_rules(rules: Mapping[str, Any] | Path | str) -> GateRules:
     """The rules of a YAML file, or of what one holds. Raises ConfigError with the option that is wrong."""
     gate_file = config.load_any(GateFile, rules)
     if gate_file == GateFile():
-        raise ConfigError("the rules say nothing", "slices: [{name: ..., where: {...}, forbid: {...}}], or bias: {gap: 0.1}")
+        raise ConfigError(
+            "the rules say nothing", "slices: [{name: ..., where: {...}, forbid: {...}}], or bias: {gap: 0.1}"
+        )
     names = [slice_name.name for slice_name in gate_file.slices]
     if duplicates := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"two slices have the name {min(duplicates)!r}", "give each a name of its own")
@@ -151,7 +175,9 @@ def _judge(rule: SliceRule, table: Sequence[Mapping[str, Any]]) -> Check:
         remedy = f"evaluate on rows that {dict(rule.where)} holds of (fields of the references: {fields})"
         return Check("fail", "nothing was asked of it: no row of the Report is in the slice", remedy)
     checks = [
-        judge(rule, rows) for judge, is_asked in ((_offences, rule.forbid or rule.require), (_floor, rule.metric)) if is_asked
+        judge(rule, rows)
+        for judge, is_asked in ((_offences, rule.forbid or rule.require), (_floor, rule.metric))
+        if is_asked
     ]
     remedy = "; ".join(dict.fromkeys(check.remedy for check in checks if check.remedy))
     is_fit = all(check.outcome == "pass" for check in checks)
@@ -160,13 +186,16 @@ def _judge(rule: SliceRule, table: Sequence[Mapping[str, Any]]) -> Check:
 
 def _offences(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
     if cut := sum(bool(row.get("tuned_is_cut")) for row in rows):
-        return Check("fail", f"{cut} of {len(rows)} replies were not written to their end", "sartor evaluate without --metrics")
+        return Check(
+            "fail", f"{cut} of {len(rows)} replies were not written to their end", "sartor evaluate without --metrics"
+        )
     verdicts = [rule.verdict(_answer(row["tuned_reply"])) for row in rows]
     wrong, unreadable = verdicts.count("wrong"), verdicts.count("unreadable")
     offending = wrong + unreadable
     detail = (
         f"{offending} of {len(rows)} replies offend ({wrong} by what they say, {unreadable} unreadable): "
-        f"{offending / len(rows):.3f}, below {upper_bound(offending, len(rows)):.3f} with {CONFIDENCE:.0%} confidence; "
+        f"{offending / len(rows):.3f}, below {upper_bound(offending, len(rows)):.3f} with {CONFIDENCE:.0%} "
+        "confidence; "
         f"the limit is {rule.at_most:g}"
     )
     if offending <= rule.at_most * len(rows):
@@ -218,7 +247,8 @@ Fault = tuple[str, str]
 
 
 def audit_refutes_claim(claimed: Mapping[str, Any] | None, audit: Mapping[str, Any] | None) -> Fault | None:
-    """(problem, remedy) where an audit refutes a claim, or is none of it; None where there is nothing to say against it.
+    """(problem, remedy) where an audit refutes a claim, or is none of it; None where there is nothing to say against
+    it.
 
     claimed: {epsilon, delta}; audit: as `federate.privacy.attacks.audit.Audit`.
     """
@@ -237,7 +267,10 @@ def audit_refutes_claim(claimed: Mapping[str, Any] | None, audit: Mapping[str, A
         )
     if audit["epsilon_low"] > claimed["epsilon"]:
         evidence = f"{audit['right']} of {audit['guesses']} guesses show epsilon {audit['epsilon_low']:.2f} or more"
-        return f"{claim_text} is claimed; {evidence}", "look for rows that bypass the noise; claim nothing until it is found"
+        return (
+            f"{claim_text} is claimed; {evidence}",
+            "look for rows that bypass the noise; claim nothing until it is found",
+        )
     return None
 
 
@@ -266,7 +299,9 @@ def _judged(adapter: Artifact, claimed: Mapping[str, Any] | None) -> Check:
         bound, audit = dict(fields["adapter"]), fields["audit"]
         fault = audit_refutes_claim(claimed, audit)
         audit_text = (
-            "" if audit is None else f"an audit shows {audit['epsilon_low']:.2f} of {audit['most']:.2f} that it could have"
+            ""
+            if audit is None
+            else f"an audit shows {audit['epsilon_low']:.2f} of {audit['most']:.2f} that it could have"
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Check("fail", f"{FILE} is no attack report: {error!r}", _AGAIN)
@@ -293,7 +328,8 @@ def check_use(use: str) -> None:
 def licence_refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
     """Why the Adapter may not be released for this use, in sentences, and what would help; nothing when it may.
 
-    A row that a second source also holds, which permits the use, is no reason: the licence that permits is the one used.
+    A row that a second source also holds, which permits the use, is no reason: the licence that permits is the one
+    used.
     """
     sources = compliance.made_from(adapter.manifest)
     objections = compliance.objections(sources, use)
@@ -304,9 +340,13 @@ def licence_refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
     refused: dict[str, str] = {}
     blamed = {(objection.source, objection.path) for objection in objections}
     for name, source_objections in by_source.items():
-        count, rows = _rows(sources, dataset, blamed, {(objection.source, objection.path) for objection in source_objections})
+        count, rows = _rows(
+            sources, dataset, blamed, {(objection.source, objection.path) for objection in source_objections}
+        )
         if count != 0:
-            refused[name] = f"{name} {' and '.join(dict.fromkeys(objection.reason for objection in source_objections))}{rows}"
+            refused[name] = (
+                f"{name} {' and '.join(dict.fromkeys(objection.reason for objection in source_objections))}{rows}"
+            )
     clashes = compliance.conflicts(sources) if use != "internal" else []
     if not (refused or clashes):
         return [], ""
@@ -345,13 +385,16 @@ def _remedy(
         if base["licence"] == UNKNOWN:
             text.append("state the licence of the base (base.licence in the tuning recipe), or tune another")
         elif not compliance.objections([{**base, "use": [use]}], use):
-            text.append(f"state what you may use the base for (base.use: [{use}] in the tuning recipe), or tune another")
+            text.append(
+                f"state what you may use the base for (base.use: [{use}] in the tuning recipe), or tune another"
+            )
         else:
             text.append("tune a base whose licence permits it")
     if removable:
         path = dataset.path if dataset else "DATASET"
         text.append(
-            f"leave out {', '.join(removable[:3])} and curate and tune again (sartor revoke {path} --source {removable[0]})"
+            f"leave out {', '.join(removable[:3])} and curate and tune again (sartor revoke {path} --source "
+            f"{removable[0]})"
         )
     return "; ".join(text)
 
@@ -361,8 +404,12 @@ _NOUNS = {"image": "a picture", "audio": "a recording"}
 
 
 def check_gain(name: str, metric: Mapping[str, float], limit: GainLimit = GateLimits.gain, groups: int = 0) -> Check:
-    """Whether the primary metric, `name`, is better by an interval that lies above the limit. groups: 0 of an older Report."""
-    detail = f"{name} {metric['base']:.3f} -> {metric['tuned']:.3f}, gain in [{metric['low']:.3f}, {metric['high']:.3f}]"
+    """Whether the primary metric, `name`, is better by an interval that lies above the limit. groups: 0 of an older
+    Report.
+    """
+    detail = (
+        f"{name} {metric['base']:.3f} -> {metric['tuned']:.3f}, gain in [{metric['low']:.3f}, {metric['high']:.3f}]"
+    )
     min_gain, is_lower = limit.at_least, name in LOWER_IS_BETTER
     is_better = metric["high"] < -min_gain if is_lower else metric["low"] > min_gain
     if is_better:
@@ -374,14 +421,19 @@ def check_gain(name: str, metric: Mapping[str, float], limit: GainLimit = GateLi
     needed = groups_needed(difference, metric["low"], metric["high"], groups) if groups and not min_gain else 0
     remedy = ""
     if needed and (difference < 0) == is_lower:
-        remedy = f"evaluate on about {needed} groups of rows, if the gain stays as it is (--data FILE); or tune or curate again"
+        remedy = (
+            f"evaluate on about {needed} groups of rows, if the gain stays as it is (--data FILE); or tune or curate "
+            "again"
+        )
     elif few_text and not difference:
         remedy = f"evaluate on {LEAST_GROUPS} groups of rows or more (--data FILE); or tune or curate again"
     return Check("cannot tell" if few_text else "fail", f"{detail}{shortfall}{groups_text}{few_text}", remedy)
 
 
 def check_modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:
-    """Whether the replies take something from each kind of media that the adapter reads; no check of one that reads text."""
+    """Whether the replies take something from each kind of media that the adapter reads; no check of one that reads
+    text.
+    """
     counted = report.get("modalities", {})
     kinds = [kind for kind in _OTHERS if kind in adapter.manifest["base"].get("towers", {}) or counted.get(kind)]
     if not kinds:
@@ -392,13 +444,21 @@ def check_modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Ch
     results = [_judge_modality(kind, report["ablation"].get(kind)) for kind in kinds]
     remedies = dict.fromkeys(remedy for _, _, remedy in results if remedy)
     is_fit = all(passes for passes, _, _ in results)
-    return {"modality": Check("pass" if is_fit else "fail", "; ".join(detail for _, detail, _ in results), "; ".join(remedies))}
+    return {
+        "modality": Check(
+            "pass" if is_fit else "fail", "; ".join(detail for _, detail, _ in results), "; ".join(remedies)
+        )
+    }
 
 
 def _judge_modality(kind: str, ablation: Mapping[str, Any] | None) -> tuple[bool, str, str]:
     """(whether other media of a kind cost something, what was found, what would help)."""
     if not ablation:
-        return False, f"no row of the Report holds {_NOUNS[kind]}", f"evaluate on rows with {_NOUNS[kind]}: --data FILE"
+        return (
+            False,
+            f"no row of the Report holds {_NOUNS[kind]}",
+            f"evaluate on rows with {_NOUNS[kind]}: --data FILE",
+        )
     costs = {
         ablation["metric"]: ablation["shuffled"],
         **({"exact_match": ablation["exact_match"]["shuffled"]} if "exact_match" in ablation else {}),
@@ -417,18 +477,23 @@ _TUNE_SLOWER = "or tune slower, or for fewer epochs"
 _SMALL_TALK = "{path: asset:small-talk/*.jsonl, rehearsal: true}"
 _FORGETTING_REMEDIES = {
     "small_talk": f"more general talk among the sources of the curation recipe, {_SMALL_TALK}; {_TUNE_SLOWER}",
-    "arithmetic": f"general questions and answers among the sources of the curation recipe, rehearsal: true; {_TUNE_SLOWER}",
+    "arithmetic": "general questions and answers among the sources of the curation recipe, rehearsal: true; "
+    f"{_TUNE_SLOWER}",
     "language": f"rows in other languages among the sources of the curation recipe, rehearsal: true; {_TUNE_SLOWER}",
 }
 
 
 def check_forgetting(forgetting: Mapping[str, Any], limit: ForgettingLimit = GateLimits.forgetting) -> Check:
-    """Whether what the worst probe asks for is still as likely, but for the limit. A Report of before has one probe."""
+    """Whether what the worst probe asks for is still as likely, but for the limit. A Report of before has one
+    probe.
+    """
     if "skipped" in forgetting:
         return Check("fail", f"not measured: {forgetting['skipped']}")
     is_fit = forgetting["high"] <= limit.at_most
     name = f"worst of its probes, {forgetting['probe'].replace('_', ' ')}: " if "probe" in forgetting else ""
-    detail = f"{name}{forgetting['difference']:+.3f} nats per token, in [{forgetting['low']:.3f}, {forgetting['high']:.3f}]"
+    detail = (
+        f"{name}{forgetting['difference']:+.3f} nats per token, in [{forgetting['low']:.3f}, {forgetting['high']:.3f}]"
+    )
     remedy = "" if is_fit else _FORGETTING_REMEDIES[forgetting.get("probe", "small_talk")]
     return Check("pass" if is_fit else "fail", f"{detail}; the limit is {limit.at_most:g}", remedy)
 
@@ -449,12 +514,15 @@ def check_test(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]
     verb = "keeps" if len(datasets) == 1 else "keep"
     detail = f"{names} {verb} {rows} rows for the release, and the Report is not of them; {chosen}"
     return {
-        "test": Check("fail", detail, f"sartor evaluate {adapter.path} --split test, once, for the adapter that is to go out")
+        "test": Check(
+            "fail", detail, f"sartor evaluate {adapter.path} --split test, once, for the adapter that is to go out"
+        )
     }
 
 
 def check_licence(adapter: Artifact, use: Use, name: str = "") -> Check:
-    """Whether the licences of sources and base permit the use, and what goes out has the name and the texts that they demand.
+    """Whether the licences of sources and base permit the use, and what goes out has the name and the texts that they
+    demand.
 
     name: none is looked at if empty.
     """
@@ -469,11 +537,15 @@ def check_licence(adapter: Artifact, use: Use, name: str = "") -> Check:
         remedy = "; ".join(filter(None, (remedy, fix)))
     wanted = notices.sentences(adapter.manifest)
     written = f"; {notices.FILE} will say {' and '.join(map(repr, wanted))}" if wanted else ""
-    return Check("fail" if refusals else "pass", "; ".join(refusals) or f"{adapter.licence} permits {use} use{written}", remedy)
+    return Check(
+        "fail" if refusals else "pass", "; ".join(refusals) or f"{adapter.licence} permits {use} use{written}", remedy
+    )
 
 
 def check_review(items: int, limit: ReviewLimit | None, where: str) -> dict[str, Check]:
-    """Whether few enough items wait for a person; no check where none does and no limit was given. where: the Dataset."""
+    """Whether few enough items wait for a person; no check where none does and no limit was given. where: the
+    Dataset.
+    """
     if not items and limit is None:
         return {}
     max_items = (limit or ReviewLimit()).open

@@ -1,7 +1,7 @@
 """Notices that go out with a Release or export: licences, duties, prescribed sentences.
 
-Sentences are those of Llama's community licences (1.b.i, 1.b.iii), Gemma's terms of use (3.1) and Qwen's licence agreement,
-read on 2026-11-29 (`core/licences/licence_families.py`). No legal advice.
+Sentences are those of Llama's community licences (1.b.i, 1.b.iii), Gemma's terms of use (3.1) and Qwen's licence
+agreement, read on 2026-11-29 (`core/licences/licence_families.py`). No legal advice.
 """
 
 from __future__ import annotations
@@ -27,21 +27,41 @@ _SENTENCES: Mapping[Obligation, str] = {
 }
 # pattern of a licence -> the notice that has to be kept with copies
 _NOTICES = (
-    (r"LicenseRef-.*llama-?2\b.*", "Llama 2 is licensed under the LLAMA 2 Community License, "
-     "Copyright (c) Meta Platforms, Inc. All Rights Reserved."),
-    (r"LicenseRef-.*llama-?3[.-]1\b.*", "Llama 3.1 is licensed under the Llama 3.1 Community License, "
-     "Copyright © Meta Platforms, Inc. All Rights Reserved."),
-    (r"LicenseRef-.*llama-?3[.-]2\b.*", "Llama 3.2 is licensed under the Llama 3.2 Community License, "
-     "Copyright © Meta Platforms, Inc. All Rights Reserved."),
-    (r"LicenseRef-.*llama-?3[.-]3\b.*", "Llama 3.3 is licensed under the Llama 3.3 Community License, "
-     "Copyright © Meta Platforms, Inc. All Rights Reserved."),
-    (r"LicenseRef-.*llama-?3\b.*", "Meta Llama 3 is licensed under the Meta Llama 3 Community License, "
-     "Copyright © Meta Platforms, Inc. All Rights Reserved."),
-    (r"LicenseRef-.*llama-?4\b.*", "Llama 4 is licensed under the Llama 4 Community License, "
-     "Copyright © Meta Platforms, Inc. All Rights Reserved."),
-    (r"LicenseRef-.*gemma\b.*",
-     "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"),
-)  # fmt: skip
+    (
+        r"LicenseRef-.*llama-?2\b.*",
+        "Llama 2 is licensed under the LLAMA 2 Community License, "
+        "Copyright (c) Meta Platforms, Inc. All Rights Reserved.",
+    ),
+    (
+        r"LicenseRef-.*llama-?3[.-]1\b.*",
+        "Llama 3.1 is licensed under the Llama 3.1 Community License, "
+        "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    ),
+    (
+        r"LicenseRef-.*llama-?3[.-]2\b.*",
+        "Llama 3.2 is licensed under the Llama 3.2 Community License, "
+        "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    ),
+    (
+        r"LicenseRef-.*llama-?3[.-]3\b.*",
+        "Llama 3.3 is licensed under the Llama 3.3 Community License, "
+        "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    ),
+    (
+        r"LicenseRef-.*llama-?3\b.*",
+        "Meta Llama 3 is licensed under the Meta Llama 3 Community License, "
+        "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    ),
+    (
+        r"LicenseRef-.*llama-?4\b.*",
+        "Llama 4 is licensed under the Llama 4 Community License, "
+        "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    ),
+    (
+        r"LicenseRef-.*gemma\b.*",
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+    ),
+)
 
 
 def sentences(manifest: Mapping[str, Any]) -> list[str]:
@@ -55,9 +75,11 @@ def sentences(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def missing_texts(manifest: Mapping[str, Any]) -> tuple[str, str]:
-    """Why the use restrictions of a base are not passed on, and what would do: (problem, remedy), empty where they are.
+    """Why the use restrictions of a base are not passed on, and what would do: (problem, remedy), empty where they
+    are.
 
-    Whoever gets a model that is made of such a base must get the text. It goes with the Release if it stands beside the base.
+    Whoever gets a model that is made of such a base must get the text. It goes with the Release if it stands beside
+    the base.
     """
     base = manifest["base"]
     duties = compliance.duties_by_licence([{"source": compliance.base_source(base), "licence": base["licence"]}])
@@ -92,7 +114,9 @@ def legal_texts(folder: Path) -> list[Path]:
 
 
 def write_notice(manifest: Mapping[str, Any], licence: str, part: Path, base: Path | None) -> None:
-    """NOTICE.md: every licence that this was made from, and what each demands of who hands it on; texts beside the base too."""
+    """NOTICE.md: every licence that this was made from, and what each demands of who hands it on; texts beside the
+    base too.
+    """
     sources = [{**source, "source": _short(source)} for source in compliance.made_from(manifest)]
     obligations = compliance.obligations(sources) or ["nothing"]
     rows = [

@@ -92,7 +92,8 @@ def release(
     for label, text in (("name", name), ("version", version)):
         if not is_valid_name(text):
             raise ConfigError(
-                f"the {label} {text!r:.80} may hold up to 128 lower-case letters, digits, '.', '_' and '-'", f"--{label} faq-1"
+                f"the {label} {text!r:.80} may hold up to 128 lower-case letters, digits, '.', '_' and '-'",
+                f"--{label} faq-1",
             )
     permission.check_use(use)
     adapter = open_artifact(adapter_path, "adapter")
@@ -133,7 +134,8 @@ _UNGATED = Waiver("", "sartor serve", "an Adapter that is tried out; no gate has
 
 
 def seal_unreleased(adapter: Artifact, out: Path, name: str, private: Ed25519PrivateKey) -> Artifact:
-    """An Adapter in the form of a Release of the version `unreleased`, for a server of its own: nothing vouches for it.
+    """An Adapter in the form of a Release of the version `unreleased`, for a server of its own: nothing vouches for
+    it.
 
     Every check of the gate is waived, and says by whom. `private` must be a key that no machine trusts.
     """
@@ -233,7 +235,12 @@ def _review(dataset: Artifact | None, open_items: OpenItems, limit: ReviewLimit 
 
 
 def _facts(
-    adapter: Artifact, report: Artifact, name: str, version: str, gate_checks: Mapping[str, Check], waivers: Sequence[Waiver]
+    adapter: Artifact,
+    report: Artifact,
+    name: str,
+    version: str,
+    gate_checks: Mapping[str, Check],
+    waivers: Sequence[Waiver],
 ) -> dict[str, Any]:
     return {
         "name": name,
@@ -298,10 +305,11 @@ class Verified:
 
 
 def verify(path: Path | str, *, key: Path | str | None = None, base: str = "") -> Verified:
-    """Check every byte, the signature, and the base and chat template that a Release, or a signed export of one, is bound to.
+    """Check every byte, the signature, and the base and chat template that a Release, or a signed export of one, is
+    bound to.
 
-    `key` trusts one public key instead of those in SARTOR_HOME/trusted; `base` names the base to compare with, by default
-    the one that the Release names. Raises ArtifactError, SignatureError, ModelError.
+    `key` trusts one public key instead of those in SARTOR_HOME/trusted; `base` names the base to compare with, by
+    default the one that the Release names. Raises ArtifactError, SignatureError, ModelError.
     """
     return _verified(open_artifact(path, ("release", "export")), key, base)
 
@@ -335,7 +343,8 @@ def _compare_base(artifact: Artifact, name: str) -> str:
     template = model_refs.chat_template(ref.path) if ref.path.is_dir() else ""
     if template and model_refs.template_digest(template) != base["template_digest"]:
         raise ModelError(
-            f"{artifact.path.name} is bound to the chat template {base['template_digest'][:12]}; {ref.name!r} here has "
+            f"{artifact.path.name} is bound to the chat template {base['template_digest'][:12]}; {ref.name!r} here "
+            "has "
             f"{model_refs.template_digest(template)[:12]}",
             "use the chat template that it was tuned with",
         )

@@ -1,17 +1,19 @@
 """API keys stored as digests.
 
-A key is `sartor-<id>-<secret>`: 12 hex digits that may be logged and listed, and 256 bits from the system's random source. It
-is stored as one sha256. A slow hash (argon2, scrypt) is for what people can remember: it makes guessing dear. Nobody guesses
-256 random bits at any price, and a slow hash at each request would be a way to keep the server busy.
+A key is `sartor-<id>-<secret>`: 12 hex digits that may be logged and listed, and 256 bits from the system's random
+source. It is stored as one sha256. A slow hash (argon2, scrypt) is for what people can remember: it makes guessing
+dear. Nobody guesses 256 random bits at any price, and a slow hash at each request would be a way to keep the server
+busy.
 
-A key opens the agents that it names; `*` is every agent, now and later, `base` and `auto` are names like any other. An admin's
+A key opens the agents that it names; `*` is every agent, now and later, `base` and `auto` are names like any other. An
+admin's
 key opens none: who promotes a Release need not be able to read what it says, and the other way round.
 
-A request waits for a read at most WAIT_S: a database that is gone can hold a connection for minutes. What was read last is
-given then, with the time at which it was read, and whoever asks decides how old it may be.
+A request waits for a read at most WAIT_S: a database that is gone can hold a connection for minutes. What was read
+last is given then, with the time at which it was read, and whoever asks decides how old it may be.
 
-There are two, and each is enough: an event in the registry's log, which outlives the table of keys and is shared by all servers
-of the team, and a file in the state directory, which outlives the registry.
+There are two, and each is enough: an event in the registry's log, which outlives the table of keys and is shared by
+all servers of the team, and a file in the state directory, which outlives the registry.
 """
 
 from __future__ import annotations
@@ -133,7 +135,9 @@ class KeyCache:
             threading.Thread(target=self._run, args=(refresh,), name="sartor-keys", daemon=True).start()
         except RuntimeError as fault:  # the system has no thread left: a failed read, tried again later
             self._tried_at = refresh.started
-            self.error = UnavailableError(f"the keys cannot be read: {fault}", "raise the limit of processes (ulimit -u)")
+            self.error = UnavailableError(
+                f"the keys cannot be read: {fault}", "raise the limit of processes (ulimit -u)"
+            )
             refresh.done.set()
             return refresh
         self._refresh = refresh
@@ -157,14 +161,19 @@ class KeyCache:
 
 KEYED, UNKEYED = "keys asked for", "keys removed"
 FILE = "keyed"
-_TEXT = "This team has had API keys: its server answers nobody without one. sartor agents key --remove-all takes that back.\n"
+_TEXT = (
+    "This team has had API keys: its server answers nobody without one. sartor agents key --remove-all takes that "
+    "back.\n"
+)
 
 
 def read_mark(connection: Connection) -> str:
     """Return KEYED or UNKEYED, whichever the registry's log says last, or "" where it says neither."""
     column = registry_schema.events.c
     query = (
-        select(registry_schema.events).where(column.agent == "", column.what.in_((KEYED, UNKEYED))).order_by(column.id.desc())
+        select(registry_schema.events)
+        .where(column.agent == "", column.what.in_((KEYED, UNKEYED)))
+        .order_by(column.id.desc())
     )
     row = connection.execute(query.limit(1)).mappings().first()
     if row is None:
@@ -260,7 +269,9 @@ class Principal:
 
 @dataclass(frozen=True)
 class ApiKey:
-    """One key as it is stored, without its secret. Times are UTC, ISO; `expires` and `revoked` are "" where it is not so."""
+    """One key as it is stored, without its secret. Times are UTC, ISO; `expires` and `revoked` are "" where it is not
+    so.
+    """
 
     id: str
     agents: tuple[str, ...]
@@ -285,14 +296,17 @@ class ApiKey:
 class ApiKeyStore:
     """The keys of one team, in its registry's database. Safe to use from several threads and processes.
 
-    They are read again after `FRESH_S`, by which a key is refused at the latest that another process revoked, and sooner for
-    an id that is not known. While the database cannot be read, what was read last holds for `STALE_S` and no longer.
+    They are read again after `FRESH_S`, by which a key is refused at the latest that another process revoked, and
+    sooner for an id that is not known. While the database cannot be read, what was read last holds for `STALE_S` and
+    no longer.
 
     A team that had keys once (key_marks) never opens by itself: where its keys are gone, nobody is let in.
     state: the team's directory, in which one of the marks lies. clock: monotonic, in seconds.
     """
 
-    def __init__(self, database: Database, clock: Callable[[], float] = time.monotonic, *, state: Path | None = None) -> None:
+    def __init__(
+        self, database: Database, clock: Callable[[], float] = time.monotonic, *, state: Path | None = None
+    ) -> None:
         self._database = database
         self._clock = clock
         self._state = state
@@ -311,9 +325,11 @@ class ApiKeyStore:
 
     @property
     def is_open(self) -> bool:
-        """Whether no key was ever made, so that whoever reaches the server may ask. A revoked key still shuts the door.
+        """Whether no key was ever made, so that whoever reaches the server may ask. A revoked key still shuts the
+        door.
 
-        Raises UnavailableError where keys were made and nobody can be let in: they are gone, or were read too long ago.
+        Raises UnavailableError where keys were made and nobody can be let in: they are gone, or were read too long
+        ago.
         """
         self._usable(FRESH_S)
         return not self._was_keyed
@@ -332,7 +348,9 @@ class ApiKeyStore:
         if error is not None or self._cache.age_s > STALE_S:
             reason = error.problem if error is not None else "it does not answer"
             return {TROUBLE: f"the keys cannot be read; those known hold for {STALE_S:.0f} s: {reason}"}
-        return {} if table.rows else {TROUBLE: f"the registry {self._database.name} has none any more: nobody is let in"}
+        return (
+            {} if table.rows else {TROUBLE: f"the registry {self._database.name} has none any more: nobody is let in"}
+        )
 
     def admit(self, secret: str) -> Principal:
         """Who holds this key. Raises KeyRefusedError, which never repeats what was sent."""
@@ -357,21 +375,34 @@ class ApiKeyStore:
         return self.admit(secret.strip())
 
     def make(self, agents: Sequence[str], *, is_admin: bool = False, expires: str = "") -> tuple[str, ApiKey]:
-        """A new key and what is kept of it; the key itself is nowhere from now on. Raises ConfigError for what it names."""
+        """A new key and what is kept of it; the key itself is nowhere from now on. Raises ConfigError for what it
+        names.
+        """
         names = sorted(set(agents))
         if bool(names) == is_admin:
-            raise ConfigError("a key opens agents or the admin's routes, one of the two", "sartor agents key faq, or --admin")
+            raise ConfigError(
+                "a key opens agents or the admin's routes, one of the two", "sartor agents key faq, or --admin"
+            )
         for name in names:
             if name != ANY and not _NAME.fullmatch(name):
-                raise ConfigError(f"{name!r} cannot be an agent's name", f"sartor agents key faq, or '{ANY}' for every agent")
+                raise ConfigError(
+                    f"{name!r} cannot be an agent's name", f"sartor agents key faq, or '{ANY}' for every agent"
+                )
         ends = _ends(expires)
         identity = secrets.token_hex(6)
         secret = f"{PREFIX}-{identity}-{secrets.token_urlsafe(SECRET_BYTES)}"
-        row = sealed({
-            "id": identity, "name": ", ".join(names) or "admin", "agents": records.canonical(names).decode(),
-            "admin": int(is_admin), "digest": hashlib.sha256(secret.encode()).hexdigest(), "created": _now(),
-            "expires": ends, "revoked": "",
-        })  # fmt: skip
+        row = sealed(
+            {
+                "id": identity,
+                "name": ", ".join(names) or "admin",
+                "agents": records.canonical(names).decode(),
+                "admin": int(is_admin),
+                "digest": hashlib.sha256(secret.encode()).hexdigest(),
+                "created": _now(),
+                "expires": ends,
+                "revoked": "",
+            }
+        )
         with self._database.change() as connection:
             if read_mark(connection) != KEYED:
                 write_mark(connection, KEYED, "sartor agents key")
@@ -385,16 +416,20 @@ class ApiKeyStore:
             row = _whole(connection, identity)
             if row is None:
                 key_ids = (
-                    ", ".join(str(item) for item in connection.execute(select(registry_schema.keys.c.id)).scalars()) or "none"
+                    ", ".join(str(item) for item in connection.execute(select(registry_schema.keys.c.id)).scalars())
+                    or "none"
                 )
-                raise ConfigError(f"there is no key {identity[:40]!a}; there are: {key_ids}", "sartor agents key --list")
+                raise ConfigError(
+                    f"there is no key {identity[:40]!a}; there are: {key_ids}", "sartor agents key --list"
+                )
             row = sealed({**row, "revoked": row["revoked"] or _now()})
             connection.execute(update(registry_schema.keys).where(registry_schema.keys.c.id == identity).values(row))
         self._changed()
         return _key(row)
 
     def remove_all(self) -> int:
-        """Remove every key, for whom it may speak, and the marks that there were any; returns how many keys there were.
+        """Remove every key, for whom it may speak, and the marks that there were any; returns how many keys there
+        were.
 
         A server that runs refuses everybody from then on. One that is started afterwards asks for no key. Raises
         ConfigError where the mark in the state directory cannot be removed.
@@ -413,7 +448,9 @@ class ApiKeyStore:
         return count
 
     def listed(self) -> list[ApiKey]:
-        """Every key that is whole, the oldest first; one that was changed from outside opens nothing and is left out."""
+        """Every key that is whole, the oldest first; one that was changed from outside opens nothing and is left
+        out.
+        """
         keys = [_key(row) for row in self._cache.table(FRESH_S).rows.values() if row is not None]
         return sorted(keys, key=lambda key: (key.created, key.id))
 
@@ -430,13 +467,16 @@ class ApiKeyStore:
         return row
 
     def _usable(self, fresh_s: float) -> KeyTable:
-        """The keys, of a team that has some or never had any. Raises UnavailableError for another, and for ones too old."""
+        """The keys, of a team that has some or never had any. Raises UnavailableError for another, and for ones too
+        old.
+        """
         table = self._cache.table(fresh_s)
         if not self._was_keyed:
             return table
         if (age_s := self._cache.age_s) > STALE_S:
             raise UnavailableError(
-                f"the registry was read {age_s:.0f} s ago and does not answer; until it does, no key is known to be valid",
+                f"the registry was read {age_s:.0f} s ago and does not answer; until it does, no key is known to be "
+                "valid",
                 "see whether its disk or server is there: sartor agents key --list",
             )
         if not table.rows:
@@ -492,7 +532,9 @@ def _lost(table: KeyTable) -> UnavailableError:
 
 
 def make_key(team: Path | str, agents: Sequence[str], *, is_admin: bool = False, expires: str = "") -> dict[str, Any]:
-    """Make a key for a team (TEAM.yaml). `key` in what is returned is shown this once. Raises ConfigError, as `Keys.make`."""
+    """Make a key for a team (TEAM.yaml). `key` in what is returned is shown this once. Raises ConfigError, as
+    `Keys.make`.
+    """
     with closing(ApiKeyStore.of(load(Path(team)))) as keys:
         secret, key = keys.make(agents, is_admin=is_admin, expires=expires)
     return {"key": secret, **key.as_json(), "note": "this key is shown once; what is kept of it is a digest"}
@@ -507,7 +549,9 @@ def revoke_key(team: Path | str, identity: str) -> dict[str, Any]:
 def remove_keys(team: Path | str) -> dict[str, Any]:
     """Remove every key of a team, so that a server started from then on asks for none: see `Keys.remove_all`."""
     with closing(ApiKeyStore.of(load(Path(team)))) as keys:
-        note = "a server that is started from now on asks for no key and listens on loopback alone; restart one that runs"
+        note = (
+            "a server that is started from now on asks for no key and listens on loopback alone; restart one that runs"
+        )
         return {"removed": keys.remove_all(), "note": note}
 
 
@@ -523,7 +567,9 @@ _REMEDY = "sartor agents key NAME makes one"
 def _whole(connection: Connection, identity: str) -> Mapping[str, Any] | None:
     """The row of a key. Raises ArtifactError for one that was changed from outside."""
     stored_row = (
-        connection.execute(select(registry_schema.keys).where(registry_schema.keys.c.id == identity)).mappings().one_or_none()
+        connection.execute(select(registry_schema.keys).where(registry_schema.keys.c.id == identity))
+        .mappings()
+        .one_or_none()
     )
     if stored_row is None:
         return None

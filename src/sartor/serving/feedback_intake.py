@@ -1,7 +1,7 @@
 """Consent, rate and masking rules of incoming feedback.
 
-All texts of one feedback are looked at together: a value that stands in the prompt, the reply and the correction has one
-placeholder. Pictures and recordings are not looked into.
+All texts of one feedback are looked at together: a value that stands in the prompt, the reply and the correction has
+one placeholder. Pictures and recordings are not looked into.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ Change = Callable[[str], str]
 
 
 class Mask:
-    """Masks feedback. allow: values that stay, as the step's `allow` has them. Raises ConfigError for a bad expression."""
+    """Masks feedback. allow: values that stay, as the step's `allow` has them. Raises ConfigError for a bad
+    expression.
+    """
 
     def __init__(self, allow: Sequence[str] = ()) -> None:
         self._masking = PersonalData(allow=tuple(allow)).masking()

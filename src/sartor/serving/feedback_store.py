@@ -30,7 +30,9 @@ MOST_RECEIPTS = 100_000  # of which it is remembered who got them, and who rated
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt (messages, or one text) and its reply, with the exact version that gave it, the key that asked, and for whom."""
+    """A prompt (messages, or one text) and its reply, with the exact version that gave it, the key that asked, and for
+    whom.
+    """
 
     agent: str
     messages: Sequence[Mapping[str, Any]]
@@ -88,7 +90,9 @@ class Memory:
         return self._askers.get(receipt, "")
 
     def is_first(self, receipt: str, key: str) -> bool:
-        """Whether the key rates the reply for the first time. The monitors hear a rating once, or one key could roll back."""
+        """Whether the key rates the reply for the first time. The monitors hear a rating once, or one key could roll
+        back.
+        """
         if (receipt, key) in self._rated:
             return False
         self._rated[receipt, key] = None
@@ -103,7 +107,9 @@ def _forget(entries: OrderedDict[Any, Any]) -> None:
 
 @dataclass(frozen=True)
 class StoredFeedback:
-    """A line of an inbox: where it stands (`feedback-2026-11-26.jsonl:12`), and what it says; None where it cannot be read."""
+    """A line of an inbox: where it stands (`feedback-2026-11-26.jsonl:12`), and what it says; None where it cannot be
+    read.
+    """
 
     location: str
     feedback: Feedback | None
@@ -140,10 +146,11 @@ class FeedbackStore:
                     yield StoredFeedback(f"{file.name}:{number}", _read(line))
 
     def remove(self, should_remove: Callable[[Feedback], bool]) -> list[StoredFeedback]:
-        """Take lines out, and every one that was cut short, since nobody can tell whose it was. Returns what they said.
+        """Take lines out, and every one that was cut short, since nobody can tell whose it was. Returns what they
+        said.
 
-        A blank line stays in the place of each, so that what datasets say of the others' places goes on to hold. Raises
-        MissingError where the disk does not take it; then the file is as it was.
+        A blank line stays in the place of each, so that what datasets say of the others' places goes on to hold.
+        Raises MissingError where the disk does not take it; then the file is as it was.
         """
         removed: list[StoredFeedback] = []
         for file in self._files():

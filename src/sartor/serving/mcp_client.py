@@ -1,7 +1,7 @@
 """Client of one MCP tool server.
 
-A program is started by its arguments, never by a shell, with the few environment variables that the protocol's package passes
-on and those that TEAM.yaml names; what it writes to stderr is in STATE/tools/NAME.log.
+A program is started by its arguments, never by a shell, with the few environment variables that the protocol's package
+passes on and those that TEAM.yaml names; what it writes to stderr is in STATE/tools/NAME.log.
 """
 
 from __future__ import annotations
@@ -75,13 +75,16 @@ class McpConnection:
     async def call(self, name: str, arguments: Mapping[str, Any], max_s: float) -> str:
         """What a tool says to arguments that obey its schema, within `max_s` and its own time, whichever is shorter.
 
-        Raises DeadlineError, UnavailableError when it is dead or dies, RequestError for what the tool itself calls an error.
+        Raises DeadlineError, UnavailableError when it is dead or dies, RequestError for what the tool itself calls an
+        error.
         """
         from mcp.shared.exceptions import MCPError
 
         session, limit_s = self._session, min(max_s, self.terms.timeout_s)
         if session is None:
-            raise UnavailableError(f"the tools {self.terms.name} are not there", "ask again in a while; /health says why")
+            raise UnavailableError(
+                f"the tools {self.terms.name} are not there", "ask again in a while; /health says why"
+            )
         try:
             async with asyncio.timeout(limit_s):
                 result = await session.call_tool(name, dict(arguments))
@@ -104,7 +107,9 @@ class McpConnection:
             ) from None
         text = _cut("\n".join(_text(part) for part in result.content), self.terms.result_bytes)
         if result.is_error:
-            raise RequestError(f"the tool {name} says: {text}", "call it again with arguments that its inputSchema allows")
+            raise RequestError(
+                f"the tool {name} says: {text}", "call it again with arguments that its inputSchema allows"
+            )
         return text
 
     async def _keep(self) -> None:
@@ -153,7 +158,9 @@ class McpConnection:
         program, *arguments = self.terms.command
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (self._folder / f"{self.terms.name}.log").open("w", encoding="utf-8") as log:
-            async with stdio_client(StdioServerParameters(command=program, args=arguments, env=environment), log) as streams:
+            async with stdio_client(
+                StdioServerParameters(command=program, args=arguments, env=environment), log
+            ) as streams:
                 yield streams
 
     @asynccontextmanager

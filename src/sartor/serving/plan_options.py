@@ -1,7 +1,9 @@
 """Options of multi-agent plans in TEAM.yaml.
 
-A plan may stand wherever an agent may, so that plans are put together from plans. Whatever can be known of the file alone is
-refused when it is read: a plan that comes back to itself, one that is deeper than its budget, a mend that nothing calls for.
+A plan may stand wherever an agent may, so that plans are put together from plans. Whatever can be known of the file
+alone is
+refused when it is read: a plan that comes back to itself, one that is deeper than its budget, a mend that nothing
+calls for.
 """
 
 from __future__ import annotations
@@ -30,10 +32,14 @@ class PlanStep:
     """One who is asked, and what for."""
 
     agent: str = option(REQUIRED, "who is asked: an agent, name@version, base, auto, or another plan")
-    gets: tuple[Given, ...] = option((), "what of request, draft and findings it is given; empty is what its place needs")
+    gets: tuple[Given, ...] = option(
+        (), "what of request, draft and findings it is given; empty is what its place needs"
+    )
     form: Literal["json", "turns"] = option("json", "how: one JSON object, or the conversation gone on")
     system: str = option("", "system prompt; empty is the client's, else the Release's own")
-    schema: Any = option("", "JSON Schema that its reply obeys, a mapping or a file of one; empty is the client's, if any")
+    schema: Any = option(
+        "", "JSON Schema that its reply obeys, a mapping or a file of one; empty is the client's, if any"
+    )
     temperature: float = option(-1.0, "of its sampling; -1 is as the client, else the Release has it")
     max_tokens: int = option(0, "of its reply; 0 is as the client, else the Release has it")
     seconds: float = option(0.0, "after which it is left out; 0 is what the plan has left")
@@ -86,7 +92,9 @@ class Citations:
     """What the reply cites stands in its sources, but for case and white space."""
 
     kind: Literal["citations"] = "citations"
-    fields: tuple[str, ...] = option((), "what is cited: the texts of these fields of a JSON reply, those that are there")
+    fields: tuple[str, ...] = option(
+        (), "what is cited: the texts of these fields of a JSON reply, those that are there"
+    )
     pattern: str = option(r'"([^"]+)"|“([^”]+)”', "what is cited where no fields are named: its groups")
     sources: tuple[str, ...] = option((), "text files that are cited; none: the request")
     least: int = option(0, "so many citations the reply must hold")
@@ -110,14 +118,18 @@ class Mend(PlanStep):
     """Who mends a draft that a check found something in."""
 
     times: int = option(1, "so often at most")
-    repeats: int = option(0, "how often a reply may come again; above it the plan goes round in circles and is stopped")
+    repeats: int = option(
+        0, "how often a reply may come again; above it the plan goes round in circles and is stopped"
+    )
 
 
 @dataclass(frozen=True)
 class PlanBudget:
     """What one request may take of a plan, the plans within it included."""
 
-    tokens: int = option(8192, "of prompts and replies together; looked at before each step, whose reply is held to the rest")
+    tokens: int = option(
+        8192, "of prompts and replies together; looked at before each step, whose reply is held to the rest"
+    )
     seconds: float = option(60.0, "from the request to the answer")
     depth: int = option(1, "of plans within plans: 1 has none within")
 
@@ -134,7 +146,9 @@ class Vote:
     """The reply that most members give; of equally many the one whose first member stands first."""
 
     kind: Literal["vote"] = "vote"
-    fields: tuple[str, ...] = option((), "replies are alike when these fields of their JSON are; none: when all of it is")
+    fields: tuple[str, ...] = option(
+        (), "replies are alike when these fields of their JSON are; none: when all of it is"
+    )
 
 
 @dataclass(frozen=True)
@@ -168,7 +182,9 @@ class ChainPlan(Declared):
     """Each step is given the draft of the one before it; the last draft is checked and mended."""
 
     kind: Literal["sequence"] = "sequence"
-    steps: tuple[PlanStep, ...] = option(REQUIRED, "who drafts, in order: the first gets the request, the others the draft too")
+    steps: tuple[PlanStep, ...] = option(
+        REQUIRED, "who drafts, in order: the first gets the request, the others the draft too"
+    )
     check: tuple[Check, ...] = option((), "what the draft must pass, in order")
     mend: Mend | None = option(None, "who mends a draft that a check found something in")
 
@@ -182,7 +198,9 @@ class ParallelPlan(Declared):
     """All members are asked the same, side by side, and their replies become one."""
 
     kind: Literal["parallel"] = "parallel"
-    members: tuple[PlanStep, ...] = option(REQUIRED, "who is asked; sampled replies of one agent differ by their seeds")
+    members: tuple[PlanStep, ...] = option(
+        REQUIRED, "who is asked; sampled replies of one agent differ by their seeds"
+    )
     join: Vote | Merge = option(Vote(), "how their replies become one")
 
     def __post_init__(self) -> None:
@@ -191,7 +209,9 @@ class ParallelPlan(Declared):
 
 @dataclass(frozen=True, kw_only=True)
 class DividedPlan(Declared):
-    """A planner divides the request into parts, each for a member; the parts are answered, put together, and verified."""
+    """A planner divides the request into parts, each for a member; the parts are answered, put together, and
+    verified.
+    """
 
     kind: Literal["verify"] = "verify"
     plan: PlanStep = option(REQUIRED, "who divides the request")
@@ -230,7 +250,8 @@ def within(plan: Plan, plan_names: Collection[str]) -> list[str]:
 def _check_steps(steps: Sequence[PlanStep], option_name: str, min_steps: int) -> None:
     if len(steps) < min_steps:
         raise ConfigError(
-            f"{option_name} names {len(steps)}; at least {min_steps}", f"{option_name}: [{', '.join(['base'] * min_steps)}]"
+            f"{option_name} names {len(steps)}; at least {min_steps}",
+            f"{option_name}: [{', '.join(['base'] * min_steps)}]",
         )
 
 
@@ -242,11 +263,15 @@ def _check_mend(checks: Sequence[Check], mend: Mend | None) -> None:
 
 
 def check_plans(plans: Sequence[Plan], members: Collection[str], reserved: Collection[str]) -> None:
-    """Raise ConfigError for a name that is taken or none, a plan within itself, and one that is deeper than its budget."""
+    """Raise ConfigError for a name that is taken or none, a plan within itself, and one that is deeper than its
+    budget.
+    """
     plans_by_name: dict[str, Plan] = {}
     for plan in plans:
         if plan.name in plans_by_name or plan.name in members or plan.name in reserved:
-            raise ConfigError(f"a plan cannot have the name {plan.name!r}, which another has", f"name: {plan.name}-plan")
+            raise ConfigError(
+                f"a plan cannot have the name {plan.name!r}, which another has", f"name: {plan.name}-plan"
+            )
         if not names.is_valid_name(plan.name):
             raise ConfigError(f"{plan.name!r} cannot be a plan's name", "small letters, digits, '.', '_' and '-'")
         plans_by_name[plan.name] = plan
@@ -265,7 +290,8 @@ def _depth(name: str, plans_by_name: Mapping[str, Plan], parents: tuple[str, ...
             f"a plan comes back to itself: {path}", f"name an agent instead of {name!r} in the plan {parents[-1]!r}"
         )
     return 1 + max(
-        (_depth(item, plans_by_name, (*parents, name)) for item in within(plans_by_name[name], plans_by_name)), default=0
+        (_depth(item, plans_by_name, (*parents, name)) for item in within(plans_by_name[name], plans_by_name)),
+        default=0,
     )
 
 
@@ -297,14 +323,18 @@ def _schema_in(file: Path) -> Any:
     try:
         schema = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} holds no JSON Schema: {error}", "give a file of one, or write it into the plan") from None
+        raise ConfigError(
+            f"{file} holds no JSON Schema: {error}", "give a file of one, or write it into the plan"
+        ) from None
     if not isinstance(schema, Mapping):
         raise ConfigError(f"{file} holds no JSON Schema but {type(schema).__name__}", '{"type": "object"}')
     return schema
 
 
 def digest(plan: Plan, plans_by_name: Mapping[str, Plan]) -> str:
-    """The version of a plan, 12 hex digits: of all that it declares, the plans within it and the texts that it cites from."""
+    """The version of a plan, 12 hex digits: of all that it declares, the plans within it and the texts that it cites
+    from.
+    """
     check: tuple[Check, ...] = () if isinstance(plan, ParallelPlan) else plan.check
     source_paths = [source for item in check if isinstance(item, Citations) for source in item.sources]
     texts = [Path(source).read_text(encoding="utf-8") for source in source_paths]

@@ -1,8 +1,9 @@
 """Token buckets per API key.
 
-A bucket holds a minute's worth (or a day's), is full at the start, and fills evenly. A request takes one from the first at
-its beginning. What a reply costs is known at its end only, so the second is charged then and may go below nothing: who asks
-while it is empty waits until it is not. Requests of one agent at once are bounded elsewhere (the bulkhead).
+A bucket holds a minute's worth (or a day's), is full at the start, and fills evenly. A request takes one from the
+first at its beginning. What a reply costs is known at its end only, so the second is charged then and may go below
+nothing: who asks while it is empty waits until it is not. Requests of one agent at once are bounded elsewhere (the
+bulkhead).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ MINUTE_S, DAY_S = 60.0, 86_400.0
 
 @dataclass(frozen=True)
 class TokenRate:
-    """`amount` of something in `span_s` seconds; 0 is no limit. label: `requests per minute`. option: where TEAM.yaml has
-    it.
+    """`amount` of something in `span_s` seconds; 0 is no limit. label: `requests per minute`. option: where TEAM.yaml
+    has it.
     """
 
     amount: float
@@ -126,7 +127,9 @@ class FeedbackRates:
     """What each key has used of `feedback`: of a running server, so that a new start gives a day's worth anew."""
 
     def __init__(self, terms: FeedbackTerms, clock: Callable[[], float] = time.monotonic) -> None:
-        minute = TokenRate(terms.per_minute, MINUTE_S, "ratings, corrections and comments per minute", "feedback.per_minute")
+        minute = TokenRate(
+            terms.per_minute, MINUTE_S, "ratings, corrections and comments per minute", "feedback.per_minute"
+        )
         day = TokenRate(terms.per_day, DAY_S, "ratings, corrections and comments per day", "feedback.per_day")
         self._charged_options = [minute.option, day.option]
         self._buckets = Buckets([minute, day], clock)

@@ -1,19 +1,23 @@
 """Signed receipts of replies with keyed digests.
 
-Digests are HMACs under a key of the team: a short prompt could be guessed from a plain digest, and whoever knows the key and
-the words can show that they belong together. Signed with the team's own Ed25519 key. Both are made at the first start.
+Digests are HMACs under a key of the team: a short prompt could be guessed from a plain digest, and whoever knows the
+key and the words can show that they belong together. Signed with the team's own Ed25519 key. Both are made at the
+first start.
 
-    STATE/keys/sartor.key  sartor.pub     signs receipts            STATE/receipts.key     the HMAC's, 32 bytes, mode 0600
+    STATE/keys/sartor.key  sartor.pub     signs receipts            STATE/receipts.key     the HMAC's, 32 bytes, mode
+                           0600
     STATE/receipts/                       core/lineage/receipt_index.py
 
-A receipt is on disk when its reply ends: whoever waits is let go by one fsync for all that wait, or after `PATIENCE_S`. A disk
-that takes nothing costs receipts, which are counted, and no replies.
+A receipt is on disk when its reply ends: whoever waits is let go by one fsync for all that wait, or after
+`PATIENCE_S`. A disk that takes nothing costs receipts, which are counted, and no replies.
 
-The file keeps its length and its inode: who has it open goes on, and what is known of other lines' places goes on to hold.
+The file keeps its length and its inode: who has it open goes on, and what is known of other lines' places goes on to
+hold.
 
-The same question reaches a server as a client wrote it and an engine as a Call. Both come to the same here: text parts are
-joined, nulls and OpenAI's fields that are always empty are left out, `developer` is `system`, a schema is compared as JSON.
-Of a picture or a recording, in whichever form, the bytes count: its digest stands where it stood among the parts.
+The same question reaches a server as a client wrote it and an engine as a Call. Both come to the same here: text parts
+are joined, nulls and OpenAI's fields that are always empty are left out, `developer` is `system`, a schema is compared
+as JSON. Of a picture or a recording, in whichever form, the bytes count: its digest stands where it stood among the
+parts.
 """
 
 from __future__ import annotations
@@ -50,7 +54,9 @@ from sartor.text.json_schema import JSON_OBJECT
 
 
 def lines_with(file: Path, needle: bytes) -> list[tuple[int, bytes]]:
-    """(where it begins, the line without its end) of each line that holds these bytes; one that a kill cut short too."""
+    """(where it begins, the line without its end) of each line that holds these bytes; one that a kill cut short
+    too.
+    """
     result, start = [], 0
     for line in file.read_bytes().split(b"\n"):
         if needle in line:
@@ -71,7 +77,9 @@ def blank(file: Path, lines: Sequence[tuple[int, bytes]]) -> None:
 
 
 def erase_receipts(folder: Path, person: str) -> tuple[int, list[str]]:
-    """Blank every receipt of a person's own version, and leave it out of the index. Returns (how many, the segments)."""
+    """Blank every receipt of a person's own version, and leave it out of the index. Returns (how many, the
+    segments).
+    """
     index, count, segments = ReceiptIndex(folder), 0, []
     for file in sorted(folder.glob(PATTERN)):
         if lines := lines_with(file, f'"person":"{person}"'.encode()):
@@ -104,7 +112,9 @@ class RequestDigestInput:
 
     @classmethod
     def of_request(cls, body: Mapping[str, Any]) -> RequestDigestInput:
-        """The body of a request to /v1/chat/completions or /v1/completions. Raises ArtifactError, RequestError for its form."""
+        """The body of a request to /v1/chat/completions or /v1/completions. Raises ArtifactError, RequestError for its
+        form.
+        """
         messages, text = body.get("messages") or [], body.get("text") or body.get("prompt") or ""
         if (
             not isinstance(messages, list)
@@ -117,7 +127,12 @@ class RequestDigestInput:
 
     @classmethod
     def _of(
-        cls, messages: Sequence[Mapping[str, Any]], text: str, tools: Sequence[Mapping[str, Any]], must_call: str, schema: str
+        cls,
+        messages: Sequence[Mapping[str, Any]],
+        text: str,
+        tools: Sequence[Mapping[str, Any]],
+        must_call: str,
+        schema: str,
     ) -> RequestDigestInput:
         plain = tuple(_plain(message) for message in messages)
         leading = 1 if plain and plain[0].get("role") == "system" else 0
@@ -135,7 +150,9 @@ class RequestDigestInput:
 
 
 def digest_by(secret: bytes) -> Digest:
-    """HMAC-SHA256 over a value and the name of what it is, so that an equal prompt and reply look unlike; "" of nothing."""
+    """HMAC-SHA256 over a value and the name of what it is, so that an equal prompt and reply look unlike; "" of
+    nothing.
+    """
 
     def digest(name: str, value: Any) -> str:
         if not value:
@@ -193,7 +210,9 @@ def _schema_of(response_format: Any) -> str:
         return JSON_OBJECT
     json_schema = response_format.get("json_schema")
     if not isinstance(json_schema, Mapping) or not isinstance(json_schema.get("schema"), Mapping):
-        raise ArtifactError("response_format holds no schema", '{"type": "json_schema", "json_schema": {"schema": {...}}}')
+        raise ArtifactError(
+            "response_format holds no schema", '{"type": "json_schema", "json_schema": {"schema": {...}}}'
+        )
     return json.dumps(json_schema["schema"])
 
 
@@ -217,7 +236,9 @@ class TeamSigner:
 
     @classmethod
     def of(cls, state: Path) -> TeamSigner:
-        """The keys in a team's state directory, made if absent. Raises ConfigError for one that is unfit or open to others."""
+        """The keys in a team's state directory, made if absent. Raises ConfigError for one that is unfit or open to
+        others.
+        """
         folder = state / "keys"
         if not (folder / "sartor.key").exists():
             (folder / "sartor.pub").unlink(missing_ok=True)  # of a first start that was killed between the two
@@ -265,25 +286,36 @@ def build_receipt(finished: FinishedReply, about: EngineInfo, signer: TeamSigner
     call, done = finished.call, finished.done
     _, _, rank = call.id.removeprefix(finished.receipt).partition("-")
     tool_calls = [dict(tool_call) for tool_call in done.tool_calls] if done else []
-    return signer.sign({
-        "schema": SCHEMA,
-        "kind": KIND,
-        "id": finished.receipt,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(finished.began)),
-        "agent": finished.agent,
-        "release": finished.release_id,
-        "adapter": call.adapter,
-        "base": {"name": about.base, "digest": about.base_digest, "template_digest": about.template_digest},
-        **about.made_by,
-        "sampling": {**asdict(call.sampling), "stop": list(call.sampling.stop)},
-        "choice": {"reason": finished.reason, "scores": dict(finished.scores), "place": int(rank) if rank.isdigit() else 0},
-        "prompt": RequestDigestInput.of_call(call).digests(signer.digest),
-        "reply": {"text": signer.digest("reply", finished.text), "tool_calls": signer.digest("tool_calls", tool_calls)},
-        **({"person": finished.person} if finished.person else {}),
-        "finish": done.finish if done else FAILED,
-        "tokens": {"prompt": done.prompt_tokens, "reply": done.reply_tokens, "cached": done.cached_tokens} if done else {},
-        **({"steps": list(finished.steps)} if finished.steps else {}),
-    })  # fmt: skip
+    return signer.sign(
+        {
+            "schema": SCHEMA,
+            "kind": KIND,
+            "id": finished.receipt,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(finished.began)),
+            "agent": finished.agent,
+            "release": finished.release_id,
+            "adapter": call.adapter,
+            "base": {"name": about.base, "digest": about.base_digest, "template_digest": about.template_digest},
+            **about.made_by,
+            "sampling": {**asdict(call.sampling), "stop": list(call.sampling.stop)},
+            "choice": {
+                "reason": finished.reason,
+                "scores": dict(finished.scores),
+                "place": int(rank) if rank.isdigit() else 0,
+            },
+            "prompt": RequestDigestInput.of_call(call).digests(signer.digest),
+            "reply": {
+                "text": signer.digest("reply", finished.text),
+                "tool_calls": signer.digest("tool_calls", tool_calls),
+            },
+            **({"person": finished.person} if finished.person else {}),
+            "finish": done.finish if done else FAILED,
+            "tokens": {"prompt": done.prompt_tokens, "reply": done.reply_tokens, "cached": done.cached_tokens}
+            if done
+            else {},
+            **({"steps": list(finished.steps)} if finished.steps else {}),
+        }
+    )
 
 
 class ReceiptLog:
@@ -315,7 +347,9 @@ class ReceiptLog:
         return log
 
     def write(self, finished: FinishedReply) -> None:
-        """Sign a receipt and see it onto the disk. Raises MissingError when the disk does not take it; it is counted then."""
+        """Sign a receipt and see it onto the disk. Raises MissingError when the disk does not take it; it is counted
+        then.
+        """
         written: Future[None] = Future()
         try:
             self._queue.put_nowait((build_receipt(finished, self._about(), self._signer), written))
@@ -411,7 +445,9 @@ class ReceiptLog:
 
 
 class _Segment:
-    """One file that is appended to by this process alone: what an earlier one left, perhaps torn, is never gone on with."""
+    """One file that is appended to by this process alone: what an earlier one left, perhaps torn, is never gone on
+    with.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._day = time.strftime("%Y%m%d", time.gmtime())
@@ -429,7 +465,9 @@ class _Segment:
 
     @property
     def takes_more(self) -> bool:
-        """Whether the next receipt belongs here: not after a day or many bytes, nor behind a line that could not be undone."""
+        """Whether the next receipt belongs here: not after a day or many bytes, nor behind a line that could not be
+        undone.
+        """
         return not self._broken and self._end < SEGMENT_BYTES and self._day == time.strftime("%Y%m%d", time.gmtime())
 
     def append(self, receipts: Sequence[Mapping[str, Any]]) -> list[ReceiptLocation]:

@@ -22,20 +22,26 @@ from sartor.serving.plan_options import Plan
 class McpTerms:
     """The team as a server of the Model Context Protocol."""
 
-    serve: bool = option(False, "answer MCP (streamable HTTP) at /mcp, and at /mcp/AGENT for one agent; needs sartor[mcp]")
+    serve: bool = option(
+        False, "answer MCP (streamable HTTP) at /mcp, and at /mcp/AGENT for one agent; needs sartor[mcp]"
+    )
 
 
 @dataclass(frozen=True)
 class CardTerms:
     """The team's card for the Agent2Agent protocol's discovery."""
 
-    card: bool = option(False, "tell at /.well-known/agent-card.json who is here, and by which protocols they are asked")
+    card: bool = option(
+        False, "tell at /.well-known/agent-card.json who is here, and by which protocols they are asked"
+    )
     url: str = option("", "the address by which others reach this server; by default the one that they asked")
 
 
 @dataclass(frozen=True)
 class ToolServer:
-    """An MCP server whose tools agents may call. It is a program of this machine (`command`), or an address (`url`)."""
+    """An MCP server whose tools agents may call. It is a program of this machine (`command`), or an address
+    (`url`).
+    """
 
     name: str = option(REQUIRED, "what an agent's `tools` calls it")
     command: tuple[str, ...] = option((), "the program and its arguments, run as they stand: there is no shell")
@@ -58,10 +64,13 @@ class ToolServer:
             )
         if self.url and self.env or self.command and self.token_env:
             raise ConfigError(
-                f"the tools {self.name!r} have a setting of the other kind", "env goes with command, token_env with url"
+                f"the tools {self.name!r} have a setting of the other kind",
+                "env goes with command, token_env with url",
             )
         if self.timeout_s <= 0 or self.result_bytes < 1:
-            raise ConfigError(f"the tools {self.name!r} would never say anything", "timeout_s: 20, result_bytes: 16384")
+            raise ConfigError(
+                f"the tools {self.name!r} would never say anything", "timeout_s: 20, result_bytes: 16384"
+            )
 
 
 def check_tools(servers: Sequence[str], members: Mapping[str, Sequence[str]]) -> None:
@@ -122,7 +131,9 @@ class NotWorse:
     def __post_init__(self) -> None:
         _fraction("gate.", margin=self.margin, slice_margin=self.slice_margin)
         if min(self.slice_rows, self.rows) < 2:
-            raise ConfigError(f"gate has slice_rows {self.slice_rows} and rows {self.rows}", "gate: {slice_rows: 6, rows: 400}")
+            raise ConfigError(
+                f"gate has slice_rows {self.slice_rows} and rows {self.rows}", "gate: {slice_rows: 6, rows: 400}"
+            )
 
 
 @dataclass(frozen=True)
@@ -134,8 +145,12 @@ class Retraining:
     at_least: AtLeast = option(AtLeast(), "how much has to be said anew")
     drift: Drift = option(Drift(), "what makes it due sooner")
     every_hours: float = option(0.0, "due after so many hours, if anything was said; 0 never by time alone")
-    tuning: Any = option(None, "options of the tuning recipe that differ from the live version's: {budget: {epochs: 2}}")
-    rehearsal: float = option(4.0, "rows of the live version's own Dataset for each row of feedback, against forgetting")
+    tuning: Any = option(
+        None, "options of the tuning recipe that differ from the live version's: {budget: {epochs: 2}}"
+    )
+    rehearsal: float = option(
+        4.0, "rows of the live version's own Dataset for each row of feedback, against forgetting"
+    )
     eval_fraction: float = option(0.25, "of the feedback, held out")
     gate: NotWorse = option(NotWorse(), "what the new version is held to against the live one")
     canary: float = option(0.1, "of the requests, answered by the new version until the monitors or a person decide")
@@ -164,7 +179,8 @@ class AgentOptions:
     name: str = option(REQUIRED, "what clients ask for as `model`")
     release: str = option(REQUIRED, "directory of the Release that is live until the registry says otherwise")
     fallback: tuple[str, ...] = option(
-        ("previous", "base"), "who answers while this agent is in quarantine, in order: previous (version), base, or nobody"
+        ("previous", "base"),
+        "who answers while this agent is in quarantine, in order: previous (version), base, or nobody",
     )
     about: str = option("", "what it is for, in a sentence: told to who asks by MCP, and by the A2A card")
     tools: tuple[str, ...] = option((), "the servers of the team's `tools` whose tools it may call")
@@ -181,7 +197,9 @@ class LocalEngineOptions:
     kind: Literal["local"] = "local"
     rows: int = option(16, "replies that are made side by side; more wait")
     waiting: int = option(256, "calls that may wait; above it the answer is 429")
-    cache_tokens: int = option(32_768, "tokens of all prompts and replies held as keys and values, reused prefixes included")
+    cache_tokens: int = option(
+        32_768, "tokens of all prompts and replies held as keys and values, reused prefixes included"
+    )
     threads: int = option(0, "threads of a worker; 0 is all cores, shared by the workers")
     bits: Literal[4, 8, 16, "auto"] = option("auto", "of the base's weights: 4, 8, 16, or auto as in a tuning recipe")
 
@@ -191,7 +209,9 @@ class LlamaCppOptions:
     """llama.cpp by xllamacpp, for GGUF bases and adapters; unlike adapters do not share a batch there."""
 
     kind: Literal["llamacpp"] = "llamacpp"
-    gguf: str = option("", "GGUF file of the base; empty is the one that the base was converted from, or one made in F16")
+    gguf: str = option(
+        "", "GGUF file of the base; empty is the one that the base was converted from, or one made in F16"
+    )
     rows: int = option(4, "slots: replies that are made side by side")
     waiting: int = option(256, "calls that may wait")
     threads: int = option(0, "threads of a worker; 0 is all cores")
@@ -204,7 +224,9 @@ class OpenAiEngineOptions:
     kind: Literal["openai"] = "openai"
     url: str = option("http://127.0.0.1:8000/v1", "its address, with /v1")
     key_env: str = option("", "environment variable that holds its API key")
-    loads_adapters: bool = option(False, "vLLM's run-time load and unload routes are on (VLLM_ALLOW_RUNTIME_LORA_UPDATING)")
+    loads_adapters: bool = option(
+        False, "vLLM's run-time load and unload routes are on (VLLM_ALLOW_RUNTIME_LORA_UPDATING)"
+    )
     rows: int = option(64, "calls sent side by side")
     waiting: int = option(1024, "calls that may wait")
 
@@ -218,9 +240,13 @@ class WorkerOptions:
     memory_bytes: int = option(0, "resident memory of one worker above which it is restarted; 0 is no limit")
     start_s: float = option(120.0, "a worker that has not said that it is ready by then is killed")
     hang_s: float = option(20.0, "a worker with work that says nothing for so long is killed")
-    backoff_s: float = option(0.2, "wait before the first restart; doubled each time, with jitter, up to backoff_most_s")
+    backoff_s: float = option(
+        0.2, "wait before the first restart; doubled each time, with jitter, up to backoff_most_s"
+    )
     backoff_most_s: float = option(30.0, "longest wait before a restart")
-    restarts: int = option(8, "restarts within window_s after which a worker's place is given up until the window has passed")
+    restarts: int = option(
+        8, "restarts within window_s after which a worker's place is given up until the window has passed"
+    )
     window_s: float = option(60.0, "see restarts")
 
 
@@ -228,10 +254,16 @@ class WorkerOptions:
 class CircuitBreakerOptions:
     """When an agent is taken out of service."""
 
-    failures: int = option(3, "failures of one agent within window_s that open its breaker; a client's own fault is none")
+    failures: int = option(
+        3, "failures of one agent within window_s that open its breaker; a client's own fault is none"
+    )
     window_s: float = option(30.0, "see failures")
-    open_s: float = option(10.0, "how long it stays open before one call may try; doubled at each relapse, up to 16 times")
-    quarantine: int = option(3, "relapses after which only a promote, rollback or release from quarantine brings it back")
+    open_s: float = option(
+        10.0, "how long it stays open before one call may try; doubled at each relapse, up to 16 times"
+    )
+    quarantine: int = option(
+        3, "relapses after which only a promote, rollback or release from quarantine brings it back"
+    )
 
 
 @dataclass(frozen=True)
@@ -263,7 +295,8 @@ class MediaLimits:
 
     bytes: int = option(
         10_000_000,
-        "of all of them, decoded from base64 and beside limits.body_bytes; above it 413. A process that reads so much takes at "
+        "of all of them, decoded from base64 and beside limits.body_bytes; above it 413. A process that reads so much "
+        "takes at "
         "most 64 MiB for it, and about five times media.bytes where that is more",
     )
     parts: int = option(16, "so many; above it 400")
@@ -273,7 +306,8 @@ class MediaLimits:
     def __post_init__(self) -> None:
         if not 0 <= self.bytes <= MOST_MEDIA_BYTES:
             raise ConfigError(
-                f"media.bytes is {self.bytes}; a worker is sent at most {MOST_MEDIA_BYTES}", f"media.bytes: {MOST_MEDIA_BYTES}"
+                f"media.bytes is {self.bytes}; a worker is sent at most {MOST_MEDIA_BYTES}",
+                f"media.bytes: {MOST_MEDIA_BYTES}",
             )
 
 
@@ -294,7 +328,9 @@ class Routing:
 
     encoder: str = option("auto", "minilm, tfidf, base, or a directory; auto is the best of those on this machine")
     target: float = option(0.9, "fraction of foreign prompts that must go to the base where the threshold is chosen")
-    risk: float = option(0.05, "most of the prompts that get an agent that may get a wrong one where the threshold is chosen")
+    risk: float = option(
+        0.05, "most of the prompts that get an agent that may get a wrong one where the threshold is chosen"
+    )
     lift: Literal["measured", "ignored"] = option(
         "measured", "measured: an agent gets what its Report shows a gain over the base for; ignored: whatever fits it"
     )
@@ -311,9 +347,13 @@ class Rollout:
     latency_factor: float = option(
         2.0, "a candidate that takes this many times the live version's median time per token is rolled back"
     )
-    format_margin: float = option(0.05, "as error_margin, for replies that are not of the live version's format (JSON, schema)")
+    format_margin: float = option(
+        0.05, "as error_margin, for replies that are not of the live version's format (JSON, schema)"
+    )
     feedback_margin: float = option(0.1, "as error_margin, for bad ratings")
-    canary_requests: int = option(0, "replies of a canary without alarm, after which it is live; 0 leaves that to a person")
+    canary_requests: int = option(
+        0, "replies of a canary without alarm, after which it is live; 0 leaves that to a person"
+    )
     watch_s: float = option(3600.0, "how long after a promotion the monitors may still roll it back")
 
 
@@ -326,17 +366,23 @@ class FeedbackTerms:
     )
     per_minute: int = option(600, "feedback of one key; above it 429; 0 is no limit")
     per_day: int = option(20_000, "feedback of one key; above it 429; 0 is no limit")
-    allow: tuple[str, ...] = option((), "values that are not personal and stay, as in curate's personal_data: +49 30 1234567")
+    allow: tuple[str, ...] = option(
+        (), "values that are not personal and stay, as in curate's personal_data: +49 30 1234567"
+    )
 
 
 @dataclass(frozen=True)
 class PersonalTerms:
     """Personal versions: a few ranks of a user's own on top of an agent's live version."""
 
-    held: int = option(16, "personal adapters that a worker holds at once; the one that was asked for longest ago goes first")
+    held: int = option(
+        16, "personal adapters that a worker holds at once; the one that was asked for longest ago goes first"
+    )
     rank: int = option(2, "ranks of a user's own, 1 to 4")
     most_worse: float = option(
-        0.05, "nats a token by which it may be worse than the live version on the user's held-out rows, at the interval's end"
+        0.05,
+        "nats a token by which it may be worse than the live version on the user's held-out rows, at the interval's "
+        "end",
     )
     most_elsewhere: float = option(0.1, "the same on the live version's own held-out rows")
     backups: tuple[str, ...] = option((), "where copies of `state` and the registry are kept: forget names them")
@@ -356,7 +402,9 @@ class SpeechOptions:
         "who speaks where a client names nobody: espeak, espeak:de, espeak:en-us+f3, piper:joe, piper:FILE.onnx, off; "
         "auto is espeak where espeak-ng is installed, else off",
     )
-    voices: tuple[str, ...] = option((), "who else a client may name; with a voice of espeak's, that is any of espeak's")
+    voices: tuple[str, ...] = option(
+        (), "who else a client may name; with a voice of espeak's, that is any of espeak's"
+    )
     at_once: int = option(2, "pieces of a sentence or two that are spoken side by side")
     waiting: int = option(32, "texts that are spoken or wait; above it the answer is 429")
     characters: int = option(4096, "of one text that a client sends; above it the answer is 400")
@@ -377,7 +425,9 @@ class Basis:
     agents: tuple[AgentOptions, ...] = option((), "the agents that are registered at the first start")
     engine: LocalEngineOptions | LlamaCppOptions | OpenAiEngineOptions = option(LocalEngineOptions(), "what computes")
     state: str = option("", "directory of registry, receipts and inbox; by default .NAME beside the file")
-    registry: str = option("", "SQLAlchemy URL; by default SQLite in `state`. A password stands in the environment: ${NAME}")
+    registry: str = option(
+        "", "SQLAlchemy URL; by default SQLite in `state`. A password stands in the environment: ${NAME}"
+    )
     trust: str = option("", "public key that Releases must be signed by; by default those in SARTOR_HOME/trusted")
     mcp: McpTerms = option(McpTerms(), "the team as an MCP server (docs/tools.md)")
     tools: tuple[ToolServer, ...] = option((), "MCP servers whose tools the team runs for its agents (docs/tools.md)")
@@ -397,7 +447,9 @@ class Team(Basis):
     rollout: Rollout = option(Rollout(), "how a new version comes in")
     speech: SpeechOptions = option(SpeechOptions(), "who speaks")
     retrain: Retraining = option(Retraining(), "how agents learn from what is said of them")
-    plans: tuple[Plan, ...] = option((), "several agents for one request: sequence, parallel or verify (docs/collaboration.md)")
+    plans: tuple[Plan, ...] = option(
+        (), "several agents for one request: sequence, parallel or verify (docs/collaboration.md)"
+    )
     feedback: FeedbackTerms = option(FeedbackTerms(), "what is kept of what people say of replies")
     personal: PersonalTerms = option(PersonalTerms(), "versions of users' own")
 
@@ -407,7 +459,8 @@ class Team(Basis):
             raise ConfigError(f"two agents have the name {duplicate!r}", f"name: {duplicate}-2 for one of them")
         if reserved_name := next((name for name in names if name in RESERVED), ""):
             raise ConfigError(
-                f"an agent cannot have the name {reserved_name!r}, which means something else", f"name: {reserved_name}-agent"
+                f"an agent cannot have the name {reserved_name!r}, which means something else",
+                f"name: {reserved_name}-agent",
             )
         plan_options.check_plans(self.plans, names, RESERVED)
         check_tools([server.name for server in self.tools], {member.name: member.tools for member in self.agents})

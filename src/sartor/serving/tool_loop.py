@@ -1,8 +1,9 @@
 """Tool-calling loop of an agent.
 
-Stands between plans and `dispatch`, so steps of plans have their agents' tools too. A call whose arguments do not obey the
-tool's schema is not run. After `ROUNDS` rounds, or when a call is made a second time, the agent is asked once more without
-tools. A tool that fails is told to the agent, and to the client in the reason. Every call is a line in STATE/tools, without a
+Stands between plans and `dispatch`, so steps of plans have their agents' tools too. A call whose arguments do not obey
+the tool's schema is not run. After `ROUNDS` rounds, or when a call is made a second time, the agent is asked once more
+without tools. A tool that fails is told to the agent, and to the client in the reason. Every call is a line in
+STATE/tools, without a
 word of what it was: digests by the team's key.
 """
 
@@ -44,7 +45,9 @@ class ToolServers:
     @property
     def troubles(self) -> dict[str, str]:
         """What cannot be offered, and why."""
-        return {name: problem for connection in self._connections.values() for name, problem in connection.troubles.items()}
+        return {
+            name: problem for connection in self._connections.values() for name, problem in connection.troubles.items()
+        }
 
     async def start(self) -> None:
         """Open every server, side by side; one that cannot be is a trouble. Raises ExtraError."""
@@ -113,7 +116,9 @@ class ToolCallingAgent:
             async with aclosing(answer.events) as source:
                 events = [event async for event in source]
             last_event = events[-1]
-            tool_calls = last_event.tool_calls if isinstance(last_event, ReplyDone) and round_request.tools is None else ()
+            tool_calls = (
+                last_event.tool_calls if isinstance(last_event, ReplyDone) and round_request.tools is None else ()
+            )
             if not tool_calls:
                 return _final_answer(answer, events, progress)
             assert isinstance(last_event, ReplyDone)
@@ -121,7 +126,8 @@ class ToolCallingAgent:
             text = "".join(event.text for event in events if isinstance(event, TextDelta))
             turn = {"role": "assistant", "content": text, "tool_calls": list(tool_calls)}
             results = [
-                await self._result(answer, tools, tool_call, index, progress) for index, tool_call in enumerate(tool_calls)
+                await self._result(answer, tools, tool_call, index, progress)
+                for index, tool_call in enumerate(tool_calls)
             ]
             model = name if answer.agent.endswith(SUFFIX) else answer.agent
             round_request = replace(round_request, model=model, messages=(*round_request.messages, turn, *results))
@@ -147,14 +153,21 @@ class ToolCallingAgent:
             error, text = tool_error.kind, f"error: {tool_error.problem}"
             progress.notes.append(tool_error.problem)
         row = {
-            "schema": SCHEMA, "receipt": answer.receipt, "agent": answer.agent, "tool": name if name in tools else "",
-            "error": error, "asked": self._digest("asked", arguments), "said": self._digest("said", text),
+            "schema": SCHEMA,
+            "receipt": answer.receipt,
+            "agent": answer.agent,
+            "tool": name if name in tools else "",
+            "error": error,
+            "asked": self._digest("asked", arguments),
+            "said": self._digest("said", text),
             "took_s": round(time.monotonic() - began, 3),
-        }  # fmt: skip
+        }
         await asyncio.to_thread(self._write, row)
         return {"role": "tool", "tool_call_id": str(tool_call["id"]), "name": name, "content": text}
 
-    async def _run(self, tools: Mapping[str, OfferedTool], name: str, arguments: str, index: int, progress: _Progress) -> str:
+    async def _run(
+        self, tools: Mapping[str, OfferedTool], name: str, arguments: str, index: int, progress: _Progress
+    ) -> str:
         value, tool = read_json(arguments), tools.get(name)
         if tool is None:
             raise RequestError(f"there is no tool {name[:80]!a}", ", ".join(tools))

@@ -18,11 +18,11 @@ from sartor.inference.engine import EngineInfo, Event, GenerateCall, ReplyDone
 class AgentRequest:
     """One request as a client made it, checked for form.
 
-    model: name, name@version, base or auto. sampling: the options that the client gave; the Release's own hold for the rest.
-    messages or text, schema, tools, must_call, top_logprobs: as in `Call`; of tools None is those of the team and the Release
-    for the agent, () is none. openable: the agents that the client's key opens
-    (None: all); `auto` chooses among these. deadline_s: seconds from now. person: whom the client speaks for, as the registry
-    knows them; "" for nobody. streams: the client is told the reply as it is made.
+    model: name, name@version, base or auto. sampling: the options that the client gave; the Release's own hold for the
+    rest. messages or text, schema, tools, must_call, top_logprobs: as in `Call`; of tools None is those of the team
+    and the Release for the agent, () is none. openable: the agents that the client's key opens
+    (None: all); `auto` chooses among these. deadline_s: seconds from now. person: whom the client speaks for, as the
+    registry knows them; "" for nobody. streams: the client is told the reply as it is made.
     """
 
     model: str
@@ -40,7 +40,9 @@ class AgentRequest:
 
 
 class EventStream(Protocol):
-    """The events of one reply, an async iterator. `aclose` cancels it, may be called at any time and more than once."""
+    """The events of one reply, an async iterator. `aclose` cancels it, may be called at any time and more than
+    once.
+    """
 
     def __aiter__(self) -> AsyncIterator[Event]:
         """Itself."""
@@ -59,9 +61,10 @@ class EventStream(Protocol):
 class AgentReply:
     """A reply that has begun: its first event is there, so a failure before it was raised and not answered.
 
-    agent: the exact version that answers, `name@version`, or `base@` and 12 digits of its digest. reason: why that one.
-    receipt: the id under which the receipt will be found once the reply is done. events: Piece..., then Done or Failed;
-    closing the iterator cancels the reply.
+    agent: the exact version that answers, `name@version`, or `base@` and 12 digits of its digest. reason: why that
+    one.
+    receipt: the id under which the receipt will be found once the reply is done. events: Piece..., then Done or
+    Failed; closing the iterator cancels the reply.
     """
 
     agent: str
@@ -80,7 +83,9 @@ class Replier(Protocol):
 
 @dataclass(frozen=True)
 class EmbeddingResult:
-    """Texts as vectors of unit length. tokens: that were read. cut: places of texts whose end is not in their vector."""
+    """Texts as vectors of unit length. tokens: that were read. cut: places of texts whose end is not in their
+    vector.
+    """
 
     vectors: list[list[float]]
     tokens: int = 0
@@ -88,7 +93,9 @@ class EmbeddingResult:
 
 
 class WorkerBackend(Protocol):
-    """Who computes: the supervised workers, as `dispatch` sees them. `agent` is an exact version, `name@version` or `base`."""
+    """Who computes: the supervised workers, as `dispatch` sees them. `agent` is an exact version, `name@version` or
+    `base`.
+    """
 
     @property
     def about(self) -> EngineInfo:
@@ -106,14 +113,16 @@ class WorkerBackend(Protocol):
     async def reply(self, call: GenerateCall, agent: str, deadline_s: float) -> AsyncIterator[Event]:
         """Begin a reply; returns when its first event is there.
 
-        Raises BusyError, DeadlineError, UnavailableError (the agent's breaker is open, or no worker lives), or the error that
-        the first event told. A worker's death does not show: the call is made again by another and goes on where it was.
-        Closing the iterator cancels the call.
+        Raises BusyError, DeadlineError, UnavailableError (the agent's breaker is open, or no worker lives), or the
+        error that the first event told. A worker's death does not show: the call is made again by another and goes on
+        where it was. Closing the iterator cancels the call.
         """
         ...
 
     async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
-        """Vectors of unit length by the base (`base`) or an encoder that the façade offers (`minilm`, `tfidf`, a directory)."""
+        """Vectors of unit length by the base (`base`) or an encoder that the façade offers (`minilm`, `tfidf`, a
+        directory).
+        """
         ...
 
     async def renew(self) -> None:
@@ -121,7 +130,9 @@ class WorkerBackend(Protocol):
         ...
 
     def blame(self, agent: str, reason: str) -> None:
-        """Count a failure that only its holder could see (an answer of the wrong form, say) against an agent's breaker."""
+        """Count a failure that only its holder could see (an answer of the wrong form, say) against an agent's
+        breaker.
+        """
         ...
 
     def release(self, agent: str) -> None:
@@ -163,11 +174,12 @@ class Router(Protocol):
 
 @dataclass(frozen=True)
 class FinishedReply:
-    """A reply that has ended, for its receipt. agent: the exact version; release_id: "" for the base. done: None if it failed.
+    """A reply that has ended, for its receipt. agent: the exact version; release_id: "" for the base. done: None if it
+    failed.
 
-    call: what was computed, the Release's system prompt and sampling in it. began: seconds since the epoch. person: whose
-    personal version answered, "" for none; release_id is then of the Release that it stands on. steps: of a plan's answer, the
-    receipts of its steps.
+    call: what was computed, the Release's system prompt and sampling in it. began: seconds since the epoch. person:
+    whose personal version answered, "" for none; release_id is then of the Release that it stands on. steps: of a
+    plan's answer, the receipts of its steps.
     """
 
     receipt: str
@@ -195,8 +207,8 @@ class ReceiptWriter(Protocol):
 class AgentListing:
     """An agent as it is served. versions: every one that may be asked for by `name@version`, the live one too.
 
-    is_ready: whether a version of it was ever admitted, so that somebody answers in its name. reads: by version, of `image`
-    and `audio` those that it reads beside text.
+    is_ready: whether a version of it was ever admitted, so that somebody answers in its name. reads: by version, of
+    `image` and `audio` those that it reads beside text.
     """
 
     name: str

@@ -2,9 +2,9 @@
 
     FOLDER/ab/ab12....json      text, finish, tokens
 
-An answer is written by the thread that got it, before anybody reads it, atomically; a file that is damaged is asked for
-again. Answers may quote the seeds, personal data included: the folder is its owner's alone, and goes when the Dataset stands,
-unless the recipe names one to keep.
+An answer is written by the thread that got it, before anybody reads it, atomically; a file that is damaged is asked
+for again. Answers may quote the seeds, personal data included: the folder is its owner's alone, and goes when the
+Dataset stands, unless the recipe names one to keep.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ PER = 1_000_000  # tokens of a price
 
 @dataclass(frozen=True)
 class Spent:
-    """What a run asked and paid. cached: questions whose answer stood on disk. Tokens and cost are of this run's calls."""
+    """What a run asked and paid. cached: questions whose answer stood on disk. Tokens and cost are of this run's
+    calls.
+    """
 
     calls: int
     cached: int
@@ -65,7 +67,11 @@ class AnswerCache:
             answer = self.teacher.answer(question)
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _write(file, answer)
-            counts = {"tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out, "estimated": int(answer.is_estimated)}
+            counts = {
+                "tokens_in": answer.tokens_in,
+                "tokens_out": answer.tokens_out,
+                "estimated": int(answer.is_estimated),
+            }
             self._count(calls=1, **counts)
         return answer
 

@@ -1,8 +1,9 @@
 """Protocols of generators with and without a teacher.
 
-An `AskingWay` says what is to be asked of the teacher, and makes a row of an answer or says why it cannot. A `MakingWay` needs
-no teacher. Both go through the seeds in order and say of each seed that they can do nothing with why (`Skipped`), so that every
-seed is accounted for. A way draws from nothing but (recipe's seed, its kind, the number of what it makes).
+An `AskingWay` says what is to be asked of the teacher, and makes a row of an answer or says why it cannot. A
+`MakingWay` needs no teacher. Both go through the seeds in order and say of each seed that they can do nothing with why
+(`Skipped`), so that every seed is accounted for. A way draws from nothing but (recipe's seed, its kind, the number of
+what it makes).
 
 A new way is one new file with its class, and its name in a union of `generators/__init__.py`.
 """

@@ -1,7 +1,8 @@
 """A base on this machine as teacher.
 
-Every thread that waits for its answer drives the engine for all of them, so questions that are asked at once are answered in
-one batch. Answers obey the question's schema where llguidance is installed; without it they are read as they come.
+Every thread that waits for its answer drives the engine for all of them, so questions that are asked at once are
+answered in one batch. Answers obey the question's schema where llguidance is installed; without it they are read as
+they come.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class LocalTeacher:
         self._texts[name] = []
         try:
             self._engine.submit(
-                GenerateCall(name, messages=messages, sampling=sampling, schema=question.schema if self._is_strict else "")
+                GenerateCall(
+                    name, messages=messages, sampling=sampling, schema=question.schema if self._is_strict else ""
+                )
             )
         except ExtraError as error:
             if not self._is_strict:
@@ -75,5 +78,8 @@ class LocalTeacher:
         if isinstance(final_event, ReplyFailed):
             raise getattr(errors, final_event.kind, ModelError)(final_event.problem, final_event.remedy)
         return TeacherAnswer(
-            text, "length" if final_event.finish == "length" else "stop", final_event.prompt_tokens, final_event.reply_tokens
+            text,
+            "length" if final_event.finish == "length" else "stop",
+            final_event.prompt_tokens,
+            final_event.reply_tokens,
         )

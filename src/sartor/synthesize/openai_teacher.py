@@ -5,8 +5,8 @@
     401, 403          KeyRefusedError          400, 404, 3xx, other    ConfigError: asking again would change nothing
     413, 422, content_filter, context_length_exceeded    the answer `refused`: of this question alone
 
-The key comes from the environment and stands in no message, file or name. Standard library alone: the plain install has no
-HTTP client of its own.
+The key comes from the environment and stands in no message, file or name. Standard library alone: the plain install
+has no HTTP client of its own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class RequestThrottle:
         self._lock = threading.Lock()
 
     def wait(self, tokens: int) -> None:
-        """Return when a request of that many tokens may go out, and count it. One that is over the limit alone goes alone."""
+        """Return when a request of that many tokens may go out, and count it. One that is over the limit alone goes
+        alone.
+        """
         while (delay := self._reserve(tokens)) > 0:
             self._sleep(delay)
 
@@ -280,7 +282,9 @@ class EndpointTeacher:
         problem = self._redacted(f"{self.access.url} says {error.code}: {' '.join(body.split())[:300]}")
         if error.code in AGAIN:
             is_busy = error.code in (429, 503, 529)
-            return _AgainError(problem, _retry_after(error.headers.get("Retry-After", "")) if is_busy else 0.0, is_busy=is_busy)
+            return _AgainError(
+                problem, _retry_after(error.headers.get("Retry-After", "")) if is_busy else 0.0, is_busy=is_busy
+            )
         if error.code in (401, 403):
             return KeyRefusedError(problem, "set the environment variable that teacher.key_env names to a valid key")
         return ConfigError(problem, "check teacher.url and teacher.model; what was answered is kept")
@@ -302,7 +306,9 @@ def key_of(variable: str) -> str:
     if not variable:
         return ""
     if not (key := os.environ.get(variable, "").strip()):
-        raise KeyRefusedError(f"the environment variable {variable} of teacher.key_env holds no key", f"export {variable}=...")
+        raise KeyRefusedError(
+            f"the environment variable {variable} of teacher.key_env holds no key", f"export {variable}=..."
+        )
     return key
 
 
@@ -311,7 +317,9 @@ def _check(access: Access) -> None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"teacher.url is {access.url!r}", "url: https://HOST/v1")
     if parts.username or parts.password:
-        raise ConfigError("teacher.url holds a password", "put the key into the environment, and name it in teacher.key_env")
+        raise ConfigError(
+            "teacher.url holds a password", "put the key into the environment, and name it in teacher.key_env"
+        )
     if access.key and parts.scheme == "http" and parts.hostname not in LOOPBACK:
         raise ConfigError(f"a key would go to {parts.hostname} unencrypted", "url: https://...")
 

@@ -27,7 +27,9 @@ class SynthesizeRecipe:
     temperature: float = option(0.8, "of the teacher's answers, 0 to 2")
     max_tokens: int = option(512, "of an answer")
     repairs: int = option(1, "times that an answer which does not fit goes back to the teacher, 0 or 1")
-    cache: str = option("", "folder where answers stay for later runs; empty keeps them beside the output until it stands")
+    cache: str = option(
+        "", "folder where answers stay for later runs; empty keeps them beside the output until it stands"
+    )
     seed: int = option(0, "of all that is drawn")
     max_row_bytes: int = option(4 << 20, "a longer row of a source is dropped, not read")
 
@@ -35,7 +37,9 @@ class SynthesizeRecipe:
         object.__setattr__(self, "licence", checked(self.licence))
         if not self.ways:
             raise ConfigError("the recipe names no way", "ways: [vary]")
-        if not self.sources and (needing_sources := [way.kind for way in self.ways if not isinstance(way, FROM_NOTHING)]):
+        if not self.sources and (
+            needing_sources := [way.kind for way in self.ways if not isinstance(way, FROM_NOTHING)]
+        ):
             raise ConfigError(
                 f"{needing_sources[0]} makes rows of rows, and there is no source", "sources: [{path: rows.jsonl}]"
             )

@@ -97,7 +97,9 @@ def _object_in(text: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Synthesized:
-    """What was made. spent: of this run, None where no teacher was asked; a finished Dataset that was found cost nothing."""
+    """What was made. spent: of this run, None where no teacher was asked; a finished Dataset that was found cost
+    nothing.
+    """
 
     dataset: Artifact
     spent: Spent | None
@@ -115,7 +117,9 @@ class Synthesized:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Drops by reason: answers that could not be used, rows that were there already, sources that could not be read."""
+        """Drops by reason: answers that could not be used, rows that were there already, sources that could not be
+        read.
+        """
         return dict(self.dataset.manifest["counts"]["dropped"])
 
     def as_json(self) -> dict[str, Any]:
@@ -163,11 +167,12 @@ def synthesize(
 ) -> Synthesized:
     """Make rows by the ways of a recipe, and write them as a Dataset to `out`.
 
-    `recipe` is a SynthesizeRecipe, a mapping in its form, or the path of a YAML file. `teacher` stands in for the recipe's. An
-    interrupted run is gone on with by the same call: what was answered is not asked again, also under `replace`. `resume` also
-    takes a finished Dataset of the same recipe and seeds for an answer. The rows depend on the recipe, the seeds and the
-    answers, not on time, threads or failures. Raises ConfigError for a bad recipe or a taken `out`, SourceError when no row is
-    made, what the teacher raises when its patience is at an end, BudgetError when the money is, StoppedError on a signal.
+    `recipe` is a SynthesizeRecipe, a mapping in its form, or the path of a YAML file. `teacher` stands in for the
+    recipe's. An interrupted run is gone on with by the same call: what was answered is not asked again, also under
+    `replace`. `resume` also takes a finished Dataset of the same recipe and seeds for an answer. The rows depend on
+    the recipe, the seeds and the answers, not on time, threads or failures. Raises ConfigError for a bad recipe or a
+    taken `out`, SourceError when no row is made, what the teacher raises when its patience is at an end, BudgetError
+    when the money is, StoppedError on a signal.
     """
     started = time.monotonic()
     recipe = load_recipe(recipe)
@@ -196,7 +201,9 @@ def synthesize(
     return Synthesized(dataset, run.answers.spent if run.answers else None, time.monotonic() - started)
 
 
-def load_recipe(recipe: SynthesizeRecipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> SynthesizeRecipe:
+def load_recipe(
+    recipe: SynthesizeRecipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()
+) -> SynthesizeRecipe:
     """The recipe in any of the forms that `synthesize` takes, with flags (`--seed 1`) on top."""
     return config.load_any(SynthesizeRecipe, recipe, flags)
 
@@ -215,7 +222,16 @@ def _manifest_recipe(recipe: SynthesizeRecipe) -> dict[str, Any]:
     return fields
 
 
-_OF_A_RUN = ("at_once", "requests_per_minute", "tokens_per_minute", "price", "tries", "pause_s", "timeout_s", "key_env")
+_OF_A_RUN = (
+    "at_once",
+    "requests_per_minute",
+    "tokens_per_minute",
+    "price",
+    "tries",
+    "pause_s",
+    "timeout_s",
+    "key_env",
+)
 
 
 def _finished(recipe: SynthesizeRecipe, out: Path) -> Artifact:
@@ -229,7 +245,9 @@ def _finished(recipe: SynthesizeRecipe, out: Path) -> Artifact:
         seeds = synthetic_dataset.read_seeds(recipe.sources, recipe.max_row_bytes, work)
         shutil.rmtree(work, ignore_errors=True)
     if seeds.digest != synthetic_fields["of"]:
-        raise ConfigError(f"{out} is a finished Dataset of sources that have changed", "choose another --out, or --replace")
+        raise ConfigError(
+            f"{out} is a finished Dataset of sources that have changed", "choose another --out, or --replace"
+        )
     return dataset
 
 
@@ -268,7 +286,11 @@ class SynthesisRun:
                 self._make(generator, seeds)
         name = self.answers.teacher.name if self.answers else ""
         return synthetic_dataset.write(
-            writer, self.work, self.rows, seeds, {"recipe": _manifest_recipe(self.recipe), "teacher": name, "of": seeds.digest}
+            writer,
+            self.work,
+            self.rows,
+            seeds,
+            {"recipe": _manifest_recipe(self.recipe), "teacher": name, "of": seeds.digest},
         )
 
     def _open_answers(self) -> AnswerCache:
@@ -333,7 +355,9 @@ class SynthesisRun:
     def _take(self, generator: PromptedGenerator, outcome: AskOutcome) -> None:
         assert self.answers is not None
         generated = (
-            outcome.value if isinstance(outcome.value, Unusable) else generator.build_row(outcome.request, outcome.value)
+            outcome.value
+            if isinstance(outcome.value, Unusable)
+            else generator.build_row(outcome.request, outcome.value)
         )
         if isinstance(generated, GeneratedRow):
             question = outcome.question
@@ -346,7 +370,8 @@ class SynthesisRun:
         origin = parents[0].origins[0] if parents else None
         # a reason may quote the answer, in which people may be named; of the answer itself only the digest is kept
         detail = (
-            f"{masked_text(generated.detail)} (answer {outcome.answer.digest} to {generator.kind} {outcome.request.number})"
+            f"{masked_text(generated.detail)} (answer {outcome.answer.digest} to {generator.kind} "
+            f"{outcome.request.number})"
         )
         source_locator = (origin.source, origin.locator) if origin else ("", "")
         self.rows.drop(generator.kind, Drop(generated.reason, *source_locator, detail), outcome.request.number)

@@ -21,7 +21,8 @@ from sartor.curate.sources import chunk_reader, media_files, planner
 from sartor.curate.sources.types import SourceOptions
 from sartor.synthesize.generator import GeneratedRow
 
-# Of a Source, what its files' entries in the manifest say besides the licence: core/licences/compliance.py reads them there
+# Of a Source, what its files' entries in the manifest say besides the licence: core/licences/compliance.py reads them
+# there
 TERMS = ("share_alike", "non_commercial", "expires", "consent", "rehearsal")
 
 
@@ -125,7 +126,9 @@ class Provenance:
 
 @dataclass
 class SyntheticRows:
-    """Rows as they come, each content once. `licences`: of rows made of nothing, and of the teacher's word ("" for none)."""
+    """Rows as they come, each content once. `licences`: of rows made of nothing, and of the teacher's word ("" for
+    none).
+    """
 
     licences: tuple[str, str]
     seeds: Mapping[str, str]  # id -> locator
@@ -147,19 +150,28 @@ class SyntheticRows:
             )
             detail = f"the same content as {duplicate_of}"
             self.drop(
-                kind, Drop("exact_duplicate", "", "", detail, id=row.id, kept=row.id, method="equal content"), generated.number
+                kind,
+                Drop("exact_duplicate", "", "", detail, id=row.id, kept=row.id, method="equal content"),
+                generated.number,
             )
             return
         self.rows[row.id] = row
         self.count(kind, "made")
         span = generated.span or (None, None)
-        fields = {"id": row.id, "way": kind, "parents": [parent.id for parent in generated.parents], **asdict(provenance)}
+        fields = {
+            "id": row.id,
+            "way": kind,
+            "parents": [parent.id for parent in generated.parents],
+            **asdict(provenance),
+        }
         self.evidence.append({**fields, "changes": generated.changes, "span_start": span[0], "span_end": span[1]})
 
     def drop(self, kind: str, drop: Drop, number: str) -> None:
         """What was tried and did not become a row."""
         step = f"synthesize:{kind}"
-        self.drops.append(replace(drop, step=step, source=drop.source or step, locator=drop.locator or f"{kind}:{number}"))
+        self.drops.append(
+            replace(drop, step=step, source=drop.source or step, locator=drop.locator or f"{kind}:{number}")
+        )
         self.count(kind, "dropped")
 
     def _row(self, kind: str, generated: GeneratedRow, provenance: Provenance) -> Example:
@@ -169,7 +181,9 @@ class SyntheticRows:
         origins: dict[Origin, None] = {}
         for parent in generated.parents:
             for origin in parent.origins:
-                licence = combine([origin.licence, of_teacher]) if of_teacher and provenance.teacher else origin.licence
+                licence = (
+                    combine([origin.licence, of_teacher]) if of_teacher and provenance.teacher else origin.licence
+                )
                 origins[replace(origin, licence=licence, parents=(parent.id,), step=step, made_by=made_by)] = None
         if not generated.parents:
             licence = combine([of_nothing, of_teacher]) if of_teacher and provenance.teacher else of_nothing
@@ -245,7 +259,13 @@ def _tried(counts: Mapping[str, int]) -> int:
 
 def _pseudo(file_key: tuple[str, str], licence: str) -> dict[str, Any]:
     """The entry of rows that are made of nothing but the recipe."""
-    terms: dict[str, Any] = {"share_alike": False, "non_commercial": False, "expires": "", "consent": "", "rehearsal": False}
+    terms: dict[str, Any] = {
+        "share_alike": False,
+        "non_commercial": False,
+        "expires": "",
+        "consent": "",
+        "rehearsal": False,
+    }
     assert terms.keys() == set(TERMS)
     entry = {
         "source": file_key[0],

@@ -28,7 +28,9 @@ STEP = "prove"
 
 @dataclass(frozen=True)
 class LiftResult:
-    """Scores on real held-out rows: `base` is tuned without the synthetic rows, `tuned` with them. metric: of a row, 0..1."""
+    """Scores on real held-out rows: `base` is tuned without the synthetic rows, `tuned` with them. metric: of a row,
+    0..1.
+    """
 
     compared: Comparison
     metric: str
@@ -66,11 +68,13 @@ def prove(
     replace: bool = False,
     notice: Notice = lambda line: None,
 ) -> LiftResult:
-    """Tune a recipe on the training rows of the Dataset `reality`, then with those of `synthetic`; compare on held-out rows.
+    """Tune a recipe on the training rows of the Dataset `reality`, then with those of `synthetic`; compare on held-out
+    rows.
 
-    Both runs have the recipe as it is but for `data.path`: with a budget of epochs the second makes more updates, with one of
-    updates the same. What is `auto` is chosen for the real rows, and holds for both. Synthetic rows in the group of a held-out
-    row are left out. The interval is over groups (`evaluate/bootstrap.py`). Below `out` stand `with` (the Dataset),
+    Both runs have the recipe as it is but for `data.path`: with a budget of epochs the second makes more updates, with
+    one of updates the same. What is `auto` is chosen for the real rows, and holds for both. Synthetic rows in the
+    group of a held-out row are left out. The interval is over groups (`evaluate/bootstrap.py`). Below `out` stand
+    `with` (the Dataset),
     `adapter-without`, `adapter-with` and their reports.
     Raises what `tune` and `evaluate` do, SourceError where nothing is held out.
     """
@@ -113,17 +117,28 @@ def _together(real: Artifact, synthetic_artifact: Artifact, out: Path, replace: 
     drops = []
     for row in parquet_io.read_examples(synthetic_artifact):
         if split_group(row) in held_out or row.id in ids:
-            drops.append(drop_of(row, "group_held_out", "a real row of its group is held out, or is it itself", step=STEP))
+            drops.append(
+                drop_of(row, "group_held_out", "a real row of its group is held out, or is it itself", step=STEP)
+            )
         else:
             added.append(replace_fields(row, split="train"))
     dataset = write_dataset_from(
-        out, [real, synthetic_artifact], [*real_rows, *added], drops, step={STEP: {"added": len(added)}}, replace=replace
+        out,
+        [real, synthetic_artifact],
+        [*real_rows, *added],
+        drops,
+        step={STEP: {"added": len(added)}},
+        replace=replace,
     )
     return dataset, len(added), len(drops)
 
 
 def _compared(
-    scored: dict[str, dict[str, dict[str, Any]]], metric: str, counts: tuple[int, int], tuned: dict[str, Tuned], wall_s: float
+    scored: dict[str, dict[str, dict[str, Any]]],
+    metric: str,
+    counts: tuple[int, int],
+    tuned: dict[str, Tuned],
+    wall_s: float,
 ) -> LiftResult:
     shared = [name for name in scored["without"] if name in scored["with"]]
     if not shared:
@@ -133,9 +148,13 @@ def _compared(
         )
     # a metric of the whole set, such as macro-F1, has no scores of rows
     column = f"tuned_{metric}" if f"tuned_{metric}" in scored["without"][shared[0]] else "tuned_exact_match"
-    sides: list[Sequence[float]] = [[float(scored[name][row][column]) for row in shared] for name in ("without", "with")]
+    sides: list[Sequence[float]] = [
+        [float(scored[name][row][column]) for row in shared] for name in ("without", "with")
+    ]
     groups = [group_of_stored(scored["without"][row]) for row in shared]
-    runs = {name: {"adapter": str(run.adapter.path), "updates": run.as_json()["updates"]} for name, run in tuned.items()}
+    runs = {
+        name: {"adapter": str(run.adapter.path), "updates": run.as_json()["updates"]} for name, run in tuned.items()
+    }
     comparison = bootstrap.paired_bootstrap(sides[0], sides[1], groups)
     return LiftResult(comparison, column.removeprefix("tuned_"), len(shared), *counts, runs, wall_s)
 

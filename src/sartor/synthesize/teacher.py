@@ -1,7 +1,7 @@
 """Teacher protocol: question in, answer out.
 
-`curate` asks a teacher one question at a time, from as many threads as `at_once` says; the façade says at import how a local
-base is opened as one (`offer_local`) and how clips are spoken (`offer_speech`).
+`curate` asks a teacher one question at a time, from as many threads as `at_once` says; the façade says at import how a
+local base is opened as one (`offer_local`) and how clips are spoken (`offer_speech`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ Finish = Literal["stop", "length", "refused"]
 
 @dataclass(frozen=True)
 class TeacherQuestion:
-    """What a teacher is asked. messages: (role, text) in order. schema: JSON Schema that the answer should obey, "" for none.
+    """What a teacher is asked. messages: (role, text) in order. schema: JSON Schema that the answer should obey, ""
+    for none.
 
     seed: of what is drawn at a temperature above 0.
     """
@@ -49,7 +50,8 @@ class TeacherQuestion:
 class TeacherAnswer:
     """What a teacher said. finish: `length` if it was cut at max_tokens, `refused` if the teacher would not answer.
 
-    tokens_in, tokens_out: as the teacher counts them, or estimated from the length where it says none (`is_estimated`).
+    tokens_in, tokens_out: as the teacher counts them, or estimated from the length where it says none
+    (`is_estimated`).
     """
 
     text: str
@@ -78,7 +80,9 @@ class Teacher(Protocol):
         ...
 
     def answer(self, question: TeacherQuestion) -> TeacherAnswer:
-        """Raises MissingError where it cannot be reached, KeyRefusedError, BusyError at the end of its patience, ModelError."""
+        """Raises MissingError where it cannot be reached, KeyRefusedError, BusyError at the end of its patience,
+        ModelError.
+        """
         ...
 
 

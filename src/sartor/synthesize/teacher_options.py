@@ -38,7 +38,9 @@ class Endpoint:
     tokens_per_minute: int = option(0, "at most, of questions and answers; 0 is no limit")
     price: Price = option(Price(), "for the cost that is reported")
     tries: int = option(6, "of one question, before the run stops; the same command goes on later")
-    pause_s: float = option(1.0, "before the second try, doubled for each further one, unless the endpoint says how long")
+    pause_s: float = option(
+        1.0, "before the second try, doubled for each further one, unless the endpoint says how long"
+    )
     timeout_s: float = option(120.0, "silence after which a question is asked again")
     licence: str = option(
         "", "SPDX licence or LicenseRef under which the teacher's answers may be used; joined to that of the seeds"
@@ -48,7 +50,10 @@ class Endpoint:
     def __post_init__(self) -> None:
         _check_at_once(self.at_once)
         if self.tries < 1 or self.timeout_s <= 0 or self.pause_s < 0:
-            problem = f"tries is {self.tries}, timeout_s {self.timeout_s:g}, pause_s {self.pause_s:g}; at least 1, above 0, 0"
+            problem = (
+                f"tries is {self.tries}, timeout_s {self.timeout_s:g}, pause_s {self.pause_s:g}; at least 1, above 0, "
+                "0"
+            )
             raise ConfigError(problem, "leave them out for the defaults")
 
     def open(self, notice: Notice) -> Teacher:
@@ -117,7 +122,9 @@ class FakeTeacher:
 
 def _run_of(text: str, draw: random.Random) -> str:
     """3 to 12 words of a text as they stand there, white space included."""
-    starts = [index for index, item in enumerate(text) if not item.isspace() and (index == 0 or text[index - 1].isspace())]
+    starts = [
+        index for index, item in enumerate(text) if not item.isspace() and (index == 0 or text[index - 1].isspace())
+    ]
     first = draw.randrange(max(1, len(starts) - 3)) if starts else 0
     last = first + draw.randint(3, 12)
     end = starts[last] if last < len(starts) else len(text)

@@ -1,6 +1,7 @@
 """TF-IDF and static encoders, nearest neighbours, encoder choice.
 
-It knows what texts share, not what they mean. It is fitted on the texts at hand, so vectors of two calls do not compare.
+It knows what texts share, not what they mean. It is fitted on the texts at hand, so vectors of two calls do not
+compare.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def counts(texts: Sequence[str]) -> Any:
-    """Damped counts (1 + log n) of hashed words, pairs of words and pieces of 2 to 5 characters: a sparse float32 matrix."""
+    """Damped counts (1 + log n) of hashed words, pairs of words and pieces of 2 to 5 characters: a sparse float32
+    matrix.
+    """
     sparse, words, pieces = _parts()
     cut = [_STOPS.sub(" ", text[:MOST_CHARACTERS]) for text in texts]
     result = sparse.hstack([words.transform(cut), pieces.transform(cut)], format="csr", dtype=np.float32)
@@ -139,10 +142,11 @@ def nearest(vectors: F32, queries: I64, n_neighbours: int) -> Iterator[tuple[I64
 
 
 class NearPairs:
-    """(a, b, cosine) with a < b for each row and its `n_neighbours` nearest at or above a threshold, each pair once, in order
-    of rows.
+    """(a, b, cosine) with a < b for each row and its `n_neighbours` nearest at or above a threshold, each pair once,
+    in order of rows.
 
-    A row of zeros (an empty text) is nobody's neighbour. After a round, `crowded` counts rows whose `n_neighbours` nearest were
+    A row of zeros (an empty text) is nobody's neighbour. After a round, `crowded` counts rows whose `n_neighbours`
+    nearest were
     all at or above the threshold: there may be more of them that were not looked at.
     """
 
@@ -159,7 +163,11 @@ class NearPairs:
             is_near = likeness >= self._threshold
             self.crowded += int(is_near.all(1).sum()) if is_near.shape[1] == self._n_neighbours else 0
             near_rows, near_columns = np.nonzero(is_near)
-            columns = (rows[near_rows], neighbours[near_rows, near_columns], np.minimum(likeness[near_rows, near_columns], 1))
+            columns = (
+                rows[near_rows],
+                neighbours[near_rows, near_columns],
+                np.minimum(likeness[near_rows, near_columns], 1),
+            )
             for row, other, score in zip(*(column.tolist() for column in columns), strict=True):
                 a, b = min(row, other), max(row, other)
                 if a * count + b not in yielded:
@@ -190,7 +198,9 @@ def _graph(vectors: F32) -> Any:
         from usearch.index import Index
     except ImportError:
         raise missing_package("usearch") from None
-    index = Index(ndim=vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=64, expansion_search=64)
+    index = Index(
+        ndim=vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=64, expansion_search=64
+    )
     # one thread: with more the graph, and so the result, would depend on which was faster
     index.add(np.arange(len(vectors)), vectors, threads=1)
 

@@ -1,8 +1,9 @@
 """Decides whether two texts mean the same by their words.
 
-An encoder puts "turn on the light" beside "turn off the light", and 9 o'clock beside 10. So numbers must agree, negations must,
-no word may stand against its opposite, and none may have another in its place ("the kitchen light", "the garage light"). What
-passes is scored by the share of the words that both have, rare ones weighing more, and words that change nothing set aside. It
+An encoder puts "turn on the light" beside "turn off the light", and 9 o'clock beside 10. So numbers must agree,
+negations must, no word may stand against its opposite, and none may have another in its place ("the kitchen light",
+"the garage light"). What passes is scored by the share of the words that both have, rare ones weighing more, and words
+that change nothing set aside. It
 errs towards keeping: "buy a ticket" and "purchase a ticket" are two texts to it.
 """
 
@@ -22,8 +23,8 @@ from typing import Literal
 
 from sartor.core.errors import missing_package
 
-# A word is a run of what is no space, digit or punctuation (combining marks are part of it); Chinese and Japanese signs and
-# numbers stand alone.
+# A word is a run of what is no space, digit or punctuation (combining marks are part of it); Chinese and Japanese
+# signs and numbers stand alone.
 _TOKEN = re.compile(
     r"\d+(?:[.,:]\d+)*|[\u3040-\u30ff\u3400-\u9fff]"
     r"|[^\s\d!-&(-/:-@\[-`{-~\u00a1-\u00bf\u2010-\u2018\u201a-\u205e\u3000-\u303f\u3040-\u30ff\u3400-\u9fff\u0964\u0965\u060c\u061b\u061f\uff01-\uff20]+"
@@ -58,7 +59,9 @@ def words() -> WordLists:
     for number, group in enumerate(lists["opposites"]):
         for word in group.split():
             opposites[word] = opposites.get(word, frozenset()) | {number}
-    function, clitics, negation = (frozenset(" ".join(lists[name]).split()) for name in ("function", "clitics", "negation"))
+    function, clitics, negation = (
+        frozenset(" ".join(lists[name]).split()) for name in ("function", "clitics", "negation")
+    )
     phrases = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(lists['phrases'], key=len, reverse=True)))})\b")
     return WordLists(function, clitics, phrases, negation, tuple(lists["negation_parts"]), opposites)
 
@@ -68,7 +71,9 @@ Objection = Literal["", "numbers", "negation", "opposite", "swap"]
 
 @dataclass(frozen=True)
 class EquivalenceVerdict:
-    """`score` 0..1: the weighted share of content words that both have, 0 with an objection; `detail` says what it is about."""
+    """`score` 0..1: the weighted share of content words that both have, 0 with an objection; `detail` says what it is
+    about.
+    """
 
     score: float
     objection: Objection = ""
@@ -96,7 +101,9 @@ class TextReading:
         folded = words().phrases.sub(" ", folded)
         tokens = tuple(part for token in _TOKEN.findall(folded) for part in _parts(token))
         numbers = tuple(token for token in tokens if token[0].isdigit())
-        negations = sum(is_negation(token) for token in tokens) + sum(folded.count(part) for part in words().negation_parts)
+        negations = sum(is_negation(token) for token in tokens) + sum(
+            folded.count(part) for part in words().negation_parts
+        )
         return cls(tokens, tuple(map(stem, tokens)), numbers, negations)
 
     def content(self, weights: Mapping[str, float]) -> list[str]:
@@ -114,7 +121,9 @@ def _parts(token: str) -> list[str]:
 
 
 def stem(token: str) -> str:
-    """A word without accents and without one of a few endings: `lights` and `light`, `opened` and `opening` are one."""
+    """A word without accents and without one of a few endings: `lights` and `light`, `opened` and `opening` are
+    one.
+    """
     plain = "".join(sign for sign in unicodedata.normalize("NFKD", token) if not unicodedata.combining(sign)) or token
     plain = token if not plain.isascii() else plain
     ending = next((end for end in _ENDINGS if plain.endswith(end) and len(plain) >= STEM + len(end)), "")
@@ -141,8 +150,8 @@ def reader(texts: Sequence[str]) -> Callable[[int], TextReading]:
 def idf_weights(texts: Iterable[str]) -> dict[str, float]:
     """The weight of each word: 1 and the log of how rare it is among the texts.
 
-    Nought for what more than COMMON of them have, such as the words of an instruction that stands before every question, where
-    there are enough texts to tell.
+    Nought for what more than COMMON of them have, such as the words of an instruction that stands before every
+    question, where there are enough texts to tell.
     """
     document_counts: Counter[str] = Counter()
     count = 0
@@ -196,14 +205,20 @@ def opposite(first: TextReading, second: TextReading) -> tuple[str, str] | None:
 def _against(first_words: Iterable[str], second_words: Iterable[str]) -> tuple[str, str] | None:
     groups = words().opposites
     for word, against in itertools.product(sorted(first_words), sorted(second_words)):
-        if word != against and (groups.get(word, frozenset()) & groups.get(against, frozenset()) or _is_undone(word, against)):
+        if word != against and (
+            groups.get(word, frozenset()) & groups.get(against, frozenset()) or _is_undone(word, against)
+        ):
             return word, against
     return None
 
 
 def _is_undone(word: str, against: str) -> bool:
     short, long = sorted((word, against), key=len)
-    return len(short) > 3 and long.endswith(short) and long.removesuffix(short) in ("un", "dis", "non", "in", "im", "ir", "de")
+    return (
+        len(short) > 3
+        and long.endswith(short)
+        and long.removesuffix(short) in ("un", "dis", "non", "in", "im", "ir", "de")
+    )
 
 
 def swapped(first: TextReading, second: TextReading, weights: Mapping[str, float]) -> tuple[str, str] | None:
@@ -221,7 +236,10 @@ def swapped(first: TextReading, second: TextReading, weights: Mapping[str, float
     for step in Levenshtein.opcodes(first.stems, second.stems):
         if step.tag != "replace":
             continue
-        first_words, second_words = first.tokens[step.src_start : step.src_end], second.tokens[step.dest_start : step.dest_end]
+        first_words, second_words = (
+            first.tokens[step.src_start : step.src_end],
+            second.tokens[step.dest_start : step.dest_end],
+        )
         if against := _against(first_words, second_words):  # from A to B, to A from B
             return against
         unmatched = [

@@ -1,8 +1,8 @@
 """Text fields, words, sentences and code of an Example.
 
-A step's option `field` names messages: `reply` the last one, `replies` every turn of the assistant, `prompt` every turn of the
-user, `system` the system's, `all` each of them. Rewriting covers the rejected reply of a preference pair wherever the chosen
-one is covered; judging looks at the chosen one alone.
+A step's option `field` names messages: `reply` the last one, `replies` every turn of the assistant, `prompt` every
+turn of the user, `system` the system's, `all` each of them. Rewriting covers the rejected reply of a preference pair
+wherever the chosen one is covered; judging looks at the chosen one alone.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ _ABBREVIATION = re.compile(
     r"resp|bzw|z\.B|p\.ej|núm)\.$"
 )
 _CODE_LINE = re.compile(
-    r"[;{}]\s*$|^\s*(?:def |class |import |from \w[\w.]* import |return\b|#include|for \(|if \(|while \(|const |let |var |"
-    r"function |public |private |SELECT |INSERT |UPDATE |\$ |>>> |</?\w)|^\s*[\w.\[\]]+ ?[-+*/]?= ?\S|^\s*[\w.]+\(.*\)\s*:?$"
+    r"[;{}]\s*$|^\s*(?:def |class |import |from \w[\w.]* import |return\b|#include|for \(|if \(|while \(|const |let "
+    r"|var |"
+    r"function |public |private |SELECT |INSERT |UPDATE |\$ |>>> |</?\w)|^\s*[\w.\[\]]+ ?[-+*/]?= "
+    r"?\S|^\s*[\w.]+\(.*\)\s*:?$"
 )
 
 
@@ -65,7 +67,11 @@ def rewritten(example: Example, change: Callable[[str], str], field: str, step: 
             emptied_turn = emptied_turn or f"turn {index + 1} ({message.role})"
         if not (is_emptied and message.role == "system"):
             messages.append(after)
-    rejected = example.rejected if field in ("prompt", "system") else tuple(_changed(turn, change) for turn in example.rejected)
+    rejected = (
+        example.rejected
+        if field in ("prompt", "system")
+        else tuple(_changed(turn, change) for turn in example.rejected)
+    )
     if any(_is_blank(after) and not _is_blank(turn) for turn, after in zip(example.rejected, rejected, strict=True)):
         emptied_turn = emptied_turn or "the rejected reply"
     if emptied_turn:
@@ -118,11 +124,15 @@ def normal_line(text: str) -> str:
 
 
 def sentences(line: str) -> list[str]:
-    """A line cut into its sentences; joined they are the line again. After an abbreviation or an initial it is not cut."""
+    """A line cut into its sentences; joined they are the line again. After an abbreviation or an initial it is not
+    cut.
+    """
     parts, start = [], 0
     for match in _BREAK.finditer(line):
         following = match.group(2) or ""
-        if match.group(1) == "." and (following.islower() or _ABBREVIATION.search(line[start : match.start() + 1][-12:])):
+        if match.group(1) == "." and (
+            following.islower() or _ABBREVIATION.search(line[start : match.start() + 1][-12:])
+        ):
             continue
         parts.append(line[start : match.end()])
         start = match.end()

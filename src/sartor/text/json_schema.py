@@ -18,7 +18,8 @@ DEEPEST = 64
 def read_schema(schema: str) -> dict[str, Any]:
     """The schema in a text.
 
-    Raises RequestError when it is no JSON object, larger than MOST_BYTES, deeper than DEEPEST, or holds options of the library.
+    Raises RequestError when it is no JSON object, larger than MOST_BYTES, deeper than DEEPEST, or holds options of the
+    library.
     """
     if (size := len(schema.encode(errors="surrogatepass"))) > MOST_BYTES:
         raise RequestError(
@@ -41,7 +42,9 @@ def _check_depth(fields: dict[str, Any]) -> None:
     level: list[Any] = [fields]
     for _ in range(DEEPEST):
         if any("x-guidance" in item for item in level if isinstance(item, dict)):
-            raise RequestError("the JSON Schema sets 'x-guidance', an option of the server's library", "leave 'x-guidance' out")
+            raise RequestError(
+                "the JSON Schema sets 'x-guidance', an option of the server's library", "leave 'x-guidance' out"
+            )
         level = [
             part
             for item in level
@@ -68,4 +71,6 @@ def check_schema(schema: Mapping[str, Any]) -> None:
     try:
         jsonschema.Draft202012Validator.check_schema(dict(schema))
     except jsonschema.SchemaError as error:
-        raise ConfigError(f"that is no JSON Schema: {error.message[:200]}", "see json-schema.org/draft/2020-12") from None
+        raise ConfigError(
+            f"that is no JSON Schema: {error.message[:200]}", "see json-schema.org/draft/2020-12"
+        ) from None

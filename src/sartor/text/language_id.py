@@ -1,9 +1,9 @@
 """Language identification by fastText lid.176.
 
-Joulin et al. 2016, arXiv:1607.01759. Of a text its prose is looked at (no code, no addresses), and of that the first 300
-characters (the model's time grows with them, about 0.5 microseconds each). What is said here of short texts: fewer letters
-than asked for are not judged at all, and a letter of a script other than Latin counts four times, since the script itself
-narrows the choice.
+Joulin et al. 2016, arXiv:1607.01759. Of a text its prose is looked at (no code, no addresses), and of that the first
+300 characters (the model's time grows with them, about 0.5 microseconds each). What is said here of short texts: fewer
+letters than asked for are not judged at all, and a letter of a script other than Latin counts four times, since the
+script itself narrows the choice.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ _OTHER_SCRIPT = re.compile(r"[\u0370-\u1dff\u2c00-\ud7ff\uf900-\ufdff\ufe70-\ufe
 _MARKUP = re.compile(r"</?[A-Za-z][^<>]{0,200}>")
 # The labels of lid.176: ISO 639-1 where there is one, else 639-3 (or Wikipedia's own: eml, als)
 CODES = word_set(
-    """af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de diq
-    dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id ie ilo io is it ja
-    jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr mrj ms mt mwl my myv mzn
-    nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn sco sd sh si sk sl so sq sr
-    su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf yi yo yue zh"""
+    """af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy
+    da de diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia
+    id ie ilo io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml
+    mn mr mrj ms mt mwl my myv mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue
+    sa sah sc scn sco sd sh si sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa
+    war wuu xal xmf yi yo yue zh"""
 )
 # Languages that a few sentences do not tell apart; a text of one is not held to be in another than its neighbour.
 _KIN = (
@@ -42,7 +43,7 @@ _KIN = (
     {"ar", "arz", "fa", "ur", "azb", "mzn", "pnb", "ckb", "ps", "sd"},
     {"tr", "az", "tk", "uz"},
     {"en", "sco"},
-)  # fmt: skip
+)
 
 
 _FUNCTION_WORDS = {
@@ -62,7 +63,9 @@ _FUNCTION_WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class DetectedLanguage:
-    """The likeliest language and its probability (0..1, as the model says it). `letters` is how much there was to judge by."""
+    """The likeliest language and its probability (0..1, as the model says it). `letters` is how much there was to
+    judge by.
+    """
 
     code: str
     confidence: float

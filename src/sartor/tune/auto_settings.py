@@ -31,7 +31,12 @@ from sartor.tune.tokenized_dataset import TokenizedDataset
 
 ASSET = "asset:"
 SMALL_TALK = "asset:small-talk"
-LEARNING_RATE, BATCH_TOKENS, BUDGET, REHEARSAL = "optimizer.learning_rate", "optimizer.batch_tokens", "budget", "data.rehearsal"
+LEARNING_RATE, BATCH_TOKENS, BUDGET, REHEARSAL = (
+    "optimizer.learning_rate",
+    "optimizer.batch_tokens",
+    "budget",
+    "data.rehearsal",
+)
 WEIGHTS, EVALUATIONS = "weights", "evaluations"
 # A batch is the largest power of two in this range that leaves so many updates an epoch
 SMALLEST_BATCH, LARGEST_BATCH, UPDATES_PER_EPOCH = 256, 4096, 64
@@ -64,15 +69,17 @@ class Setting:
 class EarlierRun:
     """What a run that is resumed was begun with.
 
-    recipe: resolved, as its manifest has it. settings: option -> {value, reason} of those that were `auto`; None of a run of an
-    older Sartor, whose defaults were numbers.
+    recipe: resolved, as its manifest has it. settings: option -> {value, reason} of those that were `auto`; None of a
+    run of an older Sartor, whose defaults were numbers.
     """
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] | None = None
 
     def setting(self, name: str) -> Setting | None:
-        """The earlier run's value of an option that was `auto` there; None for one that its recipe named, or does not have."""
+        """The earlier run's value of an option that was `auto` there; None for one that its recipe named, or does not
+        have.
+        """
         if name in (WEIGHTS, EVALUATIONS) and WEIGHTS not in self.recipe:
             older: Any = "last" if name == WEIGHTS else self.recipe.get("evaluations", PLAIN_EVALUATIONS)
             return Setting(older, "as the run that is resumed has it, of a Sartor that kept the last weights")
@@ -87,7 +94,9 @@ class EarlierRun:
             value = config.load(StopCriteria, value)
         elif name == REHEARSAL:
             value = config.load(Rehearsal, value)
-        return Setting(value, str((self.settings or {}).get(name, {}).get("reason", "as the run that is resumed has it")))
+        return Setting(
+            value, str((self.settings or {}).get(name, {}).get("reason", "as the run that is resumed has it"))
+        )
 
 
 def auto_options(recipe: Recipe) -> list[str]:
@@ -185,7 +194,9 @@ def _weights(recipe: Recipe, data: TokenizedDataset) -> Setting:
         return Setting("last", f"{recipe.evaluations} evaluations leave no choice")
     if natural_metric(data.held_out) == "loss":
         return Setting("last", "the replies are too long to generate some at each evaluation")
-    return Setting("best", f"an earlier evaluation's if better beyond chance, by replies to {len(data.held_out)} held-out rows")
+    return Setting(
+        "best", f"an earlier evaluation's if better beyond chance, by replies to {len(data.held_out)} held-out rows"
+    )
 
 
 def _evaluations(weights: str) -> Setting:
@@ -197,7 +208,8 @@ def _evaluations(weights: str) -> Setting:
 def batch_tokens(epoch_tokens: int, budget_tokens: int | None = None) -> Setting:
     """Return the tokens of an update: the largest power of two that leaves UPDATES_PER_EPOCH updates an epoch.
 
-    budget_tokens: what the recipe's budget lets be read; where that is less than an epoch, it is what the updates are made of.
+    budget_tokens: what the recipe's budget lets be read; where that is less than an epoch, it is what the updates are
+    made of.
     """
     tokens, of = epoch_tokens, "an epoch"
     if budget_tokens is not None and budget_tokens < epoch_tokens:
@@ -212,7 +224,9 @@ def batch_tokens(epoch_tokens: int, budget_tokens: int | None = None) -> Setting
 
 
 def learning_rate(width: int) -> Setting:
-    """Return the peak rate of a base whose hidden states have `width` dimensions: 5e-5 * 10 * (2000 / D)^0.78, at most 1e-3."""
+    """Return the peak rate of a base whose hidden states have `width` dimensions: 5e-5 * 10 * (2000 / D)^0.78, at most
+    1e-3.
+    """
     rate = FULL_RATE * LORA_OVER_FULL * (REFERENCE_WIDTH / width) ** WIDTH_EXPONENT
     if rate >= MAX_RATE:
         return Setting(MAX_RATE, f"the highest: ten times the full fine-tuning rate of width {width} is {rate:.1e}")

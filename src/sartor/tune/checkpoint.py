@@ -2,8 +2,8 @@
 
     OUT.checkpoints/
       update-00000042/
-        checkpoint.json       schema, fingerprint, environment, numerics, position, counters, ...; sha256 of the others;
-                              digest of itself
+        checkpoint.json       schema, fingerprint, environment, numerics, position, counters, ...; sha256 of the
+                              others; digest of itself
         state.safetensors     adapter.*  optimizer.*  rng.*  best.* (of weights: best)  reference (of dpo and kto)
         log.jsonl             the journal up to there
       .update-00000043.part-.../   a save that a kill cut short: never read, removed by the next run
@@ -69,7 +69,9 @@ class Checkpoint:
 
 @dataclass
 class CheckpointState:
-    """What lies in a folder of checkpoints: the newest valid one, and newer ones that are not whole, with the reason."""
+    """What lies in a folder of checkpoints: the newest valid one, and newer ones that are not whole, with the
+    reason.
+    """
 
     checkpoint: Checkpoint | None = None
     invalid: list[tuple[Path, str]] = field(default_factory=list)
@@ -136,7 +138,9 @@ def check_numerics(checkpoint: Checkpoint, remedy: str) -> None:
     )
 
 
-def save(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], lines: Sequence[Any]) -> Checkpoint:
+def save(
+    folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], lines: Sequence[Any]
+) -> Checkpoint:
     """Write the checkpoint of `facts["counters"]["updates"]` updates; it is there whole, or not at all.
 
     Raises MissingError when the disk is full; what was saved before stays as it is.
@@ -150,7 +154,9 @@ def save(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, 
     return Checkpoint(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
 
 
-def _write(temp_folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], lines: Sequence[Any]) -> None:
+def _write(
+    temp_folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], lines: Sequence[Any]
+) -> None:
     write_tensors(tensors, temp_folder / STATE)
     (temp_folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     manifest: dict[str, Any] = {
@@ -176,7 +182,9 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def sweep(folder: Path, state: CheckpointState) -> None:
-    """Remove what a kill left in `folder`, and the checkpoints that were found invalid. The writer's lock must be held."""
+    """Remove what a kill left in `folder`, and the checkpoints that were found invalid. The writer's lock must be
+    held.
+    """
     for leftover in folder.glob(".update-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for path, _ in state.invalid:
@@ -226,7 +234,9 @@ def _invalid(path: Path, problem: str) -> ArtifactError:
 class Saver:
     """When a run saves its state, and what of it never changes while the run goes."""
 
-    def __init__(self, folder: Path, settings: Checkpoints, facts: Mapping[str, Any], start: Checkpoint | None) -> None:
+    def __init__(
+        self, folder: Path, settings: Checkpoints, facts: Mapping[str, Any], start: Checkpoint | None
+    ) -> None:
         self.folder, self.settings, self.facts = folder, settings, facts
         self._saved_update = start.update if start else 0
         self._saved_at = time.monotonic()

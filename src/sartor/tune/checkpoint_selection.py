@@ -1,10 +1,10 @@
 """Choose the weights of an Adapter: the last, or an earlier evaluation's if better beyond chance.
 
-At each evaluation every held-out row that is watched gets a score: whether the greedy reply is the reference, or, where
-replies are long, its loss. Who takes the best of K evaluations has chosen by the noise of those rows. So the best earlier
-one replaces the last only if it is better on more groups of rows than chance allows: the exact sign test of the pairs
-(McNemar 1947) at LEVEL / (K - 1), Bonferroni's correction for having chosen among the earlier ones. Rows of a group fail
-together, so a group is one piece of evidence however many rows it has.
+At each evaluation every held-out row that is watched gets a score: whether the greedy reply is the reference, or,
+where replies are long, its loss. Who takes the best of K evaluations has chosen by the noise of those rows. So the
+best earlier one replaces the last only if it is better on more groups of rows than chance allows: the exact sign test
+of the pairs (McNemar 1947) at LEVEL / (K - 1), Bonferroni's correction for having chosen among the earlier ones. Rows
+of a group fail together, so a group is one piece of evidence however many rows it has.
 """
 
 from __future__ import annotations
@@ -67,14 +67,17 @@ def natural_metric(rows: Sequence[TokenizedExample]) -> Metric:
 
 
 def passes(recipe: ResolvedRecipe, rows: Sequence[TokenizedExample]) -> int:
-    """How often an evaluation goes through the held-out rows: for their loss, and for replies, whose tokens cost the same."""
+    """How often an evaluation goes through the held-out rows: for their loss, and for replies, whose tokens cost the
+    same.
+    """
     return 2 if recipe.weights == "best" and rows and natural_metric(rows) == "exact_match" else 1
 
 
 class CheckpointSelection:
     """The evaluations of a run, and the weights of the best one before the last.
 
-    rows: the held-out rows. groups: of each. weights: by name of the parameter, on the CPU; empty before the first evaluation.
+    rows: the held-out rows. groups: of each. weights: by name of the parameter, on the CPU; empty before the first
+    evaluation.
     """
 
     def __init__(self, chat: ChatTokenizer, rows: Sequence[TokenizedExample], groups: Sequence[str]) -> None:
@@ -85,7 +88,8 @@ class CheckpointSelection:
     def score_replies(self, model: Any) -> list[float]:
         """1.0 for each row to which the greedy reply of `model`, in eval mode, is the reference, else 0.0.
 
-        A row whose reply has no room in the model's context, or is much longer than the others', is not asked and has 0.0.
+        A row whose reply has no room in the model's context, or is much longer than the others', is not asked and has
+        0.0.
         """
         # devices load this module, tune without transformers, and reply to nothing
         generate = import_module("sartor.inference.generate")
@@ -132,17 +136,31 @@ class CheckpointSelection:
             "metric": self.metric,
             "rows": len(self.rows),
             "level": LEVEL,
-            "evaluations": [{"update": item.update, "loss": item.loss, "score": item.score} for item in self.candidates],
+            "evaluations": [
+                {"update": item.update, "loss": item.loss, "score": item.score} for item in self.candidates
+            ],
         }
         best = self._best(self.candidates)
         if best is last or not earlier:
             return last, {**facts, "update": last.update, "p_value": None, "reason": "no earlier evaluation is better"}
         p_value = sign_test_p_value(*(group_means(item.scores, self.groups) for item in (best, last)))
         limit = LEVEL / len(earlier)
-        comparison = f"update {best.update}: {best.score:.3f} against {last.score:.3f}, p {p_value:.3f}, limit {limit:.3f}"
+        comparison = (
+            f"update {best.update}: {best.score:.3f} against {last.score:.3f}, p {p_value:.3f}, limit {limit:.3f}"
+        )
         if p_value > limit:
-            return last, {**facts, "update": last.update, "p_value": p_value, "reason": f"not beyond chance: {comparison}"}
-        return best, {**facts, "update": best.update, "p_value": p_value, "reason": f"better beyond chance: {comparison}"}
+            return last, {
+                **facts,
+                "update": last.update,
+                "p_value": p_value,
+                "reason": f"not beyond chance: {comparison}",
+            }
+        return best, {
+            **facts,
+            "update": best.update,
+            "p_value": p_value,
+            "reason": f"better beyond chance: {comparison}",
+        }
 
     def state(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         """(weights, evaluations) for a checkpoint."""

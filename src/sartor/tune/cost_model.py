@@ -3,8 +3,8 @@
     peak memory = what is held now + gradients and moments of the adapter + activations of the heaviest micro-batch
     time        = sum over the run's real micro-batches of (a + b tokens [+ c token pairs]) + optimiser + evaluations
 
-Activations follow a formula of the model's shape (`Shape.activation_bytes`), scaled by measured micro-batches; a, b and
-c are fitted to timed ones. The order of the rows is known, so the updates are counted, not guessed. How wide the
+Activations follow a formula of the model's shape (`Shape.activation_bytes`), scaled by measured micro-batches; a, b
+and c are fitted to timed ones. The order of the rows is known, so the updates are counted, not guessed. How wide the
 allowances are, and what they were measured on: docs/decisions/004-forecast.md.
 """
 
@@ -34,8 +34,8 @@ class BatchLoad:
 
     pairs: token pairs, the sum of row length squared. stored_pairs: those whose weights are kept for the backward pass
     (above `BLOCKED_ATTENTION_TOKENS` the kernel keeps none). aside: of the tokens those that have no backward pass.
-    shared: of the tokens those at the beginning of a row that most rows begin with; a micro-batch computes the longest of
-    these beginnings, `beginning` tokens, once.
+    shared: of the tokens those at the beginning of a row that most rows begin with; a micro-batch computes the longest
+    of these beginnings, `beginning` tokens, once.
     """
 
     tokens: int = 0
@@ -135,8 +135,8 @@ class TimingProbe:
         *,
         is_peak_restarted: bool = False,
     ) -> None:
-        """beginning: tokens that rows share (`common_beginning`). is_peak_restarted: whether `hardware.restart_peak` was called
-        before the base was opened, so that what the process held before that is no part of `peak_bytes`.
+        """beginning: tokens that rows share (`common_beginning`). is_peak_restarted: whether `hardware.restart_peak`
+        was called before the base was opened, so that what the process held before that is no part of `peak_bytes`.
         """
         self.path, self.model, self.device, self.beginning = path, model, device, beginning
         self.is_peak_restarted, self._past_peak_bytes = is_peak_restarted, 0
@@ -223,10 +223,12 @@ MOST_HALF_WIDTH = 0.33
 PAST_PEAK_ALLOWANCE = 0.03
 # The scale of the formula where nothing was measured: it is off by that much from one architecture to another
 UNMEASURED = (0.6, 1.0, 1.6)
-# Of the fast path, which keeps of a token and layer 3 widths (input, attention's output, middle), queries, keys and values
-# (1.2 to 3 widths) and gate and up (2 inner widths): 0.35 to 0.5 of the formula, and what one layer's backward adds
+# Of the fast path, which keeps of a token and layer 3 widths (input, attention's output, middle), queries, keys and
+# values (1.2 to 3 widths) and gate and up (2 inner widths): 0.35 to 0.5 of the formula, and what one layer's backward
+# adds
 UNMEASURED_FAST = (0.3, 0.5, 0.8)
-# What the process still takes for itself: libraries that load at first use, the allocator's arenas (low, estimate, high)
+# What the process still takes for itself: libraries that load at first use, the allocator's arenas (low, estimate,
+# high)
 SETTLING_BYTES = (0.0, 16e6, 64e6)
 # Below this, growth is the allocator's noise and says nothing of the activations
 NOISE_BYTES = 16 * 2**20
@@ -306,7 +308,9 @@ def shape_of(model: Any, recipe: ResolvedRecipe) -> ModelShape:
     layers = config.num_hidden_layers
     weights = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     embedding_ids = {
-        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None
+        id(module.weight)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
     }
     return ModelShape(
         layers=layers,
@@ -329,7 +333,8 @@ class MemoryModel:
     """Peak memory as a function of the micro-batch and the recipe.
 
     resident_bytes: held between two micro-batches, with base and adapter open. scale: measured activations over the
-    formula's. past_peak_bytes: what opening the base has taken already. limit_bytes: what this process can hold at all.
+    formula's. past_peak_bytes: what opening the base has taken already. limit_bytes: what this process can hold at
+    all.
     kernel_bytes: code of products that oneDNN will still keep, for micro-batches of lengths that it has not met.
     """
 
@@ -344,7 +349,9 @@ class MemoryModel:
     def growth(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """What is held beyond `resident_bytes` while a micro-batch is computed, under this or a changed shape."""
         shape = shape or self.shape
-        weight_change_bytes = shape.linear_bytes - self.shape.linear_bytes + 4 * (shape.trainable - self.shape.trainable)
+        weight_change_bytes = (
+            shape.linear_bytes - self.shape.linear_bytes + 4 * (shape.trainable - self.shape.trainable)
+        )
         grown = self.scale * shape.activation_bytes(load) + (shape.state_bytes + weight_change_bytes)
         # where an update is one micro-batch its gradients come as its activations go
         return replace(grown, low=grown.low - 4 * shape.trainable)
@@ -396,7 +403,9 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
 
 @dataclass(frozen=True)
 class TimeModel:
-    """Seconds of a micro-batch: base_s + token_s tokens + pair_s token pairs; half_width: of the 90 % interval, relative."""
+    """Seconds of a micro-batch: base_s + token_s tokens + pair_s token pairs; half_width: of the 90 % interval,
+    relative.
+    """
 
     base_s: float
     token_s: float
@@ -412,7 +421,9 @@ class TimeModel:
 
 
 def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
-    """Least squares over samples of at least one size. Terms that come out below 0 are left out: pairs, then the base."""
+    """Least squares over samples of at least one size. Terms that come out below 0 are left out: pairs, then the
+    base.
+    """
     seconds = np.array([sample.seconds for sample in samples])
     columns = {
         "base_s": np.ones(len(samples)),
@@ -456,7 +467,8 @@ def simulate_updates(
 ) -> list[list[BatchLoad]] | None:
     """The updates that the run will make, each as its rows; `counters` is moved to their end.
 
-    rehearsal: the rows that are read beside them. None where only minutes limit it: then time is known, the updates are not.
+    rehearsal: the rows that are read beside them. None where only minutes limit it: then time is known, the updates
+    are not.
     """
     budget = recipe.budget
     if budget.epochs is None and budget.updates is None and budget.tokens is None:

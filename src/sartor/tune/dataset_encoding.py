@@ -25,8 +25,8 @@ _MAX_OTHERS = 8
 def encode_preference(
     example: Example, objective: Sft | Dpo | Kto, chat: ChatTokenizer, folder: Path
 ) -> list[tuple[TokenizedExample, Example]]:
-    """What a row is learnt as, and the Example whose last reply that is: one row, or of a pair under kto two; none where the
-    reply is bad and the objective has no use for that.
+    """What a row is learnt as, and the Example whose last reply that is: one row, or of a pair under kto two; none
+    where the reply is bad and the objective has no use for that.
 
     Raises SourceError as `Chat.encode` does. folder: below which its media lie.
     """
@@ -39,7 +39,12 @@ def encode_preference(
     if example.rating and isinstance(objective, Kto):
         row = _last_reply(chat.encode(example, folder), example)
         return [
-            (_lesson(replace(row, weight=row.weight * abs(example.rating)), "good" if example.rating > 0 else "bad"), example)
+            (
+                _lesson(
+                    replace(row, weight=row.weight * abs(example.rating)), "good" if example.rating > 0 else "bad"
+                ),
+                example,
+            )
         ]
     return [] if example.rating < 0 else [(chat.encode(example, folder), example)]
 
@@ -64,8 +69,8 @@ def mismatched_pairs(
 ) -> list[TokenizedExample]:
     """Each rated row beside another's reply to its prompt, chosen by the seed once for the whole run.
 
-    The paper shifts the replies of a batch by one; a choice that stays lets the reference compute each once. examples: of the
-    rows, one each. A row for which no other reply fits has none.
+    The paper shifts the replies of a batch by one; a choice that stays lets the reference compute each once. examples:
+    of the rows, one each. A row for which no other reply fits has none.
     """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
@@ -79,7 +84,9 @@ def mismatched_pairs(
 
     def beside(index: int) -> TokenizedExample | None:
         for other in others(index):
-            example = replace(examples[index], messages=(*examples[index].prompt, other.messages[-1]), rejected=(), rating=0.0)
+            example = replace(
+                examples[index], messages=(*examples[index].prompt, other.messages[-1]), rejected=(), rating=0.0
+            )
             try:
                 row = _last_reply(chat.encode(example, folder), examples[index])
             except SourceError:  # a reply that this prompt's template refuses
@@ -106,19 +113,26 @@ def number_lessons(rows: Sequence[TokenizedExample], first: int) -> list[Tokeniz
     return result
 
 
-def encode_rows(dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, rehearsal: Artifact | None = None) -> TokenizedDataset:
+def encode_rows(
+    dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, rehearsal: Artifact | None = None
+) -> TokenizedDataset:
     """The Dataset's rows as tokens, as the recipe's objective learns them; and of `rehearsal` the training rows.
 
-    Markup of the base in a reply is read into fields. A row whose reply cannot be read so, that is too long, refused by the
-    template or without a supervised token, or of whose bad reply the objective learns nothing, is left out and counted.
+    Markup of the base in a reply is read into fields. A row whose reply cannot be read so, that is too long, refused
+    by the template or without a supervised token, or of whose bad reply the objective learns nothing, is left out and
+    counted.
     Raises SourceError when nothing is left to learn from.
     """
     data = TokenizedDataset()
     # rows of the test split are neither learnt nor watched: a loss that stops a tuning is a choice by them
     examples = [example for example in parquet_io.read_examples(dataset) if example.split != TEST]
     examples = _hold_out(examples, recipe.data, recipe.seed)
-    train = _encode_examples([example for example in examples if example.split == "train"], dataset, recipe, chat, data)
-    held_out = _encode_examples([example for example in examples if example.split != "train"], dataset, recipe, chat, data)
+    train = _encode_examples(
+        [example for example in examples if example.split == "train"], dataset, recipe, chat, data
+    )
+    held_out = _encode_examples(
+        [example for example in examples if example.split != "train"], dataset, recipe, chat, data
+    )
     if recipe.data.rows and (excess := train[recipe.data.rows :]):
         data.leave_out("beyond_data_rows", *dict.fromkeys(row.example_id for row, _ in excess))
         train = train[: recipe.data.rows]
@@ -151,7 +165,9 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, rehearsa
 def _encode_examples(
     examples: Iterable[Example], dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, data: TokenizedDataset
 ) -> list[tuple[TokenizedExample, Example]]:
-    """The rows that can be learnt, with the Example whose last reply each has; of the others `data` is told the reason."""
+    """The rows that can be learnt, with the Example whose last reply each has; of the others `data` is told the
+    reason.
+    """
     encoded: list[tuple[TokenizedExample, Example]] = []
     for example in examples:
         if (
@@ -195,7 +211,9 @@ def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) ->
     if "rated_bad" in data.left_out:
         remedy = "objective: {kind: kto} learns from rows that were rated bad"
     if "too_long" in data.left_out:
-        remedy = f"data.max_length_tokens={preflight.length_that_keeps(data.lengths)} (now {recipe.data.max_length_tokens})"
+        remedy = (
+            f"data.max_length_tokens={preflight.length_that_keeps(data.lengths)} (now {recipe.data.max_length_tokens})"
+        )
     return SourceError(f"no training row with a supervised token is left ({reasons})", remedy)
 
 

@@ -1,7 +1,8 @@
 """Forecast of `sartor evaluate` on the rows that a Dataset holds out, from a timed sample of them.
 
-Reading and writing go through the very engine that evaluates (`inference/local/paired_replies.py`), so seconds a token are
-measured and tokens counted. What nobody knows before is how long replies are: from as long as their references to the limit.
+Reading and writing go through the very engine that evaluates (`inference/local/paired_replies.py`), so seconds a token
+are measured and tokens counted. What nobody knows before is how long replies are: from as long as their references to
+the limit.
 """
 
 from __future__ import annotations

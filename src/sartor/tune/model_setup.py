@@ -35,7 +35,11 @@ def open_recipe_base(recipe: Recipe, notice: Notice, device: torch.device | None
     if not choice.towers:
         return base
     towers = open_towers(choice.towers, base.device, notice)
-    cache = TensorCache(folder("features"), int(recipe.compute.cache_gb * 1e9), notice) if recipe.compute.reuse_frozen else None
+    cache = (
+        TensorCache(folder("features"), int(recipe.compute.cache_gb * 1e9), notice)
+        if recipe.compute.reuse_frozen
+        else None
+    )
     return compose_base(base, towers, shelf=cache, seed=recipe.seed)
 
 
@@ -68,8 +72,8 @@ def inject_recipe_adapter(recipe: Recipe, base: Base) -> Any:
 
 
 def start_of(recipe: Recipe, base: Base) -> Artifact | None:
-    """The Adapter or Release from whose weights a recipe's tuning goes on. Raises ArtifactError, and ConfigError for another
-    base than it was made for.
+    """The Adapter or Release from whose weights a recipe's tuning goes on. Raises ArtifactError, and ConfigError for
+    another base than it was made for.
     """
     if not recipe.method.start:
         return None
@@ -106,7 +110,9 @@ def _check_parts(targets: Targets, *, is_composed: bool) -> None:
     """Raise ConfigError for what only a native multi-modal base can train, or leave untrained."""
     for name, value in (("projector", targets.projector), ("tower", targets.tower)):
         if value == "none" and name == "projector" and is_composed:
-            problem = "method.targets.projector is none: a composed base's projector begins untrained, and would stay so"
+            problem = (
+                "method.targets.projector is none: a composed base's projector begins untrained, and would stay so"
+            )
             raise ConfigError(problem, "targets: {projector: full}")
         if value == "all-linear":
             problem = f"method.targets.{name} is all-linear, which native multi-modal bases alone can train"

@@ -28,13 +28,16 @@ def make(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) in one kernel a step, or on MPS in torch's plain form.
 
-    On CUDA, if gradients and state would not fit in what memory is free now, bitsandbytes' paged AdamW (Dettmers et al.
-    2023, arXiv:2305.14314), whose state CUDA moves to the host and back. Call it with the base loaded. Raises BudgetError
-    when it is needed and not installed. projectors: parameters with a rate of their own, the second group if there are any.
+    On CUDA, if gradients and state would not fit in what memory is free now, bitsandbytes' paged AdamW (Dettmers et
+    al. 2023, arXiv:2305.14314), whose state CUDA moves to the host and back. Call it with the base loaded. Raises
+    BudgetError when it is needed and not installed. projectors: parameters with a rate of their own, the second group
+    if there are any.
     """
     parameters = [*factors, *projectors]
     groups = [{"params": list(group)} for group in (factors, projectors) if group]
-    if low_precision := [parameter.dtype for parameter in parameters if parameter.dtype not in (torch.float32, torch.float64)]:
+    if low_precision := [
+        parameter.dtype for parameter in parameters if parameter.dtype not in (torch.float32, torch.float64)
+    ]:
         raise TypeError(f"AdamW's state has the dtype of the parameters, and one of them is {low_precision[0]}")
     rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if device.type == "cuda" and (problem := _beyond_memory(parameters, device)):
@@ -57,8 +60,9 @@ def _beyond_memory(parameters: Sequence[torch.nn.Parameter], device: torch.devic
 
 
 def scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
-    """The scale of the loss: for a base in fp16 (a GPU without bf16) that which keeps small gradients above fp16's least
-    number (Micikevicius et al. 2018, arXiv:1710.03740), for any other none: every call then passes its argument through.
+    """The scale of the loss: for a base in fp16 (a GPU without bf16) that which keeps small gradients above fp16's
+    least number (Micikevicius et al. 2018, arXiv:1710.03740), for any other none: every call then passes its argument
+    through.
 
     scale(loss).backward() each micro-batch; unscale_(optimizer) before gradients are clipped; step(optimizer), which
     leaves an update out whose gradients overflowed; update(). Its state_dict belongs in a checkpoint.
@@ -97,10 +101,22 @@ class AdamW:
             state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         state["step"] += 1
         torch._fused_adamw_(
-            [parameter], [parameter.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
-            lr=group["lr"], beta1=BETAS[0], beta2=BETAS[1], weight_decay=group["weight_decay"], eps=EPSILON,
-            amsgrad=False, maximize=False, grad_scale=None, found_inf=None,
-        )  # fmt: skip
+            [parameter],
+            [parameter.grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            lr=group["lr"],
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=group["weight_decay"],
+            eps=EPSILON,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=None,
+            found_inf=None,
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Let gradients go."""

@@ -1,6 +1,7 @@
 """Verb plan: forecast of time and memory, and reasons for a refusal.
 
-It writes no artefact and trains nothing; what is fetched, converted or compiled for the first time stays in SARTOR_HOME.
+It writes no artefact and trains nothing; what is fetched, converted or compiled for the first time stays in
+SARTOR_HOME.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from sartor.models import hardware, kernels
 from sartor.models.base import Base, machine_facts
 from sartor.models.hardware import best_device
 from sartor.models.losses.loss_backend import LossBackend
-from sartor.tune import auto_settings, checkpoint_selection, cost_model, plan_warnings, preflight, run_forecast, sampler
+from sartor.tune import (
+    auto_settings,
+    checkpoint_selection,
+    cost_model,
+    plan_warnings,
+    preflight,
+    run_forecast,
+    sampler,
+)
 from sartor.tune.auto_settings import Setting, value_text
 from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice, TimeModel, TimingProbe, load_of, take, total
 from sartor.tune.dataset_encoding import encode_rows
@@ -39,7 +48,8 @@ _HOURS = {"h": 1.0, "d": 24.0, "min": 1 / 60, "s": 1 / 3600}
 # Seconds of timed micro-batches, about
 _PROBE_S = 8.0
 _SMALL_TOKENS = 128
-# Passes over the sizes, at least two: more where samples differ by so much that the interval is wider than this to a side
+# Passes over the sizes, at least two: more where samples differ by so much that the interval is wider than this to a
+# side
 _MOST_PASSES, _WIDE = 5, 0.3
 
 
@@ -106,7 +116,11 @@ class TuningPlan:
                 f"{counters.tokens:,} tokens, {counters.supervised_tokens:,} supervised, {counters.updates:,} updates",
             ),
             ("trains", f"{self.trainable:,} parameters"),
-            *([("micro-batch", f"{self.settled.micro_batch_tokens:,} tokens: {self.settled.reason}")] if self.settled else []),
+            *(
+                [("micro-batch", f"{self.settled.micro_batch_tokens:,} tokens: {self.settled.reason}")]
+                if self.settled
+                else []
+            ),
             *([("path", f"{self.path.name}: {self.path.reason}")] if self.path else []),
             *(
                 (f"auto {name}", f"{value_text(setting.value)}: {setting.reason}")
@@ -127,9 +141,9 @@ def plan(
 ) -> TuningPlan:
     """Forecast `tune(recipe)` on this machine, from the real rows and a few timed micro-batches of them.
 
-    device: `cpu`, `cuda`, `mps`; by default what `tune` would take. price: of the machine, `0.45/h` (also /d, /min, /s) or a
-    number per hour. Raises ConfigError (recipe, device, price), ArtifactError (Dataset), ModelError (base). What would stop
-    the run is no error here but one of `refusals`.
+    device: `cpu`, `cuda`, `mps`; by default what `tune` would take. price: of the machine, `0.45/h` (also /d, /min,
+    /s) or a number per hour. Raises ConfigError (recipe, device, price), ArtifactError (Dataset), ModelError (base).
+    What would stop the run is no error here but one of `refusals`.
     """
     recipe = load_recipe(recipe)
     price_h = hourly(price)
@@ -201,13 +215,19 @@ def _forecast(
         if updates is None:
             _count_by_minutes(counters, times, recipe, loads)
         began = time.monotonic()
-        warnings = plan_warnings.run_warnings(recipe, dataset, base, path, counters.updates, [row.tokens for row in data.train])
+        warnings = plan_warnings.run_warnings(
+            recipe, dataset, base, path, counters.updates, [row.tokens for row in data.train]
+        )
         start_s += time.monotonic() - began  # `tune` looks for them too
         # the reference is computed before the first update, once
-        start_s += times.seconds(probe.load_of(all_sequences(reached_pairs(recipe, data)))) * cost_model.FORWARD_FRACTION
+        start_s += (
+            times.seconds(probe.load_of(all_sequences(reached_pairs(recipe, data)))) * cost_model.FORWARD_FRACTION
+        )
         # what `tune` measures its memory by
         max_tokens = run_forecast.PROBE_FRACTION * counters.tokens if updates is not None else None
-        start_s += sum(times.seconds(probe.load_of(group)) for group in run_forecast.calibration_batches(sequences, max_tokens))
+        start_s += sum(
+            times.seconds(probe.load_of(group)) for group in run_forecast.calibration_batches(sequences, max_tokens)
+        )
         duration = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s, beginning)
     return TuningPlan(
         time_s=duration,
@@ -231,7 +251,9 @@ def _probe(
     data: TokenizedDataset,
     loads: Sequence[BatchLoad],
 ) -> cost_model.MemoryModel:
-    """Time micro-batches of two sizes, and one of the longest row where rows differ; returns the calibrated memory model."""
+    """Time micro-batches of two sizes, and one of the longest row where rows differ; returns the calibrated memory
+    model.
+    """
     shuffled = next(sampler.iterate_updates([load.tokens for load in loads], 1 << 40, recipe.seed))
     rows = all_sequences(data.train[index] for index in shuffled if index < len(data.train))
     small = take(rows, _SMALL_TOKENS)
@@ -286,16 +308,23 @@ def run_seconds(
         for update in updates
     )
     total_s = updates_s + evaluations_s
-    duration = Interval(total_s, total_s * (1 - times.half_width), total_s * (1 + times.half_width)).at_least(0) + start_s
+    duration = (
+        Interval(total_s, total_s * (1 - times.half_width), total_s * (1 + times.half_width)).at_least(0) + start_s
+    )
     return duration.at_most(limit_s + evaluations_s) if limit_s else duration
 
 
-def _count_by_minutes(counters: Counters, times: TimeModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> None:
+def _count_by_minutes(
+    counters: Counters, times: TimeModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad]
+) -> None:
     """What the minutes of a budget will read, about."""
     total_load = total(loads)
     epochs = (recipe.budget.minutes or 0) * 60 / times.seconds(total_load)
     counters.updates = max(round(epochs * len(cost_model.epoch(recipe, loads))), 1)
-    counters.tokens, counters.supervised_tokens = round(epochs * total_load.tokens), round(epochs * total_load.supervised)
+    counters.tokens, counters.supervised_tokens = (
+        round(epochs * total_load.tokens),
+        round(epochs * total_load.supervised),
+    )
 
 
 def hourly(price: str | float) -> float | None:

@@ -1,7 +1,7 @@
 """Warnings of `plan` and `tune`: the run begins, and its result is likely to disappoint.
 
-few_updates: fewer optimiser updates than a loss takes to fall. unknown_language: the rows are in a language in which the base
-predicts text far worse than English small talk.
+few_updates: fewer optimiser updates than a loss takes to fall. unknown_language: the rows are in a language in which
+the base predicts text far worse than English small talk.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ FEW_UPDATES, LANGUAGE = "few_updates", "language"
 # Fewer updates than these are warned of
 LEAST_UPDATES = 50
 SMALLEST_BATCH = 64
-# Nats a letter on the rows over those on English small talk, from which a language counts as one that the base does not know
+# Nats a letter on the rows over those on English small talk, from which a language counts as one that the base does
+# not know
 UNKNOWN_RATIO = 1.5
 REFERENCE_LANGUAGE = "en"
 # Text is measured in pieces of about so many characters, so that short rows have a context too
@@ -53,7 +54,8 @@ def run_warnings(
 ) -> list[DataWarning]:
     """Return all warnings of a run.
 
-    path: of the model before its first update. updates: None where they are not known. row_tokens: of the training rows.
+    path: of the model before its first update. updates: None where they are not known. row_tokens: of the training
+    rows.
     """
     return [
         *(few_updates(recipe, updates, row_tokens) if updates is not None else ()),
@@ -92,7 +94,9 @@ def few_updates(recipe: ResolvedRecipe, updates: int, row_tokens: Sequence[int])
     if not is_counted:
         remedies.append("more rows")
     plural = "" if updates == 1 else "s"
-    problem = f"the run makes {updates} update{plural}; with fewer than {LEAST_UPDATES} a model has hardly begun to learn"
+    problem = (
+        f"the run makes {updates} update{plural}; with fewer than {LEAST_UPDATES} a model has hardly begun to learn"
+    )
     yield DataWarning(FEW_UPDATES, problem, "; or ".join(remedies))
 
 
@@ -108,14 +112,17 @@ def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) 
     if rows < UNKNOWN_RATIO * reference:
         return
     problem = (
-        f"the rows' language is {code!r}, in which this base has {rows / reference:.1f} times the loss a letter that it has on "
+        f"the rows' language is {code!r}, in which this base has {rows / reference:.1f} times the loss a letter that "
+        "it has on "
         f"English small talk ({rows:.2f} against {reference:.2f} nats; warned from {UNKNOWN_RATIO:g} times on)"
     )
     yield DataWarning(LANGUAGE, problem, "a base that knows the language (base: owner/model), or rows in English")
 
 
 def _texts(dataset: Artifact) -> list[str]:
-    """The users' turns of rows at even distances; of rows without one, the text that is learnt. Rehearsal is left out."""
+    """The users' turns of rows at even distances; of rows without one, the text that is learnt. Rehearsal is left
+    out.
+    """
     walked = list(itertools.islice(parquet_io.read_own_examples(dataset, "train"), ROWS_WALKED))
     step = max(math.ceil(len(walked) / ROWS_READ), 1)
     return [text for example in walked[::step] if (text := _user_text(example))]

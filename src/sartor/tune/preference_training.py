@@ -1,8 +1,9 @@
 """Training loop for DPO and KTO.
 
-The reference is the model before its first update: the base under a fresh adapter, or what the adapter was that tuning goes on
-from. So its log-probabilities are one number a reply, computed once, before anything moves, and kept in every checkpoint: no
-second model is held, and no update pays a forward pass for it; computed with the updates it would be paid again in each epoch.
+The reference is the model before its first update: the base under a fresh adapter, or what the adapter was that tuning
+goes on from. So its log-probabilities are one number a reply, computed once, before anything moves, and kept in every
+checkpoint: no second model is held, and no update pays a forward pass for it; computed with the updates it would be
+paid again in each epoch.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ REFERENCE = "reference"
 
 
 class PreferenceLosses(NamedTuple):
-    """N lessons of a micro-batch. losses, weights: (N,). agree: (N,) whether the model has moved as people said. replies: of
-    pairs, the (S,) losses and weights of the preferred replies' tokens.
+    """N lessons of a micro-batch. losses, weights: (N,). agree: (N,) whether the model has moved as people said.
+    replies: of pairs, the (S,) losses and weights of the preferred replies' tokens.
     """
 
     losses: torch.Tensor
@@ -36,8 +37,8 @@ class PreferenceLosses(NamedTuple):
 
 
 class PreferenceRun(TrainingRun):
-    """See `Run`. An update's loss is the weighted mean over its lessons, plus `plain_weight` times that of sft over its plain
-    rows; of dpo, plus `sft_weight` times that of the preferred replies.
+    """See `Run`. An update's loss is the weighted mean over its lessons, plus `plain_weight` times that of sft over
+    its plain rows; of dpo, plus `sft_weight` times that of the preferred replies.
     """
 
     reference: torch.Tensor | None = None
@@ -50,7 +51,10 @@ class PreferenceRun(TrainingRun):
     def train(self, signals: DeferredSignals) -> None:
         """See `Run`; the reference is computed first, unless a checkpoint brought it."""
         if self.reference is None:
-            rows = [*reached_pairs(self.recipe, self.data), *(lessons(self.data.held_out) if self.evaluation_points else [])]
+            rows = [
+                *reached_pairs(self.recipe, self.data),
+                *(lessons(self.data.held_out) if self.evaluation_points else []),
+            ]
             self.reference = self._compute_reference(rows)
         super().train(signals)
 
@@ -65,7 +69,8 @@ class PreferenceRun(TrainingRun):
 
     @torch.no_grad()
     def _compute_reference(self, rows: Sequence[PreferenceExample]) -> torch.Tensor:
-        """(N, 2): by a lesson's number the log-probability of its reply and of the other one; nan where none is needed.
+        """(N, 2): by a lesson's number the log-probability of its reply and of the other one; nan where none is
+        needed.
 
         Every row of the run has a line. Call it before the first update.
         """
@@ -136,13 +141,20 @@ class PreferenceRun(TrainingRun):
         is_good = torch.tensor([row.term == "good" for row in rows], device=self.base.device)
         policy = self._log_probabilities(rows)
         row_losses = objectives.kto(
-            policy, reference[:, 0], is_good, divergence, beta=objective.beta,
-            desirable_weight=objective.desirable_weight, undesirable_weight=objective.undesirable_weight,
-        )  # fmt: skip
+            policy,
+            reference[:, 0],
+            is_good,
+            divergence,
+            beta=objective.beta,
+            desirable_weight=objective.desirable_weight,
+            undesirable_weight=objective.undesirable_weight,
+        )
         return PreferenceLosses(row_losses, weights, (policy - reference[:, 0] > divergence) == is_good)
 
     def _sum(self, batch_losses: PreferenceLosses, total: float, replies: float) -> torch.Tensor:
-        """What a micro-batch adds to an update's loss. total, replies: weights of the update's lessons, and of their tokens."""
+        """What a micro-batch adds to an update's loss. total, replies: weights of the update's lessons, and of their
+        tokens.
+        """
         loss = (batch_losses.losses * batch_losses.weights).sum() / total
         if batch_losses.replies and self._objective.sft_weight:
             loss = loss + self._objective.sft_weight * objectives.sft(*batch_losses.replies, replies)
@@ -163,7 +175,9 @@ class PreferenceRun(TrainingRun):
         return objectives.divergence(torch.cat(policy), torch.stack(references))
 
     def _report(self, rows: Sequence[PreferenceExample], agree: int, divergence: torch.Tensor) -> dict[str, float]:
-        """What is said of lessons: the fraction on which the model has moved as people said; of kto, the divergence too."""
+        """What is said of lessons: the fraction on which the model has moved as people said; of kto, the divergence
+        too.
+        """
         if not rows:
             return {}
         is_dpo = isinstance(self._objective, Dpo)

@@ -1,7 +1,7 @@
 """Checks before a run, with changes that would fit.
 
-`sartor plan` lists Refusals; `sartor tune` raises the first as an error. A remedy for memory is offered only if the same
-forecast says that it fits.
+`sartor plan` lists Refusals; `sartor tune` raises the first as an error. A remedy for memory is offered only if the
+same forecast says that it fits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from sartor.tune.recipe import Dpo, Recipe, ResolvedRecipe, Sft
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 
 NO_PREFERENCE = "nothing_preferred"
-MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = "memory", "cut_answers", "nothing_supervised", "pad_is_stop", "end_unsupervised"
+MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = (
+    "memory",
+    "cut_answers",
+    "nothing_supervised",
+    "pad_is_stop",
+    "end_unsupervised",
+)
 # Quantised linear weights over 16-bit and 32-bit ones: 4 bits and an absmax per 64 values; 8 bits and a scale per row
 _BYTES_PER_WEIGHT: dict[Any, float] = {4: 0.5 + 4 / 64, 8: 1.05, 16: 2.0, 32: 4.0}
 _KEPT_FRACTION = 0.99
@@ -125,14 +131,15 @@ def of_objective(recipe: Recipe, data: TokenizedDataset) -> Iterator[Refusal]:
 def check_end_tokens(chat: Tokenised, rows: Sequence[TokenizedExample]) -> Iterator[Refusal]:
     """The model would not learn to stop: the pad is a stop token, or a row's last learnt token is none.
 
-    Sartor pads nothing while it packs, but a pad that ends replies masks their end elsewhere (serving, other trainers), and a
-    mask made from it leaves the end of the turn unlearnt.
+    Sartor pads nothing while it packs, but a pad that ends replies masks their end elsewhere (serving, other
+    trainers), and a mask made from it leaves the end of the turn unlearnt.
     """
     if chat.pad in chat.stops:
         token = chat.tokenizer.convert_ids_to_tokens(chat.pad)
         yield Refusal(
             PAD,
-            f"the pad {token!r} (id {chat.pad}) is also a stop token of this base: who masks the pad masks the end of a reply",
+            f"the pad {token!r} (id {chat.pad}) is also a stop token of this base: who masks the pad masks the end of "
+            "a reply",
             "set pad_token in the base's tokenizer_config.json to a token that ends nothing",
         )
     unended = [row for row in rows if row.supervised_tokens and _last_learnt(row) not in chat.stops]
@@ -140,7 +147,8 @@ def check_end_tokens(chat: Tokenised, rows: Sequence[TokenizedExample]) -> Itera
         stops = ", ".join(repr(chat.tokenizer.convert_ids_to_tokens(stop)) for stop in chat.stops)
         yield Refusal(
             END,
-            f"in {len(unended):,} of {len(rows):,} rows the last learnt token ends no reply (the stop tokens are {stops}), "
+            f"in {len(unended):,} of {len(rows):,} rows the last learnt token ends no reply (the stop tokens are "
+            f"{stops}), "
             f"the first is {unended[0].example_id}: the model would not learn to stop",
             "use a base whose chat template writes its end-of-turn token after a reply, or set eos_token to it",
         )
@@ -166,7 +174,9 @@ def check_memory(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[Bat
 
 
 def remedies(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> Iterator[tuple[str, float]]:
-    """Changes of the recipe that fit: (`option=value ...`, bytes at the high end). Single ones, or if none fits, together."""
+    """Changes of the recipe that fit: (`option=value ...`, bytes at the high end). Single ones, or if none fits,
+    together.
+    """
     singles = list(_changes(model.shape, recipe, loads))
     fitting = [(change, size) for change in singles if (size := needed_under(model, recipe, loads, [change]))]
     if fitting:
@@ -187,7 +197,9 @@ def remedies(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLo
 def needed_under(
     model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad], changes: Sequence[str]
 ) -> float | None:
-    """Bytes at the high end under a recipe with `changes` (`option=value`), or None where that does not fit or work."""
+    """Bytes at the high end under a recipe with `changes` (`option=value`), or None where that does not fit or
+    work.
+    """
     changed = _changed(recipe, changes)
     if changed is None:
         return None
@@ -260,5 +272,9 @@ def check_disk(out: Path, trainable: int, kept_checkpoints: int) -> None:
     needed = 4 * floats + _DISK_RESERVE_BYTES
     folder = next(parent for parent in (out, *out.parents) if parent.is_dir())
     if (free := shutil.disk_usage(folder).free) < needed:
-        problem = f"a run writes up to {needed / 1e6:,.0f} MB beside {out}, and {free / 1e6:,.0f} MB are free in {folder}"
-        raise MissingError(problem, f"df -h {folder}, and free some; or --out DIR on another disk; or checkpoints.keep: 1")
+        problem = (
+            f"a run writes up to {needed / 1e6:,.0f} MB beside {out}, and {free / 1e6:,.0f} MB are free in {folder}"
+        )
+        raise MissingError(
+            problem, f"df -h {folder}, and free some; or --out DIR on another disk; or checkpoints.keep: 1"
+        )

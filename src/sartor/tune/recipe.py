@@ -21,7 +21,9 @@ def _at_least(value: Any, minimum: int, *names: str) -> None:
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """Which pretrained weights. With `image` or `audio` it is composed: a text base that reads media through frozen towers."""
+    """Which pretrained weights. With `image` or `audio` it is composed: a text base that reads media through frozen
+    towers.
+    """
 
     name: str = option("", "starter, a directory in transformers' layout, a GGUF file, or a hub name (owner/model)")
     text: str = option("", "the text base of a composed one: another word for `name`")
@@ -30,7 +32,8 @@ class BaseChoice:
     revision: str = option("", "revision of a hub model; empty is its main branch")
     bits: Literal[4, 8, 16, 32, "auto"] = option(
         "auto",
-        "4 is NF4, 8 is int8 (both bitsandbytes), 16 is bf16, 32 is fp32; auto is bf16 where the hardware has it, else fp32",
+        "4 is NF4, 8 is int8 (both bitsandbytes), 16 is bf16, 32 is fp32; auto is bf16 where the hardware has it, "
+        "else fp32",
     )
     licence: str = option("", "SPDX licence of the base, where its own files state none")
     use: tuple[Use, ...] = option(
@@ -40,7 +43,9 @@ class BaseChoice:
     def __post_init__(self) -> None:
         if bool(self.name) == bool(self.text):
             text = f"both name {self.name!r} and text {self.text!r}" if self.name else "no name"
-            raise ConfigError(f"the base has {text}", "base: starter, or base: {text: starter, image: efficientnet-lite0}")
+            raise ConfigError(
+                f"the base has {text}", "base: starter, or base: {text: starter, image: efficientnet-lite0}"
+            )
         object.__setattr__(self, "name", self.name or self.text)
         object.__setattr__(self, "text", "")
 
@@ -52,7 +57,9 @@ class BaseChoice:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Rows of another Dataset in the updates, learnt by sft whatever the objective: against forgetting (arXiv:1811.11682)."""
+    """Rows of another Dataset in the updates, learnt by sft whatever the objective: against forgetting
+    (arXiv:1811.11682).
+    """
 
     path: str = option(
         "", "directory of a Dataset of general rows, whose training split is taken, or asset:small-talk; empty: none"
@@ -77,14 +84,20 @@ class Data:
     rows: int = option(0, "at most this many training rows; 0 takes all")
     too_long_fraction: float = option(0.1, "the run is refused if more of the rows than this are too long")
     rehearsal: Literal["auto", "none"] | Rehearsal = option(
-        "auto", "rows of another Dataset that are read beside them; auto: 200 rows of small talk, where the defaults are chosen"
+        "auto",
+        "rows of another Dataset that are read beside them; auto: 200 rows of small talk, where the defaults are "
+        "chosen",
     )
 
     def __post_init__(self) -> None:
         if not 0 <= self.too_long_fraction <= 1:
-            raise ConfigError(f"too_long_fraction is {self.too_long_fraction}; it must be in 0..1", "too_long_fraction: 0.1")
+            raise ConfigError(
+                f"too_long_fraction is {self.too_long_fraction}; it must be in 0..1", "too_long_fraction: 0.1"
+            )
         if not 0 <= self.eval_fraction < 1:
-            raise ConfigError(f"eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1", "eval_fraction: 0.1")
+            raise ConfigError(
+                f"eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1", "eval_fraction: 0.1"
+            )
         _at_least(self, 2, "max_length_tokens")
         _at_least(self, 0, "rows", "eval_rows")
 
@@ -116,7 +129,9 @@ class Targets:
     projector: Literal["full", "all-linear", "none"] = option(
         "full", "what turns media into tokens: trained whole, by an adapter (native bases), or frozen"
     )
-    tower: Literal["all-linear", "none"] = option("none", "the encoders of media: frozen, or an adapter (native bases)")
+    tower: Literal["all-linear", "none"] = option(
+        "none", "the encoders of media: frozen, or an adapter (native bases)"
+    )
 
     def __post_init__(self) -> None:
         if self.language:
@@ -126,7 +141,9 @@ class Targets:
         if isinstance(self.modules, str) and self.modules != "all-linear":
             # one module's name is a list of one; peft would read a bare text as a regular expression
             object.__setattr__(self, "modules", (self.modules,))
-        if self.layers != "all" and not (self.layers.startswith("top-") and self.layers[4:].isdigit() and int(self.layers[4:])):
+        if self.layers != "all" and not (
+            self.layers.startswith("top-") and self.layers[4:].isdigit() and int(self.layers[4:])
+        ):
             raise ConfigError(f"layers is {self.layers!r}; it must be `all` or `top-N`", "layers: top-10")
 
     @property
@@ -169,7 +186,9 @@ class Dpo:
     label_smoothing: float = option(
         0.0, "fraction of the pairs, below 0.5, that may stand the wrong way round (conservative dpo)"
     )
-    sft_weight: float = option(0.0, "weight of the preferred reply's own cross-entropy beside it (arXiv:2404.19733 has 1)")
+    sft_weight: float = option(
+        0.0, "weight of the preferred reply's own cross-entropy beside it (arXiv:2404.19733 has 1)"
+    )
     plain_weight: float = option(1.0, "weight of the cross-entropy of rows that are no pair, rehearsal among them")
     kind: Literal["dpo"] = "dpo"
 
@@ -182,7 +201,9 @@ class Dpo:
 
 @dataclass(frozen=True)
 class Kto:
-    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306) of rated rows; a pair is a good and a bad."""
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306) of rated rows; a pair is a good and a
+    bad.
+    """
 
     beta: float = option(0.1, "penalty for moving away from the reference model: higher stays closer")
     desirable_weight: float = option(1.0, "lambda_D: weight of rows rated good")
@@ -256,11 +277,17 @@ class ResolvedOptimizer(Optimizer):
 
 @dataclass(frozen=True)
 class Align:
-    """The first phase of a composed base: the projector learns alone, the adapter is not moved (LLaVA, arXiv:2304.08485)."""
+    """The first phase of a composed base: the projector learns alone, the adapter is not moved (LLaVA,
+    arXiv:2304.08485).
+    """
 
     fraction: float = option(0.2, "of the budget, 0..1; a text base has no such phase")
-    learning_rate: float = option(1e-3, "rate of the projector in it; later it has that of the optimizer, times `later`")
-    later: float = option(1.0, "learning rate of the projector after alignment, as a multiple of optimizer.learning_rate")
+    learning_rate: float = option(
+        1e-3, "rate of the projector in it; later it has that of the optimizer, times `later`"
+    )
+    later: float = option(
+        1.0, "learning rate of the projector after alignment, as a multiple of optimizer.learning_rate"
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction < 1 or self.learning_rate <= 0 or self.later < 0:
@@ -272,8 +299,12 @@ class Align:
 class Compute:
     """How the work is done. Nothing here changes what is learnt, but by rounding."""
 
-    path: Literal["auto", "general"] = option("auto", "general: transformers' own module even where the fast path fits")
-    micro_batch_tokens: int | Literal["auto"] = option("auto", "tokens computed at once; auto is the most that memory holds")
+    path: Literal["auto", "general"] = option(
+        "auto", "general: transformers' own module even where the fast path fits"
+    )
+    micro_batch_tokens: int | Literal["auto"] = option(
+        "auto", "tokens computed at once; auto is the most that memory holds"
+    )
     recompute: bool = option(False, "keep one tensor a layer and compute the rest again in the backward pass")
     share_prefixes: bool = option(True, "compute what several rows of a micro-batch begin with once")
     reuse_frozen: bool = option(True, "keep the activations below the lowest adapted layer on disk for later epochs")
@@ -305,19 +336,23 @@ class Recipe:
     data: Data = option(REQUIRED, "which Dataset")
     method: Lora = option(Lora(), "what is trained")
     objective: Sft | Dpo | Kto = option(Sft(), "what is minimised")
-    budget: Literal["auto"] | StopCriteria = option("auto", "when to stop; auto: epochs until there are enough updates")
+    budget: Literal["auto"] | StopCriteria = option(
+        "auto", "when to stop; auto: epochs until there are enough updates"
+    )
     optimizer: Optimizer = option(Optimizer(), "how it gets there")
     align: Align = option(Align(), "how a composed base begins")
     compute: Compute = option(Compute(), "how the work is done")
     checkpoints: Checkpoints = option(Checkpoints(), "when state is saved")
     evaluations: Literal["auto"] | int = option(
         "auto",
-        "how often the held-out rows are measured, evenly, the last time at the end; auto: 4 for the best weights, else 2",
+        "how often the held-out rows are measured, evenly, the last time at the end; auto: 4 for the best weights, "
+        "else 2",
     )
     seed: int = option(0, "seed of the row order, the adapter's start and dropout")
     weights: Literal["auto", "best", "last"] = option(
         "auto",
-        "last: of the last update; best: of an earlier evaluation where that is better beyond chance; auto: auto_settings.py",
+        "last: of the last update; best: of an earlier evaluation where that is better beyond chance; auto: "
+        "auto_settings.py",
     )
 
     def __post_init__(self) -> None:
@@ -329,13 +364,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ResolvedRecipe(Recipe):
-    """A Recipe in which no default is left to choose (tune/auto_settings.py): what a run computes by, and its manifest says."""
+    """A Recipe in which no default is left to choose (tune/auto_settings.py): what a run computes by, and its manifest
+    says.
+    """
 
     data: ResolvedData = option(REQUIRED, "which Dataset")
     budget: StopCriteria = option(StopCriteria(epochs=1.0), "when to stop")
     optimizer: ResolvedOptimizer = option(ResolvedOptimizer(), "how it gets there")
     evaluations: int = option(2, "how often the held-out rows are measured, evenly, the last time at the end")
-    weights: Literal["best", "last"] = option("last", "which the Adapter gets: of the best evaluation, or of the last update")
+    weights: Literal["best", "last"] = option(
+        "last", "which the Adapter gets: of the best evaluation, or of the last update"
+    )
 
 
 def load(recipe: Recipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> Recipe:

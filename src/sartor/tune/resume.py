@@ -21,15 +21,16 @@ from sartor.tune.checkpoint import CheckpointState, check_numerics, folder_of, n
 from sartor.tune.recipe import Recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
-# Options that may differ between a run and its resumption: when state is saved, and where the same bytes are found (the
-# Dataset and the base are compared by digest).
+# Options that may differ between a run and its resumption: when state is saved, and where the same bytes are found
+# (the Dataset and the base are compared by digest).
 FREE_OPTIONS = ("checkpoints.", "data.path", "data.rehearsal.path", "method.start", "base.name", "base.revision")
 
 
 def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callable[[str], object]) -> CheckpointState:
     """What is there to go on from, before anything takes long.
 
-    Raises ConfigError when `out` is taken, or when an unfinished run is there and neither flag says what to do with it.
+    Raises ConfigError when `out` is taken, or when an unfinished run is there and neither flag says what to do with
+    it.
     """
     if resume and replace:
         raise ConfigError(
@@ -43,7 +44,9 @@ def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callabl
     if not resume:
         check_output_free(out, replace=False)
         if result.checkpoint or result.invalid:
-            reached = f"reached update {result.checkpoint.update}" if result.checkpoint else "left only damaged checkpoints"
+            reached = (
+                f"reached update {result.checkpoint.update}" if result.checkpoint else "left only damaged checkpoints"
+            )
             problem = f"an unfinished run of {out} {reached}; its checkpoints are in {folder_of(out)}"
             raise ConfigError(problem, "add --resume to go on there, or --replace to start over")
         return result
@@ -59,8 +62,8 @@ def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callabl
 def finished(out: Path, state: CheckpointState, new: Mapping[str, Any]) -> Artifact | None:
     """The Adapter at `out`, if it is what this run would make. `new`: the run's fingerprint.
 
-    Raises ConfigError when what is found there, the Adapter or the checkpoint, is of another recipe, Dataset or base, or
-    when another arithmetic began the checkpoint.
+    Raises ConfigError when what is found there, the Adapter or the checkpoint, is of another recipe, Dataset or base,
+    or when another arithmetic began the checkpoint.
     """
     if kind_of(out) == "adapter":
         existing = open_artifact(out, "adapter")
@@ -100,7 +103,9 @@ def standing_id(out: Path) -> str:
 def fingerprint(
     recipe: Recipe, dataset: Artifact, base: Base, data: TokenizedDataset, start: Artifact | None
 ) -> dict[str, Any]:
-    """What decides a run's result. `rows` covers what the recipe, the Datasets and the tokenizer make of each other."""
+    """What decides a run's result. `rows` covers what the recipe, the Datasets and the tokenizer make of each
+    other.
+    """
     return {
         "recipe": config.dump(recipe),
         "dataset": records.digest(dataset.manifest["files"]),
@@ -126,11 +131,14 @@ def environment(base: Base) -> dict[str, Any]:
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """A line that names what differs between two environments, if anything does."""
     if differing := [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]:
-        yield f"going on elsewhere: {', '.join(differing)}; the result may differ from an uninterrupted run's in the last bits"
+        names = ", ".join(differing)
+        yield f"going on elsewhere: {names}; the result may differ from an uninterrupted run's in the last bits"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprints, in words: `recipe method.rank: 8 -> 16`, `dataset: digest 12ab -> 34cd`."""
+    """What differs between two fingerprints, in words: `recipe method.rank: 8 -> 16`, `dataset: digest 12ab ->
+    34cd`.
+    """
     lines = []
     before, after = _flat(old.get("recipe", {})), _flat(new["recipe"])
     # what an option that a run is older than stood for: the last weights were kept, a base had no use of its own

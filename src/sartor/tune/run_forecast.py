@@ -1,7 +1,7 @@
 """Forecast of a running tune, compared with its cost.
 
-Time is not taken from a calibration but from the run's own first updates: they cost nothing, and they are what the rest
-will be like (docs/decisions/004-forecast.md).
+Time is not taken from a calibration but from the run's own first updates: they cost nothing, and they are what the
+rest will be like (docs/decisions/004-forecast.md).
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class RunForecast:
 
 
 def calibration_batches(rows: Sequence[TokenizedExample], max_tokens: float | None) -> list[list[TokenizedExample]]:
-    """The two micro-batches of a run of `tune`, the second of at least twice the tokens; none if they would cost more than
+    """The two micro-batches of a run of `tune`, the second of at least twice the tokens; none if they would cost more
+    than
     `max_tokens`.
     """
     small = take(rows, 128)
@@ -140,7 +141,9 @@ def foresee(
         settled,
         memory.peak(settled.load),
         counters.tokens if is_counted else None,
-        recipe.evaluations * checkpoint_selection.passes(recipe, data.held_out) * sum(row.tokens for row in data.held_out),
+        recipe.evaluations
+        * checkpoint_selection.passes(recipe, data.held_out)
+        * sum(row.tokens for row in data.held_out),
         recipe.budget.minutes and recipe.budget.minutes * 60,
         updates=counters.updates if is_counted else None,
     )

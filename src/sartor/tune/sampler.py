@@ -27,11 +27,13 @@ class Position:
 START = Position()
 
 
-def iterate_updates(lengths: Sequence[int], batch_tokens: int, seed: int, start: Position = START) -> Iterator[list[int]]:
+def iterate_updates(
+    lengths: Sequence[int], batch_tokens: int, seed: int, start: Position = START
+) -> Iterator[list[int]]:
     """Endless updates: lists of row indices, each epoch a fresh shuffle, rows added until `batch_tokens` is reached.
 
-    lengths: tokens per row. start: a position between two updates; what follows is what followed there. An update never
-    mixes epochs, so the last of an epoch may be small.
+    lengths: tokens per row. start: a position between two updates; what follows is what followed there. An update
+    never mixes epochs, so the last of an epoch may be small.
     """
     position = start
     while True:
@@ -50,7 +52,9 @@ def iterate_updates(lengths: Sequence[int], batch_tokens: int, seed: int, start:
 
 
 def updates_per_epoch(row_tokens: Sequence[int], batch_tokens: int) -> float:
-    """About how many updates `iterate_updates` makes of an epoch: one has whole rows, so that it is half a row over."""
+    """About how many updates `iterate_updates` makes of an epoch: one has whole rows, so that it is half a row
+    over.
+    """
     epoch_tokens = sum(row_tokens)
     mean_row = epoch_tokens / len(row_tokens)
     return min(epoch_tokens / (batch_tokens + mean_row / 2), len(row_tokens))
@@ -65,17 +69,20 @@ def _shuffled(count: int, seed: int) -> list[int]:
 
 @dataclass(frozen=True)
 class RehearsalPosition:
-    """A place in rows that are read beside an update's own. owed: tokens of them that should have been read and were not; below
-    0 where a whole row was more than was owed.
+    """A place in rows that are read beside an update's own. owed: tokens of them that should have been read and were
+    not; below 0 where a whole row was more than was owed.
     """
 
     position: Position = START
     owed: float = 0.0
 
-    def after(self, lengths: Sequence[int], own_tokens: int, fraction: float, seed: int) -> tuple[list[int], RehearsalPosition]:
+    def after(
+        self, lengths: Sequence[int], own_tokens: int, fraction: float, seed: int
+    ) -> tuple[list[int], RehearsalPosition]:
         """(row indices that go with an update of `own_tokens`, the place behind them).
 
-        lengths: tokens per row, of which `fraction` of all tokens are to be. Each of their epochs is a shuffle of its own.
+        lengths: tokens per row, of which `fraction` of all tokens are to be. Each of their epochs is a shuffle of its
+        own.
         """
         if not lengths:
             return [], self
@@ -97,7 +104,9 @@ class SchedulePart:
     parts: int = 1
 
     def course(self, fraction: float) -> float:
-        """How far the whole course is, 0..1, at a fraction of this part: in each part alone a rate would warm up again."""
+        """How far the whole course is, 0..1, at a fraction of this part: in each part alone a rate would warm up
+        again.
+        """
         return min(1.0, (self.done + fraction) / self.parts)
 
     def start(self, recipe: ResolvedRecipe, lengths: Sequence[int]) -> Position:

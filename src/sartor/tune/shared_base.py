@@ -35,7 +35,12 @@ def recipe_digest(recipe: ResolvedRecipe, template_digest: str) -> str:
     The learning rate and the length of the work are each round's own.
     """
     optimizer = {name: value for name, value in config.dump(recipe.optimizer).items() if name != "learning_rate"}
-    fields = {"method": config.dump(recipe.method), "optimizer": optimizer, "template": template_digest, "seed": recipe.seed}
+    fields = {
+        "method": config.dump(recipe.method),
+        "optimizer": optimizer,
+        "template": template_digest,
+        "seed": recipe.seed,
+    }
     return records.digest({**fields, "max_length_tokens": recipe.data.max_length_tokens})
 
 
@@ -61,7 +66,9 @@ class SharedBase:
         # PEFT's files leave the adapter's name out
         named_parameters = self.model.named_parameters()
         self.factors = {
-            name.replace(".default.", "."): parameter for name, parameter in named_parameters if parameter.requires_grad
+            name.replace(".default.", "."): parameter
+            for name, parameter in named_parameters
+            if parameter.requires_grad
         }
         modules(self.factors)
         self._path: LossBackend | None = None
@@ -205,7 +212,9 @@ class LocalRun(TrainingRun):
         return rate, rate
 
 
-def train(resident: SharedBase, rows: TokenizedDataset, recipe: ResolvedRecipe, part: SchedulePart = _WHOLE) -> LocalRun:
+def train(
+    resident: SharedBase, rows: TokenizedDataset, recipe: ResolvedRecipe, part: SchedulePart = _WHOLE
+) -> LocalRun:
     """Train what of the resident may learn, from where it stands, for the recipe's budget. Raises ModelError."""
     with TrainingLog(_NOWHERE, show=False) as journal:
         saver = Saver(_NOWHERE, recipe.checkpoints, {}, None)

@@ -18,9 +18,9 @@ Term = Literal["pair", "good", "bad"]
 class PreferenceExample(TokenizedExample):
     """A row as a preference is learnt from it; a plain `Encoded` is learnt by sft. Only its last reply is `learnt`.
 
-    term: `pair`, with the rejected reply to the same prompt as its `other`; or `good` or `bad`, as it was rated, with another
-    row's reply to this prompt, which is never learnt: by it the divergence is estimated. number: its line in a run's table of
-    reference log-probabilities.
+    term: `pair`, with the rejected reply to the same prompt as its `other`; or `good` or `bad`, as it was rated, with
+    another row's reply to this prompt, which is never learnt: by it the divergence is estimated. number: its line in a
+    run's table of reference log-probabilities.
     """
 
     term: Term = "pair"
@@ -54,9 +54,9 @@ def lessons(rows: Iterable[TokenizedExample]) -> list[PreferenceExample]:
 class TokenizedDataset:
     """A Dataset as tokens: what is trained on, what is held out, and what was left out with the reason.
 
-    lengths: tokens of every sequence that the template took, also of those that are too long. held_out_groups: (held-out
-    rows,) the group of each. rehearsal: rows of another Dataset that are read beside the training rows; no epoch counts them,
-    and `lengths` does not.
+    lengths: tokens of every sequence that the template took, also of those that are too long. held_out_groups:
+    (held-out rows,) the group of each. rehearsal: rows of another Dataset that are read beside the training rows; no
+    epoch counts them, and `lengths` does not.
     """
 
     train: list[TokenizedExample] = field(default_factory=list)
@@ -98,7 +98,11 @@ class TokenizedDataset:
 
 
 def micro_batches(rows: Sequence[PreferenceExample], capacity: int, *, share: bool) -> list[list[PreferenceExample]]:
-    """Cut the lessons of an update into packs of at most `capacity` tokens, pairs whole; with `share` like prompts meet."""
+    """Cut the lessons of an update into packs of at most `capacity` tokens, pairs whole; with `share` like prompts
+    meet.
+    """
     ordered = sorted(rows, key=lambda row: row.ids) if share else list(rows)
     lengths = [row.tokens for row in ordered]
-    return [[ordered[index] for index in group] for group in packing.group_by_capacity(lengths, max([capacity, *lengths]))]
+    return [
+        [ordered[index] for index in group] for group in packing.group_by_capacity(lengths, max([capacity, *lengths]))
+    ]

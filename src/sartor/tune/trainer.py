@@ -65,14 +65,16 @@ def tune(
 ) -> Tuned:
     """Fine-tune a base on a Dataset and write the Adapter to `out`.
 
-    `recipe` is a Recipe, a mapping in its form, or the path of a YAML file. `notice` is told, in lines, what is about to
-    be trained. While it goes, its state is saved in `OUT.checkpoints`; `resume` goes on from there, to the bits that an
-    uninterrupted run gives, and returns an Adapter that is finished already; `replace` starts over. `prove` first compares
-    losses and every gradient of the first update with the plain computation, without shared prefixes and stored activations.
+    `recipe` is a Recipe, a mapping in its form, or the path of a YAML file. `notice` is told, in lines, what is about
+    to be trained. While it goes, its state is saved in `OUT.checkpoints`; `resume` goes on from there, to the bits
+    that an uninterrupted run gives, and returns an Adapter that is finished already; `replace` starts over. `prove`
+    first compares losses and every gradient of the first update with the plain computation, without shared prefixes
+    and stored activations.
 
-    Raises ConfigError (recipe, taken `out`, a checkpoint of another recipe, Dataset, base or arithmetic), ArtifactError
-    (Dataset; a damaged ledger of evaluations), ModelError (base; a loss that is not finite or has exploded; a failed proof),
-    SourceError (no row that could be learnt from), StoppedError (SIGTERM or Ctrl-C, after a save), MissingError (a full disk).
+    Raises ConfigError (recipe, taken `out`, a checkpoint of another recipe, Dataset, base or arithmetic),
+    ArtifactError (Dataset; a damaged ledger of evaluations), ModelError (base; a loss that is not finite or has
+    exploded; a failed proof), SourceError (no row that could be learnt from), StoppedError (SIGTERM or Ctrl-C, after a
+    save), MissingError (a full disk).
     """
     recipe = load_recipe(recipe)
     out = Path(out).absolute()
@@ -104,7 +106,8 @@ def tune(
 class TuningContext:
     """What a run works on, opened and compared with what stands on disk.
 
-    settings: of the options that were `auto`. parents: the Dataset, then that of the rehearsal, and what tuning goes on from.
+    settings: of the options that were `auto`. parents: the Dataset, then that of the rehearsal, and what tuning goes
+    on from.
     """
 
     recipe: ResolvedRecipe
@@ -157,7 +160,9 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
                     run.restore(checkpoint)
                     notice(f"going on after update {checkpoint.update}, from {checkpoint.path}")
                     current = {**environment, "path": run.path.name}
-                    for line in resumption.changed({**checkpoint.manifest["environment"], **checkpoint.manifest}, current):
+                    for line in resumption.changed(
+                        {**checkpoint.manifest["environment"], **checkpoint.manifest}, current
+                    ):
                         notice(line)
                 notice(f"path {run.path.name}: {run.path.reason}")
                 notice(run.forecast.line)

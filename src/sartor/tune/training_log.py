@@ -18,10 +18,13 @@ from sartor.models import hardware
 class TrainingLog:
     """Writes `log.jsonl` and drives the progress line (stderr). Use as a context manager.
 
-    lines, wall_s: what a run that is resumed had said and used up to its checkpoint; the log and the clock go on there.
+    lines, wall_s: what a run that is resumed had said and used up to its checkpoint; the log and the clock go on
+    there.
     """
 
-    def __init__(self, file: Path, *, show: bool = True, lines: Sequence[dict[str, Any]] = (), wall_s: float = 0.0) -> None:
+    def __init__(
+        self, file: Path, *, show: bool = True, lines: Sequence[dict[str, Any]] = (), wall_s: float = 0.0
+    ) -> None:
         self.lines: list[dict[str, Any]] = list(lines)
         self._stream = file.open("w", encoding="utf-8")
         self._stream.writelines(json.dumps(line) + "\n" for line in self.lines)

@@ -1,6 +1,7 @@
 """The training loop with its saved state.
 
-Everything that decides what comes next is in `Run.state`, so that a run restored from a checkpoint takes the same steps
+Everything that decides what comes next is in `Run.state`, so that a run restored from a checkpoint takes the same
+steps
 to the same bits: factors, optimiser, generators, position in the rows, counters, open evaluations.
 """
 
@@ -28,7 +29,8 @@ from sartor.tune.recipe import ResolvedOptimizer, ResolvedRecipe, StopCriteria
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 from sartor.tune.training_log import TrainingLog
 
-# A loss above both has exploded: a model that knows nothing and says so has ln V, and a hard first update may be higher.
+# A loss above both has exploded: a model that knows nothing and says so has ln V, and a hard first update may be
+# higher.
 EXPLODED_OVER_UNIFORM, EXPLODED_OVER_FIRST = 2.0, 4.0
 # Norm of the difference over norm, of losses and of each gradient, that reordered sums may cost
 PROOF = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -148,7 +150,11 @@ class TrainingRun:
         """Update until the budget is spent. Raises StoppedError after a signal, ModelError when the loss explodes; in
         both cases a checkpoint stands from which the run could go on.
         """
-        fields = {"path": self.path.name, "reason": self.path.reason, "packing_difference_nats": self.path.packing_difference}
+        fields = {
+            "path": self.path.name,
+            "reason": self.path.reason,
+            "packing_difference_nats": self.path.packing_difference,
+        }
         self.journal.note(**fields, **({"resumed_at": self.counters.updates} if self.counters.updates else {}))
         self.model.train()
         lengths = [row.tokens for row in self.data.train]
@@ -168,12 +174,17 @@ class TrainingRun:
             if signals.received or self.saver.is_due:
                 self.save()
             if signals.received:
-                problem = f"{signals.received.name} after update {self.counters.updates}, which is saved in {self.saver.folder}"
+                problem = (
+                    f"{signals.received.name} after update {self.counters.updates}, which is saved in "
+                    f"{self.saver.folder}"
+                )
                 raise StoppedError(problem, "the same command with --resume goes on there", int(signals.received))
         self.model.eval()
 
     def keep_best_weights(self, notice: Callable[[str], object]) -> dict[str, Any] | None:
-        """Give the model the weights of the evaluation that is chosen; return why it was. None where there is no choice."""
+        """Give the model the weights of the evaluation that is chosen; return why it was. None where there is no
+        choice.
+        """
         if not self.selection or not self.selection.candidates:
             return None
         chosen, facts = self.selection.choose()
@@ -199,7 +210,9 @@ class TrainingRun:
         Raises ModelError when they differ by more than PROOF of the dtype, as norm of the difference over norm.
         """
         lengths = [row.tokens for row in self.data.train]
-        indices = next(sampler.iterate_updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed, self.position))
+        indices = next(
+            sampler.iterate_updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed, self.position)
+        )
         rows = self._cut(all_sequences(self.data.train[index] for index in indices))[0]
         limit = PROOF[self.base.dtype]
         self.proof = {**measure_savings_error(self.path, rows), "limit": limit, "rows": len(rows)}
@@ -335,7 +348,8 @@ class TrainingRun:
         first = self.losses["first"]
         uniform = math.log(self.model.get_input_embeddings().weight.shape[0])
         limit = math.inf if first is None else max(EXPLODED_OVER_UNIFORM * uniform, EXPLODED_OVER_FIRST * first)
-        # by its scale; the scaler leaves this update out and takes half of it. Without one, it is the gradient that exploded
+        # by its scale; the scaler leaves this update out and takes half of it. Without one, it is the gradient that
+        # exploded
         overflowed = not math.isfinite(norm) and self.scaler.get_scale() > 1
         if math.isfinite(loss) and (math.isfinite(norm) or overflowed) and loss <= limit:
             return
@@ -345,13 +359,19 @@ class TrainingRun:
         brief = f"update {self.counters.updates + 1}: the loss is {loss:.6g}{over}, the gradient's norm {norm:.6g}"
         raise ModelError(
             f"{brief}; the state before it is saved in {self.saver.folder}; rows {ids}{rest}",
-            f"look at these rows; or lower optimizer.learning_rate (now {self.recipe.optimizer.learning_rate:g}) and start "
+            f"look at these rows; or lower optimizer.learning_rate (now {self.recipe.optimizer.learning_rate:g}) and "
+            "start "
             "over with --replace",
             brief,
         )
 
     def _count(
-        self, rows: Sequence[packing.TokenizedExample], loss: float, norm: float, rates: tuple[float, float], seconds: float
+        self,
+        rows: Sequence[packing.TokenizedExample],
+        loss: float,
+        norm: float,
+        rates: tuple[float, float],
+        seconds: float,
     ) -> None:
         counters = self.counters
         tokens = sum(row.tokens for row in rows)
@@ -387,7 +407,9 @@ class TrainingRun:
         self.losses["eval"] = loss
         if self.selection:
             is_reply_scored = self.selection.metric == "exact_match"
-            scores = self.selection.score_replies(self.model) if is_reply_scored else [-loss for loss in self.row_losses]
+            scores = (
+                self.selection.score_replies(self.model) if is_reply_scored else [-loss for loss in self.row_losses]
+            )
             candidate = CheckpointScore(self.counters.updates, loss, scores)
             self.selection.add(candidate, self.named)
             facts |= {"exact_match": candidate.score} if is_reply_scored else {}

@@ -29,7 +29,8 @@ from sartor.core.licences.spdx import MOST_ALTERNATIVES, UNKNOWN, alternatives, 
 Use = Literal["commercial", "non-commercial", "research", "internal"]
 Consent = Literal["", "given", "pending", "withdrawn", "not-needed"]
 USES: tuple[Use, ...] = get_args(Use)
-# A use that a source is declared for covers what asks for less. Work inside a firm is commercial, so only that covers it.
+# A use that a source is declared for covers what asks for less. Work inside a firm is commercial, so only that covers
+# it.
 _COVERS: dict[str, tuple[str, ...]] = {
     "commercial": USES,
     "non-commercial": ("non-commercial", "research"),
@@ -55,7 +56,9 @@ class LicenceTerms:
 
 @dataclass(frozen=True)
 class Objection:
-    """Why one source does not permit a use: `str()` is the sentence. `path` is the file of the source, where one is known."""
+    """Why one source does not permit a use: `str()` is the sentence. `path` is the file of the source, where one is
+    known.
+    """
 
     source: str
     path: str
@@ -77,7 +80,9 @@ def _family(licence: str) -> LicenceFamily:
 
 
 def rank(expression: str) -> float:
-    """How much an expression permits, 1 (everything) to 0 (nothing): of AND the strictest part, of OR the best branch."""
+    """How much an expression permits, 1 (everything) to 0 (nothing): of AND the strictest part, of OR the best
+    branch.
+    """
     return max(min(_family(licence).rank for licence in item) for item in alternatives(expression))
 
 
@@ -95,7 +100,9 @@ def combine(licences: Iterable[str]) -> str:
 
 def _choose(expressions: Iterable[str]) -> dict[str, frozenset[str]]:
     """Each expression's alternative, chosen together while there are few ways to; else each by its own rank."""
-    choices = {expression: sorted(alternatives(expression), key=_preference) for expression in sorted(set(expressions))}
+    choices = {
+        expression: sorted(alternatives(expression), key=_preference) for expression in sorted(set(expressions))
+    }
     combinations = 1
     for branches in choices.values():
         combinations *= len(branches)
@@ -115,7 +122,9 @@ def _preference(branch: frozenset[str]) -> tuple[float, int, list[str]]:
 
 
 def made_from(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What an artefact was made from: sources of which a row was kept, and the base, where there is one, as one more."""
+    """What an artefact was made from: sources of which a row was kept, and the base, where there is one, as one
+    more.
+    """
     sources = [source for source in manifest.get("sources", []) if source.get("kept", 1)]
     base = manifest.get("base")
     if not base:
@@ -180,10 +189,13 @@ def _objections_to(licence: str, use: str, terms: LicenceTerms, bases: Collectio
     if family.outputs == "no" and not terms.source.startswith(_BASE) and family.name not in bases:
         result.append(f"is {licence}: what such a model says may improve no other model")
     if family.condition and use in _COMMERCIAL and not any(use in _COVERS.get(declared, ()) for declared in terms.use):
-        result.append(f"is {licence}: {family.condition}; whether that holds is for you to state by `use: [commercial]`")
+        result.append(
+            f"is {licence}: {family.condition}; whether that holds is for you to state by `use: [commercial]`"
+        )
     if not family.commercial and use in _COMMERCIAL:
         result.append(
-            f"is {licence}, which forbids commercial use" + (" (as work inside a firm is)" if use == "internal" else "")
+            f"is {licence}, which forbids commercial use"
+            + (" (as work inside a firm is)" if use == "internal" else "")
         )
     if family.derived == "no" or (family.derived == "kept" and use != "internal"):
         result.append(
@@ -245,11 +257,17 @@ def _conflicts_of_terms(all_terms: Sequence[LicenceTerms], chosen: Mapping[str, 
                 demands.setdefault(licence, []).append(terms.source)
                 owner_demanded |= set() if family.demands_own_terms else {licence}
                 # an owner whose own terms are share-alike and non-commercial at once does not contradict himself
-                free |= {licence} if family.commercial and (family.demands_own_terms or not terms.non_commercial) else set()
+                free |= (
+                    {licence}
+                    if family.commercial and (family.demands_own_terms or not terms.non_commercial)
+                    else set()
+                )
     labels = {licence: f"{licence} of {_names(names)}" for licence, names in (demands | limits).items()}
     pairs = itertools.combinations(sorted(demands), 2)
     demanding_pairs = [
-        (first, second) for first, second in pairs if {first, second} & owner_demanded and not _common_target([first, second])
+        (first, second)
+        for first, second in pairs
+        if {first, second} & owner_demanded and not _common_target([first, second])
     ]
     strict = [
         (licence, limit)
@@ -263,7 +281,9 @@ def _conflicts_of_terms(all_terms: Sequence[LicenceTerms], chosen: Mapping[str, 
 
 
 _EACH = "{a} and {b} each demand that a derived work carries its own terms"
-_LIMITS = "{a} demands that a derived work carries its terms and no stricter ones, against {b}, which forbid commercial use"
+_LIMITS = (
+    "{a} demands that a derived work carries its terms and no stricter ones, against {b}, which forbid commercial use"
+)
 
 
 @cache

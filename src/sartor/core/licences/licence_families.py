@@ -3,10 +3,10 @@
 A licence belongs to the first row whose pattern fits its whole SPDX id; one that fits none, to the row of the category
 in which ScanCode's index (shipped with `license-expression`) files it; any other has unknown terms.
 
-The licences of models have no SPDX id: model cards name them as they like (`llama3.2`, `gemma`, `license_name: lfm1.0`), which
-stands here as LicenseRef-NAME. Read on 2026-11-29: Llama 3.2, Gemma and OpenRAIL in their own words, Llama 2 and 3.0 in
-quotations of the clauses named, the others in summaries by third parties. A later text under the same name needs a new look.
-No legal advice.
+The licences of models have no SPDX id: model cards name them as they like (`llama3.2`, `gemma`, `license_name:
+lfm1.0`), which stands here as LicenseRef-NAME. Read on 2026-11-29: Llama 3.2, Gemma and OpenRAIL in their own words,
+Llama 2 and 3.0 in quotations of the clauses named, the others in summaries by third parties. A later text under the
+same name needs a new look. No legal advice.
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ from functools import cache
 from typing import Literal
 
 Obligation = Literal[
-    "attribution", "notice", "share-alike", "weak share-alike", "network",
-    "llama-name", "built-with-llama", "built-with-llama-3", "built-with-qwen", "use-policy", "changes",
-]  # fmt: skip
+    "attribution",
+    "notice",
+    "share-alike",
+    "weak share-alike",
+    "network",
+    "llama-name",
+    "built-with-llama",
+    "built-with-llama-3",
+    "built-with-qwen",
+    "use-policy",
+    "changes",
+]
 # What a person who hands out the derived work has to do
 DUTIES: dict[Obligation, str] = {
     "attribution": "credit the authors, name the licence, say what was changed",
@@ -29,9 +38,12 @@ DUTIES: dict[Obligation, str] = {
     "network": "the same towards those who use it over a network",
     "llama-name": "give the model that is handed out a name that begins with 'Llama'",
     "built-with-llama": "show 'Built with Llama' on a page, an interface or the documentation of what contains it",
-    "built-with-llama-3": "show 'Built with Meta Llama 3' on a page, an interface or the documentation of what contains it",
-    "built-with-qwen": "show 'Built with Qwen' or 'Improved using Qwen' in the documentation of the model that is handed out",
-    "use-policy": "bind whoever gets it to the licence's use restrictions, give them a copy of the licence and its notice",
+    "built-with-llama-3": "show 'Built with Meta Llama 3' on a page, an interface or the documentation of what "
+    "contains it",
+    "built-with-qwen": "show 'Built with Qwen' or 'Improved using Qwen' in the documentation of the model that is "
+    "handed out",
+    "use-policy": "bind whoever gets it to the licence's use restrictions, give them a copy of the licence and its "
+    "notice",
     "changes": "say in changed files that you changed them",
 }
 
@@ -40,9 +52,10 @@ DUTIES: dict[Obligation, str] = {
 class LicenceFamily:
     """One row. `rank` orders families from what permits everything (1) to what permits nothing (0).
 
-    `derived`: whether a derived work may be made and handed out (`yes`), made but not handed out (`kept`), or not made.
-    `outputs`: whether other models may be trained on what such a model says. `condition`: what has to hold for a commercial
-    use that no table can know, so that whoever uses it states it by `use`.
+    `derived`: whether a derived work may be made and handed out (`yes`), made but not handed out (`kept`), or not
+    made.
+    `outputs`: whether other models may be trained on what such a model says. `condition`: what has to hold for a
+    commercial use that no table can know, so that whoever uses it states it by `use`.
     """
 
     name: str
@@ -62,7 +75,9 @@ class LicenceFamily:
         return "share-alike" in self.duties
 
 
-UNKNOWN_TERMS = LicenceFamily("unknown terms", "", 0.05, "neither this table nor ScanCode's index says what it permits")
+UNKNOWN_TERMS = LicenceFamily(
+    "unknown terms", "", 0.05, "neither this table nor ScanCode's index says what it permits"
+)
 NOTHING = LicenceFamily("no licence", "NOASSERTION|NONE", 0.0, "without a licence copyright reserves every use")
 
 _MONTHLY_USERS = "section 2: whoever had over 700 million monthly users at its release asks Meta for a licence"
@@ -76,76 +91,216 @@ OWN_DATA = LicenceFamily("own data", r"LicenseRef-own", 0.95, "yours: nobody els
 FAMILIES = (
     NOTHING,
     OWN_DATA,
-    LicenceFamily("Llama 2", r"LicenseRef-(?:scancode-)?llama-?2\b.*", 0.55,
-                  f"community licence of 2023-07-18, 1.b.iii-v; its outputs may improve no other model; {_MONTHLY_USERS}",
-           ("notice", "use-policy"), outputs="no"),
-    LicenceFamily("Llama 3.0", r"LicenseRef-(?:meta-)?llama-?3(?:-0)?(?:-(?:community-)?licen[cs]e.*)?", 0.54,
-                  f"community licence of 2024-04-18, 1.b.i-v; its outputs may improve no other model; {_MONTHLY_USERS}",
-           ("notice", "use-policy", "built-with-llama-3", "llama-name"), outputs="no"),
-    LicenceFamily("Llama 3.1", r"LicenseRef-(?:scancode-|meta-)?llama-?3[.-]1\b.*", 0.57,
-                  f"community licence of 2024-07-23, 1.b; {_MONTHLY_USERS}", _LLAMA),
-    LicenceFamily("Llama 3.2", r"LicenseRef-(?:scancode-|meta-)?llama-?3[.-]2\b.*", 0.57,
-                  f"community licence of 2024-09-25, 1.b; {_MONTHLY_USERS}; {_NOT_IN_THE_EU}", _LLAMA),
-    LicenceFamily("Llama 3.3", r"LicenseRef-(?:scancode-|meta-)?llama-?3[.-]3\b.*", 0.57,
-                  f"community licence of 2024-12-06, 1.b; {_MONTHLY_USERS}", _LLAMA),
-    LicenceFamily("Llama 4", r"LicenseRef-(?:scancode-|meta-)?llama-?4\b.*", 0.56,
-                  f"community licence of 2025-04-05, 1.b; {_MONTHLY_USERS}; {_NOT_IN_THE_EU}", _LLAMA),
-    LicenceFamily("Gemma", r"LicenseRef-(?:scancode-)?gemma\b.*", 0.58,
-                  "terms of use, 3.1: their restrictions (3.2) bind whoever gets a derived model",
-           ("notice", "use-policy", "changes")),
-    LicenceFamily("Qwen, research", r"LicenseRef-(?:tongyi-)?(?:qwen|qianwen)-research\b.*", 0.22,
-                  "research licence: non-commercial purposes only",
-           ("notice", "built-with-qwen"), commercial=False),
-    LicenceFamily("Qwen", r"LicenseRef-(?:tongyi-)?(?:qwen|qianwen)(?:-licen[cs]e.*)?", 0.62,
-                  "Qwen licence agreement: whoever has over 100 million monthly users asks for a licence",
-           ("notice", "built-with-qwen", "changes")),
-    LicenceFamily("Mistral, research", r"LicenseRef-(?:mrl|mnpl|mistral-ai-(?:research|non-production))\b.*", 0.21,
-                  "research and non-production licences: no commercial purpose",
-           ("notice", "use-policy"), commercial=False),
+    LicenceFamily(
+        "Llama 2",
+        r"LicenseRef-(?:scancode-)?llama-?2\b.*",
+        0.55,
+        f"community licence of 2023-07-18, 1.b.iii-v; its outputs may improve no other model; {_MONTHLY_USERS}",
+        ("notice", "use-policy"),
+        outputs="no",
+    ),
+    LicenceFamily(
+        "Llama 3.0",
+        r"LicenseRef-(?:meta-)?llama-?3(?:-0)?(?:-(?:community-)?licen[cs]e.*)?",
+        0.54,
+        f"community licence of 2024-04-18, 1.b.i-v; its outputs may improve no other model; {_MONTHLY_USERS}",
+        ("notice", "use-policy", "built-with-llama-3", "llama-name"),
+        outputs="no",
+    ),
+    LicenceFamily(
+        "Llama 3.1",
+        r"LicenseRef-(?:scancode-|meta-)?llama-?3[.-]1\b.*",
+        0.57,
+        f"community licence of 2024-07-23, 1.b; {_MONTHLY_USERS}",
+        _LLAMA,
+    ),
+    LicenceFamily(
+        "Llama 3.2",
+        r"LicenseRef-(?:scancode-|meta-)?llama-?3[.-]2\b.*",
+        0.57,
+        f"community licence of 2024-09-25, 1.b; {_MONTHLY_USERS}; {_NOT_IN_THE_EU}",
+        _LLAMA,
+    ),
+    LicenceFamily(
+        "Llama 3.3",
+        r"LicenseRef-(?:scancode-|meta-)?llama-?3[.-]3\b.*",
+        0.57,
+        f"community licence of 2024-12-06, 1.b; {_MONTHLY_USERS}",
+        _LLAMA,
+    ),
+    LicenceFamily(
+        "Llama 4",
+        r"LicenseRef-(?:scancode-|meta-)?llama-?4\b.*",
+        0.56,
+        f"community licence of 2025-04-05, 1.b; {_MONTHLY_USERS}; {_NOT_IN_THE_EU}",
+        _LLAMA,
+    ),
+    LicenceFamily(
+        "Gemma",
+        r"LicenseRef-(?:scancode-)?gemma\b.*",
+        0.58,
+        "terms of use, 3.1: their restrictions (3.2) bind whoever gets a derived model",
+        ("notice", "use-policy", "changes"),
+    ),
+    LicenceFamily(
+        "Qwen, research",
+        r"LicenseRef-(?:tongyi-)?(?:qwen|qianwen)-research\b.*",
+        0.22,
+        "research licence: non-commercial purposes only",
+        ("notice", "built-with-qwen"),
+        commercial=False,
+    ),
+    LicenceFamily(
+        "Qwen",
+        r"LicenseRef-(?:tongyi-)?(?:qwen|qianwen)(?:-licen[cs]e.*)?",
+        0.62,
+        "Qwen licence agreement: whoever has over 100 million monthly users asks for a licence",
+        ("notice", "built-with-qwen", "changes"),
+    ),
+    LicenceFamily(
+        "Mistral, research",
+        r"LicenseRef-(?:mrl|mnpl|mistral-ai-(?:research|non-production))\b.*",
+        0.21,
+        "research and non-production licences: no commercial purpose",
+        ("notice", "use-policy"),
+        commercial=False,
+    ),
     LicenceFamily("LFM", r"LicenseRef-lfm.*", 0.5, _REVENUE, ("notice", "changes"), condition=_REVENUE),
-    LicenceFamily("OpenRAIL", r"LicenseRef-(?:.*-)?(?:open-?rail.*|(?:bigscience|bigcode)-.*rail.*)", 0.53,
-                  "paragraphs 4 and 5: the restrictions of Attachment A bind whoever gets a derived model",
-           ("notice", "use-policy", "changes")),
-    LicenceFamily("public domain", r"CC0-.*|CC-PDDC|CC-PDM-.*|PDDL-.*|Unlicense.*|0BSD|MIT-0|WTFPL|DL-DE-ZERO-.*|.*-PD", 1.0,
-           "every right is waived, or no condition is set", category="Public Domain"),
-    LicenceFamily("non-commercial, no derivatives, 4.0", r"CC-BY-NC-ND-4\.0", 0.1,
-                  "2(a)(1): adapted material may be made, not shared",
-           ("attribution",), commercial=False, derived="kept"),
-    LicenceFamily("non-commercial, no derivatives", r"CC-BY-NC-ND-.*", 0.08, "before 4.0 adaptations may not be made at all",
-           ("attribution",), commercial=False, derived="no"),
-    LicenceFamily("no derivatives, 4.0", r"CC-BY-ND-4\.0", 0.15, "2(a)(1)(B): adapted material may be made, not shared",
-           ("attribution",), derived="kept"),
-    LicenceFamily("no derivatives", r"CC-BY-ND-.*", 0.12, "before 4.0 adaptations may not be made at all",
-           ("attribution",), derived="no"),
-    LicenceFamily("non-commercial, share-alike", r"CC-BY-NC-SA-.*", 0.2,
-                  "NC excludes use directed towards commercial advantage",
-           ("attribution", "share-alike"), commercial=False),
-    LicenceFamily("non-commercial", r"CC-BY-NC-.*|NCGL-.*", 0.25, "excludes use directed towards commercial advantage",
-           ("attribution",), commercial=False),
-    LicenceFamily("non-commercial software", r"PolyForm-Noncommercial-.*|Aladdin", 0.22,
-                  "excludes commercial use by its own words",
-           ("notice",), commercial=False),
-    LicenceFamily("share-alike", r"CC-BY-SA-.*|LAL-.*|GFDL-.*", 0.5, "an adaptation carries the same licence",
-           ("attribution", "share-alike")),
-    LicenceFamily("share-alike", r"CC-SA-.*|ODbL-.*|CDLA-Sharing-.*", 0.52,
-                  "a derived database or data set carries the same licence",
-           ("notice", "share-alike")),
-    LicenceFamily("network copyleft", r"AGPL-.*|SSPL-.*|OSL-.*|NPOSL-.*|RPL-.*|EUPL-1\.2|CPAL-.*|CAL-1\.0", 0.4,
-           "use over a network counts as handing out", ("notice", "share-alike", "network")),
-    LicenceFamily("copyleft", r"GPL-.*", 0.45, "a work based on it carries the same licence",
-           ("notice", "share-alike"), category="Copyleft"),
-    LicenceFamily("weak copyleft", r"LGPL-.*|MPL-.*|EPL-.*|CDDL-.*|OFL-.*", 0.6,
-           "its own files stay under it, a larger work need not",
-           ("notice", "weak share-alike"), category="Copyleft Limited"),
-    LicenceFamily("attribution", r"CC-BY-\d.*|ODC-By-.*|OGL-.*|NLOD-.*|DL-DE-BY-.*|etalab-.*|OGDL-Taiwan-.*", 0.8,
-           "any use, with credit", ("attribution",)),
-    LicenceFamily("computational use", r"C-UDA-.*|O-UDA-.*", 0.82, "any computational use; results are free", ("notice",)),
-    LicenceFamily("permissive with a notice of changes", r"Apache-.*|ECL-.*", 0.88,
-           "section 4: licence, NOTICE file and a note of changes",
-           ("notice",)),
-    LicenceFamily("permissive", r"MIT|BSD-[1-4]-Clause|ISC|Zlib|CDLA-Permissive-.*", 0.9, "any use, with its notice",
-           ("notice",), category="Permissive"),
-)  # fmt: skip
+    LicenceFamily(
+        "OpenRAIL",
+        r"LicenseRef-(?:.*-)?(?:open-?rail.*|(?:bigscience|bigcode)-.*rail.*)",
+        0.53,
+        "paragraphs 4 and 5: the restrictions of Attachment A bind whoever gets a derived model",
+        ("notice", "use-policy", "changes"),
+    ),
+    LicenceFamily(
+        "public domain",
+        r"CC0-.*|CC-PDDC|CC-PDM-.*|PDDL-.*|Unlicense.*|0BSD|MIT-0|WTFPL|DL-DE-ZERO-.*|.*-PD",
+        1.0,
+        "every right is waived, or no condition is set",
+        category="Public Domain",
+    ),
+    LicenceFamily(
+        "non-commercial, no derivatives, 4.0",
+        r"CC-BY-NC-ND-4\.0",
+        0.1,
+        "2(a)(1): adapted material may be made, not shared",
+        ("attribution",),
+        commercial=False,
+        derived="kept",
+    ),
+    LicenceFamily(
+        "non-commercial, no derivatives",
+        r"CC-BY-NC-ND-.*",
+        0.08,
+        "before 4.0 adaptations may not be made at all",
+        ("attribution",),
+        commercial=False,
+        derived="no",
+    ),
+    LicenceFamily(
+        "no derivatives, 4.0",
+        r"CC-BY-ND-4\.0",
+        0.15,
+        "2(a)(1)(B): adapted material may be made, not shared",
+        ("attribution",),
+        derived="kept",
+    ),
+    LicenceFamily(
+        "no derivatives",
+        r"CC-BY-ND-.*",
+        0.12,
+        "before 4.0 adaptations may not be made at all",
+        ("attribution",),
+        derived="no",
+    ),
+    LicenceFamily(
+        "non-commercial, share-alike",
+        r"CC-BY-NC-SA-.*",
+        0.2,
+        "NC excludes use directed towards commercial advantage",
+        ("attribution", "share-alike"),
+        commercial=False,
+    ),
+    LicenceFamily(
+        "non-commercial",
+        r"CC-BY-NC-.*|NCGL-.*",
+        0.25,
+        "excludes use directed towards commercial advantage",
+        ("attribution",),
+        commercial=False,
+    ),
+    LicenceFamily(
+        "non-commercial software",
+        r"PolyForm-Noncommercial-.*|Aladdin",
+        0.22,
+        "excludes commercial use by its own words",
+        ("notice",),
+        commercial=False,
+    ),
+    LicenceFamily(
+        "share-alike",
+        r"CC-BY-SA-.*|LAL-.*|GFDL-.*",
+        0.5,
+        "an adaptation carries the same licence",
+        ("attribution", "share-alike"),
+    ),
+    LicenceFamily(
+        "share-alike",
+        r"CC-SA-.*|ODbL-.*|CDLA-Sharing-.*",
+        0.52,
+        "a derived database or data set carries the same licence",
+        ("notice", "share-alike"),
+    ),
+    LicenceFamily(
+        "network copyleft",
+        r"AGPL-.*|SSPL-.*|OSL-.*|NPOSL-.*|RPL-.*|EUPL-1\.2|CPAL-.*|CAL-1\.0",
+        0.4,
+        "use over a network counts as handing out",
+        ("notice", "share-alike", "network"),
+    ),
+    LicenceFamily(
+        "copyleft",
+        r"GPL-.*",
+        0.45,
+        "a work based on it carries the same licence",
+        ("notice", "share-alike"),
+        category="Copyleft",
+    ),
+    LicenceFamily(
+        "weak copyleft",
+        r"LGPL-.*|MPL-.*|EPL-.*|CDDL-.*|OFL-.*",
+        0.6,
+        "its own files stay under it, a larger work need not",
+        ("notice", "weak share-alike"),
+        category="Copyleft Limited",
+    ),
+    LicenceFamily(
+        "attribution",
+        r"CC-BY-\d.*|ODC-By-.*|OGL-.*|NLOD-.*|DL-DE-BY-.*|etalab-.*|OGDL-Taiwan-.*",
+        0.8,
+        "any use, with credit",
+        ("attribution",),
+    ),
+    LicenceFamily(
+        "computational use", r"C-UDA-.*|O-UDA-.*", 0.82, "any computational use; results are free", ("notice",)
+    ),
+    LicenceFamily(
+        "permissive with a notice of changes",
+        r"Apache-.*|ECL-.*",
+        0.88,
+        "section 4: licence, NOTICE file and a note of changes",
+        ("notice",),
+    ),
+    LicenceFamily(
+        "permissive",
+        r"MIT|BSD-[1-4]-Clause|ISC|Zlib|CDLA-Permissive-.*",
+        0.9,
+        "any use, with its notice",
+        ("notice",),
+        category="Permissive",
+    ),
+)
 
 
 @cache
@@ -164,7 +319,8 @@ def family_of(licence: str, category: str = "") -> LicenceFamily:
 _AGPL = ("AGPL-3.0-only", "AGPL-3.0-or-later")
 _GPL3 = ("GPL-3.0-only", "GPL-3.0-or-later", *_AGPL)
 _GPL2_UP = ("GPL-2.0-only", "GPL-2.0-or-later", *_GPL3)
-# Share-alike licence -> others under which its derived work may go out, and what says so. One way: the converse is no row.
+# Share-alike licence -> others under which its derived work may go out, and what says so. One way: the converse is no
+# row.
 _ACCEPTS: dict[str, tuple[tuple[str, ...], str]] = {
     "CC-BY-SA-4.0": (("LAL-1.3", "GPL-3.0-only"), "Creative Commons' list of compatible licences"),
     "LAL-1.3": (("CC-BY-SA-4.0",), "Free Art License 1.3, section 5, as both sides have declared"),
@@ -174,7 +330,16 @@ _ACCEPTS: dict[str, tuple[tuple[str, ...], str]] = {
     "GPL-3.0-or-later": (_GPL3, "its own words, and section 13"),
     "AGPL-3.0-or-later": (("AGPL-3.0-only",), "its own words: or any later version"),
     "EUPL-1.2": (
-        ("GPL-2.0-only", "GPL-2.0-or-later", "GPL-3.0-only", "GPL-3.0-or-later", *_AGPL, "OSL-2.1", "OSL-3.0", "CC-BY-SA-3.0"),
+        (
+            "GPL-2.0-only",
+            "GPL-2.0-or-later",
+            "GPL-3.0-only",
+            "GPL-3.0-or-later",
+            *_AGPL,
+            "OSL-2.1",
+            "OSL-3.0",
+            "CC-BY-SA-3.0",
+        ),
         "EUPL-1.2, appendix",
     ),
     "GFDL-1.1-or-later": (
@@ -183,10 +348,12 @@ _ACCEPTS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "GFDL-1.2-or-later": (("GFDL-1.2-only", "GFDL-1.3-only", "GFDL-1.3-or-later"), "section 10"),
     "GFDL-1.3-or-later": (("GFDL-1.3-only",), "section 10"),
-}  # fmt: skip
+}
 # Pairs that no share-alike rule explains
 CLASHES: dict[frozenset[str], str] = {
-    frozenset({"GPL-2.0-only", "Apache-2.0"}): "the patent terms of Apache-2.0 are a further restriction to GPL-2.0-only",
+    frozenset(
+        {"GPL-2.0-only", "Apache-2.0"}
+    ): "the patent terms of Apache-2.0 are a further restriction to GPL-2.0-only",
     frozenset({"GPL-2.0-only", "BSD-4-Clause"}): "the advertising clause is a further restriction to GPL-2.0-only",
     frozenset({"GPL-2.0-or-later", "BSD-4-Clause"}): "the advertising clause is a further restriction to the GPL",
     frozenset({"GPL-3.0-only", "BSD-4-Clause"}): "the advertising clause is a further restriction to the GPL",
@@ -196,7 +363,9 @@ _CC_SHARE_ALIKE = re.compile(r"(CC-BY(?:-NC)?-SA)-(\d\.\d)(?:-\w+)?$")
 
 
 def targets(licence: str) -> frozenset[str]:
-    """The licences, itself among them, that the derived work of a share-alike one may carry, later CC versions aside."""
+    """The licences, itself among them, that the derived work of a share-alike one may carry, later CC versions
+    aside.
+    """
     return frozenset({licence, *_ACCEPTS.get(licence, ((), ""))[0]})
 
 
@@ -211,5 +380,8 @@ def accepts(licence: str, target: str) -> bool:
     licence_match, target_match = _CC_SHARE_ALIKE.match(licence), _CC_SHARE_ALIKE.match(target)
     # Creative Commons, from 2.0 on: later versions and other countries' with the same elements
     return bool(
-        licence_match and target_match and licence_match[1] == target_match[1] and "2.0" <= licence_match[2] <= target_match[2]
+        licence_match
+        and target_match
+        and licence_match[1] == target_match[1]
+        and "2.0" <= licence_match[2] <= target_match[2]
     )

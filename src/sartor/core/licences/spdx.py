@@ -1,8 +1,8 @@
 """Parses SPDX licence expressions.
 
 An expression is turned into its alternatives: each is a set of licences that hold together (AND), and one alternative
-may be chosen (OR). `checked` is for what a person writes now, and strict; `alternatives` is for what stands in manifests
-and model cards, and takes anything.
+may be chosen (OR). `checked` is for what a person writes now, and strict; `alternatives` is for what stands in
+manifests and model cards, and takes anything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ UNKNOWN = "NOASSERTION"  # SPDX's word for a licence that nobody stated
 NOBODY = "NONE"  # and its word for one that was never given
 OWN = "LicenseRef-own"  # what `own` stands for: rows that are yours
 _REF = re.compile(r"(DocumentRef-[A-Za-z0-9.-]+:)?LicenseRef-[A-Za-z0-9.-]+$")
-# An expression is a line in a recipe. More ways to choose than these are a mistake, or an attack on whoever multiplies them.
+# An expression is a line in a recipe. More ways to choose than these are a mistake, or an attack on whoever multiplies
+# them.
 MOST_CHARACTERS, MOST_ALTERNATIVES = 1000, 64
 
 Alternatives = tuple[frozenset[str], ...]
@@ -34,10 +35,14 @@ def checked(expression: str) -> str:
     if expression.strip().upper() in ("", UNKNOWN, NOBODY):
         return expression.strip().upper() or UNKNOWN
     if len(expression) > MOST_CHARACTERS:
-        raise ConfigError(f"the licence has {len(expression):,} characters, above {MOST_CHARACTERS:,}", "licence: CC-BY-4.0")
+        raise ConfigError(
+            f"the licence has {len(expression):,} characters, above {MOST_CHARACTERS:,}", "licence: CC-BY-4.0"
+        )
     tree = _parse(expression)
     if tree is None:
-        raise ConfigError(f"the licence {expression[:60]!r} is no SPDX expression", "licence: MIT AND (CC-BY-4.0 OR CC0-1.0)")
+        raise ConfigError(
+            f"the licence {expression[:60]!r} is no SPDX expression", "licence: MIT AND (CC-BY-4.0 OR CC0-1.0)"
+        )
     for symbol in tree.symbols:
         for part in symbol.decompose():
             if part.key not in (UNKNOWN, NOBODY, *categories()) and not _REF.match(part.key):
@@ -54,9 +59,13 @@ def checked(expression: str) -> str:
 def _check_with(symbol: Any) -> None:
     exception = getattr(symbol, "exception_symbol", None)
     if exception is None and symbol.is_exception:
-        raise ConfigError(f"{symbol.key} is an exception to a licence, no licence", f"licence: GPL-2.0-only WITH {symbol.key}")
+        raise ConfigError(
+            f"{symbol.key} is an exception to a licence, no licence", f"licence: GPL-2.0-only WITH {symbol.key}"
+        )
     if exception is not None and not (exception.is_exception and not symbol.license_symbol.is_exception):
-        raise ConfigError(f"in {str(symbol)!r} the word after WITH is no exception", f"licence: {symbol.license_symbol.key}")
+        raise ConfigError(
+            f"in {str(symbol)!r} the word after WITH is no exception", f"licence: {symbol.license_symbol.key}"
+        )
 
 
 def _unknown(key: str) -> ConfigError:
@@ -73,8 +82,9 @@ def _unknown(key: str) -> ConfigError:
 
 @cache
 def _licensing() -> Any:
-    # 20 ms, so not at the head of the module: `sartor --help` needs no licence. LicenseRef ids belong to whoever writes
-    # them; the index has aliases of that form (LicenseRef-Apache), which would answer for somebody else's licence.
+    # 20 ms, so not at the head of the module: `sartor --help` needs no licence. LicenseRef ids belong to whoever
+    # writes them; the index has aliases of that form (LicenseRef-Apache), which would answer for somebody else's
+    # licence.
     import license_expression as spdx
 
     symbols = []

@@ -78,12 +78,15 @@ def _row(dataset: Artifact, position: int) -> dict[str, Any]:
                     return row
                 position -= count
     raise ArtifactError(
-        f"{dataset.path} holds fewer rows than its index of lineage", f"sartor curate RECIPE --out {dataset.path} --replace"
+        f"{dataset.path} holds fewer rows than its index of lineage",
+        f"sartor curate RECIPE --out {dataset.path} --replace",
     )
 
 
 def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[dict[str, Any]]:
-    """Parents, then theirs, nearest first; each once. One that is no Example of this Dataset says so, and what dropped it."""
+    """Parents, then theirs, nearest first; each once. One that is no Example of this Dataset says so, and what dropped
+    it.
+    """
     result: list[dict[str, Any]] = []
     visited: set[str] = set()
     level = list(dict.fromkeys(parents))
@@ -94,7 +97,8 @@ def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[di
         for origin in index.take(to_index_array(np.flatnonzero(is_member))).to_pylist():
             origins.setdefault(origin["id"], []).append(origin)
         drops = {
-            drop["id"]: drop for drop in _drops(dataset, "id", [identity for identity in level if identity not in origins])
+            drop["id"]: drop
+            for drop in _drops(dataset, "id", [identity for identity in level if identity not in origins])
         }
         for item in level:
             state = f"dropped: {drops[item]['reason']}" if item in drops else "kept" if item in origins else ABSENT
@@ -125,7 +129,9 @@ def _changes(dataset: Artifact, example: str) -> list[str]:
     with pq.ParquetFile(dataset.path / COPIES) as parquet:
         table = parquet.read(["id", "step", "changes"])
     is_match = numbers(pc.is_in(column(table.combine_chunks(), "id"), value_set=to_string_array([example])))
-    return [f"{row['step']}, {row['changes']}" for row in table.take(to_index_array(np.flatnonzero(is_match))).to_pylist()]
+    return [
+        f"{row['step']}, {row['changes']}" for row in table.take(to_index_array(np.flatnonzero(is_match))).to_pylist()
+    ]
 
 
 def _drops(dataset: Artifact, key: str, ids: Sequence[str]) -> list[dict[str, Any]]:
@@ -137,10 +143,14 @@ def _drops(dataset: Artifact, key: str, ids: Sequence[str]) -> list[dict[str, An
         with pq.ParquetFile(file) as parquet:
             names = [name for name in parquet.schema_arrow.names if name not in ("text", "kept")]
             for group in range(parquet.num_row_groups):
-                is_match = numbers(pc.is_in(_chunk(parquet.read_row_group(group, columns=[key]), key), value_set=value_set))
+                is_match = numbers(
+                    pc.is_in(_chunk(parquet.read_row_group(group, columns=[key]), key), value_set=value_set)
+                )
                 if is_match.any():
                     rows += (
-                        parquet.read_row_group(group, columns=names).take(to_index_array(np.flatnonzero(is_match))).to_pylist()
+                        parquet.read_row_group(group, columns=names)
+                        .take(to_index_array(np.flatnonzero(is_match)))
+                        .to_pylist()
                     )
     return rows
 
@@ -212,11 +222,13 @@ def find_parent(artifact: Artifact, kind: str) -> Artifact | None:
 
 
 def training_datasets(artifact: Artifact) -> list[Artifact]:
-    """The Datasets that still stand and are whole of those that its tuning read, rehearsal included, and the tuning of each
-    adapter that it went on from; nearest first. What a Dataset was made of was not learnt.
+    """The Datasets that still stand and are whole of those that its tuning read, rehearsal included, and the tuning of
+    each adapter that it went on from; nearest first. What a Dataset was made of was not learnt.
     """
     steps = walk(artifact)
-    tuned = [open_artifact(step.path) for step in steps if step.kind in ("adapter", "release") and step.state == "opened"]
+    tuned = [
+        open_artifact(step.path) for step in steps if step.kind in ("adapter", "release") and step.state == "opened"
+    ]
     dataset_ids = {
         parent["id"]
         for item in (artifact, *tuned)
@@ -244,17 +256,20 @@ def find_parents(artifact: Artifact, kind: str) -> list[Artifact]:
 
 
 def test_datasets(artifact: Artifact) -> list[Artifact]:
-    """Return the Datasets whose test rows a release of the artefact has to be measured on; none where there is no test split.
+    """Return the Datasets whose test rows a release of the artefact has to be measured on; none where there is no test
+    split.
 
-    They are its own Datasets with a test split; where none has one, as of a retrained version, the nearest of those that its
-    Datasets were made of. Rehearsal does not count, nor does what a version learnt that the tuning went on from: that can be
-    another task.
+    They are its own Datasets with a test split; where none has one, as of a retrained version, the nearest of those
+    that its Datasets were made of. Rehearsal does not count, nor does what a version learnt that the tuning went on
+    from: that can be another task.
     """
     level = find_parents(artifact, "dataset")
     while level:
         if with_rows := [dataset for dataset in level if test_rows(dataset.manifest)]:
             return with_rows
-        derived = [dataset for dataset in level if any(parent["kind"] == "dataset" for parent in dataset.manifest["parents"])]
+        derived = [
+            dataset for dataset in level if any(parent["kind"] == "dataset" for parent in dataset.manifest["parents"])
+        ]
         parents = {parent.id: parent for dataset in derived for parent in find_parents(dataset, "dataset")}
         level = list(parents.values())
     return []

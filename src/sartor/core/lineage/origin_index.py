@@ -6,7 +6,8 @@
     locator  place inside it (faq.jsonl:12)    parents  ids of the Examples that this one was made from
 
 Written by columns, a batch at a time: memory does not grow with the Dataset. A million rows are some 20 MB, and read,
-digest included, in well under a second. A Dataset without the index (schema 1) is asked for its `origins` column instead.
+digest included, in well under a second. A Dataset without the index (schema 1) is asked for its `origins` column
+instead.
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ def write(part: Path) -> int:
     file = part / INDEX
     file.parent.mkdir(exist_ok=True)
     count = 0
-    options = {"compression": "zstd", "use_dictionary": ["source", "path"], "column_encoding": {"row": "DELTA_BINARY_PACKED"}}
+    options = {
+        "compression": "zstd",
+        "use_dictionary": ["source", "path"],
+        "column_encoding": {"row": "DELTA_BINARY_PACKED"},
+    }
     with pq.ParquetWriter(file, COLUMNS, **options) as writer:
         for batch in _origins(sorted((part / "examples").glob("*.parquet"))):
             writer.write_batch(batch)
@@ -91,7 +96,8 @@ def example_files(dataset: Artifact, folder: str = "examples/") -> list[Path]:
 
 
 def read(dataset: Artifact, columns: Sequence[str]) -> Any:
-    """Columns of the index as one Arrow table of one chunk each. Raises ArtifactError where the index is not as written.
+    """Columns of the index as one Arrow table of one chunk each. Raises ArtifactError where the index is not as
+    written.
 
     No other file of the Dataset is read, unless it has no index: then its Examples are, and checked in its place.
     """
@@ -158,7 +164,10 @@ class OriginFiles:
             return set()
         # rows of a file stand together, so the places where the code changes name every pair without a sort
         starts = np.flatnonzero(np.diff(self.codes, prepend=-1))
-        return {(self.sources[code // len(self.paths)], self.paths[code % len(self.paths)]) for code in set(self.codes[starts])}
+        return {
+            (self.sources[code // len(self.paths)], self.paths[code % len(self.paths)])
+            for code in set(self.codes[starts])
+        }
 
     def mask(self, pairs: Collection[Pair]) -> Any:
         """Which origins are of these files."""
@@ -204,7 +213,9 @@ class RowSample:
     first: list[Pair]
 
 
-def rows_only_from(dataset: Artifact, pairs: Collection[Pair], selected: Collection[Pair], max_rows: int = 3) -> RowSample:
+def rows_only_from(
+    dataset: Artifact, pairs: Collection[Pair], selected: Collection[Pair], max_rows: int = 3
+) -> RowSample:
     """Rows with an origin in `selected` and none outside of `pairs`: what nothing but `pairs` gives leave to use."""
     table = read(dataset, ["row", "id", "source", "path", "locator"])
     files, row = OriginFiles.of(table), numbers(column(table, "row"))

@@ -1,7 +1,8 @@
 """SQLite index of receipts on disk.
 
     receipts-00000001.jsonl     one signed receipt a line; a line without its end was cut by a kill and is no receipt
-    index.sqlite                id, release, agent, date -> segment, offset, length. A convenience: it is rebuilt from the lines
+    index.sqlite                id, release, agent, date -> segment, offset, length. A convenience: it is rebuilt from
+                                the lines
 
 Who writes receipts is `serving/receipts.py`; here is what `revoke` needs of them too: which replies a Release gave.
 """
@@ -62,7 +63,9 @@ class ReceiptIndex:
     def find(self, identity: str) -> dict[str, Any] | None:
         """The receipt of that id, as it was written; None where there is none."""
         with self._open() as connection:
-            row = connection.execute("select segment, start, length from receipts where id = ?", (identity,)).fetchone()
+            row = connection.execute(
+                "select segment, start, length from receipts where id = ?", (identity,)
+            ).fetchone()
         if row is None:
             return None
         try:
@@ -99,7 +102,9 @@ class ReceiptIndex:
             connection.execute("delete from segments where name = ?", (segment,))
 
     def leave_out(self, segment: str, starts: Sequence[int]) -> None:
-        """Leave out receipts by where they began: their lines are blank now. Nothing of them stays in the index's file."""
+        """Leave out receipts by where they began: their lines are blank now. Nothing of them stays in the index's
+        file.
+        """
         self.catch_up()
         with self._open() as connection:
             connection.execute("pragma secure_delete = on")

@@ -1,7 +1,7 @@
 """Everything a revoked source or Example reaches.
 
-It lists and changes nothing. Only the manifest and the index of lineage are read, so a Dataset of a million rows answers
-in under a second.
+It lists and changes nothing. Only the manifest and the index of lineage are read, so a Dataset of a million rows
+answers in under a second.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Revocation:
             "exports": "export",
         }
         descendants = {
-            name: [_without_kind(child) for child in self.made_from_it if child.kind == kind] for name, kind in kinds.items()
+            name: [_without_kind(child) for child in self.made_from_it if child.kind == kind]
+            for name, kind in kinds.items()
         }
         return {
             "dataset": str(self.dataset.path),
@@ -97,7 +98,9 @@ def _line(item: str | dict[str, str]) -> str:
     if isinstance(item, str):
         return item
     return (
-        f"{item['receipt']} of {item['agent']}, {item['created']}" if "receipt" in item else f"{item['path']} ({item['state']})"
+        f"{item['receipt']} of {item['agent']}, {item['created']}"
+        if "receipt" in item
+        else f"{item['path']} ({item['state']})"
     )
 
 
@@ -108,8 +111,9 @@ def _without_kind(child: Descendant) -> dict[str, str]:
 def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocation:
     """List everything that a source or an Example of a Dataset reaches. Nothing is changed.
 
-    `source` is a source as the recipe declared it, a file's path, or `source/path`; `example` an Example's id, also of one
-    that stands in no row any more but that others were made from. Raises ConfigError for a name that the Dataset does not know.
+    `source` is a source as the recipe declared it, a file's path, or `source/path`; `example` an Example's id, also of
+    one that stands in no row any more but that others were made from. Raises ConfigError for a name that the Dataset
+    does not know.
     """
     if bool(source) == bool(example):
         raise ConfigError("one of a source and an example is to be named", "--source faq.jsonl, or --example ID")
@@ -127,7 +131,9 @@ def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocati
     descendants = catalogue.descendants(dataset.id) if len(removed) or len(affected) else []
     releases = [child.id for child in descendants if child.kind == "release"]
     replies, receipts = _replies(releases) if releases else ([], [])
-    return Revocation(dataset, source or example, graph.ids_of(removed), graph.ids_of(affected), descendants, replies, receipts)
+    return Revocation(
+        dataset, source or example, graph.ids_of(removed), graph.ids_of(affected), descendants, replies, receipts
+    )
 
 
 def _replies(releases: list[str]) -> tuple[list[RevokedReply], list[Folder]]:
@@ -140,7 +146,9 @@ def _replies(releases: list[str]) -> tuple[list[RevokedReply], list[Folder]]:
             index = ReceiptIndex(path)
             try:
                 index.catch_up()
-                replies += [RevokedReply(item.id, item.agent, item.created, str(path)) for item in index.of_releases(releases)]
+                replies += [
+                    RevokedReply(item.id, item.agent, item.created, str(path)) for item in index.of_releases(releases)
+                ]
             except (OSError, sqlite3.Error) as error:
                 state = f"not read: {error}"
         folders.append(Folder(str(path), state))
@@ -160,13 +168,17 @@ def _pairs(dataset: Artifact, files: OriginFiles, source: str) -> set[Pair]:
         suggestions = difflib.get_close_matches(source, names[:10_000], n=1, cutoff=0.4)
         suffix = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
         remedy = f"--source {suggestions[0] if suggestions else names[0] if names else '...'}"
-        raise ConfigError(f"{dataset.path.name} knows no source {source!r}; it has {', '.join(names[:5])}{suffix}", remedy)
+        raise ConfigError(
+            f"{dataset.path.name} knows no source {source!r}; it has {', '.join(names[:5])}{suffix}", remedy
+        )
     return next(iter(matches.values()))
 
 
 @dataclass
 class _Graph:
-    """Examples, their origins, and which origins were made from which Examples: arrays over origins unless said otherwise."""
+    """Examples, their origins, and which origins were made from which Examples: arrays over origins unless said
+    otherwise.
+    """
 
     dataset: Artifact
     row: Any
@@ -198,7 +210,9 @@ class _Graph:
         return result
 
     def made_from_drops_of(self, pairs: set[Pair]) -> Any:
-        """Origins made from rows of these files that were themselves dropped, so that no Example stands for the parent."""
+        """Origins made from rows of these files that were themselves dropped, so that no Example stands for the
+        parent.
+        """
         parents = pc.list_flatten(self.parents).unique()
         if not len(parents):
             return np.zeros(len(self.row), bool)
@@ -224,7 +238,9 @@ class _Graph:
         return f"the `id` column of {self.dataset.path / 'examples'} has them"
 
     def spread(self) -> tuple[Any, Any]:
-        """Follow parents down until nothing more is lost; returns the Examples gone, and those that lose an origin only."""
+        """Follow parents down until nothing more is lost; returns the Examples gone, and those that lose an origin
+        only.
+        """
         if self.removed.any() and len(pc.list_flatten(self.parents)):
             self._follow()
         return np.flatnonzero(self.removed), np.flatnonzero((self._lost_per_example() > 0) & ~self.removed)
@@ -242,7 +258,9 @@ class _Graph:
         while len(edge):  # each Example is on the edge once, so this is linear in the parents, however deep they go
             starts, ends = np.searchsorted(parent, edge, "left"), np.searchsorted(parent, edge, "right")
             counts = ends - starts
-            newly_lost = np.unique(child[np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())])
+            newly_lost = np.unique(
+                child[np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())]
+            )
             newly_lost = newly_lost[~self.lost[newly_lost]]
             self.lost[newly_lost] = True
             rows, times = np.unique(self.row[newly_lost], return_counts=True)

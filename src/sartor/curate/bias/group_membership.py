@@ -19,8 +19,17 @@ LEXICON = "lexicon"
 ROW_GROUP = "group"  # the row's own group, where no field has that name
 # Fields of JSON or of lines `Name: value` that name groups of people: looked for where none is asked for.
 FIELDS = (
-    "gender", "sex", "race", "ethnicity", "nationality", "religion", "age_group", "disability", "marital_status", "region",
-)  # fmt: skip
+    "gender",
+    "sex",
+    "race",
+    "ethnicity",
+    "nationality",
+    "religion",
+    "age_group",
+    "disability",
+    "marital_status",
+    "region",
+)
 _MOST_VALUES = 12
 # what the lexicon knows, and what its kinds are called in text/demographics/group_terms.py
 ATTRIBUTES = ("sex", "name_origin", "age", "nationality", "disability")
@@ -31,12 +40,14 @@ _OF_PRONOUN = {"she": "female", "he": "male"}
 def memberships(rows: Sequence[Example], fields: Sequence[str] = ()) -> Memberships:
     """attribute -> the group of each row, None where it names none or several; of attributes with two groups or more.
 
-    fields: `lexicon`, one of ATTRIBUTES, or a field of the rows; by default the lexicon and fields of well-known names. Raises
-    ConfigError for a field that no row has.
+    fields: `lexicon`, one of ATTRIBUTES, or a field of the rows; by default the lexicon and fields of well-known
+    names. Raises ConfigError for a field that no row has.
     """
     people = row_memberships(rows, fields)
     if absent := [name for name in fields if name != LEXICON and not any(people[_CALLED.get(name, name)])]:
-        raise ConfigError(f"no row has the group field {absent[0]!r}", f"lexicon, {', '.join(ATTRIBUTES)}, or {_known(rows)}")
+        raise ConfigError(
+            f"no row has the group field {absent[0]!r}", f"lexicon, {', '.join(ATTRIBUTES)}, or {_known(rows)}"
+        )
     several = {name: values for name, values in people.items() if len({value for value in values if value}) > 1}
     return {name: values for name, values in several.items() if name in fields or len(set(values)) <= _MOST_VALUES}
 
@@ -56,7 +67,8 @@ def row_memberships(rows: Sequence[Example], fields: Sequence[str] = ()) -> Memb
             people[attribute] = [field_value(row, field) for row in rows]
         else:
             people[attribute] = [
-                field_value(row, field) or lexicon_group for row, lexicon_group in zip(rows, people[attribute], strict=True)
+                field_value(row, field) or lexicon_group
+                for row, lexicon_group in zip(rows, people[attribute], strict=True)
             ]
     return people
 
@@ -67,7 +79,8 @@ def _by_lexicon(rows: Sequence[Example]) -> Memberships:
         text = spoken_of(row)
         row_groups = {"sex": sexes_of(text), "name_origin": origins_of(text)}
         row_groups |= {
-            kind: {item.group for item in group_terms.mentions(text, kind)} for kind in ("age", "nationality", "disability")
+            kind: {item.group for item in group_terms.mentions(text, kind)}
+            for kind in ("age", "nationality", "disability")
         }
         for name, values in row_groups.items():
             people[name].append(next(iter(values)) if len(values) == 1 else None)
@@ -78,22 +91,30 @@ def sexes_of(text: str) -> set[str]:
     """female, male: by the first names and pronouns of a text."""
     names = {item.group.rpartition("_")[2] for item in group_terms.mentions(text, "names") if item.form == "first"}
     return names | {
-        _OF_PRONOUN[mention.group] for mention in group_terms.mentions(text, "pronouns") if mention.group in _OF_PRONOUN
+        _OF_PRONOUN[mention.group]
+        for mention in group_terms.mentions(text, "pronouns")
+        if mention.group in _OF_PRONOUN
     }
 
 
 def origins_of(text: str) -> set[str]:
-    """Which origins the first names of a text signal: black, hispanic, ...; common ones signal none, and are called so."""
+    """Which origins the first names of a text signal: black, hispanic, ...; common ones signal none, and are called
+    so.
+    """
     return {item.group.rpartition("_")[0] for item in group_terms.mentions(text, "names") if item.form == "first"}
 
 
 def spoken_of(row: Example) -> str:
     """The text that says who it is about: what is asked, or a document itself."""
-    return row.reply if row.is_document else "\n".join(message.text for message in row.prompt if message.role != "system")
+    return (
+        row.reply if row.is_document else "\n".join(message.text for message in row.prompt if message.role != "system")
+    )
 
 
 def field_value(row: Example, field: str) -> str | None:
-    """The value of a field: of the reply's JSON, of a message's JSON, or of a line or clause `Field: value` of the prompt."""
+    """The value of a field: of the reply's JSON, of a message's JSON, or of a line or clause `Field: value` of the
+    prompt.
+    """
     for message in reversed(row.messages):
         if (value := _of_json(message.text, field)) is not None:
             return value
@@ -128,9 +149,13 @@ def _known(rows: Sequence[Example]) -> str:
                 fields = {}
             names.update(list(fields))
             names.update(
-                name.strip().casefold() for name in re.findall(r"^\s*(\w[\w ]{1,30}?):\s*\S", message.text, re.MULTILINE)
+                name.strip().casefold()
+                for name in re.findall(r"^\s*(\w[\w ]{1,30}?):\s*\S", message.text, re.MULTILINE)
             )
-    return ", ".join(name for name, _ in names.most_common(8)) or "the fields of JSON or `Name: value` lines (there are none)"
+    return (
+        ", ".join(name for name, _ in names.most_common(8))
+        or "the fields of JSON or `Name: value` lines (there are none)"
+    )
 
 
 _FEW, _ROWS_PER_REPLY = 12, 10
@@ -139,8 +164,8 @@ _FEW, _ROWS_PER_REPLY = 12, 10
 def outcomes(rows: Sequence[Example], form: str = "auto") -> ClassLabels:
     """The outcome of each row. form: as `target.find`, or the bare name of a field of JSON replies.
 
-    `auto` also takes whole replies, however long, where a few of them are all there are. Raises ConfigError where `form` names
-    what no row has.
+    `auto` also takes whole replies, however long, where a few of them are all there are. Raises ConfigError where
+    `form` names what no row has.
     """
     return of_replies([row.reply for row in rows], form)
 
@@ -158,7 +183,9 @@ def of_replies(replies: Sequence[str], form: str = "auto") -> ClassLabels:
     if form == "auto" and 2 <= len(label_counts) <= min(_FEW, len(replies) / _ROWS_PER_REPLY):
         labels = [class_labels.as_label(reply) for reply in replies]
         return ClassLabels(
-            labels, "reply", f"whole replies: {len(label_counts)} values in {label_counts.total():,} of {len(replies):,} rows"
+            labels,
+            "reply",
+            f"whole replies: {len(label_counts)} values in {label_counts.total():,} of {len(replies):,} rows",
         )
     return row_labels
 

@@ -24,8 +24,8 @@ ATTRIBUTES = ("sex", "name_origin", *_KINDS)
 def counterfactuals(row: Example, attributes: Sequence[str]) -> Iterator[tuple[Example, str]]:
     """(copy, what was changed) of a row for each attribute of ATTRIBUTES by which it names somebody.
 
-    Which other group it is then about is drawn by the row's digest. Nothing comes of a row in which grammar or sense cannot be
-    kept (`text/demographics/group_terms.py`), nor of one that speaks of people of several groups.
+    Which other group it is then about is drawn by the row's digest. Nothing comes of a row in which grammar or sense
+    cannot be kept (`text/demographics/group_terms.py`), nor of one that speaks of people of several groups.
     """
     for attribute in attributes:
         named_groups = {item for message in row.messages for item in _named(message.text, attribute)}
@@ -40,11 +40,13 @@ def counterfactuals(row: Example, attributes: Sequence[str]) -> Iterator[tuple[E
 def substituted(
     rows: Sequence[Example], outcomes: Sequence[str | None], attributes: Sequence[str], seed: int = 0
 ) -> tuple[list[Example], int]:
-    """(each row about somebody of the group that is dealt to it, of ATTRIBUTES by which it names somebody; how many rows could
-    not be so, since grammar or sense would be lost or the row speaks of several groups, and stay as they are).
+    """(each row about somebody of the group that is dealt to it, of ATTRIBUTES by which it names somebody; how many
+    rows could not be so, since grammar or sense would be lost or the row speaks of several groups, and stay as they
+    are).
 
-    The rows of one outcome are dealt all groups of an attribute equally often, so that the outcome says nothing of the group.
-    Where a copy of each row about one other group leaves a part of a gap between three groups or more, this leaves none.
+    The rows of one outcome are dealt all groups of an attribute equally often, so that the outcome says nothing of the
+    group. Where a copy of each row about one other group leaves a part of a gap between three groups or more, this
+    leaves none.
     """
     new_rows, failed_rows = list(rows), set[int]()
     for attribute in attributes:
@@ -86,10 +88,15 @@ def _named(text: str, attribute: str) -> set[str]:
 
 
 def _changed(row: Example, attribute: str, target_group: str) -> Example | None:
-    messages, rejected = _swapped(row.messages, attribute, target_group), _swapped(row.rejected, attribute, target_group)
+    messages, rejected = (
+        _swapped(row.messages, attribute, target_group),
+        _swapped(row.rejected, attribute, target_group),
+    )
     if messages is None or rejected is None or messages == row.messages:
         return None
-    origins = tuple(dataclasses.replace(origin, parents=(row.id,), step=f"{STEP}:{attribute}") for origin in row.origins)
+    origins = tuple(
+        dataclasses.replace(origin, parents=(row.id,), step=f"{STEP}:{attribute}") for origin in row.origins
+    )
     return dataclasses.replace(row, messages=messages, rejected=rejected, origins=origins, steps=(*row.steps, STEP))
 
 
@@ -98,7 +105,11 @@ def _swapped(messages: Sequence[Message], attribute: str, target_group: str) -> 
     for message in messages:
         parts = []
         for part in message.content:
-            text = _turned(part.text, attribute, target_group) if _named(part.text, attribute) - {target_group} else part.text
+            text = (
+                _turned(part.text, attribute, target_group)
+                if _named(part.text, attribute) - {target_group}
+                else part.text
+            )
             if text is None:
                 return None
             parts.append(Part("text", text) if part.kind == "text" else part)
@@ -142,7 +153,8 @@ def table(values: Sequence[str | None], outcomes: Sequence[str | None]) -> dict[
 def rows_to_drop(cells: dict[Cell, list[int]], seed: int) -> list[int]:
     """The fewest rows, drawn by seed, without which every group has the outcome rates of all rows together.
 
-    A group without any row of an outcome goes as a whole but for nothing: no rows could be dropped to mend that, so it stays.
+    A group without any row of an outcome goes as a whole but for nothing: no rows could be dropped to mend that, so it
+    stays.
     """
     rates, rng, to_drop = _rates(cells), np.random.default_rng(seed), []
     for group in dict.fromkeys(cell[0] for cell in cells):
@@ -196,7 +208,9 @@ def reweighing_factors(people: Memberships, outcomes: Sequence[str | None], weig
                 factors[key] = factors.get(key, 1.0) * factor
                 largest_change = max(largest_change, abs(factor - 1))
             pairs = zip(current_weights, values, outcomes, strict=True)
-            current_weights = [weight * cell_factors.get((group or "", outcome or ""), 1.0) for weight, group, outcome in pairs]
+            current_weights = [
+                weight * cell_factors.get((group or "", outcome or ""), 1.0) for weight, group, outcome in pairs
+            ]
         if largest_change < CLOSE:
             break
     return factors

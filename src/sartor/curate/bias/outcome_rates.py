@@ -23,7 +23,9 @@ ALPHA, NOTABLE_GAP = 0.05, 0.05
 
 @dataclass(frozen=True)
 class OutcomeRate:
-    """How many rows of a group there are, by weight, and which fraction has the outcome: Wilson's 95 % interval (1927)."""
+    """How many rows of a group there are, by weight, and which fraction has the outcome: Wilson's 95 % interval
+    (1927).
+    """
 
     rows: float
     rate: float
@@ -33,9 +35,11 @@ class OutcomeRate:
 
 @dataclass(frozen=True)
 class Gap:
-    """A group's outcome rate less that of the other groups of its attribute, with Newcombe's 95 % interval (1998, method 10).
+    """A group's outcome rate less that of the other groups of its attribute, with Newcombe's 95 % interval (1998,
+    method 10).
 
-    p: two-sided, of two proportions pooled, on the effective number of rows; p_corrected: by Holm over all gaps of a report.
+    p: two-sided, of two proportions pooled, on the effective number of rows; p_corrected: by Holm over all gaps of a
+    report.
     """
 
     attribute: str
@@ -57,7 +61,9 @@ class Gap:
 
 @dataclass(frozen=True)
 class Ratio:
-    """The lowest group's rate over the highest's, with a 95 % interval (Katz et al. 1978); under 0.8 it fails four fifths."""
+    """The lowest group's rate over the highest's, with a 95 % interval (Katz et al. 1978); under 0.8 it fails four
+    fifths.
+    """
 
     attribute: str
     outcome: str
@@ -98,7 +104,8 @@ class OutcomeRates:
             "notable": len(self.notable),
             "rates": {
                 attribute: {
-                    group: {name: asdict(rate) for name, rate in outcomes.items()} for group, outcomes in groups.items()
+                    group: {name: asdict(rate) for name, rate in outcomes.items()}
+                    for group, outcomes in groups.items()
                 }
                 for attribute, groups in self.rates.items()
             },
@@ -107,13 +114,18 @@ class OutcomeRates:
         }
 
 
-def measure_rates(people: Memberships, outcomes: Sequence[str | None], weights: Sequence[float] | None = None) -> OutcomeRates:
-    """The rates of N rows, of which those without an outcome, or without a group of an attribute, are not counted there.
+def measure_rates(
+    people: Memberships, outcomes: Sequence[str | None], weights: Sequence[float] | None = None
+) -> OutcomeRates:
+    """The rates of N rows, of which those without an outcome, or without a group of an attribute, are not counted
+    there.
 
     With weights (N,) a group's rows count by Kish's effective number, so that weighting widens the intervals.
     """
     weight = np.ones(len(outcomes)) if weights is None else np.asarray(weights, float)
-    names = [name for name, _ in Counter(outcome for outcome in outcomes if outcome is not None).most_common(MOST_OUTCOMES)]
+    names = [
+        name for name, _ in Counter(outcome for outcome in outcomes if outcome is not None).most_common(MOST_OUTCOMES)
+    ]
     hits = {name: np.array([outcome == name for outcome in outcomes]) for name in names}
     has_outcome = np.array([outcome is not None for outcome in outcomes])
     rates: dict[str, dict[str, dict[str, OutcomeRate]]] = {}
@@ -137,7 +149,8 @@ def measure_rates(people: Memberships, outcomes: Sequence[str | None], weights: 
                     for name, members in compared.items()
                 ]
             ratios += [
-                _ratio(attribute, outcome, {name: rates[attribute][name][outcome] for name in compared}) for outcome in hits
+                _ratio(attribute, outcome, {name: rates[attribute][name][outcome] for name in compared})
+                for outcome in hits
             ]
     return OutcomeRates(
         rates, sorted(_corrected(gaps), key=lambda gap: -abs(gap.difference)), [ratio for ratio in ratios if ratio]
@@ -159,7 +172,11 @@ def effective(weight: F64) -> float:
 
 
 def _gap(
-    names: tuple[str, str, str], hit: NDArray[np.bool_], members: NDArray[np.bool_], others: NDArray[np.bool_], weight: F64
+    names: tuple[str, str, str],
+    hit: NDArray[np.bool_],
+    members: NDArray[np.bool_],
+    others: NDArray[np.bool_],
+    weight: F64,
 ) -> Gap:
     rate, others_rate = _rate(hit[members], weight[members]), _rate(hit[others], weight[others])
     sizes = effective(weight[members]), effective(weight[others])
@@ -180,7 +197,9 @@ def _ratio(attribute: str, outcome: str, rates: dict[str, OutcomeRate]) -> Ratio
     hits = [max(rate.rate * rate.rows, 0.5) for rate in (low, high)]
     error = math.sqrt(sum(1 / hit - 1 / max(rate.rows, hit) for hit, rate in zip(hits, (low, high), strict=True)))
     middle = math.log(hits[0] / max(low.rows, 1e-9)) - math.log(hits[1] / max(high.rows, 1e-9))
-    return Ratio(attribute, outcome, lowest, highest, ratio, math.exp(middle - Z * error), math.exp(middle + Z * error))
+    return Ratio(
+        attribute, outcome, lowest, highest, ratio, math.exp(middle - Z * error), math.exp(middle + Z * error)
+    )
 
 
 def _corrected(gaps: Sequence[Gap]) -> list[Gap]:

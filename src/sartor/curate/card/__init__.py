@@ -1,7 +1,8 @@
 """Data card of a Dataset: content, sources, and removed rows with their reasons.
 
-`card.md` (with the Hub's YAML head; plots in `card/*.svg`), `card.html` (the same on one page), `croissant.json` (metadata
-for machines). All three are pure functions of the Dataset's files and facts: no clock, no path, no name of a machine.
+`card.md` (with the Hub's YAML head; plots in `card/*.svg`), `card.html` (the same on one page), `croissant.json`
+(metadata for machines). All three are pure functions of the Dataset's files and facts: no clock, no path, no name of a
+machine.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def _write(file: Path, text: str) -> None:
 
 
 def _with_unique_names(sections: Sequence[Section]) -> tuple[list[Section], list[Plot]]:
-    """The sections with every picture's name its own (names of steps and rules may collide as file names), and the pictures."""
+    """The sections with every picture's name its own (names of steps and rules may collide as file names), and the
+    pictures.
+    """
     used: dict[str, Plot] = {}
 
     def named(block: Block) -> Block:

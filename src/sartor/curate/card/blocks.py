@@ -1,7 +1,7 @@
 """Content blocks of a data card, before they are Markdown or HTML.
 
-A `str` is our own wording. Words that came from rows, files or recipes are `Said`, and each renderer shows them as text and
-nothing else.
+A `str` is our own wording. Words that came from rows, files or recipes are `Said`, and each renderer shows them as
+text and nothing else.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ LONG = 300  # characters of a quotation that are shown
 
 @dataclass(frozen=True)
 class QuotedText:
-    """Words of the data, cut to `max_chars` characters with a note of how many more there are; `prose` where they are a
-    sentence.
+    """Words of the data, cut to `max_chars` characters with a note of how many more there are; `prose` where they are
+    a sentence.
     """
 
     text: str
@@ -43,7 +43,9 @@ class Headlines:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the columns named in `numbers` stand to the right. `names` says that the first column names the rest."""
+    """Rows of cells; the columns named in `numbers` stand to the right. `names` says that the first column names the
+    rest.
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[Line]]

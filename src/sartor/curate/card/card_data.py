@@ -63,7 +63,9 @@ class Evidence:
 
 
 def read_drops(files: Sequence[Path]) -> Drops:
-    """Count the Drops and pick candidates to show: per reason the least alike pairs, and some by lot (by their ids)."""
+    """Count the Drops and pick candidates to show: per reason the least alike pairs, and some by lot (by their
+    ids).
+    """
     drops, survivors = Drops(), []
     by_lot, least_alike = pl.DataFrame(), pl.DataFrame()
     for path in files:
@@ -71,12 +73,16 @@ def read_drops(files: Sequence[Path]) -> Drops:
             for batch in file.iter_batches(BATCH):
                 table = pl.DataFrame(batch)
                 drops.total += len(table)
-                drops.by_step.update({(step, reason): count for step, reason, count in _counts(table, "step", "reason")})
+                drops.by_step.update(
+                    {(step, reason): count for step, reason, count in _counts(table, "step", "reason")}
+                )
                 drops.by_source.update(dict(_counts(table, "source")))
                 duplicates = table.filter(pl.col("kept").str.len_bytes() > 0)
                 survivors.append(duplicates.select("step", pl.col("kept").hash(0)))
                 by_lot = _least(by_lot, _with_lots(table), ("lot", "id", "source", "locator"), BY_LOT)
-                least_alike = _least(least_alike, duplicates.filter(pl.col("score") < 1), ("score", "id", "kept"), LEAST_ALIKE)
+                least_alike = _least(
+                    least_alike, duplicates.filter(pl.col("score") < 1), ("score", "id", "kept"), LEAST_ALIKE
+                )
     drops.clusters = _clusters(survivors)
     for row in (*least_alike.iter_rows(named=True), *by_lot.drop("lot", strict=False).iter_rows(named=True)):
         candidates = drops.shown.setdefault(row["reason"], [])
@@ -86,9 +92,14 @@ def read_drops(files: Sequence[Path]) -> Drops:
 
 
 def _with_lots(table: pl.DataFrame) -> pl.DataFrame:
-    """The table with each row's lot: its id, which is a digest; where a row could not be read and has none, its place's."""
+    """The table with each row's lot: its id, which is a digest; where a row could not be read and has none, its
+    place's.
+    """
     locations = zip(table.get_column("id"), table.get_column("source"), table.get_column("locator"), strict=True)
-    lots = [key or blake2b(f"{source}\n{locator}".encode(), digest_size=16).hexdigest() for key, source, locator in locations]
+    lots = [
+        key or blake2b(f"{source}\n{locator}".encode(), digest_size=16).hexdigest()
+        for key, source, locator in locations
+    ]
     return table.with_columns(pl.Series("lot", lots, pl.String))
 
 
@@ -110,7 +121,9 @@ def _clusters(survivors: Sequence[pl.DataFrame]) -> dict[str, Counter[int]]:
     """step -> (rows dropped for one survivor -> such survivors)."""
     if not survivors:
         return {}
-    sizes = pl.concat(survivors).group_by("step", "kept").len().group_by("step", "len").len("clusters").sort("step", "len")
+    sizes = (
+        pl.concat(survivors).group_by("step", "kept").len().group_by("step", "len").len("clusters").sort("step", "len")
+    )
     result: dict[str, Counter[int]] = {}
     for step, size, clusters in sizes.iter_rows():
         result.setdefault(step, Counter())[size] = clusters
@@ -183,7 +196,9 @@ class Contents:
 
     @property
     def made_by(self) -> str:
-        """Who wrote the rows, where nobody did: a teacher's name, or "rules alone"; empty of rows that people wrote."""
+        """Who wrote the rows, where nobody did: a teacher's name, or "rules alone"; empty of rows that people
+        wrote.
+        """
         synthetic = self.facts.get("synthetic")
         return str(synthetic["teacher"] or "rules alone") if synthetic else ""
 
@@ -225,12 +240,16 @@ class Contents:
         """What the Dataset is called: its own name, or its sources'."""
         if self.facts.get("name"):
             return str(self.facts["name"])
-        names = list(dict.fromkeys(_called(str(file.get("source") or file.get("path") or "rows")) for file in self.sources))
+        names = list(
+            dict.fromkeys(_called(str(file.get("source") or file.get("path") or "rows")) for file in self.sources)
+        )
         suffix = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return ", ".join(names[:3]) + suffix or "Dataset"
 
     def stages(self) -> list[tuple[str, int, int]]:
-        """From read to kept: (step, rows left after it, rows that went in it). Rows that a step made are left after it."""
+        """From read to kept: (step, rows left after it, rows that went in it). Rows that a step made are left after
+        it.
+        """
         lost: Counter[str] = Counter()
         for (step, _), count in self.drops.by_step.items():
             lost[step] += count
@@ -282,7 +301,13 @@ def gather(folder: Path, facts: Mapping[str, Any]) -> Contents:
     wanted_ids |= {str(row["id"]) for queue in evidence.queues.values() for row in queue}
     rows = measure(sorted((folder / "examples").glob("*.parquet")), wanted_ids)
     return Contents(
-        folder, facts, rows, drops, evidence, dataset_statistics.media(folder), dataset_statistics.languages(rows.sample)
+        folder,
+        facts,
+        rows,
+        drops,
+        evidence,
+        dataset_statistics.media(folder),
+        dataset_statistics.languages(rows.sample),
     )
 
 

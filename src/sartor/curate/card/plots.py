@@ -88,7 +88,9 @@ def columns(
     for index, value in enumerate(series[0][1] if series else ()):
         height = max((bottom - top - 14) * value / max_value, 1.5 if value else 0)
         x = left + index * step
-        marks.append(_rect(x + min(step * 0.1, 4), bottom - height, step - 2 * min(step * 0.1, 4), height, _COLOURS[0]))
+        marks.append(
+            _rect(x + min(step * 0.1, 4), bottom - height, step - 2 * min(step * 0.1, 4), height, _COLOURS[0])
+        )
     for number, (_, values) in enumerate(series[1:], 1):
         points = "".join(
             f"{'L' if index else 'M'}{_n(left + index * step)} "
@@ -132,7 +134,10 @@ def funnel(name: str, title: str, stages: Sequence[tuple[str, int, int]], *, not
     """What is left after each stage: (label, rows left, rows that went there). The first stage loses nothing."""
     left = min(max(_wide(_fit(label, 190)) for label, _, _ in stages) + 12, 200)
     end_width = max(_wide(_end_label(remaining, lost)) for _, remaining, lost in stages) + 12
-    room, max_value = WHOLE - left - end_width, max((remaining + lost for _, remaining, lost in stages), default=0) or 1
+    room, max_value = (
+        WHOLE - left - end_width,
+        max((remaining + lost for _, remaining, lost in stages), default=0) or 1,
+    )
     marks = []
     for index, (label, remaining, lost) in enumerate(stages):
         y, width, lost_width = index * (_STEP + 4), room * remaining / max_value, room * lost / max_value
@@ -164,7 +169,9 @@ def _rect(x: float, y: float, width: float, height: float, fill: str, opacity: f
     return f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}" rx="1.5" fill="{fill}"{faint}/>'
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", fill: str = "var(--soft)", bold: bool = False) -> str:
+def _text(
+    x: float, y: float, text: str, *, anchor: str = "start", fill: str = "var(--soft)", bold: bool = False
+) -> str:
     weight = ' font-weight="600"' if bold else ""
     return (
         f'<text x="{_n(x)}" y="{_n(y)}" font-size="{_TEXT}" text-anchor="{anchor}" fill="{fill}"{weight} '
@@ -216,7 +223,8 @@ def ranked(counts: Mapping[str, int], total: int = 0) -> list[tuple[str, float, 
     if rest:
         shown = [*shown, (f"{len(rest):,} others", sum(count for _, count in rest))]
     return [
-        (label or "(none)", count, f"{count:,}" + (f" · {percent(count / total)}" if total else "")) for label, count in shown
+        (label or "(none)", count, f"{count:,}" + (f" · {percent(count / total)}" if total else ""))
+        for label, count in shown
     ]
 
 
@@ -228,7 +236,9 @@ def percent(fraction: float) -> str:
 def lengths(contents: Contents) -> Iterator[Picture]:
     """Prompt and reply words in bins that double, train filled and eval as a line, each as a share of its split."""
     for side, title in _SIDES.items():
-        bins_by_split = {split: bins for (split, other_side), bins in sorted(contents.rows.words.items()) if other_side == side}
+        bins_by_split = {
+            split: bins for (split, other_side), bins in sorted(contents.rows.words.items()) if other_side == side
+        }
         if not bins_by_split:
             continue
         order = [split for split in contents.splits if split in bins_by_split] or sorted(bins_by_split)
@@ -399,7 +409,9 @@ def scores(contents: Contents) -> Iterator[Picture]:
         methods = ", ".join(f"{method} {count:,}" for method, count in sorted(pairs.methods.items(), key=str))
         note = f"{pairs.total:,} pairs" + (f" ({methods})" if methods else "") + "; each bin is 0.02 wide"
         title = f"How alike the pairs are: {name.replace('_', ' ')}"
-        yield columns(f"scores-{_file(name)}", title, labels, [("pairs", values)], axis="score", note=note, tall="{:,.0f}")
+        yield columns(
+            f"scores-{_file(name)}", title, labels, [("pairs", values)], axis="score", note=note, tall="{:,.0f}"
+        )
 
 
 def media(contents: Contents) -> Iterator[Picture]:
@@ -416,7 +428,9 @@ def _sized(kind: str, title: str, axis: str, files: dataset_statistics.MediaFile
     first = int(np.nonzero(binned)[0][0])
     sample_note = "" if files.count == len(files.sizes) else f"; {len(files.sizes):,} of them were looked at"
     note = f"{files.count:,} files, {files.bytes / 1e6:,.1f} MB{sample_note}"
-    return columns(kind, title, labels[first:], [(kind, binned[first:].tolist())], axis=axis, note=note, tall="{:,.0f}")
+    return columns(
+        kind, title, labels[first:], [(kind, binned[first:].tolist())], axis=axis, note=note, tall="{:,.0f}"
+    )
 
 
 def count_bars(step: str, key: str, counts: Mapping[str, int]) -> Picture:

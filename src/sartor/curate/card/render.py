@@ -1,8 +1,9 @@
 """Renders a card as HTML and Markdown.
 
-Words of the data stand in code spans and in fenced blocks, whose fence is longer than any in them: there Markdown, HTML,
-links, mentions, formulas and autolinks mean nothing. Sentences of plain letters and stops can mean nothing, and stand as they
-are. In a table a vertical bar is shown as its look-alike U+2223, since renderers part cells before they see a code span.
+Words of the data stand in code spans and in fenced blocks, whose fence is longer than any in them: there Markdown,
+HTML, links, mentions, formulas and autolinks mean nothing. Sentences of plain letters and stops can mean nothing, and
+stand as they are. In a table a vertical bar is shown as its look-alike U+2223, since renderers part cells before they
+see a code span.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from sartor.curate.card.blocks import (
 )
 from sartor.curate.card.plots import COLOURS, inline
 
-_HEAD = "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+_HEAD = (
+    "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'; img-src "
+    'data:">'
+)
 _SHORT = 20  # characters of a name that is not broken
 _TURN = 500  # characters of a turn
 _STYLE = (
@@ -126,7 +130,9 @@ def _text_div(text: str, max_chars: int) -> str:
 
 def _table(table: Table) -> str:
     def cells(tag: str, row: Iterable[Line]) -> str:
-        marked = (f"<{tag}{' class=n' if n in table.numbers else ''}>{_line(cell)}</{tag}>" for n, cell in enumerate(row))
+        marked = (
+            f"<{tag}{' class=n' if n in table.numbers else ''}>{_line(cell)}</{tag}>" for n, cell in enumerate(row)
+        )
         return f"<tr>{''.join(marked)}</tr>"
 
     head = cells("th", table.head) if any(table.head) else ""
@@ -144,7 +150,9 @@ def _figure(picture: Plot, *, titled: bool = True) -> str:
 def _dropped(block: Dropped) -> str:
     detail = f"<span>{_line(block.detail)}</span>"
     title = f"<div class=why><b>{_line(block.reason)}</b><span>{_line(block.where)}</span>{detail}</div>"
-    kept_html = f"<div><h4>{_line(block.kept_title)}</h4>{_pieces(block.kept_pieces)}</div>" if block.kept_title else ""
+    kept_html = (
+        f"<div><h4>{_line(block.kept_title)}</h4>{_pieces(block.kept_pieces)}</div>" if block.kept_title else ""
+    )
     heading = "<h4>dropped:</h4>" if block.kept_pieces else ""
     dropped_html = f"<div class=gone>{heading}{_pieces(block.pieces)}</div>" if block.pieces else ""
     return f"<div class=row>{title}<div class=pair>{dropped_html}{kept_html}</div></div>"
@@ -163,7 +171,8 @@ def _pieces(pieces: Sequence[TextPiece]) -> str:
 
 
 _HARMLESS = re.compile(r"[^\W_](?:[^\W_]|[ ,;./%()'+-]|:(?= ))*")
-# What renderers look for in text even where its punctuation is escaped: addresses, mentions, emoji, issues, formulas, tags
+# What renderers look for in text even where its punctuation is escaped: addresses, mentions, emoji, issues, formulas,
+# tags
 _ACTS = re.compile(r"www\.|://|@|:\w|\$|[#<>`\[\]\\{}]|\s\s|\n", re.IGNORECASE)
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!])")
 
@@ -188,7 +197,9 @@ def _markdown_block(block: Block) -> str:
             return "\n".join((_row([_cell(*label) for label in head]), _rule(len(head), frozenset()), _row(values)))
         case Table():
             rows = [_row([_cell(cell) for cell in row]) for row in block.rows]
-            return "\n".join((_row([_cell(cell) for cell in block.head]), _rule(len(block.head), block.numbers), *rows))
+            return "\n".join(
+                (_row([_cell(cell) for cell in block.head]), _rule(len(block.head), block.numbers), *rows)
+            )
         case Plot():
             return _picture(block)
         case Pictures():
@@ -280,5 +291,7 @@ def _longest_run(text: str) -> int:
 
 
 def _plain(text: str) -> str:
-    """Our own words, in which punctuation is no markup. A step's or a rule's name may be among them: if it acts, it is code."""
+    """Our own words, in which punctuation is no markup. A step's or a rule's name may be among them: if it acts, it is
+    code.
+    """
     return code(text) if _ACTS.search(text) else _SPECIAL.sub(r"\\\1", text)

@@ -108,7 +108,8 @@ def dropped(contents: Contents) -> Iterator[Block]:
     yield Pictures([*plots.reasons(contents), *plots.losers(contents)])
     yield _reason_table(contents)
     yield Prose(
-        "Rows that were dropped, chosen by lot; of duplicates the least alike pair first. Marked words stand in one row only.",
+        "Rows that were dropped, chosen by lot; of duplicates the least alike pair first. Marked words stand in one "
+        "row only.",
         "soft",
     )
     order = list(contents.dropped)
@@ -128,14 +129,18 @@ def _reason_table(contents: Contents) -> Table:
         first = next(iter(_ranked_drops(contents, reason)), None)
         share = f"{count / contents.rows_read:.2%}".replace("%", " %") if contents.rows_read else ""
         detail = QuotedText(first.detail, 110, prose=True) if first else ""
-        rows.append((QuotedText(reason, 60), QuotedText(", ".join(steps.get(reason, [])), 60), f"{count:,}", share, detail))
+        rows.append(
+            (QuotedText(reason, 60), QuotedText(", ".join(steps.get(reason, [])), 60), f"{count:,}", share, detail)
+        )
     return Table(("reason", "step", "rows", "of all read", "for instance"), rows, frozenset({2, 3}))
 
 
 def _ranked_drops(contents: Contents, reason: str) -> list[Drop]:
     """The candidates of a reason, those whose evidence is whole first."""
     candidates = contents.drops.shown.get(reason, [])
-    return sorted(candidates, key=lambda drop: not drop.text or bool(drop.kept and drop.kept not in contents.rows.wanted))
+    return sorted(
+        candidates, key=lambda drop: not drop.text or bool(drop.kept and drop.kept not in contents.rows.wanted)
+    )
 
 
 def _dropped_block(contents: Contents, drop: Drop) -> Dropped:
@@ -159,7 +164,9 @@ def _dropped_block(contents: Contents, drop: Drop) -> Dropped:
         )
     if not drop.text:
         return Dropped(*title, [], "The step wrote no text of it.")
-    survivor = ("stays: row ", QuotedText(drop.kept[:12]), ", which a later step changed or dropped") if drop.kept else ""
+    survivor = (
+        ("stays: row ", QuotedText(drop.kept[:12]), ", which a later step changed or dropped") if drop.kept else ""
+    )
     return Dropped(*title, pieces(drop.text), survivor)
 
 
@@ -179,8 +186,12 @@ def suspicious(contents: Contents) -> Iterator[Block]:
     for name, queue in contents.evidence.queues.items():
         total = contents.evidence.files[name]
         errors = facts.get("estimated_errors")
-        estimate = f"; about {format_value(errors)} of the labels are estimated to be wrong" if errors is not None else ""
-        yield Prose(f"{total:,} rows are queued for a look, the most suspicious first{estimate}. None was changed or dropped.")
+        estimate = (
+            f"; about {format_value(errors)} of the labels are estimated to be wrong" if errors is not None else ""
+        )
+        yield Prose(
+            f"{total:,} rows are queued for a look, the most suspicious first{estimate}. None was changed or dropped."
+        )
         yield _queue(contents, queue)
     if facts:
         yield from step("suspicious_labels", facts)
@@ -221,14 +232,19 @@ def step(kind: str, facts: Mapping[str, Any]) -> Iterator[Block]:
     plain: dict[str, Any] = {}
     pictures = []
     for key, value in facts.items():
-        if isinstance(value, Mapping) and len(value) > 1 and all(type(count) is int and count >= 0 for count in value.values()):
+        if (
+            isinstance(value, Mapping)
+            and len(value) > 1
+            and all(type(count) is int and count >= 0 for count in value.values())
+        ):
             pictures.append(plots.count_bars(kind, str(key), {str(name): count for name, count in value.items()}))
         elif isinstance(value, Mapping):
             plain |= {f"{key}.{inner}": inner_value for inner, inner_value in flat(value).items()}
         else:
             plain[str(key)] = value
     rows: list[Sequence[Line]] = [
-        (QuotedText(key.replace("_", " "), 60, prose=True), QuotedText(_list_text(value), 400)) for key, value in plain.items()
+        (QuotedText(key.replace("_", " "), 60, prose=True), QuotedText(_list_text(value), 400))
+        for key, value in plain.items()
     ]
     if pictures:
         yield Pictures(pictures)
@@ -279,8 +295,9 @@ def _lead(contents: Contents) -> Line:
     return (
         f"A dataset for tuning, written by Sartor: {summary}"
         + (f" from {files:,} file{'s' if files != 1 else ''}" if files else "")
-        + ". Every row that was dropped lies in drops/ with its reason; every number here can be recomputed from the files."
-    ,)  # fmt: skip
+        + ". Every row that was dropped lies in drops/ with its reason; every number here can be recomputed from the "
+        "files.",
+    )
 
 
 def _headlines(contents: Contents) -> list[tuple[str, str]]:
@@ -325,7 +342,8 @@ def _warnings(contents: Contents) -> Iterator[Block]:
     unstated = plots.kept_by(contents, "licence").get(UNKNOWN, 0)
     if unstated:
         yield Prose(
-            f"{unstated:,} rows come from sources that state no licence. Nobody knows what they may be used for.", "warn"
+            f"{unstated:,} rows come from sources that state no licence. Nobody knows what they may be used for.",
+            "warn",
         )
     for gap in contents.gaps():
         yield Prose("Counts differ: " + gap, "warn")
@@ -433,7 +451,9 @@ def _one_of_each_source(sample: Sequence[Sampled]) -> list[Sampled]:
 
 
 def _licence(contents: Contents) -> Iterator[Block]:
-    yield Prose(("The licence that holds for the whole, derived from the sources: ", QuotedText(contents.licence, 400)))
+    yield Prose(
+        ("The licence that holds for the whole, derived from the sources: ", QuotedText(contents.licence, 400))
+    )
     conflicts = contents.facts.get("licence_conflicts") or ()
     if not conflicts:
         yield Prose("No conflicts between the sources' licences are known.", "soft")
@@ -471,11 +491,16 @@ def _provenance(contents: Contents) -> Iterator[Block]:
         if kind not in OWN and isinstance(facts, Mapping) and facts:
             yield Folded(f"what {kind} found", list(step(kind, facts)))
     if contents.rows.changed:
-        rows: list[Sequence[Line]] = [(QuotedText(step), f"{count:,}") for step, count in sorted(contents.rows.changed.items())]
+        rows: list[Sequence[Line]] = [
+            (QuotedText(step), f"{count:,}") for step, count in sorted(contents.rows.changed.items())
+        ]
         yield Folded("rows that a step changed", [Table(("step", "rows"), rows, frozenset({1}))])
     if versions := contents.facts.get("versions"):
         yield Prose(
-            ("Made with ", QuotedText(", ".join(f"{name} {version}" for name, version in sorted(versions.items())), 600)),
+            (
+                "Made with ",
+                QuotedText(", ".join(f"{name} {version}" for name, version in sorted(versions.items())), 600),
+            ),
             "soft",
         )
 

@@ -1,9 +1,9 @@
 """Duplicate clusters, survivors and removal guards.
 
-Pairs are similar, and similarity is not transitive: of a chain a ~ b ~ c the ends may be unlike. So rows are taken in the
-order of their rank, and one that is still there takes away those that are verified to be like *it*. Nobody goes for a row
-that it was not held against. The survivors are the lexicographically first maximal independent set of the graph of pairs, so
-the result depends on nothing but pairs and rank.
+Pairs are similar, and similarity is not transitive: of a chain a ~ b ~ c the ends may be unlike. So rows are taken in
+the order of their rank, and one that is still there takes away those that are verified to be like *it*. Nobody goes
+for a row that it was not held against. The survivors are the lexicographically first maximal independent set of the
+graph of pairs, so the result depends on nothing but pairs and rank.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def components(count: int, a: I64, b: I64, labels: I64 | None = None) -> I64:
 
 
 def rank_positions(rank: NDArray[Any], labels: I64 | None = None) -> I64:
-    """(N,) the place of each row by rank, the highest first, of equals the first read; with `labels`, the best of its class."""
+    """(N,) the place of each row by rank, the highest first, of equals the first read; with `labels`, the best of its
+    class.
+    """
     order = np.lexsort((np.arange(len(rank)), -np.asarray(rank, np.float64)))
     positions = np.empty(len(order), np.int64)
     positions[order] = np.arange(len(order))
@@ -58,8 +60,8 @@ def rank_positions(rank: NDArray[Any], labels: I64 | None = None) -> I64:
 
 @dataclass(frozen=True)
 class Removals:
-    """R removed rows, ascending: (R,) each. `kept_rows` is the row that stays for one of `rows`, `score` and `method` of the
-    two.
+    """R removed rows, ascending: (R,) each. `kept_rows` is the row that stays for one of `rows`, `score` and `method`
+    of the two.
     """
 
     rows: I64
@@ -79,11 +81,16 @@ class Removals:
 
     def by_method(self) -> dict[str, int]:
         """How many rows went by which measure."""
-        return {name: int(count) for name, count in zip(METHODS, np.bincount(self.method, minlength=3), strict=True) if count}
+        return {
+            name: int(count)
+            for name, count in zip(METHODS, np.bincount(self.method, minlength=3), strict=True)
+            if count
+        }
 
 
 def resolve_clusters(pairs: ScoredPairs, rank: NDArray[Any], rules: DuplicateRules) -> Removals:
-    """The removals that pairs ask for under the rules. `rank` (N,): of two alike the higher stays, of equals the first read.
+    """The removals that pairs ask for under the rules. `rank` (N,): of two alike the higher stays, of equals the first
+    read.
 
     Rows of equal content are one row whose best stays. Raises nothing; see `guard`.
     """
@@ -126,10 +133,13 @@ def _stars(a: I64, b: I64, positions: I64) -> tuple[I64, I64, I64]:
 class RemovalLimits:
     """What may be removed without asking.
 
-    `source_fraction`: of one source, by one cluster; a cluster that takes three quarters of a file is a template, the wrong
-    field, or a source that is another's copy, and only its owner knows which. `fraction`: of all rows; so much goes when
-    `text_field` names a field of few values. Clusters that take fewer than `min_rows` rows of a source are never asked about.
-    `allow`: sources that may go wholly. `in_recipe`: the limits are a step's options, not flags; the remedies say them so.
+    `source_fraction`: of one source, by one cluster; a cluster that takes three quarters of a file is a template, the
+    wrong field, or a source that is another's copy, and only its owner knows which. `fraction`: of all rows; so much
+    goes when
+    `text_field` names a field of few values. Clusters that take fewer than `min_rows` rows of a source are never asked
+    about.
+    `allow`: sources that may go wholly. `in_recipe`: the limits are a step's options, not flags; the remedies say them
+    so.
     """
 
     source_fraction: float = 0.75
@@ -141,7 +151,11 @@ class RemovalLimits:
     def option(self, name: str, value: str = "") -> str:
         """An option as the person who waits would write it."""
         if self.in_recipe:
-            return f"`{name.replace('-', '_')}: [{value}]` of the step" if value else f"{name.replace('-', '_')} of the step"
+            return (
+                f"`{name.replace('-', '_')}: [{value}]` of the step"
+                if value
+                else f"{name.replace('-', '_')} of the step"
+            )
         return f"--{name} {value}".rstrip()
 
 
@@ -160,7 +174,9 @@ def check_removals(
         return
     sizes = np.bincount(sources, minlength=len(names))
     keys, first, counts = np.unique(
-        sources[removals.rows].astype(np.int64) * (len(sources) + 1) + removals.kept_rows, return_index=True, return_counts=True
+        sources[removals.rows].astype(np.int64) * (len(sources) + 1) + removals.kept_rows,
+        return_index=True,
+        return_counts=True,
     )
     source = keys // (len(sources) + 1)
     allowed = np.isin(source, [index for index, name in enumerate(names) if name in limits.allow])
@@ -182,7 +198,8 @@ def check_removals(
             f"{removed_count:,} of {len(sources):,} rows would be removed; more than the fraction {limits.fraction:g} "
             "may not go without asking; "
             f"{_example(removals, int(np.flatnonzero(~is_exempt)[0]), describe)}",
-            "look at the two rows: if they are no duplicates, another text field or a higher threshold; if they are, a higher "
+            "look at the two rows: if they are no duplicates, another text field or a higher threshold; if they are, "
+            "a higher "
             f"{limits.option('max-fraction')}",
         )
 

@@ -89,7 +89,9 @@ class DedupOptions:
     def __post_init__(self) -> None:
         for name in ("max_source_fraction", "max_fraction"):
             if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name):g}; it must be above 0 and at most 1", f"{name}: 0.9")
+                raise ConfigError(
+                    f"{name} is {getattr(self, name):g}; it must be above 0 and at most 1", f"{name}: 0.9"
+                )
         if self.unit not in ("auto", "words", "characters") or self.keep not in ("longest", "first"):
             raise ConfigError(
                 f"unit is {self.unit!r}, keep {self.keep!r}", "unit: auto, words or characters; keep: longest or first"
@@ -138,11 +140,13 @@ def dedup(
     show: bool = False,
     **options: Any,
 ) -> Deduplicated:
-    """Find the duplicates in files of records; write to `out` what stays, what goes and for what, and every verified pair.
+    """Find the duplicates in files of records; write to `out` what stays, what goes and for what, and every verified
+    pair.
 
-    `options` are those of DedupOptions. `pairs`: also list duplicates as (a, b, score, method), rows numbered from 0 over all
-    files in their order. `show`: progress on stderr. Raises ConfigError, SourceError (no row can be used, a file changes
-    meanwhile), GuardError.
+    `options` are those of DedupOptions. `pairs`: also list duplicates as (a, b, score, method), rows numbered from 0
+    over all
+    files in their order. `show`: progress on stderr. Raises ConfigError, SourceError (no row can be used, a file
+    changes meanwhile), GuardError.
     """
     began = time.monotonic()
     settings = _options(options)
@@ -156,7 +160,9 @@ def dedup(
     def fill(folder: Path) -> Mapping[str, Any]:
         with DedupProgress(show) as progress, WorkerPool(_processes(settings, paths)) as workers:
             executor = Executor(progress.show, workers.spread)
-            inputs, shingling = inspect_files(paths, settings.text_field, settings.unit, settings.size, settings.max_row_bytes)
+            inputs, shingling = inspect_files(
+                paths, settings.text_field, settings.unit, settings.size, settings.max_row_bytes
+            )
             rules = rules_for(shingling, settings.threshold, settings.contained)
             sketched = sketch_files(inputs, shingling, folder / _STORE, settings.max_row_bytes, executor)
             if not len(sketched.rows.line) or len(sketched.rows.faults) == len(sketched.rows.line):
@@ -213,7 +219,11 @@ def write_rows(
 
 
 def facts(
-    inputs: Sequence[FileOfRows], counts: Sequence[int], rows: RecordLocations, removals: Removals, rules: DuplicateRules
+    inputs: Sequence[FileOfRows],
+    counts: Sequence[int],
+    rows: RecordLocations,
+    removals: Removals,
+    rules: DuplicateRules,
 ) -> dict[str, Any]:
     """What the manifest says of a run, but for what only a first run knows."""
     read = len(rows.line)
@@ -225,7 +235,10 @@ def facts(
             "read": read,
             "kept": read - len(removals.rows) - len(rows.faults),
             "removed": removals.by_method(),
-            "dropped": {**dict(sorted(reasons.items())), **({"duplicate": len(removals.rows)} if len(removals.rows) else {})},
+            "dropped": {
+                **dict(sorted(reasons.items())),
+                **({"duplicate": len(removals.rows)} if len(removals.rows) else {}),
+            },
             "clusters": removals.clusters,
             "largest_cluster": removals.largest_cluster,
         },
@@ -278,10 +291,11 @@ def _nothing(rows: RecordLocations) -> str:
 def rethreshold(
     path: Path | str, out: Path | str, *, threshold: float, replace: bool = False, show: bool = False
 ) -> Deduplicated:
-    """Write to `out` what `sartor dedup` would have written at another threshold, from the pairs in its artefact at `path`.
+    """Write to `out` what `sartor dedup` would have written at another threshold, from the pairs in its artefact at
+    `path`.
 
-    The input files are read for their rows alone. Raises ConfigError for a threshold below the floor that pairs were kept to,
-    ArtifactError if an input file is gone or was changed, GuardError as `dedup` does.
+    The input files are read for their rows alone. Raises ConfigError for a threshold below the floor that pairs were
+    kept to, ArtifactError if an input file is gone or was changed, GuardError as `dedup` does.
     """
     began = time.monotonic()
     old = open_artifact(path, "duplicates")

@@ -40,17 +40,27 @@ from sartor.curate.dedup.shingles import I32, I64, U8, U32, Mask, Shingling, Ske
 _COPY_BYTES = 1 << 20
 _DROPPED = pa.schema(
     [
-        ("row", pa.int64()), ("file", pa.string()), ("line", pa.int64()), ("reason", pa.string()), ("detail", pa.string()),
-        ("kept_row", pa.int64()), ("kept_file", pa.string()), ("kept_line", pa.int64()), ("score", pa.float32()),
-        ("method", pa.string()), ("content", pa.binary()),
+        ("row", pa.int64()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("kept_row", pa.int64()),
+        ("kept_file", pa.string()),
+        ("kept_line", pa.int64()),
+        ("score", pa.float32()),
+        ("method", pa.string()),
+        ("content", pa.binary()),
     ],
     metadata={b"sartor.schema": str(SCHEMA).encode()},
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
 class RecordLocations:
-    """Where the N rows of a run stand: `names` of the files, (N,) the `file` of each and its `line`; `faults` by row."""
+    """Where the N rows of a run stand: `names` of the files, (N,) the `file` of each and its `line`; `faults` by
+    row.
+    """
 
     names: list[str]
     file: I32
@@ -100,14 +110,22 @@ class Writer:
 
     def _drop(self, row: int, raw: Any, source: Path) -> None:
         removal_index, fault = self._removal[row], self.rows.faults.get(row)
-        fields: dict[str, Any] = {"row": row, "file": self.rows.names[self.rows.file[row]], "line": int(self.rows.line[row])}
+        fields: dict[str, Any] = {
+            "row": row,
+            "file": self.rows.names[self.rows.file[row]],
+            "line": int(self.rows.line[row]),
+        }
         if fault is not None:
             fields |= {"reason": fault.reason, "detail": fault.detail, "content": self._content(raw, source)}
         else:
-            kept_row, method = int(self.removals.kept_rows[removal_index]), METHODS[self.removals.method[removal_index]]
+            kept_row, method = (
+                int(self.removals.kept_rows[removal_index]),
+                METHODS[self.removals.method[removal_index]],
+            )
             fields |= {
                 "reason": f"{method}_duplicate" if method != "contained" else method,
-                "detail": f"{method} of {self.rows.describe(kept_row)}, score {self.removals.score[removal_index]:.3f}",
+                "detail": f"{method} of {self.rows.describe(kept_row)}, score "
+                f"{self.removals.score[removal_index]:.3f}",
                 "kept_row": kept_row,
                 "kept_file": self.rows.names[self.rows.file[kept_row]],
                 "kept_line": int(self.rows.line[kept_row]),
@@ -239,7 +257,9 @@ SAMPLE = 500
 
 @dataclass(frozen=True)
 class FileOfRows:
-    """An input file: its format, the fields that are compared, its name in the output, its size and time of change at first."""
+    """An input file: its format, the fields that are compared, its name in the output, its size and time of change at
+    first.
+    """
 
     path: Path
     kind: str
@@ -256,13 +276,16 @@ class FileOfRows:
 def inspect_files(
     paths: Sequence[Path], text_field: str, unit: Any, size: int, max_row_bytes: int
 ) -> tuple[list[FileOfRows], Shingling]:
-    """The files and their fields, and how rows are cut, from the first rows of each. Raises ConfigError, SourceError."""
+    """The files and their fields, and how rows are cut, from the first rows of each. Raises ConfigError,
+    SourceError.
+    """
     if not paths:
         raise ConfigError("no file was named", "sartor dedup FILE... --out DIR")
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError(
             "a file is named twice: every row of it would be its own duplicate",
-            f"sartor dedup {' '.join(str(path) for path in {path.resolve(): path for path in paths}.values())} --out DIR",
+            f"sartor dedup {' '.join(str(path) for path in {path.resolve(): path for path in paths}.values())} --out "
+            "DIR",
         )
     files: list[FileOfRows] = []
     texts: list[str] = []
@@ -273,7 +296,11 @@ def inspect_files(
         choice = choose(sample, text_field)
         joined = max(joined, len(choice.fields) * choice.joined)
         texts.extend(text_of(row, choice) or "" for row in sample)
-        name = path.name if path.name not in {file.name for file in files} else f"{path.stem}-{len(files) + 1}{path.suffix}"
+        name = (
+            path.name
+            if path.name not in {file.name for file in files}
+            else f"{path.stem}-{len(files) + 1}{path.suffix}"
+        )
         files.append(FileOfRows(path, kind, choice, name, stamp_of(path)))
     return files, shingles.resolve(unit, size, texts, joined_fields=joined)
 
@@ -364,7 +391,8 @@ def _append(stream: BinaryIO, sketches: Sketches) -> None:
 def sketch_rows(
     rows: list[Any], choice: ComparedFields, kind: str, shingling: Shingling
 ) -> tuple[Sketches, I64, list[tuple[int, BadRecord]]]:
-    """Sketches of a block's rows as `record_files.blocks` yields them, the lengths of their texts, and by place the Faults.
+    """Sketches of a block's rows as `record_files.blocks` yields them, the lengths of their texts, and by place the
+    Faults.
 
     A row that cannot be used has an empty set.
     """

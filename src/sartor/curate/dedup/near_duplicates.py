@@ -4,17 +4,17 @@
 2. Shingles that stand in more than max(100, 0.5 %) of the rows are *common* (`shingles.py`): boilerplate, templates,
    set phrases.
 3. MinHash signatures (Broder 1997) of what is a row's own, 50 bands of 4 (a pair with Jaccard 0.7 is missed once in a
-   million, with 0.5 four times in a hundred). Rows of which a good part is common also get a signature of the whole: many
-   near-copies of one row make each other's shingles common.
-4. Band by band, rows that share a key are candidates: each with its next NEIGHBOURS rows and with the first of its bucket, so
-   that the work is linear however large a bucket is.
+   million, with 0.5 four times in a hundred). Rows of which a good part is common also get a signature of the whole:
+   many near-copies of one row make each other's shingles common.
+4. Band by band, rows that share a key are candidates: each with its next NEIGHBOURS rows and with the first of its
+   bucket, so that the work is linear however large a bucket is.
 5. Every candidate is verified on the sets themselves (`pair_scoring.py`), and rows of a large cluster that were never
    held against its head are, at the end.
 
-Odd sketches (Mitzenmacher, Pagh, Pham 2014): a bit is the parity of the elements that fall on it, so the bits in which two
-sketches differ are at most the elements that one of two sets holds alone, and about as many while they are few. Two of 256
-bits a row, one of its common text and one of what is its own, tell most pairs of rows behind one boilerplate apart without
-touching their sets.
+Odd sketches (Mitzenmacher, Pagh, Pham 2014): a bit is the parity of the elements that fall on it, so the bits in which
+two sketches differ are at most the elements that one of two sets holds alone, and about as many while they are few.
+Two of 256 bits a row, one of its common text and one of what is its own, tell most pairs of rows behind one
+boilerplate apart without touching their sets.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ _FOLD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x
 
 
 def band_keys(sets: Sets, rows: I64, *, whole: bool, executor: Executor) -> U32:
-    """(BANDS, n) 32-bit keys of the n `rows`, by their own shingles or by all of them; none of the sets may be empty."""
+    """(BANDS, n) 32-bit keys of the n `rows`, by their own shingles or by all of them; none of the sets may be
+    empty.
+    """
     keys = np.empty((BANDS, len(rows)), np.uint32)
     blocks = (block for part in spans(sets.offsets, rows) for block in np.split(part, range(_ROWS, len(part), _ROWS)))
     done = 0
@@ -78,7 +80,10 @@ def _tokens(sets: Sets, rows: I64, whole: bool) -> tuple[U32, I64]:
 def _minhash_keys(tokens: U32, offsets: I64) -> U32:
     """(n, BANDS) keys of n sets."""
     cuts = [*range(0, len(offsets) - 1, _LISTED), len(offsets) - 1]
-    keys = [_few_keys(tokens[offsets[a] : offsets[b]], offsets[a : b + 1] - offsets[a]) for a, b in itertools.pairwise(cuts)]
+    keys = [
+        _few_keys(tokens[offsets[a] : offsets[b]], offsets[a : b + 1] - offsets[a])
+        for a, b in itertools.pairwise(cuts)
+    ]
     return np.concatenate(keys)
 
 
@@ -113,7 +118,9 @@ class BitSketch:
                 positions, sizes = shingle_positions(sets.offsets, block)
                 row = np.repeat(np.arange(len(block)), sizes)
                 level = sets.level[positions]
-                bits = row * _BITS + (mixed(sets.shingles[positions].astype(np.uint64)) % np.uint64(_BITS)).astype(np.int64)
+                bits = row * _BITS + (mixed(sets.shingles[positions].astype(np.uint64)) % np.uint64(_BITS)).astype(
+                    np.int64
+                )
                 is_text = (level > 0) & (level >= sets.common_cut[block][row])
                 text_bits.append(_folded(bits[is_text], len(block)))
                 own_bits.append(_folded(bits[level == 0], len(block)))
@@ -191,7 +198,10 @@ def near_duplicates(
         _search_bands(search, rows[share >= COMMON_SHARE], "whole", "comparing what is common")
     _complete(search, rank_positions(sizes if rank is None else rank, first))
     return NearDuplicatePairs(
-        ScoredPairs.joined([exact_pairs, *search.verified]).unique(), len(common.shingles), int(empty.sum()), search.candidates
+        ScoredPairs.joined([exact_pairs, *search.verified]).unique(),
+        len(common.shingles),
+        int(empty.sum()),
+        search.candidates,
     )
 
 
@@ -216,7 +226,10 @@ class _Search:
         self.checked[slots[is_new]] = keys
         self.candidates += len(keys)
         pairs = measure(
-            self.sets, (keys >> np.uint64(32)).astype(np.int64), (keys & np.uint64(0xFFFFFFFF)).astype(np.int64), self.rules
+            self.sets,
+            (keys >> np.uint64(32)).astype(np.int64),
+            (keys & np.uint64(0xFFFFFFFF)).astype(np.int64),
+            self.rules,
         )
         if len(pairs.a):
             self.verified.append(pairs)
@@ -242,7 +255,9 @@ def _search_bands(search: _Search, rows: I64, set_kind: str, stage: str) -> None
 
 
 def bucket_pairs(keys: U32) -> tuple[I64, I64, Mask]:
-    """Pairs of places with equal keys: each with the next NEIGHBOURS of its bucket and the first; and whether it is crowded."""
+    """Pairs of places with equal keys: each with the next NEIGHBOURS of its bucket and the first; and whether it is
+    crowded.
+    """
     packed = (keys.astype(np.uint64) << np.uint64(32)) | np.arange(len(keys), dtype=np.uint64)
     packed.sort()
     indices = (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
@@ -269,7 +284,9 @@ def bucket_pairs(keys: U32) -> tuple[I64, I64, Mask]:
 
 
 def _complete(search: _Search, positions: I64) -> None:
-    """Hold rows that lack an edge to the first-ranked row of their component against it; those unlike it against the next."""
+    """Hold rows that lack an edge to the first-ranked row of their component against it; those unlike it against the
+    next.
+    """
     duplicates = ScoredPairs.joined(search.verified).unique().judged(search.rules.threshold, search.rules.contained)
     open_rows = np.unique(np.concatenate([duplicates.a, duplicates.b]))
     for _ in range(_COMPLETIONS):
@@ -281,7 +298,10 @@ def _complete(search: _Search, positions: I64) -> None:
         verified_count = len(search.verified)
         search.verify(a[~linked], b[~linked])
         duplicates = ScoredPairs.joined(
-            [duplicates, *[p.judged(search.rules.threshold, search.rules.contained) for p in search.verified[verified_count:]]]
+            [
+                duplicates,
+                *[p.judged(search.rules.threshold, search.rules.contained) for p in search.verified[verified_count:]],
+            ]
         )
         linked = np.isin(_keys(a, b), _keys(duplicates.a, duplicates.b)) | (a == b)
         open_rows = open_rows[~linked]

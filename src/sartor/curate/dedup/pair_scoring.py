@@ -2,21 +2,23 @@
 
 Common shingles (`shingles.py`) are set aside, with two exceptions that follow from what they are for.
 
-- *An edit displaces, boilerplate adds.* Of 150 near-copies of one row every shingle is common but those that an edit made;
-  set aside, nothing would be left to agree on. But a changed word takes common shingles away where it stands, and a row
-  behind boilerplate has all of them. So where the common shingles that only one of the two holds are at least DISPLACED of
-  their own that only one holds, the pair is measured on the whole sets. Counted are those that are about as common as the two
-  rows' common shingles are in the mean (`Sets.common_cut`): a phrase like `of the` comes with any text, and is no sign of an
-  edit. With nothing of their own on either side the whole sets are measured too.
-  And a slot of a template, filled by one common word here and another there, displaces much and leaves nothing of its own: less
-  than EDITS of what it displaced is no edit.
-- *A short rest proves nothing.* `turn on the kitchen light` and `turn off the kitchen light` agree in all that is not common
-  among many such rows. Where less than `rules.least_own` is left of either, common shingles count against a pair and never
+- *An edit displaces, boilerplate adds.* Of 150 near-copies of one row every shingle is common but those that an edit
+  made; set aside, nothing would be left to agree on. But a changed word takes common shingles away where it stands,
+  and a row behind boilerplate has all of them. So where the common shingles that only one of the two holds are at
+  least DISPLACED of their own that only one holds, the pair is measured on the whole sets. Counted are those that are
+  about as common as the two rows' common shingles are in the mean (`Sets.common_cut`): a phrase like `of the` comes
+  with any text, and is no sign of an edit. With nothing of their own on either side the whole sets are measured too.
+  And a slot of a template, filled by one common word here and another there, displaces much and leaves nothing of its
+  own: less than EDITS of what it displaced is no edit.
+- *A short rest proves nothing.* `turn on the kitchen light` and `turn off the kitchen light` agree in all that is not
+  common among many such rows. Where less than `rules.least_own` is left of either, common shingles count against a
+  pair and never
   for it: shared own ones over those and everything that only one of the two holds.
 
-And *other numbers are other facts*: where each of two rows holds numbers that the other lacks, and they agree on less than
-`rules.numbers` of them, the pair is none, however alike (`set the heating to 21 degrees`, `to 22 degrees`; one invoice and
-the next).
+And *other numbers are other facts*: where each of two rows holds numbers that the other lacks, and they agree on less
+than
+`rules.numbers` of them, the pair is none, however alike (`set the heating to 21 degrees`, `to 22 degrees`; one invoice
+and the next).
 """
 
 from __future__ import annotations
@@ -103,7 +105,8 @@ class ScoredPairs:
 DISPLACED, EDITS = 0.25, 0.1
 # By measurement: docs/decisions/007-dedup.md
 THRESHOLDS = {"words": 0.65, "characters": 0.45}
-# Pairs are kept down to here, so that a lower threshold needs no new search; 50 x 4 finds 96 % of pairs at 0.5, 73 % at 0.4.
+# Pairs are kept down to here, so that a lower threshold needs no new search; 50 x 4 finds 96 % of pairs at 0.5, 73 %
+# at 0.4.
 FLOORS = {"words": 0.5, "characters": 0.35}
 
 
@@ -111,8 +114,9 @@ FLOORS = {"words": 0.5, "characters": 0.35}
 class DuplicateRules:
     """What makes two rows duplicates.
 
-    `threshold` of Jaccard, `contained` of containment (0: never), `floor` down to which pairs are kept, `least_own` the
-    fewest shingles, common ones set aside, that count for themselves; `numbers` the least share of numbers (0: any);
+    `threshold` of Jaccard, `contained` of containment (0: never), `floor` down to which pairs are kept, `least_own`
+    the fewest shingles, common ones set aside, that count for themselves; `numbers` the least share of numbers (0:
+    any);
     `common_rows` and `common_fraction` say when a shingle is common.
     """
 
@@ -132,12 +136,14 @@ class DuplicateRules:
 def rules_for(shingling: Shingling, threshold: float = 0.0, contained: float | None = None) -> DuplicateRules:
     """The rules of a shingling; a threshold of 0 takes its default. Raises ConfigError for one out of 0.2..1.
 
-    Below 0.2 the 50 x 4 bands find next to nothing. Containment asks for words: 30 of them are evidence, 30 trigrams six words.
+    Below 0.2 the 50 x 4 bands find next to nothing. Containment asks for words: 30 of them are evidence, 30 trigrams
+    six words.
     """
     threshold = threshold or THRESHOLDS[shingling.unit]
     if not 0.2 <= threshold <= 1:
         raise ConfigError(
-            f"a threshold of {threshold:g} is out of range", "a Jaccard similarity from 0.2 to 1; 0.65 is the default for words"
+            f"a threshold of {threshold:g} is out of range",
+            "a Jaccard similarity from 0.2 to 1; 0.65 is the default for words",
         )
     contained = (0.9 if shingling.unit == "words" else 0.0) if contained is None else contained
     if contained and not 0.5 <= contained <= 1:
@@ -174,7 +180,9 @@ def _measure(sets: Sets, a: I64, b: I64, rules: DuplicateRules) -> ScoredPairs:
     has_enough = np.minimum(own_a, own_b) >= rules.least_own
     strict = counts.shared_own / np.maximum(counts.shared_own + own_difference + common_difference, 1)
     jaccard = np.where(
-        is_edited, np.maximum(whole_jaccard, np.where(has_enough, own_jaccard, 0)), np.where(has_enough, own_jaccard, strict)
+        is_edited,
+        np.maximum(whole_jaccard, np.where(has_enough, own_jaccard, 0)),
+        np.where(has_enough, own_jaccard, strict),
     )
     overlap = np.minimum(
         counts.shared / np.minimum(sizes[a], sizes[b]), counts.shared_own / np.maximum(np.minimum(own_a, own_b), 1)
@@ -192,7 +200,9 @@ def _measure(sets: Sets, a: I64, b: I64, rules: DuplicateRules) -> ScoredPairs:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Of each pair (P,): shingles of both, those of them that are own, that are numbers; common ones that one lacks."""
+    """Of each pair (P,): shingles of both, those of them that are own, that are numbers; common ones that one
+    lacks.
+    """
 
     shared: I64
     shared_own: I64

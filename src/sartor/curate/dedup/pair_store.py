@@ -23,15 +23,23 @@ from sartor.curate.dedup.shingles import F32, F64, I64
 LISTED = 32
 _SCHEMA = pa.schema(
     [
-        ("a", pa.int64()), ("b", pa.int64()), ("score", pa.float32()), ("method", pa.string()), ("jaccard", pa.float32()),
-        ("containment", pa.float32()), ("rank_a", pa.float64()), ("rank_b", pa.float64()),
+        ("a", pa.int64()),
+        ("b", pa.int64()),
+        ("score", pa.float32()),
+        ("method", pa.string()),
+        ("jaccard", pa.float32()),
+        ("containment", pa.float32()),
+        ("rank_a", pa.float64()),
+        ("rank_b", pa.float64()),
     ],
     metadata={b"sartor.schema": str(SCHEMA).encode()},
-)  # fmt: skip
+)
 
 
 def write_pairs(file: Path, pairs: ScoredPairs, rank: NDArray[Any], rules: DuplicateRules) -> None:
-    """All pairs down to the floor, with what was measured and both rows' ranks: enough to decide anew without the rows."""
+    """All pairs down to the floor, with what was measured and both rows' ranks: enough to decide anew without the
+    rows.
+    """
     score, methods = score_pairs(pairs, rules)
     rank = np.asarray(rank, np.float64)
     columns = [pairs.a, pairs.b, score, methods, pairs.jaccard, pairs.containment, rank[pairs.a], rank[pairs.b]]
@@ -39,7 +47,9 @@ def write_pairs(file: Path, pairs: ScoredPairs, rank: NDArray[Any], rules: Dupli
 
 
 def score_pairs(pairs: ScoredPairs, rules: DuplicateRules) -> tuple[F32, NDArray[Any]]:
-    """(P,) score and (P,) method of every pair: by the measure that made it a duplicate, or `below` with its Jaccard."""
+    """(P,) score and (P,) method of every pair: by the measure that made it a duplicate, or `below` with its
+    Jaccard.
+    """
     is_duplicate = pairs.is_judged(rules.threshold, rules.contained)
     methods = np.where(is_duplicate, np.array(METHODS)[pairs.method(rules.threshold)], "below")
     return np.where(is_duplicate, pairs.score(rules.threshold), pairs.jaccard), methods
@@ -61,7 +71,9 @@ def read_pairs(file: Path, count: int) -> tuple[ScoredPairs, F64]:
     exact = np.asarray(table["method"].to_numpy() == METHODS[0], bool)
     pairs = ScoredPairs(columns["a"], columns["b"], columns["jaccard"], columns["containment"], exact)
     if len(pairs.a) and not (int(pairs.a.min()) >= 0 and int(max(pairs.a.max(), pairs.b.max())) < count):
-        raise ArtifactError(f"{file} names rows that are not there", f"sartor dedup FILE... --out {file.parent} --replace")
+        raise ArtifactError(
+            f"{file} names rows that are not there", f"sartor dedup FILE... --out {file.parent} --replace"
+        )
     rank = np.zeros(count)
     rank[pairs.a], rank[pairs.b] = columns["rank_a"], columns["rank_b"]
     return pairs, rank
@@ -87,17 +99,24 @@ def duplicates_at(pairs: ScoredPairs, count: int, rules: DuplicateRules) -> Scor
     results = []
     for rows in members.values():
         left, right = (
-            np.triu_indices(len(rows), 1) if len(rows) <= LISTED else (np.zeros(len(rows) - 1, int), np.arange(1, len(rows)))
+            np.triu_indices(len(rows), 1)
+            if len(rows) <= LISTED
+            else (np.zeros(len(rows) - 1, int), np.arange(1, len(rows)))
         )
         results.append(ScoredPairs.of_exact(rows[left], rows[right]))
     near_pairs = duplicates.select(~duplicates.exact)
     has_equals = np.isin(labels[near_pairs.a], list(members)) | np.isin(labels[near_pairs.b], list(members))
     results.append(near_pairs.select(~has_equals))
     for index in np.flatnonzero(has_equals).tolist():
-        ends = [members.get(int(labels[end[index]]), end[index : index + 1])[:LISTED] for end in (near_pairs.a, near_pairs.b)]
+        ends = [
+            members.get(int(labels[end[index]]), end[index : index + 1])[:LISTED]
+            for end in (near_pairs.a, near_pairs.b)
+        ]
         a, b = (grid.ravel() for grid in np.meshgrid(*ends))
         copies = near_pairs.select(np.full(len(a), index))
-        results.append(ScoredPairs(np.minimum(a, b), np.maximum(a, b), copies.jaccard, copies.containment, copies.exact))
+        results.append(
+            ScoredPairs(np.minimum(a, b), np.maximum(a, b), copies.jaccard, copies.containment, copies.exact)
+        )
     return ScoredPairs.joined(results).unique()
 
 
@@ -132,7 +151,8 @@ def check_export(file: Path) -> None:
     """Raise ConfigError for a file of pairs that could not be written."""
     if file.suffix.lower() not in (".csv", ".jsonl", ".ndjson", ".parquet"):
         raise ConfigError(
-            f"pairs are not written as {file.suffix or 'a file without extension'}", "--pairs FILE.csv, .jsonl or .parquet"
+            f"pairs are not written as {file.suffix or 'a file without extension'}",
+            "--pairs FILE.csv, .jsonl or .parquet",
         )
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ConfigError(f"{file} is a folder, or its folder is not there", "choose another --pairs")

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from sartor.core.errors import ConfigError, SourceError
 from sartor.curate.sources import row_formats
 
-# Fields that name a row: no two rows share them, however alike they are. Left out where nobody named a field, and said so.
+# Fields that name a row: no two rows share them, however alike they are. Left out where nobody named a field, and said
+# so.
 _NAMES = {
     "",
     "id",
@@ -43,8 +44,8 @@ _TEXTS = ("content", "value", "text")
 class ComparedFields:
     """The fields whose text is compared, in order.
 
-    `joined`: nobody named them and no form was recognised, so every field with text or numbers counts, but `left_out`; fields
-    that a later row has besides join in. `reason` is for the output.
+    `joined`: nobody named them and no form was recognised, so every field with text or numbers counts, but `left_out`;
+    fields that a later row has besides join in. `reason` is for the output.
     """
 
     fields: tuple[str, ...]
@@ -54,8 +55,8 @@ class ComparedFields:
 
 
 def choose(sample: Sequence[Mapping[str, Any]], text_field: str = "") -> ComparedFields:
-    """The choice for a file, from the first of its rows. `text_field`: one or several fields, comma separated; dots go into
-    objects.
+    """The choice for a file, from the first of its rows. `text_field`: one or several fields, comma separated; dots go
+    into objects.
 
     Raises ConfigError when a named field is in none of the rows.
     """
@@ -63,7 +64,9 @@ def choose(sample: Sequence[Mapping[str, Any]], text_field: str = "") -> Compare
     if text_field:
         fields = tuple(part.strip() for part in text_field.split(",") if part.strip())
         for field in fields:
-            if sample and not any(field in row or next(_at(row, field.split(".")), None) is not None for row in sample):
+            if sample and not any(
+                field in row or next(_at(row, field.split(".")), None) is not None for row in sample
+            ):
                 raise ConfigError(
                     f"there is no field {field!r} in the first {len(sample)} rows; they have "
                     f"{', '.join(field_names) or 'none'}",
@@ -111,7 +114,9 @@ def text_of(row: Mapping[str, Any], choice: ComparedFields) -> str | None:
 
 
 def _at(value: Any, path: Sequence[str]) -> Iterator[Any]:
-    """What stands at a dotted path: names go into objects, numbers into lists, and other names into every item of a list."""
+    """What stands at a dotted path: names go into objects, numbers into lists, and other names into every item of a
+    list.
+    """
     if not path:
         yield value
     elif isinstance(value, Mapping):
@@ -154,7 +159,9 @@ _PARQUET_ROWS = 2048
 
 
 class BadRecord(NamedTuple):
-    """A row that cannot be used: the word it is counted under, a sentence; `size` bytes from `start` if it is too long."""
+    """A row that cannot be used: the word it is counted under, a sentence; `size` bytes from `start` if it is too
+    long.
+    """
 
     reason: str
     detail: str
@@ -164,7 +171,9 @@ class BadRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordBlock:
-    """Rows of a file in its order: `rows` as they stand there or Faults, at `lines`; `gaps`: bytes between rows, by place."""
+    """Rows of a file in its order: `rows` as they stand there or Faults, at `lines`; `gaps`: bytes between rows, by
+    place.
+    """
 
     lines: list[int]
     rows: list[Any]
@@ -176,7 +185,14 @@ def format_of(path: Path) -> str:
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "is not there"
         raise ConfigError(f"the file {path} {problem}", "give one or more files; the shell expands *.jsonl")
-    kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+    kinds = {
+        ".jsonl": "jsonl",
+        ".ndjson": "jsonl",
+        ".json": "json",
+        ".csv": "csv",
+        ".tsv": "csv",
+        ".parquet": "parquet",
+    }
     kind = kinds.get(path.suffix.lower())
     if kind is None:
         raise ConfigError(f"{path} is of no kind that is read here", f"convert it to one of {' '.join(kinds)}")
@@ -211,7 +227,9 @@ def blocks(path: Path, kind: str, max_row_bytes: int) -> Iterator[RecordBlock]:
             yield from _parquet(path)
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise SourceError(f"{path} cannot be read: {reason}", f"ls -l {path}; file {path} says what it holds") from None
+        raise SourceError(
+            f"{path} cannot be read: {reason}", f"ls -l {path}; file {path} says what it holds"
+        ) from None
 
 
 def lines(path: Path, max_row_bytes: int) -> Iterator[list[tuple[int, bytes | BadRecord]]]:
@@ -225,7 +243,12 @@ def lines(path: Path, max_row_bytes: int) -> Iterator[list[tuple[int, bytes | Ba
             for piece in pieces:
                 number += 1
                 results.append(
-                    (number, piece + b"\n" if len(piece) <= max_row_bytes else _too_long(start, len(piece) + 1, max_row_bytes))
+                    (
+                        number,
+                        piece + b"\n"
+                        if len(piece) <= max_row_bytes
+                        else _too_long(start, len(piece) + 1, max_row_bytes),
+                    )
                 )
                 start += len(piece) + 1
             if len(partial_line) > max_row_bytes:
@@ -238,7 +261,9 @@ def lines(path: Path, max_row_bytes: int) -> Iterator[list[tuple[int, bytes | Ba
             yield [
                 (
                     number + 1,
-                    partial_line if len(partial_line) <= max_row_bytes else _too_long(start, len(partial_line), max_row_bytes),
+                    partial_line
+                    if len(partial_line) <= max_row_bytes
+                    else _too_long(start, len(partial_line), max_row_bytes),
                 )
             ]
 
@@ -254,7 +279,9 @@ def _skip_line(stream: Any) -> int:
 
 
 def _too_long(start: int, size: int, max_row_bytes: int) -> BadRecord:
-    return BadRecord("too_long", f"the row has {size:,} bytes; the limit is {max_row_bytes:,} (max_row_bytes)", start, size)
+    return BadRecord(
+        "too_long", f"the row has {size:,} bytes; the limit is {max_row_bytes:,} (max_row_bytes)", start, size
+    )
 
 
 def _json_lines(path: Path, max_row_bytes: int) -> Iterator[RecordBlock]:

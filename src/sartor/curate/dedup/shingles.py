@@ -1,14 +1,16 @@
 """Hashed shingle sets and frequent shingles.
 
-The texts of a batch are one buffer of bytes; look-ups, prefix sums and one sort do the rest (some 30 MB/s of text a core).
+The texts of a batch are one buffer of bytes; look-ups, prefix sums and one sort do the rest (some 30 MB/s of text a
+core).
 
 **Normal form.** What is compared, here and for exact duplicates, is a row's sequence of words:
 
 - letters are lower-cased; a row that is not ASCII goes through NFKC and `str.casefold` first;
-- white space and quotes part words and count for nothing, and so does `. , ; : ! ?` before white space, a quote, a closing
-  bracket, another of them, or the end; inside a number or word (`3.5`, `10:30`, `e.g`, `don't`) it is part of the word;
-- every other symbol is a word of its own (`C++` is not `C`, `-5` not `5`, `a<b` not `a>b`), and so is every character of a
-  script that writes no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) and every emoji.
+- white space and quotes part words and count for nothing, and so does `. , ; : ! ?` before white space, a quote, a
+  closing bracket, another of them, or the end; inside a number or word (`3.5`, `10:30`, `e.g`, `don't`) it is part of
+  the word;
+- every other symbol is a word of its own (`C++` is not `C`, `-5` not `5`, `a<b` not `a>b`), and so is every character
+  of a script that writes no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) and every emoji.
 
 **Shingles.** `words`: runs of `size` words, and each word that holds a digit once more by itself, with the lowest bit
 of its hash set: `pair_scoring.py` asks whether two rows contradict each other in numbers. `characters`: runs of `size`
@@ -101,7 +103,8 @@ class Shingling:
 class Sketches:
     """What a batch of N rows is compared by.
 
-    `shingles` (S,) uint32: row i has `shingles[offsets[i]:offsets[i + 1]]`, sorted, each once; `offsets` (N + 1,) int64;
+    `shingles` (S,) uint32: row i has `shingles[offsets[i]:offsets[i + 1]]`, sorted, each once; `offsets` (N + 1,)
+    int64;
     `digests` (N, 16) uint8: the xxh3-128 of the normal form, equal for exact duplicates.
     """
 
@@ -127,17 +130,23 @@ def resolve(
 ) -> Shingling:
     """The shingling of a run. `auto` looks at `texts`, a sample of the rows; `size` 0 takes the unit's own.
 
-    `auto` is words, where one changed word may be another meaning; but characters for short records, where it may be a typing
-    error: rows that join several (`joined_fields`) fields, or full of numbers. Raises ConfigError for a size out of 0..64.
+    `auto` is words, where one changed word may be another meaning; but characters for short records, where it may be a
+    typing
+    error: rows that join several (`joined_fields`) fields, or full of numbers. Raises ConfigError for a size out of
+    0..64.
     """
     if not 0 <= size <= 64:
-        raise ConfigError(f"a shingle size of {size} makes no sense", "a size from 1 to 64, or 0 for the unit's default")
+        raise ConfigError(
+            f"a shingle size of {size} makes no sense", "a size from 1 to 64, or 0 for the unit's default"
+        )
     if unit != "auto":
         return Shingling(unit, size or SIZES[unit], "as asked")
     median, numbers = _profile(texts)
     reason = f"the median row has {median:g} words, {numbers:.0%} of all words hold digits"
     chosen: Unit = (
-        "characters" if median < SHORT_WORDS and (joined_fields >= RECORD_FIELDS or numbers >= NUMBERS_SHARE) else "words"
+        "characters"
+        if median < SHORT_WORDS and (joined_fields >= RECORD_FIELDS or numbers >= NUMBERS_SHARE)
+        else "words"
     )
     if joined_fields:
         reason += f", and rows join {joined_fields} fields"
@@ -204,7 +213,9 @@ def _numbers(buffer: U8, starts: I64) -> I64:
 
 
 def _windows(bounds: I64, size: int) -> tuple[I64, I64, I64]:
-    """Runs of `size` letters in rows that are `letters[bounds[i]:bounds[i + 1]]`: row, first letter and end of each run."""
+    """Runs of `size` letters in rows that are `letters[bounds[i]:bounds[i + 1]]`: row, first letter and end of each
+    run.
+    """
     counts = np.diff(bounds)
     runs = np.where(counts == 0, 0, np.maximum(counts - size + 1, 1))
     rows = np.repeat(np.arange(len(runs)), runs)
@@ -223,7 +234,9 @@ def _sets(rows: I64, hashes: U64, count: int) -> tuple[U32, I64]:
 
 
 def _spans(letters: NDArray[Any], starts: I64, ends: I64) -> U64:
-    """Polynomial hashes modulo 2^64 of `letters[starts[i]:ends[i]]`, by one prefix sum (Rabin-Karp); wants `mixed` after."""
+    """Polynomial hashes modulo 2^64 of `letters[starts[i]:ends[i]]`, by one prefix sum (Rabin-Karp); wants `mixed`
+    after.
+    """
     power, inverse = _powers(1 << max(16, len(letters).bit_length()))
     prefix = np.zeros(len(letters) + 1, np.uint64)
     np.cumsum(letters.astype(np.uint64) * power[: len(letters)], out=prefix[1:])
@@ -297,7 +310,9 @@ def _roles(raw: U8, classes: U8) -> tuple[Mask, Mask]:
     mark_class, before, after = classes[marks], classes[marks - 1], classes[marks + 1]
     between_letters = is_letter[marks - 1] & is_letter[marks + 1]
     between_digits = (before == _DIGIT) & (after == _DIGIT)
-    joins = (between_letters & ((raw[marks] == ord(".")) | (raw[marks] == ord("'")))) | (between_digits & (mark_class == _STOP))
+    joins = (between_letters & ((raw[marks] == ord(".")) | (raw[marks] == ord("'")))) | (
+        between_digits & (mark_class == _STOP)
+    )
     counts = (mark_class == _STOP) & ~between_letters & ~np.isin(after, (_SPACE, _QUOTE, _CLOSING, _STOP))
     is_letter[marks[joins]] = True
     is_single[marks[counts]] = True
@@ -332,7 +347,9 @@ def shingle_positions(offsets: I64, rows: I64) -> tuple[I64 | slice, I64]:
 
 @dataclass(frozen=True)
 class FrequentShingles:
-    """(C,) sorted shingles that are common, and the `level` of each: 1 at the limit, 2 more per doubling, at most LEVELS."""
+    """(C,) sorted shingles that are common, and the `level` of each: 1 at the limit, 2 more per doubling, at most
+    LEVELS.
+    """
 
     shingles: U32
     level: U8
@@ -341,7 +358,8 @@ class FrequentShingles:
 def common_shingles(shingles: U32, offsets: I64, rows: I64, limit: int) -> FrequentShingles:
     """The shingles that stand in more than `limit` of `rows`; the count is exact, the memory bounded.
 
-    A table counts the upper bits of the hashes first; only shingles that fall on a count over the limit are counted one by one.
+    A table counts the upper bits of the hashes first; only shingles that fall on a count over the limit are counted
+    one by one.
     """
     if len(rows) <= limit:
         return FrequentShingles(np.empty(0, np.uint32), np.empty(0, np.uint8))
@@ -383,13 +401,16 @@ def levels(shingles: U32, common: FrequentShingles) -> U8:
     return result
 
 
-# A common shingle is a row's text, no set phrase, from half as many rows on as the row's common shingles have in the mean.
+# A common shingle is a row's text, no set phrase, from half as many rows on as the row's common shingles have in the
+# mean.
 _CUT = 2
 
 
 @dataclass(frozen=True)
 class Sets:
-    """N sets: `shingles` (S,), `offsets` (N + 1,) as in `Sketches`, and (S,) the `level` of each shingle (`levels`)."""
+    """N sets: `shingles` (S,), `offsets` (N + 1,) as in `Sketches`, and (S,) the `level` of each shingle
+    (`levels`).
+    """
 
     shingles: U32
     offsets: I64

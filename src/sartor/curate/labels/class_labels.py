@@ -64,7 +64,9 @@ def find(replies: Sequence[str], form: str = "auto") -> ClassLabels:
         return ClassLabels([None] * len(replies), form, "as the recipe says: replies are free text")
     reader = _json_reader(rest) if kind == "json" else _pattern_reader(rest) if kind == "regex" else as_label
     labels = [reader(reply) for reply in replies]
-    return ClassLabels(labels, form, _explanation(labels, "as the recipe says"), spelling=_spelling(labels, replies, form))
+    return ClassLabels(
+        labels, form, _explanation(labels, "as the recipe says"), spelling=_spelling(labels, replies, form)
+    )
 
 
 def as_label(text: str) -> str | None:
@@ -73,7 +75,9 @@ def as_label(text: str) -> str | None:
 
 
 def with_label(reply: str, form: str, label: str) -> str | None:
-    """A reply with another label, where `form` says which part of it the label is; None where that part is not there."""
+    """A reply with another label, where `form` says which part of it the label is; None where that part is not
+    there.
+    """
     if form == "reply":
         return label
     kind, _, name = form.partition(":")
@@ -149,7 +153,9 @@ def _is_labelling(labels: Sequence[str | None], rows: int) -> bool:
     label_counts = Counter(label for label in labels if label is not None)
     repeat_counts = [count for count in label_counts.values() if count > 1]
     return (
-        sum(repeat_counts) >= ENOUGH * rows and len(label_counts) >= 2 and sum(repeat_counts) >= REPEATED * len(repeat_counts)
+        sum(repeat_counts) >= ENOUGH * rows
+        and len(label_counts) >= 2
+        and sum(repeat_counts) >= REPEATED * len(repeat_counts)
     )
 
 

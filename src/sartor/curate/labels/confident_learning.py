@@ -17,8 +17,9 @@ I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 FOLDS = 5
 KEPT = 16  # probabilities kept of a row; the rest is as good as nought
-# Ceilings that hold the time at minutes. Beyond the first (non-zeros x classes) 256 dimensions stand for the columns, beyond
-# the second (rows x classes) a sample of the rows teaches, and where that were under ROWS_PER_CLASS, least squares do.
+# Ceilings that hold the time at minutes. Beyond the first (non-zeros x classes) 256 dimensions stand for the columns,
+# beyond the second (rows x classes) a sample of the rows teaches, and where that were under ROWS_PER_CLASS, least
+# squares do.
 SPARSE_WORK = 40_000_000
 DENSE_WORK = 10_000_000
 ROWS_PER_CLASS = 10
@@ -30,7 +31,9 @@ _BLOCK, _CELLS = 2048, 50_000_000
 
 @dataclass(frozen=True)
 class LabelFeatures:
-    """What a row is judged by. `vectors` (N, D) of length 1; `columns` a sparse matrix, or None where it would be too much."""
+    """What a row is judged by. `vectors` (N, D) of length 1; `columns` a sparse matrix, or None where it would be too
+    much.
+    """
 
     vectors: F32
     columns: Any = None
@@ -38,7 +41,9 @@ class LabelFeatures:
 
 @dataclass(frozen=True)
 class Likely:
-    """The most likely classes of each of N rows, most likely first, (N, KEPT or fewer) each; and the given class's, (N,)."""
+    """The most likely classes of each of N rows, most likely first, (N, KEPT or fewer) each; and the given class's,
+    (N,).
+    """
 
     classes: I64
     probabilities: F32
@@ -56,8 +61,8 @@ class Likely:
 def out_of_fold_probabilities(features: LabelFeatures, labels: I64, groups: I64, *, seed: int) -> Likely:
     """How likely each class is for each of N rows, to what was learnt from the other folds.
 
-    `labels` (N,) are 0..K-1, `groups` (N,) number the prompts: rows of one prompt are in one fold. Needs two classes and two
-    groups.
+    `labels` (N,) are 0..K-1, `groups` (N,) number the prompts: rows of one prompt are in one fold. Needs two classes
+    and two groups.
     """
     count = int(labels.max()) + 1
     folds = assign_folds(labels, groups, seed)
@@ -122,7 +127,8 @@ def _fitted(
         yield test_indices, (known_classes, np.ones((len(test_indices), 1)), labels)
         return
     model = LogisticRegression(C=strength, max_iter=100, tol=1e-3)
-    # many small products: more threads than one spend their time waiting for each other, and ten times that on a busy machine
+    # many small products: more threads than one spend their time waiting for each other, and ten times that on a busy
+    # machine
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")  # a hundred rounds are enough for a ranking, converged or not
         model.fit(rows[train_indices], labels[train_indices])
@@ -174,7 +180,8 @@ def _votes(rows: F32, others: F32, labels: I64, count: int) -> F32:
 
 
 LEAST_ROWS = 10
-# Other rows with the same prompt weigh against the model as n to n + PROMPT_WEIGHT: copies are no independent witnesses.
+# Other rows with the same prompt weigh against the model as n to n + PROMPT_WEIGHT: copies are no independent
+# witnesses.
 PROMPT_WEIGHT = 4.0
 MOST_COLUMNS = 50_000
 _BLOCK_CELLS = 20_000_000
@@ -182,10 +189,11 @@ _BLOCK_CELLS = 20_000_000
 
 @dataclass(frozen=True)
 class LabelQuality:
-    """Of N rows: `quality` 0..1 (how likely the given label is), the likeliest other class, and whether it looks wrong.
+    """Of N rows: `quality` 0..1 (how likely the given label is), the likeliest other class, and whether it looks
+    wrong.
 
-    `estimated_errors` is confident learning's count of wrong labels (Northcutt et al. 2021), `method` what judged, `reason`
-    says why nothing could be judged where that is so.
+    `estimated_errors` is confident learning's count of wrong labels (Northcutt et al. 2021), `method` what judged,
+    `reason` says why nothing could be judged where that is so.
     """
 
     quality: NDArray[np.float64]
@@ -197,11 +205,17 @@ class LabelQuality:
 
 
 def confident_learning(prompts: Sequence[str], vectors: Any, labels: I64, *, seed: int = 0) -> LabelQuality:
-    """Judge N labels (0..K-1) by their prompts and vectors (N, D). Deterministic. With too little to go by, none is wrong."""
+    """Judge N labels (0..K-1) by their prompts and vectors (N, D). Deterministic. With too little to go by, none is
+    wrong.
+    """
     count = int(labels.max(initial=-1)) + 1
     groups = number(prompts)
     distinct = int(groups.max(initial=-1)) + 1
-    for available, minimum, noun in ((len(labels), LEAST_ROWS, "rows"), (distinct, 2, "prompts"), (count, 2, "labels")):
+    for available, minimum, noun in (
+        (len(labels), LEAST_ROWS, "rows"),
+        (distinct, 2, "prompts"),
+        (count, 2, "labels"),
+    ):
         if available < minimum:
             reason = f"{available} different {noun}" if noun != "rows" else f"{available} rows"
             blank = np.zeros(len(labels), np.int64)
@@ -216,7 +230,9 @@ def confident_learning(prompts: Sequence[str], vectors: Any, labels: I64, *, see
     second = likely.classes[:, min(1, likely.classes.shape[1] - 1)]
     wrong = np.zeros(len(labels), bool)
     wrong[np.argsort(quality, kind="stable")[:estimated]] = True
-    return LabelQuality(quality, np.where(best == labels, second, best), wrong & (best != labels), estimated, likely.method)
+    return LabelQuality(
+        quality, np.where(best == labels, second, best), wrong & (best != labels), estimated, likely.method
+    )
 
 
 def number(texts: Sequence[str]) -> I64:
@@ -236,7 +252,9 @@ def _columns(prompts: Sequence[str]) -> Any:
     half = features.shape[1] // 2
     features = hstack([normalize(features[:, :half]), normalize(features[:, half:])], format="csr")
     row_counts = np.bincount(features.indices, minlength=features.shape[1])
-    return features[:, np.sort(np.argsort(-row_counts, kind="stable")[: min(MOST_COLUMNS, int((row_counts > 1).sum()))])]
+    return features[
+        :, np.sort(np.argsort(-row_counts, kind="stable")[: min(MOST_COLUMNS, int((row_counts > 1).sum()))])
+    ]
 
 
 def _with_same_prompts(likely: Likely, labels: I64, groups: I64) -> Likely:
@@ -249,7 +267,8 @@ def _with_same_prompts(likely: Likely, labels: I64, groups: I64) -> Likely:
     share = same / np.maximum(others, 1)
     given = ((1 - trust) * likely.given + trust * share).astype(np.float32)
     probabilities, classes = likely.probabilities.copy(), likely.classes.copy()
-    # the most frequent label of the prompt's other rows comes first, where it is not the given one and has more of them
+    # the most frequent label of the prompt's other rows comes first, where it is not the given one and has more of
+    # them
     commonest = _commonest(pairs, counts, labels.max() + 1, len(sizes))[groups]
     ahead = (others > 0) & (commonest != labels) & (trust * (1 - share) > probabilities[:, 0] * (1 - trust))
     probabilities *= (1 - trust)[:, None].astype(np.float32)

@@ -30,9 +30,11 @@ WRONG = 0.5  # quality under which more contradicts a row than agrees
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Of N rows: `quality` 0..1 (1 where nothing contradicts), `suggested` the row whose reply has most agreement, or -1.
+    """Of N rows: `quality` 0..1 (1 where nothing contradicts), `suggested` the row whose reply has most agreement, or
+    -1.
 
-    `compared` rows had a like prompt; `pairs` verified pairs of prompts, `contradicting` those whose replies do not agree.
+    `compared` rows had a like prompt; `pairs` verified pairs of prompts, `contradicting` those whose replies do not
+    agree.
     """
 
     quality: NDArray[np.float64]
@@ -73,14 +75,20 @@ def disagreement(
             # the neighbour that the other neighbours bear out; the nearest where none is
             suggested[row] = max(
                 neighbours,
-                key=lambda pair: (sum(agrees.get((pair[0], third), 0.0) for third, _ in neighbours), pair[1], -pair[0]),
+                key=lambda pair: (
+                    sum(agrees.get((pair[0], third), 0.0) for third, _ in neighbours),
+                    pair[1],
+                    -pair[0],
+                ),
             )[0]
     contradicting = sum(1 for (a, b), share in agrees.items() if a < b and share < WRONG)
     return Disagreement(quality, suggested, quality < WRONG, near, len(near), len(agrees) // 2, contradicting)
 
 
 def replies_agree(first: equivalence.TextReading, second: equivalence.TextReading) -> float:
-    """0..1: how far two replies to the same question agree. Other numbers, a negation or an opposite are a contradiction."""
+    """0..1: how far two replies to the same question agree. Other numbers, a negation or an opposite are a
+    contradiction.
+    """
     from rapidfuzz.distance import LCSseq
 
     if first.tokens == second.tokens:
@@ -99,7 +107,11 @@ def replies_agree(first: equivalence.TextReading, second: equivalence.TextReadin
 
 
 def _contains(tokens: tuple[str, ...], part: tuple[str, ...]) -> bool:
-    return f" {' '.join(part)} " in f" {' '.join(tokens)} " and len(part) >= 1 and not any(map(equivalence.is_negation, tokens))
+    return (
+        f" {' '.join(part)} " in f" {' '.join(tokens)} "
+        and len(part) >= 1
+        and not any(map(equivalence.is_negation, tokens))
+    )
 
 
 def _is_within(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
@@ -134,10 +146,12 @@ SCHEMA = pa.schema(
 
 @dataclass
 class LabelRanking:
-    """What was found of N rows. `quality` 0..1 is lowest where most speaks against a row; `kinds` says by what it was judged.
+    """What was found of N rows. `quality` 0..1 is lowest where most speaks against a row; `kinds` says by what it was
+    judged.
 
-    `given` tells a row's label, or its reply in free text; `suggested` the likelier one of rows that have one; `near` the rows
-    that a row was held against, with their likeness, where it was not held against all. `vectors` (N, D) find the others.
+    `given` tells a row's label, or its reply in free text; `suggested` the likelier one of rows that have one; `near`
+    the rows that a row was held against, with their likeness, where it was not held against all. `vectors` (N, D) find
+    the others.
     """
 
     quality: NDArray[np.float64]
@@ -195,14 +209,18 @@ def table(step_input: StepInput, ranking: LabelRanking, max_rows: int) -> Any:
 
 
 def _nearest(ranking: LabelRanking, rows: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, float]]]]:
-    """(row, nearest rows): those that it was held against where these are known, else the nearest of those with a label."""
+    """(row, nearest rows): those that it was held against where these are known, else the nearest of those with a
+    label.
+    """
     for row in rows:
         if row in ranking.near:
             yield row, sorted(ranking.near[row], key=lambda pair: (-pair[1], pair[0]))[:SHOWN_NEIGHBOURS]
     labelled = np.array([row for row, kind in enumerate(ranking.kinds) if kind == BY_LABEL], np.int64)
     positions = {row: number for number, row in enumerate(labelled.tolist())}
     queries = np.array([positions[row] for row in rows if row in positions], np.int64)
-    for query_positions, near_positions, likeness in encoders.nearest(ranking.vectors[labelled], queries, SHOWN_NEIGHBOURS):
+    for query_positions, near_positions, likeness in encoders.nearest(
+        ranking.vectors[labelled], queries, SHOWN_NEIGHBOURS
+    ):
         for row, neighbours, scores in zip(
             labelled[query_positions].tolist(), labelled[near_positions].tolist(), likeness.tolist(), strict=True
         ):
@@ -259,7 +277,11 @@ def rank_labels(step_input: StepInput, settings: LabelSettings) -> LabelRanking:
         "label_because": row_labels.explanation,
         "other_labels": list(row_labels.others),
     }
-    facts |= {**choice.facts(), "documents": int(documents.sum()), "prompts_cut": sum(step_input.table["cut"].to_pylist())}
+    facts |= {
+        **choice.facts(),
+        "documents": int(documents.sum()),
+        "prompts_cut": sum(step_input.table["cut"].to_pylist()),
+    }
     if media.any():
         facts["rows_with_media"] = int(media.sum())
     facts |= _by_label(ranking, np.flatnonzero(labelled), inputs, row_labels, settings.seed)
@@ -273,7 +295,9 @@ def rank_labels(step_input: StepInput, settings: LabelSettings) -> LabelRanking:
 
 
 def without_frame(prompts: list[str]) -> list[str]:
-    """The prompts without the words that all of them begin and end with: an instruction says nothing about one row's label."""
+    """The prompts without the words that all of them begin and end with: an instruction says nothing about one row's
+    label.
+    """
     if len(prompts) < LEAST_ROWS:
         return prompts
     prefix = os.path.commonprefix([min(prompts), max(prompts)])
@@ -288,11 +312,14 @@ def without_frame(prompts: list[str]) -> list[str]:
 
 
 def _label_inputs(prompts: Sequence[str], systems: Texts) -> list[str]:
-    """What labels are judged by: the prompt, after the start of what the system is told where that is not one and the same."""
+    """What labels are judged by: the prompt, after the start of what the system is told where that is not one and the
+    same.
+    """
     if len(Counter(systems)) <= 1:
         return list(prompts)
     return [
-        f"{system[:SYSTEM_CHARACTERS]}\n{prompt}" if system else prompt for system, prompt in zip(systems, prompts, strict=True)
+        f"{system[:SYSTEM_CHARACTERS]}\n{prompt}" if system else prompt
+        for system, prompt in zip(systems, prompts, strict=True)
     ]
 
 
@@ -316,7 +343,9 @@ def _by_label(
         "prompts_with_several_labels": _contested(prompts, numbers),
         "judged_by": label_quality.method,
         "label_errors": label_quality.estimated_errors,
-        "label_errors_are": "an estimate" if len(rows) >= FEW * len(names) * 2 else "a loose estimate: too few rows per label",
+        "label_errors_are": "an estimate"
+        if len(rows) >= FEW * len(names) * 2
+        else "a loose estimate: too few rows per label",
     }
     if label_quality.reason:
         return {**facts, "not_judged_because": label_quality.reason}

@@ -1,8 +1,9 @@
 """Writes the Dataset that reviewers decided on.
 
-What was made of a row that goes or changes (copies, variants) goes with it, since it says what the row said; `keep_derived`
-leaves it. Items that nobody has decided, and conflicts, come along in the new `review.jsonl`, beside every decision; what was
-done stands in `evidence/review.jsonl` too, which the manifest lists, so that nobody can change it later.
+What was made of a row that goes or changes (copies, variants) goes with it, since it says what the row said;
+`keep_derived` leaves it. Items that nobody has decided, and conflicts, come along in the new `review.jsonl`, beside
+every decision; what was done stands in `evidence/review.jsonl` too, which the manifest lists, so that nobody can
+change it later.
 """
 
 from __future__ import annotations
@@ -50,9 +51,11 @@ class ReviewChanges:
         return not (self.drops or self.edited or self.added)
 
 
-def apply(view: View, out: Path, *, replace: bool = False, keep_derived: bool = False) -> tuple[Artifact, dict[str, Any]]:
-    """Write the new Dataset; returns it and what was done. Raises ConfigError where nothing is decided, ConflictError where two
-    decided edits of a row differ, SourceError where no row would be left.
+def apply(
+    view: View, out: Path, *, replace: bool = False, keep_derived: bool = False
+) -> tuple[Artifact, dict[str, Any]]:
+    """Write the new Dataset; returns it and what was done. Raises ConfigError where nothing is decided, ConflictError
+    where two decided edits of a row differ, SourceError where no row would be left.
     """
     old = open_artifact(view.dataset.path, "dataset")
     entries = view.all_entries()
@@ -83,7 +86,9 @@ def _plan(view: View, decided: Sequence[ReviewEntry], keep_derived: bool) -> Rev
         elif decision.verdict == "reject":
             for row_id in entry.item.examples:
                 if row_id in view.ids:
-                    plan.drops.setdefault(row_id, _drop(rows[row_id], entry.item, decision, is_private=row_id in private_ids))
+                    plan.drops.setdefault(
+                        row_id, _drop(rows[row_id], entry.item, decision, is_private=row_id in private_ids)
+                    )
     for row_id, edits in _edits(decided, view.ids).items():
         if row_id not in plan.drops:
             plan.edited[row_id] = _apply_edits(rows[row_id], edits)
@@ -121,7 +126,9 @@ def _apply_edits(row: Example, edits: Sequence[tuple[str, Mapping[str, Any]]]) -
             earlier = merged.setdefault(name, value)
             if earlier != value or {"reply", "value"} <= set(merged):
                 items = " and ".join(item_id for item_id, _ in edits)
-                raise ConflictError(f"edits of row {row.id} differ: items {items}", f"sartor review accept DATASET {item}")
+                raise ConflictError(
+                    f"edits of row {row.id} differ: items {items}", f"sartor review accept DATASET {item}"
+                )
     return apply_edit(row, merged)
 
 
@@ -203,7 +210,10 @@ class _ReviewWriter:
         counts = self.plan.counts
         open_entries = [entry for entry in self.entries if entry.is_open and self.view.concerns(entry.item)]
         return {
-            **{name: counts[verdict] for name, verdict in (("accepted", "accept"), ("edited", "edit"), ("rejected", "reject"))},
+            **{
+                name: counts[verdict]
+                for name, verdict in (("accepted", "accept"), ("edited", "edit"), ("rejected", "reject"))
+            },
             "rows_changed": len(self.plan.edited),
             "rows_dropped": len(self.plan.drops) - counts["derived"],
             "rows_dropped_with_their_parent": counts["derived"],
@@ -234,7 +244,9 @@ class _ReviewWriter:
 
     def _changed(self, table: Any, changed_ids: Any, known_ids: set[str]) -> Iterator[Any]:
         table = _in_form(table)
-        positions = [index for index, hit in enumerate(pc.is_in(table["id"], value_set=changed_ids).to_pylist()) if hit]
+        positions = [
+            index for index, hit in enumerate(pc.is_in(table["id"], value_set=changed_ids).to_pylist()) if hit
+        ]
         start = 0
         for position in positions:
             if start < position:
@@ -277,7 +289,9 @@ class _ReviewWriter:
     def _write_review(self, folder: Path) -> None:
         decisions = [decision for entry in self.entries for decision in entry.decisions]
         samples = [*self.view.lines.samples, *({"dataset": self.old.id, **plan} for plan in self.view.samples)]
-        review_file.write_review_file(folder / review_file.FILE, (entry.item for entry in self.entries), decisions, samples)
+        review_file.write_review_file(
+            folder / review_file.FILE, (entry.item for entry in self.entries), decisions, samples
+        )
         decided = [entry for entry in self.entries if entry.standing.state == "decided"]
         (folder / "evidence").mkdir(exist_ok=True)
         done_decisions = [decision for entry in decided for decision in entry.decisions]

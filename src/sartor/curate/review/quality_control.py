@@ -1,12 +1,13 @@
 """Cohen's kappa and acceptance sampling.
 
-Cohen, "A coefficient of agreement for nominal scales", Educational and Psychological Measurement 20 (1960). The interval is
-that of the observed agreement (exact, Clopper-Pearson), carried through kappa at the chance agreement found: unlike the usual
-standard error it is no point where two people agree on everything.
+Cohen, "A coefficient of agreement for nominal scales", Educational and Psychological Measurement 20 (1960). The
+interval is that of the observed agreement (exact, Clopper-Pearson), carried through kappa at the chance agreement
+found: unlike the usual standard error it is no point where two people agree on everything.
 
-Rows are drawn without putting back, so the number of bad ones in a sample is hypergeometric; both the plan and the bound come
-from that distribution itself (a one-sided exact bound, the finite population's counterpart of Clopper & Pearson 1934), not from
-an approximation. The order of drawing follows from the seed and the ids alone: a larger sample begins with the smaller one.
+Rows are drawn without putting back, so the number of bad ones in a sample is hypergeometric; both the plan and the
+bound come from that distribution itself (a one-sided exact bound, the finite population's counterpart of Clopper &
+Pearson 1934), not from an approximation. The order of drawing follows from the seed and the ids alone: a larger sample
+begins with the smaller one.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ def size(population: int, error: float, confidence: float, allow: int = 0) -> in
 
 
 def most_bad(population: int, sample_size: int, bad_in_sample: int, confidence: float) -> int:
-    """The most bad rows of the population that `bad_in_sample` bad ones in `sample_size` do not speak against with this
-    confidence.
+    """The most bad rows of the population that `bad_in_sample` bad ones in `sample_size` do not speak against with
+    this confidence.
 
     >>> most_bad(10_000, 294, 0, 0.95)
     100
@@ -145,6 +146,8 @@ def draw_ids(ids: Iterable[str], count: int, seed: int) -> list[str]:
 def _check(error: float, confidence: float, allow: int) -> None:
     for name, value in (("error", error), ("confidence", confidence)):
         if not 0 < value < 1:
-            raise ConfigError(f"{name} is {value:g}, not between 0 and 1", f"--{name} {0.01 if name == 'error' else 0.95}")
+            raise ConfigError(
+                f"{name} is {value:g}, not between 0 and 1", f"--{name} {0.01 if name == 'error' else 0.95}"
+            )
     if allow < 0:
         raise ConfigError(f"allow is {allow}", "--allow 0")

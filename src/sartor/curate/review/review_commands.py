@@ -31,8 +31,8 @@ MOST_NAME = 200
 class Opinion:
     """What a person thinks of an item: the row stays as it is (accept), is changed (edit) or goes (reject).
 
-    change: what an edit says (see items.CHANGES), by default what was suggested. settles: it ends a disagreement. key: a
-    private key that signs it, by default that of SARTOR_HOME/keys/review where there is one.
+    change: what an edit says (see items.CHANGES), by default what was suggested. settles: it ends a disagreement. key:
+    a private key that signs it, by default that of SARTOR_HOME/keys/review where there is one.
     """
 
     verdict: str
@@ -54,8 +54,8 @@ class Opinion:
 def decide(view: View, key: str, opinion: Opinion) -> tuple[ReviewEntry, bool]:
     """Keep what a person decided; returns the item as it stands then, and whether that is new.
 
-    The same decision of the same person about the same item is kept once. Raises ConfigError for a decision that the item
-    cannot have, ConflictError where there is nothing to settle.
+    The same decision of the same person about the same item is kept once. Raises ConfigError for a decision that the
+    item cannot have, ConflictError where there is nothing to settle.
     """
     assert view.queue is not None
     entry = view.entry(key)
@@ -63,7 +63,9 @@ def decide(view: View, key: str, opinion: Opinion) -> tuple[ReviewEntry, bool]:
     change = _change(view, item, opinion)
     if opinion.settles and entry.standing.state != "conflict" and not any(other.settles for other in entry.decisions):
         people = ", ".join(sorted({other.by for other in entry.decisions})) or "nobody"
-        raise ConflictError(f"there is nothing to settle about {item.id}: {people} decided, none differs", "without --settle")
+        raise ConflictError(
+            f"there is nothing to settle about {item.id}: {people} decided, none differs", "without --settle"
+        )
     reason = masked_text(opinion.reason) if item.kind == "personal" else opinion.reason
     decision = Decision(item.id, opinion.verdict, opinion.by.strip(), _now(), reason, change, opinion.settles)
     earlier = newest([other for other in entry.decisions if other.settles == opinion.settles]).get(decision.by)
@@ -91,7 +93,9 @@ def _change(view: View, item: ReviewItem, opinion: Opinion) -> dict[str, Any]:
         )
     fields = dict(item.suggestion if opinion.change is None else opinion.change)
     if not fields:
-        raise ConfigError(f"{item.id} suggests no change", "say what is to stand there: --reply TEXT, or --prompt TEXT")
+        raise ConfigError(
+            f"{item.id} suggests no change", "say what is to stand there: --reply TEXT, or --prompt TEXT"
+        )
     check_change(fields)
     example = item.proposed or rows_of(view.dataset, item.examples).get(item.examples[0])
     if example is None:
@@ -120,17 +124,29 @@ def review_counts(dataset: Path | str, queue: str = "", *, reviewers: int = 1, s
         return _counts(view.entries())
 
 
-def review_list(dataset: Path | str, queue: str = "", *, kind: str = "", state: str = "open", by: str = "",
-                most: int = 50, rule: ReviewPolicy | None = None) -> dict[str, Any]:  # fmt: skip
-    """The items of a Dataset, `most` of them, and the counts of all. Raises ConfigError for a kind or state that is none.
+def review_list(
+    dataset: Path | str,
+    queue: str = "",
+    *,
+    kind: str = "",
+    state: str = "open",
+    by: str = "",
+    most: int = 50,
+    rule: ReviewPolicy | None = None,
+) -> dict[str, Any]:
+    """The items of a Dataset, `most` of them, and the counts of all. Raises ConfigError for a kind or state that is
+    none.
 
-    state: open (conflicts among them), conflict, decided or all. by: only items about which this person has not decided, and
+    state: open (conflicts among them), conflict, decided or all. by: only items about which this person has not
+    decided, and
     nothing of what others did: a second reviewer should not know.
     """
     if kind and kind not in KINDS:
         raise ConfigError(f"there is no kind {kind!r}", f"one of {', '.join(KINDS)}")
     if state not in ("open", "conflict", "decided", "all"):
-        raise ConfigError(f"there is no state {state!r}", "--state open, --state conflict, --state decided or --state all")
+        raise ConfigError(
+            f"there is no state {state!r}", "--state open, --state conflict, --state decided or --state all"
+        )
     with open_review(dataset, queue, rule) as view:
         entries = view.entries()
         matches = [entry for entry in entries if not kind or entry.item.kind == kind]
@@ -167,8 +183,8 @@ def review_show(dataset: Path | str, item: str, queue: str = "", *, reveal: bool
 def review_decide(dataset: Path | str, items: Sequence[str], opinion: Opinion, queue: str = "") -> dict[str, Any]:
     """Keep what a person decided about items, beside what others did; and the counts then.
 
-    Each is kept by itself, in its order: where one is refused, those before it stay. Raises ConfigError, ConflictError,
-    BusyError.
+    Each is kept by itself, in its order: where one is refused, those before it stay. Raises ConfigError,
+    ConflictError, BusyError.
     """
     if not items:
         raise ConfigError("no item is named", "sartor review list DATASET has their ids")
@@ -183,11 +199,21 @@ def _decided(entry: ReviewEntry, is_new: bool, opinion: Opinion) -> dict[str, An
     return {**fields, "signed": signed, "state": entry.standing.state, "holds": entry.standing.verdict}
 
 
-def review_sample(dataset: Path | str, queue: str = "", *, error: float = 0.01, confidence: float = 0.95, allow: int = 0,
-                  split: str = "", seed: int = 0) -> dict[str, Any]:  # fmt: skip
-    """Draw as many rows as a bound on the fraction of bad ones needs, put them into the queue, and say what they tell so far.
+def review_sample(
+    dataset: Path | str,
+    queue: str = "",
+    *,
+    error: float = 0.01,
+    confidence: float = 0.95,
+    allow: int = 0,
+    split: str = "",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Draw as many rows as a bound on the fraction of bad ones needs, put them into the queue, and say what they tell
+    so far.
 
-    Asked again with the same numbers it draws the same rows, so what was decided meanwhile counts. `upper` is the bound that
+    Asked again with the same numbers it draws the same rows, so what was decided meanwhile counts. `upper` is the
+    bound that
     holds with `confidence`: a row that nobody has judged yet counts as bad.
     """
     with open_review(dataset, queue, make=True) as view:
@@ -196,16 +222,31 @@ def review_sample(dataset: Path | str, queue: str = "", *, error: float = 0.01, 
         count = quality_control.size(len(ids), error, confidence, allow)
         rows = quality_control.draw_ids(ids, count, seed)
         items = [ReviewItem("sample", (row,), reason=DRAWN, origin="review sample") for row in rows]
-        plan = {"error": error, "confidence": confidence, "allow": allow, "split": split, "seed": seed,
-                "population": len(ids), "size": count}  # fmt: skip
+        plan = {
+            "error": error,
+            "confidence": confidence,
+            "allow": allow,
+            "split": split,
+            "seed": seed,
+            "population": len(ids),
+            "size": count,
+        }
         view.queue.sample(view.dataset.id, {**plan, "rows": rows}, items)
         decisions = view.queue.decisions(item.id for item in items)
         verdicts = Counter(view.state_of(decisions.get(item.id, [])).verdict for item in items)
         bad, waiting = verdicts["edit"] + verdicts["reject"], verdicts[""]
         upper = quality_control.most_bad(len(ids), count, bad + waiting, confidence)
         next_ones = [item.id for item in items if not view.state_of(decisions.get(item.id, [])).verdict]
-        return {**plan, "good": verdicts["accept"], "bad": bad, "waiting": waiting, "upper": upper / len(ids),
-                "upper_rows": upper, "holds": waiting == 0 and upper / len(ids) <= error, "next": next_ones[:10]}  # fmt: skip
+        return {
+            **plan,
+            "good": verdicts["accept"],
+            "bad": bad,
+            "waiting": waiting,
+            "upper": upper / len(ids),
+            "upper_rows": upper,
+            "holds": waiting == 0 and upper / len(ids) <= error,
+            "next": next_ones[:10],
+        }
 
 
 def review_agreement(dataset: Path | str, queue: str = "", *, kind: str = "") -> dict[str, Any]:
@@ -213,11 +254,21 @@ def review_agreement(dataset: Path | str, queue: str = "", *, kind: str = "") ->
     with open_review(dataset, queue) as view:
         entries = [entry for entry in view.all_entries() if not kind or entry.item.kind == kind]
     conflicts = [_line(entry) for entry in entries if entry.standing.state == "conflict"]
-    return {"pairs": [item.as_json() for item in agreements([entry.decisions for entry in entries])], "conflicts": conflicts}
+    return {
+        "pairs": [item.as_json() for item in agreements([entry.decisions for entry in entries])],
+        "conflicts": conflicts,
+    }
 
 
-def review_apply(dataset: Path | str, out: Path | str, queue: str = "", *, replace: bool = False, keep_derived: bool = False,
-                 rule: ReviewPolicy | None = None) -> dict[str, Any]:  # fmt: skip
+def review_apply(
+    dataset: Path | str,
+    out: Path | str,
+    queue: str = "",
+    *,
+    replace: bool = False,
+    keep_derived: bool = False,
+    rule: ReviewPolicy | None = None,
+) -> dict[str, Any]:
     """A new Dataset in which what was decided is done; the old one stays. Raises as `apply_decisions.apply`."""
     check_output_free(Path(out).absolute(), replace=replace)
     with open_review(dataset, queue, rule) as view:
@@ -226,9 +277,11 @@ def review_apply(dataset: Path | str, out: Path | str, queue: str = "", *, repla
 
 
 def review_add(dataset: Path | str, found: Iterable[Mapping[str, Any]], queue: str = "") -> dict[str, Any]:
-    """Put findings, each a mapping in the form of a line of `review.jsonl`, into the queue of a Dataset. Raises SourceError.
+    """Put findings, each a mapping in the form of a line of `review.jsonl`, into the queue of a Dataset. Raises
+    SourceError.
 
-    The same finding again changes nothing. Whoever writes the Dataset itself may rather write them into its `review.jsonl`.
+    The same finding again changes nothing. Whoever writes the Dataset itself may rather write them into its
+    `review.jsonl`.
     """
     with open_review(dataset, queue, make=True) as view:
         lines = review_file.Lines()
@@ -240,8 +293,8 @@ def review_add(dataset: Path | str, found: Iterable[Mapping[str, Any]], queue: s
 def review_import(dataset: Path | str, source: Path | str, queue: str = "") -> dict[str, Any]:
     """Take findings and decisions of a `review.jsonl`, or of another Dataset's files, into the queue of a Dataset.
 
-    Raises SourceError for a line that cannot be read, SignatureError for a decision that a trusted key signed otherwise. A
-    decision about an item that neither knows is refused: nothing is taken in then.
+    Raises SourceError for a line that cannot be read, SignatureError for a decision that a trusted key signed
+    otherwise. A decision about an item that neither knows is refused: nothing is taken in then.
     """
     source = Path(source)
     with open_review(dataset, queue, make=True) as view:
@@ -274,7 +327,9 @@ def _import_lines(view: View, lines: review_file.Lines, source: str) -> dict[str
 
 
 def review_export(dataset: Path | str, out: Path | str, queue: str = "") -> dict[str, Any]:
-    """Findings and decisions of a Dataset as a `review.jsonl`, for a reviewer elsewhere. Raises ConfigError if it is there."""
+    """Findings and decisions of a Dataset as a `review.jsonl`, for a reviewer elsewhere. Raises ConfigError if it is
+    there.
+    """
     out = Path(out)
     if out.exists():
         raise ConfigError(f"{out} exists", "choose another --out")
@@ -312,9 +367,15 @@ def _line(entry: ReviewEntry, *, blind: bool = False) -> dict[str, Any]:
 
 
 def _row(row: Any, identity: str) -> dict[str, Any]:
-    messages = [{"role": message.role, "text": message.text, "media": [part.media for part in message.content if part.media]}
-                for message in row.messages]  # fmt: skip
-    return {"id": identity, "split": row.split, "messages": [{k: v for k, v in message.items() if v} for message in messages]}
+    messages = [
+        {"role": message.role, "text": message.text, "media": [part.media for part in message.content if part.media]}
+        for message in row.messages
+    ]
+    return {
+        "id": identity,
+        "split": row.split,
+        "messages": [{k: v for k, v in message.items() if v} for message in messages],
+    }
 
 
 def _would(item: ReviewItem, joins: bool) -> dict[str, str]:
@@ -322,12 +383,21 @@ def _would(item: ReviewItem, joins: bool) -> dict[str, str]:
     if not item.examples:
         return {"accept": "the finding may stand; nothing changes"}
     if len(item.examples) > 1:
-        return {"accept": f"{len(item.examples)} rows stay as they are", "reject": f"{len(item.examples)} rows become Drops"}
+        return {
+            "accept": f"{len(item.examples)} rows stay as they are",
+            "reject": f"{len(item.examples)} rows become Drops",
+        }
     edit = f"puts {dict(item.suggestion)}" if item.suggestion else "with --reply or --prompt"
-    accept, reject = ("the row joins", "the row stays out") if joins else ("the row stays as it is", "the row becomes a Drop")
+    accept, reject = (
+        ("the row joins", "the row stays out") if joins else ("the row stays as it is", "the row becomes a Drop")
+    )
     return {"accept": accept, "edit": edit, "reject": reject}
 
 
 def _decision(decision: Any) -> dict[str, Any]:
-    fields = {name: value for name, value in decision.as_json().items() if name not in ("schema", "what", "item", "signature")}
+    fields = {
+        name: value
+        for name, value in decision.as_json().items()
+        if name not in ("schema", "what", "item", "signature")
+    }
     return {**fields, "signed_by": signer(decision) or ("an unknown key" if decision.signature else "nobody")}

@@ -88,11 +88,15 @@ def _lines_of(file: Path) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
 
 def _parsed(line: bytes, location: str) -> dict[str, Any]:
     if len(line) > MOST_LINE_BYTES:
-        raise SourceError(f"{location} is longer than {MOST_LINE_BYTES:,} bytes", "no finding is: name rows by their ids")
+        raise SourceError(
+            f"{location} is longer than {MOST_LINE_BYTES:,} bytes", "no finding is: name rows by their ids"
+        )
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{location} is no JSON: {error}", "write the line as one JSON object, or delete it") from None
+        raise SourceError(
+            f"{location} is no JSON: {error}", "write the line as one JSON object, or delete it"
+        ) from None
     if not isinstance(fields, dict):
         raise SourceError(f"{location} is no JSON object", "one finding or decision a line")
     return fields
@@ -106,7 +110,8 @@ def _take(lines: Lines, fields: Mapping[str, Any], location: str, content_digest
         raise SourceError(f"{location}: {error.problem}", error.remedy) from None
     except UnicodeEncodeError as error:
         raise SourceError(
-            f"{location} holds what no file can: {error.reason}", r"delete the lone \ud800 to \udfff from the line, or the line"
+            f"{location} holds what no file can: {error.reason}",
+            r"delete the lone \ud800 to \udfff from the line, or the line",
         ) from None
 
 
@@ -121,14 +126,19 @@ def write_review_file(
 
 
 def renew(dataset: Path, origin: str, findings: Iterable[Mapping[str, Any]]) -> Path:
-    """Put findings, each a line as a mapping, in place of the earlier ones of their origin; returns the `review.jsonl`.
+    """Put findings, each a line as a mapping, in place of the earlier ones of their origin; returns the
+    `review.jsonl`.
 
-    It stands in the folder of a Dataset, written after its manifest. The lines of others, and what people decided, stay as they
-    are. Of two who do so at once the second waits. Raises SourceError for a line that cannot be read.
+    It stands in the folder of a Dataset, written after its manifest. The lines of others, and what people decided,
+    stay as they are. Of two who do so at once the second waits. Raises SourceError for a line that cannot be read.
     """
     file = dataset / FILE
     with FileLock(dataset / f".{FILE}.lock"):
-        lines = [line for _, line, fields in _lines_of(file) if not _is_finding_of(fields, origin)] if file.is_file() else []
+        lines = (
+            [line for _, line, fields in _lines_of(file) if not _is_finding_of(fields, origin)]
+            if file.is_file()
+            else []
+        )
         for finding in findings:
             item_of(finding)
             lines.append(canonical({**finding, "origin": origin}))
@@ -162,7 +172,9 @@ def _suspicious(dataset: Artifact) -> Iterator[ReviewItem]:
 
 
 def _suggestion(row: Mapping[str, Any], form: str) -> dict[str, Any]:
-    """What an edit would put in the label's place; nothing where the queue holds it cut, or a pattern found the label."""
+    """What an edit would put in the label's place; nothing where the queue holds it cut, or a pattern found the
+    label.
+    """
     suggested = str(row["suggested"])
     if not suggested or len(suggested) == SHOWN_CHARACTERS and suggested.endswith("…"):
         return {}

@@ -4,8 +4,8 @@
      "evidence": {...}, "suggestion": {"reply": "No."}, "origin": "suspicious_labels"}
     {"what": "decision", "item": "9a...", "verdict": "reject", "by": "Ada", "at": "2026-11-26T05:00:00.000000Z"}
 
-A finding's id is the digest of what is the matter with which rows, so the same one found twice is one item, also in a Dataset
-that was curated again. Of personal data only kind and span are kept: a finding that holds more is refused.
+A finding's id is the digest of what is the matter with which rows, so the same one found twice is one item, also in a
+Dataset that was curated again. Of personal data only kind and span are kept: a finding that holds more is refused.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Kind = Literal["label", "bias", "validation", "personal", "synthetic", "sample"]
 Verdict = Literal["accept", "edit", "reject"]
 KINDS: tuple[str, ...] = get_args(Kind)
 VERDICTS: tuple[str, ...] = get_args(Verdict)
-# what an edit may say: texts of the last reply, of the last question, of turns by number; a label's value in a JSON reply;
-# the row's weight; or that personal data is masked
+# what an edit may say: texts of the last reply, of the last question, of turns by number; a label's value in a JSON
+# reply; the row's weight; or that personal data is masked
 CHANGES = ("reply", "prompt", "turns", "label", "value", "weight", "mask")
 SPAN = {"entity", "place", "start", "end", "score"}
 
@@ -35,8 +35,9 @@ SPAN = {"entity", "place", "start", "end", "score"}
 class ReviewItem:
     """One finding. `reason` is a stable word, `detail` a sentence, `origin` what found it.
 
-    examples: ids of the rows; with `row`, that of a row which is not in the Dataset and would join it. slice: in words, of what
-    concerns many rows ("group=women"); without examples it belongs to the Dataset whose digest is `of`. evidence: numbers and
+    examples: ids of the rows; with `row`, that of a row which is not in the Dataset and would join it. slice: in
+    words, of what concerns many rows ("group=women"); without examples it belongs to the Dataset whose digest is `of`.
+    evidence: numbers and
     names that show it. suggestion: a change (see CHANGES) that an edit may take over.
     """
 
@@ -53,7 +54,9 @@ class ReviewItem:
 
     @cached_property
     def id(self) -> str:
-        """16 hex digits of the digest of what is the matter, and where: not of when, nor of the sentence that says it."""
+        """16 hex digits of the digest of what is the matter, and where: not of when, nor of the sentence that says
+        it.
+        """
         content: dict[str, Any] = {"kind": self.kind, "examples": sorted(self.examples), "slice": self.slice}
         content |= {"reason": self.reason, "suggestion": self.suggestion}
         if self.kind == "personal":
@@ -107,7 +110,9 @@ class Decision:
 
 
 def item_of(fields: Mapping[str, Any], *, content_digest: str = "") -> ReviewItem:
-    """A line of findings as an Item. `example` may stand for `examples` of one. Raises SourceError for what is none."""
+    """A line of findings as an Item. `example` may stand for `examples` of one. Raises SourceError for what is
+    none.
+    """
     _check_schema(fields)
     kind = fields.get("kind")
     if kind not in KINDS:
@@ -120,9 +125,15 @@ def item_of(fields: Mapping[str, Any], *, content_digest: str = "") -> ReviewIte
     if not isinstance(examples, list):
         raise SourceError(f"a finding's examples are a {type(examples).__name__}", "examples: a list of ids")
     texts = {name: str(fields.get(name) or "") for name in ("slice", "reason", "detail", "origin")}
-    item = ReviewItem(kind, tuple(map(str, examples)), evidence=fields.get("evidence") or {},
-                      suggestion=fields.get("suggestion") or {},
-                row=row, of=str(fields.get("of") or content_digest), **texts)  # fmt: skip
+    item = ReviewItem(
+        kind,
+        tuple(map(str, examples)),
+        evidence=fields.get("evidence") or {},
+        suggestion=fields.get("suggestion") or {},
+        row=row,
+        of=str(fields.get("of") or content_digest),
+        **texts,
+    )
     return _checked(_with_row_id(item))
 
 
@@ -169,7 +180,8 @@ def _with_row_id(item: ReviewItem) -> ReviewItem:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(
             f"a finding's row is no row of examples/*.parquet: {error!r}",
-            '"proposed": {"messages": [{"role": "user", "content": "..."}, ...]}, as parquet_io.example_row(example) gives it',
+            '"proposed": {"messages": [{"role": "user", "content": "..."}, ...]}, as parquet_io.example_row(example) '
+            "gives it",
         ) from None
     if proposed is None:
         return item
@@ -192,8 +204,13 @@ def _check_personal(item: ReviewItem) -> None:
     """Personal data found is never written: kind and span, and no word of it."""
     spans = item.evidence.get("spans", [])
     are_spans = isinstance(spans, list) and all(isinstance(span, Mapping) and set(span) <= SPAN for span in spans)
-    extra = [*sorted(set(item.evidence) - {"spans"}), *(["detail"] if item.detail else []), *(["row"] if item.row else []),
-             *(["slice"] if item.slice else []), *sorted(set(item.suggestion) - {"mask"})]  # fmt: skip
+    extra = [
+        *sorted(set(item.evidence) - {"spans"}),
+        *(["detail"] if item.detail else []),
+        *(["row"] if item.row else []),
+        *(["slice"] if item.slice else []),
+        *sorted(set(item.suggestion) - {"mask"}),
+    ]
     if extra or not are_spans:
         problem = ", ".join(extra) or "spans of another form"
         remedy = f"evidence: {{spans: [{{{', '.join(sorted(SPAN))}}}]}}, suggestion: {{mask: true}}"
@@ -231,7 +248,8 @@ def first_opinions(decisions: Sequence[Decision]) -> dict[str, Decision]:
 
 
 def item_state(decisions: Sequence[Decision], reviewers: int = 1) -> ItemState:
-    """Open until `reviewers` people have decided; in conflict while they differ, until one of them or another settles it.
+    """Open until `reviewers` people have decided; in conflict while they differ, until one of them or another settles
+    it.
 
     A settled item stays so, whatever is said later, until it is settled anew.
     """

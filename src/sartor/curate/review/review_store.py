@@ -6,8 +6,8 @@
     review_samples    which rows were drawn, for which bound
     review_counter    one row, which every change locks
 
-Each change is one transaction, kept whole or not at all; several processes may review at once, and what one of them decides is
-added beside what others did, never over it.
+Each change is one transaction, kept whole or not at all; several processes may review at once, and what one of them
+decides is added beside what others did, never over it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,19 @@ from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from sqlalchemy import BigInteger, Column, Connection, ForeignKey, Integer, MetaData, Table, Text, insert, make_url, select
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    ForeignKey,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    insert,
+    make_url,
+    select,
+)
 from sqlalchemy.exc import ArgumentError
 
 from sartor.core import records, signing
@@ -83,8 +95,8 @@ AT_ONCE = 500  # ids in one question: SQLite takes 32,766 values, old ones 999
 
 
 class Queue:
-    """One queue. Safe to use from several threads and processes. Each call may raise what `Database.change` raises, and
-    ArtifactError for a row that was changed from outside.
+    """One queue. Safe to use from several threads and processes. Each call may raise what `Database.change` raises,
+    and ArtifactError for a row that was changed from outside.
     """
 
     def __init__(self, database: Database) -> None:
@@ -168,7 +180,8 @@ def _verified_fields(row: Mapping[str, Any], kind: str, identity: str) -> dict[s
     if not is_whole(dict(row)):
         raise ArtifactError(
             f"the {kind} {identity} was changed from outside",
-            "cp BACKUP/review.sqlite to the place of the queue; or sartor review import DATASET review.jsonl into a new one",
+            "cp BACKUP/review.sqlite to the place of the queue; or sartor review import DATASET review.jsonl into a "
+            "new one",
         )
     return dict(json.loads(row["said"]))
 
@@ -230,7 +243,8 @@ class View:
             ids += table.filter(pc.equal(table["split"], split))["id"].to_pylist()
         if not ids:
             raise ConfigError(
-                f"no row is in the split {split!r}", f"--split {sorted(known_splits)[0]}" if known_splits else "another Dataset"
+                f"no row is in the split {split!r}",
+                f"--split {sorted(known_splits)[0]}" if known_splits else "another Dataset",
             )
         return sorted(ids)
 
@@ -294,7 +308,8 @@ class View:
 
 
 def signer(decision: Decision) -> str:
-    """The id of the trusted key that signed a decision; empty where nobody did, or somebody whom this machine does not know.
+    """The id of the trusted key that signed a decision; empty where nobody did, or somebody whom this machine does not
+    know.
 
     Raises SignatureError where the signer is trusted and signed something else, or is revoked.
     """
@@ -306,7 +321,9 @@ def signer(decision: Decision) -> str:
 
 
 def queue_url(dataset: Path, queue: str) -> str:
-    """The URL of the queue: as given (a URL or a file), else as SARTOR_REVIEW says, else `review.sqlite` beside the Dataset."""
+    """The URL of the queue: as given (a URL or a file), else as SARTOR_REVIEW says, else `review.sqlite` beside the
+    Dataset.
+    """
     location = queue or os.environ.get(VARIABLE, "")
     if "://" in location:
         return location
@@ -317,7 +334,9 @@ def queue_url(dataset: Path, queue: str) -> str:
 def open_review(
     dataset: Path | str, queue: str = "", rule: ReviewPolicy | None = None, *, make: bool = False
 ) -> Iterator[View]:
-    """A View of a Dataset. A queue's file that is not there is made only with `make`: looking leaves nothing behind."""
+    """A View of a Dataset. A queue's file that is not there is made only with `make`: looking leaves nothing
+    behind.
+    """
     path = Path(dataset).absolute()
     artifact = Artifact(path, read_manifest(path, ("dataset",)))
     url = queue_url(path, queue)
@@ -340,8 +359,8 @@ def _is_there(url: str) -> bool:
 def open_items(dataset: Path | str | Artifact, queue: str = "", *, reviewers: int = 1, signed: bool = False) -> int:
     """How many items of a Dataset nobody has decided, or two people differently: what the gate asks.
 
-    Findings that stand in the Dataset's files count whether or not anybody has looked at the queue yet. `reviewers` is how many
-    people must agree; with `signed` only decisions count that a key which this machine trusts has signed.
+    Findings that stand in the Dataset's files count whether or not anybody has looked at the queue yet. `reviewers` is
+    how many people must agree; with `signed` only decisions count that a key which this machine trusts has signed.
     """
     path = dataset.path if isinstance(dataset, Artifact) else Path(dataset)
     with open_review(path, queue, ReviewPolicy(reviewers, signed)) as view:

@@ -46,8 +46,12 @@ def apply_edit(example: Example, change: Mapping[str, Any]) -> Example:
     if edited.id == example.id:  # another weight is no other row
         return replace(edited, steps=(*example.steps, STEP))
     group = prompt_group(edited) if example.group == prompt_group(example) else edited.group
-    return replace(edited, origins=tuple(_child(origin, example) for origin in example.origins), group=group,
-                   steps=(*example.steps, STEP))  # fmt: skip
+    return replace(
+        edited,
+        origins=tuple(_child(origin, example) for origin in example.origins),
+        group=group,
+        steps=(*example.steps, STEP),
+    )
 
 
 def everywhere_masked(example: Example) -> Example:
@@ -66,7 +70,8 @@ def masked_text(text: str) -> str:
 def _child(origin: Origin, parent: Example) -> Origin:
     """A row that was read stays its source's, as edited; one that a step made keeps that step's mark for ever.
 
-    `made+review` is the mark of one that a step made of nothing: it has a parent now, and still counts as its source's row.
+    `made+review` is the mark of one that a step made of nothing: it has a parent now, and still counts as its source's
+    row.
     """
     if origin.parents or origin.step.endswith(STEP):
         return replace(origin, parents=(parent.id,))
@@ -80,7 +85,9 @@ def _turns(example: Example, change: Mapping[str, Any]) -> list[tuple[int, str]]
     if "prompt" in change:
         users = [index for index, message in enumerate(example.messages) if message.role == "user"]
         if not users:
-            raise ConfigError(f"row {example.id} has no question", "sartor review edit DATASET ITEM --by NAME --reply TEXT")
+            raise ConfigError(
+                f"row {example.id} has no question", "sartor review edit DATASET ITEM --by NAME --reply TEXT"
+            )
         result.append((users[-1], str(change["prompt"])))
     return result
 
@@ -112,13 +119,17 @@ def _with_text(example: Example, turn: int, text: str) -> Example:
 def _with_label(example: Example, form: str, value: str) -> Example:
     reply = class_labels.with_label(example.reply, form, value)
     if reply is None:
-        raise ConfigError(f"the reply of row {example.id} has no label {form}", "edit its reply as a whole: --reply TEXT")
+        raise ConfigError(
+            f"the reply of row {example.id} has no label {form}", "edit its reply as a whole: --reply TEXT"
+        )
     return _with_text(example, len(example.messages) - 1, reply)
 
 
 def _weight(value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ConfigError(f"the weight is {value!r}", "a number above 0; 1 is the usual; reject a row that is to weigh nothing")
+        raise ConfigError(
+            f"the weight is {value!r}", "a number above 0; 1 is the usual; reject a row that is to weigh nothing"
+        )
     return float(value)
 
 

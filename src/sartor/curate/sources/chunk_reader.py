@@ -33,7 +33,8 @@ class InputFile:
     """One file as it was when the run was planned.
 
     `caption` is the text file beside a picture or recording; `label` a caption that is known already. With a `refusal`
-    (reason, detail) the file is one Drop. `encoding` is that of text that is not UTF-8; `sheet` is the one named of a workbook.
+    (reason, detail) the file is one Drop. `encoding` is that of text that is not UTF-8; `sheet` is the one named of a
+    workbook.
     """
 
     path: str
@@ -111,14 +112,16 @@ def read_chunk(
 ) -> Iterator[Example | Drop]:
     """Examples and Drops of a unit, in file order; media are copied into `media_folder`.
 
-    `notes` is counted up by (file name, what was noticed) for what is no reason for a Drop. `strict` turns the first row that
-    cannot be used into a SourceError.
+    `notes` is counted up by (file name, what was noticed) for what is no reason for a Drop. `strict` turns the first
+    row that cannot be used into a SourceError.
     """
     note_counts: Counter[tuple[str, str]] = Counter() if notes is None else notes
     reader = _ChunkReader(chunk, source_files.with_licence(source), media_folder, strict, note_counts)
     if not chunk.files:
         name = "query" if source_files.scheme(source.path) == "sql" else source.path
-        yield from reader.rows(InputFile("", name, "query", form=chunk.form), source_files.query_rows(source, chunk.most_bytes))
+        yield from reader.rows(
+            InputFile("", name, "query", form=chunk.form), source_files.query_rows(source, chunk.most_bytes)
+        )
         return
     if chunk.form == inbox.FORM:
         yield from _read_inbox(chunk, source, reader)
@@ -193,7 +196,9 @@ def _check_unchanged(stream: BinaryIO, file: InputFile, piece: FilePiece) -> Non
     size = stream.seek(0, 2)
     stream.seek(0)
     is_unchanged = size == file.bytes and (
-        media_files.digest_of(stream) == file.sha256 if is_whole else checksum(stream, piece.start, piece.length) == piece.crc
+        media_files.digest_of(stream) == file.sha256
+        if is_whole
+        else checksum(stream, piece.start, piece.length) == piece.crc
     )
     if not is_unchanged:
         raise MalformedRow("changed_file", "the file was changed after the run began; nothing of this piece is read")

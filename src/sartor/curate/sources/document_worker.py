@@ -1,8 +1,8 @@
 """Child process that reads HTML, PDF, workbooks and documents of Office.
 
-All of these come from strangers, and no parser of them is safe from every file: pypdf follows what the file says, and a tree of
-nested elements takes a WHATWG parser quadratic time. Here memory and processor time have a limit that the system holds, and
-nothing can be written. Requests are lines of JSON on stdin, replies lines of JSON on stdout.
+All of these come from strangers, and no parser of them is safe from every file: pypdf follows what the file says, and
+a tree of nested elements takes a WHATWG parser quadratic time. Here memory and processor time have a limit that the
+system holds, and nothing can be written. Requests are lines of JSON on stdin, replies lines of JSON on stdout.
 """
 
 from __future__ import annotations
@@ -25,18 +25,68 @@ MOST_BYTES = {"pdf": 256 << 20, "html": 32 << 20, "xlsx": 256 << 20, "docx": 256
 MOST_MEMORY = 3 << 30  # of this process
 MOST_CPU_S = 120  # for a file
 MOST_PAGES = 20_000
-# fmt: off
-_HIDDEN_TAGS = frozenset((
-    "script", "style", "noscript", "template", "iframe", "object", "embed", "svg", "canvas", "audio", "video", "map", "head",
-    "frame", "frameset", "applet", "input",
-))
+_HIDDEN_TAGS = frozenset(
+    [
+        "script",
+        "style",
+        "noscript",
+        "template",
+        "iframe",
+        "object",
+        "embed",
+        "svg",
+        "canvas",
+        "audio",
+        "video",
+        "map",
+        "head",
+        "frame",
+        "frameset",
+        "applet",
+        "input",
+    ]
+)
 _PARAGRAPHS = frozenset(("p", "h1", "h2", "h3", "h4", "h5", "h6", "table", "pre", "blockquote", "ul", "ol"))
-_BLOCKS = _PARAGRAPHS | frozenset((
-    "address", "article", "aside", "body", "caption", "center", "dd", "details", "dialog", "dir", "div", "dl", "dt", "fieldset",
-    "figcaption", "figure", "footer", "form", "header", "hgroup", "hr", "html", "legend", "li", "main", "menu", "nav", "option",
-    "section", "summary", "tbody", "textarea", "tfoot", "thead", "title", "tr",
-))
-# fmt: on
+_BLOCKS = _PARAGRAPHS | frozenset(
+    [
+        "address",
+        "article",
+        "aside",
+        "body",
+        "caption",
+        "center",
+        "dd",
+        "details",
+        "dialog",
+        "dir",
+        "div",
+        "dl",
+        "dt",
+        "fieldset",
+        "figcaption",
+        "figure",
+        "footer",
+        "form",
+        "header",
+        "hgroup",
+        "hr",
+        "html",
+        "legend",
+        "li",
+        "main",
+        "menu",
+        "nav",
+        "option",
+        "section",
+        "summary",
+        "tbody",
+        "textarea",
+        "tfoot",
+        "thead",
+        "title",
+        "tr",
+    ]
+)
 _HIDING_STYLE = re.compile(
     r"display\s*:\s*none|visibility\s*:\s*(?:hidden|collapse)|font-size\s*:\s*0(?![.\d]*[1-9])|opacity\s*:\s*0(?![.\d]*[1-9])",
     re.I,
@@ -44,7 +94,8 @@ _HIDING_STYLE = re.compile(
 _CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([a-zA-Z0-9_\-]{2,20})""", re.I)
 # what browsers take for a page's own word; never UTF-7 and its like, in which ASCII is not ASCII
 _CHARSETS = re.compile(
-    r"(iso-?8859-\d+|latin-?1|windows-125\d|cp125\d|us-ascii|shift_jis|euc-jp|euc-kr|gbk|gb2312|gb18030|big5|koi8-[ru])", re.I
+    r"(iso-?8859-\d+|latin-?1|windows-125\d|cp125\d|us-ascii|shift_jis|euc-jp|euc-kr|gbk|gb2312|gb18030|big5|koi8-[ru])",
+    re.I,
 )
 
 
@@ -97,7 +148,9 @@ def _visible(root: Any) -> str:
             keeps_space -= _close(node.tag, pieces) if node is not None else 0
         node = None if node is None or node.mem_id == root.mem_id else node.next
     # no text of a parsed page holds NUL: here it is the edge of a block, and three together are an empty line
-    return re.sub(r"[ \n\t]*\0[\0 \n\t]*", lambda run: "\n\n" if run[0].count("\0") > 2 else "\n", "".join(pieces)).strip()
+    return re.sub(
+        r"[ \n\t]*\0[\0 \n\t]*", lambda run: "\n\n" if run[0].count("\0") > 2 else "\n", "".join(pieces)
+    ).strip()
 
 
 def _open(tag: str, pieces: list[str]) -> None:
@@ -120,7 +173,9 @@ def _is_hidden(node: Any) -> bool:
     if node.tag in _HIDDEN_TAGS:
         return True
     attributes = node.attributes
-    return bool(attributes) and ("hidden" in attributes or _HIDING_STYLE.search(attributes.get("style") or "") is not None)
+    return bool(attributes) and (
+        "hidden" in attributes or _HIDING_STYLE.search(attributes.get("style") or "") is not None
+    )
 
 
 def pdf_pages(raw: bytes) -> Iterator[tuple[int, str | MalformedRow]]:
@@ -182,7 +237,9 @@ def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             if isinstance(row, dict):
                 size = sum(map(len, row.values()))
             if size > request["most"]:
-                row = MalformedRow("oversize_row", f"{size:,} characters; the limit is {request['most']:,} (max_row_bytes)")
+                row = MalformedRow(
+                    "oversize_row", f"{size:,} characters; the limit is {request['most']:,} (max_row_bytes)"
+                )
             if isinstance(row, MalformedRow):
                 yield {"line": line, "reason": row.reason, "detail": row.detail}
             else:
@@ -192,7 +249,11 @@ def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     except OSError as error:
         yield {"line": 1, "reason": "unreadable_file", "detail": str(error.strerror or error)}
     except MemoryError:
-        yield {"line": 1, "reason": f"{request['kind']}_bomb", "detail": f"reading it takes more than {MOST_MEMORY:,} bytes"}
+        yield {
+            "line": 1,
+            "reason": f"{request['kind']}_bomb",
+            "detail": f"reading it takes more than {MOST_MEMORY:,} bytes",
+        }
 
 
 def _rows(raw: bytes, request: dict[str, Any]) -> Iterator[tuple[int, str | dict[str, Any] | MalformedRow]]:

@@ -33,7 +33,9 @@ MODULES = {"html": "selectolax", "pdf": "pypdf", "xlsx": "openpyxl", "docx": "do
 _PACKAGES = {"docx": "python-docx"}  # where the package has another name than its module
 
 
-def read_text_document(path: str, sha256: str, kind: str, most_bytes: int, notes: Counter[str], encoding: str = "") -> Read:
+def read_text_document(
+    path: str, sha256: str, kind: str, most_bytes: int, notes: Counter[str], encoding: str = ""
+) -> Read:
     """The one row of a text or Markdown file. Front matter is taken off, and counted."""
     with open_regular(path) as stream:
         document = row_readers.read_document(stream, most_bytes, encoding)
@@ -51,7 +53,9 @@ def read_text_document(path: str, sha256: str, kind: str, most_bytes: int, notes
 
 
 class DocumentReader:
-    """The process that reads what MODULES names, started when first needed and again after it was ended. Use it in a `with`."""
+    """The process that reads what MODULES names, started when first needed and again after it was ended. Use it in a
+    `with`.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -60,7 +64,9 @@ class DocumentReader:
     def __enter__(self) -> DocumentReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._end()
 
     def read(self, path: str, sha256: str, kind: str, most_bytes: int, sheet: str = "") -> Read:
@@ -94,12 +100,17 @@ class DocumentReader:
                 self._end()
         elapsed_s = time.monotonic() - started
         if code is not None and code > 0:
-            yield str(page), MalformedRow(f"bad_{kind}", f"its parser broke off with code {code}; the rest is not read")
+            yield (
+                str(page),
+                MalformedRow(f"bad_{kind}", f"its parser broke off with code {code}; the rest is not read"),
+            )
             return
         reason = f"by signal {-code}" if code else "as too slow"
         yield (
             str(page),
-            MalformedRow(f"{kind}_bomb", f"reading it was ended {reason} after {elapsed_s:.0f} s; the rest is not read"),
+            MalformedRow(
+                f"{kind}_bomb", f"reading it was ended {reason} after {elapsed_s:.0f} s; the rest is not read"
+            ),
         )
 
     def _start(self) -> subprocess.Popen[bytes]:

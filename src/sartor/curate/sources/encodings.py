@@ -1,7 +1,8 @@
 """Encodings of text files: UTF-8, or the code page that a spreadsheet wrote.
 
-A file with bytes that are not UTF-8 is read by the code page that chardet finds, if it is sure of it. Where another code page
-would give other text and is nearly as likely, nothing of the file is read: rows with umlauts alone would be wrong, or gone.
+A file with bytes that are not UTF-8 is read by the code page that chardet finds, if it is sure of it. Where another
+code page would give other text and is nearly as likely, nothing of the file is read: rows with umlauts alone would be
+wrong, or gone.
 """
 
 from __future__ import annotations
@@ -19,22 +20,57 @@ from sartor.core.records import MalformedRow
 from sartor.text.language_id import detector
 
 UTF8 = "utf-8"
-# Of lines that are not ASCII, so many at most may be broken in a file that is UTF-8 all the same; such rows are dropped alone
+# Of lines that are not ASCII, so many at most may be broken in a file that is UTF-8 all the same; such rows are
+# dropped alone
 _MOST_BROKEN = 0.1
 _SAMPLE_BYTES = 64 << 10
 _BLOCK_BYTES = 1 << 20
 _SPOOL_BYTES = 32 << 20
-# chardet's confidence is low for any Latin code page. Below the first it has found nothing; the best code page that gives other
-# text must lie below the second, as a part of it (docs/decisions/031-encodings.md)
+# chardet's confidence is low for any Latin code page. Below the first it has found nothing; the best code page that
+# gives other text must lie below the second, as a part of it (docs/decisions/031-encodings.md)
 _LEAST_CONFIDENCE, _MOST_OF_BEST = 0.03, 0.995
-# Encodings that programs of today write. Of those that give the same text of a sample the one named first is taken: it may
-# hold other characters further on
+# Encodings that programs of today write. Of those that give the same text of a sample the one named first is taken: it
+# may hold other characters further on
 _KNOWN = (
-    "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp874", "cp850", "cp852",
-    "cp866", "cp437", "cp737", "cp862", "cp932", "gb18030", "big5", "cp949", "euc_jp", "shift_jis", "euc_kr", "koi8-r",
-    "koi8-u", "mac-roman", "mac-latin2", "mac-cyrillic", "mac-greek", "mac-turkish", "iso8859-1", "iso8859-15", "iso8859-2",
-    "iso8859-5", "iso8859-7", "iso8859-8", "iso8859-9", "iso8859-16",
-)  # fmt: skip
+    "cp1252",
+    "cp1250",
+    "cp1251",
+    "cp1253",
+    "cp1254",
+    "cp1255",
+    "cp1256",
+    "cp1257",
+    "cp1258",
+    "cp874",
+    "cp850",
+    "cp852",
+    "cp866",
+    "cp437",
+    "cp737",
+    "cp862",
+    "cp932",
+    "gb18030",
+    "big5",
+    "cp949",
+    "euc_jp",
+    "shift_jis",
+    "euc_kr",
+    "koi8-r",
+    "koi8-u",
+    "mac-roman",
+    "mac-latin2",
+    "mac-cyrillic",
+    "mac-greek",
+    "mac-turkish",
+    "iso8859-1",
+    "iso8859-15",
+    "iso8859-2",
+    "iso8859-5",
+    "iso8859-7",
+    "iso8859-8",
+    "iso8859-9",
+    "iso8859-16",
+)
 # Characters beside letters that office programs put into text of any language
 _TYPOGRAPHIC = frozenset(
     "\u2018\u2019\u201a\u201c\u201d\u201e\u2013\u2014\u2026\u2022\u2122\u20ac\xa0\xa2\xa3\xa5\xa7\xa9"
@@ -48,7 +84,8 @@ _WESTERN = ("cp1252", "mac-roman", "cp850")
 
 
 def canonical_name(encoding: str) -> str:
-    """Return Python's name of an encoding, `utf-8` for all its spellings. Raises LookupError for one that it does not have.
+    """Return Python's name of an encoding, `utf-8` for all its spellings. Raises LookupError for one that it does not
+    have.
 
     What turns no bytes into text (`hex`, `rot13`), or whole names alone (`idna`), is none either.
     """
@@ -102,7 +139,9 @@ def _lines_that_are_not_utf8(stream: BinaryIO) -> bytes:
 
 
 def _whole_lines(sample: bytes) -> bytes:
-    """The lines of a sample that end within _SAMPLE_BYTES: of a character that is cut in two no code page would be right."""
+    """The lines of a sample that end within _SAMPLE_BYTES: of a character that is cut in two no code page would be
+    right.
+    """
     if len(sample) <= _SAMPLE_BYTES:
         return sample
     end = sample.rfind(b"\n", 0, _SAMPLE_BYTES) + 1
@@ -126,7 +165,8 @@ def _code_page(sample: bytes) -> str:
 
 
 def _typographic_page(sample: bytes) -> str:
-    """The Western code page in which all that is not ASCII are signs where signs stand, as in English with curly quotes.
+    """The Western code page in which all that is not ASCII are signs where signs stand, as in English with curly
+    quotes.
 
     Empty where there is none, or more than one.
     """
@@ -142,7 +182,9 @@ def _typographic_page(sample: bytes) -> str:
 
 
 def _candidates(sample: bytes) -> Iterator[tuple[str, str, float]]:
-    """(name, text, confidence) of encodings, the likeliest first, whose text is in the language that they were found for."""
+    """(name, text, confidence) of encodings, the likeliest first, whose text is in the language that they were found
+    for.
+    """
     import chardet
 
     identify = detector()
@@ -152,7 +194,9 @@ def _candidates(sample: bytes) -> Iterator[tuple[str, str, float]]:
             text = sample.decode(name)
         except (LookupError, TypeError, UnicodeDecodeError):
             continue
-        is_plain = not any("\x80" <= character <= "\x9f" for character in text)  # control characters, which no text has
+        is_plain = not any(
+            "\x80" <= character <= "\x9f" for character in text
+        )  # control characters, which no text has
         if name in _KNOWN and is_plain and not _mixes_scripts(text) and identify(text).code == candidate["language"]:
             yield name, text, candidate["confidence"]
 
@@ -166,7 +210,9 @@ def _mixes_scripts(text: str) -> bool:
 
 
 def _mark(error: UnicodeError) -> tuple[str, int]:
-    """Put a byte that is not UTF-8 for what cannot be decoded. `surrogateescape` alone refuses ASCII, as half of UTF-16 is."""
+    """Put a byte that is not UTF-8 for what cannot be decoded. `surrogateescape` alone refuses ASCII, as half of
+    UTF-16 is.
+    """
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return "\udcff", error.end
@@ -179,8 +225,8 @@ codecs.register_error(_MARKED, _mark)
 def as_utf8(stream: BinaryIO, encoding: str) -> BinaryIO:
     """Return a file in UTF-8 with the text of a stream in another encoding.
 
-    Bytes that the encoding does not have become bytes that are not UTF-8, so that readers find the row that holds them. Raises
-    MalformedRow for UTF-16 without the mark of its byte order.
+    Bytes that the encoding does not have become bytes that are not UTF-8, so that readers find the row that holds
+    them. Raises MalformedRow for UTF-16 without the mark of its byte order.
     """
     stream.seek(0)
     decoder = codecs.getincrementaldecoder(encoding)(_MARKED)

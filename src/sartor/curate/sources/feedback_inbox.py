@@ -1,14 +1,14 @@
 """Feedback inbox as a source; distrusted raters left out.
 
-A trial is a reply that a voice rated and that is judged elsewhere too: by what is known of it, else by most of the other
-voices, one vote each. A voice is set aside when it stands against that judgement both in more of its trials than `disagreement`
-allows (exact binomial test) and more often than the other voices do (Fisher's exact test, 1922), by p-values that Holm
-corrects over all voices. Only the worst goes at once: whoever rated the same replies as a voice that lies is contradicted by
-it, and what remains is judged anew without. Who merely thinks otherwise now and then stays; so does a majority that lies,
-unless it is held against what is known.
+A trial is a reply that a voice rated and that is judged elsewhere too: by what is known of it, else by most of the
+other voices, one vote each. A voice is set aside when it stands against that judgement both in more of its trials than
+`disagreement` allows (exact binomial test) and more often than the other voices do (Fisher's exact test, 1922), by
+p-values that Holm corrects over all voices. Only the worst goes at once: whoever rated the same replies as a voice
+that lies is contradicted by it, and what remains is judged anew without. Who merely thinks otherwise now and then
+stays; so does a majority that lies, unless it is held against what is known.
 
-A correction is a row whose reply is the correction, with the reply that was given as `rejected` where it is another. A rating
-is a row of the reply with its `rating`. A conversation is one group, whichever of its turns was commented on.
+A correction is a row whose reply is the correction, with the reply that was given as `rejected` where it is another. A
+rating is a row of the reply with its `rating`. A conversation is one group, whichever of its turns was commented on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ Votes = Mapping[str, Mapping[RaterId, int]]  # of a reply, what each giver says 
 
 @dataclass(frozen=True)
 class RaterTrust:
-    """How what a voice says goes with the rest. user: "*" of a key as a whole. compared: its trials. against: those of them in
+    """How what a voice says goes with the rest. user: "*" of a key as a whole. compared: its trials. against: those of
+    them in
     which it contradicts. p: that it does so by chance, corrected.
     """
 
@@ -47,7 +48,9 @@ class RaterTrust:
 
     @property
     def score(self) -> float:
-        """How far it is to be trusted, 0..1: the mean of what its agreement leaves likely, from even odds on (Laplace 1774)."""
+        """How far it is to be trusted, 0..1: the mean of what its agreement leaves likely, from even odds on (Laplace
+        1774).
+        """
         return (self.compared - self.against + 1) / (self.compared + 2)
 
     @property
@@ -99,7 +102,9 @@ def _votes(lines: Iterable[FeedbackLine]) -> tuple[Votes, Mapping[str, int]]:
         if line.item and line.sign:
             votes[line.item][line.key, line.user] += line.sign
             known_signs[line.item] = line.known
-    return {item: reply_votes for item, reply_votes in votes.items() if known_signs[item] or len(reply_votes) > 1}, known_signs
+    return {
+        item: reply_votes for item, reply_votes in votes.items() if known_signs[item] or len(reply_votes) > 1
+    }, known_signs
 
 
 def _users(lines: Iterable[FeedbackLine]) -> Mapping[str, set[str]]:
@@ -122,7 +127,9 @@ def _standings(
         *(_standing_of(rater, people, terms) for rater in named_users),
     ]
     compared_indices = [index for index, item in enumerate(standings) if item.compared]
-    for index, p in zip(compared_indices, holm_correction([standings[index].p for index in compared_indices]), strict=True):
+    for index, p in zip(
+        compared_indices, holm_correction([standings[index].p for index in compared_indices]), strict=True
+    ):
         standings[index] = replace(standings[index], p=p)
     return standings
 
@@ -178,7 +185,8 @@ class InboxFile:
 
 
 class FeedbackInbox:
-    """What becomes of every line of an inbox, judged together. standings: of the keys that speak in it, and their users.
+    """What becomes of every line of an inbox, judged together. standings: of the keys that speak in it, and their
+    users.
 
     Raises ConfigError for a file of known replies that is none.
     """
@@ -186,7 +194,9 @@ class FeedbackInbox:
     def __init__(self, files: Sequence[InboxFile], terms: InboxTerms, most_bytes: int) -> None:
         self._most_bytes = most_bytes
         self._outcomes: dict[LinePosition, SkippedRow | None] = {}  # None: it becomes a row
-        self._older_feedback: dict[ReplyKey, Feedback] = {}  # what earlier lines said, until the newest of the same is read
+        self._older_feedback: dict[
+            ReplyKey, Feedback
+        ] = {}  # what earlier lines said, until the newest of the same is read
         newest = self._newest(files, terms)
         self._last = {(line.receipt, line.key): line.position for line in newest}
         self.standings = rate_raters(newest, terms)
@@ -199,8 +209,13 @@ class FeedbackInbox:
 
     def rows(self, file: InboxFile) -> Read:
         """(line, raw row in a form that `forms` reads), or why there is none. The files in order, each once."""
-        for number, feedback in feedback_lines.read_feedback_lines(file.path, file.bytes, file.sha256, self._most_bytes):
-            yield str(number), feedback if isinstance(feedback, MalformedRow) else self._row((file.number, number), feedback)
+        for number, feedback in feedback_lines.read_feedback_lines(
+            file.path, file.bytes, file.sha256, self._most_bytes
+        ):
+            yield (
+                str(number),
+                feedback if isinstance(feedback, MalformedRow) else self._row((file.number, number), feedback),
+            )
 
     def _row(self, position: LinePosition, feedback: Feedback) -> dict[str, Any] | MalformedRow:
         if position not in self._outcomes:
@@ -220,14 +235,18 @@ class FeedbackInbox:
             for line in self._facts(file, gold_replies):
                 reply_key: ReplyKey = (line.receipt, line.key)
                 if older := newest_lines.pop(reply_key, None):
-                    self._outcomes[older.position] = SkippedRow("replaced", "the same key said something of this reply later")
+                    self._outcomes[older.position] = SkippedRow(
+                        "replaced", "the same key said something of this reply later"
+                    )
                     line = line.merge(older)
                 newest_lines[reply_key] = line
         return list(newest_lines.values())
 
     def _facts(self, file: InboxFile, gold_replies: feedback_lines.GoldReplies) -> Iterator[FeedbackLine]:
         try:
-            for number, feedback in feedback_lines.read_feedback_lines(file.path, file.bytes, file.sha256, self._most_bytes):
+            for number, feedback in feedback_lines.read_feedback_lines(
+                file.path, file.bytes, file.sha256, self._most_bytes
+            ):
                 if isinstance(feedback, Feedback):
                     yield feedback_lines.line_of((file.number, number), feedback, gold_replies.sign(feedback))
         except (MalformedRow, OSError):  # met again when its rows are read, and told there
@@ -314,7 +333,8 @@ def _draw(seed: int, line: FeedbackLine) -> bytes:
 
 
 def allowed(counts: Sequence[int], terms: InboxTerms) -> int:
-    """How many rows each may give: the most that is no more than `most_fraction` of what is then left of all, or `most_rows`.
+    """How many rows each may give: the most that is no more than `most_fraction` of what is then left of all, or
+    `most_rows`.
 
     Where few speak, twice the even share stands for the fraction: of one or two, all may be said by one.
 

@@ -1,6 +1,7 @@
 """Parses inbox lines and gold replies.
 
-The reply of a row is right, and its `rejected` is wrong. Of other replies to the same question nothing is known, unless both
+The reply of a row is right, and its `rejected` is wrong. Of other replies to the same question nothing is known,
+unless both
 are JSON: then another value is a wrong one.
 """
 
@@ -24,7 +25,8 @@ LinePosition = tuple[int, int]  # number of the file, number of the line
 
 @dataclass(frozen=True, slots=True)
 class FeedbackLine:
-    """What is known of a line. correction, reply: digests, "" for none. item: digest of the prompt and its reply, "" where the
+    """What is known of a line. correction, reply: digests, "" for none. item: digest of the prompt and its reply, ""
+    where the
     words are not there. known: whether the reply is known as good (1) or bad (-1).
     """
 
@@ -99,11 +101,15 @@ def _text_digest(text: str) -> str:
 
 
 def prompt_key(feedback: Feedback, *, with_system: bool) -> list[list[Any]]:
-    """The prompt as (role, text) pairs, media as they were sent: equal for equal prompts, in whichever form they came."""
+    """The prompt as (role, text) pairs, media as they were sent: equal for equal prompts, in whichever form they
+    came.
+    """
     if not feedback.messages:
         return [["user", feedback.text]]
     turns = [(str(message.get("role")), message) for message in feedback.messages]
-    return [[role, message_text(message)] for role, message in turns if with_system or role not in ("system", "developer")]
+    return [
+        [role, message_text(message)] for role, message in turns if with_system or role not in ("system", "developer")
+    ]
 
 
 def message_text(message: Mapping[str, Any]) -> Any:
@@ -117,7 +123,9 @@ def message_text(message: Mapping[str, Any]) -> Any:
     return "".join(str(part.get("text", "")) for part in parts)
 
 
-def read_feedback_lines(path: str, size: int, sha256: str, most_bytes: int) -> Iterator[tuple[int, Feedback | MalformedRow]]:
+def read_feedback_lines(
+    path: str, size: int, sha256: str, most_bytes: int
+) -> Iterator[tuple[int, Feedback | MalformedRow]]:
     """(line, what it says) of the first `size` bytes of a file, to which a server may be appending.
 
     Raises Malformed where these are not the bytes of that digest, OSError where the system refuses.
@@ -146,7 +154,9 @@ def _feedback(row: Any) -> Feedback | MalformedRow:
         return MalformedRow("torn_line", torn) if row.reason == "bad_json" else row
     try:
         feedback = Feedback.from_json(row)
-        return feedback if _is_whole(feedback) else MalformedRow("not_feedback", "its fields are not those of feedback")
+        return (
+            feedback if _is_whole(feedback) else MalformedRow("not_feedback", "its fields are not those of feedback")
+        )
     except SourceError as error:
         return MalformedRow("newer_schema", error.problem)
     except (KeyError, TypeError, AttributeError):
@@ -164,7 +174,9 @@ def _is_whole(feedback: Feedback) -> bool:
         feedback.by.key,
         feedback.by.user,
     )
-    is_rating_valid = feedback.rating is None or (isinstance(feedback.rating, int | float) and -1 <= feedback.rating <= 1)
+    is_rating_valid = feedback.rating is None or (
+        isinstance(feedback.rating, int | float) and -1 <= feedback.rating <= 1
+    )
     return (
         is_rating_valid
         and all(isinstance(text, str) for text in texts)
@@ -196,12 +208,16 @@ class GoldReplies:
 
 
 def gold_replies_digest(path: str) -> str:
-    """Digest of the file, "" for none: with other replies known, other lines are rows. Raises ConfigError as `read`."""
+    """Digest of the file, "" for none: with other replies known, other lines are rows. Raises ConfigError as
+    `read`.
+    """
     return file_digest(Path(path).expanduser()) if read_gold_replies(path).right else ""
 
 
 def read_gold_replies(path: str) -> GoldReplies:
-    """The rows of a file in any form that `curate` reads. Raises ConfigError for one that is not there, or holds none."""
+    """The rows of a file in any form that `curate` reads. Raises ConfigError for one that is not there, or holds
+    none.
+    """
     if not path:
         return GoldReplies()
     right: dict[str, set[str]] = {}
@@ -215,12 +231,18 @@ def read_gold_replies(path: str) -> GoldReplies:
         right.setdefault(question, set()).add(_plain(example.reply))
         wrong.setdefault(question, set()).update(_plain(message.text) for message in example.rejected)
     if not right:
-        raise ConfigError(f"inbox.known: {path!r} holds no question with a reply", "rows such as {question: ..., answer: ...}")
+        raise ConfigError(
+            f"inbox.known: {path!r} holds no question with a reply", "rows such as {question: ..., answer: ...}"
+        )
     return GoldReplies(right, wrong)
 
 
 def _example(row: Any) -> Example | None:
-    if isinstance(row, MalformedRow) or not isinstance(row, Mapping) or (form := row_formats.detect_row_format(row)) is None:
+    if (
+        isinstance(row, MalformedRow)
+        or not isinstance(row, Mapping)
+        or (form := row_formats.detect_row_format(row)) is None
+    ):
         return None
     try:
         return row_formats.parse_row(row, form, Origin("", ""), _no_media)

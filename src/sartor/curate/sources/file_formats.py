@@ -1,7 +1,7 @@
 """File kind by extension and magic bytes.
 
-`kind_of` says by which reader a name is read. `mismatch` compares a file's head with its extension: a file that is not what
-it is called is refused by the name of what it is.
+`kind_of` says by which reader a name is read. `mismatch` compares a file's head with its extension: a file that is not
+what it is called is refused by the name of what it is.
 """
 
 from __future__ import annotations
@@ -129,7 +129,10 @@ def format_refusal(name: str) -> tuple[str, str] | None:
         return "archive", f"archives ({suffix}) are not opened; {remedy}"
     if not kind:
         known = " ".join(KINDS)
-        return "unsupported_file", f"files of the kind {suffix[:20] or 'without extension'} are not read; known: {known}"
+        return (
+            "unsupported_file",
+            f"files of the kind {suffix[:20] or 'without extension'} are not read; known: {known}",
+        )
     return None
 
 
@@ -159,7 +162,8 @@ def suffix_of(head: bytes) -> str:
     """The extension of a picture or a recording that begins so; empty where the bytes do not say that it is one."""
     format_name = sniff(head)
     return next(
-        (suffix for suffix, holds in _SUFFIX_HOLDS.items() if format_name in holds and KINDS[suffix] in MEDIA_KINDS), ""
+        (suffix for suffix, holds in _SUFFIX_HOLDS.items() if format_name in holds and KINDS[suffix] in MEDIA_KINDS),
+        "",
     )
 
 
@@ -170,7 +174,9 @@ def mismatch(name: str, head: bytes) -> MalformedRow | None:
     if format_name in holds or not format_name:
         return None
     if suffix in OFFICE and format_name == "old Office file":
-        detail = f"the file asks for a password, or is an old Office file called {suffix}; save it as {suffix} without one"
+        detail = (
+            f"the file asks for a password, or is an old Office file called {suffix}; save it as {suffix} without one"
+        )
         return MalformedRow("encrypted", detail)
     return MalformedRow(
         "format_mismatch", f"the file is called {suffix} and is in truth: {format_name}; give it its own extension"
@@ -184,7 +190,9 @@ def must_be(name: str, head: bytes) -> MalformedRow | None:
         return fault
     if KINDS.get(suffix) in (*MEDIA_KINDS, "pdf", "xlsx", "docx") and not sniff(head):
         holds = _SUFFIX_HOLDS[suffix][0]
-        return MalformedRow("format_mismatch", f"the file is called {suffix}, and does not begin as a {holds} file does")
+        return MalformedRow(
+            "format_mismatch", f"the file is called {suffix}, and does not begin as a {holds} file does"
+        )
     return None
 
 

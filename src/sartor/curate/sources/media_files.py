@@ -50,7 +50,8 @@ _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def store_media(kind: str, value: str, folder: Path | None, media_folder: Path) -> str:
-    """Copy what a row names, a path below `folder` or a data URL, into `media_folder`; returns its path below the dataset.
+    """Copy what a row names, a path below `folder` or a data URL, into `media_folder`; returns its path below the
+    dataset.
 
     Raises Malformed. Without a `folder` (rows of a query or a hub) only data URLs are taken.
     """
@@ -74,7 +75,9 @@ def copy_file(file: Path, media_folder: Path, sha256: str = "") -> str:
 def locate(kind: str, value: str, folder: Path | None) -> Path:
     """The file that a row's path names. Raises Malformed for one that could lead out of the folder."""
     if folder is None:
-        raise MalformedRow("bad_media", f"the {kind} is a path ({value[:60]!r}), and rows of this source lie in no folder")
+        raise MalformedRow(
+            "bad_media", f"the {kind} is a path ({value[:60]!r}), and rows of this source lie in no folder"
+        )
     decoded = urllib.parse.unquote(urllib.parse.unquote(value))
     for spelling in (value, decoded):
         parts = re.split(r"[/\\]", spelling)
@@ -270,7 +273,9 @@ def _tiff_size(stream: BinaryIO, head: bytes) -> tuple[int, int]:
         entry = stream.read(12)
         tag, kind = struct.unpack(f"{order}HH", entry[:4])
         if tag in (256, 257):
-            sizes[tag] = struct.unpack(f"{order}H" if kind == 3 else f"{order}I", entry[8:10] if kind == 3 else entry[8:12])[0]
+            sizes[tag] = struct.unpack(
+                f"{order}H" if kind == 3 else f"{order}I", entry[8:10] if kind == 3 else entry[8:12]
+            )[0]
     return sizes.get(256, 0), sizes.get(257, 0)
 
 

@@ -1,7 +1,7 @@
 """Rows of workbooks (.xlsx) and text of documents (.docx), bounded.
 
-Both are zip archives of XML (ECMA-376). Before a parser sees one, its members are counted, what they unfold to is held against
-the file's size, and a document type, in which entities could be declared, is refused: Office writes none.
+Both are zip archives of XML (ECMA-376). Before a parser sees one, its members are counted, what they unfold to is held
+against the file's size, and a document type, in which entities could be declared, is refused: Office writes none.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ def check_package(raw: bytes, kind: str) -> None:
         with zipfile.ZipFile(io.BytesIO(raw)) as package:
             members = package.infolist()
             unfolded = sum(member.file_size for member in members)
-            if len(members) > MOST_MEMBERS or unfolded > MOST_UNFOLDED or unfolded > MOST_RATIO * max(len(raw), 1 << 16):
+            if (
+                len(members) > MOST_MEMBERS
+                or unfolded > MOST_UNFOLDED
+                or unfolded > MOST_RATIO * max(len(raw), 1 << 16)
+            ):
                 detail = f"{len(members):,} members that unfold to {unfolded:,} bytes, of a file of {len(raw):,}"
                 raise MalformedRow(f"{kind}_bomb", detail)
             if any(member.flag_bits & 1 for member in members):
@@ -42,7 +46,9 @@ def check_package(raw: bytes, kind: str) -> None:
                 raise MalformedRow(f"bad_{kind}", f"the archive has no {part}: it is no .{kind} file")
             for member in members:
                 if member.filename.endswith((".xml", ".rels")) and _declares_a_type(package, member):
-                    detail = f"{member.filename} declares a document type, or begins with no element; Office writes neither"
+                    detail = (
+                        f"{member.filename} declares a document type, or begins with no element; Office writes neither"
+                    )
                     raise MalformedRow(f"{kind}_bomb", detail)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
         raise MalformedRow(f"bad_{kind}", f"not a whole .{kind} file: {error}") from None
@@ -51,7 +57,8 @@ def check_package(raw: bytes, kind: str) -> None:
 def _declares_a_type(package: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
     """Whether an XML file of the archive could define entities, which may unfold without end.
 
-    A type stands before the first element, so that has to begin in the head, behind nothing but comments and instructions.
+    A type stands before the first element, so that has to begin in the head, behind nothing but comments and
+    instructions.
     """
     with package.open(member) as stream:
         head = stream.read(_HEAD_BYTES).replace(b"\0", b"")  # UTF-16 as well
@@ -59,10 +66,11 @@ def _declares_a_type(package: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
 
 
 def workbook_rows(raw: bytes, sheet: str) -> Iterator[tuple[int, dict[str, Any] | MalformedRow]]:
-    """(row number from 1, its cells by the names in the first row) of a sheet: `sheet`, or the first that holds anything.
+    """(row number from 1, its cells by the names in the first row) of a sheet: `sheet`, or the first that holds
+    anything.
 
-    Cells are the values that Excel showed last, never formulas; dates are ISO 8601. Other sheets with rows are named by one
-    MalformedRow each, so that none is left out unseen.
+    Cells are the values that Excel showed last, never formulas; dates are ISO 8601. Other sheets with rows are named
+    by one MalformedRow each, so that none is left out unseen.
     """
     import openpyxl
 
@@ -71,10 +79,16 @@ def workbook_rows(raw: bytes, sheet: str) -> Iterator[tuple[int, dict[str, Any] 
         workbook = openpyxl.load_workbook(io.BytesIO(raw), read_only=True, data_only=True, keep_links=False)
     sheets = workbook.worksheets
     for one in sheets:
-        one.reset_dimensions()  # what a sheet says of its size is wrong where some exports wrote it: they say A1 of any
+        # what a sheet says of its size is wrong where some exports wrote it: they say A1 of any
+        one.reset_dimensions()
     names = [one.title for one in sheets]
     if sheet and sheet not in names:
-        yield 1, MalformedRow("no_sheet", f"the workbook has no sheet {sheet!r}; it has {', '.join(map(repr, names[:12]))}")
+        yield (
+            1,
+            MalformedRow(
+                "no_sheet", f"the workbook has no sheet {sheet!r}; it has {', '.join(map(repr, names[:12]))}"
+            ),
+        )
         return
     filled = [one for one in sheets if any(True for _ in _filled_rows(one))]
     if not filled:

@@ -17,7 +17,15 @@ from typing import Any, BinaryIO
 
 from sartor.core import records
 from sartor.core.records import Drop, Example, MalformedRow
-from sartor.curate.sources import documents, encodings, feedback_lines, file_formats, row_formats, row_readers, source_files
+from sartor.curate.sources import (
+    documents,
+    encodings,
+    feedback_lines,
+    file_formats,
+    row_formats,
+    row_readers,
+    source_files,
+)
 from sartor.curate.sources import feedback_inbox as inbox
 from sartor.curate.sources.chunk_reader import InputChunk, InputFile, chunk_of_json, read_chunk
 from sartor.curate.sources.row_readers import FilePiece
@@ -27,7 +35,9 @@ from sartor.curate.sources.types import SourceOptions
 
 BATCH_FILES = 200
 BATCH_BYTES = 16 << 20
-_TABLES = frozenset(("metadata.jsonl", "metadata.ndjson", "metadata.csv", "metadata.tsv", "metadata.parquet", "metadata.json"))
+_TABLES = frozenset(
+    ("metadata.jsonl", "metadata.ndjson", "metadata.csv", "metadata.tsv", "metadata.parquet", "metadata.json")
+)
 _TABLE_KINDS = ("jsonl", "json", "csv", "parquet")
 _CAPTION_SUFFIXES = (".txt", ".json")
 
@@ -126,7 +136,9 @@ class _Cutter:
 
 
 def _surveyed(source: SourceOptions, most_bytes: int) -> Iterator[tuple[InputFile, list[FilePiece]]]:
-    """Every file of a source that is read or refused, with its pieces. Captions come with the file that they are of."""
+    """Every file of a source that is read or refused, with its pieces. Captions come with the file that they are
+    of.
+    """
     files = source_files.files_of(source)
     tables, table_media = _tables(files, most_bytes)
     captions = _captions(files, table_media) if source.captions == "beside" else {}
@@ -177,7 +189,9 @@ def _inspect(
 
 
 def columns_of(source: SourceOptions, most_bytes: int) -> list[str]:
-    """Names of the columns of the first table of a source, in their order; empty where it has none that can be read."""
+    """Names of the columns of the first table of a source, in their order; empty where it has none that can be
+    read.
+    """
     for file, pieces in _surveyed(source, most_bytes):
         if file.refusal[0] or file.kind not in (*_TABLE_KINDS, "xlsx"):
             continue
@@ -187,7 +201,9 @@ def columns_of(source: SourceOptions, most_bytes: int) -> list[str]:
     return []
 
 
-def _head_rows(stream: BinaryIO, file: InputFile, pieces: Sequence[FilePiece], most_bytes: int) -> list[tuple[str, Any]]:
+def _head_rows(
+    stream: BinaryIO, file: InputFile, pieces: Sequence[FilePiece], most_bytes: int
+) -> list[tuple[str, Any]]:
     """The first rows of a table, by which its form is found."""
     if file.kind == "xlsx":
         with documents.DocumentReader() as reader:
@@ -217,7 +233,9 @@ def _size(source_file: SourceFile) -> int:
 
 def _tables(files: Sequence[SourceFile], most_bytes: int) -> tuple[set[str], set[str]]:
     """(paths of the tables of media, paths of the media files that they name)."""
-    media_paths = {os.path.normpath(file.path) for file in files if file_formats.kind_of(file.path) in file_formats.MEDIA_KINDS}
+    media_paths = {
+        os.path.normpath(file.path) for file in files if file_formats.kind_of(file.path) in file_formats.MEDIA_KINDS
+    }
     tables, named_paths = set(), set()
     for file in files:
         if os.path.basename(file.path).lower() not in _TABLES or file.refusal[0]:
@@ -241,7 +259,11 @@ def _captions(files: Sequence[SourceFile], table_media: set[str]) -> dict[str, l
     """Media file -> the text or JSON files of its name beside it, the one to use first."""
     captions: dict[str, list[str]] = {}
     for file in files:
-        if file_formats.kind_of(file.path) not in file_formats.MEDIA_KINDS or file.path in table_media or file.refusal[0]:
+        if (
+            file_formats.kind_of(file.path) not in file_formats.MEDIA_KINDS
+            or file.path in table_media
+            or file.refusal[0]
+        ):
             continue
         stem = os.path.splitext(file.path)[0]
         names = [f"{start}{suffix}" for suffix in _CAPTION_SUFFIXES for start in (stem, file.path)]
@@ -256,7 +278,9 @@ def _name_beside(media: SourceFile, path: str) -> str:
     return media.name[: media.name.rfind("/") + 1] + safe_name(os.path.basename(path))
 
 
-def _with_caption(source_file: SourceFile, kind: str, source: SourceOptions, caption_files: Sequence[SourceFile]) -> InputFile:
+def _with_caption(
+    source_file: SourceFile, kind: str, source: SourceOptions, caption_files: Sequence[SourceFile]
+) -> InputFile:
     """A media file that no table names."""
     file = InputFile(source_file.path, source_file.name, kind, form=row_formats.CAPTIONED)
     try:
@@ -274,7 +298,10 @@ def _with_caption(source_file: SourceFile, kind: str, source: SourceOptions, cap
         return replace(file, bytes=_size(source_file), refusal=("unreadable_file", f"{error.strerror or error}"))
     if source.captions == "folder" and (label := Path(source_file.path).absolute().parent.name):
         return replace(file, label=label)
-    remedy = "name it in a metadata.csv with file_name and text, put a .txt of its name beside it, or declare captions: folder"
+    remedy = (
+        "name it in a metadata.csv with file_name and text, put a .txt of its name beside it, or declare captions: "
+        "folder"
+    )
     return replace(file, refusal=("no_caption", f"nothing says what the {kind} holds; {remedy}"))
 
 
@@ -291,7 +318,16 @@ def _caption(source_file: SourceFile) -> InputFile:
     return InputFile(source_file.path, source_file.name, kind, sha256, size, form="caption", encoding=encoding)
 
 
-__all__ = ["FileFacts", "InputFile", "ReadPlan", "InputChunk", "plan_reading", "read_chunk", "read_all", "chunk_of_json"]
+__all__ = [
+    "FileFacts",
+    "InputFile",
+    "ReadPlan",
+    "InputChunk",
+    "plan_reading",
+    "read_chunk",
+    "read_all",
+    "chunk_of_json",
+]
 
 
 def read_all(source: SourceOptions, max_row_bytes: int, media_folder: Path) -> Iterator[Example | Drop]:

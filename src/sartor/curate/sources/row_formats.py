@@ -1,7 +1,7 @@
 r"""OpenAI, ShareGPT, Alpaca, preference and LLaVA rows.
 
-`detect` names the form of a row by its keys; `parse` turns a row of a form into an Example or raises Malformed with the
-word under which it is counted.
+`detect` names the form of a row by its keys; `parse` turns a row of a form into an Example or raises Malformed with
+the word under which it is counted.
 
 {"conversations": [{"from": "human", "value": "<image>\nWhat is wrong?"}, ...], "image": "a.png"}
 {"messages": [{"role": "user", "content": "<image> or <image>?"}, ...], "images": ["a.png", "b.png"]}
@@ -31,7 +31,8 @@ _FIELDS = {"image": ("image", "images"), "audio": ("audio", "audios")}
 
 
 def fill_placeholders(row: Mapping[str, Any], turns: Any) -> Any:
-    """The turns with each mark in their texts, or part without a value, replaced by the media that the row names, in order.
+    """The turns with each mark in their texts, or part without a value, replaced by the media that the row names, in
+    order.
 
     Texts of a row that names none are left as they are. Raises Malformed unless there are as many marks as media.
     """
@@ -43,7 +44,9 @@ def fill_placeholders(row: Mapping[str, Any], turns: Any) -> Any:
     filled_turns = [_placeholders_turn(turn, remaining, counts, has_marks=any(named_media.values())) for turn in turns]
     for kind, values in named_media.items():
         if counts[kind] != len(values):
-            problem = f"the turns hold {counts[kind]} <{kind}> and the row names {len(values)}: each mark is one {kind}"
+            problem = (
+                f"the turns hold {counts[kind]} <{kind}> and the row names {len(values)}: each mark is one {kind}"
+            )
             raise MalformedRow("placeholder_count", problem)
     return filled_turns
 
@@ -68,7 +71,9 @@ def _named(row: Mapping[str, Any], kind: str) -> list[Any]:
     return []
 
 
-def _placeholders_turn(turn: Any, remaining: Mapping[str, Iterator[Any]], counts: dict[str, int], *, has_marks: bool) -> Any:
+def _placeholders_turn(
+    turn: Any, remaining: Mapping[str, Iterator[Any]], counts: dict[str, int], *, has_marks: bool
+) -> Any:
     if not isinstance(turn, Mapping):
         return turn
     content = turn.get("content")
@@ -81,7 +86,9 @@ def _placeholders_turn(turn: Any, remaining: Mapping[str, Iterator[Any]], counts
     return {**turn, "content": parts}
 
 
-def _placeholders_parts(text: str, remaining: Mapping[str, Iterator[Any]], counts: dict[str, int]) -> Iterator[dict[str, Any]]:
+def _placeholders_parts(
+    text: str, remaining: Mapping[str, Iterator[Any]], counts: dict[str, int]
+) -> Iterator[dict[str, Any]]:
     end = 0
     for mark in _MARK.finditer(text):
         if before := text[end : mark.start()]:
@@ -114,7 +121,8 @@ FORMS: dict[str, tuple[str, ...]] = {
     "argilla": ("fields", "responses"),
     "text": ("text",),
 }
-# A table of media: `file_name` and one of these. Only a file called metadata.* is one (ImageFolder's convention): elsewhere a
+# A table of media: `file_name` and one of these. Only a file called metadata.* is one (ImageFolder's convention):
+# elsewhere a
 # `file_name` says where a text came from.
 CAPTIONED = "captioned"
 CAPTIONS = ("text", "caption", "transcript", "transcription", "label")
@@ -130,13 +138,27 @@ _SHAREGPT_ROLES = {
 }
 
 # What is read of a row besides the fields of its form
-_ASIDE = ("system", "input", "group", "rating", "label", "weight", "tools", "file_name", "image", "images", "audio", "audios")
+_ASIDE = (
+    "system",
+    "input",
+    "group",
+    "rating",
+    "label",
+    "weight",
+    "tools",
+    "file_name",
+    "image",
+    "images",
+    "audio",
+    "audios",
+)
 FIELDS = frozenset((*(key for keys in FORMS.values() for key in keys), *CAPTIONS, *DATES, *_ASIDE))
 
 # forms whose system prompt may stand in a field of its own
 _SYSTEM_BESIDE = ("prompt_completion", "rated", "question_answer", "preference")
 
-# who speaks in a table with one row a turn, as the field and its exports spell it; any two others are told by who speaks last
+# who speaks in a table with one row a turn, as the field and its exports spell it; any two others are told by who
+# speaks last
 _TURN_ROLES = {
     **{role: role for role in ROLES},
     **_SHAREGPT_ROLES,
@@ -159,8 +181,10 @@ def detect_row_format(row: Mapping[str, Any], *, of_media: bool = False) -> str 
 def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The row with its columns under Sartor's names. columns: Sartor's name -> the column.
 
-    A number or a truth value in a column that is named is taken as text, as a table shows it, and an object, or a list of what
-    are no turns, as its JSON: slots are a reply. A column that is named and stands twice, or another column that has the name
+    A number or a truth value in a column that is named is taken as text, as a table shows it, and an object, or a list
+    of what
+    are no turns, as its JSON: slots are a reply. A column that is named and stands twice, or another column that has
+    the name
     already, is a MalformedRow: one would hide the other.
     """
     if not columns:
@@ -168,17 +192,22 @@ def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str,
     renamed = {key: value for key, value in row.items() if key not in columns.values()}
     for field, column in columns.items():
         if f"{column} (2)" in row:
-            raise MalformedRow("duplicate_columns", f"the column {column!r}, which is taken for `{field}`, stands there twice")
+            raise MalformedRow(
+                "duplicate_columns", f"the column {column!r}, which is taken for `{field}`, stands there twice"
+            )
         if column != field and field in renamed and renamed[field] is not None:
             raise MalformedRow(
-                "duplicate_columns", f"the row has a column `{field}` besides {column!r}, which is taken for it; rename one"
+                "duplicate_columns",
+                f"the row has a column `{field}` besides {column!r}, which is taken for it; rename one",
             )
         value = row.get(column)
         if isinstance(value, float) and math.isnan(value):
             value = None  # what pandas writes of a gap among numbers
         if isinstance(value, (int, float)) and field not in ("rating", "weight", "date"):
             value = str(value)
-        elif isinstance(value, Mapping) or (isinstance(value, list) and not all(isinstance(item, Mapping) for item in value)):
+        elif isinstance(value, Mapping) or (
+            isinstance(value, list) and not all(isinstance(item, Mapping) for item in value)
+        ):
             value = json.dumps(value, ensure_ascii=False)
         if value is not None:
             renamed[field] = value
@@ -186,7 +215,9 @@ def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str,
 
 
 def renamed_rows(rows: Iterator[tuple[str, Any]], columns: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    """Rows of a table under Sartor's names (`rename_columns`), of one with one row a turn as one row a conversation."""
+    """Rows of a table under Sartor's names (`rename_columns`), of one with one row a turn as one row a
+    conversation.
+    """
 
     def renamed() -> Iterator[tuple[str, Any]]:
         for line, row in rows:
@@ -201,8 +232,8 @@ def renamed_rows(rows: Iterator[tuple[str, Any]], columns: Mapping[str, str]) ->
 def merge_turns(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """Rows of a table with one row a turn, with columns `conversation, role, content`, as one row a conversation.
 
-    Its turns stand one behind another; what else its first row says (group, weight) is said of the whole. A row that cannot be
-    read takes its conversation with it, since the turns behind it would answer something else.
+    Its turns stand one behind another; what else its first row says (group, weight) is said of the whole. A row that
+    cannot be read takes its conversation with it, since the turns behind it would answer something else.
     """
     lines: list[str] = []
     turns: list[Mapping[str, Any]] = []
@@ -221,7 +252,9 @@ def merge_turns(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
                 for sender, turn in zip(senders, turns, strict=True)
             ]
         else:
-            said = [{"sender": sender, "text": turn.get("content")} for sender, turn in zip(senders, turns, strict=True)]
+            said = [
+                {"sender": sender, "text": turn.get("content")} for sender, turn in zip(senders, turns, strict=True)
+            ]
         return span, {**first, "messages": said}
 
     for line, row in rows:
@@ -240,7 +273,9 @@ def merge_turns(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         elif turns:
             lines.append(line)
             fault = (
-                row if isinstance(row, MalformedRow) else MalformedRow("missing_field", "a row names no conversation or role")
+                row
+                if isinstance(row, MalformedRow)
+                else MalformedRow("missing_field", "a row names no conversation or role")
             )
         else:
             yield (
@@ -311,7 +346,11 @@ def _origins(row: Mapping[str, Any], origin: Origin) -> tuple[Origin, ...]:
     origins = row.get("origins")
     if not isinstance(origins, Sequence) or isinstance(origins, (str, bytes)):
         return (origin,)
-    marks = [item for item in origins if isinstance(item, Mapping) and isinstance(item.get("made_by"), str) and item["made_by"]]
+    marks = [
+        item
+        for item in origins
+        if isinstance(item, Mapping) and isinstance(item.get("made_by"), str) and item["made_by"]
+    ]
     synthetic_origins = [
         replace(
             origin,
@@ -334,7 +373,9 @@ def date_of(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def iso_date(value: Any) -> str:
-    """A date in ISO 8601, or seconds, milli-, micro- or nanoseconds since 1970 (of a year up to 2286), as ISO; else empty."""
+    """A date in ISO 8601, or seconds, milli-, micro- or nanoseconds since 1970 (of a year up to 2286), as ISO; else
+    empty.
+    """
     if isinstance(value, (date, datetime)):
         return value.isoformat()
     if isinstance(value, str):
@@ -367,17 +408,22 @@ def _other_form(row: Mapping[str, Any], form: str) -> MalformedRow:
 def _messages(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     turns = _loads(row["messages"])
     entries = (
-        [item for turn in turns for item in (turn if isinstance(turn, list) else [turn])] if isinstance(turns, list) else []
+        [item for turn in turns for item in (turn if isinstance(turn, list) else [turn])]
+        if isinstance(turns, list)
+        else []
     )
     if entries and all(
-        isinstance(entry, Mapping) and "role" not in entry and "sender" in entry and "text" in entry for entry in entries
+        isinstance(entry, Mapping) and "role" not in entry and "sender" in entry and "text" in entry
+        for entry in entries
     ):
         return _conversation(entries), ()
     return _turns(fill_placeholders(row, turns), media), ()
 
 
 def _conversation(entries: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
-    """What two people said: lists of {sender, text}. Who speaks last is taken for the assistant, the other for the user."""
+    """What two people said: lists of {sender, text}. Who speaks last is taken for the assistant, the other for the
+    user.
+    """
     turns: list[tuple[str, list[str]]] = []
     for item in entries:
         sender, text = str(item["sender"]), _text(item, "text")
@@ -387,15 +433,21 @@ def _conversation(entries: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
             turns.append((sender, [text]))
     senders = {sender for sender, _ in turns}
     if len(senders) > 2:
-        raise MalformedRow("bad_field", f"{len(senders)} people speak in `messages`; two can be taken for user and assistant")
-    return tuple(Message.of("assistant" if sender == turns[-1][0] else "user", "\n".join(texts)) for sender, texts in turns)
+        raise MalformedRow(
+            "bad_field", f"{len(senders)} people speak in `messages`; two can be taken for user and assistant"
+        )
+    return tuple(
+        Message.of("assistant" if sender == turns[-1][0] else "user", "\n".join(texts)) for sender, texts in turns
+    )
 
 
 def _captioned(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     name, field = _text(row, "file_name"), caption_field(row)
     kind = kind_of(PurePath(name).name)
     if kind not in ("image", "audio"):
-        raise MalformedRow("bad_media", f"`file_name` {name[:80]!r} has the extension of no image or audio file that is read")
+        raise MalformedRow(
+            "bad_media", f"`file_name` {name[:80]!r} has the extension of no image or audio file that is read"
+        )
     caption = row[field]
     reply = str(caption) if isinstance(caption, int) and not isinstance(caption, bool) else _text(row, field)
     parts = [Part(cast(PartKind, kind), media=media(kind, name))]
@@ -415,7 +467,9 @@ def _sharegpt(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...]
         if not isinstance(turn, Mapping):
             raise MalformedRow("bad_field", "a turn in `conversations` is not an object")
         speaker = turn.get("from", turn.get("role"))
-        plain.append({"role": _SHAREGPT_ROLES.get(str(speaker), speaker), "content": turn.get("value", turn.get("content"))})
+        plain.append(
+            {"role": _SHAREGPT_ROLES.get(str(speaker), speaker), "content": turn.get("value", turn.get("content"))}
+        )
     return _turns(fill_placeholders(row, plain), media), ()
 
 
@@ -472,14 +526,18 @@ def _label_studio_answer(result: Any) -> str:
 
 
 def _argilla(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """A record of an Argilla dataset (`records.to_json`): its one text, and the submitted responses to its one question."""
+    """A record of an Argilla dataset (`records.to_json`): its one text, and the submitted responses to its one
+    question.
+    """
     fields, responses = row["fields"], row["responses"]
     if not isinstance(fields, Mapping) or not isinstance(responses, Mapping):
         raise MalformedRow("bad_field", "`fields` or `responses` is not as Argilla exports it")
     answered = {name: said for name, said in responses.items() if isinstance(said, Sequence) and said}
     if len(answered) > 1:
         names = ", ".join(map(str, answered))
-        raise MalformedRow("bad_field", f"several questions are answered ({names}); export one, or name it: fields.completion")
+        raise MalformedRow(
+            "bad_field", f"several questions are answered ({names}); export one, or name it: fields.completion"
+        )
     answers = [
         value if isinstance(value := one.get("value"), str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
         for said in answered.values()
@@ -493,12 +551,16 @@ def _only_text(values: Mapping[str, Any], name: str) -> str:
     texts = {key: value for key, value in values.items() if isinstance(value, str)}
     if len(texts) != 1:
         names = ", ".join(map(str, texts)) or "none"
-        raise MalformedRow("bad_field", f"`{name}` holds {len(texts)} texts ({names}), and it is not said which one is asked")
+        raise MalformedRow(
+            "bad_field", f"`{name}` holds {len(texts)} texts ({names}), and it is not said which one is asked"
+        )
     return next(iter(texts.values()))
 
 
 def _annotated(prompt: str, answers: Sequence[str]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """A row that people labelled: what most of them say. Raises MalformedRow where none ended it or no answer has most."""
+    """A row that people labelled: what most of them say. Raises MalformedRow where none ended it or no answer has
+    most.
+    """
     counts = Counter(answers).most_common(2)
     if not counts:
         raise MalformedRow("not_labelled", "nobody has submitted an answer")
@@ -569,7 +631,9 @@ def _turn(turn: Any, index: int, media: Media) -> Message:
         raise MalformedRow("missing_role", f"turn {index} has no role")
     role = "system" if role == "developer" else role
     if role not in ROLES:
-        raise MalformedRow("unknown_role", f"turn {index} has the role {str(role)[:40]!r}; known are {', '.join(ROLES)}")
+        raise MalformedRow(
+            "unknown_role", f"turn {index} has the role {str(role)[:40]!r}; known are {', '.join(ROLES)}"
+        )
     calls = _json_text(turn.get("tool_calls"), "tool_calls")
     content = turn.get("content")
     if content is None and not calls:
@@ -593,7 +657,9 @@ def _parts(content: Any, index: int, media: Media) -> list[Part]:
         # OpenAI's own spelling of the media parts, besides the short one
         kind = {"image_url": "image", "input_audio": "audio"}.get(str(kind), kind)
         if kind not in ("text", "image", "audio"):
-            raise MalformedRow("bad_content", f"turn {index} has a part of type {kind!r}; known are text, image, audio")
+            raise MalformedRow(
+                "bad_content", f"turn {index} has a part of type {kind!r}; known are text, image, audio"
+            )
         value = _value(part, kind)
         if not isinstance(value, str):
             raise MalformedRow("bad_content", f"the {kind} part of turn {index} has no {kind!r} text")
@@ -602,8 +668,8 @@ def _parts(content: Any, index: int, media: Media) -> list[Part]:
 
 
 def _value(part: Mapping[str, Any], kind: str) -> Any:
-    """What a part holds, also in OpenAI's spellings, {image_url: {url}} and {input_audio: {data, format}}, and as the hub's
-    Parquet files have it, {bytes, path}.
+    """What a part holds, also in OpenAI's spellings, {image_url: {url}} and {input_audio: {data, format}}, and as the
+    hub's Parquet files have it, {bytes, path}.
     """
     value = part.get(kind, part.get("image_url" if kind == "image" else "input_audio"))
     if isinstance(value, Mapping) and isinstance(value.get("data"), str):
@@ -649,7 +715,9 @@ def _weight(row: Mapping[str, Any]) -> float:
 
 
 def _stated_rating(row: Mapping[str, Any]) -> float | None:
-    """What a row says of its reply: the number in `rating`, or yes and no in `label`, as 1 and -1. None: neither is there."""
+    """What a row says of its reply: the number in `rating`, or yes and no in `label`, as 1 and -1. None: neither is
+    there.
+    """
     if isinstance(rating := row.get("rating"), (int, float, str)) and not isinstance(rating, bool):
         with contextlib.suppress(ValueError):
             return float(rating)
@@ -660,7 +728,9 @@ def _stated_rating(row: Mapping[str, Any]) -> float | None:
 def _rating(row: Mapping[str, Any]) -> float:
     rating = _stated_rating(row) or 0.0
     if not -1 <= rating <= 1:
-        raise MalformedRow("bad_field", f"`rating` is {rating:g}; it must be from -1 (bad) to 1 (good), 0 where nobody said")
+        raise MalformedRow(
+            "bad_field", f"`rating` is {rating:g}; it must be from -1 (bad) to 1 (good), 0 where nobody said"
+        )
     return rating
 
 

@@ -1,12 +1,12 @@
 """Reads JSONL, JSON, CSV and Parquet rows.
 
-A reader yields (line, row) for what it could read and (line, Malformed) for what it could not; nothing a file holds ends in
-a traceback. Memory is bounded by the longest row allowed, but for a `.json` file, which is one value and is read whole: its
-size has a limit of its own.
+A reader yields (line, row) for what it could read and (line, Malformed) for what it could not; nothing a file holds
+ends in a traceback. Memory is bounded by the longest row allowed, but for a `.json` file, which is one value and is
+read whole: its size has a limit of its own.
 
-A Parquet file can be far larger than its bytes: a value in a dictionary page stands for any number of rows, and so does a run
-of nulls. What the footer declares is held against the file's size at planning (`fault`); what one batch unfolds to is held
-down by the longest value of the dictionary pages, looked at before they are unfolded.
+A Parquet file can be far larger than its bytes: a value in a dictionary page stands for any number of rows, and so
+does a run of nulls. What the footer declares is held against the file's size at planning (`fault`); what one batch
+unfolds to is held down by the longest value of the dictionary pages, looked at before they are unfolded.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class OverlongError(Exception):
     """A CSV row of more bytes than allowed; raised by the lines that the csv module is given."""
 
 
-def numbered_lines(stream: BinaryIO, end: int, first: int, most_bytes: int) -> Iterator[tuple[int, str | MalformedRow]]:
+def numbered_lines(
+    stream: BinaryIO, end: int, first: int, most_bytes: int
+) -> Iterator[tuple[int, str | MalformedRow]]:
     """(line number, text without its end) of every line that is not blank, up to the byte `end`.
 
     Begins where `stream` stands, at line `first`; never holds more than `most_bytes` of one line.
@@ -106,10 +108,15 @@ def _no_constant(name: str) -> Any:
 
 
 def whole_json(stream: BinaryIO, most_bytes: int) -> Read:
-    """One JSON value: a list of rows, an object that holds one list, or rows one after another. Rows before a fault stay."""
+    """One JSON value: a list of rows, an object that holds one list, or rows one after another. Rows before a fault
+    stay.
+    """
     raw = stream.read(MOST_JSON_BYTES + 1)
     if len(raw) > MOST_JSON_BYTES:
-        detail = f"a .json file is read whole, and the limit is {MOST_JSON_BYTES:,} bytes; save it as JSON Lines: jq -c '.[]'"
+        detail = (
+            f"a .json file is read whole, and the limit is {MOST_JSON_BYTES:,} bytes; save it as JSON Lines: jq -c "
+            "'.[]'"
+        )
         yield "1", MalformedRow("oversize_file", detail)
         return
     try:
@@ -136,7 +143,9 @@ def _rows_of_object(whole: dict[str, Any]) -> Read:
 
     Of two lists the first is read, and the others are named.
     """
-    lists = {key: value for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
+    lists = {
+        key: value for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+    }
     if any(key in whole for key in ("messages", "conversations")):
         lists = {}
     elif not lists and len(whole) > 1 and all(isinstance(value, dict) for value in whole.values()):
@@ -148,7 +157,10 @@ def _rows_of_object(whole: dict[str, Any]) -> Read:
     for index, row in enumerate(rows, 1):
         yield str(index), row
     for other, unread in others:
-        detail = f"the object holds several lists; {name[:40]!r} is read, the {len(unread):,} entries of {other[:40]!r} are not"
+        detail = (
+            f"the object holds several lists; {name[:40]!r} is read, the {len(unread):,} entries of {other[:40]!r} "
+            "are not"
+        )
         yield str(len(rows) + 1), MalformedRow("unread_list", detail)
 
 
@@ -167,14 +179,19 @@ def _values(text: str, position: int, most_bytes: int) -> Read:
         except (ValueError, RecursionError) as error:
             rest = text.count("\n", position)
             problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            yield str(line), MalformedRow("bad_json", f"not JSON from here on ({rest} more lines are not read): {problem}")
+            yield (
+                str(line),
+                MalformedRow("bad_json", f"not JSON from here on ({rest} more lines are not read): {problem}"),
+            )
             return
         if "\0" in text[position:end] or "\\u0000" in text[position:end]:
             yield str(line), MalformedRow("nul_bytes", "the row holds NUL characters")
         elif end - position > most_bytes:
             yield (
                 str(line),
-                MalformedRow("oversize_row", f"the row has {end - position:,} characters; the limit is {most_bytes:,}"),
+                MalformedRow(
+                    "oversize_row", f"the row has {end - position:,} characters; the limit is {most_bytes:,}"
+                ),
             )
         else:
             yield str(line), row
@@ -182,7 +199,9 @@ def _values(text: str, position: int, most_bytes: int) -> Read:
 
 
 class _RowLines:
-    """Lines for the csv module, which would take a line of any length whole; counts the characters of the row at hand."""
+    """Lines for the csv module, which would take a line of any length whole; counts the characters of the row at
+    hand.
+    """
 
     def __init__(self, stream: BinaryIO, most_bytes: int) -> None:
         self.stream, self.max_bytes, self.row_bytes, self.number = stream, most_bytes, 0, 0
@@ -236,7 +255,9 @@ def delimited(stream: BinaryIO, most_bytes: int) -> Read:
         if names is None:
             names = [name.strip() for name in row]
             if repeated := sorted(name for name in row_formats.FIELDS if names.count(name) > 1):
-                detail = f"the header names {', '.join(map(repr, repeated[:5]))} more than once; one would hide the other"
+                detail = (
+                    f"the header names {', '.join(map(repr, repeated[:5]))} more than once; one would hide the other"
+                )
                 yield _span(first, source.number), MalformedRow("duplicate_columns", f"{detail}; no row is read")
                 return
             names = _numbered(names)
@@ -252,11 +273,15 @@ def _delimiter(head: bytes) -> str:
     """The delimiter of a CSV file that begins so: a header such as `Frage;Antwort (kurz, klar)` holds others, too."""
     text = head.decode("utf-8", "replace").removeprefix("\ufeff")
     counts = {mark: text.partition("\n")[0].count(mark) for mark in _DELIMITERS}
-    return max(_DELIMITERS, key=lambda mark: (_parts_evenly(text, mark, is_cut=len(head) == _HEAD_BYTES), counts[mark]))
+    return max(
+        _DELIMITERS, key=lambda mark: (_parts_evenly(text, mark, is_cut=len(head) == _HEAD_BYTES), counts[mark])
+    )
 
 
 def _parts_evenly(text: str, mark: str, *, is_cut: bool) -> bool:
-    """Whether the first rows have as many fields as the header, and more than one. is_cut: the last row may not be whole."""
+    """Whether the first rows have as many fields as the header, and more than one. is_cut: the last row may not be
+    whole.
+    """
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=not is_cut)
     try:
         rows = list(itertools.islice(lines, _HEAD_ROWS))
@@ -277,7 +302,11 @@ def _numbered(names: Sequence[str]) -> list[str]:
 
 
 def _bad_csv(error: csv.Error, count: int) -> MalformedRow:
-    hint = f"; a quote that does not close took {count:,} lines for one row, and none of them is read" if count > 1 else ""
+    hint = (
+        f"; a quote that does not close took {count:,} lines for one row, and none of them is read"
+        if count > 1
+        else ""
+    )
     return MalformedRow("bad_csv", f"{error}{hint}")
 
 
@@ -298,7 +327,9 @@ def _csv_row(names: list[str], row: list[str]) -> Any:
 
 
 def is_formula(cell: str) -> bool:
-    """Whether a spreadsheet would run a cell rather than show it. A leading + - or @ of a text, number or name is none."""
+    """Whether a spreadsheet would run a cell rather than show it. A leading + - or @ of a text, number or name is
+    none.
+    """
     start = cell.lstrip()[:2000]
     if start[:1] in ("＝", "＋", "－", "＠"):  # full width: some spreadsheets take them for the plain ones
         start = unicodedata.normalize("NFKC", start)
@@ -314,7 +345,9 @@ def read_document(stream: BinaryIO, most_bytes: int, encoding: str = "") -> tupl
     raw = stream.read(most_bytes + 1)
     if len(raw) > most_bytes:
         size = stream.seek(0, io.SEEK_END)
-        return MalformedRow("oversize_row", f"the file has {size:,} bytes; the limit is {most_bytes:,} (max_row_bytes)")
+        return MalformedRow(
+            "oversize_row", f"the file has {size:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
+        )
     try:
         text = raw.decode(encoding or "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -343,7 +376,9 @@ def parquet_error(stream: BinaryIO, size: int) -> MalformedRow | None:
     for number in range(metadata.num_row_groups):
         unfolded = sum(column.total_uncompressed_size for column in _columns(metadata.row_group(number)))
         if unfolded > MOST_UNFOLDED and unfolded > MOST_RATIO * size:
-            return MalformedRow("parquet_bomb", f"row group {number + 1} of {size:,} bytes unfolds to {unfolded:,} bytes")
+            return MalformedRow(
+                "parquet_bomb", f"row group {number + 1} of {size:,} bytes unfolds to {unfolded:,} bytes"
+            )
     return None
 
 
@@ -356,7 +391,9 @@ def pieces(stream: BinaryIO) -> Iterator[tuple[int, int, int, int, int]]:
         unfolded, rows = unfolded + group.total_byte_size, rows + group.num_rows
         if unfolded >= PIECE_BYTES or number == metadata.num_row_groups - 1:
             spans = [
-                _parquet_span(column) for index in range(begin, number + 1) for column in _columns(metadata.row_group(index))
+                _parquet_span(column)
+                for index in range(begin, number + 1)
+                for column in _columns(metadata.row_group(index))
             ]
             start = max(0, min((first for first, _ in spans), default=0))
             yield start, max(0, max((last for _, last in spans), default=0) - start), row, begin, number
@@ -396,7 +433,9 @@ def _group(stream: BinaryIO, group: int, number: int, most_bytes: int) -> Iterat
                 detail = f"the row has {row_slice.nbytes:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
                 yield number, MalformedRow("oversize_row", detail)
             else:
-                detail = f"{run} rows in succession are longer than {most_bytes:,} bytes; the rest of row group {group + 1}"
+                detail = (
+                    f"{run} rows in succession are longer than {most_bytes:,} bytes; the rest of row group {group + 1}"
+                )
                 yield number, MalformedRow("parquet_bomb", f"{detail} is not read")
                 return
             number += 1
@@ -426,7 +465,9 @@ def _longest(array: Any) -> int:
         return max((_longest(array.field(index)) for index in range(array.type.num_fields)), default=0)
     if pa.types.is_map(array.type):
         return max(_longest(array.keys), _longest(array.items))
-    nested = pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type)
+    nested = (
+        pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type)
+    )
     return _longest(array.values) if nested else 0
 
 
@@ -465,7 +506,9 @@ class FilePiece:
 
 # the extensions that `read` takes
 READERS = tuple(
-    suffix for suffix, kind in file_formats.KINDS.items() if kind in ("jsonl", "json", "csv", "parquet", "text", "markdown")
+    suffix
+    for suffix, kind in file_formats.KINDS.items()
+    if kind in ("jsonl", "json", "csv", "parquet", "text", "markdown")
 )
 
 
@@ -473,7 +516,10 @@ def read_rows(file: Path, most_bytes: int) -> Read:
     """Rows of a file by its extension; a text file is one row. A file that cannot be used yields one Malformed."""
     kind = file_formats.kind_of(file.name)
     if file.suffix.lower() not in READERS:
-        yield "1", MalformedRow("unsupported_file", f"{file.suffix or 'no extension'}; known here: {' '.join(READERS)}")
+        yield (
+            "1",
+            MalformedRow("unsupported_file", f"{file.suffix or 'no extension'}; known here: {' '.join(READERS)}"),
+        )
         return
     try:
         with open_regular(file) as stream:
@@ -517,7 +563,9 @@ def rows(stream: BinaryIO, kind: str, piece: FilePiece, most_bytes: int) -> Read
 
 
 def head_fault(stream: BinaryIO, name: str, kind: str) -> MalformedRow | None:
-    """Why an open file is not read, by its first bytes, and in Parquet by its footer. Leaves the stream at its start."""
+    """Why an open file is not read, by its first bytes, and in Parquet by its footer. Leaves the stream at its
+    start.
+    """
     stream.seek(0)
     head = stream.read(file_formats.HEAD_BYTES)
     fault = file_formats.must_be(name, head) if head else None

@@ -1,7 +1,7 @@
 """Finds and opens files without following links.
 
-What is met on the way and not read (a link out of the folder, a pipe, a device) is named, never passed over; hidden files
-and folders (a leading dot) are, as the documentation says.
+What is met on the way and not read (a link out of the folder, a pipe, a device) is named, never passed over; hidden
+files and folders (a leading dot) are, as the documentation says.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def find_files(declared: str) -> list[SourceFile]:
     """The files of a file, folder or glob pattern, sorted by name. Raises ConfigError where there is none."""
     root = os.path.expanduser(declared)
     if "\0" in root:
-        raise ConfigError(f"the source {declared!r} holds a NUL character", f"path: {declared.replace(chr(0), '')[:200]!r}")
+        raise ConfigError(
+            f"the source {declared!r} holds a NUL character", f"path: {declared.replace(chr(0), '')[:200]!r}"
+        )
     try:
         mode = os.stat(root).st_mode
     except OSError as error:
@@ -74,7 +76,9 @@ def find_files(declared: str) -> list[SourceFile]:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A regular file, open for reading. Never waits for a pipe or device. Raises OSError, or Malformed for what is no file."""
+    """A regular file, open for reading. Never waits for a pipe or device. Raises OSError, or Malformed for what is no
+    file.
+    """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -84,7 +88,9 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def safe_name(name: str) -> str:
-    """A name that any file can hold and any line can show: control characters and undecodable bytes are spelled out."""
+    """A name that any file can hold and any line can show: control characters and undecodable bytes are spelled
+    out.
+    """
     if name.isascii() and name.isprintable():
         return name
     shown = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
@@ -100,7 +106,9 @@ def _walk(root: str) -> Iterator[SourceFile]:
         try:
             entries = list(os.scandir(folder))
         except OSError as error:
-            yield SourceFile(folder, safe_name(prefix.rstrip("/")) or ".", ("unreadable_file", f"the folder: {error.strerror}"))
+            yield SourceFile(
+                folder, safe_name(prefix.rstrip("/")) or ".", ("unreadable_file", f"the folder: {error.strerror}")
+            )
             continue
         for entry in entries:
             if entry.name.startswith("."):
@@ -127,7 +135,10 @@ def _refuse_link(path: str, real_root: str) -> tuple[str, str]:
     if os.path.commonpath([real_root, target]) != real_root:
         return "link_outside", f"a link to {shown!r}, outside the folder of the source; name that place as a source"
     if stat.S_ISDIR(mode):
-        return "folder_link", f"a link to the folder {shown!r} of the same source; it is read where it stands, not twice"
+        return (
+            "folder_link",
+            f"a link to the folder {shown!r} of the same source; it is read where it stands, not twice",
+        )
     return _refuse_mode(mode)
 
 

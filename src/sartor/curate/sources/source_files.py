@@ -1,8 +1,8 @@
 """Files, digests and cut points of a declared source.
 
-A piece of JSON Lines is about PIECE_BYTES and ends at a line's end; a piece of Parquet is some row groups; every other file is
-one piece. A piece keeps the CRC-32 of its bytes, so that who reads it later knows it is what was planned, without reading
-the whole file again.
+A piece of JSON Lines is about PIECE_BYTES and ends at a line's end; a piece of Parquet is some row groups; every other
+file is one piece. A piece keeps the CRC-32 of its bytes, so that who reads it later knows it is what was planned,
+without reading the whole file again.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def with_licence(source: SourceOptions) -> SourceOptions:
         return source
     if scheme(source.path) == "inbox":
         return replace(source, licence=FEEDBACK)
-    return replace(source, licence=assets.entry(_asset(source.path)[0]).licence) if scheme(source.path) == "asset" else source
+    return (
+        replace(source, licence=assets.entry(_asset(source.path)[0]).licence)
+        if scheme(source.path) == "asset"
+        else source
+    )
 
 
 def sheet_of(path: str) -> tuple[str, str]:
@@ -80,7 +84,9 @@ def files_of(source: SourceOptions) -> list[SourceFile]:
     name, inner = _asset(source.path)
     folder = assets.install(name)
     if inner.startswith("/") or ".." in Path(inner).parts:
-        raise ConfigError(f"the source {source.path!r} leads out of the asset", f"asset:{name}/PATH, of a file in {folder}")
+        raise ConfigError(
+            f"the source {source.path!r} leads out of the asset", f"asset:{name}/PATH, of a file in {folder}"
+        )
     files = safe_paths.find_files(str(folder / inner))
     # a pattern gives whole paths: no name of a row's place may hang on where this machine keeps its assets
     return [replace(file, name=file.name.removeprefix(f"{folder}/")) for file in files]
@@ -93,7 +99,9 @@ def _asset(path: str) -> tuple[str, str]:
 
 def query_rows(source: SourceOptions, most_bytes: int, most_rows: int = 0) -> Read:
     """Rows of a `sql:` or `hub:` source, the first `most_rows` if that is not 0."""
-    return sql.rows(source.path, most_bytes, most_rows) if scheme(source.path) == "sql" else _hub_rows(source, most_rows)
+    return (
+        sql.rows(source.path, most_bytes, most_rows) if scheme(source.path) == "sql" else _hub_rows(source, most_rows)
+    )
 
 
 def query_facts(source: SourceOptions) -> FileFacts:
@@ -151,8 +159,11 @@ def _check_columns(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
         )
 
 
-def form_of(head: Iterable[tuple[str, Any]], source: SourceOptions | None, table: str, *, of_media: bool = False) -> str:
-    """The commonest form among the first rows of a table, by the columns that its source names; empty where none has one.
+def form_of(
+    head: Iterable[tuple[str, Any]], source: SourceOptions | None, table: str, *, of_media: bool = False
+) -> str:
+    """The commonest form among the first rows of a table, by the columns that its source names; empty where none has
+    one.
 
     Raises ConfigError where a column that is named is not there, or stands there twice.
     """

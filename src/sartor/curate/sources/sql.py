@@ -2,8 +2,8 @@
 
 SQLAlchemy streams one reading statement in a transaction that is read-only and rolled back.
 
-The URL holds no secret: `${NAME}` in it is filled from the environment when the database is opened, and what was filled in
-is taken out again of every message.
+The URL holds no secret: `${NAME}` in it is filled from the environment when the database is opened, and what was
+filled in is taken out again of every message.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def split(path: str) -> tuple[str, str]:
 def _refuse_secrets(url: str) -> None:
     """Never shows the URL: it may hold the secret that is refused here."""
     remedy = (
-        "put it into the environment, and ${NAME} in its place: sql:postgresql://reader:${DB_PASSWORD}@host/shop#SELECT ..."
+        "put it into the environment, and ${NAME} in its place: "
+        "sql:postgresql://reader:${DB_PASSWORD}@host/shop#SELECT ..."
     )
     if _WHOLE_NAME.fullmatch(url):
         return
@@ -99,7 +100,9 @@ def _filled(url: str) -> tuple[Any, dict[str, str]]:
     secrets: dict[str, str] = {}
 
     def fill(text: str | None) -> str | None:
-        return None if text is None else _NAME.sub(lambda name: secrets.setdefault(name[1], _environment(name[1])), text)
+        return (
+            None if text is None else _NAME.sub(lambda name: secrets.setdefault(name[1], _environment(name[1])), text)
+        )
 
     if _WHOLE_NAME.fullmatch(url):
         whole = _parse(str(fill(url)))
@@ -146,7 +149,9 @@ def rows(path: str, most_bytes: int, most_rows: int = 0) -> Read:
 def _row(row: Mapping[str, Any], most_bytes: int) -> Any:
     size = sum(len(value) for value in row.values() if isinstance(value, (str, bytes)))
     if size > most_bytes:
-        return MalformedRow("oversize_row", f"the row has {size:,} characters; the limit is {most_bytes:,} (max_row_bytes)")
+        return MalformedRow(
+            "oversize_row", f"the row has {size:,} characters; the limit is {most_bytes:,} (max_row_bytes)"
+        )
     return drop_nulls({name: _plain(value) for name, value in row.items()})
 
 
@@ -163,7 +168,9 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _connection(url: str) -> Iterator[Any]:
-    """An open connection inside a read-only transaction, rolled back at the end. No error of it shows what was filled in."""
+    """An open connection inside a read-only transaction, rolled back at the end. No error of it shows what was filled
+    in.
+    """
     filled_url, secrets = _filled(url)
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
     from sqlalchemy.pool import NullPool

@@ -18,12 +18,16 @@ from sartor.curate.sources.row_formats import iso_date
 class InboxTerms:
     """Which feedback is read, and how far one key is trusted."""
 
-    agent: str = option("", "that of this agent alone: faq, or one version faq@1.2; all of it is looked at to judge keys")
+    agent: str = option(
+        "", "that of this agent alone: faq, or one version faq@1.2; all of it is looked at to judge keys"
+    )
     consent: Literal["assumed", "given"] = option(
         "assumed", "given: only where a client said so; assumed: also where nobody asked"
     )
     most_rows: int = option(20, "a key may give so many rows in any case")
-    most_fraction: float = option(0.25, "of the rows that one key, or one user, may give; twice the even share where few speak")
+    most_fraction: float = option(
+        0.25, "of the rows that one key, or one user, may give; twice the even share where few speak"
+    )
     disagreement: float = option(
         0.33, "of its ratings a key may contradict the others', or what is known; with more it is distrusted"
     )
@@ -38,7 +42,9 @@ class InboxTerms:
             value = getattr(self, name)
             if not low <= value <= high:
                 default = next(item.default for item in fields(self) if item.name == name)
-                raise ConfigError(f"inbox.{name} is {value:g}; it must be from {low:g} to {high:g}", f"{name}: {default:g}")
+                raise ConfigError(
+                    f"inbox.{name} is {value:g}; it must be from {low:g} to {high:g}", f"{name}: {default:g}"
+                )
         if self.most_rows < 0:
             raise ConfigError(f"inbox.most_rows is {self.most_rows}; it must be 0 or more", "most_rows: 20")
 
@@ -54,7 +60,9 @@ class Columns:
     rejected: str = option("", "column of the worse of two answers")
     messages: str = option("", "column of a whole conversation, a list of turns as JSON")
     text: str = option("", "column of a text that is learnt without a question")
-    conversation: str = option("", "column of a conversation's number, in a table with one row a turn; with role and content")
+    conversation: str = option(
+        "", "column of a conversation's number, in a table with one row a turn; with role and content"
+    )
     role: str = option("", "column of who speaks, in a table with one row a turn")
     content: str = option("", "column of what is said, in a table with one row a turn")
     group: str = option("", "column of what belongs together and is held out together: a customer, a document")
@@ -82,7 +90,8 @@ class Owned:
     """Where rows come from, and what their owner allows."""
 
     path: str = option(
-        REQUIRED, "a file, a folder, a glob pattern, FILE.xlsx#SHEET, sql:URL#QUERY, asset:NAME/PATH, hub:NAME, or inbox:DIR"
+        REQUIRED,
+        "a file, a folder, a glob pattern, FILE.xlsx#SHEET, sql:URL#QUERY, asset:NAME/PATH, hub:NAME, or inbox:DIR",
     )
     licence: str = option(
         UNKNOWN, "own for rows that are yours; else the SPDX licence expression of this source, or LicenseRef-NAME"
@@ -91,24 +100,34 @@ class Owned:
     share_alike: bool = option(False, "its owner demands that a derived work carries the same terms")
     non_commercial: bool = option(False, "its owner forbids commercial use, whatever the licence says")
     expires: str = option("", "last day on which it may be used, 2027-12-31; empty is no end")
-    consent: Consent = option("", "of the people it is from: given, pending, withdrawn, not-needed; empty is not stated")
+    consent: Consent = option(
+        "", "of the people it is from: given, pending, withdrawn, not-needed; empty is not stated"
+    )
 
 
 @dataclass(frozen=True)
 class SourceOptions(Owned):
     """A source, and how it is read."""
 
-    split: Literal["", "train", "eval"] = option("", "put every row of this source in one split; empty lets `split` decide")
-    rehearsal: bool = option(False, "general talk that keeps the base's manners: never held out, and not what an agent is for")
+    split: Literal["", "train", "eval"] = option(
+        "", "put every row of this source in one split; empty lets `split` decide"
+    )
+    rehearsal: bool = option(
+        False, "general talk that keeps the base's manners: never held out, and not what an agent is for"
+    )
     date: str = option("", "ISO date of the rows that carry none")
     prompt: str = option("", "the question put to each image or audio file that has a caption")
     fields: Columns = option(Columns(), "of a table whose columns have other names: which column holds what")
     system: str = option("", "system prompt of each row that has none")
-    encoding: str = option("", "of text that is not UTF-8: cp1252, utf-16; empty finds it, or reads nothing where it is unsure")
+    encoding: str = option(
+        "", "of text that is not UTF-8: cp1252, utf-16; empty finds it, or reads nothing where it is unsure"
+    )
     captions: Literal["beside", "folder"] = option(
         "beside", "what a media file shows is said by a table or text file beside it, or by its folder's name"
     )
-    inbox: InboxTerms = option(InboxTerms(), "of inbox:DIR, what people said of a served team: what is read, whom it trusts")
+    inbox: InboxTerms = option(
+        InboxTerms(), "of inbox:DIR, what people said of a served team: what is read, whom it trusts"
+    )
 
     def __post_init__(self) -> None:
         if self.date and not iso_date(self.date):
@@ -122,7 +141,9 @@ class SourceOptions(Owned):
             if self.split == "eval":
                 raise ConfigError(f"{self.path} is rehearsal and held out; it cannot be both", "leave out split: eval")
             object.__setattr__(self, "split", "train")
-        object.__setattr__(self, "licence", checked(self.licence))  # one spelling, so that equal licences are equal text
+        object.__setattr__(
+            self, "licence", checked(self.licence)
+        )  # one spelling, so that equal licences are equal text
         if self.expires:
             object.__setattr__(self, "expires", _day(self.expires))
 

@@ -1,6 +1,7 @@
 """Step chat_quality: refusals, truncation, echo, wrong language.
 
-They are made for precision: an answer that merely lacks its full stop, a command, a list, a title or a greeting is no fault.
+They are made for precision: an answer that merely lacks its full stop, a command, a list, a title or a greeting is no
+fault.
 `chat_quality` drops by them, `quality` marks down by them.
 
 Each answer begins at 1 and loses, multiplied:
@@ -18,8 +19,8 @@ Each answer begins at 1 and loses, multiplied:
 | few different words (below half of what English prose of the length has) | 0.7 to 1 |
 | short (words / 20, of prose and code alike) | 0.7 to 1 |
 
-A row has the mean over its answers, times 0.5 where its turns are out of order. Commands, JSON and code lose nothing for their
-form.
+A row has the mean over its answers, times 0.5 where its turns are out of order. Commands, JSON and code lose nothing
+for their form.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ from sartor.text.language_id import Detector, are_kin, detector, leading_tongue,
 _ENDED = re.compile(r"[.!?…:;。！？।؟)\]}\"'”’»`*_~>|]\s*$|\W\s*$")
 _FENCE_LINE = re.compile(r"^\s{0,3}(`{3,}|~{3,})", re.M)
 _ITEM = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s")
-# Words that a sentence of the language does not end with. Left out: what people end with in chat ("to", "for", "in", "that").
+# Words that a sentence of the language does not end with. Left out: what people end with in chat ("to", "for", "in",
+# "that").
 _NEVER_LAST = {
     # besides grammar: of 16 million characters of edited English these end less than 0.15 % of their sentences
     "en": "the a an and or of because although whereas which whose your their our very onto than via per as at but "
     "has its when under if including without until became took having among whether according represented "
     "various every despite thus able regarding includes therefore gave tells approximately simply whom except towards "
-    "ensure prevent forced claiming requiring providing unlike unable giving subsequent getting consists refers resulting "
+    "ensure prevent forced claiming requiring providing unlike unable giving subsequent getting consists refers "
+    "resulting "
     "intended allowing unless becoming finds gives containing nor depending stating",
     "es": "el la los las un una unos unas y o de del al con para por que porque aunque su sus mi tu muy cada",
     "de": "der die das den dem des ein eine einen einem einer und oder mit von zum zur weil dass obwohl sehr ihr ihre",
@@ -66,8 +69,11 @@ _COMPLETE_OF = re.compile(
     r" of$",
     re.I,
 )
-# A verb that links: a sentence ends in one only after a pronoun, a comparison or a question word ("I know what they are").
-_LINKS = word_set("are were been has must should may can will är var blir ska kan måste ist sind war wird es son fue est sont")
+# A verb that links: a sentence ends in one only after a pronoun, a comparison or a question word ("I know what they
+# are").
+_LINKS = word_set(
+    "are were been has must should may can will är var blir ska kan måste ist sind war wird es son fue est sont"
+)
 _MAY_END_IN_LINK = re.compile(
     r"\b(?:what|who|whom|how|where|when|why|which|whatever|however|than|as|so|if|that|there|here|vad|vem|hur|var|när|som|än|om|was|wer|"
     r"wie|wo|wenn|dass|als|qué|quién|cómo|donde|que|como|si|ce|où|comment)\b"
@@ -76,7 +82,17 @@ _MAY_END_IN_LINK = re.compile(
 )
 # One of these stands in every refusal that the patterns below find; looking for them is far quicker.
 _REFUSAL_HINTS = (
-    *(" ai ", " ai,", " ai-", "language model", "artificial intel", "cutoff", "cut-off", "knowledge update", "data update"),
+    *(
+        " ai ",
+        " ai,",
+        " ai-",
+        "language model",
+        "artificial intel",
+        "cutoff",
+        "cut-off",
+        "knowledge update",
+        "data update",
+    ),
     *(
         "training update",
         "assist with ",
@@ -87,7 +103,16 @@ _REFUSAL_HINTS = (
         "complete yo",
         "complete su",
     ),
-    *("accommodate", "modelo de", "inteligencia art", "intelligence art", "intelligenza art", " ia ", "ia,", "modèle d"),
+    *(
+        "accommodate",
+        "modelo de",
+        "inteligencia art",
+        "intelligence art",
+        "intelligenza art",
+        " ia ",
+        "ia,",
+        "modèle d",
+    ),
     *("als ki", "eine ki", "künstliche", "sprachmodell", "språkmodell", "modello ling"),
     *("人工智能", "语言模型", "作为ai", "身为ai"),
 )
@@ -109,7 +134,8 @@ _REFUSAL = re.compile(
             r"\bcomo (?:un )?modelo de (?:lenguaje|ia)\b",
             r"\bcomo (?:una )?(?:inteligencia artificial|ia),? (?:no|yo)\b",
             r"\ben tant qu'(?:ia|intelligence artificielle|assistant ia|modèle de langage|modèle d'ia)\b",
-            r"\bals (?:ein |eine )?(?:ki|künstliche intelligenz)(?:-(?:sprach)?modell|-assistent)?,? (?:kann|habe|bin) ich\b",
+            r"\bals (?:ein |eine )?(?:ki|künstliche intelligenz)(?:-(?:sprach)?modell|-assistent)?,? "
+            r"(?:kann|habe|bin) ich\b",
             r"\bals (?:ein )?(?:ki-)?sprachmodell\b",
             r"\bsom (?:en )?(?:ai|ai-modell|ai-assistent|språkmodell)(?:,| kan jag| har jag)",
             r"\bcome (?:modello linguistico|intelligenza artificiale|ia),",
@@ -174,18 +200,26 @@ def _broken_sentence(text: str, last_line: str) -> str:
     parts = [part for line in text.split("\n") for part in sentences(line) if part.strip()]
     # whoever ends sentences with a full stop ends the last one too
     others = [part.rstrip() for part in parts[:-1] if len(part.split()) > 3]
-    is_careful = bool(others) and all(part[-1] in '.!?…:;"”)。！？' for part in others) and parts[0].lstrip()[:1].isupper()
+    is_careful = (
+        bool(others) and all(part[-1] in '.!?…:;"”)。！？' for part in others) and parts[0].lstrip()[:1].isupper()
+    )
     excerpt = f"...{last.strip()[-50:]!r}"
     if text[-1] in ",(&":
         return f"the answer ends in {text[-1]!r}: {excerpt}" if is_careful else ""
     if not is_careful or len(tail) < 4:
         return ""
-    if last[-1:].islower() and not _COMPLETE_OF.search(last) and tail[-1] in _ENDLESS[_function_word_language(words(text))]:
+    if (
+        last[-1:].islower()
+        and not _COMPLETE_OF.search(last)
+        and tail[-1] in _ENDLESS[_function_word_language(words(text))]
+    ):
         return f"the answer ends in {tail[-1]!r}: {excerpt}"
     if tail[-1] in _LINKS and not _MAY_END_IN_LINK.search(last):
         return f"the answer ends in {tail[-1]!r}: {excerpt}"
     # people leave out the last full stop, though seldom after a long paragraph of finished sentences
-    is_paragraph = len(others) >= _PARAGRAPH_SENTENCES and "\n" not in text.strip() and len(text.split()) >= _PARAGRAPH_WORDS
+    is_paragraph = (
+        len(others) >= _PARAGRAPH_SENTENCES and "\n" not in text.strip() and len(text.split()) >= _PARAGRAPH_WORDS
+    )
     if is_paragraph and last[-1:].isalpha():
         return f"the answer ends in the middle of a sentence: {excerpt}"
     return ""
@@ -238,8 +272,14 @@ def echo(question: str, answer: str) -> str:
 
 
 def other_language(question: str, answer: str, detect: Detector) -> str:
-    """An answer in another language than its question, where both are long enough to tell and no language was asked for."""
-    if _is_short(question, _MIN_QUESTION_LETTERS) or _is_short(answer, _MIN_ANSWER_LETTERS) or share_a_tongue(question, answer):
+    """An answer in another language than its question, where both are long enough to tell and no language was asked
+    for.
+    """
+    if (
+        _is_short(question, _MIN_QUESTION_LETTERS)
+        or _is_short(answer, _MIN_ANSWER_LETTERS)
+        or share_a_tongue(question, answer)
+    ):
         return ""
     question_language = detect(question)
     if question_language.letters < _MIN_QUESTION_LETTERS or question_language.confidence < _MIN_CONFIDENCE:
@@ -262,7 +302,9 @@ def _is_short(text: str, letters: int) -> bool:
 
 
 def turn_order(example: Example) -> str:
-    """Turns that no conversation has: two of a kind in a row, the assistant first, a late system message, an unasked tool."""
+    """Turns that no conversation has: two of a kind in a row, the assistant first, a late system message, an unasked
+    tool.
+    """
     if example.is_document:
         return ""
     before = ""
@@ -299,7 +341,9 @@ def names_a_language(text: str) -> bool:
 
 @dataclass(frozen=True)
 class ChatQuality:
-    """Drop conversations with a bad answer; every turn of the assistant is looked at. Each check can be switched off."""
+    """Drop conversations with a bad answer; every turn of the assistant is looked at. Each check can be switched
+    off.
+    """
 
     empty: bool = option(True, "blank or placeholder answers: `empty_answer`")
     truncated: bool = option(True, "answers that break off: `truncated_answer`")
@@ -325,7 +369,9 @@ class ChatQuality:
         return apply
 
     def faults(self, example: Example, detect: Detector | None) -> Iterator[tuple[str, str]]:
-        """(reason, sentence) of each fault, first those of the whole row. `detect` is None where languages are not compared."""
+        """(reason, sentence) of each fault, first those of the whole row. `detect` is None where languages are not
+        compared.
+        """
         if self.turns and (fault := turn_order(example)):
             yield "turn_order", fault
         if self.language and detect and names_a_language(system_text(example)):
@@ -336,7 +382,9 @@ class ChatQuality:
                 for reason, fault in self._answer_faults(example, index, question, detect):
                     yield reason, fault if index == len(example.messages) - 1 else f"turn {index + 1}: {fault}"
 
-    def _answer_faults(self, example: Example, index: int, question: str, detect: Detector | None) -> Iterator[tuple[str, str]]:
+    def _answer_faults(
+        self, example: Example, index: int, question: str, detect: Detector | None
+    ) -> Iterator[tuple[str, str]]:
         message = example.messages[index]
         text = message.text
         if self.empty and (fault := empty(message)):

@@ -2,8 +2,8 @@
 
 Given patterns are removed from the answers as well.
 
-A row counts for a line or sentence only where something else stands beside it: "Yes." as a whole answer is an answer. Code
-blocks and JSON are not looked at. The facts list what was taken out, and in how many rows it stood.
+A row counts for a line or sentence only where something else stands beside it: "Yes." as a whole answer is an answer.
+Code blocks and JSON are not looked at. The facts list what was taken out, and in how many rows it stood.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Boilerplate:
     min_rows: int = option(20, "rows in which a line must stand to be boilerplate")
     min_fraction: float = option(0.01, "fraction of the rows in which it must stand as well, 0..1")
     min_words: int = option(4, "words that a line must have to be boilerplate")
-    patterns: tuple[str, ...] = option((), "regular expressions; a line or sentence in which one matches goes, however rare")
+    patterns: tuple[str, ...] = option(
+        (), "regular expressions; a line or sentence in which one matches goes, however rare"
+    )
     shared: bool = option(True, "look for shared lines; false takes out the patterns alone")
     field: Field = option("replies", FIELD_TEXT)
     kind: Literal["boilerplate"] = "boilerplate"
@@ -62,9 +64,13 @@ class Boilerplate:
         }
         if len(shared_lines) > _MOST_LINES:
             facts["lines_left_in"] = len(shared_lines) - _MOST_LINES
-            step_input.notice(f"boilerplate: {len(shared_lines):,} shared lines; the {_MOST_LINES:,} commonest are taken out")
+            step_input.notice(
+                f"boilerplate: {len(shared_lines):,} shared lines; the {_MOST_LINES:,} commonest are taken out"
+            )
         lines = tuple(text for text, _ in shared_lines[:_MOST_LINES])
-        return StepResult(facts=facts, then=RemoveLines(lines, self.patterns, self.field) if lines or self.patterns else None)
+        return StepResult(
+            facts=facts, then=RemoveLines(lines, self.patterns, self.field) if lines or self.patterns else None
+        )
 
     def _units(self, example: Example) -> Iterator[str]:
         if not self.shared:

@@ -1,19 +1,23 @@
 """Step contamination: drops rows of evaluation sets.
 
-Word n-grams, as in Brown et al. 2020 (arXiv:2005.14165, appendix C), there 13 words. A text of an item counts as found in a
-row when at least `threshold` of its n-grams stand in the row; one of fewer than two times `ngram` words is looked for by
-shorter n-grams (half its words, at least 5). Passages that many items share, such as an instruction before each question, are
-no part of an item: those of 5 words or more in over 10 items and over 1 % of them. An item of which fewer than 8 words in a
-row are left is found only whole: a turn of the user that is one of its texts, of 4 words or more, or a row whose texts are all
-of the item's.
+Word n-grams, as in Brown et al. 2020 (arXiv:2005.14165, appendix C), there 13 words. A text of an item counts as found
+in a row when at least `threshold` of its n-grams stand in the row; one of fewer than two times `ngram` words is looked
+for by shorter n-grams (half its words, at least 5). Passages that many items share, such as an instruction before each
+question, are
+no part of an item: those of 5 words or more in over 10 items and over 1 % of them. An item of which fewer than 8 words
+in a
+row are left is found only whole: a turn of the user that is one of its texts, of 4 words or more, or a row whose texts
+are all of the item's.
 
-Of a row with pictures or recordings its texts say little, since many such rows ask the same: it goes where an item names one of
-its files, by the files' digests.
+Of a row with pictures or recordings its texts say little, since many such rows ask the same: it goes where an item
+names one of its files, by the files' digests.
 
-Any form that a source may have is read as a row (its question and its answer are two texts). A row of no known form gives each
-of its text fields; a text or Markdown file gives each of its paragraphs. What cannot be read is counted, per set.
+Any form that a source may have is read as a row (its question and its answer are two texts). A row of no known form
+gives each of its text fields; a text or Markdown file gives each of its paragraphs. What cannot be read is counted,
+per set.
 
-A word's hash is 64 bits of blake2b; that of an n-gram is a sum of its words' hashes, each times its own odd number, mod 2^64.
+A word's hash is 64 bits of blake2b; that of an n-gram is a sum of its words' hashes, each times its own odd number,
+mod 2^64.
 """
 
 from __future__ import annotations
@@ -51,8 +55,8 @@ _MOST_BYTES = 64 << 20
 
 @dataclass
 class EvalSet:
-    """One named set. `items`: (place such as `test.jsonl:12`, texts). `media`: sha256 of a picture or a recording -> number of
-    the first item that names it. `unread` counts what could not be used, by reason.
+    """One named set. `items`: (place such as `test.jsonl:12`, texts). `media`: sha256 of a picture or a recording ->
+    number of the first item that names it. `unread` counts what could not be used, by reason.
     """
 
     name: str
@@ -62,7 +66,9 @@ class EvalSet:
 
 
 def read_set(path: str) -> EvalSet:
-    """The set at a path, or `asset:NAME/path inside it`. Raises ConfigError when there is none or nothing in it can be used."""
+    """The set at a path, or `asset:NAME/path inside it`. Raises ConfigError when there is none or nothing in it can be
+    used.
+    """
     eval_set = EvalSet(path)
     for file, name in files_of(path):
         for line, texts, digests in _items(file, eval_set.unread):
@@ -89,11 +95,15 @@ def files_of(path: str) -> list[tuple[Path, str]]:
     if root.is_file():
         return [(root, root.name)]
     if root.is_dir():
-        files = [file for file in sorted(root.rglob("*")) if file.is_file() and file.suffix.lower() in row_readers.READERS]
+        files = [
+            file for file in sorted(root.rglob("*")) if file.is_file() and file.suffix.lower() in row_readers.READERS
+        ]
     else:
         files = [Path(name) for name in sorted(glob.glob(str(root), recursive=True)) if Path(name).is_file()]
     if not files:
-        raise ConfigError(f"against: {path!r} names no file", f"ls {root.parent}; the path is taken from the current directory")
+        raise ConfigError(
+            f"against: {path!r} names no file", f"ls {root.parent}; the path is taken from the current directory"
+        )
     return [(file, file.relative_to(root).as_posix() if root.is_dir() else file.name) for file in files]
 
 
@@ -258,7 +268,9 @@ class Index:
             low, high = (np.searchsorted(self.grams, grams[positions], side) for side in ("left", "right"))
             for position, start, end in zip(positions, low, high, strict=True):
                 hits[int(row_of[text_of[position]])].update(range(int(start), int(end)))
-        return [self._best_of(hits.get(row, set()), row_words[row], len(rows[row][0])) for row in range(len(row_words))]
+        return [
+            self._best_of(hits.get(row, set()), row_words[row], len(rows[row][0])) for row in range(len(row_words))
+        ]
 
     def _best_of(self, hits: set[int], row_words: Sequence[Sequence[str]], prompt_count: int) -> tuple[int, float]:
         best, overlap = -1, 0.0
@@ -358,7 +370,9 @@ class Contamination:
             ([], []) if names else (example_text.texts(example, "prompt"), example_text.texts(example, "replies"))
             for example, names in zip(examples, media, strict=True)
         ]
-        matches = [index.of_media(names) or best for names, best in zip(media, index.grams.best(row_texts), strict=True)]
+        matches = [
+            index.of_media(names) or best for names, best in zip(media, index.grams.best(row_texts), strict=True)
+        ]
         return pa.table(
             {
                 "item": pa.array([item for item, _ in matches], pa.int64()),
@@ -438,6 +452,8 @@ def _index(paths: tuple[str, ...], ngram: int, stamp: tuple[Any, ...]) -> _Index
     grams, short = build_index([texts for eval_set in sets for _, texts in eval_set.items], ngram, WordHashes())
     starts = itertools.accumulate((len(eval_set.items) for eval_set in sets), initial=0)
     media = {
-        digest: start + item for start, eval_set in zip(starts, sets, strict=False) for digest, item in eval_set.media.items()
+        digest: start + item
+        for start, eval_set in zip(starts, sets, strict=False)
+        for digest, item in eval_set.media.items()
     }
     return _Index(sets, grams, names, Counter(names[item][0] for item in short), media)

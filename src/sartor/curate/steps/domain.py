@@ -1,9 +1,10 @@
 """Step domain: keeps rows of a domain by a classifier fitted on a few labelled examples.
 
-TF-IDF of words (1- and 2-grams) and of character n-grams within words (2 to 5), and logistic regression with classes weighted
-alike. It is fitted once per process from the examples alone, and is the same each time. What it can be trusted with stands in
-the facts: its accuracy on the examples, each judged by a classifier that did not see it (stratified cross-validation, at most
-5 folds).
+TF-IDF of words (1- and 2-grams) and of character n-grams within words (2 to 5), and logistic regression with classes
+weighted alike. It is fitted once per process from the examples alone, and is the same each time. What it can be
+trusted with stands in
+the facts: its accuracy on the examples, each judged by a classifier that did not see it (stratified cross-validation,
+at most 5 folds).
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Domain:
         REQUIRED, "a JSONL, JSON, CSV or Parquet file with text and label, or a list of them"
     )
     keep: tuple[str, ...] = option(REQUIRED, "labels that stay")
-    min_probability: float = option(0.5, "probability that a row is of one of them, from which on it stays; above 0, below 1")
+    min_probability: float = option(
+        0.5, "probability that a row is of one of them, from which on it stays; above 0, below 1"
+    )
     field: Field = option("all", FIELD_TEXT)
     kind: Literal["domain"] = "domain"
 
@@ -70,9 +73,9 @@ class Domain:
         model = self._model()
         row_texts = ["\n".join(texts(example, self.field))[:_MAX_CHARACTERS] for example in examples]
         probabilities = model.probabilities(row_texts) if row_texts else np.empty((0, len(model.labels)))
-        wanted_probabilities = probabilities[:, [index for index, label in enumerate(model.labels) if label in self.keep]].sum(
-            axis=1
-        )
+        wanted_probabilities = probabilities[
+            :, [index for index, label in enumerate(model.labels) if label in self.keep]
+        ].sum(axis=1)
         best = probabilities.argmax(axis=1) if len(row_texts) else np.empty(0, int)
         return pa.table(
             {
@@ -96,9 +99,13 @@ class Domain:
             )
             accuracy = f"the classifier's accuracy on its own examples, cross-validated: {model.accuracy:.2f}"
             if not blank[row]:
-                removals.append(Removal(int(row), "domain", f"{text}; {accuracy}", score=float(wanted_probabilities[row])))
+                removals.append(
+                    Removal(int(row), "domain", f"{text}; {accuracy}", score=float(wanted_probabilities[row]))
+                )
         facts = {
-            "labels": dict(Counter(label for label, is_blank in zip(labels, blank, strict=True) if not is_blank).most_common()),
+            "labels": dict(
+                Counter(label for label, is_blank in zip(labels, blank, strict=True) if not is_blank).most_common()
+            ),
             "without_text_kept": sum(blank),
             "examples": model.counts,
             "accuracy": round(model.accuracy, 4),
@@ -166,15 +173,19 @@ def _read(path: str, stamp: int) -> tuple[Labelled, ...]:
         for line, row in row_readers.read_rows(file, _MOST_BYTES):
             if isinstance(row, MalformedRow):
                 raise ConfigError(
-                    f"{path}:{line}: {row.detail}", f'write line {line} as {{"text": "...", "label": "..."}}, or delete it'
+                    f"{path}:{line}: {row.detail}",
+                    f'write line {line} as {{"text": "...", "label": "..."}}, or delete it',
                 )
             text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
             if not isinstance(text, str) or not isinstance(label, (str, int)):
-                raise ConfigError(f"{path}:{line} has no text and label", 'rows such as {"text": "...", "label": "..."}')
+                raise ConfigError(
+                    f"{path}:{line} has no text and label", 'rows such as {"text": "...", "label": "..."}'
+                )
             examples.append(Labelled(text, str(label)))
     except csv.Error as error:
         raise ConfigError(
-            f"{path} is no CSV: {error}", f'write {path} as JSONL instead: {{"text": "...", "label": "..."}} on each line'
+            f"{path} is no CSV: {error}",
+            f'write {path} as JSONL instead: {{"text": "...", "label": "..."}} on each line',
         ) from None
     return tuple(examples)
 
@@ -190,7 +201,10 @@ def _fitted(examples: tuple[Labelled, ...]) -> _Model:
         raise missing_package("scikit-learn") from None
     # the order of the examples must not matter
     ordered = sorted(set(examples), key=lambda example: (example.label, example.text))
-    example_texts, labels = [example.text[:_MAX_CHARACTERS] for example in ordered], [example.label for example in ordered]
+    example_texts, labels = (
+        [example.text[:_MAX_CHARACTERS] for example in ordered],
+        [example.label for example in ordered],
+    )
     counts = Counter(labels)
     pipeline = make_pipeline(
         make_union(
@@ -199,7 +213,11 @@ def _fitted(examples: tuple[Labelled, ...]) -> _Model:
         ),
         LogisticRegression(C=20.0, class_weight="balanced", max_iter=2000, random_state=0),
     )
-    folds = StratifiedKFold(min(5, min(counts.values())), shuffle=True, random_state=0) if min(counts.values()) > 1 else None
+    folds = (
+        StratifiedKFold(min(5, min(counts.values())), shuffle=True, random_state=0)
+        if min(counts.values()) > 1
+        else None
+    )
     predictions = cross_val_predict(pipeline, example_texts, labels, cv=folds) if folds else [""] * len(labels)
     accuracy = float(np.mean([prediction == label for prediction, label in zip(predictions, labels, strict=True)]))
     pipeline.fit(example_texts, labels)

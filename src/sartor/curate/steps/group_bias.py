@@ -29,10 +29,11 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Bias:
-    """Outcome rates by group with intervals and tests, before and after: in the manifest and in `evidence/bias.parquet`.
+    """Outcome rates by group with intervals and tests, before and after: in the manifest and in
+    `evidence/bias.parquet`.
 
-    `mitigate: reweight` sets weights that make group and outcome independent (Kamiran and Calders 2012), `drop` removes the
-    fewest rows for it. For counterfactual pairs there is the step `counterfactuals`.
+    `mitigate: reweight` sets weights that make group and outcome independent (Kamiran and Calders 2012), `drop`
+    removes the fewest rows for it. For counterfactual pairs there is the step `counterfactuals`.
     """
 
     group: tuple[str, ...] = option(
@@ -86,21 +87,27 @@ class Bias:
             return [], then, measure_rates(people, outcomes.labels, new_weights)
         if self.mitigate == "drop":
             if len(people) > 1:
-                raise ConfigError(f"bias: the rows name {', '.join(people)}; drop takes one", f"group: [{next(iter(people))}]")
+                raise ConfigError(
+                    f"bias: the rows name {', '.join(people)}; drop takes one", f"group: [{next(iter(people))}]"
+                )
             (name, values), *_ = people.items()
             dropped_rows = mitigation.rows_to_drop(mitigation.table(values, outcomes.labels), self.seed)
             details = [
                 f"{name} {values[row]}, {outcomes.labels[row]!r:.60}: more of it than of the other groups"
                 for row in dropped_rows
             ]
-            removals = [Removal(row, "group_outcome", detail) for row, detail in zip(dropped_rows, details, strict=True)]
+            removals = [
+                Removal(row, "group_outcome", detail) for row, detail in zip(dropped_rows, details, strict=True)
+            ]
             remaining_rows = sorted(set(range(len(step_input))) - set(dropped_rows))
             remaining_people = {name: [values[row] for row in remaining_rows]}
             return (
                 removals,
                 None,
                 measure_rates(
-                    remaining_people, [outcomes.labels[row] for row in remaining_rows], [weight[row] for row in remaining_rows]
+                    remaining_people,
+                    [outcomes.labels[row] for row in remaining_rows],
+                    [weight[row] for row in remaining_rows],
                 ),
             )
         return [], None, None
@@ -124,7 +131,9 @@ class Weigh:
 
         def apply(example: Example) -> Example | Drop:
             fields = {name: values[0] for name, values in row_memberships([example], self.group).items()}
-            factor = mitigation.weight_factor(factors, fields, class_labels.find([example.reply], self.outcome).labels[0])
+            factor = mitigation.weight_factor(
+                factors, fields, class_labels.find([example.reply], self.outcome).labels[0]
+            )
             return example if factor == 1 else replace(example, weight=example.weight * factor)
 
         return apply
@@ -152,10 +161,11 @@ def _table(before: OutcomeRates, after: OutcomeRates | None) -> Any:
 
 @dataclass(frozen=True)
 class Counterfactuals:
-    """Add each training row that names somebody of a group again about somebody of another one, the reply's outcome kept.
+    """Add each training row that names somebody of a group again about somebody of another one, the reply's outcome
+    kept.
 
-    English, by the lexicon of `text/demographics/group_terms.py`. A row in which grammar or sense cannot be kept, or that
-    speaks of people of several groups, gets no copy.
+    English, by the lexicon of `text/demographics/group_terms.py`. A row in which grammar or sense cannot be kept, or
+    that speaks of people of several groups, gets no copy.
     """
 
     group: tuple[str, ...] = option(("sex",), f"by what: {', '.join(ATTRIBUTES)}")

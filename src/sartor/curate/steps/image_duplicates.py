@@ -47,7 +47,9 @@ class ImageDuplicates:
     text: Literal["question", "all", "any"] = option(
         "question", "which rows are compared: with equal question, with equal question and answer, or any"
     )
-    keep: Literal["largest", "first"] = option("largest", "which row stays: of the picture with most pixels, or the first read")
+    keep: Literal["largest", "first"] = option(
+        "largest", "which row stays: of the picture with most pixels, or the first read"
+    )
     max_source_fraction: float = option(0.75, "one cluster may remove this fraction of a source without asking")
     max_fraction: float = option(0.9, "this fraction of all rows may go without asking")
     allow: tuple[str, ...] = option((), "sources that may go wholly")
@@ -68,7 +70,9 @@ class ImageDuplicates:
             for column, value in zip(columns.values(), (files, question, *picture_facts), strict=True):
                 column.append(value)
         types = (pa.binary(16), pa.binary(16), pa.uint64(), pa.binary(SIDE * SIDE), pa.int64())
-        return pa.table({name: pa.array(values, kind) for (name, values), kind in zip(columns.items(), types, strict=True)})
+        return pa.table(
+            {name: pa.array(values, kind) for (name, values), kind in zip(columns.items(), types, strict=True)}
+        )
 
     def _picture_facts(self, file: Path) -> tuple[int | None, bytes | None, int]:
         """(hash, thumbnail, pixels) of a picture; one that cannot be read is compared as a file alone."""
@@ -96,7 +100,9 @@ class ImageDuplicates:
         near, facts = self._near(table, files, questions, step_input)
         pairs = ScoredPairs.joined([equal, near])
         rank = table["pixels"].to_numpy().astype(np.float64) if self.keep == "largest" else np.zeros(len(step_input))
-        removals = clusters.resolve_clusters(pairs, rank, DuplicateRules(self.threshold, self.threshold, contained=0.0))
+        removals = clusters.resolve_clusters(
+            pairs, rank, DuplicateRules(self.threshold, self.threshold, contained=0.0)
+        )
         locators = table["locator"]
         limits = clusters.RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         clusters.check_removals(
@@ -104,22 +110,35 @@ class ImageDuplicates:
         )
         row_removals = []
         for row, kept_row, score, method in zip(
-            removals.rows.tolist(), removals.kept_rows.tolist(), removals.score.tolist(), removals.method.tolist(), strict=True
+            removals.rows.tolist(),
+            removals.kept_rows.tolist(),
+            removals.score.tolist(),
+            removals.method.tolist(),
+            strict=True,
         ):
             same = method == EXACT
             text = "the same file as" if same else f"{score:.3f} correlation of its parts with those of"
             detail = f"{text} that of {locators[kept_row].as_py()}"
             row_removals.append(
                 Removal(
-                    row, "image_duplicate", detail, kept_row, round(score, 6), "equal file" if same else "local correlation"
+                    row,
+                    "image_duplicate",
+                    detail,
+                    kept_row,
+                    round(score, 6),
+                    "equal file" if same else "local correlation",
                 )
             )
         ids = table["id"]
-        evidence = pa.table({"a": ids.take(pairs.a), "b": ids.take(pairs.b), "score": pairs.jaccard, "equal_file": pairs.exact})
+        evidence = pa.table(
+            {"a": ids.take(pairs.a), "b": ids.take(pairs.b), "score": pairs.jaccard, "equal_file": pairs.exact}
+        )
         facts |= {"pairs": len(pairs.a), "clusters": removals.clusters, "largest_cluster": removals.largest_cluster}
         return StepResult(row_removals, {"image_duplicates": evidence}, facts, set_aside=True)
 
-    def _near(self, table: Any, files: I64, questions: I64, step_input: StepInput) -> tuple[ScoredPairs, dict[str, int]]:
+    def _near(
+        self, table: Any, files: I64, questions: I64, step_input: StepInput
+    ) -> tuple[ScoredPairs, dict[str, int]]:
         """Verified pairs of different files that show the same picture."""
         readable = np.flatnonzero(table["hash"].is_valid().to_numpy(zero_copy_only=False))
         facts = {"pictures": len(np.unique(files[files >= 0])), "candidates": 0, "candidates_without_detail": 0}
@@ -151,8 +170,8 @@ class ImageDuplicates:
 def _candidates(hashes: NDArray[np.uint64], questions: I64) -> tuple[I64, I64, int]:
     """Pairs a < b of equal question within MOST_DISTANCE bits, each once, and how many rows stand in crowds.
 
-    Of 64 bits in 4 bands, 7 or fewer differing bits leave a band with at most one: every band is looked up as it is and with
-    each of its bits flipped (Norouzi et al. 2014, multi-index hashing).
+    Of 64 bits in 4 bands, 7 or fewer differing bits leave a band with at most one: every band is looked up as it is
+    and with each of its bits flipped (Norouzi et al. 2014, multi-index hashing).
     """
     question_keys = np.unique(questions, return_inverse=True)[1].astype(np.int64) << BAND_BITS
     pairs, crowded = [np.empty(0, np.int64)], np.zeros(len(hashes), bool)

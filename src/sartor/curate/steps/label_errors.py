@@ -14,7 +14,14 @@ from sartor.core.config import option
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Example
 from sartor.curate.labels import class_labels
-from sartor.curate.labels.label_ranking import BY_LABEL, SHOWN_CHARACTERS, LabelRanking, LabelSettings, rank_labels, table
+from sartor.curate.labels.label_ranking import (
+    BY_LABEL,
+    SHOWN_CHARACTERS,
+    LabelRanking,
+    LabelSettings,
+    rank_labels,
+    table,
+)
 from sartor.curate.step import Removal, StepInput, StepResult
 from sartor.curate.steps.text_duplicates import has_media
 from sartor.text import encoders
@@ -31,16 +38,23 @@ class SuspiciousLabels:
     """
 
     label: str = option(
-        "auto", "where the label is: auto, reply, json:KEY, regex:PATTERN (its first group), or text: replies are compared"
+        "auto",
+        "where the label is: auto, reply, json:KEY, regex:PATTERN (its first group), or text: replies are compared",
     )
-    encoder: str = option("auto", "auto (minilm where it is installed, else tfidf), minilm, tfidf, or a model's directory")
-    queue_fraction: float = option(0.25, "part of the rows that the queue holds, 0..1; never fewer than those that look wrong")
+    encoder: str = option(
+        "auto", "auto (minilm where it is installed, else tfidf), minilm, tfidf, or a model's directory"
+    )
+    queue_fraction: float = option(
+        0.25, "part of the rows that the queue holds, 0..1; never fewer than those that look wrong"
+    )
     action: Literal["review", "drop"] = option("review", "drop also removes the rows that look wrong")
     max_fraction: float = option(0.1, "the most of the rows that drop may remove, 0..1; beyond, it stops and asks")
     likeness: float | None = option(
         None, "free text: cosine from which two prompts are compared, 0..1; by default 0.8, tfidf's 0.4"
     )
-    agreement: float = option(0.9, "free text: share of two prompts' words in common from which they ask the same, 0..1")
+    agreement: float = option(
+        0.9, "free text: share of two prompts' words in common from which they ask the same, 0..1"
+    )
     seed: int = option(0, "of the folds")
     kind: Literal["suspicious_labels"] = "suspicious_labels"
 
@@ -66,7 +80,9 @@ class SuspiciousLabels:
 
     def decide(self, step_input: StepInput) -> StepResult:
         """See SetStep. Raises GuardError when `drop` would take more than `max_fraction`."""
-        ranking = rank_labels(step_input, LabelSettings(self.label, self.encoder, self.likeness, self.agreement, self.seed))
+        ranking = rank_labels(
+            step_input, LabelSettings(self.label, self.encoder, self.likeness, self.agreement, self.seed)
+        )
         removals = self._removals(step_input, ranking) if self.action == "drop" else []
         queue_size = max(int(np.ceil(self.queue_fraction * len(step_input))), int(ranking.wrong.sum()))
         queue = table(step_input, ranking, queue_size)
@@ -84,7 +100,11 @@ class SuspiciousLabels:
             )
         return [
             Removal(
-                row, "suspicious_label", ranking.sentence(row), score=float(ranking.quality[row]), method=ranking.kinds[row]
+                row,
+                "suspicious_label",
+                ranking.sentence(row),
+                score=float(ranking.quality[row]),
+                method=ranking.kinds[row],
             )
             for row in rows.tolist()
         ]

@@ -1,8 +1,8 @@
 """Steps augment_images and augment_audio.
 
-What is drawn follows from (step, seed, id of the row, number of the copy) and from nothing else, so copies are the same bytes
-in whatever process and order they are made. All media of a row are drawn for alike: of two pictures that are compared both are
-turned by one angle.
+What is drawn follows from (step, seed, id of the row, number of the copy) and from nothing else, so copies are the
+same bytes in whatever process and order they are made. All media of a row are drawn for alike: of two pictures that
+are compared both are turned by one angle.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class Changing(Protocol, Generic[T]):
         ...
 
     def changed(self, medium: T, file: Path, draw: np.random.Generator) -> AugmentedFile:
-        """The medium with changes by `draw`, whose first values do not depend on the medium. `file` is where it was."""
+        """The medium with changes by `draw`, whose first values do not depend on the medium. `file` is where it
+        was.
+        """
         ...
 
 
@@ -85,7 +87,9 @@ def copying(step: Changing[T], part: PartKind, folder: Path) -> CopyFunction:
             except MediaError as error:
                 yield _failed(example, step.kind, number, error)
                 continue
-            row = _copy(example, step.kind, {name: _stored(augmented, folder) for name, augmented in augmented_files.items()})
+            row = _copy(
+                example, step.kind, {name: _stored(augmented, folder) for name, augmented in augmented_files.items()}
+            )
             yield AugmentedRow(row, f"copy {number}: {', '.join(augmented_files[names[0]].changes) or 'nothing'}")
 
     return copies
@@ -100,7 +104,9 @@ def _stored(augmented: AugmentedFile, folder: Path) -> str:
 
 
 def _copy(example: Example, kind: str, new_media: dict[str, str]) -> Example:
-    """The row with other media. Its origins say what it was made from, so that revoking the row or its source reaches it."""
+    """The row with other media. Its origins say what it was made from, so that revoking the row or its source reaches
+    it.
+    """
     return replace(
         example,
         messages=_with_media(example.messages, new_media),
@@ -112,7 +118,10 @@ def _copy(example: Example, kind: str, new_media: dict[str, str]) -> Example:
 
 def _with_media(messages: tuple[Message, ...], new_media: dict[str, str]) -> tuple[Message, ...]:
     return tuple(
-        replace(message, content=tuple(replace(part, media=new_media.get(part.media, part.media)) for part in message.content))
+        replace(
+            message,
+            content=tuple(replace(part, media=new_media.get(part.media, part.media)) for part in message.content),
+        )
         for message in messages
     )
 
@@ -128,7 +137,9 @@ def check_copies(copies: int, *, is_idle: bool) -> None:
     if not 1 <= copies <= MOST_COPIES:
         raise ConfigError(f"copies is {copies}; it must be from 1 to {MOST_COPIES}", "copies: 2")
     if is_idle:
-        raise ConfigError("every change is off, and a copy would be the row itself", "leave the options out for the defaults")
+        raise ConfigError(
+            "every change is off, and a copy would be the row itself", "leave the options out for the defaults"
+        )
 
 
 def check_between(name: str, value: float, minimum: float, maximum: float, remedy: object) -> None:
@@ -159,20 +170,26 @@ class Light:
 class AugmentImages:
     """Add copies of each training row that has pictures, with the pictures changed at random and the reply kept.
 
-    No copy is made of a held-out row. A change must not make the reply untrue: flips are off, since they mirror writing and
-    turn left into right; leave `colour` at 0 where the answer is a colour, and `crop` at 1 where what is asked for may lie at
-    the rim. A copy is an RGB picture, upright, of the first frame: JPEG where the picture was one or `jpeg_quality` asks, else
-    PNG.
+    No copy is made of a held-out row. A change must not make the reply untrue: flips are off, since they mirror
+    writing and turn left into right; leave `colour` at 0 where the answer is a colour, and `crop` at 1 where what is
+    asked for may lie at the rim. A copy is an RGB picture, upright, of the first frame: JPEG where the picture was one
+    or `jpeg_quality` asks, else PNG.
     """
 
     copies: int = option(2, "further rows for each row, 1 to 100")
-    flip: tuple[Literal["horizontal", "vertical"], ...] = option((), "mirror half of the copies: horizontal, vertical or both")
-    rotation_degrees: float = option(5.0, "turned by up to this either way, 0 to 180; what is then seen of the rim is mirrored")
+    flip: tuple[Literal["horizontal", "vertical"], ...] = option(
+        (), "mirror half of the copies: horizontal, vertical or both"
+    )
+    rotation_degrees: float = option(
+        5.0, "turned by up to this either way, 0 to 180; what is then seen of the rim is mirrored"
+    )
     crop: float = option(0.9, "smallest fraction of the area that is left, of the same shape, 0.1 to 1")
     light: Light = option(Light(), "factors of brightness, contrast and colour")
     blur: float = option(0.0, "largest radius of a Gaussian blur, in thousandths of the longer side, 0 to 20")
     noise: float = option(0.0, "largest standard deviation of Gaussian noise, in grey levels of 255, 0 to 64")
-    jpeg_quality: int = option(0, "lowest quality of JPEG, 5 to 95, drawn from there to 95; 0 leaves the compression alone")
+    jpeg_quality: int = option(
+        0, "lowest quality of JPEG, 5 to 95, drawn from there to 95; 0 leaves the compression alone"
+    )
     rehearsal: bool = option(False, "copy rows of rehearsal sources too")
     seed: int = option(0, "of what is drawn")
     kind: Literal["augment_images"] = "augment_images"
@@ -183,7 +200,9 @@ class AugmentImages:
         check_between("blur", self.blur, 0, 20, 2)
         check_between("noise", self.noise, 0, 64, 8)
         if self.jpeg_quality and not 5 <= self.jpeg_quality <= 95:
-            raise ConfigError(f"jpeg_quality is {self.jpeg_quality}; it must be 0, or from 5 to 95", "jpeg_quality: 40")
+            raise ConfigError(
+                f"jpeg_quality is {self.jpeg_quality}; it must be 0, or from 5 to 95", "jpeg_quality: 40"
+            )
         light = self.light.brightness or self.light.contrast or self.light.colour
         changes = (self.flip, self.rotation_degrees, self.crop < 1, light, self.blur, self.noise, self.jpeg_quality)
         check_copies(self.copies, is_idle=not any(changes))
@@ -269,7 +288,9 @@ def rotated(picture: Image, angle: float) -> Image:
 
 
 def cropped(picture: Image, area: float, across: float, down: float) -> Image:
-    """A piece of the picture in its shape. area: its fraction. across, down: 0..1, where in the room that is left it lies."""
+    """A piece of the picture in its shape. area: its fraction. across, down: 0..1, where in the room that is left it
+    lies.
+    """
     width, height = (max(1, round(length * math.sqrt(area))) for length in picture.size)
     left, top = round(across * (picture.width - width)), round(down * (picture.height - height))
     return picture.crop((left, top, left + width, top + height))
@@ -293,9 +314,9 @@ class Recording(NamedTuple):
 class AugmentAudio:
     """Add copies of each training row that has recordings, with the recordings changed at random and the reply kept.
 
-    No copy is made of a held-out row. Speed goes with pitch, as of a tape (Ko et al. 2015). `time_mask_s` silences a piece
-    (Park et al. 2019): leave it at 0 where the reply says again what was heard. A copy is FLAC, one channel of 16 bits, at the
-    rate of the recording (96,000 at most); one that would be clipped is turned down.
+    No copy is made of a held-out row. Speed goes with pitch, as of a tape (Ko et al. 2015). `time_mask_s` silences a
+    piece (Park et al. 2019): leave it at 0 where the reply says again what was heard. A copy is FLAC, one channel of
+    16 bits, at the rate of the recording (96,000 at most); one that would be clipped is turned down.
     """
 
     copies: int = option(2, "further rows for each row, 1 to 100")
@@ -306,7 +327,9 @@ class AugmentAudio:
     )
     shift_s: float = option(0.1, "longest silence put before the recording, in seconds, 0 to 10")
     telephone: float = option(0.0, "fraction of the copies that go through 8,000 samples a second and back, 0 to 1")
-    time_mask_s: float = option(0.0, "longest piece that is silenced, in seconds, 0 to 10, and never over a tenth of it all")
+    time_mask_s: float = option(
+        0.0, "longest piece that is silenced, in seconds, 0 to 10, and never over a tenth of it all"
+    )
     rehearsal: bool = option(False, "copy rows of rehearsal sources too")
     seed: int = option(0, "of what is drawn")
     kind: Literal["augment_audio"] = "augment_audio"

@@ -44,7 +44,9 @@ class Images:
         if not self.max_aspect >= 1:
             raise ConfigError(f"max_aspect is {self.max_aspect}; it must be at least 1", "max_aspect: 10")
         if not self.min_sharpness >= 0:
-            raise ConfigError(f"min_sharpness is {self.min_sharpness}; it must not be negative", "min_sharpness: 0.001")
+            raise ConfigError(
+                f"min_sharpness is {self.min_sharpness}; it must not be negative", "min_sharpness: 0.001"
+            )
 
     def open(self, folder: Path) -> RowFunction:
         """See RowStep."""
@@ -88,7 +90,9 @@ class AudioFacts:
 
 @dataclass(frozen=True)
 class Audio:
-    """Drop rows with a recording that is unreadable, silent, clipped, too short or long, or does not fit its transcript."""
+    """Drop rows with a recording that is unreadable, silent, clipped, too short or long, or does not fit its
+    transcript.
+    """
 
     min_rate: int = option(8000, "fewest samples a second")
     min_seconds: float = option(0.1, "shortest recording")
@@ -109,7 +113,9 @@ class Audio:
                 f"min_seconds: {max(0.0, self.max_seconds):g}, max_seconds: {max(0.0, self.min_seconds):g}",
             )
         if not self.silence_db < 0:
-            raise ConfigError(f"silence_db is {self.silence_db:g}; full scale is 0, so it must be below", "silence_db: -60")
+            raise ConfigError(
+                f"silence_db is {self.silence_db:g}; full scale is 0, so it must be below", "silence_db: -60"
+            )
         if self.max_clipped < 0 or self.max_clipped > 1:
             raise ConfigError(f"max_clipped is {self.max_clipped:g}; it is a fraction, 0..1", "max_clipped: 0.01")
         if self.min_chars_per_s < 0 or self.max_chars_per_s < 0:
@@ -143,9 +149,15 @@ class Audio:
         if sound.rate < self.min_rate:
             return "low_sample_rate", f"{sound.rate} samples a second; at least {self.min_rate}"
         if sound.loudest_db < self.silence_db:
-            return "silent_audio", f"its loudest tenth of a second has {sound.loudest_db:.0f} dB; at least {self.silence_db:g}"
+            return (
+                "silent_audio",
+                f"its loudest tenth of a second has {sound.loudest_db:.0f} dB; at least {self.silence_db:g}",
+            )
         if sound.clipped_fraction > self.max_clipped:
-            return "clipped_audio", f"{sound.clipped_fraction:.3f} of the samples are clipped; at most {self.max_clipped:g}"
+            return (
+                "clipped_audio",
+                f"{sound.clipped_fraction:.3f} of the samples are clipped; at most {self.max_clipped:g}",
+            )
         return sound
 
     def _is_transcript(self, example: Example) -> bool:
@@ -155,7 +167,9 @@ class Audio:
     def _pace(self, reply: str, seconds: float) -> tuple[str, str] | None:
         character_count = len(reply.strip())
         if self.max_chars_per_s and character_count > 20 + self.max_chars_per_s * seconds:
-            problem = f"{character_count} characters in {seconds:.1f} s; at most 20 and {self.max_chars_per_s:g} a second"
+            problem = (
+                f"{character_count} characters in {seconds:.1f} s; at most 20 and {self.max_chars_per_s:g} a second"
+            )
             return "transcript_too_long", problem
         if character_count < self.min_chars_per_s * seconds:
             return (

@@ -39,10 +39,14 @@ class EntityActions:
     phone: Action | None = option(None, "telephone numbers in international and national forms")
     credit_card: Action | None = option(None, "card numbers, by issuer's range and check digit")
     iban: Action | None = option(None, "bank accounts, by country's length and check digits")
-    national_id: Action | None = option(None, "social security, tax, health and identity numbers; passports after their name")
+    national_id: Action | None = option(
+        None, "social security, tax, health and identity numbers; passports after their name"
+    )
     ip_address: Action | None = option(None, "IPv4 and IPv6 addresses")
     mac_address: Action | None = option(None, "hardware addresses")
-    secret: Action | None = option(None, "passwords after their name, API keys, tokens, private keys, credentials in URLs")
+    secret: Action | None = option(
+        None, "passwords after their name, API keys, tokens, private keys, credentials in URLs"
+    )
     crypto_wallet: Action | None = option(None, "Bitcoin, its kin and Ethereum")
     address: Action | None = option(None, "streets with a number, British postcodes, boxes at a post office")
     birth_date: Action | None = option(None, "dates after a word for birth")
@@ -85,26 +89,34 @@ class PersonalData:
     def __post_init__(self) -> None:
         if not 0 <= self.min_score <= 1:
             raise ConfigError(
-                f"min_score is {self.min_score:g}; it must be from 0 to 1", f"min_score: {min(1.0, max(0.0, self.min_score)):g}"
+                f"min_score is {self.min_score:g}; it must be from 0 to 1",
+                f"min_score: {min(1.0, max(0.0, self.min_score)):g}",
             )
         for country in self.countries:
             if not (len(country) == 2 and country.isascii() and country.isupper()):
                 near = {"UK": "GB"}.get(country.upper(), country[:2].upper())
                 raise ConfigError(
-                    f"countries holds {country!r}; a country is two capital letters of ISO 3166", f"countries: [{near}]"
+                    f"countries holds {country!r}; a country is two capital letters of ISO 3166",
+                    f"countries: [{near}]",
                 )
         if "UK" in self.countries:
             raise ConfigError("countries holds 'UK'; the code of the United Kingdom is GB", "countries: [GB]")
         if not self._wanted_entities():
-            raise ConfigError("no entity is looked for", f"entities: [{', '.join(DEFAULT[:3])}, ...], or leave the step out")
+            raise ConfigError(
+                "no entity is looked for", f"entities: [{', '.join(DEFAULT[:3])}, ...], or leave the step out"
+            )
         Scanner((), (), self.min_score, self.allow)  # raises for a bad expression
 
     def open(self, folder: Path) -> RowFunction:
-        """See RowStep. The function is a `Counting`: its `tally` counts findings by entity and field (`email.reply`)."""
+        """See RowStep. The function is a `Counting`: its `tally` counts findings by entity and field
+        (`email.reply`).
+        """
         return Masking(self, self._scanner())
 
     def masker(self) -> Callable[[str], str]:
-        """Text -> text with placeholders for all entities of this step: for evidence of other steps, whatever the field."""
+        """Text -> text with placeholders for all entities of this step: for evidence of other steps, whatever the
+        field.
+        """
         return text_masker(self._scanner(), self.mask == "numbered", TEXT_KEPT)
 
     def row_masker(self) -> Callable[[Example], Example]:
@@ -116,7 +128,9 @@ class PersonalData:
         return Masking(self, self._scanner())
 
     def entity_actions(self) -> Mapping[str, str]:
-        """Entity -> what `entities` says about it: an action, or "" where it is looked for and nothing more is said."""
+        """Entity -> what `entities` says about it: an action, or "" where it is looked for and nothing more is
+        said.
+        """
         if not isinstance(self.entities, EntityActions):
             return {entity: "" for entity in ENTITIES if entity in self.entities}
         actions = {field.name: getattr(self.entities, field.name) for field in fields(self.entities)}
@@ -127,7 +141,9 @@ class PersonalData:
         names = [field.name for field in fields(FieldActions)]
         if isinstance(self.fields, FieldActions):
             return {name: getattr(self.fields, name) or "" for name in names}
-        selected = names if self.fields == "all" else [self.fields] if isinstance(self.fields, str) else list(self.fields)
+        selected = (
+            names if self.fields == "all" else [self.fields] if isinstance(self.fields, str) else list(self.fields)
+        )
         return {name: "" if name in selected else "keep" for name in names}
 
     def _wanted_entities(self) -> list[str]:
@@ -148,7 +164,9 @@ class Masking:
         self._field_actions = step.field_actions()
 
     def __call__(self, example: Example) -> Example | Drop:
-        """The row itself where nothing was found, a masked one, or a Drop that names kinds and places and holds no text."""
+        """The row itself where nothing was found, a masked one, or a Drop that names kinds and places and holds no
+        text.
+        """
         entities = select_hits(find_in_row(self._scanner, example), self._is_looked_at)
         if not entities.hits:
             return example
@@ -157,7 +175,12 @@ class Masking:
             self.tally.update(entity_counts(entities))
             origin = example.origins[0]
             return Drop(
-                "personal_data", origin.source, origin.locator, dropped_entities.describe(), self._step.kind, example.id
+                "personal_data",
+                origin.source,
+                origin.locator,
+                dropped_entities.describe(),
+                self._step.kind,
+                example.id,
             )
         return self._masked(example, entities, self._is_looked_at)
 

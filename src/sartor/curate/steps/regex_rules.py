@@ -1,8 +1,8 @@
 r"""Step rules: user regular expressions with a time limit.
 
-The syntax is that of the `regex` library (https://pypi.org/project/regex: Python's `re` and more, such as `\\p{Lu}`). All
-rules together have two seconds of processor time a row; one that needs more (a pattern that backtracks without end) makes the
-row a Drop, `rule_timeout`.
+The syntax is that of the `regex` library (https://pypi.org/project/regex: Python's `re` and more, such as `\\p{Lu}`).
+All rules together have two seconds of processor time a row; one that needs more (a pattern that backtracks without
+end) makes the row a Drop, `rule_timeout`.
 """
 
 from __future__ import annotations
@@ -69,10 +69,14 @@ class BoundedPattern:
 
 
 def compiled(pattern: str, where: str, template: str = "") -> BoundedPattern:
-    """The Pattern. Raises ConfigError naming `where` and the position of the mistake, in the pattern or in the template."""
+    """The Pattern. Raises ConfigError naming `where` and the position of the mistake, in the pattern or in the
+    template.
+    """
     compiled_pattern, problem = _compile(pattern, template)
     if problem:
-        raise ConfigError(f"{where} {problem}", "mend it; a literal ( ) [ ] * + ? . is written with a backslash before it")
+        raise ConfigError(
+            f"{where} {problem}", "mend it; a literal ( ) [ ] * + ? . is written with a backslash before it"
+        )
     return BoundedPattern(compiled_pattern)
 
 

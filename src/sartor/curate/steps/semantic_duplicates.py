@@ -30,15 +30,20 @@ METHOD = "vectors and words"
 class SemanticDuplicates:
     """Rows near by their vectors and alike by their words are one; numbers, negations and opposites must agree.
 
-    Rows with an image or a recording are let be: their text does not tell what they show. `image_duplicates` compares them.
+    Rows with an image or a recording are let be: their text does not tell what they show. `image_duplicates` compares
+    them.
     """
 
-    field: Field = option("both", "what must be alike: prompt, reply, both (each of the two), or all (the row as one text)")
+    field: Field = option(
+        "both", "what must be alike: prompt, reply, both (each of the two), or all (the row as one text)"
+    )
     threshold: float | None = option(
         None, "cosine of the vectors from which a pair is looked at, 0..1; by default 0.8, tfidf's 0.4"
     )
     agreement: float = option(0.9, "share of words in common, rare ones weighing more, from which it is a pair, 0..1")
-    encoder: str = option("auto", "auto (minilm where it is installed, else tfidf), minilm, tfidf, or a model's directory")
+    encoder: str = option(
+        "auto", "auto (minilm where it is installed, else tfidf), minilm, tfidf, or a model's directory"
+    )
     keep: Keep = option("longest", KEEP_HELP)
     neighbours: int = option(20, "nearest rows of each row that are looked at")
     max_fraction: float = option(0.9, "the most of all rows that may be removed, 0..1; beyond, it stops and asks")
@@ -54,7 +59,9 @@ class SemanticDuplicates:
             raise ConfigError(f"neighbours is {self.neighbours}, not 1 or more", "neighbours: 20")
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep: the texts that are compared, whether they were cut, and what the choice of a survivor goes by."""
+        """See SetStep: the texts that are compared, whether they were cut, and what the choice of a survivor goes
+        by.
+        """
         texts = [self._text(example)[: encoders.MOST_CHARACTERS] for example in examples]
         replies = [example.reply[: encoders.MOST_CHARACTERS] if self.field == "both" else "" for example in examples]
         return pa.table(
@@ -62,7 +69,10 @@ class SemanticDuplicates:
                 "text": pa.array(texts, pa.large_string()),
                 "reply": pa.array(replies, pa.large_string()),
                 "cut": pa.array(
-                    [encoders.is_cut(example) or len(self._text(example)) > encoders.MOST_CHARACTERS for example in examples]
+                    [
+                        encoders.is_cut(example) or len(self._text(example)) > encoders.MOST_CHARACTERS
+                        for example in examples
+                    ]
                 ),
                 "rank": ranks(examples, self.keep, self.field),
             }
@@ -80,7 +90,9 @@ class SemanticDuplicates:
         """See SetStep. Raises GuardError when more would go than its guards allow."""
         compared = self._compared(step_input)
         choice = encoders.choose_encoder(self.encoder)
-        step_input.notice(f"semantic duplicates: {len(compared):,} of {len(step_input):,} rows; encoder {choice.encoder.name}")
+        step_input.notice(
+            f"semantic duplicates: {len(compared):,} of {len(step_input):,} rows; encoder {choice.encoder.name}"
+        )
         table = step_input.table.take(pa.array(compared)) if len(compared) < len(step_input) else step_input.table
         texts, replies = encoders.Texts(table["text"]), encoders.Texts(table["reply"])
         threshold = choice.likeness if self.threshold is None else self.threshold
@@ -89,10 +101,16 @@ class SemanticDuplicates:
             embedded = choice.encoder.encode(texts)
             rules = SemanticRules(threshold, self.agreement, self.neighbours)
             compared_replies = replies if self.field == "both" else None
-            semantic_pairs = pairs(texts, embedded, rules, compared_replies, step_input.table["rank"].to_numpy()[compared])
+            semantic_pairs = pairs(
+                texts, embedded, rules, compared_replies, step_input.table["rank"].to_numpy()[compared]
+            )
         removals = self._removals(step_input, compared, semantic_pairs)
         facts = {
-            **(choice.facts() if len(compared) > 1 else {"encoder": "none", "encoder_because": "there is nothing to compare"}),
+            **(
+                choice.facts()
+                if len(compared) > 1
+                else {"encoder": "none", "encoder_because": "there is nothing to compare"}
+            ),
             "threshold": threshold,
             "compared": len(compared),
             "too_long_to_compare": sum(step_input.table["cut"].to_pylist()),
@@ -101,7 +119,9 @@ class SemanticDuplicates:
             "pairs": len(semantic_pairs.pairs),
             "refused_by_words": dict(sorted(semantic_pairs.refused.items())),
         }
-        return StepResult(removals, {EVIDENCE: self._evidence(step_input, compared, semantic_pairs)}, facts, set_aside=True)
+        return StepResult(
+            removals, {EVIDENCE: self._evidence(step_input, compared, semantic_pairs)}, facts, set_aside=True
+        )
 
     def _compared(self, step_input: StepInput) -> Any:
         """Row numbers with a whole text. What was cut may differ where it was cut."""
@@ -113,7 +133,9 @@ class SemanticDuplicates:
         if not semantic_pairs.pairs:
             return []
         scores = np.array([min(pair.likeness, pair.words) for pair in semantic_pairs.pairs], np.float32)
-        a, b = (np.array(compared[[getattr(pair, end) for pair in semantic_pairs.pairs]], np.int64) for end in ("a", "b"))
+        a, b = (
+            np.array(compared[[getattr(pair, end) for pair in semantic_pairs.pairs]], np.int64) for end in ("a", "b")
+        )
         edges = ScoredPairs(a, b, scores, np.zeros_like(scores), np.zeros(len(a), bool))
         removals = clusters.resolve_clusters(
             edges, step_input.table["rank"].to_numpy(), pair_scoring_Rules(threshold=0.0, floor=0.0, contained=0.0)
@@ -160,8 +182,8 @@ _ROUNDS = 8
 
 @dataclass(frozen=True)
 class SemanticPair:
-    """Rows a < b that say the same: `likeness` is their vectors' cosine, `words` the share of words in common (of two fields
-    the lower).
+    """Rows a < b that say the same: `likeness` is their vectors' cosine, `words` the share of words in common (of two
+    fields the lower).
     """
 
     a: int
@@ -172,7 +194,8 @@ class SemanticPair:
 
 @dataclass
 class SemanticPairs:
-    """The verified pairs; how many pairs were near by their vectors, and what the words had against the others, counted.
+    """The verified pairs; how many pairs were near by their vectors, and what the words had against the others,
+    counted.
 
     `crowded` rows have as many near rows as are looked at, and perhaps more; like ones of those were looked for.
     """
@@ -185,8 +208,8 @@ class SemanticPairs:
 
 @dataclass(frozen=True)
 class SemanticRules:
-    """`threshold`: cosine of the vectors from which a pair is looked at; `agreement`: share of words in common from which
-    it is one; `neighbours`: nearest rows of each row that are looked at.
+    """`threshold`: cosine of the vectors from which a pair is looked at; `agreement`: share of words in common from
+    which it is one; `neighbours`: nearest rows of each row that are looked at.
     """
 
     threshold: float
@@ -197,7 +220,9 @@ class SemanticRules:
 class _Verifier:
     """Takes pairs of rows, keeps those that say the same."""
 
-    def __init__(self, texts: Sequence[str], vectors: Any, rules: SemanticRules, replies: Sequence[str] | None) -> None:
+    def __init__(
+        self, texts: Sequence[str], vectors: Any, rules: SemanticRules, replies: Sequence[str] | None
+    ) -> None:
         self.semantic_pairs, self.rules = SemanticPairs(), rules
         self._vectors, self._replies = vectors, replies
         self._read, self._weights = equivalence.reader(texts), equivalence.idf_weights(texts)
@@ -216,7 +241,9 @@ class _Verifier:
         verdict = equivalence.compare_texts(self._read(a), self._read(b), self._weights)
         prefix = ""
         if self._replies is not None and not verdict.objection and verdict.score >= self.rules.agreement:
-            reply = same_reply((self._replies[a], self._replies[b]), self._answer(a), self._answer(b), self._answer_weights)
+            reply = same_reply(
+                (self._replies[a], self._replies[b]), self._answer(a), self._answer(b), self._answer_weights
+            )
             prefix = "" if reply.score >= self.rules.agreement else "reply_"
             verdict = min((verdict, reply), key=lambda candidate: candidate.score)
         if verdict.objection or verdict.score < self.rules.agreement:
@@ -226,11 +253,13 @@ class _Verifier:
         return True
 
 
-def pairs(texts: Sequence[str], vectors: Any, rules: SemanticRules, replies: Sequence[str] | None, rank: Any) -> SemanticPairs:
+def pairs(
+    texts: Sequence[str], vectors: Any, rules: SemanticRules, replies: Sequence[str] | None, rank: Any
+) -> SemanticPairs:
     """The pairs of N texts that say the same, by vectors (N, D) and words. With `replies`, theirs must agree as well.
 
-    `rank` (N,) is what the choice of a survivor goes by: of many rows that say the same, more than a row's nearest are looked
-    at, so that each is held against the one that stays.
+    `rank` (N,) is what the choice of a survivor goes by: of many rows that say the same, more than a row's nearest are
+    looked at, so that each is held against the one that stays.
     """
     verifier = _Verifier(texts, vectors, rules, replies)
     near = encoders.NearPairs(vectors, rules.threshold, rules.neighbours)
@@ -244,7 +273,9 @@ def pairs(texts: Sequence[str], vectors: Any, rules: SemanticRules, replies: Seq
 
 
 def _complete(verifier: _Verifier, count: int, positions: Any) -> None:
-    """Hold the rows of each connected component against its first-placed row; those that are unlike it, against the next."""
+    """Hold the rows of each connected component against its first-placed row; those that are unlike it, against the
+    next.
+    """
     ends = np.array([(pair.a, pair.b) for pair in verifier.semantic_pairs.pairs], np.int64).reshape(-1, 2)
     labels: Any = components(count, ends[:, 0], ends[:, 1])
     rows_by_label: dict[int, list[int]] = {}
@@ -267,7 +298,9 @@ def _complete(verifier: _Verifier, count: int, positions: Any) -> None:
 def same_reply(
     texts: tuple[str, str], first: equivalence.TextReading, second: equivalence.TextReading, weights: dict[str, float]
 ) -> equivalence.EquivalenceVerdict:
-    """`equivalence.compare_texts` for replies: values and JSON must be equal, since one letter of them may be another thing."""
+    """`equivalence.compare_texts` for replies: values and JSON must be equal, since one letter of them may be another
+    thing.
+    """
     if is_value(texts[0], first) or is_value(texts[1], second):
         return equivalence.EquivalenceVerdict(1.0 if texts[0].split() == texts[1].split() else 0.0)
     return equivalence.compare_texts(first, second, weights)

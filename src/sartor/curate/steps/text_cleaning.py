@@ -1,12 +1,13 @@
 """Steps repair_text and markup: encoding, HTML, Markdown.
 
-What counts as a tag: a comment, a doctype, a processing instruction, CDATA; an opening tag of an element that is also closed
-in the same text; an element of HTML that needs no end (`<br>`, `<img ...>`, `<p>`, `<li>`); anything else with a value in
-quotes or `/>`. So `a < b and c > d`, `List<String>`, `<your name>` and "how do I centre a <div>?" are text.
+What counts as a tag: a comment, a doctype, a processing instruction, CDATA; an opening tag of an element that is also
+closed in the same text; an element of HTML that needs no end (`<br>`, `<img ...>`, `<p>`, `<li>`); anything else with
+a value in quotes or `/>`. So `a < b and c > d`, `List<String>`, `<your name>` and "how do I centre a <div>?" are text.
 
-Left as they are: joiners and direction marks (U+200C to U+200F, U+202A to U+202E, U+2066 to U+2069: Arabic, Indic and emoji
-need them), variation selectors, ideographic space, curly quotes, ligatures, full-width letters, runs of spaces, trailing
-spaces, and the zero-width space between letters of a script that breaks lines with it (Thai, Lao, Khmer, Burmese).
+Left as they are: joiners and direction marks (U+200C to U+200F, U+202A to U+202E, U+2066 to U+2069: Arabic, Indic and
+emoji need them), variation selectors, ideographic space, curly quotes, ligatures, full-width letters, runs of spaces,
+trailing spaces, and the zero-width space between letters of a script that breaks lines with it (Thai, Lao, Khmer,
+Burmese).
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def signs(text: str, keeps_code: bool) -> list[str]:
 
 
 def plain_text(text: str, keeps_code: bool) -> str:
-    """The text without Markdown: list marks and line breaks stay; links become their text. `keeps_code`: code keeps its marks.
+    """The text without Markdown: list marks and line breaks stay; links become their text. `keeps_code`: code keeps
+    its marks.
 
     A text without Markdown comes back as it is.
     """
@@ -150,13 +152,16 @@ _VOID = word_set("area base br col embed hr img input link meta param source tra
 _OPTIONAL_END = word_set("p li dt dd tr td th thead tbody tfoot option html head body")
 _HTML = _VOID | _OPTIONAL_END
 _LINE = word_set(
-    "address article aside blockquote br center div dl fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr "
+    "address article aside blockquote br center div dl fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 "
+    "header hr "
     "main nav ol p pre section table title ul "
 )
 _ROW = word_set("dd dt li option tr")
 _INLINE = word_set(
-    "a abbr acronym area b base bdi bdo big button cite code col data del dfn em embed font i img input ins kbd label link "
-    "map mark meta meter param progress q rp rt ruby s samp small source span strike strong sub sup time track tt u var wbr "
+    "a abbr acronym area b base bdi bdo big button cite code col data del dfn em embed font i img input ins kbd label "
+    "link "
+    "map mark meta meter param progress q rp rt ruby s samp small source span strike strong sub sup time track tt u "
+    "var wbr "
 )
 _SMALL = {code: code + 32 for code in range(65, 91)}
 _CELL = frozenset(("td", "th"))
@@ -189,7 +194,9 @@ class Markup:
 
     html: Action = option("strip", "HTML and XML: strip tags and decode entities, drop the row, or keep them")
     markdown: Action = option("keep", "Markdown: strip to plain text, drop the row, or keep it")
-    code: Literal["keep", "strip"] = option("keep", "fenced and inline code: keep as it stands, or treat like other text")
+    code: Literal["keep", "strip"] = option(
+        "keep", "fenced and inline code: keep as it stands, or treat like other text"
+    )
     field: Field = option("all", FIELD_TEXT)
     kind: Literal["markup"] = "markup"
 
@@ -295,8 +302,8 @@ def _without_silent(text: str, unclosed: bool, code: Sequence[tuple[int, int]] =
 def _silent_spans(text: str, unclosed: bool, code: Sequence[tuple[int, int]] = ()) -> Iterator[tuple[int, int]]:
     """(start, end) of the elements whose content is no text, apart and in order.
 
-    `unclosed`: one without an end goes up to the end of the text. `code`: (start, end) where none begins; but code that
-    begins inside an element is the element's.
+    `unclosed`: one without an end goes up to the end of the text. `code`: (start, end) where none begins; but code
+    that begins inside an element is the element's.
     """
     lower = text.lower() if "<" in text else ""
     if len(lower) != len(text):  # a few capitals have longer small letters; ASCII ones suffice here
@@ -357,7 +364,11 @@ def _is_markup(tag: Tag, paired: set[str], text: str, count: int) -> bool:
         return ":/" not in tag.name + attributes[:2] and "@" not in tag.name
     if tag.name in _HTML and not attributes:
         # a lone one between spaces is being talked about
-        alone = count == 1 and text[tag.start - 1 : tag.start] == " " and text[tag.end : tag.end + 1] in (" ", "?", ",", ".")
+        alone = (
+            count == 1
+            and text[tag.start - 1 : tag.start] == " "
+            and text[tag.end : tag.end + 1] in (" ", "?", ",", ".")
+        )
         return not alone
     return False
 
@@ -375,8 +386,8 @@ _LINE_END = re.compile("\r\n?|[\x85\u2028\u2029]")
 _SPACE = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f]")
 _SOUTH_EAST_ASIAN = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff"
 _NO_WIDTH = re.compile(f"(?<![{_SOUTH_EAST_ASIAN}])\u200b|\u200b(?![{_SOUTH_EAST_ASIAN}])|[\xad\u180e\u2060]")
-# Wrong decoding leaves at least one of these; all of them are quicker to look for than ftfy's own test. The range holds every
-# character of the one-byte encodings that ftfy knows.
+# Wrong decoding leaves at least one of these; all of them are quicker to look for than ftfy's own test. The range
+# holds every character of the one-byte encodings that ftfy knows.
 _SUSPICIOUS = re.compile("[\x80-\u045f\u0490\u0491\u1e9e\u2010-\u266f\ufb01\ufb02\ufffd]{2}|[\x80-\x9fŒœ]|[ÂÃØÙà] |вЂ")
 
 
@@ -386,7 +397,9 @@ class RepairText:
 
     mojibake: bool = option(True, "undo wrong decoding (`cafÃ©` -> `café`), by ftfy")
     normal_form: Literal["NFC", "NFKC", "NFD", "NFKD", "none"] = option("NFC", "unicode normal form")
-    control_characters: bool = option(True, "take out control characters, terminal colours, byte order marks and hidden tags")
+    control_characters: bool = option(
+        True, "take out control characters, terminal colours, byte order marks and hidden tags"
+    )
     spaces: bool = option(True, "no-break and typographic spaces become a space; invisible ones and soft hyphens go")
     line_ends: bool = option(True, "CRLF, CR, NEL and the line and paragraph separators become LF")
     kind: Literal["repair_text"] = "repair_text"

@@ -24,8 +24,12 @@ from sartor.curate.steps.answer_quality import quality
 
 Keep = Literal["longest", "first", "newest", "best_licence", "best_quality"]
 Field = Literal["both", "prompt", "reply", "all"]
-KEEP_HELP = "which row stays: the longest, first (read), newest (by its date), best_licence (that permits most), best_quality"
-FIELD_HELP = "what is compared: prompt (the user's turns), reply (the last), both (all of user and assistant), all (system too)"
+KEEP_HELP = (
+    "which row stays: the longest, first (read), newest (by its date), best_licence (that permits most), best_quality"
+)
+FIELD_HELP = (
+    "what is compared: prompt (the user's turns), reply (the last), both (all of user and assistant), all (system too)"
+)
 
 
 UNDATED = -1e14  # seconds: older than any date
@@ -51,8 +55,8 @@ def has_media(example: Example) -> bool:
 
 
 def has_media_or_rating(example: Example) -> bool:
-    """Whether its text does not tell what it repeats: it shows something, or people rated its reply. Of two like replies to one
-    question, one rated good and one bad, neither repeats the other.
+    """Whether its text does not tell what it repeats: it shows something, or people rated its reply. Of two like
+    replies to one question, one rated good and one bad, neither repeats the other.
     """
     return has_media(example) or bool(example.rating)
 
@@ -91,9 +95,11 @@ WORTH_WORKERS = 20_000
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """MinHash proposes pairs, true Jaccard or containment of their shingles decides; stars around survivors, never chains.
+    """MinHash proposes pairs, true Jaccard or containment of their shingles decides; stars around survivors, never
+    chains.
 
-    Rows with an image, a recording or a rating are let be: their text does not tell it all. `image_duplicates` compares them.
+    Rows with an image, a recording or a rating are let be: their text does not tell it all. `image_duplicates`
+    compares them.
     """
 
     threshold: float = option(0.0, "Jaccard similarity from which two rows are duplicates; 0 takes the unit's own")
@@ -122,7 +128,9 @@ class NearDuplicates:
         return shingles.resolve(self.unit, self.size, ())
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep. Columns: shingles, digest, rank, media, rated. A row that is apart has no shingles, and so no like."""
+        """See SetStep. Columns: shingles, digest, rank, media, rated. A row that is apart has no shingles, and so no
+        like.
+        """
         texts = ["" if has_media_or_rating(example) else text_of(example, self.field) for example in examples]
         sketches = shingles.sketch(texts, self._shingling())
         offsets = pa.array(sketches.offsets.astype(np.int32))
@@ -148,7 +156,9 @@ class NearDuplicates:
         rank = table["rank"].to_numpy()
         workers = step_input.workers if len(step_input) >= WORTH_WORKERS else 0
         with WorkerPool(workers if workers > 1 else 0) as pool:
-            duplicate_pairs = near_duplicates.near_duplicates(flat, offsets, digests, rules, rank, Executor(spread=pool.spread))
+            duplicate_pairs = near_duplicates.near_duplicates(
+                flat, offsets, digests, rules, rank, Executor(spread=pool.spread)
+            )
         removals = clusters.resolve_clusters(duplicate_pairs.pairs, rank, rules)
         locators = table["locator"]
         media, rated = (sum(table[name].to_pylist()) for name in ("media", "rated"))
@@ -179,7 +189,11 @@ class NearDuplicates:
 def _removals(removals: clusters.Removals, locators: Any) -> list[Removal]:
     row_removals = []
     for row, kept_row, score, method in zip(
-        removals.rows.tolist(), removals.kept_rows.tolist(), removals.score.tolist(), removals.method.tolist(), strict=True
+        removals.rows.tolist(),
+        removals.kept_rows.tolist(),
+        removals.score.tolist(),
+        removals.method.tolist(),
+        strict=True,
     ):
         name = METHODS[method]
         detail = f"{'' if name == 'exact' else f'{score:.3f} '}{_RELATIONS[name]} {locators[kept_row].as_py()}"
@@ -195,12 +209,21 @@ def _ledger(pairs: Any, rules: DuplicateRules, rank: Any, step_input: StepInput)
     score, methods = pair_store.score_pairs(pairs, rules)
     return pa.table(
         {
-            "a": ids.take(a), "b": ids.take(b), "score": score, "method": pa.array(methods.tolist(), pa.string()),
-            "jaccard": pairs.jaccard, "containment": pairs.containment, "exact": pairs.exact,
-            "rank_a": rank[pairs.a], "rank_b": rank[pairs.b], "place_a": pairs.a, "place_b": pairs.b,
-            "source_a": sources.take(a), "source_b": sources.take(b),
+            "a": ids.take(a),
+            "b": ids.take(b),
+            "score": score,
+            "method": pa.array(methods.tolist(), pa.string()),
+            "jaccard": pairs.jaccard,
+            "containment": pairs.containment,
+            "exact": pairs.exact,
+            "rank_a": rank[pairs.a],
+            "rank_b": rank[pairs.b],
+            "place_a": pairs.a,
+            "place_b": pairs.b,
+            "source_a": sources.take(a),
+            "source_b": sources.take(b),
         }
-    )  # fmt: skip
+    )
 
 
 def _flat(column: Any, file: Path) -> tuple[Any, Any]:
@@ -225,9 +248,9 @@ def _bytes(chunk: Any) -> Any:
 class ExactDuplicates:
     """Rows of equal content become one; each further row is a Drop that names it.
 
-    With `match: words` rows also go that differ in case, white space and punctuation only (`dedup/shingles.py` has the normal
-    form). Their content is not the same, so the survivor does not take over their origins. Rows with an image, a recording or a
-    rating go by their content alone.
+    With `match: words` rows also go that differ in case, white space and punctuation only (`dedup/shingles.py` has the
+    normal form). Their content is not the same, so the survivor does not take over their origins. Rows with an image,
+    a recording or a rating go by their content alone.
     """
 
     match: Literal["content", "words"] = option(
@@ -240,13 +263,18 @@ class ExactDuplicates:
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """See SetStep. Columns: words, rank. Of `match: content` the id says it all."""
         if self.match == "content":
-            return pa.table({"words": pa.nulls(len(examples), pa.string()), "rank": pa.nulls(len(examples), pa.float64())})
+            return pa.table(
+                {"words": pa.nulls(len(examples), pa.string()), "rank": pa.nulls(len(examples), pa.float64())}
+            )
         plain = shingles.resolve("words", 0, ())
         sketches = shingles.sketch([text_of(example, self.field) for example in examples], plain)
         empty = sketches.offsets[1:] == sketches.offsets[:-1]
-        excluded = [is_empty or has_media_or_rating(example) for is_empty, example in zip(empty, examples, strict=True)]
+        excluded = [
+            is_empty or has_media_or_rating(example) for is_empty, example in zip(empty, examples, strict=True)
+        ]
         words = [
-            None if is_excluded else row.tobytes().hex() for row, is_excluded in zip(sketches.digests, excluded, strict=True)
+            None if is_excluded else row.tobytes().hex()
+            for row, is_excluded in zip(sketches.digests, excluded, strict=True)
         ]
         return pa.table({"words": pa.array(words, pa.string()), "rank": ranks(examples, self.keep, self.field)})
 
@@ -269,7 +297,9 @@ class ExactDuplicates:
         method = "equal content" if merge else "equal words"
         return [
             Removal(row, "exact_duplicate", f"{relation} {locator}", kept_row, 1.0, method, merge=merge)
-            for row, kept_row, locator in zip(duplicates["row"].to_list(), duplicates["kept"].to_list(), locators, strict=True)
+            for row, kept_row, locator in zip(
+                duplicates["row"].to_list(), duplicates["kept"].to_list(), locators, strict=True
+            )
         ]
 
 

@@ -1,6 +1,7 @@
 """Steps length, language and repetition.
 
-The fractions hold for texts of `min_words` words or more. A shorter one goes only for a loop: one to eight words said at least
+The fractions hold for texts of `min_words` words or more. A shorter one goes only for a loop: one to eight words said
+at least
 `loop` times in a row, which cover half of the text, or one character said 60 times in a row.
 """
 
@@ -40,7 +41,9 @@ class Repetition:
 
     scale: float = option(1.0, "factor on Gopher's limits: above 1 is laxer, 0.5 is twice as strict")
     min_words: int = option(50, "words from which on the fractions hold; a shorter text goes for a loop alone")
-    loop: int = option(8, "a text is dropped if a phrase of 1 to 8 words is repeated so often in a row and makes up half of it")
+    loop: int = option(
+        8, "a text is dropped if a phrase of 1 to 8 words is repeated so often in a row and makes up half of it"
+    )
     field: Field = option("replies", FIELD_TEXT)
     kind: Literal["repetition"] = "repetition"
 
@@ -76,7 +79,9 @@ class Repetition:
 
 def _loop_fault(text_words: Sequence[str], loop: int) -> str:
     """A run of the same one to eight words, at least `loop` times in a row and over half of the text."""
-    if len(text_words) < loop or len(set(text_words)) > len(text_words) * (0.5 + _LONGEST_LOOP / max(len(text_words), 1)):
+    if len(text_words) < loop or len(set(text_words)) > len(text_words) * (
+        0.5 + _LONGEST_LOOP / max(len(text_words), 1)
+    ):
         return ""
     for size in range(1, _LONGEST_LOOP + 1):
         run = longest = end = 0
@@ -92,7 +97,10 @@ def _loop_fault(text_words: Sequence[str], loop: int) -> str:
 
 
 def _lines_fault(prose: str, scale: float) -> str:
-    for unit, separator, max_share, max_characters in (("lines", "\n", 0.30, 0.20), ("paragraphs", "\n\n", 0.30, 0.20)):
+    for unit, separator, max_share, max_characters in (
+        ("lines", "\n", 0.30, 0.20),
+        ("paragraphs", "\n\n", 0.30, 0.20),
+    ):
         pieces = [piece.strip() for piece in prose.split(separator)]
         pieces = [piece for piece in pieces if piece and not _RULE.match(piece)]
         if len(pieces) < 3 or len(set(pieces)) == len(pieces):
@@ -119,14 +127,18 @@ def _ngrams_fault(text_words: list[str], scale: float) -> str:
         # n-grams of a loop overlap: no character counts twice
         share = min(1.0, count * sum(map(len, gram)) / total)
         if count >= _TOP_SEEN and share > max_share * scale:
-            return f"{' '.join(gram)[:60]!r} {count} times, {share:.0%} of the characters; at most {max_share * scale:.0%}"
+            return (
+                f"{' '.join(gram)[:60]!r} {count} times, {share:.0%} of the characters; at most "
+                f"{max_share * scale:.0%}"
+            )
     for size, max_share in SEEN_NGRAMS.items():
         share = _repeated_characters(text_words, lengths, size) / total
         if share == 0:
             return ""  # nor is any longer one seen twice
         if share > max_share * scale:
             return (
-                f"{share:.0%} of the characters are in {size}-grams that stand there already; at most {max_share * scale:.0%}"
+                f"{share:.0%} of the characters are in {size}-grams that stand there already; at most "
+                f"{max_share * scale:.0%}"
             )
     return ""
 
@@ -149,12 +161,18 @@ _FIELDS = {"reply": ("reply",), "replies": ("replies",), "prompt": ("prompt",), 
 
 @dataclass(frozen=True)
 class LanguageFilter:
-    """Drop rows in another language than the allowed ones, by fastText's lid.176; short and unsure texts by `unsure`."""
+    """Drop rows in another language than the allowed ones, by fastText's lid.176; short and unsure texts by
+    `unsure`.
+    """
 
     allow: tuple[str, ...] = option(REQUIRED, "language codes that stay: ISO 639-1, such as en, sv, zh")
     min_confidence: float = option(0.6, "probability below which a language is not held for sure, 0..1")
-    min_letters: int = option(25, "letters of prose below which no language is held for sure; one not Latin counts as 4")
-    unsure: Literal["keep", "drop"] = option("keep", "what becomes of a row whose language is not sure; counted either way")
+    min_letters: int = option(
+        25, "letters of prose below which no language is held for sure; one not Latin counts as 4"
+    )
+    unsure: Literal["keep", "drop"] = option(
+        "keep", "what becomes of a row whose language is not sure; counted either way"
+    )
     field: Literal["reply", "replies", "prompt", "all"] = option(
         "reply", "what is judged: reply, replies, prompt (each joined), or all (prompt and replies, each by itself)"
     )
@@ -166,7 +184,11 @@ class LanguageFilter:
         for code in self.allow:
             if code not in CODES:
                 near = code.lower().replace("_", "-").split("-")[0]
-                meant = near if near in CODES else next(iter(difflib.get_close_matches(near[:2], sorted(CODES), n=1)), "en")
+                meant = (
+                    near
+                    if near in CODES
+                    else next(iter(difflib.get_close_matches(near[:2], sorted(CODES), n=1)), "en")
+                )
                 raise ConfigError(f"allow: {code!r} is no language code that the model knows", f"allow: [{meant}]")
         if not 0 <= self.min_confidence <= 1:
             raise ConfigError(f"min_confidence is {self.min_confidence}; it must be 0 to 1", "min_confidence: 0.6")
@@ -183,7 +205,9 @@ class LanguageFilter:
         return pa.table(
             {
                 "code": pa.array([[language.code for language in row] for row in rows], pa.list_(pa.string())),
-                "confidence": pa.array([[language.confidence for language in row] for row in rows], pa.list_(pa.float32())),
+                "confidence": pa.array(
+                    [[language.confidence for language in row] for row in rows], pa.list_(pa.float32())
+                ),
                 "letters": pa.array([[language.letters for language in row] for row in rows], pa.list_(pa.int32())),
             }
         )
@@ -248,7 +272,9 @@ class Length:
                 detail = f"{words} words in the reply; at least {self.min_words}"
                 return drop_of(example, "too_short", detail, step=self.kind)
             if words > self.max_words:
-                return drop_of(example, "too_long", f"{words} words in the reply; at most {self.max_words}", step=self.kind)
+                return drop_of(
+                    example, "too_long", f"{words} words in the reply; at most {self.max_words}", step=self.kind
+                )
             return example
 
         return apply

@@ -58,16 +58,22 @@ class Judge:
 
     def __init__(self, base: Path, method: Lora) -> None:
         self._model = adapted(MappedLlama(base), method)
-        self._fast = FusedDecoder(self._model, kernels.choose_kernels(torch.device("cpu"))[0], logits_bytes=LOGITS_BYTES)
+        self._fast = FusedDecoder(
+            self._model, kernels.choose_kernels(torch.device("cpu"))[0], logits_bytes=LOGITS_BYTES
+        )
 
     @torch.no_grad()
     def losses(self, adapter: Path, rows: Sequence[TokenizedExample]) -> list[float]:
-        """Mean loss of each row's supervised tokens under an adapter in PEFT's form. Raises ModelError if it does not fit."""
+        """Mean loss of each row's supervised tokens under an adapter in PEFT's form. Raises ModelError if it does not
+        fit.
+        """
         load_factors(self._model, adapter)
         return [float(self._fast.losses(pack([row])).mean()) for row in rows]
 
 
-_MORE_PROBE = f"--probe FILE (Settings(probe=[...]) from Python): {LEAST_GROUPS} rows or more of what it must go on to know"
+_MORE_PROBE = (
+    f"--probe FILE (Settings(probe=[...]) from Python): {LEAST_GROUPS} rows or more of what it must go on to know"
+)
 # Row sets that are remembered as not worth another tuning
 _SETTLED = 64
 
@@ -76,7 +82,8 @@ _SETTLED = 64
 class AdaptationSettings:
     """What is tuned, and how it is judged. name: of the release in the store; base: its base, in transformers' layout.
 
-    probe: rows whose loss may not rise; empty takes the canaries that the release ships with. most_probe_loss: nats a token.
+    probe: rows whose loss may not rise; empty takes the canaries that the release ships with. most_probe_loss: nats a
+    token.
     recipe: changes to work.DEFAULTS. limits, stop: of the default tuner. limit_bytes: of the rows.
     """
 
@@ -93,7 +100,8 @@ class AdaptationSettings:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What came of a tuning. delta: digest of what was made current, '' for nothing; reason: why not, or how it was judged.
+    """What came of a tuning. delta: digest of what was made current, '' for nothing; reason: why not, or how it was
+    judged.
 
     trained, held_out: how many rows; left_out: reason -> how many. facts: what `tune` returned.
     """
@@ -111,7 +119,13 @@ class AdapterTuner:
     """What tunes for the rows of a diary, in the folder of their person."""
 
     def __init__(
-        self, folder: Path, store: Path, settings: AdaptationSettings, diary: EncryptedRowStore, tune: Tune, disk: FileSystem
+        self,
+        folder: Path,
+        store: Path,
+        settings: AdaptationSettings,
+        diary: EncryptedRowStore,
+        tune: Tune,
+        disk: FileSystem,
     ) -> None:
         self.folder, self.store, self.settings, self.diary = folder, store, settings, diary
         self.locals = LocalAdapterStore(store, settings.name)
@@ -177,7 +191,8 @@ class AdapterTuner:
         """Why no tuning is worth while; empty if one is."""
         if len(material.train) < LEAST_TRAINED or len(set(material.groups)) < LEAST_HELD_OUT:
             return (
-                f"{len(material.train)} rows to train on and {len(set(material.groups))} held-out prompts are too few: "
+                f"{len(material.train)} rows to train on and {len(set(material.groups))} held-out prompts are too "
+                "few: "
                 f"{LEAST_TRAINED} and {LEAST_HELD_OUT} are needed"
             )
         active, _ = active_adapter(self.folder, self.store, self.settings.name)
@@ -189,25 +204,37 @@ class AdapterTuner:
         rows = [example_of(row) for row in self.settings.probe] or _canaries(release.path)
         encoded = [user_tokens.encode_user_row(row, row.id, chat, recipe.data.max_length_tokens) for row in rows]
         usable = [
-            (encoded_row, row.id) for encoded_row, row in zip(encoded, rows, strict=True) if not isinstance(encoded_row, str)
+            (encoded_row, row.id)
+            for encoded_row, row in zip(encoded, rows, strict=True)
+            if not isinstance(encoded_row, str)
         ]
         if len({name for _, name in usable}) < 2:
             raise ConfigError(
-                f"the probe has {len(usable)} rows that can be used; {LEAST_GROUPS} at least tell whether a delta forgets",
+                f"the probe has {len(usable)} rows that can be used; {LEAST_GROUPS} at least tell whether a delta "
+                "forgets",
                 _MORE_PROBE,
             )
         return JudgedRows([encoded_row for encoded_row, _ in usable], [name for _, name in usable])
 
-    def _judge(self, release: Installed, out: Path, material: Material, probe: JudgedRows, method: Lora) -> AcceptanceResult:
+    def _judge(
+        self, release: Installed, out: Path, material: Material, probe: JudgedRows, method: Lora
+    ) -> AcceptanceResult:
         """Own rows against what works now, the probe against the shipped release: else it could decay step by step."""
         active, _ = active_adapter(self.folder, self.store, self.settings.name)
         judge_model, private_rows = Judge(self.settings.base, method), JudgedRows(material.held_out, material.groups)
-        before, after = (judge_model.losses(path, private_rows.rows) for path in (active.path if active else release.path, out))
+        before, after = (
+            judge_model.losses(path, private_rows.rows) for path in (active.path if active else release.path, out)
+        )
         before_probe, after_probe = (judge_model.losses(path, probe.rows) for path in (release.path, out))
         return judge((private_rows, before, after), (probe, before_probe, after_probe), self.settings.most_probe_loss)
 
     def _make_current(
-        self, release: Installed, out: Path, material: Material, names: Mapping[str, str], extra_fields: Mapping[str, Any]
+        self,
+        release: Installed,
+        out: Path,
+        material: Material,
+        names: Mapping[str, str],
+        extra_fields: Mapping[str, Any],
     ) -> LocalAdapter:
         files = {name: (out / name).read_bytes() for name in (CONFIG, WEIGHTS)}
         trained, held_out = ([names[row.example_id] for row in rows] for rows in (material.train, material.held_out))
@@ -224,7 +251,9 @@ class AdapterTuner:
         def check(path: Path) -> None:
             stored_ids = {row.id for row in self.diary.rows()}
             if not {row.example_id for row in material.train} <= stored_ids:
-                raise StoreError("rows that it was tuned on were forgotten meanwhile", f"sartor edge tune {self.settings.name}")
+                raise StoreError(
+                    "rows that it was tuned on were forgotten meanwhile", f"sartor edge tune {self.settings.name}"
+                )
             if digest_of(shipped(self.store, self.settings.name)) != digest_of(release):
                 raise StoreError("another release was shipped meanwhile", f"sartor edge tune {self.settings.name}")
 
@@ -259,7 +288,11 @@ def _digest(content: bytes) -> str:
 
 
 def _adapted(
-    delta: str, reason: str, material: Material, verdict: AcceptanceResult | None = None, facts: Mapping[str, Any] | None = None
+    delta: str,
+    reason: str,
+    material: Material,
+    verdict: AcceptanceResult | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Adapted:
     left_out = {reason: len(ids) for reason, ids in material.left_out.items()}
     return Adapted(delta, reason, len(material.train), len(material.held_out), left_out, verdict, facts or {})
@@ -283,7 +316,10 @@ def _job(release: Installed, base: Path, recipe: dict[str, Any], tokens: Path, o
 def _canaries(release: Path) -> list[Example]:
     """Held-out prompts of the release with the replies that it was signed with."""
     canaries = _manifest(release).get("canaries", [])
-    return [example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]}) for item in canaries]
+    return [
+        example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]})
+        for item in canaries
+    ]
 
 
 def _manifest(release: Path) -> dict[str, Any]:

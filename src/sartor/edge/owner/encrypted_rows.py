@@ -8,8 +8,9 @@ to its file, generation, place and id: one that is moved, repeated, taken out of
 file does not open. Rows are padded, so that their lengths say little. What cannot be seen is an older copy of the
 whole file, or an end that is gone.
 
-A row is on the disk when `add` returns. What a power cut leaves of the next one is the last line at most, which is left out and
-said. `forget` writes the others under a new key into a new file, which takes the name in one rename; then the old key goes.
+A row is on the disk when `add` returns. What a power cut leaves of the next one is the last line at most, which is
+left out and said. `forget` writes the others under a new key into a new file, which takes the name in one rename; then
+the old key goes.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class _StoreState:
             ) from None
         plaintext += b" " * (-len(plaintext) % PAD_BYTES)
         nonce = os.urandom(NONCE_BYTES)
-        sealed = ChaCha20Poly1305(self.secret[:KEY_BYTES]).encrypt(nonce, plaintext, self._associated_data(row.id, index))
+        sealed = ChaCha20Poly1305(self.secret[:KEY_BYTES]).encrypt(
+            nonce, plaintext, self._associated_data(row.id, index)
+        )
         return row.id.encode() + b" " + base64.b64encode(nonce + sealed)
 
     def decrypt(self, index: int) -> bytes | None:
@@ -106,7 +109,11 @@ class _StoreState:
         """Every row."""
         contents = (self.decrypt(index) for index in range(len(self.lines)))
         names = (line.partition(b" ")[0].decode() for line in self.lines)
-        return [UserRow.from_json(name, json.loads(row)) for name, row in zip(names, contents, strict=True) if row is not None]
+        return [
+            UserRow.from_json(name, json.loads(row))
+            for name, row in zip(names, contents, strict=True)
+            if row is not None
+        ]
 
     def _associated_data(self, id: str, index: int) -> bytes:
         return records.canonical([self.header_fields["name"], self.header_fields["generation"], index, id])
@@ -120,8 +127,9 @@ def _may_be_torn(tail: Sequence[bytes]) -> bool:
 class EncryptedRowStore:
     """The rows in a folder, which is made if absent. limit_bytes: of its file. notes: what was not whole, in words.
 
-    Any number of processes may open it; each call holds it alone. Every call raises KeyRefusedError for a wrong key, StoreError
-    where the file was changed, MissingError where the disk does not take it, and BusyError where another process holds it long.
+    Any number of processes may open it; each call holds it alone. Every call raises KeyRefusedError for a wrong key,
+    StoreError where the file was changed, MissingError where the disk does not take it, and BusyError where another
+    process holds it long.
     """
 
     def __init__(
@@ -169,8 +177,8 @@ class EncryptedRowStore:
     def forget(self, chosen: Callable[[UserRow], bool]) -> tuple[str, ...]:
         """Remove the rows for which `chosen` is true, and give the others another key. Returns the ids of what went.
 
-        Nothing is written where nothing is chosen. A kill or a power cut leaves all rows under the old key, or those that stay
-        under the new one.
+        Nothing is written where nothing is chosen. A kill or a power cut leaves all rows under the old key, or those
+        that stay under the new one.
         """
         with self._exclusive("the rows that stay"):
             state = self._load()
@@ -189,7 +197,9 @@ class EncryptedRowStore:
             self._source = source
 
     def names(self, ids: Iterable[str]) -> dict[str, str]:
-        """id -> how a manifest names the row: keyed, so that nobody else finds a row by it. The same after every `forget`."""
+        """id -> how a manifest names the row: keyed, so that nobody else finds a row by it. The same after every
+        `forget`.
+        """
         with self._exclusive("the rows"):
             key = self._load().secret[KEY_BYTES:]
         return {id: hmac.digest(key, id.encode(), "sha256").hex()[:32] for id in ids}
@@ -233,7 +243,9 @@ class EncryptedRowStore:
             return secret
         try:
             fields = json.loads(header)
-            is_ours = fields["kind"] == "diary" and isinstance(fields["name"], str) and isinstance(fields["generation"], str)
+            is_ours = (
+                fields["kind"] == "diary" and isinstance(fields["name"], str) and isinstance(fields["generation"], str)
+            )
         except (ValueError, KeyError, TypeError, RecursionError):
             is_ours = False
         if not is_ours:
@@ -241,7 +253,9 @@ class EncryptedRowStore:
                 f"{self._file} is no diary, or its first line was changed", f"cp BACKUP/{self._file.name} {self._file}"
             )
         if fields.get("schema") != SCHEMA:
-            raise StoreError(f"{self._file} has schema {fields.get('schema')!r}; this reads {SCHEMA}", upgrade_command())
+            raise StoreError(
+                f"{self._file} has schema {fields.get('schema')!r}; this reads {SCHEMA}", upgrade_command()
+            )
         secret = unwrap(fields, self._source)
         # what a killed process renamed is seen and not yet durable: the key of the file before must not go first
         self._disk.sync_folder(self.folder)
@@ -257,7 +271,8 @@ class EncryptedRowStore:
             )
         if state.size + len(line) + 1 > self.limit_bytes:
             raise BudgetError(
-                f"{self._file} holds {len(state.lines):,} rows in {state.size:,} bytes; it may take {self.limit_bytes:,}",
+                f"{self._file} holds {len(state.lines):,} rows in {state.size:,} bytes; it may take "
+                f"{self.limit_bytes:,}",
                 "forget old rows (before=DATE), or raise limit_bytes",
             )
 

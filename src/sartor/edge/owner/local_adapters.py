@@ -66,7 +66,8 @@ def digest_of(release: Installed) -> str:
 
 
 def active_adapter(folder: Path, store: Path, name: str) -> tuple[LocalAdapter | None, str]:
-    """(the delta that works on top of a release, or None; why). For a running program: no lock, no key of the rows, no torch.
+    """(the delta that works on top of a release, or None; why). For a running program: no lock, no key of the rows, no
+    torch.
 
     folder: the person's. Where it is None, the shipped release works as it is.
     """
@@ -76,7 +77,10 @@ def active_adapter(folder: Path, store: Path, name: str) -> tuple[LocalAdapter |
     if (folder / FORGETTING).exists():
         return None, "rows are being forgotten"
     if delta.manifest["of"]["digest"] != digest_of(release):
-        return None, f"the delta is of {name} {delta.manifest['of']['version']}; {release.version} is shipped now: adapt again"
+        return (
+            None,
+            f"the delta is of {name} {delta.manifest['of']['version']}; {release.version} is shipped now: adapt again",
+        )
     return delta, str(delta.manifest["why"])
 
 
@@ -90,7 +94,9 @@ class LocalAdapterStore:
         """What is current, without the store's lock; None if there never was one."""
         return _adapter_of(installed(self.store, self.name))
 
-    def put(self, files: Mapping[str, bytes], fields: Mapping[str, Any], check: Callable[[Path], None]) -> LocalAdapter:
+    def put(
+        self, files: Mapping[str, bytes], fields: Mapping[str, Any], check: Callable[[Path], None]
+    ) -> LocalAdapter:
         """Make a delta the current one, if `check` of its directory returns; it is asked last, with the store locked.
 
         Raises HealthError where it does not, and nothing of the delta stays.
@@ -107,13 +113,16 @@ class LocalAdapterStore:
         return result
 
     def undo(self, reason: str) -> LocalAdapter:
-        """Go back to the delta before, or to none. Returns the one that was left. Raises StoreError where there is none."""
+        """Go back to the delta before, or to none. Returns the one that was left. Raises StoreError where there is
+        none.
+        """
         with self._open() as store:
             undone, previous = _adapter_of(store.current(self.name)), _adapter_of(store.previous(self.name))
             if undone is None or undone.is_blank:
                 raise StoreError(
                     f"there is no delta of {self.name} to undo",
-                    f"sartor edge ask {self.name.removesuffix('.local')} PROMPT --store {self.store}, without --person",
+                    f"sartor edge ask {self.name.removesuffix('.local')} PROMPT --store {self.store}, without "
+                    "--person",
                 )
             if previous:
                 store.rollback(self.name, reason)
@@ -127,9 +136,13 @@ class LocalAdapterStore:
             return [item for item in self._adapters(store) if item.used(names)]
 
     def purge(self, names: Collection[str]) -> None:
-        """Remove every delta that used one of these rows, files and all. One that did not stays, and works on if it did."""
+        """Remove every delta that used one of these rows, files and all. One that did not stays, and works on if it
+        did.
+        """
         with self._open() as store:
-            current, previous = (_adapter_of(release) for release in (store.current(self.name), store.previous(self.name)))
+            current, previous = (
+                _adapter_of(release) for release in (store.current(self.name), store.previous(self.name))
+            )
             if current and current.used(names):
                 if previous and not previous.used(names):
                     store.rollback(self.name, "rows that it used were forgotten")
@@ -155,7 +168,11 @@ class LocalAdapterStore:
         self._put(store, {}, fields, (lambda path: None) if activate else None)
 
     def _put(
-        self, store: ReleaseStore, files: Mapping[str, bytes], fields: Mapping[str, Any], check: Callable[[Path], None] | None
+        self,
+        store: ReleaseStore,
+        files: Mapping[str, bytes],
+        fields: Mapping[str, Any],
+        check: Callable[[Path], None] | None,
     ) -> None:
         known_versions = [item.version for item in self._adapters(store)] + list(store.refused(self.name))
         version = str(1 + max((int(number) for number in known_versions if number.isdigit()), default=0))

@@ -34,7 +34,9 @@ from sartor.personalization.user_rows import UserRow
 
 @dataclass(frozen=True)
 class Status:
-    """What works now. adapter: PEFT's directory to load. delta: '' where that is the shipped release's own, and why."""
+    """What works now. adapter: PEFT's directory to load. delta: '' where that is the shipped release's own, and
+    why.
+    """
 
     adapter: Path
     delta: str
@@ -48,8 +50,8 @@ class OwnerModel:
     """A person's rows below `folder`, and the delta on a release in the device's store.
 
     key: of the rows (`row_keys.py`). tune: Job -> facts; by default the tuner's own process under settings.limits.
-    may_run: why not now, or '' (`energy_policy.EnergyPolicy.refusal`). signer: folder of the key that signs receipts, made if
-    absent. A forgetting that a power cut interrupted is ended here.
+    may_run: why not now, or '' (`energy_policy.EnergyPolicy.refusal`). signer: folder of the key that signs receipts,
+    made if absent. A forgetting that a power cut interrupted is ended here.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class OwnerModel:
     # what works
 
     def adapter(self) -> Path:
-        """PEFT's directory for the running program: the delta's, or the shipped release's. No lock is taken, no key needed."""
+        """PEFT's directory for the running program: the delta's, or the shipped release's. No lock is taken, no key
+        needed.
+        """
         active, _ = active_adapter(self.folder, self.store, self.settings.name)
         return active.path if active else shipped(self.store, self.settings.name).path
 
@@ -102,22 +106,30 @@ class OwnerModel:
     # tuning
 
     def adapt(self, *, again: bool = False) -> Adapted:
-        """Tune a delta on every row that is not held out, from the shipped release on, and make it current if it is better.
+        """Tune a delta on every row that is not held out, from the shipped release on, and make it current if it is
+        better.
 
-        Killed or stopped, the same call goes on where it was. Rows that were tuned to no avail, or undone, are not tuned again
-        unless `again`, or until there are others. Raises BusyError where the device may not tune now, or does so already.
+        Killed or stopped, the same call goes on where it was. Rows that were tuned to no avail, or undone, are not
+        tuned again unless `again`, or until there are others. Raises BusyError where the device may not tune now, or
+        does so already.
         """
         if reason := self._may_run():
-            raise BusyError(f"the device may not tune now: {reason}", "sartor edge tune NAME, later", retry_after_s=600)
+            raise BusyError(
+                f"the device may not tune now: {reason}", "sartor edge tune NAME, later", retry_after_s=600
+            )
         with self._exclusive("adapting"), private_tuning.memory_folder(self.folder) as memory_folder:
             return self._adapting.adapt(memory_folder, again)
 
     def evaluate(self) -> AcceptanceResult:
-        """What works, against the shipped release, on the rows that are held out and on the probe. Nothing is decided."""
+        """What works, against the shipped release, on the rows that are held out and on the probe. Nothing is
+        decided.
+        """
         return self._adapting.evaluate()
 
     def undo(self, reason: str = "the person undid it") -> Path:
-        """Go back to the delta before, or to the shipped release. Returns what works now. Raises StoreError if none works."""
+        """Go back to the delta before, or to the shipped release. Returns what works now. Raises StoreError if none
+        works.
+        """
         with self._writing():  # neither the key nor the end of a tuning is waited for
             undone = self._locals.undo(reason)
             self._adapting.settle(str(undone.manifest["key"]), f"it was undone: {reason}")
@@ -134,7 +146,8 @@ class OwnerModel:
         containing: str = "",
         retune: bool = True,
     ) -> Forgotten:
-        """Remove rows for good, and every delta that was tuned on one; with `retune`, tune another on the rows that stay.
+        """Remove rows for good, and every delta that was tuned on one; with `retune`, tune another on the rows that
+        stay.
 
         All that is given must hold: ids; ISO dates (since inclusive, before exclusive); a text, whatever its case. The
         receipt is signed; it holds no text. Raises ConfigError where nothing is given.
@@ -174,7 +187,9 @@ class OwnerModel:
         return intent
 
     def _clean(self) -> None:
-        """Remove what a tuning on rows that were forgotten has written. One that runs now removes it, as it finds them gone."""
+        """Remove what a tuning on rows that were forgotten has written. One that runs now removes it, as it finds them
+        gone.
+        """
         if self._disk.stat(self._stale):
             with suppress(BusyError), self._exclusive("adapting"):
                 shutil.rmtree(self.folder / "work", ignore_errors=True)
@@ -204,7 +219,9 @@ class OwnerModel:
             "began": intent.began,
             "release": {"name": release.name, "version": release.version, "digest": digest_of(release)},
         }
-        file = write_receipt(self._disk, self.folder / "receipts", fields, signing.open_private(signing_key(self._signer)))
+        file = write_receipt(
+            self._disk, self.folder / "receipts", fields, signing.open_private(signing_key(self._signer))
+        )
         self._disk.remove(self._intent)
         self._disk.sync_folder(self.folder)
         return Forgotten(intent.ids, intent.deltas, new_delta, reason, file)

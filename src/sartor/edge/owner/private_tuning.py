@@ -1,9 +1,9 @@
 """Tuning job in memory, run as a child process.
 
-Tokens are as good as the text. They are written into a folder of this user's alone (0700) on a file system in memory, which the
-tuner's process reads and which is removed at the end; what a killed process left there goes with the next tuning, or when the
-device restarts. Where there is no such file system the tuning is refused. Memory can be swapped out: switch swap off, or
-encrypt it.
+Tokens are as good as the text. They are written into a folder of this user's alone (0700) on a file system in memory,
+which the tuner's process reads and which is removed at the end; what a killed process left there goes with the next
+tuning, or when the device restarts. Where there is no such file system the tuning is refused. Memory can be swapped
+out: switch swap off, or encrypt it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ Tune = Callable[[TuningJob], Mapping[str, Any]]
 
 @contextmanager
 def memory_folder(owner: Path, roots: Sequence[Path] | None = None) -> Iterator[Path]:
-    """A folder in memory for this user alone, one per `owner`; what was left in it is removed first. See the module."""
+    """A folder in memory for this user alone, one per `owner`; what was left in it is removed first. See the
+    module.
+    """
     root_folder = next((root for root in (_roots() if roots is None else roots) if _is_in_memory(root)), None)
     if root_folder is None:
         raise MissingError(
@@ -50,7 +52,9 @@ def memory_folder(owner: Path, roots: Sequence[Path] | None = None) -> Iterator[
         if folder.is_symlink() or folder.exists():
             status = os.lstat(folder)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-                raise ConfigError(f"{folder} belongs to somebody else", "have it removed: its name was taken on purpose")
+                raise ConfigError(
+                    f"{folder} belongs to somebody else", "have it removed: its name was taken on purpose"
+                )
             shutil.rmtree(folder)
         folder.mkdir(mode=0o700)
     except OSError as error:
@@ -93,7 +97,9 @@ def tune_in_process(limits: ResourceLimits, stop: Callable[[], bool] = lambda: F
         usage = run([sys.executable, "-m", "sartor.edge.tuning.tuner_process", str(file)], limits, stop=stop)
         if usage.killed == "stopped":
             raise BusyError(
-                "the tuning was stopped; what it has is saved", "sartor edge tune NAME goes on where it was", retry_after_s=600
+                "the tuning was stopped; what it has is saved",
+                "sartor edge tune NAME goes on where it was",
+                retry_after_s=600,
             )
         if usage.killed:
             raise BudgetError(

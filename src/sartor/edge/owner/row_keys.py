@@ -3,9 +3,10 @@
     FileKey     a file that its owner alone may read     Keyring     the system's keyring (the package `keyring`)
     Passphrase  scrypt (RFC 7914) of what a person types
 
-What wraps is called a source. It gives a fresh key whenever the rows get one, and drops the old ones once the rows stand under
-the new: so a copy of the old rows opens with nothing that the device still names. docs/edge-personal.md says what each source
-protects from, and from what it does not.
+What wraps is called a source. It gives a fresh key whenever the rows get one, and drops the old ones once the rows
+stand under
+the new: so a copy of the old rows opens with nothing that the device still names. docs/edge-personal.md says what each
+source protects from, and from what it does not.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class KeySource(Protocol):
 
 
 def wrap(secret: bytes, header_fields: Mapping[str, Any], source: KeySource, owner: str) -> dict[str, Any]:
-    """A header: `header_fields`, what the source says, and the secret under a fresh key of it. ChaCha20-Poly1305 (RFC 8439)."""
+    """A header: `header_fields`, what the source says, and the secret under a fresh key of it. ChaCha20-Poly1305 (RFC
+    8439).
+    """
     fields, key = source.fresh(owner)
     header = {**header_fields, "source": {"kind": source.kind, **fields}}
     nonce = os.urandom(NONCE_BYTES)
@@ -65,7 +68,9 @@ def wrap(secret: bytes, header_fields: Mapping[str, Any], source: KeySource, own
 
 
 def unwrap(header: Mapping[str, Any], source: KeySource) -> bytes:
-    """The secret of a header. Raises KeyRefusedError for another key, or a header that was changed; StoreError for none."""
+    """The secret of a header. Raises KeyRefusedError for another key, or a header that was changed; StoreError for
+    none.
+    """
     aad = {name: value for name, value in header.items() if name != "wrapped"}
     fields = aad.get("source")
     if not isinstance(fields, dict) or not isinstance(header.get("wrapped"), str):
@@ -121,7 +126,8 @@ def _find_key(keys: Mapping[str, bytes], fields: Mapping[str, Any], location: st
     name = fields.get("key")
     if not isinstance(name, str) or name not in keys:
         raise KeyRefusedError(
-            f"{location} does not hold the key {name!r:.40} of these rows", "--row-key with the one that sartor edge add had"
+            f"{location} does not hold the key {name!r:.40} of these rows",
+            "--row-key with the one that sartor edge add had",
         )
     return keys[name]
 
@@ -147,7 +153,8 @@ class FileKey:
         """See Source."""
         if self.disk.stat(self.path) is None:
             raise KeyRefusedError(
-                f"there is no key at {self.path}", f"cp BACKUP/{self.path.name} {self.path}; without a copy the rows are lost"
+                f"there is no key at {self.path}",
+                f"cp BACKUP/{self.path.name} {self.path}; without a copy the rows are lost",
             )
         return _find_key(self._load_keys(), fields, str(self.path))
 
@@ -163,9 +170,13 @@ class FileKey:
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{self.path} is no plain file", "give the path of the key itself, not of a link")
         if os.name == "posix" and status.st_mode & 0o077:
-            raise ConfigError(f"{self.path} is open to others (mode {status.st_mode & 0o777:o})", f"chmod 600 {self.path}")
+            raise ConfigError(
+                f"{self.path} is open to others (mode {status.st_mode & 0o777:o})", f"chmod 600 {self.path}"
+            )
         if os.name == "posix" and status.st_uid != os.geteuid():
-            raise ConfigError(f"{self.path} belongs to the user {status.st_uid}, not {os.geteuid()}", "give a key of your own")
+            raise ConfigError(
+                f"{self.path} belongs to the user {status.st_uid}, not {os.geteuid()}", "give a key of your own"
+            )
 
     def _load_keys(self) -> dict[str, bytes]:
         if self.disk.stat(self.path) is None:
@@ -176,7 +187,9 @@ class FileKey:
 
     def _write(self, keys: Mapping[str, bytes]) -> None:
         try:
-            missing = [folder for folder in (self.path.parent, *self.path.parent.parents) if self.disk.stat(folder) is None]
+            missing = [
+                folder for folder in (self.path.parent, *self.path.parent.parents) if self.disk.stat(folder) is None
+            ]
             for folder in reversed(missing):
                 self.disk.mkdir(folder)
                 self.disk.sync_folder(folder.parent)
@@ -223,7 +236,9 @@ class Keyring:
     def _write(self, keys: Mapping[str, bytes]) -> None:
         self._ask("set_password", self.service, self.user, _dump(keys))
         if self._load_keys() != keys:  # there is a backend that keeps nothing
-            raise MissingError("the system's keyring did not keep what it was given", "another backend, or a file: FileKey")
+            raise MissingError(
+                "the system's keyring did not keep what it was given", "another backend, or a file: FileKey"
+            )
 
     def _ask(self, call: str, *arguments: str) -> Any:
         try:
@@ -237,7 +252,8 @@ class Keyring:
             return getattr(package, call)(*arguments)
         except Exception as error:  # backends raise what their systems do
             raise MissingError(
-                f"the system's keyring does not answer: {type(error).__name__}: {error}", "unlock it, or a file: FileKey"
+                f"the system's keyring does not answer: {type(error).__name__}: {error}",
+                "unlock it, or a file: FileKey",
             ) from error
 
 
@@ -266,7 +282,9 @@ class Passphrase:
             salt, n, r, p = base64.b64decode(fields["salt"], validate=True), *(int(fields[name]) for name in "nrp")
             if 128 * n * r * p > _MOST_SCRYPT_BYTES:
                 raise ValueError
-            return hashlib.scrypt(self.text.encode(), salt=salt, n=n, r=r, p=p, maxmem=2 * _MOST_SCRYPT_BYTES, dklen=KEY_BYTES)
+            return hashlib.scrypt(
+                self.text.encode(), salt=salt, n=n, r=r, p=p, maxmem=2 * _MOST_SCRYPT_BYTES, dklen=KEY_BYTES
+            )
         except (KeyError, ValueError, TypeError, OverflowError):
             raise StoreError(
                 "the header of the rows asks for a scrypt that cannot be", "cp BACKUP/diary to the person's directory"

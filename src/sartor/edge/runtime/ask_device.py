@@ -31,8 +31,8 @@ def ask(
 
     person: whose own delta answers, if there is one that fits the version.
 
-    Raises StoreError where nothing is current, ConfigError for an empty prompt, what `runtime.opened` raises, and the error
-    that the reply ended with.
+    Raises StoreError where nothing is current, ConfigError for an empty prompt, what `runtime.opened` raises, and the
+    error that the reply ended with.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty", 'sartor edge ask NAME "..." --store DIR')

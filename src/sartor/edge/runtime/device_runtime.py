@@ -31,7 +31,9 @@ class Runtime(Protocol):
     name: str
 
     def answer(self, calls: Sequence[GenerateCall]) -> list[list[Event]]:
-        """The events of each call, the last a Done or a Failed. A call's adapter is not read: the version is the adapter."""
+        """The events of each call, the last a Done or a Failed. A call's adapter is not read: the version is the
+        adapter.
+        """
         ...
 
     def close(self) -> None:
@@ -40,17 +42,22 @@ class Runtime(Protocol):
 
 
 @contextmanager
-def open_runtime(release: Path, base: str = "", delta: Path | None = None) -> Iterator[tuple[Runtime, Mapping[str, Any]]]:
-    """What runs a Release or a GGUF export, and its manifest. `base`: in another place than it names; for an export with its
+def open_runtime(
+    release: Path, base: str = "", delta: Path | None = None
+) -> Iterator[tuple[Runtime, Mapping[str, Any]]]:
+    """What runs a Release or a GGUF export, and its manifest. `base`: in another place than it names; for an export
+    with its
     adapter alone, a GGUF file. `delta`: PEFT's directory of a person's own, in the place of the Release's adapter.
 
-    Raises ArtifactError for bytes that are not as they were sealed, ModelError for a base that is another, ExtraError where
-    the library is absent.
+    Raises ArtifactError for bytes that are not as they were sealed, ModelError for a base that is another, ExtraError
+    where the library is absent.
     """
     artifact = open_artifact(release, ("release", "export"))
     module, kind = _MODULES.get((artifact.kind, artifact.manifest.get("form", "")), ("", ""))
     if not module:
-        raise ModelError(f"no runtime of a device takes the form {artifact.manifest.get('form')!r}", "sartor export --to gguf")
+        raise ModelError(
+            f"no runtime of a device takes the form {artifact.manifest.get('form')!r}", "sartor export --to gguf"
+        )
     if delta:
         if artifact.kind != "release":
             raise ModelError(

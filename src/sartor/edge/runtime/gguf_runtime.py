@@ -55,7 +55,9 @@ class Gguf:
             return [ReplyFailed(call.id, error.kind, error.problem, error.remedy)]
         except (KeyError, TypeError, ValueError) as error:
             return [
-                ReplyFailed(call.id, "UnavailableError", f"llama.cpp's answer has another form: {error!r}", "check its version")
+                ReplyFailed(
+                    call.id, "UnavailableError", f"llama.cpp's answer has another form: {error!r}", "check its version"
+                )
             ]
 
     def _body(self, call: GenerateCall, prompt: str | list[int]) -> dict[str, Any]:
@@ -90,5 +92,7 @@ def _files(export: Artifact, base: str) -> tuple[Path, list[Path]]:
             "--base FILE.gguf, of the base that it was tuned on",
         )
     if base_ref.gguf is None and base_ref.name != model_refs.STARTER:
-        raise ModelError(f"the base {base_ref.name!r} is no GGUF file", "give one with --base, or export with a merged file")
+        raise ModelError(
+            f"the base {base_ref.name!r} is no GGUF file", "give one with --base, or export with a merged file"
+        )
     return model_refs.source_gguf(base_ref), adapters

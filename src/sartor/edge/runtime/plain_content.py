@@ -2,8 +2,9 @@
 
 The template and the tokenizer are llama.cpp's own.
 
-llama.cpp looks for control tokens in all of a prompt's text, and for added words even where it is told to look for none. So a
-prompt that spells some is cut inside of them, and its pieces are tokenised one by one (`models/template_markup.py`).
+llama.cpp looks for control tokens in all of a prompt's text, and for added words even where it is told to look for
+none. So a prompt that spells some is cut inside of them, and its pieces are tokenised one by one
+(`models/template_markup.py`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _ANCHORS = (".", "\ue002", "a")
 
 
 def markup_of(model: Path, inner: LlamaCppServer) -> TemplateMarkup:
-    """Return the markup of a GGUF file: its control tokens, and the added words that look like them or that its template
-    writes. Raises ModelError.
+    """Return the markup of a GGUF file: its control tokens, and the added words that look like them or that its
+    template writes. Raises ModelError.
     """
     texts = [text for messages in plain_probes() for text in _render(inner, messages)]
     arrays = read_head(model, (_TOKENS, _TYPES)).arrays

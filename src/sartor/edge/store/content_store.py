@@ -5,10 +5,10 @@ blobs/SHA256        all of it, checked: its bytes were durable before it got thi
 quarantine/SHA256   a blob whose bytes differ now; out of the way, so that it is fetched again
 wanted.json         the digests of the update that is being fetched, so that no collection takes what came already
 
-A file of a tree is a hard link to its blob, which takes no room. Symbolic links would not do: a Release is refused whose
-files lie outside it. But a file that is in the current version and in the previous one must not be the same file on the
-disk, or one bad block takes both of them: there the tree gets a copy of its own, as the two slots of an A/B device do. So
-every such file is there twice, and `verify` writes either from the other.
+A file of a tree is a hard link to its blob, which takes no room. Symbolic links would not do: a Release is refused
+whose files lie outside it. But a file that is in the current version and in the previous one must not be the same file
+on the disk, or one bad block takes both of them: there the tree gets a copy of its own, as the two slots of an A/B
+device do. So every such file is there twice, and `verify` writes either from the other.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from sartor.core.errors import StoreError
 from sartor.core.filesystem import LEFTOVER, FileSystem
 from sartor.edge.store.version_pointers import DIGEST, StoredVersion, tree_of
 
-# An fsync takes tens of milliseconds on an SD card, so not every piece has its own. ext4, F2FS and btrfs make a file longer
-# only after its bytes are on the disk, so a power cut shortens a partial download; were it garbage, `finish` would tell.
+# An fsync takes tens of milliseconds on an SD card, so not every piece has its own. ext4, F2FS and btrfs make a file
+# longer only after its bytes are on the disk, so a power cut shortens a partial download; were it garbage, `finish`
+# would tell.
 _SYNC_EACH_BYTES = 4 << 20
 
 
@@ -177,12 +178,19 @@ class VersionDirectories:
             yield from (self.folder / name / version for version in self._disk.names(self.folder / name))
 
     def build(self, name: str, version: StoredVersion, counterpart: StoredVersion | None) -> Path:
-        """Make the tree of a version that has none, durably; `counterpart`: the version that it may share no file with."""
+        """Make the tree of a version that has none, durably; `counterpart`: the version that it may share no file
+        with.
+        """
         target = self.path(name, version.version)
         temp_tree = target.with_name(f".{target.name}{LEFTOVER}")
         folders = {
             temp_tree,
-            *(parent for file in version.files for parent in (temp_tree / file).parents if temp_tree in parent.parents),
+            *(
+                parent
+                for file in version.files
+                for parent in (temp_tree / file).parents
+                if temp_tree in parent.parents
+            ),
         }
         if self._disk.stat(target.parent) is None:
             self._disk.mkdir(target.parent)
@@ -214,7 +222,9 @@ class VersionDirectories:
     def broken(self, name: str, version: StoredVersion) -> list[tuple[str, str]]:
         """Files of a tree that are missing or have other bytes, with their digests. Reads all of it."""
         tree = self.path(name, version.version)
-        return [(file, digest) for file, digest in version.files.items() if not self._disk.is_whole(tree / file, digest)]
+        return [
+            (file, digest) for file, digest in version.files.items() if not self._disk.is_whole(tree / file, digest)
+        ]
 
     def copied_bytes(self, name: str, digest: str, counterpart: StoredVersion | None) -> int:
         """What putting a blob into a tree takes of the disk: nothing for a link."""
@@ -228,7 +238,9 @@ class VersionDirectories:
         if version is None:
             return set()
         tree = self.path(name, version.version)
-        statuses = [self._disk.stat(tree / file) for file, blob_digest in version.files.items() if blob_digest == digest]
+        statuses = [
+            self._disk.stat(tree / file) for file, blob_digest in version.files.items() if blob_digest == digest
+        ]
         return {stat.inode for stat in statuses if stat}
 
     def _put(self, digest: str, target: Path, avoided_inodes: set[int]) -> None:
@@ -259,6 +271,8 @@ def check_files(files: object) -> None:
         parts = path.split("/")
         is_plain = all(part and part not in (".", "..") and len(part.encode()) < 256 for part in parts)
         if not is_plain or "\\" in path or not path.isprintable():
-            raise StoreError(f"{path!r:.80} is no path inside a release", "give relative paths, with / between their parts")
+            raise StoreError(
+                f"{path!r:.80} is no path inside a release", "give relative paths, with / between their parts"
+            )
         if any("/".join(parts[:count]) in files for count in range(1, len(parts))):
             raise StoreError(f"{path!r:.80} lies below a file of the same release", "give each file a path of its own")

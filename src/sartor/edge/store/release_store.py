@@ -6,12 +6,13 @@
     start, confirm   1.1 on trial says that it works           ... with 1.1, or with 1.0 once its starts are used up
     rollback         one rename back                           ... with 1.1 until the rename, with 1.0 from it on
 
-Three rules carry it. (1) What is named is durable first: bytes are fsynced before they get a name, a tree and its folders
-before the pointer names it. (2) One rename commits, and it replaces a file that holds the whole state. (3) Nothing is
-removed before the pointer that no longer names it is durable. So a kill or a power cut at any operation leaves files that
-nothing names, which the next opening or collection removes, and never a name without its files.
+Three rules carry it. (1) What is named is durable first: bytes are fsynced before they get a name, a tree and its
+folders before the pointer names it. (2) One rename commits, and it replaces a file that holds the whole state. (3)
+Nothing is removed before the pointer that no longer names it is durable. So a kill or a power cut at any operation
+leaves files that nothing names, which the next opening or collection removes, and never a name without its files.
 
-The running program reads with `installed`, which takes no lock and never waits for an update. Files are touched through
+The running program reads with `installed`, which takes no lock and never waits for an update. Files are touched
+through
 `core.filesystem.FileSystem` alone: tests kill, fill and cut the power at each of its operations.
 """
 
@@ -30,7 +31,15 @@ from sartor.core.filesystem import DISK_FULL, FileSystem
 from sartor.edge.store import version_pointers
 from sartor.edge.store.content_store import Blobs, VersionDirectories, check_files
 from sartor.edge.store.store_maintenance import DiskQuota, IntegrityRepair
-from sartor.edge.store.version_pointers import Installed, Pointer, Pointers, StoredVersion, StoreState, installed, states
+from sartor.edge.store.version_pointers import (
+    Installed,
+    Pointer,
+    Pointers,
+    StoredVersion,
+    StoreState,
+    installed,
+    states,
+)
 
 __all__ = ["Installed", "StoreState", "ReleaseStore", "installed", "states"]
 
@@ -41,8 +50,8 @@ class ReleaseStore:
     Opening it removes what a killed update left and writes a damaged pointer anew; `mended` says what, in words.
     `limit_bytes`: what it may take of the disk; 0 is no bound. Raises BusyError if another process writes to it.
 
-    Every method raises MissingError where the disk is full or cannot be written to: what was current still is, and the same
-    call goes through once there is room.
+    Every method raises MissingError where the disk is full or cannot be written to: what was current still is, and the
+    same call goes through once there is room.
     """
 
     def __init__(self, folder: Path, *, limit_bytes: int = 0, disk: FileSystem | None = None) -> None:
@@ -65,7 +74,9 @@ class ReleaseStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -115,7 +126,8 @@ class ReleaseStore:
             self._try_to_sweep()
             raise MissingError(
                 f"the disk is full: {subject} could not be written; current: {self._current_versions()}",
-                f"free some space on the disk that holds {self.folder}; the same call then goes on where this one stopped",
+                f"free some space on the disk that holds {self.folder}; the same call then goes on where this one "
+                "stopped",
             ) from error
 
     def _try_to_sweep(self) -> None:
@@ -127,7 +139,8 @@ class ReleaseStore:
     def _current_versions(self) -> str:
         """What is current, after all: a commit whose fsync failed can be seen already."""
         return (
-            ", ".join(f"{item.name} {item.current.version}" for item in self._pointers.all() if item.current) or "nothing yet"
+            ", ".join(f"{item.name} {item.current.version}" for item in self._pointers.all() if item.current)
+            or "nothing yet"
         )
 
     # blobs
@@ -141,13 +154,16 @@ class ReleaseStore:
         return self._blobs.partial(digest)
 
     def append(self, digest: str, offset: int, content: bytes) -> None:
-        """Add to a download. Raises StoreError if `offset` is not `partial(digest)`, BudgetError above the store's limit."""
+        """Add to a download. Raises StoreError if `offset` is not `partial(digest)`, BudgetError above the store's
+        limit.
+        """
         with self._writing(f"the blob {digest[:16]}"):
             self._make_room(f"the blob {digest[:16]}", len(content))
             self._blobs.append(digest, offset, content)
 
     def finish(self, digest: str) -> None:
-        """Check a download and make it a whole blob, durably. Raises StoreError if its bytes are others; it is removed then.
+        """Check a download and make it a whole blob, durably. Raises StoreError if its bytes are others; it is removed
+        then.
 
         A blob that was quarantined comes back by this, and so do the files of the versions that it belongs to.
         """
@@ -171,9 +187,10 @@ class ReleaseStore:
     def make_room(self, name: str, sizes: Mapping[str, int]) -> None:
         """Call before an update is fetched: `sizes` is the bytes of each blob of the new version, by digest.
 
-        Garbage is collected if need be, then the previous version is given up (the new one goes into the slot of the old,
-        as in every A/B update) unless the current one is damaged. From here on no collection takes these blobs. Raises
-        BudgetError or MissingError, before anything is removed or fetched, if it cannot fit beside the current version.
+        Garbage is collected if need be, then the previous version is given up (the new one goes into the slot of the
+        old, as in every A/B update) unless the current one is damaged. From here on no collection takes these blobs.
+        Raises BudgetError or MissingError, before anything is removed or fetched, if it cannot fit beside the current
+        version.
         """
         pointer = self._read(name)
         subject = f"the update of {name}"
@@ -203,9 +220,9 @@ class ReleaseStore:
     def stage(self, name: str, version: str, files: Mapping[str, str]) -> Path:
         """Make a directory of blobs that can be opened as a Release; `files`: path inside it -> digest.
 
-        A version that is there already is mended where it is damaged. One version is staged at a time: another that was
-        staged is given up. Raises StoreError for a blob that is missing, a path that leads outside, or a version that is
-        installed with other files; HealthError for a version that was rolled back here.
+        A version that is there already is mended where it is damaged. One version is staged at a time: another that
+        was staged is given up. Raises StoreError for a blob that is missing, a path that leads outside, or a version
+        that is installed with other files; HealthError for a version that was rolled back here.
         """
         pointer = self._read(name)
         new_version = self._checked(pointer, version, files)
@@ -232,7 +249,8 @@ class ReleaseStore:
         check_files(dict(files))
         if missing := sorted({digest for digest in files.values() if not self._blobs.has(digest)}):
             raise StoreError(
-                f"{pointer.name} {version} lacks {len(missing)} of its blobs, as {missing[0][:16]}", "fetch what `has` denies"
+                f"{pointer.name} {version} lacks {len(missing)} of its blobs, as {missing[0][:16]}",
+                "fetch what `has` denies",
             )
         stored = pointer.find(version)
         if stored and stored is not pointer.staged and stored.files != dict(files):
@@ -245,10 +263,11 @@ class ReleaseStore:
     def activate(self, name: str, version: str, healthy: Callable[[Path], None], *, starts: int = 0) -> None:
         """Make a staged version the current one, durably, if it is whole and `healthy` returns.
 
-        `healthy` gets its directory and raises what is wrong; the old version is current until it has returned, so one that
-        hangs, or takes the process with it, changes nothing. `starts`: it is on trial, see `start`. Raises HealthError saying
-        why, StoreError for a version that is not staged or is damaged. What fails is refused from then on (`refused`), unless
-        something outside was missing for the check, or memory (MissingError, BudgetError): that says nothing of the version.
+        `healthy` gets its directory and raises what is wrong; the old version is current until it has returned, so one
+        that hangs, or takes the process with it, changes nothing. `starts`: it is on trial, see `start`. Raises
+        HealthError saying why, StoreError for a version that is not staged or is damaged. What fails is refused from
+        then on (`refused`), unless something outside was missing for the check, or memory (MissingError, BudgetError):
+        that says nothing of the version.
         """
         pointer = self._read(name)
         version_pointers.check(pointer, version)
@@ -261,7 +280,8 @@ class ReleaseStore:
         if broken := self._trees.broken(name, stored):
             raise StoreError(
                 f"{name} {version} is damaged: {broken[0][0]}",
-                f"sartor edge verify --store {self.folder}, then sartor edge sync URL {name} --device ID --root 1.root.json",
+                f"sartor edge verify --store {self.folder}, then sartor edge sync URL {name} --device ID --root "
+                "1.root.json",
             )
         try:
             healthy(self._trees.path(name, version))
@@ -282,10 +302,11 @@ class ReleaseStore:
             self._pointers.write(version_pointers.activated(pointer, stored, starts))
 
     def start(self, name: str) -> Installed | None:
-        """Call before the device's program runs, and run what is returned. On trial, this start is counted first, durably.
+        """Call before the device's program runs, and run what is returned. On trial, this start is counted first,
+        durably.
 
-        Where none is left, the version that never confirmed is rolled back, and the one before it is returned; where that is
-        damaged too, the version stays, since nothing better is there.
+        Where none is left, the version that never confirmed is rolled back, and the one before it is returned; where
+        that is damaged too, the version stays, since nothing better is there.
         """
         pointer = self._read(name)
         if pointer.trial and pointer.trial.left > 0:
@@ -311,7 +332,8 @@ class ReleaseStore:
                 self._pointers.write(version_pointers.allow_again(pointer, version))
 
     def rollback(self, name: str, reason: str = "no reason was given") -> Installed:
-        """Make the previous version current again, durably; the one that is left is remembered as refused, with the reason.
+        """Make the previous version current again, durably; the one that is left is remembered as refused, with the
+        reason.
 
         Raises StoreError if there is no previous version, or it is damaged.
         """
@@ -375,7 +397,9 @@ class ReleaseStore:
         used_before = self._quota.used_bytes()
         self._pointers.settle()
         pointers = list(self._pointers.all())
-        trees = {self._trees.path(pointer.name, version.version) for pointer in pointers for version in pointer.versions}
+        trees = {
+            self._trees.path(pointer.name, version.version) for pointer in pointers for version in pointer.versions
+        }
         digests = {digest for pointer in pointers for version in pointer.versions for digest in version.files.values()}
         blobs, wanted = self._blobs, self._blobs.wanted
         garbage = [tree for tree in self._trees.all() if tree not in trees]
@@ -397,9 +421,9 @@ class ReleaseStore:
     def verify(self) -> list[str]:
         """Read every byte; the digests of blobs whose bytes differ, on the disk or in the tree of a version.
 
-        What is there twice is mended, and `has` says so; any other blob is quarantined, so that a sync fetches it again. If
-        the current version is damaged by that and the previous is whole, the previous becomes current, and the damaged one
-        waits as staged.
+        What is there twice is mended, and `has` says so; any other blob is quarantined, so that a sync fetches it
+        again. If the current version is damaged by that and the previous is whole, the previous becomes current, and
+        the damaged one waits as staged.
         """
         with self._writing("what was mended"):
             self.mended += self._pointers.restore()
@@ -408,5 +432,7 @@ class ReleaseStore:
                 self._repair.mend_blob(digest)
             for digest in result:
                 self._repair.mend_trees(digest)
-            self.mended += [message for pointer in list(self._pointers.all()) if (message := self._repair.fall_back(pointer))]
+            self.mended += [
+                message for pointer in list(self._pointers.all()) if (message := self._repair.fall_back(pointer))
+            ]
         return result

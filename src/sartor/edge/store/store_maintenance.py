@@ -23,7 +23,9 @@ _SPARE_BYTES = 1 << 16
 class DiskQuota:
     """Bytes of a store. A file with several names counts once. `limit_bytes` 0: the disk is the bound."""
 
-    def __init__(self, limit_bytes: int, disk: FileSystem, pointers: Pointers, blobs: Blobs, trees: VersionDirectories) -> None:
+    def __init__(
+        self, limit_bytes: int, disk: FileSystem, pointers: Pointers, blobs: Blobs, trees: VersionDirectories
+    ) -> None:
         self.limit_bytes = limit_bytes
         self._disk, self._pointers, self._blobs, self._trees = disk, pointers, blobs, trees
         self._folder = blobs.folder.parent
@@ -47,7 +49,9 @@ class DiskQuota:
         return sum(files.values())
 
     def needed_bytes(self, pointer: Pointer, sizes: Mapping[str, int]) -> int:
-        """What blobs of these sizes take beside the current version: to be fetched, and to be copied into the new tree."""
+        """What blobs of these sizes take beside the current version: to be fetched, and to be copied into the new
+        tree.
+        """
         fetched = sum(
             max(0, size - self._blobs.partial(digest)) for digest, size in sizes.items() if not self._blobs.has(digest)
         )
@@ -129,14 +133,17 @@ class IntegrityRepair:
                     self._trees.mend(pointer.name, version, pointer.counterpart(version))
 
     def fall_back(self, pointer: Pointer) -> str:
-        """Make the previous version current if that is whole and the current one is not. Returns what was done, in words.
+        """Make the previous version current if that is whole and the current one is not. Returns what was done, in
+        words.
 
         The damaged version waits as staged, so that its blobs are kept and it can be activated when it is whole again.
         """
         damaged, previous = pointer.current, pointer.previous
         if damaged is None or previous is None or self.is_whole(pointer) or self._trees.broken(pointer.name, previous):
             return ""
-        restored = replace(pointer, current=previous.now(), previous=None, staged=pointer.staged or damaged, trial=None)
+        restored = replace(
+            pointer, current=previous.now(), previous=None, staged=pointer.staged or damaged, trial=None
+        )
         self._pointers.write(restored)
         return f"{pointer.name} {damaged.version} is damaged: {previous.version} is current again"
 

@@ -1,18 +1,20 @@
 """Current, previous and trial version pointers.
 
-    current/NAME.json   {"current": {"version": "1.1", "path": "releases/NAME/1.1", ...}, "previous": ..., "refused": ...}
+    current/NAME.json   {"current": {"version": "1.1", "path": "releases/NAME/1.1", ...}, "previous": ..., "refused":
+                        ...}
     backup/NAME.json    the same bytes
 
-One file holds the whole state, so that one rename changes all of it: there is no moment at which a version is current and
-no longer known. It is a file and not a symbolic link because FAT, on which SD cards come, has none, and a link cannot say
-which version was refused. `path` is relative to the store, which may be mounted elsewhere tomorrow.
+One file holds the whole state, so that one rename changes all of it: there is no moment at which a version is current
+and no longer known. It is a file and not a symbolic link because FAT, on which SD cards come, has none, and a link
+cannot say which version was refused. `path` is relative to the store, which may be mounted elsewhere tomorrow.
 
-The backup is written first: the rename of current/NAME.json is the commit, and all that can fail on a full disk is behind by
-then. Each copy ends with the digest of what it says, so a copy that rotted, or that a power cut left empty, is known for
-that, and opening the store writes it anew from the other.
+The backup is written first: the rename of current/NAME.json is the commit, and all that can fail on a full disk is
+behind by then. Each copy ends with the digest of what it says, so a copy that rotted, or that a power cut left empty,
+is known for that, and opening the store writes it anew from the other.
 
-As U-Boot counts boots (`bootcount`, `bootlimit`), RAUC marks slots good and Android retries an A/B slot: the number stands in
-the pointer, so the rename that makes a version current begins its trial too. A start is counted durably before the program
+As U-Boot counts boots (`bootcount`, `bootlimit`), RAUC marks slots good and Android retries an A/B slot: the number
+stands in the pointer, so the rename that makes a version current begins its trial too. A start is counted durably
+before the program
 runs: one that crashes, hangs or takes the power with it has been counted. Pure functions here: pointer -> pointer.
 """
 
@@ -101,7 +103,9 @@ class Pointers:
     def names(self) -> list[str]:
         """Every name that has a pointer, or half of one."""
         files = {file for folder in self.folders for file in self._disk.names(folder)}
-        return sorted(file.removesuffix(".json") for file in files if file.endswith(".json") and not file.startswith("."))
+        return sorted(
+            file.removesuffix(".json") for file in files if file.endswith(".json") and not file.startswith(".")
+        )
 
     def read(self, name: str) -> Pointer:
         """The state of a name; an empty one where it has none. Raises StoreError if a later Sartor wrote it."""
@@ -185,12 +189,15 @@ def parse(content: bytes, name: str) -> Pointer | None:
         return None
     if fields["schema"] not in (SCHEMA - 1, SCHEMA):
         raise StoreError(
-            f"the pointer of {name} has schema {fields['schema']}; this version of Sartor reads {SCHEMA - 1} and {SCHEMA}",
+            f"the pointer of {name} has schema {fields['schema']}; this version of Sartor reads {SCHEMA - 1} and "
+            f"{SCHEMA}",
             upgrade_command(),
         )
     current, previous, staged = (_parse_version(fields[key]) for key in ("current", "previous", "staged"))
     trial = fields.get("trial")
-    return Pointer(name, current, previous, staged, fields["refused"], Trial(trial["left"], trial["of"]) if trial else None)
+    return Pointer(
+        name, current, previous, staged, fields["refused"], Trial(trial["left"], trial["of"]) if trial else None
+    )
 
 
 def _parse_version(fields: Mapping[str, Any] | None) -> StoredVersion | None:
@@ -248,7 +255,11 @@ def allow_again(pointer: Pointer, version: str) -> Pointer:
     """It may be tried again."""
     return replace(
         pointer,
-        refused={refused_version: reason for refused_version, reason in pointer.refused.items() if refused_version != version},
+        refused={
+            refused_version: reason
+            for refused_version, reason in pointer.refused.items()
+            if refused_version != version
+        },
     )
 
 
@@ -299,7 +310,9 @@ def states(folder: Path) -> list[StoreState]:
     ]
 
 
-def installed_version(folder: Path, name: str, version: StoredVersion | None, trial: Trial | None = None) -> Installed | None:
+def installed_version(
+    folder: Path, name: str, version: StoredVersion | None, trial: Trial | None = None
+) -> Installed | None:
     """A version of a pointer as a program sees it."""
     if version is None:
         return None

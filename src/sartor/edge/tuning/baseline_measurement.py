@@ -37,7 +37,9 @@ def main(folder: Path) -> None:
         "compute": {"recompute": True},
         "checkpoints": {"every_minutes": 0},
     }
-    job = TuningJob(str(_base(folder / "base")), "smallest", "-", "-", str(folder / "tokens"), str(folder / "out"), recipe)
+    job = TuningJob(
+        str(_base(folder / "base")), "smallest", "-", "-", str(folder / "tokens"), str(folder / "out"), recipe
+    )
     job.write(folder / "job.json")
     if code := tuner_process.main([str(folder / "job.json")]):
         sys.exit(code)
@@ -50,10 +52,17 @@ def _base(folder: Path) -> Path:
     """One layer."""
     folder.mkdir()
     config = {
-        "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1,
-        "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True, "hidden_act": "silu",
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "vocab_size": VOCABULARY,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     names = [f"self_attn.{part}" for part in ATTENTION] + [f"mlp.{part}" for part in MLP]
     layer = {f"model.layers.0.{name}.weight": torch.full((WIDTH, WIDTH), 1e-3) for name in names}

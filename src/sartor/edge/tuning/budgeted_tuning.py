@@ -9,7 +9,8 @@ Nothing here loads torch: on a device the parent must be small.
 
     receipt.json    {"said": what `Receipt` holds, "signature": Ed25519 over the canonical JSON of it}
 
-It is written whole beside the adapter. A receipt is the device's own word: it proves who says so, and that nobody changed it.
+It is written whole beside the adapter. A receipt is the device's own word: it proves who says so, and that nobody
+changed it.
 """
 
 from __future__ import annotations
@@ -91,18 +92,23 @@ class Receipt:
 def verify_receipt(folder: Path, trusted: Iterable[Ed25519PublicKey] | None = None) -> Receipt:
     """The receipt in an adapter's folder, checked against trusted keys (see `core.signing`) and the adapter's files.
 
-    Raises ArtifactError where it is absent or not whole, SignatureError for a signer who is not trusted, or what was changed.
+    Raises ArtifactError where it is absent or not whole, SignatureError for a signer who is not trusted, or what was
+    changed.
     """
     file = folder / FILE
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         receipt, signature = _parse_receipt(fields["said"]), fields["signature"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{file} is no receipt: {error!r}", "tune_within writes one beside what it tunes") from None
+        raise ArtifactError(
+            f"{file} is no receipt: {error!r}", "tune_within writes one beside what it tunes"
+        ) from None
     check_signature(_canonical(fields["said"]), signature, file, "the receipt", trusted)
     for name, digest in receipt.adapter.items():
         if Path(name).name != name or not (folder / name).is_file() or file_digest(folder / name) != digest:
-            raise SignatureError(f"{folder / name} is not the file that {file} speaks of", "get both again from the device")
+            raise SignatureError(
+                f"{folder / name} is not the file that {file} speaks of", "get both again from the device"
+            )
     return receipt
 
 
@@ -146,8 +152,8 @@ def _may_run() -> str:
 
 @dataclass(frozen=True)
 class DeviceBudget:
-    """Limits; 0 is none. memory_bytes: anonymous and shared memory; wall_s, cpu_s: of one call; disk_bytes: what stands in
-    the job's `out` at any time.
+    """Limits; 0 is none. memory_bytes: anonymous and shared memory; wall_s, cpu_s: of one call; disk_bytes: what
+    stands in the job's `out` at any time.
     """
 
     memory_bytes: int = 0
@@ -163,7 +169,9 @@ class DeviceBudget:
             (self.cpu_s, sum(attempt.usage.cpu_s for attempt in attempts)),
         ):
             if limit and used >= limit:
-                raise BudgetError(f"{used:.0f} s of {limit:.0f} s are used", "the same call again goes on with a new budget")
+                raise BudgetError(
+                    f"{used:.0f} s of {limit:.0f} s are used", "the same call again goes on with a new budget"
+                )
             remaining.append(max(limit - used, 0.0))
         return ResourceLimits(self.memory_bytes, *remaining)
 
@@ -177,12 +185,13 @@ def tune_within_budget(
     narrow: Path | None = None,
     planner: Planner | None = None,
 ) -> Receipt:
-    """Tune `job` within `budget`, and sign a receipt with the private key in `key`. Called again it goes on where it stopped.
+    """Tune `job` within `budget`, and sign a receipt with the private key in `key`. Called again it goes on where it
+    stopped.
 
-    policy: asked before and while it runs, "" if it may; else why not, at which it pauses. narrow: the same base in 4 bits
-    (`mmap_llama.write_narrow`), taken where the pages of the other would not fit beside what is held. The receipt is written
-    whatever the outcome is. Raises BudgetError where no rung fits, naming the least limit that would; and the tuner's own
-    error where it failed for another reason.
+    policy: asked before and while it runs, "" if it may; else why not, at which it pauses. narrow: the same base in 4
+    bits (`mmap_llama.write_narrow`), taken where the pages of the other would not fit beside what is held. The receipt
+    is written whatever the outcome is. Raises BudgetError where no rung fits, naming the least limit that would; and
+    the tuner's own error where it failed for another reason.
     """
     ladder = FallbackTuning(job, budget, open_private(key), policy or _may_run, narrow)
     if ladder.earlier and ladder.earlier.outcome == "done":
@@ -245,11 +254,13 @@ class FallbackTuning:
         narrow_bytes = sum(file.stat().st_size for file in self.narrow.glob("*.safetensors")) if self.narrow else 0
         limit = self.budget.memory_bytes
         plan = planner.choose(limit, killed, max_tokens=max_tokens, narrow_bytes=narrow_bytes)
-        # a save stands beside those that are kept before the oldest goes; with bf16 the adapter is smaller than counted
+        # a save stands beside those that are kept before the oldest goes; with bf16 the adapter is smaller than
+        # counted
         needed_bytes = (planner.recipe.checkpoints.keep + 2) * plan.checkpoint_bytes + FILES_BYTES
         if 0 < self.budget.disk_bytes < needed_bytes:
             raise BudgetError(
-                f"checkpoints and the adapter want {needed_bytes:,} bytes of disk; the budget is {self.budget.disk_bytes:,}",
+                f"checkpoints and the adapter want {needed_bytes:,} bytes of disk; the budget is "
+                f"{self.budget.disk_bytes:,}",
                 f"disk_bytes of {needed_bytes:,}, a lower rank, or checkpoints: {{keep: 1}}",
             )
         return plan
@@ -264,7 +275,9 @@ class FallbackTuning:
         base = str(self.narrow) if self.narrow and plan.is_narrow else self.job.base
         replace(planned_job(self.job, plan.rung), base=base).write(file)
         self._stop = None
-        usage = resource_limits.run(tuner_command(file, stderr_file), limits, environment=_environment(), stop=self._must_stop)
+        usage = resource_limits.run(
+            tuner_command(file, stderr_file), limits, environment=_environment(), stop=self._must_stop
+        )
         updates = _updates(self.out / "log.jsonl")
         if self._stop is not None:
             reason = self._stop.detail
@@ -305,7 +318,10 @@ class FallbackTuning:
         raise error
 
     def _end(self, outcome: Outcome, reason: str, breakdown: dict[str, int]) -> Receipt:
-        job, resumed = self.job, [item.updates for item in (*self.earlier_attempts, *self.attempts)[:-1] if item.updates]
+        job, resumed = (
+            self.job,
+            [item.updates for item in (*self.earlier_attempts, *self.attempts)[:-1] if item.updates],
+        )
         receipt = Receipt(
             SCHEMA,
             {"name": job.name, "digest": job.digest, "licence": job.licence},
@@ -328,7 +344,9 @@ class FallbackTuning:
             receipt = verify_receipt(self.out, [self.key.public_key()])
         except (ArtifactError, SignatureError):
             return None
-        is_same = receipt.base["digest"] == self.job.digest and receipt.recipe == json.loads(json.dumps(self.job.recipe))
+        is_same = receipt.base["digest"] == self.job.digest and receipt.recipe == json.loads(
+            json.dumps(self.job.recipe)
+        )
         return receipt if is_same else None
 
 
@@ -399,4 +417,6 @@ def _error(stderr_file: Path, usage: ResourceUsage) -> SartorError:
         return (kind if issubclass(kind, SartorError) else SartorError)(fields["problem"], fields["remedy"])
     except (IndexError, ValueError, KeyError, TypeError):
         last = lines[-1] if lines else "it said nothing"
-        return ArtifactError(f"the tuner ended with {usage.exit_code}: {last}", f"tail {stderr_file} shows what it said before")
+        return ArtifactError(
+            f"the tuner ended with {usage.exit_code}: {last}", f"tail {stderr_file} shows what it said before"
+        )

@@ -52,7 +52,9 @@ class DeviceRun(TrainingRun):
         longest = max(len(row.ids) for row in rows)
         max_tokens = max(
             longest,
-            min(recipe.optimizer.batch_tokens, MICRO_BATCH_TOKENS) if micro_batch_tokens == "auto" else micro_batch_tokens,
+            min(recipe.optimizer.batch_tokens, MICRO_BATCH_TOKENS)
+            if micro_batch_tokens == "auto"
+            else micro_batch_tokens,
         )
         no_memory = Interval(0.0, 0.0, 0.0)
         course = self._course_tokens(recipe)
@@ -70,13 +72,20 @@ class DeviceRun(TrainingRun):
         """Tokens until the budget is spent, about; None where only minutes limit it."""
         budget, tokens = recipe.budget, self.data.tokens
         per_update = min(recipe.optimizer.batch_tokens, tokens)
-        limits = [budget.tokens, budget.epochs and budget.epochs * tokens, budget.updates and budget.updates * per_update]
+        limits = [
+            budget.tokens,
+            budget.epochs and budget.epochs * tokens,
+            budget.updates and budget.updates * per_update,
+        ]
         return int(min(limit for limit in limits if limit)) if any(limits) else None
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """See `Run`; the factors that are held still too."""
         tensors, facts = super().state()
-        return {**tensors, **{f"{_STILL}{name}": parameter.data for name, parameter in self._frozen_factors().items()}}, facts
+        return {
+            **tensors,
+            **{f"{_STILL}{name}": parameter.data for name, parameter in self._frozen_factors().items()},
+        }, facts
 
     def _frozen_factors(self) -> dict[str, torch.nn.Parameter]:
         factors = {id(parameter) for parameter in self.model.factors().values()}
@@ -89,7 +98,9 @@ class DeviceRun(TrainingRun):
     def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Path) -> None:
         """See `Run`: of whatever learnt there, what learns here goes on, and what does not is held as it was."""
         factors = {
-            name.removeprefix("adapter.").removeprefix(_STILL): tensor for name, tensor in tensors.items() if _is_factor(name)
+            name.removeprefix("adapter.").removeprefix(_STILL): tensor
+            for name, tensor in tensors.items()
+            if _is_factor(name)
         }
         frozen = self._frozen_factors()
         if set(factors) != {*self.named, *frozen} or any(
@@ -107,11 +118,12 @@ class DeviceRun(TrainingRun):
 
 
 class ZerothRun(DeviceRun):
-    """Learns from two losses an update, on either side of where it stands along a random direction: no gradient, no moments.
+    """Learns from two losses an update, on either side of where it stands along a random direction: no gradient, no
+    moments.
 
-    SPSA (Spall 1992) as MeZO does it (Malladi et al. 2023, arXiv:2305.17333): the direction is drawn again from its seed each
-    time that it is needed, and never held. The slope along it is what the gradient's norm is in the other runs: logged, and
-    clipped to `optimizer.clip_norm`.
+    SPSA (Spall 1992) as MeZO does it (Malladi et al. 2023, arXiv:2305.17333): the direction is drawn again from its
+    seed each time that it is needed, and never held. The slope along it is what the gradient's norm is in the other
+    runs: logged, and clipped to `optimizer.clip_norm`.
     """
 
     def _optimizer(self) -> Any:

@@ -3,10 +3,10 @@
     ROOT/class/power_supply/*/{type,scope,present,online,status,capacity}   Linux, ABI/testing/sysfs-class-power
     ROOT/class/thermal/thermal_zone*/{type,temp}                            Linux, ABI/testing/sysfs-class-thermal
 
-What cannot be read, or cannot be so (a battery at 255 %, a zone at -274 degrees), is said and not guessed: a battery that is
-being emptied and whose level is not known refuses, and so do thermal zones none of which can be read. On many machines some
-zone is silent (a radio that is off), so one that is beside others is a note of `read`. A device that shows no battery and no
-supply is plugged in; one that shows no thermal zone has no limit of warmth.
+What cannot be read, or cannot be so (a battery at 255 %, a zone at -274 degrees), is said and not guessed: a battery
+that is being emptied and whose level is not known refuses, and so do thermal zones none of which can be read. On many
+machines some zone is silent (a radio that is off), so one that is beside others is a note of `read`. A device that
+shows no battery and no supply is plugged in; one that shows no thermal zone has no limit of warmth.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ Plugged = Literal["yes", "no", "unknown"]
 
 @dataclass(frozen=True)
 class PowerReading:
-    """What sysfs says now. level: of the emptiest battery, 0..1, None without one. drains: a battery is emptied, or may be.
+    """What sysfs says now. level: of the emptiest battery, 0..1, None without one. drains: a battery is emptied, or
+    may be.
 
-    zones: degrees C by type of thermal zone. faults: what was not to be read of supplies and batteries; notes: of the zones.
+    zones: degrees C by type of thermal zone. faults: what was not to be read of supplies and batteries; notes: of the
+    zones.
     """
 
     plugged: Plugged
@@ -49,10 +51,11 @@ class PowerReading:
 
 @dataclass
 class EnergyPolicy:
-    """When a device may tune. min_battery: 0..1, asked for while the battery is being emptied. ac_only: only plugged in.
+    """When a device may tune. min_battery: 0..1, asked for while the battery is being emptied. ac_only: only plugged
+    in.
 
-    max_temperature_c: of every thermal zone; those of batteries may be BATTERY_C at most. Remembers what it refused: a battery
-    must then be BATTERY_MARGIN fuller, and a zone TEMPERATURE_MARGIN_C cooler, before it allows again.
+    max_temperature_c: of every thermal zone; those of batteries may be BATTERY_C at most. Remembers what it refused: a
+    battery must then be BATTERY_MARGIN fuller, and a zone TEMPERATURE_MARGIN_C cooler, before it allows again.
     """
 
     min_battery: float = 0.3
@@ -88,7 +91,10 @@ class EnergyPolicy:
         if reading.faults and reading.drains and self.min_battery:
             yield "power", "; ".join(reading.faults)
         if self.ac_only and reading.plugged != "yes":
-            yield "plug", "it is not plugged in" if reading.plugged == "no" else "it does not say whether it is plugged in"
+            yield (
+                "plug",
+                "it is not plugged in" if reading.plugged == "no" else "it does not say whether it is plugged in",
+            )
         min_level = min(1.0, self.min_battery + BATTERY_MARGIN * ("battery" in self._refused))
         if reading.level is not None and reading.drains and reading.level < min_level:
             yield "battery", f"the battery is at {reading.level:.0%}, under {min_level:.0%}"

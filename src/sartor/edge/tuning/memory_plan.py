@@ -1,7 +1,8 @@
 """Largest tuning setting that fits the memory limit.
 
     lora        factors of every layer, activations kept
-    recompute   the same to rounding: a tensor a layer is kept, the rest computed again from weights that are widened again
+    recompute   the same to rounding: a tensor a layer is kept, the rest computed again from weights that are widened
+                again
     layers      as that, but only the layers next to the head go on learning; the others' factors are held still
     zeroth      no gradients: two losses an update
 
@@ -63,7 +64,9 @@ def _floor(cache_folder: str) -> MemoryBaseline:
     threads = os.environ.get("OMP_NUM_THREADS", "")
     pip_compiler = "ziglang" if importlib.util.find_spec("ziglang") else "no compiler"
     compiler = next((path for name in COMPILERS if (path := shutil.which(name))), pip_compiler)
-    key = " ".join([str(SCHEMA), *versions, _sources(), platform.python_version(), platform.machine(), threads, compiler])
+    key = " ".join(
+        [str(SCHEMA), *versions, _sources(), platform.python_version(), platform.machine(), threads, compiler]
+    )
     file = Path(cache_folder) / "floor.json"
     try:
         cache: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -101,7 +104,8 @@ def anonymous_bytes() -> int:
 
 Name = Literal["lora", "recompute", "layers", "zeroth"]
 NAMES: tuple[Name, ...] = ("lora", "recompute", "layers", "zeroth")
-# Of a limit so much is left free. Predictions were off by 2.8 % over 12 configurations and by 4.3 % once (docs/edge.md)
+# Of a limit so much is left free. Predictions were off by 2.8 % over 12 configurations and by 4.3 % once
+# (docs/edge.md)
 SPARE = 0.04
 MICRO_BATCH_TOKENS = 512
 
@@ -224,10 +228,13 @@ class Planner:
             if smallest is None or needed_bytes < smallest[0]:
                 smallest = needed_bytes, rung
         if smallest is None:
-            raise BudgetError(f"every rung is used up: {', '.join(sorted(barred))}", "a larger limit, or a smaller base")
+            raise BudgetError(
+                f"every rung is used up: {', '.join(sorted(barred))}", "a larger limit, or a smaller base"
+            )
         problem = f"no way to tune {self.job.name} fits in {limit_bytes / 1e6:,.0f} MB of memory"
         raise BudgetError(
-            problem, f"at least {_round_up(smallest[0]):,} bytes ({smallest[1].id}); shorter rows or a lower rank need less"
+            problem,
+            f"at least {_round_up(smallest[0]):,} bytes ({smallest[1].id}); shorter rows or a lower rank need less",
         )
 
     def _sizes(self) -> list[int]:
@@ -235,7 +242,9 @@ class Planner:
         longest, micro_batch_tokens = self.rows.longest, self.recipe.compute.micro_batch_tokens
         max_tokens = self.recipe.optimizer.batch_tokens
         max_tokens = (
-            min(max_tokens, MICRO_BATCH_TOKENS) if micro_batch_tokens == "auto" else min(micro_batch_tokens, max_tokens)
+            min(max_tokens, MICRO_BATCH_TOKENS)
+            if micro_batch_tokens == "auto"
+            else min(micro_batch_tokens, max_tokens)
         )
         sizes, count = [], max(1, max_tokens // longest)
         while count:

@@ -33,7 +33,9 @@ ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 
 @dataclass(frozen=True)
 class DeviceModelShape:
-    """What of a base and a recipe decides memory. Widths in elements; targets: modules of a block that have factors."""
+    """What of a base and a recipe decides memory. Widths in elements; targets: modules of a block that have
+    factors.
+    """
 
     layers: int
     width: int
@@ -62,17 +64,21 @@ class DeviceModelShape:
         """Numbers in the factors of one layer."""
         key = self.groups * self.head_width
         sizes = {
-            "q_proj": self.width + self.mixed, "k_proj": self.width + key, "v_proj": self.width + key,
-            "o_proj": self.mixed + self.width, "gate_proj": self.width + self.inner, "up_proj": self.width + self.inner,
+            "q_proj": self.width + self.mixed,
+            "k_proj": self.width + key,
+            "v_proj": self.width + key,
+            "o_proj": self.mixed + self.width,
+            "gate_proj": self.width + self.inner,
+            "up_proj": self.width + self.inner,
             "down_proj": self.inner + self.width,
-        }  # fmt: skip
+        }
         return self.rank * sum(sizes[name] for name in self.targets)
 
 
 @dataclass(frozen=True)
 class DeviceLoad:
-    """The fullest micro-batch: tokens, of them supervised; its longest row; whether an update has more than one; tokens of
-    all rows.
+    """The fullest micro-batch: tokens, of them supervised; its longest row; whether an update has more than one;
+    tokens of all rows.
     """
 
     tokens: int
@@ -114,7 +120,9 @@ def shape_of(base: Path, recipe: ResolvedRecipe) -> DeviceModelShape:
             base_bytes=sum(file.stat().st_size for file in base.glob("*.safetensors")),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{base / 'config.json'} is not whole: {error!r}", restore_command(base / "config.json")) from None
+        raise ModelError(
+            f"{base / 'config.json'} is not whole: {error!r}", restore_command(base / "config.json")
+        ) from None
 
 
 def peak(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode, floor_bytes: int) -> dict[str, int]:
@@ -146,7 +154,9 @@ def _saved_for_backward(shape: DeviceModelShape, tokens: int, tail: int) -> int:
 
 
 def _attention(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> int:
-    """What attention holds besides its input and result: torch's own operations keep two numbers for each two tokens."""
+    """What attention holds besides its input and result: torch's own operations keep two numbers for each two
+    tokens.
+    """
     if mode.native:
         return 0
     copied = 5 * load.tokens * shape.qkv
@@ -163,7 +173,9 @@ def _forward(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> int
 
 
 def _backward(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> int:
-    """The fullest moment of a block's backward pass, with the gradient that it gets, without its input and what is kept."""
+    """The fullest moment of a block's backward pass, with the gradient that it gets, without its input and what is
+    kept.
+    """
     t, d, i = load.tokens, shape.width, shape.inner
     through_down = d * i + t * i
     through_glu = (2 if mode.native else 7) * t * i
@@ -182,7 +194,9 @@ def _head(shape: DeviceModelShape, load: DeviceLoad, with_gradients: bool) -> in
 
 
 def _gradients(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode, learnt: int) -> dict[str, int]:
-    """Of the moments that can be the fullest, the fullest: the head, the first and the last block of the backward pass."""
+    """Of the moments that can be the fullest, the fullest: the head, the first and the last block of the backward
+    pass.
+    """
     x, tokens = load.tokens * shape.width, load.tokens
     gradients_before = learnt if load.is_part else 0
     if mode.recompute:

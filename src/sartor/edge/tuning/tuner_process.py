@@ -86,7 +86,9 @@ def _rows(tensors: dict[str, torch.Tensor], names: list[str]) -> Iterator[Tokeni
     low = 0
     for length, weight, name in zip(tensors["lengths"].tolist(), tensors["weights"].tolist(), names, strict=True):
         high = low + length
-        yield TokenizedExample(tensors["ids"][low:high].tolist(), tensors["learnt"][low:high].bool().tolist(), name, weight)
+        yield TokenizedExample(
+            tensors["ids"][low:high].tolist(), tensors["learnt"][low:high].bool().tolist(), name, weight
+        )
         low = high
 
 
@@ -114,8 +116,8 @@ class DeviceBase:
 def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
     """Tune until the budget is spent, from the last checkpoint if there is one. Returns what `run.json` says.
 
-    Raises StoppedError after a signal, once its state is saved; ModelError, ArtifactError and ConfigError for a base, rows
-    or a recipe that a device cannot use; BudgetError where memory cannot hold it.
+    Raises StoppedError after a signal, once its state is saved; ModelError, ArtifactError and ConfigError for a base,
+    rows or a recipe that a device cannot use; BudgetError where memory cannot hold it.
     """
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -160,13 +162,17 @@ def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
 
 
 def adapted(model: MappedLlama, method: Lora, seed: int = 0) -> MappedLlama:
-    """The model with fresh factors where a method wants them: nothing else learns. Raises ConfigError for another method."""
+    """The model with fresh factors where a method wants them: nothing else learns. Raises ConfigError for another
+    method.
+    """
     if method.kind != "lora" or method.dropout:
         raise ConfigError(f"a device tunes plain LoRA without dropout, not {method.kind}", "method: {kind: lora}")
     modules = method.targets.modules
     targets = (*ATTENTION, *MLP) if modules == "all-linear" else tuple(modules)
     if unknown := set(targets) - {*ATTENTION, *MLP}:
-        raise ConfigError(f"the base has no {', '.join(sorted(unknown))}", f"targets of {', '.join((*ATTENTION, *MLP))}")
+        raise ConfigError(
+            f"the base has no {', '.join(sorted(unknown))}", f"targets of {', '.join((*ATTENTION, *MLP))}"
+        )
     for parameter in model.parameters():
         parameter.requires_grad = False
     model.adapt(method.rank, float(method.alpha), seed, targets, method.targets.top or 0)
@@ -174,7 +180,9 @@ def adapted(model: MappedLlama, method: Lora, seed: int = 0) -> MappedLlama:
 
 
 def load_factors(model: MappedLlama, folder: Path) -> None:
-    """Put the factors of an adapter that stands into the model. Raises ModelError where they are not those that it has."""
+    """Put the factors of an adapter that stands into the model. Raises ModelError where they are not those that it
+    has.
+    """
     try:
         stored = load_file(str(folder / "adapter_model.safetensors"))
     except Exception as error:  # safetensors' own errors have no common base but Exception
@@ -196,7 +204,11 @@ def load_factors(model: MappedLlama, folder: Path) -> None:
 def _write(model: MappedLlama, recipe: ResolvedRecipe, job: TuningJob, out: Path) -> None:
     """PEFT's two files, each whole or not at all."""
     names = sorted(
-        {name.rpartition(".")[2] for name in model.linear if f"base_model.model.{name}.lora_A.weight" in model.factors()}
+        {
+            name.rpartition(".")[2]
+            for name in model.linear
+            if f"base_model.model.{name}.lora_A.weight" in model.factors()
+        }
     )
     top, layers = recipe.method.targets.top, model.config.num_hidden_layers
     fields = {
@@ -238,7 +250,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _give_back_at_once() -> None:
-    """Have glibc map what is large and unmap it when it is let go: what is held is then what is used, and can be planned.
+    """Have glibc map what is large and unmap it when it is let go: what is held is then what is used, and can be
+    planned.
 
     Left alone it raises the size from which it does so as it goes, and keeps holes.
     """

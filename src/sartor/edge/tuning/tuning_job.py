@@ -33,9 +33,11 @@ class TuningJob:
     (`tuner_process.py`); out: a directory for the adapter, its log and its checkpoints. name, digest, licence: of the
     base, as an adapter says them.
 
-    start: an adapter directory to go on from; empty for a fresh one. store: the dtype in which the adapter is written (in
-    bf16 one more epoch changes fewer bytes). top: so many layers next to the head go on learning, 0 for all; the factors of
-    the others stay. zeroth: learn by differences of two losses, without gradients. share: of a round, what it asks for.
+    start: an adapter directory to go on from; empty for a fresh one. store: the dtype in which the adapter is written
+    (in bf16 one more epoch changes fewer bytes). top: so many layers next to the head go on learning, 0 for all; the
+    factors of
+    the others stay. zeroth: learn by differences of two losses, without gradients. share: of a round, what it asks
+    for.
     """
 
     base: str

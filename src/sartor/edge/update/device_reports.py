@@ -3,11 +3,13 @@
     {"schema": 1, "kind": "fleet-report", "device": "sensor-0017", "name": "faq", "version": "1.1", "ring": 42,
      "outcome": "fail", "reason": "canary", "time": 1780000000, "signature": {...}}
 
-The reason is a word of a closed list: what the device's own prompts were, and what was answered, stays on the device. What is
-to be said follows from the store: a version that is refused failed, the current one passed once its trial is over. `started`
-goes out before a version is checked and made current, so that the publisher notices a device that is never heard of again,
-and again at each later sync of its trial: a device that is heard of is not silent, however long the trial is. `deferred`
-takes it back where nothing became of that: its check could not be made, or a newer version took its place.
+The reason is a word of a closed list: what the device's own prompts were, and what was answered, stays on the device.
+What is
+to be said follows from the store: a version that is refused failed, the current one passed once its trial is over.
+`started` goes out before a version is checked and made current, so that the publisher notices a device that is never
+heard of again, and again at each later sync of its trial: a device that is heard of is not silent, however long the
+trial is. `deferred` takes it back where nothing became of that: its check could not be made, or a newer version took
+its place.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ _MEMORY = "reported.json"
 
 @dataclass(frozen=True)
 class Report:
-    """One device on one version. `time`: seconds since 1970 by the device's clock. `reason`: a HealthReason; else ""."""
+    """One device on one version. `time`: seconds since 1970 by the device's clock. `reason`: a HealthReason; else
+    "".
+    """
 
     device: str
     name: str
@@ -86,10 +90,14 @@ def read_report(content: bytes) -> tuple[Report, Any]:
 def check_id(device: str) -> None:
     """Raise ConfigError for a device's id that names no file: its key is enrolled under it."""
     if not is_valid_name(device):
-        raise ConfigError(f"{device!r:.80} is no id that can report", "--device: lower-case letters, digits, '.', '_' and '-'")
+        raise ConfigError(
+            f"{device!r:.80} is no id that can report", "--device: lower-case letters, digits, '.', '_' and '-'"
+        )
 
 
-def due(store: ReleaseStore, name: str, device: str, outcomes: dict[str, str], *, announced: str = "") -> Iterator[Report]:
+def due(
+    store: ReleaseStore, name: str, device: str, outcomes: dict[str, str], *, announced: str = ""
+) -> Iterator[Report]:
     """Yield the reports on `name` that were not sent yet, and `started` for a current version on trial.
 
     outcomes: version -> outcome that was sent last. announced: version whose start this sync has reported already.
@@ -100,7 +108,11 @@ def due(store: ReleaseStore, name: str, device: str, outcomes: dict[str, str], *
             yield Report(device, name, version, ring, "fail", HealthReason.parse(reason).value, now)
     current = store.current(name)
     for version, outcome in outcomes.items():
-        if outcome == "started" and version not in store.refused(name) and not (current and current.version == version):
+        if (
+            outcome == "started"
+            and version not in store.refused(name)
+            and not (current and current.version == version)
+        ):
             yield Report(device, name, version, ring, "deferred", "", now)
     if current and current.trial and current.version != announced:
         yield Report(device, name, current.version, ring, "started", "", now)
@@ -111,7 +123,8 @@ def due(store: ReleaseStore, name: str, device: str, outcomes: dict[str, str], *
 def send_due(
     store: ReleaseStore, name: str, device: str, key: Path, destination: str, folder: Path, *, announced: str = ""
 ) -> list[Report]:
-    """Sign and send the reports of `due`, to a folder or by POST to an http(s) address; what was sent stands in `folder`.
+    """Sign and send the reports of `due`, to a folder or by POST to an http(s) address; what was sent stands in
+    `folder`.
 
     Returns the reports that were sent. Raises MissingError where it cannot be sent: the next sync says it again.
     """

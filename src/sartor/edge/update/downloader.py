@@ -1,8 +1,10 @@
 """Resumable downloads from untrusted mirrors.
 
-What arrives is checked elsewhere (TUF for metadata, sha256 for content). Here stands what a mirror can do without forging
-anything: cut, stall, drip, answer another range, ignore the range, compress, send without end, redirect. RFC 9110 section 14
-for ranges. `http.client` rather than a pool: the socket is at hand, so that a drip in the headers can be ended as well.
+What arrives is checked elsewhere (TUF for metadata, sha256 for content). Here stands what a mirror can do without
+forging
+anything: cut, stall, drip, answer another range, ignore the range, compress, send without end, redirect. RFC 9110
+section 14 for ranges. `http.client` rather than a pool: the socket is at hand, so that a drip in the headers can be
+ended as well.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ Sink = Callable[[int, bytes], None]
 class DownloadLimits:
     """What a mirror may take its time for.
 
-    A transfer may last `grace_s` and then what its bytes need at `least_bytes_per_s`. `attempts` is the number of failures
-    in a row without a byte of progress; the n-th is followed by `backoff_s` * 2**n, at most `most_backoff_s`.
+    A transfer may last `grace_s` and then what its bytes need at `least_bytes_per_s`. `attempts` is the number of
+    failures in a row without a byte of progress; the n-th is followed by `backoff_s` * 2**n, at most `most_backoff_s`.
     """
 
     connect_s: float = 15.0
@@ -73,7 +75,8 @@ class Fetcher:
     broken: list[str] = field(default_factory=list)  # what failed and was tried again
 
     def small(self, url: str, max_bytes: int) -> bytes | None:
-        """A whole small file; None where the mirror has none. Raises MissingError: unreachable, too slow, cut too often;
+        """A whole small file; None where the mirror has none. Raises MissingError: unreachable, too slow, cut too
+        often;
         ArtifactError: more than `max_bytes`.
         """
         buffer = bytearray()
@@ -89,21 +92,26 @@ class Fetcher:
         return bytes(buffer)
 
     def resume(self, url: str, length: int, done: Callable[[], int], take: Sink) -> None:
-        """Bring a file of exactly `length` bytes from the offset `done()` on; `take(offset, content)` keeps what comes.
+        """Bring a file of exactly `length` bytes from the offset `done()` on; `take(offset, content)` keeps what
+        comes.
 
-        Returns once `done() == length`. Raises MissingError: absent, unreachable, too slow, cut too often (what came is
-        kept, so a later call goes on); ArtifactError: the mirror sends more, or another range, than the length declares.
+        Returns once `done() == length`. Raises MissingError: absent, unreachable, too slow, cut too often (what came
+        is kept, so a later call goes on); ArtifactError: the mirror sends more, or another range, than the length
+        declares.
         """
         try:
             if done() < length:
                 self._until_done(url, length, exact=True, done=done, take=take)
         except AbsentError as error:
             raise MissingError(
-                f"{url} is not there ({error})", f"curl -I {url}; the same command again later, or with another mirror's URL"
+                f"{url} is not there ({error})",
+                f"curl -I {url}; the same command again later, or with another mirror's URL",
             ) from None
 
     def post(self, url: str, body: bytes) -> None:
-        """Send a few bytes, once. Raises MissingError unless they are taken (a 2xx), ConfigError for what is no address."""
+        """Send a few bytes, once. Raises MissingError unless they are taken (a 2xx), ConfigError for what is no
+        address.
+        """
         url_parts = urllib.parse.urlsplit(url)
         if url_parts.scheme not in ("http", "https") or not url_parts.hostname:
             raise ConfigError(f"{url} is no http or https address", "give an address, or a folder")
@@ -118,7 +126,8 @@ class Fetcher:
             raise MissingError(f"{url}: {error}", "try again later: the next sync says it again") from None
         if not 200 <= status < 300:
             raise MissingError(
-                f"{url} does not take it: HTTP {status}", f"curl -i {url} shows what answers; --report takes a folder, too"
+                f"{url} does not take it: HTTP {status}",
+                f"curl -i {url} shows what answers; --report takes a folder, too",
             ) from None
 
     def _until_done(self, url: str, length: int, *, exact: bool, done: Callable[[], int], take: Sink) -> None:
@@ -141,7 +150,9 @@ class Fetcher:
                 time.sleep(min(self.limits.backoff_s * 2 ** (failures - 1), self.limits.most_backoff_s))
 
     def _once(self, url: str, offset: int, length: int, *, exact: bool, take: Sink) -> None:
-        """One attempt: at most `length - offset` bytes are kept, in pieces of CHUNK_BYTES; also what a broken one brought."""
+        """One attempt: at most `length - offset` bytes are kept, in pieces of CHUNK_BYTES; also what a broken one
+        brought.
+        """
         # what is no exact length is small, and begun anew
         offset = offset if exact else 0
         with self._open_body(url, offset, length) as body:
@@ -182,7 +193,9 @@ class Fetcher:
                 return
             overtime_s = time.monotonic() - start_s - self.limits.grace_s
             if overtime_s > 0 and received_bytes < overtime_s * self.limits.least_bytes_per_s:
-                raise TransientDownloadError(f"it drips: {received_bytes:,} bytes in {overtime_s + self.limits.grace_s:.0f} s")
+                raise TransientDownloadError(
+                    f"it drips: {received_bytes:,} bytes in {overtime_s + self.limits.grace_s:.0f} s"
+                )
 
     @contextmanager
     def _open_body(self, url: str, offset: int, length: int) -> Iterator[Body]:
@@ -193,7 +206,9 @@ class Fetcher:
                     yield body
                 return
             if url_parts.scheme not in ("http", "https") or not url_parts.hostname:
-                raise ConfigError(f"{url} is no http, https or file address", "give the address of the repository's folder")
+                raise ConfigError(
+                    f"{url} is no http, https or file address", "give the address of the repository's folder"
+                )
             connection = _connection(url_parts, self.limits)
             try:
                 with _close_after(connection, self.limits.grace_s + self.limits.connect_s):
@@ -229,7 +244,9 @@ def _connection(url_parts: urllib.parse.SplitResult, limits: DownloadLimits) -> 
     if url_parts.scheme == "https":
         context = ssl.create_default_context()
         result: http.client.HTTPConnection
-        result = http.client.HTTPSConnection(url_parts.hostname, url_parts.port, timeout=limits.connect_s, context=context)
+        result = http.client.HTTPSConnection(
+            url_parts.hostname, url_parts.port, timeout=limits.connect_s, context=context
+        )
     else:
         result = http.client.HTTPConnection(url_parts.hostname, url_parts.port, timeout=limits.connect_s)
     try:
@@ -244,7 +261,9 @@ def _connection(url_parts: urllib.parse.SplitResult, limits: DownloadLimits) -> 
 
 @contextmanager
 def _close_after(connection: http.client.HTTPConnection, seconds: float) -> Iterator[None]:
-    """End the connection after `seconds`: a timeout of the socket counts from byte to byte, and a drip never meets it."""
+    """End the connection after `seconds`: a timeout of the socket counts from byte to byte, and a drip never meets
+    it.
+    """
     sock = connection.sock
 
     def end() -> None:
@@ -286,7 +305,9 @@ def _next(url: str, location: str) -> str:
     old, new = urllib.parse.urlsplit(url), urllib.parse.urlsplit(target)
     safe = (new.scheme == old.scheme or new.scheme == "https") and new.hostname == old.hostname
     if not location or not safe:
-        raise ArtifactError(f"{url} redirects to {location[:200]!r}", f"curl -sIL {url} shows the final address: give that one")
+        raise ArtifactError(
+            f"{url} redirects to {location[:200]!r}", f"curl -sIL {url} shows the final address: give that one"
+        )
     return target
 
 
@@ -316,7 +337,9 @@ def _start(url: str, response: http.client.HTTPResponse, offset: int, length: in
     content_range = response.getheader("Content-Range", "")
     match = _RANGE.match(content_range)
     total = match[3] if match else ""
-    is_expected = match and int(match[1]) == offset <= int(match[2]) < length and (total == "*" or int(total) == length)
+    is_expected = (
+        match and int(match[1]) == offset <= int(match[2]) < length and (total == "*" or int(total) == length)
+    )
     if not is_expected or not offset:
         expected = f"bytes {offset}-{length - 1}/{length}"
         raise ArtifactError(
@@ -327,4 +350,6 @@ def _start(url: str, response: http.client.HTTPResponse, offset: int, length: in
 
 
 def _too_long(url: str, length: int, size: str) -> ArtifactError:
-    return ArtifactError(f"{url} sends {size} bytes; {length:,} are allowed", "try another mirror: this one is broken or lies")
+    return ArtifactError(
+        f"{url} sends {size} bytes; {length:,} are allowed", "try another mirror: this one is broken or lies"
+    )

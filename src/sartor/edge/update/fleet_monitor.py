@@ -1,22 +1,23 @@
 """Halts or widens a rollout by device reports.
 
-A vote counts if it is signed by the key that is enrolled for its device, `DEVICES/ID.pub`, if the version was offered to that
-device, and if it is what counts of that device on this version: its newest outcome, else its newest report. What does not
-count is counted by why. A device that reported that it starts a version and has said nothing of it for `silent_after_days`
-counts as failed; one that started nothing, as nothing.
+A vote counts if it is signed by the key that is enrolled for its device, `DEVICES/ID.pub`, if the version was offered
+to that device, and if it is what counts of that device on this version: its newest outcome, else its newest report.
+What does not count is counted by why. A device that reported that it starts a version and has said nothing of it for
+`silent_after_days` counts as failed; one that started nothing, as nothing.
 
-The fraction of failures has a confidence sequence (`core/confidence_sequences.py`), so the reports may be looked at as often as
-one likes. A version is halted if it fails in more than `halt_above` of the devices even at the lower end; it is widened if it
-fails in fewer than `widen_below` of its newest ring even at the upper end.
+The fraction of failures has a confidence sequence (`core/confidence_sequences.py`), so the reports may be looked at as
+often as one likes. A version is halted if it fails in more than `halt_above` of the devices even at the lower end; it
+is widened if it fails in fewer than `widen_below` of its newest ring even at the upper end.
 
-A failure is often reported sooner than a pass, and silence later than both. So that this decides nothing, a device whose
-outcome is pending counts as passed at the lower end and as failed at the upper end. For one number of devices both ends grow
-with the number of failures, so the lower end is at most, and the upper end at least, the one that the final outcomes give.
-With a probability of at most 1 - `confidence` each,
+A failure is often reported sooner than a pass, and silence later than both. So that this decides nothing, a device
+whose outcome is pending counts as passed at the lower end and as failed at the upper end. For one number of devices
+both ends grow with the number of failures, so the lower end is at most, and the upper end at least, the one that the
+final outcomes give. With a probability of at most 1 - `confidence` each,
 
 - a version is ever halted of which at most `halt_above` of the devices ever count as failed;
-- a version is ever widened that at least `widen_below` of the devices of that ring never pass. Rings are judged in turn, each
-  by its own devices, so this holds for all of them together (fixed sequence of tests: Wiens, Pharm. Stat. 2, 2003).
+- a version is ever widened that at least `widen_below` of the devices of that ring never pass. Rings are judged in
+  turn, each by its own devices, so this holds for all of them together (fixed sequence of tests: Wiens, Pharm. Stat.
+  2, 2003).
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ SILENT = "silent"
 class FleetPolicy:
     """When to act. Fractions 0..1 of the devices that report; `rings`: percents that a version is widened to, in turn.
 
-    confidence: 1 minus the probability of ever halting a version that is within `halt_above`, and of ever widening one that is
-    not below `widen_below`. silent_after_days: after it started a version, a device of which nothing is heard counts as failed;
-    0 for never. Longer than a device of this fleet is ordinarily off.
+    confidence: 1 minus the probability of ever halting a version that is within `halt_above`, and of ever widening one
+    that is not below `widen_below`. silent_after_days: after it started a version, a device of which nothing is heard
+    counts as failed; 0 for never. Longer than a device of this fleet is ordinarily off.
     """
 
     least_reports: int = 5
@@ -69,13 +70,16 @@ class FleetPolicy:
             raise ConfigError(f"a rule for a fleet is out of range: {self}", "--confidence 0.95, --rings 10,25,50,100")
         if not 0 <= self.silent_after_days < math.inf:
             raise ConfigError(
-                f"silent_after_days is {self.silent_after_days}; it must be 0 or a number of days", "--silent-after-days 7"
+                f"silent_after_days is {self.silent_after_days}; it must be 0 or a number of days",
+                "--silent-after-days 7",
             )
 
 
 @dataclass(frozen=True)
 class VoteCounts:
-    """Devices by outcome. `failed`: with those that fell silent. `pending`: started the version, and may still say of it."""
+    """Devices by outcome. `failed`: with those that fell silent. `pending`: started the version, and may still say of
+    it.
+    """
 
     passed: int = 0
     failed: int = 0
@@ -100,9 +104,11 @@ class VoteCounts:
 
 @dataclass(frozen=True)
 class RolloutTally:
-    """What is known of one version. `low`, `high`: of the fraction of failures. `to`: the percent that it is widened to.
+    """What is known of one version. `low`, `high`: of the fraction of failures. `to`: the percent that it is widened
+    to.
 
-    votes: of all devices. ring: of those that the last widening added, by which the next is decided; `ring_high`: of theirs.
+    votes: of all devices. ring: of those that the last widening added, by which the next is decided; `ring_high`: of
+    theirs.
     """
 
     name: str
@@ -151,17 +157,25 @@ class Counted:
     refused: dict[str, int]
 
 
-def tally(reports: Path | Iterable[bytes], repository: Path, devices: Path, policy: FleetPolicy | None = None) -> Counted:
-    """Count reports (a folder of files, or their bytes). `devices`: a folder of public keys, ID.pub. Changes nothing."""
+def tally(
+    reports: Path | Iterable[bytes], repository: Path, devices: Path, policy: FleetPolicy | None = None
+) -> Counted:
+    """Count reports (a folder of files, or their bytes). `devices`: a folder of public keys, ID.pub. Changes
+    nothing.
+    """
     policy = policy or FleetPolicy()
     documents = Documents.open(repository / "metadata")
     offers = {
-        (name, offer.version): offer for name in publish.names_of(documents) for offer in publish.offers_of(documents, name)
+        (name, offer.version): offer
+        for name in publish.names_of(documents)
+        for offer in publish.offers_of(documents, name)
     }
     refused: Counter[str] = Counter()
     votes = _votes(_contents(reports) if isinstance(reports, Path) else reports, offers, devices, refused)
     now = time.time()
-    tallies = (tally_offer(name, offer, votes, policy, now) for (name, _), offer in sorted(offers.items(), key=_newest_first))
+    tallies = (
+        tally_offer(name, offer, votes, policy, now) for (name, _), offer in sorted(offers.items(), key=_newest_first)
+    )
     return Counted(tuple(tallies), dict(sorted(refused.items())))
 
 
@@ -201,7 +215,8 @@ def _votes(
 ) -> dict[tuple[str, str, str], Report]:
     """(name, version, device) -> that device's newest report.
 
-    A device on trial reports its start at each sync: those reports differ by their time, and count once without a refusal.
+    A device on trial reports its start at each sync: those reports differ by their time, and count once without a
+    refusal.
     """
     votes: dict[tuple[str, str, str], Report] = {}
     undecided: set[Report] = set()
@@ -253,18 +268,36 @@ def _refusal_reason(report: Report, signature: Any, offers: dict[tuple[str, str]
 def tally_offer(
     name: str, offer: Offer, votes: Mapping[tuple[str, str, str], Report], policy: FleetPolicy, now: float
 ) -> RolloutTally:
-    """Count the votes on one version at the time `now`, and decide. `votes`: (name, version, device) -> the one that counts."""
-    version_votes = [vote for (vote_name, version, _), vote in votes.items() if (vote_name, version) == (name, offer.version)]
+    """Count the votes on one version at the time `now`, and decide. `votes`: (name, version, device) -> the one that
+    counts.
+    """
+    version_votes = [
+        vote for (vote_name, version, _), vote in votes.items() if (vote_name, version) == (name, offer.version)
+    ]
     outcomes = [_outcome(vote, policy, now) for vote in version_votes]
-    newest = [outcome for vote, outcome in zip(version_votes, outcomes, strict=True) if vote.ring >= offer.previous_percent]
+    newest = [
+        outcome for vote, outcome in zip(version_votes, outcomes, strict=True) if vote.ring >= offer.previous_percent
+    ]
     counts, ring = _count(outcomes), _count(newest)
     action, to = decide_action(offer, counts, ring, policy)
     low = counts.fewest_failures.lower_limit(policy.confidence)
     high = counts.most_failures.upper_limit(policy.confidence)
     ring_high = ring.most_failures.upper_limit(policy.confidence)
-    reasons = Counter(vote.reason for vote in version_votes if vote.outcome == "fail") + Counter({SILENT: counts.silent})
+    reasons = Counter(vote.reason for vote in version_votes if vote.outcome == "fail") + Counter(
+        {SILENT: counts.silent}
+    )
     return RolloutTally(
-        name, offer.version, offer.percent, counts, ring, low, high, ring_high, action, to, dict(sorted(reasons.items()))
+        name,
+        offer.version,
+        offer.percent,
+        counts,
+        ring,
+        low,
+        high,
+        ring_high,
+        action,
+        to,
+        dict(sorted(reasons.items())),
     )
 
 

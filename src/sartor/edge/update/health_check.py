@@ -1,15 +1,15 @@
 """Checks a version before activation.
 
-Three sources of questions: the canaries that a Release ships (its Report's own replies, release.json), the device's own file,
-and a callable of the device's program. Each line of a file:
+Three sources of questions: the canaries that a Release ships (its Report's own replies, release.json), the device's
+own file, and a callable of the device's program. Each line of a file:
 
     {"prompt": "...", "expected": {"exact": "..."}}
     {"messages": [{"role": "user", "content": "..."}], "expected": {"json": {"intent": "HassTurnOn"}}}
     {"prompt": "...", "expected": {"contains": "..."}}
 
 What went wrong is said by line and kind, never by content: prompts of a device are its owner's. Canaries whose replies
-another arithmetic made (core/numerics.py) have to be answered and are compared with nothing: that is no reason against the
-version.
+another arithmetic made (core/numerics.py) have to be answered and are compared with nothing: that is no reason against
+the version.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class HealthPrompt:
     def call(self, system: Sequence[Mapping[str, Any]]) -> GenerateCall:
         """As it is asked: a bare prompt after the version's system prompt, messages as they stand."""
         messages = (*system, *self.messages) if self.is_bare else self.messages
-        return GenerateCall(f"line-{self.line}", BASE, messages, sampling=replace(canary_prompts.SAMPLING, max_tokens=256))
+        return GenerateCall(
+            f"line-{self.line}", BASE, messages, sampling=replace(canary_prompts.SAMPLING, max_tokens=256)
+        )
 
     def mismatch(self, reply: str) -> str:
         """What is wrong with a reply; empty: nothing."""
@@ -99,7 +101,8 @@ class Health:
         self.results.append(result)
         if not result.passed:
             raise HealthError(
-                "; ".join(result.reasons), "publish a version that passes, or sartor edge sync ... --health with other prompts"
+                "; ".join(result.reasons),
+                "publish a version that passes, or sartor edge sync ... --health with other prompts",
             )
 
     def check(self, release: Path) -> Result:
@@ -175,7 +178,8 @@ def read_prompts(file: Path) -> tuple[HealthPrompt, ...]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{file} cannot be read: {error}", f'ls -l {file}; a line is {{"prompt": "...", "expected": {{"contains": "..."}}}}'
+            f"{file} cannot be read: {error}",
+            f'ls -l {file}; a line is {{"prompt": "...", "expected": {{"contains": "..."}}}}',
         ) from None
     result = tuple(_prompt(file, index, line) for index, line in enumerate(lines, 1) if line.strip())
     if not result:

@@ -4,8 +4,9 @@
     REPOSITORY/targets/NAME/DIGEST.VERSION.json
     REPOSITORY/blobs/ab/DIGEST
 
-A device is given `metadata/1.root.json` once, when it is set up; all later trust comes from it (TUF 5.2). Everything that a
-new document names is on disk before it, and the timestamp comes last, so a publication that is cut short changes nothing for
+A device is given `metadata/1.root.json` once, when it is set up; all later trust comes from it (TUF 5.2). Everything
+that a new document names is on disk before it, and the timestamp comes last, so a publication that is cut short
+changes nothing for
 a device. One publication at a time: the repository is locked.
 """
 
@@ -61,8 +62,10 @@ def publish(
 ) -> Published:
     """Add a signed Release (or export) to `repository`, made if absent, for `percent` of the devices.
 
-    The Release is verified first, by `key` or the trusted keys, and goes out byte for byte as it was signed. Raises what
-    `verify` raises, ConfigError (version taken, percent out of 0..100, no keys), SignatureError (too few keys are here).
+    The Release is verified first, by `key` or the trusted keys, and goes out byte for byte as it was signed. Raises
+    what
+    `verify` raises, ConfigError (version taken, percent out of 0..100, no keys), SignatureError (too few keys are
+    here).
     """
     checked = verify(release, key=key)
     _check_percent(percent)
@@ -104,11 +107,15 @@ def refresh(repository: Path, keys: Path, *, expiry: Expiry | None = None) -> No
         Documents.open(repository / "metadata").write(keys, expiry or Expiry(), targets=False)
 
 
-def rotate(repository: Path, keys: Path, role: RoleName, *, old: Sequence[str] = (), expiry: Expiry | None = None) -> list[str]:
-    """Replace keys of a role by new ones: those whose folders `old` names (`targets-1`), by default all; returns the new ids.
+def rotate(
+    repository: Path, keys: Path, role: RoleName, *, old: Sequence[str] = (), expiry: Expiry | None = None
+) -> list[str]:
+    """Replace keys of a role by new ones: those whose folders `old` names (`targets-1`), by default all; returns the
+    new ids.
 
-    The new root is signed by the old root keys and, where root's own are replaced, by the new ones (TUF 5.3.4, 6.1). After a
-    theft of the timestamp and snapshot keys, rotate both: devices then forget the versions that the thief made (5.3.11).
+    The new root is signed by the old root keys and, where root's own are replaced, by the new ones (TUF 5.3.4, 6.1).
+    After a theft of the timestamp and snapshot keys, rotate both: devices then forget the versions that the thief made
+    (5.3.11).
     """
     expiry = expiry or Expiry()
     with _locked(repository):
@@ -116,11 +123,15 @@ def rotate(repository: Path, keys: Path, role: RoleName, *, old: Sequence[str] =
         root, old_root = documents.root.signed, copy.deepcopy(documents.root.signed)
         folders_by_id = {public(folder).keyid: folder for folder in folders(keys, role)}
         revoked_ids = [
-            identity for identity in root.roles[role].keyids if not old or folders_by_id.get(identity, Path()).name in old
+            identity
+            for identity in root.roles[role].keyids
+            if not old or folders_by_id.get(identity, Path()).name in old
         ]
         if not revoked_ids or len(revoked_ids) < len(old):
             available = ", ".join(folder.name for folder in folders_by_id.values())
-            raise ConfigError(f"{role} has no such key as {', '.join(old)}; in {keys} are {available}", f"--old {role}-1")
+            raise ConfigError(
+                f"{role} has no such key as {', '.join(old)}; in {keys} are {available}", f"--old {role}-1"
+            )
         number = max([int(folder.name.rpartition("-")[2]) for folder in folders_by_id.values()], default=0)
         new_folders = [keys / f"{role}-{number + index + 1}" for index in range(len(revoked_ids))]
         for identity, folder in zip(revoked_ids, new_folders, strict=True):
@@ -134,8 +145,12 @@ def rotate(repository: Path, keys: Path, role: RoleName, *, old: Sequence[str] =
     return [public(folder).keyid for folder in new_folders]
 
 
-def widen(repository: Path, keys: Path, name: str, version: str, percent: int, *, expiry: Expiry | None = None) -> Offer:
-    """Offer a version to more devices. Raises ConfigError for fewer (a ring is taken back by `halt`) or a halted version."""
+def widen(
+    repository: Path, keys: Path, name: str, version: str, percent: int, *, expiry: Expiry | None = None
+) -> Offer:
+    """Offer a version to more devices. Raises ConfigError for fewer (a ring is taken back by `halt`) or a halted
+    version.
+    """
     _check_percent(percent)
 
     def change(offer: Offer) -> Offer:
@@ -226,7 +241,9 @@ def _add_blob(repository: Path, source: Path, digest: str) -> None:
 def _deltas(
     repository: Path, earlier: Iterable[tuple[str, VersionContent]], files: dict[str, Blob]
 ) -> tuple[tuple[DeltaStep, ...], dict[str, int]]:
-    """The deltas from each earlier version, and how many bytes a device with that version will fetch; packed files too."""
+    """The deltas from each earlier version, and how many bytes a device with that version will fetch; packed files
+    too.
+    """
     steps: dict[tuple[str, str], DeltaStep] = {}
     fetched = {}
     large = {path: blob for path, blob in files.items() if blob.bytes >= LEAST_DELTA_BYTES}
@@ -240,13 +257,17 @@ def _deltas(
                 continue
             if path in large and path in earlier_content.files:
                 _add_step(repository, earlier_content.files[path].sha256, blob, steps, 1.0)
-            step = steps.get((earlier_content.files[path].sha256, blob.sha256)) if path in earlier_content.files else None
+            step = (
+                steps.get((earlier_content.files[path].sha256, blob.sha256)) if path in earlier_content.files else None
+            )
             count += min(blob.bytes, packed.get(blob.sha256, blob.bytes), step.bytes if step else blob.bytes)
         fetched[version] = count
     return tuple(steps.values()), fetched
 
 
-def _add_step(repository: Path, base: str, blob: Blob, steps: dict[tuple[str, str], DeltaStep], fraction: float) -> None:
+def _add_step(
+    repository: Path, base: str, blob: Blob, steps: dict[tuple[str, str], DeltaStep], fraction: float
+) -> None:
     """Make a delta and keep it if it is below `fraction` of the whole file."""
     if (base, blob.sha256) in steps:
         return

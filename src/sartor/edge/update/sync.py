@@ -2,11 +2,12 @@
 
 The metadata follow TUF's client workflow.
 
-`sync` is the only function of a device that uses the network. The mirror is trusted in nothing: who may say what is in the
-root that the device was set up with, and in what that root's holders signed since (TUF specification 1.0, section 5).
+`sync` is the only function of a device that uses the network. The mirror is trusted in nothing: who may say what is in
+the root that the device was set up with, and in what that root's holders signed since (TUF specification 1.0, section
+5).
 
-    FOLDER/metadata/     what was verified: timestamp, snapshot, targets, every root; fsynced: rollback protection rests on it
-    FOLDER/reported.json what was said of which version (device_reports.py)
+    FOLDER/metadata/     what was verified: timestamp, snapshot, targets, every root; fsynced: rollback protection
+    rests on it FOLDER/reported.json what was said of which version (device_reports.py)
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ _CLOCK_S = 86_400
 
 @dataclass(frozen=True)
 class SyncClient:
-    """Who syncs: `id` decides its ring; `folder` is its own, for what it verified; `root` the first root document, or its
-    file, which the device was set up with: everything that it trusts comes from there. `starts`: a new version has so many to
-    confirm that it works, or the device goes back (`Store.start`); 0: it is not asked to.
+    """Who syncs: `id` decides its ring; `folder` is its own, for what it verified; `root` the first root document, or
+    its
+    file, which the device was set up with: everything that it trusts comes from there. `starts`: a new version has so
+    many to confirm that it works, or the device goes back (`Store.start`); 0: it is not asked to.
     """
 
     id: str
@@ -55,7 +57,8 @@ class SyncClient:
 class Synced:
     """What one sync did.
 
-    `missing_bytes`: what had to come, by the cheaper of delta and whole file, less what an interrupted sync had brought.
+    `missing_bytes`: what had to come, by the cheaper of delta and whole file, less what an interrupted sync had
+    brought.
     `fetched_bytes`: what came, metadata too. `deltas` and `whole`: bytes of each by number. `notes`: what did not go
     straight: attempts that broke off, a delta that was given up. `changed`: whether another version is active now.
     """
@@ -92,7 +95,8 @@ class _Transfer:
             if not self.store.has(digest)
         ]
         self.missing_bytes = sum(
-            self._missing(step.sha256, step.bytes) if step else self._missing(digest, length) for digest, length, step in plan
+            self._missing(step.sha256, step.bytes) if step else self._missing(digest, length)
+            for digest, length, step in plan
         )
         delta_sizes = {step.sha256: step.bytes for _, _, step in plan if step}
         self.store.make_room(content.name, {**content.blobs, **delta_sizes})
@@ -106,7 +110,9 @@ class _Transfer:
 
     def _cheapest(self, content: VersionContent, digest: str, length: int) -> DeltaStep | None:
         """The delta that takes fewer bytes than the file itself; None: the file."""
-        usable = [step for step in content.deltas if step.result == digest and (not step.base or self.store.has(step.base))]
+        usable = [
+            step for step in content.deltas if step.result == digest and (not step.base or self.store.has(step.base))
+        ]
         best = min(usable, key=lambda step: self._missing(step.sha256, step.bytes), default=None)
         return best if best and self._missing(best.sha256, best.bytes) < self._missing(digest, length) else None
 
@@ -162,18 +168,22 @@ def sync(
     limits: DownloadLimits | None = None,
     again: bool = False,
 ) -> Synced:
-    """Bring the release `name` to the newest version that is signed for this device, and activate it if `healthy` agrees.
+    """Bring the release `name` to the newest version that is signed for this device, and activate it if `healthy`
+    agrees.
 
-    `url`: the repository's folder, http(s) or file. `healthy` gets the staged version's path and raises if it is not to be.
+    `url`: the repository's folder, http(s) or file. `healthy` gets the staged version's path and raises if it is not
+    to be.
     `again`: also a version that was refused here before, for its check, its trial or by a rollback.
     Raises SignatureError: metadata that is forged, too old, expired, or of another time than this device's clock;
-    ArtifactError, StoreError: content that is not what was signed; MissingError: unreachable or too slow, and what came is
-    kept; what the store raises. In each case the active version stays.
+    ArtifactError, StoreError: content that is not what was signed; MissingError: unreachable or too slow, and what
+    came is kept; what the store raises. In each case the active version stays.
     """
     url = url.rstrip("/")
     fetcher = Fetcher(limits or DownloadLimits())
     offers, targets = _refresh_metadata(url, device, fetcher)
-    matching_offers = sorted((offer for offer_name, offer in offers if offer_name == name), key=lambda offer: -offer.order)
+    matching_offers = sorted(
+        (offer for offer_name, offer in offers if offer_name == name), key=lambda offer: -offer.order
+    )
     if not matching_offers:
         names = ", ".join(sorted({offer_name for offer_name, _ in offers})) or "nothing"
         raise MissingError(
@@ -187,7 +197,13 @@ def sync(
     if offer is None or offer.version == old_version:
         notes = [] if offer else [f"no version of {name} is offered to ring {ring}"]
         return Synced(
-            name, old_version, old_version, False, ring, fetched_bytes=fetcher.fetched_bytes, notes=(*notes, *fetcher.broken)
+            name,
+            old_version,
+            old_version,
+            False,
+            ring,
+            fetched_bytes=fetcher.fetched_bytes,
+            notes=(*notes, *fetcher.broken),
         )
     transfer = _Transfer(store, url, fetcher)
     content = _read_content(url, name, offer, targets, fetcher)
@@ -230,7 +246,9 @@ class _Metadata(FetcherInterface):
         return result
 
 
-def _refresh_metadata(url: str, device: SyncClient, fetcher: Fetcher) -> tuple[list[tuple[str, Offer]], Metadata[Targets]]:
+def _refresh_metadata(
+    url: str, device: SyncClient, fetcher: Fetcher
+) -> tuple[list[tuple[str, Offer]], Metadata[Targets]]:
     """TUF's client workflow on a copy of what is trusted. What it verified is kept also if a later step is refused."""
     root = device.root if isinstance(device.root, bytes) else _read(device.root)
     trusted = device.folder / "metadata"
@@ -246,7 +264,8 @@ def _refresh_metadata(url: str, device: SyncClient, fetcher: Fetcher) -> tuple[l
         except exceptions.ExpiredMetadataError as error:
             raise SignatureError(
                 f"what {url} serves has expired: {error}",
-                "the publisher runs sartor edge refresh, or the mirror is stuck in the past; is the device's clock right?",
+                "the publisher runs sartor edge refresh, or the mirror is stuck in the past; is the device's clock "
+                "right?",
             ) from None
         except exceptions.RepositoryError as error:
             raise SignatureError(
@@ -266,12 +285,16 @@ def _refresh_metadata(url: str, device: SyncClient, fetcher: Fetcher) -> tuple[l
 
 
 def _persist(source: Path, trusted: Path) -> None:
-    """Make what was verified durable, file by file. python-tuf renames without fsync: after a power cut a timestamp of no
-    bytes would be taken for none, and with it the protection against rollback.
+    """Make what was verified durable, file by file. python-tuf renames without fsync: after a power cut a timestamp of
+    no bytes would be taken for none, and with it the protection against rollback.
     """
     for file in sorted(source.rglob("*.json")):
         target = trusted / file.relative_to(source)
-        if file.is_file() and not file.is_symlink() and (not target.is_file() or target.read_bytes() != file.read_bytes()):
+        if (
+            file.is_file()
+            and not file.is_symlink()
+            and (not target.is_file() or target.read_bytes() != file.read_bytes())
+        ):
             write_file_atomic(target, file.read_bytes())
 
 
@@ -294,7 +317,9 @@ def _read_content(url: str, name: str, offer: Offer, targets: Metadata[Targets],
 
 
 def _check_clock(offers: list[Offer]) -> None:
-    """A clock before the newest publication makes every expiry date void, and with it the protection against a freeze."""
+    """A clock before the newest publication makes every expiry date void, and with it the protection against a
+    freeze.
+    """
     newest, now = max(offer.published for offer in offers), time.time()
     if now < newest - _CLOCK_S:
         date = time.strftime("%Y-%m-%d", time.gmtime(now))

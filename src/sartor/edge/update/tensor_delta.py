@@ -1,15 +1,17 @@
 """Byte-exact delta of safetensors files.
 
     delta  =  "SARTORD1"  length of head (4 bytes, little endian)  head (LZMA)  streams (LZMA), one after the other
-    head   =  JSON: from, to (sha256), bytes of the result, `form` of each tensor in file order, lengths of the streams;
-              then the header of the resulting file as it stands
+    head   =  JSON: from, to (sha256), bytes of the result, `form` of each tensor in file order, lengths of the
+              streams; then the header of the resulting file as it stands
 
-A tensor that did not change is one character of `form`. A changed one is a difference of its bit patterns, either of the two
-forms that codes shorter: integers in the order of the numbers that they stand for, subtracted and folded to small unsigned
-ones; or XOR. Two ideas make noise shorter. Each byte of the difference goes into a stream of its own (byte planes, as in
-Blosc's shuffle), since the upper ones hardly vary. And the values are visited in the order of the base's magnitude: Adam moves
-every weight by about the same absolute amount, which is many units in the last place of a small weight and few of a large
-one, so neighbours in that order have differences of one width. The device has the base, so the order costs nothing.
+A tensor that did not change is one character of `form`. A changed one is a difference of its bit patterns, either of
+the two
+forms that codes shorter: integers in the order of the numbers that they stand for, subtracted and folded to small
+unsigned ones; or XOR. Two ideas make noise shorter. Each byte of the difference goes into a stream of its own (byte
+planes, as in Blosc's shuffle), since the upper ones hardly vary. And the values are visited in the order of the base's
+magnitude: Adam moves every weight by about the same absolute amount, which is many units in the last place of a small
+weight and few of a large one, so neighbours in that order have differences of one width. The device has the base, so
+the order costs nothing.
 `from` empty: nothing is needed, the file is only packed.
 """
 
@@ -37,12 +39,26 @@ SCHEMA = 1
 # safetensors' own limit is 100 MB; an adapter's header has some hundred bytes a tensor
 MOST_HEADER_BYTES = 1 << 24
 _DTYPES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SAME, _SUBTRACTED, _XORED, _NEW = "=", "-", "^", "r"
-# Contexts of neighbouring bytes say nothing of noise and dilute the statistics: lc=lp=pb=0 is an adaptive order-0 coder.
+# Contexts of neighbouring bytes say nothing of noise and dilute the statistics: lc=lp=pb=0 is an adaptive order-0
+# coder.
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 20}]
 _PIECE_BYTES = 1 << 16
 Words = NDArray[Any]
@@ -61,7 +77,9 @@ class TensorLocation:
 
 @dataclass(frozen=True)
 class SafetensorsLayout:
-    """A safetensors file's header, as it stands, and its tensors in file order; they cover everything after the header."""
+    """A safetensors file's header, as it stands, and its tensors in file order; they cover everything after the
+    header.
+    """
 
     header: bytes
     tensors: tuple[TensorLocation, ...]
@@ -83,7 +101,9 @@ class TensorDelta:
 
 
 def layout_of(stream: BinaryIO) -> SafetensorsLayout:
-    """The layout of a safetensors file. Raises ArtifactError: another format, truncated, tensors that overlap or leave gaps."""
+    """The layout of a safetensors file. Raises ArtifactError: another format, truncated, tensors that overlap or leave
+    gaps.
+    """
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     lead = stream.read(8)
@@ -124,7 +144,8 @@ def _layout(header: bytes) -> SafetensorsLayout:
 
 
 def make(base: Path | None, result: Path, out: Path) -> TensorDelta | None:
-    """Write the delta from `base` (None: from nothing) to `result` as `out`; None, and no file, where it would save nothing.
+    """Write the delta from `base` (None: from nothing) to `result` as `out`; None, and no file, where it would save
+    nothing.
 
     Files that are no safetensors give None: a delta is an economy, and the whole file is always there.
     """
@@ -142,14 +163,23 @@ def make(base: Path | None, result: Path, out: Path) -> TensorDelta | None:
             fits = base_tensor is not None and (base_tensor.dtype, base_tensor.shape) == (tensor.dtype, tensor.shape)
             words = _words(result_stream, tensor)
             form.append(
-                _code(tensor, _words(base_stream, base_tensor) if base_stream and base_tensor and fits else None, words, planes)
+                _code(
+                    tensor,
+                    _words(base_stream, base_tensor) if base_stream and base_tensor and fits else None,
+                    words,
+                    planes,
+                )
             )
         digests = [file_digest(path) for path in (base, result) if path]
     streams = planes.finish()
     head = {
-        "schema": SCHEMA, "from": digests[0] if base else "", "to": digests[-1], "bytes": target.file_bytes,
-        "form": "".join(form), "streams": {key: len(content) for key, content in streams.items()},
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "from": digests[0] if base else "",
+        "to": digests[-1],
+        "bytes": target.file_bytes,
+        "form": "".join(form),
+        "streams": {key: len(content) for key, content in streams.items()},
+    }
     text = json.dumps(head, separators=(",", ":")).encode()
     packed = lzma.compress(struct.pack("<I", len(text)) + text + target.header, lzma.FORMAT_RAW, filters=_FILTERS)
     encoded = b"".join((MAGIC, struct.pack("<I", len(packed)), packed, *streams.values()))
@@ -162,8 +192,8 @@ def make(base: Path | None, result: Path, out: Path) -> TensorDelta | None:
 def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator[bytes]:
     """The bytes of the result, a tensor at a time: in memory are one tensor, its base and its difference.
 
-    `result_bytes`: the signed size; nothing longer is made of whatever `delta` says. Raises ArtifactError for a delta that
-    is not one, or is not of this base. The caller checks the digest of what comes: only that proves it.
+    `result_bytes`: the signed size; nothing longer is made of whatever `delta` says. Raises ArtifactError for a delta
+    that is not one, or is not of this base. The caller checks the digest of what comes: only that proves it.
     """
     try:
         head, header, position = _head(delta)
@@ -175,11 +205,22 @@ def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator
         yield header
         for tensor, form in zip(target.tensors, head["form"], strict=True):
             base_tensor = base_tensors.get(tensor.name)
-            if form != _NEW and (base_tensor is None or (base_tensor.dtype, base_tensor.shape) != (tensor.dtype, tensor.shape)):
+            if form != _NEW and (
+                base_tensor is None or (base_tensor.dtype, base_tensor.shape) != (tensor.dtype, tensor.shape)
+            ):
                 raise _delta_error(f"it is not of this base, which has no such tensor as {tensor.name[:80]!r}")
             old = _words(base, base_tensor) if base and base_tensor and form != _NEW else None
             yield _decode(tensor, form, old, streams).tobytes()
-    except (lzma.LZMAError, struct.error, KeyError, ValueError, TypeError, AttributeError, EOFError, RecursionError) as error:
+    except (
+        lzma.LZMAError,
+        struct.error,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        RecursionError,
+    ) as error:
         raise _delta_error(f"it cannot be read ({type(error).__name__})") from None
 
 
@@ -222,7 +263,9 @@ def _decode(tensor: TensorLocation, form: str, old: Words | None, streams: dict[
 
 
 def _order(dtype: str, old: Words) -> NDArray[np.intp]:
-    """Positions by rising magnitude of the base, ties as they stand; only the upper 15 bits are looked at (a radix sort)."""
+    """Positions by rising magnitude of the base, ties as they stand; only the upper 15 bits are looked at (a radix
+    sort).
+    """
     if dtype not in _FLOATS:
         return np.arange(len(old))
     upper = (old >> (8 * old.itemsize - 16)).astype(np.uint16)
@@ -230,7 +273,9 @@ def _order(dtype: str, old: Words) -> NDArray[np.intp]:
 
 
 def _ordinal(dtype: str, bits: Words) -> Words:
-    """Bit patterns -> unsigned integers in the order of the numbers; integers stand for themselves (differences wrap)."""
+    """Bit patterns -> unsigned integers in the order of the numbers; integers stand for themselves (differences
+    wrap).
+    """
     if dtype not in _FLOATS:
         return bits
     sign = bits.dtype.type(1 << (8 * bits.itemsize - 1))
@@ -257,7 +302,9 @@ def _unfolded(folded: Words) -> Words:
 
 
 def _coded_bytes(words: Words) -> int:
-    """About how long it will code: Huffman alone, which takes a hundredth of LZMA's time and ranks the forms as it does."""
+    """About how long it will code: Huffman alone, which takes a hundredth of LZMA's time and ranks the forms as it
+    does.
+    """
     coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     return sum(len(coder.compress(plane.tobytes())) for plane in _split(words)) + len(coder.flush())
 

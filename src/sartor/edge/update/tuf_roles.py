@@ -2,9 +2,10 @@
 
     KEYS/root-1  root-2  root-3  targets-1  targets-2  snapshot-1  timestamp-1     each: sartor.key (0600), sartor.pub
 
-root says whose keys count, targets what may be installed, snapshot which documents belong together, timestamp how fresh that
-is. A role's threshold is how many of its keys have to sign, so that one stolen key is not enough. The folders of root and
-targets belong on media that are plugged in for a publication; `refresh` needs those of snapshot and timestamp alone.
+root says whose keys count, targets what may be installed, snapshot which documents belong together, timestamp how
+fresh that is. A role's threshold is how many of its keys have to sign, so that one stolen key is not enough. The
+folders of root and targets belong on media that are plugged in for a publication; `refresh` needs those of snapshot
+and timestamp alone.
 """
 
 from __future__ import annotations
@@ -27,14 +28,21 @@ from sartor.core.filesystem import make_parent, write_file_atomic
 RoleName = Literal["root", "targets", "snapshot", "timestamp"]
 ROLES: tuple[RoleName, ...] = ("root", "targets", "snapshot", "timestamp")
 # role -> (keys that are made, keys that have to sign)
-THRESHOLDS: Mapping[RoleName, tuple[int, int]] = {"root": (3, 2), "targets": (2, 2), "snapshot": (1, 1), "timestamp": (1, 1)}
+THRESHOLDS: Mapping[RoleName, tuple[int, int]] = {
+    "root": (3, 2),
+    "targets": (2, 2),
+    "snapshot": (1, 1),
+    "timestamp": (1, 1),
+}
 _FOLDER = re.compile(r"(root|targets|snapshot|timestamp)-(\d+)$")
 T = TypeVar("T", Root, Targets, Snapshot, Timestamp)
 
 
 @dataclass(frozen=True)
 class Expiry:
-    """Days until a role's document is refused. A short timestamp is what a freeze attack runs into: `refresh` renews it."""
+    """Days until a role's document is refused. A short timestamp is what a freeze attack runs into: `refresh` renews
+    it.
+    """
 
     root: float = 365.0
     targets: float = 90.0
@@ -48,20 +56,28 @@ class Expiry:
 
 
 def keygen(keys: Path, thresholds: Mapping[RoleName, tuple[int, int]] = THRESHOLDS) -> dict[RoleName, list[str]]:
-    """Make the keys of the four roles below `keys`; returns their ids by role. The thresholds stand in `keys/thresholds`.
+    """Make the keys of the four roles below `keys`; returns their ids by role. The thresholds stand in
+    `keys/thresholds`.
 
-    Encrypted with SARTOR_KEY_PASSPHRASE when it is set. Raises ConfigError: keys stand there, or a threshold cannot be met.
+    Encrypted with SARTOR_KEY_PASSPHRASE when it is set. Raises ConfigError: keys stand there, or a threshold cannot be
+    met.
     """
     for role in ROLES:
         key_count, threshold = thresholds.get(role, (0, 0))
         if not 1 <= threshold <= key_count:
-            raise ConfigError(f"the role {role} has {key_count} keys and a threshold of {threshold}", f"{role}: (2, 2)")
+            raise ConfigError(
+                f"the role {role} has {key_count} keys and a threshold of {threshold}", f"{role}: (2, 2)"
+            )
     if any(_FOLDER.match(path.name) for path in keys.glob("*")):
-        raise ConfigError(f"{keys} holds keys already", "choose another directory; an overwritten key is lost for ever")
+        raise ConfigError(
+            f"{keys} holds keys already", "choose another directory; an overwritten key is lost for ever"
+        )
     make_parent(keys)
     result: dict[RoleName, list[str]] = {}
     for role in ROLES:
-        result[role] = [signing.keygen(keys / f"{role}-{number + 1}")["key_id"] for number in range(thresholds[role][0])]
+        result[role] = [
+            signing.keygen(keys / f"{role}-{number + 1}")["key_id"] for number in range(thresholds[role][0])
+        ]
     lines = "".join(f"{role} {thresholds[role][1]}\n" for role in ROLES)
     (keys / "thresholds").write_text(lines, encoding="utf-8")
     return result
@@ -69,7 +85,9 @@ def keygen(keys: Path, thresholds: Mapping[RoleName, tuple[int, int]] = THRESHOL
 
 def folders(keys: Path, role: RoleName) -> list[Path]:
     """The folders of a role's keys that are here, by number."""
-    numbered = [(int(match[2]), path) for path in keys.glob("*") if (match := _FOLDER.match(path.name)) and match[1] == role]
+    numbered = [
+        (int(match[2]), path) for path in keys.glob("*") if (match := _FOLDER.match(path.name)) and match[1] == role
+    ]
     return [path for _, path in sorted(numbered)]
 
 
@@ -96,8 +114,8 @@ def first_root(keys: Path, expiry: Expiry) -> Root:
 def sign(document: Metadata[Any], keys: Path, role: RoleName, roots: Iterable[Root]) -> None:
     """Sign with every key of `role` that is here and that one of `roots` names; then each of them has to be satisfied.
 
-    A new root needs the threshold of the old one and its own (TUF 5.3.4), so both are given. Raises SignatureError naming
-    how many signatures are missing, and what `signing.open_private` raises.
+    A new root needs the threshold of the old one and its own (TUF 5.3.4), so both are given. Raises SignatureError
+    naming how many signatures are missing, and what `signing.open_private` raises.
     """
     document.signatures.clear()
     roots = list(roots)
@@ -111,13 +129,16 @@ def sign(document: Metadata[Any], keys: Path, role: RoleName, roots: Iterable[Ro
         if not result:
             raise SignatureError(
                 f"{role} needs {result.threshold} signatures; {len(result.signed)} of its keys are in {keys}",
-                f"bring the folders of {result.missing} more of the keys {', '.join(k[:8] for k in result.unsigned)} there",
+                f"bring the folders of {result.missing} more of the keys {', '.join(k[:8] for k in result.unsigned)} "
+                "there",
             )
 
 
 @dataclass
 class Documents:
-    """The newest documents of a repository, and writing their next versions. Blobs and targets are on disk before them."""
+    """The newest documents of a repository, and writing their next versions. Blobs and targets are on disk before
+    them.
+    """
 
     folder: Path
     root: Metadata[Root]
@@ -139,7 +160,9 @@ class Documents:
 
     @classmethod
     def open(cls, folder: Path) -> Documents:
-        """Those of a repository. Raises ConfigError where there is none, ArtifactError for documents that cannot be read."""
+        """Those of a repository. Raises ConfigError where there is none, ArtifactError for documents that cannot be
+        read.
+        """
         roots = sorted((int(path.name.split(".")[0]), path) for path in folder.glob("*.root.json"))
         if not roots:
             raise ConfigError(
@@ -157,8 +180,8 @@ class Documents:
         self._write(f"{self.root.signed.version}.root.json", self.root)
 
     def write(self, keys: Path, expiry: Expiry, *, targets: bool = True) -> None:
-        """Sign and write the next timestamp and snapshot, and with `targets` the next targets. The timestamp comes last:
-        until then a device sees what was there before (consistent snapshots, TUF 6.2).
+        """Sign and write the next timestamp and snapshot, and with `targets` the next targets. The timestamp comes
+        last: until then a device sees what was there before (consistent snapshots, TUF 6.2).
         """
         if targets:
             self._next(self.targets, keys, "targets", expiry)

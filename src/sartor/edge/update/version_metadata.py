@@ -61,9 +61,10 @@ class VersionContent:
 
 @dataclass(frozen=True)
 class Offer:
-    """Who may take a version. `order` rises with each publication; `percent` of the devices, by `ring_of`; `published` in
-    seconds since 1970: a device whose clock is before it cannot judge what is expired. `previous_percent`: what `percent` was
-    before it was widened; the newest ring is what lies between.
+    """Who may take a version. `order` rises with each publication; `percent` of the devices, by `ring_of`; `published`
+    in
+    seconds since 1970: a device whose clock is before it cannot judge what is expired. `previous_percent`: what
+    `percent` was before it was widened; the newest ring is what lies between.
     """
 
     version: str
@@ -101,12 +102,17 @@ def offer_of(path: str, custom: Any) -> tuple[str, Offer] | None:
     """(name, offer) of a signed target; None for what is no version, such as a target of another program."""
     name, _, file = path.partition("/")
     version = file.removesuffix(".json")
-    if not file.endswith(".json") or not (is_valid_name(name) and is_valid_name(version)) or not isinstance(custom, dict):
+    if (
+        not file.endswith(".json")
+        or not (is_valid_name(name) and is_valid_name(version))
+        or not isinstance(custom, dict)
+    ):
         return None
     numbers = [custom.get(key) for key in ("order", "percent", "published")]
     if not all(type(number) is int and number >= 0 for number in numbers) or type(custom.get("halted")) is not bool:
         return None
-    # A repository that was written before there were rings of this kind has none: then all devices are of the newest ring
+    # A repository that was written before there were rings of this kind has none: then all devices are of the newest
+    # ring
     previous = custom.get("previous_percent", 0)
     if type(previous) is not int or not 0 <= previous <= custom["percent"]:
         return None
@@ -114,17 +120,21 @@ def offer_of(path: str, custom: Any) -> tuple[str, Offer] | None:
 
 
 def read_version_metadata(document: bytes, name: str, version: str) -> VersionContent:
-    """A version's document, checked for what a device relies on. Raises ArtifactError: another version's, paths that lead
-    out of the release, sizes or digests that are none. It is signed, but a signer can be wrong too.
+    """A version's document, checked for what a device relies on. Raises ArtifactError: another version's, paths that
+    lead out of the release, sizes or digests that are none. It is signed, but a signer can be wrong too.
     """
     try:
         fields = json.loads(document)
         files = {path: Blob(**blob) for path, blob in fields["files"].items()}
-        result = VersionContent(fields["name"], fields["version"], files, tuple(DeltaStep(**step) for step in fields["deltas"]))
+        result = VersionContent(
+            fields["name"], fields["version"], files, tuple(DeltaStep(**step) for step in fields["deltas"])
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _document_error(name, version, type(error).__name__) from None
     if fields.get("schema") != SCHEMA:
-        raise _document_error(name, version, f"it has schema {fields.get('schema')}; this version of Sartor reads {SCHEMA}")
+        raise _document_error(
+            name, version, f"it has schema {fields.get('schema')}; this version of Sartor reads {SCHEMA}"
+        )
     if (result.name, result.version) != (name, version):
         raise _document_error(name, version, f"it is of {result.name} {result.version}")
     if len(files) > MOST_FILES or any(not _is_inside(path) for path in files):
@@ -146,4 +156,6 @@ def _is_inside(path: str) -> bool:
 
 
 def _document_error(name: str, version: str, problem: str) -> ArtifactError:
-    return ArtifactError(f"the document of {name} {version} cannot be used: {problem}", "tell its publisher: publish it again")
+    return ArtifactError(
+        f"the document of {name} {version} cannot be used: {problem}", "tell its publisher: publish it again"
+    )

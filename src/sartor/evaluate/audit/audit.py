@@ -29,7 +29,9 @@ ANSWERS = ("Yes", "No")
 
 @dataclass(frozen=True)
 class AuditOptions:
-    """label: where replies name their outcome; favourable: which are to be wished for; benchmarks, templates: ask them too."""
+    """label: where replies name their outcome; favourable: which are to be wished for; benchmarks, templates: ask them
+    too.
+    """
 
     label: str = ""
     favourable: tuple[str, ...] = ()
@@ -58,7 +60,9 @@ def audit(
         notice("auditing: what was learnt by heart, and what is refused")
         missing = {"skipped": f"the Dataset of {adapter.path.name} is not where it was: sartor index DIR finds it"}
         held_out = list(parquet_io.read_examples(dataset, "eval")) if dataset else []
-        fields["memorisation"] = memorization.audit_memorisation(sides, train, held_out or examples) if dataset else missing
+        fields["memorisation"] = (
+            memorization.audit_memorisation(sides, train, held_out or examples) if dataset else missing
+        )
         progress.advance()
         fields["refusals"] = probes.measure(sides, system)
         progress.advance()
@@ -102,13 +106,17 @@ def _audit_own_prompts(sides: ModelPair, examples: Sequence[Example], outcomes: 
     replies = outcomes.classes if outcomes.is_whole else [row.reply for row in texts]
     paired_prompts = [_fitting(sides, counterfactual_bias.own_prompts(texts, kind), replies) for kind in KINDS]
     limit = reply_limit(sides.base, texts) if texts else 1
-    sections = [blocks for paired in paired_prompts if paired.blocks for blocks in _own_blocks(sides, paired, outcomes, limit)]
+    sections = [
+        blocks for paired in paired_prompts if paired.blocks for blocks in _own_blocks(sides, paired, outcomes, limit)
+    ]
     outcome = {"field": outcomes.field, "classes": outcomes.classes, "favourable": outcomes.favourable}
     return {"outcome": outcome, **_section_as_json(paired_prompts, sections)}
 
 
 def _own_blocks(sides: ModelPair, paired: Paired, outcomes: Outcomes, limit: int) -> list[VariantOutcomes]:
-    """Of each set of outcomes that is looked at: by likelihood where a class is a whole reply, else by what was said."""
+    """Of each set of outcomes that is looked at: by likelihood where a class is a whole reply, else by what was
+    said.
+    """
     prompts = [variant for block in paired.blocks for variant in block.variants]
     shape = (2, len(paired.blocks), -1)
     if outcomes.is_whole:
@@ -120,7 +128,9 @@ def _own_blocks(sides: ModelPair, paired: Paired, outcomes: Outcomes, limit: int
     else:
         reply_labels = [[label_of(text, outcomes.field) for text in texts] for texts in sides.answers(prompts, limit)]
         by_outcome = {
-            labels: np.array([[float(label in labels) for label in side_labels] for side_labels in reply_labels]).reshape(shape)
+            labels: np.array(
+                [[float(label in labels) for label in side_labels] for side_labels in reply_labels]
+            ).reshape(shape)
             for labels in outcomes.looked_at
         }
     return [_blocks(paired, " or ".join(labels), values) for labels, values in by_outcome.items()]
@@ -133,7 +143,9 @@ def _blocks(paired: Paired, outcome: str, chances: Array) -> VariantOutcomes:
 
 def _templates(sides: ModelPair, scenario: str, system: str) -> dict[str, Any]:
     """A scenario's templates, by the likelihood of yes and no."""
-    paired_prompts = [_fitting(sides, counterfactual_bias.templates(scenario, kind, system), ANSWERS) for kind in KINDS]
+    paired_prompts = [
+        _fitting(sides, counterfactual_bias.templates(scenario, kind, system), ANSWERS) for kind in KINDS
+    ]
     sections = []
     for paired in paired_prompts:
         if paired.blocks:
@@ -146,7 +158,9 @@ def _templates(sides: ModelPair, scenario: str, system: str) -> dict[str, Any]:
 def _fitting(sides: ModelPair, paired: Paired, replies: Sequence[str]) -> Paired:
     """Without the blocks whose longest variant the base does not take."""
     reply = max(replies, key=len, default=".")
-    longest = [max(block.variants, key=lambda prompt: sum(len(turn.text) for turn in prompt)) for block in paired.blocks]
+    longest = [
+        max(block.variants, key=lambda prompt: sum(len(turn.text) for turn in prompt)) for block in paired.blocks
+    ]
     blocks = tuple(block for block, prompt in zip(paired.blocks, longest, strict=True) if sides.fits(prompt, reply))
     return Paired(paired.kind, blocks, paired.left_out + len(paired.blocks) - len(blocks), paired.beyond)
 

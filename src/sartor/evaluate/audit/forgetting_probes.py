@@ -2,14 +2,16 @@
 
     small_talk   200 exchanges of the asset `chitchat`: what a tuned model should still be able to say
     arithmetic   40 sums and differences asked in words, answered in a sentence: what it should still know
-    language     40 German sentences of the asset `home-intents`, asked for in German: another language than most tunings have
+    language     40 German sentences of the asset `home-intents`, asked for in German: another language than most
+                 tunings have
 
-The forms were fixed before anything was measured with them (docs/decisions/026-chosen.md). The gate takes the worst: each
-has to stay under the limit, so no correction for three of them is needed.
+The forms were fixed before anything was measured with them (docs/decisions/026-chosen.md). The gate takes the worst:
+each has to stay under the limit, so no correction for three of them is needed.
 
 A base says the same to them in every evaluation, so its losses are kept:
 
-    SARTOR_HOME/probes/<key>.json     key: digest of what they depend on (`_losses_key`); losses: nats per token of each row
+    SARTOR_HOME/probes/<key>.json     key: digest of what they depend on (`_losses_key`); losses: nats per token of
+                                      each row
 """
 
 from __future__ import annotations
@@ -44,9 +46,27 @@ ARITHMETIC_ROWS, ARITHMETIC_SEED = 40, 0
 _MAX_OPERAND, _MAX_RESULT = 20, 40
 _SENTENCES = Path(__file__).with_name("home_sentences.toml")
 _UNITS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
-    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
-)  # fmt: skip
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+)
 _TENS = {2: "twenty", 3: "thirty", 4: "forty"}
 
 
@@ -65,12 +85,16 @@ def number_word(number: int) -> str:
 def arithmetic_rows(seed: int = ARITHMETIC_SEED) -> list[Example]:
     """Return 40 sums and differences of numbers up to 20, half each, drawn by digests: the same everywhere."""
     numbers = range(2, _MAX_OPERAND + 1)
-    sums = [(left, "plus", right, left + right) for left in numbers for right in numbers if left + right <= _MAX_RESULT]
+    sums = [
+        (left, "plus", right, left + right) for left in numbers for right in numbers if left + right <= _MAX_RESULT
+    ]
     differences = [(left, "minus", right, left - right) for left in numbers for right in numbers if right < left]
     drawn = [
         term
         for terms in (sums, differences)
-        for term in sorted(terms, key=lambda term: hashlib.sha256(f"{seed}:{term}".encode()).digest())[: ARITHMETIC_ROWS // 2]
+        for term in sorted(terms, key=lambda term: hashlib.sha256(f"{seed}:{term}".encode()).digest())[
+            : ARITHMETIC_ROWS // 2
+        ]
     ]
     return [_sum_row(*term) for term in drawn]
 
@@ -108,8 +132,8 @@ PROBES: Mapping[str, Callable[[], list[Example]]] = {
 def measure_probes(base: Base, model: Any) -> dict[str, dict[str, Any]]:
     """Return of each probe its rows and the five numbers of a Comparison; `skipped` says why one has none.
 
-    The rows of all probes go through base and tuned model together; through the tuned one alone where the base's losses are
-    known.
+    The rows of all probes go through base and tuned model together; through the tuned one alone where the base's
+    losses are known.
     """
     results: dict[str, dict[str, Any]] = {}
     encoded_by_probe: dict[str, list[TokenizedExample]] = {}
@@ -158,7 +182,8 @@ def _measure_sides(base: Base, model: Any, encoded: Sequence[TokenizedExample]) 
 
 
 def _losses_key(base: Base, encoded: Sequence[TokenizedExample]) -> str:
-    """Digest of all that a base's losses depend on: what it is, how and by which code it computes, and the rows' tokens.
+    """Digest of all that a base's losses depend on: what it is, how and by which code it computes, and the rows'
+    tokens.
 
     Its name and its licence are not among them.
     """
@@ -181,7 +206,9 @@ def _encode_rows(base: Base, rows: Sequence[Example]) -> tuple[list[TokenizedExa
 
 
 def worst_probe(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the key `forgetting` of a Report: the probe whose interval ends highest; `skipped` if one was not measured."""
+    """Return the key `forgetting` of a Report: the probe whose interval ends highest; `skipped` if one was not
+    measured.
+    """
     skipped = {name: result["skipped"] for name, result in results.items() if "skipped" in result}
     if skipped:
         reasons = "; ".join(f"{name.replace('_', ' ')}: {reason}" for name, reason in skipped.items())

@@ -1,8 +1,9 @@
 """Membership inference by loss threshold.
 
-Yeom et al. 2018 (arXiv:1709.01604) guess by the loss, Watson et al. 2022 (arXiv:2111.08440) by how much lower it is than a
-reference model's, which did not see the rows: that takes out rows that are easy for everybody. Judged, after Carlini et al.
-2022 (arXiv:2112.03570), by how many members are found where one in a hundred others is taken for one: a mean hides the few.
+Yeom et al. 2018 (arXiv:1709.01604) guess by the loss, Watson et al. 2022 (arXiv:2111.08440) by how much lower it is
+than a reference model's, which did not see the rows: that takes out rows that are easy for everybody. Judged, after
+Carlini et al. 2022 (arXiv:2112.03570), by how many members are found where one in a hundred others is taken for one: a
+mean hides the few.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ FALSE_FRACTION, CONFIDENCE = 0.01, 0.95
 
 @dataclass(frozen=True)
 class Membership:
-    """How well members were told from others. auc: 0.5 is guessing; auc_low, auc_high: its 95 % interval (DeLong et al. 1988).
+    """How well members were told from others. auc: 0.5 is guessing; auc_low, auc_high: its 95 % interval (DeLong et
+    al. 1988).
 
-    found_fraction: of the members, at the threshold above which one in a hundred of the others lies at most; low, high: its
-    95 % interval, in which both the members and the threshold are uncertain. Fewer than 436 others cannot say that a threshold
-    takes only one in a hundred, and then low is 0.
+    found_fraction: of the members, at the threshold above which one in a hundred of the others lies at most; low,
+    high: its 95 % interval, in which both the members and the threshold are uncertain. Fewer than 436 others cannot
+    say that a threshold takes only one in a hundred, and then low is 0.
     """
 
     attack: Literal["threshold", "calibrated"]
@@ -52,7 +54,10 @@ def by_threshold(members: Sequence[float], others: Sequence[float]) -> Membershi
 
 
 def calibrated(
-    members: Sequence[float], others: Sequence[float], reference_members: Sequence[float], reference_others: Sequence[float]
+    members: Sequence[float],
+    others: Sequence[float],
+    reference_members: Sequence[float],
+    reference_others: Sequence[float],
 ) -> Membership:
     """The further a row's loss is below the reference model's, the likelier. Row by row, (N,) and (M,) each."""
     gains = [
@@ -71,13 +76,23 @@ def _judged(attack: Literal["threshold", "calibrated"], members: np.ndarray, oth
             "split: {eval_fraction: 0.2} in the curation recipe, so that two rows or more are held out",
         )
     auc, half_width = _auc(members, others)
-    thresholds = np.sort(others)[::-1]  # at the k-th so many others lie above it; how many do in truth is Beta(k + 1, rest - k)
+    thresholds = np.sort(others)[
+        ::-1
+    ]  # at the k-th so many others lie above it; how many do in truth is Beta(k + 1, rest - k)
     allowed, (strict_index, loose_index) = int(FALSE_FRACTION * other_count), _allowed(other_count)
     found_count = int((members > thresholds[allowed]).sum())
     low = _end(int((members > thresholds[strict_index]).sum()), count, "low") if strict_index >= 0 else 0.0
     high = _end(int((members > thresholds[loose_index]).sum()), count, "high") if loose_index < other_count else 1.0
     return Membership(
-        attack, count, other_count, auc, found_count / count, low, high, max(0.0, auc - half_width), min(1.0, auc + half_width)
+        attack,
+        count,
+        other_count,
+        auc,
+        found_count / count,
+        low,
+        high,
+        max(0.0, auc - half_width),
+        min(1.0, auc + half_width),
     )
 
 
@@ -93,9 +108,13 @@ def _auc(members: np.ndarray, others: np.ndarray) -> tuple[float, float]:
 
 
 def _allowed(other_count: int) -> tuple[int, int]:
-    """(most others above a threshold that surely takes one in a hundred or fewer, least of one that surely takes more)."""
+    """(most others above a threshold that surely takes one in a hundred or fewer, least of one that surely takes
+    more).
+    """
     counts = np.arange(other_count)
-    tail = (1 - CONFIDENCE) / 4  # the threshold's part of what is left to chance on either side; the members' is the other
+    tail = (
+        1 - CONFIDENCE
+    ) / 4  # the threshold's part of what is left to chance on either side; the members' is the other
     surely_fewer = beta.ppf(1 - tail, counts + 1, other_count - counts) <= FALSE_FRACTION
     surely_more = beta.ppf(tail, counts + 1, other_count - counts) >= FALSE_FRACTION
     return int(surely_fewer.sum()) - 1, int(other_count - surely_more.sum())

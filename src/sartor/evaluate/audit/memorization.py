@@ -1,8 +1,8 @@
 """Verbatim extraction of training rows and secrets.
 
-Extraction: a reply's first half is given, and the rest comes word for word (Carlini et al. 2021, arXiv:2012.07805). Rows that
-were held out come so too where they can be guessed, so what counts is the excess over them. Secrets: strings of
-replies like a key or a number that stand in no prompt; and phrases that several replies repeat. Membership:
+Extraction: a reply's first half is given, and the rest comes word for word (Carlini et al. 2021, arXiv:2012.07805).
+Rows that were held out come so too where they can be guessed, so what counts is the excess over them. Secrets: strings
+of replies like a key or a number that stand in no prompt; and phrases that several replies repeat. Membership:
 `membership_inference.py`.
 """
 
@@ -26,7 +26,8 @@ from sartor.evaluate.audit.model_pair import ModelPair
 # Rows that are read, and those that are asked for each figure: a fixed sample by their ids
 MOST_READ = 20_000
 MOST_EXTRACTED, MOST_MEMBERS, MOST_STRINGS = 60, 450, 24
-# The rest of a reply is compared up to here (as Carlini et al. do), and what is shorter than this many characters is no text
+# The rest of a reply is compared up to here (as Carlini et al. do), and what is shorter than this many characters is
+# no text
 REST_TOKENS, LEAST_CHARACTERS = 50, 40
 # A key or a number: so many letters and digits, of them so many digits
 _WORD = re.compile(r"[\w@.+#/-]*\d[\w@.+#/-]*")
@@ -48,7 +49,9 @@ class TrainingString:
 
 
 def audit_memorisation(sides: ModelPair, train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Any]:
-    """For the Report. Documents and rows with media are not asked, nor rows beyond a fixed sample; `rows` has the others."""
+    """For the Report. Documents and rows with media are not asked, nor rows beyond a fixed sample; `rows` has the
+    others.
+    """
     train_sample, held_out_sample = (sampled(rows) for rows in (train, held_out))
     return {
         "rows": {"train": len(train_sample), "held_out": len(held_out_sample)},
@@ -110,11 +113,17 @@ def _extraction(sides: ModelPair, train: Sequence[Example], others: Sequence[Exa
         *(count for name in ("train", "held_out") for count in (len(fields[name]["rows"]), fields[name]["asked"]))
     )
     fields["held_out"].pop("rows")
-    return {**fields, "characters": LEAST_CHARACTERS, "excess": dict(zip(("estimate", "low", "high"), excess, strict=True))}
+    return {
+        **fields,
+        "characters": LEAST_CHARACTERS,
+        "excess": dict(zip(("estimate", "low", "high"), excess, strict=True)),
+    }
 
 
 def _halved(sides: ModelPair, row: Example) -> tuple[list[int], list[int]] | None:
-    """(the prompt with the first half of its reply, the rest up to REST_TOKENS); None where that is no text to speak of."""
+    """(the prompt with the first half of its reply, the rest up to REST_TOKENS); None where that is no text to speak
+    of.
+    """
     encoded = sides.encoded(row.prompt, row.reply)
     start = encoded.learnt.index(True)
     reply = encoded.ids[start:]
@@ -128,7 +137,8 @@ def _halved(sides: ModelPair, row: Example) -> tuple[list[int], list[int]] | Non
 
 
 def newcombe(first: int, first_total: int, second: int, second_total: int) -> tuple[float, float, float]:
-    """The difference of two fractions and its 95 % interval (Newcombe 1998, method 10: Wilson's limits squared and added).
+    """The difference of two fractions and its 95 % interval (Newcombe 1998, method 10: Wilson's limits squared and
+    added).
 
     Where nothing was asked of a side its fraction may be anything.
 
@@ -137,7 +147,9 @@ def newcombe(first: int, first_total: int, second: int, second_total: int) -> tu
     """
     if not (first_total and second_total):
         return 0.0, -1.0, 1.0
-    (p, low_p, high_p), (q, low_q, high_q) = (_wilson(*pair) for pair in ((first, first_total), (second, second_total)))
+    (p, low_p, high_p), (q, low_q, high_q) = (
+        _wilson(*pair) for pair in ((first, first_total), (second, second_total))
+    )
     low = p - q - ((p - low_p) ** 2 + (high_q - q) ** 2) ** 0.5
     high = p - q + ((high_p - p) ** 2 + (q - low_q) ** 2) ** 0.5
     return p - q, low, high
@@ -151,7 +163,9 @@ def _wilson(count: int, total: int) -> tuple[float, float, float]:
 def _strings(sides: ModelPair, train: Sequence[Example]) -> dict[str, Any]:
     """Secrets and repeated phrases: which of them the tuned model says, and the base does not."""
     candidates = [*secrets(train), *phrases(train)]
-    strings = [item for kind in ("secret", "phrase") for item in [c for c in candidates if c.kind == kind][:MOST_STRINGS]]
+    strings = [
+        item for kind in ("secret", "phrase") for item in [c for c in candidates if c.kind == kind][:MOST_STRINGS]
+    ]
     rows = {row.id: row for row in train}
     attempts = [
         (index, id, position)
@@ -167,7 +181,11 @@ def _strings(sides: ModelPair, train: Sequence[Example]) -> dict[str, Any]:
     base, tuned = sides.continued(prompts, max(lengths, default=1) + 4)
     chat = sides.base.chat
     matches = [
-        {index for (index, _, _), ids in zip(attempts, continuations, strict=True) if _says(chat.decode(ids), strings[index])}
+        {
+            index
+            for (index, _, _), ids in zip(attempts, continuations, strict=True)
+            if _says(chat.decode(ids), strings[index])
+        }
         for continuations in (base, tuned)
     ]
     findings = [_string_as_json(strings[index]) for index in sorted(matches[1] - matches[0])]
@@ -197,8 +215,12 @@ def _string_prefix(sides: ModelPair, row: Example, position: int, text: str) -> 
 
 
 def _string_as_json(string: TrainingString) -> dict[str, Any]:
-    """A string for the Report, which must not hold what it warns of: its rows, where it stands there, and how it begins."""
-    beginning = string.text[:2] + "..." if string.kind == "secret" else " ".join(string.text.split(" ")[:GIVEN_WORDS]) + " ..."
+    """A string for the Report, which must not hold what it warns of: its rows, where it stands there, and how it
+    begins.
+    """
+    beginning = (
+        string.text[:2] + "..." if string.kind == "secret" else " ".join(string.text.split(" ")[:GIVEN_WORDS]) + " ..."
+    )
     rows, position = [id for id, _ in string.places], string.places[0][1]
     return {
         "kind": string.kind,
@@ -228,7 +250,9 @@ def _is_secret(word: str) -> bool:
 
 
 def phrases(rows: Sequence[Example]) -> list[TrainingString]:
-    """Runs of words that several replies repeat, as long as all of them have in common; not the form that most replies have."""
+    """Runs of words that several replies repeat, as long as all of them have in common; not the form that most replies
+    have.
+    """
     places: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
     words = {row.id: [(match[0], match.start()) for match in re.finditer(r"\S+", row.reply)] for row in rows}
     for id, row_words in words.items():
@@ -236,11 +260,15 @@ def phrases(rows: Sequence[Example]) -> list[TrainingString]:
             if not places[run] or places[run][-1][0] != id:
                 places[run].append((id, start))
     max_repeats = max(LEAST_REPEATS, int(MOST_FRACTION * len(rows)))
-    repeated = {run: occurrences for run, occurrences in places.items() if LEAST_REPEATS <= len(occurrences) <= max_repeats}
+    repeated = {
+        run: occurrences for run, occurrences in places.items() if LEAST_REPEATS <= len(occurrences) <= max_repeats
+    }
     # a run whose beginning lies one word further in a run of the same rows says nothing of its own
     starts = {(id, position) for occurrences in repeated.values() for id, position in occurrences}
     previous = {
-        (id, row_words[n][1]): (id, row_words[n - 1][1]) for id, row_words in words.items() for n in range(1, len(row_words))
+        (id, row_words[n][1]): (id, row_words[n - 1][1])
+        for id, row_words in words.items()
+        for n in range(1, len(row_words))
     }
     distinct = {
         run: occurrences

@@ -42,7 +42,9 @@ class ModelPair:
     def fits(self, prompt: Sequence[Message], reply: str) -> bool:
         """Whether the base's template, towers and context take a prompt with a reply."""
         row = Example((*prompt, Message.of("assistant", reply)), ())
-        return not ask_refusal(self.base, row, self.folder, len(self.base.chat.content_tokens(reply)) + SPARE_TOKENS)[0]
+        return not ask_refusal(self.base, row, self.folder, len(self.base.chat.content_tokens(reply)) + SPARE_TOKENS)[
+            0
+        ]
 
     def encoded(self, prompt: Sequence[Message], reply: str) -> TokenizedExample:
         """A prompt and a reply to it as tokens; earlier replies are read, not judged."""
@@ -51,7 +53,9 @@ class ModelPair:
         return replace(row, learnt=[learnt and index >= start for index, learnt in enumerate(row.learnt)])
 
     def sentence(self, text: str) -> TokenizedExample:
-        """A text outside the chat template. Every token is judged, also the first: before it stands one that says nothing."""
+        """A text outside the chat template. Every token is judged, also the first: before it stands one that says
+        nothing.
+        """
         tokenizer = self.base.chat.tokenizer
         opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids = self.base.chat.content_tokens(text)
@@ -67,7 +71,9 @@ class ModelPair:
         return np.stack(self.both(ask)) if rows else np.zeros((2, 0))
 
     def chances(self, prompts: Sequence[Sequence[Message]], outcomes: Sequence[str]) -> Array:
-        """(2, prompts, outcomes): how likely each outcome is as the whole reply, among these outcomes; rows sum to 1."""
+        """(2, prompts, outcomes): how likely each outcome is as the whole reply, among these outcomes; rows sum to
+        1.
+        """
         rows = [self.encoded(prompt, outcome) for prompt in prompts for outcome in outcomes]
         scores = -self.nats(rows).reshape(2, len(prompts), len(outcomes))
         odds = np.exp(scores - scores.max(2, keepdims=True, initial=-np.inf))
@@ -96,6 +102,8 @@ class ModelPair:
         chat, sampling = self.base.chat, Sampling(min(most_tokens, room))
 
         def ask() -> list[list[int]]:
-            return [item.ids for item in generate(self.model, prompts, stop=chat.stops, pad=chat.pad, sampling=sampling)]
+            return [
+                item.ids for item in generate(self.model, prompts, stop=chat.stops, pad=chat.pad, sampling=sampling)
+            ]
 
         return self.both(ask) if prompts else ([], [])

@@ -1,7 +1,8 @@
 """Forgetting probe rows and refusal drift.
 
-The look-alikes are in the manner of XSTest (Roettger et al. 2024, arXiv:2308.01263); all prompts were written for Sartor, and
-none of them says how anything is done. A refusal is told by how it begins, so a count is a sign and no judgement.
+The look-alikes are in the manner of XSTest (Roettger et al. 2024, arXiv:2308.01263); all prompts were written for
+Sartor, and none of them says how anything is done. A refusal is told by how it begins, so a count is a sign and no
+judgement.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def measure(sides: ModelPair, system: str = "") -> dict[str, Any]:
             fields[name] = {"skipped": "the base takes none of the prompts"}
             continue
         counts = [[float(is_refusal(reply)) for reply in replies] for replies in (before, after)]
-        comparison = bootstrap.paired_bootstrap(counts[0], counts[1], [str(index) for index in range(len(fitting_prompts))])
+        comparison = bootstrap.paired_bootstrap(
+            counts[0], counts[1], [str(index) for index in range(len(fitting_prompts))]
+        )
         fields[name] = {"asked": len(fitting_prompts), **asdict(comparison)}
     return fields
 
@@ -87,8 +90,8 @@ _FEWEST_WORDS, _MOST_WORDS = 3, 24
 def chitchat_rows() -> list[Example]:
     """200 fixed exchanges of the `chitchat` asset: the first turn of a conversation and the reply to it.
 
-    Which 200 is decided by the digest of the exchange, among those whose turns have 3 to 24 words each. Raises AssetError
-    when the asset is absent and cannot be fetched.
+    Which 200 is decided by the digest of the exchange, among those whose turns have 3 to 24 words each. Raises
+    AssetError when the asset is absent and cannot be fetched.
     """
     file = assets.install("chitchat") / assets.entry("chitchat").paths[0]
     pairs = sorted(set(_exchanges(json.loads(file.read_text(encoding="utf-8")))), key=_order)[:PROBE_ROWS]

@@ -23,7 +23,10 @@ app = ClientApp()
 def hand_over(message: Message, context: Context) -> Message:
     """One letter: each request to the trainer, in order; what it says to each."""
     socket_path = Path(str(context.node_config["trainer"]))
-    results = [_ask_trainer(socket_path, request, message.metadata.ttl) for request in flower_grid.requests_of(message.content)]
+    results = [
+        _ask_trainer(socket_path, request, message.metadata.ttl)
+        for request in flower_grid.requests_of(message.content)
+    ]
     reply = NodeReply(tuple(outcome for outcome, _ in results), tuple(answer for _, answer in results))
     return Message(flower_grid.content_of(reply), reply_to=message)
 

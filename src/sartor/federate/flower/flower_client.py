@@ -1,7 +1,8 @@
 """Verb federate client.
 
-It answers at a socket to the ClientApp of this machine's SuperNode (`trainer`, `hatch`), until it is told to stop. Whatever
-comes through the socket is held against what this client agreed to: its coordinator's key, its roster, its recipe.
+It answers at a socket to the ClientApp of this machine's SuperNode (`trainer`, `hatch`), until it is told to stop.
+Whatever comes through the socket is held against what this client agreed to: its coordinator's key, its roster, its
+recipe.
 """
 
 from __future__ import annotations
@@ -45,8 +46,12 @@ class ClientOptions:
     roster: str = option(REQUIRED, "folder of NAME.pub: this client's own copy, compared with the keys' owners")
     socket: str = option(REQUIRED, "where it answers: a path in a folder that others cannot write in")
     journal: str = option("", "what it has said and heard; NAME.sqlite, if nothing is said")
-    coordinator: str = option("coordinator", "what the roster calls the coordinator, the only one whose rounds are heard")
-    hear: tuple[str, ...] = option((), "users whose processes are heard: the ClientApp's; this one's own, if nothing is said")
+    coordinator: str = option(
+        "coordinator", "what the roster calls the coordinator, the only one whose rounds are heard"
+    )
+    hear: tuple[str, ...] = option(
+        (), "users whose processes are heard: the ClientApp's; this one's own, if nothing is said"
+    )
     group: str = option("", "whose members may connect to the socket; its owner alone, if nothing is said")
 
 
@@ -62,7 +67,9 @@ class RecipeAgreement(EnrolmentPolicy):
         self._account = Account(account, recipe.of_clients) if recipe.of_clients else None
 
     def check(self, manifest: Manifest) -> None:
-        """See Agreement. Raises RoundError for a round without the noise agreed to, BudgetError for one beyond the budget."""
+        """See Agreement. Raises RoundError for a round without the noise agreed to, BudgetError for one beyond the
+        budget.
+        """
         super().check(manifest)
         if self._account is None:
             return
@@ -101,11 +108,11 @@ def join_rounds(
 ) -> dict[str, Any]:
     """Answer at the socket until SIGTERM or SIGINT; then what became of it since it began.
 
-    name: in the roster. Returns client, rounds (of the last run, done with this client in the sum), clients (of its last
-    cohort), uploaded_bytes (since this process began), exactness_error (None: a client cannot know it), epsilon, metrics (loss
-    of the last round that this process trained).
-    Raises ConfigError for an enrolment or a socket that cannot be, BusyError where another process answers, and what opening
-    base and Dataset raises.
+    name: in the roster. Returns client, rounds (of the last run, done with this client in the sum), clients (of its
+    last cohort), uploaded_bytes (since this process began), exactness_error (None: a client cannot know it), epsilon,
+    metrics (loss of the last round that this process trained).
+    Raises ConfigError for an enrolment or a socket that cannot be, BusyError where another process answers, and what
+    opening base and Dataset raises.
     """
     recipe, options = load_recipe(recipe), config.load_any(ClientOptions, options)
     member, allowed, group = enrol(recipe, name, options), _users(options.hear), _group(options.group)
@@ -121,7 +128,9 @@ def join_rounds(
 
 
 def task_of(recipe: FederateRecipe, dataset: Path | str, folder: Path, notice: Notice = lambda line: None) -> LoraTask:
-    """The task `lora` on this client's Dataset, with a base of its own. folder: of its rows' account, if they have one."""
+    """The task `lora` on this client's Dataset, with a base of its own. folder: of its rows' account, if they have
+    one.
+    """
     rows = open_artifact(Path(dataset), "dataset")
     tuning_recipe = tuning(recipe, str(rows.path))
     resident = SharedBase.open(tuning_recipe, notice)
@@ -130,7 +139,9 @@ def task_of(recipe: FederateRecipe, dataset: Path | str, folder: Path, notice: N
 
 
 def round_client(member: Participant, journal: RoundJournal, task: LoraTask, seed: int) -> RoundClient:
-    """A client whose rounding is drawn from the recipe's seed, as in a simulation: a run can be repeated to the bit."""
+    """A client whose rounding is drawn from the recipe's seed, as in a simulation: a run can be repeated to the
+    bit.
+    """
 
     def chance(manifest: Manifest) -> np.random.Generator:
         return np.random.default_rng([seed, manifest.terms.share_indices[member.identity.name] - 1, manifest.number])
@@ -159,14 +170,18 @@ def _users(names: Sequence[str]) -> frozenset[int] | None:
     try:
         return frozenset(int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid for name in names) or None
     except KeyError as error:
-        raise ConfigError(f"this machine has no such user: {error.args[0]}", "useradd --system flower, or a number") from None
+        raise ConfigError(
+            f"this machine has no such user: {error.args[0]}", "useradd --system flower, or a number"
+        ) from None
 
 
 def _group(name: str) -> int | None:
     try:
         return None if not name else int(name) if name.isdigit() else grp.getgrnam(name).gr_gid
     except KeyError as error:
-        raise ConfigError(f"this machine has no such group: {error.args[0]}", "groupadd --system flower, or a number") from None
+        raise ConfigError(
+            f"this machine has no such group: {error.args[0]}", "groupadd --system flower, or a number"
+        ) from None
 
 
 class _Noticed(logging.Handler):

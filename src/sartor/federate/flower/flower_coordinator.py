@@ -71,7 +71,9 @@ class CoordinatorOptions:
     roster: str = option(REQUIRED, "folder of NAME.pub: the coordinator's and each client's")
     name: str = option("coordinator", "what the roster calls the coordinator")
     clients: tuple[str, ...] = option((), "who takes part; everyone of the roster, if nothing is said")
-    link: str = option("", "the SuperLink's name in Flower's config.toml; without it `flwr run` is left to you, and waited for")
+    link: str = option(
+        "", "the SuperLink's name in Flower's config.toml; without it `flwr run` is left to you, and waited for"
+    )
     licence: str = option("", "SPDX licence that the clients' rows are under, as agreed with them; else it is unknown")
     stage_s: int = option(300, "seconds that an exchange may take; Flower alone takes ten")
     work_s: int = option(3_600, "seconds more for the first, in which clients compute")
@@ -94,11 +96,12 @@ def coordinate(
 ) -> Simulated:
     """Lead the recipe's rounds over Flower, and write the Adapter to `out` as `simulate` does.
 
-    What a coordinator that sees no update cannot know is None: losses of training, how many updates were clipped, what the
-    ring's rounding did. exactness_error is that of a canary whose responses go along in the sum; eval_loss is of the
-    held-out rows of the Dataset at the recipe's data.path, where it names one.
+    What a coordinator that sees no update cannot know is None: losses of training, how many updates were clipped, what
+    the ring's rounding did. exactness_error is that of a canary whose responses go along in the sum; eval_loss is of
+    the held-out rows of the Dataset at the recipe's data.path, where it names one.
 
-    Raises ConfigError, BudgetError for a recipe or an enrolment that cannot be, MissingError where SuperLink takes no run for
+    Raises ConfigError, BudgetError for a recipe or an enrolment that cannot be, MissingError where SuperLink takes no
+    run for
     `patience_s`, RoundError where no round was done, and what ended the process that led.
     """
     recipe, options, out = load_recipe(recipe), config.load_any(CoordinatorOptions, options), Path(out).absolute()
@@ -123,7 +126,8 @@ def coordinate(
             notice(round_line(line, recipe.rounds))
         if not lines:
             raise RoundError(
-                f"none of the {lead.rounds} rounds was done: {watch.reasons()}", "look at the clients, and begin with --replace"
+                f"none of the {lead.rounds} rounds was done: {watch.reasons()}",
+                "look at the clients, and begin with --replace",
             )
         facts = facts_of(setup, clients, lines, shared) | {"fingerprint": without_recipe(fingerprint)}
         facts |= _sources(facts["licence"], options.licence or UNKNOWN, cohort)
@@ -157,7 +161,9 @@ def _cohort(recipe: FederateRecipe, options: CoordinatorOptions) -> tuple[str, .
             raise ConfigError(problem, f"leave {feature} out, or sartor federate simulate")
     if recipe.rules.most_examples == "auto" and not (recipe.privacy or recipe.noise_asked):
         problem = "rules.most_examples is auto, the largest client's number of rows, which stays with that client"
-        raise ConfigError(problem, "rules.most_examples: 1000, or near the largest expected; 1: every client counts the same")
+        raise ConfigError(
+            problem, "rules.most_examples: 1000, or near the largest expected; 1: every client counts the same"
+        )
     return cohort
 
 
@@ -188,8 +194,12 @@ def _fingerprint(setup: SimulationSetup, clients: Clients, cohort: Sequence[str]
     }
 
 
-def _write_lead(setup: SimulationSetup, options: CoordinatorOptions, clients: Clients, name: str) -> RoundDriverOptions:
-    """What the ServerApp is to lead, written down: by a run that goes on anew, with the times and paths that are given now."""
+def _write_lead(
+    setup: SimulationSetup, options: CoordinatorOptions, clients: Clients, name: str
+) -> RoundDriverOptions:
+    """What the ServerApp is to lead, written down: by a run that goes on anew, with the times and paths that are given
+    now.
+    """
     folder, recipe, file = setup.folder, setup.recipe, setup.folder / "lead.yaml"
     if file.exists():
         run = RoundDriverOptions.open(file).run

@@ -1,7 +1,7 @@
 """Messages over Flower's Grid; imports flwr.
 
-requests   ArrayRecord: "0000", "0001", ... the bytes of each; arrays are what Flower cuts into pieces and sends on from
-           where a transfer stopped, so no message is too large for it
+requests   ArrayRecord: "0000", "0001", ... the bytes of each; arrays are what Flower cuts into pieces and sends on
+           from where a transfer stopped, so no message is too large for it
 reply      ConfigRecord "reply": said; ArrayRecord "answers": those that are not empty, by the request's place
 """
 

@@ -1,11 +1,11 @@
 """Writes the flwr app, starts and watches it.
 
-The ServerApp has the journal while it leads. Where nobody has it and rounds are left, a run is begun: by `flwr run`, in a
-process that ends with the run; or by a person, who is told the command. A run that fails, as when SuperLink is killed, is
-begun again; what no run can mend, the ServerApp has written down before it ended.
+The ServerApp has the journal while it leads. Where nobody has it and rounds are left, a run is begun: by `flwr run`,
+in a process that ends with the run; or by a person, who is told the command. A run that fails, as when SuperLink is
+killed, is begun again; what no run can mend, the ServerApp has written down before it ended.
 
-The bundle is not where the code is: each side runs the Sartor that it has installed. See docs/federate-flower.md for what a
-SuperLink that sends another bundle can reach.
+The bundle is not where the code is: each side runs the Sartor that it has installed. See docs/federate-flower.md for
+what a SuperLink that sends another bundle can reach.
 """
 
 from __future__ import annotations
@@ -105,8 +105,15 @@ class RunWatcher:
     @property
     def command(self) -> list[str]:
         """What begins a run."""
-        return ["flwr", "run", str(self.file.parent / "app"), *([self.link] if self.link else []), "--stream",
-                "--run-config", f"lead={json.dumps(str(self.file))}"]  # fmt: skip
+        return [
+            "flwr",
+            "run",
+            str(self.file.parent / "app"),
+            *([self.link] if self.link else []),
+            "--stream",
+            "--run-config",
+            f"lead={json.dumps(str(self.file))}",
+        ]
 
     @property
     def log(self) -> Path:
@@ -136,7 +143,9 @@ class RunWatcher:
 
 @contextmanager
 def run_to_the_end(watch: RunWatcher) -> Iterator[RoundJournal]:
-    """The journal, once all rounds are over. Raises what ended the ServerApp for good, MissingError after `patience_s`."""
+    """The journal, once all rounds are over. Raises what ended the ServerApp for good, MissingError after
+    `patience_s`.
+    """
     run = _Run(watch)
     try:
         with _wait_for_journal(watch, run) as journal:
@@ -174,7 +183,9 @@ def _is_over(journal: RoundJournal, lead: RoundDriverOptions) -> bool:
 
 
 class _Run:
-    """`flwr run` in a process, or the advice to begin one. What it begins goes on in SuperLink whatever becomes of it."""
+    """`flwr run` in a process, or the advice to begin one. What it begins goes on in SuperLink whatever becomes of
+    it.
+    """
 
     def __init__(self, watch: RunWatcher) -> None:
         self._watch = watch
@@ -206,7 +217,9 @@ class _Run:
         if not self._is_told:
             settings = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
             text = shlex.join(self._watch.command)
-            self._watch.notice(f"begin the rounds, by Flower's config.toml for this machine's SuperLink:\n  {settings} {text}")
+            self._watch.notice(
+                f"begin the rounds, by Flower's config.toml for this machine's SuperLink:\n  {settings} {text}"
+            )
         self._is_told = True
 
 
@@ -242,7 +255,9 @@ def _check_trouble(lead: RoundDriverOptions) -> None:
 
 def _given_up(watch: RunWatcher) -> MissingError:
     last = " / ".join(watch.log.read_text(encoding="utf-8", errors="replace").split("\n")[-8:]).strip(" /")
-    problem = f"for {watch.patience_s:.0f} s no round ended, and no run was taken or went on: {last or 'it says nothing'}"
+    problem = (
+        f"for {watch.patience_s:.0f} s no round ended, and no run was taken or went on: {last or 'it says nothing'}"
+    )
     return MissingError(problem, f"see to SuperLink and to {watch.link} in Flower's config.toml, then --resume")
 
 

@@ -1,8 +1,9 @@
 """Requests to nodes that come and go.
 
-Which node is whose is said by whoever registers its key (`flwr supernode register KEY --name CLIENT`), and is believed only for
-where to send: an answer counts by its client's signature. Of two nodes with one name each gets that client's requests, which
-are no secret. What has no hurry (how a round ended) rides along with the next request.
+Which node is whose is said by whoever registers its key (`flwr supernode register KEY --name CLIENT`), and is believed
+only for
+where to send: an answer counts by its client's signature. Of two nodes with one name each gets that client's requests,
+which are no secret. What has no hurry (how a round ended) rides along with the next request.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ class _Letter:
 class FlowerTransport:
     """A Transport over a Post.
 
-    said_no: `CLIENT KIND check` -> how often a client refused; lost: letters whose node vanished, or whose trainer was not
-    there; away: clients of the last exchange that no node was there for.
+    said_no: `CLIENT KIND check` -> how often a client refused; lost: letters whose node vanished, or whose trainer was
+    not there; away: clients of the last exchange that no node was there for.
     """
 
     post: MessageCarrier
@@ -103,7 +104,9 @@ class FlowerTransport:
             return
         deadline = self.clock() + wait_s
         while True:
-            self._send({name: (*self._due(name), request) for name, request in by_client.items()}, deadline - self.clock())
+            self._send(
+                {name: (*self._due(name), request) for name, request in by_client.items()}, deadline - self.clock()
+            )
             self._collect()
             while self._outbox.arrived:
                 yield self._outbox.arrived.popleft()
@@ -114,14 +117,18 @@ class FlowerTransport:
     def deliver(self, wait_s: float) -> None:
         """Send what is held, and wait until it has arrived, or for `wait_s`."""
         deadline = self.clock() + wait_s
-        while (due := {name: self._due(name) for name in self._pending if self._due(name)}) and self.clock() < deadline:
+        while (
+            due := {name: self._due(name) for name in self._pending if self._due(name)}
+        ) and self.clock() < deadline:
             self._send(due, deadline - self.clock())
             self._collect()
             self.sleep(_POLL_S)
 
     def _due(self, name: str) -> tuple[_Request, ...]:
         pending = self._pending.get(name)
-        is_settled = pending is not None and any((node, pending.digest) in self._outbox.settled for node in self._of(name))
+        is_settled = pending is not None and any(
+            (node, pending.digest) in self._outbox.settled for node in self._of(name)
+        )
         return () if pending is None or is_settled else (pending,)
 
     def _of(self, name: str) -> set[int]:
@@ -135,7 +142,9 @@ class FlowerTransport:
         for name, requests in letters.items():
             for node in self._of(name) & nodes.keys():
                 if self._outbox.needs(node, nodes[node].active_since, requests, self.clock()):
-                    number = self.post.send(node, [request.content for request in requests], max(left_s, 0.0) + _GRACE_S)
+                    number = self.post.send(
+                        node, [request.content for request in requests], max(left_s, 0.0) + _GRACE_S
+                    )
                     self._outbox.letters[number] = _Letter(name, node, nodes[node].active_since, requests)
 
     def _collect(self) -> None:
@@ -173,7 +182,9 @@ class _Outbox:
     not_before: dict[tuple[int, str], float] = field(default_factory=dict)
 
     def needs(self, node: int, active_since: str, requests: tuple[_Request, ...], now: float) -> bool:
-        """Whether a letter to the node brings something that it does not have; what it had before it was away, it lost."""
+        """Whether a letter to the node brings something that it does not have; what it had before it was away, it
+        lost.
+        """
         under_way = {
             request.digest
             for letter in self.letters.values()

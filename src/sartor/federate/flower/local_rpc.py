@@ -3,13 +3,13 @@
     the carrier says   8 bytes: length N, big-endian; N bytes: one request
     and hears          1 byte: what it is (Said.kind); 8 bytes: length; that many bytes; the end of the connection
 
-A request of no bytes asks for the name of who answers. A connection carries one request. Who connects is asked of the system
-(SO_PEERCRED: Linux alone), not of the carrier. What is too long, too slow, malformed or of a stranger ends that connection and
-touches nothing else; requests are answered one at a time, by the thread that serves.
+A request of no bytes asks for the name of who answers. A connection carries one request. Who connects is asked of the
+system (SO_PEERCRED: Linux alone), not of the carrier. What is too long, too slow, malformed or of a stranger ends that
+connection and touches nothing else; requests are answered one at a time, by the thread that serves.
 
-Each request is checked by RoundClient as if an enemy had sent it, for an enemy may: of what a carrier says nothing is believed
-but what the coordinator signed. A refusal leaves as the error's class and check; its text, which may name what lies on this
-machine, stays in the log.
+Each request is checked by RoundClient as if an enemy had sent it, for an enemy may: of what a carrier says nothing is
+believed but what the coordinator signed. A refusal leaves as the error's class and check; its text, which may name
+what lies on this machine, stays in the log.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from typing import Literal, Protocol
 
 from sartor.core.errors import BusyError, ConfigError, MissingError, RequestError, SartorError
 
-# answer; no: a refusal, as `KIND check`; busy: ask again later; stranger: this user is not heard; none: a request of no form
+# answer; no: a refusal, as `KIND check`; busy: ask again later; stranger: this user is not heard; none: a request of
+# no form
 Kind = Literal["answer", "no", "busy", "stranger", "none"]
 _KINDS: dict[bytes, Kind] = {b"a": "answer", b"n": "no", b"b": "busy", b"s": "stranger", b"x": "none"}
 _BYTES = {kind: byte for byte, kind in _KINDS.items()}
@@ -53,7 +54,9 @@ class RpcResponse:
 
 @dataclass(frozen=True)
 class TransferLimits:
-    """most_bytes: of a request or an answer. transfer_s: for all bytes of one of them. most_waiting: connections at a time."""
+    """most_bytes: of a request or an answer. transfer_s: for all bytes of one of them. most_waiting: connections at a
+    time.
+    """
 
     most_bytes: int = 256 << 20
     transfer_s: float = 60.0
@@ -74,16 +77,25 @@ class _Waiting:
 
 
 class LocalRpcServer:
-    """The side that answers. allowed: user ids that are heard; group: whose members may connect (0660), None: the owner (0600).
+    """The side that answers. allowed: user ids that are heard; group: whose members may connect (0660), None: the
+    owner (0600).
 
-    Raises ConfigError for a folder in which others could put their own socket, BusyError where somebody answers already,
-    MissingError where the system has no such sockets.
+    Raises ConfigError for a folder in which others could put their own socket, BusyError where somebody answers
+    already, MissingError where the system has no such sockets.
     """
 
     def __init__(
-        self, path: Path, allowed: frozenset[int] | None = None, group: int | None = None, limits: TransferLimits | None = None
+        self,
+        path: Path,
+        allowed: frozenset[int] | None = None,
+        group: int | None = None,
+        limits: TransferLimits | None = None,
     ) -> None:
-        self.path, self.allowed, self.limits = path, _own_uid() if allowed is None else allowed, limits or TransferLimits()
+        self.path, self.allowed, self.limits = (
+            path,
+            _own_uid() if allowed is None else allowed,
+            limits or TransferLimits(),
+        )
         # SimpleQueue: a signal handler may call stop() while the serving thread stands in the queue
         self._turns: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._slots = threading.Semaphore(self.limits.most_waiting)
@@ -95,7 +107,9 @@ class LocalRpcServer:
     def __enter__(self) -> LocalRpcServer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -180,7 +194,9 @@ def ask(path: Path, request: bytes, wait_s: float, limits: TransferLimits | None
             connection.settimeout(limits.transfer_s)
             connection.connect(str(path))
         except OSError as error:
-            raise MissingError(f"nobody answers at {path}: {error.strerror}", "start the trainer; see its rights") from None
+            raise MissingError(
+                f"nobody answers at {path}: {error.strerror}", "start the trainer; see its rights"
+            ) from None
         try:
             # one who is not heard is answered before it has said all
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -206,7 +222,8 @@ def _receive(connection: socket.socket, most_bytes: int, deadline: float) -> byt
     (length,) = _LENGTH.unpack(_receive_exactly(connection, _LENGTH.size, deadline))
     if length > most_bytes:
         raise RequestError(
-            f"a message of {length:,} bytes; at most {most_bytes:,} pass", f"TransferLimits(most_bytes={length}) on both sides"
+            f"a message of {length:,} bytes; at most {most_bytes:,} pass",
+            f"TransferLimits(most_bytes={length}) on both sides",
         )
     return _receive_exactly(connection, length, deadline)
 
@@ -238,11 +255,16 @@ def _check_folder(path: Path) -> None:
     try:
         folder = path.parent.stat()
     except OSError as error:
-        raise ConfigError(f"{path.parent} cannot be used: {error.strerror}", f"install -d -m 0750 {path.parent}") from None
-    is_writable = folder.st_uid not in (os.geteuid(), 0) or (folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX)
+        raise ConfigError(
+            f"{path.parent} cannot be used: {error.strerror}", f"install -d -m 0750 {path.parent}"
+        ) from None
+    is_writable = folder.st_uid not in (os.geteuid(), 0) or (
+        folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX
+    )
     if is_writable:
         raise ConfigError(
-            f"others may write in {path.parent} (mode {stat.S_IMODE(folder.st_mode):04o}), and put their own socket there",
+            f"others may write in {path.parent} (mode {stat.S_IMODE(folder.st_mode):04o}), and put their own socket "
+            "there",
             f"a folder of your own: chmod 0750 {path.parent}",
         )
 
@@ -275,10 +297,14 @@ def _has_peers() -> bool:
 
 
 def _clear(path: Path) -> None:
-    """Take away the socket of one that was killed. Raises BusyError where somebody listens, ConfigError for another file."""
+    """Take away the socket of one that was killed. Raises BusyError where somebody listens, ConfigError for another
+    file.
+    """
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ConfigError(f"{path} is there, and is no socket", f"ls -l {path}; remove it, or --socket with another path")
+            raise ConfigError(
+                f"{path} is there, and is no socket", f"ls -l {path}; remove it, or --socket with another path"
+            )
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

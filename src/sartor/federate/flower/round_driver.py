@@ -119,7 +119,10 @@ class RoundDriverOptions:
     def open(cls, path: Path) -> RoundDriverOptions:
         """Read the file. Raises ConfigError with the line or the option that is wrong."""
         options = config.load(cls, config.read_yaml(path))
-        paths = {name: str(path.parent.absolute() / getattr(options, name)) for name in ("key", "roster", "journal", "start")}
+        paths = {
+            name: str(path.parent.absolute() / getattr(options, name))
+            for name in ("key", "roster", "journal", "start")
+        }
         return cls(**{**{item.name: getattr(options, item.name) for item in fields(cls)}, **paths})
 
     @property
@@ -143,8 +146,8 @@ class RoundDriverOptions:
 def drive_rounds(lead: RoundDriverOptions, transport: Transport) -> Iterator[str]:
     """Bring an open round to its end, then begin the next ones, up to `lead.rounds`; a JSON line for each that ended.
 
-    May be stopped and called again at any point: it goes on from the journal. Raises BusyError where another process leads, and
-    what Coordinator raises.
+    May be stopped and called again at any point: it goes on from the journal. Raises BusyError where another process
+    leads, and what Coordinator raises.
     """
     with _open_journal(Path(lead.journal)) as journal:
         identity = Identity.open(lead.name, Path(lead.key))
@@ -176,7 +179,12 @@ def last_number(journal: RoundJournal, run: str) -> int:
 
 def _round_record(result: RoundResult, stats: TransferStats, took_s: float, transport: Transport) -> dict[str, Any]:
     """What the record keeps of a round: nothing of its tensors."""
-    record: dict[str, Any] = {"number": result.number, "state": result.state, "active": result.active, "reason": result.reason}
+    record: dict[str, Any] = {
+        "number": result.number,
+        "state": result.state,
+        "active": result.active,
+        "reason": result.reason,
+    }
     record |= {"took_s": round(took_s, 2), **asdict(stats)}
     if isinstance(transport, FlowerTransport):
         record |= {"said_no": dict(transport.said_no), "lost": transport.lost, "away": sorted(transport.away)}
@@ -205,4 +213,6 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise MissingError(f"{path} cannot be read: {error.strerror}", "write what the first round starts from") from None
+        raise MissingError(
+            f"{path} cannot be read: {error.strerror}", "write what the first round starts from"
+        ) from None

@@ -51,8 +51,8 @@ def main(grid: Grid, context: Context) -> None:
 def _end_with(parent: int) -> None:
     """End this process once its parent is gone, as when SuperLink is killed.
 
-    Flower itself asks it to stop, and then waits while the grid tries again for many minutes: so long nobody else would get the
-    journal. That is written before anything follows from it, so an end at any point loses nothing.
+    Flower itself asks it to stop, and then waits while the grid tries again for many minutes: so long nobody else
+    would get the journal. That is written before anything follows from it, so an end at any point loses nothing.
     """
     while os.getppid() == parent:
         time.sleep(1.0)

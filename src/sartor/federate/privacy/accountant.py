@@ -1,14 +1,15 @@
 """Privacy budget on disk and utility under noise.
 
-Renyi accounts (Mironov 2017, arXiv:1702.07476) through Google's dp-accounting: a release is a Gaussian of a noise multiplier
-(standard deviation over the most that one client, or row, can change), perhaps on a Poisson sample, perhaps several times.
-Neighbours are data sets with and without one of them. The account is written before the noise is used, never after:
+Renyi accounts (Mironov 2017, arXiv:1702.07476) through Google's dp-accounting: a release is a Gaussian of a noise
+multiplier (standard deviation over the most that one client, or row, can change), perhaps on a Poisson sample, perhaps
+several times. Neighbours are data sets with and without one of them. The account is written before the noise is used,
+never after:
 
     {"schema": 1, "kind": "privacy-account", "budget": {"epsilon": 8.0, "delta": 1e-05},
      "spent": [{"name": "round-1", "noise_multiplier": 1.1, "fraction": 1.0, "times": 1}]}
 
-A sample amplifies only towards those who do not know who was drawn. Who asks clients to take part knows it: rounds are spent
-with fraction 1, unless clients draw in secret whether they do.
+A sample amplifies only towards those who do not know who was drawn. Who asks clients to take part knows it: rounds are
+spent with fraction 1, unless clients draw in secret whether they do.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from sartor.core.filesystem import write_file_atomic
 
 SCHEMA, KIND = 1, "privacy-account"
 MOST_TIMES = 10_000_000
-# Orders at which a sampled Gaussian's divergence is looked at. dp-accounting has finer ones; below 2 its series does not end
-# for large samples. Any set of orders gives a bound that holds; that of these is less than 1 % higher.
+# Orders at which a sampled Gaussian's divergence is looked at. dp-accounting has finer ones; below 2 its series does
+# not end for large samples. Any set of orders gives a bound that holds; that of these is less than 1 % higher.
 SAMPLED_ORDERS = [
     *(tenths / 10 for tenths in range(20, 60)),
     *(halves / 2 for halves in range(12, 22)),
@@ -45,7 +46,9 @@ class PrivacyBudget:
     """What all releases together may tell of one client, or row."""
 
     epsilon: float = option(REQUIRED, "above 0; below 1 is strong, above 10 says little")
-    delta: float = option(1e-5, "chance that epsilon does not hold, 0..1; below one over the number of those who are protected")
+    delta: float = option(
+        1e-5, "chance that epsilon does not hold, 0..1; below one over the number of those who are protected"
+    )
 
     def __post_init__(self) -> None:
         if not (0 < self.epsilon < math.inf and 0 < self.delta < 1):
@@ -64,12 +67,16 @@ class Spending:
 
     def __post_init__(self) -> None:
         if not (0 <= self.noise_multiplier < math.inf and 0 < self.fraction <= 1 and 1 <= self.times <= MOST_TIMES):
-            problem = f"{self.name}: noise_multiplier {self.noise_multiplier}, fraction {self.fraction}, times {self.times}"
+            problem = (
+                f"{self.name}: noise_multiplier {self.noise_multiplier}, fraction {self.fraction}, times {self.times}"
+            )
             raise ConfigError(problem, f"noise_multiplier at least 0, fraction in 0..1, times 1 to {MOST_TIMES:,}")
 
 
 def epsilon_of(spent: Sequence[Spending], delta: float) -> float:
-    """The epsilon of all of these together; infinite where one has no noise. Raises ExtraError without dp-accounting."""
+    """The epsilon of all of these together; infinite where one has no noise. Raises ExtraError without
+    dp-accounting.
+    """
     if any(not spending.noise_multiplier for spending in spent):
         return math.inf
     if not spent:
@@ -90,7 +97,8 @@ def epsilon_of(spent: Sequence[Spending], delta: float) -> float:
 
 
 def calibrated(budget: PrivacyBudget, times: int, fraction: float = 1.0, spent: Sequence[Spending] = ()) -> float:
-    """The least noise multiplier, to a thousandth, with which so many releases stay within the budget after what was spent.
+    """The least noise multiplier, to a thousandth, with which so many releases stay within the budget after what was
+    spent.
 
     Raises BudgetError where no noise is enough.
     """
@@ -103,7 +111,8 @@ def calibrated(budget: PrivacyBudget, times: int, fraction: float = 1.0, spent: 
         high *= 2
         if high > 1e6:
             problem = (
-                f"epsilon {epsilon_of(spent, budget.delta):.3g} of {budget.epsilon:g} is spent; no noise is enough for more"
+                f"epsilon {epsilon_of(spent, budget.delta):.3g} of {budget.epsilon:g} is spent; no noise is enough "
+                "for more"
             )
             raise BudgetError(problem, "release what is there, or begin with other data and a new budget")
     low = 0.0 if high == 1.0 else high / 2
@@ -138,8 +147,8 @@ def _most(fits: Callable[[int], bool]) -> int:
 class Account:
     """A budget's account in a file, begun where there is none. Several processes may use one.
 
-    Raises ArtifactError for a file that is none, ConflictError where it was begun with another budget: what was promised to
-    those whose data it is does not change later.
+    Raises ArtifactError for a file that is none, ConflictError where it was begun with another budget: what was
+    promised to those whose data it is does not change later.
     """
 
     def __init__(self, file: Path, budget: PrivacyBudget) -> None:
@@ -179,9 +188,9 @@ class Account:
     def spend(self, spending: Spending) -> float:
         """Write a release down before its noise is drawn; returns epsilon with it.
 
-        The same release under the same name costs once, so a round that goes on after a kill is not paid for twice; its noise
-        must then be the same too, or it needs another name. Raises ConflictError for another release of a name that was spent,
-        BudgetError beyond the budget, with what would fit: nothing is written then.
+        The same release under the same name costs once, so a round that goes on after a kill is not paid for twice;
+        its noise must then be the same too, or it needs another name. Raises ConflictError for another release of a
+        name that was spent, BudgetError beyond the budget, with what would fit: nothing is written then.
         """
         with self._lock:
             spent = self.spent()
@@ -209,7 +218,8 @@ class Account:
         except BudgetError as error:
             return BudgetError(problem, error.remedy)
         return BudgetError(
-            problem, f"noise_multiplier={noise:.3f} (asked was {spending.noise_multiplier:g}), or release what is there"
+            problem,
+            f"noise_multiplier={noise:.3f} (asked was {spending.noise_multiplier:g}), or release what is there",
         )
 
     def _write(self, spent: Sequence[Spending]) -> None:
@@ -246,14 +256,19 @@ class NoiseUtility:
         if self.noise_to_signal <= 1:
             return f"{text}; the mean can be learnt from"
         if self.noise_to_signal <= 10:
-            return f"{text}; only what all clients share will be learnt; {self.clients_needed:,} clients would make them equal"
+            return (
+                f"{text}; only what all clients share will be learnt; {self.clients_needed:,} clients would make them "
+                "equal"
+            )
         return (
             f"{text}, so nothing will be learnt from it; {self.clients_needed:,} clients would make them equal: "
             "protect rows instead (example-level DP-SGD in each client), or train fewer values"
         )
 
 
-def noise_utility(budget: PrivacyBudget, rounds: int, clients: int, values: int, sharers: int | None = None) -> NoiseUtility:
+def noise_utility(
+    budget: PrivacyBudget, rounds: int, clients: int, values: int, sharers: int | None = None
+) -> NoiseUtility:
     """What client-level noise would leave. sharers: as in ClientNoise; all clients by default.
 
     Raises BudgetError, ExtraError as `calibrated` does.

@@ -1,18 +1,19 @@
 """Client-level differential privacy in a secure sum.
 
-The distributed discrete Gaussian (Kairouz, Liu, Steinke 2021, arXiv:2102.06387). The sum of t clients' noise, each of variance
-sigma^2 = (z C)^2 / t, is nearly a discrete Gaussian of (z C)^2: how nearly is tau, 10 sum_{k<t} exp(-2 pi^2 sigma^2 k/(k + 1))
-in units of the step, and the sum of P values is concentrated-DP as a Gaussian of multiplier 1 / (D / (z C) + sqrt(P) tau) is
-(proposition 14). D is C and what rounding to the nearest step can add, sqrt(P) / 2 steps. We differ from the paper: no random
-rotation and no conditional rounding, since the 32-bit ring leaves steps so fine that D is C within a thousandth.
+The distributed discrete Gaussian (Kairouz, Liu, Steinke 2021, arXiv:2102.06387). The sum of t clients' noise, each of
+variance sigma^2 = (z C)^2 / t, is nearly a discrete Gaussian of (z C)^2: how nearly is tau, 10 sum_{k<t} exp(-2 pi^2
+sigma^2 k/(k + 1)) in units of the step, and the sum of P values is concentrated-DP as a Gaussian of multiplier 1 / (D
+/ (z C) + sqrt(P) tau) is (proposition 14). D is C and what rounding to the nearest step can add, sqrt(P) / 2 steps. We
+differ from the paper: no random rotation and no conditional rounding, since the 32-bit ring leaves steps so fine that
+D is C within a thousandth.
 
-Dropouts. t is the number of clients that the round needs at least, less those who might tell each other their noise. If more
-survive there is more noise than was paid for; if fewer do, the secure sum must not be opened, so t stands in the signed
-manifest beside the threshold, and is at most as high. A client that sends no noise takes its share out of it: t is what is
-trusted.
+Dropouts. t is the number of clients that the round needs at least, less those who might tell each other their noise.
+If more survive there is more noise than was paid for; if fewer do, the secure sum must not be opened, so t stands in
+the signed manifest beside the threshold, and is at most as high. A client that sends no noise takes its share out of
+it: t is what is trusted.
 
-Integers only, so the bits of a float tell nothing (Mironov 2012). Each probability is right to a relative 1e-14, the accuracy
-of exp in fp64; over P values that adds about P * 2e-14 to epsilon.
+Integers only, so the bits of a float tell nothing (Mironov 2012). Each probability is right to a relative 1e-14, the
+accuracy of exp in fp64; over P values that adds about P * 2e-14 to epsilon.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def _below(bound: int, count: int, source: Source) -> Integers:
 
 def _happens(chances: NDArray[np.float64], source: Source) -> NDArray[np.bool_]:
     """True with these chances, to 2^-64."""
-    return (chances >= 1) | (_words(len(chances), source) < np.minimum(chances * 2.0**64, 2.0**64 - 2**11).astype(np.uint64))
+    return (chances >= 1) | (
+        _words(len(chances), source) < np.minimum(chances * 2.0**64, 2.0**64 - 2**11).astype(np.uint64)
+    )
 
 
 def _words(count: int, source: Source) -> NDArray[np.uint64]:
@@ -94,7 +97,9 @@ def _words(count: int, source: Source) -> NDArray[np.uint64]:
 
 
 def gaussian(sigma: float, count: int, source: Source = os.urandom) -> NDArray[np.float64]:
-    """`count` Gaussian values of standard deviation sigma (Box & Muller 1958), for sums that are rounded afterwards."""
+    """`count` Gaussian values of standard deviation sigma (Box & Muller 1958), for sums that are rounded
+    afterwards.
+    """
     half = (count + 1) // 2
     uniforms = (_words(2 * half, source) >> np.uint64(11)).astype(np.float64)
     radius = np.sqrt(-2 * np.log((uniforms[:half] + 1) / 2**53))
@@ -112,7 +117,9 @@ class ClientNoise:
 
     clip_norm: float = option(REQUIRED, "C: the Euclidean norm that an update has at most")
     noise_multiplier: float = option(REQUIRED, "z: standard deviation of the sum's noise over C")
-    sharers: int = option(REQUIRED, "t: clients that surely add their share: the threshold, less those who might collude")
+    sharers: int = option(
+        REQUIRED, "t: clients that surely add their share: the threshold, less those who might collude"
+    )
     step: float = option(REQUIRED, "the value of one unit of the ring, as `step_of` has it")
 
     def __post_init__(self) -> None:
@@ -139,7 +146,9 @@ class ClientNoise:
         if multiplier < 0.95 * self.noise_multiplier:
             finest = self.noise_multiplier * self.clip_norm / math.sqrt(self.sharers) / 3
             step = min(0.05 * self.clip_norm / math.sqrt(values), finest)
-            problem = f"at a step of {self.step:.3g} the noise counts as {multiplier:.3g}, not {self.noise_multiplier:g}"
+            problem = (
+                f"at a step of {self.step:.3g} the noise counts as {multiplier:.3g}, not {self.noise_multiplier:g}"
+            )
             raise ConfigError(problem, f"step: {step:.3g} or finer")
         return multiplier
 
@@ -150,8 +159,8 @@ class ClientNoise:
     def encoded(self, upload: Tensors, source: Source = os.urandom) -> dict[str, Integers]:
         """The update as integers in units of the ring, clipped and noised: what a client puts into the secure sum.
 
-        The ring takes them modulo its size. Weights are equal here (`round_manifest.UpdateRules`). Raises InputError for values
-        that are not finite.
+        The ring takes them modulo its size. Weights are equal here (`round_manifest.UpdateRules`). Raises InputError
+        for values that are not finite.
         """
         length = norm(upload)
         if not math.isfinite(length):
@@ -169,12 +178,16 @@ class ClientNoise:
 
 
 def bound_of(clip_norm: float, noise_multiplier: float, sharers: int) -> float:
-    """The largest magnitude that a value of one client has, its noise included: what a ring's scale has to leave room for."""
+    """The largest magnitude that a value of one client has, its noise included: what a ring's scale has to leave room
+    for.
+    """
     return clip_norm * (1 + FAR * noise_multiplier / math.sqrt(sharers))
 
 
 def step_of(clip_norm: float, noise_multiplier: float, sharers: int, clients: int, bits: int = 32) -> float:
-    """The finest step at which so many clients each fit, noise included, into a ring of so many bits: their sum cannot wrap."""
+    """The finest step at which so many clients each fit, noise included, into a ring of so many bits: their sum cannot
+    wrap.
+    """
     return clients * bound_of(clip_norm, noise_multiplier, sharers) / (2 ** (bits - 1) - 1 - clients)
 
 

@@ -1,12 +1,14 @@
 """DP-SGD through opacus.
 
-Each row's gradient is clipped to a norm, their sum gets noise, and the optimiser goes on from that. It needs a gradient of each
-row alone, so rows are not packed and share no beginnings: the general path, a row of the batch a row of the data. What an
-update takes is drawn for each row by itself (Poisson), which is what the account counts. What the client sends is then private
-towards everybody, without any secure sum; one client's many rows are not protected together.
+Each row's gradient is clipped to a norm, their sum gets noise, and the optimiser goes on from that. It needs a
+gradient of each row alone, so rows are not packed and share no beginnings: the general path, a row of the batch a row
+of the data. What an update takes is drawn for each row by itself (Poisson), which is what the account counts. What the
+client sends is then private towards everybody, without any secure sum; one client's many rows are not protected
+together.
 
-opacus gives the gradients of single rows and clips them. The noise is ours: its is PyTorch's Mersenne twister. Here it is the
-system's randomness, and the noisy sum is rounded to a grid of sigma / 2^20, so that a float's low bits tell nothing.
+opacus gives the gradients of single rows and clips them. The noise is ours: its is PyTorch's Mersenne twister. Here it
+is the system's randomness, and the noisy sum is rounded to a grid of sigma / 2^20, so that a float's low bits tell
+nothing.
 """
 
 from __future__ import annotations
@@ -41,12 +43,16 @@ class RowNoise:
 
     def __post_init__(self) -> None:
         if self.clip_norm <= 0 or self.noise_multiplier < 0 or self.batch_rows < 1:
-            raise ConfigError(f"{self} is no noise", "clip_norm above 0, noise_multiplier at least 0, batch_rows at least 1")
+            raise ConfigError(
+                f"{self} is no noise", "clip_norm above 0, noise_multiplier at least 0, batch_rows at least 1"
+            )
 
     def fraction(self, rows: int) -> float:
         """Of so many rows, that an update draws on average. Raises ConfigError for fewer rows than batch_rows."""
         if rows < self.batch_rows:
-            raise ConfigError(f"batch_rows is {self.batch_rows}, and there are {rows} rows", f"batch_rows: {max(1, rows // 2)}")
+            raise ConfigError(
+                f"batch_rows is {self.batch_rows}, and there are {rows} rows", f"batch_rows: {max(1, rows // 2)}"
+            )
         return self.batch_rows / rows
 
     def spending(self, name: str, rows: int, updates: int) -> Spending:
@@ -62,13 +68,19 @@ def poisson_sample(rows: Sequence[T], row_noise: RowNoise, source: Source = os.u
 
 @contextmanager
 def private_updates(
-    model: Any, optimizer: Any, losses: Losses[T], row_noise: RowNoise, *, micro_rows: int = 8, source: Source = os.urandom
+    model: Any,
+    optimizer: Any,
+    losses: Losses[T],
+    row_noise: RowNoise,
+    *,
+    micro_rows: int = 8,
+    source: Source = os.urandom,
 ) -> Iterator[Callable[[Sequence[T]], None]]:
     """Yields a function that makes one update from the rows it is given (`drawn`); the model is as it was afterwards.
 
-    model: a torch module, as from `adapters.inject_lora`; what requires a gradient learns. losses: rows -> (B,), a row's loss a
-    function of that row alone; it calls `model`. micro_rows: how many are computed at once. Raises ExtraError without opacus,
-    ModelError where a gradient is not that of single rows.
+    model: a torch module, as from `adapters.inject_lora`; what requires a gradient learns. losses: rows -> (B,), a
+    row's loss a function of that row alone; it calls `model`. micro_rows: how many are computed at once. Raises
+    ExtraError without opacus, ModelError where a gradient is not that of single rows.
     """
     try:
         from opacus import GradSampleModule

@@ -1,21 +1,24 @@
 """Epsilon audit, canary exposure, inversion, report.
 
-`one_run`: coins decide which of m canaries are trained on, once; their scores are guessed from (Steinke, Nasr, Jagielski 2023,
-arXiv:2305.08846). `many_runs`: one row is in or out of each of many runs (Jagielski et al. 2020, arXiv:2006.07709). The rows of
-one run are no independent runs, so its rates must not go into the second.
+`one_run`: coins decide which of m canaries are trained on, once; their scores are guessed from (Steinke, Nasr,
+Jagielski 2023, arXiv:2305.08846). `many_runs`: one row is in or out of each of many runs (Jagielski et al. 2020,
+arXiv:2006.07709). The rows of one run are no independent runs, so its rates must not go into the second.
 
 A bound below the claim proves nothing; one above it refutes it.
 
-Exposure is log2 |R| - log2 rank, where R are all candidates, the canary with them, ordered by loss. A model that never saw the
-canary gives it any rank, so an exposure of x or more has a chance of 2^-x. The most that can be seen is log2 |R|.
+Exposure is log2 |R| - log2 rank, where R are all candidates, the canary with them, ordered by loss. A model that never
+saw the canary gives it any rank, so an exposure of x or more has a chance of 2^-x. The most that can be seen is log2
+|R|.
 
-An embedding's gradient has a row for each token that was read, and zeros elsewhere. A factor's does not say it so plainly: the
-change of B is a sum over tokens t of g_t (A x_t)^T, so its rows lie in the span of A x_t, and of the first layer's x_v, the
-normalised embedding, the server knows one for each word v of the vocabulary: those with A x_v in the span were read (DAGER,
-Petrov et al. 2024, arXiv:2405.15586, there for full gradients). It is blind once the rows have more tokens than the adapter has
-ranks, and for a sum of clients, since that has all their tokens; several steps of an optimiser such as Adam bend the span.
+An embedding's gradient has a row for each token that was read, and zeros elsewhere. A factor's does not say it so
+plainly: the change of B is a sum over tokens t of g_t (A x_t)^T, so its rows lie in the span of A x_t, and of the
+first layer's x_v, the normalised embedding, the server knows one for each word v of the vocabulary: those with A x_v
+in the span were read (DAGER, Petrov et al. 2024, arXiv:2405.15586, there for full gradients). It is blind once the
+rows have more tokens than the adapter has ranks, and for a sum of clients, since that has all their tokens; several
+steps of an optimiser such as Adam bend the span.
 
-attacks.json    {"schema": 1, "kind": "attack-report", "adapter": {file: sha256}, "claimed": ..., what each attack found}
+attacks.json    {"schema": 1, "kind": "attack-report", "adapter": {file: sha256}, "claimed": ..., what each attack
+                found}
 """
 
 from __future__ import annotations
@@ -69,8 +72,8 @@ def coins(canaries: int, seed: int) -> NDArray[np.bool_]:
 def one_run(scores: Sequence[float], is_in: Sequence[bool], delta: float, guess_fraction: float = 0.5) -> Audit:
     """scores (m,): higher for canaries that seem to have been trained on; is_in: the coins.
 
-    Half of the guesses are the highest, taken for in, half the lowest, taken for out. guess_fraction: of m, chosen before
-    anybody looked. Raises ConfigError for fewer than 10 canaries.
+    Half of the guesses are the highest, taken for in, half the lowest, taken for out. guess_fraction: of m, chosen
+    before anybody looked. Raises ConfigError for fewer than 10 canaries.
     """
     values, truth = np.asarray(scores, float), np.asarray(is_in, bool)
     if len(values) != len(truth) or len(values) < 10 or not 0 < guess_fraction <= 1 or not np.isfinite(values).all():
@@ -84,11 +87,14 @@ def one_run(scores: Sequence[float], is_in: Sequence[bool], delta: float, guess_
 
 
 def many_runs(scores_in: Sequence[float], scores_out: Sequence[float], delta: float, threshold: float) -> Audit:
-    """Scores of one row in runs with it and in runs without. threshold: above it is a guess of in; chosen on other runs.
+    """Scores of one row in runs with it and in runs without. threshold: above it is a guess of in; chosen on other
+    runs.
 
     Raises ConfigError without runs.
     """
-    true_positives, false_positives = (int((np.asarray(scores, float) > threshold).sum()) for scores in (scores_in, scores_out))
+    true_positives, false_positives = (
+        int((np.asarray(scores, float) > threshold).sum()) for scores in (scores_in, scores_out)
+    )
     runs, runs_without = len(scores_in), len(scores_out)
     if not (runs and runs_without):
         raise ConfigError(
@@ -99,7 +105,12 @@ def many_runs(scores_in: Sequence[float], scores_out: Sequence[float], delta: fl
         _of_rates(runs, runs, 0, runs_without, delta),
     )
     return Audit(
-        low, max_epsilon, true_positives + runs_without - false_positives, runs + runs_without, runs + runs_without, delta
+        low,
+        max_epsilon,
+        true_positives + runs_without - false_positives,
+        runs + runs_without,
+        runs + runs_without,
+        delta,
     )
 
 
@@ -126,11 +137,13 @@ def _least_epsilon(trials: int, guesses: int, right: int, delta: float) -> float
 def _chance(trials: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
     """Of so many right guesses or more, at most, under (epsilon, delta): theorem 5.2 there.
 
-    Guesses are at best right as independent coins of e^epsilon / (1 + e^epsilon); delta lets some of the canaries be told
-    outright, which is worth most where it lifts a likely count over `right`.
+    Guesses are at best right as independent coins of e^epsilon / (1 + e^epsilon); delta lets some of the canaries be
+    told outright, which is worth most where it lifts a likely count over `right`.
     """
     coin = 1 / (1 + math.exp(-epsilon))
-    below = np.cumsum(binom.pmf(np.arange(right - 1, -1, -1), guesses, coin))  # of right - i .. right - 1, for i = 1 ..
+    below = np.cumsum(
+        binom.pmf(np.arange(right - 1, -1, -1), guesses, coin)
+    )  # of right - i .. right - 1, for i = 1 ..
     lifted = float((below / np.arange(1, right + 1)).max(initial=0.0))
     return min(1.0, float(binom.sf(right - 1, guesses, coin)) + 2 * trials * delta * lifted)
 
@@ -146,7 +159,10 @@ class Exposure:
     chance: float
 
     def __str__(self) -> str:
-        return f"canary {self.name}, trained on {self.repeats} times: {self.bits:.1f} of at most {self.most_bits:.1f} bits"
+        return (
+            f"canary {self.name}, trained on {self.repeats} times: {self.bits:.1f} of at most {self.most_bits:.1f} "
+            "bits"
+        )
 
 
 def exposure(name: str, repeats: int, loss: float, candidates: Sequence[float]) -> Exposure:
@@ -155,7 +171,9 @@ def exposure(name: str, repeats: int, loss: float, candidates: Sequence[float]) 
     Raises ConfigError without candidates.
     """
     if not len(candidates):
-        raise ConfigError(f"canary {name!r} has no candidates to be compared with", "255 other secrets show up to 8 bits")
+        raise ConfigError(
+            f"canary {name!r} has no candidates to be compared with", "255 other secrets show up to 8 bits"
+        )
     rank, count = 1 + int((np.asarray(candidates, float) < loss).sum()), len(candidates) + 1
     return Exposure(name, repeats, math.log2(count / rank), math.log2(count), rank / count)
 
@@ -187,9 +205,11 @@ def from_embedding(gradient: Array, tolerance: float = 1e-6) -> set[int]:
 
 
 def from_factor(change: Array, a: Array, inputs: Array, tolerance: float = 1e-3) -> set[int] | None:
-    """Tokens v whose A x_v lies in the row space of `change`; None where that is everything, or full without one of them.
+    """Tokens v whose A x_v lies in the row space of `change`; None where that is everything, or full without one of
+    them.
 
-    change: (out, R) of B; a: (R, in); inputs: x_v (V, in), what the module reads where token v is alone, as in a first layer.
+    change: (out, R) of B; a: (R, in); inputs: x_v (V, in), what the module reads where token v is alone, as in a first
+    layer.
     tolerance: distance from the span over length. Raises ConfigError for shapes that do not fit.
     """
     if change.shape[1] != a.shape[0] or a.shape[1] != inputs.shape[1]:
@@ -251,7 +271,9 @@ class AttackReport:
         """
         bound = digests(folder)
         if not bound:
-            raise ArtifactError(f"{folder} holds no adapter, so there is nothing to report of", "give the adapter's folder")
+            raise ArtifactError(
+                f"{folder} holds no adapter, so there is nothing to report of", "give the adapter's folder"
+            )
         fields = {"schema": SCHEMA, "kind": KIND, "adapter": bound, **asdict(self)}
         write_file_atomic(folder / FILE, json.dumps(fields, indent=1).encode() + b"\n")
         return folder / FILE

@@ -1,6 +1,7 @@
 """Client state machine of a round.
 
-An answer is in the journal before it is returned, so what was sent is known to whoever goes on. Which rounds it took part in
+An answer is in the journal before it is returned, so what was sent is known to whoever goes on. Which rounds it took
+part in
 stays in the journal for good: a round that is replayed, and a second manifest of one number, are refused.
 """
 
@@ -46,9 +47,14 @@ class EnrolmentPolicy:
         self.mode = mode
 
     def check(self, manifest: Manifest) -> None:
-        """Raise RoundError for a round that is not what was agreed to. Called once a round, before anything is said in it."""
+        """Raise RoundError for a round that is not what was agreed to. Called once a round, before anything is said in
+        it.
+        """
         if (mode := manifest.rules.mode) != self.mode:
-            descriptions = {"private": "shows the sum alone", "inspectable": "shows each client's update to the coordinator"}
+            descriptions = {
+                "private": "shows the sum alone",
+                "inspectable": "shows each client's update to the coordinator",
+            }
             raise RoundError(
                 f"the round is {mode} ({descriptions[mode]}); this client enrolled for {self.mode} rounds",
                 f"leave this coordinator, or enrol for {mode} rounds if their owner agrees to that",
@@ -98,11 +104,14 @@ class _Update:
         # one that an older version kept has nothing beside it
         size = fields.get("bytes", len(packed))
         side_tensors = arrays.unpack_tensors(packed[size:]) if size < len(packed) else {}
-        return cls(fields["number"], LocalUpdate(arrays.unpack_tensors(packed[:size]), fields["examples"], side_tensors))
+        return cls(
+            fields["number"], LocalUpdate(arrays.unpack_tensors(packed[:size]), fields["examples"], side_tensors)
+        )
 
 
 class RoundClient:
-    """A client with its journal and its tasks. noise: adds its part of a round's noise; without it such a round is refused.
+    """A client with its journal and its tasks. noise: adds its part of a round's noise; without it such a round is
+    refused.
 
     chance: what the ring's rounding is drawn from in a round; None, as by default: the system.
     """
@@ -123,7 +132,8 @@ class RoundClient:
     def answer(self, request: bytes) -> bytes:
         """The answer to any request of the coordinator; empty where none is due.
 
-        Raises RoundError, SignatureError or ArtifactError for what this client will not do, and whatever its task raises.
+        Raises RoundError, SignatureError or ArtifactError for what this client will not do, and whatever its task
+        raises.
         """
         signed = messages.read_message(request)
         if isinstance(signed.body, RoundOutcome):
@@ -142,7 +152,9 @@ class RoundClient:
         sender, invite = messages.verify_message(request, Invite, signed.round, self._member.roster)
         manifest = read_manifest(invite.manifest, self._member.coordinator, self._member.roster)
         if sender != self._member.coordinator or manifest.digest != signed.round:
-            raise RoundError("the manifest is not that of the round that it comes with", "leave this coordinator", "manifest")
+            raise RoundError(
+                "the manifest is not that of the round that it comes with", "leave this coordinator", "manifest"
+            )
         if arrays.digest(invite.shared) != manifest.work.shared:
             raise RoundError("the shared tensors are not those of the manifest", "get them again", "manifest")
         stored_round = self._journal.find(manifest.digest)
@@ -155,7 +167,11 @@ class RoundClient:
                 "replayed",
             )
         self._learn(manifest, invite.shared)
-        return self._shown(manifest) if manifest.rules.mode == "inspectable" else self._open_session(stored_round).client.keys()
+        return (
+            self._shown(manifest)
+            if manifest.rules.mode == "inspectable"
+            else self._open_session(stored_round).client.keys()
+        )
 
     def _shown(self, manifest: Manifest) -> bytes:
         """The update for all to see who carry it, which this client agreed to: the same bytes until the round ends."""
@@ -171,21 +187,25 @@ class RoundClient:
         find_task(self._tasks, manifest)
         if manifest.rules.noise and self._noise is None:
             raise RoundError(
-                f"the round adds noise ({manifest.rules.noise:g} clips), and nothing here adds this client's part of it",
+                f"the round adds noise ({manifest.rules.noise:g} clips), and nothing here adds this client's part of "
+                "it",
                 "give RoundClient its noise",
                 "noise",
             )
         previous = self._journal.rounds(manifest.run)
         if previous and manifest.number <= previous[0].number:
             raise RoundError(
-                f"round {manifest.number} of {manifest.run} comes after round {previous[0].number}: it is replayed, or false",
+                f"round {manifest.number} of {manifest.run} comes after round {previous[0].number}: it is replayed, "
+                "or false",
                 "wait for the next round",
                 "replayed",
             )
         member.agreement.check(manifest)
         for open_round in (item for item in previous if item.state == "open"):
             self._give_up(open_round)
-        stored_round = StoredRound(manifest.digest, manifest.run, manifest.number, content, os.urandom(ROOT_BYTES), "open")
+        stored_round = StoredRound(
+            manifest.digest, manifest.run, manifest.number, content, os.urandom(ROOT_BYTES), "open"
+        )
         self._journal.begin(stored_round)
         return stored_round
 
@@ -194,7 +214,9 @@ class RoundClient:
         member = self._member
         is_shown = read_manifest(stored_round.manifest, member.coordinator, member.roster).rules.mode == "inspectable"
         was_sent = is_shown or any(kind == "masked" for kind, _ in self._journal.entries(stored_round.digest))
-        self._journal.end(stored_round.digest, "abandoned", {_update_key(stored_round.run): None} if was_sent else None)
+        self._journal.end(
+            stored_round.digest, "abandoned", {_update_key(stored_round.run): None} if was_sent else None
+        )
         self._session = None
 
     def _learn(self, manifest: Manifest, shared: bytes) -> None:
@@ -239,7 +261,9 @@ class RoundClient:
             case Unmask():
                 return "reveal", client.reveal(request)
             case _:
-                raise RoundError(f"{signed.sender} sends {signed.body.kind!r}, which asks for nothing", "look at it", "stage")
+                raise RoundError(
+                    f"{signed.sender} sends {signed.body.kind!r}, which asks for nothing", "look at it", "stage"
+                )
 
     def _vector(self, manifest: Manifest) -> fixed_point.Vector:
         """What goes out of this client, in the ring."""
@@ -303,13 +327,16 @@ class RoundClient:
 
 
 def _fits(update: _Update, manifest: Manifest) -> bool:
-    """Whether these are the tensors that the round sums: a later round may train others, and asks for others beside them."""
+    """Whether these are the tensors that the round sums: a later round may train others, and asks for others beside
+    them.
+    """
     local_update = update.local_update
     shapes = {slot.name: slot.shape for slot in manifest.terms.layout if slot.name != arrays.WEIGHT}
     is_new = update.number == manifest.number or not local_update.side_tensors
     return (
         is_new
-        and {name: value.shape for name, value in {**local_update.tensors, **local_update.side_tensors}.items()} == shapes
+        and {name: value.shape for name, value in {**local_update.tensors, **local_update.side_tensors}.items()}
+        == shapes
     )
 
 

@@ -1,8 +1,9 @@
 """Coordinator state machine of a round.
 
-Each answer that counts, and each stage that is closed, is in the journal before anything follows from it; a coordinator that
-was killed replays them and asks on with the same bytes. A round that too few stayed in is abandoned, and the next may begin. Of
-a round that is over the journal keeps the transcript: every signed line, without the vectors.
+Each answer that counts, and each stage that is closed, is in the journal before anything follows from it; a
+coordinator that was killed replays them and asks on with the same bytes. A round that too few stayed in is abandoned,
+and the next may begin. Of a round that is over the journal keeps the transcript: every signed line, without the
+vectors.
 
 It stands where `secure.server.Server` stands in a private round, and like it follows from the answers it took. What is
 shown is as it would go into a sum: clipped by its client, with the client's weight. A robust rule makes one of them.
@@ -24,7 +25,14 @@ from sartor.core.errors import ArtifactError, ConfigError, ConflictError, RoundE
 from sartor.federate import updates as arrays
 from sartor.federate.rounds.round_client import Participant
 from sartor.federate.rounds.round_journal import RoundJournal, StoredRound
-from sartor.federate.rounds.round_manifest import ClientWork, Manifest, SideTensor, UpdateRules, read_manifest, terms_for
+from sartor.federate.rounds.round_manifest import (
+    ClientWork,
+    Manifest,
+    SideTensor,
+    UpdateRules,
+    read_manifest,
+    terms_for,
+)
 from sartor.federate.secure import fixed_point, messages
 from sartor.federate.secure.identities import PinnedKeys
 from sartor.federate.secure.messages import Invite, Payload, RoundOutcome, Shown, SurvivorLists
@@ -62,7 +70,9 @@ class Inspected:
         return b""
 
     def take(self, content: bytes) -> bool:
-        """See Server. Raises ArtifactError too for what is no update of this round: of another shape, not finite, too long."""
+        """See Server. Raises ArtifactError too for what is no update of this round: of another shape, not finite, too
+        long.
+        """
         digest = self._manifest.digest
         sender, shown = messages.verify_message(content, Shown, digest, self._roster)
         known_id, message_id = self._ids.get(sender), messages.digest(content)
@@ -72,7 +82,10 @@ class Inspected:
             raise ConflictError(f"{sender} showed another update before, which counts", "look at that client")
         if sender not in self.expected:
             raise RoundError(f"{sender} is not of the cohort", "look at who carries it", "cohort")
-        self._updates[sender], self._ids[sender] = self._checked(sender, arrays.unpack_tensors(shown.tensors)), message_id
+        self._updates[sender], self._ids[sender] = (
+            self._checked(sender, arrays.unpack_tensors(shown.tensors)),
+            message_id,
+        )
         return True
 
     def _checked(self, sender: str, tensors: dict[str, np.ndarray]) -> Update:
@@ -80,11 +93,17 @@ class Inspected:
         shapes = {slot.name: slot.shape for slot in layout}
         has_shapes = {name: value.shape for name, value in tensors.items()} == shapes
         if not has_shapes or not all(np.isfinite(value).all() for value in tensors.values()):
-            raise ArtifactError(f"what {sender} shows is no update of this round", "leave this client out, and look at it")
+            raise ArtifactError(
+                f"what {sender} shows is no update of this round", "leave this client out, and look at it"
+            )
         weight = float(tensors.pop(arrays.WEIGHT)[0])
         max_norm = rules.clip * (1 + 1e-5)
         if not 0 < weight <= 1 or (length := norm(tensors)) > max_norm:
-            text = f"weighs {weight:g}" if not 0 < weight <= 1 else f"has the norm {length:.3g}, and the clip is {rules.clip:g}"
+            text = (
+                f"weighs {weight:g}"
+                if not 0 < weight <= 1
+                else f"has the norm {length:.3g}, and the clip is {rules.clip:g}"
+            )
             raise ArtifactError(f"the update of {sender} {text}", "leave this client out, and look at it")
         return Update(sender, tensors, max(1, round(weight * rules.most_examples)))
 
@@ -92,7 +111,9 @@ class Inspected:
         """See Server: fewer than the threshold are too few."""
         count, terms = len(self._updates), self._manifest.terms
         if count < terms.threshold:
-            problem = f"{count} of {len(terms.cohort)} clients showed their updates; the threshold is {terms.threshold}"
+            problem = (
+                f"{count} of {len(terms.cohort)} clients showed their updates; the threshold is {terms.threshold}"
+            )
             raise RoundError(problem, "begin a new round when more are there", "threshold")
         self.stage = "done"
         return self.stage
@@ -115,9 +136,11 @@ def added(shared: Tensors, mean: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What a round is to be; its number, tensors and terms follow from the run. trained: names that are changed; (): all.
+    """What a round is to be; its number, tensors and terms follow from the run. trained: names that are changed; ():
+    all.
 
-    degree: of the graph, 0 joins everyone with everyone. stage_s, work_s: as a Manifest has them; length_s: the whole round.
+    degree: of the graph, 0 joins everyone with everyone. stage_s, work_s: as a Manifest has them; length_s: the whole
+    round.
     """
 
     task: str
@@ -136,7 +159,9 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """How a round ended. active: who is in the sum; mean: of their updates, empty where it was abandoned for `reason`."""
+    """How a round ended. active: who is in the sum; mean: of their updates, empty where it was abandoned for
+    `reason`.
+    """
 
     number: int
     state: Literal["done", "abandoned"]
@@ -162,8 +187,8 @@ class _Open:
 class Coordinator:
     """The rounds of one run, from its journal. member.me is the coordinator's identity.
 
-    pool: makes one of the updates of an inspectable round; without it there is none. Raises ArtifactError or SignatureError
-    where the journal holds a round that this identity did not sign.
+    pool: makes one of the updates of an inspectable round; without it there is none. Raises ArtifactError or
+    SignatureError where the journal holds a round that this identity did not sign.
     """
 
     def __init__(
@@ -211,18 +236,21 @@ class Coordinator:
     def start(self, tensors: Tensors) -> None:
         """Set the tensors that the run starts from. Raises ConflictError where it has some."""
         if self._journal.load(self._shared_key) is not None:
-            raise ConflictError(f"the run {self.run} has tensors already", "begin its next round, or choose another name")
+            raise ConflictError(
+                f"the run {self.run} has tensors already", "begin its next round, or choose another name"
+            )
         self._journal.keep(self._shared_key, arrays.pack_tensors(tensors))
 
     def begin(self, plan: RoundPlan, side_tensors: Iterable[SideTensor] = ()) -> Manifest:
-        """Sign and open the next round; side_tensors: what is to be summed besides the updates, which `merge` then gets as
-        well.
+        """Sign and open the next round; side_tensors: what is to be summed besides the updates, which `merge` then
+        gets as well.
 
         Raises ConflictError while one is open, RoundError for one that nobody would join.
         """
         if self._open:
             raise ConflictError(
-                f"round {self._open.manifest.number} of {self.run} is open", "coordinator.advance() until it returns False"
+                f"round {self._open.manifest.number} of {self.run} is open",
+                "coordinator.advance() until it returns False",
             )
         if plan.rules.mode == "inspectable" and self._pool is None:
             raise ConfigError(
@@ -232,7 +260,9 @@ class Coordinator:
         shared = arrays.unpack_tensors(packed)
         unknown = sorted(set(plan.trained) - set(shared))
         if unknown or not plan.cohort:
-            raise ConfigError(f"the plan trains {unknown[:1]} of a cohort of {len(plan.cohort)}", f"of {sorted(shared)[:3]}")
+            raise ConfigError(
+                f"the plan trains {unknown[:1]} of a cohort of {len(plan.cohort)}", f"of {sorted(shared)[:3]}"
+            )
         trained = {name: shared[name] for name in plan.trained or shared}
         previous = self._journal.rounds(self.run)
         manifest = Manifest(
@@ -241,7 +271,12 @@ class Coordinator:
             self._member.identity.name,
             ClientWork(plan.task, arrays.digest(packed), plan.base, plan.recipe, plan.settings),
             terms_for(
-                plan.cohort, trained, plan.rules, degree=plan.degree, threshold=plan.threshold, side_tensors=side_tensors
+                plan.cohort,
+                trained,
+                plan.rules,
+                degree=plan.degree,
+                threshold=plan.threshold,
+                side_tensors=side_tensors,
             ),
             int(self._clock()) + plan.length_s,
             plan.rules,
@@ -291,7 +326,9 @@ class Coordinator:
         return max(0.0, min(self._open.stage_started + longest_s, manifest.deadline) - now)
 
     def advance(self) -> bool:
-        """Close the stage if everyone answered or its time is over; end the round after the last. Whether one is open."""
+        """Close the stage if everyone answered or its time is over; end the round after the last. Whether one is
+        open.
+        """
         if not self._open or self.left_s() > 0:
             return self.is_open
         server = self._open.server
@@ -323,7 +360,9 @@ class Coordinator:
 
     def transcript(self, digest: str) -> list[bytes]:
         """The signed lines of a round, in the order in which they counted."""
-        return [messages.without_payload(content) for kind, content in self._journal.entries(digest) if kind == "answer"]
+        return [
+            messages.without_payload(content) for kind, content in self._journal.entries(digest) if kind == "answer"
+        ]
 
     def _finish(self) -> None:
         assert self._open
@@ -361,20 +400,26 @@ class Coordinator:
         manifest = read_manifest(stored_round.manifest, member.identity.name, member.roster)
         is_shown = manifest.rules.mode == "inspectable"
         server = (
-            Inspected(manifest, member.roster) if is_shown else SecAggServer(manifest.round, member.identity, member.roster)
+            Inspected(manifest, member.roster)
+            if is_shown
+            else SecAggServer(manifest.round, member.identity, member.roster)
         )
         for kind, content in self._journal.entries(stored_round.digest):
             if kind == "answer":
                 server.take(content)
             else:
                 server.close()
-        invite = messages.sealed(Invite(stored_round.manifest, Payload(self._packed())), manifest.digest, member.identity)
+        invite = messages.sealed(
+            Invite(stored_round.manifest, Payload(self._packed())), manifest.digest, member.identity
+        )
         self._open = _Open(manifest, server, self._clock(), invite)
 
     def _packed(self) -> bytes:
         content = self._journal.load(self._shared_key)
         if content is None:
-            raise ConfigError(f"the run {self.run} has no tensors", "coordinator.start(tensors) before the first round")
+            raise ConfigError(
+                f"the run {self.run} has no tensors", "coordinator.start(tensors) before the first round"
+            )
         return content
 
     @property

@@ -1,7 +1,8 @@
 """Durable journal of a participant in SQLite.
 
-WAL with synchronous=FULL: a commit is durable when it returns. The file is its owner's alone (0600), since it holds a client's
-secrets of the round, and one process's alone: two would answer twice. Secrets are overwritten when their round ends.
+WAL with synchronous=FULL: a commit is durable when it returns. The file is its owner's alone (0600), since it holds a
+client's secrets of the round, and one process's alone: two would answer twice. Secrets are overwritten when their
+round ends.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ SCHEMA = 1
 State = Literal["open", "done", "left out", "abandoned"]
 _TABLES = """
 CREATE TABLE IF NOT EXISTS rounds (
-  digest TEXT PRIMARY KEY, run TEXT NOT NULL, number INTEGER NOT NULL, manifest BLOB NOT NULL, secret BLOB, state TEXT NOT NULL,
+  digest TEXT PRIMARY KEY, run TEXT NOT NULL, number INTEGER NOT NULL, manifest BLOB NOT NULL, secret BLOB,
+  state TEXT NOT NULL,
   UNIQUE (run, number));
 CREATE TABLE IF NOT EXISTS entries (
-  place INTEGER PRIMARY KEY, round TEXT NOT NULL REFERENCES rounds (digest), kind TEXT NOT NULL, content BLOB NOT NULL);
+  place INTEGER PRIMARY KEY, round TEXT NOT NULL REFERENCES rounds (digest), kind TEXT NOT NULL,
+  content BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS entries_of_round ON entries (round, place);
 CREATE TABLE IF NOT EXISTS kept (name TEXT PRIMARY KEY, content BLOB NOT NULL);
 """
@@ -47,8 +50,8 @@ class StoredRound:
 class RoundJournal:
     """One party's journal. `path` None: in memory, for simulations.
 
-    Raises ConfigError for a file that others may read, BusyError where another process has it, StoreError where it is none, and
-    from every method MissingError where the disk does not take it.
+    Raises ConfigError for a file that others may read, BusyError where another process has it, StoreError where it is
+    none, and from every method MissingError where the disk does not take it.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -59,7 +62,8 @@ class RoundJournal:
             self._base = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=0)
             try:
                 self._base.executescript(
-                    "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=ON;"
+                    "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA "
+                    "secure_delete=ON;"
                 )
                 self._check_schema()
                 self._base.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version={SCHEMA}; COMMIT;")
@@ -70,7 +74,9 @@ class RoundJournal:
     def __enter__(self) -> RoundJournal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -102,7 +108,9 @@ class RoundJournal:
     def entries(self, digest: str) -> list[tuple[str, bytes]]:
         """The entries of a round in their order."""
         with self._translated_errors():
-            return self._base.execute("SELECT kind, content FROM entries WHERE round = ? ORDER BY place", (digest,)).fetchall()
+            return self._base.execute(
+                "SELECT kind, content FROM entries WHERE round = ? ORDER BY place", (digest,)
+            ).fetchall()
 
     def bytes_of(self, digest: str, kind: str) -> int:
         """How long all entries of this kind are, of a round that is open: none of them is read."""
@@ -130,7 +138,8 @@ class RoundJournal:
         keep: Mapping[str, bytes | None] | None = None,
         transcript: Iterable[tuple[str, bytes]] = (),
     ) -> None:
-        """End a round: its secret goes, and of its entries all but the transcript. keep: what is kept, or (None) no longer.
+        """End a round: its secret goes, and of its entries all but the transcript. keep: what is kept, or (None) no
+        longer.
 
         All of it in one commit.
         """
@@ -158,7 +167,8 @@ class RoundJournal:
     def _rounds(self, where: str, *values: str) -> Iterator[StoredRound]:
         with self._translated_errors():
             rows = self._base.execute(
-                f"SELECT digest, run, number, manifest, secret, state FROM rounds WHERE {where} ORDER BY number DESC", values
+                f"SELECT digest, run, number, manifest, secret, state FROM rounds WHERE {where} ORDER BY number DESC",
+                values,
             ).fetchall()
         return (
             StoredRound(digest, run, number, manifest, secret or b"", state)
@@ -169,7 +179,9 @@ class RoundJournal:
         schema = self._base.execute("PRAGMA user_version").fetchone()[0]
         if schema not in (0, SCHEMA):
             self._base.close()
-            raise StoreError(f"{self._label} has schema {schema}; this version of Sartor reads {SCHEMA}", upgrade_command())
+            raise StoreError(
+                f"{self._label} has schema {schema}; this version of Sartor reads {SCHEMA}", upgrade_command()
+            )
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -198,7 +210,9 @@ class RoundJournal:
                 f"{self._label} could not be used: {error}", f"ls -l {self._label}; then the same command again"
             ) from error
         except sqlite3.DatabaseError as error:
-            raise StoreError(f"{self._label} is no journal, or is damaged: {error}", f"cp BACKUP {self._label}") from error
+            raise StoreError(
+                f"{self._label} is no journal, or is damaged: {error}", f"cp BACKUP {self._label}"
+            ) from error
 
 
 def _make(path: Path) -> None:

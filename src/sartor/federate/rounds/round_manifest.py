@@ -1,6 +1,7 @@
 """Signed round manifest and Task protocol.
 
-    {"schema": 2, "kind": "round", "run": "triage", "number": 4, "coordinator": "coordinator", "work": {...}, "rules": {...},
+    {"schema": 2, "kind": "round", "run": "triage", "number": 4, "coordinator": "coordinator", "work": {...}, "rules":
+    {...},
      "terms": {...}, "stage_s": 60, "work_s": 600, "deadline": 1780000000, "signature": {...}}
 
 One that is signed and malformed is refused as well: what a coordinator signs is not thereby harmless.
@@ -54,11 +55,13 @@ class ClientWork:
 
 @dataclass(frozen=True)
 class UpdateRules:
-    """clip: the norm that an update is scaled down to. noise: standard deviation of the sum's noise, in clips; 0: none.
+    """clip: the norm that an update is scaled down to. noise: standard deviation of the sum's noise, in clips; 0:
+    none.
 
-    most_examples: more than these count as these; 1: every client counts the same, which noise demands. stale_rounds: how many
-    rounds old an update that missed its sum may be; it counts 1 / sqrt(1 + age) (Nguyen et al. 2022, FedBuff). mode: who sees
-    the updates; a client takes part in what it agreed to when it enrolled, and in nothing else.
+    most_examples: more than these count as these; 1: every client counts the same, which noise demands. stale_rounds:
+    how many rounds old an update that missed its sum may be; it counts 1 / sqrt(1 + age) (Nguyen et al. 2022,
+    FedBuff). mode: who sees the updates; a client takes part in what it agreed to when it enrolled, and in nothing
+    else.
     """
 
     clip: float = 1.0
@@ -136,7 +139,9 @@ class Manifest:
 
 
 def read_manifest(content: bytes, coordinator: str, roster: PinnedKeys) -> Manifest:
-    """A manifest that this coordinator signed. Raises ArtifactError for what is none, SignatureError for another signer."""
+    """A manifest that this coordinator signed. Raises ArtifactError for what is none, SignatureError for another
+    signer.
+    """
     try:
         fields = json.loads(content) if len(content) <= MOST_BYTES else None
         if not isinstance(fields, dict):
@@ -171,7 +176,11 @@ def _check(manifest: Manifest) -> None:
         manifest.rules.most_examples,
         manifest.rules.stale_rounds,
     )
-    if any(type(value) is not int for value in integers) or manifest.number < 1 or min(manifest.stage_s, manifest.work_s) < 0:
+    if (
+        any(type(value) is not int for value in integers)
+        or manifest.number < 1
+        or min(manifest.stage_s, manifest.work_s) < 0
+    ):
         raise TypeError("a number that is not whole, or below its range")
     if not (is_valid_name(manifest.run) and is_valid_name(manifest.coordinator) and is_valid_name(manifest.work.task)):
         raise TypeError("a name of another form")
@@ -181,7 +190,8 @@ def _check(manifest: Manifest) -> None:
 
 @dataclass(frozen=True)
 class SideTensor:
-    """Numbers that go along in the sum, and are no part of the update: not clipped with it, not added to what is shared.
+    """Numbers that go along in the sum, and are no part of the update: not clipped with it, not added to what is
+    shared.
 
     bound: the largest magnitude of one of them, before its weight.
     """
@@ -203,7 +213,8 @@ def terms_for(
 ) -> SecureSumTerms:
     """The terms of a sum of updates to these tensors, at the finest scale that the rules allow.
 
-    threshold: by default the smallest above 2/3; degree: of the graph, 0 joins everyone; seed: of the graph, by default drawn.
+    threshold: by default the smallest above 2/3; degree: of the graph, 0 joins everyone; seed: of the graph, by
+    default drawn.
     """
     names = tuple(sorted(set(cohort)))
     shapes = {**tensors, WEIGHT: _Number()}
@@ -237,12 +248,14 @@ class ClientTask(Protocol):
     """A type of work."""
 
     def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
-        """The change that this client's data makes to the shared tensors. Raises a SartorError for settings it lacks."""
+        """The change that this client's data makes to the shared tensors. Raises a SartorError for settings it
+        lacks.
+        """
         ...
 
 
-# Adds this client's part of the round's noise to an update that was clipped. What is promised must hold where as few as
-# terms.threshold clients stay in the sum, so a part is the whole divided among so many, not among the cohort.
+# Adds this client's part of the round's noise to an update that was clipped. What is promised must hold where as few
+# as terms.threshold clients stay in the sum, so a part is the whole divided among so many, not among the cohort.
 Noise = Callable[[Tensors, Manifest], Tensors]
 Tasks = Mapping[str, ClientTask]
 
@@ -252,7 +265,8 @@ def find_task(tasks: Tasks, manifest: Manifest) -> ClientTask:
     task = tasks.get(manifest.work.task)
     if task is None:
         raise RoundError(
-            f"the round asks for the task {manifest.work.task!r}; installed here are {', '.join(sorted(tasks)) or 'none'}",
+            f"the round asks for the task {manifest.work.task!r}; installed here are "
+            f"{', '.join(sorted(tasks)) or 'none'}",
             "install it, if you want it: a round never brings code",
             "task",
         )

@@ -1,7 +1,7 @@
 """Transport protocol, its message loop, and the transport within one process.
 
-A transport need not be trusted: messages are signed, and what is lost is sent again. It need not be fast: a request that waited
-is answered late, which costs that client the stage and nobody else anything.
+A transport need not be trusted: messages are signed, and what is lost is sent again. It need not be fast: a request
+that waited is answered late, which costs that client the stage and nobody else anything.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Transport(Protocol):
     """Brings requests to clients, and their answers back."""
 
     def exchange(self, requests: Mapping[str, bytes], wait_s: float) -> Iterable[bytes]:
-        """Send each request to the client of its name; give answers as they come, also to requests of before, for `wait_s`.
+        """Send each request to the client of its name; give answers as they come, also to requests of before, for
+        `wait_s`.
 
         The loop may stop asking for more at any time. A client that does not answer, or says no, is left out.
         """
@@ -41,7 +42,9 @@ class TransferStats:
 
 
 def finish(coordinator: Coordinator, transport: Transport, stats: TransferStats | None = None) -> RoundResult | None:
-    """Bring the open round to its end, and tell the clients. None where no round is open; they are told of the last one."""
+    """Bring the open round to its end, and tell the clients. None where no round is open; they are told of the last
+    one.
+    """
     stats = stats or TransferStats()
     while coordinator.is_open:
         requests, n_answers = coordinator.requests(), 0
@@ -79,7 +82,8 @@ def _take_answer(coordinator: Coordinator, answer: bytes, stats: TransferStats) 
 
 @dataclass
 class InProcess:
-    """Clients of this process: for tests, and for simulations of thousands. offline: whose requests wait until they are back.
+    """Clients of this process: for tests, and for simulations of thousands. offline: whose requests wait until they
+    are back.
 
     said_no: the last error of each client that refused.
     """

@@ -1,9 +1,10 @@
 """Floats as fixed-point integers modulo 2**32.
 
-A tensor's scale (the value of one unit) stands in the manifest, so each client rounds alike and the sum needs none of them. No
-client may send more than (2**31 - 1) / n units, so the sum of n never leaves the ring; what is larger is refused, not clipped:
-a value that was clipped would be wrong in silence. Rounding is to the nearest unit, or stochastic (up or down with the
-probability that makes it right on average: Suresh et al. 2017), whose errors do not add up over rounds.
+A tensor's scale (the value of one unit) stands in the manifest, so each client rounds alike and the sum needs none of
+them. No client may send more than (2**31 - 1) / n units, so the sum of n never leaves the ring; what is larger is
+refused, not clipped: a value that was clipped would be wrong in silence. Rounding is to the nearest unit, or
+stochastic (up or down with the probability that makes it right on average: Suresh et al. 2017), whose errors do not
+add up over rounds.
 """
 
 from __future__ import annotations
@@ -31,10 +32,16 @@ def scale_for(bound: float, cohort_size: int) -> float:
     return bound / (MOST_SUM // cohort_size) * (1 + 1e-12)
 
 
-def layout_for(tensors: Mapping[str, Any], bound: float | Mapping[str, float], cohort_size: int) -> tuple[TensorSlot, ...]:
-    """A layout for tensors of these names and shapes, in the order of names. `bound`: the largest magnitude, or one a name."""
+def layout_for(
+    tensors: Mapping[str, Any], bound: float | Mapping[str, float], cohort_size: int
+) -> tuple[TensorSlot, ...]:
+    """A layout for tensors of these names and shapes, in the order of names. `bound`: the largest magnitude, or one a
+    name.
+    """
     bounds = bound if isinstance(bound, Mapping) else dict.fromkeys(tensors, bound)
-    return tuple(TensorSlot(name, tuple(tensors[name].shape), scale_for(bounds[name], cohort_size)) for name in sorted(tensors))
+    return tuple(
+        TensorSlot(name, tuple(tensors[name].shape), scale_for(bounds[name], cohort_size)) for name in sorted(tensors)
+    )
 
 
 def quantise(
@@ -45,22 +52,28 @@ def quantise(
 ) -> Integers:
     """All tensors in units of their scales, as one vector in the layout's order.
 
-    `chance` is drawn from where rounding is stochastic; by default from the system. Raises ConfigError where a name or a shape
-    is not the layout's or a value is not finite.
+    `chance` is drawn from where rounding is stochastic; by default from the system. Raises ConfigError where a name or
+    a shape is not the layout's or a value is not finite.
     """
     if set(tensors) != {slot.name for slot in layout}:
         differing = sorted(set(tensors) ^ {slot.name for slot in layout})
-        raise ConfigError(f"the update's tensors are not the manifest's: {', '.join(differing[:3])}", "the layout of the round")
+        raise ConfigError(
+            f"the update's tensors are not the manifest's: {', '.join(differing[:3])}", "the layout of the round"
+        )
     chance = chance or np.random.default_rng()
     units = np.empty(sum(slot.size for slot in layout), np.int64)
     start = 0
     for slot in layout:
         values = np.asarray(tensors[slot.name])
         if values.shape != slot.shape:
-            raise ConfigError(f"{slot.name} has the shape {values.shape}; the round's is {slot.shape}", "the round's layout")
+            raise ConfigError(
+                f"{slot.name} has the shape {values.shape}; the round's is {slot.shape}", "the round's layout"
+            )
         scaled = values.astype(np.float64).ravel() / slot.scale
         if not np.isfinite(scaled).all():
-            raise ConfigError(f"{slot.name} holds a value that is not finite", "look at the tuning: its loss has diverged")
+            raise ConfigError(
+                f"{slot.name} holds a value that is not finite", "look at the tuning: its loss has diverged"
+            )
         # beyond 2**62 a float is no int64; 2**40 units are too many in any case, and are still seen by `to_ring`
         np.clip(scaled, -(2.0**40), 2.0**40, out=scaled)
         rounded = np.rint(scaled) if rounding == "nearest" else np.floor(scaled + chance.random(scaled.size))
@@ -70,7 +83,9 @@ def quantise(
 
 
 def to_ring(units: Integers, terms: SecureSumTerms) -> Vector:
-    """Integers (noise added, if there is any) as elements of the ring. Raises BudgetError above the headroom of the cohort."""
+    """Integers (noise added, if there is any) as elements of the ring. Raises BudgetError above the headroom of the
+    cohort.
+    """
     worst = int(np.abs(units).max(initial=0))
     if worst > terms.max_units:
         index = int(np.abs(units).argmax())
@@ -84,7 +99,10 @@ def to_ring(units: Integers, terms: SecureSumTerms) -> Vector:
 
 
 def encode(
-    tensors: Mapping[str, Any], terms: SecureSumTerms, rounding: Rounding = "nearest", chance: np.random.Generator | None = None
+    tensors: Mapping[str, Any],
+    terms: SecureSumTerms,
+    rounding: Rounding = "nearest",
+    chance: np.random.Generator | None = None,
 ) -> Vector:
     """`quantise`, then `to_ring`."""
     return to_ring(quantise(tensors, terms.layout, rounding, chance), terms)
@@ -93,7 +111,9 @@ def encode(
 def decode(vector: Vector, layout: Sequence[TensorSlot]) -> dict[str, Floats]:
     """The sum's tensors, float64: a sum in the ring has up to 31 bits, and float32 holds 24."""
     if vector.size != (size := sum(slot.size for slot in layout)):
-        raise RoundError(f"the vector has {vector.size} numbers; the layout {size}", "the layout of the round", "manifest")
+        raise RoundError(
+            f"the vector has {vector.size} numbers; the layout {size}", "the layout of the round", "manifest"
+        )
     tensors, start = {}, 0
     for slot in layout:
         units = vector[start : start + slot.size].view(np.int32).astype(np.float64)

@@ -1,6 +1,7 @@
 """Ed25519 identities and the pinned key list.
 
-A roster is a folder of public keys, NAME.pub, as `sartor keygen` writes them; of the clients and of the coordinator. Who fills
+A roster is a folder of public keys, NAME.pub, as `sartor keygen` writes them; of the clients and of the coordinator.
+Who fills
 it is the root of trust: a roster of clients that are all the coordinator's protects nobody.
 """
 
@@ -39,8 +40,13 @@ class Identity:
         pinned = roster.keys.get(self.name)
         if pinned is None or signing.key_id(pinned) != signing.key_id(self.key.public_key()):
             has = "no key" if pinned is None else f"the key {signing.key_id(pinned)}"
-            problem = f"the roster has {has} for {self.name}; the private key given is {signing.key_id(self.key.public_key())}"
-            raise ConfigError(problem, f"its public key into the roster, as {self.name}.pub; or the key that belongs to it")
+            problem = (
+                f"the roster has {has} for {self.name}; the private key given is "
+                f"{signing.key_id(self.key.public_key())}"
+            )
+            raise ConfigError(
+                problem, f"its public key into the roster, as {self.name}.pub; or the key that belongs to it"
+            )
 
     def sign(self, document: bytes) -> bytes:
         """64 bytes; the same ones each time."""
@@ -59,7 +65,9 @@ class PinnedKeys:
         if not folder.is_dir():
             raise ConfigError(f"there is no folder {folder}", "a folder of NAME.pub, as sartor keygen writes them")
         revoked = signing.revoked_ids()
-        keys = {file.stem: signing.open_public(file) for file in sorted(folder.glob("*.pub")) if is_valid_name(file.stem)}
+        keys = {
+            file.stem: signing.open_public(file) for file in sorted(folder.glob("*.pub")) if is_valid_name(file.stem)
+        }
         return cls({name: key for name, key in keys.items() if signing.key_id(key) not in revoked})
 
     def check(self, name: str, document: bytes, signature: bytes) -> None:
@@ -77,10 +85,11 @@ class PinnedKeys:
 
 
 def keygen(directory: Path | str, name: str) -> dict[str, str]:
-    """Make the identity of a client or a coordinator: `sartor.key` (0600), `sartor.pub`, and NAME.pub as a roster holds it.
+    """Make the identity of a client or a coordinator: `sartor.key` (0600), `sartor.pub`, and NAME.pub as a roster
+    holds it.
 
-    Returns name, key_id, private, and public: the file to hand over. Raises ConfigError for a name of another form, and where a
-    key stands.
+    Returns name, key_id, private, and public: the file to hand over. Raises ConfigError for a name of another form,
+    and where a key stands.
     """
     if not is_valid_name(name):
         raise ConfigError(f"{name!r:.80} is no name of a client", "lower-case letters, digits, - . _; such as ward-a")

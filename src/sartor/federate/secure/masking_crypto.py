@@ -1,7 +1,7 @@
 """Pairwise masks and Shamir secret shares.
 
-Every derived key is bound to the digest of the round's manifest, to what it is for and to whom: a key of one round, pair or use
-is no key of another.
+Every derived key is bound to the digest of the round's manifest, to what it is for and to whom: a key of one round,
+pair or use is no key of another.
 
 Any `threshold` shares rebuild the secret; fewer say nothing of it, as every secret fits them equally well.
 """
@@ -60,7 +60,9 @@ def sign_between(name: str, other: str) -> int:
 
 
 def add_stream(vector: Vector, key: bytes, sign: int) -> None:
-    """Add (1) or take away (-1), modulo 2**32 and in place, the numbers that the key streams. A key makes one mask, ever."""
+    """Add (1) or take away (-1), modulo 2**32 and in place, the numbers that the key streams. A key makes one mask,
+    ever.
+    """
     stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
     for start in range(0, vector.size, _CHUNK):
         part = vector[start : start + _CHUNK]
@@ -83,7 +85,9 @@ def stream_bytes(key: bytes, count: int) -> bytes:
 
 
 def seal(plain: bytes, agreed: bytes, round_digest: str, sender: str, recipient: str) -> bytes:
-    """ChaCha20-Poly1305 under a key of this direction, pair and round, which seals one message: its nonce may be fixed."""
+    """ChaCha20-Poly1305 under a key of this direction, pair and round, which seals one message: its nonce may be
+    fixed.
+    """
     key, associated_data = _box(agreed, round_digest, sender, recipient)
     return ChaCha20Poly1305(key).encrypt(bytes(12), plain, associated_data)
 
@@ -116,7 +120,8 @@ def split_secret(secret: bytes, threshold: int, indices: Iterable[int], randomne
     pieces = (randomness[start : start + COEFFICIENT_BYTES] for start in range(0, len(randomness), COEFFICIENT_BYTES))
     coefficients = [int.from_bytes(piece, "big") % PRIME for piece in pieces]
     return {
-        index: _evaluate(coefficients, int.from_bytes(secret, "big"), index).to_bytes(SHARE_BYTES, "big") for index in indices
+        index: _evaluate(coefficients, int.from_bytes(secret, "big"), index).to_bytes(SHARE_BYTES, "big")
+        for index in indices
     }
 
 
@@ -139,7 +144,10 @@ def combine_shares(shares: Mapping[int, bytes], threshold: int) -> bytes:
         )
     indices = tuple(islice(sorted(shares), threshold))
     secret = (
-        sum(int.from_bytes(shares[index], "big") * weight for index, weight in zip(indices, _weights(indices), strict=True))
+        sum(
+            int.from_bytes(shares[index], "big") * weight
+            for index, weight in zip(indices, _weights(indices), strict=True)
+        )
         % PRIME
     )
     if secret >= 1 << (8 * SECRET_BYTES):

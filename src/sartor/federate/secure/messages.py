@@ -2,8 +2,9 @@ r"""Signed protocol messages of secure aggregation, each with one encoding.
 
     {"boxes":{...},"kind":"shares","round":"<digest>","schema":1,"sender":"ward-3","signature":"..."}\n<payload>
 
-A line of canonical JSON, then the raw payload, which `Masked` and `Invite` have. The line holds the payload's digest, and the
-signature is over the line without the signature. A message that is not written as `sealed` would write it is refused,
+A line of canonical JSON, then the raw payload, which `Masked` and `Invite` have. The line holds the payload's digest,
+and the signature is over the line without the signature. A message that is not written as `sealed` would write it is
+refused,
 so the digest of its bytes names it: sent twice, it is the same message.
 """
 
@@ -217,7 +218,9 @@ def digest(content: bytes) -> str:
 
 
 def read_message(content: bytes) -> Signed:
-    """A message from its bytes. Raises ArtifactError for what is none, or is written in another way than `sealed` writes."""
+    """A message from its bytes. Raises ArtifactError for what is none, or is written in another way than `sealed`
+    writes.
+    """
     line, _, payload = content.partition(b"\n")
     try:
         fields = json.loads(line) if len(line) <= MOST_HEAD_BYTES else None
@@ -237,7 +240,9 @@ def read_message(content: bytes) -> Signed:
     return Signed(round_digest, sender, body, records.canonical(head), signature)
 
 
-def verify_message(content: bytes, kind: type[Any_Body], round_digest: str, roster: PinnedKeys) -> tuple[str, Any_Body]:
+def verify_message(
+    content: bytes, kind: type[Any_Body], round_digest: str, roster: PinnedKeys
+) -> tuple[str, Any_Body]:
     """(sender, body) of a message of this kind and round whose signature holds.
 
     Raises ArtifactError, SignatureError, and RoundError where it is another round's or another kind.
@@ -251,14 +256,18 @@ def verify_message(content: bytes, kind: type[Any_Body], round_digest: str, rost
             "manifest",
         )
     if not isinstance(signed.body, kind):
-        raise RoundError(f"{signed.sender} sends {signed.body.kind!r} where {kind.kind!r} is due", "wait for it", "stage")
+        raise RoundError(
+            f"{signed.sender} sends {signed.body.kind!r} where {kind.kind!r} is due", "wait for it", "stage"
+        )
     signed.check(roster)
     return signed.sender, signed.body
 
 
 def _head(body: Body, round_digest: str, sender: str) -> dict[str, Any]:
     head = {
-        field.name: _plain(getattr(body, field.name)) for field in fields(body) if _HINTS[body.kind][field.name] is not Payload
+        field.name: _plain(getattr(body, field.name))
+        for field in fields(body)
+        if _HINTS[body.kind][field.name] is not Payload
     }
     if payload := _payload(body):
         head["payload_sha256"] = hashlib.sha256(payload).hexdigest()
@@ -311,14 +320,16 @@ _READERS: dict[Any, Callable[[Any], Any]] = {
 
 
 _HINTS: dict[str, dict[str, Any]] = {
-    kind: {name: hint for name, hint in get_type_hints(body).items() if name != "kind"} for kind, body in BODIES.items()
+    kind: {name: hint for name, hint in get_type_hints(body).items() if name != "kind"}
+    for kind, body in BODIES.items()
 }
 
 
 def _body(kind: type[Body], head: Mapping[str, Any], payload: bytes) -> Body:
     try:
         values: dict[str, Any] = {
-            name: payload if hint is Payload else _READERS[hint](head[name]) for name, hint in _HINTS[kind.kind].items()
+            name: payload if hint is Payload else _READERS[hint](head[name])
+            for name, hint in _HINTS[kind.kind].items()
         }
     except AttributeError:
         raise TypeError("something else where names are due") from None

@@ -1,8 +1,8 @@
 """Client side of secure aggregation.
 
-What it draws comes from one secret of the round (`root`), so the same requests have the same answers, to the byte: a client
-that was killed goes on from its root and the requests that it kept. To a second, different request of one stage it says no: a
-server that asks twice wants to learn what one answer does not tell.
+What it draws comes from one secret of the round (`root`), so the same requests have the same answers, to the byte: a
+client that was killed goes on from its root and the requests that it kept. To a second, different request of one stage
+it says no: a server that asks twice wants to learn what one answer does not tell.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class HeldShares:
 
 
 class SecAggClient:
-    """One client in one round. `root`: 32 secret random bytes, of this round alone; kept where a kill does not lose them.
+    """One client in one round. `root`: 32 secret random bytes, of this round alone; kept where a kill does not lose
+    them.
 
     Raises RoundError, before anything is said, where the terms break the policy.
     """
@@ -87,7 +88,9 @@ class SecAggClient:
         return self._sealed(AdvertiseKeys(channel, mask))
 
     def share(self, request: bytes) -> bytes:
-        """Peers -> Shares. Raises SignatureError for a key that its owner did not sign, RoundError for too few or strangers."""
+        """Peers -> Shares. Raises SignatureError for a key that its owner did not sign, RoundError for too few or
+        strangers.
+        """
         peers = self._opened(request, PeerKeys)
         peer_keys: dict[str, AdvertiseKeys] = {}
         for content in peers.keys:
@@ -101,7 +104,9 @@ class SecAggClient:
         terms, digest = self.round.terms, self.round.digest
         indices = [terms.share_indices[holder] for holder in (self.name, *sorted(peer_keys))]
         seed_shares = masking_crypto.split_secret(self._seed, terms.share_threshold, indices, self._randomness[0])
-        key_shares = masking_crypto.split_secret(self._mask_secret, terms.share_threshold, indices, self._randomness[1])
+        key_shares = masking_crypto.split_secret(
+            self._mask_secret, terms.share_threshold, indices, self._randomness[1]
+        )
         own_index = terms.share_indices[self.name]
         self._own_shares = HeldShares(seed_shares[own_index], key_shares[own_index])
         boxes = {
@@ -117,7 +122,9 @@ class SecAggClient:
         return self._sealed(Shares(commitment(self._seed, digest, self.name), boxes))
 
     def hold(self, request: bytes) -> None:
-        """Take the shares that are for this client. Raises SignatureError for a changed box, RoundError if too few came."""
+        """Take the shares that are for this client. Raises SignatureError for a changed box, RoundError if too few
+        came.
+        """
         boxes = self._opened(request, SealedShares).boxes
         if strangers := sorted(set(boxes) - set(self._peers)):
             raise RoundError(f"{strangers[0]} sends shares, and is no neighbour that sent its keys", _CHEAT, "keys")
@@ -132,10 +139,14 @@ class SecAggClient:
         self._held_shares = {self.name: self._own_shares, **held_shares}
 
     def mask(self, vector: Vector) -> bytes:
-        """The vector (of the layout's size, changed in place) under this client's masks. Once a round, whatever the vector."""
+        """The vector (of the layout's size, changed in place) under this client's masks. Once a round, whatever the
+        vector.
+        """
         if vector.size != self.round.terms.size:
             raise RoundError(
-                f"the vector has {vector.size} numbers; the round's {self.round.terms.size}", "the round's layout", "manifest"
+                f"the vector has {vector.size} numbers; the round's {self.round.terms.size}",
+                "the round's layout",
+                "manifest",
             )
         self.masked_before()
         digest = self.round.digest
@@ -143,15 +154,21 @@ class SecAggClient:
         for peer in sorted(set(self._held_shares) - {self.name}):
             agreed = masking_crypto.agree(self._mask, self._peers[peer].mask, peer)
             masking_crypto.add_stream(
-                vector, masking_crypto.pair_key(agreed, digest, self.name, peer), masking_crypto.sign_between(self.name, peer)
+                vector,
+                masking_crypto.pair_key(agreed, digest, self.name, peer),
+                masking_crypto.sign_between(self.name, peer),
             )
         return self._sealed(Masked(Payload(vector.astype("<u4", copy=False).tobytes())))
 
     def masked_before(self) -> None:
-        """Note that `mask` is done, also on going on after a kill with the answer that was kept. RoundError: it was before."""
+        """Note that `mask` is done, also on going on after a kill with the answer that was kept. RoundError: it was
+        before.
+        """
         if "mask" in self._request_digests:
             # two vectors under one mask have a difference that no mask covers
-            raise RoundError(f"{self.name} sent its vector of this round before", "send the one that is kept", "replayed")
+            raise RoundError(
+                f"{self.name} sent its vector of this round before", "send the one that is kept", "replayed"
+            )
         self._note("mask", b"")
 
     def consent(self, request: bytes) -> bytes:
@@ -165,7 +182,9 @@ class SecAggClient:
         return self._sealed(Consent(lists.digest))
 
     def reveal(self, request: bytes) -> bytes:
-        """Unmask -> Reveal: once a round, for the lists that it consented to, if a quorum of its holders consented too."""
+        """Unmask -> Reveal: once a round, for the lists that it consented to, if a quorum of its holders consented
+        too.
+        """
         unmask = self._opened(request, Unmask)
         if self._lists is None or unmask.lists != self._lists.digest:
             raise RoundError("shares are asked for by lists that this client did not consent to", _CHEAT, "unmask")
@@ -184,12 +203,16 @@ class SecAggClient:
     def _check_lists(self, lists: SurvivorLists) -> None:
         terms, active, dropped = self.round.terms, set(lists.active), set(lists.dropped)
         if overlap := sorted(active & dropped):
-            raise RoundError(f"{overlap[0]} is in both lists: the two together would unmask its vector", _CHEAT, "lists")
+            raise RoundError(
+                f"{overlap[0]} is in both lists: the two together would unmask its vector", _CHEAT, "lists"
+            )
         in_order = all(list(names) == sorted(set(names)) for names in (lists.active, lists.dropped))
         if not in_order or not active | dropped <= set(terms.share_indices):
             raise RoundError("the lists are not names of the cohort in order", _CHEAT, "lists")
         if self.name not in active:
-            raise RoundError(f"{self.name} sent its vector, and the lists leave it out", "wait for the next round", "lists")
+            raise RoundError(
+                f"{self.name} sent its vector, and the lists leave it out", "wait for the next round", "lists"
+            )
         if len(active) < terms.threshold:
             raise RoundError(
                 f"{len(active)} of {len(terms.cohort)} clients are in the sum; {terms.threshold} are the threshold",
@@ -204,7 +227,8 @@ class SecAggClient:
         terms = self.round.terms
         if count < terms.share_threshold:
             raise RoundError(
-                f"{count} of the {terms.holders} holders of {self.name} {action}; {terms.share_threshold} are the threshold",
+                f"{count} of the {terms.holders} holders of {self.name} {action}; {terms.share_threshold} are the "
+                "threshold",
                 "wait for more clients, or begin a new round",
                 "threshold",
             )
@@ -228,7 +252,9 @@ class SecAggClient:
         digest = messages.digest(request)
         if self._request_digests.setdefault(stage, digest) != digest:
             raise RoundError(
-                f"{stage!r} was asked for before, by another request", _CHEAT, "unmask" if stage == "reveal" else "replayed"
+                f"{stage!r} was asked for before, by another request",
+                _CHEAT,
+                "unmask" if stage == "reveal" else "replayed",
             )
 
     def _sealed(self, body: AdvertiseKeys | Shares | Masked | Consent | Reveal) -> bytes:

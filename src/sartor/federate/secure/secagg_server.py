@@ -1,12 +1,13 @@
 """Server side of secure aggregation.
 
-Pure: what it holds follows from the messages it took and the stages it closed, in their order, so a coordinator that was killed
-is rebuilt from its journal. It learns the sum of those in `active`, as long as fewer than a third of each client's holders tell
-it more than this protocol says.
+Pure: what it holds follows from the messages it took and the stages it closed, in their order, so a coordinator that
+was killed is rebuilt from its journal. It learns the sum of those in `active`, as long as fewer than a third of each
+client's holders tell it more than this protocol says.
 
-Why a reveal to lists L leaves no vector bare: the seed of v opens only where a quorum of v's holders accepted L; each of them
-accepted because a quorum of its own holders signed L, so no other list finds a quorum among those, and its mask key stays
-closed. So the masks between v and more than a third of its holders, less those that collude, stand and fall only in the sum.
+Why a reveal to lists L leaves no vector bare: the seed of v opens only where a quorum of v's holders accepted L; each
+of them accepted because a quorum of its own holders signed L, so no other list finds a quorum among those, and its
+mask key stays closed. So the masks between v and more than a third of its holders, less those that collude, stand and
+fall only in the sum.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ class SecAggServer:
         return self._lists
 
     def request(self, name: str) -> bytes:
-        """What `name` is to answer now; the same bytes each time. Empty in the stage `keys`, and once the sum is done."""
+        """What `name` is to answer now; the same bytes each time. Empty in the stage `keys`, and once the sum is
+        done.
+        """
         body = self._request(name)
         return messages.sealed(body, self.round.digest, self._identity) if body else b""
 
@@ -100,8 +103,12 @@ class SecAggServer:
                     tuple(self._received.signed_keys[peer] for peer in sorted(neighbours & set(self._received.keys)))
                 )
             case "masked":
-                boxes_by_peer = {peer: shares.boxes for peer, shares in self._received.shares.items() if peer in neighbours}
-                return SealedShares({peer: boxes[name] for peer, boxes in sorted(boxes_by_peer.items()) if name in boxes})
+                boxes_by_peer = {
+                    peer: shares.boxes for peer, shares in self._received.shares.items() if peer in neighbours
+                }
+                return SealedShares(
+                    {peer: boxes[name] for peer, boxes in sorted(boxes_by_peer.items()) if name in boxes}
+                )
             case "consent":
                 return self._lists
             case "reveal":
@@ -113,13 +120,16 @@ class SecAggServer:
     def take(self, content: bytes) -> bool:
         """Take an answer. False where it changes nothing: it came before, or too late for its stage.
 
-        Raises ArtifactError, SignatureError, and RoundError for one that is due from nobody; ConflictError for a second one.
+        Raises ArtifactError, SignatureError, and RoundError for one that is due from nobody; ConflictError for a
+        second one.
         """
         signed = messages.read_message(content)
         stage = _STAGE_OF.get(type(signed.body))
         if signed.round != self.round.digest or stage is None:
             raise RoundError(
-                f"{signed.sender} sends {signed.body.kind!r} of another round, or what it may not", "look at it", "stage"
+                f"{signed.sender} sends {signed.body.kind!r} of another round, or what it may not",
+                "look at it",
+                "stage",
             )
         signed.check(self._roster)
         known_id, message_id = self._received.ids[stage].get(signed.sender), messages.digest(content)
@@ -146,7 +156,8 @@ class SecAggServer:
             case Masked():
                 if len(body.vector) != 4 * self._total.size:
                     raise RoundError(
-                        f"{sender} sends {len(body.vector):,} bytes; the round's vectors have {4 * self._total.size:,}",
+                        f"{sender} sends {len(body.vector):,} bytes; the round's vectors have "
+                        f"{4 * self._total.size:,}",
                         "look at that client",
                         "manifest",
                     )
@@ -208,7 +219,9 @@ class SecAggServer:
             for peer in self._is_masked_with(name):
                 agreed = masking_crypto.agree(private, self._received.keys[peer].mask, peer)
                 masking_crypto.add_stream(
-                    self._total, masking_crypto.pair_key(agreed, digest, peer, name), -masking_crypto.sign_between(peer, name)
+                    self._total,
+                    masking_crypto.pair_key(agreed, digest, peer, name),
+                    -masking_crypto.sign_between(peer, name),
                 )
 
     def _is_masked_with(self, dropped: str) -> list[str]:
@@ -224,7 +237,8 @@ class SecAggServer:
                 parts[terms.share_indices[holder]] = share
         if len(parts) < terms.share_threshold:
             raise RoundError(
-                f"{len(parts)} of the {terms.holders} holders of {name} revealed their shares; {terms.share_threshold} are the "
+                f"{len(parts)} of the {terms.holders} holders of {name} revealed their shares; "
+                f"{terms.share_threshold} are the "
                 "threshold, and without them the sum stays masked",
                 "begin a new round when more clients are there",
                 "threshold",

@@ -1,8 +1,9 @@
 """Cohort, threshold, layout and mask graph.
 
-The sparse graph is a circulant one: names on a ring in an order drawn from the seed, each joined with those at k/2 offsets
-drawn from the seed, to both sides. A random circulant graph of more than log n offsets is an expander with high probability
-(Alon and Roichman 1994), so no small group can be cut off from the rest; the offset 1 keeps it in one piece in any case.
+The sparse graph is a circulant one: names on a ring in an order drawn from the seed, each joined with those at k/2
+offsets drawn from the seed, to both sides. A random circulant graph of more than log n offsets is an expander with
+high probability (Alon and Roichman 1994), so no small group can be cut off from the rest; the offset 1 keeps it in one
+piece in any case.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Graph:
     def __init__(self, names: Sequence[str], degree: int, seed: str) -> None:
         if degree and (degree % 2 or not 2 <= degree <= most_degree(len(names))):
             raise ConfigError(
-                f"the graph's degree is {degree}: of {len(names)} clients it is even and at most {most_degree(len(names))}",
+                f"the graph's degree is {degree}: of {len(names)} clients it is even and at most "
+                f"{most_degree(len(names))}",
                 "degree: 0 joins everyone with everyone",
             )
         self._names, self._degree, self._seed = tuple(names), degree, seed
@@ -35,7 +37,9 @@ class Graph:
     @cached_property
     def _ring(self) -> tuple[list[str], dict[str, int], list[int]]:
         ring = sorted(self._names, key=self._draw)
-        offsets = sorted(range(2, (len(ring) + 1) // 2), key=lambda offset: self._draw(str(offset)))[: self._degree // 2 - 1]
+        offsets = sorted(range(2, (len(ring) + 1) // 2), key=lambda offset: self._draw(str(offset)))[
+            : self._degree // 2 - 1
+        ]
         return ring, {name: index for index, name in enumerate(ring)}, [1, *offsets]
 
     def _draw(self, label: str) -> bytes:
@@ -56,10 +60,11 @@ def most_degree(count: int) -> int:
 
 
 def failure_bound(count: int, degree: int, share_threshold: int, vanished: int) -> float:
-    """An upper bound on the probability, 0..1, that a round fails where `vanished` of `count` clients do, drawn at random.
+    """An upper bound on the probability, 0..1, that a round fails where `vanished` of `count` clients do, drawn at
+    random.
 
-    It fails where one client has fewer than `share_threshold` holders left: a hypergeometric tail for the `degree` neighbours
-    of each, summed over clients. A client that is there is its own holder; the bound leaves that out.
+    It fails where one client has fewer than `share_threshold` holders left: a hypergeometric tail for the `degree`
+    neighbours of each, summed over clients. A client that is there is its own holder; the bound leaves that out.
     """
     staying, leaving = count - 1 - vanished, vanished
 
@@ -68,7 +73,9 @@ def failure_bound(count: int, degree: int, share_threshold: int, vanished: int) 
 
     holder_counts = range(max(0, degree - leaving), min(share_threshold - 1, staying, degree) + 1)
     log_total = log_choose(count - 1, degree)
-    probabilities = np.exp([log_choose(staying, k) + log_choose(leaving, degree - k) - log_total for k in holder_counts])
+    probabilities = np.exp(
+        [log_choose(staying, k) + log_choose(leaving, degree - k) - log_total for k in holder_counts]
+    )
     return min(1.0, count * float(probabilities.sum()))
 
 
@@ -98,7 +105,8 @@ class TensorSlot:
 
 @dataclass(frozen=True)
 class SecureSumTerms:
-    """cohort: names in order. threshold: how many must stay to the end. degree, seed: of the graph, 0: everyone with everyone.
+    """cohort: names in order. threshold: how many must stay to the end. degree, seed: of the graph, 0: everyone with
+    everyone.
 
     Raises ConfigError for what can be no sum.
     """
@@ -120,10 +128,14 @@ class SecureSumTerms:
         if not _DIGEST.fullmatch(self.seed):
             raise ConfigError(f"the graph's seed is {self.seed!r:.80}", "64 hex digits")
         if len({slot.name for slot in self.layout}) != len(self.layout) or not self.size:
-            raise ConfigError("two tensors of the layout have one name, or it holds no number", "a name for each tensor")
+            raise ConfigError(
+                "two tensors of the layout have one name, or it holds no number", "a name for each tensor"
+            )
         for slot in self.layout:
             if not (math.isfinite(slot.scale) and slot.scale > 0 and all(side >= 0 for side in slot.shape)):
-                raise ConfigError(f"the tensor {slot.name!r:.80} has the scale {slot.scale}", "a scale above 0: ring.scale_for")
+                raise ConfigError(
+                    f"the tensor {slot.name!r:.80} has the scale {slot.scale}", "a scale above 0: ring.scale_for"
+                )
         self.graph  # noqa: B018  a degree that cannot be is found here
 
     @cached_property
@@ -138,7 +150,9 @@ class SecureSumTerms:
 
     @property
     def max_units(self) -> int:
-        """The largest magnitude, in units of the ring, that each client may send: the sum of all of them stays in the ring."""
+        """The largest magnitude, in units of the ring, that each client may send: the sum of all of them stays in the
+        ring.
+        """
         return MOST_SUM // len(self.cohort)
 
     @property
@@ -148,7 +162,9 @@ class SecureSumTerms:
 
     @property
     def share_threshold(self) -> int:
-        """How many shares rebuild a secret: the same fraction of the holders as `threshold` is of the cohort, rounded up."""
+        """How many shares rebuild a secret: the same fraction of the holders as `threshold` is of the cohort, rounded
+        up.
+        """
         return -(-self.threshold * self.holders // len(self.cohort))
 
     @cached_property
@@ -160,7 +176,13 @@ class SecureSumTerms:
         """As a manifest says it."""
         layout = [asdict(slot) for slot in self.layout]
         # not asdict: it copies the cohort name by name
-        return {"cohort": self.cohort, "threshold": self.threshold, "layout": layout, "degree": self.degree, "seed": self.seed}
+        return {
+            "cohort": self.cohort,
+            "threshold": self.threshold,
+            "layout": layout,
+            "degree": self.degree,
+            "seed": self.seed,
+        }
 
     @classmethod
     def of(cls, payload: Any) -> SecureSumTerms:
@@ -171,7 +193,11 @@ class SecureSumTerms:
                 for item in payload["layout"]
             )
             terms = cls(
-                tuple(payload["cohort"]), _whole(payload["threshold"]), layout, _whole(payload["degree"]), str(payload["seed"])
+                tuple(payload["cohort"]),
+                _whole(payload["threshold"]),
+                layout,
+                _whole(payload["degree"]),
+                str(payload["seed"]),
             )
         except (TypeError, KeyError, ValueError, AttributeError, ConfigError) as error:
             raise ArtifactError(f"the terms of a sum are malformed: {error}", "look at who sends them") from None
@@ -192,7 +218,8 @@ def _number(value: Any) -> float:
 
 @dataclass(frozen=True)
 class SecureSumPolicy:
-    """What a client demands, whatever the coordinator signs. `least_degree`: of a graph in which not everyone is joined.
+    """What a client demands, whatever the coordinator signs. `least_degree`: of a graph in which not everyone is
+    joined.
 
     The least cohort is 3: of two, each subtracts its own vector from the sum and has the other's.
     """
@@ -201,7 +228,9 @@ class SecureSumPolicy:
     least_degree: int = 64
 
     def check(self, terms: SecureSumTerms, name: str, pinned: Iterable[str]) -> None:
-        """Raise RoundError for a sum that this client, called `name`, will not take part in. `pinned`: whose keys it has."""
+        """Raise RoundError for a sum that this client, called `name`, will not take part in. `pinned`: whose keys it
+        has.
+        """
         count = len(terms.cohort)
         if count < self.least_cohort:
             raise RoundError(
@@ -210,7 +239,9 @@ class SecureSumPolicy:
                 "cohort",
             )
         if name not in terms.share_indices:
-            raise RoundError(f"the cohort does not name {name}", "nothing is to be done: the round is for others", "cohort")
+            raise RoundError(
+                f"the cohort does not name {name}", "nothing is to be done: the round is for others", "cohort"
+            )
         if strangers := sorted(set(terms.cohort) - set(pinned)):
             named = ", ".join(strangers[:3]) + " and others" * (len(strangers) > 3)
             raise RoundError(
@@ -234,7 +265,9 @@ class SecureSumPolicy:
 
 @dataclass(frozen=True)
 class Round:
-    """One sum. `digest`: of the signed manifest, which every key, mask and signature is bound to. coordinator: its name."""
+    """One sum. `digest`: of the signed manifest, which every key, mask and signature is bound to. coordinator: its
+    name.
+    """
 
     digest: str
     terms: SecureSumTerms
@@ -242,4 +275,6 @@ class Round:
 
     def __post_init__(self) -> None:
         if not _DIGEST.fullmatch(self.digest) or self.coordinator in self.terms.share_indices:
-            raise ConfigError("a round has the digest of its manifest, and a coordinator outside the cohort", "see Manifest")
+            raise ConfigError(
+                "a round has the digest of its manifest, and a coordinator outside the cohort", "see Manifest"
+            )

@@ -5,17 +5,19 @@
     inversion    of what one client sends in the first round, and of the gradient of one of its rows
     audit        where privacy is claimed: of a client, the rounds; of its rows, who is a member of the adapter
 
-Whoever writes such an adapter calls this. A coordinator of real clients has none of their rows: what needs them is left out
-with the reason, and made-up clients do the rest.
+Whoever writes such an adapter calls this. A coordinator of real clients has none of their rows: what needs them is
+left out with the reason, and made-up clients do the rest.
 
-A canary is a direction: values of an update that are no other canary's, with random signs. A client of the audit sends the sum
-of those of its canaries whose coins say so, as long as the clip, through the same rounds that tuned the adapter: the clip, the
-noise as it is really drawn, the ring, the secure sum, as many rounds (as Andrew et al. 2023, arXiv:2302.03098, do with random
-directions, and as the worst case of Nasr et al. 2021, arXiv:2101.04535). How far the shared adapter moved along a canary is its
-score; guessing the coins from the scores bounds epsilon from below (`privacy.attacks.audit.one_run`).
+A canary is a direction: values of an update that are no other canary's, with random signs. A client of the audit sends
+the sum of those of its canaries whose coins say so, as long as the clip, through the same rounds that tuned the
+adapter: the clip, the noise as it is really drawn, the ring, the secure sum, as many rounds (as Andrew et al. 2023,
+arXiv:2302.03098, do with random directions, and as the worst case of Nasr et al. 2021, arXiv:2101.04535). How far the
+shared adapter moved along a canary is its score; guessing the coins from the scores bounds epsilon from below
+(`privacy.attacks.audit.one_run`).
 
-What is measured is the mechanism as installed here, not the shipped adapter, which holds no canary. A client has many canaries,
-so one is a part of what a client can change: the bound holds for the client's epsilon, and is looser than with one each.
+What is measured is the mechanism as installed here, not the shipped adapter, which holds no canary. A client has many
+canaries, so one is a part of what a client can change: the bound holds for the client's epsilon, and is looser than
+with one each.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def canaries_for(claim: PrivacyBudget, values: int) -> int:
 
 @dataclass(frozen=True)
 class GradientCanaries:
-    """count canaries over an update's values (P,): `signs` (P,), each value's canary `owner` (P,), and the coins `is_in`."""
+    """count canaries over an update's values (P,): `signs` (P,), each value's canary `owner` (P,), and the coins
+    `is_in`.
+    """
 
     owner: NDArray[np.int64]
     signs: NDArray[np.float64]
@@ -76,7 +80,9 @@ class GradientCanaries:
         return cls(owner, np.where(rng.random(values) < 0.5, 1.0, -1.0), privacy_attacks.coins(count, seed))
 
     def sent(self, canaries: Sequence[int], like: Tensors, length: float) -> Tensors:
-        """The update of a client that has these canaries: those that are in, together as long as `length`; zeros for none."""
+        """The update of a client that has these canaries: those that are in, together as long as `length`; zeros for
+        none.
+        """
         chosen = np.isin(self.owner, [canary for canary in canaries if self.is_in[canary]])
         direction = np.where(chosen, self.signs, 0.0)
         norm = float(np.linalg.norm(direction))
@@ -135,7 +141,9 @@ def gradient(resident: SharedBase, shared: Tensors, row: TokenizedExample, name:
     losses, _ = path.losses([row])
     losses.mean().backward()  # type: ignore[no-untyped-call]
     factor = resident.factors[name]
-    result: Array = (factor.grad if factor.grad is not None else torch.zeros_like(factor)).detach().float().cpu().numpy()
+    result: Array = (
+        (factor.grad if factor.grad is not None else torch.zeros_like(factor)).detach().float().cpu().numpy()
+    )
     factor.grad = None
     return result
 
@@ -189,8 +197,8 @@ _NOBODYS = "its clients' rows are not here"
 
 @dataclass(frozen=True)
 class AttackTarget:
-    """What is attacked. shared: the tuned adapter; rows: by client, empty where they are not here; most_rows: that are looked
-    at on either side, and trained on by each client where canaries are planted. clients: how many took part.
+    """What is attacked. shared: the tuned adapter; rows: by client, empty where they are not here; most_rows: that are
+    looked at on either side, and trained on by each client where canaries are planted. clients: how many took part.
     """
 
     setup: SimulationSetup
@@ -239,7 +247,9 @@ def _unwanted(target: AttackTarget) -> str:
 
 
 def _task(target: AttackTarget, rows: TokenizedDataset, folder: str) -> LoraTask:
-    """A client's work as it was done, on these rows: with noise where their privacy is claimed, under a budget of its own."""
+    """A client's work as it was done, on these rows: with noise where their privacy is claimed, under a budget of its
+    own.
+    """
     privacy, setup = target.setup.recipe.privacy, target.setup
     guard = RowPrivacy.open(privacy, setup.folder / folder) if privacy and privacy.level == "example" else None
     return LoraTask(setup.resident, rows, guard=guard)
@@ -252,7 +262,9 @@ def _membership(target: AttackTarget, skipped: dict[str, str]) -> tuple[Membersh
         skipped["membership"] = problem if target.rows else _NOBODYS
         return ()
     resident, start = target.setup.resident, target.setup.start
-    losses, base = ([row_losses(resident, shared, rows) for rows in (members, others)] for shared in (target.shared, start))
+    losses, base = (
+        [row_losses(resident, shared, rows) for rows in (members, others)] for shared in (target.shared, start)
+    )
     return membership_inference.by_threshold(*losses), membership_inference.calibrated(*losses, *base)
 
 
@@ -272,7 +284,10 @@ def _exposures(target: AttackTarget) -> tuple[Exposure, ...]:
     for index, canary in enumerate(planted):
         rows_by_client.setdefault(names[index % len(names)], []).extend([canary] * COPIES[index])
     # a client of whom nothing is here has something to learn all the same
-    tasks = {name: _task(target, TokenizedDataset(rows_by_client.get(name) or [row(0)]), f"planted/{name}") for name in names}
+    tasks = {
+        name: _task(target, TokenizedDataset(rows_by_client.get(name) or [row(0)]), f"planted/{name}")
+        for name in names
+    }
     rounds = min(MOST_ROUNDS, setup.recipe.rounds)
     shared = _run_rounds(replace(setup, tasks=tasks, folder=setup.folder / "canaries"), rounds)
     shutil.rmtree(setup.folder / "planted", ignore_errors=True)
@@ -282,7 +297,12 @@ def _exposures(target: AttackTarget) -> tuple[Exposure, ...]:
         loss, *others = row_losses(setup.resident, shared, [canary, *candidates])
         rows = rows_by_client[names[index % len(names)]]
         exposures.append(
-            exposure(f"of six digits, {COPIES[index]} of {len(rows)} rows", _times(target, rows, rounds, index), loss, others)
+            exposure(
+                f"of six digits, {COPIES[index]} of {len(rows)} rows",
+                _times(target, rows, rounds, index),
+                loss,
+                others,
+            )
         )
     return tuple(exposures)
 
@@ -309,13 +329,18 @@ def _inversions(target: AttackTarget, skipped: dict[str, str]) -> tuple[Inversio
     upload = _task(target, rows[client], "first").update(setup.manifest(setup.start, 1), setup.start)
     shortest = min(rows[client].train, key=lambda row: len(row.ids))
     observations = {
-        f"first update of {client}, of {len(rows[client].train)} rows": (upload.tensors[module + B], rows[client].train),
+        f"first update of {client}, of {len(rows[client].train)} rows": (
+            upload.tensors[module + B],
+            rows[client].train,
+        ),
         f"gradient of one row of {client}": (gradient(resident, setup.start, shortest, module + B), [shortest]),
     }
     # the last token of a row is read by nothing
     return tuple(
         privacy_attacks.score_inversion(
-            attack, privacy_attacks.from_factor(change, a, inputs), {token for row in read_rows for token in row.ids[:-1]}
+            attack,
+            privacy_attacks.from_factor(change, a, inputs),
+            {token for row in read_rows for token in row.ids[:-1]},
         )
         for attack, (change, read_rows) in observations.items()
     )
@@ -333,7 +358,8 @@ def _audit(target: AttackTarget, skipped: dict[str, str]) -> Audit | None:
     values = sum(value.size for value in mode.sent(setup.start, 1).values())
     canaries = GradientCanaries.drawn(canaries_for(claim, values), values, setup.recipe.seed)
     tasks = {
-        name: CanaryTask(mode, canaries, range(index, len(canaries.is_in), len(names))) for index, name in enumerate(names)
+        name: CanaryTask(mode, canaries, range(index, len(canaries.is_in), len(names)))
+        for index, name in enumerate(names)
     }
     shared = _run_rounds(replace(setup, tasks=tasks, folder=setup.folder / "audit"), setup.recipe.rounds)
     change = add_changes(shared, setup.start, -1.0)
@@ -341,7 +367,8 @@ def _audit(target: AttackTarget, skipped: dict[str, str]) -> Audit | None:
 
 
 def _audit_of_rows(target: AttackTarget, claim: PrivacyBudget, skipped: dict[str, str]) -> Audit | None:
-    """Of the shipped adapter itself: as many members as held-out rows, guessed by how much of their loss the tuning took.
+    """Of the shipped adapter itself: as many members as held-out rows, guessed by how much of their loss the tuning
+    took.
 
     Which rows are held out was drawn by group, not by a coin for each row: coins are what the bound is proved for.
     """
@@ -357,7 +384,9 @@ def _audit_of_rows(target: AttackTarget, claim: PrivacyBudget, skipped: dict[str
 
 
 def rounds_of(setup: SimulationSetup) -> Rounds:
-    """The rounds of an attack: under the same rules, and of no account, since nothing of them is shown but to the attack."""
+    """The rounds of an attack: under the same rules, and of no account, since nothing of them is shown but to the
+    attack.
+    """
     return InspectedRounds(setup, setup.recipe.robust) if setup.recipe.robust else SecureRounds(setup, None)
 
 

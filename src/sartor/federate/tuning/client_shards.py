@@ -1,7 +1,8 @@
 """Deals one Dataset out to simulated clients.
 
-Of each label every client gets a share that is drawn from a Dirichlet distribution (Hsu, Qi, Brown 2019, arXiv:1909.06335):
-with a small alpha few clients have most of a label, with a large one all have as much. Groups are dealt whole.
+Of each label every client gets a share that is drawn from a Dirichlet distribution (Hsu, Qi, Brown 2019,
+arXiv:1909.06335): with a small alpha few clients have most of a label, with a large one all have as much. Groups are
+dealt whole.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Shards:
 
     count: int = option(REQUIRED, "clients")
     alpha: float = option(0.3, "above 0: small is unlike, large is alike")
-    by: str = option("", "field of the JSON replies that names a class, a dotted path; . is the whole reply; empty: one class")
+    by: str = option(
+        "", "field of the JSON replies that names a class, a dotted path; . is the whole reply; empty: one class"
+    )
     seed: int = option(0, "what is dealt follows from it")
 
     def __post_init__(self) -> None:
@@ -41,8 +44,8 @@ class Shards:
     def deal(self, examples: Sequence[Example]) -> dict[str, int]:
         """Example's id -> client, 0..count - 1. The same for the same seed, whatever the rows' order.
 
-        A group has the label that most of its rows have. Raises ConfigError where no row has the field, or where there are
-        too few groups for so many clients.
+        A group has the label that most of its rows have. Raises ConfigError where no row has the field, or where there
+        are too few groups for so many clients.
         """
         members = _members(examples)
         if self.by and all(label_of(example.reply, self.by) is None for example in examples):
@@ -53,14 +56,18 @@ class Shards:
         owners = self._owners(self._of_label(members), sizes)
         return {row.id: owners[group] for group, rows in members.items() for row in rows}
 
-    def deal_like(self, owners: Mapping[str, int], dealt: Sequence[Example], others: Sequence[Example]) -> dict[str, int]:
+    def deal_like(
+        self, owners: Mapping[str, int], dealt: Sequence[Example], others: Sequence[Example]
+    ) -> dict[str, int]:
         """Other rows, by example's id, of each label in the shares in which `dealt` has gone to its `owners`.
 
         Rows of a label that was not dealt go to nobody, and are not in what is returned.
         """
         dealt_groups, members = _members(dealt), _members(others)
         shares = {
-            label: np.bincount([owners[item.id] for group in groups for item in dealt_groups[group]], minlength=self.count)
+            label: np.bincount(
+                [owners[item.id] for group in groups for item in dealt_groups[group]], minlength=self.count
+            )
             for label, groups in self._of_label(dealt_groups).items()
         }
         shuffle, dealt_ids = random.Random(self.seed), {}
@@ -88,7 +95,9 @@ class Shards:
     def _owners(self, of_label: dict[str, list[str]], sizes: dict[str, int]) -> dict[str, int]:
         """Group -> client."""
         if len(sizes) < self.count:
-            raise ConfigError(f"{len(sizes)} groups of rows are too few for {self.count} clients", f"--shards {len(sizes)}")
+            raise ConfigError(
+                f"{len(sizes)} groups of rows are too few for {self.count} clients", f"--shards {len(sizes)}"
+            )
         source, shuffle = np.random.default_rng(self.seed), random.Random(self.seed)
         for _ in range(_TRIES):
             owners: dict[str, int] = {}
@@ -100,7 +109,8 @@ class Shards:
             if len(set(owners.values())) == self.count:
                 return owners
         problem = (
-            f"{_TRIES} times a client was left without a row: {len(sizes)} groups, {self.count} clients, alpha {self.alpha}"
+            f"{_TRIES} times a client was left without a row: {len(sizes)} groups, {self.count} clients, alpha "
+            f"{self.alpha}"
         )
         raise ConfigError(problem, "a larger alpha, or fewer shards")
 

@@ -4,9 +4,10 @@
     work    a process of the device's own tuner (`python -m sartor.edge.tuning.tuner_process`) under limits that
             the system holds
 
-The update is `LoraTask`'s but for rounding: rows in the same order at the same rates, the same factors held still. A way to
-tune that saves memory by learning less is not taken: it would be another update. What does not fit, in memory as planned or in
-time as measured, is declined before it begins, with the reason; the round goes on without this client while enough others stay.
+The update is `LoraTask`'s but for rounding: rows in the same order at the same rates, the same factors held still. A
+way to tune that saves memory by learning less is not taken: it would be another update. What does not fit, in memory
+as planned or in time as measured, is declined before it begins, with the reason; the round goes on without this client
+while enough others stay.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class DeviceFile:
 
     data: str = option(REQUIRED, "the Dataset of its own rows")
     store: str = option(REQUIRED, "its store: the base and the shared adapter stand there; made if absent")
-    key: str = option(REQUIRED, "its private key, or the folder that keygen made: it signs a receipt of each round's work")
+    key: str = option(
+        REQUIRED, "its private key, or the folder that keygen made: it signs a receipt of each round's work"
+    )
     memory_bytes: int = option(0, "anonymous and shared memory that a round's work may hold; 0: no limit")
     wall_s: float = option(0.0, "seconds that a round's work may take; 0: no limit")
     disk_bytes: int = option(0, "that a round's work may take on the disk; 0: no limit")
@@ -71,14 +74,19 @@ class DeviceFile:
 
 
 def devices_of(clients: Sequence[Path | str]) -> dict[str, DeviceFile]:
-    """Dataset -> device, where clients are device files; nothing where they are Datasets. Raises ConfigError for both."""
+    """Dataset -> device, where clients are device files; nothing where they are Datasets. Raises ConfigError for
+    both.
+    """
     files = [Path(client) for client in clients if Path(client).suffix in (".yaml", ".yml")]
     if files and len(files) < len(clients):
         raise ConfigError(
             f"{len(files)} of {len(clients)} clients are device files", "device files, or Datasets, for all of them"
         )
     devices = [config.load_any(DeviceFile, file) for file in files]
-    for kind, paths in (("Dataset", [device.data for device in devices]), ("store", [device.store for device in devices])):
+    for kind, paths in (
+        ("Dataset", [device.data for device in devices]),
+        ("store", [device.store for device in devices]),
+    ):
         if len(set(paths)) < len(paths):
             raise ConfigError(f"two devices have one {kind}", f"a {kind} for each")
     return {device.data: device for device in devices}
@@ -108,7 +116,9 @@ class EdgeTask:
     receipts: dict[int, Receipt] = field(default_factory=dict)
 
     def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
-        """As `LoraTask.update`. Raises BudgetError, before anything is trained, where the round does not fit the device."""
+        """As `LoraTask.update`. Raises BudgetError, before anything is trained, where the round does not fit the
+        device.
+        """
         settings = settings_of(manifest, self.ref.digest, self.digest)
         mode, number, work = MODES[settings.mode], manifest.number, self.device.work
         base, start = self._stored(manifest, shared)

@@ -1,12 +1,14 @@
 """Client task: LoRA training, privately if asked.
 
-Neighbours are the client's rows with and without one of them; how many they are counts as known. All that the client sends is
-computed from what the noise went into, so the rest, the coordinator included, may know every update. The noise is a ChaCha20
-stream under a secret that was drawn from the system once and stays here: for each manifest and set of rows another, and the
-same for the same, so that a client that was killed does its round again to the bits and nobody gets two draws of one round.
+Neighbours are the client's rows with and without one of them; how many they are counts as known. All that the client
+sends is computed from what the noise went into, so the rest, the coordinator included, may know every update. The
+noise is a ChaCha20 stream under a secret that was drawn from the system once and stays here: for each manifest and set
+of rows another, and the same for the same, so that a client that was killed does its round again to the bits and
+nobody gets two draws of one round.
 
-Loop, losses, optimiser and order of rows are those of `tune`. What is repeated is repeated: a round's work follows from the
-shared adapter, the rows, the round's number and the recipe alone, so that a client that was killed does it again to the bits.
+Loop, losses, optimiser and order of rows are those of `tune`. What is repeated is repeated: a round's work follows
+from the shared adapter, the rows, the round's number and the recipe alone, so that a client that was killed does it
+again to the bits.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ SECRET, ACCOUNT = "noise.secret", "account.json"
 
 @dataclass(frozen=True)
 class RowPrivacy:
-    """What a client's rows may cost: the budget's account, and the secret (32 bytes) of its noise, in a folder of its own."""
+    """What a client's rows may cost: the budget's account, and the secret (32 bytes) of its noise, in a folder of its
+    own.
+    """
 
     privacy: Privacy
     account: Account
@@ -68,7 +72,9 @@ class RowPrivacy:
         return cls(privacy, account, secret)
 
     def noise(self, settings: RoundSettings, rows: int) -> RowNoise:
-        """How one update of a round protects the rows: `auto` noise is the least with which all rounds fit into the budget."""
+        """How one update of a round protects the rows: `auto` noise is the least with which all rounds fit into the
+        budget.
+        """
         privacy, batch_rows = self.privacy, min(self.privacy.batch_rows, rows)
         multiplier = privacy.noise_multiplier
         if multiplier == "auto":
@@ -85,7 +91,8 @@ class RowPrivacy:
     def train(self, resident: SharedBase, rows: TokenizedDataset, settings: RoundSettings, manifest: Manifest) -> None:
         """A round's training of what of the resident may learn. Its rate goes its course over all rounds.
 
-        Raises BudgetError before anything is drawn where the budget does not hold the round; ExtraError without opacus.
+        Raises BudgetError before anything is drawn where the budget does not hold the round; ExtraError without
+        opacus.
         """
         _check(resident)
         spending, row_noise = self.spending(manifest, settings, len(rows.train)), self.noise(settings, len(rows.train))
@@ -142,7 +149,9 @@ def _check(resident: SharedBase) -> None:
         problem = f"the base is in {bits} bits: the gradients of single rows are taken on one that is not quantised"
         raise ConfigError(problem, "base.bits: 16")
     if resident.model.config.is_encoder_decoder:
-        raise ConfigError("the base has an encoder, which sees the padding of a batch", "base: a causal one, as starter")
+        raise ConfigError(
+            "the base has an encoder, which sees the padding of a batch", "base: a causal one, as starter"
+        )
 
 
 NAME = "lora"
@@ -167,7 +176,8 @@ class LoraTask:
     def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
         """The change of what the round's mode trains, by PEFT's names; of factors too it is the change that is sent.
 
-        Raises RoundError for another base, recipe or settings than this client has, ModelError for a loss that explodes.
+        Raises RoundError for another base, recipe or settings than this client has, ModelError for a loss that
+        explodes.
         """
         settings = settings_of(manifest, self.resident.ref.digest, self.resident.digest)
         mode, resident, number = MODES[settings.mode], self.resident, manifest.number
@@ -210,8 +220,8 @@ def change(mode: Mode, shared: Tensors, trained: Tensors, number: int) -> dict[s
 
 
 def settings_of(manifest: Manifest, base: str, recipe: str) -> RoundSettings:
-    """What a round says of the task. base, recipe: digests of this client's. Raises RoundError for others, or for settings
-    that it lacks.
+    """What a round says of the task. base, recipe: digests of this client's. Raises RoundError for others, or for
+    settings that it lacks.
     """
     for kind, digest, expected in (("base", manifest.work.base, base), ("recipe", manifest.work.recipe, recipe)):
         if digest != expected:

@@ -1,8 +1,9 @@
 """Personal adapters of clients after the rounds.
 
-One after the other, as FedDPA-F does (Yang et al. 2024, arXiv:2403.19211): local training after averaging is as good as what is
-far more elaborate (Cheng, Chadha & Duchi 2021, arXiv:2108.07313), and no message of any round depends on what is private. What
-is written is one PEFT directory, as a person's delta on a device is (`edge.personal`), and works without the shared one.
+One after the other, as FedDPA-F does (Yang et al. 2024, arXiv:2403.19211): local training after averaging is as good
+as what is far more elaborate (Cheng, Chadha & Duchi 2021, arXiv:2108.07313), and no message of any round depends on
+what is private. What is written is one PEFT directory, as a person's delta on a device is (`edge.personal`), and works
+without the shared one.
 
     OUT.personal/CLIENT/         its Adapter: it stays with that client
     OUT.personal/personal.json   the report (`personalization/benefit_report.py`)
@@ -47,7 +48,9 @@ def examples_of(clients: Clients) -> dict[str, Example]:
 
 
 def own_rows(clients: Clients, name: str, examples: Mapping[str, Example]) -> ClientRows:
-    """What a client is judged by. Rows whose replies are too long to be said word by word are judged by their loss alone."""
+    """What a client is judged by. Rows whose replies are too long to be said word by word are judged by their loss
+    alone.
+    """
     encoded, base = clients.rows[name].held_out, clients.resident.base
     selected = [examples[row.example_id] for row in encoded]
     groups = [group_of(example) for example in selected]
@@ -75,7 +78,9 @@ def folder_of(out: Path) -> Path:
 
 
 def check_free(out: Path, *, is_meant: bool) -> None:
-    """Raise ConfigError where there are Adapters of clients already, unless to go on or to start over was asked for."""
+    """Raise ConfigError where there are Adapters of clients already, unless to go on or to start over was asked
+    for.
+    """
     if folder_of(out).exists() and not is_meant:
         problem = f"Adapters of clients stand in {folder_of(out)}"
         raise ConfigError(problem, "add --resume to make what is missing, or --replace to start over")
@@ -86,8 +91,9 @@ def personalise(
 ) -> dict[str, Any]:
     """An Adapter for each client beside the shared one, and the report on them.
 
-    recipe: of the rounds. again: replace what stands there; else it is taken as it is, if it is of this very run. The people's
-    base has the ranks of both afterwards. Raises ConfigError for what is of another run, ModelError for a loss that explodes.
+    recipe: of the rounds. again: replace what stands there; else it is taken as it is, if it is of this very run. The
+    people's base has the ranks of both afterwards. Raises ConfigError for what is of another run, ModelError for a
+    loss that explodes.
     """
     folder = folder_of(shared.path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +119,9 @@ class PersonalTuning:
     stack: StackedAdapter
 
     @classmethod
-    def open(cls, clients: Clients, adapter: Artifact, recipe: FederateRecipe, personal: PersonalRanks) -> PersonalTuning:
+    def open(
+        cls, clients: Clients, adapter: Artifact, recipe: FederateRecipe, personal: PersonalRanks
+    ) -> PersonalTuning:
         """Give the people's base room for both."""
         stack = StackedAdapter.open(clients.resident, load_file(adapter.path / WEIGHTS), personal.rank)
         return cls(clients, adapter, recipe, personal, stack)

@@ -1,10 +1,10 @@
 """What each round trains, and its metrics.
 
-What a client adds is R_i = (B_i A_i - B A) X, of its clipped update: how the response of the shared adapter changes with it
-(`aggregate.exactness` has X, drawn from the recipe's seed and the round's number). The sum of them, over the sum of the
-weights, is the mean of what no server sees; the coordinator holds the adapter that it made against that. Both have been through
-the ring, so what is measured includes the ring's rounding. In the exact modes R_i is linear in the update: its sum tells
-nothing that the sum of the updates does not tell. Under noise nobody is asked for one.
+What a client adds is R_i = (B_i A_i - B A) X, of its clipped update: how the response of the shared adapter changes
+with it (`aggregate.exactness` has X, drawn from the recipe's seed and the round's number). The sum of them, over the
+sum of the weights, is the mean of what no server sees; the coordinator holds the adapter that it made against that.
+Both have been through the ring, so what is measured includes the ring's rounding. In the exact modes R_i is linear in
+the update: its sum tells nothing that the sum of the updates does not tell. Under noise nobody is asked for one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def of_round(shared: Tensors, seed: int, number: int) -> ExactnessProbe:
 
 
 def side_tensors(canary: ExactnessProbe, shared: Tensors, trained: Tensors, clip: float) -> list[SideTensor]:
-    """What the round asks for: a change (out, K) for each module, and how large it can be where an update has the norm `clip`.
+    """What the round asks for: a change (out, K) for each module, and how large it can be where an update has the norm
+    `clip`.
 
     trained: the tensors that change. ||dB A x|| <= clip ||A x||, ||B dA x|| <= clip ||B|| ||x||.
     """
@@ -73,7 +74,8 @@ def responses(manifest: Manifest, shared: Tensors, change: Tensors, seed: int) -
 
 
 def error_of(shared: Tensors, mean: Tensors, seed: int, number: int) -> float | None:
-    """How far the adapter of the mean change is from the mean of the clients' products, relative; None if none was asked for.
+    """How far the adapter of the mean change is from the mean of the clients' products, relative; None if none was
+    asked for.
 
     mean: of the updates and, by the names of a canary, of the responses.
     """
@@ -86,14 +88,15 @@ def error_of(shared: Tensors, mean: Tensors, seed: int, number: int) -> float | 
 
 @dataclass(frozen=True)
 class RoundMetrics:
-    """One round. losses: mean over clients, of their first and last updates. clipped: clients whose update was too long; these
-    are None where updates stay unseen, as over a network.
+    """One round. losses: mean over clients, of their first and last updates. clipped: clients whose update was too
+    long; these are None where updates stay unseen, as over a network.
 
-    exactness_error: of the adapter that the mean makes, before the ring's rounding and noise, from the mean of the clients'
-    products, relative (`aggregate.exactness`); over a network it has the ring's rounding in it, and is None under noise
-    (`canaries`). quantisation_error: of the mean by the ring's rounding, over the mean's norm; None under noise and over a
-    network. uploaded_bytes: of all clients. epsilon: spent with this round; None without privacy; of the worst client where
-    each has a budget of its own, which epsilons has. verdicts: of a robust rule.
+    exactness_error: of the adapter that the mean makes, before the ring's rounding and noise, from the mean of the
+    clients' products, relative (`aggregate.exactness`); over a network it has the ring's rounding in it, and is None
+    under noise (`canaries`). quantisation_error: of the mean by the ring's rounding, over the mean's norm; None under
+    noise and over a
+    network. uploaded_bytes: of all clients. epsilon: spent with this round; None without privacy; of the worst client
+    where each has a budget of its own, which epsilons has. verdicts: of a robust rule.
     """
 
     round: int
@@ -131,7 +134,8 @@ def exactness_error(shared: Tensors, updates: list[Update], seed: int) -> float:
     """How far the adapter of the mean change is from the mean of the clients' products, on a canary of this seed."""
     canary = aggregation.draw(shared, seed)
     answers = [
-        Update(update.client, canary.responses(add_changes(shared, update.tensors)), update.examples) for update in updates
+        Update(update.client, canary.responses(add_changes(shared, update.tensors)), update.examples)
+        for update in updates
     ]
     return aggregation.exactness_error(canary, Combined(add_changes(shared, mean(updates))), mean(answers))
 
@@ -175,7 +179,9 @@ class LoraSchedule:
         return plan, side_tensors(canary, shared, trained, plan.rules.clip)
 
     def opened(self, coordinator: Coordinator) -> None:
-        """Pay for the round's noise, before a noised number is seen. Raises BudgetError for a round that the budget lacks."""
+        """Pay for the round's noise, before a noised number is seen. Raises BudgetError for a round that the budget
+        lacks.
+        """
         self._coordinator = coordinator
         if self._account and (manifest := coordinator.manifest):
             self._account.spend(noise_of(manifest).spending(f"round-{manifest.number}", values_of(manifest)))
@@ -187,7 +193,9 @@ class LoraSchedule:
         return self._seen[1].tensors
 
     def merged(self, shared: Tensors, mean: Tensors) -> Tensors:
-        """The next shared adapter. The round's line is in the journal before the round's end is: once, whatever is killed."""
+        """The next shared adapter. The round's line is in the journal before the round's end is: once, whatever is
+        killed.
+        """
         assert self._coordinator and self._coordinator.manifest
         line = self._line(self._coordinator.manifest, self._coordinator.active, shared, mean)
         if self._seen:

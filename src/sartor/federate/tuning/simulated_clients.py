@@ -83,7 +83,9 @@ class Clients:
 def open_clients(
     recipe: FederateRecipe, folders: Sequence[Path | str], shards: Shards | None, notice: Notice = lambda line: None
 ) -> Clients:
-    """Open the base once, and every client's rows as tokens. Raises ConfigError unless Datasets or shards are given."""
+    """Open the base once, and every client's rows as tokens. Raises ConfigError unless Datasets or shards are
+    given.
+    """
     if bool(folders) == (shards is not None):
         raise ConfigError(
             f"{len(folders)} Datasets of clients and {'shards' if shards else 'no shards'} are given",
@@ -103,7 +105,9 @@ def open_clients(
         name: replace(tokenized, held_out=[row for row in tokenized.held_out if row.example_id not in trained])
         for name, tokenized in rows.items()
     }
-    held_out = {row.example_id: row for tokenized in encoded for row in tokenized.held_out if row.example_id not in trained}
+    held_out = {
+        row.example_id: row for tokenized in encoded for row in tokenized.held_out if row.example_id not in trained
+    }
     left_out: dict[str, list[str]] = {}
     for tokenized in encoded:
         for reason, ids in tokenized.left_out.items():
@@ -123,6 +127,8 @@ def _deal(dataset: Artifact, encoded: TokenizedDataset, shards: Shards) -> dict[
         return [row for row in rows if owners.get(row.example_id) == index]
 
     return {
-        f"client-{index:0{width}}": TokenizedDataset(train=of(index, encoded.train), held_out=of(index, encoded.held_out))
+        f"client-{index:0{width}}": TokenizedDataset(
+            train=of(index, encoded.train), held_out=of(index, encoded.held_out)
+        )
         for index in range(shards.count)
     }

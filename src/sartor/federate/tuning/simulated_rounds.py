@@ -1,11 +1,12 @@
 """Secure, inspected and residual rounds in process.
 
-Both go on after a kill, from journals on the disk, to the bits: rounding is drawn from the seed, and a client that was cut
-short does its work again. Noise is the exception: it is drawn from the system, once, and stands in the journal.
+Both go on after a kill, from journals on the disk, to the bits: rounding is drawn from the seed, and a client that was
+cut short does its work again. Noise is the exception: it is drawn from the system, once, and stands in the journal.
 
-Every client's factors are seen. What their mean misses is not folded into the base, which an Adapter is bound to, but kept as
-ranks beyond the shared R that all clients hold still: the same weights, since W + s E + s B A = W + s [B, B_E] [A; A_E]. Rounds
-add up, so after each the residual is brought to the fewest ranks that compute it, at most min(in, out) of a module.
+Every client's factors are seen. What their mean misses is not folded into the base, which an Adapter is bound to, but
+kept as ranks beyond the shared R that all clients hold still: the same weights, since W + s E + s B A = W + s [B, B_E]
+[A; A_E]. Rounds add up, so after each the residual is brought to the fewest ranks that compute it, at most min(in,
+out) of a module.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ from sartor.models.lora_tensors import (
 from sartor.tune.shared_base import SharedBase
 
 RUN, COORDINATOR = "simulation", "coordinator"
-# every client answers at once or says no, so nothing waits for a clock (which stands still), and a stage is over at once
+# every client answers at once or says no, so nothing waits for a clock (which stands still), and a stage is over at
+# once
 _LENGTH_S = 3_600
 
 
@@ -157,7 +159,9 @@ class _ObservedTask:
 
 
 class _Strict(InProcess):
-    """A client that says no ends the simulation with its reason, at once; but for one whose budget the round does not fit."""
+    """A client that says no ends the simulation with its reason, at once; but for one whose budget the round does not
+    fit.
+    """
 
     @property
     def declined(self) -> dict[str, BudgetError]:
@@ -213,8 +217,8 @@ class SecureRounds:
         return lines_of(self._journal, RUN)
 
     def step(self) -> None:
-        """See Rounds. Raises what a client raised, BudgetError before a round that the privacy budget does not hold, and
-        where too many clients decline one.
+        """See Rounds. Raises what a client raised, BudgetError before a round that the privacy budget does not hold,
+        and where too many clients decline one.
         """
         setup = self._setup
         if not self._coordinator.is_open:
@@ -248,7 +252,9 @@ class SecureRounds:
         return noise_of(manifest).spending(f"round-{manifest.number}", values_of(manifest))
 
     def _merged(self, shared: Tensors, mean: Tensors) -> Tensors:
-        """The next shared adapter. The round's line is in the journal before the round's end is: once, whatever is killed."""
+        """The next shared adapter. The round's line is in the journal before the round's end is: once, whatever is
+        killed.
+        """
         manifest, rules = self._manifest(), self._setup.rules
         declined = self._transport.declined
         local_updates = _collect_updates(
@@ -330,8 +336,12 @@ class InspectedRounds:
         tasks = {name: setup.tasks[name].update for name in sorted(setup.tasks)}
         return _collect_updates(tasks, setup.manifest(shared, number), shared, declined)
 
-    def _next_shared(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
-        """(the next shared adapter, how far it is from the mean of the clients' products, on a canary of this seed)."""
+    def _next_shared(
+        self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int
+    ) -> tuple[Tensors, float]:
+        """(the next shared adapter, how far it is from the mean of the clients' products, on a canary of this
+        seed).
+        """
         return add_changes(shared, pooled), round_schedule.exactness_error(shared, updates, seed)
 
     def close(self) -> None:
@@ -394,10 +404,13 @@ class ResidualRounds(InspectedRounds):
         self._fit(shared)
         full_updates = super()._local_updates(shared, number, declined)
         return {
-            name: replace(update, tensors=split_ranks(update.tensors, self._rank)[0]) for name, update in full_updates.items()
+            name: replace(update, tensors=split_ranks(update.tensors, self._rank)[0])
+            for name, update in full_updates.items()
         }
 
-    def _next_shared(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
+    def _next_shared(
+        self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int
+    ) -> tuple[Tensors, float]:
         means, residual = split_ranks(shared, self._rank)
         full_updates = [replace(update, tensors=add_changes(means, update.tensors)) for update in updates]
         combined = Residual().combine(means, full_updates, 1)
@@ -408,7 +421,9 @@ class ResidualRounds(InspectedRounds):
         next_shared = join_ranks(combined.tensors, compress_ranks(residuals))
         canary = aggregation.draw(means, seed)
         residual_pairs = {module: pair(residual, module) for module in modules(means)} if residual else {}
-        responses = [replace(update, tensors=canary.responses(update.tensors, residual_pairs)) for update in full_updates]
+        responses = [
+            replace(update, tensors=canary.responses(update.tensors, residual_pairs)) for update in full_updates
+        ]
         self._fit(next_shared)
         return next_shared, aggregation.exactness_error(canary, Combined(next_shared), mean(responses))
 
@@ -435,7 +450,8 @@ def _sum_products(first: LoraPair, second: LoraPair | None) -> tuple[Array, Arra
 
 
 def compress_ranks(residual: dict[str, LoraPair]) -> dict[str, Array]:
-    """The factors of these products in fp32, by PEFT's names, at the fewest ranks that compute every one; at least one.
+    """The factors of these products in fp32, by PEFT's names, at the fewest ranks that compute every one; at least
+    one.
 
     By a singular value decomposition of the product of the triangles of two QR decompositions.
     """

@@ -1,6 +1,7 @@
 """Verb federate simulate: coordinator and clients in one process.
 
-    Datasets, or one dealt out --rows--> clients --updates--> secure sum (or a declared robust rule) --mean--> shared adapter
+    Datasets, or one dealt out --rows--> clients --updates--> secure sum (or a declared robust rule) --mean--> shared
+    adapter
 
 Beside OUT stand journals and keys (`OUT.rounds`) until the Adapter does: `resume` goes on from them.
 """
@@ -58,7 +59,9 @@ _FINGERPRINT = "fingerprint.json"
 
 @dataclass(frozen=True)
 class Simulated:
-    """What `simulate` made: the Adapter, what its rounds said, and the report on each client's own Adapter if there are any."""
+    """What `simulate` made: the Adapter, what its rounds said, and the report on each client's own Adapter if there
+    are any.
+    """
 
     adapter: Artifact
     personal: Mapping[str, Any] | None = None
@@ -67,9 +70,23 @@ class Simulated:
         """The command's JSON."""
         run = self.adapter.manifest["run"]
         report = open_report(self.adapter.path)
-        names = ("rounds", "clients", "uploaded_bytes", "upload_bytes_per_parameter", "exactness_error", "quantisation_error",
-                 "epsilon", "metrics", "trainable", "wall_s")  # fmt: skip
-        fields = {"adapter": str(self.adapter.path), **{name: run[name] for name in names}, "attacks": list(report.sentences())}
+        names = (
+            "rounds",
+            "clients",
+            "uploaded_bytes",
+            "upload_bytes_per_parameter",
+            "exactness_error",
+            "quantisation_error",
+            "epsilon",
+            "metrics",
+            "trainable",
+            "wall_s",
+        )
+        fields = {
+            "adapter": str(self.adapter.path),
+            **{name: run[name] for name in names},
+            "attacks": list(report.sentences()),
+        }
         return fields if self.personal is None else {**fields, "personal": dict(self.personal)}
 
 
@@ -89,8 +106,9 @@ def simulate(
     {count, alpha, by, seed} deals out the one at the recipe's data.path. `resume` goes on after the last round that
     ended, to the bits that an uninterrupted run gives (but for noise, which is drawn once).
 
-    Raises ConfigError (recipe, clients, taken `out`, a run of something else), ArtifactError, SourceError (a client's Dataset),
-    ModelError (base; a client whose loss explodes), RoundError (a cohort below 3), BudgetError (privacy), GuardError (a rule).
+    Raises ConfigError (recipe, clients, taken `out`, a run of something else), ArtifactError, SourceError (a client's
+    Dataset), ModelError (base; a client whose loss explodes), RoundError (a cohort below 3), BudgetError (privacy),
+    GuardError (a rule).
     """
     recipe, out = load_recipe(recipe), Path(out).absolute()
     # what clients do afterwards, for themselves, changes no round
@@ -120,7 +138,9 @@ def simulate(
 
 
 def check_outputs(out: Path, folder: Path, *, resume: bool, replace: bool) -> None:
-    """Raise ConfigError where the output is taken, or where an unfinished run stands and it is not said what becomes of it."""
+    """Raise ConfigError where the output is taken, or where an unfinished run stands and it is not said what becomes
+    of it.
+    """
     if resume and replace:
         raise ConfigError(
             "--resume goes on and --replace starts over; both were given",
@@ -144,7 +164,9 @@ def _setup(recipe: FederateRecipe, clients: Clients, folder: Path, devices: Sequ
         tasks[name] = EdgeTask(device, resident.recipe, resident.digest, resident.ref, rows)
     start = clients.resident.current_factors()
     largest = max(len(rows.train) for rows in clients.rows.values())
-    return SimulationSetup(recipe, resolve_rules(recipe, start, len(tasks), largest), clients.resident, tasks, start, folder)
+    return SimulationSetup(
+        recipe, resolve_rules(recipe, start, len(tasks), largest), clients.resident, tasks, start, folder
+    )
 
 
 def _check_devices(recipe: FederateRecipe) -> None:
@@ -159,8 +181,9 @@ def _check_devices(recipe: FederateRecipe) -> None:
 
 
 def resolve_rules(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int) -> UpdateRules:
-    """The rules of a run. largest: examples of the largest client. `auto` noise is the least with which all rounds are within
-    the privacy asked for; the noise that a sum of discrete Gaussians lacks to be one is added. Raises ConfigError, BudgetError.
+    """The rules of a run. largest: examples of the largest client. `auto` noise is the least with which all rounds are
+    within the privacy asked for; the noise that a sum of discrete Gaussians lacks to be one is added. Raises
+    ConfigError, BudgetError.
     """
     round_rules = recipe.rules
     budget = recipe.of_clients
@@ -210,7 +233,10 @@ def check_same(folder: Path, fingerprint: Mapping[str, Any], dtype: str) -> None
             raise ConfigError(problem, "start over with --replace; the Sartor that began them can finish them")
         return
     write_file_atomic(
-        file, records.canonical({**fingerprint, "dtype": dtype.removeprefix("torch."), "numerics": numerics.numerics(dtype)})
+        file,
+        records.canonical(
+            {**fingerprint, "dtype": dtype.removeprefix("torch."), "numerics": numerics.numerics(dtype)}
+        ),
     )
 
 
@@ -281,7 +307,9 @@ def round_line(line: Mapping[str, Any], rounds: int) -> str:
     return f"round {line['round']} of {rounds}: {loss}exactness error {exact}{clipped}{epsilon}{verdicts}"
 
 
-def facts_of(setup: SimulationSetup, clients: Clients, lines: Sequence[Mapping[str, Any]], shared: Tensors) -> dict[str, Any]:
+def facts_of(
+    setup: SimulationSetup, clients: Clients, lines: Sequence[Mapping[str, Any]], shared: Tensors
+) -> dict[str, Any]:
     """The manifest of the Adapter: that of `tune`, and of the rounds."""
     resident, base = clients.resident, clients.resident.base
     mode, rules = MODES[setup.recipe.mode], setup.rules

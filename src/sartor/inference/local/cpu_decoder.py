@@ -1,7 +1,7 @@
 """Decoder layers on a CPU by compiled kernels.
 
-Every token is computed by itself, in one order, whatever is computed beside it (see decode_kernels.cpp). So prompts may be read
-in chunks of any size, and what a reply left in the cache has the bits that it would have as a prompt.
+Every token is computed by itself, in one order, whatever is computed beside it (see decode_kernels.cpp). So prompts
+may be read in chunks of any size, and what a reply left in the cache has the bits that it would have as a prompt.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class AdapterTable:
 
 
 class LoraTables:
-    """Every adapter by its name and its slot; -1 is the base's, which has none. Ranks are filled up to multiples of RANKS."""
+    """Every adapter by its name and its slot; -1 is the base's, which has none. Ranks are filled up to multiples of
+    RANKS.
+    """
 
     def __init__(self, sites: Sequence[Site], dtype: torch.dtype, walker: CpuForward) -> None:
         self._dtype, self._walker = dtype, walker
@@ -77,7 +79,9 @@ class LoraTables:
     def _table_of(self, pairs: Mapping[str, ModuleLora]) -> AdapterTable:
         ranks = {module: -(-len(pair.a) // RANKS) * RANKS for module, pair in pairs.items()}
         shapes = [(rank, *self._shapes[module]) for module, rank in ranks.items()]
-        numbers = cpu_forward.on_wide_pages(sum(rank * (_filled(outs) + ins) for rank, outs, ins in shapes), self._dtype)
+        numbers = cpu_forward.on_wide_pages(
+            sum(rank * (_filled(outs) + ins) for rank, outs, ins in shapes), self._dtype
+        )
         entries = {module: Factor() for module in self._shapes}
         rest = numbers
         for site in self.sites:
@@ -108,7 +112,9 @@ def _padded(pair: ModuleLora, outs: int, rank: int) -> torch.Tensor:
 
 def _shapes(site: Site) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of its modules."""
-    return {module: (high - low, site.width) for module, low, high in zip(site.modules, site.low, site.high, strict=True)}
+    return {
+        module: (high - low, site.width) for module, low, high in zip(site.modules, site.low, site.high, strict=True)
+    }
 
 
 # Of the linear layers of a base that is copied into memory of the process's own
@@ -116,7 +122,9 @@ MOST_MOVED_BYTES = 1 << 30
 
 
 class CpuDecoder:
-    """See `torch_decoder.TorchDecoder`. Raises NoKernels, with the reason, where base or machine are not fit for it."""
+    """See `torch_decoder.TorchDecoder`. Raises NoKernels, with the reason, where base or machine are not fit for
+    it.
+    """
 
     chunk_tokens = 4 * PAGE
     keeps_replies = True
@@ -144,7 +152,9 @@ class CpuDecoder:
 
     @torch.inference_mode()
     def score(self, runs: Sequence[TokenRun], places: Sequence[tuple[int, int]]) -> Scores:
-        """Take each run through all layers; what comes after the tokens at `places`: (index of a run, place in its ids)."""
+        """Take each run through all layers; what comes after the tokens at `places`: (index of a run, place in its
+        ids).
+        """
         starts = [0] * len(runs)
         # neighbours with one adapter are computed together
         order = sorted(range(len(runs)), key=lambda index: runs[index].slot)
@@ -154,7 +164,9 @@ class CpuDecoder:
             end += len(runs[index].ids)
         if not places:
             return Scores(x.new_empty(0, self.vocabulary), [])
-        return Scores(*self._walker.head(self._model, x[torch.tensor([starts[index] + place for index, place in places])]))
+        return Scores(
+            *self._walker.head(self._model, x[torch.tensor([starts[index] + place for index, place in places])])
+        )
 
     def copy_page(self, source: int, target: int) -> None:
         """Write the keys and values of a page of the cache over another's, in every layer."""
@@ -163,7 +175,9 @@ class CpuDecoder:
             pages[target].copy_(pages[source])
 
     def attach_own(self, adapter: str) -> int:
-        """Load the factors that stand on the modules of the model, as peft has them; returns how many modules have some."""
+        """Load the factors that stand on the modules of the model, as peft has them; returns how many modules have
+        some.
+        """
         pairs: dict[str, ModuleLora] = {}
         for part, site in zip(self._parts, self.factors.sites, strict=True):
             for factors in part.factors:
@@ -183,7 +197,9 @@ class CpuDecoder:
         ids = torch.tensor([token for run in runs for token in run.ids])
         ends = [run.first + len(run.ids) for run in runs]
         max_pages = -(-max(ends) // PAGE)
-        positions = torch.tensor([position for run, end in zip(runs, ends, strict=True) for position in range(run.first, end)])
+        positions = torch.tensor(
+            [position for run, end in zip(runs, ends, strict=True) for position in range(run.first, end)]
+        )
         tables = [[*run.pages[:max_pages], *[0] * (max_pages - len(run.pages))] for run in runs]
         rows = [index for index, run in enumerate(runs) for _ in run.ids]
         adapter_tables = [self.factors.at(run.slot) for run in runs]
@@ -214,11 +230,23 @@ class CpuDecoder:
         self._layers = layers
         rotary = self._angles.turns(self._kinds[0], 1).cos.shape[1]
         return Model(
-            len(layers), fast.head.shape[1], block.shape.heads, block.shape.groups, block.width, rotary,
-            block.activation != "silu", self.vocabulary, block.shape.scale, block.shape.softcap or 0.0, fast.norm.eps,
-            fast.norm.offset, fast.softcap or 0.0, layers, cpu_forward.address(fast.norm.weight),
+            len(layers),
+            fast.head.shape[1],
+            block.shape.heads,
+            block.shape.groups,
+            block.width,
+            rotary,
+            block.activation != "silu",
+            self.vocabulary,
+            block.shape.scale,
+            block.shape.softcap or 0.0,
+            fast.norm.eps,
+            fast.norm.offset,
+            fast.softcap or 0.0,
+            layers,
+            cpu_forward.address(fast.norm.weight),
             cpu_forward.address(fast.head),
-        )  # fmt: skip
+        )
 
     def _layer(self, block: DecoderBlock, cache: torch.Tensor) -> Layer:
         products = [
@@ -227,11 +255,15 @@ class CpuDecoder:
         ]
         heads = [] if block.head_norms is None else block.head_norms.norms
         return Layer(
-            cpu_forward.address(block.norm.weight), cpu_forward.address(block.mlp_norm.weight),
+            cpu_forward.address(block.norm.weight),
+            cpu_forward.address(block.mlp_norm.weight),
             cpu_forward.pair([n.weight for n in block.post_norms]),
-            cpu_forward.pair([n.weight for n in heads]), (cpu_forward.Product * 4)(*products), cpu_forward.address(cache),
-            self._kinds.index(block.rope_kind), block.shape.window or 0,
-        )  # fmt: skip
+            cpu_forward.pair([n.weight for n in heads]),
+            (cpu_forward.Product * 4)(*products),
+            cpu_forward.address(cache),
+            self._kinds.index(block.rope_kind),
+            block.shape.window or 0,
+        )
 
 
 def _projections(block: DecoderBlock) -> tuple[Projection, ...]:
@@ -239,7 +271,9 @@ def _projections(block: DecoderBlock) -> tuple[Projection, ...]:
 
 
 def _move(fast: FusedDecoder, projections: Sequence[Projection]) -> None:
-    """Put the weights of a small base on wide pages. A large one stays mapped, so that the processes that serve it share it."""
+    """Put the weights of a small base on wide pages. A large one stays mapped, so that the processes that serve it
+    share it.
+    """
     modules = [module for part in projections for module in part.modules]
     if sum(module.weight.nbytes for module in modules) > MOST_MOVED_BYTES:
         return
@@ -279,12 +313,16 @@ def _sizes(block: DecoderBlock) -> tuple[Any, ...]:
 
 
 def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> TorchDecoder | CpuDecoder:
-    """The fastest that is right for a base. Raises ModelError for an architecture that `fused_decoder.py` does not know."""
+    """The fastest that is right for a base. Raises ModelError for an architecture that `fused_decoder.py` does not
+    know.
+    """
     try:
         fast = FusedDecoder(model, kernels.choose_kernels(model.device)[0])
         angles = Angles(fast, model.config, context_tokens)
     except Unsupported as error:
-        raise ModelError(f"the engine cannot serve this base: {error}", "engine: {kind: llamacpp} or {kind: openai}") from None
+        raise ModelError(
+            f"the engine cannot serve this base: {error}", "engine: {kind: llamacpp} or {kind: openai}"
+        ) from None
     try:
         return _compiled(model, fast, cache_pages, angles)
     except cpu.NoKernels:
@@ -292,7 +330,9 @@ def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> TorchDecod
 
 
 def open_compiled(model: Any, cache_pages: int, context_tokens: int) -> CpuDecoder | None:
-    """Return the compiled decoder of a model without PEFT's shell, None where base, adapter or machine are not fit for it."""
+    """Return the compiled decoder of a model without PEFT's shell, None where base, adapter or machine are not fit for
+    it.
+    """
     try:
         fast = FusedDecoder(model, kernels.choose_kernels(model.device)[0])
         return _compiled(model, fast, cache_pages, Angles(fast, model.config, context_tokens))
@@ -316,7 +356,9 @@ def _names(model: Any) -> dict[int, str]:
 
 @functools.cache
 def difference(dtype: torch.dtype) -> str:
-    """What the compiled kernels make otherwise than torch's operations of a tiny base with an adapter; empty if nothing."""
+    """What the compiled kernels make otherwise than torch's operations of a tiny base with an adapter; empty if
+    nothing.
+    """
     state = torch.get_rng_state()
     try:
         torch.manual_seed(0)

@@ -1,9 +1,9 @@
 """Paged KV cache with prefix reuse.
 
-A page of a text is known by its own tokens and by the page before it, back to the adapter that computed it; so it is shared
-among rows of one adapter alone, and an adapter that is attached again has another number, and never meets what was computed
-before. What is taken over is bit for bit what would have been computed (see `blocks.py`). Only whole pages are kept, and only
-once logits behind them were finite.
+A page of a text is known by its own tokens and by the page before it, back to the adapter that computed it; so it is
+shared among rows of one adapter alone, and an adapter that is attached again has another number, and never meets what
+was computed before. What is taken over is bit for bit what would have been computed (see `blocks.py`). Only whole
+pages are kept, and only once logits behind them were finite.
 """
 
 from __future__ import annotations

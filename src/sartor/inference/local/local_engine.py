@@ -2,9 +2,10 @@
 
     submit -> waiting -> reading (its prompt, a chunk at a time) -> writing (a token a step) -> Done
 
-A step lets rows join, reads at most READ_TOKENS of prompts, and gives every writing row its next token. Greedy replies are
-what each adapter alone would have said, token for token (`blocks.py` says why); sampled ones are drawn from a generator of
-their own. A row whose logits are not finite fails alone: its pages are not kept, and no other row ever looked at them.
+A step lets rows join, reads at most READ_TOKENS of prompts, and gives every writing row its next token. Greedy replies
+are what each adapter alone would have said, token for token (`blocks.py` says why); sampled ones are drawn from a
+generator of their own. A row whose logits are not finite fails alone: its pages are not kept, and no other row ever
+looked at them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class LocalEngine:
 
     def __init__(self, base: Base, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 32_768) -> None:
         if min(rows, waiting, cache_tokens // PAGE_TOKENS) < 1:
-            problem = f"rows is {rows}, waiting {waiting}, cache_tokens {cache_tokens}; at least 1, 1 and {PAGE_TOKENS}"
+            problem = (
+                f"rows is {rows}, waiting {waiting}, cache_tokens {cache_tokens}; at least 1, 1 and {PAGE_TOKENS}"
+            )
             raise ConfigError(problem, "engine: {rows: 16, waiting: 256, cache_tokens: 32768}")
         self._base, self._rows, self._max_waiting = base, rows, waiting
         trained = int(base.model.config.get_text_config().max_position_embeddings)
@@ -51,7 +54,14 @@ class LocalEngine:
         self._blocks = open_blocks(base.model, self._pages.total, context)
         bits = base.as_manifest()
         self._about = EngineInfo(
-            LOCAL, base.ref.name, base.ref.digest, base.chat.template_digest, context, rows, bits["dtype"], str(base.device)
+            LOCAL,
+            base.ref.name,
+            base.ref.digest,
+            base.chat.template_digest,
+            context,
+            rows,
+            bits["dtype"],
+            str(base.device),
         )
         self._numbers = itertools.count(1)
         self._adapters = {BASE: 0}
@@ -102,7 +112,8 @@ class LocalEngine:
             raise BusyError(f"{waiting} calls wait already", "ask again later, or raise engine.waiting")
         if call.adapter not in self._adapters:
             raise ModelError(
-                f"no adapter {call.adapter[:16]!r} is attached", "engine.attach(adapter, PATH) before engine.submit(call)"
+                f"no adapter {call.adapter[:16]!r} is attached",
+                "engine.attach(adapter, PATH) before engine.submit(call)",
             )
         if call.id in self._media_calls or any(sequence.call.id == call.id for sequence in self._all()):
             raise RequestError(f"a call with the id {call.id!r} is being answered", "give each call its own id")
@@ -165,7 +176,9 @@ class LocalEngine:
         return [*self._waiting, *self._reading, *self._writing]
 
     def _join(self) -> None:
-        """Rows from the queue, in order, as long as there is room for whole replies: a row that writes never lacks a page."""
+        """Rows from the queue, in order, as long as there is room for whole replies: a row that writes never lacks a
+        page.
+        """
         while self._waiting and len(self._reading) + len(self._writing) < self._rows:
             sequence = self._waiting[0]
             number = self._adapters[sequence.call.adapter]
@@ -178,7 +191,9 @@ class LocalEngine:
             self._reading.append(self._waiting.popleft())
 
     def _chunks(self) -> list[tuple[SequenceState, list[int]]]:
-        """Of prompts that are read in this step: one of a row, in turn, so that a long prompt does not hold up short ones."""
+        """Of prompts that are read in this step: one of a row, in turn, so that a long prompt does not hold up short
+        ones.
+        """
         chunks: list[tuple[SequenceState, list[int]]] = []
         budget = READ_TOKENS
         for sequence in list(self._reading):
@@ -236,7 +251,9 @@ class LocalEngine:
                 continue
             self._keep(sequence)
             try:
-                events = sequence.take(scores.likeliest[index] if sequence.is_plain else sequence.choose(scores.logits[index]))
+                events = sequence.take(
+                    scores.likeliest[index] if sequence.is_plain else sequence.choose(scores.logits[index])
+                )
             except SartorError as error:
                 self._fail(sequence, error)
                 continue
@@ -271,7 +288,9 @@ class LocalEngine:
         try:
             parts = []
             for start in range(0, len(ids), PAGE_TOKENS):
-                parts.append(self._blocks.hidden(TokenRun(ids[start : start + PAGE_TOKENS], start, pages, -1)).float().sum(0))
+                parts.append(
+                    self._blocks.hidden(TokenRun(ids[start : start + PAGE_TOKENS], start, pages, -1)).float().sum(0)
+                )
                 yield None
         finally:
             self._pages.give_back(pages)
@@ -280,7 +299,13 @@ class LocalEngine:
 
 
 def open_engine(
-    base: str, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 32_768, threads: int = 0, bits: int | str = "auto"
+    base: str,
+    *,
+    rows: int = 16,
+    waiting: int = 256,
+    cache_tokens: int = 32_768,
+    threads: int = 0,
+    bits: int | str = "auto",
 ) -> LocalEngine:
     """Return the engine for a base by name; the options are those of `team_config.LocalEngineOptions`.
 

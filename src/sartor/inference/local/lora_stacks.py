@@ -1,7 +1,7 @@
 """Stacked LoRA factors of all attached adapters.
 
-A slot is an adapter's place in every stack. Ranks may differ: a stack has room for the largest, and a smaller one's rest is
-zero. Stacks grow by doubling; a slot that was freed is used again.
+A slot is an adapter's place in every stack. Ranks may differ: a stack has room for the largest, and a smaller one's
+rest is zero. Stacks grow by doubling; a slot that was freed is used again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,21 @@ _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.we
 _REMEDY = "serve it merged (`sartor export --to merged`), or tune it again with method.kind: lora"
 # What peft's LoraConfig may switch on that a sum of scale B A is computed with all the same.
 _HARMLESS = {
-    "inference_mode", "target_modules", "exclude_modules", "use_rslora", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "runtime_config", "eva_config", "auto_mapping", "init_lora_weights",
-}  # fmt: skip
-# How factors may begin so that the base stays as it is; other ways (PiSSA, OLoRA, CorDA, LoftQ) take them out of its weights.
+    "inference_mode",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "runtime_config",
+    "eva_config",
+    "auto_mapping",
+    "init_lora_weights",
+}
+# How factors may begin so that the base stays as it is; other ways (PiSSA, OLoRA, CorDA, LoftQ) take them out of its
+# weights.
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -135,7 +146,10 @@ class LoraStacks:
             if pair is None:
                 continue
             rank = len(pair.a)
-            a, b = stack.a[slot, stack.module_a(index)], stack.b[slot, stack.module_b(index)].view(stack.ranks[index], -1)
+            a, b = (
+                stack.a[slot, stack.module_a(index)],
+                stack.b[slot, stack.module_b(index)].view(stack.ranks[index], -1),
+            )
             a[:rank], a[rank:] = pair.a.to(a.dtype), 0
             b[:rank], b[rank:] = pair.b.T.to(b.dtype), 0
 
@@ -143,7 +157,8 @@ class LoraStacks:
 def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, ModuleLora]:
     """The factors in a PEFT directory by module. shapes: (outputs, inputs) of the modules that may have some.
 
-    Raises ModelError for what is not plain LoRA, for tensors without a place or a partner, and for shapes that do not fit.
+    Raises ModelError for what is not plain LoRA, for tensors without a place or a partner, and for shapes that do not
+    fit.
     """
     weights = read_weights(path)
     config = _plain_config(path)
@@ -185,16 +200,22 @@ def _plain_config(path: Path) -> dict[str, Any]:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         kind, alpha = config["peft_type"], float(config.get("lora_alpha", 0))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path / CONFIG} is no PEFT config: {error}", "sartor tune RECIPE --out ADAPTER --replace") from None
+        raise ModelError(
+            f"{path / CONFIG} is no PEFT config: {error}", "sartor tune RECIPE --out ADAPTER --replace"
+        ) from None
     if kind != "LORA" or not math.isfinite(alpha):
         raise ModelError(f"the adapter {path} is {kind!r} with alpha {alpha}; the engine computes LoRA", _REMEDY)
     for name, value in config.items():
         # what changes more than that is switched on by a flag, a list or a mapping; numbers and words go with one
         switches = (isinstance(value, bool | list | dict) and bool(value)) or (name == "bias" and value != "none")
         if switches and name not in _HARMLESS:
-            raise ModelError(f"the adapter {path} has {name} {value!r:.80}, which the engine does not compute", _REMEDY)
+            raise ModelError(
+                f"the adapter {path} has {name} {value!r:.80}, which the engine does not compute", _REMEDY
+            )
     if (init_weights := config.get("init_lora_weights")) not in _BEGINNINGS:
-        raise ModelError(f"the adapter {path} has init_lora_weights {init_weights!r:.80}, which changed its base", _REMEDY)
+        raise ModelError(
+            f"the adapter {path} has init_lora_weights {init_weights!r:.80}, which changed its base", _REMEDY
+        )
     return dict(config)
 
 
@@ -203,13 +224,15 @@ def _pair(
 ) -> ModuleLora:
     if set(factors) != {"A", "B"}:
         raise ModelError(
-            f"the adapter {path} has only factor {''.join(factors)} of {module}", "sartor tune RECIPE --out ADAPTER --replace"
+            f"the adapter {path} has only factor {''.join(factors)} of {module}",
+            "sartor tune RECIPE --out ADAPTER --replace",
         )
     a, b = factors["A"], factors["B"]
     rank = int(_pattern(config.get("rank_pattern"), module, config.get("r", 0)))
     if a.shape != (rank, shape[1]) or b.shape != (shape[0], rank):
         raise ModelError(
-            f"the adapter {path} has factors {tuple(a.shape)} and {tuple(b.shape)} on {module}; rank {rank} on a module of "
+            f"the adapter {path} has factors {tuple(a.shape)} and {tuple(b.shape)} on {module}; rank {rank} on a "
+            "module of "
             f"{shape[1]} inputs and {shape[0]} outputs needs {(rank, shape[1])} and {(shape[0], rank)}",
             "use the base that it was tuned on",
         )

@@ -1,7 +1,7 @@
 """Media embeddings of prompts per adapter.
 
-A tower takes longer than a token, so it runs in a thread of its own while other rows go on; what comes back is the prompt's
-token ids and the embeddings of its media, which are the call's own and are forgotten with it.
+A tower takes longer than a token, so it runs in a thread of its own while other rows go on; what comes back is the
+prompt's token ids and the embeddings of its media, which are the call's own and are forgotten with it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class MediaAdapters:
         self._thread = ThreadPoolExecutor(1, "sartor-towers")
 
     def attach(self, adapter: str, path: Path) -> int:
-        """Open what the adapter in `path` reads media with; returns the bytes of its projectors, 0 if it reads text alone.
+        """Open what the adapter in `path` reads media with; returns the bytes of its projectors, 0 if it reads text
+        alone.
 
         Raises ModelError where they do not fit, and what `open_tower` raises.
         """
@@ -63,13 +64,17 @@ class MediaAdapters:
             if tower.digest not in self._towers:
                 self._towers |= {
                     opened.digest: opened
-                    for opened in composed_model.open_towers({kind: tower.name}, self._base.device, lambda line: None).values()
+                    for opened in composed_model.open_towers(
+                        {kind: tower.name}, self._base.device, lambda line: None
+                    ).values()
                 }
         by_digest = {tower.digest: tower for tower in self._towers.values()}
         if missing := [tower for tower in entries.values() if tower.digest not in by_digest]:
             raise composed_model.another_tower(path, missing[0])
         towers = {kind: by_digest[tower.digest] for kind, tower in entries.items()}
-        media = composed_model.new_projectors(self._base, TowerFeatureCache(towers, None, held_bytes=HELD_BYTES), seed=0)
+        media = composed_model.new_projectors(
+            self._base, TowerFeatureCache(towers, None, held_bytes=HELD_BYTES), seed=0
+        )
         composed_model.load_projectors(media, path)
         self._media[adapter] = media
         self._readers[adapter] = replace(self._reader, chat=self._reader.chat.with_media(media))
@@ -81,7 +86,8 @@ class MediaAdapters:
         self._readers.pop(adapter, None)
 
     def read(self, call: GenerateCall) -> Future[MediaPrompt]:
-        """The prompt of a call with media parts. The future raises RequestError as `Reader.prompt` does, and BudgetError.
+        """The prompt of a call with media parts. The future raises RequestError as `Reader.prompt` does, and
+        BudgetError.
 
         Whatever a decoder or a tower makes of one call's bytes is that call's alone: other rows go on.
         """
@@ -97,10 +103,14 @@ class MediaAdapters:
         except SartorError:
             raise
         except MemoryError:
-            raise BudgetError("there is no memory to look at the media", "send smaller ones, or ask again later") from None
+            raise BudgetError(
+                "there is no memory to look at the media", "send smaller ones, or ask again later"
+            ) from None
         except Exception as error:
             problem = f"the media of the request cannot be looked at: {type(error).__name__}"
-            raise RequestError(problem, "send other media, and the request with this message to the maintainers") from None
+            raise RequestError(
+                problem, "send other media, and the request with this message to the maintainers"
+            ) from None
         finally:
             if media := self._media.get(call.adapter):
                 media.features.let_go()

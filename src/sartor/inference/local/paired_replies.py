@@ -2,11 +2,12 @@
 
     queue -> reading (its tokens, the reference's with them) -> writing (a token a step) -> done
 
-A row's tokens are read once: what stands behind its prompt gives the losses of the reference, what stands at the prompt's end
-the first token of the reply, which then takes the reference's place in the cache. A step computes STEP_TOKENS tokens, those of
-replies first; a row that is done leaves its pages to the next, so none waits for the longest. Rows that begin alike (a system
-prompt) read their beginning once for each side. All of it is exact: a token is computed by itself, whatever stands beside it,
-and its keys and values have the same bits wherever they were computed (`cpu_decoder.py`).
+A row's tokens are read once: what stands behind its prompt gives the losses of the reference, what stands at the
+prompt's end the first token of the reply, which then takes the reference's place in the cache. A step computes
+STEP_TOKENS tokens, those of replies first; a row that is done leaves its pages to the next, so none waits for the
+longest. Rows that begin alike (a system prompt) read their beginning once for each side. All of it is exact: a token
+is computed by itself, whatever stands beside it, and its keys and values have the same bits wherever they were
+computed (`cpu_decoder.py`).
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class PairedRow:
 
     @property
     def own_place(self) -> int:
-        """The first place at which something of this row is wanted: what stands before may be another row's as well."""
+        """The first place at which something of this row is wanted: what stands before may be another row's as
+        well.
+        """
         ends = [self.prompt_tokens - 1] if self.prompt_tokens else []
         return min([len(self.ids) - 1, *ends, *(place for place, _ in self.predictions)])
 
@@ -62,7 +65,8 @@ def paired_row(example: TokenizedExample, prompt_tokens: int) -> PairedRow:
 
 @dataclass(frozen=True)
 class ReplyLimits:
-    """When a reply ends: at a token of `stops`, after `max_tokens`, or as soon as `is_decided` is true of (row, its tokens).
+    """When a reply ends: at a token of `stops`, after `max_tokens`, or as soon as `is_decided` is true of (row, its
+    tokens).
 
     has_logprobs: whether the logarithms of the tokens' probabilities are wanted.
     """
@@ -75,7 +79,9 @@ class ReplyLimits:
 
 @dataclass
 class RowResult:
-    """Nats of each predicted token, and the reply: finish DECIDED where it was not written on, None where none was wanted."""
+    """Nats of each predicted token, and the reply: finish DECIDED where it was not written on, None where none was
+    wanted.
+    """
 
     nats: list[float] = field(default_factory=list)
     generation: Generation | None = None
@@ -83,7 +89,9 @@ class RowResult:
 
 @dataclass(kw_only=True)
 class _Reading:
-    """Tokens that are read into pages of the cache, the first `read` of them already. followers: rows that begin with it."""
+    """Tokens that are read into pages of the cache, the first `read` of them already. followers: rows that begin with
+    it.
+    """
 
     ids: Sequence[int]
     slot: int
@@ -98,7 +106,9 @@ class _Reading:
 
 @dataclass(kw_only=True)
 class _RowReading(_Reading):
-    """A row under one side. start: the reading with which it begins. first: the first token of its reply, and its logprob."""
+    """A row under one side. start: the reading with which it begins. first: the first token of its reply, and its
+    logprob.
+    """
 
     index: int
     row: PairedRow
@@ -110,7 +120,8 @@ class _RowReading(_Reading):
 
 
 def open_pair(model: Any, rows: Sequence[PairedRow], max_tokens: int) -> CpuDecoder | None:
-    """Return the decoder of a model with its adapter and the cache for `rows`; None where the compiled kernels do not fit.
+    """Return the decoder of a model with its adapter and the cache for `rows`; None where the compiled kernels do not
+    fit.
 
     They fit text on a CPU, a base of `fused_decoder.FAMILIES` that is not quantised, and a plain LoRA without dropout.
     """
@@ -139,7 +150,8 @@ def reply_to_rows(
     sides: Sequence[bool] = (False, True),
     progress: Callable[[int], object] = lambda rows: None,
 ) -> list[list[RowResult]]:
-    """The results of each side, in the order of `rows`. sides: whether tuned; of base and tuned a row stands in one batch.
+    """The results of each side, in the order of `rows`. sides: whether tuned; of base and tuned a row stands in one
+    batch.
 
     progress: told of the rows that are done, each once for each side. Raises ModelError when logits are not finite.
     """
@@ -152,8 +164,8 @@ def reply_to_rows(
 def shared_beginnings(rows: Sequence[PairedRow]) -> list[tuple[int, list[int]]]:
     """(tokens that its rows begin with alike, their indices) of each group of rows, in the order of their tokens.
 
-    A row joins the group before it if that makes no less of what is shared: rows times tokens, the first row aside. It does
-    not join a single row with which it shares less than half of what it shares with the next one.
+    A row joins the group before it if that makes no less of what is shared: rows times tokens, the first row aside. It
+    does not join a single row with which it shares less than half of what it shares with the next one.
     """
     groups: list[tuple[int, list[int]]] = []
     order = sorted(range(len(rows)), key=lambda index: list(rows[index].ids))
@@ -211,7 +223,9 @@ class _PairedBatch:
         return bool(self._queue or self._reading or self._writing)
 
     def _ordered(self, rows: Sequence[PairedRow], slots: Sequence[int]) -> deque[_Reading]:
-        """What is to be read: groups of rows that begin alike, each behind its beginning, the sides of a row side by side."""
+        """What is to be read: groups of rows that begin alike, each behind its beginning, the sides of a row side by
+        side.
+        """
         queue: deque[_Reading] = deque()
         for length, indices in shared_beginnings(rows):
             ids = rows[indices[0]].ids[:length]
@@ -220,14 +234,21 @@ class _PairedBatch:
             for index in indices:
                 queue.extend(
                     _RowReading(
-                        ids=rows[index].ids, slot=slot, index=index, row=rows[index], result=results[index], start=start
+                        ids=rows[index].ids,
+                        slot=slot,
+                        index=index,
+                        row=rows[index],
+                        result=results[index],
+                        start=start,
                     )
                     for results, start, slot in zip(self.results, starts, slots, strict=True)
                 )
         return queue
 
     def step(self) -> None:
-        """Let rows join, read up to STEP_TOKENS less those that write, and give every row that writes its next token."""
+        """Let rows join, read up to STEP_TOKENS less those that write, and give every row that writes its next
+        token.
+        """
         budget = max(STEP_TOKENS - len(self._writing), PAGE_TOKENS)
         self._join(budget)
         chunks: list[tuple[_Reading, list[int]]] = []
@@ -269,7 +290,9 @@ class _PairedBatch:
             budget -= len(reading.ids) - reading.read
 
     def _take_pages(self, reading: _Reading, start: _Reading | None) -> bool:
-        """Give a reading its pages: whole ones of its beginning, a copy of the page in which that ends. False: no room now."""
+        """Give a reading its pages: whole ones of its beginning, a copy of the page in which that ends. False: no room
+        now.
+        """
         tokens = len(reading.ids)
         if isinstance(reading, _RowReading) and reading.row.prompt_tokens:
             tokens = max(tokens, reading.row.prompt_tokens + self._limits.max_tokens)

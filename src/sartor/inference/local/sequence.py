@@ -18,13 +18,15 @@ from sartor.models.chat import ChatTokenizer
 
 
 class IncrementalDetokenizer:
-    """Tokens -> text as it becomes certain: never half a character, and never the beginning of a text that ends the reply."""
+    """Tokens -> text as it becomes certain: never half a character, and never the beginning of a text that ends the
+    reply.
+    """
 
     def __init__(self, chat: ChatTokenizer, stops: Sequence[str]) -> None:
         self._chat, self._stops = chat, stops
         self._ids: list[int] = []
-        # tokens before `_read_offset` are decoded; those from `_prefix_offset` on are decoded again with the next ones, since
-        # a token's text may depend on the tokens before it
+        # tokens before `_read_offset` are decoded; those from `_prefix_offset` on are decoded again with the next
+        # ones, since a token's text may depend on the tokens before it
         self._prefix_offset = self._read_offset = 0
         self._pending_text = ""
         self.is_stopped = False
@@ -64,7 +66,9 @@ class IncrementalDetokenizer:
 
 @dataclass
 class SequenceState:
-    """A call in work. number, slot: its adapter's; pages: where its keys and values are; read: prompt tokens that are done."""
+    """A call in work. number, slot: its adapter's; pages: where its keys and values are; read: prompt tokens that are
+    done.
+    """
 
     call: GenerateCall
     prompt: list[int]
@@ -115,7 +119,9 @@ class SequenceState:
         return token
 
     def take(self, token: int) -> list[Event]:
-        """The chosen token; returns what can be told, with Done at the end. Raises RequestError as the constraint does."""
+        """The chosen token; returns what can be told, with Done at the end. Raises RequestError as the constraint
+        does.
+        """
         if self.constraint is not None:
             self.constraint.advance(token)
         if token in self.chat.stops:
@@ -148,7 +154,9 @@ class SequenceState:
     def _logprob(self, logits: torch.Tensor, token: int) -> Logprob:
         log_probabilities = logits.log_softmax(-1)
         values, token_ids = log_probabilities.topk(min(self.call.top_logprobs, len(log_probabilities)))
-        top = tuple((self._token_text(int(token_id)), float(value)) for token_id, value in zip(token_ids, values, strict=True))
+        top = tuple(
+            (self._token_text(int(token_id)), float(value)) for token_id, value in zip(token_ids, values, strict=True)
+        )
         return Logprob(self._token_text(token), float(log_probabilities[token]), top)
 
     def _token_text(self, token: int) -> str:

@@ -1,18 +1,18 @@
 """Decoder layers in torch over a paged cache.
 
-The architecture is read by `models/losses/fused_decoder.py` (a family is a line in its table); what differs here is the cache
-and that every row may have factors of its own. What makes a row's numbers independent of its neighbours:
+The architecture is read by `models/losses/fused_decoder.py` (a family is a line in its table); what differs here is
+the cache and that every row may have factors of its own. What makes a row's numbers independent of its neighbours:
 
 - a chunk of a prompt is computed by itself, and where chunks begin depends on that prompt alone;
-- newest tokens are computed in blocks of exactly BLOCK_ROWS rows, filled up with padding, so a matrix product has one shape
-  whatever the number of rows; it takes the sum over the inputs of each output of each row in the same order;
+- newest tokens are computed in blocks of exactly BLOCK_ROWS rows, filled up with padding, so a matrix product has one
+  shape whatever the number of rows; it takes the sum over the inputs of each output of each row in the same order;
 - attention and LoRA are computed row by row.
 
 It holds in fp32 and in bf16, since it is a matter of order and not of precision.
 
 In 16 bits the low-rank term of each row is made first and the frozen product is accumulated onto it
-(models/losses/lora_linear.py says why), for rows without an adapter onto zeros, so that their product is the same one; and the
-residual stream is fp32.
+(models/losses/lora_linear.py says why), for rows without an adapter onto zeros, so that their product is the same one;
+and the residual stream is fp32.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class TokenRun:
-    """Tokens of one row: `ids` from position `first` on, in `pages`; slot: its adapter's. newest: the one token of a reply.
+    """Tokens of one row: `ids` from position `first` on, in `pages`; slot: its adapter's. newest: the one token of a
+    reply.
 
     media: (places among `ids`, (M, D) their embeddings) where media stand.
     """
@@ -86,7 +87,10 @@ class Angles:
         if result is None or len(result.cos) < end:
             table_length = min(max(2 * end, _FIRST_ANGLES), max(self._max_positions, end))
             head = self._fast.head
-            like, positions = head.new_empty(0, dtype=torch.float32), torch.arange(table_length, device=head.device)[None]
+            like, positions = (
+                head.new_empty(0, dtype=torch.float32),
+                torch.arange(table_length, device=head.device)[None],
+            )
             cos, sin = self._fast.rope(like, positions, *((kind,) if kind else ()))
             result = self._tables[kind] = RotaryTable(cos[0].float().contiguous(), sin[0].float().contiguous())
         return result
@@ -95,8 +99,8 @@ class Angles:
 class TorchDecoder:
     """The base in memory, its adapters and the cache. `cache_pages` pages of PAGE_TOKENS tokens.
 
-    chunk_tokens: of a prompt that are read at once, and where chunks begin. keeps_replies: what decoding leaves in the cache
-    has the bits of a prompt's, so that a reply may be found again in a later prompt.
+    chunk_tokens: of a prompt that are read at once, and where chunks begin. keeps_replies: what decoding leaves in the
+    cache has the bits of a prompt's, so that a reply may be found again in a later prompt.
     """
 
     chunk_tokens = PAGE_TOKENS
@@ -125,7 +129,9 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def advance(self, runs: Sequence[TokenRun], scored_runs: Sequence[int]) -> Scores:
-        """Take each run through all layers; what comes after the last token of each run in `scored_runs`, in its order."""
+        """Take each run through all layers; what comes after the last token of each run in `scored_runs`, in its
+        order.
+        """
         scores_by_run: dict[int, Scores] = {}
         for index, run in enumerate(runs):
             if not run.newest:
@@ -156,8 +162,8 @@ class TorchDecoder:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return (N, V) logits of (N, D), in fp32 at least.
 
-        A logit near 16 stands on a grid of 1/8 in bf16. What its rounding left out is the same product once more, accumulated
-        onto the rounded logits taken away.
+        A logit near 16 stands on a grid of 1/8 in bf16. What its rounding left out is the same product once more,
+        accumulated onto the rounded logits taken away.
         """
         logits = self._head(hidden, None)
         return logits.float() + self._head(hidden, -logits).float() if rounds(self.dtype) else logits
@@ -190,7 +196,8 @@ class TorchDecoder:
         padding_rows = BLOCK_ROWS - len(ids)
         max_pages = max(len(row) for row in pages)
         table = torch.tensor(
-            [[*row, *[0] * (max_pages - len(row))] for row in pages] + [[0] * max_pages] * padding_rows, device=self.device
+            [[*row, *[0] * (max_pages - len(row))] for row in pages] + [[0] * max_pages] * padding_rows,
+            device=self.device,
         )
         page_table = PageTable(table, torch.tensor([*positions, *[-1] * padding_rows], device=self.device))
         row_slots = torch.tensor([*slots, *[-1] * padding_rows], device=self.device)
@@ -288,7 +295,9 @@ def linear(part: Projection) -> Linear:
 
 
 def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """Return what `linear` does, W in oneDNN's own order where it has one: plain weights would be reordered at every call."""
+    """Return what `linear` does, W in oneDNN's own order where it has one: plain weights would be reordered at every
+    call.
+    """
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or weight.dtype == torch.float64:
         return lambda x, onto: _plain(x, weight, bias, onto)
     try:
@@ -304,7 +313,9 @@ def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return product
 
 
-def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, onto: torch.Tensor | None) -> torch.Tensor:
+def _plain(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, onto: torch.Tensor | None
+) -> torch.Tensor:
     if onto is None:
         return F.linear(x, weight, bias)
     y = onto.addmm_(x, weight.T)

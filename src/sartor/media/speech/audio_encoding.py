@@ -29,7 +29,8 @@ class Format:
     rate: int = 0
 
 
-# pcm is what OpenAI's service sends: 16 bits, little-endian, without a head. Opus has no 22,050 Hz, which voices speak at
+# pcm is what OpenAI's service sends: 16 bits, little-endian, without a head. Opus has no 22,050 Hz, which voices speak
+# at
 FORMATS = {
     form.name: form
     for form in (

@@ -46,9 +46,9 @@ def say_many(
 ) -> list[Clip]:
     """The same clips in their order, each with its file in `folder`; a file that stands there is taken as it is.
 
-    form: one of wav, flac, mp3, opus. rate: of the samples; 0 leaves the voice's own. threads: 0 is one a core. told: how
-    many are done, and of how many. A text is said as it stands. Raises what `open_voice` and `Voice.say` raise, at the first
-    clip that fails.
+    form: one of wav, flac, mp3, opus. rate: of the samples; 0 leaves the voice's own. threads: 0 is one a core. told:
+    how many are done, and of how many. A text is said as it stands. Raises what `open_voice` and `Voice.say` raise, at
+    the first clip that fails.
     """
     files = [name for name, file_format in FORMATS.items() if file_format.container]
     if form not in files:

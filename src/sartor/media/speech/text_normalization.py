@@ -18,7 +18,9 @@ from sartor.media.speech.voice import clean, is_sayable
 
 # Said in place of a block of code: it is no speech, and a listener should know that it is there
 CODE = "code"
-_ADDRESS = regex.compile(r"\b(?:https?|ftp)://[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}]|\bwww\.[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}]")
+_ADDRESS = regex.compile(
+    r"\b(?:https?|ftp)://[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}]|\bwww\.[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}]"
+)
 # What is drawn; ©, ® and ™ are read
 _EMOJI = regex.compile(
     r"(?![©®™])(?:[\p{Extended_Pictographic}\p{Regional_Indicator}\p{Emoji_Modifier}]\p{M}*\u200d?)+|[\ufe0f\u20e3]+"
@@ -31,7 +33,9 @@ _ENDS = (".", "!", "?", "…", ":", "。", "！", "？")
 
 @dataclass(frozen=True)
 class Spoken:
-    """What is said. left_out: how many of what was written is not said as it stands: `code`, `address`, `emoji`, `markup`."""
+    """What is said. left_out: how many of what was written is not said as it stands: `code`, `address`, `emoji`,
+    `markup`.
+    """
 
     text: str
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -44,7 +48,11 @@ def spoken(written: str) -> Spoken:
     written = written.replace("\0", " ").replace("\ufffd", "")
     value = _json(written)
     sentences = _sentences_of(value, left_out) if value is not None else _markdown(written, left_out)
-    lines = [_end_sentence(line) for line in (clean(sentence).replace("\n", " ") for sentence in sentences) if is_sayable(line)]
+    lines = [
+        _end_sentence(line)
+        for line in (clean(sentence).replace("\n", " ") for sentence in sentences)
+        if is_sayable(line)
+    ]
     return Spoken("\n".join(lines), dict(left_out))
 
 
@@ -172,7 +180,11 @@ class _TokenReader:
             self._head = row
             return
         self._rows += 1
-        cells = [f"{head}: {cell}" if is_sayable(head) else cell for head, cell in zip(self._head, row, strict=False) if cell]
+        cells = [
+            f"{head}: {cell}" if is_sayable(head) else cell
+            for head, cell in zip(self._head, row, strict=False)
+            if cell
+        ]
         yield ", ".join(cells)
 
     def _fence(self, token: Token) -> Iterator[str]:

@@ -64,7 +64,9 @@ def find(name: str) -> VoiceFile:
     else:
         path = Path(name)
         if not (path.suffix == ENDING and path.is_file()):
-            raise ConfigError(f"piper has no voice {name[:80]!a}", f"piper:{', piper:'.join(ASSETS)}, or piper:FILE.onnx")
+            raise ConfigError(
+                f"piper has no voice {name[:80]!a}", f"piper:{', piper:'.join(ASSETS)}, or piper:FILE.onnx"
+            )
     try:
         importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -132,7 +134,15 @@ class _Running:
         self._is_new = True
         self._folder = tempfile.TemporaryDirectory(prefix="sartor-piper-")
         # Without its two noises equal text is equal sound
-        command = [sys.executable, "-m", "piper", "--model", str(file.path.absolute()), "--output-dir", self._folder.name]
+        command = [
+            sys.executable,
+            "-m",
+            "piper",
+            "--model",
+            str(file.path.absolute()),
+            "--output-dir",
+            self._folder.name,
+        ]
         fixed_options = ["--noise-scale", "0", "--noise-w-scale", "0", "--sentence-silence", str(PAUSE_S)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         pace = ["--length-scale", str(file.slowness / speed)]
@@ -230,7 +240,9 @@ def program() -> str:
     """Where espeak-ng is. Raises ExtraError."""
     result = shutil.which(PROGRAM)
     if result is None:
-        raise ExtraError(f"{PROGRAM}, which speaks, is not on this machine", f"apt-get install {PROGRAM} (macOS: brew install)")
+        raise ExtraError(
+            f"{PROGRAM}, which speaks, is not on this machine", f"apt-get install {PROGRAM} (macOS: brew install)"
+        )
     return result
 
 
@@ -238,10 +250,13 @@ def _check(program_path: str, language: str) -> None:
     """espeak-ng takes a path for a name, and any variant: only what it lists itself is let through to it."""
     name, plus, variant = language.partition("+")
     if name not in languages(program_path):
-        raise ConfigError(f"{PROGRAM} has no language {name[:80]!a}", f"`{PROGRAM} --voices` lists them; en-us, de, fr-fr, ...")
+        raise ConfigError(
+            f"{PROGRAM} has no language {name[:80]!a}", f"`{PROGRAM} --voices` lists them; en-us, de, fr-fr, ..."
+        )
     if plus and variant not in variants(program_path):
         raise ConfigError(
-            f"{PROGRAM} has no variant {variant[:80]!a}", f"`{PROGRAM} --voices=variant` lists them; f1 to f5, m1 to m8, ..."
+            f"{PROGRAM} has no variant {variant[:80]!a}",
+            f"`{PROGRAM} --voices=variant` lists them; f1 to f5, m1 to m8, ...",
         )
 
 
@@ -255,7 +270,9 @@ def languages(program_path: str) -> frozenset[str]:
 @cache
 def variants(program_path: str) -> frozenset[str]:
     """Every variant of a voice: the names of their files."""
-    return frozenset(name for line in _list_voices(program_path, "--voices=variant") for name in re.findall(r"!v/(\S+)", line))
+    return frozenset(
+        name for line in _list_voices(program_path, "--voices=variant") for name in re.findall(r"!v/(\S+)", line)
+    )
 
 
 def _list_voices(program_path: str, option: str) -> list[str]:

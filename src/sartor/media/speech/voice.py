@@ -22,7 +22,9 @@ ANOTHER = "try again, or another voice"
 
 @dataclass(frozen=True)
 class SpeechTerms:
-    """patience_s: after which a program that has not spoken is killed. nice: added to its niceness, so that others go first."""
+    """patience_s: after which a program that has not spoken is killed. nice: added to its niceness, so that others go
+    first.
+    """
 
     patience_s: float = 20.0
     nice: int = 0
@@ -32,7 +34,9 @@ ALONE = SpeechTerms()
 
 
 def start(command: Sequence[str], nice: int, **pipes: Any) -> subprocess.Popen[bytes]:
-    """The program, running. Text goes in by a pipe alone: on a command line it could be read as an option, and be seen."""
+    """The program, running. Text goes in by a pipe alone: on a command line it could be read as an option, and be
+    seen.
+    """
     # piper is a Python program: whatever the locale, what comes in is UTF-8
     process = subprocess.Popen(list(command), env={**os.environ, "PYTHONUTF8": "1"}, **pipes)
     if nice:
@@ -76,7 +80,8 @@ _BREAK = re.compile(r"[,;:，、]\s|\s")
 
 
 def clean(text: str) -> str:
-    """The text without what no voice may be given: control characters, halves of surrogate pairs, marks without a width.
+    """The text without what no voice may be given: control characters, halves of surrogate pairs, marks without a
+    width.
 
     `[[` would begin phonemes in both programs. Line ends stay, since a sentence may end there.
     """
@@ -136,7 +141,9 @@ class TtsVoice(ABC):
         return join_clips([self.speak(piece, speed) for piece in self.cut(text, speed)])
 
     def cut(self, text: str, speed: float = 1.0) -> list[str]:
-        """The text in pieces, each of which `speak` takes. Raises ConfigError for a text or a speed that it cannot say."""
+        """The text in pieces, each of which `speak` takes. Raises ConfigError for a text or a speed that it cannot
+        say.
+        """
         slowest, fastest = self.speeds
         if not slowest <= speed <= fastest:
             raise ConfigError(
@@ -157,7 +164,8 @@ class TtsVoice(ABC):
     def speak(self, piece: str, speed: float) -> AudioClip:
         """One piece of `cut`, spoken.
 
-        Raises DeadlineError for a program that was killed since it took too long, UnavailableError for one that ended early.
+        Raises DeadlineError for a program that was killed since it took too long, UnavailableError for one that ended
+        early.
         """
 
     def close(self) -> None:

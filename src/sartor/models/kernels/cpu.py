@@ -1,10 +1,10 @@
 """C++ kernels compiled on this machine, called by ctypes.
 
-No build step at install. The compiler is the system's, or zig's C++ compiler where `pip install 'sartor[compiler]'` brought
-it. A missing or failing one costs speed, never function: `load` then says why and the caller takes `Eager`. The library goes
-to SARTOR_HOME/kernels (or the directory that SARTOR_KERNELS names) under a name that holds the digest of the source, the
-compiler and its flags, and the processor; it uses the very OpenMP runtime that torch has loaded, since two pools would fight
-for cores.
+No build step at install. The compiler is the system's, or zig's C++ compiler where `pip install 'sartor[compiler]'`
+brought it. A missing or failing one costs speed, never function: `load` then says why and the caller takes `Eager`.
+The library goes to SARTOR_HOME/kernels (or the directory that SARTOR_KERNELS names) under a name that holds the digest
+of the source, the compiler and its flags, and the processor; it uses the very OpenMP runtime that torch has loaded,
+since two pools would fight for cores.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ SOURCES = {
 }
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("simd.h", "gemm.h", "paged_attention.h"))
 # No -ffast-math: it would let a NaN pass for a number.
-# OpenMP's loops for vectors alone: threads are begun by the runtime's own entry point (simd.h), which needs no compiler's help.
+# OpenMP's loops for vectors alone: threads are begun by the runtime's own entry point (simd.h), which needs no
+# compiler's help.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp-simd")
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
 
@@ -86,7 +87,9 @@ class CpuKernels(ReferenceKernels):
         passed = [_passed(argument) for argument in arguments]
         getattr(self.library, f"sartor_{function}_{SUFFIX[dtype]}")(*passed, ctypes.c_int(torch.get_num_threads()))
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Eager`."""
         x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
         rstd = torch.empty(len(x), dtype=_compute(x.dtype))
@@ -115,7 +118,9 @@ class CpuKernels(ReferenceKernels):
         self.call("glu", gate_up.dtype, gate_up.contiguous(), out, rows, width, _Int(activation != "silu"))
         return out
 
-    def glu_backward(self, d: torch.Tensor, gate_up: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def glu_backward(
+        self, d: torch.Tensor, gate_up: torch.Tensor, activation: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Eager`. Overwrites gate_up."""
         gate_up, d = gate_up.contiguous(), d.contiguous()
         out = torch.empty(d.shape, dtype=d.dtype)
@@ -127,7 +132,9 @@ class CpuKernels(ReferenceKernels):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Eager`. Overwrites logits."""
         logits, losses = logits.contiguous(), torch.empty(len(targets), dtype=_compute(logits.dtype))
-        self.call("cross_entropy", logits.dtype, logits, targets, losses, *logits.shape, float(softcap or 0), _Int(gradient))
+        self.call(
+            "cross_entropy", logits.dtype, logits, targets, losses, *logits.shape, float(softcap or 0), _Int(gradient)
+        )
         return losses, logits if gradient else None
 
     def attention(self, qkv: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -191,7 +198,15 @@ def _packed(geometry: Geometry, dtype: torch.dtype) -> tuple[_Geometry, Any]:
     structure = _Geometry64() if compute == torch.float64 else _Geometry32()
     for name, array in zip(_Geometry.arrays, arrays, strict=True):
         setattr(structure, name, array.data_ptr())
-    sizes = (len(layout.segments), layout.tokens, shape.heads, shape.groups, geometry.width, cos.shape[1], shape.window or 0)
+    sizes = (
+        len(layout.segments),
+        layout.tokens,
+        shape.heads,
+        shape.groups,
+        geometry.width,
+        cos.shape[1],
+        shape.window or 0,
+    )
     for name, size in zip(_Geometry.sizes, sizes, strict=True):
         setattr(structure, name, size)
     structure.cos, structure.sin = cos.data_ptr(), sin.data_ptr()
@@ -246,7 +261,9 @@ def _compile(compiler: Sequence[str], flags: Sequence[str], runtime: Path | None
 
 
 def _compiler() -> list[str] | None:
-    """The command of the first compiler that is here: $CXX, the system's, zig's of the package `ziglang`; None without one."""
+    """The command of the first compiler that is here: $CXX, the system's, zig's of the package `ziglang`; None without
+    one.
+    """
     for name in _compilers():
         if name and (executable := shutil.which(name)):
             return [executable]
@@ -312,7 +329,11 @@ def _cases(kernels: ReferenceKernels) -> Any:
     for softcap in (None, 3.0):
         actual = kernels.cross_entropy(x.clone(), torch.tensor([0, 5, 23, 1, 2]), softcap, True)
         expected_pair = eager.cross_entropy(x.clone(), torch.tensor([0, 5, 23, 1, 2]), softcap, True)
-        yield "cross_entropy", torch.cat([part.flatten() for part in actual]), torch.cat([p.flatten() for p in expected_pair])
+        yield (
+            "cross_entropy",
+            torch.cat([part.flatten() for part in actual]),
+            torch.cat([p.flatten() for p in expected_pair]),
+        )
     yield from _attention_cases(kernels, eager)
 
 

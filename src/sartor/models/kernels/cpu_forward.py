@@ -25,16 +25,28 @@ _Address, _Long = ctypes.c_void_p, ctypes.c_int64
 class Product(ctypes.Structure):
     """Linear modules that read the same input."""
 
-    _fields_ = (("count", _Long), ("ins", _Long), ("outs", _Long * 3), ("weight", _Address * 3), ("bias", _Address * 3))
+    _fields_ = (
+        ("count", _Long),
+        ("ins", _Long),
+        ("outs", _Long * 3),
+        ("weight", _Address * 3),
+        ("bias", _Address * 3),
+    )
 
 
 class Layer(ctypes.Structure):
     """One layer: its weights and its part of the cache."""
 
     _fields_ = (
-        ("norm", _Address), ("mlp_norm", _Address), ("after", _Address * 2), ("head_norms", _Address * 2),
-        ("products", Product * 4), ("cache", _Address), ("turns", _Long), ("window", _Long),
-    )  # fmt: skip
+        ("norm", _Address),
+        ("mlp_norm", _Address),
+        ("after", _Address * 2),
+        ("head_norms", _Address * 2),
+        ("products", Product * 4),
+        ("cache", _Address),
+        ("turns", _Long),
+        ("window", _Long),
+    )
 
 
 class Model(ctypes.Structure):
@@ -43,8 +55,10 @@ class Model(ctypes.Structure):
     _fields_ = (
         *((name, _Long) for name in ("layers", "width", "heads", "groups", "head", "rotary", "gelu", "vocabulary")),
         *((name, ctypes.c_double) for name in ("scale", "cap", "eps", "offset", "head_cap")),
-        ("layer", ctypes.POINTER(Layer)), ("norm", _Address), ("lm_head", _Address),
-    )  # fmt: skip
+        ("layer", ctypes.POINTER(Layer)),
+        ("norm", _Address),
+        ("lm_head", _Address),
+    )
 
 
 class Factor(ctypes.Structure):
@@ -57,10 +71,17 @@ class Batch(ctypes.Structure):
     """Tokens to walk."""
 
     _fields_ = (
-        ("tokens", _Long), ("most_pages", _Long), ("rank", _Long), ("positions", _Address), ("rows", _Address),
-        ("pages", _Address), ("factors", _Address), ("cos", _Address * _MOST_ROPES), ("sin", _Address * _MOST_ROPES),
+        ("tokens", _Long),
+        ("most_pages", _Long),
+        ("rank", _Long),
+        ("positions", _Address),
+        ("rows", _Address),
+        ("pages", _Address),
+        ("factors", _Address),
+        ("cos", _Address * _MOST_ROPES),
+        ("sin", _Address * _MOST_ROPES),
         ("x", _Address),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +103,9 @@ class Tokens:
 
 
 class CpuForward:
-    """The compiled walk. tiles: products by AMX tiles if there are any, for bf16 bases whose inputs are multiples of 32."""
+    """The compiled walk. tiles: products by AMX tiles if there are any, for bf16 bases whose inputs are multiples of
+    32.
+    """
 
     def __init__(self, dtype: torch.dtype, *, tiles: bool) -> None:
         """Raises NoKernels when there are none for this dtype, or on this machine."""
@@ -111,7 +134,9 @@ class CpuForward:
         return blocks.view(-1, RANKS, b.shape[1] // 2, 2).transpose(1, 2)
 
     def page_numbers(self, width: int) -> int:
-        """How many numbers a page of the cache is: keys and values of PAGE tokens, of one group whose heads have this width."""
+        """How many numbers a page of the cache is: keys and values of PAGE tokens, of one group whose heads have this
+        width.
+        """
         return int(self._page_numbers(width))
 
     def walk(self, model: Model, tokens: Tokens) -> None:
@@ -119,9 +144,17 @@ class CpuForward:
         count, rank = len(tokens.x), max(tokens.rank, RANKS)
         cos, sin = zip(*tokens.turns, strict=True)
         batch = Batch(
-            count, tokens.pages.shape[1], rank, tokens.positions.data_ptr(), tokens.rows.data_ptr(), tokens.pages.data_ptr(),
-            tokens.factors.data_ptr(), _addresses(cos, _MOST_ROPES), _addresses(sin, _MOST_ROPES), tokens.x.data_ptr(),
-        )  # fmt: skip
+            count,
+            tokens.pages.shape[1],
+            rank,
+            tokens.positions.data_ptr(),
+            tokens.rows.data_ptr(),
+            tokens.pages.data_ptr(),
+            tokens.factors.data_ptr(),
+            _addresses(cos, _MOST_ROPES),
+            _addresses(sin, _MOST_ROPES),
+            tokens.x.data_ptr(),
+        )
         memory = self._room(model, count, rank)
         self._walk(ctypes.addressof(model), ctypes.addressof(batch), memory, torch.get_num_threads())
 
@@ -142,7 +175,9 @@ class CpuForward:
 
 
 def on_wide_pages(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """(count,) zeros on pages of 2 MiB where the system gives them: what is read at every step waits for fewer look-ups."""
+    """(count,) zeros on pages of 2 MiB where the system gives them: what is read at every step waits for fewer
+    look-ups.
+    """
     spare = _WIDE_PAGE // dtype.itemsize
     padded = torch.empty(count + spare, dtype=dtype)
     first = -padded.data_ptr() % _WIDE_PAGE // dtype.itemsize

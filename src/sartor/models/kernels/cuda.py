@@ -4,8 +4,9 @@
     norms, activations, losses   Liger; else torch.compile of `Eager`'s own functions; else torch's operations
 
 `load` tries the makers of a part in that order on a few small cases: one that cannot be imported, fails, or computes
-something else is left out, with the reason in the kernels' name. So a missing compiler or an unsupported GPU costs speed,
-never a run. One that fails later, at a shape that it does not take, is left from there on. Docs: decisions/005-cuda.md.
+something else is left out, with the reason in the kernels' name. So a missing compiler or an unsupported GPU costs
+speed, never a run. One that fails later, at a shape that it does not take, is left from there on. Docs:
+decisions/005-cuda.md.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ PARTS = {
     "losses": ("cross_entropy",),
 }
 DEVICE = torch.device("cuda")
-# How far (norm of the difference over norm) a maker may be from fp32 arithmetic on the same bf16 inputs: three roundings to
-# bf16 (2^-9 each, relative) stay under it, a wrong mask, offset or sign does not.
+# How far (norm of the difference over norm) a maker may be from fp32 arithmetic on the same bf16 inputs: three
+# roundings to bf16 (2^-9 each, relative) stay under it, a wrong mask, offset or sign does not.
 TOLERANCE = 0.02
 
 
@@ -51,7 +52,9 @@ class Liger(ReferenceKernels):
         )
         self.name = f"Liger {importlib.metadata.version('liger-kernel')}"
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Eager`. Liger's casting mode `gemma` is ours: all of it in fp32, whatever the family."""
         y, _, rstd, *_ = self._norm.rms_norm_forward(x.contiguous(), weight, float(eps), float(offset), "gemma", None)
         return y, rstd
@@ -78,7 +81,9 @@ class Liger(ReferenceKernels):
             return self._silu.swiglu_fused_gate_up_forward(gate_up.contiguous())[1]
         return self._gelu.geglu_forward(*map(torch.Tensor.contiguous, gate_up.chunk(2, -1)))[2]
 
-    def glu_backward(self, d: torch.Tensor, gate_up: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def glu_backward(
+        self, d: torch.Tensor, gate_up: torch.Tensor, activation: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Eager`. Overwrites gate_up for silu."""
         value, d = self.glu(gate_up, activation), d.contiguous()
         if activation == "silu":
@@ -90,22 +95,43 @@ class Liger(ReferenceKernels):
     def cross_entropy(
         self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Eager`. Overwrites logits. Liger's kernel under our own launch: its Python function makes losses in the dtype
-        of the logits (three digits in bf16) and waits for the GPU to check targets.
+        """See `Eager`. Overwrites logits. Liger's kernel under our own launch: its Python function makes losses in the
+        dtype of the logits (three digits in bf16) and waits for the GPU to check targets.
         """
         logits, targets = logits.contiguous(), targets.contiguous()
         losses = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
         block = min(self._loss.MAX_FUSED_SIZE, 1 << (logits.shape[1] - 1).bit_length())
         self._loss.liger_cross_entropy_kernel[(len(logits),)](
-            X_ptr=logits, X_stride=logits.stride(0), Y_ptr=targets, Y_stride=1, n_cols=logits.shape[1],
-            loss_ptr=losses, loss_stride=1, reduction="none", n_non_ignore=1, ignore_index=-100,
-            softcap=softcap, HAS_SOFTCAPPING=bool(softcap), HAS_GRADIENTS=gradient,
-            weight_ptr=None, weight_sum=0.0, sum_non_ignore_weight=1, HAS_WEIGHT=False,
-            z_loss_ptr=None, lse_square_scale=0.0, RETURN_Z_LOSS=False, label_smoothing=0.0,
-            token_accuracy_ptr=None, token_accuracy_stride=0, RETURN_TOKEN_ACCURACY=False,
-            predicted_tokens_ptr=None, predicted_tokens_stride=0, RETURN_PREDICTED_TOKENS=False,
-            BLOCK_SIZE=block, num_warps=32,
-        )  # fmt: skip
+            X_ptr=logits,
+            X_stride=logits.stride(0),
+            Y_ptr=targets,
+            Y_stride=1,
+            n_cols=logits.shape[1],
+            loss_ptr=losses,
+            loss_stride=1,
+            reduction="none",
+            n_non_ignore=1,
+            ignore_index=-100,
+            softcap=softcap,
+            HAS_SOFTCAPPING=bool(softcap),
+            HAS_GRADIENTS=gradient,
+            weight_ptr=None,
+            weight_sum=0.0,
+            sum_non_ignore_weight=1,
+            HAS_WEIGHT=False,
+            z_loss_ptr=None,
+            lse_square_scale=0.0,
+            RETURN_Z_LOSS=False,
+            label_smoothing=0.0,
+            token_accuracy_ptr=None,
+            token_accuracy_stride=0,
+            RETURN_TOKEN_ACCURACY=False,
+            predicted_tokens_ptr=None,
+            predicted_tokens_stride=0,
+            RETURN_PREDICTED_TOKENS=False,
+            BLOCK_SIZE=block,
+            num_warps=32,
+        )
         return losses, logits if gradient else None
 
 
@@ -124,7 +150,8 @@ class Compiled(ReferenceKernels):
 class Spans:
     """A layout for flash kernels, whose causal mask ends at the last query and the last key of each span.
 
-    sizes: where each of N spans begins among the queries and among the keys, (N + 1,) int32, and the most of one of either.
+    sizes: where each of N spans begins among the queries and among the keys, (N + 1,) int32, and the most of one of
+    either.
     gather: places in the pack of each span's keys, one after the other; None where keys are the queries' own tokens.
     """
 
@@ -140,7 +167,11 @@ def spans_of(layout: AttentionLayout, device: torch.device) -> Spans:
         reaches = [segment.first + segment.length for segment in order]
         gather = None
         if any(segment.ancestors for segment in order):
-            spans = [span for segment in order for span in (*(layout.segments[index] for index in segment.ancestors), segment)]
+            spans = [
+                span
+                for segment in order
+                for span in (*(layout.segments[index] for index in segment.ancestors), segment)
+            ]
             gather = torch.cat([torch.arange(span.start, span.start + span.length) for span in spans]).to(device)
         queries, keys = (
             torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device) for counts in (lengths, reaches)
@@ -152,8 +183,8 @@ def spans_of(layout: AttentionLayout, device: torch.device) -> Spans:
 class Flash(ReferenceKernels):
     """Attention by flash-attn's kernels (Dao 2023, arXiv:2307.08691), from 2.7.1 on, forests of segments included.
 
-    bf16 and fp16, a width that is a multiple of 8 up to 256; anything else goes to `Eager`. Keeps the log-sum-exp of the
-    scores for the backward.
+    bf16 and fp16, a width that is a multiple of 8 up to 256; anything else goes to `Eager`. Keeps the log-sum-exp of
+    the scores for the backward.
     """
 
     soft_caps = True
@@ -169,7 +200,13 @@ class Flash(ReferenceKernels):
         return out, lse
 
     def _backward(
-        self, d: torch.Tensor, heads: Heads, mixed: torch.Tensor, lse: torch.Tensor, spans: Spans, shape: AttentionShape
+        self,
+        d: torch.Tensor,
+        heads: Heads,
+        mixed: torch.Tensor,
+        lse: torch.Tensor,
+        spans: Spans,
+        shape: AttentionShape,
     ) -> Heads:
         """The gradients of `heads`."""
         dq, dk, dv = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in heads)
@@ -199,10 +236,13 @@ class Flash(ReferenceKernels):
             dq, dk, dv = self._backward(d.contiguous(), heads, mixed.contiguous(), lse, spans, geometry.shape)
             if spans.gather is not None:  # in fp32: a prefix gathers from all that continue it
                 dk, dv = (
-                    part.new_zeros(len(qkv), *part.shape[1:], dtype=torch.float32).index_add_(0, spans.gather, part.float())
+                    part.new_zeros(len(qkv), *part.shape[1:], dtype=torch.float32).index_add_(
+                        0, spans.gather, part.float()
+                    )
                     for part in (dk, dv)
                 )
-        # the rotation is orthogonal up to a factor of cos and sin, so its transpose is the rotation by the negative angle
+        # the rotation is orthogonal up to a factor of cos and sin, so its transpose is the rotation by the negative
+        # angle
         dq, dk = (self._turned(part.to(qkv.dtype), geometry.cos, -geometry.sin) for part in (dq, dk))
         return torch.cat([part.reshape(len(qkv), -1).to(qkv.dtype) for part in (dq, dk, dv)], 1)
 
@@ -227,7 +267,12 @@ class Flash(ReferenceKernels):
 def _mask(shape: AttentionShape) -> dict[str, Any]:
     """A window of -1 on the left sees all keys before a query's own."""
     window_left = shape.window - 1 if shape.window else -1
-    return {"causal": True, "window_size_left": window_left, "window_size_right": 0, "softcap": float(shape.softcap or 0)}
+    return {
+        "causal": True,
+        "window_size_left": window_left,
+        "window_size_right": 0,
+        "softcap": float(shape.softcap or 0),
+    }
 
 
 class TorchFlash(Flash):
@@ -245,12 +290,20 @@ class TorchFlash(Flash):
         return out, lse
 
     def _backward(
-        self, d: torch.Tensor, heads: Heads, mixed: torch.Tensor, lse: torch.Tensor, spans: Spans, shape: AttentionShape
+        self,
+        d: torch.Tensor,
+        heads: Heads,
+        mixed: torch.Tensor,
+        lse: torch.Tensor,
+        spans: Spans,
+        shape: AttentionShape,
     ) -> Heads:
         # the state of dropout's random numbers, which is not read without dropout
         state = (torch.zeros(2, dtype=torch.uint64, device=d.device), torch.empty(0, device=d.device))
         options = {"scale": shape.scale, "window_size_left": _mask(shape)["window_size_left"], "window_size_right": 0}
-        return torch.ops.aten._flash_attention_backward(d, *heads, mixed, lse, *spans.sizes, 0.0, True, *state, **options)
+        return torch.ops.aten._flash_attention_backward(
+            d, *heads, mixed, lse, *spans.sizes, 0.0, True, *state, **options
+        )
 
 
 @contextmanager
@@ -353,7 +406,9 @@ def difference(maker: ReferenceKernels, part: str, device: torch.device, dtype: 
 
 
 def _call_and_flatten(maker: ReferenceKernels, operation: str, arguments: Sequence[Any]) -> torch.Tensor:
-    """All results in a row, fp32. `attention_backward` runs after its own forward, `rotate` by `Eager` is the function."""
+    """All results in a row, fp32. `attention_backward` runs after its own forward, `rotate` by `Eager` is the
+    function.
+    """
     if operation == "attention":
         d, qkv, geometry = arguments
         mixed, lse = maker.attention(qkv, geometry)

@@ -1,8 +1,8 @@
 """Reference kernels in torch, for training and paged serving.
 
-Shapes: N rows of width D; T tokens; a block of H heads and G key heads of width K has qkv rows of (H + 2 G) K. Arithmetic
-is in fp32 (fp64 for fp64), results in the dtype of what came in. Backward functions are derived by hand, save attention's,
-which computes the forward again under autograd.
+Shapes: N rows of width D; T tokens; a block of H heads and G key heads of width K has qkv rows of (H + 2 G) K.
+Arithmetic is in fp32 (fp64 for fp64), results in the dtype of what came in. Backward functions are derived by hand,
+save attention's, which computes the forward again under autograd.
 
 In torch's operations, on any device: what `cpu_forward.py` is checked against, and what serves where that cannot. A
 row's result is computed from its own numbers alone, in an order that its neighbours do not change.
@@ -24,8 +24,8 @@ from sartor.models.packing import AttentionShape, Segment, SegmentGroup, attend
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Who attends to whom in a pack, in the forms that kernels read. `kernel_cache` is a kernel's own form, made once a
-    pack.
+    """Who attends to whom in a pack, in the forms that kernels read. `kernel_cache` is a kernel's own form, made once
+    a pack.
     """
 
     segments: Sequence[Segment]
@@ -36,7 +36,9 @@ class AttentionLayout:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A layer's attention over a pack. width: K. cos, sin: (T, rotary) of the rotary embedding, both halves written out."""
+    """A layer's attention over a pack. width: K. cos, sin: (T, rotary) of the rotary embedding, both halves written
+    out.
+    """
 
     shape: AttentionShape
     width: int
@@ -50,8 +52,12 @@ class ReferenceKernels:
 
     name = "torch's own operations"
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """x / rms(x) * (offset + weight): x (N, D) -> (N, D) and 1 / rms (N,) for the backward. Zhang & Sennrich 2019."""
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x / rms(x) * (offset + weight): x (N, D) -> (N, D) and 1 / rms (N,) for the backward. Zhang & Sennrich
+        2019.
+        """
         wide = _wide(x)
         rstd = torch.rsqrt(wide.square().mean(-1) + eps)
         return (wide * rstd[:, None] * (offset + _wide(weight))).to(x.dtype), rstd
@@ -75,7 +81,9 @@ class ReferenceKernels:
         gate, up = _wide(gate_up).chunk(2, -1)
         return (_act(gate, activation) * up).to(gate_up.dtype)
 
-    def glu_backward(self, d: torch.Tensor, gate_up: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def glu_backward(
+        self, d: torch.Tensor, gate_up: torch.Tensor, activation: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(act(gate) * up again (T, I), the gradient of gate_up (T, 2 I)). `gate_up` may be overwritten."""
         gate, up = _wide(gate_up).chunk(2, -1)
         value, slope = _act(gate, activation), _slope(gate, activation)
@@ -98,7 +106,9 @@ class ReferenceKernels:
         return losses, (slope * (1 - (wide / softcap) ** 2) if softcap else slope).to(logits.dtype)
 
     def attention(self, qkv: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(T, (H + 2 G) K) -> the heads' mixtures (T, H K), and what the backward wants besides. Rotates q and k itself."""
+        """(T, (H + 2 G) K) -> the heads' mixtures (T, H K), and what the backward wants besides. Rotates q and k
+        itself.
+        """
         shape, width = geometry.shape, geometry.width
         query, key, value = (
             part.unflatten(1, (-1, width)).transpose(0, 1)
@@ -120,7 +130,9 @@ class ReferenceKernels:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The rotary embedding (Su et al. 2021, arXiv:2104.09864) of x (heads, T, K); dimensions beyond the cosines' pass."""
+    """The rotary embedding (Su et al. 2021, arXiv:2104.09864) of x (heads, T, K); dimensions beyond the cosines'
+    pass.
+    """
     size = cos.shape[-1]
     rotated, unrotated = x[..., :size], x[..., size:]
     first_half, second_half = rotated.chunk(2, -1)
@@ -178,8 +190,9 @@ class RotaryTable:
 class LoraStack:
     """The factors of every adapter on one fused projection, side by side.
 
-    ranks: room of each fused module. low, high: its outputs. a (slots, sum of ranks, D); b (slots, sum of rank * outputs), each
-    module's as (rank, outputs), which is B transposed; scales (slots, modules), 0 where a module has no factors.
+    ranks: room of each fused module. low, high: its outputs. a (slots, sum of ranks, D); b (slots, sum of rank *
+    outputs), each module's as (rank, outputs), which is B transposed; scales (slots, modules), 0 where a module has no
+    factors.
     """
 
     ranks: tuple[int, ...]
@@ -214,9 +227,17 @@ class PagedKernels:
         return out
 
     def attend_row(
-        self, qkv: torch.Tensor, cache: Cache, pages: torch.Tensor, first: int, shape: AttentionShape, rotary: RotaryTable
+        self,
+        qkv: torch.Tensor,
+        cache: Cache,
+        pages: torch.Tensor,
+        first: int,
+        shape: AttentionShape,
+        rotary: RotaryTable,
     ) -> torch.Tensor:
-        """The T tokens of one row from position `first` on: qkv (T, (H + 2 G) K) -> (T, H K). pages: up to the last token's."""
+        """The T tokens of one row from position `first` on: qkv (T, (H + 2 G) K) -> (T, H K). pages: up to the last
+        token's.
+        """
         width, count = cache.keys.shape[3], len(qkv)
         query, key, value = (
             part.unflatten(1, (-1, width)).transpose(0, 1)
@@ -259,7 +280,9 @@ def _mixed(
 ) -> torch.Tensor:
     """(H, T, K) queries, (H, L, K) keys and values -> (H, T, K)."""
     if shape.softcap is None:
-        return F.scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=sees, scale=shape.scale)[0]
+        return F.scaled_dot_product_attention(
+            query[None], keys[None], values[None], attn_mask=sees, scale=shape.scale
+        )[0]
     scores = query.float() @ keys.float().transpose(1, 2) * shape.scale
     scores = shape.softcap * torch.tanh(scores / shape.softcap)
     return (scores.masked_fill(~sees, -torch.inf).softmax(-1) @ values.float()).to(query.dtype)

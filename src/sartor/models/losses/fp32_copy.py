@@ -1,8 +1,9 @@
 """Layers of a 16-bit model computed in fp32.
 
-Two ways that round differently cannot be judged by each other. `in_fp32` makes transformers' own module compute in fp32 for a
-few rows: weights are widened a module at a time, linear ones a slice at a time, so memory grows by a slice of a weight and
-not by a second model.
+Two ways that round differently cannot be judged by each other. `in_fp32` makes transformers' own module compute in
+fp32 for a
+few rows: weights are widened a module at a time, linear ones a slice at a time, so memory grows by a slice of a weight
+and not by a second model.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ SLICE_BYTES = 64 << 20
 
 @contextmanager
 def in_fp32(model: Any) -> Iterator[None]:
-    """Inside, `model` computes in fp32. Call it under no_grad; models that cast by themselves raise when they are called.
+    """Inside, `model` computes in fp32. Call it under no_grad; models that cast by themselves raise when they are
+    called.
 
-    A parameter of a module that is not linear is replaced while that module computes, and given back afterwards, also when
-    it raised.
+    A parameter of a module that is not linear is replaced while that module computes, and given back afterwards, also
+    when it raised.
     """
     embedding = model.get_input_embeddings()
-    embedded = {id(module) for module in embedding.modules()}  # towers and their caches among them: they stay as they are
+    embedded = {
+        id(module) for module in embedding.modules()
+    }  # towers and their caches among them: they stay as they are
     swap = _Swap()
     # what is looked up is widened afterwards
     hooks = [embedding.register_forward_hook(lambda module, inputs, output: _wide(output))]

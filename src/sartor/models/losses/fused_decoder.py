@@ -1,13 +1,16 @@
 """Llama-shaped decoder with hand-written forward and backward.
 
-    embed -> [norm -> qkv -> attention -> out -> + -> norm -> gate, up -> glu -> down -> +] x layers -> norm -> head -> losses
+    embed -> [norm -> qkv -> attention -> out -> + -> norm -> gate, up -> glu -> down -> +] x layers -> norm -> head ->
+    losses
 
 One autograd node a block and one for the head. What a node keeps is what a matrix product made (and the sums of the
 residual); norms and activations are computed again in the backward. Layers below the lowest adapted one run without
 gradient, the last layer's tail and the head for supervised rows only. A family is a line in FAMILIES.
 
-The log of the sum is kept running from slice to slice (Milakov & Gimelshein 2018, arXiv:1805.02867), and the gradient with it,
-as the blocked attentions do: what is there is scaled down when a larger logit comes. So each slice is widened once for both.
+The log of the sum is kept running from slice to slice (Milakov & Gimelshein 2018, arXiv:1805.02867), and the gradient
+with it,
+as the blocked attentions do: what is there is scaled down when a larger logit comes. So each slice is widened once for
+both.
 """
 
 from __future__ import annotations
@@ -66,7 +69,8 @@ def _rows(
         slopes.div_(total).sub_(target_weights)
 
 
-# Logits are made in chunks of about this size: a larger one is slower to walk, a smaller one reads the head more often.
+# Logits are made in chunks of about this size: a larger one is slower to walk, a smaller one reads the head more
+# often.
 LOGITS_BYTES = 64 << 20
 
 
@@ -74,8 +78,9 @@ LOGITS_BYTES = 64 << 20
 class DecoderFamily:
     """In what an architecture differs from Llama.
 
-    norm_offset: norms' weights are stored minus that. epsilon, activation: where a norm and the config keep theirs. window:
-    whose `sliding_window` holds, the config's or the layer's. softcaps: attention's scores and the logits are capped.
+    norm_offset: norms' weights are stored minus that. epsilon, activation: where a norm and the config keep theirs.
+    window: whose `sliding_window` holds, the config's or the layer's. softcaps: attention's scores and the logits are
+    capped.
     dropouts: settings of the config that must be 0.
     """
 
@@ -94,7 +99,7 @@ class DecoderFamily:
 
 _GEMMA = DecoderFamily(
     norm_offset=1.0, epsilon="eps", post_norms=True, activation="hidden_activation", window="layer", softcaps=True
-)  # fmt: skip
+)
 FAMILIES = {
     "llama": DecoderFamily(),  # and SmolLM2, TinyLlama, Yi, ...
     "mistral": DecoderFamily(window="config"),
@@ -103,10 +108,12 @@ FAMILIES = {
     "gemma2": _GEMMA,
     "gemma3_text": replace(_GEMMA, head_norms=True, rope_by_layer=True),
     "phi3": DecoderFamily(
-        attention_in=("qkv_proj",), mlp_in=("gate_up_proj",), window="config",
+        attention_in=("qkv_proj",),
+        mlp_in=("gate_up_proj",),
+        window="config",
         dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
     ),
-}  # fmt: skip
+}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -121,7 +128,9 @@ class Norm:
         """(y, what the backward wants)."""
         return self._kernels.rms_norm(x, self.weight, self.eps, self.offset)
 
-    def backward(self, dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+    def backward(
+        self, dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, add: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """dx, with `add` added."""
         return self._kernels.rms_norm_backward(dy, x, self.weight, rstd, self.offset, add)
 
@@ -204,7 +213,9 @@ class DecoderBlock:
     def forward(
         self, x: torch.Tensor, geometry: Geometry, output_rows: torch.Tensor | None, saved: dict[str, Any]
     ) -> torch.Tensor:
-        """x (T, D) -> (T, D), or (W, D) for the W places `output_rows` alone (the last layer: nothing reads the others)."""
+        """x (T, D) -> (T, D), or (W, D) for the W places `output_rows` alone (the last layer: nothing reads the
+        others).
+        """
         h, saved["rstd"] = self.norm.forward(x)
         qkv, saved["low_in"] = self.attention_in.forward(h)
         rotary_input = qkv if self.head_norms is None else self.head_norms.forward(qkv)
@@ -217,7 +228,9 @@ class DecoderBlock:
         saved.update(qkv=qkv, mixed=mixed, middle=middle, gate_up=gate_up)
         return out
 
-    def _add(self, residual: torch.Tensor, part: Projection, x: torch.Tensor, saved: dict[str, Any], index: int) -> Any:
+    def _add(
+        self, residual: torch.Tensor, part: Projection, x: torch.Tensor, saved: dict[str, Any], index: int
+    ) -> Any:
         """residual + [norm of] part(x), and what `part` wants for its backward."""
         if not self.post_norms:
             return part.forward(x, onto=residual)
@@ -294,7 +307,12 @@ class _BlockNode(torch.autograd.Function):
     ) -> torch.Tensor:
         saved: dict[str, Any] = {}
         out = block.forward(x, geometry, output_rows, saved)
-        ctx.block, ctx.geometry, ctx.output_rows, ctx.saved = block, geometry, output_rows, None if recompute else saved
+        ctx.block, ctx.geometry, ctx.output_rows, ctx.saved = (
+            block,
+            geometry,
+            output_rows,
+            None if recompute else saved,
+        )
         ctx.save_for_backward(x)
         return out
 
@@ -305,13 +323,15 @@ class _BlockNode(torch.autograd.Function):
         if saved is None:
             saved = {}
             ctx.block.forward(x, ctx.geometry, ctx.output_rows, saved)
-        dx, gradients = ctx.block.backward(dy.contiguous(), x, ctx.geometry, ctx.output_rows, saved, ctx.needs_input_grad[0])
+        dx, gradients = ctx.block.backward(
+            dy.contiguous(), x, ctx.geometry, ctx.output_rows, saved, ctx.needs_input_grad[0]
+        )
         return (dx, None, None, None, None, *gradients)
 
 
 class _HeadNode(torch.autograd.Function):
-    """Hidden rows -> losses. A row's loss depends on that row alone, so its gradient is made with the logits, up to the
-    factor that the backward brings, and the logits are never kept.
+    """Hidden rows -> losses. A row's loss depends on that row alone, so its gradient is made with the logits, up to
+    the factor that the backward brings, and the logits are never kept.
     """
 
     @staticmethod
@@ -367,12 +387,18 @@ class FusedDecoder:
         self.mapped = head if isinstance(head, MappedLinear) else None
         if self.mapped is not None and self.softcap:
             raise Unsupported("a mapped LM head whose logits are capped")
-        adapted = [index for index, block in enumerate(self.blocks) if any(part.requires_grad for part in block.parameters)]
+        adapted = [
+            index for index, block in enumerate(self.blocks) if any(part.requires_grad for part in block.parameters)
+        ]
         # what makes the inputs (a projector of media) is learnt through every block
         self.lowest = 0 if inputs else min(adapted, default=len(self.blocks))
-        covered = {id(parameter) for parameter in [*inputs, *(part for block in self.blocks for part in block.parameters)]}
+        covered = {
+            id(parameter) for parameter in [*inputs, *(part for block in self.blocks for part in block.parameters)]
+        }
         if uncovered := [
-            name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in covered
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and id(parameter) not in covered
         ]:
             raise Unsupported(f"{uncovered[0]} is trained, which lies outside the blocks' linear modules")
 

@@ -4,13 +4,15 @@
 
 Forward and backward are written out (Hu et al. 2021, arXiv:2106.09685), so that nothing is kept but x A^T and nothing
 computed that the factors' gradients do not need. W is one tensor for all modules, made when it is first wanted; the
-modules' own weights become views of it, so the base is in memory once and transformers' module computes with the same numbers.
+modules' own weights become views of it, so the base is in memory once and transformers' module computes with the same
+numbers.
 
-In 16 bits the order of the two products matters. x W^T rounded to bf16 stands on a grid of 2^-8 of its size; a low-rank term
-below half a step of that grid, added afterwards, is rounded away, and with it what the adapter has learnt. So the low-rank
-product is made first and the frozen one is accumulated onto it: a matrix product adds to its output in fp32 and rounds the sum
-once. The same holds for dx = dy W + (scale dy B) A. The residual stream is added last: on its coarser grid the low-rank term
-alone would be lost. In fp32 the order is as it always was, so that checkpoints go on bit-equal.
+In 16 bits the order of the two products matters. x W^T rounded to bf16 stands on a grid of 2^-8 of its size; a
+low-rank term below half a step of that grid, added afterwards, is rounded away, and with it what the adapter has
+learnt. So the low-rank product is made first and the frozen one is accumulated onto it: a matrix product adds to its
+output in fp32 and rounds the sum once. The same holds for dx = dy W + (scale dy B) A. The residual stream is added
+last: on its coarser grid the low-rank term alone would be lost. In fp32 the order is as it always was, so that
+checkpoints go on bit-equal.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ class LoraFactors:
 class MappedLinear(torch.nn.Linear):
     """A frozen linear module whose weight is a view of a mapped file, in the dtype that it has there.
 
-    It is widened for each product and let go: what a device then holds of the base is the kernel's page cache, which it may
-    take back at any time.
+    It is widened for each product and let go: what a device then holds of the base is the kernel's page cache, which
+    it may take back at any time.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -77,7 +79,9 @@ class TransposedLinear(torch.nn.Linear):
 
 
 class LoraLinear(torch.nn.Module):
-    """A frozen linear module and LoRA factors on it, where there is no peft (a device): a (R, D), b (outs, R), fp32."""
+    """A frozen linear module and LoRA factors on it, where there is no peft (a device): a (R, D), b (outs, R),
+    fp32.
+    """
 
     def __init__(self, base: torch.nn.Linear, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
         super().__init__()
@@ -115,7 +119,9 @@ class Projection:
         # W is held in fewer bits, and made dense for each product
         self.is_narrow = any(_is_narrow(base) for base in frozen)
         self._fused: torch.Tensor | None = None
-        unexpected_dtypes = [base.weight.dtype for base in frozen if not _is_narrow(base) and base.weight.dtype != self.dtype]
+        unexpected_dtypes = [
+            base.weight.dtype for base in frozen if not _is_narrow(base) and base.weight.dtype != self.dtype
+        ]
         if unexpected_dtypes:
             raise Unsupported(f"weights in {unexpected_dtypes[0]} where the base computes in {self.dtype}")
 
@@ -155,7 +161,9 @@ class Projection:
 
     def _widened(self) -> torch.Tensor:
         """All weights, each written straight to its place: never one of them twice in memory."""
-        out = torch.empty(sum(base.out_features for base in self.modules), self.modules[0].in_features, dtype=self.dtype)
+        out = torch.empty(
+            sum(base.out_features for base in self.modules), self.modules[0].in_features, dtype=self.dtype
+        )
         low = 0
         for base in self.modules:
             base.widen(out[low : low + base.out_features])
@@ -187,7 +195,8 @@ class Projection:
         if self.bias is None:
             y = low_rank_product(low_rank, self.factors, len(weight)).addmm_(x, weight.T)
         else:
-            # a bias may be much larger than the low-rank term, so all three meet in one product: [x, x A^T] [W, scale B]^T
+            # a bias may be much larger than the low-rank term, so all three meet in one product: [x, x A^T] [W, scale
+            # B]^T
             b, rank = weight.new_zeros(len(weight), low_rank.shape[1]), 0
             for factors in self.factors:
                 b[factors.low : factors.high, rank : rank + len(factors.a)] = factors.b.detach() * factors.scale
@@ -259,7 +268,9 @@ def rounds(dtype: torch.dtype) -> bool:
 
 
 def low_rank_product(low_rank: torch.Tensor, pairs: Sequence[LoraFactors], outs: int) -> torch.Tensor:
-    """Return scale (x A^T) B^T of every pair, (N, outs), zero where no module has factors. low_rank: x A^T, (N, sum of R)."""
+    """Return scale (x A^T) B^T of every pair, (N, outs), zero where no module has factors. low_rank: x A^T, (N, sum of
+    R).
+    """
     covers_all = sum(pair.high - pair.low for pair in pairs) == outs
     y = (low_rank.new_empty if covers_all else low_rank.new_zeros)(len(low_rank), outs)
     rank = 0

@@ -29,7 +29,9 @@ PACK_TOKENS = 2048
 
 @dataclass
 class CachedPack:
-    """One stored pack: its rows, their places in it, its name on the shelf, and its tensor, opened when it is first needed."""
+    """One stored pack: its rows, their places in it, its name on the shelf, and its tensor, opened when it is first
+    needed.
+    """
 
     rows: list[TokenizedExample]
     places: dict[tuple[int, ...], slice]
@@ -60,7 +62,8 @@ class ActivationCache:
             if free_bytes < 0:
                 n_uncached = len(ordered) - len(self.parts)
                 self.shelf.notice(
-                    f"compute.cache_gb holds {len(self.parts):,} rows' frozen activations; {n_uncached:,} are computed anew"
+                    f"compute.cache_gb holds {len(self.parts):,} rows' frozen activations; {n_uncached:,} are "
+                    "computed anew"
                 )
                 break
             self._add([ordered[index] for index in group])
@@ -75,9 +78,15 @@ class ActivationCache:
             places[tuple(row.ids)] = slice(end, end + len(row.ids))
             end += len(row.ids)
         key_fields = (
-            SCHEMA, self.identity, self.fast.lowest, str(self.fast.head.dtype), self.fast.kernels.name, torch.__version__,
-            torch.get_num_threads(), list(places),
-        )  # fmt: skip
+            SCHEMA,
+            self.identity,
+            self.fast.lowest,
+            str(self.fast.head.dtype),
+            self.fast.kernels.name,
+            torch.__version__,
+            torch.get_num_threads(),
+            list(places),
+        )
         name = hashlib.sha256(repr(key_fields).encode()).hexdigest()
         self.shelf.keep(name)
         self.parts.update(dict.fromkeys(places, CachedPack(rows, places, name)))
@@ -147,7 +156,9 @@ class LossBackend(Protocol):
     packing_difference: float | None
 
     def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """((S,) losses in nats, (S,) weights) of the supervised tokens of `rows`, in the rows' order; differentiable."""
+        """((S,) losses in nats, (S,) weights) of the supervised tokens of `rows`, in the rows' order;
+        differentiable.
+        """
         ...
 
     def plain(self) -> LossBackend | None:
@@ -194,7 +205,9 @@ class FusedBackend:
 def activation_cache_for(
     fast: FusedDecoder, rows: Sequence[TokenizedExample], device: torch.device, options: LossOptions
 ) -> ActivationCache | None:
-    """The cache of what layers below the lowest adapted one make of `rows`, if there is such a layer and room for it."""
+    """The cache of what layers below the lowest adapted one make of `rows`, if there is such a layer and room for
+    it.
+    """
     if not (options.reuse_bytes and 0 < fast.lowest < len(fast.blocks)):
         return None
     store = options.store or folder("activations")
@@ -207,8 +220,8 @@ def activation_cache_for(
 def measure_savings_error(backend: LossBackend, rows: Sequence[TokenizedExample]) -> dict[str, float]:
     """How far a path's savings (shared prefixes, frozen activations) are from the plain computation on `rows`.
 
-    {loss, gradient}: norm of the difference over norm, of the losses and of the worst gradient tensor. B is 0 at a run's
-    start and would hide A's gradient, so it is set to small random numbers meanwhile.
+    {loss, gradient}: norm of the difference over norm, of the losses and of the worst gradient tensor. B is 0 at a
+    run's start and would hide A's gradient, so it is set to small random numbers meanwhile.
     """
     plain, parameters = backend.plain(), backend.trained
     if plain is None:

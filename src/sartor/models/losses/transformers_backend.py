@@ -47,7 +47,8 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`attend` as transformers calls attention: query (1, H, T, K), key and value (1, G, T, K) -> ((1, T, H, K), None).
+    """`attend` as transformers calls attention: query (1, H, T, K), key and value (1, G, T, K) -> ((1, T, H, K),
+    None).
 
     `options` are theirs: scaling, softcap, sliding_window, dropout, and our `rows`.
     """
@@ -104,7 +105,9 @@ def pack_losses(model: Any, batch: Pack) -> torch.Tensor:
 
 
 def row_losses(model: Any, examples: Sequence[TokenizedExample], device: torch.device | str) -> torch.Tensor:
-    """What `pack_losses` gives, one example at a time through the model's own attention: slow, and right for any model."""
+    """What `pack_losses` gives, one example at a time through the model's own attention: slow, and right for any
+    model.
+    """
     losses = []
     for example in examples:
         batch = pack([example], device)
@@ -145,13 +148,14 @@ def matches_single_rows(
     device: torch.device | str,
     packed: Callable[[Sequence[TokenizedExample]], torch.Tensor],
 ) -> tuple[bool, float]:
-    """Return whether `packed` (rows -> (S,) losses) gives what the model gives for single rows, and the largest difference.
+    """Return whether `packed` (rows -> (S,) losses) gives what the model gives for single rows, and the largest
+    difference.
 
-    Two short rows and the longest are packed (windows and chunks show in long rows alone). Their losses must be those of
-    the plain pass, up to what reordered sums cost at the model's precision; and must not move when only the tokens of the
-    row before them change. The second is the sharper test: in bf16 a leak can be smaller than the rounding. A model with
-    state outside attention (convolutions, recurrences), or that drops unknown keyword arguments, fails one of them. Any
-    exception of the packed pass counts as "no": another path then serves.
+    Two short rows and the longest are packed (windows and chunks show in long rows alone). Their losses must be those
+    of the plain pass, up to what reordered sums cost at the model's precision; and must not move when only the tokens
+    of the row before them change. The second is the sharper test: in bf16 a leak can be smaller than the rounding. A
+    model with state outside attention (convolutions, recurrences), or that drops unknown keyword arguments, fails one
+    of them. Any exception of the packed pass counts as "no": another path then serves.
 
     In 16 bits both ways round, by up to 0.5 nats a token where losses are near 10, so neither can judge the other.
     Both are judged by the same computation in fp32 (`fp32_copy.py`), over more rows: `packed` may be off by half as
@@ -176,12 +180,16 @@ def matches_single_rows(
         difference = float((plain - packed_losses[n_first:]).abs().max())
         return leak <= 1e-6 and difference <= 1e-3, max(difference, leak)
     reference = _fp32_losses(model, few, device)
-    if reference is None:  # rounding alone is 0.1 nats in the root mean square, and 1 for one token in hundreds (docs/log.md)
+    if (
+        reference is None
+    ):  # rounding alone is 0.1 nats in the root mean square, and 1 for one token in hundreds (docs/log.md)
         deviation = (plain - packed_losses[n_first:]).abs()
         is_near = _root_mean_square(deviation) <= 0.2 and float(deviation.max()) <= 3.0
     else:
         deviation = (packed_losses[n_first:] - reference).abs()
-        is_near = _root_mean_square(deviation) <= ROUNDING_SLACK * _root_mean_square(plain - reference) + ROUNDING_FLOOR_NATS
+        is_near = (
+            _root_mean_square(deviation) <= ROUNDING_SLACK * _root_mean_square(plain - reference) + ROUNDING_FLOOR_NATS
+        )
     return leak <= 1e-3 and is_near, max(float(deviation.max()), leak)
 
 
@@ -192,10 +200,14 @@ _ROUNDED_ROWS, _ROUNDED_TOKENS = 16, 256
 
 
 def _few_rows(examples: Sequence[TokenizedExample], dtype: torch.dtype) -> list[TokenizedExample]:
-    """Return the rows that `agrees` looks at: the two shortest, the longest, one with media; in 16 bits further short ones."""
+    """Return the rows that `agrees` looks at: the two shortest, the longest, one with media; in 16 bits further short
+    ones.
+    """
     rows = sorted((example for example in examples if example.supervised_tokens), key=lambda example: len(example.ids))
     few = [*rows[:2], *rows[-1:]]
-    if not any(token < 0 for row in few for token in row.ids):  # what a model does with media shows in a row that has some
+    if not any(
+        token < 0 for row in few for token in row.ids
+    ):  # what a model does with media shows in a row that has some
         few += [row for row in rows if any(token < 0 for token in row.ids)][:1]
     if rounds(dtype):
         for row in rows[2:-1]:
@@ -280,7 +292,8 @@ class RowTransformersBackend:
 def choose_loss_backend(
     model: Any, rows: Sequence[TokenizedExample], device: torch.device, options: LossOptions = WISH
 ) -> LossBackend:
-    """Return the fastest path that is right for `model`, measured on a few of `rows`. The model should be in eval mode.
+    """Return the fastest path that is right for `model`, measured on a few of `rows`. The model should be in eval
+    mode.
 
     A path that is not the fast one says in its `reason` why, and what that costs where both can be timed.
     """
@@ -290,10 +303,14 @@ def choose_loss_backend(
             raise Unsupported("compute.path is general")
         selected_kernels, kernel_reason = kernels.choose_kernels(device)
         fast = FusedDecoder(without_peft(model), selected_kernels, recompute=options.recompute)
-        is_exact, difference = matches_single_rows(model, rows, device, lambda few: fast.losses(batches.pack(few, device)))
+        is_exact, difference = matches_single_rows(
+            model, rows, device, lambda few: fast.losses(batches.pack(few, device))
+        )
         if not is_exact:
             difference_text = (
-                f"differs from the model's own losses by {difference:.2g} nats" if math.isfinite(difference) else "fails"
+                f"differs from the model's own losses by {difference:.2g} nats"
+                if math.isfinite(difference)
+                else "fails"
             )
             raise Unsupported(f"it {difference_text} on rows of this run")
     except Unsupported as error:
@@ -304,7 +321,9 @@ def choose_loss_backend(
     reason = f"{fast.family_name} block by hand, {kernel_reason}"
     if options.recompute:
         reason += f"; {RECOMPUTED}"
-    return FusedBackend(fast, device, reason, options.share, activation_cache_for(fast, rows, device, options), difference)
+    return FusedBackend(
+        fast, device, reason, options.share, activation_cache_for(fast, rows, device, options), difference
+    )
 
 
 @torch.no_grad()
@@ -354,7 +373,8 @@ def _general(
 
 
 def with_recompute(backend: PackedTransformersBackend) -> PackedTransformersBackend:
-    """`backend` keeping one tensor a layer and computing the rest again in the backward pass; its reason says whether it can.
+    """`backend` keeping one tensor a layer and computing the rest again in the backward pass; its reason says whether
+    it can.
 
     Transformers' own checkpointing, which hands our `rows` on to each layer; it holds in training mode only.
     """

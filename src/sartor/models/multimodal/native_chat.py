@@ -1,7 +1,8 @@
 """Chat template of a multimodal model's own processor.
 
-The template writes a placeholder for each part; it becomes a mark (`models/chat.py`), so that what is learnt is found as in
-any base. When the text is tokenised the mark stands for all that the processor writes there, and the whole row is tokenised
+The template writes a placeholder for each part; it becomes a mark (`models/chat.py`), so that what is learnt is found
+as in any base. When the text is tokenised the mark stands for all that the processor writes there, and the whole row
+is tokenised
 as one: the tokens are those of the processor itself.
 """
 
@@ -47,10 +48,15 @@ class NativeChat(ChatTokenizer):
         placeholders = self._placeholder_pattern.findall(text)
         if not self._has_parts:  # marks stand already
             if placeholders:
-                raise SourceError(f"a text holds the base's own placeholder {placeholders[0]!r}", "take it out: repair_text")
+                raise SourceError(
+                    f"a text holds the base's own placeholder {placeholders[0]!r}", "take it out: repair_text"
+                )
             return text
         if placeholders != [self._native.tokens.get(kind) for kind in kinds]:
-            problem = f"the turns hold {len(kinds)} media and the chat template writes {' '.join(placeholders[:4]) or 'none'}"
+            problem = (
+                f"the turns hold {len(kinds)} media and the chat template writes "
+                f"{' '.join(placeholders[:4]) or 'none'}"
+            )
             raise SourceError(problem, "take placeholders out of the texts, or use another base")
         indices = itertools.count()
         return self._placeholder_pattern.sub(lambda match: MARK.format(next(indices)), text)
@@ -74,9 +80,13 @@ class NativeChat(ChatTokenizer):
         ]
 
     def _coded(self, text: str, media_ids: Seen, cuts: Sequence[int] = ()) -> list[Piece]:
-        """See `Chat._coded`. The whole text is tokenised as one, each mark as what the processor writes for its media."""
+        """See `Chat._coded`. The whole text is tokenised as one, each mark as what the processor writes for its
+        media.
+        """
         expanded = _ExpandedText(text, self.marks(text, media_ids), media_ids)
-        coded = pieces_of(self.tokenizer, expanded.text, [expanded.cut(cut) for cut in cuts if cut < len(text)], is_first=True)
+        coded = pieces_of(
+            self.tokenizer, expanded.text, [expanded.cut(cut) for cut in cuts if cut < len(text)], is_first=True
+        )
         placeholders = set(self._native.placeholders.values())
         virtual = iter([token for part in media_ids for token in part if token < 0])
         pieces, previous_stop = [], 0
@@ -99,16 +109,22 @@ class NativeChat(ChatTokenizer):
             return _says(tokenizer, [{"role": role, "content": _probe(as_list)} for role, as_list in turns])
 
         kinds = list(self._native.tokens)
-        self._names = {kind: name for kind in kinds for name in _NAMES[kind] if self._has_written(tokenizer, kind, name)}
+        self._names = {
+            kind: name for kind in kinds for name in _NAMES[kind] if self._has_written(tokenizer, kind, name)
+        }
         self._has_parts = kinds[0] in self._names
         forms = (_AS_TEXT, _AS_LIST)
         user = next((form for form in forms if says(("user", form))), _AS_LIST)
         self._lists["user"] = user
-        self._lists["assistant"] = next((form for form in forms if says(("user", user), ("assistant", form))), _AS_LIST)
+        self._lists["assistant"] = next(
+            (form for form in forms if says(("user", user), ("assistant", form))), _AS_LIST
+        )
         self._lists["system"] = next((form for form in forms if says(("system", form), ("user", user))), _AS_LIST)
 
     def _has_written(self, tokenizer: Any, kind: str, name: str) -> bool:
-        """Whether the template writes the placeholder of a media part that is called `name`, and the text beside it."""
+        """Whether the template writes the placeholder of a media part that is called `name`, and the text beside
+        it.
+        """
         media = {"role": "user", "content": [{"type": name}, {"type": "text", "text": _PROBE}]}
         text = _rendered(tokenizer, [media])
         return text.count(_PROBE) == 1 and text.count(self._native.tokens[kind]) == 1

@@ -1,8 +1,8 @@
 """Detects multimodal bases and opens their processors.
 
-transformers' processor prepares its recordings by mistral-common's tokenizer alone, which says of no token where it stands, and
-refuses them beside a text. So here the tokenizer is made of the same `tekken.json`, and the processor writes what
-mistral-common does; the chat template is mistral-common's own, or the one in the base's directory.
+transformers' processor prepares its recordings by mistral-common's tokenizer alone, which says of no token where it
+stands, and refuses them beside a text. So here the tokenizer is made of the same `tekken.json`, and the processor
+writes what mistral-common does; the chat template is mistral-common's own, or the one in the base's directory.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class VoxtralProcessor(transformers.VoxtralProcessor):
 
 
 def tokenizer(path: Path) -> Any:
-    """The tokenizer in a base's `tekken.json`. Raises ModelError where there is no chat template and none can be made."""
+    """The tokenizer in a base's `tekken.json`. Raises ModelError where there is no chat template and none can be
+    made.
+    """
     result = convert_tekken_tokenizer(str(path / TEKKEN))
     if result.chat_template is None:
         raise ModelError(
@@ -80,13 +82,17 @@ def kind_of(path: Path, config: Any) -> Any:
         return transformers.AutoModelForCausalLM
     package = PACKAGES.get(config.model_type)
     if package and find_spec(package) is None:
-        problem = f"{path} is a {config.model_type} model, for which transformers needs {package}, and it is not installed"
+        problem = (
+            f"{path} is a {config.model_type} model, for which transformers needs {package}, and it is not installed"
+        )
         raise ModelError(problem, f"{pip_command()} install {package}")
     return transformers.AutoModelForMultimodalLM
 
 
 def is_native(path: Path, config: Any) -> bool:
-    """Whether the base in `path` reads media by itself. Without a processor's files it is read as text, if it can be."""
+    """Whether the base in `path` reads media by itself. Without a processor's files it is read as text, if it can
+    be.
+    """
     if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return False
     if any((path / name).is_file() for name in _FILES):
@@ -100,8 +106,8 @@ def is_native(path: Path, config: Any) -> bool:
 def open_processor(path: Path, config: Any) -> Any:
     """The processor in a base's directory. Raises ModelError.
 
-    Pictures are prepared by Pillow wherever there is a way by it: what a model sees then does not depend on what else is
-    installed. A part that prepares videos is left out, since none are read.
+    Pictures are prepared by Pillow wherever there is a way by it: what a model sees then does not depend on what else
+    is installed. A part that prepares videos is left out, since none are read.
     """
     try:
         kind = _kind(path, config)
@@ -125,7 +131,9 @@ def open_processor(path: Path, config: Any) -> Any:
 
 
 def _kind(path: Path, config: Any) -> Any:
-    """The class of a processor: ours; as its files name it (an omni model's thinker has none of its own); by the model's."""
+    """The class of a processor: ours; as its files name it (an omni model's thinker has none of its own); by the
+    model's.
+    """
     if replacement := _ours(config):
         return replacement.VoxtralProcessor
     for name in _FILES:

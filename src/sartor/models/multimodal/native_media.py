@@ -1,9 +1,10 @@
 """Media inputs and generation through the model's processor.
 
-A placeholder of the processor becomes a virtual id (`models/media_tokens.py`). `embedded` is what the model itself puts in the
-places of placeholders before its first layer, taken where it enters the decoder. Where a model does more with media than
-that (positions in two dimensions, attention both ways, features for deeper layers), `inputs` turns a row back into what its
-own forward takes; which of the two is right is measured (`transformers_backend.matches_single_rows`).
+A placeholder of the processor becomes a virtual id (`models/media_tokens.py`). `embedded` is what the model itself
+puts in the places of placeholders before its first layer, taken where it enters the decoder. Where a model does more
+with media than that (positions in two dimensions, attention both ways, features for deeper layers), `inputs` turns a
+row back into what its own forward takes; which of the two is right is measured
+(`transformers_backend.matches_single_rows`).
 
 For models that do more with media than to put embeddings in their places; which ones they are is measured on the first
 prompt with the same kinds of media.
@@ -35,7 +36,8 @@ from sartor.models.media_tokens import PLACE_BITS, content_of, embedding_of, key
 HELD_BYTES = 1 << 29
 KINDS = ("image", "audio")
 BLANK = 1e-6
-# A processor that changes nothing where the end of a recording changes has cut it; shorter than this may fall between frames
+# A processor that changes nothing where the end of a recording changes has cut it; shorter than this may fall between
+# frames
 END_S = 0.05
 
 
@@ -74,13 +76,15 @@ class _Reached(Exception):
 
 
 class NativeMedia:
-    """See `media_tokens.Media`. `deviations`: by kinds of media, nats by which what their embeddings give is off the own
-    forward.
+    """See `media_tokens.Media`. `deviations`: by kinds of media, nats by which what their embeddings give is off the
+    own forward.
     """
 
     def __init__(self, processor: Any, model: Any) -> None:
         self._processor, self._model = processor, model
-        self.tokens = {kind: str(token) for kind in KINDS if (token := getattr(processor, f"{kind}_token", None)) is not None}
+        self.tokens = {
+            kind: str(token) for kind in KINDS if (token := getattr(processor, f"{kind}_token", None)) is not None
+        }
         self.placeholders = {kind: self._placeholder(kind) for kind in self.tokens}
         self.deviations: dict[frozenset[str], float] = {}
         self._origins: dict[int, tuple[Part, Path | None]] = {}
@@ -170,7 +174,9 @@ class NativeMedia:
 
     @property
     def _is_fixed(self) -> bool:
-        """Whether embeddings are always the same: nothing that makes them learns or has an adapter that may be on or off."""
+        """Whether embeddings are always the same: nothing that makes them learns or has an adapter that may be on or
+        off.
+        """
         decoder = {id(module) for module in self._model.get_decoder().modules()}
         other_modules = [module for module in self._model.modules() if id(module) not in decoder]
         if any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in other_modules):
@@ -214,8 +220,8 @@ class NativeMedia:
         return int(getattr(self._processor, names[0]).sampling_rate)
 
     def _check_heard(self, key: int, model_inputs: dict[str, Any]) -> None:
-        """Raise MediaError if the end of a recording is not in `model_inputs`, what the processor makes of it: most cut
-        at 30 s.
+        """Raise MediaError if the end of a recording is not in `model_inputs`, what the processor makes of it: most
+        cut at 30 s.
         """
         sound, rate = self._decode(key, None), self._rate
         altered = sound.copy()
@@ -255,7 +261,9 @@ class NativeMedia:
         if media["audio"]:
             processor_kwargs["sampling_rate"] = self._rate
         try:
-            model_inputs = processor(text=[text], return_tensors="pt", return_text_replacement_offsets=True, **processor_kwargs)
+            model_inputs = processor(
+                text=[text], return_tensors="pt", return_text_replacement_offsets=True, **processor_kwargs
+            )
         except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
             message = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             problem = f"the base's processor refuses it: {message}"
@@ -320,8 +328,9 @@ def _tensors(model_inputs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tenso
     )
 
 
-# Nats by which log-probabilities of the two ways may differ: the worst, and in 16 bits the root mean square. It is the same
-# row through the same operations, so next to nothing: what attention both ways changes can be less than a pack's rounding
+# Nats by which log-probabilities of the two ways may differ: the worst, and in 16 bits the root mean square. It is the
+# same row through the same operations, so next to nothing: what attention both ways changes can be less than a pack's
+# rounding
 MOST_APART, MOST_SPREAD = 1e-3, 1e-2
 
 
@@ -338,7 +347,9 @@ def is_plain(model: Any, media: NativeMedia, prompt: Sequence[int]) -> bool:
         reference = model(**media.inputs(ids), use_cache=False).logits[0].float().log_softmax(-1)
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         try:
-            outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False)
+            outputs = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False
+            )
             deviation = outputs.logits[0].float().log_softmax(-1) - reference
             media.deviations[kinds] = float(deviation.abs().max() if is_exact else deviation.pow(2).mean().sqrt())
         except Exception:  # each architecture fails in its own way, and each failure is an answer

@@ -1,8 +1,8 @@
 """Modules of language model, projector and tower.
 
-The language model is what transformers calls the decoder. A projector is a module with a name of PROJECTORS outside of its
-layers; all else but the LM head is the tower, also where it stands beside a projector within the decoder (Phi-4 multimodal). So
-an architecture whose projector has a name of its own is one new entry.
+The language model is what transformers calls the decoder. A projector is a module with a name of PROJECTORS outside of
+its layers; all else but the LM head is the tower, also where it stands beside a projector within the decoder (Phi-4
+multimodal). So an architecture whose projector has a name of its own is one new entry.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from sartor.core.errors import ConfigError
 
 PROJECTORS = {
-    "multi_modal_projector",  # LLaVA, LLaVA-NeXT, OneVision, Gemma 3, Llama vision, Qwen2-Audio, InternVL, Voxtral, ...
+    # LLaVA, LLaVA-NeXT, OneVision, Gemma 3, Llama vision, Qwen2-Audio, InternVL, Voxtral, ...
+    "multi_modal_projector",
     "connector",  # Idefics 3, SmolVLM
     "merger",  # Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen2.5-Omni
     "deepstack_merger_list",  # Qwen3-VL
@@ -35,7 +36,9 @@ PROJECTORS = {
 
 @dataclass(frozen=True)
 class Targeted:
-    """What of a native base learns: names of linear modules that get factors, and of modules that are trained whole."""
+    """What of a native base learns: names of linear modules that get factors, and of modules that are trained
+    whole.
+    """
 
     linear: tuple[str, ...]
     whole: tuple[str, ...] = ()
@@ -43,7 +46,9 @@ class Targeted:
 
 @dataclass(frozen=True)
 class BaseParts:
-    """Names of modules. decoder: the language model; language, projector_linear, tower: linear modules; projector: whole."""
+    """Names of modules. decoder: the language model; language, projector_linear, tower: linear modules; projector:
+    whole.
+    """
 
     decoder: str
     language: tuple[str, ...]
@@ -75,7 +80,9 @@ def choose_targets(model: Any, language: Sequence[str] | str, top: int | None, p
     linear = _language(model, parts, language, top)
     for name, setting, modules in (("projector", projector, parts.projector), ("tower", tower, parts.tower)):
         if setting != "none" and not modules:
-            raise ConfigError(f"method.targets.{name} is {setting}, and this base has no {name}", f"targets: {{{name}: none}}")
+            raise ConfigError(
+                f"method.targets.{name} is {setting}, and this base has no {name}", f"targets: {{{name}: none}}"
+            )
     if projector == "all-linear":
         if not parts.projector_linear:
             problem = "method.targets.projector is all-linear, and this base's projector has no linear module"
@@ -91,7 +98,9 @@ def _language(model: Any, parts: BaseParts, targets: Sequence[str] | str, top: i
     if top is not None:
         layers = len(model.get_decoder().layers)
         if top > layers:
-            raise ConfigError(f"method.targets.layers: top-{top}, and the base has {layers} layers", f"layers: top-{layers}")
+            raise ConfigError(
+                f"method.targets.layers: top-{top}, and the base has {layers} layers", f"layers: top-{layers}"
+            )
         top_layers = [f"{parts.decoder}.layers.{index}" for index in range(layers - top, layers)]
         result = tuple(name for name in result if any(_is_in(name, layer) for layer in top_layers))
     if isinstance(targets, str):

@@ -1,9 +1,9 @@
 """Whisper as a base for transcription rows.
 
-The recording's one virtual id stands where `<|startoftranscript|>` does: the decoder reads that token there, and through its
-cross-attention the encoder's features of the recording. So a row has a token for each place of the decoder, and nothing else
-of a loss or a loop has to know that there is an encoder. A text beside the recording stands where Whisper was trained to read
-one, behind `<|startofprev|>`.
+The recording's one virtual id stands where `<|startoftranscript|>` does: the decoder reads that token there, and
+through its cross-attention the encoder's features of the recording. So a row has a token for each place of the
+decoder, and nothing else of a loss or a loop has to know that there is an encoder. A text beside the recording stands
+where Whisper was trained to read one, behind `<|startofprev|>`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,22 @@ from sartor.core.records import Example, Message, Part
 from sartor.media import audio
 from sartor.models.media_tokens import content_of, key_of, keys_in, virtual_ids
 from sartor.models.multimodal.native_chat import NativeChat
-from sartor.models.multimodal.native_media import BLANK, HELD_BYTES, BoundedCache, ForcedToken, MediaTokens, NativeMedia
+from sartor.models.multimodal.native_media import (
+    BLANK,
+    HELD_BYTES,
+    BoundedCache,
+    ForcedToken,
+    MediaTokens,
+    NativeMedia,
+)
 from sartor.models.packing import TokenizedExample
 
 _MARK = re.compile(r"<\|.+\|>")
 START = "<|startoftranscript|>"
 # Whisper's texts begin with a space, what is said before and what is said alike
 TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}{{ ' ' + message.content + eos_token }}{% else %}"
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ ' ' + message.content + eos_token }}{% else "
+    "%}"
     "{% for part in message.content if part.type == 'text' and part.text | trim %}"
     "{% if loop.first %}<|startofprev|>{% endif %}{{ ' ' + part.text | trim }}{% endfor %}"
     "{% for part in message.content if part.type == 'audio' %}" + START + "TASK{% endfor %}{% endif %}{% endfor %}"
@@ -39,7 +47,9 @@ TEMPLATE = (
 
 
 def template(generation: Any) -> str:
-    """The chat template of a Whisper with this generation config: without time stamps, in the config's language or English."""
+    """The chat template of a Whisper with this generation config: without time stamps, in the config's language or
+    English.
+    """
     task = "<|notimestamps|>"
     if getattr(generation, "is_multilingual", False):
         language = (getattr(generation, "language", None) or "en").strip("<|>").lower()
@@ -48,7 +58,9 @@ def template(generation: Any) -> str:
 
 
 class WhisperMedia(NativeMedia):
-    """See `NativeMedia`. features: transformers' feature extractor. `max_positions`: tokens that the decoder has room for."""
+    """See `NativeMedia`. features: transformers' feature extractor. `max_positions`: tokens that the decoder has room
+    for.
+    """
 
     def __init__(self, features: Any, model: Any) -> None:
         self._features, self._model = features, model
@@ -70,8 +82,12 @@ class WhisperMedia(NativeMedia):
         return MediaTokens(virtual_ids(key, 1), START)
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
-        """See `media_tokens.Media`. Raises ModelError: what is heard goes in by cross-attention, and rows go one at a time."""
-        raise ModelError("a Whisper's recordings are no embeddings of tokens", "read them by its own forward: `inputs`")
+        """See `media_tokens.Media`. Raises ModelError: what is heard goes in by cross-attention, and rows go one at a
+        time.
+        """
+        raise ModelError(
+            "a Whisper's recordings are no embeddings of tokens", "read them by its own forward: `inputs`"
+        )
 
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
         """See `media_tokens.Media`."""
@@ -89,7 +105,10 @@ class WhisperMedia(NativeMedia):
         rate = self._features.sampling_rate
         sound = audio.read_sound(content_of(part, folder), rate)
         if len(sound) > self._features.n_samples:
-            problem = f"the recording has {len(sound) / rate:.1f} s, and the base hears {self._features.n_samples / rate:.0f} s"
+            problem = (
+                f"the recording has {len(sound) / rate:.1f} s, and the base hears "
+                f"{self._features.n_samples / rate:.0f} s"
+            )
             raise MediaError(
                 "long_audio",
                 problem,
@@ -141,7 +160,9 @@ class WhisperChat(NativeChat):
         return super().decode(ids).removeprefix(" ")
 
     def write(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
-        """See `Chat.write`. Raises SourceError too for turns that are not one recording, or that and its transcript."""
+        """See `Chat.write`. Raises SourceError too for turns that are not one recording, or that and its
+        transcript.
+        """
         if [message.role for message in messages] not in (["user"], ["user", "assistant"]):
             raise _not_heard(f"the turns ({', '.join(message.role for message in messages)})")
         count = sum(part.kind == "audio" for message in messages for part in message.content)
@@ -182,5 +203,7 @@ def reply(
         decoder_start_token_id=model.config.decoder_start_token_id,
     )
     processors = transformers.LogitsProcessorList([ForcedToken(choose)])
-    output_ids = transformers.GenerationMixin.generate(model, **inputs, generation_config=settings, logits_processor=processors)
+    output_ids = transformers.GenerationMixin.generate(
+        model, **inputs, generation_config=settings, logits_processor=processors
+    )
     return [int(token) for token in output_ids[0, len(prompt) :]]

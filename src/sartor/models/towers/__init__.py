@@ -14,12 +14,16 @@ from sartor.models.towers.tower import Tower
 
 
 def open_tower(
-    name: str, kind: Modality, device: torch.device | None = None, *, notice: Callable[[str], object] = lambda line: None
+    name: str,
+    kind: Modality,
+    device: torch.device | None = None,
+    *,
+    notice: Callable[[str], object] = lambda line: None,
 ) -> Tower:
     """The tower of that kind that `name` means, in memory, frozen. An asset's is fetched and converted first, once.
 
-    Raises ModelError for what holds no tower of that kind that is known here, HubError when a hub name cannot be fetched,
-    AssetError when an asset cannot be. `notice` is told what takes long.
+    Raises ModelError for what holds no tower of that kind that is known here, HubError when a hub name cannot be
+    fetched, AssetError when an asset cannot be. `notice` is told what takes long.
     """
     ref = model_refs.locate_tower(name, kind)
     device = device or best_device()

@@ -1,7 +1,7 @@
 """Whisper encoder as audio tower; transcription.
 
-It hears windows of 30 s. A longer recording is cut into windows; of each, the features of what was heard are kept and those of
-the silence that fills it up are not, so T = ceil(samples / 320): one feature for 20 ms.
+It hears windows of 30 s. A longer recording is cut into windows; of each, the features of what was heard are kept and
+those of the silence that fills it up are not, so T = ceil(samples / 320): one feature for 20 ms.
 """
 
 from __future__ import annotations
@@ -101,11 +101,15 @@ class SpeechToText:
 
         `language`: for a Whisper of several, such as `de`; without it each window's is found out.
         """
-        pieces = [(index, piece) for index, sound in enumerate(sounds) for piece in windows(sound, self.prepare.n_samples)]
+        pieces = [
+            (index, piece) for index, sound in enumerate(sounds) for piece in windows(sound, self.prepare.n_samples)
+        ]
         texts: list[list[str]] = [[] for _ in sounds]
         for start in range(0, len(pieces), BATCH):
             batch = pieces[start : start + BATCH]
-            for (index, _), text in zip(batch, self._transcribe_windows([piece for _, piece in batch], language), strict=True):
+            for (index, _), text in zip(
+                batch, self._transcribe_windows([piece for _, piece in batch], language), strict=True
+            ):
                 texts[index].append(text.strip())
         return [" ".join(text for text in window_texts if text) for window_texts in texts]
 

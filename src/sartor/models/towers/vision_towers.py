@@ -1,7 +1,7 @@
 """EfficientNet, CLIP, SigLIP and DINOv2 image towers.
 
-The module is an own small one: convolutions with the batch norms folded into them. A picture is seen whole, not cropped: what a
-model is to judge, such as a defect, may lie at the rim.
+The module is an own small one: convolutions with the batch norms folded into them. A picture is seen whole, not
+cropped: what a model is to judge, such as a defect, may lie at the rim.
 
 A picture is put whole into the square that its processor would cut out of it, so that nothing at the rim is lost.
 """
@@ -57,7 +57,9 @@ class Convolution(nn.Module):
         if kernel == 1:
             return self.convolution(x)
         over = [max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in (x.shape[3], x.shape[2])]
-        return self.convolution(nn.functional.pad(x, [side for both in over for side in (both // 2, both - both // 2)]))
+        return self.convolution(
+            nn.functional.pad(x, [side for both in over for side in (both // 2, both - both // 2)])
+        )
 
 
 class InvertedResidual(nn.Module):
@@ -120,7 +122,9 @@ class EfficientNetTower(Located):
     @torch.inference_mode()
     def grid(self, content: bytes) -> Any:
         """(1, WIDTH, GRID, GRID) fp32 of a picture."""
-        pixels = torch.from_numpy(prepared(content))[None].permute(0, 3, 1, 2)  # channels last, as the network computes
+        pixels = torch.from_numpy(prepared(content))[None].permute(
+            0, 3, 1, 2
+        )  # channels last, as the network computes
         return self.model(pixels.to(next(self.model.parameters()).device))
 
     def features(self, content: bytes) -> Any:
@@ -145,7 +149,9 @@ def open_efficientnet(ref: TowerRef, device: torch.device, notice: Callable[[str
             state_dict = torch.load(file, map_location="cpu", weights_only=True)
             weights = folded(state_dict)
             EfficientNetLite0().load_state_dict(weights)
-        except Exception as error:  # torch raises several kinds on a broken pickle, KeyError and RuntimeError on other weights
+        except (
+            Exception
+        ) as error:  # torch raises several kinds on a broken pickle, KeyError and RuntimeError on other weights
             raise ModelError(
                 f"{file} does not hold EfficientNet-Lite0: {first_line(error)}", "sartor assets install " + NAME
             ) from None
@@ -186,8 +192,10 @@ def folded(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return weights
 
 
-# (which of the hidden states, counted from the last; how many states stand before the patches') by transformers' model_type.
-# Of CLIP the last but one: the last layer's patches are trained by nothing (Liu et al. 2023, "Visual Instruction Tuning").
+# (which of the hidden states, counted from the last; how many states stand before the patches') by transformers'
+# model_type.
+# Of CLIP the last but one: the last layer's patches are trained by nothing (Liu et al. 2023, "Visual Instruction
+# Tuning").
 _STATES = {
     "clip": (-2, 1),
     "clip_vision_model": (-2, 1),

@@ -36,7 +36,8 @@ _WRITERS: dict[str, Callable[[ExportContext, Path], ExportedForm]] = {
     "merged": export_formats.write_merged,
     "gguf": export_formats.write_gguf,
 }
-# fp32 weights twice (the base as it is read, the runtime's own or the merged ones), and as much again as a small file's worth
+# fp32 weights twice (the base as it is read, the runtime's own or the merged ones), and as much again as a small
+# file's worth
 _COPIES, _BYTES, _SPARE_BYTES = 2, 4, 1 << 30
 
 
@@ -58,9 +59,11 @@ class Exported:
 class ExportOptions:
     """How an export is made, beside where and of what.
 
-    quantise: types of the merged GGUF (gguf_model.TYPES) beside f16, which is left away where bf16 or f32 is named; `none`
+    quantise: types of the merged GGUF (gguf_model.TYPES) beside f16, which is left away where bf16 or f32 is named;
+    `none`
     alone: no merged file, so the adapter is all that travels to a device that has the base's own file.
-    allow_unmeasured: also where the runtime is not installed. sign: a private key for the receipt. key, base: as in `verify`.
+    allow_unmeasured: also where the runtime is not installed. sign: a private key for the receipt. key, base: as in
+    `verify`.
     """
 
     quantise: Sequence[str] = ()
@@ -87,11 +90,12 @@ def export(
     replace: bool = False,
     notice: Notice = lambda line: None,
 ) -> Exported:
-    """Write a Release as `peft`, `merged` or `gguf` for other runtimes, with a parity receipt, and what is owed for it.
+    """Write a Release as `peft`, `merged` or `gguf` for other runtimes, with a parity receipt, and what is owed for
+    it.
 
-    The Release is verified first. Raises what `verify` raises; GateError with the numbers where the runtime answers otherwise
-    than the Release (nothing is left at `out`), ExtraError where the runtime is absent and that is not allowed, BudgetError
-    where memory cannot hold the comparison, ModelError for a base that the form has no place for.
+    The Release is verified first. Raises what `verify` raises; GateError with the numbers where the runtime answers
+    otherwise than the Release (nothing is left at `out`), ExtraError where the runtime is absent and that is not
+    allowed, BudgetError where memory cannot hold the comparison, ModelError for a base that the form has no place for.
     """
     options = options or ExportOptions()
     _check(to, options)
@@ -107,7 +111,9 @@ def export(
     check_base(source, base.ref.digest, base.chat.template_digest, base.ref.name)
     parity_prompts = prompts.choose(source, base.chat)
     measured = to != "gguf" or runtimes.has_llama_cpp()
-    work = ExportContext(source, base, adapters.open_adapter(base.model, source.path), (), options.types, measured, notice)
+    work = ExportContext(
+        source, base, adapters.open_adapter(base.model, source.path), (), options.types, measured, notice
+    )
     with Progress("ask Sartor", len(parity_prompts), "prompts", notice) as progress:
         work.traces = traces = reference.trace(base, work.model, parity_prompts, progress.advance)
     with create_output_directory(out, replace=replace) as part:
@@ -134,7 +140,9 @@ def _check(to: str, options: ExportOptions) -> None:
     if to not in _WRITERS:
         raise ConfigError(f"there is no form {to!r} of an export; there are {', '.join(_WRITERS)}", "--to peft")
     if unknown := [kind for kind in options.quantise if kind not in TYPES and list(options.quantise) != [NO_MERGED]]:
-        raise ConfigError(f"there is no type {unknown[0]!r} of GGUF weights; there are {', '.join(TYPES)}", "--quantise q8_0")
+        raise ConfigError(
+            f"there is no type {unknown[0]!r} of GGUF weights; there are {', '.join(TYPES)}", "--quantise q8_0"
+        )
     if to != "gguf" and options.quantise:
         raise ConfigError(f"--quantise is of GGUF files, and the form is {to}", "--to gguf")
     if to == "gguf" and not runtimes.has_llama_cpp() and not options.allow_unmeasured:
@@ -148,7 +156,8 @@ def _check_media(release: Artifact, to: str) -> bool:
         name, modalities = release.manifest["name"], " and ".join(towers)
         runtime = "llama.cpp has" if to == "gguf" else "transformers' layout of a text model has"
         raise ModelError(
-            f"{name} reads {modalities} by projectors of its own, and {runtime} no place for them: it would see nothing",
+            f"{name} reads {modalities} by projectors of its own, and {runtime} no place for them: it would see "
+            "nothing",
             "--to peft carries them; sartor serve and sartor ask read them",
         )
     return bool(towers)
@@ -160,7 +169,8 @@ def _check_memory(ref: model_refs.BaseRef) -> None:
     room = hardware.available_bytes()
     if needed_bytes > room.bytes:
         raise BudgetError(
-            f"comparing an export of {ref.name} in fp32 needs {needed_bytes / 1e9:.1f} GB; {room.bytes / 1e9:.1f} GB are there "
+            f"comparing an export of {ref.name} in fp32 needs {needed_bytes / 1e9:.1f} GB; {room.bytes / 1e9:.1f} GB "
+            "are there "
             f"({room.bound})",
             "export on a machine with more memory; the Release itself is a PEFT adapter, and loads in peft as it is",
         )
@@ -178,7 +188,9 @@ def _facts(release: Artifact, to: str, part: Path) -> dict[str, Any]:
         **{key: manifest[key] for key in keys if key in manifest},
         "as_base": _as_base(to, part),
         "machine": machine_facts(),
-        "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft", "gguf")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft", "gguf")
+        },
     }
 
 
@@ -191,13 +203,19 @@ def _as_base(to: str, part: Path) -> dict[str, str]:
 
 
 def _parity(
-    release: Artifact, base: Base, traces: Sequence[Trace], figures: dict[str, Figures], measured: bool, reads_media: bool
+    release: Artifact,
+    base: Base,
+    traces: Sequence[Trace],
+    figures: dict[str, Figures],
+    measured: bool,
+    reads_media: bool,
 ) -> dict[str, Any]:
     tuned_base = release.manifest["base"]
     notes = []
     if tuned_base.get("quantisation", "none") != "none":
         notes.append(
-            f"it was tuned and evaluated on the base in {tuned_base['quantisation']}; the reference is the base as it is stored"
+            f"it was tuned and evaluated on the base in {tuned_base['quantisation']}; the reference is the base as it "
+            "is stored"
         )
     if ancestry.find_parent(release, "dataset") is None:
         notes.append("the Dataset is not on this machine, or was changed")

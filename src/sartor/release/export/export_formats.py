@@ -72,7 +72,9 @@ def write_generation_config(release: Artifact, base: Base, part: Path) -> None:
 
 
 def _choice_lines(release: Artifact) -> list[str]:
-    """Lines of the card that say how often the evaluated rows were used; none of a Release from before that was counted."""
+    """Lines of the card that say how often the evaluated rows were used; none of a Release from before that was
+    counted.
+    """
     report = release.path / "report"
     chosen = read_manifest(report, ("report",)).get("chosen") if kind_of(report) == "report" else None
     return ["", f"Evaluation: {chosen['sentence']}."] if chosen else []
@@ -91,15 +93,20 @@ def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -
         "",
         f"# {name} ({form})",
         "",
-        f"A tune of the base `{manifest['base']['name']}` (digest `{manifest['base']['digest']}`), exported from the signed "
+        f"A tune of the base `{manifest['base']['name']}` (digest `{manifest['base']['digest']}`), exported from the "
+        "signed "
         f"Release `{release.id}`. How alike it answers in other runtimes was measured: `parity.json`.",
         "",
         *use.splitlines(),
         "",
-        f"Greedy replies (temperature 0) of at most {manifest['sampling']['max_tokens']} tokens are what was evaluated."
+        f"Greedy replies (temperature 0) of at most {manifest['sampling']['max_tokens']} tokens are what was "
+        "evaluated."
         if not manifest["sampling"]["temperature"]
-        else f"Replies are drawn at temperature {manifest['sampling']['temperature']}, top_p {manifest['sampling']['top_p']}.",
-        "It was tuned with this system prompt, which is to go first:" if system else "It was tuned without a system prompt.",
+        else f"Replies are drawn at temperature {manifest['sampling']['temperature']}, top_p "
+        f"{manifest['sampling']['top_p']}.",
+        "It was tuned with this system prompt, which is to go first:"
+        if system
+        else "It was tuned without a system prompt.",
         *(["", *(f"> {line}" for line in system.splitlines())] if system else []),
         "",
         f"Meant for {manifest.get('use', 'commercial')} use. Licences, and what they demand: `NOTICE.md`.",
@@ -129,7 +136,9 @@ _SHARD = "4GB"
 
 @dataclass
 class ExportContext:
-    """What a form is made of. `model`: the base in fp32 with the Release's adapter on it; used up when the form is done."""
+    """What a form is made of. `model`: the base in fp32 with the Release's adapter on it; used up when the form is
+    done.
+    """
 
     release: Artifact
     base: Base
@@ -169,7 +178,9 @@ def write_peft(work: ExportContext, part: Path) -> ExportedForm:
         figures = parity.ask_peft(part, work.base.ref.path, chat, work.traces, device, progress.advance)
     parity.check(figures, work.name)
     towers = ", ".join(f"{kind} by `{tower.name}` (`{tower.digest[:12]}`)" for kind, tower in tower_refs.items())
-    return ExportedForm({adapters.WEIGHTS: figures}, _USE_PEFT + (_USE_PROJECTORS.format(towers=towers) if tower_refs else ""))
+    return ExportedForm(
+        {adapters.WEIGHTS: figures}, _USE_PEFT + (_USE_PROJECTORS.format(towers=towers) if tower_refs else "")
+    )
 
 
 def write_merged(work: ExportContext, part: Path) -> ExportedForm:
@@ -225,7 +236,9 @@ def write_gguf(work: ExportContext, part: Path) -> ExportedForm:
 
 
 def _vocabulary(base: Base, rows: int) -> gguf_writer.Vocabulary:
-    """The tokenizer of the file that the base came from; where it came from none, written from the tokenizer in memory."""
+    """The tokenizer of the file that the base came from; where it came from none, written from the tokenizer in
+    memory.
+    """
     if file := _own_file(base):
         return gguf_writer.from_file(file, rows)
     return gguf_writer.from_chat(base.chat, rows)
@@ -238,7 +251,9 @@ def _own_file(base: Base) -> Path | None:
 def _ask_of_adapter(
     work: ExportContext, adapter: Path, vocabulary: gguf_writer.Vocabulary, metadata: gguf_writer.GgufMetadata
 ) -> Figures:
-    """llama.cpp with the adapter on the base's own GGUF file; where it has none, on the base written in F16 for this alone."""
+    """llama.cpp with the adapter on the base's own GGUF file; where it has none, on the base written in F16 for this
+    alone.
+    """
     template, traces = metadata.template, work.traces
     if file := _own_file(work.base):
         with work.asking(f"llama.cpp of {adapter.name}") as progress:
@@ -263,8 +278,9 @@ vLLM: `vllm serve THE-BASE --enable-lora --lora-modules NAME=.`; SGLang: `--lora
 _USE_PROJECTORS = """
 
 It also reads {towers}. `projectors.safetensors` holds what turns a tower's features into tokens: per kind
-project_out(gelu(project_in((features - mean) / spread))), RMS-normed and multiplied by gain, over `stack` neighbouring features
-(its metadata say how many). No other runtime has that: what is said above loads what reads text. Sartor serves the whole."""
+project_out(gelu(project_in((features - mean) / spread))), RMS-normed and multiplied by gain, over `stack` neighbouring
+features (its metadata say how many). No other runtime has that: what is said above loads what reads text. Sartor
+serves the whole."""
 _USE_MERGED = """    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")

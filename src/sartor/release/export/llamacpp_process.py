@@ -1,7 +1,8 @@
 """Child process that asks llama.cpp for logits.
 
-`python -m sartor.release.export.llamacpp_process JOB RESULT ANSWERED` reads and writes JSON files; ANSWERED gets a byte for
-each prompt. The server of xllamacpp listens on loopback while it lives, behind a key that only this process knows. No torch.
+`python -m sartor.release.export.llamacpp_process JOB RESULT ANSWERED` reads and writes JSON files; ANSWERED gets a
+byte for each prompt. The server of xllamacpp listens on loopback while it lives, behind a key that only this process
+knows. No torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
-# per position the likeliest tokens, best first, each with the natural log of its probability; None where it was not told
+# per position the likeliest tokens, best first, each with the natural log of its probability; None where it was not
+# told
 Step = list[tuple[int, float | None]]
 
 
@@ -44,7 +46,9 @@ class LlamaCppSession:
         """One request to its server."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         body = None if payload is None else json.dumps(payload).encode()
-        with urllib.request.urlopen(urllib.request.Request(self.server.listening_address + path, body, headers)) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(self.server.listening_address + path, body, headers)
+        ) as answer:
             return json.loads(answer.read())
 
     def complete(self, ids: list[int], count: int) -> list[Step]:
@@ -56,14 +60,18 @@ class LlamaCppSession:
         return token_steps(completion["tokens"], completion.get("completion_probabilities", []))
 
     def trace(self, prompt: list[int], reply: list[int]) -> Json:
-        """The greedy reply of its own, and at each position behind `prompt` and a part of `reply` the likeliest tokens.
+        """The greedy reply of its own, and at each position behind `prompt` and a part of `reply` the likeliest
+        tokens.
 
-        While both say the same, one request tells of many positions; after a difference the next begins with `reply` so far.
+        While both say the same, one request tells of many positions; after a difference the next begins with `reply`
+        so far.
         """
         greedy_steps = self.complete(prompt, self.job["longest"])
         steps: list[Step] = []
         while len(steps) < len(reply):
-            for step in self.complete(prompt + reply[: len(steps)], len(reply) - len(steps)) if steps else greedy_steps:
+            for step in (
+                self.complete(prompt + reply[: len(steps)], len(reply) - len(steps)) if steps else greedy_steps
+            ):
                 steps.append(step)
                 if len(steps) == len(reply) or step[0][0] != reply[len(steps) - 1]:
                     break
@@ -77,7 +85,8 @@ class LlamaCppSession:
 
 
 def token_steps(tokens: list[int], entries: list[Json]) -> list[Step]:
-    """A step for each token. The server tells nothing of tokens that end inside a character (an emoji is three of them).
+    """A step for each token. The server tells nothing of tokens that end inside a character (an emoji is three of
+    them).
 
     Which of several equal tokens an entry belongs to is taken for known only where counting from both ends agrees.
     """
@@ -106,7 +115,9 @@ def _go_with_the_parent() -> None:
 
 
 def main(job_file: str, result_file: str, answered_file: str) -> int:
-    """Do a job; returns the process's exit code. What went wrong is written as `error`, and a byte a trace that is answered."""
+    """Do a job; returns the process's exit code. What went wrong is written as `error`, and a byte a trace that is
+    answered.
+    """
     threading.Thread(target=_go_with_the_parent, daemon=True).start()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:

@@ -71,7 +71,9 @@ class ParityPrompt:
 
 
 def choose(release: Artifact, chat: ChatTokenizer, count: int = LEAST) -> list[ParityPrompt]:
-    """`count` prompts (fewer are topped up with generic ones). Those that the chat template refuses are passed over."""
+    """`count` prompts (fewer are topped up with generic ones). Those that the chat template refuses are passed
+    over.
+    """
     results: dict[tuple[int, ...], ParityPrompt] = {}
     system = str(release.manifest.get("system_prompt", ""))
     for source, messages, tools in [*_held_out(release, count), *_generic(system)]:
@@ -114,7 +116,8 @@ def _turns(system: str, text: str) -> list[Message]:
     return [*([Message.of("system", system)] if system else []), Message.of("user", text)]
 
 
-# Of each reply that many tokens are compared. Logits of all of them are held: 50 replies over 150,000 tokens are 1.4 GB.
+# Of each reply that many tokens are compared. Logits of all of them are held: 50 replies over 150,000 tokens are 1.4
+# GB.
 REPLY_TOKENS = 48
 # Told how many more prompts a runtime has answered
 Answered = Callable[[int], object]
@@ -123,7 +126,9 @@ ROWS_TOGETHER = 16
 
 @dataclass(frozen=True)
 class Trace:
-    """A prompt, the Release's greedy reply to it (with the token that ends it), and the logits (len(reply), V) at each."""
+    """A prompt, the Release's greedy reply to it (with the token that ends it), and the logits (len(reply), V) at
+    each.
+    """
 
     parity_prompt: ParityPrompt
     reply: tuple[int, ...]
@@ -135,7 +140,9 @@ class Trace:
         return list(self.parity_prompt.ids)
 
 
-def trace(base: Base, model: Any, prompts: Sequence[ParityPrompt], progress: Answered = lambda count: None) -> list[Trace]:
+def trace(
+    base: Base, model: Any, prompts: Sequence[ParityPrompt], progress: Answered = lambda count: None
+) -> list[Trace]:
     """Greedy replies by Sartor's own decoding, and the logits along each of them.
 
     base.model and `model` (with the adapter) are in fp32. progress: told of prompts that are answered.
@@ -162,15 +169,18 @@ def trace(base: Base, model: Any, prompts: Sequence[ParityPrompt], progress: Ans
 
 @torch.inference_mode()
 def logits_along(model: Any, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
-    """Logits (len(reply) + 1, V), fp32 on the CPU: of the token behind the prompt, and of that behind each token of `reply`."""
+    """Logits (len(reply) + 1, V), fp32 on the CPU: of the token behind the prompt, and of that behind each token of
+    `reply`.
+    """
     ids = torch.tensor([[*prompt, *reply]], device=model.device)
     logits: torch.Tensor = model(input_ids=ids).logits[0, len(prompt) - 1 :]
     return logits.float().cpu()
 
 
 LIKELIEST = 10
-# form -> least fraction of positions where the likeliest next token is the same. Down to q8_0 three `agreement_deviation` and
-# more below what any right export reached; under it a limit of use, away from what any reached: docs/decisions/009-export.md
+# form -> least fraction of positions where the likeliest next token is the same. Down to q8_0 three
+# `agreement_deviation` and more below what any right export reached; under it a limit of use, away from what any
+# reached: docs/decisions/009-export.md
 LEAST_AGREEMENT = {
     "sartor": 0.995,
     "peft": 0.995,
@@ -196,9 +206,9 @@ MOST_LOGIT_DIFFERENCE = {"peft": 0.01}
 class RuntimeOutputs:
     """What a runtime said to the traces, in their order.
 
-    greedy: its own replies (the token that ends one is the last). likeliest: per position behind the reference's reply the
-    likeliest tokens with logprobs (None where not told), best first. logits: the same positions whole, where the runtime gives
-    them.
+    greedy: its own replies (the token that ends one is the last). likeliest: per position behind the reference's reply
+    the likeliest tokens with logprobs (None where not told), best first. logits: the same positions whole, where the
+    runtime gives them.
     """
 
     greedy: list[list[int]]
@@ -210,10 +220,10 @@ class RuntimeOutputs:
 class Figures:
     """One line of a receipt. Fractions are of positions (`agreement`, `greedy_tokens`) or of replies and prompts.
 
-    Differences: the largest and the mean over the likeliest tokens of each position (logprobs, natural), and the largest over
-    the whole vocabulary (logits), None where the runtime does not tell them. alike: prompts that its template and tokenizer
-    write as Sartor's do; None where it has none of its own. agreement_deviation: the standard deviation of `agreement` over
-    replies drawn like these; the positions of one reply are not independent.
+    Differences: the largest and the mean over the likeliest tokens of each position (logprobs, natural), and the
+    largest over the whole vocabulary (logits), None where the runtime does not tell them. alike: prompts that its
+    template and tokenizer write as Sartor's do; None where it has none of its own. agreement_deviation: the standard
+    deviation of `agreement` over replies drawn like these; the positions of one reply are not independent.
     """
 
     runtime: str
@@ -246,12 +256,16 @@ def compare(runtime: str, form: str, traces: Sequence[Trace], answers: RuntimeOu
             differences.append((logprobs[index, list(reported)] - torch.tensor(list(reported.values()))).abs())
     tokens, exact_count, length = 0, 0, 0
     for trace, greedy in zip(traces, answers.greedy, strict=True):
-        tokens += sum(reference_id == runtime_id for reference_id, runtime_id in zip(trace.reply, greedy, strict=False))
+        tokens += sum(
+            reference_id == runtime_id for reference_id, runtime_id in zip(trace.reply, greedy, strict=False)
+        )
         length += max(len(trace.reply), len(greedy))
         exact_count += list(trace.reply) == greedy
     lengths = [len(trace.reply) for trace in traces]
     positions, agreement = sum(lengths), sum(matches) / sum(lengths)
-    deviation = sum((match_count - agreement * count) ** 2 for match_count, count in zip(matches, lengths, strict=True)) ** 0.5
+    deviation = (
+        sum((match_count - agreement * count) ** 2 for match_count, count in zip(matches, lengths, strict=True)) ** 0.5
+    )
     all_differences = torch.cat([*differences, torch.zeros(1)])
     logit_differences = [
         float((trace.logits - runtime_logits).abs().max())
@@ -284,7 +298,8 @@ def check(figures: Figures, name: str) -> None:
     problems = []
     if not figures.agreement >= min_agreement:
         problems.append(
-            f"{figures.agreement:.4f} of {figures.positions} next tokens are the Release's, and {min_agreement} must be "
+            f"{figures.agreement:.4f} of {figures.positions} next tokens are the Release's, and {min_agreement} must "
+            "be "
             f"(chance moves that by {figures.agreement_deviation:.4f})"
         )
     max_difference = MOST_LOGIT_DIFFERENCE.get(figures.form)
@@ -294,10 +309,13 @@ def check(figures: Figures, name: str) -> None:
         problems.append(f"{figures.alike:.2f} of the prompts become the same tokens, and {LEAST_ALIKE} must")
     if problems:
         raise GateError(
-            f"the {figures.form} export of {name} does not answer as it does in {figures.runtime}: {'; '.join(problems)}; "
+            f"the {figures.form} export of {name} does not answer as it does in {figures.runtime}: "
+            f"{'; '.join(problems)}; "
             f"whole greedy replies alike {figures.greedy_replies:.2f}, largest logprob difference "
             f"{figures.logprob_difference:.3g}; nothing was written",
-            _REMEDIES.get(figures.form, "this is a fault of Sartor or of the runtime's version; --to peft is what was signed"),
+            _REMEDIES.get(
+                figures.form, "this is a fault of Sartor or of the runtime's version; --to peft is what was signed"
+            ),
         )
 
 
@@ -334,9 +352,15 @@ def ask_peft(
 
 
 def ask_merged(
-    part: Path, chat: ChatTokenizer, traces: Sequence[Trace], device: torch.device, progress: Answered = lambda count: None
+    part: Path,
+    chat: ChatTokenizer,
+    traces: Sequence[Trace],
+    device: torch.device,
+    progress: Answered = lambda count: None,
 ) -> Figures:
-    """Transformers on the merged files alone, computing in fp32: what their narrower type rounds away is what shows."""
+    """Transformers on the merged files alone, computing in fp32: what their narrower type rounds away is what
+    shows.
+    """
     with quiet_transformers():
         model = _load_model(part, device)
     return _ask_torch("transformers", "merged", model, chat, traces, part, progress)
@@ -344,7 +368,11 @@ def ask_merged(
 
 def _load_model(path: Path, device: torch.device) -> Any:
     load_options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-    return transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, **load_options).to(device).eval()
+    return (
+        transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, **load_options)
+        .to(device)
+        .eval()
+    )
 
 
 def _ask_torch(
@@ -353,7 +381,9 @@ def _ask_torch(
     start_time = time.monotonic()
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(part), local_files_only=True, trust_remote_code=False)
     rendered = [
-        tokenizer.apply_chat_template(trace.parity_prompt.as_json(), add_generation_prompt=True, return_dict=True)["input_ids"]
+        tokenizer.apply_chat_template(trace.parity_prompt.as_json(), add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
         for trace in traces
         if trace.parity_prompt.is_plain
     ]
@@ -395,7 +425,8 @@ def _likeliest(logits: torch.Tensor) -> list[list[tuple[int, float | None]]]:
     """Of each row of (T, V) the likeliest tokens with logprobs, best first."""
     best = logits.log_softmax(-1).topk(min(LIKELIEST, logits.shape[-1]))
     return [
-        list(zip(ids, values, strict=True)) for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        list(zip(ids, values, strict=True))
+        for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 
 
@@ -440,7 +471,8 @@ def ask_llama_cpp(
     response = _in_a_process(job, progress)
     if "error" in response:
         raise GateError(
-            f"llama.cpp cannot run {file.name}: {response['error']}", "sartor export --to merged is what transformers runs"
+            f"llama.cpp cannot run {file.name}: {response['error']}",
+            "sartor export --to merged is what transformers runs",
         )
     if response["template"] != template:
         raise GateError(f"llama.cpp finds another chat template in {file.name} than the Release is bound to", REPORT)
@@ -485,7 +517,9 @@ def _in_a_process(job: dict[str, Any], progress: Answered) -> dict[str, Any]:
 
 
 def _wait(child: subprocess.Popen[bytes], answered_file: Path, progress: Answered) -> int:
-    """The exit code of the other process, which writes a byte for each prompt that it has answered. Raises TimeoutExpired."""
+    """The exit code of the other process, which writes a byte for each prompt that it has answered. Raises
+    TimeoutExpired.
+    """
     deadline, answered = time.monotonic() + TIME_LIMIT_S, 0
     while True:
         try:

@@ -1,12 +1,14 @@
 """Checks of adapter config, factors, weights and projectors.
 
-A key that is not known here is let pass only while it is off (null, false, empty), so that a method of a newer peft is not
-served as if it were none. Patterns are regular expressions to peft; here they are names with dots, so that none can be slow.
+A key that is not known here is let pass only while it is off (null, false, empty), so that a method of a newer peft is
+not served as if it were none. Patterns are regular expressions to peft; here they are names with dots, so that none
+can be slow.
 
 projectors.safetensors   metadata {"towers.1": JSON of kind -> name, digest, licence, width, stack}
 tensors KIND.mean, .spread, .gain, .project_in.*, .project_out.* (models/composed_model.py, Projector)
 
-`Pair` is one adapted module: A of shape (rank, in) and B of (out, rank), which add scale * B A to the base's (out, in).
+`Pair` is one adapted module: A of shape (rank, in) and B of (out, rank), which add scale * B A to the base's (out,
+in).
 """
 
 from __future__ import annotations
@@ -38,19 +40,42 @@ _PATTERN = re.compile(r"\^?[\w.-]{1,300}", re.ASCII)
 # peft changes the base's own weights for the others (PiSSA, OLoRA, CorDA, LoftQ), which nobody else's adapter survives
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 # says nothing of how the adapter computes
-_FREE = frozenset({
-    "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "runtime_config", "task_type",
-})  # fmt: skip
-_READ = frozenset({
-    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "layers_to_transform",
-    "layers_pattern", "use_rslora", "fan_in_fan_out", "bias",
-})  # fmt: skip
+_FREE = frozenset(
+    {
+        "base_model_name_or_path",
+        "inference_mode",
+        "init_lora_weights",
+        "lora_dropout",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+_READ = frozenset(
+    {
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "use_rslora",
+        "fan_in_fan_out",
+        "bias",
+    }
+)
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What a LoRA's config says of how it computes. Patterns: name or end of a name -> rank or alpha, first match counts."""
+    """What a LoRA's config says of how it computes. Patterns: name or end of a name -> rank or alpha, first match
+    counts.
+    """
 
     rank: int
     alpha: float
@@ -97,7 +122,9 @@ def _pattern_value(patterns: Mapping[str, float], module: str, default: float) -
 
 
 def read_config(file: Path) -> LoraConfig:
-    """The config of a plain LoRA. Raises AdmissionError naming the key that says otherwise, its value and what is taken."""
+    """The config of a plain LoRA. Raises AdmissionError naming the key that says otherwise, its value and what is
+    taken.
+    """
     fields = _read(file)
     if fields.get("peft_type") != "LORA":
         raise _refusal("peft_type", fields.get("peft_type"), "LORA")
@@ -105,7 +132,9 @@ def read_config(file: Path) -> LoraConfig:
         raise _refusal("bias", fields["bias"], "none")
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
         raise _refusal("task_type", fields["task_type"], "CAUSAL_LM")
-    if not any(fields.get("init_lora_weights", True) is init or fields["init_lora_weights"] == init for init in _INITS):
+    if not any(
+        fields.get("init_lora_weights", True) is init or fields["init_lora_weights"] == init for init in _INITS
+    ):
         raise _refusal(
             "init_lora_weights", fields["init_lora_weights"], "a start that leaves the base as it is: true, gaussian"
         )
@@ -121,7 +150,11 @@ def _config(fields: Mapping[str, Any]) -> LoraConfig:
     pattern = [pattern] if isinstance(pattern, str) else pattern
     targets = fields.get("target_modules")
     for key, names in (("target_modules", targets), ("layers_pattern", pattern)):
-        if not isinstance(names, list) or len(names) > MOST_NAMES or not all(_is_match(_NAMES, name) for name in names):
+        if (
+            not isinstance(names, list)
+            or len(names) > MOST_NAMES
+            or not all(_is_match(_NAMES, name) for name in names)
+        ):
             raise _refusal(key, names, "a list of names of modules; no regular expression")
     if not targets:
         raise _refusal("target_modules", targets, "at least one name of a module")
@@ -173,7 +206,9 @@ def _rank(key: str, value: Any) -> int:
 
 
 def _alpha(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:  # a NaN is not below either
+    if (
+        isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9
+    ):  # a NaN is not below either
         raise _refusal(key, value, "a finite number")
     return float(value)
 
@@ -186,7 +221,11 @@ def _flag(fields: Mapping[str, Any], key: str) -> bool:
 
 def _patterns(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = fields.get(key) or {}
-    if not isinstance(value, dict) or len(value) > MOST_PATTERNS or not all(_is_match(_PATTERN, name) for name in value):
+    if (
+        not isinstance(value, dict)
+        or len(value) > MOST_PATTERNS
+        or not all(_is_match(_PATTERN, name) for name in value)
+    ):
         raise _refusal(key, value, "names of modules with a number each; no regular expression")
     return value
 
@@ -226,13 +265,15 @@ class Projectors:
 def read_projectors(path: Path, files: Mapping[str, Any], about: EngineInfo) -> Projectors:
     """The projectors of the Release in `path`, of these files, with towers that are on this machine.
 
-    Raises AdmissionError or ModelError for what is no such file, or where the engine reads no media or a tower is another;
-    AssetError for one that is not installed.
+    Raises AdmissionError or ModelError for what is no such file, or where the engine reads no media or a tower is
+    another; AssetError for one that is not installed.
     """
     if PROJECTORS not in files:
         return Projectors((), {})
     if about.kind != "local":
-        raise ModelError(f"it reads media by projectors, and the engine {about.kind!r} reads text", "engine: {kind: local}")
+        raise ModelError(
+            f"it reads media by projectors, and the engine {about.kind!r} reads text", "engine: {kind: local}"
+        )
     tensors, metadata = read_whole(path / PROJECTORS)
     if model_refs.TOWERS_KEY not in metadata:
         raise _projectors_refusal(f"says {sorted(metadata)!a:.80}; this reads {model_refs.TOWERS_KEY!r}")
@@ -253,11 +294,15 @@ def _towers(text: str) -> tuple[TowerReference, ...]:
 
 
 def _tower(kind: Modality, entry: Any) -> TowerReference:
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) and entry[key] for key in ("name", "digest")):
+    if not isinstance(entry, dict) or not all(
+        isinstance(entry.get(key), str) and entry[key] for key in ("name", "digest")
+    ):
         raise _projectors_refusal(f"names no tower by name and digest for {kind}: {str(entry)[:80]!a}")
     for key, limit in (("width", MOST_WIDTH), ("stack", MOST_STACK)):
         if type(entry.get(key)) is not int or not 1 <= entry[key] <= limit:
-            raise _projectors_refusal(f"says {key} {str(entry.get(key))[:20]!a} of the tower for {kind}; it lies in 1..{limit}")
+            raise _projectors_refusal(
+                f"says {key} {str(entry.get(key))[:20]!a} of the tower for {kind}; it lies in 1..{limit}"
+            )
     return TowerReference(kind, entry["name"], entry["digest"], entry["width"], entry["stack"])
 
 
@@ -291,11 +336,15 @@ def check_projector_values(projectors: Projectors, width: int) -> str:
 def _shapes(tower: TowerReference, width: int) -> dict[str, tuple[int, ...]]:
     """Tensor -> its shape, (out, in) of weights."""
     shapes: dict[str, tuple[int, ...]] = {
-        "mean": (tower.width,), "spread": (tower.width,), "gain": (),
+        "mean": (tower.width,),
+        "spread": (tower.width,),
+        "gain": (),
         # places of a picture are averaged behind it, moments of a recording stand side by side before it
-        "project_in.weight": (width, (1 if tower.kind == "image" else tower.stack) * tower.width), "project_in.bias": (width,),
-        "project_out.weight": (width, width), "project_out.bias": (width,),
-    }  # fmt: skip
+        "project_in.weight": (width, (1 if tower.kind == "image" else tower.stack) * tower.width),
+        "project_in.bias": (width,),
+        "project_out.weight": (width, width),
+        "project_out.bias": (width,),
+    }
     return {f"{tower.kind}.{name}": shape for name, shape in shapes.items()}
 
 
@@ -329,7 +378,9 @@ class BaseWeights:
     def __init__(self, path: Path, digest: str, norms_file: Path) -> None:
         files = sorted(path.glob("*.safetensors"))
         if not files:
-            raise ModelError(f"{path} holds no *.safetensors of a base", "give the base's directory in transformers' layout")
+            raise ModelError(
+                f"{path} holds no *.safetensors of a base", "give the base's directory in transformers' layout"
+            )
         self.path = path
         self._digest = digest
         self._norms_file = norms_file
@@ -362,7 +413,11 @@ class BaseWeights:
     def _read_norms(self) -> dict[str, float]:
         try:
             fields = json.loads(self._norms_file.read_text(encoding="utf-8"))
-            return {str(name): float(norm) for name, norm in fields["norms"].items()} if fields["base"] == self._digest else {}
+            return (
+                {str(name): float(norm) for name, norm in fields["norms"].items()}
+                if fields["base"] == self._digest
+                else {}
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
@@ -388,9 +443,9 @@ def _vocabulary(path: Path) -> int:
         ) from None
 
 
-# What may be added to a module, as a Frobenius norm: half of the base's own weight, or, where that is small (a base that was
-# hardly trained), as much as two orthogonal matrices of its size. `benchmarks/norms.py` measures real adapters; what the
-# limit was chosen from stands in docs/admission.md.
+# What may be added to a module, as a Frobenius norm: half of the base's own weight, or, where that is small (a base
+# that was hardly trained), as much as two orthogonal matrices of its size. `benchmarks/norms.py` measures real
+# adapters; what the limit was chosen from stands in docs/admission.md.
 MOST_OF_WEIGHT = 0.5
 MOST_ORTHOGONAL = 2.0
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -419,8 +474,8 @@ class Norms:
 def pair_up(tensors: Mapping[str, SafetensorsEntry], config: LoraConfig, base: BaseWeights) -> list[LoraEntryPair]:
     """The pairs of exactly those modules of the base that the config targets.
 
-    Raises AdmissionError (`tensors`) for a name that is none of a factor, for half a pair, a module that the base lacks, one
-    that the config does not target, and one that it targets and that has no factors.
+    Raises AdmissionError (`tensors`) for a name that is none of a factor, for half a pair, a module that the base
+    lacks, one that the config does not target, and one that it targets and that has no factors.
     """
     halves: dict[str, dict[str, SafetensorsEntry]] = {}
     for name, tensor in tensors.items():
@@ -443,19 +498,23 @@ def pair_up(tensors: Mapping[str, SafetensorsEntry], config: LoraConfig, base: B
     if not halves:
         raise _lora_refusal("tensors", "it has no factors at all")
     return [
-        LoraEntryPair(module, factors["A"], factors["B"], config.scale_of(module)) for module, factors in sorted(halves.items())
+        LoraEntryPair(module, factors["A"], factors["B"], config.scale_of(module))
+        for module, factors in sorted(halves.items())
     ]
 
 
 def check_shapes(pairs: Sequence[LoraEntryPair], config: LoraConfig, base: BaseWeights) -> None:
-    """Raise AdmissionError (`shapes`) unless every A is (any rank, in) and every B (the same, out) of the base's module."""
+    """Raise AdmissionError (`shapes`) unless every A is (any rank, in) and every B (the same, out) of the base's
+    module.
+    """
     for pair in pairs:
         shape = base.matrices[pair.module].shape
         weight_shape = tuple(reversed(shape)) if config.is_transposed else shape
         a, b = pair.a.shape, pair.b.shape
         if len(a) != 2 or len(b) != 2 or (b[0], a[1]) != weight_shape or a[0] != b[1]:
             raise _lora_refusal(
-                "shapes", f"{pair.module} is {weight_shape} in the base; A is {a} and B {b}, not (rank, in) and (out, rank)"
+                "shapes",
+                f"{pair.module} is {weight_shape} in the base; A is {a} and B {b}, not (rank, in) and (out, rank)",
             )
 
 
@@ -463,18 +522,24 @@ def check_ranks(pairs: Sequence[LoraEntryPair], config: LoraConfig) -> None:
     """Raise AdmissionError (`rank`) where the factors have another rank than the config declares."""
     for pair in pairs:
         if pair.a.shape[0] != (declared := config.rank_of(pair.module)):
-            raise _lora_refusal("rank", f"{pair.module} has the rank {pair.a.shape[0]}; the config declares {declared}")
+            raise _lora_refusal(
+                "rank", f"{pair.module} has the rank {pair.a.shape[0]}; the config declares {declared}"
+            )
 
 
 def check_dtypes(pairs: Sequence[LoraEntryPair]) -> None:
     """Raise AdmissionError (`dtypes`) for a factor that is stored as anything but a float of 16 or 32 bits."""
     for tensor in (tensor for pair in pairs for tensor in (pair.a, pair.b)):
         if tensor.dtype not in FLOATS:
-            raise _lora_refusal("dtypes", f"{tensor.name} is stored as {tensor.dtype}; what is taken is {', '.join(FLOATS)}")
+            raise _lora_refusal(
+                "dtypes", f"{tensor.name} is stored as {tensor.dtype}; what is taken is {', '.join(FLOATS)}"
+            )
 
 
 def check_lora_values(pairs: Sequence[LoraEntryPair], base: BaseWeights) -> Norms:
-    """Read every value once. Raises AdmissionError: `finite` for a NaN or an infinity, `norms` for a product out of scale."""
+    """Read every value once. Raises AdmissionError: `finite` for a NaN or an infinity, `norms` for a product out of
+    scale.
+    """
     weights = base.norms([pair.module for pair in pairs])
     shares = {}
     for pair in pairs:
@@ -486,7 +551,8 @@ def check_lora_values(pairs: Sequence[LoraEntryPair], base: BaseWeights) -> Norm
         raise _lora_refusal(
             "norms",
             f"what it adds to {module} has {largest:.3g} times the norm that is allowed "
-            f"({MOST_OF_WEIGHT:g} of its weight's {weights[module]:.3g}, or {MOST_ORTHOGONAL:g} of an orthogonal matrix's)",
+            f"({MOST_OF_WEIGHT:g} of its weight's {weights[module]:.3g}, or {MOST_ORTHOGONAL:g} of an orthogonal "
+            "matrix's)",
         )
     return Norms(largest, module, float(np.median(list(shares.values()))))
 

@@ -1,10 +1,10 @@
 """Admits a Release or personal adapter before it is loaded.
 
-The checks run in the order of `CHECKS`, each on bytes that the ones before it vouch for: nothing of a Release is parsed
-before its signature is known to be good. Whoever is refused learns which check it was: `error.check`.
+The checks run in the order of `CHECKS`, each on bytes that the ones before it vouch for: nothing of a Release is
+parsed before its signature is known to be good. Whoever is refused learns which check it was: `error.check`.
 
-It was made on this team's state directory, and the registry knows the id that its manifest must have: that stands in the
-signature's stead, and the gate of `sartor personal tune` in that of the canaries.
+It was made on this team's state directory, and the registry knows the id that its manifest must have: that stands in
+the signature's stead, and the gate of `sartor personal tune` in that of the canaries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from typing import Any, Protocol
 from sartor.core import model_refs, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
 from sartor.core.config import is_valid_name
-from sartor.core.errors import AdmissionError, ConfigError, InputError, LicenceError, ModelError, RefusedError, SignatureError
+from sartor.core.errors import (
+    AdmissionError,
+    ConfigError,
+    InputError,
+    LicenceError,
+    ModelError,
+    RefusedError,
+    SignatureError,
+)
 from sartor.core.licences.compliance import USES
 from sartor.core.safetensors_file import read_header
 from sartor.inference.engine import EngineInfo, Event, GenerateCall, Sampling, adapter_digest, numerics_difference
@@ -40,12 +48,16 @@ _SAMPLING = frozenset(Sampling.__dataclass_fields__)
 
 
 def check_form(manifest: Mapping[str, Any]) -> None:
-    """Raise AdmissionError (`manifest`) unless what a server reads of release.json has the form that `release` writes."""
+    """Raise AdmissionError (`manifest`) unless what a server reads of release.json has the form that `release`
+    writes.
+    """
     for key in ("name", "version"):
         if not is_valid_name(manifest.get(key)):
             raise _malformed(key, manifest.get(key))
     base = manifest.get("base")
-    if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("name", "digest", "template_digest")):
+    if not isinstance(base, dict) or not all(
+        isinstance(base.get(key), str) for key in ("name", "digest", "template_digest")
+    ):
         raise _malformed("base", base)
     prompt = manifest.get("system_prompt")
     if not isinstance(prompt, str) or len(prompt) > MOST_PROMPT:
@@ -60,7 +72,9 @@ def check_form(manifest: Mapping[str, Any]) -> None:
         raise _malformed("sources", wrong)
     if not all(type(source.get("kept")) is int for source in manifest.get("sources", [])):
         raise _malformed("sources", manifest["sources"])
-    if not all(isinstance(parent.get(key), str) for parent in manifest.get("parents", []) for key in ("kind", "id", "path")):
+    if not all(
+        isinstance(parent.get(key), str) for parent in manifest.get("parents", []) for key in ("kind", "id", "path")
+    ):
         raise _malformed("parents", manifest["parents"])
     _check_sampling(manifest.get("sampling"))
 
@@ -84,10 +98,14 @@ def _check_sampling(options: Any) -> None:
 
 
 def check_gate(manifest: Mapping[str, Any]) -> str:
-    """What the gate found, check by check; a waiver shows. Raises AdmissionError (`gate`) for one that is absent or failed."""
+    """What the gate found, check by check; a waiver shows. Raises AdmissionError (`gate`) for one that is absent or
+    failed.
+    """
     gate = manifest.get("gate")
     waivers = {
-        str(waiver.get("check")): waiver for waiver in manifest.get("waivers", []) if waiver.get("by") and waiver.get("reason")
+        str(waiver.get("check")): waiver
+        for waiver in manifest.get("waivers", [])
+        if waiver.get("by") and waiver.get("reason")
     }
     if not isinstance(gate, dict):
         raise _ungated("release.json has no gate")
@@ -106,18 +124,22 @@ def check_gate(manifest: Mapping[str, Any]) -> str:
 def check_licence(release: Artifact) -> str:
     """Whether sources and base still permit the use that the Release was made for. Raises LicenceError.
 
-    It is decided anew: terms run out, and a signer's word that a licence permits is not the licence. A waiver of the gate's
-    check holds here too, and shows.
+    It is decided anew: terms run out, and a signer's word that a licence permits is not the licence. A waiver of the
+    gate's check holds here too, and shows.
     """
     use, outcome = release.manifest.get("use", "commercial"), release.manifest["gate"]["licence"]["outcome"]
     refusals, remedy = permission.licence_refusals(release, use)
     if refusals and outcome != "waived":
-        raise LicenceError(f"{release.manifest['name']} may not be served for {use} use: {'; '.join(refusals)}", remedy)
+        raise LicenceError(
+            f"{release.manifest['name']} may not be served for {use} use: {'; '.join(refusals)}", remedy
+        )
     return f"waived, against: {'; '.join(refusals)}" if refusals else f"{release.licence} permits {use} use"
 
 
 def _malformed(key: str, value: Any, reason: str = "") -> AdmissionError:
-    return AdmissionError(f"release.json has {key} {str(value)[:120]!a}{': ' if reason else ''}{reason}", _AGAIN, "manifest")
+    return AdmissionError(
+        f"release.json has {key} {str(value)[:120]!a}{': ' if reason else ''}{reason}", _AGAIN, "manifest"
+    )
 
 
 def _ungated(problem: str) -> AdmissionError:
@@ -130,9 +152,11 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MOST_SIGNATURE_BYTES = 1 << 16
 MOST_MANIFEST_BYTES = 64 << 20
 
-# The closed list. Where a refusal is no AdmissionError, its class stands in brackets; `check` names one of these in any case.
+# The closed list. Where a refusal is no AdmissionError, its class stands in brackets; `check` names one of these in
+# any case.
 CHECKS = {
-    "files": "regular files within limits, each byte as the manifest says, no other file (AdmissionError, ArtifactError)",
+    "files": "regular files within limits, each byte as the manifest says, no other file (AdmissionError, "
+    "ArtifactError)",
     "signature": "signed by a trusted key that is not revoked (SignatureError)",
     "manifest": "release.json has the form that `sartor release` writes",
     "base": "bound to the base that the engine serves (ModelError)",
@@ -147,7 +171,8 @@ CHECKS = {
     "dtypes": "floats of 16 or 32 bits",
     "finite": "no NaN, no infinity",
     "norms": "what is added to a weight is not out of scale with it",
-    "projectors": "finite, of the shapes of base and towers, and the towers are on this machine (also ModelError, AssetError)",
+    "projectors": "finite, of the shapes of base and towers, and the towers are on this machine (also ModelError, "
+    "AssetError)",
     "canary": "a process of its own can load it and answers a few prompts (also ModelError, UnavailableError)",
     "degenerate": "the replies say something and do not repeat one piece",
     "agreement": "the replies are like those that its Report recorded",
@@ -170,7 +195,9 @@ Ask = Callable[[str, Path, Sequence[GenerateCall]], Sequence[Sequence[Event]]]
 
 @dataclass(frozen=True)
 class AdmissionContext:
-    """What a Release is held against. base: its directory. trust: the one key to believe; None: those in SARTOR_HOME."""
+    """What a Release is held against. base: its directory. trust: the one key to believe; None: those in
+    SARTOR_HOME.
+    """
 
     about: EngineInfo
     base: Path
@@ -179,11 +206,14 @@ class AdmissionContext:
 
     @classmethod
     def of(cls, team: Team, about: EngineInfo) -> AdmissionContext:
-        """The ground of a team whose engine says `about`. Raises ModelError where the base's files are not on this machine."""
+        """The ground of a team whose engine says `about`. Raises ModelError where the base's files are not on this
+        machine.
+        """
         base_ref = model_refs.locate_base(team.base)
         if not base_ref.path.is_dir():
             raise ModelError(
-                f"the base {base_ref.name!r} has not been converted on this machine, so no adapter can be compared with it",
+                f"the base {base_ref.name!r} has not been converted on this machine, so no adapter can be compared "
+                "with it",
                 f"python -c \"from sartor.models.base import open_base; open_base('{base_ref.name}')\"",
             )
         return cls(about, base_ref.path, Path(team.state), Path(team.trust) if team.trust else None)
@@ -198,8 +228,8 @@ class AdmissionContext:
 class Admitted:
     """A Release that may be served. adapter: the digest to attach it under, from `path`, the server's own copy.
 
-    release: its id. sampling, tools: as release.json has them. checks: what each check found, in their order. reads: of `image`
-    and `audio`, those that it reads beside text.
+    release: its id. sampling, tools: as release.json has them. checks: what each check found, in their order. reads:
+    of `image` and `audio`, those that it reads beside text.
     """
 
     adapter: str
@@ -272,14 +302,18 @@ def admit_sync(release: Path | str, context: AdmissionContext, ask: Ask) -> Admi
         return _readmit(path, context, ask)
     with _checking("files"), release_copies.staged(path, context.state) as part:
         examined = _examine(part, path, context)
-        checks = {**examined.checks, **_check_tensor_values(examined, context), "canary": _check_canaries(examined, ask)}
+        checks = {
+            **examined.checks,
+            **_check_tensor_values(examined, context),
+            "canary": _check_canaries(examined, ask),
+        }
         copy = release_copies.keep(part, context.state, examined.release.id, context.passed_record(checks))
         return examined.admitted(copy, checks)
 
 
 def _readmit(path: Path, context: AdmissionContext, ask: Ask) -> Admitted:
-    """A copy, at a later start: signer, bytes, base, gate and licence anew; the rest only if it never passed on that base
-    by the arithmetic of this version.
+    """A copy, at a later start: signer, bytes, base, gate and licence anew; the rest only if it never passed on that
+    base by the arithmetic of this version.
     """
     examined = _examine(path, path, context)
     record = release_copies.read_passed_record(path)
@@ -294,7 +328,8 @@ def _readmit(path: Path, context: AdmissionContext, ask: Ask) -> Admitted:
 
 
 def check_release_files(release: Path | str, context: AdmissionContext) -> Admitted:
-    """Every check but those that ask an engine, on a Release where it stands: for a command that has none. Keeps nothing.
+    """Every check but those that ask an engine, on a Release where it stands: for a command that has none. Keeps
+    nothing.
 
     Raises what `admit_by` raises.
     """
@@ -359,7 +394,9 @@ def _check_tensor_values(examined: _ExaminedRelease, context: AdmissionContext) 
 
 
 def check_values(path: Path, projectors: Projectors, context: AdmissionContext) -> dict[str, str]:
-    """What each check of an adapter's files found, of everything but what only running it can show. Raises as `admit_by`."""
+    """What each check of an adapter's files found, of everything but what only running it can show. Raises as
+    `admit_by`.
+    """
     config = read_config(path / CONFIG)
     with _checking("weights"):
         tensors = read_header(path / WEIGHTS)
@@ -388,7 +425,9 @@ def check_values(path: Path, projectors: Projectors, context: AdmissionContext) 
 def _check_canaries(examined: _ExaminedRelease, ask: Ask) -> str:
     canaries = canary_prompts.canaries_of(examined.release.manifest, examined.adapter, examined.projectors.reads)
     with _checking("canary"):
-        return canary_prompts.judge_canaries(canaries, ask(examined.adapter, examined.release.path, canaries.all_calls))
+        return canary_prompts.judge_canaries(
+            canaries, ask(examined.adapter, examined.release.path, canaries.all_calls)
+        )
 
 
 def _signer(path: Path, origin: Path, trust: Path | None) -> str:
@@ -408,7 +447,10 @@ def _signer(path: Path, origin: Path, trust: Path | None) -> str:
 def check_base(release: Artifact, about: EngineInfo) -> None:
     """Raise ModelError (`base`, `template`) unless the Release is bound to what the engine serves."""
     base = release.manifest["base"]
-    for check, key, served in (("base", "digest", about.base_digest), ("template", "template_digest", about.template_digest)):
+    for check, key, served in (
+        ("base", "digest", about.base_digest),
+        ("template", "template_digest", about.template_digest),
+    ):
         with _checking(check):
             if base[key] != served:
                 name = release.manifest.get("name", release.kind)
@@ -422,7 +464,9 @@ def check_base(release: Artifact, about: EngineInfo) -> None:
 def _check_listed(release: Artifact) -> None:
     pickled = [name for name in release.manifest["files"] if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
     if pickled:
-        raise ModelError(f"it holds {pickled[0]}, a pickle, which can run code when read", f"store the adapter as {WEIGHTS}")
+        raise ModelError(
+            f"it holds {pickled[0]}, a pickle, which can run code when read", f"store the adapter as {WEIGHTS}"
+        )
     for name in (WEIGHTS, CONFIG):
         if name not in release.manifest["files"]:
             raise ModelError(f"it has no {name}", "release an adapter in PEFT's form")
@@ -430,7 +474,9 @@ def _check_listed(release: Artifact) -> None:
 
 @contextmanager
 def _checking(name: str) -> Iterator[None]:
-    """A refusal that names no check yet gets this one's name. A full disk or a process that cannot start is no refusal."""
+    """A refusal that names no check yet gets this one's name. A full disk or a process that cannot start is no
+    refusal.
+    """
     try:
         yield
     except (InputError, RefusedError) as error:
@@ -439,7 +485,9 @@ def _checking(name: str) -> Iterator[None]:
 
 
 def admit_personal(path: Path, agent: str, context: AdmissionContext) -> AgentVersion:
-    """The Adapter in a directory as a version of an agent. Raises what `admission.admit_sync` raises of base and values."""
+    """The Adapter in a directory as a version of an agent. Raises what `admission.admit_sync` raises of base and
+    values.
+    """
     adapter = open_artifact(path, "adapter")
     check_base(adapter, context.about)
     check_values(path, adapter_checks.read_projectors(path, adapter.manifest["files"], context.about), context)

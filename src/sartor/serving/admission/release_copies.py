@@ -1,7 +1,7 @@
 """The server's own verified copies of Releases.
 
-    STATE/adapters/<release id>/              the Release as it was admitted, and .admitted.json: the checks that it passed
-    STATE/adapters/.part-<random>/            one that is being looked at; left by a kill, removed by `sweep`
+    STATE/adapters/<release id>/              the Release as it was admitted, and .admitted.json: the checks that it
+    passed STATE/adapters/.part-<random>/            one that is being looked at; left by a kill, removed by `sweep`
 
 Bytes are copied and never linked: a hard link is the same file, which its owner could still write to.
 """
@@ -48,8 +48,8 @@ def sweep(state: Path) -> None:
 def staged(release: Path, state: Path) -> Iterator[Path]:
     """A copy of the directory `release` that goes on leaving, unless `keep` gave it its name.
 
-    Raises AdmissionError (`files`) for a link, a device, or more than a Release may hold; ArtifactError where nothing can be
-    read; MissingError when the disk is full.
+    Raises AdmissionError (`files`) for a link, a device, or more than a Release may hold; ArtifactError where nothing
+    can be read; MissingError when the disk is full.
     """
     part = folder(state) / f"{_PART}{secrets.token_hex(8)}"
     try:
@@ -60,7 +60,8 @@ def staged(release: Path, state: Path) -> Iterator[Path]:
     except SartorError as error:
         # who is refused knows the original
         error.problem, error.remedy = (
-            text.replace(str(part), str(release)).replace(part.name, release.name) for text in (error.problem, error.remedy)
+            text.replace(str(part), str(release)).replace(part.name, release.name)
+            for text in (error.problem, error.remedy)
         )
         error.args = (f"{error.problem}\n  try: {error.remedy}",)
         raise
@@ -69,7 +70,9 @@ def staged(release: Path, state: Path) -> Iterator[Path]:
 
 
 def keep(part: Path, state: Path, release_id: str, record: dict[str, Any]) -> Path:
-    """Give a staged copy its name, with what it passed. One that stands there already, and is whole, is kept instead."""
+    """Give a staged copy its name, with what it passed. One that stands there already, and is whole, is kept
+    instead.
+    """
     path = folder(state) / release_id
     if _is_whole(path):
         return path
@@ -162,7 +165,9 @@ class _ReleaseCopier:
 
 
 def _refused(problem: str) -> AdmissionError:
-    return AdmissionError(f"the Release is refused: {problem}", "give a Release as `sartor release` writes it", "files")
+    return AdmissionError(
+        f"the Release is refused: {problem}", "give a Release as `sartor release` writes it", "files"
+    )
 
 
 @contextmanager

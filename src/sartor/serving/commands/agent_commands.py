@@ -50,18 +50,22 @@ def list_agents(team: Team | Path | str) -> CommandRows:
     with _opened(team) as registry:
         snapshot = registry.read()
     damaged = [{"name": name, "hurt": reason} for name, reason in snapshot.damaged.items()]
-    return CommandRows([*(_row(agent, snapshot) for agent in snapshot.agents.values() if agent.state != "removed"), *damaged])
+    return CommandRows(
+        [*(_row(agent, snapshot) for agent in snapshot.agents.values() if agent.state != "removed"), *damaged]
+    )
 
 
 def add_agent(team: Team | Path | str, release: Path | str, *, name: str = "", why: str = "") -> CommandRows:
     """Register a Release under its own name or another, after every check that needs no engine.
 
-    The first version of an agent is live at once, a later one waits to be promoted. Raises what `admission.look` raises, and
-    ConflictError for a name and version that mean another Release.
+    The first version of an agent is live at once, a later one waits to be promoted. Raises what `admission.look`
+    raises, and ConflictError for a name and version that mean another Release.
     """
     loaded_team = team if isinstance(team, Team) else load(Path(team))
     version = _looked_at(loaded_team, Path(release), name)
-    fallback = next((member.fallback for member in loaded_team.agents if member.name == version.agent), ("previous", "base"))
+    fallback = next(
+        (member.fallback for member in loaded_team.agents if member.name == version.agent), ("previous", "base")
+    )
     return _changed(loaded_team, lambda registry, cause: registry.add(version, fallback=fallback, cause=cause), why)
 
 
@@ -77,8 +81,8 @@ def promote_agent(
 ) -> CommandRows:
     """Make a registered version live, or put it on trial: by the fractions given, else by those of TEAM.yaml.
 
-    A version that is on trial becomes live, unless a fraction is given. Raises ConflictError when `expected` is not live
-    (None: whatever is).
+    A version that is on trial becomes live, unless a fraction is given. Raises ConflictError when `expected` is not
+    live (None: whatever is).
     """
     loaded_team = team if isinstance(team, Team) else load(Path(team))
     has_fractions = canary is not None or shadow is not None
@@ -137,10 +141,14 @@ def _row(agent: Agent, snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _looked_at(team: Team, release: Path, name: str) -> AgentVersion:
-    """A Release, checked against the team's base without an engine. What a server loads is checked by the server again."""
+    """A Release, checked against the team's base without an engine. What a server loads is checked by the server
+    again.
+    """
     Path(team.state).mkdir(parents=True, exist_ok=True)
     base = verify_release(release, key=team.trust or None, base=team.base).release.manifest["base"]
-    about = EngineInfo(team.engine.kind, base["name"], base["digest"], base["template_digest"], context_tokens=0, rows=0)
+    about = EngineInfo(
+        team.engine.kind, base["name"], base["digest"], base["template_digest"], context_tokens=0, rows=0
+    )
     admitted = admission.check_release_files(release, AdmissionContext.of(team, about))
     return version_of(admitted, name or admitted.name)
 
@@ -196,18 +204,25 @@ def list_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> 
     """
     loaded_team, feedback_filter = _feedback_filter(team, key, user)
     inbox = _inbox(loaded_team)
-    counted = _count_by_giver(line.feedback for line in inbox.lines() if line.feedback and feedback_filter.is_by(line.feedback))
+    counted = _count_by_giver(
+        line.feedback for line in inbox.lines() if line.feedback and feedback_filter.is_by(line.feedback)
+    )
     trust_by_giver = {(trust.key, trust.user): trust for trust in feedback_inbox.of_folder(inbox.path).standings}
     return CommandRows(
-        [_feedback_book_row(trust_by_giver[voice], counted[voice]) for voice in sorted(counted) if voice in trust_by_giver]
+        [
+            _feedback_book_row(trust_by_giver[voice], counted[voice])
+            for voice in sorted(counted)
+            if voice in trust_by_giver
+        ]
     )
 
 
 def remove_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> dict[str, Any]:
-    """Take everything out of the inbox that a key said, or a user, or a user of a key; and every line that was cut short.
+    """Take everything out of the inbox that a key said, or a user, or a user of a key; and every line that was cut
+    short.
 
-    `places` names the lines, as the origins of Examples do: what was learnt from them is `sartor revoke`'s to find. Raises
-    ConfigError where neither is given, MissingError where the disk does not take it.
+    `places` names the lines, as the origins of Examples do: what was learnt from them is `sartor revoke`'s to find.
+    Raises ConfigError where neither is given, MissingError where the disk does not take it.
     """
     if not key and not user:
         raise ConfigError(

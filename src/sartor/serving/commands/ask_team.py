@@ -30,10 +30,11 @@ def ask_team(
     top: int = 3,
     notice: Callable[[str], object] = lambda line: None,
 ) -> AskReply:
-    """Ask a team once: `agent` is a name, `name@version`, a plan, `base` or `auto`. One worker is started, and ended again.
+    """Ask a team once: `agent` is a name, `name@version`, a plan, `base` or `auto`. One worker is started, and ended
+    again.
 
-    Raises UnknownAgentError for a name that nobody has, RequestError for media that the agent does not read, UnavailableError,
-    and what the worker told where it did not start.
+    Raises UnknownAgentError for a name that nobody has, RequestError for media that the agent does not read,
+    UnavailableError, and what the worker told where it did not start.
     """
     question = as_prompt(prompt)
     question.check(question.kinds, "")

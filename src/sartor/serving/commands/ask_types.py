@@ -36,17 +36,24 @@ class AskPrompt:
 
     @classmethod
     def of(
-        cls, text: str, media: Sequence[tuple[PartKind, Path | str]] = (), *,
-        images: Iterable[Path | str] = (), audio: Iterable[Path | str] = (),
-    ) -> AskPrompt:  # fmt: skip
-        """The question with media from files; `-` is standard input. media: (kind, file) in any order; images and audio follow.
+        cls,
+        text: str,
+        media: Sequence[tuple[PartKind, Path | str]] = (),
+        *,
+        images: Iterable[Path | str] = (),
+        audio: Iterable[Path | str] = (),
+    ) -> AskPrompt:
+        """The question with media from files; `-` is standard input. media: (kind, file) in any order; images and
+        audio follow.
 
-        Raises MediaError for a file that is not there or is no picture or recording, ConfigError where `-` stands twice.
+        Raises MediaError for a file that is not there or is no picture or recording, ConfigError where `-` stands
+        twice.
         """
         files = [*media, *(("image", file) for file in images), *(("audio", file) for file in audio)]
         if sum(str(file) == STDIN for _, file in files) > 1:
             raise ConfigError(
-                "standard input is named twice, and can be read once", "--image FILE or --audio FILE in place of one `-`"
+                "standard input is named twice, and can be read once",
+                "--image FILE or --audio FILE in place of one `-`",
             )
         return cls(text, tuple(read_media("image" if kind == "image" else "audio", file) for kind, file in files))
 
@@ -67,11 +74,14 @@ class AskPrompt:
     def media_digests(self) -> list[dict[str, str]]:
         """Of its media, what a reply's JSON says: kind and sha256."""
         return [
-            {"kind": part.kind, "sha256": hashlib.sha256(content_parts.bytes_of(part.media)).hexdigest()} for part in self.media
+            {"kind": part.kind, "sha256": hashlib.sha256(content_parts.bytes_of(part.media)).hexdigest()}
+            for part in self.media
         ]
 
     def check(self, reads: Iterable[str], agent: str) -> None:
-        """Raise ConfigError where nothing is asked, RequestError where `agent`, that reads these kinds beside text, cannot."""
+        """Raise ConfigError where nothing is asked, RequestError where `agent`, that reads these kinds beside text,
+        cannot.
+        """
         if not self.text.strip() and not self.media:
             raise ConfigError("the prompt is empty", 'sartor ask RELEASE "a question"')
         if unreadable := [kind for kind in self.kinds if kind not in set(reads)]:
@@ -100,7 +110,9 @@ def read_media(kind: PartKind, file: Path | str) -> Part:
         mime = mime_of(kind, content)
     except MediaError as error:
         remedy = error.remedy if error.reason not in ("unreadable_image", "unreadable_audio") else _REMEDIES[kind]
-        raise MediaError(error.reason, f"{str(file)[:200]!r} cannot be read as {kind}: {error.problem}", remedy) from None
+        raise MediaError(
+            error.reason, f"{str(file)[:200]!r} cannot be read as {kind}: {error.problem}", remedy
+        ) from None
     return Part(kind, media=content_parts.url_of(content, mime))
 
 
@@ -116,7 +128,9 @@ def mime_of(kind: str, content: bytes) -> str:
 
 @dataclass(frozen=True)
 class SpokenFile:
-    """A reply as speech. text: its spoken form. left_out: what was written and is not said as it stands, counted by kind."""
+    """A reply as speech. text: its spoken form. left_out: what was written and is not said as it stands, counted by
+    kind.
+    """
 
     file: str
     text: str
@@ -129,8 +143,8 @@ class SpokenFile:
 class AskReply:
     """One answer. `nearest` are training Examples like the prompt; `nearest_note` says why when there are none.
 
-    receipt: the id of its receipt, where one is kept. spoken: the file that it was spoken into, if it was. media: of what was
-    asked beside the prompt, kind and sha256. is_released: false of an Adapter's, which no gate has passed.
+    receipt: the id of its receipt, where one is kept. spoken: the file that it was spoken into, if it was. media: of
+    what was asked beside the prompt, kind and sha256. is_released: false of an Adapter's, which no gate has passed.
     """
 
     prompt: str
@@ -157,7 +171,8 @@ class AskReply:
 
 
 def nearest_examples(release: Artifact, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:
-    """Training Examples whose question is most like `prompt` (0..1, by shared words and edits), and a note when there are none.
+    """Training Examples whose question is most like `prompt` (0..1, by shared words and edits), and a note when there
+    are none.
 
     A look-up, not attribution: it says what the model saw that resembles the question, not what made it answer so.
     """
@@ -166,7 +181,8 @@ def nearest_examples(release: Artifact, prompt: str, top: int) -> tuple[list[dic
         return [], "the Dataset is not on this machine, or was changed; `sartor index DIR` finds a moved one"
     examples = list(parquet_io.read_examples(dataset, "train"))
     questions = [example.prompt[-1].text if example.prompt else example.reply for example in examples]
-    # shared words find candidates whatever their order; the mean with the edit similarity puts whole questions before parts
+    # shared words find candidates whatever their order; the mean with the edit similarity puts whole questions before
+    # parts
     matches = process.extract(prompt, questions, scorer=fuzz.token_set_ratio, processor=str.lower, limit=20 * top)
     scored = [((score + fuzz.ratio(prompt.lower(), text.lower())) / 2, index) for text, score, index in matches]
     best = sorted(scored, key=lambda pair: -pair[0])[:top]

@@ -1,9 +1,9 @@
 """Verb agents replay: logged plans run again.
 
-Where the log has the words (`log: content`) they are compared, else the digests, and the words of the request are given. A
-greedy step says the same to the bit on the machine that it was made on, and a sampled one by its seed. What was left out then
-is left out again, so that the steps after it can be compared; time plays no part. A run that another arithmetic made
-(core/numerics.py) is not made again: where it would differ says nothing of it.
+Where the log has the words (`log: content`) they are compared, else the digests, and the words of the request are
+given. A greedy step says the same to the bit on the machine that it was made on, and a sampled one by its seed. What
+was left out then is left out again, so that the steps after it can be compared; time plays no part. A run that another
+arithmetic made (core/numerics.py) is not made again: where it would differ says nothing of it.
 """
 
 from __future__ import annotations
@@ -69,21 +69,30 @@ class Replay:
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
         runs = [
-            {"run": run.run, "plan": run.plan, "steps": run.steps, "same": run.is_same,
-             **({"differs": vars(run.differs)} if run.differs else {}), **({"note": run.note} if run.note else {})}
+            {
+                "run": run.run,
+                "plan": run.plan,
+                "steps": run.steps,
+                "same": run.is_same,
+                **({"differs": vars(run.differs)} if run.differs else {}),
+                **({"note": run.note} if run.note else {}),
+            }
             for run in self.runs
-        ]  # fmt: skip
+        ]
         return {"same": all(run.is_same for run in self.runs), "runs": runs}
 
     def table(self) -> list[tuple[str, str]]:
         """A line a run."""
-        return [(run.run, f"{run.plan}, {run.steps} steps: {_sentence(run)}") for run in self.runs] or [("runs", "none")]
+        return [(run.run, f"{run.plan}, {run.steps} steps: {_sentence(run)}") for run in self.runs] or [
+            ("runs", "none")
+        ]
 
 
 def _sentence(run: Replayed) -> str:
     if run.differs:
         return (
-            f"{run.differs.step} ({run.differs.agent}): {run.differs.what} {run.differs.then!r} then, {run.differs.now!r} now"
+            f"{run.differs.step} ({run.differs.agent}): {run.differs.what} {run.differs.then!r} then, "
+            f"{run.differs.now!r} now"
         )
     return run.note or "the same"
 
@@ -131,7 +140,9 @@ class Remaking:
     about: EngineInfo | None = None
 
     async def remake(self, rows: Rows) -> Replayed:
-        """One run, by its lines. Raises ConfigError for a plan that was declared otherwise, ArtifactError for other words."""
+        """One run, by its lines. Raises ConfigError for a plan that was declared otherwise, ArtifactError for other
+        words.
+        """
         opens, ends = rows[0], rows[-1]
         head = (str(opens["run"]), str(opens["plan"]), len(rows) - 2)
         _check_plan(self.team.plans, head[1])
@@ -154,7 +165,8 @@ class Remaking:
     def _check_words(self, opens: Mapping[str, Any], content: RequestDigestInput) -> None:
         if "content" not in opens and self.digest("asked", content.digests(self.digest)) != opens["asked"]:
             raise ArtifactError(
-                f"the messages are not those of the run {opens['run']}", "give them as they were, and --run for one of several"
+                f"the messages are not those of the run {opens['run']}",
+                "give them as they were, and --run for one of several",
             )
 
 
@@ -166,9 +178,11 @@ def replay_plans(
     messages: Path | str | None = None,
     notice: Callable[[str], object] = lambda line: None,
 ) -> Replay:
-    """Make the runs in a log again, or the one with that id, and say of each whether it is the same, else where it differs.
+    """Make the runs in a log again, or the one with that id, and say of each whether it is the same, else where it
+    differs.
 
-    messages: the words of the request, or its whole body, where the log has none. One worker is started, and ended again.
+    messages: the words of the request, or its whole body, where the log has none. One worker is started, and ended
+    again.
     Raises ArtifactError for a log or words that do not fit, ConfigError for a plan that was declared otherwise.
     """
     loaded_team = team if isinstance(team, Team) else load(Path(team))
@@ -200,7 +214,9 @@ async def _to_the_end(plans: PlanDispatcher, request: AgentRequest) -> None:
 def _words(opens: Mapping[str, Any], question: Mapping[str, Any]) -> Mapping[str, Any]:
     if "content" not in opens:
         if not question:
-            raise ConfigError(f"the log has no words of the run {opens['run']}", "--messages FILE, or log: content in the plan")
+            raise ConfigError(
+                f"the log has no words of the run {opens['run']}", "--messages FILE, or log: content in the plan"
+            )
         return question
     request = opens["content"]["asked"]
     return {"messages": request["messages"], "response_format": response_format(request["schema"])}

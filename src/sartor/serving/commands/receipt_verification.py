@@ -60,7 +60,9 @@ class CheckedReceipt:
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What a receipt is held against. content: None where the question is not at hand, reply: None where its text is not."""
+    """What a receipt is held against. content: None where the question is not at hand, reply: None where its text is
+    not.
+    """
 
     receipt: Mapping[str, Any]
     content: RequestDigestInput | None
@@ -80,8 +82,9 @@ def verify_receipt(
 ) -> CheckedReceipt:
     """Check a receipt, as GET /v1/receipts/{id} gives it, or with its words: `{"receipt", "messages", "reply"}`.
 
-    team: TEAM.yaml, whose keys and engine are used. messages: a file with the messages or the whole body of the request. reply:
-    its text. Raises ArtifactError (a file that is none, other words), SignatureError, ConfigError, ModelError.
+    team: TEAM.yaml, whose keys and engine are used. messages: a file with the messages or the whole body of the
+    request. reply: its text. Raises ArtifactError (a file that is none, other words), SignatureError, ConfigError,
+    ModelError.
     """
     document = _read(Path(file))
     payload = document if isinstance(document.get("receipt"), dict) else {"receipt": document}
@@ -100,7 +103,11 @@ def verify_receipt(
     evidence = _Evidence(
         receipt, _completed(content, receipt, release), text if isinstance(text, str) else None, loaded_team, release
     )
-    checked = {"signature": f"signed by {signer}", "digests": _check_digests(evidence), "text": _check_text(evidence, notice)}
+    checked = {
+        "signature": f"signed by {signer}",
+        "digests": _check_digests(evidence),
+        "text": _check_text(evidence, notice),
+    }
     return CheckedReceipt(receipt, signer, checked)
 
 
@@ -148,7 +155,9 @@ def _check_signature(receipt: Mapping[str, Any], file: Path, key: Path | None, t
     try:
         document = records.canonical({name: value for name, value in receipt.items() if name != "signature"})
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file} holds what no receipt can: {error}", "give what GET /v1/receipts/ID answered") from None
+        raise ArtifactError(
+            f"{file} holds what no receipt can: {error}", "give what GET /v1/receipts/ID answered"
+        ) from None
     keys = [signing.open_public(trusted)] if trusted else None
     return signing.check_signature(document, receipt["signature"], file, f"the receipt {receipt['id']}", keys)
 
@@ -263,12 +272,16 @@ def _not_checkable(evidence: _Evidence, sampling: Sampling) -> str:
     if evidence.content is None or evidence.reply is None:
         return "give the messages and the reply"
     if receipt["release"] and evidence.release is None:
-        return f"the Release {receipt['release'][:16]} is not on this machine (sartor index DIR finds one that was moved)"
+        return (
+            f"the Release {receipt['release'][:16]} is not on this machine (sartor index DIR finds one that was moved)"
+        )
     return ""
 
 
 def _engine_opening(evidence: _Evidence) -> dict[str, Any]:
-    """Which engine to open: the team's, else this package's own. Raises a SartorError where it is not the one that answered."""
+    """Which engine to open: the team's, else this package's own. Raises a SartorError where it is not the one that
+    answered.
+    """
     recorded, base = evidence.receipt["engine"], evidence.receipt["base"]
     engine = evidence.team.engine if evidence.team else LocalEngineOptions()
     if recorded.get("kind") != engine.kind:
@@ -289,7 +302,9 @@ def _engine_differences(receipt: Mapping[str, Any], about: EngineInfo) -> str:
     recorded = {**receipt["engine"], "template": receipt["base"].get("template_digest")}
     current = {"dtype": about.dtype, "device": about.device, "template": about.template_digest}
     return ", ".join(
-        f"{name} was {recorded.get(name)} and is {value}" for name, value in current.items() if recorded.get(name) != value
+        f"{name} was {recorded.get(name)} and is {value}"
+        for name, value in current.items()
+        if recorded.get(name) != value
     )
 
 

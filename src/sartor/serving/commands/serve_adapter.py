@@ -1,7 +1,7 @@
 """Verb serve for one Adapter or one Release, without a file of a team.
 
-An Adapter has passed no gate. It is served as `NAME@unreleased`, so that every reply says so, in the form of a Release that a
-key signs which is made for this server, stands in its own directory alone, and is trusted by nothing else.
+An Adapter has passed no gate. It is served as `NAME@unreleased`, so that every reply says so, in the form of a Release
+that a key signs which is made for this server, stands in its own directory alone, and is trusted by nothing else.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from sartor.serving.commands.ask_types import AskReply, SpokenFile
 def speaking(file: Path | str, voice: str = DEFAULT, speed: float = 1.0) -> Callable[[AskReply], AskReply]:
     """What speaks a reply into `file` (.wav, .flac, .mp3, .opus, .ogg) and notes it in the reply.
 
-    Whatever can be wrong before there is a reply is raised here, before a base is opened for it: ConfigError for a file that
-    cannot be, and what `open_voice` raises. The file is written whole or not at all.
+    Whatever can be wrong before there is a reply is raised here, before a base is opened for it: ConfigError for a
+    file that cannot be, and what `open_voice` raises. The file is written whole or not at all.
     """
     path = Path(file)
     form = ENDINGS.get(path.suffix.lower())
@@ -38,6 +38,8 @@ def speaking(file: Path | str, voice: str = DEFAULT, speed: float = 1.0) -> Call
         with contextlib.closing(speaker):
             sound = speaker.say(speech.text, speed)
         write_file_atomic(path, sound.encoded(form))
-        return replace(reply, spoken=SpokenFile(str(path), speech.text, round(sound.seconds, 3), speaker.name, speech.left_out))
+        return replace(
+            reply, spoken=SpokenFile(str(path), speech.text, round(sound.seconds, 3), speaker.name, speech.left_out)
+        )
 
     return speak

@@ -1,8 +1,8 @@
 """VLLM command line for a team.
 
-Adapters are served under their digests, so that a name means one content for ever and two versions of an agent stand side by
-side. What vLLM would do otherwise than the Release says is refused here, by the agent's name: vLLM has one chat template for
-all, no DoRA, and overlooks ranks and alphas that differ from module to module.
+Adapters are served under their digests, so that a name means one content for ever and two versions of an agent stand
+side by side. What vLLM would do otherwise than the Release says is refused here, by the agent's name: vLLM has one
+chat template for all, no DoRA, and overlooks ranks and alphas that differ from module to module.
 """
 
 from __future__ import annotations
@@ -42,22 +42,31 @@ class Launch:
 
 
 def launch(team: Team) -> Launch:
-    """The command for a team, after verifying its Releases. Raises what `verify` and `command` do, ModelError for its base."""
+    """The command for a team, after verifying its Releases. Raises what `verify` and `command` do, ModelError for its
+    base.
+    """
     ref = model_refs.locate_base(team.base)
     if not ref.path.is_dir():
-        raise ModelError(f"the base {ref.name} is not converted yet", f"sartor ask RELEASE PROMPT --base {ref.name} does so")
-    releases = [verify_release(member.release, key=team.trust or None, base=team.base).release for member in team.agents]
+        raise ModelError(
+            f"the base {ref.name} is not converted yet", f"sartor ask RELEASE PROMPT --base {ref.name} does so"
+        )
+    releases = [
+        verify_release(member.release, key=team.trust or None, base=team.base).release for member in team.agents
+    ]
     return command(team, ref.path, releases)
 
 
 def command(team: Team, base: Path, releases: Sequence[Artifact]) -> Launch:
     """The command for a base's directory and one Release per agent.
 
-    Raises ConfigError when the team's engine is another, ModelError that names the agent which vLLM cannot serve as released.
+    Raises ConfigError when the team's engine is another, ModelError that names the agent which vLLM cannot serve as
+    released.
     """
     engine = team.engine
     if not isinstance(engine, OpenAiEngineOptions):
-        raise ConfigError(f"the team's engine is {engine.kind}", "engine: {kind: openai, url: http://127.0.0.1:8000/v1}")
+        raise ConfigError(
+            f"the team's engine is {engine.kind}", "engine: {kind: openai, url: http://127.0.0.1:8000/v1}"
+        )
     url = urlsplit(engine.url)
     if not url.hostname:
         raise ConfigError(f"engine.url is {engine.url!r}, no address", "engine.url: http://127.0.0.1:8000/v1")
@@ -82,7 +91,9 @@ def command(team: Team, base: Path, releases: Sequence[Artifact]) -> Launch:
         argv += ["--lora-modules", *(_module(release) for release in releases)]
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if engine.loads_adapters else {}
     if engine.key_env:
-        environment["VLLM_API_KEY"] = f"${engine.key_env}"  # not as a flag, which other users of the machine could read
+        environment["VLLM_API_KEY"] = (
+            f"${engine.key_env}"  # not as a flag, which other users of the machine could read
+        )
     return Launch(tuple(argv), environment)
 
 
@@ -96,10 +107,13 @@ def _check_templates(base: Path, releases: Sequence[Artifact]) -> None:
     template = model_refs.chat_template(base)
     for release in releases:
         bound = release.manifest["base"]["template_digest"]
-        expected = model_refs.template_digest(template) if template else releases[0].manifest["base"]["template_digest"]
+        expected = (
+            model_refs.template_digest(template) if template else releases[0].manifest["base"]["template_digest"]
+        )
         if bound != expected:
             raise ModelError(
-                f"{_name(release)} is bound to the chat template {bound[:12]}, and vLLM uses {expected[:12]} for every agent",
+                f"{_name(release)} is bound to the chat template {bound[:12]}, and vLLM uses {expected[:12]} for "
+                "every agent",
                 _REMEDY,
             )
 

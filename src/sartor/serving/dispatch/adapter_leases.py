@@ -12,7 +12,8 @@ from sartor.core.errors import AdmissionError, SartorError, UnavailableError
 from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.types import WorkerBackend
 
-# What `serving.admission` is asked for: the Release in a directory as a version of an agent of that name, or what it raises.
+# What `serving.admission` is asked for: the Release in a directory as a version of an agent of that name, or what it
+# raises.
 # `release` of the version is where the adapter is loaded from: the server's own copy.
 Admit = Callable[[Path, str], Awaitable[AgentVersion]]
 
@@ -20,8 +21,8 @@ Admit = Callable[[Path, str], Awaitable[AgentVersion]]
 class AdapterLeases:
     """The adapters of one crew. Not thread-safe: the event loop's own.
 
-    copies: where admission keeps this machine's copies, each under its Release's id: a registry that several machines share
-    names a directory that may be another one's.
+    copies: where admission keeps this machine's copies, each under its Release's id: a registry that several machines
+    share names a directory that may be another one's.
     """
 
     def __init__(self, workers: WorkerBackend, admit: Admit, copies: Path) -> None:
@@ -30,7 +31,8 @@ class AdapterLeases:
         self._admit = admit
         self._loaded: set[str] = set()
         self._admitted: set[str] = set()
-        # id of each Release that was checked -> its directory. Two may have the same adapter: each is checked for itself
+        # id of each Release that was checked -> its directory. Two may have the same adapter: each is checked for
+        # itself
         self.directories: dict[str, Path] = {}
         self._loading: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._wanted: set[str] = set()
@@ -46,7 +48,9 @@ class AdapterLeases:
         return version.adapter in self._loaded and version.release_id in self.directories
 
     def was_admitted(self, version: AgentVersion) -> bool:
-        """Whether a server ever let it in: this one, one before it, whose copy stands, or another one that registered it."""
+        """Whether a server ever let it in: this one, one before it, whose copy stands, or another one that registered
+        it.
+        """
         has_copy = version.release_id in self._admitted or (self._copies / version.release_id).is_dir()
         return has_copy or "canary" in version.facts.get("checks", {})
 
@@ -55,7 +59,9 @@ class AdapterLeases:
         if not self.holds(version):
             trouble = self.troubles.get(version.name)
             reason = trouble.problem if trouble else "its adapter is being loaded"
-            raise UnavailableError(f"{version.name} cannot answer: {reason}", trouble.remedy if trouble else "ask again")
+            raise UnavailableError(
+                f"{version.name} cannot answer: {reason}", trouble.remedy if trouble else "ask again"
+            )
 
     @contextmanager
     def leased(self, adapter: str) -> Iterator[None]:
@@ -71,7 +77,9 @@ class AdapterLeases:
 
     @contextmanager
     def pinned(self, version: AgentVersion) -> Iterator[None]:
-        """As long as this lasts, the version is wanted: it is about to be asked for, and the registry does not say so yet."""
+        """As long as this lasts, the version is wanted: it is about to be asked for, and the registry does not say so
+        yet.
+        """
         self._pinned.append(version)
         try:
             yield
@@ -112,7 +120,9 @@ class AdapterLeases:
         self.troubles.pop(version.name, None)
 
     async def _recheck(self, version: AgentVersion) -> AgentVersion:
-        """The version as admission finds it, in the copy if there is one that is whole, else where it was registered."""
+        """The version as admission finds it, in the copy if there is one that is whole, else where it was
+        registered.
+        """
         copy = self._copies / version.release_id
         if copy.is_dir():
             with suppress(SartorError):

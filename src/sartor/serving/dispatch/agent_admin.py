@@ -48,8 +48,8 @@ class AgentAdmin:
     async def promote(self, name: str, release: str, version: str, expected: str | None) -> Mapping[str, Any]:
         """Make a Release (a directory) or a registered version live, or put it on trial where TEAM.yaml asks for one.
 
-        A version that is on trial already becomes live. Its adapter is loaded before anything changes. Raises ConflictError
-        when `expected` is not live (None: whatever is), AdmissionError, UnknownAgentError, ModelError.
+        A version that is on trial already becomes live. Its adapter is loaded before anything changes. Raises
+        ConflictError when `expected` is not live (None: whatever is), AdmissionError, UnknownAgentError, ModelError.
         """
         registry = self._served.registry
         if release:
@@ -67,7 +67,9 @@ class AgentAdmin:
 
     async def rollback(self, name: str, expected: str | None) -> Mapping[str, Any]:
         """End a trial, or make the version live that was before. Raises ConflictError, UnknownAgentError."""
-        return await self._applied(await _change_registry(self._served.registry.rollback, name, expected=expected, cause=ADMIN))
+        return await self._applied(
+            await _change_registry(self._served.registry.rollback, name, expected=expected, cause=ADMIN)
+        )
 
     async def drain(self, name: str) -> Mapping[str, Any]:
         """Take an agent out of service: what runs ends, what comes is refused. Raises UnknownAgentError."""
@@ -94,7 +96,9 @@ class AgentAdmin:
 
 
 async def _change_registry(change: Callable[..., Agent], *arguments: Any, **options: Any) -> Agent:
-    """A change of the registry, in a thread. A row or file of it that is damaged is no fault of the Release that was named."""
+    """A change of the registry, in a thread. A row or file of it that is damaged is no fault of the Release that was
+    named.
+    """
     try:
         return await asyncio.to_thread(change, *arguments, **options)
     except ArtifactError as error:

@@ -50,7 +50,15 @@ from sartor.serving.registry.registry import ChangeCause, Registry
 from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.registry.user_versions import SUFFIX, UserVersionStore
 from sartor.serving.team_config import Team
-from sartor.serving.types import AgentReply, AgentRequest, EventStream, FinishedReply, ReceiptWriter, Router, WorkerBackend
+from sartor.serving.types import (
+    AgentReply,
+    AgentRequest,
+    EventStream,
+    FinishedReply,
+    ReceiptWriter,
+    Router,
+    WorkerBackend,
+)
 
 _OPTIONS = frozenset(option.name for option in fields(Sampling))
 _SYSTEM = ("system", "developer")
@@ -59,8 +67,9 @@ _SYSTEM = ("system", "developer")
 def build_call(request: AgentRequest, version: AgentVersion | None, id: str, max_tokens: int) -> GenerateCall:
     """What an engine is asked, by a version or the base (None).
 
-    A client's own system message stands in place of the Release's, and so do its sampling options and its tools. Raises
-    RequestError for an option that is none or asks for more than `max_tokens`, ConfigError for a value out of range.
+    A client's own system message stands in place of the Release's, and so do its sampling options and its tools.
+    Raises RequestError for an option that is none or asks for more than `max_tokens`, ConfigError for a value out of
+    range.
     """
     facts = version.facts if version else {}
     return GenerateCall(
@@ -95,7 +104,8 @@ def _sampling(request: AgentRequest, released: dict[str, Any], max_tokens: int) 
     return Sampling(**{**merged, "max_tokens": min(merged["max_tokens"], max_tokens)})
 
 
-# What is an agent's own fault, or says that it is out of service; the rest is the request's, or a matter of room and time
+# What is an agent's own fault, or says that it is out of service; the rest is the request's, or a matter of room and
+# time
 STEPS_IN = (ModelError, ArtifactError, UnavailableError)
 AGENT_FAULTS = ("ModelError", "ArtifactError")
 
@@ -143,7 +153,9 @@ class Dispatcher:
             UserVersionStore(registry.database), self.leases, workers, Path(team.state), team.personal.held
         )
         self.served.followers.append(self.user_versions.follow)
-        self.shadows = Shadows(workers, self._has_room, self.leases.leased, self._on_shadow_outcome, team.limits.deadline_s)
+        self.shadows = Shadows(
+            workers, self._has_room, self.leases.leased, self._on_shadow_outcome, team.limits.deadline_s
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self.in_flight = 0
@@ -152,7 +164,8 @@ class Dispatcher:
         self.team_tools: Callable[[str], tuple[Mapping[str, Any], ...]] = lambda name: ()
 
     async def start(self) -> None:
-        """Register the members that are new, load what is served, and follow the registry. Raises where it cannot be opened.
+        """Register the members that are new, load what is served, and follow the registry. Raises where it cannot be
+        opened.
 
         A member that cannot be admitted or loaded is in `health`; its fall-backs answer if it ever was admitted.
         """
@@ -174,8 +187,8 @@ class Dispatcher:
     async def open(self, request: AgentRequest) -> AgentReply:
         """Begin a reply; returns when its first event is there.
 
-        Raises UnknownAgentError, KeyRefusedError, RequestError, ConfigError, BusyError, DeadlineError; UnavailableError when
-        neither the agent nor anybody who may step in can answer now.
+        Raises UnknownAgentError, KeyRefusedError, RequestError, ConfigError, BusyError, DeadlineError;
+        UnavailableError when neither the agent nor anybody who may step in can answer now.
         """
         receipt = secrets.token_hex(16)
         deadline = time.monotonic() + request.deadline_s
@@ -185,7 +198,9 @@ class Dispatcher:
                 selection = await select_candidates(
                     public_request, self.served.agents, self._router, receipt, self.served.reads
                 )
-                selection = await self.user_versions.select(selection, request, self.served.agents, self.served.versions)
+                selection = await self.user_versions.select(
+                    selection, request, self.served.agents, self.served.versions
+                )
         except TimeoutError:
             raise DeadlineError(
                 f"no agent was chosen within {request.deadline_s:g} s", "name an agent, or allow more time"
@@ -322,7 +337,9 @@ class Dispatcher:
             self._observe_reply(shadow.agent, outcome.text, bool(event.tool_calls), token_s, self.in_flight + 1)
 
     def _observe_reply(self, agent: str, text: str, is_call: bool, token_s: float, in_flight: int) -> None:
-        self._follow(self.rollouts.observe_reply(ObservedReply(agent, False, is_call or is_json(text), token_s, in_flight)))
+        self._follow(
+            self.rollouts.observe_reply(ObservedReply(agent, False, is_call or is_json(text), token_s, in_flight))
+        )
 
     def _failed(self, agent: str, kind: str) -> None:
         if kind in AGENT_FAULTS:
@@ -346,7 +363,9 @@ class Dispatcher:
         registry = self.served.registry
         try:
             if verdict.action == "promote":
-                await asyncio.to_thread(registry.promote, agent.name, verdict.version, expected=agent.live, cause=cause)
+                await asyncio.to_thread(
+                    registry.promote, agent.name, verdict.version, expected=agent.live, cause=cause
+                )
             else:
                 trial = verdict.version if agent.candidate == verdict.version else ""
                 await asyncio.to_thread(registry.rollback, agent.name, expected=agent.live, trial=trial, cause=cause)

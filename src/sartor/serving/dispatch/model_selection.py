@@ -46,8 +46,8 @@ def join_reasons(reasons: Sequence[Reason]) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One who may answer: an exact version, or `base`; and why. personal_version: the version of the person who asks, where it
-    is that.
+    """One who may answer: an exact version, or `base`; and why. personal_version: the version of the person who asks,
+    where it is that.
     """
 
     agent: str
@@ -96,13 +96,16 @@ async def select_candidates(
     """Who may answer `request`. `id`: what a canary's draw hangs on.
 
     Raises UnknownAgentError for a name that nobody has, KeyRefusedError for one that the client's key does not open,
-    RequestError where who is asked does not read what the request holds, UnavailableError for an agent that is being drained.
+    RequestError where who is asked does not read what the request holds, UnavailableError for an agent that is being
+    drained.
     """
     kinds = kinds_in(request.messages)
     modalities = Modalities(kinds, reads)
     if kinds:
         readers = [
-            name for name, agent in agents.items() if _is_choosable(request, agent) and modalities.fit(f"{name}@{agent.live}")
+            name
+            for name, agent in agents.items()
+            if _is_choosable(request, agent) and modalities.fit(f"{name}@{agent.live}")
         ]
         modalities = Modalities(kinds, reads, readers)
     name, separator, version = request.model.partition("@")
@@ -132,7 +135,8 @@ def _openable_agent(request: AgentRequest, agents: Mapping[str, Agent], name: st
     openable = [other for other in agents if request.openable is None or other in request.openable]
     if name not in agents:
         raise UnknownAgentError(
-            f"there is no agent {name[:80]!r}; there are: {', '.join([BASE_AGENT, AUTO, *openable])}", '"model": "auto"'
+            f"there is no agent {name[:80]!r}; there are: {', '.join([BASE_AGENT, AUTO, *openable])}",
+            '"model": "auto"',
         )
     if name not in openable:
         raise KeyRefusedError(f"this key does not open {name!r}", "send a key of that agent")
@@ -143,14 +147,18 @@ def _openable_agent(request: AgentRequest, agents: Mapping[str, Agent], name: st
         )
     if not agents[name].live and BASE_AGENT not in agents[name].fallback:
         reason = agents[name].note or "it has no version"
-        raise UnavailableError(f"{name} cannot answer: {reason}", "sartor agents list says more; sartor agents add RELEASE")
+        raise UnavailableError(
+            f"{name} cannot answer: {reason}", "sartor agents list says more; sartor agents add RELEASE"
+        )
     return agents[name]
 
 
 async def _select_routed(
     request: AgentRequest, agents: Mapping[str, Agent], router: Router | None, id: str, modalities: Modalities
 ) -> CandidateList:
-    """`auto`: by the text, among those that read all of the request. A router that fails chooses the base, and says so."""
+    """`auto`: by the text, among those that read all of the request. A router that fails chooses the base, and says
+    so.
+    """
     openable = {name for name, agent in agents.items() if _is_choosable(request, agent)}
     if modalities.kinds:
         openable &= set(modalities.readers)
@@ -170,9 +178,11 @@ async def _select_routed(
     return _select_unrouted(decision, agents, id, modalities)
 
 
-def _select_unrouted(decision: RoutingDecision, agents: Mapping[str, Agent], id: str, modalities: Modalities) -> CandidateList:
-    """No agent was chosen, and the base does not read the request. Without a judgement the only agent that does, answers, and
-    so does one that fits and is only no better than a base that could see it.
+def _select_unrouted(
+    decision: RoutingDecision, agents: Mapping[str, Agent], id: str, modalities: Modalities
+) -> CandidateList:
+    """No agent was chosen, and the base does not read the request. Without a judgement the only agent that does,
+    answers, and so does one that fits and is only no better than a base that could see it.
 
     Raises RequestError where none fits or several may be meant.
     """
@@ -181,7 +191,10 @@ def _select_unrouted(decision: RoutingDecision, agents: Mapping[str, Agent], id:
         reasons = _routed_by(f"{decision.reason}, and the base reads no {kinds}")
         return CandidateList(list(_chain(agents[decision.fits], reasons, id, modalities)), decision.scores)
     if not decision.scores and len(modalities.readers) == 1:
-        reasons = (*_routed_by(decision.reason), Reason(ReasonKind.ROUTED, f"{modalities.readers[0]} alone reads {kinds}"))
+        reasons = (
+            *_routed_by(decision.reason),
+            Reason(ReasonKind.ROUTED, f"{modalities.readers[0]} alone reads {kinds}"),
+        )
         return CandidateList(list(_chain(agents[modalities.readers[0]], reasons, id, modalities)))
     raise RequestError(
         f"auto chose no agent, and the base reads no {kinds}: {decision.reason}",
@@ -194,7 +207,8 @@ def _routed_by(detail: str) -> tuple[Reason, ...]:
 
 
 def _chain(agent: Agent, reasons: tuple[Reason, ...], id: str, modalities: Modalities) -> Iterator[Candidate]:
-    """The version on trial if the draw says so, the live one, then the agent's fall-backs; those that read the request.
+    """The version on trial if the draw says so, the live one, then the agent's fall-backs; those that read the
+    request.
 
     Raises RequestError where the live one does not.
     """
@@ -209,7 +223,9 @@ def _chain(agent: Agent, reasons: tuple[Reason, ...], id: str, modalities: Modal
         reasons = (*reasons, Reason(ReasonKind.NO_VERSION, f"{agent.name} has no version: {agent.note}"))
     for step in agent.fallback:
         if step == "previous" and agent.previous and modalities.fit(f"{agent.name}@{agent.previous}"):
-            yield Candidate(f"{agent.name}@{agent.previous}", (Reason(ReasonKind.FALLBACK, "the previous version steps in"),))
+            yield Candidate(
+                f"{agent.name}@{agent.previous}", (Reason(ReasonKind.FALLBACK, "the previous version steps in"),)
+            )
         elif step == BASE_AGENT and modalities.fit(BASE_AGENT):
             fallback = Reason(ReasonKind.FALLBACK, "the base steps in")
             yield Candidate(BASE_AGENT, (fallback,) if agent.live else (*reasons, fallback))

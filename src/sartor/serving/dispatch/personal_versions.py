@@ -1,6 +1,7 @@
 """Personal versions in front of a live version.
 
-Whatever is wrong with it, the live version answers, and the reason says that it does. What was tuned on another version than
+Whatever is wrong with it, the live version answers, and the reason says that it does. What was tuned on another
+version than
 the live one is not used: what it changes was measured on that one.
 """
 
@@ -35,7 +36,13 @@ class UserVersionSelector:
     def __init__(
         self, store: UserVersionStore, leases: AdapterLeases, workers: WorkerBackend, state: Path, max_loaded: int
     ) -> None:
-        self._store, self._leases, self._workers, self._state, self._max_loaded = store, leases, workers, state, max_loaded
+        self._store, self._leases, self._workers, self._state, self._max_loaded = (
+            store,
+            leases,
+            workers,
+            state,
+            max_loaded,
+        )
         self._people = People(-1, {})
         # adapter -> what keeps it, that which was asked for longest ago first
         self._loaded: OrderedDict[str, tuple[UserVersion, AgentVersion, ExitStack]] = OrderedDict()
@@ -57,7 +64,11 @@ class UserVersionSelector:
         return request
 
     async def select(
-        self, selection: CandidateList, request: AgentRequest, agents: Mapping[str, Agent], versions: Mapping[str, AgentVersion]
+        self,
+        selection: CandidateList,
+        request: AgentRequest,
+        agents: Mapping[str, Agent],
+        versions: Mapping[str, AgentVersion],
     ) -> CandidateList:
         """The plan with the person's own version in front of the live one that it stands on, if it can answer now.
 
@@ -69,12 +80,16 @@ class UserVersionSelector:
             return selection
         user_version = self._people.versions.get((request.person, agent.name))
         name = f"{agent.name}@{agent.live}"
-        position = next((index for index, candidate in enumerate(selection.candidates) if candidate.agent == name), None)
+        position = next(
+            (index for index, candidate in enumerate(selection.candidates) if candidate.agent == name), None
+        )
         if user_version is None or not user_version.adapter or position is None:
             return selection
         live = versions.get(name)
         if live is None or live.release_id != user_version.release_id:
-            return _without(selection, f"{WHY} was tuned on {user_version.version}, and is not used until it is tuned again")
+            return _without(
+                selection, f"{WHY} was tuned on {user_version.version}, and is not used until it is tuned again"
+            )
         version = user_version.on(live)
         try:
             await self._hold(user_version, version)
@@ -86,7 +101,9 @@ class UserVersionSelector:
         return replace(selection, candidates=[candidate, *selection.candidates[position:]])
 
     async def follow(self) -> None:
-        """Take the registry's rows as they are now; let go of what they do not name any more, and forget whom they say."""
+        """Take the registry's rows as they are now; let go of what they do not name any more, and forget whom they
+        say.
+        """
         async with self._following:
             await self._follow()
 
@@ -95,7 +112,9 @@ class UserVersionSelector:
             previous_generation = self._people.generation
             people = await asyncio.to_thread(self._store.read)
             forgotten = (
-                await asyncio.to_thread(self._store.forgotten_since, previous_generation) if previous_generation >= 0 else []
+                await asyncio.to_thread(self._store.forgotten_since, previous_generation)
+                if previous_generation >= 0
+                else []
             )
         except SartorError:  # the registry's troubles are told by who reads the agents
             return

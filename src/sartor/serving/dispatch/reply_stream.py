@@ -15,8 +15,9 @@ Ended = Callable[["ReplyStream", ReplyDone | ReplyFailed], Coroutine[object, obj
 class ReplyStream:
     """The events of a reply, as `Answer` has them.
 
-    release: called once, when the reply lives no more, however it ended. ended: awaited before the client sees the last event,
-    but not for a reply that was closed before. took_s: how long the crew was waited for; a slow client adds nothing.
+    release: called once, when the reply lives no more, however it ended. ended: awaited before the client sees the
+    last event, but not for a reply that was closed before. took_s: how long the crew was waited for; a slow client
+    adds nothing.
     """
 
     def __init__(self, events: EventStream, release: Callable[[], object], ended: Ended, took_s: float = 0.0) -> None:

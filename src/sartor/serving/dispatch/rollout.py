@@ -1,7 +1,8 @@
 """Canary and shadow rollout of a new version.
 
-A trial (canary or shadow) compares the candidate with the live version on the replies of the same hours. After a promotion the
-new version is compared for `watch_s` with what was last seen of the one before it. `monitors` has the rule.
+A trial (canary or shadow) compares the candidate with the live version on the replies of the same hours. After a
+promotion the new version is compared for `watch_s` with what was last seen of the one before it. `monitors` has the
+rule.
 """
 
 from __future__ import annotations
@@ -97,8 +98,14 @@ class Rollouts:
         """An agent has changed: begin or end its trial or watch."""
         current = self._comparisons.get(agent.name)
         if agent.candidate:
-            if current is None or current.is_frozen or (current.candidate, current.live) != (agent.candidate, agent.live):
-                self._comparisons[agent.name] = _Comparison(agent.name, agent.candidate, agent.live, False, float("inf"))
+            if (
+                current is None
+                or current.is_frozen
+                or (current.candidate, current.live) != (agent.candidate, agent.live)
+            ):
+                self._comparisons[agent.name] = _Comparison(
+                    agent.name, agent.candidate, agent.live, False, float("inf")
+                )
         elif previous is not None and previous.live != agent.live and agent.previous == previous.live:
             watch = _Comparison(agent.name, agent.live, previous.live, True, self._clock() + self._rules.watch_s)
             for tally in self._live_tallies.get(f"{agent.name}@{previous.live}", ()):
@@ -172,7 +179,12 @@ class Rollouts:
         if comparison is None:
             return {}
         kind = "watch" if comparison.is_frozen else "trial"
-        fields = {"kind": kind, "version": comparison.candidate, "against": comparison.live, "replies": comparison.replies}
+        fields = {
+            "kind": kind,
+            "version": comparison.candidate,
+            "against": comparison.live,
+            "replies": comparison.replies,
+        }
         return {**fields, "differing": vars(comparison.differing), "candidate": comparison.candidate_tally.as_json()}
 
     def _comparison(self, agent: str) -> _Comparison | None:
@@ -224,7 +236,9 @@ ROOM_S = 0.05
 
 @dataclass(frozen=True)
 class Shadow:
-    """A request that was answered, to be answered again. agent: the candidate's exact version. live_reply: the live reply."""
+    """A request that was answered, to be answered again. agent: the candidate's exact version. live_reply: the live
+    reply.
+    """
 
     call: GenerateCall
     agent: str
@@ -291,7 +305,9 @@ class Shadows:
             try:
                 events = cast(EventStream, await self._workers.reply(shadow.call, shadow.agent, self._deadline_s))
             except SartorError as error:
-                self._report(ShadowOutcome(shadow, ReplyFailed(shadow.call.id, error.kind, error.problem, error.remedy)))
+                self._report(
+                    ShadowOutcome(shadow, ReplyFailed(shadow.call.id, error.kind, error.problem, error.remedy))
+                )
                 return
             stream = ReplyStream(events, _keep_lease, _ended, time.monotonic() - began)
             try:

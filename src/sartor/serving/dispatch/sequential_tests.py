@@ -1,9 +1,10 @@
 """Anytime-valid comparison of candidate and live version.
 
-The evidence is an e-process (`core/confidence_sequences.py`), at which one may look as often as one likes. The product of both
-versions' e-processes, at the pair of rates that suits the candidate best, tests "the candidate's rate is at most the live
-version's plus the margin". Four monitors share FALSE_ALARM, and window k of each spends 1/(k(k+1)) of its part: a candidate
-that is no worse than the margins allow is sent back, in its whole trial, with a probability of FALSE_ALARM at most.
+The evidence is an e-process (`core/confidence_sequences.py`), at which one may look as often as one likes. The product
+of both versions' e-processes, at the pair of rates that suits the candidate best, tests "the candidate's rate is at
+most the live version's plus the margin". Four monitors share FALSE_ALARM, and window k of each spends 1/(k(k+1)) of
+its part: a candidate that is no worse than the margins allow is sent back, in its whole trial, with a probability of
+FALSE_ALARM at most.
 
 Counts and histograms: bounded memory, whatever the traffic.
 """
@@ -48,7 +49,9 @@ class Histogram:
         return self._edge(self._first_where(lambda below: below >= self.seen / 2)) if self.seen else 0.0
 
     def median_at_most_s(self, alpha: float) -> float:
-        """A time that the true median exceeds with a probability of at most `alpha`; infinite where too few were seen."""
+        """A time that the true median exceeds with a probability of at most `alpha`; infinite where too few were
+        seen.
+        """
         return self._edge(self._first_where(lambda below: _is_most(below, self.seen, alpha)) + 1)
 
     def is_mostly_above(self, time_s: float, alpha: float) -> bool:
@@ -84,7 +87,9 @@ class VersionTally:
     latency: tuple[Histogram, ...] = field(default_factory=lambda: tuple(Histogram() for _ in range(_CLASSES)))
 
     def count_reply(self, *, failed: bool, is_json: bool, token_s: float, in_flight: int) -> None:
-        """One more reply; of a failed one nothing else is known. token_s: seconds per token, 0 for a reply without any."""
+        """One more reply; of a failed one nothing else is known. token_s: seconds per token, 0 for a reply without
+        any.
+        """
         self.failures.count(failed)
         if failed:
             return
@@ -101,7 +106,9 @@ class VersionTally:
 
     def as_json(self) -> dict[str, Any]:
         """The numbers, for the log of events and /health."""
-        rates = {name: {"seen": rate.seen, "bad": rate.bad} for name, rate in zip(MONITORS, self._rates(), strict=False)}
+        rates = {
+            name: {"seen": rate.seen, "bad": rate.bad} for name, rate in zip(MONITORS, self._rates(), strict=False)
+        }
         times = [round(histogram.median_s(), 6) for histogram in self.latency]
         return {**rates, "median_token_s": times}
 
@@ -119,7 +126,8 @@ class Alarm:
 
 
 def first_alarm(candidate: VersionTally, live: VersionTally, rules: Rollout, window: int = 1) -> Alarm | None:
-    """The first monitor that says that the candidate is worse, in this window of its trial (1 is the first); None if none does.
+    """The first monitor that says that the candidate is worse, in this window of its trial (1 is the first); None if
+    none does.
 
     A live version of which nothing was seen counts as one that does not fail; its format and its ratings judge nobody.
     """
@@ -139,9 +147,13 @@ def first_alarm(candidate: VersionTally, live: VersionTally, rules: Rollout, win
         part = alpha / _CLASSES / 2
         limit_s = rules.latency_factor * theirs_s.median_at_most_s(part)
         if mine_s.is_mostly_above(limit_s, part):
-            reason = f"latency: {mine_s.median_s():.4g} s per token against {theirs_s.median_s():.4g} s of the live version"
+            reason = (
+                f"latency: {mine_s.median_s():.4g} s per token against {theirs_s.median_s():.4g} s of the live version"
+            )
             return Alarm(
-                "latency", f"{reason}; the limit is {rules.latency_factor} times", _numbers(candidate, live, alpha, None)
+                "latency",
+                f"{reason}; the limit is {rules.latency_factor} times",
+                _numbers(candidate, live, alpha, None),
             )
     return None
 
@@ -152,5 +164,7 @@ def _numbers(candidate: VersionTally, live: VersionTally, alpha: float, evidence
 
 
 def _is_most(count: int, total: int, alpha: float) -> bool:
-    """Whether more than half of all, not only of those seen, are so; wrongly said with a probability of at most `alpha`."""
+    """Whether more than half of all, not only of those seen, are so; wrongly said with a probability of at most
+    `alpha`.
+    """
     return 2 * count > total and FailureRate(total, count).against(0.5) >= -math.log(alpha)

@@ -1,7 +1,8 @@
 """Agents of a running server, kept fresh.
 
-A change takes effect when the adapters that it needs are held; until then, and if they never are, what was served goes on.
-The same holds where a row, or the whole registry, cannot be read. Each such thing is in `troubles`, which /health shows.
+A change takes effect when the adapters that it needs are held; until then, and if they never are, what was served goes
+on. The same holds where a row, or the whole registry, cannot be read. Each such thing is in `troubles`, which /health
+shows.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ class ServedAgents:
     """The agents of a running server. `agents` and `versions` are what requests are answered by, at this moment."""
 
     def __init__(
-        self, registry: Registry, workers: WorkerBackend, leases: AdapterLeases, rollouts: Rollouts, router: Router | None
+        self,
+        registry: Registry,
+        workers: WorkerBackend,
+        leases: AdapterLeases,
+        rollouts: Rollouts,
+        router: Router | None,
     ) -> None:
         self.registry = registry
         self.agents: dict[str, Agent] = {}
@@ -64,7 +70,9 @@ class ServedAgents:
         self.followers: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
     async def register(self, members: Mapping[str, AgentOptions], admit: Admit) -> None:
-        """Register the members of TEAM.yaml that are new to the registry. One that is not admitted is a trouble, no error."""
+        """Register the members of TEAM.yaml that are new to the registry. One that is not admitted is a trouble, no
+        error.
+        """
         snapshot = await asyncio.to_thread(self.registry.read)
         for name, member in members.items():
             if name in snapshot.damaged or (name in snapshot.agents and not snapshot.agents[name].is_blank):
@@ -125,7 +133,9 @@ class ServedAgents:
             return None
         version = self.versions.get(name)
         if version is None:
-            raise UnavailableError(f"{name} cannot answer: its row in the registry is hurt", "sartor agents add RELEASE")
+            raise UnavailableError(
+                f"{name} cannot answer: its row in the registry is hurt", "sartor agents add RELEASE"
+            )
         self._leases.check(version)
         return version
 
@@ -141,7 +151,12 @@ class ServedAgents:
         # what is wrong with a person's own is that person's to hear
         troubles |= {name: error.problem for name, error in self._leases.troubles.items() if not name.endswith(SUFFIX)}
         agents = {
-            name: {"live": agent.live, "previous": agent.previous, "state": agent.state, "rollout": self._rollouts.status(name)}
+            name: {
+                "live": agent.live,
+                "previous": agent.previous,
+                "state": agent.state,
+                "rollout": self._rollouts.status(name),
+            }
             for name, agent in self.agents.items()
         }
         return {"generation": self.generation, "agents": agents, "troubles": troubles}
@@ -203,7 +218,9 @@ class ServedAgents:
                 self._workers.release(f"{agent.name}@{agent.live}")  # promoted or rolled back, perhaps to itself
 
     async def _fetch(self, version: AgentVersion) -> None:
-        """Hold a version, and serve whoever waited for it. What keeps it from that is among the troubles of holdings."""
+        """Hold a version, and serve whoever waited for it. What keeps it from that is among the troubles of
+        holdings.
+        """
         is_held = False
         try:
             await self._leases.hold(version)
@@ -244,7 +261,8 @@ class ServedAgents:
     def _teach(self) -> None:
         """Tell the router which Releases are live, when that has changed: once at a time, the newest last.
 
-        While versions are being fetched it waits for the last of them: a fit takes seconds, and a team starts with several.
+        While versions are being fetched it waits for the last of them: a fit takes seconds, and a team starts with
+        several.
         """
         if self._fetching:
             return

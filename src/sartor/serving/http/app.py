@@ -91,7 +91,9 @@ async def body_of(request: Request, has_media: bool = False) -> bytearray:
     state = get_state(request)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise MediaTypeError(f"the body is of type {media_type[:80]!a}", "send the header Content-Type: application/json")
+        raise MediaTypeError(
+            f"the body is of type {media_type[:80]!a}", "send the header Content-Type: application/json"
+        )
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise MediaTypeError(
@@ -100,7 +102,9 @@ async def body_of(request: Request, has_media: bool = False) -> bytearray:
     limit_s = state.limits.slow_client_s
     try:
         async with asyncio.timeout(limit_s):
-            return await state.body_reader.read_body(request.stream(), request.headers, state.max_body_bytes(has_media))
+            return await state.body_reader.read_body(
+                request.stream(), request.headers, state.max_body_bytes(has_media)
+            )
     except TimeoutError:
         raise SlowBodyError(
             f"the body did not come within {limit_s:g} s",
@@ -162,9 +166,14 @@ async def _http_error(request: Request, error: Exception) -> Response:
     endpoint = f"{request.method} {ascii(request.url.path)[1:-1][:80]}"
     problem = f"there is no {endpoint}" if error.status_code in (404, 405) else f"{endpoint} is not possible"
     fault = HttpError(
-        error.status_code, "invalid_request_error", "unknown_url", problem, "see GET /openapi.json", "RequestError",
+        error.status_code,
+        "invalid_request_error",
+        "unknown_url",
+        problem,
+        "see GET /openapi.json",
+        "RequestError",
         headers=dict(error.headers or {}),
-    )  # fmt: skip
+    )
     return _answer(request, fault)
 
 

@@ -47,7 +47,9 @@ class AppState:
         return self.limits.body_bytes + (self.media.bytes * 4 // 3 if has_media else 0)
 
     async def check_model(self, model: str, principal: Principal) -> None:
-        """Raises UnknownAgentError for a name that nobody has, KeyRefusedError for one that the visitor's key does not open."""
+        """Raises UnknownAgentError for a name that nobody has, KeyRefusedError for one that the visitor's key does not
+        open.
+        """
         name, separator, version = model.partition("@")
         listed = {agent.name: agent for agent in (*await self.services.agent_admin.listed(), *self.services.plans)}
         is_special = name in SPECIAL and not separator
@@ -61,10 +63,14 @@ class AppState:
             raise KeyRefusedError(f"this key does not open {name!r}", "send a key of that agent")
 
     def check_speech(self, principal: Principal) -> None:
-        """Raises UnknownAgentError where the team does not speak, KeyRefusedError for a key that does not open `speech`."""
+        """Raises UnknownAgentError where the team does not speak, KeyRefusedError for a key that does not open
+        `speech`.
+        """
         self.services.speech.check_on()
         if not principal.opens(MODEL):
-            raise KeyRefusedError(f"this key does not open {MODEL!r}", f"sartor agents key {MODEL} makes one that does")
+            raise KeyRefusedError(
+                f"this key does not open {MODEL!r}", f"sartor agents key {MODEL} makes one that does"
+            )
 
     def remember(self, key: str, person: str, answer: AgentReply, request: AgentRequest, reply: str) -> None:
         """Keep a reply that is whole, and who got it, so that feedback on it can be learnt from."""
@@ -72,15 +78,20 @@ class AppState:
         self.memory.keep(answer.receipt, exchange)
 
     def person(self, user: str, header: str) -> str:
-        """Whom a request names, "" for nobody. user: OpenAI's field; header: `x-sartor-user`. Raises FieldError for two."""
+        """Whom a request names, "" for nobody. user: OpenAI's field; header: `x-sartor-user`. Raises FieldError for
+        two.
+        """
         if header and user and header != user:
             raise FieldError(
-                f"user and the header {USER_HEADER} name two persons", f'"user" alone, without the header {USER_HEADER}', "user"
+                f"user and the header {USER_HEADER} name two persons",
+                f'"user" alone, without the header {USER_HEADER}',
+                "user",
             )
         return self.services.people.person_of(header or user)
 
     def allowed_person(self, person: str, header: str, principal: Principal) -> str:
-        """Whose own versions may answer. A key that may not speak for a person changes nothing by `user`, as on other servers.
+        """Whose own versions may answer. A key that may not speak for a person changes nothing by `user`, as on other
+        servers.
 
         Raises KeyRefusedError where the header asks for somebody for whom it may not speak.
         """

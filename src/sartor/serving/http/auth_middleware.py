@@ -1,6 +1,7 @@
 """Authentication, rate limits and request log middleware.
 
-Outside the framework, so that nothing that fails inside escapes: a mistake is logged by its place and answered with its id.
+Outside the framework, so that nothing that fails inside escapes: a mistake is logged by its place and answered with
+its id.
 """
 
 from __future__ import annotations
@@ -103,12 +104,14 @@ class RequestGate:
             raise KeyRefusedError("the admin's routes are off: no admin key is set", "sartor agents key --admin")
         if not principal.is_admin:
             raise KeyRefusedError(
-                "this is for the admin's key", "Authorization: Bearer KEY, with a key that sartor agents key --admin made"
+                "this is for the admin's key",
+                "Authorization: Bearer KEY, with a key that sartor agents key --admin made",
             )
 
     def _check_foreign(self, scope: Scope, headers: Headers) -> None:
-        """Without keys whoever reaches the server may ask, and a page in the user's browser reaches loopback: by its name
-        (DNS rebinding) or by a form. The host must be this machine's, and the origin this server's or one that is allowed.
+        """Without keys whoever reaches the server may ask, and a page in the user's browser reaches loopback: by its
+        name (DNS rebinding) or by a form. The host must be this machine's, and the origin this server's or one that is
+        allowed.
         """
         host = _host(f"//{headers.get('host', '')}")
         if not (is_loopback(host) or host == self.http.host):

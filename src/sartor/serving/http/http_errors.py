@@ -33,7 +33,9 @@ class FieldError(errors.RequestError):
 
 
 class MediaFaultError(FieldError):
-    """A picture or a recording of a request that cannot be read, or that nobody who is asked reads. `code`: a word for why."""
+    """A picture or a recording of a request that cannot be read, or that nobody who is asked reads. `code`: a word for
+    why.
+    """
 
     def __init__(self, problem: str, remedy: str, param: str = "", code: str = "unreadable_media") -> None:
         super().__init__(problem, remedy, param)
@@ -101,14 +103,23 @@ class HttpError:
 
         Clients show the message alone, so the remedy stands in it too.
         """
-        fields = {"message": f"{self.problem}; try: {self.remedy}", "type": self.type, "param": self.param, "code": self.code}
+        fields = {
+            "message": f"{self.problem}; try: {self.remedy}",
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
         return {"error": {**fields, "kind": self.kind, "remedy": self.remedy}}
 
 
 BUG = HttpError(
-    500, "server_error", "internal_error", "the server made a mistake; it is logged under this request's id",
-    "report the x-request-id of this answer", "Bug",
-)  # fmt: skip
+    500,
+    "server_error",
+    "internal_error",
+    "the server made a mistake; it is logged under this request's id",
+    "report the x-request-id of this answer",
+    "Bug",
+)
 
 
 def to_http_error(error: SartorError) -> HttpError:
@@ -148,7 +159,9 @@ MOST_SHOWN = 80
 # Parts of a message that are not text: those that a user's turn may hold, and others of OpenAI's services
 _READ = ("image_url", "input_audio")
 _OTHERS = ("input_image", "audio_url", "video_url", "file", "input_file")
-_INSTEAD = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}, or input_audio, in a user\'s turn'
+_INSTEAD = (
+    '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}, or input_audio, in a user\'s turn'
+)
 Path = tuple[str | int, ...]
 
 
@@ -163,12 +176,16 @@ def field_error(complaints: Sequence[Mapping[str, Any]], body: Any, known_fields
     path, kind = _path(complaint["loc"], body), complaint["type"]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
     if kind == "missing":
-        return FieldError(f"{param or 'the body'} is missing", f'"{path[-1]}": ...' if path else "send a JSON object", param)
+        return FieldError(
+            f"{param or 'the body'} is missing", f'"{path[-1]}": ...' if path else "send a JSON object", param
+        )
     if kind == "extra_forbidden":
         close_matches = difflib.get_close_matches(str(path[-1]), list(known_fields), 1, _NEAR)
         hint = f"; {close_matches[0]!r} was probably meant" if close_matches else ""
         return FieldError(
-            f"there is no field {_shown(param)}{hint}", f'"{close_matches[0]}": ...' if close_matches else "leave it out", param
+            f"there is no field {_shown(param)}{hint}",
+            f'"{close_matches[0]}": ...' if close_matches else "leave it out",
+            param,
         )
     if kind in _TAGS:
         return _wrong_tag(complaint, param)
@@ -210,7 +227,9 @@ def _token_ids(body: Any) -> Iterator[FieldError]:
         if isinstance(value, list) and value and isinstance(value[0], (int, list)):
             problem = f"{param} holds token ids, and they mean something else to every model"
             yield FieldError(
-                problem, "send the text; clients have an option for it (LangChain: check_embedding_ctx_length=False)", param
+                problem,
+                "send the text; clients have an option for it (LangChain: check_embedding_ctx_length=False)",
+                param,
             )
 
 
@@ -228,7 +247,9 @@ def _path(location: Sequence[str | int], body: Any) -> Path:
     path: list[str | int] = []
     parts = list(location[1:]) if location and location[0] in ("body", "path", "query", "header") else list(location)
     for index, part in enumerate(parts):
-        is_inside = isinstance(body, (dict, list)) and (part in body if isinstance(body, dict) else isinstance(part, int))
+        is_inside = isinstance(body, (dict, list)) and (
+            part in body if isinstance(body, dict) else isinstance(part, int)
+        )
         if is_inside and (isinstance(body, dict) or (isinstance(part, int) and part < len(body))):
             body = body[part]
             path.append(part)
@@ -247,9 +268,14 @@ def _remedy(complaint: Mapping[str, Any], param: str) -> str:
 
 
 _BOUNDS = (
-    ("ge", "of at least"), ("gt", "above"), ("le", "of at most"), ("lt", "below"), ("min_length", "with a length of at least"),
-    ("max_length", "with a length of at most"), ("pattern", "that matches"),
-)  # fmt: skip
+    ("ge", "of at least"),
+    ("gt", "above"),
+    ("le", "of at most"),
+    ("lt", "below"),
+    ("min_length", "with a length of at least"),
+    ("max_length", "with a length of at most"),
+    ("pattern", "that matches"),
+)
 
 
 def _media(body: Any) -> Iterator[FieldError]:

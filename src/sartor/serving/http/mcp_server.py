@@ -3,8 +3,8 @@
     /mcp           `ask` (a prompt; an agent, or `auto` chooses), and a tool for each agent and plan that the key opens
     /mcp/AGENT     that one alone
 
-Keys, limits, names, receipts and reasons are those of the other routes. There are no sessions: each POST is answered by
-itself, by JSON, so a server that is started again answers the same clients.
+Keys, limits, names, receipts and reasons are those of the other routes. There are no sessions: each POST is answered
+by itself, by JSON, so a server that is started again answers the same clients.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ async def abilities(state: AppState, principal: Principal, about_texts: Mapping[
 
 def _ability(listing: AgentListing, about_texts: Mapping[str, str]) -> ToolDescription:
     plan = listing.state.get("plan")
-    subject = f"the plan {listing.name} ({plan}: several agents for one request)" if plan else f"the agent {listing.name}"
+    subject = (
+        f"the plan {listing.name} ({plan}: several agents for one request)" if plan else f"the agent {listing.name}"
+    )
     return ToolDescription(
         listing.name, listing.live, about_texts.get(listing.name, "") or f"Answer a prompt by {subject} of this team."
     )
@@ -75,7 +77,9 @@ PROMPT = {"type": "string", "minLength": 1, "description": "What is asked."}
 
 
 class McpServer:
-    """MCP over a desk. bug: told of a mistake of the server. Raises ExtraError where the package `mcp` is not installed."""
+    """MCP over a desk. bug: told of a mistake of the server. Raises ExtraError where the package `mcp` is not
+    installed.
+    """
 
     def __init__(self, state: AppState, team: Team, bug: Callable[[RequestRecord, Exception], object]) -> None:
         try:
@@ -92,8 +96,8 @@ class McpServer:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """While it is open, requests are answered; once. In a task of its own: a signal is raised in the server's, and the
-        package's group of tasks would make another error of it.
+        """While it is open, requests are answered; once. In a task of its own: a signal is raised in the server's, and
+        the package's group of tasks would make another error of it.
         """
         is_open = asyncio.Event()
 
@@ -114,7 +118,9 @@ class McpServer:
         """The answer to a request whose body was read."""
         return _MountedResponse(self._sessions.handle_request, body)
 
-    async def _list(self, context: ServerRequestContext[Any], params: PaginatedRequestParams | None) -> ListToolsResult:
+    async def _list(
+        self, context: ServerRequestContext[Any], params: PaginatedRequestParams | None
+    ) -> ListToolsResult:
         from mcp_types import ListToolsResult
 
         request: Request = context.request  # type: ignore[assignment]
@@ -130,7 +136,9 @@ class McpServer:
             tool = (await self._tools(request)).get(params.name)
             if tool is None:
                 record.error = "UnknownAgentError"
-                raise MCPError(INVALID_PARAMS, f"there is no tool {params.name[:80]!a} here; tools/list says which there are")
+                raise MCPError(
+                    INVALID_PARAMS, f"there is no tool {params.name[:80]!a} here; tools/list says which there are"
+                )
             return await self._answer(request, tool, params.arguments or {})
         except ClientDisconnectedError:
             record.error = "Gone"
@@ -153,7 +161,9 @@ class McpServer:
         state.services.rates.begin(record.principal.key)
         model = request.path_params.get("agent") or (arguments.get("agent", "auto") if tool.name == ASK else tool.name)
         await state.check_model(model, record.principal)
-        body = ChatRequest.model_validate({"model": model, "messages": [{"role": "user", "content": arguments["prompt"]}]})
+        body = ChatRequest.model_validate(
+            {"model": model, "messages": [{"role": "user", "content": arguments["prompt"]}]}
+        )
         group = await open_replies(request, [chat_request(body, state.limits)])
         try:
             (reply,) = await until_disconnect(request.receive, group.whole())
@@ -167,7 +177,10 @@ class McpServer:
         descriptions = await abilities(self._state, principal, self._about_texts)
         if agent:
             return {tool.name: tool for tool in [_tool(_description_of(agent, descriptions))]}
-        names = [*(name for name in SPECIAL if principal.opens(name)), *(description.name for description in descriptions)]
+        names = [
+            *(name for name in SPECIAL if principal.opens(name)),
+            *(description.name for description in descriptions),
+        ]
         # an agent of that name is asked by `agent`
         tools = (
             [_team_tool(names), *(_tool(description) for description in descriptions if description.name != ASK)]
@@ -205,7 +218,9 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tool_result(group: ReplyGroup, reply: CollectedReply) -> CallToolResult:
-    """A reply as the result of a tool. One that calls a client's own tools says these as JSON: nobody here runs them."""
+    """A reply as the result of a tool. One that calls a client's own tools says these as JSON: nobody here runs
+    them.
+    """
     from mcp_types import CallToolResult, TextContent
 
     tool_calls = list(reply.done.tool_calls)

@@ -32,8 +32,11 @@ class MediaChecker:
         self.held_bytes = 0
 
     @asynccontextmanager
-    async def looked_at(self, messages: Sequence[Mapping[str, Any]], body_bytes: int, choices: int = 1) -> AsyncIterator[None]:
-        """Inside, the media of `messages`, which came in a body of that size, are counted as held: once for each choice.
+    async def looked_at(
+        self, messages: Sequence[Mapping[str, Any]], body_bytes: int, choices: int = 1
+    ) -> AsyncIterator[None]:
+        """Inside, the media of `messages`, which came in a body of that size, are counted as held: once for each
+        choice.
 
         Raises TooLargeError, BusyError, and MediaFaultError naming the part that is at fault.
         """
@@ -43,7 +46,8 @@ class MediaChecker:
         size *= choices
         if self.held_bytes + size > self._max_bytes and parts:
             problem = (
-                f"the media of requests that are being answered hold {self.held_bytes} bytes; {self._max_bytes} are allowed"
+                f"the media of requests that are being answered hold {self.held_bytes} bytes; {self._max_bytes} are "
+                "allowed"
             )
             raise BusyError(problem, "send it again after the seconds of Retry-After")
         self.held_bytes += size
@@ -59,7 +63,9 @@ class MediaChecker:
             raise too_large(body_bytes - size, self._limits.body_bytes)
         if count > self._media.parts:
             problem = f"the request holds {count} pictures and recordings; the limit is {self._media.parts}"
-            raise MediaFaultError(problem, "send fewer, or raise media.parts in TEAM.yaml", "messages", "too_many_media")
+            raise MediaFaultError(
+                problem, "send fewer, or raise media.parts in TEAM.yaml", "messages", "too_many_media"
+            )
         if (decoded_bytes := size * 3 // 4 * choices) > self._media.bytes:
             times = f", {choices} times," if choices > 1 else ""
             raise TooLargeError(
@@ -83,7 +89,10 @@ class MediaChecker:
     def _check_picture(self, content: bytes) -> None:
         with images.open_checked(content) as image:
             if (count := image.width * image.height) > self._media.pixels:
-                problem = f"the picture has {image.width} x {image.height} = {count} pixels; the limit is {self._media.pixels}"
+                problem = (
+                    f"the picture has {image.width} x {image.height} = {count} pixels; the limit is "
+                    f"{self._media.pixels}"
+                )
                 raise MediaError("image_bomb", problem, "scale the picture down")
 
     def _check_sound(self, content: bytes) -> None:

@@ -44,8 +44,8 @@ class ReplyTerms:
 
 
 class ReplyGroup:
-    """The Answers to the requests that one HTTP request makes, all by the same agent; they end by `deadline` of the loop's
-    clock.
+    """The Answers to the requests that one HTTP request makes, all by the same agent; they end by `deadline` of the
+    loop's clock.
     """
 
     def __init__(
@@ -157,7 +157,9 @@ async def open_answers(replies: Replier, requests: Sequence[AgentRequest], terms
 
     def opened() -> ReplyGroup:
         indexes = sorted(answers)
-        return ReplyGroup([answers[index] for index in indexes], [requests[index] for index in indexes], terms, deadline)
+        return ReplyGroup(
+            [answers[index] for index in indexes], [requests[index] for index in indexes], terms, deadline
+        )
 
     async def begin(index: int, request: AgentRequest) -> None:
         remaining_s = max(deadline_s - record.elapsed_s, 0.001)
@@ -168,7 +170,9 @@ async def open_answers(replies: Replier, requests: Sequence[AgentRequest], terms
         record.agent, record.receipt = answers[0].agent, answers[0].receipt
         # `base@` and its digest is a name that replies carry and nobody asks for
         model = "base" if record.agent.startswith("base@") else record.agent
-        await gather_or_cancel([begin(index, replace(request, model=model)) for index, request in enumerate(requests[1:], 1)])
+        await gather_or_cancel(
+            [begin(index, replace(request, model=model)) for index, request in enumerate(requests[1:], 1)]
+        )
     except BaseException:
         await opened().close()
         raise

@@ -1,7 +1,7 @@
 """Bounded, strict JSON body reading.
 
-The standard parser takes NaN, keeps the last of two equal keys, and recurses as deep as the text does. What is refused here
-never reaches pydantic, a chat template or a file.
+The standard parser takes NaN, keeps the last of two equal keys, and recurses as deep as the text does. What is refused
+here never reaches pydantic, a chat template or a file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ MOST_HELD_BYTES = 256 << 20
 
 # What `nested` has in numbers of 8 bytes at once, five of them for each: more would outweigh the body
 _PIECE = 1 << 16
-# Of base64 in JSON, with slashes that some writers escape: no structure stands in such a run, so it costs nothing to parse
+# Of base64 in JSON, with slashes that some writers escape: no structure stands in such a run, so it costs nothing to
+# parse
 _RUN = re.compile(rb"(?<![A-Za-z0-9+/=\\])[A-Za-z0-9+/=\\]{256,}")  # only from its beginning: linear
 _ESCAPE = re.compile(rb"\\+.?", re.DOTALL)
 _STEPS = np.zeros(256, dtype=np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
-# Where none of these stands, no text can hold what no text should: the parser itself refuses control characters as they are
+# Where none of these stands, no text can hold what no text should: the parser itself refuses control characters as
+# they are
 _SUSPECT = re.compile(rb"\\u(?:00[01]|007[fF]|[dD][89a-fA-F])|\\[bf]|\x7f")
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
@@ -101,17 +103,22 @@ def parse(body: bytes | bytearray) -> Any:
     if isinstance(body, bytearray):
         body.clear()
     try:
-        value = json.loads(text, parse_constant=_constant, parse_int=_whole, parse_float=_real, object_pairs_hook=_unlike_keys)
+        value = json.loads(
+            text, parse_constant=_constant, parse_int=_whole, parse_float=_real, object_pairs_hook=_unlike_keys
+        )
     except json.JSONDecodeError as error:
         position = f"line {error.lineno}, column {error.colno}"
-        raise RequestError(f"the body is not JSON: {error.msg} at {position}", "check it with `python -m json.tool`") from None
+        raise RequestError(
+            f"the body is not JSON: {error.msg} at {position}", "check it with `python -m json.tool`"
+        ) from None
     if is_suspect:
         _check_texts(value)
     return value
 
 
 def nested(body: bytes | bytearray) -> int:
-    """How deep brackets stand in each other, strings left out. Linear in time, and no copy of the body, whatever it is.
+    """How deep brackets stand in each other, strings left out. Linear in time, and no copy of the body, whatever it
+    is.
 
     A backslash outside of a string is no JSON: what is counted from there on does not matter, the parser stops at it.
     """
@@ -131,7 +138,9 @@ def nested(body: bytes | bytearray) -> int:
 
 
 def check_weight(body: bytes | bytearray, limit_bytes: int) -> None:
-    """Raise TooLargeError for a body that has more than that beside its longest texts: what else is in it takes memory."""
+    """Raise TooLargeError for a body that has more than that beside its longest texts: what else is in it takes
+    memory.
+    """
     if (
         len(body) > limit_bytes
         and (rest := len(body) - sum(run.end() - run.start() for run in _RUN.finditer(body))) > limit_bytes
@@ -146,7 +155,8 @@ def _constant(name: str) -> NoReturn:
 def _whole(text: str) -> int:
     if len(text) > MOST_DIGITS:
         raise RequestError(
-            f"a number of {len(text)} digits; the limit is {MOST_DIGITS}", f"send a number of at most {MOST_DIGITS} digits"
+            f"a number of {len(text)} digits; the limit is {MOST_DIGITS}",
+            f"send a number of at most {MOST_DIGITS} digits",
         )
     return int(text)
 
@@ -167,7 +177,9 @@ def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_texts(value: Any) -> None:
-    """No control characters but tab and line ends, no half of a surrogate pair: neither a file nor a template takes them."""
+    """No control characters but tab and line ends, no half of a surrogate pair: neither a file nor a template takes
+    them.
+    """
     pending = [value]
     while pending:
         item = pending.pop()

@@ -61,7 +61,9 @@ def chat_request(body: ChatRequest, limits: RequestLimits) -> AgentRequest:
     tool_choice = body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool) else body.tool_choice
     tools, must_call = read_choice(tool_choice, declared)
     for tool in tools:
-        _check_references(tool["function"].get("parameters"), f"the parameters of the tool {tool['function']['name']!r}")
+        _check_references(
+            tool["function"].get("parameters"), f"the parameters of the tool {tool['function']['name']!r}"
+        )
     return AgentRequest(
         model=body.model,
         messages=tuple(_message(turn, index) for index, turn in enumerate(body.messages)),
@@ -96,14 +98,20 @@ def _check_stream(stream: bool | None, options: object) -> None:
 
 
 def _check_speech(body: ChatRequest) -> None:
-    """Speech comes with text, and whole: OpenAI's service does not stream it in the forms that can be kept in a file either."""
+    """Speech comes with text, and whole: OpenAI's service does not stream it in the forms that can be kept in a file
+    either.
+    """
     kinds = set(body.modalities or ())
     if kinds == {"audio"}:
-        raise FieldError("modalities is ['audio']; a reply is spoken beside its text", '["text", "audio"]', "modalities")
+        raise FieldError(
+            "modalities is ['audio']; a reply is spoken beside its text", '["text", "audio"]', "modalities"
+        )
     if ("audio" in kinds) != (body.audio is not None):
         remedy = '"modalities": ["text", "audio"], "audio": {"voice": "default", "format": "wav"}'
         name = "modalities" if body.audio is not None else "audio"
-        raise FieldError("a reply is spoken when both modalities and audio say so, and one of them does not", remedy, name)
+        raise FieldError(
+            "a reply is spoken when both modalities and audio say so, and one of them does not", remedy, name
+        )
     if body.audio is not None and body.stream:
         remedy = '"stream": false; or stream the text and send its sentences to /v1/audio/speech'
         raise FieldError("stream is set and audio too; speech comes with the whole reply", remedy, "stream")
@@ -116,7 +124,9 @@ def _check_speech(body: ChatRequest) -> None:
 
 
 def _sampling(body: SamplingFields, max_tokens: int | None, limits: RequestLimits) -> Mapping[str, Any]:
-    """The options that were given. A seed is drawn where none is, so that a reply that is sampled can be made again."""
+    """The options that were given. A seed is drawn where none is, so that a reply that is sampled can be made
+    again.
+    """
     if max_tokens is not None and max_tokens > limits.reply_tokens:
         raise FieldError(
             f"max_tokens is {max_tokens}; the limit is {limits.reply_tokens}",
@@ -157,7 +167,9 @@ def _references(schema: Any) -> Iterator[tuple[str, str]]:
     while pending:
         item = pending.pop()
         if isinstance(item, dict):
-            yield from ((key, item[key]) for key in ("$ref", "$dynamicRef", "$recursiveRef") if isinstance(item.get(key), str))
+            yield from (
+                (key, item[key]) for key in ("$ref", "$dynamicRef", "$recursiveRef") if isinstance(item.get(key), str)
+            )
             pending += item.values()
         elif isinstance(item, list):
             pending += item
@@ -170,7 +182,11 @@ def _message(turn: Turn, index: int) -> dict[str, Any]:
         message["role"] = "system"
     for call in message.get("tool_calls", ()):
         call.pop("index", None)
-    return {**message, "content": _content(turn.content, f"messages[{index}].content")} if turn.content is not None else message
+    return (
+        {**message, "content": _content(turn.content, f"messages[{index}].content")}
+        if turn.content is not None
+        else message
+    )
 
 
 def _content(content: str | Sequence[TextPart | MediaPart], param: str) -> str | list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """Facts of one request and its JSON log line.
 
-Lines are written by a thread, so that a reader of the log that stalls cannot stall replies; what does not fit is counted.
+Lines are written by a thread, so that a reader of the log that stalls cannot stall replies; what does not fit is
+counted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from sartor.serving.http.services import NOBODY
 
 @dataclass
 class TokenUsage:
-    """Tokens of a request's replies together. reply: counted while they come, so that a reply that is cut counts too."""
+    """Tokens of a request's replies together. reply: counted while they come, so that a reply that is cut counts
+    too.
+    """
 
     prompt: int = 0
     reply: int = 0
@@ -140,7 +143,9 @@ class RequestLog:
 
 def places(error: BaseException) -> list[str]:
     """The lines that an error went through, the innermost last; without any value."""
-    return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)[-8:]]
+    return [
+        f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)[-8:]
+    ]
 
 
 class ServerLines(logging.Handler):

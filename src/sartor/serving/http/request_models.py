@@ -1,7 +1,7 @@
 """Pydantic models of request bodies.
 
-Nothing is coerced and no field is unknown. What OpenAI's own service has and this one does not is named in `Elsewhere`, and
-may be sent with the value that changes nothing, as clients do.
+Nothing is coerced and no field is unknown. What OpenAI's own service has and this one does not is named in
+`Elsewhere`, and may be sent with the value that changes nothing, as clients do.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class TextPart(RequestModel):
 
 
 class ImageUrl(RequestModel):
-    """A picture as a data URL (`data:image/png;base64,...`): PNG, JPEG, GIF, WebP, BMP or TIFF. `detail` changes nothing."""
+    """A picture as a data URL (`data:image/png;base64,...`): PNG, JPEG, GIF, WebP, BMP or TIFF. `detail` changes
+    nothing.
+    """
 
     url: str
     detail: Literal["auto", "low", "high"] | None = None
@@ -90,7 +92,9 @@ class SystemTurn(RequestModel):
 
 
 class UserTurn(RequestModel):
-    """What a person says and shows. Media count by their place among the parts; an agent reads them as it was tuned to."""
+    """What a person says and shows. Media count by their place among the parts; an agent reads them as it was tuned
+    to.
+    """
 
     role: Literal["user"]
     content: str | Annotated[list[UserPart], Field(min_length=1)]
@@ -114,7 +118,9 @@ class ToolCall(RequestModel):
 
 
 class EarlierSpeech(RequestModel):
-    """The speech of an earlier reply, sent back as it came. It is not kept and not heard: the turn's content is what counts."""
+    """The speech of an earlier reply, sent back as it came. It is not kept and not heard: the turn's content is what
+    counts.
+    """
 
     id: str
     data: str | None = None
@@ -217,7 +223,9 @@ class StreamOptions(RequestModel):
 
 
 class SamplingFields(RequestModel):
-    """How the next token is chosen. What is left out is as the agent's Release says; a seed that is left out is drawn."""
+    """How the next token is chosen. What is left out is as the agent's Release says; a seed that is left out is
+    drawn.
+    """
 
     max_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -253,7 +261,9 @@ class Heard(RequestModel):
 
 
 class Elsewhere(RequestModel):
-    """Of OpenAI's own service. The first four change nothing here; the others may be sent with what changes nothing."""
+    """Of OpenAI's own service. The first four change nothing here; the others may be sent with what changes
+    nothing.
+    """
 
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -317,7 +327,8 @@ class SpeechRequest(RequestModel):
 class FeedbackRequest(RequestModel):
     """Body of POST /v1/feedback: what a person says of a reply.
 
-    consent: whether the words (prompt, reply, correction, comment) may be kept and learnt from; left out, it is as the team
+    consent: whether the words (prompt, reply, correction, comment) may be kept and learnt from; left out, it is as the
+    team
     says. user: the client's id of the person, of which a keyed digest is kept.
     """
 

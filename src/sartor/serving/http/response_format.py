@@ -76,7 +76,10 @@ class ChatCompletionFormat:
     def whole(self, index: int, reply: CollectedReply) -> dict[str, Any]:
         """See Shape."""
         tool_calls = self._tool_calls(reply.done)
-        message: dict[str, Any] = {"role": "assistant", "content": reply.text if reply.text or not tool_calls else None}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": reply.text if reply.text or not tool_calls else None,
+        }
         message["refusal"] = None
         if tool_calls:
             message["tool_calls"] = tool_calls
@@ -95,7 +98,12 @@ class ChatCompletionFormat:
         """See Shape."""
         if tool_calls := self._tool_calls(done):
             yield self._delta(
-                index, {"tool_calls": [{"index": call_index, **tool_call} for call_index, tool_call in enumerate(tool_calls)]}
+                index,
+                {
+                    "tool_calls": [
+                        {"index": call_index, **tool_call} for call_index, tool_call in enumerate(tool_calls)
+                    ]
+                },
             )
         yield {**self._delta(index, {}), "finish_reason": _finish(done)}
 
@@ -155,7 +163,10 @@ def _finish(done: ReplyDone) -> str:
 
 def _chat_logprobs(logprobs: Sequence[Logprob]) -> dict[str, Any]:
     content = [
-        {**_token(logprob.token, logprob.logprob), "top_logprobs": [_token(token, value) for token, value in logprob.top]}
+        {
+            **_token(logprob.token, logprob.logprob),
+            "top_logprobs": [_token(token, value) for token, value in logprob.top],
+        }
         for logprob in logprobs
     ]
     return {"content": content, "refusal": None}
@@ -199,11 +210,15 @@ def _choices(formatter: CompletionFormat, index: int, event: TextDelta | ReplyDo
 
 
 class SseResponse(Response):
-    """The response of a stream. An error that comes after it began is an event; then, too, the stream ends as it should."""
+    """The response of a stream. An error that comes after it began is an event; then, too, the stream ends as it
+    should.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunk_stream: Chunks, group: ReplyGroup, record: RequestRecord, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, chunk_stream: Chunks, group: ReplyGroup, record: RequestRecord, headers: Mapping[str, str]
+    ) -> None:
         super().__init__(headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._chunk_stream = chunk_stream
@@ -218,7 +233,8 @@ class SseResponse(Response):
         except ClientDisconnectedError:
             self._record.error = "Gone"
         finally:
-            # in a task of its own: what closes a reply may have to be told to others, also while this task is being ended
+            # in a task of its own: what closes a reply may have to be told to others, also while this task is being
+            # ended
             await asyncio.shield(asyncio.ensure_future(self._group.close()))
 
     async def _send(self, send: Send) -> None:
@@ -226,7 +242,8 @@ class SseResponse(Response):
             try:
                 async for chunk in chunk_stream:
                     await _event(send, chunk)
-                    # neither of the two waits while there is text and room: others, and the client's leaving, must be heard
+                    # neither of the two waits while there is text and room: others, and the client's leaving, must be
+                    # heard
                     await asyncio.sleep(0)
             except SartorError as error:
                 fault = to_http_error(error)

@@ -112,7 +112,9 @@ class ChatChoice(ResponseModel):
 
 
 class ChatAnswer(ResponseModel):
-    """Answer of POST /v1/chat/completions. `id` holds the receipt of the first choice; `model` is the exact version."""
+    """Answer of POST /v1/chat/completions. `id` holds the receipt of the first choice; `model` is the exact
+    version.
+    """
 
     id: str
     object: Literal["chat.completion"]
@@ -231,7 +233,9 @@ class HealthAnswer(ResponseModel):
 
 
 class FeedbackAnswer(ResponseModel):
-    """Answer of POST /v1/feedback. `learnable`: the prompt was still known, and its words may be kept and learnt from."""
+    """Answer of POST /v1/feedback. `learnable`: the prompt was still known, and its words may be kept and learnt
+    from.
+    """
 
     receipt: str
     agent: str

@@ -2,8 +2,8 @@
 
 with_house: `Server(house, team).run()` until a signal; `sartor serve` opens the house first (startup.py)
 
-uvicorn bounds the size of a request's head, and the quiet between two requests. What it lets pass is here: a head or a body
-that trickles, a client that does not read what is sent to it, and one connection too many.
+uvicorn bounds the size of a request's head, and the quiet between two requests. What it lets pass is here: a head or a
+body that trickles, a client that does not read what is sent to it, and one connection too many.
 """
 
 from __future__ import annotations
@@ -48,9 +48,13 @@ SPARE_CONNECTIONS = 128
 UNREAD_BYTES = 64 << 10
 KERNEL_BYTES = 256 << 10
 _MALFORMED = HttpError(
-    400, "invalid_request_error", "invalid_http", "this is not an HTTP request", "send HTTP/1.1 with a head below 64 KiB",
+    400,
+    "invalid_request_error",
+    "invalid_http",
+    "this is not an HTTP request",
+    "send HTTP/1.1 with a head below 64 KiB",
     "RequestError",
-)  # fmt: skip
+)
 
 
 class Connection(H11Protocol):
@@ -77,7 +81,11 @@ class Connection(H11Protocol):
             self.transport.close()
             return
         body = json.dumps(_MALFORMED.as_json()).encode()
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close"), (b"content-length", b"%d" % len(body))]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"connection", b"close"),
+            (b"content-length", b"%d" % len(body)),
+        ]
         for event in (
             h11.Response(status_code=400, reason=b"Bad Request", headers=headers),
             h11.Data(data=body),
@@ -87,7 +95,9 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def cut_if_slow(self, now: float, limit_s: float) -> bool:
-        """Cut the connection when, for so long, it has been without a whole request, or has not read what it was sent."""
+        """Cut the connection when, for so long, it has been without a whole request, or has not read what it was
+        sent.
+        """
         idle = self.cycle is None or self.cycle.response_complete
         if not idle:
             self._idle_since = None
@@ -110,7 +120,9 @@ def protocol_with(max_connections: int) -> type[Connection]:
 
 
 async def watch(connections: Iterable[Any], limit_s: float, on_cut: Callable[[int], object]) -> None:
-    """Cut off slow clients until cancelled; `on_cut` of how many at once. `connections` is looked at anew each time."""
+    """Cut off slow clients until cancelled; `on_cut` of how many at once. `connections` is looked at anew each
+    time.
+    """
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(min(1.0, limit_s / 4))
@@ -121,7 +133,8 @@ async def watch(connections: Iterable[Any], limit_s: float, on_cut: Callable[[in
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises OSError when it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is said: without it each answer waits 40 ms for an ACK
+    # asyncio turns Nagle's algorithm off only where the protocol is said: without it each answer waits 40 ms for an
+    # ACK
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -169,7 +182,9 @@ class HttpServer:
         services.people.listeners.append(state.memory.forget_person)
         self._tools = McpServer(state, team, self.log.bug) if team.mcp.serve else None
         self.app = _app(state, team, self._tools)
-        gate = RequestGate(services.authenticator, services.rates, team.http, team.limits, self.lifetime, self.connections)
+        gate = RequestGate(
+            services.authenticator, services.rates, team.http, team.limits, self.lifetime, self.connections
+        )
         self.asgi = AuthMiddleware(self.app, gate, self.log, metrics, self._tracer)
 
     def connections(self) -> int:

@@ -107,7 +107,8 @@ class ReceiptFinder(Protocol):
 
 @dataclass(frozen=True)
 class UserDirectory:
-    """Users who may have versions of their own. person_of: the id that a client sends -> who that is here, "" for nobody.
+    """Users who may have versions of their own. person_of: the id that a client sends -> who that is here, "" for
+    nobody.
 
     listeners: told whom the server is to forget.
     """
@@ -120,7 +121,8 @@ class UserDirectory:
 class Services:
     """Everything behind the server.
 
-    troubles: what cannot be served as it should, by agent or version, and why. receipts_lost: how many could not be written.
+    troubles: what cannot be served as it should, by agent or version, and why. receipts_lost: how many could not be
+    written.
     plans: what may be asked for as an agent is, and is several of them.
     """
 

@@ -43,7 +43,9 @@ class ServerLifetime:
             if not wait.expired():
                 raise
         if self.is_over:
-            raise CutError("the server ended before the reply did", "ask again; another server, or this one soon, answers")
+            raise CutError(
+                "the server ended before the reply did", "ask again; another server, or this one soon, answers"
+            )
         raise DeadlineError(
             "the reply took longer than limits.deadline_s", "ask for less: max_tokens, or a shorter text to speak"
         )

@@ -1,7 +1,8 @@
 """Voices and concurrency of speech.
 
-The voices' programs have processes of their own, and threads of their own wait for them and write the files. Both have a lower
-priority, so that no reply waits for speech. The unit is a piece of a sentence or two, and no long text holds up a short one.
+The voices' programs have processes of their own, and threads of their own wait for them and write the files. Both have
+a lower priority, so that no reply waits for speech. The unit is a piece of a sentence or two, and no long text holds
+up a short one.
 """
 
 from __future__ import annotations

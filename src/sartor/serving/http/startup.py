@@ -40,8 +40,9 @@ Tell = Callable[..., object]
 def serve(team: Team | Path | str, flags: Sequence[str] = (), *, ready: Ready = lambda facts: None) -> None:
     """Serve a team until SIGTERM or Ctrl-C, which is raised again when running replies have ended.
 
-    ready: told `address`, `base`, `engine`, `agents` and `keys` (whether any are set) once it answers. Raises ConfigError for
-    what the file says and where it cannot listen, ExtraError, and what the first worker told; an agent that cannot be admitted
+    ready: told `address`, `base`, `engine`, `agents` and `keys` (whether any are set) once it answers. Raises
+    ConfigError for what the file says and where it cannot listen, ExtraError, and what the first worker told; an agent
+    that cannot be admitted
     is no error: /health names it.
     """
     asyncio.run(_serve(team if isinstance(team, Team) else load(Path(team), flags), ready))
@@ -60,7 +61,12 @@ async def _open_and_serve(team: Team, ready: Ready, log: RequestLog) -> None:
         server = HttpServer(services, team, log=log)
         names = [agent.name for agent in await services.agent_admin.listed() if agent.is_ready]
         about = services.workers.about
-        facts = {"base": about.base, "engine": about.kind, "agents": names, "keys": asks_for_key(services.authenticator)}
+        facts = {
+            "base": about.base,
+            "engine": about.kind,
+            "agents": names,
+            "keys": asks_for_key(services.authenticator),
+        }
         await server.serve(bind(team), lambda address: ready({"address": address, **facts}))
 
 
@@ -91,7 +97,10 @@ async def build_services(team: Team, tell: Tell = lambda event, **fields: None) 
             team, workers, registry, _announced(admit, Path(team.state), tell), router=router, receipts=receipts
         )
         await dispatcher.start()
-        tell("agents open", served=[name for name in dispatcher.served.agents if name not in dispatcher.served.unadmitted])
+        tell(
+            "agents open",
+            served=[name for name in dispatcher.served.agents if name not in dispatcher.served.unadmitted],
+        )
         stack.push_async_callback(dispatcher.close)
         tool_servers = ToolServers(team)
         stack.push_async_callback(tool_servers.close)
@@ -99,7 +108,11 @@ async def build_services(team: Team, tell: Tell = lambda event, **fields: None) 
         dispatcher.team_tools = tool_servers.declared
         tool_agent = ToolCallingAgent(dispatcher, tool_servers, team)
         plans = PlanDispatcher(
-            team, tool_agent, PlanLog.of(team, lambda: workers.about), receipts=receipts, known=lambda: dispatcher.served.agents
+            team,
+            tool_agent,
+            PlanLog.of(team, lambda: workers.about),
+            receipts=receipts,
+            known=lambda: dispatcher.served.agents,
         )
         stack.push_async_callback(plans.close)
         yield Services(

@@ -25,10 +25,16 @@ class Metrics:
     def __init__(self, services: Services, connections: Callable[[], int], lines_lost: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
         self._requests = self._counter("requests", "requests that ended", "route", "agent", "status")
-        self._errors = self._counter("errors", "requests that ended with an error, by its kind", "route", "agent", "kind")
+        self._errors = self._counter(
+            "errors", "requests that ended with an error, by its kind", "route", "agent", "kind"
+        )
         self._tokens = self._counter("tokens", "tokens of prompts, of them cached, and of replies", "agent", "kind")
-        self._wall = self._histogram("request_seconds", "from a request's head to the end of its answer", "route", "agent")
-        self._first = self._histogram("first_token_seconds", "from a request's head to its reply's first text", "agent")
+        self._wall = self._histogram(
+            "request_seconds", "from a request's head to the end of its answer", "route", "agent"
+        )
+        self._first = self._histogram(
+            "first_token_seconds", "from a request's head to its reply's first text", "agent"
+        )
         self._feedback = self._counter("feedback", "what people said of replies", "agent", "kind")
         self._masked = self._counter("feedback_masked", "values of personal data masked in what people said", "kind")
         self._registry.register(_StateCollector(services, connections, lines_lost))
@@ -47,8 +53,14 @@ class Metrics:
                 self._tokens.labels(record.agent, kind).inc(tokens)
 
     def count_feedback(self, submitted: Feedback, stored: Feedback) -> None:
-        """Feedback as it came, and as it was written: `withheld` counts words that were not kept for want of consent."""
-        kinds = {"rating": submitted.rating is not None, "correction": submitted.correction, "comment": submitted.comment}
+        """Feedback as it came, and as it was written: `withheld` counts words that were not kept for want of
+        consent.
+        """
+        kinds = {
+            "rating": submitted.rating is not None,
+            "correction": submitted.correction,
+            "comment": submitted.comment,
+        }
         kinds["withheld"] = (
             submitted.has_words or submitted.correction or submitted.comment
         ) and stored.by.consent == "refused"
@@ -104,7 +116,9 @@ def _workers(workers: Any) -> Iterator[Metric]:
 
 
 def _agents(agents: Mapping[str, Mapping[str, Any]]) -> Iterator[Metric]:
-    breakers = GaugeMetricFamily("sartor_breaker", "1 for the state that an agent's breaker is in", labels=["agent", "state"])
+    breakers = GaugeMetricFamily(
+        "sartor_breaker", "1 for the state that an agent's breaker is in", labels=["agent", "state"]
+    )
     queued = GaugeMetricFamily("sartor_queued", "requests that wait", labels=["agent"])
     live = GaugeMetricFamily("sartor_live", "requests that are answered", labels=["agent"])
     for name, agent in agents.items():

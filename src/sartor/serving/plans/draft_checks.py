@@ -1,7 +1,7 @@
 """Computed checks of a draft.
 
-They find the same in the same draft, on every machine. A check says nothing of what it was not made for: a reply without an
-equation has no wrong one, unless `least` asks for some.
+They find the same in the same draft, on every machine. A check says nothing of what it was not made for: a reply
+without an equation has no wrong one, unless `least` asks for some.
 """
 
 from __future__ import annotations
@@ -61,13 +61,17 @@ def _by_pattern(check: PatternCheck, draft: str) -> list[str]:
 
 
 def _by_arithmetic(check: Arithmetic, draft: str) -> list[str]:
-    problems = [problem for problem in (_wrong_in(match[0]) for match in _EQUATION.finditer(draft)) if problem is not None]
+    problems = [
+        problem for problem in (_wrong_in(match[0]) for match in _EQUATION.finditer(draft)) if problem is not None
+    ]
     shortfall = [f"it holds {len(problems)} equations; at least {check.least}"] if len(problems) < check.least else []
     return [*(problem for problem in problems if problem), *shortfall]
 
 
 def _wrong_in(equation: str) -> str | None:
-    """What is wrong with an equation, "" for nothing; None where it is none that can be computed (a date, a part number)."""
+    """What is wrong with an equation, "" for nothing; None where it is none that can be computed (a date, a part
+    number).
+    """
     sides = [side.strip().rstrip(".,+-*/x×÷(") for side in equation.split("=")]
     values = [_value(side) for side in sides]
     if any(value is None for value in values) or not any(_is_sum(side) for side in sides):
@@ -125,7 +129,11 @@ def _by_citations(check: Citations, draft: str, request_text: str) -> list[str]:
         return [str(error)]
     shortfall = [f"it cites {len(citations)} times; at least {check.least}"] if len(citations) < check.least else []
     return [
-        *(f"{citation[:200]!r} is not in {sources_name}" for citation in citations if not _holds(sources, _plain(citation))),
+        *(
+            f"{citation[:200]!r} is not in {sources_name}"
+            for citation in citations
+            if not _holds(sources, _plain(citation))
+        ),
         *shortfall,
     ]
 

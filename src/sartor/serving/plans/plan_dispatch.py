@@ -1,7 +1,7 @@
 """Answers requests to plans, passes others on.
 
-A plan is asked for by its name, or `name@digest`, the digest of what it declares: that is its version. Its answer has a
-receipt of its own beside those of its steps, and its tokens are theirs together.
+A plan is asked for by its name, or `name@digest`, the digest of what it declares: that is its version. Its answer has
+a receipt of its own beside those of its steps, and its tokens are theirs together.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class PlanDispatcher:
     def listed(self) -> list[AgentListing]:
         """The plans, as what may be asked for."""
         return [
-            AgentListing(name, version, (version,), {"plan": self._plans[name].kind}) for name, version in self._digests.items()
+            AgentListing(name, version, (version,), {"plan": self._plans[name].kind})
+            for name, version in self._digests.items()
         ]
 
     @property
@@ -96,8 +97,8 @@ class PlanDispatcher:
     async def open(self, request: AgentRequest) -> AgentReply:
         """Begin an answer; returns when its first event is there.
 
-        Raises what `Dispatch.open` raises; for a plan RequestError for what no plan does, and UnavailableError where no step
-        gave anything.
+        Raises what `Dispatch.open` raises; for a plan RequestError for what no plan does, and UnavailableError where
+        no step gave anything.
         """
         name, separator, version = request.model.partition("@")
         plan = self._plans.get(name)
@@ -116,7 +117,9 @@ class PlanDispatcher:
             problem = f"the plan {plan.name} has no version {version[:80]!r}; it is {self._digests[plan.name]}"
             raise UnknownAgentError(problem, f'"model": "{plan.name}"')
         if request.openable is not None and plan.name not in request.openable:
-            raise KeyRefusedError(f"this key does not open {plan.name!r}", f"sartor agents key {plan.name} makes one that does")
+            raise KeyRefusedError(
+                f"this key does not open {plan.name!r}", f"sartor agents key {plan.name} makes one that does"
+            )
         if not request.messages:
             raise RequestError(f"the plan {plan.name} answers a conversation", "POST /v1/chat/completions")
         if request.tools or request.must_call:
@@ -125,7 +128,8 @@ class PlanDispatcher:
             raise RequestError(f"the plan {plan.name} tells no logprobs", "ask an agent, or leave `logprobs` out")
         if request.schema and isinstance(plan, DividedPlan) and plan.answer is None:
             raise RequestError(
-                f"the plan {plan.name} puts answers below each other, which obey no schema", "declare who makes one: `answer`"
+                f"the plan {plan.name} puts answers below each other, which obey no schema",
+                "declare who makes one: `answer`",
             )
 
     async def _open_plan(self, run: PlanRun, plan: Plan) -> AgentReply:
@@ -153,7 +157,9 @@ class PlanDispatcher:
         """The answer is over: its receipt is kept, and its run logged."""
         run = active.run
         done, error = (
-            (event, None) if isinstance(event, ReplyDone) else (None, error_of(event.kind, event.problem, event.remedy))
+            (event, None)
+            if isinstance(event, ReplyDone)
+            else (None, error_of(event.kind, event.problem, event.remedy))
         )
         call = GenerateCall(
             run.id, BASE, run.request.messages, sampling=Sampling(**run.request.sampling), schema=run.request.schema
@@ -162,7 +168,9 @@ class PlanDispatcher:
         finished = FinishedReply(*facts, scores={}, began=active.began, steps=run.receipts)
         # a client that goes now must not keep either from being written
         await asyncio.shield(self._spawn(self._keep(finished)))
-        await asyncio.shield(self._spawn(self._write(active.finished_run(text, "failed" if error else "answered", error))))
+        await asyncio.shield(
+            self._spawn(self._write(active.finished_run(text, "failed" if error else "answered", error)))
+        )
 
     async def _keep(self, finished: FinishedReply) -> None:
         if self._receipts is None:
@@ -196,7 +204,11 @@ class _ActiveRun:
     def finished_run(self, text: str, outcome: str, error: SartorError | None = None) -> FinishedRun:
         """The run as the log has it."""
         request = self.run.request
-        request_fields = {"messages": list(request.messages), "sampling": dict(request.sampling), "schema": request.schema}
+        request_fields = {
+            "messages": list(request.messages),
+            "sampling": dict(request.sampling),
+            "schema": request.schema,
+        }
         tokens = {"prompt": self.allowance.prompt, "reply": self.allowance.reply, "cached": self.allowance.cached}
         took_s = time.time() - self.began
         last_entry = StepLogEntry(
@@ -209,7 +221,8 @@ class _ActiveRun:
 
 
 class _PlanEvents:
-    """The events of an answer: all of it at once, or those of the last step as they come; the tokens are those of all steps.
+    """The events of an answer: all of it at once, or those of the last step as they come; the tokens are those of all
+    steps.
 
     on_cancel: called when the client wants no more of it.
     """
@@ -227,12 +240,18 @@ class _PlanEvents:
         if not self._has_begun:
             self._has_begun = True
             # what the steps before said is paid for, and not heard
-            return TextDelta(self._id, self._source.text if isinstance(self._source, StepReply) else "", self._allowance.reply)
+            return TextDelta(
+                self._id, self._source.text if isinstance(self._source, StepReply) else "", self._allowance.reply
+            )
         event = (
-            ReplyDone(self._id, self._source.finish, 0, 0) if isinstance(self._source, StepReply) else await anext(self._source)
+            ReplyDone(self._id, self._source.finish, 0, 0)
+            if isinstance(self._source, StepReply)
+            else await anext(self._source)
         )
         if isinstance(event, ReplyDone):
-            return ReplyDone(self._id, event.finish, self._allowance.prompt, self._allowance.reply, self._allowance.cached)
+            return ReplyDone(
+                self._id, event.finish, self._allowance.prompt, self._allowance.reply, self._allowance.cached
+            )
         return replace(event, call=self._id)
 
     async def aclose(self) -> None:
@@ -243,7 +262,9 @@ class _PlanEvents:
 
 
 def _nothing(plan: Plan, errors: list[SartorError]) -> SartorError:
-    """The error of a plan of which no step gave anything: the first one's, where the client can do something about it."""
+    """The error of a plan of which no step gave anything: the first one's, where the client can do something about
+    it.
+    """
     if errors and isinstance(errors[0], _CLIENTS):
         return errors[0]
     problems = "; ".join(dict.fromkeys(error.problem for error in errors))

@@ -2,10 +2,10 @@
 
     STATE/plans/plans-DAY-PROCESS.jsonl
 
-A run is a line that opens it (the request), a line a step, and a line that ends it (the answer), written together when the
-answer ends and fsynced. By default the log holds no word of what was asked and said: digests by the team's key, as receipts
-have them (`receipts.py`). A plan with `log: content` keeps the words. A disk that takes nothing costs lines, which are
-counted, and no answers.
+A run is a line that opens it (the request), a line a step, and a line that ends it (the answer), written together when
+the answer ends and fsynced. By default the log holds no word of what was asked and said: digests by the team's key, as
+receipts have them (`receipts.py`). A plan with `log: content` keeps the words. A disk that takes nothing costs lines,
+which are counted, and no answers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class DayFiles:
     def append(self, data: bytes) -> None:
         """Append whole lines. Raises OSError where that cannot be; then nothing was written."""
         with self._lock:
-            self._append(self._folder / f"{self._name}-{time.strftime('%Y%m%d', time.gmtime())}-{self._process}.jsonl", data)
+            self._append(
+                self._folder / f"{self._name}-{time.strftime('%Y%m%d', time.gmtime())}-{self._process}.jsonl", data
+            )
 
     def _append(self, file: Path, data: bytes) -> None:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -74,7 +76,9 @@ DIGITS = 3
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One run for the log. plan: `name@digest`. outcome: answered, failed or cancelled. content: whether the words are kept."""
+    """One run for the log. plan: `name@digest`. outcome: answered, failed or cancelled. content: whether the words are
+    kept.
+    """
 
     id: str
     plan: str
@@ -89,7 +93,9 @@ class FinishedRun:
         head = {"schema": SCHEMA, "run": self.id, "plan": self.plan}
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.began))
         rows = [_log_row(line, digest, self.content) for line in (self.request_entry, *self.steps, self.answer_entry)]
-        return [{**head, "number": number, "of": len(rows), "created": created, **row} for number, row in enumerate(rows)]
+        return [
+            {**head, "number": number, "of": len(rows), "created": created, **row} for number, row in enumerate(rows)
+        ]
 
 
 def _log_row(entry: StepLogEntry, digest: Digest, content: bool) -> dict[str, Any]:
@@ -137,13 +143,17 @@ def response_format(schema: str) -> Mapping[str, Any]:
 
 
 class PlanLog:
-    """Where the runs of one team's plans are written; each process has a file of its own a day. Safe from several threads.
+    """Where the runs of one team's plans are written; each process has a file of its own a day. Safe from several
+    threads.
 
-    days: after which a file is removed, as receipts are; 0 keeps it. about: the engine that answers; the line of a request
+    days: after which a file is removed, as receipts are; 0 keeps it. about: the engine that answers; the line of a
+    request
     states it as receipts do. lost: runs that could not be written.
     """
 
-    def __init__(self, folder: Path, digest: Digest, days: int = 0, about: Callable[[], EngineInfo] | None = None) -> None:
+    def __init__(
+        self, folder: Path, digest: Digest, days: int = 0, about: Callable[[], EngineInfo] | None = None
+    ) -> None:
         self._files, self._digest, self._about = DayFiles(folder, "plans", days), digest, about
         self.lost = 0
 
@@ -166,7 +176,9 @@ class PlanLog:
 
 
 def read_runs(file: Path) -> Iterator[list[dict[str, Any]]]:
-    """The runs in a log, each as its lines in order. Raises ArtifactError for no log, or one whose runs are not whole."""
+    """The runs in a log, each as its lines in order. Raises ArtifactError for no log, or one whose runs are not
+    whole.
+    """
     rows: list[dict[str, Any]] = []
     for number, text in enumerate(_lines(file), 1):
         try:
@@ -174,7 +186,9 @@ def read_runs(file: Path) -> Iterator[list[dict[str, Any]]]:
             fits = row["number"] == len(rows) and (not rows or row["run"] == rows[0]["run"])
             schema = row["schema"]
         except (ValueError, TypeError, KeyError):
-            raise ArtifactError(f"{file}, line {number} is no line of a log of plans", "give a file of STATE/plans") from None
+            raise ArtifactError(
+                f"{file}, line {number} is no line of a log of plans", "give a file of STATE/plans"
+            ) from None
         if schema != SCHEMA:
             problem = f"{file} has schema {schema!r:.20}; this version reads {SCHEMA}"
             raise ArtifactError(problem, upgrade_command())
@@ -193,4 +207,6 @@ def _lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise MissingError(f"the log {file} cannot be read: {error}", "sartor agents replay STATE/plans/FILE.jsonl") from None
+        raise MissingError(
+            f"the log {file} cannot be read: {error}", "sartor agents replay STATE/plans/FILE.jsonl"
+        ) from None

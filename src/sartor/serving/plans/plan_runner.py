@@ -1,8 +1,8 @@
 """Runs a plan: chain, parallel, divide, vote, mend.
 
-A step that gives nothing is left out and said; what the others gave is the answer. The best draft is the one that got furthest
-through the checks, then the one with the fewest findings, then the earliest. A mended draft that was there before means that
-the plan goes round in circles, which ends it.
+A step that gives nothing is left out and said; what the others gave is the answer. The best draft is the one that got
+furthest through the checks, then the one with the fewest findings, then the earliest. A mended draft that was there
+before means that the plan goes round in circles, which ends it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def comparison_key(text: str, fields: Sequence[str] = ()) -> str:
 
 
 def majority_reply(replies: Sequence[str], vote: Vote) -> tuple[int, int]:
-    """(place of the reply that stands for the majority, how many say so). Of equally many the one that stands first."""
+    """(place of the reply that stands for the majority, how many say so). Of equally many the one that stands
+    first.
+    """
     forms = [comparison_key(reply, vote.fields) for reply in replies]
     counts = Counter(forms)
     max_count = max(counts.values())
@@ -121,17 +123,25 @@ class Draft:
 
 
 class PlanRunner:
-    """One plan for one request. allowance: what it may take; parent_path: the place of the step that it stands for, if it is
-    one.
+    """One plan for one request. allowance: what it may take; parent_path: the place of the step that it stands for, if
+    it is one.
     """
 
     def __init__(
         self, run: PlanRun, plan: Plan, request: AgentRequest, allowance: PlanAllowance, parent_path: str = ""
     ) -> None:
-        self._run, self._plan, self._request, self._allowance, self._parent_path = run, plan, request, allowance, parent_path
+        self._run, self._plan, self._request, self._allowance, self._parent_path = (
+            run,
+            plan,
+            request,
+            allowance,
+            parent_path,
+        )
 
     async def follow(self, streams: bool = False) -> StepReply | OpenStep | None:
-        """The answer; None where no step gave anything. streams: one that has only to be passed on may come as it is made."""
+        """The answer; None where no step gave anything. streams: one that has only to be passed on may come as it is
+        made.
+        """
         plan = self._plan
         if isinstance(plan, ChainPlan):
             return await self._chain(plan, streams)
@@ -154,7 +164,8 @@ class PlanRunner:
     async def _parallel(self, plan: ParallelPlan) -> StepReply | None:
         step_input = PlanStepInput(self._request.messages)
         tasks = [
-            self._task(step, "draft", f"members.{index}", step_input, number=index) for index, step in enumerate(plan.members)
+            self._task(step, "draft", f"members.{index}", step_input, number=index)
+            for index, step in enumerate(plan.members)
         ]
         replies = [reply for reply in await self._together(tasks) if reply]
         if not replies:
@@ -162,7 +173,11 @@ class PlanRunner:
         texts = [reply.text for reply in replies]
         if isinstance(plan.join, Merge):
             text, objects = merge_json_replies(texts, plan.join)
-            problems = schema_errors(read_json(text), read_json(self._request.schema)) if text and self._request.schema else []
+            problems = (
+                schema_errors(read_json(text), read_json(self._request.schema))
+                if text and self._request.schema
+                else []
+            )
             if text and not problems:
                 self._note(f"merged from {objects} of {len(plan.members)}")
                 return StepReply(text, ", ".join(dict.fromkeys(reply.agent for reply in replies)))
@@ -176,7 +191,9 @@ class PlanRunner:
         steps = {step.agent: step for step in plan.members}
         full_input = PlanStepInput(self._request.messages)
         tasks = [
-            self._task(steps[part.agent], "part", f"parts.{index}", _of_part(part) if part.task else full_input, number=index)
+            self._task(
+                steps[part.agent], "part", f"parts.{index}", _of_part(part) if part.task else full_input, number=index
+            )
             for index, part in enumerate(parts)
         ]
         replies = await self._together(tasks)
@@ -191,13 +208,17 @@ class PlanRunner:
         if plan.answer is None or not parts[0].task:
             return await self._verified(joined, plan.check, plan.mend)
         findings = tuple(DraftFinding(part.task, reply.text) for part, reply in answered_parts)
-        task = self._task(plan.answer, "answer", "answer", PlanStepInput(self._request.messages, joined.text, findings))
+        task = self._task(
+            plan.answer, "answer", "answer", PlanStepInput(self._request.messages, joined.text, findings)
+        )
         if streams and not plan.check and plan.answer.agent not in self._run.plans:
             return await self._open_step(task) or joined
         return await self._verified(await self._ask(task) or joined, plan.check, plan.mend)
 
     async def _parts(self, plan: DividedPlan) -> list[TaskPart]:
-        """What the planner made of the request; where it is not divided, one part without a task, the first member's."""
+        """What the planner made of the request; where it is not divided, one part without a task, the first
+        member's.
+        """
         names = [step.agent for step in plan.members]
         step_input = PlanStepInput(self._request.messages)
         task = replace(self._task(plan.plan, "plan", "plan", step_input), form=parts_schema(names, plan.most))
@@ -232,7 +253,9 @@ class PlanRunner:
         return best.reply
 
     async def _judged(self, reply: StepReply, checks: Sequence[Check], mends: int) -> Draft:
-        """A draft with what the first check that finds something finds. A critic that says nothing is noted and passed over."""
+        """A draft with what the first check that finds something finds. A critic that says nothing is noted and passed
+        over.
+        """
         request_text = user_text(self._run.request.messages)
         for index, check in enumerate(checks):
             step_path = f"check.{mends}.{index}"
@@ -252,7 +275,9 @@ class PlanRunner:
         return Draft(reply, len(checks), ())
 
     async def _criticised(self, check: Critic, reply: StepReply, step_path: str) -> list[str]:
-        critic_reply = await self._ask(self._task(check, "check", step_path, PlanStepInput(self._request.messages, reply.text)))
+        critic_reply = await self._ask(
+            self._task(check, "check", step_path, PlanStepInput(self._request.messages, reply.text))
+        )
         verdict = read_verdict(critic_reply.text) if critic_reply else None
         if critic_reply and verdict is None:
             self._note(f"{critic_reply.agent} gave no verdict at {step_path}")
@@ -263,7 +288,9 @@ class PlanRunner:
         share = max(1, self._allowance.remaining_tokens // len(tasks))
         async with asyncio.TaskGroup() as group:
             step_tasks = [
-                group.create_task(self._ask(task, PlanAllowance(share, self._allowance.deadline, part_of=self._allowance)))
+                group.create_task(
+                    self._ask(task, PlanAllowance(share, self._allowance.deadline, part_of=self._allowance))
+                )
                 for task in tasks
             ]
         return [step_task.result() for step_task in step_tasks]
@@ -282,7 +309,9 @@ class PlanRunner:
         """The answer of a plan that is a step of this one, within both budgets."""
         request = request_of(task, self._request, allowance, self._run.max_tokens)
         inner_allowance = allowance_of(plan, request.deadline_s, allowance)
-        runner = PlanRunner(self._run, plan, replace(request, openable=self._request.openable), inner_allowance, task.step_path)
+        runner = PlanRunner(
+            self._run, plan, replace(request, openable=self._request.openable), inner_allowance, task.step_path
+        )
         reply = await runner.follow()
         assert not isinstance(reply, OpenStep), "only the outermost plan streams"
         return reply
@@ -297,7 +326,9 @@ class PlanRunner:
         self._note(f"{open_step.agent} answers")
         return open_step
 
-    def _task(self, step: PlanStep, role: Role, step_path: str, step_input: PlanStepInput, *, number: int = 0) -> StepTask:
+    def _task(
+        self, step: PlanStep, role: Role, step_path: str, step_input: PlanStepInput, *, number: int = 0
+    ) -> StepTask:
         return StepTask(step, role, self._at(step_path), step_input, number)
 
     def _at(self, step_path: str) -> str:
@@ -307,7 +338,13 @@ class PlanRunner:
         self._run.notes.append(note)
 
 
-_DOES: dict[Role, str] = {"draft": "drafts", "mend": "mends", "plan": "divides", "part": "answers a part", "answer": "answers"}
+_DOES: dict[Role, str] = {
+    "draft": "drafts",
+    "mend": "mends",
+    "plan": "divides",
+    "part": "answers a part",
+    "answer": "answers",
+}
 
 
 def _of_part(part: TaskPart) -> PlanStepInput:

@@ -33,7 +33,9 @@ class StepReplier(Protocol):
 
 @dataclass
 class PlanAllowance:
-    """What a plan may still take. deadline: of the monotonic clock. What is spent of it is spent of what it is a part of."""
+    """What a plan may still take. deadline: of the monotonic clock. What is spent of it is spent of what it is a part
+    of.
+    """
 
     tokens: int
     deadline: float
@@ -71,8 +73,10 @@ class PlanAllowance:
 class StepLogEntry:
     """What the log has of a step. request_fields, reply: content; how much of it is written, the plan declares.
 
-    step_path: of the step in the plan (`steps.0`, `check.1.0`: of the draft after one mend, the first check). agent: the exact
-    version, or a check's kind. outcome: said, passed, found, or left out. error: of the latter. sampling: as it was asked for.
+    step_path: of the step in the plan (`steps.0`, `check.1.0`: of the draft after one mend, the first check). agent:
+    the exact
+    version, or a check's kind. outcome: said, passed, found, or left out. error: of the latter. sampling: as it was
+    asked for.
     """
 
     step_path: str
@@ -118,7 +122,9 @@ class PlanRun:
 
 @dataclass(frozen=True)
 class StepTask:
-    """What a step is to do. request: of the plan that it is a step of. number: by which its seed differs from the client's."""
+    """What a step is to do. request: of the plan that it is a step of. number: by which its seed differs from the
+    client's.
+    """
 
     step: PlanStep
     role: Role
@@ -142,8 +148,12 @@ class StepReply:
     finish: Finish = "stop"
 
 
-def request_of(task: StepTask, client_request: AgentRequest, allowance: PlanAllowance, max_tokens: int) -> AgentRequest:
-    """What a step's agent is asked. Who may ask the plan may ask whom it names; `auto` chooses among the client's agents."""
+def request_of(
+    task: StepTask, client_request: AgentRequest, allowance: PlanAllowance, max_tokens: int
+) -> AgentRequest:
+    """What a step's agent is asked. Who may ask the plan may ask whom it names; `auto` chooses among the client's
+    agents.
+    """
     step = task.step
     has_own_form = task.role in _OWN_FORM
     sampling = {} if has_own_form else dict(client_request.sampling)
@@ -169,7 +179,13 @@ class OpenStep:
     """A step that has begun: its events, to be iterated over once, and its line in the log when they have ended."""
 
     def __init__(
-        self, run: PlanRun, allowance: PlanAllowance, request: AgentRequest, task: StepTask, answer: AgentReply, began: float
+        self,
+        run: PlanRun,
+        allowance: PlanAllowance,
+        request: AgentRequest,
+        task: StepTask,
+        answer: AgentReply,
+        began: float,
     ) -> None:
         self._run, self._allowance, self._began = run, allowance, began
         self.agent = answer.agent
@@ -228,7 +244,9 @@ def line_of(task: StepTask, request: AgentRequest) -> StepLogEntry:
 
 
 async def begin(run: PlanRun, allowance: PlanAllowance, client_request: AgentRequest, task: StepTask) -> OpenStep:
-    """Ask a step's agent; returns when the first event is there. Raises what `Members.open` raises, and BudgetError."""
+    """Ask a step's agent; returns when the first event is there. Raises what `Members.open` raises, and
+    BudgetError.
+    """
     allowance.check()
     began = time.monotonic()
     request = request_of(task, client_request, allowance, run.max_tokens)
@@ -236,7 +254,9 @@ async def begin(run: PlanRun, allowance: PlanAllowance, client_request: AgentReq
     return OpenStep(run, allowance, request, task, answer, began)
 
 
-async def ask(run: PlanRun, allowance: PlanAllowance, client_request: AgentRequest, task: StepTask) -> StepReply | None:
+async def ask(
+    run: PlanRun, allowance: PlanAllowance, client_request: AgentRequest, task: StepTask
+) -> StepReply | None:
     """The whole reply of a step; None where it has none, which is noted with the reason."""
     open_step: OpenStep | None = None
     line = StepLogEntry(task.step_path, task.role, task.step.agent, "said")
@@ -246,7 +266,9 @@ async def ask(run: PlanRun, allowance: PlanAllowance, client_request: AgentReque
             open_step = await begin(run, allowance, client_request, task)
             return await open_step.whole()
     except TimeoutError:
-        error: SartorError = DeadlineError(f"it took longer than {limit_s:.3g} s", "raise `seconds` of the step or the budget")
+        error: SartorError = DeadlineError(
+            f"it took longer than {limit_s:.3g} s", "raise `seconds` of the step or the budget"
+        )
     except SartorError as step_error:
         error = step_error
     if open_step is not None:

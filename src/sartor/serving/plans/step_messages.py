@@ -1,7 +1,7 @@
 """Typed messages between plan steps.
 
-Nothing else passes between agents. What an agent is to answer in a given form is asked for by a JSON Schema, which an engine
-that can decodes under, and is checked against that schema here whatever the engine did.
+Nothing else passes between agents. What an agent is to answer in a given form is asked for by a JSON Schema, which an
+engine that can decodes under, and is checked against that schema here whatever the engine did.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class PlanStepInput:
         turns = [{"role": turn["role"], "content": text_of(turn)} for turn in self.conversation]
         is_single_turn = len(turns) == 1 and turns[0]["role"] == "user"
         fields = {"request": turns[0]["content"] if is_single_turn else turns, "draft": self.draft}
-        return {**fields, "findings": [asdict(finding) for finding in self.findings]} if "findings" in inputs else fields
+        return (
+            {**fields, "findings": [asdict(finding) for finding in self.findings]} if "findings" in inputs else fields
+        )
 
     def messages(self, step: PlanStep, role: Role) -> Messages:
         """The conversation by which a step is asked. Pictures and recordings, which no JSON holds, go before it."""
@@ -102,7 +104,11 @@ class PlanStepInput:
         if step.form == "turns":
             draft = ({"role": "assistant", "content": self.draft},) if "draft" in inputs else ()
             findings = "\n".join(finding.says for finding in self.findings) if "findings" in inputs else ""
-            return (*self.conversation, *draft, {"role": "user", "content": "\n".join(filter(None, [TASKS[role], findings]))})
+            return (
+                *self.conversation,
+                *draft,
+                {"role": "user", "content": "\n".join(filter(None, [TASKS[role], findings]))},
+            )
         fields = {name: value for name, value in self.as_json(inputs).items() if name in inputs}
         text = json.dumps({"task": TASKS[role], **fields}, ensure_ascii=False)
         media = list(media_parts(self.conversation)) if "request" in inputs else []
@@ -123,7 +129,9 @@ def user_text(conversation: Messages) -> str:
 
 
 def read_verdict(text: str) -> CriticVerdict | None:
-    """What a critic said; None where that is no verdict. Who says `right` and finds something is not believed the former."""
+    """What a critic said; None where that is no verdict. Who says `right` and finds something is not believed the
+    former.
+    """
     value = read_json(text)
     if schema_errors(value, VERDICT):
         return None
@@ -170,7 +178,9 @@ def is_json(value: Any) -> bool:
 
 
 def schema_errors(value: Any, schema: Mapping[str, Any]) -> list[str]:
-    """What of a value does not obey a schema: at most eight sentences, in the order of the value. Nothing is fetched."""
+    """What of a value does not obey a schema: at most eight sentences, in the order of the value. Nothing is
+    fetched.
+    """
     if not is_json(value):
         return ["it is not JSON"]
     checker = jsonschema.Draft202012Validator(dict(schema), registry=referencing.Registry())

@@ -3,9 +3,10 @@
     registry = Registry.open("sqlite:///team/registry.sqlite")
     registry.promote("faq", "1.1", expected="1.0", by="ada", why="better on refunds")     # compare and swap
 
-A change names what it expects to find and raises ConflictError with what stands there instead. Every change raises a number,
-`generation`, that a running server polls; `subscribed` tells at once of those that are made here. A row whose checksum is wrong
-is named in `Snapshot.damaged` and the others are read as ever.
+A change names what it expects to find and raises ConflictError with what stands there instead. Every change raises a
+number,
+`generation`, that a running server polls; `subscribed` tells at once of those that are made here. A row whose checksum
+is wrong is named in `Snapshot.damaged` and the others are read as ever.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Registry:
 
     @classmethod
     def open(cls, url: str) -> Registry:
-        """The registry at a SQLAlchemy URL, made if absent, brought to its newest form if older. Raises as `open_database`."""
+        """The registry at a SQLAlchemy URL, made if absent, brought to its newest form if older. Raises as
+        `open_database`.
+        """
         return cls(registry_schema.open_database(url))
 
     def close(self) -> None:
@@ -101,17 +104,20 @@ class Registry:
         return Snapshot(generation, agents, versions, damaged)
 
     def events(self, agent: str = "", *, limit: int = 100) -> list[Event]:
-        """The newest changes, of one agent or all, the oldest first; rows that were changed from outside are left out."""
+        """The newest changes, of one agent or all, the oldest first; rows that were changed from outside are left
+        out.
+        """
         with self.database.read() as connection:
             return self._events(connection, agent, limit)
 
     def add(
         self, version: AgentVersion, *, fallback: Sequence[str] = ("previous", "base"), cause: ChangeCause = NOBODY
     ) -> Agent:
-        """Register an admitted Release; of a new agent (or a removed one) it is live at once, else it waits to be promoted.
+        """Register an admitted Release; of a new agent (or a removed one) it is live at once, else it waits to be
+        promoted.
 
-        The same Release again changes nothing but where it lies. Raises ConflictError when the name and version already
-        mean another Release.
+        The same Release again changes nothing but where it lies. Raises ConflictError when the name and version
+        already mean another Release.
         """
         version = replace(version, added=_now())
 
@@ -133,7 +139,8 @@ class Registry:
     def refuse(
         self, name: str, reason: str, *, fallback: Sequence[str] = ("previous", "base"), cause: ChangeCause = NOBODY
     ) -> Agent:
-        """Keep a name without a version, and why what was to answer is not admitted. Changes nothing where that is known.
+        """Keep a name without a version, and why what was to answer is not admitted. Changes nothing where that is
+        known.
 
         Raises ConflictError where a version of that name is there by now.
         """
@@ -151,13 +158,20 @@ class Registry:
         return self._change(write)
 
     def promote(self, name: str, version: str, *, expected: str | None = None, cause: ChangeCause = NOBODY) -> Agent:
-        """Make a registered version live, if `expected` is (None: whatever is). Also ends a trial, a drain, a quarantine.
+        """Make a registered version live, if `expected` is (None: whatever is). Also ends a trial, a drain, a
+        quarantine.
 
         Without an expectation it heals a row that was changed from outside.
-        Raises ConflictError with what stands there, UnknownAgentError, and what `Database.change` raises; then nothing changed.
+        Raises ConflictError with what stands there, UnknownAgentError, and what `Database.change` raises; then nothing
+        changed.
         """
         return self._edit(
-            name, "promoted", lambda agent: agent.expecting(expected).promoted(version), cause, version, heals=expected is None
+            name,
+            "promoted",
+            lambda agent: agent.expecting(expected).promoted(version),
+            cause,
+            version,
+            heals=expected is None,
         )
 
     def rollback(
@@ -241,7 +255,9 @@ class Registry:
         return self._edit(name, "noted", lambda agent: replace(agent, note=text), cause)
 
     def repair(self, name: str, *, cause: ChangeCause = NOBODY) -> Agent:
-        """Write an agent's row anew as the log has it. Raises ArtifactError when the log does not know, or its row is whole."""
+        """Write an agent's row anew as the log has it. Raises ArtifactError when the log does not know, or its row is
+        whole.
+        """
 
         def write(connection: Connection) -> Agent:
             row = self._row(connection, registry_schema.agents, name=name)
@@ -285,7 +301,8 @@ class Registry:
                 select(registry_schema.agents.c.name).where(registry_schema.agents.c.state != "removed")
             ).scalars()
             raise UnknownAgentError(
-                f"no agent has the name {name!r}; there are: {', '.join(sorted(served)) or 'none'}", "sartor agents list"
+                f"no agent has the name {name!r}; there are: {', '.join(sorted(served)) or 'none'}",
+                "sartor agents list",
             )
         return Agent.from_row(row)
 
@@ -293,20 +310,26 @@ class Registry:
         """The agent as its newest whole event left it."""
         recorded = [event for event in self._events(connection, name, 100) if event.became]
         if not recorded:
-            raise ArtifactError(f"the row of {name} is damaged and the log does not know it", "sartor agents add RELEASE")
+            raise ArtifactError(
+                f"the row of {name} is damaged and the log does not know it", "sartor agents add RELEASE"
+            )
         return Agent.from_json(recorded[-1].became)
 
     def _check_version(self, connection: Connection, name: str, version: str) -> None:
         row = self._row(connection, registry_schema.versions, agent=name, version=version)
         if row is None:
             column = registry_schema.versions.c
-            versions = connection.execute(select(column.version).where(column.agent == name).order_by(column.added)).scalars()
+            versions = connection.execute(
+                select(column.version).where(column.agent == name).order_by(column.added)
+            ).scalars()
             raise UnknownAgentError(
                 f"{name} has no version {version!r}; it has: {', '.join(versions) or 'none'}",
                 f"sartor agents add {name}-{version}",
             )
         if not is_whole(row):
-            raise ArtifactError(f"the row of {name}@{version} was changed from outside", f"sartor agents add {row['release']}")
+            raise ArtifactError(
+                f"the row of {name}@{version} was changed from outside", f"sartor agents add {row['release']}"
+            )
 
     def _put_version(self, connection: Connection, version: AgentVersion) -> str:
         """Write a version that is new, has moved, or whose row is hurt; says which, "" for nothing to do."""
@@ -318,7 +341,8 @@ class Registry:
         known_id = str(row["release_id"]) if is_intact else self._logged_id(connection, version)
         if known_id not in ("", version.release_id):
             raise ConflictError(
-                f"{version.name} is the Release {known_id[:16]}, not {version.release_id[:16]}; a version is never another one",
+                f"{version.name} is the Release {known_id[:16]}, not {version.release_id[:16]}; a version is never "
+                "another one",
                 f"release it under a new version: sartor release ... --name {version.agent} --version NEW",
             )
         current = AgentVersion.from_row(row) if is_intact else version
@@ -370,7 +394,9 @@ class Registry:
         if agent:
             query = query.where(column.agent == agent)
         intact_rows = [
-            row for row in _rows(connection, query) if is_whole({name: value for name, value in row.items() if name != "id"})
+            row
+            for row in _rows(connection, query)
+            if is_whole({name: value for name, value in row.items() if name != "id"})
         ]
         return [Event.from_row(row) for row in reversed(intact_rows)]
 

@@ -1,6 +1,7 @@
 """Agent, Version, Event and their SQL tables.
 
-The changes are functions from one Agent to the next and know nothing of a database: `registry` runs them in a transaction.
+The changes are functions from one Agent to the next and know nothing of a database: `registry` runs them in a
+transaction.
 
     agents      one row per agent: what is live, what was before, what is on trial
     versions    immutable: a name and a version mean one Release for ever; only where it lies and its status may change
@@ -10,8 +11,8 @@ The changes are functions from one Agent to the next and know nothing of a datab
     speakers    which key may speak for whom
     generation  one row: a number that rises with every change, and the lock that makes changes follow each other
 
-Lists and mappings are canonical JSON in text columns, times are UTC text, flags are 0 or 1: every value comes back as it
-was written, on SQLite and on Postgres, and a damaged one cannot keep the rows beside it from being read.
+Lists and mappings are canonical JSON in text columns, times are UTC text, flags are 0 or 1: every value comes back as
+it was written, on SQLite and on Postgres, and a damaged one cannot keep the rows beside it from being read.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ State = Literal["serving", "draining", "removed"]
 class Agent:
     """One agent: the version that answers, those that did, and the one on trial.
 
-    earlier: formerly live, the newest last. state: a draining agent ends what it began and takes nothing new. candidate:
-    answers `canary_fraction` of the requests, and `shadow_fraction` of them unseen. generation: of its last change.
+    earlier: formerly live, the newest last. state: a draining agent ends what it began and takes nothing new.
+    candidate: answers `canary_fraction` of the requests, and `shadow_fraction` of them unseen. generation: of its last
+    change.
     """
 
     name: str
@@ -83,7 +85,9 @@ class Agent:
         return tuple(dict.fromkeys(version for version in (self.live, self.previous, self.candidate) if version))
 
     def expecting(self, version: str | None, trial: str | None = None) -> Agent:
-        """Itself, if `version` is live and `trial` on trial (None expects nothing). Raises ConflictError with what stands."""
+        """Itself, if `version` is live and `trial` on trial (None expects nothing). Raises ConflictError with what
+        stands.
+        """
         if version is not None and version != self.live:
             raise ConflictError(
                 f"{self.name} has the version {self.live!r} live, not {version!r}; nothing was changed",
@@ -102,7 +106,9 @@ class Agent:
         return replace(self.without_trial(), live=version, earlier=earlier, state="serving")
 
     def rolled_back(self) -> Agent:
-        """Without its trial, if one runs; else with the version that was live before. Raises ConflictError if there is none."""
+        """Without its trial, if one runs; else with the version that was live before. Raises ConflictError if there is
+        none.
+        """
         if self.candidate:
             return self.without_trial()
         if not self.earlier:
@@ -189,7 +195,9 @@ class AgentVersion:
 
 @dataclass(frozen=True)
 class Event:
-    """One change: who made it, why, and the agent before and after it (`{}` where there was none). numbers: what decided."""
+    """One change: who made it, why, and the agent before and after it (`{}` where there was none). numbers: what
+    decided.
+    """
 
     id: int
     generation: int

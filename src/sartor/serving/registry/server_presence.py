@@ -54,7 +54,9 @@ class ServerPresence:
 
 
 def running(state: Path) -> Mapping[int, int]:
-    """By process id, the generation that each server of this state directory has heard. What dead ones left is removed."""
+    """By process id, the generation that each server of this state directory has heard. What dead ones left is
+    removed.
+    """
     generations: dict[int, int] = {}
     for file in sorted((state / FOLDER).glob("*.json")):
         lock = FileLock(file.with_suffix(".lock"))

@@ -1,7 +1,7 @@
 """Personal versions and keyed user ids.
 
-A change raises the registry's generation, as every change does, so that servers hear of it within a second. The log says that
-somebody was forgotten, when, by whom, and under which digest; it never held a name.
+A change raises the registry's generation, as every change does, so that servers hear of it within a second. The log
+says that somebody was forgotten, when, by whom, and under which digest; it never held a name.
 
 The same digest stands in the inbox (`Feedback.by`), in the registry, in receipts and in names of folders.
 """
@@ -66,10 +66,13 @@ TUNED, REFUSED, FORGOTTEN, ALLOWED = "personal tuned", "personal refused", "pers
 
 @dataclass(frozen=True)
 class UserVersion:
-    """One person's version of one agent. version, release_id: what it was tuned on; it answers only while that is live.
+    """One person's version of one agent. version, release_id: what it was tuned on; it answers only while that is
+    live.
 
-    adapter: the digest under which engines attach it; artifact: the id of the Adapter in `path`; all three are "" where no
-    tuning has passed the gate yet. facts: rows and the gate's numbers. note: why the newest tuning was refused, if it was.
+    adapter: the digest under which engines attach it; artifact: the id of the Adapter in `path`; all three are ""
+    where no
+    tuning has passed the gate yet. facts: rows and the gate's numbers. note: why the newest tuning was refused, if it
+    was.
     """
 
     person: str
@@ -89,7 +92,9 @@ class UserVersion:
         return f"{self.agent}@{self.version}{SUFFIX}"
 
     def on(self, live: AgentVersion) -> AgentVersion:
-        """As a version to be held: its adapter, and what the live one says beside it (system prompt, sampling, tools)."""
+        """As a version to be held: its adapter, and what the live one says beside it (system prompt, sampling,
+        tools).
+        """
         return replace(
             live, version=f"{self.version}{SUFFIX}", release=self.path, release_id=self.artifact, adapter=self.adapter
         )
@@ -106,8 +111,8 @@ class UserVersion:
 
 @dataclass(frozen=True)
 class People:
-    """All of them at one generation, by person and agent. damaged_count: how many rows were changed from outside, and are not
-    used.
+    """All of them at one generation, by person and agent. damaged_count: how many rows were changed from outside, and
+    are not used.
     """
 
     generation: int
@@ -130,7 +135,9 @@ class UserVersionStore:
             generation = registry_schema.generation_of(connection)
             rows = [dict(row) for row in connection.execute(query).mappings()]
         intact = [UserVersion.from_row(row) for row in rows if is_whole(row)]
-        return People(generation, {(version.person, version.agent): version for version in intact}, len(rows) - len(intact))
+        return People(
+            generation, {(version.person, version.agent): version for version in intact}, len(rows) - len(intact)
+        )
 
     def put(self, personal: UserVersion, cause: ChangeCause = NOBODY) -> None:
         """Serve this from now on; what the person had of the agent before is gone. Raises as `Database.change`."""
@@ -159,7 +166,9 @@ class UserVersionStore:
     def forgotten_since(self, generation: int) -> list[str]:
         """Whom changes after this generation say to forget."""
         column = registry_schema.events.c
-        query = select(column.numbers).where(column.generation > generation, column.what == FORGOTTEN).order_by(column.id)
+        query = (
+            select(column.numbers).where(column.generation > generation, column.what == FORGOTTEN).order_by(column.id)
+        )
         with self.database.read() as connection:
             return [str(json.loads(numbers)["person"]) for numbers in connection.execute(query).scalars()]
 
@@ -177,7 +186,9 @@ class UserVersionStore:
             return len(connection.execute(select(table.c.person).where(table.c.person == person)).all())
 
         with self.database.read() as connection:
-            return {table.name: count(connection, table) for table in (registry_schema.people, registry_schema.speakers)}
+            return {
+                table.name: count(connection, table) for table in (registry_schema.people, registry_schema.speakers)
+            }
 
 
 def speakers(connection: Connection) -> dict[str, frozenset[str]]:
@@ -194,13 +205,23 @@ def _replace(connection: Connection, personal: UserVersion) -> None:
     connection.execute(insert(registry_schema.people).values(personal.as_row()))
 
 
-def note(connection: Connection, action: str, agent: str, version: str, cause: ChangeCause, numbers: Mapping[str, Any]) -> int:
+def note(
+    connection: Connection, action: str, agent: str, version: str, cause: ChangeCause, numbers: Mapping[str, Any]
+) -> int:
     """Write it into the log, under the next generation, which is returned."""
     generation = registry_schema.next_generation(connection)
     event = {
-        "generation": generation, "at": _now(), "who": cause.by, "what": action, "agent": agent, "version": version,
-        "why": cause.reason, "was": "{}", "became": "{}", "numbers": records.canonical({**cause.numbers, **numbers}).decode(),
-    }  # fmt: skip
+        "generation": generation,
+        "at": _now(),
+        "who": cause.by,
+        "what": action,
+        "agent": agent,
+        "version": version,
+        "why": cause.reason,
+        "was": "{}",
+        "became": "{}",
+        "numbers": records.canonical({**cause.numbers, **numbers}).decode(),
+    }
     connection.execute(insert(registry_schema.events).values(sealed(event)))
     return generation
 

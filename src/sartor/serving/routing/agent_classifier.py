@@ -1,10 +1,11 @@
 """One agent's classifier and its files.
 
-A linear classifier, by regularised least squares on the kernel of likenesses (Rifkin, Yeo and Poggio 2003): one matrix is
-inverted, and what a classifier would say that had not seen a row, or a whole fold of rows, follows from it without another fit.
+A linear classifier, by regularised least squares on the kernel of likenesses (Rifkin, Yeo and Poggio 2003): one matrix
+is inverted, and what a classifier would say that had not seen a row, or a whole fold of rows, follows from it without
+another fit.
 
-Where the engine's own base made the vectors, a file states by which arithmetic (core/numerics.py): one of another is made
-anew.
+Where the engine's own base made the vectors, a file states by which arithmetic (core/numerics.py): one of another is
+made anew.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from sartor.serving.routing.text_features import F32, Dense, Lexical, TextFeatur
 
 @dataclass(frozen=True)
 class GeneralPrompts:
-    """Of G general prompts. folds: (G,) by their kind; likeness: (G, G); foreign: (G,) mean likeness to the nearest prompts of
-    other folds, which is what a general prompt of a kind that is not on the list would have.
+    """Of G general prompts. folds: (G,) by their kind; likeness: (G, G); foreign: (G,) mean likeness to the nearest
+    prompts of other folds, which is what a general prompt of a kind that is not on the list would have.
     """
 
     encoder: str
@@ -89,7 +90,9 @@ LENT = 5
 
 @dataclass(frozen=True)
 class ClassifierRows:
-    """The texts of a part in the order of its vectors: fitted on, nobody's, held out, near misses of those, the Report's."""
+    """The texts of a part in the order of its vectors: fitted on, nobody's, held out, near misses of those, the
+    Report's.
+    """
 
     train: tuple[ExemplarPrompt, ...]
     nobodys: tuple[str, ...]
@@ -120,10 +123,11 @@ class ClassifierRows:
 class AgentClassifier:
     """Of one agent. ids: of its own N prompts, whose features are `train_features`.
 
-    A text's score is its inner product with `words` (D,) and `dense`, its likenesses to the general prompts times `general`
-    (G,), plus `bias`; about 1 for own prompts and -1 for others. held_out_features, near_miss_features: of held-out prompts
-    and of near misses of them. unseen: (2, G) score and likeness of each general prompt by a classifier that saw none of its
-    fold; the score is nan for one that is so near that it may be the agent's business.
+    A text's score is its inner product with `words` (D,) and `dense`, its likenesses to the general prompts times
+    `general` (G,), plus `bias`; about 1 for own prompts and -1 for others. held_out_features, near_miss_features: of
+    held-out prompts
+    and of near misses of them. unseen: (2, G) score and likeness of each general prompt by a classifier that saw none
+    of its fold; the score is nan for one that is so near that it may be the agent's business.
     """
 
     digest: str
@@ -146,11 +150,15 @@ def rows_of(exemplars: Exemplars) -> ClassifierRows:
         train, held_out = train[: -(len(train) // LENT)], train[len(train) - len(train) // LENT :]
     nobodys = (*(prompt.text for prompt in exemplars.other), *near_misses(train))
     measured = exemplars.gain.rows[:MEASURED] if exemplars.gain else ()
-    return ClassifierRows(train, nobodys, held_out, tuple(near_misses(held_out)), tuple(row.prompt for row in measured))
+    return ClassifierRows(
+        train, nobodys, held_out, tuple(near_misses(held_out)), tuple(row.prompt for row in measured)
+    )
 
 
 def fit(exemplars: Exemplars, space: GeneralPrompts, vectors: F32 | None) -> AgentClassifier:
-    """The part of one agent. vectors: of `rows_of(found).texts` by the space's encoder, None for words alone. One thread."""
+    """The part of one agent. vectors: of `rows_of(found).texts` by the space's encoder, None for words alone. One
+    thread.
+    """
     import scipy.linalg  # noqa: F401 - the limit below holds for libraries that are loaded by then
     import sklearn.linear_model  # noqa: F401
 
@@ -167,9 +175,9 @@ def _fit(exemplars: Exemplars, space: GeneralPrompts, vectors: F32 | None) -> Ag
     fitted = stacked([train, nobodys])
     cross = fitted.likeness(space.general)[:, general_rows]
     kernel = (
-        np.block([[fitted.likeness(fitted), cross], [cross.T, space.likeness[np.ix_(general_rows, general_rows)]]]).astype(
-            np.float64
-        )
+        np.block(
+            [[fitted.likeness(fitted), cross], [cross.T, space.likeness[np.ix_(general_rows, general_rows)]]]
+        ).astype(np.float64)
         + 1
     )
     target = np.where(np.arange(len(kernel)) < len(rows.train), 1.0, -1.0)
@@ -222,7 +230,11 @@ def as_arrays(part: AgentClassifier) -> dict[str, Any]:
     used = np.flatnonzero(part.words)
     arrays = {"columns": used, "weights": part.words[used], "general": part.general, "unseen": part.unseen}
     arrays |= {"bias": np.array(part.bias), "width": np.array(part.words.shape[0])}
-    for name, features in (("own", part.train_features), ("held", part.held_out_features), ("missed", part.near_miss_features)):
+    for name, features in (
+        ("own", part.train_features),
+        ("held", part.held_out_features),
+        ("missed", part.near_miss_features),
+    ):
         arrays |= features.as_arrays(name)
     if part.dense is not None:
         arrays["dense"] = part.dense
@@ -247,7 +259,11 @@ def from_arrays(digest: str, ids: tuple[str, ...], arrays: Mapping[str, Any]) ->
         unseen=arrays["unseen"],
         slices=Slices.from_arrays(arrays) if "slice_of" in arrays else None,
     )
-    if train.count != len(ids) or part.unseen.shape != (2, len(part.general)) or (part.dense is None) != (train.dense is None):
+    if (
+        train.count != len(ids)
+        or part.unseen.shape != (2, len(part.general))
+        or (part.dense is None) != (train.dense is None)
+    ):
         raise ValueError(f"its arrays do not fit each other: {train.count} prompts, {len(ids)} ids")
     return part
 

@@ -1,8 +1,8 @@
 """Router threshold, shared figures, risk-coverage, ECE.
 
-What is foreign cannot be listed, so it is simulated three times: general prompts, each by classifiers that saw none of its
-kind; each agent's held-out prompts as the others see them when that agent is not there; and near misses of held-out prompts.
-None of these asks for another fit of a part.
+What is foreign cannot be listed, so it is simulated three times: general prompts, each by classifiers that saw none of
+its kind; each agent's held-out prompts as the others see them when that agent is not there; and near misses of
+held-out prompts. None of these asks for another fit of a part.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from sartor.serving.routing.text_features import F32, stacked
 
 
 def risk_coverage(confidence: Any, is_right: Any, weight: Any) -> tuple[Any, Any]:
-    """(coverage, risk), (N,) each: of the most confident prompts up to each, their share of all and the share that is wrong.
+    """(coverage, risk), (N,) each: of the most confident prompts up to each, their share of all and the share that is
+    wrong.
 
     A foreign prompt is wrong at any place: whoever gets it is not whom it is for.
     """
@@ -53,7 +54,8 @@ RIDGE = 1e-3
 SAME = 0.02
 # A probability below which nobody is chosen
 LEAST = 1e-3
-# What a prompt that misses its agent weighs against a foreign one that gets an agent: who asks the team mostly asks its agents
+# What a prompt that misses its agent weighs against a foreign one that gets an agent: who asks the team mostly asks
+# its agents
 OWN_WEIGHT = 2.0
 # By how much an encoder that costs more must be better
 GAIN = 0.005
@@ -85,16 +87,19 @@ def assemble(
 ) -> FittedRouter:
     """The router of these agents. One thread.
 
-    target: fraction of foreign prompts that must be left to the base where the threshold is chosen; risk: the most of those
-    that get an agent that may get a wrong one, as many own prompts asked as foreign ones. unproven: agents whose Report shows
-    no gain over the base, and its figures.
+    target: fraction of foreign prompts that must be left to the base where the threshold is chosen; risk: the most of
+    those that get an agent that may get a wrong one, as many own prompts asked as foreign ones. unproven: agents whose
+    Report shows no gain over the base, and its figures.
     """
     with threadpool_limits(1):
         return _assembled(agents, space, (target, risk), unproven or {})
 
 
 def _assembled(
-    agents: Mapping[str, AgentClassifier], space: GeneralPrompts, limits: tuple[float, float], unproven: Mapping[str, str]
+    agents: Mapping[str, AgentClassifier],
+    space: GeneralPrompts,
+    limits: tuple[float, float],
+    unproven: Mapping[str, str],
 ) -> FittedRouter:
     names, parts = tuple(agents), tuple(agents.values())
     held_out, *foreign = _samples(space, parts)
@@ -111,7 +116,9 @@ def _assembled(
     threshold = choose(agent_scores, right, list(foreign_scores.values()), *limits)
     figures = {
         "held_out": len(held_out.agent),
-        "by_agent": {name: _fraction(s[r], threshold, len(s)) for name, s, r in zip(names, agent_scores, right, strict=True)},
+        "by_agent": {
+            name: _fraction(s[r], threshold, len(s)) for name, s, r in zip(names, agent_scores, right, strict=True)
+        },
         "foreign": sum(map(len, foreign_scores.values())),
         **{f"to_base_{name}": round(float((scores < threshold).mean()), 4) for name, scores in foreign_scores.items()},
         "general": int(np.isfinite(parts[0].unseen[0]).sum()),
@@ -161,13 +168,13 @@ def _shared(held_out: CalibrationSample, foreign: Sequence[CalibrationSample]) -
 def choose(
     agent_scores: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], target: float, risk: float = 1.0
 ) -> float:
-    """The threshold: of those that leave `target` of the foreign prompts to the base and route at most `risk` wrongly, the
-    lowest with the largest sum (but for SAME) of own prompts that get their agent, times OWN_WEIGHT, less those that get
-    another one, and foreign ones left to the base.
+    """The threshold: of those that leave `target` of the foreign prompts to the base and route at most `risk` wrongly,
+    the lowest with the largest sum (but for SAME) of own prompts that get their agent, times OWN_WEIGHT, less those
+    that get another one, and foreign ones left to the base.
 
-    agent_scores: by agent, the best probabilities of held-out prompts; right: whether that is the agent's; each agent counts
-    the same, and each kind of foreign prompts. Where nothing keeps both limits, what breaks them least. It lies midway between
-    a probability and the next one below.
+    agent_scores: by agent, the best probabilities of held-out prompts; right: whether that is the agent's; each agent
+    counts the same, and each kind of foreign prompts. Where nothing keeps both limits, what breaks them least. It lies
+    midway between a probability and the next one below.
     """
     probabilities = np.unique(np.concatenate([*agent_scores, *foreign, [1.0]]))
     probabilities = probabilities[probabilities > LEAST]
@@ -193,7 +200,9 @@ def _routed(scores: Sequence[F32], thresholds: F32, counts: Sequence[int]) -> F3
     return np.asarray(np.mean(parts, axis=0))
 
 
-def _curve(agent_scores: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], threshold: float) -> dict[str, Any]:
+def _curve(
+    agent_scores: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], threshold: float
+) -> dict[str, Any]:
     """Figures of the risk-coverage curve with own and foreign prompts half each, and at the threshold."""
     score = np.concatenate([*agent_scores, *foreign])
     is_right = np.concatenate([*right, *(np.zeros(len(scores), dtype=bool) for scores in foreign)])
@@ -221,7 +230,9 @@ def _fraction(right: F32, threshold: float, count: int) -> float | None:
 
 
 def best_of(routers: Sequence[FittedRouter]) -> FittedRouter:
-    """The router with the best mean of both fractions, weighted; one that costs more (stands later) must be better by GAIN."""
+    """The router with the best mean of both fractions, weighted; one that costs more (stands later) must be better by
+    GAIN.
+    """
     best = routers[0]
     for other in routers[1:]:
         if _merit(other) >= _merit(best) + GAIN:

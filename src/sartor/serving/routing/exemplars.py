@@ -1,11 +1,11 @@
 """Router training prompts, hard negatives, measured gain.
 
-A request is no better served by a specialist than by the base where the Report shows no gain. The whole is judged by its
-interval, as the gate does. Its rows are few, so slices of them are judged by their mean: the base gets a slice of SLICE_LEAST
-rows or more where the agent was on average no better.
+A request is no better served by a specialist than by the base where the Report shows no gain. The whole is judged by
+its interval, as the gate does. Its rows are few, so slices of them are judged by their mean: the base gets a slice of
+SLICE_LEAST rows or more where the agent was on average no better.
 
-People quote commands, ask what a word means, tell of yesterday. Exemplars know nothing of that, so some of them are set into
-such frames, the same ones each time, and stand among what the agent is not for.
+People quote commands, ask what a word means, tell of yesterday. Exemplars know nothing of that, so some of them are
+set into such frames, the same ones each time, and stand among what the agent is not for.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ BY_ROW = {"macro_f1": "accuracy"}
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """A row of a Report: its prompt, its class ("" without), and by how much the tuned reply was better than the base's."""
+    """A row of a Report: its prompt, its class ("" without), and by how much the tuned reply was better than the
+    base's.
+    """
 
     prompt: str
     label: str
@@ -51,7 +53,9 @@ class MeasuredRow:
 
 @dataclass(frozen=True)
 class Gain:
-    """is_shown: whether the primary metric's interval lies on the better side of 0. detail: the figures in a sentence."""
+    """is_shown: whether the primary metric's interval lies on the better side of 0. detail: the figures in a
+    sentence.
+    """
 
     is_shown: bool
     detail: str
@@ -87,11 +91,15 @@ class Slices:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> Slices:
         """See `agent_classifier.from_arrays`."""
-        return cls(TextFeatures.from_arrays("slices", arrays), arrays["slice_of"], arrays["slice_gain"], arrays["slice_size"])
+        return cls(
+            TextFeatures.from_arrays("slices", arrays), arrays["slice_of"], arrays["slice_gain"], arrays["slice_size"]
+        )
 
 
 def read_measured_gain(release: Path) -> Gain | None:
-    """What the Report inside a Release shows; None without a manifest. Raises ArtifactError where it is of another form."""
+    """What the Report inside a Release shows; None without a manifest. Raises ArtifactError where it is of another
+    form.
+    """
     if not (release / MANIFESTS["release"]).is_file():
         return None
     try:
@@ -101,7 +109,9 @@ def read_measured_gain(release: Path) -> Gain | None:
         column, sign = BY_ROW.get(name, name), -1 if name in LOWER_IS_BETTER else 1
         rows = parquet_io.read_file(release / "report" / "rows.parquet")
         measured_rows = [
-            MeasuredRow(row["prompt"], str(row.get("label") or ""), sign * (row[f"tuned_{column}"] - row[f"base_{column}"]))
+            MeasuredRow(
+                row["prompt"], str(row.get("label") or ""), sign * (row[f"tuned_{column}"] - row[f"base_{column}"])
+            )
             for row in rows
             if row["prompt"].strip() and row.get(f"base_{column}") is not None and not row.get("media")
         ]
@@ -114,7 +124,9 @@ def read_measured_gain(release: Path) -> Gain | None:
 
 
 def sliced(gain: Gain, features: TextFeatures) -> Slices | None:
-    """The rows by their class where they have classes, else by likeness (average linkage); None for fewer than two slices."""
+    """The rows by their class where they have classes, else by likeness (average linkage); None for fewer than two
+    slices.
+    """
     rows = gain.rows[: features.count]
     labels = [row.label for row in rows]
     if any(labels):
@@ -129,7 +141,11 @@ def sliced(gain: Gain, features: TextFeatures) -> Slices | None:
     else:
         return None
     size = np.bincount(slice_of)
-    return Slices(features, slice_of, np.bincount(slice_of, [row.gain for row in rows]) / size, size) if len(size) > 1 else None
+    return (
+        Slices(features, slice_of, np.bincount(slice_of, [row.gain for row in rows]) / size, size)
+        if len(size) > 1
+        else None
+    )
 
 
 MOST_BYTES = 4 << 20
@@ -149,7 +165,8 @@ class ExemplarPrompt:
 
 @dataclass(frozen=True)
 class Exemplars:
-    """Of one agent: prompts that its tuning saw, prompts that it never saw, and prompts among its rows that are not for it.
+    """Of one agent: prompts that its tuning saw, prompts that it never saw, and prompts among its rows that are not
+    for it.
 
     gain: what its Report measured; None where there is no Report.
     """
@@ -179,13 +196,19 @@ def read_exemplars(release: Path, agent: str) -> Exemplars:
                 by_split[fields["split"]].append(ExemplarPrompt(f"{agent}:{number}", text))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{file} is not a file of exemplars: {type(error).__name__}: {error}", remedy) from None
-    return Exemplars(tuple(by_split["train"]), tuple(by_split["eval"]), tuple(by_split[OTHER]), read_measured_gain(release))
+    return Exemplars(
+        tuple(by_split["train"]), tuple(by_split["eval"]), tuple(by_split[OTHER]), read_measured_gain(release)
+    )
 
 
 @cache
 def general() -> Mapping[str, tuple[ExemplarPrompt, ...]]:
     """Sartor's own general prompts, by kind (general_prompts.yaml)."""
-    text = importlib.resources.files("sartor").joinpath("serving/routing/general_prompts.yaml").read_text(encoding="utf-8")
+    text = (
+        importlib.resources.files("sartor")
+        .joinpath("serving/routing/general_prompts.yaml")
+        .read_text(encoding="utf-8")
+    )
     return {
         kind: tuple(ExemplarPrompt(f"{kind}:{number}", str(prompt)) for number, prompt in enumerate(prompts, 1))
         for kind, prompts in yaml.safe_load(text).items()
@@ -194,7 +217,10 @@ def general() -> Mapping[str, tuple[ExemplarPrompt, ...]]:
 
 def digest(exemplars: Exemplars) -> str:
     """Equal exactly when an agent has the same exemplars under the same name and the general prompts are the same."""
-    parts = [[(prompt.id, prompt.text) for prompt in part] for part in (exemplars.train, exemplars.held_out, exemplars.other)]
+    parts = [
+        [(prompt.id, prompt.text) for prompt in part]
+        for part in (exemplars.train, exemplars.held_out, exemplars.other)
+    ]
     gain = [(row.prompt, row.label, row.gain) for row in exemplars.gain.rows] if exemplars.gain else None
     return records.digest([parts, gain, general_digest()])
 

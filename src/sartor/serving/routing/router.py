@@ -1,9 +1,9 @@
 """`auto`: chooses the agent for a request.
 
-A router is fitted in the background when the team starts and whenever its agents change; the old one answers meanwhile. The
-first of a new server knows words alone; one with an encoder takes its place when it is ready and better on prompts that
-neither saw. Each agent has a part of its own: who comes or goes leaves the others' parts as they are, bit for bit. Parts stand
-in STATE/router and are found again at the next start.
+A router is fitted in the background when the team starts and whenever its agents change; the old one answers
+meanwhile. The first of a new server knows words alone; one with an encoder takes its place when it is ready and better
+on prompts that neither saw. Each agent has a part of its own: who comes or goes leaves the others' parts as they are,
+bit for bit. Parts stand in STATE/router and are found again at the next start.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ EMBED_WAIT_S = 2.0
 # Prompts that an encoder is asked for at once while a router is fitted: requests come between
 EMBEDDED_AT_ONCE = 64
 BUSY_TRIES, BUSY_WAIT_S = 30, 1.0
-# A turn that is for no agent by itself ("and the bedroom?") belongs to the agent of the turn before if both together do, and if
+# A turn that is for no agent by itself ("and the bedroom?") belongs to the agent of the turn before if both together
+# do, and if
 # it leans to that agent at least so far: the fraction of the threshold that its own score reaches
 LEAN = 0.3
 
@@ -54,7 +55,8 @@ class AutoRouter:
     """A Router (types.py) of the event loop's own. Close it, or its last fit goes on."""
 
     def __init__(self, crew: Embedder, rules: Routing, state: Path, engine: str = LOCAL, dtype: str = "") -> None:
-        """engine: the kind of the crew's engine. Only our own makes vectors of its base fast enough to be asked unasked.
+        """engine: the kind of the crew's engine. Only our own makes vectors of its base fast enough to be asked
+        unasked.
 
         dtype: what that computes in.
         """
@@ -91,7 +93,9 @@ class AutoRouter:
 
     @property
     def figures(self) -> Mapping[str, Any]:
-        """Of the router that answers: its encoder, agents, threshold and held-out figures. Empty while there is none."""
+        """Of the router that answers: its encoder, agents, threshold and held-out figures. Empty while there is
+        none.
+        """
         return {} if self._fitted is None else self._fitted.summary
 
     async def route(self, messages: Sequence[Mapping[str, Any]], openable: Collection[str]) -> RoutingDecision:
@@ -110,7 +114,9 @@ class AutoRouter:
         texts = [shortened(turns[-1]), *([shortened("\n".join(turns[-2:]))] if len(turns) > 1 else [])]
         try:
             fitted, judged, note = await self._judged(self._fitted, texts, openable)
-        except Exception as error:  # a fault of the router must be none of the request: dispatch knows SartorError alone
+        except (
+            Exception
+        ) as error:  # a fault of the router must be none of the request: dispatch knows SartorError alone
             reason = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
             return RoutingDecision(BASE, f"the router failed: {reason}")
         route = choose_agent(fitted, judged, openable)
@@ -135,14 +141,20 @@ class AutoRouter:
             return fitted, await asyncio.to_thread(fitted.judge, texts, vectors, openable), ""
         if self._words is None:
             raise ArtifactError(reason, '"model": the name of an agent in place of "auto"; or send the request again')
-        return self._words, await asyncio.to_thread(self._words.judge, texts, None, openable), f"; by words alone ({reason})"
+        return (
+            self._words,
+            await asyncio.to_thread(self._words.judge, texts, None, openable),
+            f"; by words alone ({reason})",
+        )
 
     async def _refit(self, releases: Mapping[str, Path]) -> None:
         """Fit routers for these Releases, the cheapest first, and answer by the best."""
         self.troubles = {}
         try:
             exemplars_by_name = await asyncio.to_thread(self._read, releases)
-            agents = {name: agent_exemplars for name, agent_exemplars in exemplars_by_name.items() if agent_exemplars.train}
+            agents = {
+                name: agent_exemplars for name, agent_exemplars in exemplars_by_name.items() if agent_exemplars.train
+            }
             self._without_exemplars = tuple(name for name in releases if name not in agents)
             if not agents:
                 self._fitted = self._words = None
@@ -171,7 +183,9 @@ class AutoRouter:
         self._words = words
 
     def _encoders(self) -> list[str]:
-        """What to fit beside words. The base only where no sentence encoder is: it costs more and chooses no better."""
+        """What to fit beside words. The base only where no sentence encoder is: it costs more and chooses no
+        better.
+        """
         if self._rules.encoder != "auto":
             return [self._rules.encoder] if self._rules.encoder != WORDS else []
         if assets.entry("minilm").is_installed:
@@ -200,7 +214,9 @@ class AutoRouter:
         fitted = await _run_in_thread(lambda: calibration.assemble(parts, space, rules.target, rules.risk, unproven))
         with suppress(OSError):
             await asyncio.to_thread(agent_classifier.save_figures, self._folder, encoder, fitted.summary)
-        return fitted if measured else replace(fitted, parts=tuple(replace(part, slices=None) for part in fitted.parts))
+        return (
+            fitted if measured else replace(fitted, parts=tuple(replace(part, slices=None) for part in fitted.parts))
+        )
 
     async def _space(self, encoder: str) -> GeneralPrompts:
         """The general prompts by this encoder."""
@@ -210,11 +226,15 @@ class AutoRouter:
         vectors = None
         if encoder != WORDS:
             with suppress(ArtifactError):  # damaged ones are made anew
-                vectors = await asyncio.to_thread(agent_classifier.open_vectors, self._folder, encoder, digest, made_in)
+                vectors = await asyncio.to_thread(
+                    agent_classifier.open_vectors, self._folder, encoder, digest, made_in
+                )
             if vectors is None:
                 vectors = await self._embedded(agent_classifier.general_texts(), encoder)
                 with suppress(OSError):  # a full disk costs the next start a few seconds
-                    await asyncio.to_thread(agent_classifier.save_vectors, self._folder, encoder, digest, vectors, made_in)
+                    await asyncio.to_thread(
+                        agent_classifier.save_vectors, self._folder, encoder, digest, vectors, made_in
+                    )
         self._spaces = {
             f"{encoder} {digest}": await _run_in_thread(lambda: agent_classifier.make(encoder, vectors)),
             **self._spaces,
@@ -229,7 +249,9 @@ class AutoRouter:
             stored = None
             with suppress(ArtifactError):  # a damaged one is made anew
                 made_in = self._made_in(space.encoder)
-                stored = await asyncio.to_thread(agent_classifier.open_part, self._folder, space.encoder, digest, made_in)
+                stored = await asyncio.to_thread(
+                    agent_classifier.open_part, self._folder, space.encoder, digest, made_in
+                )
             self._parts[key] = stored or await self._fitted_part(agent_exemplars, space)
         return self._parts[key]
 
@@ -314,7 +336,8 @@ async def _run_in_thread(fit: Callable[[], Result]) -> Result:
 
 
 def choose_agent(fitted: FittedRouter, judged: Sequence[RoutedText], openable: Collection[str]) -> RoutingDecision:
-    """The agent among `openable` for a last turn, judged[0], and that turn with the one before it, judged[1] if there is one.
+    """The agent among `openable` for a last turn, judged[0], and that turn with the one before it, judged[1] if there
+    is one.
 
     The base, if the agent that it is for is no better by its Report. The reason names no agent that may not be chosen.
     """
@@ -331,7 +354,9 @@ def choose_agent(fitted: FittedRouter, judged: Sequence[RoutedText], openable: C
     key, likeness = routed.nearest[name]
     others = [pair for pair in routed.best(openable) if pair[0] != name]
     second = f", then {others[0][0]} {others[0][1]:.3f}" if others else ""
-    text = f"{name} {score:.3f}{note}{second}; threshold {fitted.threshold:.3f}; nearest exemplar {key} ({likeness:.2f})"
+    text = (
+        f"{name} {score:.3f}{note}{second}; threshold {fitted.threshold:.3f}; nearest exemplar {key} ({likeness:.2f})"
+    )
     text = f"{text}; {fitted.encoder}"
     if score < fitted.threshold:
         return RoutingDecision(BASE, f"no agent fits: {text}", scores)
@@ -345,7 +370,10 @@ def _no_gain(fitted: FittedRouter, routed: RoutedText, name: str) -> str:
     if name in fitted.unproven:
         return f"but its Report shows no gain over the base ({fitted.unproven[name]})"
     if report_slice := routed.poor.get(name):
-        return f"but its Report shows no gain on the {report_slice.rows} rows that this is most like ({report_slice.gain:+.3f})"
+        return (
+            f"but its Report shows no gain on the {report_slice.rows} rows that this is most like "
+            f"({report_slice.gain:+.3f})"
+        )
     return ""
 
 

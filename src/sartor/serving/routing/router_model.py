@@ -28,10 +28,11 @@ class ReportSlice:
 
 @dataclass(frozen=True)
 class RoutedText:
-    """What the router finds in one text. score: probability by agent, of the CANDIDATES best (the rest have next to none).
+    """What the router finds in one text. score: probability by agent, of the CANDIDATES best (the rest have next to
+    none).
 
-    nearest: by agent, (exemplar's id, likeness). poor: the slice of its Report that the text belongs to, of agents that were no
-    better than the base there.
+    nearest: by agent, (exemplar's id, likeness). poor: the slice of its Report that the text belongs to, of agents
+    that were no better than the base there.
     """
 
     score: Mapping[str, float]
@@ -45,7 +46,8 @@ class RoutedText:
 
 @dataclass(frozen=True)
 class CandidateScores:
-    """N texts and K candidates of each. agents: (N, K) places, best score first; score, likeness: (N, K), -inf for nobody.
+    """N texts and K candidates of each. agents: (N, K) places, best score first; score, likeness: (N, K), -inf for
+    nobody.
 
     foreign: (N,) likeness to the general prompts.
     """
@@ -58,8 +60,8 @@ class CandidateScores:
 
 @dataclass(frozen=True)
 class SharedWeights:
-    """The figures that no part has: how much a score and a likeness say of an agent, and of the base a likeness to general
-    prompts. A conditional logit (McFadden 1974) over the candidates and the base.
+    """The figures that no part has: how much a score and a likeness say of an agent, and of the base a likeness to
+    general prompts. A conditional logit (McFadden 1974) over the candidates and the base.
     """
 
     score: float
@@ -80,7 +82,9 @@ class SharedWeights:
 
 @dataclass(frozen=True)
 class FittedRouter:
-    """A team's router. Its parts know nothing of each other; `shared` and `threshold` are of all, and cheap to find again."""
+    """A team's router. Its parts know nothing of each other; `shared` and `threshold` are of all, and cheap to find
+    again.
+    """
 
     agents: tuple[str, ...]
     space: GeneralPrompts
@@ -113,7 +117,9 @@ class FittedRouter:
         features = self.space.features(texts, vectors)
         candidates = self._linear.look(features, self._columns(openable))
         probability = self.shared.probability(candidates)
-        return [self._judged(features.at([row]), candidates.agents[row], probability[row]) for row in range(len(texts))]
+        return [
+            self._judged(features.at([row]), candidates.agents[row], probability[row]) for row in range(len(texts))
+        ]
 
     def _columns(self, openable: Collection[str] | None) -> Any:
         if openable is None or len(self.agents) <= CANDIDATES:
@@ -160,7 +166,9 @@ class Linear:
         words = scipy.sparse.vstack([scipy.sparse.csr_matrix(part.words) for part in parts], format="csr").T.tocsr()
         dense = [part.dense for part in parts if part.dense is not None]
         general = np.stack([part.general for part in parts], axis=1)
-        return cls(space, parts, words, np.stack(dense, axis=1) if dense else None, general, np.array([p.bias for p in parts]))
+        return cls(
+            space, parts, words, np.stack(dense, axis=1) if dense else None, general, np.array([p.bias for p in parts])
+        )
 
     def scores(self, features: TextFeatures, to_general: F32) -> F32:
         """(N, A)."""
@@ -178,7 +186,9 @@ class Linear:
         if extra is not None and len(extra):
             added = extra[best_columns(scores[:, extra])]
             is_new = (added[:, :, None] != agents[:, None, :]).all(axis=2)
-            best_scores = np.concatenate([best_scores, np.where(is_new, np.take_along_axis(scores, added, 1), -np.inf)], axis=1)
+            best_scores = np.concatenate(
+                [best_scores, np.where(is_new, np.take_along_axis(scores, added, 1), -np.inf)], axis=1
+            )
             agents = np.concatenate([agents, added], axis=1)
         return CandidateScores(agents, best_scores, self.likeness(features, agents), neighbours(to_general))
 

@@ -1,10 +1,12 @@
 """Lexical and dense features of prompts.
 
-What both are measured by (rarity, mean, spread) is fitted on general prompts alone, so that no agent changes another's.
+What both are measured by (rarity, mean, spread) is fitted on general prompts alone, so that no agent changes
+another's.
 
-Both are linear features, so all that the classifier needs of two texts is their inner product, which is also how alike they
-are, -1..1: the mean of the two cosines. Words alone mistake other questions of the same form for an agent's, an encoder alone
-mistakes others of the same subject; docs/decisions/010-auto.md has the figures.
+Both are linear features, so all that the classifier needs of two texts is their inner product, which is also how alike
+they
+are, -1..1: the mean of the two cosines. Words alone mistake other questions of the same form for an agent's, an
+encoder alone mistakes others of the same subject; docs/decisions/010-auto.md has the figures.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class Lexical:
 
 @dataclass(frozen=True)
 class Dense:
-    """How an encoder's vectors are spread over the general prompts: what all have in common tells nothing. (1, D) each."""
+    """How an encoder's vectors are spread over the general prompts: what all have in common tells nothing. (1, D)
+    each.
+    """
 
     mean: F32
     scale: F32
@@ -112,7 +116,9 @@ def neighbours(likeness: F32) -> F32:
     n_largest = min(NEIGHBOURS, likeness.shape[1])
     if not n_largest:
         return np.zeros(len(likeness), dtype=np.float32)
-    return np.partition(likeness, likeness.shape[1] - n_largest, axis=1)[:, likeness.shape[1] - n_largest :].mean(axis=1)
+    return np.partition(likeness, likeness.shape[1] - n_largest, axis=1)[:, likeness.shape[1] - n_largest :].mean(
+        axis=1
+    )
 
 
 def neighbours_of(likeness: F32, labels: Any, classes: int) -> F32:

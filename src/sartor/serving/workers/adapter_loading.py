@@ -16,8 +16,8 @@ from sartor.inference.engine import Event, GenerateCall, event_from_json
 from sartor.serving.workers.in_flight import InFlightCall
 from sartor.serving.workers.worker_process import WorkerDiedError, WorkerEnd, WorkerProcess
 
-# Workers that die while they load an adapter, in a row, before it is what is blamed: one may be killed from outside just then,
-# or die of a call that it makes.
+# Workers that die while they load an adapter, in a row, before it is what is blamed: one may be killed from outside
+# just then, or die of a call that it makes.
 _MOST_DEATHS, _MOST_DOUBTFUL = 2, 5
 
 
@@ -78,7 +78,9 @@ class AdapterPool:
             if self._is_deadly(adapter):
                 problem = f"workers died while they loaded the adapter {adapter[:12]}: {error}"
                 raise ModelError(
-                    problem, "sartor verify RELEASE; if it is whole, sartor tune RECIPE --out ADAPTER --replace, and release it"
+                    problem,
+                    "sartor verify RELEASE; if it is whole, sartor tune RECIPE --out ADAPTER --replace, and release "
+                    "it",
                 ) from None
             return
         self._forgive(adapter)
@@ -90,7 +92,9 @@ class AdapterPool:
             await worker.detach(adapter)
 
     async def equip(self, worker: WorkerProcess) -> None:
-        """Load all of them in a new worker; it remembers what it could not load, and why. Raises GoneError when it dies."""
+        """Load all of them in a new worker; it remembers what it could not load, and why. Raises GoneError when it
+        dies.
+        """
         while missing := [name for name in self.paths if not worker.knows(name)]:
             for adapter in missing:
                 await self._equip(worker, adapter)
@@ -124,8 +128,8 @@ class AdapterPool:
         self._doubtful_deaths.pop(adapter, None)
 
 
-# A few prompts need no more memory; and the workers that serve go first. Two threads that share a step wait for each other, and
-# where those workers take the processors they wait in vain.
+# A few prompts need no more memory; and the workers that serve go first. Two threads that share a step wait for each
+# other, and where those workers take the processors they wait in vain.
 _MOST_ROWS, _CACHE_TOKENS = 16, 8192
 _NICE = 5
 _POLL_S = 0.25
@@ -148,10 +152,11 @@ class TrialWorker:
         self._lock = asyncio.Lock()
 
     async def events(self, adapter: str, path: Path, calls: Sequence[GenerateCall]) -> list[tuple[Event, ...]]:
-        """What each call said, once the adapter in `path` is attached as `adapter`; calls of the base may be among them.
+        """What each call said, once the adapter in `path` is attached as `adapter`; calls of the base may be among
+        them.
 
-        Raises what attaching tells (ModelError, BudgetError), ModelError when the worker dies or says nothing for start_s, and
-        what starting a worker raises.
+        Raises what attaching tells (ModelError, BudgetError), ModelError when the worker dies or says nothing for
+        start_s, and what starting a worker raises.
         """
         async with self._lock:
             events_by_call: dict[str, list[Event]] = {call.id: [] for call in calls}
@@ -177,7 +182,8 @@ class TrialWorker:
             except WorkerDiedError as error:
                 raise ModelError(
                     f"a worker that tried the adapter in {path} ended: {error}",
-                    "sartor tune RECIPE --out ADAPTER --replace, then sartor evaluate ADAPTER --replace and release it",
+                    "sartor tune RECIPE --out ADAPTER --replace, then sartor evaluate ADAPTER --replace and release "
+                    "it",
                 ) from None
             finally:
                 worker.kill(WorkerEnd.CLOSED)
@@ -195,7 +201,9 @@ class TrialWorker:
 
     @contextlib.asynccontextmanager
     async def _watched(self, worker: WorkerProcess) -> AsyncIterator[None]:
-        """Kill it when it says nothing for too long: with little of the processor it may be slow, and is not hanging."""
+        """Kill it when it says nothing for too long: with little of the processor it may be slow, and is not
+        hanging.
+        """
 
         async def watch() -> None:
             while time.monotonic() - worker.heard_at < self._start_s:

@@ -2,7 +2,8 @@
 
     closed --failures within window_s--> open --open_s--> half-open --one good call--> closed
                                            ^                 |
-                                           +--- a relapse ---+   open_s doubled; after `quarantine` relapses: quarantined
+                                           +--- a relapse ---+   open_s doubled; after `quarantine` relapses:
+                                                                 quarantined
 
 Nygard 2007, "Release It!"; restart intensity as in Erlang/OTP's supervisors.
 """
@@ -64,10 +65,14 @@ class CircuitBreaker:
             return True
         if state == "quarantined":
             remedy = f"promote or roll back {self._agent.partition('@')[0]}, or release it from quarantine"
-            raise UnavailableError(f"{self._agent} is in quarantine after {self.relapses} relapses: {self.reason}", remedy)
+            raise UnavailableError(
+                f"{self._agent} is in quarantine after {self.relapses} relapses: {self.reason}", remedy
+            )
         wait_s = max(0.0, self._until - self._clock())
         problem = f"{self._agent} failed {self._rules.failures} times within {self._rules.window_s:g} s: {self.reason}"
-        raise UnavailableError(problem, f"ask again in {wait_s:.0f} s" if wait_s else "ask again when one call has tried it")
+        raise UnavailableError(
+            problem, f"ask again in {wait_s:.0f} s" if wait_s else "ask again when one call has tried it"
+        )
 
     def succeed(self, trial: bool = False) -> None:
         """A call was answered. Only the trial closes a half-open breaker: others began before it opened."""
@@ -116,7 +121,10 @@ class Restarts:
     """When the worker of one place may be started again."""
 
     def __init__(
-        self, rules: team_config.WorkerOptions, clock: Clock = time.monotonic, draw: Callable[[], float] = random.random
+        self,
+        rules: team_config.WorkerOptions,
+        clock: Clock = time.monotonic,
+        draw: Callable[[], float] = random.random,
     ) -> None:
         self._rules = rules
         self._clock = clock
@@ -126,7 +134,8 @@ class Restarts:
         self.is_given_up = False
 
     def ended(self) -> float:
-        """The worker ended; seconds until the next start: doubled for each end within the window, half of it by chance.
+        """The worker ended; seconds until the next start: doubled for each end within the window, half of it by
+        chance.
 
         Above `restarts` ends the place is given up until the oldest of them has left the window.
         """
@@ -182,7 +191,9 @@ class AgentQueues:
         self._mean_s[agent] = _MEAN_DECAY * self._mean_s.get(agent, took_s) + (1 - _MEAN_DECAY) * took_s
 
     def put(self, in_flight: InFlightCall) -> None:
-        """Let a call wait, in the order in which calls came, among its agent's or, suspected, among those to be made alone."""
+        """Let a call wait, in the order in which calls came, among its agent's or, suspected, among those to be made
+        alone.
+        """
         if in_flight.is_suspect:
             self._alone.append(in_flight)
             return
@@ -261,12 +272,14 @@ class AgentHealthTracker:
         """
         if self._killers and _content(call) in self._killers:
             raise ModelError(
-                f"this request to {agent} killed the workers that took it", "send another prompt: this one is not tried again"
+                f"this request to {agent} killed the workers that took it",
+                "send another prompt: this one is not tried again",
             )
         return agent in self._breakers and self._breakers[agent].enter()
 
     def is_suspect(self, call: GenerateCall, agent: str) -> bool:
-        """Whether it is to be made alone from the start: its agent is watched, or the same prompt has killed as another's.
+        """Whether it is to be made alone from the start: its agent is watched, or the same prompt has killed as
+        another's.
 
         So whoever steps in for an agent is asked the same at nobody's cost.
         """

@@ -100,8 +100,9 @@ class InFlightCall:
     def died(self) -> None:
         """A worker died while it made this reply.
 
-        What kills a worker is likely to do so at the same place of the same reply each time. A call is suspected at the second
-        death at one place, or the third anywhere: others that were there by chance had got to different places.
+        What kills a worker is likely to do so at the same place of the same reply each time. A call is suspected at
+        the second death at one place, or the third anywhere: others that were there by chance had got to different
+        places.
         """
         position = self.replay_buffer.token_position
         deaths_nearby = 1 + sum(abs(position - death) <= _LAG_TOKENS for death in self._deaths)
@@ -140,11 +141,15 @@ def merge_pieces(pieces: Sequence[TextDelta]) -> TextDelta:
     if len(pieces) == 1:
         return pieces[0]
     logprobs: tuple[Logprob, ...] = tuple(logprob for piece in pieces for logprob in piece.logprobs)
-    return TextDelta(pieces[0].call, "".join(piece.text for piece in pieces), sum(piece.tokens for piece in pieces), logprobs)
+    return TextDelta(
+        pieces[0].call, "".join(piece.text for piece in pieces), sum(piece.tokens for piece in pieces), logprobs
+    )
 
 
 class InFlightEvents:
-    """The client's side of a LiveCall: an async iterator that ends after Done or Failed; `aclose` cancels the reply."""
+    """The client's side of a LiveCall: an async iterator that ends after Done or Failed; `aclose` cancels the
+    reply.
+    """
 
     def __init__(self, in_flight: InFlightCall, cancel: Callable[[InFlightCall], None]) -> None:
         self._in_flight = in_flight

@@ -73,7 +73,9 @@ class CallScheduler:
         if not in_flight.finished.is_set():
             self.counts["cancelled"] += 1
             self._stop(in_flight)
-            self._finish(in_flight, ReplyDone(in_flight.call.id, "cancelled", 0, in_flight.replay_buffer.token_position))
+            self._finish(
+                in_flight, ReplyDone(in_flight.call.id, "cancelled", 0, in_flight.replay_buffer.token_position)
+            )
 
     def fail(self, in_flight: InFlightCall, error: SartorError) -> None:
         """End it with an error."""
@@ -84,7 +86,9 @@ class CallScheduler:
         """End those whose clients take nothing."""
         for in_flight in [in_flight for in_flight in self.in_flight if in_flight.untaken_s > max_s]:
             self.counts["slow_clients"] += 1
-            self.fail(in_flight, DeadlineError(f"the client took nothing for {max_s:g} s", "read the stream as it comes"))
+            self.fail(
+                in_flight, DeadlineError(f"the client took nothing for {max_s:g} s", "read the stream as it comes")
+            )
 
     def poke(self) -> None:
         """Something has changed: dispatch once this turn of the loop is over."""
@@ -168,7 +172,9 @@ class CallScheduler:
 
     def _expire(self, in_flight: InFlightCall, deadline_s: float) -> None:
         self.counts["late"] += 1
-        self.fail(in_flight, DeadlineError(f"no whole reply within {deadline_s:g} s", "ask for fewer tokens, or again later"))
+        self.fail(
+            in_flight, DeadlineError(f"no whole reply within {deadline_s:g} s", "ask for fewer tokens, or again later")
+        )
 
     def _condemn(self, in_flight: InFlightCall, reason: str) -> None:
         self.counts["condemned"] += 1
@@ -224,7 +230,9 @@ class CallScheduler:
 
     def _fail_where_all_refuse(self, in_flight: InFlightCall) -> None:
         ready = self._slots.ready()
-        refusals = [worker.refused[in_flight.call.adapter] for worker in ready if in_flight.call.adapter in worker.refused]
+        refusals = [
+            worker.refused[in_flight.call.adapter] for worker in ready if in_flight.call.adapter in worker.refused
+        ]
         if refusals and len(refusals) == len(ready):
             self.fail(in_flight, refusals[0])
 
@@ -239,7 +247,9 @@ class CallScheduler:
                 self._begin(worker, in_flight)
 
     def _worker_for_suspect(self, in_flight: InFlightCall, answering: list[WorkerProcess]) -> WorkerProcess | None:
-        """For a suspected call: a spare; where there is none nor will be, one that answers, in turn with other calls."""
+        """For a suspected call: a spare; where there is none nor will be, one that answers, in turn with other
+        calls.
+        """
         adapter = in_flight.call.adapter
         candidates = [
             worker

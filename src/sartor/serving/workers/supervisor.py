@@ -31,7 +31,8 @@ from sartor.serving.workers.worker_process import WorkerDiedError, WorkerProcess
 
 EMBEDDINGS = "embeddings"  # the bulkhead that all embeddings share
 WORKER = (sys.executable, "-m", "sartor.serving.workers.worker_main")
-# Asked of a worker at once, unless one text alone has more: what is asked is worked off though its client may have gone
+# Asked of a worker at once, unless one text alone has more: what is asked is worked off though its client may have
+# gone
 _EMBED_TEXTS, _EMBED_CHARACTERS = 16, 8192
 _MOST_CONDEMNED = 1024
 
@@ -46,7 +47,10 @@ class Supervisor:
         self._agent_health = AgentHealthTracker(team.breaker)
         self._scheduler = CallScheduler(self._queues, self._agent_health, team.workers)
         hooks = Hooks(
-            lambda worker: self._adapters.equip(worker), self._scheduler.poke, self._scheduler.on_worker_lost, self._beat
+            lambda worker: self._adapters.equip(worker),
+            self._scheduler.poke,
+            self._scheduler.on_worker_lost,
+            self._beat,
         )
         self._slots = WorkerSlots(
             team.workers, lambda: WorkerProcess(self._command, self.opening(), self._scheduler.on_event), hooks
@@ -59,7 +63,9 @@ class Supervisor:
         self._is_closing = False
 
     async def start(self) -> EngineInfo:
-        """Start the workers, and wait for the first. Raises what it told (no such base, no such package), UnavailableError."""
+        """Start the workers, and wait for the first. Raises what it told (no such base, no such package),
+        UnavailableError.
+        """
         try:
             self._about = await self._slots.start()
         except BaseException:
@@ -93,9 +99,13 @@ class Supervisor:
         self._scheduler.poke()
 
     async def detach(self, adapter: str) -> None:
-        """See Crew. Returns when its live calls have ended and it is forgotten, or at once when it was attached again."""
+        """See Crew. Returns when its live calls have ended and it is forgotten, or at once when it was attached
+        again.
+        """
         since = self._adapters.attached.get(adapter, 0)
-        while in_flight_calls := [in_flight for in_flight in self._scheduler.in_flight if in_flight.call.adapter == adapter]:
+        while in_flight_calls := [
+            in_flight for in_flight in self._scheduler.in_flight if in_flight.call.adapter == adapter
+        ]:
             await in_flight_calls[0].finished.wait()
         await self._adapters.detach(adapter, since)
 
@@ -117,8 +127,8 @@ class Supervisor:
         return InFlightEvents(in_flight, self._scheduler.cancel)
 
     async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
-        """See Crew. Raises BusyError, DeadlineError, UnavailableError, ModelError for texts that have killed workers, and what
-        the encoder tells.
+        """See Crew. Raises BusyError, DeadlineError, UnavailableError, ModelError for texts that have killed workers,
+        and what the encoder tells.
         """
         self._refuse_when_closing()
         self._queues.enter(EMBEDDINGS, 1)
@@ -135,16 +145,19 @@ class Supervisor:
                     tokens += answer["tokens"]
         except TimeoutError:
             raise DeadlineError(
-                f"{len(texts)} texts took more than {deadline_s:g} s", f"send at most {max(1, len(texts) // 2)} texts a request"
+                f"{len(texts)} texts took more than {deadline_s:g} s",
+                f"send at most {max(1, len(texts) // 2)} texts a request",
             ) from None
         finally:
             self._queues.leave(EMBEDDINGS, time.monotonic() - began)
         return EmbeddingResult(vectors, tokens, tuple(cut))
 
     async def probe(self, adapter: str, path: Path, calls: Sequence[GenerateCall]) -> list[tuple[Event, ...]]:
-        """What each call says when the adapter in `path` is attached as `adapter` to a worker of its own, for admission.
+        """What each call says when the adapter in `path` is attached as `adapter` to a worker of its own, for
+        admission.
 
-        Raises what attaching tells (ModelError, BudgetError), ModelError when the worker dies or hangs, UnavailableError.
+        Raises what attaching tells (ModelError, BudgetError), ModelError when the worker dies or hangs,
+        UnavailableError.
         """
         self._refuse_when_closing()
         return await self._trial_worker.events(adapter, path, calls)
@@ -204,7 +217,9 @@ class Supervisor:
             await self._slots.wait_ready()
             workers = self._slots.answering() or self._slots.ready()
             try:
-                return await min(workers, key=lambda worker: len(worker.calls)).ask("embed", texts=texts, encoder=encoder)
+                return await min(workers, key=lambda worker: len(worker.calls)).ask(
+                    "embed", texts=texts, encoder=encoder
+                )
             except WorkerDiedError:
                 continue
         self._condemned.append(texts_digest)
@@ -229,4 +244,6 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _closing() -> UnavailableError:
-    return UnavailableError("the server is stopping and takes no more requests", "ask another one, or again when it is up")
+    return UnavailableError(
+        "the server is stopping and takes no more requests", "ask another one, or again when it is up"
+    )

@@ -28,7 +28,15 @@ from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorErr
 from sartor.core.filesystem import file_digest
 from sartor.core.ipc import BEAT_S, Channel, MalformedFrame, error_as_json
 from sartor.core.lazy_import import import_module
-from sartor.inference.engine import PROJECTORS, Engine, GenerateCall, ReplyFailed, TextEmbedding, adapter_digest, event_as_json
+from sartor.inference.engine import (
+    PROJECTORS,
+    Engine,
+    GenerateCall,
+    ReplyFailed,
+    TextEmbedding,
+    adapter_digest,
+    event_as_json,
+)
 from sartor.media import audio
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors", PROJECTORS)
@@ -38,13 +46,17 @@ _REMEDY = "remove that directory and admit the Release again: sartor agents add 
 def check_digest(path: Path, adapter: str) -> None:
     """Raise ArtifactError unless the adapter in `path` has this digest."""
     try:
-        digest = adapter_digest({name: {"sha256": file_digest(path / name)} for name in _FILES if (path / name).exists()})
+        digest = adapter_digest(
+            {name: {"sha256": file_digest(path / name)} for name in _FILES if (path / name).exists()}
+        )
     except KeyError as error:
         raise ArtifactError(f"the adapter in {path} has no {error}", _REMEDY) from None
     except OSError as error:
         raise ArtifactError(f"the adapter in {path} cannot be read: {error.strerror}", _REMEDY) from None
     if digest != adapter:
-        raise ArtifactError(f"the adapter in {path} has the digest {digest[:16]}, not {adapter[:16]} as admitted", _REMEDY)
+        raise ArtifactError(
+            f"the adapter in {path} has the digest {digest[:16]}, not {adapter[:16]} as admitted", _REMEDY
+        )
 
 
 BASE_ENCODER = "base"
@@ -102,7 +114,9 @@ class _Embedding:
 
 
 class _Loop:
-    """One turn: hear everything, answer one question, embed a part, let the engine take one step, say that one lives."""
+    """One turn: hear everything, answer one question, embed a part, let the engine take one step, say that one
+    lives.
+    """
 
     def __init__(self, engine: Engine, channel: Channel, check: Check) -> None:
         self._engine = engine
@@ -170,7 +184,9 @@ class _Loop:
         except SartorError as error:
             failed = ReplyFailed(name, error.kind, error.problem, error.remedy)
             self._channel.send(event_as_json(failed))
-        except Exception as error:  # one call's content, in code of the engine that nobody foresaw: others must not pay
+        except (
+            Exception
+        ) as error:  # one call's content, in code of the engine that nobody foresaw: others must not pay
             problem = f"the engine could not take the call: {type(error).__name__}"
             self._channel.send(event_as_json(ReplyFailed(name, "SartorError", problem, "report it with the request")))
 

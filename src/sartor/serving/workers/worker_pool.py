@@ -29,7 +29,9 @@ _LOG = logging.getLogger("sartor.agents")
 
 @dataclass(frozen=True)
 class Hooks:
-    """Who is told. equip: loads what a worker must hold before it is ready. changed: one is ready, or a place is given up."""
+    """Who is told. equip: loads what a worker must hold before it is ready. changed: one is ready, or a place is given
+    up.
+    """
 
     equip: Callable[[WorkerProcess], Awaitable[None]]
     changed: Callable[[], None]
@@ -63,7 +65,9 @@ class WorkerSlots:
         self.ends: Counter[str] = Counter()
 
     async def start(self) -> EngineInfo:
-        """Begin, and wait for the first worker. Raises the error that it told, or UnavailableError when none comes up."""
+        """Begin, and wait for the first worker. Raises the error that it told, or UnavailableError when none comes
+        up.
+        """
         self._first = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._run_slot(slot)) for slot in self._slots]
         self._tasks.append(asyncio.create_task(self._beats()))
@@ -86,13 +90,16 @@ class WorkerSlots:
 
     def ready(self) -> list[WorkerProcess]:
         """The workers that are ready, spares first."""
-        return sorted((worker for worker in self._workers() if worker.state == "ready"), key=lambda worker: worker.is_serving)
+        return sorted(
+            (worker for worker in self._workers() if worker.state == "ready"), key=lambda worker: worker.is_serving
+        )
 
     def answering(self) -> list[WorkerProcess]:
-        """The workers that answer. A spare steps in for one that is missing, or quiet: that may hang, or take a long step.
+        """The workers that answer. A spare steps in for one that is missing, or quiet: that may hang, or take a long
+        step.
 
-        When a quiet one is heard again there is one too many, who takes no new calls and is the spare. Where nobody can step
-        in, the quiet ones answer.
+        When a quiet one is heard again there is one too many, who takes no new calls and is the spare. Where nobody
+        can step in, the quiet ones answer.
         """
         quiet_s = self._beat_s
         ready = [worker for worker in self.ready() if not worker.is_quiet(quiet_s)]
@@ -129,12 +136,17 @@ class WorkerSlots:
             ) from None
 
     async def expendable_worker(self) -> WorkerProcess:
-        """A worker for what may kill it: a spare that does nothing else, if there is to be one, else any that is ready.
+        """A worker for what may kill it: a spare that does nothing else, if there is to be one, else any that is
+        ready.
 
         Raises UnavailableError.
         """
         deadline = time.monotonic() + self._rules.start_s
-        while self._rules.spare and time.monotonic() < deadline and not any(slot.restarts.is_given_up for slot in self._slots):
+        while (
+            self._rules.spare
+            and time.monotonic() < deadline
+            and not any(slot.restarts.is_given_up for slot in self._slots)
+        ):
             for worker in self.ready():
                 if not (worker.is_serving or worker.is_isolated or worker.calls):
                     return worker
@@ -149,8 +161,8 @@ class WorkerSlots:
     def health(self) -> list[dict[str, Any]]:
         """One row per place.
 
-        state: starting, ready, retiring, waiting (for its restart), given up. role of one that is ready: answers, spare, alone
-        (makes a suspected call).
+        state: starting, ready, retiring, waiting (for its restart), given up. role of one that is ready: answers,
+        spare, alone (makes a suspected call).
         """
         return [
             {
@@ -183,8 +195,12 @@ class WorkerSlots:
             self._ended(worker)
             wait_s = slot.restarts.ended()
             if slot.restarts.is_given_up:
-                _LOG.error("%d workers of one place ended within %g s; next start in %.1f s", self._rules.restarts + 1,
-                           self._rules.window_s, wait_s)  # fmt: skip
+                _LOG.error(
+                    "%d workers of one place ended within %g s; next start in %.1f s",
+                    self._rules.restarts + 1,
+                    self._rules.window_s,
+                    wait_s,
+                )
                 self._failed(
                     UnavailableError(
                         f"workers end as soon as they start: {worker.end_reason}",
@@ -197,7 +213,9 @@ class WorkerSlots:
 
     async def _open(self, worker: WorkerProcess) -> None:
         about = await worker.start(self._rules.start_s)
-        first_about = self._first.result() if self._first and self._first.done() and not self._first.exception() else about
+        first_about = (
+            self._first.result() if self._first and self._first.done() and not self._first.exception() else about
+        )
         if (about.base_digest, about.template_digest) != (first_about.base_digest, first_about.template_digest):
             raise ModelError(
                 f"the base {about.base} was changed on disk while it was served",
@@ -206,7 +224,9 @@ class WorkerSlots:
         worker.measure()
         limit = self._rules.memory_bytes
         if limit and worker.memory_bytes > limit:
-            problem = f"a worker takes {worker.memory_bytes} bytes before its first call; workers.memory_bytes is {limit}"
+            problem = (
+                f"a worker takes {worker.memory_bytes} bytes before its first call; workers.memory_bytes is {limit}"
+            )
             raise BudgetError(problem, f"workers: {{memory_bytes: {2 * worker.memory_bytes}}}, or a smaller base")
         await self._hooks.equip(worker)
         if worker.state != "starting":

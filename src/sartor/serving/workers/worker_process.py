@@ -34,8 +34,10 @@ EventHandler = Callable[["WorkerProcess", Mapping[str, Any]], None]
 class WorkerEnd(StrEnum):
     """Cause of a worker's end.
 
-    CRASHED: by itself, or by its connection. KILLED: by a SIGKILL that is none of ours: the operator's, or the kernel's when
-    the machine's memory ends. HUNG: silent for too long. MEMORY: far above its limit. RECYCLED: above it. RENEWED: so that
+    CRASHED: by itself, or by its connection. KILLED: by a SIGKILL that is none of ours: the operator's, or the
+    kernel's when
+    the machine's memory ends. HUNG: silent for too long. MEMORY: far above its limit. RECYCLED: above it. RENEWED: so
+    that
     what it holds leaves memory. START: not ready in time, or refused. CLOSED: no longer needed.
     """
 
@@ -141,7 +143,9 @@ class WorkerProcess:
                     f"ulimit -a shows the limits of processes and memory; ls -l {command[0]}",
                 ) from None
         parent_end.setblocking(False)
-        _, self._connection = await loop.create_connection(lambda: _WorkerConnection(self._on_message), sock=parent_end)
+        _, self._connection = await loop.create_connection(
+            lambda: _WorkerConnection(self._on_message), sock=parent_end
+        )
         self._end_watch = asyncio.create_task(self._watch_end(self._process, self._connection))
         self._connection.send({"op": "open", **self._opening})
         self.heard_at = time.monotonic()
@@ -152,7 +156,9 @@ class WorkerProcess:
         if done:
             raise WorkerDiedError("it ended before it was open")
         self.kill(WorkerEnd.START, f"not open after {timeout_s:g} s")
-        raise UnavailableError(f"a worker was not open after {timeout_s:g} s", "raise workers.start_s, or take a smaller base")
+        raise UnavailableError(
+            f"a worker was not open after {timeout_s:g} s", "raise workers.start_s, or take a smaller base"
+        )
 
     async def wait_exit(self) -> None:
         """Wait for its end, and for all that it said before. Whoever waits for an answer then gets GoneError."""
@@ -322,9 +328,9 @@ class _WorkerConnection(asyncio.Protocol):
 def environment() -> dict[str, str]:
     """The worker's: the threads of a step give the processor away while they wait for each other.
 
-    OpenMP lets them spin. Where others take the processors (a worker that starts, a second one), those that spin keep the one
-    that they wait for from running, and a step takes many times as long. What the user has set holds; GNU's count would go
-    before the policy.
+    OpenMP lets them spin. Where others take the processors (a worker that starts, a second one), those that spin keep
+    the one that they wait for from running, and a step takes many times as long. What the user has set holds; GNU's
+    count would go before the policy.
     """
     return dict(os.environ) if "OMP_WAIT_POLICY" in os.environ else {**_PATIENT, **os.environ}
 

@@ -9,7 +9,13 @@ from typing import Any, TypeGuard, get_args
 from sartor.core.records import Drop, Example
 from sartor.curate.steps.media_augmentation import AugmentAudio, AugmentImages
 from sartor.synthesize.generator import GeneratedRow, PromptedGenerator, Skipped
-from sartor.synthesize.generators.local_generators import Counterfactual, SlotSubstitution, SpokenQuestions, Templates, copied
+from sartor.synthesize.generators.local_generators import (
+    Counterfactual,
+    SlotSubstitution,
+    SpokenQuestions,
+    Templates,
+    copied,
+)
 from sartor.synthesize.generators.prompted_generators import Questions, Scenarios, Structured
 from sartor.synthesize.generators.rewrite_generators import Extend, Harder, Persona, Preference, Vary
 

@@ -1,7 +1,7 @@
 """Generators without a teacher: templates, slots, counterfactuals, media.
 
-Source: Louvan & Magnini 2020, "Simple is Better! Lightweight Data Augmentation for Low Resource Slot Filling and Intent
-Classification" (arXiv:2009.03695).
+Source: Louvan & Magnini 2020, "Simple is Better! Lightweight Data Augmentation for Low Resource Slot Filling and
+Intent Classification" (arXiv:2009.03695).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _NUMBER = re.compile(r"(?<![\w.,-])\d+(?![\w]|[.,]\d)")
 class SlotSubstitution:
     """Copies of rows in which a value gives way to another of its list, in the last question and in the reply alike.
 
-    A value counts where it stands once in each, as a word of its own: one that the question says twice, or the reply does not
-    say, stays. A value of two lists stays too, since nobody could tell what may stand in its place.
+    A value counts where it stands once in each, as a word of its own: one that the question says twice, or the reply
+    does not say, stays. A value of two lists stays too, since nobody could tell what may stand in its place.
     """
 
     slots: Any = option(REQUIRED, "a mapping: slot -> list of values that may stand for one another")
@@ -51,9 +51,13 @@ class SlotSubstitution:
             isinstance(values, list) and len(values) > 1 for values in self.slots.values()
         )
         if not is_listed or not (self.slots or self.numbers):
-            raise ConfigError("slots must be a mapping of lists with two values or more", "slots: {room: [hall, attic]}")
+            raise ConfigError(
+                "slots must be a mapping of lists with two values or more", "slots: {room: [hall, attic]}"
+            )
         if self.per_row < 1 or self.rows < 0:
-            raise ConfigError(f"per_row is {self.per_row} and rows {self.rows}; neither can be less", "per_row: 1, rows: 0")
+            raise ConfigError(
+                f"per_row is {self.per_row} and rows {self.rows}; neither can be less", "per_row: 1, rows: 0"
+            )
 
     def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
         """See MakingWay."""
@@ -64,7 +68,9 @@ class SlotSubstitution:
                 continue
             question, reply = row.messages[-2].text, row.reply
             values = [
-                value for value in [*alternatives, *self._numbers(question)] if _once(value, question) and _once(value, reply)
+                value
+                for value in [*alternatives, *self._numbers(question)]
+                if _once(value, question) and _once(value, reply)
             ]
             copies = self._copies(row, _without_parts(values), alternatives, seed)
             if not copies:
@@ -80,7 +86,9 @@ class SlotSubstitution:
     def _numbers(self, text: str) -> list[str]:
         return list(dict.fromkeys(_NUMBER.findall(text))) if self.numbers else []
 
-    def _copies(self, row: Example, values: Sequence[str], alternatives: dict[str, list[str]], seed: int) -> list[GeneratedRow]:
+    def _copies(
+        self, row: Example, values: Sequence[str], alternatives: dict[str, list[str]], seed: int
+    ) -> list[GeneratedRow]:
         draw = draw_of(seed, self.kind, row.id)
         result: list[GeneratedRow] = []
         used_changes: set[tuple[tuple[str, str], ...]] = {()}
@@ -95,7 +103,9 @@ class SlotSubstitution:
             used_changes.add(changes)
             words = "; ".join(f"{old} to {new}" for old, new in changes)
             result.append(
-                GeneratedRow(_changed(row, replacements), f"{row.id[:16]}.{len(result) + 1}", (row,), split_group(row), words)
+                GeneratedRow(
+                    _changed(row, replacements), f"{row.id[:16]}.{len(result) + 1}", (row,), split_group(row), words
+                )
             )
         return result
 
@@ -138,9 +148,11 @@ _APART = "\n\x1e\n"
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """Copies of rows that name a group, about another group, with the same outcome: what the model should not tell apart.
+    """Copies of rows that name a group, about another group, with the same outcome: what the model should not tell
+    apart.
 
-    Texts in which the grammar or the sense cannot be kept give none (`text/demographics/group_terms.py` says which those are).
+    Texts in which the grammar or the sense cannot be kept give none (`text/demographics/group_terms.py` says which
+    those are).
     """
 
     kinds: tuple[Kind, ...] = option(KINDS, "what is swapped: names, pronouns, age, nationality, disability")
@@ -152,7 +164,9 @@ class Counterfactual:
     def __post_init__(self) -> None:
         known = {group for kind in self.kinds for group in groups(kind)}
         if unknown := [group for group in self.to if group not in known]:
-            raise ConfigError(f"{unknown[0]!r} is no group of {', '.join(self.kinds)}", f"one of {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"{unknown[0]!r} is no group of {', '.join(self.kinds)}", f"one of {', '.join(sorted(known))}"
+            )
         if not self.kinds or self.per_row < 1 or self.rows < 0:
             raise ConfigError(f"per_row is {self.per_row}; it must be at least 1, of at least one kind", "per_row: 1")
 
@@ -175,7 +189,11 @@ class Counterfactual:
                 number = f"{row.id[:16]}.{kind}.{target}"
                 result.append(
                     GeneratedRow(
-                        _with_texts(row, changed.split(_APART)), number, (row,), split_group(row), f"{kind} to {target}"
+                        _with_texts(row, changed.split(_APART)),
+                        number,
+                        (row,),
+                        split_group(row),
+                        f"{kind} to {target}",
                     )
                 )
         return result
@@ -193,7 +211,9 @@ def _with_texts(row: Example, texts: Sequence[str]) -> Example:
         return tuple(
             replace(
                 message,
-                content=tuple(Part("text", next(remaining_texts)) if part.kind == "text" else part for part in message.content),
+                content=tuple(
+                    Part("text", next(remaining_texts)) if part.kind == "text" else part for part in message.content
+                ),
             )
             for message in messages
         )
@@ -203,7 +223,9 @@ def _with_texts(row: Example, texts: Sequence[str]) -> Example:
 
 @dataclass(frozen=True)
 class SpokenQuestions:
-    """The last question of a row as a recording instead of its words; the reply stays. Needs a voice (espeak-ng, or piper)."""
+    """The last question of a row as a recording instead of its words; the reply stays. Needs a voice (espeak-ng, or
+    piper).
+    """
 
     voice: str = option("espeak", "a voice as `sartor ask --speak` names them")
     speeds: tuple[float, ...] = option((1.0,), "one recording for each, 0.5 to 2")
@@ -213,7 +235,8 @@ class SpokenQuestions:
     def __post_init__(self) -> None:
         if not self.speeds or not all(0.5 <= speed <= 2 for speed in self.speeds):
             raise ConfigError(
-                f"speeds is {list(self.speeds)}; each must be from 0.5 to 2, and there must be one", "speeds: [0.9, 1.1]"
+                f"speeds is {list(self.speeds)}; each must be from 0.5 to 2, and there must be one",
+                "speeds: [0.9, 1.1]",
             )
 
     def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
@@ -230,7 +253,11 @@ class SpokenQuestions:
                 question = replace(row.messages[-2], content=(Part("audio", media=name), *media_parts))
                 spoken = replace(row, messages=(*row.messages[:-2], question, row.messages[-1]))
                 yield GeneratedRow(
-                    spoken, f"{row.id[:16]}.{speed:g}", (row,), split_group(row), f"spoken by {self.voice} at {speed:g}"
+                    spoken,
+                    f"{row.id[:16]}.{speed:g}",
+                    (row,),
+                    split_group(row),
+                    f"spoken by {self.voice} at {speed:g}",
                 )
 
 
@@ -255,8 +282,10 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Templates:
-    """Every combination of the slots' values in every prompt, or `count` of them drawn by the seed. Rows of one prompt are of
-    one group: split apart they would be learnt by heart. Only `{name}` of a slot is filled; other braces stay, as of JSON.
+    """Every combination of the slots' values in every prompt, or `count` of them drawn by the seed. Rows of one prompt
+    are of
+    one group: split apart they would be learnt by heart. Only `{name}` of a slot is filled; other braces stay, as of
+    JSON.
     """
 
     prompts: tuple[str, ...] = option(REQUIRED, "questions with {slots}")
@@ -267,7 +296,9 @@ class Templates:
     kind: Literal["templates"] = "templates"
 
     def __post_init__(self) -> None:
-        is_listed = isinstance(self.slots, dict) and all(isinstance(values, list) and values for values in self.slots.values())
+        is_listed = isinstance(self.slots, dict) and all(
+            isinstance(values, list) and values for values in self.slots.values()
+        )
         if not is_listed or not self.prompts or self.count < 0:
             raise ConfigError(
                 "slots must be a mapping of lists, none empty, and prompts a list", "slots: {room: [hall, attic]}"
@@ -290,7 +321,9 @@ class Templates:
             while number >= starts[index + 1]:
                 index += 1
             text, names = prompts[index]
-            yield self._row(text, self._values(names, number - starts[index]), f"{index + 1}.{number - starts[index] + 1}")
+            yield self._row(
+                text, self._values(names, number - starts[index]), f"{index + 1}.{number - starts[index] + 1}"
+            )
 
     def _names(self, text: str) -> list[str]:
         return [name for name in dict.fromkeys(_SLOT.findall(text)) if name in self.slots]

@@ -34,13 +34,15 @@ _ENDS = re.compile(r"\n\s*\n|(?<=[.!?])\s")
 
 @dataclass(frozen=True)
 class Questions:
-    """Question and answer from documents. The cited span must stand in the document, character by character (runs of white
-    space count as one), or the answer is dropped: a teacher that makes its source up is found out here.
+    """Question and answer from documents. The cited span must stand in the document, character by character (runs of
+    white space count as one), or the answer is dropped: a teacher that makes its source up is found out here.
     """
 
     per_document: int = option(2, "questions of each document, about its pieces in turn")
     rows: int = option(0, ROWS)
-    piece_chars: int = option(3000, "longest piece that is shown to the teacher, cut at the end of a paragraph or sentence")
+    piece_chars: int = option(
+        3000, "longest piece that is shown to the teacher, cut at the end of a paragraph or sentence"
+    )
     least_span_chars: int = option(10, "shortest span that shows anything")
     with_passage: bool = option(False, "put the piece before the question, so that the model learns to read it")
     kind: Literal["questions"] = "questions"
@@ -48,7 +50,9 @@ class Questions:
     def __post_init__(self) -> None:
         check_count(self.per_document, self.rows)
         if self.piece_chars < 200 or self.least_span_chars < 1:
-            problem = f"piece_chars is {self.piece_chars}, least_span_chars {self.least_span_chars}; at least 200, and 1"
+            problem = (
+                f"piece_chars is {self.piece_chars}, least_span_chars {self.least_span_chars}; at least 200, and 1"
+            )
             raise ConfigError(problem, "piece_chars: 3000")
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
@@ -65,14 +69,19 @@ class Questions:
                 start, end = cut[(number - 1) % len(cut)]
                 piece = document.reply[start:end]
                 text = (
-                    f"A text:\n{quoted(piece)}\nWrite a question that this text answers, the answer, and copy the words of "
+                    f"A text:\n{quoted(piece)}\nWrite a question that this text answers, the answer, and copy the "
+                    "words of "
                     f"the text that say so, exactly as they stand there. Question {number}."
                     '\nAnswer with {"question": "...", "answer": "...", "span": "..."}.'
                 )
                 request_id = f"{document.id[:16]}.{number}"
                 note = {"start": start, "end": end}
                 yield TeacherRequest(
-                    request_id, (("system", SYSTEM), ("user", text)), texts("question", "answer", "span"), (document,), note
+                    request_id,
+                    (("system", SYSTEM), ("user", text)),
+                    texts("question", "answer", "span"),
+                    (document,),
+                    note,
                 )
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
@@ -94,8 +103,8 @@ class Questions:
 
 
 def pieces(text: str, max_chars: int) -> list[tuple[int, int]]:
-    """(first, last + 1) of pieces of at most `max_chars` characters, cut at ends of paragraphs or sentences where there
-    is one.
+    """(first, last + 1) of pieces of at most `max_chars` characters, cut at ends of paragraphs or sentences where
+    there is one.
     """
     cut, start = [], 0
     while start < len(text):
@@ -121,7 +130,9 @@ MOST_TURNS = 20
 
 @dataclass(frozen=True)
 class Scenarios:
-    """Every persona with every intent and every edge case. Rows of the sources, where there are any, show the style."""
+    """Every persona with every intent and every edge case. Rows of the sources, where there are any, show the
+    style.
+    """
 
     personas: tuple[str, ...] = option(REQUIRED, "who asks")
     intents: tuple[str, ...] = option(REQUIRED, "what they want")
@@ -145,14 +156,19 @@ class Scenarios:
             for number in range(1, self.per_cell + 1):
                 request_id = f"{digest(cell)[:12]}.{number}"
                 examples = draw_of(seed, self.kind, request_id).sample(style_rows, min(1, len(style_rows)))
-                style = "".join(f"A conversation in the wanted style:\n{quoted(conversation_text(row))}\n" for row in examples)
+                style = "".join(
+                    f"A conversation in the wanted style:\n{quoted(conversation_text(row))}\n" for row in examples
+                )
                 text = (
-                    f"{style}Write a conversation between {cell[0]} and an assistant. What is wanted: {cell[1]}. What is "
+                    f"{style}Write a conversation between {cell[0]} and an assistant. What is wanted: {cell[1]}. What "
+                    "is "
                     f"special: {cell[2]}. {self.turns} questions, each with its reply. Conversation {number}."
                     '\nAnswer with {"turns": [{"user": "...", "assistant": "..."}]}.'
                 )
                 note = {"cell": "; ".join(cell), "group": f"scenario:{digest(cell)[:16]}"}
-                yield TeacherRequest(request_id, (("system", SYSTEM), ("user", text)), self._schema(), tuple(examples), note)
+                yield TeacherRequest(
+                    request_id, (("system", SYSTEM), ("user", text)), self._schema(), tuple(examples), note
+                )
 
     def _schema(self) -> dict[str, Any]:
         turns = {"type": "array", "items": texts("user", "assistant"), "minItems": self.turns, "maxItems": self.turns}
@@ -176,8 +192,8 @@ MODELS = 2
 
 @dataclass(frozen=True)
 class Structured:
-    """Rows whose reply is JSON of a schema. What does not obey it goes back to the teacher once, with what is wrong; then it
-    is dropped. Rows of the sources, where there are any, show the style.
+    """Rows whose reply is JSON of a schema. What does not obey it goes back to the teacher once, with what is wrong;
+    then it is dropped. Rows of the sources, where there are any, show the style.
     """
 
     schema_: Any = option(REQUIRED, "the JSON Schema of a reply: a mapping, or the path of a JSON file")
@@ -210,14 +226,17 @@ class Structured:
             "properties": {"question": {"type": "string", "minLength": 1}, "reply": inner},
             "required": ["question", "reply"],
             "additionalProperties": False,
-            **{name: inner[name] for name in ("$defs", "definitions") if name in inner},  # `#/$defs/x` is from the root
+            **{
+                name: inner[name] for name in ("$defs", "definitions") if name in inner
+            },  # `#/$defs/x` is from the root
         }
         style_rows = [row for row in seeds if not refusal_reason(row)]
         for number in range(1, self.count + 1):
             examples = draw_of(seed, self.kind, number).sample(style_rows, min(MODELS, len(style_rows)))
             style = "".join(f"An example:\n{quoted(conversation_text(row))}\n" for row in examples)
             text = (
-                f"{style}The task: {self.task}\nWrite a new text that somebody could send for this task, and the right reply "
+                f"{style}The task: {self.task}\nWrite a new text that somebody could send for this task, and the "
+                "right reply "
                 f"as JSON of this schema: {json.dumps(inner)}\nText {number} of {self.count}."
                 '\nAnswer with {"question": "...", "reply": {...}}.'
             )

@@ -83,7 +83,8 @@ class Vary:
         def text(row: Example, number: int, draw: Any) -> str:
             style = draw.choice(("shorter", "longer", "more formal", "more casual", "as a request", "as spoken"))
             return (
-                f"Somebody said:\n{quoted(row.messages[-2].text)}\nSay the same in other words, {style}, so that the same "
+                f"Somebody said:\n{quoted(row.messages[-2].text)}\nSay the same in other words, {style}, so that the "
+                "same "
                 f"answer is right. Keep names, numbers and codes as they are. Variant {number}."
                 '\nAnswer with {"question": "..."}.'
             )
@@ -122,7 +123,8 @@ class Persona:
 
         def text(row: Example, number: int, draw: Any) -> str:
             return (
-                f"Somebody said:\n{quoted(row.messages[-2].text)}\nSay it as {self._persona(row, number)} would, so that the "
+                f"Somebody said:\n{quoted(row.messages[-2].text)}\nSay it as {self._persona(row, number)} would, so "
+                "that the "
                 'same answer is right. Keep names, numbers and codes as they are.\nAnswer with {"question": "..."}.'
             )
 
@@ -189,7 +191,8 @@ def _grown(condition: str) -> Any:
         return (
             f"A conversation:\n{quoted(conversation_text(row))}\n"
             f"Write another last question of the same subject that {condition}, and a right "
-            f'answer in the style of the one above. Variant {number}.\nAnswer with {{"question": "...", "answer": "..."}}.'
+            f'answer in the style of the one above. Variant {number}.\nAnswer with {{"question": "...", "answer": '
+            f'"..."}}.'
         )
 
     return text

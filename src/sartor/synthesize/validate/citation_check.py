@@ -1,9 +1,10 @@
 """Checks that answers stand in the cited spans.
 
-A row cites where its reply is JSON with an answer and one of the fields of QUOTES, where a line of it is `Source: "..."`, or
-where `evidence/synthetic.parquet` says which characters of its parent it cites. The span must stand in its source, which is
-what the row was asked with or a parent among the seeds, word for word but for space, case and quotation marks; the answer
-must hold no number that neither the span nor the question has, and share a part of its telling words with them.
+A row cites where its reply is JSON with an answer and one of the fields of QUOTES, where a line of it is `Source:
+"..."`, or where `evidence/synthetic.parquet` says which characters of its parent it cites. The span must stand in its
+source, which is what the row was asked with or a parent among the seeds, word for word but for space, case and
+quotation marks; the answer must hold no number that neither the span nor the question has, and share a part of its
+telling words with them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _QUOTED = str.maketrans("", "", "\"'“”„«»‘’`*_")  # noqa: RUF001
 
 @dataclass(frozen=True)
 class Cited:
-    """A row's answer, the span that it cites, and the texts in which that may stand: none where nobody has its source."""
+    """A row's answer, the span that it cites, and the texts in which that may stand: none where nobody has its
+    source.
+    """
 
     answer: str
     span: str
@@ -41,8 +44,8 @@ class Cited:
 def faults(
     rows: Sequence[Example], seeds: Mapping[str, Example], span_ranges: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[int, str], int]:
-    """(row -> what does not hold, how many rows cite something). span_ranges: id of a row -> characters of its parent's
-    text.
+    """(row -> what does not hold, how many rows cite something). span_ranges: id of a row -> characters of its
+    parent's text.
     """
     fault_by_row, citing = {}, 0
     for index, row in enumerate(rows):
@@ -106,7 +109,9 @@ def _plain(text: str) -> str:
     return " ".join(text.translate(_QUOTED).casefold().split()).strip(" .…")
 
 
-def consistency(fault_by_row: Mapping[int, str], citing: int, ids: Sequence[str], limits: ValidationLimits) -> StatisticResult:
+def consistency(
+    fault_by_row: Mapping[int, str], citing: int, ids: Sequence[str], limits: ValidationLimits
+) -> StatisticResult:
     """More spans that do not hold than the limit: an exact binomial test against it."""
     if not citing:
         return not_tested("span", limits.span, "no row cites a span")

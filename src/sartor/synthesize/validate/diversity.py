@@ -27,7 +27,9 @@ _GRAMS = 4
 
 
 def distinct(pool: Pool, members: F32, limits: ValidationLimits) -> StatisticResult:
-    """Distinct-2 (Li et al. 2016): different pairs of words over pairs of words, against as many rows drawn from both sides."""
+    """Distinct-2 (Li et al. 2016): different pairs of words over pairs of words, against as many rows drawn from both
+    sides.
+    """
     counts = _pairs_of_words([_first_words(row) for row in pool.rows])
     lengths = np.asarray(counts.sum(1)).ravel()
     values = np.empty(len(members))
@@ -40,19 +42,24 @@ def distinct(pool: Pool, members: F32, limits: ValidationLimits) -> StatisticRes
 
 
 def vendi(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
-    """The Vendi score of order 2 (Friedman and Dieng 2023; Pasarkar and Dieng 2023): how many unlike rows there are, in effect.
+    """The Vendi score of order 2 (Friedman and Dieng 2023; Pasarkar and Dieng 2023): how many unlike rows there are,
+    in effect.
 
     1 / the mean squared likeness of two rows, so that all permutations cost one product.
     """
     squared = space.cosines**2
-    values = (np.einsum("bn,bn->b", members @ squared, members) / members.sum(1, dtype=np.float64) ** 2).astype(np.float64)
+    values = (np.einsum("bn,bn->b", members @ squared, members) / members.sum(1, dtype=np.float64) ** 2).astype(
+        np.float64
+    )
     usual = float((1 / values[1:]).mean())
     detail = f"{1 / values[0]:.1f} unlike rows in effect; in as many rows of both sides {usual:.1f}"
     return finding_of("vendi", 1 - 1 / (values * usual), limits.diversity, detail)
 
 
 def diversity_report(space: SampleSpace, seed: int) -> dict[str, dict[str, float]]:
-    """Figures of each side, of equally many rows: distinct-1 to 3, self-BLEU, Vendi score of order 1. No test hangs on them."""
+    """Figures of each side, of equally many rows: distinct-1 to 3, self-BLEU, Vendi score of order 1. No test hangs on
+    them.
+    """
     rng = np.random.default_rng([seed, 4])
     is_synthetic = space.pool.is_synthetic
     sample_size = min(int(is_synthetic.sum()), int((~is_synthetic).sum()), _SAMPLE)
@@ -96,7 +103,8 @@ def _distinct(texts: Sequence[Sequence[str]], size: int) -> float:
 
 
 def self_bleu(texts: Sequence[Sequence[str]]) -> float:
-    """Mean BLEU of each text against all others as references (Zhu et al. 2018), 0..1: high where texts repeat one another.
+    """Mean BLEU of each text against all others as references (Zhu et al. 2018), 0..1: high where texts repeat one
+    another.
 
     Up to runs of four words; from pairs on 1 is added to hits and total (Lin and Och 2004).
     """
@@ -139,7 +147,9 @@ def _bleu(
 
 
 def vendi_score(vectors: F32) -> float:
-    """exp of the entropy of the eigenvalues of the likeness of (n, D) unit vectors: 1 where all are one, n where all differ."""
+    """exp of the entropy of the eigenvalues of the likeness of (n, D) unit vectors: 1 where all are one, n where all
+    differ.
+    """
     values = np.linalg.eigvalsh((vectors @ vectors.T).astype(np.float64) / len(vectors))
     values = values[values > 1e-12]
     return float(np.exp(-(values * np.log(values)).sum()))
@@ -170,7 +180,9 @@ def near_copies(rows: Sequence[Example]) -> list[CopyPair]:
 
 
 def of_seeds(pool: Pool, seeds: Sequence[Example], members: F32, limits: ValidationLimits) -> StatisticResult:
-    """More near-copies of seeds than reality itself has: real rows may be like the seeds too, and that is no copying."""
+    """More near-copies of seeds than reality itself has: real rows may be like the seeds too, and that is no
+    copying.
+    """
     if not seeds:
         return not_tested("copies_of_seeds", limits.copies, "no seeds are known: --seeds DATASET")
     count = pool.count
@@ -183,7 +195,9 @@ def of_seeds(pool: Pool, seeds: Sequence[Example], members: F32, limits: Validat
     other_rate = (copies.sum() - members @ copies) / (count - n_members)
     detail = f"{rate[0]:.0%} of the synthetic rows are near-copies of a seed; of the real rows {other_rate[0]:.0%}"
     ids = [pool.rows[row].id for row in np.flatnonzero(copies * members[0]).tolist()]
-    return finding_of("copies_of_seeds", rate - other_rate, limits.copies, detail, ids, effect=float(rate[0] - other_rate[0]))
+    return finding_of(
+        "copies_of_seeds", rate - other_rate, limits.copies, detail, ids, effect=float(rate[0] - other_rate[0])
+    )
 
 
 def of_held_out(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: ValidationLimits) -> StatisticResult:
@@ -191,7 +205,10 @@ def of_held_out(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: Val
     across = _graph(pool, [pair for pair in pairs if pool.units[pair.a] != pool.units[pair.b]])
     copies = ((across @ (1 - members).T) > 0).T * members
     values = (copies.sum(1) / members.sum(1)).astype(np.float64)
-    detail = f"{values[0]:.0%} of the synthetic rows are near-copies of a held-out row; chance gives {values[1:].mean():.0%}"
+    detail = (
+        f"{values[0]:.0%} of the synthetic rows are near-copies of a held-out row; chance gives "
+        f"{values[1:].mean():.0%}"
+    )
     ids = [pool.rows[row].id for row in np.flatnonzero(copies[0]).tolist()]
     return finding_of("copies_of_held_out", values, limits.copies, detail, ids)
 

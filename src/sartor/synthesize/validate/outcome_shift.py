@@ -25,7 +25,9 @@ _DECIDED = 0.8  # of the replies: then they are decisions, and their words are t
 
 @dataclass(frozen=True)
 class Cell:
-    """A group and one or more outcomes. inside, others, hit: (n,) of 0 and 1: rows of it, of other groups, with the outcome."""
+    """A group and one or more outcomes. inside, others, hit: (n,) of 0 and 1: rows of it, of other groups, with the
+    outcome.
+    """
 
     name: str
     inside: F32
@@ -36,14 +38,17 @@ class Cell:
 def group_outcome(
     pool: Pool, people: Memberships, row_outcomes: Sequence[str | None], members: F32, limits: ValidationLimits
 ) -> StatisticResult:
-    """The gap of a group's outcome rate to that of the others, synthetic less real, over its standard error; the largest cell.
+    """The gap of a group's outcome rate to that of the others, synthetic less real, over its standard error; the
+    largest cell.
 
-    All cells share the permutations, so the largest of them is held against the largest that chance gives (Westfall and Young
-    1993). The effect is the change of the gap in that cell.
+    All cells share the permutations, so the largest of them is held against the largest that chance gives (Westfall
+    and Young 1993). The effect is the change of the gap in that cell.
     """
     cells = list(_cells(people, row_outcomes, pool.is_synthetic))
     if not cells:
-        reason = "no group that the rows name has rows enough on both sides" if any(row_outcomes) else "no outcome is known"
+        reason = (
+            "no group that the rows name has rows enough on both sides" if any(row_outcomes) else "no outcome is known"
+        )
         return not_tested("group_outcome", limits.group_outcome, reason)
     changes = [_change(cell, members) for cell in cells]
     z = np.stack([np.abs(change / error) for change, error in changes])
@@ -64,9 +69,9 @@ def _cells(people: Memberships, row_outcomes: Sequence[str | None], is_synthetic
     has_outcome = np.array([name is not None for name in row_outcomes], np.float32)
     outcomes = [name for name, _ in Counter(name for name in row_outcomes if name is not None).most_common(_OUTCOMES)]
     hits = {
-        " or ".join(f"{name!r:.40}" for name in outcome_set): np.isin(np.array(row_outcomes, object), outcome_set).astype(
-            np.float32
-        )
+        " or ".join(f"{name!r:.40}" for name in outcome_set): np.isin(
+            np.array(row_outcomes, object), outcome_set
+        ).astype(np.float32)
         for outcome_set in _sets(outcomes)
     }
     cells = []
@@ -75,19 +80,26 @@ def _cells(people: Memberships, row_outcomes: Sequence[str | None], is_synthetic
         for value in sorted({value for value in values if value is not None}):
             inside = np.array([group == value for group in values], np.float32) * has_outcome
             others = spoken - inside
-            if min((side * part).sum() for side in (is_synthetic, ~is_synthetic) for part in (inside, others)) >= FEWEST:
+            if (
+                min((side * part).sum() for side in (is_synthetic, ~is_synthetic) for part in (inside, others))
+                >= FEWEST
+            ):
                 cells += [Cell(f"{attribute} {value}, {name}", inside, others, hit) for name, hit in hits.items()]
     return cells
 
 
 def _sets(outcomes: Sequence[str]) -> list[list[str]]:
-    """Every way to call some outcomes one and the rest the other, each once: several words may say the same decision."""
+    """Every way to call some outcomes one and the rest the other, each once: several words may say the same
+    decision.
+    """
     first, rest = outcomes[:1], outcomes[1:]
     return [[*first, *combination] for size in range(len(rest)) for combination in itertools.combinations(rest, size)]
 
 
 def _change(cell: Cell, members: F32) -> tuple[F64, F64]:
-    """((B,) change of the gap, (B,) its standard error), each rate with one hit and one miss added (Agresti and Caffo 2000)."""
+    """((B,) change of the gap, (B,) its standard error), each rate with one hit and one miss added (Agresti and Caffo
+    2000).
+    """
     parts = np.stack([cell.inside, cell.inside * cell.hit, cell.others, cell.others * cell.hit], 1)
     synthetic = (members @ parts).astype(np.float64)
     sides = (synthetic, parts.sum(0) - synthetic)
@@ -110,7 +122,11 @@ def decisions(replies: Sequence[str]) -> list[str | None]:
     """
     decided: list[str | None] = [decision_of(reply) for reply in replies]
     counts = Counter(item for item in decided if item is not None)
-    return decided if len(counts) == 2 and counts.total() >= _DECIDED * len(replies) and min(counts.values()) >= FEWEST else []
+    return (
+        decided
+        if len(counts) == 2 and counts.total() >= _DECIDED * len(replies) and min(counts.values()) >= FEWEST
+        else []
+    )
 
 
 def reply_kinds(space: SampleSpace, replies: F32) -> list[str]:

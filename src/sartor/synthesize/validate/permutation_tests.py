@@ -20,11 +20,13 @@ _JSON_FIELDS = ("statistic", "effect", "limit", "p", "detail", "rows", "p_correc
 
 @dataclass(frozen=True)
 class StatisticResult:
-    """One test. `effect` is what was found less what chance gives, in the unit of `limit`; p is one-sided: worse than chance.
+    """One test. `effect` is what was found less what chance gives, in the unit of `limit`; p is one-sided: worse than
+    chance.
 
-    `fail` needs both: p_corrected of at most alpha, and an effect over the limit. rows: ids of rows that make the effect, the
-    first SHOWN_ROWS. detail: a sentence. draws: (1 + permutations,) the p that each permutation would have, the found one
-    first; None of a test that permutes nothing.
+    `fail` needs both: p_corrected of at most alpha, and an effect over the limit. rows: ids of rows that make the
+    effect, the
+    first SHOWN_ROWS. detail: a sentence. draws: (1 + permutations,) the p that each permutation would have, the found
+    one first; None of a test that permutes nothing.
     """
 
     name: str
@@ -57,8 +59,8 @@ def not_tested(name: str, limit: float, reason: str) -> StatisticResult:
 def permuted(pool: Pool, permutations: int, seed: int) -> F32:
     """(1 + permutations, n) of 0 and 1: which rows are the synthetic ones. The first row is as it is.
 
-    Whole units change sides: rows of one unit are alike, and moving them apart would make chance look smaller than it is. Each
-    draw has about as many synthetic rows as there are.
+    Whole units change sides: rows of one unit are alike, and moving them apart would make chance look smaller than it
+    is. Each draw has about as many synthetic rows as there are.
     """
     rng = np.random.default_rng([seed, 1])
     sizes = np.bincount(pool.units)
@@ -80,13 +82,15 @@ def finding_of(
 ) -> StatisticResult:
     """A test of (1 + permutations,) values of a statistic that is larger the worse; the first is the one found.
 
-    effect: by default the excess over the permutations' mean. p counts the found one among the permutations (Phipson and
-    Smyth 2010), so it is never 0.
+    effect: by default the excess over the permutations' mean. p counts the found one among the permutations (Phipson
+    and Smyth 2010), so it is never 0.
     """
     statistic = float(values[0])
     draws = _as_large(values)
     excess = statistic - float(values[1:].mean()) if effect is None else effect
-    return StatisticResult(name, statistic, excess, limit, float(draws[0]), detail, tuple(rows)[:SHOWN_ROWS], draws=draws)
+    return StatisticResult(
+        name, statistic, excess, limit, float(draws[0]), detail, tuple(rows)[:SHOWN_ROWS], draws=draws
+    )
 
 
 def _as_large(values: F64) -> F64:
@@ -105,8 +109,8 @@ def corrected_results(tests: Sequence[StatisticResult], alpha: float) -> list[St
     """The tests with their verdicts: of a set in which nothing is wrong, at most a fraction `alpha` fails any test.
 
     Tests that permute are corrected together by what their smallest p is under the permutations that all of them share
-    (Westfall and Young 1993), so tests that say the same cost nothing. One that does not permute is an alarm of its own: of m
-    tests it has 1/m of alpha, and the others the rest (Bonferroni, weighted).
+    (Westfall and Young 1993), so tests that say the same cost nothing. One that does not permute is an alarm of its
+    own: of m tests it has 1/m of alpha, and the others the rest (Bonferroni, weighted).
     """
     tested = [index for index, test in enumerate(tests) if test.p is not None]
     with_draws = [index for index in tested if tests[index].draws is not None]
@@ -121,8 +125,8 @@ def corrected_results(tests: Sequence[StatisticResult], alpha: float) -> list[St
 def westfall_young(draws: F64) -> F64:
     """(m,) corrected p of m tests, of their (m, B) p under the same permutations, the found one first.
 
-    Step-down min-p (Westfall and Young 1993, algorithm 2.8): each p against the smallest that the tests which are no better
-    than it reach in a permutation.
+    Step-down min-p (Westfall and Young 1993, algorithm 2.8): each p against the smallest that the tests which are no
+    better than it reach in a permutation.
     """
     order = np.argsort(draws[:, 0], kind="stable")
     smallest = np.minimum.accumulate(draws[order[::-1]], axis=0)[::-1]

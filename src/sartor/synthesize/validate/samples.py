@@ -44,12 +44,15 @@ class ValidationSamples:
 def open_samples(synthetic: Path, reality: Path, seeds: Path | None) -> ValidationSamples:
     """The rows of the three. A path is a Dataset, or a file or folder in any form that `curate` reads.
 
-    Of reality the held-out rows are taken where it holds out any, and its training rows are the seeds where none are named. A
-    real row that is a seed, is a parent of a synthetic row, or is in the group of one, is left out: the generator knew it.
+    Of reality the held-out rows are taken where it holds out any, and its training rows are the seeds where none are
+    named. A real row that is a seed, is a parent of a synthetic row, or is in the group of one, is left out: the
+    generator knew it.
     Raises SourceError where fewer than FEWEST_ROWS are left of a side.
     """
     synthetic_rows, dropped = _rows_of(synthetic)
-    synthetic_rows = [row for row in synthetic_rows if row.is_synthetic] or synthetic_rows  # of a Dataset in which both stand
+    synthetic_rows = [
+        row for row in synthetic_rows if row.is_synthetic
+    ] or synthetic_rows  # of a Dataset in which both stand
     reality_rows, drop_reasons = _rows_of(reality)
     real = [row for row in reality_rows if not row.is_synthetic]
     drop_reasons += ["synthetic"] * (len(reality_rows) - len(real))
@@ -67,7 +70,8 @@ def open_samples(synthetic: Path, reality: Path, seeds: Path | None) -> Validati
             raise SourceError(
                 f"{len(side_rows)} {name} rows are left of {path} ({left_out or 'nothing was left out'}); "
                 f"with under {FEWEST_ROWS} nothing can be told",
-                f"give {FEWEST_ROWS} {name} rows or more" + (" that no seed is in a group with" if name != "synthetic" else ""),
+                f"give {FEWEST_ROWS} {name} rows or more"
+                + (" that no seed is in a group with" if name != "synthetic" else ""),
             )
     return ValidationSamples(synthetic_rows, unseen, seed_rows, left_out, _cited(synthetic))
 
@@ -184,12 +188,16 @@ def encoded(chosen: ChosenEncoder, rows: Sequence[Example]) -> EmbeddedSamples:
     vectors = np.concatenate(np.split(encodings, len(parts)), axis=1)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     replies_at = encodings.shape[1] if len(parts) == 2 else 0
-    return EmbeddedSamples(np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32), replies_at, chosen.encoder.cut)
+    return EmbeddedSamples(
+        np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32), replies_at, chosen.encoder.cut
+    )
 
 
 @dataclass(frozen=True)
 class SampleSpace:
-    """n rows of a pool as (n, D) unit vectors. From the column `replies_at` on stand the replies, where it is not 0."""
+    """n rows of a pool as (n, D) unit vectors. From the column `replies_at` on stand the replies, where it is not
+    0.
+    """
 
     pool: Pool
     vectors: F32
@@ -234,7 +242,9 @@ class SampleSpace:
         """
         nearest = (self._coarse_order if coarse else self._order)[:, :count]
         rows = np.repeat(np.arange(len(nearest)), nearest.shape[1])
-        return sparse.csr_matrix((np.ones(nearest.size, np.float32), (rows, nearest.ravel())), shape=self.cosines.shape)
+        return sparse.csr_matrix(
+            (np.ones(nearest.size, np.float32), (rows, nearest.ravel())), shape=self.cosines.shape
+        )
 
     @cached_property
     def topics(self) -> list[I64]:
@@ -251,9 +261,11 @@ class SampleSpace:
 
     @cached_property
     def _about(self) -> F32:
-        """(n, up to _DIRECTIONS) what rows are about: prompt and reply in one, along the directions in which they differ most.
+        """(n, up to _DIRECTIONS) what rows are about: prompt and reply in one, along the directions in which they
+        differ most.
 
-        Latent semantic analysis (Deerwester et al. 1990): in the directions that are left out are the words of single rows.
+        Latent semantic analysis (Deerwester et al. 1990): in the directions that are left out are the words of single
+        rows.
         """
         vectors = self.vectors
         if self.replies_at:

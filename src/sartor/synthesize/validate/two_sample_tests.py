@@ -47,8 +47,8 @@ def _kolmogorov(values: NDArray[np.int64], members: F32) -> F64:
 def topics(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
     """Chi-squared of how the two sides fall into topics, over all ways in which the topics were drawn.
 
-    The effect is the total variation beyond chance in the way where it is largest, against what chance gives there; the rows
-    are of the topics that grew most.
+    The effect is the total variation beyond chance in the way where it is largest, against what chance gives there;
+    the rows are of the topics that grew most.
     """
     beyond = np.stack([_beyond(_chi_squared(clusters, members)) for clusters in space.topics])
     measured = [_variation(clusters, members) for clusters in space.topics]
@@ -62,7 +62,9 @@ def topics(space: SampleSpace, members: F32, limits: ValidationLimits) -> Statis
         if shift[topic] > 0
         for row in np.flatnonzero(is_synthetic & (clusters == topic)).tolist()
     ]
-    detail = f"of {len(shift)} topics one gains {shift.max():+.0%}, one {shift.min():+.0%} ; they differ by {values[0]:.0%}"
+    detail = (
+        f"of {len(shift)} topics one gains {shift.max():+.0%}, one {shift.min():+.0%} ; they differ by {values[0]:.0%}"
+    )
     ids = [space.pool.rows[row].id for row in rows]
     return finding_of("topic", beyond.mean(0), limits.topic, detail, ids, effect=beyond_chance(values))
 
@@ -78,8 +80,15 @@ def labels(pool: Pool, row_labels: Sequence[str | None], members: F32, limits: V
     label_shifts = Counter({str(names[index])[:60]: float(shift[index]) for index in largest})
     detail = "moved most: " + ", ".join(f"{name!r} {change:+.0%}" for name, change in label_shifts.items())
     is_synthetic = pool.is_synthetic
-    rows = [row for index in largest if shift[index] > 0 for row in np.flatnonzero(is_synthetic & (member == index)).tolist()]
-    return finding_of("label", values, limits.label, detail, [pool.rows[row].id for row in rows], effect=beyond_chance(values))
+    rows = [
+        row
+        for index in largest
+        if shift[index] > 0
+        for row in np.flatnonzero(is_synthetic & (member == index)).tolist()
+    ]
+    return finding_of(
+        "label", values, limits.label, detail, [pool.rows[row].id for row in rows], effect=beyond_chance(values)
+    )
 
 
 def _beyond(values: F64) -> F64:
@@ -117,8 +126,8 @@ _RIDGE = 1.0
 def classifier_test(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
     """Classifier two-sample test (Lopez-Paz and Oquab 2017): AUC of kernel ridge on rows that it did not learn from.
 
-    Units are kept whole in the folds. The held-out scores are linear in the labels, so every permutation is trained anew at the
-    cost of one product.
+    Units are kept whole in the folds. The held-out scores are linear in the labels, so every permutation is trained
+    anew at the cost of one product.
     """
     scores = (members - members.mean(1, keepdims=True)) @ _hat(space).T
     values = _auc(scores, members)
@@ -156,7 +165,8 @@ def _auc(scores: NDArray[np.float32], members: F32) -> F64:
 
 
 def mmd_test(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
-    """The unbiased squared maximum mean discrepancy (Gretton et al. 2012, lemma 6), over the mean squared distance of two rows.
+    """The unbiased squared maximum mean discrepancy (Gretton et al. 2012, lemma 6), over the mean squared distance of
+    two rows.
 
     The effect is a part of reality's own spread: 0 for the same distribution.
     """
@@ -186,7 +196,8 @@ _FEWEST, _MOST = 3, 100
 def coverage(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
     """Real rows none of whose k nearest is synthetic: 1 - coverage (Naeem et al. 2020), k by how many are synthetic.
 
-    Near is what is about the same: among neighbours by single words are rows of every topic, and a lost one stays unseen.
+    Near is what is about the same: among neighbours by single words are rows of every topic, and a lost one stays
+    unseen.
     """
     synthetic = float(space.pool.is_synthetic.mean())
     isolated = _alone(space.neighbours(_k(synthetic, len(members[0])), coarse=True), members)
@@ -200,7 +211,9 @@ def coverage(space: SampleSpace, members: F32, limits: ValidationLimits) -> Stat
 
 
 def novelty(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
-    """Synthetic rows none of whose k nearest is real: 1 - precision in the sense of Kynkaanniemi et al. 2019, k as above."""
+    """Synthetic rows none of whose k nearest is real: 1 - precision in the sense of Kynkaanniemi et al. 2019, k as
+    above.
+    """
     real = 1 - float(space.pool.is_synthetic.mean())
     isolated = _alone(space.neighbours(_k(real, len(members[0]))), 1 - members)
     values = (isolated * members).sum(1) / members.sum(1)
@@ -210,7 +223,9 @@ def novelty(space: SampleSpace, members: F32, limits: ValidationLimits) -> Stati
 
 
 def _k(other: float, rows: int) -> int:
-    """How many neighbours to look at so that one of the other side, a fraction `other` of all, is among them nearly always."""
+    """How many neighbours to look at so that one of the other side, a fraction `other` of all, is among them nearly
+    always.
+    """
     return min(max(_FEWEST, math.ceil(math.log(_CHANCE) / math.log(1 - other))), _MOST, rows - 1)
 
 
@@ -220,7 +235,9 @@ def _alone(neighbours: Any, members: F32) -> F32:
 
 
 def _regions(space: SampleSpace, isolated: F32) -> list[dict[str, Any]]:
-    """Topics of real rows, the least covered first: how many rows, which part is covered, and a row from its middle."""
+    """Topics of real rows, the least covered first: how many rows, which part is covered, and a row from its
+    middle.
+    """
     real = ~space.pool.is_synthetic
     results = []
     topics = space.topics[-1]
@@ -241,13 +258,15 @@ def _regions(space: SampleSpace, isolated: F32) -> list[dict[str, Any]]:
 def out_of_distribution(vectors: F32, real_vectors: F32, real_units: NDArray[Any], rate: float) -> dict[int, str]:
     """Synthetic rows that are farther from reality than real rows are: row -> a sentence.
 
-    A row's p is the fraction of real rows whose nearest of another unit is as far (conformal, Bates et al. 2023); rows at or
-    below `rate` are named, or of few real rows those that are farther than all.
+    A row's p is the fraction of real rows whose nearest of another unit is as far (conformal, Bates et al. 2023); rows
+    at or below `rate` are named, or of few real rows those that are farther than all.
     """
     cosines = real_vectors @ real_vectors.T
     cosines[real_units[:, None] == real_units[None, :]] = -1
     usual = np.sort(cosines.max(1))
-    nearest = np.concatenate([(part @ real_vectors.T).max(1) for part in np.array_split(vectors, max(1, len(vectors) // 1000))])
+    nearest = np.concatenate(
+        [(part @ real_vectors.T).max(1) for part in np.array_split(vectors, max(1, len(vectors) // 1000))]
+    )
     p = (1 + np.searchsorted(usual, nearest, side="right")) / (len(usual) + 1)
     outliers = np.flatnonzero(p <= max(rate, 1 / (len(usual) + 1)))
     text = "likeness {:.2f} to the nearest real row; {:.1%} of the real rows are so far from the others"

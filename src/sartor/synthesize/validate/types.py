@@ -10,7 +10,8 @@ from sartor.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class ValidationLimits:
-    """How far synthetic rows may be from reality and still be useful. A test fails where its effect is beyond chance and here.
+    """How far synthetic rows may be from reality and still be useful. A test fails where its effect is beyond chance
+    and here.
 
     Each is on the test's effect: what was found less what chance alone gives.
     """
@@ -26,7 +27,9 @@ class ValidationLimits:
     diversity: float = option(0.2, "loss of distinct pairs of words, or of the Vendi score, as a fraction")
     span: float = option(0.05, "fraction of cited spans that do not hold")
     group_outcome: float = option(0.1, "change of the gap between a group's outcome rate and the others'")
-    outside: float = option(0.01, "fraction of real rows that are as far from the others as a row that is named as outside")
+    outside: float = option(
+        0.01, "fraction of real rows that are as far from the others as a row that is named as outside"
+    )
 
     def __post_init__(self) -> None:
         for name, limit in vars(self).items():
@@ -42,7 +45,9 @@ class ValidateOptions:
     alpha: float = option(0.05, "the false alarm of all tests together, where synthetic rows are like reality")
     limits: ValidationLimits = option(ValidationLimits(), "effects that are let pass")
     permutations: int = option(1999, "of which rows are the synthetic ones")
-    encoder: str = option("auto", "auto (minilm where it can be opened, else tfidf), a name, or the directory of a model")
+    encoder: str = option(
+        "auto", "auto (minilm where it can be opened, else tfidf), a name, or the directory of a model"
+    )
     label: str = option("auto", "what a reply's label is: auto, reply, text, json:KEY or regex:PATTERN")
     group: tuple[str, ...] = option((), "fields that name groups of people; empty takes the lexicon")
     most_rows: int = option(1000, "of each side, drawn by unit, in what is compared pair by pair")
@@ -52,6 +57,8 @@ class ValidateOptions:
         if not 0 < self.alpha < 1:
             raise ConfigError(f"alpha is {self.alpha}; it must be between 0 and 1", "alpha: 0.05")
         if self.permutations < 199:
-            raise ConfigError(f"permutations is {self.permutations}; under 199 nothing could be found", "permutations: 1999")
+            raise ConfigError(
+                f"permutations is {self.permutations}; under 199 nothing could be found", "permutations: 1999"
+            )
         if self.most_rows < 50:
             raise ConfigError(f"most_rows is {self.most_rows}; it must be 50 or more", "most_rows: 1000")

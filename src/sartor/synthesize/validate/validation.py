@@ -40,7 +40,9 @@ from sartor.text.encoders import ChosenEncoder, choose_encoder
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """Why a synthetic row is not accepted: a stable word, and a sentence with the evidence. index: among the synthetic rows."""
+    """Why a synthetic row is not accepted: a stable word, and a sentence with the evidence. index: among the synthetic
+    rows.
+    """
 
     index: int
     id: str
@@ -50,7 +52,9 @@ class RejectedRow:
 
 @dataclass(frozen=True)
 class Validated:
-    """Verdicts over the whole set, and flaws of rows. `written` is the Dataset of accepted rows, `review` the queue's file."""
+    """Verdicts over the whole set, and flaws of rows. `written` is the Dataset of accepted rows, `review` the queue's
+    file.
+    """
 
     synthetic: Path
     reality: Path
@@ -137,8 +141,8 @@ _OF_BIAS = ("group_outcome",)
 def write_review(dataset: Path, rows: Sequence[Example], validated: Validated) -> Path:
     """Put the flaws of rows and the failed tests before the person who reviews a Dataset; returns the file.
 
-    A flaw is a finding about a row, a failed test one about a slice: the whole set. Findings of an earlier validation are
-    replaced; those of others, and what a person decided, stay.
+    A flaw is a finding about a row, a failed test one about a slice: the whole set. Findings of an earlier validation
+    are replaced; those of others, and what a person decided, stay.
     """
     return review_file.renew(dataset, ORIGIN, _lines(rows, validated))
 
@@ -169,10 +173,11 @@ def validate(
 ) -> Validated:
     """Hold synthetic rows against reality that their generator never saw.
 
-    A path is a Dataset, or a file or folder of rows. Of `reality` the held-out rows are taken where there are any; `seeds` are
-    the rows that the generator was given, by default reality's training rows and the parents that the rows name. With `out`
-    (then `synthetic` is a Dataset) the rows without a flaw become a Dataset there; a set that fails is not written, and
-    GateError names the tests. What was not accepted stands in `review.jsonl` of the synthetic Dataset, with reasons.
+    A path is a Dataset, or a file or folder of rows. Of `reality` the held-out rows are taken where there are any;
+    `seeds` are the rows that the generator was given, by default reality's training rows and the parents that the rows
+    name. With `out` (then `synthetic` is a Dataset) the rows without a flaw become a Dataset there; a set that fails
+    is not written, and GateError names the tests. What was not accepted stands in `review.jsonl` of the synthetic
+    Dataset, with reasons.
     Raises SourceError for too few rows, ConfigError, ArtifactError.
     """
     started = time.monotonic()
@@ -193,7 +198,9 @@ def validate(
         remedy = f"look at {review}, mend the generator, or raise a limit: --limits.{validated.failed[0].name} ..."
         raise GateError(f"{synthetic_path.name} is not like reality: {text}", remedy)
     written = (
-        write_accepted(Path(out), synthetic_path, sides.synthetic, validated, replace=replace) if out is not None else None
+        write_accepted(Path(out), synthetic_path, sides.synthetic, validated, replace=replace)
+        if out is not None
+        else None
     )
     return Validated(
         synthetic_path,
@@ -208,12 +215,16 @@ def validate(
     )
 
 
-def load_options(options: ValidateOptions | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> ValidateOptions:
+def load_options(
+    options: ValidateOptions | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()
+) -> ValidateOptions:
     """The options in any of the forms that `validate` takes, with flags (`--limits.mmd 0.2`) on top."""
     return config.load_any(ValidateOptions, options, flags)
 
 
-def validate_rows(sides: ValidationSamples, options: ValidateOptions, paths: tuple[Path, Path] = (Path(), Path())) -> Validated:
+def validate_rows(
+    sides: ValidationSamples, options: ValidateOptions, paths: tuple[Path, Path] = (Path(), Path())
+) -> Validated:
     """The same for rows in memory; nothing is written."""
     embedded_sides = _embed_sides(sides, options)
     pool, faults = embedded_sides.space.pool, embedded_sides.faults
@@ -242,7 +253,9 @@ def verdicts(sides: ValidationSamples, options: ValidateOptions) -> list[Statist
 
 @dataclass(frozen=True)
 class _EmbeddedSides:
-    """Both sides as vectors. replies: (n, D) unit vectors of the pool's replies; faults: row -> what its span lacks."""
+    """Both sides as vectors. replies: (n, D) unit vectors of the pool's replies; faults: row -> what its span
+    lacks.
+    """
 
     chosen: ChosenEncoder
     encoded: EmbeddedSamples
@@ -261,26 +274,34 @@ def _embed_sides(sides: ValidationSamples, options: ValidateOptions) -> _Embedde
     vectors = embedded.vectors[[row_index[id(row)] for row in pool.rows]]
     replies = vectors[:, embedded.replies_at :]
     lengths = np.linalg.norm(replies, axis=1, keepdims=True)
-    faults, citing = citation_check.faults(sides.synthetic, {row.id: row for row in (*sides.seeds, *sides.real)}, sides.cited)
+    faults, citing = citation_check.faults(
+        sides.synthetic, {row.id: row for row in (*sides.seeds, *sides.real)}, sides.cited
+    )
     space = SampleSpace(pool, vectors, options.seed, embedded.replies_at)
     unit = np.asarray(replies / np.where(lengths > 0, lengths, 1), np.float32)
     return _EmbeddedSides(chosen, embedded, space, unit, faults, citing)
 
 
-def _judged(embedded_sides: _EmbeddedSides, sides: ValidationSamples, options: ValidateOptions) -> list[StatisticResult]:
+def _judged(
+    embedded_sides: _EmbeddedSides, sides: ValidationSamples, options: ValidateOptions
+) -> list[StatisticResult]:
     citations = citation_check.consistency(
         embedded_sides.faults, embedded_sides.citing, [row.id for row in sides.synthetic], options.limits
     )
     return corrected_results([*_tests(embedded_sides, sides, options), citations], options.alpha)
 
 
-def _tests(embedded_sides: _EmbeddedSides, sides: ValidationSamples, options: ValidateOptions) -> list[StatisticResult]:
+def _tests(
+    embedded_sides: _EmbeddedSides, sides: ValidationSamples, options: ValidateOptions
+) -> list[StatisticResult]:
     """Every test of the whole set that its rows allow."""
     space, limits = embedded_sides.space, options.limits
     pool = space.pool
     fewest = min(pool.units_of(synthetic=side) for side in (True, False))
     if fewest < FEWEST_UNITS:
-        reason = f"the rows of a side are of {fewest} units (groups, seeds); under {FEWEST_UNITS} chance cannot be told"
+        reason = (
+            f"the rows of a side are of {fewest} units (groups, seeds); under {FEWEST_UNITS} chance cannot be told"
+        )
         return [not_tested(name, 0.0, reason) for name in ("distinguishable", "mmd", "coverage", "novelty", "length")]
     members = permuted(pool, options.permutations, options.seed)
     pairs = copies.near_copies(pool.rows)
@@ -324,12 +345,17 @@ def _flaws(
 ) -> list[RejectedRow]:
     """What speaks against single synthetic rows."""
     synthetic, count = sides.synthetic, len(sides.synthetic)
-    flaws = [RejectedRow(index, synthetic[index].id, "span_not_held", detail) for index, detail in sorted(span_faults.items())]
+    flaws = [
+        RejectedRow(index, synthetic[index].id, "span_not_held", detail)
+        for index, detail in sorted(span_faults.items())
+    ]
     flaws += _copied(synthetic, sides.seeds, "copy_of_seed")
     flaws += _copied(synthetic, sides.real, "copy_of_held_out")
     units = np.unique(np.array([group_of(row) for row in sides.real]), return_inverse=True)[1]
     outside = two_sample_tests.out_of_distribution(vectors[:count], vectors[count:], units, options.limits.outside)
-    return flaws + [RejectedRow(index, synthetic[index].id, "outside", detail) for index, detail in sorted(outside.items())]
+    return flaws + [
+        RejectedRow(index, synthetic[index].id, "outside", detail) for index, detail in sorted(outside.items())
+    ]
 
 
 def _copied(synthetic: Sequence[Example], others: Sequence[Example], reason: str) -> list[RejectedRow]:

@@ -9,18 +9,61 @@ Decision = Literal["favourable", "unfavourable"]
 
 # in lower case
 FAVOURABLE = frozenset(
-    ["accept", "accepted", "admit", "admitted", "approve", "approved", "eligible", "grant", "granted", "hire", "hired",
-     "interview", "invite", "invited", "low risk", "pass", "passed", "qualified", "select", "selected", "shortlist",
-     "shortlisted", "yes"]
-)  # fmt: skip
+    [
+        "accept",
+        "accepted",
+        "admit",
+        "admitted",
+        "approve",
+        "approved",
+        "eligible",
+        "grant",
+        "granted",
+        "hire",
+        "hired",
+        "interview",
+        "invite",
+        "invited",
+        "low risk",
+        "pass",
+        "passed",
+        "qualified",
+        "select",
+        "selected",
+        "shortlist",
+        "shortlisted",
+        "yes",
+    ]
+)
 UNFAVOURABLE = frozenset(
-    ["decline", "declined", "denied", "deny", "fail", "failed", "high risk", "ineligible", "no", "refuse", "refused", "regret",
-     "reject", "rejected", "turn down", "turned down", "unsuccessful"]
-)  # fmt: skip
+    [
+        "decline",
+        "declined",
+        "denied",
+        "deny",
+        "fail",
+        "failed",
+        "high risk",
+        "ineligible",
+        "no",
+        "refuse",
+        "refused",
+        "regret",
+        "reject",
+        "rejected",
+        "turn down",
+        "turned down",
+        "unsuccessful",
+    ]
+)
 _OPPOSITE: dict[Decision, Decision] = {"favourable": "unfavourable", "unfavourable": "favourable"}
 _WORDS_AFTER_NOT = 3  # "cannot in good conscience approve"
 _WORD = re.compile(
-    r"\b(?:(?P<favourable>" + "|".join(sorted(FAVOURABLE)) + ")|(?P<unfavourable>" + "|".join(sorted(UNFAVOURABLE)) + r"))\b"
+    r"\b(?:(?P<favourable>"
+    + "|".join(sorted(FAVOURABLE))
+    + ")|(?P<unfavourable>"
+    + "|".join(sorted(UNFAVOURABLE))
+    + r"))\b"
 )
 _NOT = re.compile(rf"(?:\b(?:not|never|cannot|unable to)|n't)(?: \w+){{0,{_WORDS_AFTER_NOT}}} $")
 

@@ -3,7 +3,8 @@
     mentions("Emily is 28.", "age")                    -> a Mention of `young`
     swap("Emily said her car is hers.", "pronouns", "he") -> "Brad said his car is his." (see `swap` for which name)
 
-The lexicon is `groups.toml`, which states the source of each list. English alone. A term is taken where the words around it
+The lexicon is `groups.toml`, which states the source of each list. English alone. A term is taken where the words
+around it
 say that it is of a person: `a German applicant`, not `German lessons`.
 """
 
@@ -72,10 +73,10 @@ def mentions(text: str, kind: Kind) -> list[Mention]:
 def swap(text: str, kind: Kind, to: str) -> str | None:
     """The text about somebody of another group: pronouns, verbs, articles and capitals made to fit.
 
-    None where no term of the kind is there, where all are of that group already, or where grammar or sense cannot be kept: a
-    text that speaks of a `he` and a `she`, a `they` of many, "she's" of a verb that could be "is" or "has". First names go
-    along with pronouns (to a name of the same origin), and pronouns with first names of the other sex. The same text gives the
-    same answer always. Raises ConfigError for an unknown kind or group.
+    None where no term of the kind is there, where all are of that group already, or where grammar or sense cannot be
+    kept: a text that speaks of a `he` and a `she`, a `they` of many, "she's" of a verb that could be "is" or "has".
+    First names go along with pronouns (to a name of the same origin), and pronouns with first names of the other sex.
+    The same text gives the same answer always. Raises ConfigError for an unknown kind or group.
     """
     if to not in groups(kind):
         raise ConfigError(f"{to!r} is no group of {kind}", f"one of {', '.join(groups(kind))}")
@@ -141,8 +142,8 @@ def _names(text: str) -> Iterator[Mention]:
 
 
 def _renamed(text: str, target: Callable[[str], str]) -> str:
-    """The text with names of other groups than `target(group)`. A name becomes the one at its place in the other list, or the
-    next that the text does not hold; one name is renamed one way throughout.
+    """The text with names of other groups than `target(group)`. A name becomes the one at its place in the other list,
+    or the next that the text does not hold; one name is renamed one way throughout.
     """
     used_names = {mention.text for mention in mentions(text, "names")}
     names: dict[tuple[str, str], str] = {}
@@ -150,7 +151,9 @@ def _renamed(text: str, target: Callable[[str], str]) -> str:
     for mention in mentions(text, "names"):
         origin, _, sex = target(mention.group).partition("_")
         # a surname says the origin alone
-        if target(mention.group) == mention.group or (mention.form == "last" and mention.group.startswith(f"{origin}_")):
+        if target(mention.group) == mention.group or (
+            mention.form == "last" and mention.group.startswith(f"{origin}_")
+        ):
             continue
         table = lexicon()["names"][origin]["surnames" if mention.form == "last" else sex]
         if (mention.form, mention.text) not in names:
@@ -201,7 +204,8 @@ def _age_pattern() -> re.Pattern[str]:
     decades = _any([*words["decades_young"], *words["decades_older"]])
     return re.compile(
         rf"(?<![\d.,])(\d\d)(?=[- ]years?[- ]old\b)|\b(?:aged|age of|age:?) (\d\d)\b(?![.,]?\d)"
-        rf"|\b(?:I am|I'm|[Ss]?[Hh]e is|[Ss]?[Hh]e was|[Ss]?[Hh]e's|[Tt]hey are|[Tt]hey're) (\d\d)(?=[.;,!?]?(?:\s|$)(?! ?%))"
+        rf"|\b(?:I am|I'm|[Ss]?[Hh]e is|[Ss]?[Hh]e was|[Ss]?[Hh]e's|[Tt]hey are|[Tt]hey're) "
+        rf"(\d\d)(?=[.;,!?]?(?:\s|$)(?! ?%))"
         rf"|\b[A-Z][a-z]+, (\d\d),|(?<![\w-])({adjectives})(?= {_person()}\b)"
         rf"|{_BE} {_VERY}({adjectives})\b(?! than\b| enough\b| (?!and\b|or\b|but\b)[a-z])"
         rf"|\b(?:her|his|their|my|your) (?:early |mid[- ]?|late )?({decades})\b"
@@ -246,12 +250,16 @@ def _nationality() -> tuple[re.Pattern[str], dict[str, list[tuple[str, str]]]]:
     for group, (adjective, noun, *countries) in lexicon()["nationality"].items():
         for word, form in [(adjective, "adjective"), (noun, "noun"), *((country, "country") for country in countries)]:
             words.setdefault(word, []).append((group, form))
-    of = {form: _any([word for word, readings in words.items() if form in {item[1] for item in readings}]) for form in _FORMS}
+    of = {
+        form: _any([word for word, readings in words.items() if form in {item[1] for item in readings}])
+        for form in _FORMS
+    }
     return re.compile(
         rf"\b({of['adjective']})(?= {_person()}\b| (?:national|citizen|passport|origin|descent|nationality)\b)"
         rf"|{_BE} {_VERY}({of['adjective']})\b(?=\s*(?:[.,;:!?)]|$)|\s+(?:and|or|but|by|who)\b)"
         rf"|\b(?:[Aa]n?|[Tt]he|[Aa]nother|[Ee]very|[Tt]his|[Tt]hat) ({of['noun']}){_AFTER_NOUN}"
-        rf"|\b(?:from|born in|citizens? of|nationals? of|grew up in|lived in|raised in|native of) ({of['country']})\b(?!-)"
+        rf"|\b(?:from|born in|citizens? of|nationals? of|grew up in|lived in|raised in|native of) "
+        rf"({of['country']})\b(?!-)"
     ), words
 
 
@@ -272,7 +280,11 @@ def _swap_nationality(text: str, to: str) -> str | None:
     new = dict(zip(_FORMS, lexicon()["nationality"][to], strict=False))
     return _edited(
         text,
-        {(mention.start, mention.end): new[mention.form] for mention in mentions(text, "nationality") if mention.group != to},
+        {
+            (mention.start, mention.end): new[mention.form]
+            for mention in mentions(text, "nationality")
+            if mention.group != to
+        },
     )
 
 

@@ -26,10 +26,26 @@ _KEEPS = _LETS | WORDS["keeps"]
 _INFINITIVES = WORDS["infinitives"]
 ADVERBS = WORDS["adverbs"]
 _IRREGULAR = {
-    "is": "are", "was": "were", "has": "have", "does": "do", "goes": "go", "isn't": "aren't", "wasn't": "weren't",
-    "hasn't": "haven't", "doesn't": "don't", "isn’t": "aren’t", "wasn’t": "weren’t", "hasn’t": "haven’t", "doesn’t": "don’t",
-    "dies": "die", "lies": "lie", "ties": "tie", "focuses": "focus", "discusses": "discuss", "quizzes": "quiz",
-}  # fmt: skip
+    "is": "are",
+    "was": "were",
+    "has": "have",
+    "does": "do",
+    "goes": "go",
+    "isn't": "aren't",
+    "wasn't": "weren't",
+    "hasn't": "haven't",
+    "doesn't": "don't",
+    "isn’t": "aren’t",
+    "wasn’t": "weren’t",
+    "hasn’t": "haven’t",
+    "doesn’t": "don’t",
+    "dies": "die",
+    "lies": "lie",
+    "ties": "tie",
+    "focuses": "focus",
+    "discusses": "discuss",
+    "quizzes": "quiz",
+}
 _SINGULAR = {plural: single for single, plural in _IRREGULAR.items()}
 _FIXED = WORDS["fixed"]
 _BEFORE_NOUNS = WORDS["before_nouns"]
@@ -64,12 +80,15 @@ def with_articles(text: str, positions: list[int]) -> str:
 
 
 def is_function(word: str) -> bool:
-    """Whether a word (lower case) cannot begin what somebody has: a preposition, an article, a verb like `is`, `yesterday`."""
+    """Whether a word (lower case) cannot begin what somebody has: a preposition, an article, a verb like `is`,
+    `yesterday`.
+    """
     return word in _FUNCTION
 
 
 def is_determiner(before: str, after: str, *, possessive: bool) -> bool:
-    """Whether a `her` (or with `possessive` a `his`) stands before the noun that it belongs to: `her car`, not `saw her`.
+    """Whether a `her` (or with `possessive` a `his`) stands before the noun that it belongs to: `her car`, not `saw
+    her`.
 
     `before` and `after` are the words beside it, lower case, empty at a full stop, comma or end.
     """
@@ -126,7 +145,9 @@ _FORMS = {
     "they": ("they", "them", "their", "theirs", "themself"),
 }
 _ALL = {form: group for group, forms in _FORMS.items() for form in forms} | {"themselves": "they"}
-_PRONOUN = re.compile(rf"(?<![\w'’-])({'|'.join(sorted(_ALL, key=len, reverse=True))})(?:['’](s|re|ve|ll|d))?(?![\w'’-])", re.I)
+_PRONOUN = re.compile(
+    rf"(?<![\w'’-])({'|'.join(sorted(_ALL, key=len, reverse=True))})(?:['’](s|re|ve|ll|d))?(?![\w'’-])", re.I
+)
 _EITHER = {
     "subject": r"he or she|she or he|s/he|\(s\)he|he/she|she/he",
     "object": r"him or her|him/her|her or him",
@@ -140,13 +161,16 @@ _EITHER_PATTERN = re.compile(
 _WORD = re.compile(r"[A-Za-z]+(?:['’][a-z]+)?")
 _NEXT = re.compile(r" ([A-Za-z]+(?:['’-][A-Za-z]+)*)")
 _BEFORE = re.compile(r"([A-Za-z]+(?:['’][a-z]+)?) $")
-_CLAUSE = r"(?:^|[.,;:!?\"“(\n]\s*|\b(?:where|how|what|who|whom|why|when|which|and|but|or|not|so|nor|neither|only|then) )"
+_CLAUSE = (
+    r"(?:^|[.,;:!?\"“(\n]\s*|\b(?:where|how|what|who|whom|why|when|which|and|but|or|not|so|nor|neither|only|then) )"
+)
 _INVERTED = re.compile(
     rf"{_CLAUSE}((?:is|was|has|does|are|were|have|do|isn|wasn|hasn|doesn|aren|weren|haven|don)(?:['’]t|n['’]t)?) $",
     re.IGNORECASE,
 )
 _AND_VERB = re.compile(
-    r"\s*,? (?:and|or|but|then|and then)((?: [a-z]+ly| also| often| never| always| still| now| then)*) ([a-z]+(?:['’]t)?)\b"
+    r"\s*,? (?:and|or|but|then|and then)((?: [a-z]+ly| also| often| never| always| still| now| then)*) "
+    r"([a-z]+(?:['’]t)?)\b"
 )
 _VERBS_ALONE = WORDS["verbs_alone"]
 # a noun behind this is of another person than the one that is swapped: her son, has a sister
@@ -154,7 +178,8 @@ _OF_SOMEBODY = re.compile(
     r"(?:\b(?:my|your|his|her|their|our|whose|(?:has|have|had|having) (?:an?|one|no|\w+))|['’]s)(?: [a-z]+)? $", re.I
 )
 _ONE_PERSON = re.compile(
-    r"\b(?:an?|the|this|that|every|each|any|one|our|my|your) (?:[a-z-]+ ){0,3}(?:person|applicant|candidate|employee|worker"
+    r"\b(?:an?|the|this|that|every|each|any|one|our|my|your) (?:[a-z-]+ "
+    r"){0,3}(?:person|applicant|candidate|employee|worker"
     r"|colleague|customer|client|patient|student|teacher|nurse|doctor|engineer|manager|lawyer|driver|tenant|citizen|borrower|user|parent"
     r"|individual|friend|neighbou?r|professional|graduate|developer|accountant|adult|spouse|sibling|child)\b(?!')",
     re.IGNORECASE,
@@ -163,7 +188,8 @@ Gendered = Mapping[str, Sequence[Sequence[str]]]
 
 
 def find(text: str, gendered: Gendered) -> Iterator[tuple[str, int, int]]:
-    """(group, start, end) of pronouns, nouns and titles of a person, in no order. `they` counts where it is of one person;
+    """(group, start, end) of pronouns, nouns and titles of a person, in no order. `they` counts where it is of one
+    person;
     `he or she` is of nobody's group, as is a word of the partner of somebody (husband).
     """
     text = _EITHER_PATTERN.sub(lambda match: "_" * len(match[0]), text)
@@ -173,7 +199,10 @@ def find(text: str, gendered: Gendered) -> Iterator[tuple[str, int, int]]:
         if group != "they" or they:
             yield group, match.start(1), match.end(1)
     for match in _nouns(_key(gendered), False).finditer(text):
-        if not _OF_SOMEBODY.search(text, *_ahead(match.start())) and (group := _noun_group(match[0], gendered)) != "they":
+        if (
+            not _OF_SOMEBODY.search(text, *_ahead(match.start()))
+            and (group := _noun_group(match[0], gendered)) != "they"
+        ):
             yield group, match.start(), match.end()
 
 
@@ -267,10 +296,16 @@ def _inverted(head: str, agree: Callable[[str], str], after: int = 0) -> str:
 
 
 def _verbs(text: str, at: int, agree: Callable[[str], str], has_verb: bool) -> tuple[str, int]:
-    """The text from `at`, behind a subject, up to the last verb that belongs to it, with those verbs agreeing; and that end."""
+    """The text from `at`, behind a subject, up to the last verb that belongs to it, with those verbs agreeing; and
+    that end.
+    """
     out = ""
     if not has_verb:
-        while (match := _NEXT.match(text, at)) and match[1].lower() in ADVERBS | {"who"} or (match and match[1].endswith("ly")):
+        while (
+            (match := _NEXT.match(text, at))
+            and match[1].lower() in ADVERBS | {"who"}
+            or (match and match[1].endswith("ly"))
+        ):
             out, at = out + match[0], match.end()
         if not match:
             return out, at
@@ -300,7 +335,9 @@ def _agreed(text: str, agree: Callable[[str], str], to: str) -> str:
 
 @functools.cache
 def _nouns(gendered: tuple[tuple[str, ...], ...], with_partners: bool) -> re.Pattern[str]:
-    words = sorted({word for row in gendered[: None if with_partners else -2] for word in row[:2]}, key=len, reverse=True)
+    words = sorted(
+        {word for row in gendered[: None if with_partners else -2] for word in row[:2]}, key=len, reverse=True
+    )
     return re.compile(rf"(?<![\w-])(?:{'|'.join(words)})(?![\w-])", re.IGNORECASE)
 
 

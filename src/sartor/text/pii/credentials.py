@@ -11,7 +11,10 @@ from sartor.text.pii.entities import NormalizedText, PiiEntity
 
 _END = r"(?![A-Za-z0-9_-])"
 _START = r"(?<![A-Za-z0-9_-])"
-_PEM = r"-----BEGIN[A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:(?!-----END)[^\x00]){0,20000}(?:-----END[A-Z0-9 ]{0,40}-----)?"
+_PEM = (
+    r"-----BEGIN[A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+    r"(?:(?!-----END)[^\x00]){0,20000}(?:-----END[A-Z0-9 ]{0,40}-----)?"
+)
 # (what, a word in lower case without which it cannot be there, pattern). The forms are the issuers' own.
 ISSUED = tuple(
     (subtype, hint, re.compile(pattern))
@@ -40,24 +43,41 @@ ISSUED = tuple(
         ("authorisation", "basic", r"[Aa]uthorization[\"']?\s*:\s*[\"']?[Bb]asic\s+([A-Za-z0-9+/]{8,}=*)"),
         ("account_key", "accountkey", r"(?i)\baccountkey=([A-Za-z0-9+/]{20,}=*)"),
     )
-)  # fmt: skip
+)
 SHORTEST = 12  # characters of the shortest word of letters and digits in the forms above
-MAY_LACK_DIGITS = ("_live_", "_test_", "ghp_", "hf_", "npm_", "AIza", "AKIA", "GOCSPX", "xox")  # one key in fifty to a thousand
+MAY_LACK_DIGITS = (
+    "_live_",
+    "_test_",
+    "ghp_",
+    "hf_",
+    "npm_",
+    "AIza",
+    "AKIA",
+    "GOCSPX",
+    "xox",
+)  # one key in fifty to a thousand
 # those that need no digit in a long word: (what, hint in the text as it is written, pattern)
 OTHERS = tuple(
     (subtype, hint, re.compile(pattern))
     for subtype, hint, pattern in (
         ("private_key", "PRIVATE KEY", _PEM),
-        ("slack_webhook", "hooks.slack.com", r"hooks\.slack\.com/(?:services|workflows|triggers)/([A-Za-z0-9/_-]{20,})"),
+        (
+            "slack_webhook",
+            "hooks.slack.com",
+            r"hooks\.slack\.com/(?:services|workflows|triggers)/([A-Za-z0-9/_-]{20,})",
+        ),
         ("url_credentials", "://", r"(?<=://)([^\s/@:\x00\"'<>]{0,128}:[^\s/\x00\"'<>]{1,256})(?=@[\w\[.-])"),
     )
 )
-_PASSWORD = r"pass(?:(?:word|wd|wort|wörter|phrase|code|key)s?(?:[_-][A-Za-z0-9]+){0,3}|e)?|pwd|pw|kennwort|contrase(?:ñ|n)a"
+_PASSWORD = (
+    r"pass(?:(?:word|wd|wort|wörter|phrase|code|key)s?(?:[_-][A-Za-z0-9]+){0,3}|e)?|pwd|pw|kennwort|contrase(?:ñ|n)a"
+)
 _TOKEN = r"secrets?|tokens?|keys?|credentials?|apikeys?"
 _SAID = re.compile(
     rf"(?P<subject>{_PASSWORD}"
     rf"|(?:{_TOKEN})(?:[_-][A-Za-z0-9]+){{0,3}})(?![A-Za-z0-9_-])[\"'`]?\s*(?:\([^()\n\x00]{{0,20}}\)\s*)?"
-    r"(?P<link>:=|=>|[:=]|is\b|ist\b|was\b|est\b|es\b|[-–] |\x00)\s*[:=]?\s*[\"'`]?(?P<value>[^\s\"'`,;<>(){}\[\]\x00]{4,200})",
+    r"(?P<link>:=|=>|[:=]|is\b|ist\b|was\b|est\b|es\b|[-–] "
+    r"|\x00)\s*[:=]?\s*[\"'`]?(?P<value>[^\s\"'`,;<>(){}\[\]\x00]{4,200})",
     re.IGNORECASE,
 )
 HINTS = ("pass", "pw", "kennwort", "contrase", "secret", "token", "key", "credential")
@@ -76,7 +96,9 @@ _STANDS_FOR = re.compile(
 )
 
 
-_IDENTIFIER = re.compile(r"[a-z]+(?:[_.][a-z]+)*_?|[A-Z]+(?:[_.][A-Z]+)*|[a-zA-Z]+-[a-zA-Z]+")  # code, or a word with a dash
+_IDENTIFIER = re.compile(
+    r"[a-z]+(?:[_.][a-z]+)*_?|[A-Z]+(?:[_.][A-Z]+)*|[a-zA-Z]+-[a-zA-Z]+"
+)  # code, or a word with a dash
 
 
 def entropy(text: str) -> float:
@@ -119,7 +141,9 @@ def _named(normalized: NormalizedText, hint: str) -> Iterator[PiiEntity]:
         if match and _is_subject(normalized, position, hint):
             value = match["value"].rstrip(".?:")
             called = normalized.at(match.end("value")) == "("  # `password = read_password2()`
-            glued = normalized.flat[match.end("subject") : match.start("value")] == "="  # a line of settings: `passwd=letmein`
+            glued = (
+                normalized.flat[match.end("subject") : match.start("value")] == "="
+            )  # a line of settings: `passwd=letmein`
             score = 0.0 if called else _like_a_secret(match["subject"].lower(), match["link"].lower(), value)
             score = score or 0.55 * (
                 glued and normalized.at(match.end("value")).isspace() and _is_simple_password(match["subject"], value)
@@ -131,7 +155,9 @@ def _named(normalized: NormalizedText, hint: str) -> Iterator[PiiEntity]:
 
 
 def _is_subject(normalized: NormalizedText, position: int, hint: str) -> bool:
-    """Whether the word that begins here is one of its own (`monkey`, `compass` are not), and of a key says whose it is."""
+    """Whether the word that begins here is one of its own (`monkey`, `compass` are not), and of a key says whose it
+    is.
+    """
     if hint == "key":
         return _QUALIFIED.search(normalized.before(position, 14)) is not None
     return (
@@ -143,19 +169,30 @@ def _is_subject(normalized: NormalizedText, position: int, hint: str) -> bool:
 
 def _is_simple_password(subject: str, value: str) -> bool:
     return (
-        subject.lower().startswith(("pass", "pw")) and value.isalpha() and len(value) >= 6 and not _STANDS_FOR.fullmatch(value)
+        subject.lower().startswith(("pass", "pw"))
+        and value.isalpha()
+        and len(value) >= 6
+        and not _STANDS_FOR.fullmatch(value)
     )
 
 
 def _like_a_secret(subject: str, link: str, value: str) -> float:
-    """How sure it is that a value after its name is one: 0 where it is a word of the language or stands for a value."""
+    """How sure it is that a value after its name is one: 0 where it is a word of the language or stands for a
+    value.
+    """
     if len(value) < 4 or _STANDS_FOR.fullmatch(value) or _IDENTIFIER.fullmatch(value):
         return 0.0
     kinds = sum(1 for test in (str.islower, str.isupper, str.isdigit) if any(test(sign) for sign in value))
     kinds += any(not sign.isalnum() for sign in value.strip("-_."))
     digit = any(sign.isdigit() for sign in value)
     is_password = subject.startswith(("pass", "pw", "kenn", "contra"))
-    if is_password and link in (":", "=") and value.isalpha() and value[1:].lower() != value[1:] and not value.isupper():
+    if (
+        is_password
+        and link in (":", "=")
+        and value.isalpha()
+        and value[1:].lower() != value[1:]
+        and not value.isupper()
+    ):
         return 0.7  # letters of both cases: `IJaCLp`
     if link in (":", "=", ":=", "=>", "\x00"):
         if is_password and (digit or kinds >= 3 or not value.strip("-_.").isalpha()) and value[0] != "/":

@@ -28,8 +28,8 @@ ENTITIES: tuple[str, ...] = get_args(EntityName)
 PLACEHOLDER = re.compile(rf"<({'|'.join(name.upper() for name in ENTITIES)})(?:_(\d+))?>")
 BREAK = "\x00"  # stands between the fields of a row: no pattern matches across it, context words may stand beyond it
 
-# A character may be said by JSON or HTML escapes: `bob\u0040example.com`, `0151&nbsp;234`. Escapes of JSON are undone in raw
-# JSON text alone, where "\n0151" would otherwise read as the word "n0151".
+# A character may be said by JSON or HTML escapes: `bob\u0040example.com`, `0151&nbsp;234`. Escapes of JSON are undone
+# in raw JSON text alone, where "\n0151" would otherwise read as the word "n0151".
 HTML = r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|nbsp|commat|period|hyphen);"
 JSON = r"\\u[0-9a-fA-F]{4}|\\[nrtbf\"\\/]"
 ODD = re.compile(rf"[^\x00-\x7f]|{HTML}")
@@ -107,7 +107,9 @@ class NormalizedText:
 
     @cached_property
     def tokens(self) -> list[Span]:
-        """Words of letters, digits, `_` and `-` in which a digit stands beside a letter or a mark: ids and keys are such."""
+        """Words of letters, digits, `_` and `-` in which a digit stands beside a letter or a mark: ids and keys are
+        such.
+        """
         result: list[Span] = []
         for start, end in self.numbers:
             if result and end <= result[-1][1]:
@@ -224,7 +226,8 @@ def _resolve_group(group: list[PiiEntity]) -> list[PiiEntity]:
     starts: list[int] = []
     resolved: list[PiiEntity] = []
     for finding in sorted(
-        group, key=lambda finding: (-round(finding.score, 1), finding.start - finding.end, finding.start, finding.entity)
+        group,
+        key=lambda finding: (-round(finding.score, 1), finding.start - finding.end, finding.start, finding.entity),
     ):
         position = bisect_right(starts, finding.start)
         touching = [

@@ -17,7 +17,9 @@ DEEPEST = 8
 
 @dataclass(frozen=True)
 class Leaf:
-    """A string or number in JSON text. `inner` holds the leaves of a string that is JSON itself, as `arguments` are."""
+    """A string or number in JSON text. `inner` holds the leaves of a string that is JSON itself, as `arguments`
+    are.
+    """
 
     start: int
     end: int
@@ -146,7 +148,9 @@ def _texts(example: Example) -> Iterator[tuple[TextLocation, FieldName, str]]:
         yield ("group", 0, "", 0), "prompt", example.group
 
 
-def _of_message(section: str, number: int, field: FieldName, message: Message) -> Iterator[tuple[TextLocation, FieldName, str]]:
+def _of_message(
+    section: str, number: int, field: FieldName, message: Message
+) -> Iterator[tuple[TextLocation, FieldName, str]]:
     if message.name:
         yield (section, number, "name", 0), field, message.name
     for index, part in enumerate(message.content):
@@ -193,7 +197,8 @@ def _text_at(example: Example, location: TextLocation) -> str:
 def _renewed(section: str, messages: tuple[Message, ...], texts: Mapping[TextLocation, str]) -> tuple[Message, ...]:
     touched = {location[1] for location in texts if location[0] == section}
     return tuple(
-        _message(section, number, message, texts) if number in touched else message for number, message in enumerate(messages)
+        _message(section, number, message, texts) if number in touched else message
+        for number, message in enumerate(messages)
     )
 
 

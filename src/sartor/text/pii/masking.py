@@ -12,8 +12,8 @@ from sartor.text.pii.entities import BREAK, PLACEHOLDER, PiiEntity
 from sartor.text.pii.example_layout import ExampleLayout, TextSlot, joints, lay_out_example, plain_text, replace_texts
 from sartor.text.pii.scanner import Scanner
 
-# A placeholder is shorter than what it stands for, so a word may come near enough to a number to say what it is: looking
-# again until nothing is found makes masking twice the same as masking once.
+# A placeholder is shorter than what it stands for, so a word may come near enough to a number to say what it is:
+# looking again until nothing is found makes masking twice the same as masking once.
 MOST_PASSES = 8
 LETTERS = str.maketrans("0123456789", "ghijklmnop")  # a digest of digits alone could read as a number of something
 SHOWN = 20  # places that a detail lists
@@ -21,7 +21,9 @@ SHOWN = 20  # places that a detail lists
 
 @dataclass(frozen=True)
 class Hit:
-    """Characters `start` to `end` of slot number `slot`; `goes_on` where it is the rest of one that began in a part before."""
+    """Characters `start` to `end` of slot number `slot`; `goes_on` where it is the rest of one that began in a part
+    before.
+    """
 
     slot: int
     start: int
@@ -51,7 +53,9 @@ class RowEntities:
         slot = self.slot(hit)
         start, end = hit.start, hit.end
         if slot.leaf is not None:  # in the JSON text the value may be written otherwise: the whole string is named
-            outer = next(part for part in self.layout.json[slot.location] if any(leaf is slot.leaf for leaf in part.plain()))
+            outer = next(
+                part for part in self.layout.json[slot.location] if any(leaf is slot.leaf for leaf in part.plain())
+            )
             start, end = outer.start, outer.end
         subtype = "" if hit.finding.subtype == hit.finding.entity else f" ({hit.finding.subtype})"
         return f"{hit.finding.entity}{subtype} at {slot.name} {start}-{end}"
@@ -126,7 +130,9 @@ class Placeholders:
 
 
 def masked(example: Example, row_entities: RowEntities, names: Placeholders) -> Example:
-    """The row with placeholders for the hits. A `group` that holds any becomes a digest of itself: groups stay apart."""
+    """The row with placeholders for the hits. A `group` that holds any becomes a digest of itself: groups stay
+    apart.
+    """
     changed: dict[int, str] = {}
     by_slot: dict[int, list[Hit]] = {}
     for hit in row_entities.hits:
@@ -179,7 +185,9 @@ def text_masker(scanner: Scanner, numbered: bool, cut_length: int) -> Callable[[
 
 
 def _last_word(text: str) -> int:
-    """Where the last word of a text begins, with the digits and marks before it: at most 200 characters from its end."""
+    """Where the last word of a text begins, with the digits and marks before it: at most 200 characters from its
+    end.
+    """
     position = len(text)
     earliest = max(0, position - 200)
     while position > earliest and (not text[position - 1].isspace() or text[max(0, position - 2)].isdigit()):

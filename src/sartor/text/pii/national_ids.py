@@ -1,7 +1,7 @@
 """Recognizer of national tax and identity numbers.
 
-A number that is digits alone passes a check digit by chance one time in ten: it counts only where its form is of one country
-alone (`standalone`), or where a word before it says what it is.
+A number that is digits alone passes a check digit by chance one time in ten: it counts only where its form is of one
+country alone (`standalone`), or where a word before it says what it is.
 """
 
 from __future__ import annotations
@@ -153,7 +153,11 @@ def cl_rut(text: str) -> bool:
 def ro_cnp(text: str) -> bool:
     """Modulo 11 and a date."""
     remainder = _weighted(text[:12], "279146358279") % 11
-    return 1 <= int(text[3:5]) <= 12 and 1 <= int(text[5:7]) <= 31 and (1 if remainder == 10 else remainder) == int(text[12])
+    return (
+        1 <= int(text[3:5]) <= 12
+        and 1 <= int(text[5:7]) <= 31
+        and (1 if remainder == 10 else remainder) == int(text[12])
+    )
 
 
 def luhn_any(text: str) -> bool:
@@ -164,7 +168,9 @@ def luhn_any(text: str) -> bool:
 def sg_nric(text: str) -> bool:
     """The letter that follows from the digits."""
     total = _weighted(text[1:8], "2765432") + {"T": 4, "G": 4, "M": 3}.get(text[0], 0)
-    letters = {"S": "JZIHGFEDCBA", "T": "JZIHGFEDCBA", "F": "XWUTRQPNMLK", "G": "XWUTRQPNMLK", "M": "XWUTRQPNJLK"}[text[0]]
+    letters = {"S": "JZIHGFEDCBA", "T": "JZIHGFEDCBA", "F": "XWUTRQPNMLK", "G": "XWUTRQPNMLK", "M": "XWUTRQPNJLK"}[
+        text[0]
+    ]
     remainder = total % 11 if text[0] != "M" else 10 - total % 11
     return letters[remainder] == text[8]
 
@@ -198,7 +204,9 @@ class Number:
     standalone: re.Pattern[str] | None
 
 
-def _number(country: str, subtype: str, form: str, check: Callable[[str], bool], words: str, standalone: str = "") -> Number:
+def _number(
+    country: str, subtype: str, form: str, check: Callable[[str], bool], words: str, standalone: str = ""
+) -> Number:
     return Number(
         country,
         subtype,
@@ -230,9 +238,11 @@ SARTOR_NUMBERS = (
     _number("IL", "il_id", r"\d{8}-?\d", luhn_any, r"teudat|זהות|israeli id"),
     _number("SG", "sg_nric", r"[STFGM]\d{7}[A-Z]", sg_nric, r"nric|\bfin\b", ANY),
     _number("IN", "in_pan", r"[A-Z]{3}[ABCFGHJLPT][A-Z]\d{4}[A-Z]", lambda text: True, r"\bpan\b", ANY),
-    _number("GB", "gb_nino", r"(?:[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z]|QQ)(?: ?\d\d){3} ?[A-D]", gb_nino, r"nino?", ANY),
+    _number(
+        "GB", "gb_nino", r"(?:[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z]|QQ)(?: ?\d\d){3} ?[A-D]", gb_nino, r"nino?", ANY
+    ),
     _number("US", "us_itin", r"9\d\d([ -]?)[5-9]\d\1\d{4}", us_itin, r"itin\b", r"9\d\d-\d\d-"),
-)  # fmt: skip
+)
 # (country, what, presidio's module, words in addition to its own, alone)
 PRESIDIO_NUMBERS = (
     ("AU", "au_tfn", "australia.au_tfn", r"tfn", ""),
@@ -256,7 +266,7 @@ PRESIDIO_NUMBERS = (
     ("TH", "th_id", "thai.th_tnin", r"thai id|บัตร", ""),
     ("TR", "tr_id", "turkey.tr_national_id", r"t\.?c\.? ?kimlik|tckn|kimlik", ""),
     ("ZA", "za_id", "south_africa.za_id_number", r"\bid\b|rsa id|south african", ""),
-)  # fmt: skip
+)
 COUNTRIES = tuple(sorted({number.country for number in SARTOR_NUMBERS} | {row[0] for row in PRESIDIO_NUMBERS}))
 # a passport's or licence's number after its name: no form of its own that could be checked
 _DOCUMENT = re.compile(
@@ -289,7 +299,9 @@ def opener(countries: Sequence[str]) -> Callable[[NormalizedText], Iterable[PiiE
 
 
 def _places(normalized: NormalizedText) -> list[tuple[int, int]]:
-    """Spans to look into: runs of digits with the letters beside them, and words of letters and digits; each seen once."""
+    """Spans to look into: runs of digits with the letters beside them, and words of letters and digits; each seen
+    once.
+    """
     spans = [(_extend_left(normalized, start), _extend_right(normalized, end)) for start, end in normalized.runs]
     starts = [start for start, _ in spans]  # in order, as the runs are
     for start, end in normalized.tokens:
@@ -316,7 +328,11 @@ def _extend_right(normalized: NormalizedText, position: int) -> int:
 def _in_span(normalized: NormalizedText, start: int, end: int, before: str, number: Number) -> Iterator[PiiEntity]:
     for match in number.form.finditer(normalized.flat, start, end):
         text = match[0]
-        if normalized.at(match.end()).isalnum() or normalized.at(match.start() - 1).isalnum() or not number.check(text):
+        if (
+            normalized.at(match.end()).isalnum()
+            or normalized.at(match.start() - 1).isalnum()
+            or not number.check(text)
+        ):
             continue
         if match.start() > start:
             before = normalized.before(match.start(), 60)

@@ -23,7 +23,9 @@ _DOTS = re.compile(_DOT, re.IGNORECASE)
 _DOT_WORD = re.compile(r"dot|punkt|punto|point|\[\.\]|\(\.\)", re.IGNORECASE)
 _BRACKET = re.compile(r"[(\[{<]")
 _ARTICLE = re.compile(r"\b(?:an?|the|my|our|your|this|that|some|any|every|of|as|i)\s+(?:\w+\s+)?$", re.IGNORECASE)
-_MAIL_WORD = re.compile(r"\b(?:e-?mails?|mail|contact|write|reach|address|correo|courriel|adresse|kontakt)\b", re.IGNORECASE)
+_MAIL_WORD = re.compile(
+    r"\b(?:e-?mails?|mail|contact|write|reach|address|correo|courriel|adresse|kontakt)\b", re.IGNORECASE
+)
 # "we looked at example dot com": what stands before "at" is a verb, not a person
 NOT_A_NAME = re.compile(
     r"look|looked|looking|work|works|worked|working|shop|shopping|buy|bought|order|ordered|available|visit|site|sites"
@@ -36,7 +38,8 @@ NOT_A_NAME = re.compile(
 _IPV4 = re.compile(r"(?<![\w.-])(?:25[0-5]|2[0-4]\d|1?\d?\d)(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d)){3}(?![\w-]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9a-fA-F]{0,4}:){2,7}(?:[0-9a-fA-F]{1,4}|(?:\d{1,3}\.){3}\d{1,3})?(?![\w:]|\.\d)")
 _NOT_IP = re.compile(
-    r"(?:\bv|\bver\.?|version|release|build|firmware|section|chapter|clause|§|\boid|abschnitt|kapitel)[\s:=]*$", re.IGNORECASE
+    r"(?:\bv|\bver\.?|version|release|build|firmware|section|chapter|clause|§|\boid|abschnitt|kapitel)[\s:=]*$",
+    re.IGNORECASE,
 )
 _IP_WORD = re.compile(
     r"(?:\bips?\b|ipv4|ipv6|addr|server|host|\bdns\b|gateway|subnet|client|router|ping|login|log|network|proxy|from|port)",
@@ -45,7 +48,8 @@ _IP_WORD = re.compile(
 # a cheap look whether there can be one: patterns that begin with a fixed sign are found fast
 _COLONS = re.compile(r":[0-9a-fA-F]{0,4}:")
 _MAC_MIDDLES = [
-    re.compile(rf"{mark}[0-9a-fA-F]{{{size}}}{mark}[0-9a-fA-F]{{2}}") for mark, size in ((":", 2), ("-", 2), (r"\.", 4))
+    re.compile(rf"{mark}[0-9a-fA-F]{{{size}}}{mark}[0-9a-fA-F]{{2}}")
+    for mark, size in ((":", 2), ("-", 2), (r"\.", 4))
 ]
 _MAC = re.compile(
     r"(?<![\w:.-])(?:[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}|[0-9a-fA-F]{2}(?:-[0-9a-fA-F]{2}){5}"
@@ -93,7 +97,20 @@ def emails(normalized: NormalizedText) -> Iterator[PiiEntity]:
                 yield PiiEntity(start, domain.end(), "email", "email", 1.0, text.casefold())
         position = flat.find("@", position + 1)
     if normalized.has(
-        " dot ", "dot]", "dot)", "[at]", "(at)", "{at}", "<at>", " punkt ", "[@]", "(@)", " punto ", "(ät)", "[ät]", " point "
+        " dot ",
+        "dot]",
+        "dot)",
+        "[at]",
+        "(at)",
+        "{at}",
+        "<at>",
+        " punkt ",
+        "[@]",
+        "(@)",
+        " punto ",
+        "(ät)",
+        "[ät]",
+        " point ",
     ):
         yield from _spelt(normalized)
 
@@ -120,11 +137,15 @@ def _spelt(normalized: NormalizedText) -> Iterator[PiiEntity]:
         start = at.start() - len(before[0])
         score = 0.9 if bracketed else _mailbox_score(normalized, start, local)
         if score and is_domain(domain):
-            yield PiiEntity(start, _end_of(after, domain), "email", "email_spelt", score, f"{local}@{domain}".casefold())
+            yield PiiEntity(
+                start, _end_of(after, domain), "email", "email_spelt", score, f"{local}@{domain}".casefold()
+            )
 
 
 def _mailbox_score(normalized: NormalizedText, start: int, local: str) -> float:
-    """How sure it is that what stands before a bare "at" is a mailbox: 0 for a verb ("look at ...") or "a designer at ..."."""
+    """How sure it is that what stands before a bare "at" is a mailbox: 0 for a verb ("look at ...") or "a designer at
+    ...".
+    """
     before = normalized.before(start, 60)
     if not any(sign.isalpha() for sign in local) or NOT_A_NAME.fullmatch(local.rpartition(".")[2]):
         return 0.0
@@ -158,7 +179,11 @@ def ip_addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
 
 def _is_meant_v4(text: str, before: str) -> bool:
     first, *rest = [int(part) for part in text.split(".")]
-    if first in (0, 127, 255) or text.startswith("255.") or any(len(part) > 1 and part[0] == "0" for part in text.split(".")):
+    if (
+        first in (0, 127, 255)
+        or text.startswith("255.")
+        or any(len(part) > 1 and part[0] == "0" for part in text.split("."))
+    ):
         return False
     return first > 9 or any(part > 99 for part in rest) or first == 8 or _IP_WORD.search(before) is not None
 
@@ -174,7 +199,9 @@ def _v6(text: str) -> str:
 
 
 def mac_addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """Six bytes in hexadecimal with `:` or `-`, or three groups of four with dots; not the broadcast address nor zeros."""
+    """Six bytes in hexadecimal with `:` or `-`, or three groups of four with dots; not the broadcast address nor
+    zeros.
+    """
     if not any(middle.search(normalized.flat) for middle in _MAC_MIDDLES):
         return
     for match in _MAC.finditer(normalized.flat):

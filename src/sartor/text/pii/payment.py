@@ -25,7 +25,9 @@ CARDS = tuple(
     )
 )
 USUAL_GROUPS = {(4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (4, 4, 4, 4, 3), (4, 4, 4, 1), (4, 4, 5), (6, 13), (8, 8)}
-_CARD_WORD = re.compile(r"\b(?:cards?|visa|credit|debit|karten?\w*|kreditkarte\w*|carte|tarjeta|cc|payment)\b", re.IGNORECASE)
+_CARD_WORD = re.compile(
+    r"\b(?:cards?|visa|credit|debit|karten?\w*|kreditkarte\w*|carte|tarjeta|cc|payment)\b", re.IGNORECASE
+)
 _GROUP = re.compile(r"\d+")
 _CARD_MARK = re.compile(r"[ \-./]|  ")
 
@@ -33,13 +35,27 @@ _CARD_MARK = re.compile(r"[ \-./]|  ")
 IBAN_LENGTHS = {
     country: length
     for length, countries in {
-        15: "NO", 16: "BE", 18: "DK FK FI FO GL NL SD", 19: "MK SI", 20: "AT BA EE KZ LT LU XK MN", 21: "CH HR LI LV",
-        22: "BG BH CR DE GB GE IE ME RS VA", 23: "AE GI IL IQ OM TL SO", 24: "AD CZ ES MD PK RO SA SE SK TN VG",
-        25: "LY PT ST", 26: "IS TR", 27: "BI DJ FR GR IT MC MR SM", 28: "AL AZ BY CY DO GT HN HU LB NI PL SV",
-        29: "BR EG PS QA UA", 30: "JO KW MU YE", 31: "MT SC", 32: "LC", 33: "RU",
+        15: "NO",
+        16: "BE",
+        18: "DK FK FI FO GL NL SD",
+        19: "MK SI",
+        20: "AT BA EE KZ LT LU XK MN",
+        21: "CH HR LI LV",
+        22: "BG BH CR DE GB GE IE ME RS VA",
+        23: "AE GI IL IQ OM TL SO",
+        24: "AD CZ ES MD PK RO SA SE SK TN VG",
+        25: "LY PT ST",
+        26: "IS TR",
+        27: "BI DJ FR GR IT MC MR SM",
+        28: "AL AZ BY CY DO GT HN HU LB NI PL SV",
+        29: "BR EG PS QA UA",
+        30: "JO KW MU YE",
+        31: "MT SC",
+        32: "LC",
+        33: "RU",
     }.items()
     for country in countries.split()
-}  # fmt: skip
+}
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}[ ]?\d{2}(?:[ .\-]?[A-Za-z0-9]){11,32}")
 _BASE58 = re.compile(r"[13LMDTX][1-9A-HJ-NP-Za-km-z]{25,34}")
 _BECH32 = re.compile(r"(?:bc1|tb1|ltc1)[02-9ac-hj-np-z]{20,80}", re.IGNORECASE)
@@ -57,7 +73,9 @@ def luhn(number: str) -> bool:
 
 
 def is_card(number: str) -> bool:
-    """Whether digits are of an issuer's range and length, and their check digit is right. One digit repeated is none."""
+    """Whether digits are of an issuer's range and length, and their check digit is right. One digit repeated is
+    none.
+    """
     return any(card.fullmatch(number) for card in CARDS) and luhn(number) and len(set(number)) > 1
 
 
@@ -84,7 +102,9 @@ def cards(normalized: NormalizedText) -> Iterator[PiiEntity]:
 
 
 def _trimmed(normalized: NormalizedText, start: int, end: int) -> Span:
-    """A run without a group at either end that is part of a word, if a space parts it from the others (`invoice2 4111...`)."""
+    """A run without a group at either end that is part of a word, if a space parts it from the others (`invoice2
+    4111...`).
+    """
     if normalized.at(start - 1).isalnum():
         space = normalized.flat.find(" ", start, end)
         start = end if space < 0 else space + 1
@@ -94,7 +114,9 @@ def _trimmed(normalized: NormalizedText, start: int, end: int) -> Span:
 
 
 def _even_groups(flat: str, start: int, end: int) -> Iterator[list[Span]]:
-    """Groups of digits between which one space, dash, dot or slash stands: a comma or a bracket is not inside of a number."""
+    """Groups of digits between which one space, dash, dot or slash stands: a comma or a bracket is not inside of a
+    number.
+    """
     groups: list[Span] = []
     for match in _GROUP.finditer(flat, start, end):
         if groups and not _CARD_MARK.fullmatch(flat[groups[-1][1] : match.start()]):
@@ -111,7 +133,9 @@ def _card_in(flat: str, groups: list[Span]) -> Iterator[Span]:
         return
     first = 0
     while first < len(groups):
-        stop = next((last for last in range(min(first + 5, len(groups)), first, -1) if _usual(flat, groups[first:last])), 0)
+        stop = next(
+            (last for last in range(min(first + 5, len(groups)), first, -1) if _usual(flat, groups[first:last])), 0
+        )
         if stop:
             yield groups[first][0], groups[stop - 1][1]
         first = stop or first + 1
@@ -141,7 +165,9 @@ def ibans(normalized: NormalizedText) -> Iterator[PiiEntity]:
 
 
 def _is_written_as_one(text: str) -> bool:
-    """Whether it is in one, or in groups of four: one sentence in ten thousand ("at 30 seconds ...") is 1 modulo 97."""
+    """Whether it is in one, or in groups of four: one sentence in ten thousand ("at 30 seconds ...") is 1 modulo
+    97.
+    """
     groups = re.split(r"[^A-Za-z0-9]+", text)
     whole = "".join(groups)
     even = len(groups) == 1 or all(len(group) == 4 for group in groups[:-1])
@@ -149,7 +175,9 @@ def _is_written_as_one(text: str) -> bool:
 
 
 def base58_checked(text: str) -> bool:
-    """Whether it is base58 of 25 bytes of which the last four are the others' double sha256 (Bitcoin's Base58Check)."""
+    """Whether it is base58 of 25 bytes of which the last four are the others' double sha256 (Bitcoin's
+    Base58Check).
+    """
     number = 0
     for sign in text:
         number = number * 58 + _ALPHABET.index(sign)
@@ -160,7 +188,9 @@ def base58_checked(text: str) -> bool:
 
 
 def wallets(normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """Addresses of Bitcoin and its kin (Base58Check, Bech32 by presidio's recogniser) and of Ethereum (by form alone)."""
+    """Addresses of Bitcoin and its kin (Base58Check, Bech32 by presidio's recogniser) and of Ethereum (by form
+    alone).
+    """
     for start, end in normalized.tokens:
         text = normalized.flat[start:end]
         if len(text) < 26:

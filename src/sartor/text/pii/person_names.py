@@ -1,7 +1,7 @@
 """Recognizer of introduced or signed person names.
 
-A name in free text needs a model of the language: this finds "my name is Ana Ruiz", "Dear Mr Ruiz", "Frau Dr. Weber", and the
-same name elsewhere in the row, and nothing else.
+A name in free text needs a model of the language: this finds "my name is Ana Ruiz", "Dear Mr Ruiz", "Frau Dr. Weber",
+and the same name elsewhere in the row, and nothing else.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ _INTRODUCED = re.compile(
     rf"|[Ii]k heet|[Mm]ijn naam is"
     rf"|(?:[Ff]ull )?[Nn]ame:|[Pp]atient(?: name)?:|[Cc]ustomer(?: name)?:|[Cc]ontact(?: person)?:|[Ss]igned,?"
     rf"|[Kk]ind regards,|[Bb]est regards,|[Ss]incerely,|[Mm]it freundlichen Grüßen,?|[Cc]ordialement,) *\n?({_FULL})"
-)  # fmt: skip
+)
 _NAME_IS = re.compile(r"(?<!\w)my name(?:'s| is) ([a-z]{3,14})(?= ?(?:[.,!?\n\x00]|and\b|from\b|$))")
 _TITLED = re.compile(
     rf"(?<![\w.])(?:(?:Mr|Mrs|Ms|Mx|Miss|Mister|Herrn?|Frau|Monsieur|Madame|Mme|Señor|Señora|Sra?|Signora?|Sig\.ra"
     rf"|Mevrouw|Meneer)\.?(?: (?:Dr|Prof)\.?)*|(?:Dr|Prof)\.|Doctor|Professor) ({_FULL})"
-)  # fmt: skip
-_SPEAKING = re.compile(rf"(?<!\w)(?:[Tt]his is|[Hh]ier (?:ist|spricht)) ({_FULL})(?= (?:speaking|here|calling|am Apparat)\b)")
+)
+_SPEAKING = re.compile(
+    rf"(?<!\w)(?:[Tt]his is|[Hh]ier (?:ist|spricht)) ({_FULL})(?= (?:speaking|here|calling|am Apparat)\b)"
+)
 # words with a capital that begin a sentence or are a public name
 _NO_NAME = re.compile(
     r"a|an|the|not|it|its|is|are|was|can|do|does|did|when|where|then|also|my|me|this|that|what|who|why|how|i|you|he|she"

@@ -10,11 +10,70 @@ from sartor.core.errors import missing_package
 from sartor.text.pii.entities import NormalizedText, PiiEntity, digits
 
 REGIONS = (
-    "US", "GB", "DE", "FR", "ES", "IT", "NL", "BE", "AT", "CH", "PL", "SE", "NO", "DK", "FI", "IE", "PT", "CZ", "SK", "HU",
-    "RO", "GR", "BG", "HR", "SI", "LT", "LV", "EE", "LU", "CA", "AU", "NZ", "IN", "PK", "BD", "PH", "SG", "MY", "ID", "TH",
-    "VN", "JP", "KR", "CN", "HK", "TW", "TR", "IL", "AE", "SA", "EG", "ZA", "NG", "KE", "MA", "BR", "MX", "AR", "CL", "CO",
-    "PE", "UA", "RU",
-)  # fmt: skip
+    "US",
+    "GB",
+    "DE",
+    "FR",
+    "ES",
+    "IT",
+    "NL",
+    "BE",
+    "AT",
+    "CH",
+    "PL",
+    "SE",
+    "NO",
+    "DK",
+    "FI",
+    "IE",
+    "PT",
+    "CZ",
+    "SK",
+    "HU",
+    "RO",
+    "GR",
+    "BG",
+    "HR",
+    "SI",
+    "LT",
+    "LV",
+    "EE",
+    "LU",
+    "CA",
+    "AU",
+    "NZ",
+    "IN",
+    "PK",
+    "BD",
+    "PH",
+    "SG",
+    "MY",
+    "ID",
+    "TH",
+    "VN",
+    "JP",
+    "KR",
+    "CN",
+    "HK",
+    "TW",
+    "TR",
+    "IL",
+    "AE",
+    "SA",
+    "EG",
+    "ZA",
+    "NG",
+    "KE",
+    "MA",
+    "BR",
+    "MX",
+    "AR",
+    "CL",
+    "CO",
+    "PE",
+    "UA",
+    "RU",
+)
 EXTENSION = r"(?:\s?(?:x|ext\.?|extension|durchwahl|poste)\s?\d{1,6})?"
 _ABROAD = re.compile(
     r"(?<![\w+])(?:\+\s?|00(?=[1-9])|00[ -](?=[1-9])|\(\+)[1-9]\d{0,2}\)?(?:[ .\-/]{0,2}\(?\d{1,11}\)?){1,7}"
@@ -46,7 +105,8 @@ _SURE = re.compile(
     re.IGNORECASE,
 )
 _PERHAPS = re.compile(
-    r"(?<![\w-])(?:calls?|calling|signal|text(?:ed|ing)? (?:me|us|him|her|them)|dial|ring|reach(?:ed)?|answer(?:ing)?|contact"
+    r"(?<![\w-])(?:calls?|calling|signal|text(?:ed|ing)? "
+    r"(?:me|us|him|her|them)|dial|ring|reach(?:ed)?|answer(?:ing)?|contact"
     r"|numbers? (?:is|was)|anrufen|rufen|ruf|rückruf|erreichen"
     r"|erreichbar|appele[rz]|joindre|ll[áa]m\w*|chiama\w*|bel|bellen)(?!\w)",
     re.IGNORECASE,
@@ -70,7 +130,9 @@ _YEARS = re.compile(r"\(?(?:1[5-9]|20)\d\d(?: ?[-/] ?| )(?:(?:1[5-9]|20)\d\d|\d\
 
 
 def opener(countries: Sequence[str]) -> Callable[[NormalizedText], Iterable[PiiEntity]]:
-    """The recogniser for numbers in international form and in the national forms of `countries` (ISO 3166; () is REGIONS)."""
+    """The recogniser for numbers in international form and in the national forms of `countries` (ISO 3166; () is
+    REGIONS).
+    """
     try:
         import phonenumbers
     except ImportError:
@@ -131,7 +193,9 @@ def _by_form(normalized: NormalizedText, library: Any, regions: Sequence[str], n
             if _context_evidence(normalized, match.start()) >= 0 and not _is_date(match[0]):
                 yield _finding(normalized, match, "north_american", 0.75, library, ["US"])
         for match in _SHORT.finditer(normalized.flat):
-            if _context_evidence(normalized, match.start()) > (" " in match[0]):  # "contact: 108 2011" is a room and a year
+            if _context_evidence(normalized, match.start()) > (
+                " " in match[0]
+            ):  # "contact: 108 2011" is a room and a year
                 yield _finding(normalized, match, "local", 0.55, library, [])
     for match in _TRUNK.finditer(normalized.flat):
         number = digits(match[0])
@@ -170,7 +234,9 @@ def _in_groups(text: str) -> bool:
 
 
 def _is_sum(text: str) -> bool:
-    """Years, decimals, thousands with dots, terms of arithmetic: what stands in a run of digits and is no phone number."""
+    """Years, decimals, thousands with dots, terms of arithmetic: what stands in a run of digits and is no phone
+    number.
+    """
     plain = _YEARS.match(text) or _DECIMAL.fullmatch(text)
     return plain is not None or " - " in text and "." in text or text.count("(") != text.count(")")
 
@@ -180,7 +246,9 @@ def _is_date(text: str) -> bool:
 
 
 def _context_evidence(normalized: NormalizedText, position: int) -> int:
-    """What the nearest word before says: 2 that it is a phone number, 1 that it may be one, -1 another number, 0 nothing."""
+    """What the nearest word before says: 2 that it is a phone number, 1 that it may be one, -1 another number, 0
+    nothing.
+    """
     before = normalized.before(position, 56)
     sure_end = _last(_SURE, before)
     perhaps_end = _last(_PERHAPS, before)

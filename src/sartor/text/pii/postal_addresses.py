@@ -50,15 +50,18 @@ _DE_TOWN = (
 )
 _DE_WAYS = "straße|strasse|str\\.|gasse|allee|weg|platz|ring|damm|ufer|chaussee|steig|hof|markt|graben"
 _DE_STREET = re.compile(
-    rf"(?:(?<![\w-])(?:Am|An der|An den|Im|Zum|Zur|Auf der|Unter den|Alte|Alter|Neue|Neuer|Große|Kleine|[{_U}][\w-]+) )?"
+    rf"(?:(?<![\w-])(?:Am|An der|An den|Im|Zum|Zur|Auf der|Unter den|Alte|Alter|Neue|Neuer|Große|Kleine|[{_U}][\w-]+) "
+    rf")?"
     rf"(?<![\w])(?:[{_U}][\w-]*(?:{_DE_WAYS})|(?:Straße|Strasse|Str\.|Gasse|Allee|Weg|Platz|Ring|Damm|Ufer|Chaussee|Markt)"
     rf"(?: (?:des|der|von) {_NAME}(?: {_NAME})?)?|(?:Am|An der|Im|Zum|Zur|Auf der|Unter den) {_NAME}) $"
 )
 _DE_WORD = re.compile(
-    rf"(?:{_DE_WAYS}|Straße|Strasse|Gasse|Allee|Platz|Markt|\b(?:Am|An der|Im|Zum|Zur|Auf der|Unter den|des|der|von)\b.*) $"
+    rf"(?:{_DE_WAYS}|Straße|Strasse|Gasse|Allee|Platz|Markt|\b(?:Am|An der|Im|Zum|Zur|Auf der|Unter "
+    rf"den|des|der|von)\b.*) $"
 )
 _DE_NUMBER = re.compile(
-    rf"\d{{1,4}}(?: ?[a-z](?![\w]))?(?: ?[-/] ?\d{{1,4}})?(?!\w|[.,:]\d)(?P<town>{_THEN}(?:\d\. (?:Stock|OG), ?)?{_DE_TOWN})?"
+    rf"\d{{1,4}}(?: ?[a-z](?![\w]))?(?: ?[-/] ?\d{{1,4}})?(?!\w|[.,:]\d)(?P<town>{_THEN}(?:\d\. (?:Stock|OG), "
+    rf"?)?{_DE_TOWN})?"
 )
 _DE_SURE = re.compile(r"(?:stra(?:ß|ss)e|str\.|gasse|allee)\b", re.IGNORECASE)
 _FR_TOWN = (
@@ -66,7 +69,8 @@ _FR_TOWN = (
     rf"|-(?:sur|sous|en|de|la|le|les|lès)-{_NAME})*(?: Cedex(?: \d+)?)?"
 )
 _FRENCH = re.compile(
-    r"\d{1,4}(?: ?(?:bis|ter|quater))?,? (?P<way>[Rr]ue|[Aa]venue|[Aa]v\.|[Bb]oulevard|[Bb]d\.?|[Pp]lace|[Aa]ll[ée]e|[Cc]hemin"
+    r"\d{1,4}(?: ?(?:bis|ter|quater))?,? "
+    r"(?P<way>[Rr]ue|[Aa]venue|[Aa]v\.|[Bb]oulevard|[Bb]d\.?|[Pp]lace|[Aa]ll[ée]e|[Cc]hemin"
     r"|[Ii]mpasse|[Qq]uai|[Cc]ours|[Rr]oute|[Ss]quare|[Pp]assage|[Ff]aubourg) "
     r"(?:(?:de la|de l['’]|des|du|de|d['’]|le|la|les|l['’]|aux?|à) ?)?"
     rf"{_NAME}(?:[ -](?:(?:de|du|des|la|le|et)[ -])?{_NAME}){{0,4}}(?P<town>{_THEN}{_FR_TOWN})?"
@@ -74,7 +78,8 @@ _FRENCH = re.compile(
 _ES_BEFORE = re.compile(
     r"(?<![\w.])(?:C/|C\.|Calle|Avda\.?|Avenida|Av\.|Plaza|Pza\.?|Paseo|Pº|Carrer|Camino|Ronda|Rua|Travessa|Largo"
     r"|Praça|Carrera) ?"
-    rf"(?:(?:de la|de los|de las|del|de|do|da|dos|das|la|el) )?{_NAME}(?: (?:(?:de la|de los|del|de|y|do|da) )?{_NAME}){{0,4}}"
+    rf"(?:(?:de la|de los|de las|del|de|do|da|dos|das|la|el) )?{_NAME}(?: (?:(?:de la|de los|del|de|y|do|da) "
+    rf")?{_NAME}){{0,4}}"
     r",? (?:n[ºo°.]{1,2} ?|núm\.? )?$"
 )
 _ES_NUMBER = re.compile(
@@ -102,7 +107,8 @@ _CODE = (
     rf"|[A-Z]\d[A-Z] \d[A-Z]\d|{_UK_CODE})(?![\w-])"
 )
 _ANY_BEFORE = re.compile(
-    rf"(?<![\w.])(?:(?:ul\.|al\.|R) )?(?:{_NAME} (?:(?:da|de|do|das|dos|la|le|el|van|u\.|út|utca|gate|vej) ){{0,2}}){{1,4}}$"
+    rf"(?<![\w.])(?:(?:ul\.|al\.|R) )?(?:{_NAME} (?:(?:da|de|do|das|dos|la|le|el|van|u\.|út|utca|gate|vej) "
+    rf"){{0,2}}){{1,4}}$"
 )
 _ANY_NUMBER = re.compile(
     rf"(?!(?:1[5-9]|20)\d\d)\d{{1,4}}\.?(?: ?[a-zA-Z](?!\w))?(?:/\d{{1,4}})?(?P<town>, {_TOWN},? {_CODE}"
@@ -168,7 +174,8 @@ _DAY = (
     rf"|\d{{1,2}}-{_MONTHS}-(?P<y6>(?:1[89]|20)?\d\d))(?![\d/-]|\.\d)"
 )
 _BORN = re.compile(
-    r"(?<![\w-])(?:born(?: on)?|date[ _-]?of[ _-]?birth|birth[ _-]?date|birth[ _-]?day|d\.?o\.?b\.?|geboren(?: am)?|geb\."
+    r"(?<![\w-])(?:born(?: on)?|date[ _-]?of[ _-]?birth|birth[ _-]?date|birth[ _-]?day|d\.?o\.?b\.?|geboren(?: "
+    r"am)?|geb\."
     r"|geburts(?:datum|tag)|n[ée]e? le|date[ _]de[ _]naissance|nacid[oa] el|naci el|nací el"
     r"|fecha[ _]de[ _]nacimiento|nat[oa] il"
     r"|data[ _]di[ _]nascita|geboortedatum|nascid[oa] em|data[ _]de[ _]nascimento)(?!\w)"
@@ -177,7 +184,21 @@ _BORN = re.compile(
     rf"|in [{_U}]\w+(?=,? on)){{0,24}}({_DAY})",
     re.IGNORECASE,
 )
-_BIRTH_WORDS = ("born", "birth", "d.o.b", "dob", "geb", "né", "nee le", "ne le", "naci", "nato ", "nata ", "nasc", "naissance")
+_BIRTH_WORDS = (
+    "born",
+    "birth",
+    "d.o.b",
+    "dob",
+    "geb",
+    "né",
+    "nee le",
+    "ne le",
+    "naci",
+    "nato ",
+    "nata ",
+    "nasc",
+    "naissance",
+)
 _THIS_YEAR = datetime.date.today().year
 
 
@@ -228,7 +249,11 @@ def _is_no_street(match: re.Match[str], normalized: NormalizedText) -> bool:
         word.endswith(".") or word[0].isdigit() and match["way"] in ("Cir", "Ct", "Dr") for word in words
     ) or _YEAR_COMMA.match(match[0]):
         return True
-    return match["way"] in ("St", "Ct") and not match["town"] and _SAINT.match(normalized.flat, match.end("way")) is not None
+    return (
+        match["way"] in ("St", "Ct")
+        and not match["town"]
+        and _SAINT.match(normalized.flat, match.end("way")) is not None
+    )
 
 
 def _street_first(normalized: NormalizedText, start: int) -> Iterator[PiiEntity]:
@@ -262,7 +287,9 @@ def _address(normalized: NormalizedText, match: re.Match[str], subtype: str, sco
     return _finding(normalized, match.start(), match.end(), subtype, score, bool(match.groupdict().get("town")))
 
 
-def _finding(normalized: NormalizedText, start: int, end: int, subtype: str, score: float, has_town: bool) -> PiiEntity:
+def _finding(
+    normalized: NormalizedText, start: int, end: int, subtype: str, score: float, has_town: bool
+) -> PiiEntity:
     """The address without marks at its end; with the town where that stands before its code."""
     tail = None if has_town else _TAIL.match(normalized.flat, end)
     if tail:

@@ -2,7 +2,8 @@
 
 `import presidio_analyzer` loads spaCy, and through it torch and transformers where they are installed: five seconds in
 every worker, for recognisers that are regular expressions and checksums. Here their modules are loaded below empty
-packages, which are taken out of `sys.modules` again: in 0.1 s, and a later `import presidio_analyzer` is the whole one.
+packages, which are taken out of `sys.modules` again: in 0.1 s, and a later `import presidio_analyzer` is the whole
+one.
 Nothing of it reaches for the network: its e-mail recogniser would (by tldextract), and is not used.
 """
 
@@ -51,7 +52,9 @@ def recogniser(module_path: str) -> Any:
         if package not in sys.modules:
             _empty(package, Path(spec.submodule_search_locations[0], *package.split(".")[1:]))
         module = importlib.import_module(name)
-    (recogniser_class,) = (item for item in vars(module).values() if isinstance(item, type) and item.__module__ == name)
+    (recogniser_class,) = (
+        item for item in vars(module).values() if isinstance(item, type) and item.__module__ == name
+    )
     return recogniser_class()
 
 

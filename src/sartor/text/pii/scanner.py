@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sartor.core.errors import ConfigError
-from sartor.text.pii import credentials, national_ids, network_addresses, payment, person_names, phone_numbers, postal_addresses
+from sartor.text.pii import (
+    credentials,
+    national_ids,
+    network_addresses,
+    payment,
+    person_names,
+    phone_numbers,
+    postal_addresses,
+)
 from sartor.text.pii.entities import (
     BREAK,
     NormalizedText,
@@ -35,7 +43,13 @@ OPENERS: Mapping[str, Callable[[Sequence[str]], Recogniser]] = {
     "person": lambda countries: person_names.people,
 }
 BY_DIGITS = ("phone", "credit_card", "national_id")  # whose value is the same however its digits are grouped
-BY_CONTEXT = ("phone", "national_id", "secret", "birth_date", "person")  # found by a word that need not stand there twice
+BY_CONTEXT = (
+    "phone",
+    "national_id",
+    "secret",
+    "birth_date",
+    "person",
+)  # found by a word that need not stand there twice
 MANY = 64
 _WORD = re.compile(r"[^\s,;:!?\"'()<>]+")
 NAMES_AND_WORDS = re.compile(
@@ -46,7 +60,9 @@ NAMES_AND_WORDS = re.compile(
 
 @dataclass(frozen=True)
 class Allowed:
-    """What is not personal: values in any spelling, and regular expressions between slashes that match a whole finding."""
+    """What is not personal: values in any spelling, and regular expressions between slashes that match a whole
+    finding.
+    """
 
     values: frozenset[str]
     patterns: tuple[re.Pattern[str], ...]
@@ -85,13 +101,17 @@ def _compiled(expression: str) -> re.Pattern[str]:
 def _plain(text: str) -> str:
     """A value as it is compared: digits alone where it is a number, else without case and doubled spaces."""
     number = digits(text)
-    return number if len(number) >= 6 and not any(sign.isalpha() for sign in text) else " ".join(text.casefold().split())
+    return (
+        number if len(number) >= 6 and not any(sign.isalpha() for sign in text) else " ".join(text.casefold().split())
+    )
 
 
 class Scanner:
     """Finds personal data in a text. Raises ExtraError at once where a library for one of the entities is absent."""
 
-    def __init__(self, entities: Sequence[str], countries: Sequence[str], min_score: float, allow: Sequence[str]) -> None:
+    def __init__(
+        self, entities: Sequence[str], countries: Sequence[str], min_score: float, allow: Sequence[str]
+    ) -> None:
         self.entities = tuple(entities)
         self._recognisers = [OPENERS[entity](countries) for entity in entities]
         self._min_score = min_score
@@ -103,7 +123,9 @@ class Scanner:
         What was masked before is left alone. A finding ends at a BREAK.
         """
         normalized = normalize(text, escapes=escapes)
-        findings = [finding for find in self._recognisers for finding in find(normalized) if finding.score >= self._min_score]
+        findings = [
+            finding for find in self._recognisers for finding in find(normalized) if finding.score >= self._min_score
+        ]
         if not findings:
             return []
         findings = outside_placeholders(findings, normalized.flat)
@@ -120,7 +142,9 @@ class Scanner:
 
 
 def _of_one_value(findings: list[PiiEntity], flat: str) -> Iterator[PiiEntity]:
-    """The findings, of which those of the same digits have the same value: a number may be valid in a region or in none."""
+    """The findings, of which those of the same digits have the same value: a number may be valid in a region or in
+    none.
+    """
     values: dict[tuple[str, str], str] = {}
     for finding in findings:
         text = flat[finding.start : finding.end]
@@ -132,7 +156,9 @@ def _of_one_value(findings: list[PiiEntity], flat: str) -> Iterator[PiiEntity]:
 def _cut(findings: list[PiiEntity], flat: str) -> list[PiiEntity]:
     """Findings that end where their field does."""
     return [
-        replace(finding, end=finding.start + at) if (at := flat[finding.start : finding.end].find(BREAK)) > 0 else finding
+        replace(finding, end=finding.start + at)
+        if (at := flat[finding.start : finding.end].find(BREAK)) > 0
+        else finding
         for finding in findings
         if not flat.startswith(BREAK, finding.start)
     ]
@@ -157,7 +183,9 @@ def _echoes(findings: list[PiiEntity], normalized: NormalizedText) -> Iterator[P
 
 
 def _occurrences(by_spelling: Mapping[str, PiiEntity], flat: str) -> Iterator[tuple[str, int, int]]:
-    if len(by_spelling) > MANY:  # a dump of values: one pass over the words, instead of one over the text for each value
+    if (
+        len(by_spelling) > MANY
+    ):  # a dump of values: one pass over the words, instead of one over the text for each value
         yield from ((match[0], *match.span()) for match in _WORD.finditer(flat) if match[0] in by_spelling)
         return
     for spelling, finding in by_spelling.items():
@@ -175,5 +203,7 @@ def _spellings(finding: PiiEntity, text: str) -> list[str]:
     """What to look for elsewhere: of a name also its parts; nothing too short to be told from other words."""
     if finding.entity != "person" or finding.subtype != "introduced":
         return [text] if len(text) >= 4 else []
-    parts = [part for part in text.split() if len(part) >= 3 and part[0].isupper() and not NAMES_AND_WORDS.fullmatch(part)]
+    parts = [
+        part for part in text.split() if len(part) >= 3 and part[0].isupper() and not NAMES_AND_WORDS.fullmatch(part)
+    ]
     return [text, *parts] if len(text) >= 3 and not NAMES_AND_WORDS.fullmatch(text) else parts

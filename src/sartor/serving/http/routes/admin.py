@@ -30,13 +30,17 @@ _CHANGED: dict[int | str, dict[str, Any]] = {200: {"model": dict[str, Any], "des
 async def agents(request: Request) -> JsonResponse:
     """Every agent: live version, versions, trial, state."""
     listed = await get_state(request).services.agent_admin.listed()
-    rows = [{"name": agent.name, "live": agent.live, "versions": agent.versions, "state": agent.state} for agent in listed]
+    rows = [
+        {"name": agent.name, "live": agent.live, "versions": agent.versions, "state": agent.state} for agent in listed
+    ]
     return JsonResponse({"agents": rows})
 
 
 @router.post("/v1/agents/{name}/promote", responses=_CHANGED)
 async def promote(name: Name, body: PromoteRequest, request: Request) -> JsonResponse:
-    """Compare and swap: a Release or version becomes live, if `expected_version` still is. Running replies go on as begun."""
+    """Compare and swap: a Release or version becomes live, if `expected_version` still is. Running replies go on as
+    begun.
+    """
     if bool(body.release) == bool(body.version):
         raise FieldError("exactly one of release and version says what becomes live", '"version": "1.1"', "version")
     agent_admin = get_state(request).services.agent_admin
@@ -48,7 +52,9 @@ async def promote(name: Name, body: PromoteRequest, request: Request) -> JsonRes
 @router.post("/v1/agents/{name}/rollback", responses=_CHANGED)
 async def rollback(name: Name, body: RollbackRequest, request: Request) -> JsonResponse:
     """Undo the newest step: end a trial, else the version before becomes live again."""
-    return await _change_response(request, get_state(request).services.agent_admin.rollback(name, body.expected_version))
+    return await _change_response(
+        request, get_state(request).services.agent_admin.rollback(name, body.expected_version)
+    )
 
 
 @router.post("/v1/agents/{name}/drain", responses=_CHANGED)

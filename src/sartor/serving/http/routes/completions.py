@@ -71,7 +71,9 @@ async def chat(body: ChatRequest, http_request: Request) -> Response:
     request = chat_request(body, get_state(http_request).limits)
     spoken_replies = _spoken_replies(body, http_request)
     formatter = ChatCompletionFormat(with_logprobs=bool(body.logprobs), one_call=body.parallel_tool_calls is False)
-    async with get_state(http_request).media_checker.looked_at(request.messages, http_request.state.body_bytes, body.n or 1):
+    async with get_state(http_request).media_checker.looked_at(
+        request.messages, http_request.state.body_bytes, body.n or 1
+    ):
         return await _deliver(http_request, [request], body, formatter, spoken_replies)
 
 
@@ -91,7 +93,9 @@ async def text(body: TextRequest, http_request: Request) -> Response:
     await get_state(http_request).check_model(body.model, get_record(http_request).principal)
     requests = text_requests(body, get_state(http_request).limits)
     if body.model == "auto" and len(requests) > 1:
-        raise FieldError("`auto` chooses for one prompt, and there are several", "send one, or name the agent", "prompt")
+        raise FieldError(
+            "`auto` chooses for one prompt, and there are several", "send one, or name the agent", "prompt"
+        )
     return await _deliver(http_request, requests, body, TextCompletionFormat(with_logprobs=body.logprobs is not None))
 
 

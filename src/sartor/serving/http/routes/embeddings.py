@@ -28,9 +28,13 @@ async def embeddings(body: VectorRequest, request: Request) -> JsonResponse:
     """One vector of unit length per text."""
     state = get_state(request)
     if body.model not in ENCODERS:
-        raise UnknownAgentError(f"nothing that embeds has the name {body.model[:80]!a}", '"model": "base", or "minilm"')
+        raise UnknownAgentError(
+            f"nothing that embeds has the name {body.model[:80]!a}", '"model": "base", or "minilm"'
+        )
     if not get_record(request).principal.opens(body.model):
-        raise KeyRefusedError(f"this key does not open {body.model!r}", f"sartor agents key {body.model} makes one that does")
+        raise KeyRefusedError(
+            f"this key does not open {body.model!r}", f"sartor agents key {body.model} makes one that does"
+        )
     texts = as_list(body.input)
     if (size := sum(map(len, texts))) > MOST_EMBEDDED:
         problem = f"input has {size} characters in {len(texts)} texts; the limit of one request is {MOST_EMBEDDED}"

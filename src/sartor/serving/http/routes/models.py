@@ -45,7 +45,14 @@ async def _model_bodies(state: AppState, principal: Principal) -> dict[str, dict
     base_version = f"base@{about.base_digest[:12]}"
 
     def name(id: str, root: str, parent: str | None, reads: Iterable[str] = ()) -> dict[str, Any]:
-        fields = {"id": id, "object": "model", "created": STARTED, "owned_by": "sartor", "root": root, "parent": parent}
+        fields = {
+            "id": id,
+            "object": "model",
+            "created": STARTED,
+            "owned_by": "sartor",
+            "root": root,
+            "parent": parent,
+        }
         context_tokens = None if id == speech_service.MODEL else about.context_tokens
         return {**fields, "max_model_len": context_tokens, "modalities": ["text", *sorted(reads)]}
 

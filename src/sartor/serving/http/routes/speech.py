@@ -28,7 +28,8 @@ router = APIRouter(route_class=StrictJsonRoute)
 STREAMED = "pcm"
 _FILES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "A file; pcm is 24,000 samples a second of 16 bits, little-endian, without a head, sent as it is spoken",
+        "description": "A file; pcm is 24,000 samples a second of 16 bits, little-endian, without a head, sent as it "
+        "is spoken",
         "content": {form.media_type: {"schema": {"type": "string", "format": "binary"}} for form in FORMATS.values()},
     }
 }
@@ -68,7 +69,9 @@ def _voice(body: SpeechRequest, state: AppState) -> TtsVoice:
     try:
         voice = speaker.voice(body.model, "model")
     except FieldError as error:
-        raise UnknownAgentError(f"nothing that speaks has the name {body.model[:80]!a}", f'"model": "{MODEL}"') from error
+        raise UnknownAgentError(
+            f"nothing that speaks has the name {body.model[:80]!a}", f'"model": "{MODEL}"'
+        ) from error
     if body.voice not in (DEFAULT, voice.name):
         problem = f"model is the voice {voice.name!r} and voice is {body.voice[:80]!a}"
         raise FieldError(problem, f'"model": "{MODEL}", or leave voice out', "voice")
@@ -86,7 +89,9 @@ async def _pcm(
 
 
 class SoundStream(Response):
-    """The response of speech that is still being spoken. What fails then cuts it: a sound has no place for an error."""
+    """The response of speech that is still being spoken. What fails then cuts it: a sound has no place for an
+    error.
+    """
 
     media_type = FORMATS[STREAMED].media_type
 

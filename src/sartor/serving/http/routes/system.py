@@ -1,7 +1,7 @@
 """Health, metrics, MCP mount and A2A card.
 
-A card only: no task of A2A's own bindings is taken here, and `supportedInterfaces` names none of them. Its `protocolBinding`
-is an open text by that specification.
+A card only: no task of A2A's own bindings is taken here, and `supportedInterfaces` names none of them. Its
+`protocolBinding` is an open text by that specification.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ _UNHEALTHY: dict[int | str, dict[str, Any]] = {
 async def health(request: Request) -> JsonResponse:
     """200 while any agent can be answered. Needs no key; with one, it also tells of the agents that the key opens.
 
-    503 too where the server had keys and they are gone, or its registry has been lost for a minute: `troubles` says so.
+    503 too where the server had keys and they are gone, or its registry has been lost for a minute: `troubles` says
+    so.
     """
     principal = get_record(request).principal
     worker_health = get_state(request).services.workers.health()
     workers = [
-        {name: worker[name] for name in ("state", "role", "memory_bytes", "restarts")} for worker in worker_health["workers"]
+        {name: worker[name] for name in ("state", "role", "memory_bytes", "restarts")}
+        for worker in worker_health["workers"]
     ]
     ready = sum(worker["state"] == READY for worker in workers)
     agents = {
@@ -60,7 +62,9 @@ async def health(request: Request) -> JsonResponse:
     return JsonResponse(body, 200 if can_answer else 503)
 
 
-@router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Numbers"}})
+@router.get(
+    "/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Numbers"}}
+)
 async def metrics(request: Request) -> Response:
     """All numbers in Prometheus' text format. With keys set it takes the admin's, or one that opens every agent."""
     return Response(get_state(request).metrics.page(), media_type=CONTENT_TYPE_LATEST)
@@ -86,7 +90,9 @@ def agent_card_router(team: Team) -> APIRouter:
     return router
 
 
-def _card(team: Team, url: str, version: str, descriptions: list[ToolDescription], *, needs_key: bool) -> dict[str, Any]:
+def _card(
+    team: Team, url: str, version: str, descriptions: list[ToolDescription], *, needs_key: bool
+) -> dict[str, Any]:
     bindings = [("MCP", "/mcp")] if team.mcp.serve else []
     paths = [*bindings, ("OPENAI", "/v1/chat/completions")]
     card: dict[str, Any] = {
@@ -108,7 +114,12 @@ def _card(team: Team, url: str, version: str, descriptions: list[ToolDescription
 
 
 def _skill(description: ToolDescription) -> dict[str, Any]:
-    return {"id": description.name, "name": description.name, "description": description.about, "tags": [description.name]}
+    return {
+        "id": description.name,
+        "name": description.name,
+        "description": description.about,
+        "tags": [description.name],
+    }
 
 
 def mcp_router(tools: McpServer) -> APIRouter:

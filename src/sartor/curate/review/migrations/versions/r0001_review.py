@@ -42,7 +42,9 @@ def upgrade() -> None:
         *_texts("said", "checksum"),
     )
     op.create_index("review_decisions_by_item", "review_decisions", ["item"])
-    op.create_table("review_samples", sa.Column("id", sa.Text, primary_key=True), *_texts("dataset", "said", "checksum"))
+    op.create_table(
+        "review_samples", sa.Column("id", sa.Text, primary_key=True), *_texts("dataset", "said", "checksum")
+    )
     counter = op.create_table(
         "review_counter",
         sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),

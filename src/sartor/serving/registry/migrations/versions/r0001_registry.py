@@ -9,7 +9,8 @@ revision = "0001"
 down_revision = None
 
 _KEEP_SQLITE = (
-    "create trigger events_{verb} before {verb} on events begin select raise(abort, 'the log of events is append-only'); end"
+    "create trigger events_{verb} before {verb} on events begin select raise(abort, 'the log of events is "
+    "append-only'); end"
 )
 _KEEP_POSTGRES = (
     "create function events_are_kept() returns trigger language plpgsql as "
