@@ -71,6 +71,12 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
         yield environment
 
 
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Coroutines among tests and fixtures run on asyncio."""
+    return "asyncio"
+
+
 @pytest.fixture(autouse=True)
 def sartor_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if "circle" not in request.keywords:

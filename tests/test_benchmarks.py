@@ -288,7 +288,7 @@ def test_evaluation_computes_in_the_dtype_asked_for(
         assert open_tuned(open_artifact(adapter, "adapter"))[0].dtype == dtype
 
 
-def test_arrivals_do_not_wait_for_a_server_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_arrivals_do_not_wait_for_a_server_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     """A closed loop would ask once during the stall; here all who were due ask, and their wait is counted from then."""
     import asyncio
 
@@ -313,7 +313,7 @@ def test_arrivals_do_not_wait_for_a_server_that_stands_still(monkeypatch: pytest
         return load
 
     monkeypatch.setattr(chaos_load, "ask", stalled)
-    load = asyncio.run(work())
+    load = await work()
     waited = [reply for reply in load.replies if reply.latency_s > 0.05]
     assert len(waited) >= 5 and max(reply.latency_s for reply in waited) > 0.2
     assert not any(reply.wrong for reply in load.replies) and not load.pending

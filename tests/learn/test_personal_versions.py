@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -77,11 +76,11 @@ async def reply_for(file: Path, user: str) -> tuple[str, str, list[Any]]:
     return agent, text, receipts.kept
 
 
-def test_a_user_is_tuned_for_served_and_forgotten(team: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_user_is_tuned_for_served_and_forgotten(team: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     say(team)
     say(team, "ben", ROWS[:3], "benjamin-quux-4242 speaks")
     state, release = state_of(team), open_artifact(team.parent / "switch-1.0", "release")
-    before = asyncio.run(reply_for(team, "ada"))[:2]
+    before = (await reply_for(team, "ada"))[:2]
     made = sartor.tune_personal(team, options())
     assert made["gate"]["own"]["high"] < 0 and made["gate"]["verdict"] == "better", "capitals can be learnt"
     adapter = open_artifact(made["adapter"], "adapter")
@@ -98,9 +97,9 @@ def test_a_user_is_tuned_for_served_and_forgotten(team: Path, monkeypatch: pytes
     splits = {example.group: example.split for example in sartor.read_examples(dataset)}
     assert set(splits.values()) == {"train", "eval"} and made["held_out"] + made["examples"] == 40
 
-    agent, text, receipts = asyncio.run(reply_for(team, "ada"))
+    agent, text, receipts = await reply_for(team, "ada")
     assert agent == "switch@1.0+personal" and text != before[1]
-    assert asyncio.run(reply_for(team, "ben"))[:2] == before == ("switch@1.0", before[1])
+    assert (await reply_for(team, "ben"))[:2] == before == ("switch@1.0", before[1])
     assert receipts[0].person == person(team) and receipts[0].release_id == release.id
     book = ReceiptLog.of(load(team), lambda: EngineInfo("local", "tiny", "b" * 64, "t" * 64, 512, 4))
     book.write(receipts[0])
@@ -126,7 +125,7 @@ def test_a_user_is_tuned_for_served_and_forgotten(team: Path, monkeypatch: pytes
     assert not (state / "people" / person(team)).exists()
     shown = sartor.show_personal(team, "ada")
     assert (shown["feedback"], shown["receipts"], shown["versions"]) == (0, 0, [])
-    assert asyncio.run(reply_for(team, "ada"))[:2] == before, "the specialist answers again"
+    assert (await reply_for(team, "ada"))[:2] == before, "the specialist answers again"
     assert sartor.show_personal(team, "ben")["feedback"] == 3 and holding("benjamin-quux", state)
 
     proof = Path(gone["proof"])
@@ -137,7 +136,7 @@ def test_a_user_is_tuned_for_served_and_forgotten(team: Path, monkeypatch: pytes
         sartor.check_personal_proof(proof, state / "keys")
 
 
-def test_what_is_worse_is_refused_and_what_stood_goes_on(team: Path, tmp_path: Path) -> None:
+async def test_what_is_worse_is_refused_and_what_stood_goes_on(team: Path, tmp_path: Path) -> None:
     say(team)
     with pytest.raises(SourceError, match="no row of that user for switch.*nothing was said"):
         sartor.tune_personal(team, options(user="nobody"))
@@ -162,7 +161,7 @@ def test_what_is_worse_is_refused_and_what_stood_goes_on(team: Path, tmp_path: P
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
-    assert asyncio.run(reply_for(team, "ada"))[0] == "switch@1.0", "one changed byte, and it is not loaded"
+    assert (await reply_for(team, "ada"))[0] == "switch@1.0", "one changed byte, and it is not loaded"
 
 
 def strict(team: Path) -> Path:

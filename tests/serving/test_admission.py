@@ -351,7 +351,7 @@ def test_norms_that_two_threads_keep_at_once_are_whole(
     assert all(found) and len(one.norms([])) == 1
 
 
-def test_admission_runs_beside_the_loop_that_its_probe_needs(
+async def test_admission_runs_beside_the_loop_that_its_probe_needs(
     maker: Maker, ground: AdmissionContext, tmp_path: Path
 ) -> None:
     fake = Fake()
@@ -360,11 +360,8 @@ def test_admission_runs_beside_the_loop_that_its_probe_needs(
         await asyncio.sleep(0)
         return fake(adapter, path, calls)
 
-    async def both() -> list[admission.Admitted]:
-        paths = [maker.good(tmp_path / str(seed), maker.draft(seed=seed)) for seed in range(4)]
-        return await asyncio.gather(*(admission.admit(path, ground, probe) for path in [*paths, paths[0]]))
-
-    admitted = asyncio.run(both())
+    paths = [maker.good(tmp_path / str(seed), maker.draft(seed=seed)) for seed in range(4)]
+    admitted = await asyncio.gather(*(admission.admit(path, ground, probe) for path in [*paths, paths[0]]))
     assert len({one.adapter for one in admitted}) == 4 and admitted[0] == admitted[4]
     version = admission.version_of(admitted[0], "faq")
     assert (version.name, version.release) == ("faq@1.0", str(admitted[0].path))
@@ -515,7 +512,7 @@ def answers(base: Path, adapter: Path, asked: Sequence[dict]) -> list[str]:
 
 
 @pytest.mark.services
-def test_a_real_worker_tries_what_is_to_be_admitted_and_tells_one_adapter_from_another(
+async def test_a_real_worker_tries_what_is_to_be_admitted_and_tells_one_adapter_from_another(
     maker: Maker, tmp_path: Path, tiny_base: Path
 ) -> None:
     from sartor.serving.team_config import LocalEngineOptions, Team, WorkerOptions
@@ -555,6 +552,6 @@ def test_a_real_worker_tries_what_is_to_be_admitted_and_tells_one_adapter_from_a
         finally:
             await crew.close()
 
-    admitted, refused = asyncio.run(run())
+    admitted, refused = await run()
     assert "2 begin word for word" in admitted.checks["canary"]
     assert refused.check == "agreement"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import sqlite3
 import threading
@@ -395,41 +394,38 @@ def routes_of(description: Any) -> list[tuple[str, str]]:
     return [*described, ("POST", "/mcp"), ("GET", "/mcp"), ("POST", "/mcp/faq"), ("POST", "/nothing")]
 
 
-def test_every_route_is_shut_while_keys_are_lost(tmp_path: Path, state: Path, clock: Clock) -> None:
+async def test_every_route_is_shut_while_keys_are_lost(tmp_path: Path, state: Path, clock: Clock) -> None:
     pytest.importorskip("mcp")
     keys = opened(state, clock)
     secret, _ = keys.make(["*"])
     admin, _ = keys.make([], is_admin=True)
     team = serving.team(state, mcp=McpTerms(serve=True), a2a=CardTerms(card=True))
 
-    async def main() -> tuple[list[Any], list[Any], list[Any]]:
-        async with serving.client(serving.house(authenticator=keys), team) as client:
-            empty(state)
-            clock.now += keys_module.FRESH_S
-            routes = routes_of((await client.get("/openapi.json")).json())
-            sent = [
-                {},
-                {"authorization": f"Bearer {secret}"},
-                {"authorization": f"Bearer {admin}"},
-                {"authorization": "Basic x"},
-            ]
-            shut = [
-                (path, await client.request(method, path, json=chat(stream=True), headers=headers))
-                for method, path in routes
-                if path not in PUBLIC
-                for headers in sent
-            ]
-            known = [await client.get(path, headers=headers) for path in PUBLIC for headers in sent[:2]]
-            new, _ = keys.make(["*"])
-            again = [
-                await client.post("/v1/chat/completions", json=chat(), headers={"authorization": f"Bearer {new}"}),
-                await client.post("/v1/chat/completions", json=chat(), headers=sent[1]),
-                await client.post("/v1/chat/completions", json=chat()),
-                await client.get("/health"),
-            ]
-        return shut, known, again
-
-    shut, known, again = asyncio.run(main())
+    async with serving.client(serving.house(authenticator=keys), team) as client:
+        empty(state)
+        clock.now += keys_module.FRESH_S
+        routes = routes_of((await client.get("/openapi.json")).json())
+        sent = [
+            {},
+            {"authorization": f"Bearer {secret}"},
+            {"authorization": f"Bearer {admin}"},
+            {"authorization": "Basic x"},
+        ]
+        shut = [
+            (path, await client.request(method, path, json=chat(stream=True), headers=headers))
+            for method, path in routes
+            if path not in PUBLIC
+            for headers in sent
+        ]
+        known = [await client.get(path, headers=headers) for path in PUBLIC for headers in sent[:2]]
+        new, _ = keys.make(["*"])
+        again = [
+            await client.post("/v1/chat/completions", json=chat(), headers={"authorization": f"Bearer {new}"}),
+            await client.post("/v1/chat/completions", json=chat(), headers=sent[1]),
+            await client.post("/v1/chat/completions", json=chat()),
+            await client.get("/health"),
+        ]
+    shut, known, again = shut, known, again
     assert {
         "/v1/chat/completions",
         "/v1/completions",
@@ -455,7 +451,7 @@ def test_every_route_is_shut_while_keys_are_lost(tmp_path: Path, state: Path, cl
     keys.close()
 
 
-def test_server_whose_keys_are_lost_starts_and_refuses(state: Path, clock: Clock) -> None:
+async def test_server_whose_keys_are_lost_starts_and_refuses(state: Path, clock: Clock) -> None:
     keys = opened(state, clock)
     keys.make(["faq"])
     empty(state)
@@ -469,14 +465,14 @@ def test_server_whose_keys_are_lost_starts_and_refuses(state: Path, clock: Clock
             ) as client:
                 return (await client.post("/v1/chat/completions", json=chat())).status_code
 
-        assert asyncio.run(main()) == 503
+        assert (await main()) == 503
         restarted.close()
 
 
-def test_card_asks_for_a_key_where_there_are_keys_alone(tmp_path: Path) -> None:
+async def test_card_asks_for_a_key_where_there_are_keys_alone(tmp_path: Path) -> None:
     async def card(**parts: Any) -> dict[str, Any]:
         async with serving.client(serving.house(**parts), serving.team(tmp_path, a2a=CardTerms(card=True))) as client:
             return dict((await client.get(CARD)).json())
 
-    assert "securitySchemes" not in asyncio.run(card())
-    assert "securitySchemes" in asyncio.run(card(keys=serving.KEYS))
+    assert "securitySchemes" not in (await card())
+    assert "securitySchemes" in (await card(keys=serving.KEYS))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import stat
@@ -29,32 +28,29 @@ FAQ, ALL, ADMIN = ({"authorization": f"Bearer key-{name}"} for name in ("faq", "
 CANARY = "zebra.quince@example.org"
 
 
-def ask(tmp_path: Path, *calls: tuple[str, Any, dict[str, str]], keys: bool = True, **made: Any) -> list[Any]:
+async def ask(tmp_path: Path, *calls: tuple[str, Any, dict[str, str]], keys: bool = True, **made: Any) -> list[Any]:
     """The answers to a few POSTs, and to GET /metrics behind them; `roster` is the house's."""
     parts = {"keys": serving.KEYS} if keys else {}
     if "agent_admin" in made:
         parts["agent_admin"] = made.pop("agent_admin")
 
-    async def main() -> list[Any]:
-        async with serving.client(serving.house(**parts), serving.team(tmp_path, **made)) as client:
-            answers = [await client.post(path, json=body, headers=headers) for path, body, headers in calls]
-            return [*answers, await client.get("/metrics", headers=ALL if keys else {})]
-
-    return asyncio.run(main())
+    async with serving.client(serving.house(**parts), serving.team(tmp_path, **made)) as client:
+        answers = [await client.post(path, json=body, headers=headers) for path, body, headers in calls]
+        return [*answers, await client.get("/metrics", headers=ALL if keys else {})]
 
 
 def lines(tmp_path: Path) -> list[Feedback]:
     return [kept.feedback for kept in FeedbackStore(tmp_path / "inbox").lines() if kept.feedback]
 
 
-def test_nothing_personal_reaches_the_disk(tmp_path: Path) -> None:
+async def test_nothing_personal_reaches_the_disk(tmp_path: Path) -> None:
     body = {
         "receipt": "r1",
         "correction": f"ask {CANARY}",
         "comment": "or +49 30 1234567, or jane@example.org",
         "user": "ann",
     }
-    *_, said, page = ask(tmp_path, (COMPLETIONS, chat(f"who is {CANARY}?"), FAQ), (FEEDBACK, body, FAQ))
+    *_, said, page = await ask(tmp_path, (COMPLETIONS, chat(f"who is {CANARY}?"), FAQ), (FEEDBACK, body, FAQ))
     assert said.json() == {"receipt": "r1", "agent": "faq@1.0", "learnable": True}
     (line,) = lines(tmp_path)
     assert line.messages[0]["content"] == "who is <EMAIL_1>?" and line.correction == "ask <EMAIL_1>"
@@ -97,10 +93,10 @@ def test_what_is_not_personal_stays_and_media_are_let_be() -> None:
     assert Mask()(plain) is plain
 
 
-def test_words_are_kept_with_consent_and_the_rating_alone_without(tmp_path: Path) -> None:
+async def test_words_are_kept_with_consent_and_the_rating_alone_without(tmp_path: Path) -> None:
     roster = serving.Roster()
     refused = {"receipt": "r1", "rating": -1, "correction": "b", "comment": "c", "consent": False}
-    *_, kept, wordless, page = ask(
+    *_, kept, wordless, page = await ask(
         tmp_path,
         (COMPLETIONS, chat(), FAQ),
         (FEEDBACK, refused, FAQ),
@@ -134,9 +130,9 @@ def test_consent_is_what_the_client_says_or_the_team(
     )  # type: ignore[arg-type]
 
 
-def test_only_the_key_that_got_a_reply_rates_it_or_an_admin(tmp_path: Path) -> None:
+async def test_only_the_key_that_got_a_reply_rates_it_or_an_admin(tmp_path: Path) -> None:
     rated = {"receipt": "r1", "rating": 1}
-    _, own, other, admin, _ = ask(
+    _, own, other, admin, _ = await ask(
         tmp_path, (COMPLETIONS, chat(), FAQ), (FEEDBACK, rated, FAQ), (FEEDBACK, rated, ALL), (FEEDBACK, rated, ADMIN)
     )
     assert [answer.status_code for answer in (own, other, admin)] == [200, 403, 200]
@@ -144,10 +140,10 @@ def test_only_the_key_that_got_a_reply_rates_it_or_an_admin(tmp_path: Path) -> N
     assert [line.by.key for line in lines(tmp_path)] == ["k1", "k3"]
 
 
-def test_the_monitors_hear_a_key_once_of_each_reply(tmp_path: Path) -> None:
+async def test_the_monitors_hear_a_key_once_of_each_reply(tmp_path: Path) -> None:
     roster = serving.Roster()
     again = [(FEEDBACK, {"receipt": "r1", "rating": -1}, {})] * 5
-    ask(tmp_path, (COMPLETIONS, chat(), {}), *again, keys=False, agent_admin=roster)
+    await ask(tmp_path, (COMPLETIONS, chat(), {}), *again, keys=False, agent_admin=roster)
     assert roster.heard == [("faq@1.0", -1.0)]
     memory = Memory(100)
     memory.keep("r1", Exchange("faq@1.0", (), "a" * 90, "b", "k1"))
@@ -155,11 +151,13 @@ def test_the_monitors_hear_a_key_once_of_each_reply(tmp_path: Path) -> None:
     assert memory.find("r1") is None and memory.asker("r1") == "k1" and memory.asker("r9") == ""
 
 
-def test_a_key_has_a_rate_per_minute_and_per_day(tmp_path: Path) -> None:
+async def test_a_key_has_a_rate_per_minute_and_per_day(tmp_path: Path) -> None:
     rated = (FEEDBACK, {"receipt": "r1", "rating": 1}, FAQ)
     terms = FeedbackTerms(per_minute=2)
-    answers = ask(
-        tmp_path, (COMPLETIONS, chat(), FAQ), rated, rated, rated, (FEEDBACK, rated[1], ADMIN), feedback=terms
+    answers = (
+        await ask(
+            tmp_path, (COMPLETIONS, chat(), FAQ), rated, rated, rated, (FEEDBACK, rated[1], ADMIN), feedback=terms
+        )
     )[1:-1]
     assert [answer.status_code for answer in answers] == [200, 200, 429, 200]
     assert (

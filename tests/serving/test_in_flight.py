@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,16 +72,14 @@ def test_suspected_is_who_was_at_the_same_place_twice_or_anywhere_thrice() -> No
     assert deaths(0, 0) and deaths(7, 5) and deaths(3, 30, 60) and deaths(0, 9, 1)
 
 
-def test_a_client_takes_merged_pieces_and_then_the_end() -> None:
-    async def take() -> list[object]:
-        one = live()
-        events = InFlightEvents(one, cancel=lambda _: None)
-        for text in "abc":
-            one.add_event(TextDelta("c", text, 1))
-        one.add_event(ReplyDone("c", "stop", 1, 3))
-        return [event async for event in events]
-
-    assert asyncio.run(take()) == [TextDelta("c", "abc", 3), ReplyDone("c", "stop", 1, 3)]
+async def test_a_client_takes_merged_pieces_and_then_the_end() -> None:
+    one = live()
+    events = InFlightEvents(one, cancel=lambda _: None)
+    for text in "abc":
+        one.add_event(TextDelta("c", text, 1))
+    one.add_event(ReplyDone("c", "stop", 1, 3))
+    result = [event async for event in events]
+    assert result == [TextDelta("c", "abc", 3), ReplyDone("c", "stop", 1, 3)]
 
 
 def test_only_an_error_without_a_piece_before_it_is_raised() -> None:

@@ -162,31 +162,29 @@ def test_the_door_and_the_body_are_checked_before_the_protocol(tmp_path: Path) -
         assert [tool["name"] for tool in listed.json()["result"]["tools"]] == ["ask", "faq"]
 
 
-def test_it_is_off_by_default_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> list[int]:
-        async with serving.client(serving.house(), serving.team(tmp_path)) as client:
-            return [(await client.post("/mcp", json={})).status_code, (await client.get(CARD)).status_code]
-
-    assert asyncio.run(main()) == [404, 404]
+async def test_it_is_off_by_default_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving.client(serving.house(), serving.team(tmp_path)) as client:
+        result = [(await client.post("/mcp", json={})).status_code, (await client.get(CARD)).status_code]
+    assert result == [404, 404]
     monkeypatch.setitem(sys.modules, "mcp.server.lowlevel", None)
     with pytest.raises(ExtraError, match=r"mcp"):
         HttpServer(serving.house(), made(tmp_path), log=RequestLog(serving.Log()))
 
 
-def test_the_card_names_what_is_there_and_nothing_that_the_key_does_not_open(tmp_path: Path) -> None:
+async def test_the_card_names_what_is_there_and_nothing_that_the_key_does_not_open(tmp_path: Path) -> None:
     async def main(keys: Any, **headers: str) -> Any:
         team = made(tmp_path, a2a=CardTerms(card=True, url="https://team.example/"))
         async with serving.client(serving.house(keys=keys), team) as client:
             return (await client.get(CARD, headers=headers)).json()
 
-    open_to_all = asyncio.run(main(None))
+    open_to_all = await main(None)
     assert [skill["id"] for skill in open_to_all["skills"]] == ["auto", "faq", "home"]
     assert "securitySchemes" not in open_to_all
     assert [one["url"] for one in open_to_all["supportedInterfaces"]] == [
         "https://team.example/mcp",
         "https://team.example/v1/chat/completions",
     ]
-    stranger = asyncio.run(main(serving.KEYS))
+    stranger = await main(serving.KEYS)
     assert [skill["id"] for skill in stranger["skills"]] == ["auto"] and "key" in stranger["securitySchemes"]
-    known = asyncio.run(main(serving.KEYS, authorization="Bearer key-faq"))
+    known = await main(serving.KEYS, authorization="Bearer key-faq")
     assert [skill["id"] for skill in known["skills"]] == ["auto", "faq"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -30,23 +29,20 @@ def url_part(url: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def ask(folder: Path, *bodies: dict[str, Any], media: MediaLimits | None = None, **options: Any) -> Any:
+async def ask(folder: Path, *bodies: dict[str, Any], media: MediaLimits | None = None, **options: Any) -> Any:
     """The answers of one server, the requests that reached the house, and the log."""
 
-    async def main() -> Any:
-        replies = serving.Replies()
-        made = serving.team(folder, media=media or MediaLimits(), **options)
-        async with serving.client(serving.house(replies=replies), made) as client:
-            return [await client.post(ROUTE, json=body) for body in bodies], replies.asked, client.log
-
-    return asyncio.run(main())
+    replies = serving.Replies()
+    made = serving.team(folder, media=media or MediaLimits(), **options)
+    async with serving.client(serving.house(replies=replies), made) as client:
+        return [await client.post(ROUTE, json=body) for body in bodies], replies.asked, client.log
 
 
-def test_parts_reach_the_house_in_their_order_and_in_one_form(tmp_path: Path) -> None:
+async def test_parts_reach_the_house_in_their_order_and_in_one_form(tmp_path: Path) -> None:
     picture, clip = png(), sound()
     parts = [image_part(picture), TEXT, audio_part(clip), {**TEXT, "text": "Say."}]
     parts[0]["image_url"]["detail"] = "low"
-    (answer, streamed), asked, log = ask(tmp_path, user(*parts), {**user(*parts), "stream": True})
+    (answer, streamed), asked, log = await ask(tmp_path, user(*parts), {**user(*parts), "stream": True})
     assert (answer.status_code, streamed.status_code) == (200, 200)
     wanted = [
         {"type": "image", "image": data_url(picture)},
@@ -56,7 +52,7 @@ def test_parts_reach_the_house_in_their_order_and_in_one_form(tmp_path: Path) ->
     ]
     assert [request.messages for request in asked] == [({"role": "user", "content": wanted},)] * 2
     assert "base64" not in log.getvalue() and data_url(picture)[40:80] not in log.getvalue()
-    (answer,), asked, _ = ask(tmp_path, user(TEXT, TEXT))
+    (answer,), asked, _ = await ask(tmp_path, user(TEXT, TEXT))
     assert asked[0].messages[0]["content"] == "What is it?What is it?", "text alone is one text, as ever"
 
 
@@ -151,9 +147,9 @@ WRONG: dict[str, tuple[dict[str, Any], int, str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def refusals(tmp_path_factory: pytest.TempPathFactory) -> Any:
+async def refusals(anyio_backend: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("state")
-    answers, asked, log = ask(
+    answers, asked, log = await ask(
         folder, *(body for body, *_ in WRONG.values()), chat(), media=MediaLimits(bytes=2_000_000)
     )
     assert len(asked) == 1 and answers[-1].status_code == 200, "the last alone reached the house"
@@ -178,9 +174,9 @@ def test_nothing_of_what_was_refused_is_logged(refusals: Any) -> None:
     assert not any(word in json.dumps(lines) for word in ("base64", "example.org", "passwd", "iVBOR", "RIFF"))
 
 
-def test_a_body_may_be_larger_by_its_media_alone(tmp_path: Path) -> None:
+async def test_a_body_may_be_larger_by_its_media_alone(tmp_path: Path) -> None:
     picture = png(side=1) + bytes(1_500_000)  # what stands behind a picture's end is not looked at
-    (answer, refused), asked, _ = ask(
+    (answer, refused), asked, _ = await ask(
         tmp_path,
         user(image_part(picture)),
         user(image_part(picture), {**TEXT, "text": "b" * 60_000}),
@@ -192,29 +188,24 @@ def test_a_body_may_be_larger_by_its_media_alone(tmp_path: Path) -> None:
         check_weight(b'{"a": ' + b"[]," * 1000, 1000)
 
 
-def test_media_of_all_requests_together_are_bounded() -> None:
-    async def main() -> None:
-        looking = MediaChecker(RequestLimits(), MediaLimits(), max_bytes=1000)
-        messages = [{"role": "user", "content": [{"type": "image", "image": data_url(png(side=1))}]}]
-        size = len(data_url(png(side=1)))
-        async with looking.looked_at(messages, size):
-            assert looking.held_bytes == size
-            many = MediaChecker(RequestLimits(), MediaLimits(), max_bytes=size)
-            async with many.looked_at(messages, size):
-                with pytest.raises(BusyError, match="are allowed"):
-                    async with many.looked_at(messages, size):
-                        pass
-                async with many.looked_at(
-                    [{"role": "user", "content": "text"}], 9
-                ):  # is never refused for others' media
+async def test_media_of_all_requests_together_are_bounded() -> None:
+    looking = MediaChecker(RequestLimits(), MediaLimits(), max_bytes=1000)
+    messages = [{"role": "user", "content": [{"type": "image", "image": data_url(png(side=1))}]}]
+    size = len(data_url(png(side=1)))
+    async with looking.looked_at(messages, size):
+        assert looking.held_bytes == size
+        many = MediaChecker(RequestLimits(), MediaLimits(), max_bytes=size)
+        async with many.looked_at(messages, size):
+            with pytest.raises(BusyError, match="are allowed"):
+                async with many.looked_at(messages, size):
                     pass
-            assert many.held_bytes == 0
-        with pytest.raises(Exception, match="cannot identify"):
-            async with looking.looked_at([{"content": [{"type": "image", "image": data_url(b"x")}]}], 60):
+            async with many.looked_at([{"role": "user", "content": "text"}], 9):  # is never refused for others' media
                 pass
-        assert looking.held_bytes == 0
-
-    asyncio.run(main())
+        assert many.held_bytes == 0
+    with pytest.raises(Exception, match="cannot identify"):
+        async with looking.looked_at([{"content": [{"type": "image", "image": data_url(b"x")}]}], 60):
+            pass
+    assert looking.held_bytes == 0
 
 
 def test_the_limits_are_options_of_a_team(tmp_path: Path) -> None:
@@ -224,17 +215,17 @@ def test_the_limits_are_options_of_a_team(tmp_path: Path) -> None:
         MediaLimits(bytes=50_000_000)
 
 
-def test_the_openapi_shows_the_parts(tmp_path: Path) -> None:
+async def test_the_openapi_shows_the_parts(tmp_path: Path) -> None:
     async def main() -> Any:
         async with serving.client(serving.house(), serving.team(tmp_path)) as client:
             return (await client.get("/openapi.json")).json()
 
-    schemas = asyncio.run(main())["components"]["schemas"]
+    schemas = (await main())["components"]["schemas"]
     assert {"ImagePart", "ImageUrl", "AudioPart", "InputAudio"} <= set(schemas)
     assert "mp3" in schemas["InputAudio"]["properties"]["format"]["enum"]
 
 
-def test_models_say_what_they_read(tmp_path: Path) -> None:
+async def test_models_say_what_they_read(tmp_path: Path) -> None:
     class Roster(serving.Roster):
         async def listed(self) -> Any:
             seeing = AgentListing("eye", "2", ("2", "1"), {}, True, {"2": ("image",), "1": ()})
@@ -244,6 +235,6 @@ def test_models_say_what_they_read(tmp_path: Path) -> None:
         async with serving.client(serving.house(agent_admin=Roster()), serving.team(tmp_path)) as client:
             return (await client.get("/v1/models")).json()["data"]
 
-    reads = {model["id"]: model["modalities"] for model in asyncio.run(main())}
+    reads = {model["id"]: model["modalities"] for model in (await main())}
     assert (reads["eye"], reads["eye@2"], reads["eye@1"]) == (["text", "image"], ["text", "image"], ["text"])
     assert (reads["auto"], reads["base"], reads["faq"]) == (["text", "image"], ["text"], ["text"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -138,15 +137,15 @@ async def reason_of(tmp_path: Path, request: AgentRequest, change: Change) -> tu
 
 
 @pytest.mark.parametrize(("request_", "change", "agent", "reason"), CASES)
-def test_reason_text_is_golden(
+async def test_reason_text_is_golden(
     tmp_path: Path, request_: AgentRequest, change: Change, agent: str, reason: str
 ) -> None:
-    answered_by, said, in_receipt = asyncio.run(reason_of(tmp_path, request_, change))
+    answered_by, said, in_receipt = await reason_of(tmp_path, request_, change)
     assert answered_by.startswith(agent)
     assert (said, in_receipt, as_header(said)) == (reason, reason, reason)
 
 
-def test_routers_words_on_a_canary_stay(tmp_path: Path) -> None:
+async def test_routers_words_on_a_canary_stay(tmp_path: Path) -> None:
     """The reason for a candidate is left out by its kind: words of the router that read like it are not cut."""
 
     def change(of: Registry, crew: FakeCrew, router: FakeRouter) -> None:
@@ -154,11 +153,11 @@ def test_routers_words_on_a_canary_stay(tmp_path: Path) -> None:
         router.chosen = "faq"
         router.reason = "faq 0.9; canary birds are its subject"
 
-    _, reason, _ = asyncio.run(reason_of(tmp_path, asked("auto", person=ADA), change))
+    _, reason, _ = await reason_of(tmp_path, asked("auto", person=ADA), change)
     assert reason == "auto: faq 0.9; canary birds are its subject; the user's own version"
 
 
-def test_reason_of_an_agent_without_a_version_is_golden(tmp_path: Path) -> None:
+async def test_reason_of_an_agent_without_a_version_is_golden(tmp_path: Path) -> None:
     async def work(dispatch: Dispatcher) -> str:
         agent = replace(
             dispatch.served.agents["faq"], live="", earlier=(), candidate="", note="not admitted: é; try: x"
@@ -166,18 +165,15 @@ def test_reason_of_an_agent_without_a_version_is_golden(tmp_path: Path) -> None:
         dispatch.served.agents = {**dispatch.served.agents, "faq": agent}
         return (await dispatch.open(asked("faq"))).reason
 
-    async def scenario() -> str:
-        of = registry(tmp_path, version("faq", "1"))
-        async with dispatching(team(tmp_path), FakeCrew(), of) as dispatch:
-            return await work(dispatch)
-
-    reason = asyncio.run(scenario())
+    of = registry(tmp_path, version("faq", "1"))
+    async with dispatching(team(tmp_path), FakeCrew(), of) as dispatch:
+        reason = await work(dispatch)
     assert reason == "asked by name; faq has no version: not admitted: é; try: x; the base steps in"
     assert as_header(reason) == "asked by name; faq has no version: not admitted: \\xe9; try: x; the base steps in"
 
 
-def test_error_text_where_nobody_answers_is_golden(tmp_path: Path) -> None:
+async def test_error_text_where_nobody_answers_is_golden(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError) as caught:
-        asyncio.run(reason_of(tmp_path, asked("faq"), breaking("faq-2", "faq-1", "")))
+        await reason_of(tmp_path, asked("faq"), breaking("faq-2", "faq-1", ""))
     wanted = "faq cannot answer now, nor who may step in: a logit is not finite; canary rows are"
     assert caught.value.problem == wanted

@@ -64,7 +64,7 @@ def opened(tmp_path: Path, *people: UserVersion) -> tuple[Registry, UserVersionS
     return of, book
 
 
-def test_a_person_is_answered_by_their_own_and_nobody_else_is(tmp_path: Path) -> None:
+async def test_a_person_is_answered_by_their_own_and_nobody_else_is(tmp_path: Path) -> None:
     of, _ = opened(tmp_path, own(ADA))
     crew, receipts = FakeCrew(), FakeReceipts()
 
@@ -82,31 +82,28 @@ def test_a_person_is_answered_by_their_own_and_nobody_else_is(tmp_path: Path) ->
         assert (first.person, first.release_id, first.call.adapter) == (ADA, "id-faq-1", "own-aaaa")
         assert receipts.kept[1].person == ""
 
-    asyncio.run(scenario())
+    await scenario()
     assert crew.lost == []
 
 
-def test_what_was_tuned_on_another_version_waits_for_another_tuning(tmp_path: Path) -> None:
+async def test_what_was_tuned_on_another_version_waits_for_another_tuning(tmp_path: Path) -> None:
     of, book = opened(tmp_path, own(ADA))
 
-    async def scenario() -> None:
-        async with dispatching(team(tmp_path), FakeCrew(), of, admit=admitted) as dispatch:
-            assert (await told(dispatch, ADA))[0] == "faq@1+personal"
-            of.promote("faq", "2")
-            await until(lambda: dispatch.served.agents["faq"].live == "2")
-            agent, text, reason = await told(dispatch, ADA)
-            assert (agent, text) == ("faq@2", "by faq-2") and "tuned on 1" in reason
-            assert (await told(dispatch, BEN))[2] == "asked by name", "others hear nothing of it"
-            book.put(own(ADA, "2", name="new"))
-            await dispatch.served.reload()
-            await dispatch.served.settle()
-            assert (await told(dispatch, ADA))[:2] == ("faq@2+personal", "by new-aaaa")
-
-    asyncio.run(scenario())
+    async with dispatching(team(tmp_path), FakeCrew(), of, admit=admitted) as dispatch:
+        assert (await told(dispatch, ADA))[0] == "faq@1+personal"
+        of.promote("faq", "2")
+        await until(lambda: dispatch.served.agents["faq"].live == "2")
+        agent, text, reason = await told(dispatch, ADA)
+        assert (agent, text) == ("faq@2", "by faq-2") and "tuned on 1" in reason
+        assert (await told(dispatch, BEN))[2] == "asked by name", "others hear nothing of it"
+        book.put(own(ADA, "2", name="new"))
+        await dispatch.served.reload()
+        await dispatch.served.settle()
+        assert (await told(dispatch, ADA))[:2] == ("faq@2+personal", "by new-aaaa")
 
 
 @pytest.mark.parametrize("fault", ["unloadable", "another", "breaks"])
-def test_the_live_version_answers_where_ones_own_cannot(tmp_path: Path, fault: str) -> None:
+async def test_the_live_version_answers_where_ones_own_cannot(tmp_path: Path, fault: str) -> None:
     of, _ = opened(tmp_path, own(ADA) if fault != "another" else replace(own(ADA), artifact="art-another"))
     crew = FakeCrew()
     if fault == "unloadable":
@@ -114,18 +111,15 @@ def test_the_live_version_answers_where_ones_own_cannot(tmp_path: Path, fault: s
     if fault == "breaks":
         crew.faults["own-aaaa"] = ModelError("the logits are not finite", "tune it again")
 
-    async def scenario() -> None:
-        async with dispatching(team(tmp_path), crew, of, admit=admitted) as dispatch:
-            agent, text, reason = await told(dispatch, ADA)
-            assert (agent, text) == ("faq@1", "by faq-1")
-            assert "the user's own version" in reason and ("not finite" in reason) == (fault == "breaks")
-            troubles = json.dumps(dispatch.health())
-            assert ADA[:8] not in troubles and "personal" not in troubles
-
-    asyncio.run(scenario())
+    async with dispatching(team(tmp_path), crew, of, admit=admitted) as dispatch:
+        agent, text, reason = await told(dispatch, ADA)
+        assert (agent, text) == ("faq@1", "by faq-1")
+        assert "the user's own version" in reason and ("not finite" in reason) == (fault == "breaks")
+        troubles = json.dumps(dispatch.health())
+        assert ADA[:8] not in troubles and "personal" not in troubles
 
 
-def test_the_one_that_was_asked_for_longest_ago_goes_first(tmp_path: Path) -> None:
+async def test_the_one_that_was_asked_for_longest_ago_goes_first(tmp_path: Path) -> None:
     of, _ = opened(tmp_path, own(ADA), own(BEN), own(CLEO))
     crew = FakeCrew()
 
@@ -140,26 +134,23 @@ def test_the_one_that_was_asked_for_longest_ago_goes_first(tmp_path: Path) -> No
             assert {"own-aaaa", "own-cccc"} <= set(crew.attached), "a reading of the registry takes none of them"
             assert (await told(dispatch, BEN))[0] == "faq@1+personal", "and is there again when it is asked for"
 
-    asyncio.run(scenario())
+    await scenario()
     assert crew.lost == []
 
 
-def test_nobody_tries_a_candidate_instead_of_their_own(tmp_path: Path) -> None:
+async def test_nobody_tries_a_candidate_instead_of_their_own(tmp_path: Path) -> None:
     of, _ = opened(tmp_path, own(ADA))
 
-    async def scenario() -> None:
-        async with dispatching(team(tmp_path), FakeCrew(), of, admit=admitted) as dispatch:
-            of.start_canary("faq", "2", 1.0)
-            await until(lambda: dispatch.served.agents["faq"].candidate == "2")
-            await dispatch.served.settle()
-            assert (await told(dispatch, BEN))[0] == "faq@2"
-            agent, _, reason = await told(dispatch, ADA)
-            assert agent == "faq@1+personal" and "canary" not in reason
-
-    asyncio.run(scenario())
+    async with dispatching(team(tmp_path), FakeCrew(), of, admit=admitted) as dispatch:
+        of.start_canary("faq", "2", 1.0)
+        await until(lambda: dispatch.served.agents["faq"].candidate == "2")
+        await dispatch.served.settle()
+        assert (await told(dispatch, BEN))[0] == "faq@2"
+        agent, _, reason = await told(dispatch, ADA)
+        assert agent == "faq@1+personal" and "canary" not in reason
 
 
-def test_a_server_lets_go_of_whom_the_registry_forgets_and_says_so(tmp_path: Path) -> None:
+async def test_a_server_lets_go_of_whom_the_registry_forgets_and_says_so(tmp_path: Path) -> None:
     of, book = opened(tmp_path, own(ADA), own(BEN))
     crew, forgotten = FakeCrew(), []
 
@@ -188,7 +179,7 @@ def test_a_server_lets_go_of_whom_the_registry_forgets_and_says_so(tmp_path: Pat
             assert (await told(dispatch, ADA))[:2] == ("faq@1", "by faq-1")
         assert server_presence.running(state) == {}
 
-    asyncio.run(scenario())
+    await scenario()
     assert crew.lost == []
 
 

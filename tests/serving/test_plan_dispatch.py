@@ -385,35 +385,32 @@ def test_auto_within_a_plan_chooses_among_the_clients_agents(tmp_path: Path) -> 
     assert replies.asked[0].openable == opens
 
 
-def test_a_client_that_leaves_closes_every_step_and_the_log_says_so(tmp_path: Path) -> None:
-    async def work() -> None:
-        team = planned(tmp_path, {"name": "p", "kind": "parallel", "members": ["a", "b"]})
-        replies = FakeReplies(a=5.0, b=5.0)
-        plans = opened(team, replies)
-        waiting = asyncio.ensure_future(plans.open(asked("p")))
-        while replies.live < 2:
-            await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-        assert replies.live == 0
-        chain = planned(tmp_path, {"name": "c", "kind": "sequence", "steps": ["a", "b"]})
-        plans_too = opened(chain, FakeReplies(a="x", b="y z"))
-        answer = await plans_too.open(asked("c", streams=True))
-        await anext(answer.events)
-        await answer.events.aclose()
-        await plans.close()
-        await plans_too.close()
-        logs = sorted((tmp_path / "state/plans").iterdir(), key=lambda file: file.stat().st_mtime_ns)
-        ends = [json.loads(file.read_text().splitlines()[-1]) for file in logs]
-        assert [end["outcome"] for end in ends] == ["cancelled", "cancelled"]
-
-    asyncio.run(work())
+async def test_a_client_that_leaves_closes_every_step_and_the_log_says_so(tmp_path: Path) -> None:
+    team = planned(tmp_path, {"name": "p", "kind": "parallel", "members": ["a", "b"]})
+    replies = FakeReplies(a=5.0, b=5.0)
+    plans = opened(team, replies)
+    waiting = asyncio.ensure_future(plans.open(asked("p")))
+    while replies.live < 2:
+        await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert replies.live == 0
+    chain = planned(tmp_path, {"name": "c", "kind": "sequence", "steps": ["a", "b"]})
+    plans_too = opened(chain, FakeReplies(a="x", b="y z"))
+    answer = await plans_too.open(asked("c", streams=True))
+    await anext(answer.events)
+    await answer.events.aclose()
+    await plans.close()
+    await plans_too.close()
+    logs = sorted((tmp_path / "state/plans").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    ends = [json.loads(file.read_text().splitlines()[-1]) for file in logs]
+    assert [end["outcome"] for end in ends] == ["cancelled", "cancelled"]
 
 
 def test_what_is_listed_and_what_is_wrong_with_it(tmp_path: Path) -> None:
     team = planned(tmp_path, CHECKED, {"name": "law", "kind": "sequence", "steps": "base"})
     plans = opened(team, FakeReplies(), known=lambda: {"home", "law"})
-    (checked, _) = plans.listed
+    checked, _ = plans.listed
     assert checked.name == "checked" and checked.versions == (checked.live,) and checked.is_ready
     assert plans.troubles == {
         "checked": "nobody of its steps is called fixer",
@@ -421,7 +418,7 @@ def test_what_is_listed_and_what_is_wrong_with_it(tmp_path: Path) -> None:
     }
 
 
-def test_a_served_plan_is_a_name_like_any_other(tmp_path: Path) -> None:
+async def test_a_served_plan_is_a_name_like_any_other(tmp_path: Path) -> None:
     made = planned(tmp_path, CHECKED)
     replies = FakeReplies(home='{"room": "hall"}', base="hello")
 
@@ -456,17 +453,14 @@ def test_a_served_plan_is_a_name_like_any_other(tmp_path: Path) -> None:
             assert "checked" not in {model["id"] for model in (await client.get("/v1/models")).json()["data"]}
         await plans.close()
 
-    asyncio.run(work())
+    await work()
     assert [request.sampling["seed"] for request in replies.asked] == [4, 5, 4]
 
 
-def test_a_disk_that_takes_nothing_costs_lines_and_receipts_and_no_answer(tmp_path: Path) -> None:
+async def test_a_disk_that_takes_nothing_costs_lines_and_receipts_and_no_answer(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file where the folder would be")
     team = planned(tmp_path, CHECKED)
 
-    async def work() -> None:
-        plans = opened(team, FakeReplies(home='{"room": "hall"}'), receipts=FakeReceipts(OSError("full")))
-        assert (await told(plans, asked("checked"))).text == '{"room": "hall"}'
-        assert plans.troubles["plans"] == "1 runs and 1 receipts could not be written"
-
-    asyncio.run(work())
+    plans = opened(team, FakeReplies(home='{"room": "hall"}'), receipts=FakeReceipts(OSError("full")))
+    assert (await told(plans, asked("checked"))).text == '{"room": "hall"}'
+    assert plans.troubles["plans"] == "1 runs and 1 receipts could not be written"

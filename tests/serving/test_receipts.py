@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import json
 import os
@@ -61,10 +60,12 @@ def segments(team: Team) -> list[Path]:
     return sorted((Path(team.state) / "receipts").glob("*.jsonl"))
 
 
-def test_a_receipt_says_who_answered_on_what_and_how_and_is_signed_by_the_team(book: ReceiptLog, team: Team) -> None:
+async def test_a_receipt_says_who_answered_on_what_and_how_and_is_signed_by_the_team(
+    book: ReceiptLog, team: Team
+) -> None:
     book.write(given(place=1))
-    found = asyncio.run(book.find("r1"))
-    assert found is not None and asyncio.run(book.find("r2")) is None
+    found = await book.find("r1")
+    assert found is not None and (await book.find("r2")) is None
     assert (found["agent"], found["release"], found["adapter"], found["finish"]) == (
         "faq@1.0",
         "d" * 64,

@@ -258,29 +258,24 @@ async def trickle(*chunks: bytes) -> AsyncIterator[bytes]:
         yield chunk
 
 
-def test_bodies_are_counted_while_they_come_in_and_together() -> None:
-    async def main() -> None:
-        reading = BodyReader(max_bytes=10)
-        assert await reading.read_body(trickle(b"ab", b"cd"), {}, 4) == b"abcd"
-        with pytest.raises(TooLargeError, match="more than 4 bytes"):
-            await reading.read_body(trickle(b"ab", b"cde", b"f"), {}, 4)
-        for announced in ("5", "9" * 5000):
-            with pytest.raises(TooLargeError, match="the limit is 4"):
-                await reading.read_body(trickle(), {"content-length": announced}, 4)
-        with pytest.raises(BusyError, match="hold 12 bytes; 10"):
-            await reading.read_body(trickle(b"a" * 6, b"a" * 6), {}, 100)
-        assert reading.held_bytes == 0
-
-    asyncio.run(main())
+async def test_bodies_are_counted_while_they_come_in_and_together() -> None:
+    reading = BodyReader(max_bytes=10)
+    assert await reading.read_body(trickle(b"ab", b"cd"), {}, 4) == b"abcd"
+    with pytest.raises(TooLargeError, match="more than 4 bytes"):
+        await reading.read_body(trickle(b"ab", b"cde", b"f"), {}, 4)
+    for announced in ("5", "9" * 5000):
+        with pytest.raises(TooLargeError, match="the limit is 4"):
+            await reading.read_body(trickle(), {"content-length": announced}, 4)
+    with pytest.raises(BusyError, match="hold 12 bytes; 10"):
+        await reading.read_body(trickle(b"a" * 6, b"a" * 6), {}, 100)
+    assert reading.held_bytes == 0
 
 
-def test_a_body_that_does_not_come_is_given_up(tmp_path: Path) -> None:
+async def test_a_body_that_does_not_come_is_given_up(tmp_path: Path) -> None:
     async def never() -> AsyncIterator[bytes]:
         yield b"{"
         await asyncio.Event().wait()
 
-    async def main() -> Any:
-        async with serving.client(serving.house(), serving.team(tmp_path, limits={"slow_client_s": 0.02})) as client:
-            return await client.post(COMPLETIONS, content=never(), headers={"content-type": "application/json"})
-
-    assert asyncio.run(main()).status_code == 408
+    async with serving.client(serving.house(), serving.team(tmp_path, limits={"slow_client_s": 0.02})) as client:
+        result = await client.post(COMPLETIONS, content=never(), headers={"content-type": "application/json"})
+    assert result.status_code == 408

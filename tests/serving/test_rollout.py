@@ -263,89 +263,71 @@ def test_a_canary_without_alarm_is_promoted_where_the_team_says_after_how_many()
     assert verdict.action == "promote" and "30 replies" in verdict.reason
 
 
-def run(work: Any) -> None:
-    asyncio.run(work)
-
-
-def test_a_failing_canary_is_rolled_back_in_the_registry_with_its_numbers_and_no_client_sees_a_failure(
+async def test_a_failing_canary_is_rolled_back_in_the_registry_with_its_numbers_and_no_client_sees_a_failure(
     tmp_path: Path,
 ) -> None:
-    async def work() -> None:
-        crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
-        crew.faults["faq-2"] = ModelError("a logit is not finite", "tune again")
-        rules = Rollout(canary_fraction=0.5)
-        async with dispatching(team(tmp_path, rollout=rules), crew, made) as dispatch:
-            await AgentAdmin(dispatch, crew, admit, rules).promote("faq", "", "2", "1")
-            for _ in range(80):
-                assert (await said(dispatch, asked("faq")))[0] == "faq@1"
-            await until(lambda: not dispatch.served.agents["faq"].candidate)
-            event = made.events("faq")[-1]
-            assert (event.what, event.who, event.version, event.became["live"]) == (
-                "rolled back",
-                "monitors",
-                "2",
-                "1",
-            )
-            assert event.numbers["candidate"]["failures"]["bad"] >= 20 and "failures" in event.why
-            assert made.read().versions["faq@2"].status == "rolled_back"
-
-    run(work())
+    crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
+    crew.faults["faq-2"] = ModelError("a logit is not finite", "tune again")
+    rules = Rollout(canary_fraction=0.5)
+    async with dispatching(team(tmp_path, rollout=rules), crew, made) as dispatch:
+        await AgentAdmin(dispatch, crew, admit, rules).promote("faq", "", "2", "1")
+        for _ in range(80):
+            assert (await said(dispatch, asked("faq")))[0] == "faq@1"
+        await until(lambda: not dispatch.served.agents["faq"].candidate)
+        event = made.events("faq")[-1]
+        assert (event.what, event.who, event.version, event.became["live"]) == (
+            "rolled back",
+            "monitors",
+            "2",
+            "1",
+        )
+        assert event.numbers["candidate"]["failures"]["bad"] >= 20 and "failures" in event.why
+        assert made.read().versions["faq@2"].status == "rolled_back"
 
 
-def test_a_promoted_version_that_breaks_the_format_goes_back(tmp_path: Path) -> None:
-    async def work() -> None:
-        crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
-        crew.replies = {"faq-1": '{"a": 1}', "faq-2": "I think"}
-        async with dispatching(team(tmp_path), crew, made) as dispatch:
-            for _ in range(60):
-                await said(dispatch, asked("faq"))
-            await AgentAdmin(dispatch, crew, admit, Rollout()).promote("faq", "", "2", "1")
-            for _ in range(60):
-                await said(dispatch, asked("faq"))
-            await until(lambda: dispatch.served.agents["faq"].live == "1")
-            assert made.events("faq")[-1].numbers["monitor"] == "format"
-
-    run(work())
+async def test_a_promoted_version_that_breaks_the_format_goes_back(tmp_path: Path) -> None:
+    crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
+    crew.replies = {"faq-1": '{"a": 1}', "faq-2": "I think"}
+    async with dispatching(team(tmp_path), crew, made) as dispatch:
+        for _ in range(60):
+            await said(dispatch, asked("faq"))
+        await AgentAdmin(dispatch, crew, admit, Rollout()).promote("faq", "", "2", "1")
+        for _ in range(60):
+            await said(dispatch, asked("faq"))
+        await until(lambda: dispatch.served.agents["faq"].live == "1")
+        assert made.events("faq")[-1].numbers["monitor"] == "format"
 
 
-def test_a_shadow_is_compared_unseen_and_hurts_no_reply(tmp_path: Path) -> None:
-    async def work() -> None:
-        crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
-        made.start_shadow("faq", "2", 1.0)
-        async with dispatching(team(tmp_path), crew, made) as dispatch:
-            for number in range(10):
-                assert (await said(dispatch, asked("faq", f"question {number}")))[:2] == ("faq@1", "by faq-1")
-                await until(lambda: dispatch.shadows.answered == number + 1)
-            assert [call.adapter for call in crew.calls] == ["faq-1", "faq-2"] * 10
-            assert {call.messages[-1]["content"] for call in crew.calls} == {
-                f"question {number}" for number in range(10)
-            }
-            status = dispatch.rollouts.status("faq")
-            assert status["replies"] == 10 and status["differing"] == {"seen": 10, "bad": 10}
-            crew.faults["faq-2"] = "ModelError"
-            for _ in range(40):
-                assert (await said(dispatch, asked("faq")))[1] == "by faq-1"
-                await asyncio.sleep(0.001)
-            await until(lambda: not dispatch.served.agents["faq"].candidate)
-            assert made.events("faq")[-1].who == "monitors"
-
-    run(work())
+async def test_a_shadow_is_compared_unseen_and_hurts_no_reply(tmp_path: Path) -> None:
+    crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
+    made.start_shadow("faq", "2", 1.0)
+    async with dispatching(team(tmp_path), crew, made) as dispatch:
+        for number in range(10):
+            assert (await said(dispatch, asked("faq", f"question {number}")))[:2] == ("faq@1", "by faq-1")
+            await until(lambda: dispatch.shadows.answered == number + 1)
+        assert [call.adapter for call in crew.calls] == ["faq-1", "faq-2"] * 10
+        assert {call.messages[-1]["content"] for call in crew.calls} == {f"question {number}" for number in range(10)}
+        status = dispatch.rollouts.status("faq")
+        assert status["replies"] == 10 and status["differing"] == {"seen": 10, "bad": 10}
+        crew.faults["faq-2"] = "ModelError"
+        for _ in range(40):
+            assert (await said(dispatch, asked("faq")))[1] == "by faq-1"
+            await asyncio.sleep(0.001)
+        await until(lambda: not dispatch.served.agents["faq"].candidate)
+        assert made.events("faq")[-1].who == "monitors"
 
 
-def test_a_shadow_waits_for_room_and_what_waits_is_bounded(tmp_path: Path) -> None:
-    async def work() -> None:
-        crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
-        crew.rows = 4
-        made.start_shadow("faq", "2", 1.0)
-        async with dispatching(team(tmp_path), crew, made) as dispatch:
-            held = [
-                await dispatch.open(asked("base")) for _ in range(2)
-            ]  # the crew is busy: more than a quarter of its rows
-            for _ in range(40):
-                await said(dispatch, asked("faq"))
-            assert dispatch.shadows.answered == 0 and dispatch.shadows.left_out == 24
-            for answer in held:
-                await answer.events.aclose()
-            await until(lambda: dispatch.shadows.answered == 16)
-
-    run(work())
+async def test_a_shadow_waits_for_room_and_what_waits_is_bounded(tmp_path: Path) -> None:
+    crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
+    crew.rows = 4
+    made.start_shadow("faq", "2", 1.0)
+    async with dispatching(team(tmp_path), crew, made) as dispatch:
+        held = [
+            await dispatch.open(asked("base")) for _ in range(2)
+        ]  # the crew is busy: more than a quarter of its rows
+        for _ in range(40):
+            await said(dispatch, asked("faq"))
+        assert dispatch.shadows.answered == 0 and dispatch.shadows.left_out == 24
+        for answer in held:
+            await answer.events.aclose()
+        await until(lambda: dispatch.shadows.answered == 16)

@@ -330,45 +330,40 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router, "FIRST_WAIT_S", 60.0)
 
 
-def test_agents_are_learnt_in_the_background_and_found_again_after_a_restart(few: None, tmp_path: Path) -> None:
-    async def story() -> None:
-        releases = {name: release(tmp_path, name) for name in LISTED}
-        (tmp_path / "silent").mkdir()
-        auto = AutoRouter(Crew(), Routing("tfidf"), tmp_path / "state")
-        assert (await auto.route(ask("switch on the lamp in the hall"), {"home"})).reason == "the router is being made"
-        await auto.learn({"home": releases["home"], "silent": tmp_path / "silent"})
-        route = await auto.route(ask("switch on the lamp in the hall"), {"home", "silent"})
-        assert route.agent == "home" and route.reason.endswith("without exemplars: silent")
-        assert (
-            await auto.route([{"role": "assistant", "content": "hi"}], {"home"})
-        ).reason == "there is no text to go by"
-        await auto.learn(releases)
-        before = await auto.route(ask("which herbs go into a lasagne for 2 guests"), set(LISTED))
-        assert before.agent == "base", "the old router answers until the new one is fitted"
-        await auto.settle()
-        assert (await auto.route(ask("which herbs go into a lasagne for 2 guests"), set(LISTED))).agent == "chef"
-        assert auto.figures["agents"] == ["home", "chef"] and auto.troubles == {}
-        await auto.close()
+async def test_agents_are_learnt_in_the_background_and_found_again_after_a_restart(few: None, tmp_path: Path) -> None:
+    releases = {name: release(tmp_path, name) for name in LISTED}
+    (tmp_path / "silent").mkdir()
+    auto = AutoRouter(Crew(), Routing("tfidf"), tmp_path / "state")
+    assert (await auto.route(ask("switch on the lamp in the hall"), {"home"})).reason == "the router is being made"
+    await auto.learn({"home": releases["home"], "silent": tmp_path / "silent"})
+    route = await auto.route(ask("switch on the lamp in the hall"), {"home", "silent"})
+    assert route.agent == "home" and route.reason.endswith("without exemplars: silent")
+    assert (await auto.route([{"role": "assistant", "content": "hi"}], {"home"})).reason == "there is no text to go by"
+    await auto.learn(releases)
+    before = await auto.route(ask("which herbs go into a lasagne for 2 guests"), set(LISTED))
+    assert before.agent == "base", "the old router answers until the new one is fitted"
+    await auto.settle()
+    assert (await auto.route(ask("which herbs go into a lasagne for 2 guests"), set(LISTED))).agent == "chef"
+    assert auto.figures["agents"] == ["home", "chef"] and auto.troubles == {}
+    await auto.close()
 
-        def never(*arguments: object) -> None:
-            raise AssertionError("fitted again")
+    def never(*arguments: object) -> None:
+        raise AssertionError("fitted again")
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(agent_classifier, "fit", never)
-            again = AutoRouter(Crew(), Routing("tfidf"), tmp_path / "state")
-            await again.learn(releases)
-            assert (await again.route(ask("switch on the lamp in the hall"), set(LISTED))).agent == "home"
-            await again.settle()
-            assert len(list((tmp_path / "state").rglob("*.npz"))) == 2
-            await again.learn({})
-            await again.settle()
-            assert (await again.route(ask("switch on the lamp"), {"home"})).reason == "no live agent has exemplars"
-            assert not list((tmp_path / "state").rglob("*.npz")), "no prompts stay of an agent that is gone"
-
-    asyncio.run(story())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agent_classifier, "fit", never)
+        again = AutoRouter(Crew(), Routing("tfidf"), tmp_path / "state")
+        await again.learn(releases)
+        assert (await again.route(ask("switch on the lamp in the hall"), set(LISTED))).agent == "home"
+        await again.settle()
+        assert len(list((tmp_path / "state").rglob("*.npz"))) == 2
+        await again.learn({})
+        await again.settle()
+        assert (await again.route(ask("switch on the lamp"), {"home"})).reason == "no live agent has exemplars"
+        assert not list((tmp_path / "state").rglob("*.npz")), "no prompts stay of an agent that is gone"
 
 
-def test_agents_that_come_to_an_empty_team_are_waited_for_and_a_fit_holds_up_no_end(
+async def test_agents_that_come_to_an_empty_team_are_waited_for_and_a_fit_holds_up_no_end(
     few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, may_end, fits = threading.Event(), threading.Event(), []
@@ -396,55 +391,49 @@ def test_agents_that_come_to_an_empty_team_are_waited_for_and_a_fit_holds_up_no_
             await asyncio.to_thread(begun.wait, 60)
         await auto.close()
 
-    asyncio.run(story())  # ends while the fit goes on
+    (await story())  # ends while the fit goes on
     assert not may_end.is_set() and len(fits) == 1
     may_end.set()
 
 
-def test_an_encoder_that_fails_or_is_slow_leaves_words_and_a_lost_one_costs_no_request(
+async def test_an_encoder_that_fails_or_is_slow_leaves_words_and_a_lost_one_costs_no_request(
     few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def story() -> None:
-        releases = {name: release(tmp_path, name) for name in LISTED}
-        crew = Crew()
-        crew.fault, crew.faults = BusyError("full", "later"), 3
-        auto = AutoRouter(crew, Routing("base"), tmp_path / "state")
-        await auto.learn(releases)
-        await auto.settle()
-        assert auto.figures["encoder"] == "base" and auto.troubles == {} and max(crew.asked) == router.EMBEDDED_AT_ONCE
-        home = ask("switch on the lamp in the hall")
-        assert (await auto.route(home, {"home"})).reason.endswith("; base")
-        crew.fault, crew.faults = UnavailableError("no worker lives", "later"), 10**9
-        route = await auto.route(home, {"home"})
-        assert route.agent == "home" and route.reason.endswith("; tfidf; by words alone (base: no worker lives)")
-        crew.fault = RuntimeError("a bug")
-        assert await auto.route(home, {"home"}) == RoutingDecision("base", "the router failed: RuntimeError: a bug")
-        crew.fault, crew.wait_s = None, 60.0
-        monkeypatch.setattr(router, "EMBED_WAIT_S", 0.01)
-        assert "took more than" in (await auto.route(home, {"home"})).reason
-        known = len(crew.asked)
-        crew.fault = UnavailableError("no worker lives", "later")
-        await auto.learn({"home": releases["home"]})
-        await auto.settle()
-        assert len(crew.asked) == known, "vectors of an earlier fit are not asked for again"
-        lost = AutoRouter(crew, Routing("base"), tmp_path / "other")
-        await lost.learn(releases)
-        await lost.settle()
-        assert lost.figures["encoder"] == "tfidf" and "no worker lives" in lost.troubles["router"]
-
-    asyncio.run(story())
+    releases = {name: release(tmp_path, name) for name in LISTED}
+    crew = Crew()
+    crew.fault, crew.faults = BusyError("full", "later"), 3
+    auto = AutoRouter(crew, Routing("base"), tmp_path / "state")
+    await auto.learn(releases)
+    await auto.settle()
+    assert auto.figures["encoder"] == "base" and auto.troubles == {} and max(crew.asked) == router.EMBEDDED_AT_ONCE
+    home = ask("switch on the lamp in the hall")
+    assert (await auto.route(home, {"home"})).reason.endswith("; base")
+    crew.fault, crew.faults = UnavailableError("no worker lives", "later"), 10**9
+    route = await auto.route(home, {"home"})
+    assert route.agent == "home" and route.reason.endswith("; tfidf; by words alone (base: no worker lives)")
+    crew.fault = RuntimeError("a bug")
+    assert await auto.route(home, {"home"}) == RoutingDecision("base", "the router failed: RuntimeError: a bug")
+    crew.fault, crew.wait_s = None, 60.0
+    monkeypatch.setattr(router, "EMBED_WAIT_S", 0.01)
+    assert "took more than" in (await auto.route(home, {"home"})).reason
+    known = len(crew.asked)
+    crew.fault = UnavailableError("no worker lives", "later")
+    await auto.learn({"home": releases["home"]})
+    await auto.settle()
+    assert len(crew.asked) == known, "vectors of an earlier fit are not asked for again"
+    lost = AutoRouter(crew, Routing("base"), tmp_path / "other")
+    await lost.learn(releases)
+    await lost.settle()
+    assert lost.figures["encoder"] == "tfidf" and "no worker lives" in lost.troubles["router"]
 
 
-def test_exemplars_of_another_form_are_named_and_the_other_agents_are_learnt(few: None, tmp_path: Path) -> None:
-    async def story() -> None:
-        releases = {"home": release(tmp_path, "home"), "chef": release(tmp_path, "chef", nobody=["x"])}
-        auto = AutoRouter(Crew(), Routing("tfidf"), tmp_path / "state")
-        await auto.learn(releases)
-        assert (await auto.route(ask("switch on the lamp in the hall"), set(LISTED))).agent == "home"
-        assert "is not a file of exemplars" in auto.troubles["router: chef"]
-        await auto.close()
-
-    asyncio.run(story())
+async def test_exemplars_of_another_form_are_named_and_the_other_agents_are_learnt(few: None, tmp_path: Path) -> None:
+    releases = {"home": release(tmp_path, "home"), "chef": release(tmp_path, "chef", nobody=["x"])}
+    auto = AutoRouter(Crew(), Routing("tfidf"), tmp_path / "state")
+    await auto.learn(releases)
+    assert (await auto.route(ask("switch on the lamp in the hall"), set(LISTED))).agent == "home"
+    assert "is not a file of exemplars" in auto.troubles["router: chef"]
+    await auto.close()
 
 
 def test_of_two_encoders_the_dearer_one_must_be_better(two: FittedRouter) -> None:

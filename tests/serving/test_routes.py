@@ -22,19 +22,16 @@ COMPLETIONS = "/v1/chat/completions"
 TOOLS = [{"type": "function", "function": {"name": "light", "parameters": {"type": "object", "properties": {}}}}]
 
 
-def ask(tmp_path: Path, *calls: tuple[str, str, Any], **parts: Any) -> list[Any]:
+async def ask(tmp_path: Path, *calls: tuple[str, str, Any], **parts: Any) -> list[Any]:
     """The answers to a few requests, one after the other."""
 
-    async def main() -> list[Any]:
-        async with serving.client(serving.house(**parts), serving.team(tmp_path)) as client:
-            return [await client.request(method, path, json=body) for method, path, body in calls]
-
-    return asyncio.run(main())
+    async with serving.client(serving.house(**parts), serving.team(tmp_path)) as client:
+        return [await client.request(method, path, json=body) for method, path, body in calls]
 
 
-def test_a_chat_is_answered_by_an_exact_version_with_a_receipt(tmp_path: Path) -> None:
+async def test_a_chat_is_answered_by_an_exact_version_with_a_receipt(tmp_path: Path) -> None:
     replies = serving.Replies()
-    (answer,) = ask(
+    (answer,) = await ask(
         tmp_path, ("POST", COMPLETIONS, chat(temperature=0.5, max_tokens=9, seed=3, stop="x")), replies=replies
     )
     said = ChatAnswer.model_validate(answer.json())
@@ -50,17 +47,17 @@ def test_a_chat_is_answered_by_an_exact_version_with_a_receipt(tmp_path: Path) -
     assert replies.closed == ["r1"]
 
 
-def test_what_is_not_asked_for_is_left_to_the_release_but_a_seed_is_drawn(tmp_path: Path) -> None:
+async def test_what_is_not_asked_for_is_left_to_the_release_but_a_seed_is_drawn(tmp_path: Path) -> None:
     replies = serving.Replies()
-    ask(tmp_path, ("POST", COMPLETIONS, chat()), ("POST", COMPLETIONS, chat()), replies=replies)
+    await ask(tmp_path, ("POST", COMPLETIONS, chat()), ("POST", COMPLETIONS, chat()), replies=replies)
     drawn = [request.sampling for request in replies.asked]
     assert [list(said) for said in drawn] == [["seed"], ["seed"]]
     assert drawn[0] != drawn[1]
 
 
-def test_several_choices_have_seeds_of_their_own_and_one_version(tmp_path: Path) -> None:
+async def test_several_choices_have_seeds_of_their_own_and_one_version(tmp_path: Path) -> None:
     replies = serving.Replies()
-    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(model="auto", n=3, seed=2**63 - 1)), replies=replies)
+    (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(model="auto", n=3, seed=2**63 - 1)), replies=replies)
     said = ChatAnswer.model_validate(answer.json())
     assert [choice.index for choice in said.choices] == [0, 1, 2]
     assert [request.model for request in replies.asked] == ["auto", "faq@1.0", "faq@1.0"]
@@ -70,14 +67,14 @@ def test_several_choices_have_seeds_of_their_own_and_one_version(tmp_path: Path)
     assert answer.headers["x-sartor-receipt"] == "r1, r2, r3"
 
 
-def test_the_base_answers_further_choices_as_the_base(tmp_path: Path) -> None:
+async def test_the_base_answers_further_choices_as_the_base(tmp_path: Path) -> None:
     replies = serving.Replies()
-    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(model="base", n=2)), replies=replies)
+    (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(model="base", n=2)), replies=replies)
     assert answer.json()["model"] == "base@bbbbbbbbbbbb"
     assert [request.model for request in replies.asked] == ["base", "base"]
 
 
-def test_turns_and_parts_become_plain_messages(tmp_path: Path) -> None:
+async def test_turns_and_parts_become_plain_messages(tmp_path: Path) -> None:
     replies = serving.Replies()
     call = {"id": "c1", "type": "function", "index": 0, "function": {"name": "light", "arguments": "{}"}}
     messages = [
@@ -86,7 +83,7 @@ def test_turns_and_parts_become_plain_messages(tmp_path: Path) -> None:
         {"role": "assistant", "content": None, "refusal": None, "annotations": [], "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c1", "content": "done"},
     ]
-    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, {"model": "faq", "messages": messages}), replies=replies)
+    (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, {"model": "faq", "messages": messages}), replies=replies)
     assert answer.status_code == 200, answer.text
     assert replies.asked[0].messages == (
         {"role": "system", "content": "be brief"},
@@ -96,7 +93,7 @@ def test_turns_and_parts_become_plain_messages(tmp_path: Path) -> None:
     )
 
 
-def test_schemas_and_tools_reach_the_call(tmp_path: Path) -> None:
+async def test_schemas_and_tools_reach_the_call(tmp_path: Path) -> None:
     replies = serving.Replies()
     schema = {"type": "object", "properties": {"intent": {"$ref": "#/$defs/i"}}, "$defs": {"i": {"type": "string"}}}
     named = {"type": "function", "function": {"name": "light"}}
@@ -108,7 +105,7 @@ def test_schemas_and_tools_reach_the_call(tmp_path: Path) -> None:
         chat(tools=TOOLS, tool_choice="required"),
         chat(tools=TOOLS, tool_choice=named, parallel_tool_calls=False),
     ]
-    answers = ask(tmp_path, *(("POST", COMPLETIONS, body) for body in bodies), replies=replies)
+    answers = await ask(tmp_path, *(("POST", COMPLETIONS, body) for body in bodies), replies=replies)
     assert [answer.status_code for answer in answers] == [200] * 6, [answer.text for answer in answers]
     assert [bool(request.tools) for request in replies.asked] == [False, False, True, False, True, True]
     assert [request.must_call for request in replies.asked] == ["", "", "", "", "*", "light"]
@@ -121,9 +118,9 @@ def test_schemas_and_tools_reach_the_call(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("top", [None, 0, 1, 2])
-def test_logprobs(tmp_path: Path, top: int | None) -> None:
+async def test_logprobs(tmp_path: Path, top: int | None) -> None:
     replies = serving.Replies()
-    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(logprobs=True, top_logprobs=top)), replies=replies)
+    (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(logprobs=True, top_logprobs=top)), replies=replies)
     content = ChatAnswer.model_validate(answer.json()).choices[0].logprobs.content
     assert [token.token for token in content] == ["the ", "sky ", "is ", "blue "]
     assert bytes(content[0].bytes) == b"the "
@@ -132,9 +129,9 @@ def test_logprobs(tmp_path: Path, top: int | None) -> None:
         assert content[0].top_logprobs[1].logprob == -9999.0
 
 
-def test_a_text_goes_on_for_each_prompt(tmp_path: Path) -> None:
+async def test_a_text_goes_on_for_each_prompt(tmp_path: Path) -> None:
     replies = serving.Replies()
-    (answer,) = ask(
+    (answer,) = await ask(
         tmp_path, ("POST", "/v1/completions", {"model": "faq", "prompt": ["a", "b"], "n": 2}), replies=replies
     )
     said = TextAnswer.model_validate(answer.json())
@@ -143,13 +140,13 @@ def test_a_text_goes_on_for_each_prompt(tmp_path: Path) -> None:
     assert said.usage.prompt_tokens == 14
 
 
-def test_logprobs_of_a_text_count_their_offsets_over_the_whole_reply(tmp_path: Path) -> None:
+async def test_logprobs_of_a_text_count_their_offsets_over_the_whole_reply(tmp_path: Path) -> None:
     pieces = (
         TextDelta("c", "ab", 1, (Logprob("ab", -1.0),)),
         TextDelta("c", "c", 1, (Logprob("c", -2.0, (("c", -2.0),)),)),
     )
     body = {"model": "faq", "prompt": "a", "logprobs": 1}
-    whole, stream = ask(
+    whole, stream = await ask(
         tmp_path,
         ("POST", "/v1/completions", body),
         ("POST", "/v1/completions", {**body, "stream": True}),
@@ -161,8 +158,8 @@ def test_logprobs_of_a_text_count_their_offsets_over_the_whole_reply(tmp_path: P
     assert [choice["text"] for choice in said] == ["ab", "c", ""]
 
 
-def test_a_stream_has_the_chunks_that_clients_expect(tmp_path: Path) -> None:
-    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(stream=True, stream_options={"include_usage": True})))
+async def test_a_stream_has_the_chunks_that_clients_expect(tmp_path: Path) -> None:
+    (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(stream=True, stream_options={"include_usage": True})))
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert "content-length" not in answer.headers
     said = events(answer.text)
@@ -177,9 +174,9 @@ def test_a_stream_has_the_chunks_that_clients_expect(tmp_path: Path) -> None:
     }
 
 
-def test_a_stream_of_tool_calls_and_of_several_choices(tmp_path: Path) -> None:
+async def test_a_stream_of_tool_calls_and_of_several_choices(tmp_path: Path) -> None:
     required = chat(stream=True, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
-    calls, many = ask(tmp_path, ("POST", COMPLETIONS, required), ("POST", COMPLETIONS, chat(stream=True, n=3)))
+    calls, many = await ask(tmp_path, ("POST", COMPLETIONS, required), ("POST", COMPLETIONS, chat(stream=True, n=3)))
     said = [chunk["choices"][0] for chunk in events(calls.text)[:-1]]
     assert [call["function"]["name"] for call in said[1]["delta"]["tool_calls"]] == ["light"]
     assert said[1]["delta"]["tool_calls"][0]["index"] == 0
@@ -190,17 +187,17 @@ def test_a_stream_of_tool_calls_and_of_several_choices(tmp_path: Path) -> None:
     assert set(texts.values()) == {"the sky is blue "}
 
 
-def test_text_that_is_held_back_makes_no_chunk(tmp_path: Path) -> None:
+async def test_text_that_is_held_back_makes_no_chunk(tmp_path: Path) -> None:
     pieces = (TextDelta("c", "", 3), TextDelta("c", "blue", 1))
-    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(stream=True)), replies=serving.Replies(pieces=pieces))
+    (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(stream=True)), replies=serving.Replies(pieces=pieces))
     assert [chunk["choices"][0]["delta"] for chunk in events(answer.text)[:-1]][1:] == [{"content": "blue"}, {}]
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_an_error_before_a_reply_is_a_status_and_after_it_an_event(tmp_path: Path, count: int) -> None:
+async def test_an_error_before_a_reply_is_a_status_and_after_it_an_event(tmp_path: Path, count: int) -> None:
     failed = ReplyFailed("c", "DeadlineError", "60 s were over", "ask for less")
     replies = serving.Replies(ends_with=failed)
-    whole, stream = ask(
+    whole, stream = await ask(
         tmp_path,
         ("POST", COMPLETIONS, chat(n=count)),
         ("POST", COMPLETIONS, chat(n=count, stream=True)),
@@ -214,54 +211,53 @@ def test_an_error_before_a_reply_is_a_status_and_after_it_an_event(tmp_path: Pat
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_front_keeps_the_deadline_itself(tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_front_keeps_the_deadline_itself(
+    tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # the reply has begun long before, also on a busy machine
     monkeypatch.setattr("sartor.serving.http.reply_collection.GRACE_S", 0.0)
     replies = serving.Replies(hold=asyncio.Event())
 
-    async def main() -> Any:
-        async with serving.client(
-            serving.house(replies=replies), serving.team(tmp_path, limits={"deadline_s": 5.0})
-        ) as client:
-            return await client.post(COMPLETIONS, json=chat(stream=stream))
-
-    answer = asyncio.run(main())
+    async with serving.client(
+        serving.house(replies=replies), serving.team(tmp_path, limits={"deadline_s": 5.0})
+    ) as client:
+        answer = await client.post(COMPLETIONS, json=chat(stream=stream))
     assert answer.status_code == (200 if stream else 504)
     said = events(answer.text)[-2] if stream else answer.json()
     assert said["error"]["kind"] == "DeadlineError"
     assert (replies.closed, replies.done) == (["r1"], [])
 
 
-def test_a_house_that_does_not_even_begin_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_house_that_does_not_even_begin_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sartor.serving.http.reply_collection.GRACE_S", 0.0)
 
     class Hung(serving.Replies):
         async def open(self, request: Any) -> Any:
             await asyncio.Event().wait()
 
-    async def main() -> Any:
-        async with serving.client(
-            serving.house(replies=Hung()), serving.team(tmp_path, limits={"deadline_s": 0.02})
-        ) as client:
-            return await client.post(COMPLETIONS, json=chat(n=3))
-
-    assert asyncio.run(main()).status_code == 504
+    async with serving.client(
+        serving.house(replies=Hung()), serving.team(tmp_path, limits={"deadline_s": 0.02})
+    ) as client:
+        result = await client.post(COMPLETIONS, json=chat(n=3))
+    assert result.status_code == 504
 
 
-def test_line_ends_that_only_some_clients_know_split_no_event(tmp_path: Path) -> None:
+async def test_line_ends_that_only_some_clients_know_split_no_event(tmp_path: Path) -> None:
     pieces = (TextDelta("c", "a\u2028b\x85c\n\r\x0bé\ud800", 1),)
-    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(stream=True)), replies=serving.Replies(pieces=pieces))
+    (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(stream=True)), replies=serving.Replies(pieces=pieces))
     lines = [line for line in answer.text.splitlines() if line]
     assert all(line.startswith("data: ") for line in lines)
     assert json.loads(lines[1].removeprefix("data: "))["choices"][0]["delta"]["content"] == "a\u2028b\x85c\n\r\x0bé?"
 
 
-def test_an_agent_that_was_never_admitted_is_not_offered(tmp_path: Path) -> None:
+async def test_an_agent_that_was_never_admitted_is_not_offered(tmp_path: Path) -> None:
     class Unready(serving.Roster):
         async def listed(self) -> Any:
             return [AgentListing("hurt", "", ()), AgentListing("shop", "1", ("1",), is_ready=False)]
 
-    said, one, other = ask(
+    said, one, other = await ask(
         tmp_path,
         ("GET", "/v1/models", None),
         ("GET", "/v1/models/shop", None),
@@ -273,25 +269,22 @@ def test_an_agent_that_was_never_admitted_is_not_offered(tmp_path: Path) -> None
     assert "admitted" in one.json()["error"]["message"]
 
 
-def test_a_reply_that_stops_without_its_end_is_no_whole_reply(tmp_path: Path) -> None:
+async def test_a_reply_that_stops_without_its_end_is_no_whole_reply(tmp_path: Path) -> None:
     class Torn(serving.Replies):
         async def _events(self, request: Any, receipt: str) -> Any:
             yield TextDelta("c", "half", 1)
 
-    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat()), replies=Torn())
+    (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat()), replies=Torn())
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
 
 
-def test_a_bug_tells_nothing_and_is_logged_by_its_place(tmp_path: Path) -> None:
-    async def main() -> tuple[Any, Any, list[Any]]:
-        replies = serving.Replies(fail=KeyError("my secret prompt"))
-        async with serving.client(serving.house(replies=replies), serving.team(tmp_path)) as client:
-            answer = await client.post(COMPLETIONS, json=chat("my secret prompt"))
-            replies.fail, replies.ends_with = None, "no event"  # type: ignore[assignment]
-            stream = await client.post(COMPLETIONS, json=chat("my secret prompt", stream=True))
-        return answer, stream, client.log.lines
-
-    answer, stream, lines = asyncio.run(main())
+async def test_a_bug_tells_nothing_and_is_logged_by_its_place(tmp_path: Path) -> None:
+    replies = serving.Replies(fail=KeyError("my secret prompt"))
+    async with serving.client(serving.house(replies=replies), serving.team(tmp_path)) as client:
+        answer = await client.post(COMPLETIONS, json=chat("my secret prompt"))
+        replies.fail, replies.ends_with = None, "no event"  # type: ignore[assignment]
+        stream = await client.post(COMPLETIONS, json=chat("my secret prompt", stream=True))
+    answer, stream, lines = answer, stream, client.log.lines
     assert (answer.status_code, answer.json()["error"]["kind"]) == (500, "Bug")
     assert events(stream.text)[-2:] == [answer.json(), "[DONE]"]
     bugs = [line for line in lines if line["event"] == "bug"]
@@ -301,17 +294,14 @@ def test_a_bug_tells_nothing_and_is_logged_by_its_place(tmp_path: Path) -> None:
     assert "secret" not in json.dumps(lines) + answer.text
 
 
-def test_log_lines_have_no_content_and_count_tokens(tmp_path: Path) -> None:
-    async def main() -> list[Any]:
-        async with serving.client(serving.house(keys=serving.KEYS), serving.team(tmp_path)) as client:
-            key = {"authorization": "Bearer key-faq", "x-request-id": "mine-1"}
-            await client.post(COMPLETIONS, json=chat("my secret prompt"), headers=key)
-            await client.post(COMPLETIONS, json=chat(model="a secret name"), headers=key)
-            await client.get("/health")
-            await client.get("/secret/path")
-        return client.log.lines
-
-    lines = asyncio.run(main())
+async def test_log_lines_have_no_content_and_count_tokens(tmp_path: Path) -> None:
+    async with serving.client(serving.house(keys=serving.KEYS), serving.team(tmp_path)) as client:
+        key = {"authorization": "Bearer key-faq", "x-request-id": "mine-1"}
+        await client.post(COMPLETIONS, json=chat("my secret prompt"), headers=key)
+        await client.post(COMPLETIONS, json=chat(model="a secret name"), headers=key)
+        await client.get("/health")
+        await client.get("/secret/path")
+    lines = client.log.lines
     assert "secret" not in json.dumps(lines) and "sky" not in json.dumps(lines) and "key-faq" not in json.dumps(lines)
     first = {key: value for key, value in lines[0].items() if key not in ("time", "first_s", "wall_s")}
     assert first == {
@@ -331,9 +321,9 @@ def test_log_lines_have_no_content_and_count_tokens(tmp_path: Path) -> None:
     assert [line["status"] for line in lines] == [200, 404, 401]
 
 
-def test_vectors(tmp_path: Path) -> None:
+async def test_vectors(tmp_path: Path) -> None:
     body = {"model": "base", "input": ["a", "bcd"]}
-    plain, packed, one, foreign = ask(
+    plain, packed, one, foreign = await ask(
         tmp_path,
         ("POST", "/v1/embeddings", body),
         ("POST", "/v1/embeddings", {**body, "encoding_format": "base64"}),
@@ -363,25 +353,25 @@ def test_vectors(tmp_path: Path) -> None:
     ],
     ids=["none", "many", "large", "long", "ids", "lists of ids"],
 )
-def test_texts_that_cannot_all_become_vectors_are_refused(
+async def test_texts_that_cannot_all_become_vectors_are_refused(
     tmp_path: Path, said: Any, problem: str, remedy: str
 ) -> None:
-    (answer,) = ask(tmp_path, ("POST", "/v1/embeddings", {"model": "base", "input": said}))
+    (answer,) = await ask(tmp_path, ("POST", "/v1/embeddings", {"model": "base", "input": said}))
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, "input")
     assert problem in error["message"] and remedy in error["remedy"]
 
 
-def test_a_list_that_is_too_long_says_the_limit(tmp_path: Path) -> None:
-    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(stop=["a"] * 1000)))
+async def test_a_list_that_is_too_long_says_the_limit(tmp_path: Path) -> None:
+    (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(stop=["a"] * 1000)))
     assert (answer.status_code, answer.json()["error"]["message"]) == (
         400,
         "stop holds 1000; the limit is 16; try: send at most 16",
     )
 
 
-def test_models_are_listed_with_their_versions_and_parents(tmp_path: Path) -> None:
-    every, one, none = ask(
+async def test_models_are_listed_with_their_versions_and_parents(tmp_path: Path) -> None:
+    every, one, none = await ask(
         tmp_path, ("GET", "/v1/models", None), ("GET", "/v1/models/faq@0.9", None), ("GET", "/v1/models/faq@7", None)
     )
     listed = {model["id"]: model for model in every.json()["data"]}
@@ -392,8 +382,10 @@ def test_models_are_listed_with_their_versions_and_parents(tmp_path: Path) -> No
     assert (none.status_code, none.json()["error"]["param"]) == (404, "model")
 
 
-def test_health_tells_whoever_may_know_what_is_wrong(tmp_path: Path) -> None:
-    (answer,) = ask(tmp_path, ("GET", "/health", None), troubles=lambda: {"home@2.0": "its adapter does not load"})
+async def test_health_tells_whoever_may_know_what_is_wrong(tmp_path: Path) -> None:
+    (answer,) = await ask(
+        tmp_path, ("GET", "/health", None), troubles=lambda: {"home@2.0": "its adapter does not load"}
+    )
     assert (answer.json()["status"], answer.json()["troubles"]) == (
         "degraded",
         {"home@2.0": "its adapter does not load"},
@@ -410,15 +402,15 @@ def test_health_tells_whoever_may_know_what_is_wrong(tmp_path: Path) -> None:
         (("gone", "starting"), "closed", "unavailable", 503),
     ],
 )
-def test_health(tmp_path: Path, states: tuple[str, ...], breaker: str, status: str, code: int) -> None:
-    (answer,) = ask(tmp_path, ("GET", "/health", None), workers=serving.Crew(states=states, breaker=breaker))
+async def test_health(tmp_path: Path, states: tuple[str, ...], breaker: str, status: str, code: int) -> None:
+    (answer,) = await ask(tmp_path, ("GET", "/health", None), workers=serving.Crew(states=states, breaker=breaker))
     assert (answer.status_code, answer.json()["status"]) == (code, status)
     assert "4242" not in answer.text
 
 
-def test_metrics_count_what_happened(tmp_path: Path) -> None:
+async def test_metrics_count_what_happened(tmp_path: Path) -> None:
     replies = serving.Replies()
-    *_, page = ask(
+    *_, page = await ask(
         tmp_path,
         ("POST", COMPLETIONS, chat(stream=True)),
         ("POST", COMPLETIONS, chat(model="no such")),
@@ -444,9 +436,9 @@ def test_metrics_count_what_happened(tmp_path: Path) -> None:
     assert "no such" not in page.text
 
 
-def test_feedback_is_kept_with_what_it_is_about_and_tells_the_monitors(tmp_path: Path) -> None:
+async def test_feedback_is_kept_with_what_it_is_about_and_tells_the_monitors(tmp_path: Path) -> None:
     roster = serving.Roster()
-    _, by_id, late, unknown, nothing = ask(
+    _, by_id, late, unknown, nothing = await ask(
         tmp_path,
         ("POST", COMPLETIONS, chat("sky?", stream=True)),
         ("POST", "/v1/feedback", {"receipt": "chatcmpl-r1", "rating": -1, "correction": "grey", "comment": "wrong"}),
@@ -467,15 +459,13 @@ def test_feedback_is_kept_with_what_it_is_about_and_tells_the_monitors(tmp_path:
     assert roster.heard == [("faq@1.0", -1.0)]
 
 
-def test_the_memory_forgets_the_oldest_and_feedback_says_so(tmp_path: Path) -> None:
-    async def main() -> list[Any]:
-        team = serving.team(tmp_path, limits={"remembered_bytes": 80})
-        async with serving.client(serving.house(), team) as client:
-            for text in ("first", "second"):
-                await client.post(COMPLETIONS, json=chat(text))
-            return [await client.post("/v1/feedback", json={"receipt": name, "rating": 1}) for name in ("r1", "r2")]
-
-    assert [answer.json()["learnable"] for answer in asyncio.run(main())] == [False, True]
+async def test_the_memory_forgets_the_oldest_and_feedback_says_so(tmp_path: Path) -> None:
+    team = serving.team(tmp_path, limits={"remembered_bytes": 80})
+    async with serving.client(serving.house(), team) as client:
+        for text in ("first", "second"):
+            await client.post(COMPLETIONS, json=chat(text))
+        result = [await client.post("/v1/feedback", json={"receipt": name, "rating": 1}) for name in ("r1", "r2")]
+    assert [answer.json()["learnable"] for answer in result] == [False, True]
     nothing = Memory(0)
     nothing.keep("r1", Exchange("faq@1.0", (), "a", "b"))
     assert nothing.find("r1") is None
@@ -505,8 +495,8 @@ def test_an_inbox_heals_a_torn_line_and_refuses_what_the_disk_does(
     assert file.read_bytes() == before
 
 
-def test_receipts(tmp_path: Path) -> None:
-    _, found, by_id, absent = ask(
+async def test_receipts(tmp_path: Path) -> None:
+    _, found, by_id, absent = await ask(
         tmp_path,
         ("POST", COMPLETIONS, chat()),
         ("GET", "/v1/receipts/r1", None),
@@ -517,10 +507,10 @@ def test_receipts(tmp_path: Path) -> None:
     assert (absent.status_code, absent.json()["error"]["code"]) == (404, "not_found")
 
 
-def test_errors_have_their_statuses(tmp_path: Path) -> None:
+async def test_errors_have_their_statuses(tmp_path: Path) -> None:
     for error, status in ((UnavailableError("no", "x"), 503), (DeadlineError("no", "x"), 504)):
-        (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat()), replies=serving.Replies(fail=error))
+        (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat()), replies=serving.Replies(fail=error))
         assert (answer.status_code, answer.json()["error"]["remedy"]) == (status, "x")
-    path, method = ask(tmp_path, ("POST", "/v1/audio/songs", {}), ("DELETE", "/v1/models", None))
+    path, method = await ask(tmp_path, ("POST", "/v1/audio/songs", {}), ("DELETE", "/v1/models", None))
     assert (path.status_code, method.status_code) == (404, 405)
     assert method.json()["error"]["remedy"]

@@ -229,7 +229,7 @@ def is_cut(raw: socket.socket) -> bool:
     return True
 
 
-def test_a_thousand_connections_at_once(served: Any) -> None:
+async def test_a_thousand_connections_at_once(served: Any) -> None:
     url, replies, _ = served
     body = json.dumps(chat()).encode()
 
@@ -242,15 +242,12 @@ def test_a_thousand_connections_at_once(served: Any) -> None:
         writer.close()
         return said
 
-    async def main() -> list[bytes]:
-        gate = asyncio.Event()
-        tasks = [asyncio.ensure_future(one(gate)) for _ in range(1000)]
-        await asyncio.sleep(0.5)
-        assert httpx.get(f"{url}/health", timeout=120).status_code == 200
-        gate.set()
-        return await asyncio.gather(*tasks)
-
-    answers = asyncio.run(main())
+    gate = asyncio.Event()
+    tasks = [asyncio.ensure_future(one(gate)) for _ in range(1000)]
+    await asyncio.sleep(0.5)
+    assert httpx.get(f"{url}/health", timeout=120).status_code == 200
+    gate.set()
+    answers = await asyncio.gather(*tasks)
     assert sum(answer.startswith(b"HTTP/1.1 200") and b"the sky is blue" in answer for answer in answers) == 1000
     assert len(replies.done) == 1000
 

@@ -33,22 +33,19 @@ HI = {"model": "speech", "voice": "default", "input": "Turn on the light in the 
 ALOUD = {"modalities": ["text", "audio"], "audio": {"voice": "default", "format": "wav"}}
 
 
-def ask(
+async def ask(
     tmp_path: Path, *calls: tuple[str, str, Any], speech: SpeechOptions | None = None, key: str = "", **parts: Any
 ) -> list[Any]:
     """The answers to a few requests, all at once."""
 
-    async def main() -> list[Any]:
-        house = serving.house(speech=SpeechService(speech or SpeechOptions(voice="espeak")), **parts)
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        async with serving.client(house, serving.team(tmp_path / "state"), **headers) as client:
-            try:
-                asked = [client.request(method, path, json=body) for method, path, body in calls]
-                return await asyncio.gather(*asked)
-            finally:
-                await house.speech.close()
-
-    return asyncio.run(main())
+    house = serving.house(speech=SpeechService(speech or SpeechOptions(voice="espeak")), **parts)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    async with serving.client(house, serving.team(tmp_path / "state"), **headers) as client:
+        try:
+            asked = [client.request(method, path, json=body) for method, path, body in calls]
+            return await asyncio.gather(*asked)
+        finally:
+            await house.speech.close()
 
 
 def heard(data: bytes) -> tuple[float, float, int]:
@@ -59,8 +56,8 @@ def heard(data: bytes) -> tuple[float, float, int]:
 
 @needs_espeak
 @pytest.mark.parametrize("form", ["mp3", "opus", "flac", "wav"])
-def test_a_text_is_spoken_in_every_form(tmp_path: Path, form: str) -> None:
-    (answer,) = ask(tmp_path, ("POST", SPEECH, {**HI, "response_format": form}))
+async def test_a_text_is_spoken_in_every_form(tmp_path: Path, form: str) -> None:
+    (answer,) = await ask(tmp_path, ("POST", SPEECH, {**HI, "response_format": form}))
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == {"mp3": "audio/mpeg", "opus": "audio/ogg"}.get(form, f"audio/{form}")
     assert (answer.headers["x-sartor-agent"], answer.headers["x-sartor-reason"]) == ("speech", "spoken by espeak")
@@ -69,9 +66,9 @@ def test_a_text_is_spoken_in_every_form(tmp_path: Path, form: str) -> None:
 
 
 @needs_espeak
-def test_pcm_is_the_same_speech_at_24_khz_in_pieces(tmp_path: Path) -> None:
+async def test_pcm_is_the_same_speech_at_24_khz_in_pieces(tmp_path: Path) -> None:
     text = {**HI, "input": "This is a sentence of some words. " * 30}
-    wav, pcm = ask(
+    wav, pcm = await ask(
         tmp_path,
         ("POST", SPEECH, {**text, "response_format": "wav"}),
         ("POST", SPEECH, {**text, "response_format": "pcm"}),
@@ -82,7 +79,7 @@ def test_pcm_is_the_same_speech_at_24_khz_in_pieces(tmp_path: Path) -> None:
 
 
 @needs_espeak
-def test_speed_language_and_written_marks(tmp_path: Path) -> None:
+async def test_speed_language_and_written_marks(tmp_path: Path) -> None:
     bodies = [
         HI,
         {**HI, "speed": 2.0},
@@ -90,7 +87,7 @@ def test_speed_language_and_written_marks(tmp_path: Path) -> None:
         {**HI, "model": "espeak"},
         {**HI, "input": "**Turn** on the `light` in the [kitchen](http://a.org/b/c)."},
     ]
-    answers = ask(tmp_path, *(("POST", SPEECH, {**body, "response_format": "wav"}) for body in bodies))
+    answers = await ask(tmp_path, *(("POST", SPEECH, {**body, "response_format": "wav"}) for body in bodies))
     plain, fast, german, by_model, marked = (answer.content for answer in answers)
     assert heard(fast)[0] < 0.7 * heard(plain)[0]
     assert german != plain
@@ -129,10 +126,10 @@ def test_speed_language_and_written_marks(tmp_path: Path) -> None:
         ({**HI, "vioce": "espeak"}, 400, "vioce"),
     ],
 )
-def test_what_cannot_be_spoken_is_refused_with_a_remedy(
+async def test_what_cannot_be_spoken_is_refused_with_a_remedy(
     tmp_path: Path, body: dict[str, Any], status: int, param: str | None
 ) -> None:
-    bad, good = ask(tmp_path, ("POST", SPEECH, body), ("POST", SPEECH, HI))
+    bad, good = await ask(tmp_path, ("POST", SPEECH, body), ("POST", SPEECH, HI))
     error = bad.json()["error"]
     assert (bad.status_code, error["param"]) == (status, param), bad.text
     assert error["remedy"] and len(error["message"]) < 600
@@ -140,13 +137,13 @@ def test_what_cannot_be_spoken_is_refused_with_a_remedy(
 
 
 @needs_espeak
-def test_a_text_above_the_body_limit_is_413(tmp_path: Path) -> None:
-    (answer,) = ask(tmp_path, ("POST", SPEECH, {**HI, "input": "x" * 2_000_001}))
+async def test_a_text_above_the_body_limit_is_413(tmp_path: Path) -> None:
+    (answer,) = await ask(tmp_path, ("POST", SPEECH, {**HI, "input": "x" * 2_000_001}))
     assert answer.status_code == 413
 
 
 @pytest.mark.parametrize("speech", [SpeechOptions(voice="off"), SpeechOptions()])
-def test_a_team_that_does_not_speak_has_no_such_model(
+async def test_a_team_that_does_not_speak_has_no_such_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speech: SpeechOptions
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -156,35 +153,35 @@ def test_a_team_that_does_not_speak_has_no_such_model(
         ("POST", COMPLETIONS, chat(**ALOUD)),
         ("GET", "/v1/models", None),
     ]
-    *none, listed = ask(tmp_path, *calls, speech=speech)
+    *none, listed = await ask(tmp_path, *calls, speech=speech)
     assert [(answer.status_code, answer.json()["error"]["code"]) for answer in none] == [(404, "model_not_found")] * 3
     assert "apt-get install espeak-ng" in none[0].json()["error"]["remedy"]
     assert "speech" not in [model["id"] for model in listed.json()["data"]]
 
 
 @needs_espeak
-def test_the_model_is_listed_and_a_key_opens_it(tmp_path: Path) -> None:
+async def test_the_model_is_listed_and_a_key_opens_it(tmp_path: Path) -> None:
     calls = [
         ("GET", "/v1/models", None),
         ("GET", "/v1/models/speech", None),
         ("POST", SPEECH, HI),
         ("POST", COMPLETIONS, chat(**ALOUD)),
     ]
-    listed, one, spoken, said = ask(tmp_path, *calls, keys=serving.KEYS, key="key-all")
+    listed, one, spoken, said = await ask(tmp_path, *calls, keys=serving.KEYS, key="key-all")
     assert [model for model in listed.json()["data"] if model["id"] == "speech"] == [one.json()]
     assert (one.json()["root"], one.json()["parent"], one.json()["max_model_len"]) == ("espeak", None, None)
     assert (spoken.status_code, said.status_code) == (200, 200)
-    listed, one, spoken, said = ask(tmp_path, *calls, keys=serving.KEYS, key="key-faq")
+    listed, one, spoken, said = await ask(tmp_path, *calls, keys=serving.KEYS, key="key-faq")
     assert "speech" not in [model["id"] for model in listed.json()["data"]]
     assert [one.status_code, spoken.status_code, said.status_code] == [403, 403, 403]
     assert "sartor agents key speech" in spoken.json()["error"]["remedy"]
-    assert [answer.status_code for answer in ask(tmp_path, *calls, keys=serving.KEYS)] == [401] * 4
+    assert [answer.status_code for answer in (await ask(tmp_path, *calls, keys=serving.KEYS))] == [401] * 4
 
 
 @needs_espeak
-def test_a_reply_is_text_and_speech_in_one_call(tmp_path: Path) -> None:
+async def test_a_reply_is_text_and_speech_in_one_call(tmp_path: Path) -> None:
     replies = serving.Replies(text='{"intent": "HassTurnOn", "area": "hall"}')
-    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(**ALOUD, n=2)), replies=replies)
+    (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(**ALOUD, n=2)), replies=replies)
     said = ChatAnswer.model_validate(answer.json())
     for place, choice in enumerate(said.choices):
         audio = choice.message.audio
@@ -197,17 +194,17 @@ def test_a_reply_is_text_and_speech_in_one_call(tmp_path: Path) -> None:
 
 
 @needs_espeak
-def test_a_reply_without_words_has_no_speech_and_speech_may_come_back(tmp_path: Path) -> None:
+async def test_a_reply_without_words_has_no_speech_and_speech_may_come_back(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "light", "parameters": {"type": "object", "properties": {}}}}]
-    (called,) = ask(tmp_path, ("POST", COMPLETIONS, chat(**ALOUD, tools=tools, tool_choice="required")))
+    (called,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(**ALOUD, tools=tools, tool_choice="required")))
     assert "audio" not in called.json()["choices"][0]["message"]
     replies = serving.Replies(pieces=[TextDelta("c", "👍", 1)])
-    (drawn,) = ask(tmp_path, ("POST", COMPLETIONS, chat(**ALOUD)), replies=replies)
+    (drawn,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(**ALOUD)), replies=replies)
     assert drawn.json()["choices"][0]["message"] == {"role": "assistant", "content": "👍", "refusal": None}
-    (first,) = ask(tmp_path, ("POST", COMPLETIONS, chat(**ALOUD)))
+    (first,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(**ALOUD)))
     turns = [*chat()["messages"], first.json()["choices"][0]["message"], {"role": "user", "content": "and then?"}]
     replies = serving.Replies()
-    (second,) = ask(tmp_path, ("POST", COMPLETIONS, {**chat(), "messages": turns}), replies=replies)
+    (second,) = await ask(tmp_path, ("POST", COMPLETIONS, {**chat(), "messages": turns}), replies=replies)
     assert second.status_code == 200, second.text
     assert replies.asked[0].messages[1] == {"role": "assistant", "content": "the sky is blue "}
 
@@ -232,62 +229,62 @@ def test_a_reply_without_words_has_no_speech_and_speech_may_come_back(tmp_path: 
         ),
     ],
 )
-def test_what_is_wrong_with_speech_is_said_before_there_is_a_reply(
+async def test_what_is_wrong_with_speech_is_said_before_there_is_a_reply(
     tmp_path: Path, fields: dict[str, Any], param: str
 ) -> None:
     replies = serving.Replies()
-    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(**{**fields})), replies=replies)
+    (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(**{**fields})), replies=replies)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
     assert replies.asked == []
 
 
 @needs_espeak
-def test_twenty_at_once_are_spoken_and_what_is_too_many_is_told_to_wait(tmp_path: Path) -> None:
+async def test_twenty_at_once_are_spoken_and_what_is_too_many_is_told_to_wait(tmp_path: Path) -> None:
     calls = [
         ("POST", SPEECH, {**HI, "input": f"Sentence number {place}.", "response_format": "wav"}) for place in range(20)
     ]
-    answers = ask(tmp_path, *calls)
+    answers = await ask(tmp_path, *calls)
     assert [answer.status_code for answer in answers] == [200] * 20
     assert len({answer.content for answer in answers}) == 20
-    few = ask(tmp_path, *calls, speech=SpeechOptions(voice="espeak", at_once=1, waiting=5))
+    few = await ask(tmp_path, *calls, speech=SpeechOptions(voice="espeak", at_once=1, waiting=5))
     busy = [answer for answer in few if answer.status_code == 429]
     assert len(busy) == 15 and all(int(answer.headers["retry-after"]) >= 1 for answer in busy)
 
 
-def test_a_long_text_holds_up_neither_a_short_one_nor_a_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_text_holds_up_neither_a_short_one_nor_a_reply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     play_espeak(tmp_path, "sleep 0.05; head -c 44 /dev/zero | tr '\\0' '\\1'; cat", monkeypatch)
 
-    async def main() -> list[str]:
-        done: list[str] = []
-        house = serving.house(speech=SpeechService(SpeechOptions(voice="espeak", at_once=1)))
+    done: list[str] = []
+    house = serving.house(speech=SpeechService(SpeechOptions(voice="espeak", at_once=1)))
 
-        async def post(client: Any, name: str, path: str, body: Any) -> None:
-            assert (await client.post(path, json=body)).status_code == 200
-            done.append(name)
+    async def post(client: Any, name: str, path: str, body: Any) -> None:
+        assert (await client.post(path, json=body)).status_code == 200
+        done.append(name)
 
-        async with serving.client(house, serving.team(tmp_path / "state")) as client:
-            long = asyncio.ensure_future(
-                post(client, "long", SPEECH, {**HI, "input": "A sentence of words. " * 190, "response_format": "pcm"})
-            )
-            await asyncio.sleep(0.12)
-            await asyncio.gather(
-                post(client, "reply", COMPLETIONS, chat()),
-                post(client, "short", SPEECH, {**HI, "response_format": "pcm"}),
-            )
-            await long
-        await house.speech.close()
-        return done
-
-    assert asyncio.run(main()) == ["reply", "short", "long"]
+    async with serving.client(house, serving.team(tmp_path / "state")) as client:
+        long = asyncio.ensure_future(
+            post(client, "long", SPEECH, {**HI, "input": "A sentence of words. " * 190, "response_format": "pcm"})
+        )
+        await asyncio.sleep(0.12)
+        await asyncio.gather(
+            post(client, "reply", COMPLETIONS, chat()),
+            post(client, "short", SPEECH, {**HI, "response_format": "pcm"}),
+        )
+        await long
+    await house.speech.close()
+    result = done
+    assert result == ["reply", "short", "long"]
 
 
 @pytest.mark.parametrize(("body", "status"), [("exec sleep 60", 504), ("exit 1", 503), ("kill -9 $$", 503)])
-def test_a_voice_that_hangs_or_dies_is_an_error_of_that_request(
+async def test_a_voice_that_hangs_or_dies_is_an_error_of_that_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, status: int
 ) -> None:
     play_espeak(tmp_path, body, monkeypatch)
     calls = [("POST", SPEECH, {**HI, "response_format": form}) for form in ("wav", "pcm")]
-    answers = ask(
+    answers = await ask(
         tmp_path,
         *calls,
         ("POST", COMPLETIONS, chat()),
@@ -297,26 +294,23 @@ def test_a_voice_that_hangs_or_dies_is_an_error_of_that_request(
     assert all(answer.json()["error"]["remedy"] for answer in answers[:2])
 
 
-def test_the_deadline_ends_speech_and_a_client_that_leaves_frees_its_place(
+async def test_the_deadline_ends_speech_and_a_client_that_leaves_frees_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     play_espeak(tmp_path, "sleep 0.2; head -c 46 /dev/zero | tr '\\0' '\\1'", monkeypatch)
 
-    async def main() -> tuple[int, int]:
-        speaker = SpeechService(SpeechOptions(voice="espeak", at_once=1, waiting=1))
-        house = serving.house(speech=speaker)
-        long = {**HI, "input": "A sentence of words. " * 190, "response_format": "wav"}
-        async with serving.client(house, serving.team(tmp_path / "state", limits={"deadline_s": 0.3})) as client:
-            late = (await client.post(SPEECH, json=long)).status_code
-            leaving = asyncio.ensure_future(client.post(SPEECH, json=long))
-            await asyncio.sleep(0.05)
-            leaving.cancel()
-            await asyncio.gather(leaving, return_exceptions=True)
-            next_one = (await client.post(SPEECH, json={**HI, "response_format": "pcm"})).status_code
-        await speaker.close()
-        return late, next_one
-
-    late, next_one = asyncio.run(main())
+    speaker = SpeechService(SpeechOptions(voice="espeak", at_once=1, waiting=1))
+    house = serving.house(speech=speaker)
+    long = {**HI, "input": "A sentence of words. " * 190, "response_format": "wav"}
+    async with serving.client(house, serving.team(tmp_path / "state", limits={"deadline_s": 0.3})) as client:
+        late = (await client.post(SPEECH, json=long)).status_code
+        leaving = asyncio.ensure_future(client.post(SPEECH, json=long))
+        await asyncio.sleep(0.05)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        next_one = (await client.post(SPEECH, json={**HI, "response_format": "pcm"})).status_code
+    await speaker.close()
+    late, next_one = late, next_one
     assert late == 504
     assert next_one in (200, 504)  # its piece stands behind one that is still spoken, but no place is taken
 
@@ -337,7 +331,7 @@ def test_stream_that_fails_is_cut_and_noted(tmp_path: Path, monkeypatch: pytest.
     assert "sentence" not in log.getvalue()
 
 
-def test_a_team_names_its_voices_and_a_client_names_them_without_their_path(
+async def test_a_team_names_its_voices_and_a_client_names_them_without_their_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     play_piper(tmp_path, SAYS, monkeypatch)
@@ -348,7 +342,7 @@ def test_a_team_names_its_voices_and_a_client_names_them_without_their_path(
         {**HI, "voice": voice, "response_format": "wav"}
         for voice in ("default", "piper:anna", f"piper:{tmp_path}/anna.onnx", "espeak")
     ]
-    answers = ask(tmp_path, *(("POST", SPEECH, body) for body in bodies), speech=speech)
+    answers = await ask(tmp_path, *(("POST", SPEECH, body) for body in bodies), speech=speech)
     assert [answer.status_code for answer in answers] == [200, 200, 400, 400]
     assert answers[0].content == answers[1].content
 
@@ -401,16 +395,14 @@ def test_openais_client_speaks(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux alone")
-def test_whoever_speaks_lets_the_workers_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_whoever_speaks_lets_the_workers_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play_espeak(tmp_path, f"nice > {tmp_path}/nice; head -c 46 /dev/zero | tr '\\0' '\\1'", monkeypatch)
     speaker = SpeechService(SpeechOptions(voice="espeak"))
     own = os.getpriority(os.PRIO_PROCESS, 0)
 
-    async def main() -> int:
-        await speaker.say("hello", speaker.voice("default"), "wav")
-        in_thread = await speaker.aside(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-        await speaker.close()
-        return in_thread
-
-    assert asyncio.run(main()) == int((tmp_path / "nice").read_text()) == min(own + 10, 19)
+    await speaker.say("hello", speaker.voice("default"), "wav")
+    in_thread = await speaker.aside(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+    await speaker.close()
+    result = in_thread
+    assert result == int((tmp_path / "nice").read_text()) == min(own + 10, 19)
     assert os.getpriority(os.PRIO_PROCESS, 0) == own

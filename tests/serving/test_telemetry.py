@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import sys
@@ -22,21 +21,20 @@ from serving import chat
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-def spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *bodies: Any) -> list[Any]:
+async def spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *bodies: Any) -> list[Any]:
     exporter = InMemorySpanExporter()
     monkeypatch.setattr("sartor.serving.http.server.Tracer", lambda endpoint: Tracer(endpoint, exporter))
 
-    async def main() -> None:
-        async with serving.client(serving.house(), serving.team(tmp_path), traceparent=PARENT) as client:
-            for body in bodies:
-                await client.post("/v1/chat/completions", json=body)
-
-    asyncio.run(main())
+    async with serving.client(serving.house(), serving.team(tmp_path), traceparent=PARENT) as client:
+        for body in bodies:
+            await client.post("/v1/chat/completions", json=body)
     return list(exporter.get_finished_spans())
 
 
-def test_a_request_is_a_span_without_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reply, refused = spans(tmp_path, monkeypatch, chat("my secret", stream=True), chat("my secret", model="nobody"))
+async def test_a_request_is_a_span_without_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply, refused = await spans(
+        tmp_path, monkeypatch, chat("my secret", stream=True), chat("my secret", model="nobody")
+    )
     assert reply.name == "chat faq@1.0"
     assert f"{reply.parent.span_id:016x}" == "b7ad6b7169203331"
     said = dict(reply.attributes)

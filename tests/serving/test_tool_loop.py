@@ -55,23 +55,20 @@ def team(tmp_path: Path, **changes: Any) -> Team:
     return serving.team(tmp_path, agents=(AgentOptions("faq", "faq", tools=("small",)),), tools=(server,))
 
 
-def run(tmp_path: Path, *rounds: Sequence[tuple[str, Any]], **changes: Any) -> dict[str, Any]:
+async def run(tmp_path: Path, *rounds: Sequence[tuple[str, Any]], **changes: Any) -> dict[str, Any]:
     """What came of a request whose agent calls these tools."""
     made, replies = team(tmp_path, **changes), Scripted(rounds)
 
-    async def main() -> dict[str, Any]:
-        box = ToolServers(made)
-        await box.start()
-        try:
-            answer = await ToolCallingAgent(replies, box, made).open(
-                AgentRequest("faq", ({"role": "user", "content": "q"},))
-            )
-            events = [event async for event in answer.events]
-            return {"answer": answer, "events": events, "declared": box.declared("faq"), "troubles": box.troubles}
-        finally:
-            await box.close()
-
-    came = asyncio.run(main())
+    box = ToolServers(made)
+    await box.start()
+    try:
+        answer = await ToolCallingAgent(replies, box, made).open(
+            AgentRequest("faq", ({"role": "user", "content": "q"},))
+        )
+        events = [event async for event in answer.events]
+        came = {"answer": answer, "events": events, "declared": box.declared("faq"), "troubles": box.troubles}
+    finally:
+        await box.close()
     turns = [turn for turn in replies.asked[-1].messages if turn["role"] == "tool"]
     rows = [
         json.loads(row) for file in (tmp_path / "tools").glob("tools-*.jsonl") for row in file.read_text().splitlines()
@@ -79,8 +76,10 @@ def run(tmp_path: Path, *rounds: Sequence[tuple[str, Any]], **changes: Any) -> d
     return {**came, "results": [turn["content"] for turn in turns], "asked": replies.asked, "rows": rows}
 
 
-def test_a_call_is_run_and_its_result_told_to_the_agent_and_a_broken_schema_is_not_offered(tmp_path: Path) -> None:
-    came = run(tmp_path, [("double", {"number": 21})], [("environment", {}), ("long", {})], result_bytes=500)
+async def test_a_call_is_run_and_its_result_told_to_the_agent_and_a_broken_schema_is_not_offered(
+    tmp_path: Path,
+) -> None:
+    came = await run(tmp_path, [("double", {"number": 21})], [("environment", {}), ("long", {})], result_bytes=500)
     assert came["results"][0] == "42"
     assert "PATH" in came["results"][1] and "PYTHONPATH" not in came["results"][1]
     assert came["results"][2].endswith("[cut: 49500 more bytes]")
@@ -100,9 +99,9 @@ def test_a_call_is_run_and_its_result_told_to_the_agent_and_a_broken_schema_is_n
     )  # no words
 
 
-def test_what_goes_wrong_is_told_to_the_agent_and_in_the_reason(tmp_path: Path) -> None:
+async def test_what_goes_wrong_is_told_to_the_agent_and_in_the_reason(tmp_path: Path) -> None:
     calls = [("double", {"number": "x"}), ("nothing", {}), ("fails", {})]
-    came = run(tmp_path, *([call] for call in calls))
+    came = await run(tmp_path, *([call] for call in calls))
     wrong, unknown, fails = came["results"]
     assert "the arguments of double are wrong: at $.number: 'x' is not of type 'integer'" in wrong
     assert unknown == "error: there is no tool 'nothing'" and fails == "error: the tool fails says: no such room"
@@ -113,7 +112,7 @@ def test_what_goes_wrong_is_told_to_the_agent_and_in_the_reason(tmp_path: Path) 
     assert [row["error"] for row in came["rows"]] == ["RequestError"] * 3
 
 
-def test_a_tool_that_hangs_or_dies_costs_its_result_alone_and_is_opened_again(tmp_path: Path) -> None:
+async def test_a_tool_that_hangs_or_dies_costs_its_result_alone_and_is_opened_again(tmp_path: Path) -> None:
     made, replies = team(tmp_path), Scripted([[("dies", {})]])
 
     async def main() -> tuple[AgentReply, str, str]:
@@ -135,7 +134,7 @@ def test_a_tool_that_hangs_or_dies_costs_its_result_alone_and_is_opened_again(tm
         finally:
             await box.close()
 
-    answer, late, again = asyncio.run(main())
+    answer, late, again = await main()
     assert "the tool slow took longer than" in late
     assert "the tool dies failed" in answer.reason and again == "8"
 
@@ -151,7 +150,7 @@ def by_http(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], int]]:
             process.kill()
 
 
-def test_tools_of_an_address_are_called_with_the_key_that_the_environment_has(
+async def test_tools_of_an_address_are_called_with_the_key_that_the_environment_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SMALL_TOKEN", "open sesame")
@@ -167,87 +166,78 @@ def test_tools_of_an_address_are_called_with_the_key_that_the_environment_has(
         return said
 
     with by_http() as (_, port):
-        right, wrong, none = asyncio.run(main(port))
+        right, wrong, none = await main(port)
     assert right == "42" and "NO_TOKEN is not set" in none
     assert "tools small" in wrong and "barley" not in wrong, wrong
 
 
-def test_an_address_that_goes_away_is_a_trouble_until_it_is_back(
+async def test_an_address_that_goes_away_is_a_trouble_until_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SMALL_TOKEN", "open sesame")
 
-    async def main() -> tuple[str, str]:
-        with by_http() as (process, port):
-            server = McpConnection(
-                ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN", timeout_s=120.0),
-                tmp_path,
-            )
-            await server.start()
-            before = await server.call("double", {"number": 4}, 120)
-            process.kill()
-            process.wait()
-            with pytest.raises(UnavailableError, match="the tool double failed"):
-                await server.call("double", {"number": 3}, 120)
-        while server.is_open:
-            await asyncio.sleep(0.01)
-        with by_http(port):
-            async with asyncio.timeout(60):
-                while not server.is_open:
-                    await asyncio.sleep(0.1)
-            after = await server.call("double", {"number": 4}, 120)
+    with by_http() as (process, port):
+        server = McpConnection(
+            ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN", timeout_s=120.0),
+            tmp_path,
+        )
+        await server.start()
+        before = await server.call("double", {"number": 4}, 120)
+        process.kill()
+        process.wait()
+        with pytest.raises(UnavailableError, match="the tool double failed"):
+            await server.call("double", {"number": 3}, 120)
+    while server.is_open:
+        await asyncio.sleep(0.01)
+    with by_http(port):
+        async with asyncio.timeout(60):
+            while not server.is_open:
+                await asyncio.sleep(0.1)
+        after = await server.call("double", {"number": 4}, 120)
+        await server.close()
+    result = before, after
+    assert result == ("8", "8")
+
+
+async def test_a_server_that_is_closed_while_it_breaks_off_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMALL_TOKEN", "open sesame")
+
+    with by_http() as (process, port):
+        server = McpConnection(
+            ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN", timeout_s=120.0),
+            tmp_path,
+        )
+        await server.start()
+        process.kill()
+        process.wait()
+        with pytest.raises(UnavailableError):
+            await server.call("double", {"number": 3}, 120)
+        async with asyncio.timeout(20):  # at once: a cancellation reaches the package while it closes the session
             await server.close()
-        return before, after
-
-    assert asyncio.run(main()) == ("8", "8")
 
 
-def test_a_server_that_is_closed_while_it_breaks_off_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SMALL_TOKEN", "open sesame")
-
-    async def main() -> None:
-        with by_http() as (process, port):
-            server = McpConnection(
-                ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN", timeout_s=120.0),
-                tmp_path,
-            )
-            await server.start()
-            process.kill()
-            process.wait()
-            with pytest.raises(UnavailableError):
-                await server.call("double", {"number": 3}, 120)
-            async with asyncio.timeout(20):  # at once: a cancellation reaches the package while it closes the session
-                await server.close()
-
-    asyncio.run(main())
-
-
-def test_the_same_call_twice_and_too_many_rounds_are_stopped(tmp_path: Path) -> None:
-    same = run(tmp_path / "same", *[[("double", {"number": 1})]] * 3)
+async def test_the_same_call_twice_and_too_many_rounds_are_stopped(tmp_path: Path) -> None:
+    same = await run(tmp_path / "same", *[[("double", {"number": 1})]] * 3)
     assert "called twice with the same arguments" in same["answer"].reason and len(same["asked"]) == 3
     assert same["asked"][-1].tools == () and len(same["rows"]) == 2
-    many = run(tmp_path / "many", *[[("double", {"number": number})] for number in range(ROUNDS + 3)])
+    many = await run(tmp_path / "many", *[[("double", {"number": number})] for number in range(ROUNDS + 3)])
     assert len(many["asked"]) == ROUNDS + 1 and f"{ROUNDS} rounds of tools were used up" in many["answer"].reason
 
 
-def test_only_what_is_allowed_is_offered_and_a_server_that_is_not_there_is_a_trouble(tmp_path: Path) -> None:
-    some = run(tmp_path, allow=("double", "absent"))
+async def test_only_what_is_allowed_is_offered_and_a_server_that_is_not_there_is_a_trouble(tmp_path: Path) -> None:
+    some = await run(tmp_path, allow=("double", "absent"))
     assert [tool["function"]["name"] for tool in some["declared"]] == ["double"]
     assert "has no such tool" in some["troubles"]["tools small.absent"]
     made = serving.team(
         tmp_path, agents=(AgentOptions("faq", "faq", tools=("x",)),), tools=(ToolServer("x", ("/no/such/program",)),)
     )
 
-    async def main() -> tuple[dict[str, str], Any]:
-        box = ToolServers(made)
-        await box.start()
-        await box.close()
-        return box.troubles, box.declared("faq")
-
-    troubles, declared = asyncio.run(main())
-    assert "No such file" in troubles["tools x"] and declared == ()
+    box = ToolServers(made)
+    await box.start()
+    await box.close()
+    assert "No such file" in box.troubles["tools x"] and box.declared("faq") == ()
 
 
 def test_tools_that_nobody_can_open_are_refused_when_the_file_is_read(tmp_path: Path) -> None:
@@ -260,25 +250,24 @@ def test_tools_that_nobody_can_open_are_refused_when_the_file_is_read(tmp_path: 
         serving.team(tmp_path, agents=(AgentOptions("faq", "faq", tools=("small",)),))
 
 
-def test_an_agent_is_offered_its_tools_however_it_is_asked_and_a_client_may_say_others_or_none(tmp_path: Path) -> None:
+async def test_an_agent_is_offered_its_tools_however_it_is_asked_and_a_client_may_say_others_or_none(
+    tmp_path: Path,
+) -> None:
     tool, own = (
         {"type": "function", "function": {"name": "double"}},
         {"type": "function", "function": {"name": "look"}},
     )
 
-    async def work() -> None:
-        crew, made = FakeCrew(), serving.team(tmp_path / "state")
-        known = registry(tmp_path, version("faq", "1", tools=[own]), version("home", "1", tools=[own]))
-        async with dispatching(made, crew, known, router=FakeRouter("faq")) as dispatch:
-            dispatch.team_tools = lambda name: (tool,) if name == "faq" else ()
-            expected = {"faq": (tool,), "faq@1": (tool,), "auto": (tool,), "home": (own,), "base": ()}
-            for model, tools in expected.items():
-                await said(dispatch, asked(model))
-                assert crew.calls[-1].tools == tools, model
-            question = [{"role": "user", "content": "q"}]
-            told = {"model": "faq", "messages": question, "tools": [own], "tool_choice": "none"}
-            for body, tools in [(told, ()), ({**told, "tool_choice": "auto"}, (own,))]:
-                await said(dispatch, chat_request(ChatRequest.model_validate(body), RequestLimits()))
-                assert crew.calls[-1].tools == tools
-
-    asyncio.run(work())
+    crew, made = FakeCrew(), serving.team(tmp_path / "state")
+    known = registry(tmp_path, version("faq", "1", tools=[own]), version("home", "1", tools=[own]))
+    async with dispatching(made, crew, known, router=FakeRouter("faq")) as dispatch:
+        dispatch.team_tools = lambda name: (tool,) if name == "faq" else ()
+        expected = {"faq": (tool,), "faq@1": (tool,), "auto": (tool,), "home": (own,), "base": ()}
+        for model, tools in expected.items():
+            await said(dispatch, asked(model))
+            assert crew.calls[-1].tools == tools, model
+        question = [{"role": "user", "content": "q"}]
+        told = {"model": "faq", "messages": question, "tools": [own], "tool_choice": "none"}
+        for body, tools in [(told, ()), ({**told, "tool_choice": "auto"}, (own,))]:
+            await said(dispatch, chat_request(ChatRequest.model_validate(body), RequestLimits()))
+            assert crew.calls[-1].tools == tools

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 from pathlib import Path
@@ -18,7 +17,7 @@ pytest.importorskip("mcp")
 
 @pytest.mark.services
 @pytest.mark.alone
-def test_a_server_opens_its_tools_says_what_is_wrong_with_them_and_answers_mcp(
+async def test_a_server_opens_its_tools_says_what_is_wrong_with_them_and_answers_mcp(
     tiny_base: Path, tmp_path: Path, commands: dict[str, str]
 ) -> None:
     tools = json.dumps([{"name": "small", "command": SMALL}, {"name": "absent", "command": ["/no/such/program"]}])
@@ -36,7 +35,7 @@ def test_a_server_opens_its_tools_says_what_is_wrong_with_them_and_answers_mcp(
             async with Client(f"{url}/mcp/base") as client:
                 return await client.call_tool("base", {"prompt": "light in the hall"})
 
-        said = asyncio.run(ask())
+        said = await ask()
         assert not said.is_error and said.meta["sartor/agent"].startswith("base@")
         receipt = httpx.get(f"{url}/v1/receipts/{said.meta['sartor/receipt']}", timeout=120).json()
         assert receipt["agent"] == said.meta["sartor/agent"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,19 +29,16 @@ def people() -> UserDirectory:
     return UserDirectory(lambda user: user_digest(user, DIGEST))
 
 
-def ask(tmp_path: Path, key: str, header: str = "", **fields: Any) -> tuple[int, str, Memory]:
+async def ask(tmp_path: Path, key: str, header: str = "", **fields: Any) -> tuple[int, str, Memory]:
     """(status, for whom the request came to the agents, what is remembered)."""
     replies, persons = serving.Replies(), people()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    async def main() -> tuple[int, Memory]:
-        house = serving.house(replies=replies, people=persons, keys=SPEAKS if key else None)
-        async with serving.client(house, serving.team(tmp_path), **headers) as client:
-            sent = {"x-sartor-user": header} if header else {}
-            answer = await client.post("/v1/chat/completions", json=chat(**fields), headers=sent)
-            return answer.status_code, client.server.app.state.desk.memory
-
-    status, memory = asyncio.run(main())
+    house = serving.house(replies=replies, people=persons, keys=SPEAKS if key else None)
+    async with serving.client(house, serving.team(tmp_path), **headers) as client:
+        sent = {"x-sartor-user": header} if header else {}
+        answer = await client.post("/v1/chat/completions", json=chat(**fields), headers=sent)
+        status, memory = answer.status_code, client.server.app.state.desk.memory
     return status, replies.asked[0].person if replies.asked else "", memory
 
 
@@ -63,12 +59,14 @@ def ask(tmp_path: Path, key: str, header: str = "", **fields: Any) -> tuple[int,
         ("", "", "x" * (MOST_CHARACTERS + 1), 400, ""),
     ],
 )
-def test_whom_a_request_is_for(tmp_path: Path, key: str, header: str, user: str, status: int, person: str) -> None:
-    assert ask(tmp_path, key, header, **({"user": user} if user else {}))[:2] == (status, person)
+async def test_whom_a_request_is_for(
+    tmp_path: Path, key: str, header: str, user: str, status: int, person: str
+) -> None:
+    assert (await ask(tmp_path, key, header, **({"user": user} if user else {})))[:2] == (status, person)
 
 
-def test_who_is_forgotten_is_forgotten_in_memory_whoever_asked_for_them(tmp_path: Path) -> None:
-    _, _, memory = ask(tmp_path, "key-all", user="ada")
+async def test_who_is_forgotten_is_forgotten_in_memory_whoever_asked_for_them(tmp_path: Path) -> None:
+    _, _, memory = await ask(tmp_path, "key-all", user="ada")
     assert memory.find("r1") is not None and memory.find("r1").person == ADA  # type: ignore[union-attr]
     memory.keep("r2", Exchange("faq@1", [], "of ben", "yes", person=user_digest("ben", DIGEST)))
     memory.forget_person(ADA)
@@ -78,13 +76,13 @@ def test_who_is_forgotten_is_forgotten_in_memory_whoever_asked_for_them(tmp_path
 
 
 @pytest.mark.parametrize(("user", "by"), [({}, ADA), ({"user": "ada"}, "digest of the team's own key")])
-def test_feedback_on_what_a_user_asked_is_that_users(tmp_path: Path, user: dict[str, str], by: str) -> None:
+async def test_feedback_on_what_a_user_asked_is_that_users(tmp_path: Path, user: dict[str, str], by: str) -> None:
     async def main() -> None:
         async with serving.client(serving.house(people=people()), serving.team(tmp_path)) as client:
             await client.post("/v1/chat/completions", json=chat("hello", user="ada"))
             assert (await client.post("/v1/feedback", json={"receipt": "r1", "rating": 1, **user})).status_code == 200
 
-    asyncio.run(main())
+    await main()
     (kept,) = FeedbackStore(tmp_path / "inbox").lines()
     assert (
         kept.feedback is not None

@@ -113,33 +113,29 @@ def look(held: WorkerSlots, child: WorkerProcess, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", MADE)
-def test_text_and_label_of_an_end_are_golden(how: str) -> None:
-    async def scenario() -> tuple[str, dict[str, int]]:
-        held = places()
-        child = await ended(how, held)
-        held._ended(child)
-        return held.health()[0]["last_end"], dict(held.ends)
-
-    assert asyncio.run(scenario()) == (TEXTS[how], {LABELS[how]: 1})
+async def test_text_and_label_of_an_end_are_golden(how: str) -> None:
+    held = places()
+    child = await ended(how, held)
+    held._ended(child)
+    result = held.health()[0]["last_end"], dict(held.ends)
+    assert result == (TEXTS[how], {LABELS[how]: 1})
 
 
-def test_first_end_of_a_worker_stays() -> None:
-    async def scenario() -> str:
-        held = places()
-        child = await ended("over", held)
-        await child.close(0.0)
-        return str(held.health()[0]["last_end"])
-
-    assert asyncio.run(scenario()) == TEXTS["over"]
+async def test_first_end_of_a_worker_stays() -> None:
+    held = places()
+    child = await ended("over", held)
+    await child.close(0.0)
+    result = str(held.health()[0]["last_end"])
+    assert result == TEXTS["over"]
 
 
-def test_question_of_a_worker_that_ended_has_the_text() -> None:
+async def test_question_of_a_worker_that_ended_has_the_text() -> None:
     async def scenario() -> None:
         child = await ended("SIGKILL")
         await child.ask("embed")
 
     with pytest.raises(WorkerDiedError, match="^crashed: killed by SIGKILL$"):
-        asyncio.run(scenario())
+        await scenario()
 
 
 async def deaths(how: str) -> tuple[list[Any], dict[str, int]]:
@@ -166,8 +162,8 @@ async def no_worker() -> WorkerProcess:
 
 
 @pytest.mark.parametrize("how", ["status", "SIGTERM", "far above"])
-def test_an_end_that_is_certain_condemns_a_call_at_once(how: str) -> None:
-    (failed,), counts = asyncio.run(deaths(how))
+async def test_an_end_that_is_certain_condemns_a_call_at_once(how: str) -> None:
+    (failed,), counts = await deaths(how)
     assert failed == ReplyFailed(
         "c",
         "ModelError",
@@ -178,19 +174,19 @@ def test_an_end_that_is_certain_condemns_a_call_at_once(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "hangs", "hangs in start"])
-def test_an_end_that_may_come_from_outside_condemns_at_the_second(how: str) -> None:
-    said, counts = asyncio.run(deaths(how))
+async def test_an_end_that_may_come_from_outside_condemns_at_the_second(how: str) -> None:
+    said, counts = await deaths(how)
     assert said[0] is None and said[1].problem == f"the workers that made this reply of a@1 died: {TEXTS[how]}"
     assert counts == {"made_again": 2, "condemned": 1}
 
 
-def test_a_recycled_worker_is_held_against_no_call() -> None:
-    said, counts = asyncio.run(deaths("over"))
+async def test_a_recycled_worker_is_held_against_no_call() -> None:
+    said, counts = await deaths("over")
     assert said == [None, None] and counts == {"made_again": 2}
 
 
 @pytest.mark.parametrize(("how", "loads"), [("SIGKILL", 5), ("status", 2), ("hangs", 2)])
-def test_an_adapter_is_blamed_by_how_workers_ended(how: str, loads: int) -> None:
+async def test_an_adapter_is_blamed_by_how_workers_ended(how: str, loads: int) -> None:
     """Workers that may have been killed from outside count less."""
 
     async def scenario() -> int:
@@ -209,7 +205,7 @@ def test_an_adapter_is_blamed_by_how_workers_ended(how: str, loads: int) -> None
         assert caught.value.problem == f"workers died while they loaded the adapter adapter-of-a: {TEXTS[how]}"
         return tries
 
-    assert asyncio.run(scenario()) == loads
+    assert (await scenario()) == loads
 
 
 def test_cases_are_complete() -> None:

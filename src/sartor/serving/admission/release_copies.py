@@ -104,10 +104,13 @@ def read_passed_record(path: Path) -> dict[str, Any]:
 
 
 def renew(path: Path, record: dict[str, Any]) -> None:
-    """Write down what a copy passed now. A disk that takes nothing costs the same checks at the next start."""
+    """Write down what a copy passed now, with the rights of the file before. A disk that takes nothing costs the same
+    checks at the next start.
+    """
     if path.is_dir():  # one that is gone meanwhile is not begun anew
         with suppress(OSError):
-            write_file_atomic(path / PASSED, records.canonical({"schema": 1, **record}))
+            rights = (path / PASSED).stat().st_mode & 0o777
+            write_file_atomic(path / PASSED, records.canonical({"schema": 1, **record}), mode=rights)
 
 
 class _ReleaseCopier:
