@@ -216,11 +216,9 @@ def test_the_limits_are_options_of_a_team(tmp_path: Path) -> None:
 
 
 async def test_the_openapi_shows_the_parts(tmp_path: Path) -> None:
-    async def main() -> Any:
-        async with serving.client(serving.house(), serving.team(tmp_path)) as client:
-            return (await client.get("/openapi.json")).json()
-
-    schemas = (await main())["components"]["schemas"]
+    async with serving.client(serving.house(), serving.team(tmp_path)) as client:
+        result = (await client.get("/openapi.json")).json()
+    schemas = result["components"]["schemas"]
     assert {"ImagePart", "ImageUrl", "AudioPart", "InputAudio"} <= set(schemas)
     assert "mp3" in schemas["InputAudio"]["properties"]["format"]["enum"]
 
@@ -231,10 +229,8 @@ async def test_models_say_what_they_read(tmp_path: Path) -> None:
             seeing = AgentListing("eye", "2", ("2", "1"), {}, True, {"2": ("image",), "1": ()})
             return [*await super().listed(), seeing]
 
-    async def main() -> Any:
-        async with serving.client(serving.house(agent_admin=Roster()), serving.team(tmp_path)) as client:
-            return (await client.get("/v1/models")).json()["data"]
-
-    reads = {model["id"]: model["modalities"] for model in (await main())}
+    async with serving.client(serving.house(agent_admin=Roster()), serving.team(tmp_path)) as client:
+        result = (await client.get("/v1/models")).json()["data"]
+    reads = {model["id"]: model["modalities"] for model in result}
     assert (reads["eye"], reads["eye@2"], reads["eye@1"]) == (["text", "image"], ["text", "image"], ["text"])
     assert (reads["auto"], reads["base"], reads["faq"]) == (["text", "image"], ["text"], ["text"])

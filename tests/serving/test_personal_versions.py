@@ -68,21 +68,18 @@ async def test_a_person_is_answered_by_their_own_and_nobody_else_is(tmp_path: Pa
     of, _ = opened(tmp_path, own(ADA))
     crew, receipts = FakeCrew(), FakeReceipts()
 
-    async def scenario() -> None:
-        async with dispatching(team(tmp_path), crew, of, admit=admitted, receipts=receipts) as dispatch:
-            assert "own-aaaa" not in crew.attached, "loaded on demand"
-            agent, text, reason = await told(dispatch, ADA)
-            assert (agent, text) == ("faq@1+personal", "by own-aaaa") and reason.endswith("the user's own version")
-            assert await told(dispatch, BEN) == ("faq@1", "by faq-1", "asked by name")
-            assert (await told(dispatch))[:2] == ("faq@1", "by faq-1")
-            assert (await told(dispatch, ADA, "faq@1"))[0] == "faq@1", "an exact version is that one"
-            assert (await told(dispatch, ADA, "faq@1+personal"))[0] == "faq@1+personal"
-            assert (await told(dispatch, ADA, "base"))[0].startswith("base@")
-        first = receipts.kept[0]
-        assert (first.person, first.release_id, first.call.adapter) == (ADA, "id-faq-1", "own-aaaa")
-        assert receipts.kept[1].person == ""
-
-    await scenario()
+    async with dispatching(team(tmp_path), crew, of, admit=admitted, receipts=receipts) as dispatch:
+        assert "own-aaaa" not in crew.attached, "loaded on demand"
+        agent, text, reason = await told(dispatch, ADA)
+        assert (agent, text) == ("faq@1+personal", "by own-aaaa") and reason.endswith("the user's own version")
+        assert await told(dispatch, BEN) == ("faq@1", "by faq-1", "asked by name")
+        assert (await told(dispatch))[:2] == ("faq@1", "by faq-1")
+        assert (await told(dispatch, ADA, "faq@1"))[0] == "faq@1", "an exact version is that one"
+        assert (await told(dispatch, ADA, "faq@1+personal"))[0] == "faq@1+personal"
+        assert (await told(dispatch, ADA, "base"))[0].startswith("base@")
+    first = receipts.kept[0]
+    assert (first.person, first.release_id, first.call.adapter) == (ADA, "id-faq-1", "own-aaaa")
+    assert receipts.kept[1].person == ""
     assert crew.lost == []
 
 
@@ -123,18 +120,15 @@ async def test_the_one_that_was_asked_for_longest_ago_goes_first(tmp_path: Path)
     of, _ = opened(tmp_path, own(ADA), own(BEN), own(CLEO))
     crew = FakeCrew()
 
-    async def scenario() -> None:
-        async with dispatching(team(tmp_path, personal=PersonalTerms(held=2)), crew, of, admit=admitted) as dispatch:
-            for person in (ADA, BEN, ADA, CLEO):
-                assert (await told(dispatch, person))[0] == "faq@1+personal"
-            await until(lambda: "own-bbbb" not in crew.attached)
-            assert {"own-aaaa", "own-cccc", "faq-1"} <= set(crew.attached) and dispatch.user_versions.loaded_count == 2
-            await dispatch.served.reload()
-            await dispatch.served.settle()
-            assert {"own-aaaa", "own-cccc"} <= set(crew.attached), "a reading of the registry takes none of them"
-            assert (await told(dispatch, BEN))[0] == "faq@1+personal", "and is there again when it is asked for"
-
-    await scenario()
+    async with dispatching(team(tmp_path, personal=PersonalTerms(held=2)), crew, of, admit=admitted) as dispatch:
+        for person in (ADA, BEN, ADA, CLEO):
+            assert (await told(dispatch, person))[0] == "faq@1+personal"
+        await until(lambda: "own-bbbb" not in crew.attached)
+        assert {"own-aaaa", "own-cccc", "faq-1"} <= set(crew.attached) and dispatch.user_versions.loaded_count == 2
+        await dispatch.served.reload()
+        await dispatch.served.settle()
+        assert {"own-aaaa", "own-cccc"} <= set(crew.attached), "a reading of the registry takes none of them"
+        assert (await told(dispatch, BEN))[0] == "faq@1+personal", "and is there again when it is asked for"
     assert crew.lost == []
 
 
@@ -154,32 +148,29 @@ async def test_a_server_lets_go_of_whom_the_registry_forgets_and_says_so(tmp_pat
     of, book = opened(tmp_path, own(ADA), own(BEN))
     crew, forgotten = FakeCrew(), []
 
-    async def scenario() -> None:
-        async with dispatching(team(tmp_path), crew, of, admit=admitted) as dispatch:
-            dispatch.user_versions.listeners.append(forgotten.append)
-            await told(dispatch, ADA)
-            await told(dispatch, BEN)
-            crew.slow = 20
-            answer = await dispatch.open(asked("faq", person=ADA))
-            generation, removed = book.forget(ADA, ChangeCause("dpo", "asked for"))
-            assert removed == {"people": 1, "speakers": 0}
-            state = Path(team(tmp_path).state)
-            assert await asyncio.to_thread(server_presence.wait_for, state, generation, 0.0) == (
-                [],
-                [server_presence.os.getpid()],
-            )
-            await until(lambda: forgotten == [ADA])
-            assert "own-aaaa" in crew.attached, "the reply that lives has it to its end"
-            await answer.events.aclose()
-            late: Sequence[int] = [1]
-            while late:
-                heard, late = await asyncio.to_thread(server_presence.wait_for, state, generation, 0.2)
-            assert heard == [server_presence.os.getpid()] and crew.renewals == 1
-            assert "own-aaaa" not in crew.attached and "own-bbbb" in crew.attached
-            assert (await told(dispatch, ADA))[:2] == ("faq@1", "by faq-1")
-        assert server_presence.running(state) == {}
-
-    await scenario()
+    async with dispatching(team(tmp_path), crew, of, admit=admitted) as dispatch:
+        dispatch.user_versions.listeners.append(forgotten.append)
+        await told(dispatch, ADA)
+        await told(dispatch, BEN)
+        crew.slow = 20
+        answer = await dispatch.open(asked("faq", person=ADA))
+        generation, removed = book.forget(ADA, ChangeCause("dpo", "asked for"))
+        assert removed == {"people": 1, "speakers": 0}
+        state = Path(team(tmp_path).state)
+        assert await asyncio.to_thread(server_presence.wait_for, state, generation, 0.0) == (
+            [],
+            [server_presence.os.getpid()],
+        )
+        await until(lambda: forgotten == [ADA])
+        assert "own-aaaa" in crew.attached, "the reply that lives has it to its end"
+        await answer.events.aclose()
+        late: Sequence[int] = [1]
+        while late:
+            heard, late = await asyncio.to_thread(server_presence.wait_for, state, generation, 0.2)
+        assert heard == [server_presence.os.getpid()] and crew.renewals == 1
+        assert "own-aaaa" not in crew.attached and "own-bbbb" in crew.attached
+        assert (await told(dispatch, ADA))[:2] == ("faq@1", "by faq-1")
+    assert server_presence.running(state) == {}
     assert crew.lost == []
 
 

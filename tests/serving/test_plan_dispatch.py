@@ -422,38 +422,35 @@ async def test_a_served_plan_is_a_name_like_any_other(tmp_path: Path) -> None:
     made = planned(tmp_path, CHECKED)
     replies = FakeReplies(home='{"room": "hall"}', base="hello")
 
-    async def work() -> None:
-        plans = opened(made, replies)
-        house = serving.house(replies=plans, plans=plans.listed, keys=serving.KEYS)
-        version = plans.listed[0].live
-        async with serving.client(house, serving.team(tmp_path), authorization="Bearer key-all") as client:
-            listed = {model["id"]: model["root"] for model in (await client.get("/v1/models")).json()["data"]}
-            assert listed["checked"] == listed[f"checked@{version}"] == f"checked@{version}"
-            body = {
-                "model": "checked",
-                "messages": [{"role": "user", "content": "light in the hall"}],
-                "n": 2,
-                "seed": 4,
-            }
-            said = await client.post("/v1/chat/completions", json=body)
-            assert [choice["message"]["content"] for choice in said.json()["choices"]] == ['{"room": "hall"}'] * 2
-            assert said.json()["model"] == f"checked@{version}"
-            assert said.json()["usage"] == {
-                "prompt_tokens": 10,
-                "completion_tokens": 4,
-                "total_tokens": 14,
-                "prompt_tokens_details": {"cached_tokens": 2},
-            }
-            stream = await client.post("/v1/chat/completions", json={**body, "n": 1, "stream": True})
-            assert stream.text.endswith("data: [DONE]\n\n") and replies.asked[-1].sampling == {"seed": 4}
-            gone = await client.post("/v1/chat/completions", json={**body, "model": "checked@0"})
-            assert gone.status_code == 404
-        async with serving.client(house, serving.team(tmp_path), authorization="Bearer key-faq") as client:
-            assert (await client.post("/v1/chat/completions", json=body)).status_code == 403
-            assert "checked" not in {model["id"] for model in (await client.get("/v1/models")).json()["data"]}
-        await plans.close()
-
-    await work()
+    plans = opened(made, replies)
+    house = serving.house(replies=plans, plans=plans.listed, keys=serving.KEYS)
+    version = plans.listed[0].live
+    async with serving.client(house, serving.team(tmp_path), authorization="Bearer key-all") as client:
+        listed = {model["id"]: model["root"] for model in (await client.get("/v1/models")).json()["data"]}
+        assert listed["checked"] == listed[f"checked@{version}"] == f"checked@{version}"
+        body = {
+            "model": "checked",
+            "messages": [{"role": "user", "content": "light in the hall"}],
+            "n": 2,
+            "seed": 4,
+        }
+        said = await client.post("/v1/chat/completions", json=body)
+        assert [choice["message"]["content"] for choice in said.json()["choices"]] == ['{"room": "hall"}'] * 2
+        assert said.json()["model"] == f"checked@{version}"
+        assert said.json()["usage"] == {
+            "prompt_tokens": 10,
+            "completion_tokens": 4,
+            "total_tokens": 14,
+            "prompt_tokens_details": {"cached_tokens": 2},
+        }
+        stream = await client.post("/v1/chat/completions", json={**body, "n": 1, "stream": True})
+        assert stream.text.endswith("data: [DONE]\n\n") and replies.asked[-1].sampling == {"seed": 4}
+        gone = await client.post("/v1/chat/completions", json={**body, "model": "checked@0"})
+        assert gone.status_code == 404
+    async with serving.client(house, serving.team(tmp_path), authorization="Bearer key-faq") as client:
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 403
+        assert "checked" not in {model["id"] for model in (await client.get("/v1/models")).json()["data"]}
+    await plans.close()
     assert [request.sampling["seed"] for request in replies.asked] == [4, 5, 4]
 
 

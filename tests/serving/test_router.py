@@ -375,23 +375,20 @@ async def test_agents_that_come_to_an_empty_team_are_waited_for_and_a_fit_holds_
         assert may_end.wait(60)
         return fit(*arguments)
 
-    async def story() -> None:
-        releases = {name: release(tmp_path, name) for name in LISTED}
-        auto = AutoRouter(Crew(), Routing("tfidf"), tmp_path / "state")
-        await auto.learn({})
-        await auto.settle()
-        await auto.learn(releases)
-        assert (await auto.route(ask("switch on the lamp in the hall"), set(LISTED))).agent == "home"
-        monkeypatch.setattr(agent_classifier, "fit", slow)
-        for name in (
-            "cook",
-            "baker",
-        ):  # the first is being fitted, the second is not wanted any more when its turn comes
-            await auto.learn({name: release(tmp_path, name, train=LISTED["chef"][:20])})
-            await asyncio.to_thread(begun.wait, 60)
-        await auto.close()
-
-    (await story())  # ends while the fit goes on
+    releases = {name: release(tmp_path, name) for name in LISTED}
+    auto = AutoRouter(Crew(), Routing("tfidf"), tmp_path / "state")
+    await auto.learn({})
+    await auto.settle()
+    await auto.learn(releases)
+    assert (await auto.route(ask("switch on the lamp in the hall"), set(LISTED))).agent == "home"
+    monkeypatch.setattr(agent_classifier, "fit", slow)
+    for name in (
+        "cook",
+        "baker",
+    ):  # the first is being fitted, the second is not wanted any more when its turn comes
+        await auto.learn({name: release(tmp_path, name, train=LISTED["chef"][:20])})
+        await asyncio.to_thread(begun.wait, 60)
+    await auto.close()
     assert not may_end.is_set() and len(fits) == 1
     may_end.set()
 

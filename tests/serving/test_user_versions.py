@@ -77,12 +77,9 @@ async def test_who_is_forgotten_is_forgotten_in_memory_whoever_asked_for_them(tm
 
 @pytest.mark.parametrize(("user", "by"), [({}, ADA), ({"user": "ada"}, "digest of the team's own key")])
 async def test_feedback_on_what_a_user_asked_is_that_users(tmp_path: Path, user: dict[str, str], by: str) -> None:
-    async def main() -> None:
-        async with serving.client(serving.house(people=people()), serving.team(tmp_path)) as client:
-            await client.post("/v1/chat/completions", json=chat("hello", user="ada"))
-            assert (await client.post("/v1/feedback", json={"receipt": "r1", "rating": 1, **user})).status_code == 200
-
-    await main()
+    async with serving.client(serving.house(people=people()), serving.team(tmp_path)) as client:
+        await client.post("/v1/chat/completions", json=chat("hello", user="ada"))
+        assert (await client.post("/v1/feedback", json={"receipt": "r1", "rating": 1, **user})).status_code == 200
     (kept,) = FeedbackStore(tmp_path / "inbox").lines()
     assert (
         kept.feedback is not None

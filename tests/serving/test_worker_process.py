@@ -189,23 +189,21 @@ async def test_a_recycled_worker_is_held_against_no_call() -> None:
 async def test_an_adapter_is_blamed_by_how_workers_ended(how: str, loads: int) -> None:
     """Workers that may have been killed from outside count less."""
 
-    async def scenario() -> int:
-        tries = 0
+    tries = 0
 
-        async def to_try() -> WorkerProcess:
-            nonlocal tries
-            tries += 1
-            child = await ended(how)
-            child.state = "gone"
-            return child
+    async def to_try() -> WorkerProcess:
+        nonlocal tries
+        tries += 1
+        child = await ended(how)
+        child.state = "gone"
+        return child
 
-        shelf = AdapterPool(lambda: [], to_try)
-        with pytest.raises(ModelError) as caught:
-            await shelf.attach("adapter-of-a-team", Path("/adapter"))
-        assert caught.value.problem == f"workers died while they loaded the adapter adapter-of-a: {TEXTS[how]}"
-        return tries
-
-    assert (await scenario()) == loads
+    shelf = AdapterPool(lambda: [], to_try)
+    with pytest.raises(ModelError) as caught:
+        await shelf.attach("adapter-of-a-team", Path("/adapter"))
+    assert caught.value.problem == f"workers died while they loaded the adapter adapter-of-a: {TEXTS[how]}"
+    result = tries
+    assert result == loads
 
 
 def test_cases_are_complete() -> None:
