@@ -202,8 +202,7 @@ async def test_an_adapter_is_blamed_by_how_workers_ended(how: str, loads: int) -
     with pytest.raises(ModelError) as caught:
         await shelf.attach("adapter-of-a-team", Path("/adapter"))
     assert caught.value.problem == f"workers died while they loaded the adapter adapter-of-a: {TEXTS[how]}"
-    result = tries
-    assert result == loads
+    assert tries == loads
 
 
 def test_cases_are_complete() -> None:
