@@ -3,13 +3,13 @@
     import sartor
 
     sartor.curate("curate.yaml", out="data/faq")          # sources -> Dataset
-    sartor.plan("tune.yaml")                              # what that will cost, before it is spent
+    sartor.plan("tune.yaml")                              # expected cost, before it is spent
     sartor.tune("tune.yaml", out="adapters/faq")          # Dataset -> Adapter
     sartor.evaluate("adapters/faq")                       # Adapter -> Report
     sartor.release("adapters/faq", name="faq", version="1.0", key="keys")
     sartor.ask("adapters/faq-1.0", "What does delivery cost?").reply
 
-Names are resolved when they are first used, so `import sartor` loads neither torch nor pyarrow.
+Names are resolved at their first use, so `import sartor` loads neither torch nor pyarrow.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ _NAMES = {
     "ValidateOptions": "sartor.synthesize.validate.types:ValidateOptions",
     "Waiver": "sartor.release.release:Waiver",
     "Wishes": "sartor.learn.run_record:RetrainOptions",
-    # what is known of them
+    # functions that read or describe them
     "assets": "sartor.core.assets:entries",
     "describe_steps": "sartor.curate.steps:lines",
     "load_curate_recipe": "sartor.curate.pipeline:load_recipe",
@@ -165,7 +165,7 @@ _NAMES = {
     "read_examples": "sartor.core.parquet_io:read_examples",
 }
 
-# what `curate` may ask texts to be turned into vectors with
+# encoders that `curate` can request
 register_encoder("tfidf", lambda: import_module("sartor.text.encoders").Tfidf())
 register_encoder("minilm", lambda: import_module("sartor.models.sentence_encoder").MiniLM())
 register_encoder_directory(
@@ -177,7 +177,7 @@ register_encoder_directory(
     lambda path: import_module("sartor.models.sentence_encoder").SentenceEncoder(path),
 )
 
-# who writes synthetic rows on this machine, and who speaks them
+# the local teacher that writes synthetic rows, and the speech synthesis that speaks them
 offer_local(
     lambda base, at_once, notice: import_module("sartor.synthesize.local_teacher").LocalTeacher(base, at_once, notice)
 )

@@ -1,4 +1,4 @@
-"""`python -m sartor` is the command `sartor`."""
+"""Entry point of `python -m sartor`, which is the command `sartor`."""
 
 from sartor.cli import main
 

@@ -144,7 +144,7 @@ def test_llama_cpp_s_process_goes_with_ours(tmp_path: Path) -> None:
 import sys, sartor.release.export.parity as r
 r.sys = type('S', (), {{'executable': {str(tmp_path / "slow")!r}}})
 print('READY', flush=True)
-r._in_a_process({{}})"""
+r._in_a_process({{}}, lambda count: None)"""
     # stands for a llama.cpp that is at work: the same module, which waits where it would open a model
     (tmp_path / "slow").write_text(
         f"#!{sys.executable}\nimport threading, time, sartor.release.export.llamacpp_process as l\n"
@@ -155,6 +155,7 @@ r._in_a_process({{}})"""
     assert parent.stdout is not None and parent.stdout.readline().strip() == "READY"
     children: list[psutil.Process] = []
     while not children:
+        assert parent.poll() is None, "it ended before it had a child"
         children = psutil.Process(parent.pid).children()
     parent.kill()
     parent.wait()

@@ -1,9 +1,9 @@
-"""Command line: one command a verb, one exit code an error.
+"""Command line: one command per verb, one exit code per error.
 
 There is no logic here: every command is one call of the public API.
 
 Every command takes `--json`: one JSON object on the last line of stdout; progress and notices always go to stderr.
-`-q` leaves them out, `-v` adds what the libraries log, and where an error came from.
+`-q` hides them; `-v` adds the log of the libraries, and the traceback of an error.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ __all__ = [
 ]
 
 
-# command -> the name of the class of its recipe or file, and what that file is: loaded for the help of that command
-# alone, since that takes a while
+# command -> class name of its recipe or file, and a description of that file; the class is loaded only for the help of
+# that command, since that takes a while
 RECIPES = {
     "curate": ("CurateRecipe", "the recipe"),
     "federate client": ("FederateRecipe", "the recipe"),
@@ -69,7 +69,7 @@ RECIPES = {
 }
 
 
-# heading of `sartor --help` -> an example, and the commands that stand below it, in this order
+# heading of `sartor --help` -> an example, and the commands below it, in this order
 GROUPS = {
     "Start here": (
         "sartor tailor faq.csv --name faq --fields prompt=Frage,completion=Antwort --licence own",
@@ -102,15 +102,15 @@ app.register_install_completion_command(help="Completion by Tab in this user's s
 
 
 def _add_options(command: str, *, is_whole: bool) -> None:
-    """Append the options of a command's recipe to its help: their texts come from their declarations.
+    """Append the options of a command's recipe to its help; their texts come from their declarations.
 
-    is_whole: every option; else those at the top and the choices of a kind.
+    is_whole: all options; otherwise those at the top level, of short sections, and the choices of a kind.
     """
     recipe, description = RECIPES[command]
     options = list(sartor.options(getattr(sartor, recipe)))
     shown = [option for option in options if is_whole or _is_at_the_top(option[0])]
     lines = [_help_line(command, *option) for option in shown]
-    if command == "curate" and is_whole:  # the options of each step follow under its name
+    if command == "curate" and is_whole:  # describe_steps lists the options of each step under its name
         lines = [line for line in lines if not line.startswith("- `steps[].") or line.startswith("- `steps[].kind")]
         lines += ["", *sartor.describe_steps(table=False)]
     if not is_whole:
@@ -122,25 +122,28 @@ def _add_options(command: str, *, is_whole: bool) -> None:
 
 
 def _is_at_the_top(name: str) -> bool:
-    """Whether a person who looks for a command's options looks for this one first."""
+    """Return whether the short help of a command shows this option."""
     path = name.split(" ")[0].split(".")
     return len(path) == 1 or (len(path) == 2 and (path[1] == "kind" or path[0] in _SECTIONS))
 
 
 def _help_line(command: str, name: str, declared: str, text: str) -> str:
-    """A line of Markdown. Options of a file that takes no flags, and of items of a list, have no dashes."""
+    """Return the line of Markdown for an option.
+
+    Options of a file without flags, and of items of a list, have no dashes.
+    """
     dashes = "" if "[]" in name or command == "release" else "--"
-    if " " in name:  # a choice of a `kind`
+    if " " in name:  # one choice of a `kind`
         return f"- `{dashes}{name}`: {text}"
     return f"- `{dashes}{name}` ({declared}): {text}"
 
 
-# short sections, whose options a first recipe sets
+# short sections whose options a first recipe sets
 _SECTIONS = ("base", "data", "budget", "optimizer", "split")
 
 
 def _command_of(arguments: list[str]) -> str:
-    """Return the command with a recipe that the arguments begin with; empty if it is another."""
+    """Return the command with a recipe at the beginning of the arguments; empty for any other command."""
     return next((name for length in (2, 1) if (name := " ".join(arguments[:length])) in RECIPES), "")
 
 
@@ -178,7 +181,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _take(arguments: list[str], *names: str) -> bool:
-    """Whether one of these flags, which every command has, was given; it is removed. What follows `--` is no flag."""
+    """Remove a flag that every command has from the arguments; return whether it was given.
+
+    Arguments after `--` are not flags.
+    """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     rest = [argument for argument in arguments[:end] if argument not in names]
     is_given = len(rest) < end
@@ -187,14 +193,14 @@ def _take(arguments: list[str], *names: str) -> bool:
 
 
 class _Nowhere(io.TextIOBase):
-    """Takes what is written and keeps nothing."""
+    """Text stream that discards its input."""
 
     def write(self, text: str) -> int:
         return len(text)
 
 
 def _help(arguments: list[str]) -> NoReturn:
-    """Print a command's help. Who reads it may have gone (`| head`), which is no error."""
+    """Print a command's help and exit. A closed pipe (`| head`) is not an error."""
     from rich.console import Console
 
     class PatientConsole(Console):
@@ -210,11 +216,14 @@ def _help(arguments: list[str]) -> NoReturn:
 
 
 def _usage_problem(text: str, arguments: list[str]) -> str:
-    """What is wrong with a command line. Cyclopts names a positional argument by a flag that nobody types."""
+    """Return the description of a usage error.
+
+    Cyclopts names a positional argument by a flag that users do not type; here it has its own name.
+    """
     text = text.strip() or "the command line is wrong"
     if (found := _MISSING.fullmatch(text)) and f"--{found['parameter']}" not in arguments:
         return f"`sartor {found['command']}` needs {found['parameter'].upper()}"
-    return text.partition(" Available commands:")[0]  # of which it lists the first eight
+    return text.partition(" Available commands:")[0]  # Cyclopts lists only the first eight commands
 
 
 _MISSING = re.compile(r'Command "(?P<command>[^"]+)" parameter --(?P<parameter>[\w-]+) requires an argument\.')
@@ -230,7 +239,7 @@ def _terminate(signal_number: int, frame: object) -> NoReturn:
 
 
 def _show(result: Any, as_json: bool) -> None:
-    if result is None:  # --help and --version have said it
+    if result is None:  # --help and --version have printed their output
         _print([])
         return
     payload = result if isinstance(result, dict) else result.as_json()
@@ -258,7 +267,10 @@ def _is_table(value: Any) -> bool:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows as lines with a column a key. A terminal folds long cells; a pipe gets every row in one line."""
+    """Return rows as lines, with one column per key.
+
+    A terminal folds long cells; a pipe gets every row in one line.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -279,7 +291,7 @@ _PIPE_COLUMNS = 100_000
 
 
 def _print(lines: Iterable[str]) -> None:
-    """To stdout; who reads it may have gone (`| head`), which is no bug: the command did its work."""
+    """Print lines to stdout. A closed pipe (`| head`) is not an error: the command has done its work."""
     try:
         for line in lines:
             print(line)
@@ -289,19 +301,19 @@ def _print(lines: Iterable[str]) -> None:
 
 
 def _is_reader_gone() -> bool:
-    """Whether it is stdout whose reader has gone, and not a pipe of the command's own."""
+    """Return whether the broken pipe is stdout, and not a pipe of the command itself."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # an error is told whatever is asked for
+    poll.register(sys.stdout.fileno(), 0)  # poll reports errors for any event mask
     return bool(poll.poll(0))
 
 
 def _leave_stdout() -> None:
-    """Nobody reads stdout any more; without this Python complains when it flushes at the end."""
+    """Redirect stdout to the null device, so that Python does not fail when it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _lines(value: Any) -> list[str]:
-    """A value as a person reads it: a list is a line an item."""
+    """Return a value as readable lines: one line per item of a list."""
     if isinstance(value, list):
         return [", ".join(_lines(item)) for item in value] or ["none"]
     if isinstance(value, dict):

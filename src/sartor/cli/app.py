@@ -14,12 +14,12 @@ from sartor.core.errors import ConfigError
 
 
 def _shown_default(value: object) -> str | None:
-    """What the help says of a default; nothing of one that says nothing."""
+    """Return the text of a default in the help; None for an empty default."""
     return None if value is None or value in ("", (), False) else str(value)
 
 
 app = App(
-    # without `--empty-waive` beside `--waive`
+    # no `--empty-waive` beside `--waive`
     default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
     name="sartor",
     help="Tailor an open model to your own data, and prove what you made.",
@@ -29,22 +29,26 @@ app = App(
     version=sartor.__version__,
 )
 
-# `--method.rank 8`: options of a recipe, handed on as they are
+# `--method.rank 8`: options of a recipe, passed on unchanged
 Flags = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 REPLACE = Annotated[bool, Parameter(negative="")]
 
 
-# Whether --json was given: for a command that goes on after it has said what it has to say
+# whether --json was given: for commands that print their result and continue
 AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
 
 
 def notice(line: str) -> None:
-    """A line for the person who waits."""
+    """Print a notice to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def prompt_of(prompt: str, file: Path | None) -> str:
-    """A prompt that was typed, or that stands in a file (`-`: standard input), where no list of processes shows it."""
+    """Return the typed prompt, or the text of a file (`-` is standard input).
+
+    A file keeps the prompt out of the list of processes. Raises ConfigError if both are given or the file cannot be
+    read.
+    """
     if file is None:
         return prompt
     if prompt:

@@ -22,17 +22,17 @@ def curate(
     resume: REPLACE = False,
     replace: REPLACE = False,
 ) -> Any:
-    """Sources -> Dataset: read, clean, remove duplicates, hold out. Options of the recipe can be given as flags.
+    """Curate sources to a Dataset: read, clean, remove duplicates, hold out.
 
-    An interrupted run of the same recipe resumes automatically.
+    Options of the recipe can be given as flags. An interrupted run of the same recipe resumes automatically.
 
     Args:
         recipe: YAML file, `sources:` alone is enough
         out: directory of the new Dataset
         on: local processes, or Ray Data (the cluster that RAY_ADDRESS names, else one on this machine)
         strict: stop at the first row that cannot be used
-        resume: also take a finished Dataset of the same recipe and sources for an answer
-        replace: replace the Dataset that stands there
+        resume: also accept a finished Dataset of the same recipe and sources as the result
+        replace: replace an existing Dataset
     """
     loaded = sartor.load_curate_recipe(recipe, flags)
     return sartor.curate(loaded, out, on=on, strict=strict, resume=resume, replace=replace, notice=notice)
@@ -40,15 +40,15 @@ def curate(
 
 @app.command
 def synthesize(recipe: Path, *flags: Flags, out: Path, resume: REPLACE = False, replace: REPLACE = False) -> Any:
-    """Rows, documents or nothing -> a Dataset of synthetic rows, which nobody has validated yet.
+    """Generate a Dataset of synthetic rows from rows, documents or nothing; nothing validates them yet.
 
-    An interrupted run of the same recipe resumes automatically, and asks the teacher nothing twice.
+    An interrupted run of the same recipe resumes automatically, and repeats no request to the teacher.
 
     Args:
         recipe: YAML file: `ways:`, and as they need them `sources:` and `teacher:`
         out: directory of the new Dataset
-        resume: also take a finished Dataset of the same recipe and sources for an answer
-        replace: replace the Dataset that stands there
+        resume: also accept a finished Dataset of the same recipe and sources as the result
+        replace: replace an existing Dataset
     """
     loaded = sartor.load_synthesize_recipe(recipe, flags)
     return sartor.synthesize(loaded, out, resume=resume, replace=replace, notice=notice)
@@ -72,28 +72,28 @@ def dedup(
     processes: int = 0,
     replace: REPLACE = False,
 ) -> Any:
-    """Duplicates in any JSONL, CSV, TSV, JSON or Parquet files: exact, near and contained, every one verified.
+    """Find duplicates in any JSONL, CSV, TSV, JSON or Parquet files: exact, near and contained, all verified.
 
-    Writes DIR/kept (each file without its duplicates), DIR/dropped.parquet (every other row, whole, and the row that
-    stays for it) and DIR/pairs.parquet (every verified pair, for `sartor rethreshold`).
+    Writes DIR/kept (each file without its duplicates), DIR/dropped.parquet (every removed row in full, and the row
+    kept in its place) and DIR/pairs.parquet (every verified pair, for `sartor rethreshold`).
 
     Args:
         files: the files; rows are numbered from 0 over all of them in this order
         out: directory of the result
-        text_field: what is compared: field, a,b or a.b; by default `text`, the fields of a known form, or all fields
-        joined
+        text_field: text to compare: field, a,b or a.b; by default `text`, the fields of a known form, or all fields
+            joined
         threshold: Jaccard similarity from which rows are duplicates; 0 takes 0.65 for words, 0.45 for characters
         pairs: also list the duplicates as (a, b, score, method), in a .csv, .jsonl or .parquet file
-        contained: share of the shorter row that must stand in the longer, 0 for never; by default 0.9 for words
-        unit: words, characters or auto: what shingles are runs of
+        contained: share of the shorter row that must occur in the longer, 0 for never; by default 0.9 for words
+        unit: words, characters or auto: the units of a shingle
         size: length of a shingle; 0 takes 2 words or 3 characters
         keep: which of several stays: longest or first
-        allow: a file of which all may go
-        max_source_fraction: stop if one cluster would remove more of a file
-        max_fraction: stop if more of all rows would be removed
-        max_row_bytes: longer rows are put aside
+        allow: a file from which all rows may be removed
+        max_source_fraction: stop if one cluster would remove a larger fraction of a file
+        max_fraction: stop if a larger fraction of all rows would be removed
+        max_row_bytes: longer rows are set aside
         processes: worker processes; 0 decides by the size of the files
-        replace: replace what stands at --out
+        replace: replace existing content at --out
     """
     fields = {"contained": contained, "unit": unit, "size": size, "keep": keep, "allow": allow, "processes": processes}
     limits = {"max_source_fraction": max_source_fraction, "max_fraction": max_fraction, "max_row_bytes": max_row_bytes}
@@ -103,26 +103,29 @@ def dedup(
 
 @app.command
 def rethreshold(path: Path, *, threshold: float, out: Path, replace: REPLACE = False) -> Any:
-    """What `sartor dedup` or a Dataset's `near_duplicates` found, at another threshold. Nothing is compared again.
+    """Apply another threshold to the pairs of `sartor dedup` or of a Dataset's `near_duplicates`.
+
+    Nothing is compared again.
 
     Args:
-        path: what `sartor dedup` wrote, or a Dataset made with `near_duplicates`
+        path: output of `sartor dedup`, or a Dataset made with `near_duplicates`
         threshold: not below the `floor` that its JSON names
         out: directory of the new result
-        replace: replace what stands at --out
+        replace: replace existing content at --out
     """
     return sartor.rethreshold(path, out, threshold=threshold, replace=replace, show=True)
 
 
 @app.command
 def inspect(path: Path, *, example: str = "", summary: REPLACE = False) -> Any:
-    """What an artefact is, its licence, and the walk back to its sources; one row of a Dataset; or a base and its
-    markup.
+    """Show an artefact with its licence and sources; one row of a Dataset; or a base and its markup.
 
     Args:
-        path: the artefact; or a base (`starter`, a directory, a GGUF file): which tokens no text of a user can spell
-        example: id of a row: its origins, what it was made from, the steps that changed it, its duplicates
-        summary: fill the EU AI Office's public summary of training content, in Markdown, as far as the lineage knows
+        path: the artefact; or a base (`starter`, a directory, a GGUF file): the tokens that no text of a user can
+            spell
+        example: id of a row: its origins, its parents, the steps that changed it, its duplicates
+        summary: fill in the EU AI Office's public summary of training content, in Markdown, as far as the lineage
+            knows
     """
     if summary and example:
         raise ConfigError("--summary is of the whole, and --example of a row", f"sartor inspect {path} --summary")
@@ -138,8 +141,9 @@ def inspect(path: Path, *, example: str = "", summary: REPLACE = False) -> Any:
 
 @app.command
 def revoke(dataset: Path, *, source: str = "", example: str = "") -> Any:
-    """List what a source or an example reaches: rows, rows made from them, adapters, reports, releases. Changes
-    nothing.
+    """List everything a source or an example reaches: rows, derived rows, adapters, reports, releases.
+
+    Changes nothing.
 
     Args:
         dataset: the Dataset
@@ -168,7 +172,7 @@ app.command(assets_app)
 
 @assets_app.command(name="list")
 def assets_list() -> Any:
-    """Every asset: what it is for, its licence, whether it is installed."""
+    """List every asset: its purpose, its licence, whether it is installed."""
     return {
         "assets": [
             {"name": name, "installed": asset.is_installed, "licence": asset.licence, "what": asset.description}
@@ -186,14 +190,13 @@ def assets_install(name: str) -> Any:
 
 @assets_app.command(name="prune")
 def assets_prune(*, cache: REPLACE = False, dry_run: REPLACE = False) -> Any:
-    """Remove what no command needs any more: assets of older versions, and with --cache what is made again when it is
-    used.
+    """Remove assets of older versions, and with --cache also content that is rebuilt at its next use.
 
     Keys, trusted keys, the catalogue and the ledger of evaluations are never touched.
 
     Args:
-        cache: also converted bases and towers, kept features and activations, probes and kernels
-        dry_run: only say what would go, and how many bytes
+        cache: also converted bases and towers, cached features and activations, probes and kernels
+        dry_run: only list what would be removed, and how many bytes
     """
     return sartor.prune(cache=cache, dry_run=dry_run)
 
@@ -209,20 +212,20 @@ def validate(
     prove: Path | None = None,
     replace: REPLACE = False,
 ) -> Any:
-    """Synthetic rows against reality that their generator never saw. Options can be given as flags (--limits.topic
-    0.2).
+    """Validate synthetic rows against real rows that their generator never saw.
 
-    The verdict is an answer: the command lists what failed and exits 0. With --out or --prove a set that fails is
-    refused, 5.
+    Options can be given as flags (--limits.topic 0.2).
+    The verdict is an answer: the command lists what failed and exits 0. With --out or --prove, rows that fail are
+    refused with exit 5.
 
     Args:
         synthetic: a Dataset, or a file of rows
         reality: a Dataset, of which the held-out rows are taken, or a file of rows
-        seeds: what the generator was given; by default the training rows of --reality
+        seeds: input of the generator; by default the training rows of --reality
         options: YAML file of options
-        out: a new Dataset of the rows that were accepted
-        prove: recipe of a tuning that is done with and without the accepted rows, below OUT-proof
-        replace: replace what stands there
+        out: a new Dataset of the accepted rows
+        prove: recipe of a tuning that runs with and without the accepted rows, below OUT-proof
+        replace: replace existing content
     """
     if prove is not None and out is None:
         raise ConfigError("--prove tunes on the accepted rows, so they need a place", "--out DIR")
@@ -245,16 +248,16 @@ def bias(
     seed: int = 0,
     replace: REPLACE = False,
 ) -> Any:
-    """How outcomes fall on groups of people in a Dataset; with --mitigate, a Dataset in which they fall evenly.
+    """Measure how outcomes differ between groups of people in a Dataset; with --mitigate, even them out.
 
     Args:
-        dataset: the Dataset; its training rows are looked at
+        dataset: the Dataset; its training rows are examined
         group: lexicon, sex, name_origin, age, nationality, disability, or a field of JSON or of `Name: value` lines
         outcome: auto, reply, json:KEY (or KEY), regex:PATTERN
         mitigate: reweight (weights), counterfactual (each row again about another group), substitute (each row about a
-            group that is dealt to it) or drop (the fewest rows)
+            group assigned to it) or drop (the fewest rows)
         out: directory of the new Dataset
-        seed: of what is drawn
-        replace: replace what stands at --out
+        seed: of the random choices
+        replace: replace existing content at --out
     """
     return sartor.bias(dataset, group=group, outcome=outcome, mitigate=mitigate, out=out, seed=seed, replace=replace)

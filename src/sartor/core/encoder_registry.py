@@ -1,7 +1,8 @@
 """TextEncoder protocol and the encoders registered by name.
 
-`curate` asks for an encoder by name, or by the directory of a model; the façade says at import which implementations
-there are (`offer`, `offer_directories`), so a stage that holds no torch can use one that does.
+`curate` requests an encoder by name or by the directory of a model. The package `sartor` registers the implementations
+at import (`register_encoder`, `register_encoder_directory`), so a stage that does not import torch can use one that
+does.
 """
 
 from __future__ import annotations
@@ -14,52 +15,57 @@ from sartor.core.errors import ConfigError
 
 
 class TextEncoder(Protocol):
-    """Texts -> vectors of unit length."""
+    """Encoder of texts to vectors of unit length."""
 
     @property
     def name(self) -> str:
-        """What made the vectors: for manifests and cards."""
+        """Name of the encoder, for manifests and cards."""
         ...
 
     @property
     def cut(self) -> int:
-        """How many texts of the last `encode` were longer than the encoder reads; their ends are not in the
-        vectors.
-        """
+        """Number of texts of the last `encode` longer than the context; their ends are not in the vectors."""
         ...
 
     @property
     def tokens(self) -> int:
-        """How many tokens the last `encode` read; 0 for an encoder that reads no tokens."""
+        """Number of tokens that the last `encode` read; 0 for an encoder without tokens."""
         ...
 
     def encode(self, texts: Sequence[str]) -> Any:
-        """(N, D) float32 numpy array, each row of length 1 (or 0 for a text without content)."""
+        """Return the embeddings of N texts.
+
+        Returns: (N, D) float32 numpy array; each row has length 1, or 0 for a text without content.
+        """
         ...
 
 
 _OFFERED: dict[str, Callable[[], TextEncoder]] = {}
-# (whether a directory is of this kind, how it is opened), in the order of asking
+# (test whether a directory is of this kind, function that opens it), in the order of testing
 _DIRECTORIES: list[tuple[Callable[[Path], bool], Callable[[Path], TextEncoder]]] = []
 
 
 def register_encoder(name: str, opener: Callable[[], TextEncoder]) -> None:
-    """Make an encoder known under a name. `opener` may raise MissingError when a package or an asset is absent."""
+    """Register an encoder under a name.
+
+    opener: may raise MissingError if a package or an asset is absent.
+    """
     _OFFERED[name] = opener
 
 
 def register_encoder_directory(fits: Callable[[Path], bool], opener: Callable[[Path], TextEncoder]) -> None:
-    """Make a kind of model directory known. `fits` looks at the files; `opener` may raise MissingError or
-    ModelError.
+    """Register a kind of model directory.
+
+    fits: tests a directory by its files.
+    opener: may raise MissingError or ModelError.
     """
     _DIRECTORIES.append((fits, opener))
 
 
 def open_encoder(name: str) -> TextEncoder:
-    """The encoder of that name, or in the directory of that path.
+    """Open the encoder of this name, or the one in the directory with this path.
 
-    Raises ConfigError for one that is neither, MissingError where it cannot be opened here, ModelError for a damaged
-    one.
+    Raises ConfigError if it is neither, MissingError if it cannot be opened here, ModelError if it is damaged.
     """
     if name in _OFFERED:
         return _OFFERED[name]()

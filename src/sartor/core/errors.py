@@ -1,38 +1,39 @@
 """Exception tree of Sartor, with exit codes.
 
-    SartorError                     exit  what it says
+    SartorError                     exit  meaning
     |-- ConfigError                  2    a recipe, flag or output path is wrong
-    |-- InputError                   3    something that was read cannot be used
+    |-- InputError                   3    an input cannot be used
     |   |-- SourceError                   ... a file or row of training data
-    |   |   |-- MediaError                  ... a picture or a recording
-    |   |   `-- TemplateMarkupError         ... a reply that spells control tokens
+    |   |   |-- MediaError                  ... an image or a recording
+    |   |   `-- TemplateMarkupError         ... a reply that contains control tokens as text
     |   |-- ArtifactError                 ... a Dataset, Adapter, Report or Release: tampered, truncated, foreign
     |   |-- ModelError                    ... a base, tokenizer or adapter weights
-    |   |-- RequestError                  ... what a client asks a served team for
+    |   |-- RequestError                  ... a request to a served team
     |   `-- StoreError                    ... blobs and versions of the releases on a device
-    |-- StoppedError           130, 143   a signal ended the work; what was done is saved
-    |-- BudgetError                  4    memory, disk or time cannot hold it
-    |   |-- BusyError                     ... a queue is full, or a rate is used up: ask again later
-    |   `-- DeadlineError                 ... a reply was not done in the time that was given
-    |-- RefusedError                 5    somebody's rule says no
+    |-- StoppedError           130, 143   a signal ended the work; finished work is saved
+    |-- BudgetError                  4    memory, disk or time is not enough
+    |   |-- BusyError                     ... a queue is full, or a rate limit is reached: retry later
+    |   `-- DeadlineError                 ... a reply exceeded its time limit
+    |-- RefusedError                 5    a rule forbids it
     |   |-- GateError                     ... a release gate
     |   |-- SignatureError                ... a signature or its signer
     |   |-- AdmissionError                ... an adapter that a server will not load
-    |   |-- KeyRefusedError               ... a key that is absent, unknown, or not for this
-    |   |-- ConflictError                 ... a change that was based on what is no longer so
+    |   |-- KeyRefusedError               ... a key that is absent, unknown, or lacks the permission
+    |   |-- ConflictError                 ... a change based on a state that is out of date
     |   |-- LicenceError                  ... a licence of the data or the base
     |   |-- HealthError                   ... the health check of a release on a device
-    |   |-- RoundError                    ... a federated round, refused by a client or given up
+    |   |-- RoundError                    ... a federated round that a client refused or that was given up
     |   `-- GuardError                    ... a removal that would take too much
-    `-- MissingError                 6    something outside is not there
+    `-- MissingError                 6    something outside Sartor is missing
         |-- AssetError                    ... an offline asset or the registry that serves it
         |-- ExtraError                    ... a Python package of an extra that is not installed
         |-- UnknownAgentError             ... a name that no served agent has
-        |-- UnavailableError              ... an agent that is served, but not now
+        |-- UnavailableError              ... an agent that is served, but not available now
         `-- HubError                      ... a model or dataset hub that cannot be reached
 
-An error is a value: it carries what is wrong (with the values that made it so) and the next thing to type. It does not
-print, log or exit; `cli` does that once. A bug is not a SartorError: it ends in a traceback and exit code 1.
+An error is a value: it holds the problem (with the values that caused it) and the remedy, an instruction or a command.
+It does not print, log or exit; `cli` does that once. A bug is not a SartorError: it ends in a traceback and exit code
+1.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ _IN_MEMORY = re.compile(r"<_io\.\w+ object at 0x[0-9a-f]+>")
 
 
 class SartorError(Exception):
-    """What is wrong, with the values that made it so; then the next thing to type.
+    """Base of all errors of Sartor.
 
-    `check`: which of a list of named checks found it (admission has such a list); empty elsewhere.
+    problem: what is wrong, with the values that caused it.
+    remedy: what to do or type next.
+    check: name of the check that failed, where a list of named checks exists, as in admission; else empty.
     """
 
     exit_code = 1
@@ -62,17 +65,17 @@ class SartorError(Exception):
         self.remedy = remedy
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """An error of a worker process arrives whole."""
+        """Return the arguments that rebuild the error when it is unpickled from a worker process."""
         return type(self), (self.problem, self.remedy)
 
     @property
     def brief(self) -> str:
-        """The problem without what is of this machine or of somebody's data, where an error knows such a form."""
+        """Problem without details of this machine or of user data, where the error has such a form."""
         return self._brief or self.problem
 
     @property
     def kind(self) -> str:
-        """The class's name: the stable word for scripts that read `--json` errors."""
+        """Name of the class: the stable word for scripts that read `--json` errors."""
         return type(self).__name__
 
 
@@ -83,23 +86,25 @@ class ConfigError(SartorError):
 
 
 class InputError(SartorError):
-    """Something that was read cannot be used."""
+    """An input cannot be used."""
 
     exit_code = 3
 
 
 class SourceError(InputError):
-    """A file or row of training data cannot be used (only raised where a Drop would not do, or under `--strict`).
+    """A file or row of training data cannot be used.
 
-    reason: the word under which a Drop counts it; empty where it has none of its own.
+    It is raised only where a Drop would not do, or under `--strict`.
+    reason: the word under which a Drop counts it; empty if there is none.
     """
 
     reason: str = ""
 
 
 class MediaError(SourceError):
-    """A picture or a recording cannot be decoded, or is over a limit. `reason`: the word under which a Drop counts
-    it.
+    """An image or a recording cannot be decoded, or exceeds a limit.
+
+    reason: the word under which a Drop counts it.
     """
 
     def __init__(self, reason: str, problem: str, remedy: str) -> None:
@@ -107,45 +112,47 @@ class MediaError(SourceError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """See SartorError."""
+        """Return the arguments that rebuild the error when it is unpickled."""
         return type(self), (self.reason, self.problem, self.remedy)
 
 
 class TemplateMarkupError(SourceError):
-    """A reply spells a model's markup (`<|im_end|>`) in its text, and cannot be read into fields."""
+    """A reply contains a model's markup (`<|im_end|>`) as text and cannot be read into fields."""
 
     reason = "template_markup"
 
 
 class ArtifactError(InputError):
-    """A Dataset, Adapter, Report or Release is tampered with, truncated or of another kind."""
+    """A Dataset, Adapter, Report or Release was tampered with, is truncated or is of another kind."""
 
 
 class ModelError(InputError):
-    """A base, tokenizer or adapter cannot be opened, or does not fit. `brief`: the problem without paths and rows."""
+    """A base, tokenizer or adapter cannot be opened or does not fit.
+
+    brief: the problem without paths and rows.
+    """
 
     def __init__(self, problem: str, remedy: str, brief: str = "") -> None:
         super().__init__(problem, remedy)
         self._brief = brief
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """See SartorError."""
+        """Return the arguments that rebuild the error when it is unpickled."""
         return type(self), (self.problem, self.remedy, self._brief)
 
 
 class RequestError(InputError):
-    """What a client asks a served team for is malformed, too large or not supported."""
+    """A request to a served team is malformed, too large or not supported."""
 
 
 class StoreError(InputError):
-    """A blob, a version or a person's row on a device that cannot be used: other bytes than were written, missing,
-    damaged.
-    """
+    """A blob, a version or a user's row on a device cannot be used: changed, missing or damaged."""
 
 
 class StoppedError(SartorError):
-    """A signal ended the work; what was done is saved, and can be gone on from. `number`: the signal's, by default
-    SIGINT's.
+    """A signal ended the work; finished work is saved, and the run can be resumed.
+
+    number: the signal's number; SIGINT's by default.
     """
 
     exit_code = 130
@@ -155,50 +162,54 @@ class StoppedError(SartorError):
         self.exit_code = 128 + number
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """See SartorError."""
+        """Return the arguments that rebuild the error when it is unpickled."""
         return type(self), (self.problem, self.remedy, self.exit_code - 128)
 
 
 class BudgetError(SartorError):
-    """Memory, disk or time cannot hold what was asked."""
+    """Memory, disk or time is not enough for the request."""
 
     exit_code = 4
 
 
 class BusyError(BudgetError):
-    """A queue is full or a rate is used up. `retry_after_s`: when to ask again."""
+    """A queue is full or a rate limit is reached.
+
+    retry_after_s: time after which to retry, s.
+    """
 
     def __init__(self, problem: str, remedy: str, retry_after_s: float = 1.0) -> None:
         super().__init__(problem, remedy)
         self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """See SartorError."""
+        """Return the arguments that rebuild the error when it is unpickled."""
         return type(self), (self.problem, self.remedy, self.retry_after_s)
 
 
 class DeadlineError(BudgetError):
-    """A reply was not done in the time that was given for it."""
+    """A reply was not finished within its time limit."""
 
 
 class RefusedError(SartorError):
-    """A rule that somebody set says no."""
+    """A rule forbids the operation."""
 
     exit_code = 5
 
 
 class GateError(RefusedError):
-    """A release gate failed and nobody waived it."""
+    """A release gate failed and was not waived."""
 
 
 class SignatureError(RefusedError):
-    """A signature is missing, wrong, or made by somebody this machine does not trust."""
+    """A signature is missing, wrong, or made by a key that this machine does not trust."""
 
 
 class AdmissionError(RefusedError):
-    """An adapter that a server will not load.
+    """A server refuses to load an adapter.
 
-    check: which check of admission found it. brief: the problem without text of a reply.
+    check: the admission check that failed.
+    brief: the problem without text of a reply.
     """
 
     def __init__(self, problem: str, remedy: str, check: str = "", brief: str = "") -> None:
@@ -207,13 +218,14 @@ class AdmissionError(RefusedError):
         self._brief = brief
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """See SartorError."""
+        """Return the arguments that rebuild the error when it is unpickled."""
         return type(self), (self.problem, self.remedy, self.check, self._brief)
 
 
 class KeyRefusedError(RefusedError):
-    """A key (of an API, of a person's rows on a device) is absent, unknown or revoked, or does not open what was asked
-    for.
+    """A key is absent, unknown or revoked, or lacks the permission.
+
+    It is an API key, or the key to a user's rows on a device.
     """
 
 
@@ -222,20 +234,22 @@ class ConflictError(RefusedError):
 
 
 class LicenceError(RefusedError):
-    """A licence of the data or the base forbids what was asked."""
+    """A licence of the data or the base forbids the operation."""
 
 
 class HealthError(RefusedError):
-    """A release did not pass its health check on this device, or was rolled back on it; the version before it works
-    on.
+    """A release failed its health check on this device, or was rolled back there.
+
+    The version before it keeps running.
     """
 
 
 class RoundError(RefusedError):
-    """A federated round that a client will not take part in or go on with, or that too few clients stayed in.
+    """A federated round failed: a client refused it or left it, or too few clients stayed.
 
-    `check`: which demand was not met: cohort, threshold, manifest, keys, shares, lists, unmask, replayed,
-    stage, task, noise, mode or deadline.
+    check: the condition that was not met: cohort, threshold, manifest, keys, shares, lists, unmask, replayed, stage,
+        task,
+    noise, mode or deadline.
     """
 
     def __init__(self, problem: str, remedy: str, check: str = "") -> None:
@@ -243,22 +257,22 @@ class RoundError(RefusedError):
         self.check = check
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """See SartorError."""
+        """Return the arguments that rebuild the error when it is unpickled."""
         return type(self), (self.problem, self.remedy, self.check)
 
 
 class GuardError(RefusedError):
-    """A step would remove more of the data than its guard allows; nothing was removed, and a person is asked."""
+    """A step would remove more of the data than its guard allows; nothing was removed, and a person must decide."""
 
 
 class MissingError(SartorError):
-    """Something outside Sartor is not there: network, asset, package, disk."""
+    """Something outside Sartor is missing: network, asset, package, disk space."""
 
     exit_code = 6
 
 
 class AssetError(MissingError):
-    """An offline asset is absent, or the registry served something else."""
+    """An offline asset is absent, or the registry served other bytes."""
 
 
 class ExtraError(MissingError):
@@ -266,27 +280,29 @@ class ExtraError(MissingError):
 
 
 class UnknownAgentError(MissingError):
-    """No served agent, version or base has that name; never answered by another."""
+    """No served agent, version or base has this name; no other agent answers instead."""
 
 
 class UnavailableError(MissingError):
-    """An agent is served, but not now: no worker, or it is in quarantine and its fall-backs are used up."""
+    """An agent is served but not available now: no worker, or quarantined with all fall-backs used up."""
 
 
 class HubError(MissingError):
-    """A model or dataset hub was named and cannot be reached."""
+    """A model or dataset hub cannot be reached."""
 
 
 def missing_package(module: str, extra: str = "") -> ExtraError:
-    """The error for a package that is absent, to raise where its import failed. Without `extra` it is of the plain
-    install.
+    """Return the error for an absent package, to raise where its import failed.
+
+    extra: the extra that brings it; empty for the plain install.
     """
     return ExtraError(f"this needs the Python package {module!r}, which is not installed", install_command(extra))
 
 
 def decoder_message(error: Exception, file: Path | None = None) -> str:
-    """What a decoder says of a media file, in a line, by its name alone: where the work lies is no part of a
-    Dataset.
+    """Return a decoder's message on a media file in one line, with the file's name but not its folder.
+
+    The working directory must not become part of a Dataset.
     """
     first = (str(error).splitlines() or [""])[0]
     for path in (str(file), repr(str(file))[1:-1]) if file else ():

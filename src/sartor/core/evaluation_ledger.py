@@ -1,10 +1,12 @@
-"""Ledger of evaluations: rows that were evaluated on this machine, how often, for how many adapters.
+"""Ledger of evaluations on this machine: the rows of each evaluation and its adapter.
 
-    SARTOR_HOME/evaluations.jsonl     a line an evaluation: digest of its rows, its rows, adapter, time, split
+    SARTOR_HOME/evaluations.jsonl     one line per evaluation: digest of its rows, its rows, adapter, time, split
 
-Who compares many adapters on the same rows and takes the best one has chosen by those rows: the Report's interval
-knows nothing of it. So a Report says how many evaluations of its rows are known. It is a lower bound: other machines,
-deleted ledgers and looks that wrote no Report are not in it. The ledger holds digests and no text.
+Comparing many adapters on the same rows and taking the best one is a selection on those rows, which the Report's
+interval does not cover. A Report therefore states how many evaluations of its rows are known. The number is a lower
+bound: other machines, deleted ledgers and evaluations without a Report are not counted. The ledger holds digests and
+    no
+text.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from sartor.core.home import home
 from sartor.core.line_ledger import LineLedger
 
 FILE = "evaluations.jsonl"
-# hex digits by which the ledger knows a row: 48 bits, of a digest of the row's id, which is not to be had from them
+# hex digits that identify a row in the ledger: 48 bits of a digest of its id, from which the id cannot be recovered
 MARK_DIGITS = 12
 _LOCK_TIMEOUT_S = 30.0
 _LEDGER = LineLedger(
@@ -37,12 +39,12 @@ _LEDGER = LineLedger(
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceEvidence:
-    """Evaluations of a Report's rows that are known on this machine, its own among them.
+    """Evaluations of a Report's rows known on this machine, including its own.
 
-    evaluations_known, adapters_known: of those that share at least one row; lower bounds of what was done.
-    rows_digest: of the ids of all rows.
+    evaluations_known, adapters_known: counts over evaluations that share at least one row; lower bounds.
+    rows_digest: digest of the ids of all rows.
     since: day from which the ledger counts.
-    problem: why this evaluation could not be written down; empty if it was.
+    problem: reason why this evaluation could not be recorded; empty if it was.
     """
 
     evaluations_known: int
@@ -53,7 +55,7 @@ class ChoiceEvidence:
 
     @property
     def sentence(self) -> str:
-        """What the counts mean, for a person."""
+        """Sentence that explains the counts."""
         plural = "" if self.evaluations_known == 1 else "s"
         adapters = f"{self.adapters_known} adapter{'' if self.adapters_known == 1 else 's'}"
         text = (
@@ -64,7 +66,7 @@ class ChoiceEvidence:
         return f"{text}; it could not be written down: {self.problem}" if self.problem else text
 
     def as_json(self) -> dict[str, Any]:
-        """The key `chosen` of a Report."""
+        """Return the value of the key `chosen` of a Report."""
         return {
             "evaluations_known": self.evaluations_known,
             "adapters_known": self.adapters_known,
@@ -76,24 +78,25 @@ class ChoiceEvidence:
 
 
 def ledger_file() -> Path:
-    """Where the ledger stands, or would stand."""
+    """Return the path of the ledger, whether or not it exists."""
     return home() / FILE
 
 
 def check_ledger() -> None:
-    """Raise ArtifactError where the ledger is damaged, before time is spent on what it cannot count."""
+    """Raise ArtifactError if the ledger is damaged; call it before a long evaluation."""
     _LEDGER.read_lines(ledger_file())
 
 
 def digest_rows(row_ids: Iterable[str]) -> str:
-    """Return the digest of a set of rows, whatever their order."""
+    """Return the digest of a set of row ids, independent of their order."""
     return hashlib.sha256("\n".join(sorted(set(row_ids))).encode()).hexdigest()
 
 
 def record_evaluation(adapter_id: str, row_ids: Iterable[str], split: str) -> ChoiceEvidence:
-    """Write that an adapter was evaluated on rows, and return what is known of these rows. Raises ArtifactError.
+    """Record the evaluation of an adapter on rows, and return the known evaluations of these rows.
 
-    A home that cannot be written to is no reason to lose a finished evaluation: it is counted and said.
+    If the home cannot be written to, the evaluation is still counted and `problem` states the reason: a finished
+    evaluation must not be lost. Raises ArtifactError for a damaged ledger.
     """
     ids = set(row_ids)
     marks = {_mark(row_id) for row_id in ids}
@@ -112,7 +115,7 @@ def record_evaluation(adapter_id: str, row_ids: Iterable[str], split: str) -> Ch
         with FileLock(file.with_name(f".{FILE}.lock"), timeout=_LOCK_TIMEOUT_S):
             lines = [*_LEDGER.read_lines(file), line]
             _LEDGER.write_lines(file, lines)
-    except OSError as error:  # a lock that is not given in time is one too
+    except OSError as error:  # a lock timeout is an OSError too
         problem = f"{file}: {error.strerror or error}"
         lines = [*_LEDGER.read_lines(file), line]
     same = [other for other in lines if not marks.isdisjoint(other["rows"])]

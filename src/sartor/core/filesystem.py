@@ -1,14 +1,13 @@
 """Atomic file and directory writes, locks, crash-testable file operations.
 
     write_file_atomic         the content of one file, as bytes or written to a stream
-    create_file_atomic        the same for a library or a program that wants a path
+    create_file_atomic        the same for a library or a program that needs a path
     create_directory_atomic   a directory that is filled under another name
     FileSystem                every operation, one method each
 
-A temporary is a hidden sibling, `.NAME.part-PID-THREAD-TIME`: two writers of one target never share one, a failing
-writer removes its own, and what a kill leaves is known by its name (`FileSystem.leftovers`). Durable is what was
-written
-in this order: write, fsync of the file, rename, fsync of the folder.
+A temporary file is a hidden sibling, `.NAME.part-PID-THREAD-TIME`. Two writers of one target never share one, and a
+failing writer removes its own. Leftovers of a kill are recognised by their name (`FileSystem.leftovers`). A durable
+write takes this order: write, fsync of the file, rename, fsync of the folder.
 """
 
 from __future__ import annotations
@@ -33,21 +32,21 @@ from sartor.core.errors import BusyError, ConfigError
 Content = bytes | Callable[[BinaryIO], object]
 PIECE_BYTES = 1 << 20
 LEFTOVER = ".part"
-# 255 bytes are the most of a name on Linux, macOS and Windows; process, thread and time take up to 50
+# a name has at most 255 bytes on Linux, macOS and Windows; process, thread and time take up to 50
 _MAX_STEM_BYTES = 200
-# os.open translates line ends on Windows without it
+# without it, os.open translates line ends on Windows
 _BINARY = getattr(os, "O_BINARY", 0)
 
 
 def write_file_atomic(path: Path, content: Content, *, mode: int = 0o644, durable: bool = True) -> None:
-    """Write a file so that its name shows the old content or the new, whole. Missing folders are made.
+    """Write a file atomically: its name shows either the old or the whole new content.
 
-    content: the bytes, or a function that writes them to the stream it gets.
-    mode: the file's rights from its first moment on, less the umask.
+    Missing folders are created.
+    content: the bytes, or a function that writes them to the stream it receives.
+    mode: permissions of the new file, less the umask.
     durable: whether the new content survives a power cut once this returns. False saves two fsyncs; a power cut may
-    then
-        leave a file of no or of wrong bytes: only for what its reader checks and can make again.
-    Raises OSError as the system calls do; the old file then stands, and no temporary is left.
+        then leave a file with no or wrong bytes. Use it only for content that its reader checks and can rebuild.
+    Raises OSError as the system calls do; the old file then stays, and no temporary file is left.
     """
     filesystem = FileSystem(mode)
     filesystem.make_folders(path.parent, durable=durable)
@@ -56,7 +55,10 @@ def write_file_atomic(path: Path, content: Content, *, mode: int = 0o644, durabl
 
 @contextmanager
 def create_file_atomic(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield the path of a temporary to write to; it replaces the file, without an error. As `write_file_atomic`."""
+    """Yield the path of a temporary file to write to; it replaces the file if the block ends without an error.
+
+    durable: as in `write_file_atomic`.
+    """
     filesystem, part = FileSystem(), temporary_path(path)
     filesystem.make_folders(path.parent, durable=durable)
     with filesystem.removed_on_error(part):
@@ -66,10 +68,10 @@ def create_file_atomic(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def create_directory_atomic(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a hidden sibling to fill; without an error it is fsynced whole and takes the name in one rename.
+    """Yield a hidden sibling to fill; without an error it is fsynced and renamed to `path`.
 
-    An error inside removes what was written. With `replace`, an old directory goes only when the new one has its name.
-    Raises OSError: ENOTEMPTY for a directory that is there, NotADirectoryError for a file or a link.
+    An error in the block removes what was written. With `replace`, an old directory is removed only after the new one
+    has its name. Raises OSError: ENOTEMPTY for an existing directory, NotADirectoryError for a file or a link.
     """
     part = temporary_path(path)
     part.mkdir(parents=True)
@@ -81,10 +83,10 @@ def create_directory_atomic(path: Path, *, replace: bool = False) -> Iterator[Pa
 
 
 def rename_directory_durably(part: Path, path: Path, *, replace: bool = False) -> None:
-    """Make all that is below `part` durable, then give it the name `path` beside it, durably.
+    """Make everything below `part` durable, then rename it durably to its sibling `path`.
 
-    With `replace`, a directory that has the name is swapped out in one system call where the kernel can; what was in
-    it may then stand under the name of `part`, for the caller to remove.
+    With `replace`, an existing directory is exchanged in one system call where the kernel supports it. Its content may
+    then stand under the name `part`, for the caller to remove.
     """
     fsync_tree(part)
     if path.is_symlink() or path.is_file():
@@ -92,26 +94,25 @@ def rename_directory_durably(part: Path, path: Path, *, replace: bool = False) -
     while not _take_directory_name(part, path, replace=replace):
         if _exchange(part, path):
             break
-        # Two renames; a kill between them leaves the old directory under its `.part-` name. macOS, old kernels.
+        # macOS and old kernels: two renames; a kill between them leaves the old directory under its `.part-` name
         old = part.with_name(part.name + "-old")
-        with suppress(FileNotFoundError):  # another writer has moved it
+        with suppress(FileNotFoundError):  # another writer moved it
             os.replace(path, old)
         shutil.rmtree(old, ignore_errors=True)
     fsync_directory(path.parent)
 
 
 def _take_directory_name(part: Path, path: Path, *, replace: bool) -> bool:
-    """Rename to a name that is free or that an empty directory has; false where a directory with something in it has
-    it.
+    """Rename a directory to a name that is free or belongs to an empty directory.
 
-    It is tried instead of looked up, since another writer may take the name in between. Raises OSError, without
-    `replace` for such a directory too.
+    Returns false if the name belongs to a directory with content and `replace` is set; without `replace` that raises
+    OSError. The rename is attempted without a check before it, since another writer may take the name in between.
     """
     try:
         os.replace(part, path)
     except OSError as error:
         is_taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
-        # Windows says EACCES of a directory that is there, and of other things as well
+        # Windows reports EACCES for an existing directory, and for other causes too
         if replace and (is_taken or (os.name == "nt" and path.is_dir())):
             return False
         raise
@@ -119,7 +120,7 @@ def _take_directory_name(part: Path, path: Path, *, replace: bool) -> bool:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the hidden sibling under which this thread of this process writes what is to become `path`."""
+    """Return the hidden sibling of `path` under which this thread writes its temporary file."""
     return path.with_name(f"{_stem(path)}-{os.getpid()}-{threading.get_ident():x}-{time.monotonic_ns():x}")
 
 
@@ -133,7 +134,7 @@ def fsync_tree(root: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make renames below `path` survive a power cut (a directory cannot be opened for that on Windows)."""
+    """Make renames below `path` survive a power cut; on Windows a directory cannot be opened for fsync."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -149,7 +150,7 @@ def file_digest(path: Path) -> str:
 
 
 def make_parent(path: Path) -> None:
-    """Make the folder that an output is to stand in. Raises ConfigError where it cannot be made or written to."""
+    """Create the folder of an output. Raises ConfigError if it cannot be created or written to."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -160,7 +161,10 @@ def make_parent(path: Path) -> None:
 
 @contextmanager
 def writer_lock(path: Path) -> Iterator[None]:
-    """Two writers of one name: the second is refused at once. The lock file goes with the process that holds it."""
+    """Hold the lock of an output path; raise ConfigError at once if another process holds it.
+
+    The lock ends with the process that holds it.
+    """
     lock = FileLock(path.parent / f".{path.name}.lock")
     try:
         lock.acquire(timeout=0)
@@ -169,14 +173,17 @@ def writer_lock(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # unlink while held: a waiter that already opened the file then holds a lock on nothing and is refused by
-        # rename
+        # unlink while held: a waiter that already opened the file then locks an unlinked file, and its rename fails
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
 class Stat(NamedTuple):
-    """What of a file's or folder's status the store uses. `inode` says whether two names are one file on the disk."""
+    """Status of a file or folder.
+
+    inode: equal for two names of one file on the same disk.
+    size: bytes.
+    """
 
     inode: int
     size: int
@@ -186,16 +193,17 @@ class Stat(NamedTuple):
 class FileSystem:
     """The file system of this machine. Every method raises OSError as the system call does.
 
-    A test takes a subclass and counts the operations, kills the process, fills the disk or cuts the power at each of
-    them. The nine that change something (write to rmdir) are the whole list of what can go wrong; what reads cannot
-    make anything worse.
+    A test uses a subclass to count the operations, kill the process, fill the disk or cut the power at each of them.
+    Nine methods change something (`write` to `rmdir`); only these can fail half-way. The reading methods cannot damage
+    anything.
+    mode: permissions of the files that it creates, less the umask.
     """
 
     def __init__(self, mode: int = 0o644) -> None:
         self._mode = mode
 
     def write(self, path: Path, content: Content) -> None:
-        """Create a file, or empty it, and write to it."""
+        """Create or truncate a file and write to it."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY, self._mode)
         if callable(content):
             with os.fdopen(descriptor, "wb") as stream:
@@ -204,11 +212,11 @@ class FileSystem:
             _write(descriptor, content)
 
     def append(self, path: Path, content: bytes) -> None:
-        """Write at the end of a file, which is created if there is none."""
+        """Append to a file, creating it if necessary."""
         _write(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _BINARY, self._mode), content)
 
     def sync(self, path: Path) -> None:
-        """The bytes of a file survive a power cut from here on; its name does not by this alone."""
+        """Make the content of a file survive a power cut; its name needs `sync_folder` as well."""
         descriptor = os.open(path, os.O_RDWR)
         try:
             os.fsync(descriptor)
@@ -216,15 +224,15 @@ class FileSystem:
             os.close(descriptor)
 
     def sync_folder(self, path: Path) -> None:
-        """The names in a folder survive a power cut from here on."""
+        """Make the names in a folder survive a power cut."""
         fsync_directory(path)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a file or folder another name; a file that has it is replaced, in one step."""
+        """Rename a file or folder; an existing file with the new name is replaced atomically."""
         os.replace(source, target)
 
     def link(self, source: Path, target: Path) -> None:
-        """Give a file a second name."""
+        """Give a file a second name (hard link)."""
         os.link(source, target)
 
     def unlink(self, path: Path) -> None:
@@ -232,7 +240,7 @@ class FileSystem:
         os.unlink(path)
 
     def mkdir(self, path: Path) -> None:
-        """Make a folder; its parent is there."""
+        """Create a folder; its parent must exist."""
         os.mkdir(path)
 
     def rmdir(self, path: Path) -> None:
@@ -240,22 +248,22 @@ class FileSystem:
         os.rmdir(path)
 
     def open(self, path: Path) -> BinaryIO:
-        """A file to read from."""
+        """Open a file for reading."""
         return path.open("rb")
 
     def digest(self, path: Path) -> str:
-        """sha256 of a file, hex."""
+        """Return the sha256 of a file, hex."""
         return file_digest(path)
 
     def names(self, path: Path) -> list[str]:
-        """What a folder holds, sorted; nothing where there is no folder."""
+        """Return the sorted names in a folder; empty if there is no such folder."""
         try:
             return sorted(os.listdir(path))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def stat(self, path: Path) -> Stat | None:
-        """A file's or folder's status; None where there is none. A symbolic link is not followed."""
+        """Return the status of a file or folder, or None if there is none. Symbolic links are not followed."""
         try:
             status = os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -263,11 +271,14 @@ class FileSystem:
         return Stat(status.st_ino, status.st_size, os.path.isdir(path) and not os.path.islink(path))
 
     def free_bytes(self, path: Path) -> int:
-        """What the disk that holds a folder has left for this user."""
+        """Return the free bytes on the disk of a folder."""
         return shutil.disk_usage(path).free
 
     def lock(self, path: Path) -> Callable[[], None]:
-        """Hold a lock file until the function that is returned is called, or the process ends. Raises BusyError."""
+        """Take a lock file and return the function that releases it; the process's end releases it too.
+
+        Raises BusyError if another process holds it.
+        """
         lock = FileLock(path, thread_local=False)
         try:
             lock.acquire(timeout=0)
@@ -278,17 +289,17 @@ class FileSystem:
             ) from None
         return lock.release
 
-    # of the above
+    # composed of the operations above
 
     def replace(self, path: Path, content: Content, *, durable: bool = True) -> None:
-        """Write a file whole or not at all: the name shows the old content until it shows the new."""
+        """Write a file atomically: its name shows either the old or the whole new content."""
         part = temporary_path(path)
         with self.removed_on_error(part):
             self.write(part, content)
             self.take_name(part, path, durable=durable)
 
     def take_name(self, part: Path, path: Path, *, durable: bool = True) -> None:
-        """Give a temporary that is written its name; durably, its bytes before its name."""
+        """Rename a finished temporary file to its target; if durable, sync its content first and the folder last."""
         if durable:
             self.sync(part)
         self.rename(part, path)
@@ -297,37 +308,40 @@ class FileSystem:
 
     @contextmanager
     def removed_on_error(self, part: Path) -> Iterator[None]:
-        """Remove a temporary where what is inside fails."""
+        """Remove a temporary file or folder if the block raises."""
         try:
             yield
         except BaseException:
-            with suppress(OSError):  # the error that is on its way says more
+            with suppress(OSError):  # the original error matters more
                 self.remove(part)
             raise
 
     def leftovers(self, path: Path) -> list[Path]:
-        """Return the temporaries beside `path`: those of killed writers, and of writers at work."""
-        stem = _stem(path)  # alone, it is the name that older versions gave
+        """Return the temporary files beside `path`, of killed and of active writers."""
+        stem = _stem(path)  # the bare stem is the name that older versions used
         names = self.names(path.parent)
         return [path.with_name(name) for name in names if name == stem or name.startswith(f"{stem}-")]
 
     def remove_leftovers(self, path: Path) -> None:
-        """Remove what killed writers of `path` left. The lock of its writers must be held: nobody is at work then."""
+        """Remove the leftovers of killed writers of `path`; hold the writers' lock, so that none is active."""
         for leftover in self.leftovers(path):
             self.remove(leftover)
 
     def make_folders(self, path: Path, *, durable: bool = True) -> None:
-        """Make a folder and those above it that are not there."""
+        """Create a folder and its missing parents."""
         if self.stat(path) is not None:
             return
         self.make_folders(path.parent, durable=durable)
-        with suppress(FileExistsError):  # another process made it meanwhile
+        with suppress(FileExistsError):  # another process created it meanwhile
             self.mkdir(path)
         if durable:
             self.sync_folder(path.parent)
 
     def copy(self, source: Path, target: Path) -> None:
-        """Copy a file and make its bytes durable. By pieces: a reflink would share the blocks, and so their rot."""
+        """Copy a file and make its content durable.
+
+        It copies piece by piece: a reflink would share the disk blocks, and so their corruption.
+        """
         self.write(target, b"")
         with self.open(source) as stream:
             while piece := stream.read(PIECE_BYTES):
@@ -335,7 +349,7 @@ class FileSystem:
         self.sync(target)
 
     def is_whole(self, path: Path, digest: str) -> bool:
-        """Whether a file is there and has this sha256. A block that cannot be read is as one that differs."""
+        """Return whether a file exists and has this sha256. A block that cannot be read counts as a difference."""
         try:
             return self.digest(path) == digest
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -346,8 +360,9 @@ class FileSystem:
             return False
 
     def remove(self, path: Path) -> None:
-        """Remove a file, or a folder with all that it holds. Not durable, nor in one step: only for what nothing
-        names.
+        """Remove a file, or a folder with its content.
+
+        It is neither durable nor atomic: use it only for paths that nothing refers to.
         """
         status = self.stat(path)
         if status is None:
@@ -361,18 +376,21 @@ class FileSystem:
 
 
 class PrivateFileSystem(FileSystem):
-    """What it makes its owner alone may read: it is so from the first moment on."""
+    """File system that creates files and folders which only their owner can read.
+
+    The permissions hold from the moment of creation.
+    """
 
     def __init__(self) -> None:
         super().__init__(0o600)
 
     def mkdir(self, path: Path) -> None:
-        """Make a folder that its owner alone may enter; its parent is there."""
+        """Create a folder that only its owner can enter; its parent must exist."""
         os.mkdir(path, 0o700)
 
 
 def _write(descriptor: int, content: bytes) -> None:
-    # unbuffered: a buffer that could not be written would be written again on closing
+    # unbuffered: closing a buffered file would write a failed buffer again
     try:
         remaining = memoryview(content)
         while remaining:
@@ -382,7 +400,7 @@ def _write(descriptor: int, content: bytes) -> None:
 
 
 def _stem(path: Path) -> str:
-    """Return what the names of all temporaries of one target begin with."""
+    """Return the common prefix of the names of all temporary files of one target."""
     name = path.name
     if len(os.fsencode(name)) > _MAX_STEM_BYTES:
         name = os.fsencode(name)[:_MAX_STEM_BYTES].decode(errors="ignore")
@@ -390,7 +408,7 @@ def _stem(path: Path) -> str:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two directories atomically (Linux's renameat2 with RENAME_EXCHANGE); false where that is not to be had."""
+    """Swap two directories atomically (Linux's renameat2 with RENAME_EXCHANGE); false if unsupported."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -403,7 +421,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _remove_leftovers(path: Path) -> None:
-    """What killed runs left beside `path`; the writer's lock is held, so nobody is still writing them."""
+    """Remove leftovers of killed runs beside `path`.
+
+    The caller holds the writer's lock, so no run is still writing them.
+    """
     for leftover in FileSystem().leftovers(path):
         print(f"removing what a killed run left: {leftover}", file=sys.stderr)
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Reads the metadata header of a GGUF file.
+"""Reader of the metadata header of a GGUF file.
 
 Format: github.com/ggml-org/ggml, docs/gguf.md. Everything is little-endian: magic, version, number of tensors, number
-of metadata pairs, the pairs, then per tensor its name, shape, type and offset.
+of metadata pairs, the pairs, then for each tensor its name, shape, type and offset.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ MAGIC = b"GGUF"
 F32, F16 = 0, 1
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_LONGEST = 1 << 26  # bytes of a text, items of an array: more is no file that anybody writes
+_LONGEST = 1 << 26  # limit on bytes of a string and items of an array; no real file exceeds it
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """`metadata`: texts and numbers by key. `matrices`: ggml types of the tensors of two or more axes.
+    """Header of a GGUF file.
 
-    arrays: those that were asked for, by key. tensor_count: of all axes.
+    metadata: strings and numbers by key.
+    matrices: ggml types of the tensors with two or more axes.
+    arrays: the requested arrays, by key.
+    tensor_count: number of tensors with any number of axes.
     """
 
     metadata: dict[str, Any]
@@ -36,20 +39,21 @@ class GgufHeader:
 
     @property
     def is_rounded(self) -> bool:
-        """Whether no matrix is stored as F16 or F32: then bf16 holds what dequantised weights are worth."""
+        """Whether no matrix is F16 or F32, so that bf16 is precise enough for the dequantised weights."""
         return not self.matrices & {F16, F32}
 
 
 def is_gguf(file: Path) -> bool:
-    """Whether the file begins as GGUF does."""
+    """Return whether the file begins with the GGUF magic."""
     with file.open("rb") as stream:
         return stream.read(len(MAGIC)) == MAGIC
 
 
 def read_head(file: Path, arrays: Collection[str] = ()) -> GgufHeader:
-    """The head of `file`. arrays: keys of the arrays that are kept.
+    """Return the header of `file`.
 
-    Raises ModelError where it is cut, is of another version, or says sizes that cannot be.
+    arrays: keys of the arrays to keep.
+    Raises ModelError if the file is truncated, of another version, or states impossible sizes.
     """
     try:
         with file.open("rb") as stream:
@@ -106,7 +110,7 @@ def _text(stream: BinaryIO) -> str:
 
 
 def _value(stream: BinaryIO, kind: int, *, keep: bool = False) -> Any:
-    """One value of metadata; None for an array, which is passed over unless it is to be kept."""
+    """Return one metadata value; None for an array that is skipped."""
     if kind == _STRING:
         return _text(stream)
     if kind == _ARRAY:

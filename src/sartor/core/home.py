@@ -1,6 +1,6 @@
 """Location of SARTOR_HOME, the folder shared between runs.
 
-By default it is the platform's cache folder. It holds
+The default is the platform's cache folder. It holds
 
     assets/  bases/  towers/  rehearsal/  features/  activations/  probes/  kernels/  edge/  keys/  trusted/  revoked/
     catalogue.sqlite  digests.sqlite  evaluations.jsonl
@@ -15,14 +15,14 @@ import platformdirs
 
 
 def home() -> Path:
-    """The directory, made if absent."""
+    """Return the directory, creating it if absent."""
     path = Path(os.environ.get("SARTOR_HOME") or platformdirs.user_cache_dir("sartor")).expanduser().absolute()
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def folder(name: str) -> Path:
-    """A subdirectory of `home()`, made if absent."""
+    """Return a subdirectory of `home()`, creating it if absent."""
     path = home() / name
     path.mkdir(parents=True, exist_ok=True)
     return path

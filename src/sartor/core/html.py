@@ -1,7 +1,7 @@
 """Shared HTML page layout, escaping and number formats.
 
-A page is one HTML file: no script, no font, no image from elsewhere. Whatever comes from data goes through `escape`,
-so that no row becomes markup, turns the reading direction or hides in characters that nobody sees.
+A page is one HTML file without scripts, fonts or images from elsewhere. All data goes through `escape`, so that no row
+becomes markup, changes the reading direction or hides in invisible characters.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ code { font: .86em/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
 svg { width: 100%; height: auto; } img { max-width: 100%; } details { margin: .4rem 0; }
 """
 
-# Control characters, those that turn the reading direction, invisible ones (zero width, tags), and what no file may
-# hold.
+# Control characters, bidirectional controls, invisible characters (zero width, tags), surrogates and noncharacters.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufdd0-\ufdef"
     "\ufff0-\uffff\U000e0000-\U000e0fff]|[\r\u2028\u2029]"
 )
-# A pile of marks paints over its neighbours; no script needs more than four on a letter. Latin, Cyrillic, Hebrew,
-# Arabic, Thai.
+# Stacked combining marks cover neighbouring text; no script needs more than four on a letter. The ranges cover Latin,
+# Cyrillic, Hebrew, Arabic and Thai.
 _MARK = (
     "[\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
     "\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]"
@@ -47,10 +46,11 @@ _PILE = re.compile(f"({_MARK}{{4}})({_MARK}+)")
 
 
 def escape_control(text: str) -> str:
-    r"""`text` with every character that acts unseen turned into one that is seen, piles of marks counted; lines end in
-    `\n`.
+    r"""Return `text` with invisible and control characters made visible; lines end in `\n`.
 
-    >>> visible("a\x00b\u202ec")
+    Combining marks beyond the fourth on one character are replaced by their number.
+
+    >>> escape_control("a\x00b\u202ec")
     'a␀b‹U+202E›c'
     """
     visible = _UNSEEN.sub(_shown, text.replace("\r\n", "\n"))
@@ -67,12 +67,12 @@ def _shown(match: re.Match[str]) -> str:
 
 
 def escape(value: Any) -> str:
-    """Text that is safe in HTML, in a quoted attribute and in SVG."""
+    """Return text that is safe in HTML, in a quoted attribute and in SVG."""
     return html.escape(escape_control(str(value)))
 
 
 def clipped(text: str, max_length: int) -> str:
-    """The first `max_length` characters, and how many more there are.
+    """Return the first `max_length` characters and the number of the remaining ones.
 
     >>> clipped("abcdef", 4)
     'abcd… (+2 characters)'
@@ -83,7 +83,11 @@ def clipped(text: str, max_length: int) -> str:
 
 
 def document(title: str, body: str, *, style: str = "", head: str = "") -> str:
-    """A whole page. `title` is text; `body`, `style` and `head` are markup of ours."""
+    """Return a whole HTML page.
+
+    title: plain text; it is escaped.
+    body, style, head: trusted markup; not escaped.
+    """
     opening = (
         f"<meta charset=utf-8>{head}<meta name=viewport content='width=device-width'><title>{escape(title)}</title>"
     )
@@ -91,13 +95,16 @@ def document(title: str, body: str, *, style: str = "", head: str = "") -> str:
 
 
 def headlines(numbers: Iterable[tuple[str, str]]) -> str:
-    """The big numbers: (value, what it is)."""
+    """Return the markup of the headline numbers.
+
+    numbers: pairs (value, label).
+    """
     parts = (f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in numbers)
     return f"<div class=big>{''.join(parts)}</div>"
 
 
 def definition_table(mapping: Mapping[str, Any]) -> str:
-    """A table of names and values."""
+    """Return the markup of a table of names and values."""
     lines = (
         f"<tr><td>{escape(key.replace('_', ' '))}</td><td><code>{escape(format_value(value))}</code></td></tr>"
         for key, value in mapping.items()
@@ -106,7 +113,7 @@ def definition_table(mapping: Mapping[str, Any]) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A value as a person reads it: thousands are parted, four digits of a fraction are enough."""
+    """Return a value as readable text: thousands separators, and four significant digits for a float."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {format_value(inner)}" for key, inner in value.items())
     if isinstance(value, (list, tuple)):
@@ -117,7 +124,7 @@ def format_value(value: Any) -> str:
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one, its keys joined by dots."""
+    """Return a nested mapping as a flat one; its keys are joined by dots."""
     result: dict[str, Any] = {}
     for key, value in nested.items():
         result.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})

@@ -1,7 +1,7 @@
-"""Commands that install extras or a newer Sartor, by the way in which Sartor was installed.
+"""Commands that install extras or a newer Sartor, according to how Sartor was installed.
 
-Sartor is not on the package index, so `sartor[tune]` alone resolves to nothing where it was installed from a clone.
-The installer writes where a distribution came from into `direct_url.json` (PEP 610).
+Sartor is not on the package index, so `sartor[tune]` alone does not resolve after an installation from a clone. The
+installer records the origin of a distribution in `direct_url.json` (PEP 610).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 
 def install_command(extra: str = "") -> str:
-    """Return the command that installs an extra of this Sartor; without `extra`, Sartor with what it needs."""
+    """Return the command that installs an extra; without `extra`, Sartor and its dependencies."""
     requirement, is_editable = _requirement(_origin(), f"[{extra}]" if extra else "")
     return f"{pip_command()} install {'-e ' if is_editable else ''}{shlex.quote(requirement)}"
 
@@ -34,7 +34,7 @@ def upgrade_command() -> str:
 
 
 def pip_command() -> str:
-    """Return how to call the pip of this Python: `pip` where that is the one that the shell finds."""
+    """Return the pip command of this Python: `pip` if the shell finds that one."""
     found = shutil.which("pip")
     if not sys.executable or (found and Path(found).parent.resolve() == Path(sys.executable).parent.resolve()):
         return "pip"
@@ -42,16 +42,16 @@ def pip_command() -> str:
 
 
 def _origin() -> Mapping[str, Any]:
-    """PEP 610's record of where Sartor was installed from; empty where there is none that can be read."""
+    """Return PEP 610's record of Sartor's origin; empty if there is none or it cannot be read."""
     try:
         record = json.loads(importlib.metadata.distribution("sartor").read_text("direct_url.json") or "{}")
-    except Exception:  # a remedy is made while another error is reported: nothing may replace that
+    except Exception:  # a remedy is built while another error is reported, and must not replace it
         return {}
     return record if isinstance(record, dict) and isinstance(record.get("url"), str) else {}
 
 
 def _directory(origin: Mapping[str, Any]) -> str:
-    """The directory that Sartor was installed from; empty for an index, an archive or a repository."""
+    """Return the directory from which Sartor was installed; empty for an index, an archive or a repository."""
     url = str(origin.get("url", ""))
     return unquote(urlsplit(url).path) if url.startswith("file:") and "dir_info" in origin else ""
 
@@ -62,7 +62,10 @@ def _is_editable(origin: Mapping[str, Any]) -> bool:
 
 
 def _requirement(origin: Mapping[str, Any], extras: str) -> tuple[str, bool]:
-    """(what pip is to install, whether editable). extras: `[tune]` or empty."""
+    """Return (requirement for pip, whether editable).
+
+    extras: `[tune]` or empty.
+    """
     if directory := _directory(origin):
         return f"{directory}{extras}", _is_editable(origin)
     version_control = origin.get("vcs_info")

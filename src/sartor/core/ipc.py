@@ -1,9 +1,9 @@
 """JSON-lines messages and errors between processes.
 
-To the worker. `ask` is a number that comes back with the answer.
+To the worker. `ask` is a number that the answer repeats.
 
     {"op": "open", "engine": {"kind": "local", ...}, "base": NAME, "memory_bytes": N, "nice": N}     first, once
-    {"op": "call", "call": Call.as_json()}      {"op": "cancel", "call": ID}
+    {"op": "call", "call": GenerateCall.as_json()}      {"op": "cancel", "call": ID}
     {"op": "attach", "adapter": DIGEST, "path": DIRECTORY, "ask": N}      {"op": "detach", "adapter": DIGEST, "ask": N}
     {"op": "embed", "texts": [...], "encoder": "base" | NAME, "ask": N}   {"op": "ping", "ask": N}
     {"op": "close"}
@@ -11,15 +11,14 @@ To the worker. `ask` is a number that comes back with the answer.
 From the worker.
 
     {"op": "ready", "about": {...}, "memory_bytes": N}     the engine is open
-    {"op": "failed", "error": {...}}                       it is not, and the worker ends
-    {"event": "piece" | "done" | "failed", ...}            event_as_json of the contract
-    {"answer": N, ...} or {"answer": N, "error": {...}}    attach: bytes. embed: vectors, tokens, cut. Else nothing
-    more {"op": "alive", "memory_bytes": N}                     each BEAT_S, by the loop that drives the engine while
-    it has work {"op": "malformed", "problem": TEXT}                   a line that it could not read; it goes on
+    {"op": "failed", "error": {...}}                       the engine is not open, and the worker ends
+    {"event": "piece" | "done" | "failed", ...}            an event of a reply, as event_as_json writes it
+    {"answer": N, ...} or {"answer": N, "error": {...}}    attach: bytes. embed: vectors, tokens, cut. Else no fields
+    {"op": "alive", "memory_bytes": N}                     every BEAT_S while the engine has work, sent by its loop
+    {"op": "malformed", "problem": TEXT}                   a line that it could not read; it continues
 
-An error is {"kind": a class of core/errors, "problem", "remedy"}. The end of the connection ends the worker. A worker
-that has
-nothing to do says nothing: it is pinged.
+An error is {"kind": a class of core/errors, "problem", "remedy"}. The end of the connection ends the worker. An idle
+worker sends nothing; its parent pings it.
 """
 
 from __future__ import annotations
@@ -36,27 +35,30 @@ from sartor.core import errors
 from sartor.core.errors import SartorError
 
 BEAT_S = 0.5
-# A request's body is bounded by team.Limits.body_bytes; JSON may write one byte of it as six.
+# `limits.body_bytes` of a team bounds a request's body; JSON may write one byte of it as six.
 MOST_FRAME_BYTES = 64 << 20
-# What a worker may have said that its parent has not read: above it the engine waits.
+# Limit on output that the parent has not read; above it the engine waits.
 MOST_UNREAD_BYTES = 1 << 20
 _READ_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
 class MalformedFrame:
-    """A line that is no frame."""
+    """A line that is not a valid frame."""
 
     problem: str
 
 
 def frame(message: Mapping[str, Any]) -> bytes:
-    """One line of the wire."""
+    """Return a message as one line of the protocol."""
     return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
 
 
 class Frames:
-    """Bytes as they come -> frames. A line that is too long is dropped up to its end, without being held."""
+    """Parser of received bytes into frames.
+
+    A line that is too long is discarded up to its end, without being buffered.
+    """
 
     def __init__(self, most_bytes: int = MOST_FRAME_BYTES) -> None:
         self._most_bytes = most_bytes
@@ -65,10 +67,10 @@ class Frames:
         self._dropping = False
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any] | MalformedFrame]:
-        """The frames that `data` completes."""
+        """Yield the frames that `data` completes."""
         self._rest += data
         while (end := self._rest.find(b"\n", self._searched)) >= 0:
-            if end + 1 == len(self._rest):  # a request with media is most often all there is: not copied
+            if end + 1 == len(self._rest):  # usual for a large request with media: not copied
                 line, self._rest = self._rest, bytearray()
             else:
                 line = self._rest[: end + 1]
@@ -102,7 +104,11 @@ def _read(line: bytearray) -> dict[str, Any] | MalformedFrame:
 
 
 class Channel:
-    """The worker's end: nothing blocks but `wait`, and what is not read by the parent is bounded by `has_room`."""
+    """The worker's end of the connection.
+
+    Only `wait` and `finish` block. `has_room` tells when the parent has too much unread output.
+    closed: whether the parent is gone.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         end.setblocking(False)
@@ -113,15 +119,15 @@ class Channel:
 
     @property
     def has_room(self) -> bool:
-        """Whether the parent reads fast enough that more may be said."""
+        """Whether the parent reads fast enough for more messages."""
         return len(self._unsent) < MOST_UNREAD_BYTES
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Say something. It leaves with the next `flush`, together with what else was said."""
+        """Queue a message; the next `flush` sends it with the others."""
         self._unsent += frame(message)
 
     def flush(self) -> None:
-        """Hand over as much as the parent takes now."""
+        """Send what the parent accepts now."""
         try:
             while self._unsent and not self.closed:
                 del self._unsent[: self._end.send(self._unsent)]
@@ -131,7 +137,7 @@ class Channel:
             self.closed = True
 
     def received(self) -> Iterator[dict[str, Any] | MalformedFrame]:
-        """What has come since the last time. `closed` is true once the parent is gone."""
+        """Yield the frames received since the last call; set `closed` once the parent is gone."""
         try:
             while not self.closed:
                 data = self._end.recv(_READ_BYTES)
@@ -143,13 +149,13 @@ class Channel:
             self.closed = True
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Sleep until the parent says something, or takes what was not sent, or the time has passed."""
-        poll = select.poll()  # not select: the number of a socket may be above 1023
+        """Sleep until the parent sends something, accepts queued output, or the timeout passes."""
+        poll = select.poll()  # not select(): a file descriptor may be above 1023
         poll.register(self._end, select.POLLIN | (select.POLLOUT if self._unsent else 0))
         poll.poll(None if timeout_s is None else timeout_s * 1000)
 
     def finish(self, timeout_s: float = 1.0) -> None:
-        """Last words: sent if the parent takes them in time."""
+        """Send the queued messages within the timeout, then mark the channel closed."""
         self.flush()
         with contextlib.suppress(OSError):
             self._end.settimeout(timeout_s)
@@ -158,17 +164,17 @@ class Channel:
 
 
 def error_as_json(error: SartorError) -> dict[str, str]:
-    """What `error_from_json` turns back into an error of the same class."""
+    """Return the JSON form of an error, which `error_from_json` reads."""
     return {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}
 
 
 def error_from_json(fields: Mapping[str, Any]) -> SartorError:
-    """The error that was told; one of an unknown class is a plain SartorError."""
+    """Return the error in a message; an unknown class becomes a plain SartorError."""
     return error_of(str(fields.get("kind", "")), str(fields.get("problem", "")), str(fields.get("remedy", "")))
 
 
 def error_of(kind: str, problem: str, remedy: str) -> SartorError:
-    """An error of core/errors by the name of its class, as a Failed tells it."""
+    """Return an error of core/errors by the name of its class, as a ReplyFailed event states it."""
     error_class = getattr(errors, kind, SartorError)
     is_known = isinstance(error_class, type) and issubclass(error_class, SartorError)
     return error_class(problem, remedy) if is_known else SartorError(problem, remedy)

@@ -1,9 +1,8 @@
 """Lazy module loading and callable packages.
 
-The house names packages after the stages and the façade names verbs after them too; Python gives one attribute for
-both. A module's class may be replaced (data model, "Customizing module attribute access"), so the package gets
-`__call__`:
-`sartor.tune(recipe, out)` is the verb, `sartor.tune.trainer` a module of the package.
+Packages are named after stages, and the verbs of `sartor` have the same names; Python allows one attribute for both. A
+module's class may be replaced (data model, "Customizing module attribute access"), so the package gets `__call__`:
+`sartor.tune(recipe, out)` calls the verb, and `sartor.tune.trainer` is a module of the package.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _EXTRAS = {
 
 
 def import_module(module: str) -> types.ModuleType:
-    """Import a module of Sartor. Raises ExtraError naming the extra when an optional package is absent."""
+    """Import a module of Sartor. Raises ExtraError naming the extra if an optional package is absent."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -53,7 +52,7 @@ def import_module(module: str) -> types.ModuleType:
 
 
 def callable_package(package: str, module: str) -> None:
-    """Let calling `package` call the function of its own last name in `module`, imported at the first call."""
+    """Make `package` callable: a call runs the function of its last name in `module`, imported at that call."""
 
     class Verb(types.ModuleType):
         def __call__(self, *args: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Ledgers of JSON lines: read whole or refused, written whole or not at all."""
+"""Ledgers of JSON lines: read completely or refused, written atomically."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class LineLedger:
-    """A ledger's form: a JSON object a line, each with the key `schema`.
+    """Format of a ledger: one JSON object per line, each with the key `schema`.
 
-    noun: what an error calls it. schema: the number that this version writes and reads.
-    is_whole: whether a line has what its reader takes from it; it may raise KeyError, TypeError or ValueError.
-    remedy_template: what to do about a damaged file, with `{file}` in place of its path.
+    noun: name of the ledger in errors.
+    schema: number that this version writes and reads.
+    is_whole: tests whether a line has the fields that its reader needs; may raise KeyError, TypeError or ValueError.
+    remedy_template: remedy for a damaged file, with `{file}` in place of its path.
     """
 
     noun: str
@@ -30,9 +31,7 @@ class LineLedger:
     remedy_template: str = "cp BACKUP {file}"
 
     def read_lines(self, file: Path) -> list[Line]:
-        """Return the lines; none where there is no file. Raises ArtifactError where one cannot be read: none is left
-        out.
-        """
+        """Return all lines; empty if there is no file. Raises ArtifactError if any line cannot be read."""
         if not file.exists():
             return []
         try:
@@ -50,5 +49,5 @@ class LineLedger:
         return lines
 
     def write_lines(self, file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Replace the file by these lines, in one step. Raises OSError."""
+        """Replace the file by these lines atomically. Raises OSError."""
         write_file_atomic(file, "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -1,13 +1,12 @@
-"""Resolves base and tower names to files and digests.
+"""Resolver of base and tower names to files and digests.
 
 A base is an offline asset (`starter`, `whisper-tiny-en`), a GGUF file (both are converted once by `models/base.py`), a
 local directory in transformers' layout, or the name of a model on the Hugging Face hub. Its digest is the same on
-every machine: of the asset or file and the converter's version for the first two, of the weight, tokenizer and config
-files for the others.
+every machine. For an asset or a GGUF file it covers the file and the converter's version; for the others, the weight,
+tokenizer and config files.
 
-A tower is the frozen encoder of pictures or of recordings in a composed base: one of the offline assets (converted
-once by
-`models/towers`), or a directory or hub name in transformers' layout, as a base is.
+A tower is the frozen encoder of images or audio in a composed base. It is an offline asset (converted once by
+`models/towers`), or a directory or hub name in transformers' layout, like a base.
 """
 
 from __future__ import annotations
@@ -35,21 +34,22 @@ from sartor.core.records import digest
 from sartor.core.remedies import restore_command
 
 STARTER, WHISPER = "starter", "whisper-tiny-en"
-# Raised when `models/base.py` writes other bytes for the same asset: adapters bind to the digest.
+# increased when `models/base.py` writes other bytes for the same asset: adapters bind to the digest
 CONVERTER_VERSION = 1
 _FILES = re.compile(r"(.*\.safetensors|.*\.json|tokenizer.*|vocab.*|merges\.txt|.*\.jinja|.*\.model)$")
-# an exported model's receipt names the digest of the base that it can be, so it is no part of that
+# an export's receipt states the digest of the base that it forms, so that digest cannot include it
 _NOT_OF_IT = {"parity.json"}
-# as model cards spell them -> SPDX
+# name in model cards -> SPDX id
 HUB_LICENCES = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-4.0": "CC-BY-4.0", "bsd-3-clause": "BSD-3-Clause"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
 
 
 @dataclass(frozen=True)
 class BaseRef:
-    """A base by name, found: where it is, what identifies it.
+    """A resolved base: its location and identity.
 
-    `path` may be absent for a starter or a GGUF file that is not yet converted; `gguf` is that file.
+    path: may be absent for an asset or a GGUF file that is not converted yet.
+    gguf: the GGUF file, if the base is one.
     """
 
     name: str
@@ -60,20 +60,21 @@ class BaseRef:
 
     @property
     def is_converted(self) -> bool:
-        """Whether `path` is made from an asset or a GGUF file."""
+        """Whether `path` is converted from an asset or a GGUF file."""
         return self.gguf is not None or self.name in (STARTER, WHISPER)
 
     @property
     def short_digest(self) -> str:
-        """The digest's first 12 digits, for messages."""
+        """First 12 digits of the digest, for messages."""
         return self.digest[:12]
 
 
 def locate_base(name: str, revision: str = "", licence: str = "") -> BaseRef:
-    """The base that `name` means. `licence` overrides what the base's own files state.
+    """Return the base with this name.
 
-    Raises ModelError for a directory or file that holds no usable model, HubError when a hub name cannot be fetched,
-    and ConfigError for a revision of what has none.
+    licence: overrides the licence that the base's own files state.
+    Raises ModelError for a directory or file without a usable model, HubError if a hub name cannot be fetched, and
+    ConfigError for a revision of a base that has none.
     """
     if revision and (name in (STARTER, WHISPER) or Path(name).expanduser().exists()):
         problem = f"base.revision is {revision!r}, and {name} has no revisions: it is no model of the hub"
@@ -99,7 +100,7 @@ def locate_base(name: str, revision: str = "", licence: str = "") -> BaseRef:
 
 
 def source_gguf(ref: BaseRef) -> Path:
-    """The GGUF file that a starter or GGUF base is converted from; the asset is fetched if it is not here."""
+    """Return the GGUF file of a starter or GGUF base, fetching the asset if it is absent."""
     return ref.gguf or assets.install(STARTER) / assets.entry(STARTER).paths[0]
 
 
@@ -123,7 +124,7 @@ def _local(name: str, path: Path, licence: str) -> BaseRef:
 
 
 def _from_gguf(file: Path, licence: str) -> BaseRef:
-    """A GGUF file: bound to its bytes and to the version of the converter that makes weights of them."""
+    """Resolve a GGUF file; its digest covers its bytes and the converter's version."""
     if not gguf_header.is_gguf(file):
         raise ModelError(
             f"the base {file} is a file, not a directory, and no GGUF file",
@@ -136,13 +137,14 @@ def _from_gguf(file: Path, licence: str) -> BaseRef:
 
 
 def gguf_digest(sha256: str) -> str:
-    """The digest of the base that a GGUF file with this sha256 is."""
+    """Return the digest of the base in a GGUF file with this sha256."""
     return digest({"gguf": sha256, "converter": CONVERTER_VERSION})
 
 
 def files_digest(path: Path) -> str:
-    """sha256 over names and sha256 of the files that make a base; big files are remembered by size, times and
-    inode.
+    """Return the sha256 over the names and digests of the files of a base.
+
+    Digests of large files are cached by `remembered_digest`.
     """
     candidates = (file for file in path.iterdir() if _FILES.match(file.name) and file.name not in _NOT_OF_IT)
     files = sorted(file for file in candidates if file.is_file())
@@ -150,15 +152,17 @@ def files_digest(path: Path) -> str:
 
 
 def remembered_digest(file: Path) -> str:
-    """sha256 of a file, kept in SARTOR_HOME/digests.sqlite until its inode, size, mtime or ctime changes."""
+    """Return the sha256 of a file, cached in SARTOR_HOME/digests.sqlite.
+
+    The cache entry holds until the file's inode, size, mtime or ctime changes. Files below 1 MiB are not cached.
+    """
     stat = file.stat()
     if stat.st_size < 1 << 20:
         return file_digest(file)
-    if (
-        time.time() - stat.st_ctime < 0.1
-    ):  # changed just now: a second change could fall into the same tick of the clock
+    # changed just now: a second change could fall into the same clock tick
+    if time.time() - stat.st_ctime < 0.1:
         return file_digest(file)
-    # ctime is in the key because a program can set mtime back, and cannot set ctime
+    # ctime is in the key because a program can reset mtime but not ctime
     key = f"{file.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
     with (
         contextlib.suppress(sqlite3.Error),
@@ -174,7 +178,7 @@ def remembered_digest(file: Path) -> str:
 
 
 def chat_template(path: Path) -> str:
-    """The chat template in a base's directory; empty when it has none."""
+    """Return the chat template in a base's directory; empty if it has none."""
     if (path / "chat_template.jinja").is_file():
         return (path / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
@@ -188,7 +192,7 @@ def chat_template(path: Path) -> str:
 def _template_in(file: Path) -> str:
     try:
         template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
-        if isinstance(template, list):  # several named templates: transformers uses the one called default
+        if isinstance(template, list):  # several named templates: transformers uses the one named default
             template = {item["name"]: item["template"] for item in template}.get("default")
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ModelError(f"{file} is not a whole JSON file of a tokenizer: {error}", restore_command(file)) from None
@@ -196,12 +200,12 @@ def _template_in(file: Path) -> str:
 
 
 def template_digest(template: str) -> str:
-    """sha256 of a chat template's text."""
+    """Return the sha256 of a chat template's text."""
     return hashlib.sha256(template.encode()).hexdigest()
 
 
 def _stated_licence(path: Path) -> str:
-    """The `license:` line in the front matter of a model card; NOASSERTION without one."""
+    """Return the licence in the front matter of a model card; NOASSERTION without one."""
     card = path / "README.md"
     text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -210,13 +214,13 @@ def _stated_licence(path: Path) -> str:
     except yaml.YAMLError:
         fields = None
     licence = fields.get("license") if isinstance(fields, dict) else None
-    if licence == "other" and isinstance(fields, dict):  # then the card names it in a field of its own
+    if licence == "other" and isinstance(fields, dict):  # the card then names it in a separate field
         licence = fields.get("license_name") or licence
     return _spdx(licence[0] if isinstance(licence, list) and len(licence) == 1 else licence)
 
 
 def _spdx(licence: object) -> str:
-    """A stated licence as SPDX spells it; NOASSERTION where none is stated."""
+    """Return a stated licence in SPDX spelling; NOASSERTION if none is stated."""
     if isinstance(licence, str) and licence.strip():
         return HUB_LICENCES.get(licence.strip().lower(), licence.strip())
     return UNKNOWN
@@ -242,7 +246,7 @@ def _from_hub(name: str, revision: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except (ExtraError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the client raises a dozen kinds: offline, no such model, gated, full disk
+    except Exception as error:  # the client raises a dozen types: offline, no such model, gated, full disk
         offline = os.environ.get("HF_HUB_OFFLINE") or "onnection" in str(error) or "offline" in str(error).lower()
         reason = "the hub cannot be reached" if offline else f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise HubError(
@@ -252,10 +256,10 @@ def _from_hub(name: str, revision: str) -> Path:
 
 
 Modality = Literal["image", "audio"]
-# Raised when `models/towers` makes other features of the same weights: features are kept by the tower's digest.
+# increased when `models/towers` computes other features from the same weights: features are cached by the digest
 FEATURES_VERSION = 1
 ASSETS: dict[str, Modality] = {"efficientnet-lite0": "image", "whisper-tiny-en": "audio"}
-# transformers' model_type -> what it reads
+# transformers' model_type -> modality that it reads
 MODEL_TYPES: dict[str, Modality] = {
     "whisper": "audio",
     "clip": "image",
@@ -264,17 +268,18 @@ MODEL_TYPES: dict[str, Modality] = {
     "siglip_vision_model": "image",
     "dinov2": "image",
 }
-# The one key of metadata of an adapter's projectors: which towers they read, and the form in which that is said. One,
-# since the order of several is the writer's whim, and equal adapters are to be equal files
+# The only metadata key of an adapter's projectors: the towers that they read; the suffix is the format's version.
+# There is one key because the writer's order of several is arbitrary, and equal adapters must be equal files.
 TOWERS_KEY = "towers.1"
 
 
 @dataclass(frozen=True)
 class TowerRef:
-    """A tower by name, found. `model`: the asset's name, or transformers' model_type.
+    """A resolved tower: its location and identity.
 
-    `digest`: of the weights' files and FEATURES_VERSION: what decides the features. An asset's `path` may not be there
-    yet.
+    path: may be absent for an asset that is not converted yet.
+    digest: digest of the weight files and FEATURES_VERSION, which determine the features.
+    model: name of the asset, or transformers' model_type.
     """
 
     name: str
@@ -291,10 +296,10 @@ class TowerRef:
 
 
 def locate_tower(name: str, kind: Modality | None = None, licence: str = "") -> TowerRef:
-    """The tower that `name` means. `licence` overrides what its own files state.
+    """Return the tower with this name.
 
-    Raises ModelError for what holds no tower that is known here, or none of that kind; HubError when a hub name cannot
-    be fetched.
+    licence: overrides the licence that the tower's own files state.
+    Raises ModelError if it is not a supported tower, or not one of `kind`; HubError if a hub name cannot be fetched.
     """
     ref = _located(name, licence)
     if kind and ref.modality != kind:

@@ -1,15 +1,15 @@
-"""Version of Sartor's own arithmetic, by the dtype that a base computes in.
+"""Version of Sartor's own arithmetic, by the dtype in which a base computes.
 
-Replies, activations and runs repeat to the bit only by the arithmetic that made them. What is stored to be repeated,
-compared or continued therefore states its dtype and `numerics`, this version. Content without the key was made by
-numerics 1.
+Replies, activations and runs repeat bit for bit only under the arithmetic that produced them. Stored content that is
+later repeated, compared or continued therefore states its dtype and `numerics`, this version. Content without the key
+has numerics 1. W x is the frozen product, s B A x the low-rank product of LoRA:
 
-    1   the frozen product is rounded to the dtype, then the low-rank product is added and the sum is rounded again
-    2   the low-rank product is added to the frozen product before that is rounded: once
+    1   y = round(round(W x) + s B A x): the frozen product is rounded to the dtype, then the sum is rounded again
+    2   y = round(W x + s B A x): the sum is rounded once
 
-fp32 and fp64 lose nothing that matters by the first way, and still go it. A quantised base has the version of the
-dtype that it computes in, a composed base that of its language model. Engines that are not Sartor's (llama.cpp,
-servers over HTTP) have none.
+fp32 and fp64 lose nothing that matters with version 1 and still use it. A quantised base has the version of the dtype
+in which it computes, a composed base that of its language model. Other engines (llama.cpp, servers over HTTP) have no
+version.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ _MOST_SHOWN = 20
 
 
 def numerics(dtype: str) -> int:
-    """Return the version by which this Sartor computes in `dtype` (torch's name for it, with or without `torch.`)."""
+    """Return the version with which this Sartor computes in `dtype`.
+
+    dtype: torch's name, with or without `torch.`.
+    """
     return NUMERICS.get(dtype.removeprefix("torch."), FIRST)
 
 
 def difference(made_by: Any, dtype: str) -> str:
-    """Return in what the arithmetic that made something in `dtype` differs from this version's; empty if it does not.
+    """Return how the arithmetic that made something in `dtype` differs from this version's; empty if equal.
 
-    made_by: what stands under `numerics`; None for content that has no such key.
+    made_by: the stored value of `numerics`; None for content without that key.
     """
     made_by, current = FIRST if made_by is None else made_by, numerics(dtype)
     if made_by == current:
@@ -43,6 +46,6 @@ def difference(made_by: Any, dtype: str) -> str:
 
 
 def not_checked(made_by: Any, dtype: str) -> str:
-    """Return why something made in `dtype` cannot be compared with what this version makes; empty if it can."""
+    """Return why something made in `dtype` cannot be compared with this version's output; empty if it can."""
     reason = difference(made_by, dtype)
     return f"not checked: made by {reason}" if reason else ""

@@ -1,7 +1,7 @@
-"""Examples and Drops as Parquet; Arrow to numpy.
+"""Examples and Drops as Parquet, and conversion between Arrow and numpy.
 
-`examples/*.parquet` has one row per Example: `messages` in the OpenAI form, with content always a list of parts, since
-a Parquet column cannot be text in one row and a list in the next. `drops/*.parquet` has one row per Drop.
+`examples/*.parquet` has one row per Example. `messages` has the OpenAI form, with content always a list of parts,
+since a Parquet column cannot hold text in one row and a list in the next. `drops/*.parquet` has one row per Drop.
 """
 
 from __future__ import annotations
@@ -71,22 +71,22 @@ DROPS = pa.schema(
 
 
 def examples_table(examples: Iterable[Example]) -> Any:
-    """Examples as an Arrow table in the schema EXAMPLES."""
+    """Return Examples as an Arrow table with the schema EXAMPLES."""
     return pa.Table.from_pylist([example_row(example) for example in examples], EXAMPLES)
 
 
 def write_examples(file: Path, examples: Iterable[Example]) -> int:
-    """Write Examples to a Parquet file; returns how many."""
+    """Write Examples to a Parquet file; return their number."""
     return write_rows(file, EXAMPLES, (example_row(example) for example in examples))
 
 
 def write_drops(file: Path, drops: Iterable[Drop]) -> int:
-    """Write Drops to a Parquet file; returns how many."""
+    """Write Drops to a Parquet file; return their number."""
     return write_rows(file, DROPS, (asdict(drop) for drop in drops))
 
 
 def write_rows(file: Path, schema: Any, rows: Iterable[dict[str, Any]]) -> int:
-    """Write mappings to a zstd Parquet file in row groups; returns how many."""
+    """Write mappings to a zstd Parquet file in row groups; return their number."""
     file.parent.mkdir(parents=True, exist_ok=True)
     count, waiting = 0, []
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
@@ -101,14 +101,14 @@ def write_rows(file: Path, schema: Any, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def read_examples(dataset: Artifact, split: str | None = None) -> Iterator[Example]:
-    """The Examples of a Dataset in their order, of one split if named."""
+    """Yield the Examples of a Dataset in order, of one split if it is named."""
     for row in _read(dataset, "examples/"):
         if split is None or row["split"] == split:
             yield example_of(row)
 
 
 def read_own_examples(dataset: Artifact, split: str | None = None) -> Iterator[Example]:
-    """As `read_examples`, without the rows that come from sources of rehearsal alone."""
+    """Yield the Examples as `read_examples` does, without rows that come only from rehearsal sources."""
     rehearsal = rehearsal_sources(dataset)
     for example in read_examples(dataset, split):
         if not example.origins or any(origin.source not in rehearsal for origin in example.origins):
@@ -116,12 +116,12 @@ def read_own_examples(dataset: Artifact, split: str | None = None) -> Iterator[E
 
 
 def rehearsal_sources(dataset: Artifact) -> set[str]:
-    """The sources of a Dataset that keep the base's manners and are not what it is for."""
+    """Return the rehearsal sources of a Dataset: rows against forgetting, not for its own task."""
     return {source["source"] for source in dataset.manifest.get("sources", []) if source.get("rehearsal")}
 
 
 def read_drops(dataset: Artifact) -> Iterator[Drop]:
-    """The Drops of a Dataset in their order."""
+    """Yield the Drops of a Dataset in order."""
     for row in _read(dataset, "drops/"):
         yield Drop(**row)
 
@@ -133,7 +133,7 @@ def _read(dataset: Artifact, folder: str) -> Iterator[dict[str, Any]]:
 
 
 def read_file(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file as mappings. Raises ArtifactError."""
+    """Yield the rows of a Parquet file as mappings. Raises ArtifactError."""
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(ROWS_PER_GROUP):
@@ -147,7 +147,7 @@ def read_file(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def example_row(example: Example) -> dict[str, Any]:
-    """An Example as `examples/*.parquet` holds it; `example_of` turns it back."""
+    """Return an Example as a row of `examples/*.parquet`, which `example_of` reads."""
     return {
         "id": example.id,
         "messages": [_message_row(message) for message in example.messages],
@@ -156,7 +156,7 @@ def example_row(example: Example) -> dict[str, Any]:
         "group": example.group,
         "split": example.split,
         "weight": example.weight,
-        "origins": [vars(origin) for origin in example.origins],  # asdict copies to the depths, at ten times the cost
+        "origins": [vars(origin) for origin in example.origins],  # asdict copies deeply, at ten times the cost
         "steps": list(example.steps),
         "rating": example.rating,
     }
@@ -167,7 +167,7 @@ def _message_row(message: Message) -> dict[str, Any]:
 
 
 def example_of(row: dict[str, Any]) -> Example:
-    """The Example in a row of `examples/*.parquet`."""
+    """Return the Example in a row of `examples/*.parquet`."""
     return Example(
         messages=tuple(_message_of(message) for message in row["messages"]),
         origins=tuple(origin_of(origin) for origin in row["origins"]),
@@ -176,14 +176,14 @@ def example_of(row: dict[str, Any]) -> Example:
         weight=row["weight"],
         rejected=tuple(_message_of(message) for message in row["rejected"]),
         tools=row["tools"],
-        steps=tuple(row.get("steps") or ()),  # a Dataset of schema 1 has none
-        rating=row.get("rating") or 0.0,  # an older Dataset has no ratings
+        steps=tuple(row.get("steps") or ()),  # absent in a Dataset of schema 1
+        rating=row.get("rating") or 0.0,  # absent in older Datasets
     )
 
 
 def origin_of(row: dict[str, Any]) -> Origin:
-    """The Origin in an element of the column `origins`."""
-    # an older Dataset has no `made_by`
+    """Return the Origin in an element of the column `origins`."""
+    # older Datasets have no `made_by`
     return Origin(**{**row, "parents": tuple(row["parents"]), "made_by": row.get("made_by") or ""})
 
 
@@ -193,26 +193,26 @@ def _message_of(row: dict[str, Any]) -> Message:
         kind = cast(PartKind, part["type"])
         body = part[kind] or ""
         parts.append(Part(kind, text=body) if kind == "text" else Part(kind, media=body))
-    # an older Dataset has no reasoning
+    # older Datasets have no reasoning_content
     texts = (row.get(key) or "" for key in ("name", "tool_calls", "tool_call_id", "reasoning_content"))
     return Message(row["role"], tuple(parts), *texts)
 
 
 def numbers(array: Any) -> Any:
-    """An Arrow array of numbers or booleans as a numpy array."""
+    """Return an Arrow array of N numbers or booleans as a numpy array of shape (N,)."""
     if pa.types.is_boolean(array.type):
         return np.from_dlpack(pc.cast(array, pa.uint8())).view(bool)
     return np.from_dlpack(array)
 
 
 def to_index_array(values: Any) -> Any:
-    """A numpy array as an Arrow array of 64-bit numbers, to `take` with."""
+    """Return a one-dimensional numpy array as an Arrow int64 array, for `take`."""
     contiguous = np.ascontiguousarray(values, np.int64)
     return pa.Array.from_buffers(pa.int64(), len(contiguous), [None, pa.py_buffer(contiguous)])
 
 
 def to_string_array(texts: Sequence[str]) -> Any:
-    """An Arrow array of strings."""
+    """Return texts as an Arrow string array."""
     encoded = [text.encode() for text in texts]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
@@ -220,6 +220,6 @@ def to_string_array(texts: Sequence[str]) -> Any:
 
 
 def column(table: Any, name: str) -> Any:
-    """A column of a table whose chunks were combined, as one Arrow array."""
+    """Return a column of a table as one Arrow array; the table's chunks must be combined."""
     chunked = table[name]
     return chunked.chunk(0) if chunked.num_chunks else pa.nulls(0, chunked.type)

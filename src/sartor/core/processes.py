@@ -1,7 +1,8 @@
 """Worker processes, parallel map, deferred termination signals.
 
-Not `multiprocessing`: its spawned children import the caller's script again, which in a script without `__main__`
-guard starts the whole work anew, and forked ones inherit locks of threads that they do not have (rensa's, Arrow's).
+`multiprocessing` is not used. Its spawned children import the caller's script again, which repeats the whole work in a
+script without a `__main__` guard. Its forked children inherit locks of threads that they do not have (rensa's,
+Arrow's).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _CHILD = "import sys; sys.path[:] = {path!r}; from sartor.core.processes import 
 
 
 class WorkerPool:
-    """`count` processes that live until the block is left; 0 does everything here."""
+    """Pool of `count` worker processes that live until the block ends; 0 runs everything in this process."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -43,7 +44,7 @@ class WorkerPool:
             parent_end, child_end = socket.socketpair()
             with child_end:
                 code = _CHILD.format(path=sys.path, number=child_end.fileno())
-                # two processes on two cores leave no room for threads
+                # one thread each: the processes already use the cores
                 environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
                 self._children.append(
                     subprocess.Popen(
@@ -69,7 +70,7 @@ class WorkerPool:
                 child.wait()
 
     def spread(self, function: Callable[..., T], items: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-        """`function(*item)` of every item, in order; a few more than `count` are in work at any time."""
+        """Yield `function(*item)` for every item, in order; a few more than `count` are in work at a time."""
         if not self.count:
             yield from (function(*item) for item in items)
             return
@@ -104,9 +105,12 @@ class WorkerPool:
 
 
 def serve(descriptor: int) -> None:
-    """The loop of a worker on the socket that it inherits: (function, arguments) in, (failed, result or error) out."""
-    gc.set_threshold(100_000)  # rows make lists by the million, and no cycles
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    """Run a worker's loop on an inherited socket.
+
+    It receives (function, arguments) and sends (failed, result or error).
+    """
+    gc.set_threshold(100_000)  # rows create millions of lists but no reference cycles
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     connection = Connection(descriptor)
     while True:
         try:
@@ -115,7 +119,7 @@ def serve(descriptor: int) -> None:
             return
         try:
             answer = (False, function(*item))
-        except Exception as error:  # whatever it is, it is raised where it was asked for
+        except Exception as error:  # any error is raised in the caller's process
             answer = (True, error)
         try:
             connection.send(answer)
@@ -128,13 +132,17 @@ def _silent(stage: str, done: int, of: int) -> None:
 
 
 def serial(function: Callable[..., T], items: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-    """`function(*item)` of every item, in order, in this process."""
+    """Yield `function(*item)` for every item, in order, in this process."""
     return (function(*item) for item in items)
 
 
 @dataclass(frozen=True)
 class Executor:
-    """`show(stage, done, of)` hears of progress; `spread` calls a module's function on items, in order."""
+    """Callbacks for progress and parallel work.
+
+    show: receives progress as (stage, done, total).
+    spread: calls a module-level function on items, in order.
+    """
 
     show: Callable[[str, int, int], None] = _silent
     spread: Callable[..., Iterator[Any]] = serial
@@ -144,11 +152,14 @@ ALONE = Executor()
 
 
 class DeferredSignals:
-    """Context manager: `received` is the signal that came, or None.
+    """Context manager that records SIGINT or SIGTERM instead of ending the process.
 
-    The first signal puts the handlers back that were there before, so a second one does what it always did (Ctrl-C: at
-    once). A signal that the process ignores (`nohup`) stays ignored, and outside the main thread nothing is done:
-    Python allows handlers there only.
+    received: the signal that came, or None.
+    notice: receives a line when a signal comes.
+
+    The first signal restores the previous handlers, so a second one has its usual effect (Ctrl-C: ends at once). A
+    signal that the process ignores (`nohup`) stays ignored. Outside the main thread nothing is done, since Python
+    allows handlers only there.
     """
 
     def __init__(self, notice: Callable[[str], object] = lambda line: None) -> None:
@@ -171,7 +182,7 @@ class DeferredSignals:
     def _receive(self, signal_number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(signal_number)
         self.__exit__()
-        # a handler may have cut into a write to the same stream, which then refuses a second one
+        # the handler may interrupt a write to the same stream, which then refuses a second write
         with contextlib.suppress(RuntimeError):
             self._notice(
                 f"{self.received.name}: the update in work is finished and saved; the same again ends at once"

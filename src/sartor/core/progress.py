@@ -1,7 +1,7 @@
-"""Progress of long work on stderr, with the time left.
+"""Progress of long work on stderr, with the remaining time.
 
-`Progress` is one piece of work. Where several pieces are one command (`sartor tailor`), `WholeProgress` shows them as
-one: what reports to a Progress inside of it moves the whole.
+`Progress` is one piece of work. Where one command has several pieces (`sartor tailor`), `WholeProgress` shows them as
+one bar; each inner Progress moves that bar.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ _WHOLE: ContextVar[WholeProgress | None] = ContextVar("whole_progress", default=
 
 
 class Progress:
-    """A bar where somebody looks, else a notice every ten seconds. Use as a context manager.
+    """A bar on a terminal, otherwise a notice every ten seconds. Use as a context manager.
 
-    what: the work in a word, as "evaluate". total: of what is counted in `unit`; both may be fractions of a whole.
+    what: name of the work, such as "evaluate".
+    total: amount of work in `unit`; may be fractional.
     """
 
     def __init__(self, what: str, total: float, unit: str, notice: Callable[[str], object]) -> None:
@@ -38,7 +39,7 @@ class Progress:
         self._bars.stop()
 
     def show(self, done: float) -> None:
-        """Tell how much of `total` is done."""
+        """Report the amount of `total` that is done."""
         self.done = done
         fraction = min(done / self._total, 1.0) if self._total else 1.0
         if self._whole is not None:
@@ -52,7 +53,7 @@ class Progress:
             self._last_notice = now
 
     def advance(self, by: float = 1.0) -> None:
-        """Tell that so much more is done."""
+        """Report an additional amount as done."""
         self.show(self.done + by)
 
     def _count(self, done: float) -> str:
@@ -60,10 +61,10 @@ class Progress:
 
 
 class WholeProgress:
-    """Several pieces of work as one. Use as a context manager.
+    """One progress bar for several pieces of work. Use as a context manager.
 
-    seconds: what each piece, by the `what` of its Progress, is foreseen to take; others change nothing. A piece that
-    is slower or faster than foreseen moves the time that is left for those behind it, since the machine is the same.
+    seconds: expected duration of each piece in s, by the `what` of its Progress; other pieces change nothing. A piece
+        that is slower or faster than expected scales the remaining time of those after it.
     """
 
     def __init__(self, what: str, seconds: Mapping[str, float], notice: Callable[[str], object]) -> None:
@@ -84,7 +85,11 @@ class WholeProgress:
         _WHOLE.reset(self._token)
 
     def show(self, what: str, fraction: float, text: str) -> None:
-        """Tell how far a piece is, 0 to 1, and what of it."""
+        """Report the progress of a piece.
+
+        fraction: 0 to 1.
+        text: detail shown for the piece.
+        """
         if what not in self._seconds:
             return
         for earlier in self._seconds:
@@ -104,13 +109,14 @@ class WholeProgress:
 
 
 def whole_progress() -> WholeProgress | None:
-    """What the work that runs is a piece of, if it is one."""
+    """Return the WholeProgress to which the running work belongs, or None."""
     return _WHOLE.get()
 
 
 def _bars(what: str, count: str, *, is_shown: bool) -> tuple[Any, Any]:
-    """(bar of rich, its task). rich takes 0.1 s to import, which no short command that imports this has to wait
-    for.
+    """Return (bar of rich, its task).
+
+    The import of rich takes 0.1 s, so it happens only here and not in short commands.
     """
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn

@@ -1,7 +1,7 @@
 """Frozen records: Example, Message, Part, Origin, Drop, Feedback.
 
-An Example's `id` is the digest of its content alone, so two sources that hold the same row make one Example with two
-origins, on every machine and in every run.
+An Example's `id` is the digest of its content alone. Two sources that hold the same row therefore give one Example
+with two origins, on every machine and in every run.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ FEEDBACK_SCHEMA = 2
 Agreed = Literal["given", "assumed", "refused"]
 
 
-# json.dumps would make an encoder at each call
+# json.dumps would build an encoder for each call
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
 def canonical(value: Any) -> bytes:
-    """JSON bytes that are equal exactly when the values are: sorted keys, no spaces, UTF-8.
+    """Return JSON bytes that are equal exactly if the values are: sorted keys, no spaces, UTF-8.
 
     Raises UnicodeEncodeError for text with a lone surrogate, which no file can hold.
     """
@@ -36,33 +36,38 @@ def canonical(value: Any) -> bytes:
 
 
 def canonical_text(value: Any) -> str:
-    """`canonical` as text that any file can hold: for evidence, not for digests."""
+    """Return JSON text that any file can hold: for evidence, not for digests."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "replace").decode()
 
 
 def digest(value: Any) -> str:
-    """sha256 of `canonical(value)`, hex."""
+    """Return the sha256 of `canonical(value)`, hex."""
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a message. `text` holds words; for image and audio, `media` is a path below the dataset."""
+    """A part of a message's content.
+
+    text: the text of a text part.
+    media: path below the Dataset, for image and audio.
+    """
 
     kind: PartKind
     text: str = ""
     media: str = ""
 
     def plain(self) -> dict[str, str]:
-        """The OpenAI content part."""
+        """Return the OpenAI content part."""
         return {"type": self.kind, self.kind: self.text if self.kind == "text" else self.media}
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `tool_calls` is the JSON text of OpenAI's list, kept as text since its arguments have no fixed form.
+    """One turn of a conversation.
 
-    reasoning_content: what an assistant wrote before its reply, for templates that have a place for it.
+    tool_calls: JSON text of OpenAI's list; text, since its arguments have no fixed form.
+    reasoning_content: the assistant's reasoning before its reply, for templates that support it.
     """
 
     role: str
@@ -74,7 +79,7 @@ class Message:
 
     @classmethod
     def of(cls, role: str, text: str) -> Message:
-        """A message of one text part."""
+        """Return a message with one text part."""
         return cls(role, (Part("text", text),))
 
     @property
@@ -83,7 +88,7 @@ class Message:
         return "".join(part.text for part in self.content if part.kind == "text")
 
     def plain(self) -> dict[str, Any]:
-        """The OpenAI message with content parts; empty fields are left out."""
+        """Return the OpenAI message with content parts; empty fields are left out."""
         fields = {
             "name": self.name,
             "tool_calls": self.tool_calls,
@@ -96,13 +101,16 @@ class Message:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a row came from. `source` is the declared path, `locator` the place inside it (`faq.jsonl:12`).
+    """Provenance of a row.
 
-    `licence` is an SPDX expression; `parents` are ids of Examples that this one was made from; `step` names what made
-    it;
-    `date` is the ISO date of the row, or of its source, where one is known. `made_by` is empty where people wrote the
-    row; else it says how it was synthesised, as JSON text: way, teacher, digests of prompt and answer, seed. It stays
-    for ever.
+    source: the declared path.
+    locator: position in it (`faq.jsonl:12`).
+    licence: SPDX expression.
+    parents: ids of the Examples from which this one was made.
+    step: name of the step that made it.
+    date: ISO date of the row or of its source; empty if unknown.
+    made_by: empty for rows written by people. Otherwise JSON text on the synthesis: way, teacher, digests of prompt
+        and answer, seed. It is never removed.
     """
 
     source: str
@@ -116,10 +124,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class Example:
-    """One training row. `group` may never straddle a split; `rejected` holds the worse reply of a preference pair.
+    """One training row.
 
-    `rating` is what people made of the last reply: -1 (bad) .. 1 (good), 0 where nobody said. `steps` names the
-    curation steps that changed the content, in order.
+    group: rows of one group are never divided between splits.
+    rejected: the worse reply of a preference pair.
+    steps: curation steps that changed the content, in order.
+    rating: people's rating of the last reply, -1 (bad) to 1 (good); 0 if there is none.
     """
 
     messages: tuple[Message, ...]
@@ -134,9 +144,7 @@ class Example:
 
     @cached_property
     def id(self) -> str:
-        """32 hex digits of the sha256 of the content (messages, rejected, tools, rating): not of where it came
-        from.
-        """
+        """First 32 hex digits of the sha256 of messages, rejected, tools and rating, without origins."""
         content: dict[str, Any] = {"messages": [message.plain() for message in self.messages]}
         if self.rejected:
             content["rejected"] = [message.plain() for message in self.rejected]
@@ -148,36 +156,40 @@ class Example:
 
     @property
     def is_document(self) -> bool:
-        """A text without a question: learnt as it stands, outside the chat template."""
+        """Whether it is plain text without a prompt, learnt as it is, outside the chat template."""
         return len(self.messages) == 1 and self.messages[0].role == "assistant"
 
     @property
     def is_derived(self) -> bool:
-        """Made of other Examples, as copies with changed media are."""
+        """Whether it was made from other Examples, such as a copy with augmented media."""
         return any(origin.parents for origin in self.origins)
 
     @property
     def is_synthetic(self) -> bool:
-        """Made by a teacher or a rule and by nobody else: such a row is never held out as if it were reality."""
+        """Whether a teacher or a rule made every origin; such a row is never held out as real data."""
         return bool(self.origins) and all(origin.made_by for origin in self.origins)
 
     @property
     def prompt(self) -> tuple[Message, ...]:
-        """The messages before the last reply."""
+        """Messages before the last reply."""
         return self.messages[:-1]
 
     @property
     def reply(self) -> str:
-        """The text of the last message."""
+        """Text of the last message."""
         return self.messages[-1].text
 
 
 @dataclass(frozen=True)
 class Drop:
-    """A row that was not kept: why, where it stood, and what shows it. `reason` is a stable word, `detail` a sentence.
+    """A rejected row: the reason, its location and the evidence.
 
-    `kept` is the id of the Example that stands in its place (duplicates), `score` (0..1) and `method` say how alike
-    they are and by what measure. `text` is the raw row, cut to 2,000 characters.
+    reason: a stable word.
+    detail: a sentence.
+    kept: id of the Example kept in its place (duplicates).
+    score: similarity to it, 0 to 1.
+    method: the measure of similarity.
+    text: the raw row, cut to 2,000 characters.
     """
 
     reason: str
@@ -194,10 +206,11 @@ class Drop:
 
 @dataclass(frozen=True)
 class FeedbackAuthor:
-    """Who says something of a reply. key: id of the API key, "" where there are none. user: keyed digest of the id
-    that the key
-    gave for a person, "" for none. consent: whether what was said may be kept and learnt from; assumed where nobody
-    asked.
+    """Author of a feedback entry.
+
+    key: id of the API key; empty if the server has no keys.
+    user: keyed digest of the client's user id; empty if none was sent.
+    consent: whether the feedback may be stored and learnt from; "assumed" if nobody was asked.
     """
 
     key: str = ""
@@ -207,14 +220,17 @@ class FeedbackAuthor:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What a person said of a reply: one line of a team's inbox.
+    """A user's feedback on a reply: one line of a team's inbox.
 
-    receipt: of the reply. agent: the exact version that gave it. date: ISO, UTC. rating: -1 (bad) .. 1 (good).
-    correction: what
-    the reply should have been. messages: the prompt in OpenAI form, or `text`, a raw one; with `reply` they are empty
-    where the server no longer knew them, so that a correction can be kept but not learnt from. Without consent there
-    is the rating alone.
-    masked: how many values of personal data have placeholders in their stead, by kind.
+    receipt: id of the reply's receipt.
+    agent: exact version that gave the reply.
+    date: ISO, UTC.
+    rating: -1 (bad) to 1 (good).
+    correction: the reply that would have been right.
+    messages: the prompt in OpenAI form.
+    text: a raw prompt, instead of `messages`. Prompt and `reply` are empty if the server no longer had them; a
+        correction can then be stored but not learnt from. Without consent only the rating is stored.
+    masked: number of personal values replaced by placeholders, by kind.
     """
 
     receipt: str
@@ -231,17 +247,18 @@ class Feedback:
 
     @property
     def has_words(self) -> bool:
-        """Whether it is known what was asked."""
+        """Whether the prompt is known."""
         return bool(self.messages or self.text)
 
     def as_json(self) -> dict[str, Any]:
-        """A line of the inbox; `from_json` turns it back into an equal record."""
+        """Return the feedback as a line of the inbox, which `from_json` reads."""
         return {"schema": FEEDBACK_SCHEMA, **asdict(self)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Feedback:
-        """The record that `as_json` said, of this schema or the one before. Raises SourceError for another, KeyError
-        or TypeError for no record.
+        """Return the record that `as_json` wrote, of this schema or the one before.
+
+        Raises SourceError for another schema, KeyError or TypeError for an incomplete record.
         """
         if record.get("schema") not in (FEEDBACK_SCHEMA - 1, FEEDBACK_SCHEMA):
             raise SourceError(
@@ -253,12 +270,16 @@ class Feedback:
 
 
 def count_values(words: Iterable[str]) -> dict[str, int]:
-    """How often each word occurs, most frequent first: the form of every count in a manifest."""
+    """Return the number of occurrences of each word, most frequent first, as manifests store counts."""
     return dict(Counter(words).most_common())
 
 
 class MalformedRow(Exception):
-    """A row or file that cannot be used: the word it is counted under, and a sentence."""
+    """A row or file that cannot be used.
+
+    reason: the word under which it is counted.
+    detail: a sentence.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -266,20 +287,18 @@ class MalformedRow(Exception):
 
 
 class SkippedRow(MalformedRow):
-    """A row that is as it should be, and is not used for a reason of its source: a Drop, and no fault under
-    `--strict`.
-    """
+    """A valid row that its source excludes: a Drop, but not a fault under `--strict`."""
 
 
-TEXT_KEPT = 2000  # characters of a row that a Drop holds as evidence
+TEXT_KEPT = 2000  # characters of a row stored in a Drop as evidence
 
 
 def drop_of(example: Example, reason: str, detail: str, *, step: str) -> Drop:
-    """The Drop of an Example: id, place and detail, and the start of its text as evidence."""
+    """Return the Drop of an Example: id, location and detail, with the start of its text as evidence."""
     origin = example.origins[0]
     return Drop(reason, origin.source, origin.locator, detail, step, example.id, text=evidence_text(example))
 
 
 def evidence_text(example: Example) -> str:
-    """The start of a row as a person reads it."""
+    """Return the start of a row as readable text, at most TEXT_KEPT characters."""
     return "\n".join(f"{message.role}: {message.text}" for message in example.messages)[:TEXT_KEPT]

@@ -1,4 +1,4 @@
-"""Remedies that many errors share: commands that restore a file, and how to report a defect."""
+"""Remedies shared by many errors: commands that restore a file, and how to report a defect."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from sartor.core.home import home
 
 REPORT = "sartor doctor --json, and send its output with this message to the maintainers"
 REQUEST_AGAIN = "send the same request again; at a terminal, type the same command again"
-# where huggingface_hub keeps a model: .../models--OWNER--NAME/snapshots/REVISION/FILE
+# cache path of huggingface_hub: .../models--OWNER--NAME/snapshots/REVISION/FILE
 _HUB_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/[^/]+/?(?P<file>.*)$")
-# folders of SARTOR_HOME whose content is made from other files
+# folders of SARTOR_HOME whose content is converted from other files
 _CONVERTED = ("bases", "towers")
 
 
 def restore_command(path: Path) -> str:
-    """Return the command that brings back a damaged file or directory of a base, tower or encoder."""
+    """Return the command that restores a damaged file or directory of a base, tower or encoder."""
     path = path.expanduser().absolute()
     assets = home() / "assets"
     if path != assets and path.is_relative_to(assets):

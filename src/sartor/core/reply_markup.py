@@ -1,13 +1,13 @@
-"""Tool calls and reasoning read from markup that a reply spells in its text.
+"""Parser of tool calls and reasoning from markup in the text of a reply.
 
-No tokenizer is needed.
+It needs no tokenizer.
 
     <think>...</think> at the beginning                              -> reasoning_content
-    <tool_call>{"name": ..., "arguments": {...}}</tool_call>, the last things in it,
+    <tool_call>{"name": ..., "arguments": {...}}</tool_call>, only at the end,
     [TOOL_CALLS][{...}], <|python_tag|>{...}                          -> tool_calls
 
-What is left must spell no markup, or the reply cannot be read. KNOWN is the markup of the families of chat templates,
-for rows that are read before anybody knows which base they are for.
+The remaining text must contain no markup, or the reply cannot be read. KNOWN matches the markup of the known families
+of chat templates, for rows that are read before their base is known.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _REASONING_BEGINNING, _REASONING_END = "<think>", "</think>"
 _REASONING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _BEGINNINGS = ("[TOOL_CALLS]", "<|python_tag|>")
-# Nine letters and digits, as Mistral's templates demand
+# nine letters and digits, as Mistral's templates require
 _ID, _FROM_TEXT = "text{:05d}", re.compile(r"text\d{5}")
 MarkupFinder = Callable[[str], list[str]]
 
 
 def known(text: str) -> list[str]:
-    """Return the markup of the known families that a text spells, in order.
+    """Return the markup of the known template families in a text, in order.
 
     >>> known("hi<|im_end|>"), known("a < b"), known("<s>old</s> new")
     (['<|im_end|>'], [], [])
@@ -49,7 +49,7 @@ def known(text: str) -> list[str]:
     if "<" not in text and "[" not in text:
         return []
     result = [match.group() for match in KNOWN.finditer(text)]
-    # <s>struck out</s> is HTML; a lone one opens or ends a text
+    # <s>struck out</s> is HTML; an unpaired tag is the beginning or end of a sequence
     if not result and text.count("<s>") != text.count("</s>"):
         result = [
             mark for mark, ends in (("<s>", text.lstrip().startswith), ("</s>", text.rstrip().endswith)) if ends(mark)
@@ -58,11 +58,12 @@ def known(text: str) -> list[str]:
 
 
 def read_example(example: Example, find_markup: MarkupFinder = known, *, keep_id: bool = False) -> Example:
-    """Return the Example with markup in its replies read into fields: itself where no reply spells any.
+    """Return the Example with the markup in its replies parsed into fields; itself if there is none.
 
-    find_markup: the markup in a text. keep_id: the row goes on under the id that it has in its Dataset. Raises
-    TemplateMarkupError for a reply that cannot be read, and for a document that spells markup: its text is learnt as
-    it stands, and has no fields.
+    find_markup: returns the markup in a text.
+    keep_id: keep the id that the row has in its Dataset.
+    Raises TemplateMarkupError for a reply that cannot be read, and for a document with markup: a document is learnt as
+    it is and has no fields.
     """
     if example.is_document and (markup := find_markup(example.messages[0].text)):
         raise _unreadable(markup[0], "it is a document, which has no fields")
@@ -71,13 +72,14 @@ def read_example(example: Example, find_markup: MarkupFinder = known, *, keep_id
         return example
     result = replace(example, messages=messages, rejected=rejected)
     if keep_id:
-        vars(result)["id"] = example.id  # where the cached property keeps it
+        vars(result)["id"] = example.id  # the attribute of the cached property
     return result
 
 
 def with_fields(example: Example) -> Example:
-    """Return a row whose replies spell no markup of chat templates: calls and reasoning are fields. Raises
-    Malformed.
+    """Return the row with calls and reasoning of the known template families parsed into fields.
+
+    Raises MalformedRow if a reply cannot be read.
     """
     try:
         return read_example(example)
@@ -125,8 +127,9 @@ def _unreadable(markup: str, reason: str) -> TemplateMarkupError:
 
 
 def with_reasoning(message: Message, find_markup: MarkupFinder) -> Message:
-    """Return a message with reasoning at the beginning of its text in its field: the very same where there is none to
-    read.
+    """Return the message with reasoning at the beginning of its text moved into its field.
+
+    It returns the same object if there is nothing to read.
     """
     text = message.text
     if message.reasoning_content or any(part.kind != "text" for part in message.content) or not find_markup(text):
@@ -138,9 +141,9 @@ def with_reasoning(message: Message, find_markup: MarkupFinder) -> Message:
 
 
 def without_reasoning(text: str, *, is_opened: bool = False) -> str:
-    r"""Return what a reply says behind its reasoning; a text without any, or whose reasoning does not end, as it is.
+    r"""Return the text of a reply after its reasoning; unchanged if it has none or the reasoning does not end.
 
-    is_opened: the chat template has opened the reasoning, so that the reply has its end alone.
+    is_opened: the chat template opened the reasoning, so the reply contains only its end tag.
 
     >>> without_reasoning("<think>\nIt is on.\n</think>\n\nyes"), without_reasoning("On.</think>yes", is_opened=True)
     ('yes', 'yes')
@@ -150,24 +153,24 @@ def without_reasoning(text: str, *, is_opened: bool = False) -> str:
 
 
 def opens_reasoning(prompt: str) -> bool:
-    """Return whether a prompt ends where a reply's reasoning begins."""
+    """Return whether a prompt ends with the tag that opens a reply's reasoning."""
     return prompt.rstrip().endswith(_REASONING_BEGINNING)
 
 
 def is_reasoning(text: str) -> bool:
-    """Return whether a reply so far is, or may yet become, reasoning that has not ended."""
+    """Return whether a partial reply is, or may become, reasoning that has not ended."""
     beginning = text.lstrip()[: len(_REASONING_BEGINNING)]
     return _REASONING_BEGINNING.startswith(beginning) and _REASONING_END not in text
 
 
 def _reasoning(text: str) -> tuple[str, str]:
-    """(reasoning, the rest) of a reply."""
+    """Return (reasoning, remaining text) of a reply."""
     match = _REASONING.match(text)
     return (match[1].strip("\n"), text[match.end() :]) if match else ("", text)
 
 
 def _calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """(the text before, calls) of a reply; no calls where one is not whole."""
+    """Return (text before the calls, calls) of a reply; no calls if one is incomplete."""
     position = next((text.find(mark) for mark in (_OPEN, *_BEGINNINGS) if mark in text), -1)
     if position < 0:
         return text, []
@@ -188,7 +191,7 @@ def _calls(text: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _tagged(text: str) -> list[str]:
-    """The bodies between tags; one that is no JSON where something stands between them."""
+    """Return the bodies between the tags; one invalid body if other text stands between them."""
     bodies = [body.strip() for body in text.split(_CLOSE)]
     if bodies.pop() or not all(body.startswith(_OPEN) for body in bodies):
         return [""]
@@ -212,7 +215,7 @@ def _as_openai(call: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def is_from_text(calls: Any) -> bool:
-    """Return whether tool calls (OpenAI's list) were read from the text of a reply."""
+    """Return whether tool calls (OpenAI's list) were parsed from the text of a reply."""
     if not isinstance(calls, list) or not calls:
         return False
     return all(isinstance(call, dict) and _FROM_TEXT.fullmatch(str(call.get("id"))) for call in calls)

@@ -1,14 +1,14 @@
-"""Runs commands under memory, time and CPU limits.
+"""Runner of commands under memory, time and CPU limits.
 
-Memory is held by a cgroup of the command's own (v2 or v1), where this process may make one (root, or a delegated
-tree). Its limit counts page cache too, which the kernel takes back before it kills: so what is bounded is anonymous
-and shared memory, and that is what `peak_bytes` says. Under v1 a command that writes faster than its disk takes may be
-killed for pages that are
-not on disk yet: v1 slows no writer down for its own group (cgroup-v1/memory.rst); `fdatasync` between writes does.
+A cgroup (v2 or v1) for the command bounds its memory, where this process may create one (root, or a delegated tree).
+The limit also counts page cache, which the kernel reclaims before it kills. The effective bound is therefore on
+anonymous and shared memory, and `peak_bytes` reports those. Under v1, a command that writes faster than its disk may
+be killed for pages that are not on disk yet, since v1 does not throttle writers by group (cgroup-v1/memory.rst).
+Calling `fdatasync` between writes avoids that.
 
-Elsewhere RLIMIT_DATA holds, which is weaker: it counts what is reserved of private memory, and neither shared memory
-nor what children take together. Time is held by signals: SIGTERM, at which a tuning saves what it has, and SIGKILL
-after GRACE_S.
+Elsewhere RLIMIT_DATA applies. It is weaker: it counts reserved private memory per process, and neither shared memory
+nor the sum over children. Signals bound the time: SIGTERM, on which a tuning run saves its state, and SIGKILL after
+GRACE_S.
 """
 
 from __future__ import annotations
@@ -31,17 +31,22 @@ from typing import Literal, Protocol
 from sartor.core.errors import BudgetError, MissingError
 
 CGROUPS = Path("/sys/fs/cgroup")
-# How often memory and clocks are read. A peak between two looks is missed by the report, never by the kernel.
+# Interval at which memory and clocks are read, s. The report may miss a peak in between; the kernel does not.
 LOOK_S = 0.01
 GRACE_S = 20.0
-# a smaller process than a Python that has imported torch
+# less memory than a Python process needs that has imported torch
 LEAST_BYTES = 64 << 20
 Killed = Literal["", "memory", "wall", "cpu", "stopped"]
 
 
 @dataclass(frozen=True)
 class ResourceLimits:
-    """0 is no limit. memory_bytes: anonymous and shared memory. wall_s, cpu_s: of the whole command."""
+    """Limits of a command; 0 is no limit.
+
+    memory_bytes: anonymous and shared memory.
+    wall_s, cpu_s: time of the whole command.
+    Raises BudgetError for a negative limit, or for less memory than LEAST_BYTES.
+    """
 
     memory_bytes: int = 0
     wall_s: float = 0.0
@@ -59,9 +64,12 @@ class ResourceLimits:
 
 @dataclass(frozen=True)
 class ResourceUsage:
-    """What a command used. held_by: what held its memory. killed: by which limit it ended before its time.
+    """Resources that a command used.
 
-    peak_bytes: most anonymous and shared memory at a look, without page cache. exit_code: as `subprocess` says it.
+    held_by: mechanism that limited its memory.
+    peak_bytes: largest sample of anonymous and shared memory, without page cache.
+    exit_code: as `subprocess` returns it.
+    killed: limit that ended the command early; empty if none did.
     """
 
     held_by: str
@@ -74,29 +82,32 @@ class ResourceUsage:
 
 
 class Holder(Protocol):
-    """Something of the system that holds memory. name: as the receipt says it."""
+    """Mechanism that limits memory.
+
+    name: name of the mechanism for the receipt.
+    """
 
     name: str
 
     def shell(self, memory_bytes: int) -> str:
-        """What /bin/sh does before the command takes its place."""
+        """Return the shell commands to run before the command replaces /bin/sh."""
         ...
 
     def bytes_now(self, pid: int) -> int:
-        """Anonymous and shared memory now."""
+        """Return the current anonymous and shared memory."""
         ...
 
     def has_killed(self) -> bool:
-        """Whether the kernel has killed for want of memory."""
+        """Return whether the kernel killed a process for lack of memory."""
         ...
 
     def close(self) -> None:
-        """Give it back."""
+        """Release the mechanism."""
         ...
 
 
 class Cgroup:
-    """A cgroup of its own. Raises OSError where none can be made."""
+    """A new cgroup for one command. Raises OSError if none can be created."""
 
     def __init__(self, parent: Path, memory_bytes: int, version: int) -> None:
         self.name = f"cgroup v{version}"
@@ -124,21 +135,21 @@ class Cgroup:
         (self._folder / name).write_text(str(value))
 
     def shell(self, memory_bytes: int) -> str:
-        """See Holder."""
+        """Return the shell command that moves the shell into the cgroup."""
         return f"echo $$ > '{self._folder}/cgroup.procs' || exit 125; "
 
     def bytes_now(self, pid: int) -> int:
-        """See Holder."""
+        """Return the cgroup's current anonymous and shared memory."""
         fields = _table((self._folder / "memory.stat").read_text())
         return sum(fields.get(name, 0) for name in self._names)
 
     def has_killed(self) -> bool:
-        """See Holder."""
+        """Return whether the kernel's OOM killer ended a process of the cgroup."""
         return _table((self._folder / self._events).read_text()).get("oom_kill", 0) > 0
 
     def close(self) -> None:
-        """See Holder."""
-        for _ in range(100):  # the kernel lets go of the last process a moment after it has ended
+        """Remove the cgroup; retry while its last process is being released."""
+        for _ in range(100):  # the kernel releases the last process a moment after its end
             with suppress(OSError):
                 self._folder.rmdir()
                 return
@@ -146,35 +157,38 @@ class Cgroup:
 
 
 class DataLimit:
-    """RLIMIT_DATA. Only its reports know anonymous memory; what it holds is what is reserved."""
+    """Limit by RLIMIT_DATA.
+
+    It bounds reserved private memory; its reports state anonymous and shared memory.
+    """
 
     name = "RLIMIT_DATA"
 
     def shell(self, memory_bytes: int) -> str:
-        """See Holder."""
+        """Return the shell command that sets the limit."""
         return f"ulimit -d {memory_bytes >> 10} || exit 125; " if memory_bytes else ""
 
     def bytes_now(self, pid: int) -> int:
-        """See Holder."""
+        """Return the process's current anonymous and shared memory."""
         fields = _table(Path(f"/proc/{pid}/status").read_text().replace(":", ""))
         return (fields.get("RssAnon", 0) + fields.get("RssShmem", 0)) << 10
 
     def has_killed(self) -> bool:
-        """See Holder: an allocation fails instead, which the command says by its exit code."""
+        """Return False: an allocation fails instead, and the command's exit code shows it."""
         return False
 
     def close(self) -> None:
-        """See Holder."""
+        """Do nothing."""
 
 
 class NoLimit(DataLimit):
-    """Nothing is held; its memory is reported all the same."""
+    """No memory limit; memory is still reported."""
 
     name = "nothing"
 
 
 def holder(memory_bytes: int, cgroups: Path = CGROUPS) -> Holder:
-    """The strongest that this process may use."""
+    """Return the strongest mechanism that this process may use."""
     if not memory_bytes:
         return NoLimit()
     with suppress(OSError):
@@ -185,8 +199,9 @@ def holder(memory_bytes: int, cgroups: Path = CGROUPS) -> Holder:
 
 
 def _delegated(cgroups: Path) -> Path:
-    """Where a v2 cgroup with a memory limit can be made: the root, or this process's own. Raises OSError for
-    neither.
+    """Return the folder in which a v2 cgroup with a memory limit can be created.
+
+    It is the root or this process's own cgroup. Raises OSError if neither works.
     """
     roots = [root for root in (cgroups, cgroups / "unified") if (root / "cgroup.controllers").exists()]
     for root in roots:
@@ -209,9 +224,10 @@ def run(
     environment: Mapping[str, str] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ResourceUsage:
-    """Run a command under limits, and wait for its end. stop: asked now and then; true ends it as a time limit does.
+    """Run a command under limits and wait for its end.
 
-    Raises MissingError where the system's own shell cannot start the command.
+    stop: polled regularly; a true result ends the command as a time limit does.
+    Raises MissingError if the system's shell cannot start the command.
     """
     memory_holder = holder(limits.memory_bytes, cgroups)
     start_time = time.monotonic()
@@ -246,7 +262,7 @@ def run(
 
 
 class _Watch:
-    """Looks at a process until it ends, and ends it where a clock says so."""
+    """Watcher of a process: samples its memory and ends it at a time limit."""
 
     def __init__(
         self,
@@ -268,9 +284,9 @@ class _Watch:
         self._terminated_at = 0.0
 
     def wait_for_exit(self) -> None:
-        """Returns when the process has ended."""
+        """Sample the process until it has ended."""
         while self._process.poll() is None:
-            with suppress(OSError, ProcessLookupError):  # it may end between two looks
+            with suppress(OSError, ProcessLookupError):  # it may end between two samples
                 self.peak_bytes = max(self.peak_bytes, self._memory_holder.bytes_now(self._process.pid))
                 self.cpu_s = max(self.cpu_s, _cpu_s(self._process.pid))
             self._hold_time()
@@ -293,28 +309,29 @@ class _Watch:
 
 
 def _cpu_s(pid: int) -> float:
-    """Processor time of a process and its ended children, in seconds (proc(5), fields 14 to 17 of stat)."""
+    """Return the CPU time of a process and its ended children, s (proc(5), stat fields 14 to 17)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _table(text: str) -> dict[str, int]:
-    """`name number` lines of a file of the kernel."""
+    """Parse `name number` lines of a kernel file."""
     pairs = (line.split()[:2] for line in text.splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
 _PR_SET_PDEATHSIG = 1
-# of 1000: the kernel's out-of-memory killer takes a worker before the front, and before most else of the user's
+# out of 1000: the kernel's out-of-memory killer ends a worker before the server, and before most other processes
 _OOM_SCORE = 800
 _PAGE_BYTES = resource.getpagesize()
 
 
 def end_with_parent() -> None:
-    """SIGKILL when the parent dies (Linux; elsewhere the end of the connection tells, between two steps).
+    """Make the kernel send SIGKILL to this process when its parent dies (Linux only).
 
-    The signals by which a terminal or a service manager ends a whole group are the front's to hear: it drains, and the
-    worker goes on until it is told.
+    On other systems the worker notices the closed connection between two steps. The signals with which a terminal or a
+    service manager ends a whole process group are ignored here: the server handles them and drains, and the worker
+    continues until the server tells it to stop.
     """
     for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signal_number, signal.SIG_IGN)
@@ -323,21 +340,24 @@ def end_with_parent() -> None:
 
 
 def die_first() -> None:
-    """When the machine's memory ends, the kernel is to end this process."""
+    """Make the kernel's out-of-memory killer prefer this process."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE), encoding="ascii")
 
 
 def limit_data(limit_bytes: int) -> None:
-    """Allocations beyond fail (Linux counts private writable memory) instead of pushing the machine to its end."""
+    """Limit private writable memory (RLIMIT_DATA), so that allocations fail first.
+
+    Without it, a large allocation could exhaust the machine's memory.
+    """
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
 
 def resident_bytes(pid: int | None = None) -> int:
-    """Resident memory of a process, by default this one; 0 where the system does not say, or the process is gone.
+    """Return the resident memory of a process, by default this one; 0 if it is unknown.
 
-    Where there is no /proc, of this process its peak.
+    Without /proc it is the peak of this process.
     """
     try:
         pages = int(Path(f"/proc/{pid or 'self'}/statm").read_text(encoding="ascii").split()[1])

@@ -1,6 +1,6 @@
-"""Warnings about rows that are too few or too uniform to learn from or to measure on.
+"""Warnings about rows that are too few or too uniform to learn from or to evaluate on.
 
-A warning refuses nothing: a small set can be meant. It names what is missing, with its numbers, and what would do.
+A warning refuses nothing, since a small set can be intended. It states the problem with its numbers, and a remedy.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ from dataclasses import dataclass
 from sartor.core.records import Example
 from sartor.core.splits import FEW_GROUPS, LEAST_GROUPS, split_group
 
-# Replies are labels where none is longer
+# replies count as labels if none is longer
 MAX_LABEL_CHARS = 60
-# Of a larger set the first rows are looked at: a label that is spelt in two ways recurs
+# only the first rows of a larger set are checked: a label with two spellings recurs
 MAX_ROWS = 20_000
 _LISTED = 3
 
 
 @dataclass(frozen=True)
 class DataWarning:
-    """reason: a word, such as `few_rows` or `spellings`. problem: with its numbers. remedy: what would do."""
+    """A warning about data.
+
+    reason: a stable word, such as `few_rows` or `spellings`.
+    problem: the problem with its numbers.
+    remedy: an instruction.
+    """
 
     reason: str
     problem: str
@@ -34,7 +39,7 @@ class DataWarning:
 
 
 def dataset_warnings(examples: Iterable[Example]) -> list[DataWarning]:
-    """Return what a Dataset's rows lack, of the first MAX_ROWS."""
+    """Return the warnings about a Dataset's rows; only the first MAX_ROWS are checked."""
     rows = list(itertools.islice(examples, MAX_ROWS))
     groups = {split_group(row) for row in rows}
     held_out = {split_group(row) for row in rows if row.split == "eval"}
@@ -57,7 +62,10 @@ def dataset_warnings(examples: Iterable[Example]) -> list[DataWarning]:
 
 
 def evaluation_warnings(replies: Sequence[str], groups: Sequence[str]) -> list[DataWarning]:
-    """Return what rows to evaluate on lack. replies, groups: (N,) the references and the group of each row."""
+    """Return the warnings about rows to evaluate on.
+
+    replies, groups: the reference reply and the group of each of N rows.
+    """
     warnings = []
     if (count := len(set(groups))) < LEAST_GROUPS:
         problem = (
@@ -71,7 +79,7 @@ def evaluation_warnings(replies: Sequence[str], groups: Sequence[str]) -> list[D
 
 
 def reply_warnings(replies: Sequence[str]) -> list[DataWarning]:
-    """Return what replies say of themselves: all are one, or labels stand in two spellings."""
+    """Return the warnings about replies: all are equal, or a label has two spellings."""
     counts = Counter(replies)
     if len(replies) > 1 and len(counts) == 1:
         problem = (
@@ -96,14 +104,15 @@ def reply_warnings(replies: Sequence[str]) -> list[DataWarning]:
 
 
 def _reply(row: Example) -> str:
-    """What the model is to say, calls included."""
+    """Return the target reply of a row, including its tool calls."""
     last = row.messages[-1]
     return f"{last.text}\n{last.tool_calls}" if last.tool_calls else last.text
 
 
 def _label_key(reply: str) -> str:
-    """Fold what a person takes for the same label: case, blanks, underscores and hyphens between words, a final full
-    stop.
+    """Return the label without case, blanks, underscores, hyphens between words and a final full stop.
+
+    Labels with equal keys are spellings of the same label.
     """
     return re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", reply.casefold().replace("_", " ")).strip().rstrip(" .")
 

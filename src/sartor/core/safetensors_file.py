@@ -1,8 +1,8 @@
-"""Strict safetensors header and value reader without torch.
+"""Strict reader of safetensors headers and values, without torch.
 
-Format: github.com/huggingface/safetensors, README. An unsigned 64-bit length, a JSON header of that length, then the
-bytes that the header cuts into tensors. Here the cuts must cover those bytes exactly: no hole, no overlap, nothing
-left over.
+Format: github.com/huggingface/safetensors, README. A file is an unsigned 64-bit length, a JSON header of that length,
+then the bytes of the tensors. This reader requires that the tensors cover those bytes exactly: no hole, no overlap, no
+trailing bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from sartor.core.errors import ModelError
 from sartor.core.remedies import restore_command
 
-# bytes of an element
+# bytes per element
 SIZES = {
     "BOOL": 1,
     "U8": 1,
@@ -43,7 +43,7 @@ SIZES = {
 FLOATS = ("F32", "F16", "BF16")
 MOST_HEADER_BYTES = 8 << 20
 MOST_AXES = 8
-_PIECE = 1 << 22  # elements that are in memory at once
+_PIECE = 1 << 22  # elements in memory at a time
 _NAME = re.compile(r"[\w.:/-]{1,512}", re.ASCII)
 
 Values = np.ndarray[Any, np.dtype[np.float32]]
@@ -51,7 +51,11 @@ Values = np.ndarray[Any, np.dtype[np.float32]]
 
 @dataclass(frozen=True)
 class SafetensorsEntry:
-    """Where a tensor stands. start: byte of the file. shape as the header says it, (out, in) of a weight."""
+    """Location of a tensor in a file.
+
+    start: offset in the file, bytes.
+    shape: as the header states it; (out, in) for a weight.
+    """
 
     file: Path
     name: str
@@ -61,11 +65,14 @@ class SafetensorsEntry:
 
     @property
     def count(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     def pieces(self) -> Iterator[Values]:
-        """All values in fp32, in order, at most `_PIECE` at a time. Raises ModelError for a dtype that is no float."""
+        """Yield all values in fp32, in order, as arrays of shape (n,) with n at most `_PIECE`.
+
+        Raises ModelError for a dtype that is not a float.
+        """
         if self.dtype not in FLOATS:
             raise ModelError(f"{self.name} of {self.file} is {self.dtype}", f"store it as {' or '.join(FLOATS)}")
         with self.file.open("rb") as stream:
@@ -74,7 +81,7 @@ class SafetensorsEntry:
                 yield _floats(stream.read(min(_PIECE, self.count - start) * SIZES[self.dtype]), self.dtype)
 
     def values(self) -> Values:
-        """All values in fp32, in its shape."""
+        """Return all values in fp32, in the tensor's shape. Raises ModelError for a truncated file."""
         pieces = list(self.pieces())
         array = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
         if array.size != self.count:
@@ -87,19 +94,23 @@ def _floats(data: bytes, dtype: str) -> Values:
         return np.frombuffer(data, "<f4")
     if dtype == "F16":
         return np.frombuffer(data, "<f2").astype(np.float32)
-    # bf16 is the upper half of fp32
+    # bf16 is the upper 16 bits of fp32
     return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
 
 
 def read_header(file: Path, most_bytes: int = MOST_HEADER_BYTES) -> dict[str, SafetensorsEntry]:
-    """Every tensor of a safetensors file by name; no value is read. Raises ModelError with what is wrong with the
-    header.
+    """Return every tensor of a safetensors file by name; values are not read.
+
+    Raises ModelError with the defect of the header.
     """
     return read_whole(file, most_bytes)[0]
 
 
 def read_whole(file: Path, most_bytes: int = MOST_HEADER_BYTES) -> tuple[dict[str, SafetensorsEntry], dict[str, str]]:
-    """The same, and the metadata of the header."""
+    """Return every tensor of a safetensors file by name, and the metadata of the header.
+
+    Raises ModelError as `read_header` does.
+    """
     try:
         return _read_header(file, most_bytes)
     except OSError as error:
@@ -148,7 +159,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(file: Path, name: str, entry: Any, start: int) -> SafetensorsEntry:
-    """An entry of the header; its end must follow from its beginning and its shape."""
+    """Return the tensor of a header entry; its end must match its start and its shape."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"a tensor has the name {name[:80]!a}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:

@@ -1,8 +1,8 @@
 """Ed25519 keys, the keys that this machine trusts, and signed documents.
 
-A signature is a small JSON file beside what it signs: schema, algorithm, key id, signature. It never carries the
-public
-key: `check` looks among the keys in SARTOR_HOME/trusted or takes the one given. RFC 8032 by way of `cryptography`.
+A signature is a small JSON file beside the signed file: schema, algorithm, key id, signature. It never contains the
+public key: `check` searches the keys in SARTOR_HOME/trusted or uses the given ones. RFC 8032, by the package
+`cryptography`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from sartor.core.errors import ConfigError, SignatureError
 from sartor.core.home import folder
 
 PASSPHRASE_VARIABLE = "SARTOR_KEY_PASSPHRASE"
-SCHEMA = 1  # of a signature, which changes less often than a manifest
+SCHEMA = 1  # schema of a signature, which changes less often than a manifest's
 
 
 def key_id(public: Ed25519PublicKey) -> str:
-    """16 hex digits of the sha256 of the raw public key."""
+    """Return the first 16 hex digits of the sha256 of the raw public key."""
     raw = public.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
     return hashlib.sha256(raw).hexdigest()[:16]
 
 
 def keygen(path: Path, *, trust: bool = False) -> dict[str, str]:
-    """Make a key pair in the directory `path`: `sartor.key` (0600) and `sartor.pub`. Returns key_id and both paths.
+    """Create a key pair in the directory `path` and return its key_id and both paths.
 
-    The private key is encrypted when SARTOR_KEY_PASSPHRASE is set. `trust` also puts the public key where `verify`
-    looks.
-    Raises ConfigError when a key stands there: a lost signing key cannot be made again.
+    The files are `sartor.key` (mode 0600) and `sartor.pub`. The private key is encrypted if SARTOR_KEY_PASSPHRASE is
+    set.
+    trust: also copy the public key to the folder that `verify` searches.
+    Raises ConfigError if a key already exists there: a lost signing key cannot be made again.
     """
     private_file, public_file = path / "sartor.key", path / "sartor.pub"
     if private_file.exists() or public_file.exists():
@@ -52,7 +53,7 @@ def keygen(path: Path, *, trust: bool = False) -> dict[str, str]:
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
     path.mkdir(parents=True, exist_ok=True)
-    # opened with its final rights, so that the secret is never readable by others, not even for a moment
+    # created with its final permissions, so that others can never read the secret
     with os.fdopen(os.open(private_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
         stream.write(secret)
     public_file.write_bytes(public)
@@ -63,7 +64,10 @@ def keygen(path: Path, *, trust: bool = False) -> dict[str, str]:
 
 
 def open_private(path: Path) -> Ed25519PrivateKey:
-    """The private key in a PEM file; `path` may be the directory that `keygen` made."""
+    """Return the private key in a PEM file; `path` may be the directory that `keygen` created.
+
+    Raises ConfigError if there is none, if others can read it, or if the passphrase is wrong.
+    """
     file = path / "sartor.key" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"there is no private key at {file}", "sartor keygen DIR makes one")
@@ -86,7 +90,10 @@ def open_private(path: Path) -> Ed25519PrivateKey:
 
 
 def open_public(path: Path) -> Ed25519PublicKey:
-    """The public key in a PEM file; `path` may be the directory that `keygen` made."""
+    """Return the public key in a PEM file; `path` may be the directory that `keygen` created.
+
+    Raises ConfigError if there is none.
+    """
     file = path / "sartor.pub" if path.is_dir() else path
     try:
         key = serialization.load_pem_public_key(file.read_bytes())
@@ -100,21 +107,22 @@ def open_public(path: Path) -> Ed25519PublicKey:
 
 
 def sign(document: bytes, key: Ed25519PrivateKey) -> str:
-    """The text of a signature file for these bytes."""
+    """Return the text of a signature file for these bytes."""
     return json.dumps(signature_of(document, key), indent=1) + "\n"
 
 
 def signature_of(document: bytes, key: Ed25519PrivateKey) -> dict[str, Any]:
-    """What a signature file says, as a mapping: for documents that carry their signature inside."""
+    """Return the content of a signature file as a mapping, for documents that embed their signature."""
     signature = base64.b64encode(key.sign(document)).decode()
     return {"schema": SCHEMA, "algorithm": "ed25519", "key_id": key_id(key.public_key()), "signature": signature}
 
 
 def check(document: bytes, signature_file: Path, trusted: Iterable[Ed25519PublicKey] | None = None) -> str:
-    """The id of the trusted key that signed these bytes.
+    """Return the id of the trusted key that signed these bytes.
 
-    `trusted` defaults to the keys in SARTOR_HOME/trusted. Raises SignatureError: no signature, a signer who is not
-    trusted or is revoked, or bytes that the signer did not sign.
+    trusted: the keys to accept; by default those in SARTOR_HOME/trusted.
+    Raises SignatureError for a missing signature, a signer that is not trusted or is revoked, or bytes that were not
+    signed.
     """
     if not signature_file.is_file():
         raise SignatureError(
@@ -131,8 +139,10 @@ def check(document: bytes, signature_file: Path, trusted: Iterable[Ed25519Public
 def check_signature(
     document: bytes, signature: Any, file: Path, subject: str, trusted: Iterable[Ed25519PublicKey] | None = None
 ) -> str:
-    """`check` for a signature that was read already. Errors name the `file` that it stood in, and `subject` it should
-    sign.
+    """Return the id of the trusted key of a signature that was already read, as `check` does.
+
+    file: name of the signature's file, for errors.
+    subject: name of the signed document, for errors.
     """
     if not _is_signature(signature):
         raise SignatureError(f"{file} is not a signature of Sartor", f"get {file} again from who signed it")
@@ -158,12 +168,12 @@ def check_signature(
 
 
 def trusted_ids() -> set[str]:
-    """The ids of the keys in SARTOR_HOME/trusted."""
+    """Return the ids of the keys in SARTOR_HOME/trusted."""
     return {key_id(key) for key in _trusted_here()}
 
 
 def revoked_ids() -> set[str]:
-    """The ids of the keys in SARTOR_HOME/revoked."""
+    """Return the ids of the keys in SARTOR_HOME/revoked."""
     return {key_id(key) for key in _keys_in("revoked")}
 
 

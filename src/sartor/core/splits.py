@@ -1,9 +1,8 @@
 """Groups of rows and deterministic train/eval splits.
 
-A group is what may not straddle a split, and what fails together when a model is measured: intervals are over groups,
-never over rows. `split_group` names it for a split, where rows that ask the same of different contexts must stay
-together;
-`group_of` names it for a measurement, where a row without a group is a group of its own.
+A group is never divided between splits, and its rows count as one unit in a measurement: intervals are over groups,
+never over rows. `split_group` returns the group for a split, where rows with the same user turns stay together even in
+different contexts. `group_of` returns the group for a measurement, where a row without a group is usually its own.
 """
 
 from __future__ import annotations
@@ -17,29 +16,30 @@ from typing import Any
 
 from sartor.core.records import Example, digest
 
-# splits that no tuning learns from. `eval` may be looked at as often as one likes; `test` is for the release alone
+# splits that no tuning learns from: `eval` may be used any number of times, `test` only for the release
 TEST = "test"
 HELD_OUT_SPLITS = ("eval", TEST)
-# Of fewer groups what none of them showed may still be there in one of ten
+# with fewer groups, a fault that none of them showed may still occur in one of ten
 FEW_GROUPS = 40
 
 
 def least_groups(tail: float = 0.025) -> int:
-    """Return the fewest groups that can reach a one-sided level: of five, all better, the flip of all signs is one of
-    32.
+    """Return the fewest groups that can reach a one-sided level in a sign-flip test.
+
+    With n groups, all better, the smallest p-value is 2^-n: 1/32 for five groups.
     """
     return math.ceil(-math.log2(tail))
 
 
-# that a two-sided 95 % interval needs to exclude anything
+# number of groups that a two-sided 95 % interval needs to exclude anything
 LEAST_GROUPS = least_groups()
 
 
 def group_of(row: Example) -> str:
-    """Return the group of a row that is measured: its own group, or else a name for all that the model is shown.
+    """Return the group of a row in a measurement: its own group, or a name derived from its whole input.
 
-    Rows that show the model the same are one group, since it answers them alike: a row that stands twice is no more
-    evidence than once. Rows about the same pictures and recordings are one group whatever they ask.
+    Rows with the same input are one group, since the model answers them alike: a duplicate adds no evidence. Rows
+    about the same images and recordings are one group whatever they ask.
     """
     if row.group or row.is_document:
         return row.group or row.id
@@ -49,16 +49,17 @@ def group_of(row: Example) -> str:
 
 
 def group_of_stored(row: Mapping[str, Any]) -> str:
-    """Return the group of a row in a Report's table. Older Reports have none of rows without a group: then it is the
-    row.
+    """Return the group of a row in a Report's table.
+
+    Older Reports store no group for rows without one; each such row is then its own group.
     """
     return str(row["group"] or row["id"])
 
 
 def stated_group(value: Any) -> str | None:
-    """Return the group that a row's field names, empty for none; None where the field is no name.
+    """Return the group that a row's field states, empty for none; None if the field is not a valid name.
 
-    A column of whole numbers with gaps is one of floats where pandas wrote it, a gap is NaN; blanks name nothing.
+    pandas writes a column of whole numbers with gaps as floats, with NaN for a gap. Blank text counts as none.
     """
     if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
         value = None if math.isnan(value) else int(value)
@@ -69,14 +70,15 @@ def stated_group(value: Any) -> str | None:
 
 
 def split_group(row: Example) -> str:
-    """Return the group that a split keeps together: the row's own, or else its prompt's."""
+    """Return the group that a split keeps together: the row's own, or its prompt's."""
     return row.group or prompt_group(row)
 
 
 def prompt_group(row: Example) -> str:
-    """A name for what the row asks: rows with the same user turns share it, and rows about the same pictures and
-    recordings,
-    whatever they ask of them: a picture that is held out must not be one that was trained on.
+    """Return a name for the prompt of a row; rows with the same user turns share it.
+
+    Rows about the same images and recordings share a name whatever they ask: a held-out image must not be one that was
+    trained on.
     """
     if row.is_document:
         return row.id
@@ -86,7 +88,10 @@ def prompt_group(row: Example) -> str:
 
 
 def conversation_group(row: Example) -> str:
-    """A name for the conversation: that of its first question, which is the prompt's own where it asks one thing."""
+    """Return a name for the conversation, derived from its first question.
+
+    It equals the prompt's name if the row has a single question.
+    """
     first = next(
         (index for index, message in enumerate(row.messages) if message.role == "user"), len(row.messages) - 1
     )
@@ -98,7 +103,7 @@ def _user_messages(row: Example) -> list[Any]:
 
 
 def _media(row: Example) -> str:
-    """A name for the pictures and recordings that the row asks about; empty where there are none."""
+    """Return a name for the images and recordings in the user turns; empty if there are none."""
     media = [part.plain() for message in _user_messages(row) for part in message.content if part.media]
     return f"media:{digest(media)[:16]}" if media else ""
 
@@ -109,15 +114,17 @@ def test_rows(manifest: Mapping[str, Any]) -> int:
 
 
 def is_of_groups(row: Example, groups: Collection[str]) -> bool:
-    """Whether a row is in one of the groups, or asks what one of them is named after."""
+    """Return whether the row's group or its prompt's name is one of `groups`."""
     return split_group(row) in groups or prompt_group(row) in groups
 
 
 def held_out_groups(groups: Iterable[str], fraction: float, seed: int | str) -> set[str]:
-    """Groups that together hold about `fraction` of the rows. `groups` names the group of each row.
+    """Return groups that together hold about `fraction` of the rows.
 
-    At least one group stays for training. A group that would overshoot the wanted count by more than it helps is
-    passed over, so a few large groups cannot eat the training rows.
+    groups: the group of each row.
+
+    At least one group stays for training. A group that would overshoot the target by more than it helps is skipped, so
+    that a few large groups cannot take most of the training rows.
 
     >>> sorted(held_out_groups(["a", "b", "c", "d"], 0.5, seed=0))
     ['a', 'd']

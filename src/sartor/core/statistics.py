@@ -9,34 +9,41 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scipy.special import betaincinv  # of scipy.stats, which reads ten times as much, it is `beta.ppf`
+from scipy.special import betaincinv  # equals scipy.stats.beta.ppf, whose import reads ten times as much
 
 
 def clopper_pearson_upper(count: int, total: int, confidence: float) -> float:
-    """The one-sided upper bound of a fraction of which `count` in `total` were seen.
+    """Return the one-sided upper bound of a fraction of which `count` in `total` were observed.
 
-    >>> round(upper_bound(0, 100, 0.95), 3)
+    It solves I_p(count + 1, total - count) = confidence for p; I is the regularised incomplete beta function.
+
+    >>> round(clopper_pearson_upper(0, 100, 0.95), 3)
     0.03
     """
     return 1.0 if count >= total else float(betaincinv(count + 1, total - count, confidence))
 
 
 def lower_bound(count: int, total: int, confidence: float) -> float:
-    """The one-sided lower bound."""
+    """Return the one-sided lower bound of a fraction of which `count` in `total` were observed.
+
+    It solves I_p(count, total - count + 1) = 1 - confidence for p.
+    """
     return 0.0 if count <= 0 else float(betaincinv(count, total - count + 1, 1 - confidence))
 
 
 def interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The two-sided interval; (0, 1) of no trial."""
+    """Return the two-sided Clopper-Pearson interval; (0, 1) without trials."""
     quantile = (1 + confidence) / 2
     return lower_bound(count, total, quantile), clopper_pearson_upper(count, total, quantile)
 
 
 def holm_correction(chances: Sequence[float]) -> list[float]:
-    """p-values corrected for being one of many: family-wise, without assumptions on how they hang together (Holm
-    1979).
+    """Return p-values adjusted for multiple tests by Holm's method (1979).
 
-    >>> holm([0.01, 0.04, 0.03])
+    They control the family-wise error rate without assumptions on the dependence of the tests: p'_(i) = max over j <=
+    i of min(1, (m - j + 1) p_(j)), for m p-values in ascending order.
+
+    >>> holm_correction([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
     corrected, highest = [0.0] * len(chances), 0.0
@@ -46,11 +53,16 @@ def holm_correction(chances: Sequence[float]) -> list[float]:
     return corrected
 
 
-Z = 1.959964  # of a 95 % interval
+Z = 1.959964  # standard normal quantile of a two-sided 95 % interval
 
 
 def wilson(rate: float, rows: float) -> tuple[float, float]:
-    """The 95 % interval of a proportion that was found in so many rows.
+    """Return Wilson's 95 % interval of a proportion.
+
+    rate: observed proportion p.
+    rows: number of trials n; may be fractional.
+
+    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
 
     >>> [round(end, 3) for end in wilson(0.5, 10)]
     [0.237, 0.763]
@@ -62,7 +74,11 @@ def wilson(rate: float, rows: float) -> tuple[float, float]:
 
 
 def newcombe(rate: float, rows: float, other_rate: float, other_rows: float) -> tuple[float, float]:
-    """The 95 % interval of the difference of two independent proportions.
+    """Return Newcombe's 95 % interval of the difference of two independent proportions.
+
+    With Wilson's limits (l1, u1) and (l2, u2) of p1 and p2 (Newcombe 1998, method 10):
+
+    (p1 - p2 - sqrt((p1 - l1)^2 + (u2 - p2)^2), p1 - p2 + sqrt((u1 - p1)^2 + (p2 - l2)^2))
 
     >>> [round(end, 2) for end in newcombe(0.7, 80, 0.5, 80)]
     [0.05, 0.34]

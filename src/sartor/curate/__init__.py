@@ -1,4 +1,4 @@
-"""Curation of sources to a Dataset. `sartor.curate(...)` calls the verb in `pipeline.py`."""
+"""Curation of sources into a Dataset. `sartor.curate(...)` calls the verb `curate` of `pipeline.py`."""
 
 from sartor.core.lazy_import import callable_package
 

@@ -1,7 +1,7 @@
-"""Runs augmentation steps over training rows.
+"""Augmentation of training rows by the copying steps of a recipe.
 
-A copy has the group, the split and the origins of its row, so it never straddles the split, and what revokes the row
-or its source reaches it. Copies that are equal to a row that stands, or to one another, are Drops: ids are unique in a
+A copy has the group, the split and the origins of its row. It therefore never straddles the split, and revoking the
+row or its source reaches it. Copies equal to a kept row or to an earlier copy become Drops, since ids are unique in a
 Dataset.
 """
 
@@ -27,7 +27,10 @@ EVIDENCE = pa.schema([("id", pa.string()), ("parent", pa.string()), ("step", pa.
 
 @dataclass
 class AugmentedShards:
-    """The parts that hold copies, with the step that made each. removed: copies that equal another row."""
+    """Shards that hold copies, each with the step that made it.
+
+    removed: copies that equal another row.
+    """
 
     steps: list[AugmentStep] = field(default_factory=list)
     parts: list[tuple[AugmentStep, Shard]] = field(default_factory=list)
@@ -35,16 +38,16 @@ class AugmentedShards:
 
     @property
     def total(self) -> int:
-        """Copies made, those among them that are Drops."""
+        """Number of copies made, including those that are Drops."""
         return sum(part.row_count + int(part.summary["dropped"]) for _, part in self.parts)
 
     def tables(self) -> Iterator[Any]:
-        """The copies that are kept, part by part, in the schema of `parquet_io.EXAMPLES`."""
+        """Yield the kept copies, shard by shard, in the schema of `parquet_io.EXAMPLES`."""
         for _, part in self.parts:
             yield self._without_removed(part, part.table())
 
     def evidence(self) -> Any:
-        """(id, parent, step, changes) of each copy that is kept."""
+        """Return a table (id, parent, step, changes) with one row for each kept copy."""
         tables = [EVIDENCE.empty_table()]
         for step, part in self.parts:
             index = self._without_removed(part, part.index)
@@ -53,7 +56,7 @@ class AugmentedShards:
         return pa.concat_tables(tables)
 
     def facts(self) -> dict[str, dict[str, int]]:
-        """Of each step: rows copied, copies made, and how many of those are Drops."""
+        """Return the counts of each step: rows copied, copies made, and Drops among the copies."""
         result = {step.kind: {"rows": 0, "copies": 0, "dropped": 0} for step in self.steps}
         for step, part in self.parts:
             counts = result[step.kind]
@@ -76,8 +79,9 @@ class AugmentedShards:
 def run_augmentation(
     passes: Passes, state: PassState, outcome: SplitDecision, recipe: CurateRecipe
 ) -> AugmentedShards:
-    """Run the CopySteps of a recipe over the training rows. Rows of rehearsal sources are copied only where a step
-    says so.
+    """Run the copying steps of a recipe over the training rows.
+
+    Rows of rehearsal sources are copied only by steps with `rehearsal` set.
     """
     rehearsal = {source.path for source in recipe.sources if source.rehearsal}
     copies = AugmentedShards([step for step in recipe.steps if makes_copies(step)])
@@ -90,8 +94,9 @@ def run_augmentation(
 
 
 def _tasks(state: PassState, outcome: SplitDecision, step: AugmentStep, excluded_sources: set[str]) -> list[ShardTask]:
-    """A task for each part: its training rows, as they are in the end, but for those of the sources
-    `excluded_sources`. The folder of the work is filled in where the tasks are run.
+    """Return a task for each shard, over its final training rows outside `excluded_sources`.
+
+    The work directory (`folder`) is filled in when the tasks are run.
     """
     training_rows: list[dict[int, InheritedFields]] = [{} for _ in state.parts]
     sources = [part.index["source"].to_pylist() for part in state.parts]
@@ -119,7 +124,7 @@ def _tasks(state: PassState, outcome: SplitDecision, step: AugmentStep, excluded
 
 
 def _equal(state: PassState, outcome: SplitDecision, copies: AugmentedShards) -> list[Removed]:
-    """Copies whose content a row of the Dataset or an earlier copy has."""
+    """Return the copies whose content equals a kept row or an earlier copy."""
     ids = pa.chunked_array([chunk for part in state.parts for chunk in part.index["id"].chunks], pa.string())
     known_ids = set(ids.take(pa.array(list(outcome.kept_row_numbers()), pa.int64())).to_pylist())
     removed = []

@@ -1,4 +1,4 @@
-"""Verb bias: outcome rates by group, with mitigation."""
+"""Verb `bias`: outcome rates by demographic group, with mitigation."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ FEWEST, MOST_WORDS, SHOWN = 5, 400, 5
 
 @dataclass(frozen=True)
 class WordAssociation:
-    """A word that rows of a group have, and in how many. pmi: log2 of how much more often than in all rows that name a
-    group, with a 95 % interval by bootstrap over rows.
+    """A word associated with a group, and the number of rows of the group that contain it.
+
+    pmi: log2 of the word's frequency in the group over its frequency in all rows that name a group.
+    low, high: 95 % bootstrap interval over rows.
     """
 
     attribute: str
@@ -49,10 +51,9 @@ class WordAssociation:
 
 
 def associated_words(rows: Sequence[Example], people: Memberships, seed: int = 0) -> list[dict[str, Any]]:
-    """The words that stand beside each group more than beside the others: those that are beyond chance, strongest
-    first.
+    """Return the words that occur with each group more than by chance, strongest first.
 
-    Words that name the group are left out: that he is a man is no finding.
+    people: attribute -> group of each of the N rows. Words that name the group itself are left out.
     """
     word_sets = [_content_words(row) for row in rows]
     associations: list[WordAssociation] = []
@@ -81,18 +82,25 @@ def _strongest(
     in_group: NDArray[Any],
     multiplicities: NDArray[Any],
 ) -> list[WordAssociation]:
+    """Return the words of one group whose PMI is above 0 beyond chance, by descending lower bound.
+
+    vocabulary: V words. has_word: (N, V) 0/1. in_group: (N,) 0/1.
+    multiplicities: (1 + R, N) weights of the rows; row 0 is the data, the others are bootstrap resamples.
+    """
     rows = multiplicities.shape[1]
     joint, word_rows, group_rows = (
         multiplicities @ (has_word * in_group[:, None]),
         multiplicities @ has_word,
         multiplicities @ in_group,
     )
+    # PMI(w, g) = log2( c(w, g) * N / (c(w) * c(g)) ), (1 + R, V), with counts c over each (re)sample of N rows
     with np.errstate(divide="ignore", invalid="ignore"):
         pmi = np.log2(joint * rows / (word_rows * group_rows[:, None]))
     resampled = np.nan_to_num(pmi[1:], neginf=-20, nan=0.0)
     low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
-    # named only where even an interval for all words at once (Bonferroni, normal) excludes 0: of 400 words ten would
-    # by chance
+    # A word is reported only if a simultaneous interval excludes 0 (Bonferroni over V words, normal approximation):
+    #   pmi_0 - z_{1 - 0.025 / V} * sd(pmi_resampled) > 0
+    # Without it, 2.5 % of 400 words, ten, would be reported by chance.
     lower_bound = pmi[0] - stats.norm.isf(0.025 / len(vocabulary)) * resampled.std(0)
     joint_counts = (has_word * in_group[:, None]).sum(0)
     order = [index for index in np.argsort(-low).tolist() if lower_bound[index] > 0 and joint_counts[index] >= FEWEST]
@@ -111,7 +119,7 @@ def _strongest(
 
 
 def _content_words(row: Example) -> frozenset[str]:
-    """The words of a row, without those that only join others and those that name a group."""
+    """Return the words of a row without function words, numbers and words that name a group."""
     text = f"{spoken_of(row)}\n{row.reply}"
     group_words = {
         word for kind in group_terms.KINDS for item in group_terms.mentions(text, kind) for word in words(item.text)
@@ -120,14 +128,19 @@ def _content_words(row: Example) -> frozenset[str]:
 
 
 Mitigation = Literal["", "reweight", "counterfactual", "substitute", "drop", "generate"]
-# (group, outcome), how many rows of it are wanted, the rows that there are -> new rows
+# (group, outcome), number of rows wanted, existing rows of the cell -> new rows
 Generate = Callable[[Cell, int, Sequence[Example]], Iterable[Example]]
 STEP = "bias"
 
 
 @dataclass(frozen=True)
 class Biased:
-    """What was found of the training rows, and after mitigation. `needed`: rows that targeted generation would add."""
+    """Result of `bias`: outcome rates of the training rows before and after mitigation.
+
+    words: the associated words, as JSON.
+    needed: attribute -> cell -> rows that targeted generation would add.
+    changed: counts of changed rows, by kind of change.
+    """
 
     dataset: Path
     rows: int
@@ -141,7 +154,7 @@ class Biased:
     written: Artifact | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         return {
             "dataset": str(self.dataset),
             "rows": self.rows,
@@ -161,7 +174,7 @@ class Biased:
         }
 
     def table(self) -> list[tuple[str, Any]]:
-        """What a person reads."""
+        """Return the lines shown to the user."""
         lines: list[tuple[str, Any]] = [("rows", self.rows), ("outcome", self.outcome)]
         for name, rates in (("before", self.before), ("after", self.after)):
             if rates is not None:
@@ -198,15 +211,18 @@ def bias(
     seed: int = 0,
     replace: bool = False,
 ) -> Biased:
-    """Outcome rates by group of a Dataset's training rows; with `mitigate` and `out`, a Dataset in which they are
-    even.
+    """Measure outcome rates by group; with `mitigate` and `out`, write a Dataset with equal rates.
+
+    Only training rows are measured and changed. Held-out rows stay as they are.
 
     group: `lexicon`, and fields of the rows' JSON or `Name: value` lines; by default the lexicon and well-known
     fields.
-    outcome: auto, reply, json:KEY (or KEY), regex:PATTERN. mitigate: `reweight` sets weights, `counterfactual` adds
-    each row again about another group, `substitute` makes each row one about a group that is dealt to it, `drop`
-    removes the fewest rows, `generate` asks `generate` for the rows that are needed. Held-out rows stay as they are.
-    Raises ConfigError for a field that no row has, SourceError where no group or outcome is found.
+    outcome: auto, reply, json:KEY (or KEY), regex:PATTERN.
+    mitigate: `reweight` sets weights. `counterfactual` adds each row again about another group. `substitute` rewrites
+    each row about the group assigned to it. `drop` removes the fewest rows. `generate` calls `generate` for the rows
+    that are needed.
+
+    Raises ConfigError for a field that no row has, SourceError if no group or outcome is found.
     """
     if mitigate not in get_args(Mitigation):
         known = " | ".join(name for name in get_args(Mitigation) if name)
@@ -244,7 +260,7 @@ def bias(
         outcomes(new_rows, target.form if target.form != "text" else outcome),
     )
     after_rates = measure_rates(after_people, after_outcomes.labels, [row.weight for row in new_rows])
-    # they stand first: a new row that equals one of them is that one, and is not trained on
+    # held-out rows come first: a new row equal to one of them is merged into it, and is not trained on
     held_out = [row for row in all_rows if row.split in HELD_OUT_SPLITS]
     facts = {
         "mitigation": mitigate,
@@ -268,7 +284,7 @@ def _people(rows: Sequence[Example], group: Sequence[str]) -> Memberships:
 
 
 class _Mitigation:
-    """Training rows -> other training rows. `changed` counts what was done."""
+    """Mitigation of training rows. changed: counts of the changed rows."""
 
     def __init__(
         self, training: Sequence[Example], people: Memberships, labels: Sequence[str | None], seed: int
@@ -279,7 +295,7 @@ class _Mitigation:
     def run(
         self, kind: Mitigation, tables: dict[str, Any], needed: dict[str, dict[Cell, int]], generate: Generate | None
     ) -> tuple[list[Example], list[Drop]]:
-        """(the new rows, Drops)."""
+        """Return the new training rows and the Drops."""
         if kind == "reweight":
             return self._reweight(), []
         if kind == "counterfactual":
@@ -304,7 +320,7 @@ class _Mitigation:
         return new_rows
 
     def _attributes(self) -> list[str]:
-        """Those by which a row can be said of somebody else."""
+        """Return the attributes whose groups can be swapped in a text."""
         attributes = [name for name in self.people if name in pairs.ATTRIBUTES]
         if not attributes:
             known = ", ".join(pairs.ATTRIBUTES)
@@ -364,7 +380,10 @@ class _Mitigation:
         return [*self.training, *generated]
 
     def _single_attribute(self, tables: dict[str, Any]) -> str:
-        """The one attribute: rows that are dropped for two of them at once would be too many of one."""
+        """Return the only attribute; raise ConfigError if there are several.
+
+        Rows dropped or added for two attributes at once would be too many for either.
+        """
         if len(tables) > 1:
             raise ConfigError(f"the rows name {', '.join(tables)}; choose one", f"--group {next(iter(tables))}")
         return next(iter(tables))

@@ -1,4 +1,4 @@
-"""Last verdicts, the split and the tables that follow from them."""
+"""Final removals and splits of a curation, and the tables made from them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ from sartor.curate.step import Removal
 
 @dataclass(frozen=True)
 class Masks:
-    """Personal data taken out of what is only evidence: of a Drop's text and detail, and of rows that are set
-    aside.
-    """
+    """Functions that mask personal data in evidence: in texts and details of Drops, and in rows that are set aside."""
 
     text: Callable[[str], str] = lambda text: text
     row: Callable[[Example], Example] = lambda row: row
@@ -32,10 +30,12 @@ class Masks:
 
 
 class SplitDecision:
-    """What becomes of every row that the steps left: kept or not, its group, its split.
+    """Final decision on every row that the steps left: kept or removed, its group and its split.
 
-    removed_rows: the rows that are not kept, by number. merged: what a row takes over from its equals. Groups and
-    splits are lists with an entry for each row, kept or not.
+    removed_rows: numbers of the rows that are not kept.
+    merged: row number -> fields inherited from removed rows of equal content.
+    groups, splits: one entry for each row, kept or not.
+    leaked: numbers of the training rows that were removed because their group is held out.
     """
 
     def __init__(self, state: PassState, recipe: CurateRecipe) -> None:
@@ -53,14 +53,14 @@ class SplitDecision:
         self.leaked = self._keep_groups_whole()
 
     def kept_row_numbers(self) -> Iterator[int]:
-        """The rows that are kept, by number."""
+        """Return an iterator over the numbers of the kept rows."""
         return (row for row in range(len(self.groups)) if row not in self.removed_rows)
 
     def _hold_out(self, recipe: CurateRecipe) -> None:
-        """Fill in each split; whole groups are held out until `test_fraction`, then `eval_fraction`, of the rows is
-        reached.
+        """Set the split of each row that has none declared.
 
-        The test split is drawn first and by a seed of its own, so that another `eval_fraction` does not move its rows.
+        Whole groups are held out until `test_fraction`, then `eval_fraction`, of the rows is reached. The test split
+        is drawn first and with a seed of its own, so another `eval_fraction` does not move its rows.
         """
         undecided = [row for row in self.kept_row_numbers() if not self.splits[row]]
         undecided = self._draw_test(recipe, undecided)
@@ -71,8 +71,9 @@ class SplitDecision:
             self.splits[row] = "eval" if self.groups[row] in held_out else "train"
 
     def _draw_test(self, recipe: CurateRecipe, undecided: list[int]) -> list[int]:
-        """Put whole groups into the test split; return the rows that are left. A group with a declared split is not
-        drawn.
+        """Put whole groups into the test split; return the rows still without a split.
+
+        Groups with a declared split are not drawn.
         """
         fraction = recipe.split.test_fraction
         if not fraction:
@@ -89,15 +90,14 @@ class SplitDecision:
         return [row for row in undecided if not self.splits[row]]
 
     def _eval_fraction(self, recipe: CurateRecipe, undecided: Sequence[int]) -> float:
-        """The fraction of the rows that the test split left which makes `eval_fraction` of all."""
+        """Return the fraction of the undecided rows that equals `eval_fraction` of undecided and test rows."""
         test_count = sum(self.splits[row] == TEST for row in self.kept_row_numbers())
         return recipe.split.eval_fraction * (len(undecided) + test_count) / max(len(undecided), 1)
 
     def _keep_groups_whole(self) -> list[int]:
-        """The check that no group straddles the split: training rows whose group is held out. They are removed.
+        """Remove training rows whose group is held out in the eval split; return their numbers.
 
-        Only sources with a declared split can bring that about; a group that the recipe splits is whole by
-        construction.
+        Only sources with a declared split can cause this. A group that the recipe splits is whole by construction.
         """
         held_out = {self.groups[row] for row in self.kept_row_numbers() if self.splits[row] == "eval"}
         leaked = [
@@ -108,7 +108,7 @@ class SplitDecision:
 
 
 def kept_tables(state: PassState, outcome: SplitDecision) -> Iterator[Any]:
-    """Yield the rows that are kept, part by part, with group, split and origins as they came out."""
+    """Yield the kept rows, shard by shard, with their final group, split and origins."""
     for part, start in zip(state.parts, state.starts, strict=False):
         yield _kept_rows(part, start, outcome)
 
@@ -132,7 +132,7 @@ def _kept_rows(part: Shard, start: int, outcome: SplitDecision) -> Any:
 
 
 def leaks(state: PassState, outcome: SplitDecision) -> list[Removed]:
-    """The rows that left for their group, as removals."""
+    """Return the training rows removed because their group is held out, as Removed."""
     result = []
     for row in outcome.leaked:
         part_index, position = state.locate(row)
@@ -144,7 +144,10 @@ def leaks(state: PassState, outcome: SplitDecision) -> list[Removed]:
 
 
 def drop_tables(state: PassState, removed: Sequence[Removed], masks: Masks) -> Iterator[Any]:
-    """Yield the Drops of reading and of steps, then those of rows removed (`with_last_ids`), without personal data."""
+    """Yield the Drops of reading and of steps, then those of `removed`, without personal data.
+
+    removed: in the order of `with_last_ids`.
+    """
     for file in state.drops:
         yield mask_quotes(pq.read_table(file), masks)
     for drops in batched(_removed_drops(removed), 4096):
@@ -152,34 +155,32 @@ def drop_tables(state: PassState, removed: Sequence[Removed], masks: Masks) -> I
 
 
 def set_aside_rows(removed: Sequence[Removed], masks: Masks) -> Iterator[tuple[str, Example]]:
-    """Yield the removed rows that are set aside: the id by which the evidence has each, and the row without personal
-    data.
-    """
+    """Yield each removed row that is set aside: its id in the evidence, and the row without personal data."""
     for removal, example in _with_examples(removed):
         if removal.set_aside:
             yield example.id, masks.row(example)
 
 
-# Columns of text that quote no row: ids, places and words of ours.
+# Text columns that never quote a row: ids, positions, reasons and other fixed words.
 NO_QUOTES = frozenset(["reason", "source", "locator", "step", "id", "kept", "method", "kind"]) | {
     f"{name}{end}" for name in ("", "source_", "locator_") for end in "ab"
 }
 
 
 class _Quoting:
-    """The names of columns that may quote a row: all but those of NO_QUOTES."""
+    """Set of the column names that may quote a row: all names outside NO_QUOTES."""
 
     def __contains__(self, name: object) -> bool:
         return name not in NO_QUOTES
 
 
 def mask_quotes(table: Any, masks: Masks) -> Any:
-    """A table of drops or evidence whose quoted texts hold no personal data."""
+    """Return a table of drops or evidence with personal data masked in all quoted texts."""
     return table if masks.are_none else rewritten(table, _Quoting(), masks.text)
 
 
 def masked_facts(facts: Any, masks: Masks) -> Any:
-    """What steps say of themselves, which may quote a line that many rows share."""
+    """Return the facts of the steps with personal data masked. Facts may quote a line that many rows share."""
     if masks.are_none or isinstance(facts, (int, float, bool, type(None))):
         return facts
     if isinstance(facts, str):
@@ -197,7 +198,7 @@ def _removed_drops(removed: Sequence[Removed]) -> Iterator[Drop]:
 
 
 def with_last_ids(state: PassState, removed: Sequence[Removed]) -> list[Removed]:
-    """Return the same in the order of parts, with `kept` by the id that the row has in the end."""
+    """Return the removals sorted by shard and position, with `kept_id` replaced by the row's final id."""
     removed = sorted(removed, key=_sort_key)
     kept_ids: dict[int, str] = {}
     for pass_count in {item.pass_count for item in removed}:
@@ -213,7 +214,7 @@ def _sort_key(entry: Removed) -> tuple[str, int]:
 
 
 def _with_examples(removed: Sequence[Removed]) -> Iterator[tuple[Removed, Example]]:
-    """Each with its row, part by part."""
+    """Yield each removal with its row, shard by shard."""
     for _, run in itertools.groupby(removed, lambda entry: entry.part.path):
         entries = list(run)
         rows = take_rows([entries[0].part], ((0, item.position) for item in entries))

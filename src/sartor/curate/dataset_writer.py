@@ -1,6 +1,6 @@
-"""Writes every Dataset: split, rows, drops, evidence, card, manifest.
+"""Writer of every Dataset: split, rows, drops, evidence, card and manifest.
 
-Every verb that makes a Dataset fills it with a DatasetWriter, so that what a manifest says is said in one place.
+Every verb that makes a Dataset uses DatasetWriter, so the contents of a manifest are defined in one place.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from sartor.core.records import Drop, Example, digest
 from sartor.curate import card
 
 ROWS_PER_FILE = 100_000
-EDITED = "review"  # how the step of an origin ends whose row a person changed
+EDITED = "review"  # ending of the step name in the origin of a row that a person edited
 SET_ASIDE = parquet_io.EXAMPLES.append(pa.field("was", pa.string()))
-# keys of a manifest that say of one artefact what no other inherits
+# manifest keys that belong to one artefact and are never inherited
 SEAL = frozenset(["schema", "kind", "created", "files", "id", "digest"])
 
 
@@ -43,9 +43,11 @@ def write_dataset(
     parents: Sequence[Artifact] = (),
     replace: bool = False,
 ) -> Artifact:
-    """Write a Dataset to `path`, whole or not at all, and enter it in the catalogue.
+    """Write a Dataset to `path`, whole or not at all, and register it in the catalogue.
 
-    `fill` gets the writer and returns what `DatasetWriter.finish` returned. Raises ConfigError if `path` is taken.
+    fill: gets the writer and returns the result of `DatasetWriter.finish`.
+
+    Raises ConfigError if `path` is taken.
     """
     dataset = write_artifact(path, "dataset", lambda folder: fill(DatasetWriter(folder, parents)), replace=replace)
     catalogue.register(dataset)
@@ -53,12 +55,12 @@ def write_dataset(
 
 
 class DatasetWriter:
-    """Writer of the files of one Dataset, and of what its manifest says of them.
+    """Writer of the files of one Dataset and of its manifest's facts.
 
     folder: the directory to fill.
-    parents: the Datasets of whose rows it is made; may be set until `finish`.
+    parents: the Datasets that the rows come from; may be set until `finish`.
     row_count: rows written to `examples/`.
-    dropped: rows written to `drops/`, by reason, in the order in which reasons came.
+    dropped: rows written to `drops/`, by reason, in order of first occurrence.
     """
 
     def __init__(self, folder: Path, parents: Sequence[Artifact] = ()) -> None:
@@ -81,14 +83,15 @@ class DatasetWriter:
         write_tables(self.folder / "drops", parquet_io.DROPS, counted())
 
     def example_file(self, examples: Iterable[Example]) -> None:
-        """Write Examples as one file, however many.
+        """Write all Examples as one file, however many they are.
 
-        Datasets made of other Datasets have always had one, and their digest is of its bytes.
+        The digest of a Dataset covers the bytes of its files, and Datasets derived from others have always had one
+        file.
         """
         self.row_count += parquet_io.write_examples(self.folder / "examples" / "part-00000.parquet", examples)
 
     def drop_file(self, drops: Sequence[Drop]) -> None:
-        """Write Drops as one file behind the files of drops that are there."""
+        """Write Drops as one more file after the existing files of drops."""
         number = len(list((self.folder / "drops").glob("*.parquet")))
         parquet_io.write_drops(self.folder / "drops" / f"part-{number:05d}.parquet", drops)
         self.dropped.update(drop.reason for drop in drops)
@@ -96,7 +99,7 @@ class DatasetWriter:
     def set_aside(self, rows: Iterable[tuple[str, Example]]) -> None:
         """Write `set_aside/part-*.parquet` if there is any row.
 
-        rows: the id by which the evidence knows a row (column `was`), and the row.
+        rows: pairs of the row's id in the evidence (column `was`) and the row.
         """
 
         def tables() -> Iterator[Any]:
@@ -115,9 +118,9 @@ class DatasetWriter:
         pq.write_table(table, self.folder / "evidence" / f"{name}.parquet", compression="zstd")
 
     def media(self, source: Path) -> None:
-        """Take the files of a folder into `media/`, by hard links where possible: they stay where they were.
+        """Add the files of a folder to `media/`, by hard links where possible; the originals stay.
 
-        `finish` removes those that no row shows.
+        `finish` removes files that no row refers to.
         """
         target = self.folder / "media"
         for file in sorted(source.glob("*")):
@@ -126,7 +129,7 @@ class DatasetWriter:
                 _link_or_copy(file, target / file.name)
 
     def sources_with_kept(self, sources: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return entries of `sources` with `row_count`, the rows of `examples/` that were read from each file."""
+        """Return the entries of `sources` with `kept`: the rows of `examples/` read from each file."""
         counts = kept_by_file(self.folder)
         return [{**source, "kept": counts[source["source"], source["path"]]} for source in sources]
 
@@ -140,12 +143,12 @@ class DatasetWriter:
         extra_facts: Mapping[str, Any] | None = None,
         inherits: bool = False,
     ) -> dict[str, Any]:
-        """Remove unused media, write lineage index and card; return what the manifest says.
+        """Remove unused media, write lineage index and card; return the facts of the manifest.
 
-        sources: an entry for each file that was read, with the rows `row_count` of it.
-        counts: of rows `read` and `made`; those kept and dropped, splits and groups are counted here.
-        extra_facts: further keys. A `licence` among them stands in place of the one that the sources come to.
-        inherits: keep keys of the first parent that are not written anew; its licence too, if it names no source.
+        sources: an entry for each file that was read, with `kept`, the rows kept of it.
+        counts: `read` and `made`. Kept and dropped rows, splits and groups are counted here.
+        extra_facts: further keys. A `licence` among them replaces the one computed from the sources.
+        inherits: keep keys of the first parent that are not written anew, and its licence if `sources` is empty.
         """
         _remove_unused_media(self.folder)
         inherited = (
@@ -172,7 +175,7 @@ class DatasetWriter:
         return {**facts, "digest": digest(_file_digests(self.folder))}
 
     def _split_counts(self) -> dict[str, dict[str, int]]:
-        """Rows and groups of each split, as the written Examples have them."""
+        """Return the rows and the groups of each split, counted in the written Examples."""
         files = sorted((self.folder / "examples").glob("*.parquet"))
         table = pa.concat_tables(pq.read_table(file, columns=["split", "group"]) for file in files)
         groups = table.group_by(["split", "group"]).aggregate([])
@@ -183,8 +186,9 @@ class DatasetWriter:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Link a file; copy it where links cannot be, and a read-only one, since files of an artefact are opened to be
-    synced.
+    """Hard-link a file, or copy it if it cannot be linked or is read-only.
+
+    A read-only file is copied because files of an artefact are opened to be synced.
     """
     if os.access(source, os.W_OK):
         with contextlib.suppress(OSError):
@@ -198,7 +202,7 @@ def _value_counts(column: Any) -> Counter[str]:
 
 
 def _licence_facts(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what the licences of the sources that rows were kept of come to."""
+    """Return licence, conflicts and obligations that result from the sources with kept rows."""
     used = [source for source in sources if source["kept"]]
     return {
         "licence": compliance.combine(source["licence"] for source in used),
@@ -208,23 +212,23 @@ def _licence_facts(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _file_digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file below a folder, by its path there."""
+    """Return the sha256 of every file below a folder, by relative path."""
     return {
         file.relative_to(folder).as_posix(): file_digest(file) for file in sorted(folder.rglob("*")) if file.is_file()
     }
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yield lists of at most `size`."""
+    """Yield lists of at most `size` items."""
     source = iter(items)
     while batch := list(itertools.islice(source, size)):
         yield batch
 
 
 def write_tables(folder: Path, schema: Any, tables: Iterable[Any]) -> int:
-    """Write tables one after another as `part-NNNNN.parquet` of ROWS_PER_FILE rows at most; return the number of rows.
+    """Write tables as `part-NNNNN.parquet` of at most ROWS_PER_FILE rows; return the number of rows.
 
-    The files depend on the rows alone, not on how they came in tables. There is always a first file.
+    The files depend on the rows alone, not on their division into tables. At least one file is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     total, number, room, writer = 0, 0, 0, None
@@ -244,8 +248,9 @@ def write_tables(folder: Path, schema: Any, tables: Iterable[Any]) -> int:
 
 
 def rechunk_tables(tables: Iterable[Any], schema: Any, size: int) -> Iterator[Any]:
-    """Yield the same rows in tables of exactly `size` rows, the last one of fewer (perhaps none, if there is no row at
-    all).
+    """Yield the same rows in tables of exactly `size` rows; the last may be shorter.
+
+    Without any row it yields one empty table.
     """
     pending, count, has_yielded = [], 0, False
     for table in tables:
@@ -261,10 +266,10 @@ def rechunk_tables(tables: Iterable[Any], schema: Any, size: int) -> Iterator[An
 
 
 def kept_by_file(folder: Path) -> Counter[tuple[str, str]]:
-    """Count rows by (source, file), as the origins of the written Examples say.
+    """Count rows by (source, file), from the origins of the written Examples.
 
-    A row with two origins counts for both. One that was made of another row counts for none, but where a person edited
-    it (it is still its source's) or it was synthesised: those are all that a synthetic Dataset has.
+    A row with two origins counts for both. A row made from another counts for none, with two exceptions: a row edited
+    by a person still belongs to its source, and a synthesised row counts since a synthetic Dataset has no others.
     """
     counts: Counter[tuple[str, str]] = Counter()
     for file in sorted((folder / "examples").glob("*.parquet")):
@@ -283,7 +288,7 @@ def kept_by_file(folder: Path) -> Counter[tuple[str, str]]:
 
 
 def _remove_unused_media(folder: Path) -> None:
-    """Remove media of rows that were not kept."""
+    """Remove media files to which no kept or set-aside row refers."""
     used: set[str] = set()
     for file in sorted((folder / "examples").glob("*.parquet")) + sorted((folder / "set_aside").glob("*.parquet")):
         for name in ("messages", "rejected"):
@@ -304,11 +309,14 @@ def write_dataset_from(
     step: Mapping[str, Mapping[str, Any]],
     replace: bool = False,
 ) -> Artifact:
-    """Write a Dataset of `examples`, rows of the `parents` or made of them; rows of equal content stand once, with all
-    origins.
+    """Write a Dataset of `examples`: rows of the `parents`, or rows made from them.
 
-    `drops` are the rows that are not in it and why; `step` is what was done, {name: facts}, for manifest and card.
-    Raises SourceError where no row is left, ConfigError where `out` is taken.
+    Rows of equal content are merged into one with all origins.
+
+    drops: rows left out, with reasons.
+    step: {name: facts} of the step applied, for manifest and card.
+
+    Raises SourceError if no row is left, ConfigError if `out` is taken.
     """
     rows, dropped = _merge_equal(examples), list(drops)
     if not rows:
@@ -322,7 +330,7 @@ def write_dataset_from(
         writer.drop_file(dropped)
         for parent in parents:
             writer.media(parent.path / "media")
-        # of the rows: what is made of a source may be under its licence and a teacher's word
+        # from the rows: a derived row may be under both the licence of its source and the terms of a teacher
         licence = compliance.combine(sorted({origin.licence for example in rows for origin in example.origins}))
         synthetic = [parent.manifest["synthetic"] for parent in parents if "synthetic" in parent.manifest][:1]
         return writer.finish(
@@ -343,7 +351,7 @@ def _merge_equal(examples: Iterable[Example]) -> list[Example]:
         if earlier is not example and (
             new_origins := [origin for origin in example.origins if origin not in earlier.origins]
         ):
-            # the fields by hand: dataclasses.replace would carry no cached id, and cost nothing else
+            # built field by field; as with dataclasses.replace, the cached id is not carried over
             results[example.id] = Example(
                 messages=earlier.messages,
                 origins=(*earlier.origins, *new_origins),
@@ -359,7 +367,10 @@ def _merge_equal(examples: Iterable[Example]) -> list[Example]:
 
 
 def _sources(parents: Sequence[Artifact], examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """The parents' entries. Rows count for the file of each origin, also those that were made of a row of it."""
+    """Return the parents' source entries with new counts of kept rows.
+
+    A row counts for the file of each origin, also if it was made from a row of that file.
+    """
     used = Counter(
         (origin.source, re.sub(r":[^:]*$", "", origin.locator)) for example in examples for origin in example.origins
     )

@@ -1,10 +1,10 @@
-"""Runs row steps and set steps pass by pass.
+"""Passes of a curation: row steps and set steps, executed pass by pass.
 
-Row steps run in the workers, the SetSteps that follow them in this process.
+Row steps run in the workers. The SetSteps that follow them decide in this process.
 
-A pass reads what the one before left (the first reads the sources), applies the verdicts that are still open, runs its
-row steps, and sketches the rows for each SetStep that ends it. The verdicts of the last pass are left open: writing
-the Dataset applies them without making an Example of every row again.
+A pass reads the output of the pass before; the first reads the sources. It applies the removals that are still open,
+runs its row steps, and sketches the rows for each SetStep that ends it. The removals of the last pass are left open:
+writing the Dataset applies them without making an Example of every row again.
 """
 
 from __future__ import annotations
@@ -31,48 +31,51 @@ from sartor.curate.steps import needs_all_rows
 from sartor.curate.steps.text_duplicates import ExactDuplicates
 
 Run = Callable[[str, Sequence[ShardTask]], list[Shard]]
-# Rises when a worker makes another part of the same input: parts of an older Sartor are then made again.
+# Increased when workers make different shards from the same input; shards of older versions are then made again.
 FORMAT = 3
 GUARDS = ("allow", "max_fraction", "max_source_fraction")
 
 
 @dataclass(frozen=True)
 class Removed:
-    """A Removal as it stands in the drops: the row, and the id of the row in its place."""
+    """A Removal as recorded in the drops: position of the removed row, and id of the row kept instead.
+
+    pass_count: number of passes done when `kept_id` was read; `moved_ids` needs it.
+    """
 
     part: Shard
     position: int
     removal: Removal
     step: str
     kept_id: str
-    pass_count: int  # passes that had been when `kept` was that row's id
+    pass_count: int
     set_aside: bool
 
 
 @dataclass
 class PassState:
-    """Where the rows are: the parts of the last pass, and the verdicts on their rows that no part knows yet."""
+    """Current state of the rows: the shards of the last pass, and the removals not yet applied to them."""
 
     parts: list[Shard]
     starts: list[int] = field(
         default_factory=list
-    )  # the number of each part's first row, and at the end the number of rows
+    )  # row number at which each shard starts; the last entry is the number of rows
     open_removals: dict[int, Removal] = field(default_factory=dict)
-    merged_rows: dict[int, list[int]] = field(default_factory=dict)  # row -> rows of equal content that it takes over
+    merged_rows: dict[int, list[int]] = field(default_factory=dict)  # kept row -> removed rows of equal content
     then: list[RowStep] = field(default_factory=list)
     removed: list[Removed] = field(default_factory=list)
-    drops: list[Path] = field(default_factory=list)  # drops.parquet of every part of every pass
+    drops: list[Path] = field(default_factory=list)  # drops.parquet of every shard of every pass
     evidence: dict[str, Any] = field(default_factory=dict)
     moves: list[Any] = field(
         default_factory=list
-    )  # of each pass after the first, (was, id) of the rows that it changed
+    )  # one table for each pass: (was, id) of the rows whose id it changed
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.set_parts(self.parts)
 
     def set_parts(self, parts: list[Shard]) -> None:
-        """The rows are in these parts now, and no verdict on them is open."""
+        """Set the shards that hold the rows now; no removal on them is open."""
         self.parts, self.starts = parts, list(itertools.accumulate((part.row_count for part in parts), initial=0))
         self.open_removals, self.merged_rows, self.then = {}, {}, []
         self.drops += [part.path / "drops.parquet" for part in parts]
@@ -80,20 +83,24 @@ class PassState:
         self.moves.append(pl.concat([pl.DataFrame(table) for table in changed]))
 
     def locate(self, row: int) -> tuple[int, int]:
-        """(part, place in it) of a row."""
+        """Return the shard index of a row and its position in that shard."""
         part_index = bisect.bisect_right(self.starts, row) - 1
         return part_index, row - self.starts[part_index]
 
 
 class Passes:
-    """Runs the steps. `folder` is the directory of the work; `run` executes tasks, on whatever engine."""
+    """Executor of steps, pass by pass.
+
+    folder: the work directory.
+    run: executes named tasks on an engine and returns their shards.
+    """
 
     def __init__(self, folder: Path, run: Run, workers: int, notice: Callable[[str], None]) -> None:
         self.folder, self.run, self.workers, self.notice = folder, run, workers, notice
         self.number = 0
 
     def first(self, tasks: Sequence[ShardTask], steps: Sequence[Any]) -> PassState:
-        """Every step, from tasks that say what to read."""
+        """Run all steps, starting from tasks that read the sources."""
         row_steps, sets, remaining_steps = split(steps)
         state = PassState(self._execute([dataclasses.replace(task, steps=row_steps, sets=sets) for task in tasks]))
         remaining_steps = self._decide(state, sets) + remaining_steps
@@ -104,8 +111,9 @@ class Passes:
         return state
 
     def copies(self, state: PassState, tasks: Sequence[ShardTask]) -> list[Shard]:
-        """Rows made of the rows of the last pass. They are no rows of `state`; what could not be made is among its
-        drops.
+        """Run tasks that copy rows of the last pass; return their shards.
+
+        The copies do not become rows of `state`. Copies that could not be made are added to its drops.
         """
         result = self._execute(tasks)
         state.drops += [part.path / "drops.parquet" for part in result]
@@ -122,14 +130,17 @@ class Passes:
         return self.run(f"pass {self.number}", keyed_tasks)
 
     def _with_key(self, number: int, task: ShardTask, steps: Any) -> ShardTask:
-        """The task with its key, and the directory that the key names. `steps`: what is said of the pass's steps."""
+        """Return the task with its key, its output directory and the work directory.
+
+        steps: options of the steps of the pass.
+        """
         merged = [(position, config.dump(inherited)) for position, inherited in sorted(task.merged.items())]
         key = digest([FORMAT, task.key, steps, sorted(task.removed_positions), merged])
         part = self.folder / f"pass-{self.number + 1}" / f"{number:06d}"
         return dataclasses.replace(task, key=key, part=part, folder=self.folder)
 
     def _run_next_pass(self, state: PassState, row_steps: tuple[RowStep, ...], sets: tuple[SetStep, ...]) -> None:
-        """Open verdicts and the next row steps, in the workers."""
+        """Apply the open removals and run the next row steps, in the workers."""
         removed: dict[int, set[int]] = {}
         for row in state.open_removals:
             part_index, position = state.locate(row)
@@ -154,8 +165,9 @@ class Passes:
         state.set_parts(self._execute(tasks))
 
     def _decide(self, state: PassState, sets: tuple[SetStep, ...]) -> list[Any]:
-        """Let each SetStep decide; returns those that must see the rows again, since a verdict before asks for a row
-        step.
+        """Let each SetStep decide; return the steps that must see the rows again.
+
+        These are the steps after the first one whose result asks for a row step (`then`).
         """
         for index, step in enumerate(sets):
             remaining_rows, table = self._remaining_rows(state, index)
@@ -167,12 +179,12 @@ class Passes:
         return []
 
     def _remaining_rows(self, state: PassState, step_index: int) -> tuple[Sequence[int], Any]:
-        """Numbers of the rows that no open verdict removed, and their sketch beside the index."""
+        """Return the numbers of the rows that no open removal removes, and their sketch joined to the index."""
         table = pa.concat_tables(hstack_tables(part.index, part.sketch(step_index)) for part in state.parts)
         if not state.open_removals:
             return range(len(table)), table
         remaining_rows = [row for row in range(len(table)) if row not in state.open_removals]
-        # written out, and mapped again: a copy of the sketches in memory could be as large as all rows
+        # written to disk and memory-mapped: a copy of the sketches in memory could be as large as all rows
         chunks = (
             table.take(pa.array(remaining_rows[start : start + 65536]))
             for start in range(0, max(len(remaining_rows), 1), 65536)
@@ -195,8 +207,9 @@ class Passes:
 
 
 def _step_options(step: Any) -> dict[str, Any]:
-    """The options that a part follows from. Guards are not among them: an answer to them goes on where they
-    stopped.
+    """Return the options that the content of a shard depends on.
+
+    Guards are left out, so that a run stopped by a guard can resume after the guard is changed.
     """
     fields = {name: value for name, value in config.dump(step).items() if name not in GUARDS}
     return (
@@ -205,28 +218,31 @@ def _step_options(step: Any) -> dict[str, Any]:
 
 
 def split(steps: Sequence[Any]) -> tuple[tuple[RowStep, ...], tuple[SetStep, ...], list[Any]]:
-    """(row steps, the SetSteps after them, the rest)."""
+    """Return (leading row steps, the SetSteps after them, the rest)."""
     row_steps = tuple(itertools.takewhile(lambda step: not needs_all_rows(step), steps))
     sets = tuple(itertools.takewhile(needs_all_rows, steps[len(row_steps) :]))
     return row_steps, sets, list(steps[len(row_steps) + len(sets) :])
 
 
 def with_final_dedup(steps: Sequence[Any]) -> list[Any]:
-    """The steps, with `exact_duplicates` at the end if rows could be equal there: ids are unique in a Dataset."""
+    """Return the steps, with `exact_duplicates` appended if equal rows could remain.
+
+    Ids are unique in a Dataset.
+    """
     last = max((index for index, step in enumerate(steps) if isinstance(step, ExactDuplicates)), default=-1)
     unique = last >= 0 and all(needs_all_rows(step) for step in steps[last:])
     return list(steps) if unique else [*steps, ExactDuplicates()]
 
 
 def hstack_tables(index: Any, sketch: Any) -> Any:
-    """One table of both's columns."""
+    """Return one table with the columns of both."""
     for name in sketch.column_names:
         index = index.append_column(name, sketch[name])
     return index
 
 
 def record(state: PassState, step: SetStep, remaining_rows: Sequence[int], verdicts: StepResult) -> None:
-    """Note verdicts whose row numbers count the living rows only."""
+    """Add the result of a SetStep to the state. Its row numbers index `remaining_rows`."""
     ids = RowIds(state)
     for removal in verdicts.removals:
         row = remaining_rows[removal.row]
@@ -248,7 +264,7 @@ def record(state: PassState, step: SetStep, remaining_rows: Sequence[int], verdi
 
 
 class RowIds:
-    """Ids by row number."""
+    """Ids of the rows by row number."""
 
     def __init__(self, state: PassState) -> None:
         self._columns = [part.index["id"] for part in state.parts]
@@ -260,8 +276,10 @@ class RowIds:
 
 
 def inherited_fields(state: PassState) -> dict[int, InheritedFields]:
-    """What each row takes over: origins in order of reading; of the splits eval wins; its own group before
-    another's.
+    """Return kept row -> fields merged from the removed rows that equal it.
+
+    Origins: those of the equals, in reading order. Split: "eval" if any has it. Group: the row's own before that of an
+    equal.
     """
     row_numbers = sorted({row for kept_row, others in state.merged_rows.items() for row in (kept_row, *others)})
     columns = ["origins", "split", "group"]
@@ -284,7 +302,7 @@ ID_COLUMNS = ("id", "a", "b")
 
 
 def evidence_of(state: PassState) -> Iterator[tuple[str, Any]]:
-    """(name, Arrow table) of what steps found, by the ids that the rows have in the end."""
+    """Yield (name, Arrow table) of the steps' evidence, with the final ids of the rows."""
     for name, (pass_count, table) in state.evidence.items():
         ids: list[str] = []
         rewritten(table, ID_COLUMNS, ids.append)
@@ -293,9 +311,7 @@ def evidence_of(state: PassState) -> Iterator[tuple[str, Any]]:
 
 
 def rewritten(table: Any, names: Container[str], change: Callable[[str], Any]) -> Any:
-    """An Arrow table with `change` applied to every text in columns, and in fields of nested columns, of these
-    names.
-    """
+    """Return an Arrow table with `change` applied to the texts of columns and nested fields in `names`."""
 
     def inside(value: Any) -> Any:
         if isinstance(value, list):
@@ -318,7 +334,7 @@ def rewritten(table: Any, names: Container[str], change: Callable[[str], Any]) -
 
 
 def moved_ids(state: PassState, pass_count: int, ids: Sequence[str]) -> list[str]:
-    """The ids that rows have in the end, by those that they had after `pass_count` passes."""
+    """Return the final ids of rows, given their ids after `pass_count` passes."""
     frame = pl.DataFrame({"id": ids}, schema={"id": pl.String})
     for moves in state.moves[pass_count:]:
         joined = frame.join(
@@ -331,14 +347,17 @@ def moved_ids(state: PassState, pass_count: int, ids: Sequence[str]) -> list[str
 def take_rows(
     parts: Sequence[Shard], wanted: Iterable[tuple[int, int]], columns: list[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows of parts, by (part, place), in the order wanted; each part is read once for a run of rows of it."""
+    """Yield rows by (shard index, position), in the order wanted.
+
+    A run of consecutive rows from one shard reads that shard once.
+    """
     for part_index, run in itertools.groupby(wanted, lambda item: item[0]):
         positions = pa.array([position for _, position in run], pa.int64())
         yield from parts[part_index].table(columns).take(positions).to_pylist()
 
 
 def examples_of(state: PassState, wanted: Sequence[int]) -> list[Example]:
-    """Rows by number."""
+    """Return the Examples with these row numbers, in the order given."""
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     rows = take_rows(state.parts, (state.locate(wanted[index]) for index in order))
     examples = {index: parquet_io.example_of(row) for index, row in zip(order, rows, strict=True)}

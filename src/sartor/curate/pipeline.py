@@ -1,9 +1,9 @@
-"""Verb curate: plan, run, write; local and Ray executors.
+"""Verb `curate`: plan, run, write; with a local and a Ray executor.
 
-OUT.curating/      the work, beside the output until it stands; what is there is gone on from
+OUT.curating/      work directory beside the output; an interrupted run resumes from it
   media/           images and audio by digest
-  pass-1/000000/   a Part: what one worker made of one piece
-OUT/               the Dataset, in one rename
+  pass-1/000000/   a Shard: what one worker made of one piece
+OUT/               the Dataset, written by one rename
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ FILES_LISTED = 20
 
 @dataclass(frozen=True)
 class Curated:
-    """What `curate` made: the Dataset and how many rows went where. `resumed_parts` are parts that an interrupted run
-    had left.
+    """Result of `curate`.
+
+    found: number of shards that an interrupted run had left.
     """
 
     dataset: Artifact
@@ -61,7 +62,7 @@ class Curated:
 
     @functools.cached_property
     def warnings(self) -> list[DataWarning]:
-        """What the rows lack to learn from them and to measure on them."""
+        """Deficits of the rows as training and evaluation data."""
         return dataset_warnings(parquet_io.read_own_examples(self.dataset))
 
     @property
@@ -76,10 +77,8 @@ class Curated:
 
     @property
     def made(self) -> int:
-        """Copies that steps made of rows, those that were dropped among them: `read` and `made` are `kept` and
-        `dropped`.
-        """
-        return int(self.counts.get("made", 0))  # a Dataset of an older Sartor has no such count
+        """Copies that steps made from rows, including dropped ones: read + made = kept + dropped."""
+        return int(self.counts.get("made", 0))  # Datasets of older versions have no such count
 
     @property
     def kept(self) -> int:
@@ -97,7 +96,7 @@ class Curated:
         return self.read / self.wall_s if self.wall_s else math.inf
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         manifest = self.dataset.manifest
         return {
             "dataset": str(self.dataset.path),
@@ -117,7 +116,10 @@ class Curated:
         }
 
     def table(self) -> list[tuple[str, Any]]:
-        """What a person reads: the steps' facts in a line each, the rest in the manifest and on the card."""
+        """Return the lines shown to the user, with short facts of the steps.
+
+        Longer facts are in the manifest and on the card.
+        """
         fields = self.as_json()
         steps = [
             (kind, {name: value for name, value in facts.items() if _is_short(value)})
@@ -130,7 +132,7 @@ class Curated:
 
 
 def _forms(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The form found in each file; of many files, how many of which form a source has."""
+    """Return the form found in each file; for many files, the number of files of each form by source."""
     if len(sources) <= FILES_LISTED:
         return {_file_label(source): source["form"] for source in sources}
     results: dict[str, Counter[str]] = {}
@@ -149,20 +151,22 @@ def _is_short(value: Any) -> bool:
 
 
 def _file_label(source: Mapping[str, Any]) -> str:
-    """A file as its source names it: two sources may hold files of one name."""
+    """Return the name of a file within its source: two sources may hold files of the same name."""
     return str(
         source["source"] if source["source"].endswith(source["path"]) else f"{source['source']}/{source['path']}"
     )
 
 
-# Starting a worker costs about as much as reading this many bytes of rows.
+# Bytes of rows whose reading takes about as long as starting a worker.
 WORTH_A_WORKER = 4 << 20
 
 
 def run_local(tasks: Sequence[ShardTask], sizes: Sequence[int], workers: int = 0) -> Iterator[dict[str, Any]]:
-    """Summaries of the tasks' parts, in order. `sizes` are bytes, about; `workers` 0 takes one a core.
+    """Yield the summaries of the tasks' shards, in order.
 
-    The first error of a task, in their order, ends the work; what is finished stands.
+    sizes: approximate bytes of each task. workers: 0 uses one process per core.
+
+    The first error, in the order of the tasks, ends the work. Finished shards stay.
     """
     workers = min(workers or len(os.sched_getaffinity(0)), len(tasks))
     if workers < 2 or sum(sizes) < WORTH_A_WORKER:
@@ -173,7 +177,9 @@ def run_local(tasks: Sequence[ShardTask], sizes: Sequence[int], workers: int = 0
 
 
 def run_on_ray(tasks: Sequence[ShardTask], sizes: Sequence[int], workers: int = 0) -> Iterator[dict[str, Any]]:
-    """Summaries of the tasks' parts, in order, as `local.run`. `workers` 0 lets Ray decide how many run at once.
+    """Yield the summaries of the tasks' shards, in order, as `run_local` does.
+
+    workers: 0 lets Ray decide how many run at once.
 
     The cluster is the one that RAY_ADDRESS names; without it, one is started on this machine. Raises ExtraError,
     MissingError.
@@ -198,24 +204,27 @@ def run_on_ray(tasks: Sequence[ShardTask], sizes: Sequence[int], workers: int = 
     for row in results.iter_rows():
         fields = json.loads(row["summary"])
         if "error" in fields:
-            raise pickle.loads(row["raised"])  # our own error, pickled by `_row` in our own cluster
+            raise pickle.loads(row["raised"])  # trusted: pickled by `_row` in our own cluster
         yield fields
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
-    """One task on a worker. An error of ours comes back as a value: Ray would wrap it in one of its own."""
+    """Execute one task on a Ray worker. A SartorError is returned as a value, since Ray would wrap it."""
     try:
         return {"summary": json.dumps(execute(pickle.loads(row["task"]))), "raised": b""}
     except SartorError as error:
         return {"summary": json.dumps({"error": error.kind}), "raised": pickle.dumps(error)}
 
 
-# Where stderr is no terminal, a line this often.
+# Interval of progress lines if stderr is not a terminal.
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class CurationProgress:
-    """Goes by bytes, since nobody knows the number of rows before they are read. Use as a context manager."""
+    """Progress display of a curation, a context manager.
+
+    It measures bytes, since the number of rows is unknown before they are read.
+    """
 
     def __init__(self, notice: Callable[[str], None]) -> None:
         self._notice, self._is_live = notice, sys.stderr.isatty()
@@ -231,13 +240,13 @@ class CurationProgress:
         self._bar.stop()
 
     def begin(self, name: str, total_bytes: int) -> None:
-        """A pass over that many bytes begins."""
+        """Start a pass over that many bytes."""
         self._name, self._total, self._bytes, self._rows = name, max(total_bytes, 1), 0, 0
         self._began = self._last_notice = time.monotonic()
         self._bar.reset(self._task, total=self._total, said=name)
 
     def advance(self, done_bytes: int, rows: int) -> None:
-        """A piece is done."""
+        """Record a finished piece."""
         self._bytes, self._rows = self._bytes + done_bytes, self._rows + rows
         now = time.monotonic()
         rate = self._rows / max(now - self._began, 1e-3)
@@ -250,8 +259,8 @@ class CurationProgress:
 
 
 Notice = Callable[[str], None]
-# Of a Source, what its files' entries in the manifest say besides the licence: core/licences/compliance.py reads them
-# there.
+# Terms of a source, besides the licence, that are copied to its files' entries in the manifest;
+# core/licences/compliance.py reads them there.
 TERMS = ("share_alike", "non_commercial", "expires", "consent")
 Engine = Literal["local", "ray"]
 
@@ -268,12 +277,13 @@ def curate(
 ) -> Curated:
     """Read the sources of a recipe, apply its steps, split by group, write a Dataset to `out`.
 
-    `recipe` is a CurateRecipe, a mapping in its form, or the path of a YAML file. `on` is the engine; the Dataset is
-    the same on either, row by row. A run of the same recipe that was interrupted is gone on with; `replace` begins
-    anew; `resume` also takes a finished Dataset of the same recipe and sources for an answer. Raises ConfigError for a
-    bad recipe or a taken
-    `out`, SourceError when no row is kept or, under `strict`, at the first row that cannot be used, GuardError when a
-    step would remove too much.
+    recipe: a CurateRecipe, a mapping in its form, or the path of a YAML file.
+    on: the engine. Either engine writes the same Dataset, row by row.
+    resume: accept a finished Dataset of the same recipe and sources as the result.
+    replace: start anew. Without it, an interrupted run of the same recipe is resumed.
+
+    Raises ConfigError for a bad recipe or a taken `out`, SourceError if no row is kept or, under `strict`, at the
+    first row that cannot be used, GuardError if a step would remove too much.
     """
     began = time.monotonic()
     recipe = load_recipe(recipe)
@@ -282,7 +292,7 @@ def curate(
     if resume and (finished := _finished(recipe, out)):
         with workplace(
             work_folder, anew=True
-        ):  # a run that was killed between the Dataset and its end has left its work
+        ):  # removes the work directory of a run that was killed after it had written the Dataset
             return Curated(finished, 0, time.monotonic() - began)
     check_output_free(out, replace=replace)
     with workplace(work_folder, anew=replace):
@@ -291,7 +301,7 @@ def curate(
             with run.progress:
                 state = run.run(strict)
             dataset = write_dataset(out, lambda writer: run.write(state, writer), replace=replace)
-        except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, and SIGTERM as the command line turns it
+        except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, and SIGTERM as the command line converts it
             number = signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT
             problem = f"interrupted; what is done stands in {work_folder}"
             raise StoppedError(problem, "the same command goes on there", number) from None
@@ -305,13 +315,17 @@ def curate(
 
 
 def load_recipe(recipe: CurateRecipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> CurateRecipe:
-    """The recipe in any of the forms that `curate` takes, with flags (`--split.eval_fraction 0.2`) on top."""
+    """Return the recipe from any form that `curate` takes.
+
+    flags: options such as `--split.eval_fraction 0.2`, applied on top.
+    """
     return config.load_any(CurateRecipe, recipe, flags)
 
 
 def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
-    """The Dataset at `out` if the recipe makes it of its sources as they are now. Raises ConfigError if it is
-    another.
+    """Return the Dataset at `out` if it was made by this recipe from the current sources; None if none is there.
+
+    Raises ConfigError if it was made by another recipe or from sources that have changed.
     """
     if kind_of(out) != "dataset":
         return None
@@ -330,7 +344,7 @@ def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
 
 @contextlib.contextmanager
 def workplace(work_folder: Path, *, anew: bool) -> Iterator[None]:
-    """The work's directory, locked. It stays when the work is interrupted, so that the same command can go on."""
+    """Hold the locked work directory. It stays after an interruption, so that the same command can resume."""
     make_parent(work_folder)
     with writer_lock(work_folder):
         if anew:
@@ -340,11 +354,11 @@ def workplace(work_folder: Path, *, anew: bool) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                work_folder.rmdir()  # only if nothing is in it
+                work_folder.rmdir()  # succeeds only if it is empty
 
 
 class CurationRun:
-    """One run of a recipe: its files, its engine, its progress, its Dataset."""
+    """One run of a recipe: its sources, engine, progress and counts."""
 
     def __init__(self, recipe: CurateRecipe, work_folder: Path, engine: Engine, notice: Notice) -> None:
         self.recipe, self.work_folder, self.notice = recipe, work_folder, notice
@@ -357,7 +371,7 @@ class CurationRun:
         self.tally: dict[str, Counter[str]] = {}
 
     def run(self, strict: bool) -> PassState:
-        """Every pass, the split, and the copies of training rows."""
+        """Run every pass, the split, and the copies of training rows."""
         self.planned = planner.plan_reading(self.recipe.sources, self.recipe.max_row_bytes)
         for file in self.planned.files:
             if file.encoding and not self.declared[file.source].encoding:
@@ -399,7 +413,7 @@ class CurationRun:
             self.tally.setdefault(kind, Counter()).update(counts)
 
     def write(self, state: PassState, writer: DatasetWriter) -> dict[str, Any]:
-        """Fill the Dataset's directory; returns what its manifest says."""
+        """Fill the directory of the Dataset; return the facts of its manifest."""
         removed = curation_outcome.with_last_ids(
             state, [*state.removed, *curation_outcome.leaks(state, self.outcome), *self.copies.removed]
         )
@@ -436,7 +450,7 @@ class CurationRun:
         return curation_outcome.Masks()
 
     def _sources(self) -> Iterator[dict[str, Any]]:
-        """An entry for each file that was planned, with what its owner allows and what was read of it."""
+        """Yield a manifest entry for each planned file: terms of its source and counts of its rows."""
         for file in self.planned.files:
             key = file.source, file.path
             terms = {name: getattr(self.declared[file.source], name) for name in (*TERMS, "rehearsal")}
@@ -444,16 +458,18 @@ class CurationRun:
 
 
 def _key(unit: chunk_reader.InputChunk) -> str:
-    """What a unit will read. Nobody knows that of a query before it is asked, so its parts are never found again."""
+    """Return the key of a chunk: the digest of its content.
+
+    The result of a query is unknown before it runs. Its key is therefore new each time, and its shards are never
+    reused.
+    """
     return unit.digest if unit.files else digest([unit.digest, time.time_ns()])
 
 
 def _recipe_fields(recipe: CurateRecipe) -> dict[str, Any]:
-    """The recipe as the manifest has it: without what changes nothing in the Dataset."""
+    """Return the recipe for the manifest, without options that do not change the Dataset."""
     fields = {name: value for name, value in config.dump(recipe).items() if name != "workers"}
-    if (
-        not recipe.split.test_fraction
-    ):  # the manifest of a Dataset without such a split is what it was before there were any
+    if not recipe.split.test_fraction:  # without a test split, the manifest is the same as before the option existed
         del fields["split"]["test_fraction"]
     return fields
 

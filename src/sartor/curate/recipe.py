@@ -14,7 +14,7 @@ from sartor.curate.steps.text_duplicates import ExactDuplicates
 
 @dataclass(frozen=True)
 class Split:
-    """How rows are held out. A group never straddles the split."""
+    """Options for the held-out rows. All rows of a group get the same split."""
 
     eval_fraction: float = option(0.1, "fraction of the rows held out, 0..1")
     test_fraction: float = option(
@@ -39,7 +39,7 @@ class Split:
 
 @dataclass(frozen=True)
 class CurateRecipe:
-    """Sources -> Dataset."""
+    """Recipe of a curation: sources, steps and split of one Dataset."""
 
     sources: tuple[SourceOptions, ...] = option(REQUIRED, "where rows come from")
     steps: tuple[Step, ...] = option((ExactDuplicates(),), "what is done to each row, in order")
@@ -56,8 +56,10 @@ class CurateRecipe:
         self._check_copies_are_last()
 
     def _check_copies_are_last(self) -> None:
-        """Copies are made when it is known what is held out, so no step could see them: duplicates they would be to
-        many.
+        """Raise ConfigError unless the copying steps come last and each occurs once.
+
+        Copies are made once the held-out rows are known, so no other step could see them. Many of those steps would
+        take the copies for duplicates.
         """
         kinds: list[str] = [step.kind for step in self.steps]
         copying: list[str] = [step.kind for step in self.steps if makes_copies(step)]

@@ -1,9 +1,7 @@
-"""Verb rethreshold: another near-duplicate threshold without a new comparison.
+"""Verb `rethreshold`: another near-duplicate threshold without a new comparison.
 
-Of a Dataset it reads the evidence and the rows that were set aside.
-
-Rows that come back go through the row steps that stood behind `near_duplicates` in the recipe, and into the split of
-their group. What other steps decided stays.
+It reads the evidence of a Dataset and the rows that were set aside. Rows that come back go through the row steps after
+`near_duplicates` in the recipe, and into the split of their group. The decisions of other steps stay.
 """
 
 from __future__ import annotations
@@ -39,9 +37,9 @@ from sartor.curate.steps.text_duplicates import ExactDuplicates, NearDuplicates
 def rethreshold(
     path: Path | str, out: Path | str, *, threshold: float, replace: bool = False, show: bool = False
 ) -> Any:
-    """What `curate` or `dedup` would have made at another threshold, written to `out`; `path` is what they made.
+    """Write to `out` what `curate` or `dedup` would have made of `path` at another threshold.
 
-    Raises ConfigError for a threshold below the floor down to which pairs were kept, or where a later step compared
+    Raises ConfigError for a threshold below the floor down to which pairs were stored, or if a later step compared
     rows.
     """
     if kind_of(Path(path)) == "duplicates":
@@ -58,7 +56,7 @@ def rethreshold(
 
 
 def _steps(recipe: CurateRecipe, old: Artifact) -> tuple[NearDuplicates, Sequence[Any]]:
-    """The step, and the row steps behind it."""
+    """Return the near-duplicate step and the row steps after it."""
     positions = [index for index, step in enumerate(recipe.steps) if isinstance(step, NearDuplicates)]
     if len(positions) != 1 or not (old.path / "evidence" / "near_duplicates.parquet").is_file():
         raise ConfigError(
@@ -83,7 +81,10 @@ def _steps(recipe: CurateRecipe, old: Artifact) -> tuple[NearDuplicates, Sequenc
 
 
 class _Rethreshold:
-    """The old Dataset, and what becomes of its rows."""
+    """The old Dataset and the new decision on its rows.
+
+    Rows are numbered: first the kept rows, then those that were set aside.
+    """
 
     def __init__(self, old: Artifact, step: NearDuplicates, recipe: CurateRecipe, later: Sequence[Any]) -> None:
         self.old, self.step, self.recipe = old, step, recipe
@@ -98,9 +99,9 @@ class _Rethreshold:
         self._decide()
 
     def _decide(self) -> None:
-        """Which rows go, and for whom, by number: first the rows that were kept, then those that were set aside."""
+        """Compute the rows to remove at the new threshold, and the row kept in place of each."""
         pairs = pl.read_parquet(self.old.path / "evidence" / "near_duplicates.parquet")
-        # a row that is in neither was taken out by a later step
+        # a row that was neither kept nor set aside was removed by a later step
         pairs = pairs.filter(pl.col("a").is_in(self.ids) & pl.col("b").is_in(self.ids))
         a, b = (np.array([self.number[name] for name in pairs[end]], np.int64) for end in ("a", "b"))
         count = len(self.ids)
@@ -108,7 +109,7 @@ class _Rethreshold:
         for end, numbers in (("a", a), ("b", b)):
             rank[numbers] = pairs[f"rank_{end}"].to_numpy()
             order[numbers] = pairs[f"place_{end}"].to_numpy()
-        # of rows of equal rank the first read stays: number them as they were read
+        # among rows of equal rank the first one read is kept: number the rows in reading order
         read_order = np.argsort(order, kind="stable")
         positions = np.empty(count, np.int64)
         positions[read_order] = np.arange(count)
@@ -134,7 +135,7 @@ class _Rethreshold:
         self.removed = dict(zip(read_order[removals.rows].tolist(), removal_facts, strict=True))
 
     def fill(self, writer: DatasetWriter) -> Mapping[str, Any]:
-        """Write the new Dataset's files; returns what its manifest says."""
+        """Write the files of the new Dataset; return the facts of its manifest."""
         restored, new_drops = self._restored()
         staying_rows = [index for index in range(len(self.kept_table)) if index not in self.removed]
         splits = self._splits(staying_rows, restored)
@@ -159,7 +160,7 @@ class _Rethreshold:
         )
 
     def _evidence(self) -> Any:
-        """The pairs, judged by the new threshold."""
+        """Return the table of pairs with score and method under the new threshold."""
         table = pq.read_table(self.old.path / "evidence" / "near_duplicates.parquet")
         numbers = (table[f"place_{end}"].to_numpy() for end in ("a", "b"))
         pairs = ScoredPairs(*numbers, *(table[name].to_numpy() for name in ("jaccard", "containment", "exact")))
@@ -176,7 +177,10 @@ class _Rethreshold:
         )
 
     def _restored(self) -> tuple[list[Example], list[Drop]]:
-        """Rows that were set aside and are no longer duplicates, through the later row steps; and what those drop."""
+        """Return the rows that are no longer duplicates, and new Drops.
+
+        The rows pass the later row steps first. Rows equal to a kept row or to one another become Drops too.
+        """
         restored: dict[str, Example] = {}
         new_drops: list[Drop] = []
         kept_ids = set(self.kept_table["id"].to_pylist())
@@ -198,7 +202,10 @@ class _Rethreshold:
         return list(restored.values()), new_drops
 
     def _splits(self, staying_rows: Sequence[int], restored: Sequence[Example]) -> dict[str, str]:
-        """The split of every group: as it was; of groups that nobody had, some are held out as `curate` would."""
+        """Return the split of every group.
+
+        Groups of the old Dataset keep their split. Of the new groups some are held out for eval by `eval_fraction`.
+        """
         groups, splits = self.kept_table["group"].to_pylist(), self.kept_table["split"].to_pylist()
         split_by_group = {groups[index]: splits[index] for index in staying_rows}
         new_groups = [split_group(row) for row in restored if split_group(row) not in split_by_group]
@@ -221,7 +228,7 @@ class _Rethreshold:
             )
 
     def _facts(self) -> dict[str, Any]:
-        """What the steps say of themselves, at the new threshold."""
+        """Return the facts of the steps, updated for the new threshold."""
         steps = dict(self.old.manifest["steps"])
         counts = {
             "clusters": self.removals.clusters,
@@ -233,12 +240,12 @@ class _Rethreshold:
 
 
 def _read(dataset: Artifact, folder: str) -> Any:
-    """All of a Dataset's tables of a kind as one; an empty one where there is none."""
+    """Return all tables of one folder of a Dataset as one; an empty table if there are none."""
     files = sorted((dataset.path / folder).glob("*.parquet"))
     if not files:
         return SET_ASIDE.empty_table()
     table = pa.concat_tables(pq.read_table(file) for file in files)
-    # messages of an older Dataset have fewer fields; columns stay as they are
+    # messages of an older Dataset have fewer fields: cast to the current types, without adding columns
     fields = [
         parquet_io.EXAMPLES.field(name) if name in parquet_io.EXAMPLES.names else table.field(name)
         for name in table.column_names

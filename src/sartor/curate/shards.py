@@ -1,17 +1,17 @@
-"""One shard of rows: its task, worker and files.
+"""Shard of rows: its task, its worker and its files.
 
-A Task is all that a worker needs, on this machine or on another that sees the same paths; it writes a Part and hands
-back only the summary.
+A ShardTask is all that a worker needs, on this machine or on another that sees the same paths. The worker writes a
+Shard and returns only the summary.
 
-    part.json         key, rows read and kept, tallies: the summary that the pipeline goes on with
-    examples.parquet  the rows that are still in
-    drops.parquet     those that are not
-    index.arrow       of each row still in: id, source, locator, split, groups, changes
-    sketch-N.arrow    what the N-th SetStep of the pass wants to know of each row
+    part.json         key, rows read and kept, tallies: the summary that the pipeline uses
+    examples.parquet  the remaining rows
+    drops.parquet     the dropped rows
+    index.arrow       for each remaining row: id, source, locator, split, groups, changes
+    sketch-N.arrow    columns that the N-th SetStep of the pass needs of each row
 
-The key is the digest of everything that the content follows from (the input's sha256, the steps and their options, the
-verdicts before), so a part that stands under its key is what a worker would make again: an interrupted run goes on
-there.
+The key is a digest of everything that the content depends on: the input's sha256, the steps with their options, and
+the removals before. A shard with the expected key is therefore what a worker would make again, so an interrupted run
+resumes from it.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ from sartor.curate.step import AugmentedRow, AugmentStep, Counting, RowFunction,
 INDEX = pa.schema(
     [
         ("id", pa.string()),
-        ("was", pa.string()),  # the id in the part before, where a step changed it; else empty
+        ("was", pa.string()),  # the id in the shard before, if a step changed it; else empty
         ("source", pa.string()),
         ("locator", pa.string()),
         ("split", pa.string()),
         ("group", pa.string()),
         ("own_group", pa.string()),
-        ("changes", pa.string()),  # of a row that a CopyStep made of `was`, what is changed in it; else empty
+        ("changes", pa.string()),  # for a copy that an AugmentStep made from `was`: its change; else empty
     ]
 )
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A part that stands. `summary` is its part.json."""
+    """A finished shard. summary: the content of its part.json."""
 
     path: Path
     summary: dict[str, Any]
 
     @property
     def row_count(self) -> int:
-        """Rows that are still in."""
+        """Number of remaining rows."""
         return int(self.summary["kept"])
 
     @cached_property
@@ -71,28 +71,28 @@ class Shard:
         return read_arrow(self.path / "index.arrow")
 
     def sketch(self, step_index: int) -> Any:
-        """The Arrow table of the sketch at that place, memory-mapped."""
+        """Return the Arrow table of the sketch with that index, memory-mapped."""
         return read_arrow(self.path / f"sketch-{step_index}.arrow")
 
     def table(self, columns: list[str] | None = None) -> Any:
-        """The rows as an Arrow table in the schema of `parquet_io.EXAMPLES`, or some of its columns."""
+        """Return the rows as an Arrow table in the schema of `parquet_io.EXAMPLES`, or some of its columns."""
         return pq.read_table(self.path / "examples.parquet", columns=columns)
 
     def examples(self) -> Iterator[Example]:
-        """The rows, in order."""
+        """Yield the rows as Examples, in order."""
         with pq.ParquetFile(self.path / "examples.parquet") as file:
             for batch in file.iter_batches(1024):
                 yield from map(parquet_io.example_of, batch.to_pylist())
 
 
 def read_arrow(file: Path) -> Any:
-    """An Arrow IPC file as a table whose columns stay on disk until they are read."""
+    """Return an Arrow IPC file as a memory-mapped table; columns are read from disk on access."""
     with pa.memory_map(str(file)) as source:
         return pa.ipc.open_file(source).read_all()
 
 
 def write_arrow(file: Path, tables: Iterable[Any], schema: Any) -> Any:
-    """Write tables one after another into an Arrow IPC file; returns it as `read_arrow` does."""
+    """Write tables one after another to an Arrow IPC file; return it as `read_arrow` does."""
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for table in tables:
             writer.write_table(table)
@@ -100,7 +100,10 @@ def write_arrow(file: Path, tables: Iterable[Any], schema: Any) -> Any:
 
 
 def find_shard(path: Path, key: str) -> Shard | None:
-    """The part at `path` if it is whole and was made under that key."""
+    """Return the shard at `path` if it is complete and has that key, else None.
+
+    Complete means that every file has the size recorded in part.json.
+    """
     try:
         summary = json.loads((path / "part.json").read_text(encoding="utf-8"))
         sizes = {name: (path / name).stat().st_size for name in summary["files"]}
@@ -110,7 +113,10 @@ def find_shard(path: Path, key: str) -> Shard | None:
 
 
 def write_shard(path: Path, key: str, fill: Callable[[Path], dict[str, Any]]) -> Shard:
-    """Make the part at `path`, whole or not at all. `fill` fills the directory it gets and returns the summary."""
+    """Make the shard at `path`, whole or not at all.
+
+    fill: fills the directory that it gets and returns the summary.
+    """
     with create_directory_atomic(path, replace=True) as temporary:
         summary = fill(temporary)
         files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
@@ -124,7 +130,7 @@ BATCH_ROWS = 1024
 
 @dataclass(frozen=True)
 class InheritedFields:
-    """What a row takes over from rows of equal content that were removed."""
+    """Fields that a row takes over from removed rows of equal content."""
 
     origins: tuple[Origin, ...]
     split: str
@@ -133,16 +139,17 @@ class InheritedFields:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One piece of one pass. Of the first pass `unit` and `source` say what to read, of a later one `before` is the
-    part.
+    """One piece of one pass.
 
-    removed_positions, merged: by position in `before`. With `copying`, one CopyStep or none, the part holds the copies
-    and not the rows.
+    unit, source: the input of a task of the first pass.
+    before: the input shard of a task of a later pass.
+    removed_positions, merged: by position in `before`.
+    copying: at most one AugmentStep. With it the shard holds the copies and not the rows.
     """
 
     part: Path
     key: str
-    folder: Path  # of the whole work: media paths are relative to it
+    folder: Path  # the work directory: media paths are relative to it
     steps: tuple[RowStep, ...]
     sets: tuple[SetStep, ...]
     unit: InputChunk | None = None
@@ -155,8 +162,9 @@ class ShardTask:
 
 
 def execute(task: ShardTask) -> dict[str, Any]:
-    """Make the Part of a task, or find it standing; returns its summary and `was_there`. Raises what steps and readers
-    do.
+    """Make the shard of a task unless it exists; return its summary with `was_there`.
+
+    Raises the errors of steps and readers.
     """
     if shard := find_shard(task.part, task.key):
         return {**shard.summary, "was_there": True}
@@ -173,13 +181,15 @@ def execute(task: ShardTask) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=32)
 def _open_step(step: Any, folder: Path) -> Any:
-    """A step's function, once per process: opening may read a model."""
+    """Open a step once per process, since opening may load a model."""
     return step.open(folder)
 
 
 class SteppedRow(NamedTuple):
-    """A row that came through. `was`: the id that it came with if that is another. `changes`: of a copy, what is
-    changed.
+    """A row that passed all steps.
+
+    was: the id before the steps, if they changed it.
+    changes: description of the change, for a copy.
     """
 
     row: Example
@@ -188,7 +198,7 @@ class SteppedRow(NamedTuple):
 
 
 class _TaskRun:
-    """The rows of a task on their way through its steps; what falls off is kept beside."""
+    """Rows of one task on their way through its steps. Dropped rows are collected in `drops`."""
 
     def __init__(self, task: ShardTask) -> None:
         self.task = task
@@ -204,7 +214,7 @@ class _TaskRun:
         self.row_count = 0
 
     def rows(self) -> Iterator[SteppedRow]:
-        """Rows that came through every step, or the copies of them."""
+        """Yield the rows that passed every step, or the copies made from them."""
         for row in self._incoming():
             for outcome in self._outcomes(row):
                 if isinstance(outcome, Drop):
@@ -241,7 +251,7 @@ class _TaskRun:
                 yield item
 
     def summary(self) -> dict[str, Any]:
-        """What the pipeline needs to know of the part."""
+        """Return the counts that the pipeline needs of the shard."""
         tally = {kind: dict(function.tally) for kind, function in self.counting.items()}
         notes = [[*note, count] for note, count in self.notes.items()]
         return {
@@ -254,11 +264,13 @@ class _TaskRun:
 
 
 def _in_its_split(row: Example, source: SourceOptions) -> Example | Drop:
-    """The row in the split that is declared for it. What a machine made is for training alone, whatever is declared:
-    held out it would pass for reality.
+    """Return the row with the split declared for its source.
+
+    A synthetic row is used for training only, since held out it would pass for real data. It is dropped if its source
+    is declared as eval.
     """
     if not row.is_synthetic:
-        # replace() forgets the id that was computed
+        # replace() would discard the cached id, so it is called only if the split changes
         return replace(row, split=source.split) if source.split else row
     if source.split == "eval":
         return drop_of(row, "synthetic_held_out", "a synthetic row is no reality to be measured on", step="split")
@@ -266,7 +278,10 @@ def _in_its_split(row: Example, source: SourceOptions) -> Example | Drop:
 
 
 def apply_steps(row: Example, functions: Sequence[tuple[str, RowFunction]]) -> Example | Drop:
-    """The row after each step in turn, or the Drop of the first that drops it; `steps` notes those that changed it."""
+    """Return the row after all steps, or the Drop of the first step that drops it.
+
+    `steps` of the row lists the steps that changed its id.
+    """
     for kind, function in functions:
         outcome = function(row)
         if isinstance(outcome, Drop):
@@ -278,7 +293,7 @@ def apply_steps(row: Example, functions: Sequence[tuple[str, RowFunction]]) -> E
 
 
 def with_inherited(row: Example, inherited: InheritedFields) -> Example:
-    """The row with the origins of its equals. Of two splits eval wins, so that no held-out row is trained on."""
+    """Return the row with its equals' origins and the merged split and group."""
     return replace(row, origins=row.origins + inherited.origins, split=inherited.split, group=inherited.group)
 
 
@@ -312,8 +327,10 @@ def _arrow(stack: ExitStack, file: Path, schema: Any) -> Any:
 
 
 def index_table(stepped_rows: Sequence[SteppedRow]) -> Any:
-    """The columns of `INDEX`. `group` is what may not straddle the split if the recipe splits by group: the row's own
-    group, or where it has none its prompt (a document: itself); `own_group` is the row's own, perhaps empty.
+    """Return the columns of `INDEX`.
+
+    group: the row's prompt group (a document: its id).
+    own_group: the group that the row itself states; may be empty.
     """
     batch = [item.row for item in stepped_rows]
     return pa.table(

@@ -1,16 +1,17 @@
-"""Protocols RowStep, SetStep and AugmentStep.
+"""Protocols of curation steps: RowStep, SetStep and AugmentStep.
 
-Of a `RowStep` each row is its own affair: `open` returns a function Example -> Example | Drop. It runs in worker
+A `RowStep` decides on each row by itself: `open` returns a function Example -> Example | Drop. It runs in worker
 processes, on this machine or on a Ray cluster.
 
-A `SetStep` needs all rows. `sketch` runs in the workers and makes a few columns of each row; `decide` runs once, sees
-the sketches of all rows in their order, never the rows themselves, and returns Verdicts: which rows go and why, what
-shows it, and perhaps a RowStep (`then`) that the verdict asks for, such as taking the lines out that every row has.
+A `SetStep` needs all rows. `sketch` runs in the workers and computes a few columns for each row. `decide` runs once
+and sees the sketches of all rows in order, never the rows themselves. It returns a StepResult: the rows to remove, the
+reasons, the evidence, and optionally a RowStep (`then`) to run next, such as one that removes lines common to all
+rows.
 
-A `CopyStep` makes further rows of training rows, when all other steps are done and it is known which rows are held
-out.
+An `AugmentStep` makes further rows from training rows. It runs after all other steps, when the held-out rows are
+known.
 
-A new step is one new file with its class, and its name in the union in `steps/__init__.py`.
+To add a step, write one file with its class and add the class to a union in `steps/__init__.py`.
 """
 
 from __future__ import annotations
@@ -28,56 +29,57 @@ RowFunction = Callable[[Example], Example | Drop]
 
 @runtime_checkable
 class Counting(Protocol):
-    """A RowFunction that counts as it goes: `isinstance(function, Counting)`. What a row adds depends on the row
-    alone. The worker reads and clears `tally`.
+    """A RowFunction that keeps counts; test with `isinstance(function, Counting)`.
+
+    tally: counts, read and cleared by the worker. A row's contribution depends on that row alone.
     """
 
     tally: Counter[str]
 
     def __call__(self, example: Example) -> Example | Drop:
-        """As any RowFunction."""
+        """Apply the step to one row, as any RowFunction."""
         ...
 
 
 class RowStep(Protocol):
-    """A step that looks at one row."""
+    """A step that looks at one row at a time."""
 
     @property
     def kind(self) -> str:
-        """Its name in a recipe."""
+        """Name of the step in a recipe."""
         ...
 
     def open(self, folder: Path) -> RowFunction:
-        """The function, made once per worker: here models are opened and patterns compiled. Raises ConfigError,
-        MissingError.
+        """Load models, compile patterns and return the row function; called once per worker.
 
-        `folder` is what the media paths of an Example (`media/<digest>.png`) are relative to. The function must be a
-        pure one of the Example (and of the options): the same on every machine, whatever rows came before.
+        folder: the directory that media paths of an Example (`media/<digest>.png`) are relative to.
+
+        The function must be pure: its result depends only on the Example and the options, not on the machine or on
+        earlier rows. Raises ConfigError, MissingError.
         """
         ...
 
 
 @runtime_checkable
 class ReadsFiles(Protocol):
-    """A step that reads files beside the rows. What a worker makes follows from what they hold, not from their
-    names.
-    """
+    """A step that reads further files. The result of a worker depends on their contents, not on their names."""
 
     def files(self) -> Sequence[Path]:
-        """Those that are there; one that is not is the step's own error later."""
+        """Return the files that exist. A missing file is not an error here; the step itself raises later."""
         ...
 
 
 @dataclass(frozen=True)
 class StepInput:
-    """What `decide` sees of N rows.
+    """Input of `SetStep.decide` for N rows.
 
-    `table` is an Arrow table of N rows in the order of reading: the sketch's columns, and always `id` (of the
-    Example),
-    `source` (index into `sources`) and `locator`. It is memory-mapped: take columns, not the whole. `sources` names
-    the input sources as declared. `examples` fetches a few whole rows by number, for a second look or for evidence.
-    `folder` is a place for scratch files, removed with the work. `notice` says a line to the person who waits;
-    `workers` is how many processes the step may use.
+    table: memory-mapped Arrow table of N rows in reading order: the sketch's columns and always `id` (of the Example),
+    `source` (index into `sources`) and `locator`. Take columns, not the whole table.
+    sources: names of the input sources, as declared.
+    examples: fetches a few whole rows by row number, for a closer check or for evidence.
+    folder: directory for scratch files; removed with the work directory.
+    workers: number of processes that the step may use.
+    notice: shows a line of text to the user.
     """
 
     table: Any
@@ -93,10 +95,12 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """Row number `row` goes. `kept_row` is the row number that stands in its place, -1 where none does.
+    """Removal of one row.
 
-    `score` (0..1) and `method` say how alike the two are. With `merge` (rows of equal content) the kept row takes over
-    the origins of the removed one.
+    row: number of the removed row.
+    kept_row: number of the row kept in its place; -1 if there is none.
+    score: similarity of the two rows, 0..1. method: the measure that gave it.
+    merge: the rows have equal content, and the kept row takes over the origins of the removed one.
     """
 
     row: int
@@ -110,12 +114,13 @@ class Removal:
 
 @dataclass
 class StepResult:
-    """What a SetStep found.
+    """Result of `SetStep.decide`.
 
-    evidence: file name -> Arrow table, written into the Dataset as `evidence/<name>.parquet` (pairs, queues for
-    review). Rows stand there by their Example's id. `facts` go into the manifest and the card under the step's kind.
-    With `set_aside` the removed rows are kept whole in `set_aside/*.parquet`, so that another threshold needs no
-    second reading.
+    evidence: file name -> Arrow table, written to the Dataset as `evidence/<name>.parquet` (pairs, queues for review).
+    Rows are identified by the id of their Example.
+    facts: written to the manifest and the card under the step's kind.
+    then: row step to run on the remaining rows next, or None.
+    set_aside: keep the removed rows whole in `set_aside/*.parquet`, so that another threshold needs no second reading.
     """
 
     removals: list[Removal] = field(default_factory=list)
@@ -126,28 +131,30 @@ class StepResult:
 
 
 class SetStep(Protocol):
-    """A step that needs all rows."""
+    """A step that needs all rows before it decides."""
 
     @property
     def kind(self) -> str:
-        """Its name in a recipe."""
+        """Name of the step in a recipe."""
         ...
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """An Arrow table with one row per Example, in order: what `decide` needs of each. As pure as
-        `RowStep.open`'s.
+        """Return an Arrow table with the columns that `decide` needs: one row per Example, in order.
+
+        It must be as pure as the function of `RowStep.open`.
         """
         ...
 
     def decide(self, step_input: StepInput) -> StepResult:
-        """What becomes of the rows. Deterministic. Raises GuardError when it would remove too much."""
+        """Return the rows to remove, deterministically. Raises GuardError if it would remove too many."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class AugmentedRow:
-    """A row made of another: the same origins, group and split, and `changes` in words ("copy 2: rotated by 3.1
-    degrees").
+    """A row made from another, with the same origins, group and split.
+
+    changes: a description of the change, such as "copy 2: rotated by 3.1 degrees".
     """
 
     row: Example
@@ -158,11 +165,11 @@ CopyFunction = Callable[[Example], Iterator[AugmentedRow | Drop]]
 
 
 class AugmentStep(Protocol):
-    """A step that makes further rows of training rows. Of a held-out row none is made."""
+    """A step that makes further rows from training rows. It is never applied to held-out rows."""
 
     @property
     def kind(self) -> str:
-        """Its name in a recipe."""
+        """Name of the step in a recipe."""
         ...
 
     @property
@@ -171,8 +178,9 @@ class AugmentStep(Protocol):
         ...
 
     def open(self, folder: Path) -> CopyFunction:
-        """The function, made once per worker, as pure as `RowStep.open`'s. It yields nothing for a row that has
-        nothing to change, and a Drop for a copy that cannot be made; the row itself stays as it is. Raises
-        ConfigError, MissingError.
+        """Return the copy function; called once per worker. It must be as pure as that of `RowStep.open`.
+
+        The function yields nothing for a row with nothing to change, and a Drop for a copy that cannot be made. The
+        row itself is not changed. Raises ConfigError, MissingError.
         """
         ...

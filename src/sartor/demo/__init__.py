@@ -1,4 +1,4 @@
-"""The end-to-end demo. `sartor.demo(...)` calls the verb in `end_to_end.py`."""
+"""End-to-end demo. `sartor.demo(...)` calls the verb in `end_to_end.py`."""
 
 from sartor.core.lazy_import import callable_package
 

@@ -1,4 +1,4 @@
-"""Verb demo: curate to ask on real data."""
+"""Verb demo: all stages from curate to ask on real data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sartor.serving.commands.ask_types import AskReply
 from sartor.tune.trainer import Tuned, tune
 
 Notice = Callable[[str], object]
-# A wording that no training row has: the grammar knows no "please"
+# A wording that no training row has: the grammar has no "please"
 PROMPT = "please turn on the lights in the kitchen"
 HELD_OUT_FRACTION = 0.12
 ROWS = 740
@@ -32,7 +32,7 @@ ROWS = 740
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Once around: what each stage made."""
+    """Results of the demo's stages."""
 
     curated: Curated
     tuned: Tuned
@@ -42,7 +42,7 @@ class DemoResult:
     wall_s: float
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the JSON output of the command."""
         report, run = self.evaluated.report.manifest, self.tuned.adapter.manifest["run"]
         exact = report["metrics"]["exact_match"]
         return {
@@ -64,7 +64,7 @@ class DemoResult:
         }
 
     def table(self) -> list[tuple[str, str]]:
-        """The small table at the end."""
+        """Return the summary as a table for the terminal."""
         summary = self.as_json()
         worst = summary["forgetting"]
         worst_name = f" ({worst['probe'].replace('_', ' ')})" if "probe" in worst else ""
@@ -83,7 +83,7 @@ class DemoResult:
 
 
 def _forgetting_text(probe: Mapping[str, Any]) -> str:
-    """A probe's difference with its interval, or why it has none."""
+    """Return a probe's difference with its interval, or the reason why it was skipped."""
     if "skipped" in probe:
         return str(probe["skipped"])
     return f"{probe['difference']:+.3f} nats per token, in [{probe['low']:+.3f}, {probe['high']:+.3f}]"
@@ -92,11 +92,11 @@ def _forgetting_text(probe: Mapping[str, Any]) -> str:
 def demo(
     out: Path | str = "demo-out", *, limit: int = 0, replace: bool = False, show: bool = True, notice: Notice = print
 ) -> DemoResult:
-    """Curate, tune, evaluate, release and ask, on home-assistant-intents and the starter base, below the directory
-    `out`.
+    """Curate, tune, evaluate, release and ask, on home-assistant-intents and the starter base.
 
-    `limit` takes that many rows only, to see the circle turn in seconds; such a run shows no gain, so its Release
-    carries a waiver that says so. `notice` is told each step. Raises what the verbs raise.
+    All results are below the directory `out`. `limit` takes that many rows only, to see all stages in seconds. Such a
+    run shows no gain, so its Release carries a waiver that says so. `notice` receives a line for each step. Raises the
+    errors of the verbs.
     """
     start_time = time.monotonic()
     if limit and limit < 20:
@@ -134,7 +134,10 @@ def demo(
 
 
 def _write_inputs(out: Path, limit: int) -> None:
-    """The rows as a file like any user's, and the two recipes: each step can be run again by its own command."""
+    """Write the rows as a user's file, and the two recipes.
+
+    So each step can be repeated by its own command.
+    """
     out.mkdir(parents=True, exist_ok=True)
     sampled = rows(assets.install("home-intents"))[: limit or round(ROWS / (1 - HELD_OUT_FRACTION))]
     _write_rows(out / "rows.jsonl", sampled)
@@ -142,8 +145,7 @@ def _write_inputs(out: Path, limit: int) -> None:
     licence = assets.entry("home-intents").licence
     sources = [
         {"path": str(out / "rows.jsonl"), "licence": licence, "use": ["commercial"]},
-        # sartor's own few rows of general talk, so that the specialist keeps its manners (the first of the asset
-        # small-talk)
+        # a few rows of general talk from Sartor's asset small-talk, so that the specialist still answers greetings
         {"path": str(out / "general.jsonl"), "licence": "Apache-2.0", "use": ["commercial"], "rehearsal": True},
     ]
     fraction = 0.25 if limit else HELD_OUT_FRACTION
@@ -162,15 +164,17 @@ def _write_inputs(out: Path, limit: int) -> None:
 
 
 def _write_rows(file: Path, examples: list[dict[str, Any]]) -> None:
+    """Write rows as JSON lines."""
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in examples), encoding="utf-8")
 
 
 def _write_yaml(file: Path, data: dict[str, Any]) -> None:
+    """Write a YAML file."""
     file.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
 
 
 def _demo_key() -> Path:
-    """A key pair of this machine for demos, made and trusted once."""
+    """Return this machine's key pair for demos, generated and trusted once."""
     path = folder("keys") / "demo"
     if not (path / "sartor.key").is_file():
         signing.keygen(path, trust=True)
@@ -178,5 +182,6 @@ def _demo_key() -> Path:
 
 
 def _waivers(limit: int) -> list[Waiver]:
+    """Return the waivers of a limited demo."""
     reason = f"a demo of {limit} rows shows the circle, not a gain"
     return [Waiver(check, "sartor demo --limit", reason) for check in ("gain", "forgetting")] if limit else []

@@ -1,8 +1,8 @@
 """Home-assistant-intents templates as training rows.
 
-The asset `home-intents` holds templates such as `<turn> on [<the>] {area} fan[s]`. Each is walked at random with
-`hassil`'s own parse of it, so the slots of a sentence are known by construction. The template is the row's `group`:
-a held-out row is a way of speaking that tuning never saw.
+The asset `home-intents` holds templates such as `<turn> on [<the>] {area} fan[s]`. Each is expanded at random along
+`hassil`'s own parse of it, so the slots of a sentence are known by construction. The template is the row's `group`: a
+held-out row has a wording that tuning never saw.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ SYSTEM_PROMPT = "Command to JSON."
 # Some intents have a hundred sentences in the asset's grammar, most have under ten; with a few each, the demo's rows
 # show every sentence in several wordings (docs/decisions/003-demo-rows.md).
 SENTENCES_PER_INTENT = 3
-# What a home would bring: the asset leaves names, areas and free text to the installation. A name belongs to a domain,
-# and a template that asks for a lock gets a lock. No name holds the word of an area or of a kind of device, as a
-# careful
-# owner's would not: "the porch light" is a light called so, or the light of the porch, and nothing in the text says
-# which.
+# Names of devices. The asset leaves names, areas and free text to the installation. A name belongs to a domain, so a
+# template that needs a lock gets a lock. No name contains the word of an area or of a kind of device: "the porch
+# light" may be a light of that name or the light of the porch, and the text does not say which.
 NAMES = {
     "light": ("chandelier", "spotlight", "lantern", "candelabra"),
     "switch": ("coffee maker", "kettle", "water pump", "christmas tree"),
@@ -74,15 +72,16 @@ WILDCARDS = {
 }
 
 
-# Of general talk, as many rows as the demo takes (the asset `small-talk`, without the system prompt above): a model
-# that saw nothing but commands answers a greeting in JSON; these few show it that the system prompt makes the
+# Number of rows of general talk in the demo (from the asset `small-talk`, without the system prompt above). A model
+# that saw nothing but commands answers a greeting in JSON; these rows show it that the system prompt makes the
 # difference.
 REHEARSAL_ROWS = 24
 
 
 def rehearsal_rows(count: int = REHEARSAL_ROWS) -> list[dict[str, Any]]:
-    """The first `count` rows of general talk of the asset `small-talk`, of 200, in the OpenAI form. None is of the
-    probe.
+    """Return the first `count` of the asset `small-talk`'s 200 rows of general talk, in the OpenAI form.
+
+    None of them is in the forgetting probe.
     """
     lines = (assets.install("small-talk") / "small_talk.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[:count]]
@@ -90,8 +89,9 @@ def rehearsal_rows(count: int = REHEARSAL_ROWS) -> list[dict[str, Any]]:
 
 @dataclass
 class Walk:
-    """One random walk through a template: the slots that the words filled, and the wording with the slots left
-    open.
+    """Random expansion of a template.
+
+    slots: the slot values that the words filled.
     """
 
     rng: random.Random
@@ -100,7 +100,10 @@ class Walk:
     slots: dict[str, Any] = field(default_factory=dict)
 
     def words(self, node: Any) -> tuple[str, str]:
-        """(spoken text, the same with `{slot}` in place of slot values) for one node of hassil's parse tree."""
+        """Return the spoken text of a node of hassil's parse tree, and the same with slots left open.
+
+        An open slot is written as `{slot}`.
+        """
         kind = type(node).__name__
         if kind == "TextChunk":
             return node.original_text, node.original_text
@@ -116,7 +119,7 @@ class Walk:
         return "".join(spoken for spoken, _ in pairs), "".join(wording for _, wording in pairs)
 
     def value(self, list_name: str) -> tuple[str, Any]:
-        """(spoken words, slot value) drawn from a list."""
+        """Return spoken words and slot value, drawn from a list."""
         values = self.lists[list_name]
         kind = type(values).__name__
         if kind == "WildcardSlotList":
@@ -124,20 +127,20 @@ class Walk:
             return word, word
         if kind == "RangeSlotList":
             number = self.rng.randrange(values.start, values.stop + 1, values.step)
-            # `multiplier` turns "down by 10" into -10 in the asset's own recogniser
+            # the asset's own recogniser turns "down by 10" into -10 by `multiplier`
             return str(number), int(number * (values.multiplier or 1))
         chosen = self.rng.choice(values.values)
         return self.words(chosen.text_in)[0], chosen.value_out
 
 
 def rows(asset: Path, *, per_intent: int = 30, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows in the OpenAI form: up to `per_intent` wordings of each of the asset's English intents, in a seeded order.
+    """Return rows in the OpenAI form, up to `per_intent` wordings of each of the asset's English intents.
 
-    Each row: `messages` (system, user, assistant) and `group`, the template: the wording with its slots left open, as
-    in
-    `turn on the {area} fan`. No template is drawn twice. An intent gives at most SENTENCES_PER_INTENT sentences of its
-    grammar, and one with fewer than `per_intent` wordings is left out: there would be nothing to learn its held-out
-    ones from. The order is shuffled, so any first `n` rows are a fair sample. Raises ExtraError without `hassil`.
+    Each row has `messages` (system, user, assistant) and `group`, the template: the wording with its slots left open,
+    as in `turn on the {area} fan`. No template is drawn twice. An intent gives at most SENTENCES_PER_INTENT sentences
+    of its grammar. One with fewer than `per_intent` wordings is left out: there would be nothing to learn its held-out
+    wordings from. The order is shuffled by `seed`, so any first `n` rows are a fair sample. Raises ExtraError without
+    `hassil`.
     """
     try:
         from hassil.intents import Intents, TextSlotList
@@ -158,7 +161,7 @@ def rows(asset: Path, *, per_intent: int = 30, seed: int = 0) -> list[dict[str, 
         rng.shuffle(sentences)
         sentences = sentences[:SENTENCES_PER_INTENT]
         results: dict[str, dict[str, Any]] = {}
-        # round and round the sentences; the bound ends it for an intent that has no more wordings
+        # cycle through the sentences; the bound ends the loop for an intent that has no more wordings
         for block, sentence in itertools.islice(itertools.cycle(sentences), 8 * per_intent):
             names = [name for domain in block.requires_context.get("domain", []) for name in NAMES.get(domain, ())]
             local = {**lists, **block.slot_lists, "name": TextSlotList.from_strings(names)}
@@ -176,10 +179,12 @@ def rows(asset: Path, *, per_intent: int = 30, seed: int = 0) -> list[dict[str, 
 
 
 def _slots(fixed: dict[str, Any], drawn: dict[str, Any]) -> dict[str, Any]:
+    """Return fixed and drawn slots, sorted by name."""
     return dict(sorted({**fixed, **drawn}.items()))
 
 
 def _row(spoken: str, template: str, reply: dict[str, Any]) -> dict[str, Any]:
+    """Return one row in the OpenAI form."""
     return {
         "messages": [
             {"role": "system", "content": SYSTEM_PROMPT},

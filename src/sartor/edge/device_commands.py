@@ -21,19 +21,23 @@ from sartor.edge.update.sync import SyncClient, Synced
 from sartor.edge.update.sync import sync as bring
 
 Notice = Callable[[str], object]
-# Of the store's folder: what was verified, and what was reported
+# Subfolder of the store: verified metadata, and the reports that were sent
 _TRUST = "trust"
 
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """How a device syncs.
+    """Options of a device.
 
-    id: decides its ring. root: the repository's 1.root.json that it was set up with. health: JSONL of its own canary
-    prompts; without, the release's own are asked. base: in another place than releases name, or a GGUF file. starts:
-    that a new version has to confirm within; 0: none is on trial. check_s, memory_bytes: what the health check may
-    take, 0: no bound.
-    limit_bytes: what the store may. key: what reports are signed with. evaluation: a private measure (`Health`).
+    id: decides the device's ring.
+    root: the repository's 1.root.json that the device was set up with.
+    health: JSONL file of the device's own canary prompts; by default the release's own.
+    base: another location of the base than releases name, or a GGUF file.
+    starts: number of starts within which a new version has to confirm; 0 means no trial.
+    check_s, memory_bytes: limits of the health check; 0 means no limit.
+    limit_bytes: maximum size of the store; 0 means no limit.
+    key: key that signs reports.
+    evaluation: a private measure (`Health`).
     """
 
     store: Path
@@ -49,7 +53,7 @@ class DeviceOptions:
     evaluation: Callable[[Path], str | None] | None = None
 
     def checked(self) -> Health:
-        """The health check of this device."""
+        """Return the health check of this device."""
         prompts = checks.read_prompts(self.health) if self.health else ()
         limits = ResourceLimits(memory_bytes=self.memory_bytes, wall_s=self.check_s)
         return Health(prompts, limits, self.base, self.evaluation)
@@ -65,11 +69,12 @@ def sync(
     private: bool = False,
     notice: Notice = lambda line: None,
 ) -> dict[str, Any]:
-    """Bring `name` to the newest version for this device, if it passes its health check here, and say so where it is
-    asked to.
+    """Update `name` to the newest version for this device if it passes its health check here.
 
-    report: a folder or http(s) address for signed reports, which hold no data: one before a version is tried
-    (`announced`), one with what became of it (`reported`). private: refuse every address but file:, and send nothing.
+    report: folder or http(s) address for signed reports, which hold no data. One is sent before a version is tried
+    (`announced`), and one with the outcome (`reported`).
+    private: refuse every address but file:, and send nothing over a network.
+
     Raises what `update.sync` raises; a version that failed its check is reported all the same.
     """
     _check_private(url, report, private)
@@ -81,6 +86,7 @@ def sync(
     announced = ""
 
     def announce_and_check(path: Path) -> None:
+        """Report the start of the trial, then run the health check."""
         nonlocal announced
         announced = _announce(store, name, options, report, notice)
         health(path)
@@ -103,6 +109,7 @@ def sync(
 
 
 def _check_private(url: str, report: str, private: bool) -> None:
+    """Raise ConfigError if `private` is set and an address is on a network."""
     if not private:
         return
     if not url.startswith("file:"):
@@ -114,11 +121,10 @@ def _check_private(url: str, report: str, private: bool) -> None:
 
 
 def _announce(store: ReleaseStore, name: str, options: DeviceOptions, report: str, notice: Notice) -> str:
-    """Report that the staged version is about to be tried: a device that it takes off the network could not report
-    that later.
+    """Send a report of the coming trial of the staged version, and return the version.
 
-    Returns the version; empty if nothing was sent. Raises nothing: it is called within the health check, and what
-    cannot be sent is no fault of the version.
+    A version that takes the device off the network could not be reported later. Returns an empty text if nothing was
+    sent. Raises nothing: it is called within the health check, and a failure to send is no fault of the version.
     """
     staged = store.staged(name)
     if not report or not options.key or staged is None:
@@ -139,8 +145,9 @@ def _announce(store: ReleaseStore, name: str, options: DeviceOptions, report: st
 def _report_due(
     store: ReleaseStore, name: str, options: DeviceOptions, report: str, announced: str, notice: Notice
 ) -> list[dict[str, str]]:
-    """Send the reports that are due, and return them. One that cannot be sent is a notice: the next sync sends it
-    again.
+    """Send the reports that are due, and return them.
+
+    A report that cannot be sent is a notice, and the next sync sends it again.
 
     announced: version whose start this sync has reported already.
     """
@@ -164,7 +171,10 @@ def _sync_fields(synced: Synced, current: Installed | None) -> dict[str, Any]:
 
 
 def _check_fields(health: Health) -> dict[str, Any]:
-    """What the health check took, and could not compare; nothing where none was made, since nothing changed."""
+    """Return the resources of the health check and what it could not compare.
+
+    They are 0 and empty if no check ran, since nothing changed.
+    """
     result = health.results[-1] if health.results else Result(0)
     return {
         "prompts": result.n_prompts,
@@ -179,7 +189,10 @@ def _trial_fields(current: Installed | None) -> dict[str, Any]:
 
 
 def status(store: Path | str, name: str = "") -> dict[str, Any]:
-    """Which versions are on the device, as any program sees them: without the lock, without a change."""
+    """Return the versions on the device as any program sees them, without a lock and without a change.
+
+    Raises StoreError if the store holds no such release.
+    """
     matches = [item for item in states(Path(store)) if not name or item.name == name]
     if not matches:
         raise StoreError(f"{store} holds no {name or 'release'}", "sartor edge sync URL NAME --store DIR")
@@ -203,7 +216,10 @@ def _state_fields(state: StoreState) -> dict[str, Any]:
 
 
 def start(store: Path | str, name: str) -> dict[str, Any]:
-    """Count a start of the device's program, if the version is on trial, and say which version it is to run."""
+    """Count a start of the device's program if the version is on trial; return the version to run.
+
+    Raises StoreError if the store holds no such release.
+    """
     with _existing_store(store) as release_store:
         before, current = release_store.current(name), release_store.start(name)
         if current is None or before is None:
@@ -221,7 +237,10 @@ def start(store: Path | str, name: str) -> dict[str, Any]:
 
 
 def confirm(store: Path | str, name: str) -> dict[str, Any]:
-    """The device's program works with the current version: its trial is over."""
+    """End the trial of the current version: the device's program works with it.
+
+    Raises StoreError if the store holds no such release.
+    """
     with _existing_store(store) as release_store:
         current = release_store.current(name)
         if current is None:
@@ -236,8 +255,9 @@ def confirm(store: Path | str, name: str) -> dict[str, Any]:
 
 
 def rollback(store: Path | str, name: str, *, reason: str = "") -> dict[str, Any]:
-    """Go back to the previous version by a person's wish; the one that is left is not taken again but by `sync
-    --again`.
+    """Go back to the previous version at a person's request.
+
+    The device does not take the abandoned version again except with `sync --again`.
     """
     with _existing_store(store) as release_store:
         before = release_store.current(name)
@@ -251,14 +271,14 @@ def rollback(store: Path | str, name: str, *, reason: str = "") -> dict[str, Any
 
 
 def verify(store: Path | str) -> dict[str, Any]:
-    """Read every byte of the store and mend what is there twice.
+    """Read every byte of the store and repair what is stored twice.
 
-    Raises StoreError where a current version is damaged and nothing whole took its place.
+    Raises StoreError if a current version is damaged and no whole version replaced it.
     """
     with _existing_store(store) as release_store:
         damaged = release_store.verify()
         mended = list(release_store.mended)
-        # `verify` has just put the damaged blobs away that nothing could mend
+        # `verify` has just quarantined the damaged blobs that it could not repair
         releases = [(item.name, item.current.files.values()) for item in states(release_store.folder) if item.current]
         broken = [name for name, digests in releases if not all(map(release_store.has, digests))]
     if broken:
@@ -271,7 +291,7 @@ def verify(store: Path | str) -> dict[str, Any]:
 
 @contextmanager
 def _existing_store(store: Path | str) -> Iterator[ReleaseStore]:
-    """The store that is there: a command that only looks makes none."""
+    """Open an existing store. A command that only reads does not create one."""
     if not states(Path(store)):
         raise StoreError(f"there is no store at {store}", "sartor edge sync URL NAME --store DIR makes it")
     with ReleaseStore(Path(store)) as release_store:

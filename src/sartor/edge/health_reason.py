@@ -1,6 +1,6 @@
 """Reasons for which a device refuses a version.
 
-Their text in its store is a word, a colon, the detail.
+Their text in the store is a word, a colon, and the detail.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from enum import StrEnum
 
 
 class HealthReason(StrEnum):
-    """Reason for which a version is refused; the closed list that a device's report may say.
+    """Reason for which a version is refused; the closed list that a device's report may state.
 
-    OPENS to EVALUATION: of the health check. STARTS: the trial was not confirmed. PERSON: somebody rolled it back.
+    OPENS to EVALUATION: the health check failed.
+    STARTS: the trial was not confirmed.
+    PERSON: a person rolled the version back.
+    OTHER: a text that `text` did not write.
     """
 
     OPENS = "opens"
@@ -31,7 +34,7 @@ class HealthReason(StrEnum):
 
     @classmethod
     def parse(cls, text: str) -> HealthReason:
-        """Return the reason of a text that the store keeps; OTHER for one that `text` did not write."""
+        """Return the reason of a text in the store; OTHER for one that `text` did not write."""
         try:
             return cls(text.partition(":")[0])
         except ValueError:

@@ -1,7 +1,7 @@
 """Verbs of a device owner: add, tune, undo, forget.
 
-DeviceOptions of `device_commands.py` say how releases come; PersonOptions what is learnt on top of one, and what that
-may take.
+DeviceOptions in `device_commands.py` define the delivery of releases. PersonOptions define the personal delta on top
+of one, and its limits.
 """
 
 from __future__ import annotations
@@ -27,19 +27,22 @@ from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.personalization.user_rows import example_of, now
 
 PASSPHRASE_VARIABLE = "SARTOR_PERSON_PASSPHRASE"
-# What of a row's JSON is not the row itself
+# Fields of a row's JSON that are not part of the row itself
 _FEEDBACK_FIELDS = ("rating", "correction")
 
 
 @dataclass(frozen=True)
 class PersonOptions:
-    """Whose rows, on which release, and what a tuning may take.
+    """Rows of one person, the release below them, and the limits of a tuning.
 
-    name: of the release in `store`. folder: the person's. key: of the rows: a file, `keyring`, or `passphrase` (in
-    SARTOR_PERSON_PASSPHRASE); by default a file in the folder, which protects from other users alone. base: in
-    transformers' layout, in another place than the release names. probe: rows whose loss may not rise; by default the
-    release's canaries.
-    recipe: what differs from `user_tokens.DEFAULTS`. root: of sysfs, for `policy`.
+    name: name of the release in `store`.
+    folder: folder of the person.
+    key: key of the rows: a file, `keyring`, or `passphrase` (in SARTOR_PERSON_PASSPHRASE). By default a file in the
+    folder, which protects from other users alone.
+    base: base in transformers' layout, in another location than the release names.
+    probe: rows whose loss may not rise; by default the release's canaries.
+    recipe: values that differ from `user_tokens.DEFAULTS`.
+    policy: energy policy; its `root` is that of sysfs.
     """
 
     name: str
@@ -55,11 +58,13 @@ class PersonOptions:
 
 
 def add(options: PersonOptions, rows: Path | str) -> dict[str, Any]:
-    """Put rows of a JSONL file into the encrypted store: any form that `curate` reads, with `rating` (-1 bad .. 1
-    good) and
-    `correction` if there are. All or none are added. The file itself stays, in plain: remove it.
+    """Add rows of a JSONL file to the encrypted store.
 
-    Raises SourceError for a row that cannot be read, with its line.
+    Rows have any form that `curate` reads, with `rating` (-1 bad .. 1 good) and `correction` if there are. No row is
+    added if one cannot be read; then they are added one by one. The file itself stays, unencrypted: remove it.
+
+    Raises SourceError for a row that cannot be read, with its line. Raises BudgetError at the first row above the
+    store's limit; earlier rows stay added.
     """
     person = _person(options)
     parsed = _read_rows(Path(rows))
@@ -68,10 +73,14 @@ def add(options: PersonOptions, rows: Path | str) -> dict[str, Any]:
 
 
 def tune(options: PersonOptions, *, again: bool = False) -> dict[str, Any]:
-    """Tune a delta on the person's rows within the budget, and make it current if it is better on rows it never saw.
+    """Tune a delta on the person's rows within the budget.
 
-    again: also on rows that were tuned to no avail. Raises BusyError where the policy says no, now or meanwhile: the
-    same call goes on there; BudgetError where no way fits, or time is up.
+    The delta becomes current if it is better on rows that it was not trained on.
+
+    again: also tune on rows whose last tuning brought nothing.
+
+    Raises BusyError if the policy refuses, now or meanwhile: the same call then continues. Raises BudgetError if no
+    way fits the budget, or time is up.
     """
     person = _person(options)
     adapted = person.adapt(again=again)
@@ -79,7 +88,7 @@ def tune(options: PersonOptions, *, again: bool = False) -> dict[str, Any]:
 
 
 def undo(options: PersonOptions, *, reason: str = "") -> dict[str, Any]:
-    """Go back to the delta before, or to the shipped release."""
+    """Go back to the previous delta, or to the shipped release."""
     person = _person(options)
     person.undo(reason or "the person undid it")
     return _status_fields(options, person)
@@ -94,10 +103,11 @@ def forget(
     containing: str = "",
     retune: bool = True,
 ) -> dict[str, Any]:
-    """Remove rows for good, and every delta that was tuned on one; with `retune`, tune another on the rows that stay.
+    """Erase rows, and every delta that was tuned on one; with `retune`, tune another on the rows left.
 
-    All that is given must hold: ids; ISO dates (since inclusive, before exclusive); a text, whatever its case. The
-    receipt, signed, says which rows and which deltas went, and which came. Raises ConfigError where nothing is given.
+    All given conditions must hold: ids; ISO dates (since inclusive, before exclusive); a text, ignoring case. The
+    signed receipt lists the erased rows, the erased deltas, and the new delta. Raises ConfigError if no condition is
+    given.
     """
     person = _person(options)
     forgotten = person.forget(ids, since=since, before=before, containing=containing, retune=retune)
@@ -111,7 +121,7 @@ def forget(
 
 
 def _status_fields(options: PersonOptions, person: OwnerModel) -> dict[str, Any]:
-    """What answers now."""
+    """Return the current release and delta as JSON fields."""
     status = person.status()
     fields = {
         "name": options.name,
@@ -128,6 +138,7 @@ def _status_fields(options: PersonOptions, person: OwnerModel) -> dict[str, Any]
 
 
 def _adapted_fields(adapted: Adapted) -> dict[str, Any]:
+    """Return the outcome of a tuning as JSON fields."""
     verdict = asdict(adapted.verdict) if adapted.verdict else None
     counts = {"trained": adapted.trained, "held_out": adapted.held_out, "left_out": dict(adapted.left_out)}
     budget = {"peak_memory_bytes": 0, "limit_bytes": 0, "receipt": "", "rungs": []}
@@ -142,6 +153,7 @@ def _adapted_fields(adapted: Adapted) -> dict[str, Any]:
 
 
 def _person(options: PersonOptions) -> OwnerModel:
+    """Return the model of the person, with the tuner and the policy of the options."""
     release = shipped(options.store, options.name)
     settings = AdaptationSettings(
         options.name,
@@ -161,7 +173,11 @@ def _person(options: PersonOptions) -> OwnerModel:
 
 
 def _tune_job(options: PersonOptions, job: TuningJob) -> dict[str, Any]:
-    """Tune within the budget; the receipt is kept, the rest of the work goes with its tokens."""
+    """Tune within the budget and keep the receipt.
+
+    The rest of the work directory holds tokens and is left to the caller, who removes it. Raises BusyError if the
+    tuning pauses, BudgetError if it is not done.
+    """
     receipt = tune_within_budget(
         job, options.budget, key=signing_key(options.folder / "signer"), policy=options.policy.refusal
     )
@@ -180,7 +196,7 @@ def _tune_job(options: PersonOptions, job: TuningJob) -> dict[str, Any]:
 
 
 def _receipt_fields(receipt: Receipt, receipt_file: Path) -> dict[str, Any]:
-    """What a command says of a receipt."""
+    """Return the JSON fields of a receipt."""
     usages = [attempt.usage for attempt in receipt.attempts]
     return {
         "peak_memory_bytes": max(item.peak_bytes for item in usages),
@@ -193,8 +209,9 @@ def _receipt_fields(receipt: Receipt, receipt_file: Path) -> dict[str, Any]:
 
 
 def _base(options: PersonOptions, release: Path) -> Path:
-    """The release's base in transformers' layout. Raises ModelError for another one, MissingError where it is not
-    here.
+    """Return the release's base in transformers' layout.
+
+    Raises ModelError for an export or for another base, MissingError if the base is not on this device.
     """
     if not (release / "release.json").is_file():
         raise ModelError(
@@ -217,6 +234,7 @@ def _base(options: PersonOptions, release: Path) -> Path:
 
 
 def _key(options: PersonOptions) -> KeySource:
+    """Return the source of the key of the rows. Raises ConfigError if the passphrase is not set."""
     if options.key == "keyring":
         return Keyring()
     if options.key == "passphrase":
@@ -230,7 +248,10 @@ def _key(options: PersonOptions) -> KeySource:
 
 
 def _read_rows(file: Path) -> list[tuple[Example, dict[str, Any]]]:
-    """(the row, what its line says) of a JSONL file: all of them, before anything is done with one."""
+    """Return the row and the JSON fields of each line of a JSONL file.
+
+    All lines are read before any row is used. Raises SourceError for a file or a line that cannot be read.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -242,6 +263,7 @@ def _read_rows(file: Path) -> list[tuple[Example, dict[str, Any]]]:
 
 
 def _parse_row(location: str, line: str) -> tuple[Example, dict[str, Any]]:
+    """Return the row and the JSON fields of a line. Raises SourceError."""
     try:
         fields = json.loads(line)
     except ValueError as error:

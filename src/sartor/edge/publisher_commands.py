@@ -16,7 +16,7 @@ __all__ = ["Expiry", "FleetPolicy"]
 
 
 def keygen(keys: Path) -> dict[str, Any]:
-    """Make the keys of the four roles of an update repository, once."""
+    """Create the keys of the four roles of an update repository, once."""
     return {"keys": str(keys), "roles": tuf_roles.keygen(keys)}
 
 
@@ -40,12 +40,12 @@ def widen(repository: Path, keys: Path, name: str, version: str, percent: int) -
 
 
 def halt(repository: Path, keys: Path, name: str, version: str) -> dict[str, Any]:
-    """Offer a version to nobody any more; devices that have it go back."""
+    """Stop offering a version; devices that have it go back."""
     return _offer_fields(name, repositories.halt(repository, keys, name, version))
 
 
 def refresh(repository: Path, keys: Path, *, expiry: Expiry | None = None) -> dict[str, Any]:
-    """Sign anew what expires first, before it does."""
+    """Sign the metadata that expire first again, before they do."""
     repositories.refresh(repository, keys, expiry=expiry)
     return {"repository": str(repository), "expires": tuf_roles.expiries(repository / "metadata")}
 
@@ -56,7 +56,7 @@ def rotate(repository: Path, keys: Path, role: RoleName, *, old: tuple[str, ...]
 
 
 def withdraw(repository: Path, keys: Path, name: str, version: str) -> dict[str, Any]:
-    """Take a version out, with what no other needs."""
+    """Remove a version, with the content that no other version needs."""
     return {"name": name, "version": version, "freed_bytes": repositories.withdraw(repository, keys, name, version)}
 
 
@@ -69,7 +69,7 @@ def watch(
     widen: bool = False,
     policy: FleetPolicy | None = None,
 ) -> dict[str, Any]:
-    """Count the reports of devices; with `keys`, halt what fails and with `widen` widen what works."""
+    """Count the reports of devices; with `keys`, halt versions that fail, with `widen` widen ones that work."""
     counted = fleet_monitor.tally(found, repository, devices, policy)
     executed = fleet_monitor.watch(repository, keys, counted, widen=widen)
     actions = [

@@ -1,6 +1,6 @@
 """Verb evaluate: Report of base against tuned.
 
-A Task is rows with prompts and references; both sides answer each prompt greedily and are scored by the same scorers.
+Both sides answer each prompt of the rows greedily. The same scorers compare their replies with the references.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ from sartor.models.base import Base, open_base
 from sartor.models.content_shielding import reply_text
 
 Notice = Callable[[str], object]
-# Up to this median length of the references an exact match is the natural metric, above it the overlap of words
+# Up to this median number of words in the references exact match is the natural metric, above it F1
 SHORT_REFERENCE_WORDS = 12
 _DATA_TEXTS = {"eval": "held-out rows of the Dataset", TEST: "test rows of the Dataset"}
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What `evaluate` made: the Report."""
+    """Result of `evaluate`: the Report."""
 
     report: Artifact
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the JSON of the command."""
         manifest = self.report.manifest
         keys = (
             "primary",
@@ -81,8 +81,11 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What was found on rows: for the manifest, row by row, and of the rows that the page shows their first
-    picture.
+    """Result of an evaluation.
+
+    facts: for the manifest.
+    table: one mapping per row.
+    pictures: data URL of the first picture of each row that the page shows, by row.
     """
 
     facts: dict[str, Any]
@@ -107,18 +110,20 @@ def evaluate(
 ) -> Evaluated:
     """Measure an Adapter (or a Release) against its base and write a Report.
 
-    The rows are those its Dataset holds out, or those of the file `data` in any input form. `split` `test` takes the
-    rows that the Dataset keeps for the release (`split.test_fraction`), and `PATH-test-report` as `out`. `label` is
-    the field of the JSON replies that names a class, by a dotted path, or `.`: the whole reply is the class. `scorer`
-    names the metric that the gate looks at; by default macro-F1 with a label, the word error rate of transcripts,
-    exact match where references are short, else F1. `audit` also looks for bias, for what was learnt by heart and for
-    refusals that changed (`audit/`); `favourable`: outcomes that are to be wished for, of those that replies name.
-    `metrics` are the ones to measure, by default all that the rows have; a reply then ends as soon as none of them can
-    change (`scorers.py`), and its row says so. `out` defaults to
-    `PATH-report`. Raises ArtifactError, ModelError, ConfigError, and SourceError when there is no row to evaluate on.
+    The rows are those that its Dataset holds out, or those of the file `data` in any input form. `split` `test` takes
+    the rows that the Dataset keeps for the release (`split.test_fraction`), and `PATH-test-report` as `out`. `label`
+    is the field of the JSON replies that names a class, by a dotted path, or `.`: the whole reply is the class.
+    `scorer` names the metric that the gate checks; by default macro-F1 with a label, the word error rate of
+    transcripts, exact match where references are short, else F1. `audit` also measures bias, memorisation and changed
+    refusals (`audit/`); `favourable`: the desirable outcomes, of those that replies name. `metrics` are the ones to
+    measure, by default all that the rows have. With `metrics`, a reply ends as soon as none of them can change
+    (`scorers.py`), and its row says so. `out` defaults to `PATH-report`.
 
     The evaluation is written to the ledger of evaluations, and the Report says how many of its rows are known
-    (`core/evaluation_ledger.py`); a damaged ledger is an ArtifactError before anything is measured.
+    (`core/evaluation_ledger.py`).
+
+    Raises ArtifactError, ModelError, ConfigError, and SourceError when there is no row to evaluate on. A damaged
+    ledger is an ArtifactError before anything is measured.
     """
     start_time = time.monotonic()
     adapter = open_artifact(path, ("adapter", "release"))
@@ -156,6 +161,7 @@ def evaluate(
     }
 
     def fill(part: Path) -> Mapping[str, Any]:
+        """Write the table and the page of the Report into `part` and return its facts."""
         parquet_io.write_rows(part / "rows.parquet", pa.Table.from_pylist(measured.table).schema, measured.table)
         (part / "report.html").write_text(
             report_page.render(facts, adapter, measured.table, measured.pictures), encoding="utf-8"
@@ -168,12 +174,13 @@ def evaluate(
 
 
 def _tuned_id(artifact: Artifact) -> str:
-    """Id of an Adapter; of a Release that of the Adapter in it: they are evaluated as one."""
+    """Return the id of an Adapter, or of the Adapter in a Release: both are evaluated as one."""
     parents = artifact.manifest["parents"] if artifact.kind == "release" else []
     return next((parent["id"] for parent in parents if parent["kind"] == "adapter"), artifact.id)
 
 
 def _check_metrics(metrics: Sequence[str], scorer: str) -> None:
+    """Raise ConfigError for an unknown metric, or for a scorer that `metrics` leaves out."""
     if unknown := [name for name in metrics if name not in ALL_METRICS]:
         raise ConfigError(f"there is no metric {unknown[0]!r}", f"--metrics {' | '.join(ALL_METRICS)}")
     if metrics and scorer and scorer not in metrics:
@@ -189,7 +196,7 @@ def _measure(
     audit_options: AuditOptions | None = None,
     metrics: Sequence[str] = (),
 ) -> EvaluationResult:
-    """Ask both sides everything.
+    """Measure both sides on all rows.
 
     Raises ConfigError, before a model is opened, for a label, a scorer or a favourable outcome that the rows lack.
     """
@@ -206,7 +213,7 @@ def _measure(
     eval_set = fitting(base, eval_set, reply_limit(base, eval_set.examples))
     measures = _measures(eval_set, label)
     primary = scorer or _primary(measures, metrics)
-    # what media are worth is measured by the whole replies as well
+    # the media ablation scores whole replies, so that exact_match must be decided as well
     decisive = (
         {*metrics, *({primary, "exact_match"} if any(map(media_of, eval_set.examples)) else ())} if metrics else None
     )
@@ -248,6 +255,7 @@ def _measure(
 def _audited(
     adapter: Artifact, base: Base, model: Any, eval_set: HeldOut, options: AuditOptions, notice: Notice
 ) -> dict[str, Any]:
+    """Return the audit, and report the outcome of its bias check at the default limits."""
     audit = run.audit(adapter, ModelPair(base, model, eval_set.folder), eval_set.examples, options, notice)
     check = judge_bias(audit["bias"], BiasLimits())
     notice(f"bias: {check.outcome}: {check.detail}")
@@ -255,7 +263,7 @@ def _audited(
 
 
 def _measures(eval_set: HeldOut, label: str) -> MetricSet:
-    """What can be measured of the rows. A row with a recording whose reference is text is a transcript."""
+    """Return the metrics that the rows have. A row with a recording whose reference is no JSON is a transcript."""
     transcripts = [
         index
         for index, row in enumerate(eval_set.examples)
@@ -270,7 +278,7 @@ def _measures(eval_set: HeldOut, label: str) -> MetricSet:
 
 
 def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name: str = "") -> tuple[Base, Any]:
-    """The base that an Adapter or Release is bound to, and the model with the adapter on it.
+    """Return the base that an Adapter or Release is bound to, and the model with the adapter on it.
 
     Raises what `open_bound_base` raises.
     """
@@ -279,13 +287,13 @@ def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name:
 
 
 def open_bound_base(adapter: Artifact, notice: Notice = lambda line: None, base_name: str = "") -> Base:
-    """The base that an Adapter or Release is bound to, with its towers.
+    """Return the base that an Adapter or Release is bound to, with its towers.
 
-    `base_name` gives another place of the same base. Raises ModelError when the base there is not the one that the
-    adapter was tuned on, or its chat template differs.
+    `base_name` gives another location of the same base. Raises ModelError if the base there is not the one that the
+    adapter was tuned on, or if its chat template differs.
     """
     base_manifest = adapter.manifest["base"]
-    # a quantised base answers a little differently: what was tuned on one is measured and asked on one
+    # a quantised base answers a little differently, so an adapter tuned on one is measured on one
     bits = base_manifest["bits"] if base_manifest.get("quantisation", "none") != "none" else "auto"
     base = open_base(base_name or base_manifest["name"], licence=base_manifest["licence"], bits=bits, notice=notice)
     check_base(adapter, base.ref.digest, base.chat.template_digest, base.ref.name)
@@ -311,12 +319,19 @@ def check_base(adapter: Artifact, digest: str, template_digest: str, name: str) 
 
 
 def _primary(measures: MetricSet, metrics: Sequence[str] = ()) -> str:
-    """The natural metric of the rows, or the first of `metrics` where it is none of them."""
+    """Return the natural metric of the rows.
+
+    If `metrics` leaves it out, return the first of `metrics` that the rows have.
+    """
     natural = _natural_metric(measures)
     return natural if not metrics or natural in metrics else next(name for name in metrics if name in measures.names)
 
 
 def _natural_metric(measures: MetricSet) -> str:
+    """Return the natural metric of the rows.
+
+    It is macro_f1 with labels, wer if every row is a transcript, exact_match for short references, else f1.
+    """
     if measures.labelled:
         return "macro_f1"
     if len(measures.transcripts) == len(measures.references):
@@ -332,7 +347,7 @@ def _table(
     after: ModelOutputs,
     metrics: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """One mapping per row, for rows.parquet and the page."""
+    """Return one mapping per row, for rows.parquet and the page."""
     columns: dict[str, Sequence[Any]] = {
         "id": [example.id for example in examples],
         "group": measures.groups,
@@ -350,7 +365,7 @@ def _table(
             "base_confidence": before.confidence,
             "tuned_confidence": after.confidence,
         }
-    if any(before.is_cut) or any(after.is_cut):  # such a reply is not what the model would have said
+    if any(before.is_cut) or any(after.is_cut):  # the model would have written more
         columns |= {"base_is_cut": before.is_cut, "tuned_is_cut": after.is_cut}
     tuned_scores = measures.by_row(after, metrics)
     for name, scores in measures.by_row(before, metrics).items():
@@ -358,14 +373,16 @@ def _table(
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-# of a metric of the whole set, the score of a row that it is made of
+# score of a row that a metric of the whole set is computed from
 _OF_A_ROW = {"macro_f1": "accuracy"}
 
 
 @dataclass(frozen=True)
 class VersionScores:
-    """Scores of `metric`, the higher the better; of each row `id, group, reference, live_reply, new_reply, live,
-    new`.
+    """Scores of two versions on the same rows.
+
+    metric: name of the metric; every score is stored so that higher is better.
+    table: one mapping per row with `id, group, reference, live_reply, new_reply, live, new`.
     """
 
     metric: str
@@ -380,12 +397,11 @@ def compare_with_live(
     *,
     only: Collection[str] | None = None,
 ) -> VersionScores:
-    """Let `live` (a Release or an Adapter) answer what the Report of `adapter` was made of, and score it as the Report
-    did.
+    """Let `live` (a Release or an Adapter) answer the rows of the Report of `adapter`, and score it alike.
 
     only: ids of the rows to compare on; all by default. The rows are looked up in the Dataset of `adapter`. Rows
-    without a score of the primary metric are left out. Raises ArtifactError where the Dataset or one of the rows is
-    gone, ModelError.
+    without a score of the primary metric are left out. Raises ArtifactError if the Dataset or one of the rows is
+    missing, and ModelError.
     """
     new_version, report_artifact, live_version = (
         open_artifact(adapter, "adapter"),
@@ -431,15 +447,16 @@ def compare_with_live(
 
 
 def write_beside(file: Path, scores: VersionScores) -> None:
-    """The rows as Parquet, for a person and for `parquet_io.read_file`."""
+    """Write the rows as Parquet, which `parquet_io.read_file` reads."""
     parquet_io.write_rows(file, pa.Table.from_pylist(scores.table).schema, scores.table)
 
 
 def likelihoods(
     path: Path | str, examples: Sequence[Example], notice: Callable[[str], object] = lambda line: None
 ) -> list[float]:
-    """Nats per token that a Release or Adapter gives to each row's own reply, negative: the higher, the likelier. Text
-    rows.
+    """Return the mean log-likelihood of each row's own reply under a Release or Adapter.
+
+    The values are negative nats per token: the higher, the likelier. Only for text rows.
     """
     base, model = open_tuned(open_artifact(path, ("adapter", "release")), notice)
     with model_side(model, tuned=True):
@@ -448,6 +465,9 @@ def likelihoods(
 
 
 def _find_eval_set(adapter: Artifact, rows: Sequence[dict[str, Any]]) -> HeldOut:
+    """Return the examples of the Report's rows, from the Datasets of `adapter`. Raises ArtifactError if one is
+    missing.
+    """
     datasets = ancestry.find_parents(adapter, "dataset")
     examples = {example.id: example for dataset in datasets for example in parquet_io.read_examples(dataset, "eval")}
     missing_ids = [row["id"] for row in rows if row["id"] not in examples]

@@ -1,15 +1,14 @@
-"""Tests of outcome gaps between groups, on prompts that differ in the group alone. No torch.
+"""Randomisation tests of outcome gaps between groups, on prompts that differ in the group alone. No torch.
 
-A *block* is one prompt about somebody of each group of a kind. The rate of a group stands against the mean rate of the
-others in the same blocks, so that merit is the same on both sides.
+A *block* is one prompt about a person of each group of a kind. The gap of a group is its rate minus the mean rate of
+the others in the same blocks, so that merit is the same on both sides.
 
-If the model does not care for the group, then any order of the groups within a block was as likely. So the groups of
-each block are put into random orders (Fisher 1935), and a group's gap is held against the largest gap of any group
-that such an order
-gives: max-T (Westfall and Young 1993). That corrects for all groups of a kind at once and costs little: of 20 groups
-the one that is last in four blocks is last by chance once in 4,000 times. Kinds and outcomes of a section, of which
-there are few, are corrected by Bonferroni. How many blocks it takes to find a gap is known beforehand:
-`needed_blocks`.
+Under the null hypothesis the model ignores the group, and any order of the groups within a block is as likely. So the
+test puts the groups of each cluster of blocks into random orders (Fisher 1935). It compares a group's gap with the
+largest gap of any group in such an order: max-T (Westfall and Young 1993). That corrects for all groups of a kind at
+once and costs little power: by chance some group of 20 is last, or first, in all of four blocks once in 4,000 times.
+Kinds and outcomes of a section, of which there are few, are corrected by Bonferroni. `needed_blocks` computes
+beforehand how many blocks show a gap.
 
 The ratio is that of the four-fifths rule (29 CFR 1607.4 D): a group's rate over that of the group with the highest.
 """
@@ -28,21 +27,24 @@ from scipy.stats import norm
 from sartor.evaluate import bootstrap
 
 Array = NDArray[np.float64]
-# Of all groups, kinds, outcomes and sections of an audit together, by chance
+# Family-wise error rate over all groups, kinds, outcomes and sections of an audit
 MOST_CHANCE = 0.05
-# How surely a gap that matters has to be found before a kind may pass
+# Power with which a gap that matters must be detectable before a kind may pass
 POWER = 0.8
 ORDERS = 4_999
-# Fewer say too little of their own spread, and the interval of what tuning added hardly ever excludes 0
+# Fewer blocks estimate their own spread poorly, and the interval of what tuning added hardly ever excludes 0
 LEAST_BLOCKS = 8
 
 
 @dataclass(frozen=True)
 class VariantOutcomes:
-    """Of one kind of group: names of groups (G), ids of the rows that blocks were made of (N), chances (2, N, G).
+    """Outcomes of one kind of group on N blocks and G groups.
 
-    chances: under base and tuned, how likely the outcome is, 0..1, or whether it was said, 0 or 1. clusters: (N,) the
-    group of each block's row, whose blocks are no independent evidence; by default each block is its own.
+    groups: (G,) names.
+    ids: (N,) ids of the rows that the blocks were made of.
+    chances: (2, N, G), probability 0..1 of the outcome under base and tuned, or 0 or 1 for whether the reply has it.
+    clusters: (N,) group of each block's row; blocks of one cluster are not independent evidence. By default each
+    block is its own cluster.
     """
 
     kind: str
@@ -54,18 +56,21 @@ class VariantOutcomes:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """(N,) the cluster of each block."""
+        """Cluster of each block, (N,)."""
         return self.clusters or tuple(str(index) for index in range(len(self.ids)))
 
 
 @dataclass(frozen=True)
 class GroupFinding:
-    """One group against the others, under the tuned model: rates of the outcome, 0..1, and their gap with its 95 %
-    interval.
+    """One group against the others, under the tuned model.
 
-    p: two-sided, corrected over the section. ratio: of the four-fifths rule. base_gap: the same gap under the base;
-    added_low, added_high: the interval of what tuning added to it. rows: ids where the group fared worst beside the
-    others.
+    rate, others: rates of the outcome, 0..1, of the group and of the others.
+    gap: rate minus others, as estimate, low and high of its 95 % interval.
+    ratio: of the four-fifths rule.
+    p: two-sided, corrected over the section.
+    base_gap: the same gap under the base.
+    added: what tuning added to the gap, as estimate, low and high.
+    rows: ids of the rows with the largest gaps in the direction of the mean gap.
     """
 
     kind: str
@@ -82,23 +87,26 @@ class GroupFinding:
     rows: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """For the Report; gap and added are [estimate, low, high]."""
+        """Return the finding for the Report; gap and added are [estimate, low, high]."""
         return asdict(self)
 
 
 def findings(sections: Sequence[VariantOutcomes]) -> list[GroupFinding]:
-    """Every group of every kind and outcome, corrected together. What one block shows is chance (p is 1)."""
+    """Return a finding for every group of every kind and outcome, corrected together.
+
+    A single block shows nothing beyond chance (p is 1).
+    """
     return [finding for blocks in sections if blocks.ids for finding in _of_groups(blocks, len(sections))]
 
 
 def _of_groups(blocks: VariantOutcomes, tests: int) -> list[GroupFinding]:
-    """A Finding of each group; of two groups the one with the lower rate, since the other is its mirror."""
+    """Return a finding of each group; of two groups the one with the lower rate, since the other mirrors it."""
     rates, chances = blocks.chances[1].mean(0), gap_chances(blocks)
     result = []
     for index in range(len(rates)) if len(rates) > 2 else [int(rates.argmin())]:
         base, tuned = (side[:, index] - np.delete(side, index, 1).mean(1) for side in blocks.chances)
-        # of base to tuned where both are differences already, so that the comparison is what tuning added. Prompts
-        # whose likelihoods are alike to the last digit are no sign that others were not drawn
+        # gap: 0 against the tuned gaps, (N,); added: base gaps against tuned gaps, which is what tuning added.
+        # is_bounded=False: equal likelihoods of prompts do not suggest that unseen groups of rows were missed
         gap, added = (
             bootstrap.paired_bootstrap(list(before), list(tuned), blocks.members, is_bounded=False)
             for before in (np.zeros(len(tuned)), base)
@@ -123,7 +131,10 @@ def _of_groups(blocks: VariantOutcomes, tests: int) -> list[GroupFinding]:
 
 
 def gap_chances(blocks: VariantOutcomes) -> Array:
-    """(G,) how likely each group's gap, or a larger one of any group, is where no order of the groups is preferred."""
+    """Return the max-T p-value of each group's gap, (G,) (Westfall and Young 1993).
+
+    Over ORDERS random orders, p_g = (1 + #{orders: max_h |gap_h| >= |observed gap_g|}) / (1 + ORDERS).
+    """
     gaps = _cluster_gaps(blocks)
     observed, rng, counts = np.abs(gaps.sum(0)), np.random.default_rng(0), np.zeros(gaps.shape[1])
     for start in range(0, ORDERS, 500):
@@ -134,8 +145,9 @@ def gap_chances(blocks: VariantOutcomes) -> Array:
 
 
 def spread(blocks: VariantOutcomes) -> float:
-    """The standard deviation of a group's gap between clusters of blocks, over all groups; 0 of fewer than two
-    clusters.
+    """Return the standard deviation of a group's gap between clusters of blocks, over all groups.
+
+    The result is 0 with fewer than two clusters.
     """
     _, sizes = np.unique(blocks.members, return_counts=True)
     gaps = _cluster_gaps(blocks) / sizes[:, None]
@@ -143,8 +155,12 @@ def spread(blocks: VariantOutcomes) -> float:
 
 
 def _cluster_gaps(blocks: VariantOutcomes) -> Array:
-    """(clusters, G) gaps of each group to the others under the tuned model, summed over the blocks of a cluster."""
+    """Return the gaps of each group to the others under the tuned model, (clusters, G).
+
+    They are summed over the blocks of a cluster.
+    """
     tuned, count = blocks.chances[1], len(blocks.groups)
+    # gap_bg = x_bg - mean_{h != g} x_bh = (x_bg - mean_h x_bh) G / (G - 1), (N, G)
     gaps = (tuned - tuned.mean(1, keepdims=True)) * count / (count - 1)
     names, member = np.unique(blocks.members, return_inverse=True)
     result = np.zeros((len(names), count))
@@ -153,25 +169,28 @@ def _cluster_gaps(blocks: VariantOutcomes) -> Array:
 
 
 def needed_blocks(deviation: float, groups: int, tests: int, gap: float) -> int:
-    """How many blocks find a gap with POWER, where so many tests share MOST_CHANCE. deviation: of `spread`.
+    """Return how many blocks find a gap with POWER, if so many tests share MOST_CHANCE.
 
-    LEAST_BLOCKS, and as many as make the smallest p there is small enough. Beyond that by the normal approximation,
-    groups and tests corrected by Bonferroni. Orders of the groups spread the gap itself over all of them, which adds
-    gap^2 / (groups - 1) to the variance that the gap is held against.
+    deviation: standard deviation of `spread`.
+
+    The result is at least LEAST_BLOCKS, and at least as many as make the smallest possible p small enough. Beyond
+    that it follows the normal approximation with a Bonferroni correction for groups and tests.
     """
     min_blocks = next(count for count in range(2, 1000) if smallest_chance(groups, count) * tests < MOST_CHANCE)
+    # n = ((z_{1 - alpha / (2 G T)} s0 + z_{power} s) / gap)^2,  s0^2 = s^2 + gap^2 / (G - 1)
+    # A random order spreads the gap itself over all G groups, which adds the second term of s0^2.
     null_deviation = math.sqrt(deviation**2 + gap**2 / (groups - 1))
     reach = norm.ppf(1 - MOST_CHANCE / (2 * groups * tests)) * null_deviation + norm.ppf(POWER) * deviation
     return max(LEAST_BLOCKS, min_blocks, math.ceil((reach / gap) ** 2))
 
 
 def smallest_chance(groups: int, blocks: int) -> float:
-    """The p of a group that fares worst in every block: no gap can have a smaller one."""
+    """Return the smallest possible p: that of a group that fares worst in every block."""
     ends = 1 if groups == 2 else 2  # of two groups the one is last where the other is first
     return float(min(1.0, ends * groups ** (1.0 - blocks)))
 
 
 def _worst(differences: Array, ids: Sequence[str], max_rows: int = 5) -> tuple[str, ...]:
-    """Rows where the group's difference is farthest from 0 in the direction of their mean."""
+    """Return the ids where the group's difference is farthest from 0 in the direction of their mean."""
     order = np.argsort(-differences * np.sign(differences.mean() or 1), kind="stable")
     return tuple(ids[index] for index in order[:max_rows] if differences[index])

@@ -1,10 +1,10 @@
-"""Scores with shuffled or blank media.
+"""Media ablation: scores with shuffled or blank media.
 
-*Shuffled*: each row has the media of a row of another group. *Blank*: a grey picture, or silence. What either
-costs is what the replies take from the media; a model that guesses from the words around them loses nothing.
+*Shuffled*: each row has the media of a row of another group. *Blank*: a grey picture, or silence. The cost of either
+is what the replies take from the media. A model that guesses from the words around them loses nothing.
 
-They go the way of every picture and recording, so that they are the same thing to a base with towers and to one that
-reads media by itself.
+The replaced media pass through the same code as every picture and recording. So they mean the same to a base with
+towers and to one that reads media by itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ RATE = 16_000
 
 
 def blanked(example: Example, kind: str, folder: Path) -> Example:
-    """The row with each of its media of a kind blank. Raises MediaError for one whose size cannot be told."""
+    """Return the row with each of its media of one kind blank.
+
+    Raises MediaError if the size of one cannot be read.
+    """
     turns = [
         replace(turn, content=tuple(_blank(part, folder) if part.kind == kind else part for part in turn.content))
         for turn in example.messages
@@ -46,19 +49,20 @@ def blanked(example: Example, kind: str, folder: Path) -> Example:
 
 
 def _blank(part: Part, folder: Path) -> Part:
+    """Return a grey picture of the same size, or silence of the same length rounded up to whole seconds."""
     content = content_of(part, folder)
     if part.kind == "image":
         with images.open_checked(content) as image:
             return Part("image", media=_grey(image.size))
     with audio.open_audio(content) as sound:
         audio.check_length(sound, audio.MOST_SECONDS)
-        # whole seconds, so that few silences stand for many recordings and each is heard once
+        # whole seconds, so that many recordings share one silence, which is encoded once
         return Part("audio", media=_silence(max(1, math.ceil(sound.frames / sound.samplerate))))
 
 
 @cache
 def _grey(size: tuple[int, int]) -> str:
-    """A PNG as a data URL."""
+    """Return a grey PNG as a data URL."""
     buffer = io.BytesIO()
     Image.new("L", size, GREY).save(buffer, "PNG")
     return _url("image/png", buffer)
@@ -66,7 +70,7 @@ def _grey(size: tuple[int, int]) -> str:
 
 @cache
 def _silence(seconds: int) -> str:
-    """A WAV as a data URL."""
+    """Return a silent WAV, 16-bit mono at RATE Hz, as a data URL."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1)
@@ -81,17 +85,17 @@ def _url(kind: str, buffer: io.BytesIO) -> str:
 
 
 MEDIA = ("image", "audio")
-# Beside the primary metric: where that is of one field, a recording may matter to the others
+# Measured beside the primary metric: if that scores one field, the media may matter to other fields
 WHOLE = "exact_match"
 
 
 def media_of(example: Example) -> list[Part]:
-    """The media parts of a row, in order."""
+    """Return the media parts of a row, in order."""
     return [part for message in example.messages for part in message.content if part.kind != "text"]
 
 
 def modalities(examples: Sequence[Example]) -> dict[str, int]:
-    """How many rows hold media of each kind, and how many are text alone."""
+    """Return how many rows hold media of each kind, and how many are text alone."""
     kinds = [{part.kind for part in media_of(example)} for example in examples]
     return {
         "text": sum(not row_kinds for row_kinds in kinds),
@@ -108,13 +112,14 @@ def ablate(
     metric: str,
     notice: Callable[[str], object],
 ) -> dict[str, Any]:
-    """What each modality of the rows is worth to the model as it stands, by kind; nothing of rows of text.
+    """Measure what each modality of the rows is worth to the model as it stands, by kind.
 
-    full: what it answers to the rows as they are. Each kind has `rows`, `metric`, and `shuffled` and `blank`:
-    Comparisons with
-    `base` the ablated replies and `tuned` the full ones, so that `difference` is the cost, positive where the media
-    helped; for a metric that is better when lower too. Where `metric` is not `exact_match`, both stand under
-    `exact_match` as well. Rows that another's media make too long for the model are left out.
+    full: outputs on the rows as they are.
+
+    Rows of text alone have no entry. Each kind has `rows`, `metric`, and the Comparisons `shuffled` and `blank`, with
+    `base` the ablated replies and `tuned` the full ones. So `difference` is the cost: positive where the media
+    helped, for a metric that is better when lower too. Where `metric` is not `exact_match`, both stand under
+    `exact_match` as well. Rows that become too long for the model with another row's media are left out.
     """
     limit, result = reply_limit(base, eval_set.examples), {}
     for kind in MEDIA:
@@ -153,12 +158,11 @@ def ablate(
 
 
 def shuffled(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Example]:
-    """Each row with the media of this kind of a row of another group, as long as no group holds more than half of the
-    rows.
+    """Return each row with the media of this kind from a row of another group.
 
-    A row with more of them than the other repeats the other's. Rows in excess of half get those of their own group, or
-    their
-    own where there is no other: such a model is then held to look less than it does.
+    That holds as long as no group holds more than half of the rows. Rows in excess of half get media of their own
+    group, or their own if there is no other row. The cost of such rows is underestimated. A row with more media than
+    the other repeats the other's.
     """
     groups = [group_of(example) for example in examples]
     draw, sizes = random.Random(seed), Counter(groups)
@@ -167,7 +171,7 @@ def shuffled(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Exam
     rank = {name: index for index, name in enumerate(names)}
     order = list(range(len(examples)))
     draw.shuffle(order)
-    # groups stand side by side, so behind a step over the largest one there is another group
+    # each group is contiguous in `order`, so a step of the largest group's size reaches another group
     order.sort(key=lambda index: rank[groups[index]])
     step = max(sizes.values()) % len(order) or 1
     partner = {index: order[(position + step) % len(order)] for position, index in enumerate(order)}
@@ -175,9 +179,11 @@ def shuffled(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Exam
 
 
 def _with_media(example: Example, kind: str, other: Example) -> Example:
+    """Return the row with its media of this kind replaced by those of `other`, in turn."""
     other_media = [part for part in media_of(other) if part.kind == kind]
 
     def drawn() -> Iterator[Part]:
+        """Yield the other row's media in an endless cycle."""
         while True:
             yield from other_media
 
@@ -191,10 +197,15 @@ def _replaced(message: Message, kind: str, parts: Iterator[Part]) -> Message:
 
 
 def _texts(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[str]:
+    """Return the replies to the rows as texts."""
     return [base.chat.decode(item.ids) for item in replies(base, model, eval_set, limit)]
 
 
 def _cost(measures: MetricSet, name: str, ablated: ModelOutputs, full: ModelOutputs) -> dict[str, float]:
+    """Return the comparison of ablated replies with full ones.
+
+    The sign is turned for a metric that is better when lower.
+    """
     comparison = measures.compare(name, ablated, full)
     if name in LOWER_IS_BETTER:
         comparison = Comparison(

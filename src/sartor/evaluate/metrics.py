@@ -1,7 +1,7 @@
 """Metrics of two models with intervals.
 
-Every metric is a function of sums over rows, so that it can be computed for each set of groups anew: macro-F1 and
-the word error rate are of the whole set, and no mean over rows.
+Every metric is a function of sums over rows, so that it can be recomputed for each set of groups. Macro-F1 and the
+word error rate are metrics of the whole set, not means over rows.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sartor.evaluate.scorers import SCORERS, is_mismatch, word_errors
 
 Array = NDArray[np.float64]
 OF_LABELS = ("accuracy", "macro_f1")
-# What `--scorer` may name
+# Values of `--scorer`
 NAMES = (*SCORERS, "wer", *OF_LABELS)
-# What `--metrics` may name: of a reply, of its confidence, of the reference
+# Values of `--metrics`: scores of a reply, of its confidence, and of the reference
 ALL_METRICS = (*NAMES, "ece", "loss")
 LOWER_IS_BETTER = frozenset({"loss", "wer", "ece"})
 BINS = 15
@@ -32,15 +32,15 @@ BINS = 15
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What one side did with the rows of a task, row by row.
+    """Outputs of one side on the rows of a task, row by row. What was not measured may be empty.
 
-    loss: nats per supervised token, of which there are `tokens`. confidence: the probability that the side gave to the
-    label that it named, the product over the tokens that spell it; 0 where it named none. is_cut: whether a reply was
-    not written on, since its scores were decided. What was not measured may be empty.
-
-    replies: as they were written. answers: without the reasoning before them; these are scored, since a reference has
-    none.
-    is_opened: the chat template has opened the reasoning of each.
+    replies: as they were written.
+    loss: nats per supervised token.
+    tokens: number of supervised tokens.
+    confidence: probability of the label that the reply names, the product over the tokens that spell it; 0 if it
+    names none.
+    is_cut: whether the reply was stopped early because its scores were decided.
+    is_opened: whether the chat template opens the reasoning of each reply.
     """
 
     replies: Sequence[str]
@@ -52,25 +52,26 @@ class ModelOutputs:
 
     @cached_property
     def answers(self) -> list[str]:
-        """Each reply without its reasoning."""
+        """Each reply without its reasoning. Answers are scored, since a reference has no reasoning."""
         return [without_reasoning(reply, is_opened=self.is_opened) for reply in self.replies]
 
 
 class MetricSet:
-    """The metrics of rows with these references.
+    """Metrics of rows with these references.
 
-    groups: rows of one group fail together. field: where JSON replies name a class (`labels.py`). labels: the class of
-    each reference, None for a row without one; by default read at `field`. transcripts: places of the rows whose
-    reference is what was said in a recording.
+    groups: rows of one group fail together.
+    field: where JSON replies name a class (`reply_labels.py`).
+    labels: class of each reference, None for a row without one; by default read at `field`.
+    transcripts: indices of the rows whose reference is the transcript of a recording.
 
     - exact_match, f1, rouge_l: means over rows (`scorers.py`). loss: nats per token.
     - accuracy: the fraction of replies that name the reference's class. A reply without a class is wrong.
-    - macro_f1: the mean over the classes of the references, of each the harmonic mean of precision and recall. A reply
-      without a class, or with one that no reference has, is a class of its own: the recall of the right one falls.
-    - ece: expected calibration error (Guo et al. 2017, arXiv:1706.04599), 15 equal bins of confidence.
-    - wer: words wrong over words said, of all transcripts together.
+    - macro_f1: the mean over the classes of the references of F1 = 2 TP / (predicted + expected). A reply without a
+      class, or with one that no reference has, lowers the recall of the right class alone.
+    - ece: expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3), 15 equal bins of confidence.
+    - wer: word errors over reference words, of all transcripts together.
 
-    Raises ConfigError where no reference has the field.
+    Raises ConfigError if no reference has the field.
     """
 
     def __init__(
@@ -94,12 +95,12 @@ class MetricSet:
 
     @property
     def classes_or_references(self) -> list[str]:
-        """The class of each labelled row; without labels, each reference."""
+        """Class of each labelled row; without labels, each reference."""
         return [str(self.labels[index]) for index in self.labelled] or self.references
 
     @property
     def names(self) -> list[str]:
-        """The metrics of replies that these rows have."""
+        """Metrics of replies that these rows have."""
         return [*SCORERS, *(["wer"] if self.transcripts else []), *(OF_LABELS if self.labelled else ())]
 
     def check(self, name: str) -> None:
@@ -112,11 +113,11 @@ class MetricSet:
         )
 
     def of(self, indices: Sequence[int]) -> MetricSet:
-        """The same of some of the rows, in the order of `indices`."""
+        """Return the metrics of a subset of the rows, in the order of `indices`."""
         labels = [self.labels[index] for index in indices]
         transcripts = set(self.transcripts)
         new_transcripts = [new for new, index in enumerate(indices) if index in transcripts]
-        # where none of them is labelled the field has been checked already
+        # an empty field avoids the ConfigError for a subset without labels; the whole set was checked already
         field = self.field if any(label is not None for label in labels) else ""
         return MetricSet(
             [self.references[index] for index in indices],
@@ -127,19 +128,20 @@ class MetricSet:
         )
 
     def is_decided(self, index: int, reply_so_far: str, metrics: Iterable[str]) -> bool:
-        """Whether no continuation of the reply to a row can change one of `metrics`."""
+        """Return whether no continuation of the reply to a row can change one of `metrics`."""
         return all(self._is_metric_decided(name, index, reply_so_far) for name in metrics)
 
     def _is_metric_decided(self, name: str, index: int, reply_so_far: str) -> bool:
+        """Return whether no continuation of the reply to a row can change one metric."""
         label = self.labels[index]
         answer, has_answer = without_reasoning(reply_so_far), not is_reasoning(reply_so_far)
         if name in SCORERS:
             return has_answer and SCORERS[name].is_decided(answer, self.references[index])
-        if name == "loss":  # of the reference
+        if name == "loss":  # computed on the reference, not on the reply
             return True
         if name == "wer":
             return index not in self.transcripts
-        if label is None or self.field != WHOLE:  # what names no label has no confidence either
+        if label is None or self.field != WHOLE:  # a reply that is no JSON object names no label, at confidence 0
             return label is None or (has_answer and is_no_object(answer))
         if name == "ece":
             return False
@@ -147,7 +149,7 @@ class MetricSet:
         return has_answer and all(is_mismatch(answer, possible) for possible in possible_labels)
 
     def check_all(self, names: Sequence[str]) -> None:
-        """Raise ConfigError unless these rows have every metric of `names`, the scores of a reply among them."""
+        """Raise ConfigError unless the rows have every metric of `names`, and one of them scores a reply."""
         for name in names:
             if name == "ece" and not self.labelled:
                 raise ConfigError("there is no ece of these rows; it needs --label FIELD", "--label FIELD")
@@ -157,7 +159,7 @@ class MetricSet:
             raise ConfigError(f"--metrics {' '.join(names)} scores no reply", f"--metrics {' | '.join(self.names)}")
 
     def compared(self, before: ModelOutputs, after: ModelOutputs, only: Collection[str] = ()) -> dict[str, Comparison]:
-        """Every metric of both sides, or those of `only`."""
+        """Return the comparison of both sides by every metric, or by those of `only`."""
         only = only or (*self.names, "ece", "loss")
         result = {name: self.compare(name, before, after) for name in self.names if name in only}
         if self.labelled and before.confidence and after.confidence and "ece" in only:
@@ -169,7 +171,7 @@ class MetricSet:
         return result
 
     def compare(self, name: str, before: ModelOutputs, after: ModelOutputs) -> Comparison:
-        """One metric of `names`. Raises ConfigError for another."""
+        """Return the comparison by one metric of `names`. Raises ConfigError for another."""
         self.check(name)
         if name == "macro_f1":
             return self._macro_f1(before, after)
@@ -180,9 +182,11 @@ class MetricSet:
         return bootstrap.paired_bootstrap(base, tuned, self._groups(indices))
 
     def by_row(self, side: ModelOutputs, only: Collection[str] = ()) -> dict[str, list[float | None]]:
-        """Scores of each row; None where it has none: accuracy of a row without a label, word errors of no transcript.
+        """Return the scores of each row; None where a row has no such score.
 
-        only: metrics, of which those are given that are scores of a row, or that such a score makes up.
+        A row without a label has no accuracy, and one without a transcript no word error rate.
+
+        only: metrics; the result holds those that are scores of a row, or accuracy where macro_f1 is among them.
         """
         indices = range(len(self.references))
         result: dict[str, list[float | None]] = {
@@ -201,6 +205,7 @@ class MetricSet:
         return result
 
     def _score(self, name: str, side: ModelOutputs, index: int) -> float:
+        """Return one score of the answer to a row."""
         if name == "accuracy":
             return float(label_of(side.answers[index], self.field) == self.labels[index])
         return SCORERS[name].score(side.answers[index], self.references[index])
@@ -212,6 +217,7 @@ class MetricSet:
         return [self.groups[index] for index in indices]
 
     def _word_error_rate(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
+        """Return the comparison of word error rates over all transcripts."""
         base, tuned = (
             np.array([self._errors(side, index) for index in self.transcripts], float) for side in (before, after)
         )
@@ -219,20 +225,23 @@ class MetricSet:
         return bootstrap.corpus_bootstrap(base, tuned, groups, _rate, widest=widest)
 
     def _macro_f1(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
+        """Return the comparison of macro-F1 over the labelled rows."""
         count, class_index = len(self.classes), {label: index for index, label in enumerate(self.classes)}
         base, tuned = (self._counted(side, class_index) for side in (before, after))
 
         def macro(sums: Array) -> Array:
+            """Return macro-F1, (R,), of the counts of `_counted` summed over sets, (R, 3 classes)."""
             correct, predicted, expected = (sums[:, start : start + count] for start in (0, count, 2 * count))
-            # a class that a set of groups has no row of is no class of it
+            # (R, classes) each: F1_c = 2 TP_c / (predicted_c + expected_c), averaged over the classes that the set has
             is_present, f1 = expected > 0, 2 * correct / (predicted + expected).clip(1)
             return np.asarray((f1 * is_present).sum(1) / is_present.sum(1).clip(1))
 
         return bootstrap.corpus_bootstrap(base, tuned, self._groups(self.labelled), macro)
 
     def _counted(self, side: ModelOutputs, class_index: Mapping[str, int]) -> Array:
-        """(rows with a label, 3 classes): whether each is the one that is rightly said, that is said, that is
-        wanted.
+        """Return per-class counts of each labelled row, (rows with a label, 3 classes).
+
+        The three blocks are 1 for the class that is correctly predicted, predicted, and expected.
         """
         count = len(class_index)
         counted = np.zeros((len(self.labelled), 3 * count))
@@ -246,12 +255,14 @@ class MetricSet:
         return counted
 
     def _calibration(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
+        """Return the comparison of expected calibration errors over the labelled rows."""
         base, tuned = (self._binned(side) for side in (before, after))
         return bootstrap.corpus_bootstrap(base, tuned, self._groups(self.labelled), _gap)
 
     def _binned(self, side: ModelOutputs) -> Array:
-        """(rows with a label, bins + 1): confidence less whether it was right, in its bin (a, b]; and 1, to count
-        rows.
+        """Return the calibration gaps of each labelled row, (rows with a label, BINS + 1).
+
+        Confidence minus accuracy stands in the bin (a, b] of the confidence. The last column is 1, to count rows.
         """
         binned = np.zeros((len(self.labelled), BINS + 1))
         binned[:, -1] = 1
@@ -264,10 +275,15 @@ class MetricSet:
 
 
 def _rate(sums: Array) -> Array:
-    """(R, 2) words wrong and words said -> (R,); silence that something was heard in counts as one word."""
+    """Return word error rates, (R,), of sums (R, 2): word errors and reference words.
+
+    A reference without words counts as one word.
+    """
+    # WER = sum of word errors / max(sum of reference words, 1)
     return np.asarray(sums[:, 0] / sums[:, 1].clip(1))
 
 
 def _gap(sums: Array) -> Array:
-    """(R, bins + 1) -> (R,)."""
+    """Return the expected calibration error, (R,), of sums (R, BINS + 1) of `_binned`."""
+    # ECE = sum_bins |sum_{rows in bin} (confidence - accuracy)| / N
     return np.asarray(np.abs(sums[:, :-1]).sum(1) / sums[:, -1])

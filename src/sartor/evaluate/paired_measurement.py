@@ -1,7 +1,7 @@
-"""Replies and losses of base and tuned on held-out rows, in one batch where the compiled kernels fit.
+"""Replies and losses of base and tuned on held-out rows, in one batch where compiled kernels apply.
 
-They fit text on a CPU (`inference/local/paired_replies.py`). Elsewhere each side is measured by itself,
-`predictions.py`.
+The kernels apply to text on a CPU (`inference/local/paired_replies.py`). Elsewhere `predictions.py` measures each
+side by itself.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ def measure_models(
     is_decided: IsDecided | None = None,
     progress: Callable[[float], object] = lambda fraction: None,
 ) -> list[ModelOutputs]:
-    """What `measure_model` measures of each side (whether tuned), in one batch where the compiled kernels fit.
+    """Measure each side (whether tuned) as `measure_model` does.
 
-    is_decided: (index of a row, reply so far) -> whether no score that is wanted can change any more: the reply ends
-    there.
-    progress: told of the fraction that is done.
+    Both sides share one batch where the compiled kernels apply.
+
+    is_decided: (index of a row, reply so far) -> whether no requested score can change any more; the reply then ends.
+    progress: called with the fraction done, 0..1.
     """
     limit, chat = reply_limit(base, eval_set.examples), base.chat
     encoded = [chat.encode(example, eval_set.folder) for example in eval_set.examples]
@@ -61,19 +62,21 @@ def measure_models(
     examples = {row: index for index, row in enumerate(reply_rows)}
 
     def is_reply_decided(row: int, tokens: Sequence[int]) -> bool:
+        """Return whether the scores of the reply of a batch row are decided."""
         text = chat.decode(tokens)
-        # half a character is no text yet
+        # an incomplete UTF-8 character decodes to U+FFFD; wait for the rest of it
         return is_decided is not None and not text.endswith("\ufffd") and is_decided(examples[row], text)
 
     done, total = 0, len(rows) * len(sides)
 
     def advance(count: int) -> None:
+        """Report the progress after `count` more rows."""
         nonlocal done
         done += count
         progress(done / total)
 
-    # where spaces are cleaned up, what is written next changes what was written; where the template itself opens the
-    # reasoning, what is written first is no answer
+    # a tokenizer that cleans up spaces changes earlier text when more follows; a template that opens the reasoning
+    # makes the start of the reply no answer
     is_opened = any(opens_reasoning(chat, prompt) for prompt in prompts)
     has_clean_up = getattr(chat.tokenizer, "clean_up_tokenization_spaces", False)
     can_end = is_decided is not None and not has_clean_up and not is_opened
@@ -84,7 +87,7 @@ def measure_models(
     for side in results:
         nats = [side[row].nats for row in loss_rows]
         loss = [math.fsum(row) / len(row) if row else 0.0 for row in nats]
-        # the reply to a document is empty
+        # a document has an empty reply
         generations = [side[row].generation or Generation([], "stop") for row in reply_rows]
         outputs.append(reply_outputs(chat, generations, loss, tokens, field, is_opened=is_opened))
     return outputs
@@ -93,10 +96,10 @@ def measure_models(
 def measure_losses(
     base: Base, model: Any, encoded: Sequence[TokenizedExample], *, sides: Sequence[bool] = (False, True)
 ) -> list[list[float]]:
-    """Nats per supervised token of each row under each side (whether tuned); 0 of a row without such tokens.
+    """Return nats per supervised token of each row under each side (whether tuned).
 
-    In one batch where the compiled kernels fit, as `measure_models`. Raises ModelError when logits are not finite
-    there.
+    The loss of a row without such tokens is 0. Both sides share one batch where the compiled kernels apply, as in
+    `measure_models`; ModelError is raised there if logits are not finite.
     """
     rows = [paired_row(example, 0) for example in encoded]
     decoder = paired_replies.open_pair(model, rows, 0) if rows else None
@@ -113,8 +116,9 @@ def measure_losses(
 def _paired_rows(
     encoded: Sequence[TokenizedExample], prompts: Sequence[Sequence[int]]
 ) -> tuple[list[PairedRow], list[int], list[int]]:
-    """(rows, for each example that with its losses, that with its reply): one where an example begins with its
-    prompt.
+    """Return the batch rows, and for each example the row with its losses and the row with its reply.
+
+    Both are one row where the example's tokens begin with its prompt.
     """
     rows: list[PairedRow] = []
     loss_rows, reply_rows = [], []

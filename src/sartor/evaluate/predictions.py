@@ -1,4 +1,4 @@
-"""Held-out rows and what a model replies to them."""
+"""Held-out rows and the replies of a model to them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ from sartor.models.packing import TokenizedExample
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows to evaluate on. folder: below which their media lie. left_out: how many were not taken, and why."""
+    """Rows to evaluate on.
+
+    folder: folder of their media.
+    left_out: number of rows that were left out, by reason.
+    """
 
     examples: list[Example]
     folder: Path
@@ -46,11 +50,15 @@ class HeldOut:
 
 
 def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, split: str = "eval") -> HeldOut:
-    """The rows to evaluate on, and how many were left out and why. split: of the Dataset; without `data` alone.
+    """Return the rows to evaluate on, and how many were left out and why.
 
-    Rows that were trained on are never among them; where a Dataset is gone that cannot be checked, and `left_out` says
-    so. An Adapter of many clients has a Dataset of each: what one holds out and another trained on is left out.
+    split: of the Dataset; it applies only without `data`.
     media: a folder of the caller's, into which the media of `data` are copied.
+
+    Rows that were trained on are never among them. Where a Dataset is missing this cannot be checked, and `left_out`
+    says so. An Adapter of many clients has a Dataset of each: a row that one holds out and another trained on is left
+    out. Rows that were rated bad are left out too. Raises ConfigError if `most_rows` is below 1, ArtifactError if no
+    Dataset is found and no `data` given, and SourceError if no row is left.
     """
     datasets = ancestry.find_parents(adapter, "dataset")
     left_out: dict[str, int] = {}
@@ -62,7 +70,7 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
                 f"the Dataset of {adapter.path} is not where it was, or was changed",
                 "sartor index DIR finds it; or give --data FILE",
             )
-        if split == TEST:  # a retrained version's own Dataset has none; the one that it descends from may
+        if split == TEST:  # a retrained version's own Dataset has no test rows; its ancestor's may have
             datasets = ancestry.test_datasets(adapter) or datasets
         examples, folder = (
             _held_out_of(datasets, ancestry.training_datasets(adapter), left_out, split),
@@ -75,7 +83,7 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
     else:
         if not datasets:
             left_out["not_compared_with_training_rows"] = (
-                0  # the Dataset is gone: said, since nothing was left out for it
+                0  # the entry itself tells that the Dataset is missing; no row was left out for it
             )
         folder = media
         examples, refused = _rows_of(data, ancestry.training_datasets(adapter), media)
@@ -88,7 +96,7 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
                 f"all {bad_count} rows were rated bad, and so show no reply to be like",
                 '--data FILE with rows of "rating": 0 or above',
             )
-    # a fixed sample: the same rows in every run, whatever their order
+    # order by digest: a fixed sample, the same rows in every run
     examples.sort(key=lambda example: hashlib.sha256(example.id.encode()).digest())
     if len(examples) > most_rows:
         left_out["beyond_most_rows"] = len(examples) - most_rows
@@ -98,8 +106,10 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
 def _held_out_of(
     datasets: Sequence[Artifact], training_datasets: Sequence[Artifact], left_out: dict[str, int], split: str
 ) -> list[Example]:
-    """What Datasets hold out, each row once, without what another was trained on: of them, or of `training_datasets`,
-    among which are those of the rehearsal and of what the Adapter went on from. Media lie below the first one.
+    """Return the rows that Datasets hold out, each once, without rows that a Dataset trained on.
+
+    Those include `training_datasets`, among which are the Datasets of the rehearsal and of what the Adapter went on
+    from. Media lie below the first of `datasets`.
     """
     examples = {example.id: example for dataset in datasets for example in parquet_io.read_examples(dataset, split)}
     is_own = [item.id for item in training_datasets] == [item.id for item in datasets]
@@ -110,7 +120,10 @@ def _held_out_of(
 
 
 def _nothing_held_out_error(datasets: Sequence[Artifact], split: str, alternative: str) -> SourceError:
-    """That of Datasets without a row in a split; the remedy names a fraction that holds out a group, where one can."""
+    """Return the error for Datasets without a row in a split.
+
+    The remedy names a fraction that holds out a group, where one can.
+    """
     groups = Counter(split_group(example) for dataset in datasets for example in parquet_io.read_own_examples(dataset))
     rows, folder = groups.total(), datasets[0].path
     if len(groups) < 2:
@@ -118,20 +131,21 @@ def _nothing_held_out_error(datasets: Sequence[Artifact], split: str, alternativ
             f"{folder} holds out no row in the split {split}: its {rows} rows are in one group, which is never parted"
         )
         return SourceError(problem, f"add rows of other groups, {alternative}")
-    # `held_out_groups` takes a group from half of its size on
+    # `held_out_groups` takes a group as soon as half of its size is wanted
     fraction = math.ceil(100 * min(groups.values()) / rows) / 100
     problem = f"{folder} holds out no row in the split {split}, of {rows} rows in {len(groups)} groups"
     return SourceError(problem, f"curate with split.{split}_fraction of {min(fraction, 0.5):g} or more, {alternative}")
 
 
 def _trained_on(datasets: Sequence[Artifact]) -> set[str]:
+    """Return the ids of the training rows of Datasets."""
     return {example.id for dataset in datasets for example in parquet_io.read_examples(dataset, "train")}
 
 
 def _rows_of(data: Path, datasets: Sequence[Artifact], folder: Path) -> tuple[list[Example], dict[str, int]]:
-    """The rows of a file that were not trained on. Raises SourceError where none is left."""
+    """Return the rows of a file that were not trained on. Raises SourceError if none is left."""
     trained_on = _trained_on(datasets)
-    # as in a Dataset, so that a row has the id that it has there
+    # read as for a Dataset, so that a row has the same id as there
     rows = list(read_all(SourceOptions(str(data)), 4 << 20, folder / "media"))
     all_examples = [row for row in rows if isinstance(row, Example)]
     examples = [example for example in all_examples if example.id not in trained_on]
@@ -146,9 +160,10 @@ def _rows_of(data: Path, datasets: Sequence[Artifact], folder: Path) -> tuple[li
 
 
 def fitting(base: Base, rows: HeldOut, limit: int) -> HeldOut:
-    """The rows that the base's chat template, towers and context take, with a reply of `limit` tokens.
+    """Return the rows that the base's chat template, towers and context accept.
 
-    Raises SourceError when they refuse all.
+    limit: tokens of the reply, which has to fit into the context too. Raises SourceError if the base refuses all
+    rows.
     """
     fitting, refused, problem = [], dict(rows.left_out), ""
     for example in rows.examples:
@@ -157,7 +172,7 @@ def fitting(base: Base, rows: HeldOut, limit: int) -> HeldOut:
             problem = detail
             refused[reason] = refused.get(reason, 0) + 1
         else:
-            # as `tune` learns it
+            # in the form in which `tune` learns it
             fitting.append(reply_markup.read_example(example, base.chat.markup.spelt, keep_id=True))
     if not fitting:
         raise SourceError(
@@ -168,7 +183,10 @@ def fitting(base: Base, rows: HeldOut, limit: int) -> HeldOut:
 
 
 def ask_refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple[str, str]:
-    """(reason, problem) why a row cannot be asked; both empty where it can. limit: tokens of the reply."""
+    """Return why a row cannot be asked as (reason, problem); both are empty if it can.
+
+    limit: tokens of the reply.
+    """
     try:
         example = reply_markup.read_example(example, base.chat.markup.spelt)
         tokens = len(base.chat.encode(example, folder).ids)
@@ -185,40 +203,45 @@ def ask_refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple
 # A reply may be this much longer than the longest reference before it is cut (and then it is wrong anyway)
 SPARE_TOKENS = 8
 MOST_REPLY_TOKENS = 512
-# Of a prompt's end, in which a template may open the reasoning
+# Last tokens of a prompt, in which a template may open the reasoning
 _OPENING_TOKENS = 8
 
 
 def model_side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
-    """Inside, `model` computes as the tuned model, or as its base, to which what projectors make of media is blank."""
+    """Hold `model` as the tuned model or as its base.
+
+    As its base, the outputs of projectors for media are blank.
+    """
     stack = ExitStack()
     if not tuned:
         stack.enter_context(model.disable_adapter())
-        if not is_native(model):  # which reads media without an adapter
+        if not is_native(model):  # a native base reads media without an adapter
             stack.enter_context(blank(model))
     return stack
 
 
 def reply_limit(base: Base, examples: Sequence[Example]) -> int:
-    """Tokens after which a reply to any of these rows is cut."""
+    """Return the number of tokens after which a reply to any of these rows is cut."""
     lengths = [
         len(base.chat.tokenizer(_whole_text(example.messages[-1]))["input_ids"])
         for example in examples
-        if not example.is_document  # nothing is replied to
+        if not example.is_document  # a document has no reply
     ]
     return min(max(lengths, default=0) + SPARE_TOKENS, MOST_REPLY_TOKENS)
 
 
 def _whole_text(message: Message) -> str:
-    """A reply as a model that has learnt it writes it: with its reasoning."""
+    """Return a reply with its reasoning, as a model that has learnt it writes it."""
     text = reply_text(message)
     return f"<think>\n{message.reasoning_content}\n</think>\n\n{text}" if message.reasoning_content else text
 
 
 def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tuned: bool) -> ModelOutputs:
-    """Return all that is measured of one side. field: where a reply names a class; empty where none is asked for.
+    """Return all outputs of one side.
 
-    Raises ModelError where a loss is NaN or infinite: such a model has no scores.
+    field: field of a reply that names a class; empty if none is wanted.
+
+    Raises ModelError if a loss is NaN or infinite: such a model has no scores.
     """
     with model_side(model, tuned=tuned):
         generations = replies(base, model, eval_set, reply_limit(base, eval_set.examples))
@@ -247,7 +270,11 @@ def reply_outputs(
     *,
     is_opened: bool,
 ) -> ModelOutputs:
-    """The outputs of one side from its replies. field: as of `measure_model`. is_opened: as of ModelOutputs."""
+    """Return the outputs of one side from its replies.
+
+    field: as in `measure_model`.
+    is_opened: as in ModelOutputs.
+    """
     texts = [chat.decode(generation.ids) for generation in generations]
     outputs = ModelOutputs(
         texts, loss, tokens, [], [generation.finish == DECIDED for generation in generations], is_opened
@@ -259,28 +286,29 @@ def reply_outputs(
 
 
 def prompt_tokens(chat: ChatTokenizer, eval_set: HeldOut) -> list[list[int]]:
-    """The prompt of each row; an empty one of a document."""
+    """Return the prompt of each row; an empty one for a document."""
     return [
         [] if row.is_document else chat.prompt_ids(row.prompt, row.tools, eval_set.folder) for row in eval_set.examples
     ]
 
 
 def opens_reasoning(chat: ChatTokenizer, prompt: Sequence[int]) -> bool:
-    """Whether the chat template has opened the reply's reasoning at a prompt's end."""
+    """Return whether the chat template has opened the reply's reasoning at a prompt's end."""
     # ids of media are below 0
     return reply_markup.opens_reasoning(chat.decode([token for token in prompt[-_OPENING_TOKENS:] if token >= 0]))
 
 
 def template_opens_reasoning(chat: ChatTokenizer, eval_set: HeldOut) -> bool:
-    """Whether the chat template opens the reasoning of replies: it does so of each or of none, so that one prompt
-    tells.
+    """Return whether the chat template opens the reasoning of replies.
+
+    A template does so for every reply or for none, so that one prompt decides.
     """
     asked = [row for row in eval_set.examples if not row.is_document][:1]
     return any(opens_reasoning(chat, prompt) for prompt in prompt_tokens(chat, replace(eval_set, examples=asked)))
 
 
 def replies(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[Generation]:
-    """Greedy replies under the model as it stands, at most `limit` tokens each; an empty one to a document."""
+    """Return greedy replies under the model as it stands, at most `limit` tokens each; empty to a document."""
     chat = base.chat
     prompts = [prompt for prompt in prompt_tokens(chat, eval_set) if prompt]
     generations = iter(generate(model, prompts, stop=chat.stops, pad=chat.pad, sampling=Sampling(limit)))
@@ -291,11 +319,11 @@ def replies(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[Gener
 def losses(
     base: Base, model: Any, encoded: Sequence[TokenizedExample], pack_tokens: int = 2048, *, share: bool = False
 ) -> tuple[list[float], list[int]]:
-    """(nats per supervised token, supervised tokens) of each row under the model as it stands.
+    """Return (nats per supervised token, supervised tokens) of each row under the model as it stands.
 
-    share: what neighbouring rows begin with is computed once, which rounds otherwise.
+    share: whether to compute a common prefix of neighbouring rows once, which changes the rounding.
     """
-    # the fast path would always see the adapter, and `side` switches it off
+    # no fast path: it would always apply the adapter, which `model_side` may have disabled
     path = base.path(model, encoded, LossOptions(fast=False, share=share))
     means: list[float] = []
     for group in packing.group_by_capacity(
@@ -309,10 +337,11 @@ def losses(
 
 
 def _confidence(chat: ChatTokenizer, generation: Generation, text: str, answer: str, field: str) -> float:
-    """The probability of the label that a reply named: the product over the tokens that spell it; 0 where it named
-    none.
+    """Return the probability of the label that a reply names.
 
-    answer: the end of `text` behind its reasoning.
+    It is the product over the tokens that spell the label; 0 if the reply names none.
+
+    answer: the end of `text` after its reasoning.
     """
     if not generation.ids or label_of(answer, field) is None:
         return 0.0
@@ -323,9 +352,10 @@ def _confidence(chat: ChatTokenizer, generation: Generation, text: str, answer: 
 
 
 def _spelling(chat: ChatTokenizer, ids: Sequence[int], start: int, end: int) -> tuple[int, int]:
-    """[first, last) of the tokens that hold any of the characters [start, end) of a reply."""
+    """Return [first, last) of the tokens that hold any of the characters [start, end) of a reply."""
 
     def reached(count: int) -> int:
+        """Return the number of characters of the first `count` tokens."""
         return len(chat.decode(ids[:count]))
 
     counts = range(len(ids) + 1)

@@ -9,14 +9,16 @@ from typing import Any
 
 from sartor.core.records import canonical_text
 
-# the field's name for the reply as it stands
+# name of the field that is the whole reply
 WHOLE = "."
 _DECODER = json.JSONDecoder()
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 def value_at(data: Any, field: str) -> tuple[bool, Any]:
-    """(whether `data` has the field, its value). field: keys of objects joined by dots; a key may hold dots itself.
+    """Return whether `data` has the field, and its value.
+
+    field: keys of objects joined by dots; a key may itself contain dots.
 
     >>> value_at({"a": {"b": 1}}, "a.b")
     (True, 1)
@@ -32,7 +34,7 @@ def value_at(data: Any, field: str) -> tuple[bool, Any]:
 
 
 def parse_reply(reply: str) -> Any:
-    """The JSON of a reply, or None where it is none."""
+    """Return the JSON value of a reply, or None if it is no JSON."""
     try:
         return json.loads(reply)
     except (ValueError, RecursionError):
@@ -40,12 +42,12 @@ def parse_reply(reply: str) -> Any:
 
 
 def is_json(reply: str) -> bool:
-    """Whether a reply is one JSON object or list."""
+    """Return whether a reply is one JSON object or list."""
     return isinstance(parse_reply(reply), dict | list)
 
 
 def is_no_object(reply_so_far: str) -> bool:
-    """Whether no continuation of a reply is a JSON object, seen by its first character.
+    """Return whether no continuation of a reply is a JSON object, judged by its first character.
 
     >>> is_no_object(" The"), is_no_object(" {"), is_no_object("")
     (True, False, False)
@@ -55,9 +57,9 @@ def is_no_object(reply_so_far: str) -> bool:
 
 
 def label_of(reply: str, field: str) -> str | None:
-    """The class that a reply names at `field`, or None where it is no JSON or has no such field.
+    """Return the class that a reply names at `field`, or None if it is no JSON or lacks the field.
 
-    A text is its own label, another value its JSON. The field `.` is the whole reply without the space around it.
+    A string is its own label, another value its JSON. The field `.` is the whole reply without the space around it.
 
     >>> label_of('{"defect": "hole", "at": {"zone": 3}}', "at.zone")
     '3'
@@ -69,12 +71,14 @@ def label_of(reply: str, field: str) -> str | None:
 
 
 def text_of(value: Any) -> str:
-    """A JSON value as a label."""
+    """Return a JSON value as a label."""
     return value if isinstance(value, str) else canonical_text(value)
 
 
 def span_of(reply: str, field: str) -> tuple[int, int]:
-    """[start, end) of the characters of a label in a reply that has one, of a text without its quotation marks.
+    """Return the characters [start, end) of a label in a reply that has one.
+
+    A string's span excludes its quotation marks.
 
     >>> '{"a": {"b": "yes"}}'[slice(*span_of('{"a": {"b": "yes"}}', "a.b"))]
     'yes'
@@ -86,7 +90,7 @@ def span_of(reply: str, field: str) -> tuple[int, int]:
 
 
 def known_fields(replies: Iterable[str]) -> list[str]:
-    """The fields that JSON replies have, for a message."""
+    """Return the fields of the JSON replies, for an error message."""
     fields: dict[str, None] = {}
     for reply in replies:
         data = parse_reply(reply)
@@ -95,7 +99,10 @@ def known_fields(replies: Iterable[str]) -> list[str]:
 
 
 def _find(text: str, start: int, field: str) -> tuple[int, int]:
-    """The value of `field` in the object that begins at `start`. As in json, the last of equal keys holds."""
+    """Return the span of the value of `field` in the object that begins at `start`.
+
+    As in `json`, the last of equal keys wins.
+    """
     members = _members(text, start)
     if field in members:
         return members[field]
@@ -104,20 +111,21 @@ def _find(text: str, start: int, field: str) -> tuple[int, int]:
 
 
 def _members(text: str, start: int) -> dict[str, tuple[int, int]]:
-    """Key -> [start, end) of its value, of the object that begins at `start`."""
+    """Return key -> [start, end) of its value, for the object that begins at `start`."""
     result: dict[str, tuple[int, int]] = {}
     position = _blanks(text, start + 1)
     while text[position] == '"':
         key, position = _DECODER.raw_decode(text, position)
-        value_start = _blanks(text, _blanks(text, position) + 1)  # behind the colon
+        value_start = _blanks(text, _blanks(text, position) + 1)  # after the colon
         _, end = _DECODER.raw_decode(text, value_start)
         result[key] = value_start, end
-        position = _blanks(text, _blanks(text, end) + 1)  # behind the comma, or the end
+        position = _blanks(text, _blanks(text, end) + 1)  # after the comma, or the end
         if position >= len(text):
             break
     return result
 
 
 def _blanks(text: str, position: int) -> int:
+    """Return the position after the JSON white space at `position`."""
     match = _BLANKS.match(text, position)
     return match.end() if match else position

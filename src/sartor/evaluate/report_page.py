@@ -23,10 +23,10 @@ _STYLE = (
     "@media (prefers-color-scheme: dark) { img.chart { filter: invert(.9) hue-rotate(180deg); } } "
     "img.small { max-width: 6rem; border-radius: .2rem; display: block; margin-bottom: .3rem; }"
 )
-# Of rows that the tuned model got wrong, and of those that it got right
+# Maximum number of rows shown that the tuned model got wrong, and of those that it got right
 SHOWN = 6
 _NUMBERS = ("base", "tuned", "difference", "low", "high")
-# Whether a row is right, where the metric is one of the whole set
+# Score that decides whether a row is right, for a metric of the whole set
 _OF_ROW = {"macro_f1": "accuracy"}
 
 
@@ -36,7 +36,12 @@ def render(
     table: Sequence[Mapping[str, Any]],
     pictures: Mapping[int, str] | None = None,
 ) -> str:
-    """The page. `report` are the Report's facts, `table` its rows; pictures: data URLs of small pictures, by row."""
+    """Return the page as HTML.
+
+    report: facts of the Report.
+    table: its rows.
+    pictures: data URLs of small pictures, by row.
+    """
     run = adapter.manifest.get("run", {})
     recipe = adapter.manifest.get("recipe", {})
     parts = [
@@ -71,7 +76,7 @@ def _lead(report: Mapping[str, Any], adapter: Artifact) -> str:
 
 
 def _chosen(report: Mapping[str, Any]) -> str:
-    """How often the rows were evaluated before; nothing for a Report of an older version."""
+    """Return how often the rows were evaluated before; empty for a Report of an older version."""
     if "chosen" not in report:
         return ""
     return f"<p class=lead>How it was chosen: {escape(report['chosen']['sentence'])}.</p>"
@@ -95,10 +100,11 @@ def _headlines(report: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[tu
 
 
 def _intervals(report: Mapping[str, Any]) -> str:
-    """Each metric that is better when higher as a line: base, tuned, and the interval of the gain drawn from the
-    base.
+    """Return a chart with one line per metric that is better when higher.
+
+    A line shows base, tuned, and the interval of the gain, drawn from the base.
     """
-    # what is better when lower is no gain, and a loss or a rate of errors has no end at 1
+    # metrics that are better when lower show no gain, and a loss or an error rate may exceed 1
     rows = [(name, metric) for name, metric in report["metrics"].items() if name not in LOWER_IS_BETTER]
     left, width, step = 130, 700, 46
     marks = [
@@ -131,6 +137,7 @@ def _intervals(report: Mapping[str, Any]) -> str:
 
 
 def _metric_table(report: Mapping[str, Any]) -> str:
+    """Return the table of metrics and forgetting probes with their verdicts."""
     lines = []
     probe_rows = {
         f"{name} loss (forgetting)": probe
@@ -157,7 +164,7 @@ def _metric_table(report: Mapping[str, Any]) -> str:
 
 
 def _ablation(report: Mapping[str, Any]) -> str:
-    """What each modality is worth: the costs of media that are shuffled or blank, if rows hold any."""
+    """Return the costs of shuffled or blank media by modality; empty if no row holds media."""
     lines = []
     for kind, ablation in report["ablation"].items():
         fields = {
@@ -179,7 +186,10 @@ def _ablation(report: Mapping[str, Any]) -> str:
 
 
 def _audit(report: Mapping[str, Any], adapter: Artifact) -> str:
-    """What the gate would say of the audit at its usual limits, and the published sets; nothing without one."""
+    """Return the gate's checks of the audit at its default limits, and the public benchmarks.
+
+    The result is empty without an audit.
+    """
     audit = report.get("audit")
     if not audit:
         return ""
@@ -213,6 +223,7 @@ def _audit(report: Mapping[str, Any], adapter: Artifact) -> str:
 
 
 def _cost(label: str, name: str, cost: Mapping[str, float]) -> str:
+    """Return the table line of one cost."""
     verdict = ("better", "it matters") if cost["low"] > 0 else ("worse", "no cost shown")
     cells = "".join(f"<td class=n>{cost[key]:.3f}</td>" for key in ("tuned", "base", "difference", "low", "high"))
     title = f"<td>{escape(label)}</td><td>{escape(name.replace('_', ' '))}</td>"
@@ -220,6 +231,7 @@ def _cost(label: str, name: str, cost: Mapping[str, float]) -> str:
 
 
 def _picture(adapter: Artifact) -> str:
+    """Return the loss curve of the adapter as an image."""
     file = adapter.path / "loss.png"
     if not file.is_file():
         return "<p class=lead>the loss curve lies with the adapter</p>"
@@ -227,7 +239,7 @@ def _picture(adapter: Artifact) -> str:
 
 
 def is_right(row: Mapping[str, Any], primary: str) -> bool | None:
-    """Whether the tuned reply to a row is right by the primary metric; None for a row that it says nothing of."""
+    """Return whether the tuned reply to a row is right by the primary metric; None without a score."""
     score = row[f"tuned_{_OF_ROW.get(primary, primary)}"]
     if score is None:
         return None
@@ -235,7 +247,10 @@ def is_right(row: Mapping[str, Any], primary: str) -> bool | None:
 
 
 def rows_to_show(table: Sequence[Mapping[str, Any]], primary: str) -> list[int]:
-    """Which rows the page shows: some that the tuned model got wrong first, then some that it got right."""
+    """Return the indices of the rows that the page shows.
+
+    Up to SHOWN rows that the tuned model got wrong come first, then up to SHOWN that it got right.
+    """
     verdicts = [is_right(row, primary) for row in table]
     return [
         index
@@ -245,11 +260,12 @@ def rows_to_show(table: Sequence[Mapping[str, Any]], primary: str) -> list[int]:
 
 
 def cut_mark(row: Mapping[str, Any], side: str) -> str:
-    """What stands behind a reply that was not written to its end, since its scores were decided."""
+    """Return a note for a reply that was stopped early because its scores were decided, else ""."""
     return " <span class=lead>(cut: its scores were decided)</span>" if row.get(f"{side}_is_cut") else ""
 
 
 def _answers(table: Sequence[Mapping[str, Any]], primary: str, pictures: Mapping[int, str]) -> str:
+    """Return the table of prompts, references and replies of the rows to show."""
     lines = []
     for index in rows_to_show(table, primary):
         row = table[index]
@@ -271,6 +287,7 @@ def _answers(table: Sequence[Mapping[str, Any]], primary: str, pictures: Mapping
 
 
 def _sources(report: Mapping[str, Any]) -> str:
+    """Return the table of source files."""
     lines = [
         f"<tr><td>{escape(source['path'])}</td><td><code>{source['sha256'][:16]}</code></td><td>{escape(source['licence'])}</td>"
         f"<td>{escape(source['form'])}</td><td class=n>{source['kept']:,} of {source['read']:,}</td></tr>"
@@ -284,7 +301,10 @@ PIXELS = 96
 
 
 def thumbnails(eval_set: HeldOut, indices: Iterable[int]) -> dict[int, str]:
-    """Data URLs of JPEGs of at most PIXELS each way: of these rows the first picture, where one can be decoded."""
+    """Return data URLs of JPEGs of at most PIXELS each way, by row.
+
+    Each shows the first picture of its row. Rows whose picture cannot be decoded are left out.
+    """
     result = {}
     for index in indices:
         pictures = [part for part in media_of(eval_set.examples[index]) if part.kind == "image"]
@@ -294,9 +314,10 @@ def thumbnails(eval_set: HeldOut, indices: Iterable[int]) -> dict[int, str]:
 
 
 def _thumbnail(part: Part, eval_set: HeldOut) -> str:
+    """Return the picture as a JPEG data URL, or "" if it cannot be decoded."""
     try:
         image = open_image(content_of(part, eval_set.folder))
-    except SartorError:  # the page is whole without it
+    except SartorError:  # the page is complete without it
         return ""
     image.thumbnail((PIXELS, PIXELS))
     buffer = io.BytesIO()

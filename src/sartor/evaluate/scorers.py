@@ -1,7 +1,7 @@
 """Scorers of one reply: exact match, F1, ROUGE-L and word error rate.
 
-In scripts that write no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word,
-so that the word error rate is there the character error rate, as is usual for them.
+In scripts that write no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word.
+So the word error rate there is the character error rate, as is usual for them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(reply: str, reference: str) -> float:
-    r"""1 where both are the same text but for white space at the ends.
+    r"""Return 1 if both texts are the same except for white space at the ends, else 0.
 
     >>> exact_match(' yes\n', 'yes')
     1.0
@@ -33,10 +33,10 @@ def exact_match(reply: str, reference: str) -> float:
 
 
 def f1(reply: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over words, as in SQuAD (Rajpurkar et al. 2016).
+    """Return the harmonic mean of precision and recall over words, as in SQuAD (Rajpurkar et al. 2016).
 
-    Lower case, without punctuation and English articles. Two texts of which nothing is left then are compared as they
-    are.
+    Texts are compared in lower case, without punctuation and English articles. If nothing is left of both texts, they
+    are compared as they are.
 
     >>> round(f1('the red car', 'a red bus'), 2), f1('the', 'a'), f1('+', '-')
     (0.5, 0.0, 0.0)
@@ -52,24 +52,25 @@ def f1(reply: str, reference: str) -> float:
 
 
 def _wordless_match(reply: str, reference: str, both_empty: bool) -> float:
-    """Of two texts, one of which at least has no word: 1 where neither has, and they are the same text but for
-    case.
+    """Return the score of two texts, at least one of which has no word.
+
+    It is 1 if neither has a word and both are the same except for case, else 0.
     """
     return float(both_empty and exact_match(_folded(reply), _folded(reference)))
 
 
 def _folded(text: str) -> str:
-    """Lower case, composed (NFC): an accent may be a character of its own."""
+    """Return the text in lower case, composed (NFC): an accent may be a character of its own."""
     return unicodedata.normalize("NFC", text).lower()
 
 
 def _spaced(text: str) -> str:
-    """A text with spaces around each character of a script that writes none between words."""
+    """Return the text with spaces around each character of a script that writes none between words."""
     return _UNSPACED.sub(r" \1 ", text)
 
 
 def count_words(text: str) -> int:
-    """Return the number of words, in scripts without spaces of characters.
+    """Return the number of words; in scripts without spaces, the number of characters.
 
     >>> count_words("turn it on"), count_words("你好吗")
     (3, 3)
@@ -78,16 +79,17 @@ def count_words(text: str) -> int:
 
 
 def _words(text: str) -> list[str]:
-    # punctuation parts words in JSON (`"a":"b"`), where SQuAD's plain deletion would glue them together
+    """Return the words of a text as F1 compares them: lower case, no punctuation, no English articles."""
+    # punctuation separates words in JSON (`"a":"b"`), where SQuAD's plain deletion would join them
     spaced = re.sub(r'[{}\[\]":,]', " ", _spaced(_folded(text)))
     return _ARTICLES.sub(" ", spaced.translate(_PUNCTUATION)).split()
 
 
 def rouge_l(reply: str, reference: str) -> float:
-    """ROUGE-L (Lin 2004): harmonic mean of precision and recall of the longest common subsequence of words.
+    """Return ROUGE-L (Lin 2004): F1 over the longest common subsequence of words.
 
-    Lower case, letters and digits alone, without stemming. Two texts of which nothing is left then are compared as
-    they are.
+    ROUGE-L = 2 LCS / (m + n) for texts of m and n words. Texts are in lower case, letters and digits alone, without
+    stemming. If nothing is left of both texts, they are compared as they are.
 
     >>> round(rouge_l('the cat sat', 'the cat was sitting'), 2)
     0.57
@@ -99,7 +101,7 @@ def rouge_l(reply: str, reference: str) -> float:
 
 
 def spoken(text: str) -> str:
-    """A text as it is heard: lower case, without punctuation, words parted by one space.
+    """Return the text as it is spoken: lower case, no punctuation, words separated by one space.
 
     >>> spoken("Don't stop -- Roll 4, please!")
     'dont stop roll 4 please'
@@ -108,9 +110,10 @@ def spoken(text: str) -> str:
 
 
 def word_errors(reply: str, reference: str) -> tuple[int, int]:
-    """(words wrong, words of the reference), of both as they are heard. Their sums' ratio is the word error rate.
+    """Return word errors and reference words, both counted on the texts as spoken.
 
-    Wrong are words to change, leave out or put in (Levenshtein), as jiwer counts.
+    The ratio of their sums is the word error rate. Errors are substitutions, deletions and insertions (Levenshtein),
+    as jiwer counts.
 
     >>> word_errors('stop a line now', 'Stop the line.')
     (2, 3)
@@ -120,9 +123,10 @@ def word_errors(reply: str, reference: str) -> tuple[int, int]:
 
 
 def _spoken_words(text: str) -> list[str]:
+    """Return the words of a text as spoken: lower case, letters and digits, without apostrophes."""
     text = _APOSTROPHE.sub("", _folded(text))
     if not text.isascii():
-        # vowel signs of Hindi and others are marks, which belong to their words
+        # the vowel signs of Hindi and other scripts are marks, which belong to their words
         return _spaced("".join(letter if letter.isalnum() or _is_mark(letter) else " " for letter in text)).split()
     return _NO_WORD.sub(" ", text).split()
 
@@ -132,27 +136,28 @@ def _is_mark(letter: str) -> bool:
 
 
 def is_never_decided(reply_so_far: str, reference: str) -> bool:
-    """Return False: more words change an overlap of words."""
+    """Return False: further words always change an overlap of words."""
     return False
 
 
 def is_mismatch(reply_so_far: str, reference: str) -> bool:
-    r"""Return whether no continuation of a reply is the same text as its reference but for white space at the ends.
+    r"""Return whether no continuation of a reply can match its reference.
+
+    White space at the ends is ignored, as in `exact_match`.
 
     >>> is_mismatch(' ye', 'yes'), is_mismatch('yes\n', 'yes'), is_mismatch('yes.', 'yes'), is_mismatch('no', 'yes')
     (False, False, True, True)
     """
-    # white space at the end belongs to the text as soon as anything else follows it
+    # white space at the end becomes part of the text as soon as anything else follows it
     reply, target = reply_so_far.lstrip(), reference.strip()
     return not (target.startswith(reply) or (reply.startswith(target) and not reply[len(target) :].strip()))
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A score of a reply against its reference.
+    """Score of a reply against its reference.
 
-    is_decided: whether no continuation of a reply so far can change the score, so that the reply need not be written
-    on.
+    is_decided: whether no continuation of a reply so far can change the score, so that the reply may end there.
     """
 
     score: Callable[[str, str], float]

@@ -1,6 +1,6 @@
 """Facts about the rows an adapter was tuned on.
 
-The system prompt and the tools that most rows carry, whether their replies are JSON, prompts for the router
+They are the system prompt and the tools that most rows carry, whether their replies are JSON, prompts for the router
 (`exemplars`), and prompts with the replies that the Report recorded (`canaries`). No torch.
 """
 
@@ -27,28 +27,29 @@ from sartor.text.encoders import counts, rarity
 
 EXEMPLARS = "router/exemplars.jsonl"
 MOST_EXEMPLARS = 400
-# of the held-out rows, with which the router's threshold is chosen
+# fraction of exemplars from held-out rows, with which the router's threshold is chosen
 HELD_OUT_FRACTION = 1 / 4
 MOST_CHARACTERS = 600
-# Rows of general talk, which some add to keep a specialist's manners: what the router should leave to the base
+# Split of rows of general conversation, which a rehearsal adds: the router should leave them to the base
 OTHER = "other"
 MOST_OTHER = 60
-# So many of the general rows are looked through for those that are most like the agent's own
+# So many general rows are searched for those that resemble the agent's own most
 MOST_MINED = 2_000
-# They are the probe of a personal version too, of which six are the least that tell (evaluate/bootstrap.py): two to
-# spare
+# They also probe a personal version, which needs at least six (evaluate/bootstrap.py); two are spare
 CANARIES = 8
-# A reply is JSON if the training replies are, but for a few
+# Replies are JSON if at least this fraction of the training replies is
 JSON_FRACTION = 0.95
 MASKING = "personal_data"
 
 
 @dataclass
 class TrainingFacts:
-    """Counted over the rows of a Dataset; `exemplars` maps a split to (Example's id, prompt, system prompt).
+    """Counts over the rows of a Dataset.
 
-    `rehearsed`: (Example's id, prompt) of rows whose source the recipe calls `rehearsal`; nothing else is counted of
+    exemplars: split -> (Example's id, prompt, system prompt).
+    rehearsed: (Example's id, prompt) of rows whose source the recipe calls `rehearsal`; nothing else is counted of
     them.
+    prompts: Example's id -> its prompt, of held-out rows.
     """
 
     systems: Counter[str] = field(default_factory=Counter)
@@ -61,27 +62,27 @@ class TrainingFacts:
 
     @property
     def system_prompt(self) -> str:
-        """What most rows open with; empty if that is nothing."""
+        """System prompt of most rows; empty if most have none."""
         return self.systems.most_common(1)[0][0] if self.systems else ""
 
     @property
     def most_tools(self) -> list[Any]:
-        """The tools that most rows declare."""
+        """Tools that most rows declare."""
         tools_json = self.tools.most_common(1)[0][0] if self.tools else ""
         return list(json.loads(tools_json)) if tools_json else []
 
     @property
     def format(self) -> Literal["json", "text"]:
-        """What the replies are."""
+        """Format of the replies: "json" if at least JSON_FRACTION of them are JSON, else "text"."""
         return "json" if self.rows and self.json_replies >= JSON_FRACTION * self.rows else "text"
 
     def rehearse(self, example: Example) -> None:
-        """One row of general talk."""
+        """Record one row of general conversation."""
         if text := _exemplar(example):
             self.rehearsed.append((example.id, text))
 
     def add(self, example: Example) -> None:
-        """One row of the agent's own, of either split."""
+        """Count one row of the agent's own, of either split."""
         system = example.messages[0].text if example.messages[0].role == "system" else ""
         if example.split == "train":
             self.rows += 1
@@ -95,9 +96,9 @@ class TrainingFacts:
 
 
 def read_facts(adapter: Artifact) -> TrainingFacts:
-    """The facts of an Adapter's Dataset, and of those of what its tuning went on from; each row once.
+    """Return the facts of an Adapter's Dataset and of the Datasets that its tuning went on from.
 
-    Raises ArtifactError where the Dataset is not to be found.
+    Each row counts once; rows that were rated bad do not count. Raises ArtifactError if the Dataset is not found.
     """
     own_dataset = ancestry.find_parent(adapter, "dataset")
     if own_dataset is None:
@@ -109,7 +110,7 @@ def read_facts(adapter: Artifact) -> TrainingFacts:
     for dataset in (own_dataset, *_earlier(adapter)):
         rehearsed = parquet_io.rehearsal_sources(dataset)
         for example in parquet_io.read_examples(dataset):
-            if example.id in seen or example.rating < 0:  # what was rated bad shows no reply of the agent's
+            if example.id in seen or example.rating < 0:  # a reply that was rated bad is no example
                 continue
             seen.add(example.id)
             is_rehearsal = all(origin.source in rehearsed for origin in example.origins)
@@ -120,7 +121,10 @@ def read_facts(adapter: Artifact) -> TrainingFacts:
 
 
 def _earlier(adapter: Artifact) -> Iterator[Artifact]:
-    """The Datasets of the Adapters that a tuning went on from, the nearest first, as far as they still stand."""
+    """Yield the Datasets of the Adapters that a tuning went on from, the nearest first.
+
+    Datasets that no longer exist are left out.
+    """
     starts = {parent["id"] for parent in adapter.manifest["parents"] if parent["kind"] in ("adapter", "release")}
     for step in ancestry.walk(adapter):
         if step.id in starts and step.state == "opened":
@@ -131,15 +135,16 @@ def _earlier(adapter: Artifact) -> Iterator[Artifact]:
 
 
 def write_exemplars(facts: TrainingFacts, part: Path, max_rows: int) -> int:
-    """`router/exemplars.jsonl` below `part`: {"text", "split"} a line, `max_rows` in all; 0 writes none. Returns how
-    many.
+    """Write `router/exemplars.jsonl` below `part` and return its number of lines.
 
-    split: `train`, `eval` (held out: the router's threshold is chosen with them), or `other`: rehearsal, and training
-    rows without a system prompt where most have one, which are general talk and what the agent is not for. Rows are
-    taken in the
-    order of their ids, which are digests: any part of them is a fair sample, and the same one each time. Where there
-    is more general talk than room, half of it is that which is most like the agent's own prompts. Prompts that look
-    personal are left out.
+    A line is {"text", "split"}; there are at most `max_rows`, and none writes no file.
+
+    split: `train`, `eval` (held out: the router's threshold is chosen with them), or `other`: general conversation,
+    which the agent is not for. That is rehearsal, and training rows without a system prompt where most have one.
+
+    Rows are taken in the order of their ids, which are digests. So any part of them is a fair sample, and the same
+    one each time. If there is more general conversation than room, half of it is what resembles the agent's own
+    prompts most. Prompts that look personal are left out.
     """
     is_general = bool(facts.system_prompt)
     own_prompts: list[tuple[str, str]] = []
@@ -164,12 +169,14 @@ def write_exemplars(facts: TrainingFacts, part: Path, max_rows: int) -> int:
 
 
 def recorded_canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, Any]]:
-    """A few held-out prompts of the Report with the tuned model's greedy replies: what admission asks again before it
-    serves.
+    """Return a few held-out prompts of the Report with the tuned model's greedy replies.
 
-    One of each reply first, then others of the same reply. The shortest, since they are compared as they stand and
-    numbers that are rounded otherwise part long ones. None of a row with media: a manifest holds text; none that was
-    cut. Each states by which arithmetic its reply was made (core/numerics.py).
+    Admission asks them again before it serves.
+
+    One prompt of each distinct reply comes first, then others with the same reply. Short replies are preferred:
+    replies are compared exactly, and different rounding makes long ones diverge. Rows with media are left out, since
+    a manifest holds text, and so are replies that were cut. Each entry states the arithmetic that made its reply
+    (core/numerics.py).
     """
     rows = parquet_io.read_file(report.path / "rows.parquet")
     candidates = [
@@ -188,8 +195,9 @@ def recorded_canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, 
 
 
 def _messages(facts: TrainingFacts, row: dict[str, Any]) -> list[dict[str, str]]:
-    """A row's prompt as it was asked; one from another file than the Dataset, after the system prompt that most rows
-    have.
+    """Return a row's prompt as it was asked.
+
+    A row from another file than the Dataset is preceded by the system prompt of most rows.
     """
     messages = facts.prompts.get(row["id"])
     if messages is None:
@@ -199,25 +207,27 @@ def _messages(facts: TrainingFacts, row: dict[str, Any]) -> list[dict[str, str]]
 
 
 def _exemplar(example: Example) -> str:
-    """The question of a row: its last user turn, if it is short enough and nothing in the row was masked."""
+    """Return the question of a row: its last user turn; "" if it is too long or the row was masked."""
     questions = [message.text.strip() for message in example.prompt if message.role == "user"]
     is_fit = bool(questions) and MASKING not in example.steps and len(questions[-1]) <= MOST_CHARACTERS
     return questions[-1] if is_fit else ""
 
 
 def _chosen(rows: Sequence[tuple[str, str]], max_texts: int) -> list[str]:
+    """Return up to `max_texts` distinct texts in the order of their ids, without those that look personal."""
     texts = dict.fromkeys(text for _, text in sorted(rows))
     return list(itertools.islice((text for text in texts if not _is_personal(text)), max_texts))
 
 
 def _hard(general: Sequence[tuple[str, str]], own_texts: Sequence[str], max_texts: int) -> list[str]:
-    """Of general talk a fair sample, and as many that have most words in common with one of the agent's own
-    prompts.
+    """Return a fair sample of general texts, and as many that resemble the agent's own prompts most.
+
+    Resemblance is the largest cosine similarity to one own prompt, of word counts weighted by rarity.
     """
     texts = _chosen(general, MOST_MINED)
     if len(texts) <= max_texts or not own_texts:
         return texts[:max_texts]
-    from sklearn.preprocessing import normalize  # a second to import, and few Releases have so much talk
+    from sklearn.preprocessing import normalize  # takes a second to import, and few Releases have so many rows
 
     weights = rarity(texts)
     general_vectors, own_vectors = (
@@ -230,6 +240,7 @@ def _hard(general: Sequence[tuple[str, str]], own_texts: Sequence[str], max_text
 
 
 def _is_personal(text: str) -> bool:
+    """Return whether the masking of personal data would change the text."""
     return _masker()(text) != text
 
 

@@ -1,10 +1,10 @@
-"""Aggregation modes and their distance to the exact mean.
+"""Aggregation modes of LoRA updates, and the distance of their result to the exact mean.
 
     mode: freeze_a          # or alternate, residual, factors
 
-The mean of factors is no mean: mean(B_i) mean(A_i) is not mean(B_i A_i). A mode is exact if what it makes computes
-mean(B_i A_i), and linear if that follows from the sum of what is sent, so that a secure sum, which shows nothing else,
-will do.
+Averaging the factors does not average the products: mean(B_i) mean(A_i) differs from mean(B_i A_i). A mode is exact if
+its result computes mean(B_i A_i). It is linear if that result follows from the sum of the uploads alone. A secure sum
+shows nothing else, so it needs a linear mode.
 
 | mode | exact | linear | source |
 |---|---|---|---|
@@ -13,10 +13,14 @@ will do.
 | residual | yes | no | FedEx-LoRA, arXiv:2410.09432 |
 | factors | no | yes | FedIT, arXiv:2305.05644: a baseline to compare with |
 
-The canary is some modules with random inputs X (in, K), drawn from the round's seed: ||(P - mean(B_i A_i)) X|| over
-||mean(B_i A_i) X||. For Gaussian X its squares are the Frobenius norms' in expectation. A client's response B_i A_i X
-is a few thousand numbers and linear in its product, so under a secure sum it goes along in the sum, and no server sees
-one. Where noise is added for privacy nobody sends a response: it would be a second release, without noise.
+The exactness probe compares the product P that the round made on a few modules. Its inputs X (in, K) are Gaussian and
+drawn from the round's seed. With M = mean(B_i A_i):
+
+    error = ||(P - M) X||_F / ||M X||_F,   E ||M X||_F^2 = K ||M||_F^2
+
+so the error estimates the relative Frobenius error of the products. A client's response B_i A_i X has a few thousand
+numbers and is linear in its product. Under a secure sum it is therefore summed too, and no server sees a single one.
+Where noise is added for privacy no client sends a response: it would be a second release, without noise.
 """
 
 from __future__ import annotations
@@ -34,8 +38,10 @@ from sartor.models.lora_tensors import A, Array, B, LoraPair, Tensors, add_chang
 
 @dataclass(frozen=True)
 class Combined:
-    """What a round made: the shared adapter, and module -> what is to be added to its frozen weight (`fold`), as
-    factors.
+    """Result of a round.
+
+    tensors: the next shared adapter.
+    residual: module -> factors of the matrix to be added to its frozen weight (`fold`).
     """
 
     tensors: Tensors
@@ -43,64 +49,79 @@ class Combined:
 
 
 class Mode(Protocol):
-    """How a round's adapters become one. Rounds count from 1."""
+    """Aggregation mode: turns the adapters of a round into one.
+
+    number: number of a round, from 1.
+    """
 
     @property
     def kind(self) -> str:
-        """Its word in a manifest."""
+        """Name of the mode in a manifest."""
         ...
 
     @property
     def is_exact(self) -> bool:
-        """Whether what is made computes the mean of the clients' products, but for rounding."""
+        """True if the result computes the mean of the clients' products, up to rounding."""
         ...
 
     @property
     def is_linear(self) -> bool:
-        """Whether it needs the weighted mean of what is sent and nothing else: only then `applied` may be called."""
+        """True if the weighted mean of the uploads suffices; else `applied` is right for a single upload only."""
         ...
 
     def trains(self, name: str, number: int) -> bool:
-        """Whether clients train the tensor `name` in round `number`."""
+        """Return whether clients train the tensor `name` in round `number`."""
         ...
 
     def sent(self, shared: Tensors, number: int) -> Tensors:
-        """Tensors with the names and shapes of an upload, to check one against (`updates.checked`)."""
+        """Return tensors with the names and shapes of an upload, to check one with `updates.check_update`."""
         ...
 
     def upload(self, shared: Tensors, trained: Tensors, number: int) -> Tensors:
-        """What a client sends, who began with the shared adapter and ended with `trained`.
+        """Return the upload of a client that started from `shared` and ended with `trained`.
 
-        Raises InputError where a tensor was trained that the round holds still.
+        The tensors have the names and shapes of `sent`. Raises InputError if a tensor that the round freezes was
+        trained.
         """
         ...
 
     def applied(self, shared: Tensors, mean: Tensors, number: int) -> Tensors:
-        """The next shared adapter from the mean of the uploads. Of one upload it is that client's own adapter."""
+        """Return the next shared adapter, in the shapes of `shared`, from the mean of the uploads.
+
+        Applied to a single upload, it returns that client's own adapter.
+        """
         ...
 
     def combine(self, shared: Tensors, updates: Sequence[Update], number: int) -> Combined:
-        """The next shared adapter where the uploads are seen one by one. Raises InputError for one that cannot be
-        used.
+        """Return the next shared adapter, in the shapes of `shared`, from the individual uploads.
+
+        Raises InputError for an upload that cannot be used.
         """
         ...
 
 
 class _Changes:
-    """Sends the change of what is trained: of one half of each pair, so the product is linear in it."""
+    """Modes that send the change of the trained tensors: one factor of each pair, so the product is linear in it.
+
+    With A fixed, mean(B_i A) = (B + mean(B_i - B)) A; with B fixed, mean(B A_i) = B (A + mean(A_i - A)).
+    """
 
     is_exact = is_linear = True
 
     def trains(self, name: str, number: int) -> bool:
-        """See Mode."""
+        """Return whether clients train the tensor; each mode defines it."""
         raise NotImplementedError
 
     def sent(self, shared: Tensors, number: int) -> Tensors:
-        """See Mode."""
+        """Return the tensors of `shared`, in their shapes, that the round trains."""
         return {name: value for name, value in shared.items() if self.trains(name, number)}
 
     def upload(self, shared: Tensors, trained: Tensors, number: int) -> Tensors:
-        """See Mode. `trained` may be of a lower rank (`lora_tensors.split_ranks`)."""
+        """Return trained minus shared for each trained tensor, in the shapes of `shared`.
+
+        `trained` may have a lower rank (`lora_tensors.split_ranks`): it is first padded to the shared rank. Raises
+        InputError if the tensor names differ or a frozen tensor was changed.
+        """
         padded = pad_ranks(trained, shared)
         if mismatched := sorted(set(padded) ^ set(shared)):
             raise InputError(
@@ -117,60 +138,65 @@ class _Changes:
         }
 
     def applied(self, shared: Tensors, mean: Tensors, number: int) -> Tensors:
-        """See Mode."""
+        """Return shared + mean for the trained tensors, in the shapes of `shared`; the others stay as they are."""
         return add_changes(shared, mean)
 
     def combine(self, shared: Tensors, updates: Sequence[Update], number: int) -> Combined:
-        """See Mode."""
+        """Return shared + mean of the uploads, in the shapes of `shared`, without a residual."""
         cohort(updates, self.sent(shared, number))
         return Combined(self.applied(shared, mean(updates), number))
 
 
 @dataclass(frozen=True)
 class FreezeA(_Changes):
-    """A is random, the same everywhere, and never trained; B is. Half of the upload; noise, if any, is in one
-    factor.
+    """LoRA with A random, equal on all clients and never trained; clients train B.
+
+    The upload is half as large, and noise for privacy enters one factor only.
     """
 
     kind: Literal["freeze_a"] = "freeze_a"
 
     def trains(self, name: str, number: int) -> bool:
-        """See Mode."""
+        """Return whether the tensor is trained: every tensor except A."""
         return not name.endswith(A)
 
 
 @dataclass(frozen=True)
 class Alternate(_Changes):
-    """B in odd rounds, A in even ones. B first: it begins at zero, and until it moved A has no gradient."""
+    """LoRA whose clients train B in odd rounds and A in even ones.
+
+    B comes first: it starts at zero, and A has no gradient until B has changed.
+    """
 
     kind: Literal["alternate"] = "alternate"
 
     def trains(self, name: str, number: int) -> bool:
-        """See Mode."""
+        """Return whether the tensor is trained: all but A in odd rounds, all but B in even ones."""
         return not name.endswith(A if number % 2 else B)
 
 
 class _Whole:
-    """Sends both factors as they are."""
+    """Modes that send both factors as they are."""
 
     def trains(self, name: str, number: int) -> bool:
-        """See Mode."""
+        """Return True: every tensor is trained in every round."""
         return True
 
     def sent(self, shared: Tensors, number: int) -> Tensors:
-        """See Mode."""
+        """Return `shared`, in its shapes: an upload has all its tensors."""
         return shared
 
     def upload(self, shared: Tensors, trained: Tensors, number: int) -> Tensors:
-        """See Mode."""
+        """Return the trained tensors unchanged, in the shapes of `shared`."""
         return dict(trained)
 
 
 @dataclass(frozen=True)
 class Residual(_Whole):
-    """Means of both factors, and what they miss, mean(B_i A_i) - mean(B_i) mean(A_i), added to the frozen weights.
+    """Means of both factors, with the missing part of the product added to the frozen weights.
 
-    The one who sums sees every client's factors. The residual goes to the clients, of rank (clients + 1) R at most.
+    The missing part is mean(B_i A_i) - mean(B_i) mean(A_i), of rank (clients + 1) R at most; it is sent to the
+    clients. The aggregator sees every client's factors.
     """
 
     kind: Literal["residual"] = "residual"
@@ -178,18 +204,22 @@ class Residual(_Whole):
     is_linear = False
 
     def applied(self, shared: Tensors, mean: Tensors, number: int) -> Tensors:
-        """See Mode: right of one upload alone, of which nothing is missed."""
+        """Return `mean`, in its shapes; exact only for a single upload, whose residual is zero."""
         return mean
 
     def combine(self, shared: Tensors, updates: Sequence[Update], number: int) -> Combined:
-        """See Mode."""
+        """Return the means of both factors, in the shapes of `shared`, and one residual per module."""
         cohort(updates, shared)
         means = mean(updates)
         return Combined(means, {module: _missed(module, means, updates) for module in modules(shared)})
 
 
 def _missed(module: str, means: Tensors, updates: Sequence[Update]) -> LoraPair:
-    """mean(B_i A_i) - B A as one pair of factors: [w_1 B_1 .. w_n B_n, -B] times all A above each other."""
+    """Return mean(B_i A_i) - B A of one module as a pair of factors.
+
+    With n clients of weights w_i: B' = [w_1 B_1 .. w_n B_n, -B] (out, (n + 1) R), A' = [A_1; ..; A_n; A] ((n + 1) R,
+    in), so B' A' = sum_i w_i B_i A_i - B A (FedEx-LoRA, arXiv:2410.09432).
+    """
     total = sum(update.examples for update in updates)
     pairs, mean_pair = [pair(update.tensors, module) for update in updates], pair(means, module)
     weighted = [
@@ -201,18 +231,18 @@ def _missed(module: str, means: Tensors, updates: Sequence[Update]) -> LoraPair:
 
 @dataclass(frozen=True)
 class FactorMean(_Whole):
-    """Means of both factors, and nothing for what they miss: not exact, here to be compared with, never a default."""
+    """Means of both factors without a correction: not exact, a baseline to compare with, never a default."""
 
     kind: Literal["factors"] = "factors"
     is_exact = False
     is_linear = True
 
     def applied(self, shared: Tensors, mean: Tensors, number: int) -> Tensors:
-        """See Mode."""
+        """Return `mean`, in its shapes."""
         return mean
 
     def combine(self, shared: Tensors, updates: Sequence[Update], number: int) -> Combined:
-        """See Mode."""
+        """Return the means of both factors, in the shapes of `shared`, without a residual."""
         cohort(updates, shared)
         return Combined(mean(updates))
 
@@ -221,7 +251,10 @@ AnyMode = FreezeA | Alternate | Residual | FactorMean
 
 
 def fold(weight: Array, residual: LoraPair, scale: float) -> Array:
-    """A frozen weight (out, in) with a residual added, as the adapter's product is: times scale, alpha / R."""
+    """Return a frozen weight with a residual added: W + scale * B' A', with scale = alpha / R.
+
+    weight and the result: shape (out, in).
+    """
     return (weight + scale * residual.product).astype(weight.dtype)
 
 
@@ -230,13 +263,17 @@ PREFIX = "canary."
 
 @dataclass(frozen=True)
 class ExactnessProbe:
-    """Module -> inputs X (in, K)."""
+    """Random inputs with which the products of a few modules are compared.
+
+    inputs: module -> X (in, K).
+    """
 
     inputs: Mapping[str, Array]
 
     def responses(self, tensors: Tensors, residual: Mapping[str, LoraPair] | None = None) -> dict[str, Array]:
-        """`canary.MODULE` -> B A X (out, K) in fp32: what a client sends beside its upload, of its own trained
-        adapter.
+        """Return `canary.MODULE` -> (B A + residual) X, shape (out, K), fp32.
+
+        Without residuals it is what a client sends beside its upload, computed from its own trained adapter.
         """
         residuals = residual or {}
         responses = {}
@@ -248,9 +285,10 @@ class ExactnessProbe:
 
 
 def draw(shared: Tensors, seed: int, most_modules: int = 4, columns: int = 8) -> ExactnessProbe:
-    """A canary of some modules, the same on every machine. columns: K; 0 takes whole products, which is for tests.
+    """Draw a probe of some modules, the same on every machine.
 
-    Raises ConfigError for an adapter without factors.
+    columns: K of the inputs X, shape (in, K); 0 gives the identity (in, in), so that whole products are compared, for
+    tests. Raises ConfigError for an adapter without factors.
     """
     names = modules(shared)
     if not names:
@@ -267,10 +305,12 @@ def draw(shared: Tensors, seed: int, most_modules: int = 4, columns: int = 8) ->
 
 
 def exactness_error(canary: ExactnessProbe, combined: Combined, expected: Tensors) -> float:
-    """The relative distance of what was made from `expected`, the weighted mean of the clients' responses. 0 if both
-    are zero.
+    """Return the relative distance of the round's result to the weighted mean of the clients' responses.
+
+    expected: `canary.MODULE` -> mean response, shape (out, K). 0 if both are zero, infinite if only `expected` is.
     """
     responses = canary.responses(combined.tensors, combined.residual)
+    # error = sqrt(sum_m ||R_m - E_m||_F^2 / sum_m ||E_m||_F^2), R_m and E_m: (out, K) of module m
     squared_error = sum(
         float(np.square(responses[name] - value, dtype=np.float64).sum()) for name, value in expected.items()
     )
@@ -283,7 +323,10 @@ def exactness_error(canary: ExactnessProbe, combined: Combined, expected: Tensor
 def seen_error(
     canary: ExactnessProbe, mode: Mode, shared: Tensors, updates: Sequence[Update], combined: Combined, number: int
 ) -> float:
-    """`exactness_error` where the uploads are seen one by one."""
+    """Return `exactness_error` where the individual uploads are visible.
+
+    The mean response is computed from the uploads, whose tensors have the shapes of `mode.sent`.
+    """
     responses = [
         Update(update.client, canary.responses(mode.applied(shared, update.tensors, number)), update.examples)
         for update in updates

@@ -17,13 +17,16 @@ from sartor.tune.recipe import BaseChoice, Compute, Lora, ResolvedData, Resolved
 
 MODES: dict[str, Mode] = {mode.kind: mode for mode in (FreezeA(), Alternate(), Residual(), FactorMean())}
 ModeName = Literal["freeze_a", "alternate", "residual", "factors"]
-# what a client lets a round ask of it
+# limits of a client: more updates or epochs of one round are refused
 MOST_UPDATES, MOST_EPOCHS = 100_000, 1_000
 
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How long a client trains in one round: so many updates, or passes over its rows."""
+    """Length of a client's training in one round: optimiser updates, or passes over its rows.
+
+    Raises ConfigError if both are given or one is out of range.
+    """
 
     updates: int | None = option(None, "optimiser updates of a client in a round")
     epochs: int | None = option(None, "passes over the client's rows in a round; one, if nothing is said")
@@ -43,7 +46,10 @@ class LocalTraining:
 
 @dataclass(frozen=True)
 class Ranked(Lora):
-    """LoRA of one shared rank, of which clients with less memory train the first few (`aggregate.ranks`)."""
+    """LoRA of one shared rank, of which clients with less memory train the first few ranks.
+
+    `lora_tensors.split_ranks` divides the factors.
+    """
 
     ranks: tuple[int, ...] = option((), "what each client trains of rank, in the clients' order; empty: all of it")
 
@@ -56,13 +62,13 @@ class Ranked(Lora):
 
     @property
     def shared(self) -> Lora:
-        """The method of the shared adapter."""
+        """LoRA method of the shared adapter, at the full rank."""
         return Lora(self.rank, self.alpha, self.dropout, self.targets)
 
 
 @dataclass(frozen=True)
 class PersonalRanks(LocalTraining):
-    """After the rounds: ranks of each client's own on top of the shared adapter, which is held still."""
+    """Private ranks of each client, trained after the rounds on top of the frozen shared adapter."""
 
     rank: int = option(8, "ranks of the private delta")
     learning_rate: float | None = option(None, "peak learning rate; by default that of the rounds")
@@ -79,7 +85,7 @@ class PersonalRanks(LocalTraining):
 
 @dataclass(frozen=True)
 class Privacy:
-    """What the adapter may tell of one client, or of one row of a client, over all rounds."""
+    """Limit on what the adapter may reveal of one client, or of one row of a client, over all rounds."""
 
     epsilon: float = option(REQUIRED, "above 0; below 1 is strong, above 10 says little")
     delta: float = option(
@@ -116,13 +122,13 @@ class Privacy:
 
     @property
     def budget(self) -> PrivacyBudget:
-        """Of one client at level client; of each client's rows at level example."""
+        """Budget of one client at level client, of each client's rows at level example."""
         return PrivacyBudget(self.epsilon, self.delta)
 
 
 @dataclass(frozen=True)
 class LocalData:
-    """What every client makes of its Dataset."""
+    """Settings with which every client reads its Dataset."""
 
     path: str = option("", "one Dataset, to be dealt out by --shards; clients have their own")
     eval_fraction: float = option(0.1, "fraction held out by group, if a Dataset itself holds out nothing")
@@ -140,7 +146,7 @@ class LocalData:
 
 @dataclass(frozen=True)
 class RoundRules:
-    """What becomes of an update before it is summed."""
+    """Treatment of an update before it is summed."""
 
     clip: float = option(10.0, "an update is scaled down to this norm; it bounds the ring's units too")
     noise: float | Literal["auto"] = option(
@@ -159,7 +165,7 @@ class RoundRules:
 
 @dataclass(frozen=True)
 class FederateRecipe:
-    """Datasets of many clients -> one Adapter."""
+    """Recipe that tunes one Adapter on the Datasets of many clients."""
 
     base: BaseChoice = option(REQUIRED, "which pretrained weights: every client has the same")
     data: LocalData = option(LocalData(), "what a client makes of its Dataset")
@@ -218,7 +224,7 @@ class FederateRecipe:
             raise ConfigError(problem, "mode: freeze_a or alternate")
 
     def _check_rows(self, privacy: Privacy) -> None:
-        """Raise ConfigError where gradients of single rows cannot be had, or noise is asked for twice."""
+        """Raise ConfigError where gradients of single rows are not available, or noise is requested twice."""
         if self.noise_asked:
             problem = (
                 f"rules.noise {self.noise_asked:g} is of the secure sum, and the privacy is of level {privacy.level}"
@@ -245,22 +251,28 @@ class FederateRecipe:
 
     @property
     def of_clients(self) -> PrivacyBudget | None:
-        """The budget of one client, whose noise goes into the secure sum; None where there is none."""
+        """Budget of one client, whose noise goes into the secure sum; None without one."""
         return self.privacy.budget if self.privacy and self.privacy.level == "client" else None
 
     @property
     def noise_asked(self) -> float:
-        """The noise that the recipe itself names, in clips; 0 for auto."""
+        """Noise that the recipe itself states, in clips; 0 for auto."""
         return 0.0 if self.rules.noise == "auto" else self.rules.noise
 
 
 def load(recipe: FederateRecipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> FederateRecipe:
-    """A FederateRecipe from any of its forms, with flags (`--method.rank 8`) on top. Raises ConfigError."""
+    """Return a FederateRecipe from any of its forms, with flags (`--method.rank 8`) applied on top.
+
+    Raises ConfigError.
+    """
     return config.load_any(FederateRecipe, recipe, flags)
 
 
 def tuning(recipe: FederateRecipe, path: str) -> ResolvedRecipe:
-    """The tuning of one client, whose Dataset is at `path`: what of it a round decides is not in here."""
+    """Return the tuning recipe of one client, whose Dataset is at `path`.
+
+    Settings that a round decides are not part of it.
+    """
     data = recipe.data
     return ResolvedRecipe(
         base=recipe.base,
@@ -276,7 +288,10 @@ def tuning(recipe: FederateRecipe, path: str) -> ResolvedRecipe:
 
 @dataclass(frozen=True)
 class RoundSettings:
-    """What a round of the task `lora` says, as JSON in its manifest: nothing that a recipe digest covers."""
+    """Settings of a round of the task `lora`, stored as JSON in its manifest.
+
+    They hold nothing that a recipe digest covers.
+    """
 
     mode: ModeName
     rounds: int
@@ -290,5 +305,5 @@ class RoundSettings:
 
     @classmethod
     def of(cls, recipe: FederateRecipe) -> RoundSettings:
-        """What a coordinator says of this recipe."""
+        """Return the settings that a coordinator sends for this recipe."""
         return cls(recipe.mode, recipe.rounds, recipe.optimizer.learning_rate, recipe.local)

@@ -1,6 +1,8 @@
-"""Robust aggregation: median, trimmed, Krum, screening.
+"""Robust aggregation rules: norm bound, median, trimmed mean, Krum, Multi-Krum and screening.
 
-rule: {trimmed: {fraction: 0.2}}
+    rule: {trimmed: {fraction: 0.2}}
+
+n: clients of the round. f: how many of them may be malicious. P: values of an update, all tensors flattened.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ Numbers = NDArray[np.float64]
 
 
 def stacked(updates: Sequence[Update], name: str) -> Numbers:
-    """One tensor of all updates, (clients, values)."""
+    """Return one tensor of all updates, flattened: (N, P) fp64, one row a client."""
     return np.stack([update.tensors[name].ravel() for update in updates]).astype(np.float64)
 
 
 def by_value(updates: Sequence[Update], pooled: Callable[[Numbers], Numbers]) -> dict[str, Array]:
-    """Tensors whose values are a function of the clients' values at the same place: `pooled` (clients, values) ->
-    (values,).
+    """Return tensors whose values combine the clients' values at the same index.
+
+    pooled: (N, P) -> (P,), applied to each tensor flattened. The result has the shapes and dtypes of an update.
     """
     like = updates[0].tensors
     return {
@@ -37,7 +40,7 @@ def by_value(updates: Sequence[Update], pooled: Callable[[Numbers], Numbers]) ->
 
 
 def products(updates: Sequence[Update]) -> Numbers:
-    """Inner products of the updates as vectors, (clients, clients)."""
+    """Return inner products of the updates as vectors: (N, N), with values <u_i, u_j>."""
     inner = np.zeros((len(updates), len(updates)))
     for name in updates[0].tensors:
         values = stacked(updates, name)
@@ -46,19 +49,25 @@ def products(updates: Sequence[Update]) -> Numbers:
 
 
 def norms(updates: Sequence[Update]) -> Numbers:
-    """Euclidean norms of the updates, (clients,)."""
+    """Return Euclidean norms of the updates: (N,)."""
     return np.sqrt(np.diag(products(updates)))
 
 
 def squared_distances(updates: Sequence[Update]) -> Numbers:
-    """(clients, clients)."""
+    """Return squared Euclidean distances between the updates: (N, N).
+
+    ||u_i - u_j||^2 = <u_i, u_i> + <u_j, u_j> - 2 <u_i, u_j>, with negative rounding errors set to 0.
+    """
     inner = products(updates)
     squares = np.diag(inner)
     return np.maximum(squares[:, None] + squares[None, :] - 2 * inner, 0)
 
 
 def cosines(updates: Sequence[Update], to: Tensors) -> Numbers:
-    """Cosine of each update to `to`, -1..1; 0 where one of them is zero."""
+    """Return the cosine of each update to `to`: (N,), -1..1; 0 where one of them is zero.
+
+    `to` has the tensors of an update, in their shapes.
+    """
     inner = products([*updates, Update("", to)])
     lengths = np.sqrt(np.diag(inner))
     scale = lengths[:-1] * lengths[-1]
@@ -70,7 +79,7 @@ Action = Literal["refused", "bounded"]
 
 @dataclass(frozen=True)
 class ClientAction:
-    """What was done with a client's update, other than to take it as it is, and why."""
+    """Treatment of a client's update that was not used as it came, and the reason."""
 
     client: str
     action: Action
@@ -79,46 +88,51 @@ class ClientAction:
 
 @dataclass(frozen=True)
 class Pooled:
-    """What stands for the mean, and what was done with whom."""
+    """Result of a robust rule: the tensors used as the mean, and the clients treated otherwise."""
 
     tensors: Tensors
     verdicts: tuple[ClientAction, ...] = ()
 
 
 class RobustRule(Protocol):
-    """Updates of a round -> one."""
+    """Rule that turns the updates of a round into one."""
 
     @property
     def kind(self) -> str:
-        """Its word in a manifest."""
+        """Name of the rule in a manifest."""
         ...
 
     @property
     def sees_updates(self) -> bool:
-        """Whether it needs the updates one by one: then there can be no secure sum."""
+        """True if the rule needs the individual updates, which excludes a secure sum."""
         ...
 
     def pool(self, updates: Sequence[Update]) -> Pooled:
-        """What stands for the mean. Raises InputError, ConfigError for updates or cohorts that it cannot take."""
+        """Return the result that replaces the mean.
+
+        Raises InputError or ConfigError for updates or cohorts that the rule cannot handle.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean, weighted by examples. One client can move it anywhere."""
+    """The mean, weighted by examples. A single client can shift it arbitrarily far."""
 
     kind: Literal["mean"] = "mean"
     sees_updates = False
 
     def pool(self, updates: Sequence[Update]) -> Pooled:
-        """See Rule."""
+        """Return the mean of the updates, weighted by examples."""
         return Pooled(mean(_checked_cohort(updates)))
 
 
 @dataclass(frozen=True)
 class NormBound:
-    """The mean of updates scaled down to a norm (Sun et al. 2019, arXiv:1911.07963): nobody pulls further than all
-    others.
+    """The mean of updates scaled down to a norm bound, which limits how far one client shifts it.
+
+    Sun et al. 2019, arXiv:1911.07963. The bound is `times_median` times the median norm of the round: u_i' = u_i
+    min(1, bound / ||u_i||). All clients have the same weight.
     """
 
     times_median: float = option(1.0, "the norm that an update may have, in medians of the round's norms")
@@ -130,7 +144,7 @@ class NormBound:
             raise ConfigError(f"times_median is {self.times_median}; it must be above 0", "times_median: 1.0")
 
     def pool(self, updates: Sequence[Update]) -> Pooled:
-        """See Rule."""
+        """Return the mean of the bounded updates, and a verdict for each that was scaled down."""
         lengths = norms(_checked_cohort(updates))
         max_norm = self.times_median * float(np.median(lengths))
         factors = [min(1.0, max_norm / length) if length else 1.0 for length in lengths]
@@ -145,19 +159,26 @@ class NormBound:
 
 @dataclass(frozen=True)
 class Median:
-    """The median of each value (Yin et al. 2018, arXiv:1803.01498), while fewer than half of the clients lie."""
+    """The median of each value, robust while fewer than half of the clients are malicious.
+
+    Yin et al. 2018, arXiv:1803.01498, definition 1 (coordinate-wise median). All clients have the same weight.
+    """
 
     kind: Literal["median"] = "median"
     sees_updates = True
 
     def pool(self, updates: Sequence[Update]) -> Pooled:
-        """See Rule."""
+        """Return the coordinate-wise median of the updates."""
         return Pooled(by_value(_checked_cohort(updates), lambda values: np.median(values, axis=0)))
 
 
 @dataclass(frozen=True)
 class Trimmed:
-    """The mean of each value without its lowest and highest (Yin et al. 2018, arXiv:1803.01498)."""
+    """The mean of each value without its lowest and highest ones.
+
+    Yin et al. 2018, arXiv:1803.01498, definition 2 (coordinate-wise trimmed mean). f = ceil(fraction n) values are
+    dropped at either end, and the n - 2 f others averaged with the same weight.
+    """
 
     fraction: float = option(
         0.2, "of the clients, that may lie: so many are left out at either end of each value, 0..0.5"
@@ -169,7 +190,7 @@ class Trimmed:
         _check_fraction("fraction", self.fraction)
 
     def pool(self, updates: Sequence[Update]) -> Pooled:
-        """See Rule."""
+        """Return the coordinate-wise trimmed mean. Raises ConfigError unless n > 2 f."""
         count = _liars(self.fraction, _checked_cohort(updates))
         if 2 * count >= len(updates):
             raise _too_few(len(updates), count, 2 * count + 1)
@@ -180,7 +201,11 @@ class Trimmed:
 
 @dataclass(frozen=True)
 class Krum:
-    """The one update that is nearest to its nearest neighbours (Blanchard et al. 2017, arXiv:1703.02757)."""
+    """The one update that is closest to its nearest neighbours.
+
+    Blanchard et al. 2017, arXiv:1703.02757: the update with the least score, which is the sum of squared distances to
+    its n - f - 2 nearest others.
+    """
 
     fraction: float = option(0.2, "of the clients, that may lie, 0..0.5")
     kind: Literal["krum"] = "krum"
@@ -190,13 +215,16 @@ class Krum:
         _check_fraction("fraction", self.fraction)
 
     def pool(self, updates: Sequence[Update]) -> Pooled:
-        """See Rule. A cohort of n takes f liars if n >= 2 f + 3."""
+        """Return the selected update. Raises ConfigError unless n >= 2 f + 3."""
         return _nearest(updates, _liars(self.fraction, updates), 1)
 
 
 @dataclass(frozen=True)
 class MultiKrum:
-    """The mean of the updates that Krum would choose first: all but as many as may lie."""
+    """The mean of the n - f updates with the best Krum scores.
+
+    Blanchard et al. 2017, arXiv:1703.02757; f = ceil(fraction n). All selected clients have the same weight.
+    """
 
     fraction: float = option(0.2, "of the clients, that may lie, 0..0.5")
     kind: Literal["multi_krum"] = "multi_krum"
@@ -206,17 +234,18 @@ class MultiKrum:
         _check_fraction("fraction", self.fraction)
 
     def pool(self, updates: Sequence[Update]) -> Pooled:
-        """See Rule. A cohort of n takes f liars if n >= 2 f + 3."""
+        """Return the mean of the selected updates. Raises ConfigError unless n >= 2 f + 3."""
         count = _liars(self.fraction, updates)
         return _nearest(updates, count, len(updates) - count)
 
 
 @dataclass(frozen=True)
 class Screened:
-    """Updates that look odd are left out, each by name and reason; the mean of the others.
+    """The mean of the updates that pass a test of norm and direction; rejected ones are named with the reason.
 
-    Odd: it points away from the round's median update, or is many times longer. A round that would lose half of its
-    clients is stopped, since then nobody knows which half lies.
+    An update is rejected if its norm exceeds `most_times_median` medians of the round's norms, or its cosine to the
+    round's median update is below `least_cosine`. A round that would lose half of its clients or more is stopped,
+    since then it is unknown which half is malicious. All accepted clients have the same weight.
     """
 
     least_cosine: float = option(0.0, "to the median of all updates, -1..1")
@@ -230,7 +259,10 @@ class Screened:
             raise ConfigError(problem, "least_cosine in -1..1, most_times_median at least 1")
 
     def pool(self, updates: Sequence[Update]) -> Pooled:
-        """See Rule. Raises GuardError where half of the clients or more would be left out."""
+        """Return the mean of the accepted updates, and a verdict for each rejected one.
+
+        Raises GuardError if half of the clients or more would be rejected.
+        """
         reasons = self._reasons(_checked_cohort(updates))
         odd = tuple(ClientAction(client, "refused", reason) for client, reason in reasons.items())
         if 2 * len(odd) >= len(updates):
@@ -242,7 +274,7 @@ class Screened:
         return Pooled(_plain([update for update in updates if update.client not in reasons]), odd)
 
     def _reasons(self, updates: Sequence[Update]) -> dict[str, str]:
-        """Client -> why it is left out."""
+        """Return client -> reason, for each rejected client."""
         lengths = norms(updates)
         max_norm = self.most_times_median * float(np.median(lengths))
         similarities = cosines(updates, Median().pool(updates).tensors)
@@ -266,7 +298,7 @@ def _checked_cohort(updates: Sequence[Update]) -> Sequence[Update]:
 
 
 def _plain(updates: Sequence[Update]) -> Tensors:
-    """The mean, each client alike."""
+    """Return the mean of the updates with the same weight for each client."""
     return mean([Update(update.client, update.tensors) for update in updates])
 
 
@@ -279,10 +311,15 @@ def _scaled(update: Update, factor: float) -> Update:
 
 
 def _nearest(updates: Sequence[Update], liars: int, keep: int) -> Pooled:
-    """The mean of the `keep` updates with the least sums of squared distances to their n - f - 2 nearest."""
+    """Return the mean of the `keep` updates with the lowest Krum scores.
+
+    s_i = sum of ||u_i - u_j||^2 over the n - f - 2 nearest j != i, with f = `liars` (Blanchard et al. 2017,
+    arXiv:1703.02757, section 4). Raises ConfigError unless n >= 2 f + 3.
+    """
     neighbours = len(_checked_cohort(updates)) - liars - 2
     if len(updates) < 2 * liars + 3:
         raise _too_few(len(updates), liars, 2 * liars + 3)
+    # s_i = sum of the n - f - 2 smallest d_ij, j != i; distances: (N, N), scores: (N,)
     distances = squared_distances(updates)
     np.fill_diagonal(distances, np.inf)
     scores = np.sort(distances, axis=1)[:, :neighbours].sum(axis=1)
@@ -301,7 +338,7 @@ def _nearest(updates: Sequence[Update], liars: int, keep: int) -> Pooled:
 
 
 def _liars(fraction: float, updates: Sequence[Update]) -> int:
-    """How many of these clients may lie."""
+    """Return f, how many of these clients may be malicious: ceil(fraction n)."""
     return math.ceil(round(fraction * len(updates), 9))
 
 

@@ -1,9 +1,9 @@
-r"""Client updates: check, pack, clip, average.
+r"""Client updates: checks, packing, clipping and the weighted mean.
 
     {"a.weight":[8,4],"b.weight":[4]}\n<values, little-endian float32, in the order of the names>
 
-Weights: each client sends its update times w = examples / most_examples, and w as one more number of the sum; the
-quotient of the two sums is the mean weighted by examples, and nobody's count is told.
+Weights: each client sends w_i u_i and w_i itself as one more number, with w_i = examples_i / most_examples. The
+quotient of the two sums, sum_i w_i u_i / sum_i w_i, is the mean weighted by examples. No client's count is revealed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from sartor.core import records
 from sartor.core.errors import ArtifactError, ConfigError, InputError, RoundError
 from sartor.models.lora_tensors import _REMEDY, Array, Tensors, norm
 
-# the name of the one more number
+# name of the weight, which each client sends as one more number of the sum
 WEIGHT = "weight of the update"
 
 
 def pack_tensors(tensors: Tensors) -> bytes:
-    """The bytes of the tensors, which are equal exactly when the tensors are."""
+    """Return the tensors as bytes, which are equal exactly if names, shapes and fp32 values are."""
     head = {name: list(tensors[name].shape) for name in tensors}
     return (
         records.canonical(head)
@@ -36,7 +36,10 @@ def pack_tensors(tensors: Tensors) -> bytes:
 
 
 def unpack_tensors(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
-    """The tensors of such bytes. Raises ArtifactError for what are none."""
+    """Return the tensors of packed bytes, in the shapes of their first line, fp32.
+
+    Raises ArtifactError for bytes that are no packed tensors.
+    """
     line, _, values = content.partition(b"\n")
     try:
         head = json.loads(line)
@@ -55,13 +58,14 @@ def unpack_tensors(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def digest(content: bytes) -> str:
-    """sha256 of packed tensors, hex."""
+    """Return the sha256 of packed tensors, in hex."""
     return hashlib.sha256(content).hexdigest()
 
 
 def clipped(tensors: Tensors, clip: float) -> dict[str, npt.NDArray[np.float32]]:
-    """The update scaled down to the norm `clip`, if it is longer. Raises ConfigError for values that are not
-    finite.
+    """Return the update scaled down to the norm `clip` if it is longer: u min(1, clip / ||u||).
+
+    Same shapes, fp32. Raises ConfigError for values that are not finite.
     """
     length = norm(tensors)
     if not math.isfinite(length):
@@ -71,13 +75,20 @@ def clipped(tensors: Tensors, clip: float) -> dict[str, npt.NDArray[np.float32]]
 
 
 def weighted(tensors: Tensors, weight: float) -> dict[str, npt.NDArray[np.float64]]:
-    """What goes into the sum. weight: in (0, 1]."""
+    """Return the terms of the sum: w u in the same shapes, and w as (1,) under the name `WEIGHT`; fp64.
+
+    weight: w, in (0, 1].
+    """
     scaled = {name: np.asarray(value, np.float64) * weight for name, value in tensors.items()}
     return {**scaled, WEIGHT: np.array([weight], np.float64)}
 
 
 def mean_of(summed: Tensors) -> dict[str, npt.NDArray[np.float32]]:
-    """The weighted mean. Raises RoundError where the weights sum to nothing, which no honest cohort does."""
+    """Return the weighted mean, sum(w u) / sum(w), in the same shapes, fp32.
+
+    summed: the sums over clients of what `weighted` returns. Raises RoundError if the weights do not sum to a positive
+    number, which means that a client sent a false weight.
+    """
     total = float(summed[WEIGHT][0])
     if not total > 0:
         raise RoundError(f"the weights of the clients sum to {total}", "begin a new round; a client lies", "shares")
@@ -86,7 +97,10 @@ def mean_of(summed: Tensors) -> dict[str, npt.NDArray[np.float32]]:
 
 @dataclass(frozen=True)
 class Update:
-    """What one client sends. examples: how many rows it learnt from, its weight in the mean, at least 1."""
+    """Update of one client.
+
+    examples: number of rows it was trained on, its weight in the mean; at least 1.
+    """
 
     client: str
     tensors: Tensors
@@ -94,8 +108,9 @@ class Update:
 
 
 def check_update(update: Update, like: Tensors) -> Update:
-    """The update, if it has just the tensors of `like`, in their shapes, finite. Raises InputError naming client and
-    tensor.
+    """Return the update if it has exactly the tensors of `like`, in their shapes, with finite values.
+
+    Otherwise raises InputError with the client and the tensor.
     """
     client = f"client {update.client!r}"
     if update.examples < 1:
@@ -114,7 +129,11 @@ def check_update(update: Update, like: Tensors) -> Update:
 
 
 def cohort(updates: Sequence[Update], like: Tensors) -> None:
-    """Raise InputError unless the updates are a round's: some, each as it should be, no client twice."""
+    """Raise an error unless the updates form a round: at least one, each valid, no client twice.
+
+    like: tensors whose names and shapes each update must have. Raises ConfigError if there are none, InputError
+    otherwise.
+    """
     if not updates:
         raise ConfigError("a round without one update has no mean", "wait for clients, or give the round up")
     for update in updates:
@@ -129,7 +148,7 @@ def cohort(updates: Sequence[Update], like: Tensors) -> None:
 
 
 def mean(updates: Sequence[Update]) -> dict[str, Array]:
-    """The mean of the tensors, weighted by examples; summed in fp64, in the updates' dtype."""
+    """Return the mean weighted by examples, summed in fp64, in the shapes and dtypes of the updates."""
     total = sum(update.examples for update in updates)
     return {
         name: np.sum(

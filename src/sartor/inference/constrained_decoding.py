@@ -1,15 +1,20 @@
-"""Token masks for a JSON Schema by llguidance.
+"""Token masks for a JSON Schema, by llguidance.
 
-    grammar = Grammar(chat.tokenizer, chat.stops, vocabulary=logits.shape[-1])  # once per base
-    constraint = grammar.constraint(call.schema)  # once per call; schemas.JSON_OBJECT is OpenAI's json_object
-    logits.masked_fill_(~constraint.mask().to(logits.device), -math.inf)  # (V,), before every choice of the row's
-    token constraint.advance(token)  # after it, also with a stop token
-    if constraint.is_done: ...  # the value is whole and nothing but a stop can follow: end the row with `stop`
+    # once per base
+    grammar = Grammar(chat.tokenizer, chat.stops, vocabulary=logits.shape[-1])
+    # once per call; json_schema.JSON_OBJECT is OpenAI's json_object
+    constraint = grammar.constraint(call.schema)
+    # before every choice of the row's token; logits: (V,)
+    logits.masked_fill_(~constraint.mask().to(logits.device), -math.inf)
+    # after it, also with a stop token
+    constraint.advance(token)
+    # the value is complete and only a stop can follow: end the row with `stop`
+    if constraint.is_done: ...
 
-Every call has a matcher of its own, so that a schema that grows over its limits fails one row. What a schema may cost
-is bounded where it is read (bytes, depth) and at every token (llguidance's fuel), never by a clock: the same schema is
-answered or refused on every machine. Between two parts of the value stands nothing, a space, or a line break with its
-indentation: a reply cannot wander through white space for ever.
+Every call has its own matcher, so a schema that exceeds its limits fails one row. The cost of a schema is bounded
+where it is read (bytes, depth) and at every token (llguidance's fuel), never by a clock: every machine answers or
+refuses the same schemas. Between two parts of the value only nothing, a space, or a line break with its indentation is
+allowed, so that a reply cannot produce white space for ever.
 """
 
 from __future__ import annotations
@@ -24,8 +29,7 @@ from sartor.core.errors import ModelError, RequestError, missing_package
 from sartor.text.json_schema import read_schema
 
 _SPACE = r"(\n[ \t]{0,32}| )?"
-# Fuel: about 20 ms for reading a schema and 7 ms for a token, by llguidance's own figures; its states take 1-2 kB
-# each.
+# fuel: about 20 ms to read a schema and 7 ms per token, by llguidance's own figures; its states take 1-2 kB each
 _LIMITS = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 100_000,
@@ -37,11 +41,12 @@ _LIMITS = {
 
 
 class Grammar:
-    """A base's tokens as JSON sees them: text of each, and which of them end a reply.
+    """A base's tokens for constrained decoding: the text of each, and the ids that end a reply.
 
-    tokenizer: a fast one of transformers. stops: ids that end a reply (Chat.stops). vocabulary: width V of the logits,
-    which models pad beyond their tokenizer. Raises ExtraError without llguidance, ModelError when the tokenizer is not
-    fast or has more tokens than V.
+    tokenizer: a fast tokenizer of transformers.
+    stops: ids that end a reply (`ChatTokenizer.stops`).
+    vocabulary: width V of the logits, which models pad beyond their tokenizer.
+    Raises ExtraError without llguidance, ModelError if the tokenizer is not fast or has more tokens than V.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[int], vocabulary: int) -> None:
@@ -60,28 +65,29 @@ class Grammar:
             ) from None
 
     def constraint(self, schema: str, *, loose: bool = False) -> Constraint:
-        """What one reply must obey. Raises RequestError for a schema that is wrong, too large or not supported.
+        """Return the constraint of one reply.
 
-        loose: with any white space between its parts, to check what another server wrote.
+        loose: allow any white space between the parts, to check text that another server wrote.
+        Raises RequestError for a schema that is invalid, too large or not supported.
         """
         read_schema(schema)
         library = self._library
         space = {"whitespace_flexible": True} if loose else {"whitespace_pattern": _SPACE}
         try:
             grammar = library.LLMatcher.grammar_from_json_schema(schema, overrides={**space, "lenient": False})
-        except ValueError as error:  # numbers that only Python reads
+        except ValueError as error:  # numbers that only Python accepts
             raise _refused(str(error)) from None
         limits = library.LLParserLimits(**_LIMITS)
         matcher = library.LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise _refused(matcher.get_error())
         constraint = Constraint(matcher, self._tokens, self.vocabulary)
-        constraint.mask()  # some schemas that nothing obeys show only here
+        constraint.mask()  # some unsatisfiable schemas are detected only here
         return constraint
 
 
 class Constraint:
-    """Where one reply stands in its schema."""
+    """State of one reply in its schema."""
 
     def __init__(self, matcher: Any, tokens: Any, vocabulary: int) -> None:
         self._matcher = matcher
@@ -89,10 +95,10 @@ class Constraint:
         self._vocabulary = vocabulary
 
     def mask(self) -> torch.Tensor:
-        """Which tokens may come next: (V,) bool on the CPU, never all False. Stop tokens may only when the value is
-        whole.
+        """Return the mask of allowed next tokens: (V,) bool on the CPU, never all False.
 
-        Raises RequestError when the schema costs more at this place than a token may.
+        Stop tokens are allowed only when the value is complete. Raises RequestError if the schema exceeds the cost
+        limit of a token here.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
@@ -100,23 +106,23 @@ class Constraint:
         return torch.from_numpy(allowed.view(np.bool_))
 
     def advance(self, token: int) -> None:
-        """Take the token that was chosen. Raises RequestError when the mask did not allow it, or as `mask` does."""
+        """Consume the chosen token. Raises RequestError if the mask did not allow it, or as `mask` does."""
         self._matcher.consume_token(token)
         self._check()
 
     def accept(self, text: str) -> None:
-        """Take text that something else wrote, in whatever tokens. Raises RequestError where it does not obey."""
+        """Consume text from another tokenizer. Raises RequestError if it violates the schema."""
         self._matcher.consume_tokens(self._tokens.tokenize_str(text))
         self._check()
 
     @property
     def is_complete(self) -> bool:
-        """Whether what is written is a whole value, so that the reply may end here."""
+        """Whether the text is a complete value, so that the reply may end here."""
         return bool(self._matcher.is_accepting())
 
     @property
     def is_done(self) -> bool:
-        """Whether the value is whole and nothing but a stop token can follow: the reply is over without one."""
+        """Whether the value is complete and only a stop token can follow, so that the reply ends without one."""
         return bool(self._matcher.is_stopped())
 
     def _check(self) -> None:
@@ -124,7 +130,7 @@ class Constraint:
             raise _refused(self._matcher.get_error())
 
 
-# What the library says in words of its own code, in ours; the remedy beside it
+# (part of the library's message, our explanation, remedy)
 _WORDS = (
     (
         "NoExtensionBias",
@@ -158,5 +164,5 @@ def _remedy(problem: str) -> str:
 
 
 def _short(problem: object) -> str:
-    """In one line, without the library's own state that follows it."""
+    """Return the message in one line, without the library's state after it."""
     return " ".join(str(problem).partition("\n<")[0].split())[:300] or "no reason given"

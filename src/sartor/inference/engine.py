@@ -1,8 +1,8 @@
 """Engine protocol: calls, events, sampling parameters.
 
-An engine is driven: whoever holds it calls `submit` when a request comes and `step` as long as `busy`, and hands on
-the events that `step` returns. It has no threads or clocks of its own that its holder could see. Calls and events are
-plain values that travel between processes as JSON (`as_json`, `event_from_json`, `Call.from_json`). No torch here.
+The caller drives an engine: it calls `submit` for each request and `step` while `busy`, and forwards the events that
+`step` returns. An engine shows the caller no threads or clocks of its own. Calls and events are plain values that
+travel between processes as JSON (`as_json`, `event_from_json`, `GenerateCall.from_json`). The module imports no torch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ MOST_STOPS = 16
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, and when a reply ends.
+    """Sampling parameters and the end of a reply.
 
-    temperature: 0 is greedy. top_p: in (0, 1], keeps the smallest likely set. stop: texts before which a reply ends.
-    frequency_penalty, presence_penalty: in [-2, 2], taken from a token's logit per time it was written, and once if it
-    was (OpenAI's definition).
+    temperature: 0 is greedy.
+    top_p: in (0, 1]; keeps the smallest set of likely tokens with at least this probability.
+    stop: texts before which a reply ends.
+    frequency_penalty, presence_penalty: in [-2, 2]. A token written c times loses frequency_penalty * c, and
+        presence_penalty if c > 0, from its logit (OpenAI's definition).
+    Raises ConfigError for values outside these ranges.
     """
 
     max_tokens: int = 256
@@ -56,28 +59,29 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the same prompt gives the same reply on the same machine, whatever the seed."""
+        """Whether the reply depends only on the prompt and the machine, not on the seed."""
         return self.temperature == 0
 
 
 BASE = ""
 LOCAL = "local"
-# Beside an adapter that reads media (models/composed_model.py, which loads torch)
+# file beside an adapter that reads media (models/composed_model.py, which imports torch)
 PROJECTORS = "projectors.safetensors"
 Finish = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """One reply to be made.
+    """A request for one reply.
 
-    id: chosen by the caller, unique while it lives. adapter: the digest under which an adapter was attached; BASE for
-    none.
-    messages: OpenAI form, rendered by the base's chat template (`tools` with them); or `text`, a raw text to go on.
-    schema: JSON Schema that the reply must obey ("" for none). top_logprobs: alternatives told per token; -1 for no
-    logprobs.
-    tools: OpenAI's tool declarations. `must_call`: "" lets the model choose, "*" makes it call some tool, else that
-    tool.
+    id: chosen by the caller; unique while the call is active.
+    adapter: digest under which an adapter was attached; BASE for none.
+    messages: OpenAI form, rendered by the base's chat template together with `tools`.
+    text: raw text to continue, instead of `messages`.
+    schema: JSON Schema of the reply; empty for none.
+    tools: OpenAI's tool declarations.
+    must_call: empty lets the model choose, "*" forces a call of any tool, a name forces that tool.
+    top_logprobs: alternatives reported per token; -1 for no logprobs.
     """
 
     id: str
@@ -91,12 +95,12 @@ class GenerateCall:
     top_logprobs: int = -1
 
     def as_json(self) -> dict[str, Any]:
-        """A mapping that `from_json` turns back into an equal call."""
+        """Return a mapping that `from_json` turns back into an equal call."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> GenerateCall:
-        """The call that `as_json` said."""
+        """Return the call that `as_json` wrote."""
         sampling = Sampling(**{**fields["sampling"], "stop": tuple(fields["sampling"].get("stop", ()))})
         lists = {name: tuple(fields.get(name, ())) for name in ("messages", "tools")}
         return cls(**{**fields, **lists, "sampling": sampling})
@@ -104,8 +108,9 @@ class GenerateCall:
 
 @dataclass(frozen=True)
 class Logprob:
-    """One token, the natural log of its probability, and the likeliest alternatives (without their own
-    alternatives).
+    """One token with the natural log of its probability.
+
+    top: the most likely alternatives, as (token, logprob).
     """
 
     token: str
@@ -115,8 +120,9 @@ class Logprob:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of a reply: text that is whole (never half a character, never the beginning of a stop text) and its
-    tokens.
+    """More text of a reply, with its tokens.
+
+    text: never ends inside a character or with the beginning of a stop text.
     """
 
     call: str
@@ -127,7 +133,11 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class ReplyDone:
-    """The end of a reply. cached_tokens: of the prompt, taken from an earlier one. tool_calls: OpenAI form, parsed."""
+    """The end of a reply.
+
+    cached_tokens: prompt tokens taken from the cache.
+    tool_calls: parsed calls, OpenAI form.
+    """
 
     call: str
     finish: Finish
@@ -139,7 +149,10 @@ class ReplyDone:
 
 @dataclass(frozen=True)
 class ReplyFailed:
-    """No reply: the error's kind (a class of core/errors), problem and remedy. Other calls go on."""
+    """The failure of a reply; other calls continue.
+
+    kind: class of the error in core/errors.
+    """
 
     call: str
     kind: str
@@ -148,18 +161,18 @@ class ReplyFailed:
 
 
 Event = TextDelta | ReplyDone | ReplyFailed
-# names on the wire between a server and its workers
+# names in the protocol between a server and its workers
 _EVENTS: dict[str, type[Event]] = {"piece": TextDelta, "done": ReplyDone, "failed": ReplyFailed}
 _EVENT_NAMES = {event_type: name for name, event_type in _EVENTS.items()}
 
 
 def event_as_json(event: Event) -> dict[str, Any]:
-    """A mapping that `event_from_json` turns back into an equal event."""
+    """Return a mapping that `event_from_json` turns back into an equal event."""
     return {"event": _EVENT_NAMES[type(event)], **asdict(event)}
 
 
 def event_from_json(payload: Mapping[str, Any]) -> Event:
-    """The event that `event_as_json` said."""
+    """Return the event that `event_as_json` wrote."""
     fields = {key: value for key, value in payload.items() if key != "event"}
     if "logprobs" in fields:
         fields["logprobs"] = tuple(
@@ -172,8 +185,10 @@ def event_from_json(payload: Mapping[str, Any]) -> Event:
 
 
 class TextEmbedding(NamedTuple):
-    """What a text means, of unit length. tokens: that were read of it. is_cut: whether its end is not in the
-    vector.
+    """Embedding of a text, with length 1.
+
+    tokens: number of tokens read.
+    is_cut: whether the end of the text is not in the vector.
     """
 
     values: list[float]
@@ -183,7 +198,10 @@ class TextEmbedding(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine serves: for admission, /v1/models and receipts. `context_tokens`: prompt and reply together."""
+    """Facts about an engine, for admission, /v1/models and receipts.
+
+    context_tokens: limit on prompt and reply together.
+    """
 
     kind: str
     base: str
@@ -196,15 +214,16 @@ class EngineInfo:
 
     @property
     def made_by(self) -> dict[str, Any]:
-        """What a record of a reply states of the computation. Only Sartor's own engine has `numerics`."""
+        """Facts about the computation, for the record of a reply. Only Sartor's own engine has `numerics`."""
         engine = {"kind": self.kind, "dtype": self.dtype, "device": self.device}
         return {"engine": engine, **({"numerics": numerics.numerics(self.dtype)} if self.kind == LOCAL else {})}
 
 
 def numerics_difference(record: Mapping[str, Any]) -> str:
-    """Return in what the arithmetic that made a reply is another than this version's, from what `About.made_by` said.
+    """Return how the arithmetic of a recorded reply differs from this version's; empty if it does not.
 
-    Empty if it is the same, and for an engine that is not Sartor's: what that computes with is not known here.
+    record: what `EngineInfo.made_by` returned. The result is also empty for engines other than Sartor's own, whose
+    arithmetic is unknown.
     """
     engine = record.get("engine")
     if not isinstance(engine, Mapping) or engine.get("kind") != LOCAL:
@@ -213,64 +232,67 @@ def numerics_difference(record: Mapping[str, Any]) -> str:
 
 
 class Engine(Protocol):
-    """One base and many adapters. Not thread-safe: one holder drives it."""
+    """Engine of one base and many adapters. Not thread-safe: one caller drives it."""
 
     @property
     def about(self) -> EngineInfo:
-        """What it serves."""
+        """Facts about the engine."""
         ...
 
     @property
     def busy(self) -> bool:
-        """Whether a call is waiting or being answered, so that `step` has work."""
+        """Whether a call waits or is being answered, so that `step` has work."""
         ...
 
     def attach(self, adapter: str, path: Path) -> int:
-        """Load the adapter in a PEFT directory under its digest; returns the bytes that it takes. Idempotent.
+        """Load the adapter in a PEFT directory under its digest and return its bytes. Idempotent.
 
-        Raises ModelError when it does not fit, BudgetError when there is no room.
+        Raises ModelError if it does not fit the base, BudgetError if there is no room.
         """
         ...
 
     def detach(self, adapter: str) -> None:
-        """Forget an adapter and what was cached under it. Its live calls fail with ModelError. Unknown ones are
-        ignored.
+        """Forget an adapter and its cached content; an unknown one is ignored.
+
+        Its live calls fail with ModelError.
         """
         ...
 
     def submit(self, call: GenerateCall) -> None:
-        """Queue a call. Raises BusyError when the queue is full, InputError or ConfigError when the call cannot be
-        answered.
+        """Queue a call.
+
+        Raises BusyError if the queue is full, InputError or ConfigError if the call cannot be answered.
         """
         ...
 
     def cancel(self, call: str) -> None:
-        """End a call: `step` will say Done with finish `cancelled`. Unknown ones are ignored."""
+        """End a call: `step` returns a ReplyDone with finish `cancelled`. An unknown call is ignored."""
         ...
 
     def step(self) -> Sequence[Event]:
-        """One round: rows join, every live row gets its next token. Never raises for one call's fault: that is a
-        Failed.
+        """Run one round: waiting rows join, and every live row gets its next token.
+
+        An error of one call becomes its ReplyFailed and is never raised.
         """
         ...
 
     def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
-        """A vector per text, in order: the mean of the base's last hidden states (no adapter). None between parts of
-        the work.
+        """Yield one embedding per text, in order: the mean of the base's last hidden states, without adapter.
 
-        The holder takes it part by part, so that replies go on meanwhile. Raises RequestError at a text that is too
-        long.
+        None is yielded between parts of the work, so that the caller can continue replies in between. Raises
+        RequestError at a text that is too long.
         """
         ...
 
     def close(self) -> None:
-        """Free what it holds outside this process's memory."""
+        """Release resources outside this process's memory."""
         ...
 
 
 def adapter_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """What an adapter is known by, from the `files` of an Adapter's or Release's manifest: weights, config,
-    projectors.
+    """Return the digest that identifies an adapter: that of its weights, config and projectors.
+
+    files: the `files` of an Adapter's or Release's manifest.
     """
     names = [*("adapter_config.json", "adapter_model.safetensors"), *({PROJECTORS} & set(files))]
     return records.digest([files[name]["sha256"] for name in names])

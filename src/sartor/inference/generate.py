@@ -1,8 +1,8 @@
 """Batched generation with a KV cache.
 
-Rows are left-padded and masked, and leave the batch (and its cache) when they end, so a long reply does not hold up
-short ones. Sampling draws from one generator per prompt, seeded by (seed, prompt index): a reply depends on its own
-prompt and the seed, not on who shared its batch.
+Rows are left-padded and masked. They leave the batch and its cache when they end, so a long reply does not delay short
+ones. Each prompt samples from its own generator, seeded by (seed, prompt index): a reply depends on its own prompt and
+the seed, not on the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -22,31 +22,35 @@ from sartor.models.multimodal import native_media as native_replies
 from sartor.models.multimodal import whisper_base
 from sartor.models.multimodal.native_media import native_media
 
-# Why a reply ended that was not written on, since its rest was of no interest
+# finish reason of a reply that was ended early because its rest does not matter
 DECIDED = "decided"
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One reply: its tokens without the stop token, and why it ended (`stop`, `length` or DECIDED).
+    """One reply: its tokens without the stop token.
 
-    logprobs: of each token the natural logarithm of its probability, given all before it, at temperature 1.
+    finish: `stop`, `length` or DECIDED.
+    logprobs: natural log of each token's probability given all tokens before it, at temperature 1.
     """
 
     ids: list[int]
     finish: str
-    logprobs: list[float] = field(default_factory=list, compare=False)  # batches round otherwise
+    logprobs: list[float] = field(default_factory=list, compare=False)  # rounding depends on the batch
 
 
-# As good as greedy. What is colder is 0 in fp32, or takes logits beyond what fp32 holds
+# practically greedy; a lower temperature becomes 0 in fp32, or makes logits overflow fp32
 COLDEST = 1e-6
-# Looked at before the whole vocabulary is sorted for a nucleus
+# tokens tried before the whole vocabulary is sorted for the nucleus
 NUCLEUS_TOKENS = 256
 
 
 def sampling_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """(B, V) logits -> probabilities to draw from, on the CPU, by temperature (above 0) and top_p (Holtzman et al.
-    2020).
+    """Return the weights to sample from, by temperature (above 0) and top_p (Holtzman et al. 2020).
+
+    logits: (B, V). Returns (B, V) fp32 on the CPU: softmax(logits / temperature), with 0 outside the nucleus. The rows
+        are
+    not renormalised.
     """
     probabilities = (logits.float().cpu() / max(sampling.temperature, COLDEST)).softmax(-1)
     if sampling.top_p == 1:
@@ -54,32 +58,38 @@ def sampling_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Te
     ordered, order = probabilities.topk(min(NUCLEUS_TOKENS, probabilities.shape[-1]))
     if bool((ordered.sum(-1) < sampling.top_p).any()):
         ordered, order = probabilities.sort(-1, descending=True)
-    # a token stays if the mass before it is below top_p, so the most likely one always stays
+    # nucleus: token i (by falling probability) stays if sum_{j < i} p_j < top_p, so the most likely one always stays
     is_dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
-    is_dropped[..., 0] = False  # a top_p that is 0 in fp32 would leave none
+    is_dropped[..., 0] = False  # a top_p that rounds to 0 in fp32 would leave none
     ordered[is_dropped] = 0
     return torch.zeros_like(probabilities).scatter(-1, order, ordered)
 
 
 def sample_token(probabilities: torch.Tensor, generator: torch.Generator) -> int:
-    """A token by (V,) probabilities on the CPU, by one number; torch.multinomial takes V of them, a millisecond a
-    token.
+    """Return a token sampled from weights (V,) on the CPU, drawing one random number.
+
+    It is inverse transform sampling; torch.multinomial draws V random numbers, which takes a millisecond per token.
     """
+    # the smallest token t with u * sum_v p_v < sum_{v <= t} p_v, for u uniform in [0, 1)
     sums = probabilities.cumsum(-1, dtype=torch.float64)
     index = torch.searchsorted(sums, torch.rand(1, generator=generator, dtype=torch.float64) * sums[-1], right=True)
-    # a product that rounds up to the whole sum points behind the last token
+    # if the product rounds up to the whole sum, the index is past the end
     return int(index) if int(index) < len(sums) else int(probabilities.nonzero()[-1])
 
 
 def prompt_generator(sampling: Sampling, prompt: int = 0) -> torch.Generator:
-    """What the prompt's tokens are drawn with. 1_000_003 keeps seeds of neighbouring prompts apart for any count that
-    fits.
+    """Return the random generator of a prompt's reply.
+
+    The factor 1_000_003 keeps the seeds of neighbouring prompts apart for any realistic number of prompts.
     """
     return torch.Generator().manual_seed((sampling.seed * 1_000_003 + prompt) % 2**63)
 
 
 class Chooser:
-    """Logits -> next tokens for the rows still alive."""
+    """Sampler of the next tokens of the rows still alive.
+
+    logprobs: for each prompt, the logprobs of its tokens so far.
+    """
 
     def __init__(self, sampling: Sampling, count: int) -> None:
         self.sampling = sampling
@@ -87,8 +97,9 @@ class Chooser:
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
 
     def __call__(self, logits: torch.Tensor, alive: Sequence[int]) -> list[int]:
-        """logits: (B, V) of the rows `alive` (indices of their prompts). Returns B token ids; `logprobs` gains
-        theirs.
+        """Return the next tokens and append their logprobs to `logprobs`.
+
+        logits: (B, V) of the rows `alive` (indices of their prompts). Returns B token ids.
         """
         if self.sampling.temperature == 0:
             tokens = [int(token) for token in logits.argmax(-1)]
@@ -103,18 +114,18 @@ class Chooser:
         return tokens
 
     def ended(self, prompt: int, ids: list[int], finish: str) -> Generation:
-        """The reply of a prompt, all of whose tokens were chosen here; a stop token is none of `ids`."""
+        """Return the finished reply of a prompt; `ids` excludes the stop token."""
         return Generation(ids, finish, self.logprobs[prompt][: len(ids)])
 
 
 def context_tokens(model: Any) -> int | None:
-    """Positions of a prompt and its reply together; None where the model does not say."""
+    """Return the number of positions for prompt and reply together; None if the model does not state it."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
 
 def check_context(model: Any, prompt_tokens: int, max_tokens: int) -> None:
-    """Raise ModelError when a prompt and its reply cannot fit the model's context."""
+    """Raise ModelError if a prompt and its reply exceed the model's context."""
     context = context_tokens(model)
     if context and prompt_tokens + max_tokens > context:
         raise ModelError(
@@ -134,10 +145,13 @@ def generate(
     batch_rows: int = 64,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> list[Generation]:
-    """One reply per prompt, in order.
+    """Generate one reply per prompt, in order.
 
-    prompts: token ids, each non-empty. stop: ids that end a reply. pad: an id for the left padding, masked throughout.
-    Raises ModelError when a prompt and its reply cannot fit the model's context. `progress` is told of finished rows.
+    prompts: token ids, each non-empty.
+    stop: ids that end a reply.
+    pad: id for the left padding, always masked.
+    progress: called with the number of newly finished rows.
+    Raises ModelError if a prompt and its reply exceed the model's context, or if logits are not finite.
     """
     sampling = sampling or Sampling()
     check_context(model, max((len(prompt) for prompt in prompts), default=0), sampling.max_tokens)
@@ -158,7 +172,7 @@ def generate(
 def _by_own_forward(
     model: Any, prompts: Sequence[Sequence[int]], stop: Sequence[int], pad: int, choose: Chooser
 ) -> dict[int, Generation]:
-    """Replies of a native multi-modal base that it does not give in batches: by its own forward, one at a time."""
+    """Generate the replies that a native multi-modal base cannot batch, one at a time."""
     media = native_media(model)
     if media is None:
         return {}
@@ -184,7 +198,7 @@ def _check_finite(logits: torch.Tensor) -> None:
 
 
 def broken_logits() -> ModelError:
-    """The error for logits that are infinite or no numbers."""
+    """Return the error for logits that are not finite."""
     return ModelError(
         "the model's logits are not finite: its weights or the adapter are broken",
         "sartor tune RECIPE --out ADAPTER --replace --optimizer.learning_rate 1e-4, or another base",
@@ -233,7 +247,8 @@ def _generate_batch(
 
 
 def cache_name(model: Any) -> str:
-    """Transformers renamed the cache argument within major version 5; the signature says which one this release
-    has.
+    """Return the name of the model's cache argument.
+
+    transformers renamed it within major version 5, so the signature decides.
     """
     return "cache" if "cache" in inspect.signature(without_peft(model).forward).parameters else "past_key_values"

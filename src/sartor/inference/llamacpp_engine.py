@@ -1,20 +1,18 @@
-"""Llama.cpp behind the Engine protocol.
+"""llama.cpp behind the Engine protocol.
 
-Prompts are rendered and tokenised here and travel as ids, so a base's own template holds and not the one in its GGUF
-file. What llama.cpp does otherwise than our engine, and what is made of it:
+Prompts are rendered and tokenised here and sent as ids, so the base's own chat template applies and not the one in its
+GGUF file. llama.cpp differs from the local engine in these points, handled as follows:
 
-- Adapters are read at start only. An attached one is loaded before the first call that needs it, when the running
-  replies
-  have ended: calls behind that one wait, then the inner server starts anew.
-- A call that names no adapters is answered from what its slot last read, with whatever adapter, and an unknown id is
-  answered by the base. So every call names all of them, each with scale 0 but its own, and ids are only given out
-  here.
-- Only slots with equal adapters share a batch, and a slot forgets its prompt when its adapter changes. So a call goes
-  to a slot that last had the same adapter, where one is free.
-- An adapter with values that are not finite spoils later replies of others: the conversion reads none of those.
-- A schema that its grammar cannot read is silently not obeyed: every schema is read here first, and every token
+- It reads adapters only at its start. An attached adapter is loaded before the first call that needs it, after the
+  running replies have ended: calls behind that one wait, then the inner server restarts.
+- It answers a call without adapters with the last adapters of its slot, and a call with an unknown id with the base.
+  Every call therefore names all adapters, each with scale 0 except its own, and ids are assigned only here.
+- Only slots with equal adapters share a batch, and a slot forgets its prompt when its adapter changes. A call
+  therefore prefers a free slot that last had the same adapter.
+- An adapter with values that are not finite corrupts later replies of others: the conversion refuses it.
+- It silently ignores a schema that its grammar cannot read: every schema is read here first, and every token is
   checked.
-- Penalties count the prompt's tokens too.
+- Its penalties count the prompt's tokens too.
 """
 
 from __future__ import annotations
@@ -52,15 +50,20 @@ _PROBE = "Turn on the light, please: 21 °C!\n"
 
 @dataclass(frozen=True)
 class BaseFile:
-    """A base as a GGUF file. shapes: axes of its tensors by name, the inner one first as GGUF has them."""
+    """A base as a GGUF file.
+
+    shapes: axes of its tensors by name, innermost first as in GGUF.
+    stored: name of the file's quantisation type; empty if unknown.
+    """
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
     stored: str
 
     def check_adapter(self, file: Path) -> None:
-        """Raises ModelError unless every factor in a GGUF adapter fits a tensor: the server would not start with
-        it.
+        """Raise ModelError unless every factor in a GGUF adapter fits a tensor of the base.
+
+        The server would not start with another one.
         """
         for name, shape in _shapes(file).items():
             tensor, _, side = name.rpartition(".lora_")
@@ -73,8 +76,9 @@ class BaseFile:
 
 
 def open_base_file(path: Path, config: Mapping[str, Any]) -> BaseFile:
-    """A GGUF file that is said to be a base's. Raises ModelError where it is not whole, or its sizes are not in
-    `config`.
+    """Open a GGUF file of a base.
+
+    Raises ModelError if it is incomplete, or its sizes differ from those in `config`.
     """
     head = read_head(path)
     kind = str(head.metadata.get("general.architecture", ""))
@@ -93,9 +97,9 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def f16_file(ref: model_refs.BaseRef) -> Path:
-    """A base in F16, written once under SARTOR_HOME/bases; two processes at once: the second waits for the first.
+    """Return a base's F16 file, written once under SARTOR_HOME/bases; a second process waits for the first.
 
-    Raises ModelError for a base of which llama.cpp knows no form.
+    Raises ModelError for a base that cannot be converted to GGUF.
     """
     file = folder("bases") / f"{ref.path.name}-{ref.digest[:12]}.f16.gguf"
     with FileLock(file.with_suffix(".wait")):
@@ -108,7 +112,7 @@ def f16_file(ref: model_refs.BaseRef) -> Path:
 
 
 def check_tokens(inner: LlamaCppServer, chat: ChatTokenizer) -> None:
-    """Raises ModelError unless token ids mean to the server what they mean to the base's own tokenizer."""
+    """Raise ModelError unless the server decodes token ids as the base's own tokenizer does."""
     ids = list(chat.tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
     text = inner.ask("/detokenize", {"tokens": ids}).get("content")
     if str(text).strip() != _PROBE.strip():
@@ -118,14 +122,17 @@ def check_tokens(inner: LlamaCppServer, chat: ChatTokenizer) -> None:
         )
 
 
-# Tokens of prompt and reply in one slot: the server takes memory for the whole of every slot when it starts
+# tokens of prompt and reply in one slot: the server allocates every slot in full when it starts
 MOST_CONTEXT = 4096
 _ENDS: dict[str, Finish] = {"limit": "length", "eos": "stop", "word": "stop"}
 Convert = Callable[[Path, Path, Path], Path]
 
 
 class LlamaCppEngine(StreamEngine):
-    """See the module. convert: writes the adapter in a PEFT directory, of a base's directory, as a GGUF file."""
+    """Engine on llama.cpp's server.
+
+    convert: writes the adapter of a PEFT directory, for the base in a directory, as a GGUF file.
+    """
 
     def __init__(
         self, reader: PromptReader, base: BaseFile, bounds: Bounds, waiting: int, convert: Convert = write_adapter_gguf
@@ -141,13 +148,16 @@ class LlamaCppEngine(StreamEngine):
 
     @property
     def about(self) -> EngineInfo:
-        """What it serves. dtype: what most of the GGUF file's tensors are stored as."""
+        """Facts about the engine.
+
+        dtype: the type in which most of the GGUF file's tensors are stored.
+        """
         ref, context = self._reader.ref, self._reader.context_tokens
         digest = self._reader.chat.template_digest
         return EngineInfo("llamacpp", ref.name, ref.digest, digest, context, self.rows, self._base.stored, "cpu")
 
     def attach(self, adapter: str, path: Path) -> int:
-        """Make a GGUF file of an adapter; it is loaded when a call needs it. Returns the file's bytes."""
+        """Convert an adapter to GGUF and return the file's bytes; it is loaded when a call needs it."""
         if adapter not in self._adapters:
             file = self._convert(path, self._reader.ref.path, Path(self._folder.name) / f"{adapter}.gguf")
             try:
@@ -159,13 +169,13 @@ class LlamaCppEngine(StreamEngine):
         return self._adapters[adapter].stat().st_size
 
     def detach(self, adapter: str) -> None:
-        """Forget an adapter; the inner server drops it when it next starts."""
+        """Forget an adapter; the inner server drops it at its next start."""
         if file := self._adapters.pop(adapter, None):
             self.fail(adapter, _detached_error())
             file.unlink()
 
     def open_reply(self, call: GenerateCall) -> StreamedReply:
-        """See StreamEngine."""
+        """Open the reply to a call. Raises ModelError for an adapter that is not attached."""
         if call.adapter != BASE and call.adapter not in self._adapters:
             raise ModelError(
                 f"no adapter {call.adapter[:12]} is attached",
@@ -174,13 +184,16 @@ class LlamaCppEngine(StreamEngine):
         return StreamedReply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
 
     def begin(self, reply: StreamedReply) -> bool:
-        """Load what the call needs once nothing runs, and give it a slot."""
+        """Load the call's adapter once no reply runs, and assign a slot.
+
+        Returns False while the call must wait.
+        """
         adapter = reply.call.adapter
         if adapter not in (BASE, *self._loaded):
             if self.live:
                 return False
             self._restart()
-            if adapter not in self._loaded:  # it did not start with this one, whose calls have failed
+            if adapter not in self._loaded:  # the server did not start with this adapter; its calls have failed
                 return False
         used_slots = {other.slot for other in self.live}
         free = [slot for slot in range(self.rows) if slot not in used_slots]
@@ -189,7 +202,10 @@ class LlamaCppEngine(StreamEngine):
         return True
 
     def _restart(self) -> None:
-        """With every attached adapter. If it does not start, without those that are new, whose calls fail."""
+        """Restart the server with every attached adapter.
+
+        If it does not start, restart it without the new adapters and fail their calls.
+        """
         previous = [adapter for adapter in self._loaded if adapter in self._adapters]
         self._inner = None
         try:
@@ -205,7 +221,7 @@ class LlamaCppEngine(StreamEngine):
         self._loaded, self._slots = tuple(adapters), [BASE] * self.rows
 
     async def read(self, reply: StreamedReply) -> AsyncGenerator[Event]:
-        """See StreamEngine."""
+        """Request a reply and yield its events."""
         inner, body = self._inner, self._body(reply)
         if inner is None or (reply.call.adapter != BASE and reply.call.adapter not in self._loaded):
             raise _detached_error()
@@ -240,7 +256,7 @@ class LlamaCppEngine(StreamEngine):
             "n_predict": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": sampling.seed % 0xFFFFFFFF,  # the number above these means a random one
+            "seed": sampling.seed % 0xFFFFFFFF,  # 0xFFFFFFFF would mean a random seed
             "stop": list(sampling.stop),
             "frequency_penalty": sampling.frequency_penalty,
             "presence_penalty": sampling.presence_penalty,
@@ -248,12 +264,12 @@ class LlamaCppEngine(StreamEngine):
         if call.top_logprobs >= 0:
             body["n_probs"] = max(call.top_logprobs, 1)
         if schema := reply_schema(call):
-            # between the parts of the value its grammar would let any number of line breaks stand
+            # its grammar would allow any number of line breaks between the parts of the value
             body["json_schema"] = {**json.loads(schema), "x-guidance": {"whitespace_flexible": False}}
         return body
 
     def _events(self, reply: StreamedReply, fields: Mapping[str, Any]) -> list[Event]:
-        """What one of the server's events tells. Raises ModelError for a token that leaves the schema."""
+        """Return the engine events of one server event. Raises ModelError for a token that violates the schema."""
         if "error" in fields:
             raise _server_error(json.dumps(fields).encode())
         try:
@@ -267,29 +283,29 @@ class LlamaCppEngine(StreamEngine):
             raise UnavailableError(
                 f"llama.cpp's server sent an event of another form: {error!r}", install_command("llamacpp")
             ) from None
-        if fields.get("stop"):  # its logprobs are those of the whole reply, told before
+        if fields.get("stop"):  # its logprobs repeat those of the whole reply
             end_events = reply.end(_ENDS.get(str(fields.get("stop_type")), "stop"))
             return [reply.piece(text), *end_events] if text else end_events
         piece = reply.piece(text, max(predicted_tokens - stopped - reply.tokens, 0), logprobs)
         return [piece, *reply.end("stop")] if stopped else [piece]
 
     def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
-        """See Engine. All at once: what is opened for it is not kept."""
+        """Yield one embedding per text. All are computed at once, by a server that is closed afterwards."""
         ids = [self._reader.text(text) for text in texts]
         vectors = embeddings(self._base.path, ids, Bounds(1, self._bounds.threads, self._reader.context_tokens))
         yield from (TextEmbedding(values, len(prompt)) for values, prompt in zip(vectors, ids, strict=True))
 
     def close(self) -> None:
-        """See Engine."""
+        """End all calls and the server, and remove the converted adapters."""
         super().close()
         self._inner = None
         self._folder.cleanup()
 
 
 def open_engine(base: str, *, gguf: str = "", rows: int = 4, waiting: int = 256, threads: int = 0) -> LlamaCppEngine:
-    """The engine on the base that a name means (options: serving/team_config.py, LlamaCpp).
+    """Return the engine on the base with this name; the options are those of `team_config.LlamaCppOptions`.
 
-    Raises what `open_reader` does, ExtraError without xllamacpp, ModelError for a GGUF file that is not of that base.
+    Raises what `open_reader` raises, ExtraError without xllamacpp, and ModelError for a GGUF file of another base.
     """
     reader = open_reader(base, MOST_CONTEXT)
     file = open_base_file(_file_of(reader.ref, gguf), reader.config)
@@ -297,7 +313,7 @@ def open_engine(base: str, *, gguf: str = "", rows: int = 4, waiting: int = 256,
 
 
 def _file_of(ref: model_refs.BaseRef, gguf_file: str) -> Path:
-    """The base's GGUF file: the given one, the one that the base was converted from, or one that is made."""
+    """Return the base's GGUF file: the given one, the one it was converted from, or a newly written one."""
     if gguf_file:
         if not Path(gguf_file).is_file():
             raise ModelError(f"there is no file {gguf_file}", "engine.gguf: a GGUF file of the base")
@@ -318,7 +334,7 @@ def _detached_error() -> ModelError:
 
 
 def _server_error(body: bytes) -> RequestError | UnavailableError:
-    """The error in a server's answer: the client's fault where its code says so."""
+    """Return the SartorError for a server's error; it blames the client only if the code says so."""
     try:
         error = json.loads(body)["error"]
         code, message = int(error["code"]), str(error["message"])[:300]

@@ -1,8 +1,7 @@
-"""Llama.cpp's HTTP server inside this process.
+"""llama.cpp's HTTP server inside this process.
 
-Nobody else can ask it: it listens on loopback, and its key is made anew for each run and known to nobody. No torch
-here, and
-nothing but xllamacpp: a device runs this alone.
+No other process can use it: it listens on loopback, and its API key is generated for each run and stays in this
+process. The module imports no torch, only xllamacpp, so that a device can run it alone.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from sartor.core.installation import install_command
 from sartor.core.remedies import REPORT, REQUEST_AGAIN
 
 ASK_S = 60.0
-# llama.cpp's own defaults would cut the distribution. Temperature goes before top_p, as in our engine.
+# llama.cpp's defaults would truncate the distribution. Temperature comes before top_p, as in the local engine.
 PLAIN: dict[str, Any] = {
     "return_tokens": True,
     "cache_prompt": True,
@@ -35,7 +34,12 @@ PLAIN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a server may use. threads: 0 is all cores of this process. context_tokens: of each row."""
+    """Resources of a server.
+
+    rows: parallel slots.
+    threads: 0 for all cores of this process.
+    context_tokens: tokens of each slot.
+    """
 
     rows: int
     threads: int
@@ -43,13 +47,13 @@ class Bounds:
 
 
 class LlamaCppServer:
-    """One run of the server. It ends when the last reference to it goes."""
+    """One run of the server. It ends when the last reference to it is dropped."""
 
     def __init__(self, file: Path, adapters: Sequence[Path], bounds: Bounds) -> None:
-        """Raises ModelError when it does not start: a base that is cut, or an adapter that does not fit it."""
+        """Start the server. Raises ModelError for a truncated base or an adapter that does not fit it."""
         xllamacpp = _library()
         params = _params(file, bounds)
-        # scale 0 and not applied: a call that named none would else be answered by all of them
+        # scale 0 and not applied: otherwise all of them would answer a call that names none
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 0.0) for path in adapters]
         params.lora_init_without_apply = True
         self._server = _started(params)
@@ -57,11 +61,11 @@ class LlamaCppServer:
         self.headers = {"Authorization": f"Bearer {params.api_keys[0]}"}
 
     def ask(self, route: str, body: Mapping[str, Any], limit_s: float = ASK_S) -> dict[str, Any]:
-        """One answer, waited for. Raises UnavailableError where there is none, or it is no JSON object."""
+        """Send a request and wait for the answer. Raises UnavailableError without an answer that is a JSON object."""
         headers = {**self.headers, "Content-Type": "application/json"}
         request = urllib.request.Request(self.address + route, json.dumps(body).encode(), headers)
         try:
-            # no proxy: it is in this process
+            # no proxy: the server runs in this process
             with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=limit_s) as answer:
                 fields = json.loads(answer.read())
         except urllib.error.HTTPError as error:
@@ -77,8 +81,9 @@ class LlamaCppServer:
 
 
 def embeddings(file: Path, prompts: Sequence[Sequence[int]], bounds: Bounds) -> list[list[float]]:
-    """Mean of the last hidden states of each prompt, of unit length. Opens and closes a context of its own over the
-    file.
+    """Return the mean of the last hidden states of each prompt, with length 1.
+
+    It opens and closes a context of its own over the file.
     """
     params = _params(file, bounds)
     params.n_batch = params.n_ubatch = bounds.context_tokens
@@ -104,7 +109,7 @@ def _params(file: Path, bounds: Bounds) -> Any:
     params.n_parallel, params.n_ctx = bounds.rows, bounds.rows * bounds.context_tokens
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = bounds.threads or len(os.sched_getaffinity(0))
     params.api_keys, params.cors_origins, params.ui, params.verbosity = [secrets.token_hex(16)], "", False, 0
-    # prompts in host memory would be reused by other slots; memory is as the bounds say, not as llama.cpp thinks fit
+    # no prompt cache in host memory, which other slots would reuse; memory follows the bounds, not llama.cpp's fit
     params.cache_ram_mib, params.fit_params, params.warmup = 0, False, False
     return params
 

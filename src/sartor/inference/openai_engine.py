@@ -1,12 +1,12 @@
 """OpenAI-compatible servers behind the Engine protocol.
 
-Prompts are rendered and tokenised here and travel as ids to `/completions`, so that the base's own template holds; the
-server is asked once, at the start, whether its ids mean the same. What it computes with cannot be seen from here: that
-its weights are those of `base` is the word of who started it (`serving/commands/vllm_launch.py` says how).
+Prompts are rendered and tokenised here and sent as ids to `/completions`, so that the base's own chat template
+applies. One check at the start tests whether the server's ids mean the same. The server's weights cannot be checked
+from here: whoever starts it must use those of `base` (`serving/commands/vllm_launch.py` prints the command).
 
-An adapter is asked for by the name that the server knows it under. With `loads_adapters` that is its digest, given to
-vLLM's run-time route; else the server must have been started with it, under its digest or from the same path. One that
-the server does not list is an error here and never answered by the base.
+An adapter is requested by the name under which the server knows it. With `loads_adapters` that is its digest, given to
+vLLM's run-time route. Otherwise the server must have been started with it, under its digest or from the same path. An
+adapter that the server does not list is an error; the base never answers instead.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from sartor.inference.streaming_engine import StreamedReply, StreamEngine, event
 from sartor.inference.tool_calls import reply_schema
 from sartor.models.chat import ChatTokenizer
 
-# Below the time after which a worker that says nothing is taken for hung
+# shorter than the silence after which a worker counts as hung
 ANSWER_S = 15.0
 _PROBE = "Turn on the light, please: 21 °C!\n"
 
 
 @dataclass(frozen=True)
 class RemoteModelInfo:
-    """What a server says that it serves.
+    """Models that a server lists.
 
-    base: the name of the model that is no adapter. kind: vllm, sglang, llamacpp: what it calls itself. context_tokens:
-    0
-    where it does not say. adapters: name -> the path that it was loaded from, "" where it does not say.
+    base: name of the model that is not an adapter.
+    kind: the server's name for itself: vllm, sglang, llamacpp.
+    context_tokens: 0 if the server does not state it.
+    adapters: name -> path from which it was loaded; empty if not stated.
     """
 
     base: str
@@ -50,7 +51,7 @@ class RemoteModelInfo:
     adapters: Mapping[str, str]
 
     def name_of(self, adapter: str, path: Path) -> str:
-        """The name of an adapter that is served under its digest, or from this path; "" for one that is not."""
+        """Return the name of an adapter served under its digest or from this path; empty if it is not served."""
         resolved = path.resolve()
         return next(
             (
@@ -63,7 +64,10 @@ class RemoteModelInfo:
 
 
 class OpenAiServer:
-    """Its address (with /v1) and key. Raises ConfigError for an address of another form, or a key that is not set."""
+    """Address (with /v1) and key of a server.
+
+    Raises ConfigError for an address that is not http(s), or a key variable that is not set.
+    """
 
     def __init__(self, url: str, key_env: str = "") -> None:
         if not url.startswith(("http://", "https://")):
@@ -81,10 +85,10 @@ class OpenAiServer:
         return httpx.Client(timeout=ANSWER_S, trust_env=False, headers=self.headers)
 
     def served(self) -> RemoteModelInfo:
-        """What it serves now. Raises UnavailableError where it cannot be reached, or lists no model."""
+        """Return the models that it serves now. Raises UnavailableError if it cannot be reached or lists none."""
         try:
             models = [dict(model) for model in self._ask("GET", "/models")["data"]]
-            # a model that reads no tokens, as the `speech` of a team that is served, is no base
+            # a model without a token limit, such as a team's `speech`, is not a base
             bases = [
                 model for model in models if not model.get("parent") and model.get("max_model_len", 0) is not None
             ]
@@ -98,7 +102,7 @@ class OpenAiServer:
             ) from None
 
     def load(self, adapter: str, path: Path) -> None:
-        """vLLM's run-time route, under the adapter's digest. Raises ModelError where the server refuses it."""
+        """Load an adapter under its digest by vLLM's run-time route. Raises ModelError if the server refuses."""
         try:
             self._ask("POST", "/load_lora_adapter", {"lora_name": adapter, "lora_path": str(path.resolve())})
         except RequestError as error:
@@ -109,14 +113,17 @@ class OpenAiServer:
             ) from None
 
     def unload(self, adapter: str) -> None:
-        """Undo `load`. An adapter that the server does not know is not there either."""
+        """Undo `load`; an adapter that the server does not know is ignored."""
         try:
             self._ask("POST", "/unload_lora_adapter", {"lora_name": adapter})
         except (RequestError, ModelError):
             return
 
     def check_tokens(self, base: str, chat: ChatTokenizer) -> None:
-        """Raises ModelError where token ids mean something else to the server. Not all have a route that says it."""
+        """Raise ModelError if the server decodes token ids to another text.
+
+        A server without a route for this is not checked.
+        """
         ids = list(chat.tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
         try:
             fields = self._ask("POST", "/detokenize", {"model": base, "tokens": ids}, beside=True)
@@ -130,7 +137,7 @@ class OpenAiServer:
             )
 
     def llamacpp_adapters(self) -> list[int]:
-        """Ids of the adapters that a llama-server was started with; none where it says none."""
+        """Return the ids of the adapters with which a llama-server was started; empty if it lists none."""
         try:
             with self._client() as client:
                 return [int(adapter["id"]) for adapter in client.get(f"{self._root}/lora-adapters").json()]
@@ -138,7 +145,7 @@ class OpenAiServer:
             return []
 
     def embeddings(self, base: str, texts: Sequence[str]) -> list[list[float]]:
-        """A vector of unit length per text."""
+        """Return one vector of length 1 per text. Raises UnavailableError if the server gives none."""
         try:
             rows = self._ask("POST", "/embeddings", {"model": base, "input": list(texts)})["data"]
             vectors = [
@@ -149,7 +156,11 @@ class OpenAiServer:
             raise UnavailableError(f"{self.url} gives no embeddings: {error}", "router: {encoder: minilm}") from None
 
     def _ask(self, method: str, route: str, body: Any = None, *, beside: bool = False) -> dict[str, Any]:
-        """One answer. beside: the route stands beside /v1. vLLM's adapter routes answer with a text: that is {}."""
+        """Send a request and return the answer.
+
+        beside: the route is beside /v1, not below it.
+        An answer that is not JSON, such as the text of vLLM's adapter routes, is {}.
+        """
         url = (self._root if beside else self.url) + route
         try:
             with self._client() as client:
@@ -169,8 +180,9 @@ class OpenAiServer:
 
 
 def to_sartor_error(status: int, body: bytes, url: str) -> SartorError:
-    """A server's error as ours: the client's where the request is wrong, never the client's where our key or the
-    server is.
+    """Return the SartorError for a server's error.
+
+    It blames the client only if the request is wrong, never for this server's key or a failing server.
     """
     problem = f"{url} answers {status}: {_message(body)}"
     if status in (401, 403):
@@ -198,11 +210,11 @@ def _message(body: bytes) -> str:
 MOST_CONTEXT = 1 << 20
 TRIES = 3
 BACKOFF_S = 0.2
-SILENT_S = 60.0  # between two events of one reply
+SILENT_S = 60.0  # limit between two events of one reply
 
 
 class RemoteEngine(StreamEngine):
-    """See the module."""
+    """Engine on an OpenAI-compatible server."""
 
     def __init__(
         self, reader: PromptReader, server: OpenAiServer, rows: int, waiting: int, *, loads_adapters: bool
@@ -212,7 +224,7 @@ class RemoteEngine(StreamEngine):
         self._reader = reader.within(self._served.context_tokens)
         server.check_tokens(self._served.base, reader.chat)
         self._names = {BASE: self._served.base}
-        # a llama-server answers a call that names no adapter from what a slot last read, with whatever adapter
+        # a llama-server answers a call without adapters with the last adapters of its slot, so name all with scale 0
         self._zeros = [{"id": adapter_id, "scale": 0.0} for adapter_id in self._ids_of_llamacpp()]
         super().__init__(rows, waiting)
 
@@ -221,7 +233,10 @@ class RemoteEngine(StreamEngine):
 
     @property
     def about(self) -> EngineInfo:
-        """What it serves, as far as can be told from here. device: what the server calls itself."""
+        """Facts about the engine known from here.
+
+        device: the server's name for itself.
+        """
         reader = self._reader
         digest = reader.chat.template_digest
         return EngineInfo(
@@ -236,9 +251,7 @@ class RemoteEngine(StreamEngine):
         )
 
     def attach(self, adapter: str, path: Path) -> int:
-        """Have the server load an adapter, or find the name under which it was started with it. Returns its weights'
-        bytes.
-        """
+        """Load an adapter on the server, or find the name under which it is served. Return its weights' bytes."""
         if adapter not in self._names:
             self._names[adapter] = self._name(adapter, path)
         return sum(file.stat().st_size for file in path.glob("*.safetensors"))
@@ -256,7 +269,7 @@ class RemoteEngine(StreamEngine):
         return adapter
 
     def detach(self, adapter: str) -> None:
-        """Forget an adapter; the server unloads what was loaded at run time."""
+        """Forget an adapter; the server unloads one that was loaded at run time."""
         if adapter != BASE and (name := self._names.pop(adapter, "")):
             self.fail(
                 adapter,
@@ -269,7 +282,7 @@ class RemoteEngine(StreamEngine):
                 self._server.unload(adapter)
 
     def open_reply(self, call: GenerateCall) -> StreamedReply:
-        """See StreamEngine."""
+        """Open the reply to a call. Raises ModelError for an adapter that is not attached."""
         if call.adapter not in self._names:
             raise ModelError(
                 f"no adapter {call.adapter[:12]} is attached",
@@ -278,8 +291,9 @@ class RemoteEngine(StreamEngine):
         return StreamedReply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
 
     async def read(self, reply: StreamedReply) -> AsyncGenerator[Event]:
-        """See StreamEngine. A server that cannot be reached or is busy is asked again, until the first event is
-        there.
+        """Request a reply and yield its events.
+
+        A server that is busy or cannot be reached is retried, until the first event has arrived.
         """
         body = {"model": self._names.get(reply.call.adapter, ""), **self._body(reply)}
         for attempt in range(TRIES):
@@ -349,14 +363,17 @@ class RemoteEngine(StreamEngine):
         return body
 
     def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
-        """See Engine. UnavailableError where the server gives none: few that serve a language model do."""
+        """Yield one embedding per text.
+
+        Raises UnavailableError if the server gives none; few servers of language models do.
+        """
         tokens = [len(self._reader.text(text)) for text in texts]
         vectors = self._server.embeddings(self._served.base, texts)
         yield from map(TextEmbedding, vectors, tokens)
 
 
 def _read(reply: StreamedReply, fields: Mapping[str, Any]) -> tuple[TextDelta | None, str]:
-    """What one event tells: more of the reply, and why it ended ("" while it goes on)."""
+    """Return the text delta of one event and the finish reason (empty if the reply continues)."""
     try:
         if usage := fields.get("usage"):
             reply.cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
@@ -375,7 +392,7 @@ def _read(reply: StreamedReply, fields: Mapping[str, Any]) -> tuple[TextDelta | 
 
 
 def _logprobs(fields: Mapping[str, Any], max_top: int) -> tuple[Logprob, ...]:
-    """In the form of OpenAI's completions (vLLM, SGLang), or of its chat (llama-server)."""
+    """Read logprobs in the form of OpenAI's completions (vLLM, SGLang) or of its chat API (llama-server)."""
     if "content" in fields:
         return tuple(
             Logprob(
@@ -408,9 +425,9 @@ def open_engine(
     rows: int = 64,
     waiting: int = 1024,
 ) -> RemoteEngine:
-    """The engine on a server that serves `base` (options: serving/team_config.py, Remote).
+    """Return the engine on a server that serves `base`; the options are those of `team_config.OpenAiEngineOptions`.
 
-    Raises what `open_reader` does, ConfigError for the options, UnavailableError where the server does not answer.
+    Raises what `open_reader` raises, ConfigError for the options, and UnavailableError if the server does not answer.
     """
     server = OpenAiServer(url, key_env)
     return RemoteEngine(open_reader(base, MOST_CONTEXT), server, rows, waiting, loads_adapters=loads_adapters)

@@ -1,10 +1,10 @@
-"""Request to prompt text and token ids.
+"""Conversion of requests to prompt text and token ids.
 
-Messages go through the base's own chat template, wherever the tokens are computed: its digest is what an adapter is
-bound to. Tools go into it as `tools` where the template writes them. Where it does not, they stand in the system turn
-as TOOLS_TEXT says, calls of earlier turns in the form that it asks for, and what tools returned in a user turn.
+Messages go through the base's own chat template, wherever the tokens are computed: adapters are bound to its digest.
+Tools are passed to the template as `tools` if it writes them. Otherwise the system turn declares them with TOOLS_TEXT,
+calls of earlier turns have the form that it asks for, and tool results stand in user turns.
 
-Every text of a request is content: where it spells the base's markup, the model reads it as text
+Every text of a request is content: where it spells the base's markup, the model reads it as plain text
 (`models/template_markup.py`).
 """
 
@@ -39,22 +39,23 @@ TOOLS_TEXT = (
     "To call one, write its name and arguments as JSON, and nothing after the last call:\n"
     '<tool_call>\n{{"name": "...", "arguments": {{...}}}}\n</tool_call>'
 )
-# For each token that there is room for, of a prompt that is looked at before the rest of it
+# characters per available token in each part of a prompt that is tokenised to check its length
 FIRST_CHARACTERS = 16
 _PROBE = "sartor_probe_tool"
 _REMEDY = '{"role": "user", "content": "..."}'
 
 
 def prompt_text(chat: ChatTokenizer, call: GenerateCall) -> str:
-    """What the model reads, as text. Raises RequestError for messages that are malformed or that the template
-    refuses.
+    """Return the prompt as text.
+
+    Raises RequestError for messages that are malformed or that the template refuses.
     """
     messages = _messages(chat, call)
     return chat.markup.opened(_rendering(chat, call, messages)).text
 
 
 def _rendering(chat: ChatTokenizer, call: GenerateCall, messages: Sequence[Message]) -> str:
-    """What `Chat.write` wrote; of a raw text, the text."""
+    """Return the shielded rendering of the messages by `ChatTokenizer.write`, or the shielded raw text."""
     if not messages:
         return chat.markup.shield(call.text)
     messages = in_text(chat.shielded(messages), calls=False, reasoning=not chat.probed.writes_reasoning)
@@ -70,18 +71,18 @@ def _rendering(chat: ChatTokenizer, call: GenerateCall, messages: Sequence[Messa
 
 
 def prompt_ids(chat: ChatTokenizer, call: GenerateCall, max_tokens: int) -> list[int]:
-    """What the model reads, as token ids. A raw text begins with bos where the tokenizer has one of its own, as in
-    pretraining.
+    """Return the prompt as token ids.
 
-    Raises RequestError as `prompt_text` does, for a prompt of no tokens, and for one far longer than `max_tokens`,
-    which is not read to its end; a little longer ones are for the caller to refuse.
+    A raw text begins with bos if the tokenizer adds one by itself, as in pretraining. Raises RequestError as
+    `prompt_text` does, for an empty prompt, and for one far longer than `max_tokens`, which is not tokenised to its
+    end. The caller refuses prompts that are only slightly longer.
     """
     messages = _messages(chat, call)
     rendering = _rendering(chat, call, messages)
     _check_length(chat, chat.markup.opened(rendering), max_tokens)
     try:
         ids = chat.tokens(rendering, chat.media_ids(messages))
-    except SourceError as error:  # media that cannot be read, or that this base does not read
+    except SourceError as error:  # media that cannot be read, or that this base does not support
         raise RequestError(error.problem, error.remedy) from None
     bos = chat.tokenizer.bos_token_id
     if not call.messages and bos is not None and chat.tokenizer("a")["input_ids"][0] == bos:
@@ -92,13 +93,14 @@ def prompt_ids(chat: ChatTokenizer, call: GenerateCall, max_tokens: int) -> list
 
 
 def _check_length(chat: ChatTokenizer, opened: Opened, max_tokens: int) -> None:
-    """Raises RequestError as soon as parts of a text have far more tokens than there is room for.
+    """Raise RequestError as soon as parts of a text have far more tokens than allowed.
 
-    Tokenising is what a prompt costs before it can be refused, and whoever waits for the engine waits for it. A cut
-    takes one token apart, into as many as it has characters: so many are forgiven for each.
+    Tokenising is the cost of a prompt before it is refused, and other calls wait for it. A cut between parts splits at
+    most one token, into at most as many tokens as it has characters (`chat.longest`), so that number is allowed per
+    part.
     """
     text, size, n_tokens = opened.text, FIRST_CHARACTERS * max_tokens, 0
-    if len(opened.cuts) > max_tokens:  # each begins a token
+    if len(opened.cuts) > max_tokens:  # each cut starts a token
         raise RequestError(f"the prompt spells control tokens {len(opened.cuts)} times", "take them out of the texts")
     if len(text) <= size:
         return
@@ -114,7 +116,7 @@ def _check_length(chat: ChatTokenizer, opened: Opened, max_tokens: int) -> None:
 
 
 def writes_tools(chat: ChatTokenizer) -> bool:
-    """Whether the chat template writes the tools that it is given: seen from what comes out, not from its source."""
+    """Return whether the chat template writes declared tools, tested by rendering one."""
     probe = {
         "type": "function",
         "function": {"name": _PROBE, "description": "", "parameters": {"type": "object", "properties": {}}},
@@ -126,7 +128,10 @@ def writes_tools(chat: ChatTokenizer) -> bool:
 
 
 def _rendered(chat: ChatTokenizer, candidates: Sequence[Sequence[Message]], tools: str = "") -> str:
-    """The first of several ways to write the messages that the template takes."""
+    """Return the rendering of the first candidate list of messages that the template accepts.
+
+    Raises RequestError if it accepts none.
+    """
     problem = ""
     for messages in candidates:
         try:
@@ -137,7 +142,9 @@ def _rendered(chat: ChatTokenizer, candidates: Sequence[Sequence[Message]], tool
 
 
 def _messages(chat: ChatTokenizer, call: GenerateCall) -> list[Message]:
-    """The turns of a request; reasoning in the text of earlier replies is in its field, as in rows: templates leave it
+    """Return the turns of a request.
+
+    Reasoning in the text of earlier replies is moved into its field, as in training rows, since templates leave it
     out.
     """
     messages = [_message(fields, index) for index, fields in enumerate(call.messages)]
@@ -147,7 +154,7 @@ def _messages(chat: ChatTokenizer, call: GenerateCall) -> list[Message]:
 
 
 def _message(fields: Any, index: int) -> Message:
-    """A turn of a request. Raises RequestError where its form is not OpenAI's."""
+    """Return a turn of a request. Raises RequestError if it does not have OpenAI's form."""
     role = fields.get("role") if isinstance(fields, Mapping) else None
     role = "system" if role == "developer" else role
     if role not in ROLES:
@@ -187,7 +194,10 @@ def _part(part: Any, index: int) -> Part:
 
 
 def _calls(tool_calls: Any, index: int) -> str:
-    """Earlier tool calls as JSON, their arguments as the mappings that templates expect; "" for none."""
+    """Return earlier tool calls as JSON; empty for none.
+
+    Their arguments become the mappings that templates expect.
+    """
     if not tool_calls:
         return ""
     calls = []
@@ -207,7 +217,7 @@ def _wrong_call(index: int) -> RequestError:
 
 
 def _mapping(arguments: Any) -> Any:
-    """Arguments as the mapping that their text says; as they are where it says none."""
+    """Return arguments parsed to a mapping; unchanged if they do not parse to one."""
     try:
         value = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
@@ -216,7 +226,7 @@ def _mapping(arguments: Any) -> Any:
 
 
 def _with_text_arguments(message: Message) -> Message:
-    """For the templates that put the arguments' text where they stand."""
+    """Return the message with its calls' arguments as JSON text, for templates that insert them verbatim."""
     if not message.tool_calls:
         return message
     calls = json.loads(message.tool_calls)
@@ -226,7 +236,10 @@ def _with_text_arguments(message: Message) -> Message:
 
 
 def _in_plain_turns(messages: Sequence[Message]) -> list[Message]:
-    """Calls and what tools returned, as text of assistant and user turns; neighbouring returns in one turn."""
+    """Return the messages with calls and tool results as text of assistant and user turns.
+
+    Adjacent tool results share one turn.
+    """
     turns: list[Message] = []
     is_tool_result = False
     for message in messages:
@@ -244,7 +257,11 @@ def _in_plain_turns(messages: Sequence[Message]) -> list[Message]:
 
 
 def _noted(messages: Sequence[Message], note: str, role: str) -> list[Message]:
-    """With a note: at the end of a first system turn or in one of its own, or before the first user turn's text."""
+    """Return the messages with a note added to the role's turn.
+
+    A system note is appended to a leading system turn or becomes a turn of its own. A user note is placed before the
+    text of the first user turn.
+    """
     first = next((index for index, message in enumerate(messages) if message.role == role), None)
     if first is None or (role == "system" and first):
         return [Message.of(role, note), *messages]
@@ -257,7 +274,11 @@ def _noted(messages: Sequence[Message], note: str, role: str) -> list[Message]:
 
 @dataclass
 class PromptReader:
-    """A base without its weights. context_tokens: most of a prompt and its reply."""
+    """Converter of calls to token ids, for a base without its weights.
+
+    config: the base's config.json.
+    context_tokens: limit on prompt and reply together.
+    """
 
     ref: model_refs.BaseRef
     chat: ChatTokenizer
@@ -266,12 +287,13 @@ class PromptReader:
     _grammar: Grammar | None = None
 
     def within(self, max_tokens: int) -> PromptReader:
-        """The same with a context of at most so many tokens; 0 is no limit."""
+        """Return a copy with a context of at most `max_tokens`; 0 is no limit."""
         return replace(self, context_tokens=min(self.context_tokens, max_tokens or self.context_tokens))
 
     def prompt(self, call: GenerateCall) -> list[int]:
-        """Token ids of a call's prompt. Raises RequestError for one that is malformed or leaves no room for a
-        reply.
+        """Return the token ids of a call's prompt.
+
+        Raises RequestError for a prompt that is malformed or leaves no room for a reply.
         """
         ids = prompt_ids(self.chat, call, self.context_tokens)
         if len(ids) >= self.context_tokens:
@@ -282,9 +304,7 @@ class PromptReader:
         return ids
 
     def text(self, text: str) -> list[int]:
-        """Token ids of a text that is to become a vector. Raises RequestError, which says which, where it is too
-        long.
-        """
+        """Return the token ids of a text to embed. Raises RequestError, naming the text, if it is too long."""
         try:
             return self.prompt(GenerateCall("text", text=text))
         except RequestError as error:
@@ -292,9 +312,10 @@ class PromptReader:
             raise RequestError(problem, "split it: nothing of it is left out") from None
 
     def constraint(self, call: GenerateCall, *, loose: bool = False) -> Constraint | None:
-        """What the reply must obey, if anything. loose: with any white space, to check what another server wrote.
+        """Return the constraint on the reply, or None.
 
-        Raises RequestError for a schema that cannot be obeyed.
+        loose: allow any white space, to check text that another server wrote.
+        Raises RequestError for a schema that cannot be enforced.
         """
         schema = reply_schema(call)
         if not schema:
@@ -305,9 +326,9 @@ class PromptReader:
 
 
 def open_reader(base: str, max_tokens: int) -> PromptReader:
-    """Return the reader of the base that a name means.
+    """Return the prompt reader of the base with this name.
 
-    Raises what `model_refs.locate_base` and `open_chat` do, ModelError for a config that is not whole.
+    Raises what `model_refs.locate_base` and `open_chat` raise, and ModelError for an incomplete config.
     """
     ref = model_refs.locate_base(base)
     if ref.is_converted:
@@ -324,7 +345,7 @@ def open_reader(base: str, max_tokens: int) -> PromptReader:
 
 
 def _generation(path: Path) -> Any:
-    """What a base says of how its replies end; None where it says nothing."""
+    """Return a base's generation config, which states how replies end, or None."""
     if not (path / "generation_config.json").is_file():
         return None
     with quiet_transformers():

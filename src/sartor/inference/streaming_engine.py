@@ -1,7 +1,7 @@
 """Base class of engines that stream tokens over HTTP.
 
-An engine of this kind says how one call is asked and read (`read`), and what must be ready before (`begin`). The
-thread runs one asyncio loop; its only way out is the queue that `step` takes from, so the holder sees a plain engine.
+A subclass defines how a call is requested and read (`read`), and what must be ready before (`begin`). A thread runs
+one asyncio loop; its only output is the queue that `step` reads, so the caller sees an ordinary engine.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from sartor.inference.constrained_decoding import Constraint
 from sartor.inference.engine import Event, Finish, GenerateCall, Logprob, ReplyDone, ReplyFailed, TextDelta
 from sartor.inference.tool_calls import CallReader
 
-# How long a step waits for a first event: as long as a call that is submitted meanwhile may have to wait
+# longest wait of a step for a first event, s; a call submitted meanwhile waits as long
 STEP_S = 0.02
-_LONGEST = 1 << 22  # bytes of one event
+_LONGEST = 1 << 22  # limit on the bytes of one event
 
 
 class StreamedReply:
-    """One reply as it is read: its call, its prompt's token ids, what it must obey, and what has come of it.
+    """A reply being read: its call, prompt token ids, constraint and progress.
 
-    slot: which of the server's places it has, for engines that give them out.
+    slot: the server's slot for it, for engines that assign slots.
+    tokens: reply tokens read so far.
+    cached: prompt tokens that the server took from its cache.
     """
 
     def __init__(self, call: GenerateCall, prompt: Sequence[int], constraint: Constraint | None = None) -> None:
@@ -46,13 +48,13 @@ class StreamedReply:
         self._reader = CallReader(call)
 
     def piece(self, text: str, tokens: int = 0, logprobs: tuple[Logprob, ...] = ()) -> TextDelta:
-        """More of it."""
+        """Return the event for more text of the reply. Raises ModelError if the text violates the schema."""
         self.tokens += tokens
         self._check_schema(text)
         return TextDelta(self.call.id, self._reader.feed(text), tokens, logprobs)
 
     def _check_schema(self, text: str) -> None:
-        """Raises ModelError where the server left the schema: it did not know it, or read it otherwise."""
+        """Raise ModelError if the reply violates its schema: the server ignored it or interprets it differently."""
         try:
             if self.constraint is not None:
                 self.constraint.accept(text)
@@ -60,7 +62,7 @@ class StreamedReply:
             raise ModelError(f"the reply left its schema: {error.problem}", "engine: {kind: local}") from None
 
     def end(self, finish: Finish) -> list[Event]:
-        """Its last events."""
+        """Return the last events of the reply."""
         self.is_ended = True
         rest_text, calls = self._reader.end()
         done_event = ReplyDone(self.call.id, finish, len(self.prompt), self.tokens, self.cached, calls)
@@ -70,7 +72,7 @@ class StreamedReply:
 
 
 class StreamEngine(ABC):
-    """The part of an Engine that is the same whoever computes."""
+    """Common part of engines whose server computes the tokens."""
 
     def __init__(self, rows: int, waiting: int) -> None:
         self.rows, self._max_waiting = rows, waiting
@@ -78,7 +80,7 @@ class StreamEngine(ABC):
         self._live: dict[str, tuple[StreamedReply, Future[None]]] = {}
         self._event_queue: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
         self._pending_events: list[Event] = []
-        # no limit between two events: a deadline is the holder's
+        # no read timeout between two events: the caller sets deadlines
         self.client = httpx.AsyncClient(
             timeout=httpx.Timeout(10.0, read=None), limits=httpx.Limits(max_connections=None), trust_env=False
         )
@@ -88,30 +90,31 @@ class StreamEngine(ABC):
 
     @abstractmethod
     def open_reply(self, call: GenerateCall) -> StreamedReply:
-        """The reply that a call begins. Raises what `submit` does for a call that cannot be answered."""
+        """Open the reply to a call. Raises as `submit` does for a call that cannot be answered."""
 
     @abstractmethod
     def read(self, reply: StreamedReply) -> AsyncGenerator[Event]:
-        """Ask for one reply and read it: Pieces, then what `Reply.end` says. Runs on the thread. SartorErrors become
-        Failed.
+        """Request one reply and yield its events: TextDeltas, then those of `StreamedReply.end`.
+
+        It runs on the thread. A SartorError becomes a ReplyFailed.
         """
 
     def begin(self, reply: StreamedReply) -> bool:
-        """Make ready for a waiting call, for which there is a free row; False if it must go on waiting."""
+        """Prepare a waiting call for a free row; return False if it must keep waiting."""
         return True
 
     @property
     def live(self) -> list[StreamedReply]:
-        """The replies that are being read."""
+        """Replies that are being read."""
         return [reply for reply, _ in self._live.values()]
 
     @property
     def busy(self) -> bool:
-        """Whether a call waits, is answered, or has ended untold."""
+        """Whether a call waits, is being answered, or has events that `step` has not returned."""
         return bool(self._waiting or self._live or self._pending_events)
 
     def submit(self, call: GenerateCall) -> None:
-        """Queue a call."""
+        """Queue a call. Raises BusyError if the queue is full."""
         if len(self._waiting) >= self._max_waiting:
             raise BusyError(
                 f"{len(self._waiting)} calls wait; at most {self._max_waiting} may",
@@ -140,7 +143,7 @@ class StreamEngine(ABC):
                 self._pending_events.append(_failed(reply.call.id, error))
 
     def step(self) -> list[Event]:
-        """Begin what may begin, and hand on what has come, waiting up to STEP_S for the first of it."""
+        """Start waiting calls where rows are free, and return new events, waiting up to STEP_S for the first."""
         while self._waiting and len(self._live) < self.rows and self.begin(self._waiting[0]):
             reply = self._waiting.popleft()
             self._live[reply.call.id] = reply, self.on_thread(self._read_to_end(reply))
@@ -148,11 +151,11 @@ class StreamEngine(ABC):
         return events + self._receive(0 if events else STEP_S)
 
     def on_thread(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Have the thread do something."""
+        """Run a coroutine on the thread's loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def close(self) -> None:
-        """End every call untold, and the thread."""
+        """End every call without events, then the thread."""
         self._waiting.clear()
         for call in list(self._live):
             self.cancel(call)
@@ -162,7 +165,7 @@ class StreamEngine(ABC):
         self._loop.close()
 
     async def _finish(self) -> None:
-        """Let the tasks that were cancelled end, so that their connections close."""
+        """Cancel the remaining tasks and let their connections close."""
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -171,14 +174,14 @@ class StreamEngine(ABC):
         await self._loop.shutdown_asyncgens()
 
     async def _read_to_end(self, reply: StreamedReply) -> None:
-        """Read one reply to its end."""
+        """Read one reply to its end, putting its events into the queue."""
         try:
             async with contextlib.aclosing(self.read(reply)) as events:
                 async for event in events:
                     self._event_queue.put(event)
         except SartorError as error:
             self._event_queue.put(_failed(reply.call.id, error))
-        except Exception as error:  # a bug: the holder of the engine must see it, and cannot from here
+        except Exception as error:  # a bug: `step` raises it in the caller's thread
             self._event_queue.put(error)
 
     def _receive(self, wait_s: float) -> list[Event]:
@@ -208,10 +211,10 @@ def _failed(call: str, error: SartorError) -> ReplyFailed:
 
 
 async def events_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The JSON objects of a stream of server-sent events, up to `[DONE]`.
+    """Yield the JSON objects of a stream of server-sent events, up to `[DONE]`.
 
-    Raises UnavailableError for one that is no JSON object, or longer than _LONGEST: the sender is not what it was said
-    to be.
+    Raises UnavailableError for an event that is not a JSON object or is longer than _LONGEST: the server is then not
+    of the expected kind.
     """
     async for line in _lines(response):
         if not line.startswith(b"data:"):
@@ -223,7 +226,7 @@ async def events_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 def json_object(content: bytes) -> dict[str, Any]:
-    """What a server said, as a JSON object. Raises UnavailableError where it is none."""
+    """Return a server's answer as a JSON object. Raises UnavailableError if it is none."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
@@ -237,7 +240,10 @@ def json_object(content: bytes) -> dict[str, Any]:
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Lines as the protocol ends them; httpx would also cut at the separators that Unicode has inside of a reply."""
+    """Yield lines as the protocol ends them.
+
+    httpx would also split at Unicode line separators inside a reply.
+    """
     buffer = b""
     async for chunk in response.aiter_bytes():
         *lines, buffer = (buffer + chunk).split(b"\n")

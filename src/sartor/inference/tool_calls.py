@@ -1,14 +1,15 @@
 """Tool declarations, tool choice, parsing of tool calls.
 
-A reply calls tools in one of the forms that open models write, told apart by how it begins:
+A reply calls tools in one of the forms that open models write, recognised by its beginning:
 
-    <tool_call>{"name": "find", "arguments": {...}}</tool_call>     Hermes, Qwen, and what `prompts.py` asks for; once
-    per call {"name": "find", "arguments": {...}}                            bare, `parameters` for Llama 3; several by
-    `;` or as a list <|python_tag|>{"name": ...}                                     Llama 3, where its tokenizer shows
-                                                                                     the tag
+    <tool_call>{"name": "find", "arguments": {...}}</tool_call>     Hermes, Qwen, and the form that `prompts.py` asks
+                                                                    for; once per call
+    {"name": "find", "arguments": {...}}                            bare, with `parameters` for Llama 3; several
+                                                                    separated by `;` or as a list
+    <|python_tag|>{"name": ...}                                     Llama 3, if its tokenizer shows the tag
 
-What is not whole, names no declared tool, or has arguments that are no object stays text: a reply never fails for its
-form.
+A call that is incomplete, names no declared tool, or has arguments that are not an object stays text: a reply never
+fails for its form.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ _OPEN, _CLOSE, _TAG = "<tool_call>", "</tool_call>", "<|python_tag|>"
 _MARKS = (_OPEN, _TAG)
 _BARE = ("{", "[", "```")
 _EXAMPLE = '{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}'
-# Keywords whose value is data, and those whose keys are names: where "$ref" is no reference
+# keywords whose value is data, and keywords whose keys are names: there "$ref" is not a reference
 _DATA = ("const", "enum", "default", "examples")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
-    """A request's `tools`, checked for form. Raises RequestError that names the one that is wrong."""
+    """Return a request's `tools` after a check of their form. Raises RequestError naming the invalid one."""
     if not isinstance(tools, list | tuple):
         raise RequestError(f"tools is of type {type(tools).__name__} and no list", f"tools: [{_EXAMPLE}]")
     if len(tools) > MOST_TOOLS:
@@ -71,14 +72,14 @@ def _check(tool: Any, index: int) -> None:
 
 
 def name_of(tool: Mapping[str, Any]) -> str:
-    """The name of a declared tool."""
+    """Return the name of a declared tool."""
     return str(tool["function"]["name"])
 
 
 def read_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> tuple[tuple[Mapping[str, Any], ...], str]:
-    """(tools, must_call) as a `Call` has them, from a request's `tool_choice` and its checked tools.
+    """Return (tools, must_call) of a GenerateCall from a request's `tool_choice` and its checked tools.
 
-    `none` leaves the tools out of the prompt. Raises RequestError for a choice of another form or of no declared tool.
+    `none` leaves the tools out of the prompt. Raises RequestError for an invalid choice or an undeclared tool.
     """
     if choice == "none":
         return (), ""
@@ -101,10 +102,10 @@ def read_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> tuple[tuple[
 
 
 def reply_schema(call: GenerateCall) -> str:
-    """The JSON Schema that a reply must obey, "" for none: a tool that must be called goes before the reply's own
-    schema.
+    """Return the JSON Schema that a reply must obey, or an empty string.
 
-    Raises RequestError when `must_call` names no declared tool.
+    A forced tool call takes precedence over the reply's own schema. Raises RequestError if `must_call` names no
+    declared tool.
     """
     if not call.must_call:
         return call.schema
@@ -120,7 +121,7 @@ def reply_schema(call: GenerateCall) -> str:
 
 
 def _form(tool: Mapping[str, Any], pointer: str) -> dict[str, Any]:
-    """A call of this tool as a schema that stands at `pointer`."""
+    """Return the schema of a call of this tool, placed at the JSON pointer `pointer`."""
     parameters = {"type": "object", **(tool["function"].get("parameters") or {})}
     return {
         "type": "object",
@@ -134,8 +135,9 @@ def _form(tool: Mapping[str, Any], pointer: str) -> dict[str, Any]:
 
 
 def _moved(schema: Any, pointer: str) -> Any:
-    """A schema whose references count from its own root, to stand at `pointer`. Its depth was bounded by
-    `read_schema`.
+    """Return a schema with its local references rewritten for its new position `pointer`.
+
+    `read_schema` has bounded its depth.
     """
     if isinstance(schema, list):
         return [_moved(item, pointer) for item in schema]
@@ -153,10 +155,10 @@ def _moved(schema: Any, pointer: str) -> Any:
 
 
 class CallReader:
-    """A reply's text as it comes, parted into what a reader sees and the tools that it calls.
+    """Incremental parser that splits a reply's text into visible text and tool calls.
 
-    Text is passed on at once, but for what may be, or may begin, a call: that is kept back to the end. Everything that
-    was fed comes out again, as text or as calls (white space around calls apart).
+    Text is passed on at once, except text that is or may begin a call: that is held until the end. All text that was
+    fed comes out again, as text or as calls, except white space around calls.
     """
 
     def __init__(self, call: GenerateCall) -> None:
@@ -167,7 +169,7 @@ class CallReader:
         self._is_holding = not self._names
 
     def feed(self, text: str) -> str:
-        """More of the reply; returns what of it is text for certain."""
+        """Add text of the reply; return the part that is certainly text."""
         if not self._names:
             return text
         self._buffer += text
@@ -179,7 +181,7 @@ class CallReader:
         return emitted
 
     def end(self) -> tuple[str, tuple[Mapping[str, Any], ...]]:
-        """The reply is over: the rest of its text, and the calls in OpenAI's form."""
+        """Return the rest of the text, and the calls in OpenAI's form."""
         if not self._names:
             return "", ()
         calls, rest = _bare_calls(self._buffer, self._names) if not self._has_emitted else ([], self._buffer)
@@ -188,7 +190,7 @@ class CallReader:
         return rest, tuple(_as_openai(self._id, index, *call) for index, call in enumerate(calls))
 
     def _certain(self) -> int:
-        """Characters of what is kept that are text; sets `_is_holding` where a call may have begun."""
+        """Return the number of buffered characters that are text; set `_is_holding` if a call may have begun."""
         text = self._buffer
         start = len(text) - len(text.lstrip())
         if not self._has_emitted:
@@ -208,19 +210,22 @@ class CallReader:
 
 
 def _may_begin(text: str, marks: Sequence[str]) -> bool:
-    """Whether `text` is a beginning of a mark, and not yet all of it."""
+    """Return whether `text` is a proper prefix of a mark."""
     return any(mark.startswith(text) and mark != text for mark in marks)
 
 
 def _tagged_calls(text: str, names: Collection[str]) -> tuple[list[tuple[str, str]], str]:
-    """Calls between marks, and the text without them. A mark whose content is no call stays in the text."""
+    """Return the calls between marks, and the text without them.
+
+    A mark whose content is not a call stays in the text.
+    """
     calls: list[tuple[str, str]] = []
     plain_text, position = "", 0
     while (start := text.find(_OPEN, position)) >= 0:
         close = text.find(_CLOSE, start)
         end = len(text) if close < 0 else close
         call = _one_call(_unfenced(text[start + len(_OPEN) : end]), names)
-        # what is no call is passed over by its mark alone: another may begin inside
+        # if it is not a call, skip only the mark: another call may begin inside
         after = min(end + len(_CLOSE), len(text)) if call else start + len(_OPEN)
         plain_text += text[position:start] if call else text[position:after]
         calls += [call] if call else []
@@ -233,7 +238,7 @@ def _tagged_calls(text: str, names: Collection[str]) -> tuple[list[tuple[str, st
 
 
 def _bare_calls(text: str, names: Collection[str]) -> tuple[list[tuple[str, str]], str]:
-    """Calls that are the whole text, and "" for what is left; else none and the text."""
+    """Return (calls, "") if the whole text consists of calls, else (no calls, the text)."""
     parsed = [_read_call(value, names) for value in _values(_unfenced(text.strip().removeprefix(_TAG)))]
     calls = [call for call in parsed if call]
     return (calls, "") if parsed and len(calls) == len(parsed) else ([], text)
@@ -245,14 +250,15 @@ def _one_call(text: str, names: Collection[str]) -> tuple[str, str] | None:
 
 
 def _unfenced(text: str) -> str:
-    """Without the ``` that models put around JSON."""
+    """Return the text without the ``` fence that models put around JSON."""
     text = text.strip()
     return re.sub(r"^```(?:json)?\s*|\s*```$", "", text) if text.startswith("```") and text.endswith("```") else text
 
 
 def _values(text: str) -> Iterator[Any]:
-    """The JSON values that a text is made of, with nothing but white space, `;` or `,` between; one None where it is
-    not.
+    """Yield the JSON values of a text, separated by white space, `;` or `,`; None at invalid text.
+
+    The items of a list are yielded one by one.
     """
     decoder = json.JSONDecoder(parse_constant=_no_constant)
     position = 0
@@ -267,7 +273,7 @@ def _values(text: str) -> Iterator[Any]:
 
 
 def _read_call(value: Any, names: Collection[str]) -> tuple[str, str] | None:
-    """(name, arguments as JSON) of a value that calls a declared tool; None for any other."""
+    """Return (name, arguments as JSON) if the value calls a declared tool, else None."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in names:
         return None
     arguments = value.get("arguments", value.get("parameters"))
@@ -281,6 +287,9 @@ def _no_constant(name: str) -> Any:
 
 
 def _as_openai(reply: str, index: int, name: str, arguments: str) -> Mapping[str, Any]:
-    """OpenAI's form. The id follows from the reply's, so that a reply that is made again has the same."""
+    """Return a call in OpenAI's form.
+
+    Its id is derived from the reply's, so a repeated reply has the same ids.
+    """
     identity = hashlib.sha256(f"{reply}/{index}".encode(errors="surrogatepass")).hexdigest()[:24]
     return {"id": f"call_{identity}", "type": "function", "function": {"name": name, "arguments": arguments}}

@@ -1,6 +1,6 @@
 """Test of a gain over the live version, corrected for kinds of rows and for earlier looks at them.
 
-Three kinds of rows may show a gain. Only of one the live version is a fair opponent:
+Three kinds of rows may show a gain. On only one of them is the live version a fair opponent:
 
     held_out    rows of the live version's own Dataset, chosen by nobody        against the live version
     feedback    corrections, chosen because the live version failed on them     against the control, and the live
@@ -8,19 +8,22 @@ Three kinds of rows may show a gain. Only of one the live version is a fair oppo
     ratings     replies that the live version gave itself, and people rated     against the control, and the live
                 version
 
-On rows where the live version failed any version with other faults looks better (regression to the mean). A reply that
-the live version gave is less likely under any other version. So both are held against a control: the live version,
-tuned as often and at the same rate on rehearsal rows alone. The control alone is no fair opponent either: it forgets
-corrections that the live version has learnt since they were held out, which the new version rehearses. So a claim has
-to show a gain over both,
-each at its whole level: a version without a gain over one of the two is refused by that one.
+On rows where the live version failed, any version with other errors looks better (regression to the mean). A reply
+that the live version gave is less likely under any other version. Both kinds are therefore compared with a control:
+the live version, tuned as often and at the same rate on rehearsal rows alone. The control alone is no fair opponent
+either. It forgets corrections that the live version has learnt since they were held out, and that the new version
+rehearses. A claim must therefore show a gain over both, each at its whole level. A version without a gain over one of
+the two is refused by that one.
 
-Of ratings it is the margin that counts, the mean log-likelihood of good replies less that of bad ones: a change that
-makes every reply less likely moves it by nothing.
+For ratings the margin counts: the mean log-likelihood of good replies less that of bad ones. A change that makes every
+reply less likely by the same amount does not move it.
 
-The level is divided twice (Bonferroni 1936, unequal parts as in Rosenthal & Rubin 1983): between the kinds by SHARES,
-and between looks, 6 / (pi^2 k^2) for look k, which sums to 1. So a row, however often retrains look at it, makes
-versions without a gain pass with a probability of ALPHA at most. docs/decisions/024-gain.md has what was tried.
+The level is divided twice (Bonferroni 1936, unequal parts as in Rosenthal & Rubin 1983), between kinds and looks:
+
+    level(kind, k) = share(kind) ALPHA 6 / (pi k)^2,   sum over kinds of share <= 1,   sum_{k >= 1} 6 / (pi k)^2 = 1
+
+However often retrains look at a row, versions without a gain therefore pass with a probability of ALPHA at most.
+docs/decisions/024-gain.md describes what was tried.
 """
 
 from __future__ import annotations
@@ -39,9 +42,9 @@ from sartor.evaluate import bootstrap
 from sartor.evaluate.bootstrap import Comparison, FlipTest
 
 Row = Mapping[str, Any]
-# one-sided probability that any look at a row makes a version pass that is no better
+# one-sided probability, over all looks at a row, that a version passes that is no better
 ALPHA = 0.05
-# of the level, where a kind beside the held-out rows can show a gain; the other kinds divide the rest
+# share of the level of held-out rows, if another kind can show a gain too; the other kinds divide the rest
 HELD_OUT_SHARE = 0.8
 LIVE, CONTROL = "live", "control"
 OPPONENTS = {"held_out": LIVE, "feedback": CONTROL, "ratings": CONTROL}
@@ -49,11 +52,14 @@ OPPONENTS = {"held_out": LIVE, "feedback": CONTROL, "ratings": CONTROL}
 
 @dataclass(frozen=True)
 class Claim:
-    """A comparison that may show a gain.
+    """Comparison that may show a gain.
 
-    opponent: LIVE or CONTROL. rows: those compared. look: 1 where none of them was looked at before. level: one-sided.
-    result: None where the control was not measured. over_live: of a claim against the control; None before it is
-    judged.
+    opponent: LIVE or CONTROL.
+    rows: the compared rows.
+    look: number of this look at the rows; 1 if none was looked at before.
+    level: one-sided.
+    result: None if the control was not measured.
+    over_live: comparison with the live version, of a claim against the control; None before it is judged.
     """
 
     kind: str
@@ -66,25 +72,21 @@ class Claim:
 
     @property
     def is_gain(self) -> bool:
-        """Whether the interval at this level lies above 0; of a claim against the control that over the live version
-        too.
-        """
+        """True if the interval at this level lies above 0; against the control, also that over the live version."""
         return _is_above_zero(self.result) and self.may_be_gain
 
     @property
     def may_be_gain(self) -> bool:
-        """Whether a comparison with the control can still show a gain: the live version is beaten, or the only
-        opponent.
-        """
+        """True if the live version is beaten or is the only opponent, so that the claim can still show a gain."""
         return self.opponent == LIVE or _is_above_zero(self.over_live)
 
     @property
     def confidence(self) -> float:
-        """Of the two-sided interval."""
+        """Confidence of the two-sided interval: 1 - 2 level."""
         return 1 - 2 * self.level
 
     def as_json(self) -> dict[str, Any]:
-        """For the record of a retrain."""
+        """Return the claim as the record of a retrain holds it."""
         fields = {
             "of": self.kind,
             "against": self.opponent,
@@ -107,14 +109,14 @@ def _is_above_zero(result: Comparison | None) -> bool:
 
 
 def level_of_look(look: int) -> float:
-    """Return the one-sided level of the k-th look at the same rows: ALPHA 6 / (pi k)^2, in all ALPHA."""
+    """Return the one-sided level of the k-th look at the same rows: ALPHA 6 / (pi k)^2, which sums to ALPHA."""
     return ALPHA * 6 / (math.pi * look) ** 2
 
 
 def plan_claims(kinds: Mapping[str, Sequence[Row]], looks: Mapping[str, int]) -> list[Claim]:
-    """Return the claims that the rows of each kind can bear out, not yet tested; by counts alone, never by scores.
+    """Return the claims that the rows of each kind allow, not yet tested; by counts alone, never by scores.
 
-    looks: of each row, by its id, how often other retrains looked at it.
+    looks: row id -> number of other retrains that looked at it.
     """
     shares = _shares(kinds, looks)
     claims = []
@@ -137,9 +139,13 @@ def judge_claims(claims: Sequence[Claim]) -> list[Claim]:
 
 
 def rating_margins(rows: Sequence[Row], opponent: str, tail: float) -> Comparison:
-    """Compare by how much likelier good replies are than bad ones, in nats per token.
+    """Compare the rating margins of the new version and an opponent, in nats per token.
 
-    Rows hold `rating` and, of each version, the rating times the mean log-likelihood.
+    With rating r_i and mean log-likelihood l_i of reply i, weighted by |r_i|:
+
+        margin = sum_{good} r_i l_i / sum_{good} |r_i| + sum_{bad} r_i l_i / sum_{bad} |r_i|
+
+    rows: hold `rating` r_i and, for each version, r_i l_i. tail: one-sided level.
     """
     ratings = np.asarray([row["rating"] for row in rows], float)
     is_good, weights = ratings > 0, np.abs(ratings)
@@ -158,8 +164,9 @@ def rating_margins(rows: Sequence[Row], opponent: str, tail: float) -> Compariso
 
 
 def _margin(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(R, 4) sums of values and weights, of good replies and of bad ones -> (R,) margins; a bad reply's value has its
-    sign.
+    """Return margins (R,) from sums (R, 4): values and weights of good replies, then of bad ones.
+
+    A bad reply's value has its rating's negative sign, so the two quotients are added.
     """
     return np.asarray(sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3])
 
@@ -177,7 +184,7 @@ def _compare(claim: Claim, opponent: str) -> Comparison:
 
 
 def _shares(kinds: Mapping[str, Sequence[Row]], looks: Mapping[str, int]) -> dict[str, float]:
-    """Return the part of the level that each kind has. A kind of too few groups for its part has none."""
+    """Return the share of the level that each kind has. A kind with too few groups for its share has none."""
     others = [kind for kind in OPPONENTS if kind != "held_out" and kinds.get(kind)]
     others = [kind for kind in others if _can_tell(kind, kinds[kind], looks, (1 - HELD_OUT_SHARE) / len(others))]
     if not kinds.get("held_out"):
@@ -188,7 +195,10 @@ def _shares(kinds: Mapping[str, Sequence[Row]], looks: Mapping[str, int]) -> dic
 
 
 def _can_tell(kind: str, rows: Sequence[Row], looks: Mapping[str, int], share: float) -> bool:
-    """Whether so many groups can reach the level at all; of ratings so many of good replies, and of bad ones."""
+    """Return whether the rows have enough groups to reach the level at all.
+
+    For ratings the groups of good replies must suffice, and those of bad ones.
+    """
     chosen, look = _choose_rows(rows, looks)
     fewest = least_groups(share * level_of_look(look))
     if kind != "ratings":
@@ -198,10 +208,10 @@ def _can_tell(kind: str, rows: Sequence[Row], looks: Mapping[str, int], share: f
 
 
 def _choose_rows(rows: Sequence[Row], looks: Mapping[str, int]) -> tuple[list[Row], int]:
-    """Return the rows that can tell most, and which look at them this is.
+    """Return the rows with the most evidence, and the number of this look at them.
 
-    Those of few looks have a larger level, all of them are more: the most groups for each nat of evidence that is
-    asked for.
+    Rows with few looks have a larger level, but all rows have more groups. The rows with at most k - 1 looks are
+    chosen for the k that maximises groups / -ln(level_of_look(k)).
     """
     counts = Counter(looks.get(str(row["id"]), 0) for row in rows)
     best: tuple[float, int] = (-1.0, 0)

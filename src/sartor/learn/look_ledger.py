@@ -2,8 +2,8 @@
 
     STATE/retrain/AGENT/looks.jsonl     one line a retrain that compared versions: digests of the rows, by kind
 
-A row that decided once decides the next time with less weight (`gain_test`), so the ledger outlives the folders of the
-retrains. It holds digests of rows and no text. Retrains from before there was a ledger are counted by their
+A row that has decided once counts with less weight the next time (`gain_test`), so the ledger outlives the folders of
+the retrains. It holds digests of rows and no text. Retrains from before the ledger are counted by their
 `beside.parquet`.
 """
 
@@ -19,12 +19,15 @@ from sartor.core.line_ledger import LineLedger
 from sartor.learn.run_record import RunRecord, list_runs, now
 
 FILE = "looks.jsonl"
-# of a retrain: the versions' scores side by side, row by row
+# file of a retrain with the versions' scores side by side, row by row
 SCORES_FILE = "beside.parquet"
 
 
 def record_look(run: RunRecord, rows: Mapping[str, Iterable[str]]) -> None:
-    """Write that a retrain has looked at rows, once however often it is resumed. rows: their digests by kind."""
+    """Append the rows that a retrain has looked at, once however often it is resumed.
+
+    rows: their digests by kind.
+    """
     file = run.folder.parent / FILE
     lines = _LEDGER.read_lines(file)
     if any(_key_of_line(line) == _key_of_run(run) for line in lines):
@@ -43,7 +46,9 @@ def record_look(run: RunRecord, rows: Mapping[str, Iterable[str]]) -> None:
 
 
 def count_looks(run: RunRecord) -> Counter[str]:
-    """Return how often other retrains of the agent looked at each row, by its digest. Raises ArtifactError."""
+    """Return the number of other retrains of the agent that looked at each row, by its
+    digest. Raises ArtifactError.
+    """
     home = run.folder.parent
     lines = [line for line in _LEDGER.read_lines(home / FILE) if _key_of_line(line) != _key_of_run(run)]
     counts = Counter(
@@ -57,7 +62,7 @@ def count_looks(run: RunRecord) -> Counter[str]:
 
 
 def _key_of_run(run: RunRecord) -> tuple[int, str]:
-    """A number is given again where the folders were deleted; with the time it is not."""
+    """Return (number, start time): a number is reused if the folders were deleted, the pair is not."""
     return run.record.number, run.record.began
 
 

@@ -12,10 +12,11 @@ INBOX = "inbox"
 
 @dataclass(frozen=True)
 class PersonalOptions:
-    """Whose version of which agent, from which rows, and how it is tuned.
+    """Options of a personal tuning: user, agent, rows and training.
 
-    data: `inbox`, or a file in any form that curate reads. rank: 1 to 4; 0 is the team's `personal.rank`.
-    eval_fraction: of the user's rows that are held out for the gate, by group.
+    data: `inbox`, or a file in any form that curate reads.
+    rank: 1 to 4; 0 is the team's `personal.rank`.
+    eval_fraction: fraction of the user's rows held out for the gate, by group.
     """
 
     agent: str

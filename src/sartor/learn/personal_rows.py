@@ -1,4 +1,4 @@
-"""A user's feedback or file as a Dataset."""
+"""Dataset of a user's feedback or file."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from sartor.learn.personal_options import INBOX
 from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.registry.user_versions import ANYBODY
 
-# Of what a person says there is no licence; it is used for that person alone
+# a person's feedback has no licence; it is used for that person alone
 LICENCE = "LicenseRef-personal"
 
 
 @dataclass(frozen=True)
 class RowQuery:
-    """Whose rows, of which agent, and from where: `inbox`, or a file in any form that curate reads.
+    """Query for a user's rows for one agent.
 
-    speakers: by key, for whom it may speak. Where keys are used, what others say in a person's name is not learnt
-    from.
-    system: the live version's system prompt, which stands before what clients send without one.
+    person: keyed digest of the user's id.
+    data: `inbox`, or a file in any form that curate reads.
+    speakers: key -> users that it may speak for. Where keys are used, feedback in a user's name from another key is
+    not learnt from.
+    system: the live version's system prompt, put before prompts that clients send without one.
     """
 
     person: str
@@ -44,15 +46,16 @@ class RowQuery:
 
 @dataclass(frozen=True)
 class Collected:
-    """The Dataset, and what of the inbox is not in it."""
+    """Dataset of a user's rows, and the number of inbox entries left out by reason."""
 
     dataset: Artifact
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def collect(inbox: FeedbackStore, query: RowQuery, folder: Path) -> Collected:
-    """Write the Dataset into `folder`/rows; a quarter of its prompts, say, held out by group. Raises SourceError for
-    no row.
+    """Write the user's Dataset into `folder`/rows, with `eval_fraction` of its prompts held out by group.
+
+    Raises SourceError if there is no row, ConfigError for a missing file.
     """
     left_out: Counter[str] = Counter()
     source = folder / "rows.jsonl"
@@ -70,7 +73,7 @@ def collect(inbox: FeedbackStore, query: RowQuery, folder: Path) -> Collected:
     else:
         source = _copied(Path(query.data), folder)
     recipe = {
-        # the copy's name, not the file's: that may be the user's
+        # the copy's name, as the file's own name may identify the user
         "sources": [{"path": str(source), "licence": LICENCE, "consent": "given"}],
         "split": {"eval_fraction": query.eval_fraction},
         "seed": query.seed,
@@ -90,8 +93,9 @@ def _copied(file: Path, folder: Path) -> Path:
 
 
 def _learnable_rows(inbox: FeedbackStore, query: RowQuery, left_out: Counter[str]) -> Iterator[Mapping[str, Any]]:
-    """What is to be learnt of each reply that the person spoke of: the correction, or the reply, if it was found
-    good.
+    """Yield the row to learn from each reply with feedback of the user.
+
+    The row has the correction, or the reply if it was rated good.
     """
     newest: dict[str, Feedback] = {}
     for line in inbox.lines():
@@ -108,10 +112,10 @@ def _learnable_rows(inbox: FeedbackStore, query: RowQuery, left_out: Counter[str
             left_out[reason] += 1
             continue
         row = row_of(feedback)
-        # the server puts the system prompt there, too
+        # as the server does, put the system prompt first
         has_system = row["prompt"][0]["role"] in ("system", "developer") or not query.system
         system = [] if has_system else [{"role": "system", "content": query.system}]
-        # one form for all: a file has one
+        # all rows in one form, as a file has one
         yield {"messages": [*system, *row["prompt"], *(row.get("chosen") or row["completion"])], "date": feedback.date}
 
 

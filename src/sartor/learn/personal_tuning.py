@@ -1,7 +1,8 @@
-"""Verb personal tune: tune, test, register.
+"""The verb `personal tune`: tunes, tests and registers a user's version of an agent.
 
-Both are non-inferiority tests: the upper end of the 95 % interval over groups (`evaluate.compare`) may not lie above a
-margin. A delta that learnt nothing passes, and changes nothing; one that is worse than it may be does not.
+Two non-inferiority tests decide, on the user's held-out rows and on rows of the live version. The upper end of the 95
+% interval over groups (`evaluate.bootstrap`) may not lie above a margin. A delta that learnt nothing passes, and
+changes nothing; one that may be worse than the margin does not.
 """
 
 from __future__ import annotations
@@ -58,15 +59,19 @@ from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.shared_base import SharedBase
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
-# Held-out rows of the live version that are looked at: more narrow the interval, and cost time
+# most probe rows of the live version: more would narrow the interval, and cost time
 MOST_PROBE_ROWS = 64
 _MORE_PROBE = "keep its Dataset where it was tuned, or tell where it is: sartor index DIR"
 
 
 @dataclass(frozen=True)
 class UserAcceptance:
-    """Nats a token, before (the live version) and after. why: empty if it may answer. verdict: what the own interval
-    says.
+    """Result of the tests, in nats per token, before (the live version) and after.
+
+    own: on the user's held-out rows.
+    elsewhere: on rows of the live version.
+    verdict: verdict of the interval on the user's rows.
+    why: reason for a refusal; empty if the version may answer.
     """
 
     own: Comparison
@@ -75,12 +80,15 @@ class UserAcceptance:
     why: str
 
     def as_json(self) -> dict[str, Any]:
-        """What the registry and the command say."""
+        """Return the result as the registry and the command show it."""
         return {**asdict(self), "unit": "nats per token"}
 
 
 def own_rows(dataset: Artifact, rows: TokenizedDataset) -> JudgedRows:
-    """The user's held-out rows. Raises SourceError where there are too few to tune on, or to tell anything by."""
+    """Return the user's held-out rows.
+
+    Raises SourceError if there are too few rows to tune on, or too few held-out prompts to judge by.
+    """
     group_by_id = {example.id: group_of(example) for example in stored.read_examples(dataset)}
     held_out = JudgedRows(rows.held_out, [group_by_id[row.example_id] for row in rows.held_out])
     if len(rows.train) < LEAST_TRAINED or len(set(held_out.groups)) < LEAST_HELD_OUT:
@@ -93,10 +101,10 @@ def own_rows(dataset: Artifact, rows: TokenizedDataset) -> JudgedRows:
 
 
 def probe_rows(release: Artifact, stack: StackedAdapter) -> JudgedRows:
-    """What the live version must go on to know: its Dataset's held-out rows where that is here, else the Release's
-    canaries.
+    """Return the rows that show whether the live version's knowledge is kept.
 
-    Raises SourceError where there are fewer than two of either.
+    They are its Dataset's held-out rows where that is on this machine, and the Release's canaries, at most 64 in all.
+    Raises SourceError for fewer than two groups.
     """
     chat, max_tokens = stack.resident.base.chat, stack.resident.recipe.data.max_length_tokens
     encoded = [
@@ -114,7 +122,7 @@ def probe_rows(release: Artifact, stack: StackedAdapter) -> JudgedRows:
 
 
 def check_probe(probe: JudgedRows, terms: PersonalTerms) -> None:
-    """Raise SourceError where so few prompts could not show, whatever is tuned, that nothing was forgotten."""
+    """Raise SourceError if the probe has too few prompts to show that nothing was forgotten."""
     if terms.most_elsewhere < LEAST_WIDTH and (too_few := too_few_prompts(probe.groups)):
         raise SourceError(f"{too_few} that what the live version knows is not forgotten", _MORE_PROBE)
 
@@ -122,7 +130,10 @@ def check_probe(probe: JudgedRows, terms: PersonalTerms) -> None:
 def judge(
     stack: StackedAdapter, tuned: Tensors, held_out: JudgedRows, probe: JudgedRows, terms: PersonalTerms
 ) -> UserAcceptance:
-    """Compare the tuned ranks with none, on both."""
+    """Compare the tuned ranks with none, on the user's rows and on the probe.
+
+    tuned: LoRA factors A (R, in), B (out, R).
+    """
     on_user, on_probe = (_compare(stack, tuned, judged) for judged in (held_out, probe))
     reason = ""
     if not on_user.high <= terms.most_worse:
@@ -150,8 +161,9 @@ def _compare(stack: StackedAdapter, tuned: Tensors, judged: JudgedRows) -> Compa
 
 
 def _held_out(release: Artifact) -> list[Example]:
-    """Of the Dataset that the Release's adapter was tuned on; none where it is not on this machine, or holds out
-    nothing.
+    """Return the held-out rows of the Dataset that the Release's adapter was tuned on.
+
+    Empty if it is not on this machine, or holds out nothing.
     """
     with suppress(ArtifactError, OSError, ValueError, KeyError):
         parents = json.loads((release.path / "sartor.json").read_bytes())["parents"]
@@ -178,7 +190,7 @@ Notice = Callable[[str], object]
 
 @dataclass(frozen=True)
 class _TuningContext:
-    """What a tuning stands on: the agent's live version, its Release, and the registry."""
+    """Context of a tuning: the agent's live version, its Release, and the registry."""
 
     team: Team
     store: UserVersionStore
@@ -193,17 +205,18 @@ class _TuningContext:
 
     @property
     def blank(self) -> UserVersion:
-        """The registry's row before anything was tuned."""
+        """Row of the registry before anything was tuned."""
         return UserVersion(self.person, self.options.agent, self.live.version, self.live.release_id)
 
 
 def tune_personal(
     team: Team | Path | str, options: PersonalOptions, *, notice: Notice = lambda line: None
 ) -> dict[str, Any]:
-    """Tune a user's ranks on top of an agent's live version; a running server answers that user by it within a second.
+    """Tune a user's ranks on top of an agent's live version.
 
-    Raises GateError where it may not answer, and why; what the user had before goes on. SourceError for too few rows,
-    UnknownAgentError, ConfigError for an adapter that is no plain LoRA, ModelError.
+    A running server answers that user with them within a second. Raises GateError with the reason if the version may
+    not answer; what the user had before stays in use. Raises SourceError for too few rows, UnknownAgentError,
+    ConfigError for an adapter that is no plain LoRA, ModelError.
     """
     loaded_team = team if isinstance(team, Team) else load(Path(team))
     began = time.monotonic()
@@ -273,7 +286,9 @@ def _open_context(team: Team, options: PersonalOptions) -> Iterator[_TuningConte
 
 
 def _release_of(team: Team, live: AgentVersion) -> Artifact:
-    """The Release of the live version: the team's own copy, or where it was registered. Raises ArtifactError."""
+    """Return the Release of the live version: the team's own copy, or where it was
+    registered. Raises ArtifactError.
+    """
     copy = release_copies.folder(Path(team.state)) / live.release_id
     result = open_artifact(copy if copy.is_dir() else Path(live.release), "release")
     if result.id != live.release_id:
@@ -288,8 +303,9 @@ def _speakers(context: _TuningContext) -> Mapping[str, frozenset[str]]:
 
 @contextmanager
 def _tuning_folder(team: Team, context: _TuningContext) -> Iterator[Path]:
-    """A folder of this tuning's own below the person's. That which the registry names in the end stays, and no
-    other.
+    """Hold a new folder of this tuning below the user's.
+
+    In the end the folder that the registry names stays, and all others are deleted.
     """
     parent = folder_of(Path(team.state), context.person, context.options.agent)
     make_parent(parent)
@@ -314,7 +330,7 @@ def _remove(folder: Path) -> None:
 
 
 def _prepare(context: _TuningContext, dataset: Artifact, notice: Notice) -> tuple[StackedAdapter, TokenizedDataset]:
-    """The base with room for both adapters, and the user's rows as tokens."""
+    """Return the base with room for both adapters, and the user's tokenized rows."""
     options, base = context.options, context.release.manifest["base"]
     local = model_refs.locate_base(context.team.base)
     if local.digest != base["digest"]:
@@ -333,7 +349,7 @@ def _prepare(context: _TuningContext, dataset: Artifact, notice: Notice) -> tupl
     }
     recipe = config.load(ResolvedRecipe, recipe_of(context.release.path, local.path, changes))
     resident = SharedBase.open(recipe, notice)
-    # files may hold factors in 16 bits, and some of those no numpy knows
+    # files may hold factors in 16 bits, some of which (bfloat16) numpy lacks
     shared = {name: value.float().numpy() for name, value in load_file(context.release.path / WEIGHTS).items()}
     stack = StackedAdapter.open(resident, shared, options.rank or context.team.personal.rank)
     if mismatched := sorted(set(shared) ^ set(stack.fresh)):

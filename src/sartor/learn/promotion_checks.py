@@ -1,14 +1,13 @@
 """Comparison of a new version with the live one.
 
-Three kinds of rows are compared: `held_out`, which the live version's own Dataset holds out, `feedback`, corrections
-that were not trained on, and `ratings`, replies that people rated. The second were chosen because the live version
-erred on them, so it
-is behind on them by the choosing alone: a gain there is one over a control and over the live version (`gain_test`),
-and only the first can show that nothing else suffered.
+Three kinds of rows are compared: `held_out`, which the live version's own Dataset holds out; `feedback`, corrections
+that were not trained on; and `ratings`, replies that people rated. Corrections were chosen because the live version
+erred on them, so the choice alone puts it behind. A gain there must be one over a control and over the live version
+(`gain_test`). Only the held-out rows can show that nothing else suffered.
 
-Each key is held against all others by the monitors' own evidence (`core/confidence_sequences.py`), both ways. A key
-that is named has done nothing wrong for sure: whoever asks harder questions is unlike the others. A person decides
-(`--believe`, `--ignore`).
+Each key's ratings are compared with all others by the evidence of the monitors (`core/confidence_sequences.py`), in
+both directions. A key that is named has not necessarily done anything wrong: whoever asks harder questions differs
+from the others. A person decides (`--believe`, `--ignore`).
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from sartor.serving.team_config import NotWorse
 
 Row = Mapping[str, Any]
 GAIN, NOT_WORSE = "gain over live", "not worse"
-# a field of more values cuts the rows into slices too thin to judge
+# most values of a field: more would cut the rows into slices too small to judge
 MOST_VALUES = 40
 MOST_NAMED = 8
 
 
 def of_rows(table: Sequence[Row]) -> Comparison:
-    """The new version's scores less the live one's, with the interval over groups."""
+    """Return the new version's scores less the live one's, with the interval over groups."""
     return bootstrap.paired_bootstrap(
         [row["live"] for row in table], [row["new"] for row in table], [group_of_stored(row) for row in table]
     )
@@ -49,8 +48,8 @@ def of_rows(table: Sequence[Row]) -> Comparison:
 class Judgement:
     """Checks of a new version against the live one, by name.
 
-    comparisons: new less live by kind of rows, each with its own 95 % interval; for a person, no gain follows from
-    one.
+    comparisons: new less live by kind of rows, each with its own 95 % interval; for a person to read, none proves a
+    gain.
     claims: what may show a gain, tested as far as the opponents were measured.
     """
 
@@ -60,17 +59,17 @@ class Judgement:
 
     @property
     def decisive(self) -> Claim:
-        """The first claim that shows a gain, else that of the held-out rows."""
+        """First claim that shows a gain, else that of the held-out rows."""
         return next((claim for claim in self.claims if claim.is_gain), self.claims[0])
 
     @property
     def refused(self) -> str:
-        """The checks that hold the version back, with their numbers; empty if none does."""
+        """Checks that hold the version back, with their numbers; empty if none does."""
         return "; ".join(f"{name}: {check.detail}" for name, check in self.checks.items() if check.holds_back)
 
     @property
     def needless_control(self) -> str:
-        """The reason why no control could change the decision; empty if one could."""
+        """Reason why no control could change the decision; empty if one could."""
         failed = [name for name, check in self.checks.items() if check.holds_back]
         if GAIN not in failed:
             return f"{self.decisive.kind} shows the gain"
@@ -85,10 +84,11 @@ class Judgement:
 
 
 def judge(kinds: Mapping[str, Sequence[Row]], looks: Mapping[str, int], rules: NotWorse) -> Judgement:
-    """Hold the new version against the live one, and against the control where rows have its scores.
+    """Compare the new version with the live one, and with the control where rows have its scores.
 
-    kinds: `held_out`, `feedback` and `ratings` rows with `live`, `new` and maybe `control`. looks: of each row, by its
-    id, how often other retrains looked at it. Raises GateError for fewer than two held-out rows.
+    kinds: `held_out`, `feedback` and `ratings` rows with `live`, `new` and maybe `control`.
+    looks: row id -> number of other retrains that looked at it.
+    Raises GateError for fewer than two held-out rows.
     """
     if len(kinds["held_out"]) < 2:
         raise GateError(
@@ -105,7 +105,10 @@ def judge(kinds: Mapping[str, Sequence[Row]], looks: Mapping[str, int], rules: N
 
 
 def gain(claims: Sequence[Claim], comparisons: Mapping[str, Comparison]) -> Check:
-    """Whether any claim shows a gain, at its part of one level of error; the rest is named for a person."""
+    """Return the check of a gain, which a claim must show at its share of one level of error.
+
+    The detail lists all comparisons.
+    """
     lines = [format_claim(claim) for claim in claims if claim.result is not None]
     tested = {claim.kind for claim in claims if claim.result is not None}
     lines += [
@@ -122,7 +125,7 @@ def gain(claims: Sequence[Claim], comparisons: Mapping[str, Comparison]) -> Chec
 
 
 def format_claim(claim: Claim) -> str:
-    """A tested claim in a line."""
+    """Return a claim as one line."""
     if claim.result is None:
         return f"{claim.kind}: not compared with the {claim.opponent}"
     level = f"({claim.confidence:.2%} interval, look {claim.look})"
@@ -133,7 +136,10 @@ def format_claim(claim: Claim) -> str:
 
 
 def not_worse(comparison: Comparison, margin: float) -> Check:
-    """Whether the mean over rows that nobody chose is the live version's, but for the margin: non-inferiority."""
+    """Return the check of non-inferiority on the held-out rows: the mean may fall by `margin` at most.
+
+    It passes if the interval's lower end is at least -margin.
+    """
     fits = comparison.low >= -margin or comparison.low > 0
     remedy = (
         ""
@@ -146,11 +152,10 @@ def not_worse(comparison: Comparison, margin: float) -> Check:
 
 
 def slices(table: Sequence[Row], rules: NotWorse) -> dict[str, Check]:
-    """Of each slice whether it has fallen by more than the margin, by an interval that excludes 0. None where there is
-    none.
+    """Return a check of each slice: it may not fall by more than the margin, with an interval that excludes 0.
 
-    A slice of too few groups for any verdict cannot tell where it was seen to fall by more; otherwise it is no check
-    (`unjudged`).
+    Empty without slices. A slice with too few groups for a verdict "cannot tell" if it was seen to fall by more.
+    Otherwise it has no check (`unjudged`).
     """
     checks = {}
     for name, rows in slice_rows(table, rules.slices, rules.slice_rows):
@@ -173,7 +178,7 @@ def slices(table: Sequence[Row], rules: NotWorse) -> dict[str, Check]:
 
 
 def unjudged(table: Sequence[Row], rules: NotWorse) -> str:
-    """The slices that too few rows or groups of rows speak of, and how many; empty where there are none."""
+    """Return the slices with too few rows or groups to be judged, as text; empty if there are none."""
     few = [
         f"{name} ({len(rows)} rows)"
         for name, rows in slice_rows(table, rules.slices, rules.slice_rows, with_few=True)
@@ -190,9 +195,9 @@ def _groups(rows: Sequence[Row]) -> int:
 def slice_rows(
     table: Sequence[Row], fields: Sequence[str], min_rows: int, *, with_few: bool = False
 ) -> Iterator[tuple[str, list[Row]]]:
-    """(field=value, rows) of each slice with enough rows, or of each.
+    """Yield (field=value, rows) of each slice with enough rows, or of each.
 
-    No fields: each that the references have and that has few values.
+    fields: if empty, each field of the references that has few values.
     """
     field_names = fields or [
         name for name in known_fields(row["reference"] for row in table) if _has_few(table, name, min_rows)
@@ -208,7 +213,10 @@ def slice_rows(
 
 
 def _has_few(table: Sequence[Row], field: str, min_rows: int) -> bool:
-    """Whether a field tells kinds of rows apart, as an intent does, and not rows, as a name does."""
+    """Return whether a field distinguishes kinds of rows, as an intent does.
+
+    A field that distinguishes single rows, as a name does, is none.
+    """
     counts = Counter(value for row in table if (value := label_of(row["reference"], field)) is not None)
     return (
         1 < len(counts) <= MOST_VALUES and statistics.median(counts.values()) > 1 and max(counts.values()) >= min_rows
@@ -216,21 +224,21 @@ def _has_few(table: Sequence[Row], field: str, min_rows: int) -> bool:
 
 
 def format_comparison(result: Comparison) -> str:
-    """A comparison in a line."""
+    """Return a comparison as one line."""
     return (
         f"{result.base:.3f} -> {result.tuned:.3f}, {result.difference:+.3f} in [{result.low:+.3f}, {result.high:+.3f}]"
     )
 
 
-# by which a key's rate of bad ratings may differ from that of all others
+# difference allowed between a key's rate of bad ratings and that of all others
 MARGIN = 0.15
-# the probability that any key is named of people who rate alike, within the margin
+# probability that any key is named although all rate alike, within the margin
 FALSE_ALARM = 0.01
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """A key's ratings and everybody else's."""
+    """Ratings of one key, and of all others."""
 
     key: str
     rate: FailureRate
@@ -244,7 +252,7 @@ class Suspect:
 
 
 def by_key(ratings: Iterable[tuple[str, float]]) -> dict[str, FailureRate]:
-    """(key, rating) -> what each key said; a rating of 0 says nothing."""
+    """Return key -> its rate of bad ratings, from (key, rating) pairs; a rating of 0 does not count."""
     rates: dict[str, FailureRate] = {}
     for key, rating in ratings:
         if rating:
@@ -253,7 +261,11 @@ def by_key(ratings: Iterable[tuple[str, float]]) -> dict[str, FailureRate]:
 
 
 def suspects(rates: Mapping[str, FailureRate]) -> list[Suspect]:
-    """The keys that differ, the most telling first. Of one key alone nothing can be said."""
+    """Return the keys that differ, strongest evidence first; a single key is never named.
+
+    A key is named if its log evidence reaches ln(2 keys / FALSE_ALARM), a Bonferroni correction over keys and
+    directions.
+    """
     limit = math.log(2 * max(len(rates), 1) / FALSE_ALARM)
     ranked = []
     for key, key_rate in rates.items():
@@ -264,7 +276,7 @@ def suspects(rates: Mapping[str, FailureRate]) -> list[Suspect]:
         )
         if evidence >= limit:
             ranked.append((evidence, Suspect(key, key_rate, others)))
-    # where one key is unlike, all others are a little unlike those among whom it is: the most telling is named alone
+    # of two keys each differs from the other alike, so only the one with the strongest evidence is named
     return (
         [suspect for _, suspect in sorted(ranked, key=lambda pair: -pair[0])[:1]]
         if len(rates) <= 2
@@ -273,7 +285,7 @@ def suspects(rates: Mapping[str, FailureRate]) -> list[Suspect]:
 
 
 def check(rates: Mapping[str, FailureRate], believed: Iterable[str] = ()) -> Check:
-    """Whether everybody rates alike, but for those whom a person believes."""
+    """Return the check that keys rate alike, except those that a person believes."""
     flagged = [suspect for suspect in suspects(rates) if suspect.key not in set(believed)]
     if not flagged:
         return Check("pass", f"{len(rates)} keys rate alike, within {MARGIN:g}")

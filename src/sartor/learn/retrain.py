@@ -1,4 +1,4 @@
-"""Verb retrain and its stages."""
+"""The verb `retrain` and its stages."""
 
 from __future__ import annotations
 
@@ -41,17 +41,21 @@ from sartor.serving.team_config import Retraining, Team, load
 from sartor.tune.auto_settings import BATCH_TOKENS
 from sartor.tune.trainer import tune as train
 
-# what the tuning of the live version is changed by, unless `retrain.tuning` says otherwise: few rows, seen twice. A
-# third time cost the starter its general talk, and the gate refused every such version (docs/log.md, 60 corrections)
+# changes of the live version's tuning, unless `retrain.tuning` says otherwise: factor of the learning rate, and
+# epochs. Few rows, seen twice: a third epoch cost the starter its general talk, and the gate refused every such
+# version (docs/log.md, 60 corrections)
 GENTLE = 0.5
 EPOCHS = 2.0
 
 
 def curate(job: RetrainContext) -> Mapping[str, Any]:
-    """feedback/ what the inbox holds, as a Dataset; data/ and ratings/ what is learnt from it, with rehearsal."""
+    """Write feedback/, the inbox as a Dataset, and data/ and ratings/, the rows to learn from.
+
+    data/ and ratings/ include rehearsal rows. Raises GateError if keys contradict the rest or each other, or there are
+    too few rows to learn from.
+    """
     if contradictions := training_data.distrusted(job):
-        # nothing of theirs would be learnt; but whoever lies by one key may have others, and a person should look
-        # first
+        # their feedback would not be learnt, but whoever lies by one key may have others: a person should look first
         raise GateError(
             f"keys: {'; '.join(contradictions)}", "look at what they said (sartor agents feedback); then --ignore KEY"
         )
@@ -65,13 +69,15 @@ def curate(job: RetrainContext) -> Mapping[str, Any]:
             "retrain.at_least",
         )
     keys = promotion_checks.check(data.rates, job.wishes.believe)
-    if keys.outcome == "fail":  # before anything is spent on what they said
+    if keys.outcome == "fail":  # before any compute is spent on their feedback
         raise GateError(f"keys: {keys.detail}", keys.remedy)
     return {**dataclasses.asdict(data), "keys": keys.detail}
 
 
 def tune(job: RetrainContext) -> Mapping[str, Any]:
-    """adapter-sft/, adapter-kto/: the live version's adapter gone on with, on corrections and then on ratings."""
+    """Write adapter-sft/ and adapter-kto/: the live version's adapter, trained further on corrections, then on
+    ratings.
+    """
     start, legs = Path(job.run.record.live.release), []
     for leg in job.run.facts("curate")["legs"]:
         out = job.at(f"adapter-{leg}")
@@ -84,30 +90,31 @@ def tune(job: RetrainContext) -> Mapping[str, Any]:
 
 
 def recipe_of(job: RetrainContext, leg: str, start: Path) -> dict[str, Any]:
-    """The tuning recipe of a leg: the live version's own, gentler, and what `retrain.tuning` changes.
+    """Return the tuning recipe of a leg: the live version's own, gentler, with the changes of `retrain.tuning`.
 
-    A batch that `auto` chose by the rows of a whole Dataset is chosen again by those of the leg sft, which are far
-    fewer; one that a person named stays.
+    A batch size that `auto` chose for the rows of a whole Dataset is chosen again for those of the leg sft, which are
+    far fewer. One that a person set stays.
     """
     live = open_artifact(job.run.record.live.release, "release")
     recipe = training_data.read_recipe(live.path / "sartor.json")
     recipe["data"] = {**recipe["data"], "path": str(job.at(training_data.FOLDERS[leg])), "rows": 0}
     recipe["objective"] = {"kind": leg}
     recipe["budget"] = {"epochs": EPOCHS}
-    # the gain is tested on the held-out rows, by which nothing may be chosen before
+    # the gain is tested on the held-out rows, so they must not select the weights
     recipe["weights"] = "last"
-    if not recipe["method"].get("start"):  # that of a version which was retrained itself is gentle already
+    if not recipe["method"].get("start"):  # a version that was retrained has a gentle rate already
         recipe["optimizer"] = {**recipe["optimizer"], "learning_rate": recipe["optimizer"]["learning_rate"] * GENTLE}
     recipe["method"] = {**recipe["method"], "start": str(start)}
-    # rehearsal and evaluations of the live recipe are resolved, and the weights are named: nothing else is chosen anew
+    # the live recipe's rehearsal and evaluations are resolved, and the weights are set: no other `auto` is left
     if leg == "sft" and is_auto_batch(live):
         recipe["optimizer"] = {**recipe["optimizer"], "batch_tokens": "auto"}
     return merge_options(recipe, job.rules.tuning or {})
 
 
 def is_auto_batch(release: Artifact) -> bool:
-    """Whether `auto` chose the batch of a Release: in its own tuning, or in one that it goes on from and took it
-    over.
+    """Return whether `auto` chose the batch size of a Release.
+
+    It may have done so in its own tuning, or in an earlier one whose batch size it took over.
     """
     batch_tokens = training_data.read_recipe(release.path / "sartor.json")["optimizer"]["batch_tokens"]
     earlier = [item for kind in ("adapter", "release") for item in ancestry.find_all(release, kind)]
@@ -120,7 +127,10 @@ def is_auto_batch(release: Artifact) -> bool:
 
 
 def merge_options(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with others laid over them, mapping by mapping; a limit of the budget takes the place of all others."""
+    """Return options overridden by others, mapping by mapping; `budget` is replaced as a whole.
+
+    Raises ConfigError if the overrides are no mapping.
+    """
     if not isinstance(overrides, Mapping):
         raise ConfigError(f"retrain.tuning is {overrides!r}, no mapping of options", "tuning: {budget: {epochs: 2}}")
     result = dict(base)
@@ -131,8 +141,9 @@ def merge_options(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
 
 
 def evaluate(job: RetrainContext) -> Mapping[str, Any]:
-    """report/ the new adapter against the base; beside.parquet the live version on the same rows; and the held-out
-    ratings.
+    """Write report/, the new adapter against the base, and beside.parquet, against the live version.
+
+    Both compare the same rows. Also measures the held-out ratings, and records the look at all these rows.
     """
     adapter, out = Path(job.run.facts("tune")["adapter"]), job.at("report")
     _measure(job, adapter, out, "eval")
@@ -145,9 +156,12 @@ def evaluate(job: RetrainContext) -> Mapping[str, Any]:
 
 
 def _measure(job: RetrainContext, adapter: Path, out: Path, split: Literal["eval", "test"]) -> None:
-    """Write the Report of `adapter` on a split, by the live version's scorer and label, unless it stands there."""
+    """Write the Report of `adapter` on a split, with the live version's scorer and label.
+
+    An existing Report is kept, unless its arithmetic differs from this version's.
+    """
     numerics_change = _numerics_difference(out)
-    if numerics_change:  # the live version answers by this version's arithmetic
+    if numerics_change:  # the live version runs with this version's arithmetic
         job.notice(f"{out} is measured anew: made by {numerics_change}")
     elif kind_of(out) == "report":
         return
@@ -165,9 +179,7 @@ def _measure(job: RetrainContext, adapter: Path, out: Path, split: Literal["eval
 
 
 def _numerics_difference(report: Path) -> str:
-    """Return in what the arithmetic of a Report differs from this version's; empty if it does not, or if none stands
-    there.
-    """
+    """Return how the arithmetic of a Report differs from this version's; empty if it does not, or none exists."""
     if kind_of(report) != "report":
         return ""
     base = open_artifact(report, "report").manifest["base"]
@@ -175,7 +187,7 @@ def _numerics_difference(report: Path) -> str:
 
 
 def _liked(job: RetrainContext, adapter: Path) -> dict[str, Any]:
-    """How likely both versions find the held-out replies that people rated, the rating's sign before it."""
+    """Return the held-out rated replies with rating times mean log-likelihood under both versions."""
     rows = training_data.held_ratings(job)
     if not rows:
         return {"ratings": []}
@@ -195,11 +207,12 @@ def _liked(job: RetrainContext, adapter: Path) -> dict[str, Any]:
 
 
 def control(job: RetrainContext) -> Mapping[str, Any]:
-    """control-LEG/: the live version tuned on rehearsal rows alone, where only feedback could show a gain; its scores.
+    """Write control-LEG/, the live version tuned on rehearsal rows alone, and return its scores.
 
-    It has as many updates as the new version, of as many tokens, at the same rate. `skipped` says why there is none.
+    It is tuned only where feedback could still show a gain, with as many updates of as many tokens at the same rate as
+    the new version. `skipped` has the reason if there is none.
     """
-    if job.run.done("gate"):  # of a Sartor before the control
+    if job.run.done("gate"):  # a record of a Sartor without the control
         return {"skipped": "the gate has decided"}
     judgement = judge(job)
     if reason := judgement.needless_control:
@@ -219,7 +232,7 @@ def control(job: RetrainContext) -> Mapping[str, Any]:
 
 
 def _control_scores(job: RetrainContext, judgement: Judgement, adapter: Path) -> dict[str, Any]:
-    """Scores of the control by row, for each kind of rows that is compared with it."""
+    """Return scores of the control by row, for each kind of rows that is compared with it."""
     rows = {claim.kind: {str(row["id"]) for row in claim.rows} for claim in judgement.claims if claim.result is None}
     scores: dict[str, dict[str, float]] = {}
     if "feedback" in rows:
@@ -234,7 +247,10 @@ def _control_scores(job: RetrainContext, judgement: Judgement, adapter: Path) ->
 
 
 def gate(job: RetrainContext) -> Mapping[str, Any]:
-    """Whether it is better than the live version somewhere, and nowhere worse; `refused` says why not."""
+    """Decide whether the new version is better than the live one somewhere and nowhere worse.
+
+    `refused` has the reasons why not.
+    """
     judgement = judge(job)
     checks = {name: {"outcome": check.outcome, "detail": check.detail} for name, check in judgement.checks.items()}
     compared = {
@@ -271,11 +287,10 @@ def rows_by_kind(job: RetrainContext) -> dict[str, list[dict[str, Any]]]:
 
 
 def release(job: RetrainContext) -> Mapping[str, Any]:
-    """release/: the Adapter through the gate of every Release, under the rules of the live one, signed as its next
-    version.
+    """Write release/: the Adapter through the gate of a Release, by the live one's rules, as its next version.
 
-    Where the gate asks for the test split, test-report/ is measured on it here, of a version that passed everything
-    before.
+    If a Dataset of the adapter has a test split, test-report/ is measured on it here, after all other checks passed.
+    Raises GateError, LicenceError if the gate refuses.
     """
     live, out = job.live(), job.at("release")
     existing = [entry.version for entry in read_registry(job.team).versions.values() if entry.agent == job.agent]
@@ -304,7 +319,7 @@ def release(job: RetrainContext) -> Mapping[str, Any]:
 
 
 def register_version(job: RetrainContext) -> Mapping[str, Any]:
-    """Registered; on trial where somebody serves the team, live at once where a person asks for it, else waiting."""
+    """Register the Release: on trial if a server is running, live at once if a person asks for it, else waiting."""
     facts, live = job.run.facts("release"), job.run.record.live
     reason = f"retrain {job.run.record.number}: {job.run.facts('gate')['gain']}"
     name = f"{job.agent}@{facts['version']}"
@@ -333,13 +348,16 @@ STAGES: dict[str, Stage] = {
 }
 
 
-# Somebody's rule says no: an answer, and the end of this retrain. Other errors leave it to be gone on with.
+# A rule refuses: this decides the retrain. After other errors it can be resumed.
 REFUSALS = (GateError, LicenceError, AdmissionError)
 
 
 @dataclass(frozen=True)
 class Retrained:
-    """What a retrain came to. folder: of its record; "" where none was begun."""
+    """Result of a retrain.
+
+    folder: of its record; "" if none was begun.
+    """
 
     decision: str
     reason: str
@@ -351,12 +369,12 @@ class Retrained:
     wall_s: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the JSON output of the command."""
         return {**vars(self), "gain": dict(self.gain) if self.gain else None, "wall_s": round(self.wall_s, 1)}
 
     @classmethod
     def of(cls, work: RunRecord, began: float) -> Retrained:
-        """As the record has it."""
+        """Return the result from the record of a retrain; began: monotonic time, s."""
         record = work.record
         checks = {name: check["outcome"] for name, check in record.stages.get("gate", {}).get("checks", {}).items()}
         version = record.stages.get("release", {}).get("version", "")
@@ -374,13 +392,14 @@ def retrain(
     stages: Mapping[str, Stage] = STAGES,
     notice: Notice = lambda line: None,
 ) -> Retrained:
-    """Let an agent learn from what was said of it: a new version, on trial or live, or a refusal with reasons.
+    """Retrain an agent on its feedback: a new version, on trial or live, or a refusal with reasons.
 
-    One that was killed is gone on with; one on trial is looked after, and none is begun before it is decided. Too
-    little to learn from is a refusal that says how much is lacking. `steps_back` gives this process the priority and
-    the memory that
-    `retrain:` of TEAM.yaml says, for good. `stages`: by name, in their order. Raises ConfigError while another process
-    retrains the agent, UnknownAgentError, and what the stages raise; the same call goes on then.
+    An interrupted retrain is resumed. While a version is on trial its state is checked, and no retrain begins before
+    it is decided. Too little feedback is a refusal that says how much is missing.
+    steps_back: give this process, for good, the priority and the memory limit of `retrain:` in TEAM.yaml.
+    stages: by name, in their order.
+    Raises ConfigError while another process retrains the agent, UnknownAgentError, and the errors of the stages; the
+    same call then resumes.
     """
     began = time.monotonic()
     loaded_team = team if isinstance(team, Team) else load(Path(team), flags)
@@ -417,8 +436,9 @@ def retrain(
 
 
 def _decide_overtaken(run: RunRecord, live: Live) -> None:
-    """Another version is live than the one that it was held against: its own, if it was killed right behind the
-    promotion.
+    """Decide an interrupted run after another version became live.
+
+    It is "promoted" if that version is its own, killed just after the promotion, else "refused".
     """
     name = f"{run.record.agent}@{live.version}"
     if run.done("release") and run.facts("release")["version"] == live.version:
@@ -428,7 +448,7 @@ def _decide_overtaken(run: RunRecord, live: Live) -> None:
 
 
 def _run(job: RetrainContext, stages: Mapping[str, Stage]) -> None:
-    """Every stage that is not done; the record says after each that it is, and in the end what came of it."""
+    """Run every stage that is not done; record each, and in the end the decision."""
     run = job.run
     for name, stage in stages.items():
         if run.done(name):
@@ -439,7 +459,7 @@ def _run(job: RetrainContext, stages: Mapping[str, Stage]) -> None:
         except REFUSALS as error:
             run.decide("refused", f"{name}: {error.problem} (try: {error.remedy})")
             return
-        except ConflictError as error:  # somebody changed the agent meanwhile: what was found is of another version
+        except ConflictError as error:  # the agent was changed meanwhile: the results are about another version
             run.decide("refused", f"{name}: {error.problem}")
             return
         if refused := run.facts(name).get("refused"):
@@ -451,7 +471,7 @@ def _run(job: RetrainContext, stages: Mapping[str, Stage]) -> None:
 
 
 def _step_back(rules: Retraining) -> None:
-    """For this process and what it starts: who serves goes first, and memory has an end."""
+    """Lower the priority and limit the memory of this process and its children, in favour of the server."""
     os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), rules.nice))
     if rules.memory_bytes:
         limit_data(rules.memory_bytes)

@@ -4,8 +4,8 @@
       retrain.json     the record: which version is live, the facts of each stage that is done, the decision
       feedback/  data/  adapter/  ...     what the stages made: artefacts, each whole or absent
 
-A stage is done when the record says so, and it says so after the stage's artefacts stand. A retrain that was killed is
-gone on with at the first stage that the record lacks; that stage finds what it had finished itself.
+A stage is done when the record says so, which is after its artefacts are written. An interrupted retrain resumes at
+the first stage that the record lacks. That stage finds the artefacts that it had finished itself.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ from sartor.serving.team_config import Retraining, Team
 
 SCHEMA = 1
 FILE = "retrain.json"
-# waiting: its stages are done, and the monitors or a person are still to say
+# "" while stages are left; "canary" until the monitors or a person decide
 Decision = Literal["", "promoted", "canary", "candidate", "refused", "rolled back"]
 FINAL = ("promoted", "refused", "rolled back", "candidate")
 
 
 @dataclass(frozen=True)
 class Live:
-    """The version that a retrain starts from and is held against. release: the directory; release_id: of its
-    manifest.
+    """Version that a retrain starts from and is compared with.
+
+    release: its directory.
+    release_id: id of its manifest.
     """
 
     version: str
@@ -49,8 +51,11 @@ class Live:
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a retrain. stages: facts by name, in the order in which they were done. gain: as
-    `Claim.as_json` has it.
+    """Facts about a retrain.
+
+    began, ended: UTC, ISO.
+    stages: facts by name, in the order in which they were done.
+    gain: as `Claim.as_json` returns it.
     """
 
     agent: str
@@ -64,12 +69,15 @@ class Record:
     ended: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """The file; `from_json` makes an equal record of it."""
+        """Return the content of the file; `from_json` makes an equal record of it."""
         return {"schema": SCHEMA, **vars(self), "live": vars(self.live)}
 
     @classmethod
     def from_json(cls, payload: Mapping[str, Any]) -> Record:
-        """Raises ArtifactError for another schema, KeyError or TypeError for no record."""
+        """Return the record in a file's content.
+
+        Raises ArtifactError for another schema, KeyError or TypeError for no record.
+        """
         if payload.get("schema") != SCHEMA:
             raise ArtifactError(
                 f"a retrain of schema {payload.get('schema')!r}; this reads {SCHEMA}", upgrade_command()
@@ -79,14 +87,14 @@ class Record:
 
 
 class RunRecord:
-    """The folder of one retrain, and its record. Held by one process: see `retrain_lock`."""
+    """Folder of one retrain, and its record. One process holds it under `retrain_lock`."""
 
     def __init__(self, folder: Path, record: Record) -> None:
         self.folder, self.record = folder, record
 
     @classmethod
     def create(cls, state: Path, agent: str, live: Live) -> RunRecord:
-        """The next retrain of an agent."""
+        """Create the next retrain of an agent."""
         number = max((run.record.number for run in list_runs(state, agent)), default=0) + 1
         run = cls(_home(state, agent) / str(number), Record(agent, number, now(), live, {}))
         run._write()
@@ -94,7 +102,7 @@ class RunRecord:
 
     @classmethod
     def open(cls, folder: Path) -> RunRecord:
-        """What stands in a folder. Raises ArtifactError where the record is damaged."""
+        """Return the retrain in a folder. Raises ArtifactError if the record is damaged."""
         file = folder / FILE
         try:
             return cls(folder, Record.from_json(json.loads(file.read_text(encoding="utf-8"))))
@@ -104,27 +112,27 @@ class RunRecord:
             ) from None
 
     def done(self, stage: str) -> bool:
-        """Whether the stage is."""
+        """Return whether the stage is done."""
         return stage in self.record.stages
 
     def facts(self, stage: str) -> Mapping[str, Any]:
-        """What a stage that is done has found."""
+        """Return the facts of a stage that is done."""
         return self.record.stages[stage]
 
     def finish(self, stage: str, facts: Mapping[str, Any]) -> None:
-        """A stage is done; its artefacts stand."""
+        """Store the facts of a stage that is done, after its artefacts are written."""
         self.record = replace(self.record, stages={**self.record.stages, stage: dict(facts)})
         self._write()
 
     def decide(self, decision: Decision, reason: str, gain: Mapping[str, Any] | None = None) -> None:
-        """What it came to. May be said again while it is not final."""
+        """Record the decision. It may be replaced while it is not final."""
         gain = self.record.gain if gain is None else gain
         self.record = replace(self.record, decision=decision, reason=reason, gain=gain, ended=now())
         self._write()
 
     @property
     def is_open(self) -> bool:
-        """Whether stages are left to do."""
+        """True while there is no decision."""
         return not self.record.decision
 
     def _write(self) -> None:
@@ -133,8 +141,9 @@ class RunRecord:
 
 
 def list_runs(state: Path, agent: str) -> list[RunRecord]:
-    """Every retrain of an agent, the oldest first. A folder without a record was killed before it began, and is passed
-    over.
+    """Return every retrain of an agent, oldest first.
+
+    A folder without a record was killed before it began, and is skipped.
     """
     folders = (
         folder for folder in _home(state, agent).glob("*") if folder.name.isdigit() and (folder / FILE).exists()
@@ -144,8 +153,9 @@ def list_runs(state: Path, agent: str) -> list[RunRecord]:
 
 @contextmanager
 def retrain_lock(state: Path, agent: str) -> Iterator[None]:
-    """Inside, no other process retrains this agent. Raises ConfigError where one does; a lock ends with its
-    process.
+    """Hold the lock on an agent's retrains.
+
+    Raises ConfigError if another process holds it; a lock ends with its process.
     """
     home = _home(state, agent)
     home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -161,7 +171,7 @@ def retrain_lock(state: Path, agent: str) -> Iterator[None]:
 
 
 def now() -> str:
-    """UTC, ISO, to the second, as an inbox has it."""
+    """Return the current time in UTC, ISO, to the second, as the inbox writes it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
@@ -174,10 +184,12 @@ Notice = Callable[[str], None]
 
 @dataclass(frozen=True)
 class RetrainOptions:
-    """What a person asks of this one retrain. believe, ignore: keys. promote: also where nobody serves the team.
-    anyway: with
-    less feedback than is asked for. waivers: of checks of the Release's own gate, not of those against the live
-    version.
+    """A person's options for one retrain.
+
+    promote: make the version live even if no server is running.
+    anyway: retrain with less feedback than required.
+    believe, ignore: keys.
+    waivers: of checks of the Release's own gate, not of those against the live version.
     """
 
     promote: bool = False
@@ -189,7 +201,7 @@ class RetrainOptions:
 
 @dataclass(frozen=True)
 class RetrainContext:
-    """A retrain as its stages see it."""
+    """Context of a retrain, passed to its stages."""
 
     team: Team
     run: RunRecord
@@ -198,20 +210,20 @@ class RetrainContext:
 
     @property
     def rules(self) -> Retraining:
-        """The section of TEAM.yaml."""
+        """Section `retrain` of TEAM.yaml."""
         return self.team.retrain
 
     @property
     def agent(self) -> str:
-        """Its name."""
+        """Name of the agent."""
         return self.run.record.agent
 
     def at(self, name: str) -> Path:
-        """What a stage makes, by the name of it."""
+        """Return the path of an artefact of this retrain."""
         return self.run.folder / name
 
     def live(self) -> Artifact:
-        """The Release that is live. Raises ArtifactError where it is gone, or another one stands there."""
+        """Return the live Release. Raises ArtifactError if it is missing, or another one is in its place."""
         live = self.run.record.live
         release = open_artifact(live.release, "release")
         if release.id != live.release_id:
@@ -221,7 +233,7 @@ class RetrainContext:
         return release
 
     def own_rows(self) -> Artifact:
-        """The Dataset that the live version was tuned on. Raises ArtifactError where it is gone."""
+        """Return the Dataset that the live version was tuned on. Raises ArtifactError if it is missing."""
         dataset = ancestry.find_parent(self.live(), "dataset")
         if dataset is None:
             raise ArtifactError(
@@ -233,25 +245,26 @@ class RetrainContext:
 
 
 class Stage(Protocol):
-    """One step of a retrain: makes its artefacts, or finds them made, and says what it found. Raises GateError to
-    refuse.
+    """Stage of a retrain: writes its artefacts, or finds them written, and returns facts.
+
+    Raises GateError to refuse.
     """
 
     def __call__(self, job: RetrainContext) -> Mapping[str, Any]:
-        """Facts, for the record."""
+        """Return the facts for the record."""
         ...
 
 
 def read_registry(team: Team) -> Snapshot:
-    """Every agent and version of a team."""
+    """Return every agent and version of a team."""
     with closing(Registry.open(team.registry_url)) as registry:
         return registry.read()
 
 
 def live_version(team: Team, agent: str) -> Live:
-    """The version of an agent that is live; one that only TEAM.yaml names is registered first, as a server would.
+    """Return the live version of an agent.
 
-    Raises UnknownAgentError, ArtifactError.
+    An agent that only TEAM.yaml names is registered first, as a server would. Raises UnknownAgentError, ArtifactError.
     """
     Path(team.state).mkdir(mode=0o700, parents=True, exist_ok=True)
     snapshot = read_registry(team)
@@ -272,9 +285,7 @@ def live_version(team: Team, agent: str) -> Live:
 
 
 def resolve_trial(team: Team, run: RunRecord) -> None:
-    """What became of a version that was on trial: live by now, sent back by the monitors or a person, or on trial
-    still.
-    """
+    """Record the outcome of a version on trial: promoted, rolled back, or still on trial."""
     record = run.record
     if record.decision in FINAL:
         return
@@ -290,12 +301,9 @@ def resolve_trial(team: Team, run: RunRecord) -> None:
 
 
 def next_version(version: str, existing: Collection[str]) -> str:
-    """The next version after one: its last number raised by one, further where that is taken.
+    """Return the next version: its last number raised by one, further where that is taken.
 
-    >>> next_version("1.9", ["1.10"])
-    '1.11'
-    >>> next_version("first", [])
-    'first.1'
+    >>> next_version("1.9", ["1.10"]) '1.11' >>> next_version("first", []) 'first.1'
     """
     match = re.fullmatch(r"(.*?)(\d+)(\D*)", version)
     head, number, tail = match.groups() if match else (f"{version}.", "0", "")

@@ -6,7 +6,7 @@
                   corrections, as many as the gate compares on
     ratings/      Dataset: rated replies and rehearsal to train on; the same rows held out
 
-Held-out ratings stay in feedback/: a rated reply is no reference to be compared with.
+Held-out ratings stay in feedback/: a rated reply is no reference to compare with.
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ from sartor.learn.run_record import RetrainContext
 
 STEP = "retrain"
 FEEDBACK, FOLDERS = "feedback", {"sft": "data", "kto": "ratings"}
-# with --anyway; else a quarter of at_least
+# least rows of a leg with --anyway; else a quarter of at_least
 FEWEST = 4
 NO_KEY = "(no key)"
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """legs: which tunings there are rows for, in order. corrections, ratings: rows of each; held: those that are held
-    out.
+    """Counts of the training data of a retrain.
 
-    ignored: rows of keys that a person ignores. rates: of each key, how many replies it rated, and how many of them
-    bad.
+    legs: tunings with enough rows, in order.
+    corrections, ratings: rows of each.
+    held: held-out rows, by kind.
+    ignored: rows of keys that a person ignores.
+    rates: key -> number of replies it rated, and of those it rated bad.
     """
 
     legs: tuple[str, ...]
@@ -58,7 +60,7 @@ class TrainingData:
 
 
 def collect_feedback(job: RetrainContext) -> Artifact:
-    """feedback/: what the inbox holds of the agent now, as curate trusts it."""
+    """Write feedback/, what the inbox holds of the agent now and curate trusts, or return it if it exists."""
     out = job.at(FEEDBACK)
     if kind_of(out) == "dataset":
         return open_artifact(out, "dataset")
@@ -72,15 +74,16 @@ def collect_feedback(job: RetrainContext) -> Artifact:
 
 
 def _terms(job: RetrainContext) -> InboxTerms:
-    """Whoever rates a reply to one of the agent's own prompts is held against what is known of it."""
+    """Return the inbox terms, with the agent's own rows as known answers that raters are checked against."""
     dataset = job.own_rows()
     files = [name for name in dataset.manifest["files"] if name.startswith("examples/")]
     return InboxTerms(agent=job.agent, known=str(dataset.path / files[0]) if len(files) == 1 else "")
 
 
 def distrusted(job: RetrainContext) -> list[str]:
-    """A line for each voice that contradicts the rest, but for the keys that a person ignores: nothing of it is
-    learnt.
+    """Return a reason for each rater that contradicts the rest, except keys that a person ignores.
+
+    Feedback of such raters is not learnt.
     """
     standings = of_folder(_inbox(job), _terms(job)).standings
     return [
@@ -89,7 +92,7 @@ def distrusted(job: RetrainContext) -> list[str]:
 
 
 def write_training_data(job: RetrainContext, feedback: Artifact) -> TrainingData:
-    """data/ and ratings/, as far as there are enough rows of each."""
+    """Write data/ and ratings/, each if there are enough rows, and return the counts."""
     dataset = job.own_rows()
     keys = keys_of_lines(_inbox(job))
     all_rows = list(parquet_io.read_examples(feedback))
@@ -119,15 +122,19 @@ def write_training_data(job: RetrainContext, feedback: Artifact) -> TrainingData
 
 
 def draw_rehearsal(dataset: Artifact, count: int, seed: int) -> list[Example]:
-    """Training rows of the live version's own Dataset: another draw for each retrain, the same in a resumed one."""
+    """Return training rows of the live version's own Dataset.
+
+    Each retrain draws others; a resumed one draws the same.
+    """
     rows = [row for row in parquet_io.read_examples(dataset, "train") if not row.rating]
     rows.sort(key=lambda row: hashlib.sha256(f"{seed}:{row.id}".encode()).digest())
     return rows[:count]
 
 
 def write_control_data(job: RetrainContext, leg: str) -> Path:
-    """control-data-LEG/: rehearsal rows alone, as many as the leg was trained on if there are so many; the same held
-    out.
+    """Write control-data-LEG/, with rehearsal rows alone and the same held-out rows, and return it.
+
+    It has as many rows as the leg was trained on, if there are so many. Raises GateError if there is none.
     """
     out, learnt = job.at(f"control-data-{leg}"), open_artifact(job.at(FOLDERS[leg]), "dataset")
     dataset = job.own_rows()
@@ -140,9 +147,12 @@ def write_control_data(job: RetrainContext, leg: str) -> Path:
 
 
 def ids_of_feedback(job: RetrainContext) -> set[str]:
-    """Return the ids of the corrections, of which a version erred; also of those that an earlier retrain held out."""
+    """Return the ids of corrections, on which a version erred.
+
+    Those that an earlier retrain held out are included.
+    """
     feedback = parquet_io.read_examples(open_artifact(job.at(FEEDBACK), "dataset"))
-    # a row for which an earlier retrain had no place stands in this one's own Datasets alone
+    # a row that an earlier retrain left out is only in this one's own Datasets
     datasets = [
         job.own_rows(),
         *(open_artifact(job.at(FOLDERS[leg]), "dataset") for leg in job.run.facts("curate")["legs"]),
@@ -156,7 +166,7 @@ def _is_feedback(row: Example) -> bool:
 
 
 def held_ratings(job: RetrainContext) -> list[Example]:
-    """Rated replies that were not trained on, where ratings were learnt from at all."""
+    """Return the rated replies that were not trained on; none if there is no leg of ratings."""
     if "kto" not in job.run.facts("curate")["legs"]:
         return []
     keys, ignored = keys_of_lines(_inbox(job)), set(job.wishes.ignore)
@@ -165,7 +175,7 @@ def held_ratings(job: RetrainContext) -> list[Example]:
 
 
 def keys_of_lines(inbox: Path) -> dict[str, str]:
-    """Locator of a line -> the key that said it; "(no key)" where a team has none."""
+    """Return the key that wrote each line of the inbox, by the line's locator; "(no key)" without one."""
     return {f"{file.name}:{line}": feedback.by.key or NO_KEY for file, line, feedback in triggers.lines(inbox)}
 
 
@@ -174,7 +184,7 @@ def _keys_of(row: Example, keys: Mapping[str, str]) -> set[str]:
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
-    """The tuning recipe in a manifest of an Adapter (`sartor.json`). Raises ArtifactError."""
+    """Return the tuning recipe in a manifest of an Adapter (`sartor.json`). Raises ArtifactError."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -186,10 +196,10 @@ def _inbox(job: RetrainContext) -> Path:
 
 
 def _held_out(job: RetrainContext, dataset: Artifact, corrections: Sequence[Example]) -> list[Example]:
-    """Held-out corrections and own rows, in all as many as the gate asks for; the same for every leg.
+    """Return held-out corrections and own rows, together as many as the gate asks for; the same for every leg.
 
-    Corrections have at most half of the places, and more where there are too few own rows: only those tell what would
-    suffer. Rows that fewer retrains have looked at come first: they tell more.
+    Corrections are at most half, and more only if there are too few own rows, since only those show what would suffer.
+    Rows that fewer retrains have looked at come first: they carry more weight.
     """
     looks, most_rows = look_ledger.count_looks(job.run), job.rules.gate.rows
     rows = {row.id: row for row in (*own_held_out(dataset), *(row for row in corrections if row.split == "eval"))}
@@ -202,10 +212,10 @@ def _held_out(job: RetrainContext, dataset: Artifact, corrections: Sequence[Exam
 
 
 def own_held_out(dataset: Artifact) -> list[Example]:
-    """Return what a live version's Dataset holds out, with the rows for which earlier retrains had no place.
+    """Return the held-out rows of a live version's Dataset, with those that earlier retrains left out.
 
-    The Dataset of a retrain has as many rows as its gate asked for. The others are read from the Dataset that the
-    retrains began with, as far as it still stands, but for those of a group that was trained on since, and for those
+    The Dataset of a retrain has as many held-out rows as its gate asked for. The others are read from the Dataset that
+    the retrains began with, as far as it still exists. Rows of a group that was trained on since are skipped, and rows
     with pictures or recordings, whose files the later Datasets do not have.
     """
     rows = [row for row in parquet_io.read_examples(dataset, "eval") if not row.rating]
@@ -225,8 +235,9 @@ def _has_media(row: Example) -> bool:
 
 
 def _before_retrains(dataset: Artifact, ancestors: Sequence[Artifact]) -> Artifact:
-    """Return the Dataset that the retrains began with; the last one on the way there whose parent does not stand any
-    more.
+    """Return the Dataset that the retrains began with.
+
+    If one on the way there no longer exists, return the last one before it.
     """
     by_id = {item.id: item for item in ancestors}
     while _is_of_retrain(dataset):
@@ -238,12 +249,12 @@ def _before_retrains(dataset: Artifact, ancestors: Sequence[Artifact]) -> Artifa
 
 
 def _is_of_retrain(dataset: Artifact) -> bool:
-    """Whether a retrain wrote the Dataset, and no later step."""
+    """Return whether a retrain wrote the Dataset, and no later step changed it."""
     return list((dataset.manifest.get("recipe") or {}).get("derived", ())) == [STEP]
 
 
 def _test_groups(dataset: Artifact) -> set[str]:
-    """Groups of the rows that the live version's Dataset, or one that it was made of, keeps for the release."""
+    """Return the groups of test rows of the live version's Dataset and of those it was made of."""
     datasets = [item for item in (dataset, *ancestry.find_all(dataset, "dataset")) if test_rows(item.manifest)]
     rows = (row for item in datasets for row in parquet_io.read_examples(item, TEST))
     return {group for row in rows for group in (split_group(row), prompt_group(row))}

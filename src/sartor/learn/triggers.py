@@ -1,6 +1,6 @@
-"""Feedback counts, triggers and the watch loop.
+"""Feedback counts, triggers of a retrain, and the watch loop.
 
-Each retrain of the loop is a process of its own: what it took is given back when it ends, and a fault of one ends no
+Each retrain of the loop is a process of its own: its resources are freed when it ends, and an error of one ends no
 other.
 """
 
@@ -34,9 +34,9 @@ from sartor.learn.run_record import (
 )
 from sartor.serving.team_config import Retraining, Team, load
 
-# Below this a rise of bad ratings, or of what the router finds, is taken for chance
+# level of the tests for a rise of bad ratings and for a drift of router scores
 ALPHA = 0.01
-# of the newest receipts, on either side of the last retrain
+# most receipts on either side of the comparison
 MOST_RECEIPTS = 500
 FEWEST_RECEIPTS = 30
 EARLY_FRACTION = 0.25
@@ -44,7 +44,13 @@ EARLY_FRACTION = 0.25
 
 @dataclass(frozen=True)
 class FeedbackCounts:
-    """Counts since `since` (ISO, "" for ever). ratings: with how many of them were bad; `before`: those up to then."""
+    """Counts of an agent's feedback.
+
+    since: start of the period, ISO; "" for all time.
+    ratings: ratings in the period, and the bad ones among them.
+    before: ratings up to `since`.
+    unlearnable: corrections in the period whose prompt is no longer known.
+    """
 
     agent: str
     since: str
@@ -54,7 +60,7 @@ class FeedbackCounts:
     unlearnable: int
 
     def as_json(self) -> dict[str, Any]:
-        """For --due."""
+        """Return the counts for --due."""
         fields = {
             "agent": self.agent,
             "since": self.since,
@@ -66,19 +72,19 @@ class FeedbackCounts:
 
 @dataclass(frozen=True)
 class RetrainTrigger:
-    """Whether an agent is to be retrained now, and by which trigger; or how much is lacking."""
+    """Triggers of a retrain that have fired, or the feedback that is missing."""
 
     counts: FeedbackCounts
     triggers: tuple[str, ...]
     lacking: str
 
     def as_json(self) -> dict[str, Any]:
-        """A row of --due."""
+        """Return a row of --due."""
         return {**self.counts.as_json(), "due": bool(self.triggers), "why": "; ".join(self.triggers) or self.lacking}
 
 
 def feedback_counts(inbox: Path, agent: str, since: str) -> FeedbackCounts:
-    """What an inbox holds of an agent, whatever version was asked."""
+    """Count an agent's feedback in an inbox, over all its versions."""
     corrections, unlearnable, after, before = 0, 0, FailureRate(), FailureRate()
     for _, _, feedback in lines(inbox):
         if feedback.agent.rpartition("@")[0] != agent:
@@ -92,7 +98,7 @@ def feedback_counts(inbox: Path, agent: str, since: str) -> FeedbackCounts:
 
 
 def lines(inbox: Path) -> Iterator[tuple[Path, int, Feedback]]:
-    """What an inbox holds, line by line, and where; a line that is none is curate's to count, and passed over."""
+    """Yield (file, line number, feedback) of an inbox; malformed lines are skipped, since curate counts them."""
     for file in sorted(inbox.glob("feedback-*.jsonl")):
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -103,14 +109,17 @@ def lines(inbox: Path) -> Iterator[tuple[Path, int, Feedback]]:
 
 
 def last_run(state: Path, agent: str) -> RunRecord | None:
-    """The newest retrain of an agent that took what was said into account."""
+    """Return the newest retrain of an agent, or None."""
     return next(iter(reversed(list_runs(state, agent))), None)
 
 
 def check_triggers(
     state: Path, agent: str, rules: Retraining, scores: tuple[Sequence[float], Sequence[float]] = ((), ())
 ) -> RetrainTrigger:
-    """Whether an agent is to be retrained. scores: the router's of its requests, before the last retrain and since."""
+    """Return the triggers of an agent's retrain.
+
+    scores: the router's for its requests, before the last retrain and since.
+    """
     last_retrain = last_run(state, agent)
     since = last_retrain.record.began if last_retrain else ""
     counts = feedback_counts(state / "inbox", agent, since)
@@ -132,7 +141,7 @@ def check_triggers(
 
 
 def missing_feedback(counts: FeedbackCounts, rules: Retraining) -> str:
-    """How much more has to be said, in a sentence."""
+    """Return a sentence on how much more feedback is needed."""
     floor = rules.at_least
     gap = (
         f"{max(floor.corrections - counts.corrections, 0)} more corrections or "
@@ -145,7 +154,7 @@ def missing_feedback(counts: FeedbackCounts, rules: Retraining) -> str:
 
 
 def hours_since(date: str) -> float:
-    """Since an ISO date; infinite for none."""
+    """Return the hours since an ISO date; infinite for none."""
     return (datetime.now(UTC) - datetime.fromisoformat(date)).total_seconds() / 3600 if date else math.inf
 
 
@@ -156,24 +165,24 @@ def _rating_drift(counts: FeedbackCounts, margin: float) -> Iterator[str]:
 
 
 def _input_drift(before: Sequence[float], after: Sequence[float], min_effect: float) -> Iterator[str]:
-    """The probability that a request since is found less like the agent's than one before, if that is beyond
-    chance.
+    """Yield a reason if the router finds recent requests less like the agent's than earlier ones.
+
+    One-sided Mann-Whitney U test at ALPHA, with n and m scores: effect = 2 U / (n m) - 1, the rank-biserial
+    correlation, must be at least `min_effect`.
     """
     if min_effect >= 1 or min(len(before), len(after)) < FEWEST_RECEIPTS:
         return
-    from scipy.stats import mannwhitneyu  # not above: whether anything is due is asked often, and this takes a second
+    from scipy.stats import mannwhitneyu  # imported here: triggers are checked often, and the import takes a second
 
     test = mannwhitneyu(before, after, alternative="greater")
-    # the effect in 0..1: 0 where neither side is above the other, 1 where every request before was
+    # effect = 2 U / (n m) - 1: 0 if neither side is above the other, 1 if every earlier request is
     effect = 2 * float(test.statistic) / (len(before) * len(after)) - 1
     if test.pvalue < ALPHA and effect >= min_effect:
         yield f"input: the router finds the requests less like the agent's than before, by {effect:.2f} of 1"
 
 
 def router_scores(state: Path, agent: str, release_id: str) -> tuple[list[float], list[float]]:
-    """What the router found of requests that it gave to one Release of an agent: the first ones, and the newest as
-    many.
-    """
+    """Return the router's scores of requests to one Release of an agent: the first ones, and as many newest ones."""
     folder = state / "receipts"
     if not folder.is_dir():
         return [], []
@@ -187,7 +196,7 @@ def router_scores(state: Path, agent: str, release_id: str) -> tuple[list[float]
 
 
 def _score(folder: Path, receipt: ReceiptLocation, agent: str) -> float | None:
-    """None for a request that named its agent, and for a receipt that is damaged."""
+    """Return the score; None for a request that named its agent, and for a damaged receipt."""
     try:
         with (folder / receipt.segment).open("rb") as stream:
             stream.seek(receipt.start)
@@ -197,28 +206,26 @@ def _score(folder: Path, receipt: ReceiptLocation, agent: str) -> float | None:
     return float(score) if isinstance(score, int | float) else None
 
 
-# How often the loop looks
+# seconds between two checks of the loop
 EVERY_S = 60.0
-# a retrain that ended with an error is tried again after that many looks
+# checks after which a retrain that ended with an error is tried again
 PAUSE_LOOKS = 30
 Start = Callable[[Sequence[str]], int]
 
 
 @dataclass(frozen=True)
 class Dues:
-    """Every agent that learns, and whether it is due."""
+    """Every agent that learns, with its triggers."""
 
     rows: list[dict[str, Any]]
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the JSON output of the command."""
         return {"rows": self.rows, "due": [row["agent"] for row in self.rows if row["due"]]}
 
 
 def list_due(team: Path | str, flags: Sequence[str] = ()) -> Dues:
-    """What a retrain of each agent would be begun for now, or what is lacking; nothing is begun. A trial is looked
-    after.
-    """
+    """Return each agent's triggers, or what is missing. No retrain begins; the outcome of a trial is recorded."""
     loaded_team = load(Path(team), flags)
     state, rows = Path(loaded_team.state), []
     names = loaded_team.retrain.agents or sorted(
@@ -232,7 +239,7 @@ def list_due(team: Path | str, flags: Sequence[str] = ()) -> Dues:
 
 
 def _standing(team: Team, name: str) -> dict[str, Any]:
-    """What stands in the way of a new retrain, or has to be gone on with."""
+    """Return the reason that prevents a new retrain, or the one that has to be resumed."""
     try:
         with retrain_lock(Path(team.state), name):
             run = last_run(Path(team.state), name)
@@ -255,10 +262,10 @@ def watch(
     start: Start = lambda command: subprocess.run(command, check=False).returncode,
     notice: Notice = lambda line: None,
 ) -> int:
-    """Look every so often, and retrain what is due, one agent after the other; returns how many retrains were started.
+    """Check at intervals and retrain what is due, one agent after the other; return the number of retrains.
 
-    looks: 0 is for ever, until a signal ends the process; the retrain in work ends with it and is gone on with next
-    time.
+    looks: number of checks; 0 is for ever, until a signal ends the process. The running retrain ends with it and is
+    resumed next time.
     """
     pausing: dict[str, int] = {}
     started, look, pause = 0, 0, threading.Event()
@@ -281,8 +288,6 @@ def watch(
 def _due_now(team: Path | str, flags: Sequence[str], notice: Notice) -> list[str]:
     try:
         return [str(row["agent"]) for row in list_due(team, flags).rows if row["due"]]
-    except (
-        SartorError
-    ) as error:  # a registry that is locked, another retrain by hand: the next look may find it otherwise
+    except SartorError as error:  # a locked registry, or a retrain started by hand: the next check may succeed
         notice(f"{error.kind}: {error.problem}")
         return []

@@ -1,10 +1,9 @@
-"""Data that a team holds about a user, and its search.
+"""Data that a team holds about a user, and the search for it.
 
-A text is looked for by pieces of it, one from each word on, as UTF-8 and as JSON and HTML spell it, so that a part of
-it is found too. Texts of under `LEAST` characters say nothing about whose they are, nor do those that others have said
-too: both are counted.
-Words that also stand in an artefact that was not made from this team's state ("switch on the light" in a public data
-set) are told apart by that artefact's sources.
+A text is searched by pieces of it, one from each word on, so that a part of it is found too. Each piece is searched in
+UTF-8 and as JSON and HTML spell it. Texts of under `LEAST` characters do not show whose they are, nor do those that
+others have written too: both are counted. Words that also stand in an artefact that was not made from this team's
+state ("switch on the light" in a public data set) are distinguished by that artefact's sources.
 """
 
 from __future__ import annotations
@@ -37,12 +36,17 @@ from sartor.serving.team_config import Team, load
 
 LEAST, PIECE = 12, 32  # characters
 _WORD, _BLOCK = 8, 1 << 24
-# of a piece as JSON spells it, \\ud83d\\ude00 a character
+# most bytes of a piece as JSON spells it: \\ud83d\\ude00 for a character
 _LONGEST = 12 * PIECE
 
 
 class SearchTerms:
-    """Texts to be looked for, but for what others have said; any number of them costs one pass."""
+    """Texts to search for, except those that others have written; any number of them costs one pass.
+
+    texts: number of texts searched for.
+    too_short: number of texts under LEAST characters.
+    said_by_others: number of texts that others have written too.
+    """
 
     def __init__(self, texts: Iterable[str], others: Iterable[str] = ()) -> None:
         unique, others_text = {text.strip() for text in texts} - {""}, "\0".join(others)
@@ -60,7 +64,7 @@ class SearchTerms:
         self._heads: NDArray[np.uint64] = np.sort(np.fromiter(self._windows, np.uint64, len(self._windows)))
 
     def are_in(self, data: Any) -> bool:
-        """Whether one of them stands in these bytes (anything with a buffer)."""
+        """Return whether one of the texts is in these bytes (anything with a buffer)."""
         if not len(self._heads):
             return False
         view = memoryview(data).cast("B")
@@ -80,23 +84,28 @@ class SearchTerms:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """What begins at each word of a text, and at every PIECE characters where there are no words."""
+    """Yield the pieces that begin at each word of a text, and at every PIECE characters.
+
+    A piece has at most PIECE characters and at least LEAST.
+    """
     starts = [index for index in range(len(text)) if index % PIECE == 0 or text[index - 1].isspace()]
     yield from {piece for start in starts if len(piece := text[start : start + PIECE]) >= LEAST}
 
 
 def _spelled(piece: str) -> set[bytes]:
-    """As files here spell it."""
+    """Return the encodings of a piece in the files of Sartor."""
     fields = {piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1], html.escape(piece)}
     return {item.encode("utf-8", "replace") for item in fields}
 
 
 @dataclass(frozen=True)
 class ScanResult:
-    """files, bytes: what was looked at. found: files with the words. same_words: artefacts that have them from
-    elsewhere.
+    """Result of a search.
 
-    unread: files that could not be opened, and why.
+    files, bytes: amount searched.
+    found: files with the words.
+    same_words: files of artefacts that have the words from elsewhere.
+    unread: file -> reason why it could not be searched.
     """
 
     files: int
@@ -107,7 +116,7 @@ class ScanResult:
 
 
 def search(needles: SearchTerms, folders: Collection[Path], left_out: Collection[Path], state: Path) -> ScanResult:
-    """Look into every file below these folders, but not below `left_out`. Links are not followed."""
+    """Search every file below these folders, but not below `left_out`. Links are not followed."""
     files = total = 0
     hits: list[Path] = []
     unread: dict[str, str] = {}
@@ -161,7 +170,7 @@ def _in_columns(file: Path, needles: SearchTerms) -> bool:
 
 
 def _is_from_elsewhere(file: Path, state: Path) -> bool:
-    """Whether it belongs to an artefact none of whose sources lies in the team's state."""
+    """Return whether the file belongs to an artefact without a source in the team's state."""
     for folder in file.parents:
         kind = kind_of(folder)
         if kind is not None and (
@@ -180,17 +189,17 @@ def _sources(manifest: Path) -> list[Mapping[str, Any]]:
 
 
 def is_made_of(source: Mapping[str, Any], state: Path) -> bool:
-    """Whether a source that a manifest names lies in this state directory."""
+    """Return whether a source that a manifest names lies in this state directory."""
     for location in (str(source.get("source", "")), str(source.get("path", ""))):
         path_text = location.removeprefix("inbox:")
-        # from where a relative path was seen, nobody knows any more: an inbox may be this one
+        # the folder that a relative path starts from is unknown: such an inbox may be this one
         if str(state.absolute()) in path_text or (path_text != location and not Path(path_text).is_absolute()):
             return True
     return False
 
 
 def list_personal(team: Team | Path | str, user: str = "") -> CommandRows:
-    """Every personal version, or one user's. Users are told by their digests: their ids are not kept."""
+    """Return every personal version, or one user's. Users appear as digests: their ids are not stored."""
     with open_team_registry(team) as (loaded_team, registry):
         person = required_user_digest(user, team_digest(Path(loaded_team.state))) if user else ""
         user_versions, snapshot = UserVersionStore(registry.database).read(person), registry.read()
@@ -198,7 +207,10 @@ def list_personal(team: Team | Path | str, user: str = "") -> CommandRows:
 
 
 def show_personal(team: Team | Path | str, user: str) -> dict[str, Any]:
-    """All that is kept of a user: personal versions with their gates, and how many lines of feedback and receipts."""
+    """Return what is stored about a user.
+
+    These are personal versions with their gates, and the number of lines of feedback and of receipts.
+    """
     with open_team_registry(team) as (loaded_team, registry):
         state = Path(loaded_team.state)
         person = required_user_digest(user, team_digest(state))
@@ -222,7 +234,7 @@ def show_personal(team: Team | Path | str, user: str) -> dict[str, Any]:
 
 
 def allow_personal(team: Team | Path | str, key: str, user: str) -> dict[str, Any]:
-    """Let a key speak for a user, or for anybody (`*`). Raises ConfigError for a key that does not exist."""
+    """Allow a key to speak for a user, or for anybody (`*`). Raises ConfigError for a key that does not exist."""
     with open_team_registry(team) as (loaded_team, registry):
         known = [item.id for item in ApiKeyStore(registry.database).listed()]
         if key not in known:
@@ -236,7 +248,7 @@ def allow_personal(team: Team | Path | str, key: str, user: str) -> dict[str, An
 
 @contextmanager
 def open_team_registry(team: Team | Path | str) -> Iterator[tuple[Team, Registry]]:
-    """A team and its registry."""
+    """Yield a team and its open registry."""
     loaded_team = team if isinstance(team, Team) else load(Path(team))
     with closing(Registry.open(loaded_team.registry_url)) as registry:
         yield loaded_team, registry

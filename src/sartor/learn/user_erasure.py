@@ -1,7 +1,7 @@
-"""Verb personal forget with a signed proof.
+"""The verb `personal forget`: erasure of a user's data, with a signed proof.
 
-In this order, so that nothing that is removed is made again: registry rows (a server hears of it, lets go of the
-adapter, forgets remembered words and replaces its workers), files, feedback, Datasets made of it, receipts; then the
+The order ensures that nothing removed is made again: registry rows, files, feedback, Datasets made of it, receipts. On
+the change of the registry a server releases the adapter, forgets remembered words and replaces its workers. Then the
 databases are rewritten, and everything is searched for the user's words. What lies beyond this machine's reach is
 named.
 
@@ -41,7 +41,7 @@ from sartor.serving.registry.user_versions import FOLDER, TUNING, UserVersionSto
 from sartor.serving.team_config import OpenAiEngineOptions, Team
 
 WITHIN_S = 300.0
-# What everybody has, checked against published digests whenever it is opened: nothing of a user can be in it
+# published files, checked against their digests whenever they are opened: they can hold nothing of a user
 SHARED = ("assets", "bases", "towers")
 UNREACHED = (
     "copies of the state directory, the registry or the artefacts that somebody made (backups)",
@@ -53,7 +53,11 @@ Notice = Callable[[str], object]
 
 @dataclass
 class _Done:
-    """What was removed. files: path below the state -> digest and bytes; lines: keyed digests of lines of feedback."""
+    """Data that was removed.
+
+    files: path below the state -> digest and bytes.
+    lines: keyed digests of lines of feedback.
+    """
 
     rows: Mapping[str, int] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -70,17 +74,18 @@ def forget_personal(
 ) -> dict[str, Any]:
     """Remove everything of a user that this machine keeps for a team, and sign what was done.
 
-    by: who orders it. within_s: how long running servers may take. What is returned has `proof`, its file. Raises
-    BusyError where a server has not confirmed that it let go, RefusedError where words of the user are still found; so
-    says the proof.
-    ConfigError while the user is tuned for: nothing is removed then.
+    by: who orders it.
+    within_s: seconds that running servers may take. Returns the proof, and its file as `proof`. Raises BusyError if a
+    server has not confirmed the release of the adapter, RefusedError if words of the user are still found or files
+    could not be searched; the proof states it. Raises ConfigError while a tuning for the user runs: nothing is removed
+    then.
     """
     with open_team_registry(team) as (loaded_team, registry), ExitStack() as stack:
         state, store = Path(loaded_team.state).absolute(), UserVersionStore(registry.database)
         digest = team_digest(state)
         person = required_user_digest(user, digest)
         for agent in folder_of(state, person).glob("*"):
-            stack.enter_context(writer_lock(agent / TUNING))  # a tuning would bring all of it back
+            stack.enter_context(writer_lock(agent / TUNING))  # a tuning would write the data again
         inbox = FeedbackStore(state / "inbox")
         words = [*_words(inbox, person), *_rows_of(state, person)]
         done = _Done()
@@ -109,7 +114,7 @@ def forget_personal(
             "complete": not (unconfirmed or scan.found or scan.unread or any(store.mentions(person).values())),
             "by": by or getpass.getuser(),
         }
-        TeamSigner.of(state)  # makes the team's keys, if no server ever did
+        TeamSigner.of(state)  # creates the team's keys, if no server did
         folder = state / "deletions"
         folder.mkdir(mode=0o700, exist_ok=True)
         file = write_receipt(FileSystem(), folder, proof, signing.open_private(state / "keys"))
@@ -118,7 +123,10 @@ def forget_personal(
 
 
 def check_proof(file: Path | str, key: Path | str | None = None) -> dict[str, Any]:
-    """What a proof says, if `key` signed it (by default a key in SARTOR_HOME/trusted). Raises SignatureError."""
+    """Return the content of a proof that `key` signed, by default a key in SARTOR_HOME/trusted.
+
+    Raises SignatureError.
+    """
     trusted: Sequence[Ed25519PublicKey] | None = [signing.open_public(Path(key))] if key else None
     return check_receipt(Path(file), trusted)
 
@@ -139,7 +147,7 @@ def _raise_for(file: Path, unconfirmed: Sequence[int], scan: ScanResult) -> None
 
 
 def _words(inbox: FeedbackStore, person: str = "") -> Iterator[str]:
-    """What stands in the inbox, of a person or of all; system prompts are nobody's own."""
+    """Yield the texts of the inbox, of one person or of all; system prompts belong to nobody and are skipped."""
     for line in inbox.lines():
         feedback = line.feedback
         if feedback is not None and person in ("", feedback.by.user):
@@ -158,7 +166,7 @@ def _texts(content: Any) -> Iterator[str]:
 
 
 def _rows_of(state: Path, person: str) -> Iterator[str]:
-    """Texts of the Datasets below the person's folder: files that were given may have left no other trace."""
+    """Yield texts of the Datasets below the person's folder: files given with --data may have left no other trace."""
     for dataset in folder_of(state, person).glob("*/*/rows"):
         try:
             for example in stored.read_examples(open_artifact(dataset, "dataset")):
@@ -183,7 +191,7 @@ def _remove_files(state: Path, person: str, done: _Done) -> None:
 
 
 def _clean_datasets(state: Path, line_locators: set[str]) -> Iterator[dict[str, Any]]:
-    """Take rows that were made of these lines of the inbox out of every Dataset that the catalogue knows."""
+    """Remove rows made of these lines of the inbox from every Dataset in the catalogue; yield the changes."""
     for path in catalogue.existing("dataset") if line_locators else []:
         try:
             dataset = open_artifact(path, "dataset")
@@ -217,7 +225,7 @@ def _remove_rows(dataset: Artifact, line_locators: set[str]) -> Iterator[dict[st
     else:
         catalogue.forget(dataset.path)
         shutil.rmtree(dataset.path)
-    # weights cannot be searched for words: who owns them decides
+    # weights cannot be searched for words: their owner decides
     yield {**fields, "tuned_on_it": [descendant for descendant in descendants if descendant["state"] == "stands"]}
 
 
@@ -226,8 +234,9 @@ def _has_media(feedback: Feedback) -> bool:
 
 
 def _empty_features() -> list[str]:
-    """Features of pictures and recordings are kept under digests of their bytes, and made again when they are
-    wanted.
+    """Delete the cached features of pictures and recordings, and return the deleted folder.
+
+    They are stored under digests of their bytes, and computed again on demand.
     """
     folder = home.home() / "features"
     if not folder.is_dir():

@@ -1,8 +1,8 @@
-"""Decodes and resamples audio within limits.
+"""Audio decoding and resampling within limits.
 
-A file of a few kilobytes can stand for gigabytes of samples. So what a header says is checked before anything is
-decoded, what comes is counted while it is, and a recording is decoded, mixed and resampled a block at a time: the
-result alone is held whole.
+A file of a few kilobytes can expand to gigabytes of samples. The header is therefore checked before decoding, and
+samples are counted during it. A recording is decoded, mixed to mono and resampled in blocks; only the result is held
+whole.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from sartor.media.ogg import check_ogg
 
 MOST_SECONDS = 3600.0
 MOST_RATE, MOST_CHANNELS = 384_000, 8
-LEAST_RATE = 50  # below it soxr makes all of a recording of minutes in one piece
-# Of a second, over all channels: 192 kHz in stereo, 384 kHz in mono, 48 kHz in eight channels
+LEAST_RATE = 50  # Hz; below it soxr processes minutes of a recording as one piece
+# Per second, over all channels: 192 kHz in stereo, 384 kHz in mono, 48 kHz in eight channels
 MOST_SAMPLES_PER_S = 192_000 * 2
-# Full scale is 1. A float file may be written at the scale of 16-bit integers; the spectrum of samples at 1e20
-# overflows.
+# Full scale is 1. A float file may use the scale of 16-bit integers, but the spectrum of samples at 1e20 overflows.
 MOST_LEVEL = float(1 << 16)
 BLOCK_SAMPLES = 1 << 18
 _REMEDY = "give a whole WAV, FLAC, Ogg or MP3 file"
 _CONVERT = "convert it: ffmpeg -i RECORDING -ar 48000 -ac 1 SMALLER.flac"
 _CUT = "cut it into pieces: ffmpeg -i RECORDING -f segment -segment_time {:g} PART%03d.flac"
-_UNKNOWN = 1 << 62  # libsndfile's word for a length that no header gives is SF_COUNT_MAX, 2**63 - 1
-_SPARE = 64  # samples by which the length that was reckoned may be short
+_UNKNOWN = 1 << 62  # libsndfile reports an unknown length as SF_COUNT_MAX, 2**63 - 1
+_SPARE = 64  # samples added to an estimated length, which may be too short
 _longest = {"seconds": MOST_SECONDS}
 
 F32 = NDArray[np.float32]
 
 
 def limit_seconds(seconds: float) -> None:
-    """Set the longest recording that this process decodes where `read_sound` is given no other limit."""
+    """Set the default limit for the length of recordings that this process decodes."""
     _longest["seconds"] = seconds
 
 
 def read_sound(content: bytes | Path, rate: int, max_seconds: float | None = None) -> F32:
-    """(samples,) a recording at `rate`, -1..1, the mean of its channels. max_seconds: by default the process's limit.
+    """Return a recording as mono samples, shape (samples,), at `rate`.
 
-    Raises MediaError (`unreadable_audio`, `audio_too_long`); ExtraError without soundfile, or without soxr where the
+    Samples are the mean of the channels, with full scale -1..1. max_seconds: by default the process's limit.
+    Raises MediaError (`unreadable_audio`, `audio_too_long`); ExtraError without soundfile, or without soxr if the
     recording has another rate.
     """
     longest = _longest["seconds"] if max_seconds is None else max_seconds
@@ -69,12 +69,18 @@ def read_sound(content: bytes | Path, rate: int, max_seconds: float | None = Non
 
 
 def most_samples(max_seconds: float) -> float:
-    """How many samples, over all channels, a recording of at most so many seconds may hold."""
+    """Return the limit for the samples of a recording, over all channels.
+
+    max_seconds: limit for its length.
+    """
     return max_seconds * MOST_SAMPLES_PER_S
 
 
 def check_length(sound: Any, max_seconds: float) -> None:
-    """Raise MediaError (`audio_too_long`) where the header says of more than may be decoded."""
+    """Raise MediaError (`audio_too_long`) if the header announces more than may be decoded.
+
+    max_seconds: limit for the length, and by MOST_SAMPLES_PER_S for the samples.
+    """
     if (seconds := sound.frames / sound.samplerate) > max_seconds:
         raise _too_long(seconds, max_seconds)
     if (samples := sound.frames * sound.channels) > most_samples(max_seconds):
@@ -102,14 +108,14 @@ def _block_frames(sound: Any) -> int:
 
 
 class _Samples:
-    """Samples put one after the other, in one buffer of the expected size, which grows if more come."""
+    """Growing buffer of samples, with the expected size allocated at once."""
 
     def __init__(self, expected: int) -> None:
         self._buffer = np.empty(expected, np.float32)
         self.size = 0
 
     def add(self, samples: F32) -> None:
-        """Append."""
+        """Append samples, shape (samples,)."""
         end = self.size + len(samples)
         if end > len(self._buffer):
             self._buffer.resize(end + len(self._buffer) // 4, refcheck=False)
@@ -117,13 +123,13 @@ class _Samples:
         self.size = end
 
     def whole(self) -> F32:
-        """All of them. Nothing can be added afterwards."""
+        """Return all samples, shape (size,). Nothing can be added afterwards."""
         self._buffer.resize(self.size, refcheck=False)
         return self._buffer
 
 
 class _Resampler:
-    """One channel at another rate, a block at a time: bit for bit what soxr makes of all samples at once.
+    """Streaming resampler of one channel. Its output is bit-identical to soxr's for all samples at once.
 
     Raises MediaError, and ExtraError without soxr.
     """
@@ -138,12 +144,12 @@ class _Resampler:
             self._stream = soxr.ResampleStream(source_rate, rate, 1, dtype="float32")
 
     def next(self, samples: F32) -> F32:
-        """What is ready after these."""
+        """Resample a block of shape (samples,); return the samples that are ready, shape (ready,)."""
         with self._typed():
             return self._stream.resample_chunk(samples)
 
     def last(self) -> F32:
-        """What is left."""
+        """Return the remaining samples, shape (rest,)."""
         with self._typed():
             return self._stream.resample_chunk(np.zeros(0, np.float32), last=True)
 
@@ -156,8 +162,9 @@ class _Resampler:
 
 
 def resampled(mono: F32, source_rate: float, rate: float) -> F32:
-    """(samples,) at `rate` from (samples,) at `source_rate`. Raises MediaError where none is left, ExtraError without
-    soxr.
+    """Return samples of shape (samples,) at `source_rate`, resampled to `rate`.
+
+    Raises MediaError if no sample is left; ExtraError without soxr.
     """
     resampler = _Resampler(source_rate, rate)
     result = _Samples(math.ceil(len(mono) * rate / source_rate) + _SPARE)
@@ -170,8 +177,9 @@ def resampled(mono: F32, source_rate: float, rate: float) -> F32:
 
 @contextlib.contextmanager
 def open_audio(content: bytes | Path) -> Iterator[Any]:
-    """A soundfile.SoundFile within the limits of rate and channels. Whatever decoding raises inside is a
-    MediaError.
+    """Open a recording as a soundfile.SoundFile, within the limits of rate and channels.
+
+    Any error of decoding inside the context becomes a MediaError. Raises ExtraError without soundfile.
     """
     try:
         import soundfile
@@ -192,26 +200,26 @@ def open_audio(content: bytes | Path) -> Iterator[Any]:
             if sound.channels > MOST_CHANNELS:
                 problem = f"it has {sound.channels} channels; at most {MOST_CHANNELS}"
                 raise MediaError("unreadable_audio", problem, _CONVERT)
-            if sound.frames >= _UNKNOWN:  # of which not even the first second can be read by seeking
+            if sound.frames >= _UNKNOWN:  # seeking fails even within the first second of such a file
                 raise MediaError(
                     "unreadable_audio", "its header does not say how long it is", "write it to a file, not to a pipe"
                 )
             yield sound
     except (SartorError, MemoryError):
         raise
-    except Exception as error:  # the library raises several kinds on broken files
+    except Exception as error:  # soundfile raises several types on broken files
         raise MediaError("unreadable_audio", decoder_message(error, file), _REMEDY) from None
 
 
 def blocks(
     sound: Any, max_seconds: float, size: int = 0, max_samples: float = MOST_SECONDS * MOST_SAMPLES_PER_S
 ) -> Iterator[F32]:
-    """(frames, channels) the recording a block of `size` frames (a second) at a time, none after `max_seconds` are
-    passed.
+    """Yield a recording in blocks of shape (frames, channels), at most `size` frames each.
 
-    max_samples: over all channels, of what is decoded, whatever the header says. Raises MediaError where there are
-    more, where a sample is no number or above MOST_LEVEL, where there are none, and where it ends before its header
-    says.
+    It stops once more than `max_seconds` have been decoded.
+    size: default one second. max_samples: limit over all channels, for the header and for the decoded samples.
+    Raises MediaError if there are more samples, or none; for NaN, infinities and values above MOST_LEVEL; and if the
+    recording is shorter than its header says.
     """
     if (samples := sound.frames * sound.channels) > max_samples:
         raise _too_large(samples, sound.channels, max_samples)

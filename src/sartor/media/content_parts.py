@@ -14,7 +14,10 @@ SCHEME = "data:"
 
 
 def bytes_of(url: str, label: str = "media file") -> bytes:
-    """What a data URL holds; its type is not looked at. Raises SourceError where that is no base64."""
+    """Return the content of a data URL, whatever its type.
+
+    Raises SourceError if it is not base64.
+    """
     head, _, body = url.partition(",")
     if head.endswith(";base64"):
         try:
@@ -25,7 +28,7 @@ def bytes_of(url: str, label: str = "media file") -> bytes:
 
 
 def url_of(content: bytes, mime: str) -> str:
-    """A data URL. mime: `image/png`, say."""
+    """Return a data URL. mime: for example `image/png`."""
     return f"{SCHEME}{mime};base64,{base64.b64encode(content).decode()}"
 
 
@@ -33,7 +36,7 @@ MEDIA: Mapping[str, PartKind] = {"image": "image", "image_url": "image", "audio"
 
 
 def media_parts(messages: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
-    """Every media part of messages, in order; what has no form of one is left out."""
+    """Yield the media parts of messages, in order. Content in any other form is skipped."""
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
         for part in content if isinstance(content, list | tuple) else ():
@@ -42,12 +45,12 @@ def media_parts(messages: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def is_media(part: Any) -> bool:
-    """Whether a content part is a picture or a recording."""
+    """Return whether a content part is an image or a recording."""
     return isinstance(part, Mapping) and isinstance(part.get("type"), str) and part["type"] in MEDIA
 
 
 def kinds_in(messages: Sequence[Any]) -> tuple[PartKind, ...]:
-    """Of `image` and `audio`, those that messages hold.
+    """Return those of `image` and `audio` that messages contain.
 
     >>> kinds_in([{"content": [{"type": "input_audio"}, {"type": "image_url"}, {"type": "image"}]}, {"content": "a"}])
     ('audio', 'image')
@@ -56,7 +59,7 @@ def kinds_in(messages: Sequence[Any]) -> tuple[PartKind, ...]:
 
 
 def url_in(part: Mapping[str, Any]) -> str:
-    """The data URL that a media part holds, "" where it holds none: an address is not followed."""
+    """Return the data URL of a media part; "" if it has none. Other addresses are ignored."""
     value = part.get(part["type"])
     if isinstance(value, Mapping):
         value = (

@@ -1,7 +1,7 @@
-"""Decodes images within limits; sharpness and perceptual hash.
+"""Image decoding within limits; sharpness and perceptual hash.
 
-Pillow is given the six formats that sources take and no other: of the rest some call programs (EPS) or are rarely
-tested.
+Pillow may use only the six formats that sources accept. Of its other decoders some call external programs (EPS) or are
+rarely tested.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from functools import cache
 from numpy.typing import NDArray
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
-MOST_PIXELS = 178_956_970  # where Pillow refuses: 2 * PIL.Image.MAX_IMAGE_PIXELS
+MOST_PIXELS = 178_956_970  # Pillow's own limit: 2 * PIL.Image.MAX_IMAGE_PIXELS
 _REMEDY = "give a whole PNG, JPEG, GIF, WebP, BMP or TIFF file"
-_ORIENTATION = 0x0112  # the tag of EXIF
-# that tag's values -> Pillow's names of what turns the picture upright
+_ORIENTATION = 0x0112  # EXIF tag
+# value of that tag -> Pillow's name of the transposition that turns the image upright
 _TURNS = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
@@ -39,12 +39,11 @@ _TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-_DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners use of a wider number
+_DEPTHS = (8, 10, 12, 14, 16)  # bits of a wider number that cameras and scanners use
 
 
 def open_image(content: bytes | Path) -> PillowImage.Image:
-    """A picture as it is seen: RGB, upright as its EXIF says, the first frame of several, on white where it is
-    transparent.
+    """Decode an image to RGB, as it is displayed: upright by its EXIF, first frame, transparency on white.
 
     Raises MediaError (`unreadable_image`, `image_bomb`); ExtraError without Pillow.
     """
@@ -54,8 +53,9 @@ def open_image(content: bytes | Path) -> PillowImage.Image:
 
 @contextlib.contextmanager
 def open_checked(content: bytes | Path) -> Iterator[PillowImage.Image]:
-    """The picture with its header read, its size within the limits. Whatever decoding raises inside is a
-    MediaError.
+    """Open an image with its header read and its size checked.
+
+    Any error of decoding inside the context becomes a MediaError. Raises ExtraError without Pillow.
     """
     try:
         from PIL import Image
@@ -66,7 +66,7 @@ def open_checked(content: bytes | Path) -> Iterator[PillowImage.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
-            )  # Pillow warns of large and odd pictures; those over the limit are refused below
+            )  # Pillow warns of large and unusual images; those over the limit are refused below
             with Image.open(content if isinstance(content, Path) else io.BytesIO(content), formats=FORMATS) as image:
                 _check_size(*image.size)
                 yield image
@@ -74,7 +74,7 @@ def open_checked(content: bytes | Path) -> Iterator[PillowImage.Image]:
         raise
     except Image.DecompressionBombError as error:
         raise MediaError("image_bomb", str(error), "scale the picture down") from None
-    except Exception as error:  # decoders raise many kinds on broken files
+    except Exception as error:  # decoders raise many types on broken files
         raise MediaError("unreadable_image", decoder_message(error, file), _REMEDY) from None
 
 
@@ -87,13 +87,13 @@ def _check_size(width: int, height: int) -> None:
 
 
 def to_rgb(image: PillowImage.Image) -> PillowImage.Image:
-    """The first frame of an open picture as RGB, upright, on white. Call it inside `opened`."""
+    """Return the first frame of an open image as RGB, upright, on white. Call it inside `open_checked`."""
     from PIL import Image
 
-    # before the orientation is looked at: Pillow turns a TIFF upright by itself, and then forgets the tag
+    # Load before the orientation is read: Pillow turns a TIFF upright by itself and then drops the tag
     image.load()
     orientation = None
-    with contextlib.suppress(Exception):  # a picture whose EXIF is damaged is seen as it is stored
+    with contextlib.suppress(Exception):  # with damaged EXIF the image is used as stored
         orientation = image.getexif().get(_ORIENTATION)
     rgb = _in_colour(image)
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
@@ -103,7 +103,7 @@ def to_rgb(image: PillowImage.Image) -> PillowImage.Image:
 def _in_colour(image: PillowImage.Image) -> PillowImage.Image:
     from PIL import Image
 
-    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: `convert` would cut them off at 255
+    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: `convert` would clip them at 255
         return Image.fromarray(_in_eight_bits(np.asarray(image, np.float64))).convert("RGB")
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -114,22 +114,22 @@ def _in_colour(image: PillowImage.Image) -> PillowImage.Image:
 
 
 def _in_eight_bits(values: Any) -> Any:
-    """Grey values of more than 8 bits, from black to the white of the depth in use: 12 bits in 16 are not all but
-    black.
+    """Scale grey values of more than 8 bits to 0..255.
+
+    White is the maximum of the bit depth in use, so that 12-bit values in 16 bits do not become almost black.
+    Raises ValueError for NaN and infinities.
     """
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are no numbers")
     maximum = float(values.max())
     white = next((2.0**bits - 1 for bits in _DEPTHS if maximum < 2**bits), maximum)
-    if 0 < maximum <= 1 and (values % 1).any():  # fractions, as floating point has them
+    if 0 < maximum <= 1 and (values % 1).any():  # floating-point values in 0..1
         white = 1.0
     return (values * (255 / white)).clip(0, 255).round().astype(np.uint8)
 
 
 def squared(image: PillowImage.Image, side: int, background: tuple[int, int, int]) -> PillowImage.Image:
-    """The whole picture in a square, its shape kept, the rest of the square of one colour. Nothing at the rim is
-    lost.
-    """
+    """Fit the whole image into a square, centred, with its aspect ratio kept and a border of one colour."""
     from PIL import Image
 
     scale = side / max(image.size)
@@ -139,21 +139,25 @@ def squared(image: PillowImage.Image, side: int, background: tuple[int, int, int
     return square
 
 
-SHARP_SIDE = 512  # sharpness is measured on a picture whose longer side is at most this
-SIDE = 64  # of the thumbnail of a sketch
-BLOCK = 8  # of the thumbnail: 8 x 8 blocks of 8 x 8 pixels
-DETAIL = 4.0  # grey levels of standard deviation from which a block shows something
+SHARP_SIDE = 512  # limit for the longer side of an image whose sharpness is measured
+SIDE = 64  # side of a thumbnail in pixels
+BLOCK = 8  # side of a block in pixels: a thumbnail has 8 x 8 blocks
+DETAIL = 4.0  # least standard deviation of a block with visible content, in grey levels
 FEWEST_BLOCKS = 4
 ROUNDING = (
     2 * 20 / 12
-)  # variance of the Laplacian of rounding errors: 4**2 + 4 of 1/12 each, rounded by the blur and by the file
+)  # Var(Laplacian of rounding errors) = (4^2 + 4) / 12, doubled for the rounding of the blur and of the file
 
 F32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class GreyImage:
-    """Width and height in pixels as stored; grey values 0..255, scaled down to the longer side that was asked for."""
+    """Grey image.
+
+    width, height: in pixels, as stored in the file.
+    grey: (H, W) values 0..255, scaled down to the requested longer side.
+    """
 
     width: int
     height: int
@@ -161,7 +165,10 @@ class GreyImage:
 
 
 def open_picture(file: Path, longest_side: int) -> GreyImage:
-    """The first frame, upright. Raises MediaError, or ExtraError without Pillow."""
+    """Decode the first frame of an image as grey values, upright, scaled down to `longest_side`.
+
+    Raises MediaError; ExtraError without Pillow.
+    """
     with open_checked(file) as image:
         width, height = image.size
         image.draft("RGB", (longest_side, longest_side))
@@ -173,24 +180,29 @@ def open_picture(file: Path, longest_side: int) -> GreyImage:
 
 
 def sharpness(grey: F32) -> float:
-    """Variance of the Laplacian (Pech-Pacheco et al. 2000) over the variance of the picture, so that contrast does not
-    matter.
+    """Return the variance of the Laplacian of an image, divided by the image's variance.
 
-    What rounding to whole grey values adds is taken off: else it would be all that is left of a blurred picture. 0 for
-    a
-    picture of one colour. Scale it first: the measure depends on the size in pixels.
+    grey: (H, W), 0..255. Pech-Pacheco et al. 2000; the division makes it independent of contrast. The part that
+    rounding to whole grey values adds is subtracted, since it would dominate in a blurred image. 0 for an image of one
+    colour.
+    Scale the image first: the measure depends on the size in pixels.
     """
     if min(grey.shape) < 3:
         return 0.0
+    # L(y, x) = sum of the 4 neighbours - 4 grey(y, x), shape (H-2, W-2)
+    # sharpness = max(0, Var(L) - ROUNDING * P(L != 0)) / Var(grey)
     inner = grey[1:-1, 1:-1]
     edges = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * inner
     spread = float(grey.var())
-    rounded = ROUNDING * float((edges != 0).mean())  # an even area has nothing to round
+    rounded = ROUNDING * float((edges != 0).mean())  # uniform areas have no rounding errors
     return max(0.0, float(edges.var()) - rounded) / spread if spread > 0 else 0.0
 
 
 def thumbnail(grey: F32) -> NDArray[np.uint8]:
-    """(SIDE, SIDE) grey values of the whole picture, its sides stretched to fit."""
+    """Return grey values of shape (SIDE, SIDE): the whole image, stretched to fit.
+
+    grey: (H, W), 0..255.
+    """
     from PIL import Image
 
     small = Image.fromarray(grey.clip(0, 255).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BOX)
@@ -198,10 +210,13 @@ def thumbnail(grey: F32) -> NDArray[np.uint8]:
 
 
 def perceptual_hash(thumb: NDArray[np.uint8]) -> int:
-    """64 bits: which of the lowest 8 x 8 frequencies of a 32 x 32 picture (DCT, the mean left out) are above their
-    median.
+    """Return a 64-bit perceptual hash of a thumbnail of shape (SIDE, SIDE).
+
+    Bits say which of the lowest 8 x 8 DCT coefficients of a 32 x 32 image, without the mean, exceed their median. The
+    last bit is 0.
     """
     small = thumb.reshape(32, SIDE // 32, 32, SIDE // 32).mean((1, 3))
+    # DCT-II without normalisation: F = C X C^T, C[k, j] = cos(pi / 32 (j + 1/2) k); X, C, F: (32, 32)
     basis = _cosines()
     low = (basis @ small @ basis.T)[:8, :8].ravel()[1:]
     return int(np.packbits(np.append(low > np.median(low), False)).view(">u8")[0])
@@ -214,12 +229,14 @@ def _cosines() -> Any:
 
 
 def likeness(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> F32:
-    """(P,) how alike P pairs of thumbnails (P, SIDE, SIDE) are: -1..1, NaN where there is too little to see.
+    """Return the similarity of P pairs of thumbnails, shape (P,): -1..1, NaN for too little content.
 
-    Each block in which either shows something is correlated with its counterpart; the 20th percentile counts. A new
-    size, a new compression, other brightness, a small mark leave it near 1; two pages of text or two pieces of one
-    cloth, which are alike as wholes, have it near 0.
+    a, b: (P, SIDE, SIDE). Each block with visible content in either thumbnail is correlated with its counterpart, and
+    the 20th percentile is returned. A change of size, compression or brightness and a small mark leave it near 1. Two
+    pages of text or two pieces of one cloth, which are alike only as wholes, have a value near 0.
     """
+    # per block, with the means removed: corr = mean(l r) / (sqrt(mean(l^2)) sqrt(mean(r^2)) + 1e-3)
+    # left, right: (P, blocks, pixels); correlation, has_detail: (P, blocks)
     left, right = (_blocks(side) for side in (a, b))
     spread = np.sqrt((left**2).mean(2)), np.sqrt((right**2).mean(2))
     correlation = (left * right).mean(2) / (spread[0] * spread[1] + 1e-3)

@@ -1,9 +1,9 @@
-"""Reads the pages and headers of an Ogg file within limits.
+"""Page and header checks of Ogg files within limits.
 
-libvorbis reserves memory for what a setup header of a few bytes says, a part of it on the stack: a codebook of 2**20
-entries ends the process. The layout of pages is of RFC 3533, that of codebooks of Vorbis I, section 3.2.1. libvorbis's
-own encoder makes at most 6,561 entries in a codebook, and 19,413 with 87,952 values in a file (six channels at 44.1
-kHz).
+libvorbis reserves memory for the sizes that a setup header of a few bytes announces, a part of it on the stack. A
+codebook of 2**20 entries ends the process. The layout of pages is that of RFC 3533, the layout of codebooks that of
+Vorbis I, section 3.2.1. libvorbis's own encoder makes at most 6,561 entries in a codebook, and 19,413 entries with
+87,952 values in a file (six channels at 44.1 kHz).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 
 from sartor.core.errors import MediaError
 
-# libvorbis makes a table of a codebook for each of up to 64 residues: 36 MB for one of 2**13 entries of 13 dimensions
+# libvorbis makes a table of a codebook for each of up to 64 residues: 36 MB for 2**13 entries of 13 dimensions
 MOST_BOOK_ENTRIES = 1 << 13
-# Of all codebooks in a file. Each chained stream brings its own.
+# Totals over all codebooks of a file. Each chained stream adds its own codebooks.
 MOST_ENTRIES, MOST_VALUES = 1 << 17, 1 << 20
-MOST_BYTES = 1 << 17  # of a setup header that goes on over pages
+MOST_BYTES = 1 << 17  # size of a setup header that spans several pages
 _PAGE, _SETUP, _ID3 = b"OggS", b"\x05vorbis", b"ID3"
 _HEAD = 27  # bytes of a page before its segment table
-_IS_CONTINUED = 1  # flag of a page: its first packet began on a page before
+_IS_CONTINUED = 1  # flag of a page: its first packet began on an earlier page
 _BOOK_SYNC = 0x564342
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
@@ -31,12 +31,12 @@ Bytes = bytes | mmap.mmap
 
 
 def check_ogg(content: bytes | Path) -> None:
-    """Raise MediaError (`unreadable_audio`) for an Ogg file that is not whole or whose codebooks are too large.
+    """Raise MediaError for an incomplete Ogg file or one with too large codebooks.
 
-    Other files pass. Raises OSError where a file cannot be read.
+    The error's reason is `unreadable_audio`. Other files pass. Raises OSError if a file cannot be read.
     """
     with _bytes_of(content) as data:
-        if data[:3] == _ID3 and data.find(_PAGE + b"\0") >= 0:  # libsndfile looks behind the tag
+        if data[:3] == _ID3 and data.find(_PAGE + b"\0") >= 0:  # libsndfile skips the tag and reads the Ogg pages
             raise _broken(
                 "an ID3 tag is not part of an Ogg file", "remove it: ffmpeg -i RECORDING -c copy UNTAGGED.ogg"
             )
@@ -82,7 +82,10 @@ def _bytes_of(content: bytes | Path) -> Iterator[Bytes]:
 
 
 def _setup_packets(data: Bytes) -> Iterator[bytes]:
-    """The setup headers of all logical streams."""
+    """Yield the setup headers of all logical streams.
+
+    Raises MediaError for broken pages and for a header above MOST_BYTES that spans pages.
+    """
     unfinished: dict[int, bytes] = {}  # packets by serial number
     for flags, serial, segments, body in _pages(data):
         packet = unfinished.pop(serial, b"")
@@ -110,14 +113,17 @@ def _setup_packets(data: Bytes) -> Iterator[bytes]:
 
 
 def _pages(data: Bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
-    """(flags, serial number, segment table, body) of each page: nothing between them, and after the last no other."""
+    """Yield (flags, serial number, segment table, body) of each page.
+
+    Raises MediaError for an incomplete page, a wrong checksum, and data between pages.
+    """
     start = 0
     while data[start : start + 4] == _PAGE:
         head = data[start : start + _HEAD]
         segments = data[start + _HEAD : start + _HEAD + head[-1]] if len(head) == _HEAD else b""
         end = start + _HEAD + len(segments) + sum(segments)
         page = data[start:end]
-        # libogg would look for the next page inside of one with another checksum
+        # libogg would search for the next page inside a page with a wrong checksum
         if len(head) < _HEAD or len(segments) < head[-1] or len(page) < end - start or _checksum(page) != page[22:26]:
             raise _broken(f"its Ogg page at byte {start} is not whole")
         yield head[5], int.from_bytes(head[14:18], "little"), segments, page[_HEAD + len(segments) :]
@@ -127,16 +133,14 @@ def _pages(data: Bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
 
 
 def _checksum(page: bytes) -> bytes:
-    """The CRC of a page as it is written there: zlib's polynomial, each byte from its other end, begun at 0, not
-    inverted.
-    """
+    """Return the CRC of a page as it stores it: zlib's polynomial, bits not reflected, start value 0, not inverted."""
     bare = page[:22] + bytes(4) + page[26:]
     crc = zlib.crc32(bare.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return crc.to_bytes(4, "little").translate(_REVERSED)[::-1]
 
 
 class _Bits:
-    """The bits of a packet, lowest first. Raises MediaError behind its end."""
+    """Bit reader of a packet, lowest bits first. Raises MediaError beyond the end."""
 
     def __init__(self, packet: bytes, start: int) -> None:
         self._packet, self._position = packet, start * 8
@@ -147,14 +151,17 @@ class _Bits:
             raise _broken("its Vorbis header ends too early")
 
     def next(self, count: int) -> int:
-        """A number of at most 32 bits."""
+        """Return a number of `count` bits, at most 32."""
         first, shift = divmod(self._position, 8)
         self.skip(count)
         return int.from_bytes(self._packet[first : first + 5], "little") >> shift & (1 << count) - 1
 
 
 def _codebooks(packet: bytes) -> Iterator[tuple[int, int]]:
-    """(entries, dimensions) of each codebook of a setup header, before anything of its size is read."""
+    """Yield (entries, dimensions) of each codebook of a setup header, before its content is read.
+
+    Raises MediaError for an invalid codebook.
+    """
     bits = _Bits(packet, len(_SETUP))
     for _ in range(bits.next(8) + 1):
         if bits.next(24) != _BOOK_SYNC:
@@ -168,7 +175,7 @@ def _codebooks(packet: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _skip_lengths(bits: _Bits, entries: int) -> None:
-    if bits.next(1):  # ordered: how many entries there are of each length
+    if bits.next(1):  # ordered: the number of entries of each codeword length
         bits.skip(5)
         remaining = entries
         for _ in range(32):
@@ -197,7 +204,7 @@ def _skip_values(bits: _Bits, entries: int, dimensions: int) -> None:
 
 
 def _root(number: int, degree: int) -> int:
-    """The largest integer of which the power is at most `number`."""
+    """Return the largest integer r with r**degree <= number."""
     root = round(number ** (1 / degree))
     while root**degree > number:
         root -= 1

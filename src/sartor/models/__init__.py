@@ -1,6 +1,6 @@
-"""Tensors: the only package that knows model internals."""
+"""Model internals: the only package that computes with tensors of models."""
 
 import logging
 
-# peft imports bitsandbytes wherever it is installed, and that advises packages which nothing here needs
+# peft imports bitsandbytes if it is installed, and bitsandbytes logs advice about packages that are not needed here
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

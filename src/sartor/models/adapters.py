@@ -35,13 +35,12 @@ def inject_lora(
     seed: int,
     top_layers: int | None = None,
 ) -> Any:
-    """`model` with fresh LoRA factors (Hu et al. 2021, arXiv:2106.09685): A random, B zero, so it computes as before.
+    """Return `model` with fresh LoRA factors (Hu et al. 2021, arXiv:2106.09685).
 
-    targets: `all-linear` or names of linear modules (`q_proj`), or of a native base what
-    `trainable_parts.choose_targets`
-    chose. top_layers: adapt only that many layers next to the head. Factors are fp32 whatever the base's dtype is, and
-    so is what is trained whole. A composed base's projectors are left as they are. Raises ConfigError when the targets
-    name no module of this model.
+    A is random and B zero, so the model computes as before. targets: `all-linear`, or names of linear modules
+    (`q_proj`), or for a native base the result of `trainable_parts.choose_targets`. top_layers: adapt only that many
+    layers next to the head. Factors are fp32 whatever the base's dtype is, and so are modules that are trained whole.
+    A composed base's projectors are not changed. Raises ConfigError when the targets name no module of this model.
     """
     torch.manual_seed(seed)
     whole_modules: tuple[str, ...] = ()
@@ -51,7 +50,7 @@ def inject_lora(
     if isinstance(targets, str) and (layers is not None or embedding_of(model)):
         targets = sorted(_linear_names(model))  # peft takes either all linear modules or some layers
     config = peft.LoraConfig(
-        # PEFT's own model of an encoder and a decoder would hand on text for the encoder to read
+        # PEFT's wrapper for encoder-decoder models would pass text on to the encoder
         task_type=None if model.config.is_encoder_decoder else "CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft declares int and divides as float
@@ -68,7 +67,10 @@ def inject_lora(
 
 
 def _widened(model: Any) -> Any:
-    """`model` with what is trained whole in fp32, as factors are: in 16 bits small steps would be rounded away."""
+    """Return `model` with its wholly trained modules in fp32, as factors are.
+
+    In 16 bits small steps would be rounded away.
+    """
     dtype = model.get_output_embeddings().weight.dtype
     for part in model.modules():
         if isinstance(part, ModulesToSaveWrapper):
@@ -81,14 +83,14 @@ def _widened(model: Any) -> Any:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Tensors of floating point, alone or in a tuple, in `dtype`."""
+    """Return `value` with floating-point tensors in `dtype`, alone or in a tuple."""
     if isinstance(value, tuple):
         return tuple(_cast(item, dtype) for item in value)
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _linear_names(model: Any) -> set[str]:
-    """Last names of the linear modules, without the LM head."""
+    """Return the last names of the linear modules, without the LM head and the modules of media."""
     head, media = model.get_output_embeddings(), embedding_of(model)
     excluded = {head, *(media.modules() if media else ())}
     return {
@@ -97,7 +99,7 @@ def _linear_names(model: Any) -> set[str]:
 
 
 def _top(model: Any, count: int | None) -> list[int] | None:
-    """Indices of the `count` layers next to the head, as peft wants them; None for all."""
+    """Return the indices of the `count` layers next to the head, in peft's form; None for all."""
     layers = model.config.get_text_config().num_hidden_layers
     if count is None or count == layers:
         return None
@@ -109,7 +111,10 @@ def _top(model: Any, count: int | None) -> list[int] | None:
 
 
 def _wrong_target(model: Any, targets: Sequence[str] | str) -> str:
-    """What is wrong with named targets: one that is not there, or the tied LM head; empty if nothing is."""
+    """Return a description of the first invalid target; empty if all are valid.
+
+    A target is invalid if no module has its name, or if it is the tied LM head.
+    """
     modules = dict(model.named_modules())
     head = model.get_output_embeddings()
     is_tied = head is not None and head.weight is model.get_input_embeddings().weight
@@ -123,28 +128,29 @@ def _wrong_target(model: Any, targets: Sequence[str] | str) -> str:
 
 
 def undo(model: Any) -> Any:
-    """The model as it was before `inject_lora` or `open_adapter`, bit for bit (unless it was merged)."""
+    """Return the model as it was before `inject_lora` or `open_adapter`, bit for bit unless merged."""
     base = without_peft(model)
     originals = {
         name: part.original_module for name, part in base.named_modules() if isinstance(part, ModulesToSaveWrapper)
     }
     bare = model.unload()
-    for name, module in originals.items():  # PEFT leaves what was trained whole in its place
+    for name, module in originals.items():  # PEFT's unload leaves wholly trained modules in place
         bare.set_submodule(name, module)
     return bare
 
 
 def train_projectors(model: Any) -> None:
-    """Let a composed base's projectors learn beside the factors."""
+    """Let a composed base's projectors be trained beside the factors."""
     embedding = embedding_of(model)
     if embedding is not None and isinstance(embedding.media, ComposedMedia):
         embedding.media.requires_grad_(True)
 
 
 def merge(model: Any) -> Any:
-    """The adapter added into the weights: W + alpha / rank * B A.
+    """Return the model with the adapter added into its weights: W + alpha / rank * B A.
 
-    Raises ModelError where that is not finite, and for a quantised base: the sum would be rounded to its few levels.
+    Raises ModelError if the result is not finite, and for a quantised base, whose sum would be rounded to its few
+    levels.
     """
     if bits := quantization.bits_of(model):
         raise ModelError(
@@ -161,16 +167,17 @@ def merge(model: Any) -> Any:
 
 
 def trainable(model: Any) -> tuple[int, int]:
-    """(trainable parameters, parameters of base and adapter together)."""
+    """Return (number of trainable parameters, number of parameters of base and adapter together)."""
     return model.get_nb_trainable_parameters()  # type: ignore[no-any-return]
 
 
 def write_adapter(model: Any, path: Path, base_name: str) -> None:
-    """Write the PEFT directory: adapter_config.json and adapter_model.safetensors, as peft, vLLM and SGLang read
-    it.
+    """Write the PEFT directory: adapter_config.json and adapter_model.safetensors.
+
+    peft, vLLM and SGLang read it.
     """
     with quiet_transformers():
-        # `auto` would ask the hub for the base's config, to learn whether its vocabulary grew
+        # `auto` would request the base's config from the hub, to see whether its vocabulary has grown
         model.save_pretrained(str(path), safe_serialization=True, save_embedding_layers=False)
     (path / "README.md").unlink(missing_ok=True)  # peft's empty model card
     if (media := _composed(model)) is not None:
@@ -182,7 +189,7 @@ def write_adapter(model: Any, path: Path, base_name: str) -> None:
 
 
 def open_adapter(model: Any, path: Path) -> Any:
-    """`model` with the adapter in `path`, in eval mode.
+    """Return `model` with the adapter in `path`, in eval mode.
 
     peft only warns of missing and surplus keys and then answers as the base would; here they are errors. Raises
     ModelError for unreadable files, keys or shapes that do not fit this base, and values that are not finite.
@@ -199,7 +206,7 @@ def open_adapter(model: Any, path: Path) -> Any:
         ) from None
     state = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
     if set(state) != set(weights):
-        tuned.unload()  # the caller's model is as it was
+        tuned.unload()  # restore the caller's model
     if missing := sorted(set(state) - set(weights)):
         raise ModelError(f"the adapter {path} lacks {len(missing)} of its tensors, the first is {missing[0]}", _REMEDY)
     if surplus := sorted(set(weights) - set(state)):
@@ -207,15 +214,15 @@ def open_adapter(model: Any, path: Path) -> Any:
             f"{len(surplus)} tensors of the adapter {path} have no place, the first is {surplus[0]}", _REMEDY
         )
     if any("modules_to_save" in name for name, _ in tuned.named_parameters()):
-        peft.set_peft_model_state_dict(_widened(tuned), weights)  # once more, into fp32
+        peft.set_peft_model_state_dict(_widened(tuned), weights)  # a second time, now into fp32 modules
     return round_once(tuned.to(model.device).eval())
 
 
 def load_start(model: Any, path: Path) -> None:
-    """Give the factors that `inject_lora` put on a model the values of the adapter in `path`, and a composed base's
-    projectors.
+    """Load the adapter in `path` into a model's LoRA factors and a composed base's projectors.
 
-    Raises ConfigError where it is another method (rank, alpha, targets), ModelError as `open_adapter`.
+    The factors are those of `inject_lora`. Raises ConfigError if the adapter has another rank, alpha or targets,
+    ModelError as `open_adapter`.
     """
     weights = read_weights(path)
     fields = json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -250,7 +257,10 @@ def load_start(model: Any, path: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter, each finite."""
+    """Return the tensors of an adapter by name, A of shape (R, in) and B of shape (out, R), each finite.
+
+    Raises ModelError for an unreadable adapter, or values that are not finite.
+    """
     if not (path / CONFIG).is_file():
         raise ModelError(f"{path} has no {CONFIG}, so it is no PEFT adapter", _REMEDY)
     try:
@@ -267,7 +277,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _composed(model: Any) -> ComposedMedia | None:
-    """The towers and projectors of a composed base."""
+    """Return the towers and projectors of a composed base; None for another base."""
     embedding = embedding_of(model)
     return (
         embedding.media
@@ -280,4 +290,5 @@ _REMEDY = "give the directory that `sartor tune` wrote, with the base that it na
 
 
 def _is_linear(module: Any) -> bool:
+    """Return whether a module is a linear module."""
     return isinstance(module, torch.nn.Linear)

@@ -1,8 +1,8 @@
 """Base models opened by name. Device, dtype and width are decided here and nowhere else.
 
 The starter asset is a GGUF file, and any GGUF file may be a base. It is dequantised once into a fresh model of the
-same config under SARTOR_HOME/bases (a GGUF-loaded model refuses `save_pretrained`): every machine then computes with
-the same weights. They are bf16, or fp32 where a matrix is stored as F16 or F32, of which bf16 would lose digits.
+same config under SARTOR_HOME/bases (a GGUF-loaded model refuses `save_pretrained`). So every machine computes with the
+same weights. They are bf16, or fp32 if a matrix is stored as F16 or F32, of which bf16 would lose digits.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ from sartor.models.packing import TokenizedExample
 
 @dataclass
 class Base:
-    """A base in memory. `model`: transformers' module. `chat`: its tokenizer and template. `media`: what it reads but
-    text.
+    """Base model in memory.
+
+    model: transformers' module.
+    chat: its tokenizer and template.
+    media: its reader of images and audio; None for a text base.
     """
 
     ref: model_refs.BaseRef
@@ -52,20 +55,20 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the base computes in."""
+        """Dtype in which the base computes."""
         return self.model.get_output_embeddings().weight.dtype
 
     def path(self, model: Any, rows: Sequence[TokenizedExample], options: LossOptions) -> LossBackend:
-        """The fastest way to losses that is right for `model`, this base with an adapter."""
+        """Return the fastest loss backend that is right for `model`, this base with an adapter."""
         return transformers_backend.choose_loss_backend(model, rows, self.device, options)
 
     @property
     def tower_licences(self) -> list[str]:
-        """Of what it reads media with."""
+        """Licences of the base's separate towers."""
         return [tower["licence"] for tower in self.media.tower_fields().values()] if self.media else []
 
     def as_manifest(self) -> dict[str, Any]:
-        """How an adapter's manifest names its base."""
+        """Return the fields by which an adapter's manifest names its base."""
         dtype = str(self.dtype).removeprefix("torch.")
         fields: dict[str, Any] = {
             "name": self.ref.name,
@@ -89,14 +92,16 @@ def open_base(
     device: torch.device | None = None,
     notice: Callable[[str], object] = lambda line: None,
 ) -> Base:
-    """The base that `name` means, in memory, in eval mode, without gradients.
+    """Return the base that `name` denotes, in memory, in eval mode, without gradients.
 
-    bits: of a weight of the linear layers. 32 for fp32 and 16 for bf16 whatever the hardware, `auto` for `best_dtype`;
-    8 and 4 for a quantised base (`quantization.py`) that computes in `best_dtype`, as its LM head and norms are held.
+    bits: bits per weight of the linear layers. 32 for fp32 and 16 for bf16 whatever the hardware; `auto` for
+    `best_dtype`; 8 and 4 for a quantised base (`quantization.py`) that computes in `best_dtype`, the dtype of its LM
+    head and norms.
 
     Raises ModelError when the directory holds no causal language model that transformers can open, HubError when a hub
     name cannot be fetched, AssetError when the starter cannot be, ExtraError when bits need bitsandbytes and it is not
-    installed, ConfigError when the device cannot compute so. `notice` is told what takes long.
+    installed, ConfigError when the device does not support them. `notice` is called with a line of text before a long
+    step.
     """
     ref = model_refs.locate_base(name, revision, licence)
     if ref.is_converted:
@@ -111,7 +116,10 @@ def open_base(
 
 
 def read_chat(ref: model_refs.BaseRef) -> ChatTokenizer:
-    """The tokenizer and template of a base whose weights are not read. Raises what `open_base` does for them."""
+    """Return the tokenizer and template of a base without reading its weights.
+
+    Raises the same errors for them as `open_base`.
+    """
     if ref.is_converted:
         convert(ref)
     config, generation = _config(ref.path), None
@@ -124,7 +132,10 @@ def read_chat(ref: model_refs.BaseRef) -> ChatTokenizer:
 
 
 def _native_chat(ref: model_refs.BaseRef, model: Any) -> ChatTokenizer:
-    """Of a base that reads media by itself. model: what says its `config` and `generation_config`."""
+    """Return the tokenizer and template of a base that reads media by itself.
+
+    model: an object with the base's `config` and `generation_config`.
+    """
     processor, stops = native_loading.open_processor(ref.path, model.config), _stops(model.generation_config)
     if native_loading.is_whisper(model.config):
         return whisper_base.WhisperChat(
@@ -136,14 +147,15 @@ def _native_chat(ref: model_refs.BaseRef, model: Any) -> ChatTokenizer:
 
 
 def _with_media(ref: model_refs.BaseRef, model: Any, chat: ChatTokenizer, device: torch.device) -> Base:
+    """Return the Base of a multimodal model, whose embedding then accepts virtual ids."""
     model.set_input_embeddings(MediaEmbedding(model.get_input_embeddings(), chat.media))
     return Base(ref, model, chat, device, chat.media)
 
 
 def open_chat(path: Path, generation_config: Any = None) -> ChatTokenizer:
-    """The tokenizer and template in a base's directory."""
+    """Return the tokenizer and template in a base's directory. Raises ModelError."""
     try:
-        # not mistral-common's, where that is installed: it says of no token where it stands
+        # not mistral-common's tokenizer, where that is installed: it gives no character offsets
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False, mistral_format=False
         )
@@ -156,11 +168,13 @@ def open_chat(path: Path, generation_config: Any = None) -> ChatTokenizer:
 
 
 def _stops(generation_config: Any) -> list[int]:
+    """Return the end-of-sequence ids of a generation config."""
     stops = getattr(generation_config, "eos_token_id", None)
     return stops if isinstance(stops, list) else [stops] if stops is not None else []
 
 
 def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.device) -> Any:
+    """Return the model in a base's directory, in `bits` bits on `device`. Raises ModelError or ConfigError."""
     fixed: dict[int | str, torch.dtype] = {16: torch.bfloat16, 32: torch.float32}
     dtype = fixed.get(bits) or best_dtype(device)
     load_options: dict[str, Any] = {"dtype": dtype}
@@ -169,7 +183,7 @@ def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.dev
             raise ConfigError(
                 f"base.bits is {bits}, which this machine's {device.type} does not compute", "base.bits: auto"
             )
-        # placed while it is read, a tensor at a time: the 16-bit weights never stand in memory together
+        # quantised while it is read, a tensor at a time: the 16-bit weights are never in memory together
         load_options |= {"quantization_config": quantization.settings(int(bits), dtype), "device_map": {"": device}}
     problem = ""
     with (
@@ -186,7 +200,7 @@ def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.dev
                 output_loading_info=True,
                 **load_options,
             )
-        except Exception as error:  # truncated safetensors, unknown architecture, bad config: each its own kind
+        except Exception as error:  # truncated safetensors, unknown architecture, bad config: various exceptions
             problem = first_line(error)
     if problem:
         raise ModelError(f"{path} cannot be opened as a causal language model: {problem}", restore_command(path))
@@ -205,19 +219,19 @@ def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.dev
 
 
 def _config(path: Path) -> Any:
-    """The config in a base's directory.
+    """Return the config in a base's directory.
 
     A converted GGUF base still says that it is quantised as the file was, and transformers would then refuse 4 or 8
-    bits.
+    bits; so that entry is removed. Raises ModelError.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a cut file, an unknown architecture: each its own kind
+    except Exception as error:  # a truncated file, an unknown architecture: various exceptions
         problem = f"{path} cannot be opened as a causal language model: {first_line(error)}"
         raise ModelError(problem, restore_command(path)) from None
     config = native_loading.thinker(config)
     if config.is_encoder_decoder and not native_loading.is_whisper(config):
-        # of which transformers would open the decoder alone, deaf to what the encoder reads
+        # transformers would open its decoder alone, without what the encoder reads
         problem = f"{path} is a {config.model_type} model of an encoder and a decoder, and a base is a decoder alone"
         raise ModelError(problem, "another base; for transcripts a Whisper")
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "gguf":
@@ -226,15 +240,15 @@ def _config(path: Path) -> Any:
 
 
 def convert(ref: model_refs.BaseRef, notice: Callable[[str], object] = lambda line: None) -> None:
-    """Make the directory of a starter or GGUF base, once. Two processes at once: the second waits for the first.
+    """Write the directory of a starter or GGUF base, once. Of two processes the second waits for the first.
 
-    Raises ModelError for a GGUF file that is cut, or of an architecture or a type that transformers does not read;
-    nothing is left behind then.
+    Raises ModelError for a GGUF file that is truncated, or of an architecture or a type that transformers does not
+    read; nothing is left behind then.
     """
 
     def fill(part: Path) -> dict[str, str]:
         file = model_refs.source_gguf(ref)
-        # the starter's file is one that is rounded
+        # the starter's file has rounded weights only
         dtype = torch.bfloat16 if ref.gguf is None or gguf_header.read_head(file).is_rounded else torch.float32
         notice(f"converting the base {ref.name}; this is done once")
         _convert(file, part, dtype, notice)
@@ -247,6 +261,7 @@ def convert(ref: model_refs.BaseRef, notice: Callable[[str], object] = lambda li
 
 
 def _convert(file: Path, part: Path, dtype: torch.dtype, notice: Callable[[str], object]) -> None:
+    """Convert a GGUF file to a directory in transformers' layout. Raises ModelError."""
     head = gguf_header.read_head(file)
     try:
         with (
@@ -260,7 +275,7 @@ def _convert(file: Path, part: Path, dtype: torch.dtype, notice: Callable[[str],
             _dequantise(file, part, dtype)
     except ModelError:
         raise
-    except Exception as error:  # cut files, unknown architectures and types: the readers raise a dozen kinds
+    except Exception as error:  # truncated files, unknown architectures and types: the readers raise a dozen kinds
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         raise ModelError(
@@ -271,13 +286,12 @@ def _convert(file: Path, part: Path, dtype: torch.dtype, notice: Callable[[str],
 
 @contextlib.contextmanager
 def _gguf_parsed_once(converted: Callable[[], object]) -> Iterator[None]:
-    """Inside, a GGUF file's header and the map of its names are kept, and `converted` is told of each tensor.
+    """Cache the `gguf` package's header reader and name map, and call `converted` for each tensor.
 
-    transformers parses the header for the config, the weights and the tokenizer anew (49,000 tokens, one numpy view
-    each), and
-    makes the map for each weight: together half the time of a conversion.
+    transformers parses the header for the config, the weights and the tokenizer separately (49,000 tokens, one numpy
+    view each), and builds the map for each weight: together half the time of a conversion.
     """
-    import gguf  # of a conversion alone
+    import gguf  # needed for conversions only
 
     names = ("GGUFReader", "get_tensor_name_map", "dequantize")
     originals = {name: getattr(gguf, name) for name in names}
@@ -298,7 +312,7 @@ def _gguf_parsed_once(converted: Callable[[], object]) -> Iterator[None]:
 
 
 def _dequantise(file: Path, part: Path, dtype: torch.dtype) -> None:
-    """`file` as a directory in transformers' layout."""
+    """Write a GGUF file as a directory in transformers' layout."""
     load_options = {
         "pretrained_model_name_or_path": str(file.parent),
         "gguf_file": file.name,
@@ -319,7 +333,7 @@ def _dequantise(file: Path, part: Path, dtype: torch.dtype) -> None:
 
 
 def machine_facts() -> dict[str, Any]:
-    """What a receipt says of the machine: processor architecture, threads, versions of the tensor libraries."""
+    """Return a receipt's facts about the machine: architecture, threads, versions of the tensor libraries."""
     return {
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),

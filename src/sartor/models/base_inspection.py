@@ -12,10 +12,11 @@ from sartor.core.lineage import ancestry
 
 
 def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
-    """Return what an artefact is, with `example` one row of a Dataset; of a base its identity and its markup.
+    """Return a description of an artefact, with `example` of one row of a Dataset, or of a base.
 
-    path: an artefact's directory, or a base: `starter`, a directory in transformers' layout, or a GGUF file. Raises
-    ArtifactError for what is neither, ModelError for a base that cannot be opened.
+    A base is described by its identity and its markup. path: an artefact's directory, or a base: `starter`, a
+    directory in transformers' layout, or a GGUF file. Raises ArtifactError for anything else, ModelError for a base
+    that cannot be opened.
     """
     if example or not _is_base(str(path)):
         return ancestry.inspect(path, example=example)
@@ -37,6 +38,7 @@ def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
 
 
 def _is_base(name: str) -> bool:
+    """Return whether `name` is a base: a model directory, a GGUF file, or a built-in name."""
     path = Path(name).expanduser()
     if path.is_dir():
         return kind_of(path) is None and (path / "config.json").is_file()

@@ -1,15 +1,15 @@
-"""Chat messages to token ids and loss mask; the only tokenisation.
+"""Conversion of chat messages to token ids and loss mask; the only tokenisation.
 
-Which characters are the assistant's is read off the chat template itself, not guessed from its markers: each assistant
-turn is rendered once more with a sentinel in place of its content. What stands before the sentinel is the prompt, what
-stands after it is the rest; the text between, up to and including the first end-of-turn token after it, is learnt. So
-the mask is right for templates with or without `{% generation %}`, that strip content, or that add a thinking block:
-whatever the template writes between the generation prompt and the end of the turn is what the model must produce.
+The assistant's characters are determined by rendering, not guessed from the template's markers. Each assistant turn is
+rendered once more with a sentinel in place of its content. The text before the sentinel is the prompt, the text after
+it is the rest. The text between, up to and including the first end-of-turn token after it, is supervised. So the mask
+is right for templates with or without `{% generation %}`, that strip content, or that add a thinking block: everything
+that the template writes between the generation prompt and the end of the turn is what the model must produce.
 
-An image or a recording is rendered as a mark that no text may hold, and the mark becomes the media's own token ids:
-they are whole or absent, and count what the media has (`media_tokens.py`).
+An image or a recording is rendered as a mark that no text may hold, and the mark becomes the media's own token ids.
+They are all there or none, and as many as the media has (`media_tokens.py`).
 
-Content is shielded before it is rendered: what spells the base's own markup is tokenised as text
+Content is shielded before it is rendered: text that spells the base's own markup is tokenised as text
 (`content_shielding.py`).
 """
 
@@ -33,15 +33,15 @@ from sartor.models.media_tokens import Media
 from sartor.models.packing import TokenizedExample
 from sartor.models.template_markup import Opened, Probed, TemplateMarkup, has_marks, probe
 
-# For bases without a chat template. Plain words, so that any tokenizer can write it; the turn ends with eos.
+# For bases without a chat template. Plain words, so that any tokenizer can encode it; the turn ends with eos.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}### assistant:\n{{ m.content }}{{ eos_token }}\n"
     "{% else %}### {{ m.role }}:\n{{ m.content }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
-# Mixed case, so that a template that changes the case of replies does not leave it whole
+# Mixed case, so that it does not survive a template that changes the case of replies
 _SENTINEL = "SartorSentinel0{}0sentinelSartoR"
-# Characters for private use: the n-th media part of a conversation
+# Private-use characters that mark the n-th media part of a conversation
 MARK, _MARKED = "\ue000{}\ue001", re.compile("\ue000([0-9]+)\ue001")
 _PRIVATE = re.compile("[\ue000\ue001]")
 Seen = Sequence[list[int]]
@@ -49,14 +49,14 @@ Seen = Sequence[list[int]]
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) of a rendering that are learnt."""
+    """Characters [start, end) of a rendering that are supervised."""
 
     start: int
     end: int
 
 
 class ChatTokenizer:
-    """A tokenizer with its chat template, and what both imply: the pad, the stop tokens, the mask."""
+    """Tokenizer with its chat template, and what both imply: pad token, stop tokens, loss mask."""
 
     def __init__(self, tokenizer: Any, extra_stops: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
@@ -79,28 +79,28 @@ class ChatTokenizer:
         self.probed: Probed = probe(self)
 
     def with_media(self, media: Media) -> ChatTokenizer:
-        """The same for a base that reads `media` too."""
+        """Return a copy for a base that also reads `media`."""
         copied = copy.copy(self)
         copied.media = media
         return copied
 
     @functools.cached_property
     def longest(self) -> int:
-        """Characters of the longest token, as the vocabulary writes it."""
+        """Characters of the longest token, as the vocabulary spells it."""
         return max(map(len, self.tokenizer.get_vocab()))
 
     @property
     def template_digest(self) -> str:
-        """sha256 of the template in use: what a Release binds to."""
+        """Digest (sha256) of the template in use; a Release is bound to it."""
         return model_refs.template_digest(self.template)
 
     @property
     def markup(self) -> TemplateMarkup:
-        """The tokens that no content holds."""
+        """Control tokens that content must not contain."""
         return self.probed.markup
 
     def render(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
-        """The text that the template writes. `reply_next` adds the prompt for the assistant's turn.
+        """Return the text that the template writes. `reply_next` adds the prompt for the assistant's turn.
 
         Raises SourceError when the template refuses the messages (Gemma's refuses a system message, for one).
         """
@@ -108,24 +108,27 @@ class ChatTokenizer:
         return self.markup.opened(text).text
 
     def shielded(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages whose markup is taken apart, for `write`. Those that spell none are the very same."""
+        """Return messages with breaks in their markup, for `write`. Messages without markup are the same objects."""
         return shield_messages(self.markup, messages)
 
     def shielded_json(self, text: str) -> str:
-        """JSON text with every text in it shielded; what is no JSON is for `write` to refuse."""
+        """Return JSON text with every string in it shielded. Invalid JSON is returned unchanged, for `write` to
+        refuse.
+        """
         return shield_json(self.markup, text)
 
     def in_text(self, messages: Sequence[Message]) -> list[Message]:
-        """Shielded messages with the fields that the template does not write in the text of the reply, as Sartor reads
-        them.
+        """Return shielded messages with fields that the template does not write put into the reply's text.
+
+        They are written in the form in which Sartor reads them back.
         """
         probed = self.probed
         return in_text(messages, calls=not probed.writes_calls, reasoning=not probed.writes_reasoning)
 
     def write(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
-        """The template's text of messages and tools that are shielded, with the marks of `content_shielding.py` in it.
+        """Return the template's text of shielded messages and tools, with shielding marks in it.
 
-        Raises SourceError as `render` does.
+        The marks are those of `content_shielding.py`. Raises SourceError as `render` does.
         """
         try:
             return str(
@@ -137,7 +140,7 @@ class ChatTokenizer:
                     add_generation_prompt=reply_next,
                 )
             )
-        except Exception as error:  # templates fail on fields that they do not take in ways of their own
+        except Exception as error:  # templates raise various exceptions for fields that they do not support
             roles = ", ".join(message.role for message in messages)
             raise SourceError(
                 f"the chat template refuses the turns ({roles}): {error}",
@@ -145,7 +148,7 @@ class ChatTokenizer:
             ) from None
 
     def prompt_ids(self, messages: Sequence[Message], tools: str = "", folder: Path | None = None) -> list[int]:
-        """Token ids of a conversation, ready for the reply. folder: below which its media lie."""
+        """Return the token ids of a conversation, ready for the reply. folder: root of its media paths."""
         template_messages = self.in_text(self.shielded(messages))
         return self.tokens(
             self.write(template_messages, tools=self.shielded_json(tools), reply_next=True),
@@ -153,7 +156,9 @@ class ChatTokenizer:
         )
 
     def media_ids(self, messages: Sequence[Message], folder: Path | None = None) -> Seen:
-        """The token ids of each media part of a conversation, in order. Raises SourceError for what cannot be read."""
+        """Return the token ids of each media part of a conversation, in order. Raises SourceError for unreadable
+        media.
+        """
         parts = [part for message in messages for part in message.content if part.kind != "text"]
         if not parts:
             return ()
@@ -170,19 +175,18 @@ class ChatTokenizer:
         return [self.media.ids(part, folder) for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a reply."""
+        """Return the text of a reply."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def encode(self, example: Example, folder: Path | None = None) -> TokenizedExample:
-        """Token ids and label mask of one Example; checked by decoding what is learnt. folder: below which its media
-        lie.
+        """Return token ids and loss mask of one Example. folder: root of its media paths.
 
-        Raises SourceError for media that cannot be read, and when the template refuses the row, or changes a reply so
-        that its place cannot be found.
+        The supervised tokens are decoded as a check. Raises SourceError for unreadable media, and when the template
+        refuses the row or changes a reply so that it cannot be located.
         """
         if example.is_document:
             ids = self.content_tokens(example.messages[0].text)
-            # bos, where the tokenizer has one of its own, opens a document as it did in pretraining
+            # if the tokenizer adds a bos token, it opens a document as in pretraining
             first = [self.tokenizer.bos_token_id] if self._opens_with_bos() else []
             ids = [*first, *ids, self.tokenizer.eos_token_id]
             return TokenizedExample(ids, [True] * len(ids), example.id, example.weight)
@@ -207,7 +211,7 @@ class ChatTokenizer:
         return TokenizedExample(ids, learnt, example.id, example.weight)
 
     def _for_template(self, example: Example) -> Example:
-        """The Example as the template is given it."""
+        """Return the Example as the template receives it."""
         messages = tuple(self.in_text(self.shielded(example.messages)))
         tools = self.shielded_json(example.tools)
         if messages == example.messages and tools == example.tools:
@@ -215,7 +219,7 @@ class ChatTokenizer:
         return replace(example, messages=messages, tools=tools)
 
     def _span(self, example: Example, index: int, text: str) -> Span:
-        """Which characters of `text` the assistant turn at `index` has to learn."""
+        """Return the characters of `text` that the assistant turn at `index` has to learn."""
         messages = list(example.messages)
         message = messages[index]
         if message.tool_calls:
@@ -224,9 +228,9 @@ class ChatTokenizer:
         messages[index] = replace(message, content=(Part("text", sentinel),))
         before, separator, after = self.write(messages, tools=example.tools).partition(sentinel)
         prompt = self.write(messages[:index], tools=example.tools, reply_next=True) if index else before
-        # From the generation prompt on, where the rendering has it: what the template writes after it (a thinking
-        # block, say) must be produced too. Else from the content on: templates may render a past turn otherwise than a
-        # new one.
+        # The span starts at the end of the generation prompt, if the rendering has it: the model must also produce
+        # what the template writes after it (a thinking block, say). Otherwise it starts at the content, since
+        # templates may render a past turn differently from a new one.
         start = next((len(opening) for opening in (prompt, before) if text.startswith(opening)), -1)
         end = len(text) - len(after)
         if not separator or start < 0 or not text.endswith(after) or start > end:
@@ -238,6 +242,7 @@ class ChatTokenizer:
         return Span(start, end + self._turn_tail(after))
 
     def _span_of_calls(self, example: Example, index: int, text: str) -> Span:
+        """Return the span of an assistant turn with tool calls. Raises SourceError if the template rewrites it."""
         prompt = self.write(example.messages[:index], tools=example.tools, reply_next=True)
         through_turn = self.write(example.messages[: index + 1], tools=example.tools)
         if not (text.startswith(through_turn) and through_turn.startswith(prompt)):
@@ -247,7 +252,10 @@ class ChatTokenizer:
         return Span(len(prompt), len(through_turn.rstrip("\n")))
 
     def _turn_tail(self, after: str) -> int:
-        """Characters of `after` up to the end of its first special token, if nothing but space stands before it."""
+        """Return the number of characters of `after` through its first special token.
+
+        0 if anything but white space precedes that token.
+        """
         ends = [
             len(token) + after.find(token)
             for token in (self.tokenizer.convert_ids_to_tokens(token_id) for token_id in self.special)
@@ -256,13 +264,14 @@ class ChatTokenizer:
         return max(ends, default=0)
 
     def _ends_in_stop(self, text: str) -> bool:
+        """Return whether a text ends in a stop token."""
         return any(text.endswith(self.tokenizer.convert_ids_to_tokens(stop)) for stop in self.stops)
 
     def _align(self, opened: Opened, spans: Sequence[Span], media_ids: Seen) -> tuple[list[int], list[bool]]:
-        """Tokens of a text, cut at the start of every span, and whether each lies inside one.
+        """Return the tokens of a text, cut at the start of every span, and whether each lies inside one.
 
-        The cut is where generation will begin, so what stands before it is tokenised as the prompt alone would be: a
-        token that ran across the cut in training, or that the prompt's end spells otherwise, could never be met again.
+        Generation will begin at the cut. So the text before it is tokenised as the prompt alone would be: a token that
+        ran across the cut in training, or that the end of the prompt spells otherwise, could never occur again.
         """
         if not self.tokenizer.is_fast:
             raise ModelError("the tokenizer gives no character offsets", "use a base with a tokenizer.json")
@@ -270,9 +279,8 @@ class ChatTokenizer:
         coded, previous_end = self._coded(text, media_ids, cuts), 0
         for span in spans:
             prefix = [piece for piece in self._coded(text[: span.start], media_ids, cuts) if piece[1] >= previous_end]
-            if (
-                not prefix or prefix[0][1] > previous_end
-            ):  # no border there: what stands between the replies is left as it is
+            # no token starts at `previous_end`: keep the tokens between the replies as they are
+            if not prefix or prefix[0][1] > previous_end:
                 prefix = [piece for piece in coded if previous_end <= piece[1] and piece[2] <= span.start]
             end = max((piece[2] for piece in coded if piece[1] < span.start < piece[2]), default=span.start)
             cut = [(token, span.start, end) for token in self._continued(text[span.start : end])]
@@ -287,12 +295,11 @@ class ChatTokenizer:
         return [token for token, _, _ in coded], learnt
 
     def _coded(self, text: str, media_ids: Seen, cuts: Sequence[int] = ()) -> list[Piece]:
-        """(token, start, end) of a text, without gaps: some tokenizers leave white space out of a token's characters.
+        """Return (token, start, end) of a text, without gaps.
 
-        Each mark becomes the ids of its media. Raises SourceError unless the text holds every mark once, in order, as
-        far as
-        it goes: a template that leaves a part out, or says it twice, would have the model see other media than the row
-        has.
+        Some tokenizers leave white space out of a token's characters; here it belongs to the token. Each mark becomes
+        the ids of its media. Raises SourceError unless the marks in the text are in order and of known media: a
+        template that leaves a part out, or repeats it, would make the model see other media than the row has.
         """
         pieces: list[Piece] = []
         previous_stop, marks = 0, self.marks(text, media_ids)
@@ -310,7 +317,7 @@ class ChatTokenizer:
 
     @staticmethod
     def marks(text: str, media_ids: Seen) -> list[re.Match[str]]:
-        """The marks in a text. Raises SourceError unless they stand in order, and no more than there are media."""
+        """Return the marks in a text. Raises SourceError unless they are in order and no more than the media."""
         marks = list(_MARKED.finditer(text))
         if [int(mark[1]) for mark in marks] != list(range(len(marks))) or len(marks) > len(media_ids):
             problem = (
@@ -321,7 +328,11 @@ class ChatTokenizer:
         return marks
 
     def _continued(self, piece: str) -> list[int]:
-        """Tokens of a text in the middle of a line: behind a special token no tokenizer adds its opening space."""
+        """Return the tokens of a text in the middle of a line, without the tokenizer's leading space.
+
+        Behind a special token no tokenizer adds that space. Raises SourceError if the tokens do not decode to the
+        text.
+        """
         if not piece:
             return []
         ids = [token for token, _, _ in self._coded(self.tokenizer.eos_token + piece, ())][1:]
@@ -333,7 +344,7 @@ class ChatTokenizer:
         return ids
 
     def _check(self, text: str, spans: Sequence[Span], ids: Sequence[int], learnt: Sequence[bool]) -> None:
-        """What is learnt, decoded, must read as the spans do."""
+        """Raise SourceError unless the supervised tokens decode to the text of the spans."""
         decoded = self.tokenizer.decode([token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt])
         expected = "".join(text[span.start : span.end] for span in spans)
         if _squeezed(decoded) != _squeezed(expected):
@@ -343,9 +354,9 @@ class ChatTokenizer:
             )
 
     def tokens(self, text: str, media_ids: Seen = ()) -> list[int]:
-        """Token ids of what `write` wrote, its marks replaced by the ids of the media that they stand for.
+        """Return the token ids of a rendering by `write`, its marks replaced by the ids of their media.
 
-        Raises SourceError for content that spells markup where the tokenizer cannot be made to read it as text.
+        Raises SourceError for content that spells markup if the tokenizer cannot be made to read it as text.
         """
         if not media_ids and not has_marks(text):
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -359,17 +370,18 @@ class ChatTokenizer:
         return ids
 
     def content_tokens(self, text: str) -> list[int]:
-        """Token ids of a text that is no rendering: without those of markup."""
+        """Return the token ids of a text that is no rendering, without those of markup."""
         return self.tokens(self.markup.shield(text))
 
     def _opens_with_bos(self) -> bool:
+        """Return whether the tokenizer itself puts a bos token in front of a text."""
         return (
             self.tokenizer.bos_token_id is not None
             and self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id
         )
 
     def _turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Messages as chat templates of text models expect them: content is text, with a mark for each media part."""
+        """Return messages as chat templates of text models expect them, with a mark for each media part."""
         self.check_private(messages)
         indices = itertools.count()
         return [
@@ -382,7 +394,7 @@ class ChatTokenizer:
 
     @staticmethod
     def check_private(messages: Sequence[Message]) -> None:
-        """Raises SourceError where a text beside media holds what a mark is made of."""
+        """Raise SourceError if a text beside media holds a character that marks are made of."""
         parts = [part for message in messages for part in message.content]
         if any(part.kind != "text" for part in parts) and any(_PRIVATE.search(part.text) for part in parts):
             raise SourceError(
@@ -390,7 +402,7 @@ class ChatTokenizer:
             )
 
     def _end_of_turn(self) -> int | None:
-        """The token that the template writes right after a reply, if it is a special one."""
+        """Return the special token that the template writes right after a reply; None without one."""
         sentinel = _SENTINEL.format("end")
         try:
             text = self.write([Message.of("user", "a"), Message.of("assistant", sentinel)])
@@ -404,21 +416,22 @@ class ChatTokenizer:
         return None
 
     def _pad(self) -> int:
-        """A token to pad with that no reply needs: never a stop token. Padding is masked, so any other will do."""
+        """Return a pad token that is not a stop token. Padding is masked, so any such token will do."""
         candidates = [self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, *sorted(self.special)]
         return next((token for token in candidates if token is not None and token not in self.stops), self._unused())
 
     def _unused(self) -> int:
+        """Return the lowest token id that is not a stop token."""
         return next(token for token in range(len(self.tokenizer)) if token not in self.stops)
 
 
 def _check_media(ids: Sequence[int], media_ids: Seen) -> None:
-    """Raises SourceError unless every media token is there."""
+    """Raise SourceError unless every media token is there."""
     if sum(token < 0 for token in ids) != sum(token < 0 for part in media_ids for token in part):
         problem = f"the chat template writes fewer than the {len(media_ids)} media that the turns hold"
         raise SourceError(problem, "use a base whose template writes every part once")
 
 
 def _squeezed(text: str) -> str:
-    """Without white space: decoders differ in the spaces that they put back around special tokens."""
+    """Return `text` without white space: decoders differ in the spaces that they put back around special tokens."""
     return "".join(text.split())

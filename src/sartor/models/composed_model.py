@@ -2,8 +2,8 @@
 
     media --tower (frozen, cached by digest)--> (T, W) features --projector--> (T / stack, D) tokens
 
-The text base is the base that an adapter is bound to; the towers are named in the adapter's `projectors.safetensors`.
-So one server on one text base answers agents that read text alone beside agents that see and hear.
+An adapter is bound to the text base; its `projectors.safetensors` names the towers. So one server on one text base
+serves text-only agents beside agents that read images and audio.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from sartor.models.towers import open_tower
 from sartor.models.towers.tower import Tower
 
 FILE = "projectors.safetensors"
-# Of features that are kept in memory; the others are on disk, or computed again
+# Bytes of features that are cached in memory; others are read from disk or computed again
 HELD_BYTES = 1 << 29
-# Media by which a projector's input is scaled; and how far from the mean a feature may be, in spreads
+# Number of media from which a projector's input is standardised, and the largest distance of a feature from the mean,
+# in spreads
 CALIBRATED, MOST_SPREADS = 512, 10.0
 _REMEDY = "give the directory that `sartor tune` wrote"
 
 
 @dataclass(frozen=True)
 class TowerEntry:
-    """What an adapter says of a tower that it reads with. stack: so many neighbouring features are one token."""
+    """Tower as an adapter records it. stack: number of neighbouring features per token."""
 
     name: str
     digest: str
@@ -50,12 +51,13 @@ class TowerEntry:
 
 
 class Projector(torch.nn.Module):
-    """(T, W) features -> (ceil(T / stack), D) token embeddings, of about the size of the text's: fp32 parameters.
+    """Projection of (T, W) features to (ceil(T / stack), D) token embeddings, with fp32 parameters.
 
-    is_pooled: of `stack` neighbours what the first layer finds in each is averaged, as places of a picture can be;
-    else they are put side by side, as moments of a recording must be.
-    mean, spread: (W,) of the features of the training media, by which each channel is standardised: what a tower says
-    in a channel of small numbers is then learnt as fast as the rest (docs/log.md).
+    The embeddings have about the root mean square of the text's.
+    is_pooled: the first layer's outputs of `stack` neighbours are averaged, as positions of an image can be; otherwise
+    the features are concatenated, as moments of a recording must be.
+    mean, spread: (W,) of the features of the training media, by which each channel is standardised. So a channel of
+    small numbers is learnt as fast as the others (docs/log.md).
     """
 
     mean: torch.Tensor
@@ -71,7 +73,7 @@ class Projector(torch.nn.Module):
         self.gain = torch.nn.Parameter(torch.tensor(gain))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """See the class; features of a length that `stack` divides."""
+        """Return token embeddings (T / stack, D) of features (T, W); `stack` must divide T."""
         x = ((features - self.mean) / self.spread).clamp(-MOST_SPREADS, MOST_SPREADS)
         if self.is_pooled:
             x = F.gelu(self.project_in(x)).unflatten(0, (-1, self.stack)).mean(1)
@@ -82,9 +84,7 @@ class Projector(torch.nn.Module):
 
 
 class TowerFeatureCache:
-    """What frozen towers make of media: computed once, kept in memory as long as there is room, and on a shelf if
-    given.
-    """
+    """Features of media from frozen towers: computed once, cached in memory up to a bound, and on disk if given."""
 
     def __init__(
         self, towers: Mapping[str, Tower], shelf: TensorCache | None, *, held_bytes: int = HELD_BYTES
@@ -95,38 +95,39 @@ class TowerFeatureCache:
         self.computed = 0
 
     def key(self, part: Part, folder: Path | None) -> int:
-        """By which `of` knows a media part. Raises SourceError where it cannot be read."""
+        """Return the key by which `of` finds a media part. Raises SourceError if it cannot be read."""
         content = content_of(part, folder)
         digest = hashlib.sha256(content).hexdigest()
         key = key_of(self.towers[part.kind].digest, digest)
         self._origins[key] = (part, folder, digest)
         if key not in self._cached:
-            # no media file is read twice, and none that cannot be decoded gets a key
+            # computed at once, so that no media file is read twice and none that cannot be decoded gets a key
             self._take(key, content)
         return key
 
     def of(self, key: int) -> torch.Tensor:
-        """(T, W) fp16 on the CPU."""
+        """Return the features (T, W) of a key, fp16 on the CPU."""
         if key in self._cached:
             self._cached.move_to_end(key)
             return self._cached[key]
         return self._take(key, None)
 
     def kind(self, key: int) -> str:
-        """Of which modality a key is."""
+        """Return the modality of a key."""
         return self._origins[key][0].kind
 
     def forget(self, key: int) -> None:
-        """Keep nothing of a media in memory."""
+        """Remove a media from memory."""
         self._cached.pop(key, None)
         self._origins.pop(key, None)
 
     def let_go(self) -> None:
-        """Keep the bytes of no media: a server's come with each request. Features that are held stay."""
+        """Release the bytes of all media, since a server receives them with each request. Cached features stay."""
         origins = self._origins
         self._origins = {key: (Part(origins[key][0].kind), None, origins[key][2]) for key in self._cached}
 
     def _take(self, key: int, content: bytes | None) -> torch.Tensor:
+        """Return the features (T, W) of a key from disk or from its tower, and cache them."""
         part, folder, digest = self._origins[key]
         tower = self.towers[part.kind]
         name = hashlib.sha256(f"{tower.digest}:{digest}".encode()).hexdigest()
@@ -141,6 +142,7 @@ class TowerFeatureCache:
         return features
 
     def _hold(self, key: int, features: torch.Tensor) -> None:
+        """Cache features (T, W) in memory, and evict the least recently used beyond the bound."""
         self._cached[key] = features
         self._free_bytes -= features.nbytes
         while self._free_bytes < 0 and len(self._cached) > 1:
@@ -148,7 +150,7 @@ class TowerFeatureCache:
 
 
 class ComposedMedia(torch.nn.Module):
-    """See `media_tokens.Media`: frozen towers and a projector for each."""
+    """Implementation of `media_tokens.Media` by frozen towers and a projector for each."""
 
     def __init__(self, features: TowerFeatureCache, projectors: Mapping[str, Projector]) -> None:
         super().__init__()
@@ -157,18 +159,18 @@ class ComposedMedia(torch.nn.Module):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """See `media_tokens.Media`."""
+        """Media kinds that the base reads."""
         return tuple(self.projectors)
 
     def ids(self, part: Part, folder: Path | None) -> list[int]:
-        """See `media_tokens.Media`."""
+        """Return the virtual token ids of one media part. Raises SourceError if it cannot be read."""
         if part.kind not in self.projectors:
             raise SourceError(f"this base reads no {part.kind}", f"base: {{text: ..., {part.kind}: a tower}}")
         key = self.features.key(part, folder)
         return virtual_ids(key, -(-len(self.features.of(key)) // self._projector(part.kind).stack))
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
-        """See `media_tokens.Media`. All media of a kind are projected in one product."""
+        """Return the embeddings (T, D) of each key's tokens. All media of a kind are projected in one product."""
         embeddings: dict[int, torch.Tensor] = {}
         for kind in self.projectors:
             kind_keys = [key for key in keys if self.features.kind(key) == kind]
@@ -182,11 +184,11 @@ class ComposedMedia(torch.nn.Module):
         return [embeddings[key] for key in keys]
 
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
-        """See `media_tokens.Media`: the embedding knows virtual ids, and whether they are blank."""
+        """Return the model's inputs for ids (1, T). The embedding handles virtual ids, and whether they are blank."""
         return {"input_ids": ids}
 
     def calibrate(self, keys: Sequence[int]) -> None:
-        """Take the mean and the spread of every channel from these media, at most CALIBRATED of each kind."""
+        """Set each channel's mean and spread from these media, at most CALIBRATED of each kind."""
         for kind in self.projectors:
             kind_keys = sorted(key for key in set(keys) if self.features.kind(key) == kind)[:CALIBRATED]
             if kind_keys:
@@ -196,29 +198,30 @@ class ComposedMedia(torch.nn.Module):
                 projector.spread.copy_(features.std(0, correction=0).clamp(min=1e-3))
 
     def towers(self) -> dict[str, TowerEntry]:
-        """What an adapter says of its towers, by kind."""
+        """Return the towers as an adapter records them, by kind."""
         return {
             kind: TowerEntry(tower.name, tower.digest, tower.licence, tower.width, self._projector(kind).stack)
             for kind, tower in self.features.towers.items()
         }
 
     def tower_fields(self) -> dict[str, dict[str, Any]]:
-        """See `media_tokens.Media`."""
+        """Return the towers as fields of a manifest, by kind."""
         return {kind: asdict(tower) for kind, tower in self.towers().items()}
 
     def _projector(self, kind: str) -> Projector:
+        """Return the projector of a kind."""
         projector = self.projectors[kind]
         assert isinstance(projector, Projector)
         return projector
 
 
 def _filled(features: torch.Tensor, stack: int) -> torch.Tensor:
-    """With zeros up to a length that `stack` divides."""
+    """Return features (T, W) with zero rows up to a length that `stack` divides."""
     return F.pad(features, (0, 0, 0, -len(features) % stack))
 
 
 def open_towers(names: Mapping[str, str], device: torch.device, notice: Callable[[str], object]) -> dict[str, Tower]:
-    """The towers of these names, by what they are to read. Raises what `open_tower` does."""
+    """Return the towers of these names, by media kind. Raises the errors of `open_tower`."""
     return {
         kind: open_tower(name, "image" if kind == "image" else "audio", device, notice=notice)
         for kind, name in names.items()
@@ -226,8 +229,10 @@ def open_towers(names: Mapping[str, str], device: torch.device, notice: Callable
 
 
 def compose_base(base: Base, towers: Mapping[str, Tower], *, shelf: TensorCache | None = None, seed: int = 0) -> Base:
-    """`base` reading media through `towers` (by kind) and fresh projectors drawn from `seed`. Its model is changed in
-    place.
+    """Return `base` reading media through `towers` (by kind) and fresh projectors.
+
+    The projectors are drawn from `seed`. The base's model is changed in place: its embedding then accepts virtual ids.
+    shelf: cache of features, each of shape (T, W).
     """
     media = new_projectors(base, TowerFeatureCache(dict(towers), shelf), seed)
     base.model.set_input_embeddings(MediaEmbedding(base.model.get_input_embeddings(), media))
@@ -235,7 +240,10 @@ def compose_base(base: Base, towers: Mapping[str, Tower], *, shelf: TensorCache 
 
 
 def new_projectors(base: Base, features: TowerFeatureCache, seed: int) -> ComposedMedia:
-    """Projectors for the towers of `features`, drawn from `seed`, whose tokens are of the size of the base's own."""
+    """Return projectors for the towers of `features`, drawn from `seed`.
+
+    Their tokens have the root mean square of the base's own embeddings.
+    """
     text = base.model.get_input_embeddings()
     with torch.no_grad():
         sample = text(torch.arange(min(1024, text.weight.shape[0]), device=base.device))
@@ -250,14 +258,14 @@ def new_projectors(base: Base, features: TowerFeatureCache, seed: int) -> Compos
 
 
 def write_projectors(media: ComposedMedia, folder: Path) -> None:
-    """Beside an adapter: the projectors' weights, and which towers they read."""
+    """Write the projectors' weights, and which towers they read, beside an adapter."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in media.projectors.state_dict().items()}
     metadata = json.dumps(media.tower_fields(), sort_keys=True)
     save_file(tensors, folder / FILE, {TOWERS_KEY: metadata})
 
 
 def read_towers(folder: Path) -> dict[str, TowerEntry]:
-    """Which towers the adapter in `folder` reads with, by kind; none where it reads text alone. Raises ModelError."""
+    """Return the towers of the adapter in `folder` by kind; none for a text adapter. Raises ModelError."""
     if not (folder / FILE).is_file():
         return {}
     try:
@@ -274,7 +282,7 @@ def read_towers(folder: Path) -> dict[str, TowerEntry]:
 
 
 def another_tower(folder: Path, entry: TowerEntry) -> ModelError:
-    """The error for a tower that is not the one that an adapter was tuned with."""
+    """Return the error for a tower that differs from the one that an adapter was tuned with."""
     problem = (
         f"the adapter {folder} reads with the tower {entry.name!r} {entry.digest[:12]}, and the one here is another"
     )
@@ -282,7 +290,7 @@ def another_tower(folder: Path, entry: TowerEntry) -> ModelError:
 
 
 def load_projectors(media: ComposedMedia, folder: Path) -> None:
-    """Take over the projectors of the adapter in `folder`. Raises ModelError where they do not fit these towers."""
+    """Load the projectors of the adapter in `folder`. Raises ModelError if they do not fit these towers."""
     for kind, entry in read_towers(folder).items():
         local_entry = media.towers().get(kind)
         if local_entry is None or local_entry.digest != entry.digest:

@@ -1,4 +1,4 @@
-"""Keeps markup out of the token ids of content."""
+"""Shielding of content: keeps markup out of its token ids."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from sartor.models.template_markup import TemplateMarkup
 
 
 def shield_messages(markup: TemplateMarkup, messages: Sequence[Message]) -> list[Message]:
-    """Return messages with every text shielded. Those that spell no markup are the very same."""
+    """Return messages with every text shielded. Messages that spell no markup are the same objects."""
     return [_shielded(markup, message) for message in messages]
 
 
 def shield_json(markup: TemplateMarkup, text: str) -> str:
-    """Return JSON text with every text in it shielded; what is no JSON comes back as it is, for the template to
-    refuse.
+    """Return JSON text with every string in it shielded.
+
+    Invalid JSON is returned unchanged, for the template to refuse.
     """
     try:
         value = json.loads(text) if text else None
@@ -31,6 +32,7 @@ def shield_json(markup: TemplateMarkup, text: str) -> str:
 
 
 def _shielded(markup: TemplateMarkup, message: Message) -> Message:
+    """Return a message with its text parts and fields shielded; the same object if it spells no markup."""
     has_fields = message.name or message.tool_calls or message.tool_call_id or message.reasoning_content
     if not has_fields and all(markup.shield(part.text) is part.text for part in message.content):
         return message
@@ -46,6 +48,7 @@ def _shielded(markup: TemplateMarkup, message: Message) -> Message:
 
 
 def _shielded_part(markup: TemplateMarkup, part: Part) -> Part:
+    """Return a part with its text shielded; media parts and unchanged parts are the same objects."""
     if part.kind != "text":
         return part
     text = markup.shield(part.text)
@@ -53,9 +56,10 @@ def _shielded_part(markup: TemplateMarkup, part: Part) -> Part:
 
 
 def in_text(messages: Sequence[Message], *, calls: bool, reasoning: bool) -> list[Message]:
-    """Return messages with tool calls, or reasoning, in the text of the reply, in the form in which Sartor reads them.
+    """Return messages with tool calls, or reasoning, moved into the text of the reply.
 
-    Of calls only those that were read from a text (`core/reply_markup.py`) go back there.
+    They are written in the form in which Sartor reads them. Only calls that were read from a text
+    (`core/reply_markup.py`) are moved.
     """
     if not any(message.reasoning_content or message.tool_calls for message in messages):
         return list(messages)
@@ -63,6 +67,7 @@ def in_text(messages: Sequence[Message], *, calls: bool, reasoning: bool) -> lis
 
 
 def _in_text(message: Message, calls: bool, reasoning: bool) -> Message:
+    """Return a message with its reasoning before its text, and its calls behind it, as flagged."""
     if message.reasoning_content and reasoning:
         lead = Part("text", f"<think>\n{message.reasoning_content}\n</think>\n\n")
         message = replace(message, content=(lead, *message.content), reasoning_content="")
@@ -74,6 +79,7 @@ def _in_text(message: Message, calls: bool, reasoning: bool) -> Message:
 
 
 def _loads(text: str) -> Any:
+    """Return the value of JSON text; None if it is invalid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -81,9 +87,9 @@ def _loads(text: str) -> Any:
 
 
 def calls_as_text(tool_calls: str, *, ascii_only: bool = True) -> str:
-    """Return tool calls (JSON text of OpenAI's list) as a reply spells them where the template has no form of its own.
+    """Return tool calls as a reply spells them if the template has no form of its own.
 
-    Raises SourceError for JSON of another form.
+    tool_calls: JSON text of OpenAI's list. Raises SourceError for JSON of another form.
     """
     try:
         calls = [call["function"] for call in json.loads(tool_calls)]
@@ -99,7 +105,10 @@ def calls_as_text(tool_calls: str, *, ascii_only: bool = True) -> str:
 
 
 def reply_text(message: Message) -> str:
-    """Return the text of a reply with its tool calls, as most templates write them; without those of another form."""
+    """Return the text of a reply with its tool calls, as most templates write them.
+
+    Calls of another form than OpenAI's are left out.
+    """
     if not message.tool_calls:
         return message.text
     try:
@@ -124,15 +133,15 @@ def with_content(message: Message, content: Any) -> dict[str, Any]:
 
 
 Piece = tuple[int, int, int]  # token, start, end
-# Put before a text that goes on in the middle of a word. The first is taken behind which no token runs across the
-# border
+# Anchors put before a text that continues in the middle of a word. The first one is taken across whose end no token
+# runs
 _ANCHORS = ("\ue002", ".", "a", "\n")
 
 
 def pieces_of(tokenizer: Any, text: str, cuts: Sequence[int] = (), *, is_first: bool) -> list[Piece]:
-    """Return (token, start, end) as the tokenizer gives them. Behind a media no tokenizer adds its opening space.
+    """Return (token, start, end) as the tokenizer gives them, without a leading space behind media.
 
-    cuts: positions that no token runs across. Raises SourceError where the tokenizer cannot be made to respect one.
+    cuts: positions that no token may cross. Raises SourceError if the tokenizer cannot be made to respect one.
     """
     if not cuts:
         opening = "" if is_first or not text else str(tokenizer.eos_token)
@@ -149,7 +158,10 @@ def pieces_of(tokenizer: Any, text: str, cuts: Sequence[int] = (), *, is_first: 
 
 
 def _behind(tokenizer: Any, texts: Sequence[str]) -> list[list[Piece]]:
-    """Tokens of texts that each go on in the middle of a word, where no tokenizer adds its opening space."""
+    """Return the tokens of texts that each continue in the middle of a word.
+
+    No tokenizer adds its leading space there. Raises SourceError if every anchor merges with the text.
+    """
     results: dict[str, list[Piece]] = {}
     for anchor in _ANCHORS:
         missing = list(dict.fromkeys(text for text in texts if text not in results))

@@ -1,7 +1,7 @@
 """Tokenizer and chat template without transformers.
 
-The tokens are those of the `tokenizers` library, which transformers' fast tokenizers are a shell of; the template is
-rendered in the same sandbox with the same names (transformers' `utils/chat_template_utils.py` says which).
+The tokens are those of the `tokenizers` library, which transformers' fast tokenizers wrap. The template is rendered in
+the same sandbox with the same names as in transformers' `utils/chat_template_utils.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from sartor.core.remedies import restore_command
 
 
 class FastTokenizer:
-    """The tokenizer of a base below a directory in transformers' layout. Raises ModelError for files that are not
-    whole.
+    """Tokenizer of a base in a directory of transformers' layout.
+
+    Raises ModelError for files that are missing or invalid.
     """
 
     is_fast = True
@@ -62,27 +63,27 @@ class FastTokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token that opens a text, if the base has one."""
+        """Token that opens a text; None if the base has none."""
         return self._id("bos_token")
 
     @property
     def eos_token_id(self) -> int | None:
-        """The token that ends a text."""
+        """Token that ends a text."""
         return self._id("eos_token")
 
     @property
     def pad_token_id(self) -> int | None:
-        """The token that pads, if the base has one."""
+        """Padding token; None if the base has none."""
         return self._id("pad_token")
 
     @property
     def unk_token_id(self) -> int | None:
-        """The token of what is not in the vocabulary, if the base has one."""
+        """Token for text outside the vocabulary; None if the base has none."""
         return self._id("unk_token")
 
     @property
     def all_special_ids(self) -> list[int]:
-        """The named tokens' ids."""
+        """Ids of the named tokens."""
         return [token_id for name in self._special_tokens if (token_id := self._id(name)) is not None]
 
     def __len__(self) -> int:
@@ -90,13 +91,13 @@ class FastTokenizer:
 
     @property
     def backend_tokenizer(self) -> Any:
-        """That of the `tokenizers` library."""
+        """Tokenizer object of the `tokenizers` library."""
         return self._inner
 
     def __call__(
         self, text: str | list[str], add_special_tokens: bool = True, return_offsets_mapping: bool = False
     ) -> dict[str, Any]:
-        """{input_ids, and by wish offset_mapping}, both (T,); of a list of texts, lists of them."""
+        """Return {input_ids, and offset_mapping if requested}, both (T,); for a list of texts, lists of them."""
         if isinstance(text, list):
             batch = self._inner.encode_batch(text, add_special_tokens=add_special_tokens)
             offsets = {"offset_mapping": [encoding.offsets for encoding in batch]} if return_offsets_mapping else {}
@@ -105,16 +106,16 @@ class FastTokenizer:
         return {"input_ids": encoding.ids, **({"offset_mapping": encoding.offsets} if return_offsets_mapping else {})}
 
     def get_vocab(self) -> dict[str, int]:
-        """token -> id."""
+        """Return the mapping from token to id."""
         return dict(self._inner.get_vocab(with_added_tokens=True))
 
     def convert_ids_to_tokens(self, token_id: int) -> str | None:
-        """A token as the vocabulary writes it."""
+        """Return a token as the vocabulary spells it; None for an unknown id."""
         token: str | None = self._inner.id_to_token(token_id)
         return token
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of tokens."""
+        """Return the text of some tokens."""
         return str(self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def apply_chat_template(
@@ -126,7 +127,7 @@ class FastTokenizer:
         tokenize: bool = False,
         add_generation_prompt: bool = False,
     ) -> str:
-        """The text that a template writes. Raises jinja2.TemplateError where it refuses the turns."""
+        """Return the text that a template writes. Raises jinja2.TemplateError if it refuses the turns."""
         assert not tokenize
         template = _SANDBOX.from_string(chat_template)
         return template.render(
@@ -138,17 +139,18 @@ class FastTokenizer:
         )
 
     def _id(self, name: str) -> int | None:
+        """Return the id of a named token; None without one."""
         token = self._special_tokens.get(name)
         return None if token is None else self._inner.token_to_id(token)
 
 
 def _text(token: Any) -> str | None:
-    """A token of tokenizer_config.json: a string, or a mapping with its content."""
+    """Return the text of a token in tokenizer_config.json: a string, or a mapping with its content."""
     return token["content"] if isinstance(token, dict) else token
 
 
 def _declared(fields: dict[str, Any]) -> list[str]:
-    """The special tokens of tokenizer_config.json that have no name of the library's."""
+    """Return the special tokens of tokenizer_config.json that have no named role."""
     declared: list[Any] = []
     for key in ("extra_special_tokens", "additional_special_tokens"):
         tokens = fields.get(key) or []
@@ -159,26 +161,28 @@ def _declared(fields: dict[str, Any]) -> list[str]:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant says; the text is what stands inside."""
+    """Jinja extension for `{% generation %}` around the assistant's text, which renders as its content."""
 
     tags = {"generation"}  # noqa: RUF012  # jinja2's own declaration
 
     def parse(self, parser: Any) -> Any:
-        """See jinja2.ext.Extension."""
+        """Return the statements up to `{% endgeneration %}`."""
         next(parser.stream)
         return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
 
 def _refuse(problem: str) -> None:
+    """Raise jinja2.TemplateError, as a template's `raise_exception` does."""
     raise jinja2.TemplateError(problem)
 
 
 def _json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """As transformers' `tojson`, which unlike jinja2's escapes nothing for HTML."""
+    """Return JSON text as transformers' `tojson` does; unlike jinja2's it escapes nothing for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 def _sandbox() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """Return the sandboxed environment in which templates are rendered."""
     result = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )

@@ -1,15 +1,13 @@
-"""Writes adapters, models and tokenizers as GGUF.
+"""GGUF files of adapters, models and tokenizers.
 
-Format: github.com/ggml-org/ggml, docs/gguf.md; names of tensors are the `gguf` package's. llama.cpp rotates
-neighbouring columns of a query or key in some families, where transformers rotates the halves of a head: there the
-rows of `q_proj` and
-`k_proj`, and so of an adapter's B, are written in another order.
+Format: github.com/ggml-org/ggml, docs/gguf.md. Names of tensors and keys are those of the `gguf` package. Llama 3's
+stretched rotations (`rope_freqs.weight`) follow llama.cpp.
 
-llama.cpp cuts text by rules that it knows by name (`tokenizer.ggml.pre`); a tokenizer of another shape would give
-other tokens without a word, so it is refused. Names and regular expressions: llama.cpp, src/llama-vocab.cpp.
+In some families llama.cpp rotates neighbouring columns of a query or key, where transformers rotates the halves of a
+head. There the rows of `q_proj` and `k_proj`, and so of an adapter's B, are written in another order.
 
-Sources of the format: github.com/ggml-org/ggml, docs/gguf.md; of the keys, the `gguf` package; of Llama 3's stretched
-rotations (`rope_freqs.weight`), llama.cpp.
+llama.cpp splits text by rules that it knows by name (`tokenizer.ggml.pre`). A tokenizer with other rules would
+silently give other tokens, so it is refused. Names and regular expressions: llama.cpp, src/llama-vocab.cpp.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from sartor.core.remedies import restore_command
 from sartor.models import adapters
 from sartor.models.chat import ChatTokenizer
 
-# no digit of a fp32 or bf16 factor is lost, and llama.cpp computes with adapters of any float type
+# F32 keeps every digit of an fp32 or bf16 factor, and llama.cpp accepts adapters of any float type
 ADAPTER_TYPE = gguf.GGMLQuantizationType.F32
 _PREFIX = "base_model.model."
 _SIDES = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b"}
@@ -42,14 +40,17 @@ _SIDES = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b"}
 
 @dataclass(frozen=True)
 class GgufFamily:
-    """What llama.cpp knows a model type of transformers as. interleaved: it rotates neighbouring columns."""
+    """Architecture of llama.cpp for a model type of transformers.
+
+    interleaved: llama.cpp rotates neighbouring columns of queries and keys.
+    """
 
     arch: gguf.MODEL_ARCH
     interleaved: bool
 
     @property
     def name(self) -> str:
-        """`general.architecture`."""
+        """Value of `general.architecture`."""
         return gguf.MODEL_ARCH_NAMES[self.arch]
 
 
@@ -63,11 +64,12 @@ FAMILIES = {
 
 
 class GgufLayout:
-    """Names and order of one base's weights in a GGUF file, from its config.json."""
+    """Names and row order of one base's weights in a GGUF file, from its config.json."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Raises ModelError for a family that is not in FAMILIES, or whose attention llama.cpp would compute
-        otherwise.
+        """Read the layout of a config.
+
+        Raises ModelError for a family that is not in FAMILIES, or attention that llama.cpp would compute differently.
         """
         kind = str(config.get("model_type", ""))
         if kind not in FAMILIES:
@@ -90,8 +92,9 @@ class GgufLayout:
             )
 
     def name(self, parameter: str) -> str:
-        """llama.cpp's name of a parameter (`model.layers.0.self_attn.q_proj.weight`). Raises ModelError where it has
-        none.
+        """Return llama.cpp's name of a parameter (`model.layers.0.self_attn.q_proj.weight`).
+
+        Raises ModelError if it has none.
         """
         result = self._names.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if result is None:
@@ -101,9 +104,10 @@ class GgufLayout:
         return result
 
     def ordered(self, parameter: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """A weight (out, in), bias (out) or factor B (out, R) with its rows as llama.cpp wants them.
+        """Return a weight (out, in), bias (out,) or factor B (out, R) with its rows in llama.cpp's order.
 
-        Raises ModelError where the rows of a query or key are not the base's heads.
+        With interleaved rotation, row (half, i) of a head becomes row (i, half). The shape, (O, I) for a weight, is
+        unchanged. Raises ModelError if the rows of a query or key are not the base's heads.
         """
         heads = {"q_proj": self.heads, "k_proj": self.key_heads}.get(parameter.split(".")[-2])
         if heads is None:
@@ -121,7 +125,7 @@ class GgufLayout:
 
 
 def read_config(base: Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config.json in a base's directory, or the mapping itself. Raises ModelError where it cannot be read."""
+    """Return the config.json in a base's directory, or the given mapping. Raises ModelError if it is unreadable."""
     if isinstance(base, Mapping):
         return base
     try:
@@ -134,12 +138,12 @@ def read_config(base: Path | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def write_adapter_gguf(adapter: Path, base: Path | Mapping[str, Any], out: Path, *, template: str = "") -> Path:
-    """Write the LoRA adapter in a PEFT directory as the GGUF file `out`, which llama.cpp loads onto that base.
+    """Write the LoRA adapter in a PEFT directory as the GGUF file `out`, which llama.cpp can load.
 
-    base: its directory in transformers' layout, or its config.json as a mapping. template: a chat template to travel
-    with it. llama.cpp adds alpha / R * B A with one alpha for all; what another scale asks for is multiplied into B.
-    `out` appears whole or not at all. Raises ModelError for what llama.cpp has no form for: DoRA, biases, whole
-    modules, other families.
+    base: the directory of its base in transformers' layout, or the base's config.json as a mapping. template: a chat
+    template to include. llama.cpp adds alpha / R * B A with one alpha for all modules; a module with another scale has
+    its correction multiplied into B. `out` appears whole or not at all. Raises ModelError for adapters that llama.cpp
+    has no form for: DoRA, biases, whole modules, other families.
     """
     config = _adapter_config(adapter)
     layout = GgufLayout(read_config(base))
@@ -171,9 +175,9 @@ def write_adapter_gguf(adapter: Path, base: Path | Mapping[str, Any], out: Path,
 
 @contextlib.contextmanager
 def new_file(out: Path, architecture: str, *, streamed: bool = False) -> Iterator[gguf.GGUFWriter]:
-    """A GGUF file to fill with metadata and tensors; it takes the name `out` when it is written whole.
+    """Open a GGUF file for metadata and tensors; it is renamed to `out` when it is complete.
 
-    streamed: whoever fills it writes the parts of the file too, a tensor at a time.
+    streamed: the caller also writes the parts of the file, a tensor at a time.
     """
     with create_file_atomic(out) as part, contextlib.closing(gguf.GGUFWriter(part, architecture)) as writer:
         yield writer
@@ -184,7 +188,7 @@ def new_file(out: Path, architecture: str, *, streamed: bool = False) -> Iterato
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:
-    """adapter_config.json, of which all must be LoRA that llama.cpp can add."""
+    """Return adapter_config.json. Raises ModelError unless it is LoRA that llama.cpp can add."""
     file = adapter / adapters.CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -209,7 +213,7 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """What peft multiplies B A of a module with: alpha / R, or alpha / sqrt(R) (rsLoRA)."""
+    """Return the scale by which peft multiplies B A of a module: alpha / R, or alpha / sqrt(R) (rsLoRA)."""
     patterns = config.get("alpha_pattern") or {}
     alpha = float(patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"]))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -218,8 +222,9 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 def _pairs(
     adapter: Path, weights: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """module -> A (R, in) and B (out, R), fp32. Raises ModelError for a tensor that is neither, or has no other
-    half.
+    """Return A (R, in) and B (out, R) by module, fp32.
+
+    Raises ModelError for a tensor that is neither, or that lacks its counterpart.
     """
     results: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
     for key, tensor in weights.items():
@@ -247,14 +252,14 @@ _LLAMA3 = (
     "\\s+(?!\\S)|\\s+"
 )
 _QWEN2 = _LLAMA3.replace("\\p{N}{1,3}", "\\p{N}")
-# How a tokenizer cuts text before it merges bytes -> what llama.cpp calls that
+# Pre-tokenizer steps, which split text before bytes are merged -> llama.cpp's name for them
 PRE_TOKENIZERS: dict[tuple[tuple[Any, ...], ...], str] = {
     (("ByteLevel", True),): "gpt-2",
     (("Digits", True), ("ByteLevel", True)): "smollm",
     (("Split", _LLAMA3, "Isolated", False), ("ByteLevel", False)): "llama-bpe",
     (("Split", _QWEN2, "Isolated", False), ("ByteLevel", False)): "qwen2",
 }
-# llama.cpp takes a piece that is a token as it is, without merging, under this name alone of the four
+# Under this name alone of the four, llama.cpp takes a piece that is a token unmerged
 _IGNORES_MERGES = {"llama-bpe"}
 _STRING, _UINT32, _BOOL = gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT32, gguf.GGUFValueType.BOOL
 _ARRAY = gguf.GGUFValueType.ARRAY
@@ -263,7 +268,7 @@ _TEMPLATE = "tokenizer.chat_template"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`pairs`: (key, value, type) of the metadata of a tokenizer, without the chat template."""
+    """Metadata of a tokenizer, without the chat template. pairs: (key, value, type)."""
 
     pairs: tuple[tuple[str, Any, gguf.GGUFValueType], ...]
 
@@ -278,7 +283,10 @@ class Vocabulary:
 
 
 def from_file(file: Path, rows: int) -> Vocabulary:
-    """The tokenizer that a GGUF file holds. rows: of the embedding that it must belong to."""
+    """Return the tokenizer in a GGUF file. rows: rows of the embedding that it must match.
+
+    Raises ModelError if they differ.
+    """
     pairs = []
     for key, field in gguf.GGUFReader(file).fields.items():
         if key.startswith("tokenizer.") and key != _TEMPLATE and not key.startswith("tokenizer.chat_template"):
@@ -292,9 +300,10 @@ def from_file(file: Path, rows: int) -> Vocabulary:
 
 
 def from_chat(chat: ChatTokenizer, rows: int) -> Vocabulary:
-    """The tokenizer in memory as llama.cpp reads it. rows: of the embedding; ids without a token are marked unused.
+    """Return the tokenizer in memory in llama.cpp's form.
 
-    Raises ModelError for a tokenizer that is no byte-level BPE, or cuts text in a way that llama.cpp has no name for.
+    rows: rows of the embedding; ids without a token are marked unused. Raises ModelError for a tokenizer that is not
+    byte-level BPE, or that splits text in a way that llama.cpp has no name for.
     """
     fields = json.loads(chat.tokenizer.backend_tokenizer.to_str())
     model, added = fields["model"], fields.get("added_tokens") or []
@@ -325,13 +334,13 @@ def from_chat(chat: ChatTokenizer, rows: int) -> Vocabulary:
 
 
 def _name_of_cut(fields: Mapping[str, Any]) -> str:
-    """llama.cpp's name of how a tokenizer.json cuts text."""
+    """Return llama.cpp's name for the way a tokenizer.json splits text. Raises ModelError without one."""
     model = fields["model"]
     is_plain_bpe = model["type"] == "BPE" and not model.get("byte_fallback") and not model.get("end_of_word_suffix")
     steps = _steps(fields.get("pre_tokenizer") or {})
     name = PRE_TOKENIZERS.get(steps, "") if is_plain_bpe and not model.get("continuing_subword_prefix") else ""
     normalizer = (fields.get("normalizer") or {}).get("type")
-    # llama.cpp does not compose characters (NFC), which published Qwen files live with; the receipt compares tokens
+    # llama.cpp does not compose characters (NFC), which published Qwen files accept; the receipt compares tokens
     if normalizer not in (None, "NFC") or bool(model.get("ignore_merges")) != (name in _IGNORES_MERGES):
         name = ""
     if not name:
@@ -345,7 +354,7 @@ def _name_of_cut(fields: Mapping[str, Any]) -> str:
 
 
 def _steps(pre: Mapping[str, Any]) -> tuple[tuple[Any, ...], ...]:
-    """What of a pre-tokenizer decides where text is cut."""
+    """Return the settings of a pre-tokenizer that determine where text is split."""
     kind = pre.get("type")
     if kind == "Sequence":
         return tuple(step for part in pre["pretokenizers"] for step in _steps(part))
@@ -359,13 +368,19 @@ def _steps(pre: Mapping[str, Any]) -> tuple[tuple[Any, ...], ...]:
 
 
 def _opens_with_bos(chat: ChatTokenizer) -> bool:
-    """Whether prompts were tuned with a bos in front: llama.cpp would put one there, or leave it away, by itself."""
+    """Return whether prompts were tuned with a bos token in front.
+
+    llama.cpp adds one, or leaves it out, by itself.
+    """
     bos = chat.tokenizer.bos_token
     return bool(bos) and chat.render([Message.of("user", "a")], reply_next=True).startswith(bos)
 
 
 def _ids(chat: ChatTokenizer) -> Sequence[tuple[str, Any, gguf.GGUFValueType]]:
-    """Ids of tokens with a role. What ends a turn and is not eos is `eot`, at which llama.cpp stops too."""
+    """Return the ids of tokens with a role, as metadata.
+
+    A stop token other than eos is `eot`, at which llama.cpp stops too.
+    """
     keys, tokenizer = gguf.Keys.Tokenizer, chat.tokenizer
     token_ids = {
         keys.BOS_ID: tokenizer.bos_token_id,
@@ -378,7 +393,7 @@ def _ids(chat: ChatTokenizer) -> Sequence[tuple[str, Any, gguf.GGUFValueType]]:
 
 
 Type = gguf.GGMLQuantizationType
-# what `--quantise` names -> the type of matrices, and what the file says of itself
+# value of `--quantise` -> the type of matrices, and the file type in the metadata
 TYPES = {
     "f32": (Type.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -389,7 +404,7 @@ TYPES = {
     "q4_1": (Type.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
     "q4_0": (Type.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
-# every token passes through the embedding and the head, so fewer bits there cost most; published files keep them wider
+# Every token passes through the embedding and the head, so fewer bits cost most there; published files keep them wider
 # too
 _WIDE, _ENDS = Type.Q8_0, ("token_embd.weight", "output.weight")
 _LARGEST_F16 = 65504.0
@@ -397,7 +412,7 @@ _LARGEST_F16 = 65504.0
 
 @dataclass(frozen=True)
 class GgufMetadata:
-    """What the file says of itself beside its weights: `general.*` keys, the chat template, how replies are drawn."""
+    """Metadata of a GGUF file beside its weights: `general.*` keys, chat template, sampling defaults."""
 
     name: str
     version: str
@@ -408,11 +423,10 @@ class GgufMetadata:
 
 
 def write_model_gguf(model: Any, vocabulary: Vocabulary, metadata: GgufMetadata, out: Path, kind: str = "f16") -> Path:
-    """Write transformers' module `model` (in fp32, no adapter on it) as the GGUF file `out`, its matrices as `kind`
-    (TYPES).
+    """Write transformers' module `model` as the GGUF file `out`, its matrices in the type `kind` (TYPES).
 
-    `out` appears whole or not at all. Raises ModelError for a model that llama.cpp would compute otherwise, or values
-    that the type cannot hold, ConfigError for an unknown type.
+    The model is in fp32 without an adapter. `out` appears whole or not at all. Raises ModelError for a model that
+    llama.cpp would compute differently, or values that the type cannot hold, ConfigError for an unknown type.
     """
     if kind not in TYPES:
         raise ConfigError(
@@ -446,14 +460,15 @@ def write_model_gguf(model: Any, vocabulary: Vocabulary, metadata: GgufMetadata,
 
 
 def _parameters(model: Any, config: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
-    """Names and weights, without a head that is the embedding again."""
+    """Return names and weights, without a head that is tied to the embedding."""
     tied = bool(config.get("tie_word_embeddings"))
     return [(name, value) for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight")]
 
 
 def _stored_as(name: str, value: torch.Tensor, kind: Type) -> Type:
-    """How one weight is stored: vectors in fp32; the ends of the model wider than 8 bits; rows that fill no block in
-    F16.
+    """Return the GGUF type in which one weight is stored.
+
+    Vectors are F32. The embedding and the head get at least 8 bits. Matrices whose rows do not fill blocks are F16.
     """
     if value.ndim < 2:
         return Type.F32
@@ -464,6 +479,7 @@ def _stored_as(name: str, value: torch.Tensor, kind: Type) -> Type:
 
 
 def _packed(name: str, value: np.ndarray[Any, Any], kind: Type) -> np.ndarray[Any, Any]:
+    """Return a weight's bytes in a GGUF type. Raises ModelError for values that are not finite or out of range."""
     largest = float(np.abs(value).max(initial=0))
     if not math.isfinite(largest):
         raise ModelError(
@@ -479,7 +495,7 @@ def _packed(name: str, value: np.ndarray[Any, Any], kind: Type) -> np.ndarray[An
 def _add_metadata(
     writer: gguf.GGUFWriter, config: Mapping[str, Any], layout: GgufLayout, metadata: GgufMetadata
 ) -> None:
-    """The metadata that llama.cpp computes by."""
+    """Add the metadata that llama.cpp needs for computing."""
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(metadata.name)
     writer.add_version(metadata.version)
@@ -500,14 +516,15 @@ def _add_metadata(
     if rotation.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rotation["factor"]))
-    # newer llama.cpp takes these for its defaults: greedy where the Release is greedy
+    # newer llama.cpp uses these as defaults: greedy if the Release is greedy
     writer.add_float32("general.sampling.temp", metadata.temperature)
     writer.add_float32("general.sampling.top_p", metadata.top_p)
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How positions rotate: transformers 5 says it in `rope_parameters`, older configs in `rope_theta` and
-    `rope_scaling`.
+    """Return the settings of the rotary embedding.
+
+    transformers 5 has them in `rope_parameters`, older configs in `rope_theta` and `rope_scaling`.
     """
     legacy = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") else {}
     rope = {**legacy, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
@@ -515,9 +532,9 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any], layout: GgufLayout) -> np.ndarray[Any, Any] | None:
-    """What each frequency is divided by, (head_width / 2), where Llama 3 stretches them; else None.
+    """Return the divisor of each frequency, (head_width / 2,), for Llama 3's stretched rotation; else None.
 
-    Raises ModelError for a kind that is written no other way here, and for activations that llama.cpp does not use.
+    Raises ModelError for rotations that cannot be written, and for activations that llama.cpp does not use.
     """
     rotation = rope_of(config)
     kind, part = rotation["rope_type"], float(rotation.get("partial_rotary_factor") or 1)
@@ -530,9 +547,11 @@ def _rope(config: Mapping[str, Any], layout: GgufLayout) -> np.ndarray[Any, Any]
         )
     if kind != "llama3":
         return None
+    # wavelength of frequency i, i < head_width / 2: w_i = 2 pi theta^(2 i / head_width)
+    # smooth_i = clip((old / w_i - low) / (high - low), 0, 1);  divisor_i = 1 / ((1 - smooth_i) / factor + smooth_i)
     exponents = np.arange(0, layout.head_width, 2, dtype=np.float64) / layout.head_width
     waves = 2 * np.pi * float(rotation["rope_theta"]) ** exponents
     old, factor = float(rotation["original_max_position_embeddings"]), float(rotation["factor"])
     low, high = float(rotation["low_freq_factor"]), float(rotation["high_freq_factor"])
-    smooth = np.clip((old / waves - low) / (high - low), 0, 1)  # 0: stretched whole, 1: left alone
+    smooth = np.clip((old / waves - low) / (high - low), 0, 1)  # 0: fully stretched, 1: unchanged
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)

@@ -1,7 +1,7 @@
 """Best device and dtype; free and used memory.
 
-`available_bytes` is what may still be taken before somebody says no: the machine, the cgroup (a container's limit), or
-a limit of the shell. Of a cgroup's use, file pages that the kernel would give back count as free.
+`available_bytes` is the memory that can still be allocated within the limits of the machine, the cgroup (a container's
+limit) and the shell. File pages that the kernel would reclaim count as free in a cgroup's use.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ import torch
 
 PROC = Path("/proc/self")
 CGROUPS = Path("/sys/fs/cgroup")
-# A cgroup without a limit says so with a number near 2^63
+# A cgroup without a limit reports a number near 2^63
 _NO_LIMIT_BYTES = 1 << 60
-# the format's own bound
+# the safetensors format's own limit
 _MOST_HEADER_BYTES = 100_000_000
-# oneDNN keeps the code of a product for each shape that it has met: 1,024 shapes in each of two caches, up to 0.9 MB
-# each. A micro-batch of a length that has not been met asks for 55 (counted on the starter); 128 hold two such
-# micro-batches.
+# oneDNN caches the code of a product for each shape: by default 1,024 shapes in each of two caches, up to 0.9 MB each.
+# A micro-batch of a new length needs 55 (counted on the starter); 128 hold two such micro-batches.
 PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 PRIMITIVES, PRIMITIVES_PER_BATCH = 128, 55
 _MADV_DONTNEED = 4
@@ -37,23 +36,23 @@ _past_peaks: dict[str, int] = {}
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """Bytes that can still be taken, and what sets that bound."""
+    """Memory that can still be allocated, and the limit that determines it."""
 
     bytes: int
     bound: str
 
 
 def resident_bytes(device: torch.device | None = None) -> int:
-    """Memory held now. On CUDA by tensors on the device."""
+    """Return the resident memory of this process; on CUDA the memory of tensors on the device."""
     if device is not None and device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     fields = _fields(PROC / "status")
-    # elsewhere than on Linux the peak is all that the standard library tells
+    # outside Linux the standard library offers only the peak
     return fields.get("VmRSS", 0) or peak_bytes()
 
 
 def peak_bytes(device: torch.device | None = None) -> int:
-    """Most memory that this process has held resident; on CUDA the most that its tensors have held on the device."""
+    """Return the peak resident memory of this process; on CUDA the peak of its tensors on the device."""
     if device is not None and device.type == "cuda":
         return max(_past_peaks.get("cuda", 0), int(torch.cuda.max_memory_allocated(device)))
     import resource  # not on Windows
@@ -63,12 +62,13 @@ def peak_bytes(device: torch.device | None = None) -> int:
 
 
 def restart_peak(device: torch.device) -> bool:
-    """Let `recent_peak_bytes` count from now. False where the system cannot (macOS, a /proc that cannot be
-    written).
+    """Start a new measurement for `recent_peak_bytes`, and return whether the system supports that.
+
+    macOS does not, nor does a /proc that cannot be written.
     """
     if device.type not in ("cpu", "cuda"):
         return False
-    # the counters forget the old peak, so `peak_bytes` must not
+    # the system's counters are reset here, so the old peak is kept for `peak_bytes`
     _past_peaks[device.type] = peak_bytes(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -82,7 +82,7 @@ def restart_peak(device: torch.device) -> bool:
 
 
 def recent_peak_bytes(device: torch.device) -> int:
-    """Most memory held since `restart_peak`. Only where that returned true."""
+    """Return the peak memory since `restart_peak`. Call it only if that returned true."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device))
@@ -90,31 +90,32 @@ def recent_peak_bytes(device: torch.device) -> int:
 
 
 def bound_primitive_caches() -> None:
-    """Let oneDNN keep the code of PRIMITIVES products, unless the environment says how many.
+    """Limit oneDNN's caches to the code of PRIMITIVES products, unless the environment sets a limit.
 
-    It reads the environment once, before its first product: call this before a base computes.
+    oneDNN reads the environment once, before its first product: call this before a base computes.
     """
     for name in PRIMITIVE_CACHES:
         os.environ.setdefault(name, str(PRIMITIVES))
 
 
 def cached_batch_shapes() -> int:
-    """Lengths of a micro-batch whose products oneDNN keeps the code of, at least one."""
+    """Return the number of micro-batch lengths whose products oneDNN's caches hold, at least one."""
     capacities = [os.environ.get(name, "") for name in PRIMITIVE_CACHES]
     return max(1, *(int(text) if text.isdecimal() else 1024 for text in capacities)) // PRIMITIVES_PER_BATCH or 1
 
 
 def release_free_memory() -> None:
-    """Return to the system what the allocator holds and nobody uses. Without glibc nothing is done."""
+    """Return the allocator's unused memory to the system. Without glibc nothing is done."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def drop_mapped_pages(tensors: Sequence[torch.Tensor]) -> None:
-    """Let the pages of tensors go that are parts of a mapped weights file; whoever looks there reads the file again.
+    """Release the resident pages of tensors that are views of a mapped weights file.
 
-    For weights that have been copied elsewhere: their pages would stay resident beside the copy. Tensors in memory of
-    the process are left alone, and so is everything where there is no /proc.
+    A later access reads the file again. This is for weights that have been copied elsewhere, whose pages would stay
+    resident beside the copy. Tensors in the process's own memory, of any shape, are not changed, and without /proc
+    nothing is done.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         madvise = ctypes.CDLL(None).madvise
@@ -123,7 +124,7 @@ def drop_mapped_pages(tensors: Sequence[torch.Tensor]) -> None:
         mapped = [(int(match[1], 16), int(match[2], 16)) for match in map(pattern.match, lines) if match]
         page = os.sysconf("SC_PAGESIZE")
         for tensor in tensors:
-            # whole pages alone: a page at an end is also the neighbour's
+            # whole pages only: a page at either end also holds data of a neighbour
             low = -(-tensor.data_ptr() // page) * page
             high = (tensor.data_ptr() + tensor.nbytes) // page * page
             if tensor.is_contiguous() and low < high and any(start <= low and high <= end for start, end in mapped):
@@ -131,7 +132,7 @@ def drop_mapped_pages(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def available_bytes(device: torch.device | None = None) -> FreeMemory:
-    """What can still be taken: the smallest of what the machine has, the cgroup allows and the shell allows."""
+    """Return the memory that can still be allocated: the minimum over machine, cgroup and shell limits."""
     if device is not None and device.type == "cuda":
         held_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return FreeMemory(int(torch.cuda.mem_get_info(device)[0] + held_unused), "the device's free memory")
@@ -144,8 +145,9 @@ def available_bytes(device: torch.device | None = None) -> FreeMemory:
 
 
 def weights_in(folder: Path) -> int:
-    """How many numbers the safetensors files of a folder hold, read from their headers. Unreadable ones count as
-    none.
+    """Return the number of weights in a folder's safetensors files, from their headers.
+
+    Unreadable files count as empty.
     """
     count = 0
     for file in sorted(folder.glob("*.safetensors")):
@@ -158,6 +160,7 @@ def weights_in(folder: Path) -> int:
 
 
 def _machine_bytes() -> int:
+    """Return the machine's available memory, in bytes."""
     if result := _fields(Path("/proc/meminfo")).get("MemAvailable"):
         return result
     import psutil  # comes with accelerate
@@ -166,7 +169,7 @@ def _machine_bytes() -> int:
 
 
 def _cgroups(membership: Path, mount: Path) -> Iterator[FreeMemory]:
-    """The room in each memory cgroup of this process, from its own up to the root (v2, then v1)."""
+    """Yield the free memory in each memory cgroup of this process, from its own up to the root (v2, v1)."""
     with contextlib.suppress(OSError):
         for line in membership.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -178,13 +181,14 @@ def _cgroups(membership: Path, mount: Path) -> Iterator[FreeMemory]:
                 ("memory.max", "memory.current") if version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
             )
             group_path = PurePosixPath(path.lstrip("/"))
-            # inside a container the path of the host may not be there; its own group is then the root
+            # inside a container the host's path may not exist; the container's own group is then the root
             for group in dict.fromkeys([group_path, *group_path.parents, PurePosixPath(".")]):
                 yield from _room_in(root / group, *names)
 
 
 def _room_in(group: Path, limit_name: str, use_name: str) -> Iterator[FreeMemory]:
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
+    """Yield the free memory of one cgroup, if it has a limit."""
+    with contextlib.suppress(OSError, ValueError):  # "max" (no limit) is not a number
         limit = int((group / limit_name).read_text())
         if limit < _NO_LIMIT_BYTES:
             use = int((group / use_name).read_text())
@@ -195,7 +199,7 @@ def _room_in(group: Path, limit_name: str, use_name: str) -> Iterator[FreeMemory
 
 
 def _limits() -> Iterator[FreeMemory]:
-    """The room under RLIMIT_AS and RLIMIT_DATA (`ulimit -v`, `ulimit -d`)."""
+    """Yield the free memory under RLIMIT_AS and RLIMIT_DATA (`ulimit -v`, `ulimit -d`)."""
     import resource  # not on Windows
 
     fields = _fields(PROC / "status")
@@ -206,7 +210,7 @@ def _limits() -> Iterator[FreeMemory]:
 
 
 def _fields(file: Path) -> dict[str, int]:
-    """The `Name: N kB` lines of a file of /proc, in bytes; empty where there is no such file."""
+    """Return the `Name: N kB` lines of a /proc file, in bytes; empty without such a file."""
     result = {}
     with contextlib.suppress(OSError):
         for line in file.read_text().splitlines():
@@ -218,16 +222,17 @@ def _fields(file: Path) -> dict[str, int]:
 
 
 def best_device() -> torch.device:
-    """CUDA, else Apple's GPU, else the CPU."""
+    """Return CUDA, else Apple's GPU, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def best_dtype(device: torch.device, cpu_flags: str | None = None) -> torch.dtype:
-    """bf16 where the hardware multiplies it natively, else fp32 (fp16 on a CUDA device without bf16).
+    """Return bf16 if the hardware multiplies it natively, else fp32.
 
-    On a CPU without avx512_bf16, amx_bf16 or Arm's bf16, bf16 products run several times slower than fp32 ones.
+    On a CUDA device without bf16 it is fp16. On a CPU without avx512_bf16, amx_bf16 or Arm's bf16, bf16 products run
+    several times slower than fp32 ones.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -238,7 +243,7 @@ def best_dtype(device: torch.device, cpu_flags: str | None = None) -> torch.dtyp
 
 
 def _cpu_flags() -> str:
-    """The first flags (x86) or Features (Arm) line of /proc/cpuinfo; empty where there is no such file."""
+    """Return the first flags (x86) or Features (Arm) line of /proc/cpuinfo; empty without that file."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):

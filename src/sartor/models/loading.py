@@ -20,12 +20,11 @@ from sartor.core.artifacts import create_output_directory
 
 @contextlib.contextmanager
 def copied_while_read() -> Iterator[None]:
-    """Inside, transformers reads a tensor at a time into memory of its own instead of mapping the files.
+    """Make transformers read single tensors into memory instead of mapping files, inside the `with` block.
 
-    Where weights change their width while they are read, pages of a mapped file stay resident beside the new weights
-    until
-    all are done: the whole 16-bit base a second time. (A base that is kept as it stands in the files is mapped and not
-    copied.)
+    If weights change their width while they are read, pages of a mapped file stay resident beside the new weights
+    until all are done: the whole 16-bit base a second time. (A base that is kept as stored in the files is mapped and
+    not copied.)
     """
     loading = transformers.modeling_utils
     mapping = loading.safe_open
@@ -42,11 +41,11 @@ def copied_while_read() -> Iterator[None]:
 
 @contextlib.contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Inside, glibc gives each large piece of memory a mapping of its own, which goes back to the system when it is
-    freed.
+    """Make glibc give each large block its own mapping, which is returned to the system when freed.
 
-    Else what a weight was read into stays in the heap, as gaps between the weights that are kept. After, as glibc's
-    own adaptive threshold ends up in a process that has freed large pieces. Without glibc nothing is done.
+    Otherwise the memory into which weights were read stays in the heap, as gaps between the weights that are kept.
+    After the `with` block the thresholds are those at which glibc's own adaptive threshold ends up in a process that
+    has freed large blocks. Without glibc nothing is done.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -64,7 +63,7 @@ def freed_at_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Transformers prints its own progress bars and advice while loading; the caller shows what matters."""
+    """Silence transformers' progress bars, log messages and warnings; the caller shows what matters."""
     bars = transformers.utils.logging
     was_on, level = bars.is_progress_bar_enabled(), bars.get_verbosity()
     bars.disable_progress_bar()
@@ -80,7 +79,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, in one line."""
+    """Return the first line of an exception's message, at most 300 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
@@ -89,10 +88,10 @@ WEIGHTS = "model.safetensors"
 
 
 def convert_once(path: Path, digest: str, fill: Callable[[Path], Mapping[str, str]]) -> None:
-    """Have `fill` write the directory unless it is there whole; it returns what the stamp says besides, such as
-    `derived_from`.
+    """Have `fill` write the directory, unless it is complete.
 
-    Two processes at once: the second waits for the first. Nothing is left behind where `fill` raises.
+    `fill` returns further fields of the stamp, such as `derived_from`. Of two processes the second waits for the
+    first. Nothing is left behind if `fill` raises.
     """
     with FileLock(path.parent / f".{path.name}.wait"):
         if _is_whole(path):
@@ -104,7 +103,7 @@ def convert_once(path: Path, digest: str, fill: Callable[[Path], Mapping[str, st
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a converted directory is there with every byte as written; a changed one is made again."""
+    """Return whether a converted directory has every byte as written; a changed one is converted again."""
     try:
         files = json.loads((path / STAMP).read_text())["files"]
         whole = all(model_refs.remembered_digest(path / name) == sha256 for name, sha256 in files.items())
@@ -114,8 +113,9 @@ def _is_whole(path: Path) -> bool:
 
 
 def _set_aside(path: Path) -> bool:
-    """Remove a damaged conversion, which can be made again at any time; returns False, since nothing is left to
-    replace.
+    """Remove a damaged conversion, which can be repeated at any time.
+
+    Returns False: nothing is left to replace.
     """
     shutil.rmtree(path)
     return False

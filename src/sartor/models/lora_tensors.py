@@ -1,13 +1,13 @@
 """LoRA tensors by PEFT name in numpy; nested ranks.
 
-The shared product is a sum over ranks, B A = sum_k b_k a_k. A client with less memory trains the ranks below r and
-holds the
-others still: they stay a part of its model, as a second frozen adapter, or added to its base. What it sends is zero
-there, so the mean over clients is still the exact mean of their products; a rank that few clients train moves by their
-share only. HetLoRA (arXiv:2401.06432) cuts the adapter and so forgets the tail in every round; here nothing shrinks.
-
-A linear module has two: `NAME.lora_A.weight` (R, in) and `NAME.lora_B.weight` (out, R); it computes scale * B A beside
+A linear module has two: `NAME.lora_A.weight` (R, in) and `NAME.lora_B.weight` (out, R). It computes scale * B A beside
 the frozen weight. Any other tensor is one that is trained whole.
+
+The shared product is a sum over ranks, B A = sum_k b_k a_k. A client with less memory trains the ranks below r and
+keeps the others frozen. They stay a part of its model, as a second frozen adapter, or added to its base. Its update is
+zero there, so the mean over clients is still the exact mean of their products. A rank that few clients train changes
+by their share only. HetLoRA (arXiv:2401.06432) truncates the adapter and so loses the tail in every round; here
+nothing is lost.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _REMEDY = "leave this client out of the round, and look at what it runs"
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The factors of one module: A (R, in), B (out, R)."""
+    """Factors of one module: A (R, in), B (out, R)."""
 
     a: Array
     b: Array
 
     @property
     def product(self) -> NDArray[np.float64]:
-        """B A (out, in), without the scale."""
+        """Product B A, (out, in), without the scale."""
         return self.b.astype(np.float64) @ self.a.astype(np.float64)
 
 
 def modules(tensors: Iterable[str]) -> list[str]:
-    """Names of the modules that have factors, sorted. Raises InputError for one half alone."""
+    """Return the names of the modules that have factors, sorted. Raises InputError for a single factor."""
     names = set(tensors)
     with_a, with_b = ({name.removesuffix(suffix) for name in names if name.endswith(suffix)} for suffix in (A, B))
     if unpaired := sorted(with_a ^ with_b):
@@ -49,12 +49,14 @@ def modules(tensors: Iterable[str]) -> list[str]:
 
 
 def pair(tensors: Tensors, module: str) -> LoraPair:
-    """The factors of a module."""
+    """Return the factors of a module: A of shape (R, in) and B of shape (out, R)."""
     return LoraPair(tensors[module + A], tensors[module + B])
 
 
 def add_changes(tensors: Tensors, changes: Tensors, sign: float = 1.0) -> dict[str, Array]:
-    """`tensors` with the changes added where there are some."""
+    """Return `tensors` with `sign` times the changes added. Tensors without a change, of any shape, are returned as
+    they are.
+    """
     return {
         name: (value.astype(np.float64) + sign * changes[name]).astype(value.dtype) if name in changes else value
         for name, value in tensors.items()
@@ -62,17 +64,17 @@ def add_changes(tensors: Tensors, changes: Tensors, sign: float = 1.0) -> dict[s
 
 
 def norm(tensors: Tensors) -> float:
-    """The Euclidean norm of all tensors as one vector."""
+    """Return the Euclidean norm of all tensors as one vector, a scalar."""
     return float(np.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in tensors.values())))
 
 
 def flat(tensors: Tensors) -> NDArray[np.float64]:
-    """All values as one vector (P,), in the order of the names."""
+    """Return all values as one vector (P,), in the order of the names."""
     return np.concatenate([tensors[name].astype(np.float64).ravel() for name in sorted(tensors)])
 
 
 def unflat(vector: NDArray[np.float64], like: Tensors) -> dict[str, Array]:
-    """The tensors of a vector that `flat` made, in the shapes and dtypes of `like`."""
+    """Return the tensors of a vector (P,) from `flat`, in the shapes and dtypes of `like`."""
     names = sorted(like)
     parts = np.split(vector, np.cumsum([like[name].size for name in names])[:-1])
     return {
@@ -81,11 +83,11 @@ def unflat(vector: NDArray[np.float64], like: Tensors) -> dict[str, Array]:
 
 
 def split_ranks(shared: Tensors, rank: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """(what a client of this rank trains, what it holds still beside that); their products add up to the shared one.
+    """Return the tensors that a client of this rank trains, and those of the frozen higher ranks.
 
-    Both are used with the shared scale, alpha / R. A module of no higher rank is whole in the first and absent in the
-    second.
-    Raises ConfigError for a rank below 1.
+    trained: A (r, in), B (out, r). tail: A (R - r, in), B (out, R - r). Their products add up to the shared one; both
+    are used with the shared scale, alpha / R. A module of no higher rank is whole in the first and absent in the
+    second. Raises ConfigError for a rank below 1.
     """
     if rank < 1:
         raise ConfigError(f"a client of rank {rank} trains nothing", "a rank of at least 1, or leave this client out")
@@ -99,8 +101,9 @@ def split_ranks(shared: Tensors, rank: int) -> tuple[dict[str, Array], dict[str,
 
 
 def join_ranks(trained: Tensors, tail: Tensors) -> dict[str, Array]:
-    """One adapter of the ranks of both, whose products are the sums of theirs: what `cut` parted. Both on one scale.
+    """Return one adapter that concatenates the ranks of both, the inverse of `split_ranks`.
 
+    Its A has shape (r + r', in) and its B (out, r + r'), so its products are the sums of theirs. Both have one scale.
     Raises InputError unless both have the same modules.
     """
     if unmatched := sorted(set(modules(trained)) ^ set(modules(tail))):
@@ -113,13 +116,14 @@ def join_ranks(trained: Tensors, tail: Tensors) -> dict[str, Array]:
 
 
 def zero_adapter(like: Tensors) -> dict[str, Array]:
-    """An adapter of these shapes that changes nothing."""
+    """Return an adapter of these shapes that is zero."""
     return {name: np.zeros_like(value) for name, value in like.items()}
 
 
 def rank_of(tensors: Tensors) -> int:
-    """The rank R of an adapter whose modules all have one. Raises InputError for one without factors, or of several
-    ranks.
+    """Return the rank R that all modules of an adapter have, from A of shape (R, in).
+
+    Raises InputError for an adapter without factors, or with several ranks.
     """
     ranks = {len(tensors[module + A]) for module in modules(tensors)}
     if len(ranks) != 1:
@@ -128,7 +132,10 @@ def rank_of(tensors: Tensors) -> int:
 
 
 def pad_ranks(trained: Tensors, shared: Tensors) -> dict[str, Array]:
-    """What a client trained, with the ranks behind that it held still. Raises InputError where the two do not fit."""
+    """Return a client's trained tensors with the shared, frozen higher ranks appended.
+
+    A: (R, in), B: (out, R). Raises InputError if the two do not fit.
+    """
     padded = dict(trained)
     for module in modules(trained):
         a, b = trained[module + A], trained[module + B]
@@ -149,7 +156,8 @@ def pad_ranks(trained: Tensors, shared: Tensors) -> dict[str, Array]:
 
 
 def alpha_of(alpha: float, shared_rank: int, rank: int) -> float:
-    """The alpha under which an adapter of `rank` has the shared one's scale: PEFT divides by each adapter's own
-    rank.
+    """Return the alpha that gives an adapter of `rank` the shared adapter's scale.
+
+    PEFT divides alpha by each adapter's own rank.
     """
     return alpha * rank / shared_rank

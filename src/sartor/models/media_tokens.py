@@ -1,8 +1,8 @@
-"""Virtual token ids that stand for media in prompts.
+"""Virtual token ids that represent media in prompts.
 
-A virtual id is negative and says which media (by digest) and which of its tokens: nothing else of a model, a pack, a
-cache or a loop has to know that media exist. Two rows about one image begin with the same ids, so what they share is
-computed once; a token without a feature, or a feature without a token, cannot be written.
+A virtual id is negative and encodes the media (by digest) and the index of one of its tokens. So no other part of a
+model, a pack, a cache or a loop has to know that media exist. Two rows about one image begin with the same ids, so
+their common beginning is computed once. A token without a feature, or a feature without a token, cannot be expressed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from sartor.core.errors import SourceError
 from sartor.core.records import Part
 from sartor.media import content_parts
 
-# 48 bits of a digest and 14 of a place: with a sign they fill an int64
+# A virtual id has 48 bits of a digest and 14 of a token index, which with a sign fit into an int64
 PLACE_BITS = 14
 MOST_TOKENS = 1 << PLACE_BITS
 _KEY_HEX = 12
 
 
 def key_of(reader: str, content: str) -> int:
-    """By which a media's features are known. reader, content: digests of what makes them and of the media."""
+    """Return the key of a media's features. reader, content: digests of what computes them and of the media."""
     return int(hashlib.sha256(f"{reader}:{content}".encode()).hexdigest()[:_KEY_HEX], 16)
 
 
 def virtual_ids(key: int, count: int) -> list[int]:
-    """The ids of a media's `count` tokens. Raises SourceError where they are more than ids can tell apart.
+    """Return the ids of a media's `count` tokens. Raises SourceError for more tokens than ids can encode.
 
     >>> virtual_ids(5, 2) == [-(1 + (5 << PLACE_BITS)), -(2 + (5 << PLACE_BITS))]
     True
@@ -45,7 +45,7 @@ def virtual_ids(key: int, count: int) -> list[int]:
 
 
 def keys_in(ids: Sequence[int]) -> list[int]:
-    """The keys of the media in token ids, each once, in order.
+    """Return the keys of the media in token ids, each once, in order.
 
     >>> keys_in([7, *virtual_ids(5, 2), 8, *virtual_ids(3, 1)])
     [5, 3]
@@ -54,7 +54,10 @@ def keys_in(ids: Sequence[int]) -> list[int]:
 
 
 def content_of(part: Part, folder: Path | None) -> bytes:
-    """The bytes of a media part: a file below `folder`, or a data URL. Raises SourceError where there are none."""
+    """Return the bytes of a media part: a file below `folder`, or a data URL.
+
+    Raises SourceError if they cannot be read.
+    """
     if part.media.startswith(content_parts.SCHEME):
         return content_parts.bytes_of(part.media, part.kind)
     if folder is None:
@@ -70,36 +73,38 @@ def content_of(part: Part, folder: Path | None) -> bytes:
 
 
 class Media(Protocol):
-    """What a base reads beside text."""
+    """Protocol of a base's reader for images and audio."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of `image` and `audio`, those that it reads."""
+        """Media kinds that it reads, of `image` and `audio`."""
         ...
 
     def tower_fields(self) -> dict[str, dict[str, Any]]:
-        """What a manifest says of towers that are no part of the base itself, by what they read: name, digest,
-        licence, ...
+        """Return a manifest's fields of towers that are not part of the base itself, by media kind.
+
+        The fields are name, digest, licence, ...
         """
         ...
 
     def ids(self, part: Part, folder: Path | None) -> list[int]:
-        """The token ids of one media part, virtual where a feature stands. Raises SourceError for media that cannot be
-        read.
-        """
+        """Return the token ids of one media part, virtual for features. Raises SourceError for unreadable media."""
         ...
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
-        """Per key (T, D) embeddings of its tokens, in the width of the text's."""
+        """Return the embeddings of each key's tokens, (T, D), in the width of the text's."""
         ...
 
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
-        """What the model's own forward takes for one row of (1, T) ids. is_blank: without what media show."""
+        """Return the arguments of the model's own forward for one row of ids (1, T).
+
+        is_blank: replace media by blank ones.
+        """
         ...
 
 
 class MediaEmbedding(torch.nn.Module):
-    """The text's embedding, and that of virtual ids: a base with it in place of its own takes ids of both kinds."""
+    """Embedding of text ids and of virtual ids. A base with it as its input embedding accepts both."""
 
     def __init__(self, text: torch.nn.Module, media: Any) -> None:
         super().__init__()
@@ -108,17 +113,18 @@ class MediaEmbedding(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """(V, D) of the text."""
+        """Weight of the text embedding, (V, D)."""
         return self.text.weight  # type: ignore[return-value]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids (...) -> (..., D)."""
+        """Return the embeddings (..., D) of ids (...)."""
         x: torch.Tensor = self.text(ids.clamp(min=0))
         virtual = ids < 0
         if not bool(virtual.any()):
             return x
         if self.is_blank:
             return x.masked_fill(virtual[..., None], 0.0)
+        # id = -1 - (key << PLACE_BITS | index), so -1 - id recovers key and index
         codes = -1 - ids[virtual]
         keys, inverse = torch.unique(codes >> PLACE_BITS, return_inverse=True)
         parts = self.media.embedded(keys.tolist())
@@ -128,13 +134,13 @@ class MediaEmbedding(torch.nn.Module):
 
 
 def embedding_of(model: Any) -> MediaEmbedding | None:
-    """The MediaEmbedding of a model, if it has one."""
+    """Return the MediaEmbedding of a model; None without one."""
     embedding = model.get_input_embeddings()
     return embedding if isinstance(embedding, MediaEmbedding) else None
 
 
 def own_inputs(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What `model` itself takes for one row of (1, T) ids."""
+    """Return the arguments of `model`'s own forward for one row of ids (1, T)."""
     embedding = embedding_of(model)
     if embedding is None:
         return {"input_ids": ids}
@@ -144,7 +150,7 @@ def own_inputs(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def blank(model: Any) -> Iterator[None]:
-    """Inside, every media token of `model` is a zero vector: the text base as it is without a tower."""
+    """Replace every media token of `model` by a zero vector, inside the `with` block: the base without a tower."""
     embedding = embedding_of(model)
     if embedding is None:
         yield

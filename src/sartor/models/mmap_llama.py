@@ -1,13 +1,13 @@
 """Llama read from memory-mapped files, also in NF4.
 
-Weights stay in the mapped file, in the dtype that they have there, and are widened product by product; what is held of
-them is page cache, which the kernel may take back. The modules have the names that `models/losses/fused_decoder.py`
-reads off transformers'.
+Weights stay in the mapped file, in the file's dtype, and are widened for each product. They occupy page cache only,
+which the kernel may reclaim. The modules have the attribute names that `models/losses/fused_decoder.py` reads from
+transformers' modules.
 
-NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, appendix E): 64 weights end to end share their largest absolute
-value; each is the nearest of 16 quantiles of the normal distribution. Blocks' linear weights are so held, 4.5 bits a
-weight; embedding, head and norms stay as they are. Mapped weights are no memory of the process in 16 bits either: what
-4 bits save is the disk, and reading it again with each pass where page cache is short.
+NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, appendix E): 64 consecutive weights share their largest absolute
+value as scale; each is stored as the nearest of 16 quantiles of the normal distribution. The linear weights of the
+blocks are stored so, with 4.5 bits a weight; embedding, head and norms keep their dtype. Mapped weights take no
+process memory in 16 bits either. 4 bits save disk space, and re-reading it with each pass if page cache is short.
 """
 
 from __future__ import annotations
@@ -53,12 +53,16 @@ CODES = torch.tensor(
 )
 # a byte -> its two values, the first weight in the high bits
 _PAIRS = torch.stack([CODES.repeat_interleave(16), CODES.repeat(16)], 1)
-# Bytes of codes that are widened at once: their indices take four times that
+# Bytes of codes that are widened at once; their indices take four times as much
 _AT_ONCE = 1 << 16
 
 
 def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight -> codes (N / 2,) uint8 and the blocks' scales (N / 64,) fp32. N must be a multiple of 64."""
+    """Return a weight's codes (N / 2,) uint8, two a byte, and the blocks' scales (N / 64,) fp32.
+
+    N, the number of weights, must be a multiple of 64.
+    """
+    # blocks (N / 64, 64);  s = max |w| per block;  code = index of the nearest quantile to w / s
     blocks = weight.detach().reshape(-1, BLOCK).float()
     scales = blocks.abs().amax(1)
     normalised = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
@@ -67,7 +71,10 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class NarrowLinear(MappedLinear):
-    """A frozen linear module in NF4. shape: (outs, D). Where a part is widened alone, it begins with a block."""
+    """Frozen linear module in NF4. shape: (outs, D).
+
+    A part that is widened alone must begin with a block.
+    """
 
     def __init__(
         self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None
@@ -77,7 +84,10 @@ class NarrowLinear(MappedLinear):
         self.scales = torch.nn.Parameter(scales, requires_grad=False)
 
     def widen(self, out: torch.Tensor, low: int = 0) -> torch.Tensor:
-        """See MappedLinear."""
+        """Dequantise rows [low, low + len(out)) of the weight into `out`, in its dtype, and return it.
+
+        out: shape (rows, D).
+        """
         first = low * self.in_features
         codes = self.weight.detach().view(-1)[first // 2 : (first + out.numel()) // 2]
         pairs = out.view(-1, 2)
@@ -90,9 +100,9 @@ class NarrowLinear(MappedLinear):
 
 
 def write_narrow(base: Path, out: Path) -> Path:
-    """Write the base below `base` in 4 bits to the directory `out`, whole or not at all. Returns `out`.
+    """Write the base in `base` in 4 bits to the directory `out`, whole or not at all. Returns `out`.
 
-    Raises ModelError for files that are not whole, or a weight whose rows are no whole blocks.
+    Raises ModelError for files that are incomplete, or a weight that does not divide into blocks.
     """
     with create_output_directory(out) as folder:
         for file in sorted(base.iterdir()):
@@ -105,6 +115,7 @@ def write_narrow(base: Path, out: Path) -> Path:
 
 
 def _narrow_tensors(base: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the names and tensors of the 4-bit base. Raises ModelError."""
     for file in sorted(base.glob("*.safetensors")):
         try:
             with safe_open(str(file), framework="pt") as opened:
@@ -117,6 +128,7 @@ def _narrow_tensors(base: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _narrow_tensor(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a block's linear weight as codes and scales, and any other tensor as it is."""
     if not (name.startswith("model.layers.") and name.endswith("_proj.weight")):
         yield name, tensor
         return
@@ -131,45 +143,48 @@ def _narrow_tensor(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch
 
 
 def narrow_linear(tensors: Mapping[str, torch.Tensor], name: str, bias: torch.Tensor | None) -> NarrowLinear | None:
-    """The module `name` of a base in 4 bits; None where the base holds it as it was."""
+    """Return the 4-bit module `name` of a base; None if the base has its original weight.
+
+    bias: shape (outs,), or None.
+    """
     codes, scales = tensors.get(f"{name}.weight.codes"), tensors.get(f"{name}.weight.scales")
     if codes is None or scales is None:
         return None
     return NarrowLinear(codes, scales, (len(codes), codes.shape[1] * 2), bias)
 
 
-# Where a base and its adapter must agree: PEFT's names of the linear modules of a block
+# PEFT's names of the linear modules of a block, on which a base and its adapter must agree
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 REMEDY = "tune it on a machine with sartor[tune], or use a base of the Llama architecture"
 
 
 class MappedEmbedding(torch.nn.Module):
-    """ids (T,) -> (T, D), widened from the mapped rows that are looked up."""
+    """Embedding of ids (T,) as (T, D); only the looked-up rows of the mapped weight are widened."""
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.dtype = torch.nn.Parameter(weight, requires_grad=False), dtype
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Return the embeddings (T, D) of ids (T,)."""
         return F.embedding(ids, self.weight).to(self.dtype)
 
 
 class Rotary:
-    """(like, positions (1, T)) -> cos, sin (1, T, K): rotary embedding (Su et al. 2021), both halves written out."""
+    """Rotary embedding (Su et al. 2021): cos and sin (1, T, K) of positions (1, T), both halves written out."""
 
     def __init__(self, theta: float, width: int) -> None:
         self._rates = theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
 
     def __call__(self, like: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the class; in the dtype of `like`."""
+        """Return cos and sin (1, T, K) of positions (1, T), in the dtype of `like`."""
         angles = positions[..., None].float() * self._rates
         doubled = torch.cat([angles, angles], -1)
         return doubled.cos().to(like.dtype), doubled.sin().to(like.dtype)
 
 
 class ModuleNamespace(torch.nn.Module):
-    """Modules and settings by name."""
+    """Module with attributes set by name."""
 
     def __init__(self, **parts: Any) -> None:
         super().__init__()
@@ -181,14 +196,15 @@ class Config(SimpleNamespace):
     """config.json as attributes."""
 
     def get_text_config(self) -> Config:
-        """As transformers': a text base has no other."""
+        """Return this config, as transformers does for a text base."""
         return self
 
 
 class MappedLlama(torch.nn.Module):
-    """A base below a directory in transformers' layout. linear: its blocks' linear modules by PEFT's names.
+    """Llama base in a directory of transformers' layout, with memory-mapped weights.
 
-    dtype: what it computes in. Raises ModelError for another architecture, or for files that are not whole.
+    linear: the blocks' linear modules by PEFT's names. dtype: dtype in which it computes. Raises ModelError for
+    another architecture, or for files that are incomplete.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -207,20 +223,20 @@ class MappedLlama(torch.nn.Module):
         self.lm_head = MappedLinear(embedding if config.tie_word_embeddings else self._tensor("lm_head.weight"), None)
 
     def get_decoder(self) -> ModuleNamespace:
-        """What `Fast` reads: embed_tokens, rotary_emb, layers, norm."""
+        """Return the part that `FusedDecoder` reads: embed_tokens, rotary_emb, layers, norm."""
         return self.model
 
     def get_input_embeddings(self) -> MappedEmbedding:
-        """The embedding."""
+        """Return the embedding."""
         result: MappedEmbedding = self.model.embed_tokens
         return result
 
     def get_output_embeddings(self) -> MappedLinear:
-        """The LM head."""
+        """Return the LM head."""
         return self.lm_head
 
     def factors(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained, by the names that PEFT's adapter files have."""
+        """Return the LoRA factors by their names in PEFT's adapter files."""
         adapted = {name: module for name, module in self.linear.items() if isinstance(module, LoraLinear)}
         pairs = ((name, (("lora_A", module.a), ("lora_B", module.b))) for name, module in adapted.items())
         return {
@@ -228,8 +244,9 @@ class MappedLlama(torch.nn.Module):
         }
 
     def learn(self, top: int, factors: str = "AB") -> None:
-        """Let the factors of the `top` layers next to the head learn (0: of all; factors: A, B or AB), and no
-        others.
+        """Make only the factors of the `top` layers next to the head trainable.
+
+        top: 0 for all layers. factors: A, B or AB.
         """
         lowest = self.config.num_hidden_layers - top if top else 0
         for name, module in self.linear.items():
@@ -240,8 +257,9 @@ class MappedLlama(torch.nn.Module):
     def adapt(
         self, rank: int, alpha: float, seed: int, targets: tuple[str, ...] = (*ATTENTION, *MLP), top: int = 0
     ) -> None:
-        """Put fresh LoRA factors on modules of the `top` layers next to the head (0: all): A random, B zero, as PEFT
-        does.
+        """Put fresh LoRA factors on modules of the `top` layers next to the head, as PEFT does.
+
+        A is random, B zero. top: 0 for all layers.
         """
         generator = torch.Generator().manual_seed(seed)
         lowest = self.config.num_hidden_layers - top if top else 0
@@ -254,12 +272,13 @@ class MappedLlama(torch.nn.Module):
                 self.put(name, LoraLinear(base, a, torch.zeros(base.out_features, rank), alpha / rank))
 
     def put(self, name: str, module: Any) -> None:
-        """A module in the place of the linear module `name`."""
+        """Replace the linear module `name`."""
         self.linear[name] = module
         _, _, layer, part, last = name.split(".")
         setattr(getattr(self.model.layers[int(layer)], part), last, module)
 
     def _layer(self, index: int) -> Any:
+        """Return the modules of one layer under transformers' names."""
         config, name = self.config, f"model.layers.{index}"
         attention: dict[str, Any] = {part: self._linear(f"{name}.self_attn.{part}") for part in ATTENTION}
         return ModuleNamespace(
@@ -276,6 +295,7 @@ class MappedLlama(torch.nn.Module):
         )
 
     def _linear(self, name: str) -> MappedLinear:
+        """Return the linear module `name`, in NF4 or mapped, and record it in `linear`."""
         bias = self._tensors.get(f"{name}.bias")
         bias = None if bias is None else bias.to(self._dtype)
         result = narrow_linear(self._tensors, name, bias) or MappedLinear(self._tensor(f"{name}.weight"), bias)
@@ -283,11 +303,13 @@ class MappedLlama(torch.nn.Module):
         return result
 
     def _norm(self, name: str) -> Any:
+        """Return the weight (D,) and epsilon of a norm."""
         return SimpleNamespace(
             weight=self._tensor(f"{name}.weight").to(self._dtype), variance_epsilon=self.config.rms_norm_eps
         )
 
     def _tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor of the base's files. Raises ModelError if it is missing."""
         if name not in self._tensors:
             raise ModelError(
                 f"the base's files hold no {name}",
@@ -297,7 +319,7 @@ class MappedLlama(torch.nn.Module):
 
 
 def _config(folder: Path) -> Any:
-    """config.json as attributes, of the kinds that `MappedLlama` computes."""
+    """Return config.json as attributes. Raises ModelError for a kind that `MappedLlama` does not compute."""
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = fields["model_type"]
@@ -321,7 +343,7 @@ def _config(folder: Path) -> Any:
 
 
 def _mapped(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the base's safetensors files, as views of the mapped files."""
+    """Return every tensor of the base's safetensors files, as views of the mapped files."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder} holds no safetensors file", "convert the base: sartor tune opens it once")

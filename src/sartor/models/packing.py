@@ -1,18 +1,17 @@
-"""Packs rows without padding; attention inside a pack.
+"""Packs of rows without padding; attention inside a pack.
 
-In: `Encoded` rows (token ids and which of them are learnt). Out: a `Pack`, one flat row of T tokens;
-`losses/fused_decoder.py` and `losses/transformers_backend.py` make losses of it. Examples meet nowhere but in
-attention, which `attend` keeps apart.
+In: `TokenizedExample` rows (token ids, and which of them are supervised). Out: a `Pack`, one flat row of T tokens.
+`losses/fused_decoder.py` and `losses/transformers_backend.py` compute losses of it. Examples interact only in
+attention, where `attend` keeps them apart.
 
-With shared prefixes (`share=True`) what several examples begin with stands in the pack once: the pack is then a forest
-of segments in which a child goes on at the position where its parent ends. A prefix's activations do not depend on
-what follows them, so losses and gradients are those of the plain pack up to the order of sums; the work is that of the
-distinct tokens.
+A pack is a forest of segments (`Segment`). Without shared prefixes every segment is a whole example and a root. With
+shared prefixes (`share=True`) a common beginning of several examples is in the pack once, and a child segment
+continues at the position where its parent ends. A prefix's activations do not depend on what follows it. So losses and
+gradients are those of the plain pack up to the order of sums, and the work is that of the distinct tokens.
 
-A pack is a forest of segments (`Segments`): without shared prefixes every segment is a whole example and a root; with
-them a segment goes on where its parent ends. Two readers of that forest compute the same thing: the C++ kernel walks
-the segments themselves (`kernels/train_kernels.cpp`); `attend` below gathers segments of about equal length into
-rectangles (`Rows`) and uses batched matrix products, on any device and under autograd.
+Two implementations compute attention over that forest. The C++ kernel iterates over the segments themselves
+(`kernels/train_kernels.cpp`). `attend` below gathers segments of about equal length into rectangles (`SegmentGroup`)
+and uses batched matrix products, on any device and under autograd.
 """
 
 from __future__ import annotations
@@ -29,8 +28,12 @@ BLOCKED_ATTENTION_TOKENS = 512
 
 @dataclass(frozen=True)
 class Segment:
-    """`length` tokens of a pack from `start` on, the first at position `first` of its example; `ancestors` root
-    first.
+    """Contiguous tokens of a pack.
+
+    start: index of the first token in the pack.
+    length: number of tokens.
+    first: position of the first token in its example.
+    ancestors: indices of the segments before it in its example, root first.
     """
 
     start: int
@@ -41,12 +44,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class SegmentGroup:
-    """Segments that attend together.
+    """Segments that attend together, padded to a rectangle of N rows, Q queries and K keys.
 
-    queries: (N, Q) and keys: (N, K) indices into the pack; first: (N,) position of each row's first query. Key j of a
-    row
-    is at position j. scatter: (S,) indexes the flattened (N * Q) result; into: (S,) the same tokens' places in the
-    pack.
+    queries: (N, Q) and keys: (N, K) indices into the pack. Key j of a row is at position j.
+    first: (N,) position of each row's first query.
+    scatter: (S,) indices of the real tokens in the flattened (N * Q) result.
+    into: (S,) indices of the same tokens in the pack.
+    is_plain: true if no segment has ancestors, so that keys are the queries.
     """
 
     queries: torch.Tensor
@@ -59,7 +63,13 @@ class SegmentGroup:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """How a layer attends. window: a query sees that many positions, itself included; None sees all before it."""
+    """Attention parameters of a layer.
+
+    heads, groups: numbers of query heads and of key heads.
+    scale: factor of the scores.
+    softcap: c of c tanh(scores / c); None for none.
+    window: number of positions that a query sees, itself included; None for all before it.
+    """
 
     heads: int
     groups: int
@@ -69,7 +79,10 @@ class AttentionShape:
 
 
 def group_segments(segments: Sequence[Segment], device: torch.device | str) -> Iterator[SegmentGroup]:
-    """Group segments whose lengths are within a factor of two: padding inside attention stays under half."""
+    """Yield groups of segments whose lengths are within a factor of two.
+
+    Padding inside attention then stays under half.
+    """
     ungrouped = sorted(range(len(segments)), key=lambda index: (-segments[index].length, -segments[index].first))
     while ungrouped:
         longest = segments[ungrouped[0]]
@@ -86,7 +99,10 @@ def group_segments(segments: Sequence[Segment], device: torch.device | str) -> I
 
 
 def _rectangle(group: Sequence[Segment], segments: Sequence[Segment], device: torch.device | str) -> SegmentGroup:
-    """Padding repeats a row's last token: it sits after every real query, so the causal mask hides it."""
+    """Return the group of some segments, padded to the longest.
+
+    Padding repeats a row's last token. It comes after every real query, so the causal mask hides it.
+    """
     offsets = torch.arange(max(segment.length for segment in group))
     starts = torch.tensor([segment.start for segment in group])[:, None]
     lengths = torch.tensor([segment.length for segment in group])[:, None]
@@ -106,7 +122,7 @@ def _rectangle(group: Sequence[Segment], segments: Sequence[Segment], device: to
 
 
 def _paths(group: Sequence[Segment], segments: Sequence[Segment]) -> torch.Tensor:
-    """(N, K) places in the pack of all that each segment can see, in the order of positions."""
+    """Return the pack indices (N, K) of all tokens that each segment can see, in the order of positions."""
     paths = []
     for segment in group:
         spans = [*(segments[index] for index in segment.ancestors), segment]
@@ -123,7 +139,10 @@ def attend(
     shape: AttentionShape,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """query: (H, T, K), key: (G, T, K), value: (G, T, V), positions already rotated in -> (T, H, V)."""
+    """Return the attention output (T, H, V) of a pack.
+
+    query: (H, T, K). key: (G, T, K). value: (G, T, V). Queries and keys are already rotated.
+    """
     out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
     for group in rows:
         out = out.index_copy(0, group.into, _attend(query, key, value, group, shape, dropout))
@@ -138,10 +157,11 @@ def _attend(
     shape: AttentionShape,
     dropout: float,
 ) -> torch.Tensor:
-    """Attention of one group of rows -> (S, H, V)."""
+    """Return the attention output (S, H, V) of one group of segments."""
     count, length = rows.queries.shape
     reach, width = rows.keys.shape[1], value.shape[2]
     heads, groups = query.shape[0], key.shape[0]
+    # q (H, N, Q, K);  k (G, N, reach, K) and v (G, N, reach, V), gathered along each segment's path
     q = query.index_select(1, rows.queries.flatten()).view(heads, count, length, -1)
     k, v = (x.index_select(1, rows.keys.flatten()).view(groups, count, reach, -1) for x in (key, value))
     if length > BLOCKED_ATTENTION_TOKENS and rows.is_plain and not shape.softcap and not shape.window:
@@ -157,6 +177,7 @@ def _attend(
         # (G N, H/G Q, K) x (G N, K, reach): one product per key head, no copy of the keys per query head
         q = q.view(groups, heads // groups, count, length, -1).transpose(1, 2)
         q = q.reshape(groups * count, heads // groups * length, -1)
+        # scores (G N, H/G Q, reach) = scale q k^T, capped;  weights = softmax over visible keys;  output = weights v
         scores = (q * shape.scale) @ k.reshape(groups * count, reach, -1).transpose(1, 2)
         if shape.softcap:
             scores = shape.softcap * torch.tanh(scores / shape.softcap)
@@ -170,8 +191,12 @@ def _attend(
 
 
 def _hidden(rows: SegmentGroup, window: int | None) -> torch.Tensor:
-    """(Q, K) or (N, 1, Q, K), true where a query must not see a key: the future, or beyond the sliding window."""
+    """Return the mask (Q, K) or (N, 1, Q, K), true where a query must not see a key.
+
+    Hidden keys are those after the query, and those before its sliding window.
+    """
     device = rows.queries.device
+    # distance[q, k] = (first + q) - k: position of the query minus position of the key; visible in [0, window)
     distance = torch.arange(rows.queries.shape[1], device=device)[:, None] - torch.arange(
         rows.keys.shape[1], device=device
     )
@@ -186,7 +211,10 @@ SHARED_TOKENS = 8
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """One example as tokens. `ids`: (T,) token ids; `learnt`: (T,) true where the token is supervised."""
+    """One example as tokens.
+
+    ids: (T,) token ids. learnt: (T,) true where the token is supervised.
+    """
 
     ids: list[int]
     learnt: list[bool]
@@ -195,12 +223,15 @@ class TokenizedExample:
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens that get a loss. The first token of a row has no predecessor and so never counts."""
+        """Number of tokens with a loss. The first token of a row has no predecessor and never counts."""
         return sum(self.learnt[1:])
 
     @property
     def last_reply(self) -> tuple[int, int]:
-        """[start, end) of the last run of supervised tokens: the last reply, with what ends it; (0, 0) without one."""
+        """Range [start, end) of the last run of supervised tokens, or (0, 0) without one.
+
+        It is the last reply, with the token that ends it.
+        """
         end = max((place for place, is_learnt in enumerate(self.learnt) if is_learnt), default=-1) + 1
         start = end
         while start and self.learnt[start - 1]:
@@ -209,7 +240,7 @@ class TokenizedExample:
 
     @property
     def tokens(self) -> int:
-        """T; of a row that is learnt beside another, the tokens of both."""
+        """Number of tokens, T; for a preference pair the tokens of both rows."""
         return len(self.ids)
 
 
@@ -217,10 +248,13 @@ class TokenizedExample:
 class Pack:
     """T tokens of one or more examples.
 
-    ids, positions: (1, T). predict: (S,) places whose next token is supervised, example by example. targets: (S,)
-    those
-    next tokens. weights: (S,) loss weights. segments, rows: who sees whom. places: per example, (length,) where in the
-    pack its tokens stand. example_ids: whose tokens these are.
+    ids, positions: (1, T).
+    predict: (S,) indices of tokens whose next token is supervised, example by example.
+    targets: (S,) those next tokens.
+    weights: (S,) loss weights.
+    segments, rows: the forest of segments, and the same grouped for `attend`.
+    places: per example, (length,) pack indices of its tokens.
+    example_ids: id of each example.
     """
 
     ids: torch.Tensor
@@ -235,23 +269,22 @@ class Pack:
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Number of tokens, T."""
         return self.ids.shape[1]
 
     @property
     def supervised_tokens(self) -> int:
-        """S."""
+        """Number of supervised tokens, S."""
         return self.targets.shape[0]
 
 
 def group_by_capacity(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Group examples, in order, so that no group holds more than `capacity` tokens.
 
-    `lengths` are tokens per example, each in [1, capacity]; returns indices, each exactly once. Order is kept because
-    a
-    pack pads nothing: a fuller pack saves no work, and a reordered one would bias which examples share an update.
+    `lengths` are tokens per example, each in [1, capacity]. Returns indices, each exactly once. Order is kept because
+    a pack pads nothing: a fuller pack saves no work, and a reordered one would bias which examples share an update.
 
-    >>> fill([3, 5, 2, 4], capacity=8)
+    >>> group_by_capacity([3, 5, 2, 4], capacity=8)
     [[0, 1], [2, 3]]
     """
     groups: list[list[int]] = []
@@ -266,10 +299,10 @@ def group_by_capacity(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def micro_batches(examples: Sequence[TokenizedExample], capacity: int, *, share: bool) -> list[list[TokenizedExample]]:
-    """Cut the rows of an update into packs of at most `capacity` tokens (a longer row has one to itself).
+    """Return the rows of an update as packs of at most `capacity` tokens.
 
-    With `share`, rows are ordered so that those with a common beginning meet, and it counts once. The sum over an
-    update does not depend on the cut.
+    A longer row gets a pack of its own. With `share`, rows are sorted so that those with a common beginning are
+    neighbours, and the beginning counts once. The sum over an update does not depend on the grouping.
     """
     if not share:
         groups = group_by_capacity(
@@ -290,7 +323,10 @@ def micro_batches(examples: Sequence[TokenizedExample], capacity: int, *, share:
 
 
 def pack(examples: Sequence[TokenizedExample], device: torch.device | str = "cpu", *, share: bool = False) -> Pack:
-    """Lay examples end to end, common beginnings once if `share`. A token's target is its successor in its example."""
+    """Return the examples as one pack, common beginnings once if `share`.
+
+    A token's target is its successor in its example.
+    """
     rows = [example.ids for example in examples]
     segments, row_indices = share_prefixes(rows) if share else _side_by_side(rows)
     ids, positions = [0] * _tokens(segments), [0] * _tokens(segments)
@@ -317,10 +353,12 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device | str = "cpu
 
 
 def _tokens(segments: Sequence[Segment]) -> int:
+    """Return the total length of some segments."""
     return sum(segment.length for segment in segments)
 
 
 def _side_by_side(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[list[int]]]:
+    """Return one root segment per row, and each row's pack indices."""
     segments, row_indices, start = [], [], 0
     for row in rows:
         segments.append(Segment(start, len(row), 0))
@@ -330,10 +368,12 @@ def _side_by_side(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[li
 
 
 def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[list[int]]]:
-    """Segments in which a beginning of at least SHARED_TOKENS tokens that several rows share stands once, and each
-    row's places in the pack.
+    """Return a forest of segments with shared beginnings once, and each row's pack indices.
 
-    >>> [(segment.start, segment.length, segment.first) for segment in forest([[*range(9), 1], [*range(9), 2, 3]])[0]]
+    A beginning is shared if several rows have it and it has at least SHARED_TOKENS tokens.
+
+    >>> segments, _ = share_prefixes([[*range(9), 1], [*range(9), 2, 3]])
+    >>> [(segment.start, segment.length, segment.first) for segment in segments]
     [(0, 9, 0), (9, 1, 9), (10, 2, 9)]
     """
     order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
@@ -349,7 +389,7 @@ def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[l
             end = len(rows[order[low]])
         else:
             end = min(common[low : high - 1])
-            if end == depth:  # they part here; rows of one next token stay together, and the first is laid first
+            if end == depth:  # the rows differ here: group them by their next token, in order
                 cuts = [low, *(cut + 1 for cut in range(low, high - 1) if common[cut] == depth), high]
                 groups = list(zip(cuts, cuts[1:], strict=False))
                 todo.extend((a, b, begin, depth, ancestors) for a, b in reversed(groups))
@@ -368,7 +408,7 @@ def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[l
 
 
 def _common(row: Sequence[int], other_row: Sequence[int]) -> int:
-    """How many tokens two rows have in common from the beginning."""
+    """Return the length of the common beginning of two rows."""
     for index, (a, b) in enumerate(zip(row, other_row, strict=False)):
         if a != b:
             return index

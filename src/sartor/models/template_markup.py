@@ -1,12 +1,12 @@
 """Tokens and texts that a chat template writes as markup.
 
 A tokenizer reads `<|im_end|>` in a user's text as the token that ends a turn. So `shield` puts a private mark (BREAK)
-into each piece of markup that content spells, before the chat template is rendered; the template's own markup has
-none. `opened` takes the marks out of the rendering and says where text must be cut before it is tokenised. Text
-without markup is left as it is.
+into each piece of markup that content spells, before the chat template is rendered. The template's own markup has
+none. `opened` removes the marks from the rendering and returns the positions at which the text must be cut before it
+is tokenised. Text without markup is unchanged.
 
-Every text of the probes is a sentinel, so whatever else the template writes is its own. Of its own tokens, and of all
-that the tokenizer adds to its vocabulary, those count that `is_markup` takes for control tokens.
+Every text of the probes is a sentinel, so all other text is the template's own. Of the tokens in it, and of all that
+the tokenizer adds to its vocabulary, those are markup that `is_markup` accepts as control tokens.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 from sartor.core.errors import SourceError
 from sartor.core.records import Message, Part
 
-# Characters for private use: a cut inside of markup, and the first of these characters where content holds it itself
+# Private-use characters: a break inside markup, and the escape of the first of these characters in content
 _PRIVATE = "\ue002"
 BREAK, _LITERAL = f"{_PRIVATE}\ue004", f"{_PRIVATE}\ue003"
-# JSON with ASCII alone, and Python's repr, spell private characters out
+# ASCII-only JSON and Python's repr write private characters as escapes
 _ESCAPED = "\\ue002"
 _CODE = re.compile("\ue002[\ue003\ue004]|\\\\+ue002\\\\+ue00[34]")
 _BREAK_ENDS = ("\ue004", "4")
-# The form of control tokens. A word in brackets counts where it is in capitals: [INST]
+# The form of control tokens. A word in brackets counts if it is in capitals: [INST]
 _FORM = re.compile(r"<\|[^\s<>]+\|?>|</?[^\s<>/][^\s<>]*>|\[/?[A-Z][A-Z_]+\]|\[\|[^\s\[\]]+\|\]|<｜[^<>]+｜>")
 # SentencePiece's tokens for single bytes
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -46,15 +46,16 @@ _ELEMENTS = (
     "tr track tt u ul var video"
 )
 _HTML = frozenset(_ELEMENTS.split())
-# The keys of OpenAI's tools and calls, by which templates look things up
+# Keys of OpenAI's tools and calls, which templates look up
 _KEYS = "type function name description parameters properties required items enum strict id arguments role content"
 _FIELDS = frozenset(_KEYS.split())
 
 
 @dataclass(frozen=True)
 class VocabularyToken:
-    """A token of the set. written_by: what the template writes with it (turns, tools, reasoning, media), or
-    tokenizer.
+    """Token of a base's markup.
+
+    written_by: parts in which the template writes it (turns, tools, reasoning, media), or tokenizer.
     """
 
     token: str
@@ -63,13 +64,17 @@ class VocabularyToken:
     written_by: tuple[str, ...] = ("tokenizer",)
 
     def as_json(self) -> dict[str, Any]:
-        """An entry of `sartor inspect BASE`."""
+        """Return an entry of `sartor inspect BASE`."""
         return {"token": self.token, "id": self.id, "special": self.special, "written_by": list(self.written_by)}
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A rendering without private marks. cuts: positions in `text` inside of markup that content spells."""
+    """Rendering without private marks.
+
+    cuts: positions in `text` inside markup that content spells.
+    moves: (position in the rendering, position in `text`) behind each mark.
+    """
 
     text: str
     cuts: tuple[int, ...] = ()
@@ -77,17 +82,17 @@ class Opened:
     moves: tuple[tuple[int, int], ...] = ((0, 0),)
 
     def position(self, shielded: int) -> int:
-        """Return where a position of the rendering with marks lies in `text`."""
+        """Return the position in `text` of a position in the rendering with marks."""
         shielded_start, text_start = self.moves[bisect.bisect_right(self.moves, (shielded, len(self.text))) - 1]
         return min(text_start + shielded - shielded_start, len(self.text))
 
 
 class TemplateMarkup:
-    """The set of a base, and what finds it in a text.
+    """Markup tokens of a base, and the search for them in a text.
 
-    keeps_case: whether the template leaves the case of content. openings: the beginnings of markup that it writes
-    right
-    before content. fold: what the tokenizer makes of one character before it looks for tokens, None for nothing.
+    keeps_case: whether the template keeps the case of content.
+    openings: beginnings of markup that the template writes right before content.
+    fold: the tokenizer's normalisation of one character before it looks for tokens; None for none.
     """
 
     def __init__(
@@ -116,7 +121,7 @@ class TemplateMarkup:
         self._rest = re.compile(_alternation(rests), flags)
         self._rest_prefixes = frozenset(self._as_read(rest[:end]) for rest in rests for end in range(1, len(rest)))
         self._any = re.compile(_alternation(spelt), flags)
-        # a look ahead, so that pieces that overlap are all found
+        # a lookahead, so that overlapping pieces are all found
         self._overlapping = re.compile(f"(?=({_alternation(spelt)}))", flags)
         initials = re.escape("".join({text[0] for text in spelt}))
         # most texts hold none of the characters with which a mark or a piece of markup begins
@@ -128,9 +133,7 @@ class TemplateMarkup:
         return [text[start:end] for start, end in self._spans(text)]
 
     def shield(self, text: str) -> str:
-        """Return content as it is rendered: with a BREAK in each piece of markup. Other text comes back as the very
-        same.
-        """
+        """Return content with a BREAK in each piece of markup. Other text is returned as the same object."""
         if not self._needs_look.search(text):
             return text
         if _PRIVATE in text:
@@ -146,7 +149,7 @@ class TemplateMarkup:
         return BREAK.join(text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True))
 
     def shield_values(self, value: Any) -> Any:
-        """Return a JSON value with every text in it shielded, keys too."""
+        """Return a JSON value with every string in it shielded, keys too."""
         if isinstance(value, str):
             return self.shield(value)
         if isinstance(value, list):
@@ -156,11 +159,11 @@ class TemplateMarkup:
         return value
 
     def shield_key(self, key: str) -> str:
-        """Return a key of a JSON object shielded; those by which templates look things up as they are."""
+        """Return a key of a JSON object shielded; keys that templates look up stay as they are."""
         return key if key in _FIELDS else self.shield(key)
 
     def opened(self, rendering: str) -> Opened:
-        """Return a rendering without marks, and where content must be cut."""
+        """Return a rendering without marks, and the positions at which content must be cut."""
         if not has_marks(rendering):
             return Opened(rendering)
         parts, length, previous_end, breaks, moves = [], 0, 0, [], [(0, 0)]
@@ -177,7 +180,7 @@ class TemplateMarkup:
         return Opened(text, tuple(_inside(breaks, self._spans(text) if breaks else [])), tuple(moves))
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
-        """(start, end) of every piece of markup, also of those that overlap."""
+        """Return (start, end) of every piece of markup, also of those that overlap."""
         if not self.tokens:
             return []
         result = []
@@ -188,7 +191,7 @@ class TemplateMarkup:
         return result
 
     def _folded_spans(self, text: str) -> list[tuple[int, int]]:
-        """What becomes markup when the tokenizer normalises the text: full-width letters, say."""
+        """Return the spans that become markup when the tokenizer normalises the text: full-width letters, say."""
         assert self._fold
         folded, origins = "", []
         for position, character in enumerate(text):
@@ -201,13 +204,13 @@ class TemplateMarkup:
         return [(origins[start], origins[end - 1] + 1) for start, end in spans if origins[start] < origins[end - 1]]
 
     def _begun(self, text: str) -> set[int]:
-        """Where a text goes on with markup that the template has begun before it."""
+        """Return the position at which a text continues markup that the template began before it; else nothing."""
         start = len(text) - len(text.lstrip())
         head = self._as_read(text[start : start + self._longest].rstrip())
         return {start} if self._rest.match(head) or head in self._rest_prefixes else set()
 
     def _unfinished(self, text: str) -> set[int]:
-        """Where a text ends inside of markup that what follows it may complete."""
+        """Return the position at which a text ends inside markup that following text may complete; else nothing."""
         end = len(text.rstrip())
         first = max(0, end - self._longest)
         if self._fold or not self._keeps_case:
@@ -220,9 +223,7 @@ class TemplateMarkup:
         return set()
 
     def _as_read(self, text: str) -> str:
-        """A piece of text as it is compared with markup: normalised, and in small letters where a template changes
-        case.
-        """
+        """Return a text as it is compared with markup: normalised, and lower-case if a template changes case."""
         folded = "".join(map(self._fold, text)) if self._fold else text
         return folded if self._keeps_case else folded.lower()
 
@@ -233,7 +234,7 @@ def has_marks(rendering: str) -> bool:
 
 
 def is_markup(token: str, *, special: bool, is_written: bool = False) -> bool:
-    """Return whether an added token of a tokenizer counts: a special one, or one that has the form of control tokens.
+    """Return whether an added token counts as markup: a special one, or one in the form of control tokens.
 
     White space, single characters, bytes, and HTML elements are text, though some tokenizers store them whole.
     is_written: the base's own template writes it; then a word between marks counts, whatever its form.
@@ -247,16 +248,17 @@ def is_markup(token: str, *, special: bool, is_written: bool = False) -> bool:
 
 
 def _is_between_marks(token: str) -> bool:
+    """Return whether a token has letters or digits inside, and neither at its ends."""
     return not (token[0].isalnum() or token[-1].isalnum()) and any(character.isalnum() for character in token)
 
 
 def plain_markup(text: str) -> list[str]:
-    """Return what a text spells in the form of markup, each once, in order."""
+    """Return the pieces of a text in the form of markup, each once, in order."""
     return list(dict.fromkeys(_FORM.findall(text)))
 
 
 def _inside(positions: Iterable[int], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Return those of some positions, in order, that lie inside of a span. Both are sorted."""
+    """Return the positions, in order, that lie inside a span. Both are sorted."""
     selected, index, max_end = [], 0, 0
     for position in positions:
         while index < len(spans) and spans[index][0] < position:
@@ -268,8 +270,9 @@ def _inside(positions: Iterable[int], spans: Sequence[tuple[int, int]]) -> list[
 
 
 def _alternation(texts: Sequence[str]) -> str:
-    """Return a pattern of any of the texts, the longest first: a tree, so that thousands of them are quick to
-    search.
+    """Return a pattern of any of the texts, the longest first.
+
+    It is a tree, so that a search for thousands of texts is fast.
     """
     if not texts:
         return r"(?!)"
@@ -286,7 +289,7 @@ def _alternation(texts: Sequence[str]) -> str:
     return f"{joined}?" if may_end else joined
 
 
-# Mixed case, so that it shows where a template changes the case of content
+# Mixed case, so that a change of case by the template is visible
 _AS_GIVEN = re.compile("Sartor[A-Z]ProbeSartoR")
 _SENTINEL = re.compile(_AS_GIVEN.pattern, re.IGNORECASE)
 _USER, _REPLY, _SYSTEM, _CALLED, _ARGUMENT, _RESULT, _REASON = (f"Sartor{letter}ProbeSartoR" for letter in "URSCATZ")
@@ -300,8 +303,9 @@ _FULL_TOOL = {"name": _TOOL, "description": _ABOUT, "parameters": _PARAMETERS, _
 
 @dataclass(frozen=True)
 class Probed:
-    """What the probes found. plain_text: pieces of the template that look like markup and are no tokens of their own.
+    """Results of probing a chat template.
 
+    plain_text: pieces of the template that look like markup but are not single tokens.
     writes_calls, writes_reasoning: whether the template writes these fields of an assistant's turn.
     """
 
@@ -312,7 +316,7 @@ class Probed:
 
 
 def probe(chat: Any) -> Probed:
-    """Return what a `Chat` keeps for itself."""
+    """Return what probe conversations reveal of a `ChatTokenizer`'s template: its markup and abilities."""
     renderings = {
         "turns": list(_turns(chat)),
         "tools": list(_tools(chat)),
@@ -335,7 +339,10 @@ def probe(chat: Any) -> Probed:
 def markup_in(
     texts: Sequence[str], tokens: Iterable[VocabularyToken], fold: Callable[[str], str] | None = None
 ) -> TemplateMarkup:
-    """Return the markup of a base whose template wrote `texts` of probes: what it does to content is read off them."""
+    """Return the markup of a base from the `texts` that its template wrote for probes.
+
+    The template's treatment of content is derived from them.
+    """
     tokens = list(tokens)
     spelt = [token.token.strip() for token in tokens]
     beginnings = {text[:end] for text in spelt for end in range(1, len(text))}
@@ -347,13 +354,14 @@ def markup_in(
 
 
 def plain_probes() -> list[list[dict[str, str]]]:
-    """Return conversations of sentinels in OpenAI's form, for a template that somebody else renders."""
+    """Return conversations of sentinels in OpenAI's form, for a template that another program renders."""
     user, reply = {"role": "user", "content": _USER}, {"role": "assistant", "content": _REPLY}
     named_turns = [{**turn, "name": _CALLED} for turn in (user, reply)]
     return [[{"role": "system", "content": _SYSTEM}, user, reply, user], [user], [*named_turns, user]]
 
 
 def _turns(chat: Any) -> Iterator[str]:
+    """Yield renderings of conversations without tools."""
     user, reply = Message.of("user", _USER), Message.of("assistant", _REPLY)
     yield from _written(chat, [Message.of("system", _SYSTEM), user, reply, user], reply_next=True)
     yield from _written(chat, [user, reply, user], reply_next=True)
@@ -362,6 +370,7 @@ def _turns(chat: Any) -> Iterator[str]:
 
 
 def _tools(chat: Any) -> Iterator[str]:
+    """Yield renderings of conversations with tools, with plain and full tools and both forms of arguments."""
     for tool, key in ((_PLAIN_TOOL, "probe"), (_FULL_TOOL, _KEY)):
         tools = json.dumps([{"type": "function", "function": tool}])
         for arguments in ({key: _ARGUMENT}, json.dumps({key: _ARGUMENT})):
@@ -369,6 +378,7 @@ def _tools(chat: Any) -> Iterator[str]:
 
 
 def _called(chat: Any, arguments: Any, tools: str) -> Iterator[str]:
+    """Yield renderings of a conversation with a tool call and its result."""
     call = {"id": "123456789", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}
     call_turn = Message("assistant", (Part("text"),), tool_calls=json.dumps([call]))
     result = Message("tool", (Part("text", _RESULT),), name=_CALLED, tool_call_id="123456789")
@@ -378,12 +388,13 @@ def _called(chat: Any, arguments: Any, tools: str) -> Iterator[str]:
 
 
 def _reasoning(chat: Any) -> Iterator[str]:
+    """Yield renderings of a reply with reasoning."""
     reply = Message("assistant", (Part("text", _REPLY),), reasoning_content=_REASON)
     yield from _written(chat, [Message.of("user", _USER), reply])
 
 
 def _written(chat: Any, messages: list[Message], *, tools: str = "", reply_next: bool = False) -> Iterator[str]:
-    """The rendering; nothing where the template refuses."""
+    """Yield the rendering; nothing if the template refuses."""
     try:
         yield chat.write(messages, tools=tools, reply_next=reply_next)
     except SourceError:
@@ -391,6 +402,7 @@ def _written(chat: Any, messages: list[Message], *, tools: str = "", reply_next:
 
 
 def _tokens(tokenizer: Any, renderings: dict[str, list[str]]) -> list[VocabularyToken]:
+    """Return the tokens of the tokenizer and of the renderings that count as markup."""
     added = tokenizer.added_tokens_decoder
     special = {token_id for token_id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     writers: dict[int, list[str]] = {}
@@ -400,7 +412,7 @@ def _tokens(tokenizer: Any, renderings: dict[str, list[str]]) -> list[Vocabulary
         }:
             writers.setdefault(token_id, []).append(name)
     candidates = {token_id: token.content for token_id, token in added.items()}
-    # tokens of the vocabulary that nobody declared, such as a <tool_call> that was learnt as a word
+    # undeclared tokens of the vocabulary, such as a <tool_call> that was learnt as a word
     candidates |= {token_id: tokenizer.decode([token_id]) for token_id in writers if token_id not in added}
     candidates |= {
         token_id: tokenizer.convert_ids_to_tokens(token_id) for token_id in special if token_id not in candidates
@@ -413,9 +425,9 @@ def _tokens(tokenizer: Any, renderings: dict[str, list[str]]) -> list[Vocabulary
 
 
 def _fold(tokenizer: Any, ids: set[int]) -> Callable[[str], str] | None:
-    """What the tokenizer's normalizer makes of a character, if it looks for markup in normalised text; else None.
+    """Return the tokenizer's normalisation of a character, if it looks for markup in normalised text; else None.
 
-    Words of the vocabulary, which nobody added, are always read out of normalised text.
+    Words of the vocabulary that are not added tokens are always read from normalised text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     normalizer = getattr(backend, "normalizer", None)
@@ -432,8 +444,9 @@ def _fold(tokenizer: Any, ids: set[int]) -> Callable[[str], str] | None:
 
 
 def _plain_text(pieces: list[str], turns: list[str], markup: TemplateMarkup) -> list[str]:
-    """Control words and headers of turns that are plain text to the tokenizer: content that spells them is not told
-    apart.
+    """Return control words and headers of turns that are plain text to the tokenizer.
+
+    Content that spells them cannot be distinguished from them.
     """
     words = [word for piece in pieces for word in plain_markup(piece) if not markup.spelt(word)]
     headers = [piece for piece in turns if piece.strip() and not markup.spelt(piece)]

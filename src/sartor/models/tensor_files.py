@@ -1,9 +1,9 @@
 """Bounded tensor cache on disk; streamed safetensors writer.
 
-Written whole or not at all, checked by a digest when read, the least recently used removed first. What stands here can
-be
-computed again at any time: a full disk or a damaged file costs time, never a run. Each file states by which arithmetic
-it was made (core/numerics.py), in its name too: no version of Sartor takes what another one's made.
+Files are written whole or not at all, checked by a digest when read, and the least recently used are removed first.
+Everything in the cache can be computed again: a full disk or a damaged file costs time, never a run. Each file records
+the version of the arithmetic that made it (core/numerics.py), in its name too. So no version of Sartor uses tensors of
+another version's arithmetic.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ SCHEMA = 1
 
 
 class TensorCache:
-    """Tensors by name below `folder`, of together at most `limit_bytes` but for those that this object holds open.
+    """Cache of tensors by name below `folder`, of at most `limit_bytes` in total.
 
-    dtype: in which they are computed, whatever they are stored as. outdated: how many were asked for that stand there
-    as another arithmetic made them, and not as this version does.
+    Tensors that this object protects (`keep`) are never removed and may exceed the limit.
+    dtype: dtype in which they are computed, whatever their storage dtype.
+    outdated: number of requested tensors that exist only in another version's arithmetic.
     """
 
     def __init__(
@@ -48,14 +49,13 @@ class TensorCache:
         self.outdated = 0
 
     def keep(self, name: str) -> None:
-        """Never remove this name to make room for another."""
+        """Protect this name from being removed to make space."""
         self._protected.add(self._file(name))
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
-        """The tensor under `name`, mapped into memory, as something that can be sliced; None if it is not there or not
-        whole.
+        """Return the tensor under `name` as a memory-mapped slice object; None if missing or damaged.
 
-        shape: what it must have, where that is known.
+        shape: required shape; None accepts any.
         """
         file = self._file(name)
         if not file.is_file():
@@ -73,7 +73,7 @@ class TensorCache:
         return None
 
     def _look_for_others(self, name: str) -> None:
-        """Count a tensor that stands there as another arithmetic made it; of the first a line tells."""
+        """Count a tensor that exists in another version's arithmetic; report the first one."""
         stem = self.folder / name[:2] / name
         versions = [
             file.stem.removeprefix(name).removeprefix("-") for file in stem.parent.glob(f"{name}*.safetensors")
@@ -87,13 +87,13 @@ class TensorCache:
         self.outdated += 1
 
     def write(self, name: str, tensor: torch.Tensor) -> Any:
-        """Store a tensor; returns it as `read` would, or itself where the disk is full."""
+        """Store a tensor of any shape; return it as `read` would, or itself if the disk is full."""
         file = self._file(name)
         fields = {"schema": str(SCHEMA), "sha256": _digest(tensor), "numerics": str(self._numerics)}
         content = save({"hidden": tensor}, fields)
         try:
             self._make_room(len(content))
-            # a cache of thousands of files, each read against its digest: an fsync would cost more than it saves
+            # thousands of files, each checked against its digest when read: an fsync would cost more than it saves
             write_file_atomic(file, content, durable=False)
         except OSError as error:
             self.notice(f"{self.folder.name} could not be stored ({error.strerror}); they are held in memory")
@@ -102,13 +102,14 @@ class TensorCache:
         return opened.get_slice("hidden")
 
     def _file(self, name: str) -> Path:
+        """Return the path of a name in this version's arithmetic."""
         made_by = "" if self._numerics == FIRST else f"-{self._numerics}"
         return self.folder / name[:2] / f"{name}{made_by}.safetensors"
 
     def _make_room(self, new_bytes: int) -> None:
-        """Remove the least recently used tensors of others until `new_bytes` bytes more are within the limit.
+        """Remove the least recently used unprotected tensors until `new_bytes` more are within the limit.
 
-        The directory is walked at first and when the limit is reached, not for each of thousands of small files.
+        The directory is listed at first and when the limit is reached, not for each of thousands of small files.
         """
         if self._total is None:
             self._total = sum(stat.st_size for _, stat in self._stored())
@@ -125,6 +126,7 @@ class TensorCache:
                 self._total -= size
 
     def _stored(self) -> list[tuple[Path, os.stat_result]]:
+        """Return the path and status of every stored file."""
         result = []
         for file in self.folder.glob("*/*.safetensors"):
             with contextlib.suppress(OSError):
@@ -133,6 +135,7 @@ class TensorCache:
 
 
 def _digest(tensor: torch.Tensor) -> str:
+    """Return the sha256 of a tensor's bytes."""
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
@@ -151,10 +154,11 @@ NAMES = {
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write `file` and fsync it. The format: huggingface.co/docs/safetensors. Raises OSError, of which a full disk is
-    one.
+    """Write tensors of any shape to a safetensors file, and fsync it.
+
+    Format: huggingface.co/docs/safetensors. Raises OSError, for instance when the disk is full.
     """
-    # wide ones first, so that each begins at a multiple of its own width
+    # wide dtypes first, so that each tensor begins at a multiple of its element size
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0

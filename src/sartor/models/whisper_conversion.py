@@ -1,7 +1,7 @@
-"""Converts a CTranslate2 Whisper to transformers' layout.
+"""Conversion of a CTranslate2 Whisper to transformers' layout.
 
-CTranslate2 holds the three projections of self-attention in one matrix, keys and values of cross-attention in one, and
-a zero bias for the keys, which transformers' Whisper has not.
+CTranslate2 stores the three projections of self-attention in one matrix, keys and values of cross-attention in one,
+and a zero bias for the keys, which transformers' Whisper does not have.
 
 Little-endian: version (u32), name of the spec, revision (u32), number of variables (u32); of each: name, rank (u8),
 sizes (u32 each), type (u8), number of bytes (u32), bytes. Then the number of aliases (u32), and two names of each. A
@@ -31,14 +31,17 @@ from sartor.core.remedies import restore_command
 from sartor.models.loading import convert_once, first_line, quiet_transformers
 
 VERSION = 6
-_TYPES = ("<f4", "i1", "<i2", "<i4", "<f2")  # by their numbers in the file; 5 is bf16, which numpy has not
+_TYPES = ("<f4", "i1", "<i2", "<i4", "<f2")  # by their numbers in the file; 5 is bf16, which numpy does not have
 MOST_BYTES = 4 << 30
 MOST_RANK = 8
 
 
 @dataclass(frozen=True)
 class CTranslateModel:
-    """A file's content. `spec`: which kind of model it is (`WhisperSpec`); aliases stand among the variables."""
+    """Content of a model.bin file.
+
+    spec: kind of model (`WhisperSpec`). variables: arrays by name, aliases included.
+    """
 
     spec: str
     revision: int
@@ -46,7 +49,10 @@ class CTranslateModel:
 
 
 def read_model(file: Path) -> CTranslateModel:
-    """Raises ModelError for a file that is cut, of another version, or of a type that is not read."""
+    """Return the content of a model.bin file.
+
+    Raises ModelError for a file that is truncated, of another version, or with an unsupported type.
+    """
     if file.stat().st_size > MOST_BYTES:
         raise _unusable(file, f"it has {file.stat().st_size:,} bytes; at most {MOST_BYTES:,} are read")
     try:
@@ -56,33 +62,39 @@ def read_model(file: Path) -> CTranslateModel:
 
 
 def _unusable(file: Path, problem: str) -> ModelError:
+    """Return the error for an unreadable file."""
     return ModelError(f"{file} cannot be read as a model of CTranslate2: {problem}", restore_command(file))
 
 
 class _BinaryReader:
-    """A walk over bytes; ValueError where they end too early."""
+    """Sequential reader of bytes; it raises ValueError at an early end."""
 
     def __init__(self, content: bytes) -> None:
         self._content, self._position = memoryview(content), 0
 
     def take(self, size: int) -> memoryview:
+        """Return the next `size` bytes."""
         if size > len(self._content) - self._position:
             raise ValueError(f"it ends at {len(self._content):,} bytes, within a value")
         self._position += size
         return self._content[self._position - size : self._position]
 
     def number(self, form: str) -> int:
+        """Return the next number in a `struct` format."""
         return int(struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0])
 
     def name(self) -> str:
+        """Return the next name."""
         return bytes(self.take(self.number("H"))).rstrip(b"\0").decode()
 
     @property
     def remaining(self) -> int:
+        """Number of unread bytes."""
         return len(self._content) - self._position
 
 
 def _parsed(reader: _BinaryReader) -> CTranslateModel:
+    """Return the model in a file's bytes. Raises ValueError."""
     if (version := reader.number("I")) != VERSION:
         raise ValueError(f"its version is {version}, and {VERSION} is read")
     spec, revision = reader.name(), reader.number("I")
@@ -96,6 +108,7 @@ def _parsed(reader: _BinaryReader) -> CTranslateModel:
 
 
 def _variable(reader: _BinaryReader) -> tuple[str, NDArray[Any]]:
+    """Return the next variable's name and array. Raises ValueError."""
     name = reader.name()
     if (rank := reader.number("B")) > MOST_RANK:
         raise ValueError(f"{name} has {rank} dimensions")
@@ -127,7 +140,7 @@ _ENDS = {"gamma": "weight", "beta": "bias"}
 
 
 def convert(ref: TowerRef | model_refs.BaseRef, notice: Callable[[str], object]) -> None:
-    """Make the directory of the asset, once."""
+    """Write the directory of the asset, once."""
 
     def fill(part: Path) -> dict[str, str]:
         notice(f"converting {ref.name}; this is done once")
@@ -138,7 +151,9 @@ def convert(ref: TowerRef | model_refs.BaseRef, notice: Callable[[str], object])
 
 
 def write_directory(source: Path, directory: Path) -> None:
-    """`source`: a folder with model.bin, config.json, tokenizer.json. Raises ModelError for one that holds no whole
+    """Write a CTranslate2 Whisper as a directory in transformers' layout.
+
+    source: a folder with model.bin, config.json and tokenizer.json. Raises ModelError unless it holds a complete
     Whisper.
     """
     source_model = read_model(source / "model.bin")
@@ -166,6 +181,7 @@ def write_directory(source: Path, directory: Path) -> None:
 
 
 def _vocabulary(file: Path) -> dict[str, Any]:
+    """Return the vocabulary and the merges of a tokenizer.json."""
     fields = json.loads(file.read_text(encoding="utf-8"))
     vocabulary = {**fields["model"]["vocab"], **{token["content"]: token["id"] for token in fields["added_tokens"]}}
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in fields["model"]["merges"]]
@@ -173,9 +189,10 @@ def _vocabulary(file: Path) -> dict[str, Any]:
 
 
 def _config(variables: Mapping[str, NDArray[Any]], tokenizer: Any) -> Any:
-    """What the shapes say. Raises KeyError where a variable is absent."""
+    """Return the config that the variables' shapes imply. Raises KeyError if a variable is missing."""
 
     def layers(side: str) -> int:
+        """Return the number of layers of the encoder or the decoder."""
         return 1 + max(int(match[1]) for name in variables if (match := re.match(rf"{side}/layer_(\d+)/", name)))
 
     width, mels, _ = variables["encoder/conv1/weight"].shape
@@ -201,6 +218,7 @@ def _config(variables: Mapping[str, NDArray[Any]], tokenizer: Any) -> Any:
 
 
 def _load(model: Any, variables: Mapping[str, NDArray[Any]]) -> None:
+    """Load the variables into transformers' module. Raises ValueError for weights that it cannot hold."""
     weights = dict(_renamed(variables))
     for name, value in list(weights.items()):
         if name.endswith("k_proj.bias"):
@@ -214,6 +232,7 @@ def _load(model: Any, variables: Mapping[str, NDArray[Any]]) -> None:
 
 
 def _renamed(variables: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield transformers' name and the array of each weight; fused matrices are split."""
     for name, value in variables.items():
         side, _, rest = name.partition("/")
         if not value.ndim or name == "decoder/projection/weight":  # a setting that every Whisper has alike; see _load
@@ -235,7 +254,10 @@ def _renamed(variables: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArr
 
 
 def _generation(fields: Mapping[str, Any], tokenizer: Any, config: Any) -> Any:
-    """As Whisper's own directories have it, for one language: no timestamps, the suppressed tokens of the source."""
+    """Return a generation config as in Whisper's own directories, for one language.
+
+    It has no timestamps, and the suppressed tokens of the source.
+    """
     return transformers.GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,

@@ -1,4 +1,7 @@
-"""Non-inferiority test of a personal adapter."""
+"""Acceptance test of a personal adapter: superior on own rows, non-inferior on a probe.
+
+Both tests use the sign-flip interval of `evaluate/bootstrap.py`, over groups of rows with one prompt.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from sartor.models.packing import TokenizedExample
 
 @dataclass(frozen=True)
 class JudgedRows:
-    """Rows to be judged by, and their groups: rows of one prompt are one group."""
+    """Rows to judge by, and their groups: rows of one prompt are one group."""
 
     rows: Sequence[TokenizedExample]
     groups: Sequence[str]
@@ -20,7 +23,10 @@ class JudgedRows:
 
 @dataclass(frozen=True)
 class AcceptanceResult:
-    """Mean losses in nats a token, before and after. why: empty if the delta may be made current."""
+    """Mean losses in nats per token, before and after, and the decision.
+
+    why: empty if the delta may be made current.
+    """
 
     private: Comparison
     probe: Comparison
@@ -32,10 +38,11 @@ def judge(
     probe: tuple[JudgedRows, Sequence[float], Sequence[float]],
     most_probe_loss: float,
 ) -> AcceptanceResult:
-    """The verdict on (rows, losses before, losses after) of a person's rows and of the probe.
+    """Return the decision on (rows, losses before, losses after) of a person's rows and of the probe.
 
-    Better by the whole interval over prompts (`evaluate.compare`); the probe's loss may rise by `most_probe_loss` at
-    the upper end of its interval.
+    The person's rows must improve: the whole 95 % interval of loss after - loss before, weighted by tokens, lies
+    below 0 (`bootstrap.paired_bootstrap`). The probe must be non-inferior: the upper end of its interval is at most
+    the margin `most_probe_loss`.
     """
     private_comparison, probe_comparison = (
         paired_bootstrap(
@@ -60,7 +67,7 @@ def judge(
 
 
 def too_few_prompts(groups: Sequence[str]) -> str:
-    """What to say of a probe that has too few prompts to tell anything; empty for enough of them."""
+    """Return a message for a probe with too few prompts to decide anything; empty for enough."""
     prompts = len(set(groups))
     return (
         f"the probe has {prompts} prompts, and {LEAST_GROUPS} are the least that tell"

@@ -1,7 +1,8 @@
 """Gain of a personal adapter on its owner's rows.
 
-Losses of whole rows, in nats per supervised token, and where replies are short exact match of greedy ones; each
-difference (the client's own adapter minus another) with its 95 % interval over groups (`evaluate.compare`).
+Measures are losses of whole rows, in nats per supervised token, and where replies are short exact match of greedy
+ones. Each difference (the client's own adapter minus another) has its 95 % interval over groups, by the sign-flip
+test of `evaluate/bootstrap.py`.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from sartor.models.packing import TokenizedExample
 from sartor.tune.shared_base import SharedBase
 
 SCHEMA, KIND = 1, "personal-report"
-# what is longer is hardly ever said word by word
+# longer replies hardly ever match word for word
 SHORT_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class ClientRows:
-    """A client's held-out rows. groups: of each; answerable: those that may be answered, with replies of `limit`
-    tokens at most.
+    """Held-out rows of a client.
+
+    groups: group of each row.
+    answerable: rows that are answered, with replies of at most `limit` tokens.
     """
 
     encoded: Sequence[TokenizedExample]
@@ -42,7 +45,7 @@ class ClientRows:
 
     @property
     def answerable_groups(self) -> list[str]:
-        """Of the rows that are asked."""
+        """Group of each row that is answered."""
         return [group_of(example) for example in self.answerable.examples]
 
     @property
@@ -53,8 +56,10 @@ class ClientRows:
 
 @dataclass(frozen=True)
 class AdapterScores:
-    """One adapter on a client's rows. losses: (N,) nats per supervised token; matches: (M,) 0 or 1 of the rows
-    asked.
+    """Scores of one adapter on a client's rows.
+
+    losses: (N,) nats per supervised token.
+    matches: (M,) 0 or 1, of the rows that are answered.
     """
 
     losses: list[float]
@@ -63,7 +68,10 @@ class AdapterScores:
 
 @dataclass(frozen=True)
 class ClientBenefit:
-    """All adapters on one client's rows; `personal` is the client's own. trained: rows that it has to train on."""
+    """Scores of all adapters on one client's rows; `personal` is the client's own.
+
+    trained: number of the client's training rows.
+    """
 
     rows: ClientRows
     sides: Mapping[str, AdapterScores]
@@ -78,7 +86,10 @@ class ClientBenefit:
 
 @torch.no_grad()
 def score_adapter(resident: SharedBase, adapter: Tensors, client_rows: ClientRows) -> AdapterScores:
-    """What an adapter makes of a client's rows."""
+    """Return the scores of an adapter on a client's rows.
+
+    adapter: factors A (R, inputs) and B (outputs, R) by name; it replaces the resident's factors.
+    """
     resident.put(adapter)
     resident.model.eval()
     losses, _ = predictions.losses(resident.base, resident.model, client_rows.encoded)
@@ -93,8 +104,9 @@ def score_adapter(resident: SharedBase, adapter: Tensors, client_rows: ClientRow
 
 
 def report(benefits: Mapping[str, ClientBenefit]) -> dict[str, Any]:
-    """Of each client, and of all their rows together: means, differences with intervals, and how many are better or
-    worse.
+    """Return the report of each client, and of all their rows together.
+
+    It has means, differences with intervals, and the number of clients by verdict.
     """
     clients = {name: _benefit_fields(benefit) for name, benefit in benefits.items()}
     others = {side_name for item in benefits.values() for side_name in item.sides} - {"personal"}
@@ -116,7 +128,7 @@ def report(benefits: Mapping[str, ClientBenefit]) -> dict[str, Any]:
 
 
 def _pool_clients(benefits: Mapping[str, ClientBenefit]) -> ClientBenefit:
-    """All clients' rows as one set."""
+    """Return all clients' rows as one set."""
     with_rows = {name: benefit for name, benefit in benefits.items() if benefit.sides}
     side_names = next(iter(with_rows.values())).sides if with_rows else {}
     client_rows = ClientRows(
@@ -135,6 +147,7 @@ def _pool_clients(benefits: Mapping[str, ClientBenefit]) -> ClientBenefit:
 
 
 def _benefit_fields(benefit: ClientBenefit) -> dict[str, Any]:
+    """Return the fields of one client's report."""
     client_rows, sides = benefit.rows, benefit.sides
     fields: dict[str, Any] = {
         "rows": benefit.trained,
@@ -151,6 +164,7 @@ def _benefit_fields(benefit: ClientBenefit) -> dict[str, Any]:
 
 
 def _compare_with(client_rows: ClientRows, other: AdapterScores, personal: AdapterScores) -> dict[str, Any]:
+    """Return the differences of the personal adapter to another one."""
     result = {
         "loss": _difference(
             paired_bootstrap(other.losses, personal.losses, client_rows.groups, client_rows.tokens, is_bounded=False),
@@ -170,6 +184,7 @@ def _difference(comparison: Comparison, *, higher_is_better: bool) -> dict[str, 
 
 
 def _mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float | None:
+    """Return the weighted mean, or None without weight."""
     weights = weights or [1.0] * len(values)
     total = sum(weights)
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total if total else None

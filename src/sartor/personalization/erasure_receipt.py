@@ -1,9 +1,9 @@
 """Intent and signed receipt of an erasure.
 
-    FOLDER/forgetting.json   which ids are to go; there until the receipt is
-    FOLDER/receipts/         one signed document a forgetting
+    FOLDER/forgetting.json   the ids to erase; it exists until the receipt does
+    FOLDER/receipts/         one signed document an erasure
 
-Neither holds a word of a row: ids are random.
+Neither contains a word of a row: ids are random.
 """
 
 from __future__ import annotations
@@ -26,20 +26,24 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Intent:
-    """Rows that are to go. ids: of the rows; deltas: digests of the deltas that go with them."""
+    """Intent to erase rows.
+
+    ids: of the rows.
+    deltas: digests of the deltas that are erased with them.
+    """
 
     ids: tuple[str, ...]
     deltas: tuple[str, ...] = ()
     began: str = field(default_factory=now)
 
     def write(self, disk: FileSystem, file: Path) -> None:
-        """Make it durable."""
+        """Write the intent, durably."""
         fields = {"schema": SCHEMA, "kind": "forgetting", "ids": self.ids, "gone": self.deltas, "began": self.began}
         disk.replace(file, records.canonical(fields))
 
     @classmethod
     def read(cls, disk: FileSystem, file: Path) -> Intent | None:
-        """What stands, if anything does. Raises StoreError where it was changed."""
+        """Return the intent in a file, or None without one. Raises StoreError if it is not whole."""
         if disk.stat(file) is None:
             return None
         try:
@@ -52,10 +56,13 @@ class Intent:
 
 @dataclass(frozen=True)
 class Forgotten:
-    """What a forgetting did. rows: ids that went. deltas: digests of deltas that went. new_delta: of the one that
-    works now, or ''.
+    """Result of an erasure.
 
-    reason: how that came about. file: the signed receipt; None where nothing was to be forgotten.
+    rows: ids of the erased rows.
+    deltas: digests of the erased deltas.
+    new_delta: digest of the delta that was tuned instead, or "".
+    reason: why there is a new delta or none.
+    file: the signed receipt; None if there was nothing to erase.
     """
 
     rows: tuple[str, ...]
@@ -66,7 +73,7 @@ class Forgotten:
 
 
 def write_receipt(disk: FileSystem, folder: Path, fields: Mapping[str, Any], key: Ed25519PrivateKey) -> Path:
-    """Sign and write what was done; returns its file."""
+    """Write the signed receipt of an erasure, and return its file."""
     document = {"schema": SCHEMA, "kind": "forgotten", "date": now(), **fields}
     signature = signing.signature_of(records.canonical(document), key)
     if disk.stat(folder) is None:
@@ -78,7 +85,10 @@ def write_receipt(disk: FileSystem, folder: Path, fields: Mapping[str, Any], key
 
 
 def check_receipt(file: Path, trusted: Iterable[Ed25519PublicKey] | None = None) -> dict[str, Any]:
-    """What a receipt says, if a trusted key signed it (as `core.signing.check`). Raises SignatureError."""
+    """Return the fields of a receipt that a trusted key signed (`core.signing.check_signature`).
+
+    Raises SignatureError.
+    """
     try:
         fields = json.loads(file.read_bytes())
         signature = fields.pop("signature")

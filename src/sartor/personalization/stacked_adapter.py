@@ -1,9 +1,10 @@
 """A user's ranks stacked on a frozen shared adapter.
 
-    [A_shared; A_own], [B_shared B_own], whose product is the sum of both products, exactly
+    A = [A_shared; A_own] (R + r, inputs),  B = [B_shared B_own] (outputs, R + r)
+    B A = B_shared A_shared + B_own A_own, exactly
 
-One PEFT directory, which works without the shared one: for clients of rounds (`personal_adapters.py`), and for users
-of a served agent (`learn/personal_tuning.py`).
+The result is one PEFT directory, which works without the shared one. It serves clients of rounds
+(`personal_adapters.py`), and users of a served agent (`learn/personal_tuning.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ Losses = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class StackedAdapter:
-    """A base with room for both. shared: of R ranks; fresh: of R + `rank`, changing nothing."""
+    """A base with room for the shared and the personal ranks.
+
+    shared: of R ranks.
+    fresh: of R + `rank` ranks, which change nothing.
+    """
 
     resident: SharedBase
     shared: Tensors
@@ -37,23 +42,26 @@ class StackedAdapter:
 
     @classmethod
     def open(cls, resident: SharedBase, shared: Tensors, rank: int) -> StackedAdapter:
-        """Give the resident room for `rank` ranks on top of `shared`."""
+        """Give the resident room for `rank` ranks on top of `shared`.
+
+        shared: factors A (R, inputs) and B (outputs, R) by name.
+        """
         resident.refit(rank_of(shared) + rank)
         return cls(resident, shared, resident.current_factors(), rank)
 
     @property
     def personal_ranks(self) -> slice:
-        """The ranks on top."""
+        """Ranks on top of the shared ones."""
         return slice(rank_of(self.shared), None)
 
     @property
     def start(self) -> dict[str, Array]:
-        """The shared adapter with fresh ranks on top: what it computes is the shared one's."""
+        """Shared adapter with fresh ranks on top: it computes the same as the shared one."""
         return join_ranks(self.shared, self._fresh_ranks)
 
     @property
     def unchanged(self) -> dict[str, Array]:
-        """The shared adapter with nothing on top."""
+        """Shared adapter with zero ranks on top."""
         return join_ranks(self.shared, zero_adapter(self._fresh_ranks))
 
     @property
@@ -63,7 +71,9 @@ class StackedAdapter:
     def tuned(
         self, rows: TokenizedDataset, start: Tensors, ranks: slice, budget: StopCriteria, learning_rate: float
     ) -> tuple[Tensors, Losses]:
-        """(the adapter after tuning these ranks from `start`, losses of the first update and the last). Raises
+        """Tune these ranks from `start`; return the adapter, and the losses of the first and last update.
+
+        start, result: factors A (R, inputs) and B (outputs, R) by name, where R counts shared and own ranks. Raises
         ModelError.
         """
         self.resident.put(start)
@@ -80,7 +90,10 @@ class StackedAdapter:
     def facts(
         self, parents: Sequence[Artifact], sources: Sequence[Any], run: Mapping[str, Any], losses: Losses
     ) -> dict[str, Any]:
-        """The manifest of the stacked Adapter, but for what tells its recipe. run: what is said of the tuning."""
+        """Return the manifest of the stacked Adapter, without its recipe.
+
+        run: facts of the tuning.
+        """
         base = self.resident.base
         self.resident.hold(lambda name: True)
         trained, total = adapters.trainable(self.resident.model)

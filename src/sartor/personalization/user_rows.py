@@ -18,9 +18,12 @@ SOURCE = "this device"
 
 @dataclass(frozen=True)
 class UserRow:
-    """One row. id: random, and so says nothing of its content. date: ISO, UTC. rating: -1 (bad) .. 1 (good).
+    """One row of a user.
 
-    correction: what the reply should have been.
+    id: random, so that it reveals nothing of the content.
+    date: ISO, UTC.
+    rating: -1 (bad) .. 1 (good).
+    correction: the reply that would have been right.
     """
 
     id: str
@@ -31,27 +34,30 @@ class UserRow:
 
     @property
     def group(self) -> str:
-        """Digest of the prompt: rows that answer the same are trained on together, or held out together."""
+        """Digest of the prompt: rows with the same prompt are trained on together, or held out together."""
         return records.digest([message.plain() for message in self.example.prompt])[:32]
 
     @property
     def text(self) -> str:
-        """Everything that was said, for a search."""
+        """All texts of the row, for a search."""
         return "\n".join([*(message.text for message in self.example.messages), self.correction])
 
     @property
     def learnt(self) -> Example | None:
-        """What a tuning learns of it: the correction, or the reply unless it was rated bad. None: nothing."""
+        """Example that a tuning learns: the correction, or the reply unless it was rated bad; else None."""
         if self.correction:
             return replace(self.example, messages=(*self.example.prompt, Message.of("assistant", self.correction)))
         return None if (self.example.rating if self.rating is None else self.rating) < 0 else self.example
 
     def is_held_out(self, fraction: float) -> bool:
-        """Whether it is never trained on. By the prompt's digest alone, so that no later row changes it."""
+        """Return whether the row is never trained on.
+
+        The prompt's digest alone decides, so that no later row changes it.
+        """
         return int(hashlib.sha256(self.group.encode()).hexdigest()[:8], 16) < fraction * (1 << 32)
 
     def as_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """Return the fields for `from_json`."""
         fields: dict[str, Any] = {
             "date": self.date,
             "messages": [message.plain() for message in self.example.messages],
@@ -62,21 +68,21 @@ class UserRow:
 
     @classmethod
     def from_json(cls, id: str, fields: Mapping[str, Any]) -> UserRow:
-        """The row that `as_json` said. Raises SourceError, KeyError or TypeError for none."""
+        """Return the row with the fields of `as_json`. Raises SourceError, KeyError or TypeError for others."""
         return cls(
             id, str(fields["date"]), example_of(fields), fields.get("rating"), str(fields.get("correction", ""))
         )
 
 
 def now() -> str:
-    """ISO, UTC."""
+    """Return the present time, ISO, UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def example_of(row: Mapping[str, Any] | Example) -> Example:
-    """The Example of a row in any form that `curate` reads, as {messages: [...]}. Raises SourceError.
+    """Return the Example of a row in any form that `curate` reads, as {messages: [...]}.
 
-    A device's tuner reads text: rows with media are refused.
+    Raises SourceError, also for rows with media: a device's tuner reads text alone.
     """
     if isinstance(row, Example):
         if any(part.kind != "text" for message in row.messages for part in message.content):
@@ -87,15 +93,17 @@ def example_of(row: Mapping[str, Any] | Example) -> Example:
         if form is None:
             raise MalformedRow("unknown_form", f"no known form has the fields {sorted(map(str, row))[:8]}")
         example = row_formats.parse_row(row, form, Origin(SOURCE, ""), _refuse_media)
-        return replace(example, rating=0.0) if row.get("rating") is not None else example  # a Row bears it itself
+        return replace(example, rating=0.0) if row.get("rating") is not None else example  # UserRow has it
     except MalformedRow as error:
         remedy = "{messages: [{role: user, ...}, {role: assistant, ...}]}"
         raise SourceError(f"the row cannot be read: {error.detail}", remedy) from None
 
 
 def of_feedback(feedback: Feedback) -> Example:
-    """The Example of what a person said of a reply. Raises SourceError where the server no longer knew what was
-    asked.
+    """Return the Example of a person's feedback on a reply.
+
+    Feedback without the conversation gives its text and reply alone. Raises SourceError if the server no longer knew
+    the prompt, or the row cannot be read.
     """
     if feedback.messages:
         return example_of(
@@ -105,6 +113,7 @@ def of_feedback(feedback: Feedback) -> Example:
 
 
 def _refuse_media(kind: str, value: str) -> NoReturn:
+    """Raise SourceError for a row with media."""
     raise SourceError(
         "the row holds a picture or a recording, and a device learns from text alone",
         'a row with "prompt" and "completion" alone, without parts of the kinds image and audio',

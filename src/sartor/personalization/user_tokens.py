@@ -26,20 +26,23 @@ from sartor.personalization.user_rows import UserRow
 from sartor.tune.recipe import ResolvedRecipe
 
 _FACTOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.\w+\.(\w+)\.lora_[AB]\.weight")
-# Small steps from an adapter that stands: a person's rows are few
+# Small steps from an existing adapter, since a person has few rows
 DEFAULTS: dict[str, Any] = {
     "budget": {"epochs": 3.0},
     "optimizer": {"learning_rate": 1e-4, "batch_tokens": 1024},
-    "compute": {"recompute": True, "reuse_frozen": False},  # activations of rows would lie on the disk
+    "compute": {"recompute": True, "reuse_frozen": False},  # else activations of rows would be on the disk
     "evaluations": 0,
 }
 
 
 @dataclass
 class Material:
-    """Rows as tokens. Encoded.example_id is the row's random id: digests of short texts can be guessed.
+    """Rows as tokens.
 
-    left_out: reason -> ids. groups: of the held-out rows, in order.
+    A row's `example_id` is its random id: digests of short texts can be guessed.
+
+    groups: of the held-out rows, in order.
+    left_out: reason -> ids.
     """
 
     train: list[TokenizedExample] = field(default_factory=list)
@@ -49,8 +52,9 @@ class Material:
 
 
 def prepare_rows(rows: Sequence[UserRow], chat: ChatTokenizer, held_out_fraction: float, max_tokens: int) -> Material:
-    """What of a person's rows is trained on and what is held out, by each prompt's digest; what is left out, and
-    why.
+    """Return a person's rows as tokens, train and held out by each prompt's digest.
+
+    Rows that are left out are listed by reason.
     """
     material = Material()
     for row in rows:
@@ -68,7 +72,7 @@ def prepare_rows(rows: Sequence[UserRow], chat: ChatTokenizer, held_out_fraction
 
 
 def encode_user_row(example: Example, name: str, chat: ChatTokenizer, max_tokens: int) -> TokenizedExample | str:
-    """An Example as tokens, or why it is none."""
+    """Return an Example as tokens, or the reason why it cannot be learnt."""
     try:
         example = reply_markup.read_example(example, chat.markup.spelt)
         encoded = replace(chat.encode(example), example_id=name)
@@ -82,7 +86,10 @@ def encode_user_row(example: Example, name: str, chat: ChatTokenizer, max_tokens
 
 
 def recipe_of(adapter: Path, base: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe that goes on from a release's adapter: its method, DEFAULTS, and a person's changes to these."""
+    """Return the recipe that goes on from a release's adapter.
+
+    It combines the adapter's method, DEFAULTS, and a person's changes to these. Raises ConfigError and ModelError.
+    """
     result = {"base": str(base), "data": {"path": "personal"}, **DEFAULTS, **changes, "method": _method(adapter, base)}
     result["compute"] = {**DEFAULTS["compute"], **changes.get("compute", {}), "reuse_frozen": False}
     config.load(ResolvedRecipe, result)
@@ -90,8 +97,11 @@ def recipe_of(adapter: Path, base: Path, changes: Mapping[str, Any]) -> dict[str
 
 
 def _method(adapter: Path, base: Path) -> dict[str, Any]:
-    """Rank and scale by the adapter's config; which modules by its weights, since a config may name them in many
-    ways.
+    """Return the method of an adapter.
+
+    Rank and scale come from its config, and the modules from its weights, since a config may name them in many ways.
+    Raises ModelError if a file is not whole, ConfigError for anything except plain LoRA of the layers next to the
+    head.
     """
     try:
         fields = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))

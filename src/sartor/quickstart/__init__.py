@@ -1,1 +1,1 @@
-"""The first hour: own data to a tested specialist by one command."""
+"""Quickstart verbs: from own data to a tested specialist by one command."""

@@ -1,12 +1,12 @@
 """Verb chat: talk to a base, an Adapter, a Release, a team or a server in the terminal.
 
-    /compare         the base answers beside it, from here on (again: no longer)
+    /compare         the base answers too, from here on (again: no longer)
     /why             training rows nearest to the last question
-    /save FILE       the conversation as a row that `curate` reads
-    /image FILE, /audio FILE     go before the next question
-    /new             begin anew           /quit, or the end of input
+    /save FILE       append the conversation as a row that `curate` reads
+    /image FILE, /audio FILE     attach media to the next question
+    /new             start a new conversation           /quit, or the end of input
 
-A line that ends with a backslash goes on in the next one. Replies come as they are written.
+A line that ends with a backslash continues in the next one. Replies are streamed.
 """
 
 from __future__ import annotations
@@ -43,24 +43,29 @@ _NEAREST = 3
 
 
 class Partner(Protocol):
-    """Who answers. name: as the prompt shows it. artifact: whose rows `/why` looks at, None where it has none here."""
+    """Protocol of a conversation partner.
+
+    name: name that the prompt shows.
+    artifact: artefact whose rows `/why` searches; None if there is none on this machine.
+    """
 
     name: str
     artifact: Artifact | None
 
     def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
-        """The reply to a conversation, piece by piece. Raises SartorError; by_base: of the base without its
-        adapter.
+        """Yield the reply to a conversation, piece by piece. Raises SartorError.
+
+        by_base: the base replies, without its adapter.
         """
         ...
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release its resources."""
         ...
 
 
 class LocalPartner:
-    """A base, with an adapter on it or none, in this process."""
+    """Base in this process, with or without an adapter."""
 
     def __init__(self, target: str, sampling: Sampling, notice: Notice) -> None:
         artifact = open_artifact(target, ("adapter", "release")) if kind_of(Path(target)) else None
@@ -76,14 +81,14 @@ class LocalPartner:
                 self.name = f"{artifact.path.name} (unreleased)"
                 self._system = training_facts.read_facts(artifact).system_prompt
             base = import_module("sartor.evaluate.evaluation").open_bound_base(artifact, notice)
-        # torch is loaded by these three modules, and a conversation with a server or a team needs none here
+        # these three modules import torch, which a conversation with a server or a team does not need in this process
         self._engine = import_module("sartor.inference.local.local_engine").LocalEngine(base, rows=1)
         if artifact is not None:
             self._adapter = artifact.id
             self._engine.attach(self._adapter, artifact.path)
 
     def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
-        """See Partner."""
+        """Yield the reply to a conversation, piece by piece."""
         if self._system and not by_base:
             messages = [{"role": "system", "content": self._system}, *messages]
         call = GenerateCall(_CALL, BASE if by_base else self._adapter, tuple(messages), sampling=self._sampling)
@@ -101,12 +106,12 @@ class LocalPartner:
                 self._engine.step()
 
     def close(self) -> None:
-        """See Partner."""
+        """Close the engine."""
         self._engine.close()
 
 
 class TeamPartner:
-    """A team of a YAML file, with one worker of its own."""
+    """Team of a YAML file, with its own worker."""
 
     artifact: Artifact | None = None
 
@@ -119,7 +124,7 @@ class TeamPartner:
         )
 
     def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
-        """See Partner."""
+        """Yield the reply to a conversation, piece by piece."""
         request = AgentRequest("base" if by_base else self._agent, tuple(messages), sampling=self._sampling)
         pieces = self._pieces(request)
         while True:
@@ -129,6 +134,7 @@ class TeamPartner:
                 return
 
     async def _pieces(self, request: Any) -> AsyncIterator[str]:
+        """Yield the reply's text as it arrives. Raises the error of a failed reply."""
         answer = await self._services.replies.open(request)
         self.name = answer.agent
         async with aclosing(cast(Any, answer.events)) as events:
@@ -139,13 +145,13 @@ class TeamPartner:
                     raise error_of(event.kind, event.problem, event.remedy)
 
     def close(self) -> None:
-        """See Partner."""
+        """Stop the team's services."""
         self._loop.run_until_complete(self._stack.aclose())
         self._loop.close()
 
 
 class ServerPartner:
-    """A server with OpenAI's API: Sartor's own, or another."""
+    """Server with OpenAI's API: Sartor's own, or another."""
 
     artifact: Artifact | None = None
 
@@ -163,7 +169,7 @@ class ServerPartner:
             ) from None
 
     def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
-        """See Partner."""
+        """Yield the reply to a conversation, piece by piece. Raises UnavailableError."""
         body = {"model": "base" if by_base else self._agent, "messages": messages, "stream": True, **self._sampling}
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -176,19 +182,19 @@ class ServerPartner:
             ValueError,
             AttributeError,
             TypeError,
-        ) as error:  # the last two: another form of answer
+        ) as error:  # the last two: an answer of another form
             raise UnavailableError(
                 f"the server cannot be reached: {error}",
                 "sartor chat http://HOST:PORT, of a server that runs; curl -i shows what answers there",
             ) from None
 
     def close(self) -> None:
-        """See Partner."""
+        """Close the connection."""
         self._client.close()
 
 
 def _text_of_event(line: str) -> Iterator[str]:
-    """What a line of a streamed answer adds to the reply. Raises UnavailableError for one that says an error."""
+    """Yield the text that a line of a streamed answer adds. Raises UnavailableError for one that reports an error."""
     content = line.removeprefix("data:").strip()
     if content == line.strip() or content in ("", "[DONE]"):
         return
@@ -200,7 +206,7 @@ def _text_of_event(line: str) -> Iterator[str]:
 
 
 def _error_in(content: bytes, problem: str) -> UnavailableError:
-    """The error that a server's answer says, in OpenAI's form or as a text alone; else `problem`."""
+    """Return the error in a server's answer, in OpenAI's form or as plain text; else one that says `problem`."""
     try:
         body = json.loads(content)
     except ValueError:
@@ -215,9 +221,10 @@ def _error_in(content: bytes, problem: str) -> UnavailableError:
 def open_partner(
     target: str, *, agent: str = "auto", key: str = "", sampling: Mapping[str, Any] | None = None, notice: Notice
 ) -> Partner:
-    """Who answers as `target`: a URL, the YAML file of a team, an Adapter or a Release, else a base.
+    """Return the partner that `target` denotes.
 
-    agent: of a team or a server. key: of a server. Raises what opening it raises.
+    A target is a URL, the YAML file of a team, an Adapter or a Release, else a base. agent: agent of a team or a
+    server. key: API key of a server. Raises the errors of opening it.
     """
     chosen = {name: value for name, value in (sampling or {}).items() if value is not None}
     if target.startswith(("http://", "https://")):
@@ -229,7 +236,7 @@ def open_partner(
 
 @dataclass
 class Chat:
-    """A conversation. write: takes what a person is to read, as it comes."""
+    """Conversation in the terminal. write: receives the text for the user as it comes."""
 
     partner: Partner
     write: Write
@@ -246,7 +253,7 @@ class Chat:
         self.partner.close()
 
     def run(self, lines: Iterable[str]) -> None:
-        """Answer lines until there are no more, or one is /quit. An error ends a reply, not the conversation."""
+        """Answer lines until they end, or one is /quit. An error ends a reply, not the conversation."""
         self.write(f"{self.partner.name}: {_HELP}\n")
         pending = ""
         for line in lines:
@@ -262,13 +269,13 @@ class Chat:
                     self.command(text)
                 elif text.strip() or self.media:
                     self.answer(text)
-            except KeyboardInterrupt:  # of a reply that goes on too long; at the prompt it ends the conversation
+            except KeyboardInterrupt:  # stops a long reply; at the prompt it ends the conversation
                 self.write("\nthe reply was stopped\n")
             except SartorError as error:
                 self.write(f"{error.kind}: {error.problem}\n  try: {error.remedy}\n")
 
     def command(self, text: str) -> None:
-        """A line that begins with a slash. Raises ConfigError for one that there is not."""
+        """Execute a line that begins with a slash. Raises ConfigError for an unknown command."""
         name, _, value = text.strip().partition(" ")
         if name == "/compare":
             self.compares = not self.compares
@@ -286,10 +293,10 @@ class Chat:
             raise ConfigError(f"there is no {name}", _HELP)
 
     def answer(self, text: str) -> None:
-        """Put a question, and keep it with its reply. A reply that fails leaves the conversation as it was, without
-        its media.
+        """Ask a question, and keep it with its reply.
 
-        Who cannot read them would refuse each question that follows, too.
+        If a reply fails, the conversation is as before, and the attached media are dropped: a partner that cannot read
+        them would refuse every later question too.
         """
         content: Any = text
         media, self.media = self.media, []
@@ -311,6 +318,7 @@ class Chat:
         self.messages = [*messages, {"role": "assistant", "content": reply}]
 
     def _why(self) -> None:
+        """Write the training rows nearest to the last question. Raises ConfigError if there are no rows here."""
         if self.partner.artifact is None:
             raise ConfigError(
                 f"{self.partner.name} has no rows that could be looked at here", "chat with an Adapter or a Release"
@@ -326,7 +334,7 @@ class Chat:
             self.write(f"{note}\n")
 
     def _save(self, file: str) -> None:
-        """Append the conversation to a file of rows, whole: a reply that is wrong is to be mended there."""
+        """Append the conversation to a file of rows, whole; the user can correct a wrong reply there."""
         if not file or not self.messages:
             problem = "there is nothing to save yet" if file else "/save needs a file"
             raise ConfigError(problem, "/save rows.jsonl")
@@ -337,7 +345,7 @@ class Chat:
         try:
             with Path(file).expanduser().open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-        except (OSError, RuntimeError, UnicodeEncodeError) as error:  # RuntimeError: ~NAME of nobody
+        except (OSError, RuntimeError, UnicodeEncodeError) as error:  # RuntimeError: ~NAME of an unknown user
             raise ConfigError(f"{file} cannot be written to: {error}", "/save rows.jsonl") from None
         self.write(f"saved in {file}: {len(self.messages)} turns\n")
 
@@ -352,6 +360,9 @@ def chat(
     sampling: Mapping[str, Any] | None = None,
     notice: Notice = lambda line: None,
 ) -> None:
-    """Talk: `lines` are what a person types, `write` takes what comes back. Raises what opening `target` raises."""
+    """Run a conversation: `lines` are the user's input, `write` receives the output.
+
+    Raises the errors of opening `target`.
+    """
     with Chat(open_partner(target, agent=agent, key=key, sampling=sampling, notice=notice), write) as conversation:
         conversation.run(lines)

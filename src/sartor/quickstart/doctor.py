@@ -1,6 +1,6 @@
-"""Verb doctor: what this machine can do, and what to install for the rest.
+"""Verb doctor: abilities of this machine, and packages to install for the rest.
 
-It starts nothing, fetches nothing and compiles nothing; torch is asked only if it is installed.
+It starts nothing, downloads nothing and compiles nothing. torch is imported only if it is installed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sartor.core.installation import install_command
 
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _COMPILERS = ("g++", "c++", "clang++")
-# what a first specialist needs beside the plain install
+# the extra that a first specialist needs beside the plain install
 FIRST_EXTRA = "tune"
 _LITTLE_MEMORY, _LITTLE_DISK = 4 << 30, 5 << 30
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+).*?;.*extra\s*==\s*['\"]([\w-]+)['\"]")
@@ -31,9 +31,9 @@ _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+).*?;.*extra\s*==\s*['\"]([\w-]+)['\
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found. memory, disk and cache are bytes.
+    """Findings about this machine. memory_bytes, free_disk_bytes and cache are in bytes.
 
-    extras: name -> packages of it that are missing. advice: what to do, in order.
+    extras: missing packages of each extra. advice: steps to take, in order.
     """
 
     cpu: str
@@ -49,7 +49,7 @@ class Diagnosis:
     advice: Sequence[str]
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the JSON output of the command."""
         return {
             "cpu": {"name": self.cpu, "cores": self.cores},
             "bf16": self.is_bf16_native,
@@ -67,7 +67,7 @@ class Diagnosis:
         }
 
     def table(self) -> list[tuple[str, Any]]:
-        """The same for a person."""
+        """Return the findings as a table for the terminal."""
         installed = [name for name, missing in self.extras.items() if not missing]
         absent = [name for name, missing in self.extras.items() if missing]
         cache = ", ".join(f"{name} {_size(size)}" for name, size in self.cache.items()) or "empty"
@@ -85,7 +85,7 @@ class Diagnosis:
 
 
 def doctor() -> Diagnosis:
-    """Look at this machine."""
+    """Inspect this machine."""
     cpu, flags = _processor()
     gpu, has_torch = _gpu()
     extras = missing_by_extra()
@@ -130,7 +130,7 @@ def doctor() -> Diagnosis:
 
 
 def missing_by_extra() -> dict[str, list[str]]:
-    """Extra -> the packages of it that are not installed, by what the installed Sartor declares."""
+    """Return the packages of each extra that are not installed, from the metadata of the installed Sartor."""
     missing: dict[str, list[str]] = {}
     for requirement in importlib.metadata.requires("sartor") or []:
         if not (found := _REQUIREMENT.match(requirement)):
@@ -147,7 +147,7 @@ def missing_by_extra() -> dict[str, list[str]]:
 
 
 def _processor() -> tuple[str, str]:
-    """(name, flags) of the processor, as the system tells them."""
+    """Return the processor's name and flags, as the system reports them."""
     name, flags = platform.processor() or platform.machine(), ""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -163,12 +163,12 @@ def _processor() -> tuple[str, str]:
 
 
 def _gpu() -> tuple[str, bool]:
-    """(name of the GPU that torch would take, empty for none; whether torch is installed and can be imported)."""
+    """Return the name of the GPU that torch would use, empty for none, and whether torch can be imported."""
     if importlib.util.find_spec("torch") is None:
         return "", False
     try:
         import torch
-    except (ImportError, OSError):  # a library that it needs is missing: what is broken is what is looked for here
+    except (ImportError, OSError):  # torch or a library that it needs is broken, which this verb is to report
         return "", False
 
     if torch.cuda.is_available():
@@ -178,7 +178,7 @@ def _gpu() -> tuple[str, bool]:
 
 
 def _memory() -> int:
-    """Bytes of memory of this machine; 0 where the system does not tell."""
+    """Return the memory of this machine in bytes; 0 if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
@@ -186,7 +186,7 @@ def _memory() -> int:
 
 
 def _cache() -> dict[str, int]:
-    """Bytes of each folder below SARTOR_HOME that holds any."""
+    """Return the bytes of each folder below SARTOR_HOME that is not empty."""
     sizes = {}
     for folder in sorted(path for path in home().iterdir() if path.is_dir()):
         size = sum(map(_bytes_of, folder.rglob("*")))
@@ -196,7 +196,7 @@ def _cache() -> dict[str, int]:
 
 
 def _bytes_of(path: Path) -> int:
-    """Bytes of a file; 0 of a directory, and of what another process has removed meanwhile."""
+    """Return the bytes of a file; 0 for a directory, and for a path that was removed meanwhile."""
     try:
         status = path.stat(follow_symlinks=False)
     except OSError:
@@ -205,4 +205,5 @@ def _bytes_of(path: Path) -> int:
 
 
 def _size(count: int) -> str:
+    """Return a size as text, in GB or MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -48,23 +48,23 @@ data: data/{name}
 
 @dataclass(frozen=True)
 class Initialized:
-    """The two recipes."""
+    """Paths of the two recipes."""
 
     curate: Path
     tune: Path
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the JSON output of the command."""
         return {"curate": str(self.curate), "tune": str(self.tune)}
 
 
 def init(
     data: Path | str, *, out: Path | str = ".", replace: bool = False, notice: Notice = lambda line: None
 ) -> Initialized:
-    """Write `curate.yaml` and `tune.yaml` for `data` into the directory `out`, with comments on what could be changed.
+    """Write `curate.yaml` and `tune.yaml` for `data` into the directory `out`, with comments on options.
 
-    A table of columns that Sartor does not know gets lines that name its own. Raises ConfigError where `data` is not
-    there or one of the files is.
+    If Sartor does not know the columns of a table, the recipe names them. Raises ConfigError if `data` does not exist,
+    or if one of the files does.
     """
     out = Path(out)
     files = out / "curate.yaml", out / "tune.yaml"
@@ -86,10 +86,11 @@ def init(
 
 
 def _field_lines(columns: Sequence[str]) -> str:
+    """Return the recipe's lines about columns."""
     if not columns:
         return "    # fields: {prompt: COLUMN, completion: COLUMN}  # where columns have names of their own\n"
     prompt, completion = (*columns, "COLUMN")[:2]
-    listed = ", ".join(map(_quoted, columns[:12]))  # a line end in a name would end the comment
+    listed = ", ".join(map(_quoted, columns[:12]))  # quoted, since a line end in a name would end the comment
     return (
         f"    # the columns are: {listed}\n"
         f"    fields: {{prompt: {_quoted(prompt)}, completion: {_quoted(completion)}}}  # look whether these are "
@@ -98,7 +99,10 @@ def _field_lines(columns: Sequence[str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A YAML scalar, plain where YAML would read the same of it: `No`, a usual name of a column, would be false."""
+    """Return `text` as a YAML scalar, plain if YAML reads the same string.
+
+    A column named `No` would be read as false.
+    """
     if re.fullmatch(r"[^\W\d_][\w ./-]*", text) and yaml.safe_load(text) == text:
         return text
     return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""Verb show: rows, what is learnt of them, losses, replies of both models."""
+"""Verb show: rows of a Dataset with their supervised turns, losses of an Adapter, replies in a Report."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ _LONGEST = 2000  # characters of a turn or a reply that are shown
 
 @dataclass(frozen=True)
 class Shown:
-    """What an artefact holds: facts about the whole, and some of its rows."""
+    """Content of an artefact: facts about the whole, and some of its rows."""
 
     artifact: Artifact
     facts: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the JSON output of the command."""
         return {"kind": self.artifact.kind, "path": str(self.artifact.path), **self.facts, "rows": list(self.rows)}
 
     def table(self) -> list[tuple[str, Any]]:
-        """The same for a person, where no terminal draws it."""
+        """Return the content as a table, for output without a terminal."""
         lines = [(key.replace("_", " "), value) for key, value in self.facts.items()]
         return [*lines, *(("row", row) for row in self.rows)]
 
     def draw(self, console: Console) -> None:
-        """Print it to a terminal: what is learnt is green, what is only read is dim."""
+        """Print the content to a terminal: supervised turns are green, other turns dim."""
         console.print(Text(f"{self.artifact.kind} {self.artifact.path}", style="bold"))
         for key, value in self.facts.items():
             console.print(Text(f"{key.replace('_', ' ')}: ", style="cyan"), Text(_plain(value)), sep="")
@@ -56,9 +56,10 @@ class Shown:
 
 
 def show(path: Path | str, *, rows: int = ROWS, split: Literal["train", "eval", "test", "dropped"] = "train") -> Shown:
-    """Look at a Dataset, an Adapter or a Report. rows: so many are shown; 0 for none. split: of a Dataset.
+    """Return the content of a Dataset, an Adapter or a Report.
 
-    Raises ArtifactError for what is none of them, ConfigError for a number of rows below 0.
+    rows: number of rows to show; 0 for none. split: split of a Dataset. Raises ArtifactError for another artefact,
+    ConfigError for a number of rows below 0.
     """
     if rows < 0:
         raise ConfigError(f"rows is {rows}; it must be 0 or more", "-n 5")
@@ -69,6 +70,7 @@ def show(path: Path | str, *, rows: int = ROWS, split: Literal["train", "eval", 
 
 
 def _dataset(dataset: Artifact, count: int, split: str) -> Shown:
+    """Return the facts and rows of a Dataset."""
     manifest = dataset.manifest
     reasons = Counter(drop.reason for drop in parquet_io.read_drops(dataset))
     facts = {
@@ -91,7 +93,7 @@ def _dataset(dataset: Artifact, count: int, split: str) -> Shown:
 
 
 def _example(example: Example) -> dict[str, Any]:
-    """A row with its turns, and of each whether it is learnt: what the assistant says is, by every template."""
+    """Return a row with its turns. The assistant's turns are marked as supervised, as every template treats them."""
     turns = [{"role": turn.role, "text": _text(turn), "learnt": turn.role == "assistant"} for turn in example.messages]
     rejected = {"rejected": _text(example.rejected[-1])} if example.rejected else {}
     locators = [origin.locator for origin in example.origins]
@@ -99,11 +101,13 @@ def _example(example: Example) -> dict[str, Any]:
 
 
 def _text(turn: Message) -> str:
+    """Return a turn's text, with media as their paths and tool calls as JSON, at most _LONGEST characters."""
     parts = [part.text if part.kind == "text" else f"<{part.kind} {part.media}>" for part in turn.content]
     return "".join([*parts, *([f"\n{turn.tool_calls}"] if turn.tool_calls else [])])[:_LONGEST]
 
 
 def _adapter(adapter: Artifact) -> Shown:
+    """Return the facts of an Adapter."""
     manifest = adapter.manifest
     run = manifest.get("run", {})
     settings = manifest.get("settings", {})
@@ -121,7 +125,7 @@ def _adapter(adapter: Artifact) -> Shown:
 
 
 def _curve(adapter: Artifact) -> Iterator[str]:
-    """The training loss as a line of blocks, the highest the tallest."""
+    """Yield the training loss as block characters, the highest loss as the tallest block."""
     file = adapter.path / "log.jsonl"
     if not file.is_file():
         return
@@ -135,11 +139,12 @@ def _curve(adapter: Artifact) -> Iterator[str]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of a JSON-lines file that are objects."""
     return ((line, row) for line, row in read_rows(file, 1 << 20) if isinstance(row, dict))
 
 
 def _report(report: Artifact, count: int) -> Shown:
-    """Rows on which the tuned model lost most against the base go first: they are what one wants to see."""
+    """Return the facts of a Report and the rows on which the tuned model lost most against the base."""
     manifest = report.manifest
     metrics = {
         name: f"{metric['base']:.3f} -> {metric['tuned']:.3f}, difference in [{metric['low']:+.3f}, "
@@ -155,10 +160,11 @@ def _report(report: Artifact, count: int) -> Shown:
     table = list(parquet_io.read_file(report.path / "rows.parquet"))
     primary = manifest["primary"]
 
-    # of a metric of the whole set, the score of a row that it is made of
+    # macro-F1 is a metric of the whole set, so rows are ordered by the accuracy of each
     column, sign = {"macro_f1": "accuracy"}.get(primary, primary), -1.0 if primary in LOWER_IS_BETTER else 1.0
 
     def lost(row: Mapping[str, Any]) -> float:
+        """Compute how much worse the tuned model's score of a row is than the base's."""
         base, tuned = row.get(f"base_{column}"), row.get(f"tuned_{column}")
         loss = sign * (float(base) - float(tuned)) if base is not None and tuned is not None else 0.0
         return loss if math.isfinite(loss) else 0.0
@@ -170,6 +176,7 @@ def _report(report: Artifact, count: int) -> Shown:
 
 
 def _panel(row: Mapping[str, Any]) -> RenderableType:
+    """Return a row as a panel."""
     if "turns" in row:
         body = [
             Text(f"{turn['role']}: {turn['text']}", style=_LEARNT if turn["learnt"] else _READ)
@@ -186,6 +193,7 @@ def _panel(row: Mapping[str, Any]) -> RenderableType:
 
 
 def _plain(value: Any) -> str:
+    """Return a value as text."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items()) or "none"
     if isinstance(value, (list, tuple)):

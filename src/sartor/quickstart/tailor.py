@@ -1,11 +1,11 @@
-"""Verb tailor: own data to a tested specialist by one command.
+"""Verb tailor: from own data to a tested specialist by one command.
 
     DATA -> OUT/data (Dataset) -> OUT/adapter (Adapter) -> OUT/report (Report) -> OUT/NAME-1.0 (Release, if the gate
     passes)
 
-Each stage is the verb that one could call oneself, and its recipe stands beside its result: OUT/curate.yaml,
-OUT/tune.yaml. A command that was stopped or killed goes on where it was, to the same digests: what is finished is
-taken as it is.
+Each stage is a verb that can also be called alone, and its recipe is beside its result: OUT/curate.yaml,
+OUT/tune.yaml. A command that was stopped or killed continues where it was, to the same digests; finished stages are
+reused.
 """
 
 from __future__ import annotations
@@ -59,24 +59,24 @@ Notice = Callable[[str], None]
 Ask = Callable[[str], str]
 VERSION = "1.0"
 _FACTS, _SCHEMA = "tailor.json", 1
-# What a call makes beside it, and makes anew: what stands there under these names is removed then
+# Results of a call, beside OUT/tailor.json. A call that starts over removes everything under these names
 _RECIPES = ("tune.yaml", "curate.yaml")
 _MADE = ("data", "data.curating", "adapter", "adapter.checkpoints", "report")
-# Held out of few rows, so that an interval can tell something, and of many, where more would only be taken from
-# training
+# Held-out fraction of few rows, so that an interval is informative, and held-out number of many rows, where more would
+# only be taken from training
 _FRACTION, _HELD_OUT_ROWS = 0.2, 300
-# Seconds of a bounded command that are kept for what no forecast covers: opening the base a second time, signing,
-# writing
+# Seconds of a time-limited command that are reserved for work without a forecast: opening the base a second time,
+# signing, writing
 _RESERVE_S, _LEAST_TUNING_S = 20.0, 20.0
-# Of an evaluation that no forecast is made of
+# Duration of an evaluation without a forecast
 _EVALUATION_S = 60.0
-# What tuning and evaluation read beside the rows and the base
+# Assets that tuning and evaluation read beside the rows and the base
 _ASSETS = ("small-talk", "chitchat")
 _PLAN_LINES = ("time", "evaluation", "peak memory", "reads", "trains", "left out", "warning")
 
 
 class Evidence(Enum):
-    """What the held-out rows say of the tuned model."""
+    """Verdict of the held-out rows on the tuned model."""
 
     BETTER = "better"
     NOT_ENOUGH = "not enough evidence"
@@ -86,10 +86,12 @@ class Evidence(Enum):
 
 @dataclass(frozen=True)
 class Tailored:
-    """What `tailor` made. released: None where the gate held it back; checks: what the gate found.
+    """Result of `tailor`.
 
-    more_rows: so many more held-out rows, of other groups, would decide if the gain stays as it is; 0 where it is
-    decided, or where no number of rows would.
+    released: the Release; None if the gate held it back.
+    checks: results of the gate's checks.
+    more_rows: number of further held-out rows, of other groups, that would decide if the gain stays as it is; 0 if it
+    is decided, or if no number of rows would.
     """
 
     dataset: Artifact
@@ -104,7 +106,7 @@ class Tailored:
     wall_s: float
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the JSON output of the command."""
         return {
             "dataset": str(self.dataset.path),
             "adapter": str(self.adapter.path),
@@ -120,7 +122,7 @@ class Tailored:
         }
 
     def table(self) -> list[tuple[str, Any]]:
-        """The same for a person."""
+        """Return the result as a table for the terminal."""
         manifest = self.report.manifest
         primary = manifest["metrics"][manifest["primary"]]
         name = manifest["primary"].replace("_", " ")
@@ -141,6 +143,7 @@ class Tailored:
         ]
 
     def _evidence_text(self) -> str:
+        """Return the verdict as text."""
         if self.evidence is Evidence.NOT_ENOUGH and self.more_rows:
             return f"{self.evidence.value}, which is not worse: about {self.more_rows} more held-out rows would decide"
         is_verdict = self.evidence in (Evidence.BETTER, Evidence.WORSE)
@@ -149,8 +152,9 @@ class Tailored:
 
 @dataclass(frozen=True)
 class _Job:
-    """What was asked for, as it is kept in OUT/tailor.json. data, test: absolute paths, or the sources that have a
-    scheme.
+    """Options of a call, as OUT/tailor.json stores them.
+
+    data, test: absolute paths, or sources with a scheme.
     """
 
     data: tuple[str, ...]
@@ -163,7 +167,7 @@ class _Job:
     encoding: str = ""
 
     def sources(self) -> list[dict[str, Any]]:
-        """Sources of the curation recipe."""
+        """Return the sources of the curation recipe."""
         shared: dict[str, Any] = {"licence": self.licence or UNKNOWN}
         if self.fields:
             shared["fields"] = dict(self.fields)
@@ -196,26 +200,23 @@ def tailor(
 ) -> Tailored:
     """Make a tested specialist of own data: curate, plan, tune, evaluate, and release if the gate passes.
 
-    data: files, folders, or sources as a curation recipe names them. out: directory of everything that is made,
-    `./NAME` by
+    data: files, folders, or sources as a curation recipe names them. out: directory of all results, `./NAME` by
     default. fields: Sartor's field -> the column. system: the system prompt of every row. licence: `own`, or an SPDX
     expression; without one the gate holds the Release back. test: rows to measure on, in place of some that are held
-    out.
-    encoding: code page of the files, where it is not found. minutes: for the whole command; 0 takes what the settings
-    need.
-    key: signs; by default a key of this machine. ask: puts a question to a person (columns, licence); None where
-    nobody is
-    there. require_release: a held-back Release is an error.
+    out. encoding: code page of the files, if it is not detected. minutes: for the whole command; 0 takes what the
+    settings need. key: signs; by default a key of this machine. ask: asks the user a question (columns, licence); None
+    if there is no user. require_release: a held-back Release is an error.
 
     Raises ConfigError (options, unknown columns, `out` of another call, too few minutes), GateError with
-    `require_release`, and what the verbs raise. Called again with the same options, it goes on where it was stopped.
+    `require_release`, and the errors of the verbs. Called again with the same options, it continues where it was
+    stopped.
     """
     start_time = time.monotonic()
     if minutes < 0:
         raise ConfigError(f"minutes is {minutes:g}; it must be above 0", "--minutes 10")
     out = (Path(out) if out else Path(name)).absolute()
     if key:
-        signing.open_private(Path(key))  # what is wrong with it is said before time is spent
+        signing.open_private(Path(key))  # an invalid key raises here, before the long stages
     job = changed(_job(data, name, base, fields or {}, system, licence, test), encoding=encoding)
     _check_place(out, job)
     job = _recall(out, job, ask=ask, notice=notice, replace=replace)
@@ -261,7 +262,7 @@ def _job(
     licence: str,
     test: Path | str | None,
 ) -> _Job:
-    """The job of a call. Raises ConfigError for a bad name, no data, a field or a licence that there is not."""
+    """Return the job of a call. Raises ConfigError for a bad name, no data, or an unknown field or licence."""
     if not is_valid_name(name):
         problem = f"the name {name!r:.80} may hold up to 128 lower-case letters, digits, '.', '_' and '-'"
         raise ConfigError(problem, "--name faq")
@@ -280,10 +281,10 @@ def _job(
 
 
 def _check_place(out: Path, job: _Job) -> None:
-    """Raise ConfigError where `_clear` would remove what no call of `tailor` made, or where the rows stand in what it
-    makes.
+    """Raise ConfigError if `_clear` would remove files that tailor did not write.
 
-    The facts are written before anything else: where they are not, nothing is `tailor`'s.
+    The same holds if the rows are in a directory that tailor writes, or if `out` is in a directory of rows. The facts
+    are written before anything else: without them, nothing in `out` is tailor's.
     """
     made, place = [*_MADE, f"{job.name}-{VERSION}"], out.resolve()
     for source in filter(None, (*job.data, job.test)):
@@ -299,7 +300,7 @@ def _check_place(out: Path, job: _Job) -> None:
 
 
 def _clear(out: Path, job: _Job) -> None:
-    """Remove what an earlier call made below `out` from rows that are not those of this one."""
+    """Remove the recipes and results of an earlier call below `out`."""
     for name in _RECIPES:
         (out / name).unlink(missing_ok=True)
     for name in (*_MADE, f"{job.name}-{VERSION}"):
@@ -307,9 +308,10 @@ def _clear(out: Path, job: _Job) -> None:
 
 
 def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
-    """The Dataset. Where the recipe is not the one that stands there (a licence is stated now), all is made anew.
+    """Return the Dataset.
 
-    Raises ConfigError where the rows are not those that it was made of, and where a person has changed the recipe.
+    If the recipe differs from the existing one (a licence is stated now), everything is made again. Raises ConfigError
+    if the rows are not those that the Dataset was made of, or if the user has changed the recipe.
     """
     recipe, file = _curation(job), out / "curate.yaml"
     known = _known_curation(file)
@@ -331,12 +333,12 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
 
 
 def _known_curation(file: Path) -> dict[str, Any]:
-    """The recipe that stands there; empty if there is none. Raises ConfigError for what is no recipe."""
+    """Return the existing recipe; empty if there is none. Raises ConfigError for an invalid file."""
     return read_yaml(file) if file.is_file() else {}
 
 
 def _without_licences(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe as far as it says which rows are read: a licence may be stated later."""
+    """Return the recipe without its sources' licences, which may be stated later."""
     sources = recipe.get("sources")
     if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
         return dict(recipe)
@@ -344,7 +346,7 @@ def _without_licences(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_held_out(dataset: Artifact, job: _Job) -> None:
-    """Raise SourceError where there would be nothing to measure on once the tuning has ended."""
+    """Raise SourceError if there would be no rows to measure on after the tuning."""
     counts = dataset.manifest["counts"]
     if counts["splits"].get("eval"):
         return
@@ -359,25 +361,23 @@ def _check_held_out(dataset: Artifact, job: _Job) -> None:
 
 
 def _fetch(job: _Job, notice: Notice) -> None:
-    """Fetch what every run needs before time is spent on the rest. Raises AssetError where there is no network for
-    it.
-    """
+    """Fetch the assets of every run before other work. Raises AssetError without a network."""
     for name in (STARTER, *_ASSETS) if job.base == STARTER else _ASSETS:
         assets.install(name, notice=notice)
 
 
 @contextlib.contextmanager
 def _planned(out: Path, job: _Job, minutes: float, start_time: float, notice: Notice) -> Iterator[None]:
-    """Write the tuning recipe, once its plan is told; inside, tuning and evaluation are one progress.
+    """Write the tuning recipe after reporting its plan, and show tuning and evaluation as one progress.
 
-    Raises what would stop the tuning, and ConfigError for too few minutes. A run that is gone on with is not planned
+    Raises the errors that would stop the tuning, and ConfigError for too few minutes. A resumed run is not planned
     again.
     """
     if (out / "tune.yaml").is_file():
         yield
         return
     seconds = _foresee(out, job, minutes, start_time, notice)
-    # the plan has held a model, and its memory is to be the tuning's
+    # the plan held a model, whose memory the tuning needs
     gc.collect()
     hardware.release_free_memory()
     with WholeProgress("tailor", seconds, notice):
@@ -385,9 +385,7 @@ def _planned(out: Path, job: _Job, minutes: float, start_time: float, notice: No
 
 
 def _foresee(out: Path, job: _Job, minutes: float, start_time: float, notice: Notice) -> dict[str, float]:
-    """Tell the plan and write the tuning recipe. Returns the seconds that tuning and evaluation are foreseen to
-    take.
-    """
+    """Report the plan and write the tuning recipe; return the forecast seconds of tuning and evaluation."""
     recipe: dict[str, Any] = {"base": job.base, "data": str(out / "data")}
     forecast = plan(recipe, notice=notice)
     for refusal in forecast.refusals:
@@ -406,7 +404,7 @@ def _foresee(out: Path, job: _Job, minutes: float, start_time: float, notice: No
 
 
 def _absolute(path: Path | str) -> str:
-    """A path as it is found from anywhere; a source with a scheme (hub:, sql:, asset:) as it is."""
+    """Return an absolute path; a source with a scheme (hub:, sql:, asset:, inbox:) is returned unchanged."""
     text = str(path)
     if text.startswith(("hub:", "sql:", "asset:", "inbox:")):
         return text
@@ -414,10 +412,10 @@ def _absolute(path: Path | str) -> str:
 
 
 def _recall(out: Path, job: _Job, *, ask: Ask | None, notice: Notice, replace: bool) -> _Job:
-    """The job with what a person was asked for, now or in an earlier call. Raises ConfigError where `out` is of
-    another one.
+    """Return the job with the user's answers from this call or an earlier one.
 
-    replace: what an earlier call made is removed, once it is known that there are rows to make it anew of.
+    Raises ConfigError if `out` belongs to another job. replace: results of an earlier call are removed, once it is
+    known that there are rows to make them of again.
     """
     file = out / _FACTS
     if replace or not file.is_file():
@@ -433,7 +431,7 @@ def _recall(out: Path, job: _Job, *, ask: Ask | None, notice: Notice, replace: b
             raise ValueError("another schema")
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{file} is damaged", "--replace makes everything anew") from None
-    # what was asked for at a terminal then is not asked again; a licence may be stated later
+    # questions that the user answered then are not asked again; a licence may be stated later
     job = changed(job, fields=job.fields or kept.fields, licence=job.licence or kept.licence)
     differing = [name for name, value in _as_json(job).items() if value != _as_json(kept)[name] and name != "licence"]
     if differing:
@@ -446,16 +444,21 @@ def _recall(out: Path, job: _Job, *, ask: Ask | None, notice: Notice, replace: b
 
 
 def _write_facts(file: Path, job: _Job) -> None:
+    """Write OUT/tailor.json."""
     content = {"schema": _SCHEMA, "job": _as_json(job)}
     _write(file, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def _as_json(job: _Job) -> dict[str, Any]:
+    """Return the job as JSON values."""
     return {**asdict(job), "data": list(job.data)}
 
 
 def _answered(job: _Job, ask: Ask | None, notice: Notice) -> _Job:
-    """Ask a person which columns to read, where no known form fits, and for the licence."""
+    """Ask the user for the columns to read, if the form of a file is unknown, and for the licence.
+
+    Returns the job with the answers. Raises ConfigError if there is no user to ask.
+    """
     fields, licence = dict(job.fields), job.licence
     for one in job.sources():
         source = load(SourceOptions, {**one, "fields": fields})
@@ -464,7 +467,7 @@ def _answered(job: _Job, ask: Ask | None, notice: Notice) -> _Job:
             continue
         columns = columns_of(source, CurateRecipe.max_row_bytes)
         if not columns:
-            continue  # curate names what is wrong with each file
+            continue  # curate reports the problem of each file
         name = Path(source.path).name
         if ask is None:
             prompt, completion = (*columns, "COLUMN")[:2]
@@ -487,6 +490,7 @@ def _answered(job: _Job, ask: Ask | None, notice: Notice) -> _Job:
 
 
 def _choose(ask: Ask, question: str, columns: Sequence[str]) -> str:
+    """Ask the user for one of `columns`, at most five times. Raises ConfigError."""
     for _ in range(5):
         said = ask(f"{question} [{', '.join(columns)}]: ").strip()
         if said in columns:
@@ -495,11 +499,12 @@ def _choose(ask: Ask, question: str, columns: Sequence[str]) -> str:
 
 
 def _fields_flag(prompt: str, completion: str) -> str:
-    """The flag as a shell takes it: a comma in a column's name is doubled."""
+    """Return the --fields flag quoted for a shell; a comma in a column's name is doubled."""
     return "--fields " + shlex.quote(f"prompt={prompt.replace(',', ',,')},completion={completion.replace(',', ',,')}")
 
 
 def _curation(job: _Job) -> dict[str, Any]:
+    """Return the curation recipe of a job."""
     recipe: dict[str, Any] = {"sources": job.sources()}
     fraction = 0.0
     if not job.test:
@@ -515,8 +520,9 @@ def _curation(job: _Job) -> dict[str, Any]:
 
 
 def _within(forecast: TuningPlan, minutes: float, elapsed_s: float) -> dict[str, Any]:
-    """The budget of a tuning that ends in time for the evaluation; nothing where the whole fits. Raises
-    ConfigError.
+    """Return the budget of a tuning that leaves time for the evaluation; empty if the whole tuning fits.
+
+    Raises ConfigError for too few minutes.
     """
     assert forecast.time_s is not None
     evaluation_s = forecast.evaluation_s.high if forecast.evaluation_s else _EVALUATION_S
@@ -531,7 +537,7 @@ def _within(forecast: TuningPlan, minutes: float, elapsed_s: float) -> dict[str,
 
 
 def _made_of(path: Path, kind: Kind, adapter: Artifact) -> Artifact | None:
-    """What an earlier call made of this Adapter; None where it did not come to it."""
+    """Return the artefact at `path` if an earlier call made it of this Adapter; else None."""
     if kind_of(path) != kind:
         return None
     artifact = open_artifact(path, kind)
@@ -541,8 +547,9 @@ def _made_of(path: Path, kind: Kind, adapter: Artifact) -> Artifact | None:
 def _released(
     path: Path, name: str, adapter: Artifact, report: Artifact, key: Path | str | None, notice: Notice
 ) -> Artifact:
-    """The Release of an Adapter that has passed the gate: of an earlier call if the key that is asked for signed
-    it.
+    """Return the Release of an Adapter that has passed the gate.
+
+    A Release of an earlier call is reused if the requested key signed it, or if no key is requested.
     """
     earlier = _made_of(path, "release", adapter)
     if earlier is not None and (not key or _is_signed_by(earlier, Path(key))):
@@ -553,6 +560,7 @@ def _released(
 
 
 def _is_signed_by(released: Artifact, key: Path) -> bool:
+    """Return whether a key signed a Release."""
     document = (released.path / MANIFESTS["release"]).read_bytes()
     try:
         signing.check(document, released.path / "signature", [signing.open_private(key).public_key()])
@@ -562,7 +570,7 @@ def _is_signed_by(released: Artifact, key: Path) -> bool:
 
 
 def _evidence(report: Artifact) -> tuple[Evidence, int]:
-    """What the Report says of the gain, and how many more held-out rows would decide."""
+    """Return the Report's verdict on the gain, and the number of further held-out rows that would decide."""
     manifest = report.manifest
     primary, name = manifest["metrics"][manifest["primary"]], manifest["primary"]
     higher_is_better = name not in LOWER_IS_BETTER
@@ -575,12 +583,12 @@ def _evidence(report: Artifact) -> tuple[Evidence, int]:
     if (difference > 0) != higher_is_better:
         return Evidence.NOT_ENOUGH, 0
     needed = groups_needed(difference, primary["low"], primary["high"], groups)
-    # of groups with several rows each a new row is not a new group
+    # rows = groups needed * rows per group: in groups of several rows a new row is not a new group
     return Evidence.NOT_ENOUGH, math.ceil((needed - groups) * manifest["rows"] / groups)
 
 
 def _machine_key(notice: Notice) -> Path:
-    """The key of this machine, made once, and trusted here alone."""
+    """Return the key of this machine, generated once, and trusted on this machine alone."""
     path = folder("keys") / "default"
     if not (path / "sartor.key").is_file():
         signing.keygen(path, trust=True)
@@ -589,6 +597,7 @@ def _machine_key(notice: Notice) -> Path:
 
 
 def _next_steps(job: _Job, adapter: Artifact, released: Artifact | None, checks: Mapping[str, Check]) -> list[str]:
+    """Return the commands that the user may run next."""
     if released is not None:
         path = released.path
         export = f"sartor export {path} --to gguf --out {job.name}-gguf"
@@ -608,12 +617,14 @@ def _next_steps(job: _Job, adapter: Artifact, released: Artifact | None, checks:
 
 
 def _write_yaml(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a YAML file below `out`."""
     _write(file, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
 
 
 def _write(file: Path, text: str) -> None:
-    """Write a file below `out`. Raises ConfigError where that cannot be written to, MissingError where the disk is
-    full.
+    """Write a file below `out`.
+
+    Raises ConfigError if `out` is not writable, MissingError if the disk is full.
     """
     make_parent(file)
     try:

@@ -1,8 +1,8 @@
-"""Prompts whose recorded replies a server or device repeats.
+"""Canary prompts: prompts whose recorded replies a server or device reproduces.
 
-A Release brings its own: held-out prompts with the replies that its Report recorded (`canaries` in release.json). One
-that has none is asked general questions, and held against what the base itself answers to them. Replies that another
-arithmetic made (core/numerics.py) are compared with nothing: those prompts only have to be answered.
+A Release brings held-out prompts with the replies that its Report recorded (`canaries` in release.json). A Release
+without any is tested with general questions, and its replies are compared with those of the base. Replies that were
+computed with other arithmetic (core/numerics.py) are not compared: those prompts only have to be answered.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ RATE, SECONDS = 16_000, 0.5
 
 @cache
 def sample(kind: str) -> str:
-    """A data URL of that kind: a picture with shades from corner to corner, half a second of a rising tone."""
+    """Return a data URL of a test file: an image with a colour gradient, or half a second of a rising tone.
+
+    kind: `image`; any other value gives audio.
+    """
     return url_of(_picture(), "image/png") if kind == "image" else url_of(_clip(), "audio/wav")
 
 
@@ -59,11 +62,12 @@ def _clip() -> bytes:
 
 MOST_CANARIES = 12
 SAMPLING = Sampling(max_tokens=48)
-# How alike the beginnings of replies and recorded ones must be on the mean, 0..1 by edits. Only beginnings: a long
-# free text goes its own way after one rounding. What was measured stands in docs/admission.md.
+# Least mean similarity of the beginnings of replies and recorded replies, 0..1 by edit distance. Only the beginnings
+# are compared, because a long free text diverges after one rounding difference. docs/admission.md has measurements.
 LEAST_AGREEMENT = 0.65
 COMPARED_CHARACTERS = 80
-# A reply whose end repeats one short piece so often, over so much of it
+# A degenerate reply ends in repetitions of one piece of at most LONGEST_UNIT characters: at least LEAST_REPEATS times,
+# over at least REPEATED_FRACTION of the reply
 LONGEST_UNIT = 24
 LEAST_REPEATS = 8
 REPEATED_FRACTION = 0.75
@@ -72,10 +76,11 @@ GENERAL = ("Hello!", "What can you do for me?", "Write one sentence about the se
 
 @dataclass(frozen=True)
 class CanaryPrompts:
-    """What is asked, and what a recorded Release answered before: `recorded` is empty for general questions.
+    """Canary prompts of a Release, with the recorded replies.
 
-    media_calls: with a picture or a clip made here, which only have to be answered. not_checked: why what was recorded
-    is not compared with the answers; empty where it is.
+    recorded: replies to `calls` in the Report; empty for general questions.
+    media_calls: calls with a generated image or clip, which only have to be answered.
+    not_checked: reason why the recorded replies are not compared; empty if they are.
     """
 
     calls: tuple[GenerateCall, ...]
@@ -85,15 +90,15 @@ class CanaryPrompts:
 
     @property
     def all_calls(self) -> tuple[GenerateCall, ...]:
-        """All of them, in the order in which `judge` wants what was said."""
+        """All calls, in the order of the event lists for `judge_canaries`."""
         return (*self.calls, *self.media_calls)
 
 
 def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] = ()) -> CanaryPrompts:
-    """The canaries of a Release, greedy and short; a recorded prompt as it stands, a general one after its system
-    prompt.
+    """Return the canary prompts of a Release, as short greedy calls.
 
-    reads: the kinds of media that it reads beside text.
+    A recorded prompt is used unchanged; a general one follows the Release's system prompt and is also put to the base.
+    reads: kinds of media that the Release supports besides text.
     """
     canaries = [item for item in manifest.get("canaries", []) if _is_canary(item)][:MOST_CANARIES]
     system = [{"role": "system", "content": manifest["system_prompt"]}] if manifest["system_prompt"] else []
@@ -116,7 +121,10 @@ def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] 
 
 
 def _not_checked(canaries: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> str:
-    """Return why recorded replies cannot be compared. A canary that states no dtype has that of the Release's base."""
+    """Return why the recorded replies cannot be compared; "" if they can.
+
+    A canary without a dtype has that of the Release's base.
+    """
     dtype = manifest.get("base", {}).get("dtype", "")
     reasons = [numerics.not_checked(canary.get("numerics"), str(canary.get("dtype", dtype))) for canary in canaries]
     return next(filter(None, reasons), "")
@@ -141,9 +149,12 @@ def _is_message(message: Any) -> bool:
 
 
 def judge_canaries(canaries: CanaryPrompts, event_lists: Sequence[Sequence[Event]]) -> str:
-    """What the replies showed. Raises AdmissionError: `canary`, `degenerate` or `agreement`.
+    """Judge the replies to canary prompts; return a summary.
 
-    event_lists: the events of each call, in the order of `all_calls`.
+    event_lists: events of each call, in the order of `all_calls`.
+    Raises AdmissionError with the reason `canary` (not answered), `degenerate` (empty or repetitive) or `agreement`
+    (too
+    different from the recorded replies).
     """
     replies = [_reply(call, events) for call, events in zip(canaries.all_calls, event_lists, strict=True)][
         : len(canaries.calls)
@@ -157,7 +168,7 @@ def judge_canaries(canaries: CanaryPrompts, event_lists: Sequence[Sequence[Event
             f"{len(adapter_texts)} general prompts answered; the Release records no replies to compare "
             f"with{media_note}"
         )
-    # what the Report has is what the gate let pass, or somebody waived: a canary asks whether it is still so
+    # Degenerate replies in the Report passed the gate or were waived, so as many are expected here
     _check_repetition(texts, sum(is_degenerate(recorded) for recorded in canaries.recorded))
     if canaries.not_checked:
         return f"{canaries.not_checked}; {len(texts)} recorded prompts answered{media_note}"
@@ -180,16 +191,18 @@ def judge_canaries(canaries: CanaryPrompts, event_lists: Sequence[Sequence[Event
 
 
 def _agreement(text: str, is_cut: bool, recorded: str) -> float:
-    """0..1, over as much of both as there is, up to what is compared.
+    """Return the similarity 0..1 of a reply and the recorded one, over their beginnings of equal length.
 
-    The Report cut long replies too, and does not say which: what goes on beyond a recorded reply is let be.
+    At most COMPARED_CHARACTERS are compared. The Report also truncates long replies without saying which, so text
+    beyond
+    the end of a recorded reply is ignored.
     """
     text, recorded = text[: min(COMPARED_CHARACTERS, len(recorded))], recorded[:COMPARED_CHARACTERS]
     return fuzz.ratio(text, recorded[: len(text)] if is_cut else recorded) / 100
 
 
 def _reply(call: GenerateCall, events: Sequence[Event]) -> tuple[str, bool]:
-    """A whole reply, and whether its length cut it."""
+    """Return a complete reply, and whether the length limit cut it. Raises AdmissionError (`canary`)."""
     end = events[-1] if events else None
     if isinstance(end, ReplyFailed):
         brief = "the adapter could not answer a canary prompt"
@@ -209,7 +222,10 @@ def _reply(call: GenerateCall, events: Sequence[Event]) -> tuple[str, bool]:
 
 
 def _check_repetition(texts: Sequence[str], expected: int) -> None:
-    """Raise AdmissionError when half of the replies, beyond those expected, are nothing or one piece over and over."""
+    """Raise AdmissionError if too many replies are empty or repeat one piece.
+
+    Too many is at least half of the replies in addition to those expected.
+    """
     degenerate = [text for text in texts if is_degenerate(text)]
     if len(degenerate) - expected >= len(texts) / 2:
         excerpt = degenerate[0][:60] + ("..." if len(degenerate[0]) > 60 else "")
@@ -224,10 +240,14 @@ def _check_repetition(texts: Sequence[str], expected: int) -> None:
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether a reply is empty, or one piece of at most `LONGEST_UNIT` characters over and over to its end."""
+    """Return whether a reply is empty or ends in repetitions of one short piece.
+
+    The piece has at most LONGEST_UNIT characters, and the repetitions cover REPEATED_FRACTION of the reply.
+    """
     text = text.strip()
     if not text:
         return True
+    # for each period `unit`, `run` is the length of the longest suffix with that period
     for unit in range(1, min(LONGEST_UNIT, len(text) // LEAST_REPEATS) + 1):
         run = unit
         while run < len(text) and text[-1 - run] == text[-1 - run + unit]:

@@ -15,16 +15,18 @@
         metric: exact_match
         at_least: 0.8                            # the mean of the tuned replies' scores
 
-`where` chooses rows of the Report by fields of their references, all of which must hold. A reply offends if a field
-that
-`forbid` names has one of its values, or one that `require` names has none of its values. **A reply that cannot be
-read, since it is no JSON or lacks such a field, offends too**: what nobody can read nobody can trust. Fields are
-dotted paths, `.` is the whole reply; a value that is no text is compared by its JSON. `bias` and `memorisation` ask
-for a Report with an audit. No torch.
+`where` selects rows of the Report by fields of their references; all fields must match. A reply violates the rule if a
+field in `forbid` has one of the listed values, or a field in `require` has none of them. **An unreadable reply, which
+is
+not JSON or lacks such a field, is a violation too**, because a reply that cannot be read cannot be trusted. Fields are
+dotted paths; `.` is the whole reply. A value that is not text is compared by its JSON. `bias` and `memorisation` need
+a
+Report with an audit. No torch.
 
-`attacks.json` is written by `federate/privacy/privacy_attacks.py`, and judged here, below it, so that the gate and
-whoever makes a report say the same. A bound of epsilon below the claim proves nothing; the detail says what could have
-been shown.
+`federate/privacy/privacy_attacks.py` writes `attacks.json`. It is judged here, in a lower layer, so that the gate and
+the authors of reports use the same rules. A lower bound of epsilon below the claim proves nothing; the detail names
+the
+largest bound that the audit could have shown.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 @dataclass(frozen=True)
 class SliceRule:
-    """One rule, and the check `slice:NAME` of the gate."""
+    """Rule about some rows of the Report; it becomes the check `slice:NAME` of the gate."""
 
     name: str = option(REQUIRED, "letters, digits, '.', '_' and '-': the check is slice:NAME")
     where: Any = option(REQUIRED, "{field: value or list}: rows whose reference has one of the values in each field")
@@ -102,11 +104,11 @@ class SliceRule:
             raise ConfigError(f"at_most of {self.name} is {self.at_most}, no fraction", "at_most: 0.0")
 
     def holds(self, reference: str) -> bool:
-        """Whether a row with this reference is asked about."""
+        """Return whether a row with this reference belongs to the slice."""
         return all(label_of(reference, name) in values for name, values in _values(self.where))
 
     def verdict(self, reply: str) -> str:
-        """`right`, `wrong`, or `unreadable`."""
+        """Return `right`, `wrong` or `unreadable` for a reply."""
         labels = {name: label_of(reply, name) for name in (*(self.forbid or {}), *(self.require or {}))}
         if None in labels.values():
             return "unreadable"
@@ -120,25 +122,28 @@ class SliceRule:
 
 @dataclass(frozen=True)
 class GateRules:
-    """What a rules file says. text: as it stood, and is signed into the Release."""
+    """Rules and limits of a rules file.
+
+    text: its original text, which is signed into the Release.
+    """
 
     slices: tuple[SliceRule, ...]
     text: str
     limits: GateLimits = GateLimits()
 
     def as_manifest(self) -> dict[str, str]:
-        """How a Release names its rules."""
+        """Return the rules as recorded in a Release."""
         return {"sha256": hashlib.sha256(self.text.encode()).hexdigest(), "text": self.text}
 
     def judged(self, report: Artifact) -> dict[str, Check]:
-        """The checks of the slices, by the rows of a Report."""
+        """Return the checks of the slices on the rows of a Report."""
         table = list(parquet_io.read_file(report.path / "rows.parquet"))
         return {f"slice:{slice_name.name}": _judge(slice_name, table) for slice_name in self.slices}
 
 
 @dataclass(frozen=True)
 class GateFile:
-    """The options of a rules file."""
+    """Options of a rules file."""
 
     slices: tuple[SliceRule, ...] = option((), "rules about some of the rows")
     gain: GainLimit = option(GainLimit(), "what the tuned model must be better by")
@@ -151,7 +156,10 @@ class GateFile:
 
 
 def open_rules(rules: Mapping[str, Any] | Path | str) -> GateRules:
-    """The rules of a YAML file, or of what one holds. Raises ConfigError with the option that is wrong."""
+    """Read the rules of a YAML file, or of a mapping with its content.
+
+    Raises ConfigError with the option that is wrong.
+    """
     gate_file = config.load_any(GateFile, rules)
     if gate_file == GateFile():
         raise ConfigError(
@@ -205,12 +213,12 @@ def _offences(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
 
 
 def _answer(reply: str) -> str:
-    """A reply of a Report without its reasoning, which a chat template may have opened."""
+    """Return a reply of a Report without its reasoning. The chat template may have written the opening tag."""
     return without_reasoning(reply, is_opened="<think>" not in reply)
 
 
 def _floor(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
-    """Whether the mean of a score of the tuned replies reaches the slice's floor."""
+    """Check whether the mean of a score of the tuned replies reaches the slice's floor."""
     column, floor = f"tuned_{rule.metric}", rule.at_least or 0.0
     if column not in rows[0]:
         metrics = " | ".join(
@@ -227,7 +235,9 @@ def _floor(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
 
 
 def upper_bound(count: int, total: int) -> float:
-    """The one-sided upper bound of a fraction of which `count` in `total` were seen (Clopper & Pearson 1934).
+    """Return the one-sided upper confidence bound of a fraction, seen in `count` of `total`.
+
+    Clopper & Pearson 1934, at CONFIDENCE.
 
     >>> round(upper_bound(0, 100), 3)
     0.03
@@ -247,10 +257,9 @@ Fault = tuple[str, str]
 
 
 def audit_refutes_claim(claimed: Mapping[str, Any] | None, audit: Mapping[str, Any] | None) -> Fault | None:
-    """(problem, remedy) where an audit refutes a claim, or is none of it; None where there is nothing to say against
-    it.
+    """Return (problem, remedy) if an audit refutes a privacy claim or does not test it; else None.
 
-    claimed: {epsilon, delta}; audit: as `federate.privacy.attacks.audit.Audit`.
+    claimed: {epsilon, delta}; audit: as `federate.privacy.privacy_attacks.Audit`.
     """
     if claimed is None:
         return None
@@ -275,12 +284,12 @@ def audit_refutes_claim(claimed: Mapping[str, Any] | None, audit: Mapping[str, A
 
 
 def claim(claimed: Mapping[str, Any]) -> str:
-    """As a sentence says it."""
+    """Return a privacy claim as text."""
     return f"epsilon {claimed['epsilon']:g} at delta {claimed['delta']:g}"
 
 
 def check_privacy(adapter: Artifact) -> dict[str, Check]:
-    """The check of a federated Adapter; none of another."""
+    """Return the privacy check of a federated Adapter; none for other Adapters."""
     if "federated" not in adapter.manifest.get("run", {}):
         return {}
     claimed = adapter.manifest["recipe"].get("privacy")
@@ -317,7 +326,7 @@ def _judged(adapter: Artifact, claimed: Mapping[str, Any] | None) -> Check:
 
 
 def check_use(use: str) -> None:
-    """Raise ConfigError for a use that there is not, naming the one meant."""
+    """Raise ConfigError for an unknown use, with the closest known one."""
     if use not in USES:
         matches = difflib.get_close_matches(use, USES, n=1)
         raise ConfigError(
@@ -326,10 +335,9 @@ def check_use(use: str) -> None:
 
 
 def licence_refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
-    """Why the Adapter may not be released for this use, in sentences, and what would help; nothing when it may.
+    """Return why the Adapter may not be released for this use, and the remedy; ([], "") if it may.
 
-    A row that a second source also holds, which permits the use, is no reason: the licence that permits is the one
-    used.
+    A row that is also in a source that permits the use is no reason, since it may be used under that licence.
     """
     sources = compliance.made_from(adapter.manifest)
     objections = compliance.objections(sources, use)
@@ -358,9 +366,11 @@ def licence_refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
 def _rows(
     sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, blamed: set[Pair], pairs: set[Pair]
 ) -> tuple[int | None, str]:
-    """Return how many rows (None for the base, which has none), and these and the first of them as text.
+    """Return the number of affected rows, and a text with their number and the first of them.
 
-    They are from the Dataset, or where it is gone from what the manifest counted.
+    The number is None for the base, which has no rows. The rows come from the Dataset, or if it is gone, from the
+    counts
+    in the manifest.
     """
     if all(not path for _, path in pairs):  # the base
         return None, ""
@@ -376,7 +386,10 @@ def _rows(
 def _remedy(
     sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, refused: Sequence[str], base_source: str, use: str
 ) -> str:
-    """Uses that would pass, else what to leave out. base_source: the name of the base among the sources."""
+    """Return the permitted uses, or else what to leave out or change.
+
+    base_source: name of the base among the sources.
+    """
     uses = compliance.permitted(sources)
     text = [f"--use {' or '.join(uses)} is permitted"] if uses else []
     removable = [name for name in refused if name != base_source]
@@ -404,8 +417,9 @@ _NOUNS = {"image": "a picture", "audio": "a recording"}
 
 
 def check_gain(name: str, metric: Mapping[str, float], limit: GainLimit = GateLimits.gain, groups: int = 0) -> Check:
-    """Whether the primary metric, `name`, is better by an interval that lies above the limit. groups: 0 of an older
-    Report.
+    """Check whether the whole confidence interval of the primary metric's gain is above the limit.
+
+    name: the metric. groups: number of groups of rows; 0 in Reports of older versions.
     """
     detail = (
         f"{name} {metric['base']:.3f} -> {metric['tuned']:.3f}, gain in [{metric['low']:.3f}, {metric['high']:.3f}]"
@@ -431,8 +445,9 @@ def check_gain(name: str, metric: Mapping[str, float], limit: GainLimit = GateLi
 
 
 def check_modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:
-    """Whether the replies take something from each kind of media that the adapter reads; no check of one that reads
-    text.
+    """Check whether the replies depend on each kind of media that the adapter reads.
+
+    Text adapters have no such check.
     """
     counted = report.get("modalities", {})
     kinds = [kind for kind in _OTHERS if kind in adapter.manifest["base"].get("towers", {}) or counted.get(kind)]
@@ -452,7 +467,7 @@ def check_modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Ch
 
 
 def _judge_modality(kind: str, ablation: Mapping[str, Any] | None) -> tuple[bool, str, str]:
-    """(whether other media of a kind cost something, what was found, what would help)."""
+    """Return (whether other media of this kind lower the score, the finding, the remedy)."""
     if not ablation:
         return (
             False,
@@ -484,8 +499,9 @@ _FORGETTING_REMEDIES = {
 
 
 def check_forgetting(forgetting: Mapping[str, Any], limit: ForgettingLimit = GateLimits.forgetting) -> Check:
-    """Whether what the worst probe asks for is still as likely, but for the limit. A Report of before has one
-    probe.
+    """Check whether the worst probe's replies are still as likely, within the limit.
+
+    Reports of older versions have one probe.
     """
     if "skipped" in forgetting:
         return Check("fail", f"not measured: {forgetting['skipped']}")
@@ -499,9 +515,9 @@ def check_forgetting(forgetting: Mapping[str, Any], limit: ForgettingLimit = Gat
 
 
 def check_test(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:
-    """Whether the Report is of the test split of the Adapter's Dataset, or of one that this descends from.
+    """Check whether the Report is on the test split of the Adapter's Dataset or of an ancestor.
 
-    No check where there is no test split.
+    There is no check without a test split.
     """
     datasets = ancestry.test_datasets(adapter)
     rows = sum(test_rows(dataset.manifest) for dataset in datasets)
@@ -521,10 +537,10 @@ def check_test(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]
 
 
 def check_licence(adapter: Artifact, use: Use, name: str = "") -> Check:
-    """Whether the licences of sources and base permit the use, and what goes out has the name and the texts that they
-    demand.
+    """Check whether the licences of sources and base permit the use and their other rules are met.
 
-    name: none is looked at if empty.
+    These rules concern the name of the Release and the texts that must accompany it.
+    name: name of the Release; empty to skip the check of the name.
     """
     refusals, remedy = licence_refusals(adapter, use)
     name_objection = compliance.name_objection(compliance.made_from(adapter.manifest), name) if name else ""
@@ -543,8 +559,9 @@ def check_licence(adapter: Artifact, use: Use, name: str = "") -> Check:
 
 
 def check_review(items: int, limit: ReviewLimit | None, where: str) -> dict[str, Check]:
-    """Whether few enough items wait for a person; no check where none does and no limit was given. where: the
-    Dataset.
+    """Check whether few enough items of a Dataset wait for a review.
+
+    There is no check if none waits and no limit is set. where: the Dataset.
     """
     if not items and limit is None:
         return {}

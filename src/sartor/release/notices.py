@@ -1,7 +1,7 @@
-"""Notices that go out with a Release or export: licences, duties, prescribed sentences.
+"""Notices of a Release or export: licences, obligations, prescribed sentences.
 
-Sentences are those of Llama's community licences (1.b.i, 1.b.iii), Gemma's terms of use (3.1) and Qwen's licence
-agreement, read on 2026-11-29 (`core/licences/licence_families.py`). No legal advice.
+The sentences are those of Llama's community licences (1.b.i, 1.b.iii), Gemma's terms of use (3.1) and Qwen's licence
+agreement, read on 2026-11-29 (`core/licences/licence_families.py`). This is no legal advice.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from sartor.core.licences.licence_families import Obligation
 
 FILE = "NOTICE.md"
 _LEGAL = re.compile(r"(licen[cs]e|notice|use_policy|copying).*$", re.IGNORECASE)
-# duty -> the sentence that its licence wants to be shown
+# obligation -> sentence that its licence requires to be displayed
 _SENTENCES: Mapping[Obligation, str] = {
     "built-with-llama": "Built with Llama",
     "built-with-llama-3": "Built with Meta Llama 3",
     "built-with-qwen": "Built with Qwen",
 }
-# pattern of a licence -> the notice that has to be kept with copies
+# (pattern of a licence, notice that must accompany copies)
 _NOTICES = (
     (
         r"LicenseRef-.*llama-?2\b.*",
@@ -65,7 +65,7 @@ _NOTICES = (
 
 
 def sentences(manifest: Mapping[str, Any]) -> list[str]:
-    """What the licences of an artefact's sources and base want to be written, word for word."""
+    """Return the sentences that the licences of an artefact's sources and base prescribe, word for word."""
     duties = compliance.duties_by_licence(compliance.made_from(manifest))
     lines = []
     for licence, duties_of_licence in duties.items():
@@ -75,11 +75,11 @@ def sentences(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def missing_texts(manifest: Mapping[str, Any]) -> tuple[str, str]:
-    """Why the use restrictions of a base are not passed on, and what would do: (problem, remedy), empty where they
-    are.
+    """Return (problem, remedy) if a base's use restrictions are not passed on; empty strings if they are.
 
-    Whoever gets a model that is made of such a base must get the text. It goes with the Release if it stands beside
-    the base.
+    Everybody who gets a model made from such a base must get the text of its licence. The text is copied into the
+    Release
+    if it is in the base's directory.
     """
     base = manifest["base"]
     duties = compliance.duties_by_licence([{"source": compliance.base_source(base), "licence": base["licence"]}])
@@ -91,7 +91,7 @@ def missing_texts(manifest: Mapping[str, Any]) -> tuple[str, str]:
     if folder is None:
         problem = f"{binds}, and the base, beside which its text would stand, is not on this machine"
         return problem, f"put the base back as {base['name']}, with the text of its licence as LICENSE"
-    # what a NOTICE file says is who made it, not what binds
+    # a NOTICE file names the authors, not the use restrictions
     if any(not file.name.lower().startswith("notice") for file in legal_texts(folder)):
         return "", ""
     problem = f"{binds}, and no copy of its text stands in {folder}"
@@ -99,7 +99,7 @@ def missing_texts(manifest: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def base_folder(manifest: Mapping[str, Any]) -> Path | None:
-    """The directory of the base that an artefact was tuned on; None where it is not on this machine."""
+    """Return the directory of the base that an artefact was tuned on; None if it is not on this machine."""
     try:
         folder = model_refs.locate_base(manifest["base"]["name"]).path
     except (ModelError, HubError):
@@ -108,14 +108,15 @@ def base_folder(manifest: Mapping[str, Any]) -> Path | None:
 
 
 def legal_texts(folder: Path) -> list[Path]:
-    """Licences, notices and use policies that stand beside a base, and say anything."""
+    """Return the non-empty licences, notices and use policies in a base's directory."""
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and _LEGAL.match(file.name)]
     return [file for file in files if file.read_bytes().strip()]
 
 
 def write_notice(manifest: Mapping[str, Any], licence: str, part: Path, base: Path | None) -> None:
-    """NOTICE.md: every licence that this was made from, and what each demands of who hands it on; texts beside the
-    base too.
+    """Write NOTICE.md with every licence involved and its obligations; copy the legal texts of the base.
+
+    part: output directory. base: directory of the base, or None.
     """
     sources = [{**source, "source": _short(source)} for source in compliance.made_from(manifest)]
     obligations = compliance.obligations(sources) or ["nothing"]
@@ -145,7 +146,7 @@ def write_notice(manifest: Mapping[str, Any], licence: str, part: Path, base: Pa
 
 
 def _short(source: Mapping[str, Any]) -> str:
-    """A source without the folders of the machine that it was read on."""
+    """Return the name of a source without the directories of the machine on which it was read."""
     if not source.get("path"):
         return str(source["source"])
     name = PurePath(str(source["source"])).name

@@ -1,4 +1,4 @@
-"""Verbs release and verify: gate, sign, check."""
+"""Verbs `release` and `verify`: gate, signature and its check."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from sartor.release import gate as permission
 from sartor.release import notices
 from sartor.release.gate import GateRules, open_rules
 
-# How many items of a Dataset wait for a person
+# Returns the number of items of a Dataset that wait for a review
 OpenItems = Callable[[Artifact], int]
 _SAMPLING = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 256}
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
-# of an adapter that reads media, and of a federated one
+# files of adapters that read media, and of federated adapters
 _SOME_HAVE = {"projectors.safetensors", attacked.FILE}
 
 
 @dataclass(frozen=True)
 class Waiver:
-    """A person who lets a failed check pass, and why; signed into the Release."""
+    """Waiver of a failed check: the person who takes responsibility, and the reason. It is signed into the Release."""
 
     check: str
     by: str
@@ -55,12 +55,12 @@ class Waiver:
 
 @dataclass(frozen=True)
 class Released:
-    """What `release` made."""
+    """Result of `release`."""
 
     release: Artifact
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         gate = self.release.manifest["gate"]
         return {"release": str(self.release.path), "gate": {name: check["outcome"] for name, check in gate.items()}}
 
@@ -82,12 +82,14 @@ def release(
 ) -> Released:
     """Pass an Adapter through the gate and sign it as a Release.
 
-    `use` is what it is meant for: the licences of its sources and base have to permit it. `report` is the Report of
-    this Adapter; by default the newest that the catalogue knows. `out` defaults to `NAME-VERSION` beside the Adapter.
-    `key` is a private key file, or the directory that keygen made. `exemplars`: prompts of its rows that go with it,
-    for the router of a team; 0 leaves them out, and `auto` never chooses it. `rules`: limits and checks of one's own
-    (`gate.py`), a YAML file or what one holds. `open_items`: how many items of a Dataset wait for a person. Raises
-    GateError naming each failed check, ConfigError, ArtifactError.
+    `use` is the intended use; the licences of the sources and the base must permit it. `report` is the Report of this
+    Adapter; by default the newest one in the catalogue. `out` defaults to `NAME-VERSION` beside the Adapter. `key` is
+    a
+    private key file, or the directory that keygen made. `exemplars`: number of prompts of its rows that are included
+    for
+    the router of a team; with 0, `auto` never chooses the agent. `rules`: your own limits and checks (`gate.py`), as a
+    YAML file or its content. `open_items`: returns the number of items of a Dataset that wait for a review. Raises
+    GateError with each failed check, ConfigError, ArtifactError.
     """
     for label, text in (("name", name), ("version", version)):
         if not is_valid_name(text):
@@ -134,10 +136,10 @@ _UNGATED = Waiver("", "sartor serve", "an Adapter that is tried out; no gate has
 
 
 def seal_unreleased(adapter: Artifact, out: Path, name: str, private: Ed25519PrivateKey) -> Artifact:
-    """An Adapter in the form of a Release of the version `unreleased`, for a server of its own: nothing vouches for
-    it.
+    """Write an Adapter as a Release with the version `unreleased`, for a server of its own.
 
-    Every check of the gate is waived, and says by whom. `private` must be a key that no machine trusts.
+    No gate has passed it: every check is waived, and the waiver says so. `private` must be a key that no machine
+    trusts.
     """
     training = training_facts.read_facts(adapter)
     checks = ("gain", "forgetting", "licence")
@@ -184,7 +186,7 @@ def _report_of(adapter: Artifact, report: Path | str | None) -> Artifact:
 
 
 def _report_to_release(adapter: Artifact, reports: Sequence[Path]) -> Path:
-    """The newest Report; where the gate asks for the test split, the newest of those on it."""
+    """Return the newest Report; if the Dataset has a test split, the newest one on it, if any."""
     if not ancestry.test_datasets(adapter):
         return reports[0]
     return next((path for path in reports if read_manifest(path, ("report",)).get("split") == TEST), reports[0])
@@ -199,9 +201,10 @@ def gate(
     open_items: OpenItems = items_to_review,
     name: str = "",
 ) -> dict[str, Check]:
-    """Every check of the gate. name: under which the Release is to go out.
+    """Return every check of the gate.
 
-    Raises ConfigError for a waiver of a check that does not exist, or without name or reason.
+    name: name of the planned Release.
+    Raises ConfigError for a waiver of an unknown check, or one without person or reason.
     """
     manifest, limits = report.manifest, gate_rules.limits if gate_rules else GateLimits()
     primary = manifest["primary"]
@@ -261,7 +264,7 @@ def _facts(
 
 
 def _of_training(training: training_facts.TrainingFacts, report: Artifact) -> dict[str, Any]:
-    """What a server needs of the rows: see `evaluate/training_facts.py`."""
+    """Return the facts of the training rows that a server needs (evaluate/training_facts.py)."""
     return {
         "system_prompt": training.system_prompt,
         "tools": training.most_tools,
@@ -272,9 +275,9 @@ def _of_training(training: training_facts.TrainingFacts, report: Artifact) -> di
 
 @dataclass(frozen=True)
 class Verified:
-    """A Release, or an export of one, whose bytes, signer and base are as they should be.
+    """Release, or export of one, whose files, signer and base have been checked.
 
-    `base` says whether the base was here to compare.
+    base: result of the comparison with the base; it says if the base is not on this machine.
     """
 
     release: Artifact
@@ -282,7 +285,7 @@ class Verified:
     base: str
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         manifest, kind = self.release.manifest, self.release.kind
         if kind == "export":
             details = {
@@ -305,17 +308,17 @@ class Verified:
 
 
 def verify(path: Path | str, *, key: Path | str | None = None, base: str = "") -> Verified:
-    """Check every byte, the signature, and the base and chat template that a Release, or a signed export of one, is
-    bound to.
+    """Check the files, the signature, the base and the chat template of a Release or of a signed export.
 
-    `key` trusts one public key instead of those in SARTOR_HOME/trusted; `base` names the base to compare with, by
-    default the one that the Release names. Raises ArtifactError, SignatureError, ModelError.
+    `key` trusts one public key instead of those in SARTOR_HOME/trusted. `base` names the base to compare with; by
+    default
+    the one that the Release names. Raises ArtifactError, SignatureError, ModelError.
     """
     return _verified(open_artifact(path, ("release", "export")), key, base)
 
 
 def verify_release(path: Path | str, *, key: Path | str | None = None, base: str = "") -> Verified:
-    """The same for what has to be a Release."""
+    """Check a Release as `verify` does; an export is refused."""
     return _verified(open_artifact(path, "release"), key, base)
 
 

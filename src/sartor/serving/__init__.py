@@ -1,1 +1,1 @@
-"""Releases as a team of agents: from a request to a reply, over HTTP or in this process."""
+"""Serving of a team of agents made of Releases, over HTTP or within this process."""

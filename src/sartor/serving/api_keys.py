@@ -1,19 +1,17 @@
 """API keys stored as digests.
 
 A key is `sartor-<id>-<secret>`: 12 hex digits that may be logged and listed, and 256 bits from the system's random
-source. It is stored as one sha256. A slow hash (argon2, scrypt) is for what people can remember: it makes guessing
-dear. Nobody guesses 256 random bits at any price, and a slow hash at each request would be a way to keep the server
-busy.
+source. It is stored as one sha256. A slow hash (argon2, scrypt) protects passwords that can be guessed; 256 random
+bits cannot be guessed at any price, and a slow hash at each request would let clients keep the server busy.
 
-A key opens the agents that it names; `*` is every agent, now and later, `base` and `auto` are names like any other. An
-admin's
-key opens none: who promotes a Release need not be able to read what it says, and the other way round.
+A key opens the agents that it names. `*` stands for every agent, now and later; `base` and `auto` are names like any
+other. An admin key opens no agent: who promotes a Release need not read its replies, and the other way round.
 
-A request waits for a read at most WAIT_S: a database that is gone can hold a connection for minutes. What was read
-last is given then, with the time at which it was read, and whoever asks decides how old it may be.
+A request waits at most WAIT_S for a read of the keys, because a dead database can block a connection for minutes.
+After that it gets the last read with its time, and the caller decides how old it may be.
 
-There are two, and each is enough: an event in the registry's log, which outlives the table of keys and is shared by
-all servers of the team, and a file in the state directory, which outlives the registry.
+Two marks record that a team had keys, and each suffices: an event in the registry's log, which outlives the table of
+keys and is shared by all servers of the team, and a file in the state directory, which outlives the registry.
 """
 
 from __future__ import annotations
@@ -49,16 +47,18 @@ from sartor.serving.registry.user_versions import ANYBODY, note, speakers
 from sartor.serving.team_config import Team, load
 
 WAIT_S = 2.0
-# Before anything was read: a server that starts
+# Longest wait for the first read, when a server starts
 FIRST_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
 class KeyTable:
-    """The keys at one moment.
+    """Keys of a team at one moment.
 
-    rows: by id; None for one that was changed from outside. speakers: by key, for whom it may speak.
-    mark: of the registry's log (key_marks). is_on_file: whether the state directory says that there were keys.
+    rows: by id; None for a row that was changed from outside.
+    speakers: the users for whom each key may speak.
+    mark: KEYED, UNKEYED or "", from the registry's log.
+    is_on_file: whether the state directory holds the mark that there were keys.
     """
 
     rows: Mapping[str, Mapping[str, Any] | None]
@@ -69,7 +69,11 @@ class KeyTable:
 
 @dataclass
 class _Refresh:
-    """A read that runs. started: by the cache's clock; until: when nobody waits for it any more, by the system's."""
+    """Read in progress.
+
+    started: by the cache's clock.
+    until: by the system's monotonic clock; after it nobody waits for this read.
+    """
 
     started: float
     until: float
@@ -80,7 +84,10 @@ class _Refresh:
 
 
 class KeyCache:
-    """What `read` returned last. Safe to use from several threads. clock: monotonic, in seconds."""
+    """Cache of the last result of `read`. Safe to use from several threads.
+
+    clock: monotonic, in seconds.
+    """
 
     def __init__(self, read: Callable[[], KeyTable], clock: Callable[[], float]) -> None:
         self._read = read
@@ -94,13 +101,13 @@ class KeyCache:
 
     @property
     def age_s(self) -> float:
-        """Seconds since the last read that succeeded began. One that failed makes nothing younger."""
+        """Seconds since the last successful read began; a failed read does not change it."""
         return self._clock() - self._read_at
 
     def table(self, fresh_s: float) -> KeyTable:
-        """The keys as read at most `fresh_s` ago; older ones where the database does not answer.
+        """Return the keys as read at most `fresh_s` ago, or older ones if the database does not answer.
 
-        Raises the error of the read where there never was one that succeeded.
+        Raises the error of the read if no read ever succeeded.
         """
         requested_at = self._clock()
         while True:
@@ -118,22 +125,22 @@ class KeyCache:
         return self.last
 
     def poke(self, fresh_s: float) -> None:
-        """Begin to read the keys again if they are older than that, and wait for nothing."""
+        """Start a read if the keys are older than `fresh_s`, and do not wait for it."""
         with self._lock:
             if self._refresh is None and self._clock() - self._tried_at >= fresh_s:
                 self._begin()
 
     def expire(self) -> None:
-        """What is read before now is not to be used as if it were new: this process has changed a key."""
+        """Mark the keys as outdated, because this process has changed one."""
         with self._lock:
             self._tried_at, self._refresh = -math.inf, None
 
     def _begin(self) -> _Refresh:
         refresh = _Refresh(self._clock(), time.monotonic() + (FIRST_WAIT_S if self.last is None else WAIT_S))
         try:
-            # a daemon: one that hangs must not keep the process from ending
+            # a daemon thread: a read that hangs must not keep the process alive
             threading.Thread(target=self._run, args=(refresh,), name="sartor-keys", daemon=True).start()
-        except RuntimeError as fault:  # the system has no thread left: a failed read, tried again later
+        except RuntimeError as fault:  # no thread left: counts as a failed read and is tried again later
             self._tried_at = refresh.started
             self.error = UnavailableError(
                 f"the keys cannot be read: {fault}", "raise the limit of processes (ulimit -u)"
@@ -149,7 +156,7 @@ class KeyCache:
             table = self._read()
         except SartorError as fault:
             error = fault
-        except Exception as fault:  # a driver's own kinds; the waiting must hear of an end whatever it was
+        except Exception as fault:  # drivers raise kinds of their own; waiting threads must be released in any case
             error = UnavailableError(f"the keys cannot be read: {type(fault).__name__}", REPORT)
         with self._lock:
             if self._refresh is refresh:
@@ -168,7 +175,7 @@ _TEXT = (
 
 
 def read_mark(connection: Connection) -> str:
-    """Return KEYED or UNKEYED, whichever the registry's log says last, or "" where it says neither."""
+    """Return KEYED or UNKEYED, whichever is newest in the registry's log, or "" if there is neither."""
     column = registry_schema.events.c
     query = (
         select(registry_schema.events)
@@ -183,7 +190,7 @@ def read_mark(connection: Connection) -> str:
 
 
 def write_mark(connection: Connection, mark: str, reason: str) -> None:
-    """Write a mark into the registry's log, in the transaction of the change that it is about."""
+    """Write a mark into the registry's log, in the transaction of the change that it records."""
     note(connection, mark, "", "", ChangeCause(_user(), reason), {})
 
 
@@ -195,7 +202,7 @@ def _user() -> str:
 
 
 def has_file(state: Path | None) -> bool:
-    """Whether the state directory says that there were keys. What cannot be looked at counts as a yes."""
+    """Return whether the state directory says that there were keys; true if it cannot be read."""
     if state is None:
         return False
     try:
@@ -208,7 +215,7 @@ def has_file(state: Path | None) -> bool:
 
 
 def write_file(state: Path | None) -> None:
-    """Put the file into the state directory, so that it survives a power cut. Raises OSError."""
+    """Write the mark into the state directory, and fsync it. Raises OSError."""
     if state is None or has_file(state):
         return
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -220,8 +227,8 @@ def write_file(state: Path | None) -> None:
 
 
 def remove_file(state: Path | None) -> None:
-    """Take the file out of the state directory. Raises OSError."""
-    if state is None or not has_file(state):  # the directory may not be there either
+    """Remove the mark from the state directory. Raises OSError."""
+    if state is None or not has_file(state):  # the directory itself may be absent
         return
     (state / FILE).unlink(missing_ok=True)
     fsync_directory(state)
@@ -232,25 +239,27 @@ PREFIX = "sartor"
 MOST_CHARACTERS = 256
 SECRET_BYTES = 32
 FRESH_S, SOONER_S = 1.0, 0.1
-# How long keys that cannot be read again still open what they opened: so long may a revoked one work
+# How long the last read of the keys applies if they cannot be read again; a revoked key may work that long
 STALE_S = 60.0
-# How often a server that nobody asks looks at its keys, and tries again to write a mark
+# Seconds between reads of the keys on an idle server, and between tries to write a mark
 IDLE_S, MARK_AGAIN_S = 5.0, 60.0
 TROUBLE = "API keys"
 _FORM = re.compile(rf"{PREFIX}-([0-9a-f]{{12}})-([A-Za-z0-9_-]{{43}})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SPAN = re.compile(r"(\d{1,5})\s*([hdw])")
 _UNITS = {"h": datetime.timedelta(hours=1), "d": datetime.timedelta(days=1), "w": datetime.timedelta(weeks=1)}
-# what an unknown id is compared with, so that it takes as long as a known one
+# digest to compare with for an unknown id, so that the comparison takes as long as for a known one
 _NOBODY = "0" * 64
 
 
 @dataclass(frozen=True)
 class Principal:
-    """Who asks. key: the id, never the secret. agents: those that the key opens; None is all of them.
+    """Holder of a key who sends a request.
 
-    speaks_for: the persons (`registry.user_versions`) that it may name as `user` and be answered by what is theirs;
-    None is anybody.
+    key: the id, never the secret.
+    agents: those that the key opens; None for all.
+    speaks_for: users (`registry.user_versions`) that the client may name as `user` and whose personal versions it may
+    use; None for anybody.
     """
 
     key: str
@@ -259,18 +268,19 @@ class Principal:
     speaks_for: frozenset[str] | None = frozenset()
 
     def opens(self, agent: str) -> bool:
-        """Whether the key opens the agent of that name (without version), `base` or `auto`."""
+        """Return whether the key opens an agent (name without version), `base` or `auto`."""
         return self.agents is None or agent in self.agents
 
     def may_speak_for(self, person: str) -> bool:
-        """Whether it may be answered by what is this person's."""
+        """Return whether the key may use this person's versions."""
         return self.speaks_for is None or bool(self.speaks_for & {person, ANYBODY})
 
 
 @dataclass(frozen=True)
 class ApiKey:
-    """One key as it is stored, without its secret. Times are UTC, ISO; `expires` and `revoked` are "" where it is not
-    so.
+    """Key as it is stored, without its secret.
+
+    created, expires, revoked: UTC, ISO; `expires` and `revoked` are empty if they do not apply.
     """
 
     id: str
@@ -282,26 +292,26 @@ class ApiKey:
 
     @property
     def state(self) -> str:
-        """valid, revoked or expired."""
+        """State of the key: valid, revoked or expired."""
         if self.revoked:
             return "revoked"
         return "expired" if self.expires and self.expires <= _now() else "valid"
 
     def as_json(self) -> dict[str, Any]:
-        """A row of `sartor agents key --list`."""
+        """Return the key as a row of `sartor agents key --list`."""
         opens = "the admin's routes" if self.is_admin else ", ".join(self.agents)
         return {"id": self.id, "opens": opens, "state": self.state, "created": self.created, "expires": self.expires}
 
 
 class ApiKeyStore:
-    """The keys of one team, in its registry's database. Safe to use from several threads and processes.
+    """Keys of one team in its registry's database. Safe to use from several threads and processes.
 
-    They are read again after `FRESH_S`, by which a key is refused at the latest that another process revoked, and
-    sooner for an id that is not known. While the database cannot be read, what was read last holds for `STALE_S` and
-    no longer.
+    Keys are read again after `FRESH_S`, so another process's revocation takes effect by then; for an unknown id they
+    are read again after `SOONER_S`. If the database cannot be read, the last read applies for `STALE_S`.
 
-    A team that had keys once (key_marks) never opens by itself: where its keys are gone, nobody is let in.
-    state: the team's directory, in which one of the marks lies. clock: monotonic, in seconds.
+    A team that once had keys never opens by itself: if its keys are gone, every request is refused.
+    state: the team's directory, which holds one of the marks.
+    clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -316,31 +326,32 @@ class ApiKeyStore:
 
     @classmethod
     def of(cls, team: Team) -> ApiKeyStore:
-        """The keys of a team. Raises what `open_database` raises."""
+        """Open the keys of a team. Raises what `open_database` raises."""
         return cls(registry_schema.open_database(team.registry_url), state=Path(team.state))
 
     def close(self) -> None:
-        """Give the database back."""
+        """Close the database."""
         self._database.close()
 
     @property
     def is_open(self) -> bool:
-        """Whether no key was ever made, so that whoever reaches the server may ask. A revoked key still shuts the
-        door.
+        """Whether no key was ever made, so that any client may send requests. A revoked key counts as made.
 
-        Raises UnavailableError where keys were made and nobody can be let in: they are gone, or were read too long
-        ago.
+        Raises UnavailableError if keys were made and none can be checked: they are gone, or the last read is too old.
         """
         self._usable(FRESH_S)
         return not self._was_keyed
 
     @property
     def has_admin(self) -> bool:
-        """Whether an admin's key is valid; without one the admin's routes are off."""
+        """Whether an admin key is valid; without one the admin routes are off."""
         return any(key.is_admin and key.state == "valid" for key in self.listed())
 
     def troubles(self) -> dict[str, str]:
-        """What is wrong with the keys as they were read last; they are read again beside. Waits for nothing."""
+        """Return the problems of the keys at the last read.
+
+        It starts a new read in the background, and waits for nothing.
+        """
         self._cache.poke(IDLE_S)
         table, error = self._cache.last, self._cache.error
         if table is None or not self._was_keyed:
@@ -353,7 +364,7 @@ class ApiKeyStore:
         )
 
     def admit(self, secret: str) -> Principal:
-        """Who holds this key. Raises KeyRefusedError, which never repeats what was sent."""
+        """Return the holder of this key. Raises KeyRefusedError, which never repeats the key."""
         match = _FORM.fullmatch(secret[:MOST_CHARACTERS])
         row = self._row(match[1]) if match else None
         digest = hashlib.sha256(secret[:MOST_CHARACTERS].encode("utf-8", "replace")).hexdigest()
@@ -368,15 +379,16 @@ class ApiKeyStore:
         return Principal(key.id, agents, key.is_admin, speakers_of.get(key.id, frozenset()))
 
     def check(self, header: str) -> Principal:
-        """Who sends this Authorization header (`Bearer KEY`). Raises KeyRefusedError."""
+        """Return the sender of this Authorization header (`Bearer KEY`). Raises KeyRefusedError."""
         scheme, _, secret = header.strip().partition(" ")
         if scheme.lower() != "bearer" or not secret.strip():
             raise KeyRefusedError("no API key was sent", "send the header Authorization: Bearer KEY")
         return self.admit(secret.strip())
 
     def make(self, agents: Sequence[str], *, is_admin: bool = False, expires: str = "") -> tuple[str, ApiKey]:
-        """A new key and what is kept of it; the key itself is nowhere from now on. Raises ConfigError for what it
-        names.
+        """Make a key, and return its secret and the stored form. The secret is not stored.
+
+        Raises ConfigError for invalid names or an invalid expiry.
         """
         names = sorted(set(agents))
         if bool(names) == is_admin:
@@ -411,7 +423,7 @@ class ApiKeyStore:
         return secret, _key(row)
 
     def revoke(self, identity: str) -> ApiKey:
-        """End a key for ever. Raises ConfigError for an id that no key has."""
+        """Revoke a key for ever. Raises ConfigError for an unknown id, ArtifactError for a changed row."""
         with self._database.change() as connection:
             row = _whole(connection, identity)
             if row is None:
@@ -428,11 +440,10 @@ class ApiKeyStore:
         return _key(row)
 
     def remove_all(self) -> int:
-        """Remove every key, for whom it may speak, and the marks that there were any; returns how many keys there
-        were.
+        """Remove every key, its permissions to speak for users, and the marks; return the number of keys.
 
-        A server that runs refuses everybody from then on. One that is started afterwards asks for no key. Raises
-        ConfigError where the mark in the state directory cannot be removed.
+        A running server refuses every request from then on. A server that is started afterwards needs no key.
+        Raises ConfigError if the mark in the state directory cannot be removed.
         """
         with self._database.change() as connection:
             count = connection.execute(delete(registry_schema.keys)).rowcount
@@ -448,9 +459,7 @@ class ApiKeyStore:
         return count
 
     def listed(self) -> list[ApiKey]:
-        """Every key that is whole, the oldest first; one that was changed from outside opens nothing and is left
-        out.
-        """
+        """Return the intact keys, oldest first. A key that was changed from outside opens nothing and is left out."""
         keys = [_key(row) for row in self._cache.table(FRESH_S).rows.values() if row is not None]
         return sorted(keys, key=lambda key: (key.created, key.id))
 
@@ -467,8 +476,9 @@ class ApiKeyStore:
         return row
 
     def _usable(self, fresh_s: float) -> KeyTable:
-        """The keys, of a team that has some or never had any. Raises UnavailableError for another, and for ones too
-        old.
+        """Return the keys of a team that has some or never had any.
+
+        Raises UnavailableError if the keys are gone or the last read is older than STALE_S.
         """
         table = self._cache.table(fresh_s)
         if not self._was_keyed:
@@ -484,7 +494,10 @@ class ApiKeyStore:
         return table
 
     def _read(self) -> KeyTable:
-        """Everything in one transaction. From the first key that is seen on, the team counts as one that had keys."""
+        """Read the keys in one transaction.
+
+        From the first key or mark that is seen, the team counts as one that had keys.
+        """
         is_on_file = has_file(self._state)
         with self._database.read() as connection:
             rows = [dict(row) for row in connection.execute(select(registry_schema.keys)).mappings()]
@@ -498,9 +511,9 @@ class ApiKeyStore:
         return KeyTable({str(row["id"]): row if is_whole(row) else None for row in rows}, allowed, mark, is_on_file)
 
     def _mark(self) -> None:
-        """Write the marks that are missing: of keys made by an older version, of a registry that was replaced.
+        """Write missing marks, for keys of an older version or a registry that was replaced.
 
-        Where that fails the other mark stands, and it is tried again in a while.
+        If one cannot be written, the other still applies; the next try is after MARK_AGAIN_S.
         """
         if self._clock() - self._marked_at < MARK_AGAIN_S:
             return
@@ -514,10 +527,10 @@ class ApiKeyStore:
                 write_mark(connection, KEYED, "a server saw keys")
 
     def _changed(self) -> None:
-        """After a key was made or revoked: read again, and mark in the state directory that there are keys."""
+        """Expire the cache after a key was made or revoked, and write the mark into the state directory."""
         self._cache.expire()
         self._was_keyed = True
-        with contextlib.suppress(OSError):  # the registry's mark stands, and a server writes the file when it starts
+        with contextlib.suppress(OSError):  # the registry's mark applies, and a server writes the file when it starts
             write_file(self._state)
 
 
@@ -532,8 +545,9 @@ def _lost(table: KeyTable) -> UnavailableError:
 
 
 def make_key(team: Path | str, agents: Sequence[str], *, is_admin: bool = False, expires: str = "") -> dict[str, Any]:
-    """Make a key for a team (TEAM.yaml). `key` in what is returned is shown this once. Raises ConfigError, as
-    `Keys.make`.
+    """Make a key for a team (TEAM.yaml). The secret in `key` is shown only once.
+
+    Raises ConfigError as `ApiKeyStore.make`.
     """
     with closing(ApiKeyStore.of(load(Path(team)))) as keys:
         secret, key = keys.make(agents, is_admin=is_admin, expires=expires)
@@ -541,13 +555,13 @@ def make_key(team: Path | str, agents: Sequence[str], *, is_admin: bool = False,
 
 
 def revoke_key(team: Path | str, identity: str) -> dict[str, Any]:
-    """End a key of a team for ever. Raises ConfigError for an id that no key has."""
+    """Revoke a key of a team for ever. Raises ConfigError for an unknown id."""
     with closing(ApiKeyStore.of(load(Path(team)))) as keys:
         return keys.revoke(identity).as_json()
 
 
 def remove_keys(team: Path | str) -> dict[str, Any]:
-    """Remove every key of a team, so that a server started from then on asks for none: see `Keys.remove_all`."""
+    """Remove every key of a team, so that a server started from then on needs none."""
     with closing(ApiKeyStore.of(load(Path(team)))) as keys:
         note = (
             "a server that is started from now on asks for no key and listens on loopback alone; restart one that runs"
@@ -556,7 +570,7 @@ def remove_keys(team: Path | str) -> dict[str, Any]:
 
 
 def list_keys(team: Path | str) -> dict[str, Any]:
-    """Every key of a team, without secrets."""
+    """Return every intact key of a team, without secrets."""
     with closing(ApiKeyStore.of(load(Path(team)))) as keys:
         return {"keys": [key.as_json() for key in keys.listed()]}
 
@@ -565,7 +579,7 @@ _REMEDY = "sartor agents key NAME makes one"
 
 
 def _whole(connection: Connection, identity: str) -> Mapping[str, Any] | None:
-    """The row of a key. Raises ArtifactError for one that was changed from outside."""
+    """Return the row of a key, or None. Raises ArtifactError if it was changed from outside."""
     stored_row = (
         connection.execute(select(registry_schema.keys).where(registry_schema.keys.c.id == identity))
         .mappings()
@@ -587,7 +601,10 @@ def _key(row: Mapping[str, Any]) -> ApiKey:
 
 
 def _ends(expires: str) -> str:
-    """`30d`, `12h`, `2w` from now, or the end of an ISO day, or an ISO time; "" is never."""
+    """Return the time of expiry: `30d`, `12h` or `2w` from now, the end of an ISO day, or an ISO time.
+
+    Empty for an empty text, which means never.
+    """
     if not expires:
         return ""
     if span := _SPAN.fullmatch(expires.strip()):

@@ -1,7 +1,7 @@
 """Consent, rate and masking rules of incoming feedback.
 
-All texts of one feedback are looked at together: a value that stands in the prompt, the reply and the correction has
-one placeholder. Pictures and recordings are not looked into.
+All texts of one feedback are masked together: a value that occurs in the prompt, the reply and the correction gets one
+placeholder. Images and recordings are not searched.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from sartor.serving.rate_limits import FeedbackRates
 from sartor.serving.receipts import Digest, team_digest
 from sartor.serving.team_config import FeedbackTerms
 
-_NAMES = ("role", "type")  # whose values are words of the protocol
+_NAMES = ("role", "type")  # fields whose values are words of the protocol
 _OWN = ("text", "reply", "correction", "comment")
 Change = Callable[[str], str]
 
 
 class Mask:
-    """Masks feedback. allow: values that stay, as the step's `allow` has them. Raises ConfigError for a bad
-    expression.
+    """Masking of personal data in feedback.
+
+    allow: values that stay, as in the `allow` of the curation step. Raises ConfigError for an invalid expression.
     """
 
     def __init__(self, allow: Sequence[str] = ()) -> None:
@@ -38,7 +39,7 @@ class Mask:
         self._lock = threading.Lock()
 
     def __call__(self, feedback: Feedback) -> Feedback:
-        """The feedback as it may be written; `masked` counts what was found, by kind."""
+        """Return the feedback without personal data; `masked` counts what was found, by kind."""
         row = Example(
             tuple(Message("user", tuple(Part("text", text) for text in texts)) for texts in _texts(feedback)), _NOWHERE
         )
@@ -58,7 +59,7 @@ _NOWHERE = (Origin("", ""),)
 
 
 def _texts(feedback: Feedback) -> Iterator[list[str]]:
-    """The texts of each message, then each of the feedback's own, in the order of `_map_texts`."""
+    """Yield the texts of each message, then each text field of the feedback, in the order of `_map_texts`."""
     for message in feedback.messages:
         texts: list[str] = []
         _walk(message, lambda text, texts=texts: texts.append(text) or text)  # type: ignore[misc]
@@ -73,7 +74,7 @@ def _map_texts(feedback: Feedback, change: Change) -> Feedback:
 
 
 def _walk(value: Any, change: Change) -> Any:
-    """The value with every text in it changed, but for what the protocol says and for media."""
+    """Return the value with `change` applied to every text in it, except protocol fields and media."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -84,7 +85,10 @@ def _walk(value: Any, change: Change) -> Any:
 
 
 class FeedbackIntake:
-    """One team's. state: its directory. Safe to use from several threads."""
+    """Intake of feedback for one team. Safe to use from several threads.
+
+    state: the team's state directory.
+    """
 
     def __init__(self, terms: FeedbackTerms, state: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.inbox = FeedbackStore(state / "inbox")
@@ -94,15 +98,18 @@ class FeedbackIntake:
         self._mask = Mask(terms.allow)
 
     def voice(self, key: str, user: str, consent: bool | None) -> FeedbackAuthor:
-        """Who says it. user: an id as the client gives it; what is kept is a digest under the team's key."""
+        """Return the author of a feedback.
+
+        user: the client's id of the user; only its digest under the team's key is stored.
+        """
         agreed = self._terms.consent == "assumed" if consent is None else consent
         basis = ("assumed" if consent is None else "given") if agreed else "refused"
         return FeedbackAuthor(key, self._digest("user", user), basis)  # type: ignore[arg-type]
 
     def keep(self, feedback: Feedback) -> Feedback:
-        """Write it, without words unless there is consent, and without personal data. Returns what is written.
+        """Write a feedback without personal data, and without texts if consent is refused; return what is written.
 
-        Raises MissingError when the disk does not take it.
+        Raises MissingError if the disk fails.
         """
         if feedback.by.consent == "refused":
             feedback = replace(feedback, correction="", comment="", messages=(), text="", reply="")

@@ -1,8 +1,8 @@
 """Feedback files and the memory of recent replies.
 
-Receipts hold digests, so a correction alone could teach nothing. Prompts and replies are therefore remembered for a
-while, in memory only, and what a person comments on is written down with the comment; everything else is forgotten.
-`feedback_intake.py` decides what of it may be written, `text/pii/masking.py` takes personal data out.
+Receipts hold only digests, so a correction alone would have no prompt to learn from. Prompts and replies are therefore
+kept in memory for a while. What a user comments on is written with the comment; the rest is forgotten.
+`feedback_intake.py` decides what may be written, `text/pii/masking.py` removes personal data.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from sartor.core.filesystem import FileSystem, fsync_directory, write_file_atomi
 from sartor.core.records import Feedback
 
 PATTERN = "feedback-{day}.jsonl"
-PATIENCE_S = 10.0  # for another process that takes lines out
-MOST_RECEIPTS = 100_000  # of which it is remembered who got them, and who rated them
+PATIENCE_S = 10.0  # wait for another process that holds the lock
+MOST_RECEIPTS = 100_000  # receipts whose keys are remembered, and as many ratings
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt (messages, or one text) and its reply, with the exact version that gave it, the key that asked, and for
-    whom.
+    """Prompt and reply of one request.
+
+    agent: the exact version that replied.
+    messages, text: the prompt, one of the two.
+    key: id of the API key of the request.
+    person: the user for whom the client spoke.
     """
 
     agent: str
@@ -43,12 +47,15 @@ class Exchange:
 
     @property
     def size_bytes(self) -> int:
-        """What everything that was said takes as text."""
+        """Size of all texts, in bytes."""
         return _size([self.text, self.reply, *self.messages])
 
 
 def _size(value: Any) -> int:
-    """Bytes of the texts in a value, without a copy of those that hold a picture."""
+    """Return the approximate bytes of the texts in a value.
+
+    ASCII texts, such as media in base64, are not copied for it.
+    """
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode(errors="replace"))
     if isinstance(value, Mapping):
@@ -57,7 +64,10 @@ def _size(value: Any) -> int:
 
 
 class Memory:
-    """The newest exchanges, by receipt, up to so many bytes together; for longer, who got a reply and who rated it."""
+    """Newest exchanges by receipt, up to `max_bytes` in total.
+
+    For longer, up to MOST_RECEIPTS, it remembers the key of each reply and the keys that rated it.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -67,7 +77,7 @@ class Memory:
         self._rated: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     def keep(self, receipt: str, exchange: Exchange) -> None:
-        """Remember it, and forget the oldest as far as needed."""
+        """Remember an exchange, and forget the oldest ones beyond the limit."""
         self._askers[receipt] = exchange.key
         _forget(self._askers)
         self._exchanges[receipt] = exchange
@@ -77,21 +87,22 @@ class Memory:
             self._bytes -= oldest.size_bytes
 
     def find(self, receipt: str) -> Exchange | None:
-        """The exchange, if it is still known."""
+        """Return the exchange if it is still remembered, else None."""
         return self._exchanges.get(receipt)
 
     def forget_person(self, person: str) -> None:
-        """Forget what was said for a person, whoever asked."""
+        """Forget every exchange for a person, from whichever key."""
         for receipt in [receipt for receipt, exchange in self._exchanges.items() if exchange.person == person]:
             self._bytes -= self._exchanges.pop(receipt).size_bytes
 
     def asker(self, receipt: str) -> str:
-        """Id of the key that got the reply; "" where that is not known, or there were no keys."""
+        """Return the id of the key that got the reply; empty if it is unknown or the server has no keys."""
         return self._askers.get(receipt, "")
 
     def is_first(self, receipt: str, key: str) -> bool:
-        """Whether the key rates the reply for the first time. The monitors hear a rating once, or one key could roll
-        back.
+        """Return whether the key rates this reply for the first time, and record it.
+
+        The rollout monitors count one rating per key and reply; otherwise one key could force a rollback.
         """
         if (receipt, key) in self._rated:
             return False
@@ -107,8 +118,10 @@ def _forget(entries: OrderedDict[Any, Any]) -> None:
 
 @dataclass(frozen=True)
 class StoredFeedback:
-    """A line of an inbox: where it stands (`feedback-2026-11-26.jsonl:12`), and what it says; None where it cannot be
-    read.
+    """Line of an inbox.
+
+    location: file and line, such as `feedback-2026-11-26.jsonl:12`.
+    feedback: None if the line cannot be read.
     """
 
     location: str
@@ -116,9 +129,10 @@ class StoredFeedback:
 
 
 class FeedbackStore:
-    """A directory of JSONL files, one a day: one `Feedback` a line, on disk when `add` returns.
+    """Directory of JSONL files, one per day, with one `Feedback` per line.
 
-    Safe to use from several threads and processes: who writes holds a lock beside the directory.
+    A line is on disk when `add` returns. Safe to use from several threads and processes: writers hold a lock beside
+    the directory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -126,7 +140,7 @@ class FeedbackStore:
         self._lock = threading.Lock()
 
     def add(self, feedback: Feedback) -> None:
-        """Append it, whole or not at all. Raises MissingError when the disk does not take it."""
+        """Append a feedback, whole or not at all. Raises MissingError if the disk fails."""
         line = (json.dumps(feedback.as_json(), ensure_ascii=False) + "\n").encode()
         file = self.path / PATTERN.format(day=feedback.date[:10])
         try:
@@ -139,24 +153,24 @@ class FeedbackStore:
             ) from None
 
     def lines(self) -> Iterator[StoredFeedback]:
-        """Every line that says something, the oldest first."""
+        """Yield every line that is not blank, oldest first."""
         for file in self._files():
             for number, line in enumerate(file.read_bytes().splitlines(), 1):
                 if line.strip():
                     yield StoredFeedback(f"{file.name}:{number}", _read(line))
 
     def remove(self, should_remove: Callable[[Feedback], bool]) -> list[StoredFeedback]:
-        """Take lines out, and every one that was cut short, since nobody can tell whose it was. Returns what they
-        said.
+        """Remove the lines that `should_remove` accepts, and return them.
 
-        A blank line stays in the place of each, so that what datasets say of the others' places goes on to hold.
-        Raises MissingError where the disk does not take it; then the file is as it was.
+        Truncated lines are removed too, because their author cannot be known. A blank line stays in place of each, so
+        that the locations in datasets stay valid.
+        Raises MissingError if the disk fails; then that file is unchanged.
         """
         removed: list[StoredFeedback] = []
         for file in self._files():
             try:
                 with self._alone():
-                    FileSystem().remove_leftovers(file)  # rows that a killed rewriting left beside it
+                    FileSystem().remove_leftovers(file)  # temporary files of a rewrite that was killed
                     removed += _without(file, should_remove)
             except OSError as error:
                 raise MissingError(
@@ -179,7 +193,7 @@ class FeedbackStore:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             end = os.fstat(descriptor).st_size
-            # a line that a kill cut short must not take the next one with it
+            # start a new line after one that a kill truncated, so that the new one stays readable
             torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
             try:
                 _write(descriptor, b"\n" + line if torn else line)
@@ -206,7 +220,7 @@ def _read(line: bytes) -> Feedback | None:
 
 
 def _without(file: Path, should_remove: Callable[[Feedback], bool]) -> list[StoredFeedback]:
-    """Rewrite a file without some lines, whole or not at all; returns those."""
+    """Rewrite a file without some lines, whole or not at all; return those lines."""
     removed: list[StoredFeedback] = []
     lines = file.read_bytes().splitlines()
     for index, line in enumerate(lines):

@@ -1,7 +1,7 @@
 """Client of one MCP tool server.
 
-A program is started by its arguments, never by a shell, with the few environment variables that the protocol's package
-passes on and those that TEAM.yaml names; what it writes to stderr is in STATE/tools/NAME.log.
+A server program is started by its arguments and never by a shell. It gets the few environment variables that the `mcp`
+package passes on, and those that TEAM.yaml names. Its stderr goes to STATE/tools/NAME.log.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
 MOST_TOOLS_READ = 128
-# a server by address may hold a stream open and say nothing for so long; one call has its own, shorter time
+# longest silence of an open HTTP stream; a call has its own, shorter limit
 OPEN_STREAM_S = 300.0
 
 
 @dataclass(frozen=True)
 class OfferedTool:
-    """One tool. declared: as OpenAI's `tools` have it. schema: of its arguments."""
+    """Tool that agents may call.
+
+    declared: as in OpenAI's `tools`.
+    schema: JSON Schema of its arguments.
+    """
 
     name: str
     server: McpConnection
@@ -41,7 +45,10 @@ class OfferedTool:
 
 
 class McpConnection:
-    """A tool server. troubles: what cannot be offered, and why, by `tools NAME` or `tools NAME.TOOL`."""
+    """Connection to a tool server.
+
+    troubles: reasons why something is not offered, by `tools NAME` or `tools NAME.TOOL`.
+    """
 
     def __init__(self, terms: ToolServer, folder: Path) -> None:
         self.terms, self._folder = terms, folder
@@ -53,11 +60,11 @@ class McpConnection:
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be called now."""
+        """Whether the server can be called now."""
         return self._session is not None
 
     async def start(self) -> None:
-        """Open it; returns when that was tried once. Raises ExtraError where the package `mcp` is not installed."""
+        """Open the server, and return after the first attempt. Raises ExtraError if `mcp` is not installed."""
         try:
             import mcp  # noqa: F401
         except ImportError:
@@ -66,17 +73,18 @@ class McpConnection:
         await self._tried.wait()
 
     async def close(self) -> None:
-        """End it, and its program."""
-        self._ended.set()  # the package swallows a cancellation that reaches it while it closes a session that broke
+        """Close the connection and stop the program."""
+        self._ended.set()  # the package swallows a cancellation while it closes a broken session
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def call(self, name: str, arguments: Mapping[str, Any], max_s: float) -> str:
-        """What a tool says to arguments that obey its schema, within `max_s` and its own time, whichever is shorter.
+        """Return a tool's result for arguments that satisfy its schema.
 
-        Raises DeadlineError, UnavailableError when it is dead or dies, RequestError for what the tool itself calls an
-        error.
+        max_s: limit in seconds, besides the server's own timeout_s; the shorter one applies.
+        Raises DeadlineError, UnavailableError if the server is down or fails, RequestError for an error that the tool
+        reports.
         """
         from mcp.shared.exceptions import MCPError
 
@@ -94,12 +102,12 @@ class McpConnection:
                 f"timeout_s: {2 * limit_s:g} of {self.terms.name} in the team's file, within limits.deadline_s",
             ) from None
         except MCPError as error:
-            self._broken.set()  # a server that answers by an error of the protocol is opened anew
+            self._broken.set()  # reconnect to a server that answers with a protocol error
             raise UnavailableError(
                 f"the tool {name} failed: {error.message[:200]}",
                 f"send the request again; STATE/tools/{self.terms.name}.log says more",
             ) from None
-        except (RuntimeError, ValueError, OSError) as error:  # the package's own, of what it cannot read
+        except (RuntimeError, ValueError, OSError) as error:  # raised by the package for messages it cannot read
             self._broken.set()
             raise UnavailableError(
                 f"the tool {name} failed: {type(error).__name__}",
@@ -113,7 +121,9 @@ class McpConnection:
         return text
 
     async def _keep(self) -> None:
-        """Hold it open in one task, as the package asks for; after its death again, later each time."""
+        """Keep the session open in one task, as the package requires; reopen it with growing delays
+        after a failure.
+        """
         wait_s = FIRST_WAIT_S
         while not self._ended.is_set():
             self._broken.clear()
@@ -123,7 +133,7 @@ class McpConnection:
                     self._tried.set()
                     await self._broken.wait()
                 reason = "it broke off, and is opened again"
-            except Exception as error:  # whatever a foreign program does, it is a trouble of this server alone
+            except Exception as error:  # any failure of a foreign program is a trouble of this server alone
                 reason = error.problem if isinstance(error, SartorError) else _cause(error)
             self._session, self.troubles = None, {f"tools {self.terms.name}": reason}
             self._tried.set()
@@ -183,7 +193,7 @@ class McpConnection:
             yield streams
 
     def _offer(self, listed: list[Any]) -> None:
-        """Take the tools that are allowed and whose schema is one; the others are told."""
+        """Offer the allowed tools with a valid schema, and record the troubles of the others."""
         offered, troubles = {}, {}
         names = {tool.name for tool in listed}
         for name in set(self.terms.allow) - names:

@@ -1,9 +1,7 @@
 """Options of multi-agent plans in TEAM.yaml.
 
-A plan may stand wherever an agent may, so that plans are put together from plans. Whatever can be known of the file
-alone is
-refused when it is read: a plan that comes back to itself, one that is deeper than its budget, a mend that nothing
-calls for.
+A plan may stand wherever an agent may, so plans can contain plans. Errors that show in the file alone are refused when
+it is read: a plan that contains itself, one that is nested deeper than its budget, a mend without a check.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ DIGEST_DIGITS = 12
 
 @dataclass(frozen=True)
 class PlanStep:
-    """One who is asked, and what for."""
+    """Agent that is asked in a plan, and its input."""
 
     agent: str = option(REQUIRED, "who is asked: an agent, name@version, base, auto, or another plan")
     gets: tuple[Given, ...] = option(
@@ -51,7 +49,7 @@ class PlanStep:
 
 @dataclass(frozen=True)
 class Json:
-    """The reply is one JSON value, of a schema where one is given."""
+    """Check that the reply is one JSON value, of a schema if one is given."""
 
     kind: Literal["json"] = "json"
     schema: Any = option("", "JSON Schema, a mapping or a file of one; empty takes any JSON")
@@ -63,7 +61,7 @@ class Json:
 
 @dataclass(frozen=True)
 class PatternCheck:
-    """The reply holds what a regular expression finds, or must not."""
+    """Check that a regular expression matches the reply somewhere, or does not."""
 
     pattern: str = option(REQUIRED, "regular expression")
     kind: Literal["pattern"] = "pattern"
@@ -81,7 +79,7 @@ class PatternCheck:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Every equation in the reply holds."""
+    """Check that every equation in the reply is true."""
 
     kind: Literal["arithmetic"] = "arithmetic"
     least: int = option(0, "so many equations the reply must hold")
@@ -89,7 +87,7 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class Citations:
-    """What the reply cites stands in its sources, but for case and white space."""
+    """Check that citations occur in their sources, ignoring case and white space."""
 
     kind: Literal["citations"] = "citations"
     fields: tuple[str, ...] = option(
@@ -105,7 +103,7 @@ class Citations:
 
 @dataclass(frozen=True)
 class Critic(PlanStep):
-    """An agent that says whether a draft is right. It is asked where the checks before it found nothing."""
+    """Agent that judges a draft. It is asked only if the checks before it found nothing."""
 
     kind: Literal["agent"] = "agent"
 
@@ -115,7 +113,7 @@ Check = Json | PatternCheck | Arithmetic | Citations | Critic
 
 @dataclass(frozen=True)
 class Mend(PlanStep):
-    """Who mends a draft that a check found something in."""
+    """Agent that corrects a draft in which a check found something."""
 
     times: int = option(1, "so often at most")
     repeats: int = option(
@@ -125,7 +123,7 @@ class Mend(PlanStep):
 
 @dataclass(frozen=True)
 class PlanBudget:
-    """What one request may take of a plan, the plans within it included."""
+    """Limits of one request to a plan, including the plans within it."""
 
     tokens: int = option(
         8192, "of prompts and replies together; looked at before each step, whose reply is held to the rest"
@@ -143,7 +141,7 @@ class PlanBudget:
 
 @dataclass(frozen=True)
 class Vote:
-    """The reply that most members give; of equally many the one whose first member stands first."""
+    """Reply that most members give; in a tie, the one whose first member comes first."""
 
     kind: Literal["vote"] = "vote"
     fields: tuple[str, ...] = option(
@@ -153,7 +151,7 @@ class Vote:
 
 @dataclass(frozen=True)
 class FieldRule:
-    """How one field of JSON replies is united."""
+    """Rule for joining one field of JSON replies."""
 
     name: str = option(REQUIRED, "the field")
     rule: Rule = option("vote", "vote: what most say, absence included; first; union of lists; longest text")
@@ -161,7 +159,7 @@ class FieldRule:
 
 @dataclass(frozen=True)
 class Merge:
-    """One JSON object, made field by field of those that the members give."""
+    """JSON object joined field by field from the members' replies."""
 
     kind: Literal["merge"] = "merge"
     rule: Rule = option("vote", "of the fields that are not named")
@@ -170,7 +168,7 @@ class Merge:
 
 @dataclass(frozen=True, kw_only=True)
 class Declared:
-    """What every plan has."""
+    """Options that every plan has."""
 
     name: str = option(REQUIRED, "what clients ask for as `model`")
     budget: PlanBudget = option(PlanBudget(), "what one request may take")
@@ -179,7 +177,7 @@ class Declared:
 
 @dataclass(frozen=True, kw_only=True)
 class ChainPlan(Declared):
-    """Each step is given the draft of the one before it; the last draft is checked and mended."""
+    """Plan in which each step gets the draft of the one before it; the last draft is checked and mended."""
 
     kind: Literal["sequence"] = "sequence"
     steps: tuple[PlanStep, ...] = option(
@@ -195,7 +193,7 @@ class ChainPlan(Declared):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlan(Declared):
-    """All members are asked the same, side by side, and their replies become one."""
+    """Plan in which all members get the same request in parallel, and their replies are joined."""
 
     kind: Literal["parallel"] = "parallel"
     members: tuple[PlanStep, ...] = option(
@@ -209,8 +207,9 @@ class ParallelPlan(Declared):
 
 @dataclass(frozen=True, kw_only=True)
 class DividedPlan(Declared):
-    """A planner divides the request into parts, each for a member; the parts are answered, put together, and
-    verified.
+    """Plan in which a planner divides the request into parts for the members.
+
+    Their replies are put together and checked.
     """
 
     kind: Literal["verify"] = "verify"
@@ -232,7 +231,7 @@ Plan = ChainPlan | ParallelPlan | DividedPlan
 
 
 def agents_of_plan(plan: Plan) -> tuple[PlanStep, ...]:
-    """Everybody who is asked."""
+    """Return every step of a plan that asks an agent."""
     if isinstance(plan, ParallelPlan):
         return plan.members
     critics = [check for check in plan.check if isinstance(check, Critic)]
@@ -243,7 +242,7 @@ def agents_of_plan(plan: Plan) -> tuple[PlanStep, ...]:
 
 
 def within(plan: Plan, plan_names: Collection[str]) -> list[str]:
-    """The plans, by name, that a plan asks itself."""
+    """Return the names of the plans that a plan asks directly, sorted."""
     return sorted({step.agent for step in agents_of_plan(plan)} & set(plan_names))
 
 
@@ -263,9 +262,7 @@ def _check_mend(checks: Sequence[Check], mend: Mend | None) -> None:
 
 
 def check_plans(plans: Sequence[Plan], members: Collection[str], reserved: Collection[str]) -> None:
-    """Raise ConfigError for a name that is taken or none, a plan within itself, and one that is deeper than its
-    budget.
-    """
+    """Raise ConfigError for a plan with an invalid name, within itself, or deeper than its budget."""
     plans_by_name: dict[str, Plan] = {}
     for plan in plans:
         if plan.name in plans_by_name or plan.name in members or plan.name in reserved:
@@ -296,7 +293,10 @@ def _depth(name: str, plans_by_name: Mapping[str, Plan], parents: tuple[str, ...
 
 
 def seen_from(plan: Plan, root: Path) -> Plan:
-    """A plan with its schemas read and the paths of its sources absolute. Raises ConfigError for what is not there."""
+    """Return a plan with its schemas loaded and its source paths absolute.
+
+    Raises ConfigError for a missing file or an invalid schema.
+    """
     return config.load(type(plan), _seen(config.dump(plan), root))
 
 
@@ -332,8 +332,9 @@ def _schema_in(file: Path) -> Any:
 
 
 def digest(plan: Plan, plans_by_name: Mapping[str, Plan]) -> str:
-    """The version of a plan, 12 hex digits: of all that it declares, the plans within it and the texts that it cites
-    from.
+    """Return the version of a plan, 12 hex digits.
+
+    It covers all declared options except `log`, the plans within it, and the texts that it cites from.
     """
     check: tuple[Check, ...] = () if isinstance(plan, ParallelPlan) else plan.check
     source_paths = [source for item in check if isinstance(item, Citations) for source in item.sources]

@@ -1,9 +1,9 @@
 """Token buckets per API key.
 
-A bucket holds a minute's worth (or a day's), is full at the start, and fills evenly. A request takes one from the
-first at its beginning. What a reply costs is known at its end only, so the second is charged then and may go below
-nothing: who asks while it is empty waits until it is not. Requests of one agent at once are bounded elsewhere (the
-bulkhead).
+A bucket holds a minute's (or a day's) amount, starts full, and refills evenly. A request takes one unit of the request
+bucket when it begins. A reply's tokens are known only at its end: they are charged then, and the token bucket may
+become negative. A request with an empty bucket is refused with the seconds to wait. The number of simultaneous
+requests of one agent is limited elsewhere (bulkhead).
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from dataclasses import dataclass
 from sartor.core.errors import BusyError
 from sartor.serving.team_config import FeedbackTerms, RequestLimits
 
-MOST_KEYS = 10_000  # that are remembered; the one that has asked for longest ago is forgotten, and so is full again
+MOST_KEYS = 10_000  # remembered keys; the least recently used one is dropped, and its buckets are full again
 MINUTE_S, DAY_S = 60.0, 86_400.0
 
 
 @dataclass(frozen=True)
 class TokenRate:
-    """`amount` of something in `span_s` seconds; 0 is no limit. label: `requests per minute`. option: where TEAM.yaml
-    has it.
+    """Allowed amount in a span of time.
+
+    amount: units in `span_s` seconds; 0 is no limit.
+    label: such as `requests per minute`.
+    option: its name in TEAM.yaml.
     """
 
     amount: float
@@ -35,25 +38,29 @@ class TokenRate:
 
 @dataclass
 class Bucket:
-    """level: what may be taken now; below 0 is owed. filled_at: seconds, when it was filled last."""
+    """Bucket of one rate.
+
+    level: units that are left; negative if more was used.
+    filled_at: time of the last refill, seconds.
+    """
 
     rate: TokenRate
     level: float
     filled_at: float
 
     def fill(self, now: float) -> None:
-        """Add what has come since the last time."""
+        """Add the units that are due since the last refill."""
         self.level = min(self.rate.amount, self.level + (now - self.filled_at) * self.rate.amount / self.rate.span_s)
         self.filled_at = now
 
     def wait_s(self, amount: float) -> float:
-        """Seconds until `amount` is there."""
-        # who waited as long as told is let in
+        """Return the seconds until `amount` units are there."""
+        # seconds = (amount - level) * span / rate; rounded, so that a client who waits as long as told is admitted
         return max(0.0, round((amount - self.level) * self.rate.span_s / self.rate.amount, 6))
 
 
 class Buckets:
-    """Buckets of each key, one a pace. Safe to use from several threads."""
+    """Buckets of each key, one per rate. Safe to use from several threads."""
 
     def __init__(self, rates: Sequence[TokenRate], clock: Callable[[], float] = time.monotonic) -> None:
         self._rates = [rate for rate in rates if rate.amount > 0]
@@ -62,11 +69,14 @@ class Buckets:
         self._by_key: OrderedDict[str, dict[str, Bucket]] = OrderedDict()
 
     def __len__(self) -> int:
-        """How many keys are remembered."""
+        """Return the number of keys that are remembered."""
         return len(self._by_key)
 
     def take(self, key: str, charged: Sequence[str]) -> None:
-        """Take one from the buckets `charged` (by their option), if every bucket holds one. Raises BusyError."""
+        """Take one unit from the buckets named in `charged` (by option), if every bucket holds one.
+
+        Raises BusyError with the seconds to wait.
+        """
         with self._lock:
             buckets = self._of(key)
             waits = {name: bucket.wait_s(1.0) for name, bucket in buckets.items()}
@@ -83,7 +93,7 @@ class Buckets:
                     buckets[name].level -= 1
 
     def charge(self, key: str, option: str, amount: float) -> None:
-        """Take what is spent already, though it be more than is there."""
+        """Charge an amount that is already spent, even if it exceeds the level."""
         with self._lock:
             buckets = self._of(key)
             if option in buckets:
@@ -106,7 +116,7 @@ REQUESTS, TOKENS = "limits.requests_per_minute", "limits.tokens_per_minute"
 
 
 class RateLimiter:
-    """What each key has used of `limits`."""
+    """Requests and tokens that each key has used of `limits`."""
 
     def __init__(self, limits: RequestLimits, clock: Callable[[], float] = time.monotonic) -> None:
         requests = TokenRate(limits.requests_per_minute, MINUTE_S, "requests per minute", REQUESTS)
@@ -114,17 +124,17 @@ class RateLimiter:
         self._buckets = Buckets([requests, tokens], clock)
 
     def begin(self, key: str) -> None:
-        """Count a request. Raises BusyError, with the seconds to wait, when requests or tokens are used up."""
-        # the whole of a request, and at least one token: a reply of any length may follow
+        """Count a request. Raises BusyError, with the seconds to wait, if requests or tokens are used up."""
+        # needs one request and at least one token; the reply may then have any length
         self._buckets.take(key, [REQUESTS])
 
     def count(self, key: str, tokens: int) -> None:
-        """Count what a reply took, of prompt and reply together."""
+        """Count the tokens of a reply, prompt and reply together."""
         self._buckets.charge(key, TOKENS, tokens)
 
 
 class FeedbackRates:
-    """What each key has used of `feedback`: of a running server, so that a new start gives a day's worth anew."""
+    """Feedback that each key has used of `feedback`, since the server started."""
 
     def __init__(self, terms: FeedbackTerms, clock: Callable[[], float] = time.monotonic) -> None:
         minute = TokenRate(
@@ -135,5 +145,5 @@ class FeedbackRates:
         self._buckets = Buckets([minute, day], clock)
 
     def begin(self, key: str) -> None:
-        """Count one. Raises BusyError, with the seconds to wait."""
+        """Count one feedback. Raises BusyError with the seconds to wait."""
         self._buckets.take(key, self._charged_options)

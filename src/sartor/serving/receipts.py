@@ -1,23 +1,22 @@
 """Signed receipts of replies with keyed digests.
 
-Digests are HMACs under a key of the team: a short prompt could be guessed from a plain digest, and whoever knows the
-key and the words can show that they belong together. Signed with the team's own Ed25519 key. Both are made at the
-first start.
+Digests are HMACs under a key of the team, because a short prompt could be guessed from a plain digest. Whoever has the
+key and the text can show that they belong together. Receipts are signed with the team's own Ed25519 key. Both keys are
+created at the first start.
 
-    STATE/keys/sartor.key  sartor.pub     signs receipts            STATE/receipts.key     the HMAC's, 32 bytes, mode
-                           0600
+    STATE/keys/sartor.key  sartor.pub     sign and verify receipts
+    STATE/receipts.key                    key of the HMAC, 32 bytes, mode 0600
     STATE/receipts/                       core/lineage/receipt_index.py
 
-A receipt is on disk when its reply ends: whoever waits is let go by one fsync for all that wait, or after
-`PATIENCE_S`. A disk that takes nothing costs receipts, which are counted, and no replies.
+A receipt is on disk when its reply ends. One fsync serves all replies that wait for it; each waits at most
+`PATIENCE_S`. If the disk fails, receipts are lost and counted, but no reply is.
 
-The file keeps its length and its inode: who has it open goes on, and what is known of other lines' places goes on to
-hold.
+Erasure overwrites lines in place. The file keeps its length and its inode, so open files and known offsets of other
+lines stay valid.
 
-The same question reaches a server as a client wrote it and an engine as a Call. Both come to the same here: text parts
-are joined, nulls and OpenAI's fields that are always empty are left out, `developer` is `system`, a schema is compared
-as JSON. Of a picture or a recording, in whichever form, the bytes count: its digest stands where it stood among the
-parts.
+A client's request and the engine's GenerateCall get the same digests. Both are brought to one form: text parts are
+joined, nulls and OpenAI fields that are always empty are removed, `developer` becomes `system`, and a schema is
+compared as JSON. An image or a recording is replaced by the digest of its bytes, in its position among the parts.
 """
 
 from __future__ import annotations
@@ -54,8 +53,9 @@ from sartor.text.json_schema import JSON_OBJECT
 
 
 def lines_with(file: Path, needle: bytes) -> list[tuple[int, bytes]]:
-    """(where it begins, the line without its end) of each line that holds these bytes; one that a kill cut short
-    too.
+    """Return (byte offset, line without its newline) of each line that contains `needle`.
+
+    A last line that a kill truncated counts too.
     """
     result, start = [], 0
     for line in file.read_bytes().split(b"\n"):
@@ -66,7 +66,7 @@ def lines_with(file: Path, needle: bytes) -> list[tuple[int, bytes]]:
 
 
 def blank(file: Path, lines: Sequence[tuple[int, bytes]]) -> None:
-    """Write blanks over lines of a file."""
+    """Overwrite lines of a file with blanks."""
     descriptor = os.open(file, os.O_WRONLY)
     try:
         for start, line in lines:
@@ -77,8 +77,9 @@ def blank(file: Path, lines: Sequence[tuple[int, bytes]]) -> None:
 
 
 def erase_receipts(folder: Path, person: str) -> tuple[int, list[str]]:
-    """Blank every receipt of a person's own version, and leave it out of the index. Returns (how many, the
-    segments).
+    """Blank every receipt of a person's own version and remove it from the index.
+
+    Returns the number of receipts and the names of the changed segments.
     """
     index, count, segments = ReceiptIndex(folder), 0, []
     for file in sorted(folder.glob(PATTERN)):
@@ -96,7 +97,11 @@ Digest = Callable[[str, Any], str]
 
 @dataclass(frozen=True)
 class RequestDigestInput:
-    """A question. system: the leading system message, where there is one. schema: JSON text, "" for none."""
+    """Request in the normal form from which digests are computed.
+
+    system: the leading system message, if there is one.
+    schema: JSON text, empty for none.
+    """
 
     system: tuple[Mapping[str, Any], ...] = ()
     messages: tuple[Mapping[str, Any], ...] = ()
@@ -107,13 +112,14 @@ class RequestDigestInput:
 
     @classmethod
     def of_call(cls, call: GenerateCall) -> RequestDigestInput:
-        """What an engine was asked."""
+        """Return the normal form of an engine's call."""
         return cls._of(call.messages, call.text, call.tools, call.must_call, call.schema)
 
     @classmethod
     def of_request(cls, body: Mapping[str, Any]) -> RequestDigestInput:
-        """The body of a request to /v1/chat/completions or /v1/completions. Raises ArtifactError, RequestError for its
-        form.
+        """Return the normal form of the body of /v1/chat/completions or /v1/completions.
+
+        Raises ArtifactError and RequestError for an invalid form.
         """
         messages, text = body.get("messages") or [], body.get("text") or body.get("prompt") or ""
         if (
@@ -139,7 +145,7 @@ class RequestDigestInput:
         return cls(plain[:leading], plain[leading:], text, tuple(tools), must_call, schema)
 
     def digests(self, digest: Digest) -> dict[str, str]:
-        """A digest a part; "" for a part that is not there."""
+        """Return the digest of each part; empty for a part that is absent."""
         return {
             "system": digest("system", list(self.system)),
             "messages": digest("messages", [_by_digest(message) for message in self.messages]),
@@ -150,14 +156,15 @@ class RequestDigestInput:
 
 
 def digest_by(secret: bytes) -> Digest:
-    """HMAC-SHA256 over a value and the name of what it is, so that an equal prompt and reply look unlike; "" of
-    nothing.
+    """Return a function that computes the HMAC-SHA256 of a value and its name; empty for an empty value.
+
+    With the name, an equal prompt and reply have different digests.
     """
 
     def digest(name: str, value: Any) -> str:
         if not value:
             return ""
-        # ASCII: a model can write half of a surrogate pair, which UTF-8 cannot
+        # ASCII escapes: a model can write half of a surrogate pair, which UTF-8 cannot encode
         text = json.dumps([name, value], sort_keys=True, separators=(",", ":"))
         return hmac.digest(secret, text.encode(), "sha256").hex()
 
@@ -179,7 +186,7 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_digest(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message whose media are digests of their bytes."""
+    """Return a message whose media are replaced by digests of their bytes."""
     if not isinstance(message.get("content"), list):
         return message
     return {**message, "content": [_digested(part) for part in message["content"]]}
@@ -191,7 +198,7 @@ def _digested(part: Mapping[str, Any]) -> list[str]:
     url = url_in(part)
     try:
         content = content_parts.bytes_of(url)
-    except SourceError:  # no data URL: a file that is held against a receipt, and is not what was asked
+    except SourceError:  # no data URL, as in a file given for verification: it cannot match the request
         content = url.encode()
     return [MEDIA[part["type"]], hashlib.sha256(content).hexdigest()]
 
@@ -203,7 +210,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _schema_of(response_format: Any) -> str:
-    """The schema of a request's `response_format`; "" where it asks for text."""
+    """Return the schema of a request's `response_format` as JSON text; empty if it asks for text."""
     if not isinstance(response_format, Mapping) or response_format.get("type") == "text":
         return ""
     if response_format.get("type") == "json_object":
@@ -227,7 +234,10 @@ _SECRET_BYTES = 32
 
 
 class TeamSigner:
-    """What a team signs and digests with. `public` is the file to give to who verifies."""
+    """Signing key and digest key of a team.
+
+    public: file with the public key, for verification.
+    """
 
     def __init__(self, key: Ed25519PrivateKey, secret: bytes, public: Path) -> None:
         self._key = key
@@ -236,22 +246,26 @@ class TeamSigner:
 
     @classmethod
     def of(cls, state: Path) -> TeamSigner:
-        """The keys in a team's state directory, made if absent. Raises ConfigError for one that is unfit or open to
-        others.
+        """Open the keys in a team's state directory, and create absent ones.
+
+        Raises ConfigError for a key that is invalid or readable by others.
         """
         folder = state / "keys"
         if not (folder / "sartor.key").exists():
-            (folder / "sartor.pub").unlink(missing_ok=True)  # of a first start that was killed between the two
+            (folder / "sartor.pub").unlink(missing_ok=True)  # left by a first start that was killed between both files
             signing.keygen(folder)
         return cls(signing.open_private(folder), _secret(state / "receipts.key"), folder / "sartor.pub")
 
     def sign(self, receipt: Mapping[str, Any]) -> dict[str, Any]:
-        """The receipt with its signature in it."""
+        """Return the receipt with its signature."""
         return {**receipt, "signature": signing.signature_of(records.canonical(receipt), self._key)}
 
 
 def team_digest(state: Path) -> Digest:
-    """The keyed digest of a team, whose state directory it is; its key is made if absent. Raises as `read_secret`."""
+    """Return the keyed digest of the team with this state directory; an absent key is created.
+
+    Raises as `read_secret`.
+    """
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     return digest_by(_secret(state / "receipts.key"))
 
@@ -269,7 +283,7 @@ def _secret(file: Path) -> bytes:
 
 
 def read_secret(file: Path) -> bytes:
-    """The HMAC's key of a team. Raises ConfigError for one that is cut, or that others can read."""
+    """Return the HMAC key of a team. Raises ConfigError if it is truncated or readable by others."""
     if os.name == "posix" and file.stat().st_mode & 0o077:
         raise ConfigError(f"{file} can be read by others (mode {file.stat().st_mode & 0o777:o})", f"chmod 600 {file}")
     result = file.read_bytes()
@@ -282,7 +296,10 @@ def read_secret(file: Path) -> bytes:
 
 
 def build_receipt(finished: FinishedReply, about: EngineInfo, signer: TeamSigner) -> dict[str, Any]:
-    """The receipt of a reply that has ended, signed. `rank`: how many stood before who answered, and could not."""
+    """Return the signed receipt of a finished reply.
+
+    choice.place: number of agents that were tried before and could not answer.
+    """
     call, done = finished.call, finished.done
     _, _, rank = call.id.removeprefix(finished.receipt).partition("-")
     tool_calls = [dict(tool_call) for tool_call in done.tool_calls] if done else []
@@ -319,9 +336,10 @@ def build_receipt(finished: FinishedReply, about: EngineInfo, signer: TeamSigner
 
 
 class ReceiptLog:
-    """Where the receipts of one team are kept. `write` may be called from any thread; `close` at the end.
+    """Store of a team's receipts. `write` may be called from any thread; call `close` at the end.
 
-    lost: receipts that could not be written. problem: why, of the newest; "" once writing works again.
+    lost: receipts that could not be written.
+    problem: reason of the newest loss; empty once writing works again.
     """
 
     def __init__(self, folder: Path, signer: TeamSigner, about: Callable[[], EngineInfo], days: int = 0) -> None:
@@ -339,7 +357,10 @@ class ReceiptLog:
 
     @classmethod
     def of(cls, team: Team, about: Callable[[], EngineInfo]) -> ReceiptLog:
-        """The receipts of a team, whose engine says `about`; noted in the catalogue, for `revoke`."""
+        """Open the receipts of a team and register them in the catalogue, for `revoke`.
+
+        about: returns the facts of the engine.
+        """
         state = Path(team.state)
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         log = cls(state / "receipts", TeamSigner.of(state), about, team.limits.receipts_days)
@@ -347,8 +368,10 @@ class ReceiptLog:
         return log
 
     def write(self, finished: FinishedReply) -> None:
-        """Sign a receipt and see it onto the disk. Raises MissingError when the disk does not take it; it is counted
-        then.
+        """Sign a receipt and wait up to PATIENCE_S until it is on disk.
+
+        Raises MissingError if the disk fails, ArtifactError if the reply cannot be serialized; a lost receipt is
+        counted.
         """
         written: Future[None] = Future()
         try:
@@ -365,14 +388,17 @@ class ReceiptLog:
         try:
             written.result(PATIENCE_S)
         except TimeoutError:
-            return  # the disk is slow: the reply is not kept waiting, and the receipt comes later or is counted
+            return  # slow disk: the reply does not wait longer; the receipt is written later, or counted as lost
 
     async def find(self, receipt: str) -> Mapping[str, Any] | None:
-        """The signed receipt of that id, or None."""
+        """Return the signed receipt of that id, or None. Raises as `read`."""
         return self.read(receipt)
 
     def read(self, receipt: str) -> Mapping[str, Any] | None:
-        """As `find`, for who does not run in a loop. Raises MissingError where the index cannot be read."""
+        """Return the signed receipt of that id, or None, outside an event loop.
+
+        Raises MissingError if the index cannot be read.
+        """
         try:
             return self._index.find(receipt)
         except sqlite3.Error as error:
@@ -382,7 +408,7 @@ class ReceiptLog:
             ) from None
 
     def close(self) -> None:
-        """Write what waits, and end."""
+        """Write the waiting receipts, then stop the thread."""
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
@@ -416,7 +442,7 @@ class ReceiptLog:
         self.problem = ""
         try:
             self._index.add(placed)
-        except (OSError, sqlite3.Error) as error:  # the lines are there, and the next batch notes them too
+        except (OSError, sqlite3.Error) as error:  # the lines are written, and the next batch indexes them too
             self.problem = f"the index of receipts cannot be written: {error}"
         for written in waiting:
             written.set_result(None)
@@ -435,7 +461,7 @@ class ReceiptLog:
         self.problem = problem
 
     def _prune(self) -> None:
-        """Remove segments whose newest receipt is older than the team keeps them."""
+        """Remove segments whose newest receipt is older than the team's retention time."""
         cutoff = time.time() - self._days * 86_400
         for file in self._folder.glob(PATTERN) if self._days else ():
             is_current = self._segment is not None and file == self._segment.file
@@ -445,8 +471,9 @@ class ReceiptLog:
 
 
 class _Segment:
-    """One file that is appended to by this process alone: what an earlier one left, perhaps torn, is never gone on
-    with.
+    """File of receipts to which only this process appends.
+
+    A segment of an earlier process is never continued, because its last line may be truncated.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -465,13 +492,14 @@ class _Segment:
 
     @property
     def takes_more(self) -> bool:
-        """Whether the next receipt belongs here: not after a day or many bytes, nor behind a line that could not be
-        undone.
+        """Whether the next receipt belongs into this segment.
+
+        False after a change of day, beyond SEGMENT_BYTES, or after a partial write that could not be undone.
         """
         return not self._broken and self._end < SEGMENT_BYTES and self._day == time.strftime("%Y%m%d", time.gmtime())
 
     def append(self, receipts: Sequence[Mapping[str, Any]]) -> list[ReceiptLocation]:
-        """Write lines and fsync them, all or none."""
+        """Write the receipts as lines and fsync them, all or none; return their locations."""
         lines = [records.canonical(receipt) + b"\n" for receipt in receipts]
         try:
             remaining = b"".join(lines)
@@ -495,5 +523,5 @@ class _Segment:
             self._broken = True
 
     def close(self) -> None:
-        """No more is written."""
+        """Close the file."""
         os.close(self._descriptor)

@@ -20,7 +20,7 @@ from sartor.serving.plan_options import Plan
 
 @dataclass(frozen=True)
 class McpTerms:
-    """The team as a server of the Model Context Protocol."""
+    """Options of the team as a server of the Model Context Protocol."""
 
     serve: bool = option(
         False, "answer MCP (streamable HTTP) at /mcp, and at /mcp/AGENT for one agent; needs sartor[mcp]"
@@ -29,7 +29,7 @@ class McpTerms:
 
 @dataclass(frozen=True)
 class CardTerms:
-    """The team's card for the Agent2Agent protocol's discovery."""
+    """Options of the team's Agent2Agent card, for discovery."""
 
     card: bool = option(
         False, "tell at /.well-known/agent-card.json who is here, and by which protocols they are asked"
@@ -39,9 +39,7 @@ class CardTerms:
 
 @dataclass(frozen=True)
 class ToolServer:
-    """An MCP server whose tools agents may call. It is a program of this machine (`command`), or an address
-    (`url`).
-    """
+    """MCP server whose tools agents may call: a program of this machine (`command`) or an address (`url`)."""
 
     name: str = option(REQUIRED, "what an agent's `tools` calls it")
     command: tuple[str, ...] = option((), "the program and its arguments, run as they stand: there is no shell")
@@ -74,7 +72,7 @@ class ToolServer:
 
 
 def check_tools(servers: Sequence[str], members: Mapping[str, Sequence[str]]) -> None:
-    """Raise ConfigError where two servers have one name, or an agent lists one that is not there."""
+    """Raise ConfigError if two tool servers share a name or an agent lists an unknown one."""
     if duplicate := next((name for name in servers if servers.count(name) > 1), ""):
         raise ConfigError(f"two servers of tools have the name {duplicate!r}", f"name: {duplicate}-2 for one of them")
     for agent, listed in members.items():
@@ -92,7 +90,7 @@ def _fraction(section: str, **fractions: float) -> None:
 
 @dataclass(frozen=True)
 class AtLeast:
-    """How much has to be said anew; either is enough."""
+    """Amounts of new feedback that make a retrain due; either is enough."""
 
     corrections: int = option(20, "corrections since the last retrain of the agent")
     ratings: int = option(100, "ratings since then; a retrain on fewer says nothing that an interval would bear out")
@@ -107,7 +105,7 @@ class AtLeast:
 
 @dataclass(frozen=True)
 class Drift:
-    """What else makes a retrain due, once there is enough to learn from at all (a quarter of `at_least`)."""
+    """Further causes of a retrain, if there is at least a quarter of `at_least` to learn from."""
 
     bad_ratings: float = option(0.1, "the rate of bad ratings has risen by more since the last retrain; 1 never")
     input: float = option(0.3, "what the router finds of the agent's requests has moved by so much (0..1); 1 never")
@@ -118,7 +116,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class NotWorse:
-    """What the new version is held to beside the gate of every Release, against the version that is live."""
+    """Gate of a new version against the live one, besides the gate of every Release."""
 
     margin: float = option(0.02, "the held-out mean may fall by at most this, at the lower end of what is likely")
     slice_margin: float = option(0.1, "in no slice may it fall by more than this, where the interval excludes 0")
@@ -138,7 +136,7 @@ class NotWorse:
 
 @dataclass(frozen=True)
 class Retraining:
-    """The section. Relative paths are seen from the file's directory."""
+    """Options of retraining from feedback. Relative paths are relative to the file's directory."""
 
     agents: tuple[str, ...] = option((), "those that learn; by default all of the team")
     key: str = option("", "private key, or the directory that keygen made: what signs the new Release")
@@ -174,7 +172,7 @@ RESERVED = ("base", "auto", "previous", "speech")
 
 @dataclass(frozen=True)
 class AgentOptions:
-    """One agent: the name that clients ask for, and the Release that answers first."""
+    """Options of an agent: its name for clients, and its first live Release."""
 
     name: str = option(REQUIRED, "what clients ask for as `model`")
     release: str = option(REQUIRED, "directory of the Release that is live until the registry says otherwise")
@@ -192,7 +190,7 @@ class AgentOptions:
 
 @dataclass(frozen=True)
 class LocalEngineOptions:
-    """Sartor's own engine: different adapters in one batch, on a CPU or CUDA."""
+    """Sartor's own engine, with different adapters in one batch, on a CPU or CUDA."""
 
     kind: Literal["local"] = "local"
     rows: int = option(16, "replies that are made side by side; more wait")
@@ -206,7 +204,7 @@ class LocalEngineOptions:
 
 @dataclass(frozen=True)
 class LlamaCppOptions:
-    """llama.cpp by xllamacpp, for GGUF bases and adapters; unlike adapters do not share a batch there."""
+    """llama.cpp through xllamacpp, for GGUF bases and adapters; different adapters do not share a batch."""
 
     kind: Literal["llamacpp"] = "llamacpp"
     gguf: str = option(
@@ -219,7 +217,7 @@ class LlamaCppOptions:
 
 @dataclass(frozen=True)
 class OpenAiEngineOptions:
-    """A server that speaks OpenAI's protocol: vLLM, SGLang, llama-server."""
+    """Server with OpenAI's protocol: vLLM, SGLang, llama-server."""
 
     kind: Literal["openai"] = "openai"
     url: str = option("http://127.0.0.1:8000/v1", "its address, with /v1")
@@ -233,7 +231,7 @@ class OpenAiEngineOptions:
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """The processes that hold the engine, and when one is given up."""
+    """Options of the processes that run the engine, and of their restarts."""
 
     count: int = option(1, "workers that answer; each holds the base and every adapter")
     spare: int = option(1, "workers that are loaded and wait to step in")
@@ -252,7 +250,7 @@ class WorkerOptions:
 
 @dataclass(frozen=True)
 class CircuitBreakerOptions:
-    """When an agent is taken out of service."""
+    """Conditions under which an agent is taken out of service."""
 
     failures: int = option(
         3, "failures of one agent within window_s that open its breaker; a client's own fault is none"
@@ -268,7 +266,7 @@ class CircuitBreakerOptions:
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request, one key and one agent may take."""
+    """Limits per request, per key and per agent."""
 
     body_bytes: int = option(2_000_000, "of a request; above it the answer is 413")
     messages: int = option(256, "turns of one conversation")
@@ -285,13 +283,13 @@ class RequestLimits:
     slow_client_s: float = option(30.0, "a client that does not take what is sent to it for so long is cut off")
 
 
-# A request with its media is one line to a worker (channel.MOST_FRAME_BYTES), where base64 is a third larger
+# A request with its media is one line to a worker (channel.MOST_FRAME_BYTES); base64 makes media a third larger
 MOST_MEDIA_BYTES = 40_000_000
 
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """Pictures and recordings of one request."""
+    """Limits of the images and recordings of one request."""
 
     bytes: int = option(
         10_000_000,
@@ -313,7 +311,7 @@ class MediaLimits:
 
 @dataclass(frozen=True)
 class Http:
-    """Where it listens. Beyond loopback only with keys (`sartor agents key NAME`)."""
+    """Options of the HTTP server. Beyond loopback it needs keys (`sartor agents key NAME`)."""
 
     host: str = option("127.0.0.1", "address")
     port: int = option(8440, "port; 0 takes a free one and says which")
@@ -324,7 +322,7 @@ class Http:
 
 @dataclass(frozen=True)
 class Routing:
-    """`auto`: which agent answers a request that names none."""
+    """Options of `auto`, the choice of an agent for a request that names none."""
 
     encoder: str = option("auto", "minilm, tfidf, base, or a directory; auto is the best of those on this machine")
     target: float = option(0.9, "fraction of foreign prompts that must go to the base where the threshold is chosen")
@@ -338,7 +336,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Rollout:
-    """How a new version comes in, and what sends it back."""
+    """Options for the introduction of a new version, and for its rollback."""
 
     shadow_fraction: float = option(0.0, "of requests, also answered by the candidate, whose reply nobody sees")
     canary_fraction: float = option(0.0, "of requests, answered by the candidate; 0 promotes at once")
@@ -359,7 +357,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class FeedbackTerms:
-    """What is kept of what people say of replies, and how much of it."""
+    """Rules for storing feedback, and its rate limits."""
 
     consent: Literal["assumed", "required"] = option(
         "assumed", "required: words are kept only of feedback that says consent: true; assumed: unless it says false"
@@ -373,7 +371,7 @@ class FeedbackTerms:
 
 @dataclass(frozen=True)
 class PersonalTerms:
-    """Personal versions: a few ranks of a user's own on top of an agent's live version."""
+    """Personal versions: a few ranks per user on top of an agent's live version."""
 
     held: int = option(
         16, "personal adapters that a worker holds at once; the one that was asked for longest ago goes first"
@@ -395,7 +393,7 @@ class PersonalTerms:
 
 @dataclass(frozen=True)
 class SpeechOptions:
-    """Who speaks, in processes of a lower priority than the workers'."""
+    """Options of the voices, which run in processes of lower priority than the workers."""
 
     voice: str = option(
         "auto",
@@ -419,7 +417,7 @@ class SpeechOptions:
 
 @dataclass(frozen=True)
 class Basis:
-    """What a team stands on, who is in it, and where it keeps its records."""
+    """Base of a team, its agents, and the place of its records."""
 
     base: str = option(REQUIRED, "starter, a directory, a GGUF file or a hub name")
     agents: tuple[AgentOptions, ...] = option((), "the agents that are registered at the first start")
@@ -436,7 +434,7 @@ class Basis:
 
 @dataclass(frozen=True)
 class Team(Basis):
-    """The whole of TEAM.yaml. Relative paths are seen from the file's directory."""
+    """Complete TEAM.yaml. Relative paths are relative to the file's directory."""
 
     workers: WorkerOptions = option(WorkerOptions(), "the processes")
     breaker: CircuitBreakerOptions = option(CircuitBreakerOptions(), "when an agent is taken out of service")
@@ -467,13 +465,13 @@ class Team(Basis):
 
     @property
     def registry_url(self) -> str:
-        """The SQLAlchemy URL of the registry: the one given, or SQLite in `state`."""
+        """SQLAlchemy URL of the registry: the configured one, or SQLite in `state`."""
         file = str(Path(self.state).absolute() / "registry.sqlite")
         return self.registry or URL.create("sqlite", database=file).render_as_string(hide_password=False)
 
 
 def load(path: Path, flags: Sequence[str] = ()) -> Team:
-    """The team in a YAML file, its paths made absolute. Raises ConfigError naming the option."""
+    """Return the team in a YAML file, with absolute paths. Raises ConfigError with the option's name."""
     team = config.load_any(Team, path, flags)
     root = path.absolute().parent
     engine = team.engine

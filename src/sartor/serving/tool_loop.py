@@ -1,10 +1,9 @@
 """Tool-calling loop of an agent.
 
-Stands between plans and `dispatch`, so steps of plans have their agents' tools too. A call whose arguments do not obey
-the tool's schema is not run. After `ROUNDS` rounds, or when a call is made a second time, the agent is asked once more
-without tools. A tool that fails is told to the agent, and to the client in the reason. Every call is a line in
-STATE/tools, without a
-word of what it was: digests by the team's key.
+It runs between plans and `dispatch`, so the steps of plans have their agents' tools too. A call whose arguments
+violate the tool's schema is not run. After `ROUNDS` rounds, or if a call is repeated, the agent is asked once more
+without tools. The error of a tool goes to the agent, and to the client in the reason. Every call is a line in
+STATE/tools that holds digests by the team's key and no text.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from sartor.serving.types import AgentReply, AgentRequest, Replier
 
 SCHEMA = 1
 ROUNDS = 4
-# Of one round: a reply that calls more is told so
+# Most calls that are run in one round; further calls of the reply get an error
 MOST_CALLS = 8
 
 
 class ToolServers:
-    """The tool servers of a team, and which agent is offered what."""
+    """Tool servers of a team, and the tools of each agent."""
 
     def __init__(self, team: Team) -> None:
         folder = Path(team.state) / "tools"
@@ -44,34 +43,37 @@ class ToolServers:
 
     @property
     def troubles(self) -> dict[str, str]:
-        """What cannot be offered, and why."""
+        """Reasons why something is not offered."""
         return {
             name: problem for connection in self._connections.values() for name, problem in connection.troubles.items()
         }
 
     async def start(self) -> None:
-        """Open every server, side by side; one that cannot be is a trouble. Raises ExtraError."""
+        """Open all servers in parallel; a failure becomes a trouble. Raises ExtraError."""
         await asyncio.gather(*(connection.start() for connection in self._connections.values()))
 
     async def close(self) -> None:
-        """End them."""
+        """Close all servers."""
         await asyncio.gather(*(connection.close() for connection in self._connections.values()))
 
     def of(self, agent: str) -> dict[str, OfferedTool]:
-        """What an agent may call, by name; of two tools of one name the first server's."""
+        """Return the tools of an agent by name; of two with one name, the first server's."""
         result: dict[str, OfferedTool] = {}
         for name in self._server_names.get(agent, ()):
             result = {**self._connections[name].tools, **result}
         return result
 
     def declared(self, agent: str) -> tuple[Mapping[str, Any], ...]:
-        """The same as a prompt has it."""
+        """Return the tools of an agent in the form of a prompt."""
         return tuple(tool.declared for tool in self.of(agent).values())
 
 
 @dataclass
 class _Progress:
-    """What was done for one request so far. notes: what went wrong."""
+    """State of one request.
+
+    notes: problems so far.
+    """
 
     deadline: float
     earlier_calls: set[tuple[str, str]] = field(default_factory=set)
@@ -89,7 +91,10 @@ class _Progress:
 
 
 class ToolCallingAgent:
-    """Answers as `replies` does, by agents that have tools. digest: of what is logged; by default the team's."""
+    """Replier that runs the tool calls of agents around another Replier.
+
+    digest: of what is logged; by default the team's.
+    """
 
     def __init__(self, replies: Replier, tool_servers: ToolServers, team: Team, digest: Digest | None = None) -> None:
         self._replies, self._tool_servers = replies, tool_servers
@@ -100,11 +105,11 @@ class ToolCallingAgent:
 
     @property
     def troubles(self) -> dict[str, str]:
-        """What could not be logged."""
+        """Number of calls that could not be logged, as text."""
         return {"tools": f"{self.lost} calls could not be logged"} if self.lost else {}
 
     async def open(self, request: AgentRequest) -> AgentReply:
-        """Begin a reply; one of an agent with tools is whole by then. Raises what `replies.open` raises."""
+        """Begin a reply. The reply of an agent with tools is complete by then. Raises what `replies.open` raises."""
         progress, round_request = _Progress(time.monotonic() + request.deadline_s), request
         for round_index in range(ROUNDS + 1):
             remaining_s = max(0.001, progress.deadline - time.monotonic())
@@ -144,7 +149,7 @@ class ToolCallingAgent:
         index: int,
         progress: _Progress,
     ) -> dict[str, Any]:
-        """What one call came to, as a `tool` message."""
+        """Run one tool call, log it, and return its result as a `tool` message."""
         name, arguments = str(tool_call["function"]["name"]), str(tool_call["function"]["arguments"])
         began, error = time.monotonic(), ""
         try:
@@ -199,7 +204,7 @@ class ToolCallingAgent:
 
 
 def _final_answer(answer: AgentReply, events: Sequence[Event], progress: _Progress) -> AgentReply:
-    """The last round's reply, with the tokens of all rounds and what went wrong."""
+    """Return the last round's reply with the tokens of all rounds, and the problems in its reason."""
     paid_delta = TextDelta(events[-1].call, "", progress.reply)
     last_event = events[-1]
     if isinstance(last_event, ReplyDone):
@@ -212,7 +217,7 @@ def _final_answer(answer: AgentReply, events: Sequence[Event], progress: _Progre
 
 
 class _ReplayedEvents:
-    """Events that are there already, as `Events` has them."""
+    """Stored events as an EventStream."""
 
     def __init__(self, events: Sequence[Event | ReplyFailed]) -> None:
         self._remaining = list(events)
@@ -226,5 +231,5 @@ class _ReplayedEvents:
         return self._remaining.pop(0)
 
     async def aclose(self) -> None:
-        """See Events."""
+        """Drop the remaining events."""
         self._remaining.clear()

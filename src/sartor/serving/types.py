@@ -1,7 +1,7 @@
-"""Request, Answer and protocols between front and workers.
+"""Requests, replies and protocols between the server's front and its workers.
 
-http/ --Request--> dispatcher.py --Call--> supervisor.py --JSON--> worker_main.py (an engine)
-      <--Answer--                <--Event--              <--JSON--
+http/ --AgentRequest--> dispatcher.py --GenerateCall--> supervisor.py --JSON--> worker_main.py (an engine)
+      <--AgentReply--                 <--Event--                      <--JSON--
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from sartor.inference.engine import EngineInfo, Event, GenerateCall, ReplyDone
 
 @dataclass(frozen=True)
 class AgentRequest:
-    """One request as a client made it, checked for form.
+    """Request of a client, checked for form.
 
-    model: name, name@version, base or auto. sampling: the options that the client gave; the Release's own hold for the
-    rest. messages or text, schema, tools, must_call, top_logprobs: as in `Call`; of tools None is those of the team
-    and the Release for the agent, () is none. openable: the agents that the client's key opens
-    (None: all); `auto` chooses among these. deadline_s: seconds from now. person: whom the client speaks for, as the
-    registry knows them; "" for nobody. streams: the client is told the reply as it is made.
+    model: name, name@version, base or auto.
+    messages, text, schema, must_call, top_logprobs: as in `GenerateCall`.
+    tools: as in `GenerateCall`; None takes the tools that the team and the Release give the agent, () takes none.
+    sampling: the options that the client set; the Release's own apply to the rest.
+    openable: agents that the client's key opens, None for all; `auto` chooses among these.
+    deadline_s: seconds from now.
+    person: registry id of the user for whom the client speaks; empty for none.
+    streams: whether the client receives the reply while it is generated.
     """
 
     model: str
@@ -40,31 +43,33 @@ class AgentRequest:
 
 
 class EventStream(Protocol):
-    """The events of one reply, an async iterator. `aclose` cancels it, may be called at any time and more than
-    once.
+    """Events of one reply, as an async iterator.
+
+    `aclose` cancels the reply. It may be called at any time and more than once.
     """
 
     def __aiter__(self) -> AsyncIterator[Event]:
-        """Itself."""
+        """Return the iterator itself."""
         ...
 
     async def __anext__(self) -> Event:
-        """The next event; StopAsyncIteration after Done or Failed."""
+        """Return the next event. Raises StopAsyncIteration after ReplyDone or ReplyFailed."""
         ...
 
     async def aclose(self) -> None:
-        """The client wants no more."""
+        """Cancel the reply."""
         ...
 
 
 @dataclass
 class AgentReply:
-    """A reply that has begun: its first event is there, so a failure before it was raised and not answered.
+    """Reply that has begun.
 
-    agent: the exact version that answers, `name@version`, or `base@` and 12 digits of its digest. reason: why that
-    one.
-    receipt: the id under which the receipt will be found once the reply is done. events: Piece..., then Done or
-    Failed; closing the iterator cancels the reply.
+    Its first event is there, so an earlier failure was raised as an error.
+    agent: the exact version that answers, `name@version`, or `base@` and 12 digits of its digest.
+    reason: why this agent was chosen.
+    receipt: id of the receipt, which is written when the reply ends.
+    events: TextDelta..., then ReplyDone or ReplyFailed; closing the iterator cancels the reply.
     """
 
     agent: str
@@ -74,17 +79,19 @@ class AgentReply:
 
 
 class Replier(Protocol):
-    """Answers requests: the dispatcher, and each layer around it."""
+    """Source of replies: the dispatcher, or a layer around it."""
 
     async def open(self, request: AgentRequest) -> AgentReply:
-        """Begin a reply; returns when its first event is there."""
+        """Begin a reply, and return when its first event is there."""
         ...
 
 
 @dataclass(frozen=True)
 class EmbeddingResult:
-    """Texts as vectors of unit length. tokens: that were read. cut: places of texts whose end is not in their
-    vector.
+    """Embeddings of texts, as vectors of unit length.
+
+    tokens: number of tokens read.
+    cut: indices of texts that were truncated.
     """
 
     vectors: list[list[float]]
@@ -93,62 +100,75 @@ class EmbeddingResult:
 
 
 class WorkerBackend(Protocol):
-    """Who computes: the supervised workers, as `dispatch` sees them. `agent` is an exact version, `name@version` or
-    `base`.
+    """Supervised workers, as `dispatch` uses them.
+
+    `agent` is an exact version, `name@version`, or `base`.
     """
 
     @property
     def about(self) -> EngineInfo:
-        """The engine that every worker holds."""
+        """Facts of the engine that every worker runs."""
         ...
 
     async def attach(self, adapter: str, path: Path) -> None:
-        """Load an admitted adapter in every worker, now and after each restart. Raises ModelError, BudgetError."""
+        """Load an admitted adapter in every worker, now and after each restart.
+
+        Raises ModelError and BudgetError.
+        """
         ...
 
     async def detach(self, adapter: str) -> None:
-        """Forget it, once no call of it lives."""
+        """Unload an adapter as soon as no call uses it."""
         ...
 
     async def reply(self, call: GenerateCall, agent: str, deadline_s: float) -> AsyncIterator[Event]:
-        """Begin a reply; returns when its first event is there.
+        """Begin a reply, and return when its first event is there.
 
-        Raises BusyError, DeadlineError, UnavailableError (the agent's breaker is open, or no worker lives), or the
-        error that the first event told. A worker's death does not show: the call is made again by another and goes on
-        where it was. Closing the iterator cancels the call.
+        A worker's death is hidden: another worker repeats the call and continues where it was. Closing the iterator
+        cancels the call.
+        Raises BusyError, DeadlineError, UnavailableError (the agent's circuit breaker is open, or no worker is alive),
+        or the error that the first event reports.
         """
         ...
 
     async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
-        """Vectors of unit length by the base (`base`) or an encoder that the façade offers (`minilm`, `tfidf`, a
-        directory).
+        """Return embeddings of unit length by the base or by another encoder.
+
+        encoder: `base`, `minilm`, `tfidf` or a directory.
         """
         ...
 
     async def renew(self) -> None:
-        """Replace every worker, one after the other, so that nothing stays in memory of what was asked and said."""
+        """Replace the workers one after the other, so that no request or reply stays in memory."""
         ...
 
     def blame(self, agent: str, reason: str) -> None:
-        """Count a failure that only its holder could see (an answer of the wrong form, say) against an agent's
-        breaker.
+        """Count a failure against an agent's circuit breaker that only the caller could see.
+
+        An example is a reply that violates its format.
         """
         ...
 
     def release(self, agent: str) -> None:
-        """Take an agent out of quarantine."""
+        """Release an agent from quarantine."""
         ...
 
     def health(self) -> Mapping[str, Any]:
-        """Workers (state, pid, memory_bytes, restarts), agents (breaker, queued, live), for /health and /metrics."""
+        """Return the state of workers and agents for /health and /metrics.
+
+        workers: state, pid, memory_bytes, restarts. agents: breaker, queued, live.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class RoutingDecision:
-    """What `auto` chose: an agent's name or `base`, why in a sentence, and the score of each agent.
+    """Agent that `auto` chose.
 
-    fits: whose request it is, where the base was chosen because that agent is no better by its Report; else "".
+    agent: its name, or `base`.
+    reason: one sentence.
+    scores: the score of each agent.
+    fits: the agent that the request fits, if the base was chosen because its Report shows no gain; else empty.
     """
 
     agent: str
@@ -158,28 +178,32 @@ class RoutingDecision:
 
 
 class Router(Protocol):
-    """Who chooses the agent for a request that names none."""
+    """Chooser of the agent for a request with the model `auto`."""
 
     async def learn(self, releases: Mapping[str, Path]) -> None:
-        """Know these agents, by the directories of their live Releases; called at the start and whenever one changes.
+        """Learn the agents from the directories of their live Releases.
 
-        An agent whose Release says nothing to it is never chosen; that is no error.
+        It is called at the start and whenever a live Release changes. An agent whose Release has nothing for the
+        router is never chosen; that is no error.
         """
         ...
 
     async def route(self, messages: Sequence[Mapping[str, Any]], openable: Collection[str]) -> RoutingDecision:
-        """The agent among `openable` that these messages are for, or `base`."""
+        """Return the agent among `openable` that fits these messages, or `base`."""
         ...
 
 
 @dataclass(frozen=True)
 class FinishedReply:
-    """A reply that has ended, for its receipt. agent: the exact version; release_id: "" for the base. done: None if it
-    failed.
+    """Finished reply, with what its receipt needs.
 
-    call: what was computed, the Release's system prompt and sampling in it. began: seconds since the epoch. person:
-    whose personal version answered, "" for none; release_id is then of the Release that it stands on. steps: of a
-    plan's answer, the receipts of its steps.
+    agent: the exact version.
+    release_id: empty for the base.
+    call: as computed, with the Release's system prompt and sampling.
+    done: None if the reply failed.
+    began: seconds since the epoch.
+    person: the user whose personal version answered, empty for none; release_id is then that of the Release below it.
+    steps: for a plan's answer, the receipts of its steps.
     """
 
     receipt: str
@@ -196,19 +220,23 @@ class FinishedReply:
 
 
 class ReceiptWriter(Protocol):
-    """Where the receipts of replies are kept."""
+    """Store of the receipts of replies."""
 
     def write(self, finished: FinishedReply) -> None:
-        """Sign and keep one. Called in a thread; what it raises is counted and hurts no reply."""
+        """Sign one receipt and store it.
+
+        It is called in a thread. An error is counted and does not affect the reply.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class AgentListing:
-    """An agent as it is served. versions: every one that may be asked for by `name@version`, the live one too.
+    """Agent as it is served.
 
-    is_ready: whether a version of it was ever admitted, so that somebody answers in its name. reads: by version, of
-    `image` and `audio` those that it reads beside text.
+    versions: every version that `name@version` can name, including the live one.
+    is_ready: whether a version was ever admitted, so that requests can be answered.
+    reads: by version, the kinds `image` and `audio` that it reads besides text.
     """
 
     name: str

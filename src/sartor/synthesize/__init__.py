@@ -1,4 +1,4 @@
-"""Synthetic rows and their validation. `sartor.synthesize(...)` calls the verb in `synthesis.py`."""
+"""Synthetic rows and their validation. `sartor.synthesize(...)` calls the verb `synthesize` of `synthesis.py`."""
 
 from sartor.core.lazy_import import callable_package
 

@@ -1,10 +1,10 @@
-"""Teacher answers on disk by question digest; spending limit.
+"""Teacher answers on disk, by question digest; spending limit.
 
     FOLDER/ab/ab12....json      text, finish, tokens
 
-An answer is written by the thread that got it, before anybody reads it, atomically; a file that is damaged is asked
-for again. Answers may quote the seeds, personal data included: the folder is its owner's alone, and goes when the
-Dataset stands, unless the recipe names one to keep.
+The thread that gets an answer writes it atomically before anything reads it. A damaged file is asked for again.
+Answers may quote the seeds, including personal data. The folder is therefore readable by its owner only, and is
+removed once the Dataset is complete, unless the recipe names a folder to keep.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from sartor.synthesize.teacher_options import Price
 
 SCHEMA = 1
 _COUNTED = ("calls", "cached", "tokens_in", "tokens_out", "estimated")
-PER = 1_000_000  # tokens of a price
+PER = 1_000_000  # prices are per this many tokens
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a run asked and paid. cached: questions whose answer stood on disk. Tokens and cost are of this run's
-    calls.
+    """Questions and costs of a run.
+
+    calls: questions to the teacher. cached: questions answered from disk.
+    estimated: calls whose tokens the teacher did not count. Tokens and cost are those of `calls`.
     """
 
     calls: int
@@ -43,22 +45,25 @@ class Spent:
     cost: float
 
     def as_json(self) -> dict[str, Any]:
-        """For the command's JSON. `estimated`: calls whose tokens the teacher did not count."""
+        """Return the fields for the command's JSON."""
         return {**asdict(self), "cost": round(self.cost, 6)}
 
 
 class AnswerCache:
-    """Asks a teacher, or remembers. Used from many threads."""
+    """Cache in front of a teacher; used from many threads."""
 
     def __init__(self, teacher: Teacher, folder: Path, price: Price) -> None:
         self.teacher, self.folder, self.price = teacher, folder, price
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
-        self._under_way: list[float] = []  # what the calls under way may cost at most
+        self._under_way: list[float] = []  # highest possible costs of the calls in progress
 
     def answer(self, question: TeacherQuestion) -> TeacherAnswer:
-        """The answer. Raises what the teacher raises, and BudgetError once `price.most` is spent."""
+        """Return the answer from disk or from the teacher.
+
+        Raises what the teacher raises, and BudgetError once `price.most` is spent.
+        """
         file = self._file(question)
         if (cached := _read(file)) is not None:
             self._count(cached=1)
@@ -77,7 +82,7 @@ class AnswerCache:
 
     @property
     def spent(self) -> Spent:
-        """So far."""
+        """Questions and costs so far."""
         with self._lock:
             calls, cached, tokens_in, tokens_out, estimated = (self._counts[name] for name in _COUNTED)
             return Spent(calls, cached, tokens_in, tokens_out, estimated, self._cost())
@@ -88,7 +93,10 @@ class AnswerCache:
 
     @contextlib.contextmanager
     def _paid(self, question: TeacherQuestion) -> Iterator[None]:
-        """Room for a call under `price.most` beside those under way; the last one alone may go beyond it."""
+        """Hold room for a call under `price.most`, beside the calls in progress.
+
+        A call that finds no other in progress may exceed the limit.
+        """
         may_cost = self._may_cost(question)
         with self._room:
             while self._under_way and self._cost() + sum(self._under_way) + may_cost > (self.price.most or math.inf):
@@ -103,7 +111,7 @@ class AnswerCache:
                 self._room.notify_all()
 
     def _may_cost(self, question: TeacherQuestion) -> float:
-        # no tokeniser makes more tokens of a text than it has bytes
+        # a text has at most as many tokens as bytes
         prompt_bytes = sum(len(text.encode()) for _, text in question.messages)
         return (prompt_bytes * self.price.input + question.max_tokens * self.price.output) / PER
 

@@ -1,11 +1,11 @@
-"""Protocols of generators with and without a teacher.
+"""Protocols of generators (the recipe's `ways`), with and without a teacher.
 
-An `AskingWay` says what is to be asked of the teacher, and makes a row of an answer or says why it cannot. A
-`MakingWay` needs no teacher. Both go through the seeds in order and say of each seed that they can do nothing with why
-(`Skipped`), so that every seed is accounted for. A way draws from nothing but (recipe's seed, its kind, the number of
-what it makes).
+A `PromptedGenerator` yields requests to the teacher, and makes a row from an answer or states why it cannot. A
+`LocalGenerator` needs no teacher. Both process the seeds in order. For each seed that they cannot use they yield the
+reason (`Skipped`), so that every seed is accounted for. A generator's random draws depend only on the recipe's seed,
+its kind and the number of the row.
 
-A new way is one new file with its class, and its name in a union of `generators/__init__.py`.
+To add a generator, write one file with its class and add the class to a union in `generators/__init__.py`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ OPEN, CLOSE = "<<<", ">>>"
 
 
 class Skipped(NamedTuple):
-    """A seed of which a way makes nothing, and why: a word."""
+    """A seed that a generator cannot use. reason: a word."""
 
     reason: str
 
 
 class Unusable(NamedTuple):
-    """An answer of which no row can be made: a word and a sentence."""
+    """An answer from which no row can be made. reason: a word. detail: a sentence."""
 
     reason: str
     detail: str
@@ -37,8 +37,11 @@ class Unusable(NamedTuple):
 
 @dataclass(frozen=True)
 class TeacherRequest:
-    """Something for the teacher. number: unique in its way. schema: of the JSON that is wanted. note: what `build_row`
-    needs.
+    """Request to the teacher.
+
+    number: unique within the generator.
+    schema: JSON Schema of the answer.
+    note: data that `build_row` needs.
     """
 
     number: str
@@ -50,9 +53,11 @@ class TeacherRequest:
 
 @dataclass(frozen=True)
 class GeneratedRow:
-    """Content of a new row: messages, rejected and tools of `row` count, the rest is filled in by the verb.
+    """Content of a new row.
 
-    changes: in words. span: what is cited, (first, last + 1) in characters of the document's text.
+    row: only its messages, rejected reply and tools are used; the verb fills in the rest.
+    changes: description of the change.
+    span: cited characters (first, last + 1) of the document's text.
     """
 
     row: Example
@@ -64,49 +69,52 @@ class GeneratedRow:
 
 
 class PromptedGenerator(Protocol):
-    """A way that asks a teacher."""
+    """A generator that asks a teacher."""
 
     @property
     def kind(self) -> str:
-        """Its name in a recipe."""
+        """Name of the generator in a recipe."""
         ...
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
-        """What is to be asked, in an order that depends on nothing else."""
+        """Yield the requests to the teacher, in an order that depends only on the arguments and options."""
         ...
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
-        """The row in an answer, whose JSON fits the ask's schema."""
+        """Return the row made from an answer.
+
+        value: JSON of the answer, which fits the schema of the request.
+        """
         ...
 
 
 class LocalGenerator(Protocol):
-    """A way without a teacher. `folder` is what media paths are relative to."""
+    """A generator without a teacher."""
 
     @property
     def kind(self) -> str:
-        """Its name in a recipe."""
+        """Name of the generator in a recipe."""
         ...
 
     def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
-        """The rows."""
+        """Yield the rows. folder: the directory that media paths are relative to."""
         ...
 
 
 def draw_of(*parts: Any) -> random.Random:
-    """What is drawn with, by nothing but `parts`."""
+    """Return a random generator that is seeded by `parts` alone."""
     return random.Random(hashlib.sha256(canonical(list(parts))).digest())
 
 
 def sample_seeds(seeds: Sequence[Example], count: int, *parts: Any) -> list[Example]:
-    """That many of the seeds, drawn, in their order; 0 is all."""
+    """Return `count` random seeds in their order; 0 returns all."""
     if not count or count >= len(seeds):
         return list(seeds)
     return [seeds[index] for index in sorted(draw_of(*parts).sample(range(len(seeds)), count))]
 
 
 def refusal_reason(seed: Example) -> str:
-    """Why a row cannot be asked otherwise; empty where it can."""
+    """Return the reason why a row's question cannot be rewritten; empty if it can."""
     if seed.is_document:
         return "is_document"
     if seed.messages[-1].role != "assistant" or seed.messages[-2].role != "user":
@@ -115,27 +123,27 @@ def refusal_reason(seed: Example) -> str:
 
 
 def quoted(text: str) -> str:
-    """Material in a question, marked off from what is asked of it."""
+    """Return text between marks that separate it from the instructions of a question."""
     return f"{OPEN}\n{text}\n{CLOSE}"
 
 
 def conversation_text(seed: Example) -> str:
-    """A conversation as a teacher reads it."""
+    """Return a conversation as text for a teacher."""
     return "\n".join(f"{message.role}: {message.text}" for message in seed.messages)
 
 
 def with_text(message: Message, text: str) -> Message:
-    """The message with other words; its pictures and recordings stay."""
+    """Return the message with another text; its images and recordings stay."""
     media = tuple(part for part in message.content if part.kind != "text")
     return replace(message, content=(*media, Part("text", text)))
 
 
 def words(text: str) -> str:
-    """For a comparison: case and white space apart."""
+    """Return a text normalized for comparison: without case and extra white space."""
     return " ".join(text.split()).casefold()
 
 
 def texts(*names: str) -> dict[str, Any]:
-    """The schema of an object of texts, all required."""
+    """Return the schema of an object of texts, all required."""
     properties = {name: {"type": "string", "minLength": 1} for name in names}
     return {"type": "object", "properties": properties, "required": list(names), "additionalProperties": False}

@@ -1,8 +1,7 @@
-"""A base on this machine as teacher.
+"""Local base as a teacher.
 
-Every thread that waits for its answer drives the engine for all of them, so questions that are asked at once are
-answered in one batch. Answers obey the question's schema where llguidance is installed; without it they are read as
-they come.
+Every thread that waits for its answer drives the engine for all of them, so concurrent questions are answered in one
+batch. Answers obey the question's schema if llguidance is installed; otherwise they are unconstrained.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from sartor.synthesize.teacher import TeacherAnswer, TeacherQuestion
 
 
 class LocalTeacher:
-    """See the module."""
+    """Teacher that runs a base on this machine."""
 
     def __init__(self, base: str, at_once: int, notice: Callable[[str], object] = lambda line: None) -> None:
         opened = open_base(base, notice=notice)
-        # a path says where this machine keeps its bases
+        # only the directory's name: the whole path would reveal this machine's folders
         self.name = f"{Path(base).name if Path(base).is_dir() else base}@{opened.ref.digest[:12]}"
         self.at_once = at_once
         self._engine = LocalEngine(opened, rows=at_once)
@@ -35,11 +34,14 @@ class LocalTeacher:
         self._final_events: dict[str, ReplyDone | ReplyFailed] = {}
 
     def answer(self, question: TeacherQuestion) -> TeacherAnswer:
-        """See Teacher. A question that leaves no room for an answer in the base's context is `refused`."""
+        """Return the answer to a question, as `Teacher.answer`.
+
+        It is `refused` if the question leaves no room for an answer in the base's context.
+        """
         try:
             with self._lock:
                 name = self._submit(question)
-        except RequestError:  # it does not fit the context: of this question alone
+        except RequestError:  # it does not fit the context; other questions may
             return TeacherAnswer("", "refused")
         while True:
             with self._lock:

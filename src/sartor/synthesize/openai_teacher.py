@@ -1,12 +1,13 @@
 """Teacher behind an OpenAI-compatible endpoint.
 
-    429, 503          asked again after Retry-After (all threads wait), or after a doubling pause
-    408, 5xx, time-out, cut stream, malformed JSON    asked again after a doubling pause
-    401, 403          KeyRefusedError          400, 404, 3xx, other    ConfigError: asking again would change nothing
-    413, 422, content_filter, context_length_exceeded    the answer `refused`: of this question alone
+    429, 503, 529     asked again after Retry-After (all threads wait), or after a doubling pause
+    408, 409, 425, 500, 502, 504, time-out, cut stream, malformed JSON    asked again after a doubling pause
+    401, 403          KeyRefusedError
+    413, 422, content_filter, context_length_exceeded    the answer `refused`, for this question alone
+    400, 404, 3xx, other    ConfigError: asking again would change nothing
 
-The key comes from the environment and stands in no message, file or name. Standard library alone: the plain install
-has no HTTP client of its own.
+The key is read from the environment and appears in no message, file or name. Only the standard library is used: the
+plain install has no HTTP client of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ MINUTE_S = 60.0
 
 
 class RequestThrottle:
-    """Shared by all threads that ask. 0 is no limit. `now` and `sleep` are for tests."""
+    """Rate limit for requests and tokens per minute, shared by all threads.
+
+    A limit of 0 is none. `now` and `sleep` can be replaced in tests.
+    """
 
     def __init__(
         self,
@@ -48,19 +52,20 @@ class RequestThrottle:
         self._lock = threading.Lock()
 
     def wait(self, tokens: int) -> None:
-        """Return when a request of that many tokens may go out, and count it. One that is over the limit alone goes
-        alone.
+        """Wait until a request of that many tokens may be sent, and count it.
+
+        A request that exceeds the token limit by itself is sent alone.
         """
         while (delay := self._reserve(tokens)) > 0:
             self._sleep(delay)
 
     def pause(self, seconds: float) -> None:
-        """Nobody asks for that long: the endpoint said so."""
+        """Block all requests for that many seconds, as the endpoint demanded."""
         with self._lock:
             self._until = max(self._until, self._now() + seconds)
 
     def _reserve(self, tokens: int) -> float:
-        """Seconds to wait before asking again; 0 where the request was counted."""
+        """Return the seconds to wait before trying again, or 0 if the request was counted."""
         with self._lock:
             now = self._now()
             while self._sent and self._sent[0][0] <= now - MINUTE_S:
@@ -82,11 +87,11 @@ DONE = "[DONE]"
 
 
 class IncompleteResponseError(Exception):
-    """A body that ended early or is not what the protocol says: to be asked for again."""
+    """A body that ended early or violates the protocol. The request should be repeated."""
 
 
 def read_body(lines: Iterable[bytes], content_type: str) -> TeacherAnswer:
-    """The Answer in a body of that content type. Raises BrokenError."""
+    """Return the answer in a body of that content type. Raises IncompleteResponseError."""
     if "event-stream" in content_type:
         return _streamed(lines)
     body = _object(b"".join(_bounded(lines)).decode("utf-8", "replace"))
@@ -110,7 +115,7 @@ def _streamed(lines: Iterable[bytes]) -> TeacherAnswer:
         event = _object(data)
         usage = event.get("usage") or usage
         if not event.get("choices"):
-            continue  # the usage comes in an event of its own
+            continue  # the usage arrives in a separate event
         choice = _choice(event)
         delta = choice.get("delta")
         content = delta.get("content") if isinstance(delta, dict) else None
@@ -162,14 +167,14 @@ LONGEST_PAUSE_S = 60.0
 MOST_RETRY_AFTER_S = 600.0
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 OF_THE_QUESTION = (413, 422)
-TOO_LONG = "context_length_exceeded"  # OpenAI's word in a 400, vLLM's too
+TOO_LONG = "context_length_exceeded"  # error code of OpenAI and vLLM in a 400
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-CHARACTERS_PER_TOKEN = 4  # of an estimate, where a server counts none
+CHARACTERS_PER_TOKEN = 4  # for estimates, if a server reports no counts
 
 
 @dataclass(frozen=True)
 class Access:
-    """Where and as whom: `key` is a secret, and in no repr."""
+    """Address, model and key of an endpoint. The key is secret and not part of the repr."""
 
     url: str
     model: str
@@ -181,7 +186,11 @@ class Access:
 
 @dataclass(frozen=True)
 class Patience:
-    """How often and how long: tries of one question, the first pause (doubled each time), silence of a socket."""
+    """Retry policy.
+
+    tries: attempts for one question.
+    pause_s: first pause, doubled each time. timeout_s: longest silence of a socket.
+    """
 
     tries: int = 6
     pause_s: float = 1.0
@@ -189,15 +198,15 @@ class Patience:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would take the key along to wherever it is sent."""
+    """Handler that refuses redirects, since urllib would send the key to the new address."""
 
     def redirect_request(self, *arguments: Any) -> None:
-        """None: the answer is an HTTPError of 3xx."""
+        """Return None, which makes urllib raise an HTTPError of 3xx."""
         return
 
 
 class EndpointTeacher:
-    """See the module. `notice` hears of each retry: for the progress line and for tests."""
+    """Teacher that calls an endpoint. notice: gets a line for each retry."""
 
     def __init__(
         self,
@@ -216,7 +225,10 @@ class EndpointTeacher:
         self._opener = urllib.request.build_opener(*handlers)
 
     def answer(self, question: TeacherQuestion) -> TeacherAnswer:
-        """See Teacher."""
+        """Return the answer to a question, with retries, as `Teacher.answer`.
+
+        Raises BusyError or UnavailableError once all tries are used, KeyRefusedError, ConfigError.
+        """
         body, size = self._body(question)
         jitter = random.Random(question.digest(self.name))
         for attempt in range(self.patience.tries):
@@ -237,7 +249,7 @@ class EndpointTeacher:
         raise BusyError(problem, remedy, last.after_s or pause) if last.is_busy else UnavailableError(problem, remedy)
 
     def _body(self, question: TeacherQuestion) -> tuple[bytes, int]:
-        """The request, and about how many tokens it takes."""
+        """Return the request body and its approximate number of tokens, including the answer."""
         fields: dict[str, Any] = {
             "model": self.access.model,
             "messages": [{"role": role, "content": text} for role, text in question.messages],
@@ -261,7 +273,7 @@ class EndpointTeacher:
             with self._opener.open(request, timeout=self.patience.timeout_s) as response:
                 return read_body(response, response.headers.get("Content-Type", ""))
         except urllib.error.HTTPError as error:
-            with error:  # it holds the socket
+            with error:  # closes the socket
                 failure = self._failure(error)
             if failure is None:
                 return TeacherAnswer("", "refused")
@@ -272,7 +284,7 @@ class EndpointTeacher:
             raise _AgainError(self._redacted(f"{type(error).__name__}: {error}")) from None
 
     def _failure(self, error: urllib.error.HTTPError) -> Exception | None:
-        """What an error status means; None where it is of this question alone."""
+        """Return the exception for an error status; None if it concerns this question alone."""
         try:
             body = error.read(2000).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
@@ -294,7 +306,7 @@ class EndpointTeacher:
 
 
 class _AgainError(Exception):
-    """A failure that may pass. after_s: when the endpoint wants to be asked again; 0 where it did not say."""
+    """A failure that may be temporary. after_s: pause that the endpoint demanded; 0 for none."""
 
     def __init__(self, problem: str, after_s: float = 0.0, *, is_busy: bool = False) -> None:
         super().__init__(problem)
@@ -302,7 +314,10 @@ class _AgainError(Exception):
 
 
 def key_of(variable: str) -> str:
-    """The key in an environment variable; "" where none is named. Raises KeyRefusedError where it is not set."""
+    """Return the key in an environment variable; empty if no variable is named.
+
+    Raises KeyRefusedError if it is not set.
+    """
     if not variable:
         return ""
     if not (key := os.environ.get(variable, "").strip()):
@@ -325,7 +340,7 @@ def _check(access: Access) -> None:
 
 
 def _retry_after(value: str) -> float:
-    """Seconds of a Retry-After: a number, or a date; 0 where it is neither."""
+    """Return the seconds of a Retry-After header: a number or a date; 0 if it is neither."""
     try:
         return min(max(float(value), 0.0), MOST_RETRY_AFTER_S)
     except ValueError:

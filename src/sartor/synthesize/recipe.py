@@ -1,4 +1,4 @@
-"""Recipe of synthetic data."""
+"""Recipe of a synthetic Dataset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sartor.synthesize.teacher_options import AnyTeacher
 
 @dataclass(frozen=True)
 class SynthesizeRecipe:
-    """Rows, documents or nothing -> a Dataset of synthetic rows."""
+    """Recipe that makes a Dataset of synthetic rows from rows, from documents or from nothing."""
 
     ways: tuple[Way, ...] = option(REQUIRED, "how rows are made, in order")
     sources: tuple[SourceOptions, ...] = option(
@@ -54,5 +54,5 @@ class SynthesizeRecipe:
             )
 
 
-# of these two differ in what they make
+# kinds that may occur several times, since their options determine which rows they make
 _MANY = ("templates", "schema", "scenarios")

@@ -1,9 +1,11 @@
-"""Verb synthesize: asks, parses, repairs, accounts.
+"""Verb `synthesize`: asks, parses, repairs, accounts.
 
-OUT.synthesizing/    the work, beside the output until it stands
-  answers/           what the teacher said (or in the recipe's `cache`)
-  media/, clips/     pictures and recordings
-OUT/                 the Dataset, in one rename. Nobody has validated it: `sartor validate` holds it against reality.
+OUT.synthesizing/    work directory beside the output, until it is complete
+  answers/           the teacher's answers (or in the recipe's `cache`)
+  media/, clips/     images and recordings
+OUT/                 the Dataset, written by one rename
+
+The Dataset is not validated here: `sartor validate` compares it with reality.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ _SHOWN = 3000
 
 
 def parse_answer(answer: TeacherAnswer, schema: Mapping[str, Any]) -> dict[str, Any] | Unusable:
-    """The object in an answer that fits the schema. Texts around it, and fences, are left out."""
+    """Return the JSON object of an answer if it fits the schema, else the fault.
+
+    Text and code fences around the object are ignored. Raises ConfigError for a `$ref` outside the schema.
+    """
     if answer.finish == "refused":
         return Unusable("teacher_refused", "the teacher would not answer")
     result = _object_in(answer.text)
@@ -68,7 +73,7 @@ def parse_answer(answer: TeacherAnswer, schema: Mapping[str, Any]) -> dict[str, 
 
 
 def repair(question: TeacherQuestion, answer: TeacherAnswer, fault: Unusable) -> TeacherQuestion:
-    """The second question: what was said, and what is wrong with it."""
+    """Return the second question, with the answer and its fault."""
     repair_prompt = (
         f"Your answer was:\n{quoted(answer.text[:_SHOWN])}\nIt cannot be used: {fault.detail}. "
         f"Answer again, with the JSON object alone, of this schema: {question.schema}"
@@ -78,7 +83,7 @@ def repair(question: TeacherQuestion, answer: TeacherAnswer, fault: Unusable) ->
 
 
 def _object_in(text: str) -> dict[str, Any] | None:
-    """The first whole JSON object in a text."""
+    """Return the first whole JSON object in a text, or None."""
     decoder = json.JSONDecoder()
     start = text.find("{")
     for _ in range(MOST_STARTS):
@@ -86,7 +91,7 @@ def _object_in(text: str) -> dict[str, Any] | None:
             return None
         try:
             value, _ = decoder.raw_decode(text, start)
-            # half of a surrogate pair is no text that a file can hold
+            # a lone surrogate cannot be encoded, so it raises here
             json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             start = text.find("{", start + 1)
@@ -97,8 +102,10 @@ def _object_in(text: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Synthesized:
-    """What was made. spent: of this run, None where no teacher was asked; a finished Dataset that was found cost
-    nothing.
+    """Result of `synthesize`.
+
+    spent: questions and costs of this run; None if no teacher was asked.
+    found: whether a finished Dataset was found, at no cost.
     """
 
     dataset: Artifact
@@ -107,23 +114,21 @@ class Synthesized:
     found: bool = field(default=False)
 
     def examples(self) -> Iterator[Example]:
-        """The rows, in order: for whoever validates them."""
+        """Return an iterator over the rows, in order."""
         return parquet_io.read_examples(self.dataset)
 
     @property
     def made(self) -> int:
-        """Rows of the Dataset."""
+        """Number of rows in the Dataset."""
         return int(self.dataset.manifest["counts"]["kept"])
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Drops by reason: answers that could not be used, rows that were there already, sources that could not be
-        read.
-        """
+        """Drops by reason: unusable answers, duplicate rows, unreadable sources."""
         return dict(self.dataset.manifest["counts"]["dropped"])
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         spent = self.spent or Spent(0, 0, 0, 0, 0, 0.0)
         fields = self.dataset.manifest["synthetic"]
         return {
@@ -143,7 +148,7 @@ class Synthesized:
         }
 
     def table(self) -> list[tuple[str, Any]]:
-        """What a person reads."""
+        """Return the lines shown to the user."""
         fields = self.as_json()
         ways = [(kind, counts) for kind, counts in fields.pop("ways").items()]
         names = ("dataset", "made", "dropped", "teacher", "calls", "cached", "tokens", "cost", "licence")
@@ -151,7 +156,7 @@ class Synthesized:
 
 
 Notice = Callable[[str], object]
-# Asks that are in memory at once, for each that is asked at once
+# Requests in memory for each question that may be asked at once
 AHEAD = 16
 _REPAIRED = ("no_json", "schema_mismatch")
 
@@ -165,14 +170,18 @@ def synthesize(
     replace: bool = False,
     notice: Notice = lambda line: None,
 ) -> Synthesized:
-    """Make rows by the ways of a recipe, and write them as a Dataset to `out`.
+    """Make rows by the generators (`ways`) of a recipe, and write them as a Dataset to `out`.
 
-    `recipe` is a SynthesizeRecipe, a mapping in its form, or the path of a YAML file. `teacher` stands in for the
-    recipe's. An interrupted run is gone on with by the same call: what was answered is not asked again, also under
-    `replace`. `resume` also takes a finished Dataset of the same recipe and seeds for an answer. The rows depend on
-    the recipe, the seeds and the answers, not on time, threads or failures. Raises ConfigError for a bad recipe or a
-    taken `out`, SourceError when no row is made, what the teacher raises when its patience is at an end, BudgetError
-    when the money is, StoppedError on a signal.
+    recipe: a SynthesizeRecipe, a mapping in its form, or the path of a YAML file.
+    teacher: replaces the recipe's.
+    resume: accept a finished Dataset of the same recipe and seeds as the result.
+    replace: replace an existing output; cached answers are still used.
+
+    The same call resumes an interrupted run without repeating answered questions. The rows depend on the recipe, the
+    seeds and the answers, not on time, threads or failures.
+
+    Raises ConfigError for a bad recipe or a taken `out`, SourceError if no row is made, the teacher's errors once its
+    tries are used, BudgetError at the spending limit, StoppedError on a signal.
     """
     started = time.monotonic()
     recipe = load_recipe(recipe)
@@ -186,7 +195,7 @@ def synthesize(
         run = SynthesisRun(recipe, work, teacher, notice)
         try:
             dataset = write_dataset(out, run.write, replace=replace)
-        except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, and SIGTERM as the command line turns it
+        except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, and SIGTERM as the command line converts it
             number = signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT
             raise StoppedError(
                 f"interrupted; answers stand in {run.folder}", "the same command goes on there", number
@@ -204,7 +213,7 @@ def synthesize(
 def load_recipe(
     recipe: SynthesizeRecipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()
 ) -> SynthesizeRecipe:
-    """The recipe in any of the forms that `synthesize` takes, with flags (`--seed 1`) on top."""
+    """Return the recipe from any form that `synthesize` takes, with flags such as `--seed 1` applied."""
     return config.load_any(SynthesizeRecipe, recipe, flags)
 
 
@@ -215,7 +224,7 @@ def _check_teacher(recipe: SynthesizeRecipe, teacher: Teacher | None) -> None:
 
 
 def _manifest_recipe(recipe: SynthesizeRecipe) -> dict[str, Any]:
-    """The recipe as a manifest has it: without what changes nothing in the Dataset."""
+    """Return the recipe for the manifest, without options that do not change the Dataset."""
     fields = {name: value for name, value in config.dump(recipe).items() if name != "cache"}
     if fields["teacher"]:
         fields["teacher"] = {name: value for name, value in fields["teacher"].items() if name not in _OF_A_RUN}
@@ -235,7 +244,7 @@ _OF_A_RUN = (
 
 
 def _finished(recipe: SynthesizeRecipe, out: Path) -> Artifact:
-    """The Dataset at `out`. Raises ConfigError if another recipe, or other seeds, made it."""
+    """Return the Dataset at `out`. Raises ConfigError if it was made by another recipe or from other seeds."""
     dataset = open_artifact(out, "dataset")
     synthetic_fields = dataset.manifest.get("synthetic")
     if not synthetic_fields or digest(dataset.manifest["recipe"]) != digest(_manifest_recipe(recipe)):
@@ -253,7 +262,7 @@ def _finished(recipe: SynthesizeRecipe, out: Path) -> Artifact:
 
 @dataclass(frozen=True)
 class AskOutcome:
-    """What came of an ask: the last question and answer, and the JSON in it or what is wrong with it."""
+    """Outcome of a request: the last question and answer, and its JSON or its fault."""
 
     request: TeacherRequest
     question: TeacherQuestion
@@ -271,7 +280,7 @@ class SynthesisRun:
         self._teacher = teacher
 
     def write(self, writer: DatasetWriter) -> dict[str, Any]:
-        """Fill the Dataset's directory; returns what its manifest says."""
+        """Fill the directory of the Dataset; return the facts of its manifest."""
         seeds = synthetic_dataset.read_seeds(self.recipe.sources, self.recipe.max_row_bytes, self.work)
         if any(map(asks_teacher, self.recipe.ways)):
             self.answers = self._open_answers()
@@ -296,7 +305,7 @@ class SynthesisRun:
     def _open_answers(self) -> AnswerCache:
         configured = self.recipe.teacher
         teacher = self._teacher or (configured.open(self.notice) if configured else None)
-        assert teacher is not None  # looked at when the run began
+        assert teacher is not None  # checked when the run began
         return AnswerCache(teacher, self.folder, configured.price if isinstance(configured, Endpoint) else Price())
 
     def _make(self, generator: Any, seeds: synthetic_dataset.Seeds) -> None:
@@ -317,7 +326,7 @@ class SynthesisRun:
                 progress.advance()
 
     def _outcomes(self, generator: PromptedGenerator, seeds: synthetic_dataset.Seeds) -> Iterator[AskOutcome]:
-        """In the order of the asks, some of which are under way at once."""
+        """Yield the outcomes in the order of the requests, several of which are in progress at once."""
         assert self.answers is not None
         at_once = self.answers.teacher.at_once
         requests = self._counted(generator, seeds)
@@ -328,7 +337,7 @@ class SynthesisRun:
                     for future in under_way:
                         yield future.result()
                 except BaseException:
-                    # what is asked already is waited for, and kept; nothing more is asked
+                    # wait for the questions in progress and keep their answers; cancel the others
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
 
@@ -341,7 +350,7 @@ class SynthesisRun:
 
     def _outcome(self, kind: str, request: TeacherRequest) -> AskOutcome:
         assert self.answers is not None
-        number = int(digest([self.recipe.seed, kind, request.number])[:8], 16) >> 1  # endpoints take 31 bits
+        number = int(digest([self.recipe.seed, kind, request.number])[:8], 16) >> 1  # endpoints accept 31 bits
         schema = canonical_text(request.schema)
         question = TeacherQuestion(request.messages, number, self.recipe.max_tokens, self.recipe.temperature, schema)
         answer = self.answers.answer(question)
@@ -368,7 +377,7 @@ class SynthesisRun:
             return
         parents = outcome.request.parents
         origin = parents[0].origins[0] if parents else None
-        # a reason may quote the answer, in which people may be named; of the answer itself only the digest is kept
+        # the detail may quote the answer, which may name people, so it is masked; only the answer's digest is kept
         detail = (
             f"{masked_text(generated.detail)} (answer {outcome.answer.digest} to {generator.kind} "
             f"{outcome.request.number})"
@@ -377,7 +386,7 @@ class SynthesisRun:
         self.rows.drop(generator.kind, Drop(generated.reason, *source_locator, detail), outcome.request.number)
 
     def _with_cost(self, line: str) -> None:
-        """Tell a line of progress, and what the answers cost so far."""
+        """Report a line of progress, with the cost of the answers so far."""
         if self.answers:
             spent = self.answers.spent
             line = f"{line}; {spent.calls:,} calls, {spent.cached:,} from disk, cost {spent.cost:.4f}"

@@ -1,4 +1,4 @@
-"""Seed rows in; synthetic rows out as a Dataset."""
+"""Input and output of a synthesis: seed rows, and synthetic rows as a Dataset."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ from sartor.curate.sources import chunk_reader, media_files, planner
 from sartor.curate.sources.types import SourceOptions
 from sartor.synthesize.generator import GeneratedRow
 
-# Of a Source, what its files' entries in the manifest say besides the licence: core/licences/compliance.py reads them
-# there
+# Terms of a source, besides the licence, that are copied to its files' entries in the manifest;
+# core/licences/compliance.py reads them there.
 TERMS = ("share_alike", "non_commercial", "expires", "consent", "rehearsal")
 
 
 @dataclass
 class Seeds:
-    """rows: to make others from. drops: what could not be read. files: their entries for the manifest, without counts.
+    """Seed rows of a synthesis.
 
-    held_out: rows that are for evaluation: what is made of them would show a model the answers. repeated: rows
-    that stood there before.
+    rows: the seeds. drops: rows that could not be read.
+    files: entries of the source files for the manifest, without counts. parents: source Datasets.
+    held_out: number of evaluation rows. They are not used, since rows made from them would show a model the answers.
+    repeated: number of rows that repeat an earlier one.
+    read: rows read, by (source, file).
     """
 
     rows: list[Example] = field(default_factory=list)
@@ -44,17 +47,20 @@ class Seeds:
 
     @property
     def total(self) -> int:
-        """Rows that were read."""
+        """Number of rows read."""
         return len(self.rows) + len(self.drops) + self.held_out + self.repeated
 
     @property
     def digest(self) -> str:
-        """Of what was read: a run goes on only with the same."""
+        """Digest of the rows read; a run is resumed only with the same."""
         return digest([[row.id for row in self.rows], [drop.locator for drop in self.drops], self.held_out])
 
 
 def read_seeds(sources: tuple[SourceOptions, ...], max_row_bytes: int, folder: Path) -> Seeds:
-    """The seeds, their media copied below `folder`. A row that stands there twice is one seed. Raises as `curate`."""
+    """Return the seeds, with their media copied below `folder`.
+
+    A row that occurs twice is one seed. Raises as `curate` does.
+    """
     result = Seeds()
     for source in sources:
         path = Path(source.path)
@@ -104,11 +110,11 @@ EVIDENCE = pa.schema(
         ("way", pa.string()),
         ("parents", pa.list_(pa.string())),
         ("teacher", pa.string()),
-        ("prompt", pa.string()),  # digest of what was asked; empty without a teacher, as the answer's
+        ("prompt", pa.string()),  # digest of the question; like that of the answer, empty without a teacher
         ("answer", pa.string()),
         ("seed", pa.int64()),
         ("changes", pa.string()),
-        ("span_start", pa.int64()),  # of what is cited, in characters of the parent's text; null where nothing is
+        ("span_start", pa.int64()),  # of the cited span, in characters of the parent's text; null if none is cited
         ("span_end", pa.int64()),
     ]
 )
@@ -116,7 +122,10 @@ EVIDENCE = pa.schema(
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a row came of: empty without a teacher."""
+    """Provenance of a generated row; the fields are empty without a teacher.
+
+    prompt, answer: digests of question and answer.
+    """
 
     teacher: str = ""
     prompt: str = ""
@@ -126,8 +135,11 @@ class Provenance:
 
 @dataclass
 class SyntheticRows:
-    """Rows as they come, each content once. `licences`: of rows made of nothing, and of the teacher's word ("" for
-    none).
+    """Synthetic rows collected during a run, each content once.
+
+    licences: of rows made from nothing, and of the teacher's answers (empty for none).
+    seeds: seed id -> locator.
+    ways: generator kind -> counts of `made`, `dropped` and `skipped:REASON`.
     """
 
     licences: tuple[str, str]
@@ -138,11 +150,11 @@ class SyntheticRows:
     ways: dict[str, Counter[str]] = field(default_factory=dict)
 
     def count(self, kind: str, outcome: str) -> None:
-        """One more of a way's `made`, `dropped` or `skipped:why`."""
+        """Count one more `made`, `dropped` or `skipped:REASON` of a generator."""
         self.ways.setdefault(kind, Counter())[outcome] += 1
 
     def add(self, kind: str, generated: GeneratedRow, provenance: Provenance) -> None:
-        """A row, or the Drop of one that is there already."""
+        """Add a row, or a Drop if its content equals a seed or an earlier row."""
         row = self._row(kind, generated, provenance)
         if row.id in self.seeds or row.id in self.rows:
             duplicate_of = (
@@ -167,7 +179,7 @@ class SyntheticRows:
         self.evidence.append({**fields, "changes": generated.changes, "span_start": span[0], "span_end": span[1]})
 
     def drop(self, kind: str, drop: Drop, number: str) -> None:
-        """What was tried and did not become a row."""
+        """Record an attempt that gave no row."""
         step = f"synthesize:{kind}"
         self.drops.append(
             replace(drop, step=step, source=drop.source or step, locator=drop.locator or f"{kind}:{number}")
@@ -196,7 +208,10 @@ class SyntheticRows:
 def write(
     writer: DatasetWriter, work: Path, synthetic_rows: SyntheticRows, seeds: Seeds, fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Fill the Dataset's directory; returns what its manifest says. `fields`: recipe and teacher."""
+    """Fill the directory of the Dataset; return the facts of its manifest.
+
+    fields: recipe, teacher name and digest of the seeds.
+    """
     drops = [*seeds.drops, *synthetic_rows.drops]
     if not synthetic_rows.rows:
         raise SourceError(_nothing_made(drops, synthetic_rows.ways), "mend the sources, the ways or the teacher")
@@ -212,10 +227,10 @@ def write(
     return writer.finish(
         recipe=fields["recipe"],
         sources=_sources(writer, synthetic_rows, seeds),
-        # `copies`: rows that a step adds, of which the card draws how many were left
+        # `copies`: rows that a step adds; the card plots how many of them are left
         steps={f"synthesize:{kind}": {**counts, "copies": _tried(counts)} for kind, counts in ways.items()},
         counts={"read": len(seeds.drops), "made": row_count},
-        # the licence is of the seeds and, where it has one, of the teacher's word
+        # the licence combines those of the seeds and, if stated, of the teacher's answers
         extra_facts={"licence": combine(by_licence), "synthetic": _synthetic(seeds, ways, fields)},
     )
 
@@ -230,7 +245,7 @@ def _nothing_made(drops: Sequence[Drop], ways: Mapping[str, Counter[str]]) -> st
 
 
 def _sources(writer: DatasetWriter, synthetic_rows: SyntheticRows, seeds: Seeds) -> list[dict[str, Any]]:
-    """The files of the seeds, and an entry for each way that made rows of nothing."""
+    """Return the source entries: the seeds' files, and one for each generator with rows made from nothing."""
     of_nothing = sorted(file_key for file_key in kept_by_file(writer.folder) if file_key[0].startswith("synthesize:"))
     entries = [*seeds.files, *(_pseudo(file_key, synthetic_rows.licences[0]) for file_key in of_nothing)]
     entries = [{**entry, "read": seeds.read[entry["source"], entry["path"]]} for entry in entries]
@@ -253,12 +268,12 @@ def _synthetic(seeds: Seeds, ways: Mapping[str, Any], fields: Mapping[str, Any])
 
 
 def _tried(counts: Mapping[str, int]) -> int:
-    """Rows that a way made and Drops."""
+    """Return the number of rows made and dropped by a generator."""
     return counts.get("made", 0) + counts.get("dropped", 0)
 
 
 def _pseudo(file_key: tuple[str, str], licence: str) -> dict[str, Any]:
-    """The entry of rows that are made of nothing but the recipe."""
+    """Return the source entry of rows that are made from the recipe alone."""
     terms: dict[str, Any] = {
         "share_alike": False,
         "non_commercial": False,

@@ -1,4 +1,4 @@
-"""Verb prove: gain from synthetic rows on real ones."""
+"""Verb `prove`: gain from synthetic rows, measured on real ones."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ STEP = "prove"
 
 @dataclass(frozen=True)
 class LiftResult:
-    """Scores on real held-out rows: `base` is tuned without the synthetic rows, `tuned` with them. metric: of a row,
-    0..1.
+    """Scores on real held-out rows.
+
+    compared: its `base` is tuned without the synthetic rows, its `tuned` with them.
+    metric: name of the score of a row, 0..1.
+    rows: rows compared. synthetic: synthetic rows added. left_out: synthetic rows left out.
     """
 
     compared: Comparison
@@ -41,7 +44,7 @@ class LiftResult:
     wall_s: float
 
     def as_json(self) -> dict[str, Any]:
-        """For the command's JSON."""
+        """Return the fields for the command's JSON."""
         comparison = self.compared
         return {
             "metric": self.metric,
@@ -68,15 +71,17 @@ def prove(
     replace: bool = False,
     notice: Notice = lambda line: None,
 ) -> LiftResult:
-    """Tune a recipe on the training rows of the Dataset `reality`, then with those of `synthetic`; compare on held-out
-    rows.
+    """Tune a recipe on real rows without and with synthetic rows; compare both on held-out rows.
 
-    Both runs have the recipe as it is but for `data.path`: with a budget of epochs the second makes more updates, with
-    one of updates the same. What is `auto` is chosen for the real rows, and holds for both. Synthetic rows in the
-    group of a held-out row are left out. The interval is over groups (`evaluate/bootstrap.py`). Below `out` stand
-    `with` (the Dataset),
-    `adapter-without`, `adapter-with` and their reports.
-    Raises what `tune` and `evaluate` do, SourceError where nothing is held out.
+    synthetic: the Dataset of synthetic rows. reality: the Dataset of real rows.
+
+    Both runs use the same recipe except for `data.path`. With a budget of epochs the second makes more updates; with a
+    budget of updates both make the same number. Values that are `auto` are chosen for the real rows and used for both.
+    Synthetic rows in the group of a held-out row are left out. The interval is over groups (`evaluate/bootstrap.py`).
+    Written below `out`: `with` (the Dataset), `adapter-without`, `adapter-with`, and their reports `report-without`,
+    `report-with`.
+
+    Raises what `tune` and `evaluate` raise, and SourceError if no row is held out.
     """
     started = time.monotonic()
     out = Path(out).absolute()
@@ -91,7 +96,7 @@ def prove(
         notice(f"tuning {name} synthetic rows")
         chosen = recipes.load(shared, ["--data.path", str(dataset.path)])
         tuned[name] = tune(chosen, out / f"adapter-{name}", replace=replace, show=False, notice=notice)
-        # what `auto` came to on the real rows holds for both
+        # the values that `auto` took on the real rows are used for both
         shared = tuned[name].adapter.manifest["recipe"]
         report = evaluate(
             out / f"adapter-{name}",
@@ -107,7 +112,7 @@ def prove(
 
 
 def _together(real: Artifact, synthetic_artifact: Artifact, out: Path, replace: bool) -> tuple[Artifact, int, int]:
-    """(the Dataset of both, synthetic rows in it, synthetic rows that were left out)."""
+    """Return the Dataset of both, the number of synthetic rows in it, and of those left out."""
     real_rows = list(parquet_io.read_examples(real))
     held_out = {split_group(row) for row in real_rows if row.split in HELD_OUT_SPLITS}
     if not held_out:
@@ -146,7 +151,7 @@ def _compared(
             "the two reports share no row",
             "sartor validate SYNTHETIC --reality DATASET --out ACCEPTED --prove RECIPE --replace",
         )
-    # a metric of the whole set, such as macro-F1, has no scores of rows
+    # a metric of the whole set, such as macro-F1, has no scores by row
     column = f"tuned_{metric}" if f"tuned_{metric}" in scored["without"][shared[0]] else "tuned_exact_match"
     sides: list[Sequence[float]] = [
         [float(scored[name][row][column]) for row in shared] for name in ("without", "with")

@@ -1,7 +1,7 @@
 """Teacher protocol: question in, answer out.
 
-`curate` asks a teacher one question at a time, from as many threads as `at_once` says; the façade says at import how a
-local base is opened as one (`offer_local`) and how clips are spoken (`offer_speech`).
+`synthesize` asks a teacher from up to `at_once` threads, one question each. On import, the package `sartor` registers
+how a local base is opened as a teacher (`offer_local`) and how texts are spoken (`offer_speech`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ Finish = Literal["stop", "length", "refused"]
 
 @dataclass(frozen=True)
 class TeacherQuestion:
-    """What a teacher is asked. messages: (role, text) in order. schema: JSON Schema that the answer should obey, ""
-    for none.
+    """Question to a teacher.
 
-    seed: of what is drawn at a temperature above 0.
+    messages: (role, text) in order.
+    seed: sampling seed, for a temperature above 0.
+    schema: JSON Schema, as text, that the answer should satisfy; empty for none.
     """
 
     messages: tuple[tuple[str, str], ...]
@@ -33,25 +34,25 @@ class TeacherQuestion:
 
     @property
     def prompt_digest(self) -> str:
-        """16 hex digits of what is said, whatever seed and temperature."""
+        """16 hex digits of the digest of messages and schema, independent of seed and temperature."""
         return digest([self.messages, self.schema])[:16]
 
     def digest(self, teacher: str) -> str:
-        """What an answer is kept under: 32 hex digits of everything that it follows from."""
+        """Return the cache key of an answer: 32 hex digits over everything that it depends on."""
         return digest([teacher, asdict(self)])[:32]
 
     @property
     def last(self) -> str:
-        """The text of the last message."""
+        """Text of the last message."""
         return self.messages[-1][1]
 
 
 @dataclass(frozen=True)
 class TeacherAnswer:
-    """What a teacher said. finish: `length` if it was cut at max_tokens, `refused` if the teacher would not answer.
+    """Answer of a teacher.
 
-    tokens_in, tokens_out: as the teacher counts them, or estimated from the length where it says none
-    (`is_estimated`).
+    finish: `length` if it was cut at max_tokens, `refused` if the teacher would not answer.
+    tokens_in, tokens_out: token counts reported by the teacher, or estimates from the length (`is_estimated`).
     """
 
     text: str
@@ -62,54 +63,59 @@ class TeacherAnswer:
 
     @property
     def digest(self) -> str:
-        """16 hex digits of the text."""
+        """16 hex digits of the digest of the text."""
         return digest(self.text)[:16]
 
 
 class Teacher(Protocol):
-    """Answers questions. Called from `at_once` threads."""
+    """Source of answers, called from `at_once` threads."""
 
     @property
     def name(self) -> str:
-        """Who it is, for origins and as part of what an answer is kept under: never a key."""
+        """Name of the teacher, for origins and as a part of cache keys; it never contains a secret key."""
         ...
 
     @property
     def at_once(self) -> int:
-        """How many questions may be asked at once."""
+        """Number of questions that may be asked at once."""
         ...
 
     def answer(self, question: TeacherQuestion) -> TeacherAnswer:
-        """Raises MissingError where it cannot be reached, KeyRefusedError, BusyError at the end of its patience,
+        """Return the answer to a question.
+
+        Raises MissingError if the teacher cannot be reached, KeyRefusedError, BusyError once all tries are used,
         ModelError.
         """
         ...
 
 
 OpenLocal = Callable[[str, int, Callable[[str], object]], Teacher]
-# (texts, voice, speed, folder) -> a file of each text
+# (texts, voice, speed, folder) -> one file for each text
 SayAll = Callable[[Sequence[str], str, float, Path], list[Path]]
 _OFFERED: dict[str, Any] = {}
 
 
 def offer_local(opener: OpenLocal) -> None:
-    """Make known how a base is opened as a teacher: (its name, questions at once, what is told of slow things)."""
+    """Register the opener of a local base as a teacher: (base, questions at once, notice) -> Teacher."""
     _OFFERED["local"] = opener
 
 
 def offer_speech(say: SayAll) -> None:
-    """Make known how texts are spoken by a voice of this machine."""
+    """Register the function that speaks texts with a local voice."""
     _OFFERED["speech"] = say
 
 
 def open_local(base: str, at_once: int, notice: Callable[[str], object]) -> Teacher:
-    """The base as a teacher. Raises what opening a base raises."""
+    """Open a base as a teacher. Raises what opening a base raises."""
     opened: Teacher = _offered("local")(base, at_once, notice)
     return opened
 
 
 def say_all(texts: Sequence[str], voice: str, speed: float, folder: Path) -> list[Path]:
-    """A file below `folder` in which each text is spoken. Raises MissingError where no voice is installed."""
+    """Speak each text into a file below `folder`; return the files.
+
+    Raises MissingError if no voice is installed.
+    """
     files: list[Path] = _offered("speech")(texts, voice, speed, folder)
     return files
 

@@ -1,4 +1,4 @@
-"""Teachers that a recipe may name."""
+"""Options of the teachers that a recipe may name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Price:
-    """What is paid, in any currency: the cost is said in the same."""
+    """Price of a teacher's tokens, in any currency. The cost is reported in the same."""
 
     input: float = option(0.0, "per million tokens of questions")
     output: float = option(0.0, "per million tokens of answers")
@@ -57,7 +57,10 @@ class Endpoint:
             raise ConfigError(problem, "leave them out for the defaults")
 
     def open(self, notice: Notice) -> Teacher:
-        """Raises ConfigError for an address that cannot be, KeyRefusedError where the key is not set."""
+        """Open the endpoint as a teacher.
+
+        Raises ConfigError for an invalid address, KeyRefusedError if the key is not set.
+        """
         access = Access(self.url, self.model, key_of(self.key_env))
         pace = RequestThrottle(self.requests_per_minute, self.tokens_per_minute)
         return EndpointTeacher(access, pace, Patience(self.tries, self.pause_s, self.timeout_s), self.at_once, notice)
@@ -65,7 +68,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class LocalTeacherOptions:
-    """A base on this machine, by the embedded engine: nothing leaves it. Needs `sartor[tune]`."""
+    """A base on this machine, run by the embedded engine, so no data leaves it. Needs `sartor[tune]`."""
 
     base: str = option("starter", "starter, or the path or hub name of a base")
     at_once: int = option(4, "questions in one batch, 1 to 64")
@@ -76,7 +79,7 @@ class LocalTeacherOptions:
         _check_at_once(self.at_once)
 
     def open(self, notice: Notice) -> Teacher:
-        """Raises what opening a base raises."""
+        """Open the base as a teacher. Raises what opening a base raises."""
         return open_local(self.base, self.at_once, notice)
 
 
@@ -89,7 +92,7 @@ class Fake:
     kind: Literal["fake"] = "fake"
 
     def open(self, notice: Notice) -> Teacher:
-        """Always works."""
+        """Return the fake teacher; this never fails."""
         return FakeTeacher(self.at_once)
 
 
@@ -102,7 +105,7 @@ def _check_at_once(count: int) -> None:
 
 
 class FakeTeacher:
-    """See Fake. The same question has the same answer in every process."""
+    """Teacher of `Fake`. The same question has the same answer in every process."""
 
     name = "fake"
 
@@ -110,7 +113,7 @@ class FakeTeacher:
         self.at_once = at_once
 
     def answer(self, question: TeacherQuestion) -> TeacherAnswer:
-        """JSON that fits the question's schema, or words."""
+        """Return JSON that fits the question's schema, or words if it has none."""
         draw = random.Random(question.digest(self.name))
         material = question.last.partition("<<<")[2].partition(">>>")[0].strip() or question.last
         if question.schema:
@@ -121,7 +124,7 @@ class FakeTeacher:
 
 
 def _run_of(text: str, draw: random.Random) -> str:
-    """3 to 12 words of a text as they stand there, white space included."""
+    """Return a run of 3 to 12 words of a text, including the white space between them."""
     starts = [
         index for index, item in enumerate(text) if not item.isspace() and (index == 0 or text[index - 1].isspace())
     ]
@@ -132,7 +135,7 @@ def _run_of(text: str, draw: random.Random) -> str:
 
 
 def _filled(schema: Any, draw: random.Random, text: str) -> Any:
-    """A value of a JSON Schema's plain kind: objects, lists, texts, numbers, enums."""
+    """Return a value for a JSON Schema of objects, lists, texts, numbers and enums."""
     if "enum" in schema:
         return draw.choice(schema["enum"])
     kind = schema.get("type", "string")

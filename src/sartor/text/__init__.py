@@ -1,1 +1,1 @@
-"""Language, personal data, equivalence of texts and demographic terms. No torch."""
+"""Language, personal data, equivalence of texts, and demographic terms, without torch."""

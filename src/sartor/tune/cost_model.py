@@ -3,9 +3,9 @@
     peak memory = what is held now + gradients and moments of the adapter + activations of the heaviest micro-batch
     time        = sum over the run's real micro-batches of (a + b tokens [+ c token pairs]) + optimiser + evaluations
 
-Activations follow a formula of the model's shape (`Shape.activation_bytes`), scaled by measured micro-batches; a, b
-and c are fitted to timed ones. The order of the rows is known, so the updates are counted, not guessed. How wide the
-allowances are, and what they were measured on: docs/decisions/004-forecast.md.
+Activations follow a formula of the model's shape (`ModelShape.activation_bytes`), scaled by measured micro-batches. a,
+b and c are fitted to timed micro-batches. The order of the rows is known, so the updates are counted exactly.
+docs/decisions/004-forecast.md states the width of the allowances and the measurements behind them.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from sartor.tune.tokenized_dataset import PreferenceExample
 
 @dataclass(frozen=True)
 class BatchLoad:
-    """How much a micro-batch, or a row, asks: tokens, of them supervised, and what attention does for them.
+    """Work of a micro-batch or a row: numbers of tokens and of token pairs in attention.
 
-    pairs: token pairs, the sum of row length squared. stored_pairs: those whose weights are kept for the backward pass
-    (above `BLOCKED_ATTENTION_TOKENS` the kernel keeps none). aside: of the tokens those that have no backward pass.
-    shared: of the tokens those at the beginning of a row that most rows begin with; a micro-batch computes the longest
-    of these beginnings, `beginning` tokens, once.
+    pairs: token pairs, the sum of the squared row lengths.
+    stored_pairs: pairs whose attention weights are kept for the backward pass. Above `BLOCKED_ATTENTION_TOKENS` the
+    kernel keeps none.
+    aside: tokens that have no backward pass.
+    shared: tokens of the beginning that most rows have in common. A micro-batch computes the longest of these
+    beginnings, `beginning` tokens, once.
     """
 
     tokens: int = 0
@@ -48,7 +50,7 @@ class BatchLoad:
 
     @property
     def computed(self) -> int:
-        """Tokens that are computed: what rows share counts once."""
+        """Tokens that are computed: shared beginnings count once."""
         return self.tokens - self.shared + self.beginning
 
     def __add__(self, other: BatchLoad) -> BatchLoad:
@@ -65,9 +67,9 @@ class BatchLoad:
 
 @dataclass(frozen=True)
 class TimedBatch:
-    """One timed micro-batch: seconds of forward and backward, and memory at its peak above what is held between two.
+    """Timed micro-batch: seconds of forward and backward pass, and growth of memory at the peak.
 
-    growth_bytes is None where the system does not tell.
+    growth_bytes: above what is held between two micro-batches; None if the system does not report it.
     """
 
     load: BatchLoad
@@ -76,7 +78,10 @@ class TimedBatch:
 
 
 def load_of(row: TokenizedExample, beginning: Sequence[int] = ()) -> BatchLoad:
-    """What one row asks, with what it is learnt beside. beginning: tokens that rows share (`common_beginning`)."""
+    """Return the load of a row, including the other reply of a preference example.
+
+    beginning: tokens that rows share (`common_beginning`).
+    """
     length = len(row.ids)
     pairs, shared = length * length, _common(row.ids, beginning)
     stored_pairs = pairs if length <= BLOCKED_ATTENTION_TOKENS else 0
@@ -88,16 +93,17 @@ def load_of(row: TokenizedExample, beginning: Sequence[int] = ()) -> BatchLoad:
 
 
 def _common(ids: Sequence[int], beginning: Sequence[int]) -> int:
-    """How many tokens `ids` begins with of `beginning`; 0 where they are too few to be shared."""
+    """Return the length of the common prefix of `ids` and `beginning`; 0 if it is too short to share."""
     length = next((index for index, pair in enumerate(zip(ids, beginning, strict=False)) if pair[0] != pair[1]), None)
     length = min(len(ids), len(beginning)) if length is None else length
     return length if length >= SHARED_TOKENS else 0
 
 
 def common_beginning(recipe: ResolvedRecipe, path: LossBackend, rows: Sequence[TokenizedExample]) -> Sequence[int]:
-    """Return the tokens that nine of ten rows begin with, as a template's system prompt; none where nothing is shared.
+    """Return the tokens that nine of ten rows begin with, such as a template's system prompt.
 
-    Micro-batches are cut by what they compute, and of common beginnings that is one: `packing.micro_batches`.
+    Empty if nothing is shared. `packing.micro_batches` cuts by computed tokens, and a shared beginning is computed
+    once.
     """
     if not rows or not recipe.compute.share_prefixes or path.name == "one-row":
         return ()
@@ -107,12 +113,12 @@ def common_beginning(recipe: ResolvedRecipe, path: LossBackend, rows: Sequence[T
 
 
 def total(loads: Iterable[BatchLoad]) -> BatchLoad:
-    """Their sum."""
+    """Return the sum of the loads."""
     return sum(loads, BatchLoad())
 
 
 def take(rows: Sequence[TokenizedExample], tokens: int) -> list[TokenizedExample]:
-    """The first rows, at least one, that hold `tokens` tokens or just fewer."""
+    """Return the longest prefix of the rows with at most `tokens` tokens, but at least one row."""
     selected: list[TokenizedExample] = []
     n_tokens = 0
     for row in rows:
@@ -124,7 +130,10 @@ def take(rows: Sequence[TokenizedExample], tokens: int) -> list[TokenizedExample
 
 
 class TimingProbe:
-    """Forward and backward of micro-batches, timed; gradients, random numbers and the model's mode are put back."""
+    """Timed forward and backward passes of micro-batches.
+
+    Gradients, random numbers and the model's mode are restored afterwards.
+    """
 
     def __init__(
         self,
@@ -135,27 +144,31 @@ class TimingProbe:
         *,
         is_peak_restarted: bool = False,
     ) -> None:
-        """beginning: tokens that rows share (`common_beginning`). is_peak_restarted: whether `hardware.restart_peak`
-        was called before the base was opened, so that what the process held before that is no part of `peak_bytes`.
+        """Release free heap memory and record what the process holds.
+
+        beginning: tokens that rows share (`common_beginning`).
+        is_peak_restarted: whether `hardware.restart_peak` was called before the base was opened. Then `peak_bytes`
+        leaves out what the process held before.
         """
         self.path, self.model, self.device, self.beginning = path, model, device, beginning
         self.is_peak_restarted, self._past_peak_bytes = is_peak_restarted, 0
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # else a micro-batch would fill what the choice of the path has left free in the heap, and seem to need nothing
+        # the choice of the loss backend leaves free memory in the heap; a micro-batch that filled it would show no
+        # growth
         hardware.release_free_memory()
         self.resident_bytes = hardware.resident_bytes(device)
-        # what the last micro-batch has left behind: code of products of its length, buffers that grew
+        # memory that the last micro-batch did not release: kernel code for its length, buffers that grew
         self.left_bytes = 0
         self.samples: list[TimedBatch] = []
 
     def peak_bytes(self) -> int:
-        """Return the most memory held so far: since the peak was restarted for the base, else by this process."""
+        """Return the most memory held since the peak was restarted for the base, else by this process."""
         if not self.is_peak_restarted:
             return hardware.peak_bytes(self.device)
         return max(self._past_peak_bytes, hardware.recent_peak_bytes(self.device))
 
     def settle(self) -> None:
-        """Count what the last micro-batch has left behind as held, and no longer as its activations."""
+        """Count what the last micro-batch left behind as resident memory instead of as its activations."""
         hardware.release_free_memory()
         before_bytes, self.resident_bytes = self.resident_bytes, hardware.resident_bytes(self.device)
         self.left_bytes = max(self.resident_bytes - before_bytes, 0)
@@ -163,7 +176,7 @@ class TimingProbe:
             self.samples[-1] = replace(self.samples[-1], growth_bytes=growth - self.left_bytes)
 
     def run(self, rows: Sequence[TokenizedExample], *, warm_up: bool = False) -> float:
-        """Seconds of one micro-batch over `rows`. `warm_up` leaves its time out of `samples`."""
+        """Return the seconds of one micro-batch over `rows`. `warm_up` leaves it out of `samples`."""
         with self._untouched():
             self._past_peak_bytes = self.peak_bytes()
             is_measured = hardware.restart_peak(self.device)
@@ -181,15 +194,18 @@ class TimingProbe:
         return seconds
 
     def load_of(self, rows: Sequence[TokenizedExample]) -> BatchLoad:
-        """What `rows` ask together."""
+        """Return the load of `rows` together."""
         return total(load_of(row, self.beginning) for row in rows)
 
     def optimizer_seconds(self) -> float:
-        """Seconds of one optimiser step over the adapter. At rate 0, on an optimiser of its own: no weight moves."""
+        """Return the seconds of one optimiser step over the adapter.
+
+        It uses an optimiser of its own at rate 0, so no weight moves.
+        """
         optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=0.0, fused=self.device.type != "mps")
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes the moments
+        optimizer.step()  # allocates the moments
         start_s = time.monotonic()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         optimizer.step()
@@ -213,41 +229,40 @@ class TimingProbe:
                     parameter.grad = None
 
 
-# Sizes of a micro-batch that `auto` chooses from
+# Micro-batch sizes, in tokens, that `auto` chooses from
 LADDER = (128, 256, 512, 1024, 2048)
 # Half-widths of the 90 % intervals beyond the spread of the samples
 TIME_ALLOWANCE, MEMORY_ALLOWANCE = 0.2, 0.15
-# An interval whose high end is over twice its low one tells nobody what to do
+# Limit of the half-width: an interval whose high end is over twice its low end is of no use for a decision
 MOST_HALF_WIDTH = 0.33
-# By how much the peak of opening a base and choosing its path differs from one process to the next
+# Relative difference between processes of the peak while a base is opened and its loss backend chosen
 PAST_PEAK_ALLOWANCE = 0.03
-# The scale of the formula where nothing was measured: it is off by that much from one architecture to another
+# Scale (low, estimate, high) of the formula if nothing was measured: the spread between architectures
 UNMEASURED = (0.6, 1.0, 1.6)
-# Of the fast path, which keeps of a token and layer 3 widths (input, attention's output, middle), queries, keys and
-# values (1.2 to 3 widths) and gate and up (2 inner widths): 0.35 to 0.5 of the formula, and what one layer's backward
-# adds
+# The same for the fast path. Per token and layer it keeps 3 widths (input, output of attention, middle), queries, keys
+# and values (1.2 to 3 widths), gate and up (2 inner widths). That is 0.35 to 0.5 of the formula, plus the backward
+# pass of one layer
 UNMEASURED_FAST = (0.3, 0.5, 0.8)
-# What the process still takes for itself: libraries that load at first use, the allocator's arenas (low, estimate,
-# high)
+# Memory that the process will still take (low, estimate, high): libraries that load at first use, allocator arenas
 SETTLING_BYTES = (0.0, 16e6, 64e6)
-# Below this, growth is the allocator's noise and says nothing of the activations
+# Smaller growth is noise of the allocator and says nothing about the activations
 NOISE_BYTES = 16 * 2**20
-# Lengths of a micro-batch that oneDNN has met after a probe
+# Number of micro-batch lengths for which oneDNN has kernel code after a probe
 PROBED_SHAPES = 2
-# A forward pass without gradients, of the time of forward and backward
+# Time of a forward pass without gradients over that of forward and backward
 FORWARD_FRACTION = 0.4
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the ends of its 90 % interval."""
+    """Estimate with the ends of its 90 % interval."""
 
     estimate: float
     low: float
     high: float
 
     def as_json(self, digits: int | None = None) -> dict[str, float]:
-        """`{estimate, low, high}`, rounded to `digits` (None: whole numbers)."""
+        """Return `{estimate, low, high}`, rounded to `digits` (None: whole numbers)."""
         return {name: round(value, digits) for name, value in vars(self).items()}
 
     def __mul__(self, factor: float) -> Interval:
@@ -257,17 +272,23 @@ class Interval:
         return Interval(self.estimate + other, self.low + other, self.high + other)
 
     def at_most(self, limit: float) -> Interval:
-        """No end above `limit`."""
+        """Return the interval with each number capped at `limit`."""
         return Interval(min(self.estimate, limit), min(self.low, limit), min(self.high, limit))
 
     def at_least(self, limit: float) -> Interval:
-        """No end below `limit`."""
+        """Return the interval with each number raised to at least `limit`."""
         return Interval(max(self.estimate, limit), max(self.low, limit), max(self.high, limit))
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What decides a model's memory. Widths in elements; `adapted` layers, next to the head, have a backward pass."""
+    """Sizes of a model that decide its memory.
+
+    layers, width, inner, heads, vocabulary: in elements, as in the model's config.
+    linear_bytes: frozen weight matrices without the embeddings.
+    trainable: number of trained parameters.
+    adapted: layers next to the head that have a backward pass.
+    """
 
     layers: int
     width: int
@@ -281,11 +302,11 @@ class ModelShape:
     recompute: bool
 
     def activation_bytes(self, load: BatchLoad) -> float:
-        """Bytes held for the backward pass of one micro-batch, about.
+        """Return the approximate bytes that one micro-batch keeps for the backward pass.
 
-        Elements of a token in a layer: 12 widths (the norms and their fp32 copies, queries, keys, values, the gathered
-        ones, inputs of projections), 4 inner widths (gate, up, their product), and of each pair of tokens and head 3
-        (scores, weights). The head: logits in fp32, their log-softmax and its gradient.
+        Elements per token and layer: 12 widths (norms and their fp32 copies, queries, keys, values, the gathered ones,
+        inputs of projections) and 4 inner widths (gate, up, their product). Elements per token pair and head: 3
+        (scores, weights). The head keeps the logits in fp32, their log-softmax and its gradient.
         """
         token_bytes = (12 * self.width + 4 * self.inner) * self.element_bytes
         tokens = max(load.computed - load.aside, 0)
@@ -293,17 +314,18 @@ class ModelShape:
         head_bytes = load.supervised * self.vocabulary * 3 * 4
         if not self.recompute:
             return layer_bytes * self.adapted + head_bytes
-        # one tensor a layer; of one layer at a time all of them. The head is done before the first layer is
+        # with recompute: one tensor per layer, and all tensors of one layer at a time. The head is finished before the
+        # first layer's backward pass starts, so only the larger of both counts
         return tokens * self.width * self.element_bytes * self.adapted + max(layer_bytes, head_bytes)
 
     @property
     def state_bytes(self) -> int:
-        """Gradients and two moments of the adapter, fp32."""
+        """Bytes of the adapter's gradients and two moments, fp32."""
         return self.trainable * 12
 
 
 def shape_of(model: Any, recipe: ResolvedRecipe) -> ModelShape:
-    """The Shape of a model with its adapter. What a config does not say is taken as in Llama's."""
+    """Return the ModelShape of a model with its adapter. Values that the config lacks are Llama's."""
     config = model.config.get_text_config()
     layers = config.num_hidden_layers
     weights = [parameter for parameter in model.parameters() if not parameter.requires_grad]
@@ -332,10 +354,12 @@ def shape_of(model: Any, recipe: ResolvedRecipe) -> ModelShape:
 class MemoryModel:
     """Peak memory as a function of the micro-batch and the recipe.
 
-    resident_bytes: held between two micro-batches, with base and adapter open. scale: measured activations over the
-    formula's. past_peak_bytes: what opening the base has taken already. limit_bytes: what this process can hold at
-    all.
-    kernel_bytes: code of products that oneDNN will still keep, for micro-batches of lengths that it has not met.
+    resident_bytes: held between two micro-batches, with base and adapter open.
+    past_peak_bytes: peak so far, including the opening of the base.
+    scale: measured activations over the formula's.
+    limit_bytes: what this process can hold at all.
+    bound: name of what sets the limit.
+    kernel_bytes: code of matrix products that oneDNN will still cache, for micro-batches of new lengths.
     """
 
     shape: ModelShape
@@ -347,37 +371,37 @@ class MemoryModel:
     kernel_bytes: int = 0
 
     def growth(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
-        """What is held beyond `resident_bytes` while a micro-batch is computed, under this or a changed shape."""
+        """Return the bytes above `resident_bytes` during a micro-batch, under this or another shape."""
         shape = shape or self.shape
         weight_change_bytes = (
             shape.linear_bytes - self.shape.linear_bytes + 4 * (shape.trainable - self.shape.trainable)
         )
         grown = self.scale * shape.activation_bytes(load) + (shape.state_bytes + weight_change_bytes)
-        # where an update is one micro-batch its gradients come as its activations go
+        # low end: if an update is one micro-batch, gradients (fp32) are allocated while its activations are freed
         return replace(grown, low=grown.low - 4 * shape.trainable)
 
     def needs(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
-        """Memory held at once from here on: what has to fit."""
+        """Return the bytes held at once from here on, which have to fit."""
         grown, (low, estimate, high) = self.growth(load, shape) + self.resident_bytes, SETTLING_BYTES
         estimate, high = estimate + self.kernel_bytes / 2, high + self.kernel_bytes
         return Interval(grown.estimate + estimate, grown.low + low, grown.high + high)
 
     def peak(self, load: BatchLoad, *, is_other_process: bool = False) -> Interval:
-        """Peak of the whole process: what was held while the base was opened counts too.
+        """Return the peak of the whole process, including what was held while the base was opened.
 
-        is_other_process: whether it is opened again in another process, whose heap differs by PAST_PEAK_ALLOWANCE.
+        is_other_process: whether another process opens the base again; its heap differs by up to PAST_PEAK_ALLOWANCE.
         """
         needs, slack = self.needs(load), PAST_PEAK_ALLOWANCE if is_other_process else 0.0
         ends = (self.past_peak_bytes * factor for factor in (1, 1 - slack, 1 + slack))
         return Interval(*map(max, (needs.estimate, needs.low, needs.high), ends))
 
     def fits(self, load: BatchLoad, shape: ModelShape | None = None) -> bool:
-        """Whether the high end stays within the limit."""
+        """Return whether the high end stays within the limit."""
         return self.needs(load, shape).high <= self.limit_bytes
 
 
 def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
-    """From the samples of a probe; without any, the formula with wide ends."""
+    """Return the memory model fitted to a probe's samples; without samples, the formula with wide ends."""
     available = hardware.available_bytes(probe.device)
     resident_bytes = hardware.resident_bytes(probe.device)
     ratios = [
@@ -387,7 +411,7 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
     ]
     low, estimate, high = UNMEASURED_FAST if probe.path.name == "fast" else UNMEASURED
     if ratios:
-        # the heaviest sample is the nearest to what will be run
+        # the heaviest sample is the nearest to the run's own micro-batches
         estimate = ratios[-1]
         low, high = min(ratios) * (1 - MEMORY_ALLOWANCE), max(ratios) * (1 + MEMORY_ALLOWANCE)
     return MemoryModel(
@@ -403,8 +427,10 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
 
 @dataclass(frozen=True)
 class TimeModel:
-    """Seconds of a micro-batch: base_s + token_s tokens + pair_s token pairs; half_width: of the 90 % interval,
-    relative.
+    """Seconds of a micro-batch: base_s + token_s * tokens + pair_s * token pairs.
+
+    update_s: seconds of an optimiser step.
+    half_width: of the 90 % interval, relative.
     """
 
     base_s: float
@@ -414,15 +440,17 @@ class TimeModel:
     half_width: float
 
     def seconds(self, load: BatchLoad, micro_batches: float = 1) -> float:
-        """Seconds of `micro_batches` that hold `load` together."""
-        # pairs of what has no backward pass are as the rest of it: rows of one length
+        """Return the seconds of `micro_batches` micro-batches that hold `load` together."""
+        # seconds = base_s m + w (token_s tokens + pair_s pairs); w = 1 for tokens with a backward pass,
+        # FORWARD_FRACTION for those without. The same mean w serves for pairs, as if all rows had one length
         work_fraction = 1 - (1 - FORWARD_FRACTION) * load.aside / max(load.tokens, 1)
         return self.base_s * micro_batches + work_fraction * (self.token_s * load.computed + self.pair_s * load.pairs)
 
 
 def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
-    """Least squares over samples of at least one size. Terms that come out below 0 are left out: pairs, then the
-    base.
+    """Return the time model fitted by least squares to at least one sample.
+
+    Terms with a negative coefficient are dropped: first the pairs, then the base.
     """
     seconds = np.array([sample.seconds for sample in samples])
     columns = {
@@ -433,9 +461,10 @@ def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
     fitted: dict[str, float] = {}
     for names in (("base_s", "token_s", "pair_s"), ("base_s", "token_s"), ("token_s",)):
         table = np.stack([columns[name] for name in names], axis=1)
-        # as many distinct loads as terms, or the fit is not determined
+        # with fewer distinct loads than terms the fit is not determined
         if len(np.unique(table, axis=0)) < len(names):
             continue
+        # minimise sum_i ((x_i . c) / t_i - 1)^2: relative errors. table: (samples, terms); seconds t: (samples,)
         coefficients = np.linalg.lstsq(table / seconds[:, None], np.ones(len(samples)), rcond=None)[0]
         fitted = dict(zip(names, (float(value) for value in coefficients), strict=True))
         if min(fitted.values()) >= 0:
@@ -444,13 +473,14 @@ def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
     residuals = [sample.seconds / model.seconds(sample.load) - 1 for sample in samples]
     freedom = max(len(samples) - len(fitted), 1)
     spread = float(np.sqrt(sum(residual**2 for residual in residuals) / freedom))
-    # 1.645: a normal's 90 %; what the samples say of their own mean, then what they cannot say
+    # half-width = 1.645 s / sqrt(n) + allowance: the 90 % interval of a normal mean, and an allowance for what the
+    # samples cannot show
     half_width = 1.645 * spread / len(samples) ** 0.5 + TIME_ALLOWANCE
     return replace(model, half_width=min(half_width, max(MOST_HALF_WIDTH, TIME_ALLOWANCE)))
 
 
 class RunCounters(Protocol):
-    """What of a run's counters the course needs."""
+    """Counters of a run that the simulation of its updates needs."""
 
     updates: int
     tokens: int
@@ -458,17 +488,17 @@ class RunCounters(Protocol):
     rehearsal_tokens: int
 
     def fraction(self, budget: StopCriteria, epoch_tokens: int, wall_s: float) -> float:
-        """How much of the budget is used, 0..1."""
+        """Return the used fraction of the budget, 0..1."""
         ...
 
 
 def simulate_updates(
     recipe: ResolvedRecipe, loads: Sequence[BatchLoad], counters: RunCounters, rehearsal: Sequence[BatchLoad] = ()
 ) -> list[list[BatchLoad]] | None:
-    """The updates that the run will make, each as its rows; `counters` is moved to their end.
+    """Return the rows' loads of each update that the run will make; `counters` is moved to their end.
 
-    rehearsal: the rows that are read beside them. None where only minutes limit it: then time is known, the updates
-    are not.
+    rehearsal: loads of the rehearsal rows.
+    None if only minutes limit the run: then the time is known, but not the updates.
     """
     budget = recipe.budget
     if budget.epochs is None and budget.updates is None and budget.tokens is None:
@@ -494,7 +524,7 @@ def simulate_updates(
 
 
 def micro_batches(update: Sequence[BatchLoad], capacity: int) -> Iterator[BatchLoad]:
-    """The micro-batches of an update, as the trainer cuts it: by the tokens that are computed."""
+    """Yield the load of each micro-batch of an update, cut by computed tokens as the trainer does."""
     shared = max(load.beginning for load in update)
     lengths = [load.tokens - load.shared for load in update]
     for group in group_by_capacity(lengths, max(capacity - shared, *lengths)):
@@ -502,9 +532,9 @@ def micro_batches(update: Sequence[BatchLoad], capacity: int) -> Iterator[BatchL
 
 
 def epoch(recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> list[list[BatchLoad]]:
-    """The updates of the first epoch, or of the part of it that the budget reads.
+    """Return the rows' loads of each update of the first epoch, or of the part that the budget reads.
 
-    With a rehearsal, whose rows stand among `loads`, the run's order is another, and all of them count.
+    With rehearsal, whose rows are among `loads`, the run's order differs, so the whole epoch counts.
     """
     lengths, n_rows, n_tokens, result = [load.tokens for load in loads], 0, 0, []
     budget, is_ordered = recipe.budget, not recipe.data.rehearsal.path
@@ -519,13 +549,16 @@ def epoch(recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> list[list[Batch
 
 
 def heaviest(recipe: ResolvedRecipe, loads: Sequence[BatchLoad], capacity: int, shape: ModelShape) -> BatchLoad:
-    """Of the first epoch's micro-batches the one that asks most memory."""
+    """Return the load of the first epoch's micro-batch that needs most memory."""
     batch_loads = (micro for update in epoch(recipe, loads) for micro in micro_batches(update, capacity))
     return max(batch_loads, key=shape.activation_bytes)
 
 
 def micro_batch_sizes(recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> list[int]:
-    """Sizes of a micro-batch to try, ascending: not above an update, not below the longest row."""
+    """Return the micro-batch sizes to try, ascending.
+
+    None is larger than an update or smaller than the longest row.
+    """
     longest = max(load.tokens for load in loads)
     top = max(recipe.optimizer.batch_tokens, longest)
     return sorted({max(longest, min(size, top)) for size in LADDER})
@@ -533,7 +566,7 @@ def micro_batch_sizes(recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> lis
 
 @dataclass(frozen=True)
 class MicroBatchChoice:
-    """The micro-batch of a run, its heaviest load, whether it fits, and why it is that size."""
+    """Micro-batch size of a run, with its heaviest load, whether that fits, and the reason for the size."""
 
     micro_batch_tokens: int
     load: BatchLoad
@@ -544,7 +577,7 @@ class MicroBatchChoice:
 def choose_micro_batch(
     model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad], shape: ModelShape | None = None
 ) -> MicroBatchChoice:
-    """`compute.micro_batch_tokens` as a number: the recipe's, or the largest rung whose high end fits."""
+    """Return `compute.micro_batch_tokens` as a number: the recipe's, or the largest size whose high end fits."""
     micro_batch_tokens = recipe.compute.micro_batch_tokens
     shape = shape or model.shape
     sizes = micro_batch_sizes(recipe, loads) if micro_batch_tokens == "auto" else [micro_batch_tokens]

@@ -1,4 +1,4 @@
-"""Encodes a Dataset's rows and preference pairs as tokens."""
+"""Encoding of a Dataset's rows and preference pairs as tokens."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from sartor.tune import preflight
 from sartor.tune.recipe import Data, Dpo, Kto, Recipe, Sft
 from sartor.tune.tokenized_dataset import PreferenceExample, Term, TokenizedDataset, all_sequences
 
-# A row's own reply may be every other row's too; so many others are looked at for one that is not
+# Most other rows to search for a reply that differs: every row may have the same one
 _MAX_OTHERS = 8
 
 
 def encode_preference(
     example: Example, objective: Sft | Dpo | Kto, chat: ChatTokenizer, folder: Path
 ) -> list[tuple[TokenizedExample, Example]]:
-    """What a row is learnt as, and the Example whose last reply that is: one row, or of a pair under kto two; none
-    where the reply is bad and the objective has no use for that.
+    """Return the tokens to learn from a row, each with the Example whose last reply they hold.
 
-    Raises SourceError as `Chat.encode` does. folder: below which its media lie.
+    One entry, or two for a pair under kto. Empty if the reply was rated bad and the objective learns nothing from
+    that.
+    folder: below which the row's media lie.
+    Raises SourceError as `ChatTokenizer.encode` does.
     """
     if example.rejected and not isinstance(objective, Sft):
         rejected = replace(example, messages=(*example.prompt, *example.rejected), rejected=())
@@ -54,7 +56,10 @@ def _lesson(row: TokenizedExample, term: Term, other: TokenizedExample | None = 
 
 
 def _last_reply(row: TokenizedExample, example: Example) -> TokenizedExample:
-    """The row with its last run of learnt tokens alone: a rating is of that reply, and not of the turns before it."""
+    """Return the row with only its last reply learnt.
+
+    A rating or a preference concerns that reply and not the turns before it.
+    """
     start, end = row.last_reply
     return replace(row, learnt=[start <= position < end for position in range(len(row.ids))], example_id=example.id)
 
@@ -67,10 +72,12 @@ def mismatched_pairs(
     max_tokens: int,
     seed: int,
 ) -> list[TokenizedExample]:
-    """Each rated row beside another's reply to its prompt, chosen by the seed once for the whole run.
+    """Return the rows, each rated one with another row's reply to its prompt as `other`.
 
-    The paper shifts the replies of a batch by one; a choice that stays lets the reference compute each once. examples:
-    of the rows, one each. A row for which no other reply fits has none.
+    The seed chooses the replies once for the whole run. The paper shifts the replies of a batch by one; a fixed choice
+    lets the reference model compute each once.
+    examples: the Example of each row.
+    A row for which no other reply fits has `other` None.
     """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
@@ -102,7 +109,7 @@ def mismatched_pairs(
 
 
 def number_lessons(rows: Sequence[TokenizedExample], first: int) -> list[TokenizedExample]:
-    """Lessons with their lines in the table of reference log-probabilities, from `first` on."""
+    """Return the rows; preference examples get their row number in the reference table, from `first` on."""
     result: list[TokenizedExample] = []
     for row in rows:
         if isinstance(row, PreferenceExample):
@@ -116,15 +123,15 @@ def number_lessons(rows: Sequence[TokenizedExample], first: int) -> list[Tokeniz
 def encode_rows(
     dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, rehearsal: Artifact | None = None
 ) -> TokenizedDataset:
-    """The Dataset's rows as tokens, as the recipe's objective learns them; and of `rehearsal` the training rows.
+    """Return the rows as tokens for the recipe's objective, and the training rows of `rehearsal`.
 
-    Markup of the base in a reply is read into fields. A row whose reply cannot be read so, that is too long, refused
-    by the template or without a supervised token, or of whose bad reply the objective learns nothing, is left out and
-    counted.
-    Raises SourceError when nothing is left to learn from.
+    The base's markup in a reply is parsed into fields. A row is left out and counted in these cases: its reply cannot
+    be parsed, it is too long, the template refuses it, it has no supervised token, or the objective learns nothing
+    from its bad reply.
+    Raises SourceError if no row is left to learn from.
     """
     data = TokenizedDataset()
-    # rows of the test split are neither learnt nor watched: a loss that stops a tuning is a choice by them
+    # rows of the test split are neither learnt nor watched: a loss that influences tuning would select by them
     examples = [example for example in parquet_io.read_examples(dataset) if example.split != TEST]
     examples = _hold_out(examples, recipe.data, recipe.seed)
     train = _encode_examples(
@@ -136,7 +143,7 @@ def encode_rows(
     if recipe.data.rows and (excess := train[recipe.data.rows :]):
         data.leave_out("beyond_data_rows", *dict.fromkeys(row.example_id for row, _ in excess))
         train = train[: recipe.data.rows]
-    # A fixed sample, so that the held-out loss of two runs on one Dataset compares
+    # a fixed sample, so that the held-out losses of two runs on one Dataset can be compared
     held_out = random.Random(0).sample(held_out, min(recipe.data.eval_rows, len(held_out)))
     data.train = number_lessons(_as_lessons(train, dataset, recipe, chat), 0)
     data.held_out = number_lessons(_as_lessons(held_out, dataset, recipe, chat), len(data.train))
@@ -145,13 +152,13 @@ def encode_rows(
         raise _no_rows_error(dataset, recipe, data)
     if rehearsal:
         sft_recipe = replace(recipe, objective=Sft())
-        # what is measured on must not be learnt beside it
+        # rows that are measured on must not be learnt as rehearsal
         held_out_ids = {row.example_id for row in data.held_out}
         held_out_ids |= {example.id for example in parquet_io.read_examples(dataset, TEST)}
         rehearsal_examples = [
             example for example in parquet_io.read_examples(rehearsal, "train") if example.id not in held_out_ids
         ]
-        # counted apart: whether the own rows are too long is no matter of what is read beside them
+        # counted apart, so that rehearsal rows do not count towards data.too_long_fraction
         beside = TokenizedDataset()
         data.rehearsal = [row for row, _ in _encode_examples(rehearsal_examples, rehearsal, sft_recipe, chat, beside)]
         for reason, ids in beside.left_out.items():
@@ -165,14 +172,15 @@ def encode_rows(
 def _encode_examples(
     examples: Iterable[Example], dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, data: TokenizedDataset
 ) -> list[tuple[TokenizedExample, Example]]:
-    """The rows that can be learnt, with the Example whose last reply each has; of the others `data` is told the
-    reason.
+    """Return the rows that can be learnt, each with the Example whose last reply it holds.
+
+    `data` receives the reason for each row that is left out.
     """
     encoded: list[tuple[TokenizedExample, Example]] = []
     for example in examples:
         if (
             example.split == "eval" and example.is_derived
-        ):  # its group is held out here and not in the Dataset: no copy is asked
+        ):  # a derived copy whose group is held out here: only original rows are evaluated
             data.leave_out("copy_of_held_out", example.id)
             continue
         try:
@@ -197,7 +205,7 @@ def _encode_examples(
 def _as_lessons(
     encoded: Sequence[tuple[TokenizedExample, Example]], dataset: Artifact, recipe: Recipe, chat: ChatTokenizer
 ) -> list[TokenizedExample]:
-    """The rows; of kto, with what their divergence is estimated on."""
+    """Return the rows; for kto with the mismatched replies from which the divergence is estimated."""
     result = [row for row, _ in encoded]
     if not isinstance(recipe.objective, Kto) or recipe.objective.divergence == "none":
         return result
@@ -218,7 +226,7 @@ def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) ->
 
 
 def _hold_out(examples: list[Example], data: Data, seed: int) -> list[Example]:
-    """Split by group as `data` says, if the Dataset itself holds out nothing."""
+    """Return the examples split by group as `data` says; unchanged if the Dataset itself holds out rows."""
     if not data.eval_fraction or any(example.split == "eval" for example in examples):
         return examples
     held_out = held_out_groups((split_group(example) for example in examples), data.eval_fraction, seed)

@@ -1,8 +1,8 @@
 """Forecast of `sartor evaluate` on the rows that a Dataset holds out, from a timed sample of them.
 
-Reading and writing go through the very engine that evaluates (`inference/local/paired_replies.py`), so seconds a token
-are measured and tokens counted. What nobody knows before is how long replies are: from as long as their references to
-the limit.
+Prompts and replies go through the same engine that evaluates (`inference/local/paired_replies.py`), so the seconds per
+token are measured and the prompt tokens are counted. Only the length of the replies is unknown: it lies between the
+length of the references and the limit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sartor.inference.local.paired_replies import ReplyLimits, paired_row
 from sartor.models.packing import TokenizedExample
 from sartor.tune.cost_model import TIME_ALLOWANCE, Interval
 
-# As `sartor evaluate` has them: rows by default, and how much longer than the longest reference a reply may be
+# Defaults of `sartor evaluate`: number of rows, and how much longer than the longest reference a reply may be
 EVALUATED_ROWS = 200
 _SPARE_TOKENS, _MAX_REPLY_TOKENS = 8, 512
 _SIDES = 2
@@ -24,9 +24,10 @@ _PROBE_ROWS, _PROBE_TOKENS = 16, 4
 
 
 def forecast_evaluation(model: Any, examples: Sequence[TokenizedExample], count: int) -> Interval | None:
-    """Seconds for the replies and losses of base and tuned on `count` rows like these.
+    """Return the seconds for replies and losses of base and tuned model on `count` such rows.
 
-    None where the kernels do not fit, or there is no row. Opening the base, forgetting and an audit are not in it.
+    None if the compiled kernels do not support the model, or if no row has a prompt. Opening the base, forgetting and
+    an audit are not included.
     """
     rows = [paired_row(example, example.last_reply[0]) for example in examples]
     references = [len(row.ids) + 1 - row.prompt_tokens for row in rows if row.prompt_tokens]
@@ -39,7 +40,7 @@ def forecast_evaluation(model: Any, examples: Sequence[TokenizedExample], count:
         return None
     opening_s, sample = time.monotonic() - began, rows[:_PROBE_ROWS]
     limits = ReplyLimits(_PROBE_TOKENS, frozenset())
-    paired_replies.reply_to_rows(decoder, sample[:2], limits)  # takes the memory
+    paired_replies.reply_to_rows(decoder, sample[:2], limits)  # warm-up: allocates the memory
     began = time.monotonic()
     paired_replies.reply_to_rows(decoder, sample, limits)
     replies = sum(bool(row.prompt_tokens) for row in sample) * _PROBE_TOKENS
@@ -48,6 +49,7 @@ def forecast_evaluation(model: Any, examples: Sequence[TokenizedExample], count:
     read, short, long = (
         share * tokens for tokens in (paired_replies.read_tokens(rows), sum(references), len(references) * limit)
     )
-    # the tuned model is taken to have learnt how long a reply is, the base to talk on
+    # assumes that the tuned model's replies are as long as the references and that the base writes up to the limit:
+    # tokens = 2 read + short + long; low: both sides write short replies; high: both write long ones
     estimate = Interval(2 * read + short + long, 2 * read + 2 * short, 2 * read + 2 * long) * token_s + opening_s
     return Interval(estimate.estimate, estimate.low * (1 - TIME_ALLOWANCE), estimate.high * (1 + TIME_ALLOWANCE))

@@ -1,4 +1,4 @@
-"""Opens a recipe's base and injects its adapter."""
+"""Set-up of a recipe's model: opening of the base and injection of the adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ Notice = Callable[[str], object]
 
 
 def open_recipe_base(recipe: Recipe, notice: Notice, device: torch.device | None = None) -> Base:
-    """The base that a recipe names, with the towers that it names. Raises what `open_base` and `open_tower` raise."""
+    """Return the recipe's base, with its media towers if it names any.
+
+    Raises what `open_base` and `open_towers` raise.
+    """
     choice = recipe.base
     hardware.bound_primitive_caches()
     base = open_base(
@@ -50,7 +53,11 @@ def calibrate(base: Base, data: TokenizedDataset) -> None:
 
 
 def inject_recipe_adapter(recipe: Recipe, base: Base) -> Any:
-    """The base's model with factors, fresh or the start's, and what else of it the recipe trains."""
+    """Return the base's model with LoRA factors and the other parts that the recipe trains.
+
+    The factors are new or those of `method.start`.
+    Raises ConfigError for targets that the base does not support, and what `start_of` raises.
+    """
     method, targets = recipe.method, recipe.method.targets
     is_native = isinstance(base.media, NativeMedia)
     if not is_native:
@@ -72,8 +79,9 @@ def inject_recipe_adapter(recipe: Recipe, base: Base) -> Any:
 
 
 def start_of(recipe: Recipe, base: Base) -> Artifact | None:
-    """The Adapter or Release from whose weights a recipe's tuning goes on. Raises ArtifactError, and ConfigError for
-    another base than it was made for.
+    """Return the Adapter or Release whose weights the recipe starts from; None if it names none.
+
+    Raises ArtifactError, and ConfigError if it was made for another base.
     """
     if not recipe.method.start:
         return None
@@ -89,7 +97,10 @@ def start_of(recipe: Recipe, base: Base) -> Artifact | None:
 
 
 def rehearsal_of(recipe: Recipe) -> Artifact | None:
-    """The Dataset of general rows that a recipe names, a directory or an asset. Raises ArtifactError, AssetError."""
+    """Return the Dataset of general rows that a recipe names, a directory or an asset; None without one.
+
+    Raises ArtifactError and AssetError.
+    """
     rehearsal = recipe.data.rehearsal
     if not isinstance(rehearsal, Rehearsal) or not rehearsal.path:
         return None
@@ -99,7 +110,7 @@ def rehearsal_of(recipe: Recipe) -> Artifact | None:
 
 
 def _parts(base: Base, targets: Targets) -> trainable_parts.Targeted:
-    # `full` is what a recipe says that says nothing, and no Whisper has a projector
+    # `full` is the default, and a Whisper has no projector: there it means none
     has_none = isinstance(base.media, WhisperMedia) and targets.projector == "full"
     return trainable_parts.choose_targets(
         base.model, targets.modules, targets.top, "none" if has_none else targets.projector, targets.tower
@@ -107,7 +118,7 @@ def _parts(base: Base, targets: Targets) -> trainable_parts.Targeted:
 
 
 def _check_parts(targets: Targets, *, is_composed: bool) -> None:
-    """Raise ConfigError for what only a native multi-modal base can train, or leave untrained."""
+    """Raise ConfigError for targets that only a native multi-modal base supports."""
     for name, value in (("projector", targets.projector), ("tower", targets.tower)):
         if value == "none" and name == "projector" and is_composed:
             problem = (

@@ -1,9 +1,9 @@
 """SFT, DPO and KTO losses as pure functions of tensors.
 
-The loss of a batch is one number to minimise, or one a row.
+The loss of a batch is one number to minimise, or one number per row.
 
-Log-probabilities are sums over the tokens of a reply, in nats: (N,), of the model that is tuned and of the reference,
-which is that model before its first update.
+Log-probabilities are sums over the tokens of a reply, in nats: (N,), of the tuned model and of the reference, which is
+the model before its first update.
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ from torch.nn import functional as F
 
 
 def sft(losses: torch.Tensor, weights: torch.Tensor, total_weight: float) -> torch.Tensor:
-    """Supervised fine-tuning: the weighted mean over the supervised tokens of a whole update.
+    """Return the supervised fine-tuning loss: the weighted mean over the supervised tokens of an update.
 
-    losses, weights: (S,) of one micro-batch; total_weight: sum of weights over the update's micro-batches. Dividing by
-    the update's total, not the micro-batch's, makes the split into micro-batches change nothing but memory.
+        loss = sum_i w_i l_i / W
+
+    losses, weights: (S,) of one micro-batch.
+    total_weight: W, the sum of weights over all micro-batches of the update. With the update's total as divisor, the
+    split into micro-batches changes only memory.
+    Returns a scalar.
     """
     return (losses * weights).sum() / total_weight
 
 
 def log_probabilities(losses: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """(N,) log-probabilities of N replies from the (S,) losses of their tokens, reply after reply. lengths: tokens of
-    each.
+    """Return (N,) log-probabilities of N replies from the (S,) losses of their tokens, in order.
+
+    lengths: (N,) tokens of each reply.
     """
     return -torch.stack([part.sum() for part in losses.split(list(lengths))])
 
@@ -39,11 +44,14 @@ def dpo(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """(N,) losses of N pairs: Rafailov et al. 2023, arXiv:2305.18290, equation 7.
+    """Return (N,) DPO losses of N pairs: Rafailov et al. 2023, arXiv:2305.18290, equation 7.
 
-    -log sigmoid(beta ((chosen - reference_chosen) - (rejected - reference_rejected))). label_smoothing: the
-    probability, below 0.5, that a pair stands the wrong way round (Mitchell 2023, "A note on DPO with noisy
-    preferences").
+        m = beta ((chosen - reference_chosen) - (rejected - reference_rejected))
+        loss = -(1 - label_smoothing) log sigmoid(m) - label_smoothing log sigmoid(-m)
+
+    chosen, rejected, reference_chosen, reference_rejected: (N,) log-probabilities.
+    label_smoothing: probability, below 0.5, that a pair is the wrong way round (Mitchell 2023, "A note on DPO with
+    noisy preferences").
     """
     margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
@@ -59,19 +67,28 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> torch.Tensor:
-    """(N,) losses of N rated replies: Ethayarajh et al. 2024, arXiv:2402.01306: lambda_y - v(x, y).
+    """Return (N,) KTO losses of N rated replies: Ethayarajh et al. 2024, arXiv:2402.01306.
 
-    is_good: (N,) booleans; a good reply is worth lambda_D sigmoid(beta (r - z_0)), a bad one lambda_U sigmoid(beta
-    (z_0 - r)), with r = policy - reference and z_0 = divergence, through which no gradient goes.
+        r = policy - reference;  z_0 = divergence
+        loss = lambda_D (1 - sigmoid(beta (r - z_0))) for a good reply
+        loss = lambda_U (1 - sigmoid(beta (z_0 - r))) for a bad reply
+
+    The paper writes this as lambda_y - v(x, y). lambda_D and lambda_U are desirable_weight and undesirable_weight.
+
+    policy, reference: (N,) log-probabilities.
+    is_good: (N,) booleans.
+    divergence: scalar without gradient.
     """
+    # 1 - sigmoid(x) = sigmoid(-x)
     margin = beta * (policy - reference - divergence)
     good, bad = desirable_weight * torch.sigmoid(-margin), undesirable_weight * torch.sigmoid(margin)
     return torch.where(is_good, good, bad)
 
 
 def divergence(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """z_0 of `kto`: the mean log-ratio of (N,) replies to prompts that are not theirs, at least 0, without
-    gradient.
+    """Return z_0 of `kto`: the mean log-ratio of replies to prompts that are not theirs, at least 0.
+
+    policy, reference: (N,) log-probabilities; z_0 is 0 for N = 0. Returns a scalar without gradient.
     """
     if not len(policy):
         return policy.new_zeros(())

@@ -1,6 +1,6 @@
-"""AdamW and gradient scaler, also without torch.optim.
+"""AdamW and the gradient scaler, also without torch.optim.
 
-It takes the steps of `torch.optim.AdamW(fused=True)` to the same bits, and has of its interface what
+`AdamW` takes the steps of `torch.optim.AdamW(fused=True)` to the same bits. Of torch's interface it has the part that
 `training_loop.TrainingRun` uses.
 """
 
@@ -16,7 +16,7 @@ from sartor.core.errors import BudgetError
 from sartor.core.installation import install_command
 from sartor.tune.recipe import ResolvedOptimizer
 
-# a gradient and AdamW's two moments of each parameter, fp32
+# gradient and two AdamW moments per parameter, fp32
 BYTES_PER_PARAMETER = 12
 
 
@@ -26,12 +26,13 @@ def make(
     device: torch.device,
     projectors: Sequence[torch.nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) in one kernel a step, or on MPS in torch's plain form.
+    """Return an AdamW optimiser (Loshchilov & Hutter 2019, arXiv:1711.05101), fused except on MPS.
 
-    On CUDA, if gradients and state would not fit in what memory is free now, bitsandbytes' paged AdamW (Dettmers et
-    al. 2023, arXiv:2305.14314), whose state CUDA moves to the host and back. Call it with the base loaded. Raises
-    BudgetError when it is needed and not installed. projectors: parameters with a rate of their own, the second group
-    if there are any.
+    On CUDA it is bitsandbytes' paged AdamW (Dettmers et al. 2023, arXiv:2305.14314) if gradients and state do not fit
+    into the memory that is free now; CUDA moves the paged state to the host and back. Call it with the base loaded.
+    factors, projectors: parameters of any shape (...). Projectors have a rate of their own: the second parameter
+    group, if there are any.
+    Raises BudgetError if bitsandbytes is needed and not installed, TypeError for parameters in low precision.
     """
     parameters = [*factors, *projectors]
     groups = [{"params": list(group)} for group in (factors, projectors) if group]
@@ -49,7 +50,7 @@ def make(
 
 
 def _beyond_memory(parameters: Sequence[torch.nn.Parameter], device: torch.device) -> str:
-    """By how much gradients and state exceed the device's free memory; empty if they do not."""
+    """Return a problem text if gradients and state exceed the device's free memory; empty if they fit."""
     needed_bytes = BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in parameters)
     free, _ = torch.cuda.mem_get_info(device)
     return (
@@ -60,12 +61,13 @@ def _beyond_memory(parameters: Sequence[torch.nn.Parameter], device: torch.devic
 
 
 def scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
-    """The scale of the loss: for a base in fp16 (a GPU without bf16) that which keeps small gradients above fp16's
-    least number (Micikevicius et al. 2018, arXiv:1710.03740), for any other none: every call then passes its argument
-    through.
+    """Return the gradient scaler: active for a base in fp16 (a GPU without bf16), else a pass-through.
 
-    scale(loss).backward() each micro-batch; unscale_(optimizer) before gradients are clipped; step(optimizer), which
-    leaves an update out whose gradients overflowed; update(). Its state_dict belongs in a checkpoint.
+    It keeps small gradients above fp16's least number (Micikevicius et al. 2018, arXiv:1710.03740).
+
+    Call scale(loss).backward() for each micro-batch, unscale_(optimizer) before gradients are clipped,
+    step(optimizer), which skips an update whose gradients overflowed, then update(). Its state_dict belongs in a
+    checkpoint.
     """
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -74,9 +76,9 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 class AdamW:
-    """Loshchilov & Hutter 2019, arXiv:1711.05101. A parameter's moments are made at its first gradient.
+    """AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
-    A parameter is stepped and its gradient let go before the next one's turn.
+    A parameter's moments are allocated at its first gradient. Each gradient is freed before the next parameter's step.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], settings: ResolvedOptimizer) -> None:
@@ -87,7 +89,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step along the gradients."""
+        """Step every parameter that has a gradient, and free the gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -100,6 +102,8 @@ class AdamW:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         state["step"] += 1
+        # m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+        # w = (1 - lr decay) w - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps);  g, m, v, w: one shape;  t: steps
         torch._fused_adamw_(
             [parameter],
             [parameter.grad],
@@ -119,25 +123,25 @@ class AdamW:
         )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Let gradients go."""
+        """Free all gradients."""
         for parameter in self.state:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """{state: {place: {name: tensor}}}, as torch's."""
+        """Return {state: {index: {name: tensor}}}, in torch's form."""
         return {"state": dict(enumerate(self.state.values()))}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """What `state_dict` gave. A parameter of which nothing is said begins without moments."""
+        """Load what `state_dict` returned. A parameter that is absent from it starts without moments."""
         for index, parameter in enumerate(self.state):
             self.state[parameter] = dict(state_dict["state"].get(index, {}))
 
 
 class Still(AdamW):
-    """No moments and no step: what zeroth-order learning has in the optimiser's place."""
+    """Optimiser without moments and steps, for zeroth-order training."""
 
     def step(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Moments of a run that had some are let go."""
+        """Ignore the moments of a run that had some."""

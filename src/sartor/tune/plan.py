@@ -1,6 +1,6 @@
 """Verb plan: forecast of time and memory, and reasons for a refusal.
 
-It writes no artefact and trains nothing; what is fetched, converted or compiled for the first time stays in
+It writes no artefact and trains nothing. Files that are fetched, converted or compiled for the first time stay in
 SARTOR_HOME.
 """
 
@@ -45,17 +45,16 @@ from sartor.tune.training_loop import Counters, loss_options
 
 Notice = Callable[[str], object]
 _HOURS = {"h": 1.0, "d": 24.0, "min": 1 / 60, "s": 1 / 3600}
-# Seconds of timed micro-batches, about
+# Approximate total seconds of timed micro-batches
 _PROBE_S = 8.0
 _SMALL_TOKENS = 128
-# Passes over the sizes, at least two: more where samples differ by so much that the interval is wider than this to a
-# side
+# Most passes over the sizes, of at least two; another one follows while the relative half-width is over _WIDE
 _MOST_PASSES, _WIDE = 5, 0.3
 
 
 @dataclass(frozen=True)
 class PlanAdvice:
-    """What `auto` came to, by option, and what is likely to disappoint."""
+    """Values of the `auto` options, and warnings of a disappointing result."""
 
     settings: Mapping[str, Setting] = field(default_factory=dict)
     warnings: Sequence[DataWarning] = ()
@@ -63,9 +62,10 @@ class PlanAdvice:
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """A forecast. Intervals are None where a refusal left nothing to time; cost is None without a price.
+    """Forecast of a tuning run.
 
-    evaluation_s: of `sartor evaluate` on the held-out rows; None where `evaluation_forecast.py` has none.
+    Intervals are None if a refusal left nothing to time; cost is None without a price.
+    evaluation_s: of `sartor evaluate` on the held-out rows; None if `evaluation_forecast.py` returns none.
     """
 
     time_s: Interval | None = None
@@ -82,7 +82,10 @@ class TuningPlan:
     advice: PlanAdvice = field(default_factory=PlanAdvice)
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON. tokens, supervised_tokens: those that the run reads, as `tune` counts them."""
+        """Return the command's JSON.
+
+        tokens, supervised_tokens: those that the run reads, as `tune` counts them.
+        """
         return {
             "time_s": self.time_s and self.time_s.as_json(3),
             "evaluation_s": self.evaluation_s and self.evaluation_s.as_json(3),
@@ -104,7 +107,7 @@ class TuningPlan:
         }
 
     def table(self) -> list[tuple[str, Any]]:
-        """The same for a person."""
+        """Return the forecast as (label, text) lines for a reader."""
         counters = self.counters
         return [
             ("time", _format_interval(self.time_s, "s")),
@@ -141,9 +144,10 @@ def plan(
 ) -> TuningPlan:
     """Forecast `tune(recipe)` on this machine, from the real rows and a few timed micro-batches of them.
 
-    device: `cpu`, `cuda`, `mps`; by default what `tune` would take. price: of the machine, `0.45/h` (also /d, /min,
-    /s) or a number per hour. Raises ConfigError (recipe, device, price), ArtifactError (Dataset), ModelError (base).
-    What would stop the run is no error here but one of `refusals`.
+    device: `cpu`, `cuda` or `mps`; by default the one that `tune` would take.
+    price: of the machine, `0.45/h` (also /d, /min, /s) or a number per hour.
+    Raises ConfigError (recipe, device, price), ArtifactError (Dataset), ModelError (base). A problem that would stop
+    the run is not raised but listed in `refusals`.
     """
     recipe = load_recipe(recipe)
     price_h = hourly(price)
@@ -151,7 +155,7 @@ def plan(
     torch_device = device_named(device) if device else None
     if refusals := list(preflight.of_base(recipe, torch_device)):
         return TuningPlan(device=str(torch_device or best_device()), refusals=refusals)
-    # what this process held before, as for the plan of a larger base, is no part of this run's peak
+    # memory that this process held before, such as for the plan of a larger base, must not count in this run's peak
     gc.collect()
     hardware.release_free_memory()
     is_peak_restarted = hardware.restart_peak(torch_device or best_device())
@@ -183,12 +187,12 @@ def _forecast(
     *,
     is_peak_restarted: bool,
 ) -> TuningPlan:
-    # they are compiled once on a machine: `tune` finds them, so that is no part of its time
+    # kernels are compiled once per machine: `tune` will find them, so their compilation is not part of its time
     if recipe.compute.path == "auto":
         kernels.choose_kernels(base.device)
     began = time.monotonic()
     model.eval()
-    # nothing is stored: a plan leaves no file behind
+    # no activations are stored on disk: a plan leaves no file behind
     options = replace(loss_options(recipe, data, base), reuse_bytes=0)
     sequences = all_sequences(data.train)
     path = base.path(model, sequences, options)
@@ -203,7 +207,7 @@ def _forecast(
     refusals = list(preflight.of_rows(recipe, base.chat, data))
     memory = cost_model.memory_model(shape, probe)
     smallest = take(sequences, 1)
-    # not even one row: a probe would end as the system ends it
+    # if not even one row fits, the system would kill a probe
     can_time = memory.fits(probe.load_of(smallest))
     if can_time:
         memory = _probe(probe, memory, recipe, data, loads)
@@ -218,12 +222,12 @@ def _forecast(
         warnings = plan_warnings.run_warnings(
             recipe, dataset, base, path, counters.updates, [row.tokens for row in data.train]
         )
-        start_s += time.monotonic() - began  # `tune` looks for them too
-        # the reference is computed before the first update, once
+        start_s += time.monotonic() - began  # `tune` computes the warnings too
+        # reference log-probabilities are computed once, before the first update
         start_s += (
             times.seconds(probe.load_of(all_sequences(reached_pairs(recipe, data)))) * cost_model.FORWARD_FRACTION
         )
-        # what `tune` measures its memory by
+        # micro-batches by which `tune` measures its memory
         max_tokens = run_forecast.PROBE_FRACTION * counters.tokens if updates is not None else None
         start_s += sum(
             times.seconds(probe.load_of(group)) for group in run_forecast.calibration_batches(sequences, max_tokens)
@@ -251,8 +255,9 @@ def _probe(
     data: TokenizedDataset,
     loads: Sequence[BatchLoad],
 ) -> cost_model.MemoryModel:
-    """Time micro-batches of two sizes, and one of the longest row where rows differ; returns the calibrated memory
-    model.
+    """Time micro-batches and return the memory model that is calibrated by them.
+
+    It times two sizes, and one batch of the longest row if the rows differ in length.
     """
     shuffled = next(sampler.iterate_updates([load.tokens for load in loads], 1 << 40, recipe.seed))
     rows = all_sequences(data.train[index] for index in shuffled if index < len(data.train))
@@ -262,7 +267,7 @@ def _probe(
     memory = cost_model.memory_model(memory.shape, probe)
     tokens = sum(len(row.ids) for row in small)
     micro = cost_model.choose_micro_batch(memory, recipe, loads).micro_batch_tokens
-    # a quarter of the time for each of two passes of the large size; the rest for warm-up and the small one again
+    # a quarter of the time for each of two passes of the large size; the rest for its warm-up and the small size
     large = take(rows, max(2 * tokens, min(micro, int(tokens * _PROBE_S / 4 / second_s))))
     groups = [small, large] if len(large) > len(small) else [small]
     longest = max(rows, key=lambda row: len(row.ids))
@@ -274,7 +279,7 @@ def _probe(
     for index in range(_MOST_PASSES):
         if index >= 2 and cost_model.time_model(probe.samples, 0.0).half_width <= _WIDE:
             break
-        # as an update's, the rows of each sample are others: oneDNN has the products of a new length to prepare
+        # each sample takes other rows, as updates do: oneDNN prepares kernel code for each new length
         first = index * len(large) % len(rows)
         shifted = [*rows[first:], *rows[:first]]
         for group in groups:
@@ -295,7 +300,7 @@ def run_seconds(
     start_s: float,
     beginning: Sequence[int] = (),
 ) -> Interval:
-    """Seconds of the tuning loop: its start, updates and evaluations, up to the budget's minutes."""
+    """Return the seconds of the tuning loop: start, updates and evaluations, capped by the budget's minutes."""
     held_out = total(load_of(row, beginning) for row in data.held_out)
     passes = recipe.evaluations * checkpoint_selection.passes(recipe, data.held_out)
     evaluations_s = passes * times.seconds(held_out) * cost_model.FORWARD_FRACTION if data.held_out else 0.0
@@ -317,7 +322,7 @@ def run_seconds(
 def _count_by_minutes(
     counters: Counters, times: TimeModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad]
 ) -> None:
-    """What the minutes of a budget will read, about."""
+    """Estimate the counters of a run that only minutes limit."""
     total_load = total(loads)
     epochs = (recipe.budget.minutes or 0) * 60 / times.seconds(total_load)
     counters.updates = max(round(epochs * len(cost_model.epoch(recipe, loads))), 1)
@@ -328,7 +333,7 @@ def _count_by_minutes(
 
 
 def hourly(price: str | float) -> float | None:
-    """A price per hour from `0.45/h` or a number; None from the empty text. Raises ConfigError."""
+    """Return a price per hour from `0.45/h` or a number; None for an empty text. Raises ConfigError."""
     if price == "":
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:/\s*(h|d|min|s))?\s*", str(price))
@@ -338,7 +343,7 @@ def hourly(price: str | float) -> float | None:
 
 
 def device_named(name: str) -> torch.device:
-    """The device of that name, if it is here. Raises ConfigError."""
+    """Return the device of that name. Raises ConfigError if this machine has none."""
     available = [
         "cpu",
         *(["cuda"] if torch.cuda.is_available() else []),
@@ -362,5 +367,5 @@ def _format_interval(interval: Interval | None, unit: str) -> str:
     return f"{interval.estimate:.3g} {unit}, 90 % in {interval.low:.3g}..{interval.high:.3g}"
 
 
-# Longer times are told in minutes
+# Longer times are shown in minutes
 _MINUTES_FROM_S = 180

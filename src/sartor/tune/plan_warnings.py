@@ -1,7 +1,7 @@
-"""Warnings of `plan` and `tune`: the run begins, and its result is likely to disappoint.
+"""Warnings of `plan` and `tune` about runs whose result is likely to disappoint.
 
-few_updates: fewer optimiser updates than a loss takes to fall. unknown_language: the rows are in a language in which
-the base predicts text far worse than English small talk.
+few_updates: fewer optimiser updates than a loss needs to fall.
+unknown_language: rows in a language in which the base predicts text far worse than English small talk.
 """
 
 from __future__ import annotations
@@ -29,18 +29,17 @@ from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.sampler import updates_per_epoch
 
 FEW_UPDATES, LANGUAGE = "few_updates", "language"
-# Fewer updates than these are warned of
+# A run with fewer updates gets a warning
 LEAST_UPDATES = 50
 SMALLEST_BATCH = 64
-# Nats a letter on the rows over those on English small talk, from which a language counts as one that the base does
-# not know
+# Ratio of nats per letter on the rows to those on English small talk, from which a language counts as unknown
 UNKNOWN_RATIO = 1.5
 REFERENCE_LANGUAGE = "en"
-# Text is measured in pieces of about so many characters, so that short rows have a context too
+# Characters of a piece of text, and number of pieces to measure; pieces give short rows a context too
 PIECE_CHARACTERS, PIECES = 300, 4
-# So many rows are read, at even distances among the first ROWS_WALKED
+# ROWS_READ rows are read, at even distances among the first ROWS_WALKED
 ROWS_READ, ROWS_WALKED = 200, 20_000
-# Letters of English that say as much as one character (FLORES-200's sentences, counted in characters, differ so)
+# English letters with the content of one character (ratio of the sentence lengths in FLORES-200)
 HAN_LETTERS, SYLLABLE_LETTERS = 3, 2
 
 
@@ -54,8 +53,9 @@ def run_warnings(
 ) -> list[DataWarning]:
     """Return all warnings of a run.
 
-    path: of the model before its first update. updates: None where they are not known. row_tokens: of the training
-    rows.
+    path: loss backend of the model before its first update.
+    updates: of the whole run; None if unknown.
+    row_tokens: tokens of each training row.
     """
     return [
         *(few_updates(recipe, updates, row_tokens) if updates is not None else ()),
@@ -64,7 +64,11 @@ def run_warnings(
 
 
 def few_updates(recipe: ResolvedRecipe, updates: int, row_tokens: Sequence[int]) -> Iterator[DataWarning]:
-    """Warn of fewer than LEAST_UPDATES updates. updates: of the whole run. row_tokens: of the training rows."""
+    """Yield a warning if the run makes fewer than LEAST_UPDATES updates.
+
+    updates: of the whole run.
+    row_tokens: tokens of each training row.
+    """
     if updates >= LEAST_UPDATES or not row_tokens:
         return
     batch, limits = recipe.optimizer.batch_tokens, recipe.budget
@@ -75,7 +79,7 @@ def few_updates(recipe: ResolvedRecipe, updates: int, row_tokens: Sequence[int])
         smaller = batch >> halvings
         if is_counted or smaller < SMALLEST_BATCH:
             break
-        # one row is the smallest update, so a smaller batch need not make more of them
+        # an update has at least one row, so a smaller batch may give no more updates
         if updates * updates_per_epoch(row_tokens, smaller) / per_epoch >= LEAST_UPDATES:
             remedies.append(f"optimizer.batch_tokens={smaller}")
             break
@@ -101,9 +105,10 @@ def few_updates(recipe: ResolvedRecipe, updates: int, row_tokens: Sequence[int])
 
 
 def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) -> Iterator[DataWarning]:
-    """Warn of rows in a language that the base does not know. path: of the model before its first update.
+    """Yield a warning if the base does not know the language of the rows.
 
-    Languages are told by fastText; without that package nothing is warned of, and English never is.
+    path: loss backend of the model before its first update.
+    fastText identifies the language. Without that package, and for English, there is no warning.
     """
     code, pieces = _language(_pieces(_texts(dataset)))
     if not code or language_id.are_kin(code, REFERENCE_LANGUAGE):
@@ -120,8 +125,9 @@ def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) 
 
 
 def _texts(dataset: Artifact) -> list[str]:
-    """The users' turns of rows at even distances; of rows without one, the text that is learnt. Rehearsal is left
-    out.
+    """Return the user turns of rows at even distances; of a row without one, all of its messages.
+
+    Rehearsal rows are left out.
     """
     walked = list(itertools.islice(parquet_io.read_own_examples(dataset, "train"), ROWS_WALKED))
     step = max(math.ceil(len(walked) / ROWS_READ), 1)
@@ -139,7 +145,10 @@ def _small_talk() -> list[str]:
 
 
 def _pieces(texts: Sequence[str]) -> list[str]:
-    """Texts laid end to end, in pieces of PIECE_CHARACTERS and more."""
+    """Return the joined texts in pieces of PIECE_CHARACTERS to 2 * PIECE_CHARACTERS characters.
+
+    A longer piece is cut. A shorter last piece is dropped, unless it is the only one.
+    """
     pieces, piece = [], ""
     for text in texts:
         piece = f"{piece}\n{text}" if piece else text
@@ -152,12 +161,15 @@ def _pieces(texts: Sequence[str]) -> list[str]:
 
 
 def _spread(pieces: Sequence[str]) -> list[str]:
-    """PIECES of the pieces, at even distances."""
+    """Return at most PIECES of the pieces, at even distances."""
     return [pieces[len(pieces) * index // PIECES] for index in range(PIECES)] if len(pieces) > PIECES else list(pieces)
 
 
 def _language(pieces: Sequence[str]) -> tuple[str, list[str]]:
-    """The language of more than half of the pieces, and those; empty if there is none, or no package that tells it."""
+    """Return the language of more than half of the pieces, and its pieces.
+
+    Both are empty if there is no such language, or no package to detect it.
+    """
     try:
         detect = language_id.detector()
     except ExtraError:
@@ -171,7 +183,7 @@ def _language(pieces: Sequence[str]) -> tuple[str, list[str]]:
 
 @torch.no_grad()
 def _nats_per_letter(pieces: Sequence[str], chat: ChatTokenizer, path: LossBackend) -> float:
-    """Loss of all tokens but each piece's first, over the letters."""
+    """Return the loss of all tokens but each piece's first, divided by the number of letters."""
     rows = []
     for piece in pieces:
         ids = chat.tokenizer(piece, add_special_tokens=False)["input_ids"]
@@ -182,7 +194,7 @@ def _nats_per_letter(pieces: Sequence[str], chat: ChatTokenizer, path: LossBacke
 
 
 def letters(text: str) -> int:
-    """Return about how many letters of an alphabet would say the same.
+    """Return the approximate number of alphabet letters with the same content.
 
     >>> letters("hello 42"), letters("你好"), letters("かな"), letters("नमस्ते")
     (5, 6, 4, 6)
@@ -191,7 +203,7 @@ def letters(text: str) -> int:
 
 
 def _letters_of(character: str) -> int:
-    if unicodedata.category(character)[0] not in "LM":  # M: signs of vowels, as Hindi and Thai write them
+    if unicodedata.category(character)[0] not in "LM":  # M: vowel signs, as in Hindi and Thai
         return 0
     if unicodedata.east_asian_width(character) not in "WF":
         return 1

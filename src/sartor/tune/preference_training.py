@@ -1,9 +1,8 @@
 """Training loop for DPO and KTO.
 
-The reference is the model before its first update: the base under a fresh adapter, or what the adapter was that tuning
-goes on from. So its log-probabilities are one number a reply, computed once, before anything moves, and kept in every
-checkpoint: no second model is held, and no update pays a forward pass for it; computed with the updates it would be
-paid again in each epoch.
+The reference is the model before its first update: the base under a new adapter, or the adapter that tuning starts
+from. Its log-probabilities are one number per reply. They are computed once, before the first update, and kept in
+every checkpoint. So no second model is loaded, and no update needs a forward pass of the reference.
 """
 
 from __future__ import annotations
@@ -26,8 +25,11 @@ REFERENCE = "reference"
 
 
 class PreferenceLosses(NamedTuple):
-    """N lessons of a micro-batch. losses, weights: (N,). agree: (N,) whether the model has moved as people said.
-    replies: of pairs, the (S,) losses and weights of the preferred replies' tokens.
+    """Losses of a micro-batch of N preference examples.
+
+    losses, weights: (N,).
+    agree: (N,) whether the model moved in the direction of the rating or preference.
+    replies: for pairs, the (S,) losses and weights of the preferred replies' tokens.
     """
 
     losses: torch.Tensor
@@ -37,8 +39,10 @@ class PreferenceLosses(NamedTuple):
 
 
 class PreferenceRun(TrainingRun):
-    """See `Run`. An update's loss is the weighted mean over its lessons, plus `plain_weight` times that of sft over
-    its plain rows; of dpo, plus `sft_weight` times that of the preferred replies.
+    """TrainingRun for DPO and KTO.
+
+    An update's loss is the weighted mean over its preference examples, plus `plain_weight` times the sft loss of its
+    plain rows. For dpo it adds `sft_weight` times the sft loss of the preferred replies.
     """
 
     reference: torch.Tensor | None = None
@@ -49,7 +53,7 @@ class PreferenceRun(TrainingRun):
         return self.recipe.objective
 
     def train(self, signals: DeferredSignals) -> None:
-        """See `Run`; the reference is computed first, unless a checkpoint brought it."""
+        """Compute the reference log-probabilities unless a checkpoint held them, then train."""
         if self.reference is None:
             rows = [
                 *reached_pairs(self.recipe, self.data),
@@ -59,7 +63,7 @@ class PreferenceRun(TrainingRun):
         super().train(signals)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """See `Run`."""
+        """Return the state of the TrainingRun with the (N, 2) reference log-probabilities."""
         tensors, facts = super().state()
         return ({**tensors, REFERENCE: self.reference} if self.reference is not None else tensors), facts
 
@@ -69,10 +73,10 @@ class PreferenceRun(TrainingRun):
 
     @torch.no_grad()
     def _compute_reference(self, rows: Sequence[PreferenceExample]) -> torch.Tensor:
-        """(N, 2): by a lesson's number the log-probability of its reply and of the other one; nan where none is
-        needed.
+        """Return (N, 2) log-probabilities of the replies under the reference model, by the examples' `number`.
 
-        Every row of the run has a line. Call it before the first update.
+        Column 0 is the example's own reply, column 1 the other one; nan where none is needed. Every preference example
+        of the run has a row. Call it before the first update.
         """
         numbers = [row.number for row in lessons([*self.data.train, *self.data.held_out])]
         table = torch.full((max(numbers) + 1, 2), math.nan, device=self.base.device)
@@ -152,8 +156,12 @@ class PreferenceRun(TrainingRun):
         return PreferenceLosses(row_losses, weights, (policy - reference[:, 0] > divergence) == is_good)
 
     def _sum(self, batch_losses: PreferenceLosses, total: float, replies: float) -> torch.Tensor:
-        """What a micro-batch adds to an update's loss. total, replies: weights of the update's lessons, and of their
-        tokens.
+        """Return a micro-batch's part of an update's loss.
+
+            sum_i w_i l_i / total [+ sft_weight * sum_j u_j n_j / replies]
+
+        total: sum of the weights of the update's preference examples.
+        replies: sum of the weights of their tokens.
         """
         loss = (batch_losses.losses * batch_losses.weights).sum() / total
         if batch_losses.replies and self._objective.sft_weight:
@@ -162,7 +170,7 @@ class PreferenceRun(TrainingRun):
 
     @torch.no_grad()
     def _divergence(self, rows: Sequence[PreferenceExample]) -> torch.Tensor:
-        """z_0 of an update's rated rows; 0 under dpo."""
+        """Return z_0 of an update's rated rows, a scalar; 0 under dpo."""
         other_replies = [(row.number, row.other) for row in rows if row.term != "pair" and row.other]
         if not other_replies:
             return torch.zeros((), device=self.base.device)
@@ -175,9 +183,7 @@ class PreferenceRun(TrainingRun):
         return objectives.divergence(torch.cat(policy), torch.stack(references))
 
     def _report(self, rows: Sequence[PreferenceExample], agree: int, divergence: torch.Tensor) -> dict[str, float]:
-        """What is said of lessons: the fraction on which the model has moved as people said; of kto, the divergence
-        too.
-        """
+        """Return the fraction of preference examples that `agree`, and under kto the divergence; empty for none."""
         if not rows:
             return {}
         is_dpo = isinstance(self._objective, Dpo)
@@ -185,13 +191,13 @@ class PreferenceRun(TrainingRun):
 
 
 def split_preference_rows(rows: Iterable[TokenizedExample]) -> tuple[list[PreferenceExample], list[TokenizedExample]]:
-    """(lessons, plain rows)."""
+    """Return the preference examples and the plain rows."""
     all_rows = list(rows)
     return lessons(all_rows), [row for row in all_rows if not isinstance(row, PreferenceExample)]
 
 
 def reached_pairs(recipe: ResolvedRecipe, data: TokenizedDataset) -> list[PreferenceExample]:
-    """The lessons that a run's budget reaches; all, where minutes alone limit it."""
+    """Return the preference examples that the budget reaches; all of them if only minutes limit the run."""
     lengths, counters, reached = [row.tokens for row in data.train], Counters(), set[int]()
     for indices in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
         reached.update(indices)

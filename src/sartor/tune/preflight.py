@@ -1,7 +1,7 @@
 """Checks before a run, with changes that would fit.
 
-`sartor plan` lists Refusals; `sartor tune` raises the first as an error. A remedy for memory is offered only if the
-same forecast says that it fits.
+`sartor plan` lists every Refusal; `sartor tune` raises the first as an error. A remedy for memory is offered only if
+the same forecast says that it fits.
 """
 
 from __future__ import annotations
@@ -38,14 +38,19 @@ _KEPT_FRACTION = 0.99
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
-# Floats that a checkpoint holds of a trained parameter: itself, and two moments of the optimiser
+# Floats per trained parameter in a checkpoint: its value and two moments of the optimiser
 _CHECKPOINT_FLOATS = 3
 _DISK_RESERVE_BYTES = 50_000_000
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A reason (one of the words above), the problem with its values, and the next thing to type."""
+    """Reason to refuse a run, with the problem and the remedy.
+
+    reason: MEMORY, TOO_LONG or another of the words above.
+    problem: with its values.
+    remedy: the next thing to type.
+    """
 
     reason: str
     problem: str
@@ -53,12 +58,12 @@ class Refusal:
 
     @property
     def error(self) -> SartorError:
-        """What `tune` raises for it."""
+        """Error that `tune` raises for this refusal."""
         return (BudgetError if self.reason == MEMORY else SourceError)(self.problem, self.remedy)
 
 
 class Tokenised(Protocol):
-    """Of a Chat what the checks need."""
+    """Part of a ChatTokenizer that the checks need."""
 
     pad: int
     stops: list[int]
@@ -66,7 +71,7 @@ class Tokenised(Protocol):
 
 
 def of_base(recipe: Recipe, device: torch.device | None = None) -> Iterator[Refusal]:
-    """The weights alone do not fit, by the sizes that their files state: nothing is opened.
+    """Yield a refusal if the weights alone do not fit, by the sizes in their files. Nothing is loaded.
 
     Raises ModelError, HubError and AssetError as opening does.
     """
@@ -89,7 +94,10 @@ def of_base(recipe: Recipe, device: torch.device | None = None) -> Iterator[Refu
 
 
 def of_lengths(lengths: Sequence[int], recipe: Recipe) -> Iterator[Refusal]:
-    """Too many rows are left out as too long. `lengths`: tokens of every row that could be encoded."""
+    """Yield a refusal if too many rows are left out as too long.
+
+    lengths: tokens of every row that could be encoded.
+    """
     limit = recipe.data.max_length_tokens
     n_longer = sum(length > limit for length in lengths)
     if lengths and n_longer / len(lengths) > recipe.data.too_long_fraction:
@@ -103,19 +111,19 @@ def of_lengths(lengths: Sequence[int], recipe: Recipe) -> Iterator[Refusal]:
 
 
 def length_that_keeps(lengths: Sequence[int], fraction: float = _KEPT_FRACTION) -> int:
-    """The smallest limit in tokens under which at least `fraction` of the rows stay."""
+    """Return the smallest limit in tokens that keeps at least `fraction` of the rows."""
     return sorted(lengths)[math.ceil(fraction * len(lengths)) - 1]
 
 
 def of_rows(recipe: Recipe, chat: Tokenised, data: TokenizedDataset) -> Iterator[Refusal]:
-    """Everything for which the rows of a run are refused."""
+    """Yield every refusal because of a run's rows."""
     yield from of_objective(recipe, data)
     yield from of_lengths(data.lengths, recipe)
     yield from check_end_tokens(chat, all_sequences(data.train))
 
 
 def of_objective(recipe: Recipe, data: TokenizedDataset) -> Iterator[Refusal]:
-    """No row shows what the objective learns from."""
+    """Yield a refusal if no row has the preference that the objective learns from."""
     objective = recipe.objective
     if isinstance(objective, Sft) or lessons(data.train):
         return
@@ -129,10 +137,11 @@ def of_objective(recipe: Recipe, data: TokenizedDataset) -> Iterator[Refusal]:
 
 
 def check_end_tokens(chat: Tokenised, rows: Sequence[TokenizedExample]) -> Iterator[Refusal]:
-    """The model would not learn to stop: the pad is a stop token, or a row's last learnt token is none.
+    """Yield refusals if the model would not learn to stop.
 
-    Sartor pads nothing while it packs, but a pad that ends replies masks their end elsewhere (serving, other
-    trainers), and a mask made from it leaves the end of the turn unlearnt.
+    That is so if the pad is a stop token, or if a row's last learnt token is not a stop token. Sartor's packing needs
+    no pad. But a pad that ends replies hides their end elsewhere (serving, other trainers), and a mask made from it
+    leaves the end of the turn unlearnt.
     """
     if chat.pad in chat.stops:
         token = chat.tokenizer.convert_ids_to_tokens(chat.pad)
@@ -159,7 +168,7 @@ def _last_learnt(row: TokenizedExample) -> int:
 
 
 def check_memory(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> Iterator[Refusal]:
-    """The heaviest micro-batch does not fit, with the changes that would."""
+    """Yield a refusal if the heaviest micro-batch does not fit, with the changes that would."""
     settled = choose_micro_batch(model, recipe, loads)
     if settled.fits:
         return
@@ -174,8 +183,9 @@ def check_memory(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[Bat
 
 
 def remedies(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> Iterator[tuple[str, float]]:
-    """Changes of the recipe that fit: (`option=value ...`, bytes at the high end). Single ones, or if none fits,
-    together.
+    """Yield changes of the recipe that fit: (`option=value ...`, bytes at the high end).
+
+    These are all single changes that fit; if none does, the first combination that fits.
     """
     singles = list(_changes(model.shape, recipe, loads))
     fitting = [(change, size) for change in singles if (size := needed_under(model, recipe, loads, [change]))]
@@ -186,7 +196,7 @@ def remedies(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLo
     option_names: set[str] = set()
     for change in singles:
         name = change.partition("=")[0]
-        # of several values of one option the first is the mildest; the sharpest is what counts here
+        # several values of one option come mildest first; a combination takes the sharpest
         combined = [earlier for earlier in combined if not earlier.startswith(f"{name}=")] + [change]
         option_names.add(name)
         if len(option_names) > 1 and (size := needed_under(model, recipe, loads, combined)):
@@ -197,8 +207,9 @@ def remedies(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLo
 def needed_under(
     model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad], changes: Sequence[str]
 ) -> float | None:
-    """Bytes at the high end under a recipe with `changes` (`option=value`), or None where that does not fit or
-    work.
+    """Return the bytes at the high end under a recipe with `changes` (`option=value`).
+
+    None if the changed recipe does not fit or is not valid.
     """
     changed = _changed(recipe, changes)
     if changed is None:
@@ -219,11 +230,11 @@ def _changed(recipe: AnyRecipe, changes: Sequence[str]) -> AnyRecipe | None:
 
 
 def _changes(shape: ModelShape, recipe: Recipe, loads: Sequence[BatchLoad]) -> Iterator[str]:
-    """Changes to try, those that cost least first: time, then what is learnt from, then precision."""
+    """Yield changes to try, cheapest first: time, then training data, then precision."""
     longest = max(load.tokens for load in loads)
     micro_batch_tokens = recipe.compute.micro_batch_tokens
     for size in (1024, 512, 256, 128, longest):
-        # with auto the ladder has been tried already
+        # with auto the sizes of LADDER were tried already
         if longest <= size < (LADDER[0] if micro_batch_tokens == "auto" else micro_batch_tokens):
             yield f"compute.micro_batch_tokens={size}"
     if not shape.recompute:
@@ -242,7 +253,7 @@ def _changes(shape: ModelShape, recipe: Recipe, loads: Sequence[BatchLoad]) -> I
 
 
 def _reshaped(shape: ModelShape, before: Recipe, after: Recipe) -> ModelShape:
-    """The Shape under another recipe for the same base."""
+    """Return the ModelShape under another recipe for the same base."""
     adapted = min(after.method.targets.top or shape.layers, shape.layers)
     changed = replace(
         shape,
@@ -257,16 +268,17 @@ def _reshaped(shape: ModelShape, before: Recipe, after: Recipe) -> ModelShape:
 
 
 def _none_fits(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> str:
-    """What to do where no change of the recipe helps."""
+    """Return the remedy if no change of the recipe helps."""
     shape = replace(model.shape, recompute=True)
     needed_bytes = model.needs(choose_micro_batch(model, recipe, loads, shape).load, shape).high
     return f"a machine on which {needed_bytes / 1e9:.2f} GB can be had, or a smaller base"
 
 
 def check_disk(out: Path, trainable: int, kept_checkpoints: int) -> None:
-    """Raise MissingError where the disk of `out` has no room for the checkpoints of a run and its Adapter.
+    """Raise MissingError if the disk of `out` has no room for the checkpoints of a run and its Adapter.
 
-    trainable: parameters. One checkpoint more than is kept stands there while it is written.
+    trainable: number of trained parameters.
+    There is room for one checkpoint more than is kept, because it is written before an old one is removed.
     """
     floats = trainable * (1 + _CHECKPOINT_FLOATS * (kept_checkpoints + 1))
     needed = 4 * floats + _DISK_RESERVE_BYTES

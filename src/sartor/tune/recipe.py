@@ -1,4 +1,4 @@
-"""The tuning recipe: a tree of small frozen classes, torch-free. One declaration per option."""
+"""Tuning recipe: a tree of small frozen dataclasses, torch-free, one field per option."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def _at_least(value: Any, minimum: int, *names: str) -> None:
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """Which pretrained weights. With `image` or `audio` it is composed: a text base that reads media through frozen
-    towers.
+    """Pretrained weights to tune.
+
+    With `image` or `audio` the base is composed: a text base that reads media through frozen towers.
     """
 
     name: str = option("", "starter, a directory in transformers' layout, a GGUF file, or a hub name (owner/model)")
@@ -51,14 +52,15 @@ class BaseChoice:
 
     @property
     def towers(self) -> dict[str, str]:
-        """Names of towers by what they read."""
+        """Names of the media towers by the kind of media, `image` or `audio`."""
         return {kind: name for kind, name in (("image", self.image), ("audio", self.audio)) if name}
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Rows of another Dataset in the updates, learnt by sft whatever the objective: against forgetting
-    (arXiv:1811.11682).
+    """Rows of another Dataset, added to the updates against forgetting (arXiv:1811.11682).
+
+    They are learnt by sft under any objective.
     """
 
     path: str = option(
@@ -73,7 +75,7 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Data:
-    """Which Dataset, and how its rows are cut into training and evaluation."""
+    """Dataset of a run, and its split into training and evaluation rows."""
 
     path: str = option(REQUIRED, "directory of a Dataset that `sartor curate` wrote")
     eval_fraction: float = option(0.1, "fraction held out by group, if the Dataset itself holds out nothing")
@@ -111,7 +113,7 @@ class ResolvedData(Data):
 
 @dataclass(frozen=True)
 class LanguageTargets:
-    """Which linear modules of the language model get an adapter."""
+    """Linear modules of the language model that get an adapter."""
 
     modules: str | tuple[str, ...] = option("all-linear", "all-linear, or names of linear modules")
     layers: str = option("all", "all, or top-N: the N layers next to the head, so that the layers below stay frozen")
@@ -119,7 +121,7 @@ class LanguageTargets:
 
 @dataclass(frozen=True)
 class Targets:
-    """What is trained: linear modules of the language model, and the parts of a base that read media."""
+    """Trained parts: linear modules of the language model, and the media parts of a base."""
 
     modules: str | tuple[str, ...] = option("all-linear", "all-linear, or names of linear modules")
     layers: str = option("all", "all, or top-N: the N layers next to the head, so that the layers below stay frozen")
@@ -139,7 +141,7 @@ class Targets:
             object.__setattr__(self, "layers", self.language.layers)
             object.__setattr__(self, "language", None)
         if isinstance(self.modules, str) and self.modules != "all-linear":
-            # one module's name is a list of one; peft would read a bare text as a regular expression
+            # a single name becomes a tuple of one, because peft reads a bare string as a regular expression
             object.__setattr__(self, "modules", (self.modules,))
         if self.layers != "all" and not (
             self.layers.startswith("top-") and self.layers[4:].isdigit() and int(self.layers[4:])
@@ -148,7 +150,7 @@ class Targets:
 
     @property
     def top(self) -> int | None:
-        """How many layers next to the head are adapted; None for all."""
+        """Number of adapted layers next to the head; None for all."""
         return None if self.layers == "all" else int(self.layers[4:])
 
 
@@ -201,8 +203,9 @@ class Dpo:
 
 @dataclass(frozen=True)
 class Kto:
-    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306) of rated rows; a pair is a good and a
-    bad.
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306) of rated rows.
+
+    A pair counts as one good and one bad row.
     """
 
     beta: float = option(0.1, "penalty for moving away from the reference model: higher stays closer")
@@ -226,7 +229,7 @@ def _preferring(objective: Dpo | Kto, *weights: str) -> None:
 
 @dataclass(frozen=True)
 class StopCriteria:
-    """When to stop: at the first limit reached."""
+    """Limits of a run, which stops at the first one reached."""
 
     epochs: float | None = option(None, "passes over the training rows")
     updates: int | None = option(None, "optimiser updates")
@@ -277,9 +280,7 @@ class ResolvedOptimizer(Optimizer):
 
 @dataclass(frozen=True)
 class Align:
-    """The first phase of a composed base: the projector learns alone, the adapter is not moved (LLaVA,
-    arXiv:2304.08485).
-    """
+    """First phase of a composed base: only the projector is trained (LLaVA, arXiv:2304.08485)."""
 
     fraction: float = option(0.2, "of the budget, 0..1; a text base has no such phase")
     learning_rate: float = option(
@@ -297,7 +298,7 @@ class Align:
 
 @dataclass(frozen=True)
 class Compute:
-    """How the work is done. Nothing here changes what is learnt, but by rounding."""
+    """Settings of the computation, which change what is learnt only by rounding."""
 
     path: Literal["auto", "general"] = option(
         "auto", "general: transformers' own module even where the fast path fits"
@@ -318,7 +319,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """When a run's state is saved beside its output, so that `--resume` goes on from there."""
+    """Times at which a run saves its state beside its output, for `--resume`."""
 
     every_minutes: float = option(2.0, "minutes between saves; 0 saves after every update")
     keep: int = option(2, "newest checkpoints that are kept")
@@ -330,7 +331,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Dataset -> Adapter: everything that decides the result."""
+    """Everything that decides how a Dataset becomes an Adapter."""
 
     base: BaseChoice = option(REQUIRED, "which pretrained weights")
     data: Data = option(REQUIRED, "which Dataset")
@@ -364,9 +365,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ResolvedRecipe(Recipe):
-    """A Recipe in which no default is left to choose (tune/auto_settings.py): what a run computes by, and its manifest
-    says.
-    """
+    """Recipe without `auto` (tune/auto_settings.py), as a run uses it and its manifest states it."""
 
     data: ResolvedData = option(REQUIRED, "which Dataset")
     budget: StopCriteria = option(StopCriteria(epochs=1.0), "when to stop")
@@ -378,5 +377,5 @@ class ResolvedRecipe(Recipe):
 
 
 def load(recipe: Recipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> Recipe:
-    """A Recipe from any of its forms, with flags (`--method.rank 8`) on top. Raises ConfigError."""
+    """Return a Recipe from any of its forms, overridden by flags (`--method.rank 8`). Raises ConfigError."""
     return config.load_any(Recipe, recipe, flags)

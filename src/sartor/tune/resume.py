@@ -21,16 +21,15 @@ from sartor.tune.checkpoint import CheckpointState, check_numerics, folder_of, n
 from sartor.tune.recipe import Recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
-# Options that may differ between a run and its resumption: when state is saved, and where the same bytes are found
-# (the Dataset and the base are compared by digest).
+# Options that may differ between a run and its resumption: when state is saved, and paths of the same content (the
+# Dataset and the base are compared by digest)
 FREE_OPTIONS = ("checkpoints.", "data.path", "data.rehearsal.path", "method.start", "base.name", "base.revision")
 
 
 def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callable[[str], object]) -> CheckpointState:
-    """What is there to go on from, before anything takes long.
+    """Return the checkpoints to resume from, before any expensive step.
 
-    Raises ConfigError when `out` is taken, or when an unfinished run is there and neither flag says what to do with
-    it.
+    Raises ConfigError if `out` is taken, or if an unfinished run is there and neither flag says what to do with it.
     """
     if resume and replace:
         raise ConfigError(
@@ -60,10 +59,11 @@ def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callabl
 
 
 def finished(out: Path, state: CheckpointState, new: Mapping[str, Any]) -> Artifact | None:
-    """The Adapter at `out`, if it is what this run would make. `new`: the run's fingerprint.
+    """Return the Adapter at `out` if this run would produce it, else None.
 
-    Raises ConfigError when what is found there, the Adapter or the checkpoint, is of another recipe, Dataset or base,
-    or when another arithmetic began the checkpoint.
+    new: the run's fingerprint.
+    Raises ConfigError if the Adapter or the checkpoint belongs to another recipe, Dataset or base, or if another
+    version of the arithmetic began the checkpoint.
     """
     if kind_of(out) == "adapter":
         existing = open_artifact(out, "adapter")
@@ -82,7 +82,7 @@ def finished(out: Path, state: CheckpointState, new: Mapping[str, Any]) -> Artif
 
 
 def earlier_run(out: Path, state: CheckpointState) -> EarlierRun | None:
-    """Recipe and settings of the checkpoint that is resumed, else of the Adapter at `out`; None without both."""
+    """Return recipe and settings of the checkpoint, else of the Adapter at `out`; None without both."""
     if state.checkpoint:
         manifest = state.checkpoint.manifest
         return EarlierRun(manifest["fingerprint"]["recipe"], manifest.get("settings"))
@@ -93,7 +93,7 @@ def earlier_run(out: Path, state: CheckpointState) -> EarlierRun | None:
 
 
 def standing_id(out: Path) -> str:
-    """The id of the artefact at `out`, which a run with --replace will replace; empty if there is none."""
+    """Return the id of the artefact at `out`, which a run with --replace will replace; empty without one."""
     try:
         return str(read_manifest(out)["id"])
     except ArtifactError:
@@ -103,8 +103,9 @@ def standing_id(out: Path) -> str:
 def fingerprint(
     recipe: Recipe, dataset: Artifact, base: Base, data: TokenizedDataset, start: Artifact | None
 ) -> dict[str, Any]:
-    """What decides a run's result. `rows` covers what the recipe, the Datasets and the tokenizer make of each
-    other.
+    """Return the digests and options that decide a run's result.
+
+    rows: covers how the recipe, the Datasets and the tokenizer produce the rows.
     """
     return {
         "recipe": config.dump(recipe),
@@ -117,7 +118,7 @@ def fingerprint(
 
 
 def environment(base: Base) -> dict[str, Any]:
-    """What decides the last bits of a run's result, and may change under it."""
+    """Return versions and hardware that can change the last bits of a run's result."""
     versions = {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")}
     return {
         "threads": torch.get_num_threads(),
@@ -129,19 +130,20 @@ def environment(base: Base) -> dict[str, Any]:
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """A line that names what differs between two environments, if anything does."""
+    """Yield one line that names the differences between two environments; nothing if they are equal."""
     if differing := [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]:
         names = ", ".join(differing)
         yield f"going on elsewhere: {names}; the result may differ from an uninterrupted run's in the last bits"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprints, in words: `recipe method.rank: 8 -> 16`, `dataset: digest 12ab ->
-    34cd`.
+    """Return the differences between two fingerprints as lines.
+
+    Examples: `recipe method.rank: 8 -> 16`, `dataset: digest 12ab -> 34cd`.
     """
     lines = []
     before, after = _flat(old.get("recipe", {})), _flat(new["recipe"])
-    # what an option that a run is older than stood for: the last weights were kept, a base had no use of its own
+    # values that apply to a run older than these options: the last weights were kept, a base had no `use`
     for name, value in (("weights", "last"), ("base.use", [])):
         if name in after:
             before.setdefault(name, value)
@@ -159,7 +161,7 @@ def _format_value(value: Any) -> str:
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings as dotted names."""
+    """Return a tree of mappings as one mapping with dotted names."""
     if not isinstance(tree, Mapping):
         return {prefix.removesuffix("."): tree}
     return {key: value for name, inner in tree.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}

@@ -1,7 +1,7 @@
 """Forecast of a running tune, compared with its cost.
 
-Time is not taken from a calibration but from the run's own first updates: they cost nothing, and they are what the
-rest will be like (docs/decisions/004-forecast.md).
+Time is forecast from the run's own first updates and not from a calibration. They cost nothing extra, and the later
+updates are like them (docs/decisions/004-forecast.md).
 """
 
 from __future__ import annotations
@@ -29,17 +29,20 @@ from sartor.tune.cost_model import (
 from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 
-# What a calibration may read of the tokens that the run reads
+# Largest fraction of the run's tokens that a calibration may read
 PROBE_FRACTION = 0.03
-# The first updates, from which the rest is forecast; the very first is slower and not counted
+# Number of first updates from which the rest is forecast; the very first is slower and left out
 TIMED_UPDATES = 4
 
 
 @dataclass
 class RunForecast:
-    """What a run of `tune` is expected to cost: memory before its first update, time after a few.
+    """Expected cost of a run of `tune`: memory before its first update, time after a few updates.
 
-    updates: of the whole run; None where minutes are its only limit.
+    course_tokens: tokens that the whole run reads; None if minutes are its only limit.
+    evaluated_tokens: tokens that all evaluations read.
+    limit_s: limit of the budget in seconds; None without one.
+    updates: of the whole run; None if minutes are its only limit.
     """
 
     settled: MicroBatchChoice
@@ -56,7 +59,7 @@ class RunForecast:
 
     @property
     def line(self) -> str:
-        """For a person, before the first update."""
+        """Summary for a reader, before the first update."""
         settled, peak = self.settled, self.memory * 1e-9
         return (
             f"micro-batch {settled.micro_batch_tokens:,} tokens ({settled.reason}); "
@@ -64,9 +67,10 @@ class RunForecast:
         )
 
     def observe(self, tokens: int, seconds: float, read_tokens: int, wall_s: float) -> bool:
-        """Take note of an update; true when it is the one that completes the forecast of time.
+        """Record an update; return true if it is the one that completes the forecast of time.
 
-        read_tokens, wall_s: of the whole run until here.
+        tokens, seconds: of the update.
+        read_tokens, wall_s: of the whole run so far.
         """
         self._seconds.append(seconds)
         self._tokens.append(tokens)
@@ -74,6 +78,7 @@ class RunForecast:
             return False
         token_s = sum(self._seconds[1:]) / sum(self._tokens[1:])
         rates = [spent / read for spent, read in zip(self._seconds[1:], self._tokens[1:], strict=True)]
+        # 90 % interval of a normal mean of n rates: 1.645 s / sqrt(n), relative, plus the allowance
         spread = float(np.std(rates, ddof=1)) / token_s
         half_width = 1.645 * spread / len(rates) ** 0.5 + TIME_ALLOWANCE
         if self.course_tokens is not None:
@@ -81,26 +86,26 @@ class RunForecast:
             self.time = Interval(rest_s, rest_s * (1 - half_width), rest_s * (1 + half_width)).at_least(0) + wall_s
         if self.limit_s is not None:
             unbounded = self.time or Interval(self.limit_s, self.limit_s, self.limit_s)
-            # the update in which the minutes end is finished, and the last evaluation made
+            # beyond the limit, the run finishes its current update and makes the last evaluation
             over_s = (self._tokens[-1] + self.evaluated_tokens * FORWARD_FRACTION) * token_s
             self.time = replace(unbounded.at_most(self.limit_s), high=min(unbounded.high, self.limit_s) + over_s)
         return self.time is not None
 
     def as_json(self) -> dict[str, Any]:
-        """What the manifest says."""
+        """Return the forecast as in the manifest."""
         time_s = self.time.as_json(3) if self.time else None
         return {"time_s": time_s, "peak_memory_bytes": self.memory.as_json()}
 
     def errors(self, wall_s: float, peak_bytes: int) -> dict[str, float | None]:
-        """Actual over estimate, less 1; None where there was no forecast."""
+        """Return actual / estimate - 1 of time and memory; None without a forecast."""
         time = round(wall_s / self.time.estimate - 1, 4) if self.time else None
         return {"time": time, "memory": round(peak_bytes / self.memory.estimate - 1, 4)}
 
 
 def calibration_batches(rows: Sequence[TokenizedExample], max_tokens: float | None) -> list[list[TokenizedExample]]:
-    """The two micro-batches of a run of `tune`, the second of at least twice the tokens; none if they would cost more
-    than
-    `max_tokens`.
+    """Return two micro-batches to measure memory with, the second of up to three times the tokens.
+
+    Empty if the second would have no more rows, or if both together have more than `max_tokens` tokens.
     """
     small = take(rows, 128)
     large = take(rows, 3 * sum(len(row.ids) for row in small))
@@ -109,7 +114,7 @@ def calibration_batches(rows: Sequence[TokenizedExample], max_tokens: float | No
 
 
 def calibrate(probe: TimingProbe, rows: Sequence[TokenizedExample], max_tokens: float | None) -> None:
-    """Measure the memory of `calibration_batches`, the first to warm up."""
+    """Measure the memory of `calibration_batches`; the first only warms up."""
     for index, group in enumerate(calibration_batches(rows, max_tokens)):
         probe.run(group, warm_up=not index)
     probe.settle()
@@ -123,9 +128,11 @@ def foresee(
     data: TokenizedDataset,
     counters: RunCounters,
 ) -> RunForecast:
-    """The Outlook of a run, with its micro-batch settled. `counters`: fresh ones, to count the course with.
+    """Return the forecast of a run, with its micro-batch size chosen.
 
-    Nothing that is learnt changes. Raises BudgetError where memory cannot hold the run, with changes that it could.
+    counters: new ones, used to simulate the run.
+    No trained state changes. Raises BudgetError if memory cannot hold the run, with changes of the recipe that would
+    fit.
     """
     beginning = cost_model.common_beginning(recipe, path, all_sequences(data.train))
     loads, rehearsal_loads = ([load_of(row, beginning) for row in rows] for rows in (data.train, data.rehearsal))

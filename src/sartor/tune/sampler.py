@@ -1,4 +1,4 @@
-"""Seeded row order cut into updates, resumable."""
+"""Row order from a seed, cut into updates and resumable."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from sartor.tune.recipe import ResolvedRecipe
 
 @dataclass(frozen=True)
 class Position:
-    """A place between two updates: rows of this epoch that are used, and epochs before it."""
+    """Position in the row order, between two updates.
+
+    epoch: number of finished epochs.
+    place: rows of the current epoch that are used.
+    """
 
     epoch: int = 0
     place: int = 0
 
     def after(self, used: int, rows: int) -> Position:
-        """The position when `used` more rows of an epoch of `rows` are used."""
+        """Return the position after `used` more rows of an epoch of `rows` rows."""
         used_rows = self.place + used
         return Position(self.epoch, used_rows) if used_rows < rows else Position(self.epoch + 1)
 
@@ -30,10 +34,12 @@ START = Position()
 def iterate_updates(
     lengths: Sequence[int], batch_tokens: int, seed: int, start: Position = START
 ) -> Iterator[list[int]]:
-    """Endless updates: lists of row indices, each epoch a fresh shuffle, rows added until `batch_tokens` is reached.
+    """Yield the row indices of each update, without end: epochs are new shuffles, cut at `batch_tokens`.
 
-    lengths: tokens per row. start: a position between two updates; what follows is what followed there. An update
-    never mixes epochs, so the last of an epoch may be small.
+    lengths: tokens of each row.
+    start: a position between two updates; the same updates follow as in an uninterrupted iteration.
+    An update takes rows until it has at least `batch_tokens` tokens. It never mixes epochs, so the last update of an
+    epoch may be smaller.
     """
     position = start
     while True:
@@ -52,8 +58,9 @@ def iterate_updates(
 
 
 def updates_per_epoch(row_tokens: Sequence[int], batch_tokens: int) -> float:
-    """About how many updates `iterate_updates` makes of an epoch: one has whole rows, so that it is half a row
-    over.
+    """Return the approximate number of updates that `iterate_updates` makes of an epoch.
+
+    An update has whole rows, so on average it exceeds `batch_tokens` by half a row.
     """
     epoch_tokens = sum(row_tokens)
     mean_row = epoch_tokens / len(row_tokens)
@@ -69,8 +76,9 @@ def _shuffled(count: int, seed: int) -> list[int]:
 
 @dataclass(frozen=True)
 class RehearsalPosition:
-    """A place in rows that are read beside an update's own. owed: tokens of them that should have been read and were
-    not; below 0 where a whole row was more than was owed.
+    """Position in the rehearsal rows.
+
+    owed: rehearsal tokens that are due and not yet read; below 0 if the last whole row was more than was due.
     """
 
     position: Position = START
@@ -79,16 +87,18 @@ class RehearsalPosition:
     def after(
         self, lengths: Sequence[int], own_tokens: int, fraction: float, seed: int
     ) -> tuple[list[int], RehearsalPosition]:
-        """(row indices that go with an update of `own_tokens`, the place behind them).
+        """Return the rehearsal rows' indices for an update of `own_tokens`, and the position after them.
 
-        lengths: tokens per row, of which `fraction` of all tokens are to be. Each of their epochs is a shuffle of its
-        own.
+        lengths: tokens of each rehearsal row.
+        fraction: share of rehearsal among all tokens.
+        Each epoch of the rehearsal rows is a shuffle of its own.
         """
         if not lengths:
             return [], self
+        # rehearsal / (rehearsal + own) = fraction, so rehearsal = own * fraction / (1 - fraction)
         owed, position, indices = self.owed + own_tokens * fraction / (1 - fraction), self.position, list[int]()
         while owed > 0:
-            # another seed than that of the update's own rows
+            # complement, so that the seed differs from the seed of the own rows
             row = _shuffled(len(lengths), ~(seed * 1_000_003 + position.epoch))[position.place]
             indices.append(row)
             owed -= lengths[row]
@@ -98,19 +108,26 @@ class RehearsalPosition:
 
 @dataclass(frozen=True)
 class SchedulePart:
-    """`done` parts of `parts` stand; this run is the next. All have the recipe's budget, each."""
+    """Part of a schedule that several runs share: `done` of `parts` parts are finished, this run is the next.
+
+    Each part has the whole budget of the recipe.
+    """
 
     done: int = 0
     parts: int = 1
 
     def course(self, fraction: float) -> float:
-        """How far the whole course is, 0..1, at a fraction of this part: in each part alone a rate would warm up
-        again.
+        """Return the progress of the whole schedule, 0..1, at a fraction of this part.
+
+        With the progress of one part alone, the learning rate would warm up again in each.
         """
         return min(1.0, (self.done + fraction) / self.parts)
 
     def start(self, recipe: ResolvedRecipe, lengths: Sequence[int]) -> Position:
-        """Where in the rows it begins: where the part before it ended. lengths: tokens a row."""
+        """Return the position at which the part begins: the end of the part before it.
+
+        lengths: tokens of each row.
+        """
         budget = recipe.budget
         if budget.updates is None:
             return Position(round(self.done * (budget.epochs or 1)))

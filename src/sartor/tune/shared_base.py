@@ -1,4 +1,4 @@
-"""One open base on which adapters are swapped."""
+"""Open base on which adapters are swapped, for rounds of federated tuning."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from sartor.tune.training_loop import TrainingRun, learning_rate
 
 
 def recipe_digest(recipe: ResolvedRecipe, template_digest: str) -> str:
-    """sha256 of what client and coordinator must have in common beside the base: method, optimiser, rows' form, seed.
+    """Return the sha256 of what client and coordinator must share besides the base.
 
-    The learning rate and the length of the work are each round's own.
+    That is method, optimiser, template, seed and row length. Learning rate and budget may differ by round.
     """
     optimizer = {name: value for name, value in config.dump(recipe.optimizer).items() if name != "learning_rate"}
     fields = {
@@ -48,9 +48,9 @@ Notice = Callable[[str], object]
 
 
 class SharedBase:
-    """The base of a recipe with fresh factors: see `training_loop.TrainingBase` for what a run asks of it.
+    """Base of a recipe with LoRA factors that are replaced each round: a `training_loop.TrainingBase`.
 
-    Raises what opening a base raises, and ConfigError for one that reads media: its projectors are no factors.
+    Raises what opening a base raises, and ConfigError for a base that reads media: its projectors are no factors.
     """
 
     def __init__(self, recipe: ResolvedRecipe, base: Base) -> None:
@@ -63,7 +63,7 @@ class SharedBase:
 
     def _inject(self) -> None:
         self.model = inject_recipe_adapter(self.recipe, self.base)
-        # PEFT's files leave the adapter's name out
+        # names as in PEFT's files, which omit the adapter's name
         named_parameters = self.model.named_parameters()
         self.factors = {
             name.replace(".default.", "."): parameter
@@ -81,13 +81,13 @@ class SharedBase:
 
     @property
     def rank(self) -> int:
-        """R, of the factors as they stand."""
+        """Rank R of the current factors."""
         return self.recipe.method.rank
 
     def refit(self, rank: int) -> None:
-        """Have fresh factors of this rank, on the same scale, alpha / R; nothing changes where it is the rank already.
+        """Replace the factors by new ones of this rank, on the same scale alpha / R; do nothing if it is the rank.
 
-        For ranks that are held still beside those that the recipe trains: its digest stays.
+        It makes room for frozen ranks beside those that the recipe trains. The recipe's digest stays the same.
         """
         method = self.recipe.method
         if rank == method.rank:
@@ -99,21 +99,21 @@ class SharedBase:
 
     @property
     def ref(self) -> BaseRef:
-        """See Ground."""
+        """Reference of the base, with its name and digest."""
         return self.base.ref
 
     @property
     def device(self) -> torch.device:
-        """See Ground."""
+        """Device on which the base computes."""
         return self.base.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """See Ground."""
+        """Data type of the base."""
         return self.base.dtype
 
     def path(self, model: Any, rows: Sequence[packing.TokenizedExample], wish: LossOptions) -> LossBackend:
-        """See Ground: chosen once, by the rows of whoever comes first, with every factor learning."""
+        """Return the loss backend, chosen at the first call by its rows, with every factor trainable."""
         if self._path is None:
             frozen = [factor for factor in self.factors.values() if not factor.requires_grad]
             for parameter in frozen:
@@ -124,7 +124,10 @@ class SharedBase:
         return self._path
 
     def put(self, shared: Tensors) -> None:
-        """Become the shared adapter. Raises RoundError where its tensors are not those of the recipe's method."""
+        """Copy the shared adapter into the factors; the shape of each tensor (...) must be the factor's.
+
+        Raises RoundError if names or shapes are not those of the recipe's method.
+        """
         shapes = {name: tuple(parameter.shape) for name, parameter in self.factors.items()}
         if {name: tuple(value.shape) for name, value in shared.items()} != shapes:
             first = next(iter(sorted(set(shapes) ^ set(shared))), "a tensor of another shape")
@@ -135,13 +138,13 @@ class SharedBase:
                 parameter.copy_(torch.from_numpy(shared[name]))
 
     def current_factors(self) -> dict[str, Array]:
-        """The factors as they stand, fp32, by PEFT's names."""
+        """Return copies of the factors, fp32, by PEFT's names: A is (R, D_in), B is (D_out, R)."""
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.factors.items()}
 
     def hold(self, trains: Callable[[str], bool], ranks: slice = slice(None)) -> None:
-        """Let those factors learn whose names `trains` says, of them those ranks, and nothing else.
+        """Make only some factors trainable: those whose names `trains` accepts, and of them only `ranks`.
 
-        The gradient of the other ranks is zero, so that AdamW without weight decay does not move them.
+        The gradient of other ranks is zero, so AdamW without weight decay does not move them.
         """
         for mask in self._masks:
             mask.remove()
@@ -153,7 +156,10 @@ class SharedBase:
 
     @torch.no_grad()
     def loss(self, shared: Tensors, rows: Sequence[packing.TokenizedExample]) -> float | None:
-        """Nats per supervised token of rows under an adapter; None of no rows."""
+        """Return the loss of rows under an adapter, in nats per supervised token; None without rows.
+
+        shared: A of shape (R, D_in) and B of shape (D_out, R), by name.
+        """
         if not rows:
             return None
         self.put(shared)
@@ -168,13 +174,16 @@ class SharedBase:
         return total / count
 
     def write(self, shared: Tensors, folder: Any) -> None:
-        """The PEFT directory of an adapter."""
+        """Write an adapter as a PEFT directory.
+
+        shared: A of shape (R, D_in) and B of shape (D_out, R), by name.
+        """
         self.put(shared)
         adapters.write_adapter(self.model, folder, self.base.ref.name)
 
 
 def _mask_gradient(ranks: slice, *, by_row: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The gradient of these ranks, which are rows of A and columns of B; zero elsewhere."""
+    """Return a hook that sets the gradient of other ranks to zero. Ranks are rows of A and columns of B."""
 
     def masked(gradient: torch.Tensor) -> torch.Tensor:
         masked_gradient = torch.zeros_like(gradient)
@@ -185,21 +194,27 @@ def _mask_gradient(ranks: slice, *, by_row: bool) -> Callable[[torch.Tensor], to
     return masked
 
 
-# a round keeps no log of its own, and saves nothing on its way
+# a round writes no log and no checkpoints
 _NOWHERE = Path(os.devnull)
 _WHOLE = SchedulePart()
 
 
 class LocalRun(TrainingRun):
-    """A run of `tune` within one round: part is the round, of all."""
+    """Training run of one client in one round.
+
+    part: the round among all rounds, for the learning-rate schedule.
+    """
 
     part = SchedulePart()
 
     def save(self) -> None:
-        """Nothing: what a killed client did is done again."""
+        """Do nothing: a client that is killed repeats its round."""
 
     def _foresee(self, recipe: ResolvedRecipe) -> RunForecast:
-        """Nothing is measured: a micro-batch that depended on free memory would change the last bits."""
+        """Return a forecast without measuring.
+
+        A micro-batch size that depended on free memory would change the last bits of the result.
+        """
         micro_batch_tokens, longest = recipe.compute.micro_batch_tokens, max(len(row.ids) for row in self.data.train)
         no_memory, capacity = (
             Interval(0.0, 0.0, 0.0),
@@ -215,7 +230,11 @@ class LocalRun(TrainingRun):
 def train(
     resident: SharedBase, rows: TokenizedDataset, recipe: ResolvedRecipe, part: SchedulePart = _WHOLE
 ) -> LocalRun:
-    """Train what of the resident may learn, from where it stands, for the recipe's budget. Raises ModelError."""
+    """Train the trainable factors of a SharedBase from their current values, for the recipe's budget.
+
+    part: the round among all rounds.
+    Raises ModelError.
+    """
     with TrainingLog(_NOWHERE, show=False) as journal:
         saver = Saver(_NOWHERE, recipe.checkpoints, {}, None)
         run = LocalRun(recipe, resident, resident.model, rows, journal, saver, None)

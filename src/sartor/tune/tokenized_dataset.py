@@ -1,4 +1,4 @@
-"""Tokenized rows as a run holds them."""
+"""Tokenized rows of a run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ Term = Literal["pair", "good", "bad"]
 
 @dataclass(frozen=True)
 class PreferenceExample(TokenizedExample):
-    """A row as a preference is learnt from it; a plain `Encoded` is learnt by sft. Only its last reply is `learnt`.
+    """Row from which a preference is learnt; a plain TokenizedExample is learnt by sft.
 
-    term: `pair`, with the rejected reply to the same prompt as its `other`; or `good` or `bad`, as it was rated, with
-    another row's reply to this prompt, which is never learnt: by it the divergence is estimated. number: its line in a
-    run's table of reference log-probabilities.
+    Only the tokens of its last reply are `learnt`.
+    term: `pair`, with the rejected reply to the same prompt as `other`; or `good` or `bad`, as it was rated. Then
+    `other` holds another row's reply to this prompt, which is never learnt and serves to estimate the divergence.
+    number: row in the run's table of reference log-probabilities.
     """
 
     term: Term = "pair"
@@ -29,12 +30,12 @@ class PreferenceExample(TokenizedExample):
 
     @property
     def tokens(self) -> int:
-        """Of both."""
+        """Tokens of the row and its other reply."""
         return len(self.ids) + (len(self.other.ids) if self.other else 0)
 
 
 def all_sequences(rows: Iterable[TokenizedExample]) -> list[TokenizedExample]:
-    """Every sequence that is computed: a lesson's other right behind it."""
+    """Return every sequence that is computed: the other reply of a preference example follows it."""
     return list(_sequences(rows))
 
 
@@ -46,17 +47,17 @@ def _sequences(rows: Iterable[TokenizedExample]) -> Iterator[TokenizedExample]:
 
 
 def lessons(rows: Iterable[TokenizedExample]) -> list[PreferenceExample]:
-    """Those of the rows from which a preference is learnt."""
+    """Return the rows that are preference examples."""
     return [row for row in rows if isinstance(row, PreferenceExample)]
 
 
 @dataclass
 class TokenizedDataset:
-    """A Dataset as tokens: what is trained on, what is held out, and what was left out with the reason.
+    """Dataset as tokens: training rows, held-out rows, and the ids of rows left out by reason.
 
-    lengths: tokens of every sequence that the template took, also of those that are too long. held_out_groups:
-    (held-out rows,) the group of each. rehearsal: rows of another Dataset that are read beside the training rows; no
-    epoch counts them, and `lengths` does not.
+    lengths: tokens of every sequence that the template accepted, including those that are too long.
+    held_out_groups: (held-out rows,) the group of each.
+    rehearsal: rows of another Dataset, read with the training rows. Neither epochs nor `lengths` count them.
     """
 
     train: list[TokenizedExample] = field(default_factory=list)
@@ -73,7 +74,7 @@ class TokenizedDataset:
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens of the training rows that get a loss."""
+        """Tokens of the training rows that have a loss."""
         return sum(row.supervised_tokens for row in all_sequences(self.train))
 
     @property
@@ -82,11 +83,14 @@ class TokenizedDataset:
         return all_sequences([*self.train, *self.rehearsal, *self.held_out])
 
     def leave_out(self, reason: str, *ids: str) -> None:
-        """Note rows that are not trained on, and why."""
+        """Record rows that are left out, and the reason."""
         self.left_out.setdefault(reason, []).extend(ids)
 
     def digest(self) -> str:
-        """sha256 over every token, mask and weight, in order: equal exactly when two runs compute the same."""
+        """Return the sha256 over every token, mask, weight and term, in order.
+
+        It is equal if two runs compute the same rows.
+        """
         digest = hashlib.sha256()
         for part in (self.train, self.held_out, *([self.rehearsal] if self.rehearsal else [])):
             for row in all_sequences(part):
@@ -98,8 +102,10 @@ class TokenizedDataset:
 
 
 def micro_batches(rows: Sequence[PreferenceExample], capacity: int, *, share: bool) -> list[list[PreferenceExample]]:
-    """Cut the lessons of an update into packs of at most `capacity` tokens, pairs whole; with `share` like prompts
-    meet.
+    """Cut the preference examples of an update into micro-batches of at most `capacity` tokens.
+
+    Pairs stay whole. If one example has more tokens, the capacity grows to its length.
+    share: sort by tokens, so that equal prompts meet.
     """
     ordered = sorted(rows, key=lambda row: row.ids) if share else list(rows)
     lengths = [row.tokens for row in ordered]

@@ -43,12 +43,12 @@ Notice = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What `tune` made: the Adapter, and what it cost."""
+    """Result of `tune`: the Adapter, with the cost of its run in the manifest."""
 
     adapter: Artifact
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         run = self.adapter.manifest["run"]
         return {"adapter": str(self.adapter.path), **run}
 
@@ -65,11 +65,13 @@ def tune(
 ) -> Tuned:
     """Fine-tune a base on a Dataset and write the Adapter to `out`.
 
-    `recipe` is a Recipe, a mapping in its form, or the path of a YAML file. `notice` is told, in lines, what is about
-    to be trained. While it goes, its state is saved in `OUT.checkpoints`; `resume` goes on from there, to the bits
-    that an uninterrupted run gives, and returns an Adapter that is finished already; `replace` starts over. `prove`
-    first compares losses and every gradient of the first update with the plain computation, without shared prefixes
-    and stored activations.
+    recipe: a Recipe, a mapping in its form, or the path of a YAML file.
+    resume: continue from the state saved in `OUT.checkpoints`, to the bits of an uninterrupted run. An Adapter that is
+    already finished is returned.
+    replace: start over.
+    prove: first compare losses and every gradient of the next update's first micro-batch with the plain computation,
+    without shared prefixes and stored activations.
+    notice: receives lines about the run, first about what will be trained.
 
     Raises ConfigError (recipe, taken `out`, a checkpoint of another recipe, Dataset, base or arithmetic),
     ArtifactError (Dataset; a damaged ledger of evaluations), ModelError (base; a loss that is not finite or has
@@ -96,7 +98,7 @@ def tune(
         notice(f"{out} is finished: nothing is left to do")
     else:
         adapter = _tune(context, out, replace=replace, show=show, notice=notice)
-    # only the holder of the name may clear: another run may be starting over
+    # clear only under the writer's lock: another run may be starting over
     with contextlib.suppress(ConfigError), writer_lock(out):
         clear(folder_of(out))
     return Tuned(adapter)
@@ -104,10 +106,11 @@ def tune(
 
 @dataclass(frozen=True)
 class TuningContext:
-    """What a run works on, opened and compared with what stands on disk.
+    """Inputs of a run, opened and compared with the files of earlier runs.
 
-    settings: of the options that were `auto`. parents: the Dataset, then that of the rehearsal, and what tuning goes
-    on from.
+    settings: of the options that were `auto`.
+    parents: the Dataset, then the rehearsal Dataset and the artefact that tuning starts from, if there are any.
+    fingerprint: digests and options that decide the result.
     """
 
     recipe: ResolvedRecipe
@@ -129,7 +132,7 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
         raise refusal.error
     preflight.check_disk(out.absolute(), adapters.trainable(model)[0], recipe.checkpoints.keep)
     if recipe.weights == "best":
-        evaluation_ledger.check_ledger()  # before time is spent on looks that it could not count
+        evaluation_ledger.check_ledger()  # before time is spent on evaluations that it could not record
     environment = resumption.environment(base)
     replaces = checkpoint.manifest["replaces"] if checkpoint else resumption.standing_id(out) if replace else ""
     unchanging = {
@@ -143,7 +146,7 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
     resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else None
 
     def fill(temp_folder: Path) -> Mapping[str, Any]:
-        # the writer's lock is held from here on, so that what is removed is nobody's
+        # the writer's lock is held from here on, so no other run uses what is removed
         if checkpoint and not checkpoint.path.is_dir():
             raise ConfigError(
                 f"another process went on from {checkpoint.path} meanwhile", f"sartor tune RECIPE --out {out} --resume"
@@ -173,7 +176,7 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
                 with DeferredSignals(notice) as signals:
                     run.train(signals)
                 selection = run.keep_best_weights(notice)
-                facts = _facts(context, run, warnings, selection)  # drawing and writing are no part of the tuning
+                facts = _facts(context, run, warnings, selection)  # here, so that wall_s excludes drawing and writing
             plot_losses(journal.lines, temp_folder / "loss.png")
             adapters.write_adapter(model, temp_folder, base.ref.name)
         return facts
@@ -185,14 +188,14 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
 
 
 def _record_looks(adapter: Artifact, data: TokenizedDataset) -> None:
-    """Write each evaluation that the weights were chosen among to the ledger: it is a look at these rows."""
+    """Write the evaluations by which the weights were chosen to the ledger, as looks at their rows."""
     row_ids = [row.example_id for row in data.held_out]
     for evaluation in adapter.manifest["run"].get("selection", {}).get("evaluations", []):
         evaluation_ledger.record_evaluation(f"{adapter.id} after update {evaluation['update']}", row_ids, "eval")
 
 
 def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
-    """What is about to be trained, before a second is spent on it."""
+    """Yield lines about the rows and parameters that will be trained."""
     trained, total = adapters.trainable(model)
     yield (
         f"{len(data.train):,} rows, {data.tokens:,} tokens, {data.supervised_tokens:,} supervised "
@@ -214,9 +217,10 @@ def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
 
 
 def _warnings(context: TuningContext, run: TrainingRun, notice: Notice) -> list[dict[str, str]]:
-    """Print and return the warnings of `plan`; of a resumed run those that its checkpoint holds.
+    """Return the warnings of `plan` after printing them; for a resumed run those in its checkpoint.
 
-    A checkpoint of an older Sartor has none: the model has learnt since, so its losses tell nothing of the base.
+    A checkpoint of an older Sartor has none. They are not computed then: the model has learnt since, so its losses no
+    longer describe the base.
     """
     checkpoint, updates = context.resume_state.checkpoint, run.forecast.updates
     if checkpoint:
@@ -237,7 +241,7 @@ def _facts(
     warnings: Sequence[Mapping[str, str]],
     selection: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The manifest of the Adapter."""
+    """Return the manifest of the Adapter."""
     trained, total = adapters.trainable(run.model)
     counters, wall_s = run.counters, run.journal.wall_s
     base = context.base
@@ -281,12 +285,14 @@ def _facts(
 
 
 def _role(parent: Artifact, index: int) -> dict[str, str]:
-    """What a Dataset that is not the first one is to the Adapter: what it holds out is not what the Adapter is for."""
+    """Return the role of a parent: a Dataset after the first is rehearsal, whose held-out rows are
+    not the Adapter's.
+    """
     return {"role": ancestry.REHEARSAL} if index and parent.kind == "dataset" else {}
 
 
 def _sources(parents: Sequence[Artifact]) -> list[dict[str, Any]]:
-    """Those of all parents, each once."""
+    """Return the sources of all parents, each once; those of rehearsal are marked."""
     result: list[dict[str, Any]] = []
     for index, parent in enumerate(parents):
         for source in parent.manifest.get("sources", []):

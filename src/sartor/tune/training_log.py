@@ -1,4 +1,4 @@
-"""Log.jsonl, progress line and loss curve."""
+"""Training log (log.jsonl), progress line and loss curve."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from sartor.models import hardware
 
 
 class TrainingLog:
-    """Writes `log.jsonl` and drives the progress line (stderr). Use as a context manager.
+    """Writer of `log.jsonl` and of the progress line (stderr). Use it as a context manager.
 
-    lines, wall_s: what a run that is resumed had said and used up to its checkpoint; the log and the clock go on
-    there.
+    lines, wall_s: log and seconds of a resumed run up to its checkpoint; the log and the clock continue there.
     """
 
     def __init__(
@@ -50,18 +49,18 @@ class TrainingLog:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Most memory that any process of this run has held resident."""
+        """Most resident memory of any process of this run."""
         return max([hardware.peak_bytes(), *(line["memory_bytes"] for line in self.lines if "memory_bytes" in line)])
 
     def note(self, **facts: Any) -> None:
-        """One JSON line: what happened, after how many seconds."""
+        """Write one JSON line with the facts and the seconds since the run began."""
         line = {"wall_s": round(self.wall_s, 3), **facts}
         self.lines.append(line)
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
 
     def show(self, fraction: float, loss: float, tokens_per_s: float) -> None:
-        """Move the progress line: loss, speed, memory, time left."""
+        """Update the progress line: loss, speed, memory, time left."""
         text = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {hardware.peak_bytes() / 1e9:.1f} GB"
         self._progress.update(self._task, completed=min(fraction, 1.0), said=text)
         if self._whole is not None:
@@ -69,7 +68,7 @@ class TrainingLog:
 
 
 def plot_losses(lines: list[dict[str, Any]], file: Path) -> None:
-    """The loss curve as PNG: every update, their running mean, and the held-out loss where it was measured."""
+    """Write the loss curve as PNG: every update, their running mean, and the held-out losses."""
     from matplotlib.figure import Figure  # no pyplot: it keeps global state and wants a display
 
     updates = [(line["update"], line["loss"]) for line in lines if "loss" in line]

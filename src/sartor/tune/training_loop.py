@@ -1,8 +1,7 @@
-"""The training loop with its saved state.
+"""Training loop with resumable state.
 
-Everything that decides what comes next is in `Run.state`, so that a run restored from a checkpoint takes the same
-steps
-to the same bits: factors, optimiser, generators, position in the rows, counters, open evaluations.
+Everything that decides the next steps is in `TrainingRun.state`: factors, optimiser, generators, position in the rows,
+counters, open evaluations. So a run restored from a checkpoint takes the same steps to the same bits.
 """
 
 from __future__ import annotations
@@ -29,18 +28,17 @@ from sartor.tune.recipe import ResolvedOptimizer, ResolvedRecipe, StopCriteria
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 from sartor.tune.training_log import TrainingLog
 
-# A loss above both has exploded: a model that knows nothing and says so has ln V, and a hard first update may be
-# higher.
+# A loss above both multiples has exploded. A uniform prediction has the loss ln V; a hard first update may have more.
 EXPLODED_OVER_UNIFORM, EXPLODED_OVER_FIRST = 2.0, 4.0
-# Norm of the difference over norm, of losses and of each gradient, that reordered sums may cost
+# Tolerance for reordered sums: norm of the difference over norm, of losses and of each gradient
 PROOF = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-# So many of an update's example ids are named in an error
+# Most example ids of an update that an error names
 IDS_NAMED = 32
 
 
 @dataclass
 class Counters:
-    """How far a run has come."""
+    """Progress of a run."""
 
     updates: int = 0
     tokens: int = 0
@@ -48,7 +46,7 @@ class Counters:
     rehearsal_tokens: int = 0  # of the tokens; they are no part of an epoch
 
     def fraction(self, budget: StopCriteria, epoch_tokens: int, wall_s: float) -> float:
-        """How much of the budget is used, 0..1: of its limits the one that is nearest."""
+        """Return the used fraction of the budget, from 0: the largest over its limits."""
         limits = [
             (self.updates, budget.updates),
             (self.tokens, budget.tokens),
@@ -60,36 +58,39 @@ class Counters:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What `auto` came to. A resumed run takes these over: settled anew on the memory free then, they could differ."""
+    """Resolved values of `auto` options of the computation.
+
+    A resumed run takes them over: resolved again with the memory that is free then, they could differ.
+    """
 
     micro_batch_tokens: int
 
 
 class TrainingBase(Protocol):
-    """What of a base a run stands on: `models.base.Base`, or a device's own of torch alone."""
+    """Part of a base that a run needs: `models.base.Base`, or a torch-only one of a device."""
 
     @property
     def ref(self) -> BaseRef:
-        """Which base."""
+        """Reference of the base, with its name and digest."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device on which the base computes."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """Data type of the base."""
         ...
 
     def path(self, model: Any, rows: Sequence[packing.TokenizedExample], wish: LossOptions) -> LossBackend:
-        """The fastest way to losses that is right for `model`."""
+        """Return the fastest loss backend that is correct for `model`."""
         ...
 
 
 class TrainingRun:
-    """The state of one run: model, optimiser, counters. `train` goes through the budget."""
+    """State of one run: model, optimiser, counters. `train` runs until the budget is spent."""
 
     def __init__(
         self,
@@ -116,20 +117,21 @@ class TrainingRun:
         self.scaler = optimizers.scaler(base.dtype, base.device)
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
-        # nats per supervised token of each held-out row, when it was last measured
+        # nats per supervised token of each held-out row at the last evaluation
         self.row_losses: list[float] = []
         self.proof: dict[str, float] | None = None
         self.position, self.rehearsal_position = sampler.START, sampler.RehearsalPosition()
-        # what the objective says of the update that was last computed, beside its loss
+        # facts of the objective about the last update, besides its loss
         self.objective_facts: dict[str, float] = {}
         count = recipe.evaluations if data.held_out else 0
         self.evaluation_points = [(index + 1) / count for index in range(count)]
-        # of a run that keeps the best weights; None: the last are kept
+        # set if the run keeps the best weights; None keeps the last
         self.selection: CheckpointSelection | None = None
-        # MKL may use fewer threads than it has when the machine is busy, and then adds in another order; a number that
-        # is set, even to what it is, holds
+        # on a busy machine MKL may use fewer threads, and then adds in another order; setting the number, even to its
+        # current value, fixes it
         torch.set_num_threads(torch.get_num_threads())
-        model.eval()  # a fresh adapter comes in training mode, and dropout would look like a leak between rows
+        # a new adapter is in training mode, and dropout would look like a leak between rows to the backend's check
+        model.eval()
         options = replace(loss_options(recipe, data, base), notice=lambda line: journal.note(notice=line))
         self.path = base.path(model, data.sequences, options)
         if resolved:
@@ -139,16 +141,18 @@ class TrainingRun:
         seed_all(recipe.seed)
 
     def _optimizer(self) -> Any:
-        """What takes the steps."""
+        """Return the optimiser of the run."""
         return optimizers.make(self.factors, self.recipe.optimizer, self.base.device, self.projectors)
 
     def _foresee(self, recipe: ResolvedRecipe) -> run_forecast.RunForecast:
-        """What it will cost, with its micro-batch settled. Raises BudgetError where memory cannot hold it."""
+        """Return the forecast of the run, with its micro-batch size. Raises BudgetError if memory cannot hold it."""
         return run_forecast.foresee(recipe, self.path, self.model, self.base.device, self.data, Counters())
 
     def train(self, signals: DeferredSignals) -> None:
-        """Update until the budget is spent. Raises StoppedError after a signal, ModelError when the loss explodes; in
-        both cases a checkpoint stands from which the run could go on.
+        """Update until the budget is spent.
+
+        Raises StoppedError after a signal, ModelError if the loss explodes. In both cases a checkpoint exists from
+        which the run can be resumed.
         """
         fields = {
             "path": self.path.name,
@@ -182,9 +186,7 @@ class TrainingRun:
         self.model.eval()
 
     def keep_best_weights(self, notice: Callable[[str], object]) -> dict[str, Any] | None:
-        """Give the model the weights of the evaluation that is chosen; return why it was. None where there is no
-        choice.
-        """
+        """Load the weights of the chosen evaluation, and return the reasons; None if there is no choice."""
         if not self.selection or not self.selection.candidates:
             return None
         chosen, facts = self.selection.choose()
@@ -197,7 +199,7 @@ class TrainingRun:
         return facts
 
     def _rehearsal_rows(self, own_tokens: int) -> tuple[list[packing.TokenizedExample], sampler.RehearsalPosition]:
-        """(rows of the rehearsal that go with an update, the place behind them)."""
+        """Return the rehearsal rows of an update, and the position after them."""
         rows, fraction = self.data.rehearsal, self.recipe.data.rehearsal.fraction
         indices, rehearsal_position = self.rehearsal_position.after(
             [row.tokens for row in rows], own_tokens, fraction, self.recipe.seed
@@ -205,9 +207,10 @@ class TrainingRun:
         return [rows[index] for index in indices], rehearsal_position
 
     def prove(self) -> str:
-        """Compare losses and gradients of the next update's rows with the plain computation. Returns what to say.
+        """Compare losses and gradients of the next update's rows with the plain computation; return a report line.
 
-        Raises ModelError when they differ by more than PROOF of the dtype, as norm of the difference over norm.
+        Only the update's first micro-batch is compared.
+        Raises ModelError if they differ by more than PROOF of the dtype, as norm of the difference over norm.
         """
         lengths = [row.tokens for row in self.data.train]
         indices = next(
@@ -222,7 +225,7 @@ class TrainingRun:
         return f"proved on {len(rows)} rows: {text} (norm of the difference over norm; at most {limit:g})"
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """(tensors, plain facts) from which `restore` makes this very state again."""
+        """Return the tensors (...), of any shape, and the facts from which `restore` makes this state again."""
         rng = RandomState.capture(self.base.device)
         tensors = {f"adapter.{name}": parameter.data for name, parameter in self.named.items()}
         for name, parameter in self.named.items():
@@ -246,11 +249,11 @@ class TrainingRun:
         return {**tensors, **rng.tensors()}, facts
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of the current state."""
         self.saver.save(*self.state(), self.journal.lines)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Become the state that a checkpoint holds. Raises ArtifactError when its tensors do not fit this model."""
+        """Restore the state of a checkpoint. Raises ArtifactError if its tensors do not fit this model."""
         self._become(checkpoint.tensors(), checkpoint.manifest, checkpoint.path)
 
     def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Folder) -> None:
@@ -260,7 +263,7 @@ class TrainingRun:
             raise ArtifactError(problem, "start over with --replace")
         with torch.no_grad():
             for name, parameter in self.named.items():
-                # in place: whoever holds this parameter (optimiser, path) goes on holding it
+                # in place, because optimiser and loss backend refer to this parameter
                 parameter.copy_(tensors[f"adapter.{name}"])
         state = self.optimizer.state_dict()
         state["state"] = {
@@ -273,7 +276,7 @@ class TrainingRun:
         }
         state["state"] = {index: values for index, values in state["state"].items() if values}
         self.optimizer.load_state_dict(state)
-        if facts["scaler"]:  # empty if it was another device's run, in a dtype that needs no scale
+        if facts["scaler"]:  # empty for a run in a dtype that needs no scale
             self.scaler.load_state_dict(facts["scaler"])
         self.counters = Counters(**facts["counters"])
         self.position = sampler.Position(**facts["position"])
@@ -295,7 +298,10 @@ class TrainingRun:
         return self.counters.fraction(self.recipe.budget, self.data.tokens, self.journal.wall_s)
 
     def _update_or_save(self, rows: Sequence[packing.TokenizedExample]) -> None:
-        """One update. If it fails, the state before it is saved: nothing but the generators has moved by then."""
+        """Make one update; if it fails, save the state before it.
+
+        By then nothing but the random generators has changed, and they are put back.
+        """
         random_state = RandomState.capture(self.base.device)
         try:
             self._update(rows)
@@ -305,7 +311,7 @@ class TrainingRun:
             raise
 
     def _update(self, rows: Sequence[packing.TokenizedExample]) -> None:
-        """One optimiser update over whole rows, computed in micro-batches."""
+        """Make one optimiser update over whole rows, computed in micro-batches."""
         start_s = time.monotonic()
         settings = self.recipe.optimizer
         rates = self._rates()
@@ -313,7 +319,7 @@ class TrainingRun:
             group["lr"] = rate
         loss_sum = self._backward(rows)
         if not rates[0]:
-            for parameter in self.factors:  # without a gradient AdamW leaves a parameter and its state alone
+            for parameter in self.factors:  # AdamW skips a parameter without a gradient, and its state
                 parameter.grad = None
         self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm))
@@ -324,7 +330,7 @@ class TrainingRun:
         self._count(rows, loss_sum, norm, rates, time.monotonic() - start_s)
 
     def _backward(self, rows: Sequence[packing.TokenizedExample], weight: float = 1.0) -> float:
-        """The gradients of an update, times `weight`; returns its loss, times that too."""
+        """Compute the gradients of an update's loss times `weight`, and return that product."""
         total_weight = sum(row.weight * row.supervised_tokens for row in rows)
         loss_sum = 0.0
         for micro in self._cut(rows):
@@ -335,7 +341,10 @@ class TrainingRun:
         return loss_sum
 
     def _rates(self) -> tuple[float, float]:
-        """(rate of the factors, of the projectors) now. Each phase has a warm-up and a course of its own."""
+        """Return the current learning rates of the factors and of the projectors.
+
+        The alignment phase and the phase after it have a warm-up and a schedule each.
+        """
         settings, align, fraction = self.recipe.optimizer, self.recipe.align, self._fraction()
         first = align.fraction if self.projectors else 0.0
         if fraction < first:
@@ -344,12 +353,12 @@ class TrainingRun:
         return rate, rate * align.later
 
     def _check(self, rows: Sequence[packing.TokenizedExample], loss: float, norm: float) -> None:
-        """Raise ModelError for a loss that is not finite or has exploded, with the rows that gave it."""
+        """Raise ModelError for a loss that is not finite or has exploded, with the ids of its rows."""
         first = self.losses["first"]
         uniform = math.log(self.model.get_input_embeddings().weight.shape[0])
         limit = math.inf if first is None else max(EXPLODED_OVER_UNIFORM * uniform, EXPLODED_OVER_FIRST * first)
-        # by its scale; the scaler leaves this update out and takes half of it. Without one, it is the gradient that
-        # exploded
+        # an infinite norm with a scale above 1 is an overflow by the scale: the scaler skips this update and lowers
+        # the scale. Without a scale the gradient itself has exploded
         overflowed = not math.isfinite(norm) and self.scaler.get_scale() > 1
         if math.isfinite(loss) and (math.isfinite(norm) or overflowed) and loss <= limit:
             return
@@ -398,7 +407,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        """The objective's loss on the held-out rows, and the replies to them where those choose the weights."""
+        """Compute the loss on the held-out rows, and score the replies to them if those choose the weights."""
         self.model.eval()
         loss, facts = self._loss_of(self.data.held_out)
         if not math.isfinite(loss):
@@ -417,7 +426,7 @@ class TrainingRun:
         self.journal.note(update=self.counters.updates, eval_loss=loss, **facts)
 
     def _loss_of(self, rows: Sequence[packing.TokenizedExample]) -> tuple[float, dict[str, float]]:
-        """(loss per supervised token of rows, what else is said of them). Call under no_grad."""
+        """Return the rows' loss per supervised token, and further facts for the log. Call under no_grad."""
         total, count = 0.0, 0
         self.row_losses = []
         for micro in self._cut(rows):
@@ -428,14 +437,14 @@ class TrainingRun:
 
 
 def loss_options(recipe: ResolvedRecipe, data: TokenizedDataset, base: TrainingBase) -> LossOptions:
-    """What a recipe asks of a path."""
+    """Return a recipe's options of the loss backend."""
     compute, budget = recipe.compute, recipe.budget
     is_one_epoch = (budget.epochs or math.inf) <= 1 or (budget.tokens or math.inf) <= data.tokens
     return LossOptions(
         fast=compute.path == "auto",
         recompute=compute.recompute,
         share=compute.share_prefixes,
-        # what is read once is not worth storing; a lesson is read once more, for the reference
+        # rows that are read once are not worth storing; preference examples are read once more, for the reference
         reuse_bytes=int(compute.cache_gb * 1e9)
         if compute.reuse_frozen and not (is_one_epoch and not lessons(data.train))
         else 0,
@@ -444,11 +453,12 @@ def loss_options(recipe: ResolvedRecipe, data: TokenizedDataset, base: TrainingB
 
 
 def learning_rate(settings: ResolvedOptimizer, fraction: float) -> float:
-    """The rate at a fraction (0..1) of the budget: linear warm-up, then a half cosine to 0 (or constant)."""
+    """Return the rate at a fraction (0..1) of the budget: linear warm-up, then half a cosine to 0 (or constant)."""
     warm = settings.warmup_fraction
     if fraction < warm:
-        # begins above 0: the first update must not be a no-op
+        # the warm-up starts above 0, so that the first update is not a no-op
         return settings.learning_rate * max(fraction / warm, 0.05)
     if settings.schedule == "constant":
         return settings.learning_rate
+    # rate / 2 * (1 + cos(pi * (f - w) / (1 - w)))
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min((fraction - warm) / (1 - warm), 1)))

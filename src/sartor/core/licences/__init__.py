@@ -1,1 +1,1 @@
-"""SPDX expressions, licence families, and what a combination of licences permits and demands."""
+"""SPDX expressions, licence families, and permissions and obligations of combined licences."""

@@ -1,7 +1,7 @@
-"""Combines licences; reports objections, conflicts and obligations.
+"""Combination of licences, with objections, conflicts and obligations.
 
-`spdx.py` reads expressions into alternatives; what licences permit stands in `licence_families.py`; a source may state
-further terms of its own. Everything here reads the `sources` of a manifest.
+`spdx.py` parses expressions into alternatives, `licence_families.py` states what licences permit, and a source may add
+terms of its own. All functions here read the `sources` of a manifest.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from sartor.core.licences.spdx import MOST_ALTERNATIVES, UNKNOWN, alternatives, 
 Use = Literal["commercial", "non-commercial", "research", "internal"]
 Consent = Literal["", "given", "pending", "withdrawn", "not-needed"]
 USES: tuple[Use, ...] = get_args(Use)
-# A use that a source is declared for covers what asks for less. Work inside a firm is commercial, so only that covers
-# it.
+# A declared use covers less demanding uses. Internal use in a company is commercial, so only `commercial` covers it.
 _COVERS: dict[str, tuple[str, ...]] = {
     "commercial": USES,
     "non-commercial": ("non-commercial", "research"),
@@ -42,7 +41,10 @@ _COMMERCIAL = ("commercial", "internal")
 
 @dataclass(frozen=True)
 class LicenceTerms:
-    """What a source states of itself: its licence, and what its owner adds. `expires` is the last day of use, ISO."""
+    """Terms that a source states: its licence, and its owner's additions.
+
+    expires: last day of use, ISO date.
+    """
 
     source: str = "?"
     path: str = ""
@@ -56,8 +58,9 @@ class LicenceTerms:
 
 @dataclass(frozen=True)
 class Objection:
-    """Why one source does not permit a use: `str()` is the sentence. `path` is the file of the source, where one is
-    known.
+    """Reason why one source does not permit a use; `str()` is the sentence.
+
+    path: file of the source; empty if unknown.
     """
 
     source: str
@@ -69,7 +72,7 @@ class Objection:
 
 
 def terms_of(source: Mapping[str, Any]) -> LicenceTerms:
-    """The terms in an entry of a manifest's `sources`. What an older manifest lacks has its default."""
+    """Return the terms in an entry of a manifest's `sources`; keys missing in older manifests get their defaults."""
     values = {field.name: source[field.name] for field in fields(LicenceTerms) if source.get(field.name) is not None}
     return LicenceTerms(**{**values, "licence": values.get("licence") or UNKNOWN, "use": tuple(values.get("use", ()))})
 
@@ -80,16 +83,17 @@ def _family(licence: str) -> LicenceFamily:
 
 
 def rank(expression: str) -> float:
-    """How much an expression permits, 1 (everything) to 0 (nothing): of AND the strictest part, of OR the best
-    branch.
+    """Return how much an expression permits, from 1 (everything) to 0 (nothing).
+
+    It is the maximum over the OR alternatives of the minimum over their AND parts.
     """
     return max(min(_family(licence).rank for licence in item) for item in alternatives(expression))
 
 
 def combine(licences: Iterable[str]) -> str:
-    """The SPDX expression that holds for a thing made from all of these: their conjunction, sorted, each OR decided.
+    """Return the SPDX expression for a work made from all of these: their conjunction, sorted, each OR decided.
 
-    Of an OR the branch is taken that permits most, and before that the one that contradicts nothing else.
+    Of each OR the alternative without conflicts with the others is preferred, then the one that permits most.
 
     >>> combine(["MIT OR CC-BY-NC-4.0", "CC-BY-4.0", "MIT"])
     'CC-BY-4.0 AND MIT'
@@ -99,7 +103,11 @@ def combine(licences: Iterable[str]) -> str:
 
 
 def _choose(expressions: Iterable[str]) -> dict[str, frozenset[str]]:
-    """Each expression's alternative, chosen together while there are few ways to; else each by its own rank."""
+    """Choose an alternative of each expression, minimising conflicts, then restrictions.
+
+    The choice is joint while there are at most 8 * MOST_ALTERNATIVES combinations; otherwise each expression is
+    decided by its own rank.
+    """
     choices = {
         expression: sorted(alternatives(expression), key=_preference) for expression in sorted(set(expressions))
     }
@@ -122,9 +130,7 @@ def _preference(branch: frozenset[str]) -> tuple[float, int, list[str]]:
 
 
 def made_from(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What an artefact was made from: sources of which a row was kept, and the base, where there is one, as one
-    more.
-    """
+    """Return the sources of which a row was kept, and the base as one more source if there is one."""
     sources = [source for source in manifest.get("sources", []) if source.get("kept", 1)]
     base = manifest.get("base")
     if not base:
@@ -136,12 +142,12 @@ _BASE = "base "
 
 
 def base_source(base: Mapping[str, Any]) -> str:
-    """Return the name under which a base stands among the sources."""
+    """Return the name of a base among the sources."""
     return f"{_BASE}{base['name']}"
 
 
 def name_objection(sources: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Return why a derived work may not go out under a name; empty where it may."""
+    """Return why a derived work may not be published under a name; empty if it may."""
     demanding = sorted(
         {
             f"{licence} of {terms.source}"
@@ -156,7 +162,10 @@ def name_objection(sources: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 def objections(sources: Sequence[Mapping[str, Any]], use: str = "commercial", today: str = "") -> list[Objection]:
-    """Why these sources do not permit a use; empty when they do. `today` (ISO) is the clock's unless given."""
+    """Return the reasons why these sources do not permit a use; empty if they do.
+
+    today: ISO date; by default the clock's.
+    """
     today = today or datetime.datetime.now(datetime.UTC).date().isoformat()
     findings = []
     bases = {
@@ -178,12 +187,15 @@ def objections(sources: Sequence[Mapping[str, Any]], use: str = "commercial", to
 
 
 def _objections_to(licence: str, use: str, terms: LicenceTerms, bases: Collection[str] = ()) -> list[str]:
-    """bases: families of the licences of what is tuned: a model's outputs may improve models of its own family."""
+    """Return the objections of one licence to a use.
+
+    bases: licence families of the tuned model: a model's outputs may improve models of its own family.
+    """
     family = _family(licence)
     if family is NOTHING:
         return ["states no licence" if licence == UNKNOWN else "is licensed to nobody (NONE)"]
     if family is UNKNOWN_TERMS:
-        # the owner's declaration is all that there is to go by; _objections_of holds `use` against it
+        # only the owner's declaration is available; _objections_of compares `use` with it
         return [] if terms.use else [f"is {licence}, whose terms Sartor does not know, and declares no `use`"]
     result = []
     if family.outputs == "no" and not terms.source.startswith(_BASE) and family.name not in bases:
@@ -205,7 +217,7 @@ def _objections_to(licence: str, use: str, terms: LicenceTerms, bases: Collectio
 
 
 def _objections_of(terms: LicenceTerms, use: str, today: str) -> list[str]:
-    """What the owner's own terms forbid, whatever the licence says."""
+    """Return the objections of the owner's own terms, independent of the licence."""
     result = []
     if terms.use and not any(use in _COVERS.get(declared, ()) for declared in terms.use):
         result.append(f"is declared for {' and '.join(terms.use)} use")
@@ -220,13 +232,13 @@ def _objections_of(terms: LicenceTerms, use: str, today: str) -> list[str]:
 
 
 def permitted(sources: Sequence[Mapping[str, Any]]) -> list[Use]:
-    """The uses that neither a licence nor a contradiction between licences forbids."""
+    """Return the uses that neither a licence nor a conflict between licences forbids."""
     clash = bool(conflicts(sources))
     return [use for use in USES if not objections(sources, use) and not (clash and use != "internal")]
 
 
 def conflicts(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where no licence of a derived work could satisfy two of these sources at once, in sentences that name them."""
+    """Return sentences on pairs of sources that no licence of a derived work can satisfy together."""
     all_terms = [terms_of(source) for source in sources]
     chosen = _choose(terms.licence for terms in all_terms)
     sources_of: dict[str, list[str]] = {}
@@ -242,7 +254,7 @@ def conflicts(sources: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _conflicts_of_terms(all_terms: Sequence[LicenceTerms], chosen: Mapping[str, frozenset[str]]) -> list[str]:
-    """Contradictions that terms which an owner adds bring about; those of two licences are `_clashes`."""
+    """Return the conflicts caused by terms that an owner adds; `_clashes` finds those of two licences."""
     demands: dict[str, list[str]] = {}
     limits: dict[str, list[str]] = {}
     owner_demanded, free = set(), set()
@@ -256,7 +268,7 @@ def _conflicts_of_terms(all_terms: Sequence[LicenceTerms], chosen: Mapping[str, 
             if family.demands_own_terms or terms.share_alike:
                 demands.setdefault(licence, []).append(terms.source)
                 owner_demanded |= set() if family.demands_own_terms else {licence}
-                # an owner whose own terms are share-alike and non-commercial at once does not contradict himself
+                # own terms that are both share-alike and non-commercial do not contradict each other
                 free |= (
                     {licence}
                     if family.commercial and (family.demands_own_terms or not terms.non_commercial)
@@ -288,7 +300,7 @@ _LIMITS = (
 
 @cache
 def _clashes(licences: frozenset[str]) -> list[tuple[str, str, str]]:
-    """Pairs of licences that one derived work cannot satisfy, each with its sentence."""
+    """Return (licence, licence, sentence) of each pair that one derived work cannot satisfy."""
     result = []
     for first, second in itertools.combinations(sorted(licences), 2):
         pair = frozenset({without_exception(first), without_exception(second)})
@@ -304,13 +316,13 @@ def _clashes(licences: frozenset[str]) -> list[tuple[str, str, str]]:
 
 
 def _common_target(licences: Sequence[str]) -> bool:
-    """Whether one licence satisfies every one of these share-alike ones."""
+    """Return whether one licence satisfies all of these share-alike ones."""
     bases = [without_exception(licence) for licence in licences]
     return any(all(accepts(licence, target) for licence in bases) for base in bases for target in targets(base))
 
 
 def duties_by_licence(sources: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Obligation, ...]]:
-    """Each licence that these sources are used under, and its duties."""
+    """Return the duties of each licence under which these sources are used."""
     all_terms = [terms_of(source) for source in sources]
     chosen = _choose(terms.licence for terms in all_terms)
     licences = sorted({licence for terms in all_terms for licence in chosen[terms.licence]})
@@ -318,7 +330,7 @@ def duties_by_licence(sources: Sequence[Mapping[str, Any]]) -> dict[str, tuple[O
 
 
 def obligations(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What whoever hands the derived work out has to do, by licence and source."""
+    """Return the duties of a person who distributes the derived work, by licence and source."""
     all_terms = [terms_of(source) for source in sources]
     chosen = _choose(terms.licence for terms in all_terms)
     sources_by_duty: dict[tuple[str, str], list[str]] = {}
@@ -334,7 +346,7 @@ def obligations(sources: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _names(sources: Sequence[str]) -> str:
-    """The sources that a sentence names: three of them, and how many more."""
+    """Return the first three sources and the number of the others, for a sentence."""
     unique = list(dict.fromkeys(sources))
     suffix = f" and {len(unique) - 3} more" if len(unique) > 3 else ""
     return ", ".join(unique[:3]) + suffix

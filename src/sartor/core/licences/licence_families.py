@@ -1,12 +1,12 @@
 """Permissions and obligations of each licence family.
 
-A licence belongs to the first row whose pattern fits its whole SPDX id; one that fits none, to the row of the category
-in which ScanCode's index (shipped with `license-expression`) files it; any other has unknown terms.
+A licence belongs to the first row whose pattern matches its whole SPDX id. If none matches, it belongs to the row of
+its category in ScanCode's index (shipped with `license-expression`). Any other licence has unknown terms.
 
-The licences of models have no SPDX id: model cards name them as they like (`llama3.2`, `gemma`, `license_name:
-lfm1.0`), which stands here as LicenseRef-NAME. Read on 2026-11-29: Llama 3.2, Gemma and OpenRAIL in their own words,
-Llama 2 and 3.0 in quotations of the clauses named, the others in summaries by third parties. A later text under the
-same name needs a new look. No legal advice.
+Model licences have no SPDX id: model cards use free names (`llama3.2`, `gemma`, `license_name: lfm1.0`), which appear
+here as LicenseRef-NAME. Read on 2026-11-29: the texts of Llama 3.2, Gemma and OpenRAIL, quotations of the named
+clauses of Llama 2 and 3.0, and summaries of the others by third parties. A later text under the same name must be read
+again. This is not legal advice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Obligation = Literal[
     "use-policy",
     "changes",
 ]
-# What a person who hands out the derived work has to do
+# duties of a person who distributes the derived work
 DUTIES: dict[Obligation, str] = {
     "attribution": "credit the authors, name the licence, say what was changed",
     "notice": "keep the copyright notice and the text of the licence",
@@ -50,12 +50,13 @@ DUTIES: dict[Obligation, str] = {
 
 @dataclass(frozen=True)
 class LicenceFamily:
-    """One row. `rank` orders families from what permits everything (1) to what permits nothing (0).
+    """One row of the table.
 
-    `derived`: whether a derived work may be made and handed out (`yes`), made but not handed out (`kept`), or not
-    made.
-    `outputs`: whether other models may be trained on what such a model says. `condition`: what has to hold for a
-    commercial use that no table can know, so that whoever uses it states it by `use`.
+    rank: from 1 (permits everything) to 0 (permits nothing).
+    derived: whether a derived work may be made and distributed ("yes"), made but not distributed ("kept"), or not
+        made.
+    outputs: whether other models may be trained on the model's output.
+    condition: condition of commercial use that the table cannot check; the user confirms it with `use`.
     """
 
     name: str
@@ -71,7 +72,7 @@ class LicenceFamily:
 
     @property
     def demands_own_terms(self) -> bool:
-        """Whether the whole of a derived work has to carry these terms, and so no stricter ones."""
+        """Whether the whole derived work must carry these terms, and so no stricter ones."""
         return "share-alike" in self.duties
 
 
@@ -305,9 +306,12 @@ FAMILIES = (
 
 @cache
 def family_of(licence: str, category: str = "") -> LicenceFamily:
-    """The row of one SPDX id (for `A WITH B`, of A: an exception permits more, so A's row is the cautious one)."""
+    """Return the row of one SPDX id.
+
+    For `A WITH B` pass A: an exception permits more, so A's row is the cautious one.
+    """
     for family in FAMILIES:
-        # SPDX has one spelling of its ids; model cards spell the names of their licences as they like
+        # SPDX ids have one spelling; licence names in model cards vary in case
         is_of_a_model = family.pattern.startswith("LicenseRef-") and family is not OWN_DATA
         if re.fullmatch(family.pattern, licence, re.IGNORECASE if is_of_a_model else 0):
             return family
@@ -319,8 +323,8 @@ def family_of(licence: str, category: str = "") -> LicenceFamily:
 _AGPL = ("AGPL-3.0-only", "AGPL-3.0-or-later")
 _GPL3 = ("GPL-3.0-only", "GPL-3.0-or-later", *_AGPL)
 _GPL2_UP = ("GPL-2.0-only", "GPL-2.0-or-later", *_GPL3)
-# Share-alike licence -> others under which its derived work may go out, and what says so. One way: the converse is no
-# row.
+# Share-alike licence -> licences that its derived work may carry instead, and the authority for it. The relation is
+# not symmetric: the converse needs a row of its own.
 _ACCEPTS: dict[str, tuple[tuple[str, ...], str]] = {
     "CC-BY-SA-4.0": (("LAL-1.3", "GPL-3.0-only"), "Creative Commons' list of compatible licences"),
     "LAL-1.3": (("CC-BY-SA-4.0",), "Free Art License 1.3, section 5, as both sides have declared"),
@@ -349,7 +353,7 @@ _ACCEPTS: dict[str, tuple[tuple[str, ...], str]] = {
     "GFDL-1.2-or-later": (("GFDL-1.2-only", "GFDL-1.3-only", "GFDL-1.3-or-later"), "section 10"),
     "GFDL-1.3-or-later": (("GFDL-1.3-only",), "section 10"),
 }
-# Pairs that no share-alike rule explains
+# conflicts that no share-alike rule covers
 CLASHES: dict[frozenset[str], str] = {
     frozenset(
         {"GPL-2.0-only", "Apache-2.0"}
@@ -363,14 +367,15 @@ _CC_SHARE_ALIKE = re.compile(r"(CC-BY(?:-NC)?-SA)-(\d\.\d)(?:-\w+)?$")
 
 
 def targets(licence: str) -> frozenset[str]:
-    """The licences, itself among them, that the derived work of a share-alike one may carry, later CC versions
-    aside.
+    """Return the licences that a derived work of a share-alike licence may carry, including itself.
+
+    Later versions of CC licences are not included; `accepts` handles them.
     """
     return frozenset({licence, *_ACCEPTS.get(licence, ((), ""))[0]})
 
 
 def accepts(licence: str, target: str) -> bool:
-    """Whether a derived work of a share-alike licence may carry `target`.
+    """Return whether a derived work of a share-alike licence may carry `target`.
 
     >>> accepts("CC-BY-SA-3.0", "CC-BY-SA-4.0"), accepts("CC-BY-SA-4.0", "CC-BY-SA-3.0")
     (True, False)
@@ -378,7 +383,7 @@ def accepts(licence: str, target: str) -> bool:
     if target in targets(licence):
         return True
     licence_match, target_match = _CC_SHARE_ALIKE.match(licence), _CC_SHARE_ALIKE.match(target)
-    # Creative Commons, from 2.0 on: later versions and other countries' with the same elements
+    # Creative Commons, from 2.0 on, accepts later versions and ports to other countries with the same elements
     return bool(
         licence_match
         and target_match

@@ -1,8 +1,8 @@
-"""Parses SPDX licence expressions.
+"""Parser of SPDX licence expressions.
 
-An expression is turned into its alternatives: each is a set of licences that hold together (AND), and one alternative
-may be chosen (OR). `checked` is for what a person writes now, and strict; `alternatives` is for what stands in
-manifests and model cards, and takes anything.
+An expression is converted to its alternatives: each is a set of licences that apply together (AND), and one
+alternative may be chosen (OR). `checked` is strict, for licences that a person writes now. `alternatives` accepts
+anything, for licences in manifests and model cards.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any
 
 from sartor.core.errors import ConfigError
 
-UNKNOWN = "NOASSERTION"  # SPDX's word for a licence that nobody stated
-NOBODY = "NONE"  # and its word for one that was never given
-OWN = "LicenseRef-own"  # what `own` stands for: rows that are yours
+UNKNOWN = "NOASSERTION"  # SPDX's word for a licence that is not stated
+NOBODY = "NONE"  # SPDX's word for the absence of a licence
+OWN = "LicenseRef-own"  # meaning of `own`: rows that belong to the user
 _REF = re.compile(r"(DocumentRef-[A-Za-z0-9.-]+:)?LicenseRef-[A-Za-z0-9.-]+$")
-# An expression is a line in a recipe. More ways to choose than these are a mistake, or an attack on whoever multiplies
-# them.
+# An expression is one line of a recipe. More alternatives than these are a mistake, or an attack on the code that
+# expands them.
 MOST_CHARACTERS, MOST_ALTERNATIVES = 1000, 64
 
 Alternatives = tuple[frozenset[str], ...]
 
 
 def checked(expression: str) -> str:
-    """The expression as SPDX spells it (`mit or gpl-2.0+` is `MIT OR GPL-2.0-or-later`).
+    """Return the expression in SPDX spelling (`mit or gpl-2.0+` becomes `MIT OR GPL-2.0-or-later`).
 
-    Raises ConfigError for what is no SPDX expression, naming the known id that is nearest.
+    Raises ConfigError for an invalid expression, naming the closest known id.
     """
     if expression.strip().lower() == "own":
         return OWN
@@ -82,9 +82,8 @@ def _unknown(key: str) -> ConfigError:
 
 @cache
 def _licensing() -> Any:
-    # 20 ms, so not at the head of the module: `sartor --help` needs no licence. LicenseRef ids belong to whoever
-    # writes them; the index has aliases of that form (LicenseRef-Apache), which would answer for somebody else's
-    # licence.
+    # The import takes 20 ms, so it is not at module level: `sartor --help` needs no licence. LicenseRef ids are
+    # user-defined; the index has aliases of that form (LicenseRef-Apache), which could match another user's licence.
     import license_expression as spdx
 
     symbols = []
@@ -97,32 +96,35 @@ def _licensing() -> Any:
 
 
 def categories() -> dict[str, str]:
-    """The ids that SPDX lists, licences and exceptions, with the category in which ScanCode's index files each."""
+    """Return {SPDX id: category in ScanCode's index} of all licences and exceptions."""
     result: dict[str, str] = _licensing()[1]
     return result
 
 
 def _parse(expression: str) -> Any:
-    """The tree of an expression; None where it does not parse."""
+    """Return the tree of an expression, or None if it does not parse."""
     licensing = _licensing()[0]
     try:
         return licensing.parse(expression)
-    except RecursionError:  # brackets in brackets
+    except RecursionError:  # deeply nested brackets
         return None
-    except Exception:  # the library raises four unrelated kinds, and bare Exception for some input
+    except Exception:  # the library raises four unrelated types, and a plain Exception for some input
         return None
 
 
 @cache
 def alternatives(expression: str) -> Alternatives:
-    """The sets of licences of which one may be chosen. What does not parse is one licence of unknown terms."""
+    """Return the sets of licences of which one may be chosen.
+
+    An expression that does not parse becomes one licence of unknown terms.
+    """
     tree = _parse(expression) if expression and len(expression) <= MOST_CHARACTERS else None
     branches = _alternatives(tree) if tree is not None else None
     return branches or (frozenset({_as_ref(expression or UNKNOWN)}),)
 
 
 def _alternatives(tree: Any) -> Alternatives | None:
-    """None where there are more than MOST_ALTERNATIVES."""
+    """Return the alternatives of a tree, or None if there are more than MOST_ALTERNATIVES."""
     if tree.isliteral:
         return (frozenset({_as_ref(str(tree))}),)
     parts = [_alternatives(part) for part in tree.args]
@@ -143,7 +145,7 @@ def _alternatives(tree: Any) -> Alternatives | None:
 
 
 def _as_ref(licence: str) -> str:
-    """A model card's `llama3` as SPDX would have it: LicenseRef-llama3."""
+    """Return the SPDX form of an unlisted name: `llama3` of a model card becomes LicenseRef-llama3."""
     base = without_exception(licence)
     if base in (UNKNOWN, NOBODY) or base in categories() or _REF.match(base):
         return licence
@@ -155,5 +157,5 @@ def _slug(text: str) -> str:
 
 
 def without_exception(licence: str) -> str:
-    """`GPL-2.0-only` of `GPL-2.0-only WITH Classpath-exception-2.0`."""
+    """Return the licence without its exception: `GPL-2.0-only WITH Classpath-exception-2.0` becomes `GPL-2.0-only`."""
     return licence.split(" WITH ")[0]

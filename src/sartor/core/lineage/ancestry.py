@@ -1,7 +1,7 @@
-"""Ancestors and sources of an artefact or one row.
+"""Ancestors and sources of an artefact or of one row.
 
-Every manifest carries the sources of everything that it was made from, so the walk needs no other file; parents that
-still stand are opened and compared on top.
+Every manifest contains the sources of everything from which the artefact was made, so sources need no other file.
+Parents that still exist are opened and checked in addition.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from sartor.core.parquet_io import column, example_of, numbers, to_index_array, 
 from sartor.core.splits import test_rows
 
 ABSENT = "not in this Dataset"
-COPIES = "evidence/copies.parquet"  # (id, parent, step, changes) of rows that a step of curation made of others
+COPIES = "evidence/copies.parquet"  # (id, parent, step, changes) of rows that a curation step made from others
 
 
 def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
-    """What is known of one Example of a Dataset. Only the files that hold something of it are read and checked.
+    """Return the facts known about one Example of a Dataset. Only files with parts of it are read and checked.
 
-    Raises ConfigError for an id that the Dataset does not hold, ArtifactError where its content has another digest.
+    Raises ConfigError for an id that the Dataset does not hold, ArtifactError if its content has another digest.
     """
     path = Path(path).absolute()
     dataset = Artifact(path, read_manifest(path, ("dataset",)))
@@ -64,7 +64,7 @@ def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
 
 
 def _row(dataset: Artifact, position: int) -> dict[str, Any]:
-    """The row of this number among all Examples; one row group is read."""
+    """Return the row at this position among all Examples; only one row group is read."""
     for file in origin_index.example_files(dataset):
         with pq.ParquetFile(file) as parquet:
             if position >= parquet.metadata.num_rows:
@@ -84,8 +84,9 @@ def _row(dataset: Artifact, position: int) -> dict[str, Any]:
 
 
 def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[dict[str, Any]]:
-    """Parents, then theirs, nearest first; each once. One that is no Example of this Dataset says so, and what dropped
-    it.
+    """Return the parents, then their parents, nearest first, each once.
+
+    A parent that is not an Example of this Dataset has that state, or the reason for which it was dropped.
     """
     result: list[dict[str, Any]] = []
     visited: set[str] = set()
@@ -112,7 +113,7 @@ def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[di
 
 
 def _made_from(index: Any, example: str) -> list[str]:
-    """Ids of the Examples that name it as a parent, each once."""
+    """Return the ids of the Examples that name this one as a parent, each once."""
     parents = column(index, "parents")
     positions = numbers(pc.list_parent_indices(parents))[
         numbers(pc.is_in(pc.list_flatten(parents), value_set=to_string_array([example])))
@@ -122,7 +123,7 @@ def _made_from(index: Any, example: str) -> list[str]:
 
 
 def _changes(dataset: Artifact, example: str) -> list[str]:
-    """Of a copy, what a step changed in it; of another row nothing."""
+    """Return what a curation step changed in a copy; empty for other rows."""
     if COPIES not in dataset.manifest["files"]:
         return []
     check_file(dataset, COPIES)
@@ -135,7 +136,10 @@ def _changes(dataset: Artifact, example: str) -> list[str]:
 
 
 def _drops(dataset: Artifact, key: str, ids: Sequence[str]) -> list[dict[str, Any]]:
-    """Drops whose column `key` is one of these ids, without their text: it may be what a step took out."""
+    """Return the Drops whose column `key` is one of these ids.
+
+    Their text is left out: it may be content that a step removed.
+    """
     rows: list[dict[str, Any]] = []
     value_set = to_string_array(ids)
     for file in origin_index.example_files(dataset, "drops/") if ids else []:
@@ -167,19 +171,22 @@ def _why_absent(dataset: Artifact, example: str) -> str:
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message without the columns that are empty in it."""
+    """Return a message without its empty columns."""
     content = [{name: value for name, value in part.items() if value is not None} for part in message["content"]]
     fields = {name: value for name, value in message.items() if value and name not in ("role", "content")}
     return {"role": message["role"], "content": content, **fields}
 
 
-# the role of a Dataset whose rows were read beside those that an Adapter is for
+# role of a Dataset whose rows were trained on beside the task's own, against forgetting
 REHEARSAL = "rehearsal"
 
 
 @dataclasses.dataclass(frozen=True)
 class Ancestor:
-    """One artefact on the walk back. `state`: opened | moved away | changed."""
+    """One ancestor of an artefact.
+
+    state: "opened", "moved away", or "changed" with the problem.
+    """
 
     kind: str
     id: str
@@ -189,7 +196,7 @@ class Ancestor:
 
 
 def walk(artifact: Artifact) -> list[Ancestor]:
-    """The artefact's ancestors, nearest first. One that has gone stays in the list, and says so."""
+    """Return the artefact's ancestors, nearest first. One that no longer exists stays in the list with that state."""
     steps: list[Ancestor] = []
     waiting = [(parent, artifact.path) for parent in artifact.manifest.get("parents", [])]
     seen: set[str] = set()
@@ -214,7 +221,7 @@ def walk(artifact: Artifact) -> list[Ancestor]:
 
 
 def find_parent(artifact: Artifact, kind: str) -> Artifact | None:
-    """The nearest ancestor of a kind that still stands and is whole."""
+    """Return the nearest ancestor of a kind that still exists and is intact, or None."""
     for step in walk(artifact):
         if step.kind == kind and step.state == "opened":
             return open_artifact(step.path)
@@ -222,8 +229,10 @@ def find_parent(artifact: Artifact, kind: str) -> Artifact | None:
 
 
 def training_datasets(artifact: Artifact) -> list[Artifact]:
-    """The Datasets that still stand and are whole of those that its tuning read, rehearsal included, and the tuning of
-    each adapter that it went on from; nearest first. What a Dataset was made of was not learnt.
+    """Return the intact Datasets on which the artefact was trained, rehearsal included, nearest first.
+
+    They include the training Datasets of each adapter that the tuning continued. The Datasets from which a Dataset was
+    made are not included: they were not trained on.
     """
     steps = walk(artifact)
     tuned = [
@@ -239,14 +248,14 @@ def training_datasets(artifact: Artifact) -> list[Artifact]:
 
 
 def find_all(artifact: Artifact, kind: str) -> list[Artifact]:
-    """Every ancestor of a kind that still stands and is whole, nearest first."""
+    """Return every ancestor of a kind that still exists and is intact, nearest first."""
     return [open_artifact(step.path) for step in walk(artifact) if step.kind == kind and step.state == "opened"]
 
 
 def find_parents(artifact: Artifact, kind: str) -> list[Artifact]:
-    """Its own parents of a kind, as far as they still stand and are whole; where it has none, the nearest ancestor.
+    """Return its direct parents of a kind that still exist and are intact; without any, the nearest ancestor.
 
-    What was only rehearsed is no parent here.
+    Rehearsal Datasets do not count as parents here.
     """
     parents = artifact.manifest.get("parents", [])
     parent_ids = {parent["id"] for parent in parents if parent["kind"] == kind and parent.get("role") != REHEARSAL}
@@ -256,12 +265,11 @@ def find_parents(artifact: Artifact, kind: str) -> list[Artifact]:
 
 
 def test_datasets(artifact: Artifact) -> list[Artifact]:
-    """Return the Datasets whose test rows a release of the artefact has to be measured on; none where there is no test
-    split.
+    """Return the Datasets on whose test rows a release of the artefact must be measured; empty without a test split.
 
-    They are its own Datasets with a test split; where none has one, as of a retrained version, the nearest of those
-    that its Datasets were made of. Rehearsal does not count, nor does what a version learnt that the tuning went on
-    from: that can be another task.
+    They are its own Datasets with a test split. If none has one, as for a retrained version, they are the nearest
+    Datasets from which its Datasets were made. Rehearsal does not count, nor do the Datasets of a version that the
+    tuning continued: that version may have another task.
     """
     level = find_parents(artifact, "dataset")
     while level:
@@ -276,9 +284,10 @@ def test_datasets(artifact: Artifact) -> list[Artifact]:
 
 
 def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
-    """With `example`, one row of a Dataset: origins, ancestors, duplicates. Else the artefact.
+    """Return the facts about an artefact, or about one row of a Dataset.
 
-    What an artefact is: kind, id, licence and what it demands, sources with digests and licences, and the walk back.
+    example: id of the row; the result then has its origins, ancestors and duplicates. Otherwise the result has the
+        artefact's kind, id, licence, obligations, sources with digests and licences, and ancestors.
     """
     if example:
         return inspect_example(path, example)

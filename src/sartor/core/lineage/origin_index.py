@@ -1,13 +1,13 @@
 """Parquet index of the origins of every Example.
 
-    row      place of the Example among all rows of examples/*.parquet, from 0
+    row      position of the Example among all rows of examples/*.parquet, from 0
     id       of the Example
-    source   as the recipe declared it         path     the file of it
-    locator  place inside it (faq.jsonl:12)    parents  ids of the Examples that this one was made from
+    source   as the recipe declares it         path     a file of the source
+    locator  position in it (faq.jsonl:12)     parents  ids of the Examples from which this one was made
 
-Written by columns, a batch at a time: memory does not grow with the Dataset. A million rows are some 20 MB, and read,
-digest included, in well under a second. A Dataset without the index (schema 1) is asked for its `origins` column
-instead.
+It is written by columns, a batch at a time, so memory does not grow with the Dataset. A million rows take some 20 MB
+and are read, digest included, in well under a second. For a Dataset without the index (schema 1) the `origins` column
+is read instead.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ COLUMNS = pa.schema(
     metadata={b"sartor.schema": str(SCHEMA).encode()},
 )
 
-Pair = tuple[str, str]  # a source as declared, and a file of it
+Pair = tuple[str, str]  # (declared source, file of it)
 
 
 def write(part: Path) -> int:
-    """Write the index of a Dataset's directory from its `examples/*.parquet`; returns how many origins it holds."""
+    """Write the index of a Dataset's directory from its `examples/*.parquet`; return its number of origins."""
     file = part / INDEX
     file.parent.mkdir(exist_ok=True)
     count = 0
@@ -64,7 +64,7 @@ def write(part: Path) -> int:
 
 
 def _origins(files: Iterable[Path]) -> Iterator[Any]:
-    """The index's rows, read from Examples."""
+    """Yield the rows of the index as record batches, read from Examples."""
     first = 0
     for file in files:
         with _opened(file) as parquet:
@@ -85,21 +85,21 @@ def _origins(files: Iterable[Path]) -> Iterator[Any]:
 
 
 def _path_of(locator: Any) -> Any:
-    """`faq.jsonl` of `faq.jsonl:12`, for a column."""
+    """Return the file of each locator in a column: `faq.jsonl` for `faq.jsonl:12`."""
     return pc.replace_substring_regex(locator, r":[^:]*$", "")
 
 
 def example_files(dataset: Artifact, folder: str = "examples/") -> list[Path]:
-    """The Parquet files of a Dataset's folder, in their order."""
+    """Return the Parquet files in a folder of a Dataset, in order."""
     names = sorted(name for name in dataset.manifest["files"] if name.startswith(folder) and name.endswith(".parquet"))
     return [dataset.path / name for name in names]
 
 
 def read(dataset: Artifact, columns: Sequence[str]) -> Any:
-    """Columns of the index as one Arrow table of one chunk each. Raises ArtifactError where the index is not as
-    written.
+    """Return columns of the index as an Arrow table with one chunk per column.
 
-    No other file of the Dataset is read, unless it has no index: then its Examples are, and checked in its place.
+    No other file of the Dataset is read, unless it has no index; its Examples are then checked and read instead.
+    Raises ArtifactError if the index was changed or cannot be read.
     """
     if INDEX in dataset.manifest["files"]:
         check_file(dataset, INDEX)
@@ -123,9 +123,10 @@ def _opened(file: Path) -> Any:
 
 
 def whole_id(ids: Any, example: str) -> str:
-    """The id that begins like this, if exactly one of a column of ids does: cards show the first twelve digits.
+    """Return the id that begins with `example`, if exactly one does: cards show the first twelve digits.
 
-    Else `example` as it is. Raises ConfigError if several do.
+    ids: Arrow array of the ids.
+    Otherwise returns `example` unchanged. Raises ConfigError if several ids match.
     """
     if not 6 <= len(example) < 32:
         return example
@@ -136,7 +137,7 @@ def whole_id(ids: Any, example: str) -> str:
 
 
 def display_name(source: str, path: str) -> str:
-    """A file as a person would name it: two sources may hold files of one name."""
+    """Return the name of a file in messages; it includes the source, since two sources may hold files of one name."""
     if source == path or source.endswith("/" + path):
         return source
     return path if re.search(r"[*?\[]", source) else f"{source}/{path}"
@@ -144,25 +145,28 @@ def display_name(source: str, path: str) -> str:
 
 @dataclass(frozen=True)
 class OriginFiles:
-    """Which source and file each origin of the index is of: codes per origin, and the words they stand for."""
+    """Source and file of each of M origins of the index.
+
+    codes: (M,) int64, source code * len(paths) + path code.
+    """
 
     sources: list[str]
     paths: list[str]
-    codes: Any  # source code * len(paths) + path code
+    codes: Any
 
     @classmethod
     def of(cls, table: Any) -> OriginFiles:
-        """From the index's columns `source` and `path`."""
+        """Build it from the index's columns `source` and `path`."""
         source, path = column(table, "source"), column(table, "path")
         sources, paths = source.dictionary.to_pylist(), path.dictionary.to_pylist()
         codes = numbers(source.indices).astype(np.int64) * max(1, len(paths)) + numbers(path.indices)
         return cls(sources, paths, codes)
 
     def pairs(self) -> set[Pair]:
-        """Every source with each of its files."""
+        """Return every pair of a source and one of its files."""
         if not len(self.codes):
             return set()
-        # rows of a file stand together, so the places where the code changes name every pair without a sort
+        # rows of a file are adjacent, so the positions where the code changes give every pair without a sort
         starts = np.flatnonzero(np.diff(self.codes, prepend=-1))
         return {
             (self.sources[code // len(self.paths)], self.paths[code % len(self.paths)])
@@ -170,7 +174,7 @@ class OriginFiles:
         }
 
     def mask(self, pairs: Collection[Pair]) -> Any:
-        """Which origins are of these files."""
+        """Return a mask (M,) of the origins in these files."""
         source_code = {word: code for code, word in enumerate(self.sources)}
         path_code = {word: code for code, word in enumerate(self.paths)}
         file_codes = [
@@ -184,14 +188,14 @@ class OriginFiles:
 
 
 def known_pairs(manifest: Mapping[str, Any], files: OriginFiles) -> set[Pair]:
-    """Sources and files that a Dataset was made from; of some no row is left."""
+    """Return the (source, file) pairs of a Dataset, including those without a remaining row."""
     return files.pairs() | {(source["source"], source["path"]) for source in manifest.get("sources", [])}
 
 
 def pairs_by_name(pairs: Iterable[Pair], name: str) -> dict[str, set[Pair]]:
-    """The pairs that a person means by `name`, by place: a declared source, `source/path`, or a file's path.
+    """Return the pairs that `name` matches, by display name: a declared source, `source/path`, or a file's path.
 
-    More than one place means that a bare file name is several files'.
+    More than one key means that several files share a bare file name.
     """
     spellings = {name, os.path.normpath(name)}
     pairs = list(pairs)
@@ -207,7 +211,11 @@ def pairs_by_name(pairs: Iterable[Pair], name: str) -> dict[str, set[Pair]]:
 
 @dataclass(frozen=True)
 class RowSample:
-    """Rows that a question found: how many, and the first few as (id, locator)."""
+    """Rows that a query matched.
+
+    count: number of rows.
+    first: (id, locator) of the first few.
+    """
 
     count: int
     first: list[Pair]
@@ -216,7 +224,10 @@ class RowSample:
 def rows_only_from(
     dataset: Artifact, pairs: Collection[Pair], selected: Collection[Pair], max_rows: int = 3
 ) -> RowSample:
-    """Rows with an origin in `selected` and none outside of `pairs`: what nothing but `pairs` gives leave to use."""
+    """Return the rows with an origin in `selected` and none outside `pairs`.
+
+    Only `pairs` gives permission to use these rows.
+    """
     table = read(dataset, ["row", "id", "source", "path", "locator"])
     files, row = OriginFiles.of(table), numbers(column(table, "row"))
     count = int(row[-1]) + 1 if len(row) else 0
@@ -229,7 +240,7 @@ def rows_only_from(
 
 
 def dropped_ids(dataset: Artifact, ids: Any, pairs: Collection[Pair]) -> list[str]:
-    """Those of `ids` that are of dropped rows of these files."""
+    """Return those of `ids` that belong to dropped rows of these files."""
     dropped: list[str] = []
     value_set = to_string_array(["\n".join(pair) for pair in pairs])
     for file in example_files(dataset, "drops/") if len(ids) else []:

@@ -1,10 +1,9 @@
 """SQLite index of receipts on disk.
 
-    receipts-00000001.jsonl     one signed receipt a line; a line without its end was cut by a kill and is no receipt
-    index.sqlite                id, release, agent, date -> segment, offset, length. A convenience: it is rebuilt from
-                                the lines
+    receipts-00000001.jsonl     one signed receipt per line; a line without a line end was cut by a kill and is ignored
+    index.sqlite                id, release, agent, date -> segment, offset, length; it is rebuilt from the lines
 
-Who writes receipts is `serving/receipts.py`; here is what `revoke` needs of them too: which replies a Release gave.
+`serving/receipts.py` writes receipts. This module holds the part that `revoke` needs too: the replies of a Release.
 """
 
 from __future__ import annotations
@@ -27,12 +26,15 @@ create index if not exists receipts_by_release on receipts (release_id);
 create table if not exists segments (name text primary key, bytes integer, damaged integer);
 """
 _PIECE = 1 << 24
-_ASKED = 500  # releases in one query
+_ASKED = 500  # releases per query
 
 
 @dataclass(frozen=True)
 class ReceiptLocation:
-    """One receipt, and where its line stands in its segment: start and length in bytes, the line's end left out."""
+    """One receipt and the position of its line in its segment.
+
+    start, length: bytes; the line end is not counted.
+    """
 
     id: str
     release_id: str
@@ -44,13 +46,13 @@ class ReceiptLocation:
 
 
 class ReceiptIndex:
-    """The index of one folder. A file that is no database is moved aside and made anew."""
+    """Index of one folder. A file that is not a database is renamed to `.broken` and rebuilt."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def add(self, locations: Sequence[ReceiptLocation]) -> None:
-        """Note receipts that were just written to the end of one segment, and whatever was missed of it before."""
+        """Add receipts just written to the end of one segment, and any earlier lines of it that are missing."""
         segment, start, end = locations[0].segment, locations[0].start, locations[-1].start + locations[-1].length + 1
         with self._open() as connection:
             row = connection.execute("select bytes from segments where name = ?", (segment,)).fetchone()
@@ -61,7 +63,7 @@ class ReceiptIndex:
                 _reach(connection, segment, end, 0)
 
     def find(self, identity: str) -> dict[str, Any] | None:
-        """The receipt of that id, as it was written; None where there is none."""
+        """Return the receipt with this id as it was written, or None."""
         with self._open() as connection:
             row = connection.execute(
                 "select segment, start, length from receipts where id = ?", (identity,)
@@ -77,7 +79,7 @@ class ReceiptIndex:
         return fields if isinstance(fields, dict) and fields.get("id") == identity else None
 
     def of_releases(self, releases: Sequence[str]) -> Iterator[ReceiptLocation]:
-        """Every reply that one of these Releases gave, the oldest first."""
+        """Yield the receipts of all replies of these Releases, oldest first."""
         with self._open() as connection:
             for start in range(0, len(releases), _ASKED):
                 batch = list(releases[start : start + _ASKED])
@@ -86,7 +88,7 @@ class ReceiptIndex:
                 yield from (ReceiptLocation(*row) for row in connection.execute(query, batch))
 
     def catch_up(self) -> int:
-        """Note every whole line that is not noted yet; returns how many lines of all segments are no receipts."""
+        """Index every complete line that is missing; return the number of invalid lines in all segments."""
         with self._open() as connection:
             segment_sizes = dict(connection.execute("select name, bytes from segments").fetchall())
             torn_count = 0
@@ -96,14 +98,15 @@ class ReceiptIndex:
             return torn_count + int(connection.execute("select coalesce(sum(damaged), 0) from segments").fetchone()[0])
 
     def forget(self, segment: str) -> None:
-        """Leave out the receipts of a segment that is removed."""
+        """Delete the receipts of a removed segment from the index."""
         with self._open() as connection:
             connection.execute("delete from receipts where segment = ?", (segment,))
             connection.execute("delete from segments where name = ?", (segment,))
 
     def leave_out(self, segment: str, starts: Sequence[int]) -> None:
-        """Leave out receipts by where they began: their lines are blank now. Nothing of them stays in the index's
-        file.
+        """Delete receipts whose lines were blanked, by their start, with `secure_delete`.
+
+        No trace of them stays in the index's file.
         """
         self.catch_up()
         with self._open() as connection:
@@ -114,11 +117,11 @@ class ReceiptIndex:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """A connection that commits on leaving."""
+        """Open a connection that commits at the end of the block."""
         file = self.folder / INDEX
         with contextlib.closing(sqlite3.connect(file, timeout=10)) as connection:
             try:
-                # the lines are what is durable: an index that a power cut took is made again from them
+                # only the lines must be durable: an index lost in a power cut is rebuilt from them
                 connection.execute("pragma synchronous = off")
                 connection.executescript(_TABLES)
             except sqlite3.DatabaseError as error:
@@ -153,7 +156,10 @@ def _note(connection: sqlite3.Connection, locations: Sequence[ReceiptLocation]) 
 
 
 def _read(connection: sqlite3.Connection, file: Path, start: int) -> bool:
-    """Note the whole lines of a segment from `start` on, a piece at a time. Whether it ends within a line."""
+    """Index the complete lines of a segment from byte `start` on, a piece at a time.
+
+    Returns whether the segment ends within a line.
+    """
     damaged = 0
     with file.open("rb") as stream:
         stream.seek(start)
@@ -164,7 +170,7 @@ def _read(connection: sqlite3.Connection, file: Path, start: int) -> bool:
             for line in lines:
                 if (location := _parse_line(line, file.name, start)) is not None:
                     locations.append(location)
-                elif line.strip():  # a blank one was forgotten
+                elif line.strip():  # a blank line is a deleted receipt
                     damaged += 1
                 start += len(line) + 1
             _note(connection, locations)
@@ -173,7 +179,7 @@ def _read(connection: sqlite3.Connection, file: Path, start: int) -> bool:
 
 
 def _reach(connection: sqlite3.Connection, segment: str, end: int, damaged: int) -> None:
-    """Everything before `end` is noted."""
+    """Set a segment's progress: every line before byte `end` is indexed."""
     connection.execute(
         "insert into segments values (?, ?, ?) "
         "on conflict (name) do update set bytes = max(bytes, excluded.bytes), damaged = damaged + excluded.damaged",

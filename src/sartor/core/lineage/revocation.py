@@ -1,7 +1,7 @@
-"""Everything a revoked source or Example reaches.
+"""Artefacts and replies that a revoked source or Example reaches.
 
-It lists and changes nothing. Only the manifest and the index of lineage are read, so a Dataset of a million rows
-answers in under a second.
+It lists them and changes nothing. Only the manifest and the lineage index are read, so a Dataset of a million rows
+takes less than a second.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from sartor.core.lineage.origin_index import OriginFiles, Pair
 from sartor.core.lineage.receipt_index import ReceiptIndex
 from sartor.core.parquet_io import column, numbers, to_index_array, to_string_array
 
-FIRST = 10  # of each list, for a person; --json has them all
+FIRST = 10  # items of each list shown on a terminal; --json has all
 
 
 @dataclass(frozen=True)
 class RevokedReply:
-    """A reply that a Release gave, by its receipt. agent: the exact version. path: the folder of receipts."""
+    """A reply of an affected Release, by its receipt.
+
+    agent: exact version.
+    path: folder of the receipts.
+    """
 
     receipt: str
     agent: str
@@ -40,7 +44,10 @@ class RevokedReply:
 
 @dataclass(frozen=True)
 class Folder:
-    """Receipts of one served team. `state`: read | not there (moved, deleted) | not read, with the reason."""
+    """Receipts of one served team.
+
+    state: "read", "not there" (moved or deleted), or "not read" with the reason.
+    """
 
     path: str
     state: str
@@ -48,7 +55,11 @@ class Folder:
 
 @dataclass(frozen=True)
 class Revocation:
-    """What would go. `examples` have no other origin left; `examples_kept` lose an origin and keep another."""
+    """Everything that a revocation affects.
+
+    examples: Examples with no other origin left.
+    examples_kept: Examples that lose an origin and keep another.
+    """
 
     dataset: Artifact
     revoked: str
@@ -59,7 +70,7 @@ class Revocation:
     receipts: list[Folder]
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         kinds = {
             "datasets": "dataset",
             "adapters": "adapter",
@@ -82,7 +93,7 @@ class Revocation:
         }
 
     def table(self) -> list[tuple[str, Any]]:
-        """The same for a person: counts, and the first ten."""
+        """Return lines for a terminal: counts, and the first ten items of each list."""
         rows: list[tuple[str, Any]] = []
         for name, value in self.as_json().items():
             if not isinstance(value, list):
@@ -109,11 +120,11 @@ def _without_kind(child: Descendant) -> dict[str, str]:
 
 
 def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocation:
-    """List everything that a source or an Example of a Dataset reaches. Nothing is changed.
+    """List everything that a source or an Example of a Dataset reaches; change nothing.
 
-    `source` is a source as the recipe declared it, a file's path, or `source/path`; `example` an Example's id, also of
-    one that stands in no row any more but that others were made from. Raises ConfigError for a name that the Dataset
-    does not know.
+    source: a source as the recipe declares it, a file's path, or `source/path`.
+    example: an Example's id; also of an Example that is no longer a row, if others were made from it.
+    Raises ConfigError for a name that the Dataset does not know.
     """
     if bool(source) == bool(example):
         raise ConfigError("one of a source and an example is to be named", "--source faq.jsonl, or --example ID")
@@ -137,7 +148,10 @@ def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocati
 
 
 def _replies(releases: list[str]) -> tuple[list[RevokedReply], list[Folder]]:
-    """What these Releases said, by the receipts of every team that was served on this machine."""
+    """Return the replies of these Releases, from the receipts of every team served on this machine.
+
+    The second result is the state of each folder of receipts.
+    """
     replies: list[RevokedReply] = []
     folders: list[Folder] = []
     for path in catalogue.receipt_folders():
@@ -156,7 +170,7 @@ def _replies(releases: list[str]) -> tuple[list[RevokedReply], list[Folder]]:
 
 
 def _pairs(dataset: Artifact, files: OriginFiles, source: str) -> set[Pair]:
-    """The files that a person means by `source`."""
+    """Return the (source, file) pairs that `source` names. Raises ConfigError if none or several match."""
     pairs = origin_index.known_pairs(dataset.manifest, files)
     matches = origin_index.pairs_by_name(pairs, source)
     if len(matches) > 1:
@@ -176,17 +190,23 @@ def _pairs(dataset: Artifact, files: OriginFiles, source: str) -> set[Pair]:
 
 @dataclass
 class _Graph:
-    """Examples, their origins, and which origins were made from which Examples: arrays over origins unless said
-    otherwise.
+    """Graph of N Examples and their M origins, with the Examples from which each origin was made.
+
+    row: (M,) Example of each origin.
+    total: (N,) number of origins of each Example.
+    parents: (M,) Arrow lists of parent ids.
+    lost: (M,) whether the origin is revoked.
+    removed: (N,) whether the Example has no origin left.
+    ids: (M,) Arrow array of the origin's Example id, read at the first use.
     """
 
     dataset: Artifact
     row: Any
-    total: Any  # per Example: its origins
-    parents: Any  # Arrow lists of ids
+    total: Any
+    parents: Any
     lost: Any
-    removed: Any  # per Example
-    ids: Any = None  # an Arrow array, read when it is first needed
+    removed: Any
+    ids: Any = None
 
     @classmethod
     def of(cls, dataset: Artifact, table: Any) -> _Graph:
@@ -195,7 +215,7 @@ class _Graph:
         return cls(dataset, row, total, column(table, "parents"), np.zeros(len(row), bool), np.zeros(len(total), bool))
 
     def lose_origins(self, mask: Any) -> None:
-        """Revoke these origins."""
+        """Revoke the origins in `mask`, of shape (M,)."""
         self.lost = mask
         self.removed = (self._lost_per_example() == self.total) & (self.total > 0)
 
@@ -203,27 +223,31 @@ class _Graph:
         return np.bincount(self.row[self.lost], minlength=len(self.total))
 
     def made_from(self, ids: Any) -> Any:
-        """Which origins name one of these Examples as a parent."""
+        """Return a mask (M,) of the origins that name one of these Examples as a parent."""
         result = np.zeros(len(self.row), bool)
         is_named = numbers(pc.is_in(pc.list_flatten(self.parents), value_set=ids))
         result[numbers(pc.list_parent_indices(self.parents))[is_named]] = True
         return result
 
     def made_from_drops_of(self, pairs: set[Pair]) -> Any:
-        """Origins made from rows of these files that were themselves dropped, so that no Example stands for the
-        parent.
+        """Return a mask (M,) of the origins made from dropped rows of these files.
+
+        Such a parent is not an Example of the Dataset, so only the Drops show its file.
         """
         parents = pc.list_flatten(self.parents).unique()
         if not len(parents):
             return np.zeros(len(self.row), bool)
         has_example = np.zeros(len(parents), bool)
-        # the few are looked up among themselves for each of the many: a table of a million ids takes longer to build
+        # the few parents form the look-up table: building one of a million ids takes longer
         has_example[numbers(pc.index_in(self._load_ids(), value_set=parents).drop_null())] = True
         absent = parents.take(to_index_array(np.flatnonzero(~has_example)))
         return self.made_from(to_string_array(origin_index.dropped_ids(self.dataset, absent, pairs)))
 
     def lose_example(self, example: str) -> None:
-        """Revoke an Example: its row, and the origins that name it as a parent."""
+        """Revoke an Example: its row, and the origins that name it as a parent.
+
+        Raises ConfigError if the Dataset has neither.
+        """
         ids = to_string_array([origin_index.whole_id(self._load_ids(), example)])
         mask = numbers(pc.is_in(self._load_ids(), value_set=ids)) | self.made_from(ids)
         if not mask.any():
@@ -238,8 +262,9 @@ class _Graph:
         return f"the `id` column of {self.dataset.path / 'examples'} has them"
 
     def spread(self) -> tuple[Any, Any]:
-        """Follow parents down until nothing more is lost; returns the Examples gone, and those that lose an origin
-        only.
+        """Propagate the revocation to all descendants.
+
+        Returns the indices of the removed Examples, and of those that lose only some origins.
         """
         if self.removed.any() and len(pc.list_flatten(self.parents)):
             self._follow()
@@ -247,7 +272,7 @@ class _Graph:
 
     def _follow(self) -> None:
         parent_ids = pc.list_flatten(self.parents).dictionary_encode()
-        row_of = np.full(len(parent_ids.dictionary), -1)  # per distinct parent: its Example
+        row_of = np.full(len(parent_ids.dictionary), -1)  # per distinct parent: its Example, or -1
         positions = pc.index_in(self._load_ids(), value_set=parent_ids.dictionary)
         row_of[numbers(positions.drop_null())] = self.row[numbers(positions.is_valid())]
         parent, child = row_of[numbers(parent_ids.indices)], numbers(pc.list_parent_indices(self.parents))
@@ -255,7 +280,8 @@ class _Graph:
         parent, child = parent[order], child[order]
         remaining = self.total - self._lost_per_example()
         edge = np.flatnonzero(self.removed)
-        while len(edge):  # each Example is on the edge once, so this is linear in the parents, however deep they go
+        # breadth-first: each Example is on the edge once, so this is linear in the parents at any depth
+        while len(edge):
             starts, ends = np.searchsorted(parent, edge, "left"), np.searchsorted(parent, edge, "right")
             counts = ends - starts
             newly_lost = np.unique(
@@ -274,7 +300,7 @@ class _Graph:
         return self.ids
 
     def ids_of(self, examples: Any) -> list[str]:
-        """The ids of these Examples."""
+        """Return the ids of the Examples with these indices."""
         if not len(examples):
             return []
         result: list[str] = self._load_ids().take(to_index_array(np.searchsorted(self.row, examples))).to_pylist()

@@ -1,9 +1,9 @@
-"""Public summary of training content (EU AI Act), as far as lineage knows it.
+"""Public summary of training content (EU AI Act), filled in from lineage.
 
-Article 53(1)(d) of Regulation (EU) 2024/1689 (AI Act) asks it of providers of general-purpose AI models. The sections
-are those of the Commission's template of 24 July 2025 ("Explanatory Notice and Template for the Public Summary of
-Training Content for general-purpose AI models"), by what others write of it, read on 2026-11-29. What no manifest
-knows is marked, and nothing is made up. It is no legal advice.
+Article 53(1)(d) of Regulation (EU) 2024/1689 (AI Act) requires it from providers of general-purpose AI models. The
+sections follow the Commission's template of 24 July 2025 ("Explanatory Notice and Template for the Public Summary of
+Training Content for general-purpose AI models"), as described in secondary sources read on 2026-11-29. Facts that no
+manifest holds are marked as open, never invented. This is not legal advice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sartor.core.lineage import ancestry
 
 TO_STATE = "to be stated by you"
 _KINDS: tuple[Kind, ...] = ("dataset", "adapter", "release")
-# The template's ranges of text, by tokens
+# the template's size ranges of text, in tokens
 _TEXT_RANGES = ((10**9, "less than 1 billion tokens"), (10**13, "1 billion to 10 trillion tokens"))
 _LARGEST_TEXT = "more than 10 trillion tokens"
 _WHOM = """\
@@ -33,14 +33,18 @@ _WHOM = """\
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """The page, as Markdown. open_points: so many places are to be stated by a person."""
+    """The page, as Markdown.
+
+    open_points: number of places that a person must fill in.
+    mark: text that marks them.
+    """
 
     text: str
     open_points: int
     mark: str = TO_STATE
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         return {"summary": self.text, "open": self.open_points}
 
 
@@ -114,7 +118,7 @@ def _modalities(artifact: Artifact, datasets: Sequence[Artifact]) -> list[str]:
 
 
 def _languages(datasets: Sequence[Artifact]) -> str:
-    """The languages that the curation kept, where it was told to look at them."""
+    """Return the languages that the curation allowed, if its recipe has a language step."""
     found: list[str] = []
     for dataset in datasets:
         for step in dataset.manifest.get("recipe", {}).get("steps", []) or []:
@@ -177,7 +181,7 @@ def _listed(sources: Iterable[Mapping[str, Any]]) -> list[str]:
         licence = TO_STATE if source["licence"] == UNKNOWN else source["licence"]
         digest = f", sha256 `{source['sha256'][:16]}`" if source.get("sha256") else ""
         rehearsal = "; read against forgetting alone" if source.get("rehearsal") else ""
-        # a file without the folders of this machine: the page is for everybody
+        # the page is public, so a file is named without the folders of this machine
         name = source["source"] if ":" in source["source"] else source["path"]
         lines.append(f"- `{name}`: {rows}, licence {licence}{digest}{rehearsal}")
     return lines or ["- none"]

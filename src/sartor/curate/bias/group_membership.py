@@ -16,8 +16,8 @@ from sartor.text.demographics import group_terms
 
 Memberships = dict[str, list[str | None]]
 LEXICON = "lexicon"
-ROW_GROUP = "group"  # the row's own group, where no field has that name
-# Fields of JSON or of lines `Name: value` that name groups of people: looked for where none is asked for.
+ROW_GROUP = "group"  # stands for the row's own group if no field has that name
+# Default fields, of JSON or of lines `Name: value`, that name groups of people.
 FIELDS = (
     "gender",
     "sex",
@@ -31,17 +31,20 @@ FIELDS = (
     "region",
 )
 _MOST_VALUES = 12
-# what the lexicon knows, and what its kinds are called in text/demographics/group_terms.py
+# attributes of the lexicon, and the attribute for each kind of text/demographics/group_terms.py
 ATTRIBUTES = ("sex", "name_origin", "age", "nationality", "disability")
 _CALLED = {"pronouns": "sex", "names": "name_origin"}
 _OF_PRONOUN = {"she": "female", "he": "male"}
 
 
 def memberships(rows: Sequence[Example], fields: Sequence[str] = ()) -> Memberships:
-    """attribute -> the group of each row, None where it names none or several; of attributes with two groups or more.
+    """Return attribute -> group of each row, for the attributes with two groups or more.
 
-    fields: `lexicon`, one of ATTRIBUTES, or a field of the rows; by default the lexicon and fields of well-known
-    names. Raises ConfigError for a field that no row has.
+    The group is None if a row names none or several. Without `fields`, attributes with more than 12 values are left
+    out.
+    fields: `lexicon`, one of ATTRIBUTES, or a field of the rows; by default the lexicon and well-known fields.
+
+    Raises ConfigError for a field that no row has.
     """
     people = row_memberships(rows, fields)
     if absent := [name for name in fields if name != LEXICON and not any(people[_CALLED.get(name, name)])]:
@@ -53,14 +56,17 @@ def memberships(rows: Sequence[Example], fields: Sequence[str] = ()) -> Membersh
 
 
 def row_memberships(rows: Sequence[Example], fields: Sequence[str] = ()) -> Memberships:
-    """The same, of a row whatever the others say: for a worker that sees some of the rows."""
+    """Return attribute -> group of each row, for all attributes, from each row alone.
+
+    Unlike `memberships` it suits a worker that sees only some of the rows.
+    """
     people: Memberships = {}
     for field in fields or (LEXICON, *FIELDS):
         attribute = _CALLED.get(field, field)
         if field == LEXICON:
             people |= {name: values for name, values in _by_lexicon(rows).items() if name not in people}
         elif fields and attribute in ATTRIBUTES:
-            # a field of that name says it better than the words of the text
+            # a field of that name is more reliable than the words of the text
             pairs = zip(rows, _by_lexicon(rows)[attribute], strict=True)
             people[attribute] = [field_value(row, field) or lexicon_group for row, lexicon_group in pairs]
         elif attribute not in people:
@@ -88,7 +94,7 @@ def _by_lexicon(rows: Sequence[Example]) -> Memberships:
 
 
 def sexes_of(text: str) -> set[str]:
-    """female, male: by the first names and pronouns of a text."""
+    """Return the sexes ("female", "male") that the first names and pronouns of a text signal."""
     names = {item.group.rpartition("_")[2] for item in group_terms.mentions(text, "names") if item.form == "first"}
     return names | {
         _OF_PRONOUN[mention.group]
@@ -98,21 +104,24 @@ def sexes_of(text: str) -> set[str]:
 
 
 def origins_of(text: str) -> set[str]:
-    """Which origins the first names of a text signal: black, hispanic, ...; common ones signal none, and are called
-    so.
+    """Return the origins that the first names of a text signal, such as black or hispanic.
+
+    Names that signal no origin count as "common".
     """
     return {item.group.rpartition("_")[0] for item in group_terms.mentions(text, "names") if item.form == "first"}
 
 
 def spoken_of(row: Example) -> str:
-    """The text that says who it is about: what is asked, or a document itself."""
+    """Return the text that describes the person: the prompt without system messages, or a document itself."""
     return (
         row.reply if row.is_document else "\n".join(message.text for message in row.prompt if message.role != "system")
     )
 
 
 def field_value(row: Example, field: str) -> str | None:
-    """The value of a field: of the reply's JSON, of a message's JSON, or of a line or clause `Field: value` of the
+    """Return the value of a field of a row, casefolded; None if there is none.
+
+    The field is a key of a message's JSON (the last message first), or `Field: value` in a line or clause of the
     prompt.
     """
     for message in reversed(row.messages):
@@ -162,16 +171,18 @@ _FEW, _ROWS_PER_REPLY = 12, 10
 
 
 def outcomes(rows: Sequence[Example], form: str = "auto") -> ClassLabels:
-    """The outcome of each row. form: as `target.find`, or the bare name of a field of JSON replies.
+    """Return the outcome of each row.
 
-    `auto` also takes whole replies, however long, where a few of them are all there are. Raises ConfigError where
-    `form` names what no row has.
+    form: as in `class_labels.find`, or the bare name of a field of JSON replies. `auto` also takes whole replies of
+    any length as outcomes if they have few distinct values.
+
+    Raises ConfigError if no row has the outcome that `form` names.
     """
     return of_replies([row.reply for row in rows], form)
 
 
 def of_replies(replies: Sequence[str], form: str = "auto") -> ClassLabels:
-    """The same of the replies alone."""
+    """Return the outcome of each reply, as `outcomes` does for rows."""
     form = form if _is_form(form) else f"json:{form}"
     class_labels.check(form)
     row_labels = class_labels.find(replies, form)

@@ -1,4 +1,4 @@
-"""Reweighing, resampling and counterfactual pairs."""
+"""Mitigation of outcome gaps: reweighing, resampling and counterfactual pairs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ATTRIBUTES = ("sex", "name_origin", *_KINDS)
 
 
 def counterfactuals(row: Example, attributes: Sequence[str]) -> Iterator[tuple[Example, str]]:
-    """(copy, what was changed) of a row for each attribute of ATTRIBUTES by which it names somebody.
+    """Yield (copy, change) for each attribute of ATTRIBUTES by which the row names a single group.
 
-    Which other group it is then about is drawn by the row's digest. Nothing comes of a row in which grammar or sense
-    cannot be kept (`text/demographics/group_terms.py`), nor of one that speaks of people of several groups.
+    The digest of the row chooses the new group. Nothing is yielded for a row whose grammar or sense cannot be kept
+    (`text/demographics/group_terms.py`), nor for a row that names several groups.
     """
     for attribute in attributes:
         named_groups = {item for message in row.messages for item in _named(message.text, attribute)}
@@ -40,13 +40,12 @@ def counterfactuals(row: Example, attributes: Sequence[str]) -> Iterator[tuple[E
 def substituted(
     rows: Sequence[Example], outcomes: Sequence[str | None], attributes: Sequence[str], seed: int = 0
 ) -> tuple[list[Example], int]:
-    """(each row about somebody of the group that is dealt to it, of ATTRIBUTES by which it names somebody; how many
-    rows could not be so, since grammar or sense would be lost or the row speaks of several groups, and stay as they
-    are).
+    """Return the rows rewritten about the groups assigned to them, and the number of rows that failed.
 
-    The rows of one outcome are dealt all groups of an attribute equally often, so that the outcome says nothing of the
-    group. Where a copy of each row about one other group leaves a part of a gap between three groups or more, this
-    leaves none.
+    A row fails, and stays as it is for that attribute, if grammar or sense would be lost or if it names several
+    groups. Within each outcome, all groups of an attribute are assigned equally often, so the outcome does not depend
+    on the group. With three groups or more, one counterfactual copy of each row leaves part of a gap; this leaves
+    none.
     """
     new_rows, failed_rows = list(rows), set[int]()
     for attribute in attributes:
@@ -66,7 +65,10 @@ def substituted(
 
 
 def _of_parent(row: Example, parent: Example) -> Example:
-    """Made of the parent, whatever it was between one attribute and the next: that stands in no Dataset."""
+    """Set the original row as the only parent.
+
+    Intermediate rows between two attributes are in no Dataset, so no origin may name them.
+    """
     origins = tuple(dataclasses.replace(origin, parents=(parent.id,)) for origin in row.origins)
     return dataclasses.replace(row, origins=origins, steps=(*parent.steps, STEP))
 
@@ -118,10 +120,10 @@ def _swapped(messages: Sequence[Message], attribute: str, target_group: str) -> 
 
 
 def _turned(text: str, attribute: str, target_group: str) -> str | None:
-    """The text about somebody of the group `target_group`; None where that cannot be said well."""
+    """Return the text rewritten about `target_group`; None if the rewrite would not be sound."""
     names = [item.group for item in group_terms.mentions(text, "names") if item.form == "first"]
     if attribute == "sex":
-        # pronouns take the first names along; a text of names alone has only those to turn
+        # a swap of pronouns also swaps first names; without pronouns only the names are swapped
         if group_terms.mentions(text, "pronouns"):
             return group_terms.swap(text, "pronouns", _PRONOUN[target_group])
         origins = {name.rpartition("_")[0] for name in names}
@@ -133,7 +135,7 @@ def _turned(text: str, attribute: str, target_group: str) -> str | None:
 
 
 def is_counterfactual(origin: Origin) -> bool:
-    """Whether a row with that origin is such a copy."""
+    """Return True if a row with that origin is a counterfactual copy."""
     return origin.step.startswith(STEP)
 
 
@@ -141,7 +143,7 @@ Cell = tuple[str, str]  # group, outcome
 
 
 def table(values: Sequence[str | None], outcomes: Sequence[str | None]) -> dict[Cell, list[int]]:
-    """(group, outcome) -> its rows, of the rows that have both; a cell without rows is there too."""
+    """Return (group, outcome) -> indices of its rows, for rows that have both. Empty cells are included."""
     cells: dict[Cell, list[int]] = defaultdict(list)
     for index, (group, outcome) in enumerate(zip(values, outcomes, strict=True)):
         if group is not None and outcome is not None:
@@ -151,11 +153,13 @@ def table(values: Sequence[str | None], outcomes: Sequence[str | None]) -> dict[
 
 
 def rows_to_drop(cells: dict[Cell, list[int]], seed: int) -> list[int]:
-    """The fewest rows, drawn by seed, without which every group has the outcome rates of all rows together.
+    """Return the fewest rows to drop so that every group gets the outcome rates of all rows together.
 
-    A group without any row of an outcome goes as a whole but for nothing: no rows could be dropped to mend that, so it
-    stays.
+    The rows are drawn by seed. A group without any row of some outcome is not changed, since dropping rows cannot give
+    it the rates.
     """
+    # A group may keep at most s = min_o n(group, o) / r(o) rows, with r(o) the overall rate of outcome o:
+    # then s * r(o) <= n(group, o) for every o.
     rates, rng, to_drop = _rates(cells), np.random.default_rng(seed), []
     for group in dict.fromkeys(cell[0] for cell in cells):
         group_cells = {outcome: rows for (name, outcome), rows in cells.items() if name == group}
@@ -169,7 +173,8 @@ def rows_to_drop(cells: dict[Cell, list[int]], seed: int) -> list[int]:
 
 
 def rows_to_add(cells: dict[Cell, list[int]]) -> dict[Cell, int]:
-    """The fewest rows to add to each cell so that every group has the outcome rates of all rows together."""
+    """Return the fewest rows to add to each cell so that every group gets the overall outcome rates."""
+    # A group needs s = max_o n(group, o) / r(o) rows: then s * r(o) >= n(group, o) for every outcome o.
     rates = _rates(cells)
     to_add = {}
     for group in dict.fromkeys(cell[0] for cell in cells):
@@ -188,14 +193,15 @@ def _rates(cells: dict[Cell, list[int]]) -> dict[str, float]:
 
 
 ROUNDS, CLOSE = 50, 1e-6
-# (attribute, group, outcome) -> what a row's weight is multiplied by
+# (attribute, group, outcome) -> factor of a row's weight
 Factors = dict[tuple[str, str, str], float]
 
 
 def reweighing_factors(people: Memberships, outcomes: Sequence[str | None], weights: Sequence[float]) -> Factors:
-    """P(group) P(outcome) / P(group, outcome) of each cell, over the rows that have both.
+    """Return P(group) P(outcome) / P(group, outcome) for each cell, over the rows that have both.
 
-    Of several attributes each is made independent in turn until all are (raking, Deming and Stephan 1940).
+    With several attributes, each is made independent of the outcome in turn until all are (raking, Deming and Stephan
+    1940).
     """
     factors: Factors = {}
     current_weights = [float(weight) for weight in weights]
@@ -228,11 +234,12 @@ def _independence_factors(
         groups[group] += weight  # type: ignore[assignment]
         kinds[outcome] += weight  # type: ignore[assignment]
     total = sum(cells.values())
+    # factor(g, o) = P(g) P(o) / P(g, o) = w(g) w(o) / (W w(g, o)), with W the total weight
     return {cell: groups[cell[0]] * kinds[cell[1]] / (total * weight) for cell, weight in cells.items() if weight > 0}
 
 
 def weight_factor(factors: Factors, groups: Mapping[str, str | None], outcome: str | None) -> float:
-    """What the weight of a row is multiplied by. groups: attribute -> its group."""
+    """Return the factor for the weight of one row. groups: attribute -> group of the row."""
     product = 1.0
     for attribute, group in groups.items():
         product *= factors.get((attribute, group or "", outcome or ""), 1.0)

@@ -1,4 +1,4 @@
-"""Outcome rates by group with intervals and tests."""
+"""Outcome rates by group, with intervals and tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sartor.core.statistics import Z, holm_correction, newcombe, wilson
 from sartor.curate.bias.group_membership import Memberships
 
 F64 = NDArray[np.float64]
-FEWEST = 5  # rows of a group with an outcome: fewer are counted and not compared
+FEWEST = 5  # rows with an outcome that a group needs to be compared
 MOST_OUTCOMES = 12
 FOUR_FIFTHS = 0.8  # EEOC Uniform Guidelines, 29 CFR 1607.4 D
 ALPHA, NOTABLE_GAP = 0.05, 0.05
@@ -23,8 +23,11 @@ ALPHA, NOTABLE_GAP = 0.05, 0.05
 
 @dataclass(frozen=True)
 class OutcomeRate:
-    """How many rows of a group there are, by weight, and which fraction has the outcome: Wilson's 95 % interval
-    (1927).
+    """Outcome rate of a group.
+
+    rows: total weight of the group's rows.
+    rate: weighted fraction with the outcome, 0..1.
+    low, high: Wilson's 95 % interval (1927).
     """
 
     rows: float
@@ -35,11 +38,11 @@ class OutcomeRate:
 
 @dataclass(frozen=True)
 class Gap:
-    """A group's outcome rate less that of the other groups of its attribute, with Newcombe's 95 % interval (1998,
-    method 10).
+    """Difference between a group's outcome rate and the rate of the other groups of its attribute.
 
-    p: two-sided, of two proportions pooled, on the effective number of rows; p_corrected: by Holm over all gaps of a
-    report.
+    low, high: Newcombe's 95 % interval (1998, method 10).
+    p: two-sided test of two pooled proportions, on the effective number of rows.
+    p_corrected: Holm-corrected over all gaps of a report.
     """
 
     attribute: str
@@ -55,14 +58,15 @@ class Gap:
 
     @property
     def is_notable(self) -> bool:
-        """Beyond chance, and of a size that matters."""
+        """Whether the gap is significant and larger than NOTABLE_GAP."""
         return self.p_corrected <= ALPHA and abs(self.difference) > NOTABLE_GAP
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The lowest group's rate over the highest's, with a 95 % interval (Katz et al. 1978); under 0.8 it fails four
-    fifths.
+    """Rate of the lowest group over that of the highest, with a 95 % interval (Katz et al. 1978).
+
+    Below 0.8 it fails the four-fifths rule.
     """
 
     attribute: str
@@ -75,13 +79,18 @@ class Ratio:
 
     @property
     def passes_four_fifths(self) -> bool:
-        """Whether the rule of thumb of the US employment agencies is kept."""
+        """Whether the ratio satisfies the four-fifths rule of thumb of the US employment agencies."""
         return self.ratio >= FOUR_FIFTHS
 
 
 @dataclass(frozen=True)
 class OutcomeRates:
-    """What was measured: attribute -> group -> outcome -> Rate, the gaps, largest first, and the ratios."""
+    """Outcome rates of a set of rows.
+
+    rates: attribute -> group -> outcome -> rate.
+    gaps: largest first.
+    ratios: one for each attribute and outcome that can be compared.
+    """
 
     rates: dict[str, dict[str, dict[str, OutcomeRate]]]
     gaps: list[Gap]
@@ -89,16 +98,16 @@ class OutcomeRates:
 
     @property
     def largest_gap(self) -> float:
-        """0..1; 0 where nothing could be compared."""
+        """Largest absolute gap, 0..1; 0 if nothing could be compared."""
         return max((abs(gap.difference) for gap in self.gaps), default=0.0)
 
     @property
     def notable(self) -> list[Gap]:
-        """Gaps beyond chance and of a size that matters."""
+        """Significant gaps larger than NOTABLE_GAP."""
         return [gap for gap in self.gaps if gap.is_notable]
 
     def as_json(self) -> dict[str, Any]:
-        """For a command's JSON and a manifest."""
+        """Return the fields for a command's JSON and a manifest."""
         return {
             "largest_gap": self.largest_gap,
             "notable": len(self.notable),
@@ -117,10 +126,11 @@ class OutcomeRates:
 def measure_rates(
     people: Memberships, outcomes: Sequence[str | None], weights: Sequence[float] | None = None
 ) -> OutcomeRates:
-    """The rates of N rows, of which those without an outcome, or without a group of an attribute, are not counted
-    there.
+    """Return the outcome rates of N rows by group.
 
-    With weights (N,) a group's rows count by Kish's effective number, so that weighting widens the intervals.
+    Rows without an outcome, or without a group of an attribute, are not counted there.
+    weights: (N,) weights of the rows, or None. Rates and gaps use Kish's effective number of rows, so weights widen
+    their intervals.
     """
     weight = np.ones(len(outcomes)) if weights is None else np.asarray(weights, float)
     names = [
@@ -142,6 +152,7 @@ def measure_rates(
         }
         compared = {name: members for name, members in groups.items() if members.sum() >= FEWEST}
         if len(compared) > 1:
+            # of two outcomes only one is compared: the gaps of the other are the same with opposite sign
             has_group = np.any(list(groups.values()), axis=0)
             for outcome, hit in list(hits.items())[: 1 if len(hits) == 2 else None]:
                 gaps += [
@@ -166,7 +177,7 @@ def _rate(hit: NDArray[np.bool_], weight: F64) -> OutcomeRate:
 
 
 def effective(weight: F64) -> float:
-    """How many rows of equal weight would tell as much (Kish 1965)."""
+    """Return the effective number of rows for weights (N,): (sum w)^2 / sum w^2 (Kish 1965)."""
     squares = float((weight**2).sum())
     return float(weight.sum()) ** 2 / squares if squares else 0.0
 
@@ -180,6 +191,8 @@ def _gap(
 ) -> Gap:
     rate, others_rate = _rate(hit[members], weight[members]), _rate(hit[others], weight[others])
     sizes = effective(weight[members]), effective(weight[others])
+    # z = |r_1 - r_2| / sqrt( r (1 - r) (1 / n_1 + 1 / n_2) ), with r the pooled rate and n the effective sizes;
+    # p = 2 (1 - Phi(z)) = erfc(z / sqrt 2)
     pooled = (rate.rate * sizes[0] + others_rate.rate * sizes[1]) / max(sum(sizes), 1e-9)
     error = math.sqrt(max(pooled * (1 - pooled) * sum(1 / max(count, 1e-9) for count in sizes), 1e-12))
     p = math.erfc(abs(rate.rate - others_rate.rate) / error / math.sqrt(2))
@@ -193,7 +206,8 @@ def _ratio(attribute: str, outcome: str, rates: dict[str, OutcomeRate]) -> Ratio
     if high.rate <= 0:
         return None
     ratio = low.rate / high.rate
-    # half a row added where there is none: the interval of a rate of 0 has no log
+    # log RR = log(x_1 / n_1) - log(x_2 / n_2), with standard error sqrt(1/x_1 - 1/n_1 + 1/x_2 - 1/n_2) (Katz et al.).
+    # A count x of 0 becomes half a row, since a rate of 0 has no logarithm.
     hits = [max(rate.rate * rate.rows, 0.5) for rate in (low, high)]
     error = math.sqrt(sum(1 / hit - 1 / max(rate.rows, hit) for hit, rate in zip(hits, (low, high), strict=True)))
     middle = math.log(hits[0] / max(low.rows, 1e-9)) - math.log(hits[1] / max(high.rows, 1e-9))

@@ -1,8 +1,10 @@
 """Data card of a Dataset: content, sources, and removed rows with their reasons.
 
-`card.md` (with the Hub's YAML head; plots in `card/*.svg`), `card.html` (the same on one page), `croissant.json`
-(metadata for machines). All three are pure functions of the Dataset's files and facts: no clock, no path, no name of a
-machine.
+    card.md         with the Hub's YAML head; its plots are `card/*.svg`
+    card.html       the same on one page
+    croissant.json  machine-readable metadata
+
+All are pure functions of the Dataset's files and facts: no clock, no path, no name of a machine.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from sartor.curate.card.card_data import gather
 
 
 def write(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the card of the Dataset that is being filled at `folder`; `facts` is what its manifest will say.
+    """Write the card of the Dataset that is being filled at `folder`.
 
-    Reads `examples/`, `drops/`, `evidence/` and `media/` in batches; call it before the directory is sealed.
+    facts: the facts of its manifest.
+
+    It reads `examples/`, `drops/`, `evidence/` and `media/` in batches. Call it before the directory is sealed.
     """
     contents = gather(folder, facts)
     sections, pictures = _with_unique_names(story.sections(contents))
@@ -42,8 +46,9 @@ def _write(file: Path, text: str) -> None:
 
 
 def _with_unique_names(sections: Sequence[Section]) -> tuple[list[Section], list[Plot]]:
-    """The sections with every picture's name its own (names of steps and rules may collide as file names), and the
-    pictures.
+    """Return the sections with unique names for all plots, and the plots.
+
+    Names of steps and rules may collide as file names.
     """
     used: dict[str, Plot] = {}
 

@@ -1,7 +1,7 @@
-"""Content blocks of a data card, before they are Markdown or HTML.
+"""Content blocks of a data card, independent of Markdown and HTML.
 
-A `str` is our own wording. Words that came from rows, files or recipes are `Said`, and each renderer shows them as
-text and nothing else.
+A `str` is wording of the program. Text from rows, files or recipes is a `QuotedText`; each renderer shows it as text
+and nothing else.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-LONG = 300  # characters of a quotation that are shown
+LONG = 300  # characters shown of a quotation
 
 
 @dataclass(frozen=True)
 class QuotedText:
-    """Words of the data, cut to `max_chars` characters with a note of how many more there are; `prose` where they are
-    a sentence.
+    """Text from the data.
+
+    max_chars: characters shown; a note says how many were cut.
+    prose: the text is a sentence.
     """
 
     text: str
@@ -28,7 +30,10 @@ Line = str | QuotedText | tuple[str | QuotedText, ...]
 
 @dataclass(frozen=True)
 class Prose:
-    """A paragraph. Of kind `warn` where the reader must know it, `soft` where it explains."""
+    """A paragraph.
+
+    kind: "warn" for a warning, "soft" for an explanation, or empty.
+    """
 
     line: Line
     kind: str = ""
@@ -36,15 +41,17 @@ class Prose:
 
 @dataclass(frozen=True)
 class Headlines:
-    """The big numbers: (value, what it is)."""
+    """The main numbers: (value, description)."""
 
     shown: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the columns named in `numbers` stand to the right. `names` says that the first column names the
-    rest.
+    """Rows of cells.
+
+    numbers: indices of right-aligned columns.
+    names: the first column names the others.
     """
 
     head: Sequence[str]
@@ -55,7 +62,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: the inside of an SVG of `width` x `height`, its file name in `card/`, and what it shows."""
+    """A plot of `width` x `height` CSS pixels.
+
+    name: file name in `card/`, without the ending.
+    svg: the content of the SVG element.
+    """
 
     name: str
     title: str
@@ -67,14 +78,14 @@ class Plot:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Plots beside each other where there is room."""
+    """Plots side by side where there is room."""
 
     shown: Sequence[Plot]
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Code, or words of the data that keep their lines. `language` is for highlighting."""
+    """Code, or text of the data whose line breaks are kept. language: for highlighting."""
 
     text: str
     language: str = ""
@@ -82,7 +93,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class ConversationBlock:
-    """A row as a conversation: (role, text) pairs, and what stands below it."""
+    """A row as a conversation: (role, text) pairs, and a note below."""
 
     shown: Sequence[tuple[str, str]]
     note: Line = ""
@@ -90,7 +101,11 @@ class ConversationBlock:
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Some words of a text; `differs` where the other text lacks them, `left_out` counts words that are not shown."""
+    """A piece of a text.
+
+    differs: the compared text lacks these words.
+    left_out: number of words that are not shown.
+    """
 
     text: str
     differs: bool = False
@@ -99,7 +114,7 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A dropped row and why, and the row that stands in its place where there is one, each in pieces."""
+    """A dropped row with its reason, and the row kept in its place if there is one."""
 
     reason: QuotedText
     where: QuotedText
@@ -111,7 +126,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks that a reader opens."""
+    """Blocks that are hidden until the reader opens them."""
 
     summary: str
     blocks: Sequence[Block]
@@ -122,7 +137,7 @@ Block = Prose | Headlines | Table | Plot | Pictures | Listing | ConversationBloc
 
 @dataclass
 class Section:
-    """A heading and what stands below it."""
+    """A heading and its blocks."""
 
     title: str
     blocks: list[Block] = field(default_factory=list)

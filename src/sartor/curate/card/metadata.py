@@ -1,7 +1,7 @@
-"""Croissant JSON-LD and Hugging Face Hub header.
+"""Metadata of a Dataset: Croissant JSON-LD and the Hugging Face Hub header.
 
-Spec: https://docs.mlcommons.org/croissant/docs/croissant-spec-1.1.html and the RAI vocabulary beside it. What nobody
-stated (creator, address, date of publication) is left out: whoever publishes the Dataset adds it.
+Specification: https://docs.mlcommons.org/croissant/docs/croissant-spec-1.1.html and its RAI vocabulary. Fields that
+nobody stated (creator, address, date of publication) are left out; whoever publishes the Dataset adds them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sartor.core.licences.spdx import UNKNOWN
 from sartor.curate.card.card_data import Contents
 from sartor.curate.card.sections import file_name, known_languages
 
-# SPDX id -> the Hub's word, where that is not the SPDX id in small letters
+# SPDX id -> the Hub's id, if that is not the SPDX id in lower case
 _RENAMED = {
     "ODC-By-1.0": "odc-by",
     "ODbL-1.0": "odbl",
@@ -51,7 +51,7 @@ _SIZES = (
 
 
 def head(contents: Contents) -> dict[str, Any]:
-    """The YAML head: pretty name, licence, languages, size, tasks, and where the rows lie."""
+    """Return the YAML head of the card: name, licence, languages, size, tasks and data files."""
     result: dict[str, Any] = {"pretty_name": contents.name[:120], **_licence(contents.licence)}
     if languages := known_languages(contents):
         result["language"] = languages
@@ -71,7 +71,10 @@ def _config(name: str, path: str, *, default: bool = False) -> dict[str, Any]:
 
 
 def _licence(expression: str) -> dict[str, Any]:
-    """The Hub's words for an SPDX expression; `other` and the expression where it has none."""
+    """Return the Hub's licence fields for an SPDX expression.
+
+    An expression that the Hub does not know is given as `other`, with the expression as name.
+    """
     if expression == UNKNOWN:
         return {"license": "unknown"}
     words = [_RENAMED.get(part, part.lower()) for part in conjuncts(expression)]
@@ -82,7 +85,7 @@ def _licence(expression: str) -> dict[str, Any]:
 
 
 def conjuncts(expression: str) -> Sequence[str]:
-    """The ids that an expression joins by AND; the whole expression where it offers a choice."""
+    """Return the ids that an expression joins by AND; the whole expression if it contains OR."""
     return re.split(r" AND ", expression) if " OR " not in expression else [expression]
 
 
@@ -117,7 +120,7 @@ _CONTEXT: dict[str, Any] = {
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "examples": {"@id": "cr:examples", "@type": "@json"},
 }
-# column -> (type, what it is); the columns of `core/parquet_io.py`
+# column -> (type, description); the columns of `core/parquet_io.py`
 _EXAMPLES = {
     "id": ("sc:Text", "Digest of the content: 32 hex digits."),
     "split": ("sc:Text", "train or eval; a group stands in one only."),
@@ -126,7 +129,7 @@ _EXAMPLES = {
     "rating": ("sc:Float", "What people made of the reply: -1 (bad) to 1 (good); 0 where nobody said."),
     "tools": ("sc:Text", "JSON text of the tools that the row may call; empty where there are none."),
 }
-# field -> (column, path inside an item, type, what it is): lists, one entry per item
+# list column -> (description, {field: (JSON path inside an item, description)})
 _LISTS = {
     "messages": (
         "The conversation, in the OpenAI form. Content is a list of parts; here stands the first.",
@@ -160,7 +163,7 @@ _DROPS = {
 
 
 def describe(contents: Contents) -> dict[str, Any]:
-    """The JSON-LD of the Dataset that `contents` was read from."""
+    """Return the Croissant JSON-LD of a Dataset."""
     result: dict[str, Any] = {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
@@ -196,13 +199,16 @@ def _description(contents: Contents) -> str:
 
 
 def _licence_url(part: str) -> str:
-    """The address of a licence of the SPDX list; any other expression as it stands."""
+    """Return the SPDX address of a single licence id; any other expression as it is."""
     known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", part) and part != UNKNOWN and not part.startswith("LicenseRef")
     return f"https://spdx.org/licenses/{part}.html" if known else escape_control(part)
 
 
 def _distribution(folder: Path) -> list[dict[str, Any]]:
-    """Every Parquet file with its digest, and the sets they make. Media are one set: their names are their digests."""
+    """Return every Parquet file with its digest, and the file sets.
+
+    Media are one set without digests, since their names are digests.
+    """
     entries: list[dict[str, Any]] = []
     for group in ("examples", "drops", "evidence"):
         files = sorted((folder / group).glob("*.parquet"))
@@ -280,7 +286,7 @@ def _drops() -> dict[str, Any]:
 
 
 def _responsible(contents: Contents) -> dict[str, Any]:
-    """The fields of Croissant's RAI vocabulary that the facts can fill."""
+    """Return the fields of Croissant's RAI vocabulary that the facts can fill."""
     sources = "; ".join(f"{file_name(file)} ({file.get('licence') or UNKNOWN})" for file in contents.sources[:20])
     suffix = f"; and {len(contents.sources) - 20:,} more files" if len(contents.sources) > 20 else ""
     unusable = sum(count for (step, _), count in contents.drops.by_step.items() if step == "read")

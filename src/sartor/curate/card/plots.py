@@ -21,7 +21,7 @@ from sartor.curate.card.card_data import Contents, short_path
 HALF, WHOLE = 440, 912
 _BAR, _STEP, _TEXT = 16, 25, 12
 _COLOURS = ("var(--blue)", "var(--amber)", "var(--green)", "var(--red)", "var(--violet)", "var(--soft)")
-# Standalone files carry the colours themselves; in the page the same names come from its style.
+# Standalone files contain the colours; in a page they come from its style, under the same names.
 COLOURS = """
 :root { --ink:#1d2730; --soft:#5f6f7d; --line:#e3e8ec; --blue:#1f5f8b; --red:#d1495b; --green:#2f8f5b; --amber:#d98a00;
   --violet:#7a5ea8; --paper:#fbfaf7; }
@@ -31,7 +31,7 @@ COLOURS = """
 
 
 def standalone(picture: Picture) -> str:
-    """The picture as a file of its own, with its title, on paper of its own."""
+    """Return a plot as an SVG file with title and background."""
     title = f'<text x="16" y="24" font-size="14" font-weight="600" fill="var(--ink)">{escape(picture.title)}</text>'
     width, height = picture.width + 32, picture.height + 52
     return (
@@ -42,7 +42,7 @@ def standalone(picture: Picture) -> str:
 
 
 def inline(picture: Picture) -> str:
-    """The picture as a part of a page."""
+    """Return a plot as an SVG element for a page."""
     size = f"0 0 {picture.width} {picture.height}"
     return f'<svg viewBox="{size}" role="img" aria-label="{escape(picture.title)}">{picture.svg}</svg>'
 
@@ -50,7 +50,7 @@ def inline(picture: Picture) -> str:
 def bars(
     name: str, title: str, rows: Sequence[tuple[str, float, str]], *, colour: str = "var(--blue)", note: str = ""
 ) -> Picture:
-    """Horizontal bars: (label, value, what stands at the bar's end)."""
+    """Draw horizontal bars. rows: (label, value, text at the bar's end)."""
     end_width = max((_wide(end) for _, _, end in rows), default=0) + 8
     left = min(max((_wide(_fit(label, 190)) for label, _, _ in rows), default=0) + 12, 200)
     room, max_value = HALF - left - end_width, max((value for _, value, _ in rows), default=0) or 1
@@ -76,9 +76,10 @@ def columns(
     tall: str,
     note: str = "",
 ) -> Picture:
-    """Vertical columns at `labels`; of several series the first is filled, the others are lines over it.
+    """Draw vertical columns at `labels`.
 
-    `tall` formats the number that stands over the highest column, which is all the scale that a reader needs.
+    With several series the first is filled and the others are lines over it.
+    tall: format of the number above the highest column, which is the only scale shown.
     """
     bottom, top, left = 160, 6 + 26 * (len(series) > 1), 8
     max_value = max((max(values, default=0) for _, values in series), default=0) or 1
@@ -102,7 +103,7 @@ def columns(
         highest = max(range(len(series[0][1])), key=lambda index: series[0][1][index])
         neighbours = range(
             max(highest - 2, 0), min(highest + 3, len(labels))
-        )  # the label must clear the lines beside it as well
+        )  # the label must also clear the lines beside it
         peak = max(values[index] for _, values in series for index in neighbours)
         peak_label, x = tall.format(series[0][1][highest]), left + (highest + 0.5) * step
         x = min(max(x, _wide(peak_label) / 2), HALF - _wide(peak_label) / 2)
@@ -118,7 +119,7 @@ def columns(
 
 
 def shares(name: str, title: str, parts: Sequence[tuple[str, float, str]], *, note: str = "") -> Picture:
-    """One bar in parts, and below it what each part is: (label, value, its number)."""
+    """Draw one bar divided into parts, with a legend below. parts: (label, value, text)."""
     total, x, marks = sum(value for _, value, _ in parts) or 1, 0.0, []
     for index, (label, value, number) in enumerate(parts):
         colour, width = _COLOURS[min(index, len(_COLOURS) - 1)], HALF * value / total
@@ -131,7 +132,10 @@ def shares(name: str, title: str, parts: Sequence[tuple[str, float, str]], *, no
 
 
 def funnel(name: str, title: str, stages: Sequence[tuple[str, int, int]], *, note: str = "") -> Picture:
-    """What is left after each stage: (label, rows left, rows that went there). The first stage loses nothing."""
+    """Draw the rows left after each stage. stages: (label, rows left, rows removed).
+
+    The first stage removes nothing.
+    """
     left = min(max(_wide(_fit(label, 190)) for label, _, _ in stages) + 12, 200)
     end_width = max(_wide(_end_label(remaining, lost)) for _, remaining, lost in stages) + 12
     room, max_value = (
@@ -184,7 +188,7 @@ def _n(value: float) -> str:
 
 
 def _wide(text: str) -> float:
-    """About how many pixels a text takes: there is no font to ask."""
+    """Return the approximate width of a text in pixels; no font is available to measure it."""
     return sum(_advance(letter) for letter in text)
 
 
@@ -198,7 +202,7 @@ def _advance(letter: str) -> float:
 
 
 def _fit(text: str, room: float) -> str:
-    """The label in one line of `room` pixels, with a sign where it is cut."""
+    """Return the label in one line of `room` pixels, with an ellipsis if it is cut."""
     text = " ".join(escape_control(text[:400]).split())
     if _wide(text) <= room:
         return text
@@ -211,12 +215,12 @@ def _fit(text: str, room: float) -> str:
     return "".join(cut).rstrip() + "…"
 
 
-MOST = 14  # bars of a plot; the rest are one bar
+MOST = 14  # bars of a plot, including one for the rest
 _SIDES = {"prompt": "Words asked, per row", "reply": "Words answered, per row"}
 
 
 def ranked(counts: Mapping[str, int], total: int = 0) -> list[tuple[str, float, str]]:
-    """Bars of the most frequent, the rest as one; each with its share where `total` is given."""
+    """Return bars of the most frequent values, with the rest as one bar; with shares if `total` is given."""
     order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     shown = order if len(order) <= MOST else order[: MOST - 1]
     rest = order[len(shown) :]
@@ -229,12 +233,15 @@ def ranked(counts: Mapping[str, int], total: int = 0) -> list[tuple[str, float, 
 
 
 def percent(fraction: float) -> str:
-    """A share as a person reads it."""
+    """Return a fraction as a percentage for display."""
     return "<0.1 %" if 0 < fraction < 0.0005 else f"{fraction:.1%}".replace("%", " %")
 
 
 def lengths(contents: Contents) -> Iterator[Picture]:
-    """Prompt and reply words in bins that double, train filled and eval as a line, each as a share of its split."""
+    """Plot prompt and reply words in bins that double, as shares of each split.
+
+    The first split is filled; the others are lines.
+    """
     for side, title in _SIDES.items():
         bins_by_split = {
             split: bins for (split, other_side), bins in sorted(contents.rows.words.items()) if other_side == side
@@ -260,7 +267,7 @@ def lengths(contents: Contents) -> Iterator[Picture]:
 
 
 def _doubling(bins: Any) -> Any:
-    """Counts of 0, 1, 2-3, 4-7, ... from counts of each number."""
+    """Return counts of 0, 1, 2-3, 4-7, ... from counts of each number."""
     numbers = np.nonzero(bins)[0]
     bin_index = np.array([0 if number == 0 else int(number).bit_length() for number in numbers], dtype=np.int64)
     return np.bincount(bin_index, weights=bins[numbers]).astype(np.int64)
@@ -275,12 +282,15 @@ def _short(number: int) -> str:
 
 
 def median(bins: Any) -> int:
-    """The median of numbers that are given as counts; the lower of two."""
+    """Return the median of numbers given as counts; the lower of two.
+
+    bins: (K,) bins[k] is the count of the number k.
+    """
     return int(np.searchsorted(np.cumsum(bins), (bins.sum() + 1) // 2))
 
 
 def turns(contents: Contents) -> Iterator[Picture]:
-    """Messages per row, where rows differ in it."""
+    """Plot messages per row, if rows differ in it."""
     counts = contents.rows.turns
     used = np.nonzero(counts)[0]
     if len(used) < 2:
@@ -303,14 +313,14 @@ def turns(contents: Contents) -> Iterator[Picture]:
 
 
 def languages(contents: Contents) -> Iterator[Picture]:
-    """Languages of the sample."""
+    """Plot the languages of the sample."""
     if contents.languages:
         size = contents.languages.total()
         yield bars("languages", "Languages", ranked(contents.languages, size), note=f"of {size:,} rows chosen by lot")
 
 
 def labels(contents: Contents) -> Iterator[Picture]:
-    """Label balance."""
+    """Plot the label balance."""
     if labelling := contents.labels():
         key, counts = labelling
         ratio = max(counts.values()) / min(counts.values())
@@ -321,7 +331,7 @@ def labels(contents: Contents) -> Iterator[Picture]:
 
 
 def splits(contents: Contents) -> Iterator[Picture]:
-    """Rows per split, and their groups."""
+    """Plot rows per split, with their groups."""
     groups = contents.counts.get("groups") or {}
     total = sum(contents.splits.values()) or 1
     parts = [
@@ -336,7 +346,7 @@ def splits(contents: Contents) -> Iterator[Picture]:
 
 
 def sources(contents: Contents) -> Iterator[Picture]:
-    """Rows kept per source and per licence."""
+    """Plot rows kept per source and per licence."""
     by_source, by_licence = kept_by(contents, "source"), kept_by(contents, "licence")
     if len(by_source) > 1:
         by_name: Counter[str] = Counter()
@@ -349,7 +359,7 @@ def sources(contents: Contents) -> Iterator[Picture]:
 
 
 def kept_by(contents: Contents, key: str) -> Counter[str]:
-    """Rows kept by a field of the sources."""
+    """Count the rows kept by a field of the sources."""
     result: Counter[str] = Counter()
     for file in contents.sources:
         result[str(file.get(key) or "NOASSERTION")] += int(file.get("kept") or 0)
@@ -357,19 +367,19 @@ def kept_by(contents: Contents, key: str) -> Counter[str]:
 
 
 def way(contents: Contents) -> Picture:
-    """From read to kept, step by step."""
+    """Plot the rows left from read to kept, step by step."""
     return funnel("funnel", "From read to kept", contents.stages())
 
 
 def reasons(contents: Contents) -> Iterator[Picture]:
-    """Drops by reason."""
+    """Plot Drops by reason."""
     if contents.dropped:
         total = sum(contents.dropped.values())
         yield bars("reasons", "Rows dropped, by reason", ranked(contents.dropped, total), colour="var(--red)")
 
 
 def losers(contents: Contents) -> Iterator[Picture]:
-    """Drops by source, where there is more than one."""
+    """Plot Drops by source, if there are several sources."""
     by_name: Counter[str] = Counter()
     for source, count in contents.drops.by_source.items():
         by_name[short_path(source)] += count
@@ -378,7 +388,7 @@ def losers(contents: Contents) -> Iterator[Picture]:
 
 
 def clusters(contents: Contents) -> Iterator[Picture]:
-    """How many rows one survivor stands for, per step that removes duplicates."""
+    """Plot rows per duplicate cluster, for each step that removes duplicates."""
     for step, sizes in sorted(contents.drops.clusters.items()):
         binned = {f"{low}" if low == high else f"{low}–{high}": count for (low, high), count in _sizes(sizes)}
         rows = [(label, float(count), f"{count:,}") for label, count in binned.items()]
@@ -388,7 +398,7 @@ def clusters(contents: Contents) -> Iterator[Picture]:
 
 
 def _sizes(sizes: Mapping[int, int]) -> list[tuple[tuple[int, int], int]]:
-    """Clusters by their number of rows, survivor included: 2, 3, 4, 5-8, 9-16, ..."""
+    """Count clusters by number of rows, survivor included, in bins 2, 3, 4, 5-8, 9-16, ..."""
     results: Counter[tuple[int, int]] = Counter()
     for dropped, count in sizes.items():
         size = dropped + 1
@@ -398,7 +408,7 @@ def _sizes(sizes: Mapping[int, int]) -> list[tuple[tuple[int, int], int]]:
 
 
 def scores(contents: Contents) -> Iterator[Picture]:
-    """How alike the pairs are, per evidence file that holds pairs."""
+    """Plot the similarity scores of pairs, for each evidence file that holds pairs."""
     for name, pairs in contents.evidence.pairs.items():
         used = np.nonzero(pairs.scores)[0]
         if not len(used):
@@ -415,7 +425,7 @@ def scores(contents: Contents) -> Iterator[Picture]:
 
 
 def media(contents: Contents) -> Iterator[Picture]:
-    """Sizes of images, durations of sounds."""
+    """Plot sizes of images and durations of sounds."""
     for kind, title, axis in (("image", "Images", "pixels of the longer side"), ("audio", "Sounds", "seconds")):
         files = contents.media.get(kind)
         if files and files.sizes:
@@ -434,12 +444,12 @@ def _sized(kind: str, title: str, axis: str, files: dataset_statistics.MediaFile
 
 
 def count_bars(step: str, key: str, counts: Mapping[str, int]) -> Picture:
-    """What a step counted, as bars."""
+    """Plot the counts of a step as bars."""
     return bars(f"{_file(step)}-{_file(key)}", key.replace("_", " "), ranked(counts))
 
 
 def _file(name: str) -> str:
-    """A word of ours or of a recipe as a file name."""
+    """Return the name of a step, rule or field as a file name."""
     return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name)[:60].strip("-") or "x"
 
 

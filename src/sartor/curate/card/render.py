@@ -1,9 +1,9 @@
-"""Renders a card as HTML and Markdown.
+"""Renderers of a card: HTML and Markdown.
 
-Words of the data stand in code spans and in fenced blocks, whose fence is longer than any in them: there Markdown,
-HTML, links, mentions, formulas and autolinks mean nothing. Sentences of plain letters and stops can mean nothing, and
-stand as they are. In a table a vertical bar is shown as its look-alike U+2223, since renderers part cells before they
-see a code span.
+Markdown shows text from the data in code spans and fenced blocks, with a fence longer than any in the text. There
+Markdown, HTML, links, mentions, formulas and autolinks have no effect. Sentences of plain letters and stops need no
+protection and are shown as they are. In a table a vertical bar becomes its look-alike U+2223, since renderers split
+cells before they parse code spans.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _HEAD = (
     "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'; img-src "
     'data:">'
 )
-_SHORT = 20  # characters of a name that is not broken
-_TURN = 500  # characters of a turn
+_SHORT = 20  # longest name, in characters, that is kept on one line
+_TURN = 500  # characters shown of a turn
 _STYLE = (
     COLOURS
     + """
@@ -79,7 +79,7 @@ summary { cursor: pointer; color: var(--blue); }
 
 
 def render_html(name: str, sections: Sequence[Section]) -> str:
-    """The page."""
+    """Return the card as one HTML page."""
     body = [f"<h1>{_line(QuotedText(name, 120), plain=True)}</h1>"]
     for section in sections:
         body.append(f"<h2>{escape(section.title)}</h2>" if section.title else "")
@@ -113,7 +113,7 @@ def _block(block: Block) -> str:
 
 
 def _line(line: Line, *, plain: bool = False) -> str:
-    """Our words as they are; the data's in a face of their own, each with a reading direction of its own."""
+    """Return a line as HTML. Quoted data gets its own face and its own reading direction."""
     parts = line if isinstance(line, tuple) else (line,)
     return "".join(_words(part, plain) if isinstance(part, QuotedText) else escape(part) for part in parts)
 
@@ -141,7 +141,10 @@ def _table(table: Table) -> str:
 
 
 def _figure(picture: Plot, *, titled: bool = True) -> str:
-    """A plot that stands alone in its section has the section's title."""
+    """Return a plot as an HTML figure.
+
+    titled: False for a plot that is alone in its section, which has the title already.
+    """
     title = f"<h3>{escape(picture.title)}</h3>" if titled else ""
     note = f"<figcaption>{escape(picture.note)}</figcaption>" if picture.note else ""
     return f"<figure>{title}{inline(picture)}{note}</figure>"
@@ -171,14 +174,14 @@ def _pieces(pieces: Sequence[TextPiece]) -> str:
 
 
 _HARMLESS = re.compile(r"[^\W_](?:[^\W_]|[ ,;./%()'+-]|:(?= ))*")
-# What renderers look for in text even where its punctuation is escaped: addresses, mentions, emoji, issues, formulas,
+# Patterns that renderers interpret even where punctuation is escaped: addresses, mentions, emoji, issues, formulas,
 # tags
 _ACTS = re.compile(r"www\.|://|@|:\w|\$|[#<>`\[\]\\{}]|\s\s|\n", re.IGNORECASE)
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!])")
 
 
 def render_markdown(name: str, head: Mapping[str, Any], sections: Sequence[Section]) -> str:
-    """The file."""
+    """Return the card as a Markdown file with a YAML head."""
     front = yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True, width=100)
     parts = [f"---\n{front}---", f"# {_markdown_line(QuotedText(name, 120, prose=True))}"]
     for section in sections:
@@ -266,12 +269,12 @@ def _markdown_quoted(quoted: QuotedText, bar: str) -> str:
 
 
 def _is_harmless(text: str) -> bool:
-    """Letters, digits and stops that neither begin a list nor make an address or an emoji."""
+    """Return True for letters, digits and stops that form no list item, address or emoji."""
     return bool(_HARMLESS.fullmatch(text)) and "www." not in text.lower() and not re.match(r"\d+[.)]", text)
 
 
 def code(text: str, bar: str = "|") -> str:
-    """A code span: one line, delimited by more backticks than stand in it anywhere."""
+    """Return a code span: one line, delimited by more backticks than occur anywhere in it."""
     text = " ".join(escape_control(text).split()).replace("|", bar)
     if not text:
         return ""
@@ -291,7 +294,8 @@ def _longest_run(text: str) -> int:
 
 
 def _plain(text: str) -> str:
-    """Our own words, in which punctuation is no markup. A step's or a rule's name may be among them: if it acts, it is
-    code.
+    """Return text of the program with Markdown punctuation escaped.
+
+    It may contain the name of a step or a rule. If that would still be interpreted, it becomes a code span.
     """
     return code(text) if _ACTS.search(text) else _SPECIAL.sub(r"\\\1", text)

@@ -1,4 +1,4 @@
-"""Sections of a card in reading order."""
+"""Sections of a card, in reading order."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from sartor.curate.card.blocks import (
 from sartor.curate.card.card_data import Contents, short_path
 from sartor.curate.card.dataset_statistics import UNCLEAR, Sampled
 
-AROUND = 12  # words shown on either side of a difference; what is alike beyond them is counted, not shown
-LONGEST_WORD = 60  # characters; the rest of a longer word is left out where it is shown
-WORDS = 140  # words of a text that are shown
+AROUND = 12  # equal words shown on either side of a difference; further equal words are only counted
+LONGEST_WORD = 60  # characters; longer words are cut
+WORDS = 140  # words shown of a text
 
 
 def pieces(text: str) -> list[TextPiece]:
-    """The start of a text that has nothing to be compared with."""
+    """Return the start of a text that is not compared with another."""
     words = text.split(" ")
     hidden_count = len(words) - WORDS
     return [
@@ -50,9 +50,10 @@ def pieces(text: str) -> list[TextPiece]:
 
 
 def differences(first: str, second: str) -> tuple[list[TextPiece], list[TextPiece]]:
-    """Both texts in pieces, those that differ marked; long stretches that are alike are left out and counted.
+    """Return both texts in pieces, with the differing words marked.
 
-    The longest common subsequence of words (rapidfuzz). Words are what blanks part; a line break is a word of its own.
+    Long equal stretches are left out and counted. The comparison is the longest common subsequence of words
+    (rapidfuzz). Words are separated by white space; a line break is a word of its own.
     """
     left, right = _words(first), _words(second)
     result: tuple[list[TextPiece], list[TextPiece]] = ([], [])
@@ -97,11 +98,11 @@ def _short(word: str) -> str:
 
 OWN = ("near_duplicates", "exact_duplicates", "semantic_duplicates", "suspicious_labels", "personal_data")
 _REASONS_SHOWN, _EACH = 14, 2
-_LISTED = 8  # items of a list among a step's facts
+_LISTED = 8  # items shown of a list among a step's facts
 
 
 def dropped(contents: Contents) -> Iterator[Block]:
-    """The reasons with their counts, and rows that went for each."""
+    """Yield the reasons with their counts, and sample rows for each reason."""
     if not contents.dropped:
         yield Prose("Nothing was dropped.", "soft")
         return
@@ -136,7 +137,7 @@ def _reason_table(contents: Contents) -> Table:
 
 
 def _ranked_drops(contents: Contents, reason: str) -> list[Drop]:
-    """The candidates of a reason, those whose evidence is whole first."""
+    """Return the candidate rows of a reason, those with complete evidence first."""
     candidates = contents.drops.shown.get(reason, [])
     return sorted(
         candidates, key=lambda drop: not drop.text or bool(drop.kept and drop.kept not in contents.rows.wanted)
@@ -171,7 +172,7 @@ def _dropped_block(contents: Contents, drop: Drop) -> Dropped:
 
 
 def duplicates(contents: Contents) -> Iterator[Block]:
-    """Clusters and scores, and what the steps say of them."""
+    """Yield plots of clusters and scores, and the facts of the duplicate steps."""
     pictures = [*plots.clusters(contents), *plots.scores(contents)]
     if pictures:
         yield Pictures(pictures)
@@ -181,7 +182,7 @@ def duplicates(contents: Contents) -> Iterator[Block]:
 
 
 def suspicious(contents: Contents) -> Iterator[Block]:
-    """The head of the queue, and what the step says of the whole."""
+    """Yield the head of the review queue and the facts of the label step."""
     facts = contents.steps.get("suspicious_labels") or {}
     for name, queue in contents.evidence.queues.items():
         total = contents.evidence.files[name]
@@ -220,7 +221,7 @@ def _queue(contents: Contents, queue: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def personal_data(contents: Contents) -> Iterator[Block]:
-    """Counts by kind; the values themselves are in no file of a Dataset."""
+    """Yield the counts by kind. The values themselves are in no file of a Dataset."""
     facts = contents.steps.get("personal_data")
     if facts:
         yield Prose("What was found was masked or dropped before anything was written; here are counts alone.", "soft")
@@ -228,7 +229,7 @@ def personal_data(contents: Contents) -> Iterator[Block]:
 
 
 def step(kind: str, facts: Mapping[str, Any]) -> Iterator[Block]:
-    """Whatever a step says of itself: counts as bars, lists cut, the rest as names and values."""
+    """Yield the facts of a step: counts as bars, long lists cut, the rest as a table."""
     plain: dict[str, Any] = {}
     pictures = []
     for key, value in facts.items():
@@ -265,7 +266,7 @@ _TERMS = ("share_alike", "non_commercial", "expires", "consent")
 
 
 def sections(contents: Contents) -> list[Section]:
-    """Every section that has something to say."""
+    """Return all sections that are not empty."""
     all_sections = [
         Section("", [Prose(_lead(contents), "soft"), Headlines(_headlines(contents)), *_warnings(contents)]),
         Section("From read to kept", [plots.way(contents)]),
@@ -322,7 +323,7 @@ def _headlines(contents: Contents) -> list[tuple[str, str]]:
 
 
 def known_languages(contents: Contents) -> list[str]:
-    """Codes of the languages of at least one sampled row in twenty, most frequent first."""
+    """Return the languages of at least 5 % of the sampled rows, as codes, most frequent first."""
     counts = contents.languages or Counter[str]()
     min_count = 0.05 * sum(counts.values())
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -379,7 +380,7 @@ def _source_table(contents: Contents) -> Table:
 
 
 def _without_empty(table: Table) -> Table:
-    """The table without the columns that say nothing in any row."""
+    """Return the table without columns that are empty in every row."""
     used = [n for n in range(len(table.head)) if any(_says(row[n]) for row in table.rows)]
     rows = [[row[n] for n in used] for row in table.rows]
     return Table([table.head[n] for n in used], rows, frozenset(used.index(n) for n in table.numbers if n in used))
@@ -390,7 +391,7 @@ def _says(cell: Line) -> bool:
 
 
 def file_name(file: Mapping[str, Any]) -> str:
-    """A file as its source names it: two sources may hold files of one name."""
+    """Return the name of a file within its source: two sources may hold files of the same name."""
     source, path = str(file.get("source") or ""), str(file.get("path") or "")
     return short_path(source if source.endswith(path) else f"{source}/{path}")
 
@@ -400,7 +401,7 @@ def _count(value: Any) -> str:
 
 
 def _terms(file: Mapping[str, Any]) -> str:
-    """What a source declares beside its licence, in words."""
+    """Return the terms that a source declares besides its licence, in words."""
     parts = [f"for {format_value(file['use'])} use"] if file.get("use") else []
     terms = file.get("terms") or {key: file[key] for key in _TERMS if key in file}
     if isinstance(terms, Mapping):
@@ -442,7 +443,7 @@ def _what_is_in_it(contents: Contents) -> Iterator[Block]:
 
 
 def _one_of_each_source(sample: Sequence[Sampled]) -> list[Sampled]:
-    """The sample with the first row of each source first."""
+    """Return the sample with the first row of each source first."""
     first: dict[str, Sampled] = {}
     for row in sample:
         first.setdefault(row.source, row)
@@ -506,7 +507,7 @@ def _provenance(contents: Contents) -> Iterator[Block]:
 
 
 def _recipe_text(contents: Contents, recipe: Any) -> str:
-    """The recipe as YAML, absolute source paths shortened as elsewhere."""
+    """Return the recipe as YAML, with absolute source paths shortened as elsewhere."""
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
     for file in contents.sources:
         source = str(file.get("source") or "")

@@ -1,9 +1,9 @@
-"""Duplicate clusters, survivors and removal guards.
+"""Duplicate clusters, their survivors, and limits on removals.
 
-Pairs are similar, and similarity is not transitive: of a chain a ~ b ~ c the ends may be unlike. So rows are taken in
-the order of their rank, and one that is still there takes away those that are verified to be like *it*. Nobody goes
-for a row that it was not held against. The survivors are the lexicographically first maximal independent set of the
-graph of pairs, so the result depends on nothing but pairs and rank.
+Similarity is not transitive: in a chain a ~ b ~ c the ends may be dissimilar. Rows are therefore taken in order of
+rank, and each remaining row removes the rows that are verified duplicates of *it*. No row is removed for one that it
+was not compared with. The survivors are the lexicographically first maximal independent set of the graph of pairs, so
+the result depends only on pairs and rank.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from sartor.curate.dedup.shingles import F32, I64, U8
 
 
 def components(count: int, a: I64, b: I64, labels: I64 | None = None) -> I64:
-    """(count,) the least row of each row's component, joining `labels` (an earlier result) by the pairs (a, b).
+    """Return (count,) the least row of each row's connected component.
 
-    Hooking and pointer jumping (Shiloach and Vishkin 1982): rounds grow with the logarithm of the longest chain.
+    a, b: (P,) pairs that connect rows. labels: (count,) an earlier result to extend.
+
+    Hooking and pointer jumping (Shiloach and Vishkin 1982): the number of rounds grows with the logarithm of the
+    longest chain.
     """
     labels = np.arange(count) if labels is None else labels
     if not len(a):
@@ -45,8 +48,9 @@ def components(count: int, a: I64, b: I64, labels: I64 | None = None) -> I64:
 
 
 def rank_positions(rank: NDArray[Any], labels: I64 | None = None) -> I64:
-    """(N,) the place of each row by rank, the highest first, of equals the first read; with `labels`, the best of its
-    class.
+    """Return (N,) the position of each row by rank, highest first; among equals the first read comes first.
+
+    labels: (N,) classes of rows, or None. With it, each row gets the best position of its class.
     """
     order = np.lexsort((np.arange(len(rank)), -np.asarray(rank, np.float64)))
     positions = np.empty(len(order), np.int64)
@@ -60,8 +64,10 @@ def rank_positions(rank: NDArray[Any], labels: I64 | None = None) -> I64:
 
 @dataclass(frozen=True)
 class Removals:
-    """R removed rows, ascending: (R,) each. `kept_rows` is the row that stays for one of `rows`, `score` and `method`
-    of the two.
+    """R removed rows, ascending. All arrays are (R,).
+
+    kept_rows: the row kept in place of each of `rows`.
+    score, method: similarity of the two, and the measure that gave it.
     """
 
     rows: I64
@@ -71,16 +77,16 @@ class Removals:
 
     @property
     def clusters(self) -> int:
-        """Survivors that took somebody's place."""
+        """Number of survivors for which a row was removed."""
         return len(np.unique(self.kept_rows))
 
     @property
     def largest_cluster(self) -> int:
-        """Rows of the largest cluster, its survivor among them; 0 without clusters."""
+        """Rows of the largest cluster, including its survivor; 0 without clusters."""
         return int(np.unique(self.kept_rows, return_counts=True)[1].max()) + 1 if len(self.kept_rows) else 0
 
     def by_method(self) -> dict[str, int]:
-        """How many rows went by which measure."""
+        """Return the number of removed rows by method."""
         return {
             name: int(count)
             for name, count in zip(METHODS, np.bincount(self.method, minlength=3), strict=True)
@@ -89,10 +95,11 @@ class Removals:
 
 
 def resolve_clusters(pairs: ScoredPairs, rank: NDArray[Any], rules: DuplicateRules) -> Removals:
-    """The removals that pairs ask for under the rules. `rank` (N,): of two alike the higher stays, of equals the first
-    read.
+    """Return the removals that the pairs require under the rules.
 
-    Rows of equal content are one row whose best stays. Raises nothing; see `guard`.
+    rank: (N,) of two duplicates the higher is kept; among equals the first read.
+
+    Rows of equal content act as one row, of which the best is kept. `check_removals` applies the limits.
     """
     duplicates = pairs.judged(rules.threshold, rules.contained)
     positions = rank_positions(rank)
@@ -108,20 +115,23 @@ def resolve_clusters(pairs: ScoredPairs, rank: NDArray[Any], rules: DuplicateRul
     scores, methods = np.ones(len(rank), np.float32), np.full(len(rank), EXACT, np.uint8)
     scores[removed] = near_pairs.score(rules.threshold)[edge]
     methods[removed] = near_pairs.method(rules.threshold)[edge]
-    # twins of a removed row go for the same survivor, by the same evidence
+    # rows equal to a removed row are removed for the same survivor, with the same evidence
     row_survivors = survivors[best]
     rows = np.union1d(removed, exact_rows)
     return Removals(rows, row_survivors[rows], scores[best[rows]], methods[best[rows]])
 
 
 def _stars(a: I64, b: I64, positions: I64) -> tuple[I64, I64, I64]:
-    """Removed rows, the row that each is removed for, and the pair that says so."""
+    """Return removed rows, the row kept for each, and the index of the deciding pair, (R,) each.
+
+    a, b: (P,) pairs. positions: (N,) position of each row by rank.
+    """
     swap = positions[a] > positions[b]
     better, worse = np.where(swap, b, a), np.where(swap, a, b)
     order = np.lexsort((positions[worse], positions[better]))
     removed: dict[int, tuple[int, int]] = {}
     for kept_row, row, edge in zip(better[order].tolist(), worse[order].tolist(), order.tolist(), strict=True):
-        # by the order of the pairs, whatever could remove `keep` has been seen
+        # pairs are in order of rank: every pair that could remove `kept_row` has been processed
         if kept_row not in removed and row not in removed and kept_row != row:
             removed[row] = (kept_row, edge)
     rows = np.fromiter(removed, np.int64, len(removed))
@@ -131,15 +141,14 @@ def _stars(a: I64, b: I64, positions: I64) -> tuple[I64, I64, I64]:
 
 @dataclass(frozen=True)
 class RemovalLimits:
-    """What may be removed without asking.
+    """Limits on removals, beyond which the run stops.
 
-    `source_fraction`: of one source, by one cluster; a cluster that takes three quarters of a file is a template, the
-    wrong field, or a source that is another's copy, and only its owner knows which. `fraction`: of all rows; so much
-    goes when
-    `text_field` names a field of few values. Clusters that take fewer than `min_rows` rows of a source are never asked
-    about.
-    `allow`: sources that may go wholly. `in_recipe`: the limits are a step's options, not flags; the remedies say them
-    so.
+    source_fraction: of one source, by one cluster. A cluster that takes three quarters of a file is a template, the
+    wrong field, or a source that copies another; only its owner knows which.
+    fraction: of all rows. So many are removed if `text_field` names a field of few values.
+    min_rows: clusters that take fewer rows of a source are never checked.
+    allow: sources that may be removed wholly.
+    in_recipe: the limits are options of a step, not flags; remedies are worded accordingly.
     """
 
     source_fraction: float = 0.75
@@ -149,7 +158,7 @@ class RemovalLimits:
     in_recipe: bool = False
 
     def option(self, name: str, value: str = "") -> str:
-        """An option as the person who waits would write it."""
+        """Return an option as the user would write it."""
         if self.in_recipe:
             return (
                 f"`{name.replace('-', '_')}: [{value}]` of the step"
@@ -166,9 +175,10 @@ def check_removals(
     limits: RemovalLimits,
     describe: Callable[[int], str] = str,
 ) -> None:
-    """Raise GuardError where removals go beyond the limits.
+    """Raise GuardError if removals exceed the limits.
 
-    `sources` (N,) numbers the source of each row, `names` says them; `describe` tells a person which row a number is.
+    sources: (N,) source number of each row. names: name of each source.
+    describe: returns a readable label for a row number.
     """
     if len(removals.rows) < limits.min_rows:
         return

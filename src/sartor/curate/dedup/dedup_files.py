@@ -1,4 +1,4 @@
-"""Verb dedup: duplicates in any files of records."""
+"""Verb `dedup`: duplicates in any files of records."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from sartor.curate.dedup.record_files import BadRecord, ComparedFields, blocks
 
 
 class DedupProgress:
-    """A bar for every stage that `show` is told of; nothing at all without `visible`."""
+    """Progress display with one bar for each stage; shows nothing unless `visible`."""
 
     def __init__(self, visible: bool) -> None:
         columns = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()]
@@ -50,13 +50,13 @@ class DedupProgress:
         self._lines.stop()
 
     def show(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` pieces of a stage are behind us."""
+        """Show `done` of `total` pieces of a stage."""
         if stage not in self._tasks:
             self._tasks[stage] = self._lines.add_task(stage, total=total)
         self._lines.update(self._tasks[stage], completed=min(done, total), total=total)  # type: ignore[arg-type]
 
 
-# Less than this is read and compared before two processes have started.
+# Less input than this is read and compared faster than two processes start.
 _PAYS_BYTES = 24 << 20
 _STORE = "shingles.bin"
 _SAID = ("path", "rows", "fields", "fields_reason", "left_out")
@@ -64,7 +64,7 @@ _SAID = ("path", "rows", "fields", "fields_reason", "left_out")
 
 @dataclass(frozen=True)
 class DedupOptions:
-    """What `sartor dedup` may be told."""
+    """Options of `sartor dedup`."""
 
     text_field: str = option(
         "", "field or fields (a,b) compared, a.b goes into objects; empty: `text`, a known form, or all of them joined"
@@ -101,13 +101,17 @@ class DedupOptions:
 
     @property
     def limits(self) -> RemovalLimits:
-        """The guards."""
+        """Limits on removals."""
         return RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow)
 
 
 @dataclass(frozen=True)
 class Deduplicated:
-    """What `dedup` made: the artefact, and its numbers."""
+    """Result of `dedup`.
+
+    listed: number of duplicate pairs.
+    pairs_file: file to which they were exported, if any.
+    """
 
     artifact: Artifact
     wall_s: float
@@ -115,7 +119,7 @@ class Deduplicated:
     pairs_file: Path | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         manifest = self.artifact.manifest
         return {
             "out": str(self.artifact.path),
@@ -140,13 +144,14 @@ def dedup(
     show: bool = False,
     **options: Any,
 ) -> Deduplicated:
-    """Find the duplicates in files of records; write to `out` what stays, what goes and for what, and every verified
-    pair.
+    """Find duplicates in files of records; write kept rows, dropped rows and all verified pairs to `out`.
 
-    `options` are those of DedupOptions. `pairs`: also list duplicates as (a, b, score, method), rows numbered from 0
-    over all
-    files in their order. `show`: progress on stderr. Raises ConfigError, SourceError (no row can be used, a file
-    changes meanwhile), GuardError.
+    pairs: file to which duplicates are exported as (a, b, score, method). Rows are numbered from 0 over all files in
+    order.
+    show: show progress on stderr.
+    options: those of DedupOptions.
+
+    Raises ConfigError, SourceError (no row can be used, or a file changes meanwhile), GuardError.
     """
     began = time.monotonic()
     settings = _options(options)
@@ -206,7 +211,7 @@ def write_rows(
     max_row_bytes: int,
     executor: Executor,
 ) -> None:
-    """The second reading of every file. Raises SourceError if one is no longer as it was."""
+    """Read every file a second time and write its rows. Raises SourceError if one has changed."""
     first = 0
     with Writer(folder, rows, removals) as writer:
         for file, count in zip(inputs, counts, strict=True):
@@ -225,7 +230,7 @@ def facts(
     removals: Removals,
     rules: DuplicateRules,
 ) -> dict[str, Any]:
-    """What the manifest says of a run, but for what only a first run knows."""
+    """Return the facts of the manifest, except those that only a first run knows."""
     read = len(rows.line)
     reasons = Counter(fault.reason for fault in rows.faults.values())
     return {
@@ -291,11 +296,10 @@ def _nothing(rows: RecordLocations) -> str:
 def rethreshold(
     path: Path | str, out: Path | str, *, threshold: float, replace: bool = False, show: bool = False
 ) -> Deduplicated:
-    """Write to `out` what `sartor dedup` would have written at another threshold, from the pairs in its artefact at
-    `path`.
+    """Write to `out` the result of `sartor dedup` at another threshold, from the pairs stored at `path`.
 
-    The input files are read for their rows alone. Raises ConfigError for a threshold below the floor that pairs were
-    kept to, ArtifactError if an input file is gone or was changed, GuardError as `dedup` does.
+    The input files are read only to write their rows. Raises ConfigError for a threshold below the floor of the stored
+    pairs, ArtifactError if an input file is missing or was changed, GuardError as `dedup` does.
     """
     began = time.monotonic()
     old = open_artifact(path, "duplicates")
@@ -348,7 +352,7 @@ def _input(entry: Mapping[str, Any]) -> FileOfRows:
 
 
 def _rows(old: Artifact, inputs: list[FileOfRows], max_row_bytes: int) -> RecordLocations:
-    """Where the rows stand, by reading the files for their lines; which could not be used, by what was dropped."""
+    """Return the locations of the rows from the files, and the bad records from the dropped rows."""
     of_file, lines = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
     for number, file in enumerate(inputs):
         for block in blocks(file.path, file.kind, max_row_bytes):

@@ -1,4 +1,4 @@
-"""Reads record files twice: sketch, then write."""
+"""Two passes over record files: sketch the rows, then write them."""
 
 from __future__ import annotations
 
@@ -58,8 +58,10 @@ _DROPPED = pa.schema(
 
 @dataclass(frozen=True)
 class RecordLocations:
-    """Where the N rows of a run stand: `names` of the files, (N,) the `file` of each and its `line`; `faults` by
-    row.
+    """Locations of the N rows of a run.
+
+    names: paths of the files. file: (N,) index into `names`. line: (N,) line of each row.
+    faults: rows that cannot be used, by row number.
     """
 
     names: list[str]
@@ -68,12 +70,12 @@ class RecordLocations:
     faults: dict[int, BadRecord]
 
     def describe(self, row: int) -> str:
-        """A row as a person finds it."""
+        """Return a row's location as "file:line"."""
         return f"{self.names[self.file[row]]}:{self.line[row]}"
 
 
 class Writer:
-    """Writes `kept/` and `dropped.parquet` below a folder; a context manager."""
+    """Writer of `kept/` and `dropped.parquet` below a folder; a context manager."""
 
     def __init__(self, folder: Path, rows: RecordLocations, removals: Removals) -> None:
         self.folder, self.rows, self.removals = folder, rows, removals
@@ -95,7 +97,10 @@ class Writer:
         self._dropped.close()
 
     def write(self, source: Path, kind: str, first: int, name: str, max_row_bytes: int) -> int:
-        """Part the rows of one file, whose first row has the number `first`; returns how many there were."""
+        """Divide the rows of one file into kept and dropped; return the number of rows.
+
+        first: row number of the file's first row.
+        """
         count = 0
         target = self.folder / "kept" / name
         with _open_target(kind, source, target) as out:
@@ -139,7 +144,7 @@ class Writer:
             self._flush()
 
     def _content(self, raw: Any, source: Path) -> bytes:
-        """The row as bytes. One too long to hold is copied to `too_long/` in pieces."""
+        """Return the row as bytes. A row that is too long is copied in pieces to `too_long/` instead."""
         if isinstance(raw, BadRecord):
             self._copy(raw, source)
             return b""
@@ -166,7 +171,7 @@ class Writer:
 
 
 class _Target(ABC):
-    """Where the kept rows of a file go; `write` gets each block with the mask of its rows."""
+    """Output for the kept rows of a file. `write` gets each block with the mask of its kept rows."""
 
     def __enter__(self) -> _Target:
         return self
@@ -185,7 +190,7 @@ def _open_target(kind: str, source: Path, target: Path) -> _Target:
 
 
 class _LinesTarget(_Target):
-    """JSON Lines and CSV: the bytes of every row, and what stood between rows (the header, blank lines)."""
+    """JSON Lines and CSV: the bytes of each kept row, and of everything between rows (header, blank lines)."""
 
     def __init__(self, target: Path) -> None:
         self._out = target.open("wb")
@@ -208,7 +213,7 @@ def _pieces(block: RecordBlock, keep: Mask) -> Iterator[bytes]:
 
 
 class _JsonTarget(_Target):
-    """A JSON file: the same list, or the same object around it, without the rows that go."""
+    """A JSON file: the same list, or the same object around it, without the dropped rows."""
 
     def __init__(self, source: Path, target: Path) -> None:
         self._source, self._target = source, target
@@ -229,7 +234,7 @@ class _JsonTarget(_Target):
 
 
 class _ParquetTarget(_Target):
-    """A Parquet file of the same schema; rows that go are in `dropped/` under the same name, with their types."""
+    """A Parquet file of the same schema. Dropped rows go to `dropped/` under the same name, with their types."""
 
     def __init__(self, source: Path, target: Path) -> None:
         self._source = pq.ParquetFile(source)
@@ -251,14 +256,16 @@ class _ParquetTarget(_Target):
         self._source.close()
 
 
-# Rows of each file that decide which fields are compared and how they are cut.
+# First rows of each file, from which the compared fields and the shingling are chosen.
 SAMPLE = 500
 
 
 @dataclass(frozen=True)
 class FileOfRows:
-    """An input file: its format, the fields that are compared, its name in the output, its size and time of change at
-    first.
+    """An input file.
+
+    kind: its format. choice: the fields that are compared. name: its name in the output.
+    stamp: size in bytes and modification time (ns) at the first reading.
     """
 
     path: Path
@@ -268,7 +275,7 @@ class FileOfRows:
     stamp: tuple[int, int]
 
     def check_unchanged(self) -> None:
-        """Raise SourceError if the file is no longer what the first reading saw."""
+        """Raise SourceError if the file has changed since the first reading."""
         if stamp_of(self.path) != self.stamp:
             raise SourceError(f"{self.path} was changed while it was read", "run again when nobody writes it")
 
@@ -276,8 +283,9 @@ class FileOfRows:
 def inspect_files(
     paths: Sequence[Path], text_field: str, unit: Any, size: int, max_row_bytes: int
 ) -> tuple[list[FileOfRows], Shingling]:
-    """The files and their fields, and how rows are cut, from the first rows of each. Raises ConfigError,
-    SourceError.
+    """Return the files with their compared fields, and the shingling, from the first rows of each file.
+
+    Raises ConfigError, SourceError.
     """
     if not paths:
         raise ConfigError("no file was named", "sartor dedup FILE... --out DIR")
@@ -317,27 +325,32 @@ def _record(row: Any, kind: str) -> Any:
 
 
 def stamp_of(path: Path) -> tuple[int, int]:
-    """Size and time of change of a file."""
+    """Return size in bytes and modification time (ns) of a file."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
 @dataclass
 class SketchedRows:
-    """What the first reading remembers of N rows; `shingles` are memory-mapped."""
+    """Result of the first reading of N rows, in the layout of `Sketches`.
+
+    shingles: memory-mapped.
+    lengths: (N,) characters of each row's text.
+    counts: rows of each file.
+    """
 
     rows: RecordLocations
     shingles: U32
     offsets: I64
     digests: U8
-    lengths: I64  # characters of each row's text
-    counts: list[int] = field(default_factory=list)  # rows of each file
+    lengths: I64
+    counts: list[int] = field(default_factory=list)
 
 
 def sketch_files(
     files: Sequence[FileOfRows], shingling: Shingling, store: Path, max_row_bytes: int, executor: Executor
 ) -> SketchedRows:
-    """Read every row of the files; shingles go to the file `store`."""
+    """Read every row of the files and sketch it. The shingles are written to the file `store`."""
     of_file: list[I32] = []
     lines: list[I64] = []
     sizes, digests, lengths = [np.empty(0, np.int64)], [np.empty((0, 16), np.uint8)], [np.empty(0, np.int64)]
@@ -378,7 +391,7 @@ def sketch_files(
 
 
 def _sized(file: FileOfRows, max_row_bytes: int) -> Iterator[tuple[Any, int]]:
-    """Blocks of a file, and about how many of its bytes each took."""
+    """Yield the blocks of a file, each with the approximate number of its bytes."""
     for block in blocks(file.path, file.kind, max_row_bytes):
         raw = [row if isinstance(row, bytes) else getattr(row, "raw", b"") for row in block.rows]
         yield block, sum(map(len, raw))
@@ -391,10 +404,9 @@ def _append(stream: BinaryIO, sketches: Sketches) -> None:
 def sketch_rows(
     rows: list[Any], choice: ComparedFields, kind: str, shingling: Shingling
 ) -> tuple[Sketches, I64, list[tuple[int, BadRecord]]]:
-    """Sketches of a block's rows as `record_files.blocks` yields them, the lengths of their texts, and by place the
-    Faults.
+    """Return the sketches of a block's N rows, (N,) text lengths, and the bad records by position.
 
-    A row that cannot be used has an empty set.
+    rows: as `record_files.blocks` yields them. A row that cannot be used has an empty set.
     """
     texts, faults = [], []
     for index, row in enumerate(rows):

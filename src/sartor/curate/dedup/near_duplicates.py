@@ -1,20 +1,20 @@
 """MinHash candidates and their verification.
 
-1. Rows of equal digest are one row from here on (`exact`).
-2. Shingles that stand in more than max(100, 0.5 %) of the rows are *common* (`shingles.py`): boilerplate, templates,
-   set phrases.
-3. MinHash signatures (Broder 1997) of what is a row's own, 50 bands of 4 (a pair with Jaccard 0.7 is missed once in a
-   million, with 0.5 four times in a hundred). Rows of which a good part is common also get a signature of the whole:
-   many near-copies of one row make each other's shingles common.
-4. Band by band, rows that share a key are candidates: each with its next NEIGHBOURS rows and with the first of its
-   bucket, so that the work is linear however large a bucket is.
-5. Every candidate is verified on the sets themselves (`pair_scoring.py`), and rows of a large cluster that were never
-   held against its head are, at the end.
+1. Rows of equal digest count as one row (`exact`).
+2. Shingles in more than max(100, 0.5 %) of the rows are *common* (`shingles.py`): boilerplate, templates, set phrases.
+3. MinHash signatures (Broder 1997) are computed from a row's own shingles, in 50 bands of 4. A pair becomes a
+   candidate with probability 1 - (1 - J^4)^50: a pair with Jaccard 0.7 is missed once in a million, with 0.5 four
+   times in a hundred. Rows with a large common part also get a signature of the whole set, since many near-copies of
+   one row make each other's shingles common.
+4. In each band, rows that share a key are candidates: each with its next NEIGHBOURS rows and with the first of its
+   bucket. The work is therefore linear, however large a bucket is.
+5. Every candidate is verified on the sets themselves (`pair_scoring.py`). At the end, rows of a large cluster that
+   were not compared with its head are compared with it.
 
-Odd sketches (Mitzenmacher, Pagh, Pham 2014): a bit is the parity of the elements that fall on it, so the bits in which
-two sketches differ are at most the elements that one of two sets holds alone, and about as many while they are few.
-Two of 256 bits a row, one of its common text and one of what is its own, tell most pairs of rows behind one
-boilerplate apart without touching their sets.
+Odd sketches (Mitzenmacher, Pagh, Pham 2014): a bit is the parity of the elements that hash to it. The number of bits
+in which two sketches differ is at most the number of elements in only one of the sets, and about equal to it while
+that is small. Two sketches of 256 bits a row, one of its common text and one of its own shingles, separate most pairs
+of rows behind one boilerplate without reading their sets.
 """
 
 from __future__ import annotations
@@ -48,14 +48,16 @@ from sartor.curate.dedup.shingles import (
 BANDS, BAND_ROWS = 50, 4
 PERMUTATIONS = BANDS * BAND_ROWS
 SEED = 4
-_ROWS = 4096  # of one task
-_LISTED = 512  # rensa's matrix leaves as lists of Python ints: so many rows of them stay in a core's cache
+_ROWS = 4096  # rows of one task
+_LISTED = 512  # rows of one call: rensa returns lists of Python ints, and these still fit in a core's cache
 _FOLD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)
 
 
 def band_keys(sets: Sets, rows: I64, *, whole: bool, executor: Executor) -> U32:
-    """(BANDS, n) 32-bit keys of the n `rows`, by their own shingles or by all of them; none of the sets may be
-    empty.
+    """Return (BANDS, n) 32-bit band keys of n rows.
+
+    rows: (n,) row numbers; none of their sets may be empty.
+    whole: use the whole sets instead of the rows' own shingles.
     """
     keys = np.empty((BANDS, len(rows)), np.uint32)
     blocks = (block for part in spans(sets.offsets, rows) for block in np.split(part, range(_ROWS, len(part), _ROWS)))
@@ -68,7 +70,7 @@ def band_keys(sets: Sets, rows: I64, *, whole: bool, executor: Executor) -> U32:
 
 
 def _tokens(sets: Sets, rows: I64, whole: bool) -> tuple[U32, I64]:
-    """The shingles of `rows`, and the offsets of the rows among them."""
+    """Return (T,) shingles of the n rows, and (n + 1,) offsets of the rows among them."""
     positions, sizes = shingle_positions(sets.offsets, rows)
     values = sets.shingles[positions]
     if not whole:
@@ -78,7 +80,7 @@ def _tokens(sets: Sets, rows: I64, whole: bool) -> tuple[U32, I64]:
 
 
 def _minhash_keys(tokens: U32, offsets: I64) -> U32:
-    """(n, BANDS) keys of n sets."""
+    """Return (n, BANDS) band keys of n sets. tokens: (T,). offsets: (n + 1,)."""
     cuts = [*range(0, len(offsets) - 1, _LISTED), len(offsets) - 1]
     keys = [
         _few_keys(tokens[offsets[a] : offsets[b]], offsets[a : b + 1] - offsets[a])
@@ -93,25 +95,29 @@ def _few_keys(tokens: U32, offsets: I64) -> U32:
         mixed(tokens.astype(np.uint64)), offsets.astype(np.uint64), PERMUTATIONS, SEED
     )
     flat = np.fromiter(itertools.chain.from_iterable(matrix.to_rows()), np.uint32, count * PERMUTATIONS)
+    # key of a band = top 32 bits of mixed(sum_r h_r c_r mod 2^64), over its BAND_ROWS minima h_r
     folded = flat.reshape(count, BANDS, BAND_ROWS).astype(np.uint64) @ _FOLD
     return (mixed(folded) >> np.uint64(32)).astype(np.uint32)
 
 
 _BITS = 256
-# Half of verify.DISPLACED: 256 bits run full before the sets do, and a pair that goes on is verified anyway.
+# Half of pair_scoring.DISPLACED: 256 bits saturate before the sets do, and a pair that passes is verified anyway.
 _DISPLACED = 0.12
 
 
 @dataclass(frozen=True)
 class BitSketch:
-    """(n, 4) words of 64 bits for each of n rows: of its common text, and of its own shingles."""
+    """Odd sketches of n rows: (n, 4) words of 64 bits each.
+
+    text_bits: of a row's common text. own_bits: of its own shingles.
+    """
 
     text_bits: U64
     own_bits: U64
 
     @staticmethod
     def of(sets: Sets, rows: I64) -> BitSketch:
-        """The sketches of `rows`."""
+        """Compute the sketches of the n rows. rows: (n,) row numbers."""
         text_bits, own_bits = [], []
         for part in spans(sets.offsets, rows):
             for block in np.split(part, range(_ROWS, len(part), _ROWS)):
@@ -127,19 +133,23 @@ class BitSketch:
         return BitSketch(np.concatenate(text_bits), np.concatenate(own_bits))
 
     def perhaps_edited(self, a: I64, b: I64) -> Mask:
-        """Whether pairs of places may pass the rule of displaced shingles in `pair_scoring.py`."""
+        """Return (P,) True for pairs that may satisfy the rule of displaced shingles in `pair_scoring.py`.
+
+        a, b: (P,) positions among the n rows.
+        """
         displaced = np.bitwise_count(self.text_bits[a] ^ self.text_bits[b]).sum(axis=1)
         own_difference = np.bitwise_count(self.own_bits[a] ^ self.own_bits[b]).sum(axis=1)
         return displaced >= _DISPLACED * own_difference  # type: ignore[no-any-return]
 
 
 def _folded(bits: I64, count: int) -> U64:
+    # bit j of a row = (number of its elements that hash to j) mod 2; (count, 256) bits -> (count, 4) words
     parity = np.bincount(bits, minlength=count * _BITS).astype(np.uint8) & 1
     return np.packbits(parity.reshape(count, _BITS), axis=1).view(np.uint64)
 
 
 NEIGHBOURS = 4
-# From this common share on, a row's whole set gets a signature too.
+# Least fraction of common shingles from which a row's whole set gets a signature too.
 COMMON_SHARE = 0.3
 _SEEN_BITS = 20
 _COMPLETIONS = 8
@@ -147,18 +157,21 @@ _COMPLETIONS = 8
 
 @dataclass(frozen=True)
 class NearDuplicatePairs:
-    """Verified pairs, and what the run noticed on its way."""
+    """Verified pairs, and counts of the run."""
 
     pairs: ScoredPairs
     common: int  # shingles that were ignored
-    empty: int  # rows without words, which are nobody's duplicates
-    candidates: int  # pairs that were verified
+    empty: int  # rows without words, which are duplicates of no row
+    candidates: int  # pairs that were measured
 
 
 def exact(digests: U8, empty: Mask) -> I64:
-    """(N,) the first row of equal content for every row; a row without words is its own."""
+    """Return (N,) the first row of equal content for every row; an empty row is its own.
+
+    digests: (N, 16). empty: (N,) True for rows without words.
+    """
     high, low = np.ascontiguousarray(digests).view(np.uint64).reshape(-1, 2).T
-    order = np.lexsort((low, high))  # stable: of equal rows the first read stands first
+    order = np.lexsort((low, high))  # stable: among equal rows the first read comes first
     is_first = np.ones(len(order), bool)
     is_first[1:] = (high[order][1:] != high[order][:-1]) | (low[order][1:] != low[order][:-1])
     first_rows = np.empty(len(order), np.int64)
@@ -174,11 +187,13 @@ def near_duplicates(
     rank: NDArray[Any] | None = None,
     executor: Executor = ALONE,
 ) -> NearDuplicatePairs:
-    """Verified pairs of N rows down to `rules.floor`, exact ones among them, each (a, b) with a < b once.
+    """Return the verified pairs of N rows down to `rules.floor`, each (a, b) with a < b once.
 
-    `shingles`, `offsets`, `digests` as in `Sketches` (memory-mapped files will do). `rank` (N,) is the one that
-    `clusters.resolve_clusters` will get; rows of large clusters are held against the row that it puts first (default:
-    the largest set). `executor`: progress, processes.
+    Exact duplicates are included.
+    shingles: (S,), offsets: (N + 1,), digests: (N, 16), as in `Sketches`; memory-mapped arrays are allowed.
+    rank: (N,) the rank that `clusters.resolve_clusters` will get. Rows of large clusters are compared with the row
+    that it puts first. The default is the size of the set.
+    executor: progress and processes.
     """
     sizes = np.diff(offsets)
     empty = sizes == 0
@@ -207,18 +222,21 @@ def near_duplicates(
 
 @dataclass
 class _Search:
-    """The state of a search: what was verified, and who is joined with whom."""
+    """State of a search: verified pairs, and the connected components that they form."""
 
     sets: Sets
     rules: DuplicateRules
-    checked: U64  # a cache of pairs that were verified, by hash: bounded, and a miss only repeats work
+    checked: U64  # (2^_SEEN_BITS,) bounded cache of measured pairs, by hash; a miss only repeats work
     labels: I64
     executor: Executor
     verified: list[ScoredPairs] = field(default_factory=list)
     candidates: int = 0
 
     def verify(self, a: I64, b: I64) -> None:
-        """Measure pairs that were not measured before, and keep those that pass the floor."""
+        """Measure pairs that were not measured before; keep those that reach the floor or are contained.
+
+        a, b: (P,) row numbers, in any order.
+        """
         keys = np.unique((np.minimum(a, b).astype(np.uint64) << np.uint64(32)) | np.maximum(a, b).astype(np.uint64))
         slots = ((keys * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - _SEEN_BITS)).astype(np.int64)
         is_new = self.checked[slots] != keys
@@ -238,7 +256,7 @@ class _Search:
 
 
 def _search_bands(search: _Search, rows: I64, set_kind: str, stage: str) -> None:
-    """Candidates among `rows` by the signatures of their own or whole sets, band by band."""
+    """Verify candidates among `rows` (n,) by the signatures of their own or whole sets, band by band."""
     if len(rows) < 2:
         return
     whole = set_kind == "whole"
@@ -255,8 +273,10 @@ def _search_bands(search: _Search, rows: I64, set_kind: str, stage: str) -> None
 
 
 def bucket_pairs(keys: U32) -> tuple[I64, I64, Mask]:
-    """Pairs of places with equal keys: each with the next NEIGHBOURS of its bucket and the first; and whether it is
-    crowded.
+    """Return P pairs of positions with equal keys: (P,) left, (P,) right, and (P,) whether the bucket is crowded.
+
+    keys: (n,). Each position is paired with the next NEIGHBOURS of its bucket and with the first. A crowded bucket has
+    more than NEIGHBOURS + 1 rows.
     """
     packed = (keys.astype(np.uint64) << np.uint64(32)) | np.arange(len(keys), dtype=np.uint64)
     packed.sort()
@@ -284,8 +304,9 @@ def bucket_pairs(keys: U32) -> tuple[I64, I64, Mask]:
 
 
 def _complete(search: _Search, positions: I64) -> None:
-    """Hold rows that lack an edge to the first-ranked row of their component against it; those unlike it against the
-    next.
+    """Verify rows without an edge to the first-ranked row of their component against that row.
+
+    Rows that do not match it are tried against the first-ranked among themselves, for up to _COMPLETIONS rounds.
     """
     duplicates = ScoredPairs.joined(search.verified).unique().judged(search.rules.threshold, search.rules.contained)
     open_rows = np.unique(np.concatenate([duplicates.a, duplicates.b]))
@@ -308,7 +329,7 @@ def _complete(search: _Search, positions: I64) -> None:
 
 
 def _heads(labels: I64, rows: I64, positions: I64) -> I64:
-    """(N,) by label, the row of the least place among `rows`."""
+    """Return (N,) by label the row of lowest position among `rows`; -1 for labels without one."""
     heads = np.full(len(labels), -1, np.int64)
     by_position = rows[np.argsort(-positions[rows])]
     heads[labels[by_position]] = by_position

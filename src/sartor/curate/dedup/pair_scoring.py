@@ -1,24 +1,22 @@
-"""True Jaccard and containment of candidate pairs.
+"""Jaccard similarity and containment of candidate pairs.
 
-Common shingles (`shingles.py`) are set aside, with two exceptions that follow from what they are for.
+Common shingles (`shingles.py`) are ignored, with two exceptions that follow from their purpose.
 
-- *An edit displaces, boilerplate adds.* Of 150 near-copies of one row every shingle is common but those that an edit
-  made; set aside, nothing would be left to agree on. But a changed word takes common shingles away where it stands,
-  and a row behind boilerplate has all of them. So where the common shingles that only one of the two holds are at
-  least DISPLACED of their own that only one holds, the pair is measured on the whole sets. Counted are those that are
-  about as common as the two rows' common shingles are in the mean (`Sets.common_cut`): a phrase like `of the` comes
-  with any text, and is no sign of an edit. With nothing of their own on either side the whole sets are measured too.
-  And a slot of a template, filled by one common word here and another there, displaces much and leaves nothing of its
-  own: less than EDITS of what it displaced is no edit.
-- *A short rest proves nothing.* `turn on the kitchen light` and `turn off the kitchen light` agree in all that is not
-  common among many such rows. Where less than `rules.least_own` is left of either, common shingles count against a
-  pair and never
-  for it: shared own ones over those and everything that only one of the two holds.
+- *An edit displaces, boilerplate adds.* Among 150 near-copies of one row, every shingle is common except those that an
+  edit made. Without the common ones nothing would be left to agree on. But a changed word removes common shingles
+  where it stands, while a row behind boilerplate has all of them. The pair is therefore measured on the whole sets if
+  the common shingles that only one row has are at least DISPLACED times the own shingles that only one row has. Only
+  common shingles count here that are about as common as the mean of the two rows' common shingles (`Sets.common_cut`):
+  a phrase like `of the` occurs in any text and is no sign of an edit. The whole sets are also measured if neither row
+  has own shingles. The slot of a template, filled by different common words, displaces much and leaves no own
+  shingles: an own difference below EDITS times the displaced count is no edit.
+- *A short rest proves nothing.* `turn on the kitchen light` and `turn off the kitchen light` agree in everything that
+  is not common among many such rows. If either row has fewer than `rules.least_own` own shingles, common shingles
+  count only against the pair: the shared own ones over those and everything that only one row has.
 
-And *other numbers are other facts*: where each of two rows holds numbers that the other lacks, and they agree on less
-than
-`rules.numbers` of them, the pair is none, however alike (`set the heating to 21 degrees`, `to 22 degrees`; one invoice
-and the next).
+In addition, *different numbers are different facts*: a pair is rejected, however similar, if each row has numbers that
+the other lacks and they share less than `rules.numbers` of all their numbers (`set the heating to 21 degrees`, `to 22
+degrees`; one invoice and the next).
 """
 
 from __future__ import annotations
@@ -38,10 +36,10 @@ METHODS = ("exact", "near", "contained")
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """P pairs of rows, a < b: (P,) each.
+    """P pairs of rows, a < b. All arrays are (P,).
 
-    `jaccard` 0..1 of the two sets as defined above, 1 for exact duplicates; `containment` 0..1, the share of the
-    smaller set that is in the larger, 0 where it was not to be asked.
+    jaccard: 0..1, of the two sets as defined in this module; 1 for exact duplicates.
+    containment: 0..1, fraction of the smaller set that is in the larger; 0 if a set is too small to measure it.
     """
 
     a: I64
@@ -52,18 +50,18 @@ class ScoredPairs:
 
     @staticmethod
     def none() -> ScoredPairs:
-        """No pairs."""
+        """Return no pairs."""
         return ScoredPairs.joined([])
 
     @staticmethod
     def of_exact(a: I64, b: I64) -> ScoredPairs:
-        """Pairs of equal content."""
+        """Return pairs of rows with equal content. a, b: (P,) row numbers, in any order."""
         ones = np.ones(len(a), np.float32)
         return ScoredPairs(np.minimum(a, b), np.maximum(a, b), ones, ones, np.ones(len(a), bool))
 
     @staticmethod
     def joined(parts: Sequence[ScoredPairs]) -> ScoredPairs:
-        """All pairs of some."""
+        """Return the pairs of all parts."""
         types = (np.int64, np.int64, np.float32, np.float32, np.bool_)
         columns = zip([column.name for column in fields(ScoredPairs)], types, strict=True)
         return ScoredPairs(
@@ -71,28 +69,31 @@ class ScoredPairs:
         )
 
     def select(self, chosen: Mask | I64) -> ScoredPairs:
-        """The pairs that a mask or a list of places chooses."""
+        """Return the pairs chosen by a (P,) mask or an array of positions."""
         return ScoredPairs(*[getattr(self, column.name)[chosen] for column in fields(self)])
 
     def unique(self) -> ScoredPairs:
-        """Each pair once, sorted by (a, b)."""
+        """Return each pair once, sorted by (a, b)."""
         keys = (self.a.astype(np.uint64) << np.uint64(32)) | self.b.astype(np.uint64)
         return self.select(np.unique(keys, return_index=True)[1])
 
     def judged(self, threshold: float, contained: float) -> ScoredPairs:
-        """The pairs that are duplicates at a threshold of Jaccard, or of containment (0 switches that off)."""
+        """Return the pairs that are duplicates.
+
+        threshold: least Jaccard similarity. contained: least containment; 0 disables it.
+        """
         return self.select(self.is_judged(threshold, contained))
 
     def is_judged(self, threshold: float, contained: float) -> Mask:
-        """(P,) whether each is such a pair."""
+        """Return (P,) True for each pair that is a duplicate at the given limits."""
         return self._near(threshold) | self._contained(contained)
 
     def method(self, threshold: float) -> U8:
-        """(P,) EXACT, NEAR or CONTAINED: by which measure a judged pair is a duplicate."""
+        """Return (P,) EXACT, NEAR or CONTAINED: the measure by which a duplicate pair qualifies."""
         return np.where(self.exact, EXACT, np.where(self._near(threshold), NEAR, CONTAINED)).astype(np.uint8)
 
     def score(self, threshold: float) -> F32:
-        """(P,) the measure that decided: Jaccard, or containment where Jaccard alone would not have."""
+        """Return (P,) the deciding measure: Jaccard, or containment if Jaccard is below the threshold."""
         return np.where(self._near(threshold), self.jaccard, self.containment)
 
     def _near(self, threshold: float) -> Mask:
@@ -105,19 +106,21 @@ class ScoredPairs:
 DISPLACED, EDITS = 0.25, 0.1
 # By measurement: docs/decisions/007-dedup.md
 THRESHOLDS = {"words": 0.65, "characters": 0.45}
-# Pairs are kept down to here, so that a lower threshold needs no new search; 50 x 4 finds 96 % of pairs at 0.5, 73 %
-# at 0.4.
+# Pairs are stored down to here, so that a lower threshold needs no new search; 50 x 4 bands find 96 % of the pairs
+# at 0.5 and 73 % at 0.4.
 FLOORS = {"words": 0.5, "characters": 0.35}
 
 
 @dataclass(frozen=True)
 class DuplicateRules:
-    """What makes two rows duplicates.
+    """Rules that make two rows duplicates.
 
-    `threshold` of Jaccard, `contained` of containment (0: never), `floor` down to which pairs are kept, `least_own`
-    the fewest shingles, common ones set aside, that count for themselves; `numbers` the least share of numbers (0:
-    any);
-    `common_rows` and `common_fraction` say when a shingle is common.
+    threshold: least Jaccard similarity.
+    contained: least containment; 0 disables it.
+    floor: least Jaccard similarity of the pairs that are stored.
+    least_own: fewest own shingles that are sufficient evidence by themselves.
+    numbers: least share of common numbers; 0 disables the check.
+    common_rows, common_fraction: limits beyond which a shingle is common.
     """
 
     threshold: float
@@ -129,15 +132,15 @@ class DuplicateRules:
     common_fraction: float = 0.005
 
     def common_limit(self, rows: int) -> int:
-        """More rows than this make a shingle common."""
+        """Return the number of rows beyond which a shingle is common."""
         return max(self.common_rows, math.floor(self.common_fraction * rows))
 
 
 def rules_for(shingling: Shingling, threshold: float = 0.0, contained: float | None = None) -> DuplicateRules:
-    """The rules of a shingling; a threshold of 0 takes its default. Raises ConfigError for one out of 0.2..1.
+    """Return the rules for a shingling. A threshold of 0 takes its default.
 
-    Below 0.2 the 50 x 4 bands find next to nothing. Containment asks for words: 30 of them are evidence, 30 trigrams
-    six words.
+    Raises ConfigError for a threshold outside 0.2..1: below 0.2 the 50 x 4 bands find next to nothing. Containment is
+    on by default for words only: 30 words are evidence, while 30 trigrams are six words.
     """
     threshold = threshold or THRESHOLDS[shingling.unit]
     if not 0.2 <= threshold <= 1:
@@ -154,7 +157,10 @@ def rules_for(shingling: Shingling, threshold: float = 0.0, contained: float | N
 
 
 def measure(sets: Sets, a: I64, b: I64, rules: DuplicateRules) -> ScoredPairs:
-    """The pairs of (a, b), a < b, that are duplicates at the floor or by containment, with both measures."""
+    """Return the candidate pairs that are duplicates at the floor or by containment, with both measures.
+
+    a, b: (P,) row numbers, a < b.
+    """
     sizes = np.diff(sets.offsets)
     results = []
     cumulative = np.cumsum(sizes[a] + sizes[b])
@@ -171,6 +177,11 @@ def _measure(sets: Sets, a: I64, b: I64, rules: DuplicateRules) -> ScoredPairs:
     counts = _counts(sets, a, b)
     sizes = np.diff(sets.offsets)
     own_a, own_b = sets.own_sizes[a], sets.own_sizes[b]
+    # A, B: the sets of a pair; A', B': without common shingles (own). All arrays are (P,).
+    #   whole_jaccard = |A & B| / |A | B|              own_jaccard = |A' & B'| / |A' | B'|
+    #   own_difference = |A' ^ B'|                     common_difference = |A ^ B| - |A' ^ B'|
+    #   strict = |A' & B'| / (|A' & B'| + |A ^ B|)
+    #   containment = min(|A & B| / min(|A|, |B|), |A' & B'| / min(|A'|, |B'|))
     whole_jaccard = counts.shared / (sizes[a] + sizes[b] - counts.shared)
     own_jaccard = counts.shared_own / np.maximum(own_a + own_b - counts.shared_own, 1)
     own_difference = own_a + own_b - 2 * counts.shared_own
@@ -200,8 +211,10 @@ def _measure(sets: Sets, a: I64, b: I64, rules: DuplicateRules) -> ScoredPairs:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Of each pair (P,): shingles of both, those of them that are own, that are numbers; common ones that one
-    lacks.
+    """Counts for each of P pairs; all arrays are (P,).
+
+    shared: shingles in both sets. shared_own: those of them that are not common. numbers: those that are numbers.
+    displaced: common shingles in only one set, at or above the cut of `Sets.common_cut`.
     """
 
     shared: I64
@@ -211,13 +224,15 @@ class _Counts:
 
 
 def _counts(sets: Sets, a: I64, b: I64) -> _Counts:
+    # 64-bit key of a shingle in a pair: bits 37.. pair, 5..36 shingle (its lowest bit marks a number), 0..4 level.
+    # A key that occurs twice is in both sets.
     keys = []
     for rows in (a, b):
         positions, sizes = shingle_positions(sets.offsets, rows)
         pair = np.repeat(np.arange(len(rows), dtype=np.uint64) << np.uint64(37), sizes)
         keys.append(pair | (sets.shingles[positions].astype(np.uint64) << np.uint64(5)) | sets.level[positions])
     merged = np.concatenate(keys)
-    merged.sort(kind="stable")  # two sorted runs: one merge
+    merged.sort(kind="stable")  # the two halves are sorted already, so the stable sort is one merge
     is_repeated = merged[1:] == merged[:-1]
     shared_keys, count = merged[1:][is_repeated], len(a)
     pair = (shared_keys >> np.uint64(37)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Verified pairs on disk for other thresholds."""
+"""File of verified pairs, for decisions at other thresholds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sartor.curate.dedup.clusters import components
 from sartor.curate.dedup.pair_scoring import METHODS, DuplicateRules, ScoredPairs
 from sartor.curate.dedup.shingles import F32, F64, I64
 
-# Every pair of a class of equal rows is listed up to this many rows; of a larger class, each row with the first.
+# Largest class of equal rows of which every pair is listed; in a larger class each row is paired with the first only.
 LISTED = 32
 _SCHEMA = pa.schema(
     [
@@ -37,8 +37,9 @@ _SCHEMA = pa.schema(
 
 
 def write_pairs(file: Path, pairs: ScoredPairs, rank: NDArray[Any], rules: DuplicateRules) -> None:
-    """All pairs down to the floor, with what was measured and both rows' ranks: enough to decide anew without the
-    rows.
+    """Write all pairs down to the floor, with both measures and both rows' ranks.
+
+    rank: (N,) rank of each row. This suffices to decide anew without the rows.
     """
     score, methods = score_pairs(pairs, rules)
     rank = np.asarray(rank, np.float64)
@@ -47,8 +48,10 @@ def write_pairs(file: Path, pairs: ScoredPairs, rank: NDArray[Any], rules: Dupli
 
 
 def score_pairs(pairs: ScoredPairs, rules: DuplicateRules) -> tuple[F32, NDArray[Any]]:
-    """(P,) score and (P,) method of every pair: by the measure that made it a duplicate, or `below` with its
-    Jaccard.
+    """Return (P,) score and (P,) method of every pair.
+
+    The method is the measure by which a pair is a duplicate. Other pairs have method `below` and their Jaccard
+    similarity.
     """
     is_duplicate = pairs.is_judged(rules.threshold, rules.contained)
     methods = np.where(is_duplicate, np.array(METHODS)[pairs.method(rules.threshold)], "below")
@@ -56,9 +59,11 @@ def score_pairs(pairs: ScoredPairs, rules: DuplicateRules) -> tuple[F32, NDArray
 
 
 def read_pairs(file: Path, count: int) -> tuple[ScoredPairs, F64]:
-    """The pairs of a ledger, and (count,) the rank of each row (0 for rows in no pair: nothing competes with them).
+    """Return the P pairs of a file of pairs, and (N,) the rank of each row.
 
-    Raises ArtifactError for a file that is none.
+    count: the number of rows N. Rows in no pair have rank 0, since nothing competes with them.
+
+    Raises ArtifactError for a file that does not hold valid pairs.
     """
     try:
         table = pq.read_table(file, schema=_SCHEMA)
@@ -80,7 +85,7 @@ def read_pairs(file: Path, count: int) -> tuple[ScoredPairs, F64]:
 
 
 def check_threshold(threshold: float, floor: float) -> None:
-    """Raise ConfigError for a threshold below what the ledger holds."""
+    """Raise ConfigError for a threshold outside the range of the stored pairs."""
     if not floor <= threshold <= 1:
         raise ConfigError(
             f"the threshold {threshold:g} is out of range: the ledger holds pairs from {floor:g} up",
@@ -89,7 +94,7 @@ def check_threshold(threshold: float, floor: float) -> None:
 
 
 def duplicates_at(pairs: ScoredPairs, count: int, rules: DuplicateRules) -> ScoredPairs:
-    """The duplicates at the threshold, with every pair of equal rows spelled out as LISTED says."""
+    """Return the duplicates at the threshold, with the pairs of equal rows listed as LISTED says."""
     duplicates = pairs.judged(rules.threshold, rules.contained)
     exact_pairs = duplicates.select(duplicates.exact)
     if not len(exact_pairs.a):
@@ -121,7 +126,7 @@ def duplicates_at(pairs: ScoredPairs, count: int, rules: DuplicateRules) -> Scor
 
 
 def _members(labels: I64, wanted: I64) -> dict[int, I64]:
-    """The rows of each wanted label, ascending."""
+    """Return the rows of each wanted label, ascending."""
     rows = np.flatnonzero(np.isin(labels, wanted))
     rows = rows[np.argsort(labels[rows], kind="stable")]
     cuts = np.flatnonzero(np.diff(labels[rows])) + 1
@@ -129,7 +134,10 @@ def _members(labels: I64, wanted: I64) -> dict[int, I64]:
 
 
 def export(file: Path, pairs: ScoredPairs, rules: DuplicateRules) -> None:
-    """Write (a, b, score, method) as .csv, .jsonl or .parquet, by the extension; `check_export` has seen it."""
+    """Write (a, b, score, method) as .csv, .jsonl or .parquet, by the extension.
+
+    Call `check_export` first.
+    """
     score = pairs.score(rules.threshold).astype(np.float64).round(4)
     methods = pa.array(np.array(METHODS)[pairs.method(rules.threshold)].tolist(), pa.string())
     table = pa.table({"a": pairs.a, "b": pairs.b, "score": score, "method": methods})
@@ -148,7 +156,7 @@ def export(file: Path, pairs: ScoredPairs, rules: DuplicateRules) -> None:
 
 
 def check_export(file: Path) -> None:
-    """Raise ConfigError for a file of pairs that could not be written."""
+    """Raise ConfigError if pairs cannot be written to this file."""
     if file.suffix.lower() not in (".csv", ".jsonl", ".ndjson", ".parquet"):
         raise ConfigError(
             f"pairs are not written as {file.suffix or 'a file without extension'}",

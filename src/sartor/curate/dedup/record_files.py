@@ -1,7 +1,7 @@
-"""Record files and the field that is compared.
+"""Record files, and the fields that are compared.
 
-Each format yields blocks of rows, a row as it stands in the file: bytes of JSON Lines and CSV, the object of JSON and
-Parquet. What cannot be read is a Fault in its place, so that both readings count alike.
+Each format yields blocks of rows. A row is kept as it stands in the file: bytes of JSON Lines and CSV, the object of
+JSON and Parquet. A row that cannot be read is a BadRecord in its place, so that both readings count alike.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from sartor.core.errors import ConfigError, SourceError
 from sartor.curate.sources import row_formats
 
-# Fields that name a row: no two rows share them, however alike they are. Left out where nobody named a field, and said
-# so.
+# Fields that identify a row: no two rows share a value, however similar they are. They are left out if no field was
+# named, and the output lists them.
 _NAMES = {
     "",
     "id",
@@ -36,16 +36,17 @@ _NAMES = {
     "__index_level_0__",
     "unnamed: 0",
 }
-# Of a message or content part: where its text may stand.
+# Keys of a message or content part that may hold its text.
 _TEXTS = ("content", "value", "text")
 
 
 @dataclass(frozen=True)
 class ComparedFields:
-    """The fields whose text is compared, in order.
+    """Fields whose text is compared, in order.
 
-    `joined`: nobody named them and no form was recognised, so every field with text or numbers counts, but `left_out`;
-    fields that a later row has besides join in. `reason` is for the output.
+    joined: no field was named and no form was recognised. All fields with text or numbers are compared, except
+    `left_out`, and so are further fields of later rows.
+    reason: explanation for the output.
     """
 
     fields: tuple[str, ...]
@@ -55,10 +56,11 @@ class ComparedFields:
 
 
 def choose(sample: Sequence[Mapping[str, Any]], text_field: str = "") -> ComparedFields:
-    """The choice for a file, from the first of its rows. `text_field`: one or several fields, comma separated; dots go
-    into objects.
+    """Return the fields to compare in a file, from its first rows.
 
-    Raises ConfigError when a named field is in none of the rows.
+    text_field: one or several fields, separated by commas; dots reach into objects.
+
+    Raises ConfigError if a named field is in none of the rows.
     """
     field_names = list(dict.fromkeys(str(name) for row in sample for name in row))
     if text_field:
@@ -94,7 +96,7 @@ def _names_rows(sample: Sequence[Mapping[str, Any]], field: str) -> bool:
 
 
 def text_of(row: Mapping[str, Any], choice: ComparedFields) -> str | None:
-    """The text of a record, or None where every chosen field is absent."""
+    """Return the text of a record, or None if every chosen field is absent."""
     if choice.joined:
         names = [*choice.fields, *(name for name in row if name not in choice.fields and name not in choice.left_out)]
         values = [value for name in names if (value := row.get(name)) is not None]
@@ -114,8 +116,9 @@ def text_of(row: Mapping[str, Any], choice: ComparedFields) -> str | None:
 
 
 def _at(value: Any, path: Sequence[str]) -> Iterator[Any]:
-    """What stands at a dotted path: names go into objects, numbers into lists, and other names into every item of a
-    list.
+    """Yield the values at a dotted path.
+
+    Names reach into objects and numbers into lists. Other names reach into every item of a list.
     """
     if not path:
         yield value
@@ -130,7 +133,7 @@ def _at(value: Any, path: Sequence[str]) -> Iterator[Any]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts in a value: of messages and content parts what they say, of other objects every field."""
+    """Yield the texts in a value: the content of messages and content parts, every field of other objects."""
     if isinstance(value, str):
         if value.startswith(("[{", "[ {")):  # a list kept as JSON text, as CSV files do
             try:
@@ -159,8 +162,10 @@ _PARQUET_ROWS = 2048
 
 
 class BadRecord(NamedTuple):
-    """A row that cannot be used: the word it is counted under, a sentence; `size` bytes from `start` if it is too
-    long.
+    """A row that cannot be used.
+
+    reason: the word under which it is counted. detail: a sentence.
+    start, size: its byte range in the file, if it is too long.
     """
 
     reason: str
@@ -171,8 +176,10 @@ class BadRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordBlock:
-    """Rows of a file in its order: `rows` as they stand there or Faults, at `lines`; `gaps`: bytes between rows, by
-    place.
+    """Consecutive rows of a file.
+
+    lines: line of each row. rows: the rows as they stand in the file, or BadRecords.
+    gaps: bytes before the row at that index; the index after the last stands for bytes at the end.
     """
 
     lines: list[int]
@@ -181,7 +188,10 @@ class RecordBlock:
 
 
 def format_of(path: Path) -> str:
-    """jsonl, csv, json or parquet, by the extension. Raises ConfigError for others, and for a path that is no file."""
+    """Return jsonl, csv, json or parquet, by the extension.
+
+    Raises ConfigError for another extension and for a path that is not a file.
+    """
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "is not there"
         raise ConfigError(f"the file {path} {problem}", "give one or more files; the shell expands *.jsonl")
@@ -202,7 +212,10 @@ def format_of(path: Path) -> str:
 
 
 def _is_json_lines(path: Path) -> bool:
-    """Whether a `.json` file holds one object a line: its first line is a whole object, and it has others."""
+    """Return True if a `.json` file holds one object a line.
+
+    Its first line must be a whole object, with more bytes after it.
+    """
     with path.open("rb") as stream:
         first = stream.readline(BLOCK_BYTES).strip()
         next_byte = stream.read(1)
@@ -215,7 +228,10 @@ def _is_json_lines(path: Path) -> bool:
 
 
 def blocks(path: Path, kind: str, max_row_bytes: int) -> Iterator[RecordBlock]:
-    """The rows of a file. Raises SourceError for a Parquet or JSON file that cannot be opened at all."""
+    """Yield the rows of a file, in blocks.
+
+    Raises SourceError for a file that cannot be opened, and for an invalid Parquet or JSON file.
+    """
     try:
         if kind == "jsonl":
             yield from _json_lines(path, max_row_bytes)
@@ -233,7 +249,7 @@ def blocks(path: Path, kind: str, max_row_bytes: int) -> Iterator[RecordBlock]:
 
 
 def lines(path: Path, max_row_bytes: int) -> Iterator[list[tuple[int, bytes | BadRecord]]]:
-    """(number, line with its end) of every line, a block at a time; never holds more than `max_row_bytes` of one."""
+    """Yield (number, line with its end) in blocks; never holds more than about `max_row_bytes` of a line."""
     number, start, partial_line = 0, 0, b""
     with path.open("rb") as stream:
         while chunk := stream.read(BLOCK_BYTES):
@@ -269,7 +285,7 @@ def lines(path: Path, max_row_bytes: int) -> Iterator[list[tuple[int, bytes | Ba
 
 
 def _skip_line(stream: Any) -> int:
-    """Read on to the end of the line; returns how many bytes that were."""
+    """Read on to the end of the line; return the number of bytes."""
     size = 0
     while piece := stream.readline(BLOCK_BYTES):
         size += len(piece)
@@ -297,7 +313,10 @@ def _json_lines(path: Path, max_row_bytes: int) -> Iterator[RecordBlock]:
 
 
 def parse_line(line: bytes, choice: ComparedFields | None) -> Any:
-    """The text of a line of JSON Lines by `choice` (the object, without one), or a Fault."""
+    """Return the text of a line of JSON Lines, or a BadRecord.
+
+    choice: the compared fields; None returns the object itself.
+    """
     try:
         row = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
     except UnicodeDecodeError as error:
@@ -310,7 +329,10 @@ def parse_line(line: bytes, choice: ComparedFields | None) -> Any:
 
 
 def parsed(row: Any, choice: ComparedFields | None) -> Any:
-    """The text of a record by `choice` (the record, without one), or a Fault."""
+    """Return the text of a record, or a BadRecord.
+
+    choice: the compared fields; None returns the record itself.
+    """
     if isinstance(row, BadRecord):
         return row
     if not isinstance(row, dict):
@@ -322,7 +344,7 @@ def parsed(row: Any, choice: ComparedFields | None) -> Any:
 
 
 class _Lines:
-    """Lines of a CSV file as text for `csv.reader`, which remembers the bytes that each record took."""
+    """Lines of a CSV file as text for `csv.reader`, which also collects the bytes of each record."""
 
     def __init__(self, path: Path, max_row_bytes: int) -> None:
         self._lines = (line for batch in lines(path, max_row_bytes) for line in batch)
@@ -347,14 +369,14 @@ class _Lines:
 
 
 class CsvRow(NamedTuple):
-    """A record of a CSV file: its bytes, and its fields by name or a Fault."""
+    """A record of a CSV file: its bytes, and its fields by name or a BadRecord."""
 
     raw: bytes
     fields: dict[str, str] | BadRecord
 
 
 def _csv(path: Path, max_row_bytes: int) -> Iterator[RecordBlock]:
-    """The first block holds the header as its gap at 0."""
+    """Yield the rows of a CSV file. The header is gap 0 of the first block."""
     csv.field_size_limit(max(csv.field_size_limit(), max_row_bytes))
     source = _Lines(path, max_row_bytes)
     reader = csv.reader(source, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
@@ -403,7 +425,7 @@ def _json(path: Path) -> Iterator[RecordBlock]:
 
 
 def json_value(path: Path) -> Any:
-    """The value in a JSON file. Raises SourceError."""
+    """Return the value in a JSON file. Raises SourceError if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -414,7 +436,7 @@ def json_value(path: Path) -> Any:
 
 
 def json_rows(value: Any) -> list[Any]:
-    """The rows in a JSON value: a list, or the one list that an object holds, or that one object."""
+    """Return the rows in a JSON value: a list, the only list in an object, or that object itself."""
     if isinstance(value, list):
         return value
     lists = [inner for inner in value.values() if isinstance(inner, list)] if isinstance(value, dict) else []

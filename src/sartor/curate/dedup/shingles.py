@@ -1,21 +1,21 @@
-"""Hashed shingle sets and frequent shingles.
+"""Hashed shingle sets and common shingles.
 
-The texts of a batch are one buffer of bytes; look-ups, prefix sums and one sort do the rest (some 30 MB/s of text a
-core).
+The texts of a batch form one buffer of bytes. Table look-ups, prefix sums and one sort do the rest (some 30 MB/s of
+text a core).
 
-**Normal form.** What is compared, here and for exact duplicates, is a row's sequence of words:
+**Normal form.** Rows are compared, here and for exact duplicates, by their sequence of words:
 
-- letters are lower-cased; a row that is not ASCII goes through NFKC and `str.casefold` first;
-- white space and quotes part words and count for nothing, and so does `. , ; : ! ?` before white space, a quote, a
-  closing bracket, another of them, or the end; inside a number or word (`3.5`, `10:30`, `e.g`, `don't`) it is part of
-  the word;
-- every other symbol is a word of its own (`C++` is not `C`, `-5` not `5`, `a<b` not `a>b`), and so is every character
-  of a script that writes no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) and every emoji.
+- Letters are lower-cased. A row that is not ASCII goes through NFKC and `str.casefold` first.
+- White space and quotes separate words and are dropped. So are `. , ; : ! ?` before white space, a quote, a closing
+  bracket, another of them, or the end. Inside a number or word (`3.5`, `10:30`, `e.g`, `don't`) they are part of the
+  word.
+- Every other symbol is a word of its own (`C++` is not `C`, `-5` not `5`, `a<b` not `a>b`). So is every character of a
+  script without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) and every emoji.
 
-**Shingles.** `words`: runs of `size` words, and each word that holds a digit once more by itself, with the lowest bit
-of its hash set: `pair_scoring.py` asks whether two rows contradict each other in numbers. `characters`: runs of `size`
-characters of the words with one space between. A row that is shorter than one shingle is one shingle; a row without
-words has none, and is never anybody's duplicate.
+**Shingles.** `words`: runs of `size` words. Each word with a digit is also a shingle by itself, marked by the lowest
+bit of its hash, so that `pair_scoring.py` can tell whether two rows contradict each other in numbers. `characters`:
+runs of `size` characters of the words with one space between. A row shorter than one shingle is one shingle. A row
+without words has none and is never a duplicate.
 """
 
 from __future__ import annotations
@@ -45,14 +45,17 @@ Mask = NDArray[np.bool_]
 
 
 def offsets_of(lengths: NDArray[np.integer]) -> I64:
-    """(N,) lengths -> (N + 1,) offsets."""
+    """Return (N + 1,) offsets from (N,) lengths."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
 
 
 def mixed(hashes: U64) -> U64:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): every bit of the input moves every bit of the output."""
+    """Return the splitmix64 finaliser of hashes (Steele, Lea, Flood 2014), same shape.
+
+    Every bit of the input affects every bit of the output.
+    """
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return hashes ^ (hashes >> np.uint64(31))
@@ -62,10 +65,11 @@ Unit = Literal["words", "characters"]
 
 # Sizes by measurement: docs/decisions/007-dedup.md
 SIZES: dict[str, int] = {"words": 2, "characters": 3}
-# `auto`: records are short rows that join as many fields, or in which at least this share of words are numbers
+# `auto` takes rows for short records if their median is below SHORT_WORDS words, and they join at least RECORD_FIELDS
+# fields or at least the fraction NUMBERS_SHARE of their words has digits
 SHORT_WORDS, NUMBERS_SHARE, RECORD_FIELDS = 30, 0.25, 4
-_CHUNK_BYTES = 1 << 18  # of text in one go: its 64-bit prefix sums stay in a core's cache
-NUMBER = np.uint32(1)  # the bit of a shingle that is a word with a digit
+_CHUNK_BYTES = 1 << 18  # text processed at once: its 64-bit prefix sums fit in a core's cache
+NUMBER = np.uint32(1)  # this bit is set in a shingle that is a word with a digit
 _NUMBER_BIT = np.uint64(1 << 32)  # the same in the 64-bit hash, of which the upper half is kept
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _INVERSE = pow(_BASE, -1, 1 << 64)
@@ -92,7 +96,10 @@ _ODD = re.compile(f"[{''.join(_PLAIN)}]")
 
 @dataclass(frozen=True)
 class Shingling:
-    """How rows are cut: runs of `size` words or characters; `reason` says why, for the output."""
+    """Division of rows into shingles: runs of `size` words or characters.
+
+    reason: explanation for the output.
+    """
 
     unit: Unit
     size: int
@@ -101,11 +108,11 @@ class Shingling:
 
 @dataclass(frozen=True)
 class Sketches:
-    """What a batch of N rows is compared by.
+    """Hashed content of a batch of N rows.
 
-    `shingles` (S,) uint32: row i has `shingles[offsets[i]:offsets[i + 1]]`, sorted, each once; `offsets` (N + 1,)
-    int64;
-    `digests` (N, 16) uint8: the xxh3-128 of the normal form, equal for exact duplicates.
+    shingles: (S,) uint32. Row i has `shingles[offsets[i]:offsets[i + 1]]`, sorted, each once.
+    offsets: (N + 1,) int64.
+    digests: (N, 16) uint8, the xxh3-128 of the normal form; equal for exact duplicates.
     """
 
     shingles: U32
@@ -114,7 +121,7 @@ class Sketches:
 
     @staticmethod
     def joined(parts: Sequence[Sketches]) -> Sketches:
-        """Batches, one after another, as one."""
+        """Return several batches as one, in order."""
         if not parts:
             return Sketches(np.empty(0, np.uint32), np.zeros(1, np.int64), np.empty((0, 16), np.uint8))
         lengths = np.concatenate([np.diff(part.offsets) for part in parts])
@@ -128,12 +135,13 @@ class Sketches:
 def resolve(
     unit: Literal["auto", "words", "characters"], size: int, texts: Sequence[str], *, joined_fields: int = 0
 ) -> Shingling:
-    """The shingling of a run. `auto` looks at `texts`, a sample of the rows; `size` 0 takes the unit's own.
+    """Return the shingling of a run. A `size` of 0 takes the unit's default.
 
-    `auto` is words, where one changed word may be another meaning; but characters for short records, where it may be a
-    typing
-    error: rows that join several (`joined_fields`) fields, or full of numbers. Raises ConfigError for a size out of
-    0..64.
+    unit: `auto` chooses by `texts`, a sample of the rows. It is words, since one changed word may change the meaning.
+    It is characters for short records, where a change may be a typing error: rows that join several fields
+    (`joined_fields`) or consist largely of numbers.
+
+    Raises ConfigError for a size outside 0..64.
     """
     if not 0 <= size <= 64:
         raise ConfigError(
@@ -154,7 +162,7 @@ def resolve(
 
 
 def _profile(texts: Sequence[str]) -> tuple[float, float]:
-    """The median words of a row that has any, and the share of all words that hold a digit."""
+    """Return the median number of words of non-empty rows, and the share of words with a digit."""
     counts, numbers = [np.zeros(0, np.int64)], 0
     for chunk in _chunks(texts):
         buffer, offsets = _normal(chunk)
@@ -167,12 +175,15 @@ def _profile(texts: Sequence[str]) -> tuple[float, float]:
 
 
 def sketch(texts: Sequence[str], shingling: Shingling) -> Sketches:
-    """Shingle sets and content digests of a batch of N texts. Pure: batches may be made anywhere and joined."""
+    """Compute the sketches of a batch of N texts.
+
+    It is a pure function: batches may be computed anywhere and joined.
+    """
     return Sketches.joined([_sketch(chunk, shingling) for chunk in _chunks(texts)])
 
 
 def _chunks(texts: Sequence[str]) -> list[Sequence[str]]:
-    """Runs of texts of about _CHUNK_BYTES; a longer text is a run of its own."""
+    """Return runs of texts of at most about _CHUNK_BYTES; a longer text is a run of its own."""
     chunks, first, size = [], 0, 0
     for index, text in enumerate(texts):
         if size and size + len(text) > _CHUNK_BYTES:
@@ -191,7 +202,7 @@ def _sketch(texts: Sequence[str], shingling: Shingling) -> Sketches:
         rows, first, last = _windows(bounds, shingling.size)
     else:
         letters = buffer
-        marks = np.append(np.flatnonzero((buffer & 0xC0) != 0x80), len(buffer))  # where characters begin
+        marks = np.append(np.flatnonzero((buffer & 0xC0) != 0x80), len(buffer))  # first bytes of the characters
         rows, first, last = _windows(np.searchsorted(marks, offsets), shingling.size)
         first, last = marks[first], marks[last]
     hashes = mixed(_spans(letters, first, last)) & ~_NUMBER_BIT
@@ -206,15 +217,16 @@ def _sketch(texts: Sequence[str], shingling: Shingling) -> Sketches:
 
 
 def _numbers(buffer: U8, starts: I64) -> I64:
-    """The words that hold a digit."""
+    """Return indices of the words with a digit, ascending. buffer: (M,) bytes. starts: (W,) word starts."""
     digits = np.flatnonzero(buffer - np.uint8(ord("0")) < 10)
     words = np.searchsorted(starts, digits, side="right") - 1
     return words[np.append(True, words[1:] != words[:-1])] if len(words) else words
 
 
 def _windows(bounds: I64, size: int) -> tuple[I64, I64, I64]:
-    """Runs of `size` letters in rows that are `letters[bounds[i]:bounds[i + 1]]`: row, first letter and end of each
-    run.
+    """Return row, first letter and end of each run of `size` letters, (R,) each.
+
+    bounds: (N + 1,) row i is `letters[bounds[i]:bounds[i + 1]]`. A shorter row is one run; an empty row has none.
     """
     counts = np.diff(bounds)
     runs = np.where(counts == 0, 0, np.maximum(counts - size + 1, 1))
@@ -224,7 +236,10 @@ def _windows(bounds: I64, size: int) -> tuple[I64, I64, I64]:
 
 
 def _sets(rows: I64, hashes: U64, count: int) -> tuple[U32, I64]:
-    """(S,) sorted sets of 32-bit hashes, row after row, and the (N,) sizes of the sets."""
+    """Return (S,) sorted sets of 32-bit hashes, row after row, and the (N,) sizes of the sets.
+
+    rows, hashes: (R,) each; the upper 32 bits of the hashes are used.
+    """
     keys = (rows.astype(np.uint64) << np.uint64(32)) | (hashes >> np.uint64(32))
     keys.sort()
     new = np.ones(len(keys), bool)
@@ -234,9 +249,12 @@ def _sets(rows: I64, hashes: U64, count: int) -> tuple[U32, I64]:
 
 
 def _spans(letters: NDArray[Any], starts: I64, ends: I64) -> U64:
-    """Polynomial hashes modulo 2^64 of `letters[starts[i]:ends[i]]`, by one prefix sum (Rabin-Karp); wants `mixed`
-    after.
+    """Return (R,) polynomial hashes of `letters[starts[i]:ends[i]]` modulo 2^64 (Rabin-Karp).
+
+    Apply `mixed` to the result.
     """
+    # With base b and prefix sums P_k = sum_{i < k} x_i b^i, all modulo 2^64:
+    #   hash(s, e) = (P_e - P_s) b^-s + (e - s) b
     power, inverse = _powers(1 << max(16, len(letters).bit_length()))
     prefix = np.zeros(len(letters) + 1, np.uint64)
     np.cumsum(letters.astype(np.uint64) * power[: len(letters)], out=prefix[1:])
@@ -245,12 +263,12 @@ def _spans(letters: NDArray[Any], starts: I64, ends: I64) -> U64:
 
 @lru_cache(2)
 def _powers(count: int) -> tuple[U64, U64]:
-    """(count,) powers of the base and of its inverse."""
+    """Return (count,) powers of the base and of its inverse, modulo 2^64."""
     return tuple(np.multiply.accumulate(np.array([1] + [base] * (count - 1), np.uint64)) for base in (_BASE, _INVERSE))  # type: ignore[return-value]
 
 
 def _words(buffer: U8) -> tuple[I64, I64]:
-    """Starts and ends of the words of a normal form."""
+    """Return (W,) starts and (W,) ends of the words of a normal form."""
     ends = np.flatnonzero(buffer == ord(" "))
     starts = np.zeros_like(ends)
     starts[1:] = ends[:-1] + 1
@@ -258,17 +276,20 @@ def _words(buffer: U8) -> tuple[I64, I64]:
 
 
 def _plain(text: str) -> bytes:
-    """UTF-8 of a text in which bytes alone decide what is a word."""
+    """Return the UTF-8 of a text, prepared so that single bytes decide on word boundaries."""
     if text.isascii():
         return text.encode()
     text = unicodedata.normalize("NFKC", _ODD.sub(lambda match: _PLAIN[match[0]], text)).casefold()
-    text = " ".join(text.split())  # spaces that are no ASCII
+    text = " ".join(text.split())  # replaces non-ASCII spaces
     return _ALONE.sub(r" \1 ", text).encode("utf-8", "replace")
 
 
 @cache
 def _classes() -> tuple[U8, U8]:
-    """(256,) class of a byte, and (256,) the byte in lower case. Bytes of non-ASCII characters are letters."""
+    """Return (256,) the class of each byte, and (256,) the byte in lower case.
+
+    Bytes of non-ASCII characters are letters.
+    """
     classes = np.full(256, _SYMBOL, np.uint8)
     classes[: ord(" ") + 1] = _SPACE
     classes[127] = _SPACE
@@ -284,8 +305,8 @@ def _classes() -> tuple[U8, U8]:
 
 
 def _normal(texts: Sequence[str]) -> tuple[U8, I64]:
-    """The normal form of a batch: (M,) bytes, every word followed by one space, and (N + 1,) offsets of the rows."""
-    # a space at both ends of every row: a neighbour's class never looks into the next row
+    """Return the normal form of N texts: (M,) bytes, one space after every word, and (N + 1,) row offsets."""
+    # a space at both ends of every row, so that the class of a neighbouring byte never comes from another row
     parts = [_plain(text) for text in texts]
     raw = np.frombuffer(b" " + b"  ".join(parts) + b" ", np.uint8)
     lengths = np.fromiter(map(len, parts), np.int64, len(parts)) + 2
@@ -294,6 +315,7 @@ def _normal(texts: Sequence[str]) -> tuple[U8, I64]:
     ends_word = is_single | is_letter
     ends_word[:-1] &= ~(is_letter[:-1] & is_letter[1:])
     solid = is_single | is_letter
+    # written[i]: bytes of output before raw byte i; a solid byte writes itself, the end of a word also a space
     written = np.zeros(len(raw) + 1, np.int64)
     np.cumsum(solid.view(np.uint8) + ends_word.view(np.uint8), out=written[1:])
     out = np.full(int(written[-1]), ord(" "), np.uint8)
@@ -303,10 +325,13 @@ def _normal(texts: Sequence[str]) -> tuple[U8, I64]:
 
 
 def _roles(raw: U8, classes: U8) -> tuple[Mask, Mask]:
-    """Which bytes are words of their own, and which are letters of a longer one; the rest parts words."""
+    """Return (M,) True for bytes that are single words, and (M,) True for letters of longer words.
+
+    All other bytes separate words.
+    """
     is_letter = (classes == _WORD) | (classes == _DIGIT)
     is_single = (classes == _SYMBOL) | (classes == _CLOSING)
-    marks = np.flatnonzero((classes == _STOP) | (classes == _QUOTE))  # few, and never the first or last byte
+    marks = np.flatnonzero((classes == _STOP) | (classes == _QUOTE))  # never the first or last byte, which are spaces
     mark_class, before, after = classes[marks], classes[marks - 1], classes[marks + 1]
     between_letters = is_letter[marks - 1] & is_letter[marks + 1]
     between_digits = (before == _DIGIT) & (after == _DIGIT)
@@ -326,7 +351,7 @@ _COUNTED = 1 << 23
 
 
 def spans(offsets: I64, rows: I64, max_shingles: int = CHUNK) -> Iterator[I64]:
-    """Runs of `rows` whose sets hold about `max_shingles` shingles together."""
+    """Yield runs of `rows` (n,) whose sets have about `max_shingles` shingles together."""
     ends = np.cumsum(offsets[rows + 1] - offsets[rows])
     first = 0
     while first < len(rows):
@@ -337,7 +362,10 @@ def spans(offsets: I64, rows: I64, max_shingles: int = CHUNK) -> Iterator[I64]:
 
 
 def shingle_positions(offsets: I64, rows: I64) -> tuple[I64 | slice, I64]:
-    """Places of the shingles of `rows`, row after row (a slice where they stand so), and the sizes of their sets."""
+    """Return the positions of the shingles of `rows` (n,), row after row, and (n,) the set sizes.
+
+    The positions are (T,), or a slice if they are contiguous.
+    """
     sizes = offsets[rows + 1] - offsets[rows]
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (len(rows) == 1 or (np.diff(rows) == 1).all()):
         return slice(int(offsets[rows[0]]), int(offsets[rows[-1] + 1])), sizes
@@ -347,8 +375,9 @@ def shingle_positions(offsets: I64, rows: I64) -> tuple[I64 | slice, I64]:
 
 @dataclass(frozen=True)
 class FrequentShingles:
-    """(C,) sorted shingles that are common, and the `level` of each: 1 at the limit, 2 more per doubling, at most
-    LEVELS.
+    """Common shingles.
+
+    shingles: (C,) sorted. level: (C,) 1 at the limit, 2 more per doubling, at most LEVELS.
     """
 
     shingles: U32
@@ -356,14 +385,14 @@ class FrequentShingles:
 
 
 def common_shingles(shingles: U32, offsets: I64, rows: I64, limit: int) -> FrequentShingles:
-    """The shingles that stand in more than `limit` of `rows`; the count is exact, the memory bounded.
+    """Return the shingles that are in more than `limit` of `rows` (n,).
 
-    A table counts the upper bits of the hashes first; only shingles that fall on a count over the limit are counted
-    one by one.
+    shingles: (S,). offsets: (N + 1,). The count is exact and the memory is bounded: a table first counts the upper
+    bits of the hashes, and only shingles whose table entry exceeds the limit are counted one by one.
     """
     if len(rows) <= limit:
         return FrequentShingles(np.empty(0, np.uint32), np.empty(0, np.uint8))
-    # the table counts rows that are not asked about too: that makes more suspicious, and no suspicion false
+    # the table also counts rows outside `rows`: this can only add candidates, and candidates are counted exactly
     shift = np.uint32(32 - _TABLE_BITS)
     table = np.zeros(1 << _TABLE_BITS, np.int64)
     for first in range(0, len(shingles), _COUNTED):
@@ -381,12 +410,13 @@ def common_shingles(shingles: U32, offsets: I64, rows: I64, limit: int) -> Frequ
         values, inverse = np.unique(np.concatenate([values, new_values]), return_inverse=True)
         counts = np.bincount(inverse.ravel(), np.concatenate([counts, new_counts]), len(values)).astype(np.int64)
     is_common = counts > limit
+    # level = 1 + floor(2 log2(count / limit))
     level = 1 + np.floor(2 * np.log2(counts[is_common] / limit))
     return FrequentShingles(values[is_common], np.minimum(level, LEVELS).astype(np.uint8))
 
 
 def levels(shingles: U32, common: FrequentShingles) -> U8:
-    """(S,) the level of each shingle, 0 for those that are not common."""
+    """Return (S,) the level of each shingle; 0 if it is not common."""
     result = np.zeros(len(shingles), np.uint8)
     if not len(common.shingles):
         return result
@@ -401,15 +431,16 @@ def levels(shingles: U32, common: FrequentShingles) -> U8:
     return result
 
 
-# A common shingle is a row's text, no set phrase, from half as many rows on as the row's common shingles have in the
-# mean.
+# A common shingle counts as a row's text, not as a set phrase, if it is in at least half as many rows as the row's
+# common shingles in the mean. Half as many rows are 2 levels less.
 _CUT = 2
 
 
 @dataclass(frozen=True)
 class Sets:
-    """N sets: `shingles` (S,), `offsets` (N + 1,) as in `Sketches`, and (S,) the `level` of each shingle
-    (`levels`).
+    """Shingle sets of N rows, as in `Sketches`.
+
+    shingles: (S,). offsets: (N + 1,). level: (S,) level of each shingle (`levels`).
     """
 
     shingles: U32
@@ -418,23 +449,26 @@ class Sets:
 
     @cached_property
     def own_sizes(self) -> I64:
-        """(N,) shingles of each row that are not common."""
+        """Number of shingles of each row that are not common, (N,)."""
         return self.sums(lambda shingles, level: level == 0)
 
     @cached_property
     def number_sizes(self) -> I64:
-        """(N,) numbers of each row, where shingles are words."""
+        """Number of numbers of each row, (N,), for shingles of words."""
         return self.sums(lambda shingles, level: (shingles & NUMBER) > 0)
 
     @cached_property
     def common_cut(self) -> U8:
-        """(N,) the level from which on common shingles count as a row's text; 0 for a row without any."""
+        """Level from which common shingles count as a row's text, (N,); 0 for a row without any."""
         total = self.sums(lambda shingles, level: level)
         common = np.diff(self.offsets) - self.own_sizes
         return np.where(common, np.maximum(np.round(total / np.maximum(common, 1)) - _CUT, 1), 0).astype(np.uint8)
 
     def sums(self, values_of: Any) -> I64:
-        """(N,) sums over each row of `of(shingles, level)`, a stretch at a time: memory-mapped sets stay on disk."""
+        """Return (N,) sums over each row of `values_of(shingles, level)`.
+
+        They are computed in stretches, so that memory-mapped sets stay on disk.
+        """
         sums = np.zeros(len(self.offsets) - 1, np.int64)
         rows = np.searchsorted(self.offsets, np.arange(0, len(self.shingles), CHUNK), side="right") - 1
         for first, last in zip(rows, [*rows[1:], len(sums)], strict=True):

@@ -1,4 +1,4 @@
-"""Finds the class label of a row."""
+"""Class label of a row, found in its reply."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from typing import Any
 from sartor.core.errors import ConfigError
 from sartor.core.records import canonical_text
 
-# Of several fields that would do, one of these names is the label; else the first in the replies.
+# Preferred names if several fields could be the label, in order; otherwise the first field in the replies is taken.
 NAMES = ("intent", "label", "category", "class", "sentiment", "topic", "type", "answer")
-ENOUGH = 0.5  # of the rows must have a label of the kind that `auto` settles on
-REPEATED = 3.0  # rows per value, on average: fewer is not a label
-SHORT_WORDS, SHORT_CHARACTERS = 6, 80  # the longest reply that may be a label as a whole
-SENTENCE_WORDS = 4  # from which a closing full stop makes it a sentence, which is none
-ONCE = 0.05  # of the rows may have a label that no other row has; beyond, those are answers, not labels
-DEPTH = 3  # of nested objects that fields are looked for in
+ENOUGH = 0.5  # least fraction of rows that must have a label of the form that `auto` chooses
+REPEATED = 3.0  # least mean number of rows per label
+SHORT_WORDS, SHORT_CHARACTERS = 6, 80  # longest reply that may be a label as a whole
+SENTENCE_WORDS = 4  # from this many words, a closing full stop makes a reply a sentence and no label
+ONCE = 0.05  # fraction of distinct labels with one row; above it, they are answers, not labels
+DEPTH = 3  # levels of nested objects whose fields are considered
 _FENCE = re.compile(r"^```[\w-]*\s*\n(.*?)\n?```\s*$", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """`labels`: of each row, None where it has none. `form` is the form that was used (`json:intent`), `explanation` a
-    sentence.
+    """Labels of N rows.
 
-    `others` are forms that would do as well. `spelling` gives a label as the first row with it wrote it.
+    labels: label of each row; None if it has none.
+    form: the form that was used, such as `json:intent`. explanation: a sentence on it.
+    others: forms that would also do.
+    spelling: label -> its spelling in the first row that has it.
     """
 
     labels: list[str | None]
@@ -39,7 +41,7 @@ class ClassLabels:
 
 
 def check(form: str) -> None:
-    """Raise ConfigError unless `form` is one of the five ways to say where the label is."""
+    """Raise ConfigError unless `form` is auto, reply, text, json:KEY or regex:PATTERN."""
     kind, _, rest = form.partition(":")
     if form in ("auto", "reply", "text") or (kind == "json" and rest):
         return
@@ -56,7 +58,7 @@ def check(form: str) -> None:
 
 
 def find(replies: Sequence[str], form: str = "auto") -> ClassLabels:
-    """The labels of N replies. With `text` no row has one."""
+    """Return the labels of N replies. With the form `text` no row has one."""
     kind, _, rest = form.partition(":")
     if form == "auto":
         return _auto(replies)
@@ -70,14 +72,12 @@ def find(replies: Sequence[str], form: str = "auto") -> ClassLabels:
 
 
 def as_label(text: str) -> str | None:
-    """A reply as a label: case, space and closing punctuation do not make another one."""
+    """Return a reply as a label, ignoring case, spaces and closing punctuation; None if nothing is left."""
     return " ".join(text.casefold().split()).strip(" .!,;:\"'`*") or None
 
 
 def with_label(reply: str, form: str, label: str) -> str | None:
-    """A reply with another label, where `form` says which part of it the label is; None where that part is not
-    there.
-    """
+    """Return a reply with another label in the part that `form` names; None if it has no such part."""
     if form == "reply":
         return label
     kind, _, name = form.partition(":")
@@ -93,7 +93,7 @@ def with_label(reply: str, form: str, label: str) -> str | None:
 
 
 def _put(row: dict[str, Any], name: str, label: str) -> None:
-    """Give the field `outer.inner` another value of its own type; a key may hold a full stop itself."""
+    """Set the field `outer.inner` to a value of its own type. A key may itself contain a full stop."""
     if name in row:
         row[name] = label if isinstance(row[name], str) else json.loads(label)
         return
@@ -113,7 +113,7 @@ def _auto(replies: Sequence[str]) -> ClassLabels:
     if _is_labelling(labels, len(replies)):
         label_counts = Counter(labels)
         single_count = sum(1 for label, count in label_counts.items() if label is not None and count == 1)
-        if single_count > ONCE * len(labels):  # labels among answers of many kinds: what stands once is an answer
+        if single_count > ONCE * len(labels):  # labels mixed with answers: a reply that occurs once is an answer
             labels = [label if label_counts[label] > 1 else None for label in labels]
         spelling = _spelling(labels, replies, "reply")
         return ClassLabels(labels, "reply", _explanation(labels, "short replies, as a whole"), spelling=spelling)
@@ -136,7 +136,7 @@ def _spelling(labels: Sequence[str | None], replies: Sequence[str], form: str) -
 
 
 def _json_fields(objects: Sequence[Mapping[str, Any] | None], rows: int) -> Iterable[str]:
-    """The fields that could be a label, in the order of their first appearance."""
+    """Yield the fields that could be a label, in order of first appearance."""
     values: dict[str, Counter[str]] = {}
     for row in objects:
         for name, value in (row or {}).items():
@@ -189,7 +189,10 @@ def _pattern_reader(pattern: str) -> Callable[[str], str | None]:
 
 
 def _object(reply: str) -> dict[str, Any] | None:
-    """A reply's JSON object with nested fields as `outer.inner`; also one in a code fence. None for anything else."""
+    """Return the JSON object of a reply, with nested fields as `outer.inner`; None if there is none.
+
+    An object in a code fence counts as well.
+    """
     text = reply.strip()
     if fenced := _FENCE.match(text):
         text = fenced.group(1).strip()

@@ -1,4 +1,4 @@
-"""Out-of-fold probabilities and confident learning."""
+"""Out-of-fold class probabilities, and confident learning on them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from sartor.text import encoders
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 FOLDS = 5
-KEPT = 16  # probabilities kept of a row; the rest is as good as nought
-# Ceilings that hold the time at minutes. Beyond the first (non-zeros x classes) 256 dimensions stand for the columns,
-# beyond the second (rows x classes) a sample of the rows teaches, and where that were under ROWS_PER_CLASS, least
-# squares do.
+KEPT = 16  # probabilities kept of a row; the rest is close to 0
+# Limits that keep the run time at minutes. Above SPARSE_WORK (non-zeros x classes) only the dense vectors are used.
+# Above DENSE_WORK (rows x classes) a sample of the rows is used for training. If the sample would have fewer than
+# ROWS_PER_CLASS rows per class, least squares are used instead.
 SPARSE_WORK = 40_000_000
 DENSE_WORK = 10_000_000
 ROWS_PER_CLASS = 10
 NEIGHBOURS = 20
-SHARPNESS = 10.0  # how fast a neighbour's vote falls with its distance
-SOFTNESS = 10.0  # of the step from least squares' scores to probabilities
+SHARPNESS = 10.0  # decay of a neighbour's vote with its distance: vote = exp(SHARPNESS (cos - 1))
+SOFTNESS = 10.0  # inverse temperature of the softmax over least-squares scores
 _BLOCK, _CELLS = 2048, 50_000_000
 
 
 @dataclass(frozen=True)
 class LabelFeatures:
-    """What a row is judged by. `vectors` (N, D) of length 1; `columns` a sparse matrix, or None where it would be too
-    much.
+    """Features of N rows.
+
+    vectors: (N, D) of length 1. columns: (N, C) sparse matrix, or None if it would be too large.
     """
 
     vectors: F32
@@ -41,8 +42,10 @@ class LabelFeatures:
 
 @dataclass(frozen=True)
 class Likely:
-    """The most likely classes of each of N rows, most likely first, (N, KEPT or fewer) each; and the given class's,
-    (N,).
+    """Most likely classes of each of N rows, in descending order.
+
+    classes, probabilities: (N, T) with T at most KEPT.
+    given: (N,) probability of the given class.
     """
 
     classes: I64
@@ -51,7 +54,10 @@ class Likely:
     method: str
 
     def dense(self, start: int, stop: int, labels: I64, count: int) -> NDArray[np.float64]:
-        """(stop - start, count) probabilities, the given class's own among them."""
+        """Return (B, K) probabilities of rows `start` to `stop`, with the given class filled in.
+
+        labels: (N,). count: number of classes K. Classes outside the top have probability 0.
+        """
         block = np.zeros((stop - start, count))
         np.put_along_axis(block, self.classes[start:stop], self.probabilities[start:stop].astype(np.float64), axis=1)
         block[np.arange(stop - start), labels[start:stop]] = self.given[start:stop]
@@ -59,10 +65,11 @@ class Likely:
 
 
 def out_of_fold_probabilities(features: LabelFeatures, labels: I64, groups: I64, *, seed: int) -> Likely:
-    """How likely each class is for each of N rows, to what was learnt from the other folds.
+    """Return the class probabilities of N rows, each from a model trained on the other folds.
 
-    `labels` (N,) are 0..K-1, `groups` (N,) number the prompts: rows of one prompt are in one fold. Needs two classes
-    and two groups.
+    labels: (N,) 0..K-1. groups: (N,) prompt numbers; rows of one prompt are in one fold.
+
+    At least two classes and two groups are required.
     """
     count = int(labels.max()) + 1
     folds = assign_folds(labels, groups, seed)
@@ -85,7 +92,10 @@ def out_of_fold_probabilities(features: LabelFeatures, labels: I64, groups: I64,
 
 
 def assign_folds(labels: I64, groups: I64, seed: int) -> I64:
-    """(N,) the fold of each row: groups are dealt out class by class, so every fold has its share of each."""
+    """Return (N,) the fold of each row. labels, groups: (N,).
+
+    Groups are dealt out class by class, so every fold gets its share of each class.
+    """
     heads, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     order = np.lexsort((np.random.default_rng(seed).permutation(len(heads)), labels[first]))
     fold = np.empty(len(heads), np.int64)
@@ -94,7 +104,7 @@ def assign_folds(labels: I64, groups: I64, seed: int) -> I64:
 
 
 class _TopClasses:
-    """The KEPT most likely classes of each row, put together block by block."""
+    """The KEPT most likely classes of each row, collected block by block."""
 
     def __init__(self, rows: int, count: int) -> None:
         top_count = min(KEPT, count)
@@ -104,7 +114,10 @@ class _TopClasses:
         self.given = np.zeros(rows, np.float32)
 
     def put(self, indices: I64, classes: I64, block: Any, labels: I64) -> None:
-        """`block` (P, C) are the probabilities of `classes` (C,) for the rows `indices` (P,)."""
+        """Store the probabilities of a block of rows.
+
+        indices: (P,) rows. classes: (C,). block: (P, C) probabilities of these classes. labels: (N,).
+        """
         whole = np.zeros((len(indices), self.count), np.float32)
         whole[:, classes] = block
         best = np.argsort(-whole, axis=1, kind="stable")[:, : self.classes.shape[1]]
@@ -127,10 +140,10 @@ def _fitted(
         yield test_indices, (known_classes, np.ones((len(test_indices), 1)), labels)
         return
     model = LogisticRegression(C=strength, max_iter=100, tol=1e-3)
-    # many small products: more threads than one spend their time waiting for each other, and ten times that on a busy
+    # many small products: with several threads most time goes to waiting for each other, ten times more so on a busy
     # machine
     with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore")  # a hundred rounds are enough for a ranking, converged or not
+        warnings.simplefilter("ignore")  # 100 iterations suffice for a ranking, converged or not
         model.fit(rows[train_indices], labels[train_indices])
     for start in range(0, len(test_indices), _BLOCK):
         indices = test_indices[start : start + _BLOCK]
@@ -144,7 +157,10 @@ def _beside(columns: Any, vectors: F32) -> Any:
 
 
 def _many_classes(vectors: F32, labels: I64, folds: I64, count: int) -> Likely:
-    """For thousands of classes: the mean of a least-squares fit, solved at once, and the votes of the nearest rows."""
+    """Return class probabilities for thousands of classes, where logistic regression would be too slow.
+
+    They are the mean of a least-squares fit, solved in closed form, and the votes of the nearest rows.
+    """
     top_classes = _TopClasses(len(labels), count)
     for fold in range(int(folds.max()) + 1):
         train_indices, test_indices = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
@@ -152,6 +168,7 @@ def _many_classes(vectors: F32, labels: I64, folds: I64, count: int) -> Likely:
         block = max(1, min(_BLOCK, _CELLS // max(len(train_indices), count)))
         for start in range(0, len(test_indices), block):
             indices = test_indices[start : start + block]
+            # p = (softmax(SOFTNESS X W) + votes) / 2, (P, K)
             scores = SOFTNESS * (vectors[indices] @ weights)
             probabilities = np.exp(scores - scores.max(1, keepdims=True))
             probabilities /= probabilities.sum(1, keepdims=True)
@@ -161,7 +178,11 @@ def _many_classes(vectors: F32, labels: I64, folds: I64, count: int) -> Likely:
 
 
 def _least_squares(rows: F32, labels: I64, count: int) -> F32:
-    """(D, K) weights of a ridge regression onto the classes."""
+    """Return (D, K) weights of a ridge regression of one-hot labels on the rows.
+
+    rows: (N, D). labels: (N,).
+    """
+    # W = (X^T X + I)^-1 X^T Y, with one-hot Y (N, K)
     exact = rows.astype(np.float64)
     sums = np.zeros((count, rows.shape[1]))
     np.add.at(sums, labels, exact)
@@ -169,7 +190,10 @@ def _least_squares(rows: F32, labels: I64, count: int) -> F32:
 
 
 def _votes(rows: F32, others: F32, labels: I64, count: int) -> F32:
-    """(P, K) labels of the NEIGHBOURS nearest of other rows, weighted by nearness."""
+    """Return (P, K) votes of the NEIGHBOURS nearest other rows, weighted by similarity; each row sums to 1.
+
+    rows: (P, D). others: (N, D). labels: (N,) of the other rows.
+    """
     neighbour_count = min(NEIGHBOURS, len(others))
     likeness = rows @ others.T
     near = np.argpartition(-likeness, neighbour_count - 1, axis=1)[:, :neighbour_count]
@@ -180,8 +204,8 @@ def _votes(rows: F32, others: F32, labels: I64, count: int) -> F32:
 
 
 LEAST_ROWS = 10
-# Other rows with the same prompt weigh against the model as n to n + PROMPT_WEIGHT: copies are no independent
-# witnesses.
+# n other rows with the same prompt get the weight n / (n + PROMPT_WEIGHT) against the model: copies are not
+# independent evidence.
 PROMPT_WEIGHT = 4.0
 MOST_COLUMNS = 50_000
 _BLOCK_CELLS = 20_000_000
@@ -189,11 +213,13 @@ _BLOCK_CELLS = 20_000_000
 
 @dataclass(frozen=True)
 class LabelQuality:
-    """Of N rows: `quality` 0..1 (how likely the given label is), the likeliest other class, and whether it looks
-    wrong.
+    """Label quality of N rows.
 
-    `estimated_errors` is confident learning's count of wrong labels (Northcutt et al. 2021), `method` what judged,
-    `reason` says why nothing could be judged where that is so.
+    quality: (N,) 0..1, estimated correctness of the given label.
+    suggested: (N,) the most likely other class.
+    wrong: (N,) True if the label looks wrong.
+    estimated_errors: confident learning's count of wrong labels (Northcutt et al. 2021).
+    method: the model that was used. reason: why nothing could be judged, or empty.
     """
 
     quality: NDArray[np.float64]
@@ -205,8 +231,9 @@ class LabelQuality:
 
 
 def confident_learning(prompts: Sequence[str], vectors: Any, labels: I64, *, seed: int = 0) -> LabelQuality:
-    """Judge N labels (0..K-1) by their prompts and vectors (N, D). Deterministic. With too little to go by, none is
-    wrong.
+    """Return the quality of N labels by their prompts and vectors; deterministic.
+
+    vectors: (N, D). labels: (N,) 0..K-1. With too few rows, prompts or labels, no label is wrong and `reason` is set.
     """
     count = int(labels.max(initial=-1)) + 1
     groups = number(prompts)
@@ -236,13 +263,17 @@ def confident_learning(prompts: Sequence[str], vectors: Any, labels: I64, *, see
 
 
 def number(texts: Sequence[str]) -> I64:
-    """(N,) equal numbers for texts that differ in nothing but case and space."""
+    """Return (N,) numbers that are equal for texts equal up to case and white space."""
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(" ".join(text.casefold().split()), len(numbers)) for text in texts], np.int64)
 
 
 def _columns(prompts: Sequence[str]) -> Any:
-    """Words and pieces of words, each half of length 1; columns of one row alone teach nothing about another."""
+    """Return (N, C) sparse tf-idf features: words, and pieces of words, each half of length 1.
+
+    Features of a single row are left out, since they carry nothing over to other rows. None for more than
+    `encoders.CHUNK` prompts.
+    """
     from scipy.sparse import hstack
     from sklearn.preprocessing import normalize
 
@@ -258,7 +289,12 @@ def _columns(prompts: Sequence[str]) -> Any:
 
 
 def _with_same_prompts(likely: Likely, labels: I64, groups: I64) -> Likely:
-    """Rows of the same prompt are no part of what a fold learns; here they say which label they have."""
+    """Combine the model's probabilities with the labels of other rows with the same prompt.
+
+    Those rows are in the same fold, so the model has not learnt from them. labels, groups: (N,).
+    """
+    # Of a row with n other rows of its prompt, a fraction f of which has its label, and the model's probability p:
+    #   t = n / (n + PROMPT_WEIGHT);  given = (1 - t) p + t f
     sizes = np.bincount(groups)
     pairs, inverse, counts = np.unique(groups * (labels.max() + 1) + labels, return_inverse=True, return_counts=True)
     others = sizes[groups] - 1
@@ -267,8 +303,8 @@ def _with_same_prompts(likely: Likely, labels: I64, groups: I64) -> Likely:
     share = same / np.maximum(others, 1)
     given = ((1 - trust) * likely.given + trust * share).astype(np.float32)
     probabilities, classes = likely.probabilities.copy(), likely.classes.copy()
-    # the most frequent label of the prompt's other rows comes first, where it is not the given one and has more of
-    # them
+    # the most frequent label of the prompt becomes the first class if it is not the given one and its weight t (1 - f)
+    # exceeds that of the model's first class
     commonest = _commonest(pairs, counts, labels.max() + 1, len(sizes))[groups]
     ahead = (others > 0) & (commonest != labels) & (trust * (1 - share) > probabilities[:, 0] * (1 - trust))
     probabilities *= (1 - trust)[:, None].astype(np.float32)
@@ -278,7 +314,10 @@ def _with_same_prompts(likely: Likely, labels: I64, groups: I64) -> Likely:
 
 
 def _commonest(pairs: I64, counts: I64, base: int, groups: int) -> I64:
-    """(groups,) the most frequent label of each group."""
+    """Return (groups,) the most frequent label of each group.
+
+    pairs: (U,) distinct group * base + label. counts: (U,) rows of each.
+    """
     order = np.argsort(counts, kind="stable")
     commonest = np.zeros(groups, np.int64)
     commonest[pairs[order] // base] = pairs[order] % base
@@ -286,14 +325,21 @@ def _commonest(pairs: I64, counts: I64, base: int, groups: int) -> I64:
 
 
 def _lone_labels(likely: Likely, labels: I64, count: int) -> Likely:
-    """A label that no other row has is unknown to every fold: it is as likely as the model is unsure of all others."""
+    """Set the given probability of labels that no other row has to (1 - p_max) / 2.
+
+    Such a label is unknown to the model that judges it, so it is as likely as the model is unsure of all others.
+    labels: (N,).
+    """
     is_lone = np.bincount(labels, minlength=count)[labels] == 1
     given = np.where(is_lone, (1 - likely.probabilities[:, 0]) / 2, likely.given).astype(np.float32)
     return replace(likely, given=given)
 
 
 def _confident_learning(likely: Likely, labels: I64, count: int) -> tuple[NDArray[np.float64], int]:
-    """cleanlab's label quality (self-confidence) of each row and its number of wrong labels, in blocks of rows."""
+    """Return cleanlab's label quality of each row, (N,), and its number of wrong labels.
+
+    The quality is the self-confidence. labels: (N,). Rows are processed in blocks.
+    """
     try:
         from cleanlab.experimental.label_issues_batched import LabelInspector
     except ImportError:

@@ -1,8 +1,8 @@
-"""Ranks rows whose label or reply looks wrong.
+"""Ranking of rows whose label or reply looks wrong.
 
-Prompts are paired by their vectors and verified by their words (`text/equivalence.py`), replies compared by equality,
-numbers, negations, opposites and ROUGE-L. A row's quality is how far the replies of its like prompts agree with its
-own.
+For free text, prompts are paired by their vectors and verified by their words (`text/equivalence.py`). Replies are
+compared by equality, numbers, negations, opposites and ROUGE-L. The quality of a row is the agreement of its reply
+with the replies of similar prompts.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from sartor.text import encoders, equivalence
 from sartor.text.encoders import Texts, choose_encoder
 
 MOST_NEIGHBOURS = 10
-PRIOR = 0.5  # of agreement, as much as half a neighbour says: a lone contradiction weighs less than three
-WRONG = 0.5  # quality under which more contradicts a row than agrees
+PRIOR = 0.5  # weight of the prior agreement 0.5, in neighbours: a lone contradiction weighs less than three
+WRONG = 0.5  # a row of lower quality is contradicted more than confirmed
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Of N rows: `quality` 0..1 (1 where nothing contradicts), `suggested` the row whose reply has most agreement, or
-    -1.
+    """Agreement of the replies of N rows.
 
-    `compared` rows had a like prompt; `pairs` verified pairs of prompts, `contradicting` those whose replies do not
-    agree.
+    quality: (N,) 0..1; 1 if nothing contradicts.
+    suggested: (N,) the row whose reply has most agreement, or -1.
+    wrong: (N,) True if the reply looks wrong.
+    near: row -> (other row, share of equal words) of similar prompts.
+    compared: rows with a similar prompt. pairs: verified pairs of prompts. contradicting: pairs whose replies
+    disagree.
     """
 
     quality: NDArray[np.float64]
@@ -47,7 +50,7 @@ class Disagreement:
 
     @property
     def estimated_errors(self) -> int:
-        """Wrong replies at least: of two that contradict each other one is, of three the odd one."""
+        """Least number of wrong replies: of two contradicting replies one is wrong, of three the odd one."""
         wrong_rows = np.flatnonzero(self.wrong)
         return round(sum(0.5 if len(self.near[int(row)]) == 1 else 1.0 for row in wrong_rows))
 
@@ -55,7 +58,10 @@ class Disagreement:
 def disagreement(
     prompts: Sequence[str], replies: Sequence[str], vectors: Any, *, likeness: float, agreement: float
 ) -> Disagreement:
-    """Compare the replies of like prompts: a cosine of `likeness` and a share of words of `agreement` at least."""
+    """Compare the replies of similar prompts.
+
+    vectors: (N, D) of the prompts. likeness: least cosine of two prompts. agreement: least share of equal words.
+    """
     read_prompt, read_reply = equivalence.reader(prompts), equivalence.reader(replies)
     near: dict[int, list[tuple[int, float]]] = defaultdict(list)
     agrees: dict[tuple[int, int], float] = {}
@@ -70,9 +76,10 @@ def disagreement(
     quality = np.ones(len(prompts))
     suggested = np.full(len(prompts), -1, np.int64)
     for row, neighbours in near.items():
+        # quality = (PRIOR * 0.5 + sum of agreements) / (PRIOR + n), over n neighbours
         quality[row] = (PRIOR * 0.5 + sum(agrees[row, other] for other, _ in neighbours)) / (PRIOR + len(neighbours))
         if quality[row] < WRONG:
-            # the neighbour that the other neighbours bear out; the nearest where none is
+            # the neighbour with which the other neighbours agree most; on a tie the nearest
             suggested[row] = max(
                 neighbours,
                 key=lambda pair: (
@@ -86,8 +93,9 @@ def disagreement(
 
 
 def replies_agree(first: equivalence.TextReading, second: equivalence.TextReading) -> float:
-    """0..1: how far two replies to the same question agree. Other numbers, a negation or an opposite are a
-    contradiction.
+    """Return the agreement of two replies to the same question, 0..1.
+
+    Different numbers, a negation or an opposite count as a contradiction.
     """
     from rapidfuzz.distance import LCSseq
 
@@ -115,7 +123,7 @@ def _contains(tokens: tuple[str, ...], part: tuple[str, ...]) -> bool:
 
 
 def _is_within(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
-    """Whether all numbers of the shorter are in the longer."""
+    """Return True if all numbers of the shorter list are in the longer."""
     short, long = sorted((list(first), list(second)), key=len)
     for value in short:
         if value not in long:
@@ -146,12 +154,14 @@ SCHEMA = pa.schema(
 
 @dataclass
 class LabelRanking:
-    """What was found of N rows. `quality` 0..1 is lowest where most speaks against a row; `kinds` says by what it was
-    judged.
+    """Result of judging N rows.
 
-    `given` tells a row's label, or its reply in free text; `suggested` the likelier one of rows that have one; `near`
-    the rows that a row was held against, with their likeness, where it was not held against all. `vectors` (N, D) find
-    the others.
+    quality: (N,) 0..1; lowest for the most suspicious row. wrong: (N,) True if a row looks wrong.
+    kinds: criterion for each row: BY_LABEL, BY_REPLY or NOT_JUDGED.
+    given: returns a row's label, or its reply if it is free text.
+    vectors: (N, D), used to find similar rows.
+    suggested: likelier label or reply of the rows that have one.
+    near: rows that a row was compared with, and their similarity; absent for a row that was compared with all.
     """
 
     quality: NDArray[np.float64]
@@ -165,22 +175,25 @@ class LabelRanking:
 
     @classmethod
     def blank(cls, count: int, given: Callable[[int], str], vectors: Any) -> LabelRanking:
-        """Nothing speaks against any row."""
+        """Return a ranking of `count` rows in which no row is judged."""
         return cls(np.ones(count), np.zeros(count, bool), [NOT_JUDGED] * count, given, vectors)
 
     def sentence(self, row: int) -> str:
-        """What speaks against a row, for its Drop."""
+        """Return the reason of suspicion against a row, for its Drop."""
         given, suggested = shortened(self.given(row), 80), shortened(self.suggested.get(row, ""), 80)
         return f"labelled {given!r}; the other rows say {suggested!r}"
 
     def ranked(self) -> list[int]:
-        """All rows, most suspicious first; of equals the first read, and last those that were not judged."""
+        """Return all rows, most suspicious first.
+
+        Equal rows are in reading order. Rows that were not judged come last.
+        """
         unknown = np.array([kind == NOT_JUDGED for kind in self.kinds], bool)
         return list(np.lexsort((np.arange(len(self.quality)), self.quality, unknown)).tolist())
 
 
 def table(step_input: StepInput, ranking: LabelRanking, max_rows: int) -> Any:
-    """The first `max_rows` rows of the queue as evidence."""
+    """Return the first `max_rows` rows of the ranking as a table of evidence."""
     rows = ranking.ranked()[:max_rows]
     ids, locators = step_input.table["id"], step_input.table["locator"]
     near = dict(_nearest(ranking, rows))
@@ -209,9 +222,7 @@ def table(step_input: StepInput, ranking: LabelRanking, max_rows: int) -> Any:
 
 
 def _nearest(ranking: LabelRanking, rows: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, float]]]]:
-    """(row, nearest rows): those that it was held against where these are known, else the nearest of those with a
-    label.
-    """
+    """Yield (row, nearest rows): rows it was compared with if known, else the nearest labelled rows."""
     for row in rows:
         if row in ranking.near:
             yield row, sorted(ranking.near[row], key=lambda pair: (-pair[1], pair[0]))[:SHOWN_NEIGHBOURS]
@@ -228,17 +239,17 @@ def _nearest(ranking: LabelRanking, rows: Sequence[int]) -> Iterator[tuple[int, 
 
 
 def shortened(text: str, max_characters: int = SHOWN_CHARACTERS) -> str:
-    """A text cut for reading, with a sign that it was."""
+    """Return a text cut to `max_characters`, with an ellipsis if it was cut."""
     return text if len(text) <= max_characters else text[: max_characters - 1] + "…"
 
 
-FEW = 5  # rows of a label under which the count of wrong ones is loose
+FEW = 5  # rows per label; with fewer, the count of wrong labels is a loose estimate
 SYSTEM_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """The step's options that matter here; see SuspiciousLabels."""
+    """Options of the step SuspiciousLabels that are used here."""
 
     label: str
     encoder: str
@@ -248,7 +259,7 @@ class LabelSettings:
 
 
 def rank_labels(step_input: StepInput, settings: LabelSettings) -> LabelRanking:
-    """Judge rows with a label by their label, others by their replies where `label` is auto or text.
+    """Judge rows with a label by that label, others by their replies if `label` is auto or text.
 
     Documents and rows with media are not judged.
     """
@@ -295,15 +306,16 @@ def rank_labels(step_input: StepInput, settings: LabelSettings) -> LabelRanking:
 
 
 def without_frame(prompts: list[str]) -> list[str]:
-    """The prompts without the words that all of them begin and end with: an instruction says nothing about one row's
-    label.
+    """Return the prompts without the words that all of them begin and end with.
+
+    A shared instruction says nothing about the label of one row.
     """
     if len(prompts) < LEAST_ROWS:
         return prompts
     prefix = os.path.commonprefix([min(prompts), max(prompts)])
     reversed_prompts = [prompt[::-1] for prompt in prompts]
     suffix = os.path.commonprefix([min(reversed_prompts), max(reversed_prompts)])
-    # whole words only, and something must be left of the shortest
+    # cut whole words only, and leave something of the shortest prompt
     start = len(prefix) - len(prefix.split()[-1]) if prefix.split() and not prefix[-1].isspace() else len(prefix)
     end = len(suffix) - len(suffix.split()[-1]) if suffix.split() and not suffix[-1].isspace() else len(suffix)
     if start + end >= min(map(len, prompts)):
@@ -312,8 +324,9 @@ def without_frame(prompts: list[str]) -> list[str]:
 
 
 def _label_inputs(prompts: Sequence[str], systems: Texts) -> list[str]:
-    """What labels are judged by: the prompt, after the start of what the system is told where that is not one and the
-    same.
+    """Return the texts by which labels are judged.
+
+    They are the prompts, each after the start of its system message unless all system messages are equal.
     """
     if len(Counter(systems)) <= 1:
         return list(prompts)
@@ -326,7 +339,7 @@ def _label_inputs(prompts: Sequence[str], systems: Texts) -> list[str]:
 def _by_label(
     ranking: LabelRanking, rows: I64, inputs: Sequence[str], row_labels: class_labels.ClassLabels, seed: int
 ) -> dict[str, Any]:
-    """Judge the rows that have a label."""
+    """Judge the rows that have a label; return the facts. rows: (n,) row numbers."""
     if not len(rows):
         return {}
     labels = [row_labels.labels[row] or "" for row in rows.tolist()]
@@ -357,7 +370,7 @@ def _by_label(
 
 
 def _contested(prompts: Sequence[str], labels: I64) -> int:
-    """Prompts that stand with more than one label."""
+    """Count the prompts that occur with more than one label. labels: (N,)."""
     pairs = np.unique(np.stack([number(prompts), labels]), axis=1)
     return int((np.bincount(pairs[0]) > 1).sum())
 
@@ -365,7 +378,7 @@ def _contested(prompts: Sequence[str], labels: I64) -> int:
 def _by_replies(
     ranking: LabelRanking, rows: I64, texts: tuple[Texts, Texts], likeness: float, agreement: float
 ) -> dict[str, Any]:
-    """Judge the rows whose replies are free text."""
+    """Judge the rows whose replies are free text; return the facts. rows: (n,) row numbers."""
     if not len(rows):
         return {}
     prompts, replies = texts

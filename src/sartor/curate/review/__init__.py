@@ -1,1 +1,1 @@
-"""The human review queue: items, decisions, quality control, and the Dataset that was decided on."""
+"""Human review: items, decisions, quality control, and the Dataset written from the decisions."""

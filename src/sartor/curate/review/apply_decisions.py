@@ -1,9 +1,9 @@
-"""Writes the Dataset that reviewers decided on.
+"""Writing of the Dataset that follows from the reviewers' decisions.
 
-What was made of a row that goes or changes (copies, variants) goes with it, since it says what the row said;
-`keep_derived` leaves it. Items that nobody has decided, and conflicts, come along in the new `review.jsonl`, beside
-every decision; what was done stands in `evidence/review.jsonl` too, which the manifest lists, so that nobody can
-change it later.
+Rows derived from a row that is dropped or changed (copies, variants) are dropped too, since they repeat its content;
+`keep_derived` keeps them. Open items and conflicts are carried over to the new `review.jsonl`, with every decision.
+The applied decisions are also written to `evidence/review.jsonl`. The manifest lists that file, so a later change
+would be noticed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,18 @@ from sartor.curate.review.review_items import Decision, ReviewItem
 from sartor.curate.review.review_store import ReviewEntry, View
 from sartor.curate.review.row_edits import STEP, apply_edit, rows_of
 
-# what is written anew; everything else of the old Dataset comes along as it is
+# files that are rewritten; all other files of the old Dataset are copied unchanged
 WRITTEN = ("examples/", "drops/", "lineage/", "card/", "card.", "croissant.json", review_file.FILE)
 
 
 @dataclass
 class ReviewChanges:
-    """What is to be done: rows that go (id -> its Drop), rows that change (id -> the new one), rows that join."""
+    """Changes to apply.
+
+    drops: id of a row to drop -> its Drop.
+    edited: id of a row to change -> the changed row.
+    added: rows to add.
+    """
 
     drops: dict[str, Drop] = field(default_factory=dict)
     edited: dict[str, Example] = field(default_factory=dict)
@@ -47,15 +52,17 @@ class ReviewChanges:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the new Dataset would be the old one."""
+        """Whether the new Dataset would equal the old one."""
         return not (self.drops or self.edited or self.added)
 
 
 def apply(
     view: View, out: Path, *, replace: bool = False, keep_derived: bool = False
 ) -> tuple[Artifact, dict[str, Any]]:
-    """Write the new Dataset; returns it and what was done. Raises ConfigError where nothing is decided, ConflictError
-    where two decided edits of a row differ, SourceError where no row would be left.
+    """Write the new Dataset; return it and a summary of the changes.
+
+    Raises ConfigError if nothing is decided, ConflictError if two decided edits of a row differ, SourceError if no row
+    would be left.
     """
     old = open_artifact(view.dataset.path, "dataset")
     entries = view.all_entries()
@@ -98,7 +105,7 @@ def _plan(view: View, decided: Sequence[ReviewEntry], keep_derived: bool) -> Rev
 
 
 def _join(plan: ReviewChanges, row: Example, item: ReviewItem, decision: Decision, view: View) -> None:
-    """A row that was proposed joins, edited or as it is, or is a Drop."""
+    """Add a proposed row, edited or as it is, or record its Drop."""
     if decision.verdict == "reject":
         plan.drops[row.id] = _drop(row, item, decision)
         plan.counts["proposed_rejected"] += 1
@@ -107,7 +114,7 @@ def _join(plan: ReviewChanges, row: Example, item: ReviewItem, decision: Decisio
 
 
 def _edits(decided: Sequence[ReviewEntry], ids: frozenset[str]) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
-    """Of each row that stands, the edits that were decided, each once."""
+    """Group the decided edits by row of the Dataset, each distinct change once."""
     result: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for entry in decided:
         decision = entry.standing.decision
@@ -119,7 +126,10 @@ def _edits(decided: Sequence[ReviewEntry], ids: frozenset[str]) -> dict[str, lis
 
 
 def _apply_edits(row: Example, edits: Sequence[tuple[str, Mapping[str, Any]]]) -> Example:
-    """The row with all of its edits done; masking comes last."""
+    """Return the row with all of its edits applied as one change.
+
+    Raises ConflictError if two edits differ.
+    """
     merged: dict[str, Any] = {}
     for item, change in edits:
         for name, value in change.items():
@@ -133,7 +143,10 @@ def _apply_edits(row: Example, edits: Sequence[tuple[str, Mapping[str, Any]]]) -
 
 
 def _drop(row: Example, item: ReviewItem, decision: Decision, *, is_private: bool = False) -> Drop:
-    """With who, when and why; of a row that holds personal data without its text."""
+    """Return the Drop of a rejected row, with reviewer, time and reason.
+
+    The text of a row with personal data is left out.
+    """
     reason = decision.reason or "no reason given"
     detail = f"rejected by {decision.by} at {decision.at}: {reason} ({item.kind} {item.reason}, item {item.id})"
     drop = drop_of(row, STEP, detail, step=STEP)
@@ -141,7 +154,7 @@ def _drop(row: Example, item: ReviewItem, decision: Decision, *, is_private: boo
 
 
 def _drop_derived(plan: ReviewChanges, dataset: Artifact) -> None:
-    """What was made of a row that goes or changes, and of that, goes too."""
+    """Drop every row derived, directly or indirectly, from a dropped or changed row."""
     index = origin_index.read(dataset, ["id", "parents"])
     children: dict[str, set[str]] = {}
     for row_id, parents in zip(index["id"].to_pylist(), index["parents"].to_pylist(), strict=True):
@@ -150,7 +163,7 @@ def _drop_derived(plan: ReviewChanges, dataset: Artifact) -> None:
     waiting = [
         *plan.drops,
         *(row_id for row_id, row in plan.edited.items() if row.id != row_id),
-    ]  # another weight is no other row
+    ]  # an edit of the weight alone leaves the row's id, and so its derived rows
     cause = {item: item for item in waiting}
     while waiting:
         parent = waiting.pop()
@@ -170,13 +183,13 @@ def _drop_derived(plan: ReviewChanges, dataset: Artifact) -> None:
 
 
 def _rejected_ids(dataset: Artifact) -> set[str]:
-    """Rows that an earlier review rejected."""
+    """Return the ids of rows that an earlier review rejected."""
     tables = (pq.read_table(file, columns=["id", "step"]) for file in origin_index.example_files(dataset, "drops/"))
     return {item for table in tables for item in table.filter(pc.equal(table["step"], STEP))["id"].to_pylist()}
 
 
 class _ReviewWriter:
-    """The new Dataset's files, one after another."""
+    """Writer of the new Dataset's files, in order."""
 
     def __init__(self, view: View, entries: Sequence[ReviewEntry], plan: ReviewChanges) -> None:
         self.view, self.old, self.entries, self.plan = view, view.dataset, entries, plan
@@ -184,7 +197,7 @@ class _ReviewWriter:
         self.joined = 0
 
     def fill(self, writer: DatasetWriter) -> Mapping[str, Any]:
-        """Write everything; returns what the manifest says."""
+        """Write all files; return the fields of the manifest."""
         self._bring_along(writer.folder)
         old_counts = self.old.manifest.get("counts", {})
         writer.dropped.update(old_counts.get("dropped", {}))
@@ -206,7 +219,7 @@ class _ReviewWriter:
         )
 
     def summary(self) -> dict[str, Any]:
-        """What was done, and what is left to decide."""
+        """Return counts of the changes, and of the items that are still open."""
         counts = self.plan.counts
         open_entries = [entry for entry in self.entries if entry.is_open and self.view.concerns(entry.item)]
         return {
@@ -229,7 +242,7 @@ class _ReviewWriter:
                 shutil.copyfile(self.old.path / name, folder / name)
 
     def _tables(self) -> Iterator[Any]:
-        """The rows that stay, changed ones in their places, then those that join."""
+        """Yield the remaining rows, with changed ones at their positions, then the added ones."""
         self.splits = self._groups()
         known_ids = set(self.view.ids) - set(self.plan.drops) - set(self.plan.edited)
         changed_ids = to_string_array(sorted({*self.plan.drops, *self.plan.edited}))
@@ -261,7 +274,7 @@ class _ReviewWriter:
             yield table.slice(start)
 
     def _is_new(self, row: Example, known_ids: set[str]) -> bool:
-        """Whether no other row says the same; else it is a Drop for that one."""
+        """Return whether no other row has the same content; otherwise record a Drop as its duplicate."""
         if row.id in known_ids:
             drop = drop_of(row, "exact_duplicate", "after review it says the same as a row that stands", step=STEP)
             self.equal.append(replace(drop, kept=row.id))
@@ -270,13 +283,16 @@ class _ReviewWriter:
         return True
 
     def _placed(self, row: Example, split: str) -> Example:
-        """In a group, whole on one side of the split: an edited question joins the rows that ask the same."""
+        """Return the row with its group, and with the split that its group has.
+
+        An edited question joins the group of the rows that ask the same. A group is never divided between splits.
+        """
         group = split_group(row)
         group_split = self.splits.setdefault(group, split or row.split or "train")
         return replace(row, group=group, split=group_split)
 
     def _groups(self) -> dict[str, str]:
-        """group -> split, of the rows that stay as they are."""
+        """Return group -> split for the rows of the old Dataset."""
         result: dict[str, str] = {}
         for file in origin_index.example_files(self.old):
             table = pq.read_table(file, columns=["group", "split"]).group_by(["group", "split"]).aggregate([])
@@ -301,7 +317,7 @@ class _ReviewWriter:
 
 
 def _in_form(table: Any) -> Any:
-    """A table of a Dataset of an older schema with the columns of today."""
+    """Convert a table of an older Dataset schema to the current columns."""
     if "steps" not in table.column_names:
         empty = pa.array([[]] * len(table), pa.list_(pa.string()))
         table = table.append_column("steps", empty)

@@ -1,13 +1,14 @@
 """Cohen's kappa and acceptance sampling.
 
 Cohen, "A coefficient of agreement for nominal scales", Educational and Psychological Measurement 20 (1960). The
-interval is that of the observed agreement (exact, Clopper-Pearson), carried through kappa at the chance agreement
-found: unlike the usual standard error it is no point where two people agree on everything.
+interval of kappa is the exact (Clopper-Pearson) interval of the observed agreement, transformed by kappa at the
+observed chance agreement. Unlike the interval from the usual standard error, it has a positive width even if two
+reviewers agree on everything.
 
-Rows are drawn without putting back, so the number of bad ones in a sample is hypergeometric; both the plan and the
-bound come from that distribution itself (a one-sided exact bound, the finite population's counterpart of Clopper &
-Pearson 1934), not from an approximation. The order of drawing follows from the seed and the ids alone: a larger sample
-begins with the smaller one.
+Rows are drawn without replacement, so the number of bad rows in a sample is hypergeometric. The sample size and the
+bound come from that distribution itself (a one-sided exact bound, the finite-population counterpart of Clopper &
+Pearson 1934), not from an approximation. The order of the draw depends only on the seed and the ids, so a larger
+sample begins with the smaller one.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ Estimate = Mapping[str, float]
 
 @dataclass(frozen=True)
 class ReviewerAgreement:
-    """Of two people over the items that both judged. `kappa` is None where chance alone would agree on everything.
+    """Agreement of two reviewers on the items that both judged.
 
-    table: (verdict of the first, of the second) -> items. Bounds have 95 % confidence.
+    table: (verdict of the first, verdict of the second) -> items. Bounds have 95 % confidence.
     """
 
     reviewers: tuple[str, str]
@@ -40,13 +41,13 @@ class ReviewerAgreement:
 
     @property
     def fraction(self) -> Estimate:
-        """Of the items, how many both judged alike."""
+        """Observed agreement p_o: fraction of the items with equal verdicts, with its interval."""
         low, high = interval(self.agreed, self.items)
         return {"estimate": self.agreed / self.items, "low": low, "high": high}
 
     @property
     def by_chance(self) -> float:
-        """The agreement of two who judge as often so, but blindly."""
+        """Chance agreement p_e = sum_v n1(v) n2(v) / n^2, with n1, n2 the verdict counts of the two reviewers."""
         first_counts, second_counts = (Counter[str](), Counter[str]())
         for (first, second), count in self.table.items():
             first_counts[first] += count
@@ -55,23 +56,24 @@ class ReviewerAgreement:
 
     @property
     def kappa(self) -> Estimate | None:
-        """1 is full agreement, 0 that of chance."""
+        """Cohen's kappa (p_o - p_e) / (1 - p_e): 1 is full agreement, 0 chance agreement; None if p_e is 1."""
         chance = self.by_chance
         if chance >= 1:
             return None
         return {name: max(-1.0, (value - chance) / (1 - chance)) for name, value in self.fraction.items()}
 
     def as_json(self) -> dict[str, Any]:
-        """As the command says it."""
+        """Return the JSON that the command prints."""
         table = {f"{first}/{second}": count for (first, second), count in sorted(self.table.items())}
         counts = {"reviewers": list(self.reviewers), "items": self.items, "agreed": self.agreed}
         return {**counts, "fraction": self.fraction, "kappa": self.kappa, "table": table}
 
 
 def agreements(decisions: Sequence[Sequence[Decision]]) -> list[ReviewerAgreement]:
-    """Every pair of people who judged an item in common, those with most first. `decisions` has a list for each item.
+    """Return the agreement of each pair of people with items in common, largest number of items first.
 
-    What counts is the verdict that a person gave first and not to settle: later ones may know of the other's.
+    decisions: one list per item. Only a person's first verdict counts, and no settling decision: later verdicts may be
+    influenced by those of others.
     """
     tables: dict[tuple[str, str], Counter[tuple[str, str]]] = {}
     for of_item in decisions:
@@ -88,9 +90,10 @@ def agreements(decisions: Sequence[Sequence[Decision]]) -> list[ReviewerAgreemen
 
 
 def size(population: int, error: float, confidence: float, allow: int = 0) -> int:
-    """The fewest rows to look at so that, if at most `allow` of them are bad, at most `error` (0..1) of all are.
+    """Return the smallest sample that bounds the fraction of bad rows.
 
-    That statement is wrong in at most 1 - `confidence` of the cases. Raises ConfigError for numbers that mean nothing.
+    If at most `allow` rows of the sample are bad, at most the fraction `error` (0..1) of the population is bad. The
+    statement is wrong in at most 1 - `confidence` of the cases. Raises ConfigError for values outside their range.
 
     >>> size(10_000, 0.01, 0.95)
     294
@@ -98,7 +101,8 @@ def size(population: int, error: float, confidence: float, allow: int = 0) -> in
     _check(error, confidence, allow)
     if population <= 0:
         raise ConfigError("there is no row to draw from", "name another --split, or a Dataset that has rows")
-    bad = int(error * population + 1e-9) + 1  # the fewest that would be too many
+    # smallest n with P(X <= allow) <= 1 - confidence, X ~ Hypergeometric(population, bad, n)
+    bad = int(error * population + 1e-9) + 1  # smallest number of bad rows above `error`
     if bad > population or allow >= bad:
         if bad > population:
             return 0
@@ -115,12 +119,12 @@ def size(population: int, error: float, confidence: float, allow: int = 0) -> in
 
 
 def most_bad(population: int, sample_size: int, bad_in_sample: int, confidence: float) -> int:
-    """The most bad rows of the population that `bad_in_sample` bad ones in `sample_size` do not speak against with
-    this confidence.
+    """Return the upper confidence bound on the number of bad rows in the population.
 
     >>> most_bad(10_000, 294, 0, 0.95)
     100
     """
+    # largest K with P(X <= bad_in_sample) > 1 - confidence, X ~ Hypergeometric(population, K, sample_size)
     low, high = bad_in_sample, population - (sample_size - bad_in_sample)
     while low < high:
         middle = (low + high + 1) // 2
@@ -132,14 +136,14 @@ def most_bad(population: int, sample_size: int, bad_in_sample: int, confidence: 
 
 
 def _at_most(bad_in_sample: int, sample_size: int, bad: int, population: int) -> float:
-    """How probable it is that at most `bad_in_sample` of the rows that are looked at are bad."""
-    from scipy.stats import hypergeom  # not above: whatever asks whether a queue is empty would wait a second for it
+    """Return the probability that at most `bad_in_sample` rows of the sample are bad."""
+    from scipy.stats import hypergeom  # not at the top: scipy takes a second to load, and counting items needs none
 
     return float(hypergeom.cdf(bad_in_sample, population, bad, sample_size))
 
 
 def draw_ids(ids: Iterable[str], count: int, seed: int) -> list[str]:
-    """`count` of the ids, at random by the seed; whatever order they come in."""
+    """Draw `count` ids by the seed, independent of the order of `ids`."""
     return sorted(set(ids), key=lambda row_id: hashlib.sha256(f"{seed}:{row_id}".encode()).digest())[:count]
 
 

@@ -1,6 +1,6 @@
 """Verbs of review: list, decide, sample, export, apply.
 
-The command line calls these, and a page may: each takes paths and words, and hands back plain values.
+The command line calls them, and a page may call them too. Each takes paths and strings and returns plain values.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from sartor.curate.review.review_items import KINDS, VERDICTS, Decision, ReviewI
 from sartor.curate.review.review_store import ReviewEntry, ReviewPolicy, View, open_review, signer
 from sartor.curate.review.row_edits import apply_edit, everywhere_masked, masked_text, rows_of
 
-KEY = "keys/review"  # below SARTOR_HOME: it signs where no key is named and one is there
+KEY = "keys/review"  # below SARTOR_HOME: default signing key, used if it exists
 MOST_NAME = 200
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """What a person thinks of an item: the row stays as it is (accept), is changed (edit) or goes (reject).
+    """Verdict of a person on an item: accept (keep the row), edit (change it) or reject (drop it).
 
-    change: what an edit says (see items.CHANGES), by default what was suggested. settles: it ends a disagreement. key:
-    a private key that signs it, by default that of SARTOR_HOME/keys/review where there is one.
+    change: the edit, with keys from `review_items.CHANGES`; the item's suggestion if None.
+    settles: whether the verdict ends a disagreement.
+    key: private key that signs the decision; by default that of SARTOR_HOME/keys/review, if there is one.
     """
 
     verdict: str
@@ -52,10 +53,10 @@ class Opinion:
 
 
 def decide(view: View, key: str, opinion: Opinion) -> tuple[ReviewEntry, bool]:
-    """Keep what a person decided; returns the item as it stands then, and whether that is new.
+    """Store a person's decision; return the item as it stands afterwards, and whether the decision is new.
 
-    The same decision of the same person about the same item is kept once. Raises ConfigError for a decision that the
-    item cannot have, ConflictError where there is nothing to settle.
+    The same decision of the same person about the same item is stored once. Raises ConfigError for a decision that the
+    item cannot have, ConflictError if there is nothing to settle.
     """
     assert view.queue is not None
     entry = view.entry(key)
@@ -78,7 +79,7 @@ def decide(view: View, key: str, opinion: Opinion) -> tuple[ReviewEntry, bool]:
 
 
 def _change(view: View, item: ReviewItem, opinion: Opinion) -> dict[str, Any]:
-    """What an edit says, tried on the row; nothing of another verdict."""
+    """Return the fields of an edit after a trial on the row; an empty dict for other verdicts."""
     if opinion.verdict != "edit":
         if opinion.verdict == "reject" and not item.examples:
             raise ConfigError(
@@ -119,7 +120,7 @@ DRAWN = "drawn"
 
 
 def review_counts(dataset: Path | str, queue: str = "", *, reviewers: int = 1, signed: bool = False) -> dict[str, int]:
-    """Items of a Dataset: open, in conflict (among the open), and decided, by what was decided."""
+    """Count the items of a Dataset: open, in conflict (a part of the open ones), and decided, by verdict."""
     with open_review(dataset, queue, ReviewPolicy(reviewers, signed)) as view:
         return _counts(view.entries())
 
@@ -134,12 +135,12 @@ def review_list(
     most: int = 50,
     rule: ReviewPolicy | None = None,
 ) -> dict[str, Any]:
-    """The items of a Dataset, `most` of them, and the counts of all. Raises ConfigError for a kind or state that is
-    none.
+    """List up to `most` items of a Dataset, with the counts of all items.
 
-    state: open (conflicts among them), conflict, decided or all. by: only items about which this person has not
-    decided, and
-    nothing of what others did: a second reviewer should not know.
+    state: open (includes conflicts), conflict, decided or all.
+    by: list only items that this person has not decided, without the decisions of others. A second reviewer should not
+    know them.
+    Raises ConfigError for an unknown kind or state.
     """
     if kind and kind not in KINDS:
         raise ConfigError(f"there is no kind {kind!r}", f"one of {', '.join(KINDS)}")
@@ -159,9 +160,9 @@ def review_list(
 
 
 def review_show(dataset: Path | str, item: str, queue: str = "", *, reveal: bool = False) -> dict[str, Any]:
-    """One item: what was found and why, the rows as they stand, what each verdict would do, who decided what.
+    """Show one item: the finding, its rows, what each verdict would do, and the decisions so far.
 
-    Rows of a finding of personal data are shown masked, unless `reveal`.
+    Rows of a finding of personal data are masked unless `reveal`.
     """
     with open_review(dataset, queue) as view:
         entry = view.entry(item)
@@ -181,10 +182,10 @@ def review_show(dataset: Path | str, item: str, queue: str = "", *, reveal: bool
 
 
 def review_decide(dataset: Path | str, items: Sequence[str], opinion: Opinion, queue: str = "") -> dict[str, Any]:
-    """Keep what a person decided about items, beside what others did; and the counts then.
+    """Store a person's decisions about several items beside those of others; return them with the new counts.
 
-    Each is kept by itself, in its order: where one is refused, those before it stay. Raises ConfigError,
-    ConflictError, BusyError.
+    Each decision is stored separately, in the order of the items. If one is refused, the earlier ones stay. Raises
+    ConfigError, ConflictError, BusyError.
     """
     if not items:
         raise ConfigError("no item is named", "sartor review list DATASET has their ids")
@@ -209,12 +210,11 @@ def review_sample(
     split: str = "",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Draw as many rows as a bound on the fraction of bad ones needs, put them into the queue, and say what they tell
-    so far.
+    """Draw a sample large enough for a bound on the fraction of bad rows; return the result so far.
 
-    Asked again with the same numbers it draws the same rows, so what was decided meanwhile counts. `upper` is the
-    bound that
-    holds with `confidence`: a row that nobody has judged yet counts as bad.
+    The sampled rows are put into the queue. The same arguments draw the same rows again, so decisions made in the
+    meantime count. `upper` is the upper bound on the fraction of bad rows at `confidence`. A row without a decision
+    counts as bad.
     """
     with open_review(dataset, queue, make=True) as view:
         assert view.queue is not None
@@ -250,7 +250,7 @@ def review_sample(
 
 
 def review_agreement(dataset: Path | str, queue: str = "", *, kind: str = "") -> dict[str, Any]:
-    """How far each two reviewers agree, by what each said first, and the items about which they differ."""
+    """Measure the agreement of each pair of reviewers on first verdicts, and list the items in conflict."""
     with open_review(dataset, queue) as view:
         entries = [entry for entry in view.all_entries() if not kind or entry.item.kind == kind]
     conflicts = [_line(entry) for entry in entries if entry.standing.state == "conflict"]
@@ -269,7 +269,10 @@ def review_apply(
     keep_derived: bool = False,
     rule: ReviewPolicy | None = None,
 ) -> dict[str, Any]:
-    """A new Dataset in which what was decided is done; the old one stays. Raises as `apply_decisions.apply`."""
+    """Write a new Dataset with the decisions applied; the old one stays.
+
+    Raises as `apply_decisions.apply`.
+    """
     check_output_free(Path(out).absolute(), replace=replace)
     with open_review(dataset, queue, rule) as view:
         artifact, summary = apply(view, Path(out), replace=replace, keep_derived=keep_derived)
@@ -277,11 +280,10 @@ def review_apply(
 
 
 def review_add(dataset: Path | str, found: Iterable[Mapping[str, Any]], queue: str = "") -> dict[str, Any]:
-    """Put findings, each a mapping in the form of a line of `review.jsonl`, into the queue of a Dataset. Raises
-    SourceError.
+    """Add findings, each a mapping in the form of a line of `review.jsonl`, to the queue of a Dataset.
 
-    The same finding again changes nothing. Whoever writes the Dataset itself may rather write them into its
-    `review.jsonl`.
+    A finding that is already there changes nothing. A program that writes the Dataset itself may write its findings
+    into the Dataset's `review.jsonl` instead. Raises SourceError.
     """
     with open_review(dataset, queue, make=True) as view:
         lines = review_file.Lines()
@@ -291,10 +293,11 @@ def review_add(dataset: Path | str, found: Iterable[Mapping[str, Any]], queue: s
 
 
 def review_import(dataset: Path | str, source: Path | str, queue: str = "") -> dict[str, Any]:
-    """Take findings and decisions of a `review.jsonl`, or of another Dataset's files, into the queue of a Dataset.
+    """Import findings and decisions into the queue of a Dataset.
 
-    Raises SourceError for a line that cannot be read, SignatureError for a decision that a trusted key signed
-    otherwise. A decision about an item that neither knows is refused: nothing is taken in then.
+    source: a `review.jsonl` or another Dataset.
+    Raises SourceError for a line that cannot be read, SignatureError for a decision whose signature by a trusted key
+    does not match. If a decision is about an item that neither side has, nothing is imported.
     """
     source = Path(source)
     with open_review(dataset, queue, make=True) as view:
@@ -309,7 +312,7 @@ def review_import(dataset: Path | str, source: Path | str, queue: str = "") -> d
 
 
 def _import_lines(view: View, lines: review_file.Lines, source: str) -> dict[str, Any]:
-    """Take lines into the queue, all or none; returns how many, and how many of them are new."""
+    """Add lines to the queue, all or none; return how many there are, and how many are new."""
     assert view.queue is not None
     known_items = {**view.items, **lines.items}
     if unknown_items := [decision.item for decision in lines.decisions if decision.item not in known_items]:
@@ -327,8 +330,9 @@ def _import_lines(view: View, lines: review_file.Lines, source: str) -> dict[str
 
 
 def review_export(dataset: Path | str, out: Path | str, queue: str = "") -> dict[str, Any]:
-    """Findings and decisions of a Dataset as a `review.jsonl`, for a reviewer elsewhere. Raises ConfigError if it is
-    there.
+    """Write the findings and decisions of a Dataset to a `review.jsonl`, for a reviewer elsewhere.
+
+    Raises ConfigError if `out` exists.
     """
     out = Path(out)
     if out.exists():
@@ -379,7 +383,7 @@ def _row(row: Any, identity: str) -> dict[str, Any]:
 
 
 def _would(item: ReviewItem, joins: bool) -> dict[str, str]:
-    """What each verdict would do."""
+    """Describe the effect of each possible verdict."""
     if not item.examples:
         return {"accept": "the finding may stand; nothing changes"}
     if len(item.examples) > 1:

@@ -1,4 +1,4 @@
-"""Reads and writes review.jsonl."""
+"""Reading and writing of review.jsonl."""
 
 from __future__ import annotations
 
@@ -26,14 +26,20 @@ MOST_LINE_BYTES = 4 << 20
 
 @dataclass
 class Lines:
-    """What a `review.jsonl` holds. `samples` are the plans of samples that were drawn, with what came of them."""
+    """Content of a `review.jsonl`.
+
+    samples: plans of the samples that were drawn.
+    """
 
     items: dict[str, ReviewItem] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, fields: Mapping[str, Any], content_digest: str) -> None:
-        """Take in a line. Raises SourceError for one that is neither a finding nor a decision."""
+        """Add a parsed line.
+
+        Raises SourceError for one that is no finding, decision or sample.
+        """
         kind = fields.get("what", "decision" if "verdict" in fields else "finding")
         if kind == "decision":
             self.decisions.append(decision_of(fields))
@@ -47,12 +53,18 @@ class Lines:
 
 
 def content_of(dataset: Artifact) -> str:
-    """The digest of a Dataset's content: a slice is a finding of that, whenever and wherever it was curated."""
+    """Return the digest of a Dataset's content, to which findings about slices belong.
+
+    It stays the same when an equal Dataset is curated at another time or place.
+    """
     return str(dataset.manifest.get("digest") or dataset.id)
 
 
 def of_dataset(dataset: Artifact) -> Lines:
-    """Everything that the Dataset's files say. Raises SourceError for a line that cannot be read."""
+    """Read the findings and decisions in a Dataset's files.
+
+    Raises SourceError for a line that cannot be read.
+    """
     lines = Lines()
     if (dataset.path / FILE).is_file():
         if FILE in dataset.manifest["files"]:
@@ -64,8 +76,9 @@ def of_dataset(dataset: Artifact) -> Lines:
 
 
 def read_review_file(file: Path, *, content_digest: str = "") -> Lines:
-    """The lines of a `review.jsonl`. `content_digest` is the content of the Dataset that its slices are of. Raises
-    SourceError.
+    """Read a `review.jsonl`.
+
+    content_digest: digest of the Dataset that findings about slices belong to. Raises SourceError.
     """
     lines = Lines()
     for location, _, fields in _lines_of(file):
@@ -74,7 +87,10 @@ def read_review_file(file: Path, *, content_digest: str = "") -> Lines:
 
 
 def _lines_of(file: Path) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-    """(where it stands, the line, what it says) of each line that is not empty. Raises SourceError."""
+    """Yield (location, line, parsed line) of each line that is not blank.
+
+    Raises SourceError.
+    """
     try:
         with file.open("rb") as stream:
             for number, line in enumerate(iter(lambda: stream.readline(MOST_LINE_BYTES + 1), b""), 1):
@@ -105,7 +121,7 @@ def _parsed(line: bytes, location: str) -> dict[str, Any]:
 def _take(lines: Lines, fields: Mapping[str, Any], location: str, content_digest: str) -> None:
     try:
         lines.add(fields, content_digest)
-        canonical(fields)  # half of a surrogate pair could not be written again
+        canonical(fields)  # a lone surrogate could not be written again
     except SartorError as error:
         raise SourceError(f"{location}: {error.problem}", error.remedy) from None
     except UnicodeEncodeError as error:
@@ -118,7 +134,7 @@ def _take(lines: Lines, fields: Mapping[str, Any], location: str, content_digest
 def write_review_file(
     file: Path, items: Iterable[ReviewItem], decisions: Iterable[Decision], samples: Iterable[Mapping[str, Any]] = ()
 ) -> int:
-    """Write a `review.jsonl`; returns how many lines. `read` turns it back."""
+    """Write a `review.jsonl`; return the number of lines. `read_review_file` parses it."""
     lines = [*(item.as_json() for item in items), *(decision.as_json() for decision in decisions)]
     lines += [{"schema": SCHEMA, **sample, "what": "sample"} for sample in samples]
     write_file_atomic(file, b"".join(canonical(line) + b"\n" for line in lines))
@@ -126,11 +142,10 @@ def write_review_file(
 
 
 def renew(dataset: Path, origin: str, findings: Iterable[Mapping[str, Any]]) -> Path:
-    """Put findings, each a line as a mapping, in place of the earlier ones of their origin; returns the
-    `review.jsonl`.
+    """Replace the findings of one origin in a Dataset's `review.jsonl`; return the file.
 
-    It stands in the folder of a Dataset, written after its manifest. The lines of others, and what people decided,
-    stay as they are. Of two who do so at once the second waits. Raises SourceError for a line that cannot be read.
+    The file is written after the Dataset's manifest. Findings of other origins, and decisions, stay. A lock file makes
+    concurrent callers wait. Raises SourceError for a line that cannot be read.
     """
     file = dataset / FILE
     with FileLock(dataset / f".{FILE}.lock"):
@@ -152,7 +167,7 @@ def _is_finding_of(fields: Mapping[str, Any], origin: str) -> bool:
 
 
 def _suspicious(dataset: Artifact) -> Iterator[ReviewItem]:
-    """The rows of the queue of labels that look wrong."""
+    """Yield an item for each label that the step `suspicious_labels` found wrong."""
     if LABELS not in dataset.manifest["files"]:
         return
     check_file(dataset, LABELS)
@@ -172,9 +187,7 @@ def _suspicious(dataset: Artifact) -> Iterator[ReviewItem]:
 
 
 def _suggestion(row: Mapping[str, Any], form: str) -> dict[str, Any]:
-    """What an edit would put in the label's place; nothing where the queue holds it cut, or a pattern found the
-    label.
-    """
+    """Return the edit that would correct the label; empty if the stored label was cut, or a pattern located it."""
     suggested = str(row["suggested"])
     if not suggested or len(suggested) == SHOWN_CHARACTERS and suggested.endswith("…"):
         return {}

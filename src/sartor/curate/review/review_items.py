@@ -1,11 +1,11 @@
-"""ReviewItem, Decision and how decisions combine.
+"""ReviewItem, Decision, and the state of an item that follows from its decisions.
 
     {"what": "finding", "kind": "label", "examples": ["3f..."], "reason": "suspicious_label", "detail": "...",
      "evidence": {...}, "suggestion": {"reply": "No."}, "origin": "suspicious_labels"}
     {"what": "decision", "item": "9a...", "verdict": "reject", "by": "Ada", "at": "2026-11-26T05:00:00.000000Z"}
 
-A finding's id is the digest of what is the matter with which rows, so the same one found twice is one item, also in a
-Dataset that was curated again. Of personal data only kind and span are kept: a finding that holds more is refused.
+The id of a finding is a digest of the problem and its rows. The same finding is therefore one item even in a Dataset
+that was curated again. Of personal data only kind and span are stored; a finding that holds more is refused.
 """
 
 from __future__ import annotations
@@ -25,20 +25,24 @@ Kind = Literal["label", "bias", "validation", "personal", "synthetic", "sample"]
 Verdict = Literal["accept", "edit", "reject"]
 KINDS: tuple[str, ...] = get_args(Kind)
 VERDICTS: tuple[str, ...] = get_args(Verdict)
-# what an edit may say: texts of the last reply, of the last question, of turns by number; a label's value in a JSON
-# reply; the row's weight; or that personal data is masked
+# keys of an edit: text of the last reply, of the last question, or of turns by number; a label's value in a JSON
+# reply; the row's weight; or whether personal data is masked
 CHANGES = ("reply", "prompt", "turns", "label", "value", "weight", "mask")
 SPAN = {"entity", "place", "start", "end", "score"}
 
 
 @dataclass(frozen=True)
 class ReviewItem:
-    """One finding. `reason` is a stable word, `detail` a sentence, `origin` what found it.
+    """One finding.
 
-    examples: ids of the rows; with `row`, that of a row which is not in the Dataset and would join it. slice: in
-    words, of what concerns many rows ("group=women"); without examples it belongs to the Dataset whose digest is `of`.
-    evidence: numbers and
-    names that show it. suggestion: a change (see CHANGES) that an edit may take over.
+    examples: ids of the rows; if `row` is set, the id of that row, which is not in the Dataset and would join it.
+    slice: description of a finding about many rows ("group=women").
+    reason: stable identifier of the problem.
+    detail: sentence for people.
+    evidence: numbers and names that support the finding.
+    suggestion: change (keys from CHANGES) that an edit may take over.
+    origin: step or command that reported the finding.
+    of: digest of the Dataset that a finding without examples belongs to.
     """
 
     kind: str
@@ -54,8 +58,10 @@ class ReviewItem:
 
     @cached_property
     def id(self) -> str:
-        """16 hex digits of the digest of what is the matter, and where: not of when, nor of the sentence that says
-        it.
+        """First 16 hex digits of the digest of kind, rows, slice, reason and suggestion.
+
+        For personal data the evidence counts too, and without rows the digest `of` the Dataset. The sentence in
+        `detail`, the origin and the time do not count.
         """
         content: dict[str, Any] = {"kind": self.kind, "examples": sorted(self.examples), "slice": self.slice}
         content |= {"reason": self.reason, "suggestion": self.suggestion}
@@ -67,11 +73,11 @@ class ReviewItem:
 
     @property
     def proposed(self) -> Example | None:
-        """The row that would join the Dataset."""
+        """The row that would join the Dataset; None if the finding proposes none."""
         return None if self.row is None else parquet_io.example_of(dict(self.row))
 
     def as_json(self) -> dict[str, Any]:
-        """A line of `review.jsonl`; `item_of` turns it back."""
+        """Return the line of `review.jsonl`; `item_of` parses it."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__} | {"examples": list(self.examples)}
         filled = {name: value for name, value in fields.items() if value not in ("", None, [], {})}
         return {"schema": SCHEMA, "what": "finding", "id": self.id, **filled}
@@ -79,9 +85,11 @@ class ReviewItem:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a person decided about an item. The row stays as it is (accept), is changed (edit) or goes (reject).
+    """Verdict of a person on an item: accept (keep the row), edit (change it) or reject (drop it).
 
-    `at` is UTC, to the microsecond. `settles`: it ends a disagreement. `signature` is that of `document`, {} for none.
+    at: UTC, with microseconds.
+    settles: whether it ends a disagreement.
+    signature: signature of `document`; {} if unsigned.
     """
 
     item: str
@@ -95,23 +103,24 @@ class Decision:
 
     @property
     def outcome(self) -> tuple[str, bytes]:
-        """What is to be done, for comparison: two edits agree when they say the same."""
+        """Verdict and change, for comparison; two edits agree if their changes are equal."""
         return self.verdict, records.canonical(self.change)
 
     @property
     def document(self) -> bytes:
-        """What is signed: everything but the signature."""
+        """Bytes that are signed: all fields but the signature."""
         return records.canonical({name: value for name, value in self.as_json().items() if name != "signature"})
 
     def as_json(self) -> dict[str, Any]:
-        """A line of `review.jsonl`; `decision_of` turns it back."""
+        """Return the line of `review.jsonl`; `decision_of` parses it."""
         fields = {name: value for name, value in vars(self).items() if value not in ("", {}, False)}
         return {"schema": SCHEMA, "what": "decision", **fields}
 
 
 def item_of(fields: Mapping[str, Any], *, content_digest: str = "") -> ReviewItem:
-    """A line of findings as an Item. `example` may stand for `examples` of one. Raises SourceError for what is
-    none.
+    """Parse a finding; `example` may replace `examples` of length one.
+
+    Raises SourceError for a line that is no finding.
     """
     _check_schema(fields)
     kind = fields.get("kind")
@@ -138,7 +147,10 @@ def item_of(fields: Mapping[str, Any], *, content_digest: str = "") -> ReviewIte
 
 
 def decision_of(fields: Mapping[str, Any]) -> Decision:
-    """A line of decisions as a Decision. Raises SourceError for what is none."""
+    """Parse a decision.
+
+    Raises SourceError for a line that is no decision.
+    """
     _check_schema(fields)
     texts = {name: str(fields.get(name) or "") for name in ("item", "verdict", "by", "at", "reason")}
     if texts["verdict"] not in VERDICTS or not (texts["item"] and texts["by"].strip() and texts["at"]):
@@ -162,7 +174,7 @@ def decision_of(fields: Mapping[str, Any]) -> Decision:
 
 
 def check_change(change: Mapping[str, Any]) -> None:
-    """Raise SourceError for what no edit can be."""
+    """Raise SourceError for a change without keys, or with keys other than CHANGES."""
     if not change or set(change) - set(CHANGES):
         problem = f"an edit says {', '.join(change) or 'nothing'}"
         raise SourceError(problem, f"what it may say: {', '.join(CHANGES)}")
@@ -174,7 +186,10 @@ def _check_schema(fields: Mapping[str, Any]) -> None:
 
 
 def _with_row_id(item: ReviewItem) -> ReviewItem:
-    """A proposed row is known by its own id, whatever the line says."""
+    """Replace the ids of a proposed row by the id of its content.
+
+    Raises SourceError if the row cannot be parsed.
+    """
     try:
         proposed = item.proposed
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -201,7 +216,7 @@ def _checked(item: ReviewItem) -> ReviewItem:
 
 
 def _check_personal(item: ReviewItem) -> None:
-    """Personal data found is never written: kind and span, and no word of it."""
+    """Raise SourceError if a finding of personal data holds more than kinds and spans."""
     spans = item.evidence.get("spans", [])
     are_spans = isinstance(spans, list) and all(isinstance(span, Mapping) and set(span) <= SPAN for span in spans)
     extra = [
@@ -222,7 +237,11 @@ State = Literal["open", "conflict", "decided"]
 
 @dataclass(frozen=True)
 class ItemState:
-    """`decision` is the one that holds, of a decided item; `by` who stands behind it."""
+    """State that follows from an item's decisions.
+
+    decision: the decision in force; None unless the state is "decided".
+    by: people behind the decision in force.
+    """
 
     state: State
     decision: Decision | None = None
@@ -230,17 +249,17 @@ class ItemState:
 
     @property
     def verdict(self) -> str:
-        """accept, edit or reject; empty until it is decided."""
+        """accept, edit or reject; empty until the item is decided."""
         return self.decision.verdict if self.decision else ""
 
 
 def newest(decisions: Sequence[Decision]) -> dict[str, Decision]:
-    """What each person thinks now: of several decisions of one, the last."""
+    """Return the latest decision of each person."""
     return {decision.by: decision for decision in sorted(decisions, key=lambda decision: decision.at)}
 
 
 def first_opinions(decisions: Sequence[Decision]) -> dict[str, Decision]:
-    """What each person thought before there was anything to settle: agreement is measured by it."""
+    """Return the first decision of each person that settles nothing; agreement is measured on these."""
     opinions = sorted(
         (decision for decision in decisions if not decision.settles), key=lambda decision: decision.at, reverse=True
     )
@@ -248,10 +267,10 @@ def first_opinions(decisions: Sequence[Decision]) -> dict[str, Decision]:
 
 
 def item_state(decisions: Sequence[Decision], reviewers: int = 1) -> ItemState:
-    """Open until `reviewers` people have decided; in conflict while they differ, until one of them or another settles
-    it.
+    """Return the state of an item after its decisions.
 
-    A settled item stays so, whatever is said later, until it is settled anew.
+    Open until `reviewers` people have decided; in conflict while their outcomes differ, until a settling decision. A
+    settled item changes only by another settling decision.
     """
     ordered = sorted(decisions, key=lambda decision: decision.at)
     settled = [item for item in ordered if item.settles]

@@ -1,13 +1,13 @@
-"""Review items from files and from a SQL database.
+"""Review items from a Dataset's files and from a SQL database.
 
-    review_items      what was found, each once
-    review_found      in which Dataset (by its id) an item was found
-    review_decisions  append-only: who decided what, when and why; the same one is written once
-    review_samples    which rows were drawn, for which bound
+    review_items      findings, each once
+    review_found      Dataset (by its id) in which an item was found
+    review_decisions  append-only: person, verdict, time and reason; an equal decision is stored once
+    review_samples    rows drawn for an acceptance sample, with the bound they were drawn for
     review_counter    one row, which every change locks
 
-Each change is one transaction, kept whole or not at all; several processes may review at once, and what one of them
-decides is added beside what others did, never over it.
+Each change is one transaction. Several processes may review at once: decisions are added beside those of others and
+never replace them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ occurrences = Table(
 decisions = Table(
     "review_decisions",
     metadata,
-    # SQLite numbers rows by itself only where the key is exactly INTEGER
+    # SQLite assigns row numbers only if the key's type is exactly INTEGER
     Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
     _text("key"),
     Column("item", Text, ForeignKey("review_items.id"), nullable=False),
@@ -87,16 +87,17 @@ counter = Table(
 
 
 def form() -> Form:
-    """What a database of the queue holds."""
+    """Return the description of the queue's database: tables, migrations and version."""
     return Form("review queue", "--queue ", MIGRATIONS, counter.c.value, "review_version")
 
 
-AT_ONCE = 500  # ids in one question: SQLite takes 32,766 values, old ones 999
+AT_ONCE = 500  # ids per query: SQLite allows 32,766 parameters, old versions 999
 
 
 class Queue:
-    """One queue. Safe to use from several threads and processes. Each call may raise what `Database.change` raises,
-    and ArtifactError for a row that was changed from outside.
+    """Review queue in a database, safe to use from several threads and processes.
+
+    Each call may raise what `Database.change` raises, and ArtifactError for a row that was changed from outside.
     """
 
     def __init__(self, database: Database) -> None:
@@ -104,15 +105,18 @@ class Queue:
 
     @classmethod
     def open(cls, url: str) -> Queue:
-        """The queue at a SQLAlchemy URL, made if absent. Raises as `open_database`."""
+        """Open the queue at a SQLAlchemy URL; create it if absent.
+
+        Raises as `open_database`.
+        """
         return cls(open_database(url, form()))
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the database connections."""
         self.database.close()
 
     def items(self, dataset: str) -> dict[str, ReviewItem]:
-        """The items found in the Dataset of this id, in the order of their ids."""
+        """Return the items found in the Dataset with this id, ordered by item id."""
         column = items.c
         query = select(items).join(occurrences, occurrences.c.item == column.id).order_by(column.id)
         with self.database.read() as connection:
@@ -120,7 +124,7 @@ class Queue:
         return {str(row["id"]): item_of(_verified_fields(dict(row), "item", row["id"])) for row in rows}
 
     def decisions(self, items: Iterable[str]) -> dict[str, list[Decision]]:
-        """Every decision about these items, by item, in the order in which they came in."""
+        """Return the decisions about these items by item, in the order in which they were stored."""
         result: dict[str, list[Decision]] = {}
         column = decisions.c
         with self.database.read() as connection:
@@ -133,19 +137,19 @@ class Queue:
         return result
 
     def samples(self, dataset: str) -> list[dict[str, Any]]:
-        """The samples that were drawn from a Dataset."""
+        """Return the plans of the samples drawn from a Dataset."""
         query = select(samples).where(samples.c.dataset == dataset).order_by(samples.c.id)
         with self.database.read() as connection:
             return [_verified_fields(dict(row), "sample", row["id"]) for row in connection.execute(query).mappings()]
 
     def add(self, dataset: str, items: Iterable[ReviewItem], decisions: Iterable[Decision] = ()) -> tuple[int, int]:
-        """Put items found in a Dataset into the queue, and decisions about them; returns how many of each are new."""
+        """Add items found in a Dataset, and decisions about items; return how many of each are new."""
         with self.database.change() as connection:
             added = sum(self._add(connection, dataset, item) for item in items)
             return added, sum(self._decide(connection, decision) for decision in decisions)
 
     def sample(self, dataset: str, plan: Mapping[str, Any], items: Iterable[ReviewItem]) -> None:
-        """Keep a sample's plan, and an item for each row of it."""
+        """Store the plan of a sample, and an item for each of its rows."""
         identity = records.digest({"dataset": dataset, **plan})[:16]
         with self.database.change() as connection:
             for item in items:
@@ -198,7 +202,11 @@ FILE = "review.sqlite"
 
 @dataclass(frozen=True)
 class ReviewPolicy:
-    """What counts as decided. reviewers: how many people must agree. signed: whether only signed decisions count."""
+    """Conditions under which an item counts as decided.
+
+    reviewers: number of people who must agree.
+    signed: whether only signed decisions count.
+    """
 
     reviewers: int = 1
     signed: bool = False
@@ -210,7 +218,7 @@ class ReviewPolicy:
 
 @dataclass(frozen=True)
 class ReviewEntry:
-    """An item with every decision about it, and what becomes of it."""
+    """Item with all of its decisions, and the state that follows from them."""
 
     item: ReviewItem
     decisions: tuple[Decision, ...]
@@ -218,23 +226,26 @@ class ReviewEntry:
 
     @property
     def is_open(self) -> bool:
-        """Whether somebody has yet to decide, or to settle."""
+        """Whether the item still needs a decision or a settlement."""
         return self.standing.state != "decided"
 
 
 class View:
-    """The items of a Dataset: of its own files, and of the queue if there is one."""
+    """Items of a Dataset, from its own files and from the queue if there is one."""
 
     def __init__(self, dataset: Artifact, queue: Queue | None, rule: ReviewPolicy) -> None:
         self.dataset, self.queue, self.rule = dataset, queue, rule
 
     @cached_property
     def ids(self) -> frozenset[str]:
-        """The ids of the Dataset's rows."""
+        """Ids of the Dataset's rows."""
         return frozenset(column(origin_index.read(self.dataset, ["id"]), "id").to_pylist())
 
     def ids_of(self, split: str) -> list[str]:
-        """Those of a split. Raises ConfigError for a split that no row is in."""
+        """Return the sorted ids of the rows of a split.
+
+        Raises ConfigError for a split without rows.
+        """
         ids: list[str] = []
         known_splits: set[str] = set()
         for file in origin_index.example_files(self.dataset):
@@ -250,26 +261,29 @@ class View:
 
     @cached_property
     def lines(self) -> review_file.Lines:
-        """What the Dataset's own files say."""
+        """Items, decisions and samples in the Dataset's own files."""
         return review_file.of_dataset(self.dataset)
 
     @cached_property
     def items(self) -> dict[str, ReviewItem]:
-        """Every item by id: those of the files first, in their order."""
+        """All items by id: those of the files first, in their order."""
         queued = self.queue.items(self.dataset.id) if self.queue else {}
         return {**self.lines.items, **{key: item for key, item in queued.items() if key not in self.lines.items}}
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """The samples drawn from this very Dataset."""
+        """Samples in the queue that were drawn from this Dataset."""
         return self.queue.samples(self.dataset.id) if self.queue else []
 
     def entries(self) -> list[ReviewEntry]:
-        """Every item that concerns a row which stands in the Dataset, a row that would join it, or a slice."""
+        """Return the items about rows of the Dataset, rows that would join it, or slices."""
         return [entry for entry in self.all_entries() if self.concerns(entry.item)]
 
     def all_entries(self) -> list[ReviewEntry]:
-        """Also those whose rows have gone since: what was decided about them is part of the record."""
+        """Return all items, including those whose rows have left the Dataset.
+
+        Their decisions are part of the record.
+        """
         decisions = self._decisions(self.items)
         return [
             ReviewEntry(item, tuple(decisions.get(key, ())), self.state_of(decisions.get(key, [])))
@@ -277,7 +291,10 @@ class View:
         ]
 
     def entry(self, key: str) -> ReviewEntry:
-        """The item whose id begins like this. Raises ConfigError where none or several do."""
+        """Return the item whose id begins with `key`.
+
+        Raises ConfigError if none or several do.
+        """
         matches = [item for item in self.items if item.startswith(key)] if key else []
         if len(matches) != 1:
             problem = f"{len(matches)} items begin with {key!r}" if matches else f"there is no item {key!r}"
@@ -288,11 +305,11 @@ class View:
         return ReviewEntry(self.items[matches[0]], tuple(decisions), self.state_of(decisions))
 
     def concerns(self, item: ReviewItem) -> bool:
-        """Whether it is still about something of this Dataset."""
+        """Return whether an item is about a current row, a proposed row or a slice of this Dataset."""
         return item.row is not None or not item.examples or any(example in self.ids for example in item.examples)
 
     def state_of(self, decisions: list[Decision]) -> ItemState:
-        """What these decisions come to by the rule."""
+        """Return the state that these decisions lead to under the policy."""
         valid = [decision for decision in decisions if signer(decision)] if self.rule.signed else decisions
         return item_state(valid, self.rule.reviewers)
 
@@ -308,10 +325,9 @@ class View:
 
 
 def signer(decision: Decision) -> str:
-    """The id of the trusted key that signed a decision; empty where nobody did, or somebody whom this machine does not
-    know.
+    """Return the id of the trusted key that signed a decision; empty if unsigned or signed by an unknown key.
 
-    Raises SignatureError where the signer is trusted and signed something else, or is revoked.
+    Raises SignatureError if a trusted key's signature does not match the decision, or if the key is revoked.
     """
     identity = str(decision.signature.get("key_id", ""))
     if not identity or identity not in signing.trusted_ids() | signing.revoked_ids():
@@ -321,8 +337,9 @@ def signer(decision: Decision) -> str:
 
 
 def queue_url(dataset: Path, queue: str) -> str:
-    """The URL of the queue: as given (a URL or a file), else as SARTOR_REVIEW says, else `review.sqlite` beside the
-    Dataset.
+    """Return the URL of the queue.
+
+    `queue` (a URL or a file) comes first, then the variable SARTOR_REVIEW, then `review.sqlite` beside the Dataset.
     """
     location = queue or os.environ.get(VARIABLE, "")
     if "://" in location:
@@ -334,8 +351,9 @@ def queue_url(dataset: Path, queue: str) -> str:
 def open_review(
     dataset: Path | str, queue: str = "", rule: ReviewPolicy | None = None, *, make: bool = False
 ) -> Iterator[View]:
-    """A View of a Dataset. A queue's file that is not there is made only with `make`: looking leaves nothing
-    behind.
+    """Open a View of a Dataset.
+
+    A missing SQLite file of the queue is created only with `make`, so reading leaves no file behind.
     """
     path = Path(dataset).absolute()
     artifact = Artifact(path, read_manifest(path, ("dataset",)))
@@ -352,15 +370,15 @@ def _is_there(url: str) -> bool:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        return True  # whoever opens it says what is wrong with it
+        return True  # Queue.open reports what is wrong with the URL
     return parsed.get_backend_name() != "sqlite" or Path(parsed.database or "").exists()
 
 
 def open_items(dataset: Path | str | Artifact, queue: str = "", *, reviewers: int = 1, signed: bool = False) -> int:
-    """How many items of a Dataset nobody has decided, or two people differently: what the gate asks.
+    """Count the open items of a Dataset, conflicts included; the gate asks for this number.
 
-    Findings that stand in the Dataset's files count whether or not anybody has looked at the queue yet. `reviewers` is
-    how many people must agree; with `signed` only decisions count that a key which this machine trusts has signed.
+    Findings in the Dataset's files count even if the queue does not know them yet. reviewers: number of people who
+    must agree. signed: count only decisions signed by a key that this machine trusts.
     """
     path = dataset.path if isinstance(dataset, Artifact) else Path(dataset)
     with open_review(path, queue, ReviewPolicy(reviewers, signed)) as view:

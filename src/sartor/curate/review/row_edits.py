@@ -1,4 +1,4 @@
-"""Applies a reviewer's edit to an Example."""
+"""Application of a reviewer's edit to an Example."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ STEP = EDITED
 
 
 def apply_edit(example: Example, change: Mapping[str, Any]) -> Example:
-    """The row with the change done. Raises ConfigError where it does not fit the row, or changes nothing of it."""
+    """Return the row with the change applied.
+
+    Raises ConfigError if the change does not fit the row, or leaves it as it is.
+    """
     check_change(change)
     edited = example
     for turn, text in _turns(example, change):
@@ -43,7 +46,7 @@ def apply_edit(example: Example, change: Mapping[str, Any]) -> Example:
             f"the edit leaves row {example.id} as it is",
             "sartor review accept DATASET ITEM --by NAME, or edit with another --reply, --prompt or --change",
         )
-    if edited.id == example.id:  # another weight is no other row
+    if edited.id == example.id:  # a new weight alone does not make a new row
         return replace(edited, steps=(*example.steps, STEP))
     group = prompt_group(edited) if example.group == prompt_group(example) else edited.group
     return replace(
@@ -55,7 +58,7 @@ def apply_edit(example: Example, change: Mapping[str, Any]) -> Example:
 
 
 def everywhere_masked(example: Example) -> Example:
-    """The row with placeholders for whatever may be personal in it, names of people among it."""
+    """Return the row with placeholders for all personal data that is detected, names of people included."""
     step = PersonalData(entities=ENTITIES)  # type: ignore[arg-type]
     masking = step.open(Path())
     assert isinstance(masking, Masking)
@@ -63,15 +66,15 @@ def everywhere_masked(example: Example) -> Example:
 
 
 def masked_text(text: str) -> str:
-    """A sentence of a person's with placeholders for personal data."""
+    """Return a person's sentence with placeholders for personal data."""
     return PersonalData(entities=ENTITIES).masker()(text)  # type: ignore[arg-type]
 
 
 def _child(origin: Origin, parent: Example) -> Origin:
-    """A row that was read stays its source's, as edited; one that a step made keeps that step's mark for ever.
+    """Return the origin of an edited row, with the unedited row as parent.
 
-    `made+review` is the mark of one that a step made of nothing: it has a parent now, and still counts as its source's
-    row.
+    A row that was read still counts as a row of its source, with the step of an edit. A row that a step made keeps the
+    name of that step: `made+review` marks one that had no parent before the edit.
     """
     if origin.parents or origin.step.endswith(STEP):
         return replace(origin, parents=(parent.id,))
@@ -100,7 +103,7 @@ def _turn_number(example: Example, key: Any) -> int:
 
 
 def _with_text(example: Example, turn: int, text: str) -> Example:
-    """Another text in a message; its pictures and recordings stay."""
+    """Return the Example with new text in one message; its images and recordings stay."""
     if not text.strip():
         raise ConfigError("an edit would leave an empty turn", "reject the row, or say what is to stand there")
     message = example.messages[turn]
@@ -134,7 +137,10 @@ def _weight(value: Any) -> float:
 
 
 def rows_of(dataset: Artifact, ids: Iterable[str]) -> dict[str, Example]:
-    """The Examples with these ids that the Dataset holds. Only the row groups that have one are read whole."""
+    """Return the Examples of the Dataset with these ids.
+
+    Only row groups that contain one of them are read completely.
+    """
     wanted = to_string_array(sorted(set(ids)))
     files = origin_index.example_files(dataset) if len(wanted) else []
     return {row["id"]: parquet_io.example_of(row) for file in files for row in _rows(dataset, file, wanted)}

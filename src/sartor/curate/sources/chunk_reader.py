@@ -1,8 +1,8 @@
-"""Reads one input chunk into Examples and Drops.
+"""Reading of one input chunk into Examples and Drops.
 
-`planner.plan_reading` walks every source once and cuts it into chunks; `read_chunk` gives the Examples and Drops of
-one. Whatever is not read (an archive, a link out of the folder, a picture without a caption) was found at planning and
-stands in a chunk as a refusal, so that it is a counted Drop in its place.
+`planner.plan_reading` scans all sources once and cuts them into chunks; `read_chunk` yields the Examples and Drops of
+one. A file that is not read (an archive, a link out of the folder, an image without a caption) was found at planning.
+It is a refusal in its chunk, and so becomes a counted Drop at its position.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from sartor.curate.sources.types import SourceOptions
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One file as it was when the run was planned.
+    """File as it was when the run was planned.
 
-    `caption` is the text file beside a picture or recording; `label` a caption that is known already. With a `refusal`
-    (reason, detail) the file is one Drop. `encoding` is that of text that is not UTF-8; `sheet` is the one named of a
-    workbook.
+    caption: text file beside an image or recording.
+    label: caption that is already known.
+    refusal: (reason, detail); if set, the file is one Drop.
+    encoding: encoding of text that is not UTF-8.
+    sheet: sheet of a workbook that the source names.
     """
 
     path: str
@@ -52,9 +54,10 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class InputChunk:
-    """A piece of one large file (`piece`), several small files, or a query (`files` is empty).
+    """Piece of one large file (`piece`), several small files, or a query (`files` is empty).
 
-    `source` is the source's index; `asked` the digest of what it says of its rows.
+    source: index of the source.
+    asked: digest of the source's options that affect its rows.
     """
 
     number: int
@@ -66,22 +69,25 @@ class InputChunk:
     piece: FilePiece | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """JSON that `of_json` turns back. A path that is not UTF-8 holds lone surrogates: dump it as ASCII."""
+        """Return JSON that `chunk_of_json` parses.
+
+        A path that is not UTF-8 holds lone surrogates; dump the result as ASCII.
+        """
         return asdict(self)
 
     @property
     def bytes(self) -> int:
-        """Bytes to read, for a progress line; 0 of a query."""
+        """Bytes to read, for a progress line; 0 for a query."""
         return self.piece.length if self.piece else sum(file.bytes for file in self.files)
 
     @property
     def digest(self) -> str:
-        """What the unit will read, wherever the files lie: names, digests, form and place in the file."""
+        """Digest of the chunk's input: file names, digests, format and byte range, independent of the files' paths."""
         return records.digest({**_without_paths(asdict(self)), "number": 0})
 
 
 def chunk_of_json(value: dict[str, Any]) -> InputChunk:
-    """The Unit of `as_json`."""
+    """Return the chunk that `InputChunk.as_json` wrote."""
     piece = value["piece"]
     if piece is not None:
         piece = FilePiece(**{**piece, "groups": piece["groups"] and tuple(piece["groups"])})
@@ -94,7 +100,7 @@ def _file_of_json(value: dict[str, Any]) -> InputFile:
 
 
 def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):  # a file in UTF-8 has the digest that it had before encodings and sheets were known
+    if isinstance(value, dict):  # empty `encoding` and `sheet` are left out, so older digests stay valid
         return {
             key: _without_paths(inner)
             for key, inner in value.items()
@@ -110,10 +116,10 @@ def read_chunk(
     strict: bool = False,
     notes: Counter[tuple[str, str]] | None = None,
 ) -> Iterator[Example | Drop]:
-    """Examples and Drops of a unit, in file order; media are copied into `media_folder`.
+    """Yield the Examples and Drops of a chunk in file order; media are copied into `media_folder`.
 
-    `notes` is counted up by (file name, what was noticed) for what is no reason for a Drop. `strict` turns the first
-    row that cannot be used into a SourceError.
+    strict: raise SourceError at the first row that cannot be used.
+    notes: (file name, observation) -> count, updated for observations that are no reason for a Drop.
     """
     note_counts: Counter[tuple[str, str]] = Counter() if notes is None else notes
     reader = _ChunkReader(chunk, source_files.with_licence(source), media_folder, strict, note_counts)
@@ -133,7 +139,7 @@ def read_chunk(
 
 
 def _read_inbox(chunk: InputChunk, source: SourceOptions, reader: _ChunkReader) -> Iterator[Example | Drop]:
-    """An inbox is read whole: who is trusted shows in all of its lines together."""
+    """Read a whole inbox; trust in a rater depends on all of its lines together."""
     files = [inbox.InboxFile(index, file.path, file.bytes, file.sha256) for index, file in enumerate(chunk.files)]
     feedback_inbox = inbox.FeedbackInbox(
         [file for file, input_file in zip(files, chunk.files, strict=True) if not input_file.refusal[0]],
@@ -164,7 +170,7 @@ def _feedback_rows(
 def _raw(
     chunk: InputChunk, file: InputFile, document_reader: documents.DocumentReader, notes: Counter[tuple[str, str]]
 ) -> Read:
-    """Raw rows of a file of a unit. What the system refuses is a row of its own."""
+    """Yield the raw rows of a file of a chunk; an operating system error becomes a MalformedRow."""
     if file.refusal[0]:
         yield "1", MalformedRow(*file.refusal)
         return
@@ -191,7 +197,7 @@ def _raw(
 
 
 def _check_unchanged(stream: BinaryIO, file: InputFile, piece: FilePiece) -> None:
-    """Raises Malformed where the bytes to read are not those that were planned."""
+    """Raise MalformedRow unless the bytes to read are those that were planned."""
     is_whole = piece.crc < 0
     size = stream.seek(0, 2)
     stream.seek(0)
@@ -205,7 +211,7 @@ def _check_unchanged(stream: BinaryIO, file: InputFile, piece: FilePiece) -> Non
 
 
 def _captioned(file: InputFile, most_bytes: int) -> Any:
-    """The row that a media file and its caption make."""
+    """Return the row that a media file and its caption make."""
     row: dict[str, Any] = {"file_name": PurePath(file.path).name, "text": file.label}
     if file.caption is None:
         return row
@@ -229,7 +235,7 @@ def _captioned(file: InputFile, most_bytes: int) -> Any:
 
 @dataclass(frozen=True)
 class _ChunkReader:
-    """Raw rows of a unit -> Examples and Drops."""
+    """Reader that converts raw rows of a chunk to Examples and Drops."""
 
     chunk: InputChunk
     source: SourceOptions
@@ -260,7 +266,7 @@ class _ChunkReader:
                     example = replace(example, messages=(system, *example.messages))
                 _check_text(example)
             except MalformedRow as fault:
-                # what people said stands in the inbox, from which it can be taken out again
+                # feedback is not copied into a Drop: people may withdraw it from the inbox
                 yield self._drop(fault, origin, None if file.kind == inbox.FORM else row)
                 continue
             except RecursionError:
@@ -286,12 +292,15 @@ class _ChunkReader:
 
 
 def _storable(text: str) -> str:
-    """Text that any file can hold: what an error quotes may be half a character."""
+    """Return the text with lone surrogates and NUL characters escaped, so that any file can hold it."""
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def _check_text(example: Example) -> None:
-    """What JSON can spell and a file of text cannot hold: lone surrogates and NUL characters."""
+    """Raise MalformedRow for lone surrogates and NUL characters.
+
+    JSON can encode them, but a text file cannot hold them.
+    """
     try:
         assert example.id  # digests the content as UTF-8
         example.group.encode()

@@ -1,8 +1,8 @@
-"""Child process that reads HTML, PDF, workbooks and documents of Office.
+"""Child process that reads HTML, PDF, workbooks and Word documents.
 
-All of these come from strangers, and no parser of them is safe from every file: pypdf follows what the file says, and
-a tree of nested elements takes a WHATWG parser quadratic time. Here memory and processor time have a limit that the
-system holds, and nothing can be written. Requests are lines of JSON on stdin, replies lines of JSON on stdout.
+These files come from strangers, and no parser is safe on every file: pypdf follows references in the file, and a
+deeply nested tree takes a WHATWG parser quadratic time. Here the operating system limits memory and processor time,
+and forbids writing to files. Requests are lines of JSON on stdin, replies are lines of JSON on stdout.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ _HIDING_STYLE = re.compile(
     re.I,
 )
 _CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([a-zA-Z0-9_\-]{2,20})""", re.I)
-# what browsers take for a page's own word; never UTF-7 and its like, in which ASCII is not ASCII
+# charsets that browsers accept from a page; never UTF-7 and similar ones, in which ASCII bytes are not ASCII text
 _CHARSETS = re.compile(
     r"(iso-?8859-\d+|latin-?1|windows-125\d|cp125\d|us-ascii|shift_jis|euc-jp|euc-kr|gbk|gb2312|gb18030|big5|koi8-[ru])",
     re.I,
@@ -100,7 +100,10 @@ _CHARSETS = re.compile(
 
 
 def html_text(raw: bytes) -> str:
-    """The title and the text that a reader would see, a line per block. Raises Malformed."""
+    """Return the title and the visible text of a page, one line per block.
+
+    Raises MalformedRow.
+    """
     from selectolax.lexbor import LexborHTMLParser
 
     tree = LexborHTMLParser(_decode(raw))
@@ -129,7 +132,7 @@ def _decode(raw: bytes) -> str:
 
 
 def _visible(root: Any) -> str:
-    """The text below a node, without recursion: a stranger's tree may be of any depth."""
+    """Return the visible text below a node, without recursion, since a tree may have any depth."""
     pieces: list[str] = []
     node, keeps_space = root, 0
     while node is not None:
@@ -147,7 +150,7 @@ def _visible(root: Any) -> str:
             node = node.parent
             keeps_space -= _close(node.tag, pieces) if node is not None else 0
         node = None if node is None or node.mem_id == root.mem_id else node.next
-    # no text of a parsed page holds NUL: here it is the edge of a block, and three together are an empty line
+    # parsed text holds no NUL, so NUL marks the edge of a block here; three of them together make an empty line
     return re.sub(
         r"[ \n\t]*\0[\0 \n\t]*", lambda run: "\n\n" if run[0].count("\0") > 2 else "\n", "".join(pieces)
     ).strip()
@@ -161,7 +164,7 @@ def _open(tag: str, pieces: list[str]) -> None:
 
 
 def _close(tag: str, pieces: list[str]) -> int:
-    """Returns 1 where the element kept its spaces."""
+    """Append the end of an element; return 1 if it preserved white space."""
     if tag in _BLOCKS:
         pieces.append("\0\0\0" if tag in _PARAGRAPHS else "\0")
     elif tag in ("td", "th"):
@@ -179,7 +182,10 @@ def _is_hidden(node: Any) -> bool:
 
 
 def pdf_pages(raw: bytes) -> Iterator[tuple[int, str | MalformedRow]]:
-    """(page number from 1, text) of every page; what stops the whole file is on page 1. Text is as pypdf orders it."""
+    """Yield (page number from 1, text) of every page, in pypdf's reading order.
+
+    A fault that stops the reading is yielded at the page after the last one that was read.
+    """
     import pypdf
     from pypdf.errors import LimitReachedError
 
@@ -208,7 +214,7 @@ def _page(page: Any) -> str | MalformedRow:
 
     try:
         if (contents := page.get_contents()) is not None:
-            contents.get_data()  # extract_text takes a stream over pypdf's limits for an empty one
+            contents.get_data()  # raises beyond pypdf's limits, where extract_text would return no text
         text = str(page.extract_text()).replace("\0", "").encode("utf-8", "replace").decode().strip()
     except (MemoryError, LimitReachedError) as error:
         return MalformedRow("pdf_bomb", f"the page unfolds beyond a limit: {_error_text(error)}")
@@ -224,7 +230,7 @@ def _error_text(error: BaseException) -> str:
 
 
 def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Replies to one request: {line, text}, {line, row} or {line, reason, detail} for each row of the file."""
+    """Yield replies to one request: {line, text}, {line, row} or {line, reason, detail} for each row of the file."""
     try:
         with open_regular(request["path"]) as stream:
             raw = stream.read((max_bytes := MOST_BYTES[request["kind"]]) + 1)
@@ -257,7 +263,10 @@ def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _rows(raw: bytes, request: dict[str, Any]) -> Iterator[tuple[int, str | dict[str, Any] | MalformedRow]]:
-    """(line, text or row) of a file. Raises MalformedRow for one that is not read at all."""
+    """Yield (line, text or row) of a file.
+
+    Raises MalformedRow for a file that is not read at all.
+    """
     kind = request["kind"]
     if kind == "pdf":
         yield from pdf_pages(raw)
@@ -279,10 +288,10 @@ def _rows(raw: bytes, request: dict[str, Any]) -> Iterator[tuple[int, str | dict
 
 
 def _limit() -> Any:
-    """Hold this process down, where the system can; returns the module that does."""
+    """Set the memory and file limits of this process; return the module `resource`, or None on systems without it."""
     try:
         import resource
-    except ImportError:  # Windows has no such limits: there the listener's clock alone ends a file
+    except ImportError:  # Windows has no such limits; there only the parent's timeout ends a file
         return None
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

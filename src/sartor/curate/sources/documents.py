@@ -1,6 +1,6 @@
-"""Text, Markdown, HTML, PDF and Word documents as rows of the form `text`; rows of workbooks.
+"""Text, Markdown, HTML, PDF and Word documents as rows of the format `text`; rows of workbooks.
 
-Plain text and Markdown are read here, the others by a guarded process (`document_worker.py`).
+Plain text and Markdown are read in this process, the others by a child process with limits (`document_worker.py`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ from sartor.curate.sources.safe_paths import open_regular
 
 # YAML between `---` lines, or TOML between `+++`, at the very start of a Markdown file
 _FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\r?\n(?:.*\r?\n)*?\1[ \t]*(?:\r?\n|\Z)")
-PAGE_S = 60  # without a word from the reading process: it is ended
+PAGE_S = 60  # longest wait for a reply before the child process is killed
 FILE_S = 300
 MODULES = {"html": "selectolax", "pdf": "pypdf", "xlsx": "openpyxl", "docx": "docx"}
-_PACKAGES = {"docx": "python-docx"}  # where the package has another name than its module
+_PACKAGES = {"docx": "python-docx"}  # packages whose name differs from that of their module
 
 
 def read_text_document(
     path: str, sha256: str, kind: str, most_bytes: int, notes: Counter[str], encoding: str = ""
 ) -> Read:
-    """The one row of a text or Markdown file. Front matter is taken off, and counted."""
+    """Yield the one row of a text or Markdown file, without front matter.
+
+    A removed front matter is counted in `notes`.
+    """
     with open_regular(path) as stream:
         document = row_readers.read_document(stream, most_bytes, encoding)
     if isinstance(document, MalformedRow):
@@ -53,8 +56,9 @@ def read_text_document(
 
 
 class DocumentReader:
-    """The process that reads what MODULES names, started when first needed and again after it was ended. Use it in a
-    `with`.
+    """Child process for the formats in MODULES, as a context manager.
+
+    It is started at first use, and again after it ended.
     """
 
     def __init__(self) -> None:
@@ -70,9 +74,10 @@ class DocumentReader:
         self._end()
 
     def read(self, path: str, sha256: str, kind: str, most_bytes: int, sheet: str = "") -> Read:
-        """Rows of an HTML file or a document (one), a PDF (one a page, the line is the page number) or a workbook.
+        """Yield the rows of a document: one for HTML and Word, one a page for PDF, one a row for a workbook.
 
-        sheet: of a workbook; empty for the first that holds anything. Raises ExtraError.
+        For a PDF the line is the page number. sheet: sheet of a workbook; the first non-empty one if empty. Raises
+        ExtraError.
         """
         if importlib.util.find_spec(MODULES[kind]) is None:
             extra = "office" if kind in ("xlsx", "docx") else None
@@ -82,7 +87,7 @@ class DocumentReader:
         process = self._process or self._start()
         request = {"path": path, "sha256": sha256, "kind": kind, "most": most_bytes, "sheet": sheet}
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a process that is gone has no reply either
+        with contextlib.suppress(BrokenPipeError):  # a process that ended sends no reply, which is handled below
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
         page, started, is_complete, code = 1, time.monotonic(), False, None
@@ -93,7 +98,7 @@ class DocumentReader:
                 page = reply["line"] + 1
                 fault = MalformedRow(reply["reason"], reply["detail"]) if "reason" in reply else None
                 yield str(reply["line"]), fault or reply.get("row") or {"text": reply["text"]}
-            with contextlib.suppress(subprocess.TimeoutExpired):  # its output ends a moment before it does
+            with contextlib.suppress(subprocess.TimeoutExpired):  # its output closes shortly before it exits
                 code = process.wait(1)
         finally:
             if not is_complete:
@@ -123,7 +128,7 @@ class DocumentReader:
         return self._process
 
     def _listen(self, process: subprocess.Popen[bytes], timeout_s: float) -> dict[str, Any] | None:
-        """The next reply; None when there is none in time, or the process ended."""
+        """Return the next reply; None if none arrives in time, or the process ended."""
         assert process.stdout is not None
         deadline = time.monotonic() + timeout_s
         pieces = [self._rest]

@@ -1,8 +1,8 @@
-"""Encodings of text files: UTF-8, or the code page that a spreadsheet wrote.
+"""Text encodings of files: UTF-8, UTF-16, or the code page that a spreadsheet wrote.
 
-A file with bytes that are not UTF-8 is read by the code page that chardet finds, if it is sure of it. Where another
-code page would give other text and is nearly as likely, nothing of the file is read: rows with umlauts alone would be
-wrong, or gone.
+A file with bytes that are not UTF-8 is read with the code page that chardet detects, if it is confident enough. If
+another code page would give other text and is nearly as likely, the file is not read: only its rows with umlauts would
+be wrong, or lost.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from sartor.core.records import MalformedRow
 from sartor.text.language_id import detector
 
 UTF8 = "utf-8"
-# Of lines that are not ASCII, so many at most may be broken in a file that is UTF-8 all the same; such rows are
-# dropped alone
+# Largest fraction of the non-ASCII lines that may be invalid in a file that still counts as UTF-8; only the rows on
+# those lines are dropped
 _MOST_BROKEN = 0.1
 _SAMPLE_BYTES = 64 << 10
 _BLOCK_BYTES = 1 << 20
 _SPOOL_BYTES = 32 << 20
-# chardet's confidence is low for any Latin code page. Below the first it has found nothing; the best code page that
-# gives other text must lie below the second, as a part of it (docs/decisions/031-encodings.md)
+# chardet's confidence is low for any Latin code page. Below _LEAST_CONFIDENCE nothing is detected. The best code page
+# with other text must have at most _MOST_OF_BEST times the confidence of the best (docs/decisions/031-encodings.md)
 _LEAST_CONFIDENCE, _MOST_OF_BEST = 0.03, 0.995
-# Encodings that programs of today write. Of those that give the same text of a sample the one named first is taken: it
-# may hold other characters further on
+# Encodings that current programs write. If several decode a sample to the same text, the first one here is used, since
+# the rest of the file may hold other characters
 _KNOWN = (
     "cp1252",
     "cp1250",
@@ -71,12 +71,12 @@ _KNOWN = (
     "iso8859-9",
     "iso8859-16",
 )
-# Characters beside letters that office programs put into text of any language
+# Characters other than letters that office programs put into text of any language
 _TYPOGRAPHIC = frozenset(
     "\u2018\u2019\u201a\u201c\u201d\u201e\u2013\u2014\u2026\u2022\u2122\u20ac\xa0\xa2\xa3\xa5\xa7\xa9"
     "\xab\xae\xb0\xb1\xb2\xb3\xb4\xb7\xbb\xbc\xbd\xbe\xd7"
 )
-# a sign other than an apostrophe or a dash within a word, or one that closes before a word: it was a letter elsewhere
+# a sign (no apostrophe or dash) inside a word, or a closing sign before a word: another code page has a letter there
 _SIGN_AS_LETTER = re.compile(
     "[A-Za-z][^\\x00-\\x7f\u2019\u2013\u2014\u2026\xa0\xb7][A-Za-z]|(?<![A-Za-z])[\u201d\xbb\u2122][A-Za-z]"
 )
@@ -84,14 +84,14 @@ _WESTERN = ("cp1252", "mac-roman", "cp850")
 
 
 def canonical_name(encoding: str) -> str:
-    """Return Python's name of an encoding, `utf-8` for all its spellings. Raises LookupError for one that it does not
-    have.
+    """Return Python's name of an encoding; all spellings of UTF-8 and ASCII give `utf-8`.
 
-    What turns no bytes into text (`hex`, `rot13`), or whole names alone (`idna`), is none either.
+    Raises LookupError for an unknown encoding, and for a codec that does not decode text files (`hex`, `rot13`,
+    `idna`).
     """
     name = codecs.lookup(encoding).name
     try:
-        "".encode(name)  # a LookupError for what is no encoding of text
+        "".encode(name)  # raises LookupError for codecs that are no text encodings
         codecs.getincrementaldecoder(name)(_MARKED).decode(b"", True)
     except UnicodeError:
         raise LookupError(f"{name} is no encoding of a file") from None
@@ -101,7 +101,7 @@ def canonical_name(encoding: str) -> str:
 def detect_encoding(stream: BinaryIO) -> str:
     """Return the encoding of a text file, empty for UTF-8, with the stream at its start.
 
-    Raises MalformedRow where it cannot be told.
+    Raises MalformedRow if the encoding is ambiguous.
     """
     stream.seek(0)
     head = stream.read(4)
@@ -114,9 +114,9 @@ def detect_encoding(stream: BinaryIO) -> str:
 
 
 def _lines_that_are_not_utf8(stream: BinaryIO) -> bytes:
-    """Lines that are not ASCII, up to _SAMPLE_BYTES, of a file that is not UTF-8; nothing of one that is.
+    """Return non-ASCII lines, up to _SAMPLE_BYTES, of a file that is not UTF-8; empty bytes for UTF-8.
 
-    A line longer than a block is looked at block by block, and a character may lie in two of them.
+    A line longer than a block is decoded block by block, and a character may span two blocks.
     """
     stream.seek(0)
     sample, valid, broken = bytearray(), 0, 0
@@ -130,7 +130,7 @@ def _lines_that_are_not_utf8(stream: BinaryIO) -> bytes:
             valid += 1
         except UnicodeDecodeError:
             broken += 1
-            decoder.errors = "surrogateescape"  # so that it knows with what the next block begins
+            decoder.errors = "surrogateescape"  # keeps the decoder's state for the start of the next block
             decoder.decode(line, not goes_on)
             decoder.errors = "strict"
         if len(sample) < _SAMPLE_BYTES:
@@ -139,8 +139,9 @@ def _lines_that_are_not_utf8(stream: BinaryIO) -> bytes:
 
 
 def _whole_lines(sample: bytes) -> bytes:
-    """The lines of a sample that end within _SAMPLE_BYTES: of a character that is cut in two no code page would be
-    right.
+    """Return the complete lines within _SAMPLE_BYTES of a sample.
+
+    A character cut in two would be invalid in every code page.
     """
     if len(sample) <= _SAMPLE_BYTES:
         return sample
@@ -149,7 +150,10 @@ def _whole_lines(sample: bytes) -> bytes:
 
 
 def _code_page(sample: bytes) -> str:
-    """The code page of lines that are not UTF-8. Raises MalformedRow where more than one would do."""
+    """Return the code page of lines that are not UTF-8.
+
+    Raises MalformedRow if more than one is plausible.
+    """
     if page := _typographic_page(sample):
         return page
     found = list(_candidates(sample))
@@ -165,25 +169,26 @@ def _code_page(sample: bytes) -> str:
 
 
 def _typographic_page(sample: bytes) -> str:
-    """The Western code page in which all that is not ASCII are signs where signs stand, as in English with curly
-    quotes.
+    """Return the Western code page that makes typographic signs of all non-ASCII characters.
 
-    Empty where there is none, or more than one.
+    English with curly quotes is such a text. The signs must be in plausible positions. Empty if there is no such code
+    page, or more than one.
     """
     texts: dict[str, str] = {}
     for page in _WESTERN:
         with contextlib.suppress(UnicodeDecodeError):
             text = sample.decode(page)
             is_typographic = all(character in _TYPOGRAPHIC for character in text if not character.isascii())
-            # signs stand among letters; a file of signs alone is no text
+            # a text has letters besides its signs
             if is_typographic and not _SIGN_AS_LETTER.search(text) and any(map(str.isalpha, text)):
                 texts.setdefault(text, page)
     return next(iter(texts.values())) if len(texts) == 1 else ""
 
 
 def _candidates(sample: bytes) -> Iterator[tuple[str, str, float]]:
-    """(name, text, confidence) of encodings, the likeliest first, whose text is in the language that they were found
-    for.
+    """Yield (name, text, confidence) of detected encodings, likeliest first.
+
+    Only encodings whose decoded text is in the language that chardet detected them for are yielded.
     """
     import chardet
 
@@ -196,13 +201,13 @@ def _candidates(sample: bytes) -> Iterator[tuple[str, str, float]]:
             continue
         is_plain = not any(
             "\x80" <= character <= "\x9f" for character in text
-        )  # control characters, which no text has
+        )  # C1 control characters do not occur in text
         if name in _KNOWN and is_plain and not _mixes_scripts(text) and identify(text).code == candidate["language"]:
             yield name, text, candidate["confidence"]
 
 
 def _mixes_scripts(text: str) -> bool:
-    """Whether a word has Latin letters and others: a letter of another code page in a Latin word gives it away."""
+    """Return whether a word has Latin and other letters, a sign of the wrong code page."""
     for word in set(re.findall(r"[^\W\d_]+", text)):
         if not word.isascii() and len({unicodedata.name(letter, "?").split()[0] == "LATIN" for letter in word}) > 1:
             return True
@@ -210,8 +215,9 @@ def _mixes_scripts(text: str) -> bool:
 
 
 def _mark(error: UnicodeError) -> tuple[str, int]:
-    """Put a byte that is not UTF-8 for what cannot be decoded. `surrogateescape` alone refuses ASCII, as half of
-    UTF-16 is.
+    """Decode invalid bytes to a surrogate that `as_utf8` writes as a byte invalid in UTF-8.
+
+    `surrogateescape` alone refuses ASCII bytes, such as half of a UTF-16 unit.
     """
     if not isinstance(error, UnicodeDecodeError):
         raise error
@@ -223,10 +229,10 @@ codecs.register_error(_MARKED, _mark)
 
 
 def as_utf8(stream: BinaryIO, encoding: str) -> BinaryIO:
-    """Return a file in UTF-8 with the text of a stream in another encoding.
+    """Return a UTF-8 file with the text of a stream in another encoding.
 
-    Bytes that the encoding does not have become bytes that are not UTF-8, so that readers find the row that holds
-    them. Raises MalformedRow for UTF-16 without the mark of its byte order.
+    Bytes that are invalid in the encoding become bytes that are invalid in UTF-8, so that readers find the row that
+    holds them. Raises MalformedRow for UTF-16 without a byte order mark.
     """
     stream.seek(0)
     decoder = codecs.getincrementaldecoder(encoding)(_MARKED)
@@ -243,7 +249,7 @@ def as_utf8(stream: BinaryIO, encoding: str) -> BinaryIO:
 
 
 def size_of(stream: BinaryIO) -> int:
-    """Bytes of a file, with the stream at its start."""
+    """Return the size of a file in bytes, with the stream at its start."""
     size = stream.seek(0, io.SEEK_END)
     stream.seek(0)
     return size

@@ -1,14 +1,15 @@
-"""Feedback inbox as a source; distrusted raters left out.
+"""Feedback inbox as a source, without the feedback of distrusted raters.
 
-A trial is a reply that a voice rated and that is judged elsewhere too: by what is known of it, else by most of the
-other voices, one vote each. A voice is set aside when it stands against that judgement both in more of its trials than
-`disagreement` allows (exact binomial test) and more often than the other voices do (Fisher's exact test, 1922), by
-p-values that Holm corrects over all voices. Only the worst goes at once: whoever rated the same replies as a voice
-that lies is contradicted by it, and what remains is judged anew without. Who merely thinks otherwise now and then
-stays; so does a majority that lies, unless it is held against what is known.
+A rater is a key, or one user of a key. A trial is a reply that a rater rated and that has another judgement: the gold
+reply if known, else the majority of the other raters, one vote each. A rater is distrusted if it contradicts that
+judgement in a larger fraction of its trials than `disagreement` allows (exact binomial test) and more often than the
+other raters do (Fisher's exact test, 1922). Holm's method corrects the p-values over all raters.
 
-A correction is a row whose reply is the correction, with the reply that was given as `rejected` where it is another. A
-rating is a row of the reply with its `rating`. A conversation is one group, whichever of its turns was commented on.
+Only the worst rater is removed at a time, and the rest is judged again: raters of the same replies as a lying rater
+are contradicted by it. A rater who sometimes disagrees stays; so does a lying majority, unless gold replies expose it.
+
+A correction becomes a row whose reply is the correction, with the reply that was given as `rejected` if it differs. A
+rating becomes a row of the reply with its `rating`. A conversation is one group, whichever of its turns has feedback.
 """
 
 from __future__ import annotations
@@ -28,15 +29,18 @@ from sartor.curate.sources.row_readers import Read
 from sartor.curate.sources.types import InboxTerms
 
 RaterId = tuple[str, str]  # key, user
-WHOLE = "*"  # in the place of a user: the key with all of its users
-Votes = Mapping[str, Mapping[RaterId, int]]  # of a reply, what each giver says of it: a sum of signs
+WHOLE = "*"  # instead of a user: the key with all of its users
+Votes = Mapping[str, Mapping[RaterId, int]]  # reply -> rater -> sum of the signs of its ratings
 
 
 @dataclass(frozen=True)
 class RaterTrust:
-    """How what a voice says goes with the rest. user: "*" of a key as a whole. compared: its trials. against: those of
-    them in
-    which it contradicts. p: that it does so by chance, corrected.
+    """Agreement of a rater with the other judgements.
+
+    user: "*" for a key as a whole.
+    compared: number of trials.
+    against: number of trials in which the rater contradicts the judgement.
+    p: p-value of that many contradictions, corrected over all raters.
     """
 
     key: str
@@ -48,25 +52,26 @@ class RaterTrust:
 
     @property
     def score(self) -> float:
-        """How far it is to be trusted, 0..1: the mean of what its agreement leaves likely, from even odds on (Laplace
-        1774).
-        """
+        """Posterior mean of the agreement, 0..1: (agreements + 1) / (compared + 2) (Laplace 1774)."""
         return (self.compared - self.against + 1) / (self.compared + 2)
 
     @property
     def name(self) -> str:
-        """The key, and the user's digest cut short, as a person reads it."""
+        """Description for people: the key, and the first 12 characters of the user's digest."""
         key = f"the key {self.key}" if self.key else "whoever asks without a key"
         return key if self.user == WHOLE else f"the user {self.user[:12]} of {key}"
 
     @property
     def reason(self) -> str:
-        """Why it is set aside, in a sentence."""
+        """Sentence that says why the rater is distrusted."""
         return f"{self.name} contradicts the rest on {self.against} of {self.compared} replies (p {self.p:.1g})"
 
 
 def rate_raters(lines: Sequence[FeedbackLine], terms: InboxTerms) -> list[RaterTrust]:
-    """The standing of every key, and of every user of a key that has several, by key and user."""
+    """Return the trust in every key, and in each user of a key with several users.
+
+    Sorted by key and user.
+    """
     votes, known_signs = _votes(lines)
     users = _users(lines)
     distrusted: dict[RaterId, RaterTrust] = {}
@@ -87,7 +92,7 @@ def rate_raters(lines: Sequence[FeedbackLine], terms: InboxTerms) -> list[RaterT
 
 
 def distrusted_raters(standings: Iterable[RaterTrust]) -> Mapping[RaterId, RaterTrust]:
-    """Those that are set aside, by key and user."""
+    """Return the distrusted raters by (key, user)."""
     return {(standing.key, standing.user): standing for standing in standings if standing.is_distrusted}
 
 
@@ -108,7 +113,7 @@ def _votes(lines: Iterable[FeedbackLine]) -> tuple[Votes, Mapping[str, int]]:
 
 
 def _users(lines: Iterable[FeedbackLine]) -> Mapping[str, set[str]]:
-    """Key -> its users."""
+    """Return key -> its users."""
     users: dict[str, set[str]] = defaultdict(set)
     for line in lines:
         users[line.key].add(line.user)
@@ -118,7 +123,10 @@ def _users(lines: Iterable[FeedbackLine]) -> Mapping[str, set[str]]:
 def _standings(
     votes: Votes, known_signs: Mapping[str, int], users: Mapping[str, set[str]], terms: InboxTerms
 ) -> list[RaterTrust]:
-    """Every voice, its p corrected over all that have a trial. Keys are compared with keys, users with users."""
+    """Return every rater with its Holm-corrected p-value.
+
+    The correction covers all raters that have a trial. Keys are compared with keys, users with users.
+    """
     keys = _trials(votes, known_signs, lambda voter: (voter[0], WHOLE))
     people = _trials(votes, known_signs, lambda voter: voter)
     named_users = [(key, user) for key, key_users in users.items() if len(key_users) > 1 for user in key_users if user]
@@ -135,7 +143,7 @@ def _standings(
 
 
 def _trials(votes: Votes, known_signs: Mapping[str, int], rater_of: Any) -> dict[RaterId, tuple[int, int]]:
-    """Voice -> (against, compared)."""
+    """Return rater -> (against, compared)."""
     trials: dict[RaterId, tuple[int, int]] = {}
     for item, reply_votes in votes.items():
         sums: Counter[RaterId] = Counter()
@@ -156,12 +164,13 @@ def _sign(number: int) -> int:
 
 
 def _standing_of(rater: RaterId, trials: Mapping[RaterId, tuple[int, int]], terms: InboxTerms) -> RaterTrust:
-    from scipy.stats import binom, hypergeom  # a second to load, which a source without an inbox need not wait for
+    from scipy.stats import binom, hypergeom  # here, since it takes a second to load and only an inbox needs it
 
     against, compared = trials.get(rater, (0, 0))
     if not compared:
         return RaterTrust(*rater)
     all_against, all_compared = (sum(trial[index] for trial in trials.values()) for index in (0, 1))
+    # p = max(P(Bin(compared, disagreement) >= against), P(Hypergeom >= against)): both tests must reject
     p = float(binom.sf(against - 1, compared, terms.disagreement))
     if all_compared > compared:
         p = max(p, float(hypergeom.sf(against - 1, all_compared, all_against, compared)))
@@ -171,12 +180,15 @@ def _standing_of(rater: RaterId, trials: Mapping[RaterId, tuple[int, int]], term
 FORM = "feedback"
 DISTRUSTED = "distrusted"
 MOST_BYTES = 4 << 20
-ReplyKey = tuple[str, str]  # receipt and key: of what one key says of one reply the newest counts
+ReplyKey = tuple[str, str]  # receipt and key; the newest feedback of a key on a reply counts
 
 
 @dataclass(frozen=True)
 class InboxFile:
-    """A file as it was when the run was planned: its first `bytes` bytes. number: its place among the inbox's."""
+    """File of an inbox as it was when the run was planned: its first `bytes` bytes.
+
+    number: index of the file in the inbox.
+    """
 
     number: int
     path: str
@@ -185,18 +197,18 @@ class InboxFile:
 
 
 class FeedbackInbox:
-    """What becomes of every line of an inbox, judged together. standings: of the keys that speak in it, and their
-    users.
+    """Outcome of every line of an inbox, judged together.
 
-    Raises ConfigError for a file of known replies that is none.
+    standings: trust in each key, and in the users of keys with several users.
+    Raises ConfigError for an unusable file of gold replies.
     """
 
     def __init__(self, files: Sequence[InboxFile], terms: InboxTerms, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._outcomes: dict[LinePosition, SkippedRow | None] = {}  # None: it becomes a row
+        self._outcomes: dict[LinePosition, SkippedRow | None] = {}  # None: the line becomes a row
         self._older_feedback: dict[
             ReplyKey, Feedback
-        ] = {}  # what earlier lines said, until the newest of the same is read
+        ] = {}  # merged feedback of earlier lines, until the newest line on the same reply is read
         newest = self._newest(files, terms)
         self._last = {(line.receipt, line.key): line.position for line in newest}
         self.standings = rate_raters(newest, terms)
@@ -208,7 +220,10 @@ class FeedbackInbox:
         }
 
     def rows(self, file: InboxFile) -> Read:
-        """(line, raw row in a form that `forms` reads), or why there is none. The files in order, each once."""
+        """Yield (line, raw row in a format of `row_formats`, or the reason for none).
+
+        Call it for the files in their order, once each.
+        """
         for number, feedback in feedback_lines.read_feedback_lines(
             file.path, file.bytes, file.sha256, self._most_bytes
         ):
@@ -228,7 +243,7 @@ class FeedbackInbox:
         return row_of(feedback) if outcome is None else outcome
 
     def _newest(self, files: Sequence[InboxFile], terms: InboxTerms) -> list[FeedbackLine]:
-        """The lines that count, each with what the ones before it said of the same."""
+        """Return the newest line of each key on each reply, merged with the earlier ones."""
         newest_lines: dict[ReplyKey, FeedbackLine] = {}
         gold_replies = feedback_lines.read_gold_replies(terms.known)
         for file in files:
@@ -249,12 +264,12 @@ class FeedbackInbox:
             ):
                 if isinstance(feedback, Feedback):
                     yield feedback_lines.line_of((file.number, number), feedback, gold_replies.sign(feedback))
-        except (MalformedRow, OSError):  # met again when its rows are read, and told there
+        except (MalformedRow, OSError):  # occurs again in `rows`, which reports it
             return
 
 
 def of_folder(path: Path, terms: InboxTerms | None = None, most_bytes: int = MOST_BYTES) -> FeedbackInbox:
-    """An inbox as it is now, judged; of a folder that is not there, an empty one."""
+    """Judge an inbox as it is now; a missing folder gives an empty inbox."""
     files = []
     for number, file in enumerate(sorted(path.glob("feedback-*.jsonl"))):
         size = file.stat().st_size
@@ -264,7 +279,7 @@ def of_folder(path: Path, terms: InboxTerms | None = None, most_bytes: int = MOS
 
 
 def _skip_reason(line: FeedbackLine, terms: InboxTerms, distrusted: Mapping[RaterId, RaterTrust]) -> SkippedRow | None:
-    """Why a line makes no row."""
+    """Return the reason why a line makes no row, or None."""
     standing = distrusted.get((line.key, WHOLE)) or distrusted.get((line.key, line.user))
     if terms.agent and terms.agent not in (line.agent, line.agent.partition("@")[0]):
         return SkippedRow("other_agent", f"it is of {line.agent}")
@@ -280,7 +295,7 @@ def _skip_reason(line: FeedbackLine, terms: InboxTerms, distrusted: Mapping[Rate
 
 
 def row_of(feedback: Feedback) -> dict[str, Any]:
-    """A row in the form `preference`, `rated` or `prompt_completion`."""
+    """Return a row in the format `preference`, `rated` or `prompt_completion`."""
     prompt = list(feedback.messages) or [{"role": "user", "content": feedback.text}]
     row: dict[str, Any] = {"prompt": prompt, "date": feedback.date}
     if not feedback.correction:
@@ -295,7 +310,10 @@ def _turn(text: str) -> list[dict[str, str]]:
 
 
 def rows_over_cap(lines: Sequence[FeedbackLine], terms: InboxTerms) -> dict[LinePosition, str]:
-    """Lines that are too many of one user or one key, drawn by the seed, each with the sentence that says so."""
+    """Return the lines beyond the cap of their user or key, each with a sentence that says so.
+
+    The seed decides which lines those are.
+    """
     over_cap: dict[LinePosition, str] = {}
     for rater_of in (_user, _key):
         over_cap |= _over_cap([line for line in lines if line.position not in over_cap], terms, rater_of)
@@ -333,16 +351,17 @@ def _draw(seed: int, line: FeedbackLine) -> bytes:
 
 
 def allowed(counts: Sequence[int], terms: InboxTerms) -> int:
-    """How many rows each may give: the most that is no more than `most_fraction` of what is then left of all, or
-    `most_rows`.
+    """Return the largest number of rows that each rater may give.
 
-    Where few speak, twice the even share stands for the fraction: of one or two, all may be said by one.
+    It is at most `most_fraction` of the rows that all raters then give together, or `most_rows` if that is more. With
+    few raters, twice the even share replaces the fraction: one or two raters may give everything.
 
     >>> allowed([1000, 20, 20, 20, 20, 20, 20, 20], InboxTerms())
     46
     >>> allowed([60], InboxTerms())
     60
     """
+    # fixed point of m = max(most_rows, floor(fraction * sum_i min(count_i, m))), reached from above
     max_rows = max(counts, default=0)
     fraction = max(terms.most_fraction, 2 / len(counts)) if counts else 1.0
     while fraction < 1:

@@ -1,8 +1,7 @@
-"""Parses inbox lines and gold replies.
+"""Parsing of inbox lines, and gold replies.
 
-The reply of a row is right, and its `rejected` is wrong. Of other replies to the same question nothing is known,
-unless both
-are JSON: then another value is a wrong one.
+The reply of a gold row is right, and its `rejected` is wrong. Another reply to the same question is unknown, unless
+both are JSON: then a different value is wrong.
 """
 
 from __future__ import annotations
@@ -25,9 +24,11 @@ LinePosition = tuple[int, int]  # number of the file, number of the line
 
 @dataclass(frozen=True, slots=True)
 class FeedbackLine:
-    """What is known of a line. correction, reply: digests, "" for none. item: digest of the prompt and its reply, ""
-    where the
-    words are not there. known: whether the reply is known as good (1) or bad (-1).
+    """Facts of an inbox line.
+
+    correction, reply: digests; empty if there is none.
+    item: digest of the prompt and its reply; empty if the texts are missing.
+    known: 1 if the reply is known to be right, -1 if wrong, 0 if unknown.
     """
 
     position: LinePosition
@@ -44,13 +45,13 @@ class FeedbackLine:
 
     @property
     def sign(self) -> int:
-        """What is said of the reply: 1 good, -1 bad, 0 nothing. Who corrects it finds it bad, rated or not."""
+        """Judgement of the reply: 1 good, -1 bad, 0 none. A correction to another text counts as bad, rated or not."""
         if self.correction:
             return 0 if not self.reply else 1 if self.correction == self.reply else -1
         return 0 if not self.rating else 1 if self.rating > 0 else -1
 
     def merge(self, older: FeedbackLine) -> FeedbackLine:
-        """The two lines of one key on one reply as one: the newer says what both say."""
+        """Return the line with gaps filled from an older line of the same key on the same reply."""
         text_source = self if self.item else older
         return replace(
             self,
@@ -64,7 +65,7 @@ class FeedbackLine:
 
 
 def merge_feedback(newer: Feedback, older: Feedback) -> Feedback:
-    """The same of the records themselves."""
+    """Return feedback with gaps filled from an older record of the same key on the same reply."""
     text_source = newer if newer.has_words else older
     return replace(
         newer,
@@ -77,7 +78,7 @@ def merge_feedback(newer: Feedback, older: Feedback) -> Feedback:
 
 
 def line_of(position: LinePosition, feedback: Feedback, known: int) -> FeedbackLine:
-    """The facts of a line."""
+    """Return the facts of a line."""
     giver, has_words = feedback.by, feedback.has_words
     item = digest([prompt_key(feedback, with_system=True), feedback.reply])[:32] if has_words else ""
     correction, reply = _text_digest(feedback.correction), _text_digest(feedback.reply) if has_words else ""
@@ -101,8 +102,9 @@ def _text_digest(text: str) -> str:
 
 
 def prompt_key(feedback: Feedback, *, with_system: bool) -> list[list[Any]]:
-    """The prompt as (role, text) pairs, media as they were sent: equal for equal prompts, in whichever form they
-    came.
+    """Return the prompt as (role, text) pairs, equal for equal prompts in either form.
+
+    Media stay as they were sent.
     """
     if not feedback.messages:
         return [["user", feedback.text]]
@@ -113,7 +115,7 @@ def prompt_key(feedback: Feedback, *, with_system: bool) -> list[list[Any]]:
 
 
 def message_text(message: Mapping[str, Any]) -> Any:
-    """The text of a message in OpenAI form; a list where it holds more than text."""
+    """Return the text of a message in OpenAI format; a list if it holds more than text."""
     content, calls = message.get("content"), message.get("tool_calls")
     if content is None or isinstance(content, str):
         return [content, calls] if calls else content or ""
@@ -126,9 +128,10 @@ def message_text(message: Mapping[str, Any]) -> Any:
 def read_feedback_lines(
     path: str, size: int, sha256: str, most_bytes: int
 ) -> Iterator[tuple[int, Feedback | MalformedRow]]:
-    """(line, what it says) of the first `size` bytes of a file, to which a server may be appending.
+    """Yield (line number, feedback) of the first `size` bytes of a file.
 
-    Raises Malformed where these are not the bytes of that digest, OSError where the system refuses.
+    A server may be appending to it. Raises MalformedRow if these bytes do not have the digest, OSError if the file
+    cannot be read.
     """
     with open_regular(path) as stream:
         if prefix_digest(stream, size) != sha256:
@@ -139,7 +142,7 @@ def read_feedback_lines(
 
 
 def prefix_digest(stream: Any, size: int) -> str:
-    """sha256 of the first `size` bytes of an open file."""
+    """Return the SHA-256 of the first `size` bytes of an open file, in hex."""
     stream.seek(0)
     hasher = hashlib.sha256()
     while size > 0 and (block := stream.read(min(size, 1 << 20))):
@@ -189,13 +192,13 @@ _ROW_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class GoldReplies:
-    """Question -> its right replies and its wrong ones."""
+    """Right and wrong replies by question."""
 
     right: Mapping[str, set[str]] = field(default_factory=dict)
     wrong: Mapping[str, set[str]] = field(default_factory=dict)
 
     def sign(self, feedback: Feedback) -> int:
-        """1 for a reply that is known to be right, -1 for a wrong one, 0 where it is not known."""
+        """Return 1 for a reply known to be right, -1 for a wrong one, 0 for an unknown one."""
         if not self.right or not feedback.has_words:
             return 0
         question, reply = digest(prompt_key(feedback, with_system=False)), _plain(feedback.reply)
@@ -208,15 +211,17 @@ class GoldReplies:
 
 
 def gold_replies_digest(path: str) -> str:
-    """Digest of the file, "" for none: with other replies known, other lines are rows. Raises ConfigError as
-    `read`.
+    """Return the digest of the file of gold replies; empty if there is none.
+
+    Other gold replies make other rows of an inbox. Raises ConfigError as `read_gold_replies`.
     """
     return file_digest(Path(path).expanduser()) if read_gold_replies(path).right else ""
 
 
 def read_gold_replies(path: str) -> GoldReplies:
-    """The rows of a file in any form that `curate` reads. Raises ConfigError for one that is not there, or holds
-    none.
+    """Read gold replies from a file in any format that `curate` reads.
+
+    Raises ConfigError for a file that does not exist or holds no gold reply.
     """
     if not path:
         return GoldReplies()
@@ -255,7 +260,7 @@ def _no_media(kind: str, value: str) -> NoReturn:
 
 
 def _plain(reply: str) -> str:
-    """A reply without what changes nothing: white space; of a JSON object, its form."""
+    """Return a reply in a normal form: white space collapsed, a JSON object in canonical form."""
     text = " ".join(reply.split())
     if text.startswith("{"):
         try:

@@ -1,7 +1,7 @@
 """File kind by extension and magic bytes.
 
-`kind_of` says by which reader a name is read. `mismatch` compares a file's head with its extension: a file that is not
-what it is called is refused by the name of what it is.
+`kind_of` names the reader for a file name. `mismatch` compares the first bytes of a file with its extension: a file of
+another format is refused, and the refusal names that format.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ KINDS: dict[str, str] = {
 TEXT_KINDS = ("jsonl", "json", "csv", "text", "markdown", "html")
 MEDIA_KINDS = ("image", "audio")
 OFFICE = (".xlsx", ".xlsm", ".docx")
-# Never opened: what an archive holds is not bounded by its size. (Of Office's files, which are zip archives, two are.)
+# Never opened: an archive's size does not bound its content. (.xlsx, .xlsm and .docx are zip archives, and are read.)
 _OFFICE = (".docm", ".pptx", ".odt", ".ods", ".odp", ".epub")
 _PACKED = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4", ".br", ".z", ".7z", ".rar", ".tar")
 ARCHIVES = frozenset((*_OFFICE, *_PACKED, ".jar", ".whl", ".deb", ".rpm", ".iso", ".dmg", ".cab"))
 
-# first bytes -> name. Long enough that no text begins so by chance.
+# first bytes -> name; long enough that no text begins with them by chance
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"\xff\xd8\xff", "JPEG"),
@@ -80,7 +80,7 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"{\\rtf", "RTF"),
     (b"%!PS", "PostScript"),
 )
-# two or three letters, which a text may begin with: believed only where the head also holds NUL bytes
+# two or three letters that a text may begin with; they count only if the head also holds NUL bytes
 _SHORT_MAGIC: tuple[tuple[bytes, str], ...] = ((b"BM", "BMP"), (b"MZ", "Windows program"), (b"ID3", "MP3"))
 _HTML = re.compile(
     rb"\s*(?:<\?xml[^>]{0,200}>\s*)?(?:<!--[^>]{0,2000}-->\s*)?<(?:!doctype\s+html|html|head|body|script)[\s>]", re.I
@@ -111,13 +111,13 @@ _SUFFIX_HOLDS: dict[str, tuple[str, ...]] = {
 
 
 def kind_of(name: str) -> str:
-    """How a file of this name is read: a value of KINDS, `archive`, or empty where it is not."""
+    """Return the kind of a file name: a value of KINDS, `archive`, or empty if it is not read."""
     suffix = os.path.splitext(name)[1].lower()
     return "archive" if suffix in ARCHIVES else KINDS.get(suffix, "")
 
 
 def format_refusal(name: str) -> tuple[str, str] | None:
-    """(reason, detail) for a name whose file is never read."""
+    """Return (reason, detail) for a file that is never read, by its name; None for other files."""
     suffix, kind = os.path.splitext(name)[1].lower(), kind_of(name)
     if os.path.basename(name).startswith("~$"):
         return (
@@ -137,7 +137,7 @@ def format_refusal(name: str) -> tuple[str, str] | None:
 
 
 def sniff(head: bytes) -> str:
-    """What the first bytes of a file say it is; empty where they say nothing (as those of plain text do)."""
+    """Return the format that the first bytes of a file indicate; empty if they indicate none, as in plain text."""
     for magic, name in _MAGIC:
         if head.startswith(magic):
             return name
@@ -159,7 +159,7 @@ def sniff(head: bytes) -> str:
 
 
 def suffix_of(head: bytes) -> str:
-    """The extension of a picture or a recording that begins so; empty where the bytes do not say that it is one."""
+    """Return the extension for the first bytes of an image or recording; empty if they are of neither."""
     format_name = sniff(head)
     return next(
         (suffix for suffix, holds in _SUFFIX_HOLDS.items() if format_name in holds and KINDS[suffix] in MEDIA_KINDS),
@@ -168,7 +168,7 @@ def suffix_of(head: bytes) -> str:
 
 
 def mismatch(name: str, head: bytes) -> MalformedRow | None:
-    """A file whose first bytes are those of another format than its extension says."""
+    """Return an error if the first bytes are those of another format than the extension says."""
     suffix, format_name = os.path.splitext(name)[1].lower(), sniff(head)
     holds = _SUFFIX_HOLDS.get(suffix, ())
     if format_name in holds or not format_name:
@@ -184,7 +184,7 @@ def mismatch(name: str, head: bytes) -> MalformedRow | None:
 
 
 def must_be(name: str, head: bytes) -> MalformedRow | None:
-    """As `mismatch`, and also for a media file whose first bytes are those of no format at all."""
+    """Return the error of `mismatch`, or one for a media, PDF or Office file of no known format."""
     suffix = os.path.splitext(name)[1].lower()
     if (fault := mismatch(name, head)) is not None:
         return fault
@@ -197,7 +197,7 @@ def must_be(name: str, head: bytes) -> MalformedRow | None:
 
 
 def not_text(head: bytes) -> MalformedRow | None:
-    """Whether the head of a file shows that it is no text at all (one bad line alone does not)."""
+    """Return an error if the first bytes show that a file is empty or no text; some bad characters are allowed."""
     if not head:
         return MalformedRow("empty_file", "the file is empty")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, half of whose bytes are zeros

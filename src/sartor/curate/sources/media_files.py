@@ -1,7 +1,8 @@
-"""Checks and copies image and audio files of rows.
+"""Checks and copies of the image and audio files of rows.
 
-How large a picture unfolds is read from its header, so a bomb is refused before it could go off. Then each file is
-decoded once: what nobody can see or hear is a Drop here, where its row can still be mended.
+The decoded size of an image is read from its header, so a decompression bomb is refused before it is decoded. Each
+file is then decoded once: a file that cannot be seen or heard becomes a Drop here, while its row can still be
+corrected.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from sartor.media import audio, images
 from sartor.media.images import MOST_PIXELS
 
 MOST_BYTES = 1 << 30  # of one media file
-MOST_DECODED = 256 << 20  # a longer one is left to the steps `images` and `audio`, and to the tower
+MOST_DECODED = 256 << 20  # larger files are first decoded by the steps `images` and `audio`, and by the encoder
 MOST_FRAMES = 1000
 PICTURES = ("PNG", "JPEG", "GIF", "WebP", "BMP", "TIFF")
 _SUFFIXES = {
@@ -50,10 +51,10 @@ _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def store_media(kind: str, value: str, folder: Path | None, media_folder: Path) -> str:
-    """Copy what a row names, a path below `folder` or a data URL, into `media_folder`; returns its path below the
-    dataset.
+    """Copy a media file of a row into `media_folder`; return its path below the dataset.
 
-    Raises Malformed. Without a `folder` (rows of a query or a hub) only data URLs are taken.
+    value: path below `folder`, or a data URL. Without a `folder` (rows of a query or the Hub) only data URLs are
+    accepted. Raises MalformedRow.
     """
     if value.startswith("data:"):
         return _store_data_url(kind, value, media_folder)
@@ -63,7 +64,7 @@ def store_media(kind: str, value: str, folder: Path | None, media_folder: Path) 
 
 
 def copy_file(file: Path, media_folder: Path, sha256: str = "") -> str:
-    """`copy` of a file by its path."""
+    """Copy a media file by its path as `copy` does."""
     try:
         stream = open_regular(file)
     except OSError as error:
@@ -73,7 +74,10 @@ def copy_file(file: Path, media_folder: Path, sha256: str = "") -> str:
 
 
 def locate(kind: str, value: str, folder: Path | None) -> Path:
-    """The file that a row's path names. Raises Malformed for one that could lead out of the folder."""
+    """Return the file that a row's path names.
+
+    Raises MalformedRow for a path that could lead out of the folder, is invalid, or names no file.
+    """
     if folder is None:
         raise MalformedRow(
             "bad_media", f"the {kind} is a path ({value[:60]!r}), and rows of this source lie in no folder"
@@ -95,7 +99,7 @@ def locate(kind: str, value: str, folder: Path | None) -> Path:
         if not file.resolve().is_relative_to(folder.resolve()):
             raise MalformedRow("bad_media", f"the {kind} path {value[:80]!r} leaves the folder of its source")
         exists = file.exists()
-    except (OSError, ValueError, RuntimeError):  # a loop of links; a lone surrogate
+    except (OSError, ValueError, RuntimeError):  # a loop of links, or a lone surrogate
         raise MalformedRow("bad_media", f"the {kind} path {value[:80]!r} is none that can be followed") from None
     if not exists:
         raise MalformedRow("missing_media", f"there is no {kind} at {value[:80]!r} beside the file")
@@ -110,7 +114,10 @@ def _store_data_url(kind: str, value: str, media_folder: Path) -> str:
 
 
 def of_data_url(kind: str, value: str) -> bytes:
-    """The bytes in a data URL. Raises Malformed."""
+    """Return the bytes in a data URL.
+
+    Raises MalformedRow.
+    """
     try:
         return base64.b64decode(value.partition(",")[2], validate=True)
     except (binascii.Error, ValueError):
@@ -118,9 +125,10 @@ def of_data_url(kind: str, value: str) -> bytes:
 
 
 def copy(stream: BinaryIO, name: str, media_folder: Path, sha256: str = "") -> str:
-    """Check a media file and copy it under its digest; returns its path below the dataset. Raises Malformed.
+    """Check a media file and copy it under its digest; return its path below the dataset.
 
-    With `sha256`, the file must have that digest. Several processes may copy the same file at once.
+    sha256: digest that the file must have; not checked if empty. Several processes may copy the same file at once.
+    Raises MalformedRow.
     """
     size = stream.seek(0, os.SEEK_END)
     if size > MOST_BYTES:
@@ -136,13 +144,13 @@ def copy(stream: BinaryIO, name: str, media_folder: Path, sha256: str = "") -> s
             stream.seek(0)
             _decode(stream.read())
         stream.seek(0)
-        # durable: an interrupted run goes on with the files that stand there, and their bytes are not read again
+        # durable: an interrupted run continues with the existing files and does not read their bytes again
         write_file_atomic(target, lambda out: shutil.copyfileobj(stream, out, 1 << 20))
     return f"{media_folder.name}/{target.name}"
 
 
 def _decode(content: bytes) -> None:
-    """Raises Malformed for a picture or a recording that does not decode to its end."""
+    """Raise MalformedRow for an image or recording that cannot be decoded to its end."""
     try:
         if file_formats.sniff(content[: file_formats.HEAD_BYTES]) in PICTURES:
             with images.open_checked(content) as image:
@@ -156,7 +164,7 @@ def _decode(content: bytes) -> None:
 
 
 def check(stream: BinaryIO, name: str) -> None:
-    """Raises Malformed for an empty file, one that is not what its name says, or a picture that unfolds too large."""
+    """Raise MalformedRow for a media file that is empty, of another format, or too large when decoded."""
     head = stream.read(file_formats.HEAD_BYTES)
     if not head:
         raise MalformedRow("bad_media", f"the media file {name[:80]!r} is empty")
@@ -178,9 +186,10 @@ def check(stream: BinaryIO, name: str) -> None:
 
 
 def image_size(stream: BinaryIO, format_name: str) -> tuple[int, int, int]:
-    """(width, height, frames) by the header, without decoding. Frames are counted to just over MOST_FRAMES.
+    """Return (width, height, frames) from the header, without decoding.
 
-    Raises struct.error, IndexError or ValueError where the file ends or makes no sense.
+    Frames are counted only to just over MOST_FRAMES. Raises struct.error, IndexError or ValueError for a truncated or
+    invalid file.
     """
     stream.seek(0)
     head = stream.read(64)
@@ -197,7 +206,7 @@ def image_size(stream: BinaryIO, format_name: str) -> tuple[int, int, int]:
 
 
 def _png_frames(stream: BinaryIO) -> int:
-    """Frames of an animated PNG: acTL stands before the first image data."""
+    """Return the frames of an animated PNG; its acTL chunk precedes the first image data."""
     position = 8
     for _ in range(1000):
         stream.seek(position)
@@ -211,7 +220,7 @@ def _png_frames(stream: BinaryIO) -> int:
 
 
 def _gif_frames(stream: BinaryIO, head: bytes) -> int:
-    """Frames of a GIF: a walk over its blocks. It stops over MOST_FRAMES, and where the file ends."""
+    """Count the frames of a GIF block by block; the count stops above MOST_FRAMES and at the file's end."""
     stream.seek(13 + (3 << ((head[10] & 7) + 1) if head[10] & 0x80 else 0))
     frames = 0
     while frames <= MOST_FRAMES and (mark := stream.read(1)) in (b"!", b","):
@@ -280,7 +289,7 @@ def _tiff_size(stream: BinaryIO, head: bytes) -> tuple[int, int]:
 
 
 def digest_of(content: BinaryIO | bytes) -> str:
-    """sha256 of bytes, or of an open file from its start."""
+    """Return the SHA-256 of bytes, or of an open file from its start, in hex."""
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
     digest = hashlib.sha256()

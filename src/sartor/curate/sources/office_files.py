@@ -1,7 +1,7 @@
-"""Rows of workbooks (.xlsx) and text of documents (.docx), bounded.
+"""Rows of workbooks (.xlsx) and text of documents (.docx), with limits.
 
-Both are zip archives of XML (ECMA-376). Before a parser sees one, its members are counted, what they unfold to is held
-against the file's size, and a document type, in which entities could be declared, is refused: Office writes none.
+Both are zip archives of XML (ECMA-376). Before a parser sees a file, its members are counted and their unpacked size
+is compared with the file's size. A document type, which could declare entities, is refused: Office writes none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sartor.core.records import MalformedRow
 
 MOST_MEMBERS = 10_000
 MOST_UNFOLDED = 1 << 30  # bytes of all members
-MOST_RATIO = 200  # unfolded bytes for one of the file: sheets of repeated text reach 40
+MOST_RATIO = 200  # unpacked bytes per byte of the file; sheets of repeated text reach 40
 MOST_ROWS = 1_048_576  # of a sheet, Excel's own limit
 _HEAD_BYTES = 64 << 10
 _ASIDE = re.compile(rb"<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z)", re.DOTALL)
@@ -27,7 +27,7 @@ _BEGINS_WITH_AN_ELEMENT = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?\s*<[
 
 
 def check_package(raw: bytes, kind: str) -> None:
-    """Raise MalformedRow for a zip archive that is none of Office's, is encrypted, or unfolds beyond a limit."""
+    """Raise MalformedRow unless a zip archive is an Office file, not encrypted, and within the limits."""
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as package:
             members = package.infolist()
@@ -55,22 +55,22 @@ def check_package(raw: bytes, kind: str) -> None:
 
 
 def _declares_a_type(package: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
-    """Whether an XML file of the archive could define entities, which may unfold without end.
+    """Return whether an XML file of the archive could define entities, which may expand without end.
 
-    A type stands before the first element, so that has to begin in the head, behind nothing but comments and
-    instructions.
+    A document type precedes the first element. The first element must therefore begin within the head, preceded only
+    by comments and processing instructions.
     """
     with package.open(member) as stream:
-        head = stream.read(_HEAD_BYTES).replace(b"\0", b"")  # UTF-16 as well
+        head = stream.read(_HEAD_BYTES).replace(b"\0", b"")  # makes ASCII of UTF-16 markup
     return bool(head) and not _BEGINS_WITH_AN_ELEMENT.match(_ASIDE.sub(b"", head))
 
 
 def workbook_rows(raw: bytes, sheet: str) -> Iterator[tuple[int, dict[str, Any] | MalformedRow]]:
-    """(row number from 1, its cells by the names in the first row) of a sheet: `sheet`, or the first that holds
-    anything.
+    """Yield (row number from 1, cells by column name) of a sheet of a workbook.
 
-    Cells are the values that Excel showed last, never formulas; dates are ISO 8601. Other sheets with rows are named
-    by one MalformedRow each, so that none is left out unseen.
+    sheet: name of the sheet; the first non-empty one if empty. The first row with cells holds the column names. Cells
+    are the values that Excel last displayed, never formulas; dates are ISO 8601. Without `sheet`, each other non-empty
+    sheet yields a MalformedRow, so that no sheet is skipped silently.
     """
     import openpyxl
 
@@ -79,7 +79,7 @@ def workbook_rows(raw: bytes, sheet: str) -> Iterator[tuple[int, dict[str, Any] 
         workbook = openpyxl.load_workbook(io.BytesIO(raw), read_only=True, data_only=True, keep_links=False)
     sheets = workbook.worksheets
     for one in sheets:
-        # what a sheet says of its size is wrong where some exports wrote it: they say A1 of any
+        # the size stored in a sheet can be wrong: some exporters always write A1
         one.reset_dimensions()
     names = [one.title for one in sheets]
     if sheet and sheet not in names:
@@ -117,7 +117,7 @@ def _filled_rows(sheet: Any) -> Iterator[tuple[int, Sequence[Any]]]:
 
 
 def _header(cells: Sequence[Any]) -> list[str]:
-    """Names of the columns; one that stands there again has its number behind it, as in a CSV file."""
+    """Return the column names; a repeated name gets its count appended, as in a CSV file."""
     counts: Counter[str] = Counter()
     names = []
     for cell in cells:
@@ -146,7 +146,7 @@ _ERRORS = ("#DIV/0!", "#N/A", "#NAME?", "#NULL!", "#NUM!", "#REF!", "#VALUE!")
 
 
 def _cell(value: Any) -> str:
-    """A cell as text: what a spreadsheet shows of it, without a currency or a number of digits."""
+    """Return a cell as text, as a spreadsheet shows it without number formats."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -160,7 +160,7 @@ def _cell(value: Any) -> str:
 
 
 def document_text(raw: bytes) -> str:
-    """The paragraphs and tables of a document in their order: a line each, cells of a table row behind tabs."""
+    """Return paragraphs and tables of a document in order: a line each, with tabs between the cells of a table row."""
     import docx
 
     document = docx.Document(io.BytesIO(raw))

@@ -1,8 +1,8 @@
-"""Scans all sources and cuts them into input chunks.
+"""Scan of all sources, and their division into input chunks.
 
-Large files become several units (`source_files.py`), small ones are put together. A media file is given its caption
-here: by a table `metadata.*` in its folder or one above, by a text or JSON file of the same name beside it, or by its
-folder's name.
+Large files become several chunks (`source_files.py`); small ones share a chunk. Media files get their captions here. A
+caption is in a table `metadata.*` in the file's folder or one above, in a text or JSON file of the same name beside
+it, or is the name of its folder.
 """
 
 from __future__ import annotations
@@ -44,14 +44,17 @@ _CAPTION_SUFFIXES = (".txt", ".json")
 
 @dataclass
 class ReadPlan:
-    """The units in the order of reading, and facts of every file that was found, in the same order."""
+    """Chunks in reading order, and facts of every file that was found, in the same order."""
 
     chunks: list[InputChunk] = field(default_factory=list)
     files: list[FileFacts] = field(default_factory=list)
 
 
 def plan_reading(sources: Sequence[SourceOptions], max_row_bytes: int) -> ReadPlan:
-    """Walk every source. Raises ConfigError, MissingError or HubError for a source that is not there."""
+    """Scan every source and cut it into chunks.
+
+    Raises ConfigError, MissingError or HubError for a source that does not exist.
+    """
     plan = ReadPlan()
     for index, source in enumerate(map(source_files.with_licence, sources)):
         if source_files.scheme(source.path) in ("sql", "hub"):
@@ -80,7 +83,7 @@ def plan_reading(sources: Sequence[SourceOptions], max_row_bytes: int) -> ReadPl
 
 
 def _inbox_file(source_file: SourceFile, most_bytes: int) -> InputFile:
-    """A file of an inbox, to which a server may be appending: what is there now is what is read."""
+    """Return a file of an inbox with its present size; a server may append to it later."""
     file, _ = _inspect(source_file, "jsonl", most_bytes, of_media=False)
     if not file.refusal[0] and not source_file.path.endswith(".jsonl"):
         file = replace(file, refusal=("not_feedback", "an inbox holds files feedback-DAY.jsonl, and nothing else"))
@@ -88,9 +91,9 @@ def _inbox_file(source_file: SourceFile, most_bytes: int) -> InputFile:
 
 
 def _rows_digest(source: SourceOptions) -> str:
-    """Digest of what a source says of its rows: with another licence or question they are other rows."""
+    """Return the digest of the options of a source that affect its rows, such as licence and question."""
     facts: list[Any] = [source.path, source.licence, source.date, source.prompt, source.captions]
-    # where nothing is said of these the digest is that of before they were options
+    # without these options the digest equals that of versions that did not have them
     if source.system or source.encoding or source.fields.by_name():
         facts.append([source.system, source.encoding, source.fields.by_name()])
     return records.digest(facts)[:16]
@@ -103,7 +106,7 @@ def _facts(source: SourceOptions, file: InputFile) -> FileFacts:
 
 @dataclass
 class _Cutter:
-    """Puts the files of a source into units, in their order."""
+    """Division of the files of a source into chunks, in their order."""
 
     plan: ReadPlan
     source: int
@@ -136,9 +139,7 @@ class _Cutter:
 
 
 def _surveyed(source: SourceOptions, most_bytes: int) -> Iterator[tuple[InputFile, list[FilePiece]]]:
-    """Every file of a source that is read or refused, with its pieces. Captions come with the file that they are
-    of.
-    """
+    """Yield every file of a source that is read or refused, with its pieces; captions come with their media file."""
     files = source_files.files_of(source)
     tables, table_media = _tables(files, most_bytes)
     captions = _captions(files, table_media) if source.captions == "beside" else {}
@@ -160,9 +161,9 @@ def _surveyed(source: SourceOptions, most_bytes: int) -> Iterator[tuple[InputFil
 def _inspect(
     source_file: SourceFile, kind: str, most_bytes: int, *, of_media: bool, source: SourceOptions | None = None
 ) -> tuple[InputFile, list[FilePiece]]:
-    """A file that is no media: digest, encoding, form, pieces; or why it is not read.
+    """Return a non-media file with digest, encoding, format and pieces, or with a refusal.
 
-    source: what is said of its columns and its encoding. Raises ConfigError where no row has a column that it names.
+    source: gives the columns and the encoding. Raises ConfigError if the first rows lack a column that it names.
     """
     sheet = source_files.sheet_of(source.path)[1] if source is not None else ""
     name = f"{source_file.name}#{sheet}" if sheet else source_file.name
@@ -179,7 +180,7 @@ def _inspect(
             if kind not in (*_TABLE_KINDS, "xlsx"):
                 return replace(file, form="text"), []
             if file.encoding or (source is not None and source.fields.conversation):
-                pieces = [FilePiece(0, size, 1, -1)]  # no piece may end in the midst of a conversation
+                pieces = [FilePiece(0, size, 1, -1)]  # a piece must not end within a conversation
             head = _head_rows(stream, file, pieces, most_bytes)
             return replace(file, form=source_files.form_of(head, source, file.name, of_media=of_media)), pieces
     except MalformedRow as problem:
@@ -189,9 +190,7 @@ def _inspect(
 
 
 def columns_of(source: SourceOptions, most_bytes: int) -> list[str]:
-    """Names of the columns of the first table of a source, in their order; empty where it has none that can be
-    read.
-    """
+    """Return the column names of the first readable table of a source in order; empty if there is none."""
     for file, pieces in _surveyed(source, most_bytes):
         if file.refusal[0] or file.kind not in (*_TABLE_KINDS, "xlsx"):
             continue
@@ -204,7 +203,7 @@ def columns_of(source: SourceOptions, most_bytes: int) -> list[str]:
 def _head_rows(
     stream: BinaryIO, file: InputFile, pieces: Sequence[FilePiece], most_bytes: int
 ) -> list[tuple[str, Any]]:
-    """The first rows of a table, by which its form is found."""
+    """Return the first rows of a table, from which its format is found."""
     if file.kind == "xlsx":
         with documents.DocumentReader() as reader:
             rows = reader.read(file.path, file.sha256, file.kind, most_bytes, file.sheet)
@@ -214,7 +213,7 @@ def _head_rows(
 
 
 def _encoding(stream: BinaryIO, kind: str, source: SourceOptions | None) -> str:
-    """The encoding of a text file, empty for UTF-8: what its source says, or what is found."""
+    """Return the encoding of a text file, empty for UTF-8: that of its source's options, or the detected one."""
     if kind not in (*_TABLE_KINDS, "text", "markdown") or kind == "parquet":
         return ""
     if source is not None and source.encoding:
@@ -223,7 +222,7 @@ def _encoding(stream: BinaryIO, kind: str, source: SourceOptions | None) -> str:
 
 
 def _size(source_file: SourceFile) -> int:
-    """Bytes of a file that is not read, where the system tells and it is a file."""
+    """Return the size in bytes of a file that is not read; 0 if it is unknown or no regular file."""
     try:
         file_status = os.stat(source_file.path, follow_symlinks=False)
     except (OSError, ValueError):
@@ -232,7 +231,7 @@ def _size(source_file: SourceFile) -> int:
 
 
 def _tables(files: Sequence[SourceFile], most_bytes: int) -> tuple[set[str], set[str]]:
-    """(paths of the tables of media, paths of the media files that they name)."""
+    """Return (paths of the tables of media, paths of the media files that they name)."""
     media_paths = {
         os.path.normpath(file.path) for file in files if file_formats.kind_of(file.path) in file_formats.MEDIA_KINDS
     }
@@ -256,7 +255,7 @@ def _tables(files: Sequence[SourceFile], most_bytes: int) -> tuple[set[str], set
 
 
 def _captions(files: Sequence[SourceFile], table_media: set[str]) -> dict[str, list[str]]:
-    """Media file -> the text or JSON files of its name beside it, the one to use first."""
+    """Return media file -> text or JSON files of its name beside it, the preferred one first."""
     captions: dict[str, list[str]] = {}
     for file in files:
         if (
@@ -274,14 +273,14 @@ def _captions(files: Sequence[SourceFile], table_media: set[str]) -> dict[str, l
 
 
 def _name_beside(media: SourceFile, path: str) -> str:
-    """The name of a file in the folder of a media file."""
+    """Return the name of a file in the folder of a media file."""
     return media.name[: media.name.rfind("/") + 1] + safe_name(os.path.basename(path))
 
 
 def _with_caption(
     source_file: SourceFile, kind: str, source: SourceOptions, caption_files: Sequence[SourceFile]
 ) -> InputFile:
-    """A media file that no table names."""
+    """Return a media file that no table names, with its caption or a refusal."""
     file = InputFile(source_file.path, source_file.name, kind, form=row_formats.CAPTIONED)
     try:
         with open_regular(source_file.path) as stream:
@@ -306,7 +305,10 @@ def _with_caption(
 
 
 def _caption(source_file: SourceFile) -> InputFile:
-    """The text or JSON file that is a caption. Raises Malformed where it may not be read, OSError where it cannot."""
+    """Return the text or JSON file that is a caption.
+
+    Raises MalformedRow if it may not be read, OSError if it cannot be.
+    """
     if source_file.refusal[0]:
         raise MalformedRow(source_file.refusal[0], f"the caption {source_file.name!r}: {source_file.refusal[1]}")
     kind = file_formats.kind_of(source_file.path)
@@ -331,6 +333,9 @@ __all__ = [
 
 
 def read_all(source: SourceOptions, max_row_bytes: int, media_folder: Path) -> Iterator[Example | Drop]:
-    """Every row of one source, in this process. Raises as `plan` and `read` do."""
+    """Yield every row of one source, read in this process.
+
+    Raises as `plan_reading` and `read_chunk` do.
+    """
     for chunk in plan_reading([source], max_row_bytes).chunks:
         yield from read_chunk(chunk, source, media_folder)

@@ -1,10 +1,10 @@
-r"""OpenAI, ShareGPT, Alpaca, preference and LLaVA rows.
+r"""Row formats of OpenAI, ShareGPT, Alpaca, preference, LLaVA and other data.
 
-`detect` names the form of a row by its keys; `parse` turns a row of a form into an Example or raises Malformed with
-the word under which it is counted.
+`detect_row_format` names the format of a row by its keys. `parse_row` turns a row of a format into an Example, or
+raises MalformedRow with the reason under which the row is counted.
 
-{"conversations": [{"from": "human", "value": "<image>\nWhat is wrong?"}, ...], "image": "a.png"}
-{"messages": [{"role": "user", "content": "<image> or <image>?"}, ...], "images": ["a.png", "b.png"]}
+{"conversations": [{"from": "human", "value": "<image>\nWhat is wrong?"}, ...], "image": "a.png"} {"messages":
+[{"role": "user", "content": "<image> or <image>?"}, ...], "images": ["a.png", "b.png"]}
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _FIELDS = {"image": ("image", "images"), "audio": ("audio", "audios")}
 
 
 def fill_placeholders(row: Mapping[str, Any], turns: Any) -> Any:
-    """The turns with each mark in their texts, or part without a value, replaced by the media that the row names, in
-    order.
+    """Return the turns with each placeholder replaced by the next media file that the row names.
 
-    Texts of a row that names none are left as they are. Raises Malformed unless there are as many marks as media.
+    A placeholder is a mark such as `<image>` in a text, or a media part without a value. Texts of a row that names no
+    media are left as they are. Raises MalformedRow unless there are as many placeholders as media.
     """
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         return turns
@@ -52,7 +52,7 @@ def fill_placeholders(row: Mapping[str, Any], turns: Any) -> Any:
 
 
 def question_content(row: Mapping[str, Any], text: str) -> list[dict[str, Any]]:
-    """The content of a question: its text with the media that the row names where its marks stand, or before it."""
+    """Return the content of a question: its text with the row's media at their marks, or before the text."""
     marks = "".join(f"<{kind}>" for kind in _FIELDS for _ in _named(row, kind))
     text = text if _MARK.search(text) or not marks else marks + text
     (turn,) = fill_placeholders(row, [{"content": text}])
@@ -60,10 +60,10 @@ def question_content(row: Mapping[str, Any], text: str) -> list[dict[str, Any]]:
 
 
 def _named(row: Mapping[str, Any], kind: str) -> list[Any]:
-    """The media of a kind that the row names beside its turns."""
+    """Return the media of a kind that the row names beside its turns."""
     for field in _FIELDS[kind]:
         value = row.get(field)
-        if isinstance(value, str) and value.lstrip().startswith("["):  # a list as a cell of a CSV file has it
+        if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a cell of a CSV file
             with contextlib.suppress(ValueError):
                 value = json.loads(value)
         if value is not None and value != "" and value != []:
@@ -100,7 +100,10 @@ def _placeholders_parts(
 
 
 def _part(part: Any, remaining: Mapping[str, Iterator[Any]], counts: dict[str, int]) -> Any:
-    """A part of media without a value takes the next that the row names; one beyond them is counted and left."""
+    """Return a media part without a value with the next media of the row; other parts unchanged.
+
+    A part for which the row has no media left gets None; it is counted, so that the caller reports it.
+    """
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in _FIELDS or any(part.get(name) is not None for name in (kind, "image_url", "input_audio")):
         return part
@@ -108,22 +111,21 @@ def _part(part: Any, remaining: Mapping[str, Iterator[Any]], counts: dict[str, i
     return {**part, kind: next(remaining[kind], None)}
 
 
-# form -> the keys that a row of it must have; the first that fits wins, so the more special stand first
+# format -> keys that its rows must have; the first match wins, so more specific formats come first
 FORMS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "preference": ("prompt", "chosen", "rejected"),
     "alpaca": ("instruction", "output"),
-    "rated": ("prompt", "completion"),  # and a rating, which `detect` looks at
+    "rated": ("prompt", "completion"),  # and a rating, which `detect_row_format` checks
     "prompt_completion": ("prompt", "completion"),
     "question_answer": ("question", "answer"),
     "label_studio": ("data", "annotations"),
     "argilla": ("fields", "responses"),
     "text": ("text",),
 }
-# A table of media: `file_name` and one of these. Only a file called metadata.* is one (ImageFolder's convention):
-# elsewhere a
-# `file_name` says where a text came from.
+# A table of media has `file_name` and one of these columns. Only files named metadata.* are such tables (convention of
+# ImageFolder in the datasets library); elsewhere `file_name` is the origin of a text.
 CAPTIONED = "captioned"
 CAPTIONS = ("text", "caption", "transcript", "transcription", "label")
 DATES = ("date", "timestamp", "created_at", "created")
@@ -137,7 +139,7 @@ _SHAREGPT_ROLES = {
     "function": "tool",
 }
 
-# What is read of a row besides the fields of its form
+# fields that are read besides those of the row's format
 _ASIDE = (
     "system",
     "input",
@@ -154,11 +156,10 @@ _ASIDE = (
 )
 FIELDS = frozenset((*(key for keys in FORMS.values() for key in keys), *CAPTIONS, *DATES, *_ASIDE))
 
-# forms whose system prompt may stand in a field of its own
+# formats whose system prompt may be in a separate field
 _SYSTEM_BESIDE = ("prompt_completion", "rated", "question_answer", "preference")
 
-# who speaks in a table with one row a turn, as the field and its exports spell it; any two others are told by who
-# speaks last
+# spellings of the role in a table with one row a turn; for other names the last speaker is taken for the assistant
 _TURN_ROLES = {
     **{role: role for role in ROLES},
     **_SHAREGPT_ROLES,
@@ -171,7 +172,10 @@ Media = Callable[[str, str], str]  # (kind, path or data URL) -> path below the 
 
 
 def detect_row_format(row: Mapping[str, Any], *, of_media: bool = False) -> str | None:
-    """The form of a row by its keys, or None. `of_media`: the file may be a table of media."""
+    """Return the format of a row by its keys, or None.
+
+    of_media: whether the file may be a table of media.
+    """
     if of_media and row.get("file_name") is not None and caption_field(row):
         return CAPTIONED
     fitting = (form for form, keys in FORMS.items() if all(row.get(key) is not None for key in keys))
@@ -179,13 +183,12 @@ def detect_row_format(row: Mapping[str, Any], *, of_media: bool = False) -> str 
 
 
 def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row with its columns under Sartor's names. columns: Sartor's name -> the column.
+    """Return the row with its columns under Sartor's names.
 
-    A number or a truth value in a column that is named is taken as text, as a table shows it, and an object, or a list
-    of what
-    are no turns, as its JSON: slots are a reply. A column that is named and stands twice, or another column that has
-    the name
-    already, is a MalformedRow: one would hide the other.
+    columns: Sartor's name -> the row's column.
+    In a renamed column a number or boolean becomes text, as a table shows it. An object, or a list of items that are
+    no turns, becomes JSON text, so structured slots can be a reply. Raises MalformedRow if a renamed column appears
+    twice, or another column already has the new name: one would hide the other.
     """
     if not columns:
         return row
@@ -202,7 +205,7 @@ def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str,
             )
         value = row.get(column)
         if isinstance(value, float) and math.isnan(value):
-            value = None  # what pandas writes of a gap among numbers
+            value = None  # pandas writes NaN for a missing number
         if isinstance(value, (int, float)) and field not in ("rating", "weight", "date"):
             value = str(value)
         elif isinstance(value, Mapping) or (
@@ -215,8 +218,9 @@ def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str,
 
 
 def renamed_rows(rows: Iterator[tuple[str, Any]], columns: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    """Rows of a table under Sartor's names (`rename_columns`), of one with one row a turn as one row a
-    conversation.
+    """Yield rows under Sartor's names.
+
+    If `columns` names a conversation, the turns of each are merged into one row.
     """
 
     def renamed() -> Iterator[tuple[str, Any]]:
@@ -230,10 +234,11 @@ def renamed_rows(rows: Iterator[tuple[str, Any]], columns: Mapping[str, str]) ->
 
 
 def merge_turns(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Rows of a table with one row a turn, with columns `conversation, role, content`, as one row a conversation.
+    """Merge rows with one turn each into one row a conversation.
 
-    Its turns stand one behind another; what else its first row says (group, weight) is said of the whole. A row that
-    cannot be read takes its conversation with it, since the turns behind it would answer something else.
+    Each row has the columns `conversation`, `role` and `content`. The turns of a conversation must follow one another.
+    Other fields of its first row (group, weight) apply to the whole conversation. An unreadable row makes its
+    conversation a MalformedRow, since later turns would answer another text.
     """
     lines: list[str] = []
     turns: list[Mapping[str, Any]] = []
@@ -289,7 +294,7 @@ def merge_turns(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 
 def unknown_form(row: Any) -> MalformedRow:
-    """Why a row has no form: its fields, the forms that there are, and what names its columns."""
+    """Return the error of a row without a known format: its fields, the known formats, and an example of `fields`."""
     if not isinstance(row, Mapping):
         return MalformedRow("unknown_form", f"the row is a {type(row).__name__}, not an object with fields")
     names = [str(key) for key in row]
@@ -303,19 +308,22 @@ def unknown_form(row: Any) -> MalformedRow:
 
 
 def caption_field(row: Mapping[str, Any]) -> str:
-    """The field of a row that says what its media file shows or says; empty where there is none."""
+    """Return the field that holds the caption or transcript of a media file; empty if there is none."""
     return next((key for key in CAPTIONS if row.get(key) is not None), "")
 
 
 def parse_row(row: Any, form: str, origin: Origin, media: Media) -> Example:
-    """The Example in a row of a form, its Origin with the row's own date. Raises Malformed."""
+    """Parse a row of a format into an Example.
+
+    The row's own date replaces that of `origin`. Raises MalformedRow.
+    """
     if not isinstance(row, Mapping):
         raise MalformedRow("not_an_object", f"the row is a {type(row).__name__}, not an object with fields")
     detected_form = detect_row_format(row, of_media=form == CAPTIONED)
     if detected_form != form and {detected_form, form} != {
         "rated",
         "prompt_completion",
-    }:  # of a file's replies some may be rated
+    }:  # some replies of a file may be rated and others not
         raise _other_form(row, form)
     messages, rejected = _PARSERS[form](row, media)
     if form in _SYSTEM_BESIDE and row.get("system") and messages and messages[0].role != "system":
@@ -339,9 +347,10 @@ def parse_row(row: Any, form: str, origin: Origin, media: Media) -> Example:
 
 
 def _origins(row: Mapping[str, Any], origin: Origin) -> tuple[Origin, ...]:
-    """The Origin of a row, and the marks of a synthetic one: a Dataset's own Parquet has them in `origins`.
+    """Return the Origin of a row, and those of synthetic content in its `origins`.
 
-    A row that people wrote as well keeps its plain Origin beside the marks.
+    A Dataset's own Parquet files have `origins`. If some of them are not synthetic, the row keeps its plain Origin
+    beside the others.
     """
     origins = row.get("origins")
     if not isinstance(origins, Sequence) or isinstance(origins, (str, bytes)):
@@ -364,7 +373,10 @@ def _origins(row: Mapping[str, Any], origin: Origin) -> tuple[Origin, ...]:
 
 
 def date_of(row: Mapping[str, Any]) -> tuple[str, str]:
-    """(ISO date of a row, the field that holds something else): both empty where no field of DATES is filled."""
+    """Return (ISO date, name of a field with an invalid date) of a row.
+
+    Both are empty if no field of DATES is filled; one of them is empty otherwise.
+    """
     for key in DATES:
         if (value := row.get(key)) is not None and value != "":
             iso_text = iso_date(value)
@@ -373,8 +385,9 @@ def date_of(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def iso_date(value: Any) -> str:
-    """A date in ISO 8601, or seconds, milli-, micro- or nanoseconds since 1970 (of a year up to 2286), as ISO; else
-    empty.
+    """Convert a date to ISO 8601; return an empty string for what is no date.
+
+    value: ISO 8601, or seconds, milli-, micro- or nanoseconds since 1970 (years 1973 to 2286).
     """
     if isinstance(value, (date, datetime)):
         return value.isoformat()
@@ -421,9 +434,7 @@ def _messages(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...]
 
 
 def _conversation(entries: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
-    """What two people said: lists of {sender, text}. Who speaks last is taken for the assistant, the other for the
-    user.
-    """
+    """Parse {sender, text} entries of two people; the last speaker becomes the assistant, the other one the user."""
     turns: list[tuple[str, list[str]]] = []
     for item in entries:
         sender, text = str(item["sender"]), _text(item, "text")
@@ -494,7 +505,7 @@ def _prompt_completion(row: Mapping[str, Any], media: Media) -> tuple[tuple[Mess
 
 
 def _label_studio(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """A task of Label Studio's JSON export: its text, and what the annotators who ended it say of it."""
+    """Parse a task of Label Studio's JSON export: its text, and the answer of most annotators who did not cancel."""
     data, annotations = row["data"], row["annotations"]
     if not isinstance(data, Mapping) or not isinstance(annotations, Sequence) or isinstance(annotations, str):
         raise MalformedRow("bad_field", "`data` or `annotations` is not as Label Studio exports it")
@@ -508,7 +519,7 @@ def _label_studio(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, 
 
 
 def _label_studio_answer(result: Any) -> str:
-    """What one annotator says: classes and texts as they are, spans as JSON."""
+    """Return the answer of one annotator: classes and texts as they are, spans as JSON."""
     said: list[str] = []
     spans: list[dict[str, Any]] = []
     for item in result if isinstance(result, Sequence) and not isinstance(result, str) else ():
@@ -526,8 +537,9 @@ def _label_studio_answer(result: Any) -> str:
 
 
 def _argilla(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """A record of an Argilla dataset (`records.to_json`): its one text, and the submitted responses to its one
-    question.
+    """Parse a record of an Argilla dataset (`records.to_json`).
+
+    It must have one text, and submitted answers to at most one question.
     """
     fields, responses = row["fields"], row["responses"]
     if not isinstance(fields, Mapping) or not isinstance(responses, Mapping):
@@ -558,8 +570,9 @@ def _only_text(values: Mapping[str, Any], name: str) -> str:
 
 
 def _annotated(prompt: str, answers: Sequence[str]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """A row that people labelled: what most of them say. Raises MalformedRow where none ended it or no answer has
-    most.
+    """Return the turns of a row that people labelled, with the most frequent answer as the reply.
+
+    Raises MalformedRow if there is no answer, or no single most frequent one.
     """
     counts = Counter(answers).most_common(2)
     if not counts:
@@ -576,7 +589,7 @@ def _question_answer(row: Mapping[str, Any], media: Media) -> tuple[tuple[Messag
 
 def _text_row(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     reply = Message.of("assistant", _text(row, "text"))
-    # a text that names a picture or a recording is what is said of them
+    # the text of a row that names an image or a recording describes it
     media_parts = [part for part in question_content(row, "") if part["type"] != "text"]
     return ((Message("user", tuple(_parts(media_parts, 1, media))), reply) if media_parts else (reply,)), ()
 
@@ -597,7 +610,7 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any], Media], tuple[tuple[Message, ..
 
 
 def _question(row: Mapping[str, Any], text: str, media: Media) -> Message:
-    """The user's turn of a row that has one, with the media that the row names."""
+    """Return the user turn of a row, with the media that the row names."""
     return Message("user", tuple(_parts(question_content(row, text), 1, media)))
 
 
@@ -654,7 +667,7 @@ def _parts(content: Any, index: int, media: Media) -> list[Part]:
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        # OpenAI's own spelling of the media parts, besides the short one
+        # OpenAI's spelling of media parts, besides the short one
         kind = {"image_url": "image", "input_audio": "audio"}.get(str(kind), kind)
         if kind not in ("text", "image", "audio"):
             raise MalformedRow(
@@ -668,8 +681,10 @@ def _parts(content: Any, index: int, media: Media) -> list[Part]:
 
 
 def _value(part: Mapping[str, Any], kind: str) -> Any:
-    """What a part holds, also in OpenAI's spellings, {image_url: {url}} and {input_audio: {data, format}}, and as the
-    hub's Parquet files have it, {bytes, path}.
+    """Return the value of a part.
+
+    Other forms are accepted too: OpenAI's {image_url: {url}} and {input_audio: {data, format}}, and {bytes, path} as
+    in the Hub's Parquet files.
     """
     value = part.get(kind, part.get("image_url" if kind == "image" else "input_audio"))
     if isinstance(value, Mapping) and isinstance(value.get("data"), str):
@@ -715,13 +730,14 @@ def _weight(row: Mapping[str, Any]) -> float:
 
 
 def _stated_rating(row: Mapping[str, Any]) -> float | None:
-    """What a row says of its reply: the number in `rating`, or yes and no in `label`, as 1 and -1. None: neither is
-    there.
+    """Return the rating of a row, or None without one.
+
+    It is the number in `rating`, or 1 and -1 for true and false in `label`.
     """
     if isinstance(rating := row.get("rating"), (int, float, str)) and not isinstance(rating, bool):
         with contextlib.suppress(ValueError):
             return float(rating)
-    # as text in CSV files; a label of `messages` says what they are about
+    # CSV files hold true and false as text; the label of a row with `messages` is a class, not a rating
     return {"true": 1.0, "false": -1.0}.get(str(row.get("label")).lower()) if row.get("messages") is None else None
 
 
@@ -735,7 +751,7 @@ def _rating(row: Mapping[str, Any]) -> float:
 
 
 def _loads(value: Any) -> Any:
-    """A list kept as JSON text, as CSV files do."""
+    """Parse a list that is stored as JSON text, as in CSV files; return other values unchanged."""
     if isinstance(value, str) and value.lstrip().startswith(("[{", "[ {", "[\n")):
         try:
             return json.loads(value)

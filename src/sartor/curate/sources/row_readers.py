@@ -1,12 +1,12 @@
-"""Reads JSONL, JSON, CSV and Parquet rows.
+"""Readers of JSON Lines, JSON, CSV and Parquet rows.
 
-A reader yields (line, row) for what it could read and (line, Malformed) for what it could not; nothing a file holds
-ends in a traceback. Memory is bounded by the longest row allowed, but for a `.json` file, which is one value and is
-read whole: its size has a limit of its own.
+A reader yields (line, row), or (line, MalformedRow) for a row that cannot be read; no file content ends in a
+traceback. Memory is bounded by the longest row allowed, except for a `.json` file: it is one value, is read whole, and
+has a size limit of its own.
 
-A Parquet file can be far larger than its bytes: a value in a dictionary page stands for any number of rows, and so
-does a run of nulls. What the footer declares is held against the file's size at planning (`fault`); what one batch
-unfolds to is held down by the longest value of the dictionary pages, looked at before they are unfolded.
+A Parquet file can unpack to far more than its size: one value in a dictionary page, or one run of nulls, stands for
+any number of rows. `parquet_error` compares the sizes declared in the footer with the file's size at planning. The
+longest dictionary value, read before the rows are unpacked, limits the number of rows in a batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sartor.curate.sources.safe_paths import open_regular
 Read = Iterator[tuple[str, Any]]
 _SPACE = " \t\r\n,"
 MOST_JSON_BYTES = 256 << 20
-# What a spreadsheet would run (OWASP "CSV injection"): = before an operand; @, + or - before a function's call; DDE.
+# cells that a spreadsheet would run (OWASP "CSV injection"): = before an operand; @, + or - before a call; DDE
 _FORMULA = re.compile(
     r"""=[\s(+\-@]*[\w"'{$\[\\.#] |
         [@+\-][\s+\-]*[A-Z][A-Z0-9_.]*\( |
@@ -46,15 +46,15 @@ _FORMULA = re.compile(
 
 
 class OverlongError(Exception):
-    """A CSV row of more bytes than allowed; raised by the lines that the csv module is given."""
+    """Error for a CSV row of more bytes than allowed, raised by the line iterator given to the csv module."""
 
 
 def numbered_lines(
     stream: BinaryIO, end: int, first: int, most_bytes: int
 ) -> Iterator[tuple[int, str | MalformedRow]]:
-    """(line number, text without its end) of every line that is not blank, up to the byte `end`.
+    """Yield (line number, text without its end) of every non-blank line up to the byte `end`.
 
-    Begins where `stream` stands, at line `first`; never holds more than `most_bytes` of one line.
+    Starts at the stream's position, which is line `first`. Never holds more than `most_bytes` of one line.
     """
     position, number = stream.tell(), first - 1
     while position < end and (raw := stream.readline(most_bytes + 1)):
@@ -65,7 +65,7 @@ def numbered_lines(
             problem = f"the row has {size:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
             yield number, MalformedRow("oversize_row", problem)
             continue
-        raw = raw[: end - position]  # of a file that grows meanwhile, what was there
+        raw = raw[: end - position]  # ignores what was appended since planning
         is_first, position = position == 0, position + len(raw)
         if is_first:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
@@ -82,7 +82,7 @@ def numbered_lines(
 
 
 def _skip_line(stream: BinaryIO, raw: bytes) -> int:
-    """Read to the end of the line that `raw` begins; returns how many bytes that was."""
+    """Skip the rest of the line that `raw` begins; return its number of bytes."""
     size = 0
     while not raw.endswith(b"\n") and (raw := stream.readline(1 << 20)):
         size += len(raw)
@@ -90,7 +90,7 @@ def _skip_line(stream: BinaryIO, raw: bytes) -> int:
 
 
 def jsonl(stream: BinaryIO, end: int, first: int, most_bytes: int) -> Read:
-    """One JSON value a line."""
+    """Yield one JSON value a line."""
     for number, line in numbered_lines(stream, end, first, most_bytes):
         if isinstance(line, MalformedRow):
             yield str(number), line
@@ -108,8 +108,9 @@ def _no_constant(name: str) -> Any:
 
 
 def whole_json(stream: BinaryIO, most_bytes: int) -> Read:
-    """One JSON value: a list of rows, an object that holds one list, or rows one after another. Rows before a fault
-    stay.
+    """Yield the rows of a JSON file: a list of rows, an object that holds one list, or values one after another.
+
+    Rows before a fault are kept.
     """
     raw = stream.read(MOST_JSON_BYTES + 1)
     if len(raw) > MOST_JSON_BYTES:
@@ -132,16 +133,16 @@ def whole_json(stream: BinaryIO, most_bytes: int) -> Read:
             yield from _rows_of_object(whole)
             return
         except (ValueError, RecursionError):
-            pass  # perhaps JSON Lines under another name: read value by value below
+            pass  # may be JSON Lines with the extension .json; read value by value below
     else:
         start += text[start : start + 1] == "["
     yield from _values(text, start, most_bytes)
 
 
 def _rows_of_object(whole: dict[str, Any]) -> Read:
-    """The rows of an object: those of a list in it, its own values if all are objects ({id: row}), or itself.
+    """Yield the rows of an object: those of its list, its values if all are objects ({id: row}), or itself.
 
-    Of two lists the first is read, and the others are named.
+    Of several lists the first is read, and a MalformedRow names each other one.
     """
     lists = {
         key: value for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)
@@ -165,7 +166,7 @@ def _rows_of_object(whole: dict[str, Any]) -> Read:
 
 
 def _values(text: str, position: int, most_bytes: int) -> Read:
-    """JSON values one after another from `position` on, with the line on which each begins."""
+    """Yield JSON values one after another from `position` on, with the line on which each begins."""
     decoder = json.JSONDecoder(parse_constant=_no_constant)
     line, counted = 1, 0
     while True:
@@ -199,8 +200,9 @@ def _values(text: str, position: int, most_bytes: int) -> Read:
 
 
 class _RowLines:
-    """Lines for the csv module, which would take a line of any length whole; counts the characters of the row at
-    hand.
+    """Line iterator for the csv module with a limit on the length of a line and of a row.
+
+    The csv module alone would read a line of any length. row_bytes: bytes of the current row so far.
     """
 
     def __init__(self, stream: BinaryIO, most_bytes: int) -> None:
@@ -225,9 +227,10 @@ class _RowLines:
 
 
 def delimited(stream: BinaryIO, most_bytes: int) -> Read:
-    """CSV with a header. The delimiter is that of , ; tab | by which the first rows have as many fields as the header.
+    """Yield the rows of a CSV file with a header.
 
-    Of several, or none, the commonest in the header; what a first line `sep=;` says, as Excel writes it, goes before.
+    The delimiter is the one of , ; tab | that splits the first rows into as many fields as the header. If several do,
+    or none, it is the most frequent one in the header. A first line `sep=;`, as Excel writes it, overrides both.
     """
     csv.field_size_limit(most_bytes)
     head = stream.read(_HEAD_BYTES)
@@ -270,7 +273,7 @@ _STATED_DELIMITER = re.compile(rb"(?:\xef\xbb\xbf)?sep=([,;\t|])\r?\n")
 
 
 def _delimiter(head: bytes) -> str:
-    """The delimiter of a CSV file that begins so: a header such as `Frage;Antwort (kurz, klar)` holds others, too."""
+    """Return the delimiter of a CSV file; a header such as `Frage;Antwort (kurz, klar)` contains others too."""
     text = head.decode("utf-8", "replace").removeprefix("\ufeff")
     counts = {mark: text.partition("\n")[0].count(mark) for mark in _DELIMITERS}
     return max(
@@ -279,8 +282,9 @@ def _delimiter(head: bytes) -> str:
 
 
 def _parts_evenly(text: str, mark: str, *, is_cut: bool) -> bool:
-    """Whether the first rows have as many fields as the header, and more than one. is_cut: the last row may not be
-    whole.
+    """Return whether the first rows have as many fields as the header, and more than one.
+
+    is_cut: whether the last row may be incomplete.
     """
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=not is_cut)
     try:
@@ -292,7 +296,7 @@ def _parts_evenly(text: str, mark: str, *, is_cut: bool) -> bool:
 
 
 def _numbered(names: Sequence[str]) -> list[str]:
-    """The names of a header; one that stands there again has its number behind it, so that none hides another."""
+    """Return the names of a header; a repeated name gets its count appended, so that none hides another."""
     counts: Counter[str] = Counter()
     numbered = []
     for name in names:
@@ -322,16 +326,17 @@ def _csv_row(names: list[str], row: list[str]) -> Any:
         if is_formula(value):
             text = f"a spreadsheet would run the cell {name[:40]!r}: {value.strip()[:60]!r}"
             return MalformedRow("csv_formula", f"{text}; if it is meant as text, save the rows as JSON Lines")
-    # an empty cell is an absent field: CSV has no other way to say so
+    # CSV cannot express an absent field otherwise, so an empty cell is one
     return {name: value for name, value in zip(names, row, strict=True) if name and value != ""}
 
 
 def is_formula(cell: str) -> bool:
-    """Whether a spreadsheet would run a cell rather than show it. A leading + - or @ of a text, number or name is
-    none.
+    """Return whether a spreadsheet would run a cell instead of showing it.
+
+    A leading +, - or @ of a plain text, number or name is no formula.
     """
     start = cell.lstrip()[:2000]
-    if start[:1] in ("＝", "＋", "－", "＠"):  # full width: some spreadsheets take them for the plain ones
+    if start[:1] in ("＝", "＋", "－", "＠"):  # full-width forms, which some spreadsheets treat as the ASCII ones
         start = unicodedata.normalize("NFKC", start)
     return start[:1] in ("=", "+", "-", "@") and _FORMULA.match(start) is not None
 
@@ -341,7 +346,10 @@ def _span(first: int, last: int) -> str:
 
 
 def read_document(stream: BinaryIO, most_bytes: int, encoding: str = "") -> tuple[str, bytes] | MalformedRow:
-    """The text of a whole file and the bytes it was read from. encoding: where it is not UTF-8."""
+    """Return the text of a whole file, and the bytes that it was read from.
+
+    encoding: encoding of text that is not UTF-8.
+    """
     raw = stream.read(most_bytes + 1)
     if len(raw) > most_bytes:
         size = stream.seek(0, io.SEEK_END)
@@ -358,15 +366,15 @@ def read_document(stream: BinaryIO, most_bytes: int, encoding: str = "") -> tupl
 
 
 BATCH_ROWS = 1024
-MOST_BATCH_BYTES = 64 << 20  # of a batch once unfolded
-MOST_ROWS_PER_BYTE = 64  # a row of text takes at least a few bits of the file
-MOST_UNFOLDED, MOST_RATIO = 1 << 30, 200  # of a row group: over both, it is a bomb
-MOST_OVERSIZE_RUN = 100  # rows over the limit one after another, before the rest of a group is given up
-PIECE_BYTES = 32 << 20  # unfolded, of the row groups that make one unit
+MOST_BATCH_BYTES = 64 << 20  # of an unpacked batch
+MOST_ROWS_PER_BYTE = 64  # rows per byte of the file; a row of text takes at least a few bits
+MOST_UNFOLDED, MOST_RATIO = 1 << 30, 200  # unpacked bytes of a row group, and per file byte; above both is a bomb
+MOST_OVERSIZE_RUN = 100  # successive rows over the limit, after which the rest of a row group is skipped
+PIECE_BYTES = 32 << 20  # unpacked bytes of the row groups in one piece
 
 
 def parquet_error(stream: BinaryIO, size: int) -> MalformedRow | None:
-    """Why a Parquet file is not read, by its footer."""
+    """Return the reason why a Parquet file is not read, from its footer; None for a usable file."""
     try:
         metadata = pq.ParquetFile(stream).metadata
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -383,7 +391,7 @@ def parquet_error(stream: BinaryIO, size: int) -> MalformedRow | None:
 
 
 def pieces(stream: BinaryIO) -> Iterator[tuple[int, int, int, int, int]]:
-    """(first byte, length, first row, first group, last group) of groups that go into one unit together."""
+    """Yield (first byte, length, first row, first group, last group) of row groups that form one piece."""
     metadata = pq.ParquetFile(stream).metadata
     begin, row, unfolded, rows = 0, 1, 0, 0
     for number in range(metadata.num_row_groups):
@@ -401,7 +409,10 @@ def pieces(stream: BinaryIO) -> Iterator[tuple[int, int, int, int, int]]:
 
 
 def read_parquet(stream: BinaryIO, first: int, groups: tuple[int, int] | None, most_bytes: int) -> Read:
-    """Rows of the groups from the first to the last named, or of all; `first` is the number of the first row."""
+    """Yield the rows of the row groups from the first to the last of `groups`, or of all.
+
+    first: number of the first row.
+    """
     number = first
     try:
         metadata = pq.ParquetFile(stream).metadata
@@ -419,7 +430,7 @@ def read_parquet(stream: BinaryIO, first: int, groups: tuple[int, int] | None, m
 def _group(stream: BinaryIO, group: int, number: int, most_bytes: int) -> Iterator[tuple[int, Any]]:
     batch_rows, run = _batch_rows(stream, group), 0
     for batch in pq.ParquetFile(stream).iter_batches(batch_rows, row_groups=[group]):
-        if batch.nbytes <= most_bytes:  # no row of it can be too long
+        if batch.nbytes <= most_bytes:  # then no row can be over the limit
             for row in batch.to_pylist():
                 yield number, drop_nulls(row)
                 number += 1
@@ -442,7 +453,10 @@ def _group(stream: BinaryIO, group: int, number: int, most_bytes: int) -> Iterat
 
 
 def _batch_rows(stream: BinaryIO, group: int) -> int:
-    """Rows to unfold at once, so that each could hold the longest value of a dictionary page."""
+    """Return the number of rows to unpack at once.
+
+    Each of them may then hold the longest value of a dictionary page without exceeding MOST_BATCH_BYTES.
+    """
     metadata = pq.ParquetFile(stream).metadata
     leaves = [
         column.path_in_schema
@@ -457,7 +471,7 @@ def _batch_rows(stream: BinaryIO, group: int) -> int:
 
 
 def _longest(array: Any) -> int:
-    """Bytes of the longest value in the dictionaries of an array, at any depth."""
+    """Return the bytes of the longest value in the dictionaries of an array, at any depth."""
     if pa.types.is_dictionary(array.type):
         lengths = pc.binary_length(array.dictionary)
         return int(pc.max(lengths).as_py() or 0)
@@ -472,7 +486,7 @@ def _longest(array: Any) -> int:
 
 
 def drop_nulls(value: Any) -> Any:
-    """Parquet structs carry every field of their type; an absent one is null."""
+    """Return the value without fields that are null; Parquet structs hold every field of their type."""
     if isinstance(value, dict):
         return {key: drop_nulls(inner) for key, inner in value.items() if inner is not None}
     return [drop_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -495,7 +509,12 @@ def _not_whole(error: Exception) -> MalformedRow:
 
 @dataclass(frozen=True, slots=True)
 class FilePiece:
-    """Bytes of a file, the number of its first line or row, and in Parquet its first and last row group."""
+    """Byte range of a file.
+
+    first: number of the first line or row.
+    crc: CRC-32 of the bytes; negative for a whole file.
+    groups: first and last row group of a Parquet file.
+    """
 
     start: int
     length: int
@@ -504,7 +523,7 @@ class FilePiece:
     groups: tuple[int, int] | None = None
 
 
-# the extensions that `read` takes
+# extensions that `read_rows` accepts
 READERS = tuple(
     suffix
     for suffix, kind in file_formats.KINDS.items()
@@ -513,7 +532,10 @@ READERS = tuple(
 
 
 def read_rows(file: Path, most_bytes: int) -> Read:
-    """Rows of a file by its extension; a text file is one row. A file that cannot be used yields one Malformed."""
+    """Yield the rows of a file by its extension; a text file is one row.
+
+    A file that cannot be used yields one MalformedRow.
+    """
     kind = file_formats.kind_of(file.name)
     if file.suffix.lower() not in READERS:
         yield (
@@ -540,7 +562,10 @@ def read_rows(file: Path, most_bytes: int) -> Read:
 
 
 def encoded_rows(stream: BinaryIO, kind: str, piece: FilePiece, most_bytes: int, encoding: str) -> Read:
-    """`rows` of a file in an encoding that is not UTF-8; empty where it is."""
+    """Yield the rows of a file in an encoding other than UTF-8, as `rows` does.
+
+    encoding: empty for UTF-8.
+    """
     if not encoding:
         yield from rows(stream, kind, piece, most_bytes)
         return
@@ -549,7 +574,7 @@ def encoded_rows(stream: BinaryIO, kind: str, piece: FilePiece, most_bytes: int,
 
 
 def rows(stream: BinaryIO, kind: str, piece: FilePiece, most_bytes: int) -> Read:
-    """Rows of a piece of a table: JSON Lines, JSON, CSV or Parquet."""
+    """Yield the rows of a piece of a table: JSON Lines, JSON, CSV or Parquet."""
     if kind == "parquet":
         yield from read_parquet(stream, piece.first, piece.groups, most_bytes)
         return
@@ -563,8 +588,9 @@ def rows(stream: BinaryIO, kind: str, piece: FilePiece, most_bytes: int) -> Read
 
 
 def head_fault(stream: BinaryIO, name: str, kind: str) -> MalformedRow | None:
-    """Why an open file is not read, by its first bytes, and in Parquet by its footer. Leaves the stream at its
-    start.
+    """Return the reason why an open file is not read, or None.
+
+    Looks at the first bytes, and at the footer of a Parquet file. Leaves the stream at its start.
     """
     stream.seek(0)
     head = stream.read(file_formats.HEAD_BYTES)

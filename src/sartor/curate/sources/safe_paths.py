@@ -1,7 +1,7 @@
-"""Finds and opens files without following links.
+"""Finding and opening of files without leaving the folder of the source.
 
-What is met on the way and not read (a link out of the folder, a pipe, a device) is named, never passed over; hidden
-files and folders (a leading dot) are, as the documentation says.
+Files that are found and not read (a link out of the folder, a pipe, a device) are listed with a reason. Hidden files
+and folders (a leading dot) are skipped, as the documentation says.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ _KIND_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file of a source: its path, its name for locators, and (reason, detail) where it may not be read."""
+    """File of a source.
+
+    name: name for locators.
+    refusal: (reason, detail) if the file may not be read.
+    """
 
     path: str
     name: str
@@ -39,7 +43,10 @@ class SourceFile:
 
 
 def find_files(declared: str) -> list[SourceFile]:
-    """The files of a file, folder or glob pattern, sorted by name. Raises ConfigError where there is none."""
+    """Return the files of a file, folder or glob pattern, sorted by name.
+
+    Raises ConfigError if there is none.
+    """
     root = os.path.expanduser(declared)
     if "\0" in root:
         raise ConfigError(
@@ -76,8 +83,9 @@ def find_files(declared: str) -> list[SourceFile]:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A regular file, open for reading. Never waits for a pipe or device. Raises OSError, or Malformed for what is no
-    file.
+    """Open a regular file for reading, without ever waiting for a pipe or device.
+
+    Raises OSError, or MalformedRow for anything but a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode
@@ -88,8 +96,9 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def safe_name(name: str) -> str:
-    """A name that any file can hold and any line can show: control characters and undecodable bytes are spelled
-    out.
+    """Return a name that any file can hold and any line can show, with special characters escaped.
+
+    Control characters and undecodable bytes are escaped.
     """
     if name.isascii() and name.isprintable():
         return name
@@ -98,7 +107,7 @@ def safe_name(name: str) -> str:
 
 
 def _walk(root: str) -> Iterator[SourceFile]:
-    """Every file below a folder that is not hidden; links to folders are named and not entered."""
+    """Yield every file below a folder that is not hidden; links to folders are listed and not followed."""
     real_root = os.path.realpath(root)
     waiting = [(root, "")]
     while waiting:
@@ -125,7 +134,7 @@ def _walk(root: str) -> Iterator[SourceFile]:
 
 
 def _refuse_link(path: str, real_root: str) -> tuple[str, str]:
-    """(reason, detail) of a symbolic link in a folder; empty where it names a file of the same folder."""
+    """Return (reason, detail) for a symbolic link in a folder; empty if its target is a file of the same folder."""
     target = os.path.realpath(path)
     shown = safe_name(os.readlink(path))[:200]
     try:
@@ -143,7 +152,7 @@ def _refuse_link(path: str, real_root: str) -> tuple[str, str]:
 
 
 def _listed(path: str) -> SourceFile:
-    """A file that a pattern names."""
+    """Return a file that a pattern matches."""
     name = safe_name(path)
     try:
         return SourceFile(path, name, _refuse_mode(os.stat(path).st_mode))

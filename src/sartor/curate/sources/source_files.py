@@ -1,8 +1,8 @@
-"""Files, digests and cut points of a declared source.
+"""Files, digests and pieces of a source.
 
-A piece of JSON Lines is about PIECE_BYTES and ends at a line's end; a piece of Parquet is some row groups; every other
-file is one piece. A piece keeps the CRC-32 of its bytes, so that who reads it later knows it is what was planned,
-without reading the whole file again.
+A piece of JSON Lines is about PIECE_BYTES long and ends at a line's end; a piece of Parquet is one or more row groups;
+every other file is one piece. A piece stores the CRC-32 of its bytes, so a later reader can check that it is unchanged
+without reading the whole file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sartor.curate.sources.row_readers import FilePiece, Read, drop_nulls
 from sartor.curate.sources.safe_paths import SourceFile
 from sartor.curate.sources.types import SourceOptions
 
-# Rows looked at to find a file's form: the commonest one among them is the file's.
+# Rows that are examined to find a file's format, which is the most frequent one among them.
 HEAD_ROWS = 50
 FEEDBACK = "LicenseRef-feedback"
 _SHEET = re.compile(r"(.+\.xls[xm])#(.+)", re.IGNORECASE | re.DOTALL)
@@ -33,9 +33,11 @@ _SHEET = re.compile(r"(.+\.xls[xm])#(.+)", re.IGNORECASE | re.DOTALL)
 
 @dataclass
 class FileFacts:
-    """What the manifest says of one input file. `notes` counts what was noticed in it and is no reason for a Drop.
+    """Facts of one input file for the manifest.
 
-    encoding: of text that is not UTF-8.
+    encoding: encoding of text that is not UTF-8.
+    read: number of rows read.
+    notes: observation -> count, for observations that are no reason for a Drop.
     """
 
     source: str
@@ -51,14 +53,14 @@ class FileFacts:
 
 
 def scheme(path: str) -> str:
-    """`sql`, `hub`, `asset` or `inbox`, or empty for files."""
+    """Return `sql`, `hub`, `asset` or `inbox` for a source's path; empty for files."""
     return next((name for name in ("sql", "hub", "asset", "inbox") if path.startswith(f"{name}:")), "")
 
 
 def with_licence(source: SourceOptions) -> SourceOptions:
-    """The source; one that names an asset and no licence has the asset's, and an inbox terms of its own.
+    """Return the source with a licence if it states none: that of its asset, or LicenseRef-feedback for an inbox.
 
-    What people told a team is licensed by nobody's table: what it may be used for is for `use` to say.
+    No general licence covers what people told a server; the option `use` says what it may be used for.
     """
     if source.licence != UNKNOWN:
         return source
@@ -72,13 +74,16 @@ def with_licence(source: SourceOptions) -> SourceOptions:
 
 
 def sheet_of(path: str) -> tuple[str, str]:
-    """(path of the file, name of the sheet) of `file.xlsx#Sheet`; no sheet where none is named."""
+    """Split `file.xlsx#Sheet` into (path, name of the sheet); the name is empty if there is none."""
     found = _SHEET.fullmatch(path)
     return (found[1], found[2]) if found else (path, "")
 
 
 def files_of(source: SourceOptions) -> list[SourceFile]:
-    """The files of a source. An asset is installed first. Raises ConfigError, AssetError."""
+    """Return the files of a source; an asset is installed first.
+
+    Raises ConfigError, AssetError.
+    """
     if scheme(source.path) != "asset":
         return safe_paths.find_files(sheet_of(source.path.removeprefix("inbox:"))[0])
     name, inner = _asset(source.path)
@@ -88,7 +93,7 @@ def files_of(source: SourceOptions) -> list[SourceFile]:
             f"the source {source.path!r} leads out of the asset", f"asset:{name}/PATH, of a file in {folder}"
         )
     files = safe_paths.find_files(str(folder / inner))
-    # a pattern gives whole paths: no name of a row's place may hang on where this machine keeps its assets
+    # a pattern gives full paths; locators of rows must not depend on this machine's folder of assets
     return [replace(file, name=file.name.removeprefix(f"{folder}/")) for file in files]
 
 
@@ -98,14 +103,14 @@ def _asset(path: str) -> tuple[str, str]:
 
 
 def query_rows(source: SourceOptions, most_bytes: int, most_rows: int = 0) -> Read:
-    """Rows of a `sql:` or `hub:` source, the first `most_rows` if that is not 0."""
+    """Yield the rows of a `sql:` or `hub:` source; only the first `most_rows` unless that is 0."""
     return (
         sql.rows(source.path, most_bytes, most_rows) if scheme(source.path) == "sql" else _hub_rows(source, most_rows)
     )
 
 
 def query_facts(source: SourceOptions) -> FileFacts:
-    """What is known of a `sql:` or `hub:` source before its rows are read."""
+    """Return the facts of a `sql:` or `hub:` source that are known before its rows are read."""
     if scheme(source.path) == "sql":
         sql.split(source.path)
         return FileFacts(source.path, "query", "", 0, source.licence, source.use)
@@ -123,7 +128,7 @@ def _hub_rows(source: SourceOptions, most_rows: int) -> Read:
 
 
 def _hub(source: SourceOptions) -> Any:
-    """`hub:owner/name` or `hub:owner/name:split`, by the `datasets` library."""
+    """Load `hub:owner/name` or `hub:owner/name:split` with the `datasets` library."""
     try:
         import datasets
     except ImportError:
@@ -133,7 +138,7 @@ def _hub(source: SourceOptions) -> Any:
         return datasets.load_dataset(name, split=split or "train")
     except ExtraError:
         raise
-    except Exception as error:  # the library raises many kinds: offline, gated, absent, bad config
+    except Exception as error:  # the library raises many types: offline, gated, absent, bad config
         raise HubError(
             f"the dataset {name!r} could not be fetched: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
             "check the name and the network, or download it elsewhere and give its Parquet files",
@@ -141,7 +146,10 @@ def _hub(source: SourceOptions) -> Any:
 
 
 def _check_columns(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], table: str) -> None:
-    """Raise ConfigError where none of the first rows of a table has a column that its source names."""
+    """Raise ConfigError if no row at the start of a table has a column that its source names.
+
+    A column that occurs more than once is refused too.
+    """
     known = list(dict.fromkeys(str(key) for row in rows for key in row))
     for name, column in columns.items():
         if f"{column} (2)" in known:
@@ -162,10 +170,9 @@ def _check_columns(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
 def form_of(
     head: Iterable[tuple[str, Any]], source: SourceOptions | None, table: str, *, of_media: bool = False
 ) -> str:
-    """The commonest form among the first rows of a table, by the columns that its source names; empty where none has
-    one.
+    """Return the most frequent format among the first rows of a table; empty if none has a known format.
 
-    Raises ConfigError where a column that is named is not there, or stands there twice.
+    Columns are renamed as the source says. Raises ConfigError if a column that it names is missing or occurs twice.
     """
     columns = source.fields.by_name() if source is not None else {}
     rows = list(head)
@@ -183,7 +190,10 @@ BLOCK_BYTES = 1 << 20
 
 
 def survey(stream: BinaryIO, kind: str) -> tuple[str, int, list[FilePiece]]:
-    """(sha256, bytes, pieces) of a file. Memory is that of a block, however long a line is."""
+    """Return (SHA-256 in hex, bytes, pieces) of a file.
+
+    Memory use is that of one block, however long a line is.
+    """
     if kind == "jsonl":
         return _survey_lines(stream)
     digest, crc, size = hashlib.sha256(), 0, 0
@@ -218,7 +228,7 @@ def _survey_lines(stream: BinaryIO) -> tuple[str, int, list[FilePiece]]:
 
 
 def checksum(stream: BinaryIO, start: int, length: int) -> int:
-    """CRC-32 of a piece of a file."""
+    """Return the CRC-32 of a piece of a file."""
     crc = 0
     for block in _blocks(stream, start, length):
         crc = zlib.crc32(block, crc)

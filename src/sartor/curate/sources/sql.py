@@ -1,9 +1,9 @@
 """Rows of one read-only SQL query: `sql:URL#QUERY`.
 
-SQLAlchemy streams one reading statement in a transaction that is read-only and rolled back.
+SQLAlchemy streams the result of one reading statement in a read-only transaction, which is rolled back.
 
-The URL holds no secret: `${NAME}` in it is filled from the environment when the database is opened, and what was
-filled in is taken out again of every message.
+The URL holds no secret: `${NAME}` in it is filled from the environment when the database is opened, and the filled
+values are removed from every message.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NAME = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _WHOLE_NAME = re.compile(r"(?:\$\{[A-Za-z_][A-Za-z0-9_]*\})+")
 _SECRET_KEY = re.compile(r"pass|pwd|secret|token|api_?key|credential|private_?key", re.I)
 _SECRET_IN_DSN = re.compile(r"(?:password|passwd|pwd|secret|token)\s*=\s*(?!\$\{)[^;\s]", re.I)
-# quoted text, quoted names, comments: what a semicolon or a word means nothing inside
+# quoted text, quoted names and comments, inside which semicolons and keywords have no meaning
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\$(\w*)\$.*?\$\1\$|--[^\n]*|/\*.*?\*/", re.S)
 _READS = ("select", "with", "values", "table", "show", "from")
 _SQLITE_READS = (
@@ -42,7 +42,10 @@ STREAM_ROWS = 1000
 
 
 def split(path: str) -> tuple[str, str]:
-    """(URL, query) of `sql:URL#QUERY`. Raises ConfigError for a secret in the URL, and a query that does not read."""
+    """Split `sql:URL#QUERY` into (URL, query).
+
+    Raises ConfigError for a secret in the URL, and for a query that does not only read.
+    """
     url, mark, query = path.removeprefix("sql:").partition("#")
     if not mark or not query.strip() or not url.strip():
         raise ConfigError(
@@ -51,7 +54,7 @@ def split(path: str) -> tuple[str, str]:
     _refuse_secrets(url)
     bare = _QUOTED.sub(" ", query).strip().rstrip(";").strip()
     word = re.match(r"[(\s]*([A-Za-z]*)", bare)
-    into = re.search(r"\binto\b", bare, re.I)  # SELECT INTO makes a table, INTO OUTFILE a file on the server
+    into = re.search(r"\binto\b", bare, re.I)  # SELECT INTO creates a table, INTO OUTFILE a file on the server
     if into or ";" in bare or word is None or word[1].lower() not in _READS:
         raise ConfigError(
             f"the query of a SQL source must be one statement that reads: {query.strip()[:80]!r}",
@@ -61,7 +64,7 @@ def split(path: str) -> tuple[str, str]:
 
 
 def _refuse_secrets(url: str) -> None:
-    """Never shows the URL: it may hold the secret that is refused here."""
+    """Raise ConfigError if a URL spells out a secret, without showing the URL."""
     remedy = (
         "put it into the environment, and ${NAME} in its place: "
         "sql:postgresql://reader:${DB_PASSWORD}@host/shop#SELECT ..."
@@ -96,7 +99,7 @@ def _parse(url: str) -> Any:
 
 
 def _filled(url: str) -> tuple[Any, dict[str, str]]:
-    """The URL with every ${NAME} filled in, and the filled values by name."""
+    """Return the URL with every ${NAME} filled in, and the filled values by name."""
     secrets: dict[str, str] = {}
 
     def fill(text: str | None) -> str | None:
@@ -125,9 +128,9 @@ def _environment(name: str) -> str:
 
 
 def rows(path: str, most_bytes: int, most_rows: int = 0) -> Read:
-    """Rows of the query, numbered from 1; with `most_rows` the first ones only.
+    """Yield the rows of the query, numbered from 1; only the first `most_rows` unless that is 0.
 
-    Raises ConfigError where the query is refused by the database, HubError where that cannot be reached.
+    Raises ConfigError if the database refuses the query, HubError if the database cannot be reached.
     """
     url, query = split(path)
     with _connection(url) as connection:
@@ -156,7 +159,7 @@ def _row(row: Mapping[str, Any], most_bytes: int) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON would have it; a date stays one."""
+    """Convert a value to a JSON type; dates stay dates."""
     if isinstance(value, decimal.Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, uuid.UUID):
@@ -168,8 +171,9 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _connection(url: str) -> Iterator[Any]:
-    """An open connection inside a read-only transaction, rolled back at the end. No error of it shows what was filled
-    in.
+    """Open a connection in a read-only transaction, which is rolled back at the end.
+
+    No error message shows the values that were filled into the URL.
     """
     filled_url, secrets = _filled(url)
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -224,12 +228,15 @@ def _engine(url: Any, pool: Any) -> Any:
 
 
 def _open_sqlite(file: str) -> sqlite3.Connection:
-    """Read-only, and nothing but reading: no ATTACH (which makes files), no PRAGMA, no extension."""
+    """Open a SQLite file read-only, with only reading statements allowed.
+
+    ATTACH (which creates files), PRAGMA and extensions are denied.
+    """
     connection = sqlite3.connect(f"file:{quote(os.path.abspath(file))}?mode=ro", uri=True, check_same_thread=False)
 
     def allow(action: int, first: str | None, second: str | None, *rest: Any) -> int:
         loads_extension = action == sqlite3.SQLITE_FUNCTION and second == "load_extension"
-        # SQLAlchemy asks for the isolation level when it connects
+        # SQLAlchemy reads the isolation level when it connects
         asks_isolation_level = action == sqlite3.SQLITE_PRAGMA and first == "read_uncommitted" and second is None
         return (
             sqlite3.SQLITE_OK

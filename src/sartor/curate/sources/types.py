@@ -16,7 +16,7 @@ from sartor.curate.sources.row_formats import iso_date
 
 @dataclass(frozen=True)
 class InboxTerms:
-    """Which feedback is read, and how far one key is trusted."""
+    """Selection of the feedback that is read, and limits on the trust in one key."""
 
     agent: str = option(
         "", "that of this agent alone: faq, or one version faq@1.2; all of it is looked at to judge keys"
@@ -51,7 +51,7 @@ class InboxTerms:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of a table whose names are not Sartor's; empty where they are. Other columns keep their names."""
+    """Columns of a table whose names differ from Sartor's; empty for equal names. Other columns keep their names."""
 
     prompt: str = option("", "column of what is asked, Frage")
     completion: str = option("", "column of the answer that is learnt, Antwort")
@@ -81,13 +81,13 @@ class Columns:
             )
 
     def by_name(self) -> dict[str, str]:
-        """Sartor's field -> the column, of those that are named."""
+        """Return Sartor's field -> column, for the columns that are named."""
         return {field.name: column for field in fields(self) if (column := getattr(self, field.name))}
 
 
 @dataclass(frozen=True)
 class Owned:
-    """Where rows come from, and what their owner allows."""
+    """Origin of rows, and the terms of their owner."""
 
     path: str = option(
         REQUIRED,
@@ -107,7 +107,7 @@ class Owned:
 
 @dataclass(frozen=True)
 class SourceOptions(Owned):
-    """A source, and how it is read."""
+    """Source of rows, and the way it is read."""
 
     split: Literal["", "train", "eval"] = option(
         "", "put every row of this source in one split; empty lets `split` decide"
@@ -143,7 +143,7 @@ class SourceOptions(Owned):
             object.__setattr__(self, "split", "train")
         object.__setattr__(
             self, "licence", checked(self.licence)
-        )  # one spelling, so that equal licences are equal text
+        )  # canonical spelling, so that equal licences compare equal
         if self.expires:
             object.__setattr__(self, "expires", _day(self.expires))
 

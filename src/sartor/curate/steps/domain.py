@@ -1,10 +1,9 @@
 """Step domain: keeps rows of a domain by a classifier fitted on a few labelled examples.
 
-TF-IDF of words (1- and 2-grams) and of character n-grams within words (2 to 5), and logistic regression with classes
-weighted alike. It is fitted once per process from the examples alone, and is the same each time. What it can be
-trusted with stands in
-the facts: its accuracy on the examples, each judged by a classifier that did not see it (stratified cross-validation,
-at most 5 folds).
+The classifier is logistic regression with balanced class weights on TF-IDF of words (1- and 2-grams) and of character
+n-grams within words (2 to 5). It is fitted once per process, from the examples alone, and deterministic. The facts
+give its accuracy on the examples by stratified cross-validation with at most 5 folds: each example is predicted by a
+classifier that was not fitted on it.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from sartor.curate.sources import row_readers
 from sartor.curate.step import Removal, StepInput, StepResult
 from sartor.text.example_text import FIELD_TEXT, Field, texts
 
-FEWEST = 5  # examples of a label
-_MAX_CHARACTERS = 4000  # characters of a row
+FEWEST = 5  # examples that each label needs
+_MAX_CHARACTERS = 4000  # characters of a row that are read
 _MOST_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A text and what it is about."""
+    """Text with its label."""
 
     text: str = option(REQUIRED, "a text as the rows have them")
     label: str = option(REQUIRED, "its label")
@@ -42,7 +41,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Domain:
-    """Keep the rows that a classifier, made from labelled examples, holds to be of the wanted labels."""
+    """Keep the rows to which a classifier, fitted on labelled examples, assigns the wanted labels."""
 
     examples: str | tuple[Labelled, ...] = option(
         REQUIRED, "a JSONL, JSON, CSV or Parquet file with text and label, or a list of them"
@@ -65,11 +64,11 @@ class Domain:
             _check(self.examples, self.keep, "examples")
 
     def files(self) -> Sequence[Path]:
-        """See Reading."""
+        """Return the file of examples, if there is one."""
         return [Path(self.examples)] if isinstance(self.examples, str) and Path(self.examples).is_file() else []
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep: the likeliest label, its probability, and the probability of the wanted ones."""
+        """Return the columns label (most probable), wanted (probability of the wanted labels) and is_blank."""
         model = self._model()
         row_texts = ["\n".join(texts(example, self.field))[:_MAX_CHARACTERS] for example in examples]
         probabilities = model.probabilities(row_texts) if row_texts else np.empty((0, len(model.labels)))
@@ -86,7 +85,7 @@ class Domain:
         )
 
     def decide(self, step_input: StepInput) -> StepResult:
-        """See SetStep."""
+        """Return the removals of rows whose probability of the wanted labels is too low; rows without text stay."""
         model = self._model()
         labels = step_input.table["label"].to_pylist()
         wanted_probabilities = step_input.table["wanted"].to_numpy()
@@ -133,7 +132,7 @@ class _Model:
     counts: dict[str, int]
 
     def probabilities(self, row_texts: Sequence[str]) -> Any:
-        """(N, labels), rows sum to 1."""
+        """Return the probabilities of the labels, (N, L); rows sum to 1."""
         return self.pipeline.predict_proba(row_texts)
 
 
@@ -162,7 +161,10 @@ def _check(examples: Sequence[Labelled], keep: Sequence[str], where: str) -> Non
 
 @cache
 def _read(path: str, stamp: int) -> tuple[Labelled, ...]:
-    """The examples in a file. Raises ConfigError naming the row that cannot be used."""
+    """Read the examples in a file.
+
+    Raises ConfigError that names the first unusable row.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(
@@ -199,7 +201,7 @@ def _fitted(examples: tuple[Labelled, ...]) -> _Model:
         from sklearn.pipeline import make_pipeline, make_union
     except ImportError:
         raise missing_package("scikit-learn") from None
-    # the order of the examples must not matter
+    # sorted, so that the order of the examples has no effect
     ordered = sorted(set(examples), key=lambda example: (example.label, example.text))
     example_texts, labels = (
         [example.text[:_MAX_CHARACTERS] for example in ordered],

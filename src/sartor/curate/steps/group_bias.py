@@ -29,11 +29,11 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Bias:
-    """Outcome rates by group with intervals and tests, before and after: in the manifest and in
-    `evidence/bias.parquet`.
+    """Outcome rates by group with intervals and tests, before and after mitigation.
 
-    `mitigate: reweight` sets weights that make group and outcome independent (Kamiran and Calders 2012), `drop`
-    removes the fewest rows for it. For counterfactual pairs there is the step `counterfactuals`.
+    The rates are in the manifest and in `evidence/bias.parquet`. `mitigate: reweight` sets weights that make group and
+    outcome independent (Kamiran and Calders 2012), `drop` removes the fewest rows for it. For counterfactual pairs
+    there is the step `counterfactuals`.
     """
 
     group: tuple[str, ...] = option(
@@ -45,7 +45,7 @@ class Bias:
     kind: Literal["bias"] = "bias"
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep. Columns: people (attribute -> group, as JSON), reply, weight."""
+        """Return the columns people (attribute -> group, as JSON), reply and weight."""
         people = row_memberships(examples, self.group)
         row_groups = [{name: values[row] for name, values in people.items()} for row in range(len(examples))]
         return pa.table(
@@ -57,7 +57,11 @@ class Bias:
         )
 
     def decide(self, step_input: StepInput) -> StepResult:
-        """See SetStep. Raises ConfigError where a mitigation is asked for and no group or outcome is there."""
+        """Measure the rates, and return the mitigation that the options ask for.
+
+        Raises ConfigError if a mitigation is set and the rows have no groups or no outcome, or name several attributes
+        with `drop`.
+        """
         people = _people(step_input.table["people"].to_pylist())
         outcomes = of_replies(step_input.table["reply"].to_pylist(), self.outcome)
         weight = step_input.table["weight"].to_pylist()
@@ -115,9 +119,9 @@ class Bias:
 
 @dataclass(frozen=True)
 class Weigh:
-    """Multiply a row's weight by the factor of its groups and outcome: what `bias` asks for.
+    """Multiplication of row weights by the factors that `bias` with `reweight` determined.
 
-    factors: (attribute, group, outcome, factor) each.
+    factors: tuples (attribute, group, outcome, factor).
     """
 
     factors: tuple[tuple[str, str, str, float], ...]
@@ -126,7 +130,7 @@ class Weigh:
     kind: Literal["bias"] = "bias"
 
     def open(self, folder: Path) -> RowFunction:
-        """See RowStep."""
+        """Return the function that multiplies a row's weight."""
         factors = {(attribute, group, outcome): factor for attribute, group, outcome, factor in self.factors}
 
         def apply(example: Example) -> Example | Drop:
@@ -140,7 +144,7 @@ class Weigh:
 
 
 def _people(json_rows: Sequence[str]) -> Memberships:
-    """attribute -> the group of each row, of attributes with two groups or more."""
+    """Return attribute -> the group of each row, for attributes with at least two groups."""
     rows: list[Mapping[str, str | None]] = [json.loads(item) for item in json_rows]
     names = dict.fromkeys(name for row in rows for name in row)
     people = {name: [row.get(name) for row in rows] for name in names}
@@ -161,11 +165,10 @@ def _table(before: OutcomeRates, after: OutcomeRates | None) -> Any:
 
 @dataclass(frozen=True)
 class Counterfactuals:
-    """Add each training row that names somebody of a group again about somebody of another one, the reply's outcome
-    kept.
+    """Add copies of training rows about a person of one group, rewritten to another group.
 
-    English, by the lexicon of `text/demographics/group_terms.py`. A row in which grammar or sense cannot be kept, or
-    that speaks of people of several groups, gets no copy.
+    The reply's outcome is kept. English, by the lexicon of `text/demographics/group_terms.py`. A row gets no copy if
+    grammar or meaning cannot be kept, or if it mentions people of several groups.
     """
 
     group: tuple[str, ...] = option(("sex",), f"by what: {', '.join(ATTRIBUTES)}")
@@ -177,7 +180,7 @@ class Counterfactuals:
             raise ConfigError(f"group is {unknown[0]!r}", f"group: [{', '.join(ATTRIBUTES)}]")
 
     def open(self, folder: Path) -> CopyFunction:
-        """See CopyStep."""
+        """Return the function that yields the counterfactual copies of a row."""
 
         def copies(example: Example) -> Iterator[AugmentedRow | Drop]:
             for copy, changes in counterfactuals(example, self.group):

@@ -1,6 +1,6 @@
-"""Step image_duplicates: removes rows with the same question about the same picture.
+"""Step image_duplicates: removes rows with the same question about the same image.
 
-A picture counts as the same in another size, compression or brightness.
+An image counts as the same in another size, compression or brightness.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from sartor.curate.step import Removal, StepInput, StepResult
 from sartor.curate.steps.media_filters import media_of
 from sartor.media.images import SIDE, likeness, open_picture, perceptual_hash, thumbnail
 
-MOST_DISTANCE = 10  # bits of 64. Of variants at 8 bits 96 % become candidates, up to 7 bits all do
+MOST_DISTANCE = 10  # bits of 64; at a distance of 8 bits 96 % of the pairs become candidates, up to 7 bits all do
 BANDS, BAND_BITS = 4, 16
-CROWD = 500  # more rows than this with equal bits in a band are held only against their nearest neighbours by hash
+CROWD = 500  # above this number, rows with equal bits in a band are compared only with their neighbours by hash
 NEIGHBOURS, FIRST_OF_CROWD = 64, 8
 CHUNK = 2048
 
@@ -36,9 +36,9 @@ _BITS = np.array([bin(value).count("1") for value in range(1 << 16)], np.uint8)
 
 @dataclass(frozen=True)
 class ImageDuplicates:
-    """Equal files, and pictures whose hashes are near and whose parts correlate; of each, one row stays.
+    """Remove rows with equal files, or with images of close hashes and correlated parts; one of each stays.
 
-    Rows with no picture, or with several that are not the very same files, are let be.
+    Rows without an image are not compared. Rows with several images are compared only for equal files.
     """
 
     threshold: float = option(
@@ -60,7 +60,7 @@ class ImageDuplicates:
             raise ConfigError(f"threshold is {self.threshold:g}; it must be from 0.5 to 1", "threshold: 0.75")
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep. Columns: files, asked (digests), hash, thumbnail, pixels."""
+        """Return the columns files and asked (digests), hash, thumbnail and pixels."""
         columns: dict[str, list[Any]] = {name: [] for name in ("files", "asked", "hash", "thumbnail", "pixels")}
         for example in examples:
             names = list(media_of(example, "image"))
@@ -75,7 +75,7 @@ class ImageDuplicates:
         )
 
     def _picture_facts(self, file: Path) -> tuple[int | None, bytes | None, int]:
-        """(hash, thumbnail, pixels) of a picture; one that cannot be read is compared as a file alone."""
+        """Return (hash, thumbnail, pixels) of an image; an unreadable one is compared only as a file."""
         if self.threshold == 1 and self.keep == "first":
             return None, None, 0
         try:
@@ -92,7 +92,10 @@ class ImageDuplicates:
         return _digest([[message.role, message.text] for message in turns])
 
     def decide(self, step_input: StepInput) -> StepResult:
-        """See SetStep."""
+        """Find the duplicates; return the removals, and the pairs as evidence.
+
+        Raises GuardError if too many rows would be removed.
+        """
         table = step_input.table
         questions = _numbered(table["asked"])
         files = _numbered(table["files"])
@@ -139,12 +142,12 @@ class ImageDuplicates:
     def _near(
         self, table: Any, files: I64, questions: I64, step_input: StepInput
     ) -> tuple[ScoredPairs, dict[str, int]]:
-        """Verified pairs of different files that show the same picture."""
+        """Return the verified pairs of different files that show the same image."""
         readable = np.flatnonzero(table["hash"].is_valid().to_numpy(zero_copy_only=False))
         facts = {"pictures": len(np.unique(files[files >= 0])), "candidates": 0, "candidates_without_detail": 0}
         if self.threshold == 1 or len(readable) < 2:
             return ScoredPairs.none(), facts
-        # of equal files under equal questions the first stands for all
+        # the first of the rows with equal files and equal question represents them
         first = readable[np.unique(np.stack([files[readable], questions[readable]]), axis=1, return_index=True)[1]]
         first.sort()
         hashes = table["hash"].combine_chunks().take(pa.array(first)).to_numpy().astype(np.uint64)
@@ -168,10 +171,11 @@ class ImageDuplicates:
 
 
 def _candidates(hashes: NDArray[np.uint64], questions: I64) -> tuple[I64, I64, int]:
-    """Pairs a < b of equal question within MOST_DISTANCE bits, each once, and how many rows stand in crowds.
+    """Return the candidate pairs (a, b), a < b, and the number of crowded rows.
 
-    Of 64 bits in 4 bands, 7 or fewer differing bits leave a band with at most one: every band is looked up as it is
-    and with each of its bits flipped (Norouzi et al. 2014, multi-index hashing).
+    hashes, questions: (N,). A pair has equal questions and hashes within MOST_DISTANCE bits; it occurs once. If two
+    64-bit hashes differ in at most 7 bits, one of their 4 bands differs in at most one bit. Each band is therefore
+    looked up as it is, and with each of its bits flipped (multi-index hashing, Norouzi et al. 2014).
     """
     question_keys = np.unique(questions, return_inverse=True)[1].astype(np.int64) << BAND_BITS
     pairs, crowded = [np.empty(0, np.int64)], np.zeros(len(hashes), bool)
@@ -193,11 +197,11 @@ def _candidates(hashes: NDArray[np.uint64], questions: I64) -> tuple[I64, I64, i
 def _matches(
     keys: I64, order: I64, ordered: I64, flip: int, crowd: NDArray[np.bool_], hashes: NDArray[np.uint64]
 ) -> Iterator[I64]:
-    """Pairs whose keys differ by exactly `flip`, a few million at a time; crowds are left out."""
+    """Yield the pairs whose keys differ by exactly `flip`, a few million at a time, without crowds."""
     rows = np.flatnonzero(~crowd)
     target_keys = keys[rows] ^ flip
     begin, end = np.searchsorted(ordered, target_keys, "left"), np.searchsorted(ordered, target_keys, "right")
-    counts = np.minimum(end - begin, CROWD)  # a crowd that a flipped bit leads into is not unrolled
+    counts = np.minimum(end - begin, CROWD)  # limits the pairs with a crowd that a flipped bit leads into
     cuts = np.searchsorted(np.cumsum(counts), np.arange(0, int(counts.sum()), 4_000_000), "left").tolist()
     for first, last in zip(cuts, [*cuts[1:], len(rows)] if cuts else [], strict=True):
         chunk_counts = counts[first:last]
@@ -208,9 +212,9 @@ def _matches(
 
 
 def _neighbours(rows: I64, keys: I64, hashes: NDArray[np.uint64]) -> I64:
-    """Pairs of crowded rows, each with the next few of its bucket by hash, and with the first few of it."""
+    """Return pairs of crowded rows: each row with its next rows by hash, and with the first rows of its bucket."""
     pairs = [(rows[:-step], rows[step:]) for step in range(1, min(NEIGHBOURS, len(rows) - 1) + 1)]
-    begin = np.searchsorted(keys[rows], keys[rows], "left")  # rows are in the order of their keys
+    begin = np.searchsorted(keys[rows], keys[rows], "left")  # rows are sorted by key
     pairs += [(rows[np.minimum(begin + index, np.arange(len(rows)))], rows) for index in range(FIRST_OF_CROWD)]
     a, b = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
     same = keys[a] == keys[b]
@@ -218,7 +222,7 @@ def _neighbours(rows: I64, keys: I64, hashes: NDArray[np.uint64]) -> I64:
 
 
 def _close(a: I64, b: I64, hashes: NDArray[np.uint64]) -> I64:
-    """The pairs a < b within MOST_DISTANCE bits, each once, as a * N + b."""
+    """Return the pairs a < b within MOST_DISTANCE bits, each once, encoded as a * N + b."""
     ahead = a < b
     a, b = np.where(ahead, a, b)[a != b], np.where(ahead, b, a)[a != b]
     differ = (hashes[a] ^ hashes[b]).view(np.uint16).reshape(-1, 4)
@@ -227,7 +231,7 @@ def _close(a: I64, b: I64, hashes: NDArray[np.uint64]) -> I64:
 
 
 def _equal_pairs(files: I64, questions: I64) -> ScoredPairs:
-    """Each later row of equal files and equal question, with the first."""
+    """Return each later row with equal files and equal question, paired with the first."""
     rows = np.flatnonzero(files >= 0)
     file_questions = np.stack([files[rows], questions[rows]])
     _, first, inverse = np.unique(file_questions, axis=1, return_index=True, return_inverse=True)
@@ -237,7 +241,7 @@ def _equal_pairs(files: I64, questions: I64) -> ScoredPairs:
 
 
 def _numbered(column: Any) -> I64:
-    """(N,) a number for each value, -1 for null."""
+    """Return a number for each value, (N,) int64; -1 for null."""
     coded = column.combine_chunks().dictionary_encode()
     indices = coded.indices if isinstance(coded, pa.DictionaryArray) else coded.combine_chunks().indices
     return np.asarray(indices.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)

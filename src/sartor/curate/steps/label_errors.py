@@ -26,15 +26,15 @@ from sartor.curate.step import Removal, StepInput, StepResult
 from sartor.curate.steps.text_duplicates import has_media
 from sartor.text import encoders
 
-__all__ = ["BY_LABEL", "EVIDENCE", "SHOWN_CHARACTERS", "SuspiciousLabels"]  # what whoever reads the evidence needs
+__all__ = ["BY_LABEL", "EVIDENCE", "SHOWN_CHARACTERS", "SuspiciousLabels"]  # the constants describe the evidence
 EVIDENCE = "suspicious_labels"
 
 
 @dataclass(frozen=True)
 class SuspiciousLabels:
-    """Rank rows by how little their label or answer fits what the other rows say.
+    """Rank rows by how little their label or answer agrees with similar rows.
 
-    Rows with an image or a recording are not judged: their text does not tell what they show.
+    Rows with an image or a recording are not judged: their text does not show their content.
     """
 
     label: str = option(
@@ -65,7 +65,7 @@ class SuspiciousLabels:
                 raise ConfigError(f"{name} is {value}, not between 0 and 1", f"{name}: {min(max(value, 0.0), 1.0):g}")
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep: what is asked, what the system is told, the reply."""
+        """Return the columns prompt, system and reply, and flags for cut texts, documents and media."""
         cut = encoders.MOST_CHARACTERS
         return pa.table(
             {
@@ -79,7 +79,10 @@ class SuspiciousLabels:
         )
 
     def decide(self, step_input: StepInput) -> StepResult:
-        """See SetStep. Raises GuardError when `drop` would take more than `max_fraction`."""
+        """Rank the rows; write the queue, and remove rows if the action is `drop`.
+
+        Raises GuardError if `drop` would remove more than `max_fraction`.
+        """
         ranking = rank_labels(
             step_input, LabelSettings(self.label, self.encoder, self.likeness, self.agreement, self.seed)
         )
@@ -111,5 +114,5 @@ class SuspiciousLabels:
 
 
 def _up(fraction: float) -> str:
-    """A fraction rounded up to hundredths."""
+    """Return a fraction as text, rounded up to hundredths."""
     return f"{np.ceil(100 * fraction - 1e-9) / 100:g}"

@@ -1,8 +1,8 @@
 """Steps augment_images and augment_audio.
 
-What is drawn follows from (step, seed, id of the row, number of the copy) and from nothing else, so copies are the
-same bytes in whatever process and order they are made. All media of a row are drawn for alike: of two pictures that
-are compared both are turned by one angle.
+Random draws depend only on (step, seed, id of the row, number of the copy). Copies therefore have the same bytes in
+any process and any order. All media of a row get the same draws: two images that are compared are rotated by the same
+angle.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ T = TypeVar("T")
 
 
 class AugmentedFile(NamedTuple):
-    """A changed medium as a file: its bytes, its suffix, and in words what was changed."""
+    """Changed medium as a file.
+
+    content: bytes of the file.
+    suffix: its extension.
+    changes: descriptions of the changes.
+    """
 
     content: bytes
     suffix: str
@@ -43,36 +48,41 @@ class AugmentedFile(NamedTuple):
 
 
 class Changing(Protocol, Generic[T]):
-    """A step as it is seen here: how its media are decoded, and how one is changed."""
+    """Step as this module sees it: decoding of its media, and their random changes."""
 
     @property
     def kind(self) -> str:
-        """Its name in a recipe."""
+        """Name in a recipe."""
         ...
 
     @property
     def copies(self) -> int:
-        """Further rows for each row."""
+        """Number of copies for each row."""
         ...
 
     @property
     def seed(self) -> int:
-        """Of what is drawn."""
+        """Seed of the random draws."""
         ...
 
     def decoded(self, file: Path) -> T:
-        """Raises MediaError."""
+        """Decode a media file.
+
+        Raises MediaError.
+        """
         ...
 
     def changed(self, medium: T, file: Path, draw: np.random.Generator) -> AugmentedFile:
-        """The medium with changes by `draw`, whose first values do not depend on the medium. `file` is where it
-        was.
+        """Return the medium with random changes.
+
+        file: file that the medium was read from.
+        draw: generator; its first values do not depend on the medium.
         """
         ...
 
 
 def copying(step: Changing[T], part: PartKind, folder: Path) -> CopyFunction:
-    """The function of a CopyStep that changes the media of one kind of part."""
+    """Return the function of an AugmentStep that changes the media of one kind of part."""
 
     def copies(example: Example) -> Iterator[AugmentedRow | Drop]:
         names = list(dict.fromkeys(media_of(example, part)))
@@ -104,8 +114,9 @@ def _stored(augmented: AugmentedFile, folder: Path) -> str:
 
 
 def _copy(example: Example, kind: str, new_media: dict[str, str]) -> Example:
-    """The row with other media. Its origins say what it was made from, so that revoking the row or its source reaches
-    it.
+    """Return the row with other media.
+
+    Its origins name the row as parent, so that a revocation of the row or its source reaches the copy.
     """
     return replace(
         example,
@@ -127,13 +138,13 @@ def _with_media(messages: tuple[Message, ...], new_media: dict[str, str]) -> tup
 
 
 def _failed(example: Example, kind: str, number: int, error: MediaError) -> Drop:
-    """The Drop of one copy. It has no id: the row itself is kept under it."""
+    """Return the Drop of one copy, without an id, since the row itself stays under that id."""
     drop = drop_of(example, f"{kind}:{error.reason}", f"copy {number} of {example.id}: {error.problem}", step=kind)
     return replace(drop, id="")
 
 
 def check_copies(copies: int, *, is_idle: bool) -> None:
-    """Raises ConfigError for a number of copies that cannot be, or where no change is asked for."""
+    """Raise ConfigError for an invalid number of copies, or if no change is enabled."""
     if not 1 <= copies <= MOST_COPIES:
         raise ConfigError(f"copies is {copies}; it must be from 1 to {MOST_COPIES}", "copies: 2")
     if is_idle:
@@ -143,19 +154,19 @@ def check_copies(copies: int, *, is_idle: bool) -> None:
 
 
 def check_between(name: str, value: float, minimum: float, maximum: float, remedy: object) -> None:
-    """Raises ConfigError for an option outside of its bounds."""
+    """Raise ConfigError for an option outside its bounds."""
     if not minimum <= value <= maximum:
         raise ConfigError(f"{name} is {value:g}; it must be from {minimum:g} to {maximum:g}", f"{name}: {remedy}")
 
 
 JPEG = (".jpg", ".jpeg")
-JPEG_QUALITY = 95  # of a copy of a JPEG whose compression is not to be changed
-JPEG_SIDE = 65_500  # pixels; the format knows no longer side
+JPEG_QUALITY = 95  # of a copy of a JPEG if the compression stays unchanged
+JPEG_SIDE = 65_500  # pixels; longest side that the format allows
 
 
 @dataclass(frozen=True)
 class Light:
-    """How far brightness, contrast and colour go from what they are: 0.2 is a factor of 0.8 to 1.2."""
+    """Largest relative changes of brightness, contrast and colour: 0.2 is a factor of 0.8 to 1.2."""
 
     brightness: float = option(0.2, "of the brightness, at most 0.9")
     contrast: float = option(0.2, "of the contrast, at most 0.9")
@@ -168,12 +179,12 @@ class Light:
 
 @dataclass(frozen=True)
 class AugmentImages:
-    """Add copies of each training row that has pictures, with the pictures changed at random and the reply kept.
+    """Add copies of training rows with images; the images are changed at random, the reply is kept.
 
-    No copy is made of a held-out row. A change must not make the reply untrue: flips are off, since they mirror
-    writing and turn left into right; leave `colour` at 0 where the answer is a colour, and `crop` at 1 where what is
-    asked for may lie at the rim. A copy is an RGB picture, upright, of the first frame: JPEG where the picture was one
-    or `jpeg_quality` asks, else PNG.
+    Held-out rows are not copied. A change must not make the reply wrong: flips are off, since they mirror writing and
+    swap left and right. Set `colour` to 0 if answers name colours, and `crop` to 1 if the answer may be at the edge of
+    the image. A copy is an upright RGB image of the first frame: JPEG if the image was a JPEG or `jpeg_quality` is
+    set, else PNG.
     """
 
     copies: int = option(2, "further rows for each row, 1 to 100")
@@ -208,15 +219,18 @@ class AugmentImages:
         check_copies(self.copies, is_idle=not any(changes))
 
     def open(self, folder: Path) -> CopyFunction:
-        """See CopyStep."""
+        """Return the function that yields the copies of a row."""
         return copying(self, "image", folder)
 
     def decoded(self, file: Path) -> Image:
-        """Raises MediaError, or ExtraError without Pillow."""
+        """Open an image.
+
+        Raises MediaError, or ExtraError without Pillow.
+        """
         return open_image(file)
 
     def changed(self, medium: Image, file: Path, draw: np.random.Generator) -> AugmentedFile:
-        """The picture changed: its place first, then its light, then what a lens, a sensor and a file add."""
+        """Return the changed image as a file: geometry first, then light, then blur, noise and compression."""
         changes: list[str] = []
         picture = self._placed(medium, draw, changes)
         picture = self._lit(picture, draw, changes)
@@ -272,12 +286,13 @@ class AugmentImages:
 
 
 def rotated(picture: Image, angle: float) -> Image:
-    """The picture turned by degrees counter-clockwise, of the same size; beyond its rim it is taken to be mirrored.
+    """Rotate an image counter-clockwise by `angle` degrees; the size stays, the edges are mirrored.
 
-    Corners of one colour would be edges that no such picture has, and a model may well learn to look for those.
+    Corners of one colour would create edges that no original image has, and a model may learn to look for them.
     """
     from PIL import Image
 
+    # bounding box of the rotated image: (w |cos a| + h |sin a|, w |sin a| + h |cos a|); pad by half of the excess
     width, height = picture.size
     sine, cosine = abs(math.sin(math.radians(angle))), abs(math.cos(math.radians(angle)))
     across = math.ceil(max(0.0, width * cosine + height * sine - width) / 2) + 2
@@ -288,8 +303,10 @@ def rotated(picture: Image, angle: float) -> Image:
 
 
 def cropped(picture: Image, area: float, across: float, down: float) -> Image:
-    """A piece of the picture in its shape. area: its fraction. across, down: 0..1, where in the room that is left it
-    lies.
+    """Return a piece of the image with the same aspect ratio.
+
+    area: fraction of the image's area.
+    across, down: position of the piece in the remaining space, 0..1 each.
     """
     width, height = (max(1, round(length * math.sqrt(area))) for length in picture.size)
     left, top = round(across * (picture.width - width)), round(down * (picture.height - height))
@@ -297,14 +314,18 @@ def cropped(picture: Image, area: float, across: float, down: float) -> Image:
 
 
 TELEPHONE = 8000  # samples a second
-MOST_RATE = 96_000  # of a copy: FLAC knows none above 655,350
-MOST_SAMPLES = 3600 * 16_000  # of a recording that is changed: it is held whole, several times over
+MOST_RATE = 96_000  # samples a second of a copy; FLAC allows at most 655,350
+MOST_SAMPLES = 3600 * 16_000  # of a recording that is changed; memory holds several copies of it
 QUIETEST_NOISE_DB = 40.0
-LOUDEST = 0.999  # of full scale: above it is clipped
+LOUDEST = 0.999  # fraction of full scale; higher peaks would be clipped
 
 
 class Recording(NamedTuple):
-    """(samples,) the mean of a recording's channels at its own rate."""
+    """Recording with its channels averaged.
+
+    mono: (samples,).
+    rate: samples per second.
+    """
 
     mono: audio.F32
     rate: int
@@ -312,11 +333,11 @@ class Recording(NamedTuple):
 
 @dataclass(frozen=True)
 class AugmentAudio:
-    """Add copies of each training row that has recordings, with the recordings changed at random and the reply kept.
+    """Add copies of training rows with recordings; these are changed at random, the reply is kept.
 
-    No copy is made of a held-out row. Speed goes with pitch, as of a tape (Ko et al. 2015). `time_mask_s` silences a
-    piece (Park et al. 2019): leave it at 0 where the reply says again what was heard. A copy is FLAC, one channel of
-    16 bits, at the rate of the recording (96,000 at most); one that would be clipped is turned down.
+    Held-out rows are not copied. Speed changes the pitch too, as on a tape (Ko et al. 2015). `time_mask_s` silences a
+    piece (Park et al. 2019); leave it at 0 if the reply repeats what is heard. A copy is FLAC, one channel of 16 bits,
+    at the rate of the recording (at most 96,000); a copy that would be clipped is made quieter.
     """
 
     copies: int = option(2, "further rows for each row, 1 to 100")
@@ -349,18 +370,24 @@ class AugmentAudio:
         check_copies(self.copies, is_idle=not any([self.noise_db, *(getattr(self, name) for name in bounds)]))
 
     def open(self, folder: Path) -> CopyFunction:
-        """See CopyStep."""
+        """Return the function that yields the copies of a row."""
         return copying(self, "audio", folder)
 
     def decoded(self, file: Path) -> Recording:
-        """Raises MediaError, or ExtraError without soundfile or soxr."""
+        """Decode a recording to one channel.
+
+        Raises MediaError, or ExtraError without soundfile or soxr.
+        """
         with audio.open_audio(file) as sound:
             rate = min(int(sound.samplerate), MOST_RATE)
         max_seconds = min(audio.MOST_SECONDS, MOST_SAMPLES / rate)
         return Recording(audio.read_sound(file, rate, max_seconds), rate)
 
     def changed(self, medium: Recording, file: Path, draw: np.random.Generator) -> AugmentedFile:
-        """The recording changed: its time first, then its band, what is added, and how loud it is."""
+        """Return the changed recording as a file.
+
+        The order is: timing, bandwidth, gain, noise, limit on the peak.
+        """
         mono, rate = medium
         changes: list[str] = []
         mono = self._timed(mono, rate, draw, changes)
@@ -395,6 +422,7 @@ class AugmentAudio:
             changes.append(f"{gain:+.1f} dB")
         if self.noise_db:
             ratio = draw.uniform(self.noise_db, QUIETEST_NOISE_DB)
+            # noise variance for a ratio of r dB: sigma^2 = mean(x^2) / 10^(r / 10)
             power = float(np.mean(np.square(mono, dtype=np.float64)))
             spread = np.float32((power / 10 ** (ratio / 10)) ** 0.5)
             mono = mono + spread * draw.standard_normal(len(mono), np.float32)
@@ -404,12 +432,18 @@ class AugmentAudio:
 
 
 def fitted(mono: audio.F32, samples: int) -> audio.F32:
-    """Cut, or with silence at its end, so long as it was before it was resampled."""
+    """Cut a recording, or pad it with silence, to its length before resampling.
+
+    mono: (N,). Returns (samples,).
+    """
     return np.pad(mono[:samples], (0, max(0, samples - len(mono))))
 
 
 def flac(mono: audio.F32, rate: int) -> bytes:
-    """(samples,) -1..1 as a file of 16 bits."""
+    """Encode a recording as FLAC of 16 bits.
+
+    mono: (samples,), -1..1.
+    """
     import soundfile
 
     out = io.BytesIO()

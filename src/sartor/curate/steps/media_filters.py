@@ -17,19 +17,19 @@ from sartor.curate.step import RowFunction
 from sartor.media import audio
 from sartor.media.images import SHARP_SIDE, open_picture, sharpness
 
-# Five photographs in focus: 0.18 to 0.9. With a Gaussian blur of 2 pixels 0.001 to 0.006, of 4 pixels up to 0.0005.
+# Five photographs in focus: 0.18 to 0.9. With a Gaussian blur of 2 pixels: 0.001 to 0.006; of 4 pixels: up to 0.0005.
 SHARPNESS = 0.001
 
 
 def media_of(example: Example, kind: str) -> Iterator[str]:
-    """The media paths of an Example's parts of a kind."""
+    """Yield the media paths of an Example's parts of a kind."""
     for message in example.messages + example.rejected:
         yield from (part.media for part in message.content if part.kind == kind)
 
 
 @dataclass(frozen=True)
 class Images:
-    """Drop rows with a picture that is unreadable, tiny, blurred or of an extreme shape."""
+    """Drop rows with an image that is unreadable, tiny, blurred or of an extreme shape."""
 
     min_side: int = option(32, "fewest pixels of the shorter side")
     max_aspect: float = option(10.0, "longer side over shorter side, at most")
@@ -49,7 +49,7 @@ class Images:
             )
 
     def open(self, folder: Path) -> RowFunction:
-        """See RowStep."""
+        """Return the row function."""
 
         def apply(example: Example) -> Example | Drop:
             for name in media_of(example, "image"):
@@ -74,13 +74,18 @@ class Images:
         return None
 
 
-FULL_SCALE = 0.999  # one sample there may be a true peak: clipped are those that follow two others
-WINDOW_S = 0.1  # of the loudness
+FULL_SCALE = 0.999  # a single sample there may be a true peak; clipped samples follow two others at full scale
+WINDOW_S = 0.1  # window of the loudness measurement
 
 
 @dataclass(frozen=True)
 class AudioFacts:
-    """What the checks need of a recording. `loudest_db`: RMS of its loudest WINDOW_S, in dB below full scale."""
+    """Facts of a recording that the checks need.
+
+    rate: samples per second.
+    loudest_db: RMS of the loudest WINDOW_S, in dB relative to full scale.
+    clipped_fraction: fraction of the samples that are clipped.
+    """
 
     rate: int
     seconds: float
@@ -90,8 +95,9 @@ class AudioFacts:
 
 @dataclass(frozen=True)
 class Audio:
-    """Drop rows with a recording that is unreadable, silent, clipped, too short or long, or does not fit its
-    transcript.
+    """Drop rows with an unusable recording, or a transcript that does not fit its length.
+
+    A recording is unusable if it is unreadable, silent, clipped, too short, too long or of too low a sample rate.
     """
 
     min_rate: int = option(8000, "fewest samples a second")
@@ -122,7 +128,7 @@ class Audio:
             raise ConfigError("characters a second are not negative", "max_chars_per_s: 35")
 
     def open(self, folder: Path) -> RowFunction:
-        """See RowStep."""
+        """Return the row function."""
 
         def apply(example: Example) -> Example | Drop:
             seconds = 0.0
@@ -180,7 +186,10 @@ class Audio:
 
 
 def listen(file: Path, max_seconds: float) -> AudioFacts:
-    """Decode a recording, a second at a time and no further than `max_seconds`. Raises MediaError, ExtraError."""
+    """Decode a recording, a second at a time and no further than `max_seconds`.
+
+    Raises MediaError, ExtraError.
+    """
     with audio.open_audio(file) as sound:
         rate = int(sound.samplerate)
         if sound.frames > max_seconds * rate:
@@ -189,6 +198,8 @@ def listen(file: Path, max_seconds: float) -> AudioFacts:
 
 
 def _measured(sound: Any, rate: int, max_seconds: float) -> AudioFacts:
+    # loudest = max over windows w of mean_{t in w} mean_c x[t, c]^2;  dB = 10 log10(loudest)
+    # clipped: |x[t]|, |x[t-1]|, |x[t-2]| >= FULL_SCALE; `before` carries two frames over block edges
     window = max(1, round(rate * WINDOW_S))
     frames, clipped, samples, loudest, before = 0, 0, 0, 0.0, np.zeros((2, sound.channels), bool)
     for block in audio.blocks(sound, max_seconds, window * 10):

@@ -27,13 +27,13 @@ from sartor.text.pii.masking import (
 from sartor.text.pii.scanner import Scanner
 
 Action = Literal["mask", "drop", "keep"]
-# names of people need a model; what patterns find of them is asked for by name
+# reliable detection of names needs a model; detection by patterns must be selected explicitly
 DEFAULT: tuple[EntityName, ...] = tuple(name for name in get_args(EntityName) if name != "person")
 
 
 @dataclass(frozen=True)
 class EntityActions:
-    """What is done about each entity: `keep` does not look for it; one that is not named takes the step's `action`."""
+    """Action for each entity: `keep` does not look for it; an entity without an action takes the step's `action`."""
 
     email: Action | None = option(None, "mail addresses, also written out: bob [at] example [dot] com")
     phone: Action | None = option(None, "telephone numbers in international and national forms")
@@ -55,7 +55,7 @@ class EntityActions:
 
 @dataclass(frozen=True)
 class FieldActions:
-    """What is done where: `keep` leaves a field as it is; one that is not named takes the step's `action`."""
+    """Action for each field: `keep` leaves the field as it is; a field without an action takes the step's `action`."""
 
     prompt: Action | None = option(None, "the turns before the last reply, but for system messages")
     reply: Action | None = option(None, "the last message, and the rejected reply of a pair")
@@ -108,36 +108,36 @@ class PersonalData:
         Scanner((), (), self.min_score, self.allow)  # raises for a bad expression
 
     def open(self, folder: Path) -> RowFunction:
-        """See RowStep. The function is a `Counting`: its `tally` counts findings by entity and field
-        (`email.reply`).
+        """Return the row function.
+
+        It is a `Counting`: its `tally` counts findings by entity and field (`email.reply`).
         """
         return Masking(self, self._scanner())
 
     def masker(self) -> Callable[[str], str]:
-        """Text -> text with placeholders for all entities of this step: for evidence of other steps, whatever the
-        field.
+        """Return a function that masks all entities of this step in a text.
+
+        Other steps use it for their evidence. The actions by field do not apply.
         """
         return text_masker(self._scanner(), self.mask == "numbered", TEXT_KEPT)
 
     def row_masker(self) -> Callable[[Example], Example]:
-        """Row -> row with placeholders in every field, for all entities: for rows that are set aside."""
+        """Return a function that masks all entities in every field of a row, for rows that are set aside."""
         return self.masking().everywhere
 
     def masking(self) -> Masking:
-        """What masks rows and counts what it finds, with a tally of its own."""
+        """Return a row function with a tally of its own."""
         return Masking(self, self._scanner())
 
     def entity_actions(self) -> Mapping[str, str]:
-        """Entity -> what `entities` says about it: an action, or "" where it is looked for and nothing more is
-        said.
-        """
+        """Return entity -> action of `entities`; "" if the entity is looked for and has no action of its own."""
         if not isinstance(self.entities, EntityActions):
             return {entity: "" for entity in ENTITIES if entity in self.entities}
         actions = {field.name: getattr(self.entities, field.name) for field in fields(self.entities)}
         return {entity: action or "" for entity, action in actions.items() if action or entity in DEFAULT}
 
     def field_actions(self) -> Mapping[str, str]:
-        """Field -> what `fields` says about it."""
+        """Return field -> action of `fields`; "" if the field is read and has no action of its own."""
         names = [field.name for field in fields(FieldActions)]
         if isinstance(self.fields, FieldActions):
             return {name: getattr(self.fields, name) or "" for name in names}
@@ -154,7 +154,7 @@ class PersonalData:
 
 
 class Masking:
-    """The function of a PersonalData step, and the tally of what it found."""
+    """Row function of a PersonalData step, with a tally of its findings."""
 
     def __init__(self, step: PersonalData, scanner: Scanner) -> None:
         self.tally: Counter[str] = Counter()
@@ -164,8 +164,9 @@ class Masking:
         self._field_actions = step.field_actions()
 
     def __call__(self, example: Example) -> Example | Drop:
-        """The row itself where nothing was found, a masked one, or a Drop that names kinds and places and holds no
-        text.
+        """Return the row unchanged without findings, else masked, or a Drop.
+
+        The Drop names kinds and fields, and holds no text of the row.
         """
         entities = select_hits(find_in_row(self._scanner, example), self._is_looked_at)
         if not entities.hits:
@@ -185,7 +186,7 @@ class Masking:
         return self._masked(example, entities, self._is_looked_at)
 
     def everywhere(self, example: Example) -> Example:
-        """The row masked in every field, whatever the options say."""
+        """Return the row masked in every field, whatever the options."""
         entities = find_in_row(self._scanner, example)
         return self._masked(example, entities, lambda slot, finding: True) if entities.hits else example
 
@@ -203,7 +204,7 @@ class Masking:
         return slot.location[0] == "group" or self._field_actions[slot.field] != "keep"
 
     def _action(self, slot: TextSlot, finding: PiiEntity) -> str:
-        """The stricter of what entity and field say; where neither says anything, the step's own."""
+        """Return the stricter of the actions of entity and field; the step's own if neither has one."""
         if slot.location[0] == "group":
             return "mask"
         fields = {self._entity_actions[finding.entity], self._field_actions[slot.field]} - {""}

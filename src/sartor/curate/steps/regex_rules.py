@@ -1,8 +1,8 @@
 r"""Step rules: user regular expressions with a time limit.
 
-The syntax is that of the `regex` library (https://pypi.org/project/regex: Python's `re` and more, such as `\\p{Lu}`).
-All rules together have two seconds of processor time a row; one that needs more (a pattern that backtracks without
-end) makes the row a Drop, `rule_timeout`.
+The syntax is that of the `regex` library (https://pypi.org/project/regex: Python's `re` and more, such as `\p{Lu}`).
+All rules together have two seconds of processor time a row. A row that needs more (a pattern that backtracks without
+end) is a Drop, `rule_timeout`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from sartor.core.records import Drop, Example, drop_of
 from sartor.curate.step import RowFunction
 from sartor.text.example_text import FIELD_TEXT, Field, rewritten, texts
 
-TIMEOUT_S = 2.0  # of processor time for all patterns of a step on one row; ordinary ones take microseconds
+TIMEOUT_S = 2.0  # processor time for all patterns of a step on one row; usual patterns take microseconds
 
 
 class RuleTimeout(Exception):
-    """The patterns took longer than their limit on a row."""
+    """Error for patterns that took longer than their limit on a row."""
 
 
 @dataclass
 class Clock:
-    """What a row may cost: processor time, since a machine's other work is not the row's fault."""
+    """Time limit of a row, in processor time, so that other load on the machine does not count."""
 
     limit_s: float = TIMEOUT_S
     end: float = field(init=False)
@@ -40,25 +40,25 @@ class Clock:
 
     @property
     def left_s(self) -> float:
-        """Seconds left; never quite none, so that the search itself says that there is no time."""
+        """Seconds left, at least 0.001, so that the search itself raises the timeout."""
         return max(self.end - time.process_time(), 0.001)
 
 
 @dataclass(frozen=True)
 class BoundedPattern:
-    """A compiled pattern. `search` and `sub` raise RuleTimeout when the clock of the row runs out."""
+    """Compiled pattern. `search` and `sub` raise RuleTimeout when the clock of the row runs out."""
 
     compiled: Any
 
     def search(self, text: str, clock: Clock) -> Any:
-        """The first match, or None."""
+        """Return the first match, or None."""
         try:
             return self.compiled.search(text, timeout=clock.left_s)
         except TimeoutError:
             raise self._late(clock) from None
 
     def sub(self, template: str, text: str, clock: Clock) -> str:
-        """The text with every match replaced; `template` may refer to groups of it by number or name."""
+        """Return the text with every match replaced; `template` may refer to its groups by number or name."""
         try:
             return str(self.compiled.sub(template, text, timeout=clock.left_s))
         except TimeoutError:
@@ -69,8 +69,9 @@ class BoundedPattern:
 
 
 def compiled(pattern: str, where: str, template: str = "") -> BoundedPattern:
-    """The Pattern. Raises ConfigError naming `where` and the position of the mistake, in the pattern or in the
-    template.
+    """Compile a pattern.
+
+    Raises ConfigError that names `where` and the position of the error, in the pattern or in the template.
     """
     compiled_pattern, problem = _compile(pattern, template)
     if problem:
@@ -82,7 +83,7 @@ def compiled(pattern: str, where: str, template: str = "") -> BoundedPattern:
 
 @cache
 def _compile(pattern: str, template: str) -> tuple[Any, str]:
-    """(compiled pattern, what is wrong with it)."""
+    """Return (compiled pattern, error message), with an empty message for a valid pattern."""
     try:
         import regex
     except ImportError:
@@ -94,7 +95,7 @@ def _compile(pattern: str, template: str) -> tuple[Any, str]:
         return None, f"is {pattern!r}, no regular expression{at}: {getattr(error, 'msg', error)}"
     if "\\" in template:
         try:
-            # the same groups in a pattern that matches the empty text, so that the template is read now
+            # a pattern with the same groups that matches the empty text, so that the template is parsed now
             regex.compile(f"|{pattern}").sub(template, "")
         except (regex.error, IndexError) as error:
             return None, f"is replaced with {template!r}: {error}"
@@ -102,7 +103,7 @@ def _compile(pattern: str, template: str) -> tuple[Any, str]:
 
 
 def timed_out(example: Example, timeout: RuleTimeout, step: str) -> Drop:
-    """The Drop of a row on which the patterns ran out of time."""
+    """Return the Drop of a row on which the patterns ran out of time."""
     return drop_of(example, "rule_timeout", str(timeout), step=step)
 
 
@@ -111,7 +112,7 @@ _NAME = re.compile(r"[a-z0-9_-]{1,40}")
 
 @dataclass(frozen=True)
 class RegexRule:
-    """One regular expression and what it does."""
+    """One regular expression with its action."""
 
     match: str = option(REQUIRED, "regular expression, searched for anywhere in a text; (?i) before it ignores case")
     action: Literal["drop", "replace"] = option("drop", "drop the row, or replace every match")
@@ -126,11 +127,11 @@ class RegexRule:
             raise ConfigError(f"a rule that drops replaces nothing, but has with: {self.with_!r}", "action: replace")
         if self.name and not _NAME.fullmatch(self.name):
             raise ConfigError(f"name is {self.name!r}; it must be a-z, 0-9, _ and -, at most 40", "name: promotion")
-        self.pattern  # noqa: B018  # a mistake in it is one of the recipe
+        self.pattern  # noqa: B018  # raises for an invalid pattern while the recipe is read
 
     @property
     def pattern(self) -> BoundedPattern:
-        """The compiled pattern. Raises ConfigError."""
+        """Compiled pattern. Raises ConfigError."""
         return compiled(self.match, "match", self.with_)
 
 
@@ -146,7 +147,7 @@ class RegexRules:
             raise ConfigError("the step has no rule", "rules: [{match: '(?i)lorem ipsum'}]")
 
     def open(self, folder: Path) -> RowFunction:
-        """See RowStep."""
+        """Return the row function."""
         numbered = [(rule.name or str(number), rule, rule.pattern) for number, rule in enumerate(self.rules, 1)]
 
         def apply(example: Example) -> Example | Drop:

@@ -1,4 +1,4 @@
-"""Step semantic_duplicates: same meaning in other words."""
+"""Step semantic_duplicates: removes rows with the same meaning in other words."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ METHOD = "vectors and words"
 
 @dataclass(frozen=True)
 class SemanticDuplicates:
-    """Rows near by their vectors and alike by their words are one; numbers, negations and opposites must agree.
+    """Remove rows close by their vectors and alike by their words; numbers, negations and antonyms must agree.
 
-    Rows with an image or a recording are let be: their text does not tell what they show. `image_duplicates` compares
-    them.
+    Rows with an image, a recording or a rating are not compared, since their text is incomplete. `image_duplicates`
+    compares images.
     """
 
     field: Field = option(
@@ -59,9 +59,7 @@ class SemanticDuplicates:
             raise ConfigError(f"neighbours is {self.neighbours}, not 1 or more", "neighbours: 20")
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep: the texts that are compared, whether they were cut, and what the choice of a survivor goes
-        by.
-        """
+        """Return the columns text, reply, cut (whether a text was cut) and rank."""
         texts = [self._text(example)[: encoders.MOST_CHARACTERS] for example in examples]
         replies = [example.reply[: encoders.MOST_CHARACTERS] if self.field == "both" else "" for example in examples]
         return pa.table(
@@ -80,14 +78,17 @@ class SemanticDuplicates:
 
     def _text(self, example: Example) -> str:
         if has_media_or_rating(example):
-            return ""  # compared with nothing
+            return ""  # an empty text is not compared
         prompt = encoders.prompt_text(example)
         if self.field == "all":
             return "\n".join(message.text for message in example.messages)
         return example.reply if self.field == "reply" or (self.field == "both" and not prompt) else prompt
 
     def decide(self, step_input: StepInput) -> StepResult:
-        """See SetStep. Raises GuardError when more would go than its guards allow."""
+        """Find the duplicates; return the removals, and the verified pairs as evidence.
+
+        Raises GuardError if too many rows would be removed.
+        """
         compared = self._compared(step_input)
         choice = encoders.choose_encoder(self.encoder)
         step_input.notice(
@@ -124,7 +125,7 @@ class SemanticDuplicates:
         )
 
     def _compared(self, step_input: StepInput) -> Any:
-        """Row numbers with a whole text. What was cut may differ where it was cut."""
+        """Return the numbers of the rows with a complete text; cut texts may differ in the missing part."""
         whole = [not cut for cut in step_input.table["cut"].to_pylist()]
         has_text = [bool(text.strip()) for text in encoders.Texts(step_input.table["text"])]
         return np.flatnonzero(np.array(whole, bool) & np.array(has_text, bool))
@@ -175,15 +176,17 @@ class SemanticDuplicates:
         )
 
 
-# Replies of so few content words, and JSON, are labels or values: these are equal or not, but never alike.
+# Replies with at most this many content words, and JSON, are labels or values: equal or different, but never alike.
 FEW_WORDS = 3
 _ROUNDS = 8
 
 
 @dataclass(frozen=True)
 class SemanticPair:
-    """Rows a < b that say the same: `likeness` is their vectors' cosine, `words` the share of words in common (of two
-    fields the lower).
+    """Rows a < b with the same meaning.
+
+    likeness: cosine of their vectors.
+    words: fraction of words in common; of two fields the lower one.
     """
 
     a: int
@@ -194,10 +197,12 @@ class SemanticPair:
 
 @dataclass
 class SemanticPairs:
-    """The verified pairs; how many pairs were near by their vectors, and what the words had against the others,
-    counted.
+    """Verified pairs, with counts of the candidates.
 
-    `crowded` rows have as many near rows as are looked at, and perhaps more; like ones of those were looked for.
+    candidates: pairs that were close by their vectors.
+    crowded: rows with as many close rows as are examined, and perhaps more; equivalent rows of those were searched
+    for.
+    refused: objection of the words -> number of pairs.
     """
 
     pairs: list[SemanticPair] = field(default_factory=list)
@@ -208,8 +213,11 @@ class SemanticPairs:
 
 @dataclass(frozen=True)
 class SemanticRules:
-    """`threshold`: cosine of the vectors from which a pair is looked at; `agreement`: share of words in common from
-    which it is one; `neighbours`: nearest rows of each row that are looked at.
+    """Conditions for a pair.
+
+    threshold: cosine of the vectors from which a pair is examined.
+    agreement: fraction of words in common from which it is a pair.
+    neighbours: nearest rows of each row that are examined.
     """
 
     threshold: float
@@ -218,7 +226,7 @@ class SemanticRules:
 
 
 class _Verifier:
-    """Takes pairs of rows, keeps those that say the same."""
+    """Verifier of pairs of rows, which collects those with the same meaning."""
 
     def __init__(
         self, texts: Sequence[str], vectors: Any, rules: SemanticRules, replies: Sequence[str] | None
@@ -231,7 +239,7 @@ class _Verifier:
         self._tried: set[tuple[int, int]] = set()
 
     def verify(self, a: int, b: int) -> bool:
-        """Whether two rows say the same. Counts a pair once, however often it is asked about."""
+        """Return whether two rows have the same meaning; a pair is examined once, and False on later calls."""
         a, b = min(a, b), max(a, b)
         likeness = min(float(self._vectors[a] @ self._vectors[b]), 1.0)
         if (a, b) in self._tried or likeness < self.rules.threshold:
@@ -256,10 +264,11 @@ class _Verifier:
 def pairs(
     texts: Sequence[str], vectors: Any, rules: SemanticRules, replies: Sequence[str] | None, rank: Any
 ) -> SemanticPairs:
-    """The pairs of N texts that say the same, by vectors (N, D) and words. With `replies`, theirs must agree as well.
+    """Return the pairs of N texts with the same meaning, by vectors (N, D) and words.
 
-    `rank` (N,) is what the choice of a survivor goes by: of many rows that say the same, more than a row's nearest are
-    looked at, so that each is held against the one that stays.
+    replies: if given, the replies of a pair must agree as well.
+    rank: (N,); the row of the highest rank stays. In a large group of equivalent rows, more than the nearest rows of a
+    row are examined, so that each row is compared with the one that stays.
     """
     verifier = _Verifier(texts, vectors, rules, replies)
     near = encoders.NearPairs(vectors, rules.threshold, rules.neighbours)
@@ -273,8 +282,9 @@ def pairs(
 
 
 def _complete(verifier: _Verifier, count: int, positions: Any) -> None:
-    """Hold the rows of each connected component against its first-placed row; those that are unlike it, against the
-    next.
+    """Compare the rows of each connected component with its highest-ranked row.
+
+    Those that are not equivalent to it are compared with the next one.
     """
     ends = np.array([(pair.a, pair.b) for pair in verifier.semantic_pairs.pairs], np.int64).reshape(-1, 2)
     labels: Any = components(count, ends[:, 0], ends[:, 1])
@@ -298,8 +308,9 @@ def _complete(verifier: _Verifier, count: int, positions: Any) -> None:
 def same_reply(
     texts: tuple[str, str], first: equivalence.TextReading, second: equivalence.TextReading, weights: dict[str, float]
 ) -> equivalence.EquivalenceVerdict:
-    """`equivalence.compare_texts` for replies: values and JSON must be equal, since one letter of them may be another
-    thing.
+    """Compare two replies as `equivalence.compare_texts` does; values and JSON must be equal.
+
+    In a value, one letter may change the meaning.
     """
     if is_value(texts[0], first) or is_value(texts[1], second):
         return equivalence.EquivalenceVerdict(1.0 if texts[0].split() == texts[1].split() else 0.0)
@@ -307,5 +318,5 @@ def same_reply(
 
 
 def is_value(text: str, read: equivalence.TextReading) -> bool:
-    """Whether a reply is a value rather than a sentence."""
+    """Return whether a reply is a value and not a sentence."""
     return text.lstrip()[:1] in ("{", "[", "<") or len(read.content({})) <= FEW_WORDS

@@ -1,12 +1,12 @@
 """Steps repair_text and markup: encoding, HTML, Markdown.
 
-What counts as a tag: a comment, a doctype, a processing instruction, CDATA; an opening tag of an element that is also
-closed in the same text; an element of HTML that needs no end (`<br>`, `<img ...>`, `<p>`, `<li>`); anything else with
-a value in quotes or `/>`. So `a < b and c > d`, `List<String>`, `<your name>` and "how do I centre a <div>?" are text.
+Tags are: a comment, a doctype, a processing instruction, CDATA; an opening tag of an element that is also closed in
+the same text; an HTML element without a required end tag (`<br>`, `<img ...>`, `<p>`, `<li>`); any other tag with a
+quoted value or `/>`. So `a < b and c > d`, `List<String>`, `<your name>` and "how do I centre a <div>?" are text.
 
-Left as they are: joiners and direction marks (U+200C to U+200F, U+202A to U+202E, U+2066 to U+2069: Arabic, Indic and
+Left unchanged: joiners and direction marks (U+200C to U+200F, U+202A to U+202E, U+2066 to U+2069: Arabic, Indic and
 emoji need them), variation selectors, ideographic space, curly quotes, ligatures, full-width letters, runs of spaces,
-trailing spaces, and the zero-width space between letters of a script that breaks lines with it (Thai, Lao, Khmer,
+trailing spaces, and the zero-width space between letters of scripts that break lines with it (Thai, Lao, Khmer,
 Burmese).
 """
 
@@ -46,7 +46,7 @@ _SIGNS = {
 }
 _CODE = ("code_inline", "fence")
 _LISTS = ("bullet_list_open", "ordered_list_open", "bullet_list_close", "ordered_list_close")
-# CommonMark reads 2*3*4 as italics; people do not write them inside a word
+# CommonMark parses 2*3*4 as italics, which people do not write inside a word
 _TIMES = re.compile(r"(?<=\w)\*(?=\w)")
 
 
@@ -56,7 +56,7 @@ def _parser() -> Any:
         from markdown_it import MarkdownIt
     except ImportError:
         raise missing_package("markdown-it-py") from None
-    # indented code and raw HTML off: in chat they are prose
+    # indented code and raw HTML are off, since in chat they are prose
     return (
         MarkdownIt("commonmark", {"html": False})
         .enable(["table", "strikethrough"])
@@ -65,7 +65,7 @@ def _parser() -> Any:
 
 
 def signs(text: str, keeps_code: bool) -> list[str]:
-    """Which kinds of Markdown a text has; of code only where it is not kept."""
+    """Return the kinds of Markdown in a text; those of code only if code is not kept."""
     if not _HINT.search(text):
         return []
     kinds = [token.type for token in _flat(_tokens(text))]
@@ -73,10 +73,10 @@ def signs(text: str, keeps_code: bool) -> list[str]:
 
 
 def plain_text(text: str, keeps_code: bool) -> str:
-    """The text without Markdown: list marks and line breaks stay; links become their text. `keeps_code`: code keeps
-    its marks.
+    """Return the text without Markdown.
 
-    A text without Markdown comes back as it is.
+    List marks and line breaks stay; links become their text. keeps_code: code keeps its marks. A text without Markdown
+    is returned unchanged.
     """
     if not _HINT.search(text):
         return text
@@ -100,11 +100,11 @@ def _flat(tokens: list[Any]) -> list[Any]:
 
 
 def _blocks(tokens: list[Any], keeps_code: bool) -> str:
-    """Blocks, one after another, apart as in the source; an item of a list begins with its mark."""
+    """Return the text of all blocks, with blank lines as in the source; a list item begins with its mark."""
     lines: list[str] = []
     marks: list[str] = []
     cells: list[str] = []
-    depth = upto = 0  # of lists; lines of the source that are done
+    depth = upto = 0  # depth: of nested lists; upto: source lines already written
     for index, token in enumerate(tokens):
         if token.type in _LISTS:
             depth += token.nesting
@@ -165,7 +165,7 @@ _INLINE = word_set(
 )
 _SMALL = {code: code + 32 for code in range(65, 91)}
 _CELL = frozenset(("td", "th"))
-# Elements whose content is no text: taken out with all that is in them, closed or not.
+# Elements whose content is no text; they are removed with their content, whether closed or not.
 _SILENT = re.compile(r"<(script|style|noscript|template|iframe|object|svg|head)(?=[\s/>])", re.I)
 _DECLARATION = re.compile(
     r"<!--.*?(?:-->|\Z)|<!\[CDATA\[(.*?)(?:\]\]>|\Z)|<!DOCTYPE[^<>]{0,500}>|<\?[a-zA-Z][^<>]{0,500}\?>", re.S | re.I
@@ -175,11 +175,17 @@ _LONGEST_TAG = 3000
 _ATTRIBUTE = re.compile(r"""[\w:@.-]+\s*=\s*(?:"|'|[^\s<>=])""")
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
 _EMPTY_LINES = re.compile(r"[ \t]*\n[ \t]*(?:\n[ \t]*)+")
-_ROUNDS = 10  # a tag that was taken out may leave another behind (`<scr<script>ipt>`)
+_ROUNDS = 10  # removing a tag may form another one (`<scr<script>ipt>`)
 
 
 class Tag(NamedTuple):
-    """A tag in a text: where it stands, its name in small letters, whether it closes, its attributes as they stand."""
+    """Tag in a text.
+
+    start, end: character range.
+    name: in lower case.
+    closes: whether it is an end tag.
+    attributes: text of the attributes.
+    """
 
     start: int
     end: int
@@ -190,7 +196,7 @@ class Tag(NamedTuple):
 
 @dataclass(frozen=True)
 class Markup:
-    """Take HTML/XML and Markdown out of the texts, or drop the rows that have some."""
+    """Remove HTML/XML and Markdown from the texts, or drop the rows that have some."""
 
     html: Action = option("strip", "HTML and XML: strip tags and decode entities, drop the row, or keep them")
     markdown: Action = option("keep", "Markdown: strip to plain text, drop the row, or keep it")
@@ -205,7 +211,7 @@ class Markup:
             raise ConfigError("html and markdown are both `keep`, so the step does nothing", "markup: {html: strip}")
 
     def open(self, folder: Path) -> RowFunction:
-        """See RowStep."""
+        """Return the row function."""
 
         def apply(example: Example) -> Example | Drop:
             if fault := next((fault for text in texts(example, self.field) if (fault := self._fault(text))), ""):
@@ -215,7 +221,7 @@ class Markup:
         return apply
 
     def _fault(self, text: str) -> str:
-        """What markup a text has that makes its row a Drop."""
+        """Return the markup in a text that makes its row a Drop; empty if there is none."""
         if self.html == "drop" and self.code == "keep" and _without_silent(text, True, code_spans(text)) != text:
             return "HTML with a script, a style or an embedded document"
         pieces = split_code(text) if self.code == "keep" else [(False, text)]
@@ -235,29 +241,32 @@ class Markup:
 
 
 def _outside_code(text: str) -> str:
-    """`without_html` of all but the code. A script that holds backticks is a script all the same."""
+    """Return the text with HTML removed outside code; a script that holds backticks is removed too."""
     text = _without_silent(text, unclosed=True, code=code_spans(text))
     return "".join(piece if is_code else without_html(piece) for is_code, piece in split_code(text))
 
 
 def without_html(text: str) -> str:
-    """Text without tags, scripts, styles and comments; entities decoded; ends of blocks become ends of lines."""
+    """Return the text without tags, scripts, styles and comments.
+
+    Entities are decoded; ends of blocks become line ends.
+    """
     before = text
     for _ in range(_ROUNDS):
         text, last = _without_tags(text), text
         if text == last:
             break
-    # a text that was shorn of blocks has gaps
+    # removed blocks leave runs of blank lines
     text = text if text == before else _EMPTY_LINES.sub("\n\n", text)
     if "&" not in text:
         return text
     decoded = _ENTITY.sub(lambda match: html.unescape(match.group()).replace("\xa0", " "), text)
-    # what the entities spelt is text ("&lt;br&gt;"), but for a whole script or style
+    # decoded entities are text ("&lt;br&gt;"), except for a complete script or style element
     return _without_silent(decoded, unclosed=False)
 
 
 def html_signs(text: str) -> list[str]:
-    """The pieces of a text that are markup: scripts, comments, tags."""
+    """Return the pieces of a text that are markup: scripts, comments, tags."""
     if "<" not in text:
         return []
     matches = [text[start : start + 60] for start, _ in _silent_spans(text, unclosed=True)]
@@ -278,7 +287,7 @@ def _without_tags(text: str) -> str:
 
 
 def _replacement(tag: Tag, text: str) -> str:
-    """What stands in a tag's place, so that neither words nor lines are glued."""
+    """Return the replacement of a tag, which keeps neighbouring words and lines apart."""
     before, after = text[tag.start - 1 : tag.start], text[tag.end : tag.end + 1]
     if tag.name in _ROW:
         mark = "- " if tag.name == "li" else ""
@@ -291,7 +300,7 @@ def _replacement(tag: Tag, text: str) -> str:
 
 
 def _without_silent(text: str, unclosed: bool, code: Sequence[tuple[int, int]] = ()) -> str:
-    """Text without script, style and the like, content included. See `_silent_spans`."""
+    """Return the text without script, style and similar elements, content included."""
     pieces, upto = [], 0
     for start, end in _silent_spans(text, unclosed, code):
         pieces.append(text[upto:start])
@@ -300,13 +309,13 @@ def _without_silent(text: str, unclosed: bool, code: Sequence[tuple[int, int]] =
 
 
 def _silent_spans(text: str, unclosed: bool, code: Sequence[tuple[int, int]] = ()) -> Iterator[tuple[int, int]]:
-    """(start, end) of the elements whose content is no text, apart and in order.
+    """Yield (start, end) of the elements whose content is no text, disjoint and in order.
 
-    `unclosed`: one without an end goes up to the end of the text. `code`: (start, end) where none begins; but code
-    that begins inside an element is the element's.
+    unclosed: an element without an end tag extends to the end of the text.
+    code: (start, end) of code, in which no element begins; code inside an element belongs to the element.
     """
     lower = text.lower() if "<" in text else ""
-    if len(lower) != len(text):  # a few capitals have longer small letters; ASCII ones suffice here
+    if len(lower) != len(text):  # a few capitals have longer lower-case forms; lowering ASCII suffices here
         lower = text.translate(_SMALL)
     last_close: dict[str, int] = {}
     upto, spans = 0, deque(code)
@@ -329,13 +338,16 @@ def _silent_spans(text: str, unclosed: bool, code: Sequence[tuple[int, int]] = (
 
 
 def _runs(text: str, match: re.Match[str]) -> bool:
-    """Whether an unclosed `<script` begins an element: "use the <script> tag" does not, `<script>f()` does."""
+    """Return whether an unclosed `<script` begins an element.
+
+    It does in `<script>f()`, and not in "use the <script> tag".
+    """
     attributes, _, body = text[match.end() : match.end() + 200].partition(">")
     return bool(_ATTRIBUTE.search(attributes)) or bool(re.match(r"\s*[^\s<]*[({=;]", body))
 
 
 def _tags(text: str) -> Iterator[Tag]:
-    """Everything that has the shape of a tag, whatever its name."""
+    """Yield everything that has the form of a tag, whatever its name."""
     position = 0
     while (position := text.find("<", position)) >= 0:
         match = _TAG.match(text, position, position + _LONGEST_TAG)
@@ -347,7 +359,7 @@ def _tags(text: str) -> Iterator[Tag]:
 
 
 def _markup_tags(text: str) -> list[Tag]:
-    """Those tags of a text that are markup rather than something said in angle brackets."""
+    """Return the tags of a text that are markup and not text in angle brackets."""
     tags = list(_tags(text))
     opened = {tag.name for tag in tags if not tag.closes}
     paired = {tag.name for tag in tags if tag.closes} & opened
@@ -363,7 +375,7 @@ def _is_markup(tag: Tag, paired: set[str], text: str, count: int) -> bool:
         # <http://example.com/> and <a@b.c> are addresses, not elements
         return ":/" not in tag.name + attributes[:2] and "@" not in tag.name
     if tag.name in _HTML and not attributes:
-        # a lone one between spaces is being talked about
+        # a single tag between spaces is mentioned, not used
         alone = (
             count == 1
             and text[tag.start - 1 : tag.start] == " "
@@ -373,12 +385,12 @@ def _is_markup(tag: Tag, paired: set[str], text: str, count: int) -> bool:
     return False
 
 
-# Control characters that stand for a break; taking them out would glue words.
+# Control characters that separate words or lines; without a replacement, words would be joined.
 _BREAKS = str.maketrans({"\x0b": "\n", "\x0c": "\n", **{chr(code): " " for code in range(0x1C, 0x20)}})
 _CONTROL = re.compile(
-    "\x1b\\[[0-9;?]*[A-Za-z]"  # a terminal's colours
+    "\x1b\\[[0-9;?]*[A-Za-z]"  # terminal colours
     "|[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u206a-\u206f\ufeff\ufff9-\ufffc\ufdd0-\ufdef\ufffe\uffff]"
-    # tag characters spell hidden text, but for the flags that are a black flag followed by tags
+    # tag characters can spell hidden text, except in flag emoji, which are a black flag followed by tags
     "|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0000-\U000e007f]+"
 )
 _ASCII_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
@@ -386,14 +398,14 @@ _LINE_END = re.compile("\r\n?|[\x85\u2028\u2029]")
 _SPACE = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f]")
 _SOUTH_EAST_ASIAN = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff"
 _NO_WIDTH = re.compile(f"(?<![{_SOUTH_EAST_ASIAN}])\u200b|\u200b(?![{_SOUTH_EAST_ASIAN}])|[\xad\u180e\u2060]")
-# Wrong decoding leaves at least one of these; all of them are quicker to look for than ftfy's own test. The range
-# holds every character of the one-byte encodings that ftfy knows.
+# Wrong decoding leaves at least one of these, and this search is faster than ftfy's own test. The range holds every
+# character of the one-byte encodings that ftfy knows.
 _SUSPICIOUS = re.compile("[\x80-\u045f\u0490\u0491\u1e9e\u2010-\u266f\ufb01\ufb02\ufffd]{2}|[\x80-\x9fŒœ]|[ÂÃØÙà] |вЂ")
 
 
 @dataclass(frozen=True)
 class RepairText:
-    """Mend wrongly decoded and oddly encoded text in every text part; tool calls and tools stay as they are."""
+    """Repair wrongly decoded and oddly encoded text in every text part; tool calls and tools stay unchanged."""
 
     mojibake: bool = option(True, "undo wrong decoding (`cafÃ©` -> `café`), by ftfy")
     normal_form: Literal["NFC", "NFKC", "NFD", "NFKD", "none"] = option("NFC", "unicode normal form")
@@ -405,7 +417,10 @@ class RepairText:
     kind: Literal["repair_text"] = "repair_text"
 
     def open(self, folder: Path) -> RowFunction:
-        """See RowStep. Raises ExtraError where ftfy is absent."""
+        """Return the row function.
+
+        Raises ExtraError if ftfy is not installed.
+        """
         mend = _mender(self)
 
         def apply(example: Example) -> Example | Drop:
@@ -415,7 +430,7 @@ class RepairText:
 
 
 def _mender(step: RepairText) -> Callable[[str], str]:
-    """str -> str, by the step's options; a second time changes nothing."""
+    """Return the text function for the step's options; applying it twice changes nothing more."""
     decode = _decoder() if step.mojibake else None
 
     def once(text: str) -> str:
@@ -446,7 +461,7 @@ def _decoder() -> Callable[[str], str]:
         import ftfy
     except ImportError:
         raise missing_package("ftfy") from None
-    # of ftfy's repairs only the decoding: the others are this step's own options, or change good text
+    # only ftfy's repair of the decoding: its other repairs are options of this step, or change correct text
     only_decoding = ftfy.TextFixerConfig(
         unescape_html=False,
         remove_terminal_escapes=False,

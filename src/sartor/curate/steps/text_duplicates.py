@@ -32,17 +32,20 @@ FIELD_HELP = (
 )
 
 
-UNDATED = -1e14  # seconds: older than any date
-BEHIND = 1e15  # above every number of a rule, and exact beside whole ones
+UNDATED = -1e14  # seconds; earlier than any date
+BEHIND = 1e15  # above every rank of a rule; sums with whole numbers stay exact in float64
 
 
 def ranks(examples: Sequence[Example], rule: Keep, field: Field) -> Any:
-    """(N,) float64. Whatever the rule, what people wrote goes before what was synthesised."""
+    """Return the rank of each row, (N,) float64; the row of the highest rank stays.
+
+    Under every rule, rows that people wrote rank above synthetic ones.
+    """
     return np.array([_RULES[rule](example, field) - BEHIND * example.is_synthetic for example in examples], np.float64)
 
 
 def text_of(example: Example, field: Field) -> str:
-    """The text that is compared."""
+    """Return the text of a row that is compared."""
     if field == "reply":
         return example.reply
     roles = {"prompt": ("user",), "both": ("user", "assistant"), "all": ("system", "user", "assistant", "tool")}[field]
@@ -50,13 +53,14 @@ def text_of(example: Example, field: Field) -> str:
 
 
 def has_media(example: Example) -> bool:
-    """Whether the row shows or plays something: then its text alone does not tell what it says."""
+    """Return whether a row has images or recordings, without which its text is incomplete."""
     return any(part.media for message in example.messages + example.rejected for part in message.content)
 
 
 def has_media_or_rating(example: Example) -> bool:
-    """Whether its text does not tell what it repeats: it shows something, or people rated its reply. Of two like
-    replies to one question, one rated good and one bad, neither repeats the other.
+    """Return whether the text alone does not decide if a row is a duplicate: it has media or a rating.
+
+    Of two equal replies to one question, one rated good and one bad, neither is a duplicate of the other.
     """
     return has_media(example) or bool(example.rating)
 
@@ -66,7 +70,7 @@ def _length(example: Example, field: Field) -> float:
 
 
 def _date(example: Example, field: Field) -> float:
-    """Seconds since 1970 of the newest origin; a row without a date is older than any with one."""
+    """Return the date of the newest origin, in seconds since 1970; UNDATED without a date."""
     timestamps = [UNDATED]
     for origin in example.origins:
         if origin.date:
@@ -89,17 +93,16 @@ _RULES: dict[str, Callable[[Example, Field], float]] = {
 
 
 _RELATIONS = {"exact": "the same words as", "near": "Jaccard similarity to", "contained": "containment in or of"}
-# Below this many rows a second process costs more than it saves.
+# Below this many rows, more processes cost more time than they save.
 WORTH_WORKERS = 20_000
 
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """MinHash proposes pairs, true Jaccard or containment of their shingles decides; stars around survivors, never
-    chains.
+    """Remove near duplicates: MinHash proposes pairs, exact Jaccard similarity or containment decides.
 
-    Rows with an image, a recording or a rating are let be: their text does not tell it all. `image_duplicates`
-    compares them.
+    Each removed row is a duplicate of the row that stays, never only of another removed row. Rows with an image, a
+    recording or a rating are not compared, since their text is incomplete. `image_duplicates` compares images.
     """
 
     threshold: float = option(0.0, "Jaccard similarity from which two rows are duplicates; 0 takes the unit's own")
@@ -121,15 +124,19 @@ class NearDuplicates:
         self.rules()
 
     def rules(self) -> DuplicateRules:
-        """What makes two rows duplicates. Raises ConfigError for a threshold out of range."""
+        """Return the conditions under which two rows are duplicates.
+
+        Raises ConfigError for a threshold out of range.
+        """
         return rules_for(self._shingling(), self.threshold, self.contained)
 
     def _shingling(self) -> shingles.Shingling:
         return shingles.resolve(self.unit, self.size, ())
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep. Columns: shingles, digest, rank, media, rated. A row that is apart has no shingles, and so no
-        like.
+        """Return the columns shingles, digest, rank, media and rated.
+
+        A row with media or a rating has no shingles, and so no duplicates.
         """
         texts = ["" if has_media_or_rating(example) else text_of(example, self.field) for example in examples]
         sketches = shingles.sketch(texts, self._shingling())
@@ -149,7 +156,10 @@ class NearDuplicates:
         )
 
     def decide(self, step_input: StepInput) -> StepResult:
-        """See SetStep."""
+        """Find the duplicates; return the removals, and the verified pairs as evidence.
+
+        Raises GuardError if too many rows would be removed.
+        """
         rules, table = self.rules(), step_input.table
         flat, offsets = _flat(table["shingles"], step_input.folder / "shingles.u32")
         digests = np.concatenate([np.empty((0, 16), np.uint8), *[_bytes(chunk) for chunk in table["digest"].chunks]])
@@ -202,7 +212,7 @@ def _removals(removals: clusters.Removals, locators: Any) -> list[Removal]:
 
 
 def _ledger(pairs: Any, rules: DuplicateRules, rank: Any, step_input: StepInput) -> Any:
-    """Every verified pair by the ids of its rows, with what a new decision needs: `sartor rethreshold` reads it."""
+    """Return every verified pair by the ids of its rows, with the columns that `sartor rethreshold` needs."""
     ids = step_input.table["id"]
     a, b = pa.array(pairs.a), pa.array(pairs.b)
     sources = pa.array(step_input.sources, pa.string()).take(step_input.table["source"].combine_chunks())
@@ -227,7 +237,10 @@ def _ledger(pairs: Any, rules: DuplicateRules, rank: Any, step_input: StepInput)
 
 
 def _flat(column: Any, file: Path) -> tuple[Any, Any]:
-    """A list column of uint32 as (values, offsets). The values go through a file: they can be larger than memory."""
+    """Return a list column of uint32 as (values, offsets).
+
+    The values are stored in `file` and memory-mapped, since they can be larger than memory.
+    """
     lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
     offsets = offsets_of(np.concatenate([np.empty(0, np.int64), *lengths]))
     with file.open("wb") as stream:
@@ -238,7 +251,7 @@ def _flat(column: Any, file: Path) -> tuple[Any, Any]:
 
 
 def _bytes(chunk: Any) -> Any:
-    """A chunk of fixed-size binary as (N, 16) bytes."""
+    """Return a chunk of N fixed-size binary values as an (N, width) uint8 array."""
     width = chunk.type.byte_width
     raw = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width)
     return raw.reshape(len(chunk), width)
@@ -246,11 +259,11 @@ def _bytes(chunk: Any) -> Any:
 
 @dataclass(frozen=True)
 class ExactDuplicates:
-    """Rows of equal content become one; each further row is a Drop that names it.
+    """Merge rows of equal content; each further row is a Drop that names the first.
 
-    With `match: words` rows also go that differ in case, white space and punctuation only (`dedup/shingles.py` has the
-    normal form). Their content is not the same, so the survivor does not take over their origins. Rows with an image,
-    a recording or a rating go by their content alone.
+    With `match: words`, rows that differ only in case, white space and punctuation are removed too (normal form in
+    `dedup/shingles.py`). Their content differs, so the remaining row does not take over their origins. Rows with an
+    image, a recording or a rating are compared by content only.
     """
 
     match: Literal["content", "words"] = option(
@@ -261,7 +274,7 @@ class ExactDuplicates:
     kind: Literal["exact_duplicates"] = "exact_duplicates"
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep. Columns: words, rank. Of `match: content` the id says it all."""
+        """Return the columns words and rank, both null for `match: content`, which compares ids."""
         if self.match == "content":
             return pa.table(
                 {"words": pa.nulls(len(examples), pa.string()), "rank": pa.nulls(len(examples), pa.float64())}
@@ -279,7 +292,7 @@ class ExactDuplicates:
         return pa.table({"words": pa.array(words, pa.string()), "rank": ranks(examples, self.keep, self.field)})
 
     def decide(self, step_input: StepInput) -> StepResult:
-        """See SetStep."""
+        """Return the removals of rows with equal content, or equal words."""
         columns = [pl.Series(name, step_input.table[name]) for name in ("id", "words", "rank")]
         table = pl.DataFrame(columns).with_row_index("row")
         duplicates = _later(table, "id")
@@ -304,6 +317,6 @@ class ExactDuplicates:
 
 
 def _later(table: pl.DataFrame, key: str) -> pl.DataFrame:
-    """(row, kept) of every row whose key an earlier one has; `table` is in the order that decides."""
+    """Return (row, kept) of every row whose key an earlier row has; the order of `table` decides."""
     first = pl.col("row").first().over(key).alias("kept")
     return table.select("row", first).filter(pl.col("row") != pl.col("kept")).sort("row")

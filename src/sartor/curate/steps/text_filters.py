@@ -1,8 +1,8 @@
 """Steps length, language and repetition.
 
-The fractions hold for texts of `min_words` words or more. A shorter one goes only for a loop: one to eight words said
-at least
-`loop` times in a row, which cover half of the text, or one character said 60 times in a row.
+The limits on fractions apply to texts of at least `min_words` words. A shorter text is dropped only for a loop: a
+phrase of one to eight words at least `loop` times in succession that covers half of the text, or one character 60
+times in succession.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from sartor.curate.step import Removal, RowFunction, StepInput, StepResult
 from sartor.text.example_text import FIELD_TEXT, Field, texts, without_code, words
 from sartor.text.language_id import CODES, detector
 
-# n -> the largest fraction of characters that the commonest n-gram may cover, and that n-grams seen before may cover
+# n -> largest fraction of the characters that the most frequent n-gram may cover (TOP_NGRAM), or repeated n-grams
+# (SEEN_NGRAMS)
 TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
 SEEN_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
-# Gopher counts any top n-gram, even one that stands twice; in a short text that is a figure of speech
+# Gopher counts any top n-gram, even one that occurs twice; in a short text that is often a figure of speech
 _TOP_SEEN = 4
 _LONGEST_LOOP = 8
-_MAX_WORDS = 20_000  # words of a text
+_MAX_WORDS = 20_000  # words of a text that are examined
 _ONE_CHARACTER = re.compile(r"([^\s\-=_.*#~|+\d])\1{59,}")
 _RULE = re.compile(r"^\W*$")
 
@@ -54,7 +55,7 @@ class Repetition:
             raise ConfigError(f"loop is {self.loop}; it must be 2 or more", "loop: 8")
 
     def open(self, folder: Path) -> RowFunction:
-        """See RowStep."""
+        """Return the row function."""
 
         def apply(example: Example) -> Example | Drop:
             for text in texts(example, self.field):
@@ -65,7 +66,7 @@ class Repetition:
         return apply
 
     def fault(self, text: str) -> str:
-        """What is repeated too much, as a sentence; nothing for a good text. Code blocks are not looked at."""
+        """Return a sentence about the repetition in a text; empty if there is none. Code blocks are ignored."""
         prose = without_code(text)
         if match := _ONE_CHARACTER.search(prose):
             return f"the character {match.group(1)!r} {len(match.group())} times in a row"
@@ -78,7 +79,10 @@ class Repetition:
 
 
 def _loop_fault(text_words: Sequence[str], loop: int) -> str:
-    """A run of the same one to eight words, at least `loop` times in a row and over half of the text."""
+    """Return a fault for a phrase of one to eight words that is repeated in succession.
+
+    It must occur at least `loop` times and cover at least half of the text.
+    """
     if len(text_words) < loop or len(set(text_words)) > len(text_words) * (
         0.5 + _LONGEST_LOOP / max(len(text_words), 1)
     ):
@@ -124,7 +128,7 @@ def _ngrams_fault(text_words: list[str], scale: float) -> str:
     total = sum(lengths)
     for size, max_share in TOP_NGRAM.items():
         gram, count = Counter(zip(*(text_words[shift:] for shift in range(size)), strict=False)).most_common(1)[0]
-        # n-grams of a loop overlap: no character counts twice
+        # n-grams of a loop overlap, so the fraction is limited to 1
         share = min(1.0, count * sum(map(len, gram)) / total)
         if count >= _TOP_SEEN and share > max_share * scale:
             return (
@@ -134,7 +138,7 @@ def _ngrams_fault(text_words: list[str], scale: float) -> str:
     for size, max_share in SEEN_NGRAMS.items():
         share = _repeated_characters(text_words, lengths, size) / total
         if share == 0:
-            return ""  # nor is any longer one seen twice
+            return ""  # then no longer n-gram is repeated either
         if share > max_share * scale:
             return (
                 f"{share:.0%} of the characters are in {size}-grams that stand there already; at most "
@@ -144,7 +148,7 @@ def _ngrams_fault(text_words: list[str], scale: float) -> str:
 
 
 def _repeated_characters(text_words: list[str], lengths: list[int], size: int) -> int:
-    """Characters of the words that are in an n-gram seen before, each counted once."""
+    """Count the characters of words in a repeated n-gram, each character once."""
     seen_grams: set[tuple[str, ...]] = set()
     covered, upto = 0, 0
     for index, gram in enumerate(zip(*(text_words[shift:] for shift in range(size)), strict=False)):
@@ -161,8 +165,9 @@ _FIELDS = {"reply": ("reply",), "replies": ("replies",), "prompt": ("prompt",), 
 
 @dataclass(frozen=True)
 class LanguageFilter:
-    """Drop rows in another language than the allowed ones, by fastText's lid.176; short and unsure texts by
-    `unsure`.
+    """Drop rows in a language other than the allowed ones, by fastText's lid.176.
+
+    `unsure` decides about short texts and uncertain detections.
     """
 
     allow: tuple[str, ...] = option(REQUIRED, "language codes that stay: ISO 639-1, such as en, sv, zh")
@@ -196,7 +201,7 @@ class LanguageFilter:
             raise ConfigError(f"min_letters is {self.min_letters}; it must be 0 or more", "min_letters: 25")
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep: code, confidence and letters of each judged text of a row, as lists."""
+        """Return code, confidence and letters of each judged text of a row, as list columns."""
         detect = detector()
         rows = [
             [detect("\n".join(field_texts)) for field in _FIELDS[self.field] if (field_texts := texts(example, field))]
@@ -213,7 +218,7 @@ class LanguageFilter:
         )
 
     def decide(self, step_input: StepInput) -> StepResult:
-        """See SetStep."""
+        """Return the removals of rows in another language, and of unsure rows if they are dropped."""
         columns = [step_input.table[name].to_pylist() for name in ("code", "confidence", "letters")]
         languages: Counter[str] = Counter()
         removals, unsure_rows, without_text = [], 0, 0
@@ -239,7 +244,7 @@ class LanguageFilter:
         return StepResult(removals, facts=facts)
 
     def _verdict(self, code: str, confidence: float, letters: int) -> tuple[bool, str]:
-        """(whether the language is sure, what speaks against the text or nothing)."""
+        """Return (whether the language is certain, reason against the text or an empty string)."""
         text = f"{code or 'no language'} with confidence {confidence:.2f}, {letters} letters"
         if letters < self.min_letters:
             return False, f"{text}: fewer than {self.min_letters} letters to judge by"
@@ -264,7 +269,7 @@ class Length:
             )
 
     def open(self, folder: Path) -> RowFunction:
-        """See RowStep."""
+        """Return the row function."""
 
         def apply(example: Example) -> Example | Drop:
             words = len(example.reply.split())

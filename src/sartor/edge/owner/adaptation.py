@@ -1,9 +1,10 @@
-"""Owner's rows to a better local adapter, or none.
+"""Tuning of a local adapter on the owner's rows, made current only if it is better.
 
-FOLDER/work/         a tuning under way: weights and log, no text
-FOLDER/settled.json  what was tuned and not taken, or undone, so that it is not tuned again
+FOLDER/work/         a tuning in progress: weights and log, no text
+FOLDER/settled.json  tunings that were rejected or undone, so that they are not repeated
 
-Losses of whole rows, not replies: they need one pass and no judge, and nothing of a row leaves the process.
+Adapters are judged by losses of whole rows, not by replies. Losses need one pass and no judge, and nothing of a row
+leaves the process.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from sartor.tune.recipe import Lora, ResolvedRecipe
 
 
 class Judge:
-    """A base with room for an adapter of a method."""
+    """Loss of rows under any adapter of one method on a base."""
 
     def __init__(self, base: Path, method: Lora) -> None:
         self._model = adapted(MappedLlama(base), method)
@@ -64,8 +65,9 @@ class Judge:
 
     @torch.no_grad()
     def losses(self, adapter: Path, rows: Sequence[TokenizedExample]) -> list[float]:
-        """Mean loss of each row's supervised tokens under an adapter in PEFT's form. Raises ModelError if it does not
-        fit.
+        """Return the mean loss of each row's supervised tokens under an adapter in PEFT's form.
+
+        Losses are in nats per token. Raises ModelError if the adapter does not fit.
         """
         load_factors(self._model, adapter)
         return [float(self._fast.losses(pack([row])).mean()) for row in rows]
@@ -74,17 +76,21 @@ class Judge:
 _MORE_PROBE = (
     f"--probe FILE (Settings(probe=[...]) from Python): {LEAST_GROUPS} rows or more of what it must go on to know"
 )
-# Row sets that are remembered as not worth another tuning
+# Number of row sets that are remembered as not worth another tuning
 _SETTLED = 64
 
 
 @dataclass(frozen=True)
 class AdaptationSettings:
-    """What is tuned, and how it is judged. name: of the release in the store; base: its base, in transformers' layout.
+    """Settings of a tuning and its judgement.
 
-    probe: rows whose loss may not rise; empty takes the canaries that the release ships with. most_probe_loss: nats a
-    token.
-    recipe: changes to work.DEFAULTS. limits, stop: of the default tuner. limit_bytes: of the rows.
+    name: of the release in the store.
+    base: its base, in transformers' layout.
+    probe: rows whose loss may not rise; by default the canaries of the release.
+    most_probe_loss: largest rise, nats per token.
+    recipe: changes to `user_tokens.DEFAULTS`.
+    limits, stop: of the default tuner.
+    limit_bytes: of the rows.
     """
 
     name: str
@@ -100,10 +106,13 @@ class AdaptationSettings:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What came of a tuning. delta: digest of what was made current, '' for nothing; reason: why not, or how it was
-    judged.
+    """Result of a tuning.
 
-    trained, held_out: how many rows; left_out: reason -> how many. facts: what `tune` returned.
+    delta: digest of the delta that was made current; "" for none.
+    reason: why none, or how it was judged.
+    trained, held_out: numbers of rows.
+    left_out: reason -> number of rows.
+    facts: result of `tune`.
     """
 
     delta: str
@@ -116,7 +125,7 @@ class Adapted:
 
 
 class AdapterTuner:
-    """What tunes for the rows of a diary, in the folder of their person."""
+    """Tuner for the rows of a diary, in the folder of their person."""
 
     def __init__(
         self,
@@ -132,7 +141,12 @@ class AdapterTuner:
         self._tune, self._disk, self._settled = tune, disk, folder / "settled.json"
 
     def adapt(self, memory_folder: Path, again: bool) -> Adapted:
-        """See Personal.adapt. memory_folder: in memory, for the tokens."""
+        """Tune a delta on the rows and make it current if it is better, as `OwnerModel.adapt`.
+
+        memory_folder: folder in memory, for the tokens.
+
+        Raises ConfigError if the probe is too small to show that the delta does not forget.
+        """
         release = shipped(self.store, self.settings.name)
         recipe, loaded, chat, material = self._read(release)
         probe = self._probe(release, chat, loaded)
@@ -160,7 +174,10 @@ class AdapterTuner:
         return _adapted(adapter.digest, str(adapter.manifest["why"]), material, verdict, facts)
 
     def evaluate(self) -> AcceptanceResult:
-        """See Personal.evaluate."""
+        """Return the judgement of the active delta against the shipped release, as `OwnerModel.evaluate`.
+
+        Raises SourceError if no row is held out.
+        """
         release = shipped(self.store, self.settings.name)
         _, loaded, chat, material = self._read(release)
         if not material.held_out:
@@ -179,7 +196,7 @@ class AdapterTuner:
         )
 
     def _read(self, release: Installed) -> tuple[dict[str, Any], ResolvedRecipe, ChatTokenizer, Material]:
-        """What is to be tuned, and the rows as tokens."""
+        """Return the recipe, also parsed, the tokenizer, and the rows as tokens."""
         recipe = user_tokens.recipe_of(release.path, self.settings.base, self.settings.recipe)
         loaded, chat = config.load(ResolvedRecipe, recipe), ChatTokenizer(FastTokenizer(self.settings.base))
         material = user_tokens.prepare_rows(
@@ -188,7 +205,7 @@ class AdapterTuner:
         return recipe, loaded, chat, material
 
     def _skip_reason(self, material: Material, key: str, again: bool) -> str:
-        """Why no tuning is worth while; empty if one is."""
+        """Return why a tuning is not worthwhile; empty if it is."""
         if len(material.train) < LEAST_TRAINED or len(set(material.groups)) < LEAST_HELD_OUT:
             return (
                 f"{len(material.train)} rows to train on and {len(set(material.groups))} held-out prompts are too "
@@ -201,6 +218,7 @@ class AdapterTuner:
         return "" if again else self._known_settled().get(key, "")
 
     def _probe(self, release: Installed, chat: ChatTokenizer, recipe: ResolvedRecipe) -> JudgedRows:
+        """Return the probe's rows as tokens. Raises ConfigError if fewer than two are usable."""
         rows = [example_of(row) for row in self.settings.probe] or _canaries(release.path)
         encoded = [user_tokens.encode_user_row(row, row.id, chat, recipe.data.max_length_tokens) for row in rows]
         usable = [
@@ -219,7 +237,10 @@ class AdapterTuner:
     def _judge(
         self, release: Installed, out: Path, material: Material, probe: JudgedRows, method: Lora
     ) -> AcceptanceResult:
-        """Own rows against what works now, the probe against the shipped release: else it could decay step by step."""
+        """Judge own rows against the active delta, and the probe against the shipped release.
+
+        Against the active delta, the probe could decay step by step.
+        """
         active, _ = active_adapter(self.folder, self.store, self.settings.name)
         judge_model, private_rows = Judge(self.settings.base, method), JudgedRows(material.held_out, material.groups)
         before, after = (
@@ -236,6 +257,7 @@ class AdapterTuner:
         names: Mapping[str, str],
         extra_fields: Mapping[str, Any],
     ) -> LocalAdapter:
+        """Put the delta into the store as the current one. Raises HealthError if its check fails."""
         files = {name: (out / name).read_bytes() for name in (CONFIG, WEIGHTS)}
         trained, held_out = ([names[row.example_id] for row in rows] for rows in (material.train, material.held_out))
         fields = {
@@ -249,6 +271,7 @@ class AdapterTuner:
         }
 
         def check(path: Path) -> None:
+            """Raise StoreError if rows were forgotten, or the release replaced, in the meantime."""
             stored_ids = {row.id for row in self.diary.rows()}
             if not {row.example_id for row in material.train} <= stored_ids:
                 raise StoreError(
@@ -260,7 +283,7 @@ class AdapterTuner:
         return self.locals.put(files, fields, check)
 
     def _work_folder(self, key: str) -> Path:
-        """The folder of a tuning; those of others are removed."""
+        """Return the folder of a tuning, and remove those of others."""
         parent = self.folder / "work"
         for name in self._disk.names(parent):
             if name != key[:16]:
@@ -271,14 +294,15 @@ class AdapterTuner:
         return parent / key[:16]
 
     def _known_settled(self) -> dict[str, str]:
+        """Return key -> reason of rejected and undone tunings."""
         try:
             fields = json.loads(self._settled.read_bytes())
             return {str(key): str(reason) for key, reason in fields.items()}
-        except (OSError, ValueError, AttributeError, RecursionError):  # it costs a tuning at most
+        except (OSError, ValueError, AttributeError, RecursionError):  # a lost file costs one tuning at most
             return {}
 
     def settle(self, key: str, reason: str) -> None:
-        """Do not tune these rows again, for this reason."""
+        """Record the reason for which these rows are not tuned again."""
         settled = list({**self._known_settled(), key: reason}.items())[-_SETTLED:]
         self._disk.replace(self._settled, records.canonical(dict(settled)))
 
@@ -299,6 +323,7 @@ def _adapted(
 
 
 def _job(release: Installed, base: Path, recipe: dict[str, Any], tokens: Path, out: Path) -> TuningJob:
+    """Return the tuning job that goes on from a release's adapter."""
     manifest = _manifest(release.path)
     base_fields = manifest.get("base", {})
     return TuningJob(
@@ -314,7 +339,7 @@ def _job(release: Installed, base: Path, recipe: dict[str, Any], tokens: Path, o
 
 
 def _canaries(release: Path) -> list[Example]:
-    """Held-out prompts of the release with the replies that it was signed with."""
+    """Return held-out prompts of the release with the replies that it was signed with."""
     canaries = _manifest(release).get("canaries", [])
     return [
         example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]})
@@ -323,6 +348,7 @@ def _canaries(release: Path) -> list[Example]:
 
 
 def _manifest(release: Path) -> dict[str, Any]:
+    """Return the manifest of a release; empty if it cannot be read."""
     try:
         fields = json.loads((release / "release.json").read_bytes())
     except (OSError, ValueError, RecursionError):

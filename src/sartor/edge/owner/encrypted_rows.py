@@ -3,14 +3,14 @@
     FOLDER/diary   {"schema": 1, "kind": "diary", "name": ..., "generation": ..., "source": {...}, "wrapped": ...}
                    ID base64(nonce, ciphertext)          one line a row, ChaCha20-Poly1305 (RFC 8439)
 
-The header wraps two secrets (`row_keys.py`): the key of the rows, and one that names rows in manifests. A row is bound
-to its file, generation, place and id: one that is moved, repeated, taken out of the middle or brought from an older
-file does not open. Rows are padded, so that their lengths say little. What cannot be seen is an older copy of the
-whole file, or an end that is gone.
+The header wraps two secrets (`row_keys.py`): the key of the rows, and the key of their names in manifests. A row is
+bound to its file, generation, index and id. One that is moved, repeated, removed from the middle or copied from an
+older file cannot be decrypted. Rows are padded, so that their lengths reveal little. An older copy of the whole file,
+or a missing end, cannot be detected.
 
-A row is on the disk when `add` returns. What a power cut leaves of the next one is the last line at most, which is
-left out and said. `forget` writes the others under a new key into a new file, which takes the name in one rename; then
-the old key goes.
+A row is on the disk when `add` returns. A power cut can damage at most the last line, which is left out and reported.
+`forget` writes the other rows under a new key into a new file, which replaces the old one in one rename. Then the old
+key is removed.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from sartor.personalization.user_rows import UserRow, example_of, now
 SCHEMA = 1
 LIMIT_BYTES = 16 << 20
 ROW_BYTES = 1 << 18
-# Lengths are told in steps of this
+# Plaintexts are padded to multiples of this, which hides their exact lengths
 PAD_BYTES = 256
-# How long another process's write is waited for
+# Maximum wait for another process
 LOCK_S = 10.0
 _LINE = re.compile(rb"[0-9a-f]{16} [A-Za-z0-9+/]+=*")
 _TORN = "the last row is not whole and was left out: the power went while it was written, or it was changed since"
@@ -54,7 +54,11 @@ _TORN = "the last row is not whole and was left out: the power went while it was
 
 @dataclass
 class _StoreState:
-    """The file as it was read. secret: of the rows, then of their names."""
+    """Content of the file.
+
+    secret: key of the rows, then key of their names.
+    is_torn: whether the last row is incomplete.
+    """
 
     header: bytes
     secret: bytes
@@ -63,7 +67,7 @@ class _StoreState:
 
     @cached_property
     def header_fields(self) -> dict[str, Any]:
-        """The header as a mapping."""
+        """Header as a mapping."""
         result: dict[str, Any] = json.loads(self.header)
         return result
 
@@ -74,11 +78,11 @@ class _StoreState:
 
     @property
     def content(self) -> bytes:
-        """The file."""
+        """Whole file as bytes."""
         return b"".join(line + b"\n" for line in (self.header, *self.lines))
 
     def seal(self, row: UserRow, index: int) -> bytes:
-        """A row as the line at a place."""
+        """Return a row encrypted as the line at an index. Raises SourceError for a lone surrogate."""
         try:
             plaintext = records.canonical(row.as_json())
         except UnicodeEncodeError:
@@ -94,7 +98,7 @@ class _StoreState:
         return row.id.encode() + b" " + base64.b64encode(nonce + sealed)
 
     def decrypt(self, index: int) -> bytes | None:
-        """The row at a place as it was sealed; None where it does not open."""
+        """Return the plaintext of the row at an index, or None if it cannot be decrypted."""
         try:
             id, _, sealed = self.lines[index].partition(b" ")
             content = base64.b64decode(sealed, validate=True)
@@ -106,7 +110,7 @@ class _StoreState:
             return None
 
     def rows(self) -> list[UserRow]:
-        """Every row."""
+        """Return every row."""
         contents = (self.decrypt(index) for index in range(len(self.lines)))
         names = (line.partition(b" ")[0].decode() for line in self.lines)
         return [
@@ -116,20 +120,27 @@ class _StoreState:
         ]
 
     def _associated_data(self, id: str, index: int) -> bytes:
+        """Return the data that bind a row to its file, generation, index and id."""
         return records.canonical([self.header_fields["name"], self.header_fields["generation"], index, id])
 
 
 def _may_be_torn(tail: Sequence[bytes]) -> bool:
-    """Whether what does not open at the end of the file may be one row that was being written: cut off, or garbage."""
+    """Return whether an undecryptable end of the file may be one row that was being written.
+
+    Such a row is cut off, or garbage.
+    """
     return sum(map(len, tail)) <= ROW_BYTES and not any(map(_LINE.fullmatch, tail[1:]))
 
 
 class EncryptedRowStore:
-    """The rows in a folder, which is made if absent. limit_bytes: of its file. notes: what was not whole, in words.
+    """Rows in a folder, which is created if absent.
 
-    Any number of processes may open it; each call holds it alone. Every call raises KeyRefusedError for a wrong key,
-    StoreError where the file was changed, MissingError where the disk does not take it, and BusyError where another
-    process holds it long.
+    limit_bytes: of its file.
+    notes: damage that was found, in words.
+
+    Any number of processes may open it; each call holds it exclusively. Every call raises KeyRefusedError for a wrong
+    key, StoreError if the file was changed, MissingError if the disk fails, and BusyError if another process holds it
+    too long.
     """
 
     def __init__(
@@ -142,9 +153,10 @@ class EncryptedRowStore:
         self._cached_secret: tuple[bytes | None, bytes] = (None, b"")  # header, secret: a passphrase takes a second
 
     def add(self, row: Mapping[str, Any] | Example, rating: float | None = None, correction: str = "") -> str:
-        """Keep a row in any form that `curate` reads, and how it was rated; returns its id. It is on the disk then.
+        """Store a row in any form that `curate` reads, with its rating, and return its id.
 
-        Raises SourceError for a row that cannot be read, BudgetError above the limit: nothing is dropped to make room.
+        The row is then on the disk. Raises ConfigError for a rating outside -1..1, SourceError for a row that cannot
+        be read, BudgetError above the limit: nothing is dropped to make room.
         """
         if rating is not None and not -1 <= rating <= 1:
             raise ConfigError(f"the rating is {rating}; it is between -1 (bad) and 1 (good)", "rating=1.0")
@@ -159,26 +171,26 @@ class EncryptedRowStore:
                 self._disk.append(self._file, line + b"\n")
                 self._disk.sync(self._file)
             except OSError:
-                with suppress(OSError):  # after an fsync that failed, what is read here may not be on the disk
+                with suppress(OSError):  # after a failed fsync, the cache may differ from the disk
                     self._disk.replace(self._file, state.content)
                 raise
         return user_row.id
 
     def rows(self) -> list[UserRow]:
-        """Every row, the oldest first: in memory alone."""
+        """Return every row, the oldest first, in memory alone."""
         with self._exclusive("the rows"):
             return self._load().rows()
 
     def count(self) -> int:
-        """How many rows there are."""
+        """Return the number of rows."""
         with self._exclusive("the rows"):
             return len(self._load().lines)
 
     def forget(self, chosen: Callable[[UserRow], bool]) -> tuple[str, ...]:
-        """Remove the rows for which `chosen` is true, and give the others another key. Returns the ids of what went.
+        """Erase the rows for which `chosen` is true, and give the others another key.
 
-        Nothing is written where nothing is chosen. A kill or a power cut leaves all rows under the old key, or those
-        that stay under the new one.
+        Returns the ids of the erased rows. Nothing is written if none is chosen. A kill or a power cut leaves all
+        rows under the old key, or the remaining ones under the new key.
         """
         with self._exclusive("the rows that stay"):
             state = self._load()
@@ -190,21 +202,27 @@ class EncryptedRowStore:
         return removed_ids
 
     def rekey(self, source: KeySource) -> None:
-        """Put the rows under the key of another source, or of another passphrase; the old one no longer opens them."""
+        """Encrypt the rows under the key of another source, or of another passphrase.
+
+        The old one no longer decrypts them.
+        """
         with self._exclusive("the rows"):
             state = self._load()
             self._rewrite(state, state.rows(), source)
             self._source = source
 
     def names(self, ids: Iterable[str]) -> dict[str, str]:
-        """id -> how a manifest names the row: keyed, so that nobody else finds a row by it. The same after every
-        `forget`.
+        """Return id -> name of the row in manifests.
+
+        Names are keyed (HMAC-SHA-256, 128 bits), so that nobody else finds a row by its name. `forget` does not
+        change them.
         """
         with self._exclusive("the rows"):
             key = self._load().secret[KEY_BYTES:]
         return {id: hmac.digest(key, id.encode(), "sha256").hex()[:32] for id in ids}
 
     def _rewrite(self, state: _StoreState, rows: Sequence[UserRow], source: KeySource) -> None:
+        """Replace the file by these rows under a new key, then drop the old key."""
         fresh_state = self._fresh(state.header_fields["name"], state.secret[KEY_BYTES:], source)
         fresh_state.lines = [fresh_state.seal(row, index) for index, row in enumerate(rows)]
         self._disk.replace(self._file, fresh_state.content)
@@ -212,12 +230,13 @@ class EncryptedRowStore:
         self._cached_secret = (fresh_state.header, fresh_state.secret)
 
     def _fresh(self, name: str, naming_key: bytes, source: KeySource) -> _StoreState:
+        """Return the state of an empty file with a new key of the rows."""
         secret = secrets.token_bytes(KEY_BYTES) + naming_key
         header_fields = {"schema": SCHEMA, "kind": "diary", "name": name, "generation": secrets.token_hex(8)}
         return _StoreState(records.canonical(wrap(secret, header_fields, source, name)), secret)
 
     def _load(self) -> _StoreState:
-        """The file as it stands, every row of it checked. Raises StoreError where it was changed."""
+        """Return the file's content, every row checked. Raises StoreError if it was changed."""
         if self._disk.stat(self._file) is None:
             fresh_state = self._fresh(secrets.token_hex(8), secrets.token_bytes(KEY_BYTES), self._source)
             self._disk.replace(self._file, fresh_state.content)
@@ -238,6 +257,7 @@ class EncryptedRowStore:
         return state
 
     def _secret(self, header: bytes) -> bytes:
+        """Return the secrets of a header. Raises StoreError, and KeyRefusedError for a wrong key."""
         cached_header, secret = self._cached_secret
         if header == cached_header:
             return secret
@@ -257,13 +277,14 @@ class EncryptedRowStore:
                 f"{self._file} has schema {fields.get('schema')!r}; this reads {SCHEMA}", upgrade_command()
             )
         secret = unwrap(fields, self._source)
-        # what a killed process renamed is seen and not yet durable: the key of the file before must not go first
+        # a rename by a killed process is visible but maybe not durable: sync it before the old file's key is dropped
         self._disk.sync_folder(self.folder)
         self._source.settle(fields["source"])
         self._cached_secret = (header, secret)
         return secret
 
     def _check_size(self, state: _StoreState, line: bytes) -> None:
+        """Raise BudgetError if a row or the file would be too large."""
         if len(line) > ROW_BYTES:
             raise BudgetError(
                 f"the row takes {len(line):,} bytes; a row may take {ROW_BYTES:,}",
@@ -278,12 +299,13 @@ class EncryptedRowStore:
 
     @contextmanager
     def _exclusive(self, subject: str) -> Iterator[None]:
+        """Hold the folder exclusively. An OSError inside becomes a MissingError about `subject`."""
         with self._thread_lock:
             try:
                 self._make_folder()
                 unlock = self._lock()
                 try:
-                    self._disk.remove_leftovers(self._file)  # of a rewriting that was killed: rows that were to go
+                    self._disk.remove_leftovers(self._file)  # of a killed rewrite: they may hold erased rows
                     yield
                 finally:
                     unlock()
@@ -301,11 +323,12 @@ class EncryptedRowStore:
     def _make_folder(self) -> None:
         missing = [path for path in (self.folder, *self.folder.parents) if self._disk.stat(path) is None]
         for path in reversed(missing):
-            with suppress(FileExistsError):  # another who writes made it meanwhile
+            with suppress(FileExistsError):  # another process created it meanwhile
                 self._disk.mkdir(path)
             self._disk.sync_folder(path.parent)
 
     def _lock(self) -> Callable[[], None]:
+        """Return the unlock function of the folder. Raises BusyError after LOCK_S."""
         deadline = time.monotonic() + LOCK_S
         while True:
             try:

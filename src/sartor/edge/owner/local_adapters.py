@@ -1,9 +1,9 @@
 """Local adapters as versions in the store.
 
-A version is PEFT's two files and `local.json`: of which shipped release it is (by the digest of that release's files),
-which rows it was tuned on (keyed names, `encrypted_rows.py`), how it was judged. It is applied to that release alone.
-A blank version has `local.json` alone, and means that the shipped release works as it is: the store keeps two versions
-of a name, so what must go for good is followed by a blank one, or two.
+A version is PEFT's two files and `local.json`. That file states the shipped release (by the digest of its files), the
+rows it was tuned on (keyed names, `encrypted_rows.py`), and its judgement. It is applied to that release alone. A
+blank version has `local.json` alone, and means that the shipped release works as it is. The store keeps two versions
+of a name, so one or two blank versions follow what must be erased.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.store.version_pointers import Installed, installed
 
 SCHEMA = 1
-# Below the person's folder, while rows are being forgotten
+# File below the person's folder while an erasure is in progress
 FORGETTING = "forgetting.json"
 
 
 @dataclass(frozen=True)
 class LocalAdapter:
-    """A version of NAME.local. path: PEFT's directory. manifest: its manifest."""
+    """Version of NAME.local.
+
+    path: PEFT's directory.
+    manifest: its `local.json`.
+    """
 
     version: str
     path: Path
@@ -36,21 +40,21 @@ class LocalAdapter:
 
     @property
     def is_blank(self) -> bool:
-        """Whether it only says that the shipped release works alone."""
+        """Whether the version has no adapter: the shipped release works alone."""
         return not self.manifest["delta"]
 
     @property
     def digest(self) -> str:
-        """sha256 of its weights; empty for a blank one."""
+        """SHA-256 of its weights; empty for a blank one."""
         return str(self.manifest["delta"])
 
     def used(self, names: Collection[str]) -> bool:
-        """Whether a row of these was trained on."""
+        """Return whether one of these rows was trained on."""
         return not set(names).isdisjoint(self.manifest["rows"])
 
 
 def shipped(store: Path, name: str) -> Installed:
-    """The release that a device was given. Raises StoreError if there is none."""
+    """Return the release that the device was given. Raises StoreError if there is none."""
     result = installed(store, name)
     if result is None:
         raise StoreError(
@@ -61,15 +65,17 @@ def shipped(store: Path, name: str) -> Installed:
 
 
 def digest_of(release: Installed) -> str:
-    """What a delta binds to: the digest of every file of a release."""
+    """Return the digest of every file of a release, to which a delta is bound."""
     return records.digest(dict(release.files))
 
 
 def active_adapter(folder: Path, store: Path, name: str) -> tuple[LocalAdapter | None, str]:
-    """(the delta that works on top of a release, or None; why). For a running program: no lock, no key of the rows, no
-    torch.
+    """Return the delta that applies to the current release, or None, and the reason.
 
-    folder: the person's. Where it is None, the shipped release works as it is.
+    For a running program: it needs no lock, no key of the rows and no torch. With None, the shipped release works as
+    it is.
+
+    folder: the person's.
     """
     delta, release = _adapter_of(installed(store, f"{name}.local")), shipped(store, name)
     if delta is None or delta.is_blank:
@@ -85,21 +91,25 @@ def active_adapter(folder: Path, store: Path, name: str) -> tuple[LocalAdapter |
 
 
 class LocalAdapterStore:
-    """The local deltas of a release in a store. limit_bytes: see Store."""
+    """Local deltas of a release in a store.
+
+    limit_bytes: as in `ReleaseStore`.
+    """
 
     def __init__(self, store: Path, name: str, limit_bytes: int = 0) -> None:
         self.store, self.name, self._limit_bytes = store, f"{name}.local", limit_bytes
 
     def current(self) -> LocalAdapter | None:
-        """What is current, without the store's lock; None if there never was one."""
+        """Return the current version, without the store's lock; None if there never was one."""
         return _adapter_of(installed(self.store, self.name))
 
     def put(
         self, files: Mapping[str, bytes], fields: Mapping[str, Any], check: Callable[[Path], None]
     ) -> LocalAdapter:
-        """Make a delta the current one, if `check` of its directory returns; it is asked last, with the store locked.
+        """Make a delta the current one if `check` of its directory returns.
 
-        Raises HealthError where it does not, and nothing of the delta stays.
+        `check` is called last, with the store locked. Raises HealthError if it raises, and nothing of the delta
+        stays.
         """
         with self._open() as store:
             try:
@@ -113,8 +123,9 @@ class LocalAdapterStore:
         return result
 
     def undo(self, reason: str) -> LocalAdapter:
-        """Go back to the delta before, or to none. Returns the one that was left. Raises StoreError where there is
-        none.
+        """Go back to the previous delta, or to none. Returns the delta that was undone.
+
+        Raises StoreError if there is none.
         """
         with self._open() as store:
             undone, previous = _adapter_of(store.current(self.name)), _adapter_of(store.previous(self.name))
@@ -131,13 +142,14 @@ class LocalAdapterStore:
         return undone
 
     def using(self, names: Collection[str]) -> list[LocalAdapter]:
-        """Every delta that the store keeps, and that used one of these rows."""
+        """Return every delta in the store that used one of these rows."""
         with self._open() as store:
             return [item for item in self._adapters(store) if item.used(names)]
 
     def purge(self, names: Collection[str]) -> None:
-        """Remove every delta that used one of these rows, files and all. One that did not stays, and works on if it
-        did.
+        """Remove every delta that used one of these rows, with its files.
+
+        A delta that used none stays, and stays current if it was.
         """
         with self._open() as store:
             current, previous = (
@@ -147,7 +159,7 @@ class LocalAdapterStore:
                 if previous and not previous.used(names):
                     store.rollback(self.name, "rows that it used were forgotten")
                 else:
-                    for _ in range(2):  # the first makes what was current the previous one
+                    for _ in range(2):  # the first makes the current version the previous one, the second drops it
                         self._put_blank(store, "rows were forgotten")
             elif current and previous and previous.used(names):
                 self._put_blank(store, "rows were forgotten")
@@ -164,6 +176,7 @@ class LocalAdapterStore:
         return [item for item in map(_adapter_of, releases) if item]
 
     def _put_blank(self, store: ReleaseStore, reason: str, *, activate: bool = True) -> None:
+        """Stage a blank version, and activate it by default."""
         fields = {"delta": "", "rows": [], "held_out": [], "why": reason}
         self._put(store, {}, fields, (lambda path: None) if activate else None)
 
@@ -174,6 +187,7 @@ class LocalAdapterStore:
         fields: Mapping[str, Any],
         check: Callable[[Path], None] | None,
     ) -> None:
+        """Stage a version of these files, and activate it with `check` if given."""
         known_versions = [item.version for item in self._adapters(store)] + list(store.refused(self.name))
         version = str(1 + max((int(number) for number in known_versions if number.isdigit()), default=0))
         manifest = records.canonical({"schema": SCHEMA, "kind": "local", "version": version, **fields})
@@ -191,6 +205,7 @@ class LocalAdapterStore:
 
 
 def _adapter_of(release: Installed | None) -> LocalAdapter | None:
+    """Return a version as a local adapter. Raises StoreError if its manifest is not whole."""
     if release is None:
         return None
     try:

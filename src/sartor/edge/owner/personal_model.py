@@ -1,11 +1,12 @@
-"""Owner's rows, adapters, erasure as one object.
+"""Owner's rows, adapters and erasure as one object.
 
     FOLDER/rows/       the diary
     FOLDER/signer/     the key that signs receipts
-    FOLDER/receipts/   what was forgotten, signed
+    FOLDER/receipts/   signed records of erasures
     and the files that `adaptation.py` and `personalization/erasure_receipt.py` describe
 
-Nobody decides what is held out, and nothing is made current that is not better on rows it never saw.
+Digests decide which rows are held out. A delta becomes current only if it is better on rows that it was not trained
+on.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ from sartor.personalization.user_rows import UserRow
 
 @dataclass(frozen=True)
 class Status:
-    """What works now. adapter: PEFT's directory to load. delta: '' where that is the shipped release's own, and
-    why.
+    """Current state.
+
+    adapter: PEFT's directory to load.
+    delta: digest of the delta; "" if the shipped release's own adapter works.
+    reason: why.
     """
 
     adapter: Path
@@ -47,11 +51,14 @@ class Status:
 
 
 class OwnerModel:
-    """A person's rows below `folder`, and the delta on a release in the device's store.
+    """Rows of a person below `folder`, and the delta on a release in the device's store.
 
-    key: of the rows (`row_keys.py`). tune: Job -> facts; by default the tuner's own process under settings.limits.
-    may_run: why not now, or '' (`energy_policy.EnergyPolicy.refusal`). signer: folder of the key that signs receipts,
-    made if absent. A forgetting that a power cut interrupted is ended here.
+    key: of the rows (`row_keys.py`).
+    tune: TuningJob -> facts; by default the tuner's own process under settings.limits.
+    may_run: returns why not now, or "" (`energy_policy.EnergyPolicy.refusal`).
+    signer: folder of the key that signs receipts, created if absent.
+
+    An erasure that a power cut interrupted is completed here.
     """
 
     def __init__(
@@ -79,24 +86,25 @@ class OwnerModel:
     # rows
 
     def add(self, row: Mapping[str, Any] | Example, rating: float | None = None, correction: str = "") -> str:
-        """See Diary.add."""
+        """Store a row and return its id, as `EncryptedRowStore.add`."""
         return self.diary.add(row, rating, correction)
 
     def rows(self) -> list[UserRow]:
-        """Every row, in memory alone."""
+        """Return every row, in memory alone."""
         return self.diary.rows()
 
-    # what works
+    # current adapter
 
     def adapter(self) -> Path:
-        """PEFT's directory for the running program: the delta's, or the shipped release's. No lock is taken, no key
-        needed.
+        """Return PEFT's directory for the running program: the delta's, or the shipped release's.
+
+        It takes no lock and needs no key.
         """
         active, _ = active_adapter(self.folder, self.store, self.settings.name)
         return active.path if active else shipped(self.store, self.settings.name).path
 
     def status(self) -> Status:
-        """What works, and why."""
+        """Return the current state, and the reason for it."""
         active, reason = active_adapter(self.folder, self.store, self.settings.name)
         release = shipped(self.store, self.settings.name)
         rows = self.diary.count()
@@ -106,12 +114,11 @@ class OwnerModel:
     # tuning
 
     def adapt(self, *, again: bool = False) -> Adapted:
-        """Tune a delta on every row that is not held out, from the shipped release on, and make it current if it is
-        better.
+        """Tune a delta on every row that is not held out, and make it current if it is better.
 
-        Killed or stopped, the same call goes on where it was. Rows that were tuned to no avail, or undone, are not
-        tuned again unless `again`, or until there are others. Raises BusyError where the device may not tune now, or
-        does so already.
+        Tuning starts from the shipped release. After a kill or a stop, the same call resumes. Rows whose tuning was
+        rejected or undone are not tuned again unless `again` is set, or until there are other rows. Raises BusyError
+        if the device may not tune now, or is already tuning.
         """
         if reason := self._may_run():
             raise BusyError(
@@ -121,21 +128,23 @@ class OwnerModel:
             return self._adapting.adapt(memory_folder, again)
 
     def evaluate(self) -> AcceptanceResult:
-        """What works, against the shipped release, on the rows that are held out and on the probe. Nothing is
-        decided.
+        """Return the judgement of the active delta against the shipped release, without a decision.
+
+        It is made on the rows that are held out and on the probe.
         """
         return self._adapting.evaluate()
 
     def undo(self, reason: str = "the person undid it") -> Path:
-        """Go back to the delta before, or to the shipped release. Returns what works now. Raises StoreError if none
-        works.
+        """Go back to the previous delta, or to the shipped release. Returns the adapter that works now.
+
+        Raises StoreError if there is no delta.
         """
-        with self._writing():  # neither the key nor the end of a tuning is waited for
+        with self._writing():  # without the key, and without waiting for a tuning
             undone = self._locals.undo(reason)
             self._adapting.settle(str(undone.manifest["key"]), f"it was undone: {reason}")
         return self.adapter()
 
-    # forgetting
+    # erasure
 
     def forget(
         self,
@@ -146,11 +155,10 @@ class OwnerModel:
         containing: str = "",
         retune: bool = True,
     ) -> Forgotten:
-        """Remove rows for good, and every delta that was tuned on one; with `retune`, tune another on the rows that
-        stay.
+        """Erase rows, and every delta that was tuned on one; with `retune`, tune another on the rows left.
 
-        All that is given must hold: ids; ISO dates (since inclusive, before exclusive); a text, whatever its case. The
-        receipt is signed; it holds no text. Raises ConfigError where nothing is given.
+        All given conditions must hold: ids; ISO dates (since inclusive, before exclusive); a text, ignoring case. The
+        receipt is signed and contains no text. Raises ConfigError if no condition is given.
         """
         wanted_ids = set(ids)
         if not (wanted_ids or since or before or containing):
@@ -174,7 +182,10 @@ class OwnerModel:
             return self._end(intent, *self._retune(intent, retune))
 
     def _purge(self, intent: Intent) -> Intent:
-        """Rows first, then what was tuned on them: a delta that is made meanwhile finds its rows gone."""
+        """Erase the rows, then the deltas tuned on them; return the intent with these deltas.
+
+        In this order, a delta that is made in the meantime finds its rows missing.
+        """
         ids = set(intent.ids)
         self.diary.forget(lambda row: row.id in ids)
         names = set(self.diary.names(intent.ids).values())
@@ -187,8 +198,9 @@ class OwnerModel:
         return intent
 
     def _clean(self) -> None:
-        """Remove what a tuning on rows that were forgotten has written. One that runs now removes it, as it finds them
-        gone.
+        """Remove the work of tunings on erased rows.
+
+        A tuning that runs now removes its own work, as it finds the rows missing.
         """
         if self._disk.stat(self._stale):
             with suppress(BusyError), self._exclusive("adapting"):
@@ -196,7 +208,7 @@ class OwnerModel:
                 self._disk.remove(self._stale)
 
     def _retune(self, intent: Intent, retune: bool) -> tuple[str, str]:
-        """(digest of the delta that came, why)."""
+        """Return the digest of the new delta, or "", and the reason."""
         if not intent.deltas:
             return "", "no delta was tuned on these rows"
         if not retune:
@@ -208,6 +220,7 @@ class OwnerModel:
         return adapted.delta, adapted.reason
 
     def _end(self, intent: Intent, new_delta: str, reason: str) -> Forgotten:
+        """Write the receipt of an erasure, and remove its intent."""
         release = shipped(self.store, self.settings.name)
         current = self._locals.current()
         fields = {
@@ -227,6 +240,7 @@ class OwnerModel:
         return Forgotten(intent.ids, intent.deltas, new_delta, reason, file)
 
     def _resume(self) -> None:
+        """Complete an erasure that was interrupted."""
         self._clean()
         if self._disk.stat(self._intent) is None:
             return
@@ -236,8 +250,8 @@ class OwnerModel:
 
     @contextmanager
     def _exclusive(self, name: str) -> Iterator[None]:
-        """One at a time of each kind, of all processes. Raises BusyError."""
-        self.diary.count()  # makes the folder, and says at once whether the key fits
+        """Hold the lock of one kind of work, over all processes. Raises BusyError."""
+        self.diary.count()  # creates the folder, and checks the key at once
         unlock = self._disk.lock(self.folder / f"{name}.lock")
         try:
             with self._writing():
@@ -247,6 +261,7 @@ class OwnerModel:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        """Translate an OSError inside into a MissingError."""
         try:
             yield
         except OSError as error:
@@ -258,7 +273,7 @@ class OwnerModel:
 
 
 def signing_key(folder: Path) -> Path:
-    """The folder of the key that signs a device's receipts, made if absent."""
+    """Return the folder of the key that signs a device's receipts, created if absent."""
     if not (folder / "sartor.key").exists():
         signing.keygen(folder)
     return folder

@@ -1,9 +1,9 @@
 """Tuning job in memory, run as a child process.
 
-Tokens are as good as the text. They are written into a folder of this user's alone (0700) on a file system in memory,
-which the tuner's process reads and which is removed at the end; what a killed process left there goes with the next
-tuning, or when the device restarts. Where there is no such file system the tuning is refused. Memory can be swapped
-out: switch swap off, or encrypt it.
+Tokens are as sensitive as the text. They are written into a folder that only this user may read (0700), on a file
+system in memory. The tuner's process reads it, and it is removed at the end. Leftovers of a killed process are
+removed by the next tuning, or by a restart of the device. Without such a file system the tuning is refused. Memory
+can be swapped out: disable swap, or encrypt it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ Tune = Callable[[TuningJob], Mapping[str, Any]]
 
 @contextmanager
 def memory_folder(owner: Path, roots: Sequence[Path] | None = None) -> Iterator[Path]:
-    """A folder in memory for this user alone, one per `owner`; what was left in it is removed first. See the
-    module.
+    """Hold a folder in memory for this user alone, one per `owner`.
+
+    Its leftovers are removed first, and its content at the end. Raises MissingError if there is no folder in memory,
+    ConfigError if another user owns it.
     """
     root_folder = next((root for root in (_roots() if roots is None else roots) if _is_in_memory(root)), None)
     if root_folder is None:
@@ -68,11 +70,12 @@ def memory_folder(owner: Path, roots: Sequence[Path] | None = None) -> Iterator[
 
 
 def _roots() -> list[Path]:
+    """Return the folders that may be in memory."""
     return [Path("/dev/shm"), *([Path(runtime_dir)] if (runtime_dir := os.environ.get("XDG_RUNTIME_DIR")) else [])]
 
 
 def _is_in_memory(root: Path) -> bool:
-    """By the mount that holds it (proc(5), mounts)."""
+    """Return whether a folder is on a file system in memory, by its mount (proc(5), mounts), and writable."""
     try:
         lines = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:
@@ -84,14 +87,21 @@ def _is_in_memory(root: Path) -> bool:
 
 
 def write_job(job: TuningJob, rows: Sequence[TokenizedExample]) -> None:
-    """Put the tokens where the job says. No held-out row goes to the tuner."""
+    """Write the tokens where the job expects them. No held-out row goes to the tuner."""
     write_tokens(TokenizedDataset(list(rows), [], lengths=[len(row.ids) for row in rows]), Path(job.tokens))
 
 
 def tune_in_process(limits: ResourceLimits, stop: Callable[[], bool] = lambda: False) -> Tune:
-    """The tuner as a process under limits; `stop` ends it, and the same job later goes on where it was."""
+    """Return the tuner as a process under limits.
+
+    `stop` ends it, and the same job later resumes.
+    """
 
     def tune(job: TuningJob) -> Mapping[str, Any]:
+        """Run the tuner on a job and return its facts.
+
+        Raises BusyError if it was stopped, BudgetError above a limit, ModelError for another failure.
+        """
         file = Path(job.tokens).with_name("job.json")
         job.write(file)
         usage = run([sys.executable, "-m", "sartor.edge.tuning.tuner_process", str(file)], limits, stop=stop)

@@ -1,12 +1,11 @@
 """Key wrapping by file, keyring or passphrase.
 
     FileKey     a file that its owner alone may read     Keyring     the system's keyring (the package `keyring`)
-    Passphrase  scrypt (RFC 7914) of what a person types
+    Passphrase  scrypt (RFC 7914) of a typed passphrase
 
-What wraps is called a source. It gives a fresh key whenever the rows get one, and drops the old ones once the rows
-stand under
-the new: so a copy of the old rows opens with nothing that the device still names. docs/edge-personal.md says what each
-source protects from, and from what it does not.
+A key source holds the key that wraps. It gives a fresh key whenever the rows get a new one, and drops the old ones
+once the rows are stored under the new one. So a copy of the old rows cannot be decrypted with any key that the device
+still has. docs/edge-personal.md explains what each source protects from, and from what it does not.
 """
 
 from __future__ import annotations
@@ -32,33 +31,40 @@ from sartor.core.filesystem import FileSystem, PrivateFileSystem
 from sartor.core.installation import pip_command
 
 KEY_BYTES, NONCE_BYTES = 32, 12
-# N = 2**15, r = 8, p = 3: 32 MiB, the smaller of the settings that OWASP's Password Storage Cheat Sheet holds equal
+# N = 2**15, r = 8, p = 3: 32 MiB, a small one of the settings that OWASP's Password Storage Cheat Sheet rates equal
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 1 << 15, 8, 3
-# A header comes from the disk: what it asks for may not take the device's memory
+# A header comes from the disk: its parameters must not exhaust the device's memory
 _MOST_SCRYPT_BYTES = 256 << 20
 
 
 class KeySource(Protocol):
-    """Where the key comes from that wraps. kind: as a header says it."""
+    """Source of the key that wraps.
+
+    kind: its name in a header.
+    """
 
     kind: str
 
     def fresh(self, owner: str) -> tuple[dict[str, Any], bytes]:
-        """(what a header says of it, a new key), durable, beside those that were there. owner: whose key it is."""
+        """Return the header's fields and a new key, durable beside the earlier keys.
+
+        owner: whose key it is.
+        """
         ...
 
     def find(self, fields: Mapping[str, Any]) -> bytes:
-        """The key that a header names. Raises KeyRefusedError where it is not that of this source."""
+        """Return the key that a header names. Raises KeyRefusedError if this source does not have it."""
         ...
 
     def settle(self, fields: Mapping[str, Any]) -> None:
-        """Drop every key of the same owner but the one that this header names."""
+        """Drop every key of the same owner except the one that this header names."""
         ...
 
 
 def wrap(secret: bytes, header_fields: Mapping[str, Any], source: KeySource, owner: str) -> dict[str, Any]:
-    """A header: `header_fields`, what the source says, and the secret under a fresh key of it. ChaCha20-Poly1305 (RFC
-    8439).
+    """Return a header: `header_fields`, the source's fields, and the secret under a fresh key.
+
+    The cipher is ChaCha20-Poly1305 (RFC 8439), with the header as associated data.
     """
     fields, key = source.fresh(owner)
     header = {**header_fields, "source": {"kind": source.kind, **fields}}
@@ -68,8 +74,9 @@ def wrap(secret: bytes, header_fields: Mapping[str, Any], source: KeySource, own
 
 
 def unwrap(header: Mapping[str, Any], source: KeySource) -> bytes:
-    """The secret of a header. Raises KeyRefusedError for another key, or a header that was changed; StoreError for
-    none.
+    """Return the secret of a header.
+
+    Raises KeyRefusedError for another key, or a header that was changed; StoreError for an invalid header.
     """
     aad = {name: value for name, value in header.items() if name != "wrapped"}
     fields = aad.get("source")
@@ -92,24 +99,26 @@ def unwrap(header: Mapping[str, Any], source: KeySource) -> bytes:
 
 
 def _add_key(keys: Mapping[str, bytes], owner: str) -> tuple[str, dict[str, bytes]]:
-    """(name of a new key, all keys)."""
+    """Return the name of a new key, and all keys."""
     key = secrets.token_bytes(KEY_BYTES)
     name = f"{owner}.{hashlib.sha256(key).hexdigest()[:16]}"
     return name, {**keys, name: key}
 
 
 def _prune(keys: Mapping[str, bytes], fields: Mapping[str, Any]) -> dict[str, bytes]:
-    """The keys without those of the same owner that the header does not name."""
+    """Return the keys without those of the same owner that the header does not name."""
     owner = fields["key"].partition(".")[0]
     return {name: key for name, key in keys.items() if name == fields["key"] or name.partition(".")[0] != owner}
 
 
 def _dump(keys: Mapping[str, bytes]) -> str:
+    """Return the keys as JSON."""
     encoded = {name: base64.b64encode(key).decode() for name, key in keys.items()}
     return json.dumps({"schema": 1, "kind": "device key", "keys": encoded}) + "\n"
 
 
 def _parse(text: str | bytes, location: str) -> dict[str, bytes]:
+    """Return the keys in a JSON text. Raises KeyRefusedError."""
     try:
         fields = json.loads(text)
         keys = {name: base64.b64decode(key, validate=True) for name, key in fields["keys"].items()}
@@ -123,6 +132,7 @@ def _parse(text: str | bytes, location: str) -> dict[str, bytes]:
 
 
 def _find_key(keys: Mapping[str, bytes], fields: Mapping[str, Any], location: str) -> bytes:
+    """Return the key that a header names. Raises KeyRefusedError."""
     name = fields.get("key")
     if not isinstance(name, str) or name not in keys:
         raise KeyRefusedError(
@@ -134,9 +144,9 @@ def _find_key(keys: Mapping[str, bytes], fields: Mapping[str, Any], location: st
 
 @dataclass
 class FileKey:
-    """Keys in a file that its owner alone may read; made when first wanted. Put it on another disk than the rows'.
+    """Keys in a file that its owner alone may read; created when first needed. Put it on another disk than the rows.
 
-    Raises ConfigError for a file that others may read or that belongs to somebody else.
+    Raises ConfigError for a file that others may read or that belongs to another user.
     """
 
     path: Path
@@ -144,13 +154,13 @@ class FileKey:
     kind: str = "file"
 
     def fresh(self, owner: str) -> tuple[dict[str, Any], bytes]:
-        """See Source."""
+        """Return the header's fields and a new key, added to the file."""
         name, keys = _add_key(self._load_keys(), owner)
         self._write(keys)
         return {"key": name}, keys[name]
 
     def find(self, fields: Mapping[str, Any]) -> bytes:
-        """See Source."""
+        """Return the key that a header names. Raises KeyRefusedError if the file does not hold it."""
         if self.disk.stat(self.path) is None:
             raise KeyRefusedError(
                 f"there is no key at {self.path}",
@@ -159,13 +169,13 @@ class FileKey:
         return _find_key(self._load_keys(), fields, str(self.path))
 
     def settle(self, fields: Mapping[str, Any]) -> None:
-        """See Source."""
+        """Drop every key of the same owner except the one that this header names."""
         keys = self._load_keys()
         if (remaining := _prune(keys, fields)) != keys:
             self._write(remaining)
 
     def check_rights(self) -> None:
-        """Raise ConfigError unless the file is this user's, a plain one, and nobody else may read it."""
+        """Raise ConfigError unless the file is regular, this user's, and unreadable to others."""
         status = os.lstat(self.path)
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{self.path} is no plain file", "give the path of the key itself, not of a link")
@@ -179,6 +189,7 @@ class FileKey:
             )
 
     def _load_keys(self) -> dict[str, bytes]:
+        """Return the keys in the file; empty if it is missing."""
         if self.disk.stat(self.path) is None:
             return {}
         self.check_rights()
@@ -186,6 +197,7 @@ class FileKey:
             return _parse(stream.read(), str(self.path))
 
     def _write(self, keys: Mapping[str, bytes]) -> None:
+        """Write the keys to the file. Raises MissingError if that fails."""
         try:
             missing = [
                 folder for folder in (self.path.parent, *self.path.parent.parents) if self.disk.stat(folder) is None
@@ -193,7 +205,7 @@ class FileKey:
             for folder in reversed(missing):
                 self.disk.mkdir(folder)
                 self.disk.sync_folder(folder.parent)
-            self.disk.remove_leftovers(self.path)  # a killed writer's holds keys that were to go
+            self.disk.remove_leftovers(self.path)  # a killed writer's file may hold dropped keys
             self.disk.replace(self.path, _dump(keys).encode())
         except OSError as error:
             raise MissingError(
@@ -206,7 +218,7 @@ class FileKey:
 class Keyring:
     """Keys in an entry of the system's keyring: Secret Service, KWallet, macOS's keychain, Windows' vault.
 
-    Raises ExtraError without the package `keyring`, MissingError where the system has no keyring or it is locked.
+    Raises ExtraError without the package `keyring`, MissingError if the system has no keyring or it is locked.
     """
 
     user: str = "personal"
@@ -214,17 +226,17 @@ class Keyring:
     kind: str = "keyring"
 
     def fresh(self, owner: str) -> tuple[dict[str, Any], bytes]:
-        """See Source."""
+        """Return the header's fields and a new key, added to the keyring's entry."""
         name, keys = _add_key(self._load_keys(), owner)
         self._write(keys)
         return {"key": name}, keys[name]
 
     def find(self, fields: Mapping[str, Any]) -> bytes:
-        """See Source."""
+        """Return the key that a header names. Raises KeyRefusedError if the entry does not hold it."""
         return _find_key(self._load_keys(), fields, f"the keyring's entry {self.service}/{self.user}")
 
     def settle(self, fields: Mapping[str, Any]) -> None:
-        """See Source."""
+        """Drop every key of the same owner except the one that this header names."""
         keys = self._load_keys()
         if (remaining := _prune(keys, fields)) != keys:
             self._write(remaining)
@@ -234,13 +246,15 @@ class Keyring:
         return _parse(text, f"the keyring's entry {self.service}/{self.user}") if text else {}
 
     def _write(self, keys: Mapping[str, bytes]) -> None:
+        """Write the keys to the entry. Raises MissingError if the backend does not keep them."""
         self._ask("set_password", self.service, self.user, _dump(keys))
-        if self._load_keys() != keys:  # there is a backend that keeps nothing
+        if self._load_keys() != keys:  # some backends store nothing
             raise MissingError(
                 "the system's keyring did not keep what it was given", "another backend, or a file: FileKey"
             )
 
     def _ask(self, call: str, *arguments: str) -> Any:
+        """Call the package `keyring`. Raises ExtraError without it, MissingError if the call fails."""
         try:
             package = importlib.import_module("keyring")
         except ImportError:
@@ -250,7 +264,7 @@ class Keyring:
             ) from None
         try:
             return getattr(package, call)(*arguments)
-        except Exception as error:  # backends raise what their systems do
+        except Exception as error:  # backends raise errors of their own
             raise MissingError(
                 f"the system's keyring does not answer: {type(error).__name__}: {error}",
                 "unlock it, or a file: FileKey",
@@ -259,7 +273,10 @@ class Keyring:
 
 @dataclass
 class Passphrase:
-    """A key out of what a person types. n, r, p: of scrypt, for fresh keys; older rows say theirs."""
+    """Key derived from a typed passphrase.
+
+    n, r, p: of scrypt, for fresh keys; the header of older rows states theirs.
+    """
 
     text: str = field(repr=False)
     n: int = SCRYPT_N
@@ -272,12 +289,15 @@ class Passphrase:
             raise ConfigError("the passphrase is empty", "type one; six random words are strong")
 
     def fresh(self, owner: str) -> tuple[dict[str, Any], bytes]:
-        """See Source."""
+        """Return a new salt with the parameters, and the key derived with them."""
         fields = {"salt": base64.b64encode(os.urandom(16)).decode(), "n": self.n, "r": self.r, "p": self.p}
         return fields, self.find(fields)
 
     def find(self, fields: Mapping[str, Any]) -> bytes:
-        """See Source."""
+        """Return the key derived with a header's salt and parameters.
+
+        Raises StoreError for parameters that are invalid or need too much memory.
+        """
         try:
             salt, n, r, p = base64.b64decode(fields["salt"], validate=True), *(int(fields[name]) for name in "nrp")
             if 128 * n * r * p > _MOST_SCRYPT_BYTES:
@@ -291,4 +311,4 @@ class Passphrase:
             ) from None
 
     def settle(self, fields: Mapping[str, Any]) -> None:
-        """See Source: nothing is kept."""
+        """Do nothing: no key is stored."""

@@ -27,12 +27,14 @@ def ask(
     sampling: Mapping[str, Any] | None = None,
     person: Path | str = "",
 ) -> dict[str, Any]:
-    """Answer a prompt by the current version, by its own system prompt and sampling but for the options given.
+    """Answer a prompt by the current version.
 
-    person: whose own delta answers, if there is one that fits the version.
+    It uses the version's own system prompt and sampling except for the options given.
 
-    Raises StoreError where nothing is current, ConfigError for an empty prompt, what `runtime.opened` raises, and the
-    error that the reply ended with.
+    person: folder of a person, whose own delta answers if one fits the version.
+
+    Raises StoreError if no version is current, ConfigError for an empty prompt, what `device_runtime.open_runtime`
+    raises, and the error that the reply ended with.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty", 'sartor edge ask NAME "..." --store DIR')
@@ -61,9 +63,11 @@ def ask(
 
 @contextmanager
 def _count_start(store: Path, name: str) -> Iterator[Installed]:
-    """The current version. On trial, the start is counted before, and confirmed if nothing is raised inside.
+    """Hold the current version for an answer.
 
-    While a sync writes to the store nothing is counted: who asks never waits for an update.
+    A version on trial has its start counted before, and is confirmed if nothing is raised inside. While a sync writes
+    to the store nothing is counted, so that a prompt never waits for an update. Raises StoreError if no version is
+    current.
     """
     release = installed(store, name)
     if release and release.trial:
@@ -81,6 +85,7 @@ def _is_current(store: ReleaseStore, release: Installed) -> bool:
 
 
 def _try_in_store(folder: Path, action: Any) -> Installed | None:
+    """Return the result of `action` on the store, or None while another process writes to it."""
     try:
         with ReleaseStore(folder) as store:
             release: Installed | None = action(store)

@@ -1,7 +1,7 @@
 """Runtime of a version, in or out of process.
 
-What it does to that process, a crash of llama.cpp or a machine's last memory, says something of the version and hurts
-nobody. JOB is a JSON file; the answers are written beside it.
+A crash of llama.cpp or an out-of-memory kill of the separate process is a finding about the version and affects
+nothing else. The process gets a job as a JSON file and writes the answers beside it.
 """
 
 from __future__ import annotations
@@ -26,18 +26,22 @@ from sartor.inference.engine import Event, GenerateCall, event_as_json, event_fr
 
 
 class Runtime(Protocol):
-    """What answers. `name`: as a report says it."""
+    """Runtime that answers calls with one version.
+
+    name: name of the runtime in reports.
+    """
 
     name: str
 
     def answer(self, calls: Sequence[GenerateCall]) -> list[list[Event]]:
-        """The events of each call, the last a Done or a Failed. A call's adapter is not read: the version is the
-        adapter.
+        """Return the events of each call, the last a ReplyDone or a ReplyFailed.
+
+        A call's adapter is ignored: the version is the adapter.
         """
         ...
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release the resources of the runtime."""
         ...
 
 
@@ -45,12 +49,13 @@ class Runtime(Protocol):
 def open_runtime(
     release: Path, base: str = "", delta: Path | None = None
 ) -> Iterator[tuple[Runtime, Mapping[str, Any]]]:
-    """What runs a Release or a GGUF export, and its manifest. `base`: in another place than it names; for an export
-    with its
-    adapter alone, a GGUF file. `delta`: PEFT's directory of a person's own, in the place of the Release's adapter.
+    """Open the runtime of a Release or a GGUF export, and yield it with its manifest.
 
-    Raises ArtifactError for bytes that are not as they were sealed, ModelError for a base that is another, ExtraError
-    where the library is absent.
+    base: another location of the base than the version names; for an export with its adapter alone, a GGUF file.
+    delta: PEFT directory of a person's own adapter, used in place of the Release's adapter.
+
+    Raises ArtifactError for bytes that differ from the sealed ones, ModelError for another base or a form without a
+    runtime, ExtraError if the library is missing.
     """
     artifact = open_artifact(release, ("release", "export"))
     module, kind = _MODULES.get((artifact.kind, artifact.manifest.get("form", "")), ("", ""))
@@ -79,13 +84,13 @@ _MODULES = {
 
 
 def system_of(manifest: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
-    """The system prompt of a version as the messages that go first."""
+    """Return the system prompt of a version as the messages that go first."""
     system_prompt = manifest.get("system_prompt", "")
     return ({"role": "system", "content": system_prompt},) if system_prompt else ()
 
 
 def label_of(release: Artifact) -> str:
-    """name@version."""
+    """Return name@version."""
     return f"{release.manifest['name']}@{release.manifest['version']}"
 
 
@@ -96,10 +101,10 @@ _REMEDY = "sartor edge publish RELEASE REPOSITORY, with a version that passes"
 def ask_in_process(
     release: Path, calls: Sequence[GenerateCall], limits: ResourceLimits, base: str = ""
 ) -> tuple[list[list[Event]], ResourceUsage]:
-    """The events of each call, and what the process used.
+    """Answer calls in a process of their own; return the events of each call and the resource usage.
 
-    Raises HealthError with a HealthReason as text: OPENS, TIME, MEMORY or CRASH; MissingError and BudgetError where
-    something outside is not there, which says nothing of the version.
+    Raises HealthError with a HealthReason as text: OPENS, TIME, MEMORY or CRASH. Raises MissingError and BudgetError
+    if something outside is missing, which is no fault of the version.
     """
     with tempfile.TemporaryDirectory(prefix="sartor-health-") as name:
         job = Path(name) / "job.json"
@@ -114,6 +119,7 @@ def ask_in_process(
 
 
 def _check(usage: ResourceUsage, limits: ResourceLimits, log: Path) -> None:
+    """Raise HealthError if the process exceeded a limit or crashed."""
     if usage.killed == "memory":
         raise HealthError(HealthReason.MEMORY.text(f"it took more than {limits.memory_bytes:,} bytes"), _REMEDY)
     if usage.killed:
@@ -125,7 +131,10 @@ def _check(usage: ResourceUsage, limits: ResourceLimits, log: Path) -> None:
 
 
 def _error(fields: dict[str, str]) -> SartorError:
-    """What is missing outside comes as it is; anything else is the version's fault."""
+    """Return the error of an answer file.
+
+    MissingError and BudgetError keep their kind, since something outside is missing. Any other becomes a HealthError.
+    """
     kind = getattr(errors, fields["kind"], HealthError)
     outside_error = next((known for known in (MissingError, BudgetError) if issubclass(kind, known)), None)
     if outside_error:
@@ -136,7 +145,7 @@ def _error(fields: dict[str, str]) -> SartorError:
 def main(arguments: Sequence[str]) -> int:
     """Answer the calls of a job."""
     job = Path(arguments[0])
-    with job.with_name(_LOG).open("wb") as log:  # what libraries print is no part of the command's output
+    with job.with_name(_LOG).open("wb") as log:  # keep the output of libraries out of the command's output
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     fields = json.loads(job.read_text(encoding="utf-8"))

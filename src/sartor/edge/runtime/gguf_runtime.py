@@ -16,15 +16,15 @@ from sartor.edge.runtime.plain_content import markup_of, prompt_of
 from sartor.inference.engine import Event, Finish, GenerateCall, ReplyDone, ReplyFailed, TextDelta
 from sartor.inference.llamacpp_server import PLAIN, Bounds, LlamaCppServer
 
-# Prompt and reply together; llama.cpp takes the memory for all of it when it starts
+# Prompt and reply together; llama.cpp allocates the memory for all of it when it starts
 CONTEXT_TOKENS = 2048
-# A whole reply on a slow device
+# Timeout of a whole reply on a slow device
 REPLY_S = 600.0
 _ADAPTER = "-adapter.gguf"
 
 
 class Gguf:
-    """See `device_runtime.Runtime`."""
+    """Runtime of a GGUF export through llama.cpp's server."""
 
     name = "llama.cpp"
 
@@ -36,14 +36,15 @@ class Gguf:
         self._markup = markup_of(model, inner)
 
     def answer(self, calls: Sequence[GenerateCall]) -> list[list[Event]]:
-        """See `device_runtime.Runtime`. One after the other: a device has few cores."""
+        """Return the events of each call. Calls run one after the other: a device has few cores."""
         return [self._events(call) for call in calls]
 
     def close(self) -> None:
-        """See `device_runtime.Runtime`."""
+        """Release the server."""
         self._inner = None
 
     def _events(self, call: GenerateCall) -> list[Event]:
+        """Return the events of one call."""
         assert self._inner
         try:
             prompt = prompt_of(call, self._inner, self._markup)
@@ -61,6 +62,7 @@ class Gguf:
             ]
 
     def _body(self, call: GenerateCall, prompt: str | list[int]) -> dict[str, Any]:
+        """Return the body of the completion request."""
         sampling = call.sampling
         return {
             **PLAIN,
@@ -75,7 +77,11 @@ class Gguf:
 
 
 def _files(export: Artifact, base: str) -> tuple[Path, list[Path]]:
-    """The model's file and the adapters': with `base`, the adapter on that file; else the smallest merged file."""
+    """Return the model's file and the adapters'.
+
+    With `base` they are that file and the adapter; else the smallest merged file, without an adapter. Raises
+    ModelError if the base differs or is no GGUF file.
+    """
     names = [name for name in export.manifest["files"] if name.endswith(".gguf")]
     merged = [export.path / name for name in names if not name.endswith(_ADAPTER)]
     adapters = [export.path / name for name in names if name.endswith(_ADAPTER)]

@@ -2,8 +2,8 @@
 
 The template and the tokenizer are llama.cpp's own.
 
-llama.cpp looks for control tokens in all of a prompt's text, and for added words even where it is told to look for
-none. So a prompt that spells some is cut inside of them, and its pieces are tokenised one by one
+llama.cpp recognises control tokens in all of a prompt's text, and added words even where it is configured not to. So
+a prompt that spells some is cut inside of them, and its pieces are tokenised one by one
 (`models/template_markup.py`).
 """
 
@@ -23,13 +23,15 @@ from sartor.models.template_markup import TemplateMarkup, VocabularyToken, is_ma
 _TOKENS, _TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 # llama.cpp's kinds of tokens (llama.h, llama_token_type)
 _UNKNOWN, _CONTROL, _ADDED = 2, 3, 4
-# Put before a piece that goes on in the middle of a word, so that nothing is put there for its beginning
+# Put before a piece that continues a word, so that the tokenizer adds no word beginning (such as a space)
 _ANCHORS = (".", "\ue002", "a")
 
 
 def markup_of(model: Path, inner: LlamaCppServer) -> TemplateMarkup:
-    """Return the markup of a GGUF file: its control tokens, and the added words that look like them or that its
-    template writes. Raises ModelError.
+    """Return the markup of a GGUF file.
+
+    It consists of the file's control tokens, and of the added words that look like them or that its template writes.
+    Raises ModelError.
     """
     texts = [text for messages in plain_probes() for text in _render(inner, messages)]
     arrays = read_head(model, (_TOKENS, _TYPES)).arrays
@@ -44,7 +46,7 @@ def markup_of(model: Path, inner: LlamaCppServer) -> TemplateMarkup:
 
 
 def _render(inner: LlamaCppServer, messages: list[dict[str, str]]) -> list[str]:
-    """What the template writes; nothing where it refuses."""
+    """Return the template's rendering of messages; an empty list if it refuses them."""
     try:
         return [str(inner.ask("/apply-template", {"messages": messages})["prompt"])]
     except (UnavailableError, KeyError):
@@ -52,7 +54,7 @@ def _render(inner: LlamaCppServer, messages: list[dict[str, str]]) -> list[str]:
 
 
 def prompt_of(call: GenerateCall, inner: LlamaCppServer, markup: TemplateMarkup) -> str | list[int]:
-    """Return a call's prompt for llama.cpp: text, or token ids where a text spells markup.
+    """Return a call's prompt for llama.cpp: text, or token ids if a text spells markup.
 
     Raises UnavailableError, KeyError, TypeError and ValueError for an answer of another form.
     """
@@ -70,13 +72,16 @@ def prompt_of(call: GenerateCall, inner: LlamaCppServer, markup: TemplateMarkup)
 
 
 def _shielded(message: Mapping[str, Any], markup: TemplateMarkup) -> dict[str, Any]:
-    """A message with its texts shielded; its role, by which templates branch, as it is where it is one."""
+    """Return a message with its texts shielded.
+
+    A valid role stays as it is, since templates branch on it.
+    """
     shielded: dict[str, Any] = markup.shield_values(dict(message))
     return {**shielded, "role": message["role"]} if message.get("role") in ROLES else shielded
 
 
 def _continuation_tokens(inner: LlamaCppServer, text: str) -> list[int]:
-    """Tokens of a text that goes on in the middle of a word."""
+    """Return the tokens of a text that continues in the middle of a word."""
     for anchor in _ANCHORS:
         anchor_tokens, tokens = _tokens(inner, anchor), _tokens(inner, anchor + text)
         if tokens[: len(anchor_tokens)] == anchor_tokens:
@@ -85,5 +90,6 @@ def _continuation_tokens(inner: LlamaCppServer, text: str) -> list[int]:
 
 
 def _tokens(inner: LlamaCppServer, text: str, *, opens: bool = False) -> list[int]:
+    """Return the tokens of a text; `opens` adds the special tokens of a beginning."""
     reply: Any = inner.ask("/tokenize", {"content": text, "add_special": opens, "parse_special": True})
     return [int(token) for token in reply["tokens"]]

@@ -11,12 +11,12 @@ from sartor.inference.engine import Event, Finish, GenerateCall, ReplyDone, Repl
 from sartor.inference.generate import context_tokens, generate
 from sartor.inference.prompts import prompt_ids
 
-# Of a base that says nothing of its context
+# Context of a base whose configuration states none
 UNKNOWN_TOKENS = 4096
 
 
 class TorchRuntime:
-    """See `device_runtime.Runtime`."""
+    """Runtime of a Release through transformers and torch."""
 
     name = "sartor"
 
@@ -24,13 +24,14 @@ class TorchRuntime:
         self._base, self._model = open_tuned(release, base_name=base)
 
     def answer(self, calls: Sequence[GenerateCall]) -> list[list[Event]]:
-        """See `device_runtime.Runtime`."""
+        """Return the events of each call."""
         return [self._events(call) for call in calls]
 
     def close(self) -> None:
-        """See `device_runtime.Runtime`."""
+        """Do nothing: the model is freed with the object."""
 
     def _events(self, call: GenerateCall) -> list[Event]:
+        """Return the events of one call."""
         chat = self._base.chat
         try:
             ids = prompt_ids(chat, call, context_tokens(self._model) or UNKNOWN_TOKENS)

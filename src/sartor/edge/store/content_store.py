@@ -1,14 +1,14 @@
 """Content-addressed blobs and version directories.
 
-partial/SHA256      what came so far
-blobs/SHA256        all of it, checked: its bytes were durable before it got this name
-quarantine/SHA256   a blob whose bytes differ now; out of the way, so that it is fetched again
-wanted.json         the digests of the update that is being fetched, so that no collection takes what came already
+partial/SHA256      bytes downloaded so far
+blobs/SHA256        the whole blob, checked: its bytes were durable before it got this name
+quarantine/SHA256   a blob whose bytes differ now; moved away, so that it is fetched again
+wanted.json         the digests of the update in progress, so that no collection removes its downloads
 
-A file of a tree is a hard link to its blob, which takes no room. Symbolic links would not do: a Release is refused
-whose files lie outside it. But a file that is in the current version and in the previous one must not be the same file
-on the disk, or one bad block takes both of them: there the tree gets a copy of its own, as the two slots of an A/B
-device do. So every such file is there twice, and `verify` writes either from the other.
+A file of a tree is a hard link to its blob, which takes no space. Symbolic links are impossible: a Release whose
+files lie outside it is refused. But a file of the current and the previous version must not be the same file on the
+disk, or one bad block damages both. There the tree gets a copy of its own, as the two slots of an A/B device do. So
+every such file exists twice, and `verify` rewrites either from the other.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from sartor.core.errors import StoreError
 from sartor.core.filesystem import LEFTOVER, FileSystem
 from sartor.edge.store.version_pointers import DIGEST, StoredVersion, tree_of
 
-# An fsync takes tens of milliseconds on an SD card, so not every piece has its own. ext4, F2FS and btrfs make a file
-# longer only after its bytes are on the disk, so a power cut shortens a partial download; were it garbage, `finish`
-# would tell.
+# An fsync takes tens of milliseconds on an SD card, so not every piece has its own. ext4, F2FS and btrfs extend a file
+# only after its bytes are on the disk, so a power cut shortens a partial download. `finish` would detect garbage.
 _SYNC_EACH_BYTES = 4 << 20
 
 
 class Blobs:
-    """The blobs of a store, whole and partial."""
+    """Blobs of a store, whole and partial."""
 
     def __init__(self, disk: FileSystem, folder: Path) -> None:
         self._disk = disk
@@ -42,26 +41,29 @@ class Blobs:
         self._unsynced: dict[str, int] = {}
 
     def path(self, digest: str) -> Path:
-        """Where a blob is, if it is whole. Raises StoreError for what is no sha256: it would be a path."""
+        """Return the path of a whole blob.
+
+        Raises StoreError for a text that is no sha256, since it could lead to another path.
+        """
         if not DIGEST.fullmatch(digest):
             raise StoreError(f"{digest!r:.80} is no sha256 in 64 hexadecimal digits", "give the digest of the blob")
         return self.folder / digest
 
     def has(self, digest: str) -> bool:
-        """Whether a blob is there; it was checked before it got its name."""
+        """Return whether a blob is there; it was checked before it got its name."""
         return self._disk.stat(self.path(digest)) is not None
 
     def digests(self) -> list[str]:
-        """Every blob that is whole."""
+        """Return the digests of all whole blobs."""
         return self._disk.names(self.folder)
 
     def partial(self, digest: str) -> int:
-        """Bytes of an interrupted download; 0 if there is none."""
+        """Return the size of an interrupted download in bytes; 0 if there is none."""
         status = self._disk.stat(self.partials / self.path(digest).name)
         return status.size if status else 0
 
     def append(self, digest: str, offset: int, content: bytes) -> None:
-        """Add to a partial blob. Raises StoreError if `offset` is not where it ends."""
+        """Append to a partial blob. Raises StoreError if `offset` is not its end."""
         partial_bytes = self.partial(digest)
         if offset != partial_bytes:
             raise StoreError(
@@ -76,24 +78,28 @@ class Blobs:
             self._sync(digest)
 
     def _sync(self, digest: str) -> None:
+        """Make a partial blob durable; discard it if that fails."""
         try:
             self._disk.sync(self.partials / digest)
         except OSError:
-            # After a failed fsync the kernel takes the pages for written, and the next fsync succeeds without them:
-            # the bytes that are read here are then not those on the disk, so they are not built upon.
+            # After a failed fsync the kernel marks the pages clean, and the next fsync succeeds without writing them.
+            # Bytes read from the cache may then differ from those on the disk, so the download is discarded.
             self.discard(digest)
             raise
         self._unsynced.pop(digest, None)
 
     def finish(self, digest: str) -> None:
-        """Check a partial blob and make it a whole one. Raises StoreError, and removes it, if its bytes are others."""
+        """Check a partial blob and make it a whole one.
+
+        Raises StoreError, and removes it, if its bytes have another digest.
+        """
         if self.has(digest):
             self.discard(digest)
             return
         self.wanted.add(digest)
         partial_file = self.partials / digest
         if self._disk.stat(partial_file) is None:
-            self._disk.write(partial_file, b"")  # of an empty file nothing was to be fetched
+            self._disk.write(partial_file, b"")  # an empty blob has nothing to fetch
         self._sync(digest)
         if not self._disk.is_whole(partial_file, digest):
             actual_digest = self._disk.digest(partial_file)
@@ -111,7 +117,7 @@ class Blobs:
         self._disk.remove(self.partials / self.path(digest).name)
 
     def open(self, digest: str) -> BinaryIO:
-        """A whole blob to read from. Raises StoreError if there is none."""
+        """Open a whole blob for reading. Raises StoreError if there is none."""
         if not self.has(digest):
             raise StoreError(
                 f"the store holds no blob {digest[:16]}", "sartor edge sync URL NAME --device ID --root 1.root.json"
@@ -119,32 +125,32 @@ class Blobs:
         return self._disk.open(self.path(digest))
 
     def mend(self, digest: str, source: Path) -> None:
-        """Write a blob anew from a file that is whole."""
+        """Rewrite a blob from a whole file."""
         temp_file = self.partials / f".{digest}{LEFTOVER}"
         self._disk.copy(source, temp_file)
         self._disk.rename(temp_file, self.path(digest))
         self._disk.sync_folder(self.folder)
 
     def quarantine(self, digest: str) -> None:
-        """Put a blob out of the way."""
+        """Move a blob to the quarantine."""
         self._disk.rename(self.path(digest), self.quarantined / digest)
         self._disk.sync_folder(self.folder)
 
     def want(self, digests: Iterable[str]) -> None:
-        """Spare these, durably, until they are part of a staged version."""
+        """Protect these blobs from collection, durably, until they are part of a staged version."""
         self.wanted = set(digests)
         self._disk.replace(self._wanted_file, records.canonical(sorted(self.wanted)))
 
     def staged(self, digests: Iterable[str]) -> None:
-        """These are part of a version now, which spares them by itself."""
+        """Remove these blobs from the wanted ones: a version protects them now."""
         self.wanted -= set(digests)
         if not self.wanted:
             self._disk.remove(self._wanted_file)
 
     def recall(self) -> None:
-        """Know again, after a restart, what was wanted, and what came in part.
+        """Restore the set of wanted blobs after a restart, with the partial downloads.
 
-        A list that is not whole costs a download at most, so it is no error.
+        A damaged list costs a download at most, so it is no error.
         """
         self.wanted = set(self._disk.names(self.partials))
         try:
@@ -156,12 +162,12 @@ class Blobs:
             self.wanted |= {item for item in fields if isinstance(item, str) and DIGEST.fullmatch(item)}
 
 
-# FAT has no hard links, some network file systems neither; and one file has only so many names.
+# FAT and some network file systems have no hard links, and a file has a maximum number of links (EMLINK).
 _CANNOT_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 class VersionDirectories:
-    """The trees of a store."""
+    """Version directories (trees) of a store."""
 
     def __init__(self, disk: FileSystem, folder: Path, blobs: Blobs) -> None:
         self._disk, self._blobs = disk, blobs
@@ -169,17 +175,18 @@ class VersionDirectories:
         self.links = True
 
     def path(self, name: str, version: str) -> Path:
-        """Where the tree of a version is."""
+        """Return the path of a version's tree."""
         return self._store / tree_of(name, version)
 
     def all(self) -> Iterator[Path]:
-        """Every tree, and what killed processes left of one."""
+        """Yield every tree, with the leftovers of killed processes."""
         for name in self._disk.names(self.folder):
             yield from (self.folder / name / version for version in self._disk.names(self.folder / name))
 
     def build(self, name: str, version: StoredVersion, counterpart: StoredVersion | None) -> Path:
-        """Make the tree of a version that has none, durably; `counterpart`: the version that it may share no file
-        with.
+        """Build the tree of a version that has none, durably.
+
+        counterpart: version with which it must not share a file on the disk.
         """
         target = self.path(name, version.version)
         temp_tree = target.with_name(f".{target.name}{LEFTOVER}")
@@ -197,7 +204,7 @@ class VersionDirectories:
         self._disk.sync_folder(self.folder)
         for leftover in (temp_tree, target):
             self._disk.remove(leftover)
-        for folder in sorted(folders):  # a parent is before what it holds
+        for folder in sorted(folders):  # a parent sorts before its children
             self._disk.mkdir(folder)
         for file, digest in version.files.items():
             self._put(digest, temp_tree / file, self._inodes(name, counterpart, digest))
@@ -208,7 +215,7 @@ class VersionDirectories:
         return target
 
     def mend(self, name: str, version: StoredVersion, counterpart: StoredVersion | None) -> None:
-        """Write anew each file of a tree that is damaged and whose blob is whole, one rename each."""
+        """Rewrite each damaged file of a tree whose blob is whole, with one rename each."""
         temp_file = self.folder / name / f".mending{LEFTOVER}"
         for file, digest in self.broken(name, version):
             if not self._blobs.has(digest):
@@ -220,21 +227,24 @@ class VersionDirectories:
             self._disk.sync_folder(target.parent)
 
     def broken(self, name: str, version: StoredVersion) -> list[tuple[str, str]]:
-        """Files of a tree that are missing or have other bytes, with their digests. Reads all of it."""
+        """Return the files of a tree that are missing or have other bytes, with their digests.
+
+        It reads every byte of the tree.
+        """
         tree = self.path(name, version.version)
         return [
             (file, digest) for file, digest in version.files.items() if not self._disk.is_whole(tree / file, digest)
         ]
 
     def copied_bytes(self, name: str, digest: str, counterpart: StoredVersion | None) -> int:
-        """What putting a blob into a tree takes of the disk: nothing for a link."""
+        """Return the bytes that putting a blob into a tree takes on the disk; 0 for a link."""
         blob = self._disk.stat(self._blobs.path(digest))
         if blob is None:
             return 0
         return 0 if self.links and blob.inode not in self._inodes(name, counterpart, digest) else blob.size
 
     def _inodes(self, name: str, version: StoredVersion | None, digest: str) -> set[int]:
-        """Which files on the disk hold a digest for a version."""
+        """Return the inodes of a version's files with this digest."""
         if version is None:
             return set()
         tree = self.path(name, version.version)
@@ -244,6 +254,10 @@ class VersionDirectories:
         return {stat.inode for stat in statuses if stat}
 
     def _put(self, digest: str, target: Path, avoided_inodes: set[int]) -> None:
+        """Link a blob to `target`, or copy it where it may not or cannot be linked.
+
+        Raises StoreError if the copy has another digest.
+        """
         source = self._blobs.path(digest)
         blob = self._disk.stat(source)
         if self.links and blob and blob.inode not in avoided_inodes:
@@ -256,7 +270,7 @@ class VersionDirectories:
                 self.links = error.errno == errno.EMLINK
         self._disk.copy(source, target)
         if not self._disk.is_whole(target, digest):
-            # A blob that rotted since it was checked must not get a second, newer copy.
+            # A blob that decayed since it was checked must not get a second copy.
             raise StoreError(
                 f"the blob {digest[:16]} is damaged",
                 "sartor edge verify --store STORE, then sartor edge sync URL NAME --device ID --root 1.root.json",
@@ -264,7 +278,10 @@ class VersionDirectories:
 
 
 def check_files(files: object) -> None:
-    """Raise StoreError unless every path of a version stays inside its tree: it comes from outside, signed or not."""
+    """Raise StoreError unless every path of a version stays inside its tree.
+
+    The paths come from outside, signed or not.
+    """
     if not isinstance(files, dict) or not files:
         raise StoreError("a version without files cannot be staged", "give path -> digest of each file of the release")
     for path in files:

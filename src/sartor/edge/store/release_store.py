@@ -1,19 +1,20 @@
 """Crash-safe A/B store of Releases.
 
-    append, finish   blobs arrive                              the device works with 1.0
+    append, finish   blobs are downloaded                      the device works with 1.0
     stage            a tree of 1.1 beside that of 1.0          ... with 1.0
     activate         health check of 1.1, then one rename      ... with 1.0 until the rename, with 1.1 from it on
-    start, confirm   1.1 on trial says that it works           ... with 1.1, or with 1.0 once its starts are used up
+    start, confirm   1.1 on trial confirms that it works       ... with 1.1, or with 1.0 once its starts are used up
     rollback         one rename back                           ... with 1.1 until the rename, with 1.0 from it on
 
-Three rules carry it. (1) What is named is durable first: bytes are fsynced before they get a name, a tree and its
-folders before the pointer names it. (2) One rename commits, and it replaces a file that holds the whole state. (3)
-Nothing is removed before the pointer that no longer names it is durable. So a kill or a power cut at any operation
-leaves files that nothing names, which the next opening or collection removes, and never a name without its files.
+Three rules ensure this. (1) Content is durable before it is named: bytes are fsynced before they get a name, a tree
+and its folders before the pointer names it. (2) One rename commits, and it replaces a file that holds the whole
+state. (3) Nothing is removed before the pointer that no longer names it is durable. So a kill or a power cut at any
+operation leaves files that nothing names, which the next opening or collection removes. It never leaves a name
+without its files.
 
 The running program reads with `installed`, which takes no lock and never waits for an update. Files are touched
-through
-`core.filesystem.FileSystem` alone: tests kill, fill and cut the power at each of its operations.
+through `core.filesystem.FileSystem` alone: tests kill the process, fill the disk and cut the power at each of its
+operations.
 """
 
 from __future__ import annotations
@@ -45,13 +46,15 @@ __all__ = ["Installed", "StoreState", "ReleaseStore", "installed", "states"]
 
 
 class ReleaseStore:
-    """The store at a folder, made if absent; the one writer of it until `close`, or the end of the process.
+    """Store at a folder, created if absent; its only writer until `close` or the end of the process.
 
-    Opening it removes what a killed update left and writes a damaged pointer anew; `mended` says what, in words.
-    `limit_bytes`: what it may take of the disk; 0 is no bound. Raises BusyError if another process writes to it.
+    Opening it removes the leftovers of a killed update and rewrites a damaged pointer; `mended` lists these repairs,
+    in words.
 
-    Every method raises MissingError where the disk is full or cannot be written to: what was current still is, and the
-    same call goes through once there is room.
+    limit_bytes: maximum size of the store on the disk; 0 means no limit.
+
+    Raises BusyError if another process writes to the store. Every method raises MissingError if the disk is full or
+    cannot be written to. The current version is unchanged then, and the same call succeeds once there is space.
     """
 
     def __init__(self, folder: Path, *, limit_bytes: int = 0, disk: FileSystem | None = None) -> None:
@@ -80,10 +83,11 @@ class ReleaseStore:
         self.close()
 
     def close(self) -> None:
-        """Let another process write."""
+        """Release the lock, so that another process can write."""
         self._unlock()
 
     def _open(self) -> None:
+        """Create the folders, take the lock and repair the leftovers of an interrupted process."""
         folders = self._folders()
         for path in (*reversed(self.folder.parents), self.folder):
             if self._disk.stat(path) is None:
@@ -93,7 +97,7 @@ class ReleaseStore:
         for path in folders:
             if self._disk.stat(path) is None:
                 self._disk.mkdir(path)
-        # What a killed process renamed is seen, but durable only now: nothing is built on it before.
+        # A rename by a killed process is visible but maybe not durable: sync it before anything relies on it.
         for path in (self.folder.parent, self.folder, *self._pointers.folders, self._blobs.folder, self._trees.folder):
             self._disk.sync_folder(path)
         self._sweep()
@@ -104,7 +108,7 @@ class ReleaseStore:
         return (*self._pointers.folders, *self._blobs.folders, self._trees.folder)
 
     def _sweep(self) -> None:
-        """Remove what an interrupted write left under a hidden name: nothing ever names it."""
+        """Remove what an interrupted write left under a hidden name, which nothing refers to."""
         for folder in (self.folder, *self._folders()):
             for name in self._disk.names(folder):
                 if name.startswith("."):
@@ -115,6 +119,7 @@ class ReleaseStore:
 
     @contextmanager
     def _writing(self, subject: str) -> Iterator[None]:
+        """Translate an OSError inside into a MissingError about `subject`."""
         try:
             yield
         except OSError as error:
@@ -133,11 +138,11 @@ class ReleaseStore:
     def _try_to_sweep(self) -> None:
         try:
             self._sweep()
-        except OSError:  # the next opening does it
+        except OSError:  # the next opening sweeps again
             return
 
     def _current_versions(self) -> str:
-        """What is current, after all: a commit whose fsync failed can be seen already."""
+        """Return the current versions as text: a commit whose fsync failed may be visible already."""
         return (
             ", ".join(f"{item.name} {item.current.version}" for item in self._pointers.all() if item.current)
             or "nothing yet"
@@ -146,26 +151,27 @@ class ReleaseStore:
     # blobs
 
     def has(self, digest: str) -> bool:
-        """Whether the blob with this sha256 (hex) is there, whole and checked."""
+        """Return whether the blob with this sha256 (hex) is there, whole and checked."""
         return self._blobs.has(digest)
 
     def partial(self, digest: str) -> int:
-        """Bytes of an interrupted download, which `append` goes on from."""
+        """Return the size of an interrupted download in bytes, from which `append` continues."""
         return self._blobs.partial(digest)
 
     def append(self, digest: str, offset: int, content: bytes) -> None:
-        """Add to a download. Raises StoreError if `offset` is not `partial(digest)`, BudgetError above the store's
-        limit.
+        """Append to a download.
+
+        Raises StoreError if `offset` is not `partial(digest)`, BudgetError above the store's limit.
         """
         with self._writing(f"the blob {digest[:16]}"):
             self._make_room(f"the blob {digest[:16]}", len(content))
             self._blobs.append(digest, offset, content)
 
     def finish(self, digest: str) -> None:
-        """Check a download and make it a whole blob, durably. Raises StoreError if its bytes are others; it is removed
-        then.
+        """Check a download and make it a whole blob, durably.
 
-        A blob that was quarantined comes back by this, and so do the files of the versions that it belongs to.
+        A quarantined blob is restored by this, and so are the files of the versions that contain it. Raises
+        StoreError if its bytes have another digest; it is removed then.
         """
         with self._writing(f"the blob {digest[:16]}"):
             is_new = not self._blobs.has(digest)
@@ -174,23 +180,25 @@ class ReleaseStore:
                 self._repair.mend_trees(digest)
 
     def discard(self, digest: str) -> None:
-        """Remove a partial download, to begin anew."""
+        """Remove a partial download, so that it can begin again."""
         with self._writing(f"the blob {digest[:16]}"):
             self._blobs.discard(digest)
 
     def open(self, digest: str) -> BinaryIO:
-        """A whole blob to read from. Raises StoreError if there is none."""
+        """Open a whole blob for reading. Raises StoreError if there is none."""
         return self._blobs.open(digest)
 
     # versions
 
     def make_room(self, name: str, sizes: Mapping[str, int]) -> None:
-        """Call before an update is fetched: `sizes` is the bytes of each blob of the new version, by digest.
+        """Make room for an update; call it before the update is fetched.
 
-        Garbage is collected if need be, then the previous version is given up (the new one goes into the slot of the
-        old, as in every A/B update) unless the current one is damaged. From here on no collection takes these blobs.
-        Raises BudgetError or MissingError, before anything is removed or fetched, if it cannot fit beside the current
-        version.
+        sizes: bytes of each blob of the new version, by digest.
+
+        Garbage is collected if need be. Then the previous version is given up (the new one takes the slot of the old,
+        as in every A/B update) unless the current one is damaged or on trial. From here on no collection removes
+        these blobs. Raises BudgetError or MissingError, before anything is removed or fetched, if the update cannot
+        fit beside the current version.
         """
         pointer = self._read(name)
         subject = f"the update of {name}"
@@ -202,27 +210,32 @@ class ReleaseStore:
             self._blobs.want(sizes)
 
     def _clear_space(self, pointer: Pointer, subject: str, needed_bytes: int) -> None:
-        """Collect garbage, and give up the previous version if that is not enough. Raises before, if neither is."""
+        """Collect garbage, and give up the previous version if that is not enough.
+
+        Raises before anything is removed if both are not enough.
+        """
         others = [item for item in self._pointers.all() if item.name != pointer.name]
         current_only = replace(pointer, previous=None, staged=None)
         used = self._quota.used_bytes()
         freed_bytes = used - self._quota.retained_bytes([pointer, *others])
         if not self._quota.fits(needed_bytes, freed_bytes):
-            # else the previous version may be the only one that works
+            # if the current version is damaged or on trial, the previous may be the only one that works
             if self._repair.is_whole(pointer) and not pointer.trial:
                 freed_bytes = used - self._quota.retained_bytes([current_only, *others])
             if not self._quota.fits(needed_bytes, freed_bytes):
                 raise self._quota.refusal(subject, needed_bytes, freed_bytes)
-            self._collect()  # on a disk that is full to the last byte, the pointer needs some of this
+            self._collect()  # on a completely full disk, writing the pointer needs some of this space
             self._pointers.write(current_only)
         self._collect()
 
     def stage(self, name: str, version: str, files: Mapping[str, str]) -> Path:
-        """Make a directory of blobs that can be opened as a Release; `files`: path inside it -> digest.
+        """Build a directory of blobs that can be opened as a Release.
 
-        A version that is there already is mended where it is damaged. One version is staged at a time: another that
-        was staged is given up. Raises StoreError for a blob that is missing, a path that leads outside, or a version
-        that is installed with other files; HealthError for a version that was rolled back here.
+        files: path inside it -> digest.
+
+        A version that is there already is repaired where it is damaged. One version is staged at a time: another
+        staged one is given up. Raises StoreError for a missing blob, a path that leads outside, or a version that is
+        installed with other files; HealthError for a version that was refused here.
         """
         pointer = self._read(name)
         new_version = self._checked(pointer, version, files)
@@ -231,7 +244,7 @@ class ReleaseStore:
             if stored and stored.files == new_version.files:
                 self._trees.mend(name, stored, pointer.counterpart(stored))
             else:
-                if stored:  # it was staged with other files: nothing may name a tree that is not whole
+                if stored:  # staged with other files: no pointer may name a tree that is not whole
                     pointer = replace(pointer, staged=None)
                     self._pointers.write(pointer)
                 copied = sum(self._trees.copied_bytes(name, file, pointer.current) for file in files.values())
@@ -243,6 +256,7 @@ class ReleaseStore:
         return self._trees.path(name, version)
 
     def _checked(self, pointer: Pointer, version: str, files: Mapping[str, str]) -> StoredVersion:
+        """Return the version to stage. Raises StoreError or HealthError if it cannot be staged."""
         if not is_valid_name(version):
             raise StoreError(f"{version!r:.80} is no version", "lower-case letters, digits, '.', '_' and '-'")
         version_pointers.check(pointer, version)
@@ -263,11 +277,13 @@ class ReleaseStore:
     def activate(self, name: str, version: str, healthy: Callable[[Path], None], *, starts: int = 0) -> None:
         """Make a staged version the current one, durably, if it is whole and `healthy` returns.
 
-        `healthy` gets its directory and raises what is wrong; the old version is current until it has returned, so one
-        that hangs, or takes the process with it, changes nothing. `starts`: it is on trial, see `start`. Raises
-        HealthError saying why, StoreError for a version that is not staged or is damaged. What fails is refused from
-        then on (`refused`), unless something outside was missing for the check, or memory (MissingError, BudgetError):
-        that says nothing of the version.
+        healthy: gets the version's directory and raises an error if it fails. The old version is current until it has
+        returned. So a version that hangs, or kills the process, changes nothing.
+        starts: number of starts of the trial, as `start` counts them; 0 means no trial.
+
+        Raises HealthError with the reason, and StoreError for a version that is not staged or is damaged. A version
+        that fails is refused from then on (`refused`). MissingError and BudgetError are exceptions: something outside
+        or memory was missing for the check, which is no fault of the version.
         """
         pointer = self._read(name)
         version_pointers.check(pointer, version)
@@ -302,11 +318,10 @@ class ReleaseStore:
             self._pointers.write(version_pointers.activated(pointer, stored, starts))
 
     def start(self, name: str) -> Installed | None:
-        """Call before the device's program runs, and run what is returned. On trial, this start is counted first,
-        durably.
+        """Return the version to run; call it before the device's program runs.
 
-        Where none is left, the version that never confirmed is rolled back, and the one before it is returned; where
-        that is damaged too, the version stays, since nothing better is there.
+        On trial, this start is counted first, durably. If no start is left, the unconfirmed version is rolled back
+        and the one before it is returned. If that is damaged too, the version stays, since there is none better.
         """
         pointer = self._read(name)
         if pointer.trial and pointer.trial.left > 0:
@@ -318,24 +333,24 @@ class ReleaseStore:
         return self.current(name)
 
     def confirm(self, name: str) -> None:
-        """The current version works: its trial, if it is on one, is over."""
+        """End the trial of the current version, if any: it works."""
         pointer = self._read(name)
         if pointer.trial:
             with self._writing(f"the end of the trial of {name}"):
                 self._pointers.write(replace(pointer, trial=None))
 
     def forgive(self, name: str, version: str) -> None:
-        """Let a refused version be tried again."""
+        """Allow a refused version to be tried again."""
         pointer = self._read(name)
         if version in pointer.refused:
             with self._writing(f"{name} {version}"):
                 self._pointers.write(version_pointers.allow_again(pointer, version))
 
     def rollback(self, name: str, reason: str = "no reason was given") -> Installed:
-        """Make the previous version current again, durably; the one that is left is remembered as refused, with the
-        reason.
+        """Make the previous version current again, durably.
 
-        Raises StoreError if there is no previous version, or it is damaged.
+        The abandoned version is recorded as refused, with the reason. Raises StoreError if there is no previous
+        version, or it is damaged.
         """
         pointer = self._read(name)
         if pointer.current is None or pointer.previous is None:
@@ -358,42 +373,47 @@ class ReleaseStore:
         return current
 
     def current(self, name: str) -> Installed | None:
-        """The version that the device works with."""
+        """Return the version that the device works with."""
         pointer = self._read(name)
         return version_pointers.installed_version(self.folder, name, pointer.current, pointer.trial)
 
     def previous(self, name: str) -> Installed | None:
-        """The version that `rollback` goes back to."""
+        """Return the version that `rollback` goes back to."""
         return version_pointers.installed_version(self.folder, name, self._read(name).previous)
 
     def staged(self, name: str) -> Installed | None:
-        """The version that waits to be activated."""
+        """Return the version that waits to be activated."""
         return version_pointers.installed_version(self.folder, name, self._read(name).staged)
 
     def refused(self, name: str) -> Mapping[str, str]:
-        """Versions that were rolled back here or failed their check, and why: not worth fetching."""
+        """Return version -> reason of those that were rolled back here or failed their check.
+
+        They are not worth fetching.
+        """
         return self._read(name).refused
 
     def _read(self, name: str) -> Pointer:
+        """Return the pointer of a name. Raises StoreError for an invalid name."""
         if not is_valid_name(name):
             raise StoreError(f"{name!r:.80} is no name of a release", "lower-case letters, digits, '.', '_' and '-'")
         return self._pointers.read(name)
 
-    # room and rot
+    # space and integrity
 
     def used_bytes(self) -> int:
-        """Bytes of every file in the store; a file with several names counts once."""
+        """Return the bytes of every file in the store; a file with several names counts once."""
         return self._quota.used_bytes()
 
     def collect(self) -> int:
-        """Remove what no version needs; returns the bytes freed.
+        """Remove what no version needs, and return the bytes freed.
 
-        Never the current, the previous or the staged version, nor what came of an update that is being fetched.
+        It never removes the current, the previous or the staged version, nor the downloads of an update in progress.
         """
         with self._writing("the store"):
             return self._collect()
 
     def _collect(self) -> int:
+        """Remove what no version needs, and return the bytes freed."""
         used_before = self._quota.used_bytes()
         self._pointers.settle()
         pointers = list(self._pointers.all())
@@ -411,7 +431,7 @@ class ReleaseStore:
         return used_before - self._quota.used_bytes()
 
     def _make_room(self, subject: str, needed_bytes: int) -> None:
-        """Collect garbage if need be; raise what says that it is not enough."""
+        """Collect garbage if need be. Raises BudgetError or MissingError if that is not enough."""
         if self._quota.fits(needed_bytes):
             return
         self._collect()
@@ -419,11 +439,12 @@ class ReleaseStore:
             raise self._quota.refusal(subject, needed_bytes)
 
     def verify(self) -> list[str]:
-        """Read every byte; the digests of blobs whose bytes differ, on the disk or in the tree of a version.
+        """Read every byte, repair what is stored twice, and return the digests of damaged blobs.
 
-        What is there twice is mended, and `has` says so; any other blob is quarantined, so that a sync fetches it
-        again. If the current version is damaged by that and the previous is whole, the previous becomes current, and
-        the damaged one waits as staged.
+        Those are blobs whose bytes differ or are missing, as a blob or in the tree of a version. `mended` records the
+        repairs. A blob without a whole copy is quarantined, so that a sync fetches it again. If the current version
+        is damaged by that and the previous is whole, the previous becomes current, and the damaged one waits as
+        staged.
         """
         with self._writing("what was mended"):
             self.mended += self._pointers.restore()

@@ -1,8 +1,8 @@
 """Disk quota and integrity repair.
 
-A file that is in the current and in the previous version is on the disk twice (`content_store.py`), and is mended from
-its other copy. Any other blob is quarantined, so that a sync fetches it again; a version that lacks it is not worked
-with as long as the one before it is whole.
+A file that belongs to the current and the previous version is on the disk twice (`content_store.py`), and is repaired
+from its other copy. Any other damaged blob is quarantined, so that a sync fetches it again. A version that lacks it
+is not current as long as the one before it is whole.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from sartor.core.filesystem import FileSystem
 from sartor.edge.store.content_store import Blobs, VersionDirectories
 from sartor.edge.store.version_pointers import Pointer, Pointers
 
-# What an update writes beside its content: pointers in two copies, the list of what is wanted, blocks of folders.
+# Bytes that an update writes beside its content: pointers in two copies, wanted.json, blocks of folders.
 _SPARE_BYTES = 1 << 16
 
 
 class DiskQuota:
-    """Bytes of a store. A file with several names counts once. `limit_bytes` 0: the disk is the bound."""
+    """Disk usage of a store. A file with several names counts once.
+
+    limit_bytes: maximum size of the store; 0 means that only the disk limits it.
+    """
 
     def __init__(
         self, limit_bytes: int, disk: FileSystem, pointers: Pointers, blobs: Blobs, trees: VersionDirectories
@@ -31,11 +34,11 @@ class DiskQuota:
         self._folder = blobs.folder.parent
 
     def used_bytes(self) -> int:
-        """Bytes of every file in the store."""
+        """Return the bytes of every file in the store."""
         return sum(dict(self._files(self._folder)).values())
 
     def retained_bytes(self, pointers: Iterable[Pointer]) -> int:
-        """What would be used after a collection that spares what these point at."""
+        """Return the bytes that remain after a collection that keeps these pointers' versions."""
         files = {inode: size for folder in self._pointers.folders for inode, size in self._files(folder)}
         digests = set(self._blobs.wanted)
         for pointer in pointers:
@@ -49,23 +52,24 @@ class DiskQuota:
         return sum(files.values())
 
     def needed_bytes(self, pointer: Pointer, sizes: Mapping[str, int]) -> int:
-        """What blobs of these sizes take beside the current version: to be fetched, and to be copied into the new
-        tree.
+        """Return the bytes that blobs of these sizes take beside the current version.
+
+        They are the bytes to fetch, and to copy into the new tree.
         """
         fetched = sum(
             max(0, size - self._blobs.partial(digest)) for digest, size in sizes.items() if not self._blobs.has(digest)
         )
-        # Without hard links what is fetched is written a second time, into the tree.
+        # Without hard links the fetched bytes are written a second time, into the tree.
         copied = fetched if not self._trees.links else 0
         copied += sum(self._trees.copied_bytes(pointer.name, digest, pointer.current) for digest in sizes)
         return fetched + copied + _SPARE_BYTES
 
     def fits(self, needed_bytes: int, freed_bytes: int = 0) -> bool:
-        """Whether that much more fits once `freed_bytes` bytes of what is used are collected."""
+        """Return whether `needed_bytes` more fit once `freed_bytes` of the used bytes are collected."""
         return self._above_limit(needed_bytes, freed_bytes) <= 0 and self._above_free(needed_bytes, freed_bytes) <= 0
 
     def refusal(self, subject: str, needed_bytes: int, freed_bytes: int = 0) -> SartorError:
-        """The error for what does not fit: BudgetError for the store's own limit, MissingError for the disk."""
+        """Return the error for what does not fit: BudgetError for the store's limit, MissingError for the disk."""
         if (excess := self._above_limit(needed_bytes, freed_bytes)) > 0:
             remaining_bytes = self.used_bytes() - freed_bytes
             return BudgetError(
@@ -80,13 +84,16 @@ class DiskQuota:
         )
 
     def _above_limit(self, needed_bytes: int, freed_bytes: int) -> int:
-        # Walking the store takes a while, and most stores have no limit of their own.
+        """Return the bytes above the store's limit; 0 without a limit."""
+        # Walking the store takes a while, so skip it for the many stores without a limit.
         return self.used_bytes() - freed_bytes + needed_bytes - self.limit_bytes if self.limit_bytes else 0
 
     def _above_free(self, needed_bytes: int, freed_bytes: int) -> int:
+        """Return the bytes above the free bytes of the disk; negative if it fits."""
         return needed_bytes - self._disk.free_bytes(self._folder) - freed_bytes
 
     def _files(self, path: Path) -> Iterator[tuple[int, int]]:
+        """Yield (inode, size) of every file below a path."""
         status = self._disk.stat(path)
         if status and status.is_folder:
             for name in self._disk.names(path):
@@ -96,13 +103,13 @@ class DiskQuota:
 
 
 class IntegrityRepair:
-    """What is damaged in a store, and what is done about it. Every step is one rename, and may be repeated."""
+    """Detection and repair of damage in a store. Every step is one rename, and may be repeated."""
 
     def __init__(self, disk: FileSystem, pointers: Pointers, blobs: Blobs, trees: VersionDirectories) -> None:
         self._disk, self._pointers, self._blobs, self._trees = disk, pointers, blobs, trees
 
     def damaged_digests(self) -> list[str]:
-        """Digests of blobs and of files of versions whose bytes differ, or that are not there."""
+        """Return the digests of blobs and of versions' files whose bytes differ or are missing."""
         blobs = self._blobs
         damaged = {digest for digest in blobs.digests() if not self._disk.is_whole(blobs.path(digest), digest)}
         for pointer in self._pointers.all():
@@ -112,7 +119,7 @@ class IntegrityRepair:
         return sorted(damaged)
 
     def mend_blob(self, digest: str) -> None:
-        """Write a blob anew from the file of a version that is whole; without one, quarantine it."""
+        """Rewrite a blob from a version's whole file; without one, quarantine it."""
         if self._blobs.has(digest) and self._disk.is_whole(self._blobs.path(digest), digest):
             return
         for pointer in self._pointers.all():
@@ -126,17 +133,17 @@ class IntegrityRepair:
             self._blobs.quarantine(digest)
 
     def mend_trees(self, digest: str) -> None:
-        """Write anew the damaged files of every version that this blob, which is whole, belongs to."""
+        """Rewrite the damaged files of every version that this whole blob belongs to."""
         for pointer in self._pointers.all():
             for version in pointer.versions:
                 if digest in version.files.values():
                     self._trees.mend(pointer.name, version, pointer.counterpart(version))
 
     def fall_back(self, pointer: Pointer) -> str:
-        """Make the previous version current if that is whole and the current one is not. Returns what was done, in
-        words.
+        """Make the previous version current if that is whole and the current one is not.
 
-        The damaged version waits as staged, so that its blobs are kept and it can be activated when it is whole again.
+        Returns a message about it, or an empty text. The damaged version waits as staged, so that its blobs are kept
+        and it can be activated when it is whole again.
         """
         damaged, previous = pointer.current, pointer.previous
         if damaged is None or previous is None or self.is_whole(pointer) or self._trees.broken(pointer.name, previous):
@@ -148,5 +155,5 @@ class IntegrityRepair:
         return f"{pointer.name} {damaged.version} is damaged: {previous.version} is current again"
 
     def is_whole(self, pointer: Pointer) -> bool:
-        """Whether there is a current version and every byte of it is as it was written."""
+        """Return whether there is a current version and every byte of it is as it was written."""
         return pointer.current is not None and not self._trees.broken(pointer.name, pointer.current)

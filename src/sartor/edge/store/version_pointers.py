@@ -4,18 +4,18 @@
                         ...}
     backup/NAME.json    the same bytes
 
-One file holds the whole state, so that one rename changes all of it: there is no moment at which a version is current
-and no longer known. It is a file and not a symbolic link because FAT, on which SD cards come, has none, and a link
-cannot say which version was refused. `path` is relative to the store, which may be mounted elsewhere tomorrow.
+One file holds the whole state, so that one rename changes all of it: at no moment is a version current without its
+state. It is a file and not a symbolic link because FAT, the file system of SD cards, has none, and a link cannot
+record which version was refused. `path` is relative to the store, which may be mounted elsewhere later.
 
-The backup is written first: the rename of current/NAME.json is the commit, and all that can fail on a full disk is
-behind by then. Each copy ends with the digest of what it says, so a copy that rotted, or that a power cut left empty,
-is known for that, and opening the store writes it anew from the other.
+The backup is written first. The rename of current/NAME.json is the commit, and every step that can fail on a full
+disk comes before it. Each copy ends with the digest of its content. So a copy that decayed, or that a power cut left
+empty, is recognised, and opening the store rewrites it from the other.
 
-As U-Boot counts boots (`bootcount`, `bootlimit`), RAUC marks slots good and Android retries an A/B slot: the number
-stands in the pointer, so the rename that makes a version current begins its trial too. A start is counted durably
-before the program
-runs: one that crashes, hangs or takes the power with it has been counted. Pure functions here: pointer -> pointer.
+The trial counts starts, as U-Boot counts boots (`bootcount`, `bootlimit`), RAUC marks slots good and Android retries
+an A/B slot. The number is in the pointer, so the rename that makes a version current begins its trial too. A start is
+counted durably before the program runs: one that crashes, hangs or cuts the power has been counted. The functions
+here are pure: pointer -> pointer.
 """
 
 from __future__ import annotations
@@ -35,31 +35,35 @@ from sartor.core.filesystem import FileSystem
 from sartor.core.installation import upgrade_command
 from sartor.edge.health_reason import HealthReason
 
-SCHEMA = 2  # 1 knew no trial
+SCHEMA = 2  # 1 had no trial
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def tree_of(name: str, version: str) -> str:
-    """Where a version's files are, from the store's folder on."""
+    """Return the path of a version's files relative to the store's folder."""
     return f"releases/{name}/{version}"
 
 
 @dataclass(frozen=True)
 class StoredVersion:
-    """One version of a release: path inside it -> digest of the blob. `since`: when it came to be what it is, UTC."""
+    """One version of a release.
+
+    files: path inside it -> digest of the blob.
+    since: time at which it took its present role, UTC.
+    """
 
     version: str
     files: Mapping[str, str]
     since: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     def now(self) -> StoredVersion:
-        """The same version, as of now."""
+        """Return the same version with the present time."""
         return StoredVersion(self.version, self.files)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the current version has to prove itself: so many starts are left of so many."""
+    """Trial of the current version: `left` of its `of` starts are left."""
 
     left: int
     of: int
@@ -67,9 +71,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Pointer:
-    """The state of one name. `refused`: version -> why it was rolled back or not activated; it is not activated again.
+    """State of one name.
 
-    `trial`: of the current version; None: it proved itself, or was never asked to.
+    refused: version -> reason why it was rolled back or not activated; it is not activated again.
+    trial: of the current version; None if it was confirmed or never on trial.
     """
 
     name: str
@@ -85,52 +90,59 @@ class Pointer:
         return tuple(item for item in (self.current, self.previous, self.staged) if item)
 
     def counterpart(self, version: StoredVersion) -> StoredVersion | None:
-        """The version that takes over where this one is damaged: the two share no file on the disk."""
+        """Return the version that takes over if this one is damaged: both share no file on the disk."""
         return self.previous if self.current and version.version == self.current.version else self.current
 
     def find(self, version: str) -> StoredVersion | None:
-        """The version of that name, if the store keeps it."""
+        """Return the version with that version text, or None if the store does not keep it."""
         return next((stored for stored in self.versions if stored.version == version), None)
 
 
 class Pointers:
-    """The pointers of a store, by name."""
+    """Pointers of a store, by name."""
 
     def __init__(self, disk: FileSystem, folder: Path) -> None:
         self._disk = disk
         self.folders = (folder / "current", folder / "backup")
 
     def names(self) -> list[str]:
-        """Every name that has a pointer, or half of one."""
+        """Return every name that has at least one copy of a pointer."""
         files = {file for folder in self.folders for file in self._disk.names(folder)}
         return sorted(
             file.removesuffix(".json") for file in files if file.endswith(".json") and not file.startswith(".")
         )
 
     def read(self, name: str) -> Pointer:
-        """The state of a name; an empty one where it has none. Raises StoreError if a later Sartor wrote it."""
+        """Return the state of a name; an empty one if it has none.
+
+        Raises StoreError if a later Sartor wrote it.
+        """
         return next((pointer for content in self._copies(name) if (pointer := parse(content, name))), Pointer(name))
 
     def all(self) -> Iterator[Pointer]:
-        """The state of every name."""
+        """Return the state of every name."""
         return map(self.read, self.names())
 
     def write(self, pointer: Pointer) -> None:
-        """Make this the state of its name, durably: the commit of every change."""
+        """Write the state of a name, durably: the commit of every change."""
         content = write(pointer)
         for folder in reversed(self.folders):
             self._disk.replace(folder / f"{pointer.name}.json", content)
 
     def settle(self) -> None:
-        """Make what `read` says durable: a rename whose fsync failed, or was killed before it, is seen already."""
+        """Make what `read` returns durable.
+
+        A rename is visible already if its fsync failed, or if the process was killed before it.
+        """
         for folder in self.folders:
             self._disk.sync_folder(folder)
 
     def restore(self) -> list[str]:
-        """Write each copy that is not whole, or that is behind, from the other. Returns what was done, in words."""
+        """Rewrite each copy that is damaged or outdated from the other; return messages about it."""
         return [message for name in self.names() for message in self._restore(name)]
 
     def _restore(self, name: str) -> Iterator[str]:
+        """Rewrite the copies of one name, and yield messages about it."""
         copies = list(self._copies(name))
         whole_copy = next((content for content in copies if parse(content, name)), None)
         if whole_copy is None:
@@ -142,22 +154,23 @@ class Pointers:
             try:
                 self._disk.replace(folder / f"{name}.json", whole_copy)
             except OSError as error:
-                # A full disk is no reason not to open: the other copy is whole.
+                # A full disk must not prevent opening: the other copy is whole.
                 yield f"{folder.name}/{name}.json could not be written anew: {error.strerror}"
             else:
                 yield f"{folder.name}/{name}.json was written anew from the other copy"
 
     def _copies(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of each copy; empty for one that cannot be read."""
         for folder in self.folders:
             try:
                 with self._disk.open(folder / f"{name}.json") as stream:
                     yield stream.read()
-            except OSError:  # absent, or a block that cannot be read: the other copy says it
+            except OSError:  # absent, or a block that cannot be read: use the other copy
                 yield b""
 
 
 def write(pointer: Pointer) -> bytes:
-    """The bytes of a pointer."""
+    """Return the bytes of a pointer."""
     fields: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "pointer",
@@ -173,6 +186,7 @@ def write(pointer: Pointer) -> bytes:
 
 
 def _version_fields(name: str, version: StoredVersion | None) -> dict[str, Any] | None:
+    """Return the JSON fields of a version, or None."""
     if version is None:
         return None
     path = tree_of(name, version.version)
@@ -180,7 +194,10 @@ def _version_fields(name: str, version: StoredVersion | None) -> dict[str, Any] 
 
 
 def parse(content: bytes, name: str) -> Pointer | None:
-    """What a copy says; None if it is not whole. Raises StoreError if a later Sartor wrote it."""
+    """Return the pointer in a copy; None if the copy is not whole.
+
+    Raises StoreError if a later Sartor wrote it.
+    """
     try:
         fields = json.loads(content)
         if not isinstance(fields, dict) or manifest_id(fields) != fields.get("id") or fields.get("name") != name:
@@ -201,31 +218,33 @@ def parse(content: bytes, name: str) -> Pointer | None:
 
 
 def _parse_version(fields: Mapping[str, Any] | None) -> StoredVersion | None:
+    """Return the version of JSON fields, or None."""
     return StoredVersion(fields["version"], fields["files"], fields["since"]) if fields else None
 
 
 def activated(pointer: Pointer, new: StoredVersion, starts: int) -> Pointer:
-    """`new` is current, on trial for `starts` starts if there is something to go back to that proved itself.
+    """Return the pointer with `new` as the current version.
 
-    What was on trial itself does not become the version to go back to, where one that proved itself is there.
+    It is on trial for `starts` starts if there is a previous version, unless it was that version itself. A version
+    still on trial does not become the previous version if a confirmed one is there.
     """
     proven = pointer.previous if pointer.trial else pointer.current
     previous = next((item for item in (proven, pointer.current) if item and item is not new), None)
-    is_back = new is pointer.previous  # it proved itself before
+    is_back = new is pointer.previous  # confirmed before
     trial = Trial(starts, starts) if starts and previous and not is_back else None
     staged = None if new is pointer.staged else pointer.staged
     return replace(pointer, current=new.now(), previous=previous, staged=staged, trial=trial)
 
 
 def rolled_back(pointer: Pointer, reason: str) -> Pointer:
-    """The previous version is current, and the one that was is refused."""
+    """Return the pointer with the previous version current, and the former one refused."""
     assert pointer.current and pointer.previous
     refused = {**pointer.refused, pointer.current.version: reason}
     return replace(pointer, current=pointer.previous.now(), previous=None, refused=refused, trial=None)
 
 
 def count_start(pointer: Pointer) -> Pointer:
-    """One start fewer is left."""
+    """Return the pointer with one start fewer left."""
     assert pointer.trial
     return replace(pointer, trial=replace(pointer.trial, left=pointer.trial.left - 1))
 
@@ -246,13 +265,13 @@ def check(pointer: Pointer, version: str) -> None:
 
 
 def refused(pointer: Pointer, version: str, reason: str) -> Pointer:
-    """A version that failed its check is not tried again, and what was staged of it is let go."""
+    """Return the pointer with a version that failed its check refused and no longer staged."""
     staged = None if pointer.staged and pointer.staged.version == version else pointer.staged
     return replace(pointer, staged=staged, refused={**pointer.refused, version: reason})
 
 
 def allow_again(pointer: Pointer, version: str) -> Pointer:
-    """It may be tried again."""
+    """Return the pointer with a version no longer refused."""
     return replace(
         pointer,
         refused={
@@ -265,9 +284,12 @@ def allow_again(pointer: Pointer, version: str) -> Pointer:
 
 @dataclass(frozen=True)
 class Installed:
-    """A version that is on the device. `path` opens as a Release; `since`: UTC; `files`: path inside it -> blob.
+    """Version that is on the device.
 
-    `trial`: the starts that it has left to prove itself; None: it has, or was never asked to.
+    path: directory that opens as a Release.
+    since: UTC.
+    files: path inside it -> digest of the blob.
+    trial: starts that it has left; None if it was confirmed or never on trial.
     """
 
     name: str
@@ -279,14 +301,17 @@ class Installed:
 
 
 def installed(folder: Path, name: str) -> Installed | None:
-    """What is current in the store at `folder`."""
+    """Return the current version of `name` in the store at `folder`."""
     pointer = Pointers(FileSystem(), folder.absolute()).read(name)
     return installed_version(folder.absolute(), name, pointer.current, pointer.trial)
 
 
 @dataclass(frozen=True)
 class StoreState:
-    """Everything that a store says of one name. `refused`: version -> why."""
+    """State of one name in a store.
+
+    refused: version -> reason.
+    """
 
     name: str
     current: Installed | None
@@ -296,7 +321,7 @@ class StoreState:
 
 
 def states(folder: Path) -> list[StoreState]:
-    """The state of every name in the store at `folder`; nothing where there is none."""
+    """Return the state of every name in the store at `folder`; an empty list without a store."""
     folder = folder.absolute()
     return [
         StoreState(
@@ -313,7 +338,7 @@ def states(folder: Path) -> list[StoreState]:
 def installed_version(
     folder: Path, name: str, version: StoredVersion | None, trial: Trial | None = None
 ) -> Installed | None:
-    """A version of a pointer as a program sees it."""
+    """Return a version of a pointer as a program sees it."""
     if version is None:
         return None
     path = folder / tree_of(name, version.version)

@@ -1,6 +1,6 @@
 """Child process that measures baseline memory.
 
-It also compiles the kernels where there is a compiler, which is no work for a process with little memory.
+It also compiles the kernels if there is a compiler, which a process with little memory could not do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WIDTH, VOCABULARY, TOKENS = 64, 64, 16
 
 
 def main(folder: Path) -> None:
-    """See the module's text."""
+    """Tune a tiny base below `folder`, and print the memory held as JSON."""
     ids = [token % VOCABULARY for token in range(TOKENS)]
     write_tokens(TokenizedDataset([TokenizedExample(ids, [True] * TOKENS, "row")], []), folder / "tokens")
     recipe = {
@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
 
 
 def _base(folder: Path) -> Path:
-    """One layer."""
+    """Write a Llama base of one layer, and return its folder."""
     folder.mkdir()
     config = {
         "model_type": "llama",

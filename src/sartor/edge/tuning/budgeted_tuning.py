@@ -1,16 +1,16 @@
-"""Tunes within limits, retries smaller, signs a receipt.
+"""Tuning within limits: it retries with smaller settings and signs a receipt.
 
     plan -> tuner under limits -> done
       ^             |-> memory kill: the next rung, from the last checkpoint, each rung once
-      |             |-> the policy says no: paused; the same call goes on there
-      +-------------+-> time is up: what was learnt is saved
+      |             |-> the policy refuses: paused; the same call resumes there
+      +-------------+-> time is up: the state so far is saved
 
-Nothing here loads torch: on a device the parent must be small.
+Nothing here loads torch: on a device the parent process must be small.
 
-    receipt.json    {"said": what `Receipt` holds, "signature": Ed25519 over the canonical JSON of it}
+    receipt.json    {"said": the fields of `Receipt`, "signature": Ed25519 over their canonical JSON}
 
-It is written whole beside the adapter. A receipt is the device's own word: it proves who says so, and that nobody
-changed it.
+It is written atomically beside the adapter. A receipt is the device's own statement: it proves who signed it, and
+that nobody changed it.
 """
 
 from __future__ import annotations
@@ -41,13 +41,18 @@ from sartor.edge.tuning.memory_plan import MemoryPlan, MemorySetting, Planner
 from sartor.edge.tuning.tuning_job import DTYPE, TuningJob
 
 SCHEMA, FILE = 1, "receipt.json"
-# done; paused by the policy or a signal, and can go on; spent: time or disk ran out, what was learnt is saved
+# done; paused by the policy or a signal, can resume; spent: time or disk ran out, the state so far is saved
 Outcome = Literal["done", "paused", "spent", "refused", "failed"]
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One process. rung: as `plan.Rung.id`; updates: done when it ended, of the whole run; reason: why it ended."""
+    """One process.
+
+    rung: as `MemorySetting.id`.
+    updates: of the whole run, done when the process ended.
+    reason: why it ended.
+    """
 
     rung: str
     micro_batch_tokens: int
@@ -60,9 +65,11 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Receipt:
-    """See the module's text. plan: the predicted peak of the last attempt, by what is held. adapter: {file: sha256}.
+    """Signed record of a tuning.
 
-    numerics: of the arithmetic of the last attempt (core/numerics.py).
+    plan: predicted peak of the last attempt, by category.
+    adapter: {file: sha256}.
+    numerics: arithmetic of the last attempt (core/numerics.py).
     """
 
     schema: int
@@ -79,21 +86,21 @@ class Receipt:
 
     @property
     def document(self) -> bytes:
-        """What is signed: JSON with sorted keys and no spaces."""
+        """Signed bytes: JSON with sorted keys and no spaces."""
         return _canonical(asdict(self))
 
     def write(self, folder: Path, key: Ed25519PrivateKey) -> Path:
-        """Sign it and write it whole into `folder`. Returns the file."""
+        """Sign the receipt and write it atomically into `folder`. Returns the file."""
         fields = {"said": json.loads(self.document), "signature": signature_of(self.document, key)}
         write_file_atomic(folder / FILE, json.dumps(fields, indent=1).encode() + b"\n")
         return folder / FILE
 
 
 def verify_receipt(folder: Path, trusted: Iterable[Ed25519PublicKey] | None = None) -> Receipt:
-    """The receipt in an adapter's folder, checked against trusted keys (see `core.signing`) and the adapter's files.
+    """Return the receipt in an adapter's folder, checked against trusted keys and the adapter's files.
 
-    Raises ArtifactError where it is absent or not whole, SignatureError for a signer who is not trusted, or what was
-    changed.
+    Trusted keys are those of `core.signing` by default. Raises ArtifactError if the receipt is missing or not whole,
+    SignatureError for an untrusted signer, a changed receipt or a changed file.
     """
     file = folder / FILE
     try:
@@ -123,16 +130,16 @@ def _parse_receipt(fields: dict[str, Any]) -> Receipt:
     return Receipt(**{**fields, "attempts": attempts})
 
 
-# How often the policy is asked, and the disk looked at
+# Interval in which the policy and the disk are checked
 ASK_S = 1.0
-# log.jsonl, PEFT's config, run.json, the receipt, and what is not counted
+# Allowance for log.jsonl, PEFT's config, run.json, the receipt, and other small files
 FILES_BYTES = 1 << 20
 BUDGET_EXIT = BudgetError.exit_code
 Policy = Callable[[], str]
 
 
 class StopCause(Enum):
-    """Cause for which a tuner is stopped from here."""
+    """Cause for which this process stops a tuner."""
 
     SIGNAL = auto()
     POLICY = auto()
@@ -140,20 +147,24 @@ class StopCause(Enum):
 
 
 class Stop(NamedTuple):
-    """A tuner is to be stopped: the cause, and what the receipt says of it."""
+    """Order to stop a tuner: the cause, and its text in the receipt."""
 
     cause: StopCause
     detail: str
 
 
 def _may_run() -> str:
+    """Return no refusal."""
     return ""
 
 
 @dataclass(frozen=True)
 class DeviceBudget:
-    """Limits; 0 is none. memory_bytes: anonymous and shared memory; wall_s, cpu_s: of one call; disk_bytes: what
-    stands in the job's `out` at any time.
+    """Limits of a tuning; 0 is none.
+
+    memory_bytes: anonymous and shared memory.
+    wall_s, cpu_s: of one call.
+    disk_bytes: maximum size of the job's `out` at any time.
     """
 
     memory_bytes: int = 0
@@ -162,7 +173,10 @@ class DeviceBudget:
     disk_bytes: int = 0
 
     def without(self, attempts: list[Attempt]) -> ResourceLimits:
-        """What is left after some attempts, as limits of a process. Raises BudgetError where time is spent."""
+        """Return the limits that remain for a process after some attempts.
+
+        Raises BudgetError if no time remains.
+        """
         remaining = []
         for limit, used in (
             (self.wall_s, sum(attempt.usage.wall_s for attempt in attempts)),
@@ -185,13 +199,16 @@ def tune_within_budget(
     narrow: Path | None = None,
     planner: Planner | None = None,
 ) -> Receipt:
-    """Tune `job` within `budget`, and sign a receipt with the private key in `key`. Called again it goes on where it
-    stopped.
+    """Tune `job` within `budget`, and sign a receipt with the private key in `key`.
 
-    policy: asked before and while it runs, "" if it may; else why not, at which it pauses. narrow: the same base in 4
-    bits (`mmap_llama.write_narrow`), taken where the pages of the other would not fit beside what is held. The receipt
-    is written whatever the outcome is. Raises BudgetError where no rung fits, naming the least limit that would; and
-    the tuner's own error where it failed for another reason.
+    The same call again resumes where it stopped.
+
+    policy: called before and during the tuning; it returns "" or why it must pause.
+    narrow: the same base in 4 bits (`mmap_llama.write_narrow`). It is used if the pages of the full base would not
+    fit beside the memory held.
+
+    The receipt is written whatever the outcome is. Raises BudgetError if no rung fits, naming the smallest limit that
+    would, and the tuner's own error if it failed for another reason.
     """
     ladder = FallbackTuning(job, budget, open_private(key), policy or _may_run, narrow)
     if ladder.earlier and ladder.earlier.outcome == "done":
@@ -202,7 +219,7 @@ def tune_within_budget(
 
 
 class FallbackTuning:
-    """One call's way through the rungs."""
+    """One call's way through the rungs, from the largest setting down."""
 
     def __init__(
         self,
@@ -222,7 +239,10 @@ class FallbackTuning:
         self._stop: Stop | None = None
 
     def climb_down(self, planner: Planner) -> Receipt:
-        """See `tune_within`."""
+        """Tune on the first rung that fits, and on smaller ones after memory kills; return the receipt.
+
+        Raises as `tune_within_budget` does.
+        """
         if reason := self.policy():
             return self._end("paused", reason, {})
         max_tokens = 0
@@ -232,7 +252,7 @@ class FallbackTuning:
                 plan = self._plan(planner, max_tokens)
                 limits = self.budget.without(self.attempts)
             except BudgetError as error:
-                if self.attempts:  # in no case silently: what was tried is in the receipt
+                if self.attempts:  # the receipt records what was tried
                     self._end("failed", error.problem, plan.breakdown if plan else {})
                 raise
             attempt = self._attempt(plan, limits)
@@ -240,12 +260,13 @@ class FallbackTuning:
             if attempt.usage.exit_code == 0:
                 return self._end("done", "", plan.breakdown)
             if _ran_out_of_memory(attempt):
-                # rungs are ordered by what they hold for one micro-batch, whatever was wrong in the prediction
+                # do not try a larger micro-batch on a later rung: the order of the rungs holds for one size only
                 max_tokens = plan.rung.micro_batch_tokens
                 continue
             return self._end_unfinished(attempt, plan)
 
     def _plan(self, planner: Planner, max_tokens: int) -> MemoryPlan:
+        """Return the plan of the next rung. Raises BudgetError if none fits, or the disk budget is too small."""
         killed = [
             item.rung
             for item in (*self.earlier_attempts, *self.attempts)
@@ -254,8 +275,7 @@ class FallbackTuning:
         narrow_bytes = sum(file.stat().st_size for file in self.narrow.glob("*.safetensors")) if self.narrow else 0
         limit = self.budget.memory_bytes
         plan = planner.choose(limit, killed, max_tokens=max_tokens, narrow_bytes=narrow_bytes)
-        # a save stands beside those that are kept before the oldest goes; with bf16 the adapter is smaller than
-        # counted
+        # checkpoints: those kept, the new one before the oldest is removed, and the adapter (smaller with bf16)
         needed_bytes = (planner.recipe.checkpoints.keep + 2) * plan.checkpoint_bytes + FILES_BYTES
         if 0 < self.budget.disk_bytes < needed_bytes:
             raise BudgetError(
@@ -266,10 +286,11 @@ class FallbackTuning:
         return plan
 
     def _would_fail_again(self, attempt: Attempt) -> bool:
-        """Whether a rung that was killed would be so again: under no larger limit than then."""
+        """Return whether a rung that was killed would be killed again: the limit is no larger than then."""
         return not attempt.usage.limit_bytes or 0 < self.budget.memory_bytes <= attempt.usage.limit_bytes
 
     def _attempt(self, plan: MemoryPlan, limits: ResourceLimits) -> Attempt:
+        """Run the tuner on one rung."""
         self.out.mkdir(parents=True, exist_ok=True)
         file, stderr_file = self.out / "job.json", self.out / "stderr.txt"
         base = str(self.narrow) if self.narrow and plan.is_narrow else self.job.base
@@ -287,6 +308,7 @@ class FallbackTuning:
         return Attempt(rung.id, rung.micro_batch_tokens, plan.is_narrow, plan.peak_bytes, usage, updates, reason)
 
     def _must_stop(self) -> bool:
+        """Return whether a signal, the policy or the disk stops the tuner now."""
         now = time.monotonic()
         if self.signals.received:
             self._stop = Stop(StopCause.SIGNAL, self.signals.received.name)
@@ -297,6 +319,7 @@ class FallbackTuning:
         return self._stop is not None
 
     def _check_disk(self) -> Stop | None:
+        """Return the order to stop if `out` exceeds the disk budget, else None."""
         if not self.budget.disk_bytes:
             return None
         used = _used_bytes(self.out)
@@ -305,7 +328,7 @@ class FallbackTuning:
         return Stop(StopCause.DISK, f"disk: {used:,} of {self.budget.disk_bytes:,} bytes")
 
     def _end_unfinished(self, attempt: Attempt, plan: MemoryPlan) -> Receipt:
-        """The receipt of a call that is not done; raises the tuner's error if it was one."""
+        """Return the receipt of a call that is not done. Raises the tuner's error if it failed."""
         usage = attempt.usage
         if usage.killed in ("wall", "cpu"):
             return self._end("spent", f"{usage.killed} time is up", plan.breakdown)
@@ -318,6 +341,7 @@ class FallbackTuning:
         raise error
 
     def _end(self, outcome: Outcome, reason: str, breakdown: dict[str, int]) -> Receipt:
+        """Write the receipt of the call, and return it."""
         job, resumed = (
             self.job,
             [item.updates for item in (*self.earlier_attempts, *self.attempts)[:-1] if item.updates],
@@ -339,7 +363,7 @@ class FallbackTuning:
         return receipt
 
     def _earlier(self) -> Receipt | None:
-        """The receipt of the calls before, if this very device says so of this very job."""
+        """Return the receipt of earlier calls, if this device signed it for this job's base and recipe."""
         try:
             receipt = verify_receipt(self.out, [self.key.public_key()])
         except (ArtifactError, SignatureError):
@@ -351,20 +375,20 @@ class FallbackTuning:
 
 
 def _ran_out_of_memory(attempt: Attempt) -> bool:
-    """Return whether memory ended an attempt, and no policy that says that word."""
+    """Return whether memory ended an attempt, and not a policy whose text is "memory"."""
     usage = attempt.usage
     return attempt.reason == "memory" and (usage.killed == "memory" or usage.exit_code == BUDGET_EXIT)
 
 
 def planned_job(job: TuningJob, rung: MemorySetting) -> TuningJob:
-    """The job as a rung has it done."""
+    """Return the job with the settings of a rung."""
     compute = {"micro_batch_tokens": rung.micro_batch_tokens, "recompute": rung.mode.recompute}
     recipe = {**job.recipe, "compute": {**job.recipe.get("compute", {}), **compute}}
     return replace(job, recipe=recipe, top=rung.learning if rung.name == "layers" else 0, zeroth=rung.mode.zeroth)
 
 
 def tuner_command(job: Path, stderr_file: Path) -> list[str]:
-    """The tuner on the file `job`, its stderr into the file `stderr_file`."""
+    """Return the command that runs the tuner on the file `job`, with stderr into `stderr_file`."""
     return [
         "/bin/sh",
         "-c",
@@ -378,12 +402,12 @@ def tuner_command(job: Path, stderr_file: Path) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """As here, with one arena: each thread's own would keep what the others could use."""
+    """Return this environment with one malloc arena: the arenas of threads would hold memory that others need."""
     return {"MALLOC_ARENA_MAX": "1", **os.environ}
 
 
 def _updates(log: Path) -> int:
-    """Updates that the log tells of."""
+    """Return the number of updates in the log."""
     try:
         lines = log.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -392,24 +416,25 @@ def _updates(log: Path) -> int:
     for line in lines:
         try:
             result = max(result, int(json.loads(line).get("update", 0)))
-        except ValueError:  # the last line of a process that was killed
+        except ValueError:  # the incomplete last line of a process that was killed
             continue
     return result
 
 
 def _used_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
     used = 0
     for root, _, files in os.walk(folder):
         for name in files:
             try:
                 used += os.lstat(os.path.join(root, name)).st_size
-            except OSError:  # it was renamed between two looks
+            except OSError:  # it was renamed since the listing
                 continue
     return used
 
 
 def _error(stderr_file: Path, usage: ResourceUsage) -> SartorError:
-    """What the tuner said on the last line of its stderr, as the error that it was."""
+    """Return the error on the last line of the tuner's stderr."""
     lines = stderr_file.read_text(encoding="utf-8", errors="replace").splitlines() if stderr_file.is_file() else []
     try:
         fields = json.loads(lines[-1])["error"]

@@ -1,6 +1,7 @@
 """Training loop on a device, also zeroth order.
 
-Memory is planned before the process starts (`plan.py`), so nothing is measured here: the micro-batch is the recipe's.
+Memory is planned before the process starts (`memory_plan.py`), so nothing is measured here: the micro-batch is the
+recipe's.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from sartor.tune.run_forecast import RunForecast
 from sartor.tune.sampler import SchedulePart
 from sartor.tune.training_loop import TrainingRun, learning_rate
 
-# `auto` without a plan
+# Micro-batch of `auto` without a plan
 MICRO_BATCH_TOKENS = 512
-# How far the two looks of zeroth-order learning are from where it stands (MeZO, arXiv:2305.17333, table 15)
+# Distance epsilon of the two points of zeroth-order learning (MeZO, arXiv:2305.17333, table 15)
 STEP = 1e-3
 _STILL = "still."
 
 
 class DeviceRun(TrainingRun):
-    """A run on a device. A checkpoint holds the factors of all layers, so that the next run may let others learn."""
+    """Run on a device. A checkpoint holds the factors of all layers, so that the next run may let others learn."""
 
     part = SchedulePart()
 
     def take(self, part: SchedulePart) -> None:
-        """Be this part of a longer course; from its beginning, unless a checkpoint is restored."""
+        """Take this part of a longer course, from its beginning unless a checkpoint is restored."""
         self.part, self.position = part, part.start(self.recipe, [len(row.ids) for row in self.data.train])
 
     def _rates(self) -> tuple[float, float]:
-        """A device has no projectors."""
+        """Return the learning rate twice: a device has no projectors."""
         rate = learning_rate(self.recipe.optimizer, self.part.course(self._fraction()))
         return rate, rate
 
@@ -48,6 +49,7 @@ class DeviceRun(TrainingRun):
         return AdamW(self.parameters, self.recipe.optimizer)
 
     def _foresee(self, recipe: ResolvedRecipe) -> RunForecast:
+        """Return the forecast of the run, with the planned micro-batch."""
         rows, micro_batch_tokens = self.data.train, recipe.compute.micro_batch_tokens
         longest = max(len(row.ids) for row in rows)
         max_tokens = max(
@@ -69,7 +71,7 @@ class DeviceRun(TrainingRun):
         )
 
     def _course_tokens(self, recipe: ResolvedRecipe) -> int | None:
-        """Tokens until the budget is spent, about; None where only minutes limit it."""
+        """Return about how many tokens the budget allows; None if only minutes limit it."""
         budget, tokens = recipe.budget, self.data.tokens
         per_update = min(recipe.optimizer.batch_tokens, tokens)
         limits = [
@@ -80,7 +82,7 @@ class DeviceRun(TrainingRun):
         return int(min(limit for limit in limits if limit)) if any(limits) else None
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """See `Run`; the factors that are held still too."""
+        """Return the tensors (...) and facts of `TrainingRun.state`, with the frozen factors too."""
         tensors, facts = super().state()
         return {
             **tensors,
@@ -88,6 +90,7 @@ class DeviceRun(TrainingRun):
         }, facts
 
     def _frozen_factors(self) -> dict[str, torch.nn.Parameter]:
+        """Return the factors that do not learn, by name."""
         factors = {id(parameter) for parameter in self.model.factors().values()}
         return {
             name: parameter
@@ -96,7 +99,10 @@ class DeviceRun(TrainingRun):
         }
 
     def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Path) -> None:
-        """See `Run`: of whatever learnt there, what learns here goes on, and what does not is held as it was."""
+        """Restore a state, whichever factors learnt in it.
+
+        Factors that learn here continue, and the others are frozen as they were.
+        """
         factors = {
             name.removeprefix("adapter.").removeprefix(_STILL): tensor
             for name, tensor in tensors.items()
@@ -118,12 +124,11 @@ class DeviceRun(TrainingRun):
 
 
 class ZerothRun(DeviceRun):
-    """Learns from two losses an update, on either side of where it stands along a random direction: no gradient, no
-    moments.
+    """Run that learns from two losses an update, without gradients and moments.
 
-    SPSA (Spall 1992) as MeZO does it (Malladi et al. 2023, arXiv:2305.17333): the direction is drawn again from its
-    seed each time that it is needed, and never held. The slope along it is what the gradient's norm is in the other
-    runs: logged, and clipped to `optimizer.clip_norm`.
+    SPSA (Spall 1992) as in MeZO (Malladi et al. 2023, arXiv:2305.17333, algorithm 1). The direction z is drawn again
+    from its seed whenever it is needed, and never stored. The slope along it takes the place of the gradient's norm:
+    it is logged, and clipped to `optimizer.clip_norm`.
     """
 
     def _optimizer(self) -> Any:
@@ -131,8 +136,11 @@ class ZerothRun(DeviceRun):
 
     @torch.no_grad()
     def _update(self, rows: Sequence[TokenizedExample]) -> None:
+        """Update every factor along a random direction by the slope of the loss."""
         start_s = time.monotonic()
         settings, rates = self.recipe.optimizer, self._rates()
+        # slope g = (L(theta + eps z) - L(theta - eps z)) / (2 eps), z ~ N(0, I) over all factors
+        # theta <- (1 - rate * decay) theta - rate * clip(g) z
         self._move(STEP)
         loss_above = self._loss(rows)
         self._move(-2 * STEP)
@@ -147,13 +155,14 @@ class ZerothRun(DeviceRun):
         self._count(rows, loss, abs(slope), rates, time.monotonic() - start_s)
 
     def _move(self, distance: float) -> None:
-        """Every factor, along this update's direction."""
+        """Move every factor by `distance` along this update's direction."""
         seed_digest = hashlib.sha256(f"{self.recipe.seed} {self.counters.updates}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed_digest[:4], "big"))
         for parameter in self.parameters:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=distance)
 
     def _loss(self, rows: Sequence[TokenizedExample]) -> float:
+        """Return the weighted mean loss of the rows."""
         weight = sum(row.weight * row.supervised_tokens for row in rows) or 1.0
         return sum(float(objectives.sft(*self.path.losses(micro), weight)) for micro in self._cut(rows))
 

@@ -3,10 +3,10 @@
     ROOT/class/power_supply/*/{type,scope,present,online,status,capacity}   Linux, ABI/testing/sysfs-class-power
     ROOT/class/thermal/thermal_zone*/{type,temp}                            Linux, ABI/testing/sysfs-class-thermal
 
-What cannot be read, or cannot be so (a battery at 255 %, a zone at -274 degrees), is said and not guessed: a battery
-that is being emptied and whose level is not known refuses, and so do thermal zones none of which can be read. On many
-machines some zone is silent (a radio that is off), so one that is beside others is a note of `read`. A device that
-shows no battery and no supply is plugged in; one that shows no thermal zone has no limit of warmth.
+Values that cannot be read or are impossible (a battery at 255 %, a zone at -274 degrees) are reported, not guessed. A
+discharging battery of unknown level refuses, and so do thermal zones none of which can be read. On many machines some
+zone gives no value (a radio that is off), so one unreadable zone beside others is only a note of `read_power`. A
+device without a battery and a supply counts as plugged in. One without a thermal zone has no temperature limit.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Literal
 
 from sartor.core.errors import ConfigError
 
-# Between refusing and allowing again: levels hover, and a fan that comes on cools at once
+# Hysteresis between refusing and allowing again: levels fluctuate, and a fan that starts cools at once
 BATTERY_MARGIN, TEMPERATURE_MARGIN_C = 0.05, 5.0
-# What a sensor in a device can say: an LM75 ends at -55, silicon at 150
+# Possible values of a device's sensor: an LM75 ends at -55, silicon at 150
 COLDEST_C, HOTTEST_C = -55.0, 150.0
-# Lithium cells age fast above, and are not charged there (JEITA)
+# Lithium cells age fast above this, and are not charged there (JEITA)
 BATTERY_C = 45.0
-# `stop` is asked a hundred times a second
+# Interval of readings: `stop` is called a hundred times a second
 LOOK_S = 5.0
 OUTSIDE = ("Mains", "USB", "Wireless")
 
@@ -34,11 +34,13 @@ Plugged = Literal["yes", "no", "unknown"]
 
 @dataclass(frozen=True)
 class PowerReading:
-    """What sysfs says now. level: of the emptiest battery, 0..1, None without one. drains: a battery is emptied, or
-    may be.
+    """Present values of sysfs.
 
-    zones: degrees C by type of thermal zone. faults: what was not to be read of supplies and batteries; notes: of the
-    zones.
+    level: of the emptiest battery, 0..1; None without one.
+    drains: whether a battery is discharging, or may be.
+    zones: degrees C by type of thermal zone.
+    faults: values of supplies and batteries that could not be read.
+    notes: values of zones that could not be read.
     """
 
     plugged: Plugged
@@ -51,11 +53,14 @@ class PowerReading:
 
 @dataclass
 class EnergyPolicy:
-    """When a device may tune. min_battery: 0..1, asked for while the battery is being emptied. ac_only: only plugged
-    in.
+    """Conditions under which a device may tune.
 
-    max_temperature_c: of every thermal zone; those of batteries may be BATTERY_C at most. Remembers what it refused: a
-    battery must then be BATTERY_MARGIN fuller, and a zone TEMPERATURE_MARGIN_C cooler, before it allows again.
+    min_battery: 0..1; it applies while the battery is discharging.
+    ac_only: only if plugged in.
+    max_temperature_c: of every thermal zone; those of batteries may be BATTERY_C at most.
+
+    The policy remembers its refusals. Before it allows again, a battery must be BATTERY_MARGIN fuller, and a zone
+    TEMPERATURE_MARGIN_C cooler.
     """
 
     min_battery: float = 0.3
@@ -73,21 +78,24 @@ class EnergyPolicy:
             raise ConfigError(f"max_temperature_c is {self.max_temperature_c}", f"at most {HOTTEST_C:g}, as 80.0")
 
     def refusal(self) -> str:
-        """Why the device may not tune now; empty if it may."""
+        """Return why the device may not tune now; empty if it may."""
         reading = read_power(self.root)
         refused = dict(self._reasons(reading))
         self._refused = set(refused)
         return "; ".join(refused.values())
 
     def stop(self) -> bool:
-        """Whether a tuning that runs is to end: for `limits.run`. Looks every LOOK_S at most."""
+        """Return whether a running tuning has to end, for `resource_limits.run`.
+
+        It reads the sensors at most every LOOK_S.
+        """
         now = time.monotonic()
         if now - self._looked_at >= LOOK_S:
             self._looked_at, self._said = now, self.refusal()
         return bool(self._said)
 
     def _reasons(self, reading: PowerReading) -> Iterator[tuple[str, str]]:
-        """(what is remembered, the reason)."""
+        """Yield (key to remember, reason) of each refusal."""
         if reading.faults and reading.drains and self.min_battery:
             yield "power", "; ".join(reading.faults)
         if self.ac_only and reading.plugged != "yes":
@@ -108,13 +116,13 @@ class EnergyPolicy:
 
 
 def read_power(root: Path = Path("/sys")) -> PowerReading:
-    """What the device says of its power and its warmth."""
+    """Read the power supplies and temperatures of the device."""
     plugs: list[Plugged] = []
     levels: list[float] = []
     states, faults, notes = [], [], []
     for supply in sorted((root / "class/power_supply").glob("*")):
         kind = _word(supply / "type")
-        if _word(supply / "scope") == "Device" or _word(supply / "present") == "0":  # a mouse's; an empty bay
+        if _word(supply / "scope") == "Device" or _word(supply / "present") == "0":  # a mouse's battery; an empty bay
             continue
         if kind in ("Battery", "UPS"):
             states.append(_word(supply / "status"))
@@ -141,12 +149,12 @@ def read_power(root: Path = Path("/sys")) -> PowerReading:
 
 
 def _plugged(online: str) -> Plugged:
-    """2 is online too: a supply whose voltage can be set."""
+    """Return the state of a supply; 2 is online too: a supply with a programmable voltage."""
     return {"0": "no", "1": "yes", "2": "yes"}.get(online, "unknown")  # type: ignore[return-value]
 
 
 def _plugged_in(plugs: list[Plugged], states: list[str]) -> Plugged:
-    """By the supplies; where there is none, by what the batteries do."""
+    """Return whether the device is plugged in, by its supplies; without any, by its batteries' states."""
     if "yes" in plugs:
         return "yes"
     if "unknown" in plugs:
@@ -159,11 +167,12 @@ def _plugged_in(plugs: list[Plugged], states: list[str]) -> Plugged:
 
 
 def _unique_name(name: str, suffix: str, zones: dict[str, float]) -> str:
+    """Return the name of a zone, with a suffix if another zone has it."""
     return f"{name} ({suffix})" if name in zones else name
 
 
 def _word(file: Path) -> str:
-    """What a file says; empty where there is none, or the driver has no answer."""
+    """Return the text of a file; empty if it is missing, or if the driver gives no value."""
     try:
         return file.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -171,7 +180,7 @@ def _word(file: Path) -> str:
 
 
 def _number(file: Path, low: float, high: float) -> float | None:
-    """The number in a file, if it is one and can be so."""
+    """Return the integer in a file, or None if it is none or out of range."""
     try:
         value = int(_word(file))
     except ValueError:

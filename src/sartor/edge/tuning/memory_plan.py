@@ -1,14 +1,14 @@
 """Largest tuning setting that fits the memory limit.
 
     lora        factors of every layer, activations kept
-    recompute   the same to rounding: a tensor a layer is kept, the rest computed again from weights that are widened
-                again
-    layers      as that, but only the layers next to the head go on learning; the others' factors are held still
+    recompute   the same up to rounding: one tensor a layer is kept, the rest is recomputed from weights that are
+                widened again
+    layers      the same, but only the layers next to the head go on learning; the others' factors are frozen
     zeroth      no gradients: two losses an update
 
-The order, and where 4 bits stand: docs/decisions/014-rungs.md.
+docs/decisions/014-rungs.md explains the order, and the place of 4 bits in it.
 
-`smallest.py` tunes a base of a few numbers and says what it then holds. No torch here.
+`baseline_measurement.py` tunes a tiny base and measures the memory that it then holds. No torch here.
 """
 
 from __future__ import annotations
@@ -41,25 +41,33 @@ from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.tune.recipe import ResolvedRecipe
 
 SCHEMA = 1
-# as `models/kernels/cpu.py` looks for them
+# in the order of `models/kernels/cpu.py`
 COMPILERS = (os.environ.get("CXX") or "g++", "g++", "c++", "clang++")
 
 
 @dataclass(frozen=True)
 class MemoryBaseline:
-    """held_bytes: always held; is_native: there are C++ kernels, which hold less than torch's own operations."""
+    """Memory that the tuner always holds.
+
+    held_bytes: anonymous and shared memory.
+    is_native: whether there are C++ kernels, which hold less than torch's own operations.
+    """
 
     held_bytes: int
     is_native: bool
 
 
 def floor() -> MemoryBaseline:
-    """From the file below SARTOR_HOME, or measured now. Raises MissingError where the tuner does not run here."""
+    """Return the baseline from the file below SARTOR_HOME, or measure it now.
+
+    Raises MissingError if the tuner does not run here.
+    """
     return _floor(str(folder("edge")))
 
 
 @functools.cache
 def _floor(cache_folder: str) -> MemoryBaseline:
+    """Return the baseline from `cache_folder`, measured again if versions, sources or the machine changed."""
     versions = [importlib.metadata.version(name) for name in ("torch", "sartor")]
     threads = os.environ.get("OMP_NUM_THREADS", "")
     pip_compiler = "ziglang" if importlib.util.find_spec("ziglang") else "no compiler"
@@ -79,13 +87,14 @@ def _floor(cache_folder: str) -> MemoryBaseline:
 
 
 def _sources() -> str:
-    """Our own modules, by their sizes: a checkout changes without its version."""
+    """Return a digest of the sizes of Sartor's own modules: a checkout changes without its version."""
     root = Path(__file__).parents[2]
     sizes = [f"{file.relative_to(root)} {file.stat().st_size}" for file in sorted(root.rglob("*.py"))]
     return hashlib.sha256("\n".join(sizes).encode()).hexdigest()[:12]
 
 
 def _measure_baseline() -> dict[str, Any]:
+    """Measure the baseline in a child process. Raises MissingError if the tuner does not run here."""
     with tempfile.TemporaryDirectory(prefix="sartor-floor-") as temp_folder:
         command = [sys.executable, "-m", "sartor.edge.tuning.baseline_measurement", temp_folder]
         completed = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -97,14 +106,14 @@ def _measure_baseline() -> dict[str, Any]:
 
 
 def anonymous_bytes() -> int:
-    """Anonymous and shared memory of this process now."""
+    """Return the anonymous and shared memory of this process now."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
 
 
 Name = Literal["lora", "recompute", "layers", "zeroth"]
 NAMES: tuple[Name, ...] = ("lora", "recompute", "layers", "zeroth")
-# Of a limit so much is left free. Predictions were off by 2.8 % over 12 configurations and by 4.3 % once
+# Fraction of a limit that is left free. Predictions were off by 2.8 % over 12 configurations and by 4.3 % once
 # (docs/edge.md)
 SPARE = 0.04
 MICRO_BATCH_TOKENS = 512
@@ -112,7 +121,10 @@ MICRO_BATCH_TOKENS = 512
 
 @dataclass(frozen=True)
 class MemorySetting:
-    """A way to tune. learning: layers that go on learning, next to the head."""
+    """One rung: a way to tune with its micro-batch.
+
+    learning: layers that go on learning, next to the head.
+    """
 
     name: Name
     learning: int
@@ -120,20 +132,22 @@ class MemorySetting:
 
     @property
     def id(self) -> str:
-        """Its name, and of fewer layers how many."""
+        """Name of the setting; for fewer layers with their number."""
         return f"layers-{self.learning}" if self.name == "layers" else self.name
 
     @property
     def mode(self) -> MemoryMode:
-        """As `peak_memory.py` reads it."""
+        """Mode for `peak_memory.py`."""
         return MemoryMode(self.learning, self.name != "lora", self.name == "zeroth")
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The rung, what it is predicted to hold at its peak, by what it is, and the checkpoint's size.
+    """Chosen rung with its predicted memory.
 
-    is_narrow: the base is read in 4 bits. reason: why this rung.
+    breakdown: predicted bytes at the peak, by category.
+    is_narrow: whether the base is read in 4 bits.
+    reason: why this rung.
     """
 
     rung: MemorySetting
@@ -151,7 +165,12 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class TokenFileStats:
-    """Of a file of tokens what a plan needs."""
+    """Facts of a token file that a plan needs.
+
+    longest: tokens of the longest row.
+    tokens: of all rows.
+    densest: largest fraction of supervised tokens in a training row.
+    """
 
     longest: int
     tokens: int
@@ -159,7 +178,10 @@ class TokenFileStats:
 
 
 def rows_of(file: Path) -> TokenFileStats:
-    """Read without torch. Raises ArtifactError where the file is not whole."""
+    """Read the facts of a token file without torch.
+
+    Raises ArtifactError if the file is not whole, or no training row has a supervised token.
+    """
     try:
         with safe_open(str(file), framework="np") as tokens_file:
             lengths, learnt = tokens_file.get_tensor("lengths").tolist(), tokens_file.get_tensor("learnt")
@@ -177,7 +199,10 @@ def rows_of(file: Path) -> TokenFileStats:
 
 
 class Planner:
-    """What a job would hold on every rung. baseline: the floor, if not that of this machine."""
+    """Predicted memory of a job on every rung.
+
+    baseline: the floor, if not that of this machine.
+    """
 
     def __init__(self, job: TuningJob, baseline: MemoryBaseline | None = None) -> None:
         self.job = job
@@ -187,7 +212,7 @@ class Planner:
         self.floor = baseline or floor()
 
     def rungs(self, barred: Collection[str] = ()) -> Iterator[MemorySetting]:
-        """Every rung whose id is not barred, in order; within one, the largest micro-batch first."""
+        """Yield every rung whose id is not barred, in order; within one, the largest micro-batch first."""
         all_layers = self.shape.adapted
         fewer = sorted(
             {count for count in (all_layers * 2 // 3, all_layers // 3, all_layers // 6, 1) if 0 < count < all_layers},
@@ -201,7 +226,7 @@ class Planner:
                 yield from (rung for rung in sizes if rung.id not in barred)
 
     def predict_peak(self, rung: MemorySetting) -> dict[str, int]:
-        """What it is predicted to hold at its peak."""
+        """Return the predicted bytes at the peak, by category."""
         tokens = max(self.rows.longest, rung.micro_batch_tokens)
         supervised = min(tokens, round(tokens * self.rows.densest))
         is_part = tokens < max(self.recipe.optimizer.batch_tokens, self.rows.longest)
@@ -212,10 +237,13 @@ class Planner:
     def choose(
         self, limit_bytes: int, barred: Collection[str] = (), *, max_tokens: int = 0, narrow_bytes: int = 0
     ) -> MemoryPlan:
-        """The first rung that fits. limit_bytes: 0 for none. max_tokens: no larger micro-batch than that; 0 for any.
-        narrow_bytes: of the same base in 4 bits; 0 if there is none.
+        """Return the plan of the first rung that fits.
 
-        Raises BudgetError where none fits, with the least limit that would do.
+        limit_bytes: 0 for no limit.
+        max_tokens: only micro-batches smaller than or equal to this; 0 for any.
+        narrow_bytes: size of the same base in 4 bits; 0 if there is none.
+
+        Raises BudgetError if none fits, naming the smallest limit that would.
         """
         smallest: tuple[int, MemorySetting] | None = None
         for rung in self.rungs(barred):
@@ -238,7 +266,7 @@ class Planner:
         )
 
     def _sizes(self) -> list[int]:
-        """Micro-batches, the largest first: whole multiples of the longest row."""
+        """Return the micro-batches, the largest first: whole multiples of the longest row."""
         longest, micro_batch_tokens = self.rows.longest, self.recipe.compute.micro_batch_tokens
         max_tokens = self.recipe.optimizer.batch_tokens
         max_tokens = (
@@ -253,7 +281,8 @@ class Planner:
         return sizes
 
     def _plan(self, rung: MemorySetting, breakdown: dict[str, int], limit_bytes: int, narrow_bytes: int) -> MemoryPlan:
-        # mapped pages are not held, but where they find no room they are read again with each pass
+        """Return the plan of a rung, and decide whether the base is read in 4 bits."""
+        # mapped pages are not counted as held, but without room for them they are read again in each pass
         free_bytes = limit_bytes - total(breakdown) if limit_bytes else self.shape.base_bytes
         is_narrow = 0 < narrow_bytes < self.shape.base_bytes and free_bytes < self.shape.base_bytes
         reason = f"the first that fits in {limit_bytes / 1e6:,.0f} MB" if limit_bytes else "no limit"
@@ -263,5 +292,5 @@ class Planner:
 
 
 def _round_up(number: int) -> int:
-    """Rounded up to a million."""
+    """Return the number rounded up to a million."""
     return -(-number // 1_000_000) * 1_000_000

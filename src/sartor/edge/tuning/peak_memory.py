@@ -3,8 +3,11 @@
     peak = floor + rows + factors and moments + the largest of (head, backward pass, forward pass)
 
 floor: Python with torch, measured once (`memory_plan.py`). The rest is counted: every tensor that
-`models/losses/fused_decoder.py` holds at the moments that can be the fullest. That works since the tuner gives memory
-back at once (`tuner_process.py`). No torch.
+`models/losses/fused_decoder.py` holds at each possible peak. Counting works because the tuner returns freed memory at
+once (`tuner_process.py`). No torch.
+
+Symbols in comments: T tokens of a micro-batch, W of them read by the last layer, D width, I inner width of the MLP, H
+heads, M = H K mixed (K a head's width), Q = M + 2 G K queries, keys and values (G key-value heads).
 """
 
 from __future__ import annotations
@@ -20,11 +23,11 @@ from sartor.core.remedies import restore_command
 from sartor.tune.recipe import ResolvedRecipe
 
 FLOAT_BYTES = 4
-# A token of the rows: an entry of its list and an int in it, an entry of the mask's list (CPython, 64 bits)
+# Bytes of a row's token: an entry of its list and an int in it, an entry of the mask's list (CPython, 64 bits)
 ROW_TOKEN_BYTES = 48
-# Rows of the head, and bytes of logits, at once: `models/losses/fused_decoder.py`, `tuner_process.py`
+# Rows of the head's weight, and bytes of logits, at once: `models/losses/fused_decoder.py`, `tuner_process.py`
 HEAD_SLICE, LOGITS_BYTES = 2048, 8 << 20
-# What products pack their operands into, beyond those of the floor's small ones, and pages that are half used
+# Packed operands of matrix products, beyond those of the floor's small base, and half-used pages
 SLACK_BYTES = 6 << 20
 # `models/packing.py`: above this row length torch's own attention keeps no weights
 BLOCKED_TOKENS = 512
@@ -33,8 +36,11 @@ ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 
 @dataclass(frozen=True)
 class DeviceModelShape:
-    """What of a base and a recipe decides memory. Widths in elements; targets: modules of a block that have
-    factors.
+    """Facts of a base and a recipe that decide memory. Widths are in elements.
+
+    targets: modules of a block that have factors.
+    adapted: layers that have factors.
+    base_bytes: size of the safetensors files.
     """
 
     layers: int
@@ -51,17 +57,17 @@ class DeviceModelShape:
 
     @property
     def qkv(self) -> int:
-        """Queries, keys and values of a token, side by side."""
+        """Width of the queries, keys and values of a token, side by side."""
         return (self.heads + 2 * self.groups) * self.head_width
 
     @property
     def mixed(self) -> int:
-        """What the heads give."""
+        """Width of attention's output."""
         return self.heads * self.head_width
 
     @property
     def layer_factors(self) -> int:
-        """Numbers in the factors of one layer."""
+        """Number of elements in the factors of one layer."""
         key = self.groups * self.head_width
         sizes = {
             "q_proj": self.width + self.mixed,
@@ -77,8 +83,12 @@ class DeviceModelShape:
 
 @dataclass(frozen=True)
 class DeviceLoad:
-    """The fullest micro-batch: tokens, of them supervised; its longest row; whether an update has more than one;
-    tokens of all rows.
+    """The largest micro-batch.
+
+    tokens, supervised: its tokens, and those of them that have a loss.
+    longest: tokens of its longest row.
+    is_part: whether an update has more than one micro-batch.
+    rows_tokens: tokens of all rows.
     """
 
     tokens: int
@@ -90,8 +100,12 @@ class DeviceLoad:
 
 @dataclass(frozen=True)
 class MemoryMode:
-    """How a rung computes. learning: layers that learn. recompute, zeroth: see `tune.recipe.Compute`,
-    `tuning_job.TuningJob`. native: by the C++ kernels.
+    """Way in which a rung computes.
+
+    learning: layers that learn.
+    recompute: as in `tune.recipe.Compute`.
+    zeroth: as in `tuning_job.TuningJob`.
+    native: whether the C++ kernels compute.
     """
 
     learning: int
@@ -101,7 +115,7 @@ class MemoryMode:
 
 
 def shape_of(base: Path, recipe: ResolvedRecipe) -> DeviceModelShape:
-    """From config.json below a base's directory. Raises ModelError where it is not whole."""
+    """Return the shape from config.json in a base's directory. Raises ModelError if the file is not whole."""
     try:
         fields: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
         heads, layers = fields["num_attention_heads"], fields["num_hidden_layers"]
@@ -126,7 +140,7 @@ def shape_of(base: Path, recipe: ResolvedRecipe) -> DeviceModelShape:
 
 
 def peak(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode, floor_bytes: int) -> dict[str, int]:
-    """What is held at the peak, by what it is, in bytes; its sum is the peak."""
+    """Return the bytes held at the peak, by category; their sum is the peak."""
     factors, learnt = shape.adapted * shape.layer_factors, mode.learning * shape.layer_factors
     moments = 0 if mode.zeroth else 2 * learnt
     peak_work = _zeroth(shape, load, mode) if mode.zeroth else _gradients(shape, load, mode, learnt)
@@ -140,22 +154,28 @@ def peak(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode, floor_byte
 
 
 def state_bytes(shape: DeviceModelShape, mode: MemoryMode) -> int:
-    """A checkpoint."""
+    """Return the bytes of a checkpoint."""
     factors, learnt = shape.adapted * shape.layer_factors, mode.learning * shape.layer_factors
     return FLOAT_BYTES * (factors + (0 if mode.zeroth else 2 * learnt))
 
 
 def _saved_for_backward(shape: DeviceModelShape, tokens: int, tail: int) -> int:
-    """What a block keeps for its backward pass; `tail` of its tokens go on after attention."""
+    """Return the elements that a block keeps for its backward pass.
+
+    tail: tokens that go on after attention.
+    """
     low = shape.rank * sum(name in ("q_proj", "k_proj", "v_proj") for name in shape.targets)
     low_tail = shape.rank * (len(shape.targets)) - low
+    # T (rstd 1 + qkv Q + lse H + mixed M + low-rank inputs R_in)
+    #   + W (middle D + rstd 1 + gate and up 2 I + low-rank inputs R_tail)
     head = tokens * (1 + shape.qkv + shape.heads + shape.mixed + low)
     return head + tail * (shape.width + 1 + 2 * shape.inner + low_tail)
 
 
 def _attention(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> int:
-    """What attention holds besides its input and result: torch's own operations keep two numbers for each two
-    tokens.
+    """Return the elements that attention holds besides its input and result.
+
+    Up to BLOCKED_TOKENS, torch's own operations keep two numbers for each head and pair of tokens.
     """
     if mode.native:
         return 0
@@ -164,8 +184,10 @@ def _attention(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> i
 
 
 def _forward(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> int:
-    """The fullest moment of a block's forward pass, without its input."""
+    """Return the elements at the peak of a block's forward pass, without its input."""
     t, d, i = load.tokens, shape.width, shape.inner
+    # first: qkv, mixed, middle, normed middle, gate and up; the widened weight of gate and up (2 I, D)
+    # second: what is kept; the activated product (T, I); the widened weight of down (D, I); the output (T, D)
     attention = t * (shape.qkv + shape.mixed) + _attention(shape, load, mode)
     first = t * (shape.qkv + shape.mixed + d + d + 2 * i) + 2 * i * d
     second = _saved_for_backward(shape, t, t) + t * i * (1 if mode.native else 2) + d * i + t * d
@@ -173,10 +195,13 @@ def _forward(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> int
 
 
 def _backward(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> int:
-    """The fullest moment of a block's backward pass, with the gradient that it gets, without its input and what is
-    kept.
+    """Return the elements at the peak of a block's backward pass.
+
+    They include the gradient that it gets, but not its input and what the forward pass kept.
     """
     t, d, i = load.tokens, shape.width, shape.inner
+    # in the order of the pass: down, GLU, gate and up, attention, qkv; each with its widened weight if it has one.
+    # - 2 T I: gate and up (T, 2 I), counted as kept, are freed after the GLU
     through_down = d * i + t * i
     through_glu = (2 if mode.native else 7) * t * i
     through_gate_up = 2 * t * d + 2 * i * d
@@ -186,7 +211,11 @@ def _backward(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> in
 
 
 def _head(shape: DeviceModelShape, load: DeviceLoad, with_gradients: bool) -> int:
-    """Hidden rows twice, normed, their slopes and aims; a slice of the head and one of the logits."""
+    """Return the elements of the head.
+
+    They are the hidden rows twice, their normed copy and their gradient, a slice of the head's weight, a slice of the
+    logits, and a (rows, D) buffer for that slice.
+    """
     rows = min(load.supervised, LOGITS_BYTES // (HEAD_SLICE * FLOAT_BYTES))
     chunk = min(HEAD_SLICE, shape.vocabulary)
     hidden = load.supervised * shape.width * (4 if with_gradients else 3)
@@ -194,8 +223,9 @@ def _head(shape: DeviceModelShape, load: DeviceLoad, with_gradients: bool) -> in
 
 
 def _gradients(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode, learnt: int) -> dict[str, int]:
-    """Of the moments that can be the fullest, the fullest: the head, the first and the last block of the backward
-    pass.
+    """Return the elements at the largest of the possible peaks, by category.
+
+    The candidates are the head, the first and the last block of the backward pass, and a block of the forward pass.
     """
     x, tokens = load.tokens * shape.width, load.tokens
     gradients_before = learnt if load.is_part else 0
@@ -210,6 +240,8 @@ def _gradients(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode, lear
             x + saved,
             _backward(shape, load, mode),
         )
+    # possible peaks: the head; the last block, before other gradients exist; the first block, with all gradients;
+    # the last block of the forward pass
     moments: list[dict[str, int]] = [
         {"activations": activations, "head": _head(shape, load, True), "gradients": gradients_before},
         {"activations": activations, "block": block, "gradients": gradients_before},
@@ -224,6 +256,7 @@ def _gradients(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode, lear
 
 
 def _zeroth(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> dict[str, int]:
+    """Return the elements at the peak of zeroth-order tuning, by category: no gradients and no moments."""
     x = load.tokens * shape.width
     direction = shape.rank * max(shape.width, shape.inner)
     forward: dict[str, int] = {"activations": x, "block": _forward(shape, load, mode)}
@@ -233,5 +266,5 @@ def _zeroth(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> dict
 
 
 def total(breakdown: Mapping[str, int]) -> int:
-    """The peak."""
+    """Return the sum of a breakdown: the peak."""
     return sum(breakdown.values())

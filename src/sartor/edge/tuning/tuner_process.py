@@ -1,12 +1,12 @@
 """The tuning child process and its token file.
 
-It loads torch and nothing else of this trade: rows come as tokens, the base as mapped files (`models/mmap_llama.py`),
-and the loop is that of `tune`. It saves when a save is due and at SIGTERM; started again it goes on from there. What
-it makes is PEFT's adapter directory. Exit codes are those of the command line (143 after SIGTERM, 4 where memory
-fails).
+It loads torch, but neither transformers nor peft. Rows come as tokens and the base as mapped files
+(`models/mmap_llama.py`); the loop is that of `tune`. It saves when a save is due and at SIGTERM; a new start resumes
+there. It writes PEFT's adapter directory. Exit codes are those of the command line (143 after SIGTERM, 4 if memory is
+exhausted).
 
-ids (N,) int32, learnt (N,) uint8: the tokens of all rows, end to end; lengths (R,) int64; weights (R,) float64;
-train: how many of the rows, the first ones, are trained on. Metadata: schema, and the rows' ids, one a line.
+Token file: ids (N,) int32 and learnt (N,) uint8, the tokens of all rows end to end; lengths (R,) int64; weights (R,)
+float64; train: number of rows, from the first, that are trained on. Metadata: schema, and the rows' ids, one a line.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SCHEMA = "1"
 
 
 def write_tokens(rows: TokenizedDataset, file: Path) -> None:
-    """Write what `read_tokens` reads. Whoever calls moves the file to its place."""
+    """Write a token file for `read_tokens`. The caller moves the file to its final path."""
     all_rows = [*rows.train, *rows.held_out]
     save_file(
         {
@@ -64,7 +64,7 @@ def write_tokens(rows: TokenizedDataset, file: Path) -> None:
 
 
 def read_tokens(file: Path) -> TokenizedDataset:
-    """The rows of a file. Raises ArtifactError where it is not whole, or of another schema."""
+    """Return the rows of a token file. Raises ArtifactError if it is not whole, or has another schema."""
     try:
         with safe_open(str(file), framework="pt") as tokens_file:
             metadata = tokens_file.metadata() or {}
@@ -83,6 +83,7 @@ def read_tokens(file: Path) -> TokenizedDataset:
 
 
 def _rows(tensors: dict[str, torch.Tensor], names: list[str]) -> Iterator[TokenizedExample]:
+    """Yield the rows of the tensors of a token file."""
     low = 0
     for length, weight, name in zip(tensors["lengths"].tolist(), tensors["weights"].tolist(), names, strict=True):
         high = low + length
@@ -92,7 +93,7 @@ def _rows(tensors: dict[str, torch.Tensor], names: list[str]) -> Iterator[Tokeni
         low = high
 
 
-# Logits are made in chunks of about this size: beside 400 MB, the 64 of a server would be much
+# Logits are computed in chunks of about this size: a server's 64 MB would be much beside 400 MB in all
 LOGITS_BYTES = 8 << 20
 # glibc: <malloc.h>
 _M_MMAP_THRESHOLD, _M_MMAP_MAX, MAPPED_BYTES = -3, -4, 256 << 10
@@ -100,24 +101,25 @@ _M_MMAP_THRESHOLD, _M_MMAP_MAX, MAPPED_BYTES = -3, -4, 256 << 10
 
 @dataclass
 class DeviceBase:
-    """A base as a run stands on it: see `training_loop.TrainingBase`."""
+    """Base of a run on a device, as `training_loop.TrainingBase`."""
 
     ref: BaseRef
     device: torch.device
     dtype: torch.dtype
 
     def path(self, model: Any, rows: Sequence[TokenizedExample], wish: LossOptions) -> LossBackend:
-        """The fast path, whose activations are computed again in the backward pass if the recipe says so."""
+        """Return the hand-written backend. The recipe decides whether its backward pass recomputes activations."""
         chosen_kernels, reason = kernels.choose_kernels(self.device)
         fast = FusedDecoder(model, chosen_kernels, recompute=wish.recompute, logits_bytes=LOGITS_BYTES)
         return FusedBackend(fast, self.device, f"llama block by hand, {reason}; weights mapped", wish.share)
 
 
 def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
-    """Tune until the budget is spent, from the last checkpoint if there is one. Returns what `run.json` says.
+    """Tune until the budget is spent, from the last checkpoint if there is one.
 
-    Raises StoppedError after a signal, once its state is saved; ModelError, ArtifactError and ConfigError for a base,
-    rows or a recipe that a device cannot use; BudgetError where memory cannot hold it.
+    Returns the contents of `run.json`. Raises StoppedError after a signal, once its state is saved; ModelError,
+    ArtifactError and ConfigError for a base, rows or a recipe that a device cannot use; BudgetError if memory cannot
+    hold it.
     """
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,7 @@ def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
     checkpoint = newest(out / "checkpoints").checkpoint
     if checkpoint:
         check_numerics(checkpoint, f"start over with rm -r {out / 'checkpoints'}")
-    # a number is the plan's, and a run that goes on smaller has another than before
+    # a number comes from the plan, and a run that resumes on a smaller rung has another one than before
     is_open = recipe.compute.micro_batch_tokens == "auto"
     resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint and is_open else None
     unchanging = {"environment": {"dtype": DTYPE}, "numerics": numerics(DTYPE)}
@@ -157,13 +159,14 @@ def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
             "path": run.path.reason,
         }
     _write(model, recipe, job, out)
-    write_file_atomic(out / "run.json", f"{json.dumps(fields)}\n".encode())  # last: whoever finds it finds all
+    write_file_atomic(out / "run.json", f"{json.dumps(fields)}\n".encode())  # last: it marks a whole result
     return fields
 
 
 def adapted(model: MappedLlama, method: Lora, seed: int = 0) -> MappedLlama:
-    """The model with fresh factors where a method wants them: nothing else learns. Raises ConfigError for another
-    method.
+    """Return the model with fresh factors where a method wants them; nothing else learns.
+
+    Raises ConfigError for any method except LoRA without dropout, and for modules that the base lacks.
     """
     if method.kind != "lora" or method.dropout:
         raise ConfigError(f"a device tunes plain LoRA without dropout, not {method.kind}", "method: {kind: lora}")
@@ -180,8 +183,9 @@ def adapted(model: MappedLlama, method: Lora, seed: int = 0) -> MappedLlama:
 
 
 def load_factors(model: MappedLlama, folder: Path) -> None:
-    """Put the factors of an adapter that stands into the model. Raises ModelError where they are not those that it
-    has.
+    """Load the factors of an existing adapter into the model.
+
+    Raises ModelError if their names or shapes differ from the model's.
     """
     try:
         stored = load_file(str(folder / "adapter_model.safetensors"))
@@ -202,7 +206,7 @@ def load_factors(model: MappedLlama, folder: Path) -> None:
 
 
 def _write(model: MappedLlama, recipe: ResolvedRecipe, job: TuningJob, out: Path) -> None:
-    """PEFT's two files, each whole or not at all."""
+    """Write PEFT's two files, each atomically."""
     names = sorted(
         {
             name.rpartition(".")[2]
@@ -231,7 +235,7 @@ def _write(model: MappedLlama, recipe: ResolvedRecipe, job: TuningJob, out: Path
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read JOB (the JSON of a Job), tune, and say the error of it as JSON on the last line of stderr."""
+    """Tune the job in the file JOB; an error is written as JSON to the last line of stderr."""
     try:
         _give_back_at_once()
         tune(read_job(Path(arguments[0])))
@@ -250,10 +254,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _give_back_at_once() -> None:
-    """Have glibc map what is large and unmap it when it is let go: what is held is then what is used, and can be
-    planned.
+    """Make glibc map large blocks and unmap them when they are freed.
 
-    Left alone it raises the size from which it does so as it goes, and keeps holes.
+    Memory held then equals memory used, and can be planned. By default glibc raises the threshold for this at run
+    time, and keeps holes.
     """
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -262,6 +266,7 @@ def _give_back_at_once() -> None:
 
 
 def _report_error(error: SartorError) -> int:
+    """Write an error to stderr as JSON, and return its exit code."""
     fields = {"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}
     sys.stderr.write(json.dumps(fields) + "\n")
     return error.exit_code

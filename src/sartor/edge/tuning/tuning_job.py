@@ -10,7 +10,7 @@ from typing import Any
 from sartor.core.errors import ConfigError
 from sartor.tune.sampler import SchedulePart
 
-# What a device computes in, whatever its base is stored as
+# Arithmetic of a device, whatever dtype its base is stored in
 DTYPE = "float32"
 STORES = ("fp32", "bf16")
 FACTORS = ("A", "B", "AB")
@@ -18,7 +18,10 @@ FACTORS = ("A", "B", "AB")
 
 @dataclass(frozen=True)
 class Share(SchedulePart):
-    """What of a longer tuning this one is. factors: which of each pair learn; the other ones are held still."""
+    """Part of a longer tuning.
+
+    factors: "A", "B" or "AB": which factors of each pair learn; the others are frozen.
+    """
 
     factors: str = "AB"
 
@@ -29,15 +32,17 @@ class Share(SchedulePart):
 
 @dataclass(frozen=True)
 class TuningJob:
-    """base: a directory in transformers' layout, or one that `models/mmap_llama.py` wrote; tokens: a token file
-    (`tuner_process.py`); out: a directory for the adapter, its log and its checkpoints. name, digest, licence: of the
-    base, as an adapter says them.
+    """Job of the tuning process.
 
-    start: an adapter directory to go on from; empty for a fresh one. store: the dtype in which the adapter is written
-    (in bf16 one more epoch changes fewer bytes). top: so many layers next to the head go on learning, 0 for all; the
-    factors of
-    the others stay. zeroth: learn by differences of two losses, without gradients. share: of a round, what it asks
-    for.
+    base: directory in transformers' layout, or one that `models/mmap_llama.py` wrote.
+    name, digest, licence: of the base, as an adapter states them.
+    tokens: token file (`tuner_process.py`).
+    out: directory for the adapter, its log and its checkpoints.
+    start: adapter directory to go on from; empty for a fresh adapter.
+    store: dtype in which the adapter is written (in bf16 one more epoch changes fewer bytes).
+    top: number of layers next to the head that go on learning, 0 for all; the factors of the others stay.
+    zeroth: learn by differences of two losses, without gradients.
+    share: part that a federated round asks for.
     """
 
     base: str
@@ -58,12 +63,12 @@ class TuningJob:
             raise ConfigError(f"an adapter is stored in {' or '.join(STORES)}, not in {self.store!r}", "store: bf16")
 
     def write(self, file: Path) -> None:
-        """As JSON."""
+        """Write the job as JSON."""
         file.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
 
 def read_job(file: Path) -> TuningJob:
-    """What `Job.write` wrote. Raises ConfigError."""
+    """Return the job that `TuningJob.write` wrote. Raises ConfigError."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         return TuningJob(**{**fields, "share": Share(**fields.get("share", {}))})

@@ -3,13 +3,11 @@
     {"schema": 1, "kind": "fleet-report", "device": "sensor-0017", "name": "faq", "version": "1.1", "ring": 42,
      "outcome": "fail", "reason": "canary", "time": 1780000000, "signature": {...}}
 
-The reason is a word of a closed list: what the device's own prompts were, and what was answered, stays on the device.
-What is
-to be said follows from the store: a version that is refused failed, the current one passed once its trial is over.
-`started` goes out before a version is checked and made current, so that the publisher notices a device that is never
-heard of again, and again at each later sync of its trial: a device that is heard of is not silent, however long the
-trial is. `deferred` takes it back where nothing became of that: its check could not be made, or a newer version took
-its place.
+The reason is a word of a closed list: the device's own prompts and the replies stay on the device. The outcome
+follows from the store: a version that is refused failed, and the current one passed once its trial is over. `started`
+is sent before a version is checked and made current, so that the publisher notices a device that falls silent. It is
+sent again at each later sync of the trial: a device that reports is not silent, however long the trial is. `deferred`
+withdraws it if nothing came of the trial: the check could not be made, or a newer version took its place.
 """
 
 from __future__ import annotations
@@ -35,15 +33,17 @@ from sartor.edge.update.version_metadata import ring_of
 SCHEMA, KIND = 1, "fleet-report"
 MOST_BYTES = 4096
 Outcome = Literal["pass", "fail", "started", "deferred"]
-# What is said of a version before its outcome is known
+# Reports before the outcome of a version is known
 UNDECIDED = ("started", "deferred")
 _MEMORY = "reported.json"
 
 
 @dataclass(frozen=True)
 class Report:
-    """One device on one version. `time`: seconds since 1970 by the device's clock. `reason`: a HealthReason; else
-    "".
+    """Report of one device on one version.
+
+    time: seconds since 1970 by the device's clock.
+    reason: a HealthReason; else "".
     """
 
     device: str
@@ -55,17 +55,17 @@ class Report:
     time: int
 
     def document(self) -> bytes:
-        """What is signed."""
+        """Return the signed bytes."""
         return records.canonical({"schema": SCHEMA, "kind": KIND, **asdict(self)})
 
     def signed(self, key: Ed25519PrivateKey) -> bytes:
-        """What is sent."""
+        """Return the bytes to send: the document with its signature."""
         fields = json.loads(self.document())
         return records.canonical({**fields, "signature": signing.signature_of(self.document(), key)}) + b"\n"
 
 
 def read_report(content: bytes) -> tuple[Report, Any]:
-    """A report and its signature, which is not checked here. Raises ArtifactError for what is none."""
+    """Return a report and its signature, which is not checked here. Raises ArtifactError for no report."""
     try:
         fields = json.loads(content) if len(content) <= MOST_BYTES else None
         if not isinstance(fields, dict):
@@ -88,7 +88,7 @@ def read_report(content: bytes) -> tuple[Report, Any]:
 
 
 def check_id(device: str) -> None:
-    """Raise ConfigError for a device's id that names no file: its key is enrolled under it."""
+    """Raise ConfigError for a device's id that is no file name: its key is enrolled under it."""
     if not is_valid_name(device):
         raise ConfigError(
             f"{device!r:.80} is no id that can report", "--device: lower-case letters, digits, '.', '_' and '-'"
@@ -100,7 +100,8 @@ def due(
 ) -> Iterator[Report]:
     """Yield the reports on `name` that were not sent yet, and `started` for a current version on trial.
 
-    outcomes: version -> outcome that was sent last. announced: version whose start this sync has reported already.
+    outcomes: version -> outcome that was sent last.
+    announced: version whose start this sync has reported already.
     """
     now, ring = int(time.time()), ring_of(device)
     for version, reason in store.refused(name).items():
@@ -123,10 +124,10 @@ def due(
 def send_due(
     store: ReleaseStore, name: str, device: str, key: Path, destination: str, folder: Path, *, announced: str = ""
 ) -> list[Report]:
-    """Sign and send the reports of `due`, to a folder or by POST to an http(s) address; what was sent stands in
-    `folder`.
+    """Send the signed reports of `due`, to a folder or by POST to an http(s) address.
 
-    Returns the reports that were sent. Raises MissingError where it cannot be sent: the next sync says it again.
+    Returns the reports that were sent; `folder` keeps a record of them. Raises MissingError if a report cannot be
+    sent: the next sync sends it again.
     """
     check_id(device)
     outbox = Outbox(device, signing.open_private(key), destination, folder)
@@ -139,7 +140,11 @@ def send_due(
 
 @dataclass(frozen=True)
 class Outbox:
-    """Where a device's reports go, and the memory of what it reported. `key`: they are signed with it."""
+    """Destination of a device's reports, and the record of those sent.
+
+    key: signs the reports.
+    folder: folder of the record.
+    """
 
     device: str
     key: Ed25519PrivateKey
@@ -151,18 +156,22 @@ class Outbox:
         return _read_memory(self.folder).get(name, {})
 
     def send(self, report: Report) -> None:
-        """Sign, send and remember a report. Raises MissingError where it cannot be sent."""
+        """Sign, send and record a report. Raises MissingError if it cannot be sent."""
         _deliver(report.signed(self.key), report, self.destination)
         memory = _read_memory(self.folder)
         memory.setdefault(report.name, {})[report.version] = report.outcome
         write_file_atomic(self.folder / _MEMORY, records.canonical(memory))
 
     def send_started(self, name: str, version: str) -> None:
-        """Send that a version is about to be checked and made current. Raises MissingError where it cannot be sent."""
+        """Send the report that a version is about to be checked and made current.
+
+        Raises MissingError if it cannot be sent.
+        """
         self.send(Report(self.device, name, version, ring_of(self.device), "started", "", int(time.time())))
 
 
 def _deliver(document: bytes, report: Report, destination: str) -> None:
+    """Send a report to an address, or write it into a folder."""
     if destination.startswith(("http://", "https://")):
         Fetcher().post(destination, document)
     else:
@@ -170,7 +179,10 @@ def _deliver(document: bytes, report: Report, destination: str) -> None:
 
 
 def _read_memory(folder: Path) -> dict[str, dict[str, str]]:
-    """What was said already; a memory that is lost costs one more report, which counts once."""
+    """Return the record of sent reports: name -> version -> outcome.
+
+    A lost record costs one more report, which counts once.
+    """
     try:
         fields = json.loads((folder / _MEMORY).read_bytes())
     except (OSError, ValueError, RecursionError):

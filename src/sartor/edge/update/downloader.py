@@ -1,10 +1,9 @@
 """Resumable downloads from untrusted mirrors.
 
-What arrives is checked elsewhere (TUF for metadata, sha256 for content). Here stands what a mirror can do without
-forging
-anything: cut, stall, drip, answer another range, ignore the range, compress, send without end, redirect. RFC 9110
-section 14 for ranges. `http.client` rather than a pool: the socket is at hand, so that a drip in the headers can be
-ended as well.
+Content is checked elsewhere (TUF for metadata, sha256 for content). This module handles what a mirror can do without
+a forgery: cut, stall, drip, answer another range, ignore the range, compress, send without end, redirect. Ranges
+follow RFC 9110, section 14. `http.client` rather than a pool gives access to the socket, so that dripping headers can
+be ended too.
 """
 
 from __future__ import annotations
@@ -33,10 +32,11 @@ Sink = Callable[[int, bytes], None]
 
 @dataclass(frozen=True)
 class DownloadLimits:
-    """What a mirror may take its time for.
+    """Limits of a mirror's answers.
 
-    A transfer may last `grace_s` and then what its bytes need at `least_bytes_per_s`. `attempts` is the number of
-    failures in a row without a byte of progress; the n-th is followed by `backoff_s` * 2**n, at most `most_backoff_s`.
+    A transfer may last `grace_s`, and in addition the time that its bytes need at `least_bytes_per_s`. `attempts` is
+    the number of failures in a row without a byte of progress. The n-th failure is followed by a pause of `backoff_s`
+    * 2**(n - 1), at most `most_backoff_s`.
     """
 
     connect_s: float = 15.0
@@ -50,16 +50,20 @@ class DownloadLimits:
 
 
 class TransientDownloadError(Exception):
-    """One attempt broke off in a way that the next may mend: a cut, a timeout, a 5xx. Never leaves this package."""
+    """Failure of one attempt that the next may not have: a cut, a timeout, a 5xx. Never leaves this package."""
 
 
 class AbsentError(Exception):
-    """The mirror says that it has no such file. Never leaves this module."""
+    """Answer of a mirror that has no such file. Never leaves this module."""
 
 
 @dataclass
 class Body:
-    """An answer before its bytes: where in the file they begin, and how many are declared (None: not said)."""
+    """Answer before its bytes.
+
+    start: position in the file where they begin.
+    length: declared number of bytes, or None.
+    """
 
     start: int
     length: int | None
@@ -68,20 +72,25 @@ class Body:
 
 @dataclass
 class Fetcher:
-    """Downloads by HTTP, HTTPS or from a folder (`file:`), and counts what came. `limits`: see Limits."""
+    """Downloader by HTTP, HTTPS or from a folder (`file:`), which counts the bytes it fetched.
+
+    broken: failures that were tried again.
+    """
 
     limits: DownloadLimits = DownloadLimits()
     fetched_bytes: int = 0
-    broken: list[str] = field(default_factory=list)  # what failed and was tried again
+    broken: list[str] = field(default_factory=list)  # failures that were tried again
 
     def small(self, url: str, max_bytes: int) -> bytes | None:
-        """A whole small file; None where the mirror has none. Raises MissingError: unreachable, too slow, cut too
-        often;
-        ArtifactError: more than `max_bytes`.
+        """Return a whole small file, or None if the mirror has none.
+
+        Raises MissingError if the mirror is unreachable, too slow or cuts too often; ArtifactError for more than
+        `max_bytes`.
         """
         buffer = bytearray()
 
         def take(offset: int, content: bytes) -> None:
+            """Keep a piece at an offset of the buffer."""
             del buffer[offset:]
             buffer.extend(content)
 
@@ -92,12 +101,13 @@ class Fetcher:
         return bytes(buffer)
 
     def resume(self, url: str, length: int, done: Callable[[], int], take: Sink) -> None:
-        """Bring a file of exactly `length` bytes from the offset `done()` on; `take(offset, content)` keeps what
-        comes.
+        """Fetch a file of exactly `length` bytes from the offset `done()` on.
 
-        Returns once `done() == length`. Raises MissingError: absent, unreachable, too slow, cut too often (what came
-        is kept, so a later call goes on); ArtifactError: the mirror sends more, or another range, than the length
-        declares.
+        take: called as `take(offset, content)` to keep each piece.
+
+        Returns once `done() == length`. Raises MissingError if the file is absent, or the mirror is unreachable, too
+        slow or cuts too often (fetched bytes are kept, so that a later call resumes). Raises ArtifactError if the
+        mirror sends more than the length, or another range.
         """
         try:
             if done() < length:
@@ -109,8 +119,9 @@ class Fetcher:
             ) from None
 
     def post(self, url: str, body: bytes) -> None:
-        """Send a few bytes, once. Raises MissingError unless they are taken (a 2xx), ConfigError for what is no
-        address.
+        """Send a few bytes, once.
+
+        Raises MissingError unless they are accepted (a 2xx), ConfigError for an invalid address.
         """
         url_parts = urllib.parse.urlsplit(url)
         if url_parts.scheme not in ("http", "https") or not url_parts.hostname:
@@ -131,6 +142,7 @@ class Fetcher:
             ) from None
 
     def _until_done(self, url: str, length: int, *, exact: bool, done: Callable[[], int], take: Sink) -> None:
+        """Repeat attempts until the file is complete. Raises MissingError after too many failures in a row."""
         failures = 0
         while True:
             offset = done()
@@ -150,10 +162,11 @@ class Fetcher:
                 time.sleep(min(self.limits.backoff_s * 2 ** (failures - 1), self.limits.most_backoff_s))
 
     def _once(self, url: str, offset: int, length: int, *, exact: bool, take: Sink) -> None:
-        """One attempt: at most `length - offset` bytes are kept, in pieces of CHUNK_BYTES; also what a broken one
-        brought.
+        """Make one attempt, which keeps at most `length - offset` bytes, in pieces of CHUNK_BYTES.
+
+        The bytes of a broken attempt are kept too.
         """
-        # what is no exact length is small, and begun anew
+        # a file without an exact length is small, and begins again from 0
         offset = offset if exact else 0
         with self._open_body(url, offset, length) as body:
             if exact and body.length is not None and body.start + body.length > length:
@@ -172,7 +185,10 @@ class Fetcher:
                     take(position, bytes(pending))
 
     def _pieces(self, url: str, body: Body, length: int) -> Iterator[bytes]:
-        """What is read, as it comes. Reads one byte more than is allowed, to see that there is an end."""
+        """Yield the bytes as they come.
+
+        It reads one byte more than is allowed, to check that the answer ends.
+        """
         start_s, received_bytes = time.monotonic(), 0
         while True:
             allowed_bytes = length - body.start - received_bytes
@@ -199,6 +215,7 @@ class Fetcher:
 
     @contextmanager
     def _open_body(self, url: str, offset: int, length: int) -> Iterator[Body]:
+        """Open the answer to a request, after redirects."""
         for _ in range(self.limits.redirects + 1):
             url_parts = urllib.parse.urlsplit(url)
             if url_parts.scheme == "file":
@@ -230,6 +247,7 @@ class Fetcher:
 
 @contextmanager
 def _local(url: str, offset: int) -> Iterator[Body]:
+    """Open a file below a `file:` address."""
     path = Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
     try:
         with path.open("rb") as stream:
@@ -240,6 +258,7 @@ def _local(url: str, offset: int) -> Iterator[Body]:
 
 
 def _connection(url_parts: urllib.parse.SplitResult, limits: DownloadLimits) -> http.client.HTTPConnection:
+    """Return an open connection with its timeouts. Raises TransientDownloadError."""
     assert url_parts.hostname
     if url_parts.scheme == "https":
         context = ssl.create_default_context()
@@ -261,12 +280,14 @@ def _connection(url_parts: urllib.parse.SplitResult, limits: DownloadLimits) -> 
 
 @contextmanager
 def _close_after(connection: http.client.HTTPConnection, seconds: float) -> Iterator[None]:
-    """End the connection after `seconds`: a timeout of the socket counts from byte to byte, and a drip never meets
-    it.
+    """Hold a connection that is shut down after `seconds`.
+
+    A socket's timeout counts from byte to byte, so that a drip never meets it.
     """
     sock = connection.sock
 
     def end() -> None:
+        """Shut the socket down."""
         try:
             sock.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -284,9 +305,12 @@ def _close_after(connection: http.client.HTTPConnection, seconds: float) -> Iter
 def _request(
     connection: http.client.HTTPConnection, url_parts: urllib.parse.SplitResult, offset: int, body: bytes | None = None
 ) -> http.client.HTTPResponse:
-    """The head of an answer: to a GET, from `offset` on; with a body to a POST of it."""
+    """Send a request and return the head of the answer.
+
+    It is a GET from `offset` on, or with a body a POST.
+    """
     request_target = urllib.parse.urlunsplit(("", "", url_parts.path or "/", url_parts.query, ""))
-    # identity: a compressed answer could unpack to any size, and a range of one is no range of the file
+    # identity: a compressed answer could unpack to any size, and a range of it would be no range of the file
     headers = {"Accept-Encoding": "identity", "User-Agent": "sartor", "Connection": "close"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
@@ -300,7 +324,11 @@ def _request(
 
 
 def _next(url: str, location: str) -> str:
-    """Where a redirect leads: to the same host, and never from TLS to plain or into the device's own files."""
+    """Return the target of a redirect.
+
+    It must be on the same host, and may lead neither from TLS to plain HTTP nor to the device's own files. Raises
+    ArtifactError.
+    """
     target = urllib.parse.urljoin(url, location)
     old, new = urllib.parse.urlsplit(url), urllib.parse.urlsplit(target)
     safe = (new.scheme == old.scheme or new.scheme == "https") and new.hostname == old.hostname
@@ -312,6 +340,7 @@ def _next(url: str, location: str) -> str:
 
 
 def _body(url: str, response: http.client.HTTPResponse, offset: int, length: int) -> Body:
+    """Return the body of a response. Raises the error that its status or its headers call for."""
     status = response.status
     if status in (403, 404, 410):
         raise AbsentError(f"HTTP {status}")
@@ -333,7 +362,10 @@ def _body(url: str, response: http.client.HTTPResponse, offset: int, length: int
 
 
 def _start(url: str, response: http.client.HTTPResponse, offset: int, length: int) -> int:
-    """Where a 206 begins. Raises ArtifactError unless it is the range that was asked for, within the signed length."""
+    """Return the position where a 206 begins.
+
+    Raises ArtifactError unless it is the requested range, within the signed length.
+    """
     content_range = response.getheader("Content-Range", "")
     match = _RANGE.match(content_range)
     total = match[3] if match else ""

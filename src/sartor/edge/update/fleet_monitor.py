@@ -1,18 +1,18 @@
-"""Halts or widens a rollout by device reports.
+"""Halting or widening of a rollout by device reports.
 
-A vote counts if it is signed by the key that is enrolled for its device, `DEVICES/ID.pub`, if the version was offered
-to that device, and if it is what counts of that device on this version: its newest outcome, else its newest report.
-What does not count is counted by why. A device that reported that it starts a version and has said nothing of it for
-`silent_after_days` counts as failed; one that started nothing, as nothing.
+A vote counts if three conditions hold. It is signed by the key that is enrolled for its device, `DEVICES/ID.pub`. The
+version was offered to that device. It is the device's newest outcome on this version, else its newest report. Votes
+that do not count are counted by reason. A device that reported the start of a version and sent nothing on it for
+`silent_after_days` counts as failed; a device that reported no start does not count.
 
-The fraction of failures has a confidence sequence (`core/confidence_sequences.py`), so the reports may be looked at as
-often as one likes. A version is halted if it fails in more than `halt_above` of the devices even at the lower end; it
+The fraction of failures has a confidence sequence (`core/confidence_sequences.py`), so the reports may be checked as
+often as one likes. A version is halted if it fails in more than `halt_above` of the devices even at the lower end. It
 is widened if it fails in fewer than `widen_below` of its newest ring even at the upper end.
 
-A failure is often reported sooner than a pass, and silence later than both. So that this decides nothing, a device
-whose outcome is pending counts as passed at the lower end and as failed at the upper end. For one number of devices
-both ends grow with the number of failures, so the lower end is at most, and the upper end at least, the one that the
-final outcomes give. With a probability of at most 1 - `confidence` each,
+A failure is often reported sooner than a pass, and silence later than both. To keep this from deciding anything, a
+device whose outcome is pending counts as passed at the lower end and as failed at the upper end. For one number of
+devices both ends grow with the number of failures. So the lower end is at most, and the upper end at least, the one
+that the final outcomes give. With a probability of at most 1 - `confidence` each,
 
 - a version is ever halted of which at most `halt_above` of the devices ever count as failed;
 - a version is ever widened that at least `widen_below` of the devices of that ring never pass. Rings are judged in
@@ -43,17 +43,19 @@ Action = Literal["halt", "widen", "wait", "done", "halted"]
 _DAY_S = 86_400
 # A device's clock may be this far from the publisher's
 _CLOCK_S = _DAY_S
-# The reason for which a device counts as failed that said none
+# Reason of a device that counts as failed because it fell silent
 SILENT = "silent"
 
 
 @dataclass(frozen=True)
 class FleetPolicy:
-    """When to act. Fractions 0..1 of the devices that report; `rings`: percents that a version is widened to, in turn.
+    """Rules for halting and widening. Fractions 0..1 are of the devices that report.
 
-    confidence: 1 minus the probability of ever halting a version that is within `halt_above`, and of ever widening one
-    that is not below `widen_below`. silent_after_days: after it started a version, a device of which nothing is heard
-    counts as failed; 0 for never. Longer than a device of this fleet is ordinarily off.
+    rings: percents that a version is widened to, in turn.
+    confidence: 1 minus the probability of ever halting a version that is within `halt_above`, and of ever widening
+    one that is not below `widen_below`.
+    silent_after_days: after the start of a version, a device that sends nothing for so long counts as failed; 0 for
+    never. Choose a longer time than a device of this fleet is ordinarily off.
     """
 
     least_reports: int = 5
@@ -77,8 +79,10 @@ class FleetPolicy:
 
 @dataclass(frozen=True)
 class VoteCounts:
-    """Devices by outcome. `failed`: with those that fell silent. `pending`: started the version, and may still say of
-    it.
+    """Devices by outcome.
+
+    failed: includes the devices that fell silent.
+    pending: devices that started the version and may still report on it.
     """
 
     passed: int = 0
@@ -88,27 +92,30 @@ class VoteCounts:
 
     @property
     def decided(self) -> int:
-        """The devices whose outcome is known."""
+        """Number of devices whose outcome is known."""
         return self.passed + self.failed
 
     @property
     def fewest_failures(self) -> FailureRate:
-        """The failures if every pending device passes."""
+        """Failures if every pending device passes."""
         return FailureRate(self.decided + self.pending, self.failed)
 
     @property
     def most_failures(self) -> FailureRate:
-        """The failures if no pending device passes."""
+        """Failures if no pending device passes."""
         return FailureRate(self.decided + self.pending, self.failed + self.pending)
 
 
 @dataclass(frozen=True)
 class RolloutTally:
-    """What is known of one version. `low`, `high`: of the fraction of failures. `to`: the percent that it is widened
-    to.
+    """Count and decision for one version.
 
-    votes: of all devices. ring: of those that the last widening added, by which the next is decided; `ring_high`: of
-    theirs.
+    votes: of all devices.
+    ring: of the devices that the last widening added, which decide the next one.
+    low, high: interval of the fraction of failures.
+    ring_high: upper end for the ring.
+    to: percent that the version is widened to.
+    reasons: failed devices by reason.
     """
 
     name: str
@@ -125,16 +132,16 @@ class RolloutTally:
 
     @property
     def passed(self) -> int:
-        """The devices that passed."""
+        """Number of devices that passed."""
         return self.votes.passed
 
     @property
     def failed(self) -> int:
-        """The devices that failed, or fell silent."""
+        """Number of devices that failed, or fell silent."""
         return self.votes.failed
 
     def as_json(self) -> dict[str, Any]:
-        """As the command says it."""
+        """Return the JSON of the command."""
         return {
             "name": self.name,
             "version": self.version,
@@ -151,7 +158,10 @@ class RolloutTally:
 
 @dataclass(frozen=True)
 class Counted:
-    """Every version that somebody votes on or may. `refused`: reports that do not count, by why."""
+    """Tallies of every version of the repository.
+
+    refused: number of reports that do not count, by reason.
+    """
 
     tallies: tuple[RolloutTally, ...]
     refused: dict[str, int]
@@ -160,8 +170,9 @@ class Counted:
 def tally(
     reports: Path | Iterable[bytes], repository: Path, devices: Path, policy: FleetPolicy | None = None
 ) -> Counted:
-    """Count reports (a folder of files, or their bytes). `devices`: a folder of public keys, ID.pub. Changes
-    nothing.
+    """Count reports (a folder of files, or their bytes), without changing anything.
+
+    devices: folder of public keys, ID.pub.
     """
     policy = policy or FleetPolicy()
     documents = Documents.open(repository / "metadata")
@@ -180,9 +191,13 @@ def tally(
 
 
 def watch(repository: Path, keys: Path | None, counted: Counted, *, widen: bool = False) -> list[RolloutTally]:
-    """Do what the tallies say: halt, and with `widen` widen. Returns what was done.
+    """Execute the decisions of the tallies, and return the tallies that were acted on.
 
-    `keys`: of targets, snapshot and timestamp; without them nothing is done. Raises what `repository.halt` raises.
+    A version is halted, or with `widen` widened.
+
+    keys: of targets, snapshot and timestamp; without them nothing is done.
+
+    Raises what `repository.halt` raises.
     """
     executed = []
     for item in counted.tallies if keys else ():
@@ -202,6 +217,7 @@ def _newest_first(item: tuple[tuple[str, str], Offer]) -> tuple[str, int]:
 
 
 def _contents(folder: Path) -> Iterator[bytes]:
+    """Yield the bytes of each report in a folder, cut just above the size limit."""
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}", "--reports: where the devices' reports are gathered")
     for file in sorted(folder.rglob("*")):
@@ -213,7 +229,7 @@ def _contents(folder: Path) -> Iterator[bytes]:
 def _votes(
     reports: Iterable[bytes], offers: dict[tuple[str, str], Offer], devices: Path, refused: Counter[str]
 ) -> dict[tuple[str, str, str], Report]:
-    """(name, version, device) -> that device's newest report.
+    """Return (name, version, device) -> that device's newest report.
 
     A device on trial reports its start at each sync: those reports differ by their time, and count once without a
     refusal.
@@ -233,7 +249,7 @@ def _votes(
         earlier = votes.get(key)
         is_repeated_outcome = earlier is not None and not {report.outcome, earlier.outcome} & set(UNDECIDED)
         if is_repeated_outcome or report in undecided:
-            refused["replayed"] += 1  # a copy of it, or what that device said before
+            refused["replayed"] += 1  # a copy, or an earlier outcome of that device
         if report.outcome in UNDECIDED:
             undecided.add(report)
         if earlier is None or _weight(report) > _weight(earlier):
@@ -242,12 +258,15 @@ def _votes(
 
 
 def _weight(report: Report) -> tuple[bool, int, bool]:
-    """Order of a device's reports on one version: an outcome before none, the newest, and what takes a start back."""
+    """Return the sort key of a device's reports on one version.
+
+    An outcome comes before none, then the newest, then a `deferred`.
+    """
     return report.outcome not in UNDECIDED, report.time, report.outcome == "deferred"
 
 
 def _refusal_reason(report: Report, signature: Any, offers: dict[tuple[str, str], Offer], devices: Path) -> str:
-    """Why a report does not count; empty where it does."""
+    """Return why a report does not count; empty if it does."""
     file = devices / f"{report.device}.pub"
     if not file.is_file():
         return "unknown device"
@@ -256,7 +275,7 @@ def _refusal_reason(report: Report, signature: Any, offers: dict[tuple[str, str]
     except SignatureError:
         return "forged"
     except SartorError:
-        return "unknown device"  # what is enrolled is no key
+        return "unknown device"  # the enrolled file is no key
     offer = offers.get((report.name, report.version))
     if offer is None:
         return "unknown version"
@@ -268,8 +287,9 @@ def _refusal_reason(report: Report, signature: Any, offers: dict[tuple[str, str]
 def tally_offer(
     name: str, offer: Offer, votes: Mapping[tuple[str, str, str], Report], policy: FleetPolicy, now: float
 ) -> RolloutTally:
-    """Count the votes on one version at the time `now`, and decide. `votes`: (name, version, device) -> the one that
-    counts.
+    """Count the votes on one version at the time `now`, and decide.
+
+    votes: (name, version, device) -> the report that counts.
     """
     version_votes = [
         vote for (vote_name, version, _), vote in votes.items() if (vote_name, version) == (name, offer.version)
@@ -302,7 +322,7 @@ def tally_offer(
 
 
 def _outcome(vote: Report, policy: FleetPolicy, now: float) -> str:
-    """A device's outcome; "silent" for a start that was followed by nothing until the deadline."""
+    """Return a device's outcome; "silent" for a start without a later report until the deadline."""
     deadline_s = policy.silent_after_days * _DAY_S
     return SILENT if vote.outcome == "started" and 0 < deadline_s < now - vote.time else vote.outcome
 
@@ -313,7 +333,11 @@ def _count(outcomes: Iterable[str]) -> VoteCounts:
 
 
 def decide_action(offer: Offer, counts: VoteCounts, ring: VoteCounts, policy: FleetPolicy) -> tuple[Action, int]:
-    """Return what to do, and the percent to widen to. `counts`: of all devices; `ring`: of the newest ring's."""
+    """Return the action, and the percent to widen to.
+
+    counts: of all devices.
+    ring: of the newest ring's devices.
+    """
     if offer.halted:
         return "halted", 0
     is_bad = counts.fewest_failures.is_above(policy.halt_above, policy.confidence)

@@ -1,15 +1,15 @@
-"""Checks a version before activation.
+"""Health check of a version before activation.
 
-Three sources of questions: the canaries that a Release ships (its Report's own replies, release.json), the device's
-own file, and a callable of the device's program. Each line of a file:
+There are three sources of questions: the canaries that a Release ships (its Report's own replies, release.json), the
+device's own file, and a callable of the device's program. Each line of a file:
 
     {"prompt": "...", "expected": {"exact": "..."}}
     {"messages": [{"role": "user", "content": "..."}], "expected": {"json": {"intent": "HassTurnOn"}}}
     {"prompt": "...", "expected": {"contains": "..."}}
 
-What went wrong is said by line and kind, never by content: prompts of a device are its owner's. Canaries whose replies
-another arithmetic made (core/numerics.py) have to be answered and are compared with nothing: that is no reason against
-the version.
+A failure is reported by line and kind, never by content: prompts of a device belong to its owner. Canaries whose
+replies another arithmetic made (core/numerics.py) must be answered, but their replies are not compared: a difference
+is no reason against the version.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ KINDS = ("exact", "contains", "json")
 
 @dataclass(frozen=True)
 class HealthPrompt:
-    """A question whose answer is known. `line`: where it stands. `expected`: a text, or for `json` field -> value."""
+    """Question with a known answer.
+
+    line: its line in the file.
+    is_bare: whether the line has a prompt instead of messages.
+    expected: a text, or for `json` field -> value.
+    """
 
     line: int
     messages: tuple[Mapping[str, Any], ...]
@@ -46,14 +51,14 @@ class HealthPrompt:
     expected: Any
 
     def call(self, system: Sequence[Mapping[str, Any]]) -> GenerateCall:
-        """As it is asked: a bare prompt after the version's system prompt, messages as they stand."""
+        """Return the call: a bare prompt follows the version's system prompt, messages stand alone."""
         messages = (*system, *self.messages) if self.is_bare else self.messages
         return GenerateCall(
             f"line-{self.line}", BASE, messages, sampling=replace(canary_prompts.SAMPLING, max_tokens=256)
         )
 
     def mismatch(self, reply: str) -> str:
-        """What is wrong with a reply; empty: nothing."""
+        """Return what is wrong with a reply; empty if nothing is."""
         if self.kind == "exact":
             return "" if reply.strip() == self.expected.strip() else "exact"
         if self.kind == "contains":
@@ -64,9 +69,10 @@ class HealthPrompt:
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found. `reasons`: each the text of a HealthReason; empty: it passed.
+    """Result of a check.
 
-    not_checked: why the release's own replies were not compared; empty where they were, or where it has none.
+    reasons: each the text of a HealthReason; empty if the version passed.
+    not_checked: why the release's own replies were not compared; empty if they were, or if it has none.
     """
 
     n_prompts: int
@@ -83,10 +89,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Health:
-    """A check as the store takes it: called with a staged version's path, it raises HealthError with the reasons.
+    """Health check for the store: called with a staged version's path, it raises HealthError with the reasons.
 
-    evaluation: the device's private measure; gets the path, and raises or returns what is wrong ("" for nothing).
-    base: as `runtime.opened` takes it.
+    evaluation: private measure of the device; it gets the path, and raises or returns what is wrong ("" for nothing).
+    base: as in `device_runtime.open_runtime`.
     """
 
     prompts: tuple[HealthPrompt, ...] = ()
@@ -106,7 +112,10 @@ class Health:
             )
 
     def check(self, release: Path) -> Result:
-        """What is wrong with a version. Raises MissingError, BudgetError where the check itself cannot be made."""
+        """Return the result for a version.
+
+        Raises MissingError and BudgetError if the check itself cannot be made.
+        """
         try:
             manifest = open_artifact(release, ("release", "export")).manifest
             shipped = _shipped_canaries(manifest)
@@ -126,6 +135,7 @@ class Health:
         return Result(len(calls), tuple(reasons), usage.peak_bytes, usage.wall_s, shipped.not_checked)
 
     def _prompt_failures(self, events: Sequence[Sequence[Event]]) -> list[str]:
+        """Return the failures of the device's own prompts as at most one reason."""
         failures = [
             f"line {prompt.line} ({problem})"
             for prompt, prompt_events in zip(self.prompts, events, strict=True)
@@ -137,22 +147,27 @@ class Health:
         return [HealthReason.CANARY.text(detail)]
 
     def _evaluate(self, release: Path) -> str:
+        """Return what the private measure finds wrong; of a foreign error, only its type."""
         assert self.evaluation
         try:
             return self.evaluation(release) or ""
         except SartorError as error:
             return error.problem
-        except Exception as error:  # a program of the device's own
+        except Exception as error:  # the device's own program may raise anything
             return type(error).__name__
 
 
 def _shipped_canaries(manifest: Mapping[str, Any]) -> canary_prompts.CanaryPrompts:
-    """The Release's own canaries; where it ships none, one general question, which only has to be answered."""
+    """Return the Release's own canaries.
+
+    A Release that ships none gets one general question, which only has to be answered.
+    """
     canaries = canary_prompts.canaries_of({"system_prompt": "", **manifest}, BASE)
     return canaries if canaries.recorded else canary_prompts.CanaryPrompts(canaries.calls[:1], ())
 
 
 def _canary_failures(shipped: canary_prompts.CanaryPrompts, events: Sequence[Sequence[Event]]) -> list[str]:
+    """Return the reasons against the version from the Release's own canaries."""
     if not shipped.recorded:
         return [HealthReason.CANARY.text(problem) for prompt_events in events if (problem := _failure(prompt_events))]
     try:
@@ -164,6 +179,7 @@ def _canary_failures(shipped: canary_prompts.CanaryPrompts, events: Sequence[Seq
 
 
 def _failure(events: Sequence[Event]) -> str:
+    """Return the kind of error that ended a reply, or ""."""
     end = events[-1]
     return f"no answer: {end.kind}" if isinstance(end, ReplyFailed) else ""
 
@@ -173,7 +189,7 @@ def _text(events: Sequence[Event]) -> str:
 
 
 def read_prompts(file: Path) -> tuple[HealthPrompt, ...]:
-    """The prompts of a JSONL file. Raises ConfigError naming the line that is none."""
+    """Return the prompts of a JSONL file. Raises ConfigError naming a line that is no prompt."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -188,6 +204,7 @@ def read_prompts(file: Path) -> tuple[HealthPrompt, ...]:
 
 
 def _prompt(file: Path, line: int, text: str) -> HealthPrompt:
+    """Return the prompt of a line. Raises ConfigError."""
     try:
         fields = json.loads(text)
         if not isinstance(fields, dict):
@@ -208,6 +225,7 @@ def _prompt(file: Path, line: int, text: str) -> HealthPrompt:
 
 
 def _expected(expected: Any) -> tuple[str, Any]:
+    """Return the kind and the expected value. Raises ValueError."""
     if isinstance(expected, str):
         return "exact", expected
     if not isinstance(expected, dict) or len(expected) != 1 or next(iter(expected)) not in KINDS:

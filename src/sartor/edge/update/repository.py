@@ -5,9 +5,8 @@
     REPOSITORY/blobs/ab/DIGEST
 
 A device is given `metadata/1.root.json` once, when it is set up; all later trust comes from it (TUF 5.2). Everything
-that a new document names is on disk before it, and the timestamp comes last, so a publication that is cut short
-changes nothing for
-a device. One publication at a time: the repository is locked.
+that a new document names is on disk before it, and the timestamp comes last. So a publication that is cut short
+changes nothing for a device. One publication at a time: the repository is locked.
 """
 
 from __future__ import annotations
@@ -36,13 +35,16 @@ from sartor.release.release import Verified, verify
 
 # Below this a delta saves less than its request costs
 LEAST_DELTA_BYTES = 1 << 12
-# A packed whole file is decoded by LZMA on the device; it has to save this fraction to be worth it
+# Maximum size of a packed file as a fraction of the whole: its LZMA decoding on the device must be worth it
 PACKED_FRACTION = 0.95
 
 
 @dataclass(frozen=True)
 class Published:
-    """What `publish` did. `deltas`: version -> fraction of the whole files that a device with that version fetches."""
+    """Result of `publish`.
+
+    deltas: version -> fraction of the whole files that a device with that version fetches.
+    """
 
     name: str
     version: str
@@ -60,12 +62,11 @@ def publish(
     percent: int = 100,
     expiry: Expiry | None = None,
 ) -> Published:
-    """Add a signed Release (or export) to `repository`, made if absent, for `percent` of the devices.
+    """Add a signed Release (or export) to `repository`, created if absent, for `percent` of the devices.
 
-    The Release is verified first, by `key` or the trusted keys, and goes out byte for byte as it was signed. Raises
-    what
-    `verify` raises, ConfigError (version taken, percent out of 0..100, no keys), SignatureError (too few keys are
-    here).
+    The Release is verified first, by `key` or the trusted keys, and is published byte for byte as it was signed.
+    Raises what `verify` raises, ConfigError (version taken, percent out of 0..100, no keys), and SignatureError (too
+    few keys are here).
     """
     checked = verify(release, key=key)
     _check_percent(percent)
@@ -102,7 +103,10 @@ def publish(
 
 
 def refresh(repository: Path, keys: Path, *, expiry: Expiry | None = None) -> None:
-    """Sign snapshot and timestamp anew before they expire; needs the keys of these two roles alone."""
+    """Sign new snapshot and timestamp documents before they expire.
+
+    It needs the keys of these two roles alone.
+    """
     with _locked(repository):
         Documents.open(repository / "metadata").write(keys, expiry or Expiry(), targets=False)
 
@@ -110,12 +114,13 @@ def refresh(repository: Path, keys: Path, *, expiry: Expiry | None = None) -> No
 def rotate(
     repository: Path, keys: Path, role: RoleName, *, old: Sequence[str] = (), expiry: Expiry | None = None
 ) -> list[str]:
-    """Replace keys of a role by new ones: those whose folders `old` names (`targets-1`), by default all; returns the
-    new ids.
+    """Replace keys of a role by new ones, and return the new ids.
+
+    old: folders of the keys to replace (`targets-1`); by default all.
 
     The new root is signed by the old root keys and, where root's own are replaced, by the new ones (TUF 5.3.4, 6.1).
-    After a theft of the timestamp and snapshot keys, rotate both: devices then forget the versions that the thief made
-    (5.3.11).
+    After a theft of the timestamp and snapshot keys, rotate both: devices then forget the versions that the thief
+    made (5.3.11).
     """
     expiry = expiry or Expiry()
     with _locked(repository):
@@ -148,12 +153,14 @@ def rotate(
 def widen(
     repository: Path, keys: Path, name: str, version: str, percent: int, *, expiry: Expiry | None = None
 ) -> Offer:
-    """Offer a version to more devices. Raises ConfigError for fewer (a ring is taken back by `halt`) or a halted
-    version.
+    """Offer a version to more devices.
+
+    Raises ConfigError for fewer devices (only `halt` takes a ring back) or a halted version.
     """
     _check_percent(percent)
 
     def change(offer: Offer) -> Offer:
+        """Return the wider offer. Raises ConfigError for a halted version or a smaller percent."""
         if offer.halted or percent < offer.percent:
             state = "is halted" if offer.halted else f"is offered to {offer.percent} % already"
             raise ConfigError(
@@ -168,14 +175,14 @@ def widen(
 
 
 def halt(repository: Path, keys: Path, name: str, version: str, *, expiry: Expiry | None = None) -> Offer:
-    """Offer a version to nobody any more; devices that have it go back to the newest that is offered to them."""
+    """Stop offering a version; devices that have it go back to the newest that is offered to them."""
     return _change(repository, keys, name, version, lambda offer: replace(offer, halted=True), expiry)
 
 
 def withdraw(repository: Path, keys: Path, name: str, version: str, *, expiry: Expiry | None = None) -> int:
-    """Take a version out, and every blob that no version that stays refers to; returns the bytes that this freed.
+    """Remove a version, and every blob that no remaining version refers to; return the bytes freed.
 
-    A device that is just fetching it fails and takes another at its next sync.
+    A device that is fetching it at that moment fails, and takes another version at its next sync.
     """
     with _locked(repository):
         documents = Documents.open(repository / "metadata")
@@ -187,25 +194,27 @@ def withdraw(repository: Path, keys: Path, name: str, version: str, *, expiry: E
 
 
 def names_of(documents: Documents) -> list[str]:
-    """The names that have a version."""
+    """Return the names that have a version."""
     named_offers = (words.offer_of(path, target.custom) for path, target in documents.targets.signed.targets.items())
     return sorted({item[0] for item in named_offers if item})
 
 
 def offers_of(documents: Documents, name: str) -> list[Offer]:
-    """The versions of a name, newest first."""
+    """Return the versions of a name, newest first."""
     named_offers = (words.offer_of(path, target.custom) for path, target in documents.targets.signed.targets.items())
     return sorted((item[1] for item in named_offers if item and item[0] == name), key=lambda offer: -offer.order)
 
 
 @contextmanager
 def _locked(repository: Path) -> Iterator[None]:
+    """Hold the writer lock of a repository."""
     make_parent(repository)
     with writer_lock(repository.absolute()):
         yield
 
 
 def _open_or_new(repository: Path, keys: Path, expiry: Expiry) -> Documents:
+    """Return the documents of a repository, or those of a new one. Raises ConfigError for another folder."""
     metadata = repository / "metadata"
     if (metadata / "timestamp.json").is_file():
         return Documents.open(metadata)
@@ -215,7 +224,7 @@ def _open_or_new(repository: Path, keys: Path, expiry: Expiry) -> Documents:
 
 
 def _add_files(repository: Path, checked: Verified) -> dict[str, Blob]:
-    """Every file of the release as a blob, the manifest and its signature too."""
+    """Add every file of the release as a blob, with the manifest and its signature."""
     root = checked.release.path
     manifest = checked.release.manifest
     names = [*manifest["files"], MANIFESTS[checked.release.kind], "signature"]
@@ -241,8 +250,9 @@ def _add_blob(repository: Path, source: Path, digest: str) -> None:
 def _deltas(
     repository: Path, earlier: Iterable[tuple[str, VersionContent]], files: dict[str, Blob]
 ) -> tuple[tuple[DeltaStep, ...], dict[str, int]]:
-    """The deltas from each earlier version, and how many bytes a device with that version will fetch; packed files
-    too.
+    """Return the deltas, and the bytes that a device with each earlier version will fetch.
+
+    The deltas include packed files, which need no earlier version.
     """
     steps: dict[tuple[str, str], DeltaStep] = {}
     fetched = {}
@@ -268,7 +278,7 @@ def _deltas(
 def _add_step(
     repository: Path, base: str, blob: Blob, steps: dict[tuple[str, str], DeltaStep], fraction: float
 ) -> None:
-    """Make a delta and keep it if it is below `fraction` of the whole file."""
+    """Make a delta, and keep it if it is smaller than `fraction` of the whole file."""
     if (base, blob.sha256) in steps:
         return
     with tempfile.TemporaryDirectory(prefix="sartor-delta-") as folder:
@@ -282,12 +292,14 @@ def _add_step(
 
 
 def _content(documents: Documents, repository: Path, name: str, offer: Offer) -> VersionContent:
+    """Return the content of a version from its document."""
     target = documents.targets.signed.targets[words.target_path(name, offer.version)]
     path = repository / "targets" / target.get_prefixed_paths()[0]
     return words.read_version_metadata(path.read_bytes(), name, offer.version)
 
 
 def _set_target(documents: Documents, repository: Path, content: VersionContent, offer: Offer) -> None:
+    """Write a version's document, and list it with its offer among the targets."""
     path, document = words.target_path(content.name, content.version), content.as_bytes()
     target = TargetFile.from_data(path, document, ["sha256"])
     target.unrecognized_fields["custom"] = offer.as_custom()
@@ -296,6 +308,7 @@ def _set_target(documents: Documents, repository: Path, content: VersionContent,
 
 
 def _change(repository: Path, keys: Path, name: str, version: str, change: Any, expiry: Expiry | None) -> Offer:
+    """Change the offer of a version and sign the documents; return the new offer."""
     with _locked(repository):
         documents = Documents.open(repository / "metadata")
         offer: Offer = change(_find(documents, name, version))
@@ -306,6 +319,7 @@ def _change(repository: Path, keys: Path, name: str, version: str, change: Any, 
 
 
 def _find(documents: Documents, name: str, version: str) -> Offer:
+    """Return the offer of a version. Raises ConfigError if there is none."""
     offers = offers_of(documents, name)
     for offer in offers:
         if offer.version == version:
@@ -318,7 +332,7 @@ def _find(documents: Documents, name: str, version: str) -> Offer:
 
 
 def _sweep(repository: Path, documents: Documents) -> int:
-    """Remove the blobs that no version names; returns their bytes."""
+    """Remove the blobs that no version names; return their bytes."""
     used_digests: set[str] = set()
     for path in documents.targets.signed.targets:
         named_offer = words.offer_of(path, documents.targets.signed.targets[path].custom)

@@ -2,12 +2,11 @@
 
 The metadata follow TUF's client workflow.
 
-`sync` is the only function of a device that uses the network. The mirror is trusted in nothing: who may say what is in
-the root that the device was set up with, and in what that root's holders signed since (TUF specification 1.0, section
-5).
+`sync` is the only function of a device that uses the network. The mirror is not trusted. Trust comes from the root
+that the device was set up with, and from what that root's holders signed since (TUF specification 1.0, section 5).
 
-    FOLDER/metadata/     what was verified: timestamp, snapshot, targets, every root; fsynced: rollback protection
-    rests on it FOLDER/reported.json what was said of which version (device_reports.py)
+    FOLDER/metadata/       verified timestamp, snapshot, targets and every root; fsynced, for rollback protection
+    FOLDER/reported.json   the outcome last reported of each version (device_reports.py)
 """
 
 from __future__ import annotations
@@ -35,16 +34,19 @@ from sartor.edge.update.downloader import DownloadLimits, Fetcher
 from sartor.edge.update.version_metadata import DeltaStep, Offer, VersionContent
 
 _CHUNK_BYTES = 1 << 18
-# A clock may be this far behind the publisher's without being called wrong
+# Tolerated lag of the device's clock behind the publisher's
 _CLOCK_S = 86_400
 
 
 @dataclass(frozen=True)
 class SyncClient:
-    """Who syncs: `id` decides its ring; `folder` is its own, for what it verified; `root` the first root document, or
-    its
-    file, which the device was set up with: everything that it trusts comes from there. `starts`: a new version has so
-    many to confirm that it works, or the device goes back (`Store.start`); 0: it is not asked to.
+    """Identity and trust of a device.
+
+    id: decides its ring.
+    folder: its own folder, for verified metadata.
+    root: the first root document, or its file, which the device was set up with: all its trust comes from there.
+    starts: number of starts within which a new version has to confirm that it works, or the device goes back
+    (`ReleaseStore.start`); 0 means no trial.
     """
 
     id: str
@@ -55,12 +57,13 @@ class SyncClient:
 
 @dataclass(frozen=True)
 class Synced:
-    """What one sync did.
+    """Result of one sync.
 
-    `missing_bytes`: what had to come, by the cheaper of delta and whole file, less what an interrupted sync had
-    brought.
-    `fetched_bytes`: what came, metadata too. `deltas` and `whole`: bytes of each by number. `notes`: what did not go
-    straight: attempts that broke off, a delta that was given up. `changed`: whether another version is active now.
+    changed: whether another version is active now.
+    missing_bytes: bytes to fetch, by the cheaper of delta and whole file, minus those of an interrupted sync.
+    fetched_bytes: bytes fetched, with metadata.
+    deltas, whole: number of blobs fetched each way.
+    notes: irregularities: attempts that broke off, deltas that were given up.
     """
 
     name: str
@@ -77,7 +80,7 @@ class Synced:
 
 @dataclass
 class _Transfer:
-    """Bringing the blobs of one version into the store."""
+    """Transfer of the blobs of one version into the store."""
 
     store: ReleaseStore
     url: str
@@ -88,7 +91,7 @@ class _Transfer:
     notes: list[str] = field(default_factory=list)
 
     def bring(self, content: VersionContent) -> None:
-        """Every file of the version: each by the cheapest way that this device has. Room for all is made first."""
+        """Fetch every file of the version by the cheapest way, after making room for all of them."""
         plan = [
             (digest, length, self._cheapest(content, digest, length))
             for digest, length in content.blobs.items()
@@ -106,10 +109,11 @@ class _Transfer:
                 self.whole += 1
 
     def _missing(self, digest: str, length: int) -> int:
+        """Return the bytes of a blob that are still to fetch."""
         return 0 if self.store.has(digest) else max(0, length - self.store.partial(digest))
 
     def _cheapest(self, content: VersionContent, digest: str, length: int) -> DeltaStep | None:
-        """The delta that takes fewer bytes than the file itself; None: the file."""
+        """Return the delta that takes fewer bytes than the file itself, or None for the file."""
         usable = [
             step for step in content.deltas if step.result == digest and (not step.base or self.store.has(step.base))
         ]
@@ -117,12 +121,15 @@ class _Transfer:
         return best if best and self._missing(best.sha256, best.bytes) < self._missing(digest, length) else None
 
     def _by_delta(self, step: DeltaStep, length: int) -> bool:
-        """Fetch and apply one delta; false where it does not lead to the file, which then is fetched whole."""
+        """Fetch one delta and apply it; return false if it does not lead to the file.
+
+        The file is then fetched whole.
+        """
         self._blob(step.sha256, step.bytes)
         try:
             with self.store.open(step.sha256) as difference, _open_blob(self.store, step.base) as base:
                 for offset, piece in _join_pieces(tensor_delta.apply(base, difference, length)):
-                    # the store goes on from what an interrupted sync left of this file
+                    # skip the bytes that an interrupted sync left of this file
                     fresh = piece[max(0, self.store.partial(step.result) - offset) :]
                     if fresh:
                         self.store.append(step.result, offset + len(piece) - len(fresh), fresh)
@@ -134,7 +141,7 @@ class _Transfer:
         return True
 
     def _blob(self, digest: str, length: int) -> None:
-        """Fetch a blob; once more from its beginning, if what was pieced together has another digest."""
+        """Fetch a blob; once more from its beginning if the joined pieces have another digest."""
         for attempt in (1, 2):
             if self.store.has(digest):
                 return
@@ -148,6 +155,7 @@ class _Transfer:
                 self.notes.append(f"fetched again: {error.problem}")
 
     def _resume(self, digest: str, length: int) -> None:
+        """Fetch the rest of a blob."""
         if length == 0:
             self.store.append(digest, 0, b"")
         self.fetcher.resume(
@@ -168,15 +176,15 @@ def sync(
     limits: DownloadLimits | None = None,
     again: bool = False,
 ) -> Synced:
-    """Bring the release `name` to the newest version that is signed for this device, and activate it if `healthy`
-    agrees.
+    """Update the release `name` to the newest version signed for this device; activate it if healthy.
 
-    `url`: the repository's folder, http(s) or file. `healthy` gets the staged version's path and raises if it is not
-    to be.
-    `again`: also a version that was refused here before, for its check, its trial or by a rollback.
-    Raises SignatureError: metadata that is forged, too old, expired, or of another time than this device's clock;
-    ArtifactError, StoreError: content that is not what was signed; MissingError: unreachable or too slow, and what
-    came is kept; what the store raises. In each case the active version stays.
+    url: the repository's folder, http(s) or file.
+    healthy: gets the staged version's path, and raises if the version must not become active.
+    again: also accept a version that was refused here before, for its check, its trial or by a rollback.
+
+    Raises SignatureError for metadata that are forged, too old, expired, or newer than this device's clock;
+    ArtifactError, StoreError for content that differs from what was signed; MissingError if the mirror is unreachable
+    or too slow (fetched bytes are kept); and what the store raises. In each case the active version stays.
     """
     url = url.rstrip("/")
     fetcher = Fetcher(limits or DownloadLimits())
@@ -211,13 +219,16 @@ def sync(
     store.forgive(name, offer.version)
     store.stage(name, offer.version, {path: blob.sha256 for path, blob in content.files.items()})
     store.activate(name, offer.version, healthy, starts=device.starts)
-    store.collect()  # deltas, and what the version before the last one held
+    store.collect()  # removes deltas, and the files of the version before the previous one
     synced = Synced(name, offer.version, old_version, True, ring, transfer.missing_bytes, fetcher.fetched_bytes)
     return replace(synced, deltas=transfer.deltas, whole=transfer.whole, notes=(*transfer.notes, *fetcher.broken))
 
 
 def _choose(offers: list[Offer], device_id: str, old_version: str, refused: Mapping[str, str]) -> Offer | None:
-    """The newest version that this device is admitted to. What it has stays admitted until it is halted."""
+    """Return the newest version that this device is admitted to, or None.
+
+    A refused version is left out. The present version stays admitted until it is halted.
+    """
     for offer in offers:
         if offer.version in refused and offer.version != old_version:
             continue
@@ -227,21 +238,23 @@ def _choose(offers: list[Offer], device_id: str, old_version: str, refused: Mapp
 
 
 class _Metadata(FetcherInterface):
-    """TUF's client fetches by ours."""
+    """Fetcher of TUF's client, on top of `Fetcher`."""
 
     def __init__(self, fetcher: Fetcher) -> None:
         self.fetcher = fetcher
 
     def _fetch(self, url: str) -> Iterator[bytes]:
+        """Yield the content of a URL."""
         yield self.download_bytes(url, 1 << 20)
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
+        """Return the content of a URL. Raises the errors that TUF's client expects."""
         try:
             result = self.fetcher.small(url, max_length)
         except ArtifactError as error:
             raise exceptions.DownloadLengthMismatchError(error.problem) from error
         if result is None:
-            # how the client learns that there is no newer root
+            # the client takes a 404 as "there is no newer root"
             raise exceptions.DownloadHTTPError(f"there is no {url}", 404)
         return result
 
@@ -249,7 +262,10 @@ class _Metadata(FetcherInterface):
 def _refresh_metadata(
     url: str, device: SyncClient, fetcher: Fetcher
 ) -> tuple[list[tuple[str, Offer]], Metadata[Targets]]:
-    """TUF's client workflow on a copy of what is trusted. What it verified is kept also if a later step is refused."""
+    """Run TUF's client workflow on a copy of the trusted metadata; return the offers and the targets.
+
+    Verified metadata are kept also if a later step is refused.
+    """
     root = device.root if isinstance(device.root, bytes) else _read(device.root)
     trusted = device.folder / "metadata"
     trusted.mkdir(parents=True, exist_ok=True)
@@ -285,8 +301,10 @@ def _refresh_metadata(
 
 
 def _persist(source: Path, trusted: Path) -> None:
-    """Make what was verified durable, file by file. python-tuf renames without fsync: after a power cut a timestamp of
-    no bytes would be taken for none, and with it the protection against rollback.
+    """Make verified metadata durable, file by file.
+
+    python-tuf renames without fsync. After a power cut an empty timestamp would count as none, and the protection
+    against rollback would be lost.
     """
     for file in sorted(source.rglob("*.json")):
         target = trusted / file.relative_to(source)
@@ -299,7 +317,7 @@ def _persist(source: Path, trusted: Path) -> None:
 
 
 def _read_content(url: str, name: str, offer: Offer, targets: Metadata[Targets], fetcher: Fetcher) -> VersionContent:
-    """The version's document, of the length and digest that are signed."""
+    """Return the version's document, checked for its signed length and digest."""
     target = targets.signed.targets[words.target_path(name, offer.version)]
     document = fetcher.small(f"{url}/targets/{target.get_prefixed_paths()[0]}", target.length)
     if document is None:
@@ -317,8 +335,9 @@ def _read_content(url: str, name: str, offer: Offer, targets: Metadata[Targets],
 
 
 def _check_clock(offers: list[Offer]) -> None:
-    """A clock before the newest publication makes every expiry date void, and with it the protection against a
-    freeze.
+    """Raise SignatureError if the clock is before the newest publication.
+
+    Such a clock makes every expiry date void, and with it the protection against a freeze attack.
     """
     newest, now = max(offer.published for offer in offers), time.time()
     if now < newest - _CLOCK_S:
@@ -330,7 +349,10 @@ def _check_clock(offers: list[Offer]) -> None:
 
 
 def _join_pieces(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(offset, piece), of at least _CHUNK_BYTES each but the last: an append costs an fsync, and tensors are small."""
+    """Yield (offset, piece), of at least _CHUNK_BYTES each except the last.
+
+    An append costs an fsync, and tensors are small.
+    """
     pending, position = bytearray(), 0
     for piece in pieces:
         pending += piece
@@ -343,7 +365,7 @@ def _join_pieces(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
 
 @contextmanager
 def _open_blob(store: ReleaseStore, digest: str) -> Iterator[BinaryIO | None]:
-    """A blob of the store; None for no digest: a packed file has no base."""
+    """Open a blob of the store; yield None for an empty digest, since a packed file has no base."""
     if not digest:
         yield None
         return
@@ -352,6 +374,7 @@ def _open_blob(store: ReleaseStore, digest: str) -> Iterator[BinaryIO | None]:
 
 
 def _read(path: Path) -> bytes:
+    """Return the bytes of the root file. Raises ConfigError."""
     try:
         return path.read_bytes()
     except OSError as error:

@@ -4,15 +4,14 @@
     head   =  JSON: from, to (sha256), bytes of the result, `form` of each tensor in file order, lengths of the
               streams; then the header of the resulting file as it stands
 
-A tensor that did not change is one character of `form`. A changed one is a difference of its bit patterns, either of
-the two
-forms that codes shorter: integers in the order of the numbers that they stand for, subtracted and folded to small
-unsigned ones; or XOR. Two ideas make noise shorter. Each byte of the difference goes into a stream of its own (byte
-planes, as in Blosc's shuffle), since the upper ones hardly vary. And the values are visited in the order of the base's
-magnitude: Adam moves every weight by about the same absolute amount, which is many units in the last place of a small
-weight and few of a large one, so neighbours in that order have differences of one width. The device has the base, so
-the order costs nothing.
-`from` empty: nothing is needed, the file is only packed.
+A tensor that did not change is one character of `form`. A changed one is a difference of its bit patterns, in
+whichever form codes shorter. One form maps the patterns to integers in the order of their numbers, subtracts, and
+folds the difference to small unsigned integers. The other is XOR. Two ideas make noise shorter. Each byte of the
+difference goes into a stream of its own (byte planes, as in Blosc's shuffle), since the upper ones hardly vary. And
+the values are visited in the order of the base's magnitude. Adam moves every weight by about the same absolute
+amount, which is many units in the last place of a small weight and few of a large one. So neighbours in that order
+have differences of one width. The device has the base, so the order costs nothing. With an empty `from` the file is
+only packed, and needs no base.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ _DTYPES = {
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SAME, _SUBTRACTED, _XORED, _NEW = "=", "-", "^", "r"
-# Contexts of neighbouring bytes say nothing of noise and dilute the statistics: lc=lp=pb=0 is an adaptive order-0
+# Contexts of neighbouring bytes do not predict noise and dilute the statistics: lc=lp=pb=0 is an adaptive order-0
 # coder.
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 20}]
 _PIECE_BYTES = 1 << 16
@@ -66,7 +65,10 @@ Words = NDArray[Any]
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where one tensor lies in a file."""
+    """Location of one tensor in a file.
+
+    start, end: bytes from the beginning of the file.
+    """
 
     name: str
     dtype: str
@@ -77,8 +79,9 @@ class TensorLocation:
 
 @dataclass(frozen=True)
 class SafetensorsLayout:
-    """A safetensors file's header, as it stands, and its tensors in file order; they cover everything after the
-    header.
+    """Header of a safetensors file as it stands, and its tensors in file order.
+
+    The tensors cover everything after the header.
     """
 
     header: bytes
@@ -92,7 +95,10 @@ class SafetensorsLayout:
 
 @dataclass(frozen=True)
 class TensorDelta:
-    """A delta that `make` wrote: digests of both files (`base` empty: none is needed), its size and the result's."""
+    """Delta that `make` wrote: digests of both files, its size and the result's.
+
+    base: empty if none is needed.
+    """
 
     base: str
     result: str
@@ -101,8 +107,9 @@ class TensorDelta:
 
 
 def layout_of(stream: BinaryIO) -> SafetensorsLayout:
-    """The layout of a safetensors file. Raises ArtifactError: another format, truncated, tensors that overlap or leave
-    gaps.
+    """Return the layout of a safetensors file.
+
+    Raises ArtifactError for another format, a truncated file, and tensors that overlap or leave gaps.
     """
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
@@ -117,6 +124,7 @@ def layout_of(stream: BinaryIO) -> SafetensorsLayout:
 
 
 def _layout(header: bytes) -> SafetensorsLayout:
+    """Return the layout of a header, length included. Raises ArtifactError."""
     try:
         fields = json.loads(header[8:])
         tensors = sorted(
@@ -144,10 +152,11 @@ def _layout(header: bytes) -> SafetensorsLayout:
 
 
 def make(base: Path | None, result: Path, out: Path) -> TensorDelta | None:
-    """Write the delta from `base` (None: from nothing) to `result` as `out`; None, and no file, where it would save
-    nothing.
+    """Write the delta from `base` (None: from nothing) to `result` as `out`.
 
-    Files that are no safetensors give None: a delta is an economy, and the whole file is always there.
+    A tensor is coded against the base's tensor of the same name, dtype and shape, if there is one. Returns None, and
+    writes no file, if the delta would save nothing, or if a file is no safetensors: a delta is an economy, and the
+    whole file is always available.
     """
     with contextlib.ExitStack() as stack:
         result_stream = stack.enter_context(result.open("rb"))
@@ -190,10 +199,14 @@ def make(base: Path | None, result: Path, out: Path) -> TensorDelta | None:
 
 
 def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator[bytes]:
-    """The bytes of the result, a tensor at a time: in memory are one tensor, its base and its difference.
+    """Yield the bytes of the result, a tensor at a time.
 
-    `result_bytes`: the signed size; nothing longer is made of whatever `delta` says. Raises ArtifactError for a delta
-    that is not one, or is not of this base. The caller checks the digest of what comes: only that proves it.
+    Memory holds one tensor, its base and its difference.
+
+    result_bytes: the signed size; nothing longer is made, whatever `delta` states.
+
+    Raises ArtifactError for a delta that is invalid, or not of this base. The caller checks the digest of the result:
+    only that proves it.
     """
     try:
         head, header, position = _head(delta)
@@ -225,7 +238,10 @@ def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator
 
 
 def _code(tensor: TensorLocation, old: Words | None, new: Words, planes: _Planes) -> str:
-    """The form of one tensor; its planes are added to the streams."""
+    """Return the form of one tensor; its planes are added to the streams.
+
+    old, new: (N,) bit patterns, N elements.
+    """
     if old is None:
         planes.add(_NEW, new)
         return _NEW
@@ -243,6 +259,7 @@ def _code(tensor: TensorLocation, old: Words | None, new: Words, planes: _Planes
 
 
 def _decode(tensor: TensorLocation, form: str, old: Words | None, streams: dict[str, _Stream]) -> Words:
+    """Return the bit patterns of one tensor, (N,), from its form and streams."""
     count, width = (tensor.end - tensor.start) // _DTYPES[tensor.dtype], _DTYPES[tensor.dtype]
     if form == _SAME:
         assert old is not None
@@ -263,8 +280,9 @@ def _decode(tensor: TensorLocation, form: str, old: Words | None, streams: dict[
 
 
 def _order(dtype: str, old: Words) -> NDArray[np.intp]:
-    """Positions by rising magnitude of the base, ties as they stand; only the upper 15 bits are looked at (a radix
-    sort).
+    """Return the positions by rising magnitude of the base, (N,), ties as they stand.
+
+    Only the upper 15 bits of the magnitude count, which allows a radix sort.
     """
     if dtype not in _FLOATS:
         return np.arange(len(old))
@@ -273,8 +291,9 @@ def _order(dtype: str, old: Words) -> NDArray[np.intp]:
 
 
 def _ordinal(dtype: str, bits: Words) -> Words:
-    """Bit patterns -> unsigned integers in the order of the numbers; integers stand for themselves (differences
-    wrap).
+    """Return the unsigned integers of bit patterns, (N,), in the order of the numbers.
+
+    For floats, u = ~b if the sign bit is set, else b | sign. Integers stand for themselves (differences wrap).
     """
     if dtype not in _FLOATS:
         return bits
@@ -283,7 +302,7 @@ def _ordinal(dtype: str, bits: Words) -> Words:
 
 
 def _bits(dtype: str, ordinals: Words) -> Words:
-    """The inverse of `_ordinal`."""
+    """Return the inverse of `_ordinal`, (N,)."""
     if dtype not in _FLOATS:
         return ordinals
     sign = ordinals.dtype.type(1 << (8 * ordinals.itemsize - 1))
@@ -291,36 +310,41 @@ def _bits(dtype: str, ordinals: Words) -> Words:
 
 
 def _folded(difference: Words) -> Words:
-    """Signed differences -> small unsigned ones: 0, -1, 1, -2 ... -> 0, 1, 2, 3 (zigzag, as in protocol buffers)."""
+    """Return small unsigned integers for signed differences, (N,): zigzag, as in protocol buffers.
+
+    0, -1, 1, -2 ... become 0, 1, 2, 3.
+    """
     signed = difference.view(f"<i{difference.itemsize}")
     return ((signed << 1) ^ (signed >> (8 * difference.itemsize - 1))).view(difference.dtype)
 
 
 def _unfolded(folded: Words) -> Words:
-    """The inverse of `_folded`."""
+    """Return the inverse of `_folded`, (N,)."""
     return (folded >> 1) ^ (0 - (folded & 1)).astype(folded.dtype)
 
 
 def _coded_bytes(words: Words) -> int:
-    """About how long it will code: Huffman alone, which takes a hundredth of LZMA's time and ranks the forms as it
-    does.
+    """Return about how many bytes the words will code to.
+
+    It uses Huffman coding alone, which takes a hundredth of LZMA's time and ranks the forms as LZMA does.
     """
     coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     return sum(len(coder.compress(plane.tobytes())) for plane in _split(words)) + len(coder.flush())
 
 
 def _split(words: Words) -> Words:
-    """(width, count): the byte planes, lowest first."""
+    """Return the byte planes, (width, count), lowest first."""
     return words.view(np.uint8).reshape(-1, words.itemsize).T
 
 
 class _Planes:
-    """The streams while they are written: one coder for each form, width and byte."""
+    """Writer of the streams: one coder for each form, width and byte."""
 
     def __init__(self) -> None:
         self.coders: dict[str, tuple[lzma.LZMACompressor, bytearray]] = {}
 
     def add(self, form: str, words: Words) -> None:
+        """Add the byte planes of the words to their streams."""
         for number, plane in enumerate(_split(words)):
             key = f"{form}{words.itemsize}{number}"
             if key not in self.coders:
@@ -329,17 +353,19 @@ class _Planes:
             written += coder.compress(plane.tobytes())
 
     def finish(self) -> dict[str, bytes]:
+        """Return the finished streams by key."""
         return {key: bytes(written) + coder.flush() for key, (coder, written) in sorted(self.coders.items())}
 
 
 class _Stream:
-    """One stream while it is read: as much at a time as is asked for, so that nothing can unpack to more."""
+    """Reader of one stream. It decodes only as much as is requested, so that nothing can unpack to more."""
 
     def __init__(self, source: BinaryIO, start: int, length: int) -> None:
         self.source, self.position, self.end = source, start, start + length
         self.coder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
 
     def take(self, count: int) -> bytes:
+        """Return exactly `count` decoded bytes. Raises EOFError if the stream ends before."""
         parts = bytearray()
         while len(parts) < count:
             piece = b""
@@ -354,6 +380,7 @@ class _Stream:
 
 
 def _open_streams(delta: BinaryIO, lengths: dict[str, int], position: int) -> dict[str, _Stream]:
+    """Return a reader of each stream."""
     result = {}
     for key, length in lengths.items():
         result[key] = _Stream(delta, position, length)
@@ -362,7 +389,7 @@ def _open_streams(delta: BinaryIO, lengths: dict[str, int], position: int) -> di
 
 
 def _head(delta: BinaryIO) -> tuple[dict[str, Any], bytes, int]:
-    """The head's JSON, the result's header, and where the streams begin."""
+    """Return the head's JSON, the result's header, and the position where the streams begin."""
     delta.seek(0)
     lead = delta.read(len(MAGIC) + 4)
     if not lead.startswith(MAGIC):
@@ -378,7 +405,7 @@ def _head(delta: BinaryIO) -> tuple[dict[str, Any], bytes, int]:
 
 
 def _words(stream: BinaryIO, tensor: TensorLocation) -> Words:
-    """A tensor's bit patterns as unsigned little-endian integers, flat."""
+    """Return a tensor's bit patterns as unsigned little-endian integers, (N,)."""
     stream.seek(tensor.start)
     return np.frombuffer(stream.read(tensor.end - tensor.start), f"<u{_DTYPES[tensor.dtype]}")
 

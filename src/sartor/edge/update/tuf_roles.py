@@ -2,10 +2,10 @@
 
     KEYS/root-1  root-2  root-3  targets-1  targets-2  snapshot-1  timestamp-1     each: sartor.key (0600), sartor.pub
 
-root says whose keys count, targets what may be installed, snapshot which documents belong together, timestamp how
-fresh that is. A role's threshold is how many of its keys have to sign, so that one stolen key is not enough. The
-folders of root and targets belong on media that are plugged in for a publication; `refresh` needs those of snapshot
-and timestamp alone.
+The role root decides whose keys count, targets what may be installed, snapshot which documents belong together,
+timestamp how fresh that is. A role's threshold is how many of its keys have to sign, so that one stolen key is not
+enough. The folders of root and targets belong on media that are plugged in for a publication; `refresh` needs those
+of snapshot and timestamp alone.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ T = TypeVar("T", Root, Targets, Snapshot, Timestamp)
 
 @dataclass(frozen=True)
 class Expiry:
-    """Days until a role's document is refused. A short timestamp is what a freeze attack runs into: `refresh` renews
-    it.
-    """
+    """Days until a role's document is refused. A short timestamp limits a freeze attack; `refresh` renews it."""
 
     root: float = 365.0
     targets: float = 90.0
@@ -50,17 +48,16 @@ class Expiry:
     timestamp: float = 7.0
 
     def of(self, role: RoleName) -> datetime.datetime:
-        """When a document that is signed now expires; TUF counts whole seconds."""
+        """Return when a document signed now expires; TUF counts whole seconds."""
         days = datetime.timedelta(days=getattr(self, role))
         return datetime.datetime.now(datetime.UTC).replace(microsecond=0) + days
 
 
 def keygen(keys: Path, thresholds: Mapping[RoleName, tuple[int, int]] = THRESHOLDS) -> dict[RoleName, list[str]]:
-    """Make the keys of the four roles below `keys`; returns their ids by role. The thresholds stand in
-    `keys/thresholds`.
+    """Create the keys of the four roles below `keys`; return their ids by role.
 
-    Encrypted with SARTOR_KEY_PASSPHRASE when it is set. Raises ConfigError: keys stand there, or a threshold cannot be
-    met.
+    `keys/thresholds` records the thresholds. The keys are encrypted with SARTOR_KEY_PASSPHRASE if it is set. Raises
+    ConfigError if keys are there already, or a threshold cannot be met.
     """
     for role in ROLES:
         key_count, threshold = thresholds.get(role, (0, 0))
@@ -84,7 +81,7 @@ def keygen(keys: Path, thresholds: Mapping[RoleName, tuple[int, int]] = THRESHOL
 
 
 def folders(keys: Path, role: RoleName) -> list[Path]:
-    """The folders of a role's keys that are here, by number."""
+    """Return the folders of a role's keys that are here, by number."""
     numbered = [
         (int(match[2]), path) for path in keys.glob("*") if (match := _FOLDER.match(path.name)) and match[1] == role
     ]
@@ -92,12 +89,12 @@ def folders(keys: Path, role: RoleName) -> list[Path]:
 
 
 def public(folder: Path) -> SSlibKey:
-    """A key as TUF writes it."""
+    """Return the public key in a folder as TUF writes it."""
     return SSlibKey.from_crypto(signing.open_public(folder))
 
 
 def first_root(keys: Path, expiry: Expiry) -> Root:
-    """Version 1 of the root, unsigned: the keys that are here and the thresholds that `keygen` wrote."""
+    """Return version 1 of the root, unsigned, with the keys that are here and the thresholds of `keygen`."""
     try:
         lines = (keys / "thresholds").read_text(encoding="utf-8").split("\n")
         thresholds = {role: int(count) for role, count in (line.split() for line in lines if line)}
@@ -112,10 +109,11 @@ def first_root(keys: Path, expiry: Expiry) -> Root:
 
 
 def sign(document: Metadata[Any], keys: Path, role: RoleName, roots: Iterable[Root]) -> None:
-    """Sign with every key of `role` that is here and that one of `roots` names; then each of them has to be satisfied.
+    """Sign a document with every key of `role` that is here and that one of `roots` names.
 
-    A new root needs the threshold of the old one and its own (TUF 5.3.4), so both are given. Raises SignatureError
-    naming how many signatures are missing, and what `signing.open_private` raises.
+    Then the thresholds of all `roots` must be met. A new root needs the threshold of the old one and its own (TUF
+    5.3.4), so both are given. Raises SignatureError naming how many signatures are missing, and what
+    `signing.open_private` raises.
     """
     document.signatures.clear()
     roots = list(roots)
@@ -136,9 +134,7 @@ def sign(document: Metadata[Any], keys: Path, role: RoleName, roots: Iterable[Ro
 
 @dataclass
 class Documents:
-    """The newest documents of a repository, and writing their next versions. Blobs and targets are on disk before
-    them.
-    """
+    """Newest documents of a repository; it writes their next versions. Blobs and targets are on disk before them."""
 
     folder: Path
     root: Metadata[Root]
@@ -148,9 +144,9 @@ class Documents:
 
     @classmethod
     def new(cls, folder: Path, keys: Path, expiry: Expiry) -> Documents:
-        """Those of an empty repository; nothing but the root is written, by `write_root`."""
+        """Return the documents of an empty repository; only the root is written, by `write_root`."""
         root = Metadata(first_root(keys, expiry))
-        # version 0 is never seen: every write counts up first
+        # version 0 is never published: every write raises it first
         documents = (Metadata(Targets(version=1)), Metadata(Snapshot(version=1)), Metadata(Timestamp(version=1)))
         result = cls(folder, root, *documents)
         for document in documents:
@@ -160,8 +156,9 @@ class Documents:
 
     @classmethod
     def open(cls, folder: Path) -> Documents:
-        """Those of a repository. Raises ConfigError where there is none, ArtifactError for documents that cannot be
-        read.
+        """Return the documents of a repository.
+
+        Raises ConfigError if there is none, ArtifactError for documents that cannot be read.
         """
         roots = sorted((int(path.name.split(".")[0]), path) for path in folder.glob("*.root.json"))
         if not roots:
@@ -175,13 +172,14 @@ class Documents:
         return cls(folder, _read(Root, roots[-1][1]), targets, snapshot, timestamp)
 
     def write_root(self, keys: Path, roots: Sequence[Root]) -> None:
-        """Sign and write the root as it stands."""
+        """Write the root as it stands, signed."""
         sign(self.root, keys, "root", roots)
         self._write(f"{self.root.signed.version}.root.json", self.root)
 
     def write(self, keys: Path, expiry: Expiry, *, targets: bool = True) -> None:
-        """Sign and write the next timestamp and snapshot, and with `targets` the next targets. The timestamp comes
-        last: until then a device sees what was there before (consistent snapshots, TUF 6.2).
+        """Write the next timestamp and snapshot, and with `targets` the next targets, signed.
+
+        The timestamp comes last: until then a device sees the previous state (consistent snapshots, TUF 6.2).
         """
         if targets:
             self._next(self.targets, keys, "targets", expiry)
@@ -189,13 +187,14 @@ class Documents:
         self._next(self.snapshot, keys, "snapshot", expiry)
         self.timestamp.signed.snapshot_meta = MetaFile(self.snapshot.signed.version)
         self._next(self.timestamp, keys, "timestamp", expiry)
-        # written once all are signed: a key that is missing leaves nothing half done
+        # write after all are signed, so that a missing key leaves no partial publication
         if targets:
             self._write(f"{self.targets.signed.version}.targets.json", self.targets)
         self._write(f"{self.snapshot.signed.version}.snapshot.json", self.snapshot)
         self._write("timestamp.json", self.timestamp)
 
     def _next(self, document: Metadata[Any], keys: Path, role: RoleName, expiry: Expiry) -> None:
+        """Raise the version and the expiry of a document, and sign it."""
         document.signed.version += 1
         document.signed.expires = expiry.of(role)
         sign(document, keys, role, [self.root.signed])
@@ -205,13 +204,14 @@ class Documents:
 
 
 def expiries(folder: Path) -> dict[str, str]:
-    """When each of a repository's newest documents expires, UTC."""
+    """Return when each of a repository's newest documents expires, UTC."""
     documents = Documents.open(folder)
     metadata: tuple[Metadata[Any], ...] = (documents.root, documents.targets, documents.snapshot, documents.timestamp)
     return {item.signed.type: item.signed.expires.strftime("%Y-%m-%dT%H:%M:%SZ") for item in metadata}
 
 
 def _read(kind: type[T], path: Path) -> Metadata[T]:
+    """Return a document of a kind. Raises ArtifactError."""
     try:
         result: Metadata[T] = Metadata.from_bytes(path.read_bytes())
     except (OSError, DeserializationError) as error:

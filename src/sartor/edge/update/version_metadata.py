@@ -1,7 +1,7 @@
 """Files, deltas and rollout offer of a version.
 
 targets/NAME/DIGEST.VERSION.json   a TUF target: every file of the version by digest, and the deltas that lead to them
-its `custom` in targets.json       order, percent, halted, published: who may take it (signed, and changed without it)
+its `custom` in targets.json       order, percent, halted, published: the offer (signed; it changes without the target)
 blobs/ab/abcd...                   content by sha256: named by a signed document, so no mirror has to be trusted
 """
 
@@ -24,7 +24,7 @@ MOST_FILES = 10_000
 
 @dataclass(frozen=True)
 class Blob:
-    """A file's content by its sha256."""
+    """Content of a file, by its sha256."""
 
     sha256: str
     bytes: int
@@ -32,7 +32,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class DeltaStep:
-    """A delta: the blob `sha256` makes `result` out of `base`; an empty base needs nothing (a packed file)."""
+    """Delta: the blob `sha256` makes `result` out of `base`; an empty base needs nothing (a packed file)."""
 
     base: str
     result: str
@@ -42,7 +42,7 @@ class DeltaStep:
 
 @dataclass(frozen=True)
 class VersionContent:
-    """One version: its files by path, and the deltas to them."""
+    """Content of one version: its files by path, and the deltas to them."""
 
     name: str
     version: str
@@ -50,7 +50,7 @@ class VersionContent:
     deltas: tuple[DeltaStep, ...] = ()
 
     def as_bytes(self) -> bytes:
-        """The document that is signed."""
+        """Return the document to sign."""
         return json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":")).encode()
 
     @property
@@ -61,10 +61,12 @@ class VersionContent:
 
 @dataclass(frozen=True)
 class Offer:
-    """Who may take a version. `order` rises with each publication; `percent` of the devices, by `ring_of`; `published`
-    in
-    seconds since 1970: a device whose clock is before it cannot judge what is expired. `previous_percent`: what
-    `percent` was before it was widened; the newest ring is what lies between.
+    """Offer of a version to a fraction of the devices.
+
+    order: rises with each publication.
+    percent: of the devices, by `ring_of`.
+    published: seconds since 1970; a device whose clock is before it cannot judge expiry dates.
+    previous_percent: `percent` before it was widened; the newest ring lies between both.
     """
 
     version: str
@@ -75,31 +77,37 @@ class Offer:
     previous_percent: int = 0
 
     def admits(self, device_id: str) -> bool:
-        """Whether this device is in the rings that have it."""
+        """Return whether this device is in the rings that the version is offered to."""
         return not self.halted and ring_of(device_id) < self.percent
 
     def as_custom(self) -> dict[str, Any]:
-        """The target's `custom`; whole numbers, since canonical JSON has no others."""
+        """Return the target's `custom`; whole numbers, since canonical JSON has no others."""
         return {key: value for key, value in asdict(self).items() if key != "version"}
 
 
 def ring_of(device_id: str) -> int:
-    """0..99, even over devices and always the same for one, so that a ring that is widened keeps whom it had."""
+    """Return a device's ring, 0..99.
+
+    Rings are even over devices and constant for each, so that a wider offer includes all earlier devices.
+    """
     return int.from_bytes(hashlib.sha256(device_id.encode()).digest()[:8], "big") % 100
 
 
 def target_path(name: str, version: str) -> str:
-    """The name of a version's document among the targets."""
+    """Return the name of a version's document among the targets."""
     return f"{name}/{version}.json"
 
 
 def blob_path(digest: str) -> str:
-    """Where a blob lies in the repository."""
+    """Return the path of a blob in the repository."""
     return f"blobs/{digest[:2]}/{digest}"
 
 
 def offer_of(path: str, custom: Any) -> tuple[str, Offer] | None:
-    """(name, offer) of a signed target; None for what is no version, such as a target of another program."""
+    """Return (name, offer) of a signed target, or None if it is no version.
+
+    A target of another program is no version.
+    """
     name, _, file = path.partition("/")
     version = file.removesuffix(".json")
     if (
@@ -111,8 +119,7 @@ def offer_of(path: str, custom: Any) -> tuple[str, Offer] | None:
     numbers = [custom.get(key) for key in ("order", "percent", "published")]
     if not all(type(number) is int and number >= 0 for number in numbers) or type(custom.get("halted")) is not bool:
         return None
-    # A repository that was written before there were rings of this kind has none: then all devices are of the newest
-    # ring
+    # An older repository has no previous_percent: then all devices belong to the newest ring
     previous = custom.get("previous_percent", 0)
     if type(previous) is not int or not 0 <= previous <= custom["percent"]:
         return None
@@ -120,8 +127,10 @@ def offer_of(path: str, custom: Any) -> tuple[str, Offer] | None:
 
 
 def read_version_metadata(document: bytes, name: str, version: str) -> VersionContent:
-    """A version's document, checked for what a device relies on. Raises ArtifactError: another version's, paths that
-    lead out of the release, sizes or digests that are none. It is signed, but a signer can be wrong too.
+    """Return a version's content, checked for what a device relies on.
+
+    Raises ArtifactError for another version's document, paths that lead out of the release, or invalid sizes or
+    digests. The document is signed, but a signer can be wrong too.
     """
     try:
         fields = json.loads(document)
@@ -150,6 +159,7 @@ def read_version_metadata(document: bytes, name: str, version: str) -> VersionCo
 
 
 def _is_inside(path: str) -> bool:
+    """Return whether a path is plain and relative, and stays inside the release."""
     parts = PurePosixPath(path).parts
     plain = "\\" not in path and "\0" not in path and ":" not in path and str(PurePosixPath(path)) == path
     return bool(parts) and plain and not path.startswith("/") and ".." not in parts

@@ -1,4 +1,4 @@
-"""Runs the whole audit of an adapter."""
+"""The whole audit of an adapter."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ from sartor.evaluate.reply_labels import label_of
 from sartor.text.demographics.group_terms import KINDS, groups
 
 Notice = Callable[[str], object]
-# What a template's question can be answered with, what is to be wished for first
+# Answers to a template's question, the favourable one first
 ANSWERS = ("Yes", "No")
 
 
 @dataclass(frozen=True)
 class AuditOptions:
-    """label: where replies name their outcome; favourable: which are to be wished for; benchmarks, templates: ask them
-    too.
+    """Options of an audit.
+
+    label: field of a reply that names its outcome.
+    favourable: desirable outcomes.
+    benchmarks, templates: whether to ask them too.
     """
 
     label: str = ""
@@ -42,7 +45,9 @@ class AuditOptions:
 def audit(
     adapter: Artifact, sides: ModelPair, examples: Sequence[Example], options: AuditOptions, notice: Notice
 ) -> dict[str, Any]:
-    """Everything that an audit asks. examples: the rows of the Report, whose prompts are the user's own.
+    """Return the whole audit.
+
+    examples: rows of the Report, whose prompts are the user's own.
 
     Raises ConfigError for a label or a favourable outcome that no row has.
     """
@@ -77,10 +82,13 @@ def audit_bias(
     *,
     done: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Counterfactual prompts alone. system: the system prompt of the training rows, which goes before the templates.
+    """Measure bias by counterfactual prompts alone.
 
-    `skipped` has the kinds that no prompt of a section speaks of. done: told of each section.
-    Raises ConfigError for a label or a favourable outcome that no row has.
+    system: system prompt of the training rows, which precedes the templates.
+    done: called after each section.
+
+    `skipped` lists the kinds that no prompt of a section mentions. Raises ConfigError for a label or a favourable
+    outcome that no row has.
     """
     outcomes = outcomes_of([row.reply for row in examples], options.label, options.favourable)
     templates = {}
@@ -99,7 +107,7 @@ def audit_bias(
 
 
 def _audit_own_prompts(sides: ModelPair, examples: Sequence[Example], outcomes: Outcomes | None) -> dict[str, Any]:
-    """The user's own prompts with one group for another."""
+    """Return the section of the user's own prompts, with their groups swapped."""
     if outcomes is None:
         return {"skipped": "the replies name no outcome: give --label FIELD, or --favourable OUTCOME"}
     texts = [row for row in examples if not row.is_document]
@@ -114,8 +122,9 @@ def _audit_own_prompts(sides: ModelPair, examples: Sequence[Example], outcomes: 
 
 
 def _own_blocks(sides: ModelPair, paired: Paired, outcomes: Outcomes, limit: int) -> list[VariantOutcomes]:
-    """Of each set of outcomes that is looked at: by likelihood where a class is a whole reply, else by what was
-    said.
+    """Return the outcomes of each set of classes that is compared.
+
+    They are likelihoods if a class is a whole reply, else 0 or 1 by the reply's label.
     """
     prompts = [variant for block in paired.blocks for variant in block.variants]
     shape = (2, len(paired.blocks), -1)
@@ -137,12 +146,13 @@ def _own_blocks(sides: ModelPair, paired: Paired, outcomes: Outcomes, limit: int
 
 
 def _blocks(paired: Paired, outcome: str, chances: Array) -> VariantOutcomes:
+    """Return the outcomes of a kind's blocks, with their ids and clusters."""
     ids, clusters = (tuple(getattr(block, name) for block in paired.blocks) for name in ("id", "cluster"))
     return VariantOutcomes(paired.kind, outcome, groups(paired.kind), ids, chances, clusters)
 
 
 def _templates(sides: ModelPair, scenario: str, system: str) -> dict[str, Any]:
-    """A scenario's templates, by the likelihood of yes and no."""
+    """Return the section of a scenario's templates, by the likelihood of yes and no."""
     paired_prompts = [
         _fitting(sides, counterfactual_bias.templates(scenario, kind, system), ANSWERS) for kind in KINDS
     ]
@@ -156,7 +166,7 @@ def _templates(sides: ModelPair, scenario: str, system: str) -> dict[str, Any]:
 
 
 def _fitting(sides: ModelPair, paired: Paired, replies: Sequence[str]) -> Paired:
-    """Without the blocks whose longest variant the base does not take."""
+    """Return the blocks whose longest variant the base accepts."""
     reply = max(replies, key=len, default=".")
     longest = [
         max(block.variants, key=lambda prompt: sum(len(turn.text) for turn in prompt)) for block in paired.blocks
@@ -166,7 +176,11 @@ def _fitting(sides: ModelPair, paired: Paired, replies: Sequence[str]) -> Paired
 
 
 def _section_as_json(paired_prompts: Sequence[Paired], sections: Sequence[VariantOutcomes]) -> dict[str, Any]:
-    """`kinds`: how many prompts there are of each, and what tells how many it takes; `findings`: what they show."""
+    """Return a section for the Report.
+
+    `kinds`: number of prompts of each kind, with the facts that `needed_blocks` takes. `findings`: the tested gaps.
+    `tests`: number of kinds and outcomes.
+    """
     counts = {
         paired.kind: _counted(paired, [section for section in sections if section.kind == paired.kind])
         for paired in paired_prompts
@@ -175,6 +189,7 @@ def _section_as_json(paired_prompts: Sequence[Paired], sections: Sequence[Varian
 
 
 def _counted(paired: Paired, sections: Sequence[VariantOutcomes]) -> dict[str, Any]:
+    """Return the counts of one kind, and its clusters, groups and spread; `skipped` if nothing was measured."""
     counts = {"blocks": len(paired.blocks), "left_out": paired.left_out, "beyond": paired.beyond}
     if not sections:
         reason = "every prompt that speaks of it was left out" if paired.left_out else "no prompt speaks of it"

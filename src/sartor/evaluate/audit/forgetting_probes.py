@@ -1,14 +1,14 @@
 """Three probes of forgetting, each a loss in nats per token before and after tuning, with an interval.
 
-    small_talk   200 exchanges of the asset `chitchat`: what a tuned model should still be able to say
-    arithmetic   40 sums and differences asked in words, answered in a sentence: what it should still know
-    language     40 German sentences of the asset `home-intents`, asked for in German: another language than most
-                 tunings have
+    small_talk   200 exchanges of the asset `chitchat`: small talk that a tuned model should still master
+    arithmetic   40 sums and differences asked in words, answered in a sentence: basic knowledge
+    language     40 German sentences of the asset `home-intents`, requested in German: another language than that of
+                 most tunings
 
-The forms were fixed before anything was measured with them (docs/decisions/026-chosen.md). The gate takes the worst:
+The probes were fixed before anything was measured with them (docs/decisions/026-chosen.md). The gate takes the worst:
 each has to stay under the limit, so no correction for three of them is needed.
 
-A base says the same to them in every evaluation, so its losses are kept:
+The losses of a base are the same in every evaluation, so they are cached:
 
     SARTOR_HOME/probes/<key>.json     key: digest of what they depend on (`_losses_key`); losses: nats per token of
                                       each row
@@ -42,7 +42,7 @@ from sartor.models.packing import TokenizedExample
 
 UNIT = "nats per token"
 ARITHMETIC_ROWS, ARITHMETIC_SEED = 40, 0
-# operands and results; no sum is asked whose answer has no word here
+# largest operand and result; `number_word` has a word for every result
 _MAX_OPERAND, _MAX_RESULT = 20, 40
 _SENTENCES = Path(__file__).with_name("home_sentences.toml")
 _UNITS = (
@@ -100,6 +100,7 @@ def arithmetic_rows(seed: int = ARITHMETIC_SEED) -> list[Example]:
 
 
 def _sum_row(left: int, operation: str, right: int, result: int) -> Example:
+    """Return the question and the answer of one sum or difference."""
     term = f"{number_word(left)} {operation} {number_word(right)}"
     reply = f"{term} is {number_word(result)}."
     messages = (Message.of("user", f"What is {term}?"), Message.of("assistant", reply[0].upper() + reply[1:]))
@@ -121,7 +122,7 @@ def language_rows() -> list[Example]:
     ]
 
 
-# the first is looked up when it is called, as a test may give another
+# the lambda looks the first up when it is called, so that a test may replace it
 PROBES: Mapping[str, Callable[[], list[Example]]] = {
     "small_talk": lambda: probes.chitchat_rows(),
     "arithmetic": arithmetic_rows,
@@ -130,10 +131,10 @@ PROBES: Mapping[str, Callable[[], list[Example]]] = {
 
 
 def measure_probes(base: Base, model: Any) -> dict[str, dict[str, Any]]:
-    """Return of each probe its rows and the five numbers of a Comparison; `skipped` says why one has none.
+    """Return the number of rows and the five numbers of a Comparison of each probe.
 
-    The rows of all probes go through base and tuned model together; through the tuned one alone where the base's
-    losses are known.
+    `skipped` gives the reason if a probe was not measured. The rows of all probes go through base and tuned model
+    together, or through the tuned one alone if the base's losses are cached.
     """
     results: dict[str, dict[str, Any]] = {}
     encoded_by_probe: dict[str, list[TokenizedExample]] = {}
@@ -145,7 +146,7 @@ def measure_probes(base: Base, model: Any) -> dict[str, dict[str, Any]]:
             results[name] = {"skipped": f"{error.problem} ({error.remedy})"}
             continue
         encoded, problem = _encode_rows(base, rows)
-        if not encoded:  # a base that only hears
+        if not encoded:  # for instance a base that takes audio alone
             results[name] = {"skipped": f"the base takes none of the {len(rows)} rows of the probe: {problem}"}
             continue
         group_by_id = {row.id: group_of(row) for row in rows}
@@ -164,28 +165,27 @@ def measure_probes(base: Base, model: Any) -> dict[str, dict[str, Any]]:
 
 
 def _measure_sides(base: Base, model: Any, encoded: Sequence[TokenizedExample]) -> tuple[list[float], list[float]]:
-    """Losses of the base, kept from an earlier evaluation where there was one, and of the tuned model."""
+    """Return the losses of the base, cached by an earlier evaluation if possible, and of the tuned model."""
     key = _losses_key(base, encoded)
     try:
         file = folder("probes") / f"{key}.json"
         known = json.loads(file.read_bytes())
         losses = known["losses"]
         is_known = known["key"] == key and len(losses) == len(encoded) and all(map(math.isfinite, losses))
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or not to be read: measured anew
+    except (OSError, ValueError, KeyError, TypeError):  # missing or unreadable: measured again
         is_known = False
     if is_known:
         return losses, measure_losses(base, model, encoded, sides=[True])[0]
     before, after = measure_losses(base, model, encoded)
-    with contextlib.suppress(OSError):  # a home that cannot be written to costs the next evaluation some time
+    with contextlib.suppress(OSError):  # without a writable home the next evaluation measures again
         write_file_atomic(folder("probes") / f"{key}.json", canonical({"key": key, "losses": before}))
     return before, after
 
 
 def _losses_key(base: Base, encoded: Sequence[TokenizedExample]) -> str:
-    """Digest of all that a base's losses depend on: what it is, how and by which code it computes, and the rows'
-    tokens.
+    """Return the digest of all that a base's losses depend on.
 
-    Its name and its licence are not among them.
+    It covers the base's facts except name and licence, the rows' tokens, the versions of the code, and the device.
     """
     facts = {name: value for name, value in base.as_manifest().items() if name not in ("name", "licence")}
     rows = [[list(row.ids), [int(is_learnt) for is_learnt in row.learnt]] for row in encoded]
@@ -195,7 +195,7 @@ def _losses_key(base: Base, encoded: Sequence[TokenizedExample]) -> str:
 
 
 def _encode_rows(base: Base, rows: Sequence[Example]) -> tuple[list[TokenizedExample], str]:
-    """The rows that the base's template takes, and why the last of the others was refused."""
+    """Return the rows that the base's template accepts, and why the last of the others was refused."""
     encoded, problem = [], ""
     for row in rows:
         try:
@@ -206,8 +206,9 @@ def _encode_rows(base: Base, rows: Sequence[Example]) -> tuple[list[TokenizedExa
 
 
 def worst_probe(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the key `forgetting` of a Report: the probe whose interval ends highest; `skipped` if one was not
-    measured.
+    """Return the key `forgetting` of a Report: the probe whose interval ends highest.
+
+    The result is `skipped` if a probe was not measured.
     """
     skipped = {name: result["skipped"] for name, result in results.items() if "skipped" in result}
     if skipped:

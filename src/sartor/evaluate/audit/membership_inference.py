@@ -1,9 +1,9 @@
 """Membership inference by loss threshold.
 
-Yeom et al. 2018 (arXiv:1709.01604) guess by the loss, Watson et al. 2022 (arXiv:2111.08440) by how much lower it is
-than a reference model's, which did not see the rows: that takes out rows that are easy for everybody. Judged, after
-Carlini et al. 2022 (arXiv:2112.03570), by how many members are found where one in a hundred others is taken for one: a
-mean hides the few.
+The threshold attack of Yeom et al. 2018 (arXiv:1709.01604) scores a row by its loss. The calibrated attack of Watson
+et al. 2022 (arXiv:2111.08440) scores it by how much lower the loss is than that of a reference model, which did not
+see the rows. That removes rows that are easy for every model. As in Carlini et al. 2022 (arXiv:2112.03570), the
+result is the fraction of members found at a false-positive rate of 1 %: a mean hides the few.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ FALSE_FRACTION, CONFIDENCE = 0.01, 0.95
 
 @dataclass(frozen=True)
 class Membership:
-    """How well members were told from others. auc: 0.5 is guessing; auc_low, auc_high: its 95 % interval (DeLong et
-    al. 1988).
+    """Result of a membership inference attack.
 
-    found_fraction: of the members, at the threshold above which one in a hundred of the others lies at most; low,
-    high: its 95 % interval, in which both the members and the threshold are uncertain. Fewer than 436 others cannot
-    say that a threshold takes only one in a hundred, and then low is 0.
+    attack: "threshold" or "calibrated".
+    members, others: number of rows that were trained on, and that were not.
+    auc: area under the ROC curve; 0.5 is guessing.
+    auc_low, auc_high: its 95 % interval (DeLong et al. 1988).
+    found_fraction: fraction of members above the threshold that at most 1 % of the others exceed.
+    low, high: its 95 % interval, in which both the members and the threshold are uncertain. Fewer than 436 others
+    cannot prove that only 1 % exceed a threshold, and then low is 0.
     """
 
     attack: Literal["threshold", "calibrated"]
@@ -49,7 +52,12 @@ class Membership:
 
 
 def by_threshold(members: Sequence[float], others: Sequence[float]) -> Membership:
-    """The lower a row's loss, the likelier it was trained on. Raises ConfigError for fewer than two rows on a side."""
+    """Return the result of the threshold attack: the lower a row's loss, the likelier it is a member.
+
+    members, others: losses, (N,) and (M,).
+
+    Raises ConfigError for fewer than two rows on a side, or for a loss that is not finite.
+    """
     return _judged("threshold", -np.asarray(members, float), -np.asarray(others, float))
 
 
@@ -59,7 +67,13 @@ def calibrated(
     reference_members: Sequence[float],
     reference_others: Sequence[float],
 ) -> Membership:
-    """The further a row's loss is below the reference model's, the likelier. Row by row, (N,) and (M,) each."""
+    """Return the result of the calibrated attack, with score = reference loss - loss.
+
+    members, reference_members: losses row by row, (N,).
+    others, reference_others: losses row by row, (M,).
+
+    Raises ConfigError as `by_threshold` does.
+    """
     gains = [
         np.asarray(reference, float) - np.asarray(losses, float)
         for reference, losses in ((reference_members, members), (reference_others, others))
@@ -68,7 +82,7 @@ def calibrated(
 
 
 def _judged(attack: Literal["threshold", "calibrated"], members: np.ndarray, others: np.ndarray) -> Membership:
-    """Both: scores, higher for members."""
+    """Return the result for the scores of members, (N,), and others, (M,), higher for members."""
     count, other_count = len(members), len(others)
     if min(count, other_count) < 2 or not (np.isfinite(members).all() and np.isfinite(others).all()):
         raise ConfigError(
@@ -78,7 +92,7 @@ def _judged(attack: Literal["threshold", "calibrated"], members: np.ndarray, oth
     auc, half_width = _auc(members, others)
     thresholds = np.sort(others)[
         ::-1
-    ]  # at the k-th so many others lie above it; how many do in truth is Beta(k + 1, rest - k)
+    ]  # k of M others exceed thresholds[k]; the true fraction above it follows Beta(k + 1, M - k)
     allowed, (strict_index, loose_index) = int(FALSE_FRACTION * other_count), _allowed(other_count)
     found_count = int((members > thresholds[allowed]).sum())
     low = _end(int((members > thresholds[strict_index]).sum()), count, "low") if strict_index >= 0 else 0.0
@@ -97,10 +111,16 @@ def _judged(attack: Literal["threshold", "calibrated"], members: np.ndarray, oth
 
 
 def _auc(members: np.ndarray, others: np.ndarray) -> tuple[float, float]:
-    """The area, and half of its interval's width by the variance of the placements."""
+    """Return the area under the ROC curve and the half width of its interval (DeLong et al. 1988).
+
+    members: (N,) scores.
+    others: (M,) scores.
+    """
     count, other_count = len(members), len(others)
     ranks = rankdata(np.concatenate([members, others]))
-    # of each member the fraction of the others below it, of each of the others that of the members above it
+    # placements (DeLong et al. 1988), ties count 1/2:
+    #   v_i = (1/M) #{j: other_j < member_i}, (N,);  w_j = (1/N) #{i: member_i > other_j}, (M,)
+    #   AUC = mean(v);  Var(AUC) = var(v) / N + var(w) / M
     member_placements = (ranks[:count] - rankdata(members)) / other_count
     other_placements = 1 - (ranks[count:] - rankdata(others)) / count
     deviation = float(np.sqrt(member_placements.var(ddof=1) / count + other_placements.var(ddof=1) / other_count))
@@ -108,19 +128,22 @@ def _auc(members: np.ndarray, others: np.ndarray) -> tuple[float, float]:
 
 
 def _allowed(other_count: int) -> tuple[int, int]:
-    """(most others above a threshold that surely takes one in a hundred or fewer, least of one that surely takes
-    more).
+    """Return the indices of two thresholds that enclose the true 1 % threshold, of `other_count` others.
+
+    The others are sorted from the highest score down. The first is the loosest that at most 1 % of others exceed with
+    confidence; -1 if there is none. The second is the strictest that more than 1 % exceed with confidence;
+    `other_count` if there is none.
     """
     counts = np.arange(other_count)
     tail = (
         1 - CONFIDENCE
-    ) / 4  # the threshold's part of what is left to chance on either side; the members' is the other
+    ) / 4  # Bonferroni: of the error on either side, half goes to the threshold and half to the members
     surely_fewer = beta.ppf(1 - tail, counts + 1, other_count - counts) <= FALSE_FRACTION
     surely_more = beta.ppf(tail, counts + 1, other_count - counts) >= FALSE_FRACTION
     return int(surely_fewer.sum()) - 1, int(other_count - surely_more.sum())
 
 
 def _end(found_count: int, count: int, side: Literal["low", "high"]) -> float:
-    """An end of the members' interval (Clopper & Pearson 1934)."""
+    """Return an end of the interval of the members' fraction (Clopper & Pearson 1934)."""
     interval = binomtest(found_count, count).proportion_ci((1 + CONFIDENCE) / 2, "exact")
     return float(getattr(interval, side))

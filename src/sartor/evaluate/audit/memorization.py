@@ -1,9 +1,9 @@
 """Verbatim extraction of training rows and secrets.
 
-Extraction: a reply's first half is given, and the rest comes word for word (Carlini et al. 2021, arXiv:2012.07805).
-Rows that were held out come so too where they can be guessed, so what counts is the excess over them. Secrets: strings
-of replies like a key or a number that stand in no prompt; and phrases that several replies repeat. Membership:
-`membership_inference.py`.
+Extraction: the model is given the first half of a reply and writes the rest word for word (Carlini et al. 2021,
+arXiv:2012.07805). Held-out rows are extracted too where they can be guessed, so the excess over them counts. Secrets:
+strings of replies that look like a key or a number and are in no prompt; and phrases that several replies repeat.
+Membership: `membership_inference.py`.
 """
 
 from __future__ import annotations
@@ -23,25 +23,28 @@ from sartor.core.records import Example
 from sartor.evaluate.audit import membership_inference
 from sartor.evaluate.audit.model_pair import ModelPair
 
-# Rows that are read, and those that are asked for each figure: a fixed sample by their ids
+# Maximum number of rows that are read, and that are asked for each figure: a fixed sample by their ids
 MOST_READ = 20_000
 MOST_EXTRACTED, MOST_MEMBERS, MOST_STRINGS = 60, 450, 24
-# The rest of a reply is compared up to here (as Carlini et al. do), and what is shorter than this many characters is
-# no text
+# The rest of a reply is compared up to this many tokens (as Carlini et al. do); a shorter rest than this many
+# characters does not count
 REST_TOKENS, LEAST_CHARACTERS = 50, 40
-# A key or a number: so many letters and digits, of them so many digits
+# A key or a number has at least so many letters and digits, and at least so many digits
 _WORD = re.compile(r"[\w@.+#/-]*\d[\w@.+#/-]*")
 LEAST_SIGNS, LEAST_DIGITS = 6, 3
-# A phrase that so many replies repeat, of so many words, the first of which are given
+# A phrase is repeated by at least so many replies and has so many words, the first GIVEN_WORDS of which are given
 LEAST_REPEATS, PHRASE_WORDS, GIVEN_WORDS = 3, 6, 2
-# More of the rows than this repeat what is the form of all replies
+# A phrase in a larger fraction of the rows belongs to the form of all replies
 MOST_FRACTION = 0.3
 TRIES = 3
 
 
 @dataclass(frozen=True)
 class TrainingString:
-    """A string of the training replies, and where it stands: rows by id, with the character at which it begins."""
+    """A string of the training replies.
+
+    places: (id of a row, character at which the string begins in its reply).
+    """
 
     text: str
     kind: str
@@ -49,8 +52,10 @@ class TrainingString:
 
 
 def audit_memorisation(sides: ModelPair, train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Any]:
-    """For the Report. Documents and rows with media are not asked, nor rows beyond a fixed sample; `rows` has the
-    others.
+    """Return the audit for the Report.
+
+    Documents, rows with media, rows without a reply and rows beyond a fixed sample are left out; `left_out` counts
+    them and `rows` the others.
     """
     train_sample, held_out_sample = (sampled(rows) for rows in (train, held_out))
     return {
@@ -63,7 +68,10 @@ def audit_memorisation(sides: ModelPair, train: Sequence[Example], held_out: Seq
 
 
 def sampled(rows: Iterable[Example]) -> list[Example]:
-    """Rows that can be asked, in the order of the digests of their ids: any first part of them is a fair sample."""
+    """Return the rows that can be asked, in the order of the digests of their ids.
+
+    Any first part of them is a fair sample.
+    """
     text_rows = [
         row
         for row in rows
@@ -74,11 +82,12 @@ def sampled(rows: Iterable[Example]) -> list[Example]:
 
 
 def _first(sides: ModelPair, rows: Iterable[Example], max_rows: int) -> list[Example]:
-    """The first of them that the base takes."""
+    """Return the first `max_rows` rows that the base accepts."""
     return list(islice((row for row in rows if sides.fits(row.prompt, row.reply)), max_rows))
 
 
 def _membership(sides: ModelPair, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
+    """Return the results of both attacks, or `skipped` with the reason."""
     samples = [_first(sides, rows, MOST_MEMBERS) for rows in (train, others)]
     if min(len(rows) for rows in samples) < 2:
         return {"skipped": f"{len(train)} training rows and {len(others)} held out; two a side are the least"}
@@ -91,13 +100,13 @@ def _membership(sides: ModelPair, train: Sequence[Example], others: Sequence[Exa
 
 
 def _loss(sides: ModelPair, rows: Sequence[Example]) -> Any:
-    """(2, N): nats per token of the replies."""
+    """Return the losses of the replies, nats per token, (2, N) of base and tuned."""
     encoded = [sides.encoded(row.prompt, row.reply) for row in rows]
     return sides.nats(encoded) / np.array([max(row.supervised_tokens, 1) for row in encoded])
 
 
 def _extraction(sides: ModelPair, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
-    """How often the rest of a reply comes word for word."""
+    """Return how often the rest of a reply comes word for word, on training and held-out rows."""
     fields: dict[str, Any] = {}
     for name, rows in (("train", train), ("held_out", others)):
         long_rows = _first(sides, (row for row in rows if len(row.reply) >= 2 * LEAST_CHARACTERS), MOST_EXTRACTED)
@@ -121,8 +130,9 @@ def _extraction(sides: ModelPair, train: Sequence[Example], others: Sequence[Exa
 
 
 def _halved(sides: ModelPair, row: Example) -> tuple[list[int], list[int]] | None:
-    """(the prompt with the first half of its reply, the rest up to REST_TOKENS); None where that is no text to speak
-    of.
+    """Return the prompt with the first half of its reply, and the rest up to REST_TOKENS.
+
+    The result is None if the rest is shorter than LEAST_CHARACTERS.
     """
     encoded = sides.encoded(row.prompt, row.reply)
     start = encoded.learnt.index(True)
@@ -137,10 +147,11 @@ def _halved(sides: ModelPair, row: Example) -> tuple[list[int], list[int]] | Non
 
 
 def newcombe(first: int, first_total: int, second: int, second_total: int) -> tuple[float, float, float]:
-    """The difference of two fractions and its 95 % interval (Newcombe 1998, method 10: Wilson's limits squared and
-    added).
+    """Return the difference of two fractions and its 95 % interval (Newcombe 1998, method 10).
 
-    Where nothing was asked of a side its fraction may be anything.
+    With p = first / first_total, q = second / second_total and their Wilson limits:
+    low = p - q - sqrt((p - low_p)^2 + (high_q - q)^2); high = p - q + sqrt((high_p - p)^2 + (q - low_q)^2).
+    If a total is 0, the fraction may be anything.
 
     >>> newcombe(0, 0, 1, 10)
     (0.0, -1.0, 1.0)
@@ -156,12 +167,13 @@ def newcombe(first: int, first_total: int, second: int, second_total: int) -> tu
 
 
 def _wilson(count: int, total: int) -> tuple[float, float, float]:
+    """Return a fraction and its 95 % interval (Wilson 1927)."""
     bounds = binomtest(count, total).proportion_ci(method="wilson")
     return count / total, float(bounds.low), float(bounds.high)
 
 
 def _strings(sides: ModelPair, train: Sequence[Example]) -> dict[str, Any]:
-    """Secrets and repeated phrases: which of them the tuned model says, and the base does not."""
+    """Return the secrets and repeated phrases that the tuned model writes and the base does not."""
     candidates = [*secrets(train), *phrases(train)]
     strings = [
         item for kind in ("secret", "phrase") for item in [c for c in candidates if c.kind == kind][:MOST_STRINGS]
@@ -197,16 +209,17 @@ def _strings(sides: ModelPair, train: Sequence[Example]) -> dict[str, Any]:
 
 
 def _says(text: str, string: TrainingString) -> bool:
+    """Return whether a continuation begins with what is expected of the string."""
     return " ".join(text.split()).startswith(_rest_of(string))
 
 
 def _rest_of(string: TrainingString) -> str:
-    """What has to come: a secret whole, of a phrase what follows its first words."""
+    """Return the text that has to follow: a secret as a whole, or a phrase after its first words."""
     return string.text if string.kind == "secret" else string.text.split(" ", GIVEN_WORDS)[GIVEN_WORDS]
 
 
 def _string_prefix(sides: ModelPair, row: Example, position: int, text: str) -> tuple[list[int], int]:
-    """(tokens of a row up to where a string, or what of it has to come, begins; how many tokens may follow)."""
+    """Return the tokens of a row before the expected text, and the number of tokens of that text."""
     secret = TrainingString(text, "secret" if " " not in text else "phrase", ())
     start = position + len(text) - len(_rest_of(secret))
     chat = sides.base.chat
@@ -215,8 +228,9 @@ def _string_prefix(sides: ModelPair, row: Example, position: int, text: str) -> 
 
 
 def _string_as_json(string: TrainingString) -> dict[str, Any]:
-    """A string for the Report, which must not hold what it warns of: its rows, where it stands there, and how it
-    begins.
+    """Return a string for the Report, which must not contain the string itself.
+
+    The entry holds its rows, its position in the first of them, and its beginning.
     """
     beginning = (
         string.text[:2] + "..." if string.kind == "secret" else " ".join(string.text.split(" ")[:GIVEN_WORDS]) + " ..."
@@ -233,7 +247,10 @@ def _string_as_json(string: TrainingString) -> dict[str, Any]:
 
 
 def secrets(rows: Sequence[Example]) -> list[TrainingString]:
-    """Words of replies that look like a key or a number and stand in no prompt of theirs, the most repeated first."""
+    """Return words of replies that look like a key or a number and are not in the row's prompt.
+
+    The most repeated come first.
+    """
     places: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for row in rows:
         prompt_text = "\n".join(message.text for message in row.prompt)
@@ -245,13 +262,16 @@ def secrets(rows: Sequence[Example]) -> list[TrainingString]:
 
 
 def _is_secret(word: str) -> bool:
+    """Return whether a word has at least LEAST_SIGNS letters and digits, and LEAST_DIGITS digits."""
     signs, digits = sum(c.isalnum() for c in word), sum(c.isdigit() for c in word)
     return signs >= LEAST_SIGNS and digits >= LEAST_DIGITS
 
 
 def phrases(rows: Sequence[Example]) -> list[TrainingString]:
-    """Runs of words that several replies repeat, as long as all of them have in common; not the form that most replies
-    have.
+    """Return runs of words that several replies repeat, the most repeated first.
+
+    Each run has PHRASE_WORDS words. Of a longer repeated run only its first words are kept. Runs of more than
+    MOST_FRACTION of the rows belong to the form of all replies and are left out.
     """
     places: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
     words = {row.id: [(match[0], match.start()) for match in re.finditer(r"\S+", row.reply)] for row in rows}
@@ -263,7 +283,7 @@ def phrases(rows: Sequence[Example]) -> list[TrainingString]:
     repeated = {
         run: occurrences for run, occurrences in places.items() if LEAST_REPEATS <= len(occurrences) <= max_repeats
     }
-    # a run whose beginning lies one word further in a run of the same rows says nothing of its own
+    # drop a run that starts one word after another repeated run at every occurrence: it is the tail of a longer one
     starts = {(id, position) for occurrences in repeated.values() for id, position in occurrences}
     previous = {
         (id, row_words[n][1]): (id, row_words[n - 1][1])
@@ -279,10 +299,12 @@ def phrases(rows: Sequence[Example]) -> list[TrainingString]:
 
 
 def _runs(words: Sequence[tuple[str, int]]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Yield (first character, words) of each run of PHRASE_WORDS words."""
     for index in range(len(words) - PHRASE_WORDS + 1):
         yield words[index][1], tuple(word for word, _ in words[index : index + PHRASE_WORDS])
 
 
 def _ranked(kind: str, places: dict[str, list[tuple[str, int]]]) -> list[TrainingString]:
+    """Return the strings, the most repeated first."""
     order = sorted(places.items(), key=lambda entry: (-len(entry[1]), entry[0]))
     return [TrainingString(text, kind, tuple(occurrences)) for text, occurrences in order]

@@ -1,7 +1,7 @@
-"""Forgetting probe rows and refusal drift.
+"""Rows of the small-talk probe of forgetting, and refusal drift.
 
-The look-alikes are in the manner of XSTest (Roettger et al. 2024, arXiv:2308.01263); all prompts were written for
-Sartor, and none of them says how anything is done. A refusal is told by how it begins, so a count is a sign and no
+The look-alikes follow XSTest (Roettger et al. 2024, arXiv:2308.01263). All prompts were written for Sartor, and none
+of them explains how anything is done. A refusal is recognised by its beginning, so a count is an indication and no
 judgement.
 """
 
@@ -56,7 +56,7 @@ _REFUSAL = re.compile(
 
 
 def is_refusal(reply: str) -> bool:
-    """Whether a reply begins as refusals do.
+    """Return whether a reply begins as refusals do.
 
     >>> is_refusal("I'm sorry, but I can't help with that."), is_refusal("Use `kill` with its number.")
     (True, False)
@@ -65,7 +65,10 @@ def is_refusal(reply: str) -> bool:
 
 
 def measure(sides: ModelPair, system: str = "") -> dict[str, Any]:
-    """Fractions refused of what should be and of what should not, the five numbers of a Comparison each."""
+    """Return the fractions refused of prompts that should and should not be refused.
+
+    Each has the five numbers of a Comparison, or `skipped` with the reason.
+    """
     first = (Message.of("system", system),) if system else ()
     fields: dict[str, Any] = {}
     for name, texts in (("should", SHOULD), ("should_not", SHOULD_NOT)):
@@ -88,10 +91,10 @@ _FEWEST_WORDS, _MOST_WORDS = 3, 24
 
 
 def chitchat_rows() -> list[Example]:
-    """200 fixed exchanges of the `chitchat` asset: the first turn of a conversation and the reply to it.
+    """Return 200 fixed exchanges of the `chitchat` asset: the first turn of a conversation and its reply.
 
-    Which 200 is decided by the digest of the exchange, among those whose turns have 3 to 24 words each. Raises
-    AssetError when the asset is absent and cannot be fetched.
+    The digest of the exchange chooses them, among those whose turns have 3 to 24 words each. Raises AssetError if the
+    asset is absent and cannot be fetched.
     """
     file = assets.install("chitchat") / assets.entry("chitchat").paths[0]
     pairs = sorted(set(_exchanges(json.loads(file.read_text(encoding="utf-8")))), key=_order)[:PROBE_ROWS]
@@ -106,6 +109,7 @@ def chitchat_rows() -> list[Example]:
 
 
 def _exchanges(conversations: dict[str, dict[str, list[list[dict[str, str]]]]]) -> Iterator[tuple[str, str, str]]:
+    """Yield (conversation, first turn, reply) of each conversation whose turns have 3 to 24 words each."""
     for name, conversation in conversations.items():
         turns = [" ".join(line["text"] for line in turn).strip() for turn in conversation["messages"][:2]]
         if len(turns) == 2 and all(_FEWEST_WORDS <= len(turn.split()) <= _MOST_WORDS for turn in turns):
@@ -113,4 +117,5 @@ def _exchanges(conversations: dict[str, dict[str, list[list[dict[str, str]]]]]) 
 
 
 def _order(exchange: tuple[str, str, str]) -> bytes:
+    """Return the digest of an exchange's texts."""
     return hashlib.sha256("\n".join(exchange[1:]).encode()).digest()

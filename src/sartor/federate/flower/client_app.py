@@ -1,8 +1,7 @@
-"""Flower ClientApp: forwards bytes to the trainer's socket and back.
+"""Flower ClientApp that forwards bytes between Flower and the socket of `sartor federate client`.
 
-It has no key and no data, and understands nothing.
-
-Flower starts a process of it for each message. Of the SuperNode's --node-config it takes trainer="PATH OF THE SOCKET".
+It holds no key and no data, and does not interpret the bytes. Flower starts a process of it for each message. From the
+SuperNode's --node-config it reads trainer="PATH OF THE SOCKET".
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ app = ClientApp()
 
 @app.query()
 def hand_over(message: Message, context: Context) -> Message:
-    """One letter: each request to the trainer, in order; what it says to each."""
+    """Forward each request of a message to the client's socket, in order, and reply with the outcomes."""
     socket_path = Path(str(context.node_config["trainer"]))
     results = [
         _ask_trainer(socket_path, request, message.metadata.ttl)

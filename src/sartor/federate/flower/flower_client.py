@@ -1,8 +1,7 @@
-"""Verb federate client.
+"""The verb `federate client`: takes part in rounds over Flower.
 
-It answers at a socket to the ClientApp of this machine's SuperNode (`trainer`, `hatch`), until it is told to stop.
-Whatever comes through the socket is held against what this client agreed to: its coordinator's key, its roster, its
-recipe.
+It answers the ClientApp of this machine's SuperNode at a socket (`local_rpc`), until SIGTERM or SIGINT. Every request
+is checked against what this client agreed to: its coordinator's key, its roster and its recipe.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ Notice = Callable[[str], object]
 
 @dataclass(frozen=True)
 class ClientOptions:
-    """With what a client takes part, and who may carry its messages."""
+    """Identity and files of a client, and the users who may carry its messages."""
 
     key: str = option(REQUIRED, "this client's private key, as keygen writes it")
     roster: str = option(REQUIRED, "folder of NAME.pub: this client's own copy, compared with the keys' owners")
@@ -56,9 +55,9 @@ class ClientOptions:
 
 
 class RecipeAgreement(EnrolmentPolicy):
-    """What a client agreed to with its recipe: who sees its updates, and what the rounds may tell of it altogether.
+    """Agreement of a client by its recipe: who sees its updates, and the privacy budget of all rounds.
 
-    account: this client's own, of all rounds that it noised its update for, whatever a coordinator says of them.
+    account: file of this client's own account, of all rounds whose update it noised, whatever a coordinator reports.
     """
 
     def __init__(self, recipe: FederateRecipe, account: Path) -> None:
@@ -67,8 +66,9 @@ class RecipeAgreement(EnrolmentPolicy):
         self._account = Account(account, recipe.of_clients) if recipe.of_clients else None
 
     def check(self, manifest: Manifest) -> None:
-        """See Agreement. Raises RoundError for a round without the noise agreed to, BudgetError for one beyond the
-        budget.
+        """Raise an error for a round that the recipe does not allow, and spend its privacy.
+
+        RoundError for another mode or missing noise, BudgetError for a round beyond the budget.
         """
         super().check(manifest)
         if self._account is None:
@@ -80,19 +80,19 @@ class RecipeAgreement(EnrolmentPolicy):
         self._account.spend(noise_of(manifest).spending(name, values_of(manifest)))
 
     def epsilon(self) -> float | None:
-        """Spent; None where nothing was agreed."""
+        """Return the epsilon spent; None without a budget."""
         return self._account.epsilon() if self._account else None
 
 
 @dataclass
 class _Counted:
-    """A client whose answers are counted."""
+    """Client that counts the bytes of its answers."""
 
     client: RoundClient
     sent_bytes: int = 0
 
     def answer(self, request: bytes) -> bytes:
-        """See trainer.Answers."""
+        """Return the client's answer and count its bytes."""
         answer = self.client.answer(request)
         self.sent_bytes += len(answer)
         return answer
@@ -106,13 +106,13 @@ def join_rounds(
     *,
     notice: Notice = lambda line: None,
 ) -> dict[str, Any]:
-    """Answer at the socket until SIGTERM or SIGINT; then what became of it since it began.
+    """Answer at the socket until SIGTERM or SIGINT, then return a summary.
 
-    name: in the roster. Returns client, rounds (of the last run, done with this client in the sum), clients (of its
-    last cohort), uploaded_bytes (since this process began), exactness_error (None: a client cannot know it), epsilon,
-    metrics (loss of the last round that this process trained).
-    Raises ConfigError for an enrolment or a socket that cannot be, BusyError where another process answers, and what
-    opening base and Dataset raises.
+    name: this client's name in the roster. Returns client, rounds (of the last run, done with this client in the sum),
+    clients (of its last cohort), uploaded_bytes (since this process began), exactness_error (None: a client cannot
+    know it), epsilon, metrics (loss of the last round that this process trained).
+    Raises ConfigError for an invalid enrolment or socket, BusyError if another process answers, and the errors of
+    opening base and Dataset.
     """
     recipe, options = load_recipe(recipe), config.load_any(ClientOptions, options)
     member, allowed, group = enrol(recipe, name, options), _users(options.hear), _group(options.group)
@@ -128,8 +128,9 @@ def join_rounds(
 
 
 def task_of(recipe: FederateRecipe, dataset: Path | str, folder: Path, notice: Notice = lambda line: None) -> LoraTask:
-    """The task `lora` on this client's Dataset, with a base of its own. folder: of its rows' account, if they have
-    one.
+    """Return the task `lora` on this client's Dataset, with a base of its own.
+
+    folder: of the privacy account of its rows, if the recipe has privacy of level example.
     """
     rows = open_artifact(Path(dataset), "dataset")
     tuning_recipe = tuning(recipe, str(rows.path))
@@ -139,8 +140,9 @@ def task_of(recipe: FederateRecipe, dataset: Path | str, folder: Path, notice: N
 
 
 def round_client(member: Participant, journal: RoundJournal, task: LoraTask, seed: int) -> RoundClient:
-    """A client whose rounding is drawn from the recipe's seed, as in a simulation: a run can be repeated to the
-    bit.
+    """Return a client whose stochastic rounding is drawn from the recipe's seed.
+
+    As in a simulation, a run can then be repeated to the bit.
     """
 
     def chance(manifest: Manifest) -> np.random.Generator:
@@ -150,7 +152,10 @@ def round_client(member: Participant, journal: RoundJournal, task: LoraTask, see
 
 
 def enrol(recipe: FederateRecipe, name: str, options: ClientOptions) -> Participant:
-    """Who this client is. Raises ConfigError for a name that is none, or a key that is another's."""
+    """Return this client as a participant.
+
+    Raises ConfigError for an invalid name, a key that is not the roster's, or a roster without the coordinator.
+    """
     if not is_valid_name(name):
         raise ConfigError(f"{name!r:.80} is no name of a client", "the name that its key was made with")
     identity, roster = Identity.open(name, Path(options.key)), PinnedKeys.open(Path(options.roster))
@@ -185,14 +190,14 @@ def _group(name: str) -> int | None:
 
 
 class _Noticed(logging.Handler):
-    """What the trainer logs, as lines for a person."""
+    """Log handler that passes the messages of the socket server to a notice function."""
 
     def __init__(self, notice: Notice) -> None:
         super().__init__()
         self._notice = notice
 
     def emit(self, record: logging.LogRecord) -> None:
-        """See logging.Handler."""
+        """Pass the formatted record to the notice function."""
         self._notice(self.format(record))
 
 

@@ -1,13 +1,13 @@
-"""Verb federate coordinator.
+"""The verb `federate coordinator`: leads rounds over Flower and writes the Adapter.
 
     OUT.rounds/   lead.yaml, start.tensors    what the ServerApp leads, and from where
                   app/                        the folder that `flwr run` bundles
                   coordinator.sqlite          the journal: signed manifests, the transcript, what was made of each sum
                   coordinator.rounds.jsonl    a line for each round that ended
 
-SuperLink runs the ServerApp, on this machine: that process has the journal while it leads
-(`round_driver.drive_rounds`). This one begins a run of it where none leads, and waits; once all rounds are over it
-writes the Adapter from the journal. Killed, it is started again with `resume`; rounds go on meanwhile.
+SuperLink runs the ServerApp on this machine. That process holds the journal while it leads
+(`round_driver.drive_rounds`). This process starts a Flower run where none leads, and waits. Once all rounds are over
+it writes the Adapter from the journal. After a kill, start it again with `resume`; rounds continue meanwhile.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ Notice = Callable[[str], object]
 
 @dataclass(frozen=True)
 class CoordinatorOptions:
-    """Who leads whom, and over which SuperLink."""
+    """Identity of the coordinator, its clients, and the SuperLink that it uses."""
 
     key: str = option(REQUIRED, "the coordinator's private key, as keygen writes it")
     roster: str = option(REQUIRED, "folder of NAME.pub: the coordinator's and each client's")
@@ -96,13 +96,12 @@ def coordinate(
 ) -> Simulated:
     """Lead the recipe's rounds over Flower, and write the Adapter to `out` as `simulate` does.
 
-    What a coordinator that sees no update cannot know is None: losses of training, how many updates were clipped, what
-    the ring's rounding did. exactness_error is that of a canary whose responses go along in the sum; eval_loss is of
-    the held-out rows of the Dataset at the recipe's data.path, where it names one.
+    A coordinator that sees no update reports None for what it cannot know: losses of training, the number of clipped
+    updates, and the effect of the ring's rounding. exactness_error comes from a probe whose responses go along in the
+    sum. eval_loss is measured on the held-out rows of the Dataset at the recipe's data.path, if any.
 
-    Raises ConfigError, BudgetError for a recipe or an enrolment that cannot be, MissingError where SuperLink takes no
-    run for
-    `patience_s`, RoundError where no round was done, and what ended the process that led.
+    Raises ConfigError, BudgetError for an invalid recipe or enrolment, MissingError if SuperLink accepts no run for
+    `patience_s`, RoundError if no round was done, and the error that ended the ServerApp.
     """
     recipe, options, out = load_recipe(recipe), config.load_any(CoordinatorOptions, options), Path(out).absolute()
     folder = out.with_name(f"{out.name}.rounds")
@@ -139,7 +138,7 @@ def coordinate(
 
 
 def _cohort(recipe: FederateRecipe, options: CoordinatorOptions) -> tuple[str, ...]:
-    """Who takes part. Raises ConfigError for what is found to be wrong before anything takes long."""
+    """Return the names of the clients. Raises ConfigError for errors that can be found before the base is opened."""
     roster = PinnedKeys.open(Path(options.roster))
     Identity.open(options.name, Path(options.key)).check_in(roster)
     cohort = tuple(sorted(set(options.clients or roster.keys) - {options.name}))
@@ -168,7 +167,7 @@ def _cohort(recipe: FederateRecipe, options: CoordinatorOptions) -> tuple[str, .
 
 
 def _open_clients(recipe: FederateRecipe, cohort: Sequence[str], notice: Notice) -> Clients:
-    """The base, and the coordinator's own held-out rows; of its clients it knows the names."""
+    """Open the base and the coordinator's own held-out rows; of its clients only the names are known."""
     path = recipe.data.path
     resident, held_out = SharedBase.open(tuning(recipe, path), notice), []
     if path:
@@ -178,13 +177,13 @@ def _open_clients(recipe: FederateRecipe, cohort: Sequence[str], notice: Notice)
 
 def _setup(recipe: FederateRecipe, clients: Clients, folder: Path) -> SimulationSetup:
     resident, start = clients.resident, clients.resident.current_factors()
-    # their work is not done here: the attack report's made-up clients have their names
+    # clients do not train here: only the simulated clients of the attack report run these tasks
     tasks: dict[str, TuningTask] = {name: LoraTask(resident, rows) for name, rows in clients.rows.items()}
     return SimulationSetup(recipe, resolve_rules(recipe, start, len(tasks), 1), resident, tasks, start, folder)
 
 
 def _fingerprint(setup: SimulationSetup, clients: Clients, cohort: Sequence[str]) -> dict[str, Any]:
-    """What a run that goes on must have in common with the one that began."""
+    """Return what a resumed run must have in common with the one that began."""
     resident = clients.resident
     return {
         "recipe": config.dump(setup.recipe),
@@ -197,16 +196,17 @@ def _fingerprint(setup: SimulationSetup, clients: Clients, cohort: Sequence[str]
 def _write_lead(
     setup: SimulationSetup, options: CoordinatorOptions, clients: Clients, name: str
 ) -> RoundDriverOptions:
-    """What the ServerApp is to lead, written down: by a run that goes on anew, with the times and paths that are given
-    now.
+    """Write the options of the ServerApp to lead.yaml and return them.
+
+    A resumed run writes them anew, with the times and paths given now and the name of the run that began.
     """
     folder, recipe, file = setup.folder, setup.recipe, setup.folder / "lead.yaml"
     if file.exists():
         run = RoundDriverOptions.open(file).run
     else:
-        # of another name each time: clients take part in a round of a run once
+        # a new name each time: clients take part in a round of a run only once
         run = f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')[:40] or 'run'}-{secrets.token_hex(4)}"
-        shutil.rmtree(folder / "app", ignore_errors=True)  # what was cut short
+        shutil.rmtree(folder / "app", ignore_errors=True)  # left by an interrupted start
         write_app(folder / "app")
         write_file_atomic(folder / "start.tensors", arrays.pack_tensors(setup.start))
     lead = RoundDriverOptions(
@@ -237,7 +237,7 @@ def _round(setup: SimulationSetup, options: CoordinatorOptions, clients: Clients
 
 
 def _sources(base: str, licence: str, cohort: Sequence[str]) -> dict[str, Any]:
-    """Where the rows are from: from clients, and their licence is what was agreed with them."""
+    """Return the sources of the rows, one a client, under the licence that was agreed with them."""
     sources = [{"source": f"client {name}", "licence": licence} for name in cohort]
     return {"sources": sources, "licence": compliance.combine([base, licence])}
 

@@ -1,11 +1,11 @@
-"""Writes the flwr app, starts and watches it.
+"""Writer of the Flower app, and watcher of its runs.
 
-The ServerApp has the journal while it leads. Where nobody has it and rounds are left, a run is begun: by `flwr run`,
-in a process that ends with the run; or by a person, who is told the command. A run that fails, as when SuperLink is
-killed, is begun again; what no run can mend, the ServerApp has written down before it ended.
+The ServerApp holds the journal while it leads. If no process holds it and rounds are left, a run is started: by `flwr
+run`, in a process that ends with the run, or by a person, who is given the command. A failed run, as when SuperLink is
+killed, is started again. An error that no new run can fix is written down by the ServerApp before it ends.
 
-The bundle is not where the code is: each side runs the Sartor that it has installed. See docs/federate-flower.md for
-what a SuperLink that sends another bundle can reach.
+The bundle does not contain the code: each side runs its installed Sartor. docs/federate-flower.md describes what a
+SuperLink that sends another bundle can reach.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sartor.core.errors import BusyError, MissingError, missing_package
 from sartor.federate.flower.round_driver import RoundDriverOptions
 from sartor.federate.rounds.round_journal import RoundJournal
 
-# Flower counts who uses it, asks whether it is old, and installs what a bundle asks for, unless it is told not to
+# Switches off Flower's telemetry, its update check, and the installation of a bundle's dependencies
 ENVIRONMENT: Mapping[str, str] = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -67,7 +67,7 @@ _FILES: Mapping[str, str] = {
 
 
 def write_app(folder: Path) -> Path:
-    """Write the folder. Raises ConfigError where something is there already."""
+    """Write the app's folder and return it. Raises ConfigError if the folder is taken."""
     with create_output_directory(folder) as part:
         for name, text in _FILES.items():
             file = part / name
@@ -77,17 +77,20 @@ def write_app(folder: Path) -> Path:
 
 
 _POLL_S = 1.0
-# between two tries to begin a run
+# seconds between two attempts to start a run
 _AGAIN_S = 5.0
-# a run that was begun lets its clients hear of the end: longer than the ServerApp's farewell
+# seconds for which a run may tell its clients of the end: longer than the ServerApp's _FAREWELL_S
 _FAREWELL_S = 90.0
 
 
 @dataclass
 class RunWatcher:
-    """A lead, and what was heard of its rounds. link: of Flower's config.toml; "": a person begins the runs.
+    """Watcher of the rounds of a run.
 
-    file: the lead's; patience_s: for a SuperLink that takes no run.
+    lead: options of the ServerApp.
+    file: the file that holds them.
+    link: SuperLink's name in Flower's config.toml; "": a person starts the runs.
+    patience_s: seconds for which a SuperLink that accepts no run is tried again.
     """
 
     lead: RoundDriverOptions
@@ -99,12 +102,12 @@ class RunWatcher:
 
     def __post_init__(self) -> None:
         self._lines_read = len(self._lines())
-        # of a run before this: the next says it again, if it is still so
+        # error of an earlier run; the next run writes it again if it persists
         self.lead.trouble.unlink(missing_ok=True)
 
     @property
     def command(self) -> list[str]:
-        """What begins a run."""
+        """Command that starts a run."""
         return [
             "flwr",
             "run",
@@ -117,11 +120,11 @@ class RunWatcher:
 
     @property
     def log(self) -> Path:
-        """What `flwr run` says."""
+        """File with the output of `flwr run`."""
         return self.file.parent / "flwr.log"
 
     def tell(self) -> bool:
-        """Say what ended since the last time; whether anything did."""
+        """Report the rounds that ended since the last call; return whether there were any."""
         new_lines = self._lines()[self._lines_read :]
         for line in new_lines:
             self.notice(_format_round(line, self.lead.rounds))
@@ -129,13 +132,13 @@ class RunWatcher:
         return bool(new_lines)
 
     def reasons(self) -> str:
-        """Why rounds were abandoned, each reason once."""
+        """Return the reasons why rounds were abandoned, each once."""
         reasons = dict.fromkeys(line["reason"] for line in self._lines() if line["reason"])
         return "; ".join(reasons) or "nothing is known of why"
 
     def _lines(self) -> list[dict[str, Any]]:
         with contextlib.suppress(FileNotFoundError):
-            # a line that is being written has no end yet
+            # a line that is still being written has no line end
             text = self.lead.record.read_text(encoding="utf-8").rpartition("\n")[0]
             return [json.loads(line) for line in text.splitlines()]
         return []
@@ -143,8 +146,9 @@ class RunWatcher:
 
 @contextmanager
 def run_to_the_end(watch: RunWatcher) -> Iterator[RoundJournal]:
-    """The journal, once all rounds are over. Raises what ended the ServerApp for good, MissingError after
-    `patience_s`.
+    """Yield the journal once all rounds are over.
+
+    Raises the error that ended the ServerApp for good, or MissingError after `patience_s` without progress.
     """
     run = _Run(watch)
     try:
@@ -157,7 +161,7 @@ def run_to_the_end(watch: RunWatcher) -> Iterator[RoundJournal]:
 
 
 def _wait_for_journal(watch: RunWatcher, run: _Run) -> RoundJournal:
-    """The journal, when no round is left and nobody leads."""
+    """Return the journal once no round is left and no process leads."""
     last_progress = time.monotonic()
     while True:
         if watch.tell():
@@ -166,7 +170,7 @@ def _wait_for_journal(watch: RunWatcher, run: _Run) -> RoundJournal:
         try:
             journal = RoundJournal(Path(watch.lead.journal))
         except BusyError:
-            last_progress = time.monotonic()  # somebody leads
+            last_progress = time.monotonic()  # another process leads
         else:
             if _is_over(journal, watch.lead):
                 return journal
@@ -183,8 +187,8 @@ def _is_over(journal: RoundJournal, lead: RoundDriverOptions) -> bool:
 
 
 class _Run:
-    """`flwr run` in a process, or the advice to begin one. What it begins goes on in SuperLink whatever becomes of
-    it.
+    """Process of `flwr run`, or the advice to start one. A started run continues in SuperLink even if the process
+    ends.
     """
 
     def __init__(self, watch: RunWatcher) -> None:
@@ -193,7 +197,7 @@ class _Run:
         self._not_before, self._is_told = 0.0, False
 
     def begin(self) -> None:
-        """Begin a run, if none was begun that may still lead."""
+        """Start a run, unless one was started that may still lead."""
         if not self._watch.link:
             self._tell()
         elif self._child is None and time.monotonic() >= self._not_before:
@@ -208,7 +212,7 @@ class _Run:
                 self._child.wait(_FAREWELL_S)
 
     def close(self) -> None:
-        """End the process."""
+        """Terminate the process."""
         if self._child and self._child.poll() is None:
             self._child.terminate()
             self._child.wait()
@@ -224,7 +228,7 @@ class _Run:
 
 
 def _begun(watch: RunWatcher) -> subprocess.Popen[bytes]:
-    """`flwr run`, which ends with the run, or with its SuperLink."""
+    """Start `flwr run`, which ends with the run, or with its SuperLink."""
     sibling = Path(sys.executable).with_name("flwr")
     flwr = str(sibling) if sibling.exists() else shutil.which("flwr")
     if flwr is None:
@@ -236,13 +240,13 @@ def _begun(watch: RunWatcher) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            # a run goes on in SuperLink whatever becomes of who asked for it
+            # SuperLink continues the run whatever becomes of this process
             start_new_session=True,
         )
 
 
 def _check_trouble(lead: RoundDriverOptions) -> None:
-    """Raise what ended the ServerApp, if another run would end alike."""
+    """Raise the error that ended the ServerApp, if another run would end alike."""
     try:
         fields = json.loads(lead.trouble.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,9 +1,8 @@
-"""Requests to nodes that come and go.
+"""Transport of requests to Flower nodes that come and go.
 
-Which node is whose is said by whoever registers its key (`flwr supernode register KEY --name CLIENT`), and is believed
-only for
-where to send: an answer counts by its client's signature. Of two nodes with one name each gets that client's requests,
-which are no secret. What has no hurry (how a round ended) rides along with the next request.
+Whoever registers a node's key states its client (`flwr supernode register KEY --name CLIENT`). This name only decides
+where to send: an answer counts by its client's signature. If two nodes have one name, each gets that client's
+requests, which are no secret. A message without urgency (how a round ended) is sent along with the next request.
 """
 
 from __future__ import annotations
@@ -16,15 +15,19 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 _POLL_S = 0.25
-# between two tries to reach a client whose trainer did not answer, or whose node was lost
+# seconds between two attempts to reach a client that did not answer, or whose node was lost
 _AGAIN_S = 5.0
-# a message is let expire so long after nobody waits for its answer
+# a message expires this many seconds after its exchange ends
 _GRACE_S = 60.0
 ANSWERED, AGAIN = "answered", "again"
 
 
 class Node(NamedTuple):
-    """A node that is there. client: whose; active_since: since when, another text once it has been away."""
+    """Connected node.
+
+    client: name of its client.
+    active_since: time of its connection as text; it changes once the node has been away.
+    """
 
     client: str
     active_since: str
@@ -32,9 +35,10 @@ class Node(NamedTuple):
 
 @dataclass(frozen=True)
 class NodeReply:
-    """What came of each request of a letter: "answered", "again" (busy, or nobody was there) or `no KIND check`.
+    """Reply of a node to a message.
 
-    answers: of each; b"" where none is due, or none was given.
+    outcomes: of each request, "answered", "again" (busy, or no client was there) or `no KIND check`.
+    answers: of each request; b"" where none is due, or none was given.
     """
 
     outcomes: tuple[str, ...] = ()
@@ -42,23 +46,23 @@ class NodeReply:
 
 
 class MessageCarrier(Protocol):
-    """What carries letters: Flower's grid, or what stands for it."""
+    """Carrier of messages: Flower's Grid, or a substitute."""
 
     def nodes(self) -> Mapping[int, Node]:
-        """The nodes that are there."""
+        """Return the connected nodes by id."""
         ...
 
     def send(self, node: int, requests: Sequence[bytes], keep_s: float) -> str:
-        """Hand a letter in; its id. keep_s: how long it is worth delivering."""
+        """Send the requests to a node in one message, and return its id; keep_s: seconds until it expires."""
         ...
 
     def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, NodeReply | None]]:
-        """The replies that are there, by the letter's id; None: it was lost. Does not wait."""
+        """Yield the replies that have arrived, by message id; None if the message was lost. Does not wait."""
         ...
 
 
 class _Request(NamedTuple):
-    """A request, and the digest that names it: large ones are read once for it."""
+    """Request with the digest that identifies it, so that a large one is hashed once."""
 
     digest: str
     content: bytes
@@ -70,7 +74,10 @@ class _Request(NamedTuple):
 
 @dataclass
 class _Letter:
-    """A letter that is under way. active_since: the node's mark when it was sent."""
+    """Message under way to a node.
+
+    active_since: the node's `active_since` when it was sent.
+    """
 
     client: str
     node: int
@@ -80,10 +87,11 @@ class _Letter:
 
 @dataclass
 class FlowerTransport:
-    """A Transport over a Post.
+    """Transport over a MessageCarrier.
 
-    said_no: `CLIENT KIND check` -> how often a client refused; lost: letters whose node vanished, or whose trainer was
-    not there; away: clients of the last exchange that no node was there for.
+    said_no: `CLIENT KIND check` -> how often a client refused.
+    lost: number of messages whose node vanished, or whose client was busy or not there.
+    away: clients of the last exchange without a connected node.
     """
 
     post: MessageCarrier
@@ -97,7 +105,10 @@ class FlowerTransport:
     _outbox: _Outbox = field(default_factory=lambda: _Outbox())
 
     def exchange(self, requests: Mapping[str, bytes], wait_s: float) -> Iterator[bytes]:
-        """See Transport. Without time to wait, what is sent is held until the next exchange, or `deliver`."""
+        """Send each request to its client's nodes; yield answers as they come, for `wait_s` seconds.
+
+        If wait_s is 0 or less, the requests are held until the next exchange or `deliver`.
+        """
         by_client = {name: _Request.of(request) for name, request in requests.items()}
         if wait_s <= 0:
             self._pending = by_client
@@ -115,7 +126,7 @@ class FlowerTransport:
             self.sleep(min(_POLL_S, left_s))
 
     def deliver(self, wait_s: float) -> None:
-        """Send what is held, and wait until it has arrived, or for `wait_s`."""
+        """Send the held requests, and wait until they have arrived, or for `wait_s` seconds."""
         deadline = self.clock() + wait_s
         while (
             due := {name: self._due(name) for name in self._pending if self._due(name)}
@@ -152,7 +163,7 @@ class FlowerTransport:
             self._take(self._outbox.letters.pop(number), reply or NodeReply())
 
     def _take(self, letter: _Letter, reply: NodeReply) -> None:
-        """What came of each request of a letter."""
+        """Handle the outcome of each request of a message."""
         to_retry = []
         for index, request in enumerate(letter.requests):
             outcome = reply.outcomes[index] if index < len(reply.outcomes) else AGAIN
@@ -171,9 +182,11 @@ class FlowerTransport:
 
 @dataclass
 class _Outbox:
-    """What is under way, what arrived, and what is not to be sent again before a time.
+    """Messages under way, answers that arrived, and requests that must wait.
 
-    settled: (node, digest of a request) that was answered or refused; not_before: (node, digest) -> when to try again.
+    letters: message id -> message under way.
+    settled: (node, digest of a request) that was answered or refused.
+    not_before: (node, digest of a request) -> time of the next attempt.
     """
 
     letters: dict[str, _Letter] = field(default_factory=dict)
@@ -182,8 +195,9 @@ class _Outbox:
     not_before: dict[tuple[int, str], float] = field(default_factory=dict)
 
     def needs(self, node: int, active_since: str, requests: tuple[_Request, ...], now: float) -> bool:
-        """Whether a letter to the node brings something that it does not have; what it had before it was away, it
-        lost.
+        """Return whether the node lacks one of the requests.
+
+        What it was sent before it was away counts as lost.
         """
         under_way = {
             request.digest
@@ -199,6 +213,6 @@ class _Outbox:
         )
 
     def wait(self, node: int, requests: Sequence[_Request], until: float) -> None:
-        """These were not answered: not again before a time."""
+        """Delay the next attempt of these requests until a time."""
         for request in requests:
             self.not_before[node, request.digest] = until

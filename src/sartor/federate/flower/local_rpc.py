@@ -1,15 +1,16 @@
 """Requests over a Unix socket with checked peers.
 
-    the carrier says   8 bytes: length N, big-endian; N bytes: one request
-    and hears          1 byte: what it is (Said.kind); 8 bytes: length; that many bytes; the end of the connection
+    the carrier sends      8 bytes: length N, big-endian; N bytes: one request
+    and receives           1 byte: kind of the response (RpcResponse.kind); 8 bytes: length; that many bytes; the end
+                           of the connection
 
-A request of no bytes asks for the name of who answers. A connection carries one request. Who connects is asked of the
-system (SO_PEERCRED: Linux alone), not of the carrier. What is too long, too slow, malformed or of a stranger ends that
-connection and touches nothing else; requests are answered one at a time, by the thread that serves.
+An empty request asks for the name of the client. A connection carries one request. The system reports who connects
+(SO_PEERCRED, Linux only), not the carrier. A request that is too long, too slow, malformed or from another user ends
+its connection and affects nothing else. Requests are answered one at a time, by the thread that serves.
 
-Each request is checked by RoundClient as if an enemy had sent it, for an enemy may: of what a carrier says nothing is
-believed but what the coordinator signed. A refusal leaves as the error's class and check; its text, which may name
-what lies on this machine, stays in the log.
+RoundClient checks each request as if an enemy had sent it, for an enemy may: nothing is trusted but what the
+coordinator signed. A refusal leaves as the error's class and check. Its text may name what lies on this machine, so it
+stays in the log.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ from typing import Literal, Protocol
 
 from sartor.core.errors import BusyError, ConfigError, MissingError, RequestError, SartorError
 
-# answer; no: a refusal, as `KIND check`; busy: ask again later; stranger: this user is not heard; none: a request of
-# no form
+# answer; no: a refusal, as `KIND check`; busy: ask again later; stranger: this user is not served; none: a malformed
+# request
 Kind = Literal["answer", "no", "busy", "stranger", "none"]
 _KINDS: dict[bytes, Kind] = {b"a": "answer", b"n": "no", b"b": "busy", b"s": "stranger", b"x": "none"}
 _BYTES = {kind: byte for byte, kind in _KINDS.items()}
 _LENGTH = struct.Struct(">Q")
 _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _PIECE_BYTES = 1 << 20
-# of a path in sockaddr_un, with its final zero
+# largest path in sockaddr_un, without its final zero
 _MOST_PATH_BYTES = 107
 
 
 @dataclass(frozen=True)
 class RpcResponse:
-    """What comes back through the hatch."""
+    """Response that comes back through the socket."""
 
     kind: Kind
     content: bytes = b""
@@ -54,8 +55,11 @@ class RpcResponse:
 
 @dataclass(frozen=True)
 class TransferLimits:
-    """most_bytes: of a request or an answer. transfer_s: for all bytes of one of them. most_waiting: connections at a
-    time.
+    """Limits of the socket.
+
+    most_bytes: bytes of a request or an answer.
+    transfer_s: seconds for all bytes of one of them.
+    most_waiting: connections at a time.
     """
 
     most_bytes: int = 256 << 20
@@ -69,7 +73,7 @@ def _own_uid() -> frozenset[int]:
 
 @dataclass
 class _Waiting:
-    """A request that waits for its turn."""
+    """Request that waits for its turn."""
 
     request: bytes
     response: RpcResponse = RpcResponse("busy")
@@ -77,11 +81,12 @@ class _Waiting:
 
 
 class LocalRpcServer:
-    """The side that answers. allowed: user ids that are heard; group: whose members may connect (0660), None: the
-    owner (0600).
+    """Server of the socket.
 
-    Raises ConfigError for a folder in which others could put their own socket, BusyError where somebody answers
-    already, MissingError where the system has no such sockets.
+    allowed: user ids that are served; by default this process's.
+    group: members may connect (0660); None: the owner only (0600).
+    Raises ConfigError for a folder in which others could put their own socket, BusyError if another process answers
+    already, MissingError where the system cannot report peers or the socket cannot be opened.
     """
 
     def __init__(
@@ -113,24 +118,24 @@ class LocalRpcServer:
         self.close()
 
     def close(self) -> None:
-        """Stop, and take the socket away."""
+        """Stop the server and remove the socket."""
         self.stop()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         if self._accepting.is_alive():
-            # closed under it, its descriptor's number could become another socket's
+            # if it were closed before, the descriptor's number could be reused by another socket
             self._accepting.join()
         self._listener.close()
         with contextlib.suppress(OSError):
             self.path.unlink()
 
     def stop(self) -> None:
-        """Have `serve` return after the request that it is at. May be called from a signal handler."""
+        """Make `serve` return after the current request. May be called from a signal handler."""
         self._stopped = True
         self._turns.put(None)
 
     def serve(self, name: str, answer: Callable[[bytes], RpcResponse]) -> None:
-        """Answer one request after the other in this thread, until `stop`. `answer` raises nothing."""
+        """Answer one request after the other in this thread, until `stop`. `answer` must raise nothing."""
         self._name = name
         self._accepting.start()
         while (waiting := self._turns.get()) is not None and not self._stopped:
@@ -142,7 +147,7 @@ class LocalRpcServer:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
-                # closed, or no descriptor is free: in that case those who wait go on waiting
+                # closed, or no descriptor is free: in that case connections keep waiting
                 time.sleep(0.05)
                 continue
             if self._slots.acquire(blocking=False):
@@ -183,9 +188,10 @@ class LocalRpcServer:
 
 
 def ask(path: Path, request: bytes, wait_s: float, limits: TransferLimits | None = None) -> RpcResponse:
-    """What is said to a request; `b""` asks for the name. wait_s: for the answer to begin.
+    """Send a request to the socket and return the response; b"" asks for the name.
 
-    Raises MissingError where nobody answers, RequestError where the answer is of another form or does not come.
+    wait_s: seconds until the answer begins.
+    Raises MissingError if no process answers, RequestError if the answer is malformed or does not come.
     """
     limits = limits or TransferLimits()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -198,7 +204,7 @@ def ask(path: Path, request: bytes, wait_s: float, limits: TransferLimits | None
                 f"nobody answers at {path}: {error.strerror}", "start the trainer; see its rights"
             ) from None
         try:
-            # one who is not heard is answered before it has said all
+            # a user who is not served gets the response before the request is sent completely
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 _send(connection, (_LENGTH.pack(len(request)), request), limits.transfer_s)
             kind = _receive_exactly(connection, 1, time.monotonic() + wait_s)
@@ -212,7 +218,7 @@ def ask(path: Path, request: bytes, wait_s: float, limits: TransferLimits | None
 
 
 def _send(connection: socket.socket, pieces: tuple[bytes, ...], within_s: float) -> None:
-    # sendall's time-out is for the whole of it
+    # sendall applies the time-out to each piece as a whole
     connection.settimeout(within_s)
     for piece in pieces:
         connection.sendall(piece)
@@ -233,7 +239,7 @@ def _receive_exactly(connection: socket.socket, count: int, deadline: float) -> 
 
 
 def _pieces(connection: socket.socket, count: int, deadline: float) -> Iterator[bytes]:
-    """`count` bytes as they come: nothing is set aside for what is only announced."""
+    """Yield `count` bytes as they arrive; no memory is reserved for bytes that are only announced."""
     while count:
         left_s = deadline - time.monotonic()
         if left_s <= 0:
@@ -274,7 +280,7 @@ def _listen(path: Path, group: int | None, backlog: int) -> socket.socket:
         raise MissingError("this system does not say who connects to a socket", "run sartor federate client on Linux")
     _clear(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    previous_umask = os.umask(0o177)  # nobody connects before the rights are what they shall be
+    previous_umask = os.umask(0o177)  # nobody may connect before the permissions are set
     try:
         listener.bind(str(path))
         if group is not None:
@@ -297,8 +303,9 @@ def _has_peers() -> bool:
 
 
 def _clear(path: Path) -> None:
-    """Take away the socket of one that was killed. Raises BusyError where somebody listens, ConfigError for another
-    file.
+    """Remove the socket of a process that was killed.
+
+    Raises BusyError if a process listens there, ConfigError for another kind of file.
     """
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
@@ -318,10 +325,10 @@ LOG = logging.getLogger("sartor.trainer")
 
 
 class Responder(Protocol):
-    """RoundClient, or what stands for it."""
+    """Object that answers requests: RoundClient, or a substitute."""
 
     def answer(self, request: bytes) -> bytes:
-        """The answer; empty where none is due."""
+        """Return the answer; empty where none is due."""
         ...
 
 
@@ -334,9 +341,10 @@ def serve(
     group: int | None = None,
     limits: TransferLimits | None = None,
 ) -> None:
-    """Answer at the socket `path` until SIGTERM or SIGINT. See Hatch for the options and errors.
+    """Answer at the socket `path` until SIGTERM or SIGINT, as LocalRpcServer does.
 
-    name: whom the coordinator's roster calls this client. To be called in the thread that opened the client's journal.
+    name: this client's name in the coordinator's roster. Call it in the thread that opened the client's journal.
+    Raises the errors of LocalRpcServer.
     """
     with LocalRpcServer(path, allowed, group, limits) as hatch:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -346,7 +354,10 @@ def serve(
 
 
 def respond(client: Responder, request: bytes) -> RpcResponse:
-    """The answer, or why there is none. Raises nothing, for the next request is another."""
+    """Return the answer, or the reason why there is none.
+
+    An error of one request does not end the server: it is logged, and the response is a refusal.
+    """
     started = time.monotonic()
     try:
         answer = client.answer(request)

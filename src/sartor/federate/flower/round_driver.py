@@ -1,15 +1,15 @@
-"""Drives rounds over any transport.
+"""Driver of rounds over any transport.
 
     run: triage
     rounds: 10                      up to this number, also in a run that goes on
     key: coordinator.key            paths are read from the file's own folder
     roster: roster                  NAME.pub of the coordinator and of each client
     journal: coordinator.sqlite
-    start: start.tensors            rounds/tensors.pack(...): what the first round starts from
+    start: start.tensors            updates.pack_tensors(...): what the first round starts from
     round: {task: pull, cohort: [ward-1, ward-2, ward-3], rules: {clip: 1.0}, stage_s: 300}
     lora: {mode: freeze_a}          of the task lora, which `sartor federate coordinator` writes down
 
-Beside the journal is written NAME.rounds.jsonl, a line for each round that ended.
+Beside the journal it writes NAME.rounds.jsonl, a line for each round that ended.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from sartor.federate.secure.identities import Identity, PinnedKeys
 from sartor.federate.tuning.round_schedule import LoraOptions, LoraSchedule
 from sartor.models.lora_tensors import Tensors
 
-# a ServerApp whose SuperLink was killed ends some seconds after it, and has the journal until then
+# seconds to wait for the journal: a ServerApp whose SuperLink was killed holds it some seconds longer
 _PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
 class RoundOptions:
-    """See Plan, whose fields these are."""
+    """Options of each round, the fields of a RoundPlan."""
 
     task: str = option(REQUIRED, "the type of work, which each client has installed")
     cohort: tuple[str, ...] = option(REQUIRED, "names of the clients")
@@ -58,34 +58,37 @@ class RoundOptions:
     length_s: int = option(86_400, "seconds that the round may take")
 
     def plan(self) -> RoundPlan:
-        """What the coordinator takes."""
+        """Return the plan that the coordinator takes."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return RoundPlan(**{**values, "settings": self.settings or {}})
 
 
 class RoundSchedule(Protocol):
-    """What each round of a run is to be, and what becomes of its mean."""
+    """Plan of each round of a run, and the use of its mean."""
 
     def plan(self, number: int, shared: Tensors) -> tuple[RoundPlan, Sequence[SideTensor]]:
-        """The next round, from the tensors as they stand; and what is summed besides."""
+        """Return the plan of the next round, and the shapes of what is summed besides; shared: the current tensors."""
         ...
 
     def opened(self, coordinator: Coordinator) -> None:
-        """A round is open: before anything of it is sent, and again where another process goes on with it."""
+        """Prepare an open round before anything of it is sent.
+
+        Called again where another process resumes the round.
+        """
         ...
 
     def merged(self, shared: Tensors, mean: Tensors) -> Tensors:
-        """See rounds.coordinator.Merge."""
+        """Return the next shared tensors, in the shapes of `shared`, from the mean of the updates."""
         ...
 
     @property
     def pool(self) -> Pool | None:
-        """See Coordinator."""
+        """Function that combines the updates of an inspectable round; None without one."""
         ...
 
 
 class _Plain:
-    """Each round like the one before."""
+    """Schedule whose rounds are all alike."""
 
     merged = staticmethod(added)
     pool = None
@@ -94,16 +97,16 @@ class _Plain:
         self._plan = plan
 
     def plan(self, number: int, shared: Tensors) -> tuple[RoundPlan, Sequence[SideTensor]]:
-        """See Course."""
+        """Return the same plan for every round, without side tensors, whatever the shapes of `shared`."""
         return self._plan, ()
 
     def opened(self, coordinator: Coordinator) -> None:
-        """Nothing is to be done."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
 class RoundDriverOptions:
-    """The file's options; the paths are absolute once it was opened."""
+    """Options in the driver's file; `open` makes the paths absolute."""
 
     run: str = option(REQUIRED, "name of the run")
     key: str = option(REQUIRED, "the coordinator's private key, as sartor keygen writes it")
@@ -117,7 +120,7 @@ class RoundDriverOptions:
 
     @classmethod
     def open(cls, path: Path) -> RoundDriverOptions:
-        """Read the file. Raises ConfigError with the line or the option that is wrong."""
+        """Read the options from a file. Raises ConfigError with the line or the option that is wrong."""
         options = config.load(cls, config.read_yaml(path))
         paths = {
             name: str(path.parent.absolute() / getattr(options, name))
@@ -127,16 +130,16 @@ class RoundDriverOptions:
 
     @property
     def record(self) -> Path:
-        """Where a line is written for each round that ended."""
+        """File with a line for each round that ended."""
         return Path(self.journal).with_suffix(".rounds.jsonl")
 
     @property
     def trouble(self) -> Path:
-        """Where it is written why a process that led could not go on."""
+        """File with the error that ended a process that led."""
         return Path(self.journal).with_suffix(".error.json")
 
     def course(self, journal: RoundJournal) -> RoundSchedule:
-        """What the rounds are to be."""
+        """Return the schedule of the rounds."""
         plan = self.round.plan()
         if self.lora is None:
             return _Plain(plan)
@@ -144,10 +147,10 @@ class RoundDriverOptions:
 
 
 def drive_rounds(lead: RoundDriverOptions, transport: Transport) -> Iterator[str]:
-    """Bring an open round to its end, then begin the next ones, up to `lead.rounds`; a JSON line for each that ended.
+    """Run an open round to its end, then the next ones up to `lead.rounds`; yield a JSON line for each.
 
-    May be stopped and called again at any point: it goes on from the journal. Raises BusyError where another process
-    leads, and what Coordinator raises.
+    It may be stopped and called again at any point: it resumes from the journal. Raises BusyError if another process
+    leads, and the errors of Coordinator.
     """
     with _open_journal(Path(lead.journal)) as journal:
         identity = Identity.open(lead.name, Path(lead.key))
@@ -155,14 +158,14 @@ def drive_rounds(lead: RoundDriverOptions, transport: Transport) -> Iterator[str
         member = Participant(identity, PinnedKeys.open(Path(lead.roster)), lead.name)
         coordinator = Coordinator(member, journal, lead.run, course.merged, pool=course.pool)
         if not journal.rounds(lead.run):
-            # one that was stopped before its first round has its tensors already
+            # a run that was stopped before its first round has its tensors already
             with contextlib.suppress(ConflictError):
                 coordinator.start(arrays.unpack_tensors(_read(Path(lead.start))))
         while True:
             started, stats = time.monotonic(), TransferStats()
             if not coordinator.is_open:
                 if (number := last_number(journal, lead.run)) >= lead.rounds:
-                    # who missed the last end is told of it now
+                    # clients that missed the last outcome get it now
                     finish(coordinator, transport, stats)
                     return
                 coordinator.begin(*course.plan(number + 1, coordinator.shared))
@@ -173,12 +176,12 @@ def drive_rounds(lead: RoundDriverOptions, transport: Transport) -> Iterator[str
 
 
 def last_number(journal: RoundJournal, run: str) -> int:
-    """The number of the last round that began; 0 before the first."""
+    """Return the number of the last round that began; 0 before the first."""
     return max((stored_round.number for stored_round in journal.rounds(run)), default=0)
 
 
 def _round_record(result: RoundResult, stats: TransferStats, took_s: float, transport: Transport) -> dict[str, Any]:
-    """What the record keeps of a round: nothing of its tensors."""
+    """Return the record of a round, without its tensors."""
     record: dict[str, Any] = {
         "number": result.number,
         "state": result.state,

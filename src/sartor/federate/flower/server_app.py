@@ -1,6 +1,6 @@
-"""Flower ServerApp: runs the rounds over Flower's grid.
+"""Flower ServerApp that runs the rounds over Flower's Grid.
 
-Of the run's config it takes lead="ABSOLUTE PATH OF THE YAML"; see `round_driver.py`.
+From the run's config it reads lead="ABSOLUTE PATH OF THE YAML", whose format is in `round_driver.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from sartor.federate.flower.flower_grid import GridPost
 from sartor.federate.flower.flower_transport import FlowerTransport
 from sartor.federate.flower.round_driver import RoundDriverOptions, drive_rounds
 
-# what this logger says, `flwr run --stream` shows
+# `flwr run --stream` shows the messages of this logger
 LOG = logging.getLogger("flwr")
 
-# how long it is waited for that everybody hears how the last round ended; who does not, hears of it in the next run
+# most seconds to wait until all clients know how the last round ended; the others learn it in the next run
 _FAREWELL_S = 60.0
 
 app = ServerApp()
@@ -32,7 +32,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Go on from where the journal stands, to the last round that the YAML asks for."""
+    """Run the rounds from the journal's state to the last one that the YAML asks for."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     lead = RoundDriverOptions.open(Path(str(context.run_config["lead"])))
     transport = FlowerTransport(GridPost(grid))
@@ -40,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
         for line in drive_rounds(lead, transport):
             LOG.info("%s", line)
     except SartorError as error:
-        # for the command that waits for the rounds: of a run that failed Flower tells it no more than that
+        # for the command that waits for the rounds: Flower only reports that the run failed
         write_file_atomic(
             lead.trouble, json.dumps({"kind": error.kind, "problem": error.problem, "remedy": error.remedy}).encode()
         )
@@ -51,8 +51,9 @@ def main(grid: Grid, context: Context) -> None:
 def _end_with(parent: int) -> None:
     """End this process once its parent is gone, as when SuperLink is killed.
 
-    Flower itself asks it to stop, and then waits while the grid tries again for many minutes: so long nobody else
-    would get the journal. That is written before anything follows from it, so an end at any point loses nothing.
+    Flower itself asks it to stop, and then waits while the Grid retries for many minutes. During that time no other
+    process could open the journal. The journal is written before anything follows from it, so an end at any point
+    loses nothing.
     """
     while os.getppid() == parent:
         time.sleep(1.0)

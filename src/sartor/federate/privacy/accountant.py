@@ -1,15 +1,21 @@
-"""Privacy budget on disk and utility under noise.
+"""Privacy accountant: the budget on disk, and the utility that remains under noise.
 
-Renyi accounts (Mironov 2017, arXiv:1702.07476) through Google's dp-accounting: a release is a Gaussian of a noise
-multiplier (standard deviation over the most that one client, or row, can change), perhaps on a Poisson sample, perhaps
-several times. Neighbours are data sets with and without one of them. The account is written before the noise is used,
-never after:
+Renyi differential privacy (Mironov 2017, arXiv:1702.07476), computed by Google's dp-accounting. A release is a
+Gaussian mechanism of a noise multiplier z, the standard deviation over the most that one client, or row, can change.
+It may use a Poisson sample and may be repeated. Neighbouring data sets differ by the presence of one client, or row.
+For k releases without sampling at order alpha > 1:
+
+    rdp(alpha) = k alpha / (2 z^2)                                               (corollary 3, proposition 1)
+    epsilon(delta) <= min over alpha of rdp(alpha) + log(1 / delta) / (alpha - 1)    (proposition 3)
+
+dp-accounting uses a tighter conversion than proposition 3. The account is written before the noise is used, never
+after:
 
     {"schema": 1, "kind": "privacy-account", "budget": {"epsilon": 8.0, "delta": 1e-05},
      "spent": [{"name": "round-1", "noise_multiplier": 1.1, "fraction": 1.0, "times": 1}]}
 
-A sample amplifies only towards those who do not know who was drawn. Who asks clients to take part knows it: rounds are
-spent with fraction 1, unless clients draw in secret whether they do.
+Sampling amplifies privacy only towards those who do not know who was drawn. A coordinator that invites clients knows
+it. Rounds are therefore spent with fraction 1, unless clients draw in secret whether they take part.
 """
 
 from __future__ import annotations
@@ -30,8 +36,8 @@ from sartor.core.filesystem import write_file_atomic
 
 SCHEMA, KIND = 1, "privacy-account"
 MOST_TIMES = 10_000_000
-# Orders at which a sampled Gaussian's divergence is looked at. dp-accounting has finer ones; below 2 its series does
-# not end for large samples. Any set of orders gives a bound that holds; that of these is less than 1 % higher.
+# Renyi orders alpha for a Poisson-sampled Gaussian. dp-accounting's own set is finer, but below 2 its series does not
+# converge for large sampling fractions. Any set of orders gives a valid bound; this one's is less than 1 % higher.
 SAMPLED_ORDERS = [
     *(tenths / 10 for tenths in range(20, 60)),
     *(halves / 2 for halves in range(12, 22)),
@@ -43,7 +49,7 @@ SAMPLED_ORDERS = [
 
 @dataclass(frozen=True)
 class PrivacyBudget:
-    """What all releases together may tell of one client, or row."""
+    """Limit on what all releases together may reveal of one client, or row: (epsilon, delta)."""
 
     epsilon: float = option(REQUIRED, "above 0; below 1 is strong, above 10 says little")
     delta: float = option(
@@ -58,7 +64,11 @@ class PrivacyBudget:
 
 @dataclass(frozen=True)
 class Spending:
-    """A release, or `times` alike. name: of what was released; fraction: drawn into it, each for itself, 0..1."""
+    """One release, or `times` equal ones.
+
+    name: name of what was released.
+    fraction: probability, in (0, 1], with which each client or row is drawn into it, independently.
+    """
 
     name: str
     noise_multiplier: float
@@ -74,8 +84,9 @@ class Spending:
 
 
 def epsilon_of(spent: Sequence[Spending], delta: float) -> float:
-    """The epsilon of all of these together; infinite where one has no noise. Raises ExtraError without
-    dp-accounting.
+    """Return the epsilon of all these releases together; infinite where one has no noise.
+
+    Raises ExtraError without dp-accounting.
     """
     if any(not spending.noise_multiplier for spending in spent):
         return math.inf
@@ -97,10 +108,10 @@ def epsilon_of(spent: Sequence[Spending], delta: float) -> float:
 
 
 def calibrated(budget: PrivacyBudget, times: int, fraction: float = 1.0, spent: Sequence[Spending] = ()) -> float:
-    """The least noise multiplier, to a thousandth, with which so many releases stay within the budget after what was
-    spent.
+    """Return the least noise multiplier with which `times` more releases stay within the budget.
 
-    Raises BudgetError where no noise is enough.
+    It is found by bisection, to a relative 0.001 (absolute below 1) and never too small. spent: releases that count
+    already. Raises BudgetError where no noise is enough.
     """
 
     def fits(noise: float) -> bool:
@@ -115,6 +126,7 @@ def calibrated(budget: PrivacyBudget, times: int, fraction: float = 1.0, spent: 
                 "for more"
             )
             raise BudgetError(problem, "release what is there, or begin with other data and a new budget")
+    # invariant: `high` fits; `low` does not, or is 0
     low = 0.0 if high == 1.0 else high / 2
     while high - low > 1e-3 * min(1.0, high):
         middle = (low + high) / 2
@@ -123,7 +135,7 @@ def calibrated(budget: PrivacyBudget, times: int, fraction: float = 1.0, spent: 
 
 
 def most_times(budget: PrivacyBudget, spending: Spending, spent: Sequence[Spending] = ()) -> int:
-    """How many releases like this the budget holds after what was spent; 0 if none."""
+    """Return how many releases like this the budget still allows after `spent`; 0 if none."""
 
     def fits(times: int) -> bool:
         return epsilon_of([*spent, replace(spending, times=times)], budget.delta) <= budget.epsilon
@@ -145,10 +157,10 @@ def _most(fits: Callable[[int], bool]) -> int:
 
 
 class Account:
-    """A budget's account in a file, begun where there is none. Several processes may use one.
+    """Account of a budget in a file, created where there is none. Several processes may use one.
 
-    Raises ArtifactError for a file that is none, ConflictError where it was begun with another budget: what was
-    promised to those whose data it is does not change later.
+    Raises ArtifactError for a file that is no account. Raises ConflictError for an account with another budget: what
+    was promised to the people in the data does not change later.
     """
 
     def __init__(self, file: Path, budget: PrivacyBudget) -> None:
@@ -162,7 +174,10 @@ class Account:
                 self._write([])
 
     def spent(self) -> list[Spending]:
-        """What was spent, in order."""
+        """Return the recorded releases, in order.
+
+        Raises ArtifactError for a file that is no account, ConflictError for an account with another budget.
+        """
         try:
             fields = json.loads(self.file.read_text(encoding="utf-8"))
             if (fields["schema"], fields["kind"]) != (SCHEMA, KIND):
@@ -178,19 +193,19 @@ class Account:
         return spent
 
     def epsilon(self) -> float:
-        """Spent so far."""
+        """Return the epsilon spent so far."""
         return epsilon_of(self.spent(), self.budget.delta)
 
     def remaining(self, spending: Spending) -> int:
-        """How many more releases like this there may be."""
+        """Return how many more releases like this the budget allows."""
         return most_times(self.budget, spending, self.spent())
 
     def spend(self, spending: Spending) -> float:
-        """Write a release down before its noise is drawn; returns epsilon with it.
+        """Record a release before its noise is drawn, and return the epsilon with it.
 
-        The same release under the same name costs once, so a round that goes on after a kill is not paid for twice;
-        its noise must then be the same too, or it needs another name. Raises ConflictError for another release of a
-        name that was spent, BudgetError beyond the budget, with what would fit: nothing is written then.
+        The same release under the same name costs once, so a round resumed after a kill is not paid for twice. Its
+        noise must then be the same too, or it needs another name. Raises ConflictError for another release under a
+        recorded name, and BudgetError beyond the budget, with what would fit. Nothing is written in either case.
         """
         with self._lock:
             spent = self.spent()
@@ -234,9 +249,11 @@ class Account:
 
 @dataclass(frozen=True)
 class NoiseUtility:
-    """Of one round. noise_to_signal: norm of the mean's noise over the largest norm that the mean can have, C.
+    """Noise of one round, compared with the signal.
 
-    clients_needed: with so many, and the same fraction of them sharing the noise, the two would be equal.
+    noise_to_signal: norm of the mean's noise over the largest norm that the mean can have, the clip C.
+    clients_needed: number of clients, with the same fraction of them sharing the noise, that makes the two norms
+    equal.
     """
 
     clients: int
@@ -269,11 +286,14 @@ class NoiseUtility:
 def noise_utility(
     budget: PrivacyBudget, rounds: int, clients: int, values: int, sharers: int | None = None
 ) -> NoiseUtility:
-    """What client-level noise would leave. sharers: as in ClientNoise; all clients by default.
+    """Compute the signal that remains under client-level noise.
 
-    Raises BudgetError, ExtraError as `calibrated` does.
+    values: P, numbers of an update. sharers: t, as in ClientNoise; all clients by default. Raises BudgetError,
+    ExtraError as `calibrated` does.
     """
     noise = calibrated(budget, rounds)
+    # n clients, t sharers: each adds sigma^2 = (z C)^2 / t, so the mean of P values has noise of norm
+    # sqrt(P) z C sqrt(n / t) / n; the ratio divides it by C
     ratio = noise * math.sqrt(values) * math.sqrt(clients / (sharers or clients)) / clients
     return NoiseUtility(clients, values, rounds, budget, noise, ratio, math.ceil(ratio * clients))
 

@@ -1,19 +1,23 @@
-"""Client-level differential privacy in a secure sum.
+"""Client-level differential privacy in a secure sum: the distributed discrete Gaussian.
 
-The distributed discrete Gaussian (Kairouz, Liu, Steinke 2021, arXiv:2102.06387). The sum of t clients' noise, each of
-variance sigma^2 = (z C)^2 / t, is nearly a discrete Gaussian of (z C)^2: how nearly is tau, 10 sum_{k<t} exp(-2 pi^2
-sigma^2 k/(k + 1)) in units of the step, and the sum of P values is concentrated-DP as a Gaussian of multiplier 1 / (D
-/ (z C) + sqrt(P) tau) is (proposition 14). D is C and what rounding to the nearest step can add, sqrt(P) / 2 steps. We
-differ from the paper: no random rotation and no conditional rounding, since the 32-bit ring leaves steps so fine that
-D is C within a thousandth.
+Kairouz, Liu, Steinke 2021, arXiv:2102.06387. t clients each add discrete Gaussian noise of variance sigma^2 = (z C)^2
+/ t, in units of the step. C is the clip norm, z the noise multiplier. Their sum is close to one discrete Gaussian of
+variance (z C)^2, up to tau. A sum of P values is then concentrated-DP like a Gaussian of multiplier z' (proposition
+14):
 
-Dropouts. t is the number of clients that the round needs at least, less those who might tell each other their noise.
-If more survive there is more noise than was paid for; if fewer do, the secure sum must not be opened, so t stands in
-the signed manifest beside the threshold, and is at most as high. A client that sends no noise takes its share out of
-it: t is what is trusted.
+    tau = 10 sum_{k=1}^{t-1} exp(-2 pi^2 sigma^2 k / (k + 1))
+    z' = 1 / (D / (z C) + sqrt(P) tau),   D = C + step sqrt(P) / 2
 
-Integers only, so the bits of a float tell nothing (Mironov 2012). Each probability is right to a relative 1e-14, the
-accuracy of exp in fp64; over P values that adds about P * 2e-14 to epsilon.
+D is the sensitivity: C, and what rounding to the nearest step can add. Unlike the paper there is no random rotation
+and no conditional rounding: the 32-bit ring leaves steps so fine that D is C within a thousandth.
+
+Dropouts: t is the least number of clients that the round needs, less those who might tell each other their noise. If
+more survive, there is more noise than was paid for. If fewer survive, the secure sum must not be opened. Therefore t
+stands in the signed manifest beside the threshold, and is at most as high. A client that sends no noise leaves its
+share out, so t counts the clients that are trusted.
+
+All noise is integer, so the low bits of a float reveal nothing (Mironov 2012). Each probability is right to a relative
+1e-14, the accuracy of exp in fp64. Over P values that adds about P * 2e-14 to epsilon.
 """
 
 from __future__ import annotations
@@ -39,10 +43,13 @@ MOST_SIGMA = 2.0**40
 
 
 def discrete_gaussian(sigma: float, count: int, source: Source = os.urandom) -> Integers:
-    """`count` integers with probabilities proportional to exp(-x^2 / (2 sigma^2)). source: bytes, as many as asked.
+    """Draw `count` integers with P[x] proportional to exp(-x^2 / (2 sigma^2)); shape (count,).
 
-    Candidates are discrete Laplace of scale t = floor(sigma) + 1, kept with exp(-(|x| - sigma^2 / t)^2 / (2 sigma^2)).
-    Raises ConfigError for a sigma that is not in 0..2^40; 0 gives zeros.
+    Rejection sampling (Canonne, Kamath, Steinke 2020, arXiv:2004.00010, algorithm 3): candidates are discrete Laplace
+    of scale t = floor(sigma) + 1, accepted with probability exp(-(|x| - sigma^2 / t)^2 / (2 sigma^2)).
+    sigma: 0..2^40; 0 gives zeros.
+    source: returns as many random bytes as requested.
+    Raises ConfigError for another sigma.
     """
     if not 0 <= sigma <= MOST_SIGMA:
         raise ConfigError(
@@ -62,16 +69,21 @@ def discrete_gaussian(sigma: float, count: int, source: Source = os.urandom) -> 
 
 
 def _discrete_laplace(scale: int, count: int, source: Source) -> Integers:
-    """Up to `count` integers with probabilities proportional to exp(-|x| / scale): a remainder, a quotient, a sign."""
+    """Draw up to `count` integers with P[x] proportional to exp(-|x| / scale).
+
+    Algorithm 2 of Canonne, Kamath, Steinke 2020, arXiv:2004.00010: |x| = low + scale * k, with low in 0..scale - 1
+    accepted with probability exp(-low / scale), P[k] proportional to exp(-k), and a fair sign.
+    """
+    # |x| = low + scale k:  P[|x|] ~ exp(-low / scale) exp(-k)
     low = _below(scale, count, source)
     low = low[_happens(np.exp(-low / scale), source)]
     size = low + scale * _geometric(len(low), source)
     is_negative = np.frombuffer(source(len(size)), np.uint8) < 128
-    return np.where(is_negative, -size, size)[~(is_negative & (size == 0))]  # zero has two signs, and one chance
+    return np.where(is_negative, -size, size)[~(is_negative & (size == 0))]  # drop -0, else zero counts twice
 
 
 def _geometric(count: int, source: Source) -> Integers:
-    """How often in a row something of chance 1/e happens."""
+    """Draw `count` geometric numbers, P[k] = (1 - 1/e) e^-k: successes of chance 1/e before the first failure."""
     counts, alive = np.zeros(count, np.int64), np.arange(count)
     while len(alive):
         alive = alive[_happens(np.full(len(alive), math.exp(-1)), source)]
@@ -80,13 +92,16 @@ def _geometric(count: int, source: Source) -> Integers:
 
 
 def _below(bound: int, count: int, source: Source) -> Integers:
-    """Integers in 0..bound - 1, each as likely: those at the end of 64 bits that would favour some are left out."""
+    """Draw up to `count` uniform integers in 0..bound - 1.
+
+    Values at the end of the 64-bit range that would favour some remainders are dropped.
+    """
     drawn = _words(count, source)
     return (drawn[drawn <= np.uint64(2**64 - 2**64 % bound - 1)] % np.uint64(bound)).astype(np.int64)
 
 
 def _happens(chances: NDArray[np.float64], source: Source) -> NDArray[np.bool_]:
-    """True with these chances, to 2^-64."""
+    """Draw one Bernoulli variable for each probability, with a resolution of 2^-64."""
     return (chances >= 1) | (
         _words(len(chances), source) < np.minimum(chances * 2.0**64, 2.0**64 - 2**11).astype(np.uint64)
     )
@@ -97,8 +112,10 @@ def _words(count: int, source: Source) -> NDArray[np.uint64]:
 
 
 def gaussian(sigma: float, count: int, source: Source = os.urandom) -> NDArray[np.float64]:
-    """`count` Gaussian values of standard deviation sigma (Box & Muller 1958), for sums that are rounded
-    afterwards.
+    """Draw `count` Gaussian values of standard deviation sigma, shape (count,), fp64.
+
+    Box & Muller 1958: x = sigma sqrt(-2 ln u) cos(2 pi v), y = sigma sqrt(-2 ln u) sin(2 pi v), with u uniform on (0,
+    1] and v uniform on [0, 1), both of 53 bits. For sums that are rounded afterwards.
     """
     half = (count + 1) // 2
     uniforms = (_words(2 * half, source) >> np.uint64(11)).astype(np.float64)
@@ -107,13 +124,13 @@ def gaussian(sigma: float, count: int, source: Source = os.urandom) -> NDArray[n
     return sigma * np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
-# Gaussian values further out than this many standard deviations do not occur: 1e-32 a value
+# standard deviations beyond which a Gaussian value is neglected: probability 1e-32 a value
 FAR = 12.0
 
 
 @dataclass(frozen=True)
 class ClientNoise:
-    """What every client of a round does to its update, as the signed manifest says it."""
+    """Clipping and noise that every client of a round applies to its update, as in the signed manifest."""
 
     clip_norm: float = option(REQUIRED, "C: the Euclidean norm that an update has at most")
     noise_multiplier: float = option(REQUIRED, "z: standard deviation of the sum's noise over C")
@@ -130,16 +147,19 @@ class ClientNoise:
 
     @property
     def sigma(self) -> float:
-        """Standard deviation of one client's share, in units of the ring."""
+        """Standard deviation of one client's share, in units of the ring: z C / sqrt(t) / step."""
         return self.noise_multiplier * self.clip_norm / math.sqrt(self.sharers) / self.step
 
     def effective_multiplier(self, values: int) -> float:
-        """The noise multiplier of a Gaussian that tells no less than the sum of so many values does: a little below z.
+        """Return z', the noise multiplier of a Gaussian that reveals no less than the sum of `values` numbers.
 
-        Raises ConfigError where it is below 0.95 z, since the step is too coarse.
+        Kairouz, Liu, Steinke 2021, arXiv:2102.06387, proposition 14, with P = `values`; z' is a little below z. Raises
+        ConfigError where it is below 0.95 z: the step is then too coarse.
         """
         if not self.noise_multiplier:
             return 0.0
+        # D = C + step sqrt(P) / 2; tau = 10 sum_{k=1}^{t-1} exp(-2 pi^2 sigma^2 k / (k + 1)), sigma in steps
+        # z' = 1 / (D / (z C) + sqrt(P) tau)
         sensitivity = self.clip_norm + self.step * math.sqrt(values) / 2
         tau = 10 * sum(math.exp(-2 * (math.pi * self.sigma) ** 2 * k / (k + 1)) for k in range(1, self.sharers))
         multiplier = 1 / (sensitivity / (self.noise_multiplier * self.clip_norm) + math.sqrt(values) * tau)
@@ -153,18 +173,20 @@ class ClientNoise:
         return multiplier
 
     def spending(self, name: str, values: int) -> Spending:
-        """What a round costs, whose upload has so many values."""
+        """Return the spending of a round whose upload has `values` numbers."""
         return Spending(name, self.effective_multiplier(values))
 
     def encoded(self, upload: Tensors, source: Source = os.urandom) -> dict[str, Integers]:
-        """The update as integers in units of the ring, clipped and noised: what a client puts into the secure sum.
+        """Return the update as integers in units of the ring, clipped and noised, in the shapes of `upload`.
 
-        The ring takes them modulo its size. Weights are equal here (`round_manifest.UpdateRules`). Raises InputError
-        for values that are not finite.
+        round(u min(1, C / ||u||) / step) + discrete Gaussian of `sigma`: a client's term of the secure sum. The ring
+        takes it modulo its size. All weights are equal here (`round_manifest.UpdateRules`). Raises InputError for
+        values that are not finite.
         """
         length = norm(upload)
         if not math.isfinite(length):
             raise InputError(f"this update has a norm of {length}", "lower the learning rate, and train again")
+        # units = round(u min(1, C / ||u||) / step) + N_Z(0, sigma^2)
         factor = min(1.0, self.clip_norm / length) if length else 1.0
         return {
             name: np.rint(value.astype(np.float64) * (factor / self.step)).astype(np.int64)
@@ -173,28 +195,30 @@ class ClientNoise:
         }
 
     def mean_of(self, summed: Mapping[str, Integers], clients: int) -> dict[str, Array]:
-        """The mean of the clients that were summed, from the sum in units."""
+        """Return the mean of the summed clients, in the shapes of `summed`, fp32; summed: in units of the ring."""
         return {name: (value * (self.step / clients)).astype(np.float32) for name, value in summed.items()}
 
 
 def bound_of(clip_norm: float, noise_multiplier: float, sharers: int) -> float:
-    """The largest magnitude that a value of one client has, its noise included: what a ring's scale has to leave room
-    for.
+    """Return the largest magnitude of one client's value with its noise: C (1 + 12 z / sqrt(t)).
+
+    A ring's scale has to leave room for it.
     """
     return clip_norm * (1 + FAR * noise_multiplier / math.sqrt(sharers))
 
 
 def step_of(clip_norm: float, noise_multiplier: float, sharers: int, clients: int, bits: int = 32) -> float:
-    """The finest step at which so many clients each fit, noise included, into a ring of so many bits: their sum cannot
-    wrap.
+    """Return the finest step at which the noised values of all clients fit into the ring.
+
+    step = n bound / (2^(bits - 1) - 1 - n) for n = `clients`, so that their sum cannot wrap.
     """
     return clients * bound_of(clip_norm, noise_multiplier, sharers) / (2 ** (bits - 1) - 1 - clients)
 
 
 def noise_of(manifest: Manifest) -> ClientNoise:
-    """The noise that a manifest asks for: shared by as many clients as must stay to the end, in units of the ring.
+    """Return the noise of a manifest, in units of the ring; t is the threshold of clients that must stay to the end.
 
-    Raises RoundError where its tensors have unlike units, or units too coarse for the noise.
+    Colluding clients are not subtracted from t. Raises RoundError if its tensors have different units.
     """
     units = {slot.scale for slot in manifest.terms.layout if slot.name != WEIGHT}
     if len(units) != 1:
@@ -204,12 +228,15 @@ def noise_of(manifest: Manifest) -> ClientNoise:
 
 
 def values_of(manifest: Manifest) -> int:
-    """How many values of an update are summed."""
+    """Return the number of summed values of an update, P, without its weight."""
     return sum(slot.size for slot in manifest.terms.layout if slot.name != WEIGHT)
 
 
 def noised(tensors: Tensors, manifest: Manifest) -> Tensors:
-    """The update in whole units of the ring, with this client's share added."""
+    """Return the update in whole units of the ring with this client's noise, in the shapes of `tensors`.
+
+    Raises RoundError or ConfigError if the units do not suit the noise.
+    """
     noise = noise_of(manifest)
     noise.effective_multiplier(values_of(manifest))
     return {name: units * noise.step for name, units in noise.encoded(tensors).items()}

@@ -1,14 +1,17 @@
-"""DP-SGD through opacus.
+"""DP-SGD of a client's rows, through opacus.
 
-Each row's gradient is clipped to a norm, their sum gets noise, and the optimiser goes on from that. It needs a
-gradient of each row alone, so rows are not packed and share no beginnings: the general path, a row of the batch a row
-of the data. What an update takes is drawn for each row by itself (Poisson), which is what the account counts. What the
-client sends is then private towards everybody, without any secure sum; one client's many rows are not protected
-together.
+Abadi et al. 2016, arXiv:1607.00133, algorithm 1. With gradients g_i of the drawn rows, clip norm C, noise multiplier z
+and L = `batch_rows`, the optimiser's gradient is
 
-opacus gives the gradients of single rows and clips them. The noise is ours: its is PyTorch's Mersenne twister. Here it
-is the system's randomness, and the noisy sum is rounded to a grid of sigma / 2^20, so that a float's low bits tell
-nothing.
+    g = (sum_i g_i min(1, C / ||g_i||) + N(0, (z C)^2 I)) / L
+
+It needs the gradient of each row alone. Rows are therefore not packed and share no prefixes: one row of the batch is
+one row of the data. Each row is drawn independently (Poisson), which is what the accountant assumes. What the client
+sends is then private towards everybody, without a secure sum. The many rows of one client are not protected together.
+
+opacus computes and clips the gradients of single rows. The noise is Sartor's: that of opacus comes from PyTorch's
+Mersenne twister. Here it comes from the system's randomness. The noisy sum is rounded to a grid of sigma / 2^20, so
+that a float's low bits reveal nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ GRID = 2.0**-20
 
 @dataclass(frozen=True)
 class RowNoise:
-    """How a client's updates protect its rows."""
+    """Clipping and noise with which a client's updates protect its rows."""
 
     clip_norm: float = option(REQUIRED, "the Euclidean norm that one row's gradient has at most")
     noise_multiplier: float = option(REQUIRED, "standard deviation of the noise over clip_norm")
@@ -48,7 +51,10 @@ class RowNoise:
             )
 
     def fraction(self, rows: int) -> float:
-        """Of so many rows, that an update draws on average. Raises ConfigError for fewer rows than batch_rows."""
+        """Return the fraction of `rows` that an update draws on average.
+
+        Raises ConfigError for fewer rows than batch_rows.
+        """
         if rows < self.batch_rows:
             raise ConfigError(
                 f"batch_rows is {self.batch_rows}, and there are {rows} rows", f"batch_rows: {max(1, rows // 2)}"
@@ -56,12 +62,12 @@ class RowNoise:
         return self.batch_rows / rows
 
     def spending(self, name: str, rows: int, updates: int) -> Spending:
-        """What so many updates on so many rows cost."""
+        """Return the spending of `updates` updates on `rows` rows."""
         return Spending(name, self.noise_multiplier, self.fraction(rows), updates)
 
 
 def poisson_sample(rows: Sequence[T], row_noise: RowNoise, source: Source = os.urandom) -> list[T]:
-    """The rows of an update: each with the same chance, by itself. Their number varies, and may be 0."""
+    """Draw the rows of an update: each independently, with the same probability. Their number may be 0."""
     chances = np.frombuffer(source(8 * len(rows)), np.uint64) / 2.0**64
     return [row for row, chance in zip(rows, chances, strict=True) if chance < row_noise.fraction(len(rows))]
 
@@ -76,11 +82,13 @@ def private_updates(
     micro_rows: int = 8,
     source: Source = os.urandom,
 ) -> Iterator[Callable[[Sequence[T]], None]]:
-    """Yields a function that makes one update from the rows it is given (`drawn`); the model is as it was afterwards.
+    """Yield a function that makes one update from the rows it is given (`poisson_sample`).
 
-    model: a torch module, as from `adapters.inject_lora`; what requires a gradient learns. losses: rows -> (B,), a
-    row's loss a function of that row alone; it calls `model`. micro_rows: how many are computed at once. Raises
-    ExtraError without opacus, ModelError where a gradient is not that of single rows.
+    On exit the hooks are removed and the training modes restored.
+    model: a torch module, as from `adapters.inject_lora`; its parameters that require a gradient are trained.
+    losses: rows -> (B,), a row's loss depending on that row alone; it calls `model`.
+    micro_rows: number of rows computed at once.
+    Raises ExtraError without opacus, ModelError where a gradient is not that of single rows.
     """
     try:
         from opacus import GradSampleModule
@@ -90,7 +98,7 @@ def private_updates(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _check(model, trainable, optimizer)
     modes = [(module, module.training) for module in model.modules()]
-    model.train()  # opacus looks at modules that are in training only
+    model.train()  # opacus hooks modules in training mode only
     hooks = GradSampleModule(model, loss_reduction="sum", strict=False)
     dp_optimizer = DPOptimizer(
         optimizer, noise_multiplier=0.0, max_grad_norm=row_noise.clip_norm, expected_batch_size=row_noise.batch_rows
@@ -101,14 +109,14 @@ def private_updates(
         dp_optimizer.zero_grad()
         micros = [rows[index : index + micro_rows] for index in range(0, len(rows), micro_rows)]
         for micro in micros:
-            with warnings.catch_warnings():  # of the lowest adapted layer, whose input needs no gradient
+            with warnings.catch_warnings():  # the input of the lowest adapted layer needs no gradient
                 warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
                 losses(micro).sum().backward()
             _check_rows(trainable, len(micro))
             dp_optimizer.signal_skip_step(micro is not micros[-1])
             dp_optimizer.step()
             dp_optimizer.zero_grad()
-        if not micros:  # nobody was drawn: noise alone
+        if not micros:  # no row was drawn: noise alone
             for parameter in trainable:
                 parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
             dp_optimizer.step()
@@ -123,7 +131,10 @@ def private_updates(
 
 
 def _noise(parameters: Sequence[Any], row_noise: RowNoise, source: Source) -> None:
-    """Noise onto the gradients, which are the clipped sum over batch_rows; rounded to the grid."""
+    """Add noise to the gradients, which are the clipped sum over batch_rows, and round them to the grid.
+
+    g' = round((g + N(0, sigma^2)) / (sigma 2^-20)) sigma 2^-20, with sigma = z C / L.
+    """
     sigma = row_noise.noise_multiplier * row_noise.clip_norm / row_noise.batch_rows
     if not sigma:
         return

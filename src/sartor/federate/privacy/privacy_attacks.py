@@ -1,21 +1,22 @@
-"""Epsilon audit, canary exposure, inversion, report.
+"""Privacy attacks: epsilon audit, canary exposure, gradient inversion, and their report.
 
-`one_run`: coins decide which of m canaries are trained on, once; their scores are guessed from (Steinke, Nasr,
-Jagielski 2023, arXiv:2305.08846). `many_runs`: one row is in or out of each of many runs (Jagielski et al. 2020,
-arXiv:2006.07709). The rows of one run are no independent runs, so its rates must not go into the second.
+`one_run`: fair coins decide which of m canaries are trained on, in a single run. The audit guesses them from their
+scores (Steinke, Nasr, Jagielski 2023, arXiv:2305.08846). `many_runs`: one row is in or out of each of many runs
+(Jagielski et al. 2020, arXiv:2006.07709). The rows of one run are not independent runs, so rates of the first must not
+go into the second.
 
-A bound below the claim proves nothing; one above it refutes it.
+A lower bound below the claim proves nothing; one above it refutes the claim.
 
-Exposure is log2 |R| - log2 rank, where R are all candidates, the canary with them, ordered by loss. A model that never
-saw the canary gives it any rank, so an exposure of x or more has a chance of 2^-x. The most that can be seen is log2
-|R|.
+Exposure is log2 |R| - log2 rank (Carlini et al. 2019, arXiv:1802.08232). R are all candidates including the canary,
+ordered by loss. A model that never saw the canary gives it any rank with the same probability, so P[exposure >= x] <=
+2^-x. The largest exposure that can be seen is log2 |R|.
 
-An embedding's gradient has a row for each token that was read, and zeros elsewhere. A factor's does not say it so
-plainly: the change of B is a sum over tokens t of g_t (A x_t)^T, so its rows lie in the span of A x_t, and of the
-first layer's x_v, the normalised embedding, the server knows one for each word v of the vocabulary: those with A x_v
-in the span were read (DAGER, Petrov et al. 2024, arXiv:2405.15586, there for full gradients). It is blind once the
-rows have more tokens than the adapter has ranks, and for a sum of clients, since that has all their tokens; several
-steps of an optimiser such as Adam bend the span.
+An embedding's gradient has a row for each token that was read, and zeros elsewhere. The gradient of a LoRA factor
+shows them less directly. The change of B is a sum over tokens t of g_t (A x_t)^T, so its rows lie in the span of A
+x_t. For the first layer the server knows x_v, the normalised embedding, of each token v of the vocabulary. Tokens with
+A x_v in the span were read (DAGER, Petrov et al. 2024, arXiv:2405.15586, there for full gradients). The attack is
+blind once the rows have more tokens than the adapter has ranks. It is also blind for a sum of clients, which has all
+their tokens. Several steps of an optimiser such as Adam bend the span.
 
 attacks.json    {"schema": 1, "kind": "attack-report", "adapter": {file: sha256}, "claimed": ..., what each attack
                 found}
@@ -48,7 +49,12 @@ MOST_EPSILON = 60.0
 
 @dataclass(frozen=True)
 class Audit:
-    """epsilon_low: with 95 % confidence; most: if every guess were right. trials: canaries, or runs."""
+    """Result of an audit.
+
+    epsilon_low: lower bound of epsilon, with 95 % confidence.
+    most: that bound if every guess were right.
+    trials: number of canaries, or of runs.
+    """
 
     epsilon_low: float
     most: float
@@ -65,15 +71,18 @@ class Audit:
 
 
 def coins(canaries: int, seed: int) -> NDArray[np.bool_]:
-    """Which canaries are trained on: each with a fair coin of its own."""
+    """Draw a fair coin for each canary, shape (canaries,); True: it is trained on."""
     return np.random.default_rng(seed).random(canaries) < 0.5
 
 
 def one_run(scores: Sequence[float], is_in: Sequence[bool], delta: float, guess_fraction: float = 0.5) -> Audit:
-    """scores (m,): higher for canaries that seem to have been trained on; is_in: the coins.
+    """Audit epsilon by guessing which canaries one run was trained on.
 
-    Half of the guesses are the highest, taken for in, half the lowest, taken for out. guess_fraction: of m, chosen
-    before anybody looked. Raises ConfigError for fewer than 10 canaries.
+    scores: (M,), higher for canaries that seem to have been trained on.
+    is_in: (M,), the coins.
+    guess_fraction: fraction of M that is guessed, chosen before anybody looks; half are the highest scores, guessed
+    in, and half the lowest, guessed out.
+    Raises ConfigError for fewer than 10 canaries.
     """
     values, truth = np.asarray(scores, float), np.asarray(is_in, bool)
     if len(values) != len(truth) or len(values) < 10 or not 0 < guess_fraction <= 1 or not np.isfinite(values).all():
@@ -87,10 +96,9 @@ def one_run(scores: Sequence[float], is_in: Sequence[bool], delta: float, guess_
 
 
 def many_runs(scores_in: Sequence[float], scores_out: Sequence[float], delta: float, threshold: float) -> Audit:
-    """Scores of one row in runs with it and in runs without. threshold: above it is a guess of in; chosen on other
-    runs.
+    """Audit epsilon by the scores of one row in runs with it and in runs without it.
 
-    Raises ConfigError without runs.
+    threshold: a score above it is a guess of "in"; choose it on other runs. Raises ConfigError without runs.
     """
     true_positives, false_positives = (
         int((np.asarray(scores, float) > threshold).sum()) for scores in (scores_in, scores_out)
@@ -115,7 +123,11 @@ def many_runs(scores_in: Sequence[float], scores_out: Sequence[float], delta: fl
 
 
 def _of_rates(true_positives: int, runs: int, false_positives: int, runs_without: int, delta: float) -> float:
-    """Both rates at the ends of intervals that hold together with 95 %: each is one-sided with half of the rest."""
+    """Return the lower bound of epsilon from true and false positive rates.
+
+    epsilon >= max(ln((TPR - delta) / FPR), ln((1 - FPR - delta) / (1 - TPR))), with the lower Clopper-Pearson end of
+    TPR and the upper one of FPR. Each is one-sided at 97.5 %, so both hold together with 95 %.
+    """
     low = float(binomtest(true_positives, runs).proportion_ci(CONFIDENCE, "exact").low)
     high = float(binomtest(false_positives, runs_without).proportion_ci(CONFIDENCE, "exact").high)
     ratios = [(low - delta) / high, (1 - high - delta) / (1 - low)]
@@ -123,7 +135,7 @@ def _of_rates(true_positives: int, runs: int, false_positives: int, runs_without
 
 
 def _least_epsilon(trials: int, guesses: int, right: int, delta: float) -> float:
-    """The largest epsilon that so many right guesses refute."""
+    """Return the largest epsilon that this number of right guesses refutes, by bisection to 1e-4; at most 60."""
     if _chance(trials, guesses, right, 0.0, delta) >= 1 - CONFIDENCE:
         return 0.0
     low, high = 0.0, MOST_EPSILON
@@ -135,12 +147,18 @@ def _least_epsilon(trials: int, guesses: int, right: int, delta: float) -> float
 
 
 def _chance(trials: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """Of so many right guesses or more, at most, under (epsilon, delta): theorem 5.2 there.
+    """Return a bound on P[`right` or more right guesses] under (epsilon, delta)-DP.
 
-    Guesses are at best right as independent coins of e^epsilon / (1 + e^epsilon); delta lets some of the canaries be
-    told outright, which is worth most where it lifts a likely count over `right`.
+    Steinke, Nasr, Jagielski 2023, arXiv:2305.08846, theorem 5.2. With W ~ Binomial(r, e^epsilon / (1 + e^epsilon)), r
+    guesses, m trials and v = `right`:
+
+        P <= P[W >= v] + 2 m delta max_{i = 1..v} P[v > W >= v - i] / i
+
+    Guesses are at best right like independent coins; delta allows some canaries to be revealed outright, which helps
+    most where it lifts a likely count above v.
     """
     coin = 1 / (1 + math.exp(-epsilon))
+    # below[i - 1] = P[v > W >= v - i]; lifted = max_i below[i - 1] / i
     below = np.cumsum(
         binom.pmf(np.arange(right - 1, -1, -1), guesses, coin)
     )  # of right - i .. right - 1, for i = 1 ..
@@ -150,7 +168,11 @@ def _chance(trials: int, guesses: int, right: int, epsilon: float, delta: float)
 
 @dataclass(frozen=True)
 class Exposure:
-    """Of one canary, in bits. repeats: how often it was trained on; chance: of so much or more where it was not."""
+    """Exposure of one canary, in bits.
+
+    repeats: how often it was trained on.
+    chance: probability of this exposure or more if it was not trained on.
+    """
 
     name: str
     repeats: int
@@ -166,8 +188,9 @@ class Exposure:
 
 
 def exposure(name: str, repeats: int, loss: float, candidates: Sequence[float]) -> Exposure:
-    """candidates: losses of the same row with other secrets, drawn as the canary's was. Ties count against the model.
+    """Compute the exposure of a canary from its loss and the losses of other candidates.
 
+    candidates: losses of the same row with other secrets, drawn as the canary's was. Ties count against the model.
     Raises ConfigError without candidates.
     """
     if not len(candidates):
@@ -180,9 +203,13 @@ def exposure(name: str, repeats: int, loss: float, candidates: Sequence[float]) 
 
 @dataclass(frozen=True)
 class Inversion:
-    """attack: of what; precision: of the tokens that were named, recall: of those that were there, both 0..1.
+    """Result of an inversion attack.
 
-    is_blind: the update spans everything, and nothing can be said of it.
+    attack: name of what was attacked.
+    named: number of tokens that the attack named.
+    precision: fraction of the named tokens that were there, 0..1.
+    recall: fraction of the tokens that were there that were named, 0..1.
+    is_blind: True if the update spans everything, so that the attack names no token.
     """
 
     attack: str
@@ -199,36 +226,43 @@ class Inversion:
 
 
 def from_embedding(gradient: Array, tolerance: float = 1e-6) -> set[int]:
-    """Tokens with a gradient (V, D), beside the largest row's norm."""
+    """Return the tokens whose row of the embedding's gradient is not zero.
+
+    gradient: (V, D). tolerance: least norm of a row, relative to the largest one.
+    """
     rows = np.linalg.norm(gradient.astype(np.float64), axis=1)
     return set(np.flatnonzero(rows > tolerance * rows.max()).tolist()) if rows.any() else set()
 
 
 def from_factor(change: Array, a: Array, inputs: Array, tolerance: float = 1e-3) -> set[int] | None:
-    """Tokens v whose A x_v lies in the row space of `change`; None where that is everything, or full without one of
-    them.
+    """Return the tokens v whose A x_v lies in the row space of the change of B; None if it is blind.
 
-    change: (out, R) of B; a: (R, in); inputs: x_v (V, in), what the module reads where token v is alone, as in a first
-    layer.
-    tolerance: distance from the span over length. Raises ConfigError for shapes that do not fit.
+    It is blind if the span has all R dimensions, or as many as `change` can have and names no token.
+    change: (out, R), of B.
+    a: (R, in).
+    inputs: x_v (V, in), what the module reads where token v is alone, as in a first layer.
+    tolerance: largest distance from the span, relative to the length of A x_v.
+    Raises ConfigError for shapes that do not fit.
     """
     if change.shape[1] != a.shape[0] or a.shape[1] != inputs.shape[1]:
         shapes = f"change {change.shape}, A {a.shape}, inputs {inputs.shape}"
         raise ConfigError(f"{shapes} do not fit each other", "give all three of one module")
     _, sizes, rows = np.linalg.svd(change.astype(np.float64), full_matrices=False)
+    # change = U S V^T; span: (S, R), the rows of V^T whose singular value counts
     span = rows[sizes > tolerance * sizes[0]] if len(sizes) and sizes[0] else rows[:0]
     if len(span) == change.shape[1]:
         return None
+    # mapped: (V, R), rows A x_v; outside: (V,), ||A x_v - span^T span A x_v||
     mapped = inputs.astype(np.float64) @ a.astype(np.float64).T
     outside = np.linalg.norm(mapped - mapped @ span.T @ span, axis=1)
     lengths = np.linalg.norm(mapped, axis=1)
     tokens = set(np.flatnonzero((outside <= tolerance * lengths) & (lengths > 0)).tolist())
-    # a module of few outputs spans no more than so many tokens, and of more says as little as one of few ranks
+    # a module with few outputs spans at most as many tokens; with more tokens it is blind, as one with few ranks is
     return None if not tokens and len(span) == min(change.shape) else tokens
 
 
 def score_inversion(attack: str, predicted: Collection[int] | None, actual: Collection[int]) -> Inversion:
-    """Held against the tokens that were there."""
+    """Compare the named tokens with those that were there; `predicted` None: the attack was blind."""
     if predicted is None:
         return Inversion(attack, 0, 0.0, 0.0, is_blind=True)
     right = len(set(predicted) & set(actual))
@@ -239,7 +273,11 @@ def score_inversion(attack: str, predicted: Collection[int] | None, actual: Coll
 
 @dataclass(frozen=True)
 class AttackReport:
-    """claimed: the privacy that the adapter is said to have, None for none. skipped: attack -> why it was not made."""
+    """Report of the attacks on an adapter.
+
+    claimed: privacy that is claimed for the adapter; None for none.
+    skipped: attack -> reason why it was not made.
+    """
 
     claimed: PrivacyBudget | None
     membership: tuple[Membership, ...] = ()
@@ -249,13 +287,13 @@ class AttackReport:
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise GateError where epsilon was shown to be above the claimed one, or is claimed and was not audited."""
+        """Raise GateError if the audit refutes the claimed epsilon, or a claimed epsilon was not audited."""
         claimed, audit = (asdict(item) if item else None for item in (self.claimed, self.audit))
         if refutation := gate.audit_refutes_claim(claimed, audit):
             raise GateError(*refutation)
 
     def sentences(self) -> Iterator[str]:
-        """What was found, a line each."""
+        """Yield the findings, one line each."""
         yield (f"claimed: {gate.claim(asdict(self.claimed))}" if self.claimed else "no privacy is claimed")
         for finding in (*self.membership, *self.canaries, *self.inversions):
             yield str(finding)
@@ -265,9 +303,9 @@ class AttackReport:
             yield f"{attack}: not measured, {reason}"
 
     def write(self, folder: Path) -> Path:
-        """Write it beside the adapter in `folder`, whole, also where `check` refuses. Returns the file.
+        """Write the report beside the adapter in `folder`, atomically, and return the file.
 
-        Raises ArtifactError where no adapter lies there.
+        It is written even where `check` raises. Raises ArtifactError if `folder` holds no adapter.
         """
         bound = digests(folder)
         if not bound:
@@ -280,7 +318,10 @@ class AttackReport:
 
 
 def open_report(folder: Path) -> AttackReport:
-    """The report beside an adapter. Raises ArtifactError where it is absent, not whole, or of other files."""
+    """Return the report beside an adapter.
+
+    Raises ArtifactError if it is absent, incomplete, or about other files than those beside it.
+    """
     file = folder / FILE
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))

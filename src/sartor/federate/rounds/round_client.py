@@ -1,8 +1,7 @@
 """Client state machine of a round.
 
-An answer is in the journal before it is returned, so what was sent is known to whoever goes on. Which rounds it took
-part in
-stays in the journal for good: a round that is replayed, and a second manifest of one number, are refused.
+An answer is in the journal before it is returned, so a process that resumes knows what was sent. The journal keeps for
+good in which rounds the client took part. A replayed round, and a second manifest of one number, are refused.
 """
 
 from __future__ import annotations
@@ -41,14 +40,15 @@ Chance = Callable[[Manifest], np.random.Generator | None]
 
 
 class EnrolmentPolicy:
-    """What one enrolled for: rounds of this mode, and no others."""
+    """Agreement of a client: it takes part in rounds of one mode and no others."""
 
     def __init__(self, mode: Mode = "private") -> None:
         self.mode = mode
 
     def check(self, manifest: Manifest) -> None:
-        """Raise RoundError for a round that is not what was agreed to. Called once a round, before anything is said in
-        it.
+        """Raise RoundError for a round that was not agreed to.
+
+        Called once a round, before any message is sent in it.
         """
         if (mode := manifest.rules.mode) != self.mode:
             descriptions = {
@@ -64,7 +64,10 @@ class EnrolmentPolicy:
 
 @dataclass(frozen=True)
 class Participant:
-    """Who one is, whom one knows, and what one demands. coordinator: the name whose manifests are heard."""
+    """Identity of a participant, the keys it knows, and its demands.
+
+    coordinator: name of the only coordinator whose manifests are accepted.
+    """
 
     identity: Identity
     roster: PinnedKeys
@@ -75,7 +78,10 @@ class Participant:
 
 @dataclass
 class _Session:
-    """The open round, as the journal has it. answers: digest of a request -> what was answered."""
+    """Open round, as the journal has it.
+
+    answers: digest of a request -> the answer that was given.
+    """
 
     manifest: Manifest
     client: SecAggClient
@@ -84,7 +90,7 @@ class _Session:
 
 @dataclass(frozen=True)
 class _Update:
-    """What was learnt, and for which round of a run."""
+    """Local update, and the number of the round that it was computed for."""
 
     number: int
     local_update: LocalUpdate
@@ -101,7 +107,7 @@ class _Update:
     def of(cls, content: bytes) -> _Update:
         line, _, packed = content.partition(b"\n")
         fields = json.loads(line)
-        # one that an older version kept has nothing beside it
+        # an update stored by an older version has no side tensors
         size = fields.get("bytes", len(packed))
         side_tensors = arrays.unpack_tensors(packed[size:]) if size < len(packed) else {}
         return cls(
@@ -110,10 +116,10 @@ class _Update:
 
 
 class RoundClient:
-    """A client with its journal and its tasks. noise: adds its part of a round's noise; without it such a round is
-    refused.
+    """Client with its journal and its tasks.
 
-    chance: what the ring's rounding is drawn from in a round; None, as by default: the system.
+    noise: adds its share of a round's noise; without it such a round is refused.
+    chance: random generator of a round's stochastic rounding; None, the default: seeded from the system.
     """
 
     def __init__(
@@ -130,10 +136,10 @@ class RoundClient:
         self._session: _Session | None = None
 
     def answer(self, request: bytes) -> bytes:
-        """The answer to any request of the coordinator; empty where none is due.
+        """Return the answer to any request of the coordinator; empty where none is due.
 
-        Raises RoundError, SignatureError or ArtifactError for what this client will not do, and whatever its task
-        raises.
+        Raises RoundError, SignatureError or ArtifactError for a request that this client refuses, and any error of its
+        task.
         """
         signed = messages.read_message(request)
         if isinstance(signed.body, RoundOutcome):
@@ -144,7 +150,7 @@ class RoundClient:
         try:
             return self._step(request, signed)
         except BaseException:
-            # what a step changed in memory and not in the journal must not be gone on from
+            # a failed step may have changed memory but not the journal: rebuild the session from the journal
             self._session = None
             raise
 
@@ -174,13 +180,13 @@ class RoundClient:
         )
 
     def _shown(self, manifest: Manifest) -> bytes:
-        """The update for all to see who carry it, which this client agreed to: the same bytes until the round ends."""
+        """Return the update as a message readable by its carriers: the same bytes until the round ends."""
         return messages.sealed(
             Shown(Payload(arrays.pack_tensors(self._outgoing(manifest)))), manifest.digest, self._member.identity
         )
 
     def _begin(self, manifest: Manifest, content: bytes) -> StoredRound:
-        """Check everything that a round demands and may not demand, then write it down."""
+        """Check everything that a round demands, then store the round in the journal."""
         member = self._member
         self._check_time(manifest)
         member.policy.check(manifest.terms, member.identity.name, member.roster.keys)
@@ -210,7 +216,7 @@ class RoundClient:
         return stored_round
 
     def _give_up(self, stored_round: StoredRound) -> None:
-        """A round whose end was never heard of: an update that may have been summed is not offered again."""
+        """End a round whose outcome never came: an update that may have been summed is not offered again."""
         member = self._member
         is_shown = read_manifest(stored_round.manifest, member.coordinator, member.roster).rules.mode == "inspectable"
         was_sent = is_shown or any(kind == "masked" for kind, _ in self._journal.entries(stored_round.digest))
@@ -220,10 +226,10 @@ class RoundClient:
         self._session = None
 
     def _learn(self, manifest: Manifest, shared: bytes) -> None:
-        """Have an update for this round: the one that was made for it, one that missed its sum, or a new one."""
+        """Store an update for this round: the one computed for it, a recent one that missed its sum, or a new one."""
         content = self._journal.load(_update_key(manifest.run))
         update = _Update.of(content) if content else None
-        # one that was made for this round is 0 rounds old
+        # an update computed for this round is 0 rounds old
         if update and manifest.number - update.number <= manifest.rules.stale_rounds and _fits(update, manifest):
             return
         local_update = find_task(self._tasks, manifest).update(manifest, arrays.unpack_tensors(shared))
@@ -246,7 +252,7 @@ class RoundClient:
         return answer
 
     def _compute(self, session: _Session, request: bytes, signed: Signed) -> tuple[str, bytes]:
-        """(kind of the answer, answer)."""
+        """Return (kind of the answer, answer)."""
         client = session.client
         if session.manifest.rules.mode == "inspectable":
             raise RoundError("an inspectable round has no stages but the first", "leave this coordinator", "stage")
@@ -266,8 +272,8 @@ class RoundClient:
                 )
 
     def _vector(self, manifest: Manifest) -> fixed_point.Vector:
-        """What goes out of this client, in the ring."""
-        # noise stands in whole units already, and to the nearest they stay as they were drawn
+        """Return this client's vector of the sum, in the ring: (S,) uint32."""
+        # noised values are whole units already; rounding to the nearest leaves them unchanged
         rounding: fixed_point.Rounding = "nearest" if manifest.rules.noise else "stochastic"
         weight, tensors = self._clip(manifest)
         return fixed_point.encode(arrays.weighted(tensors, weight), manifest.terms, rounding, self._chance(manifest))
@@ -277,7 +283,7 @@ class RoundClient:
         return {**tensors, arrays.WEIGHT: np.array([weight], np.float32)}
 
     def _clip(self, manifest: Manifest) -> tuple[float, Tensors]:
-        """The weight; the update, clipped, with its part of the noise, and what is asked for beside it."""
+        """Return the weight, and the tensors: clipped, with the side tensors and this client's share of the noise."""
         content = self._journal.load(_update_key(manifest.run))
         if content is None:
             raise RoundError("this client has no update for the round", "invite it first", "stage")
@@ -291,7 +297,7 @@ class RoundClient:
         return manifest.rules.weight(update.local_update.examples, manifest.number - update.number), tensors
 
     def _open_session(self, stored_round: StoredRound) -> _Session:
-        """The session of an open round, rebuilt from the journal where it is not in memory."""
+        """Return the session of an open round, rebuilt from the journal where it is not in memory."""
         if self._session and self._session.manifest.digest == stored_round.digest:
             return self._session
         member = self._member
@@ -327,8 +333,9 @@ class RoundClient:
 
 
 def _fits(update: _Update, manifest: Manifest) -> bool:
-    """Whether these are the tensors that the round sums: a later round may train others, and asks for others beside
-    them.
+    """Return whether these are the tensors that the round sums.
+
+    A later round may train other tensors and ask for other side tensors.
     """
     local_update = update.local_update
     shapes = {slot.name: slot.shape for slot in manifest.terms.layout if slot.name != arrays.WEIGHT}

@@ -1,12 +1,13 @@
 """Coordinator state machine of a round.
 
-Each answer that counts, and each stage that is closed, is in the journal before anything follows from it; a
-coordinator that was killed replays them and asks on with the same bytes. A round that too few stayed in is abandoned,
-and the next may begin. Of a round that is over the journal keeps the transcript: every signed line, without the
+Each answer that counts, and each stage that is closed, is in the journal before anything follows from it. A
+coordinator that was killed replays them and repeats its requests byte for byte. A round with too few clients left is
+abandoned, and the next may begin. Of a finished round the journal keeps the transcript: every signed line, without the
 vectors.
 
-It stands where `secure.server.Server` stands in a private round, and like it follows from the answers it took. What is
-shown is as it would go into a sum: clipped by its client, with the client's weight. A robust rule makes one of them.
+In an inspectable round `Inspected` takes the part of `SecAggServer`. Its state too follows from the answers it took.
+Each update is shown as it would enter a sum: clipped by its client, with the client's weight. A robust rule combines
+them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from sartor.models.lora_tensors import Tensors, norm
 
 
 class Inspected:
-    """The updates of one round."""
+    """Server of one inspectable round: it collects the updates that the clients show."""
 
     def __init__(self, manifest: Manifest, roster: PinnedKeys) -> None:
         self._manifest, self._roster = manifest, roster
@@ -52,26 +53,28 @@ class Inspected:
 
     @property
     def expected(self) -> tuple[str, ...]:
-        """Whose updates are waited for."""
+        """Clients whose updates are awaited."""
         return self._manifest.terms.cohort
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Whose are not there yet."""
+        """Clients whose updates have not come yet."""
         return tuple(name for name in self.expected if name not in self._updates) if self.stage == "updates" else ()
 
     @property
     def lists(self) -> SurvivorLists:
-        """Who has shown its update."""
+        """Clients that have shown their updates."""
         return SurvivorLists(tuple(sorted(self._updates)), ())
 
     def request(self, name: str) -> bytes:
-        """Nothing but the invitation."""
+        """Return no bytes: the invitation is the only request."""
         return b""
 
     def take(self, content: bytes) -> bool:
-        """See Server. Raises ArtifactError too for what is no update of this round: of another shape, not finite, too
-        long.
+        """Take an update, and return whether it counts; False if it came before, or after the end.
+
+        Raises ArtifactError for an update of another shape, with values that are not finite, too long, or with a false
+        weight. Raises SignatureError, RoundError and ConflictError as SecAggServer does.
         """
         digest = self._manifest.digest
         sender, shown = messages.verify_message(content, Shown, digest, self._roster)
@@ -108,7 +111,7 @@ class Inspected:
         return Update(sender, tensors, max(1, round(weight * rules.most_examples)))
 
     def close(self) -> Literal["updates", "done"]:
-        """See Server: fewer than the threshold are too few."""
+        """End the round's only stage. Raises RoundError if fewer clients than the threshold showed an update."""
         count, terms = len(self._updates), self._manifest.terms
         if count < terms.threshold:
             problem = (
@@ -119,28 +122,30 @@ class Inspected:
         return self.stage
 
     def updates(self) -> list[Update]:
-        """What was shown, in the order of names."""
+        """Return the updates, sorted by client."""
         return [self._updates[name] for name in sorted(self._updates)]
 
 
 # (shared tensors, weighted mean of the updates) -> the next shared tensors
 Merge = Callable[[Tensors, Tensors], Tensors]
-# updates of an inspectable round, in the order of names -> what stands for their mean
+# updates of an inspectable round, sorted by client -> tensors used as their mean
 Pool = Callable[[Sequence[Update]], Tensors]
 
 
 def added(shared: Tensors, mean: Tensors) -> Tensors:
-    """The mean change added to the tensors that it changes."""
+    """Return the shared tensors with the mean change added, in the shapes of `shared`."""
     return {name: value + mean[name] if name in mean else value for name, value in shared.items()}
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What a round is to be; its number, tensors and terms follow from the run. trained: names that are changed; ():
-    all.
+    """Plan of a round; its number, tensors and terms follow from the run.
 
-    degree: of the graph, 0 joins everyone with everyone. stage_s, work_s: as a Manifest has them; length_s: the whole
-    round.
+    trained: names of the tensors that are changed; (): all.
+    degree: of the mask graph; 0 joins everyone with everyone.
+    threshold: number of clients that must stay; 0: the least above 2/3.
+    stage_s, work_s: seconds, as in a Manifest.
+    length_s: seconds of the whole round.
     """
 
     task: str
@@ -159,8 +164,11 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """How a round ended. active: who is in the sum; mean: of their updates, empty where it was abandoned for
-    `reason`.
+    """Result of a round.
+
+    active: clients in the sum.
+    reason: why it was abandoned.
+    mean: mean of their updates; empty if it was abandoned.
     """
 
     number: int
@@ -172,7 +180,10 @@ class RoundResult:
 
 @dataclass
 class _Open:
-    """The open round. stage_started: when its stage began, by this process's clock."""
+    """Open round.
+
+    stage_started: when its stage began, by this process's clock.
+    """
 
     manifest: Manifest
     server: SecAggServer | Inspected
@@ -185,10 +196,12 @@ class _Open:
 
 
 class Coordinator:
-    """The rounds of one run, from its journal. member.me is the coordinator's identity.
+    """Coordinator of the rounds of one run, restored from its journal.
 
-    pool: makes one of the updates of an inspectable round; without it there is none. Raises ArtifactError or
-    SignatureError where the journal holds a round that this identity did not sign.
+    member: its identity is the coordinator's.
+    merge: (shared tensors, mean of the updates) -> next shared tensors.
+    pool: combines the updates of an inspectable round; None excludes such rounds.
+    Raises ArtifactError or SignatureError if the journal holds a round that this identity did not sign.
     """
 
     def __init__(
@@ -210,31 +223,31 @@ class Coordinator:
 
     @property
     def is_open(self) -> bool:
-        """Whether a round is under way."""
+        """True while a round is under way."""
         return self._open is not None
 
     @property
     def manifest(self) -> Manifest | None:
-        """Of the open round."""
+        """Manifest of the open round; None without one."""
         return self._open.manifest if self._open else None
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Who is in the sum of the open round, once that is known."""
+        """Clients in the sum of the open round, once they are known."""
         return self._open.server.lists.active if self._open else ()
 
     @property
     def stage(self) -> str:
-        """Of the open round: what is waited for; "" without one."""
+        """Stage of the open round that is waited for; "" without one."""
         return self._open.server.stage if self._open else ""
 
     @property
     def shared(self) -> dict[str, Any]:
-        """The tensors of the run as they stand. Raises ConfigError before `start`."""
+        """Current tensors of the run. Raises ConfigError before `start`."""
         return arrays.unpack_tensors(self._packed())
 
     def start(self, tensors: Tensors) -> None:
-        """Set the tensors that the run starts from. Raises ConflictError where it has some."""
+        """Set the tensors that the run starts from, in any shapes. Raises ConflictError if it has tensors."""
         if self._journal.load(self._shared_key) is not None:
             raise ConflictError(
                 f"the run {self.run} has tensors already", "begin its next round, or choose another name"
@@ -242,10 +255,11 @@ class Coordinator:
         self._journal.keep(self._shared_key, arrays.pack_tensors(tensors))
 
     def begin(self, plan: RoundPlan, side_tensors: Iterable[SideTensor] = ()) -> Manifest:
-        """Sign and open the next round; side_tensors: what is to be summed besides the updates, which `merge` then
-        gets as well.
+        """Open the next round with a signed manifest.
 
-        Raises ConflictError while one is open, RoundError for one that nobody would join.
+        side_tensors: names, shapes and bounds of what is summed besides the updates; `merge` receives it too.
+        Raises ConflictError while a round is open, ConfigError for a wrong plan, RoundError for a round that clients
+        would refuse.
         """
         if self._open:
             raise ConflictError(
@@ -293,20 +307,21 @@ class Coordinator:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Whose answers the stage still waits for."""
+        """Clients whose answers the stage still waits for."""
         return self._open.server.missing if self._open else ()
 
     def requests(self) -> dict[str, bytes]:
-        """What each client that has not answered is to be sent; the same bytes until it has."""
+        """Return the request to each client that has not answered; the same bytes until it has."""
         if not self._open:
             return {}
         server = self._open.server
         return {name: server.request(name) or self._open.invite for name in server.missing}
 
     def take(self, answer: bytes) -> bool:
-        """Take an answer; it counts from when this returns True. False: it came before, or for what is over.
+        """Take an answer, and return whether it counts; it is in the journal by then.
 
-        Raises ArtifactError, SignatureError, RoundError or ConflictError for what no honest client sends.
+        False: it came before, or belongs to a round or stage that is over. Raises ArtifactError, SignatureError,
+        RoundError or ConflictError for an answer that no honest client sends.
         """
         signed = messages.read_message(answer)
         if not self._open or signed.round != self._open.digest:
@@ -318,7 +333,7 @@ class Coordinator:
         return counts
 
     def left_s(self) -> float:
-        """Seconds until the stage is closed without those who are missing; 0 where nobody is."""
+        """Return the seconds until the stage is closed without the missing clients; 0 where none is missing."""
         if not self._open or not self._open.server.missing:
             return 0.0
         manifest, now = self._open.manifest, self._clock()
@@ -326,8 +341,9 @@ class Coordinator:
         return max(0.0, min(self._open.stage_started + longest_s, manifest.deadline) - now)
 
     def advance(self) -> bool:
-        """Close the stage if everyone answered or its time is over; end the round after the last. Whether one is
-        open.
+        """Close the stage if everyone answered or its time is over; return whether a round is open.
+
+        After the last stage the round ends.
         """
         if not self._open or self.left_s() > 0:
             return self.is_open
@@ -351,7 +367,10 @@ class Coordinator:
         return True
 
     def outcomes(self) -> dict[str, bytes]:
-        """What the clients of the last round are to be told of its end, until the next one begins."""
+        """Return the message about the end of the last round for each of its clients.
+
+        Empty once the next round has begun.
+        """
         content = self._journal.load(f"outcome {self.run}")
         if self._open or content is None:
             return {}
@@ -359,7 +378,7 @@ class Coordinator:
         return dict.fromkeys(json.loads(line), message)
 
     def transcript(self, digest: str) -> list[bytes]:
-        """The signed lines of a round, in the order in which they counted."""
+        """Return the signed lines of a round, in the order in which they counted."""
         return [
             messages.without_payload(content) for kind, content in self._journal.entries(digest) if kind == "answer"
         ]
@@ -389,13 +408,13 @@ class Coordinator:
         try:
             self._journal.add(self._open.digest, (kind, content))
         except BaseException:
-            # memory is ahead of the journal: go on from what stands there
+            # memory is ahead of the journal: restore from the journal
             if stored_round := self._journal.find(self._open.digest):
                 self._go_on(stored_round)
             raise
 
     def _go_on(self, stored_round: StoredRound) -> None:
-        """The open round, from what the journal has of it; its stage has its whole time again."""
+        """Restore the open round from the journal; its stage gets its whole time again."""
         member = self._member
         manifest = read_manifest(stored_round.manifest, member.identity.name, member.roster)
         is_shown = manifest.rules.mode == "inspectable"

@@ -1,8 +1,8 @@
-"""Durable journal of a participant in SQLite.
+"""Durable journal of a participant, in SQLite.
 
-WAL with synchronous=FULL: a commit is durable when it returns. The file is its owner's alone (0600), since it holds a
-client's secrets of the round, and one process's alone: two would answer twice. Secrets are overwritten when their
-round ends.
+WAL with synchronous=FULL: a commit is durable when it returns. Only the owner may read the file (0600), since it holds
+a client's secrets of the round. Only one process may open it: two would answer twice. Secrets are overwritten when
+their round ends.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ CREATE TABLE IF NOT EXISTS kept (name TEXT PRIMARY KEY, content BLOB NOT NULL);
 
 @dataclass(frozen=True)
 class StoredRound:
-    """A round as it was written down. secret: a client's root, until the round ends."""
+    """Round as stored in the journal.
+
+    secret: a client's root, until the round ends.
+    """
 
     digest: str
     run: str
@@ -48,10 +51,11 @@ class StoredRound:
 
 
 class RoundJournal:
-    """One party's journal. `path` None: in memory, for simulations.
+    """Journal of one participant.
 
-    Raises ConfigError for a file that others may read, BusyError where another process has it, StoreError where it is
-    none, and from every method MissingError where the disk does not take it.
+    path: its file; None keeps it in memory, for simulations.
+    Raises ConfigError for a file that others may read, BusyError if another process has it open, StoreError if it is
+    no journal, and from every method MissingError if the disk cannot be used.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -80,40 +84,40 @@ class RoundJournal:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._base.close()
 
     def begin(self, stored_round: StoredRound) -> None:
-        """Write a round down, before anything is said in it."""
+        """Store a round, before any message is sent in it."""
         with self._transaction():
             self._base.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)", tuple(vars(stored_round).values()))
 
     def find(self, digest: str) -> StoredRound | None:
-        """The round of that digest."""
+        """Return the round with that digest, or None."""
         return next(self._rounds("digest = ?", digest), None)
 
     def rounds(self, run: str) -> list[StoredRound]:
-        """The rounds of a run, the newest first."""
+        """Return the rounds of a run, newest first."""
         return list(self._rounds("run = ?", run))
 
     def latest(self) -> StoredRound | None:
-        """The round that was begun last, of whichever run."""
+        """Return the round that was begun last, of any run, or None."""
         return next(self._rounds("rowid = (SELECT MAX(rowid) FROM rounds)"), None)
 
     def add(self, digest: str, *entries: tuple[str, bytes]) -> None:
-        """Write entries of a round, each a kind and its bytes: all of them, or none."""
+        """Append entries of a round, each a kind and its bytes: all of them, or none."""
         with self._transaction():
             self._add(digest, entries)
 
     def entries(self, digest: str) -> list[tuple[str, bytes]]:
-        """The entries of a round in their order."""
+        """Return the entries of a round in their order."""
         with self._translated_errors():
             return self._base.execute(
                 "SELECT kind, content FROM entries WHERE round = ? ORDER BY place", (digest,)
             ).fetchall()
 
     def bytes_of(self, digest: str, kind: str) -> int:
-        """How long all entries of this kind are, of a round that is open: none of them is read."""
+        """Return the total size of all entries of this kind of an open round, without reading them."""
         with self._translated_errors():
             row = self._base.execute(
                 "SELECT SUM(LENGTH(content)) FROM entries WHERE round = ? AND kind = ?", (digest, kind)
@@ -121,13 +125,13 @@ class RoundJournal:
         return int(row[0] or 0)
 
     def load(self, name: str) -> bytes | None:
-        """What is kept under a name."""
+        """Return the content stored under a name, or None."""
         with self._translated_errors():
             row = self._base.execute("SELECT content FROM kept WHERE name = ?", (name,)).fetchone()
         return row[0] if row else None
 
     def keep(self, name: str, content: bytes) -> None:
-        """Keep something under a name, in place of what was."""
+        """Store content under a name, replacing what was there."""
         with self._transaction():
             self._keep(name, content)
 
@@ -138,10 +142,9 @@ class RoundJournal:
         keep: Mapping[str, bytes | None] | None = None,
         transcript: Iterable[tuple[str, bytes]] = (),
     ) -> None:
-        """End a round: its secret goes, and of its entries all but the transcript. keep: what is kept, or (None) no
-        longer.
+        """End a round in one commit: delete its secret, and all its entries except the transcript.
 
-        All of it in one commit.
+        keep: name -> content to store, or None to delete it.
         """
         with self._transaction():
             self._base.execute("UPDATE rounds SET state = ?, secret = NULL WHERE digest = ?", (state, digest))
@@ -150,7 +153,7 @@ class RoundJournal:
             for name, content in (keep or {}).items():
                 self._keep(name, content)
         with self._translated_errors():
-            # what was overwritten in the file stands in the log until it is emptied
+            # overwritten content stays in the write-ahead log until the log is emptied
             self._base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _add(self, digest: str, entries: Iterable[tuple[str, bytes]]) -> None:
@@ -191,7 +194,7 @@ class RoundJournal:
                 yield
                 self._base.execute("COMMIT")
             except BaseException:
-                # a commit that failed for the disk may have ended the transaction itself
+                # a commit that failed on the disk may have ended the transaction itself
                 if self._base.in_transaction:
                     self._base.execute("ROLLBACK")
                 raise

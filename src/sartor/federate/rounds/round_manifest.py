@@ -1,10 +1,10 @@
-"""Signed round manifest and Task protocol.
+"""Signed round manifest, and the protocol of client tasks.
 
     {"schema": 2, "kind": "round", "run": "triage", "number": 4, "coordinator": "coordinator", "work": {...}, "rules":
     {...},
      "terms": {...}, "stage_s": 60, "work_s": 600, "deadline": 1780000000, "signature": {...}}
 
-One that is signed and malformed is refused as well: what a coordinator signs is not thereby harmless.
+A manifest that is signed but malformed is refused as well: a coordinator's signature does not make it harmless.
 """
 
 from __future__ import annotations
@@ -32,18 +32,21 @@ from sartor.models.lora_tensors import Tensors
 SCHEMA, KIND = 2, "round"
 # private: the coordinator learns the sum alone. inspectable: it sees each update, as a robust rule has to.
 Mode = Literal["private", "inspectable"]
-# of a manifest: names of some ten thousand clients, a layout of some thousand tensors
+# largest manifest: names of some ten thousand clients, a layout of some thousand tensors
 MOST_BYTES = 4 << 20
-# noise of every client is within so many of its standard deviations, but for a chance of 1e-15 a number
+# standard deviations that a client's noise stays within, except with probability 1e-15 a number
 _TAIL = 8.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class ClientWork:
-    """What clients compute. task: a type that they have installed; settings: JSON for it, never code.
+    """Work that clients compute.
 
-    base, recipe: digests of what is tuned, and how; shared: of the packed tensors that the round starts from.
+    task: type of work, which they have installed.
+    shared: digest of the packed tensors that the round starts from.
+    base, recipe: digests of the base that is tuned, and of its recipe.
+    settings: JSON for the task, never code.
     """
 
     task: str
@@ -55,13 +58,14 @@ class ClientWork:
 
 @dataclass(frozen=True)
 class UpdateRules:
-    """clip: the norm that an update is scaled down to. noise: standard deviation of the sum's noise, in clips; 0:
-    none.
+    """Rules for the updates of a round.
 
-    most_examples: more than these count as these; 1: every client counts the same, which noise demands. stale_rounds:
-    how many rounds old an update that missed its sum may be; it counts 1 / sqrt(1 + age) (Nguyen et al. 2022,
-    FedBuff). mode: who sees the updates; a client takes part in what it agreed to when it enrolled, and in nothing
-    else.
+    clip: norm that an update is scaled down to.
+    noise: standard deviation of the sum's noise, in clips; 0: none.
+    most_examples: more examples count as these; 1: every client counts the same, which noise requires.
+    stale_rounds: age, in rounds, up to which an update that missed its sum is accepted; it counts 1 / sqrt(1 + age)
+    (Nguyen et al. 2022, FedBuff).
+    mode: who sees the updates; a client takes part only in the mode that it agreed to when it enrolled.
     """
 
     clip: float = 1.0
@@ -85,20 +89,26 @@ class UpdateRules:
             )
 
     def weight(self, examples: int, age: int) -> float:
-        """How much an update counts, in (0, 1]. age: in rounds."""
+        """Return the weight of an update, in (0, 1]: min(examples, most) / most / sqrt(1 + age).
+
+        age: in rounds. Fewer than 1 example count as 1.
+        """
         return min(max(examples, 1), self.most_examples) / self.most_examples / math.sqrt(1 + age)
 
     def bound(self) -> float:
-        """The largest magnitude of a number in a client's update, noise included."""
-        # a hair more, as an update that is clipped to one number is rounded to float32
+        """Return the largest magnitude of a number in a client's update, noise included: C (1 + 8 noise)."""
+        # slightly more, as an update whose norm is in one number is rounded to float32
         return self.clip * (1 + 1e-6 + _TAIL * self.noise)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """One round of a run. number: from 1, rising. deadline: seconds since 1970.
+    """Manifest of one round of a run.
 
-    stage_s: how long an exchange may take; the first, in which clients compute their updates, work_s longer.
+    number: from 1, rising.
+    deadline: Unix time, s.
+    stage_s: seconds of an exchange.
+    work_s: additional seconds of the first exchange, in which clients compute their updates.
     """
 
     run: str
@@ -112,7 +122,7 @@ class Manifest:
     work_s: int = 0
 
     def document(self) -> bytes:
-        """What is signed."""
+        """Return the bytes that are signed."""
         return self._document
 
     @cached_property
@@ -123,24 +133,25 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the document, hex: the round's name in every message."""
+        """Sha256 of the document, hex: the round's name in every message."""
         return hashlib.sha256(self._document).hexdigest()
 
     @property
     def round(self) -> Round:
-        """What the sum needs of it."""
+        """Part of the manifest that the secure sum needs."""
         return Round(self.digest, self.terms, self.coordinator)
 
     def signed(self, identity: Identity) -> bytes:
-        """What is sent."""
+        """Return the manifest as it is sent, signed by `identity`."""
         return records.canonical(
             {**json.loads(self.document()), "signature": signing.signature_of(self.document(), identity.key)}
         )
 
 
 def read_manifest(content: bytes, coordinator: str, roster: PinnedKeys) -> Manifest:
-    """A manifest that this coordinator signed. Raises ArtifactError for what is none, SignatureError for another
-    signer.
+    """Return a manifest that this coordinator signed.
+
+    Raises ArtifactError for bytes that are no manifest, SignatureError for another signer.
     """
     try:
         fields = json.loads(content) if len(content) <= MOST_BYTES else None
@@ -190,9 +201,9 @@ def _check(manifest: Manifest) -> None:
 
 @dataclass(frozen=True)
 class SideTensor:
-    """Numbers that go along in the sum, and are no part of the update: not clipped with it, not added to what is
-    shared.
+    """Numbers that are summed with the update but are not part of it.
 
+    They are neither clipped with it nor added to the shared tensors.
     bound: the largest magnitude of one of them, before its weight.
     """
 
@@ -211,15 +222,17 @@ def terms_for(
     seed: str = "",
     side_tensors: Iterable[SideTensor] = (),
 ) -> SecureSumTerms:
-    """The terms of a sum of updates to these tensors, at the finest scale that the rules allow.
+    """Return the terms of a sum of updates to these tensors, at the finest scale that the rules allow.
 
-    threshold: by default the smallest above 2/3; degree: of the graph, 0 joins everyone; seed: of the graph, by
-    default drawn.
+    tensors: those that are updated, in the shapes of the layout.
+    degree: of the mask graph; 0 joins everyone with everyone.
+    threshold: 0 takes the smallest above 2/3.
+    seed: of the graph; drawn if empty.
     """
     names = tuple(sorted(set(cohort)))
     shapes = {**tensors, WEIGHT: _Number()}
     bounds = {name: 1.0 if name == WEIGHT else rules.bound() for name in shapes}
-    # last, so that what is rounded by chance is rounded alike with them and without
+    # last, so that stochastic rounding of the update is the same with and without side tensors
     side_slots = tuple(TensorSlot(item.name, item.shape, scale_for(item.bound, len(names))) for item in side_tensors)
     layout = layout_for(shapes, bounds, len(names))
     return SecureSumTerms(
@@ -234,9 +247,11 @@ class _Number:
 
 @dataclass(frozen=True)
 class LocalUpdate:
-    """What came of it. tensors: the change to each shared tensor of the layout, float32; examples: how many taught it.
+    """Update of a client.
 
-    side_tensors: what the layout asks for besides (manifest.Beside), of this update as it is once it was clipped.
+    tensors: change of each shared tensor of the layout, in its shape, float32.
+    examples: number of rows it was trained on.
+    side_tensors: further tensors of the layout (SideTensor), computed from the update.
     """
 
     tensors: Tensors
@@ -245,23 +260,24 @@ class LocalUpdate:
 
 
 class ClientTask(Protocol):
-    """A type of work."""
+    """Type of work that a client has installed."""
 
     def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
-        """The change that this client's data makes to the shared tensors. Raises a SartorError for settings it
-        lacks.
+        """Return the change that this client's data makes to the shared tensors, in their shapes.
+
+        Raises a SartorError for settings that it does not support.
         """
         ...
 
 
-# Adds this client's part of the round's noise to an update that was clipped. What is promised must hold where as few
-# as terms.threshold clients stay in the sum, so a part is the whole divided among so many, not among the cohort.
+# Adds this client's share of the round's noise to a clipped update. The guarantee must hold if only terms.threshold
+# clients stay in the sum, so the whole noise is divided among so many, not among the cohort.
 Noise = Callable[[Tensors, Manifest], Tensors]
 Tasks = Mapping[str, ClientTask]
 
 
 def find_task(tasks: Tasks, manifest: Manifest) -> ClientTask:
-    """The task that a manifest names. Raises RoundError where this client has none of that name."""
+    """Return the task that a manifest names. Raises RoundError if this client has none of that name."""
     task = tasks.get(manifest.work.task)
     if task is None:
         raise RoundError(

@@ -1,7 +1,7 @@
 """Transport protocol, its message loop, and the transport within one process.
 
-A transport need not be trusted: messages are signed, and what is lost is sent again. It need not be fast: a request
-that waited is answered late, which costs that client the stage and nobody else anything.
+A transport need not be trusted: messages are signed, and lost ones are sent again. It need not be fast: a late answer
+costs that client the stage, and nobody else anything.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from sartor.core.errors import InputError, RefusedError, SartorError
 from sartor.federate.rounds.round_client import RoundClient
 from sartor.federate.rounds.round_coordinator import Coordinator, RoundPlan, RoundResult
 
-# between two tries where a transport returns before its time
+# seconds between two exchanges if a transport returns early
 _POLL_S = 0.05
 
 
 class Transport(Protocol):
-    """Brings requests to clients, and their answers back."""
+    """Carrier of requests to clients and of their answers."""
 
     def exchange(self, requests: Mapping[str, bytes], wait_s: float) -> Iterable[bytes]:
-        """Send each request to the client of its name; give answers as they come, also to requests of before, for
-        `wait_s`.
+        """Send each request to the client of its name; yield answers as they come, for `wait_s` seconds.
 
-        The loop may stop asking for more at any time. A client that does not answer, or says no, is left out.
+        Answers to earlier requests are yielded too. The caller may stop iterating at any time. A client that does not
+        answer, or refuses, is left out.
         """
         ...
 
 
 @dataclass
 class TransferStats:
-    """Bytes and messages of a run, and the answers that did not count, by the kind of error."""
+    """Bytes of a run, and its rejected answers by the kind of error."""
 
     sent_bytes: int = 0
     received_bytes: int = 0
@@ -42,8 +42,9 @@ class TransferStats:
 
 
 def finish(coordinator: Coordinator, transport: Transport, stats: TransferStats | None = None) -> RoundResult | None:
-    """Bring the open round to its end, and tell the clients. None where no round is open; they are told of the last
-    one.
+    """Run the open round to its end, tell the clients, and return the last result.
+
+    Without an open round the clients are told of the last one. None if there was no round in this process.
     """
     stats = stats or TransferStats()
     while coordinator.is_open:
@@ -65,7 +66,7 @@ def finish(coordinator: Coordinator, transport: Transport, stats: TransferStats 
 def run_round(
     coordinator: Coordinator, transport: Transport, plan: RoundPlan, stats: TransferStats | None = None
 ) -> RoundResult:
-    """Begin a round by the plan, and bring it to its end."""
+    """Run one round by the plan, from its beginning to its end."""
     coordinator.begin(plan)
     result = finish(coordinator, transport, stats)
     assert result
@@ -82,9 +83,9 @@ def _take_answer(coordinator: Coordinator, answer: bytes, stats: TransferStats) 
 
 @dataclass
 class InProcess:
-    """Clients of this process: for tests, and for simulations of thousands. offline: whose requests wait until they
-    are back.
+    """Transport to clients of this process, for tests and for simulations of thousands.
 
+    offline: clients whose requests wait until they are back.
     said_no: the last error of each client that refused.
     """
 
@@ -94,7 +95,7 @@ class InProcess:
     _waiting: dict[str, list[bytes]] = field(default_factory=dict)
 
     def exchange(self, requests: Mapping[str, bytes], wait_s: float) -> Iterator[bytes]:
-        """See Transport."""
+        """Send each request to its client in this process; yield answers of the clients that are online."""
         for name, request in requests.items():
             queue = self._waiting.setdefault(name, [])
             if request not in queue:

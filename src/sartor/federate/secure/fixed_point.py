@@ -1,10 +1,13 @@
-"""Floats as fixed-point integers modulo 2**32.
+"""Conversion between floats and fixed-point integers modulo 2**32.
 
-A tensor's scale (the value of one unit) stands in the manifest, so each client rounds alike and the sum needs none of
-them. No client may send more than (2**31 - 1) / n units, so the sum of n never leaves the ring; what is larger is
-refused, not clipped: a value that was clipped would be wrong in silence. Rounding is to the nearest unit, or
-stochastic (up or down with the probability that makes it right on average: Suresh et al. 2017), whose errors do not
-add up over rounds.
+A tensor's scale, the value of one unit, stands in the manifest. Each client therefore rounds alike, and the sum needs
+no scales of its own:
+
+    units = round(x / scale),   |units| <= (2**31 - 1) // n,   sum of n clients < 2**31
+
+A larger value is rejected, not clipped: a clipped value would be wrong without notice. Rounding is to the nearest
+unit, or stochastic: floor(x / scale + U), with U uniform on [0, 1), is right on average (Suresh et al. 2017), so its
+errors do not add up over rounds.
 """
 
 from __future__ import annotations
@@ -25,18 +28,22 @@ Rounding = Literal["nearest", "stochastic"]
 
 
 def scale_for(bound: float, cohort_size: int) -> float:
-    """The finest scale at which `cohort_size` clients may each send values of a magnitude up to `bound`."""
+    """Return the finest scale at which `cohort_size` clients may each send magnitudes up to `bound`.
+
+    scale = bound / ((2**31 - 1) // n). Raises ConfigError for a bound or a cohort size out of range.
+    """
     if not (bound > 0 and 1 <= cohort_size <= MOST_SUM):
         raise ConfigError(f"no scale holds {bound} of {cohort_size} clients", "a bound above 0, such as the clip")
-    # a hair wider, so that a value equal to the bound is not refused for the division's last bit
+    # slightly wider, so that a value equal to the bound is not rejected for the division's last bit
     return bound / (MOST_SUM // cohort_size) * (1 + 1e-12)
 
 
 def layout_for(
     tensors: Mapping[str, Any], bound: float | Mapping[str, float], cohort_size: int
 ) -> tuple[TensorSlot, ...]:
-    """A layout for tensors of these names and shapes, in the order of names. `bound`: the largest magnitude, or one a
-    name.
+    """Return a layout for tensors of these names and shapes, in the order of names.
+
+    bound: the largest magnitude, for all tensors or by name.
     """
     bounds = bound if isinstance(bound, Mapping) else dict.fromkeys(tensors, bound)
     return tuple(
@@ -50,10 +57,11 @@ def quantise(
     rounding: Rounding = "nearest",
     chance: np.random.Generator | None = None,
 ) -> Integers:
-    """All tensors in units of their scales, as one vector in the layout's order.
+    """Return all tensors in units of their scales, as one vector in the layout's order.
 
-    `chance` is drawn from where rounding is stochastic; by default from the system. Raises ConfigError where a name or
-    a shape is not the layout's or a value is not finite.
+    tensors: name -> array of the layout's shape. Result: (S,) int64, with S the sum of the sizes.
+    chance: source of stochastic rounding; by default seeded from the system.
+    Raises ConfigError where a name or a shape is not the layout's or a value is not finite.
     """
     if set(tensors) != {slot.name for slot in layout}:
         differing = sorted(set(tensors) ^ {slot.name for slot in layout})
@@ -74,7 +82,7 @@ def quantise(
             raise ConfigError(
                 f"{slot.name} holds a value that is not finite", "look at the tuning: its loss has diverged"
             )
-        # beyond 2**62 a float is no int64; 2**40 units are too many in any case, and are still seen by `to_ring`
+        # int64 cannot hold every float; 2**40 units are too many in any case, and `to_ring` still rejects them
         np.clip(scaled, -(2.0**40), 2.0**40, out=scaled)
         rounded = np.rint(scaled) if rounding == "nearest" else np.floor(scaled + chance.random(scaled.size))
         units[start : start + slot.size] = rounded
@@ -83,8 +91,9 @@ def quantise(
 
 
 def to_ring(units: Integers, terms: SecureSumTerms) -> Vector:
-    """Integers (noise added, if there is any) as elements of the ring. Raises BudgetError above the headroom of the
-    cohort.
+    """Return integers (with noise, if any) as elements of the ring.
+
+    units: (S,) int64. Result: (S,) uint32, the two's complement. Raises BudgetError above the headroom of the cohort.
     """
     worst = int(np.abs(units).max(initial=0))
     if worst > terms.max_units:
@@ -104,12 +113,15 @@ def encode(
     rounding: Rounding = "nearest",
     chance: np.random.Generator | None = None,
 ) -> Vector:
-    """`quantise`, then `to_ring`."""
+    """Return `to_ring` of `quantise`: (S,) uint32."""
     return to_ring(quantise(tensors, terms.layout, rounding, chance), terms)
 
 
 def decode(vector: Vector, layout: Sequence[TensorSlot]) -> dict[str, Floats]:
-    """The sum's tensors, float64: a sum in the ring has up to 31 bits, and float32 holds 24."""
+    """Return the sum's tensors in the layout's shapes, float64; vector: (S,) uint32.
+
+    A sum in the ring has up to 31 bits, and float32 holds 24. Raises RoundError for a vector of another size.
+    """
     if vector.size != (size := sum(slot.size for slot in layout)):
         raise RoundError(
             f"the vector has {vector.size} numbers; the layout {size}", "the layout of the round", "manifest"

@@ -1,8 +1,7 @@
-"""Ed25519 identities and the pinned key list.
+"""Ed25519 identities, and the list of pinned public keys (the roster).
 
-A roster is a folder of public keys, NAME.pub, as `sartor keygen` writes them; of the clients and of the coordinator.
-Who fills
-it is the root of trust: a roster of clients that are all the coordinator's protects nobody.
+A roster is a folder of public keys, NAME.pub, as `sartor keygen` writes them, of the clients and of the coordinator.
+Whoever fills it is the root of trust: a roster whose clients all belong to the coordinator protects nobody.
 """
 
 from __future__ import annotations
@@ -19,20 +18,23 @@ from sartor.core import signing
 from sartor.core.config import is_valid_name
 from sartor.core.errors import ConfigError, SignatureError
 
-# what is signed here is never mistaken for another document that the same key signs
+# domain separation: a signature made here is never valid for another kind of document of the same key
 _DOMAIN = b"sartor federated round\n"
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A name and its private key."""
+    """Name of a participant and its private key."""
 
     name: str
     key: Ed25519PrivateKey
 
     @classmethod
     def open(cls, name: str, path: Path) -> Identity:
-        """The key that `sartor keygen` made at `path`. Raises ConfigError as signing.open_private does."""
+        """Return the identity with the key that `sartor keygen` made at `path`.
+
+        Raises ConfigError as signing.open_private does.
+        """
         return cls(name, signing.open_private(path))
 
     def check_in(self, roster: PinnedKeys) -> None:
@@ -49,19 +51,22 @@ class Identity:
             )
 
     def sign(self, document: bytes) -> bytes:
-        """64 bytes; the same ones each time."""
+        """Return the signature of a document: 64 bytes, the same each time."""
         return self.key.sign(_DOMAIN + document)
 
 
 @dataclass(frozen=True)
 class PinnedKeys:
-    """Name -> pinned key."""
+    """Pinned public keys by name."""
 
     keys: Mapping[str, Ed25519PublicKey]
 
     @classmethod
     def open(cls, folder: Path) -> PinnedKeys:
-        """The keys of a folder, without those that this machine holds for revoked."""
+        """Return the keys of a folder, without those that this machine lists as revoked.
+
+        Raises ConfigError if the folder is missing.
+        """
         if not folder.is_dir():
             raise ConfigError(f"there is no folder {folder}", "a folder of NAME.pub, as sartor keygen writes them")
         revoked = signing.revoked_ids()
@@ -85,11 +90,10 @@ class PinnedKeys:
 
 
 def keygen(directory: Path | str, name: str) -> dict[str, str]:
-    """Make the identity of a client or a coordinator: `sartor.key` (0600), `sartor.pub`, and NAME.pub as a roster
-    holds it.
+    """Create the identity of a client or a coordinator: `sartor.key` (0600), `sartor.pub` and NAME.pub.
 
-    Returns name, key_id, private, and public: the file to hand over. Raises ConfigError for a name of another form,
-    and where a key stands.
+    Returns name, key_id, private, and public: the file to hand over for a roster. Raises ConfigError for an invalid
+    name, and where a key exists.
     """
     if not is_valid_name(name):
         raise ConfigError(f"{name!r:.80} is no name of a client", "lower-case letters, digits, - . _; such as ward-a")

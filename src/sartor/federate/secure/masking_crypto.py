@@ -1,9 +1,10 @@
 """Pairwise masks and Shamir secret shares.
 
-Every derived key is bound to the digest of the round's manifest, to what it is for and to whom: a key of one round,
-pair or use is no key of another.
+Every derived key is bound to the digest of the round's manifest, to its purpose and to its participants. A key of one
+round, pair or use is therefore no key of another.
 
-Any `threshold` shares rebuild the secret; fewer say nothing of it, as every secret fits them equally well.
+Shamir (CACM 1979): share i of secret s is f(i) = s + c_1 i + .. + c_{t-1} i^{t-1} mod p, p = 2**256 + 297. Any t =
+`threshold` shares rebuild s; fewer reveal nothing of it, as every secret fits them equally well.
 """
 
 from __future__ import annotations
@@ -26,23 +27,26 @@ from sartor.core.errors import RoundError, SignatureError
 from sartor.federate.secure.fixed_point import Vector
 
 KEY_BYTES = 32
-# 256 KiB at a time: the key stream and the part of the vector stay in the cache
+# numbers processed at a time, 256 KiB: the key stream and the part of the vector stay in the cache
 _CHUNK = 1 << 16
 _ZEROS = bytes(4 * _CHUNK)
 
 
 def derive(secret: bytes, round_digest: str, *purpose: str, length: int = KEY_BYTES) -> bytes:
-    """`length` bytes for one purpose of one round."""
+    """Return `length` bytes for one purpose of one round: HKDF-SHA256, salted with the round's digest."""
     return HKDF(hashes.SHA256(), length, bytes.fromhex(round_digest), records.canonical(purpose)).derive(secret)
 
 
 def private_key(secret: bytes, round_digest: str, purpose: str) -> X25519PrivateKey:
-    """The X25519 key that this secret makes for a purpose."""
+    """Return the X25519 key that is derived from this secret for a purpose."""
     return X25519PrivateKey.from_private_bytes(derive(secret, round_digest, purpose))
 
 
 def agree(private: X25519PrivateKey, public_bytes: bytes, name: str) -> bytes:
-    """The secret that both sides share. Raises RoundError for a key of `name` that is none, or of small order."""
+    """Return the X25519 secret that both sides share.
+
+    Raises RoundError if the public key of `name` is malformed or of small order.
+    """
     try:
         return private.exchange(X25519PublicKey.from_public_bytes(public_bytes))
     except ValueError:
@@ -50,18 +54,19 @@ def agree(private: X25519PrivateKey, public_bytes: bytes, name: str) -> bytes:
 
 
 def pair_key(agreed: bytes, round_digest: str, name: str, other: str) -> bytes:
-    """The key of the mask between two clients, the same for both."""
+    """Return the key of the mask between two clients, the same for both."""
     return derive(agreed, round_digest, "mask", *sorted((name, other)))
 
 
 def sign_between(name: str, other: str) -> int:
-    """Which of two clients adds their mask (1) and which takes it away (-1)."""
+    """Return 1 if `name` adds the mask of the pair, -1 if it subtracts it."""
     return 1 if name < other else -1
 
 
 def add_stream(vector: Vector, key: bytes, sign: int) -> None:
-    """Add (1) or take away (-1), modulo 2**32 and in place, the numbers that the key streams. A key makes one mask,
-    ever.
+    """Add (sign 1) or subtract (-1) the key's stream of numbers, modulo 2**32, in place.
+
+    vector: (S,) uint32. The stream is ChaCha20 with a zero nonce, so a key may mask one vector only.
     """
     stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
     for start in range(0, vector.size, _CHUNK):
@@ -74,26 +79,30 @@ def add_stream(vector: Vector, key: bytes, sign: int) -> None:
 
 
 def stream(key: bytes) -> Callable[[int], bytes]:
-    """A key's stream: each call gives as many bytes as asked for, on from where the last one stopped."""
+    """Return a reader of a key's stream: each call gives the next `count` bytes."""
     encryptor = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
     return lambda count: encryptor.update(bytes(count))
 
 
 def stream_bytes(key: bytes, count: int) -> bytes:
-    """`count` bytes of a key's stream, from its beginning."""
+    """Return the first `count` bytes of a key's stream."""
     return stream(key)(count)
 
 
 def seal(plain: bytes, agreed: bytes, round_digest: str, sender: str, recipient: str) -> bytes:
-    """ChaCha20-Poly1305 under a key of this direction, pair and round, which seals one message: its nonce may be
-    fixed.
+    """Return a message encrypted with ChaCha20-Poly1305 under a key of this round, pair and direction.
+
+    The key seals one message only, so the nonce may be fixed.
     """
     key, associated_data = _box(agreed, round_digest, sender, recipient)
     return ChaCha20Poly1305(key).encrypt(bytes(12), plain, associated_data)
 
 
 def unseal(sealed: bytes, agreed: bytes, round_digest: str, sender: str, recipient: str) -> bytes:
-    """What `seal` sealed. Raises SignatureError where it was changed, or is of another round, sender or recipient."""
+    """Decrypt what `seal` encrypted.
+
+    Raises SignatureError if it was changed, or belongs to another round, sender or recipient.
+    """
     key, associated_data = _box(agreed, round_digest, sender, recipient)
     try:
         return ChaCha20Poly1305(key).decrypt(bytes(12), sealed, associated_data)
@@ -109,12 +118,16 @@ def _box(agreed: bytes, round_digest: str, sender: str, recipient: str) -> tuple
 
 PRIME = (1 << 256) + 297
 SECRET_BYTES, SHARE_BYTES = 32, 33
-# bytes of randomness a coefficient: what is left modulo the prime is even to 2**-127
+# bytes of randomness a coefficient: 384 bits modulo the prime are uniform to 2**-127
 COEFFICIENT_BYTES = 48
 
 
 def split_secret(secret: bytes, threshold: int, indices: Iterable[int], randomness: bytes) -> dict[int, bytes]:
-    """A share for each place (from 1). `randomness`: (threshold - 1) * 48 secret, uniform bytes, of no other use."""
+    """Return the Shamir share at each index, from 1.
+
+    randomness: (threshold - 1) * 48 secret, uniform bytes, used for nothing else. Raises ValueError for a secret or a
+    randomness of another length.
+    """
     if len(secret) != SECRET_BYTES or len(randomness) != (threshold - 1) * COEFFICIENT_BYTES:
         raise ValueError("a secret has 32 bytes, and each coefficient 48 of randomness")
     pieces = (randomness[start : start + COEFFICIENT_BYTES] for start in range(0, len(randomness), COEFFICIENT_BYTES))
@@ -126,7 +139,9 @@ def split_secret(secret: bytes, threshold: int, indices: Iterable[int], randomne
 
 
 def _evaluate(coefficients: list[int], constant: int, index: int) -> int:
-    """The polynomial at a place, by Horner's rule."""
+    """Return the polynomial's value at an index modulo PRIME, by Horner's rule; coefficients: from
+    the highest power.
+    """
     value = 0
     for coefficient in coefficients:
         value = (value + coefficient) * index % PRIME
@@ -134,9 +149,10 @@ def _evaluate(coefficients: list[int], constant: int, index: int) -> int:
 
 
 def combine_shares(shares: Mapping[int, bytes], threshold: int) -> bytes:
-    """The secret, from the `threshold` shares at the lowest places.
+    """Return the secret from the `threshold` shares with the lowest indices.
 
-    Raises RoundError where there are fewer, or where what comes out is no secret: a share was false.
+    s = sum_i f(i) w_i mod p, with Lagrange weights w_i. Raises RoundError if there are fewer shares, or if the result
+    is no secret because a share was false.
     """
     if len(shares) < threshold:
         raise RoundError(
@@ -157,7 +173,7 @@ def combine_shares(shares: Mapping[int, bytes], threshold: int) -> bytes:
 
 @lru_cache(maxsize=256)
 def _weights(indices: tuple[int, ...]) -> tuple[int, ...]:
-    """Lagrange's weights of these places for the value at 0."""
+    """Return the Lagrange weights of these indices for the value at 0: w_i = prod_{j != i} j / (j - i) mod p."""
     weights = []
     for index in indices:
         numerator, denominator = 1, 1

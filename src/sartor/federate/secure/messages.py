@@ -2,10 +2,9 @@ r"""Signed protocol messages of secure aggregation, each with one encoding.
 
     {"boxes":{...},"kind":"shares","round":"<digest>","schema":1,"sender":"ward-3","signature":"..."}\n<payload>
 
-A line of canonical JSON, then the raw payload, which `Masked` and `Invite` have. The line holds the payload's digest,
-and the signature is over the line without the signature. A message that is not written as `sealed` would write it is
-refused,
-so the digest of its bytes names it: sent twice, it is the same message.
+A message is a line of canonical JSON, then the raw payload, which `Masked`, `Shown` and `Invite` have. The line holds
+the payload's digest, and the signature covers the line without the signature. A message written in any other way than
+by `sealed` is rejected. The digest of its bytes therefore identifies it: sent twice, it is the same message.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from sartor.core.errors import ArtifactError, RoundError
 from sartor.federate.secure.identities import Identity, PinnedKeys
 
 SCHEMA = 1
-# of the line: keys or signatures of a few thousand neighbours
+# largest line: it may hold keys or signatures of a few thousand neighbours
 MOST_HEAD_BYTES = 16 << 20
 Payload = NewType("Payload", bytes)
 
@@ -48,7 +47,7 @@ class AdvertiseKeys:
 
 @dataclass(frozen=True)
 class PeerKeys:
-    """Coordinator: the signed Keys of the recipient's neighbours, as they sent them."""
+    """Coordinator: the signed AdvertiseKeys of the recipient's neighbours, as they sent them."""
 
     kind: ClassVar[str] = "peers"
     keys: tuple[bytes, ...]
@@ -56,7 +55,10 @@ class PeerKeys:
 
 @dataclass(frozen=True)
 class Shares:
-    """Client: sealed shares by holder, and the digest of the seed, against which what is rebuilt is held."""
+    """Client: sealed shares by holder, and the commitment to its seed.
+
+    commitment: digest that a rebuilt seed is compared with.
+    """
 
     kind: ClassVar[str] = "shares"
     commitment: bytes
@@ -81,7 +83,10 @@ class Masked:
 
 @dataclass(frozen=True)
 class SurvivorLists:
-    """Coordinator: whose vectors are in the sum, and who shared secrets and vanished since; names in order."""
+    """Coordinator: who is in the sum, and who shared secrets and has vanished since.
+
+    active, dropped: names, sorted.
+    """
 
     kind: ClassVar[str] = "lists"
     active: tuple[str, ...]
@@ -89,13 +94,16 @@ class SurvivorLists:
 
     @property
     def digest(self) -> str:
-        """What a client consents to."""
+        """Digest that a client consents to."""
         return records.digest([self.active, self.dropped])
 
 
 @dataclass(frozen=True)
 class Consent:
-    """Client: it holds these lists for the only ones of this round. `lists`: their digest."""
+    """Client: its statement that these lists are the only ones of this round.
+
+    lists: their digest.
+    """
 
     kind: ClassVar[str] = "consent"
     lists: str
@@ -112,7 +120,7 @@ class Unmask:
 
 @dataclass(frozen=True)
 class Reveal:
-    """Client: shares of the seeds of those in the sum, and of the mask keys of those who vanished."""
+    """Client: shares of the seeds of the clients in the sum, and of the mask keys of those that vanished."""
 
     kind: ClassVar[str] = "reveal"
     seeds: dict[str, bytes]
@@ -121,7 +129,10 @@ class Reveal:
 
 @dataclass(frozen=True)
 class Shown:
-    """Client, in an inspectable round: its update and its weight, for the coordinator to see (federate/updates.py)."""
+    """Client, in an inspectable round: its update and weight, visible to the coordinator.
+
+    tensors: packed as in federate/updates.py.
+    """
 
     kind: ClassVar[str] = "shown"
     tensors: Payload
@@ -129,7 +140,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """Coordinator: how the round ended, `done` or `abandoned`; who is in the sum, the digest of the new tensors."""
+    """Coordinator: the end of the round.
+
+    state: `done` or `abandoned`.
+    active: names of the clients in the sum.
+    shared: digest of the new tensors.
+    """
 
     kind: ClassVar[str] = "outcome"
     state: str
@@ -188,7 +204,10 @@ Any_Body = TypeVar(
 
 @dataclass(frozen=True)
 class Signed:
-    """A message as it was read; its signature is not checked yet. `document`: what it should sign."""
+    """Message as it was read, with its signature not yet checked.
+
+    document: bytes that the signature should cover.
+    """
 
     round: str
     sender: str
@@ -202,24 +221,25 @@ class Signed:
 
 
 def sealed(body: Body, round_digest: str, identity: Identity) -> bytes:
-    """The bytes of a message."""
+    """Return the bytes of a message, signed by `identity`."""
     head = _head(body, round_digest, identity.name)
     return _written(head, identity.sign(records.canonical(head)), _payload(body))
 
 
 def without_payload(content: bytes) -> bytes:
-    """What a transcript keeps of a message: the line that is signed, with the payload's digest."""
+    """Return what a transcript keeps of a message: the signed line, with the payload's digest."""
     return content.partition(b"\n")[0] + b"\n"
 
 
 def digest(content: bytes) -> str:
-    """The id of a message: sha256 of its bytes, hex."""
+    """Return the id of a message: sha256 of its bytes, hex."""
     return hashlib.sha256(content).hexdigest()
 
 
 def read_message(content: bytes) -> Signed:
-    """A message from its bytes. Raises ArtifactError for what is none, or is written in another way than `sealed`
-    writes.
+    """Return a message from its bytes, with its signature not yet checked.
+
+    Raises ArtifactError for bytes that are no message, or that `sealed` would write differently.
     """
     line, _, payload = content.partition(b"\n")
     try:
@@ -243,9 +263,9 @@ def read_message(content: bytes) -> Signed:
 def verify_message(
     content: bytes, kind: type[Any_Body], round_digest: str, roster: PinnedKeys
 ) -> tuple[str, Any_Body]:
-    """(sender, body) of a message of this kind and round whose signature holds.
+    """Return (sender, body) of a message of this kind and round, after checking its signature.
 
-    Raises ArtifactError, SignatureError, and RoundError where it is another round's or another kind.
+    Raises ArtifactError, SignatureError, and RoundError if it belongs to another round or is of another kind.
     """
     signed = read_message(content)
     if signed.round != round_digest:

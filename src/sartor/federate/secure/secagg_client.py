@@ -1,8 +1,8 @@
 """Client side of secure aggregation.
 
-What it draws comes from one secret of the round (`root`), so the same requests have the same answers, to the byte: a
-client that was killed goes on from its root and the requests that it kept. To a second, different request of one stage
-it says no: a server that asks twice wants to learn what one answer does not tell.
+Everything it draws comes from one secret of the round (`root`), so the same requests get the same answers, byte for
+byte. A client that was killed resumes from its root and the stored requests. It refuses a second, different request of
+one stage: a server that asks twice wants to learn what one answer does not tell.
 """
 
 from __future__ import annotations
@@ -36,28 +36,32 @@ _CHEAT = "leave this coordinator, and tell the others"
 
 
 def commitment(seed: bytes, round_digest: str, name: str) -> bytes:
-    """What is published of a seed before it is revealed."""
+    """Return the commitment to a seed that is published before the seed is revealed."""
     return hashlib.sha256(masking_crypto.derive(seed, round_digest, "commitment", name)).digest()
 
 
 def own_mask_key(seed: bytes, round_digest: str, name: str) -> bytes:
-    """The key of the mask that only `name` adds."""
+    """Return the key of the mask that only `name` adds."""
     return masking_crypto.derive(seed, round_digest, "own mask", name)
 
 
 @dataclass(frozen=True)
 class HeldShares:
-    """The shares that a client holds of another's secrets."""
+    """Shares that a client holds of another client's secrets.
+
+    seed: share of the seed of its own mask.
+    key: share of its mask key.
+    """
 
     seed: bytes
     key: bytes
 
 
 class SecAggClient:
-    """One client in one round. `root`: 32 secret random bytes, of this round alone; kept where a kill does not lose
-    them.
+    """Client of one round of secure aggregation.
 
-    Raises RoundError, before anything is said, where the terms break the policy.
+    root: 32 secret random bytes for this round alone, stored where a kill does not lose them.
+    Raises RoundError, before any message, if the terms break the policy.
     """
 
     def __init__(
@@ -83,13 +87,14 @@ class SecAggClient:
         self._lists: SurvivorLists | None = None
 
     def keys(self) -> bytes:
-        """The first answer: this client's keys of the round."""
+        """Return the first answer: this client's signed public keys of the round."""
         channel, mask = (key.public_key().public_bytes_raw() for key in (self._channel, self._mask))
         return self._sealed(AdvertiseKeys(channel, mask))
 
     def share(self, request: bytes) -> bytes:
-        """Peers -> Shares. Raises SignatureError for a key that its owner did not sign, RoundError for too few or
-        strangers.
+        """Answer PeerKeys with Shares.
+
+        Raises SignatureError for a key that its owner did not sign, RoundError for too few keys or those of strangers.
         """
         peers = self._opened(request, PeerKeys)
         peer_keys: dict[str, AdvertiseKeys] = {}
@@ -122,8 +127,9 @@ class SecAggClient:
         return self._sealed(Shares(commitment(self._seed, digest, self.name), boxes))
 
     def hold(self, request: bytes) -> None:
-        """Take the shares that are for this client. Raises SignatureError for a changed box, RoundError if too few
-        came.
+        """Store the shares that are meant for this client.
+
+        Raises SignatureError for a changed box, RoundError if too few came.
         """
         boxes = self._opened(request, SealedShares).boxes
         if strangers := sorted(set(boxes) - set(self._peers)):
@@ -139,8 +145,10 @@ class SecAggClient:
         self._held_shares = {self.name: self._own_shares, **held_shares}
 
     def mask(self, vector: Vector) -> bytes:
-        """The vector (of the layout's size, changed in place) under this client's masks. Once a round, whatever the
-        vector.
+        """Return the vector under this client's masks; once a round, whatever the vector.
+
+        vector: (S,) uint32, of the layout's size, changed in place. Bonawitz et al. 2017, figure 4, round 2: y = x +
+        PRG(b) + sum over peers v of sign(u, v) PRG(s_uv) mod 2**32. Raises RoundError for a second call.
         """
         if vector.size != self.round.terms.size:
             raise RoundError(
@@ -150,6 +158,7 @@ class SecAggClient:
             )
         self.masked_before()
         digest = self.round.digest
+        # y = x + PRG(b_u) + sum_v sign(u, v) PRG(s_uv)  mod 2**32;  vector: (S,)
         masking_crypto.add_stream(vector, own_mask_key(self._seed, digest, self.name), 1)
         for peer in sorted(set(self._held_shares) - {self.name}):
             agreed = masking_crypto.agree(self._mask, self._peers[peer].mask, peer)
@@ -161,18 +170,22 @@ class SecAggClient:
         return self._sealed(Masked(Payload(vector.astype("<u4", copy=False).tobytes())))
 
     def masked_before(self) -> None:
-        """Note that `mask` is done, also on going on after a kill with the answer that was kept. RoundError: it was
-        before.
+        """Mark `mask` as done; call it also on resuming after a kill with the stored answer.
+
+        Raises RoundError if it was done before.
         """
         if "mask" in self._request_digests:
-            # two vectors under one mask have a difference that no mask covers
+            # the difference of two vectors under one mask is unmasked
             raise RoundError(
                 f"{self.name} sent its vector of this round before", "send the one that is kept", "replayed"
             )
         self._note("mask", b"")
 
     def consent(self, request: bytes) -> bytes:
-        """Lists -> Consent. Raises RoundError for lists that no honest coordinator makes, and for second ones."""
+        """Answer SurvivorLists with Consent.
+
+        Raises RoundError for lists that no honest coordinator makes, and for second ones.
+        """
         lists = self._opened(request, SurvivorLists)
         if "mask" not in self._request_digests:
             raise RoundError("lists came before this client sent its vector", _CHEAT, "stage")
@@ -182,8 +195,10 @@ class SecAggClient:
         return self._sealed(Consent(lists.digest))
 
     def reveal(self, request: bytes) -> bytes:
-        """Unmask -> Reveal: once a round, for the lists that it consented to, if a quorum of its holders consented
-        too.
+        """Answer Unmask with Reveal, once a round.
+
+        The lists must be those that this client consented to, and a quorum of its holders must have consented too.
+        Raises RoundError otherwise.
         """
         unmask = self._opened(request, Unmask)
         if self._lists is None or unmask.lists != self._lists.digest:
@@ -245,7 +260,7 @@ class SecAggClient:
         return body
 
     def _note(self, stage: str, request: bytes) -> None:
-        """Let each stage have one request, in order. Raises RoundError for another one."""
+        """Store the digest of a stage's request, in order. Raises RoundError for a different one of the same stage."""
         order = STAGES.index(stage)
         if missing := [earlier for earlier in STAGES[:order] if earlier not in self._request_digests]:
             raise RoundError(f"{stage!r} is asked for before {missing[0]!r}", _CHEAT, "stage")

@@ -1,13 +1,13 @@
 """Server side of secure aggregation.
 
-Pure: what it holds follows from the messages it took and the stages it closed, in their order, so a coordinator that
-was killed is rebuilt from its journal. It learns the sum of those in `active`, as long as fewer than a third of each
-client's holders tell it more than this protocol says.
+Its state follows from the messages it took and the stages it closed, in their order. A coordinator that was killed is
+therefore rebuilt from its journal. The server learns the sum over `active`, as long as fewer than a third of each
+client's holders tell it more than this protocol does.
 
-Why a reveal to lists L leaves no vector bare: the seed of v opens only where a quorum of v's holders accepted L; each
-of them accepted because a quorum of its own holders signed L, so no other list finds a quorum among those, and its
-mask key stays closed. So the masks between v and more than a third of its holders, less those that collude, stand and
-fall only in the sum.
+A reveal for lists L unmasks no single vector. The seed of v opens only if a quorum of v's holders accepted L. Each of
+them accepted because a quorum of its own holders signed L. No other list finds a quorum among those, so its mask key
+stays closed. The masks between v and more than a third of its holders, less those that collude, thus cancel only in
+the sum.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ STAGES: tuple[Stage, ...] = ("keys", "shares", "masked", "consent", "reveal", "d
 
 @dataclass(frozen=True)
 class Sum:
-    """`vector`: modulo 2**32, of the clients in `active`. ring.decode makes tensors of it."""
+    """Sum of the vectors of the clients in `active`.
+
+    vector: (S,) uint32, modulo 2**32; fixed_point.decode turns it into tensors.
+    """
 
     vector: Vector
     active: tuple[str, ...]
@@ -52,7 +55,10 @@ class Sum:
 
 @dataclass
 class _Received:
-    """What came, by stage and sender. Of a masked vector the id alone: it is in the total."""
+    """Messages received, by stage and sender.
+
+    ids: digests of the messages; a masked vector is kept as its id only, since it is in the total.
+    """
 
     keys: dict[str, AdvertiseKeys] = field(default_factory=dict)
     shares: dict[str, Shares] = field(default_factory=dict)
@@ -63,7 +69,7 @@ class _Received:
 
 
 class SecAggServer:
-    """One sum. The stage `keys` is open from the beginning: its request is the manifest."""
+    """Server of one sum. The stage `keys` is open from the beginning: its request is the manifest."""
 
     def __init__(self, round_: Round, identity: Identity, roster: PinnedKeys) -> None:
         self.round, self._identity, self._roster = round_, identity, roster
@@ -74,23 +80,24 @@ class SecAggServer:
 
     @property
     def expected(self) -> tuple[str, ...]:
-        """Whose answers the stage waits for, in order: those who answered every stage before."""
+        """Clients whose answers the stage waits for, sorted: those who answered every stage before."""
         previous = STAGES[STAGES.index(self.stage) - 1]
         return self.round.terms.cohort if self.stage == "keys" else tuple(sorted(self._received.ids[previous]))
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Whose answers are not there yet."""
+        """Clients whose answers have not come yet."""
         return tuple(name for name in self.expected if name not in self._received.ids[self.stage])
 
     @property
     def lists(self) -> SurvivorLists:
-        """Who is in the sum and who vanished, once the stage `masked` is closed."""
+        """Clients in the sum and clients that vanished, once the stage `masked` is closed."""
         return self._lists
 
     def request(self, name: str) -> bytes:
-        """What `name` is to answer now; the same bytes each time. Empty in the stage `keys`, and once the sum is
-        done.
+        """Return the request that `name` must answer now; the same bytes each time.
+
+        Empty in the stage `keys`, and once the sum is done.
         """
         body = self._request(name)
         return messages.sealed(body, self.round.digest, self._identity) if body else b""
@@ -118,10 +125,10 @@ class SecAggServer:
                 return None
 
     def take(self, content: bytes) -> bool:
-        """Take an answer. False where it changes nothing: it came before, or too late for its stage.
+        """Take an answer, and return whether it counts; False if it came before, or too late for its stage.
 
-        Raises ArtifactError, SignatureError, and RoundError for one that is due from nobody; ConflictError for a
-        second one.
+        Raises ArtifactError, SignatureError, RoundError for an answer that is not due, and ConflictError for a second
+        one.
         """
         signed = messages.read_message(content)
         stage = _STAGE_OF.get(type(signed.body))
@@ -170,9 +177,9 @@ class SecAggServer:
                 self._received.reveals[sender] = body
 
     def close(self) -> Stage:
-        """End the stage with those who answered, and open the next, which is returned.
+        """End the stage with the clients that answered, open the next one and return it.
 
-        Raises RoundError where fewer than the threshold did: the round is over, and nobody is asked for anything more.
+        Raises RoundError if fewer than the threshold answered: the round is over, and no further request is sent.
         """
         n_answered, terms = len(self._received.ids[self.stage]), self.round.terms
         if self.stage == "done":
@@ -193,15 +200,17 @@ class SecAggServer:
         return self.stage
 
     def result(self) -> Sum:
-        """The sum, once every stage is closed."""
+        """Return the sum, once every stage is closed; RoundError before."""
         if self.stage != "done":
             raise RoundError(f"the sum is not done: its stage is {self.stage!r}", "close the stages before", "stage")
         return Sum(self._total.copy(), self._lists.active)
 
     def _unmask(self) -> None:
-        """Take the own masks of those in the sum off the total, and the masks with those who vanished.
+        """Subtract the own masks of active clients and the pair masks with dropped ones from the total.
 
-        Everything is rebuilt before anything is taken off: what cannot be rebuilt leaves the total masked.
+        Bonawitz et al. 2017, figure 4, round 4: z = sum y_u - sum PRG(b_u) - sum over active u, dropped v of sign(u,
+        v) PRG(s_uv) mod 2**32. Everything is rebuilt before anything is subtracted: if one secret cannot be rebuilt,
+        the total stays masked.
         """
         digest = self.round.digest
         seeds = {name: self._rebuild(name, "seeds") for name in self._lists.active}
@@ -225,7 +234,7 @@ class SecAggServer:
                 )
 
     def _is_masked_with(self, dropped: str) -> list[str]:
-        """Who in the sum added a mask with one who vanished: those who were given its shares."""
+        """Return the active clients that added a mask with a dropped one: those who were given its shares."""
         recipients = self.round.terms.graph.neighbours(dropped) & set(self._received.shares[dropped].boxes)
         return sorted(recipients & set(self._lists.active))
 

@@ -1,9 +1,9 @@
-"""Cohort, threshold, layout and mask graph.
+"""Terms of a secure sum: cohort, threshold, layout and mask graph.
 
-The sparse graph is a circulant one: names on a ring in an order drawn from the seed, each joined with those at k/2
-offsets drawn from the seed, to both sides. A random circulant graph of more than log n offsets is an expander with
-high probability (Alon and Roichman 1994), so no small group can be cut off from the rest; the offset 1 keeps it in one
-piece in any case.
+The sparse graph is a circulant graph. Names stand on a ring in an order drawn from the seed. Each is joined with those
+at k/2 offsets, drawn from the seed too, on both sides. A random circulant graph of more than log n offsets is an
+expander with high probability (Alon and Roichman 1994), so no small group can be cut off from the rest. The offset 1
+keeps the graph connected in any case.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from sartor.core.errors import ArtifactError, ConfigError, RoundError
 
 
 class Graph:
-    """The neighbours of each name. `degree` 0: everyone is everyone's. `seed`: 64 hex digits."""
+    """Mask graph: the neighbours of each name.
+
+    degree: number of neighbours; 0 joins everyone with everyone.
+    seed: 64 hex digits.
+    Raises ConfigError for a degree that is odd or too large.
+    """
 
     def __init__(self, names: Sequence[str], degree: int, seed: str) -> None:
         if degree and (degree % 2 or not 2 <= degree <= most_degree(len(names))):
@@ -46,7 +51,7 @@ class Graph:
         return hashlib.sha256(f"{self._seed} {label}".encode()).digest()
 
     def neighbours(self, name: str) -> frozenset[str]:
-        """Whom `name` shares masks with; never itself."""
+        """Return the clients that `name` shares masks with; never itself."""
         if not self._degree:
             return frozenset(self._names) - {name}
         ring, positions, offsets = self._ring
@@ -55,16 +60,19 @@ class Graph:
 
 
 def most_degree(count: int) -> int:
-    """The largest degree of a sparse graph over `count` names."""
+    """Return the largest degree of a sparse graph over `count` names."""
     return 2 * ((count - 1) // 2)
 
 
 def failure_bound(count: int, degree: int, share_threshold: int, vanished: int) -> float:
-    """An upper bound on the probability, 0..1, that a round fails where `vanished` of `count` clients do, drawn at
-    random.
+    """Return an upper bound on the probability that a round fails if `vanished` random clients do.
 
-    It fails where one client has fewer than `share_threshold` holders left: a hypergeometric tail for the `degree`
-    neighbours of each, summed over clients. A client that is there is its own holder; the bound leaves that out.
+    It fails if one client has fewer than `share_threshold` holders left. With n = `count`, d = `degree`, v =
+    `vanished`, t = `share_threshold`, the bound is a union over clients of a hypergeometric tail:
+
+        n sum_{k < t} C(n - 1 - v, k) C(v, d - k) / C(n - 1, d)
+
+    at most 1. A client that stays is its own holder; the bound leaves that out.
     """
     staying, leaving = count - 1 - vanished, vanished
 
@@ -79,19 +87,22 @@ def failure_bound(count: int, degree: int, share_threshold: int, vanished: int) 
     return min(1.0, count * float(probabilities.sum()))
 
 
-# the largest integer of the ring that is positive
+# largest positive integer of the ring
 MOST_SUM = (1 << 31) - 1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def least_threshold(cohort_size: int) -> int:
-    """The smallest t with t > 2n/3."""
+    """Return the smallest t with t > 2n/3."""
     return 2 * cohort_size // 3 + 1
 
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """Where a tensor stands in the vector. `scale`: the value of one unit of the ring; every client's is the same."""
+    """Position of a tensor in the vector.
+
+    scale: value of one unit of the ring, the same for every client.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -99,16 +110,18 @@ class TensorSlot:
 
     @property
     def size(self) -> int:
-        """How many numbers."""
+        """Number of values."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class SecureSumTerms:
-    """cohort: names in order. threshold: how many must stay to the end. degree, seed: of the graph, 0: everyone with
-    everyone.
+    """Terms of a secure sum.
 
-    Raises ConfigError for what can be no sum.
+    cohort: names, sorted.
+    threshold: number of clients that must stay to the end.
+    degree, seed: of the graph; degree 0 joins everyone with everyone.
+    Raises ConfigError for terms that allow no sum.
     """
 
     cohort: tuple[str, ...]
@@ -140,42 +153,38 @@ class SecureSumTerms:
 
     @cached_property
     def graph(self) -> Graph:
-        """Who shares masks with whom."""
+        """Graph of the clients that share masks."""
         return Graph(self.cohort, self.degree, self.seed)
 
     @cached_property
     def size(self) -> int:
-        """Numbers in the vector."""
+        """Number of values in the vector, S."""
         return sum(slot.size for slot in self.layout)
 
     @property
     def max_units(self) -> int:
-        """The largest magnitude, in units of the ring, that each client may send: the sum of all of them stays in the
-        ring.
-        """
+        """Largest magnitude, in units of the ring, that each client may send; the sum then stays in the ring."""
         return MOST_SUM // len(self.cohort)
 
     @property
     def holders(self) -> int:
-        """How many hold shares of one client's secrets, the client itself among them."""
+        """Number of holders of one client's shares, h, the client itself among them."""
         return self.degree + 1 if self.degree else len(self.cohort)
 
     @property
     def share_threshold(self) -> int:
-        """How many shares rebuild a secret: the same fraction of the holders as `threshold` is of the cohort, rounded
-        up.
-        """
+        """Number of shares that rebuild a secret: ceil(t h / n), the threshold's fraction of the holders."""
         return -(-self.threshold * self.holders // len(self.cohort))
 
     @cached_property
     def share_indices(self) -> Mapping[str, int]:
-        """The place of each client's shares, from 1."""
+        """Index of each client's shares, from 1."""
         return {name: index for index, name in enumerate(self.cohort, 1)}
 
     def as_json(self) -> dict[str, Any]:
-        """As a manifest says it."""
+        """Return the terms as a manifest holds them."""
         layout = [asdict(slot) for slot in self.layout]
-        # not asdict: it copies the cohort name by name
+        # asdict would copy the cohort name by name
         return {
             "cohort": self.cohort,
             "threshold": self.threshold,
@@ -186,7 +195,7 @@ class SecureSumTerms:
 
     @classmethod
     def of(cls, payload: Any) -> SecureSumTerms:
-        """What a manifest says. Raises ArtifactError for what is of another form."""
+        """Return the terms from a manifest. Raises ArtifactError for a malformed payload."""
         try:
             layout = tuple(
                 TensorSlot(str(item["name"]), tuple(map(_whole, item["shape"])), _number(item["scale"]))
@@ -218,18 +227,19 @@ def _number(value: Any) -> float:
 
 @dataclass(frozen=True)
 class SecureSumPolicy:
-    """What a client demands, whatever the coordinator signs. `least_degree`: of a graph in which not everyone is
-    joined.
+    """Minimum terms that a client demands, whatever the coordinator signs.
 
-    The least cohort is 3: of two, each subtracts its own vector from the sum and has the other's.
+    least_cohort: 3, since of two clients each subtracts its own vector from the sum and has the other's.
+    least_degree: least degree of a graph in which not everyone is joined.
     """
 
     least_cohort: int = 3
     least_degree: int = 64
 
     def check(self, terms: SecureSumTerms, name: str, pinned: Iterable[str]) -> None:
-        """Raise RoundError for a sum that this client, called `name`, will not take part in. `pinned`: whose keys it
-        has.
+        """Raise RoundError for a sum in which this client, called `name`, does not take part.
+
+        pinned: names whose keys it has.
         """
         count = len(terms.cohort)
         if count < self.least_cohort:
@@ -265,8 +275,10 @@ class SecureSumPolicy:
 
 @dataclass(frozen=True)
 class Round:
-    """One sum. `digest`: of the signed manifest, which every key, mask and signature is bound to. coordinator: its
-    name.
+    """One secure sum.
+
+    digest: of the signed manifest; every key, mask and signature is bound to it.
+    coordinator: name of the coordinator.
     """
 
     digest: str

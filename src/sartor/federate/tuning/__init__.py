@@ -1,1 +1,1 @@
-"""Rounds that tune a LoRA adapter: what a client does, and whole runs in one process."""
+"""Rounds that tune a LoRA adapter: a client's work, and whole runs in one process."""

@@ -1,23 +1,26 @@
-"""Runs privacy attacks on a federated adapter.
+"""Runner of privacy attacks on a federated adapter.
 
     membership   of the tuned adapter: losses of trained and of held-out rows, beside the untuned base's
     exposure     of rows with a secret, planted in a run of rounds of their own, which makes no adapter that is shipped
     inversion    of what one client sends in the first round, and of the gradient of one of its rows
     audit        where privacy is claimed: of a client, the rounds; of its rows, who is a member of the adapter
 
-Whoever writes such an adapter calls this. A coordinator of real clients has none of their rows: what needs them is
-left out with the reason, and made-up clients do the rest.
+Every writer of such an adapter runs them. A coordinator of real clients has none of their rows. Attacks that need rows
+are then left out with the reason, and simulated clients do the rest.
 
-A canary is a direction: values of an update that are no other canary's, with random signs. A client of the audit sends
-the sum of those of its canaries whose coins say so, as long as the clip, through the same rounds that tuned the
-adapter: the clip, the noise as it is really drawn, the ring, the secure sum, as many rounds (as Andrew et al. 2023,
-arXiv:2302.03098, do with random directions, and as the worst case of Nasr et al. 2021, arXiv:2101.04535). How far the
-shared adapter moved along a canary is its score; guessing the coins from the scores bounds epsilon from below
-(`privacy.attacks.audit.one_run`).
+A gradient canary is a direction: values of an update that belong to no other canary, with random signs. A client of
+the audit sends the sum of those of its canaries whose coins say so, scaled to the clip norm. It passes through the
+same rounds that tuned the adapter: the clip, the noise as it is really drawn, the ring, the secure sum, as many
+rounds. Andrew et al. 2023, arXiv:2302.03098, use random directions in this way; the worst case is that of Nasr et al.
+2021, arXiv:2101.04535. With unit direction d_c of canary c, its score is the change of the shared adapter along it:
 
-What is measured is the mechanism as installed here, not the shipped adapter, which holds no canary. A client has many
-canaries, so one is a part of what a client can change: the bound holds for the client's epsilon, and is looser than
-with one each.
+    score_c = <shared_after - shared_before, d_c>
+
+Guessing the coins from the scores bounds epsilon from below (`privacy_attacks.one_run`).
+
+This measures the mechanism as installed here, not the shipped adapter, which holds no canary. A client has many
+canaries, so one canary is only a part of what a client can change. The bound holds for the client's epsilon, and is
+looser than with one canary a client.
 """
 
 from __future__ import annotations
@@ -57,15 +60,22 @@ LEAST, MOST = 64, 16_384
 
 
 def canaries_for(claim: PrivacyBudget, values: int) -> int:
-    """As many as can show a tenth more than the claim if every guess is right, where an update has room for them."""
+    """Return the number of canaries m that can show 1.1 times the claim if every guess is right.
+
+    m / 2 right guesses refute epsilon if (1 + e^-epsilon)^(-m / 2) < 0.05, so m = 2 ceil(ln(20) e^(1.1 epsilon)).
+    values: size of an update, an upper limit of m. m is also limited to 64..16,384, and at least 10.
+    """
     needed = 2 * math.ceil(-math.log(1 - privacy_attacks.CONFIDENCE) * math.exp(min(1.1 * claim.epsilon, 20.0)))
     return max(10, min(max(LEAST, needed), MOST, values))
 
 
 @dataclass(frozen=True)
 class GradientCanaries:
-    """count canaries over an update's values (P,): `signs` (P,), each value's canary `owner` (P,), and the coins
-    `is_in`.
+    """Canaries over the P values of an update.
+
+    owner: (P,), canary of each value.
+    signs: (P,), -1 or 1.
+    is_in: (count,), coins; True: the canary is sent.
     """
 
     owner: NDArray[np.int64]
@@ -74,14 +84,15 @@ class GradientCanaries:
 
     @classmethod
     def drawn(cls, count: int, values: int, seed: int) -> GradientCanaries:
-        """From a seed."""
+        """Draw `count` canaries over an update of `values` numbers from a seed."""
         rng = np.random.default_rng([seed, 1])
         owner = rng.permutation(np.arange(values, dtype=np.int64) % count)
         return cls(owner, np.where(rng.random(values) < 0.5, 1.0, -1.0), privacy_attacks.coins(count, seed))
 
     def sent(self, canaries: Sequence[int], like: Tensors, length: float) -> Tensors:
-        """The update of a client that has these canaries: those that are in, together as long as `length`; zeros for
-        none.
+        """Return the update of a client with these canaries, in the shapes of `like`.
+
+        It is the sum of the canaries that are in, scaled to the norm `length`; zeros if there are none.
         """
         chosen = np.isin(self.owner, [canary for canary in canaries if self.is_in[canary]])
         direction = np.where(chosen, self.signs, 0.0)
@@ -89,18 +100,24 @@ class GradientCanaries:
         return unflat(direction * (length / norm if norm else 0.0), like)
 
     def scores(self, change: Tensors) -> NDArray[np.float64]:
-        """(count,): how far each canary's direction was gone along."""
+        """Return the change along each canary's unit direction, shape (count,).
+
+        score_c = sum over p with owner p = c of change_p signs_p / sqrt(number of such p).
+        """
         projections = np.bincount(self.owner, flat(change) * self.signs, len(self.is_in))
         return np.asarray(projections / np.sqrt(np.bincount(self.owner, minlength=len(self.is_in))))
 
     def audited(self, change: Tensors, claim: PrivacyBudget) -> Audit:
-        """What guessing the coins shows."""
+        """Return the audit by guessing the coins from a change, which has the shapes of an update."""
         return privacy_attacks.one_run(self.scores(change).tolist(), self.is_in.tolist(), claim.delta)
 
 
 @dataclass
 class CanaryTask:
-    """A client of the audit: it trains nothing. canaries: which are its own."""
+    """Task of a client of the audit, which trains nothing.
+
+    canaries: indices of its canaries.
+    """
 
     mode: Mode
     drawn: GradientCanaries
@@ -108,20 +125,26 @@ class CanaryTask:
     losses: dict[int, Losses] = field(default_factory=dict)
 
     def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
-        """See Task: the same in each round that sends the tensors of the first one, and nothing in another."""
+        """Return the canaries' update, in the shapes that the round sends.
+
+        It is the same in each round that sends the tensors of the first one, and zero in the others.
+        """
         like = self.mode.sent(shared, manifest.number)
         if set(like) != set(self.mode.sent(shared, 1)):
             return LocalUpdate({name: np.zeros_like(value) for name, value in like.items()}, 1)
         return LocalUpdate(self.drawn.sent(self.canaries, like, manifest.rules.clip), 1)
 
 
-# tokens that are looked at together
+# tokens of the vocabulary that one forward pass computes
 _AT_ONCE = 4_096
 
 
 @torch.no_grad()
 def row_losses(resident: SharedBase, shared: Tensors, rows: Sequence[TokenizedExample]) -> list[float]:
-    """Mean nats per supervised token of each row under an adapter, in the rows' order."""
+    """Return the mean loss of each row under an adapter, nats per supervised token, in the rows' order.
+
+    shared: LoRA factors A (R, in), B (out, R).
+    """
     resident.put(shared)
     resident.model.eval()
     path, means = resident.path(resident.model, rows, LossOptions()), list[float]()
@@ -134,7 +157,10 @@ def row_losses(resident: SharedBase, shared: Tensors, rows: Sequence[TokenizedEx
 
 
 def gradient(resident: SharedBase, shared: Tensors, row: TokenizedExample, name: str) -> Array:
-    """The gradient of one row's loss in the factor `name`, which a client that steps along gradients would send."""
+    """Return the gradient of one row's mean loss in the factor `name`, in the factor's shape, fp32.
+
+    A client that takes a gradient step would send it.
+    """
     resident.put(shared)
     resident.hold(lambda other: other == name)
     path = resident.path(resident.model, [row], LossOptions())
@@ -149,13 +175,13 @@ def gradient(resident: SharedBase, shared: Tensors, row: TokenizedExample, name:
 
 
 class _Read(Exception):
-    """The module's input was read; the rest of the pass is not wanted."""
+    """Exception that ends a forward pass once the module's input was read."""
 
 
 def inputs_of(resident: SharedBase, module: str) -> NDArray[np.float32]:
-    """(V, in): what a module reads where each token of the vocabulary stands alone. Nothing behind it is computed.
+    """Return the input of a module for each token of the vocabulary alone: shape (V, in), fp32.
 
-    module: as PEFT's files name it, without the factor.
+    module: name as in PEFT's files, without the factor. Layers behind the module are not computed.
     """
     count = int(resident.model.get_input_embeddings().weight.shape[0])
     with _watched(resident.model.get_submodule(module)) as read, torch.no_grad():
@@ -170,7 +196,7 @@ def inputs_of(resident: SharedBase, module: str) -> NDArray[np.float32]:
 
 @contextmanager
 def _watched(module: Any) -> Iterator[list[NDArray[np.float32]]]:
-    """The inputs (N, in) of a module, each of which ends the pass."""
+    """Collect the inputs (N, in) of a module in the yielded list; each of them ends the forward pass."""
     read: list[NDArray[np.float32]] = []
 
     def look(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -185,20 +211,24 @@ def _watched(module: Any) -> Iterator[list[NDArray[np.float32]]]:
 
 
 Notice = Callable[[str], object]
-# copies of a planted row in a client's rows, a canary each; other secrets that it stands among: 6 bits at most
+# copies of each planted row in a client's rows; other secrets that it is ranked among: an exposure of 6 bits at most
 COPIES, OTHERS = (1, 4), 63
-# rounds of the run in which they are planted
+# most rounds of the run in which they are planted
 MOST_ROUNDS = 5
 _SECRET = 6
-# of members and of others, below which guessing shows nothing
+# least number of members, and of others: with fewer, guessing shows nothing
 LEAST_ROWS = 10
 _NOBODYS = "its clients' rows are not here"
 
 
 @dataclass(frozen=True)
 class AttackTarget:
-    """What is attacked. shared: the tuned adapter; rows: by client, empty where they are not here; most_rows: that are
-    looked at on either side, and trained on by each client where canaries are planted. clients: how many took part.
+    """Adapter under attack, and the rows around it.
+
+    shared: the tuned adapter.
+    rows: by client; empty where they are not available.
+    most_rows: number of trained rows, and of held-out rows, that the attacks use; with planted canaries each client
+    also trains on at most this many of its own rows.
     """
 
     setup: SimulationSetup
@@ -215,9 +245,10 @@ class AttackTarget:
 
 
 def run_attacks(target: AttackTarget, notice: Notice = lambda line: None) -> AttackReport:
-    """Make every attack that can be made here; of the others the report says why not. `most_rows` 0 makes none.
+    """Run every attack that is possible here; the report gives the reason for the others.
 
-    Journals of its rounds stand in the setting's folder while it goes, and are removed. Raises what rounds raise.
+    `most_rows` 0 runs none. Journals of its rounds stand in the setup's folder meanwhile, and are removed. Raises the
+    errors of the rounds.
     """
     recipe = target.setup.recipe
     claimed = recipe.privacy.budget if recipe.privacy else None
@@ -238,7 +269,7 @@ def run_attacks(target: AttackTarget, notice: Notice = lambda line: None) -> Att
 
 
 def _unwanted(target: AttackTarget) -> str:
-    """Why no attack is made; empty where all are."""
+    """Return the reason why no attack is run; empty if they are."""
     if not target.most_rows:
         return "data.attack_rows is 0: nobody asked for it"
     if target.setup.recipe.mode == "residual":
@@ -247,8 +278,9 @@ def _unwanted(target: AttackTarget) -> str:
 
 
 def _task(target: AttackTarget, rows: TokenizedDataset, folder: str) -> LoraTask:
-    """A client's work as it was done, on these rows: with noise where their privacy is claimed, under a budget of its
-    own.
+    """Return a client's task on these rows, with noise if their privacy is claimed.
+
+    The noise has a budget of its own in `folder`.
     """
     privacy, setup = target.setup.recipe.privacy, target.setup
     guard = RowPrivacy.open(privacy, setup.folder / folder) if privacy and privacy.level == "example" else None
@@ -269,7 +301,10 @@ def _membership(target: AttackTarget, skipped: dict[str, str]) -> tuple[Membersh
 
 
 def _exposures(target: AttackTarget) -> tuple[Exposure, ...]:
-    """Of canaries in rounds like those that were, on bounded rows of the same clients."""
+    """Return the exposure of planted canaries.
+
+    They are planted in rounds like the real ones, on some rows of the same clients.
+    """
     setup, chat = target.setup, target.setup.resident.base.chat
     rng = random.Random(f"canaries {setup.recipe.seed}")
     names = sorted(setup.tasks)
@@ -283,7 +318,7 @@ def _exposures(target: AttackTarget) -> tuple[Exposure, ...]:
     rows_by_client = {name: list(rows.train[: target.most_rows]) for name, rows in target.rows.items()}
     for index, canary in enumerate(planted):
         rows_by_client.setdefault(names[index % len(names)], []).extend([canary] * COPIES[index])
-    # a client of whom nothing is here has something to learn all the same
+    # a client without rows here trains on a row with a fresh secret
     tasks = {
         name: _task(target, TokenizedDataset(rows_by_client.get(name) or [row(0)]), f"planted/{name}")
         for name in names
@@ -308,7 +343,7 @@ def _exposures(target: AttackTarget) -> tuple[Exposure, ...]:
 
 
 def _times(target: AttackTarget, rows: Sequence[TokenizedExample], rounds: int, index: int) -> int:
-    """How often a canary was trained on, about."""
+    """Return about how often a canary was trained on."""
     local, optimizer = target.setup.recipe.local, target.setup.recipe.optimizer
     tokens = sum(len(row.ids) for row in rows)
     passes = local.epochs or (local.updates or 0) * min(1.0, optimizer.batch_tokens / tokens)
@@ -335,7 +370,7 @@ def _inversions(target: AttackTarget, skipped: dict[str, str]) -> tuple[Inversio
         ),
         f"gradient of one row of {client}": (gradient(resident, setup.start, shortest, module + B), [shortest]),
     }
-    # the last token of a row is read by nothing
+    # the last token of a row is never an input
     return tuple(
         privacy_attacks.score_inversion(
             attack,
@@ -367,10 +402,10 @@ def _audit(target: AttackTarget, skipped: dict[str, str]) -> Audit | None:
 
 
 def _audit_of_rows(target: AttackTarget, claim: PrivacyBudget, skipped: dict[str, str]) -> Audit | None:
-    """Of the shipped adapter itself: as many members as held-out rows, guessed by how much of their loss the tuning
-    took.
+    """Audit the shipped adapter itself, with as many trained rows as held-out ones.
 
-    Which rows are held out was drawn by group, not by a coin for each row: coins are what the bound is proved for.
+    score of a row = its loss before tuning - its loss after. Held-out rows were drawn by group, not by a coin for each
+    row, and the bound is proved for coins only.
     """
     count = min(len(target.members), len(target.held_out), target.most_rows)
     if count < LEAST_ROWS:
@@ -384,14 +419,12 @@ def _audit_of_rows(target: AttackTarget, claim: PrivacyBudget, skipped: dict[str
 
 
 def rounds_of(setup: SimulationSetup) -> Rounds:
-    """The rounds of an attack: under the same rules, and of no account, since nothing of them is shown but to the
-    attack.
-    """
+    """Return the rounds of an attack: the same rules, but no privacy account, as only the attack sees them."""
     return InspectedRounds(setup, setup.recipe.robust) if setup.recipe.robust else SecureRounds(setup, None)
 
 
 def _run_rounds(setup: SimulationSetup, count: int) -> Tensors:
-    """The shared adapter after so many rounds of these tasks; always from the start, whatever a kill left."""
+    """Return the shared adapter after `count` rounds of these tasks; always from the start, even after a kill."""
     folder: Path = setup.folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -1,8 +1,8 @@
-"""Deals one Dataset out to simulated clients.
+"""Distribution of one Dataset over simulated clients.
 
-Of each label every client gets a share that is drawn from a Dirichlet distribution (Hsu, Qi, Brown 2019,
-arXiv:1909.06335): with a small alpha few clients have most of a label, with a large one all have as much. Groups are
-dealt whole.
+The share of each label that each client gets is drawn from a Dirichlet distribution (Hsu, Qi, Brown 2019,
+arXiv:1909.06335). With a small alpha few clients have most of a label; with a large one all have about as much. Groups
+stay whole.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from sartor.core.records import Example
 from sartor.core.splits import group_of
 from sartor.evaluate.reply_labels import label_of
 
-# so often is dealt anew, until no client is left with nothing
+# most attempts to distribute the groups so that no client is left without rows
 _TRIES = 1_000
 
 
 @dataclass(frozen=True)
 class Shards:
-    """How a Dataset is dealt out."""
+    """Settings of the distribution of a Dataset."""
 
     count: int = option(REQUIRED, "clients")
     alpha: float = option(0.3, "above 0: small is unlike, large is alike")
@@ -42,10 +42,11 @@ class Shards:
             raise ConfigError(problem, "count from 1, alpha above 0, seed from 0")
 
     def deal(self, examples: Sequence[Example]) -> dict[str, int]:
-        """Example's id -> client, 0..count - 1. The same for the same seed, whatever the rows' order.
+        """Return the client, 0..count - 1, of each example's id; the same for the same seed, whatever the order.
 
-        A group has the label that most of its rows have. Raises ConfigError where no row has the field, or where there
-        are too few groups for so many clients.
+        For each label, shares p ~ Dirichlet(alpha, .., alpha) of shape (count,) divide its groups. A group has the
+        label that most of its rows have. Raises ConfigError if no row has the field, or there are too few groups for
+        so many clients.
         """
         members = _members(examples)
         if self.by and all(label_of(example.reply, self.by) is None for example in examples):
@@ -59,9 +60,9 @@ class Shards:
     def deal_like(
         self, owners: Mapping[str, int], dealt: Sequence[Example], others: Sequence[Example]
     ) -> dict[str, int]:
-        """Other rows, by example's id, of each label in the shares in which `dealt` has gone to its `owners`.
+        """Return the client of other rows, by example's id, in the label proportions of the rows dealt before.
 
-        Rows of a label that was not dealt go to nobody, and are not in what is returned.
+        owners: client of each row of `dealt`. Rows of a label that was not dealt are left out.
         """
         dealt_groups, members = _members(dealt), _members(others)
         shares = {
@@ -81,7 +82,7 @@ class Shards:
         return dealt_ids
 
     def _of_label(self, members: Mapping[str, Sequence[Example]]) -> dict[str, list[str]]:
-        """Label -> groups, sorted. A group has the label that most of its rows have."""
+        """Return label -> groups, sorted. A group has the label that most of its rows have."""
         labels = self._labels([row for rows in members.values() for row in rows])
         groups: dict[str, list[str]] = defaultdict(list)
         for group in sorted(members):
@@ -93,7 +94,7 @@ class Shards:
         return {example.id: (label_of(example.reply, self.by) or "") if self.by else "" for example in examples}
 
     def _owners(self, of_label: dict[str, list[str]], sizes: dict[str, int]) -> dict[str, int]:
-        """Group -> client."""
+        """Return the client of each group."""
         if len(sizes) < self.count:
             raise ConfigError(
                 f"{len(sizes)} groups of rows are too few for {self.count} clients", f"--shards {len(sizes)}"
@@ -116,7 +117,7 @@ class Shards:
 
 
 def _members(examples: Sequence[Example]) -> dict[str, list[Example]]:
-    """Group -> its rows."""
+    """Return the rows of each group."""
     groups: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         groups[group_of(example)].append(example)
@@ -124,9 +125,9 @@ def _members(examples: Sequence[Example]) -> dict[str, list[Example]]:
 
 
 def _by_middle(sizes: Sequence[int], ends: NDArray[np.float64]) -> list[int]:
-    """Of groups laid end to end, in which part each has its middle, so that a large one goes where most of it falls.
+    """Return the part in which the middle of each group lies, for groups laid end to end.
 
-    ends: (P,) where each part ends.
+    A large group thus goes where most of it falls. ends: (P,), where each part ends.
     """
     middles = np.cumsum(sizes) - np.asarray(sizes) / 2
     return np.minimum(np.searchsorted(ends, middles), len(ends) - 1).tolist()  # type: ignore[no-any-return]

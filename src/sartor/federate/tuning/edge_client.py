@@ -4,10 +4,10 @@
     work    a process of the device's own tuner (`python -m sartor.edge.tuning.tuner_process`) under limits that
             the system holds
 
-The update is `LoraTask`'s but for rounding: rows in the same order at the same rates, the same factors held still. A
-way to tune that saves memory by learning less is not taken: it would be another update. What does not fit, in memory
-as planned or in time as measured, is declined before it begins, with the reason; the round goes on without this client
-while enough others stay.
+The update equals that of `LoraTask` except for rounding: rows in the same order, the same learning rates, the same
+frozen factors. A tuning method that saves memory by learning less is not used, since it would be another update. A
+round that does not fit, in memory as planned or in time as measured, is declined before it begins, with the reason.
+The round goes on without this client while enough others stay.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ from sartor.tune import sampler
 from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
-# of the time that a round is forecast to take so much more is wanted: a device does other things too
+# fraction of time that must be left beyond the forecast: a device does other things too
 SPARE_TIME = 0.25
-# rungs that learn what `LoraTask` learns
+# names of the settings that learn what `LoraTask` learns
 _WHOLE = ("lora", "recompute")
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class DeviceFile:
-    """A device file of `sartor federate simulate --clients DEVICE.yaml...`; paths are relative to where it is run."""
+    """Device file of `sartor federate simulate --clients DEVICE.yaml...`; its paths are relative to the working
+    directory.
+    """
 
     data: str = option(REQUIRED, "the Dataset of its own rows")
     store: str = option(REQUIRED, "its store: the base and the shared adapter stand there; made if absent")
@@ -64,18 +66,19 @@ class DeviceFile:
 
     @property
     def budget(self) -> DeviceBudget:
-        """Of one round's work."""
+        """Budget of one round's work."""
         return DeviceBudget(self.memory_bytes, self.wall_s, disk_bytes=self.disk_bytes)
 
     @property
     def work(self) -> Path:
-        """Where its rounds are worked on."""
+        """Folder of the work on its rounds."""
         return Path(f"{self.store}.rounds").absolute()
 
 
 def devices_of(clients: Sequence[Path | str]) -> dict[str, DeviceFile]:
-    """Dataset -> device, where clients are device files; nothing where they are Datasets. Raises ConfigError for
-    both.
+    """Return Dataset -> device for device files; nothing for Datasets.
+
+    Raises ConfigError for a mixture of both, and for two devices with one Dataset or store.
     """
     files = [Path(client) for client in clients if Path(client).suffix in (".yaml", ".yml")]
     if files and len(files) < len(clients):
@@ -93,18 +96,21 @@ def devices_of(clients: Sequence[Path | str]) -> dict[str, DeviceFile]:
 
 
 class WholePlanner(Planner):
-    """Plans none but the ways that learn all that is asked for."""
+    """Planner of only those methods that learn all that is requested."""
 
     def rungs(self, barred: Collection[str] = ()) -> Iterator[MemorySetting]:
-        """See Planner."""
+        """Yield the settings that learn as much as `LoraTask` does."""
         return (rung for rung in super().rungs(barred) if rung.name in _WHOLE)
 
 
 @dataclass
 class EdgeTask:
-    """See `round_manifest.ClientTask`. recipe, digest, ref: as `Resident` has them; rows: this device's.
+    """Client task whose work runs on a device.
 
-    receipts: round -> what the device signed of its work.
+    recipe, digest, ref: as a SharedBase has them.
+    rows: rows of this device.
+    losses: round -> (loss of the first update, of the last).
+    receipts: round -> the device's signed receipt of its work.
     """
 
     device: DeviceFile
@@ -116,8 +122,9 @@ class EdgeTask:
     receipts: dict[int, Receipt] = field(default_factory=dict)
 
     def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
-        """As `LoraTask.update`. Raises BudgetError, before anything is trained, where the round does not fit the
-        device.
+        """Return the update of `LoraTask.update`, computed by the device's tuner; same shapes.
+
+        Raises BudgetError before anything is trained if the round does not fit the device.
         """
         settings = settings_of(manifest, self.ref.digest, self.digest)
         mode, number, work = MODES[settings.mode], manifest.number, self.device.work
@@ -147,7 +154,7 @@ class EdgeTask:
         return LocalUpdate(change(mode, shared, load_file(str(out / ADAPTER)), number), len(self.rows.train))
 
     def _stored(self, manifest: Manifest, shared: Tensors) -> tuple[Path, Path]:
-        """(the base, the shared adapter): as they stand in the store, put there where they do not yet."""
+        """Return the folders of the base and of the shared adapter in the store, written there if absent."""
         name = manifest.run
         with ReleaseStore(Path(self.device.store), limit_bytes=self.device.store_bytes) as store:
             files = {file.name: file for file in sorted(self.ref.path.iterdir()) if file.is_file()}
@@ -156,7 +163,7 @@ class EdgeTask:
             return base, put(store, f"{name}.shared", version, {ADAPTER: save(dict(shared))})
 
     def _sweep(self, out: Path) -> None:
-        """Rounds before this one; what a kill left of this one is gone on from."""
+        """Delete the work on earlier rounds; work on this one that a kill left is resumed."""
         out.parent.mkdir(parents=True, exist_ok=True)
         for folder in out.parent.glob("round-*"):
             if folder != out:
@@ -174,9 +181,9 @@ class EdgeTask:
         return receipt
 
     def _check_time(self, job: TuningJob, settings: RoundSettings, scratch: Path) -> None:
-        """Raise BudgetError where the round would take longer than the device has, as far as its pace is known.
+        """Raise BudgetError if the round would take longer than the device has.
 
-        A pace that is not known yet is measured by one update, which goes nowhere.
+        An unknown pace is first measured by one update, which is discarded.
         """
         limit_s = self.device.wall_s
         if not limit_s:
@@ -199,7 +206,7 @@ class EdgeTask:
         return self.device.work / "pace.json"
 
     def _tokens(self, settings: RoundSettings) -> int:
-        """Tokens of one round's work, about: a part's rows differ a little from the next one's."""
+        """Return about how many tokens one round's work has; the rows of each round differ a little."""
         if settings.local.updates is None:
             return self.rows.tokens * (settings.local.epochs or 1)
         lengths = [len(row.ids) for row in self.rows.train]
@@ -208,7 +215,10 @@ class EdgeTask:
 
 
 def put(store: ReleaseStore, name: str, version: str, files: Mapping[str, Path | bytes]) -> Path:
-    """Make these files the current version of a name; nothing is written where they are. Returns their folder."""
+    """Make these files the current version of a name in the store, and return their folder.
+
+    Nothing is written if that version is current.
+    """
     current = store.current(name)
     if current and current.version == version:
         return current.path
@@ -245,7 +255,7 @@ def _bytes_of(content: Path | bytes) -> int:
 
 
 def _pace(receipt: Receipt, out: Path) -> dict[str, Any]:
-    """Seconds until a tuning begins, and tokens a second from then on, as one that is done took them."""
+    """Return the seconds before a finished tuning began, and its tokens per second from then on."""
     fields = json.loads((out / "run.json").read_text(encoding="utf-8"))
     wall_s = max(fields["wall_s"], 1e-3)
     return {"start_s": max(receipt.attempts[-1].usage.wall_s - wall_s, 0.0), "tokens_per_s": fields["tokens"] / wall_s}

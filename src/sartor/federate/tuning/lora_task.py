@@ -1,14 +1,13 @@
-"""Client task: LoRA training, privately if asked.
+"""Client task: LoRA training, with DP-SGD if the recipe asks for privacy of rows.
 
-Neighbours are the client's rows with and without one of them; how many they are counts as known. All that the client
-sends is computed from what the noise went into, so the rest, the coordinator included, may know every update. The
-noise is a ChaCha20 stream under a secret that was drawn from the system once and stays here: for each manifest and set
-of rows another, and the same for the same, so that a client that was killed does its round again to the bits and
-nobody gets two draws of one round.
+Neighbouring data sets are the client's rows with and without one of them; their number counts as known. All that the
+client sends is computed from noised gradients, so anybody, the coordinator included, may know every update. The noise
+is a ChaCha20 stream under a secret that was drawn from the system once and stays here. Each manifest and set of rows
+has another stream, and the same ones have the same. A client that was killed therefore repeats its round to the bit,
+and nobody gets two draws of one round.
 
-Loop, losses, optimiser and order of rows are those of `tune`. What is repeated is repeated: a round's work follows
-from the shared adapter, the rows, the round's number and the recipe alone, so that a client that was killed does it
-again to the bits.
+Loop, losses, optimiser and order of rows are those of `tune`. A round's work depends only on the shared adapter, the
+rows, the round's number and the recipe (and with privacy on the manifest and the secret), so it can be repeated.
 """
 
 from __future__ import annotations
@@ -50,8 +49,9 @@ SECRET, ACCOUNT = "noise.secret", "account.json"
 
 @dataclass(frozen=True)
 class RowPrivacy:
-    """What a client's rows may cost: the budget's account, and the secret (32 bytes) of its noise, in a folder of its
-    own.
+    """Privacy of a client's rows: the budget's account, and the secret of its noise, in a folder of its own.
+
+    secret: 32 bytes.
     """
 
     privacy: Privacy
@@ -60,7 +60,10 @@ class RowPrivacy:
 
     @classmethod
     def open(cls, privacy: Privacy, folder: Path) -> RowPrivacy:
-        """The guard of a folder, begun where there is none. Raises ArtifactError, ConflictError as `Account` does."""
+        """Return the privacy state of a folder, created if absent.
+
+        Raises ArtifactError, ConflictError as `Account` does.
+        """
         account = Account(folder / ACCOUNT, privacy.budget)
         if not (folder / SECRET).exists():
             PrivateFileSystem().replace(folder / SECRET, os.urandom(masking_crypto.KEY_BYTES))
@@ -72,8 +75,9 @@ class RowPrivacy:
         return cls(privacy, account, secret)
 
     def noise(self, settings: RoundSettings, rows: int) -> RowNoise:
-        """How one update of a round protects the rows: `auto` noise is the least with which all rounds fit into the
-        budget.
+        """Return clipping and noise of one update of a round.
+
+        `auto` noise is the least with which all rounds fit into the budget.
         """
         privacy, batch_rows = self.privacy, min(self.privacy.batch_rows, rows)
         multiplier = privacy.noise_multiplier
@@ -83,16 +87,16 @@ class RowPrivacy:
         return RowNoise(privacy.max_grad_norm, multiplier, batch_rows)
 
     def spending(self, manifest: Manifest, settings: RoundSettings, rows: int) -> Spending:
-        """What a round costs. Another manifest of one number is another release, and costs again."""
+        """Return the spending of a round. Another manifest of one number is another release, and costs again."""
         row_noise = self.noise(settings, rows)
         name = f"{manifest.run} round {manifest.number} {manifest.digest[:16]}"
         return row_noise.spending(name, rows, updates_of(settings.local, rows, row_noise.batch_rows))
 
     def train(self, resident: SharedBase, rows: TokenizedDataset, settings: RoundSettings, manifest: Manifest) -> None:
-        """A round's training of what of the resident may learn. Its rate goes its course over all rounds.
+        """Train the factors that require a gradient for one round; the learning rate's schedule spans all rounds.
 
-        Raises BudgetError before anything is drawn where the budget does not hold the round; ExtraError without
-        opacus.
+        Raises BudgetError before anything is drawn if the budget does not allow the round; ConfigError for an
+        unsuitable base; ExtraError without opacus.
         """
         _check(resident)
         spending, row_noise = self.spending(manifest, settings, len(rows.train)), self.noise(settings, len(rows.train))
@@ -113,14 +117,15 @@ class RowPrivacy:
 
 
 def updates_of(local: LocalTraining, rows: int, batch_rows: int) -> int:
-    """Updates of a client in a round: an epoch is as many as draw each row once on average."""
+    """Return a client's updates in a round; an epoch has as many as draw each row once on average."""
     return local.updates or max(1, math.ceil((local.epochs or 1) * rows / batch_rows))
 
 
 def row_means(model: Any, rows: Sequence[TokenizedExample], device: torch.device) -> torch.Tensor:
-    """(B,) nats per supervised token of each row, times its weight; a row of the batch is a row, padded at its end.
+    """Return the weighted mean loss of each row, nats per supervised token: shape (B,).
 
-    Nothing of a causal model sees what comes after it, so the padding changes no loss.
+    Each row is one row of the batch, padded at its end. In a causal model no token sees what comes after it, so the
+    padding changes no loss.
     """
     longest = max(len(row.ids) for row in rows)
     ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows], device=device)
@@ -144,7 +149,7 @@ def _calibrated(budget: PrivacyBudget, times: int, fraction: float) -> float:
 
 
 def _check(resident: SharedBase) -> None:
-    """Raise ConfigError for a base whose single gradients cannot be had."""
+    """Raise ConfigError for a base that does not yield gradients of single rows."""
     if bits := quantization.bits_of(resident.model):
         problem = f"the base is in {bits} bits: the gradients of single rows are taken on one that is not quantised"
         raise ConfigError(problem, "base.bits: 16")
@@ -155,16 +160,18 @@ def _check(resident: SharedBase) -> None:
 
 
 NAME = "lora"
-# of the first update of a round, and of the last; None where none was made here
+# losses of the first and the last update of a round; None where none was made here
 Losses = tuple[float | None, float | None]
 
 
 @dataclass
 class LoraTask:
-    """See `round_manifest.ClientTask`. rows: this client's; losses: round -> (loss of the first update, of the last).
+    """Client task that trains LoRA factors on the shared base.
 
-    rank: of the shared ranks this client trains the first so many, and holds the others still; None: it trains all.
+    rows: rows of this client.
+    rank: number of shared ranks that it trains, the first ones; it freezes the others. None: all.
     guard: makes its updates private of its rows.
+    losses: round -> (loss of the first update, of the last).
     """
 
     resident: SharedBase
@@ -174,10 +181,10 @@ class LoraTask:
     losses: dict[int, Losses] = field(default_factory=dict)
 
     def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
-        """The change of what the round's mode trains, by PEFT's names; of factors too it is the change that is sent.
+        """Return the change of the factors that the round's mode trains, by PEFT's names, in their shapes.
 
-        Raises RoundError for another base, recipe or settings than this client has, ModelError for a loss that
-        explodes.
+        The change is sent even in modes of whole factors. Raises RoundError for another base, recipe or settings than
+        this client has, ModelError for a loss that explodes.
         """
         settings = settings_of(manifest, self.resident.ref.digest, self.resident.digest)
         mode, resident, number = MODES[settings.mode], self.resident, manifest.number
@@ -203,16 +210,17 @@ class LoraTask:
 
 
 def local_recipe(recipe: ResolvedRecipe, settings: RoundSettings) -> ResolvedRecipe:
-    """A client's recipe with what a round decides."""
+    """Return a client's recipe with the settings that a round decides."""
     local, optimizer = settings.local, replace(recipe.optimizer, learning_rate=settings.learning_rate)
     budget = recipe_Budget(epochs=local.epochs and float(local.epochs), updates=local.updates)
     return replace(recipe, budget=budget, optimizer=optimizer)
 
 
 def change(mode: Mode, shared: Tensors, trained: Tensors, number: int) -> dict[str, Array]:
-    """What a client sends: of the modes that send factors whole, their change, since a round clips what it sums.
+    """Return what a client sends, in the shapes of the mode's upload.
 
-    The mean of changes, added, is the mean of factors.
+    For modes that upload whole factors it is trained - shared, since a round clips what it sums. shared +
+    mean(changes) is the mean of the factors.
     """
     upload = mode.upload(shared, trained, number)
     is_whole = len(upload) == len(shared)
@@ -220,8 +228,10 @@ def change(mode: Mode, shared: Tensors, trained: Tensors, number: int) -> dict[s
 
 
 def settings_of(manifest: Manifest, base: str, recipe: str) -> RoundSettings:
-    """What a round says of the task. base, recipe: digests of this client's. Raises RoundError for others, or for
-    settings that it lacks.
+    """Return a round's settings of the task.
+
+    base, recipe: digests of this client's. Raises RoundError for other digests, or for settings that are not
+    supported.
     """
     for kind, digest, expected in (("base", manifest.work.base, base), ("recipe", manifest.work.recipe, recipe)):
         if digest != expected:

@@ -1,9 +1,9 @@
 """Personal adapters of clients after the rounds.
 
-One after the other, as FedDPA-F does (Yang et al. 2024, arXiv:2403.19211): local training after averaging is as good
-as what is far more elaborate (Cheng, Chadha & Duchi 2021, arXiv:2108.07313), and no message of any round depends on
-what is private. What is written is one PEFT directory, as a person's delta on a device is (`edge.personal`), and works
-without the shared one.
+They are trained sequentially, after the shared one, as in FedDPA-F (Yang et al. 2024, arXiv:2403.19211). Local
+training after averaging is as good as far more elaborate methods (Cheng, Chadha & Duchi 2021, arXiv:2108.07313), and
+no message of any round depends on what is private. The result is one PEFT directory, like a person's delta on a device
+(`edge.personal`), and works without the shared one.
 
     OUT.personal/CLIENT/         its Adapter: it stays with that client
     OUT.personal/personal.json   the report (`personalization/benefit_report.py`)
@@ -43,13 +43,14 @@ from sartor.tune.tokenized_dataset import TokenizedDataset
 
 
 def examples_of(clients: Clients) -> dict[str, Example]:
-    """Every row of every Dataset, by its id."""
+    """Return every row of every Dataset, by its id."""
     return {example.id: example for dataset in clients.datasets for example in stored.read_examples(dataset)}
 
 
 def own_rows(clients: Clients, name: str, examples: Mapping[str, Example]) -> ClientRows:
-    """What a client is judged by. Rows whose replies are too long to be said word by word are judged by their loss
-    alone.
+    """Return the held-out rows that a client's adapters are evaluated on.
+
+    If the replies are too long to be generated, the rows are evaluated by their loss alone.
     """
     encoded, base = clients.rows[name].held_out, clients.resident.base
     selected = [examples[row.example_id] for row in encoded]
@@ -73,14 +74,12 @@ WEIGHTS, REPORT = "adapter_model.safetensors", "personal.json"
 
 
 def folder_of(out: Path) -> Path:
-    """Where the clients' Adapters beside a shared one are."""
+    """Return the folder of the clients' Adapters beside a shared one."""
     return out.with_name(f"{out.name}.personal")
 
 
 def check_free(out: Path, *, is_meant: bool) -> None:
-    """Raise ConfigError where there are Adapters of clients already, unless to go on or to start over was asked
-    for.
-    """
+    """Raise ConfigError if clients' Adapters exist already, unless `is_meant` allows it."""
     if folder_of(out).exists() and not is_meant:
         problem = f"Adapters of clients stand in {folder_of(out)}"
         raise ConfigError(problem, "add --resume to make what is missing, or --replace to start over")
@@ -89,11 +88,11 @@ def check_free(out: Path, *, is_meant: bool) -> None:
 def personalise(
     clients: Clients, shared: Artifact, recipe: FederateRecipe, personal: PersonalRanks, *, again: bool, notice: Notice
 ) -> dict[str, Any]:
-    """An Adapter for each client beside the shared one, and the report on them.
+    """Write an Adapter for each client beside the shared one, and a report on them.
 
-    recipe: of the rounds. again: replace what stands there; else it is taken as it is, if it is of this very run. The
-    people's base has the ranks of both afterwards. Raises ConfigError for what is of another run, ModelError for a
-    loss that explodes.
+    recipe: of the rounds. again: replace existing Adapters; else they are reused if they are of this very run.
+    Afterwards the clients' base has the ranks of both adapters. Raises ConfigError for Adapters of another run,
+    ModelError for a loss that explodes.
     """
     folder = folder_of(shared.path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +109,11 @@ def personalise(
 
 @dataclass(frozen=True)
 class PersonalTuning:
-    """What the clients' own tunings have in common. adapter: the shared one."""
+    """Common parts of the clients' personal tunings.
+
+    adapter: the shared one.
+    stack: the base with room for the shared and the personal ranks.
+    """
 
     clients: Clients
     adapter: Artifact
@@ -122,17 +125,17 @@ class PersonalTuning:
     def open(
         cls, clients: Clients, adapter: Artifact, recipe: FederateRecipe, personal: PersonalRanks
     ) -> PersonalTuning:
-        """Give the people's base room for both."""
+        """Return the tuning, with a base that has room for both adapters."""
         stack = StackedAdapter.open(clients.resident, load_file(adapter.path / WEIGHTS), personal.rank)
         return cls(clients, adapter, recipe, personal, stack)
 
     @property
     def resident(self) -> SharedBase:
-        """The base."""
+        """Base of the clients."""
         return self.clients.resident
 
     def client_adapter(self, name: str, out: Path, *, again: bool) -> Artifact:
-        """A client's Adapter: the one that stands there, or a new one."""
+        """Return a client's Adapter: the one that exists and matches, or a new one."""
         fingerprint = self._fingerprint(name)
         if not again and (finished := resume.finished(out, CheckpointState(), fingerprint)):
             return finished
@@ -155,12 +158,15 @@ class PersonalTuning:
         return adapter
 
     def train_alone(self, rows: TokenizedDataset, updates: int) -> Tensors:
-        """What these rows make without anybody else's adapter: both factors, at the rate of the rounds."""
+        """Return the factors A (R, in), B (out, R) tuned on these rows without any shared adapter.
+
+        Both factors are trained, at the learning rate of the rounds.
+        """
         ranks, rate = slice(self.recipe.method.rank + self.personal.rank), self.recipe.optimizer.learning_rate
         return self.stack.tuned(rows, self.stack.fresh, ranks, StopCriteria(updates=updates), rate)[0]
 
     def all_updates(self, name: str) -> int:
-        """Of a client, in the rounds and after them."""
+        """Return the number of a client's updates, in the rounds and after them."""
         rows = self.clients.rows[name]
         personal_updates = updates_of(rows, self.personal, self.recipe)
         return self.recipe.rounds * updates_of(rows, self.recipe.local, self.recipe) + personal_updates
@@ -179,14 +185,14 @@ class PersonalTuning:
         }
 
     def _facts(self, name: str, updates: int, losses: Losses) -> dict[str, Any]:
-        """The manifest of a client's Adapter."""
+        """Return the manifest of a client's Adapter."""
         summary = {"client": name, "rank": self.personal.rank, "examples": len(self.clients.rows[name].train)}
         parents, run = [self.clients.dataset_of(name), self.adapter], {"personal": summary, "updates": updates}
         return self.stack.facts(parents, self.clients.sources, run, losses)
 
 
 def updates_of(rows: TokenizedDataset, local: LocalTraining, recipe: FederateRecipe) -> int:
-    """How many updates of the optimiser a piece of local work takes on these rows."""
+    """Return the number of optimiser updates that this local training takes on these rows."""
     if local.updates is not None:
         return local.updates
     lengths, position = [len(row.ids) for row in rows.train], sampler.START
@@ -198,7 +204,7 @@ def updates_of(rows: TokenizedDataset, local: LocalTraining, recipe: FederateRec
 
 
 def _judge(tuning: PersonalTuning, client_adapters: Mapping[str, Artifact], notice: Notice) -> dict[str, Any]:
-    """The report: every client's adapters, each on that client's held-out rows."""
+    """Return the report: every client's adapters, each on that client's held-out rows."""
     examples = examples_of(tuning.clients)
     all_rows = TokenizedDataset(train=[row for rows in tuning.clients.rows.values() for row in rows.train])
     central = None
@@ -224,7 +230,7 @@ def _judge(tuning: PersonalTuning, client_adapters: Mapping[str, Artifact], noti
 def _adapters(
     tuning: PersonalTuning, name: str, adapter: Artifact, central: Tensors | None, held_out: benefit_report.ClientRows
 ) -> Iterator[tuple[str, Tensors]]:
-    """(what, the tensors) of all that a client is judged with. One without held-out rows is judged with none."""
+    """Yield (name, tensors) of each adapter that a client is evaluated with; none without held-out rows."""
     if not held_out.encoded:
         return
     yield "base", zero_adapter(tuning.stack.fresh)

@@ -1,10 +1,10 @@
-"""What each round trains, and its metrics.
+"""Schedule of LoRA rounds, and their metrics.
 
-What a client adds is R_i = (B_i A_i - B A) X, of its clipped update: how the response of the shared adapter changes
-with it (`aggregate.exactness` has X, drawn from the recipe's seed and the round's number). The sum of them, over the
-sum of the weights, is the mean of what no server sees; the coordinator holds the adapter that it made against that.
-Both have been through the ring, so what is measured includes the ring's rounding. In the exact modes R_i is linear in
-the update: its sum tells nothing that the sum of the updates does not tell. Under noise nobody is asked for one.
+A client adds R_i = (B_i A_i - B A) X (out, K) of its clipped update: the change of the shared adapter's response. X is
+the probe of `aggregation.draw`, from the recipe's seed and the round's number. The quotient of sums sum_i w_i R_i /
+sum_i w_i is the mean of products that no server sees. The coordinator compares the new adapter with it. Both have
+passed through the ring, so the error includes the ring's rounding. In the exact modes R_i is linear in the update: its
+sum reveals nothing that the sum of the updates does not. Under noise no client sends a response.
 """
 
 from __future__ import annotations
@@ -32,22 +32,24 @@ from sartor.federate.rounds.round_manifest import LocalUpdate, Manifest, SideTen
 from sartor.federate.updates import Update, mean
 from sartor.models.lora_tensors import A, Array, B, Tensors, add_changes, norm
 
-# of X: enough for a figure, and half a percent of the upload of a model of 100 M weights
+# K, columns of X: enough for an estimate, and half a percent of the upload of a model of 100 M weights
 _COLUMNS = 2
-# of a module that nothing of is trained, whose response does not change
+# bound for a module without trained tensors, whose response does not change
 _LEAST = 1e-9
 
 
 def of_round(shared: Tensors, seed: int, number: int) -> ExactnessProbe:
-    """The canary of a round. seed: the recipe's."""
+    """Return the probe of a round, with inputs X of shape (in, K), K = 2; seed: the recipe's."""
     return aggregation.draw(shared, seed + number, columns=_COLUMNS)
 
 
 def side_tensors(canary: ExactnessProbe, shared: Tensors, trained: Tensors, clip: float) -> list[SideTensor]:
-    """What the round asks for: a change (out, K) for each module, and how large it can be where an update has the norm
-    `clip`.
+    """Return the responses that a round asks for, one a module with its shape (out, K) and a bound.
 
-    trained: the tensors that change. ||dB A x|| <= clip ||A x||, ||B dA x|| <= clip ||B|| ||x||.
+    bound: largest magnitude for an update of norm `clip`, so ||dA||, ||dB|| <= clip. trained: the tensors that change.
+    For a column x of X:
+
+        ||dB A x|| <= clip ||A x||,   ||B dA x|| <= clip ||B||_F ||x||,   ||dB dA x|| <= clip^2 ||x||
     """
     tensors = []
     for module, inputs in canary.inputs.items():
@@ -59,13 +61,16 @@ def side_tensors(canary: ExactnessProbe, shared: Tensors, trained: Tensors, clip
             bound += clip * norm({"": b}) * longest
         if {module + A, module + B} <= set(trained):
             bound += clip**2 * longest
-        # a hair more, as responses are rounded to float32
+        # slightly more, as responses are rounded to float32
         tensors.append(SideTensor(PREFIX + module, (b.shape[0], _COLUMNS), max(bound, _LEAST) * (1 + 1e-5)))
     return tensors
 
 
 def responses(manifest: Manifest, shared: Tensors, change: Tensors, seed: int) -> dict[str, Array]:
-    """What a client adds to the sum besides its change: nothing, where the round does not ask for it."""
+    """Return what a client adds to the sum besides its change: R_i, (out, K) for each module of the probe.
+
+    change: tensors in the shapes of the upload. Empty if the round does not ask for it.
+    """
     if not any(slot.name.startswith(PREFIX) for slot in manifest.terms.layout):
         return {}
     canary = of_round(shared, seed, manifest.number)
@@ -74,10 +79,10 @@ def responses(manifest: Manifest, shared: Tensors, change: Tensors, seed: int) -
 
 
 def error_of(shared: Tensors, mean: Tensors, seed: int, number: int) -> float | None:
-    """How far the adapter of the mean change is from the mean of the clients' products, relative; None if none was
-    asked for.
+    """Return the relative distance of the new adapter from the mean of the clients' products.
 
-    mean: of the updates and, by the names of a canary, of the responses.
+    mean: of the updates and, under the probe's names, of the responses, shape (out, K). None if no responses were
+    requested.
     """
     canary = of_round(shared, seed, number)
     if not all(PREFIX + module in mean for module in canary.inputs):
@@ -88,15 +93,20 @@ def error_of(shared: Tensors, mean: Tensors, seed: int, number: int) -> float | 
 
 @dataclass(frozen=True)
 class RoundMetrics:
-    """One round. losses: mean over clients, of their first and last updates. clipped: clients whose update was too
-    long; these are None where updates stay unseen, as over a network.
+    """Metrics of one round.
 
-    exactness_error: of the adapter that the mean makes, before the ring's rounding and noise, from the mean of the
-    clients' products, relative (`aggregate.exactness`); over a network it has the ring's rounding in it, and is None
-    under noise (`canaries`). quantisation_error: of the mean by the ring's rounding, over the mean's norm; None under
-    noise and over a
-    network. uploaded_bytes: of all clients. epsilon: spent with this round; None without privacy; of the worst client
-    where each has a budget of its own, which epsilons has. verdicts: of a robust rule.
+    clipped: number of clients whose update was longer than the clip.
+    loss_first, loss_last: means over clients, of their first and last updates; like `clipped` None where updates stay
+    unseen, as over a network.
+    exactness_error: relative distance of the new adapter, before the ring's rounding and noise, from the mean of the
+    clients' products (`aggregation.exactness_error`); over a network it includes the ring's rounding, and is None
+    under noise.
+    quantisation_error: error of the mean by the ring's rounding, over the mean's norm; None under noise and over a
+    network.
+    uploaded_bytes: of all clients.
+    epsilon: spent with this round; None without privacy; of the worst client where each has a budget of its own.
+    epsilons: of each client where each has a budget of its own.
+    verdicts: of a robust rule, and of clients that declined.
     """
 
     round: int
@@ -113,12 +123,12 @@ class RoundMetrics:
     verdicts: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """A line of log.jsonl, and of the journal."""
+        """Return the metrics as a line of log.jsonl, and of the journal."""
         return asdict(self)
 
 
 def weighted_updates(local_updates: Mapping[str, LocalUpdate], rules: UpdateRules) -> list[Update]:
-    """The updates as they are weighed and summed: clipped, and none of more examples than count."""
+    """Return the updates as they are weighted and summed: clipped, with at most `most_examples` examples each."""
     return [
         Update(name, arrays.clipped(update.tensors, rules.clip), min(update.examples, rules.most_examples))
         for name, update in local_updates.items()
@@ -126,12 +136,15 @@ def weighted_updates(local_updates: Mapping[str, LocalUpdate], rules: UpdateRule
 
 
 def clipped_of(local_updates: Mapping[str, LocalUpdate], rules: UpdateRules) -> int:
-    """How many updates are longer than the clip."""
+    """Return the number of updates that are longer than the clip."""
     return sum(norm(update.tensors) > rules.clip for update in local_updates.values())
 
 
 def exactness_error(shared: Tensors, updates: list[Update], seed: int) -> float:
-    """How far the adapter of the mean change is from the mean of the clients' products, on a canary of this seed."""
+    """Return the relative distance of the new adapter from the mean of the clients' products.
+
+    It is measured with a probe of this seed; the updates have the shapes of `shared`, for the trained tensors.
+    """
     canary = aggregation.draw(shared, seed)
     answers = [
         Update(update.client, canary.responses(add_changes(shared, update.tensors)), update.examples)
@@ -141,7 +154,7 @@ def exactness_error(shared: Tensors, updates: list[Update], seed: int) -> float:
 
 
 def rounding_error(ring_mean: Tensors, updates: list[Update]) -> float:
-    """The distance of the mean that came out of the ring from the mean that went in, over its norm."""
+    """Return ||ring mean - exact mean|| / ||exact mean||; the means have the shapes of the updates."""
     exact_mean = mean(updates)
     length = norm(exact_mean)
     return norm(add_changes(exact_mean, ring_mean, -1.0)) / length if length else 0.0
@@ -149,7 +162,7 @@ def rounding_error(ring_mean: Tensors, updates: list[Update]) -> float:
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Of the rounds of the task `lora`, what differs from round to round, or is the coordinator's alone."""
+    """Options of the rounds of the task `lora` that differ by round or are the coordinator's alone."""
 
     mode: ModeName = option(REQUIRED, "what clients train and send")
     seed: int = option(0, "the recipe's: of the canary")
@@ -158,9 +171,10 @@ class LoraOptions:
 
 
 class LoraSchedule:
-    """See `round_driver.RoundSchedule`.
+    """Round schedule of the task `lora`.
 
-    plan: what all rounds have in common. account: where privacy that is spent is written.
+    plan: common part of all rounds.
+    account: file in which spent privacy is recorded.
     """
 
     def __init__(self, options: LoraOptions, plan: RoundPlan, journal: RoundJournal, account: Path) -> None:
@@ -170,7 +184,10 @@ class LoraSchedule:
         self._seen: tuple[list[Update], Pooled] | None = None
 
     def plan(self, number: int, shared: Tensors) -> tuple[RoundPlan, Sequence[SideTensor]]:
-        """What the round trains follows from its mode; without noise a canary's responses go along in the sum."""
+        """Return the plan of a round, which trains what its mode sends, and its side tensors.
+
+        Private rounds without noise also sum the responses of a probe, one a module with shape (out, K).
+        """
         trained = MODES[self._options.mode].sent(shared, number)
         plan = replace(self._common, trained=tuple(trained))
         if plan.rules.noise or plan.rules.mode != "private":
@@ -179,22 +196,27 @@ class LoraSchedule:
         return plan, side_tensors(canary, shared, trained, plan.rules.clip)
 
     def opened(self, coordinator: Coordinator) -> None:
-        """Pay for the round's noise, before a noised number is seen. Raises BudgetError for a round that the budget
-        lacks.
+        """Record the spending of the round's noise, before a noised number is seen.
+
+        Raises BudgetError for a round beyond the budget.
         """
         self._coordinator = coordinator
         if self._account and (manifest := coordinator.manifest):
             self._account.spend(noise_of(manifest).spending(f"round-{manifest.number}", values_of(manifest)))
 
     def pool(self, updates: Sequence[Update]) -> Tensors:
-        """What the recipe's rule makes of the updates. Raises GuardError where it stops the run."""
+        """Return the result of the recipe's robust rule, in the shapes of an update.
+
+        Raises GuardError if it stops the run.
+        """
         assert self._options.robust
         self._seen = list(updates), self._options.robust.pool(updates)
         return self._seen[1].tensors
 
     def merged(self, shared: Tensors, mean: Tensors) -> Tensors:
-        """The next shared adapter. The round's line is in the journal before the round's end is: once, whatever is
-        killed.
+        """Return the next shared adapter, in the shapes of `shared`.
+
+        The round's metrics are in the journal before the round's end is, once, even after a kill.
         """
         assert self._coordinator and self._coordinator.manifest
         line = self._line(self._coordinator.manifest, self._coordinator.active, shared, mean)
@@ -223,11 +245,11 @@ class LoraSchedule:
 
 
 def lines_of(journal: RoundJournal, run: str) -> list[dict[str, Any]]:
-    """The line of each round that is done, in order."""
+    """Return the metrics of each finished round, in order."""
     done = (stored_round.number for stored_round in reversed(journal.rounds(run)) if stored_round.state == "done")
     return [json.loads(journal.load(line_key(number)) or b"{}") for number in done]
 
 
 def line_key(number: int) -> str:
-    """Where a journal keeps the line of a round."""
+    """Return the journal's key for the metrics of a round."""
     return f"line {number}"

@@ -1,4 +1,4 @@
-"""Clients of a simulation on one base."""
+"""Clients of a simulation on one shared base."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ Notice = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Clients:
-    """rows: by client; what each holds out is like what it trains on, and no client trains on it.
+    """Clients of a simulation.
 
-    held_out: of all Datasets, without a row that any client trains on.
+    rows: by client; held-out rows are like the training rows, and no client trains on them.
+    held_out: held-out rows of all Datasets, without those that any client trains on.
+    left_out: reason -> ids of the rows left out.
     """
 
     resident: SharedBase
@@ -38,20 +40,21 @@ class Clients:
 
     @property
     def sources(self) -> list[Any]:
-        """Of all Datasets, each once."""
+        """Sources of all Datasets, each once."""
         sources: list[Any] = []
         for dataset in self.datasets:
             sources += [source for source in dataset.manifest["sources"] if source not in sources]
         return sources
 
     def dataset_of(self, name: str) -> Artifact:
-        """Where a client's rows are from."""
+        """Return the Dataset of a client's rows."""
         return self.datasets[0 if len(self.datasets) == 1 else list(self.rows).index(name)]
 
     def tasks(self, recipe: FederateRecipe, folder: Path) -> dict[str, LoraTask]:
-        """What each client does in a round. folder: of the accounts of rows, each client's below its name.
+        """Return each client's task of a round.
 
-        Raises ConfigError unless as many ranks as clients are given.
+        folder: of the privacy accounts of rows, each client's below its name. Raises ConfigError unless the number of
+        ranks equals that of clients.
         """
         ranks: Sequence[int | None] = recipe.method.ranks or [None] * len(self.rows)
         if len(ranks) != len(self.rows):
@@ -64,12 +67,15 @@ class Clients:
         }
 
     def losses(self, shared: Tensors) -> dict[str, float | None]:
-        """Nats per supervised token of the held-out rows, of the base and of what was tuned."""
+        """Return the held-out loss of the base and of the tuned adapter, nats per supervised token.
+
+        shared: LoRA factors A (R, in), B (out, R).
+        """
         adapters = {"base": zero_adapter(shared), "tuned": shared}
         return {side: self.resident.loss(adapter, self.held_out) for side, adapter in adapters.items()}
 
     def summary_lines(self, rules: UpdateRules) -> Iterator[str]:
-        """Lines for a person, before the first round."""
+        """Yield lines for the log, before the first round."""
         counts = [len(rows.train) for rows in self.rows.values()]
         yield (
             f"{len(self.rows)} clients with {min(counts):,} to {max(counts):,} rows, {sum(counts):,} in all; "
@@ -83,8 +89,9 @@ class Clients:
 def open_clients(
     recipe: FederateRecipe, folders: Sequence[Path | str], shards: Shards | None, notice: Notice = lambda line: None
 ) -> Clients:
-    """Open the base once, and every client's rows as tokens. Raises ConfigError unless Datasets or shards are
-    given.
+    """Open the base once, and return it with every client's tokenized rows.
+
+    Raises ConfigError unless either Datasets or shards are given.
     """
     if bool(folders) == (shards is not None):
         raise ConfigError(
@@ -116,7 +123,7 @@ def open_clients(
 
 
 def _deal(dataset: Artifact, encoded: TokenizedDataset, shards: Shards) -> dict[str, TokenizedDataset]:
-    """The rows of one Dataset by client, the held-out ones like the others."""
+    """Return the rows of one Dataset by client, the held-out ones in the same label proportions."""
     examples = {example.id: example for example in stored.read_examples(dataset)}
     train, held_out = ([examples[row.example_id] for row in part] for part in (encoded.train, encoded.held_out))
     owners = shards.deal(train)

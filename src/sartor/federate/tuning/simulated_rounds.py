@@ -1,12 +1,16 @@
-"""Secure, inspected and residual rounds in process.
+"""Rounds of a simulation in one process: secure, inspected and residual.
 
-Both go on after a kill, from journals on the disk, to the bits: rounding is drawn from the seed, and a client that was
-cut short does its work again. Noise is the exception: it is drawn from the system, once, and stands in the journal.
+All resume after a kill from journals on disk, to the bit. Rounding is drawn from the seed, and an interrupted client
+repeats its work. Noise is the exception: it is drawn from the system, once, and stands in the journal.
 
-Every client's factors are seen. What their mean misses is not folded into the base, which an Adapter is bound to, but
-kept as ranks beyond the shared R that all clients hold still: the same weights, since W + s E + s B A = W + s [B, B_E]
-[A; A_E]. Rounds add up, so after each the residual is brought to the fewest ranks that compute it, at most min(in,
-out) of a module.
+Inspected and residual rounds see every client's factors. In residual rounds the part that the mean misses, E = B_E
+A_E, is not folded into the base, which an Adapter is bound to. It is kept as ranks beyond the shared R, which all
+clients freeze. The weights are the same:
+
+    W + s E + s B A = W + s [B, B_E] [A; A_E]
+
+Residuals add up over rounds. After each round E is reduced to the fewest ranks that compute it, at most min(in, out)
+of a module.
 """
 
 from __future__ import annotations
@@ -65,26 +69,34 @@ from sartor.models.lora_tensors import (
 from sartor.tune.shared_base import SharedBase
 
 RUN, COORDINATOR = "simulation", "coordinator"
-# every client answers at once or says no, so nothing waits for a clock (which stands still), and a stage is over at
-# once
+# seconds of a round by a clock that stands still: every client answers or refuses at once, so no stage waits
 _LENGTH_S = 3_600
 
 
 class TuningTask(ClientTask, Protocol):
-    """A client's work as a simulation watches it. losses: round -> those of what was trained here."""
+    """Client task whose losses a simulation reads.
+
+    losses: round -> losses of the training done in this process.
+    """
 
     losses: dict[int, Losses]
 
 
 def work_of(recipe: FederateRecipe, resident: SharedBase) -> dict[str, Any]:
-    """What a manifest says of the work: digests of base and recipe, and the task's settings."""
+    """Return the work of a manifest: digests of base and recipe, and the task's settings."""
     settings = config.dump(RoundSettings.of(recipe))
     return {"task": NAME, "settings": settings, "base": resident.ref.digest, "recipe": resident.digest}
 
 
 @dataclass(frozen=True)
 class SimulationSetup:
-    """What a simulation runs: tasks by client, with the rules as they were resolved. folder: of journals and keys."""
+    """Inputs of a simulation.
+
+    rules: with `auto` resolved.
+    tasks: by client.
+    start: the adapter that the first round starts from.
+    folder: of journals and keys.
+    """
 
     recipe: FederateRecipe
     rules: UpdateRules
@@ -95,24 +107,26 @@ class SimulationSetup:
 
     @property
     def work(self) -> dict[str, Any]:
-        """See `work_of`."""
+        """Work of a manifest, as `work_of` returns it."""
         return work_of(self.recipe, self.resident)
 
     def manifest(self, shared: Tensors, number: int) -> Manifest:
-        """Of a round in which every update is seen: unsigned."""
+        """Return the unsigned manifest of a round in which every update is seen; shared: in the adapter's shapes."""
         terms = terms_for(self.tasks, MODES[self.recipe.mode].sent(shared, number), self.rules, seed="0" * 64)
         work = ClientWork(shared=arrays.digest(arrays.pack_tensors(shared)), **self.work)
         return Manifest(RUN, number, COORDINATOR, work, terms, _LENGTH_S, self.rules)
 
     @property
     def spent(self) -> tuple[float | None, dict[str, float]]:
-        """(the worst client's epsilon so far, each client's) of its rows; (None, {}) where rows have no budget."""
+        """(epsilon of the worst client so far, epsilon of each client) of its rows; (None, {}) without
+        such a budget.
+        """
         guards = {name: task.guard for name, task in sorted(self.tasks.items()) if isinstance(task, LoraTask)}
         epsilons = {name: guard.account.epsilon() for name, guard in guards.items() if guard}
         return (max(epsilons.values()) if epsilons else None), epsilons
 
     def losses(self, number: int) -> tuple[float | None, float | None]:
-        """Means over the clients that trained in this process."""
+        """Return the mean first and last losses of a round, over the clients that trained in this process."""
         losses = [task.losses[number] for task in self.tasks.values() if number in task.losses]
         first = [loss for loss, _ in losses if loss is not None]
         last = [loss for _, loss in losses if loss is not None]
@@ -120,56 +134,54 @@ class SimulationSetup:
 
 
 class Rounds(Protocol):
-    """A simulation's rounds: `step` until as many are done as the recipe says."""
+    """Rounds of a simulation: call `step` until as many are done as the recipe says."""
 
     @property
     def shared(self) -> Tensors:
-        """The adapter as it stands."""
+        """Current shared adapter."""
         ...
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """A line for each round that is done."""
+        """Metrics of each finished round."""
         ...
 
     def step(self) -> None:
-        """The next round, or the rest of one that was cut short."""
+        """Run the next round, or the rest of an interrupted one."""
         ...
 
     def close(self) -> None:
-        """Let go of the journals."""
+        """Close the journals."""
         ...
 
 
 @dataclass
 class _ObservedTask:
-    """A client's task, watched: a simulation sees every update, a coordinator none."""
+    """Client task whose updates are recorded: a simulation sees every update, a coordinator none."""
 
     task: TuningTask
     updates_by_round: dict[int, LocalUpdate] = field(default_factory=dict)
 
     def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
-        """See Task."""
+        """Return the client's update, in the shapes of the round, and record it."""
         self.updates_by_round = {manifest.number: self.task.update(manifest, shared)}
         return self.updates_by_round[manifest.number]
 
     def of(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
-        """What it learnt in a round: done again, to the bits, where another process saw it."""
+        """Return the update of a round, in its shapes; computed again, to the bit, if another process saw it."""
         return self.updates_by_round.get(manifest.number) or self.update(manifest, shared)
 
 
 class _Strict(InProcess):
-    """A client that says no ends the simulation with its reason, at once; but for one whose budget the round does not
-    fit.
-    """
+    """Transport that raises the error of a client that refuses. A BudgetError only declines the round."""
 
     @property
     def declined(self) -> dict[str, BudgetError]:
-        """Who declined the round, and why."""
+        """Clients that declined the round, with their errors."""
         return {name: error for name, error in sorted(self.said_no.items()) if isinstance(error, BudgetError)}
 
     def exchange(self, requests: Mapping[str, bytes], wait_s: float) -> Iterator[bytes]:
-        """See Transport. Raises what the client raised."""
+        """Exchange messages as InProcess does, then raise the error of a client that refused."""
         yield from super().exchange(requests, wait_s)
         for name, error in self.said_no.items():
             if name not in self.declined:
@@ -177,7 +189,7 @@ class _Strict(InProcess):
 
 
 class SecureRounds:
-    """Coordinator and clients with journals of their own, and a secure sum between them."""
+    """Rounds with a secure sum between a coordinator and clients, each with its journal."""
 
     def __init__(self, setup: SimulationSetup, account: Account | None) -> None:
         self._setup, self._account, self._stack, self._stats = setup, account, ExitStack(), TransferStats()
@@ -208,17 +220,19 @@ class SecureRounds:
 
     @property
     def shared(self) -> Tensors:
-        """See Rounds."""
+        """Current shared adapter."""
         return self._coordinator.shared
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """See Rounds."""
+        """Metrics of each finished round."""
         return lines_of(self._journal, RUN)
 
     def step(self) -> None:
-        """See Rounds. Raises what a client raised, BudgetError before a round that the privacy budget does not hold,
-        and where too many clients decline one.
+        """Run the next round, or the rest of an interrupted one.
+
+        Raises the error of a client, and BudgetError for a round beyond the privacy budget or that too many clients
+        decline.
         """
         setup = self._setup
         if not self._coordinator.is_open:
@@ -235,7 +249,7 @@ class SecureRounds:
                 )
             )
         if self._account:
-            # before a noised number is seen; for a round that goes on it is paid
+            # before a noised number is seen; an interrupted round is paid for already
             self._account.spend(self._spending(self._manifest()))
         self._stats = TransferStats()
         self._transport.said_no.clear()
@@ -252,8 +266,9 @@ class SecureRounds:
         return noise_of(manifest).spending(f"round-{manifest.number}", values_of(manifest))
 
     def _merged(self, shared: Tensors, mean: Tensors) -> Tensors:
-        """The next shared adapter. The round's line is in the journal before the round's end is: once, whatever is
-        killed.
+        """Return the next shared adapter.
+
+        The round's metrics are in the journal before the round's end is, once, even after a kill.
         """
         manifest, rules = self._manifest(), self._setup.rules
         declined = self._transport.declined
@@ -279,12 +294,12 @@ class SecureRounds:
         return add_changes(shared, mean)
 
     def close(self) -> None:
-        """See Rounds."""
+        """Close the journals."""
         self._stack.close()
 
 
 class InspectedRounds:
-    """Every update is seen, and a declared rule makes one of them."""
+    """Rounds in which every update is seen, and a robust rule combines them."""
 
     def __init__(self, setup: SimulationSetup, rule: AnyRule) -> None:
         self._setup, self._rule = setup, rule
@@ -294,16 +309,16 @@ class InspectedRounds:
 
     @property
     def shared(self) -> Tensors:
-        """See Rounds."""
+        """Current shared adapter."""
         return self._shared
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """See Rounds."""
+        """Metrics of each finished round."""
         return self._lines
 
     def step(self) -> None:
-        """See Rounds. Raises GuardError where the rule stops the round."""
+        """Run the next round. Raises GuardError if the rule stops it, BudgetError if every client declines."""
         setup, shared, number = self._setup, self._shared, len(self._lines) + 1
         declined: dict[str, BudgetError] = {}
         local_updates = self._local_updates(shared, number, declined)
@@ -331,7 +346,7 @@ class InspectedRounds:
         self._journal.keep(RUN, records.canonical(self._lines) + b"\n" + arrays.pack_tensors(next_shared))
 
     def _local_updates(self, shared: Tensors, number: int, declined: dict[str, BudgetError]) -> dict[str, LocalUpdate]:
-        """What each client learnt of the shared adapter in a round; who declines is put down."""
+        """Return each client's update of a round; clients that decline are added to `declined`."""
         setup = self._setup
         tasks = {name: setup.tasks[name].update for name in sorted(setup.tasks)}
         return _collect_updates(tasks, setup.manifest(shared, number), shared, declined)
@@ -339,13 +354,14 @@ class InspectedRounds:
     def _next_shared(
         self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int
     ) -> tuple[Tensors, float]:
-        """(the next shared adapter, how far it is from the mean of the clients' products, on a canary of this
-        seed).
+        """Return (the next shared adapter, its relative distance from the mean of the clients' products).
+
+        seed: of the probe that measures the distance.
         """
         return add_changes(shared, pooled), round_schedule.exactness_error(shared, updates, seed)
 
     def close(self) -> None:
-        """See Rounds."""
+        """Close the journal."""
         self._journal.close()
 
 
@@ -355,7 +371,7 @@ def _collect_updates(
     shared: Tensors,
     declined: dict[str, BudgetError],
 ) -> dict[str, LocalUpdate]:
-    """What each client learnt. Who declines, here or before, has learnt nothing, and is in `declined`."""
+    """Return each client's update; clients that decline, here or before, are in `declined` instead."""
     local_updates = dict[str, LocalUpdate]()
     for name, update in tasks.items():
         if name in declined:
@@ -377,24 +393,27 @@ def _read(content: bytes) -> tuple[list[dict[str, Any]], Tensors]:
 
 
 def _enrol(folder: Path, names: tuple[str, ...]) -> PinnedKeys:
-    """Keys of everyone, made once, and the roster of them."""
+    """Create the missing keys of all participants, and return the roster of them."""
     (folder / "roster").mkdir(parents=True, exist_ok=True)
     for name in names:
         public = folder / "roster" / f"{name}.pub"
         if not public.exists():
-            # what a kill left between the two is no key that anybody has seen
+            # a kill between the two left a key that nobody has seen
             shutil.rmtree(folder / "keys" / name, ignore_errors=True)
             signing.keygen(folder / "keys" / name)
             shutil.copyfile(folder / "keys" / name / "sartor.pub", public)
     return PinnedKeys.open(folder / "roster")
 
 
-# a singular value below this, of the largest, is rounding in fp64
+# singular values below this fraction of the largest are rounding errors of fp64
 _NOTHING = 1e-12
 
 
 class ResidualRounds(InspectedRounds):
-    """`shared` has the R shared ranks first, then the residual's. The tasks' base follows it."""
+    """Rounds of mode residual.
+
+    `shared` has the R shared ranks first, then the residual's. The base of the tasks has room for all of them.
+    """
 
     def __init__(self, setup: SimulationSetup, rule: AnyRule) -> None:
         super().__init__(setup, rule)
@@ -429,7 +448,7 @@ class ResidualRounds(InspectedRounds):
 
     @property
     def _rank(self) -> int:
-        """R, of what clients train."""
+        """R, the number of ranks that clients train."""
         return self._setup.recipe.method.rank
 
     def _fit(self, shared: Tensors) -> None:
@@ -441,7 +460,7 @@ class ResidualRounds(InspectedRounds):
 
 
 def _sum_products(first: LoraPair, second: LoraPair | None) -> tuple[Array, Array]:
-    """(A, B) of the sum of two products, in fp64."""
+    """Return (A, B) of the sum of two products, in fp64: [B_1, B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2."""
     parts = [first, *([second] if second else [])]
     return (
         np.concatenate([part.a.astype(np.float64) for part in parts]),
@@ -450,10 +469,10 @@ def _sum_products(first: LoraPair, second: LoraPair | None) -> tuple[Array, Arra
 
 
 def compress_ranks(residual: dict[str, LoraPair]) -> dict[str, Array]:
-    """The factors of these products in fp32, by PEFT's names, at the fewest ranks that compute every one; at least
-    one.
+    """Return factors of these products at the fewest ranks that compute every one, at least one.
 
-    By a singular value decomposition of the product of the triangles of two QR decompositions.
+    residual: module -> A (R', in), B (out, R'). Result: by PEFT's names, A (R, in) and B (out, R), fp32, with one R
+    for all modules.
     """
     decomposed = {module: _decompose(factors) for module, factors in residual.items()}
     rank = max(1, *(len(factors.a) for factors in decomposed.values()))
@@ -466,6 +485,10 @@ def compress_ranks(residual: dict[str, LoraPair]) -> dict[str, Array]:
 
 
 def _decompose(factors: LoraPair) -> LoraPair:
+    """Return the factors of a product at its numerical rank, with the singular values split evenly.
+
+    B = Q_l U, A^T = Q_r L (QR); U L^T = u S v^T (SVD, (R', R')); then B A = (Q_l u sqrt(S)) (Q_r v sqrt(S))^T.
+    """
     left_q, upper = np.linalg.qr(factors.b)
     right_q, lower = np.linalg.qr(factors.a.T)
     u, sizes, v = np.linalg.svd(upper @ lower.T)

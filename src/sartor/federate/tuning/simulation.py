@@ -1,9 +1,9 @@
-"""Verb federate simulate: coordinator and clients in one process.
+"""The verb `federate simulate`: coordinator and clients in one process.
 
     Datasets, or one dealt out --rows--> clients --updates--> secure sum (or a declared robust rule) --mean--> shared
     adapter
 
-Beside OUT stand journals and keys (`OUT.rounds`) until the Adapter does: `resume` goes on from them.
+Journals and keys stand beside OUT (`OUT.rounds`) until the Adapter is written: `resume` continues from them.
 """
 
 from __future__ import annotations
@@ -59,15 +59,13 @@ _FINGERPRINT = "fingerprint.json"
 
 @dataclass(frozen=True)
 class Simulated:
-    """What `simulate` made: the Adapter, what its rounds said, and the report on each client's own Adapter if there
-    are any.
-    """
+    """Result of `simulate`: the Adapter, and the report on each client's personal Adapter, if any."""
 
     adapter: Artifact
     personal: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the JSON output of the command."""
         run = self.adapter.manifest["run"]
         report = open_report(self.adapter.path)
         names = (
@@ -102,16 +100,17 @@ def simulate(
 ) -> Simulated:
     """Tune one adapter over many clients, all in this process, and write it to `out` as `tune` does.
 
-    clients: a Dataset each, or a device file (`edge_client.DeviceFile`), whose work runs within its budget; or shards:
-    {count, alpha, by, seed} deals out the one at the recipe's data.path. `resume` goes on after the last round that
-    ended, to the bits that an uninterrupted run gives (but for noise, which is drawn once).
+    clients: a Dataset each, or a device file (`edge_client.DeviceFile`), whose work runs within its budget.
+    shards: instead of clients, {count, alpha, by, seed} deals out the Dataset at the recipe's data.path.
+    resume: continue after the last round that ended, with the same bits as an uninterrupted run (except for noise,
+    which is drawn once).
 
     Raises ConfigError (recipe, clients, taken `out`, a run of something else), ArtifactError, SourceError (a client's
     Dataset), ModelError (base; a client whose loss explodes), RoundError (a cohort below 3), BudgetError (privacy),
     GuardError (a rule).
     """
     recipe, out = load_recipe(recipe), Path(out).absolute()
-    # what clients do afterwards, for themselves, changes no round
+    # the personal tuning after the rounds does not change them
     personal, recipe = recipe.personal, dataclasses.replace(recipe, personal=None)
     shard_options = config.load_any(Shards, shards) if shards is not None else None
     folder = out.with_name(f"{out.name}.rounds")
@@ -138,8 +137,9 @@ def simulate(
 
 
 def check_outputs(out: Path, folder: Path, *, resume: bool, replace: bool) -> None:
-    """Raise ConfigError where the output is taken, or where an unfinished run stands and it is not said what becomes
-    of it.
+    """Raise ConfigError if the output is taken.
+
+    The same if an unfinished run exists and neither flag says what to do with it, or if both flags are given.
     """
     if resume and replace:
         raise ConfigError(
@@ -155,7 +155,7 @@ def check_outputs(out: Path, folder: Path, *, resume: bool, replace: bool) -> No
 
 
 def _setup(recipe: FederateRecipe, clients: Clients, folder: Path, devices: Sequence[DeviceFile]) -> SimulationSetup:
-    """Tasks on one resident base, or each on its device, with the rules resolved."""
+    """Return the setup: tasks on one base in memory, or each on its device, with the rules resolved."""
     tasks: dict[str, TuningTask] = {**clients.tasks(recipe, folder / "rows")}
     if devices:
         _check_devices(recipe)
@@ -170,7 +170,7 @@ def _setup(recipe: FederateRecipe, clients: Clients, folder: Path, devices: Sequ
 
 
 def _check_devices(recipe: FederateRecipe) -> None:
-    """Raise ConfigError for what a device's tuner does not do."""
+    """Raise ConfigError for features that a device's tuner lacks."""
     of_rows = recipe.privacy is not None and recipe.privacy.level == "example"
     for is_requested, feature in ((of_rows, "privacy of level example"), (recipe.method.ranks, "method.ranks")):
         if is_requested:
@@ -181,14 +181,17 @@ def _check_devices(recipe: FederateRecipe) -> None:
 
 
 def resolve_rules(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int) -> UpdateRules:
-    """The rules of a run. largest: examples of the largest client. `auto` noise is the least with which all rounds are
-    within the privacy asked for; the noise that a sum of discrete Gaussians lacks to be one is added. Raises
-    ConfigError, BudgetError.
+    """Return the rules of a run, with `auto` resolved.
+
+    shared: the adapter, whose shapes give the number of values P. largest: examples of the largest client. `auto`
+    noise is the least z with which all rounds stay within the budget. A sum of discrete Gaussians counts as the
+    smaller z' (`ClientNoise.effective_multiplier`), so the noise is raised to z^2 / z'. Raises ConfigError,
+    BudgetError.
     """
     round_rules = recipe.rules
     budget = recipe.of_clients
     noise = calibrated(budget, recipe.rounds) if budget and round_rules.noise == "auto" else recipe.noise_asked
-    # a weight by a count of rows would tell of each row
+    # a weight by the number of rows would reveal rows
     max_examples = (
         round_rules.most_examples if round_rules.most_examples != "auto" else 1 if noise or recipe.privacy else largest
     )
@@ -196,7 +199,7 @@ def resolve_rules(recipe: FederateRecipe, shared: Tensors, clients: int, largest
     rules = UpdateRules(clip=round_rules.clip, noise=noise, most_examples=max_examples, mode=mode)
     if not (noise and round_rules.noise == "auto"):
         return rules
-    # the finest noise is wanted for the largest upload of any round: all its factors
+    # z' is lowest for the largest upload of any round, so P counts all factors
     upload = MODES[recipe.mode].sent(shared, 1)
     layout = terms_for([f"client-{index}" for index in range(clients)], upload, rules, seed="0" * 64).layout
     client_noise = ClientNoise(rules.clip, noise, least_threshold(clients), layout[0].scale)
@@ -205,7 +208,7 @@ def resolve_rules(recipe: FederateRecipe, shared: Tensors, clients: int, largest
 
 
 def _fingerprint(recipe: FederateRecipe, clients: Clients) -> dict[str, Any]:
-    """What decides the result."""
+    """Return what determines the result."""
     resident = clients.resident
     rows = {name: rows.digest() for name, rows in clients.rows.items()}
     return {
@@ -217,9 +220,9 @@ def _fingerprint(recipe: FederateRecipe, clients: Clients) -> dict[str, Any]:
 
 
 def check_same(folder: Path, fingerprint: Mapping[str, Any], dtype: str) -> None:
-    """Raise ConfigError where the journals in `folder` are of another run or arithmetic; write down whose they are.
+    """Raise ConfigError if the journals in `folder` are of another run or arithmetic; else record this run's.
 
-    dtype: what the base computes in here; and there, where journals of before do not state it.
+    dtype: in which the base computes here; also assumed for older journals that do not state it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / _FINGERPRINT
@@ -241,7 +244,7 @@ def check_same(folder: Path, fingerprint: Mapping[str, Any], dtype: str) -> None
 
 
 def _run(setup: SimulationSetup, clients: Clients, out: Path, *, replace: bool, notice: Notice) -> Artifact:
-    """All rounds that are left, then the Adapter."""
+    """Run all rounds that are left, then the attacks, and write the Adapter."""
     began, recipe = time.monotonic(), setup.recipe
     account = Account(setup.folder / "privacy.json", recipe.of_clients) if recipe.of_clients else None
     rounds = _rounds(setup, account)
@@ -272,7 +275,10 @@ def write_adapter(
     *,
     replace: bool,
 ) -> Artifact:
-    """The Adapter: its log, a line a round, PEFT's files, the attack report and the manifest."""
+    """Write the Adapter: its log with a line for each round, PEFT's files, the attack report and the manifest.
+
+    shared: LoRA factors A (R, in), B (out, R).
+    """
 
     def fill(part: Path) -> Mapping[str, Any]:
         (part / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
@@ -293,12 +299,12 @@ def _rounds(setup: SimulationSetup, account: Account | None) -> Rounds:
 
 
 def without_recipe(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """What an Adapter keeps of it: the recipe stands beside it."""
+    """Return the fingerprint as an Adapter keeps it: without the recipe, which stands beside it."""
     return {name: digest for name, digest in fingerprint.items() if name != "recipe"}
 
 
 def round_line(line: Mapping[str, Any], rounds: int) -> str:
-    """A line of the log, for a person."""
+    """Return the metrics of a round as a line of the log."""
     loss = "" if line["loss_first"] is None else f"loss {line['loss_first']:.3f} -> {line['loss_last']:.3f}, "
     clipped = f", {line['clipped']} of {line['clients']} updates clipped" if line["clipped"] else ""
     epsilon = "" if line["epsilon"] is None else f", epsilon {line['epsilon']:.3g}"
@@ -310,12 +316,15 @@ def round_line(line: Mapping[str, Any], rounds: int) -> str:
 def facts_of(
     setup: SimulationSetup, clients: Clients, lines: Sequence[Mapping[str, Any]], shared: Tensors
 ) -> dict[str, Any]:
-    """The manifest of the Adapter: that of `tune`, and of the rounds."""
+    """Return the manifest of the Adapter: that of `tune`, with the facts of the rounds.
+
+    shared: LoRA factors A (R, in), B (out, R).
+    """
     resident, base = clients.resident, clients.resident.base
     mode, rules = MODES[setup.recipe.mode], setup.rules
     resident.hold(lambda name: True)
     _, parameter_count = adapters.trainable(resident.model)
-    # without the ranks of a residual, which are held still
+    # without the frozen ranks of a residual
     trained = sum(value.size for value in setup.start.values())
     uploaded = sum(line["uploaded_bytes"] for line in lines)
     sent_values = sum(

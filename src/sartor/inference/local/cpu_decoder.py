@@ -1,7 +1,8 @@
 """Decoder layers on a CPU by compiled kernels.
 
-Every token is computed by itself, in one order, whatever is computed beside it (see decode_kernels.cpp). So prompts
-may be read in chunks of any size, and what a reply left in the cache has the bits that it would have as a prompt.
+Every token is computed by itself, in one order of operations, independent of its neighbours (see decode_kernels.cpp).
+Prompts may therefore be read in chunks of any size, and a reply leaves the same bits in the cache as if it were a
+prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from sartor.models.losses.lora_linear import Projection, Unsupported
 
 @dataclass(frozen=True)
 class AdapterTable:
-    """One adapter: an array of `Factor`, for each linear module of each layer, and the numbers that it points to."""
+    """Table of one adapter for the kernels: a `Factor` for each linear module of each layer.
+
+    address: of the array of Factors.
+    rank: largest padded rank.
+    buffers: objects that keep the memory alive.
+    bytes: size of the factors.
+    """
 
     address: int = 0
     rank: int = 0
@@ -38,8 +45,9 @@ class AdapterTable:
 
 
 class LoraTables:
-    """Every adapter by its name and its slot; -1 is the base's, which has none. Ranks are filled up to multiples of
-    RANKS.
+    """Tables of all adapters by name and slot; slot -1 is the base's, which is empty.
+
+    Ranks and outputs are padded to multiples of RANKS.
     """
 
     def __init__(self, sites: Sequence[Site], dtype: torch.dtype, walker: CpuForward) -> None:
@@ -50,23 +58,23 @@ class LoraTables:
         self._tables: dict[int, AdapterTable] = {-1: AdapterTable()}
 
     def slot(self, adapter: str) -> int:
-        """Where an adapter stands; -1 for the base."""
+        """Return the slot of an adapter; -1 for the base."""
         return self._slots[adapter] if adapter else -1
 
     def at(self, slot: int) -> AdapterTable:
-        """What stands in a slot."""
+        """Return the table in a slot."""
         return self._tables[slot]
 
     def bytes_of(self, adapter: str) -> int:
-        """What an adapter takes."""
+        """Return the bytes of an adapter."""
         return self._tables[self.slot(adapter)].bytes
 
     def put(self, adapter: str, path: Path) -> int:
-        """Load the PEFT directory `path` under a name; returns its bytes. Raises ModelError when it does not fit."""
+        """Load the PEFT directory `path` under a name; return its bytes. Raises ModelError if it does not fit."""
         return self.add(adapter, read_pairs(path, self._shapes))
 
     def add(self, adapter: str, pairs: Mapping[str, ModuleLora]) -> int:
-        """The same for factors by module."""
+        """Add an adapter given as factors by module; return its bytes."""
         slot = next(number for number in range(len(self._tables)) if number not in self._tables)
         self._tables[slot] = self._table_of(pairs)
         self._slots[adapter] = slot
@@ -85,7 +93,7 @@ class LoraTables:
         entries = {module: Factor() for module in self._shapes}
         rest = numbers
         for site in self.sites:
-            # in the order in which they are read: all A of a product, then all B
+            # in the order in which the kernel reads them: all A of a product, then all B
             tuned = {module: shape for module, shape in _shapes(site).items() if module in pairs}
             for module, (_, ins) in tuned.items():
                 a, rest = rest[: ranks[module] * ins].view(-1, ins), rest[ranks[module] * ins :]
@@ -104,26 +112,27 @@ def _filled(outs: int) -> int:
 
 
 def _padded(pair: ModuleLora, outs: int, rank: int) -> torch.Tensor:
-    """(outs, rank) scaled B, filled up with zeros."""
+    """Return scale * B, padded with zeros to shape (outs, rank)."""
     b = torch.zeros(outs, rank)
     b[: len(pair.b), : len(pair.a)] = pair.b.float() * pair.scale
     return b
 
 
 def _shapes(site: Site) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of its modules."""
+    """Return (outputs, inputs) of each module of a site."""
     return {
         module: (high - low, site.width) for module, low, high in zip(site.modules, site.low, site.high, strict=True)
     }
 
 
-# Of the linear layers of a base that is copied into memory of the process's own
+# largest size of linear layers that are copied into this process's own memory
 MOST_MOVED_BYTES = 1 << 30
 
 
 class CpuDecoder:
-    """See `torch_decoder.TorchDecoder`. Raises NoKernels, with the reason, where base or machine are not fit for
-    it.
+    """Decoder by compiled kernels, with the interface of `torch_decoder.TorchDecoder`.
+
+    Raises NoKernels, with the reason, if the kernels do not support the base or the machine.
     """
 
     chunk_tokens = 4 * PAGE
@@ -140,23 +149,24 @@ class CpuDecoder:
         self.factors = LoraTables(sites_of(projections, names), self.dtype, self._walker)
         self._kinds = sorted({block.rope_kind for block in fast.blocks})
         self.cache_pages, block = cache_pages, fast.blocks[0]
-        size = (cache_pages, block.shape.groups, 2 * PAGE * (-(-block.width // 32) * 32))  # room for any order of them
+        size = (cache_pages, block.shape.groups, 2 * PAGE * (-(-block.width // 32) * 32))  # room for any layout
         self._caches = [torch.empty(size, dtype=self.dtype) for _ in fast.blocks]
-        # in a page of all groups: less than there is room for
+        # values in a page over all groups: at most the room for them
         self._page_numbers = block.shape.groups * self._walker.page_numbers(block.width)
         self._model = self._described()
 
     def advance(self, runs: Sequence[TokenRun], scored_runs: Sequence[int]) -> Scores:
-        """See `torch_decoder.TorchDecoder`."""
+        """Run the tokens through all layers; return the scores after the last token of each run in `scored_runs`."""
         return self.score(runs, [(index, len(runs[index].ids) - 1) for index in scored_runs])
 
     @torch.inference_mode()
     def score(self, runs: Sequence[TokenRun], places: Sequence[tuple[int, int]]) -> Scores:
-        """Take each run through all layers; what comes after the tokens at `places`: (index of a run, place in its
-        ids).
+        """Run the tokens through all layers; return the scores after the tokens at `places`.
+
+        places: pairs (index of a run, index in its ids).
         """
         starts = [0] * len(runs)
-        # neighbours with one adapter are computed together
+        # adjacent rows with the same adapter are computed together
         order = sorted(range(len(runs)), key=lambda index: runs[index].slot)
         x, end = self._walked([runs[index] for index in order]), 0
         for index in order:
@@ -169,14 +179,14 @@ class CpuDecoder:
         )
 
     def copy_page(self, source: int, target: int) -> None:
-        """Write the keys and values of a page of the cache over another's, in every layer."""
+        """Copy the keys and values of one cache page over another's, in every layer."""
         for cache in self._caches:
             pages = cache.view(-1)[: self.cache_pages * self._page_numbers].view(self.cache_pages, -1)
             pages[target].copy_(pages[source])
 
     def attach_own(self, adapter: str) -> int:
-        """Load the factors that stand on the modules of the model, as peft has them; returns how many modules have
-        some.
+        """Attach the LoRA factors on the model's own modules, as peft places them; return the number of adapted
+        modules.
         """
         pairs: dict[str, ModuleLora] = {}
         for part, site in zip(self._parts, self.factors.sites, strict=True):
@@ -188,12 +198,12 @@ class CpuDecoder:
 
     @torch.inference_mode()
     def hidden(self, run: TokenRun) -> torch.Tensor:
-        """See `torch_decoder.TorchDecoder`."""
+        """Return the hidden states (T, D) of all T tokens of a run, as the LM head reads them."""
         norm = self._fast.norm
         return ReferenceKernels().rms_norm(self._walked([run]), norm.weight, norm.eps, norm.offset)[0]
 
     def _walked(self, runs: Sequence[TokenRun]) -> torch.Tensor:
-        """(T, D) hidden states of all runs' tokens, one run after the other."""
+        """Return the hidden states (T, D) of the tokens of all runs, one run after the other."""
         ids = torch.tensor([token for run in runs for token in run.ids])
         ends = [run.first + len(run.ids) for run in runs]
         max_pages = -(-max(ends) // PAGE)
@@ -207,7 +217,7 @@ class CpuDecoder:
         x, start = self._fast.embed(ids.clamp(min=0)).float(), 0
         for run in runs:
             if run.media is not None:
-                # as wide as the embeddings of texts are, so that a cache holds what the model would see by itself
+                # rounded like text embeddings, so that the cache holds what the model itself would compute
                 x[start + run.media[0]] = run.media[1].to(self.dtype).float()
             start += len(run.ids)
         tokens = Tokens(
@@ -271,8 +281,9 @@ def _projections(block: DecoderBlock) -> tuple[Projection, ...]:
 
 
 def _move(fast: FusedDecoder, projections: Sequence[Projection]) -> None:
-    """Put the weights of a small base on wide pages. A large one stays mapped, so that the processes that serve it
-    share it.
+    """Copy the weights of a small base to huge pages.
+
+    A large base stays memory-mapped, so that the processes that serve it share the memory.
     """
     modules = [module for part in projections for module in part.modules]
     if sum(module.weight.nbytes for module in modules) > MOST_MOVED_BYTES:
@@ -288,7 +299,7 @@ def _move(fast: FusedDecoder, projections: Sequence[Projection]) -> None:
 
 
 def _check(fast: FusedDecoder, projections: Sequence[Projection]) -> None:
-    """Raise NoKernels for what decode_kernels.cpp does not compute."""
+    """Raise NoKernels for a base that decode_kernels.cpp does not support."""
     norms = [fast.norm, *(norm for block in fast.blocks for norm in _norms(block))]
     tensors = [fast.head, *(norm.weight for norm in norms), *(m.weight for part in projections for m in part.modules)]
     reasons = {
@@ -313,8 +324,9 @@ def _sizes(block: DecoderBlock) -> tuple[Any, ...]:
 
 
 def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> TorchDecoder | CpuDecoder:
-    """The fastest that is right for a base. Raises ModelError for an architecture that `fused_decoder.py` does not
-    know.
+    """Return the fastest decoder that supports a base.
+
+    Raises ModelError for an architecture that `fused_decoder.py` does not support.
     """
     try:
         fast = FusedDecoder(model, kernels.choose_kernels(model.device)[0])
@@ -330,8 +342,9 @@ def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> TorchDecod
 
 
 def open_compiled(model: Any, cache_pages: int, context_tokens: int) -> CpuDecoder | None:
-    """Return the compiled decoder of a model without PEFT's shell, None where base, adapter or machine are not fit for
-    it.
+    """Return the compiled decoder of a model without PEFT's wrapper, or None.
+
+    None means that the kernels do not support the base, the adapter or the machine.
     """
     try:
         fast = FusedDecoder(model, kernels.choose_kernels(model.device)[0])
@@ -341,7 +354,7 @@ def open_compiled(model: Any, cache_pages: int, context_tokens: int) -> CpuDecod
 
 
 def _compiled(model: Any, fast: FusedDecoder, cache_pages: int, angles: Angles) -> CpuDecoder:
-    """Raises NoKernels, with the reason, where base or machine are not fit for it."""
+    """Return the compiled decoder. Raises NoKernels, with the reason, if base or machine are not supported."""
     if model.device.type != "cpu":
         raise cpu.NoKernels("they are for CPUs")
     if problem := difference(fast.head.dtype):
@@ -350,14 +363,16 @@ def _compiled(model: Any, fast: FusedDecoder, cache_pages: int, angles: Angles) 
 
 
 def _names(model: Any) -> dict[int, str]:
-    """Names of the base's modules by id, whether peft has put its own around them or not."""
+    """Return the names of the base's modules by id, whether or not peft has wrapped them."""
     return {id(module): name.removesuffix(".base_layer") for name, module in model.named_modules()}
 
 
 @functools.cache
 def difference(dtype: torch.dtype) -> str:
-    """What the compiled kernels make otherwise than torch's operations of a tiny base with an adapter; empty if
-    nothing.
+    """Return how the compiled kernels differ from torch on a tiny base with an adapter; empty if they agree.
+
+    The relative error of the logits, |actual - expected| / |expected|, must stay below 1e-4 in fp32 and 0.05
+    otherwise.
     """
     state = torch.get_rng_state()
     try:
@@ -378,7 +393,7 @@ def difference(dtype: torch.dtype) -> str:
             "model.layers.0.self_attn.q_proj": ModuleLora(torch.randn(3, 64), torch.randn(64, 3), 0.1),
             "model.layers.1.mlp.down_proj": ModuleLora(torch.randn(18, 96), torch.randn(64, 18), 0.1),
         }
-        # torch's last: it may lay the weights out anew
+        # TorchDecoder last: it may reorder the weights
         actual, expected = (_few(kind(fast, 4, angles, names), pairs) for kind in (CpuDecoder, TorchDecoder))
     finally:
         torch.set_rng_state(state)
@@ -387,7 +402,10 @@ def difference(dtype: torch.dtype) -> str:
 
 
 def _few(blocks: TorchDecoder | CpuDecoder, pairs: Mapping[str, ModuleLora]) -> torch.Tensor:
-    """Logits of two prompts, the first in two parts and with an adapter, and of a token after each."""
+    """Return the logits (4, V) after two prompts and after one more token of each.
+
+    The first prompt is read in two parts and has an adapter.
+    """
     blocks.factors.add("a", pairs)
     slot = blocks.factors.slot("a")
     ids = [index * 7 % 50 for index in range(90)]

@@ -1,9 +1,9 @@
 """Paged KV cache with prefix reuse.
 
-A page of a text is known by its own tokens and by the page before it, back to the adapter that computed it; so it is
-shared among rows of one adapter alone, and an adapter that is attached again has another number, and never meets what
-was computed before. What is taken over is bit for bit what would have been computed (see `blocks.py`). Only whole
-pages are kept, and only once logits behind them were finite.
+The key of a page is its tokens and the page before it, back to the number of the adapter that computed it. Only rows
+of the same adapter therefore share pages. An adapter that is attached again has a new number and never uses its old
+pages. A reused page has exactly the bits that recomputing it would give (see `torch_decoder.py`). Only complete pages
+are kept, and only after finite logits.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from collections.abc import Sequence
 
 PAGE_TOKENS = 64
 
-# (the page before, or -1 less the adapter's number; the page's tokens)
+# (the page before, or -1 - the adapter's number; the page's tokens)
 _Key = tuple[int, tuple[int, ...]]
 
 
 class PagedKvCache:
-    """Which pages are free, used and kept. `total`: how many there are."""
+    """Allocator of cache pages: free, used and kept ones.
+
+    total: number of pages.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -27,19 +30,20 @@ class PagedKvCache:
         self._pages_by_key: dict[_Key, int] = {}
         self._keys: dict[int, _Key] = {}
         self._numbers: dict[int, int] = {}
-        self._child_counts = [0] * total  # how many kept pages go on from this one
-        # kept pages without users, those that were longest without first; a page stands before the one that it follows
+        self._child_counts = [0] * total  # number of kept pages that continue this one
+        # kept pages without users, least recently used first; a page comes before the page that it continues
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def free(self) -> int:
-        """Pages that could be had now: free ones and kept ones that no row uses."""
+        """Number of pages available now: free ones, and kept ones without users."""
         return len(self._free) + len(self._idle)
 
     def take(self, number: int, prompt: Sequence[int], tokens: int) -> tuple[list[int], int] | None:
-        """Pages for a row of `tokens`, and how many of the prompt's tokens are in them already. None: no room now.
+        """Return pages for a row of `tokens`, and the number of prompt tokens already in them; None without room.
 
-        At least the prompt's last token is left to be computed: its logits are wanted.
+        number: the adapter's number.
+        At least the last token of the prompt is left to compute, since its logits are needed.
         """
         shared: list[int] = []
         parent = -1 - number
@@ -59,7 +63,11 @@ class PagedKvCache:
         return [*shared, *(self._fresh() for _ in range(n_fresh))], len(shared) * PAGE_TOKENS
 
     def keep(self, number: int, text: Sequence[int], pages: Sequence[int]) -> None:
-        """Let later rows use the whole pages of a computed text. The row goes on using them, until `give_back`."""
+        """Let later rows use the complete pages of a computed text.
+
+        number: the adapter's number.
+        The row keeps using the pages until `give_back`.
+        """
         parent = -1 - number
         for index in range(len(text) // PAGE_TOKENS):
             key = (parent, tuple(text[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS]))
@@ -73,7 +81,7 @@ class PagedKvCache:
             parent = self._pages_by_key[key]
 
     def give_back(self, pages: Sequence[int]) -> None:
-        """A row is over."""
+        """Release the pages of a finished row."""
         for page in reversed(pages):
             self._users[page] -= 1
             if self._users[page] == 0 and page in self._keys:
@@ -82,7 +90,10 @@ class PagedKvCache:
                 self._free.append(page)
 
     def forget(self, number: int) -> None:
-        """An adapter was detached: nothing of it is used again. Pages that a row still uses go with it."""
+        """Drop all kept pages of a detached adapter.
+
+        Pages that a row still uses are freed when the row ends.
+        """
         for page in [page for page, owner in self._numbers.items() if owner == number]:
             self._unname(page)
             if page in self._idle:

@@ -1,11 +1,11 @@
 """Continuous batching over one base and many adapters.
 
-    submit -> waiting -> reading (its prompt, a chunk at a time) -> writing (a token a step) -> Done
+    submit -> waiting -> reading (prefill, a chunk at a time) -> writing (a token per step) -> ReplyDone
 
-A step lets rows join, reads at most READ_TOKENS of prompts, and gives every writing row its next token. Greedy replies
-are what each adapter alone would have said, token for token (`blocks.py` says why); sampled ones are drawn from a
-generator of their own. A row whose logits are not finite fails alone: its pages are not kept, and no other row ever
-looked at them.
+A step lets rows join, prefills at most about READ_TOKENS of prompts, and gives every writing row its next token.
+Greedy replies are token for token those of each adapter alone (`torch_decoder.py` gives the reason). Sampled replies
+use a generator of their own. A row whose logits are not finite fails alone: its pages are not kept, and no other row
+has read them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,20 @@ from sartor.inference.prompts import PromptReader
 from sartor.media.content_parts import kinds_in
 from sartor.models.base import Base, open_base
 
-# Of prompts in one step, while others wait for their next token: a step stays within a few times that of a token
+# limit on prompt tokens per step, so that a step takes at most a few times as long as one that only decodes
 READ_TOKENS = 4 * PAGE_TOKENS
-# How long a step waits for a tower if there is nothing else to do
+# wait of a step for a tower, s, if there is nothing else to do
 MOMENT_S = 0.02
 
 
 class LocalEngine:
-    """See `engine.Engine`."""
+    """Sartor's own engine on one base.
+
+    rows: replies in work at a time.
+    waiting: calls that may wait.
+    cache_tokens: size of the KV cache.
+    Raises ConfigError if one of them is too small.
+    """
 
     def __init__(self, base: Base, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 32_768) -> None:
         if min(rows, waiting, cache_tokens // PAGE_TOKENS) < 1:
@@ -74,7 +80,7 @@ class LocalEngine:
 
     @property
     def about(self) -> EngineInfo:
-        """What it serves."""
+        """Facts about the engine."""
         return self._about
 
     @property
@@ -83,7 +89,11 @@ class LocalEngine:
         return bool(self._waiting or self._reading or self._writing or self._pending_events or self._media_calls)
 
     def attach(self, adapter: str, path: Path) -> int:
-        """See `engine.Engine`. The bytes are those of a slot, which has room for the largest rank attached."""
+        """Load an adapter and return its bytes: those of a slot, with room for the largest rank attached, and its
+        projectors.
+
+        Raises ModelError if it does not fit the base.
+        """
         if adapter in self._adapters:
             return self._blocks.factors.bytes_of(adapter)
         adapter_bytes = self._media_adapters.attach(adapter, path)
@@ -96,7 +106,7 @@ class LocalEngine:
         return adapter_bytes
 
     def detach(self, adapter: str) -> None:
-        """See `engine.Engine`."""
+        """Forget an adapter and its cached pages; its live calls fail with ModelError."""
         if adapter not in self._adapters or adapter == BASE:
             return
         for sequence in self._all():
@@ -107,7 +117,11 @@ class LocalEngine:
         self._blocks.factors.drop(adapter)
 
     def submit(self, call: GenerateCall) -> None:
-        """See `engine.Engine`."""
+        """Queue a call.
+
+        Raises BusyError if the queue is full, ModelError for an adapter that is not attached, and RequestError for a
+        duplicate id or an invalid prompt.
+        """
         if (waiting := len(self._waiting) + len(self._media_calls)) >= self._max_waiting:
             raise BusyError(f"{waiting} calls wait already", "ask again later, or raise engine.waiting")
         if call.adapter not in self._adapters:
@@ -129,7 +143,7 @@ class LocalEngine:
         self._waiting.append(sequence)
 
     def _collect_media(self) -> None:
-        """Calls whose media were read join the queue. If nothing else is to be done, they are waited for a moment."""
+        """Queue the calls whose media have been read; wait MOMENT_S for them if nothing else is to be done."""
         if not (self._waiting or self._reading or self._writing):
             wait([future for _, future in self._media_calls.values()], MOMENT_S, FIRST_COMPLETED)
         for call, future in [pair for pair in self._media_calls.values() if pair[1].done()]:
@@ -143,7 +157,7 @@ class LocalEngine:
                 self._pending_events.append(ReplyFailed(call.id, error.kind, error.problem, error.remedy))
 
     def cancel(self, call: str) -> None:
-        """See `engine.Engine`."""
+        """End a call, wherever it is; an unknown one is ignored."""
         if call in self._media_calls:
             self._media_calls.pop(call)[1].cancel()
             self._pending_events.append(ReplyDone(call, "cancelled", 0, 0))
@@ -153,7 +167,7 @@ class LocalEngine:
                 self._pending_events += sequence.end("cancelled")
 
     def step(self) -> Sequence[Event]:
-        """See `engine.Engine`."""
+        """Run one round: queue finished media calls, let rows join, prefill chunks and decode one token per row."""
         if self._media_calls:
             self._collect_media()
         self._join()
@@ -164,20 +178,24 @@ class LocalEngine:
         return events
 
     def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
-        """See `engine.Engine`. Raises RequestError for an empty or too long text, BusyError when the cache is full."""
+        """Yield one embedding per text, and None after each page of it.
+
+        Raises RequestError for an empty or too long text, BusyError if the cache is full.
+        """
         for text in texts:
             yield from self._embed(text)
 
     def close(self) -> None:
-        """End the thread of the towers; nothing is held outside this process's memory."""
+        """End the thread of the towers; there is nothing else outside this process's memory."""
         self._media_adapters.close()
 
     def _all(self) -> list[SequenceState]:
         return [*self._waiting, *self._reading, *self._writing]
 
     def _join(self) -> None:
-        """Rows from the queue, in order, as long as there is room for whole replies: a row that writes never lacks a
-        page.
+        """Move rows from the queue to prefill, in order, while the cache has room for whole replies.
+
+        A row therefore never runs out of pages while it writes.
         """
         while self._waiting and len(self._reading) + len(self._writing) < self._rows:
             sequence = self._waiting[0]
@@ -191,8 +209,9 @@ class LocalEngine:
             self._reading.append(self._waiting.popleft())
 
     def _chunks(self) -> list[tuple[SequenceState, list[int]]]:
-        """Of prompts that are read in this step: one of a row, in turn, so that a long prompt does not hold up short
-        ones.
+        """Return the prompt chunks of this step: one per row, in turn.
+
+        A long prompt then does not delay short ones.
         """
         chunks: list[tuple[SequenceState, list[int]]] = []
         budget = READ_TOKENS
@@ -206,7 +225,7 @@ class LocalEngine:
         return chunks
 
     def _advance(self, chunks: Sequence[tuple[SequenceState, list[int]]], writing: Sequence[SequenceState]) -> None:
-        """Read the chunks, and give every row whose text is read to its end its next token."""
+        """Read the chunks, and give every row with a complete prompt its next token."""
         runs = [
             TokenRun(
                 chunk,
@@ -238,7 +257,7 @@ class LocalEngine:
         self._choose(sequences, scores)
 
     def _choose(self, sequences: Sequence[SequenceState], scores: Scores) -> None:
-        """The next token of each row."""
+        """Choose the next token of each row and queue its events."""
         for index, sequence in enumerate(sequences):
             if scores.likeliest[index] < 0:
                 self._fail(
@@ -262,7 +281,10 @@ class LocalEngine:
                 self._leave(sequence)
 
     def _keep(self, sequence: SequenceState) -> None:
-        """Let later calls begin where this row is. Only after finite logits: what made others is of no use."""
+        """Keep the row's complete pages for later calls with the same prefix.
+
+        It is called only after finite logits: pages that produced others are useless.
+        """
         if not sequence.tokens:
             self._pages.keep(sequence.number, sequence.prompt, sequence.pages)
         elif self._blocks.keeps_replies and (len(sequence.prompt) + len(sequence.tokens)) % PAGE_TOKENS == 0:

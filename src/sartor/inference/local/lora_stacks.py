@@ -1,7 +1,7 @@
 """Stacked LoRA factors of all attached adapters.
 
-A slot is an adapter's place in every stack. Ranks may differ: a stack has room for the largest, and a smaller one's
-rest is zero. Stacks grow by doubling; a slot that was freed is used again.
+A slot is an adapter's index in every stack. Ranks may differ: a stack has room for the largest, and the rest of a
+smaller one is zero. Stacks grow by doubling; freed slots are reused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sartor.models.kernels.reference import LoraStack
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
 _REMEDY = "serve it merged (`sartor export --to merged`), or tune it again with method.kind: lora"
-# What peft's LoraConfig may switch on that a sum of scale B A is computed with all the same.
+# options of peft's LoraConfig under which the update is still scale * B A
 _HARMLESS = {
     "inference_mode",
     "target_modules",
@@ -39,14 +39,19 @@ _HARMLESS = {
     "auto_mapping",
     "init_lora_weights",
 }
-# How factors may begin so that the base stays as it is; other ways (PiSSA, OLoRA, CorDA, LoftQ) take them out of its
-# weights.
+# initialisations that leave the base unchanged; others (PiSSA, OLoRA, CorDA, LoftQ) subtract the factors from its
+# weights
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A fused projection: its input's width, and its modules with their outputs [low, high)."""
+    """A fused projection of one or more linear modules.
+
+    width: number of inputs D.
+    modules: names of its modules.
+    low, high: module i has the outputs [low[i], high[i]).
+    """
 
     width: int
     modules: tuple[str, ...]
@@ -56,7 +61,11 @@ class Site:
 
 @dataclass(frozen=True)
 class ModuleLora:
-    """One module's factors: a (R, D), b (O, R), and the scale of their product."""
+    """LoRA factors of one module: y += scale B A x.
+
+    a: (R, D).
+    b: (O, R).
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -64,7 +73,11 @@ class ModuleLora:
 
 
 class LoraStacks:
-    """Stacks for every site, and who has which slot."""
+    """LoRA stacks of every site, and the slot of each adapter.
+
+    With S slots, a stack holds a: (S, sum of ranks, D), b: (S, sum over modules of rank * outputs) and scales: (S,
+    modules).
+    """
 
     def __init__(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> None:
         self.sites, self._dtype, self._device = sites, dtype, device
@@ -75,22 +88,22 @@ class LoraStacks:
         return adapter in self._slots
 
     def slot(self, adapter: str) -> int:
-        """Where an adapter stands; -1 for the base."""
+        """Return the slot of an adapter; -1 for the base."""
         return self._slots[adapter] if adapter else -1
 
     def bytes_of(self, adapter: str) -> int:
-        """What an adapter takes: room for the largest rank, whatever its own is."""
+        """Return the bytes of an adapter's slot, which has room for the largest rank attached."""
         tensors = (part for stack in self.stacks for part in (stack.a, stack.b, stack.scales))
         return sum(part[0].nbytes for part in tensors) if adapter else 0
 
     def put(self, adapter: str, path: Path) -> int:
-        """Load the PEFT directory `path` under a name; returns its bytes. Raises ModelError when it does not fit."""
+        """Load the PEFT directory `path` under a name; return its bytes. Raises ModelError if it does not fit."""
         return self.add(
             adapter, read_pairs(path, {module: self._shape(site, index) for site, index, module in self._modules()})
         )
 
     def add(self, adapter: str, pairs: Mapping[str, ModuleLora]) -> int:
-        """The same for factors by module."""
+        """Add an adapter given as factors by module; return its bytes."""
         used_slots = set(self._slots.values())
         slot = next(stack_index for stack_index in range(len(used_slots) + 1) if stack_index not in used_slots)
         for stack_index, site in enumerate(self.sites):
@@ -123,7 +136,7 @@ class LoraStacks:
         return LoraStack(ranks, site.low, site.high, a, b, scales)
 
     def _make_room(self, stack_index: int, site: Site, ranks: Sequence[int], slot: int) -> None:
-        """A larger stack if the slot or a rank does not fit, with what the old one holds."""
+        """Replace a stack by a larger copy if the slot or a rank does not fit."""
         old = self.stacks[stack_index]
         new_ranks = tuple(max(have, need) for have, need in zip(old.ranks, ranks, strict=True))
         slots = len(old.scales)
@@ -155,10 +168,10 @@ class LoraStacks:
 
 
 def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, ModuleLora]:
-    """The factors in a PEFT directory by module. shapes: (outputs, inputs) of the modules that may have some.
+    """Return the factors in a PEFT directory by module.
 
-    Raises ModelError for what is not plain LoRA, for tensors without a place or a partner, and for shapes that do not
-    fit.
+    shapes: (outputs, inputs) of the modules that may have factors.
+    Raises ModelError for an adapter that is not plain LoRA, tensors without a module or a partner, and wrong shapes.
     """
     weights = read_weights(path)
     config = _plain_config(path)
@@ -180,7 +193,7 @@ def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, M
 
 
 def _is_target(config: Mapping[str, Any], module: str) -> bool:
-    """Whether the config says that a module is adapted; peft only warns where its factors are not there."""
+    """Return whether the config adapts a module; peft only warns if its factors are missing."""
     names = (
         "target_modules",
         "exclude_modules",
@@ -206,7 +219,7 @@ def _plain_config(path: Path) -> dict[str, Any]:
     if kind != "LORA" or not math.isfinite(alpha):
         raise ModelError(f"the adapter {path} is {kind!r} with alpha {alpha}; the engine computes LoRA", _REMEDY)
     for name, value in config.items():
-        # what changes more than that is switched on by a flag, a list or a mapping; numbers and words go with one
+        # a flag, a list or a mapping switches on each unsupported feature; numbers and strings only parametrise one
         switches = (isinstance(value, bool | list | dict) and bool(value)) or (name == "bias" and value != "none")
         if switches and name not in _HARMLESS:
             raise ModelError(
@@ -236,12 +249,16 @@ def _pair(
             f"{shape[1]} inputs and {shape[0]} outputs needs {(rank, shape[1])} and {(shape[0], rank)}",
             "use the base that it was tuned on",
         )
+    # scale = alpha / r; with rank-stabilised LoRA alpha / sqrt(r)
     alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank)))
     return ModuleLora(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    """peft's rank_pattern and alpha_pattern: regular expressions over the end of a module's name."""
+    """Return the value of the first pattern that matches, or `otherwise`.
+
+    peft's rank_pattern and alpha_pattern are regular expressions over the end of a module's name.
+    """
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

@@ -1,7 +1,7 @@
 """Media embeddings of prompts per adapter.
 
-A tower takes longer than a token, so it runs in a thread of its own while other rows go on; what comes back is the
-prompt's token ids and the embeddings of its media, which are the call's own and are forgotten with it.
+A tower takes longer than a decoding step, so it runs in its own thread while other rows continue. The result is the
+prompt's token ids and the embeddings of its media; they belong to the call and are dropped with it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,26 @@ from sartor.models.composed_model import ComposedMedia, TowerFeatureCache
 from sartor.models.media_tokens import MOST_TOKENS, PLACE_BITS, keys_in
 from sartor.models.towers.tower import Tower
 
-# Of features of recent media, which a conversation brings again with each turn
+# limit on cached features of recent media, which a conversation sends again with each turn
 HELD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class MediaPrompt:
-    """A prompt with media: its ids, and (M, D) fp32 embeddings of its M virtual ids, in their order."""
+    """A prompt with media.
+
+    ids: token ids; the M ids of media are negative.
+    rows: (M, D) fp32 embeddings of the media ids, in order.
+    """
 
     ids: list[int]
     rows: torch.Tensor
 
     def of(self, start: int, chunk: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """For the ids from `start` on: (places within the chunk, their embeddings); None if no media stands there."""
+        """Return (positions (K,) in the chunk, embeddings (K, D)) of its K media ids; None without any.
+
+        start: position of the chunk in the prompt.
+        """
         positions = [index for index, token in enumerate(chunk) if token < 0]
         if not positions:
             return None
@@ -42,7 +49,7 @@ class MediaPrompt:
 
 
 class MediaAdapters:
-    """The adapters that read media."""
+    """Adapters that read media."""
 
     def __init__(self, base: Base, reader: PromptReader) -> None:
         self._base, self._reader = base, reader
@@ -52,10 +59,9 @@ class MediaAdapters:
         self._thread = ThreadPoolExecutor(1, "sartor-towers")
 
     def attach(self, adapter: str, path: Path) -> int:
-        """Open what the adapter in `path` reads media with; returns the bytes of its projectors, 0 if it reads text
-        alone.
+        """Open the towers and projectors of the adapter in `path`; return the projectors' bytes, 0 for text only.
 
-        Raises ModelError where they do not fit, and what `open_tower` raises.
+        Raises ModelError if they do not fit, and what `open_tower` raises.
         """
         entries = composed_model.read_towers(path)
         if not entries:
@@ -86,10 +92,10 @@ class MediaAdapters:
         self._readers.pop(adapter, None)
 
     def read(self, call: GenerateCall) -> Future[MediaPrompt]:
-        """The prompt of a call with media parts. The future raises RequestError as `Reader.prompt` does, and
-        BudgetError.
+        """Return a future of the prompt of a call with media parts.
 
-        Whatever a decoder or a tower makes of one call's bytes is that call's alone: other rows go on.
+        The future raises RequestError as `PromptReader.prompt` does, and BudgetError. A failure of a decoder or a
+        tower affects only this call: other rows continue.
         """
         return self._thread.submit(self._read_apart, call)
 

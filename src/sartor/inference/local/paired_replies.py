@@ -1,12 +1,12 @@
-"""Greedy replies and token losses of many rows under a base and under its adapter, in one batch.
+"""Greedy replies and token losses of many rows under a base and its adapter, in one batch.
 
-    queue -> reading (its tokens, the reference's with them) -> writing (a token a step) -> done
+    queue -> reading (its tokens, with the reference's) -> writing (a token per step) -> done
 
-A row's tokens are read once: what stands behind its prompt gives the losses of the reference, what stands at the
-prompt's end the first token of the reply, which then takes the reference's place in the cache. A step computes
-STEP_TOKENS tokens, those of replies first; a row that is done leaves its pages to the next, so none waits for the
-longest. Rows that begin alike (a system prompt) read their beginning once for each side. All of it is exact: a token
-is computed by itself, whatever stands beside it, and its keys and values have the same bits wherever they were
+A row's tokens are read once. The positions after its prompt give the losses of the reference. The last position of the
+prompt gives the first token of the reply, which then overwrites the reference in the cache. A step computes
+STEP_TOKENS tokens, those of replies first. A finished row releases its pages to the next, so no row waits for the
+longest. Rows with a common beginning (a system prompt) read it once per side. The results are exact: each token is
+computed by itself, independent of its neighbours, and its keys and values have the same bits wherever they were
 computed (`cpu_decoder.py`).
 """
 
@@ -28,9 +28,9 @@ from sartor.inference.local.torch_decoder import TokenRun
 from sartor.models.losses.transformers_backend import without_peft
 from sartor.models.packing import TokenizedExample
 
-# Of one step, of prompts and replies together
+# tokens per step, of prompts and replies together
 STEP_TOKENS = 256
-# Of the cache, if no row needs more
+# size of the cache, unless a row needs more
 CACHE_TOKENS = 8192
 _ADAPTER = "tuned"
 
@@ -39,8 +39,9 @@ _ADAPTER = "tuned"
 class PairedRow:
     """A row to read, and to reply to.
 
-    ids: token ids. predictions: (place, token) for each token that a loss is wanted of: the place before it.
-    prompt_tokens: behind so many of `ids` a reply begins; 0 for no reply.
+    ids: token ids.
+    predictions: pairs (place, token) of each token whose loss is needed; place is the position before the token.
+    prompt_tokens: number of `ids` before the reply; 0 for no reply.
     """
 
     ids: Sequence[int]
@@ -49,15 +50,16 @@ class PairedRow:
 
     @property
     def own_place(self) -> int:
-        """The first place at which something of this row is wanted: what stands before may be another row's as
-        well.
-        """
+        """First position with a needed result; the tokens before it may be shared with other rows."""
         ends = [self.prompt_tokens - 1] if self.prompt_tokens else []
         return min([len(self.ids) - 1, *ends, *(place for place, _ in self.predictions)])
 
 
 def paired_row(example: TokenizedExample, prompt_tokens: int) -> PairedRow:
-    """The row of an example whose reply begins behind `prompt_tokens` of it; 0 for its losses alone."""
+    """Return the row of an example.
+
+    prompt_tokens: number of tokens before its reply; 0 for losses only.
+    """
     predictions = [(place - 1, example.ids[place]) for place in range(1, len(example.ids)) if example.learnt[place]]
     last = max([place for place, _ in predictions], default=0)
     return PairedRow(example.ids[: max(last + 1, prompt_tokens)], predictions, prompt_tokens)
@@ -65,10 +67,12 @@ def paired_row(example: TokenizedExample, prompt_tokens: int) -> PairedRow:
 
 @dataclass(frozen=True)
 class ReplyLimits:
-    """When a reply ends: at a token of `stops`, after `max_tokens`, or as soon as `is_decided` is true of (row, its
-    tokens).
+    """End conditions of a reply.
 
-    has_logprobs: whether the logarithms of the tokens' probabilities are wanted.
+    max_tokens: largest number of tokens.
+    stops: ids that end a reply.
+    is_decided: called with (row, its tokens so far); a true result ends the reply.
+    has_logprobs: whether the logprobs of the tokens are needed.
     """
 
     max_tokens: int
@@ -79,8 +83,10 @@ class ReplyLimits:
 
 @dataclass
 class RowResult:
-    """Nats of each predicted token, and the reply: finish DECIDED where it was not written on, None where none was
-    wanted.
+    """Losses and reply of a row on one side.
+
+    nats: loss of each predicted token.
+    generation: the reply; its finish is DECIDED if it was ended early. None if no reply was requested.
     """
 
     nats: list[float] = field(default_factory=list)
@@ -89,8 +95,10 @@ class RowResult:
 
 @dataclass(kw_only=True)
 class _Reading:
-    """Tokens that are read into pages of the cache, the first `read` of them already. followers: rows that begin with
-    it.
+    """Tokens being read into cache pages.
+
+    read: number of tokens already read.
+    followers: rows that begin with these tokens and have not yet started.
     """
 
     ids: Sequence[int]
@@ -106,8 +114,10 @@ class _Reading:
 
 @dataclass(kw_only=True)
 class _RowReading(_Reading):
-    """A row under one side. start: the reading with which it begins. first: the first token of its reply, and its
-    logprob.
+    """A row on one side.
+
+    start: reading of its shared beginning, if any.
+    first: first token of its reply, and its logprob.
     """
 
     index: int
@@ -120,16 +130,16 @@ class _RowReading(_Reading):
 
 
 def open_pair(model: Any, rows: Sequence[PairedRow], max_tokens: int) -> CpuDecoder | None:
-    """Return the decoder of a model with its adapter and the cache for `rows`; None where the compiled kernels do not
-    fit.
+    """Return the decoder of a model with its adapter, and a cache for `rows`.
 
-    They fit text on a CPU, a base of `fused_decoder.FAMILIES` that is not quantised, and a plain LoRA without dropout.
+    None means that the compiled kernels do not support them. They support text on a CPU, a base in
+    `fused_decoder.FAMILIES` that is not quantised, and a plain LoRA without dropout.
     """
     if any(token < 0 for row in rows for token in row.ids) or not rows:
         return None
     longest = max(max(len(row.ids), row.prompt_tokens + max_tokens) for row in rows)
     context = context_tokens(model) or longest
-    # a row under way and the beginning of each side
+    # a row in work and the shared beginning of each side
     pages = max(CACHE_TOKENS // PAGE_TOKENS, 3 * _pages(longest))
     decoder = open_compiled(without_peft(model), pages, context)
     if decoder is None:
@@ -150,10 +160,11 @@ def reply_to_rows(
     sides: Sequence[bool] = (False, True),
     progress: Callable[[int], object] = lambda rows: None,
 ) -> list[list[RowResult]]:
-    """The results of each side, in the order of `rows`. sides: whether tuned; of base and tuned a row stands in one
-    batch.
+    """Return the results of each side, in the order of `rows`.
 
-    progress: told of the rows that are done, each once for each side. Raises ModelError when logits are not finite.
+    sides: whether each side uses the adapter; both sides of a row are in one batch.
+    progress: called with the number of newly finished rows, once per row and side.
+    Raises ModelError if logits are not finite.
     """
     batch = _PairedBatch(decoder, rows, limits, sides, progress)
     while batch.is_busy:
@@ -162,10 +173,11 @@ def reply_to_rows(
 
 
 def shared_beginnings(rows: Sequence[PairedRow]) -> list[tuple[int, list[int]]]:
-    """(tokens that its rows begin with alike, their indices) of each group of rows, in the order of their tokens.
+    """Group the rows by common beginnings; return (shared tokens, row indices) of each group.
 
-    A row joins the group before it if that makes no less of what is shared: rows times tokens, the first row aside. It
-    does not join a single row with which it shares less than half of what it shares with the next one.
+    The groups are in the order of their tokens. A row joins the group before it if the saving, shared tokens times
+    (rows - 1), does not fall. It does not join a single row with which it shares less than half of what it shares with
+    the next row.
     """
     groups: list[tuple[int, list[int]]] = []
     order = sorted(range(len(rows)), key=lambda index: list(rows[index].ids))
@@ -183,13 +195,13 @@ def shared_beginnings(rows: Sequence[PairedRow]) -> list[tuple[int, list[int]]]:
 
 
 def read_tokens(rows: Sequence[PairedRow]) -> int:
-    """How many tokens one side reads, each beginning that rows share once."""
+    """Return the number of tokens that one side reads, each shared beginning counted once."""
     groups = shared_beginnings(rows)
     return sum(length + sum(len(rows[index].ids) - length for index in indices) for length, indices in groups)
 
 
 def _shared_tokens(first: PairedRow, second: PairedRow) -> int:
-    """How many tokens two rows begin with alike, before anything is wanted of either."""
+    """Return the number of common first tokens of two rows, up to the first needed result of either."""
     limit = min(first.own_place, second.own_place)
     return next((place for place in range(limit) if first.ids[place] != second.ids[place]), limit)
 
@@ -199,7 +211,10 @@ def _pages(tokens: int) -> int:
 
 
 class _PairedBatch:
-    """The rows of all sides on their way. `results`: of each side, in the order of the rows."""
+    """Batch of the rows of all sides.
+
+    results: for each side, in the order of the rows.
+    """
 
     def __init__(
         self,
@@ -223,9 +238,7 @@ class _PairedBatch:
         return bool(self._queue or self._reading or self._writing)
 
     def _ordered(self, rows: Sequence[PairedRow], slots: Sequence[int]) -> deque[_Reading]:
-        """What is to be read: groups of rows that begin alike, each behind its beginning, the sides of a row side by
-        side.
-        """
+        """Return the readings in order: each shared beginning before its rows, and the sides of a row side by side."""
         queue: deque[_Reading] = deque()
         for length, indices in shared_beginnings(rows):
             ids = rows[indices[0]].ids[:length]
@@ -246,8 +259,9 @@ class _PairedBatch:
         return queue
 
     def step(self) -> None:
-        """Let rows join, read up to STEP_TOKENS less those that write, and give every row that writes its next
-        token.
+        """Let rows join, read tokens within the budget, and give every writing row its next token.
+
+        The budget is STEP_TOKENS less the writing rows, at least PAGE_TOKENS.
         """
         budget = max(STEP_TOKENS - len(self._writing), PAGE_TOKENS)
         self._join(budget)
@@ -279,7 +293,7 @@ class _PairedBatch:
             self._take(state, token, self._logprob(logits, token))
 
     def _join(self, budget: int) -> None:
-        """Take from the queue what this step can read, as long as there are pages for it to its end."""
+        """Start queued readings within the budget, while there are pages for their whole length."""
         budget -= sum(len(reading.ids) - reading.read for reading in self._reading)
         while self._queue and budget > 0:
             reading = self._queue[0]
@@ -290,8 +304,9 @@ class _PairedBatch:
             budget -= len(reading.ids) - reading.read
 
     def _take_pages(self, reading: _Reading, start: _Reading | None) -> bool:
-        """Give a reading its pages: whole ones of its beginning, a copy of the page in which that ends. False: no room
-        now.
+        """Assign pages to a reading; return False if there is no room now.
+
+        It shares the complete pages of its beginning and copies the page in which that ends.
         """
         tokens = len(reading.ids)
         if isinstance(reading, _RowReading) and reading.row.prompt_tokens:
@@ -319,10 +334,15 @@ class _PairedBatch:
                 self._free.append(page)
 
     def _hear(self, state: _RowReading, places: Sequence[int], logits: torch.Tensor, likeliest: Sequence[int]) -> None:
-        """What a row's tokens at `places` say of the next ones. A row that is read begins to write."""
+        """Process a row's logits at `places`; a row that is completely read starts to write.
+
+        logits: (P, V) of P places.
+        likeliest: their most likely tokens first.
+        """
         targets = dict(state.row.predictions)
         predicted = [(number, targets[place]) for number, place in enumerate(places) if place in targets]
         if predicted:
+            # loss of target t in nats: -log softmax(z)_t = logsumexp(z) - z_t
             numbers, tokens = (torch.tensor(values) for values in zip(*predicted, strict=True))
             chosen = logits[numbers].float()
             state.result.nats += (chosen.logsumexp(-1) - chosen.gather(1, tokens[:, None])[:, 0]).tolist()
@@ -342,7 +362,7 @@ class _PairedBatch:
         return float(logits.float().log_softmax(-1)[token]) if self._limits.has_logprobs else 0.0
 
     def _take(self, state: _RowReading, token: int, logprob: float) -> None:
-        """Add a token to a reply that is being written, and end the reply where that is its end."""
+        """Add a token to a reply, and end the reply at a stop condition."""
         if token in self._limits.stops:
             self._finish(state, "stop")
             return
@@ -364,7 +384,7 @@ class _PairedBatch:
 
 
 def _wanted(reading: _Reading, end: int) -> list[int]:
-    """The places from those that are read up to `end` at which something is wanted of a reading, in order."""
+    """Return the unread positions before `end` with needed results, in order."""
     if not isinstance(reading, _RowReading):
         return []
     last = [reading.row.prompt_tokens - 1] if reading.row.prompt_tokens else []

@@ -1,4 +1,4 @@
-"""One reply being generated: sampling, text, stop."""
+"""State of one reply being generated: sampling, text, stop."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from sartor.models.chat import ChatTokenizer
 
 
 class IncrementalDetokenizer:
-    """Tokens -> text as it becomes certain: never half a character, and never the beginning of a text that ends the
-    reply.
+    """Converter of tokens to text that can be shown.
+
+    Its output never ends inside a character or with the beginning of a stop text.
     """
 
     def __init__(self, chat: ChatTokenizer, stops: Sequence[str]) -> None:
         self._chat, self._stops = chat, stops
         self._ids: list[int] = []
-        # tokens before `_read_offset` are decoded; those from `_prefix_offset` on are decoded again with the next
-        # ones, since a token's text may depend on the tokens before it
+        # Tokens before `_read_offset` are decoded. Those from `_prefix_offset` on are decoded again with the next
+        # ones, since a token's text may depend on the tokens before it.
         self._prefix_offset = self._read_offset = 0
         self._pending_text = ""
         self.is_stopped = False
 
     def push(self, token: int) -> str:
-        """One more token; returns what is certain now. Sets `is_stopped` when a stop text was written."""
+        """Add a token; return the text that is now certain. Sets `is_stopped` after a stop text."""
         self._ids.append(token)
         previous_text = self._chat.decode(self._ids[self._prefix_offset : self._read_offset])
         current_text = self._chat.decode(self._ids[self._prefix_offset :])
@@ -42,7 +43,7 @@ class IncrementalDetokenizer:
         return self._until_stop(current_text[len(previous_text) :])
 
     def rest(self) -> str:
-        """The reply is over: what was held back."""
+        """Return the text held back, at the end of the reply."""
         spelt = self._chat.decode(self._ids[self._prefix_offset :])[
             len(self._chat.decode(self._ids[self._prefix_offset : self._read_offset])) :
         ]
@@ -66,8 +67,12 @@ class IncrementalDetokenizer:
 
 @dataclass
 class SequenceState:
-    """A call in work. number, slot: its adapter's; pages: where its keys and values are; read: prompt tokens that are
-    done.
+    """A call in work.
+
+    number, slot: those of its adapter.
+    pages: cache pages with its keys and values.
+    read: number of prompt tokens computed or found in the cache.
+    cached: number of prompt tokens found in the cache.
     """
 
     call: GenerateCall
@@ -94,16 +99,20 @@ class SequenceState:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the likeliest token is the next one, and nothing else of the logits is wanted."""
+        """Whether the next token is the most likely one, and nothing else of the logits is needed."""
         sampling = self._sampling
         penalised = sampling.frequency_penalty or sampling.presence_penalty
         return sampling.is_greedy and not penalised and self.constraint is None and self.call.top_logprobs < 0
 
     def choose(self, logits: torch.Tensor) -> int:
-        """The next token from logits (V,). Raises RequestError where the schema cannot be obeyed."""
+        """Return the next token.
+
+        logits: (V,). Raises RequestError if the schema cannot be obeyed.
+        """
         logits = logits.float().cpu()
         self._raw_logits = logits if self.call.top_logprobs >= 0 else None
         if self._counts and (self._sampling.frequency_penalty or self._sampling.presence_penalty):
+            # z_v -= frequency_penalty * c_v + presence_penalty, for each token v written c_v > 0 times
             logits = logits.clone()
             token_ids = torch.tensor(list(self._counts))
             counts = torch.tensor([float(count) for count in self._counts.values()])
@@ -119,8 +128,9 @@ class SequenceState:
         return token
 
     def take(self, token: int) -> list[Event]:
-        """The chosen token; returns what can be told, with Done at the end. Raises RequestError as the constraint
-        does.
+        """Add the chosen token; return new events, with ReplyDone at the end of the reply.
+
+        Raises RequestError if the constraint forbids the token.
         """
         if self.constraint is not None:
             self.constraint.advance(token)
@@ -137,7 +147,7 @@ class SequenceState:
         return [*events, *self.end("length")] if len(self.tokens) >= self.max_tokens else events
 
     def end(self, finish: Finish) -> list[Event]:
-        """The rest of the text and Done."""
+        """Return the events with the rest of the text and ReplyDone."""
         rest_text = "" if finish == "cancelled" else self._calls.feed(self._detokenizer.rest())
         last, calls = self._calls.end()
         events: list[Event] = list(self._delta_events(rest_text + last, at_end=True)) if finish != "cancelled" else []

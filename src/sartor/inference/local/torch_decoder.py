@@ -1,18 +1,18 @@
 """Decoder layers in torch over a paged cache.
 
-The architecture is read by `models/losses/fused_decoder.py` (a family is a line in its table); what differs here is
-the cache and that every row may have factors of its own. What makes a row's numbers independent of its neighbours:
+`models/losses/fused_decoder.py` reads the architecture (a family is one entry of its table). Here the cache is paged,
+and every row may have its own LoRA factors. A row's results are independent of its neighbours for these reasons:
 
-- a chunk of a prompt is computed by itself, and where chunks begin depends on that prompt alone;
-- newest tokens are computed in blocks of exactly BLOCK_ROWS rows, filled up with padding, so a matrix product has one
-  shape whatever the number of rows; it takes the sum over the inputs of each output of each row in the same order;
-- attention and LoRA are computed row by row.
+- A chunk of a prompt is computed by itself, and its boundaries depend only on that prompt.
+- Newest tokens are computed in blocks of exactly BLOCK_ROWS rows, padded if necessary. A matrix product then has one
+  shape for any number of rows, and sums over the inputs in the same order for each output of each row.
+- Attention and LoRA are computed row by row.
 
-It holds in fp32 and in bf16, since it is a matter of order and not of precision.
+This holds in fp32 and in bf16: it depends on the order of operations, not on precision.
 
-In 16 bits the low-rank term of each row is made first and the frozen product is accumulated onto it
-(models/losses/lora_linear.py says why), for rows without an adapter onto zeros, so that their product is the same one;
-and the residual stream is fp32.
+In 16 bits, the low-rank term of each row is computed first and the frozen product is accumulated onto it
+(models/losses/lora_linear.py gives the reason). Rows without an adapter accumulate onto zeros, so that their product
+is the same. The residual stream is fp32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sartor.models.losses.fused_decoder import DecoderBlock, FusedDecoder, Norm
 from sartor.models.losses.lora_linear import Projection, Unsupported, rounds
 
 BLOCK_ROWS = 16
-# Rotary embeddings whose angles depend on the length of the text cannot be tabled
+# rotary embeddings whose angles depend on the length of the text, so that they cannot be tabulated
 _MOVING_ROPE = {"dynamic", "longrope"}
 _FIRST_ANGLES = 1024
 
@@ -42,22 +42,29 @@ Mix = Callable[[int, DecoderBlock, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Scores:
-    """What comes next in N rows: logits (N, V), and where each row's largest stands: -1 if any of it is not finite."""
+    """Logits for the next token of N rows.
+
+    logits: (N, V).
+    likeliest: N indices of the largest logit; -1 if a row's largest logit is not finite.
+    """
 
     logits: torch.Tensor
     likeliest: list[int]
 
     def row(self, index: int) -> Scores:
-        """Of one row."""
+        """Return the scores of one row."""
         return Scores(self.logits[index : index + 1], self.likeliest[index : index + 1])
 
 
 @dataclass(frozen=True)
 class TokenRun:
-    """Tokens of one row: `ids` from position `first` on, in `pages`; slot: its adapter's. newest: the one token of a
-    reply.
+    """Consecutive tokens of one row.
 
-    media: (places among `ids`, (M, D) their embeddings) where media stand.
+    first: position of `ids[0]`.
+    pages: cache pages of the row.
+    slot: its adapter's slot; -1 for the base.
+    newest: whether it is the single newest token of a reply.
+    media: (indices (M,) among `ids`, embeddings (M, D)) of media; None without any.
     """
 
     ids: Sequence[int]
@@ -69,7 +76,10 @@ class TokenRun:
 
 
 class Angles:
-    """Rotary embeddings by position, as far as they were wanted until now. Raises Unsupported for those that move."""
+    """Tables of rotary embeddings by position, extended on demand.
+
+    Raises Unsupported if the angles depend on the length of the text.
+    """
 
     def __init__(self, fast: FusedDecoder, config: Any, max_positions: int) -> None:
         rope_parameters = config.rope_parameters or {}
@@ -82,7 +92,7 @@ class Angles:
         self._tables: dict[str, RotaryTable] = {}
 
     def turns(self, kind: str, end: int) -> RotaryTable:
-        """Of a kind of layer, for at least the positions before `end`."""
+        """Return the table for a kind of layer, at least up to position `end` - 1."""
         result = self._tables.get(kind)
         if result is None or len(result.cos) < end:
             table_length = min(max(2 * end, _FIRST_ANGLES), max(self._max_positions, end))
@@ -97,10 +107,11 @@ class Angles:
 
 
 class TorchDecoder:
-    """The base in memory, its adapters and the cache. `cache_pages` pages of PAGE_TOKENS tokens.
+    """Base in memory, its adapters and a cache of `cache_pages` pages of PAGE_TOKENS tokens.
 
-    chunk_tokens: of a prompt that are read at once, and where chunks begin. keeps_replies: what decoding leaves in the
-    cache has the bits of a prompt's, so that a reply may be found again in a later prompt.
+    chunk_tokens: prompt tokens read at once; chunks begin at its multiples.
+    keeps_replies: whether decoding leaves the same bits in the cache as reading a prompt, so that a later prompt can
+        reuse the pages of a reply.
     """
 
     chunk_tokens = PAGE_TOKENS
@@ -124,13 +135,14 @@ class TorchDecoder:
 
     def _cache(self, block: DecoderBlock, pages: int) -> Cache:
         shape = (pages, block.shape.groups, PAGE_TOKENS, block.width)
-        # not zeroed: memory that no row has written to yet is then not taken, and none reads what it did not write
+        # not zeroed: unwritten memory is then not allocated by the system, and no row reads what it did not write
         return Cache(*(torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
 
     @torch.inference_mode()
     def advance(self, runs: Sequence[TokenRun], scored_runs: Sequence[int]) -> Scores:
-        """Take each run through all layers; what comes after the last token of each run in `scored_runs`, in its
-        order.
+        """Run the tokens through all layers; return the scores after the last token of each scored run.
+
+        scored_runs: indices of runs; the scores are in this order.
         """
         scores_by_run: dict[int, Scores] = {}
         for index, run in enumerate(runs):
@@ -149,27 +161,28 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def hidden(self, run: TokenRun) -> torch.Tensor:
-        """(T, D) hidden states of all tokens of a run, as the LM head reads them."""
+        """Return the hidden states (T, D) of all T tokens of a run, as the LM head reads them."""
         return self._normed(self._fast.norm, self._read(run, all_rows=True))
 
     def _scores(self, x: torch.Tensor) -> Scores:
-        """Of (N, D) hidden states, at most BLOCK_ROWS."""
+        """Return the scores of hidden states x (N, D), N at most BLOCK_ROWS."""
         logits = self._logits(_filled(self._normed(self._fast.norm, x)))[: len(x)]
+        # soft cap c: z = c tanh(z / c)
         logits = logits if self._fast.softcap is None else self._fast.softcap * torch.tanh(logits / self._fast.softcap)
         values, token_ids = logits.max(-1)
         return Scores(logits, torch.where(torch.isfinite(values), token_ids, -1).tolist())
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return (N, V) logits of (N, D), in fp32 at least.
+        """Return the logits (N, V) of hidden states (N, D), in fp32 at least.
 
-        A logit near 16 stands on a grid of 1/8 in bf16. What its rounding left out is the same product once more,
-        accumulated onto the rounded logits taken away.
+        A bf16 logit near 16 is a multiple of 1/8. In 16 bits the rounding error is recovered by a second product: z =
+        r(H W^T) + r(H W^T - r(H W^T)), where r rounds to the dtype and the sum is in fp32.
         """
         logits = self._head(hidden, None)
         return logits.float() + self._head(hidden, -logits).float() if rounds(self.dtype) else logits
 
     def _read(self, run: TokenRun, *, all_rows: bool = False) -> torch.Tensor:
-        """A chunk of one prompt: (1, D), or (T, D) of all its tokens."""
+        """Read a chunk of one prompt; return the last hidden state (1, D), or those of all tokens (T, D)."""
         ids, first, pages, slot = run.ids, run.first, run.pages, run.slot
         x = self._fast.embed(torch.tensor(list(ids), device=self.device).clamp(min=0))
         if run.media is not None:
@@ -190,7 +203,7 @@ class TorchDecoder:
         return x
 
     def _decoded(self, runs: Sequence[TokenRun]) -> torch.Tensor:
-        """(N, D) for the newest tokens of N rows, at most BLOCK_ROWS."""
+        """Return the hidden states (N, D) of the newest tokens of N rows, N at most BLOCK_ROWS."""
         ids, positions = [run.ids[0] for run in runs], [run.first for run in runs]
         pages, slots = [run.pages for run in runs], [run.slot for run in runs]
         padding_rows = BLOCK_ROWS - len(ids)
@@ -215,8 +228,12 @@ class TorchDecoder:
         return x[: len(ids)]
 
     def _block(self, index: int, x: torch.Tensor, mix: Mix, adapt: Adapt, *, only_last: bool = False) -> torch.Tensor:
-        """One layer. only_last: nothing reads the other rows of its result."""
+        """Return the output (N, D) of one layer for the residual stream x (N, D).
+
+        only_last: compute only the last row, (1, D), since nothing reads the others.
+        """
         block, site = self._fast.blocks[index], 4 * index
+        # x' = x + post(O attend(QKV norm(x)));  x'' = x' + post(Down glu(GateUp norm(x')))
         qkv = self._product(site, self._normed(block.norm, x), adapt)
         if block.head_norms is not None:
             qkv = block.head_norms.forward(qkv)
@@ -228,7 +245,7 @@ class TorchDecoder:
         return x + self._after(block, 1, self._product(site + 3, block.kernels.glu(gate_up, block.activation), adapt))
 
     def _product(self, site: int, x: torch.Tensor, adapt: Adapt) -> torch.Tensor:
-        """Return x W^T + bias and each row's low-rank term, (N, O), for x (N, D)."""
+        """Return x W^T + bias + each row's low-rank term, (N, O), for x (N, D)."""
         if not rounds(self.dtype):
             y = self._linears[site](x, None)
             adapt(site, y, x)
@@ -248,7 +265,7 @@ class TorchDecoder:
         return block.post_norms[index].forward(y)[0] if block.post_norms else y
 
     def _adapt_chunk(self, site: int, y: torch.Tensor, x: torch.Tensor, slot: int) -> None:
-        """y (T, O) += scale x A^T B^T of one adapter."""
+        """Add the low-rank term of one adapter in place: y += scale (x A^T) B^T, for x (T, D) and y (T, O)."""
         stack = self.factors.stacks[site]
         low = x @ stack.a[slot].T
         for index, rank in enumerate(stack.ranks):
@@ -259,16 +276,19 @@ class TorchDecoder:
 
 
 def _no_adapter(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
-    """No row has an adapter."""
+    """Do nothing: no row has an adapter."""
 
 
 def _filled(x: torch.Tensor) -> torch.Tensor:
-    """x (N, D) with rows of zeros up to BLOCK_ROWS."""
+    """Return x (N, D) padded with zeros to (BLOCK_ROWS, D)."""
     return torch.cat([x, x.new_zeros(BLOCK_ROWS - len(x), x.shape[1])])
 
 
 def sites_of(projections: Sequence[Projection], names: Mapping[int, str]) -> list[Site]:
-    """Where factors may stand. names: of the base's modules by id."""
+    """Return the sites at which adapters may have factors.
+
+    names: of the base's modules, by id.
+    """
     return [_site(part, names) for part in projections]
 
 
@@ -282,9 +302,10 @@ def _site(part: Projection, names: Mapping[int, str]) -> Site:
 
 
 def linear(part: Projection) -> Linear:
-    """Return x (N, D) -> x W^T + bias, added to a second argument (N, O) unless it is None and rounded once.
+    """Return the function (x (N, D), onto) -> x W^T + bias, of shape (N, O).
 
-    A dense W on a CPU is laid out anew for its products, and the module's own is let go.
+    The result is added to `onto` (N, O), unless that is None, and rounded once. A dense W on a CPU is reordered for
+    its products, and the module's own copy is released.
     """
     if part.is_narrow:
         return lambda x, onto: _plain(x, part.weight(), part.bias, onto)
@@ -295,8 +316,9 @@ def linear(part: Projection) -> Linear:
 
 
 def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """Return what `linear` does, W in oneDNN's own order where it has one: plain weights would be reordered at every
-    call.
+    """Return the function of `linear` for a weight (O, D) and bias (O,).
+
+    W is stored in oneDNN's own order where it has one: a plain weight would be reordered at every call.
     """
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or weight.dtype == torch.float64:
         return lambda x, onto: _plain(x, weight, bias, onto)

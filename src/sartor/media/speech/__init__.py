@@ -1,1 +1,1 @@
-"""Speech synthesis by programs of their own: espeak-ng, or piper where it is installed."""
+"""Speech synthesis by external programs: espeak-ng, or piper if it is installed."""

@@ -1,4 +1,4 @@
-"""Encodes samples as WAV, FLAC, MP3 or Opus."""
+"""Encoding of samples as WAV, FLAC, MP3, Opus or raw PCM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ FULL = 32768.0
 
 @dataclass(frozen=True)
 class Format:
-    """A form of file. rate: the one it is written in, where it cannot have any."""
+    """Audio file format.
+
+    container, subtype: names in libsndfile; "" for raw PCM.
+    rate: sample rate that the format requires, in Hz; 0 for any.
+    """
 
     name: str
     media_type: str
@@ -29,8 +33,8 @@ class Format:
     rate: int = 0
 
 
-# pcm is what OpenAI's service sends: 16 bits, little-endian, without a head. Opus has no 22,050 Hz, which voices speak
-# at
+# pcm is the raw format of OpenAI's service: 16 bits, little-endian, without a header. Opus does not support 22,050 Hz,
+# the rate of most voices.
 FORMATS = {
     form.name: form
     for form in (
@@ -41,29 +45,32 @@ FORMATS = {
         Format("pcm", "audio/pcm", rate=24_000),
     )
 }
-# By the end of a file's name
+# File name extension -> format
 ENDINGS = {".wav": "wav", ".flac": "flac", ".mp3": "mp3", ".opus": "opus", ".ogg": "opus"}
 
 
 @dataclass(frozen=True)
 class AudioClip:
-    """One channel of 16-bit samples. rate: of them a second."""
+    """Clip of one channel of 16-bit samples.
+
+    samples: (N,) int16. rate: samples per second.
+    """
 
     samples: NDArray[np.int16]
     rate: int
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Length in seconds."""
         return len(self.samples) / self.rate
 
     @property
     def rms(self) -> float:
-        """How loud: the root of the mean square, 0..1."""
+        """Root mean square of the samples, 0..1."""
         return float(np.sqrt(np.mean(np.square(self.samples / FULL)))) if len(self.samples) else 0.0
 
     def at(self, rate: int) -> AudioClip:
-        """The same at another rate. Raises ExtraError where soxr is absent."""
+        """Return the clip at another sample rate. Raises ExtraError if soxr is missing."""
         if rate == self.rate:
             return self
         try:
@@ -73,9 +80,9 @@ class AudioClip:
         return AudioClip(soxr.resample(self.samples, self.rate, rate), rate)
 
     def encoded(self, form: str) -> bytes:
-        """The bytes of a file of one of FORMATS.
+        """Encode the clip as a file of one of FORMATS.
 
-        Raises ConfigError where libsndfile here cannot write the form, ExtraError where soxr is absent.
+        Raises ConfigError if libsndfile cannot write the format here; ExtraError if soxr is missing.
         """
         file_format = FORMATS[form]
         sound = self.at(file_format.rate or self.rate)
@@ -84,7 +91,7 @@ class AudioClip:
         buffer = io.BytesIO()
         file_options: Any = {"format": file_format.container, "subtype": file_format.subtype}
         try:
-            # closed before the buffer can go: libsndfile writes a file's end when it is closed, from a destructor too
+            # Close the file while the buffer exists: libsndfile writes the end of a file on close or destruction
             with soundfile.SoundFile(buffer, "w", sound.rate, 1, **file_options) as file:
                 file.write(sound.samples)
         except (soundfile.LibsndfileError, ValueError) as error:
@@ -94,12 +101,15 @@ class AudioClip:
 
 
 def join_clips(sounds: Sequence[AudioClip]) -> AudioClip:
-    """One after the other; all have one rate."""
+    """Concatenate clips of one sample rate."""
     return AudioClip(np.concatenate([sound.samples for sound in sounds]), sounds[0].rate)
 
 
 def read_wav(data: bytes, head_bytes: int = 44) -> AudioClip:
-    """A WAV file as espeak-ng streams it: 16 bits, one channel; what its head says of a length is not believed."""
+    """Read a WAV file as espeak-ng streams it: 16 bits, one channel. The length in its header is ignored.
+
+    head_bytes: size of the header.
+    """
     rate = int.from_bytes(data[24:28], "little")
     whole = len(data) - (len(data) - head_bytes) % 2
     return AudioClip(np.frombuffer(data[head_bytes:whole], dtype="<i2").astype(np.int16), rate)

@@ -1,4 +1,4 @@
-"""Speaks many texts into files for training data."""
+"""Synthesis of many texts into audio files, for training data."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from sartor.media.speech.text_normalization import spoken
 from sartor.media.speech.tts_engines import DEFAULT, open_voice
 from sartor.media.speech.voice import TtsVoice
 
-# Clips that one process of a voice says before the next; more threads than cores wait for programs
+# Clips of one voice that are submitted to the threads at once
 CLIPS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One text to be said. path, seconds: where it is and how long, once it was said."""
+    """One text to be spoken.
+
+    path, seconds: its file and length, once it has been spoken.
+    """
 
     text: str
     voice: str = DEFAULT
@@ -44,11 +47,12 @@ def say_many(
     threads: int = 0,
     told: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Clip]:
-    """The same clips in their order, each with its file in `folder`; a file that stands there is taken as it is.
+    """Speak clips into files in `folder`; return them in order with their paths. Existing files are reused.
 
-    form: one of wav, flac, mp3, opus. rate: of the samples; 0 leaves the voice's own. threads: 0 is one a core. told:
-    how many are done, and of how many. A text is said as it stands. Raises what `open_voice` and `Voice.say` raise, at
-    the first clip that fails.
+    Texts are spoken as they stand.
+    form: one of wav, flac, mp3, opus. rate: sample rate; 0 for the voice's own. threads: 0 for one per core.
+    told: called with the number of finished clips and their total.
+    Raises ConfigError, and what `open_voice` and `TtsVoice.say` raise, at the first clip that fails.
     """
     files = [name for name, file_format in FORMATS.items() if file_format.container]
     if form not in files:
@@ -57,7 +61,7 @@ def say_many(
     output_folder.mkdir(parents=True, exist_ok=True)
     planned = [replace(clip, path=output_folder / f"{_name(clip, rate)}.{form}") for clip in requested]
     clips_by_path: dict[Path | None, Clip] = {}
-    # the same clip twice is said once; a voice keeps its process while its speed is the same
+    # Equal clips are spoken once. They are sorted by speed, since a voice keeps its process while its speed is equal.
     todo = sorted({clip.path: clip for clip in planned}.values(), key=lambda clip: (clip.voice, clip.speed, clip.text))
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "sartor-voice") as pool:
         for clip in _say_all(todo, pool, form, rate):
@@ -67,7 +71,10 @@ def say_many(
 
 
 def speak_to_files(texts: Sequence[str], voice: str, speed: float, folder: Path) -> list[Path]:
-    """A file of each text as it is spoken, marks left out: `synthesize.teacher.SayAll`. Raises as `say_many`."""
+    """Speak the spoken form of each text into a WAV file; return the paths.
+
+    This is a `SayAll` of synthesize/teacher.py. Raises as `say_many`.
+    """
     clips = say_many([Clip(spoken(text).text or text, voice, speed) for text in texts], folder)
     return [clip.path for clip in clips if clip.path]
 
@@ -89,6 +96,6 @@ def _say(voice: TtsVoice, clip: Clip, form: str, rate: int) -> Clip:
     if clip.path.is_file():
         return replace(clip, seconds=soundfile.info(clip.path).duration)
     sound = voice.say(clip.text, clip.speed)
-    # durable: a clip that stands there is taken as it is
+    # atomic and durable, because an existing file is reused without a check
     write_file_atomic(clip.path, sound.at(rate or sound.rate).encoded(form))
     return replace(clip, seconds=sound.seconds)

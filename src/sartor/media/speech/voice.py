@@ -1,4 +1,4 @@
-"""Voice interface, sentence splitting, speech child processes."""
+"""Voice interface, sentence splitting, and child processes for speech."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ ANOTHER = "try again, or another voice"
 
 @dataclass(frozen=True)
 class SpeechTerms:
-    """patience_s: after which a program that has not spoken is killed. nice: added to its niceness, so that others go
-    first.
+    """Limits of the speech programs.
+
+    patience_s: seconds after which a program that has not spoken is killed.
+    nice: added to the niceness of this process, so that other work comes first.
     """
 
     patience_s: float = 20.0
@@ -34,10 +36,11 @@ ALONE = SpeechTerms()
 
 
 def start(command: Sequence[str], nice: int, **pipes: Any) -> subprocess.Popen[bytes]:
-    """The program, running. Text goes in by a pipe alone: on a command line it could be read as an option, and be
-    seen.
+    """Start a program.
+
+    Text must be passed by a pipe: on the command line it could act as an option and would be visible.
     """
-    # piper is a Python program: whatever the locale, what comes in is UTF-8
+    # piper is a Python program; UTF-8 mode makes its input independent of the locale
     process = subprocess.Popen(list(command), env={**os.environ, "PYTHONUTF8": "1"}, **pipes)
     if nice:
         _add_niceness(process.pid, nice)
@@ -45,45 +48,47 @@ def start(command: Sequence[str], nice: int, **pipes: Any) -> subprocess.Popen[b
 
 
 def _add_niceness(process_id: int, nice: int) -> None:
-    """That process or thread has so much more than this process; what it inherited from a thread does not add up."""
-    with suppress(OSError):  # it may be over already
+    """Set the niceness of a process or thread to this process's niceness plus `nice`.
+
+    It is absolute, so niceness inherited from a thread does not add up.
+    """
+    with suppress(OSError):  # the process may have ended already
         os.setpriority(os.PRIO_PROCESS, process_id, os.getpriority(os.PRIO_PROCESS, os.getpid()) + nice)
 
 
 def lower_priority(nice: int) -> None:
-    """Let others go before this thread too. Linux alone has a niceness for each thread."""
+    """Lower the priority of this thread too. Only Linux has a niceness for each thread."""
     if sys.platform == "linux":
         _add_niceness(threading.get_native_id(), nice)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End it at once, and leave no zombie."""
+    """Kill a process and collect its exit status, so that no zombie is left."""
     process.kill()
     process.wait()
 
 
 def timeout_error(voice: str, seconds: float) -> DeadlineError:
-    """The error for a program that was killed."""
+    """Return the error for a program that was killed after `seconds`."""
     return DeadlineError(f"the voice {voice!r} had not spoken after {seconds:g} s and was stopped", ANOTHER)
 
 
 def exit_error(voice: str, code: int | None) -> UnavailableError:
-    """The error for a program that ended before it had spoken."""
+    """Return the error for a program that ended before it had spoken."""
     cause = f"with the code {code}" if code is None or code >= 0 else f"by the signal {-code}"
     return UnavailableError(f"the voice {voice!r} ended {cause} before it had spoken", ANOTHER)
 
 
-# Of one piece: a few seconds of speech, which no voice takes long for
+# Characters of one piece: seconds of speech, which every voice synthesises quickly
 MOST_PIECE = 300
 _END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n+")
 _BREAK = re.compile(r"[,;:，、]\s|\s")
 
 
 def clean(text: str) -> str:
-    """The text without what no voice may be given: control characters, halves of surrogate pairs, marks without a
-    width.
+    """Return a text without characters that voices must not get: controls, lone surrogates, zero-width marks.
 
-    `[[` would begin phonemes in both programs. Line ends stay, since a sentence may end there.
+    `[[` is separated, since it begins phonemes in both programs. Line ends stay, because a sentence may end there.
     """
     cleaned = "".join(
         letter if letter == "\n" or unicodedata.category(letter)[0] != "C" else _instead(letter) for letter in text
@@ -92,17 +97,20 @@ def clean(text: str) -> str:
 
 
 def _instead(letter: str) -> str:
-    """Nothing for a mark inside a word (soft hyphen, joiner), a space for whatever else is no character."""
+    """Return the replacement of a control character: "" for a format character, else a space.
+
+    Format characters (soft hyphen, joiner) stand inside words.
+    """
     return "" if unicodedata.category(letter) == "Cf" else " "
 
 
 def is_sayable(text: str) -> bool:
-    """Whether anything in it has a sound."""
+    """Return whether a text contains a letter or digit."""
     return any(letter.isalnum() for letter in text)
 
 
 def pieces(text: str) -> list[str]:
-    """A cleaned text in pieces of at most MOST_PIECE characters, each a line, none without a sound."""
+    """Split a cleaned text into single-line pieces of at most MOST_PIECE characters; silent ones are dropped."""
     lines: list[str] = []
     for sentence in _sentences(text):
         if lines and len(lines[-1]) + 1 + len(sentence) <= MOST_PIECE:
@@ -128,21 +136,23 @@ MOST_CHARACTERS = 100_000
 
 
 class TtsVoice(ABC):
-    """Who speaks. speeds: the slowest and the fastest; 1.0 is the voice's own. Safe to use from several threads.
+    """Voice of a text-to-speech program. Safe to use from several threads.
 
-    Equal text and speed are equal samples, on one machine.
+    Equal text and speed give equal samples on one machine.
+    speeds: slowest and fastest speed; 1.0 is the voice's own.
     """
 
     name: str
     speeds: tuple[float, float]
 
     def say(self, text: str, speed: float = 1.0) -> AudioClip:
-        """The text, spoken. Raises what `cut` and `speak` raise."""
+        """Speak a text. Raises what `cut` and `speak` raise."""
         return join_clips([self.speak(piece, speed) for piece in self.cut(text, speed)])
 
     def cut(self, text: str, speed: float = 1.0) -> list[str]:
-        """The text in pieces, each of which `speak` takes. Raises ConfigError for a text or a speed that it cannot
-        say.
+        """Split a text into pieces for `speak`.
+
+        Raises ConfigError for a speed or length beyond the limits, or a text without words.
         """
         slowest, fastest = self.speeds
         if not slowest <= speed <= fastest:
@@ -162,12 +172,11 @@ class TtsVoice(ABC):
 
     @abstractmethod
     def speak(self, piece: str, speed: float) -> AudioClip:
-        """One piece of `cut`, spoken.
+        """Speak one piece of `cut`.
 
-        Raises DeadlineError for a program that was killed since it took too long, UnavailableError for one that ended
-        early.
+        Raises DeadlineError if the program took too long and was killed; UnavailableError if it ended early.
         """
 
     def close(self) -> None:
-        """End what the voice keeps running. It may speak again afterwards."""
+        """End the voice's processes. The voice may speak again afterwards."""
         return

@@ -1,10 +1,10 @@
 """Kernels of the fused path: one set of operations, several implementations.
 
-    eager    torch's own operations: any device, any dtype; what the others are checked against
-    native   one small C++ file, compiled once on this machine (`cpu.py`): CPUs
-    cuda     flash-attention, Liger and torch.compile, where they can be imported (`cuda.py`): NVIDIA GPUs
+    reference  torch's own operations: any device, any dtype; the others are checked against it
+    cpu        two small C++ files, compiled once on this machine: CPUs
+    cuda       flash-attention, Liger and torch.compile, where they can be imported: NVIDIA GPUs
 
-All have the methods of `reference.ReferenceKernels`. `fused_decoder.py` calls them and knows no other.
+All have the methods of `reference.ReferenceKernels`. `fused_decoder.py` calls them and knows no other interface.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sartor.models.kernels.reference import ReferenceKernels
 
 
 def choose_kernels(device: torch.device) -> tuple[ReferenceKernels, str]:
-    """The fastest kernels for a device, and what they are, for the log."""
+    """Return the fastest kernels for a device, and their name for the log, with the reason for a fallback."""
     if device.type == "cuda":
         return cuda.load()
     if device.type == "cpu":

@@ -1,10 +1,12 @@
 """C++ kernels compiled on this machine, called by ctypes.
 
-No build step at install. The compiler is the system's, or zig's C++ compiler where `pip install 'sartor[compiler]'`
-brought it. A missing or failing one costs speed, never function: `load` then says why and the caller takes `Eager`.
-The library goes to SARTOR_HOME/kernels (or the directory that SARTOR_KERNELS names) under a name that holds the digest
-of the source, the compiler and its flags, and the processor; it uses the very OpenMP runtime that torch has loaded,
-since two pools would fight for cores.
+Installation has no build step. The compiler is the system's, or zig's C++ compiler if `pip install 'sartor[compiler]'`
+installed it. A missing or failing compiler costs speed, never function: `load` raises the reason and the caller takes
+`ReferenceKernels`.
+
+The library goes to SARTOR_HOME/kernels (or the directory in SARTOR_KERNELS). Its name holds the digest of the source,
+the compiler with its flags, and the processor. It uses the OpenMP runtime that torch has already loaded, since two
+thread pools would compete for cores.
 """
 
 from __future__ import annotations
@@ -32,15 +34,15 @@ from sartor.core.installation import install_command
 from sartor.models.kernels.reference import AttentionLayout, Geometry, ReferenceKernels
 from sartor.models.packing import AttentionShape, group_segments, share_prefixes
 
-# and what each is compiled with besides FLAGS: simd.h says why the second
+# C++ sources, each with its compiler flags besides FLAGS; simd.h has the reason for the second file's
 SOURCES = {
     Path(__file__).with_name(name): extra_flags
     for name, extra_flags in (("train_kernels.cpp", ()), ("decode_kernels.cpp", ("-ffp-contract=off",)))
 }
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("simd.h", "gemm.h", "paged_attention.h"))
-# No -ffast-math: it would let a NaN pass for a number.
-# OpenMP's loops for vectors alone: threads are begun by the runtime's own entry point (simd.h), which needs no
-# compiler's help.
+# No -ffast-math: it lets the compiler assume that there are no NaNs.
+# -fopenmp-simd: OpenMP's vector loops only. Threads are started through the runtime's own entry point (simd.h), which
+# needs no support by the compiler.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp-simd")
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
 
@@ -49,7 +51,7 @@ _LOG = logging.getLogger("sartor.kernels")
 
 
 class NoKernels(Exception):
-    """Why the C++ kernels cannot be used here."""
+    """Reason why the C++ kernels cannot be used here."""
 
 
 class _Geometry(ctypes.Structure):
@@ -75,7 +77,7 @@ class _Geometry64(_Geometry):
 
 
 class CpuKernels(ReferenceKernels):
-    """The C++ kernels. Tensors must be on the CPU, in fp32, bf16 or fp64; others fall to `Eager`."""
+    """The C++ kernels, for tensors on the CPU in fp32, bf16 or fp64."""
 
     name = "C++ kernels"
 
@@ -83,14 +85,18 @@ class CpuKernels(ReferenceKernels):
         self.library = library
 
     def call(self, function: str, dtype: torch.dtype, *arguments: Any) -> None:
-        """Tensors as pointers, whole numbers as int64, floats as double; the number of threads last."""
+        """Call a function of the library for `dtype`.
+
+        Tensors are passed as pointers, integers as int64, `_Int` as C int, floats as double; the thread count comes
+        last.
+        """
         passed = [_passed(argument) for argument in arguments]
         getattr(self.library, f"sartor_{function}_{SUFFIX[dtype]}")(*passed, ctypes.c_int(torch.get_num_threads()))
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Eager`."""
+        """Return y (N, D) and 1 / rms(x) (N,), as `ReferenceKernels.rms_norm` does."""
         x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
         rstd = torch.empty(len(x), dtype=_compute(x.dtype))
         self.call("rms_norm", x.dtype, x, weight.contiguous(), y, rstd, *x.shape, float(eps), float(offset))
@@ -105,14 +111,14 @@ class CpuKernels(ReferenceKernels):
         offset: float,
         add: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `Eager`."""
+        """Return dloss/dx (N, D), as `ReferenceKernels.rms_norm_backward` does."""
         dy, x, dx = dy.contiguous(), x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
         add = None if add is None else add.contiguous()
         self.call("rms_norm_backward", x.dtype, dy, x, weight.contiguous(), rstd, add, dx, *x.shape, float(offset))
         return dx
 
     def glu(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-        """See `Eager`."""
+        """Return act(gate) * up, (T, I), as `ReferenceKernels.glu` does."""
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, width)
         self.call("glu", gate_up.dtype, gate_up.contiguous(), out, rows, width, _Int(activation != "silu"))
@@ -121,7 +127,7 @@ class CpuKernels(ReferenceKernels):
     def glu_backward(
         self, d: torch.Tensor, gate_up: torch.Tensor, activation: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Eager`. Overwrites gate_up."""
+        """Return act(gate) * up (T, I) and dloss/dgate_up (T, 2 I), which overwrites gate_up."""
         gate_up, d = gate_up.contiguous(), d.contiguous()
         out = torch.empty(d.shape, dtype=d.dtype)
         self.call("glu_backward", d.dtype, d, gate_up, out, *d.shape, _Int(activation != "silu"))
@@ -130,7 +136,7 @@ class CpuKernels(ReferenceKernels):
     def cross_entropy(
         self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Eager`. Overwrites logits."""
+        """Return losses (N,) in nats and dloss/dlogits (N, V), which overwrites logits."""
         logits, losses = logits.contiguous(), torch.empty(len(targets), dtype=_compute(logits.dtype))
         self.call(
             "cross_entropy", logits.dtype, logits, targets, losses, *logits.shape, float(softcap or 0), _Int(gradient)
@@ -138,7 +144,7 @@ class CpuKernels(ReferenceKernels):
         return losses, logits if gradient else None
 
     def attention(self, qkv: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Eager`. Keeps the log of each query's sum of weights, (T, H), for the backward."""
+        """Return the attention output (T, H K) and the log-sum-exp of each query's scores, (T, H)."""
         qkv = qkv.contiguous()
         out = torch.empty(len(qkv), geometry.shape.heads * geometry.width, dtype=qkv.dtype)
         lse = torch.empty(len(qkv), geometry.shape.heads, dtype=_compute(qkv.dtype))
@@ -149,7 +155,7 @@ class CpuKernels(ReferenceKernels):
     def attention_backward(
         self, d: torch.Tensor, qkv: torch.Tensor, mixed: torch.Tensor, lse: torch.Tensor | None, geometry: Geometry
     ) -> torch.Tensor:
-        """See `Eager`."""
+        """Return dloss/dqkv, (T, (H + 2 G) K), as `ReferenceKernels.attention_backward` does."""
         d, qkv, out = d.contiguous(), qkv.contiguous(), torch.empty(qkv.shape, dtype=qkv.dtype)
         packed, _buffers = _packed(geometry, qkv.dtype)
         self.call("attention_backward", qkv.dtype, packed, d, qkv, mixed, lse, out)
@@ -157,10 +163,11 @@ class CpuKernels(ReferenceKernels):
 
 
 class _Int(int):
-    """A C int among int64s."""
+    """An integer that is passed as a C int; others are passed as int64."""
 
 
 def _passed(value: Any) -> Any:
+    """Return a Python value as the ctypes value that the library expects."""
     if value is None:
         return ctypes.c_void_p(None)
     if isinstance(value, torch.Tensor):
@@ -173,11 +180,15 @@ def _passed(value: Any) -> Any:
 
 
 def _compute(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of arithmetic for tensors stored in `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _packed(geometry: Geometry, dtype: torch.dtype) -> tuple[_Geometry, Any]:
-    """The C structure, and the tensors that it points into, to be held while it is used."""
+    """Return the C structure of a geometry, and the tensors that it points into.
+
+    The caller holds a reference to the tensors while the structure is used.
+    """
     layout, shape, compute = geometry.layout, geometry.shape, _compute(dtype)
     if "native" not in layout.kernel_cache:
         ancestors: list[int] = []
@@ -216,7 +227,7 @@ def _packed(geometry: Geometry, dtype: torch.dtype) -> tuple[_Geometry, Any]:
 
 @functools.cache
 def load() -> CpuKernels:
-    """The kernels, compiled if need be and checked. Raises NoKernels with the reason."""
+    """Return the C++ kernels, compiled if necessary and checked. Raises NoKernels with the reason."""
     result = CpuKernels(ctypes.CDLL(str(_library())))
     if problem := difference(result):
         raise NoKernels(f"the compiled kernels are wrong on this machine: {problem}")
@@ -224,6 +235,7 @@ def load() -> CpuKernels:
 
 
 def _library() -> Path:
+    """Return the path of the compiled library; compile it if it is not there. Raises NoKernels."""
     compiler = _compiler()
     if compiler is None:
         raise NoKernels(f"no C++ compiler is installed: apt-get install g++, or {install_command('compiler')}")
@@ -235,15 +247,18 @@ def _library() -> Path:
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = Path(os.environ.get("SARTOR_KERNELS") or folder("kernels")) / f"native-{name}.so"
     if not library.is_file():
-        if "ziglang" in compiler:  # its first call builds its standard library
+        if "ziglang" in compiler:  # zig builds its C++ standard library at its first call
             _LOG.warning("compiling kernels with the package ziglang, once on this machine; it takes minutes")
         _compile(compiler, [*FLAGS, *machine], runtime, library)
     return library
 
 
 def _compile(compiler: Sequence[str], flags: Sequence[str], runtime: Path | None, library: Path) -> None:
-    """Two steps, so that the linker takes torch's OpenMP and not the compiler's own; the name is given by a rename."""
-    # durable, though it is a cache: a library that a power cut cut short would be loaded, and crash the process
+    """Compile each source, link them, and move the library to its name atomically. Raises NoKernels.
+
+    Linking is a separate step so that the linker takes torch's OpenMP runtime and not the compiler's own.
+    """
+    # Written durably, though it is a cache: a library truncated by a power cut would be loaded and crash the process
     with tempfile.TemporaryDirectory(dir=library.parent) as part, create_file_atomic(library) as unfinished:
         unlinked = [f"{part}/{source.stem}.o" for source in SOURCES]
         linked = [str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else ["-fopenmp"]
@@ -261,8 +276,9 @@ def _compile(compiler: Sequence[str], flags: Sequence[str], runtime: Path | None
 
 
 def _compiler() -> list[str] | None:
-    """The command of the first compiler that is here: $CXX, the system's, zig's of the package `ziglang`; None without
-    one.
+    """Return the command of the first compiler found; None without one.
+
+    The order is $CXX, the system's compilers, and zig's of the package `ziglang`.
     """
     for name in _compilers():
         if name and (executable := shutil.which(name)):
@@ -271,15 +287,20 @@ def _compiler() -> list[str] | None:
 
 
 def _compilers() -> tuple[str, ...]:
+    """Return the names of compilers in order of preference."""
     return os.environ.get("CXX", ""), "g++", "c++", "clang++"
 
 
 def _machine_flags() -> tuple[str, ...]:
+    """Return the compiler flags for this machine's instruction set."""
     return ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
 
 
 def _processor() -> str:
-    """What `-march=native` depends on: a cache folder may be shared by unlike machines."""
+    """Return the processor's model and features, on which `-march=native` depends.
+
+    Unlike machines may share a cache folder.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -290,7 +311,7 @@ def _processor() -> str:
 
 
 def _openmp() -> Path | None:
-    """The OpenMP runtime that this process has loaded already."""
+    """Return the path of the OpenMP runtime that this process has already loaded; None without one."""
     try:
         mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
     except OSError:
@@ -300,7 +321,7 @@ def _openmp() -> Path | None:
 
 
 def difference(kernels: ReferenceKernels) -> str:
-    """What `kernels` compute otherwise than `Eager`, on a few small cases; empty if nothing."""
+    """Return the first operation in which `kernels` differ from `ReferenceKernels` on small cases; empty for none."""
     torch_state = torch.get_rng_state()
     try:
         torch.manual_seed(0)
@@ -310,11 +331,12 @@ def difference(kernels: ReferenceKernels) -> str:
 
 
 def _close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether two results agree: norm of the difference at most 1e-5 of the norm."""
     return bool((actual - expected).norm() <= 1e-5 * (expected.norm() + 1e-3))
 
 
 def _cases(kernels: ReferenceKernels) -> Any:
-    """(name, what `kernels` give, what `Eager` gives) for every operation, fp32."""
+    """Yield (operation, result of `kernels`, result of `ReferenceKernels`) for every operation, fp32."""
     eager = ReferenceKernels()
     x, w, d = torch.randn(5, 24), torch.randn(24), torch.randn(5, 24)
     (y, rstd), (expected, _) = kernels.rms_norm(x, w, 1e-6, 1.0), eager.rms_norm(x, w, 1e-6, 1.0)
@@ -338,6 +360,7 @@ def _cases(kernels: ReferenceKernels) -> Any:
 
 
 def _attention_cases(kernels: ReferenceKernels, eager: ReferenceKernels) -> Any:
+    """Yield the cases of attention on a forest of segments, without and with a window and a soft-cap."""
     segments, _ = share_prefixes([[*range(40), 1, 2, 3], [*range(40), 9], [*range(20), 5], [7] * 3])
     tokens = sum(segment.length for segment in segments)
     layout = AttentionLayout(segments, tuple(group_segments(segments, "cpu")), tokens)

@@ -1,6 +1,6 @@
-"""Whole decoder forward pass in one C++ call.
+"""Whole decoder forward pass in one C++ call, for serving.
 
-Numbers are torch tensors on the CPU; whoever makes a structure holds what it points to.
+Arrays are torch tensors on the CPU. The structures hold raw addresses, so their maker keeps the tensors alive.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 
 from sartor.models.kernels import cpu
 
-PAGE = 64  # as in decode_kernels.cpp
-RANKS = 16  # a factor's rank is a multiple of it
+PAGE = 64  # tokens per page, as in decode_kernels.cpp
+RANKS = 16  # the rank of a factor is a multiple of this
 _MOST_ROPES = 2
 _WIDE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14
 _Address, _Long = ctypes.c_void_p, ctypes.c_int64
 
 
 class Product(ctypes.Structure):
-    """Linear modules that read the same input."""
+    """Up to three linear modules with the same input, as one product."""
 
     _fields_ = (
         ("count", _Long),
@@ -35,7 +35,7 @@ class Product(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """One layer: its weights and its part of the cache."""
+    """Weights of one layer and its part of the cache."""
 
     _fields_ = (
         ("norm", _Address),
@@ -50,7 +50,7 @@ class Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    """A base."""
+    """Dimensions and weights of a base model."""
 
     _fields_ = (
         *((name, _Long) for name in ("layers", "width", "heads", "groups", "head", "rotary", "gelu", "vocabulary")),
@@ -62,13 +62,13 @@ class Model(ctypes.Structure):
 
 
 class Factor(ctypes.Structure):
-    """LoRA on one module: a (rank, inputs), b as `laid_out` has it. rank: 0 for none."""
+    """LoRA factors on one module: a (rank, inputs), b as `CpuForward.laid_out` returns it. rank: 0 for none."""
 
     _fields_ = (("a", _Address), ("b", _Address), ("rank", _Long))
 
 
 class Batch(ctypes.Structure):
-    """Tokens to walk."""
+    """Tokens of one forward pass, as addresses."""
 
     _fields_ = (
         ("tokens", _Long),
@@ -86,11 +86,15 @@ class Batch(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a walk is about.
+    """Tokens of one forward pass.
 
-    x: (N, D) fp32, overwritten. positions: (N,). rows: (N,), which line of `pages` (R, P) is a token's. factors: (N,)
-    address of each token's array of `Factor`, 0 for none; rank: the largest of theirs. turns: cos and sin, (positions,
-    rotary), by kind.
+    x: (N, D) fp32 hidden states, overwritten.
+    positions: (N,).
+    rows: (N,) row of `pages` for each token.
+    pages: (R, P) page numbers.
+    factors: (N,) address of each token's array of `Factor`, 0 for none.
+    rank: largest rank among the factors.
+    turns: cos and sin of the rotary embedding, (positions, rotary) each, one pair per kind.
     """
 
     x: torch.Tensor
@@ -103,12 +107,13 @@ class Tokens:
 
 
 class CpuForward:
-    """The compiled walk. tiles: products by AMX tiles if there are any, for bf16 bases whose inputs are multiples of
-    32.
+    """Decoder forward pass by the compiled library.
+
+    tiles: use AMX tiles for products if the processor has them, for bf16 bases whose inputs are multiples of 32.
     """
 
     def __init__(self, dtype: torch.dtype, *, tiles: bool) -> None:
-        """Raises NoKernels when there are none for this dtype, or on this machine."""
+        """Load the library. Raises NoKernels if there are none for this dtype, or on this machine."""
         if dtype not in (torch.float32, torch.bfloat16):
             raise cpu.NoKernels(f"bases in {dtype} are served by torch's operations")
         library = cpu.load().library
@@ -127,20 +132,25 @@ class CpuForward:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def laid_out(self, b: torch.Tensor) -> torch.Tensor:
-        """A scaled B, (outputs, rank), both multiples of RANKS, in the order in which it is read."""
+        """Return a scaled B in the order in which the library reads it.
+
+        b: (O, R), both multiples of RANKS. The result is a view (O / RANKS, R, RANKS); for AMX tiles (O / RANKS, R /
+        2, RANKS, 2).
+        """
         blocks = b.view(-1, RANKS, b.shape[1])
         if self.name != "amx":
             return blocks.transpose(1, 2)
         return blocks.view(-1, RANKS, b.shape[1] // 2, 2).transpose(1, 2)
 
     def page_numbers(self, width: int) -> int:
-        """How many numbers a page of the cache is: keys and values of PAGE tokens, of one group whose heads have this
-        width.
+        """Return the number of elements in a page of the cache: keys and values of PAGE tokens for one key head.
+
+        width: the head's width.
         """
         return int(self._page_numbers(width))
 
     def walk(self, model: Model, tokens: Tokens) -> None:
-        """Take `tokens.x` through all layers."""
+        """Compute all layers on `tokens.x` (N, D), in place."""
         count, rank = len(tokens.x), max(tokens.rank, RANKS)
         cos, sin = zip(*tokens.turns, strict=True)
         batch = Batch(
@@ -159,7 +169,7 @@ class CpuForward:
         self._walk(ctypes.addressof(model), ctypes.addressof(batch), memory, torch.get_num_threads())
 
     def head(self, model: Model, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """(N, D) -> logits (N, V), and where each row's largest stands: -1 if any of it is not finite."""
+        """Return logits (N, V) of x (N, D), and each row's argmax; -1 if a logit is not finite."""
         logits = torch.empty(len(x), model.vocabulary)
         best = torch.empty(len(x), dtype=torch.int64)
         memory, threads = self._room(model, len(x), 32), torch.get_num_threads()
@@ -168,6 +178,7 @@ class CpuForward:
         return logits, best.tolist()
 
     def _room(self, model: Model, tokens: int, rank: int) -> int:
+        """Return the address of a work buffer for `tokens` tokens, aligned to 64 bytes; it grows as needed."""
         n_bytes = int(self._bytes(ctypes.addressof(model), tokens, rank)) + 64
         if len(self._memory) < n_bytes:
             self._memory = torch.empty(n_bytes, dtype=torch.uint8)
@@ -175,8 +186,9 @@ class CpuForward:
 
 
 def on_wide_pages(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """(count,) zeros on pages of 2 MiB where the system gives them: what is read at every step waits for fewer
-    look-ups.
+    """Return zeros of shape (count,) on pages of 2 MiB if the system grants them.
+
+    Data that are read at every step then cause fewer TLB misses.
     """
     spare = _WIDE_PAGE // dtype.itemsize
     padded = torch.empty(count + spare, dtype=dtype)
@@ -188,21 +200,21 @@ def on_wide_pages(count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
-    """Where a tensor's numbers stand."""
+    """Return a tensor's data address; None for None. The tensor may have any shape."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def _addresses(tensors: Sequence[torch.Tensor | None], count: int) -> Any:
-    """Of up to `count` tensors."""
+    """Return a C array of `count` addresses, of up to `count` tensors."""
     return (_Address * count)(*(address(tensor) for tensor in tensors))
 
 
 def product(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> Product:
-    """Of at most three modules' (out, in) weights."""
+    """Return the Product of at most three modules' weights, each of shape (out, in)."""
     outs = (_Long * 3)(*(len(weight) for weight in weights))
     return Product(len(weights), weights[0].shape[1], outs, _addresses(weights, 3), _addresses(biases, 3))
 
 
 def pair(tensors: Sequence[torch.Tensor]) -> Any:
-    """Two addresses, or none."""
+    """Return a C array of two addresses, of at most two tensors of any shape."""
     return _addresses(tensors, 2)

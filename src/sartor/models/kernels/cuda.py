@@ -1,12 +1,12 @@
 """Fastest CUDA kernels on this machine that agree with torch's operations.
 
     attention                    flash-attn; else the flash kernels that torch carries; else torch's operations
-    norms, activations, losses   Liger; else torch.compile of `Eager`'s own functions; else torch's operations
+    norms, activations, losses   Liger; else torch.compile of the reference functions; else torch's operations
 
-`load` tries the makers of a part in that order on a few small cases: one that cannot be imported, fails, or computes
-something else is left out, with the reason in the kernels' name. So a missing compiler or an unsupported GPU costs
-speed, never a run. One that fails later, at a shape that it does not take, is left from there on. Docs:
-decisions/005-cuda.md.
+`load` tries the implementations of a part in that order on a few small cases. One that cannot be imported, fails or
+computes something else is skipped, with the reason in the kernels' name. So a missing compiler or an unsupported GPU
+costs speed, never a run. An implementation that fails later, at a shape that it does not support, is replaced from
+then on. Docs: decisions/005-cuda.md.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ PARTS = {
     "losses": ("cross_entropy",),
 }
 DEVICE = torch.device("cuda")
-# How far (norm of the difference over norm) a maker may be from fp32 arithmetic on the same bf16 inputs: three
-# roundings to bf16 (2^-9 each, relative) stay under it, a wrong mask, offset or sign does not.
+# Largest relative deviation (norm of the difference over norm) of an implementation from fp32 arithmetic on the same
+# bf16 inputs. Three roundings to bf16 (2^-9 each, relative) stay below it; a wrong mask, offset or sign does not.
 TOLERANCE = 0.02
 
 
@@ -55,7 +55,10 @@ class Liger(ReferenceKernels):
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Eager`. Liger's casting mode `gemma` is ours: all of it in fp32, whatever the family."""
+        """Return y (N, D) and 1 / rms(x) (N,), as `ReferenceKernels.rms_norm` does.
+
+        Liger's casting mode `gemma` is ours: all arithmetic in fp32, whatever the family.
+        """
         y, _, rstd, *_ = self._norm.rms_norm_forward(x.contiguous(), weight, float(eps), float(offset), "gemma", None)
         return y, rstd
 
@@ -68,7 +71,7 @@ class Liger(ReferenceKernels):
         offset: float,
         add: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `Eager`."""
+        """Return dloss/dx (N, D), as `ReferenceKernels.rms_norm_backward` does."""
         block, warps = self._utils.calculate_settings(x.shape[1])
         mode = self._norm._str_to_casting_mode["gemma"]
         arguments = (dy.contiguous(), x.contiguous(), weight, rstd, float(offset), mode, block, warps, False, None)
@@ -76,7 +79,10 @@ class Liger(ReferenceKernels):
         return dx if add is None else dx.add_(add)
 
     def glu(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-        """See `Eager`. Liger's GeGLU wants gate and up apart, each contiguous."""
+        """Return act(gate) * up, (T, I), as `ReferenceKernels.glu` does.
+
+        Liger's GeGLU expects gate and up as separate contiguous tensors.
+        """
         if activation == "silu":
             return self._silu.swiglu_fused_gate_up_forward(gate_up.contiguous())[1]
         return self._gelu.geglu_forward(*map(torch.Tensor.contiguous, gate_up.chunk(2, -1)))[2]
@@ -84,7 +90,7 @@ class Liger(ReferenceKernels):
     def glu_backward(
         self, d: torch.Tensor, gate_up: torch.Tensor, activation: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Eager`. Overwrites gate_up for silu."""
+        """Return act(gate) * up (T, I) and dloss/dgate_up (T, 2 I). Overwrites gate_up for silu."""
         value, d = self.glu(gate_up, activation), d.contiguous()
         if activation == "silu":
             gradient = self._silu.swiglu_fused_gate_up_backward(gate_up.contiguous(), d, in_place=True)
@@ -95,8 +101,10 @@ class Liger(ReferenceKernels):
     def cross_entropy(
         self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Eager`. Overwrites logits. Liger's kernel under our own launch: its Python function makes losses in the
-        dtype of the logits (three digits in bf16) and waits for the GPU to check targets.
+        """Return losses (N,) in nats and dloss/dlogits (N, V), which overwrites logits.
+
+        This launches Liger's kernel directly. Liger's Python function computes losses in the dtype of the logits
+        (three digits in bf16) and waits for the GPU to check targets.
         """
         logits, targets = logits.contiguous(), targets.contiguous()
         losses = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
@@ -136,7 +144,7 @@ class Liger(ReferenceKernels):
 
 
 class Compiled(ReferenceKernels):
-    """`Eager`'s functions and the rotation through torch.compile, which fuses each into one or two kernels."""
+    """The reference functions and the rotation through torch.compile, each fused into one or two kernels."""
 
     name = "torch.compile"
 
@@ -148,11 +156,11 @@ class Compiled(ReferenceKernels):
 
 @dataclass(frozen=True)
 class Spans:
-    """A layout for flash kernels, whose causal mask ends at the last query and the last key of each span.
+    """Layout for flash kernels, whose causal mask is aligned to the last query and key of each span.
 
-    sizes: where each of N spans begins among the queries and among the keys, (N + 1,) int32, and the most of one of
-    either.
-    gather: places in the pack of each span's keys, one after the other; None where keys are the queries' own tokens.
+    sizes: (N + 1,) int32 offsets of N spans among the queries, the same among the keys, and the largest number of
+    queries and of keys in a span.
+    gather: positions in the pack of each span's keys, concatenated; None if the keys are the queries' own tokens.
     """
 
     sizes: tuple[torch.Tensor, torch.Tensor, int, int]
@@ -160,7 +168,10 @@ class Spans:
 
 
 def spans_of(layout: AttentionLayout, device: torch.device) -> Spans:
-    """The spans of a layout, made once. A segment with ancestors attends to copies of their keys and its own."""
+    """Return the spans of a layout, computed once per layout.
+
+    A segment with ancestors attends to copies of its ancestors' keys and its own.
+    """
     if "flash" not in layout.kernel_cache:
         order = sorted(layout.segments, key=lambda segment: segment.start)
         lengths = [segment.length for segment in order]
@@ -181,10 +192,10 @@ def spans_of(layout: AttentionLayout, device: torch.device) -> Spans:
 
 
 class Flash(ReferenceKernels):
-    """Attention by flash-attn's kernels (Dao 2023, arXiv:2307.08691), from 2.7.1 on, forests of segments included.
+    """Attention by flash-attn's kernels (Dao 2023, arXiv:2307.08691), from version 2.7.1 on.
 
-    bf16 and fp16, a width that is a multiple of 8 up to 256; anything else goes to `Eager`. Keeps the log-sum-exp of
-    the scores for the backward.
+    Forests of segments are supported. dtype bf16 or fp16, head width a multiple of 8 up to 256; other inputs go to
+    `ReferenceKernels`. The log-sum-exp of the scores is kept for the backward.
     """
 
     soft_caps = True
@@ -195,7 +206,10 @@ class Flash(ReferenceKernels):
         self.name = f"flash-attn {importlib.import_module('flash_attn').__version__}"
 
     def _forward(self, heads: Heads, spans: Spans, shape: AttentionShape) -> tuple[torch.Tensor, torch.Tensor]:
-        """(queries (T, H, K), keys, values (T', G, K)) -> mixtures (T, H, K) and the kernel's own log-sum-exp."""
+        """Return the attention output (T, H, K) and the kernel's own log-sum-exp.
+
+        heads: queries (T, H, K), keys and values (T', G, K), where T' counts gathered keys.
+        """
         out, lse, *_ = self._package._flash_attn_varlen_forward(*heads, *spans.sizes, 0.0, shape.scale, **_mask(shape))
         return out, lse
 
@@ -208,7 +222,7 @@ class Flash(ReferenceKernels):
         spans: Spans,
         shape: AttentionShape,
     ) -> Heads:
-        """The gradients of `heads`."""
+        """Return the gradients of `heads`, in their shapes. d, mixed: (T, H, K)."""
         dq, dk, dv = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in heads)
         options = {**_mask(shape), "alibi_slopes": None, "deterministic": True}
         arguments = (d, *heads, mixed, lse, dq, dk, dv, *spans.sizes, 0.0, shape.scale)
@@ -216,7 +230,7 @@ class Flash(ReferenceKernels):
         return dq, dk, dv
 
     def attention(self, qkv: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Eager`."""
+        """Return the attention output (T, H K) and the kernel's log-sum-exp."""
         if not self._takes(qkv, geometry):
             return super().attention(qkv, geometry)
         spans = spans_of(geometry.layout, qkv.device)
@@ -226,31 +240,38 @@ class Flash(ReferenceKernels):
     def attention_backward(
         self, d: torch.Tensor, qkv: torch.Tensor, mixed: torch.Tensor, lse: torch.Tensor | None, geometry: Geometry
     ) -> torch.Tensor:
-        """See `Eager`."""
+        """Return dloss/dqkv, (T, (H + 2 G) K), as `ReferenceKernels.attention_backward` does."""
         if lse is None or not self._takes(qkv, geometry):
             return super().attention_backward(d, qkv, mixed, lse, geometry)
+        # The forward's inputs again: rotated q (T, H, K), and k, v (T', G, K) gathered per span. Then dq, dk, dv in
+        # their shapes by the flash kernel (Dao 2023, algorithm 2): with P = exp(scale q k^T - lse), dv = P^T do,
+        # ds = P (do v^T - rowsum(do o)), dq = scale ds k, dk = scale ds^T q.
         spans, width = spans_of(geometry.layout, qkv.device), geometry.width
         d, mixed = (part.reshape(len(qkv), -1, width) for part in (d, mixed))
         heads = self._heads(qkv, geometry, spans)
         with _deterministic():
             dq, dk, dv = self._backward(d.contiguous(), heads, mixed.contiguous(), lse, spans, geometry.shape)
-            if spans.gather is not None:  # in fp32: a prefix gathers from all that continue it
+            # A shared prefix sums the gradients of all its copies, in fp32: dk[t] = sum_{j: gather_j = t} dk'_j, and
+            # dv alike, (T', G, K) -> (T, G, K)
+            if spans.gather is not None:
                 dk, dv = (
                     part.new_zeros(len(qkv), *part.shape[1:], dtype=torch.float32).index_add_(
                         0, spans.gather, part.float()
                     )
                     for part in (dk, dv)
                 )
-        # the rotation is orthogonal up to a factor of cos and sin, so its transpose is the rotation by the negative
-        # angle
+        # The rotation R(cos, sin) has equal halves of cos and sin and is orthogonal up to their common scale, so its
+        # transpose is the rotation by the negative angle: dq = R(cos, -sin) dq', dk = R(cos, -sin) dk'
         dq, dk = (self._turned(part.to(qkv.dtype), geometry.cos, -geometry.sin) for part in (dq, dk))
         return torch.cat([part.reshape(len(qkv), -1).to(qkv.dtype) for part in (dq, dk, dv)], 1)
 
     def _takes(self, qkv: torch.Tensor, geometry: Geometry) -> bool:
+        """Return whether the flash kernels support these inputs."""
         fits = geometry.width % 8 == 0 and geometry.width <= 256 and len(qkv) > 0
         return fits and qkv.dtype in (torch.bfloat16, torch.float16) and (self.soft_caps or not geometry.shape.softcap)
 
     def _heads(self, qkv: torch.Tensor, geometry: Geometry, spans: Spans) -> Heads:
+        """Return rotated queries (T, H, K), and keys and values (T', G, K), gathered for the spans."""
         shape, width = geometry.shape, geometry.width
         sizes = [shape.heads * width, shape.groups * width, shape.groups * width]
         query, key, value = (part.unflatten(1, (-1, width)) for part in qkv.split(sizes, 1))
@@ -260,12 +281,12 @@ class Flash(ReferenceKernels):
         return query, key, value
 
     def _turned(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """`rotate` for x (T, heads, K)."""
+        """Return `rotate` of x (T, heads, K), in that layout."""
         return self._turn(x.transpose(0, 1), cos, sin).transpose(0, 1)
 
 
 def _mask(shape: AttentionShape) -> dict[str, Any]:
-    """A window of -1 on the left sees all keys before a query's own."""
+    """Return flash-attn's mask options. A left window of -1 sees all keys before the query."""
     window_left = shape.window - 1 if shape.window else -1
     return {
         "causal": True,
@@ -276,7 +297,7 @@ def _mask(shape: AttentionShape) -> dict[str, Any]:
 
 
 class TorchFlash(Flash):
-    """The flash kernels that every CUDA build of torch carries, which `torch.nn.attention.varlen` calls as well."""
+    """The flash kernels in every CUDA build of torch, also used by `torch.nn.attention.varlen`."""
 
     name = "torch's flash attention"
     soft_caps = False
@@ -298,7 +319,7 @@ class TorchFlash(Flash):
         spans: Spans,
         shape: AttentionShape,
     ) -> Heads:
-        # the state of dropout's random numbers, which is not read without dropout
+        # the random state of dropout, which is not read without dropout
         state = (torch.zeros(2, dtype=torch.uint64, device=d.device), torch.empty(0, device=d.device))
         options = {"scale": shape.scale, "window_size_left": _mask(shape)["window_size_left"], "window_size_right": 0}
         return torch.ops.aten._flash_attention_backward(
@@ -308,7 +329,10 @@ class TorchFlash(Flash):
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Sums in a fixed order, for flash's dq and `index_add_`: a resumed run must end as an uninterrupted one."""
+    """Make torch use deterministic algorithms, for flash's dq and `index_add_`.
+
+    Sums in a fixed order make a resumed run end as an uninterrupted one.
+    """
     was_enabled, was_warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -321,7 +345,10 @@ def _deterministic() -> Iterator[None]:
 
 
 class Cuda(ReferenceKernels):
-    """A maker for each of PARTS; fp64 and empty tensors go to `Eager`. refused: why an earlier maker was not taken."""
+    """CUDA kernels with one implementation for each of PARTS; fp64 and empty tensors go to `ReferenceKernels`.
+
+    refused: reason why an earlier implementation was not taken, by name.
+    """
 
     def __init__(self, makers: Mapping[str, ReferenceKernels], refused: Mapping[str, str]) -> None:
         self.makers, self.refused = dict(makers), dict(refused)
@@ -331,7 +358,7 @@ class Cuda(ReferenceKernels):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Which maker makes what, and why it is not another."""
+        """The implementation of each part, and the reasons against the others."""
         makers: dict[str, list[str]] = {}
         for part, maker in self.makers.items():
             makers.setdefault(maker.name, []).append(part)
@@ -339,13 +366,16 @@ class Cuda(ReferenceKernels):
         return "; ".join([summary, *(f"not {label}: {reason}" for label, reason in self.refused.items())])
 
     def _call(self, part: str, operation: str, *arguments: Any) -> Any:
+        """Call an operation of a part; replace the part by `ReferenceKernels` if it raises, except when memory runs
+        out.
+        """
         is_plain = arguments[0].dtype == torch.float64 or not arguments[0].numel()
         maker = ReferenceKernels() if is_plain else self.makers[part]
         try:
             return getattr(maker, operation)(*arguments)
         except torch.OutOfMemoryError:
-            raise  # nothing is wrong with the maker
-        except Exception as error:  # Triton, flash-attn and torch.compile each raise their own kinds
+            raise  # the implementation is not at fault
+        except Exception as error:  # Triton, flash-attn and torch.compile each raise their own exceptions
             if type(maker) is ReferenceKernels:
                 raise
             self.makers[part] = ReferenceKernels()
@@ -355,7 +385,7 @@ class Cuda(ReferenceKernels):
 
 @functools.cache
 def load(device: torch.device = DEVICE) -> tuple[Cuda, str]:
-    """The kernels, each held against `Eager` on `device`, and what they are."""
+    """Return the kernels, each checked against `ReferenceKernels` on `device`, and their name."""
     refused: dict[str, str] = {}
     compilers: Makers = {Compiled.name: functools.cache(Compiled)}
     turner = _first(compilers, "rotation", device, refused)
@@ -368,7 +398,7 @@ def load(device: torch.device = DEVICE) -> tuple[Cuda, str]:
 
 
 def _first(makers: Makers, part: str, device: torch.device, refused: dict[str, str]) -> ReferenceKernels:
-    """The first maker of a part that can be had and computes what `Eager` does; else `Eager`."""
+    """Return the first implementation of a part that loads and agrees with `ReferenceKernels`; else the latter."""
     for name, make in makers.items():
         try:
             maker = make()
@@ -386,11 +416,16 @@ def _first(makers: Makers, part: str, device: torch.device, refused: dict[str, s
 
 
 def difference(maker: ReferenceKernels, part: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """What `maker` computes otherwise than fp32 arithmetic by torch's operations, on small cases; empty if nothing."""
+    """Return a description of the first operation of `maker` that is off on small cases; empty for none.
+
+    The reference is fp32 arithmetic by torch's operations. dtype: of the cases; None for bf16, or fp16 on a GPU
+    without it.
+    """
     has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype, generator = dtype or (torch.bfloat16 if has_bf16 else torch.float16), torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> torch.Tensor:
+        """Return a random tensor of shape `size`; the sequence of draws is the same in every run."""
         return torch.randn(size, generator=generator).to(device, dtype)
 
     with torch.no_grad():
@@ -406,8 +441,10 @@ def difference(maker: ReferenceKernels, part: str, device: torch.device, dtype: 
 
 
 def _call_and_flatten(maker: ReferenceKernels, operation: str, arguments: Sequence[Any]) -> torch.Tensor:
-    """All results in a row, fp32. `attention_backward` runs after its own forward, `rotate` by `Eager` is the
-    function.
+    """Return all results of an operation as one fp32 vector.
+
+    For `attention` they include those of its backward, run after its own forward. `ReferenceKernels` has no `rotate`,
+    so the function of that name is taken.
     """
     if operation == "attention":
         d, qkv, geometry = arguments
@@ -420,12 +457,16 @@ def _call_and_flatten(maker: ReferenceKernels, operation: str, arguments: Sequen
 
 
 def _copy(argument: Any, dtype: torch.dtype | None = None) -> Any:
+    """Return a copy of a float tensor, in `dtype` if given; other values unchanged."""
     is_float = isinstance(argument, torch.Tensor) and argument.is_floating_point()
     return argument.to(dtype or argument.dtype, copy=True) if is_float else argument
 
 
 def _cases(part: str, draw: Draw) -> Iterator[Case]:
-    """(operation, arguments). Attention: whole rows and a forest; without and with a window and a soft-cap."""
+    """Yield (operation, arguments) of the test cases of a part.
+
+    Attention is tested on whole rows and on a forest, without and with a window and a soft-cap.
+    """
     if part == "norms":
         x, weight = draw(6, 48), draw(48)
         yield "rms_norm", (x, weight, 1e-6, 1.0)
@@ -454,4 +495,5 @@ def _cases(part: str, draw: Draw) -> Iterator[Case]:
 
 
 def _reason(error: Exception) -> str:
+    """Return the first line of an exception's message, at most 160 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

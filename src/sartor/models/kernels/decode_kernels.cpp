@@ -1,17 +1,17 @@
-// Serving on a CPU: one walk of N tokens through all layers of a Llama-shaped base, over a paged cache, every token with the
-// LoRA factors of its own adapter or none.
+// Serving on a CPU: one forward pass ("walk") of N tokens through all layers of a Llama-shaped base, over a paged cache. Every
+// token has the LoRA factors of its own adapter or none.
 //
-// What becomes of a token is computed from that token, its adapter and the cached positions of its row, in an order that
-// nothing else changes: not the tokens beside it, not their number, not the number of threads. So a prompt has the same bits
-// in chunks of any size, a reply the same with any neighbours, and keys and values of a reply may serve as a later prompt's.
+// A token's result is computed from that token, its adapter and the cached positions of its row, in an order that nothing else
+// changes: not the other tokens, not their number, not the number of threads. So a prompt has the same bits in chunks of any
+// size, a reply has the same bits beside any other requests, and keys and values of a reply can be reused for a later prompt.
 //
-// Weights are read as they stand in memory, (outputs, inputs), so a base that is mapped from its files is shared by all
-// processes that serve it. Products have three makers: for bf16 AMX tiles or AVX-512's products of pairs, where the processor has them,
-// and plain vectors.
+// Weights are read as stored in memory, (outputs, inputs), so a base that is mapped from its files is shared by all processes
+// that serve it. Products have three implementations: for bf16 AMX tiles or AVX-512's products of pairs, if the processor has
+// them, and plain vectors.
 //
-// Threads share the work by claiming pieces of it, each first its own part and then what others left; they go on when every
-// piece of a stage is done, not when every thread has come: one that another process has put aside is not waited for, unless
-// it was put aside within a piece.
+// Threads share the work by claiming pieces of it, each first its own part and then the rest of others'. They continue when
+// every piece of a stage is done, not when every thread has arrived: a thread that the system has descheduled delays nobody,
+// unless it was descheduled within a piece.
 #include "paged_attention.h"
 
 #include <atomic>
@@ -20,7 +20,7 @@
 
 namespace {
 
-// What Python describes: kernels/cpu_forward.py has the same structures.
+// Structures filled by Python: kernels/cpu_forward.py has the same ones.
 
 struct Product {  // linear modules that read the same input; outputs stand side by side
   Long count, ins, outs[3];
@@ -50,7 +50,7 @@ struct Batch {
   float* x;  // (tokens, width), in and out
 };
 
-// Counters of every stage of a walk: pieces that each thread's part has given out, and pieces that are done.
+// Counters of every stage of a walk: pieces claimed from each thread's part, and pieces done.
 struct Stages {
   std::vector<std::atomic<int>> counters;
   Long threads, stride;
@@ -80,7 +80,7 @@ struct Worker {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
-    // about 50 us: the thread that is waited for was put aside; on an idle processor it can go on
+    // after about 50 us of spinning: the awaited thread was descheduled; sleep, so that it can run on this processor
     if (tries > 1000) std::this_thread::sleep_for(std::chrono::microseconds(20));
   }
 };
@@ -111,13 +111,13 @@ inline float gelu(float x) {
   return 0.5f * x * (1.0f + hyperbolic(0.7978845608028654f * (x + 0.044715f * x * x * x)));
 }
 
-struct Room {  // what threads share while they walk
+struct Room {  // buffers that the threads of a walk share
   float* y;  // (tokens, most outputs of a product)
   float* lows;  // (3, tokens, rank): x A^T of each part of a product
-  void* in;  // inputs of products, as their maker wants them
+  void* in;  // inputs of products, in the layout of their implementation
 };
 
-struct Span { Long first, count; };  // tokens of one row that follow each other
+struct Span { Long first, count; };  // consecutive tokens of one row
 
 template <class Op, class Look, class T> struct Walk {
   using In = typename Op::In;
@@ -125,10 +125,10 @@ template <class Op, class Look, class T> struct Walk {
   const Batch& b;
   Room& room;
   Worker worker;
-  std::vector<float> line;  // a token's numbers
+  std::vector<float> line;  // work row of one token
   Long reach;
-  std::vector<float> own;  // what one look works in
-  std::vector<Span> spans;  // tokens that look together
+  std::vector<float> own;  // work buffer of one call of Look::look
+  std::vector<Span> spans;  // tokens that attend together
   std::vector<Long> runs;  // where the adapter changes: tokens [runs[i], runs[i + 1]) have one
   bool adapted = false;
 
@@ -237,7 +237,7 @@ template <class Op, class Look, class T> struct Walk {
     return all && all[module].rank ? all + module : nullptr;
   }
 
-  // of a product's weights, what stands by this piece of the work before it
+  // the part of a product's weights to prefetch during this piece of the work before it
   Ahead weights(const Product& p, Long piece, Long pieces) {
     if (pieces > 200) return {};
     const char* from = static_cast<const char*>(p.weight[0]);
@@ -272,7 +272,7 @@ template <class Op, class Look, class T> struct Walk {
     for (; t < end; ++t) over(t, std::integral_constant<int, 1>());
   }
 
-  // the token's queries turned and scaled where they stand, its keys and values put into the cache
+  // rotate and scale the token's queries in place; store its keys and values in the cache
   void remember(const Layer& l, Long t) {
     Long position = b.positions[t];
     const float *cos = b.cos[l.turns] + position * m.rotary, *sin = b.sin[l.turns] + position * m.rotary;
@@ -287,7 +287,7 @@ template <class Op, class Look, class T> struct Walk {
     for (Long g = 0; g < m.groups; ++g, y += m.head) Look::keep(page(l, t, g), m.head, position % PAGE, y, y + m.groups * m.head);
   }
 
-  // where a token's key and value of a group stand
+  // the page that holds a token's key and value of a group
   T* page(const Layer& l, Long t, Long group) {
     return static_cast<T*>(l.cache) + (pages(t)[b.positions[t] / PAGE] * m.groups + group) * Look::page_size(m.head);
   }
@@ -295,7 +295,7 @@ template <class Op, class Look, class T> struct Walk {
   void attend(const Layer& l, Long number, Long group) {
     Span span = spans[number];
     Long share = m.heads / m.groups, pieces = Long(spans.size()) * m.groups, total = l.products[0].total();
-    float* work = own.data() + (-reinterpret_cast<uintptr_t>(own.data()) & 63) / sizeof(float);  // on a line of its own
+    float* work = own.data() + (-reinterpret_cast<uintptr_t>(own.data()) & 63) / sizeof(float);  // aligned to a cache line
     Ahead ahead = weights(l.products[1], number * m.groups + group, pieces);
     View<T> view{static_cast<const T*>(l.cache), pages(span.first), m.groups, group, m.head, l.window, Look::page_size(m.head),
                  float(m.cap)};
@@ -324,7 +324,7 @@ template <class Op, class Look, class T> struct Walk {
   }
 };
 
-// pieces of the scratch memory that Python gives, each on a line of its own
+// pieces of the scratch memory that Python provides, each aligned to a cache line
 struct Scratch {
   char* at;
   Long used = 0;

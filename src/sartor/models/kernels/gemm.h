@@ -1,6 +1,6 @@
-// Products of the weights of a base, or of LoRA's factors, with a few tokens, whose results depend on that token alone: plain
-// vectors for any processor and type; AMX tiles or products of pairs for bf16 where the processor has them. Weights are (outputs, inputs) as they
-// stand in memory.
+// Products of a base's weights, or of LoRA factors, with a few tokens. A token's result depends on that token alone. There are
+// plain vectors for any processor and type, and AMX tiles or AVX-512's products of bf16 pairs if the processor has them.
+// Weights are (outputs, inputs), as stored in memory.
 #pragma once
 #include "simd.h"
 
@@ -20,7 +20,7 @@ inline V load(const float* from) {
   std::memcpy(&value, from, sizeof(V));
   return value;
 }
-// by the processor's own instruction where it is known: GCC 12 makes five of the plain text, by way of the stack
+// by intrinsics where available: GCC 12 compiles the plain code to five instructions with a detour over the stack
 inline V load(const bf16* from) {
 #if defined(__AVX512F__)
   return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16);
@@ -48,7 +48,7 @@ inline float sum(V v) {
 }
 
 #if defined(__AVX512F__)
-// What `sum` makes of each of 16 vectors, added in the same order: neighbours, then neighbouring pairs, and so on.
+// The same as `sum` of each of 16 vectors, added in the same order: neighbours, then neighbouring pairs, and so on.
 inline V sums_of_sixteen(const V* v) {
   auto pairs = [](V a, V b) {
     return (V)_mm512_add_ps(_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88), _mm512_shuffle_ps((__m512)a, (__m512)b, 0xDD));
@@ -63,9 +63,9 @@ inline V sums_of_sixteen(const V* v) {
 }
 #endif
 
-// Makers of products. span: y = w x for tokens [t0, t1) and outputs [n0, n1) of w, whose rows are `ld` numbers apart
+// Implementations of products. span: y = w x for tokens [t0, t1) and outputs [n0, n1) of w, whose rows are `ld` numbers apart
 
-// By dot products of up to four outputs and four tokens at once, which Maker::tile makes. A token's input is In[Maker::wide(ins)].
+// Dot products of up to four outputs and four tokens at once, computed by Maker::tile. A token's input is In[Maker::wide(ins)].
 template <class Maker, class T, class In> struct Dotted {
   static Long size(Long tokens, Long ins) { return tokens * Maker::wide(ins); }
   static void begin() {}
@@ -80,7 +80,7 @@ template <class Maker, class T, class In> struct Dotted {
 
   static void span(const T* w, Long ld, Long n0, Long n1, Long depth, const In* x, Long ins, Long t0, Long t1, float* y,
                    Long ldy) {
-    // as many tokens at a time as stay in the first cache while all outputs look at them
+    // as many tokens at a time as stay in the L1 cache while all outputs read them
     Long wide = Maker::wide(ins), block = std::max(Long(4), 32768 / (wide * Long(sizeof(In))) / 4 * 4);
     for (Long t = t0; t < t1; t += block) {
       Long end = std::min(t + block, t1), n = n0;
@@ -311,7 +311,8 @@ struct Amx {
       for (Long b = t0 / 16; b * 16 < t1;) {
         bool both = (b + 1) * 16 < t1;
         auto run = two ? both ? tiles<true, true> : tiles<true, false> : both ? tiles<false, true> : tiles<false, false>;
-        // with many tokens the next rows come while these are multiplied; with few, their beginnings while results are put away
+        // prefetch: with many tokens the next rows during this product; with few, the beginnings of the rows while results
+        // are stored
         run(w + n * ld, ld, depth, x + b * block, block, out, next, lines);
         next += lines * depth * 2;
         if (!lines && b == t0 / 16)

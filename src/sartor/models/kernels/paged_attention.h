@@ -1,7 +1,7 @@
-// Attention of a few queries over the pages of one row: what a query finds depends on itself and on the keys that it sees.
+// Attention of a few queries over the pages of one row. A query's result depends on itself and on the keys that it sees alone.
 //
-// A page of one group of heads holds PAGE keys and PAGE values. Columns are queries that look at the same pages: heads of one
-// token, and for tiles heads of several tokens that follow each other.
+// A page of one key head holds PAGE keys and PAGE values. Columns are queries that attend to the same pages: heads of one
+// token, and for AMX tiles heads of several consecutive tokens.
 #pragma once
 #include "gemm.h"
 
@@ -26,7 +26,7 @@ template <class T> struct View {
   Long first(Long position) const { return window ? std::max(Long(0), position + 1 - window) : 0; }
 };
 
-struct Column { const float* q; Long position; };  // q: (head), turned and scaled
+struct Column { const float* q; Long position; };  // q: (head), rotated and scaled
 
 // keys (head, PAGE), values (PAGE, padded head); columns are heads of one token
 template <class T> struct PlainLook {
@@ -62,7 +62,7 @@ template <class T> struct PlainLook {
              mixed, ahead);
   }
 
-  // scores of R heads with the first `count` keys of a page, and some more
+  // scores of R heads with the first `count` keys of a page, rounded up to whole vectors
   template <int R>
   static void score(const Column* columns, const T* keys, Long width, Long count, float* scores, Long reach, Ahead& ahead) {
     constexpr int N = 2;
@@ -103,7 +103,7 @@ template <class T> struct PlainLook {
     for (Long i = low; i < high; ++i) scores[i] *= share;
   }
 
-  // mixed (R, wide) += scores of places [low, high) of a page times its values
+  // mixed (R, wide) += weights (R, high - low) of positions [low, high) of a page times its values (high - low, wide)
   template <int R>
   static void mix(const float* scores, Long reach, const T* values, Long wide, Long low, Long high, float* mixed,
                   Ahead& ahead) {
@@ -133,7 +133,7 @@ struct AmxLook {
   static Long page_size(Long head) { return 2 * PAGE * wide(head); }
   static Long room(Long head, Long reach) { return (wide(head) / 2 + reach + 32) * COLUMNS; }
 
-  // places of a page that nobody has written yet are weighed with 0, so they must hold numbers
+  // unwritten positions of a page get weight 0, so they must hold finite numbers
   static void begin(bf16* page, Long head) { std::fill(page + PAGE * wide(head), page + 2 * PAGE * wide(head), bf16{0}); }
 
   static void keep(bf16* page, Long head, Long place, const float* key, const float* value) {
@@ -167,7 +167,8 @@ struct AmxLook {
     for (Long d = 0; d < v.head; d += 64) mix(v, d, std::min(v.head - d, Long(64)), from, keys, scores, share, count, ahead, give);
   }
 
-  // scores (keys, 16) become weights as a tile's second factor wants them, (keys / 2, 16, 2); returns 1 / their sums
+  // scores (keys, 16) become unnormalised weights in the layout of a tile's second factor, (keys / 2, 16, 2); returns 1 / their
+  // sums
   static V soften(const View<bf16>& v, const Column* columns, Long count, Long from, Long keys, float* scores) {
     typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
     I low = {}, high = {};

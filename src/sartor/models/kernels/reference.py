@@ -1,13 +1,15 @@
 """Reference kernels in torch, for training and paged serving.
 
-Shapes: N rows of width D; T tokens; a block of H heads and G key heads of width K has qkv rows of (H + 2 G) K.
-Arithmetic is in fp32 (fp64 for fp64), results in the dtype of what came in. Backward functions are derived by hand,
-save attention's, which computes the forward again under autograd.
+They run on any device. The compiled kernels are checked against them, and they serve where those cannot. Arithmetic is
+in fp32 (fp64 for fp64); results have the dtype of the inputs. Backward functions are derived by hand, except that of
+attention, which computes the forward again under autograd.
 
-In torch's operations, on any device: what `cpu_forward.py` is checked against, and what serves where that cannot. A
-row's result is computed from its own numbers alone, in an order that its neighbours do not change.
+Training (`ReferenceKernels`): N rows of width D; T tokens; H heads and G key heads of width K, so a row of qkv has (H
++ 2 G) K numbers; I is the width of the MLP and V the vocabulary.
 
-Shapes: N rows; H heads, G key heads of width K; pages of P tokens; R ranks; D inputs, O outputs of a fused projection.
+Paged serving (`PagedKernels`): N rows; H heads, G key heads of width K; pages of P tokens; R ranks; D inputs and O
+outputs of a fused projection. A row's result is computed from its own numbers alone, in an order that does not depend
+on its neighbours.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ from sartor.models.packing import AttentionShape, Segment, SegmentGroup, attend
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Who attends to whom in a pack, in the forms that kernels read. `kernel_cache` is a kernel's own form, made once
-    a pack.
+    """Attention structure of a pack, in the forms that kernels read.
+
+    segments: the forest of segments. rows: the same, grouped for batched products. tokens: T.
+    kernel_cache: a kernel's own form of the layout, made once per pack.
     """
 
     segments: Sequence[Segment]
@@ -36,8 +40,9 @@ class AttentionLayout:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A layer's attention over a pack. width: K. cos, sin: (T, rotary) of the rotary embedding, both halves written
-    out.
+    """Attention of one layer over one pack.
+
+    width: K. cos, sin: (T, rotary) of the rotary embedding, both halves written out.
     """
 
     shape: AttentionShape
@@ -48,16 +53,18 @@ class Geometry:
 
 
 class ReferenceKernels:
-    """Torch's operations."""
+    """Training kernels by torch's operations."""
 
     name = "torch's own operations"
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x / rms(x) * (offset + weight): x (N, D) -> (N, D) and 1 / rms (N,) for the backward. Zhang & Sennrich
-        2019.
+        """Return y = x / rms(x) * (offset + weight), (N, D), and 1 / rms(x), (N,), for the backward.
+
+        x: (N, D). weight: (D,). rms(x) = sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019).
         """
+        # r (N,) = (mean_i x_i^2 + eps)^(-1/2);  y (N, D) = x r (offset + w)
         wide = _wide(x)
         rstd = torch.rsqrt(wide.square().mean(-1) + eps)
         return (wide * rstd[:, None] * (offset + _wide(weight))).to(x.dtype), rstd
@@ -71,20 +78,33 @@ class ReferenceKernels:
         offset: float,
         add: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The gradient of x, (N, D), with `add` (N, D) added: the gradient that came round the residual."""
+        """Return dloss/dx, (N, D), plus `add` (N, D), the gradient of the residual path, if given.
+
+        dy, x: (N, D). weight: (D,). rstd: (N,) from `rms_norm`.
+        """
+        # y_i = x_i r (offset + w_i), r = (mean_j x_j^2 + eps)^(-1/2), so dr/dx_j = -x_j r^3 / D
+        # g (N, D) = dy (offset + w)
+        # dx_j = g_j r + sum_i g_i x_i dr/dx_j = g_j r - x_j r^3 mean_i(g_i x_i), (N, D)
         wide, g = _wide(x), _wide(dy) * (offset + _wide(weight))
         dx = g * rstd[:, None] - wide * ((g * wide).mean(-1) * rstd**3)[:, None]
         return (dx if add is None else dx + _wide(add)).to(x.dtype)
 
     def glu(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-        """act(gate) * up: (T, 2 I) -> (T, I). Shazeer 2020, arXiv:2002.05202. activation: `silu` or `gelu_tanh`."""
+        """Return act(gate) * up, (T, I), of gate_up (T, 2 I) (Shazeer 2020, arXiv:2002.05202).
+
+        activation: `silu` or `gelu_tanh`.
+        """
         gate, up = _wide(gate_up).chunk(2, -1)
         return (_act(gate, activation) * up).to(gate_up.dtype)
 
     def glu_backward(
         self, d: torch.Tensor, gate_up: torch.Tensor, activation: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(act(gate) * up again (T, I), the gradient of gate_up (T, 2 I)). `gate_up` may be overwritten."""
+        """Return act(gate) * up again, (T, I), and dloss/dgate_up, (T, 2 I). `gate_up` may be overwritten.
+
+        d: (T, I) gradient of `glu`'s output. gate_up: (T, 2 I).
+        """
+        # out = act(gate) up, each (T, I):  dgate = d up act'(gate);  dup = d act(gate)
         gate, up = _wide(gate_up).chunk(2, -1)
         value, slope = _act(gate, activation), _slope(gate, activation)
         d = _wide(d)
@@ -94,22 +114,29 @@ class ReferenceKernels:
     def cross_entropy(
         self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(N,) losses in nats of logits (N, V), and d loss / d logits (N, V) if asked. `logits` may be overwritten."""
+        """Return losses (N,) in nats, and dloss/dlogits (N, V) if `gradient`. `logits` may be overwritten.
+
+        logits: (N, V). targets: (N,) token ids. softcap: c of c tanh(logits / c), applied before; None for none.
+        """
+        # y (N, V) = c tanh(z / c), or z without a soft-cap;  loss (N,) = logsumexp(y) - y_target
         wide = _wide(logits)
         if softcap:
             wide = softcap * torch.tanh(wide / softcap)
         losses = F.cross_entropy(wide, targets, reduction="none")
         if not gradient:
             return losses, None
+        # dloss/dz (N, V) = (softmax(y) - onehot(target)) (1 - (y / c)^2)
         slope = wide.softmax(-1)
         slope[torch.arange(len(targets), device=targets.device), targets] -= 1
         return losses, (slope * (1 - (wide / softcap) ** 2) if softcap else slope).to(logits.dtype)
 
     def attention(self, qkv: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(T, (H + 2 G) K) -> the heads' mixtures (T, H K), and what the backward wants besides. Rotates q and k
-        itself.
+        """Return the attention output (T, H K), and a tensor that the backward needs; None here.
+
+        qkv: (T, (H + 2 G) K). Queries and keys are rotated here.
         """
         shape, width = geometry.shape, geometry.width
+        # query (H, T, K);  key, value (G, T, K)
         query, key, value = (
             part.unflatten(1, (-1, width)).transpose(0, 1)
             for part in qkv.split([shape.heads * width, shape.groups * width, shape.groups * width], 1)
@@ -120,20 +147,27 @@ class ReferenceKernels:
     def attention_backward(
         self, d: torch.Tensor, qkv: torch.Tensor, mixed: torch.Tensor, lse: torch.Tensor | None, geometry: Geometry
     ) -> torch.Tensor:
-        """The gradient of qkv, (T, (H + 2 G) K), from that of the mixtures (T, H K)."""
+        """Return dloss/dqkv, (T, (H + 2 G) K).
+
+        d: (T, H K) gradient of the attention output. qkv: (T, (H + 2 G) K). mixed: (T, H K) attention output. lse:
+        second result of `attention`.
+        """
         with torch.enable_grad():
             leaf = qkv.detach().requires_grad_()
             recomputed, _ = ReferenceKernels.attention(self, leaf, geometry)
-            # to the bit what `grad(again, leaf, d)` gives, for which torch would load sympy, 35 MB
+            # dqkv = d/dqkv sum(attention(qkv) * d), (T, (H + 2 G) K). `grad(recomputed, leaf, d)` gives the same bits,
+            # but torch would load sympy for it, 35 MB
             (gradient,) = torch.autograd.grad((recomputed * d).sum(), leaf)
         return gradient
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The rotary embedding (Su et al. 2021, arXiv:2104.09864) of x (heads, T, K); dimensions beyond the cosines'
-    pass.
+    """Return the rotary embedding (Su et al. 2021, arXiv:2104.09864) of x, of shape (heads, T, K).
+
+    cos, sin: (T, rotary). Dimensions of x beyond `rotary` stay unchanged.
     """
     size = cos.shape[-1]
+    # (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) for the two halves of the rotary dimensions
     rotated, unrotated = x[..., :size], x[..., size:]
     first_half, second_half = rotated.chunk(2, -1)
     rotated = rotated * cos.to(x.dtype) + torch.cat([-second_half, first_half], -1) * sin.to(x.dtype)
@@ -141,38 +175,47 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def _act(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    """Return the activation of `gate`, elementwise."""
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
 def _slope(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    """Return the derivative of the activation at `gate`, elementwise."""
+    # silu(g) = g s(g), s the sigmoid, s' = s (1 - s):  silu'(g) = s (1 + g (1 - s))
     if activation == "silu":
         sigmoid = torch.sigmoid(gate)
         return sigmoid * (1 + gate * (1 - sigmoid))
+    # gelu(g) = g (1 + t) / 2 with t = tanh(a (g + b g^3)), t' = (1 - t^2) a (1 + 3 b g^2)
+    # gelu'(g) = (1 + t) / 2 + g t' / 2
     a, b = (2 / torch.pi) ** 0.5, 0.044715
     t = torch.tanh(a * (gate + b * gate**3))
     return 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * a * (1 + 3 * b * gate**2)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Return x in fp32, or unchanged if it is fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass
 class Cache:
-    """Keys (rotated) and values of one layer: (pages, G, P, K) each."""
+    """Key-value cache of one layer: rotated keys and values, (pages, G, P, K) each."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
     @property
     def page_tokens(self) -> int:
-        """P."""
+        """Tokens per page, P."""
         return self.keys.shape[2]
 
 
 @dataclass
 class PageTable:
-    """Who looks where: each row's newest token at `positions` (N,), -1 for padding; `table` (N, most): its pages."""
+    """Position and pages of each row in a paged cache.
+
+    table: (N, most) page numbers of each row. positions: (N,) position of each row's newest token; -1 for padding.
+    """
 
     table: torch.Tensor
     positions: torch.Tensor
@@ -180,7 +223,7 @@ class PageTable:
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Rotary embedding of every position: cos, sin (positions, rotary), fp32, both halves written out."""
+    """Rotary embedding of every position: cos and sin, (positions, rotary), fp32, both halves written out."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -188,11 +231,12 @@ class RotaryTable:
 
 @dataclass
 class LoraStack:
-    """The factors of every adapter on one fused projection, side by side.
+    """LoRA factors of every adapter on one fused projection, stacked.
 
-    ranks: room of each fused module. low, high: its outputs. a (slots, sum of ranks, D); b (slots, sum of rank *
-    outputs), each module's as (rank, outputs), which is B transposed; scales (slots, modules), 0 where a module has no
-    factors.
+    ranks: space for each fused module's rank. low, high: its range of outputs.
+    a: (slots, sum of ranks, D).
+    b: (slots, sum of rank * outputs), each module's as (rank, outputs), which is B transposed.
+    scales: (slots, modules), 0 where a module has no factors.
     """
 
     ranks: tuple[int, ...]
@@ -203,22 +247,25 @@ class LoraStack:
     scales: torch.Tensor
 
     def module_b(self, index: int) -> slice:
-        """Where a module's B stands in a row of `b`."""
+        """Return the slice of a module's B in a row of `b`."""
         sizes = [rank * (high - low) for rank, low, high in zip(self.ranks, self.low, self.high, strict=True)]
         return slice(sum(sizes[:index]), sum(sizes[: index + 1]))
 
     def module_a(self, index: int) -> slice:
-        """Where a module's A stands in `a`."""
+        """Return the slice of a module's A in the rank dimension of `a`."""
         return slice(sum(self.ranks[:index]), sum(self.ranks[: index + 1]))
 
 
 class PagedKernels:
-    """Torch's operations."""
+    """Serving kernels on a paged cache, by torch's operations."""
 
     def attend(
         self, qkv: torch.Tensor, cache: Cache, page_table: PageTable, shape: AttentionShape, rotary: RotaryTable
     ) -> torch.Tensor:
-        """qkv (N, (H + 2 G) K) of each row's newest token -> (N, H K); its key and value are put into the cache."""
+        """Return the attention output (N, H K) of each row's newest token, and store its key and value.
+
+        qkv: (N, (H + 2 G) K). Keys and values go to `cache`. Padding rows give zeros.
+        """
         out = qkv.new_zeros(len(qkv), shape.heads * cache.keys.shape[3])
         for row, position in enumerate(page_table.positions.tolist()):
             if position >= 0:
@@ -235,8 +282,10 @@ class PagedKernels:
         shape: AttentionShape,
         rotary: RotaryTable,
     ) -> torch.Tensor:
-        """The T tokens of one row from position `first` on: qkv (T, (H + 2 G) K) -> (T, H K). pages: up to the last
-        token's.
+        """Return the attention output (T, H K) of T tokens of one row, from position `first` on.
+
+        qkv: (T, (H + 2 G) K). pages: page numbers of the row up to the last token's. Their keys and values are stored
+        in `cache`.
         """
         width, count = cache.keys.shape[3], len(qkv)
         query, key, value = (
@@ -257,7 +306,11 @@ class PagedKernels:
         return _mixed(query, keys, values, _sees(positions, end, shape), shape).transpose(0, 1).flatten(1)
 
     def adapt(self, y: torch.Tensor, x: torch.Tensor, stack: LoraStack, slots: torch.Tensor) -> None:
-        """y (N, O) += scale x A^T B^T of each row's own adapter: x (N, D), slots (N,), -1 for none."""
+        """Add scale x A^T B^T of each row's own adapter to y (N, O), in place.
+
+        x: (N, D). slots: (N,) slot of each row's adapter, -1 for none.
+        """
+        # low (N, sum of ranks) = x A^T;  y[:, module's outputs] += scale low_module B^T, per row with its own A and B
         adapter_slots = slots.clamp(min=0)
         scales = torch.where(slots[:, None] < 0, 0.0, stack.scales[adapter_slots])
         low = torch.bmm(stack.a[adapter_slots], x[:, :, None])[:, :, 0]
@@ -269,7 +322,7 @@ class PagedKernels:
 
 
 def _sees(positions: torch.Tensor, end: int, shape: AttentionShape) -> torch.Tensor:
-    """(T, end) bool: which positions each query looks at."""
+    """Return the causal (and window) mask (T, end), true where a query sees a key."""
     keys = torch.arange(end, device=positions.device)
     sees = keys <= positions[:, None]
     return sees if shape.window is None else sees & (keys > positions[:, None] - shape.window)
@@ -278,7 +331,10 @@ def _sees(positions: torch.Tensor, end: int, shape: AttentionShape) -> torch.Ten
 def _mixed(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sees: torch.Tensor, shape: AttentionShape
 ) -> torch.Tensor:
-    """(H, T, K) queries, (H, L, K) keys and values -> (H, T, K)."""
+    """Return the attention output (H, T, K).
+
+    query: (H, T, K). keys, values: (H, L, K). sees: (T, L) mask.
+    """
     if shape.softcap is None:
         return F.scaled_dot_product_attention(
             query[None], keys[None], values[None], attn_mask=sees, scale=shape.scale

@@ -1,4 +1,4 @@
-// What the kernels share: vector types as wide as the machine's, bf16, exp and tanh as plain arithmetic, work cut by rows.
+// Shared by the kernels: vector types as wide as the machine's, bf16, exp and tanh as plain arithmetic, work split by rows.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -56,8 +56,9 @@ inline void put(bf16& to, float x) {
   to.bits = uint16_t(bits >> 16);
 }
 
-// a b + c, rounded once where the processor does that in one instruction. decode_kernels.cpp is compiled so that a compiler joins no
-// product with a sum by itself: it would do so in one copy of a loop and not in another, and a bit would hang on the copy.
+// a b + c, rounded once if the processor has an instruction for it. decode_kernels.cpp is compiled with -ffp-contract=off, so
+// that the compiler fuses no product with a sum by itself: it would do so in one copy of a loop and not in another, and the
+// last bit of a result would depend on the copy.
 inline float fused(float a, float b, float c) {
 #if defined(__FMA__) || defined(__aarch64__)
   return __builtin_fmaf(a, b, c);
@@ -108,9 +109,9 @@ inline float hyperbolic(float y) {
 }
 inline double hyperbolic(double y) { return std::tanh(y); }
 
-// body(own, count) in `threads` threads, of which `own` is one of `count`. The region is begun by the entry point of the OpenMP
-// runtime that torch has loaded (libgomp's, which LLVM's has as well) and not by a pragma: so any compiler will do, also one
-// that comes without a runtime, as zig's does.
+// Run body(own, count) in `threads` threads: own is the thread's number in [0, count). The parallel region starts through the
+// entry point of the OpenMP runtime that torch has loaded (libgomp's, which LLVM's also exports) and not by a pragma. So any
+// compiler works, also one without an OpenMP runtime, such as zig's.
 template <class F> void in_parallel(int threads, F body) {
   auto run = [](void* data) { (*static_cast<F*>(data))(Long(omp_get_thread_num()), Long(omp_get_num_threads())); };
   GOMP_parallel(run, &body, unsigned(threads), 0);

@@ -1,16 +1,17 @@
-// The elementwise parts and the attention of the Llama-shaped block, for CPUs: what matrix products leave over.
+// The elementwise parts and the attention of the Llama-shaped block, for CPUs: everything but the matrix products.
 //
-// Plain C++17 with GCC's vector extensions, so one text serves AVX2, AVX-512 and NEON: the compiler takes the machine's own
-// width. Called through ctypes (kernels/cpu.py); every function has its torch twin in kernels/reference.py, against which it
-// is checked when it is loaded. Storage T is float, bf16 or double; arithmetic C is float (double for double).
+// Plain C++17 with GCC's vector extensions, so one source serves AVX2, AVX-512 and NEON: the compiler uses the machine's own
+// vector width. Called through ctypes (kernels/cpu.py). Every function has its torch counterpart in kernels/reference.py,
+// against which it is checked when the library is loaded. Storage T is float, bf16 or double; arithmetic C is float (double
+// for double).
 //
-// Work is cut into contiguous ranges by a rule that depends on sizes and the number of threads alone, so that sums are taken
-// in the same order in every run: exact resume needs that.
+// Work is split into contiguous ranges by a rule that depends on sizes and the number of threads alone. So sums are taken in
+// the same order in every run, which exact resume needs.
 #include "simd.h"
 
 namespace {
 
-// y = x / rms(x) * (offset + w) (Zhang & Sennrich 2019); rstd is kept for the backward
+// y (rows, width) = x / rms(x) * (offset + w) (Zhang & Sennrich 2019); rstd (rows) = 1 / rms is kept for the backward
 template <class T, class C = Compute<T>>
 void rms_norm(const T* x, const T* w, T* y, C* rstd, Long rows, Long width, C eps, C offset, int threads) {
   over_rows(rows, threads, [=](Long row) {
@@ -26,7 +27,7 @@ void rms_norm(const T* x, const T* w, T* y, C* rstd, Long rows, Long width, C ep
   });
 }
 
-// dx = add + rstd g - x rstd^3 <g, x> / width with g = dy (offset + w)
+// dx (rows, width) = add + rstd g - x rstd^3 <g, x> / width, with g = dy (offset + w) and <g, x> per row
 template <class T, class C = Compute<T>>
 void rms_norm_backward(const T* dy, const T* x, const T* w, const C* rstd, const T* add, T* dx, Long rows, Long width, C offset,
                        int threads) {
@@ -64,7 +65,7 @@ struct GeluTanh {
   }
 };
 
-// out = act(gate) up, from rows [gate | up] (Shazeer 2020)
+// out (rows, width) = act(gate) up, from rows [gate | up] (rows, 2 width) (Shazeer 2020)
 template <class A, class T, class C = Compute<T>> void glu(const T* gate_up, T* out, Long rows, Long width, int threads) {
   over_rows(rows, threads, [=](Long row) {
     const T *gate = gate_up + row * 2 * width, *up = gate + width;
@@ -78,7 +79,8 @@ template <class A, class T, class C = Compute<T>> void glu(const T* gate_up, T* 
   });
 }
 
-// overwrites gate_up with its gradient and writes act(gate) up again, which the forward did not keep
+// dgate = d up act'(gate), dup = d act(gate), each (rows, width), overwrite gate_up; out = act(gate) up is computed again,
+// since the forward did not keep it
 template <class A, class T, class C = Compute<T>>
 void glu_backward(const T* d, T* gate_up, T* out, Long rows, Long width, int threads) {
   over_rows(rows, threads, [=](Long row) {
@@ -95,7 +97,8 @@ void glu_backward(const T* d, T* gate_up, T* out, Long rows, Long width, int thr
   });
 }
 
-// losses in nats; with `gradient` the logits become d loss / d logits. cap: Gemma's soft-cap of logits, 0 for none
+// loss = log sum_v exp(y_v) - y_target in nats, y = cap tanh(z / cap) or z; cap: Gemma's soft-cap of logits, 0 for none.
+// With `gradient` the logits z become dloss/dz = (softmax(y) - onehot(target)) (1 - (y / cap)^2)
 template <class T, class C = Compute<T>>
 void cross_entropy(T* logits, const Long* targets, C* losses, Long rows, Long width, C cap, int gradient, int threads) {
   over_rows(rows, threads, [=](Long row) {
@@ -189,7 +192,7 @@ template <class C> struct Geometry {
   Long row() const { return (heads + 2 * groups) * width; }
 };
 
-// (T) -> C with the rotary embedding (Su et al. 2021), or its transpose, at token `t`
+// out (width) = R_t in, the rotary embedding (Su et al. 2021) at token `t`, or its transpose R_t^T in if `back`
 template <class C> void rotate(const Geometry<C>& g, const C* in, C* out, Long t, bool back) {
   const C *c = g.cos + t * g.rotary, *s = g.sin + t * g.rotary;
   Long half = g.rotary / 2;
@@ -218,7 +221,7 @@ template <class C, class F> void over_path(const Geometry<C>& g, Long segment, F
 
 constexpr Long TILE = 36;  // queries at once
 
-// What one thread works in: keys and values of a path, a tile of queries, their scores.
+// Buffers of one thread: keys and values of a path, a tile of queries, their scores.
 template <class C> struct Scratch {
   Long reach, row;  // padded keys and padded head width
   std::vector<C> keys_t, keys, values, values_t, q, scores, mixed, grads, dkeys, dvalues, line;
@@ -246,7 +249,7 @@ void load_path(const Geometry<C>& g, const T* qkv, Long segment, Long group, Scr
     else
       fetch(v, s.values.data() + place * s.row, g.width);
   });
-  for (Long i = 0; i < g.width; ++i)  // what an earlier, longer path left in the padding
+  for (Long i = 0; i < g.width; ++i)  // clear what an earlier, longer path left in the padding
     for (Long j = keys; j < end; ++j) {
       s.keys_t[i * s.reach + j] = 0;
       if (backward) s.values_t[i * s.reach + j] = 0;
@@ -326,7 +329,9 @@ void attend(const Geometry<C>& g, const T* qkv, T* out, C* lse, Long segment, Lo
     }
 }
 
-// P in scores and dS in grads for a tile: dS = P (dP - delta), times the soft-cap's slope (Dao 2023, algorithm 2)
+// P in scores and dS in grads for a tile of q queries and k keys (Dao 2023, algorithm 2):
+//   P = exp(S - lse) (q, k),  dP = dO V^T (q, k),  delta = sum_j O_j dO_j (q),  dS = P (dP - delta) (1 - (S / cap)^2)
+// S are the capped scores; s.mixed holds dO (q, width), and P = dS = 0 for keys that a query does not see.
 template <class T, class C>
 void score_gradient(const Geometry<C>& g, const T* mixed, const C* lse, Long segment, Long head, const Tile& tile, Scratch<C>& s) {
   product<false>(s.mixed.data(), s.row, s.values_t.data() + tile.low, s.reach, s.grads.data() + tile.low, s.reach, tile.count,
@@ -351,7 +356,8 @@ void score_gradient(const Geometry<C>& g, const T* mixed, const C* lse, Long seg
   }
 }
 
-// dq goes to dqkv; dk (rotated) and dv are added to `sums` (T, groups, 2, width)
+// dq is written to dqkv; dk (still rotated) and dv are added to `sums` (T, groups, 2, width). For each head and tile:
+//   dV += P^T dO (k, width),  dK += dS^T (scale Q) (k, width),  dQ = scale R^T (dS K) (q, width)
 template <class T, class C>
 void attend_backward(const Geometry<C>& g, const T* d, const T* qkv, const T* mixed, const C* lse, T* dqkv, C* sums, Long segment,
                      Long group, Scratch<C>& s) {
@@ -414,7 +420,8 @@ void attention(const Geometry<C>& g, const T* qkv, T* out, C* lse, int threads) 
 
 template <class T, class C = Compute<T>>
 void attention_backward(const Geometry<C>& g, const T* d, const T* qkv, const T* mixed, const C* lse, T* dqkv, int threads) {
-  // Children add to their ancestors' keys from other threads: then each thread has sums of its own, added in order.
+  // In a forest, child segments add to their ancestors' keys from several threads. Each thread then has its own sums, which
+  // are added in the order of the threads.
   bool is_forest = g.segments && g.ancestor_ends[g.segments - 1] > 0;
   Long size = g.tokens * g.groups * 2 * g.width, copies = is_forest ? threads : 1;
   std::vector<C> sums(size * copies, C(0));

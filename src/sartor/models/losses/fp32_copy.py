@@ -1,9 +1,8 @@
-"""Layers of a 16-bit model computed in fp32.
+"""Forward pass of a 16-bit model in fp32, the reference for 16-bit passes that round differently.
 
-Two ways that round differently cannot be judged by each other. `in_fp32` makes transformers' own module compute in
-fp32 for a
-few rows: weights are widened a module at a time, linear ones a slice at a time, so memory grows by a slice of a weight
-and not by a second model.
+Neither of two such passes can judge the other. `in_fp32` makes transformers' own module compute in fp32 for a few
+rows. Weights are widened one module at a time, and those of linear modules one slice at a time. So memory grows by a
+slice of a weight and not by a second model.
 """
 
 from __future__ import annotations
@@ -24,20 +23,21 @@ SLICE_BYTES = 64 << 20
 
 @contextmanager
 def in_fp32(model: Any) -> Iterator[None]:
-    """Inside, `model` computes in fp32. Call it under no_grad; models that cast by themselves raise when they are
-    called.
+    """Make `model` compute in fp32 inside the `with` block.
 
-    A parameter of a module that is not linear is replaced while that module computes, and given back afterwards, also
-    when it raised.
+    Call it under no_grad. Models that cast to a dtype by themselves raise when they are called.
+
+    The parameters of a module that is not linear are replaced by fp32 copies while that module computes. They are
+    restored afterwards, also when the module raised.
     """
     embedding = model.get_input_embeddings()
     embedded = {
         id(module) for module in embedding.modules()
-    }  # towers and their caches among them: they stay as they are
+    }  # image and audio towers and their caches are among them; they stay in 16 bits
     swap = _Swap()
-    # what is looked up is widened afterwards
+    # the embedding table stays in 16 bits; its output is widened
     hooks = [embedding.register_forward_hook(lambda module, inputs, output: _wide(output))]
-    linears: list[tuple[Any, Any]] = []  # modules, and the forwards that stood on themselves
+    linears: list[tuple[Any, Any]] = []  # modules, and the `forward` set on the instance before, if any
     try:
         for module in model.modules():
             if id(module) in embedded or isinstance(module, torch.nn.Embedding):
@@ -60,20 +60,20 @@ def in_fp32(model: Any) -> Iterator[None]:
 
 
 class _Swap:
-    """Parameters and buffers that are wide now, and what they held before, the latest last."""
+    """Parameters and buffers that are fp32 at present, each with its original data, most recent last."""
 
     def __init__(self) -> None:
         self._narrow: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def widen(self, module: Any, inputs: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Widen a module's own tensors and its inputs, before it computes."""
+        """Widen a module's own tensors and its inputs to fp32 before it computes (forward pre-hook)."""
         for tensor in _own_tensors(module):
             self._narrow.append((tensor, tensor.data))
             tensor.data = tensor.data.float()
         return _wide(inputs), _wide(kwargs)
 
     def give_back(self, module: Any, inputs: Any, output: Any) -> None:
-        """Give a module's own tensors back what they held, after it has computed."""
+        """Restore a module's own tensors after it has computed (forward hook)."""
         tensor_ids = {id(tensor) for tensor in _own_tensors(module, narrowed=False)}
         for tensor, original in self._narrow:
             if id(tensor) in tensor_ids:
@@ -81,14 +81,17 @@ class _Swap:
         self._narrow = [entry for entry in self._narrow if id(entry[0]) not in tensor_ids]
 
     def give_all_back(self) -> None:
-        """Give every tensor back what it held, also those of a module that raised."""
+        """Restore every widened tensor, also those of a module that raised."""
         for tensor, original in reversed(self._narrow):
             tensor.data = original
         self._narrow = []
 
 
 def _own_tensors(module: Any, *, narrowed: bool = True) -> Iterator[torch.Tensor]:
-    """Parameters and buffers of this very module that are floats; those of 16 bits alone, or all."""
+    """Yield the floating-point parameters and buffers of this module, without those of its submodules.
+
+    narrowed: true yields only 16-bit tensors, false yields all.
+    """
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if tensor is not None and tensor.is_floating_point() and (rounds(tensor.dtype) or not narrowed):
             yield tensor
@@ -106,7 +109,7 @@ def _linear_in_fp32(linear: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _wide(value: Any) -> Any:
-    """Return `value`, tensors of 16-bit floats in fp32, alone or in tuples and dictionaries."""
+    """Return `value` with its 16-bit float tensors in fp32; tuples, lists and dictionaries are entered."""
     if isinstance(value, torch.Tensor):
         return value.float() if value.is_floating_point() and rounds(value.dtype) else value
     if type(value) in (tuple, list):

@@ -3,14 +3,14 @@
     embed -> [norm -> qkv -> attention -> out -> + -> norm -> gate, up -> glu -> down -> +] x layers -> norm -> head ->
     losses
 
-One autograd node a block and one for the head. What a node keeps is what a matrix product made (and the sums of the
-residual); norms and activations are computed again in the backward. Layers below the lowest adapted one run without
-gradient, the last layer's tail and the head for supervised rows only. A family is a line in FAMILIES.
+There is one autograd node per block and one for the head. A node keeps the outputs of matrix products and the sums of
+the residual stream; norms and activations are computed again in the backward. Layers below the lowest adapted one run
+without gradient. The tail of the last layer and the head run for supervised rows only. A family of architectures is
+one entry in FAMILIES.
 
-The log of the sum is kept running from slice to slice (Milakov & Gimelshein 2018, arXiv:1805.02867), and the gradient
-with it,
-as the blocked attentions do: what is there is scaled down when a larger logit comes. So each slice is widened once for
-both.
+For a mapped head the log-sum-exp is computed online over slices of the vocabulary (Milakov & Gimelshein 2018,
+arXiv:1805.02867). The gradient is accumulated in the same loop, as blocked attention does: both are scaled down when a
+larger logit appears. So each slice of the head is widened once for both.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from sartor.models.kernels.reference import AttentionLayout, Geometry, Reference
 from sartor.models.losses.lora_linear import MappedLinear, Projection, Unsupported
 from sartor.models.packing import AttentionShape, Pack
 
-# Rows of the head that are widened at once
+# Vocabulary entries (rows of the head's weight) that are widened at once
 SLICE = 2048
 
 
 def mapped_losses(
     normed: torch.Tensor, head: MappedLinear, targets: torch.Tensor, needs_gradient: bool, logits_bytes: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """normed (N, D) -> (N,) losses in nats, and their gradients (N, D) with respect to `normed` if they are wanted.
+    """Compute token losses and their gradients for an LM head that is widened slice by slice.
 
-    At once there are a slice of the head, (SLICE, D), and a slice of the logits of at most `logits_bytes`.
+    normed: (N, D) hidden states after the final norm. targets: (N,) token ids. Returns losses: (N,) nats, and
+    dloss/dnormed: (N, D), or None unless `needs_gradient`. Memory at once: a slice of the head, (SLICE, D), and a
+    slice of the logits of at most `logits_bytes`.
     """
     rows = max(1, logits_bytes // (SLICE * normed.element_size()))
     losses = normed.new_empty(len(normed))
@@ -48,39 +50,54 @@ def mapped_losses(
 def _rows(
     x: torch.Tensor, head: MappedLinear, targets: torch.Tensor, losses: torch.Tensor, slopes: torch.Tensor | None
 ) -> None:
-    """Losses of some rows, and their gradients, into `losses` and `slopes`."""
+    """Compute token losses of N hidden states, one slice of the vocabulary at a time.
+
+    x: (N, D). targets: (N,) token ids. losses: (N,) nats, written.
+    slopes: (N, D) dloss/dx, written; None to skip them.
+    """
     row_max, total = x.new_full((len(x), 1), -torch.inf), x.new_zeros(len(x), 1)
     if slopes is not None:
         slopes.zero_()
     vocabulary = head.out_features
     buffer = x.new_empty(min(SLICE, vocabulary), x.shape[1])
     for low in range(0, vocabulary, SLICE):
+        # one slice of the vocabulary: weight W_v (v, D), logits z = x W_v^T (N, v)
         weight = head.widen(buffer[: min(SLICE, vocabulary - low)], low)
         scores = x @ weight.T
+        # online log-sum-exp, each (N, 1): m' = max(m, max_v z_v);  s' = s exp(m - m') + sum_v exp(z_v - m')
         new_max = torch.maximum(row_max, scores.amax(1, keepdim=True))
         rescale, row_max = (row_max - new_max).exp_(), new_max
         scores.sub_(row_max).exp_()
         total.mul_(rescale).add_(scores.sum(1, keepdim=True))
+        # unnormalised expected weight row, (N, D): g' = g exp(m - m') + exp(z - m') W_v
         if slopes is not None:
             slopes.mul_(rescale).addmm_(scores, weight)
+    # loss (N,) = m + log s - x . w_target, with w_target (N, D) the targets' rows of W
     target_weights = head.weight.detach()[targets].to(x.dtype)
     torch.sub(row_max.add(total.log()).squeeze(1), (x * target_weights).sum(1), out=losses)
+    # dloss/dx (N, D) = softmax(z) W - w_target = g / s - w_target
     if slopes is not None:
         slopes.div_(total).sub_(target_weights)
 
 
-# Logits are made in chunks of about this size: a larger one is slower to walk, a smaller one reads the head more
-# often.
+# Logits are computed in chunks of about this size: a larger chunk is slower to traverse, a smaller one reads the head
+# more often.
 LOGITS_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class DecoderFamily:
-    """In what an architecture differs from Llama.
+    """Differences of an architecture from Llama.
 
-    norm_offset: norms' weights are stored minus that. epsilon, activation: where a norm and the config keep theirs.
-    window: whose `sliding_window` holds, the config's or the layer's. softcaps: attention's scores and the logits are
-    capped.
+    attention_in, mlp_in: names of the linear modules that are fused into one product.
+    norm_offset: added to the stored weights of norms (Gemma stores weight - 1).
+    epsilon: attribute of the norm module that holds eps.
+    head_norms: RMSNorm of each query and key head before the rotation.
+    post_norms: RMSNorm of the output of attention and of the MLP before the residual sum.
+    rope_by_layer: the rotary embedding depends on the layer's type.
+    activation: attribute of the config that names the activation.
+    window: object whose `sliding_window` applies, the config or the layer's attention; empty for none.
+    softcaps: attention scores and logits are soft-capped, as the config says.
     dropouts: settings of the config that must be 0.
     """
 
@@ -103,7 +120,7 @@ _GEMMA = DecoderFamily(
 FAMILIES = {
     "llama": DecoderFamily(),  # and SmolLM2, TinyLlama, Yi, ...
     "mistral": DecoderFamily(window="config"),
-    "qwen2": DecoderFamily(window="layer"),  # its biases are seen on the modules
+    "qwen2": DecoderFamily(window="layer"),  # `Projection` finds its biases on the modules
     "qwen3": DecoderFamily(window="layer", head_norms=True),
     "gemma2": _GEMMA,
     "gemma3_text": replace(_GEMMA, head_norms=True, rope_by_layer=True),
@@ -118,20 +135,23 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 
 
 class Norm:
-    """x / rms(x) * (offset + weight), over the last dimension."""
+    """RMSNorm: x / rms(x) * (offset + weight), over the last dimension."""
 
     def __init__(self, module: Any, family: DecoderFamily, kernels: ReferenceKernels) -> None:
         self.weight, self._kernels = module.weight.detach(), kernels
         self.offset, self.eps = family.norm_offset, getattr(module, family.epsilon)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(y, what the backward wants)."""
+        """Return y (N, D), and 1 / rms(x) (N,) for the backward. x: (N, D)."""
         return self._kernels.rms_norm(x, self.weight, self.eps, self.offset)
 
     def backward(
         self, dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, add: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """dx, with `add` added."""
+        """Return dloss/dx (N, D), plus `add` (N, D) if given.
+
+        dy, x: (N, D). rstd: (N,) as `forward` returned it.
+        """
         return self._kernels.rms_norm_backward(dy, x, self.weight, rstd, self.offset, add)
 
 
@@ -146,22 +166,30 @@ class HeadNorms:
         self._width = width
 
     def forward(self, qkv: torch.Tensor) -> torch.Tensor:
-        """(T, (H + 2 G) K) with queries and keys normed."""
+        """Return qkv (T, (H + 2 G) K) with queries and keys normalised; values are unchanged."""
         parts = [part.reshape(-1, self._width) for part in qkv.split(self._sizes, 1)]
         normed = [norm.forward(part)[0] for norm, part in zip(self.norms, parts, strict=False)]
         return torch.cat([part.view(len(qkv), -1) for part in (*normed, parts[2])], 1)
 
     def backward(self, d: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-        """The gradient of what `forward` got."""
+        """Return dloss/dqkv (T, (H + 2 G) K) before the norms.
+
+        d: (T, (H + 2 G) K) gradient of what `forward` returned. qkv: (T, (H + 2 G) K) as `forward` received it.
+        """
+        # rows are single heads: queries (T H, K), keys (T G, K), values (T G, K)
         parts = [part.reshape(-1, self._width) for part in qkv.split(self._sizes, 1)]
         grads = [part.reshape(-1, self._width) for part in d.split(self._sizes, 1)]
+        # RMSNorm backward of each query and key head; dv passes through. 1 / rms was not kept, so it is computed again
         for index, norm in enumerate(self.norms):
             grads[index] = norm.backward(grads[index], parts[index], norm.forward(parts[index])[1])
         return torch.cat([part.view(len(qkv), -1) for part in grads], 1)
 
 
 class DecoderBlock:
-    """One layer. `forward` keeps in `saved` what `backward` takes out again."""
+    """One decoder layer with hand-written forward and backward.
+
+    `forward` stores in `saved` the tensors that `backward` reads.
+    """
 
     def __init__(self, layer: Any, family: DecoderFamily, model: Any, kernels: ReferenceKernels) -> None:
         config, attention, dtype = model.config, layer.self_attn, layer.input_layernorm.weight.dtype
@@ -191,7 +219,7 @@ class DecoderBlock:
 
     @staticmethod
     def _window(family: DecoderFamily, config: Any, attention: Any) -> int | None:
-        """Tokens of the layer's sliding window."""
+        """Return the size of the layer's sliding window in tokens; None without one."""
         if not family.window:
             return None
         window: int | None = (config if family.window == "config" else attention).sliding_window
@@ -199,6 +227,7 @@ class DecoderBlock:
 
     @staticmethod
     def _activation(family: DecoderFamily, config: Any) -> str:
+        """Return the kernels' name of the config's activation. Raises Unsupported for an unknown one."""
         name = getattr(config, family.activation)
         if name not in ACTIVATIONS:
             raise Unsupported(f"the activation {name!r}")
@@ -213,15 +242,22 @@ class DecoderBlock:
     def forward(
         self, x: torch.Tensor, geometry: Geometry, output_rows: torch.Tensor | None, saved: dict[str, Any]
     ) -> torch.Tensor:
-        """x (T, D) -> (T, D), or (W, D) for the W places `output_rows` alone (the last layer: nothing reads the
-        others).
+        """Compute the layer's output for hidden states x (T, D).
+
+        output_rows: (W,) token indices of the last layer, whose other rows nothing reads; None for all. Returns (W,
+        D), or (T, D) without `output_rows`. saved: filled with the tensors that `backward` reads.
         """
+        # L(x; W) stands for the adapted product x W^T + bias + scale (x A^T) B^T of `lora_linear.Projection`.
+        # h = norm(x) (T, D);  qkv = L(h; W_qkv) (T, (H + 2 G) K)
         h, saved["rstd"] = self.norm.forward(x)
         qkv, saved["low_in"] = self.attention_in.forward(h)
+        # mixed = attention(rotate(qkv)) (T, H K)
         rotary_input = qkv if self.head_norms is None else self.head_norms.forward(qkv)
         mixed, saved["lse"] = self.kernels.attention(rotary_input, geometry)
+        # middle = x + L(mixed; W_o) (W, D), for the rows that are read
         mixed_rows, residual = (mixed, x) if output_rows is None else (mixed[output_rows], x[output_rows])
         middle, saved["low_out"] = self._add(residual, self.attention_out, mixed_rows, saved, 0)
+        # gate_up = L(norm(middle); W_gate_up) (W, 2 I);  out = middle + L(act(gate) * up; W_down) (W, D)
         h, saved["mlp_rstd"] = self.mlp_norm.forward(middle)
         gate_up, saved["low_mlp"] = self.mlp_in.forward(h)
         out, saved["low_down"] = self._add(middle, self.mlp_out, self.kernels.glu(gate_up, self.activation), saved, 1)
@@ -231,7 +267,10 @@ class DecoderBlock:
     def _add(
         self, residual: torch.Tensor, part: Projection, x: torch.Tensor, saved: dict[str, Any], index: int
     ) -> Any:
-        """residual + [norm of] part(x), and what `part` wants for its backward."""
+        """Return residual + part(x), or residual + norm(part(x)) with post-norms, and x A^T for the backward.
+
+        residual: (N, D). x: (N, inputs of `part`). index: 0 for attention, 1 for the MLP.
+        """
         if not self.post_norms:
             return part.forward(x, onto=residual)
         y, low_rank = part.forward(x)
@@ -240,7 +279,7 @@ class DecoderBlock:
         return residual + normed, low_rank
 
     def _before_norm(self, dy: torch.Tensor, saved: dict[str, Any], index: int) -> torch.Tensor:
-        """The gradient of what `_add` normed, from that of the sum."""
+        """Return the gradient of part(x) in `_add`, (N, D), from the gradient dy (N, D) of the sum."""
         return (
             self.post_norms[index].backward(dy, saved[f"after_{index}"], saved[f"after_rstd_{index}"])
             if self.post_norms
@@ -256,22 +295,32 @@ class DecoderBlock:
         saved: dict[str, Any],
         want_dx: bool,
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """(the gradient of x if wanted, those of `parameters`)."""
+        """Return the gradient of x, (T, D) or None, and the gradients of `parameters`.
+
+        dy: (W, D) gradient of `forward`'s output; W = T without `output_rows`. x, geometry, output_rows: as `forward`
+        received them. saved: as `forward` filled it. want_dx: false skips the gradient of x.
+        """
+        # The forward's steps in reverse. `lowered` is scale d B (W, sum of R), shared by dx and dA of a projection.
+        # d (W, D): gradient of the down projection's output;  d_glu = d W_down + lowered A (W, I)
         middle = saved["middle"]
         d = self._before_norm(dy, saved, 1)
         lowered = self.mlp_out.lower(d)
         glu, d_gate_up = self.kernels.glu_backward(
             self.mlp_out.input_gradient(d, lowered), saved.pop("gate_up"), self.activation
         )
+        # dA = lowered^T glu (R, I);  dB = scale d^T (glu A^T) (D, R), with glu (W, I) computed again
         down = self.mlp_out.factor_gradients(d, glu, saved["low_down"], lowered)
-        del glu  # what is not read again is let go: on a device the peak is here
+        del glu  # freed because peak memory on an edge device is reached here
+        # d_h = d_gate_up W_gate_up + lowered A (W, D), with d_gate_up (W, 2 I) and h = norm(middle) computed again
         lowered = self.mlp_in.lower(d_gate_up)
         h, _ = self.mlp_norm.forward(middle) if self.mlp_in.factors else (middle, None)
         mlp = self.mlp_in.factor_gradients(d_gate_up, h, saved["low_mlp"], lowered)
         d_h = self.mlp_in.input_gradient(d_gate_up, lowered)
         del h, d_gate_up
+        # d_middle = dy + J_norm(middle)^T d_h (W, D): the residual path, and the path through norm and MLP
         d_middle = self.mlp_norm.backward(d_h, middle, saved["mlp_rstd"], dy)
         del d_h
+        # d (W, D): gradient of the out projection's output;  d_mixed = d W_o + lowered A (W, H K)
         d = self._before_norm(d_middle, saved, 0)
         lowered = self.attention_out.lower(d)
         mixed, qkv = saved["mixed"], saved["qkv"]
@@ -279,15 +328,19 @@ class DecoderBlock:
             d, mixed if output_rows is None else mixed[output_rows], saved["low_out"], lowered
         )
         d_mixed = self.attention_out.input_gradient(d, lowered)
+        # rows that nothing read have gradient zero: (W, .) -> (T, .)
         if output_rows is not None:
             d_mixed, d_middle = (_scattered(part, output_rows, len(x)) for part in (d_mixed, d_middle))
+        # d_qkv (T, (H + 2 G) K): backward of attention, of the rotation, and of the norms of single heads
         rotary_input = qkv if self.head_norms is None else self.head_norms.forward(qkv)
         d_qkv = self.kernels.attention_backward(d_mixed, rotary_input, mixed, saved["lse"], geometry)
         if self.head_norms is not None:
             d_qkv = self.head_norms.backward(d_qkv, qkv)
+        # dA = lowered^T h (R, D);  dB = scale d_qkv^T (h A^T), with h = norm(x) (T, D) computed again
         lowered = self.attention_in.lower(d_qkv)
         h, _ = self.norm.forward(x) if self.attention_in.factors else (x, None)
         first = self.attention_in.factor_gradients(d_qkv, h, saved["low_in"], lowered)
+        # dx = d_middle + J_norm(x)^T (d_qkv W_qkv + lowered A) (T, D)
         dx = None
         if want_dx:
             dx = self.norm.backward(self.attention_in.input_gradient(d_qkv, lowered), x, saved["rstd"], d_middle)
@@ -295,6 +348,11 @@ class DecoderBlock:
 
 
 class _BlockNode(torch.autograd.Function):
+    """Autograd node of one DecoderBlock; its factors are inputs so that autograd delivers their gradients.
+
+    forward: x (T, D) -> (W, D). With `recompute` only x is kept and the forward runs again in the backward.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -330,8 +388,10 @@ class _BlockNode(torch.autograd.Function):
 
 
 class _HeadNode(torch.autograd.Function):
-    """Hidden rows -> losses. A row's loss depends on that row alone, so its gradient is made with the logits, up to
-    the factor that the backward brings, and the logits are never kept.
+    """Autograd node of the final norm, the LM head and the cross-entropy: hidden (N, D) -> losses (N,) in nats.
+
+    A token's loss depends on its own row alone. So dloss/dhidden is computed together with the logits, except for the
+    factor that the backward brings, and the logits are never kept.
     """
 
     @staticmethod
@@ -346,9 +406,11 @@ class _HeadNode(torch.autograd.Function):
         losses, slopes = [], []
         rows = max(1, decoder.logits_bytes // (decoder.head.shape[0] * hidden.element_size()))
         for part, part_targets in zip(normed.split(rows), targets.split(rows), strict=True):
+            # logits z = part W^T (n, V);  the kernel returns losses (n,) and dloss/dz (n, V)
             logits = decoder.logits(part)
             loss, gradient = decoder.kernels.cross_entropy(logits, part_targets, decoder.softcap, needs_gradient)
             losses.append(loss)
+            # dloss/dnormed = dloss/dz W (n, D)
             if gradient is not None:
                 slopes.append(gradient @ decoder.head)
         ctx.save_for_backward(hidden, rstd, *slopes)
@@ -356,16 +418,18 @@ class _HeadNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor) -> Any:
+        # dy (N, D) = d[:, None] dloss/dnormed, with d (N,) the gradient of each token's loss
         hidden, rstd, *slopes = ctx.saved_tensors
         dy = (slopes[0] if len(slopes) == 1 else torch.cat(slopes)) * d.to(hidden.dtype)[:, None]
         return ctx.fast.norm.backward(dy, hidden, rstd), None, None
 
 
 class FusedDecoder:
-    """A causal language model of a known family as blocks. Raises Unsupported, with the reason, for any other.
+    """A causal language model of a known family, as blocks with hand-written backward.
 
-    model: transformers' module, adapters in place and without PEFT's shell (`transformers_backend.without_peft`), or a
-    device's own of the same parts (`models/mmap_llama.py`): neither transformers nor peft is imported for it.
+    Raises Unsupported, with the reason, for any other model. model: transformers' module with adapters in place and
+    without the PeftModel wrapper (`transformers_backend.without_peft`), or an edge device's module with the same
+    attributes (`models/mmap_llama.py`). For the latter neither transformers nor peft is imported.
     """
 
     def __init__(
@@ -390,7 +454,7 @@ class FusedDecoder:
         adapted = [
             index for index, block in enumerate(self.blocks) if any(part.requires_grad for part in block.parameters)
         ]
-        # what makes the inputs (a projector of media) is learnt through every block
+        # a trained projector of media makes inputs, so its gradient passes through every block
         self.lowest = 0 if inputs else min(adapted, default=len(self.blocks))
         covered = {
             id(parameter) for parameter in [*inputs, *(part for block in self.blocks for part in block.parameters)]
@@ -403,13 +467,17 @@ class FusedDecoder:
             raise Unsupported(f"{uncovered[0]} is trained, which lies outside the blocks' linear modules")
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """x (N, D) -> (N, V), in the same room every time: pages of that size are costly to get anew."""
+        """Return the logits (N, V) of x (N, D), in a buffer that the next call overwrites.
+
+        A fresh allocation of that size for each call is costly.
+        """
         if self._logits is None or len(self._logits) < len(x):
             self._logits = x.new_empty(len(x), len(self.head))
         return torch.mm(x, self.head.T, out=self._logits[: len(x)])
 
     @staticmethod
     def _check(family: DecoderFamily, inner: Any, body: Any, head: Any) -> None:
+        """Raise Unsupported for a head, a layer count or a dropout that the fused path does not compute."""
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:
             raise Unsupported("the LM head is no plain linear module")
         if head.weight.dtype != body.norm.weight.dtype and not isinstance(head, MappedLinear):
@@ -421,7 +489,10 @@ class FusedDecoder:
                 raise Unsupported(f"the base has {name}")
 
     def losses(self, batch: Pack) -> torch.Tensor:
-        """(S,) losses in nats of the supervised tokens of a pack, as `transformers_backend.pack_losses` gives."""
+        """Return the losses (S,) in nats of a pack's supervised tokens.
+
+        They equal those of `transformers_backend.pack_losses` up to rounding.
+        """
         geometries = self.geometries(batch)
         x = self.embed(batch.ids[0])
         with torch.no_grad():
@@ -429,7 +500,7 @@ class FusedDecoder:
         return self.tuned(x, batch, geometries)
 
     def geometries(self, batch: Pack) -> list[Geometry]:
-        """How each layer attends over this pack."""
+        """Return each layer's attention geometry over this pack."""
         layout = AttentionLayout(batch.segments, batch.rows, batch.tokens)
         like = torch.empty(0, dtype=self.dtype, device=batch.ids.device)
         turns: dict[str, list[torch.Tensor]] = {}
@@ -443,13 +514,13 @@ class FusedDecoder:
         return result
 
     def frozen(self, x: torch.Tensor, geometries: Sequence[Geometry]) -> torch.Tensor:
-        """(T, D) embeddings -> (T, D) input of the lowest adapted layer. Call under no_grad."""
+        """Return the input of the lowest adapted layer, (T, D), for embeddings x (T, D). Call under no_grad."""
         for block, geometry in zip(self.blocks[: self.lowest], geometries, strict=False):
             x = block.forward(x, geometry, None, {})
         return x
 
     def tuned(self, x: torch.Tensor, batch: Pack, geometries: Sequence[Geometry]) -> torch.Tensor:
-        """(T, D) input of the lowest adapted layer -> (S,) losses, differentiable."""
+        """Return differentiable losses (S,) in nats from x (T, D), the input of the lowest adapted layer."""
         output_rows, inverse = torch.unique(batch.predict, return_inverse=True)
         for index in range(self.lowest, len(self.blocks)):
             block, is_last = self.blocks[index], index == len(self.blocks) - 1
@@ -461,4 +532,5 @@ class FusedDecoder:
 
 
 def _scattered(part: torch.Tensor, output_rows: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return `part` (W, D) as rows `output_rows` of a (rows, D) tensor of zeros."""
     return part.new_zeros(rows, part.shape[1]).index_copy_(0, output_rows, part)

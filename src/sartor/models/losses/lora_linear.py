@@ -2,17 +2,16 @@
 
     y = x W^T + bias + scale (x A^T) B^T
 
-Forward and backward are written out (Hu et al. 2021, arXiv:2106.09685), so that nothing is kept but x A^T and nothing
-computed that the factors' gradients do not need. W is one tensor for all modules, made when it is first wanted; the
-modules' own weights become views of it, so the base is in memory once and transformers' module computes with the same
-numbers.
+Forward and backward are written out (Hu et al. 2021, arXiv:2106.09685). So only x A^T is kept, and nothing is computed
+that the factors' gradients do not need. W is one tensor for all fused modules, made at its first use. The modules' own
+weights become views of it, so the base is in memory once and transformers' module computes with the same numbers.
 
-In 16 bits the order of the two products matters. x W^T rounded to bf16 stands on a grid of 2^-8 of its size; a
-low-rank term below half a step of that grid, added afterwards, is rounded away, and with it what the adapter has
-learnt. So the low-rank product is made first and the frozen one is accumulated onto it: a matrix product adds to its
-output in fp32 and rounds the sum once. The same holds for dx = dy W + (scale dy B) A. The residual stream is added
-last: on its coarser grid the low-rank term alone would be lost. In fp32 the order is as it always was, so that
-checkpoints go on bit-equal.
+In 16 bits the order of the two products matters. x W^T rounded to bf16 lies on a grid of 2^-8 of its size. A low-rank
+term below half a step of that grid, added afterwards, is rounded away, and with it what the adapter has learnt. So the
+low-rank product is computed first and the frozen one is accumulated onto it: a matrix product adds to its output in
+fp32 and rounds the sum once. The same holds for dx = dy W + (scale dy B) A. The residual stream is added last: on its
+coarser grid the low-rank term alone would be lost. In fp32 the frozen product comes first, so that runs resumed from
+older checkpoints stay bit-identical.
 """
 
 from __future__ import annotations
@@ -31,7 +30,10 @@ Gradients = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """LoRA on rows [low, high) of the fused output: a (R, D), b (high - low, R), fp32 masters."""
+    """LoRA factors on outputs [low, high) of the fused product.
+
+    a: (R, D) and b: (high - low, R), fp32 master weights.
+    """
 
     low: int
     high: int
@@ -41,10 +43,10 @@ class LoraFactors:
 
 
 class MappedLinear(torch.nn.Linear):
-    """A frozen linear module whose weight is a view of a mapped file, in the dtype that it has there.
+    """Frozen linear module whose weight is a view of a memory-mapped file, in the file's dtype.
 
-    It is widened for each product and let go: what a device then holds of the base is the kernel's page cache, which
-    it may take back at any time.
+    The weight is widened for each product and freed afterwards. So a device holds the base only as page cache, which
+    the operating system may reclaim at any time.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -54,12 +56,15 @@ class MappedLinear(torch.nn.Linear):
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
 
     def widen(self, out: torch.Tensor, low: int = 0) -> torch.Tensor:
-        """Rows of the weight from `low` on, as many as `out` (rows, D) has, written into it in its dtype."""
+        """Copy rows [low, low + len(out)) of the weight into `out`, in its dtype, and return it.
+
+        out: shape (rows, D).
+        """
         return out.copy_(self.weight.detach()[low : low + len(out)])
 
 
 class TransposedLinear(torch.nn.Linear):
-    """A frozen linear module whose weight is stored as (in, out), as transformers' Conv1D of GPT-2 has it."""
+    """Frozen linear module whose weight is stored as (in, out), as transformers' Conv1D of GPT-2 does."""
 
     def __init__(self, conv: Any) -> None:
         torch.nn.Module.__init__(self)
@@ -68,19 +73,20 @@ class TransposedLinear(torch.nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """(out, in), a view."""
+        """Weight, (out, in), a view."""
         return self._conv[0].weight.T
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """(out,)."""
+        """Bias, (out,), or None."""
         bias: torch.Tensor | None = self._conv[0].bias
         return bias
 
 
 class LoraLinear(torch.nn.Module):
-    """A frozen linear module and LoRA factors on it, where there is no peft (a device): a (R, D), b (outs, R),
-    fp32.
+    """Frozen linear module with LoRA factors, for edge devices without peft.
+
+    a: (R, D), b: (outs, R), fp32.
     """
 
     def __init__(self, base: torch.nn.Linear, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
@@ -90,21 +96,25 @@ class LoraLinear(torch.nn.Module):
 
 
 class Unsupported(Exception):
-    """Why the fast path cannot take a module."""
+    """Reason why the fused path cannot compute a model or a module."""
 
 
 class Projection:
-    """Modules q, k, v (say) as one. Outputs stand side by side: (N, sum of outs)."""
+    """Several linear modules on one input (q, k and v, say), fused into one: (N, D) -> (N, sum of outs)."""
 
     def __init__(self, modules: Sequence[Any], dtype: torch.dtype, *, dropout: bool = False) -> None:
-        """dropout: whether the caller applies the modules' dropout before A; else a module that has one is refused."""
+        """Fuse `modules`, linear modules or LoRA layers around them.
+
+        dropout: true if the caller applies the modules' dropout before A; otherwise a module with dropout is refused.
+        Raises Unsupported for modules that cannot be fused, or weights that are not in `dtype`.
+        """
         self.dtype = dtype
         self.factors: list[LoraFactors] = []
         frozen, low = [], 0
         for module in modules:
             layer = getattr(module, "base_layer", module)
             base = TransposedLinear(layer) if type(layer).__name__ == "Conv1D" else layer
-            if not isinstance(base, torch.nn.Linear):  # bitsandbytes' layers are
+            if not isinstance(base, torch.nn.Linear):  # bitsandbytes' layers are subclasses
                 raise Unsupported(f"a {type(base).__name__} where a linear module is expected")
             high = low + base.out_features
             if layer is not module:
@@ -116,7 +126,7 @@ class Projection:
         if len(biases) not in (0, len(frozen)):
             raise Unsupported("some of the fused modules have a bias and others none")
         self.bias = torch.cat([bias.detach().to(dtype) for bias in biases]) if biases else None
-        # W is held in fewer bits, and made dense for each product
+        # some weight is quantised or mapped, so W is made dense for each product
         self.is_narrow = any(_is_narrow(base) for base in frozen)
         self._fused: torch.Tensor | None = None
         unexpected_dtypes = [
@@ -126,10 +136,11 @@ class Projection:
             raise Unsupported(f"weights in {unexpected_dtypes[0]} where the base computes in {self.dtype}")
 
     def _fuse(self) -> torch.Tensor:
+        """Return W (outs, D), and make the modules' weights views of it."""
         originals = [base.weight.detach() for base in self.modules]
         fused, low = torch.cat(originals), 0
         for base in self.modules:
-            # a second projection over the same module must find the same storage, not make another
+            # a second projection over the same module must find this storage and not allocate another
             base.weight.data = fused[low : low + base.out_features]
             low += base.out_features
         if fused.device.type == "cpu":
@@ -137,20 +148,23 @@ class Projection:
         return fused
 
     def release(self) -> None:
-        """Let W go, here and in the modules: its holder has another copy, and nothing else will compute with it."""
+        """Free W, here and in the modules. The caller holds another copy, and nothing else will compute with it."""
         self._fused = None
         for base in self.modules:
             base.weight.data = base.weight.data.new_empty(0)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The factors in order: a, b of the first, a, b of the second, ... Also those that do not learn."""
+        """Factors in order: a, b of the first module, a, b of the second, ..., also those that are not trained."""
         return [part for factors in self.factors for part in (factors.a, factors.b)]
 
     def weight(self) -> torch.Tensor:
-        """The frozen W, (outs, D). A quantised or mapped one is made dense for this one product and not kept."""
+        """Return the frozen W, of shape (outs, D).
+
+        A quantised or mapped weight is made dense for this product and not kept.
+        """
         if not self.is_narrow and len(self.modules) == 1:
-            return self.modules[0].weight.detach()  # not kept: another projection may have moved it into its own W
+            return self.modules[0].weight.detach()  # not kept: another projection may move it into its own W
         if not self.is_narrow:
             self._fused = self._fuse() if self._fused is None else self._fused
             return self._fused
@@ -160,7 +174,10 @@ class Projection:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _widened(self) -> torch.Tensor:
-        """All weights, each written straight to its place: never one of them twice in memory."""
+        """Return W (outs, D) of mapped modules.
+
+        Each weight is widened straight into its rows, so no weight is in memory twice.
+        """
         out = torch.empty(
             sum(base.out_features for base in self.modules), self.modules[0].in_features, dtype=self.dtype
         )
@@ -179,9 +196,11 @@ class Projection:
         """
         if not self.factors:
             return self._frozen(x, onto), None
+        # low_rank = (x * mask) A^T (N, sum of R), A of all modules stacked
         low_rank = (x if dropout_mask is None else x * dropout_mask) @ self._stacked().T
         if rounds(self.dtype):
             return self._rounded_once(x, low_rank, onto), low_rank
+        # y[:, low:high] += scale low_rank_i B_i^T, (N, high - low) for each factor pair i
         y, rank = self._frozen(x, onto), 0
         for factors in self.factors:
             part = low_rank[:, rank : rank + len(factors.a)]
@@ -195,8 +214,8 @@ class Projection:
         if self.bias is None:
             y = low_rank_product(low_rank, self.factors, len(weight)).addmm_(x, weight.T)
         else:
-            # a bias may be much larger than the low-rank term, so all three meet in one product: [x, x A^T] [W, scale
-            # B]^T
+            # A bias may be much larger than the low-rank term, so all three are summed in one product:
+            # y (N, outs) = bias + [x, x A^T] [W, scale B]^T
             b, rank = weight.new_zeros(len(weight), low_rank.shape[1]), 0
             for factors in self.factors:
                 b[factors.low : factors.high, rank : rank + len(factors.a)] = factors.b.detach() * factors.scale
@@ -215,9 +234,10 @@ class Projection:
         return y
 
     def lower(self, dy: torch.Tensor) -> torch.Tensor | None:
-        """dy (N, outs) -> scale dy B, (N, sum of R): the gradient of x A^T."""
+        """Return scale dy B, (N, sum of R), the gradient of x A^T; None without factors. dy: (N, outs)."""
         if not self.factors:
             return None
+        # d(x A^T)_i = scale dy[:, low:high] B_i, (N, high - low) (high - low, R) -> (N, R) for each pair i
         parts = [
             (dy[:, factors.low : factors.high] @ factors.b.detach().to(self.dtype)).mul_(factors.scale)
             for factors in self.factors
@@ -227,9 +247,14 @@ class Projection:
     def input_gradient(
         self, dy: torch.Tensor, lowered: torch.Tensor | None, dropout_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return dx (N, D) = dy W + lowered A, the second term times `dropout_mask` (N, D) if there was a dropout."""
+        """Return dx (N, D) = dy W + lowered A.
+
+        dy: (N, outs). lowered: (N, sum of R) from `lower`. dropout_mask: (N, D) of `forward`, which multiplies the
+        second term.
+        """
         if lowered is None:
             return dy @ self.weight()
+        # dx = mask * (lowered A) + dy W, (N, sum of R) (sum of R, D) + (N, outs) (outs, D); the small term first
         if rounds(self.dtype) or dropout_mask is not None:
             dx = lowered @ self._stacked()
             if dropout_mask is not None:
@@ -240,36 +265,40 @@ class Projection:
     def factor_gradients(
         self, dy: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor | None, lowered: torch.Tensor | None
     ) -> Gradients:
-        """Return dA and dB of each factor pair, in the order of `parameters`, fp32 (fp64 for fp64).
+        """Return dA (R, D) and dB (outs, R) of each factor pair, in the order and dtypes of `parameters`.
 
-        x: (N, D), what A was multiplied with.
+        dy: (N, outs). x: (N, D), the input of A. low_rank: (N, sum of R) x A^T from `forward`. lowered: (N, sum of R)
+        from `lower`.
         """
         if low_rank is None or lowered is None:
             return []
         gradients: Gradients = []
         rank = 0
+        # dA = (scale dy B)^T x, (sum of R, N) (N, D): all modules at once
         da = lowered.T @ x
         for factors in self.factors:
             ranks = slice(rank, rank + len(factors.a))
+            # dB_i = scale dy[:, low:high]^T (x A_i^T), (high - low, N) (N, R)
             db = (dy[:, factors.low : factors.high].T @ low_rank[:, ranks]).to(factors.b.dtype).mul_(factors.scale)
             gradients.extend((da[ranks].to(factors.a.dtype), db))
             rank += len(factors.a)
         return gradients
 
     def _stacked(self) -> torch.Tensor:
-        """All A, (sum of R, D), in the base's dtype."""
+        """Return all A stacked, (sum of R, D), in the base's dtype."""
         parts = [factors.a.detach().to(self.dtype) for factors in self.factors]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def rounds(dtype: torch.dtype) -> bool:
-    """Return whether a product in `dtype` is rounded so coarsely that a low-rank term must be added before."""
+    """Return whether `dtype` has fewer than 32 bits: a low-rank term must then be added before rounding."""
     return dtype.itemsize < 4
 
 
 def low_rank_product(low_rank: torch.Tensor, pairs: Sequence[LoraFactors], outs: int) -> torch.Tensor:
-    """Return scale (x A^T) B^T of every pair, (N, outs), zero where no module has factors. low_rank: x A^T, (N, sum of
-    R).
+    """Return scale (x A^T) B^T of every pair, (N, outs), zero for outputs without factors.
+
+    low_rank: x A^T, (N, sum of R). outs: outputs of the fused product.
     """
     covers_all = sum(pair.high - pair.low for pair in pairs) == outs
     y = (low_rank.new_empty if covers_all else low_rank.new_zeros)(len(low_rank), outs)
@@ -282,20 +311,22 @@ def low_rank_product(low_rank: torch.Tensor, pairs: Sequence[LoraFactors], outs:
 
 
 def _is_narrow(base: Any) -> bool:
+    """Return whether a module's weight is mapped or quantised, and so made dense for each product."""
     return isinstance(base, MappedLinear) or is_quantised(base)
 
 
 def _dense(base: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return a module's weight (out, in) in `dtype`."""
     if isinstance(base, MappedLinear):
         return base.widen(torch.empty(base.out_features, base.in_features, dtype=dtype))
     return dense_weight(base, dtype) if is_quantised(base) else base.weight.detach().to(dtype)
 
 
 def _factors(module: Any, low: int, high: int, dropout: bool) -> list[LoraFactors]:
-    """The LoRA factors of a module that are switched on and trained."""
+    """Return the active LoRA factors of a module. Raises Unsupported for adapters other than plain LoRA."""
     if isinstance(module, LoraLinear):
         return [LoraFactors(low, high, module.a, module.b, module.scale)]
-    from peft.tuners.lora import LoraLayer  # 190 MB, and a device has none
+    from peft.tuners.lora import LoraLayer  # imported here: it takes 190 MB, and an edge device does not have it
 
     if not isinstance(module, LoraLayer):
         raise Unsupported(f"a {type(module).__name__} adapter")

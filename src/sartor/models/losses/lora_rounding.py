@@ -1,11 +1,13 @@
 """Peft's LoRA layers with both products summed before rounding.
 
-peft's own layer rounds the frozen product to bf16 and adds the low-rank term to what stands on that grid, where part
-of it is lost (`lora_linear.py` says why). `round_once` gives each plain LoRA layer the forward and backward of
-`lora_linear.Projection` instead, so that transformers' module computes what the fast path computes. What a Projection
-does not know (DoRA, LoRA with a bias, the fused experts of a mixture) keeps peft's forward, and so does any call that
-is not the plain one: adapters switched off, merged or mixed in a batch, inputs of another dtype, autocast, and factors
-that somebody listens to by hooks (opacus takes the gradients of single rows from them).
+peft's own layer rounds the frozen product to bf16 and then adds the low-rank term on that grid, where part of it is
+lost (`lora_linear.py` has the reason). `round_once` gives each plain LoRA layer the forward and backward of
+`lora_linear.Projection` instead, so that transformers' module computes what the fused path computes.
+
+These keep peft's forward:
+- layers that Projection does not support: DoRA, LoRA with a bias, the fused experts of a mixture;
+- calls that are not plain: adapters disabled, merged or mixed in a batch, inputs of another dtype, autocast;
+- factors with hooks, from which opacus takes the gradients of single rows.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from sartor.models.losses.lora_linear import Projection, Unsupported, rounds
 
 
 def round_once(model: Any) -> Any:
-    """Give `model`'s LoRA layers this module's forward where the base computes in 16 bits, and return it.
+    """Give `model`'s LoRA layers this module's forward if the base computes in 16 bits, and return it.
 
     Call it when the factors are in place and on their device. An fp32 base keeps peft's arithmetic to the bit.
     """
@@ -39,7 +41,7 @@ def round_once(model: Any) -> Any:
 
 
 def rounded_twice(model: Any) -> int:
-    """Return how many LoRA layers of a model in 16 bits keep peft's own forward."""
+    """Return the number of LoRA layers of a 16-bit model that keep peft's own forward."""
     if not rounds(model.get_output_embeddings().weight.dtype):
         return 0
     return sum(isinstance(layer, LoraLayer) and not hasattr(layer, "projection") for layer in model.modules())
@@ -60,7 +62,7 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
 
 
 def _is_heard(layer: Any) -> bool:
-    """Return whether hooks wait for the modules that this forward does not call."""
+    """Return whether a module that this forward does not call has hooks."""
     parts = (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
     return any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
 
@@ -84,7 +86,9 @@ class _AdaptedProduct(torch.autograd.Function):  # type: ignore[misc]  # torch i
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, dropout_mask, low_rank = ctx.saved_tensors
         projection, dy = ctx.projection, dy.contiguous()
+        # lowered = scale dy B (N, R);  dx = dy W + mask * (lowered A) (N, D)
         lowered = projection.lower(dy)
         dx = projection.input_gradient(dy, lowered, dropout_mask) if ctx.needs_input_grad[0] else None
+        # dA = lowered^T (x * mask) (R, D);  dB = scale dy^T low_rank (outs, R), with low_rank = (x * mask) A^T (N, R)
         gradients = projection.factor_gradients(dy, x if dropout_mask is None else x * dropout_mask, low_rank, lowered)
         return dx, None, None, *gradients

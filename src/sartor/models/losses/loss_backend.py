@@ -1,11 +1,13 @@
 """LossBackend protocol, fused backend, frozen-activation cache.
 
-Rows are laid into packs of about PACK_TOKENS once, in an order that depends on the rows alone, and a pack is computed
-and stored as a whole: a row's activations then have the same bits whoever asked first, so a killed and resumed run
-ends as an uninterrupted one does. A pack's name is the digest of the base, the layer, the arithmetic and the tokens,
-so another run on the same base and rows (another rate, another rank) finds them; what another version's arithmetic
-made is computed anew (`tensor_files.py`). Files live below SARTOR_HOME/activations, the least recently used go first
-when the limit is reached; rows that the limit has no room for are computed with each update.
+Rows are grouped into packs of about PACK_TOKENS once, in an order that depends on the rows alone. A pack is computed
+and stored as a whole, so a row's activations have the same bits whichever update reads them first. A killed and
+resumed run therefore ends as an uninterrupted one does. A pack's file name is a digest of the base, the layer, the
+arithmetic and the tokens. So another run on the same base and rows (with another learning rate or rank) finds it, and
+activations of another version's arithmetic are computed anew (`tensor_files.py`).
+
+Files are below SARTOR_HOME/activations; the least recently used are deleted first when the limit is reached. Rows for
+which the limit leaves no space are computed with each update.
 """
 
 from __future__ import annotations
@@ -29,8 +31,12 @@ PACK_TOKENS = 2048
 
 @dataclass
 class CachedPack:
-    """One stored pack: its rows, their places in it, its name on the shelf, and its tensor, opened when it is first
-    needed.
+    """Stored pack of frozen activations.
+
+    rows: its examples.
+    places: slice of each example's tokens in `hidden`, by token ids.
+    name: file name in the cache.
+    hidden: (tokens, D), opened at the first use.
     """
 
     rows: list[TokenizedExample]
@@ -41,7 +47,12 @@ class CachedPack:
 
 @dataclass
 class ActivationCache:
-    """A bounded cache of frozen activations on disk for one model and its rows."""
+    """Bounded cache of frozen activations on disk, for one model and its rows.
+
+    shelf: the files. identity: digest of the base.
+    parts: the pack of each cached row, by token ids.
+    computed, reused: packs computed and packs read from disk so far.
+    """
 
     fast: FusedDecoder
     device: torch.device
@@ -52,9 +63,9 @@ class ActivationCache:
     reused: int = 0
 
     def plan(self, rows: Sequence[TokenizedExample]) -> None:
-        """Lay `rows` into packs, as many as the limit holds."""
+        """Group `rows` into packs, as many as the size limit holds."""
         unique_rows = {tuple(row.ids): row for row in rows}
-        ordered = [unique_rows[ids] for ids in sorted(unique_rows)]  # neighbours share beginnings
+        ordered = [unique_rows[ids] for ids in sorted(unique_rows)]  # sorted, so that neighbours share beginnings
         lengths = [len(row.ids) for row in ordered]
         free_bytes = self.shelf.limit_bytes
         for group in group_by_capacity(lengths, max(PACK_TOKENS, *lengths)) if lengths else []:
@@ -92,7 +103,7 @@ class ActivationCache:
         self.parts.update(dict.fromkeys(places, CachedPack(rows, places, name)))
 
     def inputs(self, rows: Sequence[TokenizedExample], batch: Pack) -> torch.Tensor:
-        """(T, D) input of the lowest adapted layer for a pack of `rows`. Call under no_grad."""
+        """Return the input of the lowest adapted layer, (T, D), for a pack of `rows`. Call under no_grad."""
         x = torch.empty(batch.tokens, self.fast.head.shape[1], dtype=self.fast.head.dtype, device=self.device)
         unknown = [index for index, row in enumerate(rows) if tuple(row.ids) not in self.parts]
         for row, places in zip(rows, batch.places, strict=True):
@@ -111,7 +122,7 @@ class ActivationCache:
         return self.fast.frozen(self.fast.embed(batch.ids[0]), self.fast.geometries(batch))
 
     def _hidden(self, part: CachedPack) -> Any:
-        """A part's activations, (tokens, D), row by row, as something that can be sliced."""
+        """Return a pack's activations, (tokens, D), one example after another, read from disk or computed."""
         if part.hidden is None:
             shape = (sum(len(row.ids) for row in part.rows), self.fast.head.shape[1])
             part.hidden = self.shelf.read(part.name, shape)
@@ -129,11 +140,14 @@ Notice = Callable[[str], object]
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What a run asks of a path. Nothing here changes losses, but by rounding.
+    """Options of a loss backend. None of them changes losses beyond rounding.
 
-    fast: false takes transformers' module anyway. recompute: keep a tensor a layer and compute the rest again. share:
-    compute common beginnings of rows once. reuse_bytes: room on disk for frozen activations, 0 for none; identity: the
-    base's digest, under which they are kept; store: where, if not in SARTOR_HOME/activations.
+    fast: false takes transformers' module in any case.
+    recompute: keep one tensor per layer and compute the other activations again in the backward.
+    share: compute common beginnings of rows once.
+    reuse_bytes: disk space for frozen activations; 0 for none.
+    identity: digest of the base, part of the cached files' names.
+    store: directory of the cached files; None for SARTOR_HOME/activations.
     """
 
     fast: bool = True
@@ -149,31 +163,39 @@ WISH = LossOptions()
 
 
 class LossBackend(Protocol):
-    """A way to compute losses."""
+    """Protocol of an implementation that computes training losses.
+
+    reason: explanation of the choice, for the log.
+    packing_difference: largest difference in nats between packed and single rows; None if not measured.
+    """
 
     name: str
     reason: str
     packing_difference: float | None
 
     def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """((S,) losses in nats, (S,) weights) of the supervised tokens of `rows`, in the rows' order;
-        differentiable.
+        """Return losses (S,) in nats and weights (S,) of the supervised tokens of `rows`, in the rows' order.
+
+        The losses are differentiable.
         """
         ...
 
     def plain(self) -> LossBackend | None:
-        """The same without shared prefixes and stored activations, to prove it by; None where it saves nothing."""
+        """Return this backend without shared prefixes and stored activations, for comparison.
+
+        None if it uses neither.
+        """
         ...
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
-        """What learns through it."""
+        """Parameters that are trained through this backend."""
         ...
 
 
 @dataclass
 class FusedBackend:
-    """Our own forward and backward."""
+    """Losses by the hand-written forward and backward of `FusedDecoder`."""
 
     fast: FusedDecoder
     device: torch.device
@@ -184,7 +206,7 @@ class FusedBackend:
     name: str = "fast"
 
     def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Path`."""
+        """Return losses (S,) in nats and weights (S,), as `LossBackend.losses` specifies."""
         batch = packing.pack(rows, self.device, share=self.share)
         if self.frozen is None:
             return self.fast.losses(batch), batch.weights
@@ -193,20 +215,21 @@ class FusedBackend:
         return self.fast.tuned(x, batch, self.fast.geometries(batch)), batch.weights
 
     def plain(self) -> LossBackend:
-        """See `Path`."""
+        """Return this backend without shared prefixes and stored activations."""
         return FusedBackend(self.fast, self.device, "", share=False)
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
-        """See `Path`."""
+        """LoRA factors that require gradients."""
         return [part for block in self.fast.blocks for part in block.parameters if part.requires_grad]
 
 
 def activation_cache_for(
     fast: FusedDecoder, rows: Sequence[TokenizedExample], device: torch.device, options: LossOptions
 ) -> ActivationCache | None:
-    """The cache of what layers below the lowest adapted one make of `rows`, if there is such a layer and room for
-    it.
+    """Return a cache of the outputs of the layers below the lowest adapted one for `rows`.
+
+    None if there is no such layer, if no layer is adapted, or if `options` allows no disk space.
     """
     if not (options.reuse_bytes and 0 < fast.lowest < len(fast.blocks)):
         return None
@@ -218,10 +241,11 @@ def activation_cache_for(
 
 
 def measure_savings_error(backend: LossBackend, rows: Sequence[TokenizedExample]) -> dict[str, float]:
-    """How far a path's savings (shared prefixes, frozen activations) are from the plain computation on `rows`.
+    """Return the relative error of a backend's savings against its plain computation on `rows`.
 
-    {loss, gradient}: norm of the difference over norm, of the losses and of the worst gradient tensor. B is 0 at a
-    run's start and would hide A's gradient, so it is set to small random numbers meanwhile.
+    The savings are shared prefixes and frozen activations. {"loss", "gradient"}: norm of the difference over norm, of
+    the losses and of the worst gradient tensor. B is 0 at a run's start, which would hide A's gradient; so parameters
+    that are all zero are set to small random numbers during the measurement.
     """
     plain, parameters = backend.plain(), backend.trained
     if plain is None:
@@ -247,9 +271,11 @@ def measure_savings_error(backend: LossBackend, rows: Sequence[TokenizedExample]
 def _loss_and_gradients(
     backend: LossBackend, rows: Sequence[TokenizedExample], parameters: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, Any]:
+    """Return losses (S,), and the gradients of their weighted mean for each parameter."""
     losses, weights = backend.losses(rows)
     return losses.detach(), torch.autograd.grad((losses * weights).sum() / weights.sum(), parameters)
 
 
 def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference over the norm of `expected`."""
     return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))

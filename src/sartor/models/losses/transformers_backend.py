@@ -1,15 +1,16 @@
-"""Transformers loss backends and the choice among all.
+"""Transformers loss backends, and the choice among all loss backends.
 
-`packed_attention` hands `attend` to transformers under the name `sartor_packed`: any architecture whose attention goes
-through transformers' AttentionInterface then packs exactly, which `agrees` measures on rows of the run.
+`packed_attention` registers `attend` with transformers under the name `sartor_packed`. Any architecture whose
+attention uses transformers' AttentionInterface then packs exactly, which `matches_single_rows` measures on rows of the
+run.
 
     fast       our own forward and backward of the Llama-shaped block (`fused_decoder.py`), frozen layers from
                disk (`loss_backend.py`)
     general    transformers' own module, with our packing and loss
     one-row    transformers' own module, a row at a time: for models that do not pack exactly
 
-Every path gives the same losses up to rounding; what differs is time and memory. What needs torch alone is in
-`loss_backend.py`.
+Every backend gives the same losses up to rounding; they differ in time and memory. Backends that need torch alone are
+in `loss_backend.py`.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`attend` as transformers calls attention: query (1, H, T, K), key and value (1, G, T, K) -> ((1, T, H, K),
-    None).
+    """Compute `attend` with the signature of transformers' attention functions.
 
-    `options` are theirs: scaling, softcap, sliding_window, dropout, and our `rows`.
+    query: (1, H, T, K). key, value: (1, G, T, K). Returns ((1, T, H, K), None). `options` are transformers' (scaling,
+    softcap, sliding_window, dropout) and our `rows`.
     """
     shape = AttentionShape(
         heads=query.shape[1],
@@ -67,7 +68,10 @@ AttentionInterface.register("sartor_packed", packed_attention)
 
 @contextmanager
 def packing(model: Any) -> Iterator[None]:
-    """Inside, `model` attends within segments (and makes no mask of its own); after, as before."""
+    """Make `model` use packed attention inside the `with` block, and build no mask of its own.
+
+    Tokens then attend within segments. The previous attention implementation is restored afterwards.
+    """
     text = decoder(model)
     previous = text.config._attn_implementation
     text.set_attn_implementation("sartor_packed")
@@ -78,19 +82,20 @@ def packing(model: Any) -> Iterator[None]:
 
 
 def without_peft(model: Any) -> Any:
-    """Transformers' module inside: `model` itself if it has no adapter."""
+    """Return transformers' module inside a PeftModel; `model` itself if it has no adapter."""
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
 def decoder(model: Any) -> Any:
-    """What of a model attends among tokens: the model itself, or beside towers its language model."""
+    """Return the causal decoder: the model itself, or the language model of a multimodal model."""
     return model if model.config.get_text_config(decoder=True) is model.config else model.get_decoder()
 
 
 def pack_losses(model: Any, batch: Pack) -> torch.Tensor:
-    """(S,) cross-entropy in nats of each supervised token of a pack, fp32. Call inside `packing(model)`.
+    """Return the cross-entropy (S,) in nats, at least fp32, of each supervised token of a pack.
 
-    Only the S predicting positions reach the LM head (`logits_to_keep`), so a prompt costs no (T, V) logits.
+    Call it inside `packing(model)`. Only the S predicting positions reach the LM head (`logits_to_keep`), so a prompt
+    costs no (T, V) logits.
     """
     logits = model(
         input_ids=batch.ids,
@@ -105,8 +110,9 @@ def pack_losses(model: Any, batch: Pack) -> torch.Tensor:
 
 
 def row_losses(model: Any, examples: Sequence[TokenizedExample], device: torch.device | str) -> torch.Tensor:
-    """What `pack_losses` gives, one example at a time through the model's own attention: slow, and right for any
-    model.
+    """Return the losses (S,) of `pack_losses`, one example at a time through the model's own attention.
+
+    This is slow, and right for any model.
     """
     losses = []
     for example in examples:
@@ -122,7 +128,10 @@ def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 
 
 def packs_exactly(model: Any, examples: Sequence[TokenizedExample], device: torch.device | str) -> tuple[bool, float]:
-    """Whether this model's packed losses equal its unpacked ones, and the largest difference in nats: see `agrees`."""
+    """Return whether packed losses equal unpacked ones, and the largest difference in nats.
+
+    `matches_single_rows` defines the criterion.
+    """
 
     def packed(few: Sequence[TokenizedExample]) -> torch.Tensor:
         with packing(model):
@@ -132,9 +141,11 @@ def packs_exactly(model: Any, examples: Sequence[TokenizedExample], device: torc
 
 
 def reversed_text(ids: Sequence[int]) -> list[int]:
-    """The tokens of text in the other order; media stay where they are, since none may become what is to be said next.
+    """Return the text tokens in reverse order; media tokens (negative ids) stay in place.
 
-    >>> turned([1, 2, -9, 3])
+    A media token must not become a token to predict.
+
+    >>> reversed_text([1, 2, -9, 3])
     [3, 2, -9, 1]
     """
     text = [token for token in ids if token >= 0]
@@ -148,18 +159,20 @@ def matches_single_rows(
     device: torch.device | str,
     packed: Callable[[Sequence[TokenizedExample]], torch.Tensor],
 ) -> tuple[bool, float]:
-    """Return whether `packed` (rows -> (S,) losses) gives what the model gives for single rows, and the largest
-    difference.
+    """Return whether `packed` gives the losses of single rows, and the largest difference in nats.
 
-    Two short rows and the longest are packed (windows and chunks show in long rows alone). Their losses must be those
-    of the plain pass, up to what reordered sums cost at the model's precision; and must not move when only the tokens
-    of the row before them change. The second is the sharper test: in bf16 a leak can be smaller than the rounding. A
-    model with state outside attention (convolutions, recurrences), or that drops unknown keyword arguments, fails one
-    of them. Any exception of the packed pass counts as "no": another path then serves.
+    packed: function from rows to their (S,) losses.
 
-    In 16 bits both ways round, by up to 0.5 nats a token where losses are near 10, so neither can judge the other.
-    Both are judged by the same computation in fp32 (`fp32_copy.py`), over more rows: `packed` may be off by half as
-    much again as the model's own way. The difference is then the largest one to fp32.
+    A few short rows and the longest are packed, since windows and chunks take effect in long rows only. Their losses
+    must equal those of the plain pass, up to the cost of reordered sums at the model's precision. They must also not
+    change when only the tokens of the row before them change. The second is the sharper test: in bf16 a leak can be
+    smaller than the rounding. A model with state outside attention (convolutions, recurrences), or one that drops
+    unknown keyword arguments, fails one of them. Any exception of the packed pass counts as "no"; another backend is
+    then used.
+
+    In 16 bits both passes round, by up to 0.5 nats a token where losses are near 10, so neither can judge the other.
+    Both are compared with the same computation in fp32 (`fp32_copy.py`), over more rows. `packed` may deviate by half
+    as much again as the model's own pass. The difference returned is then the largest one to fp32.
     """
     few = _few_rows(examples, model.get_output_embeddings().weight.dtype)
     if not few:
@@ -172,7 +185,7 @@ def matches_single_rows(
     altered = replace(few[0], ids=reversed_text(few[0].ids))
     try:
         packed_losses, altered_losses = (packed([first, *few]) for first in (few[0], altered))
-    except Exception:  # each architecture fails in its own way, and each failure is an answer
+    except Exception:  # each architecture raises its own exceptions, and each means "no"
         return False, float("inf")
     n_first = few[0].supervised_tokens
     leak = float((packed_losses[n_first:] - altered_losses[n_first:]).abs().max())
@@ -180,9 +193,9 @@ def matches_single_rows(
         difference = float((plain - packed_losses[n_first:]).abs().max())
         return leak <= 1e-6 and difference <= 1e-3, max(difference, leak)
     reference = _fp32_losses(model, few, device)
-    if (
-        reference is None
-    ):  # rounding alone is 0.1 nats in the root mean square, and 1 for one token in hundreds (docs/log.md)
+    # Without a reference the bounds are absolute: rounding alone costs a root mean square of 0.1 nats, and 1 nat for
+    # one token in hundreds (docs/log.md).
+    if reference is None:
         deviation = (plain - packed_losses[n_first:]).abs()
         is_near = _root_mean_square(deviation) <= 0.2 and float(deviation.max()) <= 3.0
     else:
@@ -193,21 +206,22 @@ def matches_single_rows(
     return leak <= 1e-3 and is_near, max(float(deviation.max()), leak)
 
 
-# How much more a packed pass in 16 bits may be off from fp32 than the model's own single rows, in the root mean square
+# Root mean square deviation from fp32 of a packed 16-bit pass: at most this factor times that of the model's own
+# single rows, plus a floor
 ROUNDING_SLACK, ROUNDING_FLOOR_NATS = 1.5, 0.02
 # Rows and supervised tokens over which rounding is measured in 16 bits
 _ROUNDED_ROWS, _ROUNDED_TOKENS = 16, 256
 
 
 def _few_rows(examples: Sequence[TokenizedExample], dtype: torch.dtype) -> list[TokenizedExample]:
-    """Return the rows that `agrees` looks at: the two shortest, the longest, one with media; in 16 bits further short
-    ones.
+    """Return the rows for `matches_single_rows`: the two shortest, the longest, and one with media.
+
+    In 16 bits further short rows are added.
     """
     rows = sorted((example for example in examples if example.supervised_tokens), key=lambda example: len(example.ids))
     few = [*rows[:2], *rows[-1:]]
-    if not any(
-        token < 0 for row in few for token in row.ids
-    ):  # what a model does with media shows in a row that has some
+    # packing of media can only be tested on a row that has some
+    if not any(token < 0 for row in few for token in row.ids):
         few += [row for row in rows if any(token < 0 for token in row.ids)][:1]
     if rounds(dtype):
         for row in rows[2:-1]:
@@ -219,11 +233,11 @@ def _few_rows(examples: Sequence[TokenizedExample], dtype: torch.dtype) -> list[
 
 
 def _fp32_losses(model: Any, examples: Sequence[TokenizedExample], device: torch.device | str) -> torch.Tensor | None:
-    """Return what `row_losses` gives in fp32; None for a model that does not compute with widened weights."""
+    """Return the losses (S,) of `row_losses` in fp32; None for a model that cannot compute with widened weights."""
     try:
         with in_fp32(model):
             losses = row_losses(model, examples, device)
-    except Exception:  # a model that casts to its weights' dtype fails in its own way
+    except Exception:  # models that cast to their weights' dtype raise various exceptions
         return None
     return losses if bool(losses.isfinite().all()) else None
 
@@ -233,13 +247,13 @@ def _root_mean_square(x: torch.Tensor) -> float:
 
 
 RECOMPUTED = "activations are computed again in the backward pass"
-# Rows by which a refused fast path is timed
+# Rows on which a refused fused path is timed
 _TIMED_ROWS = 8
 
 
 @dataclass
 class PackedTransformersBackend:
-    """Transformers' module, packed exactly."""
+    """Losses by transformers' module on exact packs."""
 
     model: Any
     device: torch.device
@@ -249,24 +263,24 @@ class PackedTransformersBackend:
     name: str = "general"
 
     def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Path`."""
+        """Return losses (S,) in nats and weights (S,), as `LossBackend.losses` specifies."""
         batch = batches.pack(rows, self.device, share=self.share)
         with packing(self.model):
             return pack_losses(self.model, batch), batch.weights
 
     def plain(self) -> LossBackend:
-        """See `Path`."""
+        """Return this backend without shared prefixes."""
         return PackedTransformersBackend(self.model, self.device, "")
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
-        """See `Path`."""
+        """Parameters that require gradients."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
 @dataclass
 class RowTransformersBackend:
-    """Transformers' module, a row at a time."""
+    """Losses by transformers' module, a row at a time."""
 
     model: Any
     device: torch.device
@@ -275,27 +289,27 @@ class RowTransformersBackend:
     name: str = "one-row"
 
     def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Path`."""
+        """Return losses (S,) in nats and weights (S,), as `LossBackend.losses` specifies."""
         losses = row_losses(self.model, rows, self.device)
         weights = [row.weight for row in rows for _ in range(row.supervised_tokens)]
         return losses, torch.tensor(weights, device=losses.device)
 
     def plain(self) -> None:
-        """See `Path`."""
+        """Return None: this backend saves nothing that could be compared."""
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
-        """See `Path`."""
+        """Parameters that require gradients."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
 def choose_loss_backend(
     model: Any, rows: Sequence[TokenizedExample], device: torch.device, options: LossOptions = WISH
 ) -> LossBackend:
-    """Return the fastest path that is right for `model`, measured on a few of `rows`. The model should be in eval
-    mode.
+    """Return the fastest backend that is right for `model`, measured on a few of `rows`.
 
-    A path that is not the fast one says in its `reason` why, and what that costs where both can be timed.
+    The model should be in eval mode. A backend that is not the fused one says in its `reason` why, and its cost in
+    time if both can be timed.
     """
     fast: FusedDecoder | None = None
     try:
@@ -333,20 +347,20 @@ def _cost(
     rows: Sequence[TokenizedExample],
     device: torch.device,
 ) -> str:
-    """Say what the slower path costs: how long a few rows take on it, over how long they take on the fast one."""
+    """Return a clause with the slower backend's time on a few rows over the fused path's."""
     few = [row for row in rows if row.supervised_tokens][:_TIMED_ROWS]
     if fast is None or not few:
         return "; what that costs cannot be timed here (docs/speed.md has the ratio on the starter)"
     try:
         slow_s = _seconds(lambda: backend.losses(few))
         fast_s = _seconds(lambda: fast.losses(batches.pack(few, device)))
-    except Exception:  # a fast path that fails has no time
+    except Exception:  # a fused path that fails cannot be timed
         return "; what that costs could not be measured, since the fast path fails"
     return f"; {len(few)} rows take {slow_s / fast_s:.1f} times as long as on the fast path"
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Return the shortest of three runs' wall time, s, each waiting for the device."""
+    """Return the shortest wall time of three runs, s, each waiting for the device."""
     times = []
     for _ in range(3):
         started = time.perf_counter()
@@ -360,6 +374,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def _general(
     model: Any, rows: Sequence[TokenizedExample], device: torch.device, options: LossOptions, reason: str
 ) -> PackedTransformersBackend | RowTransformersBackend:
+    """Return the packed backend if packing is exact for `model`, else the single-row backend."""
     if count := rounded_twice(model):
         reason += f"; {count} adapted layers are of a kind that rounds twice in 16 bits (docs/speed.md)"
     is_exact, difference = packs_exactly(model, rows, device)
@@ -373,20 +388,20 @@ def _general(
 
 
 def with_recompute(backend: PackedTransformersBackend) -> PackedTransformersBackend:
-    """`backend` keeping one tensor a layer and computing the rest again in the backward pass; its reason says whether
-    it can.
+    """Return `backend` with gradient checkpointing: one tensor per layer is kept, the rest is computed again.
 
-    Transformers' own checkpointing, which hands our `rows` on to each layer; it holds in training mode only.
+    Its reason says whether the architecture supports that. This is transformers' own checkpointing, which passes our
+    `rows` on to each layer; it takes effect in training mode only.
     """
     model = backend.model
     if not model.supports_gradient_checkpointing:
         backend.reason += "; this architecture cannot compute activations again, so all are kept"
         return backend
-    with quiet_transformers():  # the name of transformers 5.0, deprecated by later ones
+    with quiet_transformers():  # later versions than transformers 5.0 warn that this name is deprecated
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # Only the reentrant kind needs it; here it would send gradients below the lowest adapted layer
+    # only reentrant checkpointing needs it; here it would compute gradients below the lowest adapted layer
     model.disable_input_require_grads()
-    # the layers are called again in the backward pass, when `packing` has long been left
+    # the layers are called again in the backward pass, after the `packing` block has ended
     decoder(model).set_attn_implementation("sartor_packed")
     backend.reason += f"; {RECOMPUTED}"
     return backend

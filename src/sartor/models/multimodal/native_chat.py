@@ -1,9 +1,8 @@
 """Chat template of a multimodal model's own processor.
 
-The template writes a placeholder for each part; it becomes a mark (`models/chat.py`), so that what is learnt is found
-as in any base. When the text is tokenised the mark stands for all that the processor writes there, and the whole row
-is tokenised
-as one: the tokens are those of the processor itself.
+The template writes a placeholder for each media part. It is replaced by a mark (`models/chat.py`), so that the
+supervised text is found as in any base. When the text is tokenised, the mark stands for everything that the processor
+writes there, and the whole row is tokenised at once. So the tokens are those of the processor itself.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from sartor.models.template_markup import probe
 
 _PROBE = "SartorProbe0SartoR"
 _AS_LIST, _AS_TEXT = True, False
-# What templates call a part of a kind: Mistral's say OpenAI's word
+# Type names of media parts in templates; Mistral's use OpenAI's
 _NAMES = {"image": ("image",), "audio": ("audio", "input_audio")}
 
 
 class NativeChat(ChatTokenizer):
-    """See `Chat`. media: what the base reads."""
+    """`ChatTokenizer` of a multimodal model. media: its reader of images and audio."""
 
     def __init__(self, tokenizer: Any, media: NativeMedia, extra_stops: Sequence[int] = ()) -> None:
         self._native = media
@@ -42,11 +41,14 @@ class NativeChat(ChatTokenizer):
         self.probed = probe(self)
 
     def write(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
-        """See `Chat.write`. Raises SourceError too where the template writes other media than the turns hold."""
+        """Return the template's text as `ChatTokenizer.write` does, with a mark for each media part.
+
+        Raises SourceError also if the template writes other media than the turns hold.
+        """
         text = super().write(messages, tools=tools, reply_next=reply_next)
         kinds = [part.kind for message in messages for part in message.content if part.kind != "text"]
         placeholders = self._placeholder_pattern.findall(text)
-        if not self._has_parts:  # marks stand already
+        if not self._has_parts:  # the text has marks already
             if placeholders:
                 raise SourceError(
                     f"a text holds the base's own placeholder {placeholders[0]!r}", "take it out: repair_text"
@@ -62,6 +64,7 @@ class NativeChat(ChatTokenizer):
         return self._placeholder_pattern.sub(lambda match: MARK.format(next(indices)), text)
 
     def _turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Return messages in the forms that the template accepts. Raises SourceError for unsupported media."""
         if not self._has_parts:
             return super()._turns(messages)
         self.check_private(messages)
@@ -71,6 +74,10 @@ class NativeChat(ChatTokenizer):
         return [with_content(message, self._content(message)) for message in messages]
 
     def _content(self, message: Message) -> Any:
+        """Return a message's content as a text or as a list of parts.
+
+        It is a text if the message has no media and the template takes text for its role.
+        """
         if all(part.kind == "text" for part in message.content) and not self._lists.get(message.role, False):
             return message.text
         names = self._names
@@ -80,8 +87,9 @@ class NativeChat(ChatTokenizer):
         ]
 
     def _coded(self, text: str, media_ids: Seen, cuts: Sequence[int] = ()) -> list[Piece]:
-        """See `Chat._coded`. The whole text is tokenised as one, each mark as what the processor writes for its
-        media.
+        """Return (token, start, end) of a text, as `ChatTokenizer._coded` does.
+
+        The whole text is tokenised at once, each mark expanded to what the processor writes for its media.
         """
         expanded = _ExpandedText(text, self.marks(text, media_ids), media_ids)
         coded = pieces_of(
@@ -101,7 +109,7 @@ class NativeChat(ChatTokenizer):
         return pieces
 
     def _template_of(self, tokenizer: Any) -> None:
-        """Find out in which form the template takes the content of turns."""
+        """Determine the form in which the template accepts the content of turns."""
         if not tokenizer.chat_template:
             return
 
@@ -122,37 +130,37 @@ class NativeChat(ChatTokenizer):
         self._lists["system"] = next((form for form in forms if says(("system", form), ("user", user))), _AS_LIST)
 
     def _has_written(self, tokenizer: Any, kind: str, name: str) -> bool:
-        """Whether the template writes the placeholder of a media part that is called `name`, and the text beside
-        it.
-        """
+        """Return whether the template writes text and placeholder of a media part with the type `name`."""
         media = {"role": "user", "content": [{"type": name}, {"type": "text", "text": _PROBE}]}
         text = _rendered(tokenizer, [media])
         return text.count(_PROBE) == 1 and text.count(self._native.tokens[kind]) == 1
 
 
 def _probe(as_list: bool) -> Any:
+    """Return the probe text as message content, as a list of parts or plain."""
     return [{"type": "text", "text": _PROBE}] if as_list else _PROBE
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, Any]]) -> str:
+    """Return the template's text of some turns; empty if the template fails."""
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # templates fail on forms that they do not take in ways of their own
+    except Exception:  # templates raise various exceptions for forms that they do not support
         return ""
 
 
 def _says(tokenizer: Any, turns: list[dict[str, Any]]) -> bool:
-    """Whether the template writes each turn's text once, and not the list that it stands in."""
+    """Return whether the template writes each turn's text once, and not the list around it."""
     text = _rendered(tokenizer, turns)
     return text.count(_PROBE) == len(turns) and "'type'" not in text
 
 
 class _ExpandedText:
-    """A text with its marks as what the processor writes, and where in the text each character of that stands."""
+    """Text with its marks expanded to what the processor writes, and the map between both positions."""
 
     def __init__(self, text: str, marks: Sequence[re.Match[str]], media_ids: Seen) -> None:
-        self._starts: list[int] = []  # of each media in the whole
-        self._spans: list[tuple[int, int, int]] = []  # its end in the whole, start and end of its mark
+        self._starts: list[int] = []  # start of each media in the expanded text
+        self._spans: list[tuple[int, int, int]] = []  # its end there, and start and end of its mark in the text
         expanded, position = "", 0
         for index, mark in enumerate(marks):
             expanded += text[position : mark.start()]
@@ -163,17 +171,20 @@ class _ExpandedText:
         self.text = expanded + text[position:]
 
     def is_media(self, position: int) -> bool:
-        """Whether a character is one that the processor writes."""
+        """Return whether a character of the expanded text is written by the processor."""
         index = bisect.bisect_right(self._starts, position) - 1
         return index >= 0 and position < self._spans[index][0]
 
     def cut(self, cut: int) -> int:
-        """Where a cut of the text, which is never inside of a mark, is in the whole."""
+        """Return the position in the expanded text of a cut of the text, which is never inside a mark."""
         last_span = max(((end, mark_end) for end, _, mark_end in self._spans if mark_end <= cut), default=(0, 0))
         return cut - last_span[1] + last_span[0]
 
     def source_position(self, position: int, *, is_start: bool) -> int:
-        """Where a place in the whole is in the text; inside a media the start or the end of its mark."""
+        """Return the position in the text of one in the expanded text.
+
+        Inside media it is the start or the end of the mark.
+        """
         index = bisect.bisect_right(self._starts, position if is_start else position - 1) - 1
         if index < 0:
             return position

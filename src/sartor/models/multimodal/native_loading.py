@@ -1,8 +1,9 @@
-"""Detects multimodal bases and opens their processors.
+"""Detection of multimodal bases, and their processors.
 
-transformers' processor prepares its recordings by mistral-common's tokenizer alone, which says of no token where it
-stands, and refuses them beside a text. So here the tokenizer is made of the same `tekken.json`, and the processor
-writes what mistral-common does; the chat template is mistral-common's own, or the one in the base's directory.
+transformers' processor for Voxtral prepares its recordings by mistral-common's tokenizer alone, which gives no
+character offsets, and refuses recordings beside a text. So here the tokenizer is built from the same `tekken.json`,
+and the processor writes what mistral-common writes. The chat template is mistral-common's own, or the one in the
+base's directory.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ from sartor.core.installation import pip_command
 from sartor.models.multimodal import native_loading
 
 TEKKEN = "tekken.json"
-# Frames of the spectrogram for one token: the encoder's convolutions take two, the projector four of what is left
+# Spectrogram frames per token: the encoder's convolutions combine two, the projector four of the result
 FRAMES = 8
 
 
 class VoxtralProcessor(transformers.VoxtralProcessor):
-    """Voxtral's processor, with recordings beside a text as other processors take them."""
+    """Voxtral's processor, which accepts recordings beside a text as other processors do."""
 
     text_kwargs = {"padding": True}
 
     def __call__(self, text: Any = None, audio: Any = None, **options: Any) -> Any:
-        """Tensors for texts and the recordings of their placeholders."""
+        """Return tensors for texts and the recordings of their placeholders."""
         return transformers.ProcessorMixin.__call__(self, text=text, audio=audio, **options)
 
     def _process_audio(self, audio: Any, **options: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return the spectrograms of recordings, and the text that replaces each placeholder."""
         positions = int(options.pop("max_source_positions"))
         chunks = [self._retrieve_input_features([item], positions, **options) for item in audio]
         texts = [f"[BEGIN_AUDIO]{self.audio_token * (len(chunk) * positions // FRAMES)}" for chunk in chunks]
@@ -44,8 +46,9 @@ class VoxtralProcessor(transformers.VoxtralProcessor):
 
 
 def tokenizer(path: Path) -> Any:
-    """The tokenizer in a base's `tekken.json`. Raises ModelError where there is no chat template and none can be
-    made.
+    """Return the tokenizer in a base's `tekken.json`.
+
+    Raises ModelError if there is no chat template and none can be built.
     """
     result = convert_tekken_tokenizer(str(path / TEKKEN))
     if result.chat_template is None:
@@ -56,25 +59,25 @@ def tokenizer(path: Path) -> Any:
     return result
 
 
-# What transformers needs for some of them, beside what Sartor installs
+# Packages that transformers needs for some model types, beside those that Sartor installs
 PACKAGES = {"smolvlm": "num2words", "gemma3n": "timm", "phi4_multimodal": "torchvision"}
 _FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def thinker(config: Any) -> Any:
-    """Of an omni model the part that reads and writes text; any other config as it is."""
+    """Return an omni model's config of the part that reads and writes text; any other config unchanged."""
     return getattr(config, "thinker_config", config)
 
 
 def is_whisper(config: Any) -> bool:
-    """Whether it is a Whisper: the one model of an encoder and a decoder that is a base."""
+    """Return whether it is a Whisper, the only encoder-decoder model that can be a base."""
     return isinstance(config, transformers.WhisperConfig)
 
 
 def kind_of(path: Path, config: Any) -> Any:
-    """The class of transformers that opens the base in `path`.
+    """Return the class of transformers that opens the base in `path`.
 
-    Raises ModelError for a multi-modal one without a processor, and without a package that it needs.
+    Raises ModelError for a multimodal one without a processor, or without a package that it needs.
     """
     if is_whisper(config):
         return transformers.WhisperForConditionalGeneration
@@ -90,8 +93,9 @@ def kind_of(path: Path, config: Any) -> Any:
 
 
 def is_native(path: Path, config: Any) -> bool:
-    """Whether the base in `path` reads media by itself. Without a processor's files it is read as text, if it can
-    be.
+    """Return whether the base in `path` reads media by itself.
+
+    Without a processor's files it is read as a text model if possible, else ModelError is raised.
     """
     if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return False
@@ -104,10 +108,10 @@ def is_native(path: Path, config: Any) -> bool:
 
 
 def open_processor(path: Path, config: Any) -> Any:
-    """The processor in a base's directory. Raises ModelError.
+    """Return the processor in a base's directory. Raises ModelError.
 
-    Pictures are prepared by Pillow wherever there is a way by it: what a model sees then does not depend on what else
-    is installed. A part that prepares videos is left out, since none are read.
+    Images are prepared by Pillow wherever possible, so that a model's input does not depend on other installed
+    packages. The part that prepares videos is left out, since none are read.
     """
     try:
         kind = _kind(path, config)
@@ -122,7 +126,7 @@ def open_processor(path: Path, config: Any) -> Any:
             f"the processor of {path} needs a package: {message}",
             f"{pip_command()} install PACKAGE, the one that this message names",
         ) from None
-    except Exception as error:  # each part of a processor raises its own kinds
+    except Exception as error:  # each part of a processor raises its own exceptions
         message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ModelError(
             f"{path} has no usable processor: {message}",
@@ -131,8 +135,10 @@ def open_processor(path: Path, config: Any) -> Any:
 
 
 def _kind(path: Path, config: Any) -> Any:
-    """The class of a processor: ours; as its files name it (an omni model's thinker has none of its own); by the
-    model's.
+    """Return the class of a processor.
+
+    It is ours if there is one, else the one that its files name, else the one of the model type. (An omni model's
+    thinker has none of its own.)
     """
     if replacement := _ours(config):
         return replacement.VoxtralProcessor
@@ -143,11 +149,12 @@ def _kind(path: Path, config: Any) -> Any:
 
 
 def _ours(config: Any) -> Any:
-    """The module here that has a processor and a tokenizer in place of transformers', or None."""
+    """Return the module here that replaces transformers' processor and tokenizer, or None."""
     return native_loading if isinstance(config, transformers.VoxtralConfig) else None
 
 
 def _part(path: Path, config: Any, name: str) -> Any:
+    """Return one part of a processor; None for the video processor."""
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if "tokenizer" in name:
         if (replacement := _ours(config)) and (path / replacement.TEKKEN).is_file():
@@ -161,9 +168,10 @@ def _part(path: Path, config: Any, name: str) -> Any:
 
 
 def without_video(kind: Any) -> Any:
-    """`kind` of processor, which takes None in the place of a part."""
+    """Return a subclass of the processor class `kind` that accepts None for a part."""
 
     def check(self: Any, name: str, part: Any) -> Any:
+        """Skip the class check of a part that is None."""
         return None if part is None else kind.check_argument_for_proper_class(self, name, part)
 
     return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})

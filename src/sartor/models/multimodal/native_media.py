@@ -1,13 +1,11 @@
 """Media inputs and generation through the model's processor.
 
-A placeholder of the processor becomes a virtual id (`models/media_tokens.py`). `embedded` is what the model itself
-puts in the places of placeholders before its first layer, taken where it enters the decoder. Where a model does more
-with media than that (positions in two dimensions, attention both ways, features for deeper layers), `inputs` turns a
-row back into what its own forward takes; which of the two is right is measured
-(`transformers_backend.matches_single_rows`).
+A placeholder of the processor becomes a virtual id (`models/media_tokens.py`). `embedded` returns what the model
+itself puts in the positions of placeholders before its first layer, captured where it enters the decoder.
 
-For models that do more with media than to put embeddings in their places; which ones they are is measured on the first
-prompt with the same kinds of media.
+Some models do more with media: positions in two dimensions, bidirectional attention, features for deeper layers. For
+them `inputs` converts a row back to the arguments of the model's own forward. `is_plain` measures which of the two is
+right on the first prompt with the same kinds of media; `transformers_backend.matches_single_rows` uses it.
 """
 
 from __future__ import annotations
@@ -32,17 +30,20 @@ from sartor.core.records import Part
 from sartor.media import audio, images
 from sartor.models.media_tokens import PLACE_BITS, content_of, embedding_of, key_of, keys_in, virtual_ids
 
-# Of decoded media and of embeddings that are kept in memory; the others are made again
+# Bytes of decoded media, and of embeddings, that are cached in memory; others are computed again
 HELD_BYTES = 1 << 29
 KINDS = ("image", "audio")
 BLANK = 1e-6
-# A processor that changes nothing where the end of a recording changes has cut it; shorter than this may fall between
-# frames
+# If a change of this many seconds at the end of a recording does not change the processor's output, it was cut. A
+# shorter change may fall between frames
 END_S = 0.05
 
 
 class MediaTokens(list[int]):
-    """The ids of one media, and `text`: what the processor writes for it, placeholders and what stands around them."""
+    """Token ids of one media part.
+
+    text: what the processor writes for it, placeholders with the text around them.
+    """
 
     def __init__(self, ids: Sequence[int], text: str) -> None:
         super().__init__(ids)
@@ -50,21 +51,21 @@ class MediaTokens(list[int]):
 
 
 class BoundedCache:
-    """Things by key, the latest of them as long as there is room."""
+    """Least-recently-used cache bounded by bytes; the newest entry is always kept."""
 
     def __init__(self, max_bytes: int) -> None:
         self._free_bytes = max_bytes
         self._entries: OrderedDict[int, tuple[Any, int]] = OrderedDict()
 
     def get(self, key: int) -> Any:
-        """What is held, or None."""
+        """Return the value of a key; None if it is not cached."""
         if key not in self._entries:
             return None
         self._entries.move_to_end(key)
         return self._entries[key][0]
 
     def put(self, key: int, value: Any, size: int) -> None:
-        """Hold `value`, of `size` bytes."""
+        """Cache `value`, of `size` bytes."""
         self._entries[key] = (value, size)
         self._free_bytes -= size
         while self._free_bytes < 0 and len(self._entries) > 1:
@@ -72,12 +73,13 @@ class BoundedCache:
 
 
 class _Reached(Exception):
-    """The decoder was reached: what goes into it is known, and the rest need not be computed."""
+    """Signal that the decoder was reached: its input is known, and the rest need not be computed."""
 
 
 class NativeMedia:
-    """See `media_tokens.Media`. `deviations`: by kinds of media, nats by which what their embeddings give is off the
-    own forward.
+    """Implementation of `media_tokens.Media` by a multimodal model and its processor.
+
+    deviations: by media kinds, difference in nats between embeddings and the model's own forward.
     """
 
     def __init__(self, processor: Any, model: Any) -> None:
@@ -93,15 +95,18 @@ class NativeMedia:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """See `media_tokens.Media`."""
+        """Media kinds that the model reads."""
         return tuple(self.tokens)
 
     def tower_fields(self) -> dict[str, dict[str, Any]]:
-        """See `media_tokens.Media`: the towers are the base's own."""
+        """Return no fields: the towers are part of the base."""
         return {}
 
     def ids(self, part: Part, folder: Path | None) -> MediaTokens:
-        """See `media_tokens.Media`. Raises MediaError for a recording that the processor would cut."""
+        """Return the token ids of one media part. Raises MediaError for a recording that the processor would cut.
+
+        Raises SourceError for a kind that the model does not read.
+        """
         if part.kind not in self.tokens:
             raise SourceError(f"this base reads no {part.kind}", "use a base that does, or leave these rows out")
         content = content_of(part, folder)
@@ -123,14 +128,17 @@ class NativeMedia:
         return MediaTokens([next(virtual) if token == placeholder else token for token in tokens], text)
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
-        """See `media_tokens.Media`. Raises ModelError where the decoder of this model is not given embeddings."""
+        """Return the embeddings (T, D) of each key's tokens.
+
+        Raises ModelError if the decoder of this model receives no embeddings.
+        """
         is_fixed = self._is_fixed
-        if not is_fixed:  # what makes them may be another when it is fixed again: merged
+        if not is_fixed:  # the modules may have changed when they are fixed again: by a merge
             self._embeddings = BoundedCache(HELD_BYTES)
         embeddings = {key: self._embeddings.get(key) if is_fixed else None for key in keys}
         if missing := [key for key, embedding in embeddings.items() if embedding is None]:
             ids: list[int] = []
-            for key in missing:  # a plain token between them: neighbours of a kind would be one media to some models
+            for key in missing:  # separated by a plain token: some models treat neighbours of a kind as one media
                 ids += [self._between, *virtual_ids(key, self._counts[key])]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not is_fixed):
                 hidden = self._entering(torch.tensor([ids], device=self._model.device))
@@ -139,16 +147,19 @@ class NativeMedia:
             for key, part in zip(missing, parts, strict=True):
                 embeddings[key] = part
                 if is_fixed:
-                    with torch.inference_mode(False):  # what is made in it could not be learnt through later
+                    with torch.inference_mode(False):  # inference tensors could not be used in training later
                         self._embeddings.put(key, part.clone(), part.nbytes)
         return [embeddings[key] for key in keys]
 
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
-        """What the model's own forward takes for one row of (1, T) ids. is_blank: media are all grey or silent."""
+        """Return the arguments of the model's own forward for one row of ids (1, T).
+
+        is_blank: media are replaced by a constant: grey images, silence.
+        """
         row = ids[0].tolist()
         keys = keys_in(row)
         if not keys:
-            # said, since transformers' generation takes a pad for one that is not attended to, wherever it stands
+            # an explicit mask, since transformers' generation would mask pad tokens wherever they are
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         kinds = {key: self._origins[key][0].kind for key in keys}
         token_ids = [token if token >= 0 else self.placeholders[kinds[(-1 - token) >> PLACE_BITS]] for token in row]
@@ -158,14 +169,14 @@ class NativeMedia:
         on_device = {}
         for name, tensor in model_inputs.items():
             if tensor.is_floating_point():
-                # to some models what is all 0 is no picture at all, but padding; a mask says how much there is to see
+                # some models take an image of zeros for padding; masks hold the size of the media and stay
                 is_emptied = is_blank and not name.endswith("mask")
                 tensor = torch.full_like(tensor, BLANK, dtype=dtype) if is_emptied else tensor.to(dtype)
             on_device[name] = tensor.to(self._model.device)
         return on_device
 
     def kinds_of(self, keys: Sequence[int]) -> frozenset[str]:
-        """The kinds of some media."""
+        """Return the kinds of some media."""
         return frozenset(self._origins[key][0].kind for key in keys)
 
     @property
@@ -174,8 +185,9 @@ class NativeMedia:
 
     @property
     def _is_fixed(self) -> bool:
-        """Whether embeddings are always the same: nothing that makes them learns or has an adapter that may be on or
-        off.
+        """True if embeddings never change.
+
+        Nothing outside the decoder is trained, or has an adapter that may be on or off.
         """
         decoder = {id(module) for module in self._model.get_decoder().modules()}
         other_modules = [module for module in self._model.modules() if id(module) not in decoder]
@@ -188,7 +200,11 @@ class NativeMedia:
         return next(token for token in range(1, 9) if token not in self.placeholders.values())
 
     def _placeholder(self, kind: str) -> int:
-        """The id that is repeated for each feature: not always that of the token that a template writes (Gemma 3)."""
+        """Return the id that is repeated for each feature.
+
+        It is not always that of the token that a template writes (Gemma 3). Raises ModelError unless there is exactly
+        one.
+        """
         config, processor = self._model.config, self._processor
         for token_id in (getattr(config, f"{kind}_token_id", None), getattr(config, f"{kind}_token_index", None)):
             if isinstance(token_id, int):
@@ -202,6 +218,7 @@ class NativeMedia:
         return int(token_ids[0])
 
     def _decode(self, key: int, content: bytes | None) -> Any:
+        """Return the image, or the samples of a recording, of a key."""
         if (cached := self._decoded.get(key)) is not None:
             return cached
         part, folder = self._origins[key]
@@ -220,15 +237,16 @@ class NativeMedia:
         return int(getattr(self._processor, names[0]).sampling_rate)
 
     def _check_heard(self, key: int, model_inputs: dict[str, Any]) -> None:
-        """Raise MediaError if the end of a recording is not in `model_inputs`, what the processor makes of it: most
-        cut at 30 s.
+        """Raise MediaError if the processor's `model_inputs` do not depend on the end of a recording.
+
+        Most processors cut at 30 s.
         """
         sound, rate = self._decode(key, None), self._rate
         altered = sound.copy()
         end = altered[-max(1, int(END_S * rate)) :]
         end[::2], end[1::2] = 0.5, -0.5
         altered_inputs = self._process([key], None, {key: altered})
-        # of another length: heard
+        # a change of shape or of a value: the end was read
         if any(
             tensor.shape != altered_inputs[name].shape or not torch.equal(tensor, altered_inputs[name])
             for name, tensor in _tensors(model_inputs)
@@ -244,9 +262,10 @@ class NativeMedia:
     def _process(
         self, keys: Sequence[int], ids: list[int] | None, replacements: Mapping[int, Any] = MappingProxyType({})
     ) -> dict[str, Any]:
-        """The processor's tensors for media in order, with `ids` in place of the tokens of its text if given.
+        """Return the processor's tensors for media in order.
 
-        replacements: other media than those that keys name.
+        ids: token ids that replace those of its text, if given. replacements: media to use instead of those of the
+        keys.
         """
         kinds = [self._origins[key][0].kind for key in keys]
         processor = copy.copy(self._processor)
@@ -271,7 +290,7 @@ class NativeMedia:
         return dict(model_inputs)
 
     def _entering(self, ids: torch.Tensor) -> torch.Tensor:
-        """(T, D) what enters the decoder for a row."""
+        """Return the input of the decoder, (T, D), for one row of ids (1, T). Raises ModelError if there is none."""
         embeddings: list[torch.Tensor] = []
 
         def catch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -292,18 +311,18 @@ class NativeMedia:
 
 
 def is_native(model: Any) -> bool:
-    """Whether a model is a native multi-modal base, with an adapter or without."""
+    """Return whether a model is a native multimodal base, with an adapter or without."""
     return native_media(model) is not None
 
 
 def native_media(model: Any) -> NativeMedia | None:
-    """What a native base reads, if `model` is one."""
+    """Return the media reader of a native multimodal base; None for another model."""
     embedding = embedding_of(model)
     return embedding.media if embedding is not None and isinstance(embedding.media, NativeMedia) else None
 
 
 class _FixedIdsTokenizer:
-    """A tokenizer that says of any text that it has these ids."""
+    """Tokenizer that returns the given ids for any text."""
 
     def __init__(self, tokenizer: Any, ids: list[int] | None) -> None:
         self._tokenizer, self._ids = tokenizer, ids
@@ -321,6 +340,7 @@ class _FixedIdsTokenizer:
 
 
 def _tensors(model_inputs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return the names and tensors of the floating-point inputs."""
     return (
         (name, tensor)
         for name, tensor in model_inputs.items()
@@ -328,17 +348,17 @@ def _tensors(model_inputs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tenso
     )
 
 
-# Nats by which log-probabilities of the two ways may differ: the worst, and in 16 bits the root mean square. It is the
-# same row through the same operations, so next to nothing: what attention both ways changes can be less than a pack's
-# rounding
+# Largest difference in nats between the log-probabilities of the two computations: the maximum, and in 16 bits the
+# root mean square. Both run one row through the same operations, so the bounds are tight: the effect of bidirectional
+# attention can be smaller than the rounding of a pack
 MOST_APART, MOST_SPREAD = 1e-3, 1e-2
 
 
 @torch.inference_mode()
 def is_plain(model: Any, media: NativeMedia, prompt: Sequence[int]) -> bool:
-    """Whether rows with such media may be computed with virtual ids, in batches and packs.
+    """Return whether rows with such media may be computed with virtual ids, in batches and packs.
 
-    `media.deviations` says how far off.
+    `media.deviations` records the measured difference in nats.
     """
     kinds = media.kinds_of(keys_in(prompt))
     is_exact = model.get_output_embeddings().weight.dtype not in (torch.bfloat16, torch.float16)
@@ -352,19 +372,19 @@ def is_plain(model: Any, media: NativeMedia, prompt: Sequence[int]) -> bool:
             )
             deviation = outputs.logits[0].float().log_softmax(-1) - reference
             media.deviations[kinds] = float(deviation.abs().max() if is_exact else deviation.pow(2).mean().sqrt())
-        except Exception:  # each architecture fails in its own way, and each failure is an answer
+        except Exception:  # each architecture raises its own exceptions, and each means "no"
             media.deviations[kinds] = math.inf
     return media.deviations[kinds] <= (MOST_APART if is_exact else MOST_SPREAD)
 
 
 class ForcedToken(transformers.LogitsProcessor):
-    """Leaves nothing but the token that `choose` takes of (1, V) logits."""
+    """Logits processor that leaves only the token that `choose` returns for logits (1, V)."""
 
     def __init__(self, choose: Callable[[torch.Tensor], int]) -> None:
         self._choose = choose
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """(1, V) scores -> 0 for the token that is chosen, else -inf."""
+        """Return scores (1, V): 0 for the chosen token, -inf for the others."""
         forced = torch.full_like(scores, -torch.inf)
         forced[0, self._choose(scores)] = 0.0
         return forced
@@ -380,8 +400,9 @@ def reply(
     max_new_tokens: int,
     choose: Callable[[torch.Tensor], int],
 ) -> list[int]:
-    """Token ids of one reply, at most `max_new_tokens`, with the stop token that ends it, if one does. model: without
-    PEFT's own.
+    """Return the token ids of one reply, at most `max_new_tokens`, with its stop token if it ends in one.
+
+    model: without PEFT's wrapper. choose: returns the next token for logits of shape (1, V).
     """
     inputs = media.inputs(torch.tensor([list(prompt)], device=model.device))
     settings = transformers.GenerationConfig(

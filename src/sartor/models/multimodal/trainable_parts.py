@@ -1,8 +1,8 @@
 """Modules of language model, projector and tower.
 
-The language model is what transformers calls the decoder. A projector is a module with a name of PROJECTORS outside of
-its layers; all else but the LM head is the tower, also where it stands beside a projector within the decoder (Phi-4
-multimodal). So an architecture whose projector has a name of its own is one new entry.
+The language model is what transformers calls the decoder. A projector is a module with a name in PROJECTORS outside
+the decoder's layers. Everything else but the LM head is the tower, also if it is beside a projector within the decoder
+(Phi-4 multimodal). So support for an architecture with another projector name is one new entry.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ PROJECTORS = {
 
 @dataclass(frozen=True)
 class Targeted:
-    """What of a native base learns: names of linear modules that get factors, and of modules that are trained
-    whole.
+    """Trained modules of a native base.
+
+    linear: names of linear modules that get LoRA factors. whole: names of modules that are trained whole.
     """
 
     linear: tuple[str, ...]
@@ -46,8 +47,11 @@ class Targeted:
 
 @dataclass(frozen=True)
 class BaseParts:
-    """Names of modules. decoder: the language model; language, projector_linear, tower: linear modules; projector:
-    whole.
+    """Module names of a native base.
+
+    decoder: the language model.
+    language, projector_linear, tower: linear modules of each part.
+    projector: projectors, as whole modules.
     """
 
     decoder: str
@@ -58,7 +62,7 @@ class BaseParts:
 
 
 def parts_of(model: Any) -> BaseParts:
-    """The parts of a native base without an adapter."""
+    """Return the parts of a native base without an adapter."""
     names = {id(module): name for name, module in model.named_modules()}
     decoder, head = names[id(model.get_decoder())], model.get_output_embeddings()
     projector = tuple(_projectors(model, decoder))
@@ -75,7 +79,7 @@ def parts_of(model: Any) -> BaseParts:
 
 
 def choose_targets(model: Any, language: Sequence[str] | str, top: int | None, projector: str, tower: str) -> Targeted:
-    """What the `targets` of a recipe name. Raises ConfigError where this base has no such part."""
+    """Return the modules that the `targets` of a recipe denote. Raises ConfigError if this base has no such part."""
     parts = parts_of(model)
     linear = _language(model, parts, language, top)
     for name, setting, modules in (("projector", projector, parts.projector), ("tower", tower, parts.tower)):
@@ -94,6 +98,7 @@ def choose_targets(model: Any, language: Sequence[str] | str, top: int | None, p
 
 
 def _language(model: Any, parts: BaseParts, targets: Sequence[str] | str, top: int | None) -> tuple[str, ...]:
+    """Return the targeted linear modules of the language model. Raises ConfigError for unknown ones."""
     result = parts.language
     if top is not None:
         layers = len(model.get_decoder().layers)
@@ -114,12 +119,15 @@ def _language(model: Any, parts: BaseParts, targets: Sequence[str] | str, top: i
 
 
 def _projectors(model: Any, decoder: str) -> Iterator[str]:
-    """Names of the outermost projectors; of a list of modules each member, since a list cannot be trained as one."""
+    """Yield the names of the outermost projectors.
+
+    Of a list of modules each member is yielded, since a list cannot be trained as one.
+    """
     projectors: list[str] = []
     for name, module in model.named_modules():
         if name.rpartition(".")[2] not in PROJECTORS or any(_is_in(name, item) for item in projectors):
             continue
-        # a parameter-free one has nothing to learn; a convolution is a patch embedding
+        # one without parameters cannot be trained; a convolution is a patch embedding
         if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d) or not any(True for _ in module.parameters()):
             continue
         if _is_in(name, decoder) and _is_layer(name, decoder):
@@ -134,17 +142,20 @@ def _projectors(model: Any, decoder: str) -> Iterator[str]:
 
 
 def _is_layer(name: str, decoder: str) -> bool:
+    """Return whether a module is within the decoder's layers."""
     return name.removeprefix(f"{decoder}.").startswith("layers.")
 
 
 def _child(name: str, outer: str) -> str:
-    """The part of `outer` that a module below it is in."""
+    """Return the name of the child of `outer` that contains a module."""
     return name.removeprefix(f"{outer}.").partition(".")[0]
 
 
 def _is_in(name: str, outer: str) -> bool:
+    """Return whether a module is `outer` or within it."""
     return name == outer or name.startswith(f"{outer}.") or not outer
 
 
 def _ends(name: str, target: str) -> bool:
+    """Return whether a module's name is `target` or ends in it."""
     return name == target or name.endswith(f".{target}")

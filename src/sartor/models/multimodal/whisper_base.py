@@ -1,9 +1,9 @@
 """Whisper as a base for transcription rows.
 
-The recording's one virtual id stands where `<|startoftranscript|>` does: the decoder reads that token there, and
-through its cross-attention the encoder's features of the recording. So a row has a token for each place of the
-decoder, and nothing else of a loss or a loop has to know that there is an encoder. A text beside the recording stands
-where Whisper was trained to read one, behind `<|startofprev|>`.
+The recording's single virtual id is in the position of `<|startoftranscript|>`. There the decoder reads that token,
+and through cross-attention the encoder's features of the recording. So a row has one token for each position of the
+decoder, and no other part of a loss or a loop has to know that there is an encoder. A text beside the recording is
+placed where Whisper was trained to read one, behind `<|startofprev|>`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sartor.models.packing import TokenizedExample
 
 _MARK = re.compile(r"<\|.+\|>")
 START = "<|startoftranscript|>"
-# Whisper's texts begin with a space, what is said before and what is said alike
+# Whisper's texts begin with a space, the text before the recording and the transcript alike
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}{{ ' ' + message.content + eos_token }}{% else "
     "%}"
@@ -47,8 +47,9 @@ TEMPLATE = (
 
 
 def template(generation: Any) -> str:
-    """The chat template of a Whisper with this generation config: without time stamps, in the config's language or
-    English.
+    """Return the chat template of a Whisper with this generation config.
+
+    It has no timestamps, and the config's language or English.
     """
     task = "<|notimestamps|>"
     if getattr(generation, "is_multilingual", False):
@@ -58,14 +59,15 @@ def template(generation: Any) -> str:
 
 
 class WhisperMedia(NativeMedia):
-    """See `NativeMedia`. features: transformers' feature extractor. `max_positions`: tokens that the decoder has room
-    for.
+    """`NativeMedia` of a Whisper.
+
+    features: transformers' feature extractor. max_positions: number of tokens that the decoder can hold.
     """
 
     def __init__(self, features: Any, model: Any) -> None:
         self._features, self._model = features, model
         self.tokens, self.placeholders = {"audio": START}, {"audio": int(model.config.decoder_start_token_id)}
-        # what is heard goes in by cross-attention, so no row can be computed without the model's own forward
+        # recordings enter by cross-attention, so every row needs the model's own forward
         self.deviations = {frozenset({"audio"}): math.inf}
         self.max_positions = int(model.config.max_target_positions)
         self.template = template(model.generation_config)
@@ -73,7 +75,10 @@ class WhisperMedia(NativeMedia):
         self._cache = BoundedCache(HELD_BYTES)
 
     def ids(self, part: Part, folder: Path | None) -> MediaTokens:
-        """See `media_tokens.Media`. Raises MediaError for a recording that is longer than the encoder hears."""
+        """Return the token ids of one recording. Raises MediaError for one that is longer than the encoder's window.
+
+        Raises SourceError for another kind of media.
+        """
         if part.kind != "audio":
             raise SourceError(f"this base reads no {part.kind}", "use a base that does, or leave these rows out")
         key = key_of("whisper", hashlib.sha256(content_of(part, folder)).hexdigest())
@@ -82,15 +87,19 @@ class WhisperMedia(NativeMedia):
         return MediaTokens(virtual_ids(key, 1), START)
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
-        """See `media_tokens.Media`. Raises ModelError: what is heard goes in by cross-attention, and rows go one at a
-        time.
+        """Raise ModelError: a recording has no token embeddings of shape (T, D).
+
+        It enters by cross-attention, and rows are computed one at a time.
         """
         raise ModelError(
             "a Whisper's recordings are no embeddings of tokens", "read them by its own forward: `inputs`"
         )
 
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
-        """See `media_tokens.Media`."""
+        """Return the arguments of Whisper's forward for one row of ids (1, T).
+
+        is_blank: the spectrogram is replaced by a constant.
+        """
         weight = self._model.get_output_embeddings().weight
         features = self._spectrogram(keys_in(ids[0].tolist())[0]).to(weight.device, weight.dtype)
         if is_blank:
@@ -98,7 +107,7 @@ class WhisperMedia(NativeMedia):
         return {"input_features": features, "decoder_input_ids": ids.masked_fill(ids < 0, self.placeholders["audio"])}
 
     def _spectrogram(self, key: int) -> torch.Tensor:
-        """(1, mels, frames) of a recording, fp32."""
+        """Return the spectrogram (1, mels, frames) of a recording, fp32. Raises MediaError if it is too long."""
         if (cached := self._cache.get(key)) is not None:
             return cached  # type: ignore[no-any-return]
         part, folder = self._origins[key]
@@ -120,11 +129,11 @@ class WhisperMedia(NativeMedia):
 
 
 class WhisperChat(NativeChat):
-    """See `Chat`: turns are one recording and its transcript."""
+    """`ChatTokenizer` of a Whisper: turns are one recording and its transcript."""
 
     def __init__(self, tokenizer: Any, media: WhisperMedia, extra_stops: Sequence[int] = ()) -> None:
         tokenizer.chat_template = media.template
-        # a vocabulary without a list of added tokens reads a mark as the characters that it is written with
+        # a tokenizer without a list of added tokens would split a control token into characters
         known = tokenizer.added_tokens_encoder
         marks = [token for token in tokenizer.get_vocab() if _MARK.fullmatch(token) and token not in known]
         tokenizer.add_tokens(sorted(marks), special_tokens=True)
@@ -132,7 +141,10 @@ class WhisperChat(NativeChat):
         self._max_positions = media.max_positions
 
     def encode(self, example: Example, folder: Path | None = None) -> TokenizedExample:
-        """See `Chat.encode`. Raises MediaError too for a transcript that the decoder has no room for."""
+        """Return token ids and loss mask of one Example, as `ChatTokenizer.encode` does.
+
+        Raises MediaError also for a transcript that exceeds the decoder's positions.
+        """
         if example.is_document:
             raise _not_heard("a document")
         row = super().encode(example, folder)
@@ -146,7 +158,10 @@ class WhisperChat(NativeChat):
         return row
 
     def prompt_ids(self, messages: Sequence[Message], tools: str = "", folder: Path | None = None) -> list[int]:
-        """See `Chat.prompt_ids`. Raises SourceError too for one that leaves no room for a reply."""
+        """Return the token ids of a conversation, as `ChatTokenizer.prompt_ids` does.
+
+        Raises SourceError also for one that leaves no position for a reply.
+        """
         ids = super().prompt_ids(messages, tools, folder)
         if len(ids) >= self._max_positions:
             raise SourceError(
@@ -156,12 +171,13 @@ class WhisperChat(NativeChat):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Chat.decode`."""
+        """Return the text of a reply, without its leading space."""
         return super().decode(ids).removeprefix(" ")
 
     def write(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
-        """See `Chat.write`. Raises SourceError too for turns that are not one recording, or that and its
-        transcript.
+        """Return the template's text as `NativeChat.write` does.
+
+        Raises SourceError also unless the turns are one recording, or one with its transcript.
         """
         if [message.role for message in messages] not in (["user"], ["user", "assistant"]):
             raise _not_heard(f"the turns ({', '.join(message.role for message in messages)})")
@@ -172,6 +188,7 @@ class WhisperChat(NativeChat):
 
 
 def _not_heard(description: str) -> SourceError:
+    """Return the error for turns that are not one recording and its transcript."""
     return SourceError(
         f"a Whisper takes one recording and its transcript, not {description}", "use another base for these rows"
     )
@@ -187,9 +204,11 @@ def reply(
     max_new_tokens: int,
     choose: Callable[[torch.Tensor], int],
 ) -> list[int]:
-    """See `native_media.reply`: one transcript, at most as long as the decoder has places.
+    """Return the token ids of one transcript, as `native_media.reply` does.
 
-    By transformers' general generation with what Whisper's own suppresses; its own would write the prompt anew.
+    It has at most as many tokens as the decoder has positions. It uses transformers' general generation with Whisper's
+    suppressed tokens, since Whisper's own generation would rewrite the prompt. choose: returns the next token for
+    logits of shape (1, V).
     """
     inputs = media.inputs(torch.tensor([list(prompt)], device=model.device))
     generation_config = model.generation_config

@@ -1,4 +1,4 @@
-"""Frozen encoders of images and audio, opened by name. Their protocol: `tower.py`."""
+"""Frozen encoders of images and audio, opened by name. `tower.py` defines their protocol."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def open_tower(
     *,
     notice: Callable[[str], object] = lambda line: None,
 ) -> Tower:
-    """The tower of that kind that `name` means, in memory, frozen. An asset's is fetched and converted first, once.
+    """Return the tower of that kind that `name` denotes, in memory, frozen.
 
-    Raises ModelError for what holds no tower of that kind that is known here, HubError when a hub name cannot be
-    fetched, AssetError when an asset cannot be. `notice` is told what takes long.
+    An asset's tower is fetched and converted first, once. Raises ModelError if `name` holds no supported tower of that
+    kind, HubError when a hub name cannot be fetched, AssetError when an asset cannot be. `notice` is called with a
+    line of text before a long step.
     """
     ref = model_refs.locate_tower(name, kind)
     device = device or best_device()

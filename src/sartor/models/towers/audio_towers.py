@@ -1,7 +1,7 @@
 """Whisper encoder as audio tower; transcription.
 
-It hears windows of 30 s. A longer recording is cut into windows; of each, the features of what was heard are kept and
-those of the silence that fills it up are not, so T = ceil(samples / 320): one feature for 20 ms.
+The encoder reads windows of 30 s. A longer recording is cut into windows. Of each window the features of its samples
+are kept, and those of the padding silence are not. So T = ceil(samples / 320) per window: one feature for 20 ms.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from sartor.models.loading import first_line, quiet_transformers
 from sartor.models.towers.tower import WHOLE, Located, stored
 
 F32 = NDArray[np.float32]
-STRIDE = 2  # of the second convolution: frames of the spectrogram for one feature
+STRIDE = 2  # stride of the second convolution: spectrogram frames per feature
 
 
 class WhisperTower(Located):
-    """The encoder of a Whisper."""
+    """Audio tower: the encoder of a Whisper."""
 
     def __init__(self, ref: TowerRef, model: Any, prepare: Any) -> None:
         super().__init__(ref)
@@ -37,32 +37,39 @@ class WhisperTower(Located):
         self.samples_per_feature = prepare.hop_length * STRIDE
 
     def features(self, content: bytes) -> Any:
-        """See Tower."""
+        """Return the features (T, width) of an audio file, fp16 on the CPU."""
         return self.heard(read_sound(content, self.prepare.sampling_rate))
 
     @torch.inference_mode()
     def heard(self, sound: F32) -> Any:
-        """(T, width) fp16 of samples at the rate that the model hears."""
+        """Return the features (T, width), fp16, of samples at the model's sampling rate."""
         return torch.cat([stored(self._window(window)) for window in windows(sound, self.prepare.n_samples)])
 
     def _window(self, window: F32) -> Any:
+        """Return the states (T, width) of one window, without those of its padding."""
         states = self.encoder(spectrogram(self.prepare, [window], self.encoder.conv1.weight)).last_hidden_state[0]
         return states[: -(-len(window) // self.samples_per_feature)]
 
 
 def windows(sound: F32, size: int) -> Iterator[F32]:
-    """The samples, cut into pieces of `size`; the last may be shorter."""
+    """Yield the samples (N,) in pieces of `size`; the last may be shorter."""
     yield from (sound[start : start + size] for start in range(0, len(sound), size))
 
 
 def spectrogram(prepare: Any, pieces: list[F32], like: Any) -> Any:
-    """(B, mels, frames of a whole window) of pieces that are at most a window long, where and as `like` is."""
+    """Return spectrograms (B, mels, frames of a whole window) of pieces of at most a window.
+
+    They have the device and the dtype of `like`.
+    """
     features = prepare(pieces, sampling_rate=prepare.sampling_rate, return_tensors="pt").input_features
     return features.to(like.device, like.dtype)
 
 
 def open_model(ref: TowerRef, device: torch.device, notice: Callable[[str], object]) -> tuple[Any, Any]:
-    """The Whisper of a ref in fp32, and what makes its spectrograms. An asset is fetched and converted first, once."""
+    """Return the Whisper of a ref in fp32, and its feature extractor.
+
+    An asset is fetched and converted first, once. Raises ModelError.
+    """
     if ref.is_asset:
         whisper_conversion.convert(ref, notice)
     options = {"pretrained_model_name_or_path": str(ref.path), "local_files_only": True}
@@ -72,7 +79,7 @@ def open_model(ref: TowerRef, device: torch.device, notice: Callable[[str], obje
                 **options, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
             prepare = transformers.WhisperFeatureExtractor.from_pretrained(**options)
-    except Exception as error:  # truncated safetensors, a config of something else: each its own kind
+    except Exception as error:  # truncated safetensors, another model's config: various exceptions
         raise ModelError(f"{ref.path} cannot be opened as a Whisper: {first_line(error)}", WHOLE) from None
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{ref.path} lacks {len(missing)} of the weights, the first is {missing[0]}", WHOLE)
@@ -80,7 +87,7 @@ def open_model(ref: TowerRef, device: torch.device, notice: Callable[[str], obje
 
 
 def open_whisper(ref: TowerRef, device: torch.device, notice: Callable[[str], object]) -> WhisperTower:
-    """The tower of a Whisper."""
+    """Return the tower of a Whisper."""
     return WhisperTower(ref, *open_model(ref, device, notice))
 
 
@@ -89,7 +96,7 @@ _START = "<|startoftranscript|>"
 
 
 class SpeechToText:
-    """A Whisper in memory. `rate`: of the samples that it hears."""
+    """Whisper in memory, for transcription. rate: sampling rate of its input, Hz."""
 
     def __init__(self, ref: model_refs.TowerRef, model: Any, prepare: Any, tokenizer: Any) -> None:
         self.name, self.digest, self.licence = ref.name, ref.digest, ref.licence
@@ -97,9 +104,10 @@ class SpeechToText:
         self.model, self.prepare, self.tokenizer = model, prepare, tokenizer
 
     def transcribe(self, sounds: Sequence[NDArray[np.float32]], language: str = "") -> list[str]:
-        """The words of each recording, windows of a long one joined by spaces; of an empty one none.
+        """Return the text of each recording; empty for an empty one.
 
-        `language`: for a Whisper of several, such as `de`; without it each window's is found out.
+        sounds: samples of shape (N,) at `rate`. The texts of a long recording's windows are joined by spaces.
+        language: for a multilingual Whisper, such as `de`; empty detects it for each window.
         """
         pieces = [
             (index, piece) for index, sound in enumerate(sounds) for piece in windows(sound, self.prepare.n_samples)
@@ -115,6 +123,7 @@ class SpeechToText:
 
     @torch.inference_mode()
     def _transcribe_windows(self, pieces: list[NDArray[np.float32]], language: str) -> list[str]:
+        """Return the text of each window of samples (N,)."""
         features = spectrogram(self.prepare, pieces, self.model.model.encoder.conv1.weight)
         is_multilingual = self.model.generation_config.is_multilingual
         options = {"language": language or None, "task": "transcribe"} if is_multilingual else {}
@@ -126,13 +135,13 @@ class SpeechToText:
 def open_speech_to_text(
     name: str, device: torch.device | None = None, notice: Callable[[str], object] = lambda line: None
 ) -> SpeechToText:
-    """The Whisper that `name` means: an asset, a directory or a hub name. Raises as `open_tower`."""
+    """Return the Whisper that `name` denotes: an asset, a directory or a hub name. Raises as `open_tower`."""
     ref = model_refs.locate_tower(name, "audio")
     model, prepare = open_model(ref, device or best_device(), notice)
     try:
         tokenizer = transformers.WhisperTokenizer.from_pretrained(str(ref.path), local_files_only=True)
         if _START not in tokenizer.get_vocab():  # transformers makes an empty one where there is no file of it
             raise ValueError(f"it has no token {_START}")
-    except Exception as error:  # tokenizers raises its own, undocumented kinds
+    except Exception as error:  # tokenizers raises its own, undocumented exceptions
         raise ModelError(f"{ref.path} has no usable tokenizer: {first_line(error)}", WHOLE) from None
     return SpeechToText(ref, model, prepare, tokenizer)

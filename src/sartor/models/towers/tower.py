@@ -12,50 +12,49 @@ _MOST_HALF = 65504.0
 
 
 class Tower(Protocol):
-    """A tower in memory."""
+    """Protocol of a tower in memory."""
 
     @property
     def name(self) -> str:
-        """As it is asked for."""
+        """Name by which it was requested."""
         ...
 
     @property
     def digest(self) -> str:
-        """Of what decides its features: weights, conversion, the way that media are prepared."""
+        """Digest of everything that determines its features: weights, conversion, preparation of media."""
         ...
 
     @property
     def licence(self) -> str:
-        """SPDX; NOASSERTION where its files state none."""
+        """SPDX identifier; NOASSERTION if its files state none."""
         ...
 
     @property
     def modality(self) -> Modality:
-        """What it takes in."""
+        """Media kind that it reads."""
         ...
 
     @property
     def width(self) -> int:
-        """Of one feature."""
+        """Width of one feature."""
         ...
 
     @property
     def stack(self) -> int:
-        """How many neighbouring features make one token, unless a recipe says otherwise."""
+        """Number of neighbouring features per token, unless a recipe sets it."""
         ...
 
     def features(self, content: bytes) -> Any:
-        """(T, width) fp16 tensor on the CPU of a media file; T is at least 1. Computed in fp32, one file at a time.
+        """Return the features (T, width) of a media file, an fp16 tensor on the CPU; T is at least 1.
 
-        One at a time, so that the features do not depend on what else was asked: they are kept by the file's digest.
-
-        Raises MediaError for a file that cannot be decoded.
+        They are computed in fp32, one file at a time. So they do not depend on other files of a request: they are
+        cached by the file's digest. Raises MediaError for a file that cannot be decoded.
         """
         ...
 
 
 class Located:
-    """What a tower says of itself by its ref."""
+    """Base class with the attributes that a tower takes from its ref."""
 
     def __init__(self, ref: TowerRef) -> None:
         self.name, self.digest, self.licence, self.modality = ref.name, ref.digest, ref.licence, ref.modality
@@ -63,5 +62,5 @@ class Located:
 
 
 def stored(states: Any) -> Any:
-    """(T, width) states as they are kept: fp16 on the CPU, in memory of their own."""
+    """Return states (T, width) in the form in which they are cached: fp16 on the CPU, in their own memory."""
     return states.clamp(-_MOST_HALF, _MOST_HALF).half().cpu().contiguous()

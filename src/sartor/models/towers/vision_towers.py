@@ -1,9 +1,8 @@
 """EfficientNet, CLIP, SigLIP and DINOv2 image towers.
 
-The module is an own small one: convolutions with the batch norms folded into them. A picture is seen whole, not
-cropped: what a model is to judge, such as a defect, may lie at the rim.
-
-A picture is put whole into the square that its processor would cut out of it, so that nothing at the rim is lost.
+EfficientNet-Lite0 is a small module of our own: convolutions with the batch norms folded into them. Every image is
+padded whole into the square that its processor would crop, so nothing at the edge is lost: what a model is to judge,
+such as a defect, may be there.
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ _REMEDY = f"remove the asset's folder, then: sartor assets install {NAME}"
 
 
 class Convolution(nn.Module):
-    """A convolution with bias, padded as TensorFlow's SAME is: what is left over goes to the right and below."""
+    """Convolution with bias and TensorFlow's SAME padding: an odd remainder goes to the right and below."""
 
     def __init__(self, width: int, out: int, kernel: int = 1, stride: int = 1, *, depthwise: bool = False) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(width, out, kernel, stride, groups=width if depthwise else 1)
 
     def forward(self, x: Any) -> Any:
-        """(B, width, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))."""
+        """Return (B, out, ceil(H / stride), ceil(W / stride)) of x (B, width, H, W)."""
         kernel, stride = self.convolution.kernel_size[0], self.convolution.stride[0]
         if kernel == 1:
             return self.convolution(x)
@@ -63,7 +62,7 @@ class Convolution(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """An inverted residual block without squeeze and excitation."""
+    """Inverted residual block without squeeze and excitation."""
 
     def __init__(self, width: int, out: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -74,14 +73,14 @@ class InvertedResidual(nn.Module):
         self.is_residual = stride == 1 and width == out
 
     def forward(self, x: Any) -> Any:
-        """(B, width, H, W) -> (B, out, H / stride, W / stride)."""
+        """Return (B, out, ceil(H / stride), ceil(W / stride)) of x (B, width, H, W)."""
         inner = nn.functional.relu6(self.expand(x)) if self.expand else x
         projected = self.project(nn.functional.relu6(self.depthwise(inner)))
         return projected + x if self.is_residual else projected
 
 
 class EfficientNetLite0(nn.Module):
-    """The network. `forward` gives the grid; `classify` what ImageNet's classifier says of it."""
+    """EfficientNet-Lite0. `forward` returns the feature grid, `classify` ImageNet's logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,18 +90,19 @@ class EfficientNetLite0(nn.Module):
         self.classifier = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, pixels: Any) -> Any:
-        """(B, 3, SIDE, SIDE) -> (B, WIDTH, GRID, GRID)."""
+        """Return the grid (B, WIDTH, GRID, GRID) of pixels (B, 3, SIDE, SIDE)."""
         x = nn.functional.relu6(self.stem(pixels))
         for block in self.blocks:
             x = block(x)
         return nn.functional.relu6(self.head(x))
 
     def classify(self, grid: Any) -> Any:
-        """(B, WIDTH, GRID, GRID) -> (B, CLASSES) logits."""
+        """Return logits (B, CLASSES) of a grid (B, WIDTH, GRID, GRID)."""
         return self.classifier(grid.mean((2, 3)))
 
 
 def _blocks() -> Iterator[InvertedResidual]:
+    """Yield the blocks of all stages."""
     width = STEM
     for count, kernel, stride, expansion, out in STAGES:
         for n in range(count):
@@ -111,35 +111,35 @@ def _blocks() -> Iterator[InvertedResidual]:
 
 
 class EfficientNetTower(Located):
-    """The tower: 49 features of a picture, row by row."""
+    """Image tower with 49 features per image, row by row."""
 
     def __init__(self, ref: TowerRef, model: EfficientNetLite0, device: torch.device) -> None:
         super().__init__(ref)
         self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.width = WIDTH
-        self.stack = GRID  # a row of the grid is a token: on two cores a token costs more than a place says
+        self.stack = GRID  # a row of the grid is one token: on two cores a token costs more than a grid cell tells
 
     @torch.inference_mode()
     def grid(self, content: bytes) -> Any:
-        """(1, WIDTH, GRID, GRID) fp32 of a picture."""
+        """Return the grid (1, WIDTH, GRID, GRID) of an image, fp32."""
         pixels = torch.from_numpy(prepared(content))[None].permute(
             0, 3, 1, 2
-        )  # channels last, as the network computes
+        )  # a view of channels-last memory, the network's format
         return self.model(pixels.to(next(self.model.parameters()).device))
 
     def features(self, content: bytes) -> Any:
-        """See Tower."""
+        """Return the features (T, width) of an image file, fp16 on the CPU."""
         return stored(self.grid(content)[0].flatten(1).T)
 
 
 def prepared(content: bytes | Path) -> Any:
-    """(SIDE, SIDE, 3) fp32: the whole picture in a square, scaled as the network was trained to see it."""
+    """Return pixels (SIDE, SIDE, 3) fp32: the whole image in a square, scaled as in the network's training."""
     square = squared(open_image(content), SIDE, (MIDDLE, MIDDLE, MIDDLE))
     return (np.asarray(square, np.float32) - MIDDLE) / SCALE
 
 
 def open_efficientnet(ref: TowerRef, device: torch.device, notice: Callable[[str], object]) -> EfficientNetTower:
-    """The tower of the asset, converted to safetensors if that was not done yet."""
+    """Return the tower of the asset, converted to safetensors first if necessary. Raises ModelError."""
 
     def fill(part: Path) -> dict[str, str]:
         notice(f"converting the tower {ref.name}; this is done once")
@@ -165,10 +165,11 @@ def open_efficientnet(ref: TowerRef, device: torch.device, notice: Callable[[str
 
 
 def folded(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights as the asset has them -> as EfficientNetLite0 has them: each batch norm folded into its convolution."""
+    """Return the asset's weights as EfficientNetLite0's, each batch norm folded into its convolution."""
     weights: dict[str, Any] = {}
 
     def fold(target: str, convolution: str, norm: str) -> None:
+        """Fold one batch norm into its convolution, under the name `target`."""
         weight, *values = (
             state_dict[name].double()
             for name in (
@@ -176,6 +177,8 @@ def folded(state_dict: Mapping[str, Any]) -> dict[str, Any]:
                 *(f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var")),
             )
         )
+        # batch norm after convolution: gain (W x - mean) / sqrt(variance + eps) + offset = W' x + b', with
+        # scale (out,) = gain / sqrt(variance + eps), W' = W scale, b' = offset - mean scale
         gain, offset, mean, variance = values
         scale = gain / (variance + NORM_EPSILON).sqrt()
         weights[f"{target}.convolution.weight"] = (weight * scale[:, None, None, None]).float().contiguous()
@@ -192,10 +195,8 @@ def folded(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return weights
 
 
-# (which of the hidden states, counted from the last; how many states stand before the patches') by transformers'
-# model_type.
-# Of CLIP the last but one: the last layer's patches are trained by nothing (Liu et al. 2023, "Visual Instruction
-# Tuning").
+# By transformers' model_type: index of the hidden state to use, and number of states before the patches'. For CLIP it
+# is the last but one: no loss trains the last layer's patches (Liu et al. 2023, "Visual Instruction Tuning").
 _STATES = {
     "clip": (-2, 1),
     "clip_vision_model": (-2, 1),
@@ -206,7 +207,7 @@ _STATES = {
 
 
 class VisionTower(Located):
-    """A vision encoder: one feature for each patch, row by row."""
+    """Image tower with one feature per patch, row by row."""
 
     def __init__(self, ref: TowerRef, device: torch.device) -> None:
         super().__init__(ref)
@@ -218,11 +219,11 @@ class VisionTower(Located):
         self._side = _side(self._prepare)
         mean = self._prepare.image_mean if self._prepare.do_normalize else (0.5, 0.5, 0.5)
         red, green, blue = (round(255 * value) for value in mean)
-        self._ground = red, green, blue  # all but 0 once it is normalised
+        self._ground = red, green, blue  # padding colour, nearly 0 after normalisation
 
     @torch.inference_mode()
     def features(self, content: bytes) -> Any:
-        """See Tower."""
+        """Return the features (T, width) of an image file, fp16 on the CPU."""
         square = squared(open_image(content), self._side, self._ground)
         pixels = self._prepare(square, return_tensors="pt").pixel_values.to(self._model.device)
         outputs = self._model(pixel_values=pixels, output_hidden_states=True)
@@ -231,7 +232,7 @@ class VisionTower(Located):
 
 
 def _side(prepare: Any) -> int:
-    """Of the square that a processor makes of any picture. Raises ValueError for one that makes none."""
+    """Return the side of the square that a processor makes of any image. Raises ValueError if it makes none."""
     size = prepare.crop_size if prepare.do_center_crop else prepare.size
     if size["width"] != size["height"]:
         raise ValueError(f"its pictures are {size['width']} x {size['height']}, no square")
@@ -239,6 +240,7 @@ def _side(prepare: Any) -> int:
 
 
 def _opened(ref: TowerRef) -> tuple[Any, Any]:
+    """Return the model and the image processor of a ref. Raises ModelError."""
     options = {"pretrained_model_name_or_path": str(ref.path), "local_files_only": True, "trust_remote_code": False}
     try:
         with quiet_transformers():
@@ -248,7 +250,7 @@ def _opened(ref: TowerRef) -> tuple[Any, Any]:
             # by one backend: torchvision resizes to other pixels than Pillow, and it may or may not be installed
             prepare = transformers.AutoImageProcessor.from_pretrained(**options, backend="pil")
             _side(prepare)
-    except Exception as error:  # truncated safetensors, no processor: each its own kind
+    except Exception as error:  # truncated safetensors, no processor: various exceptions
         raise ModelError(
             f"{ref.path} cannot be opened as an encoder of square pictures of one size: {first_line(error)}",
             f"{WHOLE}, preprocessor_config.json among them",

@@ -1,1 +1,1 @@
-"""A Release in other formats, measured against the Release in other runtimes."""
+"""Export of a Release to other formats, measured against the Release in other runtimes."""

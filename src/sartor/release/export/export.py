@@ -1,4 +1,4 @@
-"""Verb export: write, measure, seal or refuse."""
+"""Verb `export`: write, measure, and seal or refuse."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ _WRITERS: dict[str, Callable[[ExportContext, Path], ExportedForm]] = {
     "merged": export_formats.write_merged,
     "gguf": export_formats.write_gguf,
 }
-# fp32 weights twice (the base as it is read, the runtime's own or the merged ones), and as much again as a small
-# file's worth
+# Memory of the comparison: two copies of the fp32 weights (the base, and those of the runtime or the merged model),
+# and some spare bytes
 _COPIES, _BYTES, _SPARE_BYTES = 2, 4, 1 << 30
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` made."""
+    """Result of `export`."""
 
     export: Artifact
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         manifest = self.export.manifest
         keys = ("form", "name", "version", "as_base", "parity")
         signed = (self.export.path / "signature").is_file()
@@ -57,13 +57,14 @@ class Exported:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How an export is made, beside where and of what.
+    """Options of an export.
 
-    quantise: types of the merged GGUF (gguf_model.TYPES) beside f16, which is left away where bf16 or f32 is named;
-    `none`
-    alone: no merged file, so the adapter is all that travels to a device that has the base's own file.
-    allow_unmeasured: also where the runtime is not installed. sign: a private key for the receipt. key, base: as in
-    `verify`.
+    quantise: types of the merged GGUF files (gguf_writer.TYPES). f16 is added unless bf16 or f32 is named. `none`
+    alone
+    writes no merged file, for devices that already have the base's own file.
+    allow_unmeasured: export even if the runtime is not installed.
+    sign: private key for the receipt.
+    key, base: as in `verify`.
     """
 
     quantise: Sequence[str] = ()
@@ -74,7 +75,7 @@ class ExportOptions:
 
     @property
     def types(self) -> list[str]:
-        """Of the merged GGUF files, each once."""
+        """Types of the merged GGUF files, each once."""
         if list(self.quantise) == [NO_MERGED]:
             return []
         default_types = [] if {"bf16", "f32"} & set(self.quantise) else ["f16"]
@@ -90,12 +91,12 @@ def export(
     replace: bool = False,
     notice: Notice = lambda line: None,
 ) -> Exported:
-    """Write a Release as `peft`, `merged` or `gguf` for other runtimes, with a parity receipt, and what is owed for
-    it.
+    """Export a Release as `peft`, `merged` or `gguf`, with a parity receipt and the required notices.
 
-    The Release is verified first. Raises what `verify` raises; GateError with the numbers where the runtime answers
-    otherwise than the Release (nothing is left at `out`), ExtraError where the runtime is absent and that is not
-    allowed, BudgetError where memory cannot hold the comparison, ModelError for a base that the form has no place for.
+    The Release is verified first. Raises what `verify` raises; GateError with the numbers if the runtime's replies
+    differ
+    from the Release's (nothing is left at `out`); ExtraError if the runtime is missing and that is not allowed;
+    BudgetError if memory cannot hold the comparison; ModelError for a base or media that the form does not support.
     """
     options = options or ExportOptions()
     _check(to, options)
@@ -136,7 +137,10 @@ def export(
 
 
 def _check(to: str, options: ExportOptions) -> None:
-    """Refuse before any work what could not be done after it."""
+    """Raise an error before any work for options that cannot succeed.
+
+    Raises ConfigError for an unknown form or type, ExtraError without llama.cpp.
+    """
     if to not in _WRITERS:
         raise ConfigError(f"there is no form {to!r} of an export; there are {', '.join(_WRITERS)}", "--to peft")
     if unknown := [kind for kind in options.quantise if kind not in TYPES and list(options.quantise) != [NO_MERGED]]:
@@ -150,7 +154,7 @@ def _check(to: str, options: ExportOptions) -> None:
 
 
 def _check_media(release: Artifact, to: str) -> bool:
-    """Whether the Release reads media. Raises ModelError for a form that has no place for their projectors."""
+    """Return whether the Release reads media. Raises ModelError for a form that cannot hold its projectors."""
     towers = composed_model.read_towers(release.path)
     if towers and to != "peft":
         name, modalities = release.manifest["name"], " and ".join(towers)
@@ -164,7 +168,10 @@ def _check_media(release: Artifact, to: str) -> bool:
 
 
 def _check_memory(ref: model_refs.BaseRef) -> None:
-    """Raises BudgetError where fp32 weights, twice, do not fit: below that the comparison would swap or be killed."""
+    """Raise BudgetError if two copies of the fp32 weights do not fit into memory.
+
+    The comparison would swap or be killed otherwise.
+    """
     needed_bytes = hardware.weights_in(ref.path) * _BYTES * _COPIES + _SPARE_BYTES if ref.path.is_dir() else 0
     room = hardware.available_bytes()
     if needed_bytes > room.bytes:
@@ -177,7 +184,7 @@ def _check_memory(ref: model_refs.BaseRef) -> None:
 
 
 def _facts(release: Artifact, to: str, part: Path) -> dict[str, Any]:
-    """What the receipt says of the export and of where it is from."""
+    """Return the facts of the receipt about the export and its origin."""
     manifest = release.manifest
     keys = ("name", "version", "base", "sources", "obligations", "system_prompt", "sampling", "canaries")
     return {
@@ -195,7 +202,10 @@ def _facts(release: Artifact, to: str, part: Path) -> dict[str, Any]:
 
 
 def _as_base(to: str, part: Path) -> dict[str, str]:
-    """File -> the digest of the base that it is, where it can be one; `.` is the directory."""
+    """Return the base digest of each exported file that can serve as a base.
+
+    The key `.` is the whole directory.
+    """
     if to == "merged":
         return {".": model_refs.files_digest(part)}
     files = [file for file in sorted(part.glob("*.gguf")) if not file.name.endswith("-adapter.gguf")]

@@ -1,4 +1,4 @@
-"""Peft, merged and GGUF formats with their companion files."""
+"""PEFT, merged and GGUF formats with their companion files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sartor.models.loading import quiet_transformers
 from sartor.release.export import parity
 from sartor.release.export.parity import Figures, Trace
 
-# as transformers names them: the tokenizer, whole
+# tokenizer files, as transformers names them
 _TOKENIZER = re.compile(
     r"(tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model|.*\.tiktoken)$"
 )
@@ -34,9 +34,9 @@ _TEMPLATE = "chat_template.jinja"
 
 
 def write_tokenizer(base: Base, part: Path) -> None:
-    """The base's tokenizer files as they are, and the chat template that the Release is bound to.
+    """Copy the base's tokenizer files, and write the chat template to which the Release is bound.
 
-    Raises GateError if what transformers then opens has another template.
+    Raises GateError if transformers then loads another template.
     """
     for file in sorted(base.ref.path.iterdir()):
         if file.is_file() and _TOKENIZER.match(file.name):
@@ -51,12 +51,12 @@ def write_tokenizer(base: Base, part: Path) -> None:
 
 
 def write_template(base: Base, part: Path) -> None:
-    """The chat template, byte for byte."""
+    """Write the chat template, byte for byte."""
     (part / _TEMPLATE).write_bytes(base.chat.template.encode())
 
 
 def write_generation_config(release: Artifact, base: Base, part: Path) -> None:
-    """The Release's sampling as transformers takes it by default, and the tokens that end a reply."""
+    """Write the Release's sampling as transformers' defaults, and the tokens that end a reply."""
     sampling = release.manifest["sampling"]
     drawn = {"do_sample": True, "temperature": sampling["temperature"], "top_p": sampling["top_p"]}
     fields: dict[str, Any] = {
@@ -72,8 +72,8 @@ def write_generation_config(release: Artifact, base: Base, part: Path) -> None:
 
 
 def _choice_lines(release: Artifact) -> list[str]:
-    """Lines of the card that say how often the evaluated rows were used; none of a Release from before that was
-    counted.
+    """Return the lines of the card about earlier uses of the evaluated rows; none for Releases that did not count
+    them.
     """
     report = release.path / "report"
     chosen = read_manifest(report, ("report",)).get("chosen") if kind_of(report) == "report" else None
@@ -81,7 +81,7 @@ def _choice_lines(release: Artifact) -> list[str]:
 
 
 def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -> None:
-    """README.md: what this is, how it is loaded (`use`), what it was made of; its front matter names the licence."""
+    """Write README.md: description, loading instructions (`use`), origin; its front matter names the licence."""
     manifest = release.manifest
     name = f"{manifest['name']} {manifest['version']}"
     system, bias = manifest["system_prompt"], manifest["gate"].get("bias")
@@ -118,7 +118,7 @@ def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -
 
 
 def readable(part: Path) -> None:
-    """Give every file the rights that a new file has here: some writers keep theirs from all other users."""
+    """Give every file the permissions of a new file here; some writers deny access to other users."""
     mode = (part / "README.md").stat().st_mode
     for file in part.rglob("*"):
         if file.is_file():
@@ -126,7 +126,7 @@ def readable(part: Path) -> None:
 
 
 def _as_hub_spells(licence: str) -> str:
-    """The hub's spelling of the licences that `bases` reads back; other expressions as they are."""
+    """Return a licence in the hub's spelling if `model_refs` knows it; other expressions unchanged."""
     return licence.lower() if licence in model_refs.HUB_LICENCES.values() else licence
 
 
@@ -136,8 +136,10 @@ _SHARD = "4GB"
 
 @dataclass
 class ExportContext:
-    """What a form is made of. `model`: the base in fp32 with the Release's adapter on it; used up when the form is
-    done.
+    """Inputs of an export format.
+
+    model: base in fp32 with the Release's adapter; consumed by the format.
+    traces: reference replies. types: types of GGUF files. measured: whether the runtime is asked.
     """
 
     release: Artifact
@@ -150,24 +152,27 @@ class ExportContext:
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """Base name of the exported files."""
         return f"{self.release.manifest['name']}-{self.release.manifest['version']}"
 
     def asking(self, runtime: str) -> Progress:
-        """Progress of a runtime that is asked all prompts."""
+        """Return the progress of a runtime that answers all prompts."""
         return Progress(f"ask {runtime}", len(self.traces), "prompts", self.notice)
 
 
 @dataclass(frozen=True)
 class ExportedForm:
-    """A finished form: figures of its files by name, and the command lines or code that load it."""
+    """Finished format: parity figures by file name, and commands or code that load it."""
 
     figures: dict[str, Figures]
     use: str
 
 
 def write_peft(work: ExportContext, part: Path) -> ExportedForm:
-    """The PEFT directory as peft, vLLM and SGLang load it, with tokenizer and chat template."""
+    """Write a PEFT directory for peft, vLLM and SGLang, with tokenizer and chat template.
+
+    Raises GateError if peft's replies differ from the Release's.
+    """
     tower_refs = composed_model.read_towers(work.release.path)
     for file in (adapters.CONFIG, adapters.WEIGHTS, *([composed_model.FILE] if tower_refs else [])):
         shutil.copyfile(work.release.path / file, part / file)
@@ -184,7 +189,10 @@ def write_peft(work: ExportContext, part: Path) -> ExportedForm:
 
 
 def write_merged(work: ExportContext, part: Path) -> ExportedForm:
-    """The base with the adapter added into its weights, in transformers' layout and the base's own type."""
+    """Write the merged model in transformers' layout and the base's own dtype.
+
+    Raises GateError if transformers' replies differ from the Release's.
+    """
     chat, device = work.base.chat, work.base.device
     model = adapters.merge(work.model).to(_width_of(work.base.ref.path))
     with quiet_transformers():
@@ -199,13 +207,16 @@ def write_merged(work: ExportContext, part: Path) -> ExportedForm:
 
 
 def _width_of(base: Path) -> torch.dtype:
-    """The type that a base's weights are stored in; fp32 where it is none of the usual ones."""
+    """Return the dtype of a base's stored weights; fp32 for an unusual one."""
     with safe_open(sorted(base.glob("*.safetensors"))[0], "pt") as file:
         return _WIDTHS.get(file.get_slice(next(iter(file.keys()))).get_dtype(), torch.float32)
 
 
 def write_gguf(work: ExportContext, part: Path) -> ExportedForm:
-    """The adapter as GGUF, and the merged model as one GGUF file a type; llama.cpp is asked of each."""
+    """Write the adapter as GGUF, and the merged model as one GGUF file for each type.
+
+    If llama.cpp is installed, each file is measured. Raises GateError if its replies differ from the Release's.
+    """
     base, manifest = work.base, work.release.manifest
     template = base.chat.template
     metadata = gguf_writer.GgufMetadata(
@@ -236,9 +247,7 @@ def write_gguf(work: ExportContext, part: Path) -> ExportedForm:
 
 
 def _vocabulary(base: Base, rows: int) -> gguf_writer.Vocabulary:
-    """The tokenizer of the file that the base came from; where it came from none, written from the tokenizer in
-    memory.
-    """
+    """Return the vocabulary of the GGUF file from which the base was made; if there is none, that of its tokenizer."""
     if file := _own_file(base):
         return gguf_writer.from_file(file, rows)
     return gguf_writer.from_chat(base.chat, rows)
@@ -251,8 +260,9 @@ def _own_file(base: Base) -> Path | None:
 def _ask_of_adapter(
     work: ExportContext, adapter: Path, vocabulary: gguf_writer.Vocabulary, metadata: gguf_writer.GgufMetadata
 ) -> Figures:
-    """llama.cpp with the adapter on the base's own GGUF file; where it has none, on the base written in F16 for this
-    alone.
+    """Measure llama.cpp with the adapter on the base's own GGUF file.
+
+    Without such a file, the base is written as a temporary F16 file.
     """
     template, traces = metadata.template, work.traces
     if file := _own_file(work.base):

@@ -1,8 +1,8 @@
-"""Child process that asks llama.cpp for logits.
+"""Child process that measures llama.cpp.
 
 `python -m sartor.release.export.llamacpp_process JOB RESULT ANSWERED` reads and writes JSON files; ANSWERED gets a
-byte for each prompt. The server of xllamacpp listens on loopback while it lives, behind a key that only this process
-knows. No torch.
+byte for each answered prompt. The server of xllamacpp listens on loopback while the process lives, with a key that
+only this process knows. No torch.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
-# per position the likeliest tokens, best first, each with the natural log of its probability; None where it was not
-# told
+# one position: (token id, natural log of its probability) of the likeliest tokens, best first; None if not reported
 Step = list[tuple[int, float | None]]
 
 
 class LlamaCppSession:
-    """A running llama.cpp with one model and at most one adapter."""
+    """Running llama.cpp server with one model and at most one adapter."""
 
     def __init__(self, job: Json) -> None:
-        """Raises RuntimeError where llama.cpp cannot open the files."""
+        """Start the server. Raises RuntimeError if llama.cpp cannot open the files."""
         import xllamacpp
 
         self.job = job
@@ -43,7 +42,7 @@ class LlamaCppSession:
         self.server = xllamacpp.Server(params)
 
     def post(self, path: str, payload: Json | None = None) -> Any:
-        """One request to its server."""
+        """Send one request to the server and return the parsed answer."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         body = None if payload is None else json.dumps(payload).encode()
         with urllib.request.urlopen(
@@ -52,7 +51,10 @@ class LlamaCppSession:
             return json.loads(answer.read())
 
     def complete(self, ids: list[int], count: int) -> list[Step]:
-        """The greedy continuation: at each of its tokens the likeliest; a stop token is the last."""
+        """Return the likeliest tokens at each position of the greedy continuation; a stop token is the last.
+
+        Raises RuntimeError if llama.cpp returns no token.
+        """
         fields = {"prompt": ids, "n_predict": count, "n_probs": self.job["likeliest"], "temperature": 0, "top_k": 1}
         completion = self.post("/completion", {**fields, "return_tokens": True})
         if not completion["tokens"]:
@@ -60,11 +62,11 @@ class LlamaCppSession:
         return token_steps(completion["tokens"], completion.get("completion_probabilities", []))
 
     def trace(self, prompt: list[int], reply: list[int]) -> Json:
-        """The greedy reply of its own, and at each position behind `prompt` and a part of `reply` the likeliest
-        tokens.
+        """Return the greedy reply, and the likeliest tokens at each position of the reference reply.
 
-        While both say the same, one request tells of many positions; after a difference the next begins with `reply`
-        so far.
+        prompt, reply: token ids. While both replies agree, one request covers many positions. After a difference the
+        next
+        request begins with `reply` so far.
         """
         greedy_steps = self.complete(prompt, self.job["longest"])
         steps: list[Step] = []
@@ -78,17 +80,17 @@ class LlamaCppSession:
         return {"greedy": [step[0][0] for step in greedy_steps], "likeliest": steps}
 
     def render(self, messages: list[Json]) -> Json:
-        """A conversation as its chat template writes it, and as its tokenizer cuts that."""
+        """Return a conversation as rendered by the model's chat template, and its token ids."""
         text = self.post("/apply-template", {"messages": messages})["prompt"]
         tokenized = self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})
         return {"text": text, "ids": tokenized["tokens"]}
 
 
 def token_steps(tokens: list[int], entries: list[Json]) -> list[Step]:
-    """A step for each token. The server tells nothing of tokens that end inside a character (an emoji is three of
-    them).
+    """Return the step of each token. The server reports nothing for tokens that end inside a character, such as an
+    emoji.
 
-    Which of several equal tokens an entry belongs to is taken for known only where counting from both ends agrees.
+    If equal tokens repeat, an entry is assigned only if matching from the start and from the end agree.
     """
     steps: list[Step] = [[(token, None)] for token in tokens]
     ids = [entry["id"] for entry in entries]
@@ -101,7 +103,7 @@ def token_steps(tokens: list[int], entries: list[Json]) -> list[Step]:
 
 
 def _places(tokens: list[int], ids: list[int]) -> list[int]:
-    """Where `ids` stand in `tokens`, each as early as it can."""
+    """Return the earliest increasing positions of `ids` in `tokens`."""
     places: list[int] = []
     for token in ids:
         places.append(tokens.index(token, places[-1] + 1 if places else 0))
@@ -109,15 +111,13 @@ def _places(tokens: list[int], ids: list[int]) -> list[int]:
 
 
 def _go_with_the_parent() -> None:
-    """End this process when the one that started it closes our standard input, by dying if need be."""
+    """End this process when its standard input is closed, which also happens when the parent dies."""
     sys.stdin.buffer.read()
     os._exit(1)
 
 
 def main(job_file: str, result_file: str, answered_file: str) -> int:
-    """Do a job; returns the process's exit code. What went wrong is written as `error`, and a byte a trace that is
-    answered.
-    """
+    """Run a job and return the exit code. A failure is written to the result as `error`."""
     threading.Thread(target=_go_with_the_parent, daemon=True).start()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:

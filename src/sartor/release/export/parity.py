@@ -33,7 +33,7 @@ from sartor.models.chat import ChatTokenizer
 from sartor.models.loading import quiet_transformers
 
 LEAST = 50
-# where nothing else is left of what a Release was made of; ordinary questions in ordinary words
+# Generic questions, used if too few prompts are left of the Release's data
 _ASKED = (
     "What is {}?",
     "Explain {} to a child.",
@@ -47,18 +47,24 @@ _ABOUT = ("water", "a contract", "electricity", "bread", "a bridge", "music", "a
 
 @dataclass(frozen=True)
 class ParityPrompt:
-    """A conversation that waits for a reply, its token ids, and where it is from."""
+    """Conversation that waits for a reply, with its token ids and its origin.
+
+    spells_markup: whether a text contains the template's markup as text.
+    """
 
     messages: tuple[Message, ...]
     tools: str
     ids: tuple[int, ...]
     source: str
-    # other runtimes read markup that a text spells as markup
+    # other runtimes interpret such text as markup
     spells_markup: bool = False
 
     @property
     def is_plain(self) -> bool:
-        """Whether roles and texts are all of it: no tools, which each runtime writes in its own way, and no markup."""
+        """Whether the prompt consists of roles and texts only.
+
+        It has no markup, and no tools, which each runtime renders differently.
+        """
         return (
             not self.tools
             and not self.spells_markup
@@ -66,13 +72,14 @@ class ParityPrompt:
         )
 
     def as_json(self) -> list[dict[str, Any]]:
-        """The conversation in OpenAI's form."""
+        """Return the conversation in OpenAI's form."""
         return [{"role": message.role, "content": message.text} for message in self.messages]
 
 
 def choose(release: Artifact, chat: ChatTokenizer, count: int = LEAST) -> list[ParityPrompt]:
-    """`count` prompts (fewer are topped up with generic ones). Those that the chat template refuses are passed
-    over.
+    """Return up to `count` distinct prompts, filled up with generic ones.
+
+    Prompts that the chat template refuses are skipped.
     """
     results: dict[tuple[int, ...], ParityPrompt] = {}
     system = str(release.manifest.get("system_prompt", ""))
@@ -92,11 +99,11 @@ Candidates = list[tuple[str, Sequence[Message], str]]
 
 
 def _held_out(release: Artifact, count: int) -> Candidates:
-    """Rows that were not trained on: of the Dataset where it stands, else what the Report inside the Release asked."""
+    """Return rows that were not trained on: of the Dataset, or if it is gone, of the Report in the Release."""
     if ancestry.find_parent(release, "dataset") is not None:
         try:
             examples = held_out(release, None, 4 * count, release.path).examples
-        except SourceError:  # it holds nothing out
+        except SourceError:  # the Dataset has no held-out rows
             examples = []
         return [
             ("held-out rows", example.prompt, example.tools)
@@ -116,18 +123,19 @@ def _turns(system: str, text: str) -> list[Message]:
     return [*([Message.of("system", system)] if system else []), Message.of("user", text)]
 
 
-# Of each reply that many tokens are compared. Logits of all of them are held: 50 replies over 150,000 tokens are 1.4
-# GB.
+# Tokens of each reply that are compared. All their logits are held: 50 replies * 48 tokens * 150,000 entries * 4 bytes
+# are 1.4 GB.
 REPLY_TOKENS = 48
-# Told how many more prompts a runtime has answered
+# Called with the number of newly answered prompts
 Answered = Callable[[int], object]
 ROWS_TOGETHER = 16
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A prompt, the Release's greedy reply to it (with the token that ends it), and the logits (len(reply), V) at
-    each.
+    """Prompt with the Release's greedy reply and the logits along it.
+
+    reply: token ids, with the token that ends it. logits: (len(reply), V), fp32.
     """
 
     parity_prompt: ParityPrompt
@@ -143,9 +151,9 @@ class Trace:
 def trace(
     base: Base, model: Any, prompts: Sequence[ParityPrompt], progress: Answered = lambda count: None
 ) -> list[Trace]:
-    """Greedy replies by Sartor's own decoding, and the logits along each of them.
+    """Return the greedy replies of Sartor's own decoding, with the logits (len(reply), V) along each.
 
-    base.model and `model` (with the adapter) are in fp32. progress: told of prompts that are answered.
+    base.model and `model` (with the adapter) are in fp32. progress: called with the number of answered prompts.
     """
     chat = base.chat
     generations = generate(
@@ -169,8 +177,9 @@ def trace(
 
 @torch.inference_mode()
 def logits_along(model: Any, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
-    """Logits (len(reply) + 1, V), fp32 on the CPU: of the token behind the prompt, and of that behind each token of
-    `reply`.
+    """Return the logits after the prompt and after each token of `reply`: (T, V).
+
+    T = len(reply) + 1; fp32 on the CPU.
     """
     ids = torch.tensor([[*prompt, *reply]], device=model.device)
     logits: torch.Tensor = model(input_ids=ids).logits[0, len(prompt) - 1 :]
@@ -178,9 +187,9 @@ def logits_along(model: Any, prompt: Sequence[int], reply: Sequence[int]) -> tor
 
 
 LIKELIEST = 10
-# form -> least fraction of positions where the likeliest next token is the same. Down to q8_0 three
-# `agreement_deviation` and more below what any right export reached; under it a limit of use, away from what any
-# reached: docs/decisions/009-export.md
+# form -> least fraction of positions where the likeliest next token is the same. Down to q8_0 the limit is at least
+# three `agreement_deviation` below the result of every correct export. Below q8_0 it is a limit of usefulness.
+# docs/decisions/009-export.md
 LEAST_AGREEMENT = {
     "sartor": 0.995,
     "peft": 0.995,
@@ -196,19 +205,21 @@ LEAST_AGREEMENT = {
     "q4_1": 0.90,
     "q4_0": 0.90,
 }
-# prompts that a runtime's own template and tokenizer turn into the same tokens
+# least fraction of prompts that a runtime's own template and tokenizer turn into the same tokens
 LEAST_ALIKE = 0.98
-# the same fp32 computation by another program: more is another scale or another layer
+# Limit for the same fp32 computation by another program; a larger difference means another scale or layer
 MOST_LOGIT_DIFFERENCE = {"peft": 0.01}
 
 
 @dataclass(frozen=True)
 class RuntimeOutputs:
-    """What a runtime said to the traces, in their order.
+    """Outputs of a runtime for the traces, in their order.
 
-    greedy: its own replies (the token that ends one is the last). likeliest: per position behind the reference's reply
-    the likeliest tokens with logprobs (None where not told), best first. logits: the same positions whole, where the
-    runtime gives them.
+    greedy: its own replies as token ids, with the token that ends each.
+    likeliest: for each position along the reference reply the likeliest tokens with logprobs (None if not reported),
+    best
+    first.
+    logits: (len(reply), V) for each trace, if the runtime gives them.
     """
 
     greedy: list[list[int]]
@@ -218,12 +229,18 @@ class RuntimeOutputs:
 
 @dataclass(frozen=True)
 class Figures:
-    """One line of a receipt. Fractions are of positions (`agreement`, `greedy_tokens`) or of replies and prompts.
+    """Parity figures of one file in one runtime.
 
-    Differences: the largest and the mean over the likeliest tokens of each position (logprobs, natural), and the
-    largest over the whole vocabulary (logits), None where the runtime does not tell them. alike: prompts that its
-    template and tokenizer write as Sartor's do; None where it has none of its own. agreement_deviation: the standard
-    deviation of `agreement` over replies drawn like these; the positions of one reply are not independent.
+    agreement: fraction of positions where the likeliest next token is the same.
+    greedy_tokens, greedy_replies: fraction of equal tokens and of equal whole replies in greedy decoding.
+    logprob_difference, mean_logprob_difference: largest and mean absolute difference of natural logprobs, over the
+    likeliest tokens of each position.
+    logit_difference: largest absolute difference over the whole vocabulary; None if the runtime gives no logits.
+    alike: fraction of prompts that its template and tokenizer render as Sartor does; None if there were none to
+    compare.
+    agreement_deviation: standard deviation of `agreement` over replies drawn like these, since the positions of one
+    reply
+    are not independent.
     """
 
     runtime: str
@@ -240,12 +257,12 @@ class Figures:
     wall_s: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """The figures and what they are held against."""
+        """Return the figures and the least agreement that they must reach."""
         return {**asdict(self), "least_agreement": LEAST_AGREEMENT[self.form]}
 
 
 def compare(runtime: str, form: str, traces: Sequence[Trace], answers: RuntimeOutputs) -> Figures:
-    """Figures of what a runtime answered."""
+    """Return the parity figures of a runtime's outputs."""
     matches: list[int] = []
     differences: list[torch.Tensor] = []
     for trace, top_tokens in zip(traces, answers.likeliest, strict=True):
@@ -261,6 +278,8 @@ def compare(runtime: str, form: str, traces: Sequence[Trace], answers: RuntimeOu
         )
         length += max(len(trace.reply), len(greedy))
         exact_count += list(trace.reply) == greedy
+    # agreement p = sum_i m_i / sum_i n_i over replies i (m_i matches of n_i positions); a ratio estimator with
+    # sd(p) ~ sqrt(sum_i (m_i - p n_i)^2) / sum_i n_i, where the replies are independent and positions are not
     lengths = [len(trace.reply) for trace in traces]
     positions, agreement = sum(lengths), sum(matches) / sum(lengths)
     deviation = (
@@ -286,14 +305,17 @@ def compare(runtime: str, form: str, traces: Sequence[Trace], answers: RuntimeOu
 
 
 def with_prompts(figures: Figures, traces: Sequence[Trace], rendered: Sequence[Sequence[int]]) -> Figures:
-    """The figures with the fraction of plain prompts that came out in the same tokens."""
+    """Return the figures with the fraction of plain prompts that were rendered to the same tokens.
+
+    rendered: token ids of each plain prompt, in order.
+    """
     plain_traces = [trace for trace in traces if trace.parity_prompt.is_plain]
     same_count = sum(trace.prompt == list(ids) for trace, ids in zip(plain_traces, rendered, strict=True))
     return replace(figures, alike=same_count / len(plain_traces) if plain_traces else None)
 
 
 def check(figures: Figures, name: str) -> None:
-    """Raise GateError with the numbers unless a form answers as the Release does."""
+    """Raise GateError with the numbers if a form's figures are beyond the limits."""
     min_agreement = LEAST_AGREEMENT[figures.form]
     problems = []
     if not figures.agreement >= min_agreement:
@@ -319,19 +341,19 @@ def check(figures: Figures, name: str) -> None:
         )
 
 
-# in few bits what a tune changed may round away, most of all where the base stood on the same grid already
+# With few bits, rounding may remove the changes of a tune, most of all if the base was already on the same grid
 _FEWER = "--quantise q8_0 has finer steps; the adapter's GGUF on the base's own file is rounded nowhere"
 _REMEDIES = {form: _FEWER for form in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")}
 
 
 LLAMA_CPP = "xllamacpp"
-# of a whole run of llama.cpp; a model of a few billions on two cores needs minutes
+# limit for a whole run of llama.cpp; a model of a few billion parameters needs minutes on two cores
 TIME_LIMIT_S = 6 * 3600.0
 _LOOK_S = 1.0
 
 
 def check_own_decoding(traces: Sequence[Trace]) -> Figures:
-    """Sartor against itself: one token at a time with a cache (the replies) against all at once (the logits)."""
+    """Compare Sartor with itself: cached token-by-token decoding (the replies) with one forward pass (the logits)."""
     likeliest = [_likeliest(trace.logits) for trace in traces]
     return compare("sartor", "sartor", traces, RuntimeOutputs([list(trace.reply) for trace in traces], likeliest))
 
@@ -344,7 +366,7 @@ def ask_peft(
     device: torch.device,
     progress: Answered = lambda count: None,
 ) -> Figures:
-    """PeftModel on transformers' own model, in fp32."""
+    """Measure PeftModel on transformers' own model, in fp32."""
     with quiet_transformers():
         model = _load_model(base, device)
         model = peft.PeftModel.from_pretrained(model, str(part), torch_device="cpu").to(device).eval()
@@ -358,8 +380,9 @@ def ask_merged(
     device: torch.device,
     progress: Answered = lambda count: None,
 ) -> Figures:
-    """Transformers on the merged files alone, computing in fp32: what their narrower type rounds away is what
-    shows.
+    """Measure transformers on the merged files alone, in fp32.
+
+    The differences show what the narrower dtype of the files rounds away.
     """
     with quiet_transformers():
         model = _load_model(part, device)
@@ -400,7 +423,7 @@ def _ask_torch(
 
 @torch.inference_mode()
 def _generate(model: Any, chat: ChatTokenizer, prompts: Sequence[list[int]]) -> list[list[int]]:
-    """transformers' own greedy decoding; a stop token is the last of a reply."""
+    """Return greedy replies by transformers' own decoding; a stop token is the last of a reply."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[chat.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
@@ -422,7 +445,7 @@ def _until_stop(row: list[int], stops: set[int]) -> list[int]:
 
 
 def _likeliest(logits: torch.Tensor) -> list[list[tuple[int, float | None]]]:
-    """Of each row of (T, V) the likeliest tokens with logprobs, best first."""
+    """Return the likeliest tokens with logprobs for each row of logits (T, V), best first."""
     best = logits.log_softmax(-1).topk(min(LIKELIEST, logits.shape[-1]))
     return [
         list(zip(ids, values, strict=True))
@@ -431,12 +454,12 @@ def _likeliest(logits: torch.Tensor) -> list[list[tuple[int, float | None]]]:
 
 
 def has_llama_cpp() -> bool:
-    """Whether llama.cpp can be asked on this machine."""
+    """Return whether llama.cpp is installed."""
     return importlib.util.find_spec(LLAMA_CPP) is not None
 
 
 def need_llama_cpp() -> ExtraError:
-    """The error where it cannot be, and a receipt is wanted."""
+    """Return the error for a receipt without llama.cpp."""
     error = missing_package(LLAMA_CPP, "llamacpp")
     return ExtraError(
         f"{error.problem}, so how a GGUF file answers cannot be measured", f"{error.remedy}; or --allow-unmeasured"
@@ -451,9 +474,9 @@ def ask_llama_cpp(
     adapter: Path | None = None,
     progress: Answered = lambda count: None,
 ) -> Figures:
-    """llama.cpp on a GGUF file, with an adapter's beside it or not, in a process of its own.
+    """Measure llama.cpp on a GGUF file, with or without an adapter file, in a process of its own.
 
-    Raises GateError where it cannot open them, or holds another chat template than `template`.
+    Raises GateError if it cannot run the file, or finds another chat template than `template`.
     """
     start_time = time.monotonic()
     context_length = max(len(trace.parity_prompt.ids) for trace in traces) + REPLY_TOKENS + 8
@@ -461,7 +484,7 @@ def ask_llama_cpp(
         "model": str(file),
         "adapter": str(adapter) if adapter else "",
         "context": -(-context_length // 256) * 256,
-        # its threads spin: one that waits for a core holds up all the others
+        # its threads spin, so one that waits for a core holds up all the others
         "threads": max(1, (os.cpu_count() or 2) - 1),
         "likeliest": LIKELIEST,
         "longest": REPLY_TOKENS,
@@ -486,7 +509,10 @@ def ask_llama_cpp(
 
 
 def _in_a_process(job: dict[str, Any], progress: Answered) -> dict[str, Any]:
-    """What the other process said; its own end (a crash of llama.cpp, the time limit) is an error too."""
+    """Run a job in a child process; return its result.
+
+    A crash of llama.cpp and the time limit are returned as `error` too.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         answered_file = folder / "answered"
@@ -499,7 +525,7 @@ def _in_a_process(job: dict[str, Any], progress: Answered) -> dict[str, Any]:
             str(folder / "result.json"),
             str(answered_file),
         ]
-        # its standard input is ours to hold: when this process dies, it reads the end there, and goes too
+        # we hold the child's standard input open: when this process dies, the child reads its end and exits too
         with (
             (folder / "log").open("wb") as log,
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log) as child,
@@ -517,8 +543,9 @@ def _in_a_process(job: dict[str, Any], progress: Answered) -> dict[str, Any]:
 
 
 def _wait(child: subprocess.Popen[bytes], answered_file: Path, progress: Answered) -> int:
-    """The exit code of the other process, which writes a byte for each prompt that it has answered. Raises
-    TimeoutExpired.
+    """Return the exit code of the child process; report its progress meanwhile.
+
+    answered_file: gets one byte for each answered prompt. Raises TimeoutExpired.
     """
     deadline, answered = time.monotonic() + TIME_LIMIT_S, 0
     while True:

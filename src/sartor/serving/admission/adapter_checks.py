@@ -1,14 +1,14 @@
 """Checks of adapter config, factors, weights and projectors.
 
-A key that is not known here is let pass only while it is off (null, false, empty), so that a method of a newer peft is
-not served as if it were none. Patterns are regular expressions to peft; here they are names with dots, so that none
-can be slow.
+An unknown config key is accepted only if it is off (null, false, empty), so that a method of a newer peft is not
+served as plain LoRA. Patterns are regular expressions in peft; here they are names with dots, so that none can be
+slow.
 
 projectors.safetensors   metadata {"towers.1": JSON of kind -> name, digest, licence, width, stack}
 tensors KIND.mean, .spread, .gain, .project_in.*, .project_out.* (models/composed_model.py, Projector)
 
-`Pair` is one adapted module: A of shape (rank, in) and B of (out, rank), which add scale * B A to the base's (out,
-in).
+A `LoraEntryPair` is one adapted module: A of shape (rank, in) and B of (out, rank), which add scale * B A to the
+base's weight (out, in).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ MOST_NAMES = 100_000
 MOST_PATTERNS = 2_000
 _NAMES = re.compile(r"[\w.-]{1,300}", re.ASCII)
 _PATTERN = re.compile(r"\^?[\w.-]{1,300}", re.ASCII)
-# peft changes the base's own weights for the others (PiSSA, OLoRA, CorDA, LoftQ), which nobody else's adapter survives
+# for other values (PiSSA, OLoRA, CorDA, LoftQ) peft changes the base's weights, which breaks every other adapter
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
-# says nothing of how the adapter computes
+# keys without influence on the adapter's computation
 _FREE = frozenset(
     {
         "base_model_name_or_path",
@@ -73,8 +73,9 @@ _READ = frozenset(
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What a LoRA's config says of how it computes. Patterns: name or end of a name -> rank or alpha, first match
-    counts.
+    """Parts of a LoRA's config that decide its computation.
+
+    ranks, alphas: name or end of a name -> rank or alpha; the first match counts.
     """
 
     rank: int
@@ -88,16 +89,16 @@ class LoraConfig:
     is_transposed: bool
 
     def rank_of(self, module: str) -> int:
-        """The rank that is declared for a module."""
+        """Return the declared rank of a module."""
         return int(_pattern_value(self.ranks, module, self.rank))
 
     def scale_of(self, module: str) -> float:
-        """What B A is multiplied with: alpha / rank, or alpha / sqrt(rank) when rank-stabilised (arXiv:2312.03732)."""
+        """Return the factor of B A: alpha / rank, or alpha / sqrt(rank) if rank-stabilised (arXiv:2312.03732)."""
         alpha, rank = float(_pattern_value(self.alphas, module, self.alpha)), self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
 
     def targets_module(self, module: str) -> bool:
-        """Whether peft would put factors on the base's module of that name."""
+        """Return whether peft would put factors on the base's module of that name."""
         if module in self.targets:
             return True
         is_named = any(suffix in self.targets for suffix in _name_suffixes(module))
@@ -110,20 +111,24 @@ class LoraConfig:
 
 
 def _name_suffixes(module: str) -> list[str]:
-    """a.b.c -> a.b.c, b.c, c."""
+    """Return the dotted suffixes of a name: a.b.c -> a.b.c, b.c, c."""
     parts = module.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """The value of the first pattern that is the module's name or an end of it; with ^ the name alone."""
+    """Return the value of the first pattern that is the module's name or an end of it.
+
+    A pattern with ^ must be the whole name.
+    """
     names = {f"^{module}", *_name_suffixes(module)} if patterns else ()
     return next((value for key, value in patterns.items() if key in names), default)
 
 
 def read_config(file: Path) -> LoraConfig:
-    """The config of a plain LoRA. Raises AdmissionError naming the key that says otherwise, its value and what is
-    taken.
+    """Return the config of a plain LoRA.
+
+    Raises AdmissionError with the offending key, its value and what is accepted.
     """
     fields = _read(file)
     if fields.get("peft_type") != "LORA":
@@ -208,7 +213,7 @@ def _rank(key: str, value: Any) -> int:
 def _alpha(key: str, value: Any) -> float:
     if (
         isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9
-    ):  # a NaN is not below either
+    ):  # written as `not <`, which also rejects NaN
         raise _refusal(key, value, "a finite number")
     return float(value)
 
@@ -233,14 +238,14 @@ def _patterns(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
 CHECK = "projectors"
 KINDS: tuple[Modality, ...] = ("image", "audio")
 MOST_WIDTH, MOST_STACK = 1 << 16, 256
-# A channel is divided by its spread (models/composed_model.py never writes a smaller one)
+# Smallest spread, by which a channel is divided (models/composed_model.py never writes a smaller one)
 LEAST_SPREAD = 1e-6
 _AGAIN = "release an adapter that `sartor tune` wrote"
 
 
 @dataclass(frozen=True)
 class TowerReference:
-    """A tower as the file names it."""
+    """Media tower as projectors.safetensors names it."""
 
     kind: Modality
     name: str
@@ -251,22 +256,23 @@ class TowerReference:
 
 @dataclass(frozen=True)
 class Projectors:
-    """The file of a Release: its towers, and its tensors, of which no value was looked at."""
+    """Towers and tensors of a projectors file. No tensor value has been read."""
 
     towers: tuple[TowerReference, ...]
     tensors: Mapping[str, SafetensorsEntry]
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Of `image` and `audio`, those that it reads beside text."""
+        """Kinds of media, `image` and `audio`, that the Release reads besides text."""
         return tuple(tower.kind for tower in self.towers)
 
 
 def read_projectors(path: Path, files: Mapping[str, Any], about: EngineInfo) -> Projectors:
-    """The projectors of the Release in `path`, of these files, with towers that are on this machine.
+    """Return the projectors of the Release in `path`, checked against the towers on this machine.
 
-    Raises AdmissionError or ModelError for what is no such file, or where the engine reads no media or a tower is
-    another; AssetError for one that is not installed.
+    files: the files in its manifest; without projectors.safetensors the result is empty.
+    Raises AdmissionError or ModelError for an invalid file, an engine without media, or another tower; AssetError for
+    a tower that is not installed.
     """
     if PROJECTORS not in files:
         return Projectors((), {})
@@ -320,7 +326,10 @@ def _check_tower(tower: TowerReference) -> None:
 
 
 def check_projector_values(projectors: Projectors, width: int) -> str:
-    """What was found, in words; every value is read. width: of the base's embeddings. Raises AdmissionError."""
+    """Check the shape and every value of the projector tensors, and return a summary.
+
+    width: of the base's embeddings. Raises AdmissionError.
+    """
     if not projectors.towers:
         return "none: it reads text alone"
     expected = {name: shape for tower in projectors.towers for name, shape in _shapes(tower, width).items()}
@@ -334,12 +343,12 @@ def check_projector_values(projectors: Projectors, width: int) -> str:
 
 
 def _shapes(tower: TowerReference, width: int) -> dict[str, tuple[int, ...]]:
-    """Tensor -> its shape, (out, in) of weights."""
+    """Return the shape of each tensor of a tower's projector; weights are (out, in)."""
     shapes: dict[str, tuple[int, ...]] = {
         "mean": (tower.width,),
         "spread": (tower.width,),
         "gain": (),
-        # places of a picture are averaged behind it, moments of a recording stand side by side before it
+        # image: positions are averaged after project_in; audio: `stack` frames are concatenated before it
         "project_in.weight": (width, (1 if tower.kind == "image" else tower.stack) * tower.width),
         "project_in.bias": (width,),
         "project_out.weight": (width, width),
@@ -364,15 +373,16 @@ def _projectors_refusal(problem: str) -> AdmissionError:
     return AdmissionError(f"{PROJECTORS} {problem}", _AGAIN, CHECK)
 
 
-# safetensors' own limit; a base is the operator's own file, and a large one has many tensors
+# limit of the safetensors format: a base is the operator's own file, and a large one has many tensors
 MOST_HEADER_BYTES = 100 << 20
 SUFFIX = ".weight"
 
 
 class BaseWeights:
-    """The safetensors files in a base's directory. matrices: module name -> its two-dimensional weight.
+    """Weight matrices in the safetensors files of a base's directory.
 
-    norms_file keeps what `norms` found, so that a base is read once and not at every admission.
+    matrices: module name -> its two-dimensional weight.
+    norms_file: cache of `norms`, so that a base is read once and not at every admission.
     """
 
     def __init__(self, path: Path, digest: str, norms_file: Path) -> None:
@@ -392,16 +402,19 @@ class BaseWeights:
                     self.matrices[name.removesuffix(SUFFIX)] = tensor
 
     def linear(self) -> dict[str, SafetensorsEntry]:
-        """The matrices that an adapter may add to: all but embeddings and the head, which have a row per token."""
+        """Return the matrices that an adapter may add to.
+
+        These are all but the embeddings and the head, which have a row per token.
+        """
         return {name: tensor for name, tensor in self.matrices.items() if tensor.shape[0] != self._vocabulary}
 
     @property
     def width(self) -> int:
-        """Of an embedding; 0 where no weight has a row per token."""
+        """Width of an embedding; 0 if no weight has a row per token."""
         return next((tensor.shape[1] for tensor in self.matrices.values() if tensor.shape[0] == self._vocabulary), 0)
 
     def norms(self, modules: Iterable[str]) -> dict[str, float]:
-        """The Frobenius norm of each module's weight."""
+        """Return the Frobenius norm of each module's weight."""
         norms = self._read_norms()
         missing = [module for module in modules if module not in norms]
         for module in missing:
@@ -422,7 +435,7 @@ class BaseWeights:
             return {}
 
     def _write_norms(self, norms: dict[str, float]) -> None:
-        # a cache: norms that a power cut takes are computed anew from the base
+        # a cache, so not durable: norms that a power cut loses are computed again from the base
         content = json.dumps({"schema": 1, "base": self._digest, "norms": norms}).encode()
         write_file_atomic(self._norms_file, content, durable=False)
 
@@ -433,7 +446,7 @@ def _squares(piece: safetensors_file.Values) -> float:
 
 
 def _vocabulary(path: Path) -> int:
-    """Rows of the embedding, from config.json; 0 when it does not say."""
+    """Return the rows of the embedding, from config.json; 0 if it does not say."""
     try:
         fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
         return int(fields.get("vocab_size") or fields.get("text_config", {}).get("vocab_size") or 0)
@@ -443,9 +456,10 @@ def _vocabulary(path: Path) -> int:
         ) from None
 
 
-# What may be added to a module, as a Frobenius norm: half of the base's own weight, or, where that is small (a base
-# that was hardly trained), as much as two orthogonal matrices of its size. `benchmarks/norms.py` measures real
-# adapters; what the limit was chosen from stands in docs/admission.md.
+# Largest Frobenius norm that may be added to a weight W of (out, in):
+#   limit = max(0.5 ||W||, 2 sqrt(min(out, in)))
+# The second term is twice the norm of an orthogonal matrix of this size, for a base that was hardly trained.
+# `benchmarks/norms.py` measures real adapters; docs/admission.md has the measurements behind the limit.
 MOST_OF_WEIGHT = 0.5
 MOST_ORTHOGONAL = 2.0
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -454,7 +468,7 @@ _TUNE = "tune it again, or release the adapter as it was"
 
 @dataclass(frozen=True)
 class LoraEntryPair:
-    """The two factors of a module; `scale` multiplies their product."""
+    """Factors of a module; `scale` multiplies their product."""
 
     module: str
     a: SafetensorsEntry
@@ -464,7 +478,11 @@ class LoraEntryPair:
 
 @dataclass(frozen=True)
 class Norms:
-    """How much is added, 1 being the limit: the most, of which module, and the median over all modules."""
+    """Norms of the adapter's products as fractions of the limit.
+
+    largest, module: the largest one and its module.
+    median: over all modules.
+    """
 
     largest: float
     module: str
@@ -472,10 +490,10 @@ class Norms:
 
 
 def pair_up(tensors: Mapping[str, SafetensorsEntry], config: LoraConfig, base: BaseWeights) -> list[LoraEntryPair]:
-    """The pairs of exactly those modules of the base that the config targets.
+    """Return the factor pairs of exactly those modules of the base that the config targets.
 
-    Raises AdmissionError (`tensors`) for a name that is none of a factor, for half a pair, a module that the base
-    lacks, one that the config does not target, and one that it targets and that has no factors.
+    Raises AdmissionError (`tensors`) for a tensor that is no factor, for half a pair, for a module that the base lacks
+    or the config does not target, and for a targeted module without factors.
     """
     halves: dict[str, dict[str, SafetensorsEntry]] = {}
     for name, tensor in tensors.items():
@@ -504,9 +522,7 @@ def pair_up(tensors: Mapping[str, SafetensorsEntry], config: LoraConfig, base: B
 
 
 def check_shapes(pairs: Sequence[LoraEntryPair], config: LoraConfig, base: BaseWeights) -> None:
-    """Raise AdmissionError (`shapes`) unless every A is (any rank, in) and every B (the same, out) of the base's
-    module.
-    """
+    """Raise AdmissionError (`shapes`) unless A is (R, in) and B is (out, R) for a weight of (out, in)."""
     for pair in pairs:
         shape = base.matrices[pair.module].shape
         weight_shape = tuple(reversed(shape)) if config.is_transposed else shape
@@ -519,7 +535,7 @@ def check_shapes(pairs: Sequence[LoraEntryPair], config: LoraConfig, base: BaseW
 
 
 def check_ranks(pairs: Sequence[LoraEntryPair], config: LoraConfig) -> None:
-    """Raise AdmissionError (`rank`) where the factors have another rank than the config declares."""
+    """Raise AdmissionError (`rank`) if the factors have another rank than the config declares."""
     for pair in pairs:
         if pair.a.shape[0] != (declared := config.rank_of(pair.module)):
             raise _lora_refusal(
@@ -528,7 +544,7 @@ def check_ranks(pairs: Sequence[LoraEntryPair], config: LoraConfig) -> None:
 
 
 def check_dtypes(pairs: Sequence[LoraEntryPair]) -> None:
-    """Raise AdmissionError (`dtypes`) for a factor that is stored as anything but a float of 16 or 32 bits."""
+    """Raise AdmissionError (`dtypes`) for a factor that is not stored as a float of 16 or 32 bits."""
     for tensor in (tensor for pair in pairs for tensor in (pair.a, pair.b)):
         if tensor.dtype not in FLOATS:
             raise _lora_refusal(
@@ -537,8 +553,9 @@ def check_dtypes(pairs: Sequence[LoraEntryPair]) -> None:
 
 
 def check_lora_values(pairs: Sequence[LoraEntryPair], base: BaseWeights) -> Norms:
-    """Read every value once. Raises AdmissionError: `finite` for a NaN or an infinity, `norms` for a product out of
-    scale.
+    """Read every value once, and return the norms of the products.
+
+    Raises AdmissionError: `finite` for NaN or infinity, `norms` for a product that is too large.
     """
     weights = base.norms([pair.module for pair in pairs])
     shares = {}
@@ -558,7 +575,12 @@ def check_lora_values(pairs: Sequence[LoraEntryPair], base: BaseWeights) -> Norm
 
 
 def added_norm(pair: LoraEntryPair) -> float:
-    """||scale B A|| (Frobenius), by the two (rank, rank) Gram matrices and not by the (out, in) product."""
+    """Return the Frobenius norm of scale B A, from two (rank, rank) Gram matrices.
+
+        ||B A||^2 = trace(A A^T B^T B) = sum of (A A^T) * (B^T B), elementwise
+
+    This avoids the (out, in) product.
+    """
     a, b = _finite(pair.a), _finite(pair.b)
     squared = float(np.sum(_gram(a) * _gram(b.T)))
     return abs(pair.scale) * float(np.sqrt(max(squared, 0.0)))

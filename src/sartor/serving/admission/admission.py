@@ -1,10 +1,10 @@
-"""Admits a Release or personal adapter before it is loaded.
+"""Admission of a Release or personal adapter before it is loaded.
 
-The checks run in the order of `CHECKS`, each on bytes that the ones before it vouch for: nothing of a Release is
-parsed before its signature is known to be good. Whoever is refused learns which check it was: `error.check`.
+The checks run in the order of `CHECKS`, each on data that the earlier ones have verified: nothing of a Release is
+parsed before its signature is verified. The error of a refusal names its check in `error.check`.
 
-It was made on this team's state directory, and the registry knows the id that its manifest must have: that stands in
-the signature's stead, and the gate of `sartor personal tune` in that of the canaries.
+A personal adapter has no signature. It was made in this team's state directory, and the registry knows the id that its
+manifest must have; this replaces the signature. The gate of `sartor personal tune` replaces the canaries.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ _SAMPLING = frozenset(Sampling.__dataclass_fields__)
 
 
 def check_form(manifest: Mapping[str, Any]) -> None:
-    """Raise AdmissionError (`manifest`) unless what a server reads of release.json has the form that `release`
-    writes.
+    """Raise AdmissionError (`manifest`) if release.json does not have the form that `release` writes.
+
+    Only what a server reads of it is checked.
     """
     for key in ("name", "version"):
         if not is_valid_name(manifest.get(key)):
@@ -98,8 +99,9 @@ def _check_sampling(options: Any) -> None:
 
 
 def check_gate(manifest: Mapping[str, Any]) -> str:
-    """What the gate found, check by check; a waiver shows. Raises AdmissionError (`gate`) for one that is absent or
-    failed.
+    """Return the outcome of each gate check, with its waiver if there is one.
+
+    Raises AdmissionError (`gate`) if a check is absent or failed.
     """
     gate = manifest.get("gate")
     waivers = {
@@ -122,10 +124,10 @@ def check_gate(manifest: Mapping[str, Any]) -> str:
 
 
 def check_licence(release: Artifact) -> str:
-    """Whether sources and base still permit the use that the Release was made for. Raises LicenceError.
+    """Return how sources and base still permit the Release's use. Raises LicenceError.
 
-    It is decided anew: terms run out, and a signer's word that a licence permits is not the licence. A waiver of the
-    gate's check holds here too, and shows.
+    It is decided again, because terms can expire, and a signer's statement about a licence is not the licence. A
+    waiver of the gate's check applies here too, and is named.
     """
     use, outcome = release.manifest.get("use", "commercial"), release.manifest["gate"]["licence"]["outcome"]
     refusals, remedy = permission.licence_refusals(release, use)
@@ -152,8 +154,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MOST_SIGNATURE_BYTES = 1 << 16
 MOST_MANIFEST_BYTES = 64 << 20
 
-# The closed list. Where a refusal is no AdmissionError, its class stands in brackets; `check` names one of these in
-# any case.
+# All checks. If a refusal is no AdmissionError, its class is in brackets; its `check` is always one of these names.
 CHECKS = {
     "files": "regular files within limits, each byte as the manifest says, no other file (AdmissionError, "
     "ArtifactError)",
@@ -180,12 +181,13 @@ CHECKS = {
 
 
 class TrialEngine(Protocol):
-    """An engine in a process of its own, which no served reply depends on: `supervisor.probe`."""
+    """Engine in a process of its own, on which no served reply depends: `supervisor.probe`."""
 
     async def __call__(self, adapter: str, path: Path, calls: Sequence[GenerateCall]) -> Sequence[Sequence[Event]]:
-        """The events of each call, the adapter in `path` attached as `adapter`; calls of the base may be among them.
+        """Return the events of each call, with the adapter in `path` attached as `adapter`.
 
-        Raises ModelError for an adapter that cannot be attached, or that ended the process.
+        The calls may include calls of the base.
+        Raises ModelError for an adapter that cannot be attached or that ended the process.
         """
         ...
 
@@ -195,8 +197,11 @@ Ask = Callable[[str, Path, Sequence[GenerateCall]], Sequence[Sequence[Event]]]
 
 @dataclass(frozen=True)
 class AdmissionContext:
-    """What a Release is held against. base: its directory. trust: the one key to believe; None: those in
-    SARTOR_HOME.
+    """Engine and paths that a Release is checked against.
+
+    base: the base's directory.
+    state: the team's state directory.
+    trust: the only trusted key; None trusts the keys in SARTOR_HOME.
     """
 
     about: EngineInfo
@@ -206,8 +211,9 @@ class AdmissionContext:
 
     @classmethod
     def of(cls, team: Team, about: EngineInfo) -> AdmissionContext:
-        """The ground of a team whose engine says `about`. Raises ModelError where the base's files are not on this
-        machine.
+        """Return the context of a team whose engine has the facts `about`.
+
+        Raises ModelError if the base's files are not on this machine.
         """
         base_ref = model_refs.locate_base(team.base)
         if not base_ref.path.is_dir():
@@ -219,17 +225,20 @@ class AdmissionContext:
         return cls(about, base_ref.path, Path(team.state), Path(team.trust) if team.trust else None)
 
     def passed_record(self, checks: Mapping[str, str]) -> dict[str, Any]:
-        """What a copy is to say of the checks that it passed here: on which base, by which arithmetic."""
+        """Return the record of the passed checks: the base, the version of the arithmetic, and the findings."""
         made_by = {name: value for name, value in self.about.made_by.items() if name == "numerics"}
         return {"base": self.about.base_digest, **made_by, "checks": dict(checks)}
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """A Release that may be served. adapter: the digest to attach it under, from `path`, the server's own copy.
+    """Release that may be served.
 
-    release: its id. sampling, tools: as release.json has them. checks: what each check found, in their order. reads:
-    of `image` and `audio`, those that it reads beside text.
+    adapter: digest under which it is attached, from `path`, the server's own copy.
+    release: its id.
+    sampling, tools: as in release.json.
+    checks: the finding of each check, in the order of `CHECKS`.
+    reads: the kinds `image` and `audio` that it reads besides text.
     """
 
     adapter: str
@@ -247,7 +256,10 @@ class Admitted:
 
 
 def version_of(admitted: Admitted, agent: str) -> AgentVersion:
-    """An admitted Release as a version of an agent, for the registry. What is registered is the server's own copy."""
+    """Return an admitted Release as an agent's version for the registry.
+
+    Its path is the server's own copy.
+    """
     facts = {
         "system_prompt": admitted.system_prompt,
         "sampling": dict(admitted.sampling),
@@ -261,13 +273,13 @@ def version_of(admitted: Admitted, agent: str) -> AgentVersion:
 
 
 async def admit(release: Path | str, context: AdmissionContext, probe: TrialEngine) -> Admitted:
-    """Copy, check and keep a Release. Raises what `admit_by` raises."""
+    """Copy, check and store a Release. Raises what `admit_sync` raises."""
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(_threads, admit_sync, release, context, in_loop(probe, loop))
 
 
 def release_registrar(context: AdmissionContext, probe: TrialEngine) -> Callable[[Path, str], Awaitable[AgentVersion]]:
-    """What `dispatch` admits by: the Release in a directory as a version of an agent of that name."""
+    """Return the function with which `dispatch` admits a Release as a version of an agent."""
 
     async def admitting(release: Path, agent: str) -> AgentVersion:
         return version_of(await admit(release, context, probe), agent)
@@ -275,12 +287,12 @@ def release_registrar(context: AdmissionContext, probe: TrialEngine) -> Callable
     return admitting
 
 
-# Not the loop's own threads: an admission waits for a probe, and that may need one of those.
+# Separate from the event loop's threads: an admission waits for a probe, which may need one of those
 _threads = ThreadPoolExecutor(2, "admission")
 
 
 def in_loop(probe: TrialEngine, loop: asyncio.AbstractEventLoop) -> Ask:
-    """`probe` for a thread that may wait, while `loop` runs in another."""
+    """Return `probe` as a blocking function for a thread, while `loop` runs in another."""
 
     def ask(adapter: str, path: Path, calls: Sequence[GenerateCall]) -> Sequence[Sequence[Event]]:
         async def generate_events() -> Sequence[Sequence[Event]]:
@@ -292,10 +304,10 @@ def in_loop(probe: TrialEngine, loop: asyncio.AbstractEventLoop) -> Ask:
 
 
 def admit_sync(release: Path | str, context: AdmissionContext, ask: Ask) -> Admitted:
-    """Copy, check and keep a Release, for a thread. One of the team's own copies is looked at where it stands.
+    """Copy, check and store a Release, in a thread. One of the team's own copies is checked in place.
 
     Raises AdmissionError, SignatureError, ArtifactError, LicenceError or ModelError, each with the name of its check;
-    MissingError when the disk is full, and what `ask` raises when no process could be started.
+    MissingError if the disk is full, and what `ask` raises if no process could be started.
     """
     path = Path(release).absolute()
     if release_copies.is_copy(path, context.state):
@@ -312,8 +324,10 @@ def admit_sync(release: Path | str, context: AdmissionContext, ask: Ask) -> Admi
 
 
 def _readmit(path: Path, context: AdmissionContext, ask: Ask) -> Admitted:
-    """A copy, at a later start: signer, bytes, base, gate and licence anew; the rest only if it never passed on that
-    base by the arithmetic of this version.
+    """Check a stored copy at a later start.
+
+    Signature, files, form, base, gate, licence and projectors are always checked again. The other checks run only if
+    the copy did not pass them on this base with this version's arithmetic.
     """
     examined = _examine(path, path, context)
     record = release_copies.read_passed_record(path)
@@ -328,10 +342,9 @@ def _readmit(path: Path, context: AdmissionContext, ask: Ask) -> Admitted:
 
 
 def check_release_files(release: Path | str, context: AdmissionContext) -> Admitted:
-    """Every check but those that ask an engine, on a Release where it stands: for a command that has none. Keeps
-    nothing.
+    """Run every check that needs no engine on a Release in place, and store nothing.
 
-    Raises what `admit_by` raises.
+    Raises what `admit_sync` raises.
     """
     path = Path(release).absolute()
     examined = _examine(path, path, context)
@@ -340,7 +353,7 @@ def check_release_files(release: Path | str, context: AdmissionContext) -> Admit
 
 @dataclass(frozen=True)
 class _ExaminedRelease:
-    """A Release whose manifest may be believed, with the digest of its adapter and what was found so far."""
+    """Release with a verified manifest, the digest of its adapter, and the findings so far."""
 
     release: Artifact
     signer: str
@@ -367,7 +380,7 @@ class _ExaminedRelease:
 
 
 def _examine(path: Path, origin: Path, context: AdmissionContext) -> _ExaminedRelease:
-    """Signature, bytes, form, base, gate, licence of the copy in `path`."""
+    """Check signature, files, form, base, gate, licence and projectors of the copy in `path`."""
     checks: dict[str, str] = {}
     with _checking("signature"):
         signer = _signer(path, origin, context.trust)
@@ -394,8 +407,9 @@ def _check_tensor_values(examined: _ExaminedRelease, context: AdmissionContext) 
 
 
 def check_values(path: Path, projectors: Projectors, context: AdmissionContext) -> dict[str, str]:
-    """What each check of an adapter's files found, of everything but what only running it can show. Raises as
-    `admit_by`.
+    """Return the findings of all checks of an adapter's files that need no engine.
+
+    Raises as `admit_sync`.
     """
     config = read_config(path / CONFIG)
     with _checking("weights"):
@@ -431,7 +445,7 @@ def _check_canaries(examined: _ExaminedRelease, ask: Ask) -> str:
 
 
 def _signer(path: Path, origin: Path, trust: Path | None) -> str:
-    """Who signed the copy's release.json; read before a byte of it is parsed."""
+    """Return the signer of the copy's release.json; nothing of it is parsed before that."""
     manifest, signature = path / MANIFESTS["release"], path / "signature"
     if not manifest.is_file() or not signature.is_file():
         raise SignatureError(f"{origin} is no signed Release", "sartor release signs an adapter")
@@ -445,7 +459,7 @@ def _signer(path: Path, origin: Path, trust: Path | None) -> str:
 
 
 def check_base(release: Artifact, about: EngineInfo) -> None:
-    """Raise ModelError (`base`, `template`) unless the Release is bound to what the engine serves."""
+    """Raise ModelError (`base`, `template`) if the Release is not bound to what the engine serves."""
     base = release.manifest["base"]
     for check, key, served in (
         ("base", "digest", about.base_digest),
@@ -474,8 +488,9 @@ def _check_listed(release: Artifact) -> None:
 
 @contextmanager
 def _checking(name: str) -> Iterator[None]:
-    """A refusal that names no check yet gets this one's name. A full disk or a process that cannot start is no
-    refusal.
+    """Set this check's name on a refusal that names none yet.
+
+    A full disk and a process that cannot start are no refusals.
     """
     try:
         yield
@@ -485,8 +500,9 @@ def _checking(name: str) -> Iterator[None]:
 
 
 def admit_personal(path: Path, agent: str, context: AdmissionContext) -> AgentVersion:
-    """The Adapter in a directory as a version of an agent. Raises what `admission.admit_sync` raises of base and
-    values.
+    """Return the personal Adapter in a directory as a version of an agent.
+
+    Raises what `admit_sync` raises for base and values.
     """
     adapter = open_artifact(path, "adapter")
     check_base(adapter, context.about)

@@ -1,9 +1,9 @@
-"""The server's own verified copies of Releases.
+"""Server's own verified copies of Releases.
 
-    STATE/adapters/<release id>/              the Release as it was admitted, and .admitted.json: the checks that it
-    passed STATE/adapters/.part-<random>/            one that is being looked at; left by a kill, removed by `sweep`
+    STATE/adapters/<release id>/              the Release as it was admitted; .admitted.json: the checks that it passed
+    STATE/adapters/.part-<random>/            a copy being checked; one that a kill left is removed by `sweep`
 
-Bytes are copied and never linked: a hard link is the same file, which its owner could still write to.
+Files are copied and never linked: a hard link is the same file, which its owner could still write to.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ _PIECE = 1 << 20
 
 
 def folder(state: Path) -> Path:
-    """Where the copies of a team stand; made if absent, and nobody else's to read."""
+    """Return the folder of a team's copies, created with mode 0700 if absent."""
     path = state / "adapters"
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     return path
 
 
 def sweep(state: Path) -> None:
-    """Remove what killed admissions left. Call it at the start of a server, when none is running."""
+    """Remove what killed admissions left. Call it at the start of a server, when no admission runs."""
     for part in folder(state).glob(f"{_PART}*"):
         shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager
 def staged(release: Path, state: Path) -> Iterator[Path]:
-    """A copy of the directory `release` that goes on leaving, unless `keep` gave it its name.
+    """Yield a temporary copy of the directory `release`; it is removed afterwards unless `keep` renamed it.
 
-    Raises AdmissionError (`files`) for a link, a device, or more than a Release may hold; ArtifactError where nothing
-    can be read; MissingError when the disk is full.
+    Raises AdmissionError (`files`) for a link, a device, or more than a Release may hold; SignatureError for a
+    directory that is no signed Release; ArtifactError if it is absent; MissingError if the disk is full.
     """
     part = folder(state) / f"{_PART}{secrets.token_hex(8)}"
     try:
@@ -58,7 +58,7 @@ def staged(release: Path, state: Path) -> Iterator[Path]:
             _ReleaseCopier(release, part).run()
         yield part
     except SartorError as error:
-        # who is refused knows the original
+        # error texts name the original directory instead of the temporary copy
         error.problem, error.remedy = (
             text.replace(str(part), str(release)).replace(part.name, release.name)
             for text in (error.problem, error.remedy)
@@ -70,8 +70,9 @@ def staged(release: Path, state: Path) -> Iterator[Path]:
 
 
 def keep(part: Path, state: Path, release_id: str, record: dict[str, Any]) -> Path:
-    """Give a staged copy its name, with what it passed. One that stands there already, and is whole, is kept
-    instead.
+    """Rename a staged copy to its final name, with its record, and return the path.
+
+    A valid copy that exists already is kept instead.
     """
     path = folder(state) / release_id
     if _is_whole(path):
@@ -90,12 +91,12 @@ def _is_whole(path: Path) -> bool:
 
 
 def is_copy(path: Path, state: Path) -> bool:
-    """Whether a directory is one of the team's own copies."""
+    """Return whether a directory is one of the team's own copies."""
     return path.absolute().parent == folder(state).absolute() and not path.name.startswith(".")
 
 
 def read_passed_record(path: Path) -> dict[str, Any]:
-    """What a copy passed when it was admitted; empty where that cannot be read, so that it has to pass again."""
+    """Return the record of a copy's checks; empty if it cannot be read, so that the checks run again."""
     try:
         fields = json.loads((path / PASSED).read_text(encoding="utf-8"))
         return fields if isinstance(fields, dict) and fields.get("schema") == 1 else {}
@@ -104,17 +105,18 @@ def read_passed_record(path: Path) -> dict[str, Any]:
 
 
 def renew(path: Path, record: dict[str, Any]) -> None:
-    """Write down what a copy passed now, with the rights of the file before. A disk that takes nothing costs the same
-    checks at the next start.
+    """Rewrite the record of a copy's checks, with the old file's permissions.
+
+    If the disk fails, the same checks run again at the next start.
     """
-    if path.is_dir():  # one that is gone meanwhile is not begun anew
+    if path.is_dir():  # a copy that was removed meanwhile is not created again
         with suppress(OSError):
             rights = (path / PASSED).stat().st_mode & 0o777
             write_file_atomic(path / PASSED, records.canonical({"schema": 1, **record}), mode=rights)
 
 
 class _ReleaseCopier:
-    """One copy, within limits that hold for all of it."""
+    """Copy of one Release, with limits on all of its files together."""
 
     def __init__(self, release: Path, part: Path) -> None:
         self._release, self._part = release, part
@@ -123,7 +125,7 @@ class _ReleaseCopier:
     def run(self) -> None:
         if not self._release.is_dir():
             raise ArtifactError(f"there is no directory {self._release}", "give the directory of a Release")
-        # whoever names a directory that is none (/etc) must not make the server read all of it
+        # a client that names a directory without a Release (/etc) must not make the server read all of it
         for name in (MANIFESTS["release"], "signature"):
             if not (self._release / name).is_file():
                 error = SignatureError(
@@ -139,7 +141,7 @@ class _ReleaseCopier:
         with os.scandir(source) as entries:
             visible_entries = [
                 entry for entry in entries if not entry.name.startswith(".")
-            ]  # no part of an artefact: core/artifacts.py
+            ]  # hidden files are no part of an artefact: core/artifacts.py
         for entry in visible_entries:
             if entry.is_dir(follow_symlinks=False):
                 (target / entry.name).mkdir(mode=0o700)
@@ -152,7 +154,7 @@ class _ReleaseCopier:
         if self._files > MOST_FILES:
             raise _refused(f"it holds more than {MOST_FILES:,} files")
         try:
-            # neither through a link, nor waiting for whoever holds the other end of a pipe
+            # without following a link, and without waiting for the other end of a pipe
             descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             raise _refused(f"{source} cannot be opened as a file: {error.strerror}") from None

@@ -1,1 +1,1 @@
-"""Verbs of a team: registry of agents, ask, replay, receipts."""
+"""Commands of a team: agent registry, ask, replay, receipts."""

@@ -1,6 +1,6 @@
-"""Verbs of the agent registry and feedback inbox.
+"""Commands of the agent registry and the feedback inbox.
 
-A running server sees each change within a second; it loads what a change needs before the change takes effect there.
+A running server sees each change within a second. It loads what a change needs before the change takes effect there.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from sartor.serving.team_config import Team, load
 
 @dataclass(frozen=True)
 class CommandRows:
-    """What a command about agents says."""
+    """Result of a command about agents."""
 
     rows: list[dict[str, Any]]
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         return {"rows": self.rows}
 
     def table(self) -> list[tuple[str, Any]]:
-        """A line for each row, as people read it."""
+        """Return a (name, fields) line for each row, for a reader."""
         return [(str(next(iter(row.values()))), dict(list(_nonempty_fields(row))[1:])) for row in self.rows]
 
 
@@ -46,7 +46,7 @@ def _nonempty_fields(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def list_agents(team: Team | Path | str) -> CommandRows:
-    """Every agent of a team; one whose row was changed from outside says so."""
+    """Return every agent of a team; one whose row was changed from outside is marked."""
     with _opened(team) as registry:
         snapshot = registry.read()
     damaged = [{"name": name, "hurt": reason} for name, reason in snapshot.damaged.items()]
@@ -58,8 +58,8 @@ def list_agents(team: Team | Path | str) -> CommandRows:
 def add_agent(team: Team | Path | str, release: Path | str, *, name: str = "", why: str = "") -> CommandRows:
     """Register a Release under its own name or another, after every check that needs no engine.
 
-    The first version of an agent is live at once, a later one waits to be promoted. Raises what `admission.look`
-    raises, and ConflictError for a name and version that mean another Release.
+    The first version of an agent is live at once; a later one waits for a promotion. Raises what `check_release_files`
+    raises, and ConflictError if name and version already belong to another Release.
     """
     loaded_team = team if isinstance(team, Team) else load(Path(team))
     version = _looked_at(loaded_team, Path(release), name)
@@ -79,10 +79,10 @@ def promote_agent(
     shadow: float | None = None,
     why: str = "",
 ) -> CommandRows:
-    """Make a registered version live, or put it on trial: by the fractions given, else by those of TEAM.yaml.
+    """Make a registered version live, or start its trial: with the given fractions, else those of TEAM.yaml.
 
-    A version that is on trial becomes live, unless a fraction is given. Raises ConflictError when `expected` is not
-    live (None: whatever is).
+    A version on trial becomes live, unless a fraction is given.
+    Raises ConflictError if `expected` is not the live version (None: any).
     """
     loaded_team = team if isinstance(team, Team) else load(Path(team))
     has_fractions = canary is not None or shadow is not None
@@ -102,27 +102,27 @@ def promote_agent(
 
 
 def rollback_agent(team: Team | Path | str, name: str, *, expected: str | None = None, why: str = "") -> CommandRows:
-    """End a trial, if one runs; else make the version live that was before. Raises ConflictError."""
+    """End a running trial, or else make the previous version live. Raises ConflictError."""
     return _changed(team, lambda registry, cause: registry.rollback(name, expected=expected, cause=cause), why)
 
 
 def remove_agent(team: Team | Path | str, name: str, *, why: str = "") -> CommandRows:
-    """Serve an agent no more; `add_agent` brings it back."""
+    """Remove an agent from service; `add_agent` brings it back."""
     return _changed(team, lambda registry, cause: registry.remove(name, cause=cause), why)
 
 
 def drain_agent(team: Team | Path | str, name: str, *, why: str = "") -> CommandRows:
-    """Let an agent end what it has begun and take nothing new, until a version of it is promoted."""
+    """Let an agent finish its running requests and accept no new ones, until a version of it is promoted."""
     return _changed(team, lambda registry, cause: registry.drain(name, cause=cause), why)
 
 
 def repair_agent(team: Team | Path | str, name: str, *, why: str = "") -> CommandRows:
-    """Write an agent's row anew as the log has it, after it was changed from outside."""
+    """Restore an agent's row from the log, after it was changed from outside."""
     return _changed(team, lambda registry, cause: registry.repair(name, cause=cause), why)
 
 
 def agent_events(team: Team | Path | str, name: str = "", *, most: int = 100) -> CommandRows:
-    """The newest changes of one agent or of all, the oldest of them first."""
+    """Return the newest `most` changes of one agent or of all, oldest first."""
     with _opened(team) as registry:
         return CommandRows([event.as_json() for event in registry.events(name, limit=most)])
 
@@ -141,8 +141,9 @@ def _row(agent: Agent, snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _looked_at(team: Team, release: Path, name: str) -> AgentVersion:
-    """A Release, checked against the team's base without an engine. What a server loads is checked by the server
-    again.
+    """Return a Release as a version, checked against the team's base without an engine.
+
+    A server checks again whatever it loads.
     """
     Path(team.state).mkdir(parents=True, exist_ok=True)
     base = verify_release(release, key=team.trust or None, base=team.base).release.manifest["base"]
@@ -162,7 +163,10 @@ def _opened(team: Team | Path | str) -> Iterator[Registry]:
 
 @dataclass(frozen=True)
 class _FeedbackFilter:
-    """Whose feedback. user: a digest, as it stands in the inbox. "" is anybody."""
+    """Filter of feedback by its author.
+
+    user: a digest, as in the inbox. An empty field matches anybody.
+    """
 
     key: str
     user: str
@@ -173,7 +177,7 @@ class _FeedbackFilter:
 
 @dataclass
 class _FeedbackCounts:
-    """What one voice said."""
+    """Counts of one author's feedback."""
 
     rows: int = 0
     good: int = 0
@@ -198,9 +202,10 @@ class _FeedbackCounts:
 
 
 def list_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> CommandRows:
-    """Every key that spoke, and every user of a key that has several: how much, and whether it is trusted.
+    """Return the feedback counts and trust of each key, and of each user of a key with several.
 
-    user: the id as clients send it. Raises ConfigError for a team's file that cannot be read.
+    user: the id as clients send it.
+    Raises ConfigError for a team's file that cannot be read.
     """
     loaded_team, feedback_filter = _feedback_filter(team, key, user)
     inbox = _inbox(loaded_team)
@@ -218,11 +223,11 @@ def list_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> 
 
 
 def remove_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> dict[str, Any]:
-    """Take everything out of the inbox that a key said, or a user, or a user of a key; and every line that was cut
-    short.
+    """Remove all feedback of a key, of a user, or of a user of a key, and every truncated line.
 
-    `places` names the lines, as the origins of Examples do: what was learnt from them is `sartor revoke`'s to find.
-    Raises ConfigError where neither is given, MissingError where the disk does not take it.
+    `places` in the result names the removed lines as the origins of Examples do, so that `sartor revoke` can find what
+    was learnt from them.
+    Raises ConfigError if neither is given, MissingError if the disk fails.
     """
     if not key and not user:
         raise ConfigError(

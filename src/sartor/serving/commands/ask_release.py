@@ -27,13 +27,14 @@ def ask(
     top: int = 3,
     notice: Callable[[str], object] = lambda line: None,
 ) -> AskReply:
-    """Answer one prompt, with media where it is a Question, by a Release, after verifying it (`key` and `base` as in
-    `verify`).
+    """Answer one prompt, with or without media, by a Release, after verifying it.
 
-    The Release's own system prompt goes first, and its own sampling holds but for the options given. An Adapter
-    answers by its directory's name, with the system prompt that most of its rows have; its bytes are checked, nobody
-    has signed them, and the reply is marked as unreleased. Raises what `verify` raises, ConfigError for an empty
-    prompt, RequestError for media that the Release does not read, MediaError.
+    key, base: as in `verify`.
+    The Release's own system prompt comes first, and its own sampling applies except for the given options. An Adapter
+    answers under its directory's name, with the system prompt that most of its rows have. Its bytes are checked, but
+    nobody has signed them, and the reply is marked as unreleased.
+    Raises what `verify` raises, ConfigError for an empty prompt, RequestError for media that the Release does not
+    read, MediaError.
     """
     question = as_prompt(prompt)
     question.check(question.kinds, "")

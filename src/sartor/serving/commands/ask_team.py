@@ -30,11 +30,11 @@ def ask_team(
     top: int = 3,
     notice: Callable[[str], object] = lambda line: None,
 ) -> AskReply:
-    """Ask a team once: `agent` is a name, `name@version`, a plan, `base` or `auto`. One worker is started, and ended
-    again.
+    """Ask a team once, with one worker that is started and stopped.
 
-    Raises UnknownAgentError for a name that nobody has, RequestError for media that the agent does not read,
-    UnavailableError, and what the worker told where it did not start.
+    agent: a name, `name@version`, a plan, `base` or `auto`.
+    Raises UnknownAgentError for an unknown name, RequestError for media that the agent does not read,
+    UnavailableError, and the worker's error if it did not start.
     """
     question = as_prompt(prompt)
     question.check(question.kinds, "")
@@ -47,7 +47,7 @@ def ask_team(
 
 
 def without_http(team: Team) -> Team:
-    """The same for one who asks without HTTP: a worker, and nobody connects, so that the address is any free one."""
+    """Return the team with one worker and no use of HTTP; the port is any free one."""
     return replace(team, workers=replace(team.workers, count=1, spare=0), http=Http(port=0))
 
 
@@ -72,7 +72,10 @@ async def _ask(team: Team, request: AgentRequest) -> AskReply:
 
 
 def _nearest(team: Team, agent: str, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:
-    """Training examples of the version that answered, as far as its Dataset is on this machine."""
+    """Return training examples of the version that answered, and a note.
+
+    Examples need the version's Dataset on this machine.
+    """
     with closing(Registry.open(team.registry_url)) as registry:
         version = registry.read().versions.get(agent)
     if any(agent.partition("@")[0] == plan.name for plan in team.plans):
@@ -81,5 +84,5 @@ def _nearest(team: Team, agent: str, prompt: str, top: int) -> tuple[list[dict[s
         return [], "the base answered, which has no examples of yours"
     try:
         return nearest_examples(open_artifact(version.release, "release"), prompt, top)
-    except SartorError as error:  # the reply stands; what it is like is an extra
+    except SartorError as error:  # the reply is valid without its nearest examples
         return [], error.problem

@@ -1,4 +1,4 @@
-"""Question and reply of ask."""
+"""Prompt and reply of the verb ask."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class AskPrompt:
-    """A text, and the media that stand before it, in their order, as data URLs."""
+    """Text with the media before it, in their order, as data URLs."""
 
     text: str
     media: tuple[Part, ...] = ()
@@ -43,11 +43,10 @@ class AskPrompt:
         images: Iterable[Path | str] = (),
         audio: Iterable[Path | str] = (),
     ) -> AskPrompt:
-        """The question with media from files; `-` is standard input. media: (kind, file) in any order; images and
-        audio follow.
+        """Return the prompt with media from files; `-` is standard input.
 
-        Raises MediaError for a file that is not there or is no picture or recording, ConfigError where `-` stands
-        twice.
+        media: (kind, file) in any order; images and audio follow.
+        Raises MediaError for a file that is absent or is no image or recording, ConfigError if `-` occurs twice.
         """
         files = [*media, *(("image", file) for file in images), *(("audio", file) for file in audio)]
         if sum(str(file) == STDIN for _, file in files) > 1:
@@ -59,28 +58,29 @@ class AskPrompt:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of `image` and `audio`, those that it holds."""
+        """Kinds of media, `image` and `audio`, in the prompt."""
         return tuple(sorted({part.kind for part in self.media}))
 
     @property
     def message(self) -> Message:
-        """The user's turn."""
+        """User message of the prompt."""
         return Message("user", (*self.media, *([Part("text", self.text)] if self.text else [])))
 
     def plain(self) -> dict[str, Any]:
-        """The turn of a request: its content a text where it holds nothing else."""
+        """Return the message of a request; its content is a string if there is no media."""
         return self.message.plain() if self.media else {"role": "user", "content": self.text}
 
     def media_digests(self) -> list[dict[str, str]]:
-        """Of its media, what a reply's JSON says: kind and sha256."""
+        """Return kind and sha256 of each media part, for the reply's JSON."""
         return [
             {"kind": part.kind, "sha256": hashlib.sha256(content_parts.bytes_of(part.media)).hexdigest()}
             for part in self.media
         ]
 
     def check(self, reads: Iterable[str], agent: str) -> None:
-        """Raise ConfigError where nothing is asked, RequestError where `agent`, that reads these kinds beside text,
-        cannot.
+        """Raise ConfigError for an empty prompt, RequestError for media that the agent cannot read.
+
+        reads: the kinds that `agent` reads besides text.
         """
         if not self.text.strip() and not self.media:
             raise ConfigError("the prompt is empty", 'sartor ask RELEASE "a question"')
@@ -92,12 +92,12 @@ class AskPrompt:
 
 
 def as_prompt(prompt: str | AskPrompt) -> AskPrompt:
-    """A prompt as a Question."""
+    """Return a prompt as an AskPrompt."""
     return prompt if isinstance(prompt, AskPrompt) else AskPrompt(prompt)
 
 
 def read_media(kind: PartKind, file: Path | str) -> Part:
-    """A file as a part that holds its bytes, its header looked at. Raises MediaError."""
+    """Return a file as a part that holds its bytes, after a check of its header. Raises MediaError."""
     if str(file) == STDIN:
         content = sys.stdin.buffer.read()
     else:
@@ -117,7 +117,7 @@ def read_media(kind: PartKind, file: Path | str) -> Part:
 
 
 def mime_of(kind: str, content: bytes) -> str:
-    """The type of a media file by its own header. Raises MediaError for one that is none of that kind."""
+    """Return the MIME type of a media file by its header. Raises MediaError for another kind."""
     if kind == "image":
         with pictures.open_checked(content) as image:
             return f"image/{str(image.format).lower()}"
@@ -128,8 +128,10 @@ def mime_of(kind: str, content: bytes) -> str:
 
 @dataclass(frozen=True)
 class SpokenFile:
-    """A reply as speech. text: its spoken form. left_out: what was written and is not said as it stands, counted by
-    kind.
+    """Reply as speech.
+
+    text: its spoken form.
+    left_out: counts by kind of what was written and is not spoken as it stands.
     """
 
     file: str
@@ -141,10 +143,14 @@ class SpokenFile:
 
 @dataclass(frozen=True)
 class AskReply:
-    """One answer. `nearest` are training Examples like the prompt; `nearest_note` says why when there are none.
+    """Reply to one prompt.
 
-    receipt: the id of its receipt, where one is kept. spoken: the file that it was spoken into, if it was. media: of
-    what was asked beside the prompt, kind and sha256. is_released: false of an Adapter's, which no gate has passed.
+    nearest: training Examples like the prompt.
+    nearest_note: the reason if there are none.
+    receipt: id of the receipt, if one is stored.
+    spoken: the audio file, if the reply was spoken.
+    media: kind and sha256 of the media in the prompt.
+    is_released: false for an Adapter, which no gate has passed.
     """
 
     prompt: str
@@ -160,7 +166,7 @@ class AskReply:
     is_released: bool = True
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         fields = {"prompt": self.prompt, "reply": self.reply, "finish": self.finish, "agent": self.agent}
         note = {"nearest_note": self.nearest_note} if self.nearest_note else {}
         spoken = {"spoken": asdict(self.spoken)} if self.spoken else {}
@@ -171,18 +177,18 @@ class AskReply:
 
 
 def nearest_examples(release: Artifact, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:
-    """Training Examples whose question is most like `prompt` (0..1, by shared words and edits), and a note when there
-    are none.
+    """Return the training Examples whose question is most like `prompt`, and a note if there are none.
 
-    A look-up, not attribution: it says what the model saw that resembles the question, not what made it answer so.
+    Scores are in 0..1, by shared words and edits. This is a look-up and not attribution: it shows what the model saw
+    that resembles the question, not what caused its reply.
     """
     dataset = ancestry.find_parent(release, "dataset")
     if dataset is None:
         return [], "the Dataset is not on this machine, or was changed; `sartor index DIR` finds a moved one"
     examples = list(parquet_io.read_examples(dataset, "train"))
     questions = [example.prompt[-1].text if example.prompt else example.reply for example in examples]
-    # shared words find candidates whatever their order; the mean with the edit similarity puts whole questions before
-    # parts
+    # candidates by shared words in any order; score = (token set ratio + edit ratio) / 2, so that whole questions rank
+    # before parts
     matches = process.extract(prompt, questions, scorer=fuzz.token_set_ratio, processor=str.lower, limit=20 * top)
     scored = [((score + fuzz.ratio(prompt.lower(), text.lower())) / 2, index) for text, score, index in matches]
     best = sorted(scored, key=lambda pair: -pair[0])[:top]

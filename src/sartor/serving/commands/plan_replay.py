@@ -1,9 +1,9 @@
 """Verb agents replay: logged plans run again.
 
-Where the log has the words (`log: content`) they are compared, else the digests, and the words of the request are
-given. A greedy step says the same to the bit on the machine that it was made on, and a sampled one by its seed. What
-was left out then is left out again, so that the steps after it can be compared; time plays no part. A run that another
-arithmetic made (core/numerics.py) is not made again: where it would differ says nothing of it.
+A log with texts (`log: content`) is compared by its texts. Another log is compared by digests, and the caller supplies
+the request's messages. On the same machine a greedy step is reproduced to the bit, and a sampled one by its seed. A
+step that was left out is left out again, so that the later steps can be compared; time limits play no part. A run of
+another version of the arithmetic (core/numerics.py) is not repeated, because a difference would prove nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a run went another way: the first place, in the log's order. what: asked, said, findings or outcome."""
+    """First difference between a run and its log, in the log's order.
+
+    what: asked, said, findings or outcome.
+    then, now: the values in the log and in the new run.
+    """
 
     step: str
     agent: str
@@ -46,7 +50,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Replayed:
-    """One run. note: why it was not made again; "" where it was."""
+    """Replay of one run.
+
+    note: the reason if it was not repeated, else empty.
+    """
 
     run: str
     plan: str
@@ -56,18 +63,18 @@ class Replayed:
 
     @property
     def is_same(self) -> bool:
-        """Whether it was made again, and is what it was."""
+        """Whether the run was repeated and is unchanged."""
         return not self.note and self.differs is None
 
 
 @dataclass(frozen=True)
 class Replay:
-    """All runs that were looked at."""
+    """Replays of all runs."""
 
     runs: Sequence[Replayed]
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         runs = [
             {
                 "run": run.run,
@@ -82,7 +89,7 @@ class Replay:
         return {"same": all(run.is_same for run in self.runs), "runs": runs}
 
     def table(self) -> list[tuple[str, str]]:
-        """A line a run."""
+        """Return one line for each run."""
         return [(run.run, f"{run.plan}, {run.steps} steps: {_sentence(run)}") for run in self.runs] or [
             ("runs", "none")
         ]
@@ -99,13 +106,13 @@ def _sentence(run: Replayed) -> str:
 
 @dataclass(frozen=True)
 class Pinned:
-    """The members of a plan as they were: each place of the log is answered by the version that answered there."""
+    """Members of a plan that answer each step with the logged version."""
 
     replies: Replier
     rows: Mapping[str, Mapping[str, Any]]
 
     async def open(self, request: AgentRequest, step_path: str) -> AgentReply:
-        """See Members. A step that was left out, or never came to pass, is not asked."""
+        """Begin a step's reply. A step that was left out in the log raises UnavailableError."""
         row = self.rows.get(step_path)
         if row is not None and row["outcome"] == _LEFT_OUT:
             raise UnavailableError(f"{step_path} was left out", "see `why` in the log")
@@ -115,22 +122,23 @@ class Pinned:
 
 
 class ComparingLog(PlanLog):
-    """A log that is held against another and not written."""
+    """PlanLog that keeps runs for comparison and writes nothing."""
 
     def __init__(self) -> None:
         self.lost = 0
         self.ran: list[FinishedRun] = []
 
     def write(self, ran: FinishedRun) -> None:
-        """Keep it."""
+        """Keep a finished run."""
         self.ran.append(ran)
 
 
 @dataclass(frozen=True)
 class Remaking:
-    """What makes runs again: a team whose plans have time, who answers, and the key of the log's digests.
+    """Everything needed to repeat runs: a team, its replies, and the key of the log's digests.
 
-    about: the engine that answers; a log of before logs stated their engine is taken for this one's.
+    messages: the request, if the log has no texts.
+    about: the engine that answers; it is assumed for a log that does not state its engine.
     """
 
     team: Team
@@ -140,8 +148,9 @@ class Remaking:
     about: EngineInfo | None = None
 
     async def remake(self, rows: Rows) -> Replayed:
-        """One run, by its lines. Raises ConfigError for a plan that was declared otherwise, ArtifactError for other
-        words.
+        """Repeat one run, given by its log lines.
+
+        Raises ConfigError for a plan whose declaration changed, ArtifactError for other messages.
         """
         opens, ends = rows[0], rows[-1]
         head = (str(opens["run"]), str(opens["plan"]), len(rows) - 2)
@@ -178,12 +187,11 @@ def replay_plans(
     messages: Path | str | None = None,
     notice: Callable[[str], object] = lambda line: None,
 ) -> Replay:
-    """Make the runs in a log again, or the one with that id, and say of each whether it is the same, else where it
-    differs.
+    """Repeat the runs of a log, or the one with the id `run`, and report the first difference of each.
 
-    messages: the words of the request, or its whole body, where the log has none. One worker is started, and ended
-    again.
-    Raises ArtifactError for a log or words that do not fit, ConfigError for a plan that was declared otherwise.
+    messages: file with the messages of the request or its whole body, if the log has no texts.
+    One worker is started, and stopped at the end.
+    Raises ArtifactError for a log or messages that do not fit, ConfigError for a plan whose declaration changed.
     """
     loaded_team = team if isinstance(team, Team) else load(Path(team))
     runs = [rows for rows in read_runs(Path(log)) if run in ("", rows[0]["run"])]
@@ -201,7 +209,7 @@ async def _replay(team: Team, runs: Sequence[Rows], question: Mapping[str, Any])
 
 
 async def _to_the_end(plans: PlanDispatcher, request: AgentRequest) -> None:
-    """Follow a plan; that no step gave anything may be what happened then, too."""
+    """Run a plan to its end. An error is ignored, because the logged run may have ended with it too."""
     try:
         answer = await plans.open(request)
         async for _ in answer.events:
@@ -235,7 +243,7 @@ def _check_plan(plans: Sequence[Plan], version: str) -> None:
 
 
 def _patient(team: Team) -> Team:
-    """The same team, whose plans and steps have as much time as they need."""
+    """Return the team with ample time limits for its plans and steps."""
 
     def eased(value: Any) -> Any:
         if isinstance(value, list):
@@ -249,7 +257,7 @@ def _patient(team: Team) -> Team:
 
 
 def _difference(logged: Rows, ran: FinishedRun, digest: Digest) -> Difference | None:
-    """The first line of the log that is another now."""
+    """Return the first line of the log that differs in the new run, or None."""
     current = {(row["role"], row["step"]): row for row in ran.rows(digest)}
     keeps = "content" in logged[0]
     expected = replace(ran, content=True).rows(digest) if keeps else []
@@ -264,7 +272,7 @@ def _difference(logged: Rows, ran: FinishedRun, digest: Digest) -> Difference | 
 
 
 def _compared(logged: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """What of a line is another: (what, then, now)."""
+    """Return the difference of a line as (what, then, now), or None."""
     if logged["outcome"] != current["outcome"]:
         return "outcome", logged["outcome"], current["outcome"]
     if logged["outcome"] == _LEFT_OUT:

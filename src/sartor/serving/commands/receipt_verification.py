@@ -1,11 +1,11 @@
 """Verb receipt verify.
 
-    signature   always: by the key given, the team's own, or one that this machine trusts
-    digests     where the words and the team's HMAC key are at hand
-    text        of a greedy reply, where base and Release are: the reply is made anew by the engine that made it
+    signature   always: by the given key, the team's own, or one that this machine trusts
+    digests     if the texts and the team's HMAC key are available
+    text        of a greedy reply, if base and Release are available: the same kind of engine generates it again
 
-What is checked and wrong is an error; what could not be checked says why. A reply that another arithmetic made
-(core/numerics.py) is not made anew: this version would be right to say something else.
+A check that fails is an error; a check that could not run states the reason. A reply of another version of the
+arithmetic (core/numerics.py) is not generated again, because this version may rightly produce another text.
 """
 
 from __future__ import annotations
@@ -45,14 +45,17 @@ _CALL = "receipt"
 
 @dataclass(frozen=True)
 class CheckedReceipt:
-    """A receipt that is valid. checked: what was looked at and found, or why it could not be."""
+    """Valid receipt.
+
+    checked: the finding of each check, or the reason why it could not run.
+    """
 
     receipt: Mapping[str, Any]
     signer: str
     checked: Mapping[str, str]
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         agent, _, version = str(self.receipt["agent"]).partition("@")
         fields = {"valid": True, "agent": agent, "version": version, "receipt": self.receipt["id"]}
         return {**fields, "created": self.receipt["created"], "signer": self.signer, "checked": dict(self.checked)}
@@ -60,8 +63,10 @@ class CheckedReceipt:
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What a receipt is held against. content: None where the question is not at hand, reply: None where its text is
-    not.
+    """Data that a receipt is compared with.
+
+    content: None if the request is not available.
+    reply: None if the reply's text is not available.
     """
 
     receipt: Mapping[str, Any]
@@ -80,11 +85,12 @@ def verify_receipt(
     reply: str | None = None,
     notice: Callable[[str], object] = lambda line: None,
 ) -> CheckedReceipt:
-    """Check a receipt, as GET /v1/receipts/{id} gives it, or with its words: `{"receipt", "messages", "reply"}`.
+    """Check a receipt as GET /v1/receipts/{id} returns it, or one with texts: `{"receipt", "messages", "reply"}`.
 
-    team: TEAM.yaml, whose keys and engine are used. messages: a file with the messages or the whole body of the
-    request. reply: its text. Raises ArtifactError (a file that is none, other words), SignatureError, ConfigError,
-    ModelError.
+    team: TEAM.yaml, whose keys and engine are used.
+    messages: a file with the messages or the whole body of the request.
+    reply: text of the reply.
+    Raises ArtifactError (an invalid file, other texts), SignatureError, ConfigError, ModelError.
     """
     document = _read(Path(file))
     payload = document if isinstance(document.get("receipt"), dict) else {"receipt": document}
@@ -128,7 +134,7 @@ def _json(file: Path) -> Any:
 
 
 def question_in(file: Path) -> dict[str, Any]:
-    """A request's body, or its messages alone, in a JSON file. Raises ArtifactError where it holds neither."""
+    """Return a request's body, or its messages alone, from a JSON file. Raises ArtifactError for other content."""
     document = _json(file)
     if not isinstance(document, (dict, list)):
         raise ArtifactError(f"{file} holds no messages", "give a list of messages, or the body of the request")
@@ -136,7 +142,7 @@ def question_in(file: Path) -> dict[str, Any]:
 
 
 def _form(receipt: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
-    """The receipt, if it has the form of one: what is signed is decided by the signature."""
+    """Return the receipt if it has a receipt's form. Its content is verified by the signature."""
     if receipt.get("kind") != KIND or not all(isinstance(receipt.get(name), str) for name in _TEXTS):
         raise ArtifactError(f"{file} is no receipt", "give what GET /v1/receipts/ID answered")
     if receipt.get("schema") != SCHEMA:
@@ -163,12 +169,12 @@ def _check_signature(receipt: Mapping[str, Any], file: Path, key: Path | None, t
 
 
 def _release_of(receipt: Mapping[str, Any], team: Team | None) -> Artifact | None:
-    """The Release that answered: the team's own copy, or where the catalogue knows it; None where it is nowhere."""
+    """Return the Release that answered: the team's own copy, or one in the catalogue; None if it is absent."""
     if not receipt["release"]:
         return None
     hint = str(Path(team.state) / "adapters" / receipt["release"]) if team else ""
     path = catalogue.locate(receipt["release"], hint)
-    with suppress(ArtifactError):  # of a damaged one the receipt says nothing
+    with suppress(ArtifactError):  # a damaged Release cannot be compared with the receipt
         return open_artifact(path, "release") if path else None
     return None
 
@@ -176,7 +182,7 @@ def _release_of(receipt: Mapping[str, Any], team: Team | None) -> Artifact | Non
 def _completed(
     content: RequestDigestInput | None, receipt: Mapping[str, Any], release: Artifact | None
 ) -> RequestDigestInput | None:
-    """The question with what the Release added to it: its system prompt and its tools, where the client gave none."""
+    """Return the request with the Release's system prompt and tools, if the client sent none."""
     if content is None or release is None:
         return content
     prompt, tools = release.manifest["system_prompt"], release.manifest.get("tools", [])
@@ -193,7 +199,10 @@ def _completed(
 
 
 def _check_digests(evidence: _Evidence) -> str:
-    """Raise ArtifactError where words are not those of the receipt; say what was compared."""
+    """Compare the texts with the receipt's digests, and return what was compared.
+
+    Raises ArtifactError if a text differs.
+    """
     file = Path(evidence.team.state) / "receipts.key" if evidence.team else None
     if evidence.content is None and evidence.reply is None:
         return "not checked: give the messages and the reply"
@@ -205,7 +214,7 @@ def _check_digests(evidence: _Evidence) -> str:
         for name, value in evidence.content.digests(digest).items():
             expected = evidence.receipt["prompt"].get(name, "")
             if name == "system" and not value and expected and evidence.release is None:
-                continue  # the Release's own, which is not here
+                continue  # the system prompt of the Release, which is absent
             if value != expected:
                 raise _mismatch(evidence, f"the {name} of the question" if name != "system" else "the system prompt")
             compared += [name] if value else []
@@ -224,7 +233,10 @@ def _mismatch(evidence: _Evidence, part: str) -> ArtifactError:
 
 
 def _check_text(evidence: _Evidence, notice: Callable[[str], object]) -> str:
-    """Raise ArtifactError where a greedy reply, made anew, is another; else what was found, or why it was not made."""
+    """Generate a greedy reply again and compare it; return the finding, or why it was not generated.
+
+    Raises ArtifactError if the text differs on an equal engine.
+    """
     receipt = evidence.receipt
     try:
         sampling = Sampling(**receipt["sampling"])
@@ -245,7 +257,7 @@ def _check_text(evidence: _Evidence, notice: Callable[[str], object]) -> str:
         text = _regenerate(engine, evidence, sampling)
     finally:
         engine.close()
-    assert evidence.reply is not None  # else it would have been unfit
+    assert evidence.reply is not None  # guaranteed by _not_checkable
     is_same = text.startswith(evidence.reply) if receipt["finish"] == "cancelled" else text == evidence.reply
     if is_same:
         return "made anew, the same"
@@ -279,8 +291,9 @@ def _not_checkable(evidence: _Evidence, sampling: Sampling) -> str:
 
 
 def _engine_opening(evidence: _Evidence) -> dict[str, Any]:
-    """Which engine to open: the team's, else this package's own. Raises a SartorError where it is not the one that
-    answered.
+    """Return the options of the engine to open: the team's, else this package's own.
+
+    Raises a SartorError if it is not the kind of engine or the base that answered.
     """
     recorded, base = evidence.receipt["engine"], evidence.receipt["base"]
     engine = evidence.team.engine if evidence.team else LocalEngineOptions()
@@ -298,7 +311,7 @@ def _engine_opening(evidence: _Evidence) -> dict[str, Any]:
 
 
 def _engine_differences(receipt: Mapping[str, Any], about: EngineInfo) -> str:
-    """In what this machine's engine is another than the one that answered, though it has the same base."""
+    """Return the differences of this machine's engine from the one that answered, on the same base."""
     recorded = {**receipt["engine"], "template": receipt["base"].get("template_digest")}
     current = {"dtype": about.dtype, "device": about.device, "template": about.template_digest}
     return ", ".join(

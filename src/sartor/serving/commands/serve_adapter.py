@@ -1,7 +1,8 @@
-"""Verb serve for one Adapter or one Release, without a file of a team.
+"""Verb serve for one Adapter or one Release, without a team file.
 
-An Adapter has passed no gate. It is served as `NAME@unreleased`, so that every reply says so, in the form of a Release
-that a key signs which is made for this server, stands in its own directory alone, and is trusted by nothing else.
+An Adapter has passed no gate. It is served as `NAME@unreleased`, so that every reply says so. For that it is sealed in
+the form of a Release, with a key that is made for this server, lies in its temporary directory and is trusted by
+nothing else.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ def serve_adapter(
     ready: Ready = lambda facts: None,
     notice: Callable[[str], object] = lambda line: None,
 ) -> None:
-    """Serve an Adapter or a Release as a team of one until SIGTERM or Ctrl-C. What it kept goes when it ends.
+    """Serve an Adapter or a Release as a team of one agent until SIGTERM or Ctrl-C.
 
-    flags: options of a team, `--http.port 0`. Raises what `serve` raises, and what `verify` does for a Release.
+    Its records are deleted at the end.
+    flags: options of a team, such as `--http.port 0`.
+    Raises what `serve` raises, and for a Release what `verify_release` raises.
     """
     with team_of(path, flags, notice=notice) as team:
         serve(team, ready=ready)
@@ -38,7 +41,10 @@ def serve_adapter(
 def team_of(
     path: Path | str, flags: Sequence[str] = (), *, notice: Callable[[str], object] = lambda line: None
 ) -> AbstractContextManager[Team]:
-    """A team of one Adapter or Release. Its directory of records is there until the context ends."""
+    """Return the context manager of a team of one Adapter or Release.
+
+    Its directory of records exists until the context ends.
+    """
     return _team_of(Path(path).absolute(), flags, notice)
 
 
@@ -62,13 +68,13 @@ def _team_of(path: Path, flags: Sequence[str], notice: Callable[[str], object]) 
             agents=(AgentOptions(name=name, release=str(release)),),
             state=str(Path(folder) / "state"),
             trust=trust,
-            # nothing was measured of an Adapter that nobody evaluated
+            # an Adapter may have no Report, so its lift is unknown
             router=Routing(lift="ignored" if trust else "measured"),
         )
         yield config.load_any(Team, team, flags)
 
 
 def _name_of(path: Path) -> str:
-    """The directory's name, where an agent may be called so."""
+    """Return the directory's name if it is a valid agent name, else `adapter`."""
     name = path.name.lower()
     return name if is_valid_name(name) and name not in RESERVED else "adapter"

@@ -1,4 +1,4 @@
-"""Speaks a reply into an audio file."""
+"""Speech output of a reply, as an audio file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from sartor.serving.commands.ask_types import AskReply, SpokenFile
 
 
 def speaking(file: Path | str, voice: str = DEFAULT, speed: float = 1.0) -> Callable[[AskReply], AskReply]:
-    """What speaks a reply into `file` (.wav, .flac, .mp3, .opus, .ogg) and notes it in the reply.
+    """Return a function that speaks a reply into `file` and records it in the reply.
 
-    Whatever can be wrong before there is a reply is raised here, before a base is opened for it: ConfigError for a
-    file that cannot be, and what `open_voice` raises. The file is written whole or not at all.
+    The file's suffix is .wav, .flac, .mp3, .opus or .ogg. Problems that can be known before the reply are raised here,
+    before a base is opened: ConfigError for an invalid file, and what `open_voice` raises. The file is written whole
+    or not at all.
     """
     path = Path(file)
     form = ENDINGS.get(path.suffix.lower())

@@ -1,8 +1,8 @@
-"""VLLM command line for a team.
+"""Command line of vLLM for a team.
 
-Adapters are served under their digests, so that a name means one content for ever and two versions of an agent stand
-side by side. What vLLM would do otherwise than the Release says is refused here, by the agent's name: vLLM has one
-chat template for all, no DoRA, and overlooks ranks and alphas that differ from module to module.
+Adapters are served under their digests, so that a name always means the same content and two versions of an agent can
+be served together. Whatever vLLM would serve differently from the Release is refused, with the agent's name: vLLM has
+one chat template for all, no DoRA, and ignores ranks and alphas that differ from module to module.
 """
 
 from __future__ import annotations
@@ -22,28 +22,33 @@ from sartor.inference.engine import adapter_digest
 from sartor.release.release import verify_release
 from sartor.serving.team_config import OpenAiEngineOptions, Team
 
-# What --max-lora-rank may be
+# Values that --max-lora-rank accepts
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _REMEDY = "serve this agent by engine: {kind: local}"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """argv: the command. environment: variables that it needs; a value that begins with $ names another variable."""
+    """Command for vLLM.
+
+    argv: the command.
+    environment: variables that it needs; a value that begins with $ names another variable.
+    """
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
 
     @property
     def line(self) -> str:
-        """For a shell; secrets stand in it by the names of their variables."""
+        """Command line for a shell; secrets appear as the names of their variables."""
         assignments = [f'{name}="{value}"' for name, value in self.environment.items()]
         return " ".join([*assignments, shlex.join(self.argv)])
 
 
 def launch(team: Team) -> Launch:
-    """The command for a team, after verifying its Releases. Raises what `verify` and `command` do, ModelError for its
-    base.
+    """Return the command for a team, after verifying its Releases.
+
+    Raises what `verify_release` and `command` raise, ModelError for its base.
     """
     ref = model_refs.locate_base(team.base)
     if not ref.path.is_dir():
@@ -57,10 +62,9 @@ def launch(team: Team) -> Launch:
 
 
 def command(team: Team, base: Path, releases: Sequence[Artifact]) -> Launch:
-    """The command for a base's directory and one Release per agent.
+    """Return the command for a base's directory and one Release per agent.
 
-    Raises ConfigError when the team's engine is another, ModelError that names the agent which vLLM cannot serve as
-    released.
+    Raises ConfigError if the team has another engine, ModelError with the agent that vLLM cannot serve as released.
     """
     engine = team.engine
     if not isinstance(engine, OpenAiEngineOptions):
@@ -92,14 +96,14 @@ def command(team: Team, base: Path, releases: Sequence[Artifact]) -> Launch:
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if engine.loads_adapters else {}
     if engine.key_env:
         environment["VLLM_API_KEY"] = (
-            f"${engine.key_env}"  # not as a flag, which other users of the machine could read
+            f"${engine.key_env}"  # not a flag, because other users of the machine could read it
         )
     return Launch(tuple(argv), environment)
 
 
 def _module(release: Artifact) -> str:
     name, path = adapter_digest(release.manifest["files"]), str(release.path)
-    # the short form is cut at every =
+    # vLLM splits the short form at every =
     return json.dumps({"name": name, "path": path}) if "=" in path or path.startswith("{") else f"{name}={path}"
 
 
@@ -119,7 +123,7 @@ def _check_templates(base: Path, releases: Sequence[Artifact]) -> None:
 
 
 def _rank(releases: Sequence[Artifact]) -> int:
-    """The least that vLLM may be told which holds every adapter's."""
+    """Return the smallest --max-lora-rank that holds every adapter's rank."""
     ranks = {_name(release): _config(release)["r"] for release in releases}
     max_rank = max(ranks.values(), default=RANKS[0])
     if fits := [rank for rank in RANKS if rank >= max_rank]:
@@ -128,7 +132,7 @@ def _rank(releases: Sequence[Artifact]) -> int:
 
 
 def _config(release: Artifact) -> Mapping[str, Any]:
-    """The adapter's config, of which vLLM obeys every part."""
+    """Return the adapter's config. Raises ModelError for features that vLLM does not support."""
     file = release.path / "adapter_config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

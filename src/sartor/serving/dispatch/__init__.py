@@ -1,1 +1,1 @@
-"""From a request to an answer: version, fallback, rollout, receipt."""
+"""Dispatch of requests to replies: version, fallback, rollout and receipt."""

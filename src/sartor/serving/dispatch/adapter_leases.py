@@ -12,17 +12,19 @@ from sartor.core.errors import AdmissionError, SartorError, UnavailableError
 from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.types import WorkerBackend
 
-# What `serving.admission` is asked for: the Release in a directory as a version of an agent of that name, or what it
-# raises.
-# `release` of the version is where the adapter is loaded from: the server's own copy.
+# Admission: takes the directory of a Release and the agent's name; returns the admitted version or raises. The
+# version's `release` is the server's own copy, from which the adapter is loaded.
 Admit = Callable[[Path, str], Awaitable[AgentVersion]]
 
 
 class AdapterLeases:
-    """The adapters of one crew. Not thread-safe: the event loop's own.
+    """Adapters that the workers of one server hold. Not thread-safe; use it in the event loop's thread.
 
-    copies: where admission keeps this machine's copies, each under its Release's id: a registry that several machines
-    share names a directory that may be another one's.
+    copies: directory of this machine's copies, each named by its Release's id. A registry shared by several machines
+    may
+    name a directory of another machine.
+    directories: by Release id, the directory of each checked Release.
+    troubles: by version name, the error of a version that could not be loaded.
     """
 
     def __init__(self, workers: WorkerBackend, admit: Admit, copies: Path) -> None:
@@ -31,31 +33,31 @@ class AdapterLeases:
         self._admit = admit
         self._loaded: set[str] = set()
         self._admitted: set[str] = set()
-        # id of each Release that was checked -> its directory. Two may have the same adapter: each is checked for
-        # itself
+        # id of each checked Release -> its directory. Two Releases may share an adapter; each is checked itself.
         self.directories: dict[str, Path] = {}
         self._loading: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._wanted: set[str] = set()
         self._pinned: list[AgentVersion] = []
         self._leases: Counter[str] = Counter()
-        # one load or unload at a time: what is being unloaded may be asked for again
+        # One load or unload at a time, since an adapter that is being unloaded may be requested again
         self._lock = asyncio.Lock()
         self._detaching: set[asyncio.Task[None]] = set()
         self.troubles: dict[str, SartorError] = {}
 
     def holds(self, version: AgentVersion) -> bool:
-        """Whether a call of this version can be made now."""
+        """Return whether a call of this version can run now."""
         return version.adapter in self._loaded and version.release_id in self.directories
 
     def was_admitted(self, version: AgentVersion) -> bool:
-        """Whether a server ever let it in: this one, one before it, whose copy stands, or another one that registered
-        it.
+        """Return whether any server has admitted the version.
+
+        It may be this server, an earlier one whose copy exists, or another one that registered the version.
         """
         has_copy = version.release_id in self._admitted or (self._copies / version.release_id).is_dir()
         return has_copy or "canary" in version.facts.get("checks", {})
 
     def check(self, version: AgentVersion) -> None:
-        """Raise UnavailableError, saying why, for a version that is not held."""
+        """Raise UnavailableError with the reason if a version is not held."""
         if not self.holds(version):
             trouble = self.troubles.get(version.name)
             reason = trouble.problem if trouble else "its adapter is being loaded"
@@ -65,7 +67,7 @@ class AdapterLeases:
 
     @contextmanager
     def leased(self, adapter: str) -> Iterator[None]:
-        """As long as this lasts, the adapter stays. "" is the base, which always does."""
+        """Keep an adapter loaded while the context is open. "" is the base, which is always loaded."""
         self._leases[adapter] += 1
         try:
             yield
@@ -77,9 +79,7 @@ class AdapterLeases:
 
     @contextmanager
     def pinned(self, version: AgentVersion) -> Iterator[None]:
-        """As long as this lasts, the version is wanted: it is about to be asked for, and the registry does not say so
-        yet.
-        """
+        """Keep a version wanted while the context is open, because the registry does not name it yet."""
         self._pinned.append(version)
         try:
             yield
@@ -87,9 +87,10 @@ class AdapterLeases:
             self._pinned.remove(version)
 
     async def hold(self, version: AgentVersion) -> None:
-        """Check the Release anew and load its adapter in every worker; nothing to do for one that is held.
+        """Check the Release again and load its adapter in every worker. A version that is held needs nothing.
 
-        Raises what admission raises, AdmissionError when another Release lies there now, ModelError, BudgetError.
+        Raises the errors of admission, AdmissionError if the directory holds another Release now, ModelError,
+        BudgetError.
         """
         self._wanted.add(version.adapter)
         if self.holds(version):
@@ -98,12 +99,12 @@ class AdapterLeases:
         if key not in self._loading:
             task = self._loading[key] = asyncio.ensure_future(self._load(version))
             task.add_done_callback(lambda done: self._loading_done(key, done))
-        await asyncio.shield(self._loading[key])  # others may wait for it too
+        await asyncio.shield(self._loading[key])  # other callers may wait for the same load
 
     def _loading_done(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
         del self._loading[key]
         if not task.cancelled():
-            task.exception()  # it is among the troubles, also where nobody waits for it any more
+            task.exception()  # marks it as retrieved; the error is in `troubles`
 
     async def _load(self, version: AgentVersion) -> None:
         try:
@@ -120,9 +121,7 @@ class AdapterLeases:
         self.troubles.pop(version.name, None)
 
     async def _recheck(self, version: AgentVersion) -> AgentVersion:
-        """The version as admission finds it, in the copy if there is one that is whole, else where it was
-        registered.
-        """
+        """Admit the version again: from the copy if there is a valid one, else from its registered directory."""
         copy = self._copies / version.release_id
         if copy.is_dir():
             with suppress(SartorError):
@@ -140,7 +139,7 @@ class AdapterLeases:
         return result
 
     def want(self, versions: Collection[AgentVersion]) -> None:
-        """Let go of everything but these, each as soon as no reply of it lives."""
+        """Keep only these and the pinned versions; unload all other adapters as soon as no reply uses them."""
         versions = [*versions, *self._pinned]
         self._wanted = {version.adapter for version in versions}
         names, releases = {version.name for version in versions}, {version.release_id for version in versions}
@@ -150,7 +149,7 @@ class AdapterLeases:
             self._let_go(adapter)
 
     def drop(self, version: AgentVersion) -> None:
-        """Let go of one, as soon as no reply of it lives."""
+        """Unload the adapter of one version as soon as no reply uses it."""
         self._wanted.discard(version.adapter)
         self.directories.pop(version.release_id, None)
         self._admitted.discard(version.release_id)
@@ -159,15 +158,15 @@ class AdapterLeases:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the workers hold nothing that nobody wants: no reply of such a one lives any more."""
+        """Whether the workers hold no unwanted adapter, so that no reply with such an adapter runs."""
         return not self._detaching and self._loaded <= self._wanted
 
     async def settle(self) -> None:
-        """Wait for what is being let go of."""
+        """Return when the unloads under way are done."""
         await asyncio.gather(*self._detaching)
 
     async def close(self) -> None:
-        """Load nothing more."""
+        """Cancel all loads and finish the unloads under way."""
         for task in (loading := [*self._loading.values()]):
             task.cancel()
         await asyncio.gather(*loading, *self._detaching, return_exceptions=True)
@@ -181,6 +180,6 @@ class AdapterLeases:
 
     async def _detach(self, adapter: str) -> None:
         async with self._lock:
-            if adapter not in self._loaded:  # else it was asked for again while this waited
+            if adapter not in self._loaded:  # otherwise it was loaded again while this waited for the lock
                 with suppress(SartorError):  # a worker that is gone holds nothing
                     await self._workers.detach(adapter)

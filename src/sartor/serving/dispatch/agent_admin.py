@@ -21,7 +21,10 @@ ADMIN = ChangeCause("admin", "over HTTP")
 
 
 class AgentAdmin:
-    """The agents of a running dispatch. A change has taken effect here when its method returns."""
+    """Listing and administration of the agents of a running dispatcher.
+
+    A change has taken effect in this server when its method returns.
+    """
 
     def __init__(self, dispatcher: Dispatcher, workers: WorkerBackend, admit: Admit, rules: Rollout) -> None:
         self._dispatcher = dispatcher
@@ -31,7 +34,7 @@ class AgentAdmin:
         self._rules = rules
 
     async def listed(self) -> Sequence[AgentListing]:
-        """Every agent."""
+        """Return every agent."""
         health, unadmitted = self._served.health()["agents"], self._served.unadmitted
         return [
             AgentListing(
@@ -46,10 +49,11 @@ class AgentAdmin:
         ]
 
     async def promote(self, name: str, release: str, version: str, expected: str | None) -> Mapping[str, Any]:
-        """Make a Release (a directory) or a registered version live, or put it on trial where TEAM.yaml asks for one.
+        """Make a Release or a registered version live, or put it on trial if TEAM.yaml demands that.
 
-        A version that is on trial already becomes live. Its adapter is loaded before anything changes. Raises
-        ConflictError when `expected` is not live (None: whatever is), AdmissionError, UnknownAgentError, ModelError.
+        A version that is already on trial becomes live. Its adapter is loaded before the change is made.
+        release: directory; "" if `version` is given. expected: version that must be live now; None for any.
+        Raises ConflictError, AdmissionError, UnknownAgentError, ModelError.
         """
         registry = self._served.registry
         if release:
@@ -66,17 +70,17 @@ class AgentAdmin:
             return await self._applied(await _change_registry(bring_in, name, version, expected=expected, cause=ADMIN))
 
     async def rollback(self, name: str, expected: str | None) -> Mapping[str, Any]:
-        """End a trial, or make the version live that was before. Raises ConflictError, UnknownAgentError."""
+        """End a trial, or else make the previous version live again. Raises ConflictError, UnknownAgentError."""
         return await self._applied(
             await _change_registry(self._served.registry.rollback, name, expected=expected, cause=ADMIN)
         )
 
     async def drain(self, name: str) -> Mapping[str, Any]:
-        """Take an agent out of service: what runs ends, what comes is refused. Raises UnknownAgentError."""
+        """Take an agent out of service: running replies end, new requests are refused. Raises UnknownAgentError."""
         return await self._applied(await _change_registry(self._served.registry.drain, name, cause=ADMIN))
 
     async def release(self, name: str) -> Mapping[str, Any]:
-        """Bring an agent back from quarantine or drain. Raises UnknownAgentError."""
+        """Return an agent to service after quarantine or drain. Raises UnknownAgentError."""
         registry = self._served.registry
         agent = self._served.agents.get(name)
         if agent is None or agent.state == "draining":
@@ -87,7 +91,7 @@ class AgentAdmin:
         return await self._applied(agent)
 
     async def hear(self, agent: str, rating: float) -> None:
-        """Tell the monitors how a person found a reply of that exact version: -1 bad .. 1 good."""
+        """Pass a user's rating of a reply by this exact version to the monitors: -1 bad to 1 good."""
         self._dispatcher.hear(agent, rating)
 
     async def _applied(self, agent: Agent) -> Mapping[str, Any]:
@@ -96,8 +100,9 @@ class AgentAdmin:
 
 
 async def _change_registry(change: Callable[..., Agent], *arguments: Any, **options: Any) -> Agent:
-    """A change of the registry, in a thread. A row or file of it that is damaged is no fault of the Release that was
-    named.
+    """Change the registry in a thread.
+
+    Raises UnavailableError for a damaged row or file of the registry, since the named Release is not at fault.
     """
     try:
         return await asyncio.to_thread(change, *arguments, **options)

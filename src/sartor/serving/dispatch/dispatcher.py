@@ -1,4 +1,4 @@
-"""Request to answer: version, fallback, receipt."""
+"""Dispatch of a request to a reply: version, fallback, receipt."""
 
 from __future__ import annotations
 
@@ -65,11 +65,10 @@ _SYSTEM = ("system", "developer")
 
 
 def build_call(request: AgentRequest, version: AgentVersion | None, id: str, max_tokens: int) -> GenerateCall:
-    """What an engine is asked, by a version or the base (None).
+    """Return the engine call of a request for a version, or for the base (None).
 
-    A client's own system message stands in place of the Release's, and so do its sampling options and its tools.
-    Raises RequestError for an option that is none or asks for more than `max_tokens`, ConfigError for a value out of
-    range.
+    A system message, sampling options and tools of the client replace those of the Release.
+    Raises RequestError for an unknown option or more than `max_tokens` tokens; ConfigError for a value out of range.
     """
     facts = version.facts if version else {}
     return GenerateCall(
@@ -104,15 +103,15 @@ def _sampling(request: AgentRequest, released: dict[str, Any], max_tokens: int) 
     return Sampling(**{**merged, "max_tokens": min(merged["max_tokens"], max_tokens)})
 
 
-# What is an agent's own fault, or says that it is out of service; the rest is the request's, or a matter of room and
-# time
+# Errors after which the next candidate is tried: the agent's own fault, or an agent out of service. Other errors are
+# the request's, or those of capacity and deadlines.
 STEPS_IN = (ModelError, ArtifactError, UnavailableError)
 AGENT_FAULTS = ("ModelError", "ArtifactError")
 
 
 @dataclass(frozen=True)
 class _PendingReply:
-    """A reply in progress, with what its receipt will need."""
+    """Reply in progress, with the facts that its receipt will need."""
 
     receipt: str  # id
     request: AgentRequest
@@ -128,7 +127,12 @@ class _PendingReply:
 
 
 class Dispatcher:
-    """Between HTTP and the crew. One event loop's own; `start` before the first request, `close` at the end."""
+    """Dispatcher between HTTP and the workers, used in one event loop.
+
+    Call `start` before the first request and `close` at the end.
+    in_flight: number of replies that run.
+    receipts_lost: number of receipts that could not be written.
+    """
 
     def __init__(
         self,
@@ -160,14 +164,15 @@ class Dispatcher:
         self._loops: list[asyncio.Task[None]] = []
         self.in_flight = 0
         self.receipts_lost = 0
-        # the tools that the team runs for an agent, by its name
+        # returns the tools that the team runs for an agent, by the agent's name
         self.team_tools: Callable[[str], tuple[Mapping[str, Any], ...]] = lambda name: ()
 
     async def start(self) -> None:
-        """Register the members that are new, load what is served, and follow the registry. Raises where it cannot be
-        opened.
+        """Register new agents of TEAM.yaml, load the served versions, and follow the registry.
 
-        A member that cannot be admitted or loaded is in `health`; its fall-backs answer if it ever was admitted.
+        An agent that cannot be admitted or loaded is reported by `health`. Its fallbacks answer if it was ever
+        admitted.
+        Raises an error if the registry cannot be opened.
         """
         await self.served.register({member.name: member for member in self._team.agents}, self._admit)
         await self.served.reload()
@@ -175,7 +180,7 @@ class Dispatcher:
         self._loops = [asyncio.ensure_future(self.served.keep_fresh()), asyncio.ensure_future(self.shadows.run())]
 
     async def close(self) -> None:
-        """Follow the registry no more. Replies that live go on; the crew ends them."""
+        """Stop following the registry and unload. Running replies continue; the workers end them."""
         for task in self._loops:
             task.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
@@ -185,10 +190,11 @@ class Dispatcher:
         await self.leases.close()
 
     async def open(self, request: AgentRequest) -> AgentReply:
-        """Begin a reply; returns when its first event is there.
+        """Begin a reply; return it when its first event is there.
 
         Raises UnknownAgentError, KeyRefusedError, RequestError, ConfigError, BusyError, DeadlineError;
-        UnavailableError when neither the agent nor anybody who may step in can answer now.
+        UnavailableError if
+        neither the agent nor any of its fallbacks can answer now.
         """
         receipt = secrets.token_hex(16)
         deadline = time.monotonic() + request.deadline_s
@@ -230,13 +236,13 @@ class Dispatcher:
         )
 
     def health(self) -> dict[str, Any]:
-        """Agents and troubles, for /health."""
+        """Return the state of agents, troubles and counts, for /health."""
         shadows = {"answered": self.shadows.answered, "left_out": self.shadows.left_out}
         counts = {"in_flight": self.in_flight, "receipts_lost": self.receipts_lost, "shadows": shadows}
         return {**self.served.health(), **counts}
 
     def hear(self, agent: str, rating: float) -> None:
-        """A person has rated a reply of this exact version, -1 bad .. 1 good."""
+        """Count a user's rating of a reply by this exact version: -1 bad to 1 good."""
         self._follow(self.rollouts.observe_rating(agent, rating < 0))
 
     async def _begin(
@@ -253,7 +259,7 @@ class Dispatcher:
             stack.enter_context(self.leases.leased(call.adapter))
             stack.enter_context(self._counted())
             released_version = version
-            if candidate.personal_version:  # the Release under the user's own adapter
+            if candidate.personal_version:  # the Release on which the personal adapter was tuned
                 released_version = self.served.version(candidate.agent.removesuffix(SUFFIX))
             pending = _PendingReply(
                 receipt=receipt,
@@ -280,7 +286,7 @@ class Dispatcher:
         return AgentReply(reported_agent, reason, receipt, stream)
 
     async def _ended(self, pending: _PendingReply, stream: ReplyStream, event: ReplyDone | ReplyFailed) -> None:
-        """A reply is over: count it, keep its receipt, let the candidate answer too."""
+        """Count a reply that has ended, shadow it if it was live, and write its receipt."""
         if isinstance(event, ReplyFailed):
             self._failed(pending.agent, event.kind)
         elif event.finish != "cancelled":
@@ -301,18 +307,18 @@ class Dispatcher:
                 done,
             )
             finished = FinishedReply(*facts, scores=pending.scores, began=pending.began, person=pending.person)
-            # a client that goes now must not keep the receipt from being written
+            # shielded: a client that disconnects now must not prevent the receipt
             await asyncio.shield(self._spawn(self._keep(finished)))
 
     async def _keep(self, finished: FinishedReply) -> None:
         assert self._receipts is not None
         try:
             await asyncio.to_thread(self._receipts.write, finished)
-        except (SartorError, OSError):  # a full disk hurts no reply; /health counts what is lost
+        except (SartorError, OSError):  # a full disk must not fail the reply; /health counts lost receipts
             self.receipts_lost += 1
 
     def _shadow(self, pending: _PendingReply, reply: str) -> None:
-        """Let the agent's candidate answer the same, if the draw says so."""
+        """Repeat the call with the agent's version on trial, if the request falls into the shadow fraction."""
         agent = self.served.agents.get(pending.agent.partition("@")[0])
         if agent is None or not agent.candidate or pending.agent != f"{agent.name}@{agent.live}":
             return
@@ -321,7 +327,7 @@ class Dispatcher:
             return
         if not set(kinds_in(pending.request.messages)) <= set(self.served.reads(name)):
             return
-        with suppress(SartorError):  # a candidate that is not held is a trouble already
+        with suppress(SartorError):  # a version that is not held is reported in the troubles already
             version = self.served.version(name)
             id = f"{pending.receipt}-shadow"
             call = build_call(pending.request, version, id, self._team.limits.reply_tokens)
@@ -355,7 +361,7 @@ class Dispatcher:
             self._spawn(self._execute(verdict))
 
     async def _execute(self, verdict: RolloutVerdict) -> None:
-        """What the monitors say, unless somebody has changed the agent since."""
+        """Carry out a verdict of the monitors, unless the agent has been changed since."""
         agent = self.served.agents.get(verdict.agent)
         if agent is None:
             return

@@ -1,4 +1,4 @@
-"""Which versions may answer a model name."""
+"""Selection of the versions that may answer a model name."""
 
 from __future__ import annotations
 
@@ -15,39 +15,43 @@ from sartor.serving.types import AgentRequest, Router, RoutingDecision
 
 BASE_AGENT = "base"
 AUTO = "auto"
-# Of an exact version, or the base: what it reads beside text
+# Takes an exact version or `base`; returns its modalities besides text
 Reads = Callable[[str], Collection[str]]
 
 
 class ReasonKind(Enum):
-    """Kind of a part of the answer to why a version answers."""
+    """Kind of one part of the reason for the choice of a version."""
 
-    NAMED = auto()  # by the client
-    ROUTED = auto()  # by the router, or without one
-    CANARY = auto()  # the draw gave the request to the version on trial
-    NO_VERSION = auto()  # the agent has none that is live
-    FALLBACK = auto()  # it steps in for another
-    FAILED = auto()  # what came before it could not answer
-    PERSONAL = auto()  # it is the user's own version
-    PERSONAL_UNUSED = auto()  # the user's own version cannot be used
+    NAMED = auto()  # the client named it
+    ROUTED = auto()  # chosen for `auto`, by the router or without one
+    CANARY = auto()  # the request falls into the canary fraction of the version on trial
+    NO_VERSION = auto()  # the agent has no live version
+    FALLBACK = auto()  # it answers instead of a version that cannot
+    FAILED = auto()  # the earlier candidates could not answer
+    PERSONAL = auto()  # it is the user's personal version
+    PERSONAL_UNUSED = auto()  # the user's personal version cannot be used
 
 
 class Reason(NamedTuple):
-    """A part of the answer to why a version answers: its kind, and the words that the client reads."""
+    """One part of the reason for the choice of a version.
+
+    detail: text for the client.
+    """
 
     kind: ReasonKind
     detail: str
 
 
 def join_reasons(reasons: Sequence[Reason]) -> str:
-    """Return reasons as the one text that headers and receipts hold."""
+    """Return reasons as one text, for headers and receipts."""
     return "; ".join(reason.detail for reason in reasons)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One who may answer: an exact version, or `base`; and why. personal_version: the version of the person who asks,
-    where it is that.
+    """Version that may answer: an exact version or `base`, with the reasons.
+
+    personal_version: the user's personal version if this is one, else None.
     """
 
     agent: str
@@ -60,7 +64,10 @@ _BY_NAME = Reason(ReasonKind.NAMED, "asked by name")
 
 @dataclass(frozen=True)
 class CandidateList:
-    """Who may answer a request, the first that can does. scores: what the router found, of `auto` only."""
+    """Versions that may answer a request, in order of preference.
+
+    scores: of the router, for `auto` only.
+    """
 
     candidates: Sequence[Candidate]
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -68,36 +75,40 @@ class CandidateList:
 
 @dataclass(frozen=True)
 class Modalities:
-    """What a request holds beside text, and who reads it. readers: agents that do, for the remedy."""
+    """Modalities of a request besides text, and the agents that support them.
+
+    reads: returns the modalities of a version. readers: agents that support the request, for the remedy.
+    """
 
     kinds: Collection[str]
     reads: Reads
     readers: Sequence[str] = ()
 
     def fit(self, agent: str) -> bool:
-        """Whether an exact version, or the base, reads all of the request."""
+        """Return whether an exact version or the base supports all modalities of the request."""
         return set(self.kinds) <= set(self.reads(agent))
 
     def check(self, agent: str) -> None:
-        """Raise RequestError where it does not."""
+        """Raise RequestError if `agent` does not support all modalities of the request."""
         if not self.fit(agent):
             reads = ", ".join(["text", *sorted(self.reads(agent))])
             raise RequestError(f"{agent} reads {reads}, and the request holds {' and '.join(self.kinds)}", self.remedy)
 
     @property
     def remedy(self) -> str:
-        """What else may be asked."""
+        """Another model to request, as text."""
         return f'"model": "{self.readers[0]}"' if self.readers else "send text: no agent that you may ask reads that"
 
 
 async def select_candidates(
     request: AgentRequest, agents: Mapping[str, Agent], router: Router | None, id: str, reads: Reads = lambda agent: ()
 ) -> CandidateList:
-    """Who may answer `request`. `id`: what a canary's draw hangs on.
+    """Return the versions that may answer `request`.
 
-    Raises UnknownAgentError for a name that nobody has, KeyRefusedError for one that the client's key does not open,
-    RequestError where who is asked does not read what the request holds, UnavailableError for an agent that is being
-    drained.
+    id: decides whether the request falls into a canary fraction.
+    Raises UnknownAgentError for an unknown name; KeyRefusedError if the client's key does not open it; RequestError if
+    the version does not support the request's modalities; UnavailableError for an agent that is draining or cannot
+    answer.
     """
     kinds = kinds_in(request.messages)
     modalities = Modalities(kinds, reads)
@@ -127,7 +138,7 @@ async def select_candidates(
 
 
 def _is_choosable(request: AgentRequest, agent: Agent) -> bool:
-    """Whether `auto` may choose it for this client."""
+    """Return whether `auto` may choose the agent for this client."""
     return agent.state == "serving" and (request.openable is None or agent.name in request.openable)
 
 
@@ -156,8 +167,9 @@ def _openable_agent(request: AgentRequest, agents: Mapping[str, Agent], name: st
 async def _select_routed(
     request: AgentRequest, agents: Mapping[str, Agent], router: Router | None, id: str, modalities: Modalities
 ) -> CandidateList:
-    """`auto`: by the text, among those that read all of the request. A router that fails chooses the base, and says
-    so.
+    """Return the candidates for `auto`: the agent that the router chooses among those that support the modalities.
+
+    If the router fails, the base is chosen, and the reason says so.
     """
     openable = {name for name, agent in agents.items() if _is_choosable(request, agent)}
     if modalities.kinds:
@@ -181,10 +193,11 @@ async def _select_routed(
 def _select_unrouted(
     decision: RoutingDecision, agents: Mapping[str, Agent], id: str, modalities: Modalities
 ) -> CandidateList:
-    """No agent was chosen, and the base does not read the request. Without a judgement the only agent that does,
-    answers, and so does one that fits and is only no better than a base that could see it.
+    """Return candidates if no agent was chosen and the base does not support the modalities.
 
-    Raises RequestError where none fits or several may be meant.
+    An agent that the router found fitting answers, even if it is no better than the base. If the router gave no
+    scores, the only supporting agent answers.
+    Raises RequestError if neither holds.
     """
     kinds = " and ".join(modalities.kinds)
     if decision.fits:
@@ -207,10 +220,9 @@ def _routed_by(detail: str) -> tuple[Reason, ...]:
 
 
 def _chain(agent: Agent, reasons: tuple[Reason, ...], id: str, modalities: Modalities) -> Iterator[Candidate]:
-    """The version on trial if the draw says so, the live one, then the agent's fall-backs; those that read the
-    request.
+    """Yield the version on trial if drawn, the live one, then the fallbacks; only those that support the modalities.
 
-    Raises RequestError where the live one does not.
+    Raises RequestError if the live version does not support them.
     """
     trial = f"{agent.name}@{agent.candidate}"
     if agent.candidate and in_fraction(agent.canary_fraction, trial, id) and modalities.fit(trial):

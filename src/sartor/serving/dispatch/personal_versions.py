@@ -1,8 +1,7 @@
 """Personal versions in front of a live version.
 
-Whatever is wrong with it, the live version answers, and the reason says that it does. What was tuned on another
-version than
-the live one is not used: what it changes was measured on that one.
+If a personal version cannot be used, the live version answers, and the reason says so. A personal version that was
+tuned on another version than the live one is not used, since its effect was measured on that version.
 """
 
 from __future__ import annotations
@@ -28,9 +27,11 @@ _LOOK_S = 0.05
 
 
 class UserVersionSelector:
-    """The personal versions of a running server. Not thread-safe: the event loop's own. `follow` after each change.
+    """Personal versions of a running server. Not thread-safe; use it in the event loop's thread.
 
-    max_loaded: adapters of persons that workers hold at once. listeners: told each person who is to be forgotten.
+    Call `follow` after each change of the registry.
+    max_loaded: number of personal adapters that workers hold at once.
+    listeners: called with the id of each user whose data are to be erased.
     """
 
     def __init__(
@@ -44,21 +45,21 @@ class UserVersionSelector:
             max_loaded,
         )
         self._people = People(-1, {})
-        # adapter -> what keeps it, that which was asked for longest ago first
+        # adapter -> its versions and the context that pins it; least recently used first
         self._loaded: OrderedDict[str, tuple[UserVersion, AgentVersion, ExitStack]] = OrderedDict()
         self._presence: ServerPresence | None = None
         self._presence_task: asyncio.Task[None] | None = None
         self._following = asyncio.Lock()
-        self._renews = False  # workers still hold what somebody who was forgotten has said
+        self._renews = False  # workers may still hold content of an erased user in memory
         self.listeners: list[Callable[[str], object]] = []
 
     @property
     def loaded_count(self) -> int:
-        """How many of them the workers hold, or are to hold."""
+        """Number of personal adapters that the workers hold or are loading."""
         return len(self._loaded)
 
     def public_request(self, request: AgentRequest) -> AgentRequest:
-        """The request as it is for everybody: a personal version that was named is asked for by what it stands on."""
+        """Return the request without a personal suffix in its model name."""
         if request.person and request.model.endswith(SUFFIX):
             return replace(request, model=request.model.removesuffix(SUFFIX))
         return request
@@ -70,9 +71,10 @@ class UserVersionSelector:
         agents: Mapping[str, Agent],
         versions: Mapping[str, AgentVersion],
     ) -> CandidateList:
-        """The plan with the person's own version in front of the live one that it stands on, if it can answer now.
+        """Return the candidates with the user's personal version in place of those before its live version.
 
-        Who names an exact version gets that one; nobody tries a candidate instead of what is their own.
+        It is used if it was tuned on the live version and can be loaded now. A request for an exact version is not
+        changed. A personal version also replaces a version on trial.
         """
         agent = agents.get(selection.candidates[0].agent.partition("@")[0])
         is_exact = "@" in request.model and not request.model.endswith(SUFFIX)
@@ -95,14 +97,15 @@ class UserVersionSelector:
             await self._hold(user_version, version)
         except SartorError as error:
             return _without(selection, f"{WHY} could not be loaded ({error.kind})")
-        # it answers in place of a candidate, which is no reason any more
+        # the personal version replaces the version on trial, so the canary reason does not hold
         reasons = [reason for reason in selection.candidates[0].reasons if reason.kind is not ReasonKind.CANARY]
         candidate = Candidate(user_version.name, (*reasons, Reason(ReasonKind.PERSONAL, WHY)), version)
         return replace(selection, candidates=[candidate, *selection.candidates[position:]])
 
     async def follow(self) -> None:
-        """Take the registry's rows as they are now; let go of what they do not name any more, and forget whom they
-        say.
+        """Apply the registry's current personal versions.
+
+        Removed versions are unloaded, and the listeners are told which users to erase.
         """
         async with self._following:
             await self._follow()
@@ -116,7 +119,7 @@ class UserVersionSelector:
                 if previous_generation >= 0
                 else []
             )
-        except SartorError:  # the registry's troubles are told by who reads the agents
+        except SartorError:  # `ServedAgents` reports the troubles of the registry
             return
         self._people = people
         artifacts = {version.artifact for version in people.versions.values()}
@@ -133,7 +136,7 @@ class UserVersionSelector:
         await self._announce_presence()
 
     async def close(self) -> None:
-        """Let go of all, and be no server any more."""
+        """Unload all personal versions and end the presence of this server."""
         if self._presence_task is not None:
             self._presence_task.cancel()
             await asyncio.gather(self._presence_task, return_exceptions=True)
@@ -155,7 +158,7 @@ class UserVersionSelector:
         except BaseException:
             self._let_go(version.adapter)
             raise
-        if version.adapter not in self._loaded:  # forgotten, or the longest unused, while it was being loaded
+        if version.adapter not in self._loaded:  # erased or evicted while it was being loaded
             self._leases.drop(version)
             raise UnavailableError(f"{user_version.name} was let go of while it was loaded", REQUEST_AGAIN)
 
@@ -166,11 +169,11 @@ class UserVersionSelector:
             self._leases.drop(version)
 
     async def _announce_presence(self) -> None:
-        """Say up to where this server has heard, once nothing that was removed is held by any worker."""
+        """Publish the generation that this server has applied, once no worker holds anything that was removed."""
         if self._presence is None:
             try:
                 self._presence = await asyncio.to_thread(ServerPresence, self._state)
-            except OSError:  # a disk that takes nothing: who forgets somebody is told that nobody has confirmed it
+            except OSError:  # unwritable disk: the erasure then reports that this server has not confirmed it
                 return
         if self._presence_task is None or self._presence_task.done():
             self._presence_task = asyncio.ensure_future(self._tell(self._presence))
@@ -187,7 +190,7 @@ class UserVersionSelector:
 
 
 def _without(selection: CandidateList, detail: str) -> CandidateList:
-    """Return the plan as it is for everybody, with why the user's own version does not answer."""
+    """Return the candidates without a personal version, with the reason why it does not answer."""
     candidate = selection.candidates[0]
     reasons = (*candidate.reasons, Reason(ReasonKind.PERSONAL_UNUSED, detail))
     return replace(selection, candidates=[replace(candidate, reasons=reasons), *selection.candidates[1:]])

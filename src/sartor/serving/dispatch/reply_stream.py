@@ -13,11 +13,11 @@ Ended = Callable[["ReplyStream", ReplyDone | ReplyFailed], Coroutine[object, obj
 
 
 class ReplyStream:
-    """The events of a reply, as `Answer` has them.
+    """Events of one reply; an EventStream.
 
-    release: called once, when the reply lives no more, however it ended. ended: awaited before the client sees the
-    last event, but not for a reply that was closed before. took_s: how long the crew was waited for; a slow client
-    adds nothing.
+    release: called once when the reply has ended in any way.
+    ended: awaited before the client gets the last event; not called for a reply that was closed before.
+    took_s: seconds spent waiting for the workers; a slow client adds nothing.
     """
 
     def __init__(self, events: EventStream, release: Callable[[], object], ended: Ended, took_s: float = 0.0) -> None:
@@ -31,7 +31,7 @@ class ReplyStream:
 
     @property
     def text(self) -> str:
-        """All that was said so far."""
+        """Text received so far."""
         return "".join(self._texts)
 
     def __aiter__(self) -> ReplyStream:
@@ -44,7 +44,7 @@ class ReplyStream:
         try:
             event = await anext(self._events)
         except asyncio.CancelledError:
-            raise  # who waits no longer closes it, or asks again
+            raise  # the caller closes the stream or reads on
         except BaseException:
             self._over()
             raise
@@ -59,7 +59,7 @@ class ReplyStream:
         return event
 
     async def aclose(self) -> None:
-        """Cancel what is not over."""
+        """Cancel the reply unless it has ended."""
         if not self._is_over:
             self._over()
             await self._events.aclose()

@@ -1,8 +1,8 @@
 """Canary and shadow rollout of a new version.
 
-A trial (canary or shadow) compares the candidate with the live version on the replies of the same hours. After a
-promotion the new version is compared for `watch_s` with what was last seen of the one before it. `monitors` has the
-rule.
+A trial (canary or shadow) compares the candidate with the live version on replies of the same period. After a
+promotion the new version is compared for `watch_s` with the last replies of its predecessor. `sequential_tests` holds
+the statistical test.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from sartor.serving.types import EventStream, WorkerBackend
 
 
 def in_fraction(fraction: float, subject: str, id: str) -> bool:
-    """Whether the request with this id falls into `fraction` of all: always the same answer for the same words."""
+    """Return whether the request with this id falls into `fraction` of all requests.
+
+    The answer depends only on the arguments: SHA-256 of subject and id, as a uniform number in [0, 1).
+    """
     number = int.from_bytes(hashlib.sha256(f"{subject}:{id}".encode()).digest()[:8], "big")
     return number < fraction * 2**64
 
 
 def is_json(text: str) -> bool:
-    """Whether a reply is one whole JSON object or list: the only format that monitors know."""
+    """Return whether a reply is one whole JSON object or list, the only format that the monitors know."""
     stripped = text.strip()
     if stripped[:1] not in ("{", "["):
         return False
@@ -47,7 +50,12 @@ def is_json(text: str) -> bool:
 
 @dataclass(frozen=True)
 class ObservedReply:
-    """What is known of one reply. agent: the exact version. token_s: seconds per token; 0 where there was none."""
+    """Measurements of one reply.
+
+    agent: exact version.
+    token_s: seconds per token; 0 for a reply without tokens.
+    in_flight: number of replies that ran when it began.
+    """
 
     agent: str
     failed: bool
@@ -58,7 +66,7 @@ class ObservedReply:
 
 @dataclass(frozen=True)
 class RolloutVerdict:
-    """What is to be done about a version on trial or under watch, and what that rests on."""
+    """Decision about a version on trial or under watch, with its reason and numbers."""
 
     agent: str
     version: str
@@ -69,7 +77,11 @@ class RolloutVerdict:
 
 @dataclass
 class _Comparison:
-    """One version under eyes. live: the one that it is compared with; `is_frozen` if that one answers no more."""
+    """Comparison of one version with another.
+
+    live: version that the candidate is compared with. is_frozen: whether `live` answers no more (a watch).
+    deadline: monotonic time, s. window: number of the current window, from 1.
+    """
 
     name: str
     candidate: str
@@ -85,17 +97,17 @@ class _Comparison:
 
 
 class Rollouts:
-    """Every trial and watch of a team. Not thread-safe: the event loop's own."""
+    """All trials and watches of a team. Not thread-safe; use it in the event loop's thread."""
 
     def __init__(self, rules: Rollout, clock: Callable[[], float] = time.monotonic) -> None:
         self._rules = rules
         self._clock = clock
         self._comparisons: dict[str, _Comparison] = {}
-        # of each live version, the last whole window and the one that fills: what its successor is compared with
+        # live version -> its last full window and the current one; its successor is compared with both
         self._live_tallies: dict[str, tuple[VersionTally, VersionTally]] = {}
 
     def follow(self, agent: Agent, previous: Agent | None) -> None:
-        """An agent has changed: begin or end its trial or watch."""
+        """Begin or end the trial or watch of an agent that has changed."""
         current = self._comparisons.get(agent.name)
         if agent.candidate:
             if (
@@ -118,14 +130,14 @@ class Rollouts:
         self._live_tallies.setdefault(f"{agent.name}@{agent.live}", (VersionTally(), VersionTally()))
 
     def forget(self, name: str) -> None:
-        """An agent is served no more."""
+        """Remove an agent that is not served any more."""
         self._comparisons.pop(name, None)
         self._live_tallies = {
             version: tallies for version, tallies in self._live_tallies.items() if version.rpartition("@")[0] != name
         }
 
     def observe_reply(self, reply: ObservedReply) -> RolloutVerdict | None:
-        """A reply has ended. What is to be done now, said once."""
+        """Count a reply that has ended; return a verdict if there is a new one."""
         if reply.agent in self._live_tallies:
             self._count(self._current(reply.agent), reply)
         comparison = self._comparison(reply.agent)
@@ -141,7 +153,7 @@ class Rollouts:
         return None
 
     def observe_rating(self, agent: str, is_bad: bool) -> RolloutVerdict | None:
-        """A person has rated a reply of this exact version."""
+        """Count a user's rating of a reply by this exact version; return a verdict if there is a new one."""
         if agent in self._live_tallies:
             self._current(agent).feedback.count(is_bad)
         comparison = self._comparison(agent)
@@ -156,25 +168,31 @@ class Rollouts:
         return None
 
     def observe_comparison(self, agent: str, is_same: bool) -> None:
-        """The candidate, an exact version, was asked beside the live one: whether their replies are the same text."""
+        """Count a shadow reply of the candidate.
+
+        agent: exact version. is_same: whether its text equals that of the live version.
+        """
         comparison = self._comparison(agent)
         if comparison is not None and agent == f"{comparison.name}@{comparison.candidate}":
             comparison.differing.count(not is_same)
 
     def condemn(self, agent: str, reason: str) -> RolloutVerdict | None:
-        """A version under eyes was found bad by somebody else: quarantined, say."""
+        """Return a roll-back verdict for a version on trial or under watch that another check found bad.
+
+        One such check is the quarantine of its circuit breaker.
+        """
         comparison = self._comparison(agent)
         if comparison is None or agent != f"{comparison.name}@{comparison.candidate}":
             return None
         return self._over(comparison, "roll back", reason, {"candidate": comparison.candidate_tally.as_json()})
 
     def undecided(self, name: str) -> None:
-        """What a verdict asked for could not be done: the next reply may ask again."""
+        """Allow a new verdict, because the last one could not be carried out."""
         if name in self._comparisons:
             self._comparisons[name].is_over = False
 
     def status(self, name: str) -> dict[str, Any]:
-        """The trial or watch of an agent, for /health; empty if there is none."""
+        """Return the trial or watch of an agent, for /health; empty if there is none."""
         comparison = self._comparisons.get(name)
         if comparison is None:
             return {}
@@ -188,7 +206,7 @@ class Rollouts:
         return {**fields, "differing": vars(comparison.differing), "candidate": comparison.candidate_tally.as_json()}
 
     def _comparison(self, agent: str) -> _Comparison | None:
-        """The one that this exact version's agent is in, if it is still to be judged."""
+        """Return the comparison of this version's agent if it is still undecided; else None."""
         comparison = self._comparisons.get(agent.rpartition("@")[0])
         if comparison is None or comparison.is_over:
             return None
@@ -222,7 +240,8 @@ class Rollouts:
     def _over(
         self, comparison: _Comparison, action: Literal["roll back", "promote"], reason: str, numbers: Mapping[str, Any]
     ) -> RolloutVerdict:
-        comparison.is_over = True  # the registry's answer, not this, ends it: until then nothing more is said
+        # No second verdict. The change in the registry removes the comparison.
+        comparison.is_over = True
         return RolloutVerdict(comparison.name, comparison.candidate, action, reason, numbers)
 
 
@@ -236,8 +255,9 @@ ROOM_S = 0.05
 
 @dataclass(frozen=True)
 class Shadow:
-    """A request that was answered, to be answered again. agent: the candidate's exact version. live_reply: the live
-    reply.
+    """Answered request that the candidate repeats.
+
+    agent: exact version of the candidate. live_reply: text of the live version's reply.
     """
 
     call: GenerateCall
@@ -247,7 +267,7 @@ class Shadow:
 
 @dataclass(frozen=True)
 class ShadowOutcome:
-    """What came of a shadow: how it ended, and the reply."""
+    """Result of a shadow request: its last event and the reply."""
 
     shadow: Shadow
     event: ReplyDone | ReplyFailed
@@ -257,9 +277,12 @@ class ShadowOutcome:
 
 
 class Shadows:
-    """Those of a team. What does not find room is left out, and counted: a live reply never waits for a shadow.
+    """Shadow requests of a team. A live reply never waits for one; shadows without room are dropped and counted.
 
-    has_room: whether the crew is idle enough. leased: keeps the candidate's adapter. report: what came of one.
+    has_room: returns whether the workers are idle enough.
+    leased: keeps the candidate's adapter loaded.
+    report: called with each outcome.
+    answered, left_out: number of shadows that ended and that were dropped.
     """
 
     def __init__(
@@ -281,7 +304,7 @@ class Shadows:
         self.left_out = 0
 
     def offer(self, shadow: Shadow) -> None:
-        """Answer this too, when there is room for it; the oldest that waits makes place."""
+        """Queue a shadow. If the queue is full, its oldest entry is dropped."""
         if len(self._waiting) == MOST_WAITING:
             self._waiting.popleft()
             self.left_out += 1
@@ -289,7 +312,7 @@ class Shadows:
         self._has_work.set()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Answer queued shadows until cancelled."""
         while True:
             await self._has_work.wait()
             self._has_work.clear()
@@ -326,8 +349,8 @@ class Shadows:
 
 
 def _keep_lease() -> None:
-    """The lease lasts as long as the shadow."""
+    """Do nothing: the lease lasts as long as the shadow."""
 
 
 async def _ended(stream: ReplyStream, event: ReplyDone | ReplyFailed) -> None:
-    """Nobody waits for a shadow's last event."""
+    """Do nothing at the end: no client waits for a shadow's last event."""

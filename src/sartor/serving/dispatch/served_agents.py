@@ -1,8 +1,8 @@
-"""Agents of a running server, kept fresh.
+"""Agents of a running server, kept up to date with the registry.
 
-A change takes effect when the adapters that it needs are held; until then, and if they never are, what was served goes
-on. The same holds where a row, or the whole registry, cannot be read. Each such thing is in `troubles`, which /health
-shows.
+A change takes effect when the adapters that it needs are held. Until then, and if they never are, the former versions
+are served. The same holds if a row or the whole registry cannot be read. Each such problem is in `troubles`, which
+/health shows.
 """
 
 from __future__ import annotations
@@ -26,14 +26,19 @@ from sartor.serving.team_config import AgentOptions
 from sartor.serving.types import Router, WorkerBackend
 
 POLL_S = 1.0
-# Rows may be hurt without a change, and what could not be loaded may be there now
+# Interval of a full read: rows may be damaged without a change of generation, and failed loads are tried again
 SCRUB_S = 10.0
-# What was refused is tried again after a change, and else ever more rarely: each time costs a process of its own
+# Longest wait before a refused version is tried again. The wait doubles each time, since a trial costs a process; a
+# change of the registry ends it.
 MOST_WAIT_S = 3600.0
 
 
 class ServedAgents:
-    """The agents of a running server. `agents` and `versions` are what requests are answered by, at this moment."""
+    """Agents of a running server.
+
+    agents, versions: state by which requests are answered at this moment.
+    troubles: problems by agent or version. generation: of the registry, as last read.
+    """
 
     def __init__(
         self,
@@ -46,7 +51,7 @@ class ServedAgents:
         self.registry = registry
         self.agents: dict[str, Agent] = {}
         self.versions: dict[str, AgentVersion] = {}
-        # agents of which no version ever was admitted: the base does not answer in their names
+        # agents without any admitted version: the base does not answer in their names
         self.unadmitted: set[str] = set()
         self.troubles: dict[str, str] = {}
         self.generation = -1
@@ -62,16 +67,17 @@ class ServedAgents:
         self._routed_releases: dict[str, Path] = {}
         self._router_trouble = ""
         self._refused: dict[str, str] = {}
-        # version that was refused -> in which generation, when it is tried again, after how long a wait
+        # refused version -> (generation, monotonic time of the next try, length of the wait in s)
         self._retries: dict[str, tuple[int, float, float]] = {}
         self._registry_trouble = ""
         self._read_at = 0.0
-        # told after each reading of the registry; `settle` waits for them
+        # called after each read of the registry; `settle` waits for them
         self.followers: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
     async def register(self, members: Mapping[str, AgentOptions], admit: Admit) -> None:
-        """Register the members of TEAM.yaml that are new to the registry. One that is not admitted is a trouble, no
-        error.
+        """Register the agents of TEAM.yaml that are new to the registry.
+
+        An agent that is not admitted becomes a trouble; no error is raised.
         """
         snapshot = await asyncio.to_thread(self.registry.read)
         for name, member in members.items():
@@ -85,13 +91,15 @@ class ServedAgents:
                 reason = _refusal(error)
                 self._refused[name] = reason
                 self.agents[name] = Agent(name, "", fallback=member.fallback, note=reason)
-                with suppress(SartorError):  # a registry that cannot be written to is a trouble of its own
+                with suppress(SartorError):  # an unwritable registry is reported as a trouble of its own
                     await asyncio.to_thread(self.registry.refuse, name, reason, fallback=member.fallback)
 
     async def reload(self) -> None:
-        """Serve what the registry has now, as far as its adapters are held; the others are fetched, and served then.
+        """Read the registry and serve the versions whose adapters are held. Missing adapters are fetched in the
+        background.
 
-        Never waits for an adapter, so that a rollback is not kept up by an admission. Never raises for what it finds.
+        It never waits for an adapter, so that an admission does not delay a rollback. It raises no error for the
+        registry's state.
         """
         async with self._reloading:
             try:
@@ -105,12 +113,12 @@ class ServedAgents:
                 self._spawn(follower())
 
     async def settle(self) -> None:
-        """Wait until everything is fetched, or found not to be had, and is served."""
+        """Return when every fetch has succeeded or failed, and all background tasks are done."""
         while tasks := [*self._fetching.values(), *self._background_tasks]:
             await asyncio.gather(*tasks)
 
     async def close(self) -> None:
-        """Fetch and teach nothing more."""
+        """Cancel all fetches and background tasks."""
         for task in (tasks := [*self._fetching.values(), *self._background_tasks]):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -128,7 +136,10 @@ class ServedAgents:
                     await self.reload()
 
     def version(self, name: str) -> AgentVersion | None:
-        """The version of an exact name, None for the base. Raises UnavailableError where it cannot answer now."""
+        """Return the version with an exact name; None for the base.
+
+        Raises UnavailableError if it cannot answer now.
+        """
         if name == BASE_AGENT:
             return None
         version = self.versions.get(name)
@@ -140,15 +151,15 @@ class ServedAgents:
         return version
 
     def reads(self, name: str) -> tuple[str, ...]:
-        """Of `image` and `audio`, those that an exact version reads beside text; the base reads text alone."""
+        """Return those of `image` and `audio` that an exact version supports; empty for the base."""
         version = self.versions.get(name)
         return tuple(version.facts.get("reads", ())) if version else ()
 
     def health(self) -> dict[str, Any]:
-        """For /health: the generation that is served, agents, and what is wrong."""
+        """Return the generation, the agents and the troubles, for /health."""
         own_troubles = {"registry": self._registry_trouble, "router": self._router_trouble}
         troubles = {**self.troubles, **{name: problem for name, problem in own_troubles.items() if problem}}
-        # what is wrong with a person's own is that person's to hear
+        # troubles of personal versions are private, so they are left out
         troubles |= {name: error.problem for name, error in self._leases.troubles.items() if not name.endswith(SUFFIX)}
         agents = {
             name: {
@@ -170,11 +181,11 @@ class ServedAgents:
             return True
 
     def _take(self, snapshot: Snapshot) -> None:
-        """Serve the registry's agents, and fetch what they lack."""
+        """Serve the registry's agents and fetch the versions that they lack."""
         troubles = dict(snapshot.damaged)
         for name in set(self.agents) - set(snapshot.agents) - set(snapshot.damaged):
             troubles[name] = self._refused.get(name, "its row is gone from the registry")
-        # a version whose row is hurt keeps the meaning that it had
+        # a version whose row is damaged keeps its former content
         self.versions = {
             **{name: self.versions[name] for name in snapshot.damaged if name in self.versions},
             **snapshot.versions,
@@ -205,11 +216,11 @@ class ServedAgents:
         self._teach()
 
     def _serve(self, agent: Agent) -> None:
-        """Serve an agent as the registry has it; while its live version is not held, the one that answered goes on."""
+        """Serve an agent as in the registry. While its live version is not held, the former live version is kept."""
         previous = self.agents.get(agent.name)
         live = self.versions.get(f"{agent.name}@{agent.live}")
         if previous is not None and previous.live and (live is None or not self._leases.holds(live)):
-            # what else has changed, holds
+            # the other changes take effect
             agent = replace(agent, live=previous.live, earlier=previous.earlier)
         self.agents[agent.name] = agent
         if previous is None or agent.generation != previous.generation or agent.live != previous.live:
@@ -218,9 +229,7 @@ class ServedAgents:
                 self._workers.release(f"{agent.name}@{agent.live}")  # promoted or rolled back, perhaps to itself
 
     async def _fetch(self, version: AgentVersion) -> None:
-        """Hold a version, and serve whoever waited for it. What keeps it from that is among the troubles of
-        holdings.
-        """
+        """Hold a version, then serve the agents that wait for it. Errors are in the troubles of `AdapterLeases`."""
         is_held = False
         try:
             await self._leases.hold(version)
@@ -234,7 +243,7 @@ class ServedAgents:
             if version.agent in self.unadmitted:
                 await self._note(version.agent, _refusal(error))
         except SartorError:
-            pass  # among the troubles, and tried again
+            pass  # in the troubles of `AdapterLeases`; tried again later
         finally:
             self._fetching.pop(version.name, None)
         if is_held:
@@ -247,7 +256,7 @@ class ServedAgents:
         return generation == self.generation and time.monotonic() < retry_at
 
     async def _note(self, name: str, reason: str) -> None:
-        """Keep beside an agent why it was not admitted, for `sartor agents list`."""
+        """Record why an agent was not admitted, for `sartor agents list`."""
         if self.agents[name].note != reason:
             with suppress(SartorError):
                 await asyncio.to_thread(self.registry.note, name, reason, cause=ChangeCause("server", "admission"))
@@ -259,10 +268,11 @@ class ServedAgents:
                     yield agent_version
 
     def _teach(self) -> None:
-        """Tell the router which Releases are live, when that has changed: once at a time, the newest last.
+        """Teach the router the live Releases if they have changed.
 
-        While versions are being fetched it waits for the last of them: a fit takes seconds, and a team starts with
-        several.
+        It waits until no version is being fetched, since a fit takes seconds and a team starts with several agents.
+        One
+        fit runs at a time, with the newest Releases last.
         """
         if self._fetching:
             return

@@ -1,1 +1,1 @@
-"""OpenAI-compatible HTTP in front of `dispatch`: no torch, no model in this process."""
+"""OpenAI-compatible HTTP server in front of `dispatch`. This process imports no torch and holds no model."""

@@ -29,31 +29,45 @@ Answering = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class JsonResponse(Response):
-    """JSON in UTF-8; a half of a surrogate pair that a model wrote is replaced, since no encoding has it."""
+    """JSON response in UTF-8.
+
+    A lone surrogate that a model wrote is replaced by "?", since UTF-8 cannot encode it.
+    """
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """See Response."""
+        """Encode `content` as compact JSON.
+
+        Raises ValueError for NaN and infinities.
+        """
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return text.encode("utf-8", "replace")
 
 
 class _Checked(Request):
-    """A request whose body was read and parsed by `bodies`; the framework takes its value from here."""
+    """Request whose body `body_of` read and `_value` parsed. FastAPI takes the parsed value from it.
+
+    body_bytes: size of the body that was read; kept as `state.body_bytes`.
+    value: parsed JSON.
+    """
 
     def __init__(self, request: Request, body_bytes: int, value: Any) -> None:
         super().__init__(request.scope, request.receive)
         self.state.body_bytes = body_bytes
-        self._body = b"null" if body_bytes else b""  # the framework asks only whether there is one
+        self._body = b"null" if body_bytes else b""  # FastAPI only tests whether the body is empty
         self._json = value
 
 
 class StrictJsonRoute(APIRoute):
-    """A route whose body, if it has one, is read within its limits and parsed strictly."""
+    """Route that reads its JSON body within the limits and parses it strictly. Routes without a body are unchanged."""
 
-    def get_route_handler(self) -> Answering:  # the framework's name
-        """See APIRoute."""
+    def get_route_handler(self) -> Answering:
+        """Return the handler that reads and parses the body before FastAPI validates it.
+
+        The handler raises FieldError instead of FastAPI's RequestValidationError, and what `body_of` and `parse`
+        raise.
+        """
         original = super().get_route_handler()
         body_model: Any = self.body_field.field_info.annotation if self.body_field else None
         model_fields: Mapping[str, Any] = body_model.model_fields if body_model else {}
@@ -74,7 +88,7 @@ class StrictJsonRoute(APIRoute):
 
 
 async def _value(body: bytearray, limit_bytes: int) -> Any:
-    """A large body is parsed beside the loop: others' replies go on meanwhile."""
+    """Parse a JSON body; use a thread from LARGE_BYTES up, so that the event loop can serve other replies."""
 
     def weighed() -> Any:
         check_weight(body, limit_bytes)
@@ -84,9 +98,10 @@ async def _value(body: bytearray, limit_bytes: int) -> Any:
 
 
 async def body_of(request: Request, has_media: bool = False) -> bytearray:
-    """A request's body, within its limits of size and time, if it is announced as JSON.
+    """Return the body of a request, read within the limits of size and time.
 
-    Raises MediaTypeError, SlowBodyError, TooLargeError, BusyError.
+    has_media: whether the request may hold media, which raises the size limit.
+    Raises MediaTypeError unless the body is announced as unpacked JSON; SlowBodyError, TooLargeError, BusyError.
     """
     state = get_state(request)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -113,11 +128,14 @@ async def body_of(request: Request, has_media: bool = False) -> bytearray:
 
 
 def build_app(state: AppState, cors: tuple[str, ...]) -> FastAPI:
-    """The application behind the guard."""
+    """Build the FastAPI application that runs behind `AuthMiddleware`.
+
+    cors: allowed origins; empty for no CORS middleware.
+    """
     app = FastAPI(
         title="Sartor",
         summary="A team of agents on one base, OpenAI-compatible",
-        docs_url=None,  # both pages would load scripts from elsewhere
+        docs_url=None,  # Swagger UI and ReDoc would load scripts from other hosts
         redoc_url=None,
         redirect_slashes=False,
         responses=_ERRORS,
@@ -150,18 +168,18 @@ async def _sartor_error(request: Request, error: Exception) -> Response:
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    """The guard, which gets the error next, logs it."""
+    """Answer 500. Starlette raises the error again afterwards, and `AuthMiddleware` logs it."""
     return _answer(request, BUG)
 
 
 async def _client_disconnected(request: Request, error: Exception) -> Response:
-    """To nobody: the status is for the log."""
+    """Return status 499. The client has gone, so the status is only for the log."""
     get_record(request).error = "Gone"
     return Response(status_code=CLIENT_DISCONNECTED)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """The framework's own: no such path, or another method."""
+    """Answer an HTTPException of the framework: an unknown path or a wrong method."""
     assert isinstance(error, PlainHTTPException)
     endpoint = f"{request.method} {ascii(request.url.path)[1:-1][:80]}"
     problem = f"there is no {endpoint}" if error.status_code in (404, 405) else f"{endpoint} is not possible"
@@ -198,7 +216,7 @@ _NOT_OURS = ("HTTPValidationError", "ValidationError")
 
 
 def describe(app: FastAPI) -> None:
-    """Give the application an `openapi` without the framework's own 422, and with keys."""
+    """Replace the application's `openapi`: it declares API keys and drops FastAPI's own 422 responses."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -30,7 +30,7 @@ USER_HEADER = "x-sartor-user"
 
 @dataclass(frozen=True)
 class AppState:
-    """The house, the limits, and what this process keeps."""
+    """Services, limits and shared state of this server process."""
 
     services: Services
     limits: RequestLimits
@@ -43,12 +43,18 @@ class AppState:
     media: MediaLimits
 
     def max_body_bytes(self, has_media: bool) -> int:
-        """Of a request's body. With media these come beside the rest, a third larger as base64."""
+        """Return the size limit of a request body in bytes.
+
+        has_media: whether media are allowed. Their limit is added, a third larger because base64 needs 4/3 of the
+        bytes.
+        """
         return self.limits.body_bytes + (self.media.bytes * 4 // 3 if has_media else 0)
 
     async def check_model(self, model: str, principal: Principal) -> None:
-        """Raises UnknownAgentError for a name that nobody has, KeyRefusedError for one that the visitor's key does not
-        open.
+        """Raise an error unless the model exists and the client's key opens it.
+
+        model: `base`, `auto`, an agent or plan, or `name@version`.
+        Raises UnknownAgentError for an unknown model; KeyRefusedError if the key does not open it.
         """
         name, separator, version = model.partition("@")
         listed = {agent.name: agent for agent in (*await self.services.agent_admin.listed(), *self.services.plans)}
@@ -63,8 +69,9 @@ class AppState:
             raise KeyRefusedError(f"this key does not open {name!r}", "send a key of that agent")
 
     def check_speech(self, principal: Principal) -> None:
-        """Raises UnknownAgentError where the team does not speak, KeyRefusedError for a key that does not open
-        `speech`.
+        """Raise an error unless speech is on and the client's key opens `speech`.
+
+        Raises UnknownAgentError if the team has no voice; KeyRefusedError if the key does not open `speech`.
         """
         self.services.speech.check_on()
         if not principal.opens(MODEL):
@@ -73,13 +80,15 @@ class AppState:
             )
 
     def remember(self, key: str, person: str, answer: AgentReply, request: AgentRequest, reply: str) -> None:
-        """Keep a reply that is whole, and who got it, so that feedback on it can be learnt from."""
+        """Keep a complete reply with its key and user, so that later feedback on it can be learnt from."""
         exchange = Exchange(answer.agent, request.messages, request.text, reply, key, person)
         self.memory.keep(answer.receipt, exchange)
 
     def person(self, user: str, header: str) -> str:
-        """Whom a request names, "" for nobody. user: OpenAI's field; header: `x-sartor-user`. Raises FieldError for
-        two.
+        """Return the internal id of the user that a request names; "" for none.
+
+        user: OpenAI's field `user`. header: value of `x-sartor-user`.
+        Raises FieldError if the two name different users.
         """
         if header and user and header != user:
             raise FieldError(
@@ -90,10 +99,10 @@ class AppState:
         return self.services.people.person_of(header or user)
 
     def allowed_person(self, person: str, header: str, principal: Principal) -> str:
-        """Whose own versions may answer. A key that may not speak for a person changes nothing by `user`, as on other
-        servers.
+        """Return the user whose personal versions may answer; "" for none.
 
-        Raises KeyRefusedError where the header asks for somebody for whom it may not speak.
+        If the key may not speak for the user, the field `user` is ignored, as on other servers.
+        Raises KeyRefusedError if the header names a user for whom the key may not speak.
         """
         if not person or principal.may_speak_for(person):
             return person
@@ -102,35 +111,35 @@ class AppState:
         return ""
 
     def fingerprint(self) -> str:
-        """OpenAI's `system_fingerprint`: of the base that all agents stand on."""
+        """Return OpenAI's `system_fingerprint`: 12 digits of the digest of the base that all agents share."""
         return f"fp_{self.services.workers.about.base_digest[:12]}"
 
 
 def get_state(request: Request) -> AppState:
-    """The desk of the application that this request came to."""
+    """Return the state of the application that handles this request."""
     state: AppState = request.app.state.desk
     return state
 
 
 def get_record(request: Request) -> RequestRecord:
-    """What is noted of this request."""
+    """Return the log record of this request."""
     record: RequestRecord = request.scope["state"]["entry"]
     return record
 
 
 def reply_headers(group: ReplyGroup) -> Mapping[str, str]:
-    """Who answered, why, and under which receipts."""
+    """Return the response headers that name the agent, the reason for the choice and the receipts."""
     answer = group.first
     fields = {"x-sartor-agent": answer.agent, "x-sartor-reason": answer.reason, "x-sartor-receipt": group.receipts}
     return {name: as_header(value) for name, value in fields.items()}
 
 
 def as_header(text: str) -> str:
-    """A text as a header may hold it: ASCII, one line, short."""
+    """Return a text as a header value: printable ASCII on one line, at most MAX_HEADER characters."""
     plain = text.encode("ascii", "backslashreplace").decode()
     return "".join(character if character.isprintable() else " " for character in plain)[:MAX_HEADER].strip()
 
 
 def agent_of(version: str) -> str:
-    """The agent of an exact version, `base` of the base's."""
+    """Return the agent's name in an exact version; `base` for a version of the base."""
     return version.partition("@")[0]

@@ -1,7 +1,7 @@
 """Authentication, rate limits and request log middleware.
 
-Outside the framework, so that nothing that fails inside escapes: a mistake is logged by its place and answered with
-its id.
+The middleware wraps the FastAPI application, so that no exception of a route escapes. An unexpected exception is
+logged by type and line, and the client gets an error with the request's id.
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ from sartor.serving.team_config import Http, RequestLimits
 
 PUBLIC = ("/health", "/openapi.json", "/.well-known/agent-card.json")
 LOOPBACK_NAMES = ("localhost", "ip6-localhost")
-# A status for the log alone, as nginx has it: the client went before its answer
+# Status for the log only, as in nginx: the client disconnected before its answer
 CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# What a rate counts: whatever computes, or writes to the disk
+# Routes that count against the request rate: those that compute or write to disk
 _COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/feedback", "/v1/audio/speech")
-# Keys are looked up in a database. Not the loop's own threads: those may all be waiting for a slow disk
+# Threads for key look-ups in the database. The loop's default threads may all be waiting for a slow disk.
 _threads = ThreadPoolExecutor(4, "sartor-doors")
 
 
 @dataclass(frozen=True)
 class RequestGate:
-    """Who may come in, and who takes note of it."""
+    """Checks of a request before it is routed: connection limit, shutdown, key, origin and rate.
+
+    connections: returns the number of open connections.
+    """
 
     authenticator: Authenticator
     rates: RateLimits
@@ -52,7 +55,11 @@ class RequestGate:
     connections: Callable[[], int]
 
     async def check(self, scope: Scope, headers: Headers) -> Principal:
-        """Who asks. Raises ForeignError, KeyRefusedError, BusyError, UnavailableError."""
+        """Return the principal of a request; counts it against its key's rate.
+
+        Raises UnknownKeyError, KeyRefusedError, ForeignError, BusyError (rate used up), UnavailableError (too many
+        connections, a stopping server or unreadable keys).
+        """
         if self.connections() > self.limits.connections:
             raise UnavailableError(
                 f"{self.connections()} connections are open; the limit is {self.limits.connections}",
@@ -74,7 +81,7 @@ class RequestGate:
         except UnavailableError as error:
             if path not in PUBLIC and scope["method"] != "OPTIONS":
                 raise
-            scope["state"]["shut"] = error  # /health says so
+            scope["state"]["shut"] = error  # /health reports it
             return NOBODY
         if is_open:
             self._check_foreign(scope, headers)
@@ -109,8 +116,11 @@ class RequestGate:
             )
 
     def _check_foreign(self, scope: Scope, headers: Headers) -> None:
-        """Without keys whoever reaches the server may ask, and a page in the user's browser reaches loopback: by its
-        name (DNS rebinding) or by a form. The host must be this machine's, and the origin this server's or one that is
+        """Raise ForeignError for a request of a foreign web page to a server without keys.
+
+        Anybody who reaches such a server may use it, and a page in the user's browser reaches loopback by DNS
+        rebinding
+        or by a form. The Host header must therefore name this machine, and the Origin must be this server or be
         allowed.
         """
         host = _host(f"//{headers.get('host', '')}")
@@ -132,7 +142,7 @@ def _host(address: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host's name or address means this machine and nobody else can reach it."""
+    """Return whether a host name or address means this machine, so that no other machine can reach it."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -140,7 +150,7 @@ def is_loopback(host: str) -> bool:
 
 
 class AuthMiddleware:
-    """The outermost application."""
+    """Outermost ASGI application: request id, checks, error answers, metrics, log and trace of each request."""
 
     def __init__(self, app: ASGIApp, gate: RequestGate, log: RequestLog, metrics: Metrics, tracer: Tracer) -> None:
         self._app = app
@@ -150,7 +160,7 @@ class AuthMiddleware:
         self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, whatever happens."""
+        """Answer one HTTP request. No exception of the application escapes."""
         if scope["type"] != "http":
             return
         headers = Headers(scope=scope)
@@ -182,7 +192,7 @@ class AuthMiddleware:
 
 
 class _Responder:
-    """What is sent: its status is noted, and every answer says the request's id."""
+    """Sender that notes the response status and adds the header `x-request-id`."""
 
     def __init__(self, send: Send, record: RequestRecord) -> None:
         self._send = send
@@ -195,7 +205,7 @@ class _Responder:
         await self._send(message)
 
     async def send_error(self, fault: HttpError) -> None:
-        """Answer with an error, unless an answer has begun."""
+        """Send an error response, unless a response has already begun."""
         self._record.error = fault.kind
         if not self._record.status:
             body = json.dumps(fault.as_json()).encode()
@@ -211,6 +221,8 @@ def _response_headers(fault: HttpError, size: int) -> list[tuple[bytes, bytes]]:
 
 
 def _request_id(headers: Headers) -> str:
-    """The client's own id where it is one that a log can hold, else a new one."""
+    """Return the client's `x-request-id` if it is 1 to 64 characters of A-Z, a-z, 0-9, ".", "_" and "-"; else a new
+    id.
+    """
     request_id = headers.get("x-request-id", "")
     return request_id if _REQUEST_ID.fullmatch(request_id) else secrets.token_hex(12)

@@ -17,24 +17,28 @@ ASK_AGAIN_S = 5
 
 
 class UnknownKeyError(errors.KeyRefusedError):
-    """No key was sent, or one that nobody has."""
+    """Request without an API key, or with an unknown one."""
 
 
 class FieldError(errors.RequestError):
-    """A field of a request that is not as it must be. `param`: which one, as OpenAI names it."""
+    """Invalid field of a request.
+
+    param: path of the field, in the form of OpenAI's `param`.
+    """
 
     def __init__(self, problem: str, remedy: str, param: str = "") -> None:
         super().__init__(problem, remedy)
         self.param = param
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """See SartorError."""
+        """Return the constructor arguments for pickling."""
         return type(self), (self.problem, self.remedy, self.param)
 
 
 class MediaFaultError(FieldError):
-    """A picture or a recording of a request that cannot be read, or that nobody who is asked reads. `code`: a word for
-    why.
+    """Image or recording in a request that cannot be read, or that the agent does not support.
+
+    code: machine-readable reason.
     """
 
     def __init__(self, problem: str, remedy: str, param: str = "", code: str = "unreadable_media") -> None:
@@ -42,23 +46,23 @@ class MediaFaultError(FieldError):
         self.code = code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """See SartorError."""
+        """Return the constructor arguments for pickling."""
         return type(self), (self.problem, self.remedy, self.param, self.code)
 
 
 class ForeignError(errors.RefusedError):
-    """A request that a page of another origin, or another host's name, led here."""
+    """Request of a page of another origin, or for another host name."""
 
 
 class NotFoundError(errors.MissingError):
-    """A path or a receipt that is not there."""
+    """Path or receipt that does not exist."""
 
 
 class CutError(errors.UnavailableError):
-    """A reply that was still running when the server had to end."""
+    """Reply that was still running when the server had to end it."""
 
 
-# The first line that fits, so a class stands before its parent: status, OpenAI's type, code
+# (class, status, OpenAI's type, code). The first match counts, so a subclass precedes its parent.
 _STATUSES: tuple[tuple[type[SartorError], int, str, str], ...] = (
     (TooLargeError, 413, "invalid_request_error", "request_too_large"),
     (MediaTypeError, 415, "invalid_request_error", "unsupported_media_type"),
@@ -87,7 +91,13 @@ _STATUSES: tuple[tuple[type[SartorError], int, str, str], ...] = (
 
 @dataclass(frozen=True)
 class HttpError:
-    """An error as HTTP says it."""
+    """Error as an HTTP response.
+
+    type: OpenAI's error type.
+    code: OpenAI's error code.
+    kind: class name in docs/errors.md.
+    param: path of the invalid field; None if no field is to blame.
+    """
 
     status: int
     type: str
@@ -99,9 +109,9 @@ class HttpError:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """OpenAI's error object, with the kind of docs/errors.md and the next thing to type.
+        """Return OpenAI's error object, with the additional fields `kind` and `remedy`.
 
-        Clients show the message alone, so the remedy stands in it too.
+        Many clients show only `message`, so it contains the remedy too.
         """
         fields = {
             "message": f"{self.problem}; try: {self.remedy}",
@@ -123,7 +133,7 @@ BUG = HttpError(
 
 
 def to_http_error(error: SartorError) -> HttpError:
-    """The status and words of an error."""
+    """Return the HTTP form of an error; `BUG` for a class without a status."""
     row = next(((status, kind, code) for cls, status, kind, code in _STATUSES if isinstance(error, cls)), None)
     if row is None:
         return BUG
@@ -135,7 +145,7 @@ def to_http_error(error: SartorError) -> HttpError:
 
 
 def _public(error: SartorError) -> str:
-    """The nearest class of core/errors: the kinds of this package are statuses."""
+    """Return the name of the nearest class defined in core/errors. Classes of this package differ only in status."""
     return next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
 
 
@@ -148,7 +158,7 @@ def _headers(error: SartorError, status: int) -> dict[str, str]:
 
 
 def error_of(failed: ReplyFailed) -> SartorError:
-    """The error that a Failed tells of."""
+    """Return the exception that a `ReplyFailed` event describes."""
     cls = vars(errors).get(failed.kind)
     if isinstance(cls, type) and issubclass(cls, SartorError):
         return cls(failed.problem, failed.remedy)
@@ -156,7 +166,7 @@ def error_of(failed: ReplyFailed) -> SartorError:
 
 
 MOST_SHOWN = 80
-# Parts of a message that are not text: those that a user's turn may hold, and others of OpenAI's services
+# Types of message parts that are not text: supported in user turns, and unsupported ones of OpenAI's API
 _READ = ("image_url", "input_audio")
 _OTHERS = ("input_image", "audio_url", "video_url", "file", "input_file")
 _INSTEAD = (
@@ -166,12 +176,15 @@ Path = tuple[str | int, ...]
 
 
 def field_error(complaints: Sequence[Mapping[str, Any]], body: Any, known_fields: Iterable[str]) -> FieldError:
-    """The one of pydantic's complaints that says most. `known_fields`: the fields that the body may have."""
+    """Return the most specific of pydantic's validation errors as a FieldError.
+
+    complaints: pydantic's error dicts. known_fields: names of the fields that the body may have.
+    """
     if media_error := next(_media(body), None):
         return media_error
     if token_error := next(_token_ids(body), None):
         return token_error
-    # Of an alternative that does not fit at all, the others' complaints come from further inside
+    # In a union, members that fit less well fail at a shallower path, so the deepest error comes from the best match
     complaint = max(complaints, key=lambda item: (len(_path(item["loc"], body)), _SURE.get(item["type"], 0)))
     path, kind = _path(complaint["loc"], body), complaint["type"]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
@@ -201,15 +214,15 @@ def field_error(complaints: Sequence[Mapping[str, Any]], body: Any, known_fields
     )
 
 
-# Of several complaints at one depth. A list that is too long was meant as a list, whatever else may stand there
+# Priority among errors at one depth. A list of a wrong length was meant as a list, whatever other members allow.
 _SURE = {"extra_forbidden": 3, "missing": 2, "too_short": 1, "too_long": 1}
 _TAGS = ("union_tag_invalid", "union_tag_not_found")
-# Near enough to have been meant; top_p is not a misspelt top_k
+# Minimum difflib ratio of a suggestion; high enough that top_p is not taken for a misspelt top_k
 _NEAR = 0.85
 
 
 def _wrong_length(complaint: Mapping[str, Any], param: str) -> FieldError:
-    """A list of too few or too many."""
+    """Return the error for a list with too few or too many items."""
     count, limits = len(complaint["input"]), complaint["ctx"]
     if complaint["type"] == "too_long":
         max_length = limits["max_length"]
@@ -221,7 +234,7 @@ def _wrong_length(complaint: Mapping[str, Any], param: str) -> FieldError:
 
 
 def _token_ids(body: Any) -> Iterator[FieldError]:
-    """Texts as token ids, which OpenAI's service takes too."""
+    """Yield an error if `input` or `prompt` holds token ids. OpenAI's API accepts them; this server does not."""
     for param in ("input", "prompt"):
         value = body.get(param) if isinstance(body, dict) else None
         if isinstance(value, list) and value and isinstance(value[0], (int, list)):
@@ -234,7 +247,7 @@ def _token_ids(body: Any) -> Iterator[FieldError]:
 
 
 def _wrong_tag(complaint: Mapping[str, Any], param: str) -> FieldError:
-    """One of several forms is chosen by a field (role, type), and that has none of the words that it may."""
+    """Return the error for a union whose discriminator (role, type) is missing or unknown."""
     tag_field = str(complaint["ctx"]["discriminator"]).strip("'")
     param = f"{param}.{tag_field}"
     expected = complaint["ctx"].get("expected_tags", "")
@@ -243,7 +256,10 @@ def _wrong_tag(complaint: Mapping[str, Any], param: str) -> FieldError:
 
 
 def _path(location: Sequence[str | int], body: Any) -> Path:
-    """Where the complaint is, without the names of alternatives that pydantic puts between; the last may be absent."""
+    """Return the path of an error in the body.
+
+    The names of union members that pydantic inserts are left out. The last part may be absent from the body.
+    """
     path: list[str | int] = []
     parts = list(location[1:]) if location and location[0] in ("body", "path", "query", "header") else list(location)
     for index, part in enumerate(parts):
@@ -279,7 +295,7 @@ _BOUNDS = (
 
 
 def _media(body: Any) -> Iterator[FieldError]:
-    """Parts that are no text where none may stand, or of a kind that nobody reads. An address is never fetched."""
+    """Yield errors for media parts outside user turns, of unsupported types, or given as plain strings."""
     messages = body.get("messages") if isinstance(body, dict) else None
     for turn, message in enumerate(messages if isinstance(messages, list) else []):
         content = message.get("content") if isinstance(message, dict) else None
@@ -296,7 +312,7 @@ def _media(body: Any) -> Iterator[FieldError]:
 
 
 def _shown(value: Any) -> str:
-    """A value as a sentence may hold it: short, ASCII."""
+    """Return a value in the form that error messages quote: ASCII, at most about MOST_SHOWN characters."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     size = len(value) if isinstance(value, str) else 0

@@ -1,10 +1,10 @@
 """Agents and plans as MCP tools.
 
-    /mcp           `ask` (a prompt; an agent, or `auto` chooses), and a tool for each agent and plan that the key opens
-    /mcp/AGENT     that one alone
+    /mcp           tool `ask` (a prompt; an agent, or `auto`), and one tool for each agent and plan that the key opens
+    /mcp/AGENT     the tool of that agent only
 
-Keys, limits, names, receipts and reasons are those of the other routes. There are no sessions: each POST is answered
-by itself, by JSON, so a server that is started again answers the same clients.
+API keys, limits, names, receipts and reasons are those of the other routes. The server is stateless: each POST gets a
+JSON answer of its own, so clients notice no restart.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ ABOUT_BASE = "Answer a prompt by the model that all agents of this team stand on
 
 @dataclass(frozen=True)
 class ToolDescription:
-    """One agent or plan. version: what is live. about: what it is for."""
+    """Name and description of one agent or plan.
+
+    version: live version.
+    about: its purpose, the description of its tool.
+    """
 
     name: str
     version: str
@@ -52,12 +56,12 @@ class ToolDescription:
 
 
 def abouts(team: Team) -> Mapping[str, str]:
-    """What TEAM.yaml says of its agents, by name."""
+    """Return the descriptions (`about`) of the agents in TEAM.yaml, by name."""
     return {member.name: member.about for member in team.agents if member.about}
 
 
 async def abilities(state: AppState, principal: Principal, about_texts: Mapping[str, str]) -> list[ToolDescription]:
-    """The agents and plans that this visitor's key opens and somebody answers for."""
+    """Return the ready agents and plans that the client's key opens."""
     listed = (*await state.services.agent_admin.listed(), *state.services.plans)
     return [_ability(listing, about_texts) for listing in listed if listing.is_ready and principal.opens(listing.name)]
 
@@ -77,8 +81,9 @@ PROMPT = {"type": "string", "minLength": 1, "description": "What is asked."}
 
 
 class McpServer:
-    """MCP over a desk. bug: told of a mistake of the server. Raises ExtraError where the package `mcp` is not
-    installed.
+    """MCP server over the application's state. Raises ExtraError if the package `mcp` is not installed.
+
+    bug: called with the request's record and each unexpected exception.
     """
 
     def __init__(self, state: AppState, team: Team, bug: Callable[[RequestRecord, Exception], object]) -> None:
@@ -89,15 +94,18 @@ class McpServer:
             raise missing_package("mcp", "mcp") from None
         self._state, self._bug, self._about_texts = state, bug, abouts(team)
         server: Any = Server("sartor", version=state.fingerprint(), on_list_tools=self._list, on_call_tool=self._call)
-        server.middleware.clear()  # its spans: the guard makes one a request, and knows what must not stand in it
+        # without the package's own spans: `AuthMiddleware` makes one span a request, free of private content
+        server.middleware.clear()
         self._sessions = StreamableHTTPSessionManager(
             server, json_response=True, stateless=True, max_request_body_size=team.limits.body_bytes
         )
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """While it is open, requests are answered; once. In a task of its own: a signal is raised in the server's, and
-        the package's group of tasks would make another error of it.
+        """Keep the server answering while the context is open; it can be entered once.
+
+        The session manager runs in a task of its own. A signal is raised in the server's task, and the manager's task
+        group there would wrap it in another exception.
         """
         is_open = asyncio.Event()
 
@@ -115,7 +123,7 @@ class McpServer:
             await asyncio.gather(session_task, return_exceptions=True)
 
     def response_to(self, body: bytes) -> Response:
-        """The answer to a request whose body was read."""
+        """Return the response to a request whose body has been read."""
         return _MountedResponse(self._sessions.handle_request, body)
 
     async def _list(
@@ -172,7 +180,7 @@ class McpServer:
         return _tool_result(group, reply)
 
     async def _tools(self, request: Request) -> dict[str, Tool]:
-        """What the path and the key of this request open, by name."""
+        """Return the tools that the request's path and key open, by name."""
         principal, agent = get_record(request).principal, request.path_params.get("agent", "")
         descriptions = await abilities(self._state, principal, self._about_texts)
         if agent:
@@ -181,7 +189,7 @@ class McpServer:
             *(name for name in SPECIAL if principal.opens(name)),
             *(description.name for description in descriptions),
         ]
-        # an agent of that name is asked by `agent`
+        # an agent named `ask` has no tool of its own: clients pass its name as `agent`
         tools = (
             [_team_tool(names), *(_tool(description) for description in descriptions if description.name != ASK)]
             if names
@@ -191,7 +199,10 @@ class McpServer:
 
 
 def _description_of(model: str, descriptions: list[ToolDescription]) -> ToolDescription:
-    """The one that a path names, which `check_model` has let pass: an agent, a version of one, `base` or `auto`."""
+    """Return the description of the agent, version, `base` or `auto` in a path.
+
+    `check_model` has accepted the name.
+    """
     name = model.partition("@")[0]
     special = {"base": ABOUT_BASE, "auto": ABOUT_AUTO}
     return next(
@@ -218,8 +229,9 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tool_result(group: ReplyGroup, reply: CollectedReply) -> CallToolResult:
-    """A reply as the result of a tool. One that calls a client's own tools says these as JSON: nobody here runs
-    them.
+    """Return a reply as a tool result.
+
+    Calls of the client's own tools are returned as JSON text, since the server does not run them.
     """
     from mcp_types import CallToolResult, TextContent
 
@@ -231,7 +243,7 @@ def _tool_result(group: ReplyGroup, reply: CollectedReply) -> CallToolResult:
 
 
 def _error_result(record: RequestRecord, fault: HttpError) -> CallToolResult:
-    """An error as the result of a tool, so that the model that called it reads what to do."""
+    """Return an error as a tool result, so that the calling model reads the remedy."""
     from mcp_types import CallToolResult, TextContent
 
     record.error = fault.kind
@@ -247,7 +259,7 @@ def _meta(facts: Mapping[str, Any]) -> Any:
 
 
 class _MountedResponse(Response):
-    """Answers by another ASGI application, which is handed the body that was read already."""
+    """Response by another ASGI application, which receives the body that was already read."""
 
     def __init__(self, handle: Callable[[Scope, Receive, Send], Any], body: bytes) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Size and header checks of request media.
 
-Only headers are read here, in threads of their own; a worker decodes. What it cannot is the request's fault, too.
+The server process reads only headers, in its own threads; a worker decodes the media. A file that the worker cannot
+decode is an error of the request too.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from sartor.serving.http.http_errors import MediaFaultError
 from sartor.serving.http.request_body import TooLargeError, too_large
 from sartor.serving.team_config import MediaLimits, RequestLimits
 
-# Of all requests whose first word is not there yet, together
+# Total of the media (base64) of all requests whose reply has not begun
 MOST_HELD_BYTES = 256 << 20
 _HEADS = {"image": "data:image/png;base64,...", "audio": "data:audio/wav;base64,..."}
 _threads = ThreadPoolExecutor(2, "sartor-media")
 
 
 class MediaChecker:
-    """The media of all requests that are being answered: held_bytes as base64."""
+    """Checks and counts the media of all requests in progress.
+
+    held_bytes: size of the media that are counted now, as base64.
+    """
 
     def __init__(self, limits: RequestLimits, media: MediaLimits, max_bytes: int = MOST_HELD_BYTES) -> None:
         self._limits, self._media, self._max_bytes = limits, media, max_bytes
@@ -35,10 +39,10 @@ class MediaChecker:
     async def looked_at(
         self, messages: Sequence[Mapping[str, Any]], body_bytes: int, choices: int = 1
     ) -> AsyncIterator[None]:
-        """Inside, the media of `messages`, which came in a body of that size, are counted as held: once for each
-        choice.
+        """Check the media of `messages` and count them as held while the context is open.
 
-        Raises TooLargeError, BusyError, and MediaFaultError naming the part that is at fault.
+        body_bytes: size of the request body. choices: number of replies; the media are counted once for each.
+        Raises TooLargeError, BusyError (too many bytes held together), and MediaFaultError with the path of the part.
         """
         parts = list(_media_parts(messages))
         size = sum(len(url) for _, _, url in parts)
@@ -106,7 +110,7 @@ class MediaChecker:
 
 
 def _media_parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """(name of the field, kind, data URL) of each media part."""
+    """Yield (field path, kind, data URL) of each media part."""
     for turn_index, message in enumerate(messages):
         content = message.get("content")
         for index, part in enumerate(content if isinstance(content, list | tuple) else ()):
@@ -115,7 +119,11 @@ def _media_parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, s
 
 
 def data_url(url: str, kind: str, param: str) -> str:
-    """`url`, if it is a data URL in base64 of that kind. Raises MediaFaultError: an address is never fetched."""
+    """Return `url` with a lower-case scheme if it is a base64 data URL of that kind.
+
+    kind: `image` or `audio`. param: path of the field, for the error.
+    Raises MediaFaultError otherwise. The server never fetches an address.
+    """
     scheme, colon, _ = url[:80].partition(":")
     if not colon or scheme.lower() != "data":
         actual = f"an address ({scheme[:16].lower()}:)" if colon and scheme.isalnum() else "no data URL"

@@ -1,4 +1,4 @@
-"""Collects or streams the answers of one request."""
+"""Replies to one HTTP request, collected or streamed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sartor.serving.http.shutdown import ServerLifetime
 from sartor.serving.types import AgentReply, AgentRequest, Replier
 
 T = TypeVar("T")
-# What dispatch may still say of a deadline in its own words before this front does
+# Seconds after the deadline in which `dispatch` may report it with its own error before this module does
 GRACE_S = 2.0
 MOST_WAITING_EVENTS = 64
 
 
 @dataclass
 class CollectedReply:
-    """One whole reply."""
+    """One complete reply."""
 
     text: str
     done: ReplyDone
@@ -32,9 +32,10 @@ class CollectedReply:
 
 @dataclass(frozen=True)
 class ReplyTerms:
-    """What holds for the Answers to one HTTP request.
+    """Settings shared by the replies to one HTTP request.
 
-    per_prompt: how many Answers each prompt has. keep: told of each reply that is whole.
+    per_prompt: number of replies for each prompt.
+    keep: called with each complete reply and its request.
     """
 
     record: RequestRecord
@@ -44,8 +45,9 @@ class ReplyTerms:
 
 
 class ReplyGroup:
-    """The Answers to the requests that one HTTP request makes, all by the same agent; they end by `deadline` of the
-    loop's clock.
+    """Replies of one agent version to one HTTP request.
+
+    requests: one for each answer. deadline: on the event loop's clock, in seconds.
     """
 
     def __init__(
@@ -59,16 +61,19 @@ class ReplyGroup:
 
     @property
     def first(self) -> AgentReply:
-        """The Answer that stands for all: agent, reason."""
+        """First reply; its agent and reason hold for all."""
         return self.answers[0]
 
     @property
     def receipts(self) -> str:
-        """The receipts of all, as one header has them."""
+        """Ids of all receipts, joined by ", " for one header."""
         return ", ".join(answer.receipt for answer in self.answers)
 
     async def events(self, index: int) -> AsyncGenerator[TextDelta | ReplyDone, None]:
-        """The events of one Answer. Raises what a Failed tells, DeadlineError, CutError."""
+        """Yield the events of one reply.
+
+        Raises the error of a ReplyFailed event; DeadlineError; CutError if the reply stops without its last event.
+        """
         texts: list[str] = []
         async with aclosing(self._events[index]) as source:
             while True:
@@ -89,7 +94,7 @@ class ReplyGroup:
                 return
 
     async def whole(self) -> list[CollectedReply]:
-        """All replies, each to its end. When one fails the others are closed, and its error is raised."""
+        """Return all complete replies. If one fails, the others are cancelled and its error is raised."""
         return await gather_or_cancel([self._collect(index) for index in range(len(self.answers))])
 
     async def _collect(self, index: int) -> CollectedReply:
@@ -99,7 +104,7 @@ class ReplyGroup:
         return CollectedReply("".join(delta.text for delta in deltas), cast(ReplyDone, events[-1]), logprobs)
 
     async def merged(self) -> AsyncGenerator[tuple[int, TextDelta | ReplyDone], None]:
-        """The events of all Answers as they come, each with the Answer's place."""
+        """Yield (index of the reply, event) of all replies, in order of arrival."""
         if len(self.answers) == 1:
             async for event in self.events(0):
                 yield 0, event
@@ -123,21 +128,27 @@ class ReplyGroup:
         try:
             async for event in self.events(index):
                 await queue.put((index, event))
-        except Exception as error:  # it is raised where the events are read
+        except Exception as error:  # `merged` raises it
             await queue.put(error)
 
     async def within(self, work: Awaitable[T]) -> T:
-        """The result of what is still to be done for the replies, by the time that holds for them."""
+        """Return the result of further work for the replies, bounded by their deadline.
+
+        Raises DeadlineError, CutError.
+        """
         return await self._terms.lifetime.within(work, self._deadline)
 
     async def close(self) -> None:
-        """Cancel what still runs."""
+        """Close all event streams; replies that still run are cancelled."""
         for events in self._events:
             await events.aclose()
 
 
 async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all, in order; when one fails the others are cancelled, and its error is raised."""
+    """Return the results of all coroutines in order.
+
+    If one fails, the others are cancelled and its error is raised.
+    """
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(item) for item in work]
@@ -147,9 +158,9 @@ async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def open_answers(replies: Replier, requests: Sequence[AgentRequest], terms: ReplyTerms) -> ReplyGroup:
-    """Begin all replies; the first decides which agent, and the version of it, makes the others too.
+    """Open all replies. The first decides the exact agent version for the others.
 
-    Raises what `Replies.open` raises; then no Answer is left open.
+    Raises what `Replier.open` raises, DeadlineError and CutError. No reply is left open then.
     """
     record, deadline_s = terms.record, requests[0].deadline_s
     deadline = asyncio.get_running_loop().time() + deadline_s - record.elapsed_s + GRACE_S
@@ -168,7 +179,7 @@ async def open_answers(replies: Replier, requests: Sequence[AgentRequest], terms
     try:
         await begin(0, requests[0])
         record.agent, record.receipt = answers[0].agent, answers[0].receipt
-        # `base@` and its digest is a name that replies carry and nobody asks for
+        # a reply of the base is named `base@DIGEST`, but requests name it `base`
         model = "base" if record.agent.startswith("base@") else record.agent
         await gather_or_cancel(
             [begin(index, replace(request, model=model)) for index, request in enumerate(requests[1:], 1)]

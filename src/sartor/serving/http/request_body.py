@@ -1,7 +1,7 @@
 """Bounded, strict JSON body reading.
 
-The standard parser takes NaN, keeps the last of two equal keys, and recurses as deep as the text does. What is refused
-here never reaches pydantic, a chat template or a file.
+The standard parser accepts NaN, keeps the last of two equal keys, and recurses as deep as the text. A body that this
+module refuses never reaches pydantic, a chat template or a file.
 """
 
 from __future__ import annotations
@@ -18,44 +18,50 @@ from sartor.core.errors import BusyError, RequestError
 
 MOST_NESTED = 64
 MOST_DIGITS = 40
-# Every body that is being read at once, together: many clients that each stay below the limit of one
+# Total of all bodies being read at once. Without it, many clients below the limit of one body could fill the memory.
 MOST_HELD_BYTES = 256 << 20
 
-# What `nested` has in numbers of 8 bytes at once, five of them for each: more would outweigh the body
+# Bytes that `nested` handles at once. Each needs about five numbers of 8 bytes, so larger pieces could outweigh the
+# body.
 _PIECE = 1 << 16
-# Of base64 in JSON, with slashes that some writers escape: no structure stands in such a run, so it costs nothing to
-# parse
-_RUN = re.compile(rb"(?<![A-Za-z0-9+/=\\])[A-Za-z0-9+/=\\]{256,}")  # only from its beginning: linear
+# Run of base64 in JSON, with slashes that some writers escape. It holds no structure, so parsing it costs little.
+_RUN = re.compile(rb"(?<![A-Za-z0-9+/=\\])[A-Za-z0-9+/=\\]{256,}")  # the look-behind keeps the search linear
 _ESCAPE = re.compile(rb"\\+.?", re.DOTALL)
 _STEPS = np.zeros(256, dtype=np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
-# Where none of these stands, no text can hold what no text should: the parser itself refuses control characters as
-# they are
+# A body without any of these has no forbidden character in a text. The parser itself refuses unescaped control
+# characters.
 _SUSPECT = re.compile(rb"\\u(?:00[01]|007[fF]|[dD][89a-fA-F])|\\[bf]|\x7f")
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 class TooLargeError(RequestError):
-    """A body above its limit."""
+    """Body above its size limit."""
 
 
 class MediaTypeError(RequestError):
-    """A body that is not announced as JSON."""
+    """Body that is not announced as unpacked JSON."""
 
 
 class SlowBodyError(RequestError):
-    """A body that did not come in time."""
+    """Body that did not arrive in time."""
 
 
 class BodyReader:
-    """All bodies that are being read: how many bytes they hold together."""
+    """Reader that bounds the total size of all bodies being read at once.
+
+    held_bytes: size of the bodies being read now.
+    """
 
     def __init__(self, max_bytes: int = MOST_HELD_BYTES) -> None:
         self.max_bytes = max_bytes
         self.held_bytes = 0
 
     async def read_body(self, chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_bytes: int) -> bytearray:
-        """The body, counted while it comes in. Raises TooLargeError, and BusyError when all together are too much."""
+        """Return the body, with its size checked while it arrives.
+
+        Raises TooLargeError above `limit_bytes`; BusyError if all bodies together exceed `max_bytes`.
+        """
         content_length = headers.get("content-length", "")
         if content_length.isdecimal() and int(content_length[:20]) > limit_bytes:
             raise too_large(int(content_length[:20]), limit_bytes)
@@ -77,7 +83,10 @@ class BodyReader:
 
 
 def too_large(size: int | None, limit_bytes: int) -> TooLargeError:
-    """The error for a body above its limit; `size` is None where nobody counted to the end."""
+    """Return the error for a body above its limit.
+
+    size: bytes of the body; None if reading stopped at the limit.
+    """
     text = f"{size} bytes" if size is not None else f"more than {limit_bytes} bytes"
     return TooLargeError(
         f"the request's body has {text}; the limit is {limit_bytes}",
@@ -86,9 +95,10 @@ def too_large(size: int | None, limit_bytes: int) -> TooLargeError:
 
 
 def parse(body: bytes | bytearray) -> Any:
-    """The value of a JSON text. Raises RequestError for what is no strict JSON, or holds what no text should.
+    """Return the value of a JSON text.
 
-    A bytearray is emptied: a body with media, its text and its value would be three times its size.
+    Raises RequestError for invalid or non-strict JSON, and for texts with forbidden characters.
+    A bytearray is emptied: a body with media, its text and its value together would take three times its size.
     """
     try:
         text = body.decode("utf-8")
@@ -117,15 +127,15 @@ def parse(body: bytes | bytearray) -> Any:
 
 
 def nested(body: bytes | bytearray) -> int:
-    """How deep brackets stand in each other, strings left out. Linear in time, and no copy of the body, whatever it
-    is.
+    """Return the nesting depth of brackets outside strings.
 
-    A backslash outside of a string is no JSON: what is counted from there on does not matter, the parser stops at it.
+    Takes linear time and does not copy the body. A backslash outside a string is invalid JSON; the depth from there
+    on may be wrong, but the parser stops at it.
     """
     deepest = depth = quotes = start = 0
     while start < len(body):
         end = start + _PIECE
-        if match := _ESCAPE.match(body, end - 1):  # what it escapes belongs to the same piece
+        if match := _ESCAPE.match(body, end - 1):  # an escaped character belongs to the same piece
             end = match.end()
         signs = np.frombuffer(body[start:end].replace(b"\\\\", b"").replace(b'\\"', b""), dtype=np.uint8)
         start = end
@@ -138,8 +148,9 @@ def nested(body: bytes | bytearray) -> int:
 
 
 def check_weight(body: bytes | bytearray, limit_bytes: int) -> None:
-    """Raise TooLargeError for a body that has more than that beside its longest texts: what else is in it takes
-    memory.
+    """Raise TooLargeError if the body without its long base64 runs exceeds `limit_bytes`.
+
+    Everything but such runs takes many times its size in memory when parsed.
     """
     if (
         len(body) > limit_bytes
@@ -177,8 +188,9 @@ def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_texts(value: Any) -> None:
-    """No control characters but tab and line ends, no half of a surrogate pair: neither a file nor a template takes
-    them.
+    """Raise RequestError for lone surrogates and control characters (except tab and line ends).
+
+    Neither files nor chat templates accept them.
     """
     pending = [value]
     while pending:

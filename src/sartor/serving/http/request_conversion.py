@@ -1,4 +1,4 @@
-"""OpenAI request bodies to agent Requests."""
+"""Conversion of OpenAI request bodies to `AgentRequest`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ _SAMPLED = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
 
 
 def chat_request(body: ChatRequest, limits: RequestLimits) -> AgentRequest:
-    """The Request of a chat. Raises RequestError for what only holds together wrongly."""
+    """Return the request of a chat completion.
+
+    Raises RequestError for combinations of fields that contradict each other or exceed the limits.
+    """
     if len(body.messages) > limits.messages:
         raise FieldError(
             f"messages holds {len(body.messages)} turns; the limit is {limits.messages}",
@@ -77,7 +80,10 @@ def chat_request(body: ChatRequest, limits: RequestLimits) -> AgentRequest:
 
 
 def text_requests(body: TextRequest, limits: RequestLimits) -> list[AgentRequest]:
-    """One Request per prompt. Raises RequestError for what only holds together wrongly."""
+    """Return one request for each prompt of a text completion.
+
+    Raises RequestError for combinations of fields that contradict each other or exceed the limits.
+    """
     _check_stream(body.stream, body.stream_options)
     sampling = _sampling(body, body.max_tokens, limits)
     top_logprobs = -1 if body.logprobs is None else body.logprobs
@@ -86,7 +92,7 @@ def text_requests(body: TextRequest, limits: RequestLimits) -> list[AgentRequest
 
 
 def choices(request: AgentRequest, count: int) -> list[AgentRequest]:
-    """The same question `count` times, each with a seed of its own that follows from the first."""
+    """Return `count` copies of a request, with consecutive seeds that begin with the request's own."""
     seed = request.sampling["seed"]
     seeds = [(seed + index + 2**63) % 2**64 - 2**63 for index in range(count)]
     return [replace(request, sampling={**request.sampling, "seed": seed}) for seed in seeds]
@@ -98,8 +104,9 @@ def _check_stream(stream: bool | None, options: object) -> None:
 
 
 def _check_speech(body: ChatRequest) -> None:
-    """Speech comes with text, and whole: OpenAI's service does not stream it in the forms that can be kept in a file
-    either.
+    """Raise FieldError for contradictory speech options.
+
+    Speech needs text beside it and cannot be streamed. OpenAI's API does not stream speech in file formats either.
     """
     kinds = set(body.modalities or ())
     if kinds == {"audio"}:
@@ -124,8 +131,9 @@ def _check_speech(body: ChatRequest) -> None:
 
 
 def _sampling(body: SamplingFields, max_tokens: int | None, limits: RequestLimits) -> Mapping[str, Any]:
-    """The options that were given. A seed is drawn where none is, so that a reply that is sampled can be made
-    again.
+    """Return the sampling options that were sent, with a seed.
+
+    A missing seed is drawn, so that a sampled reply can be reproduced.
     """
     if max_tokens is not None and max_tokens > limits.reply_tokens:
         raise FieldError(
@@ -154,7 +162,7 @@ def _schema(body: ChatRequest) -> str:
 
 
 def _check_references(schema: Any, subject: str) -> None:
-    """A schema refers to its own parts only: nobody fetches another."""
+    """Raise FieldError for a schema that refers outside itself. Nothing is fetched."""
     for key, value in _references(schema):
         if not value.startswith("#"):
             raise FieldError(
@@ -176,7 +184,10 @@ def _references(schema: Any) -> Iterator[tuple[str, str]]:
 
 
 def _message(turn: Turn, index: int) -> dict[str, Any]:
-    """A turn in OpenAI's form, text without media in one piece: what replies always have empty is left out."""
+    """Return a turn in OpenAI's form, without the fields that are always empty in replies.
+
+    Content without media becomes one string; the role `developer` becomes `system`.
+    """
     message = turn.model_dump(include={"role", "name", "tool_calls", "tool_call_id"}, exclude_none=True)
     if message["role"] == "developer":
         message["role"] = "system"
@@ -190,7 +201,7 @@ def _message(turn: Turn, index: int) -> dict[str, Any]:
 
 
 def _content(content: str | Sequence[TextPart | MediaPart], param: str) -> str | list[dict[str, str]]:
-    """A text, or where there are media the parts in the short form, which curation reads too."""
+    """Return a string, or with media the list of parts in the short form that curation reads too."""
     if isinstance(content, str):
         return content
     if all(isinstance(part, TextPart) for part in content):
@@ -207,16 +218,17 @@ def _part(part: TextPart | MediaPart, param: str) -> Part:
 
 
 def as_list(texts: str | Sequence[str]) -> list[str]:
-    """One or several texts as a list."""
+    """Return one or several texts as a list."""
     return [texts] if isinstance(texts, str) else list(texts)
 
 
 async def open_replies(
     http_request: HttpRequest, requests: Sequence[AgentRequest], user: str = "", count: int = 1
 ) -> ReplyGroup:
-    """The Answers to these questions, `count` each, by the rules of who asks: names, persons, times, receipts.
+    """Open `count` replies to each request, under the client's key, user and deadline.
 
-    user: whom the client names. Raises what `open_answers` raises, GoneError when the client goes.
+    user: the field `user` of the body.
+    Raises what `open_answers` raises, FieldError and KeyRefusedError for the user, and ClientDisconnectedError.
     """
     state, record = get_state(http_request), get_record(http_request)
     header, principal = http_request.headers.get(USER_HEADER, ""), record.principal

@@ -1,7 +1,7 @@
 """Facts of one request and its JSON log line.
 
-Lines are written by a thread, so that a reader of the log that stalls cannot stall replies; what does not fit is
-counted.
+A thread writes the lines, so that a stalled reader of the log cannot stall replies. Lines that do not fit into the
+queue are counted as lost.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from sartor.serving.http.services import NOBODY
 
 @dataclass
 class TokenUsage:
-    """Tokens of a request's replies together. reply: counted while they come, so that a reply that is cut counts
-    too.
+    """Tokens of all replies to one request.
+
+    prompt: tokens of the prompts. cached: those of them that were cached.
+    reply: counted as they arrive, so that an interrupted reply counts too.
     """
 
     prompt: int = 0
@@ -32,18 +34,24 @@ class TokenUsage:
 
     @property
     def total(self) -> int:
-        """What a rate counts."""
+        """Tokens that count against the token rate."""
         return self.prompt + self.reply
 
     def as_json(self) -> dict[str, object]:
-        """OpenAI's usage."""
+        """Return OpenAI's `usage` object."""
         fields = {"prompt_tokens": self.prompt, "completion_tokens": self.reply, "total_tokens": self.total}
         return {**fields, "prompt_tokens_details": {"cached_tokens": self.cached}}
 
 
 @dataclass
 class RequestRecord:
-    """One request. agent: the exact version that answered, "" before. error: the kind of the error that ended it."""
+    """Record of one request.
+
+    agent: exact version that answers; "" before it is known.
+    error: kind of the error that ended the request; "" for none.
+    began: monotonic clock, s.
+    first_s: seconds until the first text of a reply; None before.
+    """
 
     id: str
     method: str
@@ -59,7 +67,10 @@ class RequestRecord:
     first_s: float | None = None
 
     def count_event(self, event: Event, prompt_is_new: bool = True) -> None:
-        """Count an event of a reply. prompt_is_new: several replies to one prompt have its tokens once."""
+        """Count an event of a reply.
+
+        prompt_is_new: False if another reply to the same prompt counts the prompt's tokens.
+        """
         if isinstance(event, TextDelta):
             self.usage.reply += event.tokens
             if self.first_s is None:
@@ -72,7 +83,7 @@ class RequestRecord:
 
     @property
     def elapsed_s(self) -> float:
-        """Since the request's head was read."""
+        """Seconds since the request's head was read."""
         return time.monotonic() - self.began
 
 
@@ -82,7 +93,10 @@ SILENT = ("/health", "/metrics")
 
 
 class RequestLog:
-    """Writes lines to a stream until `close`."""
+    """JSON log that a thread writes to a stream until `close`.
+
+    lost: number of lines that could not be written.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.lost = 0
@@ -92,7 +106,7 @@ class RequestLog:
         self._thread.start()
 
     def say(self, event: str, **fields: Any) -> None:
-        """One line: when, what, and its fields."""
+        """Add one line with time, event and fields. A line is lost if the queue is full."""
         now = time.time()
         timestamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
         try:
@@ -101,7 +115,7 @@ class RequestLog:
             self.lost += 1
 
     def request(self, record: RequestRecord) -> None:
-        """The line of a request that is over. Probes that go well have none."""
+        """Log a request that has ended. Successful requests to `SILENT` routes are left out."""
         if record.route in SILENT and record.status < 400:
             return
         usage = record.usage
@@ -124,11 +138,11 @@ class RequestLog:
         self.say("request", **{name: value for name, value in fields.items() if value not in ("", None, 0)})
 
     def bug(self, record: RequestRecord, error: BaseException) -> None:
-        """A mistake of the server: its type and where it was made."""
+        """Log an unexpected exception by its type and source lines, without its message."""
         self.say("bug", request=record.id, route=record.route, error=type(error).__name__, at=places(error))
 
     def close(self) -> None:
-        """Write what waits, and end the thread."""
+        """Write the waiting lines and end the thread."""
         self._lines.put(None)
         self._thread.join(timeout=5)
 
@@ -137,21 +151,22 @@ class RequestLog:
             try:
                 self._stream.write(line + "\n")
                 self._stream.flush()
-            except (OSError, ValueError):  # whoever read the log has gone; replies go on
+            except (OSError, ValueError):  # the reader of the log has gone; replies must go on
                 self.lost += 1
 
 
 def places(error: BaseException) -> list[str]:
-    """The lines that an error went through, the innermost last; without any value."""
+    """Return the last 8 source lines of an error's traceback, innermost last, without any values."""
     return [
         f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)[-8:]
     ]
 
 
 class ServerLines(logging.Handler):
-    """Warnings and errors of `LOGGERS`, as lines of the log: an error is its type and place.
+    """Logging handler that writes warnings and errors of `LOGGERS` to the request log.
 
-    uvicorn's lines are their fixed words alone, since what it puts into them may come from a client.
+    An exception is logged by its type and source lines. Of uvicorn's messages only the format string is logged, since
+    the arguments may come from a client.
     """
 
     def __init__(self, log: RequestLog) -> None:
@@ -159,7 +174,7 @@ class ServerLines(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        """See logging.Handler."""
+        """Write one log record as a line of the request log."""
         error = record.exc_info[1] if record.exc_info else None
         extra = {"error": type(error).__name__, "at": places(error)} if error else {}
         problem = record.getMessage() if record.name.startswith("sartor") else str(record.msg)

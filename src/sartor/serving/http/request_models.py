@@ -1,7 +1,7 @@
 """Pydantic models of request bodies.
 
-Nothing is coerced and no field is unknown. What OpenAI's own service has and this one does not is named in
-`Elsewhere`, and may be sent with the value that changes nothing, as clients do.
+Nothing is coerced, and unknown fields are errors. `Elsewhere` names the fields of OpenAI's API that this server does
+not support. They may be sent with their neutral value, as clients do.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 
 def _whole(value: Any) -> Any:
-    """JSON has one kind of number: 2.0 is 2."""
+    """Convert an integral float to int: JSON has one kind of number, and 2.0 is 2."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-# the bounds stand before what reads the number, or the OpenAPI loses them
+# Field precedes BeforeValidator: in the other order the OpenAPI schema loses the bounds
 Index = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES), BeforeValidator(_whole)]
@@ -36,43 +36,41 @@ Filled = Annotated[str, Field(min_length=1)]
 
 
 class RequestModel(BaseModel):
-    """A body or a part of one."""
+    """Request body or a part of one."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class TextPart(RequestModel):
-    """A part of a message's content."""
+    """Text part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
 class ImageUrl(RequestModel):
-    """A picture as a data URL (`data:image/png;base64,...`): PNG, JPEG, GIF, WebP, BMP or TIFF. `detail` changes
-    nothing.
-    """
+    """Image as a data URL (`data:image/png;base64,...`): PNG, JPEG, GIF, WebP, BMP or TIFF. `detail` has no effect."""
 
     url: str
     detail: Literal["auto", "low", "high"] | None = None
 
 
 class ImagePart(RequestModel):
-    """A picture among the parts of a user's turn."""
+    """Image among the parts of a user's turn."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
 class InputAudio(RequestModel):
-    """A recording: base64 of a whole file of that form."""
+    """Recording: a whole file of the given format, in base64."""
 
     data: str
     format: Literal["wav", "mp3", "flac", "ogg"]
 
 
 class AudioPart(RequestModel):
-    """A recording among the parts of a user's turn."""
+    """Recording among the parts of a user's turn."""
 
     type: Literal["input_audio"]
     input_audio: InputAudio
@@ -84,7 +82,7 @@ UserPart = Annotated[TextPart | MediaPart, Field(discriminator="type")]
 
 
 class SystemTurn(RequestModel):
-    """What the agent is told to be. `developer` is OpenAI's newer word for `system`."""
+    """System instructions. `developer` is OpenAI's newer word for `system`."""
 
     role: Literal["system", "developer"]
     content: Content
@@ -92,8 +90,9 @@ class SystemTurn(RequestModel):
 
 
 class UserTurn(RequestModel):
-    """What a person says and shows. Media count by their place among the parts; an agent reads them as it was tuned
-    to.
+    """Turn of the user: text and media.
+
+    The position of media among the parts matters; an agent reads them as in its training.
     """
 
     role: Literal["user"]
@@ -102,14 +101,14 @@ class UserTurn(RequestModel):
 
 
 class CalledFunction(RequestModel):
-    """Which function was called; `arguments` is JSON text, as the model wrote it."""
+    """Function that was called; `arguments` is JSON text as the model wrote it."""
 
     name: str
     arguments: str
 
 
 class ToolCall(RequestModel):
-    """One call of a tool in an earlier reply."""
+    """Tool call in an earlier reply."""
 
     id: str
     type: Literal["function"] = "function"
@@ -118,9 +117,7 @@ class ToolCall(RequestModel):
 
 
 class EarlierSpeech(RequestModel):
-    """The speech of an earlier reply, sent back as it came. It is not kept and not heard: the turn's content is what
-    counts.
-    """
+    """Speech of an earlier reply, sent back by the client. It is ignored; the content of the turn counts."""
 
     id: str
     data: str | None = None
@@ -129,7 +126,7 @@ class EarlierSpeech(RequestModel):
 
 
 class AssistantTurn(RequestModel):
-    """An earlier reply. The fields of OpenAI's replies that are always empty here may be sent back as they came."""
+    """Earlier reply. Fields of OpenAI's replies that are always empty here may be sent back unchanged."""
 
     role: Literal["assistant"]
     content: Content | None = None
@@ -142,7 +139,7 @@ class AssistantTurn(RequestModel):
 
 
 class ToolTurn(RequestModel):
-    """What a tool returned."""
+    """Result of a tool call."""
 
     role: Literal["tool"]
     content: Content
@@ -154,7 +151,7 @@ Turn = Annotated[SystemTurn | UserTurn | AssistantTurn | ToolTurn, Field(discrim
 
 
 class Function(RequestModel):
-    """A function that the model may call. `parameters` is a JSON Schema."""
+    """Function that the model may call. `parameters` is a JSON Schema."""
 
     name: Annotated[str, Field(pattern=NAME)]
     description: str | None = None
@@ -163,39 +160,39 @@ class Function(RequestModel):
 
 
 class Tool(RequestModel):
-    """A tool; functions are the only kind."""
+    """Tool that the model may call; functions are the only kind."""
 
     type: Literal["function"]
     function: Function
 
 
 class NamedFunction(RequestModel):
-    """Which function must be called."""
+    """Name of the function that must be called."""
 
     name: Annotated[str, Field(pattern=NAME)]
 
 
 class NamedTool(RequestModel):
-    """Which tool must be called."""
+    """Tool that must be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
 class TextFormat(RequestModel):
-    """Any text."""
+    """Reply of any text."""
 
     type: Literal["text"]
 
 
 class ObjectFormat(RequestModel):
-    """Some JSON object."""
+    """Reply that is any JSON object."""
 
     type: Literal["json_object"]
 
 
 class NamedSchema(RequestModel):
-    """A JSON Schema that the reply obeys, token by token; `strict` is always so."""
+    """JSON Schema that constrains the decoding of the reply. `strict` has no effect: the schema is always enforced."""
 
     model_config = ConfigDict(strict=True, extra="forbid", populate_by_name=True)
 
@@ -206,7 +203,7 @@ class NamedSchema(RequestModel):
 
 
 class SchemaFormat(RequestModel):
-    """JSON of a given form."""
+    """Reply that is JSON of a given schema."""
 
     type: Literal["json_schema"]
     json_schema: NamedSchema
@@ -216,16 +213,14 @@ Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator
 
 
 class StreamOptions(RequestModel):
-    """What a stream holds besides the reply."""
+    """Additional content of a stream."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
 class SamplingFields(RequestModel):
-    """How the next token is chosen. What is left out is as the agent's Release says; a seed that is left out is
-    drawn.
-    """
+    """Sampling options. Omitted options are those of the agent's Release; an omitted seed is drawn at random."""
 
     max_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -237,7 +232,10 @@ class SamplingFields(RequestModel):
 
 
 class Delivered(RequestModel):
-    """By whom, how many, and in which way. `user`: whom the key speaks for, if it may; a version of theirs answers."""
+    """Model, number of choices and delivery of the reply.
+
+    `user`: client's id of a user. If the key may speak for that user, the user's personal version answers.
+    """
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     n: Choices | None = None
@@ -247,22 +245,24 @@ class Delivered(RequestModel):
 
 
 class AudioOptions(RequestModel):
-    """How a reply is spoken. voice: `default` is the team's."""
+    """Voice and file format of a spoken reply. `default` is the team's voice."""
 
     voice: Annotated[str, Field(min_length=1, max_length=256)] = "default"
     format: Literal["wav", "mp3", "flac", "opus", "pcm16"]
 
 
 class Heard(RequestModel):
-    """A reply as text, or as text and speech."""
+    """Modalities of the reply: text, or text and speech."""
 
     modalities: list[Literal["text", "audio"]] | None = None
     audio: AudioOptions | None = None
 
 
 class Elsewhere(RequestModel):
-    """Of OpenAI's own service. The first four change nothing here; the others may be sent with what changes
-    nothing.
+    """Fields of OpenAI's own service.
+
+    `metadata`, `safety_identifier`, `prompt_cache_key` and `service_tier` have no effect. The others accept only
+    their neutral value.
     """
 
     metadata: dict[str, str] | None = None
@@ -291,7 +291,7 @@ class ChatRequest(Delivered, SamplingFields, Heard, Elsewhere):
 
 
 class TextRequest(Delivered, SamplingFields):
-    """Body of POST /v1/completions: a raw text to go on, without the chat template."""
+    """Body of POST /v1/completions: raw text to continue, without the chat template."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
     logprobs: Alternatives | None = None
@@ -312,7 +312,11 @@ class VectorRequest(RequestModel):
 
 
 class SpeechRequest(RequestModel):
-    """Body of POST /v1/audio/speech. model: `speech`, or a voice's name; voice: `default` is the team's."""
+    """Body of POST /v1/audio/speech.
+
+    model: `speech`, or the name of a voice.
+    voice: `default` is the team's voice.
+    """
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     input: Filled
@@ -325,11 +329,12 @@ class SpeechRequest(RequestModel):
 
 
 class FeedbackRequest(RequestModel):
-    """Body of POST /v1/feedback: what a person says of a reply.
+    """Body of POST /v1/feedback: a person's judgement of a reply.
 
-    consent: whether the words (prompt, reply, correction, comment) may be kept and learnt from; left out, it is as the
-    team
-    says. user: the client's id of the person, of which a keyed digest is kept.
+    consent: whether prompt, reply, correction and comment may be stored and learnt from; if omitted, the team's
+    setting
+    holds.
+    user: client's id of the person; only a keyed digest is stored.
     """
 
     receipt: Annotated[str, Field(min_length=1, max_length=128)]
@@ -341,7 +346,7 @@ class FeedbackRequest(RequestModel):
 
 
 class PromoteRequest(RequestModel):
-    """Body of POST /v1/agents/{name}/promote: a Release's directory on the server, or a version that is registered."""
+    """Body of POST /v1/agents/{name}/promote: directory of a Release on the server, or a registered version."""
 
     release: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     version: Annotated[str, Field(min_length=1, max_length=128)] | None = None

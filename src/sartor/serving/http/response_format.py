@@ -1,4 +1,4 @@
-"""OpenAI response objects and SSE chunks."""
+"""OpenAI response objects and server-sent event chunks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ from sartor.serving.http.reply_collection import CollectedReply, ReplyGroup
 from sartor.serving.http.request_log import RequestRecord
 from sartor.serving.http.shutdown import ClientDisconnectedError, until_disconnect
 
-# What OpenAI and vLLM say for a probability of nothing: JSON has no -inf
+# Log-probability of an impossible token, as OpenAI and vLLM report it: JSON has no -inf
 LEAST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True)
 class CompletionHeader:
-    """What every object of one answer begins with. `model` is the exact version that answers."""
+    """Common fields of all objects of one response.
+
+    model: exact version that answers.
+    created: Unix time, s.
+    """
 
     id: str
     model: str
@@ -35,37 +39,44 @@ class CompletionHeader:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def of(self, kind: str, choices: Sequence[Any], **extra: Any) -> dict[str, Any]:
-        """An object of that kind."""
+        """Return an object of this kind with its choices and extra fields."""
         fields = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return {**fields, "system_fingerprint": self.fingerprint, "choices": list(choices), **extra}
 
 
 class CompletionFormat(Protocol):
-    """One of the two forms."""
+    """Conversion of replies to choices, for chat and text completions.
+
+    prefix: of the response id.
+    whole_kind, chunk_kind: value of `object` in a complete response and in a chunk.
+    """
 
     prefix: str
     whole_kind: str
     chunk_kind: str
 
     def whole(self, index: int, reply: CollectedReply) -> dict[str, Any]:
-        """A choice of the object."""
+        """Return the choice for a complete reply."""
         ...
 
     def begin(self, index: int) -> Iterator[dict[str, Any]]:
-        """What a choice's stream begins with."""
+        """Yield the first deltas of a choice's stream."""
         ...
 
     def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
-        """More of a choice."""
+        """Return the streamed choice for a piece of text."""
         ...
 
     def end(self, index: int, done: ReplyDone) -> Iterator[dict[str, Any]]:
-        """The end of a choice."""
+        """Yield the last deltas of a choice's stream."""
         ...
 
 
 class ChatCompletionFormat:
-    """`chat.completion`. one_call: the client wants one tool call at most (`parallel_tool_calls: false`)."""
+    """Format of `chat.completion`.
+
+    one_call: keep only the first tool call (`parallel_tool_calls: false`).
+    """
 
     prefix, whole_kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
@@ -74,7 +85,7 @@ class ChatCompletionFormat:
         self._one_call = one_call
 
     def whole(self, index: int, reply: CollectedReply) -> dict[str, Any]:
-        """See Shape."""
+        """Return the choice for a complete reply."""
         tool_calls = self._tool_calls(reply.done)
         message: dict[str, Any] = {
             "role": "assistant",
@@ -87,15 +98,15 @@ class ChatCompletionFormat:
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _finish(reply.done)}
 
     def begin(self, index: int) -> Iterator[dict[str, Any]]:
-        """See Shape."""
+        """Yield the delta that opens the assistant's message."""
         yield self._delta(index, {"role": "assistant", "content": ""})
 
     def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
-        """See Shape."""
+        """Return the streamed choice for a piece of text."""
         return self._delta(index, {"content": delta.text}, delta.logprobs)
 
     def end(self, index: int, done: ReplyDone) -> Iterator[dict[str, Any]]:
-        """See Shape."""
+        """Yield the tool calls, if any, then the finish reason."""
         if tool_calls := self._tool_calls(done):
             yield self._delta(
                 index,
@@ -116,7 +127,7 @@ class ChatCompletionFormat:
 
 
 class TextCompletionFormat:
-    """`text_completion`: logprobs count their offsets over the whole reply of a choice."""
+    """Format of `text_completion`. The offsets of log-probabilities count over the whole reply of a choice."""
 
     prefix, whole_kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
@@ -125,19 +136,19 @@ class TextCompletionFormat:
         self._offsets: dict[int, int] = {}
 
     def whole(self, index: int, reply: CollectedReply) -> dict[str, Any]:
-        """See Shape."""
+        """Return the choice for a complete reply."""
         return self._choice(index, reply.text, reply.logprobs, _finish(reply.done))
 
     def begin(self, index: int) -> Iterator[dict[str, Any]]:
-        """See Shape."""
+        """Yield nothing: a text completion has no opening delta."""
         yield from ()
 
     def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
-        """See Shape."""
+        """Return the streamed choice for a piece of text."""
         return self._choice(index, delta.text, delta.logprobs, None)
 
     def end(self, index: int, done: ReplyDone) -> Iterator[dict[str, Any]]:
-        """See Shape."""
+        """Yield an empty piece with the finish reason."""
         yield self._choice(index, "", (), _finish(done))
 
     def _choice(self, index: int, text: str, logprobs: Sequence[Logprob], finish: str | None) -> dict[str, Any]:
@@ -181,7 +192,7 @@ def _finite(logprob: float) -> float:
 
 
 Chunks = AsyncGenerator[dict[str, Any], None]
-# JSON escapes the line ends of server-sent events; many clients split lines at these too
+# JSON escapes the line ends of server-sent events. Many clients split lines at these characters too.
 _LINE_ENDS = tuple((letter, f"\\u{ord(letter):04x}") for letter in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
 END = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}
 
@@ -189,7 +200,11 @@ END = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": F
 async def chunks(
     group: ReplyGroup, formatter: CompletionFormat, header: CompletionHeader, record: RequestRecord, with_usage: bool
 ) -> Chunks:
-    """OpenAI's chunks. with_usage: the last holds the tokens, and the others say null, as OpenAI has it."""
+    """Yield OpenAI's chunks of a streamed response.
+
+    with_usage: end with a chunk that holds the token usage; the other chunks then have `"usage": null`, as in OpenAI's
+    API.
+    """
     extra: dict[str, Any] = {"usage": None} if with_usage else {}
     for index in range(len(group.answers)):
         for choice in formatter.begin(index):
@@ -205,13 +220,14 @@ async def chunks(
 def _choices(formatter: CompletionFormat, index: int, event: TextDelta | ReplyDone) -> Iterable[dict[str, Any]]:
     if isinstance(event, ReplyDone):
         return formatter.end(index, event)
-    # tokens whose text is still held back tell nothing
+    # an event without text or log-probabilities (its text is still held back) makes no chunk
     return [formatter.delta(index, event)] if event.text or event.logprobs else []
 
 
 class SseResponse(Response):
-    """The response of a stream. An error that comes after it began is an event; then, too, the stream ends as it
-    should.
+    """Streamed response of server-sent events.
+
+    An error after the start is sent as an event, and the stream still ends with `[DONE]`.
     """
 
     media_type = "text/event-stream"
@@ -226,15 +242,14 @@ class SseResponse(Response):
         self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it all, unless the client goes before."""
+        """Send the stream, unless the client disconnects first."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             await until_disconnect(receive, self._send(send))
         except ClientDisconnectedError:
             self._record.error = "Gone"
         finally:
-            # in a task of its own: what closes a reply may have to be told to others, also while this task is being
-            # ended
+            # In a task of its own: closing a reply may have to notify others, even while this task is being cancelled
             await asyncio.shield(asyncio.ensure_future(self._group.close()))
 
     async def _send(self, send: Send) -> None:
@@ -242,14 +257,14 @@ class SseResponse(Response):
             try:
                 async for chunk in chunk_stream:
                     await _event(send, chunk)
-                    # neither of the two waits while there is text and room: others, and the client's leaving, must be
-                    # heard
+                    # Neither await above yields while text and buffer space last. Yield, so that other tasks run and
+                    # a disconnect is noticed.
                     await asyncio.sleep(0)
             except SartorError as error:
                 fault = to_http_error(error)
                 self._record.error = fault.kind
                 await _event(send, fault.as_json())
-            except Exception:  # the guard logs it; the client must not wait for a stream that nobody goes on with
+            except Exception:  # `AuthMiddleware` logs it; end the stream, or the client would wait forever
                 await _event(send, BUG.as_json())
                 await send(END)
                 raise

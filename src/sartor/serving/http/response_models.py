@@ -10,13 +10,13 @@ Finish = Literal["stop", "length", "tool_calls"]
 
 
 class ResponseModel(BaseModel):
-    """An answer or a part of one."""
+    """Response body or a part of one."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class ErrorBody(ResponseModel):
-    """What is wrong. `kind` is a heading of docs/errors.md, `remedy` the next thing to do."""
+    """Error description. `kind` is a heading of docs/errors.md; `remedy` says what to do."""
 
     message: str
     type: str
@@ -33,13 +33,13 @@ class ErrorAnswer(ResponseModel):
 
 
 class Cached(ResponseModel):
-    """Of the prompt's tokens."""
+    """Number of the prompt's tokens that were cached."""
 
     cached_tokens: int
 
 
 class UsageBody(ResponseModel):
-    """Tokens of all choices together; the prompt's are counted once."""
+    """Tokens of all choices together; those of the prompt are counted once."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -48,14 +48,14 @@ class UsageBody(ResponseModel):
 
 
 class CalledBody(ResponseModel):
-    """Which function; `arguments` is JSON text."""
+    """Function that is called; `arguments` is JSON text."""
 
     name: str
     arguments: str
 
 
 class CallBody(ResponseModel):
-    """A call of a tool."""
+    """Tool call."""
 
     id: str
     type: Literal["function"]
@@ -63,7 +63,12 @@ class CallBody(ResponseModel):
 
 
 class AudioBody(ResponseModel):
-    """The reply as speech: base64 of a file. transcript: what is said. expires_at: at once, since nothing is kept."""
+    """Reply as speech.
+
+    data: a file in base64.
+    transcript: text that is spoken.
+    expires_at: time of the reply, since no speech is kept.
+    """
 
     id: str
     data: str
@@ -72,7 +77,7 @@ class AudioBody(ResponseModel):
 
 
 class MessageBody(ResponseModel):
-    """What the agent says. `tool_calls` is there when it calls tools, `audio` when it was asked to speak."""
+    """Message of the agent. `tool_calls` is present if it calls tools, `audio` if speech was requested."""
 
     role: Literal["assistant"]
     content: str | None
@@ -82,7 +87,7 @@ class MessageBody(ResponseModel):
 
 
 class Token(ResponseModel):
-    """A token, the natural log of its probability, its bytes."""
+    """Token, natural log of its probability, and its bytes."""
 
     token: str
     logprob: float
@@ -90,20 +95,20 @@ class Token(ResponseModel):
 
 
 class TokenChoice(Token):
-    """A token and what else might have stood there."""
+    """Token with its most likely alternatives."""
 
     top_logprobs: list[Token]
 
 
 class ChatLogprobs(ResponseModel):
-    """Of each token of the reply."""
+    """Log-probabilities of each token of the reply."""
 
     content: list[TokenChoice]
     refusal: None
 
 
 class ChatChoice(ResponseModel):
-    """One reply."""
+    """One reply of a chat completion."""
 
     index: int
     message: MessageBody
@@ -112,8 +117,9 @@ class ChatChoice(ResponseModel):
 
 
 class ChatAnswer(ResponseModel):
-    """Answer of POST /v1/chat/completions. `id` holds the receipt of the first choice; `model` is the exact
-    version.
+    """Answer of POST /v1/chat/completions.
+
+    `id` holds the receipt of the first choice; `model` is the exact version.
     """
 
     id: str
@@ -126,7 +132,7 @@ class ChatAnswer(ResponseModel):
 
 
 class TextLogprobs(ResponseModel):
-    """Of each token of the text."""
+    """Log-probabilities of each token of the text."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -135,7 +141,7 @@ class TextLogprobs(ResponseModel):
 
 
 class TextChoice(ResponseModel):
-    """One text."""
+    """One text of a text completion."""
 
     index: int
     text: str
@@ -156,7 +162,7 @@ class TextAnswer(ResponseModel):
 
 
 class EmbeddingObject(ResponseModel):
-    """The vector of one text, of unit length: numbers, or base64 of little-endian 32 bit floats."""
+    """Embedding of one text, of unit length: numbers, or base64 of little-endian 32-bit floats."""
 
     object: Literal["embedding"]
     index: int
@@ -180,9 +186,12 @@ class VectorAnswer(ResponseModel):
 
 
 class ModelBody(ResponseModel):
-    """A name that may be asked for. root: the exact version behind it; parent: the base of an agent, as vLLM has it.
+    """Model name that requests may use.
 
-    max_model_len: tokens of a prompt and its reply; null of `speech`, which reads none. modalities: what it reads.
+    root: exact version behind it.
+    parent: base of an agent, as in vLLM.
+    max_model_len: limit for the tokens of a prompt and its reply; null for `speech`, which reads none.
+    modalities: kinds of input that it reads.
     """
 
     id: str
@@ -203,7 +212,7 @@ class ModelsAnswer(ResponseModel):
 
 
 class WorkerHealth(ResponseModel):
-    """A worker process. role: of one that is ready, whether it answers or is spare."""
+    """Worker process. `role` says whether a ready worker answers or is spare."""
 
     state: str
     role: str
@@ -212,7 +221,11 @@ class WorkerHealth(ResponseModel):
 
 
 class AgentHealth(ResponseModel):
-    """An agent's exact version: its breaker and what opened it last, requests that wait and that are answered."""
+    """Exact version of an agent.
+
+    breaker, why: state of its circuit breaker and the reason for its last opening.
+    queued, live: number of requests that wait and that are being answered.
+    """
 
     breaker: str
     why: str
@@ -221,9 +234,10 @@ class AgentHealth(ResponseModel):
 
 
 class HealthAnswer(ResponseModel):
-    """Answer of GET /health. Of agents it tells what the sent key opens.
+    """Answer of GET /health. Of agents it contains those that the sent key opens.
 
-    agents: those of whom something is known, by exact version. troubles: what cannot be served as it should, and why.
+    agents: by exact version, those with a known state.
+    troubles: reasons why something cannot be served as configured.
     """
 
     status: Literal["ok", "degraded", "unavailable"]
@@ -233,8 +247,9 @@ class HealthAnswer(ResponseModel):
 
 
 class FeedbackAnswer(ResponseModel):
-    """Answer of POST /v1/feedback. `learnable`: the prompt was still known, and its words may be kept and learnt
-    from.
+    """Answer of POST /v1/feedback.
+
+    `learnable`: whether the prompt was still known, and its words may be kept and learnt from.
     """
 
     receipt: str
@@ -243,7 +258,7 @@ class FeedbackAnswer(ResponseModel):
 
 
 class AgentBody(ResponseModel):
-    """An agent as the registry has it; `state` holds its trial, fall-backs and notes."""
+    """Agent as in the registry. `state` holds its trial, fall-backs and notes."""
 
     name: str
     live: str

@@ -1,9 +1,9 @@
 """Uvicorn server with connection limits and draining.
 
-with_house: `Server(house, team).run()` until a signal; `sartor serve` opens the house first (startup.py)
+`HttpServer(services, team).serve(sock)` runs until a signal. `sartor serve` builds the services first (startup.py).
 
-uvicorn bounds the size of a request's head, and the quiet between two requests. What it lets pass is here: a head or a
-body that trickles, a client that does not read what is sent to it, and one connection too many.
+uvicorn bounds the size of a request's head and the idle time between two requests. This module handles the rest: heads
+and bodies that trickle in, clients that do not read their response, and too many connections.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from sartor.serving.http.shutdown import ServerLifetime
 from sartor.serving.http.telemetry import Metrics, Tracer
 from sartor.serving.team_config import Http, Team
 
-# Beyond limits.connections a client is told so, in an answer; beyond so many more it is not even heard
+# Connections beyond limits.connections get an error response. Beyond this number more, they are closed unanswered.
 SPARE_CONNECTIONS = 128
-# What one client may leave unread in this process, and in the kernel
+# Response bytes that one client may leave unread: buffered in this process, and in the kernel
 UNREAD_BYTES = 64 << 10
 KERNEL_BYTES = 256 << 10
 _MALFORMED = HttpError(
@@ -58,7 +58,10 @@ _MALFORMED = HttpError(
 
 
 class Connection(H11Protocol):
-    """One connection. `most`: of all; made by `protocol_with`."""
+    """HTTP/1.1 connection that can be cut when it is slow.
+
+    most: limit for the connections of the server; `protocol_with` sets it.
+    """
 
     most = 0
 
@@ -69,15 +72,15 @@ class Connection(H11Protocol):
         self._unread_since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """See asyncio.Protocol."""
+        """Bound the write buffer, and close the connection if there are too many."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=UNREAD_BYTES)
         if len(self.connections) > self.most + SPARE_CONNECTIONS:
             transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """In the form that all errors have."""
-        if self.conn.our_state is not h11.IDLE:  # an answer has begun: nothing can be said any more
+        """Answer malformed HTTP with an error in OpenAI's form, and close the connection."""
+        if self.conn.our_state is not h11.IDLE:  # a response has begun, so no other can be sent
             self.transport.close()
             return
         body = json.dumps(_MALFORMED.as_json()).encode()
@@ -95,8 +98,10 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def cut_if_slow(self, now: float, limit_s: float) -> bool:
-        """Cut the connection when, for so long, it has been without a whole request, or has not read what it was
-        sent.
+        """Abort the connection if it is slow; return whether it was aborted.
+
+        It is slow if for more than `limit_s` it has had no complete request, or has not read its response.
+        now: time of the event loop's clock, s.
         """
         idle = self.cycle is None or self.cycle.response_complete
         if not idle:
@@ -115,13 +120,14 @@ class Connection(H11Protocol):
 
 
 def protocol_with(max_connections: int) -> type[Connection]:
-    """The protocol for a server that takes so many connections."""
+    """Return the connection class of a server with this connection limit."""
     return type("BoundedConnection", (Connection,), {"most": max_connections})
 
 
 async def watch(connections: Iterable[Any], limit_s: float, on_cut: Callable[[int], object]) -> None:
-    """Cut off slow clients until cancelled; `on_cut` of how many at once. `connections` is looked at anew each
-    time.
+    """Abort slow clients until cancelled.
+
+    connections: the live collection, read again each time. on_cut: called with the number of aborted connections.
     """
     loop = asyncio.get_running_loop()
     while True:
@@ -131,10 +137,13 @@ async def watch(connections: Iterable[Any], limit_s: float, on_cut: Callable[[in
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError when it cannot be had."""
+    """Return a bound TCP socket.
+
+    Raises OSError or OverflowError if the address or port cannot be bound.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is said: without it each answer waits 40 ms for an
-    # ACK
+    # asyncio disables Nagle's algorithm only if the protocol is given as IPPROTO_TCP. Otherwise each answer waits
+    # 40 ms for an ACK.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -146,18 +155,21 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-# Between two requests of one connection
+# Idle seconds between two requests of one connection
 KEEP_ALIVE_S = 15
-# How often it is looked at whether an agent came into trouble, for the log
+# Interval of the check for new troubles, which are logged
 TROUBLES_S = 1.0
-# After the drain, for the error that a cut reply still says
+# Seconds after the drain in which interrupted replies can send their error
 LAST_WORDS_S = 2.0
-# Files besides connections: workers, registry, logs
+# File descriptors besides connections: workers, registry, logs
 OTHER_FILES = 256
 
 
 class HttpServer:
-    """Serves a house. log: by default one to stderr; closed with the server. Raises ConfigError, ExtraError."""
+    """HTTP server of a team. Raises ConfigError and ExtraError.
+
+    log: by default one to stderr; it is closed with the server.
+    """
 
     def __init__(self, services: Services, team: Team, *, log: RequestLog | None = None) -> None:
         self.team = team
@@ -188,13 +200,14 @@ class HttpServer:
         self.asgi = AuthMiddleware(self.app, gate, self.log, metrics, self._tracer)
 
     def connections(self) -> int:
-        """How many are open."""
+        """Return the number of open connections."""
         return len(self._uvicorn.server_state.connections) if self._uvicorn else 0
 
     async def serve(self, sock: socket.socket, ready: Callable[[str], object] = lambda url: None) -> None:
-        """Answer on a bound socket until SIGTERM or SIGINT (in the main thread), or `stop`; then drain.
+        """Serve on a bound socket until SIGTERM or SIGINT (main thread only) or `stop`; then drain.
 
-        ready: told the address once it answers. A signal that ended it is raised again when all is over.
+        ready: called with the address once the server answers.
+        A signal that ended the server is raised again after the shutdown.
         """
         _raise_file_limit(self.team.limits.connections + SPARE_CONNECTIONS + OTHER_FILES)
         config = uvicorn.Config(
@@ -223,12 +236,12 @@ class HttpServer:
                 self.close()
 
     def stop(self) -> None:
-        """Begin the drain, as SIGTERM does. From the loop's thread."""
+        """Begin the drain, as SIGTERM does. Call it in the event loop's thread."""
         if self._uvicorn:
             self._uvicorn.should_exit = True
 
     def close(self) -> None:
-        """Write what the log and the traces still hold."""
+        """Close the log and the traces; whatever they still hold is written first."""
         self._tracer.close()
         self.log.close()
 
@@ -255,14 +268,17 @@ class HttpServer:
             await asyncio.sleep(TROUBLES_S)
 
     def _drain(self) -> None:
-        """Told once that no connection is taken any more: what runs has `drain_s` left."""
+        """Begin the drain: running replies have `drain_s` left. Called once, when no new connection is accepted."""
         self.lifetime.is_closing = True
         self.log.say("draining", connections=self.connections(), drain_s=self.team.http.drain_s)
         asyncio.get_running_loop().call_later(self.team.http.drain_s, self.lifetime.end)
 
     @contextlib.contextmanager
     def _server_lines(self) -> Iterator[None]:
-        """What uvicorn and the workers' supervisor warn of goes into the journal, and nowhere else."""
+        """Redirect the warnings of uvicorn and the workers' supervisor to the request log.
+
+        They go nowhere else while the context is open.
+        """
         handler, loggers = ServerLines(self.log), [logging.getLogger(name) for name in LOGGERS]
         propagations = [logger.propagate for logger in loggers]
         for logger in loggers:
@@ -277,14 +293,14 @@ class HttpServer:
 
 
 class _Draining(uvicorn.Server):
-    """uvicorn's server, which says when it begins to end."""
+    """Uvicorn server that calls `drain` when its shutdown begins."""
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], object]) -> None:
         super().__init__(config)
         self._drain = drain
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn.Server."""
+        """Call `drain`, then shut down."""
         self._drain()
         await super().shutdown(sockets)
 
@@ -302,7 +318,10 @@ def _app(state: AppState, team: Team, tools: McpServer | None) -> FastAPI:
 
 
 def check_bind(authenticator: Authenticator, http: Http) -> None:
-    """Raise ConfigError where others could reach a server without keys: then it is this machine alone that may."""
+    """Raise ConfigError if a server without keys could be reached by others.
+
+    Such a server must bind to loopback, and `http.cors` must not contain `*`.
+    """
     if asks_for_key(authenticator):
         return
     if not is_loopback(http.host):
@@ -317,7 +336,7 @@ def check_bind(authenticator: Authenticator, http: Http) -> None:
 
 
 def asks_for_key(authenticator: Authenticator) -> bool:
-    """Whether nobody is let in without a key; also where there were keys and they are gone."""
+    """Return whether every request needs a key; also True if there were keys and they are lost."""
     try:
         return not authenticator.is_open
     except UnavailableError:
@@ -325,7 +344,10 @@ def asks_for_key(authenticator: Authenticator) -> bool:
 
 
 def bind(team: Team) -> socket.socket:
-    """The socket that the team's options name. Raises ConfigError when it cannot be had."""
+    """Return a socket bound to the team's host and port.
+
+    Raises ConfigError if they cannot be bound.
+    """
     try:
         return listen(team.http.host, team.http.port)
     except (OSError, OverflowError) as error:
@@ -341,7 +363,10 @@ def _address(sock: socket.socket) -> str:
 
 
 def _raise_file_limit(wanted: int) -> None:
-    """Many systems let a process have 1,024 files, and a connection is one."""
+    """Raise the soft limit of open files, up to the hard limit.
+
+    The default is often 1,024, and each connection takes one.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < limit:

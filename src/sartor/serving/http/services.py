@@ -1,4 +1,4 @@
-"""Protocols and container of what HTTP needs."""
+"""Protocols and container of the services that HTTP needs."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ ANYBODY = Principal("", None, is_admin=False, speaks_for=None)
 
 
 class EmbeddingBackend(Protocol):
-    """Who embeds, and who computes: of `Crew`, what this front uses itself."""
+    """Part of `WorkerBackend` that the HTTP routes use themselves."""
 
     @property
     def about(self) -> EngineInfo:
-        """The engine that every worker holds."""
+        """Description of the engine that every worker runs."""
         ...
 
     async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
-        """Vectors of unit length."""
+        """Return vectors of unit length, one for each text."""
         ...
 
     def health(self) -> Mapping[str, Any]:
-        """Workers and agents, as /health and /metrics tell them."""
+        """Return the state of workers and agents, for /health and /metrics."""
         ...
 
 
 class Authenticator(Protocol):
-    """The keys, of agents and of the admin. Asked in a thread: they are read from a database."""
+    """Store of the API keys of agents and of the admin. It reads a database, so it is called in a thread."""
 
     @property
     def is_open(self) -> bool:
-        """Whether no key is set, so that who reaches the server may ask (and it binds to loopback only).
+        """Whether no key is set, so that everybody who reaches the server is admitted. Such a server binds to
+        loopback.
 
-        Raises UnavailableError where there were keys, and nobody can be let in until they are there again.
+        Raises UnavailableError if keys were set and cannot be read; then nobody is admitted until they can.
         """
         ...
 
@@ -50,67 +51,74 @@ class Authenticator(Protocol):
         ...
 
     def admit(self, secret: str) -> Principal:
-        """Who holds this key. Raises KeyRefusedError."""
+        """Return the principal of a key.
+
+        Raises KeyRefusedError for an unknown key.
+        """
         ...
 
 
 class RateLimits(Protocol):
-    """What each key has used of its rates."""
+    """Use of requests and tokens by each key."""
 
     def begin(self, key: str) -> None:
         """Count a request. Raises BusyError when the rate of requests or tokens is used up."""
         ...
 
     def count(self, key: str, tokens: int) -> None:
-        """Count what a reply took."""
+        """Count the tokens of a finished request."""
         ...
 
 
 class AgentAdminProtocol(Protocol):
-    """The agents: what may be asked for, and what the admin changes. The changes return what is live afterwards."""
+    """Listing and administration of agents. The changes return the agent's state afterwards."""
 
     async def listed(self) -> Sequence[AgentListing]:
-        """Every agent."""
+        """Return every agent."""
         ...
 
     async def promote(self, name: str, release: str, version: str, expected: str | None) -> Mapping[str, Any]:
-        """Make a Release (a directory) or a registered version live, if `expected` is live now (None: whatever is).
+        """Make a Release or a registered version live.
 
+        release: directory; "" if `version` is given. expected: version that must be live now; None for any.
         Raises ConflictError, AdmissionError, UnknownAgentError.
         """
         ...
 
     async def rollback(self, name: str, expected: str | None) -> Mapping[str, Any]:
-        """Make the version live that was before. Raises ConflictError, UnknownAgentError."""
+        """Make the previous version live again.
+
+        Raises ConflictError, UnknownAgentError.
+        """
         ...
 
     async def drain(self, name: str) -> Mapping[str, Any]:
-        """Take an agent out of service: what runs ends, what comes is refused."""
+        """Take an agent out of service: running replies end, new requests are refused."""
         ...
 
     async def release(self, name: str) -> Mapping[str, Any]:
-        """Bring an agent back from quarantine or drain."""
+        """Return an agent to service after quarantine or drain."""
         ...
 
     async def hear(self, agent: str, rating: float) -> None:
-        """Tell the monitors how a person found a reply of that exact version: -1 bad .. 1 good."""
+        """Pass a user's rating of a reply by this exact version to the monitors: -1 bad to 1 good."""
         ...
 
 
 class ReceiptFinder(Protocol):
-    """The receipts that `dispatch` wrote."""
+    """Store of the receipts that `dispatch` wrote."""
 
     async def find(self, receipt: str) -> Mapping[str, Any] | None:
-        """The signed document of that id, or None. It holds `agent`, the exact version."""
+        """Return the signed receipt with this id, or None. Its `agent` is the exact version."""
         ...
 
 
 @dataclass(frozen=True)
 class UserDirectory:
-    """Users who may have versions of their own. person_of: the id that a client sends -> who that is here, "" for
-    nobody.
+    """Users who may have personal versions.
 
-    listeners: told whom the server is to forget.
+    person_of: maps the id that a client sends to the internal id; "" for no user.
+    listeners: called with the internal id of a user whose data are to be erased.
     """
 
     person_of: Callable[[str], str] = lambda user: ""
@@ -119,11 +127,11 @@ class UserDirectory:
 
 @dataclass(frozen=True)
 class Services:
-    """Everything behind the server.
+    """Services behind the HTTP server.
 
-    troubles: what cannot be served as it should, by agent or version, and why. receipts_lost: how many could not be
-    written.
-    plans: what may be asked for as an agent is, and is several of them.
+    troubles: reasons why something cannot be served as configured, by agent or version.
+    receipts_lost: number of receipts that could not be written.
+    plans: plans, which clients use like agents and which combine several of them.
     """
 
     replies: Replier

@@ -15,11 +15,15 @@ T = TypeVar("T")
 
 
 class ClientDisconnectedError(Exception):
-    """The client has closed the connection: nobody is there to be answered."""
+    """Closed connection: the client does not wait for its response any more."""
 
 
 class ServerLifetime:
-    """The server's working time. `is_closing`: no new request is taken; `is_over`: what still runs is cut."""
+    """Shutdown state of the server.
+
+    is_closing: new requests are refused.
+    is_over: running replies are interrupted.
+    """
 
     def __init__(self) -> None:
         self.is_closing = False
@@ -27,8 +31,9 @@ class ServerLifetime:
         self._waits: set[asyncio.Timeout] = set()
 
     async def within(self, work: Awaitable[T], deadline: float) -> T:
-        """The result of `work`, by `deadline` of the loop's clock. Raises DeadlineError, and CutError when the shift
-        ends before.
+        """Return the result of `work`, bounded by a deadline on the event loop's clock.
+
+        Raises DeadlineError after the deadline; CutError if the server ends first.
         """
         if self.is_over:
             deadline = 0.0
@@ -51,20 +56,23 @@ class ServerLifetime:
         )
 
     def end(self) -> None:
-        """Cut what still runs, each with an error of its own."""
+        """Interrupt everything that still runs; each waiting caller gets a CutError."""
         self.is_over = True
         for wait in self._waits:
             wait.reschedule(asyncio.get_running_loop().time())
 
 
 async def client_disconnected(receive: Receive) -> None:
-    """Returns when the client has closed the connection. The request's body must have been read."""
+    """Return when the client has closed the connection. The request's body must have been read before."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes. Raises GoneError then."""
+    """Return the result of `work`; cancel it if the client disconnects.
+
+    Raises ClientDisconnectedError after a disconnect.
+    """
     work_task, disconnect_task = asyncio.ensure_future(work), asyncio.ensure_future(client_disconnected(receive))
     try:
         await asyncio.wait({work_task, disconnect_task}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,8 +1,8 @@
 """Voices and concurrency of speech.
 
-The voices' programs have processes of their own, and threads of their own wait for them and write the files. Both have
-a lower priority, so that no reply waits for speech. The unit is a piece of a sentence or two, and no long text holds
-up a short one.
+The voices run as processes of their own; threads of their own wait for them and write the audio files. Both have a
+lower priority, so that no reply waits for speech. The unit of work is a piece of one or two sentences, so that a long
+text does not hold up a short one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sartor.serving.http.http_errors import FieldError
 from sartor.serving.team_config import SpeechOptions
 
 T = TypeVar("T")
-# The name that clients ask for as `model`, and that a key opens; the team's own voice
+# MODEL: name of speech as `model` in requests, and in the list of names that a key opens. DEFAULT: the team's voice.
 MODEL, DEFAULT = "speech", "default"
 OFF, AUTO = "off", "auto"
 NICE = 10
@@ -33,14 +33,17 @@ NICE = 10
 
 @dataclass(frozen=True)
 class SpokenText:
-    """A text that was spoken. text: what was said of it. sound: the bytes of a file."""
+    """Synthesised text.
+
+    text: spoken form of the text. sound: bytes of an audio file.
+    """
 
     text: str
     sound: bytes
 
 
 class SpeechService:
-    """The voices of a team. Raises what `open_voice` raises for those that the team names."""
+    """Text-to-speech with the voices of a team. Raises what `open_voice` raises for the voices in TEAM.yaml."""
 
     def __init__(self, options: SpeechOptions) -> None:
         self._options = options
@@ -53,19 +56,21 @@ class SpeechService:
 
     @property
     def default(self) -> str:
-        """Who speaks where nobody else is named; "" where the team does not speak."""
+        """Name of the voice that speaks by default; "" if the team has no voice."""
         return next(iter(self._voices), "")
 
     def check_on(self) -> None:
-        """Raises UnknownAgentError where the team does not speak."""
+        """Raise UnknownAgentError if the team has no voice."""
         if not self._voices:
             problem = f"there is no model {MODEL!r}: this team does not speak"
             raise UnknownAgentError(problem, "speech: {voice: espeak} in TEAM.yaml, and `apt-get install espeak-ng`")
 
     def voice(self, name: str, param: str = "voice") -> TtsVoice:
-        """The voice that a client names: the team's, or any of espeak-ng's where the team has one of them.
+        """Return the voice that a client names.
 
-        Raises FieldError: no client names a file or a program.
+        It is one of the team's voices, or any voice of espeak-ng if the team has one of them.
+        param: field of the request, for the error.
+        Raises UnknownAgentError if the team has no voice; FieldError for other names, such as files and programs.
         """
         self.check_on()
         if result := self._voices.get(self.default if name == DEFAULT else name):
@@ -79,20 +84,26 @@ class SpeechService:
         raise FieldError(f"no voice has the name {name[:80]!a}", f"one of {', '.join(voice_names)}", param)
 
     def check_length(self, text: str) -> None:
-        """Raises FieldError for a text that is longer than one request may have."""
+        """Raise FieldError for a text above the length limit of one request."""
         if len(text) > self._options.characters:
             problem = f"input has {len(text)} characters; the limit of one request is {self._options.characters}"
             raise FieldError(problem, "send it in parts, or raise speech.characters in TEAM.yaml", "input")
 
     async def sounds(self, text: str, voice: TtsVoice, speed: float = 1.0) -> AsyncGenerator[AudioClip, None]:
-        """The spoken form of a written text, a piece at a time. Raises BusyError, and what a voice raises."""
+        """Yield the audio of a text piece by piece.
+
+        Raises BusyError, and what the voice raises.
+        """
         with self._slot():
             spoken_form = await self.aside(lambda: spoken(text))
             for piece in await self.aside(lambda: voice.cut(spoken_form.text, speed)):
                 yield await self.aside(functools.partial(voice.speak, piece, speed))
 
     async def say(self, text: str, voice: TtsVoice, form: str, speed: float = 1.0) -> SpokenText:
-        """All of it, as the bytes of a file."""
+        """Return the audio of a whole text as one file.
+
+        form: name of the file format. Raises BusyError, and what the voice raises.
+        """
         with self._slot():
             spoken_form = await self.aside(lambda: spoken(text))
             pieces = await self.aside(lambda: voice.cut(spoken_form.text, speed))
@@ -100,7 +111,7 @@ class SpeechService:
             return SpokenText(spoken_form.text, await self.aside(lambda: join_clips(clips).encoded(form)))
 
     async def aside(self, work: Callable[[], T]) -> T:
-        """The result of some work in a thread of the voices."""
+        """Return the result of `work`, run in a thread of the voices."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     @contextlib.contextmanager
@@ -117,14 +128,14 @@ class SpeechService:
             self._text_count -= 1
 
     async def close(self) -> None:
-        """End the voices' processes; what waits is dropped."""
+        """End the voices' processes and drop the waiting work."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         for voice in self._voices.values():
             await asyncio.to_thread(voice.close)
 
 
 def _default(voice: str) -> str:
-    """The voice that a team's option means, "" for none."""
+    """Return the voice of the option `speech.voice`; "" for `off`, and for `auto` without espeak-ng."""
     if voice != AUTO:
         return "" if voice == OFF else voice
     try:

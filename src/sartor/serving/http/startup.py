@@ -1,4 +1,4 @@
-"""Verb serve: builds all services from TEAM.yaml."""
+"""Verb `serve`: builds all services from TEAM.yaml."""
 
 from __future__ import annotations
 
@@ -33,17 +33,20 @@ from sartor.serving.tool_loop import ToolCallingAgent, ToolServers
 from sartor.serving.workers.supervisor import Supervisor
 
 Ready = Callable[[Mapping[str, Any]], object]
-# Told each stage of the opening, as Journal.say is: an event and its fields
+# Called for each stage of the start with an event and its fields, like `RequestLog.say`
 Tell = Callable[..., object]
 
 
 def serve(team: Team | Path | str, flags: Sequence[str] = (), *, ready: Ready = lambda facts: None) -> None:
-    """Serve a team until SIGTERM or Ctrl-C, which is raised again when running replies have ended.
+    """Serve a team until SIGTERM or Ctrl-C.
 
-    ready: told `address`, `base`, `engine`, `agents` and `keys` (whether any are set) once it answers. Raises
-    ConfigError for what the file says and where it cannot listen, ExtraError, and what the first worker told; an agent
-    that cannot be admitted
-    is no error: /health names it.
+    The signal is raised again when the running replies have ended. An agent that cannot be admitted is no error;
+    /health
+    names it.
+    ready: called with `address`, `base`, `engine`, `agents` and `keys` (whether requests need a key) once the server
+    answers.
+    Raises ConfigError for the team's file and an address that cannot be bound, ExtraError, and the error of a worker
+    that cannot start.
     """
     asyncio.run(_serve(team if isinstance(team, Team) else load(Path(team), flags), ready))
 
@@ -72,9 +75,12 @@ async def _open_and_serve(team: Team, ready: Ready, log: RequestLog) -> None:
 
 @asynccontextmanager
 async def build_services(team: Team, tell: Tell = lambda event, **fields: None) -> AsyncIterator[Services]:
-    """Registry, workers, agents. What cannot be is found before the workers, which take longest, are started."""
+    """Open the registry, the workers and the agents, and close them with the context.
+
+    Most configuration errors are raised before the workers start, which takes longest.
+    """
     async with AsyncExitStack() as stack:
-        # digests of keys and receipts lie in it
+        # private mode: the directory holds digests of keys, and receipts
         Path(team.state).mkdir(mode=0o700, parents=True, exist_ok=True)
         registry = await asyncio.to_thread(Registry.open, team.registry_url)
         stack.callback(registry.close)
@@ -140,7 +146,10 @@ async def build_services(team: Team, tell: Tell = lambda event, **fields: None) 
 
 
 def _admission(team: Team, workers: Supervisor) -> Admit:
-    """Admission on the ground of this crew's engine, which is looked for when the first Release comes."""
+    """Return the admission function for the engine of these workers.
+
+    The context of the admission is read when the first Release arrives.
+    """
 
     async def admit(release: Path, agent: str) -> AgentVersion:
         context = await asyncio.to_thread(AdmissionContext.of, team, workers.about)
@@ -152,11 +161,14 @@ def _admission(team: Team, workers: Supervisor) -> Admit:
 
 
 def _announced(admit: Admit, state: Path, tell: Tell) -> Admit:
-    """The same, which tells of each Release the first time: what is refused is tried again every few seconds."""
+    """Return `admit` with a log line for the first attempt of each Release.
+
+    A refused Release is retried every few seconds.
+    """
     announced: set[tuple[Path, str]] = set()
 
     async def admitting(release: Path, agent: str) -> AgentVersion:
-        if is_personal(release, state):  # nobody's name, and none of the team's agents
+        if is_personal(release, state):  # the log names no user, and these are not agents of the team
             return await admit(release, agent)
         if (release, agent) not in announced:
             announced.add((release, agent))

@@ -20,7 +20,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """What is counted as requests end, and what is asked of the house when somebody looks."""
+    """Prometheus metrics: counters of requests that ended, and the state of the services when they are scraped."""
 
     def __init__(self, services: Services, connections: Callable[[], int], lines_lost: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
@@ -40,7 +40,7 @@ class Metrics:
         self._registry.register(_StateCollector(services, connections, lines_lost))
 
     def count(self, record: RequestRecord) -> None:
-        """A request that is over."""
+        """Count a request that has ended."""
         self._requests.labels(record.route, record.agent, record.status).inc()
         self._wall.labels(record.route, record.agent).observe(record.elapsed_s)
         if record.error:
@@ -53,8 +53,9 @@ class Metrics:
                 self._tokens.labels(record.agent, kind).inc(tokens)
 
     def count_feedback(self, submitted: Feedback, stored: Feedback) -> None:
-        """Feedback as it came, and as it was written: `withheld` counts words that were not kept for want of
-        consent.
+        """Count feedback as submitted and as stored.
+
+        `withheld` counts feedback whose words were not stored for lack of consent.
         """
         kinds = {
             "rating": submitted.rating is not None,
@@ -71,7 +72,7 @@ class Metrics:
             self._masked.labels(entity).inc(count)
 
     def page(self) -> bytes:
-        """All numbers in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -82,7 +83,7 @@ class Metrics:
 
 
 class _StateCollector(Collector):
-    """What the house is like now."""
+    """Prometheus collector of the current state of the services."""
 
     def __init__(self, services: Services, connections: Callable[[], int], lines_lost: Callable[[], int]) -> None:
         self._services = services
@@ -90,7 +91,7 @@ class _StateCollector(Collector):
         self._lines_lost = lines_lost
 
     def collect(self) -> Iterator[Metric]:
-        """See Collector."""
+        """Yield gauges and counters of workers, agents, connections, lost receipts and lost log lines."""
         health = self._services.workers.health()
         yield from _workers(health["workers"])
         yield from _agents(health["agents"])
@@ -136,7 +137,10 @@ _OPERATIONS = {
 
 
 class Tracer:
-    """Makes spans, or nothing when `endpoint` is empty. Raises ExtraError when OpenTelemetry is not installed."""
+    """OpenTelemetry tracer; it does nothing if `endpoint` is empty.
+
+    Raises ExtraError if OpenTelemetry is not installed.
+    """
 
     def __init__(self, endpoint: str, exporter: Any = None) -> None:
         self._tracer: Any = None
@@ -152,14 +156,14 @@ class Tracer:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError:
             raise missing_package("opentelemetry", "otel") from None
-        # atexit would wait for an endpoint that is gone; `close` does, within its bound
+        # An atexit hook would wait for an unreachable endpoint. `close` shuts down instead, within its time limit.
         self._provider = TracerProvider(resource=Resource.create({"service.name": "sartor"}), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter(endpoint=endpoint)))
         self._tracer = self._provider.get_tracer("sartor.serve")
 
     @contextmanager
     def span(self, record: RequestRecord, headers: Headers) -> Iterator[None]:
-        """The time of one request, as a child of the caller's span where it names one."""
+        """Record one request as a span, a child of the caller's span if the header `traceparent` names one."""
         if self._tracer is None:
             yield
             return
@@ -176,13 +180,13 @@ class Tracer:
             span.end()
 
     def close(self) -> None:
-        """Send what waits."""
+        """Send the waiting spans and shut down."""
         if self._provider is not None:
             self._provider.shutdown()
 
 
 def attributes(record: RequestRecord) -> dict[str, Any]:
-    """What a span says, in the names of OpenTelemetry's conventions for HTTP and generative models."""
+    """Return the attributes of a span, named by OpenTelemetry's conventions for HTTP and generative AI."""
     fields: dict[str, Any] = {
         "http.request.method": record.method,
         "http.route": record.route,

@@ -1,7 +1,7 @@
 """Computed checks of a draft.
 
-They find the same in the same draft, on every machine. A check says nothing of what it was not made for: a reply
-without an equation has no wrong one, unless `least` asks for some.
+They give the same result for the same draft on every machine. A check judges only what it finds: a reply without an
+equation has no wrong one, unless `least` requires some.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sartor.serving.plans.step_messages import is_json, read_json, schema_errors
 
 Computed = Json | PatternCheck | Arithmetic | Citations
 MOST_FINDINGS = 8
-# Of one regular expression on one draft; a longer search is a finding
+# Seconds for one regular expression on one draft; a longer search is a finding
 SEARCH_S = 0.5
 _DEEPEST = 40
 _SIDE = r"[-+]?[\d(][\d\s.,+\-*/x×÷()]*"
@@ -38,7 +38,10 @@ _OPERATIONS: Mapping[type, Callable[[Fraction, Fraction], Fraction]] = {
 
 
 def run_check(check: Computed, draft: str, request_text: str) -> list[str]:
-    """What a check finds in a draft, at most MOST_FINDINGS sentences; request_text: what the client said."""
+    """Return a check's findings in a draft, at most MOST_FINDINGS sentences.
+
+    request_text: the client's text.
+    """
     if isinstance(check, Json):
         findings = schema_errors(read_json(draft), check.schema or {})
     elif isinstance(check, PatternCheck):
@@ -69,8 +72,9 @@ def _by_arithmetic(check: Arithmetic, draft: str) -> list[str]:
 
 
 def _wrong_in(equation: str) -> str | None:
-    """What is wrong with an equation, "" for nothing; None where it is none that can be computed (a date, a part
-    number).
+    """Return the error of an equation, "" if it is right, None if it cannot be computed.
+
+    A date or a part number cannot be computed.
     """
     sides = [side.strip().rstrip(".,+-*/x×÷(") for side in equation.split("=")]
     values = [_value(side) for side in sides]
@@ -80,7 +84,7 @@ def _wrong_in(equation: str) -> str | None:
     assert first is not None
     for side, value in zip(sides[1:], values[1:], strict=True):
         assert value is not None
-        # a quotient is written with so many decimals as there is room for
+        # a side with d decimals may be rounded: |first - value| <= 0.5 * 10^-d; one without decimals must be exact
         if abs(first - value) > Fraction(1, 2 * 10 ** _decimals(side)) or (first != value and not _decimals(side)):
             return f"{sides[0]} is {_number_text(first)}, not {side}"
     return ""
@@ -107,7 +111,10 @@ def _value(side: str) -> Fraction | None:
 
 
 def _computed(node: ast.AST, depth: int) -> Fraction:
-    """The value of numbers, signs, brackets and the four operations, exactly. Raises ValueError for anything else."""
+    """Return the exact value of an expression of numbers, signs, brackets and the four operations.
+
+    Raises ValueError for anything else.
+    """
     if depth > _DEEPEST:
         raise ValueError("nested too deeply")
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
@@ -163,7 +170,7 @@ def _in_text(draft: str, pattern: str) -> list[str]:
 
 
 def _holds(sources: str, phrase: str) -> bool:
-    """Whether a text holds a phrase as words: `hall` is not in `shall`."""
+    """Return whether a text contains a phrase as whole words: `hall` is not in `shall`."""
     return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", sources) is not None
 
 

@@ -1,7 +1,7 @@
-"""Answers requests to plans, passes others on.
+"""Replies to requests for plans; other requests are passed on.
 
-A plan is asked for by its name, or `name@digest`, the digest of what it declares: that is its version. Its answer has
-a receipt of its own beside those of its steps, and its tokens are theirs together.
+A request names a plan by its name or `name@digest`; the digest of what the plan declares is its version. The answer
+has a receipt of its own besides those of its steps, and its tokens are the sum of theirs.
 """
 
 from __future__ import annotations
@@ -34,23 +34,26 @@ from sartor.serving.plans.plan_steps import OpenStep, PlanAllowance, PlanRun, St
 from sartor.serving.team_config import Team
 from sartor.serving.types import AgentListing, AgentReply, AgentRequest, FinishedReply, ReceiptWriter, Replier
 
-# What is told as it is where no step gave anything: it says what the client can do
+# Errors that are passed on unchanged if no step gave a reply, because the client can act on them
 _CLIENTS = (RequestError, ConfigError, BusyError, DeadlineError)
 
 
 @dataclass(frozen=True)
 class Single:
-    """The members of plans, as `dispatch` answers for them."""
+    """Members of plans, answered by one Replier."""
 
     replies: Replier
 
     async def open(self, request: AgentRequest, step_path: str) -> AgentReply:
-        """See Members."""
+        """Begin a step's reply."""
         return await self.replies.open(request)
 
 
 class PlanDispatcher:
-    """Answers for the plans of a team, and hands on what is not for one. known: the agents that are served now."""
+    """Replier for the plans of a team; it passes other requests on.
+
+    known: returns the agents that are served now.
+    """
 
     def __init__(
         self,
@@ -72,7 +75,7 @@ class PlanDispatcher:
 
     @property
     def listed(self) -> list[AgentListing]:
-        """The plans, as what may be asked for."""
+        """Plans as entries of the model list."""
         return [
             AgentListing(name, version, (version,), {"plan": self._plans[name].kind})
             for name, version in self._digests.items()
@@ -80,7 +83,7 @@ class PlanDispatcher:
 
     @property
     def troubles(self) -> dict[str, str]:
-        """What a plan cannot do as it is declared, by its name."""
+        """Problems of plans by name, and the number of records that could not be written."""
         known_names = {*self._known(), *self._plans, BASE_AGENT, AUTO}
         result = {}
         for name, plan in self._plans.items():
@@ -95,10 +98,10 @@ class PlanDispatcher:
         return result
 
     async def open(self, request: AgentRequest) -> AgentReply:
-        """Begin an answer; returns when its first event is there.
+        """Begin an answer, and return when its first event is there.
 
-        Raises what `Dispatch.open` raises; for a plan RequestError for what no plan does, and UnavailableError where
-        no step gave anything.
+        Raises what `Replier.open` raises; for a plan RequestError for an unsupported request, and UnavailableError if
+        no step gave a reply.
         """
         name, separator, version = request.model.partition("@")
         plan = self._plans.get(name)
@@ -109,7 +112,7 @@ class PlanDispatcher:
         return await self._open_plan(run, plan)
 
     async def close(self) -> None:
-        """Wait for what is still to be written."""
+        """Wait until pending writes are done."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _check(self, plan: Plan, request: AgentRequest, version: str) -> None:
@@ -133,7 +136,7 @@ class PlanDispatcher:
             )
 
     async def _open_plan(self, run: PlanRun, plan: Plan) -> AgentReply:
-        """Follow the plan. Whatever happens, the log has it."""
+        """Run the plan. It is logged in every case."""
         allowance = allowance_of(plan, run.request.deadline_s)
         active = _ActiveRun(run, plan, f"{plan.name}@{self._digests[plan.name]}", allowance)
         try:
@@ -154,7 +157,7 @@ class PlanDispatcher:
         return AgentReply(active.version, active.reason, run.id, stream)
 
     async def _ended(self, active: _ActiveRun, text: str, event: ReplyDone | ReplyFailed) -> None:
-        """The answer is over: its receipt is kept, and its run logged."""
+        """Write the receipt of a finished answer, and log its run."""
         run = active.run
         done, error = (
             (event, None)
@@ -166,7 +169,7 @@ class PlanDispatcher:
         )
         facts = (run.id, active.version, active.reason, "", call, text, done)
         finished = FinishedReply(*facts, scores={}, began=active.began, steps=run.receipts)
-        # a client that goes now must not keep either from being written
+        # shielded, so that a client that disconnects now does not prevent either write
         await asyncio.shield(self._spawn(self._keep(finished)))
         await asyncio.shield(
             self._spawn(self._write(active.finished_run(text, "failed" if error else "answered", error)))
@@ -177,7 +180,7 @@ class PlanDispatcher:
             return
         try:
             await asyncio.to_thread(self._receipts.write, finished)
-        except (SartorError, OSError):  # a full disk hurts no answer; /health counts what is lost
+        except (SartorError, OSError):  # a full disk does not affect the answer; /health counts lost receipts
             self.receipts_lost += 1
 
     async def _write(self, finished_run: FinishedRun) -> None:
@@ -192,7 +195,10 @@ class PlanDispatcher:
 
 @dataclass
 class _ActiveRun:
-    """A plan that is being followed, and what is told of it at its end. began: seconds since the epoch."""
+    """Plan that is being run, with what its log needs at the end.
+
+    began: seconds since the epoch.
+    """
 
     run: PlanRun
     plan: Plan
@@ -202,7 +208,7 @@ class _ActiveRun:
     began: float = field(default_factory=time.time)
 
     def finished_run(self, text: str, outcome: str, error: SartorError | None = None) -> FinishedRun:
-        """The run as the log has it."""
+        """Return the run for the log."""
         request = self.run.request
         request_fields = {
             "messages": list(request.messages),
@@ -221,10 +227,10 @@ class _ActiveRun:
 
 
 class _PlanEvents:
-    """The events of an answer: all of it at once, or those of the last step as they come; the tokens are those of all
-    steps.
+    """Events of an answer: all of it at once, or those of the last step as they come.
 
-    on_cancel: called when the client wants no more of it.
+    The token counts are those of all steps.
+    on_cancel: called if the client cancels the answer.
     """
 
     def __init__(
@@ -239,7 +245,7 @@ class _PlanEvents:
     async def __anext__(self) -> Event:
         if not self._has_begun:
             self._has_begun = True
-            # what the steps before said is paid for, and not heard
+            # counts the tokens of the earlier steps, whose text is not sent
             return TextDelta(
                 self._id, self._source.text if isinstance(self._source, StepReply) else "", self._allowance.reply
             )
@@ -255,15 +261,16 @@ class _PlanEvents:
         return replace(event, call=self._id)
 
     async def aclose(self) -> None:
-        """See Events."""
+        """Cancel the answer."""
         self._on_cancel()
         if isinstance(self._source, OpenStep):
             await self._source.aclose()
 
 
 def _nothing(plan: Plan, errors: list[SartorError]) -> SartorError:
-    """The error of a plan of which no step gave anything: the first one's, where the client can do something about
-    it.
+    """Return the error of a plan in which no step gave a reply.
+
+    It is the first step's error, if the client can do something about it.
     """
     if errors and isinstance(errors[0], _CLIENTS):
         return errors[0]

@@ -2,10 +2,9 @@
 
     STATE/plans/plans-DAY-PROCESS.jsonl
 
-A run is a line that opens it (the request), a line a step, and a line that ends it (the answer), written together when
-the answer ends and fsynced. By default the log holds no word of what was asked and said: digests by the team's key, as
-receipts have them (`receipts.py`). A plan with `log: content` keeps the words. A disk that takes nothing costs lines,
-which are counted, and no answers.
+A run is a line for the request, a line for each step, and a line for the answer. They are written together and fsynced
+when the answer ends. By default the log holds no texts, but digests by the team's key, as receipts do (`receipts.py`).
+A plan with `log: content` keeps the texts. If the disk fails, lines are lost and counted, but no answer is.
 """
 
 from __future__ import annotations
@@ -30,7 +29,10 @@ from sartor.serving.team_config import Team
 
 
 class DayFiles:
-    """FOLDER/NAME-DAY-PROCESS.jsonl. days: after which a file is removed; 0 keeps it. Safe from several threads."""
+    """Files FOLDER/NAME-DAY-PROCESS.jsonl. Safe to use from several threads.
+
+    days: age at which a file is removed; 0 keeps all.
+    """
 
     def __init__(self, folder: Path, name: str, days: int = 0) -> None:
         self._folder, self._name, self._days = folder, name, days
@@ -38,7 +40,7 @@ class DayFiles:
         self._lock = threading.Lock()
 
     def append(self, data: bytes) -> None:
-        """Append whole lines. Raises OSError where that cannot be; then nothing was written."""
+        """Append whole lines. Raises OSError on failure; then nothing is written."""
         with self._lock:
             self._append(
                 self._folder / f"{self._name}-{time.strftime('%Y%m%d', time.gmtime())}-{self._process}.jsonl", data
@@ -76,8 +78,11 @@ DIGITS = 3
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One run for the log. plan: `name@digest`. outcome: answered, failed or cancelled. content: whether the words are
-    kept.
+    """Finished run for the log.
+
+    plan: `name@digest`.
+    content: whether the log keeps the texts.
+    began: seconds since the epoch.
     """
 
     id: str
@@ -89,7 +94,7 @@ class FinishedRun:
     began: float
 
     def rows(self, digest: Digest) -> list[dict[str, Any]]:
-        """The lines, as JSON: those of the request and the answer around those of the steps."""
+        """Return the lines as JSON: the request, the steps, the answer."""
         head = {"schema": SCHEMA, "run": self.id, "plan": self.plan}
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.began))
         rows = [_log_row(line, digest, self.content) for line in (self.request_entry, *self.steps, self.answer_entry)]
@@ -128,7 +133,7 @@ def _plain(value: Any) -> Any:
 
 
 def digests(entry: StepLogEntry, digest: Digest) -> dict[str, Any]:
-    """Of what a step was asked and said; "" of nothing."""
+    """Return the digests of a step's request and reply; empty for an empty one."""
     request_fields, schema = entry.request_fields, entry.request_fields.get("schema", "")
     content = RequestDigestInput.of_request(
         {"messages": list(request_fields.get("messages", ())), "response_format": response_format(schema)}
@@ -138,17 +143,16 @@ def digests(entry: StepLogEntry, digest: Digest) -> dict[str, Any]:
 
 
 def response_format(schema: str) -> Mapping[str, Any]:
-    """A schema as the body of a request has it; "" is text."""
+    """Return a schema as the `response_format` of a request; an empty schema means text."""
     return {"type": "json_schema", "json_schema": {"schema": json.loads(schema)}} if schema else {"type": "text"}
 
 
 class PlanLog:
-    """Where the runs of one team's plans are written; each process has a file of its own a day. Safe from several
-    threads.
+    """Log of the plan runs of one team. Each process writes its own file a day. Safe to use from several threads.
 
-    days: after which a file is removed, as receipts are; 0 keeps it. about: the engine that answers; the line of a
-    request
-    states it as receipts do. lost: runs that could not be written.
+    days: age at which a file is removed, as for receipts; 0 keeps all.
+    about: returns the facts of the engine, which the request's line states as receipts do.
+    lost: number of runs that could not be written.
     """
 
     def __init__(
@@ -159,12 +163,12 @@ class PlanLog:
 
     @classmethod
     def of(cls, team: Team, about: Callable[[], EngineInfo]) -> PlanLog:
-        """The log of a team, by whose key it digests."""
+        """Return the log of a team, with digests by its key."""
         state = Path(team.state)
         return cls(state / "plans", team_digest(state), team.limits.receipts_days, about)
 
     def write(self, finished_run: FinishedRun) -> None:
-        """Append a run, whole, and see it onto the disk; where that cannot be it is counted."""
+        """Append a run, whole, and fsync it; count it as lost on failure."""
         try:
             rows = finished_run.rows(self._digest)
             if self._about is not None:
@@ -176,8 +180,9 @@ class PlanLog:
 
 
 def read_runs(file: Path) -> Iterator[list[dict[str, Any]]]:
-    """The runs in a log, each as its lines in order. Raises ArtifactError for no log, or one whose runs are not
-    whole.
+    """Yield the runs of a log, each as its lines in order.
+
+    Raises MissingError for a file that cannot be read, ArtifactError for one that is no log or has an incomplete run.
     """
     rows: list[dict[str, Any]] = []
     for number, text in enumerate(_lines(file), 1):

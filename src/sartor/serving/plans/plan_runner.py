@@ -1,8 +1,8 @@
-"""Runs a plan: chain, parallel, divide, vote, mend.
+"""Runner of a plan: chain, parallel, divide, vote, mend.
 
-A step that gives nothing is left out and said; what the others gave is the answer. The best draft is the one that got
-furthest through the checks, then the one with the fewest findings, then the earliest. A mended draft that was there
-before means that the plan goes round in circles, which ends it.
+A step without a usable reply is left out and reported; the answer comes from the others. The best draft passed most
+checks, then has the fewest findings, then is the earliest. A mended draft that repeats an earlier one ends the
+mending.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _ABSENT = object()
 
 
 def comparison_key(text: str, fields: Sequence[str] = ()) -> str:
-    """What two replies have equal where they count as the same: their JSON, or some fields of it, else their words."""
+    """Return the value by which two replies are compared: their JSON, some of its fields, or their words."""
     value = read_json(text)
     if not is_json(value):
         return " ".join(text.casefold().split())
@@ -71,9 +71,7 @@ def comparison_key(text: str, fields: Sequence[str] = ()) -> str:
 
 
 def majority_reply(replies: Sequence[str], vote: Vote) -> tuple[int, int]:
-    """(place of the reply that stands for the majority, how many say so). Of equally many the one that stands
-    first.
-    """
+    """Return (index of the first reply of the majority, its votes). In a tie the earliest reply wins."""
     forms = [comparison_key(reply, vote.fields) for reply in replies]
     counts = Counter(forms)
     max_count = max(counts.values())
@@ -81,7 +79,7 @@ def majority_reply(replies: Sequence[str], vote: Vote) -> tuple[int, int]:
 
 
 def merge_json_replies(replies: Sequence[str], merge: Merge) -> tuple[str, int]:
-    """(a JSON object as text, of how many replies it is made): those that are objects. ("", 0) where none is."""
+    """Return a JSON object joined from the replies that are objects, and their number; ("", 0) for none."""
     values = [value for value in map(read_json, replies) if isinstance(value, dict)]
     rules: dict[str, Rule] = {field.name: field.rule for field in merge.fields}
     names = dict.fromkeys(name for value in values for name in value)
@@ -110,7 +108,7 @@ _BETWEEN = "\n\n"
 
 @dataclass(frozen=True)
 class Draft:
-    """A draft, and how far through the checks it got: `passed` of them, then `findings`."""
+    """Draft with the number of checks that it `passed`, and the findings of the next one."""
 
     reply: StepReply
     passed: int
@@ -118,13 +116,15 @@ class Draft:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Less is better."""
+        """Sort key; the smallest is the best draft."""
         return (-self.passed, len(self.findings))
 
 
 class PlanRunner:
-    """One plan for one request. allowance: what it may take; parent_path: the place of the step that it stands for, if
-    it is one.
+    """Runner of one plan for one request.
+
+    allowance: its budget.
+    parent_path: position of the step that the plan stands for, if it is within another plan.
     """
 
     def __init__(
@@ -139,8 +139,9 @@ class PlanRunner:
         )
 
     async def follow(self, streams: bool = False) -> StepReply | OpenStep | None:
-        """The answer; None where no step gave anything. streams: one that has only to be passed on may come as it is
-        made.
+        """Return the answer; None if no step gave a reply.
+
+        streams: return an OpenStep if the last step's reply is the answer, so that it can be streamed.
         """
         plan = self._plan
         if isinstance(plan, ChainPlan):
@@ -216,9 +217,7 @@ class PlanRunner:
         return await self._verified(await self._ask(task) or joined, plan.check, plan.mend)
 
     async def _parts(self, plan: DividedPlan) -> list[TaskPart]:
-        """What the planner made of the request; where it is not divided, one part without a task, the first
-        member's.
-        """
+        """Return the planner's parts; without valid ones, one part without a task for the first member."""
         names = [step.agent for step in plan.members]
         step_input = PlanStepInput(self._request.messages)
         task = replace(self._task(plan.plan, "plan", "plan", step_input), form=parts_schema(names, plan.most))
@@ -229,7 +228,7 @@ class PlanRunner:
         return parts or [TaskPart(names[0], "")]
 
     async def _verified(self, reply: StepReply | None, checks: Sequence[Check], mend: Mend | None) -> StepReply | None:
-        """The best draft that there is, after as many mends as are allowed and called for."""
+        """Return the best draft after the checks and as many mends as are allowed and needed."""
         if reply is None or not checks:
             return reply
         best = await self._judged(reply, checks, 0)
@@ -253,8 +252,9 @@ class PlanRunner:
         return best.reply
 
     async def _judged(self, reply: StepReply, checks: Sequence[Check], mends: int) -> Draft:
-        """A draft with what the first check that finds something finds. A critic that says nothing is noted and passed
-        over.
+        """Return a draft with the findings of the first check that has any.
+
+        A critic without a verdict is noted and skipped.
         """
         request_text = user_text(self._run.request.messages)
         for index, check in enumerate(checks):
@@ -284,7 +284,7 @@ class PlanRunner:
         return [] if verdict is None or verdict.right else [*verdict.findings] or ["it is not right"]
 
     async def _together(self, tasks: Sequence[StepTask]) -> list[StepReply | None]:
-        """The replies to tasks side by side, each with an equal share of what is left."""
+        """Return the replies to tasks run in parallel, each with an equal share of the remaining tokens."""
         share = max(1, self._allowance.remaining_tokens // len(tasks))
         async with asyncio.TaskGroup() as group:
             step_tasks = [
@@ -306,7 +306,7 @@ class PlanRunner:
         return reply
 
     async def _within(self, plan: Plan, task: StepTask, allowance: PlanAllowance) -> StepReply | None:
-        """The answer of a plan that is a step of this one, within both budgets."""
+        """Return the answer of a plan that is a step of this one, within both budgets."""
         request = request_of(task, self._request, allowance, self._run.max_tokens)
         inner_allowance = allowance_of(plan, request.deadline_s, allowance)
         runner = PlanRunner(
@@ -317,7 +317,7 @@ class PlanRunner:
         return reply
 
     async def _open_step(self, task: StepTask) -> OpenStep | None:
-        """A step that has begun and whose reply is the answer; None for one that could not begin, which is noted."""
+        """Begin a step whose reply is the answer; return None, with a note, if it cannot begin."""
         try:
             open_step = await begin(self._run, self._allowance, self._request, task)
         except SartorError as error:
@@ -352,5 +352,5 @@ def _of_part(part: TaskPart) -> PlanStepInput:
 
 
 def allowance_of(plan: Plan, deadline_s: float, part_of: PlanAllowance | None = None) -> PlanAllowance:
-    """What a plan may take from now on."""
+    """Return the allowance of a plan that starts now."""
     return PlanAllowance(plan.budget.tokens, time.monotonic() + min(plan.budget.seconds, deadline_s), part_of)

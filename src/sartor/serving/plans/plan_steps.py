@@ -19,22 +19,27 @@ from sartor.serving.plan_options import Plan, PlanStep
 from sartor.serving.plans.step_messages import VERDICT, PlanStepInput, Role
 from sartor.serving.types import AgentReply, AgentRequest
 
-# Who judges and who divides say it in a form of their own, and the client's options are not for them
+# Roles with a reply format of their own, to which the client's options do not apply
 _OWN_FORM = ("check", "plan")
 
 
 class StepReplier(Protocol):
-    """Who answers the steps: `dispatch`, or what stands for it. place: of the step in its plan, as the log has it."""
+    """Source of the steps' replies: `dispatch` or a substitute.
+
+    step_path: position of the step in its plan, as in the log.
+    """
 
     async def open(self, request: AgentRequest, step_path: str) -> AgentReply:
-        """Begin a reply; see `Dispatch.open`."""
+        """Begin a reply, as `Replier.open` does."""
         ...
 
 
 @dataclass
 class PlanAllowance:
-    """What a plan may still take. deadline: of the monotonic clock. What is spent of it is spent of what it is a part
-    of.
+    """Remaining budget of a plan.
+
+    deadline: of the monotonic clock.
+    part_of: the allowance of the outer plan, which is charged too.
     """
 
     tokens: int
@@ -46,23 +51,23 @@ class PlanAllowance:
 
     @property
     def remaining_tokens(self) -> int:
-        """Tokens."""
+        """Tokens that are left here and in the outer plan."""
         remaining = self.tokens - self.prompt - self.reply
         return remaining if self.part_of is None else min(remaining, self.part_of.remaining_tokens)
 
     @property
     def remaining_s(self) -> float:
-        """Seconds."""
+        """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def spend(self, prompt: int, reply: int, cached: int) -> None:
-        """Note what a step took."""
+        """Charge the tokens of a step."""
         self.prompt, self.reply, self.cached = self.prompt + prompt, self.reply + reply, self.cached + cached
         if self.part_of is not None:
             self.part_of.spend(prompt, reply, cached)
 
     def check(self) -> None:
-        """Raise BudgetError when nothing is left."""
+        """Raise BudgetError without tokens left, DeadlineError without time left."""
         if self.remaining_tokens <= 0:
             raise BudgetError(f"the budget of {self.tokens} tokens is used up", "raise budget.tokens of the plan")
         if self.remaining_s <= 0:
@@ -71,12 +76,13 @@ class PlanAllowance:
 
 @dataclass(frozen=True)
 class StepLogEntry:
-    """What the log has of a step. request_fields, reply: content; how much of it is written, the plan declares.
+    """Log entry of a step.
 
-    step_path: of the step in the plan (`steps.0`, `check.1.0`: of the draft after one mend, the first check). agent:
-    the exact
-    version, or a check's kind. outcome: said, passed, found, or left out. error: of the latter. sampling: as it was
-    asked for.
+    step_path: position in the plan (`steps.0`; `check.1.0` is the first check after one mend).
+    agent: the exact version, or a check's kind.
+    outcome: said, passed, found, or left out.
+    error: the reason why it was left out.
+    request_fields, reply: content; the plan declares how much of it is written.
     """
 
     step_path: str
@@ -94,9 +100,11 @@ class StepLogEntry:
 
 @dataclass
 class PlanRun:
-    """One request on its way through a plan and the plans within it, and what became of it so far.
+    """State of one request in a plan and the plans within it.
 
-    request: the client's. plans: every plan of the team by name. max_tokens: of one reply, as the server has it.
+    request: the client's.
+    plans: every plan of the team by name.
+    max_tokens: the server's limit of one reply.
     """
 
     id: str
@@ -110,11 +118,11 @@ class PlanRun:
 
     @property
     def receipts(self) -> tuple[str, ...]:
-        """Of the steps that were begun, in the order of their ends."""
+        """Receipts of the steps that were begun, in the order of their ends."""
         return tuple(line.receipt for line in self.lines if line.receipt)
 
     def leave_out(self, line: StepLogEntry, error: SartorError) -> None:
-        """Note a step that gave nothing."""
+        """Record a step that gave no usable reply."""
         self.lines.append(replace(line, outcome="left out", error=error))
         self.notes.append(f"{line.agent} is left out of {line.step_path}: {error.problem}")
         self.errors.append(error)
@@ -122,8 +130,10 @@ class PlanRun:
 
 @dataclass(frozen=True)
 class StepTask:
-    """What a step is to do. request: of the plan that it is a step of. number: by which its seed differs from the
-    client's.
+    """Task of a step.
+
+    number: offset of its seed from the client's.
+    form: JSON Schema of its reply, if the step itself has none.
     """
 
     step: PlanStep
@@ -135,13 +145,13 @@ class StepTask:
 
     @property
     def schema(self) -> Mapping[str, Any] | None:
-        """Of the reply, as far as the plan says."""
+        """JSON Schema of the reply, as far as the plan declares one."""
         return self.step.schema or self.form or (VERDICT if self.role == "check" else None)
 
 
 @dataclass(frozen=True)
 class StepReply:
-    """What a step replied."""
+    """Reply of a step."""
 
     text: str
     agent: str
@@ -151,8 +161,9 @@ class StepReply:
 def request_of(
     task: StepTask, client_request: AgentRequest, allowance: PlanAllowance, max_tokens: int
 ) -> AgentRequest:
-    """What a step's agent is asked. Who may ask the plan may ask whom it names; `auto` chooses among the client's
-    agents.
+    """Return the request for a step's agent.
+
+    A client that may use the plan may use every agent that it names; `auto` chooses among the client's agents.
     """
     step = task.step
     has_own_form = task.role in _OWN_FORM
@@ -176,7 +187,7 @@ def request_of(
 
 
 class OpenStep:
-    """A step that has begun: its events, to be iterated over once, and its line in the log when they have ended."""
+    """Step that has begun. Its events can be iterated once; its log entry is written when they end."""
 
     def __init__(
         self,
@@ -209,11 +220,11 @@ class OpenStep:
         return event
 
     async def aclose(self) -> None:
-        """No more of it is wanted."""
+        """Cancel the step."""
         await self._events.aclose()
 
     async def whole(self) -> StepReply:
-        """The whole reply. Raises what a Failed tells, and UnavailableError where it was cut."""
+        """Return the complete reply. Raises the error of a ReplyFailed, and UnavailableError if it was cut."""
         async with aclosing(self):
             async for event in self:
                 if isinstance(event, ReplyFailed):
@@ -223,7 +234,7 @@ class OpenStep:
         raise UnavailableError("the reply stopped before its end", REQUEST_AGAIN)
 
     def leave_out(self, error: SartorError) -> None:
-        """It gave nothing that can be used. What it said until then was paid for."""
+        """Log the step as one without a usable reply, and charge its tokens so far."""
         if not self._is_logged:
             self._is_logged = True
             self._allowance.spend(0, self._tokens, 0)
@@ -238,14 +249,15 @@ class OpenStep:
 
 
 def line_of(task: StepTask, request: AgentRequest) -> StepLogEntry:
-    """A step's line as it stands when it is asked."""
+    """Return the log entry of a step at its start."""
     request_fields = {"messages": list(request.messages), "sampling": dict(request.sampling), "schema": request.schema}
     return StepLogEntry(task.step_path, task.role, task.step.agent, "said", request_fields=request_fields)
 
 
 async def begin(run: PlanRun, allowance: PlanAllowance, client_request: AgentRequest, task: StepTask) -> OpenStep:
-    """Ask a step's agent; returns when the first event is there. Raises what `Members.open` raises, and
-    BudgetError.
+    """Begin a step, and return when its first event is there.
+
+    Raises what `StepReplier.open` raises, BudgetError and DeadlineError.
     """
     allowance.check()
     began = time.monotonic()
@@ -257,7 +269,7 @@ async def begin(run: PlanRun, allowance: PlanAllowance, client_request: AgentReq
 async def ask(
     run: PlanRun, allowance: PlanAllowance, client_request: AgentRequest, task: StepTask
 ) -> StepReply | None:
-    """The whole reply of a step; None where it has none, which is noted with the reason."""
+    """Return the complete reply of a step; None if it has none, which is recorded with the reason."""
     open_step: OpenStep | None = None
     line = StepLogEntry(task.step_path, task.role, task.step.agent, "said")
     try:

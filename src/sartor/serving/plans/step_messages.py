@@ -1,7 +1,7 @@
 """Typed messages between plan steps.
 
-Nothing else passes between agents. What an agent is to answer in a given form is asked for by a JSON Schema, which an
-engine that can decodes under, and is checked against that schema here whatever the engine did.
+Agents exchange nothing else. If a step must answer in a given form, it is asked for by a JSON Schema. An engine that
+supports it decodes under the schema, and the reply is checked against it here in any case.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sartor.serving.plan_options import Given, PlanStep
 Role = Literal["draft", "check", "mend", "plan", "part", "answer"]
 Messages = tuple[Mapping[str, Any], ...]
 _SYSTEM = ("system", "developer")
-# What a place needs, where the file does not say
+# Default inputs of each role
 NEEDS: Mapping[Role, tuple[Given, ...]] = {
     "draft": ("request",),
     "check": ("request", "draft"),
@@ -51,7 +51,11 @@ VERDICT: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class DraftFinding:
-    """What a check found wrong: `check` is its place and kind (`0 json`), `says` a sentence."""
+    """Problem that a check found in a draft.
+
+    check: its index and kind (`0 json`).
+    says: one sentence.
+    """
 
     check: str
     says: str
@@ -59,7 +63,7 @@ class DraftFinding:
 
 @dataclass(frozen=True)
 class CriticVerdict:
-    """What a critic says of a draft."""
+    """Judgement of a critic on a draft."""
 
     right: bool
     findings: tuple[str, ...] = ()
@@ -67,7 +71,7 @@ class CriticVerdict:
 
 @dataclass(frozen=True)
 class TaskPart:
-    """A part of a request, and whose it is."""
+    """Part of a request, and the agent that answers it."""
 
     agent: str
     task: str
@@ -75,14 +79,14 @@ class TaskPart:
 
 @dataclass(frozen=True)
 class PlanStepInput:
-    """What a step may be given: the client's conversation, the draft so far, and what was found in it."""
+    """Possible inputs of a step: the client's conversation, the draft so far, and its findings."""
 
     conversation: Messages
     draft: str = ""
     findings: tuple[DraftFinding, ...] = ()
 
     def as_json(self, inputs: Sequence[Given]) -> dict[str, Any]:
-        """The fields that a step gets. A conversation of one turn is its text."""
+        """Return the input fields of a step. A conversation of one user message is its text."""
         turns = [{"role": turn["role"], "content": text_of(turn)} for turn in self.conversation]
         is_single_turn = len(turns) == 1 and turns[0]["role"] == "user"
         fields = {"request": turns[0]["content"] if is_single_turn else turns, "draft": self.draft}
@@ -91,7 +95,9 @@ class PlanStepInput:
         )
 
     def messages(self, step: PlanStep, role: Role) -> Messages:
-        """The conversation by which a step is asked. Pictures and recordings, which no JSON holds, go before it."""
+        """Return the messages that a step is sent. Images and recordings come before the JSON, which
+        cannot hold them.
+        """
         inputs = step.gets or (("request", "draft") if role == "draft" and self.draft else NEEDS[role])
         turns = self._turns(step, role, inputs)
         if not step.system:
@@ -116,7 +122,7 @@ class PlanStepInput:
 
 
 def text_of(turn: Mapping[str, Any]) -> str:
-    """The words of a turn."""
+    """Return the text of a message."""
     content = turn.get("content") or ""
     if isinstance(content, str):
         return content
@@ -124,13 +130,14 @@ def text_of(turn: Mapping[str, Any]) -> str:
 
 
 def user_text(conversation: Messages) -> str:
-    """What a client says in a conversation, all of its turns."""
+    """Return the text of all user messages of a conversation."""
     return "\n".join(text_of(turn) for turn in conversation if turn.get("role") == "user")
 
 
 def read_verdict(text: str) -> CriticVerdict | None:
-    """What a critic said; None where that is no verdict. Who says `right` and finds something is not believed the
-    former.
+    """Return a critic's verdict; None if the reply is none.
+
+    A verdict that says `right` but has findings counts as not right.
     """
     value = read_json(text)
     if schema_errors(value, VERDICT):
@@ -139,7 +146,7 @@ def read_verdict(text: str) -> CriticVerdict | None:
 
 
 def parts_schema(members: Sequence[str], max_parts: int) -> dict[str, Any]:
-    """The schema of a planner's reply."""
+    """Return the JSON Schema of a planner's reply."""
     task = {"type": "string", "minLength": 1, "maxLength": 2000}
     part = {
         "type": "object",
@@ -152,7 +159,7 @@ def parts_schema(members: Sequence[str], max_parts: int) -> dict[str, Any]:
 
 
 def read_parts(text: str, members: Sequence[str], max_parts: int) -> list[TaskPart]:
-    """The parts that a planner made; empty where it said none."""
+    """Return the parts of a planner's reply; empty if it is invalid."""
     value = read_json(text)
     return (
         []
@@ -165,7 +172,7 @@ _NO_JSON = object()
 
 
 def read_json(text: str) -> Any:
-    """The JSON value that a text is; `_NO_JSON`, which no schema takes and which equals nothing, where it is none."""
+    """Return the JSON value of a text, or `_NO_JSON`, which satisfies no schema and equals nothing."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -173,13 +180,14 @@ def read_json(text: str) -> Any:
 
 
 def is_json(value: Any) -> bool:
-    """Whether `read_json` found a value."""
+    """Return whether `read_json` found a value."""
     return value is not _NO_JSON
 
 
 def schema_errors(value: Any, schema: Mapping[str, Any]) -> list[str]:
-    """What of a value does not obey a schema: at most eight sentences, in the order of the value. Nothing is
-    fetched.
+    """Return the violations of a schema as at most eight sentences, ordered by path.
+
+    No remote reference is fetched.
     """
     if not is_json(value):
         return ["it is not JSON"]

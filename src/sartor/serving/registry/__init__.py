@@ -1,1 +1,1 @@
-"""The registry of agents and their versions, in SQL."""
+"""Registry of agents and their versions, in SQL."""

@@ -1,12 +1,11 @@
 """Live, previous and candidate version of every agent.
 
     registry = Registry.open("sqlite:///team/registry.sqlite")
-    registry.promote("faq", "1.1", expected="1.0", by="ada", why="better on refunds")     # compare and swap
+    registry.promote("faq", "1.1", expected="1.0", cause=ChangeCause("ada", "better on refunds"))   # compare and swap
 
-A change names what it expects to find and raises ConflictError with what stands there instead. Every change raises a
-number,
-`generation`, that a running server polls; `subscribed` tells at once of those that are made here. A row whose checksum
-is wrong is named in `Snapshot.damaged` and the others are read as ever.
+A change names the state that it expects, and raises ConflictError with the actual state if it differs. Every change
+raises the number `generation`, which a running server polls; `subscribed` reports changes of this object at once. A
+row with a wrong checksum is named in `Snapshot.damaged`; the others are read as usual.
 """
 
 from __future__ import annotations
@@ -30,7 +29,10 @@ Change = Callable[[Agent], Agent]
 
 @dataclass(frozen=True)
 class ChangeCause:
-    """Who changes something and why, for the log; numbers: what the decision rests on."""
+    """Author and reason of a change, for the log.
+
+    numbers: figures behind the decision.
+    """
 
     by: str = ""
     reason: str = ""
@@ -42,7 +44,11 @@ NOBODY = ChangeCause()
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The whole registry at one generation. versions: by `agent@version`. damaged: what cannot be read -> why."""
+    """Complete registry at one generation.
+
+    versions: by `agent@version`.
+    damaged: what cannot be read -> reason.
+    """
 
     generation: int
     agents: Mapping[str, Agent]
@@ -51,7 +57,7 @@ class Snapshot:
 
 
 class Registry:
-    """The agents of one team. Safe to use from several threads and processes."""
+    """Agents of one team. Safe to use from several threads and processes."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -59,18 +65,22 @@ class Registry:
 
     @classmethod
     def open(cls, url: str) -> Registry:
-        """The registry at a SQLAlchemy URL, made if absent, brought to its newest form if older. Raises as
-        `open_database`.
+        """Open the registry at a SQLAlchemy URL; create it if absent, and upgrade an older one.
+
+        Raises as `open_database`.
         """
         return cls(registry_schema.open_database(url))
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the database connections."""
         self.database.close()
 
     @contextmanager
     def subscribed(self, listener: Callable[[], object]) -> Iterator[None]:
-        """Call `listener` after each change that is made through this object meanwhile, in the thread that made it."""
+        """Call `listener` after each change made through this object, until the context ends.
+
+        It runs in the thread that made the change.
+        """
         self._listeners.append(listener)
         try:
             yield
@@ -78,12 +88,12 @@ class Registry:
             self._listeners.remove(listener)
 
     def generation(self) -> int:
-        """The number of the newest change, whoever made it."""
+        """Return the number of the newest change by any process."""
         with self.database.read() as connection:
             return registry_schema.generation_of(connection)
 
     def read(self) -> Snapshot:
-        """Everything but the log, at one moment."""
+        """Return a consistent snapshot of everything except the log."""
         damaged: dict[str, str] = {}
         with self.database.read() as connection:
             generation = registry_schema.generation_of(connection)
@@ -104,8 +114,9 @@ class Registry:
         return Snapshot(generation, agents, versions, damaged)
 
     def events(self, agent: str = "", *, limit: int = 100) -> list[Event]:
-        """The newest changes, of one agent or all, the oldest first; rows that were changed from outside are left
-        out.
+        """Return the newest `limit` changes of one agent or of all, oldest first.
+
+        Rows that were changed from outside are left out.
         """
         with self.database.read() as connection:
             return self._events(connection, agent, limit)
@@ -113,11 +124,10 @@ class Registry:
     def add(
         self, version: AgentVersion, *, fallback: Sequence[str] = ("previous", "base"), cause: ChangeCause = NOBODY
     ) -> Agent:
-        """Register an admitted Release; of a new agent (or a removed one) it is live at once, else it waits to be
-        promoted.
+        """Register an admitted Release. It is live at once for a new or removed agent, else it waits for a promotion.
 
-        The same Release again changes nothing but where it lies. Raises ConflictError when the name and version
-        already mean another Release.
+        The same Release again changes only its path and facts. Raises ConflictError if name and version already belong
+        to another Release.
         """
         version = replace(version, added=_now())
 
@@ -139,10 +149,9 @@ class Registry:
     def refuse(
         self, name: str, reason: str, *, fallback: Sequence[str] = ("previous", "base"), cause: ChangeCause = NOBODY
     ) -> Agent:
-        """Keep a name without a version, and why what was to answer is not admitted. Changes nothing where that is
-        known.
+        """Register a name without a version, with the reason why its Release was not admitted.
 
-        Raises ConflictError where a version of that name is there by now.
+        Nothing changes if that is recorded already. Raises ConflictError if the agent has a version by now.
         """
 
         def write(connection: Connection) -> Agent:
@@ -158,11 +167,11 @@ class Registry:
         return self._change(write)
 
     def promote(self, name: str, version: str, *, expected: str | None = None, cause: ChangeCause = NOBODY) -> Agent:
-        """Make a registered version live, if `expected` is (None: whatever is). Also ends a trial, a drain, a
-        quarantine.
+        """Make a registered version live, if `expected` is the live version (None: any).
 
-        Without an expectation it heals a row that was changed from outside.
-        Raises ConflictError with what stands there, UnknownAgentError, and what `Database.change` raises; then nothing
+        It also ends a trial, a drain or a quarantine. Without an expectation it repairs a row that was changed from
+        outside.
+        Raises ConflictError with the actual state, UnknownAgentError, and what `Database.change` raises; then nothing
         changed.
         """
         return self._edit(
@@ -177,9 +186,10 @@ class Registry:
     def rollback(
         self, name: str, *, expected: str | None = None, trial: str | None = None, cause: ChangeCause = NOBODY
     ) -> Agent:
-        """Undo the newest step: end a trial, if one runs; else the version that was live before is so again.
+        """Undo the newest step: end a running trial, or else make the previous version live again.
 
-        `trial`: the version that must be on trial, "" for none. The version that left is marked. Raises as `promote`.
+        trial: the version that must be on trial, "" for none.
+        The version that is withdrawn is marked. Raises as `promote`.
         """
 
         def write(connection: Connection) -> Agent:
@@ -207,7 +217,10 @@ class Registry:
     def start_shadow(
         self, name: str, version: str, fraction: float, *, expected: str | None = None, cause: ChangeCause = NOBODY
     ) -> Agent:
-        """Let a registered version also answer a fraction of the requests, unseen. Raises as `start_canary`."""
+        """Let a registered version also answer a fraction of the requests, without sending its replies.
+
+        Raises as `start_canary`.
+        """
         return self._edit(
             name,
             "shadow",
@@ -227,9 +240,9 @@ class Registry:
         expected: str | None = None,
         cause: ChangeCause = NOBODY,
     ) -> Agent:
-        """Put a registered version on trial; without fractions, make it live.
+        """Start a trial of a registered version; without fractions, make it live.
 
-        One that is on trial already becomes live (`ends_trial`), or has its fractions changed. Raises as `promote` and
+        A version that is on trial already becomes live (`ends_trial`), or gets new fractions. Raises as `promote` and
         `start_canary`.
         """
 
@@ -243,20 +256,21 @@ class Registry:
         return self._edit(name, "", change, cause, version, heals=heals)
 
     def drain(self, name: str, *, cause: ChangeCause = NOBODY) -> Agent:
-        """Let an agent end what it has begun and take nothing new, until a version of it is promoted."""
+        """Let an agent finish its running requests and accept no new ones, until a version is promoted."""
         return self._edit(name, "drained", lambda agent: replace(agent, state="draining"), cause)
 
     def remove(self, name: str, *, cause: ChangeCause = NOBODY) -> Agent:
-        """Serve an agent no more. Its versions stay known, so that none of their names ever means another Release."""
+        """Remove an agent from service. Its versions stay recorded, so their names never mean another Release."""
         return self._edit(name, "removed", lambda agent: replace(agent.without_trial(), state="removed"), cause)
 
     def note(self, name: str, text: str, *, cause: ChangeCause = NOBODY) -> Agent:
-        """Keep a sentence beside an agent."""
+        """Store a note with an agent."""
         return self._edit(name, "noted", lambda agent: replace(agent, note=text), cause)
 
     def repair(self, name: str, *, cause: ChangeCause = NOBODY) -> Agent:
-        """Write an agent's row anew as the log has it. Raises ArtifactError when the log does not know, or its row is
-        whole.
+        """Rewrite an agent's row from the log.
+
+        Raises ConflictError if the row is intact, ArtifactError if the log does not know the agent.
         """
 
         def write(connection: Connection) -> Agent:
@@ -270,7 +284,10 @@ class Registry:
     def _edit(
         self, name: str, action: str, change: Change, cause: ChangeCause, version: str = "", heals: bool = False
     ) -> Agent:
-        """One change of one agent; `heals` takes the agent from the log where its row was changed from outside."""
+        """Make one change of one agent.
+
+        heals: take the agent from the log if its row was changed from outside.
+        """
 
         def write(connection: Connection) -> Agent:
             before = self._agent(connection, name, heals=heals)
@@ -307,7 +324,7 @@ class Registry:
         return Agent.from_row(row)
 
     def _recall(self, connection: Connection, name: str) -> Agent:
-        """The agent as its newest whole event left it."""
+        """Return the agent as its newest intact event left it."""
         recorded = [event for event in self._events(connection, name, 100) if event.became]
         if not recorded:
             raise ArtifactError(
@@ -332,7 +349,7 @@ class Registry:
             )
 
     def _put_version(self, connection: Connection, version: AgentVersion) -> str:
-        """Write a version that is new, has moved, or whose row is hurt; says which, "" for nothing to do."""
+        """Write a version that is new, has moved, or has a damaged row; return the action, "" for none."""
         row = self._row(connection, registry_schema.versions, agent=version.agent, version=version.version)
         if row is None:
             connection.execute(insert(registry_schema.versions).values(version.as_row()))
@@ -366,7 +383,7 @@ class Registry:
     def _record(
         self, connection: Connection, action: str, before: Agent | None, after: Agent, version: str, cause: ChangeCause
     ) -> Agent:
-        """Write the agent, and the event that says so; both under the next generation."""
+        """Write the agent and the event of its change, both under the next generation."""
         after = replace(after, generation=registry_schema.next_generation(connection), changed=_now())
         self._put(connection, registry_schema.agents, after.as_row(), name=after.name)
         numbers = dict(cause.numbers)
@@ -405,13 +422,13 @@ class Registry:
         return None if row is None else dict(row)
 
     def _put(self, connection: Connection, table: Table, row: Mapping[str, Any], **key: str) -> None:
-        """Write a row over the one with this key."""
+        """Write a row, replacing the one with this key."""
         if not connection.execute(table.update().filter_by(**key).values(row)).rowcount:
             connection.execute(insert(table).values(row))
 
 
 def _action_of(agent: Agent, version: str) -> str:
-    """What was done with a version, by what became of its agent."""
+    """Return the action that the agent's state after a change implies."""
     if agent.live == version:
         return "promoted"
     return "canary" if agent.canary_fraction else "shadow"

@@ -1,18 +1,17 @@
-"""Agent, Version, Event and their SQL tables.
+"""Agent, version and event of the registry, and its SQL tables.
 
-The changes are functions from one Agent to the next and know nothing of a database: `registry` runs them in a
-transaction.
+A change is a function from one Agent to the next and knows nothing of a database; `registry` runs it in a transaction.
 
-    agents      one row per agent: what is live, what was before, what is on trial
-    versions    immutable: a name and a version mean one Release for ever; only where it lies and its status may change
+    agents      one row per agent: live version, earlier ones, candidate on trial
+    versions    immutable: a name and a version always mean one Release; only its path, facts and status may change
     events      append-only: who changed what, when, from what to what, and why
     keys        API keys, hashed
-    people      personal versions: whose (an HMAC, never a name), of which agent, tuned on which version
-    speakers    which key may speak for whom
-    generation  one row: a number that rises with every change, and the lock that makes changes follow each other
+    people      personal versions: the user (an HMAC, never a name), the agent, the version that it was tuned on
+    speakers    users for whom each key may speak
+    generation  one row: a number that rises with every change, and the lock that serialises changes
 
-Lists and mappings are canonical JSON in text columns, times are UTC text, flags are 0 or 1: every value comes back as
-it was written, on SQLite and on Postgres, and a damaged one cannot keep the rows beside it from being read.
+Lists and mappings are canonical JSON in text columns, times are UTC text, flags are 0 or 1. So every value is read as
+it was written, on SQLite and on Postgres, and a damaged row does not prevent reading the others.
 """
 
 from __future__ import annotations
@@ -43,18 +42,19 @@ from sartor.core import database, records
 from sartor.core.database import Database, Form, sealed
 from sartor.core.errors import ConfigError, ConflictError
 
-# versions that were live before, the newest last: how often one may go back
+# formerly live versions that are recorded, which is how often a rollback can be repeated
 MOST_EARLIER = 8
 State = Literal["serving", "draining", "removed"]
 
 
 @dataclass(frozen=True)
 class Agent:
-    """One agent: the version that answers, those that did, and the one on trial.
+    """Agent with its live version, earlier versions, and the candidate on trial.
 
-    earlier: formerly live, the newest last. state: a draining agent ends what it began and takes nothing new.
-    candidate: answers `canary_fraction` of the requests, and `shadow_fraction` of them unseen. generation: of its last
-    change.
+    earlier: formerly live versions, newest last.
+    state: a draining agent finishes its running requests and accepts no new ones.
+    candidate: answers `canary_fraction` of the requests, and `shadow_fraction` of them without sending its replies.
+    generation: of its last change.
     """
 
     name: str
@@ -71,22 +71,23 @@ class Agent:
 
     @property
     def previous(self) -> str:
-        """The version that was live before, which steps in first; empty if there is none."""
+        """Version that was live before, the first fallback; empty if there is none."""
         return self.earlier[-1] if self.earlier else ""
 
     @property
     def is_blank(self) -> bool:
-        """Whether it is a name alone: what was to answer was refused, and nothing else was ever added."""
+        """Whether it is a name without any version, because its first Release was refused."""
         return not self.live and self.state != "removed"
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """What a server has to hold ready: live, previous, candidate."""
+        """Versions that a server must have loaded: live, previous, candidate."""
         return tuple(dict.fromkeys(version for version in (self.live, self.previous, self.candidate) if version))
 
     def expecting(self, version: str | None, trial: str | None = None) -> Agent:
-        """Itself, if `version` is live and `trial` on trial (None expects nothing). Raises ConflictError with what
-        stands.
+        """Return the agent if `version` is live and `trial` is on trial (None: any).
+
+        Raises ConflictError with the actual state.
         """
         if version is not None and version != self.live:
             raise ConflictError(
@@ -101,13 +102,17 @@ class Agent:
         return self
 
     def promoted(self, version: str) -> Agent:
-        """`version` live, the one before it previous, and no trial: what it was compared with is no longer there."""
+        """Return the agent with `version` live, the old live version as previous, and no trial.
+
+        A trial ends, because the version that it was compared with is no longer live.
+        """
         earlier = self.earlier if self.live in ("", version) else (*self.earlier, self.live)[-MOST_EARLIER:]
         return replace(self.without_trial(), live=version, earlier=earlier, state="serving")
 
     def rolled_back(self) -> Agent:
-        """Without its trial, if one runs; else with the version that was live before. Raises ConflictError if there is
-        none.
+        """Return the agent without its running trial, or else with the previous version live.
+
+        Raises ConflictError if there is no previous version.
         """
         if self.candidate:
             return self.without_trial()
@@ -118,7 +123,10 @@ class Agent:
         return replace(self, live=self.earlier[-1], earlier=self.earlier[:-1], state="serving")
 
     def with_trial(self, version: str, *, canary_fraction: float = 0.0, shadow_fraction: float = 0.0) -> Agent:
-        """With `version` on trial. Raises ConflictError while another is, ConfigError for a fraction out of range."""
+        """Return the agent with `version` on trial.
+
+        Raises ConflictError if another version is on trial or this one is live, ConfigError for an invalid fraction.
+        """
         for name, fraction in (("canary", canary_fraction), ("shadow", shadow_fraction)):
             if not 0 <= fraction <= 1:
                 raise ConfigError(f"the {name} fraction is {fraction}; it lies in 0..1", f"--{name} 0.1")
@@ -138,35 +146,36 @@ class Agent:
         )
 
     def without_trial(self) -> Agent:
-        """Without a trial."""
+        """Return the agent without a trial."""
         return replace(self, candidate="", canary_fraction=0.0, shadow_fraction=0.0)
 
     def as_row(self) -> dict[str, Any]:
-        """The row, sealed."""
+        """Return the table row with its checksum."""
         return sealed({**self.as_json(), "earlier": _json(self.earlier), "fallback": _json(self.fallback)})
 
     def as_json(self) -> dict[str, Any]:
-        """Every field, as an event and `agents list` say it."""
+        """Return every field, as in an event and in `agents list`."""
         return {**vars(self), "earlier": list(self.earlier), "fallback": list(self.fallback)}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Agent:
-        """The agent of a row that is whole."""
+        """Return the agent of an intact row."""
         return cls.from_json({**row, "earlier": json.loads(row["earlier"]), "fallback": json.loads(row["fallback"])})
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Agent:
-        """The agent that `as_json` said."""
+        """Return the agent that `as_json` describes."""
         lists = {name: tuple(fields[name]) for name in ("earlier", "fallback")}
         return cls(**{**{name: value for name, value in fields.items() if name != "checksum"}, **lists})
 
 
 @dataclass(frozen=True)
 class AgentVersion:
-    """One version of an agent: a Release that was admitted, and what is known of it.
+    """Version of an agent: an admitted Release, with facts about it.
 
-    release: the directory; the same Release may move. adapter: the digest under which engines attach it. facts: what a
-    request needs of the Release without opening it: system_prompt, sampling, base and template digest, licence, rank.
+    release: its directory, which may move.
+    adapter: digest under which engines attach the adapter.
+    facts: what a request needs without opening the Release: system_prompt, sampling, tools, licence and others.
     """
 
     agent: str
@@ -180,23 +189,25 @@ class AgentVersion:
 
     @property
     def name(self) -> str:
-        """`agent@version`."""
+        """Full name, `agent@version`."""
         return f"{self.agent}@{self.version}"
 
     def as_row(self) -> dict[str, Any]:
-        """The row, sealed."""
+        """Return the table row with its checksum."""
         return sealed({**vars(self), "facts": _json(self.facts)})
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> AgentVersion:
-        """The version of a row that is whole."""
+        """Return the version of an intact row."""
         return cls(**{**{name: row[name] for name in row if name != "checksum"}, "facts": json.loads(row["facts"])})
 
 
 @dataclass(frozen=True)
 class Event:
-    """One change: who made it, why, and the agent before and after it (`{}` where there was none). numbers: what
-    decided.
+    """Change of an agent, with its author and reason.
+
+    was, became: the agent before and after (`{}` if it did not exist).
+    numbers: figures behind the decision.
     """
 
     id: int
@@ -212,14 +223,14 @@ class Event:
     numbers: Mapping[str, Any]
 
     def as_json(self) -> dict[str, Any]:
-        """A row of `sartor agents events`."""
+        """Return the event as a row of `sartor agents events`."""
         live = {"from": self.was.get("live", ""), "to": self.became.get("live", "")}
         fields = {name: getattr(self, name) for name in ("id", "at", "who", "what", "agent", "version", "why")}
         return {**fields, **live, "numbers": dict(self.numbers)}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Event:
-        """The event of a row that is whole."""
+        """Return the event of an intact row."""
         plain = {name: row[name] for name in row if name != "checksum"}
         return cls(**{**plain, **{name: json.loads(row[name]) for name in ("was", "became", "numbers")}})
 
@@ -237,7 +248,7 @@ def _text(name: str, *, key: bool = False) -> Column[str]:
     return Column(name, Text, primary_key=key, nullable=False)
 
 
-# SQLite numbers rows by itself only where the key is exactly INTEGER
+# SQLite assigns row numbers only to a key whose type is exactly INTEGER
 _NUMBER = BigInteger().with_variant(Integer, "sqlite")
 
 agents = Table(
@@ -331,18 +342,21 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 def open_database(url: str) -> Database:
-    """The database of a team's registry at a SQLAlchemy URL. Raises as `sartor.core.database.open_database`."""
+    """Open the database of a team's registry at a SQLAlchemy URL.
+
+    Raises as `sartor.core.database.open_database`.
+    """
     return database.open_database(url, Form("registry", "registry: ", MIGRATIONS, generation.c.value))
 
 
 def generation_of(connection: Connection) -> int:
-    """The number of the newest change; of a registry that lost its counter, the one that its log knows."""
+    """Return the number of the newest change; if the counter is lost, the highest in the log."""
     value = connection.execute(select(generation.c.value)).scalar_one_or_none()
     return int(value if value is not None else connection.execute(select(func.max(events.c.generation))).scalar() or 0)
 
 
 def next_generation(connection: Connection) -> int:
-    """The number of the change that is being made."""
+    """Increment the change counter and return it."""
     number = generation_of(connection) + 1
     if not connection.execute(update(generation).values(value=number)).rowcount:
         connection.execute(insert(generation).values(id=1, value=number))

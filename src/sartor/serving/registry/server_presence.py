@@ -1,8 +1,8 @@
-"""Which servers run and what they have reloaded.
+"""Running servers of a team, and the changes that they have loaded.
 
     STATE/servers/<pid>-<random>.json    {"pid", "generation"}      the same .lock    held as long as the server runs
 
-By the lock a server is known to run: it goes with the process, whatever its end.
+The lock shows that a server runs: the system releases it when the process ends, for whatever reason.
 """
 
 from __future__ import annotations
@@ -25,37 +25,44 @@ _POLL_S = 0.1
 
 
 class ServerPresence:
-    """A server's own; generation: what it has said last. `close` at its end."""
+    """Presence file of this server. Call `close` at its end.
+
+    generation: the last one written.
+    """
 
     def __init__(self, state: Path) -> None:
         self._file = state / FOLDER / f"{os.getpid()}-{secrets.token_hex(4)}.json"
         self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # held for the process, whichever thread takes it and lets it go
+        # held by the process: any thread may acquire and release it
         self._lock = FileLock(self._file.with_suffix(".lock"), thread_local=False)
         self._lock.acquire(timeout=0)
         self.generation = -1
         self.write_generation(-1)
 
     def write_generation(self, generation: int) -> None:
-        """Nothing is held any more that was removed up to this change. A disk that takes nothing delays the news."""
+        """Store the generation up to which this server has unloaded everything that was removed.
+
+        If the disk fails, the file keeps the older number.
+        """
         self.generation = generation
-        if not self._file.parent.is_dir():  # a state directory that was removed is not begun anew
+        if not self._file.parent.is_dir():  # a state directory that was removed is not created again
             return
         with suppress(OSError):
-            # not durable: after a power cut no server runs, and what it heard last is nobody's concern
+            # not durable: after a power cut no server runs, and the number no longer matters
             content = records.canonical({"pid": os.getpid(), "generation": generation})
             write_file_atomic(self._file, content, durable=False)
 
     def close(self) -> None:
-        """The server ends."""
+        """Remove the file and release the lock."""
         self._file.unlink(missing_ok=True)
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
 
 
 def running(state: Path) -> Mapping[int, int]:
-    """By process id, the generation that each server of this state directory has heard. What dead ones left is
-    removed.
+    """Return the generation of each running server of this state directory, by process id.
+
+    Files of dead servers are removed.
     """
     generations: dict[int, int] = {}
     for file in sorted((state / FOLDER).glob("*.json")):
@@ -77,7 +84,10 @@ def running(state: Path) -> Mapping[int, int]:
 def wait_for(
     state: Path, generation: int, within_s: float, clock: Callable[[], float] = time.monotonic
 ) -> tuple[list[int], list[int]]:
-    """(servers that have heard of this change, servers that have not within that time)."""
+    """Wait up to `within_s` seconds until all servers have loaded a change.
+
+    Returns (process ids of servers that have, those that have not).
+    """
     deadline = clock() + within_s
     while True:
         generations = running(state)

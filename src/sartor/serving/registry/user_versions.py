@@ -1,9 +1,9 @@
 """Personal versions and keyed user ids.
 
-A change raises the registry's generation, as every change does, so that servers hear of it within a second. The log
-says that somebody was forgotten, when, by whom, and under which digest; it never held a name.
+A change raises the registry's generation, so servers learn of it within a second. The log records that a user was
+forgotten, when, by whom, and under which digest; it never held a name.
 
-The same digest stands in the inbox (`Feedback.by`), in the registry, in receipts and in names of folders.
+The same digest identifies the user in the inbox (`Feedback.by`), the registry, receipts and folder names.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ SUFFIX = "+personal"
 ANYBODY = "*"
 MOST_CHARACTERS = 256
 FOLDER, ADAPTER = "people", "adapter"
-# locked beside an agent's folder of a person while they are tuned for, or forgotten
+# lock in a person's folder for an agent, held while their version is tuned or they are forgotten
 TUNING = "tuning"
 
 
 def user_digest(user: str, digest: Digest) -> str:
-    """64 hex digits for a user's id, "" for none. Raises RequestError for one that is too long."""
+    """Return the digest of a user's id, 64 hex digits; empty for an empty id.
+
+    Raises RequestError if the id is too long.
+    """
     if len(user) > MOST_CHARACTERS:
         raise RequestError(
             f"the user's id has {len(user)} characters; the limit is {MOST_CHARACTERS}",
@@ -44,20 +47,20 @@ def user_digest(user: str, digest: Digest) -> str:
 
 
 def required_user_digest(user: str, digest: Digest) -> str:
-    """`person_of` for who must name somebody. Raises ConfigError for an empty id."""
+    """Return the digest of a user's id. Raises ConfigError for an empty or too long id."""
     if not user or len(user) > MOST_CHARACTERS:
         raise ConfigError(f"{user[:40]!r} cannot be a user's id", f"--user ID, of 1 to {MOST_CHARACTERS} characters")
     return user_digest(user, digest)
 
 
 def folder_of(state: Path, person: str, agent: str = "") -> Path:
-    """Where everything of a person stands, or what belongs to one agent."""
+    """Return the folder of a person's files, or of those for one agent."""
     folder = state / FOLDER / person
     return folder / agent if agent else folder
 
 
 def is_personal(path: Path, state: Path) -> bool:
-    """Whether a directory is that of a personal adapter of this team."""
+    """Return whether a directory is that of a personal adapter of this team."""
     return path.absolute().is_relative_to((state / FOLDER).absolute())
 
 
@@ -66,13 +69,13 @@ TUNED, REFUSED, FORGOTTEN, ALLOWED = "personal tuned", "personal refused", "pers
 
 @dataclass(frozen=True)
 class UserVersion:
-    """One person's version of one agent. version, release_id: what it was tuned on; it answers only while that is
-    live.
+    """Person's own version of an agent.
 
-    adapter: the digest under which engines attach it; artifact: the id of the Adapter in `path`; all three are ""
-    where no
-    tuning has passed the gate yet. facts: rows and the gate's numbers. note: why the newest tuning was refused, if it
-    was.
+    version, release_id: the version that it was tuned on; it answers only while that is live.
+    adapter: digest under which engines attach it.
+    artifact: id of the Adapter in `path`. Adapter, artifact and path are empty until a tuning passes the gate.
+    facts: rows and the gate's figures.
+    note: reason why the newest tuning was refused, if it was.
     """
 
     person: str
@@ -88,31 +91,31 @@ class UserVersion:
 
     @property
     def name(self) -> str:
-        """What replies are said to be by: `faq@1.0+personal`."""
+        """Name in replies: `faq@1.0+personal`."""
         return f"{self.agent}@{self.version}{SUFFIX}"
 
     def on(self, live: AgentVersion) -> AgentVersion:
-        """As a version to be held: its adapter, and what the live one says beside it (system prompt, sampling,
-        tools).
-        """
+        """Return the version for loading: its own adapter, with the live version's prompt, sampling and tools."""
         return replace(
             live, version=f"{self.version}{SUFFIX}", release=self.path, release_id=self.artifact, adapter=self.adapter
         )
 
     def as_row(self) -> dict[str, Any]:
-        """The row, sealed."""
+        """Return the table row with its checksum."""
         return sealed({**asdict(self), "facts": records.canonical(dict(self.facts or {})).decode()})
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> UserVersion:
-        """The record of a row that is whole."""
+        """Return the personal version of an intact row."""
         return cls(**{**{name: row[name] for name in row if name != "checksum"}, "facts": json.loads(row["facts"])})
 
 
 @dataclass(frozen=True)
 class People:
-    """All of them at one generation, by person and agent. damaged_count: how many rows were changed from outside, and
-    are not used.
+    """Personal versions at one generation.
+
+    versions: by (person, agent).
+    damaged_count: rows that were changed from outside and are not used.
     """
 
     generation: int
@@ -121,13 +124,13 @@ class People:
 
 
 class UserVersionStore:
-    """The rows of one team's registry. Safe to use from several threads and processes."""
+    """Personal versions in one team's registry. Safe to use from several threads and processes."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
 
     def read(self, person: str = "") -> People:
-        """Everybody's, or one person's."""
+        """Return the personal versions of everybody, or of one person."""
         query = select(registry_schema.people)
         if person:
             query = query.where(registry_schema.people.c.person == person)
@@ -140,13 +143,15 @@ class UserVersionStore:
         )
 
     def put(self, personal: UserVersion, cause: ChangeCause = NOBODY) -> None:
-        """Serve this from now on; what the person had of the agent before is gone. Raises as `Database.change`."""
+        """Store a personal version, which replaces the person's earlier one of the agent.
+        Raises as `Database.change`.
+        """
         with self.database.change() as connection:
             _replace(connection, replace(personal, added=_now()))
             note(connection, TUNED, personal.agent, personal.version, cause, {"person": personal.person})
 
     def refuse(self, personal: UserVersion, reason: str, cause: ChangeCause = NOBODY) -> None:
-        """Keep why a tuning was refused. What the person has of the agent goes on."""
+        """Store the reason why a tuning was refused. The person's current version stays."""
         with self.database.change() as connection:
             key = {"person": personal.person, "agent": personal.agent}
             row = connection.execute(select(registry_schema.people).filter_by(**key)).mappings().first()
@@ -155,7 +160,10 @@ class UserVersionStore:
             note(connection, REFUSED, personal.agent, personal.version, cause, {"person": personal.person})
 
     def forget(self, person: str, cause: ChangeCause = NOBODY) -> tuple[int, dict[str, int]]:
-        """Remove every row of a person. Returns (the generation that servers hear it under, rows removed by table)."""
+        """Remove every row of a person.
+
+        Returns the generation of the change, and the number of rows removed by table.
+        """
         with self.database.change() as connection:
             removed = {
                 table.name: connection.execute(delete(table).where(table.c.person == person)).rowcount
@@ -164,7 +172,7 @@ class UserVersionStore:
             return note(connection, FORGOTTEN, "", "", cause, {"person": person}), removed
 
     def forgotten_since(self, generation: int) -> list[str]:
-        """Whom changes after this generation say to forget."""
+        """Return the persons that changes after this generation forget."""
         column = registry_schema.events.c
         query = (
             select(column.numbers).where(column.generation > generation, column.what == FORGOTTEN).order_by(column.id)
@@ -180,7 +188,7 @@ class UserVersionStore:
             note(connection, ALLOWED, "", "", cause, {"key": key})
 
     def mentions(self, person: str) -> dict[str, int]:
-        """How many rows still are of a person, by table."""
+        """Return the number of a person's rows by table."""
 
         def count(connection: Connection, table: Table) -> int:
             return len(connection.execute(select(table.c.person).where(table.c.person == person)).all())
@@ -192,7 +200,7 @@ class UserVersionStore:
 
 
 def speakers(connection: Connection) -> dict[str, frozenset[str]]:
-    """By key, for whom it may speak; a row that was changed from outside allows nothing."""
+    """Return the persons for whom each key may speak; rows that were changed from outside do not count."""
     result: dict[str, frozenset[str]] = {}
     for row in connection.execute(select(registry_schema.speakers)).mappings():
         if is_whole(dict(row)):
@@ -208,7 +216,7 @@ def _replace(connection: Connection, personal: UserVersion) -> None:
 def note(
     connection: Connection, action: str, agent: str, version: str, cause: ChangeCause, numbers: Mapping[str, Any]
 ) -> int:
-    """Write it into the log, under the next generation, which is returned."""
+    """Write an event into the log under the next generation, and return that."""
     generation = registry_schema.next_generation(connection)
     event = {
         "generation": generation,

@@ -1,1 +1,1 @@
-"""Routing of `auto` requests: one classifier an agent, shared figures, a threshold."""
+"""Routing of `auto` requests: one classifier per agent, shared weights, a threshold."""

@@ -1,11 +1,11 @@
-"""One agent's classifier and its files.
+"""Classifier of one agent, and its files.
 
-A linear classifier, by regularised least squares on the kernel of likenesses (Rifkin, Yeo and Poggio 2003): one matrix
-is inverted, and what a classifier would say that had not seen a row, or a whole fold of rows, follows from it without
-another fit.
+It is a linear classifier, fitted by regularised least squares on the kernel of similarities (Rifkin, Yeo and Poggio
+2003). One matrix is inverted. The scores of a classifier that has not seen a row, or a whole fold of rows, follow from
+it without another fit.
 
-Where the engine's own base made the vectors, a file states by which arithmetic (core/numerics.py): one of another is
-made anew.
+If the engine's own base made the vectors, a file states the version of the arithmetic (core/numerics.py); one of
+another version is made again.
 """
 
 from __future__ import annotations
@@ -43,8 +43,12 @@ from sartor.serving.routing.text_features import F32, Dense, Lexical, TextFeatur
 
 @dataclass(frozen=True)
 class GeneralPrompts:
-    """Of G general prompts. folds: (G,) by their kind; likeness: (G, G); foreign: (G,) mean likeness to the nearest
-    prompts of other folds, which is what a general prompt of a kind that is not on the list would have.
+    """General prompts, G of them, with their features.
+
+    folds: (G,) by the prompts' kind.
+    likeness: (G, G) similarities.
+    foreign: (G,) mean similarity to the nearest prompts of other folds, as a general prompt of an unlisted kind would
+    have.
     """
 
     encoder: str
@@ -56,17 +60,20 @@ class GeneralPrompts:
     foreign: F32
 
     def features(self, texts: Sequence[str], vectors: F32 | None) -> TextFeatures:
-        """Of N texts; `vectors` are the encoder's (N, D), None for words alone."""
+        """Return the features of N texts. vectors: (N, D) of the encoder, None for words alone."""
         return TextFeatures(self.lexical(texts), self.dense(vectors) if self.dense is not None else None)
 
 
 def general_texts() -> list[str]:
-    """As they are compared, in the order of a Space."""
+    """Return the general prompts as they are compared, in the order of GeneralPrompts."""
     return [shortened(prompt.text) for prompts in general().values() for prompt in prompts]
 
 
 def make(encoder: str, vectors: F32 | None) -> GeneralPrompts:
-    """vectors: of `general_texts()` by the encoder, None for words alone."""
+    """Return the general prompts with their features.
+
+    vectors: (G, D) of `general_texts()` by the encoder, None for words alone.
+    """
     texts = general_texts()
     folds = np.array([fold(kind) for kind, prompts in general().items() for _ in prompts])
     lexical, dense = Lexical.of(texts), Dense.of(vectors) if vectors is not None else None
@@ -80,18 +87,23 @@ def make(encoder: str, vectors: F32 | None) -> GeneralPrompts:
     return GeneralPrompts(encoder, lexical, dense, features, folds, likeness, foreign)
 
 
-# Own prompts that are fitted on: the time grows with their cube, a request's with their number
+# Most own prompts to fit on: fitting time grows with their cube, the time of a request with their number
 MOST_FITTED = 300
 MOST_HELD_OUT = 100
 PENALTY = 0.3
-# An agent without held-out prompts lends so many of its own, which are then not fitted on
+# Without held-out prompts, one in LENT of the agent's own prompts is held out
 LENT = 5
 
 
 @dataclass(frozen=True)
 class ClassifierRows:
-    """The texts of a part in the order of its vectors: fitted on, nobody's, held out, near misses of those, the
-    Report's.
+    """Texts of an agent's classifier, in the order of its vectors.
+
+    train: own prompts to fit on.
+    nobodys: negatives to fit on.
+    held_out: own prompts that are not fitted on.
+    missed: near misses of the held-out prompts.
+    measured: prompts of the Report.
     """
 
     train: tuple[ExemplarPrompt, ...]
@@ -102,7 +114,7 @@ class ClassifierRows:
 
     @property
     def texts(self) -> list[str]:
-        """As they are compared."""
+        """Texts as they are compared."""
         parts = [
             [prompt.text for prompt in self.train],
             self.nobodys,
@@ -114,20 +126,22 @@ class ClassifierRows:
 
     @property
     def bounds(self) -> list[slice]:
-        """Where each of the five stands among `texts`."""
+        """Position of each of the five groups among `texts`."""
         ends = np.cumsum([0, *(len(part) for part in vars(self).values())])
         return [slice(start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
 
 
 @dataclass(frozen=True)
 class AgentClassifier:
-    """Of one agent. ids: of its own N prompts, whose features are `train_features`.
+    """Classifier of one agent.
 
-    A text's score is its inner product with `words` (D,) and `dense`, its likenesses to the general prompts times
-    `general` (G,), plus `bias`; about 1 for own prompts and -1 for others. held_out_features, near_miss_features: of
-    held-out prompts
-    and of near misses of them. unseen: (2, G) score and likeness of each general prompt by a classifier that saw none
-    of its fold; the score is nan for one that is so near that it may be the agent's business.
+    ids: of its own N prompts, whose features are `train_features`.
+    words, dense, general, bias: weights of the score, which is about 1 for own prompts and -1 for others.
+        score(x) = x_words . words (D,) + x_dense . dense (E,) + likeness(x, general prompts) . general (G,) + bias
+        (with an encoder the first two terms are halved)
+    held_out_features, near_miss_features: of held-out prompts, and of near misses of them.
+    unseen: (2, G) score and similarity of each general prompt by a classifier that saw none of its fold. The score is
+    nan for a prompt so near that it may be the agent's own subject.
     """
 
     digest: str
@@ -144,7 +158,7 @@ class AgentClassifier:
 
 
 def rows_of(exemplars: Exemplars) -> ClassifierRows:
-    """What a part is fitted with."""
+    """Return the texts to fit an agent's classifier with."""
     train, held_out = exemplars.train[:MOST_FITTED], exemplars.held_out[:MOST_HELD_OUT]
     if not held_out and len(train) >= LENT:
         train, held_out = train[: -(len(train) // LENT)], train[len(train) - len(train) // LENT :]
@@ -156,8 +170,9 @@ def rows_of(exemplars: Exemplars) -> ClassifierRows:
 
 
 def fit(exemplars: Exemplars, space: GeneralPrompts, vectors: F32 | None) -> AgentClassifier:
-    """The part of one agent. vectors: of `rows_of(found).texts` by the space's encoder, None for words alone. One
-    thread.
+    """Return the fitted classifier of one agent, using one thread.
+
+    vectors: (N, D) of `rows_of(exemplars).texts` by the encoder of `space`, None for words alone.
     """
     import scipy.linalg  # noqa: F401 - the limit below holds for libraries that are loaded by then
     import sklearn.linear_model  # noqa: F401
@@ -174,6 +189,7 @@ def _fit(exemplars: Exemplars, space: GeneralPrompts, vectors: F32 | None) -> Ag
     general_rows = np.flatnonzero(~_near_agent_mask(train, to_general))
     fitted = stacked([train, nobodys])
     cross = fitted.likeness(space.general)[:, general_rows]
+    # kernel over (own prompts, negatives, general prompts), (R, R); + 1 is a constant feature, the bias
     kernel = (
         np.block(
             [[fitted.likeness(fitted), cross], [cross.T, space.likeness[np.ix_(general_rows, general_rows)]]]
@@ -188,6 +204,7 @@ def _fit(exemplars: Exemplars, space: GeneralPrompts, vectors: F32 | None) -> Ag
     for index in range(FOLDS):
         fold = np.flatnonzero(space.folds[general_rows] == index)
         if len(fold):
+            # scores of a fit without the rows I of this fold: f_I = y_I - (inverse_II)^-1 weights_I
             block = start + fold
             left_out = np.linalg.solve(inverse[np.ix_(block, block)], weights[block])
             unseen[0, general_rows[fold]] = target[block] - left_out
@@ -210,7 +227,10 @@ def _fit(exemplars: Exemplars, space: GeneralPrompts, vectors: F32 | None) -> Ag
 
 
 def _near_agent_mask(train: TextFeatures, to_general: F32) -> F32:
-    """General prompts that are as like the agent's as its own are to each other: they may well be its business."""
+    """Return (G,) whether a general prompt is as similar to the agent's prompts as they are mutually.
+
+    Such a prompt may be the agent's own subject.
+    """
     likeness = train.likeness(train)
     np.fill_diagonal(likeness, -1)
     usual = np.median(neighbours(likeness)) if train.count > 1 else 1.0
@@ -218,7 +238,10 @@ def _near_agent_mask(train: TextFeatures, to_general: F32) -> F32:
 
 
 def _solved(kernel: Any, target: Any) -> tuple[Any, Any]:
-    """(inverse, weights) of the least squares in which own prompts and others weigh the same together."""
+    """Return (inverse, weights) of least squares in which positives and negatives have equal total weight.
+
+    G = K + penalty * diag(1 / share);  inverse = G^-1 (R, R);  weights = G^-1 target (R,)
+    """
     count, is_own = len(target), target > 0
     share = np.where(is_own, 0.5 / is_own.sum(), 0.5 / max(1, (~is_own).sum())) * count
     inverse = np.linalg.inv(kernel + PENALTY * np.diag(1 / share))
@@ -226,7 +249,7 @@ def _solved(kernel: Any, target: Any) -> tuple[Any, Any]:
 
 
 def as_arrays(part: AgentClassifier) -> dict[str, Any]:
-    """A part as plain arrays; see `from_arrays`."""
+    """Return a classifier as plain arrays, for `from_arrays`."""
     used = np.flatnonzero(part.words)
     arrays = {"columns": used, "weights": part.words[used], "general": part.general, "unseen": part.unseen}
     arrays |= {"bias": np.array(part.bias), "width": np.array(part.words.shape[0])}
@@ -242,7 +265,7 @@ def as_arrays(part: AgentClassifier) -> dict[str, Any]:
 
 
 def from_arrays(digest: str, ids: tuple[str, ...], arrays: Mapping[str, Any]) -> AgentClassifier:
-    """The part that `as_arrays` told of. Raises ValueError where arrays of two writers stand beside each other."""
+    """Return the classifier from the result of `as_arrays`. Raises ValueError for inconsistent arrays."""
     words = np.zeros(int(arrays["width"]), dtype=np.float32)
     words[arrays["columns"]] = arrays["weights"]
     train, held_out, missed = (TextFeatures.from_arrays(name, arrays) for name in ("own", "held", "missed"))
@@ -273,14 +296,17 @@ GENERAL = "general"
 
 
 def save_part(folder: Path, encoder: str, part: AgentClassifier, dtype: str = "") -> None:
-    """Write one agent's part. dtype: in which Sartor's engine made the encoder's vectors; "" where it did not."""
+    """Write one agent's classifier.
+
+    dtype: in which Sartor's engine made the encoder's vectors; empty if another library made them.
+    """
     _save(_file(folder, encoder, part.digest), part.digest, as_arrays(part), {"ids": part.ids, **_made_by(dtype)})
 
 
 def open_part(folder: Path, encoder: str, digest: str, dtype: str = "") -> AgentClassifier | None:
-    """The part of an agent with these exemplars; None if there is none, or of another arithmetic in `dtype`.
+    """Return the stored classifier of these exemplars; None if absent or of another arithmetic in `dtype`.
 
-    Raises ArtifactError for a damaged one.
+    Raises ArtifactError for a damaged file.
     """
     file = _file(folder, encoder, digest)
     loaded = _open(file, digest, dtype)
@@ -294,28 +320,31 @@ def open_part(folder: Path, encoder: str, digest: str, dtype: str = "") -> Agent
 
 
 def save_vectors(folder: Path, encoder: str, digest: str, vectors: Any, dtype: str = "") -> None:
-    """Write an encoder's vectors of the general prompts. dtype: as in `save_part`."""
+    """Write an encoder's vectors (G, D) of the general prompts. dtype: as in `save_part`."""
     _save(_file(folder, encoder, GENERAL), digest, {"vectors": vectors}, _made_by(dtype))
 
 
 def open_vectors(folder: Path, encoder: str, digest: str, dtype: str = "") -> Any:
-    """These; None if there are none of this digest and arithmetic. Raises ArtifactError for damaged ones."""
+    """Return the stored vectors (G, D); None if there are none with this digest and arithmetic.
+
+    Raises ArtifactError for a damaged file.
+    """
     loaded = _open(_file(folder, encoder, GENERAL), digest, dtype)
     return None if loaded is None else loaded[0].get("vectors")
 
 
 def save_figures(folder: Path, encoder: str, figures: Mapping[str, Any]) -> None:
-    """Write what a router gets right of what was held out, for people: `figures.json` beside its parts."""
+    """Write a router's held-out figures for a reader: `figures.json` beside its classifiers."""
     _write(_file(folder, encoder, GENERAL).with_name("figures.json"), json.dumps(figures, indent=1).encode())
 
 
 def keep_only(folder: Path, digests: Collection[str]) -> None:
-    """Remove the parts of agents that are no more: they hold prompts of theirs, as words."""
+    """Remove the classifiers of other agents, because they hold texts of those agents' prompts."""
     stems = {GENERAL, *(_name(digest) for digest in digests)}
     for file in folder.glob("*/*.npz"):
         if file.stem not in stems:
             file.unlink(missing_ok=True)
-    for file in (*folder.glob("*.npz"), *folder.glob("*.json")):  # of older versions
+    for file in (*folder.glob("*.npz"), *folder.glob("*.json")):  # files of older versions
         file.unlink(missing_ok=True)
 
 
@@ -332,7 +361,7 @@ def _open(file: Path, digest: str, dtype: str) -> tuple[dict[str, Any], dict[str
     if not file.is_file():
         return None
     try:
-        # numpy leaves a damaged file open
+        # read into memory first, because numpy leaves a damaged file open
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
             loaded = dict(arrays)
         fields = json.loads(loaded.pop("said").tobytes())
@@ -347,13 +376,13 @@ def _damaged(file: Path, error: Exception) -> ArtifactError:
 
 
 def _file(folder: Path, encoder: str, digest: str) -> Path:
-    """Below a folder named for the encoder, which may be a path."""
+    """Return the path of a file, in a folder named for the encoder, which may itself be a path."""
     stem = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in encoder)[-64:]
     return folder / f"{stem}-{digest_of(encoder)[:8]}" / f"{_name(digest)}.npz"
 
 
 def _write(file: Path, content: Content) -> None:
-    """Write a file below a folder of the team's own."""
+    """Write a file in a folder that only the team may read."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_file_atomic(file, content)
 

@@ -1,8 +1,8 @@
-"""Router threshold, shared figures, risk-coverage, ECE.
+"""Router threshold, shared weights, risk-coverage curve and ECE.
 
-What is foreign cannot be listed, so it is simulated three times: general prompts, each by classifiers that saw none of
-its kind; each agent's held-out prompts as the others see them when that agent is not there; and near misses of
-held-out prompts. None of these asks for another fit of a part.
+Foreign prompts cannot be listed, so they are simulated in three ways: general prompts, scored by classifiers that saw
+none of their kind; each agent's held-out prompts as the other agents score them; and near misses of held-out prompts.
+None of these needs another fit of a classifier.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from sartor.serving.routing.text_features import F32, stacked
 
 
 def risk_coverage(confidence: Any, is_right: Any, weight: Any) -> tuple[Any, Any]:
-    """(coverage, risk), (N,) each: of the most confident prompts up to each, their share of all and the share that is
-    wrong.
+    """Return (coverage, risk), (N,) each, over the prompts sorted by falling confidence.
 
-    A foreign prompt is wrong at any place: whoever gets it is not whom it is for.
+        coverage_n = sum_{i <= n} w_i / sum_i w_i;  risk_n = sum_{i <= n} w_i [wrong_i] / sum_{i <= n} w_i
+
+    confidence, is_right, weight: (N,). A foreign prompt is always wrong, because no agent is right for it.
     """
     order = np.argsort(-confidence, kind="stable")
     covered = np.cumsum(weight[order])
@@ -32,46 +33,57 @@ def risk_coverage(confidence: Any, is_right: Any, weight: Any) -> tuple[Any, Any
 
 
 def aurc(confidence: Any, is_right: Any, weight: Any) -> float:
-    """The mean risk over coverage (Geifman, Uziel and El-Yaniv 2019, arXiv:1805.08206); less is better."""
+    """Return the mean risk over coverage (Geifman, Uziel and El-Yaniv 2019, arXiv:1805.08206).
+
+    confidence, is_right, weight: (N,). Less is better.
+    """
     coverage, risk = risk_coverage(confidence, is_right, weight)
     return float(np.sum(risk * np.diff(coverage, prepend=0.0)))
 
 
 def ece(confidence: Any, is_right: Any, weight: Any) -> float:
-    """Expected calibration error (Guo et al. 2017) in BINS equal bins of confidence."""
+    """Return the expected calibration error (Guo et al. 2017) in BINS equal bins of confidence.
+
+        ECE = sum_b |sum_{i in b} w_i (confidence_i - right_i)| / sum_i w_i
+
+    confidence, is_right, weight: (N,).
+    """
     bin_index = np.minimum((confidence * BINS).astype(int), BINS - 1)
     gap = np.bincount(bin_index, weight * (confidence - is_right), BINS)
     return float(np.abs(gap).sum() / weight.sum())
 
 
-# Held-out prompts of all agents together
+# Most held-out prompts of all agents together
 MOST_HELD_OUT = 2_000
-# Where nothing was held out at all
+# Weights if nothing was held out
 UNLEARNT = SharedWeights(score=6.0, likeness=4.0, base=4.0, foreign=-3.0)
-# Of a team without a doubtful prompt the most likely figures are endless
+# Ridge penalty: for a team without a doubtful prompt the likelihood has no finite maximum
 RIDGE = 1e-3
-# Sums of both fractions (see `choose`) that so few prompts do not tell apart
+# Difference of utilities (see `choose`) that is within the noise of so few prompts
 SAME = 0.02
-# A probability below which nobody is chosen
+# Smallest threshold that is considered
 LEAST = 1e-3
-# What a prompt that misses its agent weighs against a foreign one that gets an agent: who asks the team mostly asks
-# its agents
+# Weight of a prompt that misses its agent, relative to a foreign one that gets an agent: most requests to a team are
+# for its agents
 OWN_WEIGHT = 2.0
-# By how much an encoder that costs more must be better
+# Least improvement for which a more expensive encoder is used
 GAIN = 0.005
 KINDS, AGENTS, MISSES = "kinds", "agents", "near_misses"
 
 
 @dataclass(frozen=True)
 class CalibrationSample:
-    """Prompts that no part was fitted on, and whose each is. agent: (N,) its place, -1 for nobody's."""
+    """Prompts that no classifier was fitted on, with their agents.
+
+    agent: (N,) index of the right agent, -1 for none.
+    """
 
     name: str
     candidates: CandidateScores
     agent: Any
 
     def best_probability(self, shared: SharedWeights) -> tuple[F32, Any]:
-        """(N,) the best probability, and whether it is of the right agent."""
+        """Return (N,) best probabilities, and (N,) whether each is of the right agent."""
         probability = shared.probability(self.candidates)
         best = probability.argmax(axis=1)[:, None]
         best_agent = np.take_along_axis(self.candidates.agents, best, 1)[:, 0]
@@ -85,11 +97,11 @@ def assemble(
     risk: float = 1.0,
     unproven: Mapping[str, str] | None = None,
 ) -> FittedRouter:
-    """The router of these agents. One thread.
+    """Return the router of these agents, using one thread.
 
-    target: fraction of foreign prompts that must be left to the base where the threshold is chosen; risk: the most of
-    those that get an agent that may get a wrong one, as many own prompts asked as foreign ones. unproven: agents whose
-    Report shows no gain over the base, and its figures.
+    target: fraction of foreign prompts that the threshold must leave to the base.
+    risk: largest fraction of wrong agents among routed prompts, with own and foreign prompts in equal shares.
+    unproven: agents whose Report shows no gain over the base, with its figures.
     """
     with threadpool_limits(1):
         return _assembled(agents, space, (target, risk), unproven or {})
@@ -128,7 +140,7 @@ def _assembled(
 
 
 def _samples(space: GeneralPrompts, parts: tuple[AgentClassifier, ...]) -> list[CalibrationSample]:
-    """Own held-out prompts, and three kinds of foreign ones."""
+    """Return a sample of the agents' held-out prompts, then the samples of foreign prompts."""
     linear = Linear.of(space, parts)
     limit = max(2, MOST_HELD_OUT // len(parts))
     counts = [min(limit, part.held_out_features.count) for part in parts]
@@ -148,7 +160,10 @@ def _samples(space: GeneralPrompts, parts: tuple[AgentClassifier, ...]) -> list[
 
 
 def _shared(held_out: CalibrationSample, foreign: Sequence[CalibrationSample]) -> SharedWeights:
-    """The most likely figures; own prompts weigh as much as foreign ones, and each kind of these the same."""
+    """Return the maximum-likelihood weights; own and foreign prompts weigh the same, and so does each foreign kind.
+
+    loss(w) = -mean_own log p(agent) - mean_kinds mean log p(base) + RIDGE ||w||^2
+    """
     from scipy.optimize import minimize
 
     def chance(values: Any, sample: CalibrationSample) -> Any:
@@ -168,13 +183,17 @@ def _shared(held_out: CalibrationSample, foreign: Sequence[CalibrationSample]) -
 def choose(
     agent_scores: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], target: float, risk: float = 1.0
 ) -> float:
-    """The threshold: of those that leave `target` of the foreign prompts to the base and route at most `risk` wrongly,
-    the lowest with the largest sum (but for SAME) of own prompts that get their agent, times OWN_WEIGHT, less those
-    that get another one, and foreign ones left to the base.
+    """Return the threshold with the largest utility among those that keep both limits.
 
-    agent_scores: by agent, the best probabilities of held-out prompts; right: whether that is the agent's; each agent
-    counts the same, and each kind of foreign prompts. Where nothing keeps both limits, what breaks them least. It lies
-    midway between a probability and the next one below.
+        utility = OWN_WEIGHT * hits - misrouted + (1 - foreign_routed)
+
+    The limits are: at least `target` of the foreign prompts stay at the base, and at most `risk` of the routed prompts
+    are wrong. Of thresholds within SAME of the largest utility the lowest is taken. If none keeps both limits, those
+    that break them least compete. A threshold lies midway between a probability and the next lower one.
+    agent_scores: for each agent, (N,) best probabilities of its held-out prompts.
+    right: for each agent, (N,) whether that probability is the agent's own.
+    foreign: for each kind, (N,) best probabilities of foreign prompts.
+    Each agent counts the same, and so does each kind.
     """
     probabilities = np.unique(np.concatenate([*agent_scores, *foreign, [1.0]]))
     probabilities = probabilities[probabilities > LEAST]
@@ -191,7 +210,7 @@ def choose(
 
 
 def _routed(scores: Sequence[F32], thresholds: F32, counts: Sequence[int]) -> F32:
-    """(M,): fraction that reaches each mark, the mean over the parts that hold any."""
+    """Return (M,) fractions of scores that reach each of M thresholds, averaged over the non-empty parts."""
     parts = [
         (len(values) - np.searchsorted(np.sort(values), thresholds)) / count
         for values, count in zip(scores, counts, strict=True)
@@ -203,7 +222,10 @@ def _routed(scores: Sequence[F32], thresholds: F32, counts: Sequence[int]) -> F3
 def _curve(
     agent_scores: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], threshold: float
 ) -> dict[str, Any]:
-    """Figures of the risk-coverage curve with own and foreign prompts half each, and at the threshold."""
+    """Return figures of the risk-coverage curve, and at the threshold.
+
+    Own and foreign prompts have half of the weight each.
+    """
     score = np.concatenate([*agent_scores, *foreign])
     is_right = np.concatenate([*right, *(np.zeros(len(scores), dtype=bool) for scores in foreign)])
     nonempty = [scores for scores in agent_scores if len(scores)]
@@ -230,8 +252,10 @@ def _fraction(right: F32, threshold: float, count: int) -> float | None:
 
 
 def best_of(routers: Sequence[FittedRouter]) -> FittedRouter:
-    """The router with the best mean of both fractions, weighted; one that costs more (stands later) must be better by
-    GAIN.
+    """Return the router with the best weighted mean of own accuracy and base fraction.
+
+    The base fraction is that of foreign prompts left to the base. A router that costs more (later in the list) must be
+    better by GAIN.
     """
     best = routers[0]
     for other in routers[1:]:

@@ -1,11 +1,11 @@
 """Router training prompts, hard negatives, measured gain.
 
-A request is no better served by a specialist than by the base where the Report shows no gain. The whole is judged by
-its interval, as the gate does. Its rows are few, so slices of them are judged by their mean: the base gets a slice of
-SLICE_LEAST rows or more where the agent was on average no better.
+A request needs no specialist if the Report shows no gain over the base. The whole Report is judged by its interval, as
+the gate does. A slice of it has few rows and is judged by its mean: the base gets a slice of at least SLICE_LEAST rows
+in which the agent was on average no better.
 
-People quote commands, ask what a word means, tell of yesterday. Exemplars know nothing of that, so some of them are
-set into such frames, the same ones each time, and stand among what the agent is not for.
+Users also quote commands, ask what a word means, or report about yesterday. Exemplars lack such prompts, so some of
+them are put into such frames, always the same ones, and serve as negatives.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ from sartor.evaluate.training_facts import EXEMPLARS, OTHER
 from sartor.release.gate import check_gain as checked
 from sartor.serving.routing.text_features import TextFeatures, neighbours_of
 
-# Rows of a Report that are looked at, rows that make a slice on average, and the fewest of one that is judged
+# Most rows of a Report that are used; average rows of a slice; fewest rows of a slice that is judged
 MEASURED = 200
 SLICE_ROWS = 30
 SLICE_LEAST = 10
-# Of a metric of the whole set, what stands in the rows
+# Row-level column of a metric that is defined only for the whole set
 BY_ROW = {"macro_f1": "accuracy"}
 
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """A row of a Report: its prompt, its class ("" without), and by how much the tuned reply was better than the
-    base's.
+    """Row of a Report.
+
+    label: its class, empty without one.
+    gain: by how much the tuned reply was better than the base's.
     """
 
     prompt: str
@@ -53,8 +55,10 @@ class MeasuredRow:
 
 @dataclass(frozen=True)
 class Gain:
-    """is_shown: whether the primary metric's interval lies on the better side of 0. detail: the figures in a
-    sentence.
+    """Gain of an agent over the base in its Report.
+
+    is_shown: whether the primary metric's interval lies on the better side of 0.
+    detail: the figures in a sentence.
     """
 
     is_shown: bool
@@ -64,7 +68,12 @@ class Gain:
 
 @dataclass(frozen=True)
 class Slices:
-    """A Report's rows in slices. features: of M rows; slice_of: (M,) the slice of each; gain, size: (S,)."""
+    """Rows of a Report, cut into S slices.
+
+    features: of M rows.
+    slice_of: (M,) slice of each row.
+    gain, size: (S,) mean gain and number of rows.
+    """
 
     features: TextFeatures
     slice_of: Any
@@ -72,15 +81,15 @@ class Slices:
     size: Any
 
     def nearest(self, features: TextFeatures) -> Any:
-        """(N,): the slice that each text belongs to."""
+        """Return (N,) indices of the slices that the texts belong to."""
         return neighbours_of(features.likeness(self.features), self.slice_of, len(self.gain)).argmax(axis=1)
 
     def lacks_gain(self, index: int) -> bool:
-        """Whether the agent was no better than the base there."""
+        """Return whether the agent was no better than the base in a slice that is large enough."""
         return bool(self.size[index] >= SLICE_LEAST and self.gain[index] <= 0)
 
     def as_arrays(self) -> dict[str, Any]:
-        """See `agent_classifier.as_arrays`."""
+        """Return plain arrays, as `agent_classifier.as_arrays` does."""
         return {
             "slice_of": self.slice_of,
             "slice_gain": self.gain,
@@ -90,15 +99,16 @@ class Slices:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> Slices:
-        """See `agent_classifier.from_arrays`."""
+        """Return the slices from the result of `as_arrays`."""
         return cls(
             TextFeatures.from_arrays("slices", arrays), arrays["slice_of"], arrays["slice_gain"], arrays["slice_size"]
         )
 
 
 def read_measured_gain(release: Path) -> Gain | None:
-    """What the Report inside a Release shows; None without a manifest. Raises ArtifactError where it is of another
-    form.
+    """Return the gain in the Report of a Release; None without a manifest.
+
+    Raises ArtifactError for an invalid form.
     """
     if not (release / MANIFESTS["release"]).is_file():
         return None
@@ -124,8 +134,9 @@ def read_measured_gain(release: Path) -> Gain | None:
 
 
 def sliced(gain: Gain, features: TextFeatures) -> Slices | None:
-    """The rows by their class where they have classes, else by likeness (average linkage); None for fewer than two
-    slices.
+    """Return the rows in slices by class, or else by similarity (average linkage).
+
+    None for fewer than two slices.
     """
     rows = gain.rows[: features.count]
     labels = [row.label for row in rows]
@@ -150,14 +161,14 @@ def sliced(gain: Gain, features: TextFeatures) -> Slices | None:
 
 MOST_BYTES = 4 << 20
 MOST_LINES = 2_000
-# Of a text; of a longer one the beginning and the end, where questions stand
+# Most characters of a text; a longer one keeps its beginning and end, where questions usually are
 MOST_CHARACTERS = 2_000
 FOLDS = 5
 
 
 @dataclass(frozen=True)
 class ExemplarPrompt:
-    """An exemplar and where it stands: `agent:line` of its Release's file."""
+    """Prompt of an exemplar, with its location `agent:line` in the Release's file."""
 
     id: str
     text: str
@@ -165,10 +176,12 @@ class ExemplarPrompt:
 
 @dataclass(frozen=True)
 class Exemplars:
-    """Of one agent: prompts that its tuning saw, prompts that it never saw, and prompts among its rows that are not
-    for it.
+    """Exemplar prompts of one agent.
 
-    gain: what its Report measured; None where there is no Report.
+    train: prompts from its tuning.
+    held_out: prompts that its tuning never saw.
+    other: prompts among its rows that are not for it.
+    gain: measured by its Report; None without one.
     """
 
     train: tuple[ExemplarPrompt, ...] = ()
@@ -178,9 +191,10 @@ class Exemplars:
 
 
 def read_exemplars(release: Path, agent: str) -> Exemplars:
-    """The exemplars of a Release; none for one without any (`sartor release --exemplars 0`, or an older Release).
+    """Return the exemplars and the measured gain of a Release.
 
-    With what its Report measured, where it is a whole Release. Raises ArtifactError for a file that has another form.
+    Empty for one without exemplars (`sartor release --exemplars 0`, or an older Release).
+    Raises ArtifactError for a file with another form.
     """
     file = release / EXEMPLARS
     if not file.is_file():
@@ -203,7 +217,7 @@ def read_exemplars(release: Path, agent: str) -> Exemplars:
 
 @cache
 def general() -> Mapping[str, tuple[ExemplarPrompt, ...]]:
-    """Sartor's own general prompts, by kind (general_prompts.yaml)."""
+    """Return Sartor's own general prompts by kind (general_prompts.yaml)."""
     text = (
         importlib.resources.files("sartor")
         .joinpath("serving/routing/general_prompts.yaml")
@@ -216,7 +230,7 @@ def general() -> Mapping[str, tuple[ExemplarPrompt, ...]]:
 
 
 def digest(exemplars: Exemplars) -> str:
-    """Equal exactly when an agent has the same exemplars under the same name and the general prompts are the same."""
+    """Return the digest of an agent's exemplars, its measured gain, and the general prompts."""
     parts = [
         [(prompt.id, prompt.text) for prompt in part]
         for part in (exemplars.train, exemplars.held_out, exemplars.other)
@@ -226,18 +240,18 @@ def digest(exemplars: Exemplars) -> str:
 
 
 def general_digest() -> str:
-    """Of the general prompts."""
+    """Return the digest of the general prompts."""
     return records.digest({kind: [prompt.text for prompt in prompts] for kind, prompts in general().items()})
 
 
 def fold(kind: str) -> int:
-    """Which of FOLDS a kind of general prompts is left out with."""
+    """Return the index of the fold, of FOLDS, that a kind of general prompts belongs to."""
     return zlib.crc32(kind.encode()) % FOLDS
 
 
 def shortened(text: str) -> str:
-    """A text as it is compared: of a long one the beginning and the end."""
-    text = text.encode("utf-8", "replace").decode().strip()  # a client may send half a surrogate pair
+    """Return a text as it is compared: of a long one the beginning and the end."""
+    text = text.encode("utf-8", "replace").decode().strip()  # replaces half a surrogate pair, which a client may send
     half = MOST_CHARACTERS // 2
     return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} {text[-half:]}"
 
@@ -259,7 +273,10 @@ _WORD = re.compile(r"[^\W\d_]{4,}")
 
 
 def near_misses(prompts: Sequence[ExemplarPrompt], limit: int = MOST_NEAR_MISSES) -> list[str]:
-    """One for each of the first `limit` prompts; frame and words are drawn by the prompt's digest."""
+    """Return a framed prompt for each of the first `limit` prompts.
+
+    The prompt's digest selects frame and words.
+    """
     return [_framed(prompt.text) for prompt in prompts[:limit]]
 
 

@@ -1,9 +1,9 @@
-"""`auto`: chooses the agent for a request.
+"""Router of `auto` requests.
 
 A router is fitted in the background when the team starts and whenever its agents change; the old one answers
-meanwhile. The first of a new server knows words alone; one with an encoder takes its place when it is ready and better
-on prompts that neither saw. Each agent has a part of its own: who comes or goes leaves the others' parts as they are,
-bit for bit. Parts stand in STATE/router and are found again at the next start.
+meanwhile. The first router of a new server uses words alone. One with an encoder replaces it when it is ready and
+better on prompts that neither saw. Each agent has a classifier of its own: when another agent comes or goes, it stays
+the same bit for bit. Classifiers are stored in STATE/router and loaded at the next start.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from sartor.serving.types import EmbeddingResult, RoutingDecision
 
 WORDS, BASE_ENCODER = "tfidf", "base"
 Result = TypeVar("Result")
-# A request of a server that has just started waits so long for its first router
+# Longest wait of a request for the first router of a new server
 FIRST_WAIT_S = 10.0
-# And so long for the encoder's vectors of one prompt; then words alone decide
+# Longest wait for the encoder's vectors of one prompt; then words alone decide
 EMBED_WAIT_S = 2.0
-# Prompts that an encoder is asked for at once while a router is fitted: requests come between
+# Prompts per embedding call while a router is fitted, so that requests can come in between
 EMBEDDED_AT_ONCE = 64
 BUSY_TRIES, BUSY_WAIT_S = 30, 1.0
-# A turn that is for no agent by itself ("and the bedroom?") belongs to the agent of the turn before if both together
-# do, and if
-# it leans to that agent at least so far: the fraction of the threshold that its own score reaches
+# A message that fits no agent alone ("and the bedroom?") goes to the agent that fits it together with the message
+# before, if its own score for that agent reaches this fraction of the threshold
 LEAN = 0.3
 
 
 class Embedder(Protocol):
-    """Of `Crew`, what a router needs."""
+    """Part of a worker backend that a router needs."""
 
     async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
-        """See Crew."""
+        """Return embeddings of texts, as `WorkerBackend.embed` does."""
         ...
 
 
 class AutoRouter:
-    """A Router (types.py) of the event loop's own. Close it, or its last fit goes on."""
+    """Router (types.py) of one event loop. Call `close`, or its last fit goes on."""
 
     def __init__(self, crew: Embedder, rules: Routing, state: Path, engine: str = LOCAL, dtype: str = "") -> None:
-        """engine: the kind of the crew's engine. Only our own makes vectors of its base fast enough to be asked
-        unasked.
+        """Create a router without agents.
 
-        dtype: what that computes in.
+        engine: kind of the workers' engine. Only Sartor's own makes vectors of its base fast enough to be used by
+        default.
+        dtype: in which that engine computes.
         """
         self._crew = crew
         self._rules = rules
@@ -75,7 +75,7 @@ class AutoRouter:
         self.troubles: dict[str, str] = {}
 
     async def learn(self, releases: Mapping[str, Path]) -> None:
-        """See Router. Returns at once: fitting goes on in the background, and trouble with it is in `troubles`."""
+        """Start to fit the agents in the background, and return at once. Problems appear in `troubles`."""
         await self._stop()
         if self._fitted is None:
             self._is_ready.clear()
@@ -93,13 +93,11 @@ class AutoRouter:
 
     @property
     def figures(self) -> Mapping[str, Any]:
-        """Of the router that answers: its encoder, agents, threshold and held-out figures. Empty while there is
-        none.
-        """
+        """Encoder, agents, threshold and held-out figures of the current router; empty without one."""
         return {} if self._fitted is None else self._fitted.summary
 
     async def route(self, messages: Sequence[Mapping[str, Any]], openable: Collection[str]) -> RoutingDecision:
-        """See Router. The last user turn decides; the one before helps where it says too little."""
+        """Choose the agent by the last user message; the one before helps if it says too little."""
         turns = user_turns(messages)
         if not turns:
             return RoutingDecision(BASE, "there is no text to go by")
@@ -116,7 +114,7 @@ class AutoRouter:
             fitted, judged, note = await self._judged(self._fitted, texts, openable)
         except (
             Exception
-        ) as error:  # a fault of the router must be none of the request: dispatch knows SartorError alone
+        ) as error:  # a fault of the router must not fail the request: dispatch handles only SartorError
             reason = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
             return RoutingDecision(BASE, f"the router failed: {reason}")
         route = choose_agent(fitted, judged, openable)
@@ -127,7 +125,10 @@ class AutoRouter:
     async def _judged(
         self, fitted: FittedRouter, texts: Sequence[str], openable: Collection[str]
     ) -> tuple[FittedRouter, list[RoutedText], str]:
-        """What a router finds; by words alone where the encoder does not answer."""
+        """Return the router that judged the texts, its results, and a note.
+
+        If the encoder does not answer, the router of words alone judges.
+        """
         if not fitted.has_encoder:
             return fitted, await asyncio.to_thread(fitted.judge, texts, None, openable), ""
         try:
@@ -148,7 +149,7 @@ class AutoRouter:
         )
 
     async def _refit(self, releases: Mapping[str, Path]) -> None:
-        """Fit routers for these Releases, the cheapest first, and answer by the best."""
+        """Fit routers for these Releases, the cheapest first, and use the best."""
         self.troubles = {}
         try:
             exemplars_by_name = await asyncio.to_thread(self._read, releases)
@@ -183,8 +184,9 @@ class AutoRouter:
         self._words = words
 
     def _encoders(self) -> list[str]:
-        """What to fit beside words. The base only where no sentence encoder is: it costs more and chooses no
-        better.
+        """Return the encoders to fit besides words.
+
+        The base is used only without a sentence encoder: it costs more and chooses no better.
         """
         if self._rules.encoder != "auto":
             return [self._rules.encoder] if self._rules.encoder != WORDS else []
@@ -193,11 +195,11 @@ class AutoRouter:
         return [BASE_ENCODER] if self._engine == LOCAL else []
 
     def _made_in(self, encoder: str) -> str:
-        """The dtype in which Sartor's engine makes an encoder's vectors; empty where another library does."""
+        """Return the dtype in which Sartor's engine makes an encoder's vectors; empty for other libraries."""
         return self._dtype if encoder == BASE_ENCODER else ""
 
     async def _fit_one(self, agents: Mapping[str, Exemplars], encoder: str) -> FittedRouter:
-        """The router by one encoder: parts that are there already, and the lacking ones."""
+        """Return the router with one encoder, from stored classifiers and newly fitted ones."""
         space = await self._space(encoder)
         parts = {name: await self._part(agent_exemplars, space) for name, agent_exemplars in agents.items()}
         current_keys = {(encoder, part.digest) for part in parts.values()}
@@ -219,13 +221,13 @@ class AutoRouter:
         )
 
     async def _space(self, encoder: str) -> GeneralPrompts:
-        """The general prompts by this encoder."""
+        """Return the general prompts with this encoder's features."""
         digest, made_in = exemplars.general_digest(), self._made_in(encoder)
         if (cached := self._spaces.get(f"{encoder} {digest}")) is not None:
             return cached
         vectors = None
         if encoder != WORDS:
-            with suppress(ArtifactError):  # damaged ones are made anew
+            with suppress(ArtifactError):  # damaged vectors are computed again
                 vectors = await asyncio.to_thread(
                     agent_classifier.open_vectors, self._folder, encoder, digest, made_in
                 )
@@ -242,12 +244,12 @@ class AutoRouter:
         return self._spaces[f"{encoder} {digest}"]
 
     async def _part(self, agent_exemplars: Exemplars, space: GeneralPrompts) -> AgentClassifier:
-        """One agent's part: of this server, from the disk, or fitted."""
+        """Return one agent's classifier from memory, from disk, or newly fitted."""
         digest = exemplars.digest(agent_exemplars)
         key = (space.encoder, digest)
         if key not in self._parts:
             stored = None
-            with suppress(ArtifactError):  # a damaged one is made anew
+            with suppress(ArtifactError):  # a damaged one is fitted again
                 made_in = self._made_in(space.encoder)
                 stored = await asyncio.to_thread(
                     agent_classifier.open_part, self._folder, space.encoder, digest, made_in
@@ -267,7 +269,7 @@ class AutoRouter:
         return result
 
     async def _embedded(self, texts: Sequence[str], encoder: str) -> Any:
-        """(N, D) vectors."""
+        """Return (N, D) vectors of the texts."""
         vector_of_text: dict[str, Any] = {}
         missing = list(dict.fromkeys(texts))
         for start in range(0, len(missing), EMBEDDED_AT_ONCE):
@@ -277,7 +279,7 @@ class AutoRouter:
         return np.stack([vector_of_text[text] for text in texts])
 
     async def _patiently(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
-        """Requests go before: a busy crew is asked again."""
+        """Return vectors of the texts, with retries while the workers are busy: requests come first."""
         for _ in range(BUSY_TRIES):
             try:
                 return (await self._crew.embed(texts, encoder)).vectors
@@ -301,14 +303,14 @@ class AutoRouter:
                 await self._task
 
 
-# One fit at a time, however often agents change
+# Allows one fit at a time, however often agents change
 _FIT = threading.Lock()
 
 
 async def _run_in_thread(fit: Callable[[], Result]) -> Result:
-    """A fit in a thread that the server's end does not wait for: it takes seconds and cannot be broken off.
+    """Run a fit in a daemon thread, because it takes seconds and cannot be interrupted.
 
-    One that nobody waits for any more is not begun.
+    The server's end does not wait for it. A fit that is cancelled before it starts does not run.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Result] = loop.create_future()
@@ -336,10 +338,11 @@ async def _run_in_thread(fit: Callable[[], Result]) -> Result:
 
 
 def choose_agent(fitted: FittedRouter, judged: Sequence[RoutedText], openable: Collection[str]) -> RoutingDecision:
-    """The agent among `openable` for a last turn, judged[0], and that turn with the one before it, judged[1] if there
-    is one.
+    """Return the decision for the last user message, judged[0].
 
-    The base, if the agent that it is for is no better by its Report. The reason names no agent that may not be chosen.
+    judged[1]: result for that message together with the one before, if there is one.
+    The base is chosen if no agent fits, or if the fitting agent is no better by its Report. The reason names no agent
+    that may not be chosen.
     """
     by_turn = judged[0].best(openable)
     if not by_turn:
@@ -366,7 +369,7 @@ def choose_agent(fitted: FittedRouter, judged: Sequence[RoutedText], openable: C
 
 
 def _no_gain(fitted: FittedRouter, routed: RoutedText, name: str) -> str:
-    """Why the base is as good as this agent by the agent's own Report; "" where it is not."""
+    """Return the reason why the base is as good as this agent by its Report; empty if it is not."""
     if name in fitted.unproven:
         return f"but its Report shows no gain over the base ({fitted.unproven[name]})"
     if report_slice := routed.poor.get(name):
@@ -378,7 +381,7 @@ def _no_gain(fitted: FittedRouter, routed: RoutedText, name: str) -> str:
 
 
 def user_turns(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The texts of the user's turns that hold any; a content of parts is the text of its text parts."""
+    """Return the non-empty texts of the user messages; content in parts counts with its text parts."""
     result = []
     for message in messages:
         if message.get("role") == "user" and (text := _text(message.get("content")).strip()):

@@ -13,13 +13,16 @@ from sartor.serving.routing.agent_classifier import AgentClassifier, GeneralProm
 from sartor.serving.routing.text_features import F32, TextFeatures, neighbours
 
 BASE = "base"
-# Agents whose prompts a text is compared with, by the scores of all
+# Number of agents, best by score, with whose prompts a text is compared
 CANDIDATES = 8
 
 
 @dataclass(frozen=True)
 class ReportSlice:
-    """Where a text belongs among the rows of an agent's Report, and the mean gain there."""
+    """Slice of an agent's Report that a text belongs to.
+
+    gain: mean gain over the base in the slice.
+    """
 
     number: int
     rows: int
@@ -28,11 +31,11 @@ class ReportSlice:
 
 @dataclass(frozen=True)
 class RoutedText:
-    """What the router finds in one text. score: probability by agent, of the CANDIDATES best (the rest have next to
-    none).
+    """Result of the router for one text.
 
-    nearest: by agent, (exemplar's id, likeness). poor: the slice of its Report that the text belongs to, of agents
-    that were no better than the base there.
+    score: probability by agent, for the CANDIDATES best; the others have almost none.
+    nearest: by agent, (exemplar's id, similarity).
+    poor: by agent, the text's slice of its Report, if the agent was no better than the base there.
     """
 
     score: Mapping[str, float]
@@ -40,16 +43,17 @@ class RoutedText:
     poor: Mapping[str, ReportSlice] = field(default_factory=dict)
 
     def best(self, openable: Collection[str]) -> list[tuple[str, float]]:
-        """(agent, score) of those that may be chosen, the best first."""
+        """Return (agent, score) of the agents that may be chosen, best first."""
         return sorted(((name, self.score[name]) for name in self.score if name in openable), key=lambda pair: -pair[1])
 
 
 @dataclass(frozen=True)
 class CandidateScores:
-    """N texts and K candidates of each. agents: (N, K) places, best score first; score, likeness: (N, K), -inf for
-    nobody.
+    """Scores of K candidate agents for each of N texts.
 
-    foreign: (N,) likeness to the general prompts.
+    agents: (N, K) indices, best score first.
+    score, likeness: (N, K); a score of -inf marks no agent.
+    foreign: (N,) similarity to the general prompts.
     """
 
     agents: Any
@@ -60,8 +64,9 @@ class CandidateScores:
 
 @dataclass(frozen=True)
 class SharedWeights:
-    """The figures that no part has: how much a score and a likeness say of an agent, and of the base a likeness to
-    general prompts. A conditional logit (McFadden 1974) over the candidates and the base.
+    """Weights shared by all agents: of an agent's score and similarity, and of the base.
+
+    The model is a conditional logit (McFadden 1974) over the candidates and the base.
     """
 
     score: float
@@ -70,11 +75,16 @@ class SharedWeights:
     foreign: float
 
     def probability(self, candidates: CandidateScores) -> F32:
-        """(N, K): that the text is for each candidate; the base has the rest."""
+        """Return (N, K) probabilities that a text is for each candidate; the base has the rest.
+
+        z_k = w_score * score_k + w_likeness * likeness_k;  z_base = b + w_foreign * foreign
+        p_k = exp(z_k) / (sum_j exp(z_j) + exp(z_base))
+        """
         logits = np.where(
             np.isfinite(candidates.score), self.score * candidates.score + self.likeness * candidates.likeness, -np.inf
         )
         base = self.base + self.foreign * candidates.foreign[:, None]
+        # subtract the largest logit before exp: max(max_k z_k, z_base), (N, 1)
         peak = np.maximum(logits.max(axis=1, keepdims=True), base)
         exp_logits = np.exp(logits - peak)
         return np.asarray(exp_logits / (exp_logits.sum(axis=1, keepdims=True) + np.exp(base - peak)))
@@ -82,8 +92,12 @@ class SharedWeights:
 
 @dataclass(frozen=True)
 class FittedRouter:
-    """A team's router. Its parts know nothing of each other; `shared` and `threshold` are of all, and cheap to find
-    again.
+    """Router of a team.
+
+    parts: one classifier per agent, independent of each other.
+    shared, threshold: of all agents, cheap to fit again.
+    figures: held-out figures.
+    unproven: agents whose Report shows no gain over the base, with its figures.
     """
 
     agents: tuple[str, ...]
@@ -96,7 +110,7 @@ class FittedRouter:
 
     @property
     def encoder(self) -> str:
-        """Whose vectors `judge` takes; `tfidf` for words alone."""
+        """Name of the encoder whose vectors `judge` takes; `tfidf` for words alone."""
         return self.space.encoder
 
     @property
@@ -113,7 +127,10 @@ class FittedRouter:
     def judge(
         self, texts: Sequence[str], vectors: F32 | None = None, openable: Collection[str] | None = None
     ) -> list[RoutedText]:
-        """Each text judged; `vectors` are the encoder's (N, D). The best of `openable` are looked at among others."""
+        """Return the result for each of N texts. vectors: (N, D) of the encoder.
+
+        openable: agents that may be chosen; the best of them are candidates besides the best of all.
+        """
         features = self.space.features(texts, vectors)
         candidates = self._linear.look(features, self._columns(openable))
         probability = self.shared.probability(candidates)
@@ -130,7 +147,7 @@ class FittedRouter:
         score, nearest, poor = {}, {}, {}
         for index, chance in zip(agents, probability, strict=True):
             name, part = self.agents[index], self.parts[index]
-            if name in score:  # named twice: its second chance is none
+            if name in score:  # a repeated candidate has probability 0
                 continue
             likeness = features.likeness(part.train_features)[0]
             best = int(likeness.argmax())
@@ -149,7 +166,10 @@ class FittedRouter:
 
 @dataclass(frozen=True)
 class Linear:
-    """The classifiers of all parts side by side. words: (D, A) sparse; dense: (W, A); general: (G, A); bias: (A,)."""
+    """Linear classifiers of A agents, side by side.
+
+    words: (D, A) sparse. dense: (W, A). general: (G, A). bias: (A,).
+    """
 
     space: GeneralPrompts
     parts: tuple[AgentClassifier, ...]
@@ -160,7 +180,7 @@ class Linear:
 
     @classmethod
     def of(cls, space: GeneralPrompts, parts: tuple[AgentClassifier, ...]) -> Linear:
-        """Of these parts."""
+        """Return the combined classifiers of these parts."""
         import scipy.sparse
 
         words = scipy.sparse.vstack([scipy.sparse.csr_matrix(part.words) for part in parts], format="csr").T.tocsr()
@@ -171,14 +191,17 @@ class Linear:
         )
 
     def scores(self, features: TextFeatures, to_general: F32) -> F32:
-        """(N, A)."""
+        """Return (N, A) scores of all agents. to_general: (N, G) similarities to the general prompts."""
         scores = np.asarray((features.words @ self.words).todense())
         if self.dense is not None and features.dense is not None:
             scores = (scores + features.dense @ self.dense) / 2
         return np.asarray(scores + to_general @ self.general + self.bias, dtype=np.float32)
 
     def look(self, features: TextFeatures, extra: Any = None) -> CandidateScores:
-        """The candidates of each text, and the best of the places `extra` beside them."""
+        """Return the candidates of each text, and the best of the agent indices `extra` besides them.
+
+        extra: (E,) or None.
+        """
         to_general = features.likeness(self.space.general)
         scores = self.scores(features, to_general)
         agents = best_columns(scores)
@@ -193,7 +216,7 @@ class Linear:
         return CandidateScores(agents, best_scores, self.likeness(features, agents), neighbours(to_general))
 
     def likeness(self, features: TextFeatures, agents: Any) -> F32:
-        """(N, K): mean likeness to the nearest prompts of each candidate."""
+        """Return (N, K) mean similarities to the nearest prompts of each candidate. agents: (N, K) indices."""
         result = np.zeros(agents.shape, dtype=np.float32)
         for agent in np.unique(agents):
             rows, columns = np.nonzero(agents == agent)
@@ -202,7 +225,10 @@ class Linear:
 
 
 def best_columns(scores: F32) -> Any:
-    """(N, K): the columns of the CANDIDATES largest of each row, the largest first."""
+    """Return (N, K) column indices of the CANDIDATES largest values of each row, largest first.
+
+    scores: (N, A).
+    """
     n_best = min(CANDIDATES, scores.shape[1])
     columns = np.argpartition(-scores, n_best - 1, axis=1)[:, :n_best]
     return np.take_along_axis(columns, np.argsort(-np.take_along_axis(scores, columns, 1), axis=1), 1)

@@ -1,12 +1,10 @@
 """Lexical and dense features of prompts.
 
-What both are measured by (rarity, mean, spread) is fitted on general prompts alone, so that no agent changes
-another's.
+Their scales (rarity, mean, spread) are fitted on general prompts alone, so no agent changes another's features.
 
-Both are linear features, so all that the classifier needs of two texts is their inner product, which is also how alike
-they
-are, -1..1: the mean of the two cosines. Words alone mistake other questions of the same form for an agent's, an
-encoder alone mistakes others of the same subject; docs/decisions/010-auto.md has the figures.
+Both are linear features, so a classifier needs only the inner product of two texts. It is also their similarity,
+-1..1: the mean of the two cosines. Words alone confuse questions of the same form, an encoder alone confuses questions
+on the same subject; docs/decisions/010-auto.md has the figures.
 """
 
 from __future__ import annotations
@@ -25,17 +23,17 @@ NEIGHBOURS = 3
 
 @dataclass(frozen=True)
 class Lexical:
-    """Weights of hashed words and pieces, by their rarity among the general prompts: (1, D) float32."""
+    """Weights of hashed words and pieces by their rarity among the general prompts, (1, D) float32."""
 
     weights: F32
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> Lexical:
-        """Fitted on these texts."""
+        """Return the weights fitted on these texts."""
         return cls(np.maximum(rarity(texts), COMMON))
 
     def __call__(self, texts: Sequence[str]) -> Any:
-        """(N, D) sparse rows of unit length; a text without a word has no entries."""
+        """Return sparse features (N, D) of unit length; the row of a text without words is empty."""
         import scipy.sparse
 
         rows = scipy.sparse.csr_matrix(counts(texts).multiply(self.weights), dtype=np.float32)
@@ -45,8 +43,9 @@ class Lexical:
 
 @dataclass(frozen=True)
 class Dense:
-    """How an encoder's vectors are spread over the general prompts: what all have in common tells nothing. (1, D)
-    each.
+    """Mean and inverse spread of an encoder's vectors over the general prompts, (1, D) each.
+
+    Standardising by them removes what all prompts have in common.
     """
 
     mean: F32
@@ -54,40 +53,45 @@ class Dense:
 
     @classmethod
     def of(cls, vectors: F32) -> Dense:
-        """Fitted on these (N, D) vectors."""
+        """Return the statistics of (N, D) vectors."""
         return cls(vectors.mean(axis=0, keepdims=True), 1 / np.maximum(vectors.std(axis=0, keepdims=True), 1e-6))
 
     def __call__(self, vectors: F32) -> F32:
-        """(N, D) rows of unit length."""
+        """Return standardised features (N, D) of unit length. vectors: (N, D)."""
         spread = (vectors - self.mean) * self.scale
         return spread / np.maximum(np.linalg.norm(spread, axis=1, keepdims=True), 1e-6)
 
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """Of N texts: sparse words, and an encoder's rows where there is an encoder."""
+    """Features of N texts.
+
+    words: (N, D) sparse.
+    dense: (N, E) rows of an encoder, or None without one.
+    """
 
     words: Any
     dense: F32 | None = None
 
     def likeness(self, others: TextFeatures) -> F32:
-        """(N, M): how alike each of these is to each of the others."""
+        """Return the (N, M) similarities of these texts to the others."""
         result = np.asarray((self.words @ others.words.T).todense(), dtype=np.float32)
         if self.dense is None or others.dense is None:
             return result
+        # mean of both cosines: (N, D) (D, M) of words, (N, E) (E, M) of the encoder
         return (result + self.dense @ others.dense.T) / 2
 
     @property
     def count(self) -> int:
-        """N."""
+        """Number N of texts."""
         return int(self.words.shape[0])
 
     def at(self, rows: Any) -> TextFeatures:
-        """Of some of the texts."""
+        """Return the features of the texts selected by `rows`."""
         return TextFeatures(self.words[rows], self.dense[rows] if self.dense is not None else None)
 
     def as_arrays(self, name: str) -> dict[str, Any]:
-        """Plain arrays whose names begin with `name`."""
+        """Return plain arrays, whose names begin with `name`."""
         words = self.words.tocsr()
         arrays = {"data": words.data, "indices": words.indices, "indptr": words.indptr, "shape": np.array(words.shape)}
         arrays |= {"dense": self.dense} if self.dense is not None else {}
@@ -95,7 +99,7 @@ class TextFeatures:
 
     @classmethod
     def from_arrays(cls, name: str, arrays: Mapping[str, Any]) -> TextFeatures:
-        """What `as_arrays` told of."""
+        """Return the features from the result of `as_arrays`."""
         import scipy.sparse
 
         parts = tuple(arrays[f"{name}_{key}"] for key in ("data", "indices", "indptr"))
@@ -103,7 +107,7 @@ class TextFeatures:
 
 
 def stacked(parts: Sequence[TextFeatures]) -> TextFeatures:
-    """One below the other."""
+    """Return the features of all parts, concatenated."""
     import scipy.sparse
 
     dense = [part.dense for part in parts if part.dense is not None]
@@ -112,7 +116,10 @@ def stacked(parts: Sequence[TextFeatures]) -> TextFeatures:
 
 
 def neighbours(likeness: F32) -> F32:
-    """(N,): mean of the NEIGHBOURS largest of each row of (N, M), or of as many as there are."""
+    """Return (N,) means of the NEIGHBOURS largest values of each row of (N, M).
+
+    With fewer columns all are used; with none the mean is 0.
+    """
     n_largest = min(NEIGHBOURS, likeness.shape[1])
     if not n_largest:
         return np.zeros(len(likeness), dtype=np.float32)
@@ -122,5 +129,8 @@ def neighbours(likeness: F32) -> F32:
 
 
 def neighbours_of(likeness: F32, labels: Any, classes: int) -> F32:
-    """(N, classes): the same over the columns of each class; labels: (M,)."""
+    """Return (N, classes) means of the NEIGHBOURS largest values in the columns of each class.
+
+    likeness: (N, M). labels: (M,) class of each column.
+    """
     return np.stack([neighbours(likeness[:, labels == label]) for label in range(classes)], axis=1)

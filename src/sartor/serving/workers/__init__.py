@@ -1,1 +1,1 @@
-"""Worker processes: start, schedule, watch, replay after a death."""
+"""Worker processes: start, scheduling, supervision, and replay after a worker's death."""

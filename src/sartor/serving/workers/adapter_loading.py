@@ -1,4 +1,4 @@
-"""Loads adapters into workers; trial worker first."""
+"""Loading of adapters into workers, and the trial worker of admission."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from sartor.inference.engine import Event, GenerateCall, event_from_json
 from sartor.serving.workers.in_flight import InFlightCall
 from sartor.serving.workers.worker_process import WorkerDiedError, WorkerEnd, WorkerProcess
 
-# Workers that die while they load an adapter, in a row, before it is what is blamed: one may be killed from outside
-# just then, or die of a call that it makes.
+# Consecutive deaths of workers during the load of an adapter before the adapter is blamed. A death is doubtful if the
+# worker was killed from outside or was generating replies, so more of those are needed.
 _MOST_DEATHS, _MOST_DOUBTFUL = 2, 5
 
 
 class AdapterPool:
-    """`ready`: the workers that are ready. `expendable_worker`: waits for one for what may kill it."""
+    """Adapters that every worker must hold.
+
+    ready: returns the workers that are ready.
+    expendable_worker: waits for a worker that may be risked, since an adapter can kill it.
+    paths: directory of each loaded adapter.
+    attached: number of the latest `attach` of each adapter.
+    """
 
     def __init__(
         self, ready: Callable[[], list[WorkerProcess]], expendable_worker: Callable[[], Awaitable[WorkerProcess]]
@@ -34,12 +40,13 @@ class AdapterPool:
         self._lock = asyncio.Lock()
         self.paths: dict[str, Path] = {}
         self._numbers = itertools.count(1)
-        self.attached: dict[str, int] = {}  # when last, so that a detach that waited knows whether it is still wanted
+        self.attached: dict[str, int] = {}  # a delayed `detach` compares it to see whether it is still wanted
 
     async def attach(self, adapter: str, path: Path) -> None:
-        """Load it in every worker, a spare first: nobody waits for what a spare does, or dies with it.
+        """Load an adapter in every worker, a spare first.
 
-        Raises ModelError or BudgetError; then no worker holds it.
+        No reply waits for a spare's load or dies with it.
+        Raises ModelError or BudgetError; a newly attached adapter is then unloaded from all workers.
         """
         self.attached[adapter] = next(self._numbers)
         async with self._lock:
@@ -49,7 +56,10 @@ class AdapterPool:
             await self._load_everywhere(adapter, path)
 
     async def detach(self, adapter: str, since: int) -> None:
-        """Take it from every worker, unless it was attached after `since`."""
+        """Unload an adapter from every worker, unless it was attached after `since`.
+
+        since: number in `attached` when the detach was requested.
+        """
         async with self._lock:
             if self.attached.get(adapter, 0) == since:
                 self.attached.pop(adapter, None)
@@ -67,10 +77,13 @@ class AdapterPool:
                 if not is_served:
                     await self._unload(adapter)
                     raise
-                missing[0].refused[adapter] = error  # calls of it go to the workers that have it
+                missing[0].refused[adapter] = error  # its calls go to the workers that hold the adapter
 
     async def _load_in(self, worker: WorkerProcess, adapter: str, path: Path) -> None:
-        """Raises ModelError when workers died of it often enough; one death is no answer."""
+        """Load an adapter in one worker; a death of the worker is counted and not raised.
+
+        Raises ModelError once enough workers died of it, and the error that the worker reports.
+        """
         try:
             await worker.attach(adapter, path)
         except WorkerDiedError as error:
@@ -84,7 +97,7 @@ class AdapterPool:
                 ) from None
             return
         self._forgive(adapter)
-        self.paths[adapter] = path  # from here on new workers load it, too
+        self.paths[adapter] = path  # from now on new workers load it, too
 
     async def _unload(self, adapter: str) -> None:
         self.paths.pop(adapter, None)
@@ -92,8 +105,9 @@ class AdapterPool:
             await worker.detach(adapter)
 
     async def equip(self, worker: WorkerProcess) -> None:
-        """Load all of them in a new worker; it remembers what it could not load, and why. Raises GoneError when it
-        dies.
+        """Load all adapters in a new worker. Errors of an adapter are stored in `worker.refused`.
+
+        Raises WorkerDiedError when the worker dies.
         """
         while missing := [name for name in self.paths if not worker.knows(name)]:
             for adapter in missing:
@@ -101,7 +115,7 @@ class AdapterPool:
 
     async def _equip(self, worker: WorkerProcess, adapter: str) -> None:
         path = self.paths.get(adapter)
-        if path is None:  # taken away meanwhile
+        if path is None:  # detached meanwhile
             return
         if self._is_deadly(adapter):
             problem = f"workers died while they loaded the adapter {adapter[:12]}"
@@ -128,8 +142,8 @@ class AdapterPool:
         self._doubtful_deaths.pop(adapter, None)
 
 
-# A few prompts need no more memory; and the workers that serve go first. Two threads that share a step wait for each
-# other, and where those workers take the processors they wait in vain.
+# Limits of the trial worker: its few prompts need no more memory, and the serving workers have priority. It has one
+# thread, since two threads of one step would wait for each other while the serving workers use the processors.
 _MOST_ROWS, _CACHE_TOKENS = 16, 8192
 _NICE = 5
 _POLL_S = 0.25
@@ -137,7 +151,11 @@ AGENT = "probation"
 
 
 class TrialWorker:
-    """`command` and `opening` as of the workers that serve. One adapter at a time: each takes a base's memory."""
+    """Separate worker in which admission tries an adapter.
+
+    It runs one adapter at a time, since each trial takes the memory of a base.
+    command, opening: as for the serving workers. start_s: limit for the start and for silence, s.
+    """
 
     def __init__(self, command: Sequence[str], opening: Mapping[str, Any], start_s: float) -> None:
         engine = dict(opening["engine"])
@@ -152,11 +170,11 @@ class TrialWorker:
         self._lock = asyncio.Lock()
 
     async def events(self, adapter: str, path: Path, calls: Sequence[GenerateCall]) -> list[tuple[Event, ...]]:
-        """What each call said, once the adapter in `path` is attached as `adapter`; calls of the base may be among
-        them.
+        """Return the events of each call, with the adapter in `path` attached as `adapter`. Calls may also use the
+        base.
 
-        Raises what attaching tells (ModelError, BudgetError), ModelError when the worker dies or says nothing for
-        start_s, and what starting a worker raises.
+        Raises ModelError or BudgetError of the attach; ModelError if the worker dies or is silent for `start_s`;
+        UnavailableError and others if the worker cannot start.
         """
         async with self._lock:
             events_by_call: dict[str, list[Event]] = {call.id: [] for call in calls}
@@ -201,8 +219,9 @@ class TrialWorker:
 
     @contextlib.asynccontextmanager
     async def _watched(self, worker: WorkerProcess) -> AsyncIterator[None]:
-        """Kill it when it says nothing for too long: with little of the processor it may be slow, and is not
-        hanging.
+        """Kill the worker if it is silent for `start_s` while the context is open.
+
+        The limit is long, because with little processor time a worker may be slow without hanging.
         """
 
         async def watch() -> None:
@@ -217,7 +236,7 @@ class TrialWorker:
             watching.cancel()
 
     async def _wait_all(self, worker: WorkerProcess, ended: asyncio.Event) -> None:
-        """Return when all calls have ended. Raises GoneError when the worker does."""
+        """Return when all calls have ended. Raises WorkerDiedError if the worker ends first."""
         exited = asyncio.ensure_future(worker.wait_exit())
         done = asyncio.ensure_future(ended.wait())
         await asyncio.wait([exited, done], return_when=asyncio.FIRST_COMPLETED)

@@ -1,11 +1,11 @@
-"""Circuit breakers, bounded queues, quarantine per agent.
+"""Circuit breakers, bounded queues and quarantine of agents.
 
     closed --failures within window_s--> open --open_s--> half-open --one good call--> closed
                                            ^                 |
                                            +--- a relapse ---+   open_s doubled; after `quarantine` relapses:
                                                                  quarantined
 
-Nygard 2007, "Release It!"; restart intensity as in Erlang/OTP's supervisors.
+Circuit breaker and bulkhead: Nygard 2007, "Release It!". Restart intensity: as in Erlang/OTP's supervisors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ _MOST_DOUBLINGS = 4
 
 
 class CircuitBreaker:
-    """One agent's. Every call that `enter` lets in ends by exactly one of `succeed`, `fail` and `leave`."""
+    """Circuit breaker of one agent.
+
+    Each call that `enter` admits ends with exactly one of `succeed`, `fail` and `leave`.
+    relapses: number of consecutive reopenings, by a failed trial or by failures within window_s of the closing.
+    reason: last failure that opened it.
+    """
 
     def __init__(self, agent: str, rules: team_config.CircuitBreakerOptions, clock: Clock = time.monotonic) -> None:
         self._agent = agent
@@ -45,18 +50,23 @@ class CircuitBreaker:
 
     @property
     def state(self) -> State:
-        """As it is now: an open one turns half-open by the clock."""
+        """Current state. An open breaker becomes half-open after its wait."""
         if self._state == "open" and self._clock() >= self._until:
             self._state, self._tried = "half-open", False
         return self._state
 
     @property
     def is_blank(self) -> bool:
-        """Whether it knows nothing that a new one would not know."""
+        """Whether the breaker is in the same state as a new one: closed, without recent failures or
+        a recent closing.
+        """
         return self.state == "closed" and not self._recent() and self._clock() - self._closed_at > self._rules.window_s
 
     def enter(self) -> bool:
-        """Let a call in; whether it is the one that tries a half-open breaker. Raises UnavailableError."""
+        """Admit a call; return whether it is the trial of a half-open breaker.
+
+        Raises UnavailableError while the breaker is open, quarantined, or half-open with a trial under way.
+        """
         state = self.state
         if state == "closed":
             return False
@@ -75,13 +85,16 @@ class CircuitBreaker:
         )
 
     def succeed(self, trial: bool = False) -> None:
-        """A call was answered. Only the trial closes a half-open breaker: others began before it opened."""
+        """Record a successful call.
+
+        Only the trial closes a half-open breaker: other calls began before it opened.
+        """
         if trial and self.state == "half-open":
             self._state, self._closed_at = "closed", self._clock()
             self._failures.clear()
 
     def fail(self, reason: str, trial: bool = False) -> None:
-        """A call failed by the agent's own fault."""
+        """Record a failure that is the agent's own fault."""
         state, now = self.state, self._clock()
         if state == "half-open" and trial:
             self._open(reason, relapse=True)
@@ -91,12 +104,15 @@ class CircuitBreaker:
                 self._open(reason, relapse=now - self._closed_at <= self._rules.window_s)
 
     def leave(self, trial: bool = False) -> None:
-        """A call ended without a verdict (cancelled, too late, the client's fault): the next one may try."""
+        """Record a call without a verdict (cancelled, late, the client's fault).
+
+        The next call may then be the trial.
+        """
         if trial and self.state == "half-open":
             self._tried = False
 
     def release(self) -> None:
-        """Forget everything."""
+        """Reset the breaker to closed."""
         self._state, self._closed_at, self._tried = "closed", float("-inf"), False
         self.relapses, self.reason = 0, ""
         self._failures.clear()
@@ -118,7 +134,12 @@ class CircuitBreaker:
 
 
 class Restarts:
-    """When the worker of one place may be started again."""
+    """Restart delays of the worker in one slot.
+
+    count: number of ends so far.
+    is_given_up: whether the slot has had too many ends and waits for its window to pass.
+    draw: returns a random number in [0, 1).
+    """
 
     def __init__(
         self,
@@ -134,10 +155,10 @@ class Restarts:
         self.is_given_up = False
 
     def ended(self) -> float:
-        """The worker ended; seconds until the next start: doubled for each end within the window, half of it by
-        chance.
+        """Record the end of a worker; return the seconds until the next start.
 
-        Above `restarts` ends the place is given up until the oldest of them has left the window.
+        The wait doubles with each end within the window, up to `backoff_most_s`; up to half of it is random jitter.
+        With more than `restarts` ends, the slot is given up until the oldest of them has left the window.
         """
         now = self._clock()
         self._ends.append(now)
@@ -148,21 +169,25 @@ class Restarts:
         self.is_given_up = recent > self._rules.restarts
         if self.is_given_up:
             return self._ends[0] + self._rules.window_s - now
+        # exponential backoff with jitter: min(b * 2^(n-1), b_max) * U, U uniform in [0.5, 1)
         wait_s = min(self._rules.backoff_s * 2.0 ** (recent - 1), self._rules.backoff_most_s)
         return wait_s * (0.5 + self._draw() / 2)
 
     def starting(self) -> None:
-        """The wait is over."""
+        """End the wait: the slot is not given up any more."""
         self.is_given_up = False
 
 
-_RESERVED_OF = 8  # one row in so many is kept for other agents
-_LEAST_RESERVING_ROWS = 4  # fewer rows are too few to keep one
-_MEAN_DECAY = 0.9  # weight of the past in the mean time that a call takes
+_RESERVED_OF = 8  # one of so many rows is reserved for other agents
+_LEAST_RESERVING_ROWS = 4  # with fewer rows none is reserved
+_MEAN_DECAY = 0.9  # weight of the past in the exponential moving average of a call's time
 
 
 class AgentQueues:
-    """Who waits for which agent, and how many calls each has."""
+    """Waiting calls of each agent, and the number of its calls in progress (bulkhead).
+
+    per_agent: limit for the calls of one agent that wait or run. inside: number of those calls, by agent.
+    """
 
     def __init__(self, per_agent: int) -> None:
         self._per_agent = per_agent
@@ -172,7 +197,11 @@ class AgentQueues:
         self.inside: Counter[str] = Counter()
 
     def enter(self, agent: str, rows: int) -> None:
-        """Count a call in. Raises BusyError when the agent has as many as it may; `rows` answer side by side."""
+        """Count a new call.
+
+        rows: number of calls that run in parallel, for the estimate of the wait.
+        Raises BusyError if the agent has reached its limit.
+        """
         inside = self.inside[agent]
         if inside >= self._per_agent:
             wait_s = max(1.0, self._mean_s.get(agent, 1.0) * inside / max(1, rows))
@@ -184,15 +213,16 @@ class AgentQueues:
         self.inside[agent] += 1
 
     def leave(self, agent: str, took_s: float) -> None:
-        """Count a call out, which was inside for so long."""
+        """Count the end of a call that took `took_s` seconds."""
         self.inside[agent] -= 1
         if not self.inside[agent]:
             del self.inside[agent]
         self._mean_s[agent] = _MEAN_DECAY * self._mean_s.get(agent, took_s) + (1 - _MEAN_DECAY) * took_s
 
     def put(self, in_flight: InFlightCall) -> None:
-        """Let a call wait, in the order in which calls came, among its agent's or, suspected, among those to be made
-        alone.
+        """Queue a call by its number among its agent's calls.
+
+        A suspected call joins the calls that run alone in a worker.
         """
         if in_flight.is_suspect:
             self._alone.append(in_flight)
@@ -204,7 +234,7 @@ class AgentQueues:
         queue.insert(position, in_flight)
 
     def drop(self, in_flight: InFlightCall) -> None:
-        """Take a call out of where it waits, if it waits."""
+        """Remove a call from its queue, if it waits."""
         if in_flight in self._alone:
             self._alone.remove(in_flight)
         queue = self._waiting.get(in_flight.agent)
@@ -216,47 +246,54 @@ class AgentQueues:
             del self._waiting[in_flight.agent]
 
     def in_turn(self, row_counts: Counter[str]) -> list[InFlightCall]:
-        """The first call of each agent: the agent that holds fewest rows first, then the call that waits longest."""
+        """Return the first call of each agent, in the order of service.
+
+        Agents that hold fewer rows come first, then calls with a lower number.
+        row_counts: rows in use, by agent.
+        """
         return sorted(
             (queue[0] for queue in self._waiting.values()),
             key=lambda in_flight: (row_counts[in_flight.agent], in_flight.number),
         )
 
     def suspects(self, watched: Counter[str]) -> list[InFlightCall]:
-        """Calls to be made alone; those of agents that nothing is known against first."""
+        """Return the suspected calls. Those of agents that are not watched come first."""
         return sorted(self._alone, key=lambda in_flight: (watched[in_flight.agent] > 0, in_flight.number))
 
     def waiting(self) -> Iterator[InFlightCall]:
-        """All that wait."""
+        """Yield all waiting calls."""
         for queue in list(self._waiting.values()):
             yield from list(queue)
         yield from list(self._alone)
 
     def health(self, agent: str) -> dict[str, int]:
-        """How many calls of an agent wait, and how many workers make."""
+        """Return the number of an agent's waiting calls (`queued`) and running calls (`live`)."""
         queued = len(self._waiting.get(agent, ())) + sum(in_flight.agent == agent for in_flight in self._alone)
         return {"queued": queued, "live": self.inside[agent] - queued}
 
     def any_waits(self) -> bool:
-        """Whether a call waits that is not suspected."""
+        """Return whether a call waits that is not suspected."""
         return bool(self._waiting)
 
 
 def max_rows_per_agent(rows: int) -> int:
-    """How many of `rows` one agent may hold."""
+    """Return the number of `rows` that one agent may hold."""
     return rows if rows < _LEAST_RESERVING_ROWS else rows - max(1, rows // _RESERVED_OF)
 
 
-# All agents stand on it, so it has no breaker and is never taken out of service.
+# All agents share the base, so it has no breaker and is never taken out of service.
 BASE_AGENT = "base"
-# Failures by an agent's own fault. What is wrong with a request, or with its time and room, is no agent's.
+# Kinds of errors that are an agent's own fault. Errors of the request, of deadlines and of capacity are not.
 AGENT_FAULTS = ("ModelError", "ArtifactError")
-_WATCHED_CALLS = 8  # of an agent whose call killed a worker: so many are made alone before it is trusted again
+_WATCHED_CALLS = 8  # after an agent's call killed a worker: successful calls alone until the agent is trusted again
 _MOST_KILLERS = 1024
 
 
 class AgentHealthTracker:
-    """Of all agents."""
+    """Circuit breakers of all agents, and the calls that have killed workers.
+
+    watched: by agent, number of its next calls that must run alone in a worker.
+    """
 
     def __init__(self, rules: team_config.CircuitBreakerOptions) -> None:
         self._rules = rules
@@ -266,9 +303,9 @@ class AgentHealthTracker:
         self.watched: Counter[str] = Counter()
 
     def enter(self, call: GenerateCall, agent: str) -> bool:
-        """Whether the call is the one that tries a half-open breaker.
+        """Admit a call; return whether it is the trial of a half-open breaker.
 
-        Raises ModelError for one that has killed workers, UnavailableError when the agent is out of service.
+        Raises ModelError for a call that has killed workers; UnavailableError if the agent is out of service.
         """
         if self._killers and _content(call) in self._killers:
             raise ModelError(
@@ -278,20 +315,20 @@ class AgentHealthTracker:
         return agent in self._breakers and self._breakers[agent].enter()
 
     def is_suspect(self, call: GenerateCall, agent: str) -> bool:
-        """Whether it is to be made alone from the start: its agent is watched, or the same prompt has killed as
-        another's.
+        """Return whether a call must run alone from the start.
 
-        So whoever steps in for an agent is asked the same at nobody's cost.
+        That holds if its agent is watched, or if the same prompt killed workers in a call of any agent. An agent that
+        stands in for another thus gets the same prompt without risk to other calls.
         """
         return self.watched[agent] > 0 or (bool(self._prompts) and _prompt(call) in self._prompts)
 
     def leave(self, agent: str, trial: bool) -> None:
-        """A call ended without a verdict."""
+        """Record a call that ended without a verdict."""
         if agent in self._breakers:
             self._breakers[agent].leave(trial)
 
     def judge(self, in_flight: InFlightCall, event: ReplyDone | ReplyFailed) -> None:
-        """A call ended: what that says of its agent."""
+        """Record the result of a call as the agent's success, failure or neither."""
         if isinstance(event, ReplyFailed) and event.kind in AGENT_FAULTS:
             self.blame(in_flight.agent, event.problem, in_flight.trial)
         elif isinstance(event, ReplyDone) and event.finish != "cancelled":
@@ -300,7 +337,7 @@ class AgentHealthTracker:
             self.leave(in_flight.agent, in_flight.trial)
 
     def condemn(self, in_flight: InFlightCall) -> None:
-        """A call has killed a worker that served nobody else."""
+        """Record a call that killed a worker in which it ran alone."""
         for digests, digest in ((self._killers, _content(in_flight.call)), (self._prompts, _prompt(in_flight.call))):
             digests[digest] = None
             while len(digests) > _MOST_KILLERS:
@@ -309,27 +346,27 @@ class AgentHealthTracker:
             self.watched[in_flight.agent] = _WATCHED_CALLS
 
     def blame(self, agent: str, reason: str, trial: bool = False) -> None:
-        """Count a failure that is the agent's own."""
+        """Count a failure that is the agent's own fault. The base is never blamed."""
         if agent == BASE_AGENT:
             return
         if agent not in self._breakers:
-            # versions come and go: those of which nothing is known any more make room
+            # versions come and go, so breakers in their initial state are dropped
             self._breakers = {name: breaker for name, breaker in self._breakers.items() if not breaker.is_blank}
             self._breakers[agent] = CircuitBreaker(agent, self._rules)
         self._breakers[agent].fail(reason, trial)
 
     def release(self, agent: str) -> None:
-        """See Crew."""
+        """Return an agent to service: drop its breaker and its watch."""
         self._breakers.pop(agent, None)
         self.watched.pop(agent, None)
 
     @property
     def agents(self) -> set[str]:
-        """Those of whom something may be known."""
+        """Agents that have a breaker."""
         return set(self._breakers)
 
     def health(self, agent: str) -> dict[str, Any]:
-        """Of one agent. `reason`: the last failure that opened its breaker."""
+        """Return the breaker's state of an agent, why it opened last (`why`), and the number of watched calls."""
         breaker = self._breakers.get(agent)
         fields = {"breaker": breaker.state, "why": breaker.reason} if breaker else {"breaker": "closed", "why": ""}
         return {**fields, "watched": self.watched[agent]}
@@ -339,19 +376,22 @@ class AgentHealthTracker:
             self._breakers[in_flight.agent].succeed(in_flight.trial)
         if in_flight.is_suspect and in_flight.agent in self.watched:
             self.watched[in_flight.agent] -= 1
-            self.watched += Counter()  # forgets those at 0
+            self.watched += Counter()  # removes entries at 0
 
 
 def _prompt(call: GenerateCall) -> str:
-    """A digest of what is asked in the end, whatever stands before it."""
+    """Return a digest of the last message or the text, without what precedes it."""
     return _digest({"asked": call.messages[-1:], "text": call.text})
 
 
 def _content(call: GenerateCall) -> str:
-    """A digest of all that a call asks for, whoever asks."""
+    """Return a digest of a call without its id."""
     return _digest({**call.as_json(), "id": ""})
 
 
 def _digest(fields: Mapping[str, Any]) -> str:
-    """Of what clients say, in which half of a surrogate pair may stand: canonical JSON has no bytes for that."""
+    """Return the SHA-256 of client data as a frame.
+
+    A client's text may hold a lone surrogate, which canonical JSON cannot encode.
+    """
     return hashlib.sha256(frame(fields)).hexdigest()

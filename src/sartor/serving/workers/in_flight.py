@@ -1,7 +1,8 @@
-"""Calls in flight with replay after a worker dies.
+"""Calls in flight, with replay after a worker dies.
 
-Replies are deterministic (greedy, or drawn by a seed), so when a worker dies the call is made again from the start by
-another; what was already said is compared and not said twice. The client sees one reply.
+Replies are deterministic (greedy, or sampled with a seed). When a worker dies, another one therefore makes the reply
+again from its start. The text that the client already has is compared and not sent again, so the client sees one
+reply.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from sartor.core.errors import SartorError
 from sartor.core.ipc import error_of
 from sartor.inference.engine import Event, GenerateCall, Logprob, ReplyDone, ReplyFailed, TextDelta
 
-# What a worker said may lie this many tokens behind what it did when it died.
+# The events received from a worker may lag this many tokens behind its state at its death.
 _LAG_TOKENS = 2
 _SUSPECT_DEATHS, _SUSPECT_DEATHS_ANYWHERE = 2, 3
 
 
 class ReplayMismatchError(Exception):
-    """A reply that was made again is another one."""
+    """Replayed reply that differs from the first attempt."""
 
 
 class ReplayBuffer:
-    """All that was said of one reply, so that another worker can go on where the first one stopped."""
+    """Text, tokens and log-probabilities of a reply so far, so that another worker can continue it.
+
+    token_position: tokens of the current attempt.
+    """
 
     def __init__(self) -> None:
         self._text = ""
@@ -33,13 +37,16 @@ class ReplayBuffer:
         self.restart()
 
     def restart(self) -> None:
-        """The reply is made again from its start."""
+        """Begin a new attempt at the reply."""
         self._position = 0
         self.token_position = 0
         self._logprob_position = 0
 
     def advance(self, delta: TextDelta) -> TextDelta | None:
-        """What of a piece is new. Raises DiffersError when it is not what was said before."""
+        """Return the new part of a piece; None if the client has all of it.
+
+        Raises ReplayMismatchError if the piece differs from the earlier attempt.
+        """
         sent_text = self._text[self._position : self._position + len(delta.text)]
         if not delta.text.startswith(sent_text):
             raise ReplayMismatchError
@@ -56,13 +63,23 @@ class ReplayBuffer:
         return TextDelta(delta.call, text, tokens, logprobs) if text or tokens or logprobs else None
 
     def end(self) -> None:
-        """The reply is whole. Raises DiffersError when more had been said before."""
+        """Record the end of the reply.
+
+        Raises ReplayMismatchError if an earlier attempt was longer.
+        """
         if self._position < len(self._text):
             raise ReplayMismatchError
 
 
 class InFlightCall:
-    """One call between its client and the workers. `wire_id` names the attempt that counts; "" when none runs."""
+    """One call between its client and the workers.
+
+    trial: whether it tries a half-open breaker.
+    number: position in the order of arrival.
+    wire_id: id of the current attempt; "" if none runs.
+    is_suspect: whether it must run alone in a worker.
+    deaths_alone: number of workers that died while they ran only this call.
+    """
 
     def __init__(self, call: GenerateCall, agent: str, trial: bool, number: int) -> None:
         self.call = call
@@ -84,7 +101,7 @@ class InFlightCall:
 
     @property
     def untaken_s(self) -> float:
-        """For how long its client has not taken what is there; 0 when all is taken."""
+        """Seconds for which the client has left pieces unread; 0 if it has read all."""
         return time.monotonic() - self._untaken_since if self._pieces else 0.0
 
     def add_event(self, event: Event) -> None:
@@ -98,11 +115,11 @@ class InFlightCall:
         self._has_event.set()
 
     def died(self) -> None:
-        """A worker died while it made this reply.
+        """Record the death of the worker that made this reply.
 
-        What kills a worker is likely to do so at the same place of the same reply each time. A call is suspected at
-        the second death at one place, or the third anywhere: others that were there by chance had got to different
-        places.
+        A call that kills workers probably does so at the same position each time. It is suspected at the second death
+        at
+        one position, or the third anywhere. Innocent calls in the same workers had reached different positions.
         """
         position = self.replay_buffer.token_position
         deaths_nearby = 1 + sum(abs(position - death) <= _LAG_TOKENS for death in self._deaths)
@@ -111,24 +128,24 @@ class InFlightCall:
         self.restart()
 
     def restart(self) -> None:
-        """It is to be made from its start."""
+        """Reset the call for a new attempt from the start."""
         self.replay_buffer.restart()
         self.wire_id = ""
 
     async def wait(self) -> None:
-        """Return when there is something to take."""
+        """Return when there is an event to take."""
         while not self._pieces and self._final_event is None:
             self._has_event.clear()
             await self._has_event.wait()
 
     def error(self) -> SartorError | None:
-        """The error, if that is all there is to take."""
+        """Return the error if the reply failed and no pieces are left to take; else None."""
         if self._pieces or not isinstance(self._final_event, ReplyFailed):
             return None
         return error_of(self._final_event.kind, self._final_event.problem, self._final_event.remedy)
 
     def take(self) -> Event:
-        """What is there: all pieces as one, or the end."""
+        """Return all waiting pieces as one, or else the final event. Call `wait` first."""
         if self._pieces:
             pieces, self._pieces = self._pieces, []
             return merge_pieces(pieces)
@@ -137,7 +154,7 @@ class InFlightCall:
 
 
 def merge_pieces(pieces: Sequence[TextDelta]) -> TextDelta:
-    """Pieces that follow each other, as one."""
+    """Return consecutive pieces as one."""
     if len(pieces) == 1:
         return pieces[0]
     logprobs: tuple[Logprob, ...] = tuple(logprob for piece in pieces for logprob in piece.logprobs)
@@ -147,8 +164,9 @@ def merge_pieces(pieces: Sequence[TextDelta]) -> TextDelta:
 
 
 class InFlightEvents:
-    """The client's side of a LiveCall: an async iterator that ends after Done or Failed; `aclose` cancels the
-    reply.
+    """Client's side of an InFlightCall: an async iterator of its events.
+
+    It ends after ReplyDone or ReplyFailed. `aclose` cancels the reply.
     """
 
     def __init__(self, in_flight: InFlightCall, cancel: Callable[[InFlightCall], None]) -> None:
@@ -172,6 +190,6 @@ class InFlightEvents:
         return event
 
     async def aclose(self) -> None:
-        """The client wants no more."""
+        """Cancel the reply."""
         self._ended = True
         self._cancel(self._in_flight)

@@ -1,4 +1,4 @@
-"""Schedules calls onto workers."""
+"""Scheduler that assigns calls to workers."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from sartor.serving.workers.in_flight import InFlightCall, ReplayMismatchError
 from sartor.serving.workers.worker_pool import WorkerSlots
 from sartor.serving.workers.worker_process import WorkerEnd, WorkerProcess
 
-# Ends that the operator, the kernel or a machine without time may have caused: they prove little by happening once.
+# Ends that the operator, the kernel or an overloaded machine may have caused: one of them proves little.
 _UNCERTAIN_ENDS = (WorkerEnd.KILLED, WorkerEnd.HUNG)
 _LOG = logging.getLogger("sartor.agents")
 
 
 class CallScheduler:
-    """All that live. A worker that dies takes none with it.
+    """All calls in flight, and their assignment to workers. No call is lost when a worker dies.
 
-    Its calls are made again by another and go on where they were (in_flight.py). A call at whose side workers die is
-    made by a worker that serves nobody else; if it kills that, too, it fails, and its agent is blamed.
+    Another worker makes the calls of the dead one again, and the replies continue where they were (in_flight.py). A
+    call
+    that was running at several deaths then runs alone in a worker. If it kills that one too, it fails and its agent is
+    blamed.
     """
 
     def __init__(self, queues: AgentQueues, agent_health: AgentHealthTracker, rules: WorkerOptions) -> None:
@@ -43,14 +45,17 @@ class CallScheduler:
         self.counts: Counter[str] = Counter()
 
     def use_workers(self, slots: WorkerSlots, adapters: AdapterPool) -> None:
-        """Who makes them. Both tell `on_event`, `on_worker_lost` and `poke`, so they are made after this."""
+        """Set the workers and adapters. Both call `on_event`, `on_worker_lost` and `poke`, so they are made later."""
         self._slots = slots
         self._adapters = adapters
 
     def add(self, call: GenerateCall, agent: str, deadline_s: float) -> InFlightCall:
-        """A call that waits from here on.
+        """Queue a call.
 
-        Raises UnavailableError, ModelError and BusyError as Standing and Bulkhead do.
+        deadline_s: seconds from now until it fails with DeadlineError.
+        Raises UnavailableError (no workers, or the agent is out of service), ModelError (the call has killed workers)
+        and
+        BusyError (the agent is at its limit).
         """
         if self._slots.is_given_up():
             raise self._no_workers()
@@ -69,7 +74,7 @@ class CallScheduler:
         return in_flight
 
     def cancel(self, in_flight: InFlightCall) -> None:
-        """Its client wants no more."""
+        """Cancel a call, because its client has gone."""
         if not in_flight.finished.is_set():
             self.counts["cancelled"] += 1
             self._stop(in_flight)
@@ -78,12 +83,12 @@ class CallScheduler:
             )
 
     def fail(self, in_flight: InFlightCall, error: SartorError) -> None:
-        """End it with an error."""
+        """End a call with an error."""
         self._stop(in_flight)
         self._finish(in_flight, ReplyFailed(in_flight.call.id, error.kind, error.problem, error.remedy))
 
     def cut_slow_clients(self, max_s: float) -> None:
-        """End those whose clients take nothing."""
+        """Fail the calls whose clients have read nothing for more than `max_s`."""
         for in_flight in [in_flight for in_flight in self.in_flight if in_flight.untaken_s > max_s]:
             self.counts["slow_clients"] += 1
             self.fail(
@@ -91,13 +96,13 @@ class CallScheduler:
             )
 
     def poke(self) -> None:
-        """Something has changed: dispatch once this turn of the loop is over."""
+        """Schedule a dispatch for the end of this turn of the event loop. Call it after every change of state."""
         if not self._is_poked:
             self._is_poked = True
             asyncio.get_running_loop().call_soon(self._dispatch)
 
     def on_event(self, worker: WorkerProcess, message: Mapping[str, Any]) -> None:
-        """A worker said an event."""
+        """Handle an event of a worker."""
         event = event_from_json(message)
         in_flight = worker.calls.get(event.call)
         if in_flight is None:
@@ -117,7 +122,7 @@ class CallScheduler:
             self.fail(in_flight, UnavailableError(problem, REQUEST_AGAIN))
 
     def on_worker_lost(self, worker: WorkerProcess) -> None:
-        """A worker is gone."""
+        """Queue the calls of a worker that ended again, or condemn the one that killed it."""
         in_flight_calls = [
             in_flight
             for name, in_flight in worker.calls.items()
@@ -151,7 +156,7 @@ class CallScheduler:
         self._finish(in_flight, event)
 
     def _finish(self, in_flight: InFlightCall, event: ReplyDone | ReplyFailed) -> None:
-        """The one way by which a call ends."""
+        """End a call. Every call ends here, and only once."""
         if in_flight.finished.is_set():
             return
         in_flight.finished.set()
@@ -165,7 +170,7 @@ class CallScheduler:
         self.poke()
 
     def _stop(self, in_flight: InFlightCall) -> None:
-        """Its worker is told. The row counts as taken until the worker says that it is free."""
+        """Tell the worker to cancel a call. Its row counts as used until the worker confirms."""
         worker = self._slots.find(in_flight.wire_id)
         if worker is not None:
             worker.send({"op": "cancel", "call": in_flight.wire_id})
@@ -192,7 +197,7 @@ class CallScheduler:
         problem = f"all workers ended more than {self._rules.restarts} times within {self._rules.window_s:g} s"
         return UnavailableError(problem, f"ask again in {self._rules.window_s:.0f} s; the log says why they ended")
 
-    # Below: giving calls to workers.
+    # Assignment of calls to workers
 
     def _dispatch(self) -> None:
         self._is_poked = False
@@ -208,7 +213,9 @@ class CallScheduler:
             self._begin(worker, in_flight)
 
     def _next(self, answering: list[WorkerProcess]) -> tuple[WorkerProcess, InFlightCall] | None:
-        """Whose turn it is, and the worker with most free rows that has the adapter."""
+        """Return the next call, and the worker with the most free rows that holds its adapter; None if
+        none can start.
+        """
         row_counts = Counter(in_flight.agent for worker in answering for in_flight in worker.calls.values())
         rows = self._rows(answering)
         max_rows = max_rows_per_agent(rows) if self._adapters.paths else rows
@@ -242,13 +249,15 @@ class CallScheduler:
             if worker is None:
                 self._fail_where_all_refuse(in_flight)
                 continue
-            worker.is_isolated = True  # gets no other calls from here on
-            if not worker.calls:  # else those that it has end first
+            worker.is_isolated = True  # gets no other calls from now on
+            if not worker.calls:  # otherwise its current calls end first
                 self._begin(worker, in_flight)
 
     def _worker_for_suspect(self, in_flight: InFlightCall, answering: list[WorkerProcess]) -> WorkerProcess | None:
-        """For a suspected call: a spare; where there is none nor will be, one that answers, in turn with other
-        calls.
+        """Return a worker for a suspected call; None if it must wait.
+
+        It is a spare. If there is none and none is expected, it is a serving worker, which takes other calls in
+        between.
         """
         adapter = in_flight.call.adapter
         candidates = [
@@ -264,6 +273,6 @@ class CallScheduler:
 
 
 def _has_killed(in_flight: InFlightCall, end: WorkerEnd | None) -> bool:
-    """Count a worker that made nothing else and ended, and return whether that is enough to blame the call."""
+    """Count the end of a worker that ran only this call; return whether the call is to blame."""
     in_flight.deaths_alone += 1
     return in_flight.deaths_alone > 1 or end not in _UNCERTAIN_ENDS

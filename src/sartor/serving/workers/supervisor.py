@@ -1,9 +1,9 @@
-"""Supervises the workers of a server.
+"""Supervisor of the workers of a server.
 
-    call -> agent_health.py (in service? room? whose turn?) -> scheduler.py -> a worker
-    worker_pool.py restarts workers, adapter_loading.py brings adapters to them, worker_process.py is the handle of one
+    call -> agent_health.py (breaker, limits, order) -> scheduler.py -> a worker
+    worker_pool.py restarts workers, adapter_loading.py loads adapters in them, worker_process.py is the handle of one
 
-Everything runs in one event loop; all times are of the monotonic clock, so a jump of the wall clock changes nothing.
+Everything runs in one event loop. All times come from the monotonic clock, so a jump of the wall clock has no effect.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ from sartor.serving.workers.scheduler import CallScheduler
 from sartor.serving.workers.worker_pool import Hooks, WorkerSlots
 from sartor.serving.workers.worker_process import WorkerDiedError, WorkerProcess, cores
 
-EMBEDDINGS = "embeddings"  # the bulkhead that all embeddings share
+EMBEDDINGS = "embeddings"  # name under which all embeddings share one limit in AgentQueues
 WORKER = (sys.executable, "-m", "sartor.serving.workers.worker_main")
-# Asked of a worker at once, unless one text alone has more: what is asked is worked off though its client may have
-# gone
+# Limits of one batch for a worker; a single longer text is one batch. A worker finishes its batch even if the client
+# has gone, so batches are small.
 _EMBED_TEXTS, _EMBED_CHARACTERS = 16, 8192
 _MOST_CONDEMNED = 1024
 
 
 class Supervisor:
-    """A `Crew` (types.py). `command`: what starts a worker; the number of its socket is added."""
+    """Supervised workers: a `WorkerBackend` (types.py).
+
+    command: starts a worker; the number of its socket is appended.
+    """
 
     def __init__(self, team: Team, command: Sequence[str] = WORKER) -> None:
         self._team = team
@@ -63,8 +66,9 @@ class Supervisor:
         self._is_closing = False
 
     async def start(self) -> EngineInfo:
-        """Start the workers, and wait for the first. Raises what it told (no such base, no such package),
-        UnavailableError.
+        """Start the workers, and return the description of the first engine that is ready.
+
+        Raises the error of a worker that cannot start (unknown base, missing package), or UnavailableError.
         """
         try:
             self._about = await self._slots.start()
@@ -74,7 +78,7 @@ class Supervisor:
         return self._about
 
     async def close(self, drain_s: float = 0.0) -> None:
-        """Take no more calls, let those that live end for so long, and end all workers."""
+        """Refuse new calls, give running ones `drain_s` seconds, then fail the rest and end all workers."""
         self._is_closing = True
         waiters = [asyncio.ensure_future(in_flight.finished.wait()) for in_flight in self._scheduler.in_flight]
         if waiters:
@@ -87,20 +91,24 @@ class Supervisor:
 
     @property
     def about(self) -> EngineInfo:
-        """See Crew; known once `start` has returned."""
+        """Description of the engine that every worker runs; known once `start` has returned.
+
+        Raises UnavailableError before.
+        """
         if self._about is None:
             raise UnavailableError("no worker has been started", "await start()")
         return self._about
 
     async def attach(self, adapter: str, path: Path) -> None:
-        """See Crew."""
+        """Load an admitted adapter in every worker, now and after each restart. Raises ModelError, BudgetError."""
         self._refuse_when_closing()
         await self._adapters.attach(adapter, path)
         self._scheduler.poke()
 
     async def detach(self, adapter: str) -> None:
-        """See Crew. Returns when its live calls have ended and it is forgotten, or at once when it was attached
-        again.
+        """Unload an adapter once its running calls have ended.
+
+        Nothing is unloaded if it was attached again meanwhile.
         """
         since = self._adapters.attached.get(adapter, 0)
         while in_flight_calls := [
@@ -110,7 +118,13 @@ class Supervisor:
         await self._adapters.detach(adapter, since)
 
     async def reply(self, call: GenerateCall, agent: str, deadline_s: float) -> AsyncIterator[Event]:
-        """See Crew. ModelError for a call that has killed a worker before."""
+        """Begin a reply; return its events when the first one is there.
+
+        Closing the iterator cancels the call.
+        Raises BusyError; DeadlineError; UnavailableError (breaker open, no worker, adapter not loaded); ModelError for
+        a
+        call that has killed a worker before; or the error of the first event.
+        """
         self._refuse_when_closing()
         if call.adapter != BASE and call.adapter not in self._adapters.paths:
             raise UnavailableError(
@@ -127,8 +141,12 @@ class Supervisor:
         return InFlightEvents(in_flight, self._scheduler.cancel)
 
     async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
-        """See Crew. Raises BusyError, DeadlineError, UnavailableError, ModelError for texts that have killed workers,
-        and what the encoder tells.
+        """Return one vector of unit length for each text.
+
+        encoder: `base`, or the name or directory of an encoder.
+        Raises BusyError, DeadlineError, UnavailableError, ModelError for texts that have killed workers, and the
+        encoder's
+        errors.
         """
         self._refuse_when_closing()
         self._queues.enter(EMBEDDINGS, 1)
@@ -153,29 +171,31 @@ class Supervisor:
         return EmbeddingResult(vectors, tokens, tuple(cut))
 
     async def probe(self, adapter: str, path: Path, calls: Sequence[GenerateCall]) -> list[tuple[Event, ...]]:
-        """What each call says when the adapter in `path` is attached as `adapter` to a worker of its own, for
-        admission.
+        """Return the events of each call, made by a trial worker with the adapter in `path`.
 
-        Raises what attaching tells (ModelError, BudgetError), ModelError when the worker dies or hangs,
-        UnavailableError.
+        adapter: digest under which it is attached.
+        Raises ModelError or BudgetError of the attach; ModelError if the worker dies or hangs; UnavailableError.
         """
         self._refuse_when_closing()
         return await self._trial_worker.events(adapter, path, calls)
 
     async def renew(self) -> None:
-        """See Crew."""
+        """Replace every worker, one after the other, so that no content of earlier requests stays in memory."""
         await self._slots.renew()
 
     def blame(self, agent: str, reason: str) -> None:
-        """See Crew."""
+        """Count a failure against an agent's breaker that only the caller could detect."""
         self._agent_health.blame(agent, reason)
 
     def release(self, agent: str) -> None:
-        """See Crew."""
+        """Return an agent to service after quarantine."""
         self._agent_health.release(agent)
 
     def health(self) -> Mapping[str, Any]:
-        """See Crew. `counts`: what has happened since the start; `ends`: why workers ended."""
+        """Return the state of workers and agents, for /health and /metrics.
+
+        counts: events since the start, by kind. ends: number of ended workers, by cause.
+        """
         agents = sorted({*self._agent_health.agents, *self._queues.inside} - {EMBEDDINGS})
         return {
             "workers": self._slots.health(),
@@ -186,7 +206,7 @@ class Supervisor:
         }
 
     def opening(self) -> dict[str, Any]:
-        """The frame that opens a worker's engine."""
+        """Return the frame that opens a worker's engine."""
         rules, engine = self._team.workers, self._team.engine
         if not isinstance(engine, OpenAiEngineOptions) and engine.threads == 0:
             engine = replace(engine, threads=max(1, cores() // rules.count))
@@ -199,14 +219,18 @@ class Supervisor:
 
     def _beat(self) -> None:
         self._scheduler.cut_slow_clients(self._team.limits.slow_client_s)
-        self._scheduler.poke()  # a worker may have become quiet, or be heard again
+        self._scheduler.poke()  # a worker may have fallen silent, or responded again
 
     def _refuse_when_closing(self) -> None:
         if self._is_closing:
             raise _closing()
 
     async def _embed(self, texts: list[str], encoder: str) -> Mapping[str, Any]:
-        """By a worker that answers; once more by another one when it dies. What kills two is not asked again."""
+        """Embed a batch in a serving worker; try another one if the first dies.
+
+        A batch that has killed two workers is not tried again.
+        Raises ModelError, UnavailableError.
+        """
         texts_digest = records.digest([encoder, texts])
         if texts_digest in self._condemned:
             raise ModelError(
@@ -230,7 +254,7 @@ class Supervisor:
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Of the texts, in their order, what is asked at once."""
+    """Yield the texts in order, in batches for one request to a worker."""
     batch: list[str] = []
     size = 0
     for text in texts:

@@ -1,11 +1,11 @@
 """Worker process: engine loop.
 
-It trusts its parent and nobody else can reach it, but what calls hold comes from clients: a malformed line, a call
-that the engine refuses, an adapter that does not load are answers. What is left, an engine whose step fails, ends the
-process: the parent makes the calls again in another one, which knows nothing of whatever went wrong here. See
-`core/ipc.py` for the wire.
+The worker trusts its parent, and no other process can reach it, but the content of calls comes from clients. A
+malformed line, a call that the engine refuses and an adapter that does not load are therefore answered with an error.
+Only an engine whose step fails ends the process. The parent then makes the calls again in a new worker, which is free
+of whatever went wrong here. `core/ipc.py` defines the wire format.
 
-A module of its own: a worker has no use for the rest of admission, and pays for what it imports in memory.
+This is a module of its own, since each import costs memory in every worker.
 """
 
 from __future__ import annotations
@@ -65,14 +65,17 @@ _ENGINES = {
     "llamacpp": "sartor.inference.llamacpp_engine",
     "openai": "sartor.inference.openai_engine",
 }
-# The parent recycles a worker above its limit in time; this stops one allocation that would go far beyond it at once.
+# The parent recycles a worker above its memory limit. This hard limit stops a single allocation far beyond it.
 _DATA_FACTOR = 2
 Opener = Callable[[Mapping[str, Any]], Engine]
 Check = Callable[[Path, str], None]
 
 
 def open_engine(opening: Mapping[str, Any]) -> Engine:
-    """The engine that an `open` frame asks for: `open_engine(base, **options)` of its module."""
+    """Open the engine that an `open` frame names, with `open_engine(base, **options)` of its module.
+
+    Raises ConfigError for an unknown kind, and the engine's errors.
+    """
     options = dict(opening["engine"])
     kind = options.pop("kind")
     if kind not in _ENGINES:
@@ -82,7 +85,10 @@ def open_engine(opening: Mapping[str, Any]) -> Engine:
 
 
 def run(engine: Engine, channel: Channel, check: Check) -> None:
-    """Drive an open engine until the parent closes. check: of an adapter's digest, right before it is loaded."""
+    """Run an open engine until the parent closes the channel.
+
+    check: checks the digest of an adapter right before it is loaded.
+    """
     loop = _Loop(engine, channel, check)
     try:
         while loop.turn():
@@ -94,14 +100,14 @@ def run(engine: Engine, channel: Channel, check: Check) -> None:
 
 @dataclass
 class _Embedding:
-    """Texts on their way to vectors, a part of the work a turn: replies go on meanwhile."""
+    """Embedding request in progress. Each turn of the loop does one part of it, so that replies continue meanwhile."""
 
     request: Mapping[str, Any]
     parts: Iterator[TextEmbedding | None]
     embeddings: list[TextEmbedding] = field(default_factory=list)
 
     def go_on(self) -> dict[str, Any]:
-        """One part. The answer once all is done, else nothing."""
+        """Compute one part; return the answer when all are done, else an empty dict."""
         try:
             vector = next(self.parts)
         except StopIteration:
@@ -114,8 +120,9 @@ class _Embedding:
 
 
 class _Loop:
-    """One turn: hear everything, answer one question, embed a part, let the engine take one step, say that one
-    lives.
+    """Main loop of a worker.
+
+    Each turn reads all messages, answers one request, embeds one part, runs one engine step, and sends a sign of life.
     """
 
     def __init__(self, engine: Engine, channel: Channel, check: Check) -> None:
@@ -129,7 +136,7 @@ class _Loop:
         self._beat_at = 0.0
 
     def turn(self) -> bool:
-        """Whether there is to be another turn."""
+        """Run one turn; return whether another one follows."""
         self._channel.flush()
         if not self._channel.has_room:
             self._channel.wait(BEAT_S)
@@ -140,7 +147,7 @@ class _Loop:
         if self._requests:
             request = self._requests.popleft()
             self._answer(request, lambda: self._handle(request))
-        if self._embeddings:  # in turn: a few texts do not wait for many
+        if self._embeddings:  # round robin, so that a few texts do not wait for many
             embedding = self._embeddings.popleft()
             self._answer(embedding.request, lambda: self._embed_part(embedding))
         if self._engine.busy and self._channel.has_room:
@@ -184,14 +191,15 @@ class _Loop:
         except SartorError as error:
             failed = ReplyFailed(name, error.kind, error.problem, error.remedy)
             self._channel.send(event_as_json(failed))
-        except (
-            Exception
-        ) as error:  # one call's content, in code of the engine that nobody foresaw: others must not pay
+        except Exception as error:  # unforeseen error caused by one call's content: other calls must not suffer
             problem = f"the engine could not take the call: {type(error).__name__}"
             self._channel.send(event_as_json(ReplyFailed(name, "SartorError", problem, "report it with the request")))
 
     def _answer(self, request: Mapping[str, Any], work: Callable[[], Mapping[str, Any] | None]) -> None:
-        """Say what `work` returns, or how it failed; nothing where it returns None, and will go on."""
+        """Send the result of `work`, or its error.
+
+        Nothing is sent if it returns None, which means that work continues.
+        """
         answer: dict[str, Any] = {"answer": request["ask"]}
         try:
             if (result := work()) is None:
@@ -199,7 +207,7 @@ class _Loop:
             answer |= result
         except SartorError as error:
             answer["error"] = error_as_json(error)
-        except Exception as error:  # files that another program wrote, read by libraries with errors of their own
+        except Exception as error:  # libraries that read foreign files raise errors of their own
             problem = f"{request['op']} failed: {type(error).__name__}: {error}"
             answer["error"] = error_as_json(ModelError(problem, "ls -l the files that it names"))
         self._channel.send(answer)
@@ -235,14 +243,14 @@ class _Loop:
 def _encoded(encoder: TextEncoder, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
     rows, tokens, some_are_cut = encoder.encode(texts).tolist(), encoder.tokens, encoder.cut > 0
     for row, text in zip(rows, texts, strict=True):
-        if some_are_cut:  # which ones, an encoder tells of one text
+        if some_are_cut:  # `cut` is only a count, so each text is encoded alone to find which were cut
             encoder.encode([text])
         yield TextEmbedding(row, tokens, some_are_cut and encoder.cut > 0)
-        tokens = 0  # all of them stand with the first
+        tokens = 0  # the first embedding carries the tokens of all
 
 
 def serve(end: socket.socket, opener: Opener, check: Check) -> int:
-    """A worker's life: bounds, the `open` frame, the engine, the loop. Returns the exit status."""
+    """Run a worker: resource limits, the `open` frame, the engine, the loop. Return the exit status."""
     resource_limits.end_with_parent()
     resource_limits.die_first()
     channel = Channel(end)
@@ -268,7 +276,7 @@ def serve(end: socket.socket, opener: Opener, check: Check) -> int:
 
 @contextmanager
 def _signs_of_life(channel: Channel) -> Iterator[None]:
-    """Say that one lives while this thread opens the engine and says nothing itself."""
+    """Send signs of life from a thread while the context is open, for example while the engine opens."""
     finished = threading.Event()
 
     def beat() -> None:
@@ -286,7 +294,7 @@ def _signs_of_life(channel: Channel) -> Iterator[None]:
 
 
 def _opening(channel: Channel) -> Mapping[str, Any] | None:
-    """The first frame; None when the parent went away."""
+    """Return the `open` frame; None if the parent has gone."""
     while not channel.closed:
         channel.wait()
         for message in channel.received():
@@ -298,11 +306,14 @@ def _opening(channel: Channel) -> Mapping[str, Any] | None:
 
 
 def main(opener: Opener = open_engine, check: Check = check_digest) -> None:
-    """The process: the number of the inherited socket is its argument. What libraries print goes to stderr."""
+    """Run the worker process. Its argument is the number of the inherited socket.
+
+    Output that libraries print to stdout goes to stderr.
+    """
     os.dup2(2, 1)
     with socket.socket(fileno=int(sys.argv[1])) as end:
         status = serve(end, opener, check)
-    # What threads of libraries still do is of no use to anybody; all that was to be said is said.
+    # Exit without waiting for threads of libraries: everything has been sent
     sys.stderr.flush()
     os._exit(status)
 

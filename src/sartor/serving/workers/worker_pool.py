@@ -16,21 +16,26 @@ from sartor.serving.team_config import WorkerOptions
 from sartor.serving.workers.agent_health import Restarts
 from sartor.serving.workers.worker_process import WorkerDiedError, WorkerEnd, WorkerProcess
 
-# A worker above its limit gets no new calls, and so long for those that it has; this far above, it is ended at once.
+# A worker above its memory limit gets no new calls and _RETIRE_S seconds for its current ones. Above _FAR_ABOVE times
+# the limit it is killed at once.
 _RETIRE_S = 30.0
 _FAR_ABOVE = 1.5
 _MOST_BEAT_S = 1.0
 _CLOSE_S = 2.0
 _LOOK_S = 0.02
-# One that starts says that it lives, too; a library that loads may keep it from that for a while
+# A starting worker sends signs of life too, but a library that loads may delay them for a while
 SILENT_START_S = 30.0
 _LOG = logging.getLogger("sartor.agents")
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """Who is told. equip: loads what a worker must hold before it is ready. changed: one is ready, or a place is given
-    up.
+    """Callbacks of the worker slots.
+
+    equip: loads the adapters into a new worker before it is ready.
+    changed: called when a worker is ready or retiring, or a slot is given up.
+    lost: called with each worker that has ended.
+    beat: called at each beat.
     """
 
     equip: Callable[[WorkerProcess], Awaitable[None]]
@@ -41,7 +46,10 @@ class Hooks:
 
 @dataclass
 class WorkerSlot:
-    """Where a worker stands, and how often one ended there."""
+    """Slot of one worker, with the restart delays of its workers.
+
+    retiring_since: monotonic time, s.
+    """
 
     restarts: Restarts
     worker: WorkerProcess | None = None
@@ -49,7 +57,11 @@ class WorkerSlot:
 
 
 class WorkerSlots:
-    """`count` workers that answer and `spare` that wait, as `rules` say. `make` makes a Child that is not started."""
+    """Slots for `count` workers that serve and `spare` workers that wait.
+
+    make: returns a WorkerProcess that is not started.
+    ends: number of ended workers, by cause.
+    """
 
     def __init__(self, rules: WorkerOptions, make: Callable[[], WorkerProcess], hooks: Hooks) -> None:
         self._rules = rules
@@ -65,8 +77,9 @@ class WorkerSlots:
         self.ends: Counter[str] = Counter()
 
     async def start(self) -> EngineInfo:
-        """Begin, and wait for the first worker. Raises the error that it told, or UnavailableError when none comes
-        up.
+        """Start all workers; return the engine's description when the first one is ready.
+
+        Raises the error of a worker that could not start, or UnavailableError if none comes up.
         """
         self._first = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._run_slot(slot)) for slot in self._slots]
@@ -74,7 +87,7 @@ class WorkerSlots:
         return await self._first
 
     async def close(self) -> None:
-        """End all workers, and wait until they are gone."""
+        """End all workers; return when they are gone."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -83,23 +96,22 @@ class WorkerSlots:
         await asyncio.gather(*(worker.wait_exit() for worker in workers))
 
     async def renew(self) -> None:
-        """End every worker that there is now, one after the other as others are ready; returns when they are gone."""
+        """End all current workers, one after the other as their replacements are ready; return when they are gone."""
         outdated = [worker for worker in self._workers() if worker.state != "gone"]
         self._outdated |= set(outdated)
         await asyncio.gather(*(worker.wait_exit() for worker in outdated))
 
     def ready(self) -> list[WorkerProcess]:
-        """The workers that are ready, spares first."""
+        """Return the workers that are ready, spares first."""
         return sorted(
             (worker for worker in self._workers() if worker.state == "ready"), key=lambda worker: worker.is_serving
         )
 
     def answering(self) -> list[WorkerProcess]:
-        """The workers that answer. A spare steps in for one that is missing, or quiet: that may hang, or take a long
-        step.
+        """Return the workers that serve. A spare replaces a missing or silent one, which may hang or run a long step.
 
-        When a quiet one is heard again there is one too many, who takes no new calls and is the spare. Where nobody
-        can step in, the quiet ones answer.
+        When the silent worker responds again, there is one too many; the surplus takes no new calls and becomes the
+        spare. If no spare can step in, the silent workers are returned.
         """
         quiet_s = self._beat_s
         ready = [worker for worker in self.ready() if not worker.is_quiet(quiet_s)]
@@ -114,16 +126,19 @@ class WorkerSlots:
         return answering[: self._rules.count] or [worker for worker in self.ready() if worker.is_serving]
 
     def spares_expected(self) -> bool:
-        """Whether there is a spare, or will be one soon."""
+        """Return whether there is a spare worker, or will be one soon."""
         available = [worker for worker in self._workers() if worker.state in ("starting", "ready")]
         return len(available) > self._rules.count
 
     def is_given_up(self) -> bool:
-        """Whether no worker is there and none will be soon."""
+        """Return whether all slots are given up, so that no worker will be ready soon."""
         return all(slot.restarts.is_given_up for slot in self._slots)
 
     async def wait_ready(self) -> None:
-        """Wait until a worker is ready. Raises UnavailableError when that takes longer than a start may."""
+        """Return when a worker is ready.
+
+        Raises UnavailableError if that takes longer than `start_s`.
+        """
         try:
             async with asyncio.timeout(self._rules.start_s):
                 while not self.ready():
@@ -136,9 +151,9 @@ class WorkerSlots:
             ) from None
 
     async def expendable_worker(self) -> WorkerProcess:
-        """A worker for what may kill it: a spare that does nothing else, if there is to be one, else any that is
-        ready.
+        """Return a worker for work that may kill it.
 
+        It is an idle spare if spares are configured and one comes up in time; else any ready worker.
         Raises UnavailableError.
         """
         deadline = time.monotonic() + self._rules.start_s
@@ -155,14 +170,14 @@ class WorkerSlots:
         return self.ready()[0]
 
     def find(self, wire_id: str) -> WorkerProcess | None:
-        """The worker that has a call."""
+        """Return the worker that runs the call with this wire id; None if there is none."""
         return next((worker for worker in self._workers() if wire_id in worker.calls), None)
 
     def health(self) -> list[dict[str, Any]]:
-        """One row per place.
+        """Return one row for each slot.
 
-        state: starting, ready, retiring, waiting (for its restart), given up. role of one that is ready: answers,
-        spare, alone (makes a suspected call).
+        state: starting, ready, retiring, waiting (for its restart), given up.
+        role: of a ready worker: answers, spare, alone (makes a suspected call).
         """
         return [
             {
@@ -260,24 +275,27 @@ class WorkerSlots:
             self._hooks.beat()
 
     def _watch(self, slot: WorkerSlot, worker: WorkerProcess, late_s: float) -> None:
-        """`late_s`: for so long this process heard nobody, by its own fault."""
+        """Check one worker: memory, silence and sign of life.
+
+        late_s: delay of this process's own beat. The worker is not blamed for silence in that time.
+        """
         worker.heard_at += late_s
         worker.measure()
         self._watch_memory(slot, worker)
         quiet_s = time.monotonic() - worker.heard_at
-        # an engine that opens, and an adapter that a new worker loads, may take their time
+        # opening an engine and loading adapters into a new worker may take up to start_s
         max_s = self._rules.start_s if worker.state == "starting" else self._rules.hang_s
         if not worker.is_open and quiet_s > max(SILENT_START_S, self._rules.hang_s):
             worker.kill(WorkerEnd.HUNG, f"no sign of life for {quiet_s:.1f} s while it started")
         if worker.has_work and quiet_s > max_s:
-            # what it said may be there and not be read yet: it is ended at the second look
+            # its messages may have arrived and not been read yet, so it is killed at the second look
             if worker in self._silent:
                 worker.kill(WorkerEnd.HUNG, f"said nothing for {quiet_s:.1f} s")
             self._silent.add(worker)
             return
         self._silent.discard(worker)
         if worker.state == "ready" and not worker.has_work:
-            worker.ping()  # so that one that hangs while it is idle is known before a call comes
+            worker.ping()  # finds a worker that hangs while idle before a call is sent to it
 
     def _watch_memory(self, slot: WorkerSlot, worker: WorkerProcess) -> None:
         limit = self._rules.memory_bytes
@@ -299,7 +317,7 @@ class WorkerSlots:
     def _is_to_retire(self, worker: WorkerProcess, limit: int) -> bool:
         if worker.state != "ready" or self._is_one_retiring():
             return False
-        if worker in self._outdated:  # not before all that ended stand again
+        if worker in self._outdated:  # only while all slots are ready, so one worker is replaced at a time
             return len(self.ready()) == len(self._slots)
         return bool(limit) and worker.memory_bytes > limit
 

@@ -21,11 +21,11 @@ from sartor.inference.engine import BASE, EngineInfo
 from sartor.serving.workers.in_flight import InFlightCall
 
 State = Literal["starting", "ready", "retiring", "gone"]
-# What is in a dead worker's socket is read after its end; a process that it left behind may hold the socket open.
+# Limit for reading a dead worker's socket to its end: a child process of the worker may hold the socket open
 _LAST_WORDS_S = 1.0
-# For GNU's OpenMP (turns) and LLVM's (milliseconds): a small part of what they spin by default
+# Spin limits of GNU OpenMP (iterations) and LLVM OpenMP (milliseconds), far below their defaults
 _PATIENT = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
-_PING = 0  # its number; other questions have greater ones
+_PING = 0  # request number of pings; other requests have greater numbers
 
 
 EventHandler = Callable[["WorkerProcess", Mapping[str, Any]], None]
@@ -34,11 +34,14 @@ EventHandler = Callable[["WorkerProcess", Mapping[str, Any]], None]
 class WorkerEnd(StrEnum):
     """Cause of a worker's end.
 
-    CRASHED: by itself, or by its connection. KILLED: by a SIGKILL that is none of ours: the operator's, or the
-    kernel's when
-    the machine's memory ends. HUNG: silent for too long. MEMORY: far above its limit. RECYCLED: above it. RENEWED: so
-    that
-    what it holds leaves memory. START: not ready in time, or refused. CLOSED: no longer needed.
+    CRASHED: by itself, or by its connection.
+    KILLED: by a SIGKILL that this process did not send, from the operator or from the kernel out of memory.
+    HUNG: silent for too long.
+    MEMORY: far above its memory limit.
+    RECYCLED: above its memory limit.
+    RENEWED: replaced, so that its content leaves memory.
+    START: not ready in time, or refused.
+    CLOSED: no longer needed.
     """
 
     CRASHED = "crashed"
@@ -52,16 +55,22 @@ class WorkerEnd(StrEnum):
 
     @property
     def label(self) -> str:
-        """Name under `ends` in /health, where a worker that was killed is counted as crashed."""
+        """Name under `ends` in /health, where KILLED counts as crashed."""
         return (WorkerEnd.CRASHED if self is WorkerEnd.KILLED else self).value
 
 
 class WorkerDiedError(Exception):
-    """The worker died before it answered."""
+    """Worker that died before it answered."""
 
 
 class WorkerProcess:
-    """One worker process. `on_event` is called with each frame that is no answer to a question."""
+    """Handle of one worker process.
+
+    on_event: called with each frame that is an event of a call.
+    calls: calls that the worker is running, by wire id.
+    adapters: adapters that it holds. refused: errors of adapters that it could not load.
+    heard_at: monotonic time of the last frame, s.
+    """
 
     def __init__(self, command: Sequence[str], opening: Mapping[str, Any], on_event: EventHandler) -> None:
         self._command = command
@@ -77,52 +86,53 @@ class WorkerProcess:
         self.calls: dict[str, InFlightCall] = {}
         self.adapters: set[str] = set()
         self.refused: dict[str, SartorError] = {}
-        self.is_serving = False  # not a spare
-        self.is_isolated = False  # makes a suspected call, or will when those that it has have ended
-        self.owes_turn = False  # others their turn, after a suspected call
-        self.died_serving = False  # while it made replies
-        self.died_on_request = False  # while it loaded an adapter or embedded
+        self.is_serving = False  # False for a spare
+        self.is_isolated = False  # runs a suspected call alone, or will when its current calls have ended
+        self.owes_turn = False  # other calls come first now, after a suspected call
+        self.died_serving = False  # died while it made replies
+        self.died_on_request = False  # died while it loaded an adapter or embedded texts
         self.heard_at = time.monotonic()
         self.memory_bytes = 0
         self.malformed = 0
         self.end: WorkerEnd | None = None
-        self.detail = ""  # of the end, in words
+        self.detail = ""  # description of the end
 
     @property
     def end_reason(self) -> str:
-        """Cause of its end as text; empty while it lives."""
+        """Cause of the end as text; "" while the worker lives."""
         if self.end is None:
             return ""
         return f"{self.end.label}: {self.detail}" if self.detail else self.end.label
 
     @property
     def pid(self) -> int:
-        """Of its process; 0 before there is one."""
+        """Process id; 0 before the process exists."""
         return self._process.pid if self._process else 0
 
     @property
     def has_work(self) -> bool:
-        """Whether it owes an answer or a reply."""
+        """Whether the worker owes an answer or a reply."""
         return bool(self.calls or self._pending_answers)
 
     def is_quiet(self, max_s: float) -> bool:
-        """Whether it owes something and has not been heard of for so long."""
+        """Return whether the worker has work and has sent nothing for more than `max_s` seconds."""
         return self.has_work and time.monotonic() - self.heard_at > max_s
 
     @property
     def is_open(self) -> bool:
-        """Whether it has said what it serves."""
+        """Whether the worker has reported its engine, or failed to open it."""
         return self._is_open.done()
 
     @property
     def about(self) -> EngineInfo:
-        """What it serves, once it is open."""
+        """Description of the engine, once it is open."""
         return self._is_open.result()
 
     async def start(self, timeout_s: float) -> EngineInfo:
-        """Begin the process and wait until its engine is open.
+        """Start the process and wait until its engine is open.
 
-        Raises the error that the engine told, GoneError when it died, UnavailableError when it took too long.
+        Raises the engine's error; WorkerDiedError if the worker dies; UnavailableError if it cannot start or is too
+        slow.
         """
         loop = asyncio.get_running_loop()
         parent_end, worker_end = socket.socketpair()
@@ -161,7 +171,10 @@ class WorkerProcess:
         )
 
     async def wait_exit(self) -> None:
-        """Wait for its end, and for all that it said before. Whoever waits for an answer then gets GoneError."""
+        """Return when the worker has ended and its last messages are read.
+
+        Callers that still wait for an answer then get a WorkerDiedError.
+        """
         if self._end_watch is not None:
             await asyncio.shield(self._end_watch)
         self.state = "gone"
@@ -170,7 +183,7 @@ class WorkerProcess:
         exited = asyncio.ensure_future(process.wait())
         pending: list[asyncio.Future[Any]] = [exited, connection.lost]
         await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        if not exited.done():  # it closed its end, or it is about to be gone
+        if not exited.done():  # it closed its end of the connection, or is about to exit
             await asyncio.wait([exited], timeout=_LAST_WORDS_S)
             if not exited.done():
                 self.kill(WorkerEnd.CRASHED, "it closed its connection")
@@ -188,19 +201,22 @@ class WorkerProcess:
         self._pending_answers.clear()
         if not self._is_open.done():
             self._is_open.set_exception(WorkerDiedError(self.end_reason))
-            self._is_open.exception()  # seen, if nobody waits for it
+            self._is_open.exception()  # marks the exception as retrieved, in case nobody awaits it
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Tell it something."""
+        """Send a message, if the worker is connected."""
         if self._connection is not None:
             self._connection.send(message)
 
     async def ask(self, op: str, **fields: Any) -> Mapping[str, Any]:
-        """Its answer. Raises the error that it tells, or GoneError."""
+        """Send a request and return the answer.
+
+        Raises the error in the answer, or WorkerDiedError.
+        """
         if self.state == "gone":
             raise WorkerDiedError(self.end_reason)
         if not self.has_work:
-            self.heard_at = time.monotonic()  # it was idle, and owed nothing until now
+            self.heard_at = time.monotonic()  # it was idle: its silence counts from now
         number = next(self._numbers)
         answer: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
         self._pending_answers[number] = answer
@@ -211,25 +227,25 @@ class WorkerProcess:
         return reply
 
     def ping(self) -> None:
-        """Ask for a sign of life; one that does not come makes it one that hangs."""
+        """Request a sign of life. A worker that does not answer is later found to hang."""
         self._pending_answers[_PING] = asyncio.get_running_loop().create_future()
         self._pending_answers[_PING].add_done_callback(lambda answer: answer.exception())
         self.heard_at = time.monotonic()
         self.send({"op": "ping", "ask": _PING})
 
     def knows(self, adapter: str) -> bool:
-        """Whether it has the adapter, or has said why it cannot have it."""
+        """Return whether the worker holds the adapter or has reported why it cannot."""
         return adapter in self.adapters or adapter in self.refused
 
     async def attach(self, adapter: str, path: Path) -> None:
-        """Load an adapter there. Raises what it tells, or GoneError."""
+        """Load an adapter in the worker. Raises the worker's error, or WorkerDiedError."""
         if adapter not in self.adapters:
             await self.ask("attach", adapter=adapter, path=str(path))
             self.adapters.add(adapter)
             self.refused.pop(adapter, None)
 
     async def detach(self, adapter: str) -> None:
-        """Let it forget an adapter."""
+        """Unload an adapter from the worker."""
         self.refused.pop(adapter, None)
         if adapter in self.adapters:
             self.adapters.discard(adapter)
@@ -237,7 +253,7 @@ class WorkerProcess:
                 await self.ask("detach", adapter=adapter)
 
     def begin(self, in_flight: InFlightCall, wire_id: str) -> None:
-        """Give it a call."""
+        """Send a call to the worker under this wire id."""
         if not self.has_work:
             self.heard_at = time.monotonic()
         in_flight.wire_id = wire_id
@@ -245,26 +261,26 @@ class WorkerProcess:
         self.send({"op": "call", "call": {**in_flight.call.as_json(), "id": wire_id}})
 
     def rows_free(self, adapter: str) -> int:
-        """How many more calls of an adapter it takes now."""
+        """Return the number of further calls of an adapter that the worker can take now."""
         if self.state != "ready" or self.is_isolated or (adapter != BASE and adapter not in self.adapters):
             return 0
         return self.about.rows - len(self.calls)
 
     def measure(self) -> None:
-        """Look at its memory: from outside where the system tells, since one that hangs says nothing itself."""
+        """Measure the worker's memory. The system is asked first, since a worker that hangs does not report."""
         if self.pid and self.state != "gone":
             self.memory_bytes = resource_limits.resident_bytes(self.pid) or self.memory_bytes
 
     def kill(self, end: WorkerEnd, detail: str = "") -> None:
-        """End it now. The cause is remembered, if none is yet."""
+        """Kill the worker now. The cause is noted unless there is one already."""
         self._note_end(end, detail)
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
     async def close(self, timeout_s: float) -> None:
-        """Ask it to end, and end it when it does not."""
-        if self._process is not None and self.state != "starting":  # an engine that opens hears nothing
+        """Ask the worker to end; kill it after `timeout_s`."""
+        if self._process is not None and self.state != "starting":  # a worker reads no messages while its engine opens
             self._note_end(WorkerEnd.CLOSED)
             self.send({"op": "close"})
             with contextlib.suppress(TimeoutError):
@@ -294,7 +310,7 @@ class WorkerProcess:
 
 
 class _WorkerConnection(asyncio.Protocol):
-    """The connection to a worker, in frames."""
+    """Framed connection to a worker."""
 
     def __init__(self, on_message: Callable[[Mapping[str, Any] | MalformedFrame], None]) -> None:
         self._on_message = on_message
@@ -315,22 +331,23 @@ class _WorkerConnection(asyncio.Protocol):
             self.lost.set_result(None)
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Hand a frame over; one for a connection that is lost is forgotten, since its end is told elsewhere."""
+        """Send a frame; it is dropped if the connection is lost, since the end of the worker is reported elsewhere."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frame(message))
 
     def close(self) -> None:
-        """Give the connection up."""
+        """Abort the connection."""
         if self._transport is not None:
             self._transport.abort()
 
 
 def environment() -> dict[str, str]:
-    """The worker's: the threads of a step give the processor away while they wait for each other.
+    """Return the environment of a worker. OpenMP threads in it yield the processor while they wait for each other.
 
-    OpenMP lets them spin. Where others take the processors (a worker that starts, a second one), those that spin keep
-    the one that they wait for from running, and a step takes many times as long. What the user has set holds; GNU's
-    count would go before the policy.
+    By default they spin. When other processes need the processors (a starting worker, or a second one), spinning
+    threads
+    keep the thread that they wait for from running, and a step takes many times as long. The user's own settings
+    hold. Nothing is set if OMP_WAIT_POLICY is, because GNU's spin count would override that policy.
     """
     return dict(os.environ) if "OMP_WAIT_POLICY" in os.environ else {**_PATIENT, **os.environ}
 
@@ -345,5 +362,5 @@ def _describe_exit(status: int) -> str:
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if os.name == "posix" and os.path.exists("/proc") else os.cpu_count() or 1

@@ -23,17 +23,17 @@ AnyAskingWay = Vary | Extend | Harder | Persona | Questions | Scenarios | Prefer
 AnyMakingWay = Counterfactual | SlotSubstitution | Templates | SpokenQuestions
 AnyCopyingWay = AugmentImages | AugmentAudio
 Way = AnyAskingWay | AnyMakingWay | AnyCopyingWay
-# what makes rows of nothing: the others need sources
+# generators that need no sources
 FROM_NOTHING = (Scenarios, Structured, Templates)
 
 
 def asks_teacher(generator: Any) -> TypeGuard[PromptedGenerator]:
-    """Whether a way is an AskingWay."""
+    """Return True for a PromptedGenerator."""
     return isinstance(generator, get_args(AnyAskingWay))
 
 
 def make(generator: Any, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
-    """What a way without a teacher makes."""
+    """Yield the rows of a generator without a teacher."""
     if isinstance(generator, get_args(AnyCopyingWay)):
         return copied(generator, seeds, folder)
     result: Iterator[GeneratedRow | Drop | Skipped] = generator.make(seeds, seed, folder)

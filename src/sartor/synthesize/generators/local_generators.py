@@ -27,17 +27,17 @@ from sartor.synthesize.generators.rewrite_generators import ROWS
 from sartor.synthesize.teacher import say_all
 from sartor.text.demographics.group_terms import KINDS, Kind, groups, mentions, swap
 
-# A draw may give what is there already; a row with few values gives fewer copies than were asked for
+# Draws per copy: a draw may repeat an earlier one, so a row with few values gives fewer copies than requested
 TRIES = 4
 _NUMBER = re.compile(r"(?<![\w.,-])\d+(?![\w]|[.,]\d)")
 
 
 @dataclass(frozen=True)
 class SlotSubstitution:
-    """Copies of rows in which a value gives way to another of its list, in the last question and in the reply alike.
+    """Copies of rows with a value replaced by another of its list, in last question and reply alike.
 
-    A value counts where it stands once in each, as a word of its own: one that the question says twice, or the reply
-    does not say, stays. A value of two lists stays too, since nobody could tell what may stand in its place.
+    A value is replaced only if it stands once in each, as a word of its own. A value that occurs twice in the
+    question, or not in the reply, stays. A value of two lists also stays, since its alternatives are ambiguous.
     """
 
     slots: Any = option(REQUIRED, "a mapping: slot -> list of values that may stand for one another")
@@ -60,7 +60,7 @@ class SlotSubstitution:
             )
 
     def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
-        """See MakingWay."""
+        """Yield the copies of each drawn seed, or why it is skipped."""
         alternatives = self._alternatives()
         for row in sample_seeds(seeds, self.rows, seed, self.kind):
             if reason := refusal_reason(row):
@@ -78,7 +78,7 @@ class SlotSubstitution:
             yield from copies
 
     def _alternatives(self) -> dict[str, list[str]]:
-        """value -> what may stand in its place; without those of two lists."""
+        """Return value -> the values of its list; values of two lists are left out."""
         lists = [[str(value) for value in values] for values in self.slots.values()]
         all_values = [value for values in lists for value in dict.fromkeys(values)]
         return {value: values for values in lists for value in values if all_values.count(value) == 1}
@@ -97,7 +97,7 @@ class SlotSubstitution:
                 break
             replacements = {value: _other(value, alternatives.get(value), draw) for value in values}
             changes = tuple((old, new) for old, new in replacements.items() if old != new)
-            # two values that become one could not be told apart again
+            # two values must not become equal, since they could no longer be distinguished
             if changes in used_changes or len(set(replacements.values())) < len(replacements):
                 continue
             used_changes.add(changes)
@@ -111,7 +111,10 @@ class SlotSubstitution:
 
 
 def _pattern(value: str) -> re.Pattern[str]:
-    """The value as a word of its own; a number is none of a longer one, nor the positive of a negative."""
+    """Return a pattern for the value as a word of its own.
+
+    A number does not match inside a longer number or behind a minus sign.
+    """
     return re.compile(rf"(?<![\w-]){re.escape(value)}(?![\w]|[.,]\d)")
 
 
@@ -120,7 +123,7 @@ def _once(value: str, text: str) -> bool:
 
 
 def _without_parts(values: Sequence[str]) -> list[str]:
-    """Without those that are a part of another: of "living room" and "room" the longer one is meant."""
+    """Return the values that are no part of another: with "living room" and "room", the longer one is meant."""
     return [value for value in values if not any(value != other and _pattern(value).search(other) for other in values)]
 
 
@@ -132,7 +135,7 @@ def _other(value: str, choices: Sequence[str] | None, draw: random.Random) -> st
 
 
 def _changed(row: Example, replacements: dict[str, str]) -> Example:
-    """All at once: a value that was put in is not replaced again."""
+    """Return the row with all values replaced at once, so that an inserted value is not replaced again."""
     pattern = re.compile("|".join(_pattern(value).pattern for value in replacements))
 
     def turned(text: str) -> str:
@@ -142,17 +145,16 @@ def _changed(row: Example, replacements: dict[str, str]) -> Example:
     return replace(row, messages=(*row.messages[:-2], question, reply), rejected=())
 
 
-# A text of a conversation ends here: names and pronouns are swapped over all of it, one name one way
+# Separates the texts of a conversation, which are swapped together so that a name changes in the same way everywhere
 _APART = "\n\x1e\n"
 
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """Copies of rows that name a group, about another group, with the same outcome: what the model should not tell
-    apart.
+    """Copies of rows that name a group, about another group with the same outcome.
 
-    Texts in which the grammar or the sense cannot be kept give none (`text/demographics/group_terms.py` says which
-    those are).
+    The model should not distinguish such pairs. Texts whose grammar or sense cannot be kept give no copy (as
+    documented in `text/demographics/group_terms.py`).
     """
 
     kinds: tuple[Kind, ...] = option(KINDS, "what is swapped: names, pronouns, age, nationality, disability")
@@ -171,7 +173,7 @@ class Counterfactual:
             raise ConfigError(f"per_row is {self.per_row}; it must be at least 1, of at least one kind", "per_row: 1")
 
     def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
-        """See MakingWay."""
+        """Yield the copies of each drawn seed, or why it is skipped."""
         for row in sample_seeds(seeds, self.rows, seed, self.kind):
             text = _APART.join(_texts(row))
             named_kinds = [kind for kind in self.kinds if mentions(text, kind)]
@@ -200,7 +202,7 @@ class Counterfactual:
 
 
 def _texts(row: Example) -> list[str]:
-    """Every text part of a row, in order."""
+    """Return every text part of a row, in order."""
     return [part.text for message in row.messages + row.rejected for part in message.content if part.kind == "text"]
 
 
@@ -223,8 +225,9 @@ def _with_texts(row: Example, texts: Sequence[str]) -> Example:
 
 @dataclass(frozen=True)
 class SpokenQuestions:
-    """The last question of a row as a recording instead of its words; the reply stays. Needs a voice (espeak-ng, or
-    piper).
+    """The last question of a row as a recording instead of text; the reply stays.
+
+    Needs a voice (espeak-ng or piper).
     """
 
     voice: str = option("espeak", "a voice as `sartor ask --speak` names them")
@@ -240,7 +243,10 @@ class SpokenQuestions:
             )
 
     def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
-        """See MakingWay. Raises MissingError where no voice is installed."""
+        """Yield a spoken copy of each drawn seed at each speed, or why it is skipped.
+
+        Raises MissingError if no voice is installed.
+        """
         sampled = sample_seeds(seeds, self.rows, seed, self.kind)
         speakable = [row for row in sampled if not refusal_reason(row)]
         yield from (Skipped(reason) for row in sampled if (reason := refusal_reason(row)))
@@ -264,7 +270,7 @@ class SpokenQuestions:
 def copied(
     step: AugmentImages | AugmentAudio, seeds: Sequence[Example], folder: Path
 ) -> Iterator[GeneratedRow | Drop | Skipped]:
-    """A CopyStep of `curate` as a MakingWay: its own seed draws."""
+    """Yield the copies of an AugmentStep of `curate` as generated rows; its own seed is used."""
     copies = step.open(folder)
     for row in seeds:
         number = 0
@@ -282,10 +288,10 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Templates:
-    """Every combination of the slots' values in every prompt, or `count` of them drawn by the seed. Rows of one prompt
-    are of
-    one group: split apart they would be learnt by heart. Only `{name}` of a slot is filled; other braces stay, as of
-    JSON.
+    """Every combination of the slots' values in every prompt, or `count` of them drawn by the seed.
+
+    Rows of one prompt form one group; if they were split, the model could learn held-out rows by heart. Only `{name}`
+    of a slot is filled. Other braces stay, such as those of JSON.
     """
 
     prompts: tuple[str, ...] = option(REQUIRED, "questions with {slots}")
@@ -309,7 +315,7 @@ class Templates:
                 raise ConfigError(problem, "a reply can only tell what was asked")
 
     def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
-        """See MakingWay."""
+        """Yield the chosen combinations, in order."""
         prompts = [(text, self._names(text)) for text in self.prompts]
         sizes = [math.prod(len(self.slots[name]) for name in names) for _, names in prompts]
         total = sum(sizes)

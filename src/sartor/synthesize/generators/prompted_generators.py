@@ -1,4 +1,4 @@
-"""Teacher writes questions, dialogues and structured output."""
+"""Generators in which a teacher writes questions, dialogues and structured output."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ _ENDS = re.compile(r"\n\s*\n|(?<=[.!?])\s")
 
 @dataclass(frozen=True)
 class Questions:
-    """Question and answer from documents. The cited span must stand in the document, character by character (runs of
-    white space count as one), or the answer is dropped: a teacher that makes its source up is found out here.
+    """Questions and answers about documents.
+
+    The cited span must stand in the document, character by character (runs of white space count as one), or the answer
+    is dropped. This detects a teacher that invents its source.
     """
 
     per_document: int = option(2, "questions of each document, about its pieces in turn")
@@ -56,7 +58,7 @@ class Questions:
             raise ConfigError(problem, "piece_chars: 3000")
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
-        """See AskingWay."""
+        """Yield the requests for questions on the pieces of each document in turn."""
         for document in sample_seeds(seeds, self.rows, seed, self.kind):
             if not document.is_document:
                 yield Skipped("no_document")
@@ -85,7 +87,7 @@ class Questions:
                 )
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
-        """See AskingWay."""
+        """Return the question and answer as a row, if the cited span stands in the piece."""
         (document,) = request.parents
         question, answer = value["question"].strip(), value["answer"].strip()
         if not question or not answer:
@@ -103,8 +105,9 @@ class Questions:
 
 
 def pieces(text: str, max_chars: int) -> list[tuple[int, int]]:
-    """(first, last + 1) of pieces of at most `max_chars` characters, cut at ends of paragraphs or sentences where
-    there is one.
+    """Return (first, last + 1) of the pieces of a text, of at most `max_chars` characters each.
+
+    They end at the end of a paragraph or sentence if their second half has one.
     """
     cut, start = [], 0
     while start < len(text):
@@ -119,7 +122,7 @@ def pieces(text: str, max_chars: int) -> list[tuple[int, int]]:
 
 
 def find_span(span: str, text: str) -> tuple[int, int] | None:
-    """Where a span stands in a text: as it is, but for runs of white space."""
+    """Return the position of a span in a text, up to runs of white space; None if it is not there."""
     words = span.split()
     match = re.search(r"\s+".join(map(re.escape, words)), text) if words else None
     return match.span() if match else None
@@ -130,8 +133,9 @@ MOST_TURNS = 20
 
 @dataclass(frozen=True)
 class Scenarios:
-    """Every persona with every intent and every edge case. Rows of the sources, where there are any, show the
-    style.
+    """Conversations for every persona with every intent and every edge case.
+
+    Rows of the sources, if any, show the style.
     """
 
     personas: tuple[str, ...] = option(REQUIRED, "who asks")
@@ -150,7 +154,7 @@ class Scenarios:
             raise ConfigError(problem, "turns: 2")
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
-        """See AskingWay."""
+        """Yield the requests for every cell of the grid."""
         style_rows = [row for row in seeds if not refusal_reason(row)]
         for cell in itertools.product(self.personas, self.intents, self.edge_cases):
             for number in range(1, self.per_cell + 1):
@@ -175,7 +179,7 @@ class Scenarios:
         return {"type": "object", "properties": {"turns": turns}, "required": ["turns"], "additionalProperties": False}
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
-        """See AskingWay."""
+        """Return the conversation as a row. All rows of a cell form one group."""
         messages = [Message.of("system", self.system)] if self.system else []
         for turn in value["turns"]:
             question, reply = turn["user"].strip(), turn["assistant"].strip()
@@ -192,8 +196,10 @@ MODELS = 2
 
 @dataclass(frozen=True)
 class Structured:
-    """Rows whose reply is JSON of a schema. What does not obey it goes back to the teacher once, with what is wrong;
-    then it is dropped. Rows of the sources, where there are any, show the style.
+    """Rows whose reply is JSON of a schema.
+
+    A reply that does not fit is sent back to the teacher with the fault, as often as the recipe's `repairs` allows,
+    and then dropped. Rows of the sources, if any, show the style.
     """
 
     schema_: Any = option(REQUIRED, "the JSON Schema of a reply: a mapping, or the path of a JSON file")
@@ -207,7 +213,7 @@ class Structured:
         check_schema(self.reply_schema())
 
     def reply_schema(self) -> dict[str, Any]:
-        """The schema. Raises ConfigError where it cannot be read or is none."""
+        """Return the schema of a reply. Raises ConfigError if it cannot be read or is not a mapping."""
         schema = self.schema_
         if isinstance(schema, str):
             try:
@@ -219,7 +225,7 @@ class Structured:
         return {str(name): value for name, value in schema.items()}
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
-        """See AskingWay."""
+        """Yield `count` requests for a question with a reply of the schema."""
         inner = self.reply_schema()
         schema: dict[str, Any] = {
             "type": "object",
@@ -228,7 +234,7 @@ class Structured:
             "additionalProperties": False,
             **{
                 name: inner[name] for name in ("$defs", "definitions") if name in inner
-            },  # `#/$defs/x` is from the root
+            },  # `#/$defs/x` is resolved from the root
         }
         style_rows = [row for row in seeds if not refusal_reason(row)]
         for number in range(1, self.count + 1):
@@ -243,7 +249,7 @@ class Structured:
             yield TeacherRequest(str(number), (("system", SYSTEM), ("user", text)), schema, tuple(examples))
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
-        """See AskingWay."""
+        """Return the question with the reply as compact JSON."""
         question = value["question"].strip()
         if not question:
             return Unusable("empty_answer", "the question is empty")

@@ -1,4 +1,4 @@
-"""Teacher rewrites rows: vary, persona, extend, preference."""
+"""Generators that rewrite rows with a teacher: vary, persona, extend, harder, preference."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MOST_PER_ROW = 100
 
 
 def check_count(per_row: int, rows: int) -> None:
-    """Raises ConfigError for counts that cannot be."""
+    """Raise ConfigError for invalid counts."""
     if not 1 <= per_row <= MOST_PER_ROW or rows < 0:
         problem = f"per_row is {per_row}, rows {rows}; they must be from 1 to {MOST_PER_ROW}, and 0 or more"
         raise ConfigError(problem, "per_row: 2")
@@ -40,7 +40,11 @@ def check_count(per_row: int, rows: int) -> None:
 def teacher_requests(
     kind: str, counts: tuple[int, int], seeds: Sequence[Example], seed: int, text: Any, schema: Mapping[str, Any]
 ) -> Iterator[TeacherRequest | Skipped]:
-    """`counts`: (per_row, rows). text: (row, number of the variant, draw) -> what is asked of it."""
+    """Yield the requests for all variants of each drawn seed, or why a seed is skipped.
+
+    counts: (per_row, rows).
+    text: (row, number of the variant, random generator) -> the prompt.
+    """
     per_row, rows = counts
     for row in sample_seeds(seeds, rows, seed, kind):
         if reason := refusal_reason(row):
@@ -53,7 +57,10 @@ def teacher_requests(
 
 
 def rewritten(request: TeacherRequest, question: str, reply: str | None, changes: str) -> GeneratedRow | Unusable:
-    """The parent with another last question, and another reply where there is one."""
+    """Return the parent with another last question, and another reply unless `reply` is None.
+
+    An empty text, or a question equal to the parent's, is unusable.
+    """
     (parent,) = request.parents
     question = question.strip()
     if not question or (reply is not None and not reply.strip()):
@@ -68,7 +75,7 @@ def rewritten(request: TeacherRequest, question: str, reply: str | None, changes
 
 @dataclass(frozen=True)
 class Vary:
-    """The same question in other words; the reply stays as it is, word for word."""
+    """The same question in other words; the reply is kept word for word."""
 
     per_row: int = option(1, PER_ROW)
     rows: int = option(0, ROWS)
@@ -78,7 +85,7 @@ class Vary:
         check_count(self.per_row, self.rows)
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
-        """See AskingWay."""
+        """Yield the requests to reword the last question."""
 
         def text(row: Example, number: int, draw: Any) -> str:
             style = draw.choice(("shorter", "longer", "more formal", "more casual", "as a request", "as spoken"))
@@ -92,13 +99,13 @@ class Vary:
         yield from teacher_requests(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("question"))
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
-        """See AskingWay."""
+        """Return the seed with the new question."""
         return rewritten(request, value["question"], None, "in other words")
 
 
 @dataclass(frozen=True)
 class Persona:
-    """The same question as somebody else would ask it; the reply stays as it is."""
+    """The same question as another person would ask it; the reply is kept."""
 
     personas: tuple[str, ...] = option(
         (
@@ -119,7 +126,7 @@ class Persona:
             raise ConfigError("personas is empty", "personas: [a hurried customer]")
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
-        """See AskingWay."""
+        """Yield the requests to reword the last question for a persona."""
 
         def text(row: Example, number: int, draw: Any) -> str:
             return (
@@ -131,18 +138,18 @@ class Persona:
         yield from teacher_requests(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("question"))
 
     def _persona(self, row: Example, number: int) -> str:
-        """Personas in turn, begun at another one for each row."""
+        """Return the persona of a variant: in turn, starting with a different one for each row."""
         return self.personas[(int(row.id[:8], 16) + number) % len(self.personas)]
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
-        """See AskingWay."""
+        """Return the seed with the new question."""
         number = int(request.number.rpartition(".")[2])
         return rewritten(request, value["question"], None, f"as {self._persona(request.parents[0], number)}")
 
 
 @dataclass(frozen=True)
 class Extend:
-    """A question that asks for more than the row's, and its reply: the teacher's word."""
+    """A question that asks for more than the row's, and a reply; the teacher writes both."""
 
     per_row: int = option(1, PER_ROW)
     rows: int = option(0, ROWS)
@@ -152,19 +159,19 @@ class Extend:
         check_count(self.per_row, self.rows)
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
-        """See AskingWay."""
+        """Yield the requests for a question that asks for one thing more."""
         yield from teacher_requests(
             self.kind, (self.per_row, self.rows), seeds, seed, _grown("asks for one thing more"), texts(*_BOTH)
         )
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
-        """See AskingWay."""
+        """Return the seed with the new question and reply."""
         return rewritten(request, value["question"], value["answer"], "asks for more")
 
 
 @dataclass(frozen=True)
 class Harder:
-    """A question of the same subject that is harder to answer, and its reply: the teacher's word."""
+    """A harder question on the same subject, and a reply; the teacher writes both."""
 
     per_row: int = option(1, PER_ROW)
     rows: int = option(0, ROWS)
@@ -174,12 +181,12 @@ class Harder:
         check_count(self.per_row, self.rows)
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
-        """See AskingWay."""
+        """Yield the requests for a harder question."""
         grown = _grown("is harder to answer: it needs another step of thought, or has a condition that matters")
         yield from teacher_requests(self.kind, (self.per_row, self.rows), seeds, seed, grown, texts(*_BOTH))
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
-        """See AskingWay."""
+        """Return the seed with the new question and reply."""
         return rewritten(request, value["question"], value["answer"], "harder")
 
 
@@ -209,7 +216,7 @@ FLAWS = (
 
 @dataclass(frozen=True)
 class Preference:
-    """Preference pairs for dpo: the row's reply is the good one, the teacher writes one with a flaw."""
+    """Preference pairs for DPO: the row's reply is the preferred one, and the teacher writes a flawed one."""
 
     flaws: tuple[str, ...] = option(FLAWS, "what a flawed reply does, one for each pair in turn")
     per_row: int = option(1, PER_ROW)
@@ -225,7 +232,7 @@ class Preference:
         return self.flaws[(int(row.id[:8], 16) + number) % len(self.flaws)]
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
-        """See AskingWay."""
+        """Yield the requests for a flawed reply."""
 
         def text(row: Example, number: int, draw: Any) -> str:
             return (
@@ -237,7 +244,7 @@ class Preference:
         yield from teacher_requests(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("reply"))
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
-        """See AskingWay."""
+        """Return the seed with the flawed reply as the rejected one."""
         (parent,) = request.parents
         flawed = value["reply"].strip()
         if not flawed:

@@ -1,1 +1,1 @@
-"""Verdicts on synthetic rows against real rows that the generator never saw."""
+"""Verdicts on synthetic rows, compared with real rows that the generator never saw."""

@@ -1,10 +1,10 @@
-"""Checks that answers stand in the cited spans.
+"""Check that answers are supported by the spans they cite.
 
-A row cites where its reply is JSON with an answer and one of the fields of QUOTES, where a line of it is `Source:
-"..."`, or where `evidence/synthetic.parquet` says which characters of its parent it cites. The span must stand in its
-source, which is what the row was asked with or a parent among the seeds, word for word but for space, case and
-quotation marks; the answer must hold no number that neither the span nor the question has, and share a part of its
-telling words with them.
+A row cites a span in one of three ways: its reply is JSON with an answer and one of the fields of QUOTES, a line of
+the reply is `Source: "..."`, or `evidence/synthetic.parquet` states which characters of its parent it cites. The span
+must stand in its source up to space, case and quotation marks. The source is the row's prompt or a parent among the
+seeds. The answer must contain no number that is in neither span nor question, and must share a part of its content
+words with them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from sartor.text.equivalence import TextReading
 QUOTES = ("quote", "span", "citation", "cited", "evidence", "source_text", "cited_span")
 _ANSWERS = ("answer", "reply", "text", "response")
 _LINE = re.compile(r"^\W*(?:source|quote|span|cited|citation|evidence)\W*[:=]\s*(.+)$", re.IGNORECASE | re.MULTILINE)
-_SHARED = 0.3  # of the answer's telling words
-_FEWEST = 3  # telling words from which that is asked
+_SHARED = 0.3  # least fraction of the answer's content words that span or question must share
+_FEWEST = 3  # content words from which that is required
 _QUOTED = str.maketrans("", "", "\"'“”„«»‘’`*_")  # noqa: RUF001
 
 
 @dataclass(frozen=True)
 class Cited:
-    """A row's answer, the span that it cites, and the texts in which that may stand: none where nobody has its
-    source.
+    """Answer and cited span of a row.
+
+    sources: texts in which the span may stand; empty if no source is known.
     """
 
     answer: str
@@ -44,8 +45,9 @@ class Cited:
 def faults(
     rows: Sequence[Example], seeds: Mapping[str, Example], span_ranges: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[int, str], int]:
-    """(row -> what does not hold, how many rows cite something). span_ranges: id of a row -> characters of its
-    parent's text.
+    """Return row index -> fault, and the number of rows that cite a span.
+
+    span_ranges: row id -> cited characters of its parent's text.
     """
     fault_by_row, citing = {}, 0
     for index, row in enumerate(rows):
@@ -57,12 +59,15 @@ def faults(
 
 
 def cited_by(row: Example, seeds: Mapping[str, Example], span_range: tuple[int, int] | None) -> Cited | None:
-    """What a row cites, None where it cites nothing, or a place in a parent that is not among the seeds."""
+    """Return the citation of a row, or None.
+
+    None is also returned for a cited position in a parent that is not among the seeds.
+    """
     parents = [seeds[parent] for origin in row.origins for parent in origin.parents if parent in seeds]
     documents = tuple("\n".join(message.text for message in parent.messages) for parent in parents)
     question = row.prompt[-1].text if row.prompt else ""
     for answer, span in _answer_and_span(row.reply):
-        # a question of a line has no room for its source
+        # a prompt message shorter than span and answer together cannot contain the source
         prompt_texts = tuple(message.text for message in row.prompt if len(message.text) > len(span) + len(answer))
         return Cited(answer, span, question, documents + prompt_texts)
     if span_range is not None and documents:
@@ -87,7 +92,7 @@ def _answer_and_span(reply: str) -> Iterator[tuple[str, str]]:
 
 
 def fault_of(cited: Cited) -> str:
-    """What does not hold, empty where all does."""
+    """Return the fault of a citation, as a sentence; empty if it holds."""
     span = _plain(cited.span)
     if not span:
         return "it cites an empty span"
@@ -112,7 +117,7 @@ def _plain(text: str) -> str:
 def consistency(
     fault_by_row: Mapping[int, str], citing: int, ids: Sequence[str], limits: ValidationLimits
 ) -> StatisticResult:
-    """More spans that do not hold than the limit: an exact binomial test against it."""
+    """Test whether more cited spans fail than the limit allows, by an exact binomial test."""
     if not citing:
         return not_tested("span", limits.span, "no row cites a span")
     part = len(fault_by_row) / citing

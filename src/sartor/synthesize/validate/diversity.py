@@ -1,4 +1,7 @@
-"""Diversity scores and near-copies of seeds."""
+"""Diversity scores, and near-copies of seeds, of held-out rows and within a set.
+
+In all tests, members: (B, n) 0/1, the synthetic rows as they are and under B - 1 permutations.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +23,23 @@ from sartor.synthesize.validate.types import ValidationLimits
 from sartor.text.encoders import prompt_text
 from sartor.text.example_text import words
 
-_WORDS = 100  # of a row: those of a few long rows would be all there is
+_WORDS = 100  # words used of a row, so that a few long rows do not dominate
 _BLOCK = 100
 _SAMPLE = 100
 _GRAMS = 4
 
 
 def distinct(pool: Pool, members: F32, limits: ValidationLimits) -> StatisticResult:
-    """Distinct-2 (Li et al. 2016): different pairs of words over pairs of words, against as many rows drawn from both
-    sides.
+    """Test distinct-2 (Li et al. 2016), the fraction of word pairs that are different ones.
+
+    It is compared with as many rows drawn from both sides. members: (B, n).
     """
     counts = _pairs_of_words([_first_words(row) for row in pool.rows])
     lengths = np.asarray(counts.sum(1)).ravel()
     values = np.empty(len(members))
     for start in range(0, len(members), _BLOCK):
         block = members[start : start + _BLOCK]
+        # distinct-2 of a membership m: |{pairs that occur in a member}| / number of pairs in members; counts: (n, V)
         values[start : start + _BLOCK] = ((counts.T @ block.T) > 0).sum(0) / np.maximum(block @ lengths, 1)
     usual = max(float(values[1:].mean()), 1e-9)
     detail = f"{values[0]:.2f} of the pairs of words are different ones; in as many rows of both sides {usual:.2f}"
@@ -42,11 +47,12 @@ def distinct(pool: Pool, members: F32, limits: ValidationLimits) -> StatisticRes
 
 
 def vendi(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
-    """The Vendi score of order 2 (Friedman and Dieng 2023; Pasarkar and Dieng 2023): how many unlike rows there are,
-    in effect.
+    """Test the Vendi score of order 2, the effective number of dissimilar rows.
 
-    1 / the mean squared likeness of two rows, so that all permutations cost one product.
+    Friedman and Dieng 2023; Pasarkar and Dieng 2023. It is 1 / the mean squared cosine of two rows, so that all
+    permutations cost one product. members: (B, n).
     """
+    # with K the (n, n) cosines and m a membership:  1 / score = m^T (K * K) m / (sum m)^2
     squared = space.cosines**2
     values = (np.einsum("bn,bn->b", members @ squared, members) / members.sum(1, dtype=np.float64) ** 2).astype(
         np.float64
@@ -57,8 +63,9 @@ def vendi(space: SampleSpace, members: F32, limits: ValidationLimits) -> Statist
 
 
 def diversity_report(space: SampleSpace, seed: int) -> dict[str, dict[str, float]]:
-    """Figures of each side, of equally many rows: distinct-1 to 3, self-BLEU, Vendi score of order 1. No test hangs on
-    them.
+    """Return diversity figures of each side, from equally many rows.
+
+    They are distinct-1 to 3, self-BLEU and the Vendi score of order 1. No test depends on them.
     """
     rng = np.random.default_rng([seed, 4])
     is_synthetic = space.pool.is_synthetic
@@ -81,7 +88,7 @@ def _first_words(row: Example) -> list[str]:
 
 
 def _pairs_of_words(texts: Sequence[Sequence[str]]) -> sparse.csr_matrix:
-    """(n, V) how often each pair of words stands in each text."""
+    """Return (n, V) counts of each pair of words in each text."""
     known: dict[tuple[str, ...], int] = {}
     rows, columns = [], []
     for row, text in enumerate(texts):
@@ -103,10 +110,10 @@ def _distinct(texts: Sequence[Sequence[str]], size: int) -> float:
 
 
 def self_bleu(texts: Sequence[Sequence[str]]) -> float:
-    """Mean BLEU of each text against all others as references (Zhu et al. 2018), 0..1: high where texts repeat one
-    another.
+    """Return the mean BLEU of each text against all others (Zhu et al. 2018), 0..1.
 
-    Up to runs of four words; from pairs on 1 is added to hits and total (Lin and Och 2004).
+    It is high if texts repeat one another. Runs of up to four words count; from pairs on, 1 is added to hits and total
+    (Lin and Och 2004).
     """
     grams = [[_grams(text, size) for size in range(1, _GRAMS + 1)] for text in texts]
     tops = [_tops([text_grams[size] for text_grams in grams]) for size in range(_GRAMS)]
@@ -116,7 +123,7 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> float:
 
 
 def _tops(counts: Sequence[Counter[tuple[str, ...]]]) -> dict[tuple[str, ...], tuple[int, int, int]]:
-    """run of words -> (most often in a text, which text, most often in another one)."""
+    """Return run of words -> (highest count in a text, index of that text, highest count in another)."""
     result: dict[tuple[str, ...], tuple[int, int, int]] = {}
     for index, text_counts in enumerate(counts):
         for gram, count in text_counts.items():
@@ -131,6 +138,8 @@ def _bleu(
     tops: Sequence[dict[tuple[str, ...], tuple[int, int, int]]],
     lengths: Sequence[int],
 ) -> float:
+    # BLEU = exp(mean_g log p_g + min(0, 1 - r / c)), with p_g the clipped precision of runs of g words,
+    # c the length of the text and r the closest length of another one
     logs = []
     for size, top in enumerate(tops):
         hits = 0
@@ -147,9 +156,11 @@ def _bleu(
 
 
 def vendi_score(vectors: F32) -> float:
-    """exp of the entropy of the eigenvalues of the likeness of (n, D) unit vectors: 1 where all are one, n where all
-    differ.
+    """Return the Vendi score of order 1: 1 if all rows are equal, n if all are orthogonal.
+
+    vectors: (n, D) unit vectors.
     """
+    # score = exp(-sum_i l_i log l_i), with l_i the eigenvalues of X X^T / n
     values = np.linalg.eigvalsh((vectors @ vectors.T).astype(np.float64) / len(vectors))
     values = values[values > 1e-12]
     return float(np.exp(-(values * np.log(values)).sum()))
@@ -157,7 +168,10 @@ def vendi_score(vectors: F32) -> float:
 
 @dataclass(frozen=True)
 class CopyPair:
-    """Two places in a list of rows that say nearly the same."""
+    """Two near-equal rows.
+
+    a, b: positions in a list of rows.
+    """
 
     a: int
     b: int
@@ -166,7 +180,10 @@ class CopyPair:
 
 
 def near_copies(rows: Sequence[Example]) -> list[CopyPair]:
-    """Verified pairs, prompt and reply compared together, with the settings of `near_duplicates`."""
+    """Return the verified near-duplicate pairs of rows, with the default settings of `near_duplicates`.
+
+    Prompt and reply are compared together.
+    """
     shingling = shingles.resolve("words", 0, ())
     rules = rules_for(shingling)
     sketches = shingles.sketch([text_of(row, "both") for row in rows], shingling)
@@ -180,8 +197,9 @@ def near_copies(rows: Sequence[Example]) -> list[CopyPair]:
 
 
 def of_seeds(pool: Pool, seeds: Sequence[Example], members: F32, limits: ValidationLimits) -> StatisticResult:
-    """More near-copies of seeds than reality itself has: real rows may be like the seeds too, and that is no
-    copying.
+    """Test whether synthetic rows are near-copies of seeds more often than real rows are.
+
+    Real rows may resemble the seeds too, which is no copying. members: (B, n).
     """
     if not seeds:
         return not_tested("copies_of_seeds", limits.copies, "no seeds are known: --seeds DATASET")
@@ -201,7 +219,10 @@ def of_seeds(pool: Pool, seeds: Sequence[Example], members: F32, limits: Validat
 
 
 def of_held_out(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: ValidationLimits) -> StatisticResult:
-    """More synthetic near-copies of held-out rows than chance gives: what would be evaluated on has leaked."""
+    """Test whether synthetic rows are near-copies of held-out rows more often than by chance.
+
+    Such copies mean that evaluation rows have leaked. members: (B, n).
+    """
     across = _graph(pool, [pair for pair in pairs if pool.units[pair.a] != pool.units[pair.b]])
     copies = ((across @ (1 - members).T) > 0).T * members
     values = (copies.sum(1) / members.sum(1)).astype(np.float64)
@@ -214,7 +235,7 @@ def of_held_out(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: Val
 
 
 def repeated(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: ValidationLimits) -> StatisticResult:
-    """More near-copies of one another than real rows are."""
+    """Test whether synthetic rows are near-copies of one another more often than by chance. members: (B, n)."""
     graph = _graph(pool, pairs)
     repeats = ((graph @ members.T) > 0).T * members
     values = (repeats.sum(1) / members.sum(1)).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Group outcome gaps, synthetic against real."""
+"""Test of group outcome gaps, synthetic against real."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from sartor.text.demographics.decision_words import decision_of
 FEWEST = 8  # rows of a group, and of the others of its attribute, on each side
 _OUTCOMES = 6
 _CLUSTERS = 4
-_DECIDED = 0.8  # of the replies: then they are decisions, and their words are taken for them
+_DECIDED = 0.8  # least fraction of replies with a decision, for replies to count as decisions
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A group and one or more outcomes. inside, others, hit: (n,) of 0 and 1: rows of it, of other groups, with the
-    outcome.
+    """A group and one or more outcomes.
+
+    inside: (n,) 0/1, rows of the group. others: (n,) 0/1, rows of other groups. hit: (n,) 0/1, rows with the outcome.
     """
 
     name: str
@@ -38,11 +39,12 @@ class Cell:
 def group_outcome(
     pool: Pool, people: Memberships, row_outcomes: Sequence[str | None], members: F32, limits: ValidationLimits
 ) -> StatisticResult:
-    """The gap of a group's outcome rate to that of the others, synthetic less real, over its standard error; the
-    largest cell.
+    """Test whether outcome gaps between groups differ between synthetic and real rows.
 
-    All cells share the permutations, so the largest of them is held against the largest that chance gives (Westfall
-    and Young 1993). The effect is the change of the gap in that cell.
+    The gap of a cell is the group's outcome rate minus that of the others. The statistic is the largest |change of the
+    gap| / standard error over all cells. All cells share the permutations, so it is compared with the largest that
+    chance gives (Westfall and Young 1993). The effect is the change of the gap in the largest cell.
+    members: (B, n) 0/1, the synthetic rows as they are and under permutation.
     """
     cells = list(_cells(people, row_outcomes, pool.is_synthetic))
     if not cells:
@@ -89,17 +91,18 @@ def _cells(people: Memberships, row_outcomes: Sequence[str | None], is_synthetic
 
 
 def _sets(outcomes: Sequence[str]) -> list[list[str]]:
-    """Every way to call some outcomes one and the rest the other, each once: several words may say the same
-    decision.
-    """
+    """Return every division of the outcomes into two sides, once: several words may mean the same decision."""
     first, rest = outcomes[:1], outcomes[1:]
     return [[*first, *combination] for size in range(len(rest)) for combination in itertools.combinations(rest, size)]
 
 
 def _change(cell: Cell, members: F32) -> tuple[F64, F64]:
-    """((B,) change of the gap, (B,) its standard error), each rate with one hit and one miss added (Agresti and Caffo
-    2000).
+    """Return (B,) changes of the gap and (B,) their standard errors.
+
+    Each rate has one hit and one miss added (Agresti and Caffo 2000). members: (B, n).
     """
+    # rate p = (hits + 1) / (rows + 2), of the group and of the others, on each side (synthetic, real)
+    # change = (p_in - p_others)_synthetic - (p_in - p_others)_real;  variance = sum of p (1 - p) / (rows + 2)
     parts = np.stack([cell.inside, cell.inside * cell.hit, cell.others, cell.others * cell.hit], 1)
     synthetic = (members @ parts).astype(np.float64)
     sides = (synthetic, parts.sum(0) - synthetic)
@@ -116,9 +119,10 @@ def _rate(cell: Cell, side: NDArray[Any]) -> tuple[float, float]:
 
 
 def decisions(replies: Sequence[str]) -> list[str | None]:
-    """What each reply decides, by its words; empty where fewer than _DECIDED of them decide anything, or all the same.
+    """Return the decision in each reply, by its words.
 
-    One decision is said in many words: taken together they show a shift that none shows alone.
+    Empty unless at least _DECIDED of the replies decide, and both decisions occur at least FEWEST times. A decision
+    may be worded in many ways: taken together they show a shift that no single wording shows.
     """
     decided: list[str | None] = [decision_of(reply) for reply in replies]
     counts = Counter(item for item in decided if item is not None)
@@ -130,7 +134,10 @@ def decisions(replies: Sequence[str]) -> list[str | None]:
 
 
 def reply_kinds(space: SampleSpace, replies: F32) -> list[str]:
-    """Outcomes of free text: clusters of the (n, D) vectors of the replies, each called by a reply from its middle."""
+    """Return outcomes of free text: clusters of the replies, each named after a central reply.
+
+    replies: (n, D) unit vectors.
+    """
     from sklearn.cluster import KMeans
 
     clustering = KMeans(_CLUSTERS, n_init=4, random_state=space.seed).fit(replies)

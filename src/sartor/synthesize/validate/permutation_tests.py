@@ -1,4 +1,4 @@
-"""Permutation p values, effect limits, family correction."""
+"""Permutation p-values, effect limits and correction for several tests."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _JSON_FIELDS = ("statistic", "effect", "limit", "p", "detail", "rows", "p_correc
 
 @dataclass(frozen=True)
 class StatisticResult:
-    """One test. `effect` is what was found less what chance gives, in the unit of `limit`; p is one-sided: worse than
-    chance.
+    """Result of one test.
 
-    `fail` needs both: p_corrected of at most alpha, and an effect over the limit. rows: ids of rows that make the
-    effect, the
-    first SHOWN_ROWS. detail: a sentence. draws: (1 + permutations,) the p that each permutation would have, the found
-    one first; None of a test that permutes nothing.
+    effect: observed value minus what chance gives, in the unit of `limit`.
+    p: one-sided, worse than chance. A test fails if p_corrected is at most alpha and the effect exceeds the limit.
+    rows: ids of the first SHOWN_ROWS rows that cause the effect. detail: a sentence.
+    draws: (1 + permutations,) p-value of each permutation, the observed one first; None for a test without
+    permutations.
     """
 
     name: str
@@ -42,7 +42,7 @@ class StatisticResult:
     draws: F64 | None = field(default=None, repr=False, compare=False)
 
     def as_json(self) -> dict[str, Any]:
-        """For the command's JSON."""
+        """Return the fields for the command's JSON."""
         fields = {key: _rounded(getattr(self, key)) for key in _JSON_FIELDS}
         return {**fields, "rows": list(self.rows), **self.more}
 
@@ -52,15 +52,15 @@ def _rounded(value: Any) -> Any:
 
 
 def not_tested(name: str, limit: float, reason: str) -> StatisticResult:
-    """A test that the rows do not allow, and why."""
+    """Return the result of a test that the rows do not allow, with the reason."""
     return StatisticResult(name, 0.0, 0.0, limit, None, reason)
 
 
 def permuted(pool: Pool, permutations: int, seed: int) -> F32:
-    """(1 + permutations, n) of 0 and 1: which rows are the synthetic ones. The first row is as it is.
+    """Return (1 + permutations, n) 0/1: the synthetic rows, as they are first and then under permutation.
 
-    Whole units change sides: rows of one unit are alike, and moving them apart would make chance look smaller than it
-    is. Each draw has about as many synthetic rows as there are.
+    Whole units change sides. Rows of one unit are similar, and separating them would underestimate chance. Each draw
+    has about as many synthetic rows as there are.
     """
     rng = np.random.default_rng([seed, 1])
     sizes = np.bincount(pool.units)
@@ -80,10 +80,12 @@ def permuted(pool: Pool, permutations: int, seed: int) -> F32:
 def finding_of(
     name: str, values: F64, limit: float, detail: str, rows: Sequence[str] = (), effect: float | None = None
 ) -> StatisticResult:
-    """A test of (1 + permutations,) values of a statistic that is larger the worse; the first is the one found.
+    """Return the test result for the values of a statistic that is larger the worse.
 
-    effect: by default the excess over the permutations' mean. p counts the found one among the permutations (Phipson
-    and Smyth 2010), so it is never 0.
+    values: (1 + permutations,), the observed one first.
+    effect: by default the excess over the mean of the permutations.
+
+    The observed value counts among the permutations (Phipson and Smyth 2010), so p is never 0.
     """
     statistic = float(values[0])
     draws = _as_large(values)
@@ -94,23 +96,26 @@ def finding_of(
 
 
 def _as_large(values: F64) -> F64:
-    """(B,) of each value, the fraction of all that are as large."""
-    # float32 sums of one membership in another order may differ in the last digits
+    """Return (B,) for each value the fraction of all B values that are at least as large."""
+    # float32 sums of the same membership in another order may differ in the last digits
     slack = 1e-6 * np.maximum(1.0, np.abs(values))
     return np.asarray((len(values) - np.searchsorted(np.sort(values), values - slack)) / len(values))
 
 
 def beyond_chance(values: F64) -> float:
-    """A distance with what chance adds taken out: distances of independent causes add up by their squares."""
+    """Return a distance with the contribution of chance removed: sqrt(max(0, d^2 - mean of chance d^2)).
+
+    Distances of independent causes add up by their squares. values: (1 + permutations,).
+    """
     return float(np.sqrt(max(0.0, float(values[0]) ** 2 - float((values[1:] ** 2).mean()))))
 
 
 def corrected_results(tests: Sequence[StatisticResult], alpha: float) -> list[StatisticResult]:
-    """The tests with their verdicts: of a set in which nothing is wrong, at most a fraction `alpha` fails any test.
+    """Return the tests with verdicts. If nothing is wrong, any test fails with probability at most `alpha`.
 
-    Tests that permute are corrected together by what their smallest p is under the permutations that all of them share
-    (Westfall and Young 1993), so tests that say the same cost nothing. One that does not permute is an alarm of its
-    own: of m tests it has 1/m of alpha, and the others the rest (Bonferroni, weighted).
+    Tests that permute are corrected together by the distribution of their smallest p under the shared permutations
+    (Westfall and Young 1993), so redundant tests cost nothing. A test without permutations is corrected separately: of
+    m tests it gets 1/m of alpha, and the others the rest (weighted Bonferroni).
     """
     tested = [index for index, test in enumerate(tests) if test.p is not None]
     with_draws = [index for index in tested if tests[index].draws is not None]
@@ -123,11 +128,15 @@ def corrected_results(tests: Sequence[StatisticResult], alpha: float) -> list[St
 
 
 def westfall_young(draws: F64) -> F64:
-    """(m,) corrected p of m tests, of their (m, B) p under the same permutations, the found one first.
+    """Return (m,) corrected p-values of m tests.
 
-    Step-down min-p (Westfall and Young 1993, algorithm 2.8): each p against the smallest that the tests which are no
-    better than it reach in a permutation.
+    draws: (m, B) their p-values under the same permutations, the observed one first.
+
+    Step-down min-p (Westfall and Young 1993, algorithm 2.8): each p is compared with the smallest p that the tests
+    with no smaller observed p reach in a permutation.
     """
+    # tests in order of observed p, p_(1) <= ... <= p_(m):
+    #   corrected p_(i) = max_{j <= i} P_b( min_{k >= j} p_(k, b) <= p_(j) )
     order = np.argsort(draws[:, 0], kind="stable")
     smallest = np.minimum.accumulate(draws[order[::-1]], axis=0)[::-1]
     stepped = np.maximum.accumulate((smallest <= smallest[:, :1]).mean(1))

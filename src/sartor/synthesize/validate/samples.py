@@ -1,4 +1,4 @@
-"""Real and synthetic samples and their embeddings."""
+"""Real and synthetic samples, and their embeddings."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ _ROW_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class ValidationSamples:
-    """Synthetic rows, real rows that the generator did not see, and those that it did. left_out: reason -> rows.
+    """Rows of a validation.
 
-    cited: of a synthetic row by its id, which characters of its parent's text it cites.
+    synthetic: synthetic rows. real: real rows that the generator did not see. seeds: rows that it saw.
+    left_out: reason -> number of rows.
+    cited: synthetic row id -> cited characters of its parent's text.
     """
 
     synthetic: list[Example]
@@ -42,17 +44,18 @@ class ValidationSamples:
 
 
 def open_samples(synthetic: Path, reality: Path, seeds: Path | None) -> ValidationSamples:
-    """The rows of the three. A path is a Dataset, or a file or folder in any form that `curate` reads.
+    """Read synthetic rows, real rows and seeds.
 
-    Of reality the held-out rows are taken where it holds out any, and its training rows are the seeds where none are
-    named. A real row that is a seed, is a parent of a synthetic row, or is in the group of one, is left out: the
-    generator knew it.
-    Raises SourceError where fewer than FEWEST_ROWS are left of a side.
+    A path is a Dataset, or a file or folder in any form that `curate` reads. If reality has rows of the eval split,
+    only these are used, and its training rows are the seeds unless seeds are named. A real row is left out if it is a
+    seed, a parent of a synthetic row, or in the group of one, since the generator knew it.
+
+    Raises SourceError if fewer than FEWEST_ROWS rows are left on a side.
     """
     synthetic_rows, dropped = _rows_of(synthetic)
     synthetic_rows = [
         row for row in synthetic_rows if row.is_synthetic
-    ] or synthetic_rows  # of a Dataset in which both stand
+    ] or synthetic_rows  # a Dataset may contain both kinds
     reality_rows, drop_reasons = _rows_of(reality)
     real = [row for row in reality_rows if not row.is_synthetic]
     drop_reasons += ["synthetic"] * (len(reality_rows) - len(real))
@@ -60,7 +63,7 @@ def open_samples(synthetic: Path, reality: Path, seeds: Path | None) -> Validati
     if any(row.split == "eval" for row in real):
         real = [row for row in real if row.split == "eval"]
     elif not seeds:
-        seed_rows = []  # nothing is held out: every row is reality
+        seed_rows = []  # no eval split: every row counts as reality
     left_out = records.count_values([*dropped, *drop_reasons])
     unseen = _unseen(real, synthetic_rows, seed_rows)
     if len(unseen) < len(real):
@@ -77,7 +80,7 @@ def open_samples(synthetic: Path, reality: Path, seeds: Path | None) -> Validati
 
 
 def _cited(synthetic: Path) -> dict[str, tuple[int, int]]:
-    """What `sartor synthesize` wrote down of the spans that its rows cite."""
+    """Return the cited spans that `sartor synthesize` recorded, by row id."""
     file = synthetic / "evidence" / "synthetic.parquet"
     if not file.is_file():
         return {}
@@ -86,7 +89,7 @@ def _cited(synthetic: Path) -> dict[str, tuple[int, int]]:
 
 
 def _rows_of(path: Path) -> tuple[list[Example], list[str]]:
-    """The rows of a Dataset, a file or a folder, and the reasons of those that cannot be read."""
+    """Return the rows of a Dataset, a file or a folder, and the reasons of unreadable rows."""
     if kind_of(path) is not None:
         return list(parquet_io.read_examples(open_artifact(path, "dataset"))), []
     if not path.exists():
@@ -104,14 +107,21 @@ def _unseen(real: Sequence[Example], synthetic_rows: Sequence[Example], seeds: S
 
 
 def unit_of(row: Example) -> str:
-    """Synthetic rows of one seed are drawn together too: they are as like as their seed makes them."""
+    """Return the unit of a synthetic row: its first parent, or else its group.
+
+    Synthetic rows of one seed are as similar as their seed makes them, so they are drawn together.
+    """
     parents = sorted(parent for origin in row.origins for parent in origin.parents)
     return f"parent:{parents[0]}" if parents else group_of(row)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Both sides together, of each at most so many rows. is_synthetic, units: (n,); real rows come last."""
+    """Rows of both sides in one list, synthetic rows first.
+
+    is_synthetic: (n,). units: (n,) unit number of each row.
+    sampled: whether rows were left out to limit the number.
+    """
 
     rows: list[Example]
     is_synthetic: NDArray[np.bool_]
@@ -120,21 +130,21 @@ class Pool:
 
     @property
     def count(self) -> int:
-        """n."""
+        """Number of rows n."""
         return len(self.rows)
 
     @property
     def synthetic(self) -> list[Example]:
-        """The synthetic ones."""
+        """The synthetic rows."""
         return self.rows[: int(self.is_synthetic.sum())]
 
     def units_of(self, *, synthetic: bool) -> int:
-        """How many units a side has."""
+        """Return the number of units of a side."""
         return len(np.unique(self.units[self.is_synthetic == synthetic]))
 
 
 def pooled(sides: ValidationSamples, max_rows: int, seed: int) -> Pool:
-    """Both sides in one list, each cut to about `max_rows` rows by whole units, drawn by seed."""
+    """Return both sides in one pool, each cut to about `max_rows` rows by whole units, drawn by seed."""
     rng = np.random.default_rng(seed)
     synthetic, synthetic_units = _drawn(sides.synthetic, [unit_of(row) for row in sides.synthetic], max_rows, rng)
     real, real_units = _drawn(sides.real, [group_of(row) for row in sides.real], max_rows, rng)
@@ -152,7 +162,7 @@ def _drawn(
     names, member = np.unique(np.array(units), return_inverse=True)
     order = rng.permutation(len(names))
     sizes = np.bincount(member)[order]
-    # at least one unit, and no more than `max_rows` rows where units are small enough for that
+    # at least one unit, and at most `max_rows` rows if the first unit is small enough
     selected_units = set(order[: max(1, int(np.searchsorted(sizes.cumsum(), max_rows, side="right")))].tolist())
     indices = [index for index, name in enumerate(member.tolist()) if name in selected_units]
     return [rows[index] for index in indices], [units[index] for index in indices]
@@ -161,13 +171,17 @@ def _drawn(
 F32 = NDArray[np.float32]
 _TOPICS = (8, 16, 32)
 _ROWS_PER_TOPIC = 8
-_DRAWS = 3  # of each: one k-means is a matter of where it began
+_DRAWS = 3  # clusterings of each size, since the result of k-means depends on its start
 _DIRECTIONS = 40
 
 
 @dataclass(frozen=True)
 class EmbeddedSamples:
-    """(N, D) unit vectors; in the columns from `replies_at` on stand the replies. cut: texts that were cut."""
+    """Rows as (N, D) unit vectors.
+
+    replies_at: column at which the reply's part begins; 0 if rows have one part only.
+    cut: number of texts that were cut.
+    """
 
     vectors: F32
     replies_at: int
@@ -175,15 +189,15 @@ class EmbeddedSamples:
 
 
 def encoded(chosen: ChosenEncoder, rows: Sequence[Example]) -> EmbeddedSamples:
-    """What is asked and what is replied as vectors side by side, so that neither drowns.
+    """Return prompt and reply of each row as concatenated vectors, so that neither dominates.
 
-    A row of one part alone, such as a document, has the other part empty.
+    If only one of the two parts has any text, only that part is encoded.
     """
     texts = ([prompt_text(row) for row in rows], [row.reply[:MOST_CHARACTERS] for row in rows])
     parts = [part for part in texts if any(text.strip() for text in part)]
     if not parts:
         return EmbeddedSamples(np.zeros((len(rows), 1), np.float32), 0, 0)
-    # read at once, so that the same word is the same in a prompt and in a reply
+    # encoded together, so that a word has the same vector in prompts and replies
     encodings = np.asarray(chosen.encoder.encode([text for part in parts for text in part]), np.float32)
     vectors = np.concatenate(np.split(encodings, len(parts)), axis=1)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -195,8 +209,9 @@ def encoded(chosen: ChosenEncoder, rows: Sequence[Example]) -> EmbeddedSamples:
 
 @dataclass(frozen=True)
 class SampleSpace:
-    """n rows of a pool as (n, D) unit vectors. From the column `replies_at` on stand the replies, where it is not
-    0.
+    """n rows of a pool as (n, D) unit vectors.
+
+    replies_at: column at which the reply's part begins; 0 if rows have one part only.
     """
 
     pool: Pool
@@ -206,12 +221,16 @@ class SampleSpace:
 
     @cached_property
     def cosines(self) -> F32:
-        """(n, n)."""
+        """Cosine of each pair of rows, (n, n)."""
         return np.asarray(self.vectors @ self.vectors.T)
 
     @cached_property
     def kernel(self) -> F32:
-        """(n, n) Gaussian kernel, as wide as the median distance of two rows (Gretton et al. 2012, section 8)."""
+        """Gaussian kernel of the rows, (n, n).
+
+        Its width is the median distance of two rows (Gretton et al. 2012, section 8).
+        """
+        # k(x, y) = exp(-|x - y|^2 / w), with w the median of |x - y|^2 = 2 - 2 cos(x, y) over distinct rows
         squared = np.maximum(2 - 2 * self.cosines, 0)
         above = squared[np.triu_indices(len(squared), 1)]
         width = float(np.median(above[above > 1e-6])) if (above > 1e-6).any() else 1.0
@@ -228,17 +247,17 @@ class SampleSpace:
         return self._by_likeness(unit @ unit.T)
 
     def _by_likeness(self, cosines: F32) -> I64:
-        """(n, n) rows by likeness to each, rows of its own unit last."""
+        """Return (n, n) row numbers by similarity to each row, rows of the same unit last. cosines: (n, n)."""
         likeness = cosines.copy()
         likeness[self.pool.units[:, None] == self.pool.units[None, :]] = -2
-        # of equally near ones the order is by a draw: by number all synthetic ones would come first
+        # ties are in random order: in order of number all synthetic rows would come first
         shuffled = np.random.default_rng([self.seed, 2]).permutation(len(likeness))
         return shuffled[np.argsort(-likeness[:, shuffled], axis=1, kind="stable")]
 
     def neighbours(self, count: int, *, coarse: bool = False) -> Any:
-        """(n, n) sparse 0/1: row i has a 1 for each of its `count` nearest rows of other units.
+        """Return an (n, n) sparse 0/1 matrix: row i marks its `count` nearest rows of other units.
 
-        coarse: by what a row is about, as `topics` have it, and not by its single words.
+        coarse: measure nearness in the reduced space of topics instead of by single words.
         """
         nearest = (self._coarse_order if coarse else self._order)[:, :count]
         rows = np.repeat(np.arange(len(nearest)), nearest.shape[1])
@@ -248,9 +267,9 @@ class SampleSpace:
 
     @cached_property
     def topics(self) -> list[I64]:
-        """(n,) the cluster of each row, by k-means over both sides, coarse to fine and each several times over.
+        """Clusterings of the rows by k-means over both sides, (n,) cluster numbers each.
 
-        A drift may be of few topics or of many.
+        They go from coarse to fine, several draws for each size, since a drift may concern few topics or many.
         """
         from sklearn.cluster import KMeans
 
@@ -261,15 +280,15 @@ class SampleSpace:
 
     @cached_property
     def _about(self) -> F32:
-        """(n, up to _DIRECTIONS) what rows are about: prompt and reply in one, along the directions in which they
-        differ most.
+        """Topic coordinates of the rows, (n, up to _DIRECTIONS): directions in which they differ most.
 
-        Latent semantic analysis (Deerwester et al. 1990): in the directions that are left out are the words of single
-        rows.
+        Prompt and reply are added. Latent semantic analysis (Deerwester et al. 1990): the directions left out contain
+        the words of single rows.
         """
         vectors = self.vectors
         if self.replies_at:
             vectors = vectors[:, : self.replies_at] + vectors[:, self.replies_at :]
+        # centred X (n, D):  X X^T = U diag(l) U^T;  coordinates = U_top diag(sqrt(l_top))
         centred = vectors - vectors.mean(0)
         values, directions = np.linalg.eigh((centred @ centred.T).astype(np.float64))
         top = slice(-_DIRECTIONS, None)

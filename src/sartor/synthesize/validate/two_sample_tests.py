@@ -1,4 +1,7 @@
-"""Classifier test, MMD, coverage, precision, drift."""
+"""Two-sample tests: classifier, MMD, coverage, novelty and drift.
+
+In all tests, members: (B, n) 0/1, the synthetic rows as they are and under B - 1 permutations.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ SHOWN = 5
 
 
 def lengths(pool: Pool, members: F32, limits: ValidationLimits) -> StatisticResult:
-    """Words of prompts and of replies: the larger of their Kolmogorov-Smirnov distances."""
+    """Test the lengths of prompts and replies: the larger Kolmogorov-Smirnov distance of their word counts.
+
+    members: (B, n).
+    """
     counted = {
         "prompts": np.array([len(words(prompt_text(row))) for row in pool.rows]),
         "replies": np.array([len(words(row.reply)) for row in pool.rows]),
@@ -35,9 +41,10 @@ def lengths(pool: Pool, members: F32, limits: ValidationLimits) -> StatisticResu
 
 
 def _kolmogorov(values: NDArray[np.int64], members: F32) -> F64:
-    """(B,) the largest distance of the two cumulative distributions of (n,) values."""
+    """Return (B,) Kolmogorov-Smirnov distances of the values (n,) of members and others."""
     order = np.argsort(values, kind="stable")
-    ends = np.flatnonzero(np.diff(values[order], append=values.max() + 1))  # only where the value changes
+    # D = max_v |F_in(v) - F_out(v)|, taken only after the last of equal values
+    ends = np.flatnonzero(np.diff(values[order], append=values.max() + 1))
     inside = members[:, order].cumsum(1, dtype=np.float64)
     count = inside[:, -1:]
     outside = np.arange(1, len(values) + 1) - inside
@@ -45,10 +52,11 @@ def _kolmogorov(values: NDArray[np.int64], members: F32) -> F64:
 
 
 def topics(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
-    """Chi-squared of how the two sides fall into topics, over all ways in which the topics were drawn.
+    """Test whether the two sides fall into topics differently, by chi-squared over all clusterings.
 
-    The effect is the total variation beyond chance in the way where it is largest, against what chance gives there;
-    the rows are of the topics that grew most.
+    The statistic is the mean over the clusterings, each in standard deviations above chance. The effect is the total
+    variation beyond chance in the clustering that shows it most clearly. The rows are of the topics that grew most.
+    members: (B, n).
     """
     beyond = np.stack([_beyond(_chi_squared(clusters, members)) for clusters in space.topics])
     measured = [_variation(clusters, members) for clusters in space.topics]
@@ -70,7 +78,10 @@ def topics(space: SampleSpace, members: F32, limits: ValidationLimits) -> Statis
 
 
 def labels(pool: Pool, row_labels: Sequence[str | None], members: F32, limits: ValidationLimits) -> StatisticResult:
-    """Total variation of the labels; a row without one is of its own kind."""
+    """Test the total variation distance of the labels; rows without a label are a kind of their own.
+
+    members: (B, n).
+    """
     if not any(row_labels):
         return not_tested("label", limits.label, "the replies are free text: there is no label")
     texts = np.array([name or "(none)" for name in row_labels])
@@ -92,29 +103,34 @@ def labels(pool: Pool, row_labels: Sequence[str | None], members: F32, limits: V
 
 
 def _beyond(values: F64) -> F64:
-    """(B,) how many deviations of the permutations each value is above their mean."""
+    """Return (B,) each value minus the permutations' mean, in their standard deviations. values: (B,)."""
     return np.asarray((values - values[1:].mean()) / max(float(values[1:].std()), 1e-9))
 
 
 def _chi_squared(kinds: NDArray[np.int64], members: F32) -> F64:
-    """(B,) Pearson's statistic of kinds of rows by side."""
+    """Return (B,) Pearson's chi-squared statistic of kinds (n,) by side. members: (B, n)."""
     inside, outside = _counts(kinds, members)
+    # with s the share of members and N_k rows of kind k:  X^2 = sum_k (O_k - N_k s)^2 / (N_k s (1 - s))
     share = inside.sum(1, keepdims=True) / len(kinds)
     usual = (inside + outside) * share
     return np.asarray(((inside - usual) ** 2 / np.maximum(usual * (1 - share), 1e-9)).sum(1))
 
 
 def _counts(kinds: NDArray[np.int64], members: F32) -> tuple[F64, F64]:
-    """((B, K), (B, K)) how many rows of each kind are members, and how many are not."""
+    """Return (B, K) rows of each kind that are members, and (B, K) rows that are not."""
     one_hot = np.eye(int(kinds.max()) + 1, dtype=np.float32)[kinds]
     inside = (members @ one_hot).astype(np.float64)
     return inside, one_hot.sum(0) - inside
 
 
 def _variation(kinds: NDArray[np.int64], members: F32) -> tuple[F64, F64]:
-    """((B,) total variation of the kinds of rows between members and others, (K,) what each kind gained as it is)."""
+    """Return (B,) total variation between members and others, and (K,) the observed gain of each kind.
+
+    kinds: (n,) 0..K-1. members: (B, n).
+    """
     inside, outside = _counts(kinds, members)
     count = inside.sum(1, keepdims=True)
+    # shift_k = p_in(k) - p_out(k);  TV = 1/2 sum_k |shift_k|
     shift = inside / count - outside / (len(kinds) - count)
     return np.abs(shift).sum(1) / 2, shift[0]
 
@@ -124,26 +140,28 @@ _RIDGE = 1.0
 
 
 def classifier_test(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
-    """Classifier two-sample test (Lopez-Paz and Oquab 2017): AUC of kernel ridge on rows that it did not learn from.
+    """Test the AUC of a classifier on rows that it did not learn from.
 
-    Units are kept whole in the folds. The held-out scores are linear in the labels, so every permutation is trained
-    anew at the cost of one product.
+    Classifier two-sample test (Lopez-Paz and Oquab 2017) with kernel ridge regression. Units are kept whole in the
+    folds. The held-out scores are linear in the labels, so every permutation is trained anew at the cost of one
+    product. members: (B, n).
     """
     scores = (members - members.mean(1, keepdims=True)) @ _hat(space).T
     values = _auc(scores, members)
     auc = float(values[0])
     detail = f"a classifier tells a synthetic row from a real one {auc:.0%} of the time; 50 % is chance"
     is_synthetic = space.pool.is_synthetic
-    # the rows that give the synthetic side away most
+    # the synthetic rows that are easiest to recognise first
     telling = np.argsort(-np.where(is_synthetic, scores[0], -np.inf))[: int(is_synthetic.sum())]
     ids = [space.pool.rows[row].id for row in telling.tolist()]
     return finding_of("distinguishable", values, limits.distinguishable, detail, ids, effect=auc - 0.5)
 
 
 def _hat(space: SampleSpace) -> F32:
-    """(n, n): held-out scores of all rows are this times their labels."""
+    """Return the (n, n) matrix that maps the labels of all rows to their held-out scores."""
     units = space.pool.units
     fold = np.random.default_rng([space.seed, 3]).permutation(int(units.max()) + 1)[units] % FOLDS
+    # held-out rows o of a fold, training rows t:  scores_o = K_ot (K_tt + ridge I)^-1 y_t
     hat = np.zeros_like(space.kernel)
     for number in range(FOLDS):
         out, inside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
@@ -154,10 +172,11 @@ def _hat(space: SampleSpace) -> F32:
 
 
 def _auc(scores: NDArray[np.float32], members: F32) -> F64:
-    """(B,) the chance that a member scores above a non-member."""
+    """Return (B,) the probability that a member scores above a non-member. scores, members: (B, n)."""
     ranks = np.empty(scores.shape, np.float32)
     rank_values = np.broadcast_to(np.arange(1, scores.shape[1] + 1, dtype=np.float32), scores.shape)
     np.put_along_axis(ranks, np.argsort(scores, axis=1), rank_values, axis=1)
+    # AUC = (R - a (a + 1) / 2) / (a b), with R the sum of the ranks of a members, against b others
     inside = members.sum(1, dtype=np.float64)
     outside = members.shape[1] - inside
     above = np.einsum("bn,bn->b", ranks, members, dtype=np.float64)
@@ -165,11 +184,12 @@ def _auc(scores: NDArray[np.float32], members: F32) -> F64:
 
 
 def mmd_test(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
-    """The unbiased squared maximum mean discrepancy (Gretton et al. 2012, lemma 6), over the mean squared distance of
-    two rows.
+    """Test the unbiased squared maximum mean discrepancy (Gretton et al. 2012, lemma 6).
 
-    The effect is a part of reality's own spread: 0 for the same distribution.
+    It is divided by the spread of the rows, 1 - mean kernel value of two rows. The effect is therefore a fraction of
+    that spread: 0 for equal distributions. members: (B, n).
     """
+    # MMD^2 = mean_{i != j in} k_ij + mean_{i != j out} k_ij - 2 mean_{i in, j out} k_ij; the diagonal is left out
     kernel = space.kernel.copy()
     np.fill_diagonal(kernel, 0)
     toward = (members @ kernel).astype(np.float64)
@@ -188,16 +208,16 @@ def mmd_test(space: SampleSpace, members: F32, limits: ValidationLimits) -> Stat
     return finding_of("mmd", values / spread, limits.mmd, detail, effect=part)
 
 
-# by chance so few rows have no neighbour of the other side
+# fraction of rows that by chance have no neighbour of the other side: (1 - other)^k = _CHANCE gives k
 _CHANCE = 0.04
 _FEWEST, _MOST = 3, 100
 
 
 def coverage(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
-    """Real rows none of whose k nearest is synthetic: 1 - coverage (Naeem et al. 2020), k by how many are synthetic.
+    """Test the fraction of real rows none of whose k nearest rows is synthetic.
 
-    Near is what is about the same: among neighbours by single words are rows of every topic, and a lost one stays
-    unseen.
+    This is 1 - coverage (Naeem et al. 2020), with k chosen by the fraction of synthetic rows. Nearness is measured by
+    topic. Neighbours by single words include rows of every topic, which would hide a lost topic. members: (B, n).
     """
     synthetic = float(space.pool.is_synthetic.mean())
     isolated = _alone(space.neighbours(_k(synthetic, len(members[0])), coarse=True), members)
@@ -211,8 +231,10 @@ def coverage(space: SampleSpace, members: F32, limits: ValidationLimits) -> Stat
 
 
 def novelty(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
-    """Synthetic rows none of whose k nearest is real: 1 - precision in the sense of Kynkaanniemi et al. 2019, k as
-    above.
+    """Test the fraction of synthetic rows none of whose k nearest rows is real.
+
+    This is 1 - precision in the sense of Kynkaanniemi et al. 2019, with k chosen by the fraction of real rows.
+    members: (B, n).
     """
     real = 1 - float(space.pool.is_synthetic.mean())
     isolated = _alone(space.neighbours(_k(real, len(members[0]))), 1 - members)
@@ -223,20 +245,25 @@ def novelty(space: SampleSpace, members: F32, limits: ValidationLimits) -> Stati
 
 
 def _k(other: float, rows: int) -> int:
-    """How many neighbours to look at so that one of the other side, a fraction `other` of all, is among them nearly
-    always.
+    """Return the number of neighbours among which a row of the other side is nearly always found.
+
+    other: fraction of all rows on the other side.
     """
     return min(max(_FEWEST, math.ceil(math.log(_CHANCE) / math.log(1 - other))), _MOST, rows - 1)
 
 
 def _alone(neighbours: Any, members: F32) -> F32:
-    """(B, n) 1 where none of a row's neighbours, (n, n) of 0 and 1, is a member."""
+    """Return (B, n) 1 for rows without a member among their neighbours.
+
+    neighbours: (n, n) sparse 0/1. members: (B, n).
+    """
     return ((neighbours @ members.T) == 0).T.astype(np.float32)
 
 
 def _regions(space: SampleSpace, isolated: F32) -> list[dict[str, Any]]:
-    """Topics of real rows, the least covered first: how many rows, which part is covered, and a row from its
-    middle.
+    """Return the topics of real rows, the least covered first.
+
+    Each has its numbers of rows, the covered fraction and a central row. isolated: (n,) 0/1.
     """
     real = ~space.pool.is_synthetic
     results = []
@@ -256,10 +283,12 @@ def _regions(space: SampleSpace, isolated: F32) -> list[dict[str, Any]]:
 
 
 def out_of_distribution(vectors: F32, real_vectors: F32, real_units: NDArray[Any], rate: float) -> dict[int, str]:
-    """Synthetic rows that are farther from reality than real rows are: row -> a sentence.
+    """Return row -> a sentence, for synthetic rows farther from reality than real rows are.
 
-    A row's p is the fraction of real rows whose nearest of another unit is as far (conformal, Bates et al. 2023); rows
-    at or below `rate` are named, or of few real rows those that are farther than all.
+    vectors: (S, D). real_vectors: (R, D). real_units: (R,). All vectors have length 1.
+
+    The p-value of a row is the fraction of real rows whose nearest row of another unit is as far (conformal, Bates et
+    al. 2023). Rows with p at most `rate` are returned; with few real rows, those that are farther than all.
     """
     cosines = real_vectors @ real_vectors.T
     cosines[real_units[:, None] == real_units[None, :]] = -1
@@ -267,6 +296,7 @@ def out_of_distribution(vectors: F32, real_vectors: F32, real_units: NDArray[Any
     nearest = np.concatenate(
         [(part @ real_vectors.T).max(1) for part in np.array_split(vectors, max(1, len(vectors) // 1000))]
     )
+    # p = (1 + |{real rows whose nearest cosine is at most that of the row}|) / (R + 1)
     p = (1 + np.searchsorted(usual, nearest, side="right")) / (len(usual) + 1)
     outliers = np.flatnonzero(p <= max(rate, 1 / (len(usual) + 1)))
     text = "likeness {:.2f} to the nearest real row; {:.1%} of the real rows are so far from the others"

@@ -1,4 +1,4 @@
-"""Options and limits of validation."""
+"""Options and limits of a validation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sartor.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class ValidationLimits:
-    """How far synthetic rows may be from reality and still be useful. A test fails where its effect is beyond chance
-    and here.
+    """Largest effects at which synthetic rows are still accepted.
 
-    Each is on the test's effect: what was found less what chance alone gives.
+    A test fails if its effect is significant and exceeds the limit. The effect is the observed value minus what chance
+    alone gives.
     """
 
     distinguishable: float = option(0.3, "a classifier's AUC above 0.5")
@@ -40,7 +40,7 @@ class ValidationLimits:
 
 @dataclass(frozen=True)
 class ValidateOptions:
-    """What is tested, and how strictly."""
+    """Options of a validation."""
 
     alpha: float = option(0.05, "the false alarm of all tests together, where synthetic rows are like reality")
     limits: ValidationLimits = option(ValidationLimits(), "effects that are let pass")

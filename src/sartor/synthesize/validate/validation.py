@@ -1,4 +1,4 @@
-"""Verb validate: verdicts, accepted rows, review findings."""
+"""Verb `validate`: verdicts, accepted rows, review findings."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ from sartor.text.encoders import ChosenEncoder, choose_encoder
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """Why a synthetic row is not accepted: a stable word, and a sentence with the evidence. index: among the synthetic
-    rows.
+    """Reason why a synthetic row is not accepted.
+
+    index: position among the synthetic rows.
+    reason: a stable word. detail: a sentence with the evidence.
     """
 
     index: int
@@ -52,8 +54,9 @@ class RejectedRow:
 
 @dataclass(frozen=True)
 class Validated:
-    """Verdicts over the whole set, and flaws of rows. `written` is the Dataset of accepted rows, `review` the queue's
-    file.
+    """Result of a validation: tests of the whole set, and flaws of single rows.
+
+    written: the Dataset of accepted rows, if any. review: the file of review findings, if any.
     """
 
     synthetic: Path
@@ -68,21 +71,21 @@ class Validated:
 
     @property
     def failed(self) -> list[StatisticResult]:
-        """The tests that failed."""
+        """Tests that failed."""
         return [test for test in self.tests if test.verdict == "fail"]
 
     @property
     def passed(self) -> bool:
-        """Whether the set is like reality within the limits: no test failed."""
+        """Whether no test failed: the set resembles reality within the limits."""
         return not self.failed
 
     @property
     def accepted(self) -> int:
-        """Rows that may be tuned on: all without a flaw, and none of a set that failed."""
+        """Number of rows without a flaw; 0 if a test failed."""
         return int(self.rows["synthetic"]) - len({flaw.index for flaw in self.flaws}) if self.passed else 0
 
     def as_json(self) -> dict[str, Any]:
-        """The command's JSON."""
+        """Return the command's JSON."""
         return {
             "synthetic": str(self.synthetic),
             "reality": str(self.reality),
@@ -100,7 +103,7 @@ class Validated:
         }
 
     def table(self) -> list[tuple[str, Any]]:
-        """What a person reads."""
+        """Return the lines shown to the user."""
         fields = self.as_json()
         lines = [(test.name, _line(test)) for test in self.tests]
         names = ("passed", "failed", "accepted", "rejected", "flaws", "rows", "dataset", "review")
@@ -118,7 +121,10 @@ STEP = "validate"
 
 
 def write_accepted(out: Path, dataset: Path, rows: Sequence[Example], validated: Validated, *, replace: bool) -> Path:
-    """Write the synthetic rows without a flaw; returns where. The first flaw of a row is its Drop's reason."""
+    """Write the synthetic rows without a flaw as a Dataset; return its path.
+
+    The first flaw of a row is the reason of its Drop.
+    """
     flaws = {flaw.index: flaw for flaw in reversed(validated.flaws)}
     accepted = [row for index, row in enumerate(rows) if index not in flaws]
     drops = [drop_of(rows[index], flaw.reason, flaw.detail, step=STEP) for index, flaw in sorted(flaws.items())]
@@ -134,15 +140,15 @@ def write_accepted(out: Path, dataset: Path, rows: Sequence[Example], validated:
 
 
 ORIGIN = "validate"
-# the tests of which a person would ask for the bias of the data, and not for its likeness
+# tests whose findings concern the bias of the data rather than its similarity to reality
 _OF_BIAS = ("group_outcome",)
 
 
 def write_review(dataset: Path, rows: Sequence[Example], validated: Validated) -> Path:
-    """Put the flaws of rows and the failed tests before the person who reviews a Dataset; returns the file.
+    """Write the flaws of rows and the failed tests as review findings of a Dataset; return the file.
 
-    A flaw is a finding about a row, a failed test one about a slice: the whole set. Findings of an earlier validation
-    are replaced; those of others, and what a person decided, stay.
+    A flaw is a finding about a row. A failed test is a finding about a slice, the whole set. Findings of an earlier
+    validation are replaced. Other findings, and decisions of reviewers, stay.
     """
     return review_file.renew(dataset, ORIGIN, _lines(rows, validated))
 
@@ -171,14 +177,16 @@ def validate(
     out: Path | str | None = None,
     replace: bool = False,
 ) -> Validated:
-    """Hold synthetic rows against reality that their generator never saw.
+    """Compare synthetic rows with reality that their generator never saw.
 
-    A path is a Dataset, or a file or folder of rows. Of `reality` the held-out rows are taken where there are any;
-    `seeds` are the rows that the generator was given, by default reality's training rows and the parents that the rows
-    name. With `out` (then `synthetic` is a Dataset) the rows without a flaw become a Dataset there; a set that fails
-    is not written, and GateError names the tests. What was not accepted stands in `review.jsonl` of the synthetic
-    Dataset, with reasons.
-    Raises SourceError for too few rows, ConfigError, ArtifactError.
+    synthetic, reality, seeds: a Dataset, or a file or folder of rows. Of `reality` the rows of the eval split are used
+    if there are any. `seeds` are the rows given to the generator; by default reality's training rows and the parents
+    that the rows name.
+    out: write the rows without a flaw as a Dataset there; `synthetic` must then be a Dataset. A set that fails is not
+    written, and GateError names the tests.
+
+    Rows that were not accepted are listed in `review.jsonl` of a synthetic Dataset, with reasons. Raises SourceError
+    for too few rows, ConfigError, ArtifactError, GateError.
     """
     started = time.monotonic()
     chosen = load_options(options or {})
@@ -218,14 +226,17 @@ def validate(
 def load_options(
     options: ValidateOptions | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()
 ) -> ValidateOptions:
-    """The options in any of the forms that `validate` takes, with flags (`--limits.mmd 0.2`) on top."""
+    """Return the options from any form that `validate` takes.
+
+    flags: options such as `--limits.mmd 0.2`, applied on top.
+    """
     return config.load_any(ValidateOptions, options, flags)
 
 
 def validate_rows(
     sides: ValidationSamples, options: ValidateOptions, paths: tuple[Path, Path] = (Path(), Path())
 ) -> Validated:
-    """The same for rows in memory; nothing is written."""
+    """Validate rows in memory, as `validate` does; nothing is written."""
     embedded_sides = _embed_sides(sides, options)
     pool, faults = embedded_sides.space.pool, embedded_sides.faults
     rows = {
@@ -247,14 +258,16 @@ def validate_rows(
 
 
 def verdicts(sides: ValidationSamples, options: ValidateOptions) -> list[StatisticResult]:
-    """The tests of `validated` alone, without what speaks against single rows."""
+    """Return the tests of `validate_rows` alone, without the flaws of single rows."""
     return _judged(_embed_sides(sides, options), sides, options)
 
 
 @dataclass(frozen=True)
 class _EmbeddedSides:
-    """Both sides as vectors. replies: (n, D) unit vectors of the pool's replies; faults: row -> what its span
-    lacks.
+    """Both sides as vectors.
+
+    replies: (n, D) unit vectors of the pool's replies.
+    faults: row -> fault of its citation. citing: number of rows that cite a span.
     """
 
     chosen: ChosenEncoder
@@ -294,7 +307,7 @@ def _judged(
 def _tests(
     embedded_sides: _EmbeddedSides, sides: ValidationSamples, options: ValidateOptions
 ) -> list[StatisticResult]:
-    """Every test of the whole set that its rows allow."""
+    """Return the result of every test of the whole set that its rows allow."""
     space, limits = embedded_sides.space, options.limits
     pool = space.pool
     fewest = min(pool.units_of(synthetic=side) for side in (True, False))
@@ -329,7 +342,11 @@ def _tests(
 def _outcomes(
     embedded_sides: _EmbeddedSides, form: str, class_labels: ClassLabels, people: Mapping[str, Any]
 ) -> Sequence[str | None]:
-    """The labels; where none were asked for, of free text what it decides, or kinds of replies where few say that."""
+    """Return the outcome of each row: its label, or for free text its decision or kind of reply.
+
+    Labels are used if they were requested, or found in a form other than whole replies. Decisions are used if most
+    replies decide something.
+    """
     rows = embedded_sides.space.pool.rows
     if not people or form != "auto" or (any(class_labels.labels) and class_labels.form != "reply"):
         return class_labels.labels
@@ -343,7 +360,10 @@ def _outcomes(
 def _flaws(
     sides: ValidationSamples, vectors: F32, options: ValidateOptions, span_faults: Mapping[int, str]
 ) -> list[RejectedRow]:
-    """What speaks against single synthetic rows."""
+    """Return the flaws of single synthetic rows.
+
+    vectors: (S + R, D) unit vectors of synthetic and real rows.
+    """
     synthetic, count = sides.synthetic, len(sides.synthetic)
     flaws = [
         RejectedRow(index, synthetic[index].id, "span_not_held", detail)

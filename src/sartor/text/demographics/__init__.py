@@ -1,1 +1,1 @@
-"""Terms that name demographic groups, and how a text is turned to another group."""
+"""Terms that name demographic groups, and conversion of a text to another group."""

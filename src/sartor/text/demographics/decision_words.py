@@ -1,4 +1,4 @@
-"""Words that grant or deny something in a text."""
+"""Words by which a text grants or denies something."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ _NOT = re.compile(rf"(?:\b(?:not|never|cannot|unable to)|n't)(?: \w+){{0,{_WORDS
 
 
 def decision_of(text: str) -> Decision | None:
-    """What a text decides, by its first word of a decision, turned round after a `not`; None where it has none.
+    """Return the decision of a text by its first decision word, inverted after a negation; None without such a word.
 
     >>> decision_of("We cannot grant this loan."), decision_of("Approved, with thanks."), decision_of("It is late.")
     ('unfavourable', 'favourable', None)

@@ -1,11 +1,10 @@
-"""Finds and swaps terms that name demographic groups.
+"""Search and replacement of terms that name demographic groups.
 
     mentions("Emily is 28.", "age")                    -> a Mention of `young`
     swap("Emily said her car is hers.", "pronouns", "he") -> "Brad said his car is his." (see `swap` for which name)
 
-The lexicon is `groups.toml`, which states the source of each list. English alone. A term is taken where the words
-around it
-say that it is of a person: `a German applicant`, not `German lessons`.
+The lexicon is `groups.toml`, which states the source of each list. English only. A term counts if the words around it
+show that it is about a person: `a German applicant`, not `German lessons`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,12 @@ _AFTER_NOUN = r"(?=\s*(?:[.,;:!?)]|$)|\s+(?:who|with|from|and|or|is|was|has|had|
 
 @dataclass(frozen=True)
 class Mention:
-    """A term of a group in a text: `text[start:end]`. `index` is its place in the group's list, where it has one."""
+    """Term of a group in a text.
+
+    text: equals `text[start:end]` of the searched text.
+    form: grammatical form, which `swap` needs.
+    index: position of a name in its group's list.
+    """
 
     group: str
     start: int
@@ -45,13 +49,16 @@ class Mention:
 
 @functools.cache
 def lexicon() -> dict[str, Any]:
-    """The tables of groups.toml."""
+    """Return the tables of groups.toml."""
     return tomllib.loads((Path(__file__).parent / "groups.toml").read_text(encoding="utf-8"))
 
 
 @functools.cache
 def groups(kind: Kind) -> tuple[str, ...]:
-    """The groups of a kind: what `swap` takes as `to`. Names are of an origin and a sex (`black_female`)."""
+    """Return the groups of a kind, which `swap` accepts as `to`.
+
+    A group of names is an origin and a sex (`black_female`).
+    """
     _check_kind(kind)
     if kind == "names":
         return tuple(f"{origin}_{sex}" for origin in lexicon()["names"] for sex in SEXES)
@@ -60,7 +67,10 @@ def groups(kind: Kind) -> tuple[str, ...]:
 
 
 def mentions(text: str, kind: Kind) -> list[Mention]:
-    """The terms of a kind in a text, in order, none overlapping. Raises ConfigError for an unknown kind."""
+    """Return the terms of a kind in a text, in order and without overlaps.
+
+    Raises ConfigError for an unknown kind.
+    """
     _check_kind(kind)
     candidates = sorted(_FINDERS[kind](text), key=lambda mention: (mention.start, -mention.end))
     separate: list[Mention] = []
@@ -71,12 +81,13 @@ def mentions(text: str, kind: Kind) -> list[Mention]:
 
 
 def swap(text: str, kind: Kind, to: str) -> str | None:
-    """The text about somebody of another group: pronouns, verbs, articles and capitals made to fit.
+    """Return the text with its person moved to another group; pronouns, verbs, articles and capitals are adapted.
 
-    None where no term of the kind is there, where all are of that group already, or where grammar or sense cannot be
-    kept: a text that speaks of a `he` and a `she`, a `they` of many, "she's" of a verb that could be "is" or "has".
-    First names go along with pronouns (to a name of the same origin), and pronouns with first names of the other sex.
-    The same text gives the same answer always. Raises ConfigError for an unknown kind or group.
+    None if there is no term of the kind, or if all are of that group already.
+    None also if grammar or meaning cannot be kept: a text about a `he` and a `she`, a plural `they`, "she's" that may
+    be "is" or "has".
+    First names change with pronouns (to a name of the same origin), and pronouns with first names of the other sex.
+    The result is deterministic. Raises ConfigError for an unknown kind or group.
     """
     if to not in groups(kind):
         raise ConfigError(f"{to!r} is no group of {kind}", f"one of {', '.join(groups(kind))}")
@@ -90,7 +101,7 @@ def _check_kind(kind: str) -> None:
 
 
 def _edited(text: str, edits: dict[tuple[int, int], str]) -> str:
-    """The text with spans replaced and the articles before them made to fit."""
+    """Return the text with spans replaced, and with the articles before them adapted."""
     places, out, at = [], "", 0
     for (start, end), new in sorted(edits.items()):
         out += text[at:start]
@@ -122,7 +133,7 @@ def _name_tables() -> tuple[re.Pattern[str], dict[str, tuple[str, int]], dict[st
 
 
 def _names(text: str) -> Iterator[Mention]:
-    """First names, and the surnames behind them wherever else they stand (Mr Walsh)."""
+    """Yield first names with an optional surname, and each such surname wherever it occurs (Mr Walsh)."""
     pattern, first, last = _name_tables()
     of_surname: dict[str, str] = {}
     for match in pattern.finditer(text):
@@ -142,15 +153,17 @@ def _names(text: str) -> Iterator[Mention]:
 
 
 def _renamed(text: str, target: Callable[[str], str]) -> str:
-    """The text with names of other groups than `target(group)`. A name becomes the one at its place in the other list,
-    or the next that the text does not hold; one name is renamed one way throughout.
+    """Return the text with names of other groups than `target(group)` replaced.
+
+    A name becomes the one at its index in the other list, or the next one that is not in the text. Equal names get
+    equal replacements.
     """
     used_names = {mention.text for mention in mentions(text, "names")}
     names: dict[tuple[str, str], str] = {}
     edits = {}
     for mention in mentions(text, "names"):
         origin, _, sex = target(mention.group).partition("_")
-        # a surname says the origin alone
+        # a surname shows only the origin
         if target(mention.group) == mention.group or (
             mention.form == "last" and mention.group.startswith(f"{origin}_")
         ):
@@ -198,7 +211,7 @@ def _swap_pronouns(text: str, to: str) -> str | None:
 
 @functools.cache
 def _age_pattern() -> re.Pattern[str]:
-    """One group per form: numbers, words before somebody, words after "to be", decades."""
+    """Return the pattern of ages, one group per form: numbers, words before a person, words after "to be", decades."""
     words = lexicon()["age"]
     adjectives = _any([*words["young"], *words["older"]])
     decades = _any([*words["decades_young"], *words["decades_older"]])
@@ -220,7 +233,7 @@ def _ages(text: str) -> Iterator[Mention]:
         if not term.isdigit():
             group = "young" if term in (*words["young"], *words["decades_young"]) else "older"
             yield Mention(group, start, end, term, "decade" if match.lastindex == 7 else "word")
-        elif int(term) >= ADULT:  # a child's age is another matter
+        elif int(term) >= ADULT:  # ages of children are left alone
             yield Mention("young" if int(term) < OLDER else "older", start, end, term, "number")
 
 
@@ -245,7 +258,7 @@ def _swap_age(text: str, to: str) -> str | None:
 
 @functools.cache
 def _nationality() -> tuple[re.Pattern[str], dict[str, list[tuple[str, str]]]]:
-    """The pattern, groups as in `_age_pattern`; and what each word is: (group, form) for each of its forms."""
+    """Return the pattern, with one group per form, and word -> its readings (group, form)."""
     words: dict[str, list[tuple[str, str]]] = {}
     for group, (adjective, noun, *countries) in lexicon()["nationality"].items():
         for word, form in [(adjective, "adjective"), (noun, "noun"), *((country, "country") for country in countries)]:
@@ -293,7 +306,10 @@ def _swap_nationality(text: str, to: str) -> str | None:
 
 @functools.cache
 def _disability_pattern() -> re.Pattern[str]:
-    """Groups: before a noun, after "to be", a verb with a wheelchair, `with` and its noun, `in a wheelchair`."""
+    """Return the pattern of disabilities, one group per form.
+
+    The forms are: before a noun, after "to be", a verb with a wheelchair, `with` and its noun, `in a wheelchair`.
+    """
     lists = lexicon()["disability"]
     before = _any([before for before, _, _ in lists.values()])
     after = _any([word for _, single, plural in lists.values() for word in (single, plural)])

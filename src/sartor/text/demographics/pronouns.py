@@ -1,8 +1,8 @@
-"""Swaps pronouns with the verb agreement they need.
+"""Replacement of pronouns, with the verb agreement that they need.
 
-Only a text about one person is turned: where a `he` and a `she` are spoken of, the two would become one.
+Only a text about one person is changed: in a text about a `he` and a `she`, both would become the same.
 
-Rules and short lists, no model: what they cannot decide is said (None), never guessed into a wrong sentence.
+It uses rules and short word lists, no model. If they cannot decide, the result is None and never a guess.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ _A_VOWEL = re.compile(r"(?:uni|use|usu|eu|one\b|ukr)", re.IGNORECASE)
 
 
 def cased(word: str, like: str) -> str:
-    """`word` in the capitals of `like`: all, the first, or its own."""
+    """Return `word` with the capitals of `like`: all capitals, a first capital, or unchanged."""
     if like.isupper() and len(like) > 1:
         return word.upper()
     return word[:1].upper() + word[1:] if like[:1].isupper() else word
 
 
 def article(word: str) -> str:
-    """`a` or `an` before that word or number."""
+    """Return `a` or `an`, as it stands before a word or number."""
     if word[:1].isdigit():
         return "an" if _AN_NUMBER.match(word) else "a"
     return "an" if word[:1].lower() in "aeiou" and word[:1] and not _A_VOWEL.match(word) else "a"
 
 
 def with_articles(text: str, positions: list[int]) -> str:
-    """The text with each `a` or `an` right before one of the places (offsets of words) made to fit that word."""
+    """Return the text with each `a` or `an` right before one of the word offsets adapted to that word."""
     for position in sorted(positions, reverse=True):
         before = _ARTICLE.search(text, max(0, position - 3), position)
         if before and before[1] != "AN":
@@ -80,17 +80,17 @@ def with_articles(text: str, positions: list[int]) -> str:
 
 
 def is_function(word: str) -> bool:
-    """Whether a word (lower case) cannot begin what somebody has: a preposition, an article, a verb like `is`,
-    `yesterday`.
+    """Return whether a word (lower case) cannot begin a possessed noun phrase.
+
+    Such words are prepositions, articles, verbs like `is`, and `yesterday`.
     """
     return word in _FUNCTION
 
 
 def is_determiner(before: str, after: str, *, possessive: bool) -> bool:
-    """Whether a `her` (or with `possessive` a `his`) stands before the noun that it belongs to: `her car`, not `saw
-    her`.
+    """Return whether a `her` (with `possessive`, a `his`) belongs to the following noun: `her car`, not `saw her`.
 
-    `before` and `after` are the words beside it, lower case, empty at a full stop, comma or end.
+    before, after: adjacent words in lower case; empty at a full stop, comma or end.
     """
     if not after or is_function(after) or (after.endswith("ly") and after not in LY_ADJECTIVES):
         return False
@@ -104,7 +104,7 @@ def is_determiner(before: str, after: str, *, possessive: bool) -> bool:
 
 
 def plural_verb(word: str) -> str:
-    """The verb as `they` has it: works -> work, is -> are, tries -> try; another word as it is."""
+    """Return the verb form after `they`: works -> work, is -> are, tries -> try; other words unchanged."""
     low = word.lower()
     if low in ADVERBS or not low.endswith("s") and low not in _IRREGULAR or low.endswith(("ss", "'s", "’s")):
         return word
@@ -116,7 +116,7 @@ def plural_verb(word: str) -> str:
 
 
 def singular_verb(word: str) -> str:
-    """The verb as `he` has it: work -> works, are -> is, try -> tries; a past form or a modal as it is."""
+    """Return the verb form after `he`: work -> works, are -> is, try -> tries; past forms and modals unchanged."""
     low = word.lower()
     if low in _SINGULAR:
         return cased(_SINGULAR[low], word)
@@ -128,7 +128,10 @@ def singular_verb(word: str) -> str:
 
 
 def plural_contraction(after: str) -> str | None:
-    """What `'s` of `she's` is for `they`: `'re` or `'ve`, by the word behind it; None where it could be both."""
+    """Return the contraction for `they` instead of the `'s` of `she's`: `re` or `ve`; None if it could be both.
+
+    after: the word behind it.
+    """
     if after in _HAS:
         return "ve"
     if after in ADVERBS:  # she's always late, she's always paid
@@ -137,7 +140,7 @@ def plural_contraction(after: str) -> str | None:
 
 
 GROUPS = ("he", "she", "they")
-# subject, object, before its noun, standing alone, reflexive
+# the order of the forms below
 _ROLES = ("subject", "object", "determiner", "possessive", "reflexive")
 _FORMS = {
     "he": ("he", "him", "his", "his", "himself"),
@@ -173,7 +176,7 @@ _AND_VERB = re.compile(
     r"([a-z]+(?:['’]t)?)\b"
 )
 _VERBS_ALONE = WORDS["verbs_alone"]
-# a noun behind this is of another person than the one that is swapped: her son, has a sister
+# a noun behind this is about another person than the one whose pronouns change: her son, has a sister
 _OF_SOMEBODY = re.compile(
     r"(?:\b(?:my|your|his|her|their|our|whose|(?:has|have|had|having) (?:an?|one|no|\w+))|['’]s)(?: [a-z]+)? $", re.I
 )
@@ -188,9 +191,10 @@ Gendered = Mapping[str, Sequence[Sequence[str]]]
 
 
 def find(text: str, gendered: Gendered) -> Iterator[tuple[str, int, int]]:
-    """(group, start, end) of pronouns, nouns and titles of a person, in no order. `they` counts where it is of one
-    person;
-    `he or she` is of nobody's group, as is a word of the partner of somebody (husband).
+    """Yield (group, start, end) of pronouns, nouns and titles for a person, in no order.
+
+    `they` counts only if it is about one person. `he or she` has no group, and neither has a word for somebody's
+    partner (husband).
     """
     text = _EITHER_PATTERN.sub(lambda match: "_" * len(match[0]), text)
     they = _is_of_one(text)
@@ -207,7 +211,7 @@ def find(text: str, gendered: Gendered) -> Iterator[tuple[str, int, int]]:
 
 
 def swap(text: str, to: str, gendered: Gendered) -> str | None:
-    """The text in the pronouns of `to`; None where nothing is to be changed or it cannot be kept right."""
+    """Return the text with the pronouns of `to`; None if there is nothing to change or it cannot be done correctly."""
     groups = {group for group, _, _ in find(text, gendered)}
     sources = groups - {to}
     has_either = bool(_EITHER_PATTERN.search(text))
@@ -215,7 +219,7 @@ def swap(text: str, to: str, gendered: Gendered) -> str | None:
         return None
     whole = _EITHER_PATTERN.sub(lambda match: cased(_form(to, match.lastgroup or ""), match[0]), text)
     if has_either:
-        # the verbs agree with he or she; the new pronouns are all that is of `to`
+        # the verbs still agree with he or she; the text had no other pronouns of `to`
         return _agreed(whole, plural_verb, to) if to == "they" else whole
     (was,) = sources
     swapped = _swap_forms(text, was, to)
@@ -223,7 +227,7 @@ def swap(text: str, to: str, gendered: Gendered) -> str | None:
 
 
 def _ahead(position: int) -> tuple[int, int]:
-    """Where a search for the words right before a place looks: a text may be long."""
+    """Return the range in which to search for the words right before a position; texts may be long."""
     return max(0, position - 60), position
 
 
@@ -236,7 +240,7 @@ def _is_of_one(text: str) -> bool:
 
 
 def _role(text: str, start: int, end: int, word: str) -> str:
-    """What the pronoun does in its sentence."""
+    """Return the grammatical role of a pronoun."""
     following = _NEXT.match(text, end)
     before, after = _BEFORE.search(text, *_ahead(start)), following[1].lower() if following else ""
     ahead = before[1].lower() if before else ""
@@ -253,7 +257,10 @@ def _role(text: str, start: int, end: int, word: str) -> str:
 
 
 def _swap_forms(text: str, was: str, to: str) -> str | None:
-    """Every pronoun of `was` in the form of `to`, and the verbs behind subjects; None where one cannot be decided."""
+    """Return the text with every pronoun of `was` in the form of `to`, and verbs agreeing.
+
+    None if a form is ambiguous.
+    """
     agree = plural_verb if to == "they" else singular_verb if was == "they" else None
     out, at = "", 0
     for match in _PRONOUN.finditer(text):
@@ -288,7 +295,10 @@ def _contraction(text: str, match: re.Match[str], was: str, to: str) -> str | No
 
 
 def _inverted(head: str, agree: Callable[[str], str], after: int = 0) -> str:
-    """The text ahead of a subject, whose verb may stand before it: `Is she ...`. It stands behind `after`."""
+    """Return the text before a subject with a preceding verb agreeing: `Is she ...`.
+
+    after: position from which that verb may begin.
+    """
     match = _INVERTED.search(head, *_ahead(len(head)))
     if not match or match.start(1) < after:
         return head
@@ -296,8 +306,9 @@ def _inverted(head: str, agree: Callable[[str], str], after: int = 0) -> str:
 
 
 def _verbs(text: str, at: int, agree: Callable[[str], str], has_verb: bool) -> tuple[str, int]:
-    """The text from `at`, behind a subject, up to the last verb that belongs to it, with those verbs agreeing; and
-    that end.
+    """Return the text behind a subject with its verbs agreeing, and the position where it ends.
+
+    at: position behind the subject. The text ends at the last verb of the subject.
     """
     out = ""
     if not has_verb:
@@ -311,7 +322,7 @@ def _verbs(text: str, at: int, agree: Callable[[str], str], has_verb: bool) -> t
             return out, at
         out, at = out + " " + agree(match[1]), match.end()
         while match := _AND_VERB.match(text, at):
-            # right behind a verb, with no object between them: the next word is a verb as well
+            # a conjunction right behind a verb, without an object between, is followed by a verb as well
             out += text[at : match.start(2)] + agree(match[2])
             at = match.end()
     if agree is plural_verb:
@@ -323,7 +334,7 @@ def _verbs(text: str, at: int, agree: Callable[[str], str], has_verb: bool) -> t
 
 
 def _agreed(text: str, agree: Callable[[str], str], to: str) -> str:
-    """The verbs behind the subjects of a text in which all pronouns are of `to` already."""
+    """Return the text with agreeing verbs behind the subjects, if all pronouns are of `to` already."""
     out, at = "", 0
     for match in _PRONOUN.finditer(text):
         if match.start() >= at and match[1].lower() == _form(to, "subject") and not match[2]:
@@ -342,7 +353,7 @@ def _nouns(gendered: tuple[tuple[str, ...], ...], with_partners: bool) -> re.Pat
 
 
 def _key(gendered: Gendered) -> tuple[tuple[str, ...], ...]:
-    """The rows of the tables, partners last."""
+    """Return the rows of the tables, partners last."""
     return tuple(tuple(row) for table in ("nouns", "titles", "partners") for row in gendered[table])
 
 
@@ -352,7 +363,10 @@ def _noun_group(word: str, gendered: Gendered) -> str:
 
 
 def _with_nouns(text: str, was: str, to: str, gendered: Gendered) -> str:
-    """Nouns and titles of `was` as those of `to`; of partners the other, or with `they` the neutral word."""
+    """Return the text with the nouns and titles of `was` as those of `to`.
+
+    Words for partners change to the other sex, or with `they` to the neutral word.
+    """
     partners = {word for row in gendered["partners"] for word in row[:2]}
     out, at, positions = "", 0, []
     for match in _nouns(_key(gendered), True).finditer(text):

@@ -15,7 +15,7 @@ _PEM = (
     r"-----BEGIN[A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
     r"(?:(?!-----END)[^\x00]){0,20000}(?:-----END[A-Z0-9 ]{0,40}-----)?"
 )
-# (what, a word in lower case without which it cannot be there, pattern). The forms are the issuers' own.
+# (subtype, lower-case substring that every match contains, pattern), in the forms of the issuers
 ISSUED = tuple(
     (subtype, hint, re.compile(pattern))
     for subtype, hint, pattern in (
@@ -44,7 +44,7 @@ ISSUED = tuple(
         ("account_key", "accountkey", r"(?i)\baccountkey=([A-Za-z0-9+/]{20,}=*)"),
     )
 )
-SHORTEST = 12  # characters of the shortest word of letters and digits in the forms above
+SHORTEST = 12  # characters of the shortest token of letters and digits in the forms above
 MAY_LACK_DIGITS = (
     "_live_",
     "_test_",
@@ -55,8 +55,8 @@ MAY_LACK_DIGITS = (
     "AKIA",
     "GOCSPX",
     "xox",
-)  # one key in fifty to a thousand
-# those that need no digit in a long word: (what, hint in the text as it is written, pattern)
+)  # one key in fifty to a thousand has no digit
+# forms without a digit in a long token: (subtype, substring that every match contains, pattern)
 OTHERS = tuple(
     (subtype, hint, re.compile(pattern))
     for subtype, hint, pattern in (
@@ -86,7 +86,7 @@ _QUALIFIED = re.compile(
     r"|bot|ssh|app|storage|shared|aws|azure)[_ .-]?$",
     re.IGNORECASE,
 )
-# what stands for a value, or is none
+# placeholders for a value, and words that are no value
 _STANDS_FOR = re.compile(
     r"(?:x{3,}|\*{3,}|\.{3,}|•+|_+|-+|null|none|true|false|undefined|required|optional|string|str|text|password"
     r"|changeme\b.*|your(?:[_-].*|password|key|token|secret)?|my[_-].*"
@@ -98,16 +98,19 @@ _STANDS_FOR = re.compile(
 
 _IDENTIFIER = re.compile(
     r"[a-z]+(?:[_.][a-z]+)*_?|[A-Z]+(?:[_.][A-Z]+)*|[a-zA-Z]+-[a-zA-Z]+"
-)  # code, or a word with a dash
+)  # an identifier in code, or a word with a dash
 
 
 def entropy(text: str) -> float:
-    """Shannon's, in bits per character."""
+    """Return Shannon's entropy of the characters, in bits per character."""
     return -sum(count / len(text) * math.log2(count / len(text)) for count in Counter(text).values())
 
 
 def secrets(normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """Keys in the form of their issuer, private keys, credentials in URLs, and what follows `password:`, `token=`."""
+    """Yield keys in the form of their issuer, private keys, credentials in URLs, and values after a name.
+
+    Names are `password:`, `token=` and similar.
+    """
     long = any(end - start >= SHORTEST for start, end in normalized.tokens)
     if long or any(hint in normalized.flat for hint in MAY_LACK_DIGITS):
         for subtype, hint, pattern in ISSUED:
@@ -128,12 +131,12 @@ def _issued(normalized: NormalizedText, subtype: str, pattern: re.Pattern[str]) 
         if subtype == "openai_key" and not (any(sign.isdigit() for sign in value) and entropy(value) > 3):
             continue  # `sk-learn-contrib-package-name`
         if subtype == "url_credentials" and value.rpartition(":")[2].isdigit() and len(value.rpartition(":")[2]) < 6:
-            continue  # a port
+            continue  # a port number
         yield PiiEntity(match.start(group), match.end(group), "secret", subtype, 0.9 if group else 1.0, value)
 
 
 def _named(normalized: NormalizedText, hint: str) -> Iterator[PiiEntity]:
-    # `lower` may differ in length from `flat` by letters such as İ: then the places are looked for in `flat` itself
+    # `lower` and `flat` may differ in length (letters such as İ); then positions are searched in `flat`
     text = normalized.lower if len(normalized.lower) == len(normalized.flat) else normalized.flat
     position = text.find(hint)
     while position >= 0:
@@ -155,8 +158,9 @@ def _named(normalized: NormalizedText, hint: str) -> Iterator[PiiEntity]:
 
 
 def _is_subject(normalized: NormalizedText, position: int, hint: str) -> bool:
-    """Whether the word that begins here is one of its own (`monkey`, `compass` are not), and of a key says whose it
-    is.
+    """Return whether the word at a position names a secret.
+
+    It must be a word of its own (not `monkey`, `compass`). The word "key" must follow a word for the kind of key.
     """
     if hint == "key":
         return _QUALIFIED.search(normalized.before(position, 14)) is not None
@@ -177,8 +181,9 @@ def _is_simple_password(subject: str, value: str) -> bool:
 
 
 def _like_a_secret(subject: str, link: str, value: str) -> float:
-    """How sure it is that a value after its name is one: 0 where it is a word of the language or stands for a
-    value.
+    """Return the confidence that a value after its name is a secret, 0..1.
+
+    It is 0 for an ordinary word and for a placeholder.
     """
     if len(value) < 4 or _STANDS_FOR.fullmatch(value) or _IDENTIFIER.fullmatch(value):
         return 0.0

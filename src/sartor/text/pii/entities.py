@@ -1,4 +1,4 @@
-"""PII entity spans in normalized text."""
+"""Spans of personal data in normalised text."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ EntityName = Literal[
 ]
 ENTITIES: tuple[str, ...] = get_args(EntityName)
 PLACEHOLDER = re.compile(rf"<({'|'.join(name.upper() for name in ENTITIES)})(?:_(\d+))?>")
-BREAK = "\x00"  # stands between the fields of a row: no pattern matches across it, context words may stand beyond it
+BREAK = "\x00"  # separates the fields of a row; patterns do not match across it, context words may precede it
 
-# A character may be said by JSON or HTML escapes: `bob\u0040example.com`, `0151&nbsp;234`. Escapes of JSON are undone
-# in raw JSON text alone, where "\n0151" would otherwise read as the word "n0151".
+# Characters may be written as JSON or HTML escapes: `bob\u0040example.com`, `0151&nbsp;234`. JSON escapes are decoded
+# only in raw JSON text, where "\n0151" would otherwise be read as the word "n0151".
 HTML = r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|nbsp|commat|period|hyphen);"
 JSON = r"\\u[0-9a-fA-F]{4}|\\[nrtbf\"\\/]"
 ODD = re.compile(rf"[^\x00-\x7f]|{HTML}")
@@ -38,7 +38,7 @@ Span = tuple[int, int]
 NAMED = {"nbsp": " ", "commat": "@", "period": ".", "hyphen": "-"}
 LETTER_ESCAPES = {"n": "\n", "r": "\n", "t": "\t", "b": " ", "f": " "}
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
-# what may hide something: spaces, dashes, digits and compatibility forms; accented letters are no disguise
+# characters that may disguise data: spaces, dashes, digits and compatibility forms, but not accented letters
 MAY_HIDE = re.compile(
     "[\u00a0\u00ad\u00b2\u00b3\u00b9\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u2000-\u206f\u2070-\u209c\u2212\u2460-\u24ff\u2776-\u2793"
     "\u3000\u3164\ufe00-\ufe0f\ufe50-\ufe6f\ufeff\uff01-\uff5e\uff61\uffa0\U0001d400-\U0001d7ff\U0001f100-\U0001f10a\U000e0000-\U000e01ef]"
@@ -48,10 +48,13 @@ MAY_HIDE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class PiiEntity:
-    """Characters `start` to `end` are personal data of the kind `entity`; `subtype` is its finer kind (`aws_key`).
+    """Span of personal data.
 
-    `score` is 0..1. `value` is equal for two spellings of one thing (+49 30 1234567, 0049 30 123 45 67); it is never
-    written or shown.
+    entity: kind.
+    subtype: finer kind (`aws_key`).
+    score: confidence, 0..1.
+    value: equal for different spellings of one value (+49 30 1234567, 0049 30 123 45 67). It is never written or
+    shown.
     """
 
     start: int
@@ -62,15 +65,17 @@ class PiiEntity:
     value: str = field(repr=False)
 
     def touches(self, start: int, end: int) -> bool:
-        """Whether they share a character."""
+        """Return whether the span shares a character with another one."""
         return self.start < end and start < self.end
 
 
 @dataclass(frozen=True)
 class NormalizedText:
-    """A text without disguise, `flat`: digits of any script are 0-9, invisible characters are gone, escapes undone.
+    """Text with disguises removed.
 
-    `starts[i]` is where the character i of `flat` stands in the text that was given, None where both are the same.
+    flat: the text with digits of any script as 0-9, without invisible characters, and with escapes decoded.
+    starts: position of each character of `flat` in the original text; None if both texts are equal.
+    length: length of the original text.
     """
 
     flat: str
@@ -79,19 +84,19 @@ class NormalizedText:
 
     @cached_property
     def lower(self) -> str:
-        """For a quick look whether a word is there at all. Not of the same length as `flat`."""
+        """`flat` in lower case, for a fast check for words; its length may differ."""
         return self.flat.lower()
 
     @cached_property
     def numbers(self) -> list[Span]:
-        """Every unbroken sequence of digits."""
-        if not any(digit in self.flat for digit in "0123456789"):  # ten times as fast as a pattern that finds nothing
+        """Spans of all unbroken sequences of digits."""
+        if not any(digit in self.flat for digit in "0123456789"):  # ten times faster than a pattern without a match
             return []
         return [match.span() for match in _NUMBER.finditer(self.flat)]
 
     @cached_property
     def runs(self) -> list[Span]:
-        """Spans of six or more digits with at most three marks between two of them."""
+        """Spans of six or more digits, with at most three separators between two digits."""
         result: list[Span] = []
         begin, last, count = 0, -9, 0
         for start, end in [*self.numbers, (len(self.flat) + 9, 0)]:
@@ -107,9 +112,7 @@ class NormalizedText:
 
     @cached_property
     def tokens(self) -> list[Span]:
-        """Words of letters, digits, `_` and `-` in which a digit stands beside a letter or a mark: ids and keys are
-        such.
-        """
+        """Spans of words of letters, digits, `_` and `-` with a digit and another character: ids, keys."""
         result: list[Span] = []
         for start, end in self.numbers:
             if result and end <= result[-1][1]:
@@ -123,19 +126,19 @@ class NormalizedText:
         return result
 
     def has(self, *words: str) -> bool:
-        """Whether one of the words (in lower case) is there."""
+        """Return whether one of the words (in lower case) occurs."""
         return any(word in self.lower for word in words)
 
     def before(self, position: int, max_chars: int = 48) -> str:
-        """The characters before a place, up to `max_chars`."""
+        """Return up to `max_chars` characters before a position."""
         return self.flat[max(0, position - max_chars) : position]
 
     def at(self, position: int) -> str:
-        """The character at a place, a space outside of the text."""
+        """Return the character at a position; a space outside the text."""
         return self.flat[position] if 0 <= position < len(self.flat) else " "
 
     def in_source(self, finding: PiiEntity) -> PiiEntity:
-        """The finding by the places of the text that was given."""
+        """Return the finding with positions in the original text."""
         if self.starts is None:
             return finding
         last = self.starts[finding.end] if finding.end < len(self.starts) else self.length
@@ -148,7 +151,10 @@ Recogniser = Callable[[NormalizedText], Iterable[PiiEntity]]
 
 
 def normalize(text: str, *, escapes: bool = False) -> NormalizedText:
-    r"""The Sight of a text. `escapes`: it may be raw JSON, so `\u0040` and `\n` are read as what they stand for."""
+    r"""Return a text with disguises removed.
+
+    escapes: the text may be raw JSON, in which `\u0040` and `\n` are decoded.
+    """
     has_escapes = escapes and "\\" in text
     if not has_escapes and "&" not in text and (text.isascii() or MAY_HIDE.search(text) is None):
         return NormalizedText(text, None, len(text))
@@ -169,7 +175,7 @@ def normalize(text: str, *, escapes: bool = False) -> NormalizedText:
 
 
 def _plain(raw: str) -> str:
-    """What a character or an escape stands for: "" for one that cannot be seen."""
+    """Return the plain form of a character or an escape; "" for an invisible one."""
     if len(raw) > 1:
         return _unescaped(raw)
     if raw in DASHES:
@@ -204,12 +210,13 @@ def _shown(code: int, escape: str) -> str:
 
 
 def resolve_overlaps(findings: Iterable[PiiEntity]) -> list[PiiEntity]:
-    """Findings that do not overlap, in order: of two that do the surer one, then the longer one, stands for both.
+    """Return findings without overlaps, in order.
 
-    It takes over what the other covers beyond it, so that no half of a value stays behind.
+    Of two that overlap, the one of higher score (rounded to one decimal) stays, then the longer one. It is extended by
+    the part that only the other covers, so that no part of a value remains unmasked.
     """
     resolved: list[PiiEntity] = []
-    group: list[PiiEntity] = []  # findings that hang together
+    group: list[PiiEntity] = []  # findings connected by overlaps
     end = 0
     for finding in sorted(findings, key=lambda finding: finding.start):
         if group and finding.start >= end:
@@ -250,7 +257,7 @@ def _resolve_group(group: list[PiiEntity]) -> list[PiiEntity]:
 
 
 def outside_placeholders(findings: list[PiiEntity], text: str) -> list[PiiEntity]:
-    """The findings that do not touch what was masked before."""
+    """Return the findings that do not touch an existing placeholder."""
     if not findings or "<" not in text:
         return findings
     spans = [match.span() for match in PLACEHOLDER.finditer(text)]
@@ -264,12 +271,12 @@ def outside_placeholders(findings: list[PiiEntity], text: str) -> list[PiiEntity
 
 
 def digits(text: str) -> str:
-    """The digits of a text."""
+    """Return the digits of a text."""
     return "".join(filter(str.isdigit, text))
 
 
 def matches(pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int, str]]:
-    """(start, end, text) of group 1 where the pattern has one, else of all of it."""
+    """Yield (start, end, text) of group 1 of each match, or of the whole match without groups."""
     group = 1 if pattern.groups else 0
     for match in pattern.finditer(text):
         if match[group]:

@@ -1,4 +1,4 @@
-"""Texts of an Example laid out for one scan."""
+"""Layout of all texts of an Example for one scan."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ DEEPEST = 8
 
 @dataclass(frozen=True)
 class Leaf:
-    """A string or number in JSON text. `inner` holds the leaves of a string that is JSON itself, as `arguments`
-    are.
+    r"""String or number in JSON text.
+
+    start, end: its range in the JSON text.
+    escaped: whether it contains `\u` escapes.
+    inner: leaves of a string that is JSON itself, such as `arguments`.
     """
 
     start: int
@@ -29,7 +32,7 @@ class Leaf:
     inner: tuple[Leaf, ...] = ()
 
     def plain(self) -> Iterator[Leaf]:
-        """The leaves that hold words, in order."""
+        """Yield the innermost leaves, in order."""
         if not self.inner:
             yield self
         for leaf in self.inner:
@@ -37,7 +40,7 @@ class Leaf:
 
 
 def leaves(text: str, deep: int = 0) -> tuple[Leaf, ...] | None:
-    """The leaves of JSON text that is an object or a list; None of any other."""
+    """Return the leaves of a JSON object or list; None for any other text."""
     start, end = text[:1], text[-1:]
     if start not in "{[ \n\t\r" or end not in "}] \n\t\r" or text.strip()[:1] not in ("{", "["):
         return None
@@ -58,9 +61,9 @@ def _leaf(match: re.Match[str], deep: int) -> Leaf:
 
 
 def rebuilt(text: str, parts: Sequence[Leaf], changed: dict[int, str]) -> str:
-    """The JSON text with some leaves changed. `changed` holds new texts by the `id` of a leaf that `plain` gave.
+    """Return the JSON text with some leaves changed.
 
-    A number that was changed becomes a string.
+    changed: `id` of a leaf from `plain` -> new text. A changed number becomes a string.
     """
     pieces = []
     at = 0
@@ -75,14 +78,17 @@ def rebuilt(text: str, parts: Sequence[Leaf], changed: dict[int, str]) -> str:
 
 FieldName = Literal["prompt", "reply", "system", "tools"]
 JSON_BEGINS = frozenset("{[ \n\t\r")
-# of a message, besides its content
+# text fields of a message besides its content
 _FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
-TextLocation = tuple[str, int, str, int]  # ("messages" | "rejected" | "tools" | "group", message, what of it, part)
+TextLocation = tuple[str, int, str, int]  # ("messages" | "rejected" | "tools" | "group", message, attribute, part)
 
 
 @dataclass(frozen=True)
 class TextSlot:
-    """One text of a row. `leaf` is set where the text is a string or number inside of JSON."""
+    """One text of a row.
+
+    leaf: set if the text is a string or number inside JSON.
+    """
 
     location: TextLocation
     field: FieldName
@@ -91,7 +97,7 @@ class TextSlot:
 
     @property
     def name(self) -> str:
-        """Where it stands, for a person: `messages[2].tool_calls`."""
+        """Location for people, such as `messages[2].tool_calls`."""
         section, message, attribute, part = self.location
         if section in ("tools", "group"):
             return section
@@ -107,7 +113,7 @@ class ExampleLayout:
 
 
 def lay_out_example(example: Example) -> ExampleLayout:
-    """Every text that a row bears, but for its origins (paths) and media."""
+    """Return every text of a row except its origins (paths) and media."""
     slots: list[TextSlot] = []
     json: dict[TextLocation, tuple[Leaf, ...]] = {}
     for location, field, text in _texts(example):
@@ -121,7 +127,11 @@ def lay_out_example(example: Example) -> ExampleLayout:
 
 
 def plain_text(example: Example) -> str | None:
-    """The texts of a row, joined as its slots would be; None where one may be JSON or a message has several parts."""
+    """Return the texts of a row joined by BREAK, as its slots would be.
+
+    None if a text may be JSON, a message has several parts or other fields, or the row has tools, a group or a
+    rejected reply.
+    """
     if example.tools or example.group or example.rejected:
         return None
     texts = []
@@ -164,7 +174,10 @@ def _of_message(
 
 
 def replace_texts(example: Example, layout: ExampleLayout, changed: Mapping[int, str]) -> Example:
-    """The row with the texts of some slots (by their number) changed."""
+    """Return the row with the texts of some slots replaced.
+
+    changed: number of the slot -> new text.
+    """
     texts: dict[TextLocation, str] = {}
     by_leaf: dict[TextLocation, dict[int, str]] = {}
     for number, text in changed.items():
@@ -217,7 +230,7 @@ def _message(section: str, number: int, message: Message, texts: Mapping[TextLoc
 
 
 def joints(example: Example, layout: ExampleLayout) -> Iterator[list[int]]:
-    """The numbers of the slots that make one message's text together, where there are two or more."""
+    """Yield the numbers of the slots that together form one message's text, for messages with several."""
     together: dict[tuple[str, int], list[int]] = {}
     for number, slot in enumerate(layout.slots):
         if slot.location[2] == "content" and slot.leaf is None:

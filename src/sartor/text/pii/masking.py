@@ -1,4 +1,4 @@
-"""Replaces PII in an Example by placeholders."""
+"""Replacement of personal data in an Example by placeholders."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from sartor.text.pii.entities import BREAK, PLACEHOLDER, PiiEntity
 from sartor.text.pii.example_layout import ExampleLayout, TextSlot, joints, lay_out_example, plain_text, replace_texts
 from sartor.text.pii.scanner import Scanner
 
-# A placeholder is shorter than what it stands for, so a word may come near enough to a number to say what it is:
-# looking again until nothing is found makes masking twice the same as masking once.
+# A placeholder may be shorter than the value, which can bring a context word close enough to another number. Scanning
+# is repeated until nothing is found, so that masking a masked text changes nothing.
 MOST_PASSES = 8
-LETTERS = str.maketrans("0123456789", "ghijklmnop")  # a digest of digits alone could read as a number of something
-SHOWN = 20  # places that a detail lists
+LETTERS = str.maketrans("0123456789", "ghijklmnop")  # a digest with digits could be detected as a number
+SHOWN = 20  # findings that a detail lists
 
 
 @dataclass(frozen=True)
 class Hit:
-    """Characters `start` to `end` of slot number `slot`; `goes_on` where it is the rest of one that began in a part
-    before.
+    """Part of a finding within one slot.
+
+    slot: number of the slot.
+    start, end: range in the slot's text.
+    goes_on: whether the finding began in an earlier part.
     """
 
     slot: int
@@ -34,17 +37,17 @@ class Hit:
 
 @dataclass(frozen=True)
 class RowEntities:
-    """The hits of a row in order, and its texts."""
+    """Hits of a row in order, with its texts."""
 
     layout: ExampleLayout
     hits: tuple[Hit, ...]
 
     def slot(self, hit: Hit) -> TextSlot:
-        """The text in which a hit lies."""
+        """Return the slot of a hit."""
         return self.layout.slots[hit.slot]
 
     def describe(self) -> str:
-        """`email at messages[1].content 12-31; ...`: kinds and spans, never a value."""
+        """Return kinds and spans, never a value: `email at messages[1].content 12-31; ...`."""
         whole_hits = [hit for hit in self.hits if not hit.goes_on]
         rest = f"; and {len(whole_hits) - SHOWN} more" if len(whole_hits) > SHOWN else ""
         return "; ".join(self._describe_hit(hit) for hit in whole_hits[:SHOWN]) + rest
@@ -52,7 +55,7 @@ class RowEntities:
     def _describe_hit(self, hit: Hit) -> str:
         slot = self.slot(hit)
         start, end = hit.start, hit.end
-        if slot.leaf is not None:  # in the JSON text the value may be written otherwise: the whole string is named
+        if slot.leaf is not None:  # escapes may change positions within JSON, so the span is that of the whole string
             outer = next(
                 part for part in self.layout.json[slot.location] if any(leaf is slot.leaf for leaf in part.plain())
             )
@@ -62,10 +65,13 @@ class RowEntities:
 
 
 def find_in_row(scanner: Scanner, example: Example, *, escapes: bool = False) -> RowEntities:
-    """Everything personal in the texts of a row, which are looked at as one: words of one field speak for the next."""
+    """Find personal data in the texts of a row.
+
+    The texts are scanned together, so words of one field are context for the next.
+    """
     plain = None if escapes else plain_text(example)
     if plain is not None and not scanner.find(plain):
-        return NOTHING  # most rows: they are not laid out
+        return NOTHING  # most rows; they need no layout
     layout = lay_out_example(example)
     starts = [0]
     for slot in layout.slots:
@@ -87,7 +93,7 @@ def find_in_row(scanner: Scanner, example: Example, *, escapes: bool = False) ->
 
 
 def _across(scanner: Scanner, layout: ExampleLayout, numbers: Sequence[int]) -> list[Hit]:
-    """What is only there when the parts of a message are read in one: a number of which each part holds a half."""
+    """Return the findings that span several parts of a message, such as a number split between two parts."""
     texts = [layout.slots[number].text for number in numbers]
     hits = []
     for finding in scanner.find("".join(texts)):
@@ -107,10 +113,10 @@ NOTHING = RowEntities(ExampleLayout((), {}), ())
 
 
 class Placeholders:
-    """`<EMAIL_1>`, numbered by value within a row; or `<EMAIL>` for every one."""
+    """Placeholders `<EMAIL_1>`, numbered by value within a row, or `<EMAIL>` without numbers."""
 
     def __init__(self, numbered: bool, texts: Iterable[str]) -> None:
-        """`texts`: where placeholders may stand already, whose numbers are not given again."""
+        """Reserve the numbers of placeholders that are already in `texts`."""
         self._numbered = numbered
         self._numbers: dict[tuple[str, str], int] = {}
         self._last: dict[str, int] = {}
@@ -119,7 +125,7 @@ class Placeholders:
                 self._last[match[1]] = max(self._last.get(match[1], 0), int(match[2] or 0))
 
     def of(self, finding: PiiEntity) -> str:
-        """What stands in a finding's place."""
+        """Return the placeholder of a finding."""
         name = finding.entity.upper()
         if not self._numbered:
             return f"<{name}>"
@@ -130,8 +136,9 @@ class Placeholders:
 
 
 def masked(example: Example, row_entities: RowEntities, names: Placeholders) -> Example:
-    """The row with placeholders for the hits. A `group` that holds any becomes a digest of itself: groups stay
-    apart.
+    """Return the row with placeholders for the hits.
+
+    A `group` with a hit becomes its digest, so that different groups stay different.
     """
     changed: dict[int, str] = {}
     by_slot: dict[int, list[Hit]] = {}
@@ -156,16 +163,16 @@ def _replaced(text: str, hits: Sequence[Hit], names: Placeholders) -> str:
 
 
 def select_hits(row_entities: RowEntities, keep: Callable[[TextSlot, PiiEntity], bool]) -> RowEntities:
-    """The hits that a condition holds for."""
+    """Return the hits for which `keep` is true."""
     return RowEntities(
         row_entities.layout, tuple(hit for hit in row_entities.hits if keep(row_entities.slot(hit), hit.finding))
     )
 
 
 def text_masker(scanner: Scanner, numbered: bool, cut_length: int) -> Callable[[str], str]:
-    """A function text -> text with placeholders. JSON stays JSON.
+    """Return a function that replaces personal data in a text by placeholders; JSON stays JSON.
 
-    A text of `cut_length` characters was cut: its last word may be the first half of something, so it goes too.
+    A text of `cut_length` characters was cut: its last word may be the first part of a value, so it is removed too.
     """
     origins = (Origin("", ""),)
 
@@ -185,8 +192,9 @@ def text_masker(scanner: Scanner, numbered: bool, cut_length: int) -> Callable[[
 
 
 def _last_word(text: str) -> int:
-    """Where the last word of a text begins, with the digits and marks before it: at most 200 characters from its
-    end.
+    """Return the start of the last word of a text, including digits and marks before it.
+
+    It is at most 200 characters from the end.
     """
     position = len(text)
     earliest = max(0, position - 200)
@@ -196,7 +204,7 @@ def _last_word(text: str) -> int:
 
 
 def entity_counts(row_entities: RowEntities) -> Mapping[str, int]:
-    """`email.reply` -> how many: by entity and field."""
+    """Return the number of findings by entity and field (`email.reply`)."""
     counts: dict[str, int] = {}
     for hit in row_entities.hits:
         if not hit.goes_on:

@@ -1,7 +1,7 @@
 """Recognizer of national tax and identity numbers.
 
-A number that is digits alone passes a check digit by chance one time in ten: it counts only where its form is of one
-country alone (`standalone`), or where a word before it says what it is.
+A number of digits only has a correct check digit by chance one time in ten. It therefore counts only if its form is of
+one country alone (`standalone`), or if a word before it announces it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def _date(year: int, month: int, day: int) -> bool:
 
 
 def _day(text: str) -> bool:
-    """DDMMYY with a year of either century."""
+    """Return whether six digits DDMMYY are a date of the 20th or 21st century."""
     return _date(2000 + int(text[4:6]), int(text[2:4]), int(text[:2])) or _date(
         1900 + int(text[4:6]), int(text[2:4]), int(text[:2])
     )
 
 
 def us_ssn(text: str) -> bool:
-    """Area, group and serial that the SSA may issue: there is no check digit."""
+    """Return whether area, group and serial of a US SSN may be issued; there is no check digit."""
     number = digits(text)
     return (
         number[:3] not in ("000", "666")
@@ -50,13 +50,16 @@ def us_ssn(text: str) -> bool:
 
 
 def us_itin(text: str) -> bool:
-    """A group that the IRS uses."""
+    """Return whether the IRS uses the group of a US ITIN."""
     group = int(digits(text)[3:5])
     return 50 <= group <= 65 or 70 <= group <= 88 or 90 <= group <= 92 or 94 <= group <= 99
 
 
 def fr_nir(text: str) -> bool:
-    """The key of the INSEE number: 97 less the number modulo 97; Corsica's 2A and 2B count as 19 and 18."""
+    """Return whether the key of a French NIR (INSEE number) is correct.
+
+    key = 97 - (number mod 97); Corsica's 2A and 2B count as 19 and 18.
+    """
     number = text.replace(" ", "")
     month = int(number[3:5])
     if len(number) != 15 or not (1 <= month <= 12 or 20 <= month <= 42 or month >= 50):
@@ -66,13 +69,16 @@ def fr_nir(text: str) -> bool:
 
 
 def nl_bsn(text: str) -> bool:
-    """The eleven test, with -1 as the last weight."""
+    """Return whether a Dutch BSN passes the eleven test: sum_i w_i d_i = 0 mod 11, w = 9, 8, ..., 2, -1."""
     number = digits(text)
     return len(set(number)) > 1 and _weighted(number, (9, 8, 7, 6, 5, 4, 3, 2, -1)) % 11 == 0
 
 
 def be_rn(text: str) -> bool:
-    """97 less the first nine digits modulo 97, with a 2 before them from the year 2000 on."""
+    """Return whether the check digits of a Belgian national number are correct.
+
+    check = 97 - (first nine digits mod 97), with a 2 before them for births since 2000.
+    """
     number = digits(text)
     if not 0 <= int(number[2:4]) % 20 <= 12 or int(number[4:6]) > 31:
         return False
@@ -80,13 +86,13 @@ def be_rn(text: str) -> bool:
 
 
 def ean(text: str) -> bool:
-    """The check digit of an EAN-13, which the Swiss AHV number has."""
+    """Return whether an EAN-13 check digit is correct; the Swiss AHV number has one."""
     number = digits(text)
     return len(number) == 13 and _weighted(number, "1313131313131") % 10 == 0
 
 
 def at_svnr(text: str) -> bool:
-    """Modulo 11 over the serial number and the date of birth."""
+    """Return whether the check digit of an Austrian SVNR is correct: modulo 11 over serial and date of birth."""
     number = digits(text)
     return (
         number[0] != "0"
@@ -96,14 +102,14 @@ def at_svnr(text: str) -> bool:
 
 
 def pt_nif(text: str) -> bool:
-    """Modulo 11."""
+    """Return whether the check digit of a Portuguese NIF is correct, modulo 11."""
     number = digits(text)
     remainder = 11 - _weighted(number[:8], "98765432") % 11
     return (0 if remainder > 9 else remainder) == int(number[8])
 
 
 def br_cpf(text: str) -> bool:
-    """Two digits modulo 11."""
+    """Return whether both check digits of a Brazilian CPF are correct, modulo 11."""
     number = digits(text)
     first = _weighted(number[:9], (10, 9, 8, 7, 6, 5, 4, 3, 2)) * 10 % 11 % 10
     second = _weighted(number[:10], (11, 10, 9, 8, 7, 6, 5, 4, 3, 2)) * 10 % 11 % 10
@@ -111,7 +117,7 @@ def br_cpf(text: str) -> bool:
 
 
 def cn_id(text: str) -> bool:
-    """ISO 7064 MOD 11-2 and a date."""
+    """Return whether a Chinese ID has a valid date and check character (ISO 7064 MOD 11-2)."""
     if not _date(int(text[6:10]), int(text[10:12]), int(text[12:14])):
         return False
     remainder = _weighted(text[:17], (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)) % 11
@@ -119,39 +125,48 @@ def cn_id(text: str) -> bool:
 
 
 def dk_cpr(text: str) -> bool:
-    """A date: the check digit is not kept since 2007."""
+    """Return whether a Danish CPR begins with a date; its check digit is not reliable since 2007."""
     return _day(digits(text))
 
 
 def no_fnr(text: str) -> bool:
-    """Two digits modulo 11; a D-number has 4 added to its first digit."""
+    """Return whether a Norwegian number has a valid date and correct check digits, modulo 11.
+
+    There are two check digits. A D-number has 4 added to its first digit.
+    """
     number = digits(text)
     day = f"{int(number[0]) % 4}{number[1:6]}"
     return _day(day) and _weighted(number, "37618945210") % 11 == 0 and _weighted(number, "54327654321") % 11 == 0
 
 
 def cz_rc(text: str) -> bool:
-    """Divisible by 11; women have 50 added to the month."""
+    """Return whether a Czech or Slovak birth number is divisible by 11 and has a valid month and day.
+
+    Women have 50 added to the month.
+    """
     number = digits(text)
     return 1 <= int(number[2:4]) % 50 % 20 <= 12 and 1 <= int(number[4:6]) <= 31 and int(number) % 11 == 0
 
 
 def mx_curp(text: str) -> bool:
-    """Modulo 10 over the values of letters and digits, Ñ between N and O."""
+    """Return whether the check digit of a Mexican CURP is correct.
+
+    Modulo 10 over the values of digits and letters, with Ñ between N and O.
+    """
     signs = "0123456789ABCDEFGHIJKLMNÑOPQRSTUVWXYZ"
     total = sum(signs.index(sign) * (18 - index) for index, sign in enumerate(text[:17]))
     return str((10 - total % 10) % 10) == text[17]
 
 
 def cl_rut(text: str) -> bool:
-    """Modulo 11 with K as ten."""
+    """Return whether the check character of a Chilean RUT is correct: modulo 11, with K for ten."""
     body, sign = re.sub(r"[.\s]", "", text).upper().split("-")
     total = sum(int(digit) * (2 + index % 6) for index, digit in enumerate(reversed(body)))
     return "0K987654321"[total % 11] == sign
 
 
 def ro_cnp(text: str) -> bool:
-    """Modulo 11 and a date."""
+    """Return whether a Romanian CNP has a correct check digit, modulo 11, and a valid month and day."""
     remainder = _weighted(text[:12], "279146358279") % 11
     return (
         1 <= int(text[3:5]) <= 12
@@ -161,12 +176,12 @@ def ro_cnp(text: str) -> bool:
 
 
 def luhn_any(text: str) -> bool:
-    """Luhn's check digit."""
+    """Return whether Luhn's check digit is correct and the digits are not all equal."""
     return luhn(digits(text)) and len(set(digits(text))) > 1
 
 
 def sg_nric(text: str) -> bool:
-    """The letter that follows from the digits."""
+    """Return whether the check letter of a Singapore NRIC or FIN is correct."""
     total = _weighted(text[1:8], "2765432") + {"T": 4, "G": 4, "M": 3}.get(text[0], 0)
     letters = {"S": "JZIHGFEDCBA", "T": "JZIHGFEDCBA", "F": "XWUTRQPNMLK", "G": "XWUTRQPNMLK", "M": "XWUTRQPNJLK"}[
         text[0]
@@ -176,11 +191,11 @@ def sg_nric(text: str) -> bool:
 
 
 def gb_nino(text: str) -> bool:
-    """A prefix that is issued."""
+    """Return whether the prefix of a British NINO is issued."""
     return text[:2] not in ("BG", "GB", "NK", "KN", "TN", "NT", "ZZ")
 
 
-# words of any country that say "a number of a person follows"
+# words, of any country, that announce a personal number
 _ANY_WORD = (
     r"national (?:id|identity|insurance)|(?:id|identity|identification|personal|insurance|tax) ?(?:card )?(?:number"
     r"|no\b|nr\b|code)"
@@ -191,9 +206,12 @@ _ANY_WORD = (
 
 @dataclass(frozen=True)
 class Number:
-    """A country's number: its form, its check (None: presidio's own), the words that announce it.
+    """National number.
 
-    `standalone`: a regular expression of the forms that count without such a word; "" is none.
+    form: pattern of the number.
+    check: function that validates a match.
+    words: pattern of the words that announce it.
+    standalone: pattern of the forms that count without such a word; None for no form.
     """
 
     country: str
@@ -243,7 +261,7 @@ SARTOR_NUMBERS = (
     ),
     _number("US", "us_itin", r"9\d\d([ -]?)[5-9]\d\1\d{4}", us_itin, r"itin\b", r"9\d\d-\d\d-"),
 )
-# (country, what, presidio's module, words in addition to its own, alone)
+# (country, subtype, presidio's module, words besides its context words, standalone pattern)
 PRESIDIO_NUMBERS = (
     ("AU", "au_tfn", "australia.au_tfn", r"tfn", ""),
     ("AU", "au_medicare", "australia.au_medicare", r"medicare", ""),
@@ -268,7 +286,7 @@ PRESIDIO_NUMBERS = (
     ("ZA", "za_id", "south_africa.za_id_number", r"\bid\b|rsa id|south african", ""),
 )
 COUNTRIES = tuple(sorted({number.country for number in SARTOR_NUMBERS} | {row[0] for row in PRESIDIO_NUMBERS}))
-# a passport's or licence's number after its name: no form of its own that could be checked
+# number of a passport or licence after its name; it has no form or check digit that could be verified
 _DOCUMENT = re.compile(
     r"\b(?:passport|reisepass|passeport|pasaporte|passaporto|driver'?s?'? licen[cs]e|driving licen[cs]e"
     r"|f[üu]hrerschein|identity card"
@@ -279,7 +297,10 @@ _DOCUMENT = re.compile(
 
 
 def opener(countries: Sequence[str]) -> Callable[[NormalizedText], Iterable[PiiEntity]]:
-    """The recogniser for the numbers of `countries`; () is all in COUNTRIES. Raises ExtraError without presidio."""
+    """Return the recognizer for the numbers of `countries`; () means all in COUNTRIES.
+
+    Raises ExtraError if presidio is not installed.
+    """
     wanted = set(countries or COUNTRIES)
     numbers = [number for number in SARTOR_NUMBERS if number.country in wanted]
     numbers += [_presidio_number(*row) for row in PRESIDIO_NUMBERS if row[0] in wanted]
@@ -299,11 +320,12 @@ def opener(countries: Sequence[str]) -> Callable[[NormalizedText], Iterable[PiiE
 
 
 def _places(normalized: NormalizedText) -> list[tuple[int, int]]:
-    """Spans to look into: runs of digits with the letters beside them, and words of letters and digits; each seen
-    once.
+    """Return the spans to search, each once.
+
+    They are runs of digits with adjacent letters, and tokens of letters and digits.
     """
     spans = [(_extend_left(normalized, start), _extend_right(normalized, end)) for start, end in normalized.runs]
-    starts = [start for start, _ in spans]  # in order, as the runs are
+    starts = [start for start, _ in spans]  # sorted, as the runs are
     for start, end in normalized.tokens:
         before = bisect_right(starts, start) - 1
         if 8 <= end - start <= 24 and (before < 0 or spans[before][1] < end):
@@ -347,7 +369,7 @@ def _bare(text: str) -> str:
 
 
 def _presidio_number(country: str, subtype: str, module_path: str, words: str, standalone: str) -> Number:
-    """One of presidio's recognisers: its patterns as one, its check, its context words and ours."""
+    """Return a Number from a presidio recognizer: its patterns, its check, and its context words besides ours."""
     presidio = recogniser(f"country_specific.{module_path}")
 
     def check(text: str) -> bool:
@@ -367,7 +389,7 @@ def _presidio_number(country: str, subtype: str, module_path: str, words: str, s
 
 
 def _alternation(patterns: Sequence[str], flags: int) -> Any:
-    """Patterns of the `regex` module as one: it is what presidio's are written for."""
+    """Return one pattern for several; presidio's patterns are written for the `regex` module."""
     import regex
 
     return regex.compile("|".join(f"(?:{pattern})" for pattern in patterns), flags=flags)

@@ -26,7 +26,7 @@ _ARTICLE = re.compile(r"\b(?:an?|the|my|our|your|this|that|some|any|every|of|as|
 _MAIL_WORD = re.compile(
     r"\b(?:e-?mails?|mail|contact|write|reach|address|correo|courriel|adresse|kontakt)\b", re.IGNORECASE
 )
-# "we looked at example dot com": what stands before "at" is a verb, not a person
+# "we looked at example dot com": the word before "at" is a verb, not a mailbox
 NOT_A_NAME = re.compile(
     r"look|looked|looking|work|works|worked|working|shop|shopping|buy|bought|order|ordered|available|visit|site|sites"
     r"|arrive|store|stored|found|find|online|meet|see|sign|register|us|me|it|them|is|are|was|be|here|there|start|stop"
@@ -45,7 +45,7 @@ _IP_WORD = re.compile(
     r"(?:\bips?\b|ipv4|ipv6|addr|server|host|\bdns\b|gateway|subnet|client|router|ping|login|log|network|proxy|from|port)",
     re.IGNORECASE,
 )
-# a cheap look whether there can be one: patterns that begin with a fixed sign are found fast
+# a fast check for possible matches: patterns that begin with a fixed character are found fast
 _COLONS = re.compile(r":[0-9a-fA-F]{0,4}:")
 _MAC_MIDDLES = [
     re.compile(rf"{mark}[0-9a-fA-F]{{{size}}}{mark}[0-9a-fA-F]{{2}}")
@@ -59,9 +59,9 @@ _MAC = re.compile(
 
 @cache
 def top_domains() -> frozenset[str]:
-    """The last labels of the list of public suffixes in tldextract's wheel, as letters and as punycode.
+    """Return the last labels of the public suffix list in tldextract's wheel, as letters and as punycode.
 
-    The file is read and the library is not imported: it is made to fetch a newer list, and nothing here may.
+    The file is read without importing the library, which is made to fetch a newer list; nothing here may do that.
     """
     spec = importlib.util.find_spec("tldextract")
     if spec is None or not spec.submodule_search_locations:
@@ -72,18 +72,18 @@ def top_domains() -> frozenset[str]:
     return frozenset(labels | {label.encode("idna").decode() for label in labels if not label.isascii()})
 
 
-# Names that people invent for examples; an address below them reads as one (RFC 2606, RFC 6761)
+# reserved names for examples and local networks (RFC 2606, RFC 6761); addresses below them count too
 RESERVED = {"example", "test", "invalid", "localhost", "local", "lan", "internal", "corp", "home"}
 
 
 def is_domain(text: str) -> bool:
-    """Whether it has two labels or more and ends in a public suffix, or one for examples and home networks."""
+    """Return whether a text has at least two labels and ends in a public suffix or a reserved name."""
     last = text.rpartition(".")[2].lower()
     return "." in text and (last in RESERVED or last in top_domains())
 
 
 def emails(normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """Addresses with an @ and a domain below a public suffix; written-out ones (`bob [at] example [dot] com`)."""
+    """Yield addresses with an @ and a valid domain, and spelt-out ones (`bob [at] example [dot] com`)."""
     flat = normalized.flat
     position = flat.find("@")
     while position >= 0:
@@ -116,7 +116,7 @@ def emails(normalized: NormalizedText) -> Iterator[PiiEntity]:
 
 
 def _is_remote(flat: str, start: int, at: int, end: int) -> bool:
-    """`git@github.com:owner/name`, and the password of a URL, are no mail addresses."""
+    """Return whether an address is a git remote (`git@github.com:owner/name`) or the password of a URL."""
     return (flat[start:at] == "git" and flat[end : end + 1] in (":", "/")) or _USERINFO.search(
         flat, max(0, start - 128), start
     ) is not None
@@ -130,7 +130,7 @@ def _spelt(normalized: NormalizedText) -> Iterator[PiiEntity]:
             continue
         bracketed = _BRACKET.search(at[0]) is not None
         if not bracketed and not _DOT_WORD.search(after[0]):
-            continue  # "we met at example.com": a place on the web, not written out
+            continue  # "we met at example.com": a web site, not a spelt-out address
         local, domain = _DOTS.sub(".", before[0]), _DOTS.sub(".", after[0])
         while not is_domain(domain) and domain.count(".") > 1:
             domain = domain.rpartition(".")[0]
@@ -143,8 +143,9 @@ def _spelt(normalized: NormalizedText) -> Iterator[PiiEntity]:
 
 
 def _mailbox_score(normalized: NormalizedText, start: int, local: str) -> float:
-    """How sure it is that what stands before a bare "at" is a mailbox: 0 for a verb ("look at ...") or "a designer at
-    ...".
+    """Return the confidence that the text before a bare "at" is a mailbox, 0..1.
+
+    It is 0 for a verb ("look at ...") and after an article ("a designer at ...").
     """
     before = normalized.before(start, 60)
     if not any(sign.isalpha() for sign in local) or NOT_A_NAME.fullmatch(local.rpartition(".")[2]):
@@ -155,7 +156,7 @@ def _mailbox_score(normalized: NormalizedText, start: int, local: str) -> float:
 
 
 def _end_of(match: re.Match[str], domain: str) -> int:
-    """Where the label ends with which the domain ends: after it may stand what only looked like one more."""
+    """Return the end of the last label of the domain; text after it may have looked like one more label."""
     end = match.start()
     for label in domain.split("."):
         end = match.string.index(label, end) + len(label)
@@ -163,7 +164,7 @@ def _end_of(match: re.Match[str], domain: str) -> int:
 
 
 def ip_addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """IPv4 and IPv6 addresses, but no masks, loopbacks, version or section numbers."""
+    """Yield IPv4 and IPv6 addresses, without masks, loopback addresses, version and section numbers."""
     for start, end in normalized.numbers:
         match = _IPV4.match(normalized.flat, start) if normalized.at(end) == "." else None
         if match:
@@ -199,8 +200,9 @@ def _v6(text: str) -> str:
 
 
 def mac_addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """Six bytes in hexadecimal with `:` or `-`, or three groups of four with dots; not the broadcast address nor
-    zeros.
+    """Yield MAC addresses: six bytes with `:` or `-`, or three groups of four digits with dots.
+
+    The broadcast address and the zero address are left out.
     """
     if not any(middle.search(normalized.flat) for middle in _MAC_MIDDLES):
         return

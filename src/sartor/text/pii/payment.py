@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from sartor.text.pii.entities import NormalizedText, PiiEntity, Span, digits
 from sartor.text.pii.presidio_loader import recogniser
 
-# Issuer ranges (ISO/IEC 7812) and their lengths
+# issuer ranges (ISO/IEC 7812) with their lengths
 CARDS = tuple(
     re.compile(pattern)
     for pattern in (
@@ -31,7 +31,7 @@ _CARD_WORD = re.compile(
 _GROUP = re.compile(r"\d+")
 _CARD_MARK = re.compile(r"[ \-./]|  ")
 
-# Length of an IBAN by country: SWIFT's IBAN registry, release 99
+# length of an IBAN by country: SWIFT's IBAN registry, release 99
 IBAN_LENGTHS = {
     country: length
     for length, countries in {
@@ -64,7 +64,8 @@ _ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
 def luhn(number: str) -> bool:
-    """Whether the last digit is the check digit of the others (ISO/IEC 7812-1, annex B)."""
+    """Return whether the last digit is the check digit of the others (Luhn; ISO/IEC 7812-1, annex B)."""
+    # from the right, every second digit d counts as the digit sum of 2 d; the total is 0 modulo 10
     total = 0
     for index, digit in enumerate(reversed(number)):
         value = int(digit) * (1 + index % 2)
@@ -73,14 +74,18 @@ def luhn(number: str) -> bool:
 
 
 def is_card(number: str) -> bool:
-    """Whether digits are of an issuer's range and length, and their check digit is right. One digit repeated is
-    none.
+    """Return whether digits have an issuer's range and length and a correct check digit.
+
+    One digit repeated is no card number.
     """
     return any(card.fullmatch(number) for card in CARDS) and luhn(number) and len(set(number)) > 1
 
 
 def is_iban(text: str) -> bool:
-    """Whether letters and digits without spaces are an IBAN: its country's length, and 1 modulo 97 (ISO 13616)."""
+    """Return whether letters and digits without spaces are an IBAN (ISO 13616).
+
+    It has the length of its country, and is 1 modulo 97.
+    """
     text = text.upper()
     if IBAN_LENGTHS.get(text[:2]) != len(text):
         return False
@@ -88,7 +93,7 @@ def is_iban(text: str) -> bool:
 
 
 def cards(normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """Card numbers, written in one, in groups or digit by digit."""
+    """Yield card numbers, written without gaps, in groups or digit by digit."""
     for start, end in normalized.runs:
         if end - start < 13:
             continue
@@ -96,14 +101,15 @@ def cards(normalized: NormalizedText) -> Iterator[PiiEntity]:
         for groups in _even_groups(normalized.flat, start, end):
             for first, last in _card_in(normalized.flat, groups):
                 number = digits(normalized.flat[first:last])
-                # 13 digits from a 4 on are barcodes (EAN) more often than Visa's old numbers
+                # 13 digits that begin with 4 are more often barcodes (EAN) than old Visa numbers
                 old = len(number) == 13 and not _CARD_WORD.search(normalized.before(first))
                 yield PiiEntity(first, last, "credit_card", "card_number", 0.3 if old else 0.95, number)
 
 
 def _trimmed(normalized: NormalizedText, start: int, end: int) -> Span:
-    """A run without a group at either end that is part of a word, if a space parts it from the others (`invoice2
-    4111...`).
+    """Return a run without a group at either end that belongs to a word, if a space separates it.
+
+    An example is `invoice2 4111...`.
     """
     if normalized.at(start - 1).isalnum():
         space = normalized.flat.find(" ", start, end)
@@ -114,8 +120,9 @@ def _trimmed(normalized: NormalizedText, start: int, end: int) -> Span:
 
 
 def _even_groups(flat: str, start: int, end: int) -> Iterator[list[Span]]:
-    """Groups of digits between which one space, dash, dot or slash stands: a comma or a bracket is not inside of a
-    number.
+    """Yield lists of digit groups separated by one space, dash, dot or slash (or two spaces).
+
+    A comma or a bracket separates two numbers.
     """
     groups: list[Span] = []
     for match in _GROUP.finditer(flat, start, end):
@@ -149,7 +156,7 @@ def _usual(flat: str, groups: list[Span]) -> bool:
 
 
 def ibans(normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """IBANs whose length and check digits are right."""
+    """Yield IBANs with the correct length and check digits."""
     for start, end in normalized.numbers:
         start -= 3 if normalized.at(start - 1) == " " else 2
         if end - start < 4 or start < 0 or normalized.flat[start : start + 2].upper() not in IBAN_LENGTHS:
@@ -165,8 +172,10 @@ def ibans(normalized: NormalizedText) -> Iterator[PiiEntity]:
 
 
 def _is_written_as_one(text: str) -> bool:
-    """Whether it is in one, or in groups of four: one sentence in ten thousand ("at 30 seconds ...") is 1 modulo
-    97.
+    """Return whether a text is in one piece, in groups of four, or all in capitals.
+
+    At least 40 % of its characters must be digits. One sentence in ten thousand ("at 30 seconds ...") is 1 modulo 97
+    by chance.
     """
     groups = re.split(r"[^A-Za-z0-9]+", text)
     whole = "".join(groups)
@@ -175,9 +184,7 @@ def _is_written_as_one(text: str) -> bool:
 
 
 def base58_checked(text: str) -> bool:
-    """Whether it is base58 of 25 bytes of which the last four are the others' double sha256 (Bitcoin's
-    Base58Check).
-    """
+    """Return whether a text is Base58Check: 25 bytes, the last four from the double SHA-256 of the others."""
     number = 0
     for sign in text:
         number = number * 58 + _ALPHABET.index(sign)
@@ -188,8 +195,9 @@ def base58_checked(text: str) -> bool:
 
 
 def wallets(normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """Addresses of Bitcoin and its kin (Base58Check, Bech32 by presidio's recogniser) and of Ethereum (by form
-    alone).
+    """Yield addresses of Bitcoin and related currencies (Base58Check, Bech32), and of Ethereum.
+
+    Bech32 is checked by presidio's recognizer, Ethereum by its form only.
     """
     for start, end in normalized.tokens:
         text = normalized.flat[start:end]

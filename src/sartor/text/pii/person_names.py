@@ -1,7 +1,7 @@
-"""Recognizer of introduced or signed person names.
+"""Recognizer of introduced, titled or signed person names.
 
-A name in free text needs a model of the language: this finds "my name is Ana Ruiz", "Dear Mr Ruiz", "Frau Dr. Weber",
-and the same name elsewhere in the row, and nothing else.
+Names in free text need a language model. This module finds only "my name is Ana Ruiz", "Dear Mr Ruiz", "Frau Dr.
+Weber" and similar forms; the scanner finds the same name elsewhere in the row.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TITLED = re.compile(
 _SPEAKING = re.compile(
     rf"(?<!\w)(?:[Tt]his is|[Hh]ier (?:ist|spricht)) ({_FULL})(?= (?:speaking|here|calling|am Apparat)\b)"
 )
-# words with a capital that begin a sentence or are a public name
+# capitalised words that begin a sentence or are no person's name
 _NO_NAME = re.compile(
     r"a|an|the|not|it|its|is|are|was|can|do|does|did|when|where|then|also|my|me|this|that|what|who|why|how|i|you|he|she"
     r"|we|they|just|so|but|and|or|if|in|on|at|of|to|for|from|with|no|yes|hello|hi|hey|thanks|thank|please|sorry|well|ok"
@@ -47,7 +47,7 @@ _NO_NAME = re.compile(
 
 
 def people(normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """Names that are introduced, addressed with a title, or signed with."""
+    """Yield names that are introduced, addressed with a title, or in a signature."""
     flat = normalized.flat
     if normalized.has(
         "name",
@@ -102,7 +102,7 @@ def people(normalized: NormalizedText) -> Iterator[PiiEntity]:
 
 
 def _person(match: re.Match[str], subtype: str, score: float) -> Iterator[PiiEntity]:
-    """The name up to the first word that is none: `Dr. Doolittle Or why ...`."""
+    """Yield the name up to the first word that is no name: `Dr. Doolittle Or why ...`."""
     words = match[1].split(" ")
     names = list(itertools.takewhile(lambda word: not _NO_NAME.fullmatch(word.strip(".,")), words))
     if names:

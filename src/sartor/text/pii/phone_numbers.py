@@ -81,7 +81,7 @@ _ABROAD = re.compile(
     + r"(?!\w)",
     re.IGNORECASE,
 )
-# the North American form; numbers of films and tests (555) are no valid ones, and are phone numbers all the same
+# North American form; fictional numbers (555) are not valid, but count as phone numbers
 _NANP = re.compile(
     r"(?<![\w.+/-])(?:1[ .-]?)?(?:\([2-9]\d{2}\)[ -]?|[2-9]\d{2}[ .\-/])[0-9]\d{2}[ .-]\d{4}"
     + EXTENSION
@@ -130,8 +130,9 @@ _YEARS = re.compile(r"\(?(?:1[5-9]|20)\d\d(?: ?[-/] ?| )(?:(?:1[5-9]|20)\d\d|\d\
 
 
 def opener(countries: Sequence[str]) -> Callable[[NormalizedText], Iterable[PiiEntity]]:
-    """The recogniser for numbers in international form and in the national forms of `countries` (ISO 3166; () is
-    REGIONS).
+    """Return the recognizer for international numbers, and for national forms of `countries`.
+
+    countries: ISO 3166 codes; () means REGIONS. Raises ExtraError if phonenumbers is not installed.
     """
     try:
         import phonenumbers
@@ -195,7 +196,7 @@ def _by_form(normalized: NormalizedText, library: Any, regions: Sequence[str], n
         for match in _SHORT.finditer(normalized.flat):
             if _context_evidence(normalized, match.start()) > (
                 " " in match[0]
-            ):  # "contact: 108 2011" is a room and a year
+            ):  # "contact: 108 2011" may be a room and a year
                 yield _finding(normalized, match, "local", 0.55, library, [])
     for match in _TRUNK.finditer(normalized.flat):
         number = digits(match[0])
@@ -234,8 +235,9 @@ def _in_groups(text: str) -> bool:
 
 
 def _is_sum(text: str) -> bool:
-    """Years, decimals, thousands with dots, terms of arithmetic: what stands in a run of digits and is no phone
-    number.
+    """Return whether a run of digits is no phone number: years, a decimal, or arithmetic.
+
+    Thousands with dots count as a decimal.
     """
     plain = _YEARS.match(text) or _DECIMAL.fullmatch(text)
     return plain is not None or " - " in text and "." in text or text.count("(") != text.count(")")
@@ -246,8 +248,9 @@ def _is_date(text: str) -> bool:
 
 
 def _context_evidence(normalized: NormalizedText, position: int) -> int:
-    """What the nearest word before says: 2 that it is a phone number, 1 that it may be one, -1 another number, 0
-    nothing.
+    """Return the evidence of the nearest context word before a number.
+
+    2: a phone number. 1: perhaps a phone number. -1: another number. 0: none.
     """
     before = normalized.before(position, 56)
     sure_end = _last(_SURE, before)
@@ -263,7 +266,10 @@ def _context_evidence(normalized: NormalizedText, position: int) -> int:
 
 
 def _perhaps_directly(normalized: NormalizedText, position: int) -> bool:
-    """Whether a word that may announce a phone number is the last one before, but for "me", "at", "on"."""
+    """Return whether a weak context word directly precedes a number.
+
+    Words such as "me", "at" and "on" between them are ignored.
+    """
     before = re.sub(r"(?: (?:me|us|him|her|them|at|on|under|back|now))+ $", " ", normalized.before(position, 40))
     return _last(_PERHAPS, before) >= len(before) - 2
 

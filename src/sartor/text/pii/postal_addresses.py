@@ -1,6 +1,6 @@
 """Recognizer of street addresses, postcodes and birth dates.
 
-An address has a number: each form is tried where a number stands, so text without any costs nothing.
+Each form of an address contains a number and is tried only at numbers, so text without numbers costs nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from sartor.text.pii.entities import NormalizedText, PiiEntity
 
 _U = "A-ZÀ-ÖØ-ÞĀĂĄĆČĎĐĒĖĘĚĞĢĪĮİĶĹĻĽŁŃŅŇŌŐŒŔŘŚŞŠŢŤŪŮŰŲŸŹŻŽ"
-_NAME = rf"(?:(?:St|Ste|Dr|Mt|Ft|[{_U}])\.|[{_U}][\w'’-]*)"  # a word with a capital, or one cut short with a dot
+_NAME = rf"(?:(?:St|Ste|Dr|Mt|Ft|[{_U}])\.|[{_U}][\w'’-]*)"  # a capitalised word, or an abbreviation with a dot
 _GAP = r"(?:,?[ \n]|, |,\n)"
 _THEN = r"(?:, ?|,? ?\n| )"
 _STATES = (
@@ -25,7 +25,7 @@ _WAYS = (
     "|Parkway|Pkwy|Highway|Hwy|Trail|Trl|Close|Crescent|Cres|Gardens|Grove|Mews|Row|Alley|Plaza|Loop|Pike|Turnpike|Crossing"
     "|Ridge|Heights|Walk"
 )
-# words that stand in other sentences too ("12 Angry Men Way"): they count with a town, or where somebody lives there
+# words that occur in other contexts too ("12 Angry Men Way"); they count with a town, or after a word such as "lives"
 _SHORT_WAYS = re.compile(
     "Way|Place|Row|Court|Ridge|Heights|Walk|Close|Loop|Square|Circle|Crossing|Plaza|Drive|Trail|Dr|Pl|Ter|Av"
 )
@@ -101,7 +101,7 @@ _NL_NUMBER = re.compile(
     rf"\d{{1,4}}(?:[ -]?[a-zA-Z](?!\w))?(?!\w|[.,]\d)(?P<town>{_THEN}\d{{4}} ?[A-Z]{{2}} {_NAME}(?: {_NAME})?)?"
 )
 _NL_SURE = re.compile(r"(?:straat|laan|gracht|kade|plein|singel) $")
-# a street of any other language: words with a capital and a number, where a town with its code follows
+# streets of other languages: capitalised words and a number, followed by a town with its postcode
 _CODE = (
     rf"(?:\d{{3}} ?\d{{2}}|\d{{2}}-\d{{3}}|\d{{4,5}}-\d{{3}}|{_ZIP}|\d{{4}} [A-Z]{{2}}|(?!(?:1[5-9]|20)\d\d)\d{{4}}"
     rf"|[A-Z]\d[A-Z] \d[A-Z]\d|{_UK_CODE})(?![\w-])"
@@ -114,10 +114,10 @@ _ANY_NUMBER = re.compile(
     rf"(?!(?:1[5-9]|20)\d\d)\d{{1,4}}\.?(?: ?[a-zA-Z](?!\w))?(?:/\d{{1,4}})?(?P<town>, {_TOWN},? {_CODE}"
     rf"|, {_CODE} {_NAME}(?: {_NAME}){{0,2}})"
 )
-# the code after the town, as forms have it: `Via Roma 5, Milano, 20121`
+# postcode after the town, as in forms: `Via Roma 5, Milano, 20121`
 _TAIL = re.compile(rf",? {_TOWN},? {_CODE}")
 _ANY_WORD = re.compile(rf"[{_U}][\w'’.-]* (?:(?:da|de|do|das|dos|la|le|el|van|u\.|út|utca|gate|vej) )?$")
-# (what, the street before the number, number and town, score with a town and without)
+# (subtype, pattern of the street before the number, pattern of number and town, score with a town, score without)
 BEFORE = (
     ("street_german", _DE_STREET, _DE_NUMBER, 0.9, 0.3),
     ("street_spanish", _ES_BEFORE, _ES_NUMBER, 0.9, 0.75),
@@ -136,10 +136,10 @@ BEFORE = (
         re.compile(rf"\d{{1,6}}(?!\w|/)(?P<town>,? \d{{5}} {_NAME})?"),
         0.8,
         0.0,
-    ),  # or blood pressure
+    ),  # BP may be blood pressure
     ("street", _ANY_BEFORE, _ANY_NUMBER, 0.55, 0.0),
 )
-# a look at the word before the number, before the long patterns are tried
+# fast check of the word before the number, before the long patterns are tried
 _WAY_BEFORE = re.compile(
     rf"(?:{_DE_WAYS}|straat|laan|plein|gracht|kade|dijk|singel|steeg|dreef|[Bb]ox|Postfach|Apartado|BP"
     r"|(?:Am|der|des|den|von|Im|Zum|Zur|Straße|Strasse|C/|C\.|Calle|Avda\.?|Avenida|Av\.|Plaza|Pza\.?|Paseo|Pº"
@@ -203,7 +203,10 @@ _THIS_YEAR = datetime.date.today().year
 
 
 def addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """Streets with a house number, with the town where it follows; British postcodes; boxes at a post office."""
+    """Yield streets with a house number, British postcodes, and post office boxes.
+
+    A street includes the town if it follows.
+    """
     flat = normalized.flat
     for start, end in normalized.numbers:
         before = normalized.at(start - 1)
@@ -229,7 +232,7 @@ def _number_first(normalized: NormalizedText, start: int) -> Iterator[PiiEntity]
         return
     match = _ENGLISH.match(normalized.flat, start)
     if match:
-        # "12 Wall Street analysts": where a word goes on, somebody must live there
+        # "12 Wall Street analysts": if a lower-case word follows, a word such as "lives" must precede
         if _is_no_street(match, normalized):
             return
         is_sure = _home(normalized, start) or (
@@ -243,7 +246,7 @@ def _number_first(normalized: NormalizedText, start: int) -> Iterator[PiiEntity]
 
 
 def _is_no_street(match: re.Match[str], normalized: NormalizedText) -> bool:
-    """Courts and saints: `131 S. Ct. 2507`, `2017, Judge Amy J. St. Eve`."""
+    """Return whether a match is a court or a saint: `131 S. Ct. 2507`, `2017, Judge Amy J. St. Eve`."""
     words = match[0][: match.start("way") - match.start()].split()[1:]
     if all(
         word.endswith(".") or word[0].isdigit() and match["way"] in ("Cir", "Ct", "Dr") for word in words
@@ -290,7 +293,7 @@ def _address(normalized: NormalizedText, match: re.Match[str], subtype: str, sco
 def _finding(
     normalized: NormalizedText, start: int, end: int, subtype: str, score: float, has_town: bool
 ) -> PiiEntity:
-    """The address without marks at its end; with the town where that stands before its code."""
+    """Return the address without punctuation at its end, extended by a town that precedes its postcode."""
     tail = None if has_town else _TAIL.match(normalized.flat, end)
     if tail:
         end, score = tail.end(), max(score, 0.85)
@@ -299,7 +302,10 @@ def _finding(
 
 
 def birth_dates(normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """Dates after a word for birth. Of people who may be alive: a year before 1900 is history."""
+    """Yield dates after a word for birth.
+
+    A four-digit year must be from 1900 to the current year; people born earlier are not alive.
+    """
     if not normalized.numbers or not normalized.has(*_BIRTH_WORDS):
         return
     for match in _BORN.finditer(normalized.flat):

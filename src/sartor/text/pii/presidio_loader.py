@@ -1,10 +1,9 @@
-"""Loads presidio's recognizers without its analyzer.
+"""Loading of presidio's recognizers without its analyzer.
 
-`import presidio_analyzer` loads spaCy, and through it torch and transformers where they are installed: five seconds in
-every worker, for recognisers that are regular expressions and checksums. Here their modules are loaded below empty
-packages, which are taken out of `sys.modules` again: in 0.1 s, and a later `import presidio_analyzer` is the whole
-one.
-Nothing of it reaches for the network: its e-mail recogniser would (by tldextract), and is not used.
+`import presidio_analyzer` loads spaCy, and with it torch and transformers if they are installed: five seconds in every
+worker, for recognizers that are regular expressions and checksums. Here their modules are loaded below empty packages,
+which are then removed from `sys.modules`. That takes 0.1 s, and a later `import presidio_analyzer` still loads the
+complete package. Nothing accesses the network: presidio's e-mail recognizer would (by tldextract), and is not used.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 from sartor.core.errors import missing_package
 
 ROOT = "presidio_analyzer"
-# in the order in which they need each other; the first three packages stay empty
+# in the order of their dependencies; the packages stay empty
 PACKAGES = ("predefined_recognizers", "predefined_recognizers.country_specific", "predefined_recognizers.generic")
 PARTS = {
     "analysis_explanation": "AnalysisExplanation",
@@ -34,14 +33,14 @@ PARTS = {
     "pattern_recognizer": "PatternRecognizer",
 }
 _lock = threading.Lock()
-_presidio_modules: dict[str, types.ModuleType] = {}  # the emptied presidio and its modules, between two calls
+_presidio_modules: dict[str, types.ModuleType] = {}  # the reduced presidio and its modules, between two calls
 
 
 @cache
 def recogniser(module_path: str) -> Any:
-    """An instance of the PatternRecognizer in a module below `predefined_recognizers` (`country_specific.us.us_itin`).
+    """Return an instance of the PatternRecognizer in a module below `predefined_recognizers`.
 
-    Raises ExtraError where presidio is not installed.
+    module_path: such as `country_specific.us.us_itin`. Raises ExtraError if presidio is not installed.
     """
     spec = importlib.util.find_spec(ROOT)
     if spec is None or not spec.submodule_search_locations:
@@ -60,7 +59,7 @@ def recogniser(module_path: str) -> Any:
 
 @contextmanager
 def _bare(folder: Path) -> Iterator[None]:
-    """presidio's package emptied of all but what a PatternRecognizer needs, while inside."""
+    """Hold a reduced presidio package in `sys.modules`, with only what a PatternRecognizer needs."""
     whole = _taken_out()
     try:
         sys.modules.update(_presidio_modules)

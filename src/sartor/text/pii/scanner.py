@@ -1,4 +1,4 @@
-"""Runs all recognizers over one text."""
+"""Scan of one text with all recognizers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sartor.text.pii.entities import (
     resolve_overlaps,
 )
 
-# entity -> how its recogniser is opened for a list of countries
+# entity -> function that opens its recognizer for a list of countries
 OPENERS: Mapping[str, Callable[[Sequence[str]], Recogniser]] = {
     "email": lambda countries: network_addresses.emails,
     "phone": phone_numbers.opener,
@@ -42,14 +42,14 @@ OPENERS: Mapping[str, Callable[[Sequence[str]], Recogniser]] = {
     "birth_date": lambda countries: postal_addresses.birth_dates,
     "person": lambda countries: person_names.people,
 }
-BY_DIGITS = ("phone", "credit_card", "national_id")  # whose value is the same however its digits are grouped
+BY_DIGITS = ("phone", "credit_card", "national_id")  # entities whose value does not depend on the grouping of digits
 BY_CONTEXT = (
     "phone",
     "national_id",
     "secret",
     "birth_date",
     "person",
-)  # found by a word that need not stand there twice
+)  # entities that are found by a context word, which other occurrences may lack
 MANY = 64
 _WORD = re.compile(r"[^\s,;:!?\"'()<>]+")
 NAMES_AND_WORDS = re.compile(
@@ -60,16 +60,17 @@ NAMES_AND_WORDS = re.compile(
 
 @dataclass(frozen=True)
 class Allowed:
-    """What is not personal: values in any spelling, and regular expressions between slashes that match a whole
-    finding.
-    """
+    """Values that are not personal data: in any spelling, or as regular expressions for a whole finding."""
 
     values: frozenset[str]
     patterns: tuple[re.Pattern[str], ...]
 
     @classmethod
     def of(cls, entries: Sequence[str], recognisers: Iterable[Recogniser]) -> Allowed:
-        """Raises ConfigError for a regular expression that does not compile."""
+        """Parse the entries of `allow`; an entry between slashes is a regular expression.
+
+        Raises ConfigError for an invalid regular expression.
+        """
         values: set[str] = set()
         patterns = []
         recognisers = list(recognisers)
@@ -81,7 +82,7 @@ class Allowed:
         return cls(frozenset(values), tuple(patterns))
 
     def holds(self, finding: PiiEntity, text: str) -> bool:
-        """Whether the finding, which reads `text`, is allowed."""
+        """Return whether a finding with this text is allowed."""
         return (
             finding.value in self.values
             or _plain(text) in self.values
@@ -99,7 +100,7 @@ def _compiled(expression: str) -> re.Pattern[str]:
 
 
 def _plain(text: str) -> str:
-    """A value as it is compared: digits alone where it is a number, else without case and doubled spaces."""
+    """Return the form of a value for comparison: only digits for a number, else case-folded with single spaces."""
     number = digits(text)
     return (
         number if len(number) >= 6 and not any(sign.isalpha() for sign in text) else " ".join(text.casefold().split())
@@ -107,7 +108,10 @@ def _plain(text: str) -> str:
 
 
 class Scanner:
-    """Finds personal data in a text. Raises ExtraError at once where a library for one of the entities is absent."""
+    """Scanner for personal data in a text.
+
+    Raises ExtraError on creation if a library for one of the entities is not installed.
+    """
 
     def __init__(
         self, entities: Sequence[str], countries: Sequence[str], min_score: float, allow: Sequence[str]
@@ -118,9 +122,9 @@ class Scanner:
         self._allowed = Allowed.of(allow, self._recognisers) if allow else None
 
     def find(self, text: str, *, escapes: bool = False) -> list[PiiEntity]:
-        """Findings of at least the least score, in order, none over another. `escapes` as in `look`.
+        """Return the findings of at least `min_score`, in order and without overlaps.
 
-        What was masked before is left alone. A finding ends at a BREAK.
+        escapes: as in `normalize`. Existing placeholders are left alone. A finding ends at a BREAK.
         """
         normalized = normalize(text, escapes=escapes)
         findings = [
@@ -142,8 +146,9 @@ class Scanner:
 
 
 def _of_one_value(findings: list[PiiEntity], flat: str) -> Iterator[PiiEntity]:
-    """The findings, of which those of the same digits have the same value: a number may be valid in a region or in
-    none.
+    """Yield the findings with equal values for equal digits.
+
+    The value of a number can differ between occurrences, since it may be valid in a region or in none.
     """
     values: dict[tuple[str, str], str] = {}
     for finding in findings:
@@ -154,7 +159,7 @@ def _of_one_value(findings: list[PiiEntity], flat: str) -> Iterator[PiiEntity]:
 
 
 def _cut(findings: list[PiiEntity], flat: str) -> list[PiiEntity]:
-    """Findings that end where their field does."""
+    """Return the findings, cut at the end of their field."""
     return [
         replace(finding, end=finding.start + at)
         if (at := flat[finding.start : finding.end].find(BREAK)) > 0
@@ -165,7 +170,7 @@ def _cut(findings: list[PiiEntity], flat: str) -> list[PiiEntity]:
 
 
 def _echoes(findings: list[PiiEntity], normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """The values that were found, at the other places where nothing around them says what they are."""
+    """Yield other occurrences of the found values, where no context word identifies them."""
     by_number: dict[str, PiiEntity] = {}
     by_spelling: dict[str, PiiEntity] = {}
     for finding in findings:
@@ -185,7 +190,7 @@ def _echoes(findings: list[PiiEntity], normalized: NormalizedText) -> Iterator[P
 def _occurrences(by_spelling: Mapping[str, PiiEntity], flat: str) -> Iterator[tuple[str, int, int]]:
     if (
         len(by_spelling) > MANY
-    ):  # a dump of values: one pass over the words, instead of one over the text for each value
+    ):  # many values: one pass over the words instead of one pass over the text for each value
         yield from ((match[0], *match.span()) for match in _WORD.finditer(flat) if match[0] in by_spelling)
         return
     for spelling, finding in by_spelling.items():
@@ -195,12 +200,15 @@ def _occurrences(by_spelling: Mapping[str, PiiEntity], flat: str) -> Iterator[tu
 
 
 def _echo(finding: PiiEntity, start: int, end: int) -> PiiEntity:
-    """The same value at another place: less sure, so that what stands there by itself is called by its own name."""
+    """Return the finding at another position, with a lower score than a finding of that position's own."""
     return replace(finding, start=start, end=end, score=finding.score - 0.1)
 
 
 def _spellings(finding: PiiEntity, text: str) -> list[str]:
-    """What to look for elsewhere: of a name also its parts; nothing too short to be told from other words."""
+    """Return the texts to search for elsewhere: the value, and for a name also its parts.
+
+    Texts that are too short or ordinary words are left out.
+    """
     if finding.entity != "person" or finding.subtype != "introduced":
         return [text] if len(text) >= 4 else []
     parts = [

@@ -1,1 +1,1 @@
-"""Alembic revisions of the review database; `review_store` runs those that are lacking."""
+"""Alembic revisions of the review database; `review_store` applies missing ones."""

@@ -1,1 +1,1 @@
-"""Routes, one file a noun; each has a `router`."""
+"""HTTP routes, one file for each resource. Each file has a `router`."""

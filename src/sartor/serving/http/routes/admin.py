@@ -1,4 +1,4 @@
-"""/v1/agents for the admin key."""
+"""Routes /v1/agents, for the admin key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CHANGED: dict[int | str, dict[str, Any]] = {200: {"model": dict[str, Any], "des
 
 @router.get("/v1/agents", responses={200: {"model": AgentsAnswer}})
 async def agents(request: Request) -> JsonResponse:
-    """Every agent: live version, versions, trial, state."""
+    """List every agent with its live version, versions, trial and state."""
     listed = await get_state(request).services.agent_admin.listed()
     rows = [
         {"name": agent.name, "live": agent.live, "versions": agent.versions, "state": agent.state} for agent in listed
@@ -38,8 +38,9 @@ async def agents(request: Request) -> JsonResponse:
 
 @router.post("/v1/agents/{name}/promote", responses=_CHANGED)
 async def promote(name: Name, body: PromoteRequest, request: Request) -> JsonResponse:
-    """Compare and swap: a Release or version becomes live, if `expected_version` still is. Running replies go on as
-    begun.
+    """Make a Release or a version live if `expected_version` is still live (compare and swap).
+
+    Running replies continue with the version that began them.
     """
     if bool(body.release) == bool(body.version):
         raise FieldError("exactly one of release and version says what becomes live", '"version": "1.1"', "version")
@@ -51,7 +52,7 @@ async def promote(name: Name, body: PromoteRequest, request: Request) -> JsonRes
 
 @router.post("/v1/agents/{name}/rollback", responses=_CHANGED)
 async def rollback(name: Name, body: RollbackRequest, request: Request) -> JsonResponse:
-    """Undo the newest step: end a trial, else the version before becomes live again."""
+    """Undo the newest step: end a trial, or else make the previous version live again."""
     return await _change_response(
         request, get_state(request).services.agent_admin.rollback(name, body.expected_version)
     )
@@ -59,20 +60,20 @@ async def rollback(name: Name, body: RollbackRequest, request: Request) -> JsonR
 
 @router.post("/v1/agents/{name}/drain", responses=_CHANGED)
 async def drain(name: Name, request: Request) -> JsonResponse:
-    """Take an agent out of service: what it began ends, what comes is refused."""
+    """Take an agent out of service. Running replies end, and new requests are refused."""
     return await _change_response(request, get_state(request).services.agent_admin.drain(name))
 
 
 @router.post("/v1/agents/{name}/release", responses=_CHANGED)
 async def release(name: Name, request: Request) -> JsonResponse:
-    """Bring an agent back from quarantine or drain."""
+    """Return an agent to service after quarantine or drain."""
     return await _change_response(request, get_state(request).services.agent_admin.release(name))
 
 
 async def _change_response(request: Request, change: Awaitable[Mapping[str, Any]]) -> JsonResponse:
     try:
         agent = await change
-    except ModelError as error:  # here it is the Release that is wrong, not the service
+    except ModelError as error:  # the Release is at fault, not the service: answer 422 instead of 503
         raise AdmissionError(error.problem, error.remedy) from None
     get_record(request).agent = f"{agent['name']}@{agent['live']}"
     return JsonResponse(agent)

@@ -1,4 +1,4 @@
-"""Chat and text completions."""
+"""Routes of chat and text completions."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from sartor.serving.types import AgentRequest
 
 @dataclass(frozen=True)
 class SpokenReplies:
-    """Who speaks the replies, into which form of file."""
+    """Voice and file format of the spoken replies to one request."""
 
     speaker: SpeechService
     voice: TtsVoice
     form: str
 
     async def add(self, choices: Sequence[dict[str, Any]], group: ReplyGroup) -> None:
-        """Give each choice's message its `audio`. A reply without words, as a call of a tool, has none."""
+        """Add `audio` to the message of each choice. A reply without words, such as a tool call, gets none."""
         for choice, answer in zip(choices, group.answers, strict=True):
             message = choice["message"]
             if not spoken(message["content"] or "").text:
@@ -66,7 +66,7 @@ def _documented(model: type) -> dict[int | str, dict[str, Any]]:
 
 @router.post("/v1/chat/completions", responses=_documented(ChatAnswer))
 async def chat(body: ChatRequest, http_request: Request) -> Response:
-    """A conversation goes on: by an agent, a version of it, the base, or whom `auto` chooses."""
+    """Continue a conversation with an agent, a version of it, the base, or the agent that `auto` chooses."""
     await get_state(http_request).check_model(body.model, get_record(http_request).principal)
     request = chat_request(body, get_state(http_request).limits)
     spoken_replies = _spoken_replies(body, http_request)
@@ -78,7 +78,10 @@ async def chat(body: ChatRequest, http_request: Request) -> Response:
 
 
 def _spoken_replies(body: ChatRequest, http_request: Request) -> SpokenReplies | None:
-    """How the replies are spoken, if they are. Whatever is wrong with that is said before a reply is made."""
+    """Return how the replies are spoken; None if no speech is requested.
+
+    Raises errors of the speech options before any reply is generated.
+    """
     if body.audio is None:
         return None
     state = get_state(http_request)
@@ -89,7 +92,7 @@ def _spoken_replies(body: ChatRequest, http_request: Request) -> SpokenReplies |
 
 @router.post("/v1/completions", responses=_documented(TextAnswer))
 async def text(body: TextRequest, http_request: Request) -> Response:
-    """A raw text goes on, without the chat template."""
+    """Continue raw text, without the chat template."""
     await get_state(http_request).check_model(body.model, get_record(http_request).principal)
     requests = text_requests(body, get_state(http_request).limits)
     if body.model == "auto" and len(requests) > 1:
@@ -106,7 +109,7 @@ async def _deliver(
     formatter: CompletionFormat,
     spoken_replies: SpokenReplies | None = None,
 ) -> Response:
-    """Open every choice of every question, and answer in the form that was asked for."""
+    """Open all choices of all prompts, and answer with a stream or a complete object as requested."""
     state, record = get_state(http_request), get_record(http_request)
     group = await open_replies(http_request, requests, body.user or "", body.n or 1)
     header = CompletionHeader(formatter.prefix + group.first.receipt, group.first.agent, state.fingerprint())

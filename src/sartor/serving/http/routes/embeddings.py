@@ -1,4 +1,4 @@
-"""/v1/embeddings."""
+"""Route /v1/embeddings."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sartor.serving.http.response_models import VectorAnswer
 from sartor.serving.http.shutdown import until_disconnect
 
 router = APIRouter(route_class=StrictJsonRoute)
-# A directory is an encoder too, but none that a client may name
+# Encoders that a client may name. Directories are encoders too, but not for clients.
 ENCODERS = ("base", "minilm")
 
 
 @router.post("/v1/embeddings", responses={200: {"model": VectorAnswer}})
 async def embeddings(body: VectorRequest, request: Request) -> JsonResponse:
-    """One vector of unit length per text."""
+    """Return one vector of unit length for each text."""
     state = get_state(request)
     if body.model not in ENCODERS:
         raise UnknownAgentError(
@@ -57,5 +57,5 @@ async def embeddings(body: VectorRequest, request: Request) -> JsonResponse:
 
 
 def _packed(vector: Sequence[float]) -> str:
-    """Little-endian 32 bit floats in base64, as OpenAI's clients unpack them."""
+    """Return a vector as little-endian 32-bit floats in base64, as OpenAI's clients unpack them."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,4 +1,4 @@
-"""/v1/feedback and /v1/receipts."""
+"""Routes /v1/feedback and /v1/receipts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ PREFIXES = ("chatcmpl-", "cmpl-")
 
 @router.post("/v1/feedback", responses={200: {"model": FeedbackAnswer}})
 async def feedback(body: FeedbackRequest, request: Request) -> JsonResponse:
-    """Rate or correct a reply by its receipt, or by the `id` of its completion. It is on disk when this answers."""
+    """Rate or correct a reply, named by its receipt or by the `id` of its completion.
+
+    The feedback is on disk when the request is answered.
+    """
     state, record = get_state(request), get_record(request)
     if body.rating is None and not body.correction and not body.comment:
         raise FieldError("the feedback says nothing", '"rating": 1, or a correction, or a comment', "rating")
@@ -35,7 +38,8 @@ async def feedback(body: FeedbackRequest, request: Request) -> JsonResponse:
     agent = record.agent = exchange.agent if exchange else str((await _find(state, receipt))["agent"])
     _check_may_rate(record.principal, agent, state.memory.asker(receipt))
     voice = await asyncio.to_thread(state.feedback_intake.voice, record.principal.key, body.user or "", body.consent)
-    if exchange and exchange.person and not voice.user:  # who asked is who is spoken of, so that it can be forgotten
+    # attribute the feedback to the user of the reply, so that it can be erased with that user's data
+    if exchange and exchange.person and not voice.user:
         voice = replace(voice, user=exchange.person)
     submitted = Feedback(
         receipt=receipt,
@@ -60,7 +64,7 @@ async def feedback(body: FeedbackRequest, request: Request) -> JsonResponse:
 
 @router.get("/v1/receipts/{receipt}", responses={200: {"model": dict[str, Any]}})
 async def receipt(receipt: Annotated[str, Path(max_length=128)], request: Request) -> JsonResponse:
-    """The signed record of a reply: digests, no content. `sartor receipt verify` checks it."""
+    """Return the signed receipt of a reply: digests, no content. `sartor receipt verify` checks it."""
     document = await _find(get_state(request), _bare(receipt))
     _check_opens(get_record(request).principal, str(document["agent"]))
     return JsonResponse(document)
@@ -79,7 +83,10 @@ def _check_opens(principal: Principal, agent: str) -> None:
 
 
 def _check_may_rate(principal: Principal, agent: str, asker: str) -> None:
-    """Raises KeyRefusedError for a key that does not open the agent, or did not get the reply, where that is known."""
+    """Raise KeyRefusedError unless the key may rate the reply.
+
+    The key must open the agent and, if the receiving key is known, be that key. An admin key may rate all replies.
+    """
     if principal.is_admin:
         return
     _check_opens(principal, agent)
@@ -88,5 +95,5 @@ def _check_may_rate(principal: Principal, agent: str, asker: str) -> None:
 
 
 def _bare(receipt: str) -> str:
-    """The receipt in a completion's id, or itself."""
+    """Return the receipt in a completion's id; a bare receipt is returned unchanged."""
     return next((receipt.removeprefix(prefix) for prefix in PREFIXES if receipt.startswith(prefix)), receipt)

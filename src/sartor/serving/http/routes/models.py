@@ -1,4 +1,4 @@
-"""/v1/models."""
+"""Routes /v1/models."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ STARTED = int(time.time())
 
 @router.get("/v1/models", responses={200: {"model": ModelsAnswer}})
 async def models(request: Request) -> JsonResponse:
-    """What the key opens of base, `auto` and agents, these with every version that may be asked for."""
+    """List the base, `auto`, `speech`, agents and their versions that the key opens."""
     bodies = await _model_bodies(get_state(request), get_record(request).principal)
     return JsonResponse({"object": "list", "data": list(bodies.values())})
 
 
 @router.get("/v1/models/{model}", responses={200: {"model": ModelBody}})
 async def model(model: str, request: Request) -> JsonResponse:
-    """One of them."""
+    """Return one model name that the key opens."""
     state, principal = get_state(request), get_record(request).principal
     if model == speech_service.MODEL:
         state.check_speech(principal)

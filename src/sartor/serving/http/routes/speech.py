@@ -1,4 +1,4 @@
-"""/v1/audio/speech."""
+"""Route /v1/audio/speech."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sartor.serving.http.shutdown import ClientDisconnectedError, until_disconne
 from sartor.serving.http.speech_service import DEFAULT, MODEL
 
 router = APIRouter(route_class=StrictJsonRoute)
-# Of a form that needs no head, so that what is spoken can be sent while the rest still is
+# The format without a header, so that finished pieces can be sent while the rest is being synthesised
 STREAMED = "pcm"
 _FILES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -37,7 +37,7 @@ _FILES: dict[int | str, dict[str, Any]] = {
 
 @router.post("/v1/audio/speech", responses=_FILES, response_class=Response)
 async def speech(body: SpeechRequest, request: Request) -> Response:
-    """A text spoken by one of the team's voices. Markdown, tables and JSON are said as the chat says them."""
+    """Speak a text with one of the team's voices. Markdown, tables and JSON are spoken as in the chat."""
     state, record = get_state(request), get_record(request)
     state.check_speech(record.principal)
     voice, speaker = _voice(body, state), state.services.speech
@@ -62,7 +62,7 @@ async def speech(body: SpeechRequest, request: Request) -> Response:
 
 
 def _voice(body: SpeechRequest, state: AppState) -> TtsVoice:
-    """Who speaks: `model` is `speech` and `voice` says who, or `model` is a voice itself."""
+    """Return the voice of a request: `voice` if `model` is `speech`, else the voice that `model` names."""
     speaker = state.services.speech
     if body.model == MODEL:
         return speaker.voice(body.voice)
@@ -81,7 +81,7 @@ def _voice(body: SpeechRequest, state: AppState) -> TtsVoice:
 async def _pcm(
     state: AppState, sounds: AsyncGenerator[AudioClip, None], first_clip: AudioClip, deadline: float
 ) -> AsyncGenerator[bytes, None]:
-    """The bytes of all pieces, the first of which is there."""
+    """Yield the PCM bytes of all pieces; the first one is already synthesised."""
     sound: AudioClip | None = first_clip
     while sound is not None:
         yield await state.services.speech.aside(functools.partial(sound.encoded, STREAMED))
@@ -89,8 +89,9 @@ async def _pcm(
 
 
 class SoundStream(Response):
-    """The response of speech that is still being spoken. What fails then cuts it: a sound has no place for an
-    error.
+    """Streamed response of speech while it is synthesised.
+
+    An error cuts the stream, since audio cannot carry an error message.
     """
 
     media_type = FORMATS[STREAMED].media_type
@@ -105,14 +106,14 @@ class SoundStream(Response):
         self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it all, unless the client goes before."""
+        """Send the stream, unless the client disconnects first."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             await until_disconnect(receive, self._send(send))
         except ClientDisconnectedError:
             self._record.error = "Gone"
         except SartorError as error:
-            # without its end the answer is seen to be cut
+            # without the final chunk the client sees that the response is incomplete
             self._record.error = to_http_error(error).kind
         finally:
             await self._sounds.aclose()

@@ -1,7 +1,7 @@
 """Health, metrics, MCP mount and A2A card.
 
-A card only: no task of A2A's own bindings is taken here, and `supportedInterfaces` names none of them. Its
-`protocolBinding` is an open text by that specification.
+Only the card of A2A is offered. The server takes no tasks of A2A's own bindings, and `supportedInterfaces` names none
+of them. A2A's specification leaves `protocolBinding` an open string.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ _UNHEALTHY: dict[int | str, dict[str, Any]] = {
 
 @router.get("/health", responses=_UNHEALTHY)
 async def health(request: Request) -> JsonResponse:
-    """200 while any agent can be answered. Needs no key; with one, it also tells of the agents that the key opens.
+    """Return 200 while any agent can answer. No key is needed; with a key, the agents that it opens are listed.
 
-    503 too where the server had keys and they are gone, or its registry has been lost for a minute: `troubles` says
-    so.
+    Returns 503 too if keys were set and are lost, or if the registry has been lost for a minute; `troubles` says so.
     """
     principal = get_record(request).principal
     worker_health = get_state(request).services.workers.health()
@@ -66,7 +65,10 @@ async def health(request: Request) -> JsonResponse:
     "/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Numbers"}}
 )
 async def metrics(request: Request) -> Response:
-    """All numbers in Prometheus' text format. With keys set it takes the admin's, or one that opens every agent."""
+    """Return all metrics in Prometheus' text format.
+
+    If keys are set, the request needs the admin key or a key that opens every agent.
+    """
     return Response(get_state(request).metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -75,13 +77,13 @@ A2A_VERSION = "1.0"
 
 
 def agent_card_router(team: Team) -> APIRouter:
-    """The route."""
+    """Return the router of the A2A agent card."""
     router = APIRouter(route_class=StrictJsonRoute, include_in_schema=False)
     about_texts = abouts(team)
 
     @router.get("/.well-known/agent-card.json")
     async def card(request: Request) -> JsonResponse:
-        """The card; its skills are the agents that the key opens, and without one the team alone."""
+        """Return the card. Its skills are `auto` and the agents that the key opens."""
         state, principal = get_state(request), get_record(request).principal
         descriptions = await abilities(state, principal, about_texts)
         url = (team.a2a.url or str(request.base_url)).rstrip("/")
@@ -123,19 +125,19 @@ def _skill(description: ToolDescription) -> dict[str, Any]:
 
 
 def mcp_router(tools: McpServer) -> APIRouter:
-    """The two routes. Not in the OpenAPI: MCP says itself what it takes."""
+    """Return the router of the two MCP routes. They are not in the OpenAPI document: MCP describes its own tools."""
     router = APIRouter(route_class=StrictJsonRoute, include_in_schema=False)
 
     @router.post("/mcp")
     async def team(request: Request) -> Response:
-        """All that the key opens."""
+        """Serve MCP with all tools that the key opens."""
         body = bytes(await body_of(request))
         parse(body)
         return tools.response_to(body)
 
     @router.post("/mcp/{agent}")
     async def alone(agent: str, request: Request) -> Response:
-        """One agent alone."""
+        """Serve MCP with the tool of one agent."""
         await get_state(request).check_model(agent, get_record(request).principal)
         return await team(request)
 

@@ -1,1 +1,1 @@
-"""Alembic revisions of the registry; `registry_schema` runs those that are lacking."""
+"""Alembic revisions of the registry; `registry_schema` runs the missing ones."""

@@ -1,4 +1,4 @@
-"""Alembic revision 1 of the review tables, with triggers against changed decisions."""
+"""Alembic revision 1 of the review tables, with triggers that keep decisions append-only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _texts(*names: str) -> list[sa.Column[str]]:
 
 
 def upgrade() -> None:
-    """Make the tables of the first version."""
+    """Create the tables of the first version."""
     number = sa.BigInteger().with_variant(sa.Integer, "sqlite")
     op.create_table("review_items", sa.Column("id", sa.Text, primary_key=True), *_texts("said", "checksum"))
     op.create_table(

@@ -24,7 +24,7 @@ def _texts(*names: str) -> list[sa.Column[str]]:
 
 
 def upgrade() -> None:
-    """Make the tables of the first version."""
+    """Create the tables of the first version."""
     number = sa.BigInteger().with_variant(sa.Integer, "sqlite")
     op.create_table(
         "agents",

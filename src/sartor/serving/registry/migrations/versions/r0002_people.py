@@ -10,7 +10,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Make their tables."""
+    """Create the tables of personal versions."""
     texts = ("version", "release_id", "adapter", "artifact", "path", "facts", "note", "added", "checksum")
     op.create_table(
         "people",
