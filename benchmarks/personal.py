@@ -569,7 +569,7 @@ def quality(count: int, seed: int, min_score: float) -> dict[str, Any]:
     }
 
 
-# locale of Faker -> (the word that announces the number, Faker's method); those of en_GB and en_IN are invalid on purpose
+# locale of Faker -> (the word that announces the number, Faker's method); en_GB's and en_IN's are invalid on purpose
 FAKER_NUMBERS = {
     "cs_CZ": ("rodné číslo", "birth_number"),
     "de_AT": ("SVNR", "ssn"),
