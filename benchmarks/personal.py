@@ -6,7 +6,9 @@ ISBN, times, hex colours, UUIDs, IMEI, numbers of 16 digits and IBANs whose chec
 like telephone numbers. `recall` is the fraction of planted values of which nothing is left, `precision` the fraction
 of findings that touch a planted value of their own entity; it is absent where there are none.
 `by_any` counts a value as found where another entity's finding covers it.
-Speed and findings are also measured on `chitchat`, where that asset is installed.
+Speed and findings are also measured on `chitchat`, where that asset is installed. `another_author` has national
+numbers of the package Faker, of 18 locales, each behind the word by which people of that country call it, and numbers
+of Faker's that are none (EAN, ISBN, digits of the same lengths).
 
     python benchmarks/personal.py --json
     python benchmarks/personal.py --json --small    # a few planted rows: shows that it runs
@@ -567,6 +569,62 @@ def quality(count: int, seed: int, min_score: float) -> dict[str, Any]:
     }
 
 
+# locale of Faker -> (the word that announces the number, Faker's method); en_GB's and en_IN's are invalid on purpose
+FAKER_NUMBERS = {
+    "cs_CZ": ("rodné číslo", "birth_number"),
+    "de_AT": ("SVNR", "ssn"),
+    "de_CH": ("AHV", "ssn"),
+    "de_DE": ("Rentenversicherungsnummer", "rvnr"),
+    "dk_DK": ("CPR", "ssn"),
+    "en_CA": ("SIN", "ssn"),
+    "en_US": ("SSN", "ssn"),
+    "es_ES": ("DNI", "nif"),
+    "es_MX": ("CURP", "curp"),
+    "fi_FI": ("HETU", "ssn"),
+    "fr_FR": ("NIR", "ssn"),
+    "he_IL": ("teudat zehut", "ssn"),
+    "it_IT": ("codice fiscale", "ssn"),
+    "nl_NL": ("BSN", "ssn"),
+    "no_NO": ("fødselsnummer", "ssn"),
+    "pl_PL": ("PESEL", "pesel"),
+    "pt_BR": ("CPF", "cpf"),
+    "sv_SE": ("personnummer", "ssn"),
+}
+FAKER_NONE = ("ean13", "isbn13", "isbn10", "uuid4", "iso8601", "msisdn", "swift11")
+
+
+def another_author(count: int, seed: int) -> dict[str, Any]:
+    """Recall of `count` numbers of each locale, and findings of national numbers among Faker's that are none.
+
+    Raises ImportError without the package.
+    """
+    from faker import Faker
+
+    scanner = Scanner(["national_id"], (), 0.5, ())
+    recall = {}
+    for locale, (word, method) in FAKER_NUMBERS.items():
+        fake = Faker(locale)
+        fake.seed_instance(seed)
+        found = 0
+        for _ in range(count):
+            value = str(getattr(fake, method)())
+            text = f"Hello, my {word} is {value}, thank you."
+            start = text.rindex(value)
+            covered = {position for hit in scanner.find(text) for position in range(hit.start, hit.end)}
+            found += all(start + index in covered for index, sign in enumerate(value) if sign.isalnum())
+        recall[locale] = round(found / count, 4)
+    fake = Faker("en_US")
+    fake.seed_instance(seed)
+    others = [f"Item {getattr(fake, method)()} is in stock." for method in FAKER_NONE for _ in range(count)]
+    others += [f"Order {fake.numerify('#' * length)} was sent." for length in range(8, 14) for _ in range(count)]
+    return {
+        "recall": round(sum(recall.values()) / len(recall), 4),
+        "by_locale": recall,
+        "others": len(others),
+        "others_hit": sum(bool(scanner.find(text)) for text in others),
+    }
+
+
 def chitchat(file: Path) -> list[Example]:
     """The conversations of that asset, one row each."""
     rows = []
@@ -618,16 +676,23 @@ def measure(given: argparse.Namespace) -> None:
         for entity, figures in result["entities"].items():
             print(f"{entity:14} {figures}")
     result["default"] = list(DEFAULT)
+    absent = {}
+    try:
+        result["another_author"] = another_author(given.rows, given.seed)
+    except ImportError:
+        absent["another_author"] = "no Faker: pip install faker"
     result["planted_speed"] = speed(
         [row_of(planted(Random(n), ENTITIES[n % 12])[0], "Thank you.") for n in range(speed_rows)], repeats
     )
     data = next(iter(sorted(home().glob("assets/chitchat-*/chitchat_dataset/dataset.json"))), None)
     if data is None:
-        result["absent"] = {"chitchat": "not installed: sartor assets install chitchat"}
+        absent["chitchat"] = "not installed: sartor assets install chitchat"
     else:
         result["chitchat"] = speed(chitchat(data), repeats)
+    if absent:
+        result["absent"] = absent
     if not given.json:
-        print(result.get("chitchat", result.get("absent")))
+        print(result.get("another_author"), result.get("chitchat"), absent)
     print_result(result)
 
 

@@ -59,7 +59,7 @@ KEYS = {
     "packing": "ratios.padded ratios.dense_mask ratios.one_row loss_difference.padded tokens_per_s",
     "parity": "positions forms.f16.least forms.f16.limit forms.f16.deviation machine",
     "personal": "entities.email.recall entities.person.by_any entities.iban.precision clean_rows clean_rows_hit "
-    "planted_speed.rows_per_s chitchat.rows_per_s",
+    "planted_speed.rows_per_s chitchat.rows_per_s another_author",
     "preferences": "dpo.before.preferred dpo.after.metric dpo.lost.low kto.lost.estimate asked told",
     "quant": "linear_bytes_over_bf16.nf4 linear_bytes_over_bf16.int8 memory_1b.nf4.peak_bytes peak_rss_over_bf16 step.auto.step_s "
     "step_nf4_over_auto learning.nf4.falls_after_evaluation targets",

@@ -22,7 +22,7 @@ from sartor.curate.step import Counting
 from sartor.curate.steps.personal_data import DEFAULT, PersonalData
 from sartor.text.pii import example_layout, national_ids
 from sartor.text.pii.entities import ENTITIES, PiiEntity, normalize, resolve_overlaps
-from sartor.text.pii.payment import is_card, is_iban, luhn
+from sartor.text.pii.payment import bech32_checked, is_card, is_iban
 from sartor.text.pii.scanner import Scanner
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "personal.py"
@@ -474,30 +474,83 @@ def test_no_value_is_logged(caplog: pytest.LogCaptureFixture, capfd: pytest.Capt
 @pytest.mark.parametrize(
     ("check", "right", "wrong"),
     [
-        (luhn, "79927398713", "79927398710"),
         (is_card, "378282246310005", "378282246310006"),
         (is_card, "4111111111111111", "1111111111111117"),
         (is_iban, "GB82WEST12345698765432", "GB82WEST12345698765433"),
-        (national_ids.us_ssn, "219-09-9999", "666-09-9999"),
-        (national_ids.fr_nir, "255081416802538", "255081416802539"),
-        (national_ids.nl_bsn, "111222333", "111222334"),
-        (national_ids.be_rn, "85.07.30-033.28", "85.07.30-033.29"),
-        (national_ids.ean, "756.9217.0769.85", "756.9217.0769.84"),
-        (national_ids.at_svnr, "1237 010180", "1238 010180"),
-        (national_ids.pt_nif, "123456789", "123456788"),
-        (national_ids.br_cpf, "529.982.247-25", "529.982.247-24"),
-        (national_ids.cn_id, "11010519491231002X", "110105194912310021"),
-        (national_ids.dk_cpr, "211062-5629", "311362-5629"),
-        (national_ids.cz_rc, "736028/5163", "736028/5164"),
-        (national_ids.cl_rut, "12.345.678-5", "12.345.678-6"),
-        (national_ids.ro_cnp, "1800101221144", "1800101221145"),
-        (national_ids.sg_nric, "S1234567D", "S1234567E"),
-        (national_ids.us_itin, "900-70-0000", "900-69-0000"),
-        (national_ids.mx_curp, "BOXW310820HNERXN09", "BOXW310820HNERXN08"),
+        # BIP 173 and BIP 350, test vectors; one sign changed
+        (bech32_checked, "bc1qw508d6qejxtdg4y5r3zarvary0c5xw7kv8f3t4", "bc1qw508d6qejxtdg4y5r3zarvary0c5xw7kv8f3t5"),
+        (
+            bech32_checked,
+            "bc1p0xlxvlhemja6c4dqv22uapctqupfhlxm9h8z3k2e72q4k9hcz7vqzk5jj0",
+            "bc1p0xlxvlhemja6c4dqv22uapctqupfhlxm9h8z3k2e72q4k9hcz7vqzk5jj9",
+        ),
     ],
 )
 def test_check_digits_decide(check: Any, right: str, wrong: str) -> None:
     assert check(right) and not check(wrong)
+
+
+# subtype -> a number that is valid, and one of the same form whose check fails; the issuers' and stdnum's own examples
+NATIONAL_NUMBERS = {
+    "at_svnr": ("1237 010180", "1238 010180"),
+    "au_medicare": ("2123 45670 1", "2123 45671 1"),
+    "au_tfn": ("123 456 782", "123 456 783"),
+    "be_rn": ("85.07.30-033.28", "85.07.30-033.29"),
+    "br_cpf": ("529.982.247-25", "529.982.247-24"),
+    "ca_sin": ("123-456-782", "123-456-783"),
+    "ch_ahv": ("756.9217.0769.85", "756.9217.0769.84"),
+    "cl_rut": ("12.345.678-5", "12.345.678-6"),
+    "cn_id": ("11010519491231002X", "110105194912310021"),
+    "cz_rc": ("736028/5163", "736028/5164"),
+    "de_health": ("A123456780", "A123456781"),
+    "de_id_card": ("T220001293", "T220001294"),
+    "de_insurance": ("15070649C103", "15070649C104"),
+    "de_passport": ("C01X00T478", "C01X00T479"),
+    "de_tax_id": ("36 574 261 809", "36 574 261 808"),
+    "dk_cpr": ("211062-5629", "311362-5629"),
+    "es_nie": ("X2482300W", "X2482300A"),
+    "es_nif": ("54362315K", "54362315Z"),
+    "fi_hetu": ("131052-308T", "131052-308U"),
+    "fr_nir": ("2 55 08 14168 025 38", "2 55 08 14168 025 39"),
+    "gb_nhs": ("943 476 5870", "943 476 5871"),
+    "gb_nino": ("AB 12 34 56 C", "GB 12 34 56 C"),
+    "il_id": ("039337423", "039337424"),
+    "in_aadhaar": ("2341 2341 2346", "2341 2341 2347"),
+    "in_pan": ("ACUPA7085R", "ACUPA0000R"),
+    "it_fiscal_code": ("RCCMNL83S18D969H", "RCCMNL83S18D969"),
+    "kr_rrn": ("971013-1019876", "971313-1019876"),
+    "mx_curp": ("BOXW310820HNERXN09", "BOXW310820HNERXN08"),
+    "ng_nin": ("12345678902", "12345678901"),
+    "nl_bsn": ("111222333", "111222334"),
+    "no_fnr": ("151086 95088", "151086 95077"),
+    "pl_pesel": ("44051401359", "44051401358"),
+    "pt_nif": ("123456789", "123456788"),
+    "ro_cnp": ("1800101221144", "1800101221145"),
+    "se_personnummer": ("880320-0016", "880320-0018"),
+    "sg_nric": ("S1234567D", "S1234567E"),
+    "sk_rc": ("736028/5163", "736028/5164"),
+    "th_id": ("1-2345-45678-78-1", "1-2345-45678-78-9"),
+    "tr_id": ("17291716060", "17291716050"),
+    "us_itin": ("900-70-0000", "900-69-0000"),
+    "us_ssn": ("219-09-9999", "666-09-9999"),
+    "za_id": ("7503305044089", "7503305044088"),
+}
+
+
+def test_every_national_number_has_an_example() -> None:
+    assert set(NATIONAL_NUMBERS) == {number.subtype for number in national_ids.NUMBERS}
+
+
+@pytest.mark.parametrize("number", national_ids.NUMBERS, ids=lambda number: number.subtype)
+def test_number_is_found_behind_a_word_by_its_check(number: national_ids.NationalId) -> None:
+    """Its country alone is asked for, so that no other country's number covers it."""
+    valid, invalid = NATIONAL_NUMBERS[number.subtype]
+    find = national_ids.opener([number.country])
+    subtypes = {
+        text: {hit.subtype for hit in find(normalize(f"national id number {text} on the form"))}
+        for text in (valid, invalid)
+    }
+    assert number.subtype in subtypes[valid] and number.subtype not in subtypes[invalid]
 
 
 def test_of_two_findings_the_surer_stands_for_both() -> None:

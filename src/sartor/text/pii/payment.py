@@ -6,8 +6,9 @@ import hashlib
 import re
 from collections.abc import Iterator
 
+from stdnum import luhn
+
 from sartor.text.pii.entities import NormalizedText, PiiEntity, Span, digits
-from sartor.text.pii.presidio_loader import recogniser
 
 # issuer ranges (ISO/IEC 7812) with their lengths
 CARDS = tuple(
@@ -63,22 +64,12 @@ _ETHER = re.compile(r"0x[0-9a-fA-F]{40}")
 _ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
-def luhn(number: str) -> bool:
-    """Return whether the last digit is the check digit of the others (Luhn; ISO/IEC 7812-1, annex B)."""
-    # from the right, every second digit d counts as the digit sum of 2 d; the total is 0 modulo 10
-    total = 0
-    for index, digit in enumerate(reversed(number)):
-        value = int(digit) * (1 + index % 2)
-        total += value - 9 if value > 9 else value
-    return total % 10 == 0
-
-
 def is_card(number: str) -> bool:
     """Return whether digits have an issuer's range and length and a correct check digit.
 
     One digit repeated is no card number.
     """
-    return any(card.fullmatch(number) for card in CARDS) and luhn(number) and len(set(number)) > 1
+    return any(card.fullmatch(number) for card in CARDS) and luhn.is_valid(number) and len(set(number)) > 1
 
 
 def is_iban(text: str) -> bool:
@@ -194,10 +185,29 @@ def base58_checked(text: str) -> bool:
     return hashlib.sha256(hashlib.sha256(raw[:-4]).digest()).digest()[:4] == raw[-4:]
 
 
-def wallets(normalized: NormalizedText) -> Iterator[PiiEntity]:
-    """Yield addresses of Bitcoin and related currencies (Base58Check, Bech32), and of Ethereum.
+_BECH32_SIGNS = "qpzry9x8gf2tvdw0s3jn54khce6mua7l"
+_BECH32_GENERATOR = (0x3B6A57B2, 0x26508E6D, 0x1EA119FA, 0x3D4233DD, 0x2A1462B3)
+_BECH32_SUMS = (1, 0x2BC830A3)  # of Bech32 (BIP 173) and of Bech32m (BIP 350)
 
-    Bech32 is checked by presidio's recognizer, Ethereum by its form only.
+
+def bech32_checked(text: str) -> bool:
+    """Return whether `hrp1data`, in lower or in upper case, ends in the checksum of Bech32 or Bech32m."""
+    if text not in (text.lower(), text.upper()):
+        return False
+    prefix, _, data = text.lower().rpartition("1")
+    expanded = [ord(sign) >> 5 for sign in prefix] + [0] + [ord(sign) & 31 for sign in prefix]
+    checksum = 1
+    for value in expanded + [_BECH32_SIGNS.index(sign) for sign in data]:
+        top = checksum >> 25
+        checksum = (checksum & 0x1FFFFFF) << 5 ^ value
+        for bit, generator in enumerate(_BECH32_GENERATOR):
+            checksum ^= generator if top >> bit & 1 else 0
+    return checksum in _BECH32_SUMS
+
+
+def wallets(normalized: NormalizedText) -> Iterator[PiiEntity]:
+    """Yield addresses of Bitcoin and its kin (Base58Check, Bech32) and of Ethereum (by form
+    alone).
     """
     for start, end in normalized.tokens:
         text = normalized.flat[start:end]
@@ -205,7 +215,7 @@ def wallets(normalized: NormalizedText) -> Iterator[PiiEntity]:
             continue
         if _BASE58.fullmatch(text) and base58_checked(text):
             yield PiiEntity(start, end, "crypto_wallet", "base58", 1.0, text)
-        elif _BECH32.fullmatch(text) and recogniser("generic.crypto").validate_bech32_address(text)[0]:
+        elif _BECH32.fullmatch(text) and bech32_checked(text):
             yield PiiEntity(start, end, "crypto_wallet", "bech32", 1.0, text.lower())
         elif _ETHER.fullmatch(text):
             yield PiiEntity(start, end, "crypto_wallet", "ethereum", 0.7, text.lower())
