@@ -99,6 +99,13 @@ def test_examples_are_read_from_a_file(name: str, tmp_path: Path) -> None:
     assert load(Domain, dump(step)) == step
 
 
+def test_file_of_examples_may_lie_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, examples(6))))
+    step = step_of(Domain, examples="~/e.jsonl", keep=["sailing"])
+    assert list(step.files()) == [tmp_path / "e.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

@@ -153,6 +153,18 @@ def test_another_threshold_gives_what_curate_would_have_made(
     }
 
 
+@pytest.mark.parametrize("by", ["group", "prompt"])
+def test_restored_rows_are_grouped_as_the_recipe_splits(tmp_path: Path, by: str) -> None:
+    """A row's own group counts only where the recipe splits by it; otherwise a prompt could be on both sides."""
+    data = [{**each, "group": f"own {number}"} for number, each in enumerate(rows())]
+    split = {"eval_fraction": 0, "by": by}
+    old = curate(tmp_path, ["near_duplicates"], data, split=split)
+    again = sartor.rethreshold(old.dataset.path, tmp_path / "again", threshold=1.0)
+    whole = curate(tmp_path, [{"near_duplicates": {"threshold": 1.0}}], data, out="whole", split=split)
+    groups = [{row.id: row.group for row in sartor.read_examples(made.dataset)} for made in (again, whole)]
+    assert groups[0] == groups[1] and len(groups[0]) > len(list(sartor.read_examples(old.dataset)))
+
+
 def test_a_threshold_that_the_evidence_cannot_answer_is_refused(tmp_path: Path) -> None:
     old = curate(tmp_path, ["near_duplicates"])
     with pytest.raises(ConfigError, match="0.3 is out of range"):

@@ -166,7 +166,13 @@ def test_the_key_is_in_the_environment_and_nowhere_else(tmp_path: Path, monkeypa
         monkeypatch.setenv("MY_KEY", key)
         sartor.synthesize({**said, "cache": str(tmp_path / "cache")}, tmp_path / "a")
         assert {one["Authorization"] for one in server.headers} == {f"Bearer {key}"}
-        for code, kind in (("401", KeyRefusedError), ("400", ConfigError), ("302", ConfigError), ("503", BusyError)):
+        for code, kind in (
+            ("401", KeyRefusedError),
+            ("400", ConfigError),
+            ("302", ConfigError),
+            ("503", BusyError),
+            ("520", BusyError),
+        ):
             server.fault = lambda body, times, code=code: code
             told: list[str] = []
             with pytest.raises(kind) as error:

@@ -38,7 +38,8 @@ def export(
         out: directory of the export
         quantise: further types of the merged GGUF, such as q8_0,q4_0; f16 is added, unless bf16 or f32 is given; none:
             no merged file
-        key: private key, or the directory that `sartor keygen` made: signs the receipt
+        key: private key, or the directory that `sartor keygen` made: signs the receipt; a Release signed with it is
+            trusted
         public_key: trust this public key instead of those in SARTOR_HOME/trusted
         base: the base, if it is not where the Release says
         allow_unmeasured: also export if llama.cpp is not installed for the comparison

@@ -146,7 +146,7 @@ def check_signature(
     """
     if not _is_signature(signature):
         raise SignatureError(f"{file} is not a signature of Sartor", f"get {file} again from who signed it")
-    keys = list(_trusted_here() if trusted is None else trusted)
+    keys = list(trusted_keys() if trusted is None else trusted)
     identity = signature["key_id"]
     if identity in revoked_ids():
         raise SignatureError(f"the signer {identity} of {file} is revoked", "ask its maker for a new one")
@@ -167,9 +167,14 @@ def check_signature(
     return identity
 
 
+def trusted_keys() -> list[Ed25519PublicKey]:
+    """Return the keys in SARTOR_HOME/trusted."""
+    return _keys_in("trusted")
+
+
 def trusted_ids() -> set[str]:
     """Return the ids of the keys in SARTOR_HOME/trusted."""
-    return {key_id(key) for key in _trusted_here()}
+    return {key_id(key) for key in trusted_keys()}
 
 
 def revoked_ids() -> set[str]:
@@ -181,10 +186,6 @@ def _is_signature(signature: Any) -> bool:
     if not isinstance(signature, dict) or signature.get("schema") != SCHEMA or signature.get("algorithm") != "ed25519":
         return False
     return all(isinstance(signature.get(name), str) and signature[name] for name in ("key_id", "signature"))
-
-
-def _trusted_here() -> list[Ed25519PublicKey]:
-    return _keys_in("trusted")
 
 
 def _keys_in(name: str) -> list[Ed25519PublicKey]:

@@ -393,14 +393,15 @@ class CurationRun:
     def _execute(self, name: str, tasks: Sequence[ShardTask]) -> list[Shard]:
         sizes = [task.unit.bytes if task.unit else _size(task.before) for task in tasks]
         result = []
+        resumed_before = self.resumed_parts
         self.progress.begin(name, sum(sizes))
         for task, size, summary in zip(tasks, sizes, self.engine(tasks, sizes, self.recipe.workers), strict=True):
             self.resumed_parts += summary["was_there"]
             self.progress.advance(size, summary["kept"] + summary["dropped"])
             self._count(task, summary)
             result.append(Shard(task.part, summary))
-        if self.resumed_parts:
-            self.notice(f"{name}: going on with {self.resumed_parts} parts that an interrupted run had finished")
+        if resumed := self.resumed_parts - resumed_before:
+            self.notice(f"{name}: going on with {resumed} parts that an interrupted run had finished")
         return result
 
     def _count(self, task: ShardTask, summary: Mapping[str, Any]) -> None:

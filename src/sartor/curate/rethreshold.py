@@ -21,7 +21,7 @@ from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact, check_output_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, drop_of
-from sartor.core.splits import held_out_groups, split_group
+from sartor.core.splits import held_out_groups, prompt_group, split_group
 from sartor.curate.dataset_writer import SET_ASIDE, DatasetWriter, write_dataset
 from sartor.curate.dedup import clusters, pair_store
 from sartor.curate.dedup import dedup_files as of_files
@@ -140,7 +140,7 @@ class _Rethreshold:
         staying_rows = [index for index in range(len(self.kept_table)) if index not in self.removed]
         splits = self._splits(staying_rows, restored)
         restored_rows = [
-            dataclasses.replace(row, group=split_group(row), split=splits[split_group(row)]) for row in restored
+            dataclasses.replace(row, group=self._group(row), split=splits[self._group(row)]) for row in restored
         ]
         writer.examples(
             [self.kept_table.take(pa.array(staying_rows, pa.int64())), parquet_io.examples_table(restored_rows)]
@@ -204,15 +204,23 @@ class _Rethreshold:
     def _splits(self, staying_rows: Sequence[int], restored: Sequence[Example]) -> dict[str, str]:
         """Return the split of every group.
 
-        Groups of the old Dataset keep their split. Of the new groups some are held out for eval by `eval_fraction`.
+        Groups of the old Dataset keep their split, and a new group has the one that its rows declare. Of the other
+        new groups some are held out for eval by `eval_fraction`.
         """
         groups, splits = self.kept_table["group"].to_pylist(), self.kept_table["split"].to_pylist()
         split_by_group = {groups[index]: splits[index] for index in staying_rows}
-        new_groups = [split_group(row) for row in restored if split_group(row) not in split_by_group]
+        for row in restored:
+            if row.split:
+                split_by_group.setdefault(self._group(row), row.split)
+        new_groups = [self._group(row) for row in restored if self._group(row) not in split_by_group]
         held_out = (
             held_out_groups(new_groups, self.recipe.split.eval_fraction, self.recipe.seed) if new_groups else set()
         )
         return {**{group: "eval" if group in held_out else "train" for group in new_groups}, **split_by_group}
+
+    def _group(self, row: Example) -> str:
+        """Return the group that the recipe's split keeps together."""
+        return split_group(row) if self.recipe.split.by == "group" else prompt_group(row)
 
     def _drops(self, new_drops: Sequence[Drop]) -> list[Drop]:
         old = _read(self.old, "drops")

@@ -87,7 +87,7 @@ def feedback_counts(inbox: Path, agent: str, since: str) -> FeedbackCounts:
     """Count an agent's feedback in an inbox, over all its versions."""
     corrections, unlearnable, after, before = 0, 0, FailureRate(), FailureRate()
     for _, _, feedback in lines(inbox):
-        if feedback.agent.rpartition("@")[0] != agent:
+        if feedback.agent.partition("@")[0] != agent:
             continue
         is_new = feedback.date > since
         if feedback.rating:

@@ -149,7 +149,9 @@ def pad_ranks(trained: Tensors, shared: Tensors) -> dict[str, Array]:
             or (b.shape[0], a.shape[1]) != (shared_b.shape[0], shared_a.shape[1])
         ):
             shapes = f"A {a.shape} and B {b.shape}; the shared ones are {shared_a.shape} and {shared_b.shape}"
-            raise InputError(f"{module} was trained as {shapes}", "train what `cut` gives for this client's rank")
+            raise InputError(
+                f"{module} was trained as {shapes}", "train what `split_ranks` gives for this client's rank"
+            )
         padded[module + A] = np.concatenate([a, shared_a[rank:].astype(a.dtype)])
         padded[module + B] = np.concatenate([b, shared_b[:, rank:].astype(b.dtype)], axis=1)
     return padded

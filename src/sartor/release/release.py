@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from sartor.core import catalogue, model_refs, signing
 from sartor.core.artifacts import (
@@ -317,14 +317,19 @@ def verify(path: Path | str, *, key: Path | str | None = None, base: str = "") -
     return _verified(open_artifact(path, ("release", "export")), key, base)
 
 
-def verify_release(path: Path | str, *, key: Path | str | None = None, base: str = "") -> Verified:
-    """Check a Release as `verify` does; an export is refused."""
-    return _verified(open_artifact(path, "release"), key, base)
+def verify_release(
+    path: Path | str, *, key: Path | str | None = None, base: str = "", own: Ed25519PublicKey | None = None
+) -> Verified:
+    """Check a Release as `verify` does; an export is refused.
+
+    own: public half of the caller's private key; trusted beside the keys of this machine.
+    """
+    return _verified(open_artifact(path, "release"), key, base, own)
 
 
-def _verified(artifact: Artifact, key: Path | str | None, base: str) -> Verified:
+def _verified(artifact: Artifact, key: Path | str | None, base: str, own: Ed25519PublicKey | None = None) -> Verified:
     document = (artifact.path / MANIFESTS[artifact.kind]).read_bytes()
-    trusted = [signing.open_public(Path(key))] if key else None
+    trusted = [signing.open_public(Path(key))] if key else [*signing.trusted_keys(), *([own] if own else [])]
     signer = signing.check(document, artifact.path / "signature", trusted)
     return Verified(artifact, signer, _compare_base(artifact, base))
 

@@ -165,7 +165,7 @@ def _answer(text: str, finish: Any, usage: Any) -> TeacherAnswer:
 
 LONGEST_PAUSE_S = 60.0
 MOST_RETRY_AFTER_S = 600.0
-AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+AGAIN = (408, 409, 425, 429)  # and the server's own failures: 5xx, but for 501, which is for good
 OF_THE_QUESTION = (413, 422)
 TOO_LONG = "context_length_exceeded"  # error code of OpenAI and vLLM in a 400
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -292,7 +292,7 @@ class EndpointTeacher:
         if error.code in OF_THE_QUESTION or (error.code == 400 and TOO_LONG in body):
             return None
         problem = self._redacted(f"{self.access.url} says {error.code}: {' '.join(body.split())[:300]}")
-        if error.code in AGAIN:
+        if error.code in AGAIN or (error.code >= 500 and error.code != 501):
             is_busy = error.code in (429, 503, 529)
             return _AgainError(
                 problem, _retry_after(error.headers.get("Retry-After", "")) if is_busy else 0.0, is_busy=is_busy

@@ -129,8 +129,8 @@ def measure_rates(
     """Return the outcome rates of N rows by group.
 
     Rows without an outcome, or without a group of an attribute, are not counted there.
-    weights: (N,) weights of the rows, or None. Rates and gaps use Kish's effective number of rows, so weights widen
-    their intervals.
+    weights: (N,) weights of the rows, or None. Rates, gaps and ratios use Kish's effective number of rows, so weights
+    widen their intervals.
     """
     weight = np.ones(len(outcomes)) if weights is None else np.asarray(weights, float)
     names = [
@@ -160,7 +160,12 @@ def measure_rates(
                     for name, members in compared.items()
                 ]
             ratios += [
-                _ratio(attribute, outcome, {name: rates[attribute][name][outcome] for name in compared})
+                _ratio(
+                    attribute,
+                    outcome,
+                    {name: rates[attribute][name][outcome] for name in compared},
+                    {name: effective(weight[members]) for name, members in compared.items()},
+                )
                 for outcome in hits
             ]
     return OutcomeRates(
@@ -200,7 +205,8 @@ def _gap(
     return Gap(*names, rate.rate, others_rate.rate, rate.rate - others_rate.rate, *interval, p)
 
 
-def _ratio(attribute: str, outcome: str, rates: dict[str, OutcomeRate]) -> Ratio | None:
+def _ratio(attribute: str, outcome: str, rates: dict[str, OutcomeRate], sizes: dict[str, float]) -> Ratio | None:
+    """Return the lowest rate over the highest; None where both are 0. sizes: effective rows of each group."""
     lowest, highest = (min(rates, key=lambda name: (sign * rates[name].rate, name)) for sign in (1, -1))
     low, high = rates[lowest], rates[highest]
     if high.rate <= 0:
@@ -208,9 +214,10 @@ def _ratio(attribute: str, outcome: str, rates: dict[str, OutcomeRate]) -> Ratio
     ratio = low.rate / high.rate
     # log RR = log(x_1 / n_1) - log(x_2 / n_2), with standard error sqrt(1/x_1 - 1/n_1 + 1/x_2 - 1/n_2) (Katz et al.).
     # A count x of 0 becomes half a row, since a rate of 0 has no logarithm.
-    hits = [max(rate.rate * rate.rows, 0.5) for rate in (low, high)]
-    error = math.sqrt(sum(1 / hit - 1 / max(rate.rows, hit) for hit, rate in zip(hits, (low, high), strict=True)))
-    middle = math.log(hits[0] / max(low.rows, 1e-9)) - math.log(hits[1] / max(high.rows, 1e-9))
+    counts = [sizes[lowest], sizes[highest]]
+    hits = [max(rate.rate * count, 0.5) for rate, count in zip((low, high), counts, strict=True)]
+    error = math.sqrt(sum(1 / hit - 1 / max(count, hit) for hit, count in zip(hits, counts, strict=True)))
+    middle = math.log(hits[0] / max(counts[0], 1e-9)) - math.log(hits[1] / max(counts[1], 1e-9))
     return Ratio(
         attribute, outcome, lowest, highest, ratio, math.exp(middle - Z * error), math.exp(middle + Z * error)
     )

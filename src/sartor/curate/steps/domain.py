@@ -65,7 +65,8 @@ class Domain:
 
     def files(self) -> Sequence[Path]:
         """Return the file of examples, if there is one."""
-        return [Path(self.examples)] if isinstance(self.examples, str) and Path(self.examples).is_file() else []
+        file = Path(self.examples).expanduser() if isinstance(self.examples, str) else None
+        return [file] if file and file.is_file() else []
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """Return the columns label (most probable), wanted (probability of the wanted labels) and is_blank."""

@@ -212,4 +212,4 @@ def _measured(sound: Any, rate: int, max_seconds: float) -> AudioFacts:
         clipped += int((full[2:] & full[1:-1] & full[:-2]).sum())
         before = full[-2:]
     db = 10 * math.log10(loudest) if loudest > 0 else -math.inf
-    return AudioFacts(rate, frames / rate, db, clipped / samples)
+    return AudioFacts(rate, frames / rate, db, clipped / max(samples, 1))

@@ -32,8 +32,9 @@ FIELD_HELP = (
 )
 
 
-UNDATED = -1e14  # seconds; earlier than any date
-BEHIND = 1e15  # above every rank of a rule; sums with whole numbers stay exact in float64
+UNDATED = -1e11  # seconds; earlier than any date
+# above every rank of a rule; in float64 whole numbers stay exact beside it, and qualities of 0 to 1 to 0.0002
+BEHIND = 1e12
 
 
 def ranks(examples: Sequence[Example], rule: Keep, field: Field) -> Any:

@@ -74,7 +74,8 @@ class Judge:
 
 
 _MORE_PROBE = (
-    f"--probe FILE (Settings(probe=[...]) from Python): {LEAST_GROUPS} rows or more of what it must go on to know"
+    f"--probe FILE (AdaptationSettings(probe=[...]) from Python): {LEAST_GROUPS} rows or more of what it must go on "
+    "to know"
 )
 # Number of row sets that are remembered as not worth another tuning
 _SETTLED = 64

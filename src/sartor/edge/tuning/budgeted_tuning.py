@@ -108,7 +108,7 @@ def verify_receipt(folder: Path, trusted: Iterable[Ed25519PublicKey] | None = No
         receipt, signature = _parse_receipt(fields["said"]), fields["signature"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"{file} is no receipt: {error!r}", "tune_within writes one beside what it tunes"
+            f"{file} is no receipt: {error!r}", "sartor edge tune writes one beside what it tunes"
         ) from None
     check_signature(_canonical(fields["said"]), signature, file, "the receipt", trusted)
     for name, digest in receipt.adapter.items():

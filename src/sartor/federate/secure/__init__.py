@@ -1,4 +1,4 @@
-"""Secure aggregation: a server learns the sum of clients' vectors and no single vector, even if it lies.
+"""Secure aggregation: a server learns the sum of clients' vectors and no single one, even if it lies.
 
 The protocol is that of Bonawitz et al. (CCS 2017, "Practical Secure Aggregation for Privacy-Preserving Machine
 Learning", figure 4, the version against active servers). Large cohorts use the sparse graph of Bell et al. (CCS 2020,

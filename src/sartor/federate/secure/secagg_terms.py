@@ -147,7 +147,8 @@ class SecureSumTerms:
         for slot in self.layout:
             if not (math.isfinite(slot.scale) and slot.scale > 0 and all(side >= 0 for side in slot.shape)):
                 raise ConfigError(
-                    f"the tensor {slot.name!r:.80} has the scale {slot.scale}", "a scale above 0: ring.scale_for"
+                    f"the tensor {slot.name!r:.80} has the scale {slot.scale}",
+                    "give it a scale above 0: fixed_point.scale_for(largest, clients)",
                 )
         self.graph  # noqa: B018  a degree that cannot be is found here
 
@@ -288,5 +289,6 @@ class Round:
     def __post_init__(self) -> None:
         if not _DIGEST.fullmatch(self.digest) or self.coordinator in self.terms.share_indices:
             raise ConfigError(
-                "a round has the digest of its manifest, and a coordinator outside the cohort", "see Manifest"
+                "a round has the digest of its manifest, and a coordinator outside the cohort",
+                "take Manifest.digest for the digest, and name a coordinator that is no client of the round",
             )

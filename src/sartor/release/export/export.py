@@ -63,7 +63,7 @@ class ExportOptions:
     alone
     writes no merged file, for devices that already have the base's own file.
     allow_unmeasured: export even if the runtime is not installed.
-    sign: private key for the receipt.
+    sign: private key for the receipt; a Release that was signed with it is trusted.
     key, base: as in `verify`.
     """
 
@@ -103,7 +103,8 @@ def export(
     out = Path(out).absolute()
     check_output_free(out, replace=replace)
     private = signing.open_private(Path(options.sign)) if options.sign else None
-    source = verify_release(release, key=options.key, base=options.base).release
+    own = private.public_key() if private else None
+    source = verify_release(release, key=options.key, base=options.base, own=own).release
     reads_media = _check_media(source, to)
     base_manifest = source.manifest["base"]
     _check_memory(model_refs.locate_base(options.base or base_manifest["name"]))
