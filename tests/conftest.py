@@ -33,22 +33,33 @@ pytest_plugins = ["updating", "skips"]
 gc.disable()
 
 
-# files of a minute and more with few tests (--durations): begun first, so that no worker waits for the other at the end
+# files of a minute or so, the longest first (--durations): no worker then waits for the other at the end
 LONGEST_FILES = (
     "test_smallest_benchmarks.py",
-    "federate/test_flower.py",
     "test_docs.py",
-    "test_edge_example.py",
+    "federate/test_flower.py",
+    "tune/test_checkpoint.py",
     "demo/test_end_to_end.py",
-    "test_install.py",
-    "test_tour_commands.py",
-    "quickstart/test_tailor_killed.py",
-    "test_first_hour.py",
     "test_frozen.py",
+    "learn/test_retrain_gain.py",
     "test_team.py",
-    "test_planted_bias.py",
-    "models/test_base.py",
     "evaluate/test_audit_benchmarks.py",
+    "curate/test_passes.py",
+    "test_tour_commands.py",
+    "test_artefacts.py",
+    "quickstart/test_tailor_killed.py",
+    "test_planted_bias.py",
+    "test_kill.py",
+    "test_install.py",
+    "curate/test_label_errors.py",
+    "serving/test_api_keys_lost_served.py",
+    "test_media_example.py",
+    "test_edge_example.py",
+    "evaluate/test_bootstrap.py",
+    "models/test_base.py",
+    "test_first_hour.py",
+    "release/test_export_llamacpp.py",
+    "serving/test_server_audio_limits.py",
 )
 
 
