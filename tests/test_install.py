@@ -23,7 +23,7 @@ def test_a_plain_install_brings_no_torch_and_curates(tmp_path: Path) -> None:
         [python, "-m", "pip", "install", "--quiet", "--no-compile", str(ROOT)], check=True, capture_output=True
     )
     listed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout.lower()
-    assert "sartor" in listed and "torch" not in listed and "transformers" not in listed
+    assert "sartor" in listed and not any(name in listed for name in ("torch", "transformers", "presidio", "spacy"))
     (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "a"}\n' * 3)
     (tmp_path / "c.yaml").write_text(f"sources: [{tmp_path / 'rows.jsonl'}]\nsplit: {{eval_fraction: 0}}\n")
     sartor = str(tmp_path / "v/bin/sartor")
