@@ -295,7 +295,7 @@ def test_evidence_is_not_the_same_as_worse(
     keys = ("base", "tuned", "difference", "low", "high")
     metrics = {"exact_match": dict(zip(keys, metric, strict=True))}
     report = Artifact(tmp_path, {"primary": "exact_match", "metrics": metrics, "groups": groups, "rows": 2 * groups})
-    assert verb._evidence(report) == (verb.Evidence(evidence), more_rows)
+    assert verb._evidence(report) == (verb.GainEvidence(evidence), more_rows)
 
 
 def test_no_network_is_said_before_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ _LONGEST = 2000  # characters of a turn or a reply that are shown
 
 
 @dataclass(frozen=True)
-class Shown:
+class ArtifactPreview:
     """Content of an artefact: facts about the whole, and some of its rows."""
 
     artifact: Artifact
@@ -55,7 +55,9 @@ class Shown:
             console.print(_panel(row))
 
 
-def show(path: Path | str, *, rows: int = ROWS, split: Literal["train", "eval", "test", "dropped"] = "train") -> Shown:
+def show(
+    path: Path | str, *, rows: int = ROWS, split: Literal["train", "eval", "test", "dropped"] = "train"
+) -> ArtifactPreview:
     """Return the content of a Dataset, an Adapter or a Report.
 
     rows: number of rows to show; 0 for none. split: split of a Dataset. Raises ArtifactError for another artefact,
@@ -69,7 +71,7 @@ def show(path: Path | str, *, rows: int = ROWS, split: Literal["train", "eval", 
     return _adapter(artifact) if artifact.kind == "adapter" else _report(artifact, rows)
 
 
-def _dataset(dataset: Artifact, count: int, split: str) -> Shown:
+def _dataset(dataset: Artifact, count: int, split: str) -> ArtifactPreview:
     """Return the facts and rows of a Dataset."""
     manifest = dataset.manifest
     reasons = Counter(drop.reason for drop in parquet_io.read_drops(dataset))
@@ -85,11 +87,11 @@ def _dataset(dataset: Artifact, count: int, split: str) -> Shown:
     }
     if split == "dropped":
         drops = itertools.islice(parquet_io.read_drops(dataset), count)
-        return Shown(
+        return ArtifactPreview(
             dataset, facts, [{"locator": drop.locator, "reason": drop.reason, "detail": drop.detail} for drop in drops]
         )
     examples = itertools.islice(parquet_io.read_examples(dataset, split), count)
-    return Shown(dataset, facts, [_example(example) for example in examples])
+    return ArtifactPreview(dataset, facts, [_example(example) for example in examples])
 
 
 def _example(example: Example) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def _text(turn: Message) -> str:
     return "".join([*parts, *([f"\n{turn.tool_calls}"] if turn.tool_calls else [])])[:_LONGEST]
 
 
-def _adapter(adapter: Artifact) -> Shown:
+def _adapter(adapter: Artifact) -> ArtifactPreview:
     """Return the facts of an Adapter."""
     manifest = adapter.manifest
     run = manifest.get("run", {})
@@ -121,7 +123,9 @@ def _adapter(adapter: Artifact) -> Shown:
         "settings": {name: f"{setting['value']} ({setting['reason']})" for name, setting in settings.items()},
         "warnings": [warning["problem"] for warning in run.get("warnings", ())],
     }
-    return Shown(adapter, {name: value for name, value in facts.items() if value not in (None, "", {}, [])}, [])
+    return ArtifactPreview(
+        adapter, {name: value for name, value in facts.items() if value not in (None, "", {}, [])}, []
+    )
 
 
 def _curve(adapter: Artifact) -> Iterator[str]:
@@ -143,7 +147,7 @@ def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     return ((line, row) for line, row in read_rows(file, 1 << 20) if isinstance(row, dict))
 
 
-def _report(report: Artifact, count: int) -> Shown:
+def _report(report: Artifact, count: int) -> ArtifactPreview:
     """Return the facts of a Report and the rows on which the tuned model lost most against the base."""
     manifest = report.manifest
     metrics = {
@@ -172,7 +176,7 @@ def _report(report: Artifact, count: int) -> Shown:
     worst = sorted(table, key=lost, reverse=True)[:count]
     keys = ("id", "prompt", "reference", "base_reply", "tuned_reply")
     facts["page"] = str(report.path / "report.html")
-    return Shown(report, facts, [{key: row.get(key) for key in keys} for row in worst])
+    return ArtifactPreview(report, facts, [{key: row.get(key) for key in keys} for row in worst])
 
 
 def _panel(row: Mapping[str, Any]) -> RenderableType:

@@ -75,7 +75,7 @@ _ASSETS = ("small-talk", "chitchat")
 _PLAN_LINES = ("time", "evaluation", "peak memory", "reads", "trains", "left out", "warning")
 
 
-class Evidence(Enum):
+class GainEvidence(Enum):
     """Verdict of the held-out rows on the tuned model."""
 
     BETTER = "better"
@@ -99,7 +99,7 @@ class Tailored:
     report: Artifact
     released: Artifact | None
     checks: Mapping[str, Check]
-    evidence: Evidence
+    evidence: GainEvidence
     more_rows: int
     recipes: Mapping[str, str]
     next_steps: Sequence[str]
@@ -144,9 +144,9 @@ class Tailored:
 
     def _evidence_text(self) -> str:
         """Return the verdict as text."""
-        if self.evidence is Evidence.NOT_ENOUGH and self.more_rows:
+        if self.evidence is GainEvidence.NOT_ENOUGH and self.more_rows:
             return f"{self.evidence.value}, which is not worse: about {self.more_rows} more held-out rows would decide"
-        is_verdict = self.evidence in (Evidence.BETTER, Evidence.WORSE)
+        is_verdict = self.evidence in (GainEvidence.BETTER, GainEvidence.WORSE)
         return f"{self.evidence.value} than the base" if is_verdict else self.evidence.value
 
 
@@ -569,22 +569,22 @@ def _is_signed_by(released: Artifact, key: Path) -> bool:
     return True
 
 
-def _evidence(report: Artifact) -> tuple[Evidence, int]:
+def _evidence(report: Artifact) -> tuple[GainEvidence, int]:
     """Return the Report's verdict on the gain, and the number of further held-out rows that would decide."""
     manifest = report.manifest
     primary, name = manifest["metrics"][manifest["primary"]], manifest["primary"]
     higher_is_better = name not in LOWER_IS_BETTER
     verdict = Comparison(**primary).verdict(higher_is_better=higher_is_better)
     if verdict != "cannot tell":
-        return Evidence(verdict), 0
+        return GainEvidence(verdict), 0
     difference, groups = primary["difference"], manifest["groups"]
     if not difference:
-        return Evidence.NO_DIFFERENCE, max(0, LEAST_GROUPS - groups)
+        return GainEvidence.NO_DIFFERENCE, max(0, LEAST_GROUPS - groups)
     if (difference > 0) != higher_is_better:
-        return Evidence.NOT_ENOUGH, 0
+        return GainEvidence.NOT_ENOUGH, 0
     needed = groups_needed(difference, primary["low"], primary["high"], groups)
     # rows = groups needed * rows per group: in groups of several rows a new row is not a new group
-    return Evidence.NOT_ENOUGH, math.ceil((needed - groups) * manifest["rows"] / groups)
+    return GainEvidence.NOT_ENOUGH, math.ceil((needed - groups) * manifest["rows"] / groups)
 
 
 def _machine_key(notice: Notice) -> Path:
