@@ -11,10 +11,8 @@ A line that ends with a backslash continues in the next one. Replies are streame
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,14 +24,10 @@ from sartor.core.ipc import error_of
 from sartor.core.lazy_import import import_module
 from sartor.core.records import Part
 from sartor.evaluate import training_facts
-from sartor.inference.engine import BASE, GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
+from sartor.inference.engine import BASE, GenerateCall, ReplyFailed, Sampling, TextDelta
 from sartor.media.content_parts import kinds_in
 from sartor.release.release import verify_release
-from sartor.serving.commands.ask_team import without_http
 from sartor.serving.commands.ask_types import nearest_examples, read_media
-from sartor.serving.http.startup import build_services
-from sartor.serving.team_config import load
-from sartor.serving.types import AgentRequest
 
 Notice = Callable[[str], object]
 Write = Callable[[str], object]
@@ -108,46 +102,6 @@ class LocalPartner:
     def close(self) -> None:
         """Close the engine."""
         self._engine.close()
-
-
-class TeamPartner:
-    """Team of a YAML file, with its own worker."""
-
-    artifact: Artifact | None = None
-
-    def __init__(self, file: Path, agent: str, sampling: Mapping[str, Any], notice: Notice) -> None:
-        self.name, self._agent, self._sampling = agent, agent, sampling
-        self._loop, self._stack = asyncio.new_event_loop(), AsyncExitStack()
-        notice(f"opening the team of {file}")
-        self._services: Any = self._loop.run_until_complete(
-            self._stack.enter_async_context(build_services(without_http(load(file))))
-        )
-
-    def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
-        """Yield the reply to a conversation, piece by piece."""
-        request = AgentRequest("base" if by_base else self._agent, tuple(messages), sampling=self._sampling)
-        pieces = self._pieces(request)
-        while True:
-            try:
-                yield self._loop.run_until_complete(anext(pieces))
-            except StopAsyncIteration:
-                return
-
-    async def _pieces(self, request: Any) -> AsyncIterator[str]:
-        """Yield the reply's text as it arrives. Raises the error of a failed reply."""
-        answer = await self._services.replies.open(request)
-        self.name = answer.agent
-        async with aclosing(cast(Any, answer.events)) as events:
-            async for event in cast(AsyncIterator[TextDelta | ReplyDone | ReplyFailed], events):
-                if isinstance(event, TextDelta):
-                    yield event.text
-                elif isinstance(event, ReplyFailed):
-                    raise error_of(event.kind, event.problem, event.remedy)
-
-    def close(self) -> None:
-        """Stop the team's services."""
-        self._loop.run_until_complete(self._stack.aclose())
-        self._loop.close()
 
 
 class ServerPartner:
@@ -230,7 +184,9 @@ def open_partner(
     if target.startswith(("http://", "https://")):
         return ServerPartner(target, agent, key, chosen)
     if Path(target).is_file() and Path(target).suffix in (".yaml", ".yml"):
-        return TeamPartner(Path(target), agent, chosen, notice)
+        # its services need the extra `serve`, which a conversation with an adapter does without
+        team_partner = import_module("sartor.quickstart.team_partner")
+        return cast(Partner, team_partner.TeamPartner(Path(target), agent, chosen, notice))
     return LocalPartner(target, Sampling(**{"temperature": 0.0, "max_tokens": 512, **chosen}), notice)
 
 
