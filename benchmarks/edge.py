@@ -34,10 +34,10 @@ from results import print_result, run_tests
 
 from sartor.core import model_refs, resource_limits
 from sartor.core.resource_limits import ResourceLimits, ResourceUsage
-from sartor.edge.tuning.budgeted_tuning import planned_job, tuner_command
+from sartor.edge.tuning.budgeted_tuning import planned_job
 from sartor.edge.tuning.memory_plan import MemorySetting, Name, Planner
 from sartor.edge.tuning.tuner_process import write_tokens
-from sartor.edge.tuning.tuning_job import TuningJob
+from sartor.edge.tuning.tuning_job import TuningJob, tuner_command
 from sartor.edge.update import tensor_delta
 from sartor.models.base import convert
 from sartor.models.packing import TokenizedExample
@@ -245,7 +245,7 @@ def ran(job: TuningJob, rung: MemorySetting, memory_bytes: int) -> ResourceUsage
     file = Path(job.out).with_name("job.json")
     planned_job(job, rung).write(file)
     return resource_limits.run(
-        tuner_command(file, Path(job.out).with_name("stderr.txt")), ResourceLimits(memory_bytes)
+        tuner_command(file), ResourceLimits(memory_bytes), log=Path(job.out).with_name("stderr.txt")
     )
 
 

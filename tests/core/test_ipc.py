@@ -65,6 +65,7 @@ def test_errors_arrive_whole(error: SartorError) -> None:
 @pytest.mark.parametrize("kind", ["", "Foreign", "need", "Any"])
 def test_an_unknown_error_is_plain(kind: str) -> None:
     assert type(ipc.error_of(kind, "p", "r")) is SartorError
+    assert type(ipc.error_of(kind, "p", "r", ModelError)) is ModelError
 
 
 class Parent:

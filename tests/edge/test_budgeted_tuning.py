@@ -30,7 +30,7 @@ class Tuner:
         self.ends, self.jobs, self.limits = list(ends), [], []  # type: ignore[var-annotated]
 
     def run(
-        self, command: Sequence[str], limits: ResourceLimits, *, environment: Any, stop: Callable[[], bool]
+        self, command: Sequence[str], limits: ResourceLimits, *, environment: Any, log: Path, stop: Callable[[], bool]
     ) -> ResourceUsage:
         one = read_job(Path(command[-1]))
         self.jobs.append(one)
@@ -44,7 +44,7 @@ class Tuner:
             (out / "adapter_model.safetensors").write_bytes(b"weights")
             (out / "adapter_config.json").write_bytes(b"{}")
         if isinstance(end, dict):
-            (out / "stderr.txt").write_text(f"noise\n{json.dumps({'error': end})}\n")
+            log.write_text(f"noise\n{json.dumps({'error': end})}\n")
         killed: Killed = end if isinstance(end, str) else ""
         code = end if isinstance(end, int) else -9 if end == "memory" else 143 if killed else 3
         return ResourceUsage("cgroup v1", limits.memory_bytes, 300_000_000, 10.0, 9.0, code, killed)

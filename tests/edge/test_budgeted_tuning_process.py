@@ -26,10 +26,10 @@ from sartor.edge.tuning.budgeted_tuning import (
     DeviceBudget,
     planned_job,
     tune_within_budget,
-    tuner_command,
     verify_receipt,
 )
 from sartor.edge.tuning.memory_plan import MemoryBaseline, MemorySetting, Planner
+from sartor.edge.tuning.tuning_job import tuner_command
 
 MB = 1_000_000
 ALONE = ["unshare", "--net", "--map-root-user", "--user"]
@@ -101,7 +101,7 @@ def test_a_memory_kill_goes_on_smaller_and_is_in_the_receipt(tiny_base: Path, tm
         "sys.exit(tuner_process.main(sys.argv[1:]))\n"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budgeted_tuning, "tuner_command", lambda file, said: [sys.executable, str(hog), str(file)])
+        patch.setattr(budgeted_tuning, "tuner_command", lambda file: [sys.executable, str(hog), str(file)])
         receipt = tune_within_budget(
             one, DeviceBudget(memory_bytes=least + 40 * MB), key=key, planner=Rash(one, planner.floor)
         )
@@ -174,7 +174,9 @@ def test_the_starter_is_held_as_it_was_predicted(tmp_path: Path) -> None:
     predicted = sum(planner.predict_peak(rung).values())
     planned_job(one, rung).write(tmp_path / "job.json")
     used = run(
-        tuner_command(tmp_path / "job.json", tmp_path / "stderr"), ResourceLimits(memory_bytes=round(1.04 * predicted))
+        tuner_command(tmp_path / "job.json"),
+        ResourceLimits(memory_bytes=round(1.04 * predicted)),
+        log=tmp_path / "stderr",
     )
     assert used.exit_code == 0, (used, (tmp_path / "stderr").read_text()[-500:])
     assert used.peak_bytes == pytest.approx(predicted, rel=0.1)

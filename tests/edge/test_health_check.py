@@ -10,7 +10,7 @@ import pytest
 from health_fakes import CANARIES, ROWS, answering, lines, version  # noqa: F401
 from sartor.core.artifacts import write_artifact
 from sartor.core.errors import ConfigError, HealthError, MissingError
-from sartor.core.resource_limits import ResourceLimits, ResourceUsage
+from sartor.core.resource_limits import JobResult, ResourceLimits, ResourceUsage
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import device_runtime
 from sartor.edge.update import health_check
@@ -169,15 +169,16 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
         device_runtime.ask_in_process(version(tmp_path), [CALL], ResourceLimits(wall_s=0.05))
 
 
-def test_what_a_version_did_to_its_process_begins_with_a_word(tmp_path: Path) -> None:
-    limits, log = ResourceLimits(memory_bytes=1 << 30, wall_s=5), tmp_path / "log"
-    log.write_text("loading\nterminate called\n")
+def test_what_a_version_did_to_its_process_begins_with_a_word() -> None:
+    limits = ResourceLimits(memory_bytes=1 << 30, wall_s=5)
     for killed, code, said in (
         ("memory", -9, "memory: it took more than 1,073,741,824"),
-        ("", -11, "crash: .*terminate called"),
+        ("", -11, "crash: .* -11: terminate called"),
+        ("", 0, "crash: .* 0: terminate called"),
     ):
+        usage = ResourceUsage("x", 0, 0, 0, 0, code, killed)  # type: ignore[arg-type]
         with pytest.raises(HealthError, match=said):
-            device_runtime._check(ResourceUsage("x", 0, 0, 0, 0, code, killed), limits, log)  # type: ignore[arg-type]
+            device_runtime._answers(JobResult(None, usage, ["loading", "terminate called"]), limits)
     assert isinstance(
         device_runtime._error({"kind": "AssetError", "problem": "no starter", "remedy": "x"}), MissingError
     )

@@ -142,7 +142,7 @@ def test_the_command_says_path_and_parity(tmp_path: Path, tiny_base: Path, capsy
 def test_llama_cpp_s_process_goes_with_ours(tmp_path: Path) -> None:
     code = f"""
 import sys, sartor.release.export.parity as r
-r.sys = type('S', (), {{'executable': {str(tmp_path / "slow")!r}}})
+sys.executable = {str(tmp_path / "slow")!r}
 print('READY', flush=True)
 r._in_a_process({{}}, lambda count: None)"""
     # stands for a llama.cpp that is at work: the same module, which waits where it would open a model

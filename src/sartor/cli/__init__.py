@@ -33,6 +33,7 @@ from sartor.cli import serving as learning
 from sartor.cli.app import AS_JSON, app, notice
 from sartor.cli.old_spellings import renew
 from sartor.core.errors import ConfigError, SartorError
+from sartor.core.ipc import error_as_json
 
 __all__ = [
     "agents",
@@ -323,11 +324,7 @@ def _lines(value: Any) -> list[str]:
 
 def _fail(error: SartorError, as_json: bool) -> NoReturn:
     if as_json:
-        print(
-            json.dumps(
-                {"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}, ensure_ascii=False
-            )
-        )
+        print(json.dumps({"error": error_as_json(error)}, ensure_ascii=False))
     else:
         print(f"{error.kind}: {error.problem}\n  try: {error.remedy}", file=sys.stderr)
     raise SystemExit(error.exit_code)

@@ -173,8 +173,11 @@ def error_from_json(fields: Mapping[str, Any]) -> SartorError:
     return error_of(str(fields.get("kind", "")), str(fields.get("problem", "")), str(fields.get("remedy", "")))
 
 
-def error_of(kind: str, problem: str, remedy: str) -> SartorError:
-    """Return an error of core/errors by the name of its class, as a ReplyFailed event states it."""
-    error_class = getattr(errors, kind, SartorError)
+def error_of(kind: str, problem: str, remedy: str, default: type[SartorError] = SartorError) -> SartorError:
+    """Return an error of core/errors by the name of its class, as a ReplyFailed event states it.
+
+    default: class of the error if core/errors has none of that name.
+    """
+    error_class = getattr(errors, kind, default)
     is_known = isinstance(error_class, type) and issubclass(error_class, SartorError)
-    return error_class(problem, remedy) if is_known else SartorError(problem, remedy)
+    return error_class(problem, remedy) if is_known else default(problem, remedy)

@@ -9,24 +9,29 @@ Calling `fdatasync` between writes avoids that.
 Elsewhere RLIMIT_DATA applies. It is weaker: it counts reserved private memory per process, and neither shared memory
 nor the sum over children. Signals bound the time: SIGTERM, on which a tuning run saves its state, and SIGKILL after
 GRACE_S.
+
+`run_job` runs a module of Sartor this way, as `python -m MODULE JOB RESULT`. The process reads the JSON file JOB and
+writes the JSON file RESULT.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import resource
 import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from sartor.core.errors import BudgetError, MissingError
 
@@ -34,6 +39,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 # Interval at which memory and clocks are read, s. The report may miss a peak in between; the kernel does not.
 LOOK_S = 0.01
 GRACE_S = 20.0
+LOG_LINES = 3
 # less memory than a Python process needs that has imported torch
 LEAST_BYTES = 64 << 20
 Killed = Literal["", "memory", "wall", "cpu", "stopped"]
@@ -170,8 +176,7 @@ class DataLimit:
 
     def bytes_now(self, pid: int) -> int:
         """Return the process's current anonymous and shared memory."""
-        fields = _table(Path(f"/proc/{pid}/status").read_text().replace(":", ""))
-        return (fields.get("RssAnon", 0) + fields.get("RssShmem", 0)) << 10
+        return anonymous_bytes(pid)
 
     def has_killed(self) -> bool:
         """Return False: an allocation fails instead, and the command's exit code shows it."""
@@ -222,19 +227,27 @@ def run(
     *,
     cgroups: Path = CGROUPS,
     environment: Mapping[str, str] | None = None,
+    stdin: int | None = None,
+    log: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ResourceUsage:
     """Run a command under limits and wait for its end.
 
-    stop: polled regularly; a true result ends the command as a time limit does.
+    stdin: as of `subprocess.Popen`.
+    log: file for stdout and stderr; None for those of this process.
+    stop: polled every LOOK_S; a true result ends the command as a time limit does.
     Raises MissingError if the system's shell cannot start the command.
     """
     memory_holder = holder(limits.memory_bytes, cgroups)
     start_time = time.monotonic()
     try:
         script = f'{memory_holder.shell(limits.memory_bytes)}exec "$@"'
-        process = subprocess.Popen(["/bin/sh", "-c", script, "sh", *command], env=environment)
-        with process:
+        with (
+            log.open("wb") if log else contextlib.nullcontext() as output,
+            subprocess.Popen(
+                ["/bin/sh", "-c", script, "sh", *command], env=environment, stdin=stdin, stdout=output, stderr=output
+            ) as process,
+        ):
             watch = _Watch(process, memory_holder, limits, start_time, stop)
             try:
                 watch.wait_for_exit()
@@ -242,8 +255,9 @@ def run(
                 if process.poll() is None:
                     process.kill()
         if process.returncode in (125, 126, 127):
+            shell_error = log_tail(log)[-1:] if log else []
             raise MissingError(
-                f"{command[0]} could not be started under {memory_holder.name}",
+                ": ".join([f"{command[0]} could not be started under {memory_holder.name}", *shell_error]),
                 "look at the line above; run it by hand",
             )
         if memory_holder.has_killed():
@@ -259,6 +273,46 @@ def run(
         )
     finally:
         memory_holder.close()
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """Result of a job's process.
+
+    payload: JSON object that the process wrote; None if it wrote none, or not the whole.
+    log_tail: last lines of its stdout and stderr.
+    """
+
+    payload: dict[str, Any] | None
+    usage: ResourceUsage
+    log_tail: list[str]
+
+
+def run_job(
+    module: str, job: Mapping[str, Any], limits: ResourceLimits, *, stop: Callable[[], bool] = lambda: False
+) -> JobResult:
+    """Run `python -m MODULE JOB RESULT` under limits, with both files in a temporary folder.
+
+    Its stdin ends when this process does, so that it can end too.
+    stop: as of `run`.
+    Raises MissingError if the system's shell cannot start Python.
+    """
+    with tempfile.TemporaryDirectory(prefix="sartor-job-") as folder:
+        job_file, result_file, log = (Path(folder) / name for name in ("job.json", "result.json", "log"))
+        job_file.write_text(json.dumps(job), encoding="utf-8")
+        command = [sys.executable, "-m", module, str(job_file), str(result_file)]
+        usage = run(command, limits, stdin=subprocess.PIPE, log=log, stop=stop)
+        payload = None
+        with suppress(FileNotFoundError, ValueError):  # the process may end before or while it writes
+            payload = json.loads(result_file.read_text(encoding="utf-8"))
+        return JobResult(payload, usage, log_tail(log))
+
+
+def log_tail(log: Path) -> list[str]:
+    """Return the last LOG_LINES lines of a log; none if there is no such file."""
+    if not log.is_file():
+        return []
+    return log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LOG_LINES:]
 
 
 class _Watch:
@@ -352,6 +406,12 @@ def limit_data(limit_bytes: int) -> None:
     """
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Return the current anonymous and shared memory of a process. Raises OSError if it has ended."""
+    fields = _table(Path(f"/proc/{pid}/status").read_text().replace(":", ""))
+    return (fields.get("RssAnon", 0) + fields.get("RssShmem", 0)) << 10
 
 
 def resident_bytes(pid: int | None = None) -> int:

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from sartor.core import errors
 from sartor.core.errors import ExtraError, ModelError, RequestError
+from sartor.core.ipc import error_of
 from sartor.inference.engine import Event, GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
 from sartor.inference.local.local_engine import LocalEngine
 from sartor.models.base import open_base
@@ -78,7 +78,7 @@ class LocalTeacher:
     def _answered(self, name: str) -> TeacherAnswer:
         final_event, text = self._final_events.pop(name), "".join(self._texts.pop(name))
         if isinstance(final_event, ReplyFailed):
-            raise getattr(errors, final_event.kind, ModelError)(final_event.problem, final_event.remedy)
+            raise error_of(final_event.kind, final_event.problem, final_event.remedy, ModelError)
         return TeacherAnswer(
             text,
             "length" if final_event.finish == "length" else "stop",

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,7 +28,7 @@ from sartor.core.errors import (
 )
 from sartor.core.resource_limits import ResourceLimits, run
 from sartor.edge.tuning.tuner_process import write_tokens
-from sartor.edge.tuning.tuning_job import TuningJob
+from sartor.edge.tuning.tuning_job import TuningJob, tuner_command
 from sartor.models.packing import TokenizedExample
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
@@ -104,7 +103,7 @@ def tune_in_process(limits: ResourceLimits, stop: Callable[[], bool] = lambda: F
         """
         file = Path(job.tokens).with_name("job.json")
         job.write(file)
-        usage = run([sys.executable, "-m", "sartor.edge.tuning.tuner_process", str(file)], limits, stop=stop)
+        usage = run(tuner_command(file), limits, stop=stop)
         if usage.killed == "stopped":
             raise BusyError(
                 "the tuning was stopped; what it has is saved",

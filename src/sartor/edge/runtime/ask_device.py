@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sartor.core import errors
 from sartor.core.errors import BusyError, ConfigError, HealthError, StoreError
-from sartor.core.resource_limits import DataLimit
+from sartor.core.ipc import error_of
+from sartor.core.resource_limits import anonymous_bytes
 from sartor.edge.owner.local_adapters import active_adapter
 from sartor.edge.runtime.device_runtime import open_runtime, system_of
 from sartor.edge.store.release_store import ReleaseStore
@@ -46,10 +46,10 @@ def ask(
         settings = Sampling(**{**manifest.get("sampling", {}), **(sampling or {})})
         messages = (*system_of(manifest), {"role": "user", "content": prompt})
         events = runtime.answer([GenerateCall("ask", BASE, messages, sampling=settings)])[0]
-        memory_bytes = DataLimit().bytes_now(os.getpid())
+        memory_bytes = anonymous_bytes(os.getpid())
         end = events[-1]
         if isinstance(end, ReplyFailed):
-            raise getattr(errors, end.kind, HealthError)(end.problem, end.remedy)
+            raise error_of(end.kind, end.problem, end.remedy, HealthError)
     return {
         "reply": "".join(event.text for event in events if isinstance(event, TextDelta)),
         "agent": f"{release.name}@{release.version}",

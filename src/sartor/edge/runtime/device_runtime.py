@@ -1,26 +1,24 @@
 """Runtime of a version, in or out of process.
 
 A crash of llama.cpp or an out-of-memory kill of the separate process is a finding about the version and affects
-nothing else. The process gets a job as a JSON file and writes the answers beside it.
+nothing else.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from sartor.core import errors
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import BudgetError, HealthError, MissingError, ModelError, SartorError
+from sartor.core.ipc import error_as_json, error_from_json
 from sartor.core.lazy_import import import_module
-from sartor.core.resource_limits import ResourceLimits, ResourceUsage, run
+from sartor.core.resource_limits import JobResult, ResourceLimits, ResourceUsage, run_job
 from sartor.edge.health_reason import HealthReason
 from sartor.inference.engine import Event, GenerateCall, event_as_json, event_from_json
 
@@ -94,7 +92,6 @@ def label_of(release: Artifact) -> str:
     return f"{release.manifest['name']}@{release.manifest['version']}"
 
 
-_ANSWERS, _LOG = "answers.json", "log"
 _REMEDY = "sartor edge publish RELEASE REPOSITORY, with a version that passes"
 
 
@@ -106,59 +103,51 @@ def ask_in_process(
     Raises HealthError with a HealthReason as text: OPENS, TIME, MEMORY or CRASH. Raises MissingError and BudgetError
     if something outside is missing, which is no fault of the version.
     """
-    with tempfile.TemporaryDirectory(prefix="sartor-health-") as name:
-        job = Path(name) / "job.json"
-        fields = {"release": str(release), "base": base, "calls": [call.as_json() for call in calls]}
-        job.write_text(json.dumps(fields), encoding="utf-8")
-        usage = run([sys.executable, "-m", "sartor.edge.runtime.device_runtime", str(job)], limits)
-        _check(usage, limits, job.with_name(_LOG))
-        answers = json.loads(job.with_name(_ANSWERS).read_text(encoding="utf-8"))
+    job = {"release": str(release), "base": base, "calls": [call.as_json() for call in calls]}
+    finished = run_job("sartor.edge.runtime.device_runtime", job, limits)
+    answers = _answers(finished, limits)
     if error := answers.get("error"):
         raise _error(error)
-    return [[event_from_json(event) for event in events] for events in answers["events"]], usage
+    return [[event_from_json(event) for event in events] for events in answers["events"]], finished.usage
 
 
-def _check(usage: ResourceUsage, limits: ResourceLimits, log: Path) -> None:
-    """Raise HealthError if the process exceeded a limit or crashed."""
+def _answers(finished: JobResult, limits: ResourceLimits) -> dict[str, Any]:
+    """Return what the process wrote. Raises HealthError if it exceeded a limit or crashed."""
+    usage = finished.usage
     if usage.killed == "memory":
         raise HealthError(HealthReason.MEMORY.text(f"it took more than {limits.memory_bytes:,} bytes"), _REMEDY)
     if usage.killed:
         raise HealthError(HealthReason.TIME.text(f"it was not done in {limits.wall_s or limits.cpu_s:g} s"), _REMEDY)
-    if usage.exit_code != 0:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-        detail = f"its process ended with {usage.exit_code}: {' '.join(lines[-1:])[:200]}"
+    if usage.exit_code != 0 or finished.payload is None:
+        detail = f"its process ended with {usage.exit_code}: {' '.join(finished.log_tail[-1:])[:200]}"
         raise HealthError(HealthReason.CRASH.text(detail), _REMEDY)
+    return finished.payload
 
 
 def _error(fields: dict[str, str]) -> SartorError:
-    """Return the error of an answer file.
+    """Return the error that a process wrote.
 
-    MissingError and BudgetError keep their kind, since something outside is missing. Any other becomes a HealthError.
+    MissingError and BudgetError stay such, since something outside is missing. Any other becomes a HealthError.
     """
-    kind = getattr(errors, fields["kind"], HealthError)
-    outside_error = next((known for known in (MissingError, BudgetError) if issubclass(kind, known)), None)
-    if outside_error:
-        return outside_error(fields["problem"], fields["remedy"])
-    return HealthError(HealthReason.OPENS.text(fields["problem"]), fields["remedy"])
+    error = error_from_json(fields)
+    for outside_error in (MissingError, BudgetError):
+        if isinstance(error, outside_error):
+            return outside_error(error.problem, error.remedy)
+    return HealthError(HealthReason.OPENS.text(error.problem), error.remedy)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(job_file: str, result_file: str) -> None:
     """Answer the calls of a job."""
-    job = Path(arguments[0])
-    with job.with_name(_LOG).open("wb") as log:  # keep the output of libraries out of the command's output
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    fields = json.loads(job.read_text(encoding="utf-8"))
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     answers: dict[str, Any]
     try:
-        with open_runtime(Path(fields["release"]), fields["base"]) as (runtime, _):
-            events = runtime.answer([GenerateCall.from_json(call) for call in fields["calls"]])
+        with open_runtime(Path(job["release"]), job["base"]) as (runtime, _):
+            events = runtime.answer([GenerateCall.from_json(call) for call in job["calls"]])
         answers = {"events": [[event_as_json(event) for event in call_events] for call_events in events]}
     except SartorError as error:
-        answers = {"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}
-    job.with_name(_ANSWERS).write_text(json.dumps(answers), encoding="utf-8")
-    return 0
+        answers = {"error": error_as_json(error)}
+    Path(result_file).write_text(json.dumps(answers), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(*sys.argv[1:])

@@ -6,13 +6,14 @@ It also compiles the kernels if there is a compiler, which a process with little
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 
+from sartor.core.resource_limits import anonymous_bytes
 from sartor.edge.tuning import tuner_process
-from sartor.edge.tuning.memory_plan import anonymous_bytes
 from sartor.edge.tuning.tuner_process import write_tokens
 from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.models.kernels.cpu import CpuKernels
@@ -24,8 +25,9 @@ from sartor.tune.tokenized_dataset import TokenizedDataset
 WIDTH, VOCABULARY, TOKENS = 64, 64, 16
 
 
-def main(folder: Path) -> None:
-    """Tune a tiny base below `folder`, and print the memory held as JSON."""
+def main(result_file: Path) -> None:
+    """Tune a tiny base beside `result_file`, and write the memory held into it."""
+    folder = result_file.parent
     ids = [token % VOCABULARY for token in range(TOKENS)]
     write_tokens(TokenizedDataset([TokenizedExample(ids, [True] * TOKENS, "row")], []), folder / "tokens")
     recipe = {
@@ -40,12 +42,12 @@ def main(folder: Path) -> None:
     job = TuningJob(
         str(_base(folder / "base")), "smallest", "-", "-", str(folder / "tokens"), str(folder / "out"), recipe
     )
-    job.write(folder / "job.json")
-    if code := tuner_process.main([str(folder / "job.json")]):
+    job.write(folder / "tuning.json")
+    if code := tuner_process.main([str(folder / "tuning.json")]):
         sys.exit(code)
     fields = json.loads((folder / "out" / "run.json").read_text(encoding="utf-8"))
-    measurement = {"held_bytes": anonymous_bytes(), "is_native": CpuKernels.name in fields["path"]}
-    sys.stdout.write(f"{json.dumps(measurement)}\n")
+    measurement = {"held_bytes": anonymous_bytes(os.getpid()), "is_native": CpuKernels.name in fields["path"]}
+    result_file.write_text(json.dumps(measurement), encoding="utf-8")
 
 
 def _base(folder: Path) -> Path:
@@ -73,4 +75,4 @@ def _base(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[2]))  # the job is always the same

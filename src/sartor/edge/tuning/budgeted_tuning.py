@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -27,18 +26,19 @@ from typing import Any, Literal, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from sartor.core import errors, resource_limits
+from sartor.core import resource_limits
 from sartor.core.artifacts import (
     digests,
 )
 from sartor.core.errors import ArtifactError, BudgetError, SartorError, SignatureError
 from sartor.core.filesystem import file_digest, write_file_atomic
+from sartor.core.ipc import error_of
 from sartor.core.numerics import FIRST, numerics
 from sartor.core.processes import DeferredSignals
 from sartor.core.resource_limits import ResourceLimits, ResourceUsage
 from sartor.core.signing import check_signature, open_private, signature_of
 from sartor.edge.tuning.memory_plan import MemoryPlan, MemorySetting, Planner
-from sartor.edge.tuning.tuning_job import DTYPE, TuningJob
+from sartor.edge.tuning.tuning_job import DTYPE, TuningJob, tuner_command
 
 SCHEMA, FILE = 1, "receipt.json"
 # done; paused by the policy or a signal, can resume; spent: time or disk ran out, the state so far is saved
@@ -292,12 +292,16 @@ class FallbackTuning:
     def _attempt(self, plan: MemoryPlan, limits: ResourceLimits) -> Attempt:
         """Run the tuner on one rung."""
         self.out.mkdir(parents=True, exist_ok=True)
-        file, stderr_file = self.out / "job.json", self.out / "stderr.txt"
+        file = self.out / "job.json"
         base = str(self.narrow) if self.narrow and plan.is_narrow else self.job.base
         replace(planned_job(self.job, plan.rung), base=base).write(file)
         self._stop = None
         usage = resource_limits.run(
-            tuner_command(file, stderr_file), limits, environment=_environment(), stop=self._must_stop
+            tuner_command(file),
+            limits,
+            environment=_environment(),
+            log=self.out / "stderr.txt",
+            stop=self._must_stop,
         )
         updates = _updates(self.out / "log.jsonl")
         if self._stop is not None:
@@ -387,20 +391,6 @@ def planned_job(job: TuningJob, rung: MemorySetting) -> TuningJob:
     return replace(job, recipe=recipe, top=rung.learning if rung.name == "layers" else 0, zeroth=rung.mode.zeroth)
 
 
-def tuner_command(job: Path, stderr_file: Path) -> list[str]:
-    """Return the command that runs the tuner on the file `job`, with stderr into `stderr_file`."""
-    return [
-        "/bin/sh",
-        "-c",
-        'exec "$@" 2>"$0"',
-        str(stderr_file),
-        sys.executable,
-        "-m",
-        "sartor.edge.tuning.tuner_process",
-        str(job),
-    ]
-
-
 def _environment() -> dict[str, str]:
     """Return this environment with one malloc arena: the arenas of threads would hold memory that others need."""
     return {"MALLOC_ARENA_MAX": "1", **os.environ}
@@ -433,15 +423,13 @@ def _used_bytes(folder: Path) -> int:
     return used
 
 
-def _error(stderr_file: Path, usage: ResourceUsage) -> SartorError:
-    """Return the error on the last line of the tuner's stderr."""
-    lines = stderr_file.read_text(encoding="utf-8", errors="replace").splitlines() if stderr_file.is_file() else []
+def _error(log: Path, usage: ResourceUsage) -> SartorError:
+    """Return the error on the last line of the tuner's log."""
+    last = (resource_limits.log_tail(log) or ["it said nothing"])[-1]
     try:
-        fields = json.loads(lines[-1])["error"]
-        kind = getattr(errors, fields["kind"], SartorError)
-        return (kind if issubclass(kind, SartorError) else SartorError)(fields["problem"], fields["remedy"])
-    except (IndexError, ValueError, KeyError, TypeError):
-        last = lines[-1] if lines else "it said nothing"
+        fields = json.loads(last)["error"]
+        return error_of(fields["kind"], fields["problem"], fields["remedy"])
+    except (ValueError, KeyError, TypeError):
         return ArtifactError(
-            f"the tuner ended with {usage.exit_code}: {last}", f"tail {stderr_file} shows what it said before"
+            f"the tuner ended with {usage.exit_code}: {last}", f"tail {log} shows what it said before"
         )

@@ -21,9 +21,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +33,7 @@ from sartor.core.errors import ArtifactError, BudgetError, MissingError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.home import folder
 from sartor.core.installation import install_command
+from sartor.core.resource_limits import ResourceLimits, run_job
 from sartor.edge.tuning.peak_memory import DeviceLoad, DeviceModelShape, MemoryMode, peak, shape_of, state_bytes, total
 from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.tune.recipe import ResolvedRecipe
@@ -95,20 +93,11 @@ def _sources() -> str:
 
 def _measure_baseline() -> dict[str, Any]:
     """Measure the baseline in a child process. Raises MissingError if the tuner does not run here."""
-    with tempfile.TemporaryDirectory(prefix="sartor-floor-") as temp_folder:
-        command = [sys.executable, "-m", "sartor.edge.tuning.baseline_measurement", temp_folder]
-        completed = subprocess.run(command, capture_output=True, text=True, check=False)
-    if completed.returncode:
-        problem = f"the tuner does not run on this machine: {completed.stderr.strip().splitlines()[-1:]}"
+    finished = run_job("sartor.edge.tuning.baseline_measurement", {}, ResourceLimits())
+    if finished.payload is None:
+        problem = f"the tuner does not run on this machine: {finished.log_tail[-1:]}"
         raise MissingError(problem, install_command("edge"))
-    result: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
-    return result
-
-
-def anonymous_bytes() -> int:
-    """Return the anonymous and shared memory of this process now."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+    return finished.payload
 
 
 Name = Literal["lora", "recompute", "layers", "zeroth"]

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from sartor.core import config
 from sartor.core.errors import ArtifactError, BudgetError, ConfigError, ModelError, SartorError
 from sartor.core.filesystem import create_file_atomic, write_file_atomic
+from sartor.core.ipc import error_as_json
 from sartor.core.model_refs import BaseRef
 from sartor.core.numerics import numerics
 from sartor.core.processes import DeferredSignals
@@ -267,8 +268,8 @@ def _give_back_at_once() -> None:
 
 def _report_error(error: SartorError) -> int:
     """Write an error to stderr as JSON, and return its exit code."""
-    fields = {"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}
-    sys.stderr.write(json.dumps(fields) + "\n")
+    sys.stdout.flush()  # both may go to one log, whose last line is the error
+    sys.stderr.write(json.dumps({"error": error_as_json(error)}) + "\n")
     return error.exit_code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ class TuningJob:
     def write(self, file: Path) -> None:
         """Write the job as JSON."""
         file.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def tuner_command(job_file: Path) -> list[str]:
+    """Return the command that runs the tuner on a job file."""
+    return [sys.executable, "-m", "sartor.edge.tuning.tuner_process", str(job_file)]
 
 
 def read_job(file: Path) -> TuningJob:

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sartor.core import errors
 from sartor.core.artifacts import create_output_directory
 from sartor.core.errors import BusyError, MissingError, missing_package
+from sartor.core.ipc import error_of
 from sartor.federate.flower.round_driver import RoundDriverOptions
 from sartor.federate.rounds.round_journal import RoundJournal
 
@@ -252,9 +252,9 @@ def _check_trouble(lead: RoundDriverOptions) -> None:
     except FileNotFoundError:
         return
     lead.trouble.unlink()
-    kind = vars(errors).get(fields["kind"], MissingError)
-    if kind not in (BusyError, MissingError):
-        raise kind(fields["problem"], fields["remedy"])
+    error = error_of(fields["kind"], fields["problem"], fields["remedy"], MissingError)
+    if type(error) not in (BusyError, MissingError):
+        raise error
 
 
 def _given_up(watch: RunWatcher) -> MissingError:

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from sartor.core.errors import SartorError
 from sartor.core.filesystem import write_file_atomic
+from sartor.core.ipc import error_as_json
 from sartor.federate.flower.flower_grid import GridPost
 from sartor.federate.flower.flower_transport import FlowerTransport
 from sartor.federate.flower.round_driver import RoundDriverOptions, drive_rounds
@@ -41,9 +42,7 @@ def main(grid: Grid, context: Context) -> None:
             LOG.info("%s", line)
     except SartorError as error:
         # for the command that waits for the rounds: Flower only reports that the run failed
-        write_file_atomic(
-            lead.trouble, json.dumps({"kind": error.kind, "problem": error.problem, "remedy": error.remedy}).encode()
-        )
+        write_file_atomic(lead.trouble, json.dumps(error_as_json(error)).encode())
         raise
     transport.deliver(min(lead.round.stage_s, _FAREWELL_S))
 

@@ -1,8 +1,7 @@
 """Child process that measures llama.cpp.
 
-`python -m sartor.release.export.llamacpp_process JOB RESULT ANSWERED` reads and writes JSON files; ANSWERED gets a
-byte for each answered prompt. The server of xllamacpp listens on loopback while the process lives, with a key that
-only this process knows. No torch.
+Its job names a file, `answered`, that gets a byte for each answered prompt. The server of xllamacpp listens on
+loopback while the process lives, with a key that only this process knows. No torch.
 """
 
 from __future__ import annotations
@@ -116,8 +115,8 @@ def _go_with_the_parent() -> None:
     os._exit(1)
 
 
-def main(job_file: str, result_file: str, answered_file: str) -> int:
-    """Run a job and return the exit code. A failure is written to the result as `error`."""
+def main(job_file: str, result_file: str) -> None:
+    """Run a job. A failure is written to the result as `error`."""
     threading.Thread(target=_go_with_the_parent, daemon=True).start()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
@@ -127,7 +126,7 @@ def main(job_file: str, result_file: str, answered_file: str) -> int:
             "rendered": [session.render(messages) for messages in job["conversations"]],
             "traces": [],
         }
-        with Path(answered_file).open("wb", buffering=0) as answered:
+        with Path(job["answered"]).open("wb", buffering=0) as answered:
             for item in job["traces"]:
                 fields["traces"].append(session.trace(item["prompt"], item["reply"]))
                 answered.write(b".")
@@ -135,8 +134,7 @@ def main(job_file: str, result_file: str, answered_file: str) -> int:
         detail = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
         fields = {"error": f"{type(error).__name__}: {detail}"}
     Path(result_file).write_text(json.dumps(fields), encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(*sys.argv[1:]))
+    main(*sys.argv[1:])

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +22,7 @@ from sartor.core.errors import ExtraError, GateError, SourceError, missing_packa
 from sartor.core.lineage import ancestry
 from sartor.core.records import Message
 from sartor.core.remedies import REPORT
+from sartor.core.resource_limits import ResourceLimits, run_job
 from sartor.evaluate.predictions import held_out
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
@@ -349,7 +347,6 @@ _REMEDIES = {form: _FEWER for form in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")}
 LLAMA_CPP = "xllamacpp"
 # limit for a whole run of llama.cpp; a model of a few billion parameters needs minutes on two cores
 TIME_LIMIT_S = 6 * 3600.0
-_LOOK_S = 1.0
 
 
 def check_own_decoding(traces: Sequence[Trace]) -> Figures:
@@ -513,47 +510,25 @@ def _in_a_process(job: dict[str, Any], progress: Answered) -> dict[str, Any]:
 
     A crash of llama.cpp and the time limit are returned as `error` too.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        answered_file = folder / "answered"
-        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "sartor.release.export.llamacpp_process",
-            str(folder / "job.json"),
-            str(folder / "result.json"),
-            str(answered_file),
-        ]
-        # we hold the child's standard input open: when this process dies, the child reads its end and exits too
-        with (
-            (folder / "log").open("wb") as log,
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log) as child,
-        ):
-            try:
-                exit_code = _wait(child, answered_file, progress)
-            except subprocess.TimeoutExpired:
-                return {"error": f"it was not done in {TIME_LIMIT_S:.0f} s"}
-            finally:
-                child.kill()
-        if not (folder / "result.json").is_file():
-            log_lines = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-            return {"error": f"its process ended with {exit_code}: {' | '.join(log_lines)[-300:]}"}
-        return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    with tempfile.TemporaryDirectory() as folder:
+        answered_file, answered = Path(folder) / "answered", 0
 
-
-def _wait(child: subprocess.Popen[bytes], answered_file: Path, progress: Answered) -> int:
-    """Return the exit code of the child process; report its progress meanwhile.
-
-    answered_file: gets one byte for each answered prompt. Raises TimeoutExpired.
-    """
-    deadline, answered = time.monotonic() + TIME_LIMIT_S, 0
-    while True:
-        try:
-            return child.wait(_LOOK_S)
-        except subprocess.TimeoutExpired:
+        def report_progress() -> bool:
+            """Report the newly answered prompts, and stop nothing."""
+            nonlocal answered
             count = answered_file.stat().st_size if answered_file.exists() else 0
             progress(count - answered)
             answered = count
-            if time.monotonic() > deadline:
-                raise
+            return False
+
+        finished = run_job(
+            "sartor.release.export.llamacpp_process",
+            {**job, "answered": str(answered_file)},
+            ResourceLimits(wall_s=TIME_LIMIT_S),
+            stop=report_progress,
+        )
+    if finished.usage.killed:
+        return {"error": f"it was not done in {TIME_LIMIT_S:.0f} s"}
+    if finished.payload is None:
+        return {"error": f"its process ended with {finished.usage.exit_code}: {' | '.join(finished.log_tail)[-300:]}"}
+    return finished.payload

@@ -10,7 +10,6 @@ from typing import Any
 
 from sartor.core import errors
 from sartor.core.errors import SartorError
-from sartor.inference.engine import ReplyFailed
 from sartor.serving.http.request_body import MediaTypeError, SlowBodyError, TooLargeError
 
 ASK_AGAIN_S = 5
@@ -155,14 +154,6 @@ def _headers(error: SartorError, status: int) -> dict[str, str]:
     if status == 401:
         return {"www-authenticate": "Bearer"}
     return {"retry-after": str(ASK_AGAIN_S)} if status == 503 else {}
-
-
-def error_of(failed: ReplyFailed) -> SartorError:
-    """Return the exception that a `ReplyFailed` event describes."""
-    cls = vars(errors).get(failed.kind)
-    if isinstance(cls, type) and issubclass(cls, SartorError):
-        return cls(failed.problem, failed.remedy)
-    return SartorError(failed.problem, failed.remedy)
 
 
 MOST_SHOWN = 80

@@ -8,9 +8,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
+from sartor.core.ipc import error_of
 from sartor.core.remedies import REQUEST_AGAIN
 from sartor.inference.engine import Event, Logprob, ReplyDone, ReplyFailed, TextDelta
-from sartor.serving.http.http_errors import CutError, error_of
+from sartor.serving.http.http_errors import CutError
 from sartor.serving.http.request_log import RequestRecord
 from sartor.serving.http.shutdown import ServerLifetime
 from sartor.serving.types import AgentReply, AgentRequest, Replier
@@ -81,7 +82,7 @@ class ReplyGroup:
                 if event is None:
                     raise CutError("the reply stopped before its end", REQUEST_AGAIN)
                 if isinstance(event, ReplyFailed):
-                    raise error_of(event)
+                    raise error_of(event.kind, event.problem, event.remedy)
                 self._terms.record.count_event(event, index % self._terms.per_prompt == 0)
                 if isinstance(event, TextDelta):
                     texts.append(event.text)
