@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic import TypeAdapter
 
 from sartor.core.errors import (
     AdmissionError,
@@ -285,6 +286,11 @@ class Client(httpx.AsyncClient):
 def chat(text: str = "hello", **fields: Any) -> dict[str, Any]:
     """The body of a chat."""
     return {"model": "faq", "messages": [{"role": "user", "content": text}], **fields}
+
+
+def checked(model: Any, body: Any) -> Any:
+    """Return a response body, or a part of one, that has the form of its typed dictionary."""
+    return TypeAdapter(model).validate_python(body, strict=True)
 
 
 def events(text: str) -> list[Any]:

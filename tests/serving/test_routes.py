@@ -14,9 +14,21 @@ from sartor.core.errors import DeadlineError, UnavailableError
 from sartor.core.records import Feedback
 from sartor.inference.engine import Logprob, ReplyFailed, TextDelta
 from sartor.serving.feedback_store import Exchange, FeedbackStore, Memory
-from sartor.serving.http.response_models import ChatAnswer, TextAnswer, VectorAnswer
+from sartor.serving.http.response_models import (
+    AgentList,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    EmbeddingList,
+    ErrorResponse,
+    FeedbackResult,
+    ModelList,
+    ModelObject,
+    ServerHealth,
+)
 from sartor.serving.types import AgentListing
-from serving import chat, events
+from serving import chat, checked, events
 
 COMPLETIONS = "/v1/chat/completions"
 TOOLS = [{"type": "function", "function": {"name": "light", "parameters": {"type": "object", "properties": {}}}}]
@@ -34,9 +46,15 @@ async def test_a_chat_is_answered_by_an_exact_version_with_a_receipt(tmp_path: P
     (answer,) = await ask(
         tmp_path, ("POST", COMPLETIONS, chat(temperature=0.5, max_tokens=9, seed=3, stop="x")), replies=replies
     )
-    said = ChatAnswer.model_validate(answer.json())
-    assert (said.model, said.id, said.choices[0].message.content) == ("faq@1.0", "chatcmpl-r1", "the sky is blue ")
-    assert (said.usage.prompt_tokens, said.usage.completion_tokens, said.usage.total_tokens) == (7, 4, 11)
+    said = checked(ChatCompletion, answer.json())
+    assert (said["model"], said["id"]) == ("faq@1.0", "chatcmpl-r1")
+    assert said["choices"][0]["message"] == {"role": "assistant", "content": "the sky is blue ", "refusal": None}
+    assert said["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 4,
+        "total_tokens": 11,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
     assert answer.headers["x-sartor-agent"] == "faq@1.0"
     assert answer.headers["x-sartor-reason"] == "asked by n\\xe4me and more"
     assert answer.headers["x-sartor-receipt"] == "r1"
@@ -58,12 +76,12 @@ async def test_what_is_not_asked_for_is_left_to_the_release_but_a_seed_is_drawn(
 async def test_several_choices_have_seeds_of_their_own_and_one_version(tmp_path: Path) -> None:
     replies = serving.Replies()
     (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(model="auto", n=3, seed=2**63 - 1)), replies=replies)
-    said = ChatAnswer.model_validate(answer.json())
-    assert [choice.index for choice in said.choices] == [0, 1, 2]
+    said = checked(ChatCompletion, answer.json())
+    assert [choice["index"] for choice in said["choices"]] == [0, 1, 2]
     assert [request.model for request in replies.asked] == ["auto", "faq@1.0", "faq@1.0"]
     assert len({request.sampling["seed"] for request in replies.asked}) == 3
     assert all(-(2**63) <= request.sampling["seed"] < 2**63 for request in replies.asked)
-    assert (said.usage.prompt_tokens, said.usage.completion_tokens) == (7, 12)
+    assert (said["usage"]["prompt_tokens"], said["usage"]["completion_tokens"]) == (7, 12)
     assert answer.headers["x-sartor-receipt"] == "r1, r2, r3"
 
 
@@ -114,19 +132,19 @@ async def test_schemas_and_tools_reach_the_call(tmp_path: Path) -> None:
     many, one = answers[4].json()["choices"][0], answers[5].json()["choices"][0]
     assert (many["finish_reason"], many["message"]["content"]) == ("tool_calls", None)
     assert [len(choice["message"]["tool_calls"]) for choice in (many, one)] == [2, 1]
-    ChatAnswer.model_validate(answers[5].json())
+    checked(ChatCompletion, answers[5].json())
 
 
 @pytest.mark.parametrize("top", [None, 0, 1, 2])
 async def test_logprobs(tmp_path: Path, top: int | None) -> None:
     replies = serving.Replies()
     (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(logprobs=True, top_logprobs=top)), replies=replies)
-    content = ChatAnswer.model_validate(answer.json()).choices[0].logprobs.content
-    assert [token.token for token in content] == ["the ", "sky ", "is ", "blue "]
-    assert bytes(content[0].bytes) == b"the "
-    assert [len(token.top_logprobs) for token in content] == [top or 0] * 4
+    content = checked(ChatCompletion, answer.json())["choices"][0]["logprobs"]["content"]
+    assert [token["token"] for token in content] == ["the ", "sky ", "is ", "blue "]
+    assert bytes(content[0]["bytes"]) == b"the "
+    assert [len(token["top_logprobs"]) for token in content] == [top or 0] * 4
     if top == 2:
-        assert content[0].top_logprobs[1].logprob == -9999.0
+        assert content[0]["top_logprobs"][1]["logprob"] == -9999.0
 
 
 async def test_a_text_goes_on_for_each_prompt(tmp_path: Path) -> None:
@@ -134,10 +152,10 @@ async def test_a_text_goes_on_for_each_prompt(tmp_path: Path) -> None:
     (answer,) = await ask(
         tmp_path, ("POST", "/v1/completions", {"model": "faq", "prompt": ["a", "b"], "n": 2}), replies=replies
     )
-    said = TextAnswer.model_validate(answer.json())
-    assert [choice.index for choice in said.choices] == [0, 1, 2, 3]
+    said = checked(Completion, answer.json())
+    assert [choice["index"] for choice in said["choices"]] == [0, 1, 2, 3]
     assert [request.text for request in replies.asked] == ["a", "a", "b", "b"]
-    assert said.usage.prompt_tokens == 14
+    assert said["usage"]["prompt_tokens"] == 14
 
 
 async def test_logprobs_of_a_text_count_their_offsets_over_the_whole_reply(tmp_path: Path) -> None:
@@ -152,8 +170,8 @@ async def test_logprobs_of_a_text_count_their_offsets_over_the_whole_reply(tmp_p
         ("POST", "/v1/completions", {**body, "stream": True}),
         replies=serving.Replies(pieces=pieces),
     )
-    assert TextAnswer.model_validate(whole.json()).choices[0].logprobs.text_offset == [0, 2]
-    said = [event["choices"][0] for event in events(stream.text)[:-1]]
+    assert checked(Completion, whole.json())["choices"][0]["logprobs"]["text_offset"] == [0, 2]
+    said = [checked(CompletionChunk, event)["choices"][0] for event in events(stream.text)[:-1]]
     assert [choice["logprobs"]["text_offset"] for choice in said[:2]] == [[0], [2]]
     assert [choice["text"] for choice in said] == ["ab", "c", ""]
 
@@ -164,6 +182,7 @@ async def test_a_stream_has_the_chunks_that_clients_expect(tmp_path: Path) -> No
     assert "content-length" not in answer.headers
     said = events(answer.text)
     assert said.pop() == "[DONE]"
+    checked(list[ChatCompletionChunk], said)
     assert said[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in said[:-1]) == "the sky is blue "
     assert [chunk["choices"][0]["finish_reason"] for chunk in said[:-1]] == [None] * 5 + ["stop"]
@@ -177,7 +196,7 @@ async def test_a_stream_has_the_chunks_that_clients_expect(tmp_path: Path) -> No
 async def test_a_stream_of_tool_calls_and_of_several_choices(tmp_path: Path) -> None:
     required = chat(stream=True, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
     calls, many = await ask(tmp_path, ("POST", COMPLETIONS, required), ("POST", COMPLETIONS, chat(stream=True, n=3)))
-    said = [chunk["choices"][0] for chunk in events(calls.text)[:-1]]
+    said = [checked(ChatCompletionChunk, chunk)["choices"][0] for chunk in events(calls.text)[:-1]]
     assert [call["function"]["name"] for call in said[1]["delta"]["tool_calls"]] == ["light"]
     assert said[1]["delta"]["tool_calls"][0]["index"] == 0
     assert said[-1]["finish_reason"] == "tool_calls"
@@ -330,7 +349,9 @@ async def test_vectors(tmp_path: Path) -> None:
         ("POST", "/v1/embeddings", {**body, "input": "abcd"}),
         ("POST", "/v1/embeddings", {**body, "model": "/etc"}),
     )
-    assert [vector.embedding for vector in VectorAnswer.model_validate(plain.json()).data] == [[0.0, 1.0], [0.0, 3.0]]
+    vectors = checked(EmbeddingList, plain.json())["data"]
+    assert [vector["embedding"] for vector in vectors] == [[0.0, 1.0], [0.0, 3.0]]
+    checked(EmbeddingList, packed.json())
     assert packed.json()["data"][0]["embedding"] == "AAAAAAAAgD8="
     assert one.json()["data"][0]["embedding"] == [0.0, 4.0]
     assert (foreign.status_code, foreign.json()["error"]["code"]) == (404, "model_not_found")
@@ -368,6 +389,26 @@ async def test_a_list_that_is_too_long_says_the_limit(tmp_path: Path) -> None:
         400,
         "stop holds 1000; the limit is 16; try: send at most 16",
     )
+
+
+async def test_answers_have_their_declared_form(tmp_path: Path) -> None:
+    calls = [
+        (ChatCompletion, "POST", COMPLETIONS, chat()),
+        (FeedbackResult, "POST", "/v1/feedback", {"receipt": "r1", "rating": 1}),
+        (ServerHealth, "GET", "/health", None),
+        (ModelList, "GET", "/v1/models", None),
+        (ModelObject, "GET", "/v1/models/faq", None),
+        (AgentList, "GET", "/v1/agents", None),
+        (ErrorResponse, "GET", "/v1/models/nobody", None),
+        (ErrorResponse, "GET", "/v1/nothing", None),
+    ]
+    async with serving.client(
+        serving.house(keys=serving.KEYS), serving.team(tmp_path), authorization="Bearer key-both"
+    ) as client:
+        for model, method, path, body in calls:
+            answer = await client.request(method, path, json=body)
+            assert answer.is_error == (model is ErrorResponse), answer.text
+            checked(model, answer.json())
 
 
 async def test_models_are_listed_with_their_versions_and_parents(tmp_path: Path) -> None:

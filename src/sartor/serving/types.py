@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from sartor.core.model_refs import Modality
 from sartor.inference.engine import EngineInfo, Event, GenerateCall, ReplyDone
 
 
@@ -244,4 +245,4 @@ class AgentListing:
     versions: tuple[str, ...]
     state: Mapping[str, Any] = field(default_factory=dict)
     is_ready: bool = True
-    reads: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    reads: Mapping[str, Sequence[Modality]] = field(default_factory=dict)

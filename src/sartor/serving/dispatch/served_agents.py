@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import InputError, RefusedError, SartorError, UnavailableError
+from sartor.core.model_refs import Modality
 from sartor.serving.dispatch.adapter_leases import AdapterLeases, Admit
 from sartor.serving.dispatch.model_selection import BASE_AGENT
 from sartor.serving.dispatch.rollout import Rollouts
@@ -150,7 +151,7 @@ class ServedAgents:
         self._leases.check(version)
         return version
 
-    def reads(self, name: str) -> tuple[str, ...]:
+    def reads(self, name: str) -> tuple[Modality, ...]:
         """Return those of `image` and `audio` that an exact version supports; empty for the base."""
         version = self.versions.get(name)
         return tuple(version.facts.get("reads", ())) if version else ()

@@ -20,7 +20,7 @@ from sartor.core.errors import SartorError
 from sartor.serving.http.app_state import AppState, get_record, get_state
 from sartor.serving.http.http_errors import BUG, HttpError, field_error, to_http_error
 from sartor.serving.http.request_body import MediaTypeError, SlowBodyError, check_weight, parse
-from sartor.serving.http.response_models import ErrorAnswer
+from sartor.serving.http.response_models import ErrorResponse
 from sartor.serving.http.shutdown import ClientDisconnectedError
 
 CLIENT_DISCONNECTED = 499
@@ -208,7 +208,7 @@ _TEXTS = {
     504: "The reply was not done in time",
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": text} for status, text in _TEXTS.items()
+    status: {"model": ErrorResponse, "description": text} for status, text in _TEXTS.items()
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from sartor.core import errors
 from sartor.core.errors import SartorError
 from sartor.serving.http.request_body import MediaTypeError, SlowBodyError, TooLargeError
+from sartor.serving.http.response_models import ErrorResponse
 
 ASK_AGAIN_S = 5
 
@@ -107,18 +108,21 @@ class HttpError:
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> ErrorResponse:
         """Return OpenAI's error object, with the additional fields `kind` and `remedy`.
 
         Many clients show only `message`, so it contains the remedy too.
         """
-        fields = {
-            "message": f"{self.problem}; try: {self.remedy}",
-            "type": self.type,
-            "param": self.param,
-            "code": self.code,
+        return {
+            "error": {
+                "message": f"{self.problem}; try: {self.remedy}",
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+                "kind": self.kind,
+                "remedy": self.remedy,
+            }
         }
-        return {"error": {**fields, "kind": self.kind, "remedy": self.remedy}}
 
 
 BUG = HttpError(

@@ -13,6 +13,7 @@ from sartor.core.remedies import REQUEST_AGAIN
 from sartor.inference.engine import Event, Logprob, ReplyDone, ReplyFailed, TextDelta
 from sartor.serving.http.http_errors import CutError
 from sartor.serving.http.request_log import RequestRecord
+from sartor.serving.http.response_models import ChatCompletionAudio
 from sartor.serving.http.shutdown import ServerLifetime
 from sartor.serving.types import AgentReply, AgentRequest, Replier
 
@@ -24,11 +25,15 @@ MOST_WAITING_EVENTS = 64
 
 @dataclass
 class CollectedReply:
-    """One complete reply."""
+    """One complete reply.
+
+    audio: the reply as speech, if it was requested and has words.
+    """
 
     text: str
     done: ReplyDone
     logprobs: list[Logprob] = field(default_factory=list)
+    audio: ChatCompletionAudio | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from sartor.inference.engine import Event, ReplyDone, TextDelta
 from sartor.serving.api_keys import Principal
+from sartor.serving.http.response_models import CompletionUsage
 from sartor.serving.http.services import NOBODY
 
 
@@ -37,10 +38,14 @@ class TokenUsage:
         """Tokens that count against the token rate."""
         return self.prompt + self.reply
 
-    def as_json(self) -> dict[str, object]:
+    def as_json(self) -> CompletionUsage:
         """Return OpenAI's `usage` object."""
-        fields = {"prompt_tokens": self.prompt, "completion_tokens": self.reply, "total_tokens": self.total}
-        return {**fields, "prompt_tokens_details": {"cached_tokens": self.cached}}
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.reply,
+            "total_tokens": self.total,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
 
 
 @dataclass

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -19,55 +17,56 @@ from sartor.inference.engine import Logprob, ReplyDone, TextDelta
 from sartor.serving.http.http_errors import BUG, to_http_error
 from sartor.serving.http.reply_collection import CollectedReply, ReplyGroup
 from sartor.serving.http.request_log import RequestRecord
+from sartor.serving.http.response_models import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionMessage,
+    ChatDelta,
+    ChatLogprobs,
+    ChunkToolCall,
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionChunkChoice,
+    CompletionFields,
+    CompletionLogprobs,
+    CompletionUsage,
+    FinishReason,
+    MessageToolCall,
+    TokenLogprob,
+    TopLogprob,
+)
 from sartor.serving.http.shutdown import ClientDisconnectedError, until_disconnect
 
 # Log-probability of an impossible token, as OpenAI and vLLM report it: JSON has no -inf
 LEAST_LOGPROB = -9999.0
 
-
-@dataclass(frozen=True)
-class CompletionHeader:
-    """Common fields of all objects of one response.
-
-    model: exact version that answers.
-    created: Unix time, s.
-    """
-
-    id: str
-    model: str
-    fingerprint: str
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def of(self, kind: str, choices: Sequence[Any], **extra: Any) -> dict[str, Any]:
-        """Return an object of this kind with its choices and extra fields."""
-        fields = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return {**fields, "system_fingerprint": self.fingerprint, "choices": list(choices), **extra}
+Chunk: TypeAlias = ChatCompletionChunk | CompletionChunk
+ChoiceT = TypeVar("ChoiceT")
 
 
-class CompletionFormat(Protocol):
-    """Conversion of replies to choices, for chat and text completions.
+class CompletionFormat(Protocol[ChoiceT]):
+    """Conversion of replies to response objects, for chat and text completions. `ChoiceT` is a choice of a chunk."""
 
-    prefix: of the response id.
-    whole_kind, chunk_kind: value of `object` in a complete response and in a chunk.
-    """
-
-    prefix: str
-    whole_kind: str
-    chunk_kind: str
-
-    def whole(self, index: int, reply: CollectedReply) -> dict[str, Any]:
-        """Return the choice for a complete reply."""
+    def whole(self, replies: Sequence[CollectedReply], usage: CompletionUsage) -> ChatCompletion | Completion:
+        """Return the response for complete replies."""
         ...
 
-    def begin(self, index: int) -> Iterator[dict[str, Any]]:
+    def chunk(self, choices: list[ChoiceT], usage: CompletionUsage | None) -> Chunk:
+        """Return a chunk of a streamed response."""
+        ...
+
+    def begin(self, index: int) -> Iterator[ChoiceT]:
         """Yield the first deltas of a choice's stream."""
         ...
 
-    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
+    def delta(self, index: int, delta: TextDelta) -> ChoiceT:
         """Return the streamed choice for a piece of text."""
         ...
 
-    def end(self, index: int, done: ReplyDone) -> Iterator[dict[str, Any]]:
+    def end(self, index: int, done: ReplyDone) -> Iterator[ChoiceT]:
         """Yield the last deltas of a choice's stream."""
         ...
 
@@ -75,87 +74,104 @@ class CompletionFormat(Protocol):
 class ChatCompletionFormat:
     """Format of `chat.completion`.
 
+    receipt: of the first reply.
     one_call: keep only the first tool call (`parallel_tool_calls: false`).
     """
 
-    prefix, whole_kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, with_logprobs: bool, one_call: bool) -> None:
+    def __init__(self, receipt: str, fields: CompletionFields, *, with_logprobs: bool, one_call: bool) -> None:
+        self._id = f"chatcmpl-{receipt}"
+        self._fields = fields
         self._with_logprobs = with_logprobs
         self._one_call = one_call
 
-    def whole(self, index: int, reply: CollectedReply) -> dict[str, Any]:
-        """Return the choice for a complete reply."""
-        tool_calls = self._tool_calls(reply.done)
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": reply.text if reply.text or not tool_calls else None,
-        }
-        message["refusal"] = None
-        if tool_calls:
-            message["tool_calls"] = tool_calls
-        logprobs = _chat_logprobs(reply.logprobs) if self._with_logprobs else None
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _finish(reply.done)}
+    def whole(self, replies: Sequence[CollectedReply], usage: CompletionUsage) -> ChatCompletion:
+        """Return the response for complete replies."""
+        choices = [self._choice(index, reply) for index, reply in enumerate(replies)]
+        return {"id": self._id, "object": "chat.completion", **self._fields, "choices": choices, "usage": usage}
 
-    def begin(self, index: int) -> Iterator[dict[str, Any]]:
+    def chunk(self, choices: list[ChatChunkChoice], usage: CompletionUsage | None) -> ChatCompletionChunk:
+        """Return a chunk of a streamed response."""
+        return {"id": self._id, "object": "chat.completion.chunk", **self._fields, "choices": choices, "usage": usage}
+
+    def begin(self, index: int) -> Iterator[ChatChunkChoice]:
         """Yield the delta that opens the assistant's message."""
         yield self._delta(index, {"role": "assistant", "content": ""})
 
-    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
+    def delta(self, index: int, delta: TextDelta) -> ChatChunkChoice:
         """Return the streamed choice for a piece of text."""
         return self._delta(index, {"content": delta.text}, delta.logprobs)
 
-    def end(self, index: int, done: ReplyDone) -> Iterator[dict[str, Any]]:
+    def end(self, index: int, done: ReplyDone) -> Iterator[ChatChunkChoice]:
         """Yield the tool calls, if any, then the finish reason."""
         if tool_calls := self._tool_calls(done):
-            yield self._delta(
-                index,
-                {
-                    "tool_calls": [
-                        {"index": call_index, **tool_call} for call_index, tool_call in enumerate(tool_calls)
-                    ]
-                },
-            )
-        yield {**self._delta(index, {}), "finish_reason": _finish(done)}
+            chunk_calls: list[ChunkToolCall] = [
+                {"index": call_index, **tool_call} for call_index, tool_call in enumerate(tool_calls)
+            ]
+            yield self._delta(index, {"tool_calls": chunk_calls})
+        yield {**self._delta(index, {}), "finish_reason": _finish_reason(done)}
 
-    def _delta(self, index: int, delta: Mapping[str, Any], logprobs: Sequence[Logprob] = ()) -> dict[str, Any]:
+    def _choice(self, index: int, reply: CollectedReply) -> ChatChoice:
+        tool_calls = self._tool_calls(reply.done)
+        content = reply.text if reply.text or not tool_calls else None
+        message: ChatCompletionMessage = {"role": "assistant", "content": content, "refusal": None}
+        if tool_calls:
+            message["tool_calls"] = tool_calls
+        if reply.audio:
+            message["audio"] = reply.audio
+        logprobs = _chat_logprobs(reply.logprobs) if self._with_logprobs else None
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _finish_reason(reply.done)}
+
+    def _delta(self, index: int, delta: ChatDelta, logprobs: Sequence[Logprob] = ()) -> ChatChunkChoice:
         chat_logprobs = _chat_logprobs(logprobs) if self._with_logprobs and logprobs else None
         return {"index": index, "delta": delta, "logprobs": chat_logprobs, "finish_reason": None}
 
-    def _tool_calls(self, done: ReplyDone) -> list[Mapping[str, Any]]:
-        return list(done.tool_calls[:1] if self._one_call else done.tool_calls)
+    def _tool_calls(self, done: ReplyDone) -> list[MessageToolCall]:
+        tool_calls = cast(Sequence[MessageToolCall], done.tool_calls)  # ReplyDone holds them in OpenAI's form
+        return list(tool_calls[:1] if self._one_call else tool_calls)
 
 
 class TextCompletionFormat:
-    """Format of `text_completion`. The offsets of log-probabilities count over the whole reply of a choice."""
+    """Format of `text_completion`. The offsets of log-probabilities count over the whole reply of a choice.
 
-    prefix, whole_kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
+    receipt: of the first reply.
+    """
 
-    def __init__(self, with_logprobs: bool) -> None:
+    def __init__(self, receipt: str, fields: CompletionFields, *, with_logprobs: bool) -> None:
+        self._id = f"cmpl-{receipt}"
+        self._fields = fields
         self._with_logprobs = with_logprobs
         self._offsets: dict[int, int] = {}
 
-    def whole(self, index: int, reply: CollectedReply) -> dict[str, Any]:
-        """Return the choice for a complete reply."""
-        return self._choice(index, reply.text, reply.logprobs, _finish(reply.done))
+    def whole(self, replies: Sequence[CollectedReply], usage: CompletionUsage) -> Completion:
+        """Return the response for complete replies."""
+        choices = [self._choice(index, reply) for index, reply in enumerate(replies)]
+        return {"id": self._id, "object": "text_completion", **self._fields, "choices": choices, "usage": usage}
 
-    def begin(self, index: int) -> Iterator[dict[str, Any]]:
+    def chunk(self, choices: list[CompletionChunkChoice], usage: CompletionUsage | None) -> CompletionChunk:
+        """Return a chunk of a streamed response."""
+        return {"id": self._id, "object": "text_completion", **self._fields, "choices": choices, "usage": usage}
+
+    def begin(self, index: int) -> Iterator[CompletionChunkChoice]:
         """Yield nothing: a text completion has no opening delta."""
         yield from ()
 
-    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
+    def delta(self, index: int, delta: TextDelta) -> CompletionChunkChoice:
         """Return the streamed choice for a piece of text."""
-        return self._choice(index, delta.text, delta.logprobs, None)
+        logprobs = self._logprobs(index, delta.logprobs)
+        return {"index": index, "text": delta.text, "logprobs": logprobs, "finish_reason": None}
 
-    def end(self, index: int, done: ReplyDone) -> Iterator[dict[str, Any]]:
+    def end(self, index: int, done: ReplyDone) -> Iterator[CompletionChunkChoice]:
         """Yield an empty piece with the finish reason."""
-        yield self._choice(index, "", (), _finish(done))
+        logprobs = self._logprobs(index, ())
+        yield {"index": index, "text": "", "logprobs": logprobs, "finish_reason": _finish_reason(done)}
 
-    def _choice(self, index: int, text: str, logprobs: Sequence[Logprob], finish: str | None) -> dict[str, Any]:
-        text_logprobs = self._logprobs(index, logprobs) if self._with_logprobs else None
-        return {"index": index, "text": text, "logprobs": text_logprobs, "finish_reason": finish}
+    def _choice(self, index: int, reply: CollectedReply) -> CompletionChoice:
+        logprobs = self._logprobs(index, reply.logprobs)
+        return {"index": index, "text": reply.text, "logprobs": logprobs, "finish_reason": _finish_reason(reply.done)}
 
-    def _logprobs(self, index: int, logprobs: Sequence[Logprob]) -> dict[str, Any]:
+    def _logprobs(self, index: int, logprobs: Sequence[Logprob]) -> CompletionLogprobs | None:
+        if not self._with_logprobs:
+            return None
         offsets = []
         for logprob in logprobs:
             offsets.append(self._offsets.get(index, 0))
@@ -168,12 +184,13 @@ class TextCompletionFormat:
         }
 
 
-def _finish(done: ReplyDone) -> str:
+def _finish_reason(done: ReplyDone) -> FinishReason:
+    assert done.finish != "cancelled"  # `ReplyGroup.events` raises CutError for it
     return "tool_calls" if done.tool_calls else done.finish
 
 
-def _chat_logprobs(logprobs: Sequence[Logprob]) -> dict[str, Any]:
-    content = [
+def _chat_logprobs(logprobs: Sequence[Logprob]) -> ChatLogprobs:
+    content: list[TokenLogprob] = [
         {
             **_token(logprob.token, logprob.logprob),
             "top_logprobs": [_token(token, value) for token, value in logprob.top],
@@ -183,7 +200,7 @@ def _chat_logprobs(logprobs: Sequence[Logprob]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def _token(token: str, logprob: float) -> dict[str, Any]:
+def _token(token: str, logprob: float) -> TopLogprob:
     return {"token": token, "logprob": _finite(logprob), "bytes": list(token.encode(errors="replace"))}
 
 
@@ -191,33 +208,38 @@ def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else LEAST_LOGPROB
 
 
-Chunks = AsyncGenerator[dict[str, Any], None]
 # JSON escapes the line ends of server-sent events. Many clients split lines at these characters too.
 _LINE_ENDS = tuple((letter, f"\\u{ord(letter):04x}") for letter in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
 END = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}
 
 
 async def chunks(
-    group: ReplyGroup, formatter: CompletionFormat, header: CompletionHeader, record: RequestRecord, with_usage: bool
-) -> Chunks:
+    group: ReplyGroup, formatter: CompletionFormat[ChoiceT], record: RequestRecord, with_usage: bool
+) -> AsyncGenerator[Chunk, None]:
     """Yield OpenAI's chunks of a streamed response.
 
     with_usage: end with a chunk that holds the token usage; the other chunks then have `"usage": null`, as in OpenAI's
     API.
     """
-    extra: dict[str, Any] = {"usage": None} if with_usage else {}
+
+    def chunk_of(choices: list[ChoiceT], usage: CompletionUsage | None = None) -> Chunk:
+        chunk = formatter.chunk(choices, usage)
+        if not with_usage:
+            del chunk["usage"]
+        return chunk
+
     for index in range(len(group.answers)):
         for choice in formatter.begin(index):
-            yield header.of(formatter.chunk_kind, [choice], **extra)
+            yield chunk_of([choice])
     async with aclosing(group.merged()) as events:
         async for index, event in events:
             for choice in _choices(formatter, index, event):
-                yield header.of(formatter.chunk_kind, [choice], **extra)
+                yield chunk_of([choice])
     if with_usage:
-        yield header.of(formatter.chunk_kind, [], usage=record.usage.as_json())
+        yield chunk_of([], record.usage.as_json())
 
 
-def _choices(formatter: CompletionFormat, index: int, event: TextDelta | ReplyDone) -> Iterable[dict[str, Any]]:
+def _choices(formatter: CompletionFormat[ChoiceT], index: int, event: TextDelta | ReplyDone) -> Iterable[ChoiceT]:
     if isinstance(event, ReplyDone):
         return formatter.end(index, event)
     # an event without text or log-probabilities (its text is still held back) makes no chunk
@@ -233,7 +255,11 @@ class SseResponse(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunk_stream: Chunks, group: ReplyGroup, record: RequestRecord, headers: Mapping[str, str]
+        self,
+        chunk_stream: AsyncGenerator[Chunk, None],
+        group: ReplyGroup,
+        record: RequestRecord,
+        headers: Mapping[str, str],
     ) -> None:
         super().__init__(headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]

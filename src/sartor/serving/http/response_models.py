@@ -1,21 +1,26 @@
-"""Pydantic models of responses."""
+"""Response bodies as typed dictionaries, which the routes build and /openapi.json shows.
+
+mypy checks each body where it is built, so that no request and no token pays for a validation. A `NotRequired` key is
+absent where it does not apply; any other is present, if only as null.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NotRequired, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict  # pydantic takes that of `typing` from Python 3.12 on only
 
-Finish = Literal["stop", "length", "tool_calls"]
+FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
 
 
-class ResponseModel(BaseModel):
+@with_config(ConfigDict(extra="forbid"))
+class ResponseBody(TypedDict):
     """Response body or a part of one."""
 
-    model_config = ConfigDict(extra="forbid")
 
-
-class ErrorBody(ResponseModel):
+class ErrorObject(ResponseBody):
     """Error description. `kind` is a heading of docs/errors.md; `remedy` says what to do."""
 
     message: str
@@ -26,43 +31,43 @@ class ErrorBody(ResponseModel):
     remedy: str
 
 
-class ErrorAnswer(ResponseModel):
+class ErrorResponse(ResponseBody):
     """OpenAI's error object."""
 
-    error: ErrorBody
+    error: ErrorObject
 
 
-class Cached(ResponseModel):
+class PromptTokensDetails(ResponseBody):
     """Number of the prompt's tokens that were cached."""
 
     cached_tokens: int
 
 
-class UsageBody(ResponseModel):
+class CompletionUsage(ResponseBody):
     """Tokens of all choices together; those of the prompt are counted once."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: Cached
+    prompt_tokens_details: PromptTokensDetails
 
 
-class CalledBody(ResponseModel):
+class FunctionCall(ResponseBody):
     """Function that is called; `arguments` is JSON text."""
 
     name: str
     arguments: str
 
 
-class CallBody(ResponseModel):
+class MessageToolCall(ResponseBody):
     """Tool call."""
 
     id: str
     type: Literal["function"]
-    function: CalledBody
+    function: FunctionCall
 
 
-class AudioBody(ResponseModel):
+class ChatCompletionAudio(ResponseBody):
     """Reply as speech.
 
     data: a file in base64.
@@ -76,17 +81,17 @@ class AudioBody(ResponseModel):
     expires_at: int
 
 
-class MessageBody(ResponseModel):
+class ChatCompletionMessage(ResponseBody):
     """Message of the agent. `tool_calls` is present if it calls tools, `audio` if speech was requested."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: list[CallBody] | None = None
-    audio: AudioBody | None = None
+    tool_calls: NotRequired[list[MessageToolCall] | None]
+    audio: NotRequired[ChatCompletionAudio | None]
 
 
-class Token(ResponseModel):
+class TopLogprob(ResponseBody):
     """Token, natural log of its probability, and its bytes."""
 
     token: str
@@ -94,29 +99,41 @@ class Token(ResponseModel):
     bytes: list[int]
 
 
-class TokenChoice(Token):
+class TokenLogprob(TopLogprob):
     """Token with its most likely alternatives."""
 
-    top_logprobs: list[Token]
+    top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(ResponseModel):
+class ChatLogprobs(ResponseBody):
     """Log-probabilities of each token of the reply."""
 
-    content: list[TokenChoice]
+    content: list[TokenLogprob]
     refusal: None
 
 
-class ChatChoice(ResponseModel):
+class CompletionFields(TypedDict):
+    """Common fields of the completions and chunks of one response.
+
+    created: Unix time, s.
+    model: exact version that answers.
+    """
+
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class ChatChoice(ResponseBody):
     """One reply of a chat completion."""
 
     index: int
-    message: MessageBody
+    message: ChatCompletionMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Finish
+    finish_reason: FinishReason
 
 
-class ChatAnswer(ResponseModel):
+class ChatCompletion(ResponseBody):
     """Answer of POST /v1/chat/completions.
 
     `id` holds the receipt of the first choice; `model` is the exact version.
@@ -128,10 +145,48 @@ class ChatAnswer(ResponseModel):
     model: str
     system_fingerprint: str
     choices: list[ChatChoice]
-    usage: UsageBody
+    usage: CompletionUsage
 
 
-class TextLogprobs(ResponseModel):
+class ChunkToolCall(MessageToolCall):
+    """Tool call in a stream. Each is sent whole; `index` is its number in the reply."""
+
+    index: int
+
+
+class ChatDelta(ResponseBody, total=False):
+    """Continuation of a message: its role, then pieces of text, then its tool calls."""
+
+    role: Literal["assistant"]
+    content: str
+    tool_calls: list[ChunkToolCall]
+
+
+class ChatChunkChoice(ResponseBody):
+    """Continuation of one reply. `finish_reason` is null until the last."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(ResponseBody):
+    """Event of a streamed chat completion.
+
+    usage: present if the request asks for it; null except in the last chunk, which has no choices.
+    """
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[CompletionUsage | None]
+
+
+class CompletionLogprobs(ResponseBody):
     """Log-probabilities of each token of the text."""
 
     tokens: list[str]
@@ -140,16 +195,16 @@ class TextLogprobs(ResponseModel):
     text_offset: list[int]
 
 
-class TextChoice(ResponseModel):
+class CompletionChoice(ResponseBody):
     """One text of a text completion."""
 
     index: int
     text: str
-    logprobs: TextLogprobs | None
-    finish_reason: Finish
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
 
 
-class TextAnswer(ResponseModel):
+class Completion(ResponseBody):
     """Answer of POST /v1/completions."""
 
     id: str
@@ -157,11 +212,32 @@ class TextAnswer(ResponseModel):
     created: int
     model: str
     system_fingerprint: str
-    choices: list[TextChoice]
-    usage: UsageBody
+    choices: list[CompletionChoice]
+    usage: CompletionUsage
 
 
-class EmbeddingObject(ResponseModel):
+class CompletionChunkChoice(ResponseBody):
+    """Continuation of one text. `finish_reason` is null until the last."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class CompletionChunk(ResponseBody):
+    """Event of a streamed text completion, with `usage` as in a chat's."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChunkChoice]
+    usage: NotRequired[CompletionUsage | None]
+
+
+class EmbeddingObject(ResponseBody):
     """Embedding of one text, of unit length: numbers, or base64 of little-endian 32-bit floats."""
 
     object: Literal["embedding"]
@@ -169,23 +245,23 @@ class EmbeddingObject(ResponseModel):
     embedding: list[float] | str
 
 
-class VectorUsage(ResponseModel):
+class EmbeddingUsage(ResponseBody):
     """Tokens of all texts, as the model reads them."""
 
     prompt_tokens: int
     total_tokens: int
 
 
-class VectorAnswer(ResponseModel):
+class EmbeddingList(ResponseBody):
     """Answer of POST /v1/embeddings."""
 
     object: Literal["list"]
     model: str
     data: list[EmbeddingObject]
-    usage: VectorUsage
+    usage: EmbeddingUsage
 
 
-class ModelBody(ResponseModel):
+class ModelObject(ResponseBody):
     """Model name that requests may use.
 
     root: exact version behind it.
@@ -204,14 +280,14 @@ class ModelBody(ResponseModel):
     modalities: list[Literal["text", "image", "audio"]]
 
 
-class ModelsAnswer(ResponseModel):
+class ModelList(ResponseBody):
     """Answer of GET /v1/models."""
 
     object: Literal["list"]
-    data: list[ModelBody]
+    data: list[ModelObject]
 
 
-class WorkerHealth(ResponseModel):
+class WorkerHealth(ResponseBody):
     """Worker process. `role` says whether a ready worker answers or is spare."""
 
     state: str
@@ -220,7 +296,7 @@ class WorkerHealth(ResponseModel):
     restarts: int
 
 
-class AgentHealth(ResponseModel):
+class AgentHealth(ResponseBody):
     """Exact version of an agent.
 
     breaker, why: state of its circuit breaker and the reason for its last opening.
@@ -233,7 +309,7 @@ class AgentHealth(ResponseModel):
     live: int
 
 
-class HealthAnswer(ResponseModel):
+class ServerHealth(ResponseBody):
     """Answer of GET /health. Of agents it contains those that the sent key opens.
 
     agents: by exact version, those with a known state.
@@ -246,7 +322,7 @@ class HealthAnswer(ResponseModel):
     troubles: dict[str, str]
 
 
-class FeedbackAnswer(ResponseModel):
+class FeedbackResult(ResponseBody):
     """Answer of POST /v1/feedback.
 
     `learnable`: whether the prompt was still known, and its words may be kept and learnt from.
@@ -257,16 +333,16 @@ class FeedbackAnswer(ResponseModel):
     learnable: bool
 
 
-class AgentBody(ResponseModel):
+class AgentObject(ResponseBody):
     """Agent as in the registry. `state` holds its trial, fall-backs and notes."""
 
     name: str
     live: str
-    versions: list[str]
-    state: dict[str, Any]
+    versions: Sequence[str]
+    state: Mapping[str, Any]
 
 
-class AgentsAnswer(ResponseModel):
+class AgentList(ResponseBody):
     """Answer of GET /v1/agents."""
 
-    agents: list[AgentBody]
+    agents: list[AgentObject]

@@ -12,13 +12,13 @@ from sartor.serving.http.app import JsonResponse, StrictJsonRoute
 from sartor.serving.http.app_state import get_record, get_state
 from sartor.serving.http.http_errors import FieldError
 from sartor.serving.http.request_models import PromoteRequest, RollbackRequest
-from sartor.serving.http.response_models import AgentsAnswer, ErrorAnswer
+from sartor.serving.http.response_models import AgentList, AgentObject, ErrorResponse
 
 router = APIRouter(
     route_class=StrictJsonRoute,
     responses={
-        409: {"model": ErrorAnswer, "description": "Another version is live than was expected; nothing was changed"},
-        422: {"model": ErrorAnswer, "description": "The Release is not admitted; nothing was changed"},
+        409: {"model": ErrorResponse, "description": "Another version is live than was expected; nothing was changed"},
+        422: {"model": ErrorResponse, "description": "The Release is not admitted; nothing was changed"},
     },
 )
 Name = Annotated[str, Path(max_length=128)]
@@ -26,14 +26,14 @@ T = TypeVar("T")
 _CHANGED: dict[int | str, dict[str, Any]] = {200: {"model": dict[str, Any], "description": "The agent afterwards"}}
 
 
-@router.get("/v1/agents", responses={200: {"model": AgentsAnswer}})
+@router.get("/v1/agents", responses={200: {"model": AgentList}})
 async def agents(request: Request) -> JsonResponse:
     """List every agent with its live version, versions, trial and state."""
     listed = await get_state(request).services.agent_admin.listed()
     rows = [
-        {"name": agent.name, "live": agent.live, "versions": agent.versions, "state": agent.state} for agent in listed
+        AgentObject(name=agent.name, live=agent.live, versions=agent.versions, state=agent.state) for agent in listed
     ]
-    return JsonResponse({"agents": rows})
+    return JsonResponse(AgentList(agents=rows))
 
 
 @router.post("/v1/agents/{name}/promote", responses=_CHANGED)

@@ -15,7 +15,7 @@ from sartor.serving.http.app_state import get_record, get_state
 from sartor.serving.http.http_errors import FieldError
 from sartor.serving.http.request_conversion import as_list
 from sartor.serving.http.request_models import MOST_EMBEDDED, VectorRequest
-from sartor.serving.http.response_models import VectorAnswer
+from sartor.serving.http.response_models import EmbeddingList, EmbeddingObject, EmbeddingUsage
 from sartor.serving.http.shutdown import until_disconnect
 
 router = APIRouter(route_class=StrictJsonRoute)
@@ -23,7 +23,7 @@ router = APIRouter(route_class=StrictJsonRoute)
 ENCODERS = ("base", "minilm")
 
 
-@router.post("/v1/embeddings", responses={200: {"model": VectorAnswer}})
+@router.post("/v1/embeddings", responses={200: {"model": EmbeddingList}})
 async def embeddings(body: VectorRequest, request: Request) -> JsonResponse:
     """Return one vector of unit length for each text."""
     state = get_state(request)
@@ -49,11 +49,11 @@ async def embeddings(body: VectorRequest, request: Request) -> JsonResponse:
     record.agent, record.usage.prompt = body.model, result.tokens
     as_text = body.encoding_format == "base64"
     data = [
-        {"object": "embedding", "index": index, "embedding": _packed(vector) if as_text else vector}
+        EmbeddingObject(object="embedding", index=index, embedding=_packed(vector) if as_text else vector)
         for index, vector in enumerate(result.vectors)
     ]
-    usage = {"prompt_tokens": result.tokens, "total_tokens": result.tokens}
-    return JsonResponse({"object": "list", "model": body.model, "data": data, "usage": usage})
+    usage = EmbeddingUsage(prompt_tokens=result.tokens, total_tokens=result.tokens)
+    return JsonResponse(EmbeddingList(object="list", model=body.model, data=data, usage=usage))
 
 
 def _packed(vector: Sequence[float]) -> str:

@@ -17,13 +17,13 @@ from sartor.serving.http.app import JsonResponse, StrictJsonRoute
 from sartor.serving.http.app_state import AppState, agent_of, get_record, get_state
 from sartor.serving.http.http_errors import FieldError, NotFoundError
 from sartor.serving.http.request_models import FeedbackRequest
-from sartor.serving.http.response_models import FeedbackAnswer
+from sartor.serving.http.response_models import FeedbackResult
 
 router = APIRouter(route_class=StrictJsonRoute)
 PREFIXES = ("chatcmpl-", "cmpl-")
 
 
-@router.post("/v1/feedback", responses={200: {"model": FeedbackAnswer}})
+@router.post("/v1/feedback", responses={200: {"model": FeedbackResult}})
 async def feedback(body: FeedbackRequest, request: Request) -> JsonResponse:
     """Rate or correct a reply, named by its receipt or by the `id` of its completion.
 
@@ -59,7 +59,7 @@ async def feedback(body: FeedbackRequest, request: Request) -> JsonResponse:
     if submitted.rating is not None and state.memory.is_first(receipt, record.principal.key):
         await state.services.agent_admin.hear(agent, submitted.rating)
     state.metrics.count_feedback(submitted, stored)
-    return JsonResponse({"receipt": receipt, "agent": agent, "learnable": stored.has_words})
+    return JsonResponse(FeedbackResult(receipt=receipt, agent=agent, learnable=stored.has_words))
 
 
 @router.get("/v1/receipts/{receipt}", responses={200: {"model": dict[str, Any]}})

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
 
 from fastapi import APIRouter, Request
 
 from sartor.core.errors import UnavailableError
+from sartor.core.model_refs import Modality
 from sartor.serving.api_keys import Principal
 from sartor.serving.http import speech_service
 from sartor.serving.http.app import JsonResponse, StrictJsonRoute
 from sartor.serving.http.app_state import AppState, get_record, get_state
-from sartor.serving.http.response_models import ModelBody, ModelsAnswer
+from sartor.serving.http.response_models import ModelList, ModelObject
 
 router = APIRouter(route_class=StrictJsonRoute)
 STARTED = int(time.time())
 
 
-@router.get("/v1/models", responses={200: {"model": ModelsAnswer}})
+@router.get("/v1/models", responses={200: {"model": ModelList}})
 async def models(request: Request) -> JsonResponse:
     """List the base, `auto`, `speech`, agents and their versions that the key opens."""
     bodies = await _model_bodies(get_state(request), get_record(request).principal)
-    return JsonResponse({"object": "list", "data": list(bodies.values())})
+    return JsonResponse(ModelList(object="list", data=list(bodies.values())))
 
 
-@router.get("/v1/models/{model}", responses={200: {"model": ModelBody}})
+@router.get("/v1/models/{model}", responses={200: {"model": ModelObject}})
 async def model(model: str, request: Request) -> JsonResponse:
     """Return one model name that the key opens."""
     state, principal = get_state(request), get_record(request).principal
@@ -40,21 +40,21 @@ async def model(model: str, request: Request) -> JsonResponse:
     return JsonResponse(bodies[model])
 
 
-async def _model_bodies(state: AppState, principal: Principal) -> dict[str, dict[str, Any]]:
+async def _model_bodies(state: AppState, principal: Principal) -> dict[str, ModelObject]:
     about = state.services.workers.about
     base_version = f"base@{about.base_digest[:12]}"
 
-    def name(id: str, root: str, parent: str | None, reads: Iterable[str] = ()) -> dict[str, Any]:
-        fields = {
-            "id": id,
-            "object": "model",
-            "created": STARTED,
-            "owned_by": "sartor",
-            "root": root,
-            "parent": parent,
-        }
-        context_tokens = None if id == speech_service.MODEL else about.context_tokens
-        return {**fields, "max_model_len": context_tokens, "modalities": ["text", *sorted(reads)]}
+    def name(id: str, root: str, parent: str | None, reads: Iterable[Modality] = ()) -> ModelObject:
+        return ModelObject(
+            id=id,
+            object="model",
+            created=STARTED,
+            owned_by="sartor",
+            root=root,
+            parent=parent,
+            max_model_len=None if id == speech_service.MODEL else about.context_tokens,
+            modalities=["text", *sorted(reads)],
+        )
 
     listed = (*await state.services.agent_admin.listed(), *state.services.plans)
     agents = [agent for agent in listed if agent.is_ready and principal.opens(agent.name)]
@@ -70,4 +70,4 @@ async def _model_bodies(state: AppState, principal: Principal) -> dict[str, dict
             name(f"{agent.name}@{version}", f"{agent.name}@{version}", "base", agent.reads.get(version, ()))
             for version in agent.versions
         ]
-    return {str(body["id"]): body for body in bodies}
+    return {body["id"]: body for body in bodies}

@@ -16,15 +16,15 @@ from sartor.serving.http.app import JsonResponse, StrictJsonRoute, body_of
 from sartor.serving.http.app_state import agent_of, get_record, get_state
 from sartor.serving.http.mcp_server import ABOUT_AUTO, McpServer, ToolDescription, abilities, abouts
 from sartor.serving.http.request_body import parse
-from sartor.serving.http.response_models import HealthAnswer
+from sartor.serving.http.response_models import AgentHealth, ServerHealth, WorkerHealth
 from sartor.serving.http.services import ANYBODY
 from sartor.serving.team_config import Team
 
 router = APIRouter(route_class=StrictJsonRoute)
 READY = "ready"
 _UNHEALTHY: dict[int | str, dict[str, Any]] = {
-    200: {"model": HealthAnswer, "description": "Requests can be answered"},
-    503: {"model": HealthAnswer, "description": "Nobody can be answered"},
+    200: {"model": ServerHealth, "description": "Requests can be answered"},
+    503: {"model": ServerHealth, "description": "Nobody can be answered"},
 }
 
 
@@ -37,12 +37,17 @@ async def health(request: Request) -> JsonResponse:
     principal = get_record(request).principal
     worker_health = get_state(request).services.workers.health()
     workers = [
-        {name: worker[name] for name in ("state", "role", "memory_bytes", "restarts")}
+        WorkerHealth(
+            state=worker["state"],
+            role=worker["role"],
+            memory_bytes=worker["memory_bytes"],
+            restarts=worker["restarts"],
+        )
         for worker in worker_health["workers"]
     ]
     ready = sum(worker["state"] == READY for worker in workers)
     agents = {
-        name: {key: agent[key] for key in ("breaker", "why", "queued", "live")}
+        name: AgentHealth(breaker=agent["breaker"], why=agent["why"], queued=agent["queued"], live=agent["live"])
         for name, agent in worker_health["agents"].items()
         if principal.opens(agent_of(name))
     }
@@ -56,8 +61,12 @@ async def health(request: Request) -> JsonResponse:
     if (lockout := request.scope["state"].get("shut")) is not None:
         troubles["API keys"] = f"{lockout.problem}; try: {lockout.remedy}"
     can_answer = ready > 0 and lockout is None
-    status = "unavailable" if not can_answer else "ok" if all_well else "degraded"
-    body = {"status": status, "workers": workers, "agents": agents, "troubles": troubles}
+    body = ServerHealth(
+        status="unavailable" if not can_answer else "ok" if all_well else "degraded",
+        workers=workers,
+        agents=agents,
+        troubles=troubles,
+    )
     return JsonResponse(body, 200 if can_answer else 503)
 
 
