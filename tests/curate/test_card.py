@@ -12,9 +12,8 @@ import sys
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,29 +21,30 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from page_markup import HOSTILE, Tags
 from sartor.core import html as page
 from sartor.core import parquet_io
 from sartor.core.records import Drop, Example, Message, Origin, Part, count_values
 from sartor.curate import card
 from sartor.curate.card import metadata as hub
 from sartor.curate.card import render
+from sartor.curate.card.blocks import (
+    Block,
+    ConversationBlock,
+    Dropped,
+    Folded,
+    Headlines,
+    Listing,
+    Pictures,
+    Plot,
+    Prose,
+    QuotedText,
+    Section,
+    Table,
+    TextPiece,
+)
 from sartor.curate.card.card_data import gather, short_path
 from sartor.curate.card.sections import differences
-
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "</style></svg><img src=x onerror=alert(1)>",
-    "](javascript:alert(1)) [x](javascript:alert(2)) ![y](http://evil.example/y.png) <http://evil.example>",
-    "a | b | c \\| d \\\\| <b>e</b> |",
-    "````\n# heading\n<script>alert(3)</script>\n```\n~~~\n---\nlicense: cc0-1.0\n---",
-    "`` ` `` <i>code</i> ``` `",
-    "\x00\x1b[31m\x7f\x85 \u202egnp.exe\u2066 \ufeff\u200b \U000e0041",
-    "word" * 25_000,
-    "x" * 90 + " www.evil.example http://evil.example evil@evil.example @mention #12 :smile:",
-    "\u0301" * 3000,
-    "<!-- <![CDATA[ &lt;script&gt; &#60;script&#62; \" ' onload=alert(1) x='",
-    "$$\\href{javascript:alert(1)}{x}$$ {{ x }} {% x %} <%= x %>",
-]
 
 OURS = """html meta title style body h1 h2 h3 h4 p div b span bdi table tr th td figure figcaption svg g rect text line path pre
 details summary mark i"""
@@ -179,26 +179,6 @@ def written(tmp_path: Path) -> Path:
     return dataset(tmp_path, kept, drops_of(kept))
 
 
-class Tags(HTMLParser):
-    """The tags of a page with their attributes, and its text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.said: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.said.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.said).split())
-
-
 def outputs(folder: Path) -> dict[str, str]:
     files = [folder / "card.md", folder / "card.html", folder / "croissant.json", *sorted((folder / "card").glob("*"))]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
@@ -209,13 +189,7 @@ def assert_is_inert(folder: Path) -> None:
     html = (folder / "card.html").read_text(encoding="utf-8")
     found = Tags(html)
     assert {tag for tag, _ in found.tags} <= set(OURS.split())
-    acting = {
-        name
-        for _, attributes in found.tags
-        for name in attributes
-        if name.startswith("on") or name in ("href", "src", "style")
-    }
-    assert acting == set()
+    assert found.acting({"href", "src", "style"}) == set()
     assert "default-src 'none'" in html
     for file in (folder / "card").glob("*.svg"):
         tags = {element.tag.rpartition("}")[2] for element in ET.parse(file).getroot().iter()}
@@ -414,6 +388,34 @@ def test_each_hostile_text_alone_as_a_label_stays_text(tmp_path: Path, text: str
     )
     assert_is_inert(tmp_path)
     json.loads((tmp_path / "croissant.json").read_text(encoding="utf-8"))
+
+
+def blocks_of(text: str) -> list[Block]:
+    """One block of each class or more, with `text` in every field that holds text."""
+    quoted, piece = QuotedText(text), TextPiece(text)
+    plot = Plot("plot", text, "<rect/>", 10, 20, note=text)
+    return [
+        Prose((text, quoted, QuotedText(text, prose=True))),
+        Prose(text, "warn"),
+        Headlines([(text, text)]),
+        Table([text], [[quoted], [(text, quoted)]], names=True),
+        Table([text] * 5, [[text] * 5], frozenset({1})),
+        plot,
+        Pictures([plot]),
+        Listing(text),
+        ConversationBlock([(text, text)], quoted),
+        Dropped(quoted, quoted, quoted, [piece, TextPiece(text, differs=True)], quoted, [piece]),
+        Folded(text, [Listing(text)]),
+    ]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_text_in_each_block(text: str) -> None:
+    blocks = blocks_of(text)
+    assert {type(block) for block in blocks} == set(get_args(Block))
+    plain, hostile = (Tags(render.render_html(each, [Section(each, blocks_of(each))])) for each in ("word", text))
+    assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in plain.tags]
+    assert hostile.acting({"href", "src", "style"}) == set()
 
 
 @pytest.mark.parametrize("text", ["a|b", "`", "``x`", "\\", "ends with \\", " `a` ", "x\ny", "|", "``` ```` `"])

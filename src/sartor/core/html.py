@@ -1,4 +1,4 @@
-"""Shared HTML page layout, escaping and number formats.
+"""Templates, escaping and number formats of HTML pages.
 
 A page is one HTML file without scripts, fonts or images from elsewhere. All data goes through `escape`, so that no row
 becomes markup, changes the reading direction or hides in invisible characters.
@@ -8,28 +8,12 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-STYLE = """
-:root { color-scheme: light dark; --ink:#1d2730; --soft:#5f6f7d; --line:#e3e8ec; --blue:#1f5f8b; --red:#d1495b; --green:#2f8f5b;
-  --paper:#fbfaf7; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e8ecef; --soft:#9aa8b3; --line:#33404a; --blue:#6fb1dd; --red:#ef7c8b;
-  --green:#6ccb97; --paper:#161c21; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem; margin: 3rem auto;
-  padding: 0 1.5rem; }
-h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.6rem 0 .8rem; }
-.lead { color: var(--soft); margin: .3rem 0 1.8rem; } .big { display: flex; gap: 2.5rem; flex-wrap: wrap; }
-.big b { display: block; font-size: 2.1rem; font-weight: 600; line-height: 1.2; }
-.big span { color: var(--soft); font-size: .9rem; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-th { text-align: left; color: var(--soft); font-weight: 500; }
-td, th { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-code { font: .86em/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
-.better { color: var(--green); } .worse { color: var(--red); }
-svg { width: 100%; height: auto; } img { max-width: 100%; } details { margin: .4rem 0; }
-"""
+import jinja2
+import jinja2.ext
+import markupsafe
 
 # Control characters, bidirectional controls, invisible characters (zero width, tags), surrogates and noncharacters.
 _UNSEEN = re.compile(
@@ -82,36 +66,6 @@ def clipped(text: str, max_length: int) -> str:
     )
 
 
-def document(title: str, body: str, *, style: str = "", head: str = "") -> str:
-    """Return a whole HTML page.
-
-    title: plain text; it is escaped.
-    body, style, head: trusted markup; not escaped.
-    """
-    opening = (
-        f"<meta charset=utf-8>{head}<meta name=viewport content='width=device-width'><title>{escape(title)}</title>"
-    )
-    return f"<!doctype html><html lang=en>{opening}<style>{STYLE}{style}</style><body>{body}</body></html>\n"
-
-
-def headlines(numbers: Iterable[tuple[str, str]]) -> str:
-    """Return the markup of the headline numbers.
-
-    numbers: pairs (value, label).
-    """
-    parts = (f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in numbers)
-    return f"<div class=big>{''.join(parts)}</div>"
-
-
-def definition_table(mapping: Mapping[str, Any]) -> str:
-    """Return the markup of a table of names and values."""
-    lines = (
-        f"<tr><td>{escape(key.replace('_', ' '))}</td><td><code>{escape(format_value(value))}</code></td></tr>"
-        for key, value in mapping.items()
-    )
-    return f"<table>{''.join(lines)}</table>"
-
-
 def format_value(value: Any) -> str:
     """Return a value as readable text: thousands separators, and four significant digits for a float."""
     if isinstance(value, Mapping):
@@ -129,3 +83,35 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in nested.items():
         result.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return result
+
+
+class _JoinLines(jinja2.ext.Extension):
+    """Leave line breaks and indentation of a template out of the page. Style sheets keep theirs."""
+
+    def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
+        """Return the source that is compiled."""
+        return source if str(name).endswith(".css") else re.sub(r"\n\s*", "", source)
+
+
+def _escape_output(value: Any) -> markupsafe.Markup:
+    return value if isinstance(value, markupsafe.Markup) else markupsafe.Markup(escape(value))
+
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("sartor", ""),
+    autoescape=True,
+    # before autoescape: it makes control characters visible too, and writes quotation marks as `html.escape` does
+    finalize=_escape_output,
+    undefined=jinja2.StrictUndefined,
+    extensions=[_JoinLines],
+    keep_trailing_newline=True,
+)
+_ENVIRONMENT.filters |= {"clipped": clipped, "format_value": format_value}
+
+
+def render_template(name: str, /, **context: Any) -> str:
+    """Return a page or plot written by a template of the package; everything in `context` is escaped.
+
+    name: its path below the package, as "core/page.html.j2".
+    """
+    return _ENVIRONMENT.get_template(name).render(context)

@@ -19,7 +19,6 @@ _EXTRAS = {
     "accelerate": "tune",
     "gguf": "tune",
     "huggingface_hub": "tune",
-    "jinja2": "tune",
     "matplotlib": "tune",
     "peft": "tune",
     "safetensors": "tune",

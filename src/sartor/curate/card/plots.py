@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.core.html import escape, escape_control
+from sartor.core.html import escape, escape_control, render_template
 from sartor.curate.card import dataset_statistics
 from sartor.curate.card.blocks import Plot as Picture
 from sartor.curate.card.card_data import Contents, short_path
@@ -21,30 +21,13 @@ from sartor.curate.card.card_data import Contents, short_path
 HALF, WHOLE = 440, 912
 _BAR, _STEP, _TEXT = 16, 25, 12
 _COLOURS = ("var(--blue)", "var(--amber)", "var(--green)", "var(--red)", "var(--violet)", "var(--soft)")
-# Standalone files contain the colours; in a page they come from its style, under the same names.
-COLOURS = """
-:root { --ink:#1d2730; --soft:#5f6f7d; --line:#e3e8ec; --blue:#1f5f8b; --red:#d1495b; --green:#2f8f5b; --amber:#d98a00;
-  --violet:#7a5ea8; --paper:#fbfaf7; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e8ecef; --soft:#9aa8b3; --line:#33404a; --blue:#6fb1dd; --red:#ef7c8b;
-  --green:#6ccb97; --amber:#f0b13c; --violet:#b79be6; --paper:#161c21; } }
-"""
 
 
 def standalone(picture: Picture) -> str:
     """Return a plot as an SVG file with title and background."""
-    title = f'<text x="16" y="24" font-size="14" font-weight="600" fill="var(--ink)">{escape(picture.title)}</text>'
-    width, height = picture.width + 32, picture.height + 52
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="system-ui, sans-serif"><style>{COLOURS}</style><rect width="{width}" height="{height}" rx="6" '
-        f'fill="var(--paper)"/>{title}<g transform="translate(16 38)">{picture.svg}</g></svg>\n'
+    return render_template(
+        "curate/card/plot.svg.j2", plot=picture, width=picture.width + 32, height=picture.height + 52
     )
-
-
-def inline(picture: Picture) -> str:
-    """Return a plot as an SVG element for a page."""
-    size = f"0 0 {picture.width} {picture.height}"
-    return f'<svg viewBox="{size}" role="img" aria-label="{escape(picture.title)}">{picture.svg}</svg>'
 
 
 def bars(

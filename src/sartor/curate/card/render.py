@@ -9,12 +9,12 @@ cells before they parse code spans.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from sartor.core.html import clipped, document, escape, escape_control, headlines
+from sartor.core.html import clipped, escape_control, render_template
 from sartor.curate.card.blocks import (
     Block,
     ConversationBlock,
@@ -31,146 +31,21 @@ from sartor.curate.card.blocks import (
     Table,
     TextPiece,
 )
-from sartor.curate.card.plots import COLOURS, inline
-
-_HEAD = (
-    "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'; img-src "
-    'data:">'
-)
-_SHORT = 20  # longest name, in characters, that is kept on one line
-_TURN = 500  # characters shown of a turn
-_STYLE = (
-    COLOURS
-    + """
-:root { --wash: color-mix(in srgb, var(--ink) 5%, var(--paper)); }
-h2 { font-size: 1.25rem; margin: 2.4rem 0 1rem; padding-top: 1.1rem; border-top: 1px solid var(--line); }
-h3 { font-size: .95rem; font-weight: 600; margin: 0 0 .6rem; } p { margin: .6rem 0; } .soft { color: var(--soft); }
-.warn { border-left: 4px solid var(--red); background: color-mix(in srgb, var(--red) 9%, var(--paper));
-  padding: .6rem .9rem; border-radius: 0 4px 4px 0; overflow-wrap: anywhere; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); gap: 2rem;
-  margin: 1.2rem 0 1.6rem; }
-figure { margin: 0; break-inside: avoid; } figcaption { color: var(--soft); font-size: .84rem; margin-top: .3rem; }
-table { margin: 1rem 0; } td { overflow-wrap: break-word; } .scroll { overflow-x: auto; }
-.wide, .alone figure { min-width: 40rem; }
-.said { font: .86em/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; overflow: hidden;
-  unicode-bidi: isolate; }
-pre { background: var(--wash); padding: .8rem 1rem; border-radius: 6px; overflow: auto; max-height: 40rem; margin: .6rem 0;
-  font: .84rem/1.5 ui-monospace, monospace; }
-.row { border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; margin: .8rem 0; break-inside: avoid; }
-.row > .note { color: var(--soft); font-size: .82rem; margin-top: .5rem; }
-.turn { display: grid; grid-template-columns: 5.2rem 1fr; gap: .6rem; margin: .25rem 0; }
-.turn > b { color: var(--soft); font-weight: 500; font-size: .82rem; padding-top: .1rem; overflow-wrap: anywhere; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.4rem; }
-.pair h4 { font-size: .82rem; font-weight: 500; color: var(--soft); margin: 0 0 .4rem; overflow-wrap: anywhere; }
-td .short { white-space: nowrap; } .row .said { font-size: .84rem; }
-.why { display: flex; flex-wrap: wrap; gap: .1rem .9rem; font-size: .84rem;
-  margin-bottom: .6rem; color: var(--soft); overflow-wrap: anywhere; align-items: baseline; }
-.why b { color: var(--red); font-weight: 600; }
-.names td:first-child, .names th:first-child { width: 13rem; } .big { margin: 1.6rem 0; } .lead { margin-bottom: 0; }
-mark { color: inherit; border-radius: 3px; padding: 0 .15em; background: color-mix(in srgb, var(--green) 28%, transparent); }
-.gone mark { background: color-mix(in srgb, var(--red) 26%, transparent); } i.cut { color: var(--soft); font-style: italic; }
-summary { cursor: pointer; color: var(--blue); }
-@media print { :root { color-scheme: light; --ink:#000; --soft:#444; --line:#ccc; --blue:#1f5f8b; --red:#b83246;
-  --green:#23774a; --amber:#b57400; --violet:#64498f; --paper:#fff; }
-  body { max-width: none; margin: 0; padding: 0; font-size: 10.5pt; }
-  h2, h3 { break-after: avoid; } pre { max-height: none; white-space: pre-wrap; } tr { break-inside: avoid; } }
-"""
-)
 
 
 def render_html(name: str, sections: Sequence[Section]) -> str:
     """Return the card as one HTML page."""
-    body = [f"<h1>{_line(QuotedText(name, 120), plain=True)}</h1>"]
-    for section in sections:
-        body.append(f"<h2>{escape(section.title)}</h2>" if section.title else "")
-        body.extend(map(_block, section.blocks))
-    return document(clipped(name, 120), "".join(body), style=_STYLE, head=_HEAD)
-
-
-def _block(block: Block) -> str:
-    match block:
-        case Prose():
-            return f'<p class="{block.kind}">{_line(block.line)}</p>'
-        case Headlines():
-            return headlines(block.shown)
-        case Table():
-            return _table(block)
-        case Plot():
-            return f"<div class='scroll alone'>{_figure(block, titled=False)}</div>"
-        case Pictures():
-            return f"<div class=grid>{''.join(map(_figure, block.shown))}</div>"
-        case Listing():
-            return f"<pre>{escape(block.text)}</pre>"
-        case ConversationBlock():
-            turns = "".join(
-                f"<div class=turn><b>{escape(role)}</b>{_text_div(text, _TURN)}</div>" for role, text in block.shown
-            )
-            return f"<div class=row>{turns}<div class=note>{_line(block.note)}</div></div>"
-        case Dropped():
-            return _dropped(block)
-        case Folded():
-            return f"<details><summary>{escape(block.summary)}</summary>{''.join(map(_block, block.blocks))}</details>"
-
-
-def _line(line: Line, *, plain: bool = False) -> str:
-    """Return a line as HTML. Quoted data gets its own face and its own reading direction."""
-    parts = line if isinstance(line, tuple) else (line,)
-    return "".join(_words(part, plain) if isinstance(part, QuotedText) else escape(part) for part in parts)
-
-
-def _words(quoted: QuotedText, plain: bool) -> str:
-    short = " short" if len(quoted.text) <= _SHORT else ""
-    face = "" if plain or quoted.prose else f' class="said{short}"'
-    return f"<bdi{face}>{escape(clipped(quoted.text, quoted.max_chars))}</bdi>" if quoted.text else ""
-
-
-def _text_div(text: str, max_chars: int) -> str:
-    return f"<div class=said dir=auto>{escape(clipped(text, max_chars))}</div>"
-
-
-def _table(table: Table) -> str:
-    def cells(tag: str, row: Iterable[Line]) -> str:
-        marked = (
-            f"<{tag}{' class=n' if n in table.numbers else ''}>{_line(cell)}</{tag}>" for n, cell in enumerate(row)
-        )
-        return f"<tr>{''.join(marked)}</tr>"
-
-    head = cells("th", table.head) if any(table.head) else ""
-    names = " class=names" if table.names else " class=wide" if len(table.head) > 4 else ""
-    return f"<div class=scroll><table{names}>{head}{''.join(cells('td', row) for row in table.rows)}</table></div>"
-
-
-def _figure(picture: Plot, *, titled: bool = True) -> str:
-    """Return a plot as an HTML figure.
-
-    titled: False for a plot that is alone in its section, which has the title already.
-    """
-    title = f"<h3>{escape(picture.title)}</h3>" if titled else ""
-    note = f"<figcaption>{escape(picture.note)}</figcaption>" if picture.note else ""
-    return f"<figure>{title}{inline(picture)}{note}</figure>"
-
-
-def _dropped(block: Dropped) -> str:
-    detail = f"<span>{_line(block.detail)}</span>"
-    title = f"<div class=why><b>{_line(block.reason)}</b><span>{_line(block.where)}</span>{detail}</div>"
-    kept_html = (
-        f"<div><h4>{_line(block.kept_title)}</h4>{_pieces(block.kept_pieces)}</div>" if block.kept_title else ""
+    return render_template(
+        "curate/card/card.html.j2",
+        title=clipped(name, 120),
+        name=QuotedText(name, 120, prose=True),
+        sections=sections,
+        line_parts=_line_parts,
     )
-    heading = "<h4>dropped:</h4>" if block.kept_pieces else ""
-    dropped_html = f"<div class=gone>{heading}{_pieces(block.pieces)}</div>" if block.pieces else ""
-    return f"<div class=row>{title}<div class=pair>{dropped_html}{kept_html}</div></div>"
 
 
-def _pieces(pieces: Sequence[TextPiece]) -> str:
-    parts = []
-    for piece in pieces:
-        if piece.left_out:
-            parts.append(f"<i class=cut>… {piece.left_out:,} words …</i>")
-        elif piece.differs:
-            parts.append(f"<mark>{escape(piece.text)}</mark>")
-        else:
-            parts.append(escape(piece.text))
-    return f"<div class=said dir=auto>{' '.join(parts)}</div>" if parts else ""
+def _line_parts(line: Line) -> tuple[str | QuotedText, ...]:
+    return line if isinstance(line, tuple) else (line,)
 
 
 _HARMLESS = re.compile(r"[^\W_](?:[^\W_]|[ ,;./%()'+-]|:(?= ))*")
@@ -259,8 +134,9 @@ def _cell(cell: Line) -> str:
 
 
 def _markdown_line(line: Line, *, bar: str = "|") -> str:
-    parts = line if isinstance(line, tuple) else (line,)
-    return "".join(_markdown_quoted(part, bar) if isinstance(part, QuotedText) else _plain(part) for part in parts)
+    return "".join(
+        _markdown_quoted(part, bar) if isinstance(part, QuotedText) else _plain(part) for part in _line_parts(line)
+    )
 
 
 def _markdown_quoted(quoted: QuotedText, bar: str) -> str:
