@@ -203,8 +203,9 @@ class _TaskRun:
     def __init__(self, task: ShardTask) -> None:
         self.task = task
         self.functions: list[tuple[str, RowFunction]] = [
-            (step.kind, _open_step(step, task.folder)) for step in task.steps
-        ]  # type: ignore[arg-type]
+            (step.kind, _open_step(step, task.folder))  # type: ignore[arg-type]
+            for step in task.steps
+        ]
         self.counting = {kind: function for kind, function in self.functions if isinstance(function, Counting)}
         for function in self.counting.values():
             function.tally.clear()

@@ -27,8 +27,8 @@ _WHOM = """\
 > (models that were on it before: by 2 August 2027). A specialist for one task is not one by itself. Who modifies
 > such a model is held to be the provider of the modification where the modification took more than a third of the
 > compute of the original's training (Commission guidelines of July 2025), and then summarises what the modification
-> was trained on. Tuning by LoRA on a firm's own rows is far below that. This page was filled from files and is no
-> legal advice."""
+> was trained on. Tuning by LoRA on a firm's own rows is far below that.
+> This page was filled from files and is no legal advice."""
 
 
 @dataclass(frozen=True)
