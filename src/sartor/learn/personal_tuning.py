@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from sartor.core import catalogue, config, model_refs
 from sartor.core import parquet_io as stored
-from sartor.core.artifacts import WEIGHTS, Artifact, open_artifact, write_artifact
+from sartor.core.artifacts import WEIGHTS, Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, GateError, ModelError, SourceError, UnknownAgentError
 from sartor.core.filesystem import make_parent, writer_lock
 from sartor.core.records import Example
@@ -255,7 +255,7 @@ def tune_personal(
         }
         facts = _facts(stack, [collected.dataset, context.release], summary, losses, acceptance)
         facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
-        adapter = _write_adapter(stack, tuned, folder / ADAPTER, facts)
+        adapter = stack.write(tuned, folder / ADAPTER, facts)
         _serve(context, adapter, acceptance, {"rows": len(rows.train), "held_out": len(held_out.rows)})
         left_out = {**collected.left_out, **{reason: len(ids) for reason, ids in rows.left_out.items()}}
         return {
@@ -377,16 +377,6 @@ def _facts(
         parents, parents[0].manifest["sources"], {"personal": {**summary, "gate": acceptance.as_json()}}, losses
     )
     return {**facts, "recipe": config.dump(stack.resident.recipe)}
-
-
-def _write_adapter(stack: StackedAdapter, tuned: Any, out: Path, facts: Mapping[str, Any]) -> Artifact:
-    def fill(part: Path) -> Mapping[str, Any]:
-        stack.resident.write(tuned, part)
-        return facts
-
-    adapter = write_artifact(out, "adapter", fill)
-    catalogue.register(adapter)
-    return adapter
 
 
 def _serve(context: _TuningContext, adapter: Artifact, acceptance: UserAcceptance, counts: Mapping[str, int]) -> None:

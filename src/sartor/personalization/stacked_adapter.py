@@ -12,9 +12,11 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from sartor.core.artifacts import Artifact
+from sartor.core import catalogue
+from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.errors import ModelError
 from sartor.core.licences import compliance
 from sartor.models import adapters, hardware
@@ -116,3 +118,17 @@ class StackedAdapter:
                 name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")
             },
         }
+
+    def write(self, tuned: Tensors, out: Path, facts: Mapping[str, Any], *, replace: bool = False) -> Artifact:
+        """Write a stacked Adapter with its manifest, and register it.
+
+        tuned: as `tuned` returns it.
+        """
+
+        def fill(part: Path) -> Mapping[str, Any]:
+            self.resident.write(tuned, part)
+            return facts
+
+        adapter = write_artifact(out, "adapter", fill, replace=replace)
+        catalogue.register(adapter)
+        return adapter
