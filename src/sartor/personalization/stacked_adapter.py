@@ -22,6 +22,8 @@ from sartor.core.licences import compliance
 from sartor.models import adapters, hardware
 from sartor.models.base import machine_facts
 from sartor.models.lora_tensors import Array, Tensors, join_ranks, rank_of, split_ranks, zero_adapter
+from sartor.personalization.acceptance import JudgedRows, PairedLosses
+from sartor.personalization.benefit_report import row_losses
 from sartor.tune.recipe import StopCriteria
 from sartor.tune.shared_base import SharedBase, train
 from sartor.tune.tokenized_dataset import TokenizedDataset
@@ -88,6 +90,14 @@ class StackedAdapter:
             problem = f"tuning of one's own: {error.brief}"
             raise ModelError(problem, "a lower learning rate, or look at these rows") from None
         return self.resident.current_factors(), run.losses
+
+    def pair(self, tuned: Tensors, rows: JudgedRows) -> PairedLosses:
+        """Return the losses of rows without and with the tuned ranks.
+
+        tuned: as `tuned` returns it.
+        """
+        before, after = (row_losses(self.resident, adapter, rows.encoded) for adapter in (self.unchanged, tuned))
+        return PairedLosses(rows, before, after)
 
     def facts(
         self, parents: Sequence[Artifact], sources: Sequence[Any], run: Mapping[str, Any], losses: Losses
