@@ -68,8 +68,7 @@ def of_validate(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]
 
 def of_personal(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
     patch.setattr(personal_tuning.stored, "read_examples", lambda dataset: list(rows))
-    patch.setattr(personal_tuning, "LEAST_TRAINED", 0)
-    patch.setattr(personal_tuning, "LEAST_HELD_OUT", 0)
+    patch.setattr(personal_tuning, "too_few_rows", lambda trained, groups: "")
     return personal_tuning.own_rows(None, TokenizedDataset(held_out=encoded(rows))).groups  # type: ignore[arg-type]
 
 
@@ -77,6 +76,12 @@ def of_edge(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]
     patch.setattr(user_tokens, "encode_user_row", lambda example, name, chat, most: encoded([example])[0])
     mine = [UserRow(str(place), "2026-11-28", one) for place, one in enumerate(rows)]
     return user_tokens.prepare_rows(mine, None, 1.0, 100).groups  # type: ignore[arg-type]
+
+
+def of_probe(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
+    """Of what a personal version must go on to know, on a device and on a server."""
+    patch.setattr(user_tokens, "encode_user_row", lambda example, name, chat, most: encoded([example])[0])
+    return user_tokens.encode_probe(rows, None, 100).groups  # type: ignore[arg-type]
 
 
 def of_federate(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
@@ -100,6 +105,7 @@ VERBS: dict[str, Callable[[Sequence[Example], pytest.MonkeyPatch], Sequence[Any]
     "retrain": of_retrain,
     "validate": of_validate,
     "personal": of_personal,
+    "probe": of_probe,
     "federate": of_federate,
     "shards": of_shards,
 }

@@ -220,23 +220,21 @@ def _personal(values: Any, workspace: Workspace) -> Any:
 
     def open_stack(resident: Any, shared: Any, rank: int) -> Any:
         calls.append(rank)
-        return SimpleNamespace(tuned=tuned, start="shared", fresh="fresh", personal_ranks=slice(0, rank))
+        stack = SimpleNamespace(tuned=tuned, start="shared", fresh="fresh", personal_ranks=slice(0, rank))
+        stack.write = lambda tuned, out, facts, replace: artifact
+        return stack
 
     recipe = load({"base": "tiny", "optimizer": {"batch_tokens": 16}, "personal": values})
-    clients = SimpleNamespace(
-        rows={"a": rows, "b": rows}, held_out=[], resident=SimpleNamespace(write=lambda *tensors: None)
-    )
+    clients = SimpleNamespace(rows={"a": rows, "b": rows}, held_out=[], resident=None)
     artifact = SimpleNamespace(path=workspace.folder(), id="id")
     stubs: dict[str, Any] = {
         "load_file": lambda path: {},
-        "write_artifact": lambda out, kind, fill, replace: artifact if fill(out) else artifact,
         "examples_of": lambda clients: {},
         "own_rows": lambda clients, name, examples: SimpleNamespace(encoded=[]),
     }
     for name, stub in stubs.items():
         workspace.patch.setattr(personal_adapters, name, stub)
     workspace.patch.setattr(personal_adapters.StackedAdapter, "open", open_stack)
-    workspace.patch.setattr(personal_adapters.catalogue, "register", lambda adapter: None)
     workspace.patch.setattr(personal_adapters.PersonalTuning, "_fingerprint", lambda tuning, name: {"recipe": {}})
     workspace.patch.setattr(
         personal_adapters.PersonalTuning, "_facts", lambda tuning, name, updates, losses: {"run": {}}

@@ -18,7 +18,6 @@ from sartor.core.confidence_sequences import FailureRate
 from sartor.core.config import load
 from sartor.core.errors import UnknownAgentError
 from sartor.core.records import Feedback, FeedbackAuthor
-from sartor.evaluate.bootstrap import paired_bootstrap
 from sartor.learn import (
     personal_tuning,
     promotion_checks,
@@ -29,7 +28,7 @@ from sartor.learn import (
 )
 from sartor.learn.personal_options import PersonalOptions
 from sartor.learn.run_record import Live
-from sartor.personalization.acceptance import JudgedRows
+from sartor.personalization.acceptance import JudgedRows, PairedLosses, accept
 from sartor.serving.dispatch.dispatcher import Dispatcher
 from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.receipts import team_digest
@@ -251,8 +250,7 @@ def _stub_tuning(folder: Path, workspace: Workspace) -> None:
     stubs: dict[str, Any] = {
         "_release_of": lambda team, live: release,
         "own_rows": lambda dataset, rows: none,
-        "probe_rows": lambda release, stack: none,
-        "check_probe": lambda probe, terms: None,
+        "probe_rows": lambda release, stack, rule: none,
         "load_file": lambda path: {},
         "recipe_of": lambda release, base, changes: {**changes, "base": "tiny"},
         "encode_rows": lambda dataset, recipe, chat: SimpleNamespace(
@@ -318,15 +316,9 @@ def _own_ranks(values: Any, workspace: Workspace) -> Any:
 
 def _accepted(values: Any, workspace: Workspace) -> Any:
     """Why a user's version that is a little worse may not answer."""
-    sides = iter([[2.02] * 8, [2.05] * 8])
-    workspace.patch.setattr(
-        personal_tuning,
-        "_compare",
-        lambda stack, tuned, judged: paired_bootstrap([2.0] * 8, next(sides), judged.groups, is_bounded=False),
-    )
     judged = JudgedRows([SimpleNamespace(supervised_tokens=5)] * 8, [str(index) for index in range(8)])  # type: ignore[list-item]
-    terms = load(PersonalTerms, values)
-    return personal_tuning.judge(None, None, judged, judged, terms).why  # type: ignore[arg-type]
+    private, probe = (PairedLosses(judged, [2.0] * 8, [loss] * 8) for loss in (2.02, 2.05))
+    return accept(private, probe, personal_tuning.acceptance_rule(load(PersonalTerms, values))).why
 
 
 def _loaded(values: Any, workspace: Workspace) -> Any:

@@ -1,8 +1,7 @@
 """The verb `personal tune`: tunes, tests and registers a user's version of an agent.
 
-Two non-inferiority tests decide, on the user's held-out rows and on rows of the live version. The upper end of the 95
-% interval over groups (`evaluate.bootstrap`) may not lie above a margin. A delta that learnt nothing passes, and
-changes nothing; one that may be worse than the margin does not.
+Two non-inferiority tests decide (`personalization/acceptance.py`), on the user's held-out rows and on rows of the live
+version. A delta that learnt nothing passes, and changes nothing; one that may be worse than a limit does not.
 """
 
 from __future__ import annotations
@@ -22,23 +21,18 @@ from safetensors.torch import load_file
 
 from sartor.core import catalogue, config, model_refs
 from sartor.core import parquet_io as stored
-from sartor.core.artifacts import WEIGHTS, Artifact, open_artifact, write_artifact
+from sartor.core.artifacts import WEIGHTS, Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, GateError, ModelError, SourceError, UnknownAgentError
 from sartor.core.filesystem import make_parent, writer_lock
 from sartor.core.records import Example
 from sartor.core.splits import group_of
-from sartor.evaluate.bootstrap import LEAST_WIDTH, Comparison, paired_bootstrap
-from sartor.evaluate.predictions import HeldOut
 from sartor.inference.engine import adapter_digest
 from sartor.learn import personal_rows
 from sartor.learn.personal_options import PersonalOptions
-from sartor.models.lora_tensors import Tensors
-from sartor.models.packing import TokenizedExample
-from sartor.personalization import benefit_report
-from sartor.personalization.acceptance import LEAST_HELD_OUT, LEAST_TRAINED, JudgedRows, too_few_prompts
-from sartor.personalization.stacked_adapter import Losses, StackedAdapter
-from sartor.personalization.user_rows import example_of
-from sartor.personalization.user_tokens import encode_user_row, recipe_of
+from sartor.personalization.acceptance import AcceptanceResult, AcceptanceRule, JudgedRows, accept, too_few_rows
+from sartor.personalization.stacked_adapter import StackedAdapter
+from sartor.personalization.user_rows import canary_examples
+from sartor.personalization.user_tokens import encode_probe, recipe_of
 from sartor.serving.admission import release_copies
 from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.receipts import team_digest
@@ -64,24 +58,20 @@ MOST_PROBE_ROWS = 64
 _MORE_PROBE = "keep its Dataset where it was tuned, or tell where it is: sartor index DIR"
 
 
-@dataclass(frozen=True)
-class UserAcceptance:
-    """Result of the tests, in nats per token, before (the live version) and after.
+def acceptance_rule(terms: PersonalTerms) -> AcceptanceRule:
+    """Return the rule by which a team accepts a user's version."""
+    return AcceptanceRule(terms.most_worse, terms.most_elsewhere, _MORE_PROBE)
 
-    own: on the user's held-out rows.
-    elsewhere: on rows of the live version.
-    verdict: verdict of the interval on the user's rows.
-    why: reason for a refusal; empty if the version may answer.
-    """
 
-    own: Comparison
-    elsewhere: Comparison
-    verdict: str
-    why: str
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the result as the registry and the command show it."""
-        return {**asdict(self), "unit": "nats per token"}
+def gate_fields(result: AcceptanceResult) -> dict[str, Any]:
+    """Return the result as the registry and the command show it."""
+    return {
+        "own": asdict(result.private),
+        "elsewhere": asdict(result.probe),
+        "verdict": result.private.verdict(higher_is_better=False),
+        "why": result.why,
+        "unit": "nats per token",
+    }
 
 
 def own_rows(dataset: Artifact, rows: TokenizedDataset) -> JudgedRows:
@@ -91,73 +81,29 @@ def own_rows(dataset: Artifact, rows: TokenizedDataset) -> JudgedRows:
     """
     group_by_id = {example.id: group_of(example) for example in stored.read_examples(dataset)}
     held_out = JudgedRows(rows.held_out, [group_by_id[row.example_id] for row in rows.held_out])
-    if len(rows.train) < LEAST_TRAINED or len(set(held_out.groups)) < LEAST_HELD_OUT:
-        raise SourceError(
-            f"{len(rows.train)} rows to tune on and {len(set(held_out.groups))} held-out prompts are too few; "
-            f"{LEAST_TRAINED} and {LEAST_HELD_OUT} are needed",
-            "wait for more feedback of that user, or --data FILE with more rows",
-        )
+    if too_few := too_few_rows(len(rows.train), held_out.groups):
+        raise SourceError(too_few, "wait for more feedback of that user, or --data FILE with more rows")
     return held_out
 
 
-def probe_rows(release: Artifact, stack: StackedAdapter) -> JudgedRows:
+def probe_rows(release: Artifact, stack: StackedAdapter, rule: AcceptanceRule) -> JudgedRows:
     """Return the rows that show whether the live version's knowledge is kept.
 
     They are its Dataset's held-out rows where that is on this machine, and the Release's canaries, at most 64 in all.
-    Raises SourceError for fewer than two groups.
+    Raises SourceError for fewer than two groups, or too few to show by the rule that nothing was forgotten.
     """
     chat, max_tokens = stack.resident.base.chat, stack.resident.recipe.data.max_length_tokens
-    encoded = [
-        (encode_user_row(example, example.id, chat, max_tokens), group_of(example))
-        for example in [*_held_out(release), *_canaries(release)]
-    ]
-    usable = [(row, group) for row, group in encoded if isinstance(row, TokenizedExample)][:MOST_PROBE_ROWS]
-    if len({group for _, group in usable}) < 2:
+    usable = encode_probe([*_held_out(release), *canary_examples(release.manifest)], chat, max_tokens)
+    probe = JudgedRows(usable.encoded[:MOST_PROBE_ROWS], usable.groups[:MOST_PROBE_ROWS])
+    if len(set(probe.groups)) < 2:
         raise SourceError(
-            f"{release.path} has {len(usable)} held-out rows that can be used here; what it may forget cannot be "
-            "measured",
+            f"{release.path} has {len(probe.encoded)} held-out rows that can be used here; what it may forget cannot "
+            "be measured",
             _MORE_PROBE,
         )
-    return JudgedRows([row for row, _ in usable], [group for _, group in usable])
-
-
-def check_probe(probe: JudgedRows, terms: PersonalTerms) -> None:
-    """Raise SourceError if the probe has too few prompts to show that nothing was forgotten."""
-    if terms.most_elsewhere < LEAST_WIDTH and (too_few := too_few_prompts(probe.groups)):
-        raise SourceError(f"{too_few} that what the live version knows is not forgotten", _MORE_PROBE)
-
-
-def judge(
-    stack: StackedAdapter, tuned: Tensors, held_out: JudgedRows, probe: JudgedRows, terms: PersonalTerms
-) -> UserAcceptance:
-    """Compare the tuned ranks with none, on the user's rows and on the probe.
-
-    tuned: LoRA factors A (R, in), B (out, R).
-    """
-    on_user, on_probe = (_compare(stack, tuned, judged) for judged in (held_out, probe))
-    reason = ""
-    if not on_user.high <= terms.most_worse:
-        reason = (
-            f"on the user's held-out rows it may be worse by {on_user.high:.3f} nats a token; the limit is "
-            f"{terms.most_worse:g}"
-        )
-    elif not on_probe.high <= terms.most_elsewhere:
-        reason = (
-            f"on {len(probe.rows)} held-out rows of the live version it may be worse by {on_probe.high:.3f} nats a "
-            "token; "
-            f"the limit is {terms.most_elsewhere:g}"
-        )
-        if too_few := too_few_prompts(probe.groups):
-            reason = f"cannot tell what the live version would forget: {too_few}: {_MORE_PROBE}"
-    return UserAcceptance(on_user, on_probe, on_user.verdict(higher_is_better=False), reason)
-
-
-def _compare(stack: StackedAdapter, tuned: Tensors, judged: JudgedRows) -> Comparison:
-    rows = benefit_report.ClientRows(judged.rows, judged.groups, HeldOut([], Path()))
-    before, after = (
-        benefit_report.score_adapter(stack.resident, adapter, rows).losses for adapter in (stack.unchanged, tuned)
-    )
-    return paired_bootstrap(before, after, judged.groups, rows.tokens, is_bounded=False)
+    if problem := rule.probe_problem(probe.groups):
+        raise SourceError(problem, _MORE_PROBE)
+    return probe
 
 
 def _held_out(release: Artifact) -> list[Example]:
@@ -175,14 +121,6 @@ def _held_out(release: Artifact) -> list[Example]:
                     if example.split == "eval"
                 ]
     return []
-
-
-def _canaries(release: Artifact) -> list[Example]:
-    canaries = release.manifest.get("canaries", [])
-    return [
-        example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]})
-        for item in canaries
-    ]
 
 
 Notice = Callable[[str], object]
@@ -232,14 +170,14 @@ def tune_personal(
         )
         collected = personal_rows.collect(FeedbackStore(Path(loaded_team.state) / "inbox"), query, folder)
         stack, rows = _prepare(context, collected.dataset, notice)
-        held_out, probe = own_rows(collected.dataset, rows), probe_rows(context.release, stack)
-        check_probe(probe, loaded_team.personal)
-        notice(f"tuning {stack.rank} ranks on {len(rows.train)} rows; {len(held_out.rows)} are held out")
+        rule = acceptance_rule(loaded_team.personal)
+        held_out, probe = own_rows(collected.dataset, rows), probe_rows(context.release, stack, rule)
+        notice(f"tuning {stack.rank} ranks on {len(rows.train)} rows; {len(held_out.encoded)} are held out")
         recipe = stack.resident.recipe
         tuned, losses = stack.tuned(
             rows, stack.start, stack.personal_ranks, recipe.budget, recipe.optimizer.learning_rate
         )
-        acceptance = judge(stack, tuned, held_out, probe, loaded_team.personal)
+        acceptance = accept(stack.pair(tuned, held_out), stack.pair(tuned, probe), rule)
         if acceptance.why:
             context.store.refuse(context.blank, acceptance.why, context.cause)
             raise GateError(
@@ -253,18 +191,22 @@ def tune_personal(
             "rank": stack.rank,
             "examples": len(rows.train),
         }
-        facts = _facts(stack, [collected.dataset, context.release], summary, losses, acceptance)
+        gate = gate_fields(acceptance)
+        parents, run = [collected.dataset, context.release], {"personal": {**summary, "gate": gate}}
+        facts = stack.facts(parents, collected.dataset.manifest["sources"], run, losses)
+        facts["recipe"] = config.dump(recipe)
         facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
-        adapter = _write_adapter(stack, tuned, folder / ADAPTER, facts)
-        _serve(context, adapter, acceptance, {"rows": len(rows.train), "held_out": len(held_out.rows)})
+        adapter = stack.write(tuned, folder / ADAPTER, facts)
+        counts = {"rows": len(rows.train), "held_out": len(held_out.encoded)}
+        _serve(context, adapter, {**counts, "rank": stack.rank, "gate": gate})
         left_out = {**collected.left_out, **{reason: len(ids) for reason, ids in rows.left_out.items()}}
         return {
             **summary,
             "adapter": str(adapter.path),
-            "held_out": len(held_out.rows),
+            "held_out": len(held_out.encoded),
             "left_out": left_out,
             "loss": dict(losses),
-            "gate": acceptance.as_json(),
+            "gate": gate,
             "wall_s": facts["run"]["wall_s"],
         }
 
@@ -366,36 +308,12 @@ def _prepare(context: _TuningContext, dataset: Artifact, notice: Notice) -> tupl
     return stack, rows
 
 
-def _facts(
-    stack: StackedAdapter,
-    parents: list[Artifact],
-    summary: Mapping[str, Any],
-    losses: Losses,
-    acceptance: UserAcceptance,
-) -> dict[str, Any]:
-    facts = stack.facts(
-        parents, parents[0].manifest["sources"], {"personal": {**summary, "gate": acceptance.as_json()}}, losses
-    )
-    return {**facts, "recipe": config.dump(stack.resident.recipe)}
-
-
-def _write_adapter(stack: StackedAdapter, tuned: Any, out: Path, facts: Mapping[str, Any]) -> Artifact:
-    def fill(part: Path) -> Mapping[str, Any]:
-        stack.resident.write(tuned, part)
-        return facts
-
-    adapter = write_artifact(out, "adapter", fill)
-    catalogue.register(adapter)
-    return adapter
-
-
-def _serve(context: _TuningContext, adapter: Artifact, acceptance: UserAcceptance, counts: Mapping[str, int]) -> None:
-    files = adapter.manifest["files"]
+def _serve(context: _TuningContext, adapter: Artifact, facts: Mapping[str, Any]) -> None:
     row = replace(
         context.blank,
-        adapter=adapter_digest(files),
+        adapter=adapter_digest(adapter.manifest["files"]),
         artifact=adapter.id,
         path=str(adapter.path),
-        facts={**counts, "rank": adapter.manifest["run"]["personal"]["rank"], "gate": acceptance.as_json()},
+        facts=facts,
     )
     context.store.put(row, context.cause)

@@ -23,6 +23,7 @@ from sartor.evaluate.predictions import HeldOut
 from sartor.evaluate.scorers import exact_match
 from sartor.models.lora_tensors import Tensors
 from sartor.models.packing import TokenizedExample
+from sartor.personalization.acceptance import JudgedRows, PairedLosses
 from sartor.tune.shared_base import SharedBase
 
 SCHEMA, KIND = 1, "personal-report"
@@ -31,15 +32,12 @@ SHORT_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class ClientRows:
+class ClientRows(JudgedRows):
     """Held-out rows of a client.
 
-    groups: group of each row.
     answerable: rows that are answered, with replies of at most `limit` tokens.
     """
 
-    encoded: Sequence[TokenizedExample]
-    groups: Sequence[str]
     answerable: HeldOut
     limit: int = 0
 
@@ -47,11 +45,6 @@ class ClientRows:
     def answerable_groups(self) -> list[str]:
         """Group of each row that is answered."""
         return [group_of(example) for example in self.answerable.examples]
-
-    @property
-    def tokens(self) -> list[float]:
-        """Supervised tokens of each row."""
-        return [float(row.supervised_tokens) for row in self.encoded]
 
 
 @dataclass(frozen=True)
@@ -84,15 +77,23 @@ class ClientBenefit:
         return "loss " + ", ".join(f"{mean:.3f} {side_name.replace('_', ' ')}" for side_name, mean in means.items())
 
 
+def row_losses(resident: SharedBase, adapter: Tensors, rows: Sequence[TokenizedExample]) -> list[float]:
+    """Return the loss of each row under an adapter, in nats per supervised token.
+
+    adapter: factors A (R, inputs) and B (outputs, R) by name; it replaces the resident's factors.
+    """
+    resident.put(adapter)
+    resident.model.eval()
+    return predictions.losses(resident.base, resident.model, rows)[0]
+
+
 @torch.no_grad()
 def score_adapter(resident: SharedBase, adapter: Tensors, client_rows: ClientRows) -> AdapterScores:
     """Return the scores of an adapter on a client's rows.
 
     adapter: factors A (R, inputs) and B (outputs, R) by name; it replaces the resident's factors.
     """
-    resident.put(adapter)
-    resident.model.eval()
-    losses, _ = predictions.losses(resident.base, resident.model, client_rows.encoded)
+    losses = row_losses(resident, adapter, client_rows.encoded)
     rows = client_rows.answerable.examples
     replies = (
         predictions.replies(resident.base, resident.model, client_rows.answerable, client_rows.limit) if rows else []
@@ -165,12 +166,8 @@ def _benefit_fields(benefit: ClientBenefit) -> dict[str, Any]:
 
 def _compare_with(client_rows: ClientRows, other: AdapterScores, personal: AdapterScores) -> dict[str, Any]:
     """Return the differences of the personal adapter to another one."""
-    result = {
-        "loss": _difference(
-            paired_bootstrap(other.losses, personal.losses, client_rows.groups, client_rows.tokens, is_bounded=False),
-            higher_is_better=False,
-        )
-    }
+    losses = PairedLosses(client_rows, other.losses, personal.losses)
+    result = {"loss": _difference(losses.compare(), higher_is_better=False)}
     if personal.matches:
         result["exact_match"] = _difference(
             paired_bootstrap(other.matches, personal.matches, client_rows.answerable_groups), higher_is_better=True

@@ -12,14 +12,18 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from sartor.core.artifacts import Artifact
+from sartor.core import catalogue
+from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.errors import ModelError
 from sartor.core.licences import compliance
 from sartor.models import adapters, hardware
 from sartor.models.base import machine_facts
 from sartor.models.lora_tensors import Array, Tensors, join_ranks, rank_of, split_ranks, zero_adapter
+from sartor.personalization.acceptance import JudgedRows, PairedLosses
+from sartor.personalization.benefit_report import row_losses
 from sartor.tune.recipe import StopCriteria
 from sartor.tune.shared_base import SharedBase, train
 from sartor.tune.tokenized_dataset import TokenizedDataset
@@ -87,6 +91,14 @@ class StackedAdapter:
             raise ModelError(problem, "a lower learning rate, or look at these rows") from None
         return self.resident.current_factors(), run.losses
 
+    def pair(self, tuned: Tensors, rows: JudgedRows) -> PairedLosses:
+        """Return the losses of rows without and with the tuned ranks.
+
+        tuned: as `tuned` returns it.
+        """
+        before, after = (row_losses(self.resident, adapter, rows.encoded) for adapter in (self.unchanged, tuned))
+        return PairedLosses(rows, before, after)
+
     def facts(
         self, parents: Sequence[Artifact], sources: Sequence[Any], run: Mapping[str, Any], losses: Losses
     ) -> dict[str, Any]:
@@ -116,3 +128,17 @@ class StackedAdapter:
                 name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")
             },
         }
+
+    def write(self, tuned: Tensors, out: Path, facts: Mapping[str, Any], *, replace: bool = False) -> Artifact:
+        """Write a stacked Adapter with its manifest, and register it.
+
+        tuned: as `tuned` returns it.
+        """
+
+        def fill(part: Path) -> Mapping[str, Any]:
+            self.resident.write(tuned, part)
+            return facts
+
+        adapter = write_artifact(out, "adapter", fill, replace=replace)
+        catalogue.register(adapter)
+        return adapter

@@ -99,6 +99,14 @@ def example_of(row: Mapping[str, Any] | Example) -> Example:
         raise SourceError(f"the row cannot be read: {error.detail}", remedy) from None
 
 
+def canary_examples(manifest: Mapping[str, Any]) -> list[Example]:
+    """Return held-out prompts of a Release, by its manifest, with the replies that it was signed with."""
+    return [
+        example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]})
+        for item in manifest.get("canaries", [])
+    ]
+
+
 def of_feedback(feedback: Feedback) -> Example:
     """Return the Example of a person's feedback on a reply.
 

@@ -1,4 +1,4 @@
-"""User rows as tokens, train and held out."""
+"""User rows and probes as tokens."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from sartor.core.errors import (
     TemplateMarkupError,
 )
 from sartor.core.records import Example
+from sartor.core.splits import group_of
 from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
+from sartor.personalization.acceptance import JudgedRows
 from sartor.personalization.user_rows import UserRow
 from sartor.tune.recipe import ResolvedRecipe
 
@@ -69,6 +71,13 @@ def prepare_rows(rows: Sequence[UserRow], chat: ChatTokenizer, held_out_fraction
         else:
             material.train.append(encoded)
     return material
+
+
+def encode_probe(examples: Sequence[Example], chat: ChatTokenizer, max_tokens: int) -> JudgedRows:
+    """Return the Examples that can be learnt as rows to judge by; rows of one prompt are one group."""
+    encoded = [(encode_user_row(example, example.id, chat, max_tokens), group_of(example)) for example in examples]
+    usable = [(row, group) for row, group in encoded if isinstance(row, TokenizedExample)]
+    return JudgedRows([row for row, _ in usable], [group for _, group in usable])
 
 
 def encode_user_row(example: Example, name: str, chat: ChatTokenizer, max_tokens: int) -> TokenizedExample | str:

@@ -23,7 +23,6 @@ from sartor.core import config, records
 from sartor.core.artifacts import CONFIG, WEIGHTS
 from sartor.core.errors import ConfigError, HealthError, SourceError, StoreError
 from sartor.core.filesystem import FileSystem
-from sartor.core.records import Example
 from sartor.core.resource_limits import ResourceLimits
 from sartor.core.splits import LEAST_GROUPS
 from sartor.edge.owner import private_tuning
@@ -33,7 +32,6 @@ from sartor.edge.owner.private_tuning import Tune
 from sartor.edge.store.version_pointers import Installed
 from sartor.edge.tuning.tuner_process import LOGITS_BYTES, adapted, load_factors
 from sartor.edge.tuning.tuning_job import TuningJob
-from sartor.evaluate.bootstrap import LEAST_WIDTH
 from sartor.models import kernels
 from sartor.models.chat import ChatTokenizer
 from sartor.models.fast_tokenizer import FastTokenizer
@@ -42,14 +40,14 @@ from sartor.models.mmap_llama import MappedLlama
 from sartor.models.packing import TokenizedExample, pack
 from sartor.personalization import user_tokens
 from sartor.personalization.acceptance import (
-    LEAST_HELD_OUT,
-    LEAST_TRAINED,
     AcceptanceResult,
+    AcceptanceRule,
     JudgedRows,
-    judge,
-    too_few_prompts,
+    PairedLosses,
+    accept,
+    too_few_rows,
 )
-from sartor.personalization.user_rows import example_of, now
+from sartor.personalization.user_rows import canary_examples, example_of, now
 from sartor.personalization.user_tokens import Material
 from sartor.tune.recipe import Lora, ResolvedRecipe
 
@@ -71,6 +69,10 @@ class Judge:
         """
         load_factors(self._model, adapter)
         return [float(self._fast.losses(pack([row])).mean()) for row in rows]
+
+    def pair(self, before: Path, after: Path, rows: JudgedRows) -> PairedLosses:
+        """Return the losses of rows under two adapters. Raises ModelError if one does not fit."""
+        return PairedLosses(rows, self.losses(before, rows.encoded), self.losses(after, rows.encoded))
 
 
 _MORE_PROBE = (
@@ -103,6 +105,11 @@ class AdaptationSettings:
     limits: ResourceLimits = ResourceLimits()
     stop: Callable[[], bool] = lambda: False
     limit_bytes: int = LIMIT_BYTES
+
+    @property
+    def rule(self) -> AcceptanceRule:
+        """Rule by which a delta is accepted: the person's own rows must improve."""
+        return AcceptanceRule(None, self.most_probe_loss, _MORE_PROBE)
 
 
 @dataclass(frozen=True)
@@ -151,8 +158,8 @@ class AdapterTuner:
         release = shipped(self.store, self.settings.name)
         recipe, loaded, chat, material = self._read(release)
         probe = self._probe(release, chat, loaded)
-        if self.settings.most_probe_loss < LEAST_WIDTH and (too_few := too_few_prompts(probe.groups)):
-            raise ConfigError(f"{too_few}: nothing that is tuned could be shown not to forget", _MORE_PROBE)
+        if problem := self.settings.rule.probe_problem(probe.groups):
+            raise ConfigError(problem, _MORE_PROBE)
         names = self.diary.names(row.example_id for row in [*material.train, *material.held_out])
         key = records.digest([digest_of(release), recipe, [names[row.example_id] for row in material.train]])
         if reason := self._skip_reason(material, key, again):
@@ -161,7 +168,7 @@ class AdapterTuner:
         job = _job(release, self.settings.base, recipe, memory_folder / "tokens.safetensors", out)
         private_tuning.write_job(job, material.train)
         facts = dict(self._tune(job))
-        verdict = self._judge(release, out, material, probe, loaded.method)
+        verdict = self._judge(release, out, material, probe, Judge(self.settings.base, loaded.method))
         if verdict.why:
             self.settle(key, verdict.why)
             shutil.rmtree(out, ignore_errors=True)
@@ -184,17 +191,13 @@ class AdapterTuner:
         if not material.held_out:
             raise SourceError("no row is held out yet", "add more rows: the digests of their prompts decide")
         active, _ = active_adapter(self.folder, self.store, self.settings.name)
-        paths = (release.path, active.path if active else release.path)
-        judge_model = Judge(self.settings.base, loaded.method)
-        private_rows, probe = JudgedRows(material.held_out, material.groups), self._probe(release, chat, loaded)
-        private_losses, probe_losses = (
-            [judge_model.losses(path, judged_rows.rows) for path in paths] for judged_rows in (private_rows, probe)
+        after = active.path if active else release.path
+        judge = Judge(self.settings.base, loaded.method)
+        private, probe = (
+            judge.pair(release.path, after, rows)
+            for rows in (JudgedRows(material.held_out, material.groups), self._probe(release, chat, loaded))
         )
-        return judge(
-            (private_rows, private_losses[0], private_losses[1]),
-            (probe, probe_losses[0], probe_losses[1]),
-            self.settings.most_probe_loss,
-        )
+        return accept(private, probe, self.settings.rule)
 
     def _read(self, release: Installed) -> tuple[dict[str, Any], ResolvedRecipe, ChatTokenizer, Material]:
         """Return the recipe, also parsed, the tokenizer, and the rows as tokens."""
@@ -207,12 +210,8 @@ class AdapterTuner:
 
     def _skip_reason(self, material: Material, key: str, again: bool) -> str:
         """Return why a tuning is not worthwhile; empty if it is."""
-        if len(material.train) < LEAST_TRAINED or len(set(material.groups)) < LEAST_HELD_OUT:
-            return (
-                f"{len(material.train)} rows to train on and {len(set(material.groups))} held-out prompts are too "
-                "few: "
-                f"{LEAST_TRAINED} and {LEAST_HELD_OUT} are needed"
-            )
+        if too_few := too_few_rows(len(material.train), material.groups):
+            return too_few
         active, _ = active_adapter(self.folder, self.store, self.settings.name)
         if active and active.manifest["key"] == key:
             return "the delta that works was tuned on these very rows"
@@ -220,35 +219,27 @@ class AdapterTuner:
 
     def _probe(self, release: Installed, chat: ChatTokenizer, recipe: ResolvedRecipe) -> JudgedRows:
         """Return the probe's rows as tokens. Raises ConfigError if fewer than two are usable."""
-        rows = [example_of(row) for row in self.settings.probe] or _canaries(release.path)
-        encoded = [user_tokens.encode_user_row(row, row.id, chat, recipe.data.max_length_tokens) for row in rows]
-        usable = [
-            (encoded_row, row.id)
-            for encoded_row, row in zip(encoded, rows, strict=True)
-            if not isinstance(encoded_row, str)
-        ]
-        if len({name for _, name in usable}) < 2:
+        rows = [example_of(row) for row in self.settings.probe] or canary_examples(_manifest(release.path))
+        probe = user_tokens.encode_probe(rows, chat, recipe.data.max_length_tokens)
+        if len(set(probe.groups)) < 2:
             raise ConfigError(
-                f"the probe has {len(usable)} rows that can be used; {LEAST_GROUPS} at least tell whether a delta "
-                "forgets",
+                f"the probe has {len(probe.encoded)} rows that can be used; {LEAST_GROUPS} at least tell whether a "
+                "delta forgets",
                 _MORE_PROBE,
             )
-        return JudgedRows([encoded_row for encoded_row, _ in usable], [name for _, name in usable])
+        return probe
 
     def _judge(
-        self, release: Installed, out: Path, material: Material, probe: JudgedRows, method: Lora
+        self, release: Installed, out: Path, material: Material, probe: JudgedRows, judge: Judge
     ) -> AcceptanceResult:
         """Judge own rows against the active delta, and the probe against the shipped release.
 
         Against the active delta, the probe could decay step by step.
         """
         active, _ = active_adapter(self.folder, self.store, self.settings.name)
-        judge_model, private_rows = Judge(self.settings.base, method), JudgedRows(material.held_out, material.groups)
-        before, after = (
-            judge_model.losses(path, private_rows.rows) for path in (active.path if active else release.path, out)
-        )
-        before_probe, after_probe = (judge_model.losses(path, probe.rows) for path in (release.path, out))
-        return judge((private_rows, before, after), (probe, before_probe, after_probe), self.settings.most_probe_loss)
+        before = active.path if active else release.path
+        private = judge.pair(before, out, JudgedRows(material.held_out, material.groups))
+        return accept(private, judge.pair(release.path, out, probe), self.settings.rule)
 
     def _make_current(
         self,
@@ -337,15 +328,6 @@ def _job(release: Installed, base: Path, recipe: dict[str, Any], tokens: Path, o
         recipe=recipe,
         start=str(release.path),
     )
-
-
-def _canaries(release: Path) -> list[Example]:
-    """Return held-out prompts of the release with the replies that it was signed with."""
-    canaries = _manifest(release).get("canaries", [])
-    return [
-        example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]})
-        for item in canaries
-    ]
 
 
 def _manifest(release: Path) -> dict[str, Any]:

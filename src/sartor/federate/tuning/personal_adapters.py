@@ -20,9 +20,9 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from sartor.core import catalogue, config, records
+from sartor.core import config, records
 from sartor.core import parquet_io as stored
-from sartor.core.artifacts import Artifact, write_artifact
+from sartor.core.artifacts import Artifact
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.records import Example
@@ -148,14 +148,7 @@ class PersonalTuning:
             "fingerprint": {key: digest for key, digest in fingerprint.items() if key != "recipe"},
         }
         facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
-
-        def fill(part: Path) -> Mapping[str, Any]:
-            self.resident.write(tuned, part)
-            return facts
-
-        adapter = write_artifact(out, "adapter", fill, replace=again)
-        catalogue.register(adapter)
-        return adapter
+        return self.stack.write(tuned, out, facts, replace=again)
 
     def train_alone(self, rows: TokenizedDataset, updates: int) -> Tensors:
         """Return the factors A (R, in), B (out, R) tuned on these rows without any shared adapter.
