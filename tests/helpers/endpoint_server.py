@@ -16,7 +16,7 @@ from sartor.synthesize.teacher import TeacherQuestion
 from sartor.synthesize.teacher_options import FakeTeacher
 
 FAULTS = ("429", "503", "silent", "cut", "no_end", "malformed", "not_json", "error_event", "hang_up")
-REFUSALS = ("413", "429", "503", "401", "400", "422", "302", "hang_up", "silent")
+REFUSALS = ("413", "429", "503", "520", "401", "400", "422", "302", "hang_up", "silent")
 
 
 class EndpointServer:

@@ -673,7 +673,7 @@ ENGINE_PROBES = (
     *probes_of(
         "LocalEngineOptions",
         _local_engine,
-        {"rows": (16, 2), "waiting": (256, 3), "cache_tokens": (1024, 128), "bits": ("auto", 16), "threads": (1, 2)},
+        {"rows": (16, 2), "waiting": (256, 3), "cache_tokens": (1024, 128), "bits": (32, 16), "threads": (1, 2)},
     ),
     *probes_of(
         "OpenAiEngineOptions",

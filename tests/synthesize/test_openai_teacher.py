@@ -171,7 +171,7 @@ def test_the_key_is_in_the_environment_and_nowhere_else(tmp_path: Path, monkeypa
             ("400", ConfigError),
             ("302", ConfigError),
             ("503", BusyError),
-            ("520", BusyError),
+            ("520", UnavailableError),
         ):
             server.fault = lambda body, times, code=code: code
             told: list[str] = []
