@@ -494,9 +494,9 @@ def _local_engine(values: Any, workspace: Workspace) -> Any:
                 taken += 1
         except SartorError:
             pass
-        about = engine.about
+        about, bits = engine.about, engine._base.as_manifest()["bits"]
         engine.close()
-        return about.context_tokens, about.rows, about.dtype, taken, torch.get_num_threads()
+        return about.context_tokens, about.rows, about.dtype, bits, taken, torch.get_num_threads()
     finally:
         torch.set_num_threads(threads)
 
@@ -673,7 +673,7 @@ ENGINE_PROBES = (
     *probes_of(
         "LocalEngineOptions",
         _local_engine,
-        {"rows": (16, 2), "waiting": (256, 3), "cache_tokens": (1024, 128), "bits": (32, 16), "threads": (1, 2)},
+        {"rows": (16, 2), "waiting": (256, 3), "cache_tokens": (1024, 128), "bits": ("auto", 4), "threads": (1, 2)},
     ),
     *probes_of(
         "OpenAiEngineOptions",
