@@ -81,7 +81,7 @@ def test_without_bitsandbytes_it_is_refused_with_what_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     free_bytes[0] = 10
-    with pytest.raises(BudgetError, match=r"864 bytes.*10 are free[\s\S]*sartor\[quant\]"):
+    with pytest.raises(BudgetError, match=r"864 bytes.*10 are free[\s\S]*\[quant\]"):
         optimizers.make(parameters(), SETTINGS, torch.device("cuda"))
 
 
