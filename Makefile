@@ -8,7 +8,7 @@ DEMO_OUT ?= demo-out
 # pyproject's `all` without studio, which no test needs; tests/test_packaging.py holds the two together
 TESTED := tune,demo,hub,office,quant,ray,static,multimodal,serve,mcp,otel,llamacpp,edge,federated
 
-.PHONY: demo quick test assets test-default test-slow test-alone check bench bench-small bench-peers scoreboard docs clean
+.PHONY: demo quick test assets test-default durations test-slow test-alone check bench bench-small bench-peers scoreboard docs clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.demo: pyproject.toml
@@ -28,8 +28,9 @@ $(VENV)/.bench: $(VENV)/.dev
 demo: $(VENV)/.demo  ## the whole circle on real data
 	$(BIN)/sartor demo --out $(DEMO_OUT) --replace
 
-quick: $(VENV)/.dev  ## the default tier: minutes, no network
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+# the tier that pytest runs where no -m is given (pyproject.toml), without those that took long (tests/durations.json)
+quick: $(VENV)/.dev  ## the quick tests of the default tier: two minutes, no network
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not circle and not services and not browser and not slow"
 
 # one after the other, also under -j: two tiers at once would wait for each other's cores
 test:  ## every tier
@@ -52,6 +53,9 @@ assets: $(VENV)/.dev  ## what the slow tiers read
 
 test-default: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+durations: $(VENV)/.dev  ## tests/durations.json anew: on an idle machine
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --record-durations
 
 # those files alone that hold such tests: to collect all of them takes most of a minute
 FILES_WITH = $$(grep -rlE 'mark\.($(1))' tests --include='test_*.py')

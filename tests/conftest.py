@@ -25,8 +25,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("SARTOR_KERNELS", str(platformdirs.user_cache_path("sartor") / "kernels"))
 Path(os.environ["SARTOR_KERNELS"]).mkdir(parents=True, exist_ok=True)
 
-# fixtures of updates, which tests of several folders ask for; and which skips CI allows
-pytest_plugins = ["updating", "skips"]
+# fixtures of updates, which tests of several folders ask for; which skips CI allows; which tests `make quick` passes over
+pytest_plugins = ["updating", "skips", "durations"]
 
 # torch, transformers and scikit-learn are half a million objects that live as long as the process: no collection while they are
 # loaded, and none walks them again afterwards

@@ -34,7 +34,8 @@ def table(folder: Path, encoding: str = "utf-8-sig") -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No picture of the losses, and nothing is fetched."""
+    """A dozen updates, no picture of the losses, and nothing is fetched."""
+    monkeypatch.setattr("sartor.tune.auto_settings.UPDATES", 12)
     monkeypatch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
     monkeypatch.setattr(verb, "_ASSETS", ("small-talk",))
     monkeypatch.setattr(probes, "chitchat_rows", probe_rows)
