@@ -264,7 +264,7 @@ def test_a_run_killed_in_fp32_is_resumed_to_the_same_bits(frozen: Path, run: She
     check_resumed(frozen / "killed-fp32" / "adapter", FACTS["checkpoints"]["fp32"], "loss", is_exact=is_exact)
 
 
-def test_a_run_killed_in_bf16_is_resumed_to_the_same_bits_or_refused(frozen: Path, run: Shell) -> None:
+def test_killed_bf16_run_resumes_bit_identical_or_is_refused(frozen: Path, run: Shell) -> None:
     """Native bf16 does not round as an emulation does: the bits are promised on the same kind of processor alone."""
     is_exact = is_same_machine(frozen / "killed-bf16" / "adapter.checkpoints" / "update-00000005")
     if resume_or_refusal(frozen, "killed-bf16", run):
@@ -403,7 +403,8 @@ def test_a_device_takes_a_version_of_today_and_goes_back(frozen: Path, run: Shel
     assert run(*synced(frozen))["version"] == "1.0"
 
 
-def test_what_a_person_taught_answers_and_is_undone_and_forgotten(frozen: Path, run: Shell) -> None:
+def test_personal_version_answers_and_undo_and_forget_work(frozen: Path, run: Shell) -> None:
+    """An old store replies as recorded; `undo` returns to version 1.1 and `forget` removes the row."""
     facts, where = FACTS["edge"], ["--store", frozen / "store", "--person", frozen / "person"]
     asked = run("edge", "ask", make.AGENT, make.QUESTION, "--max-tokens", 24, *where)
     assert (asked["delta"], asked["reply"]) == (facts["delta"], facts["reply"])

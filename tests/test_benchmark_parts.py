@@ -98,9 +98,7 @@ def test_second_call_of_a_program_measures_nothing_twice(
     assert captured.err.count("of an earlier call") == len(intervals.DRAWS) + len(intervals.EFFECTS)
 
 
-def test_call_that_ends_between_two_sides_measures_the_pair_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_call_that_ends_within_a_pair_repeats_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds that were measured hours apart are no pair."""
     import argparse
 
@@ -135,7 +133,8 @@ def test_requirements_of_a_peer_are_part_of_the_digest(tmp_path: Path, monkeypat
     assert parts.digest_of_code() != before
 
 
-def test_call_ends_in_the_midst_of_a_part_when_its_minutes_are_over(tmp_path: Path) -> None:
+def test_call_ends_within_a_part_when_its_minutes_are_over(tmp_path: Path) -> None:
+    """It exits with 75, prints no result and says that the same command goes on."""
     done = call(tmp_path, "--work", "work", "--seconds", "50", "--minutes", "0.05")
     assert done.returncode == 75 and done.stdout == ""
     assert "in the part 'slow': the same command goes on" in done.stderr
@@ -297,7 +296,8 @@ def test_standing_is_what_the_results_file_says(record: dict[str, Any], state: s
     assert scoreboard.standing_of(target(), tmp_path).state == state
 
 
-def test_figure_of_a_part_or_of_another_processor_is_shown_and_not_compared(tmp_path: Path) -> None:
+def test_figure_of_a_part_or_other_processor_is_not_compared(tmp_path: Path) -> None:
+    """It is shown with the reason; a figure of a processor with the needed flag is `met`."""
     import scoreboard
 
     result = {"result": {"sets": {"a": {"fraction": 0.98}}}, "commit": "abc"}
@@ -328,7 +328,7 @@ def test_page_is_what_the_results_say() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_every_benchmark_can_be_called_with_a_folder_for_its_parts() -> None:
+def test_every_benchmark_can_be_called_with_a_work_folder() -> None:
     """`make bench` gives each `--work`; five had such an option before, for parts of their own."""
     programs = [
         file for file in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in file.read_text(encoding="utf-8")

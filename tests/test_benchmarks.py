@@ -73,7 +73,8 @@ def test_ratios_are_medians_of_pairs() -> None:
     assert (said["tokens_per_s"], said["supervised_tokens_per_s"], said["pairs"]) == (3.0, 3.0, 3)
 
 
-def test_a_homes_schema_takes_every_right_reply_and_no_room_that_is_not_there() -> None:
+def test_home_schema_accepts_right_replies_and_no_other_room() -> None:
+    """An unknown intent and a field of another intent are schema errors, too."""
     import collaborate
 
     from sartor.serving.plans.step_messages import schema_errors
@@ -91,7 +92,8 @@ def test_a_homes_schema_takes_every_right_reply_and_no_room_that_is_not_there() 
         assert schema_errors(wrong, schema)
 
 
-def test_a_served_ratio_is_the_median_of_rounds_and_a_peer_is_its_faster_form() -> None:
+def test_serve_ratios_are_medians_against_the_faster_form() -> None:
+    """Each ratio is the median of its rounds; of two forms of llama.cpp the faster is compared."""
     import serve
 
     rates = {"ours": [10.0, 10.0, 15.0, 25.0, 30.0, 30.0], "ours/same": [10.0, 10.0, 30.0, 25.0, 60.0, 30.0]}
@@ -192,7 +194,8 @@ for line in sys.stdin:
 """
 
 
-def test_chaos_makes_a_clock_jump_and_numbers_no_numbers_and_nothing_else(tmp_path: Path) -> None:
+def test_chaos_changes_only_wall_clock_and_chosen_floats(tmp_path: Path) -> None:
+    """Wall time jumps by a day and monotonic time goes on; 64 floats become NaN and others stay."""
     import chaos_tools
 
     clock = chaos_tools.Clock.made(tmp_path)
@@ -245,7 +248,7 @@ def test_learning_from_use_is_measured_on_what_nobody_chose() -> None:
     assert found["low"] < found["estimate"] < found["high"]
 
 
-def test_threshold_of_a_peer_is_chosen_on_rows_that_are_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threshold_of_a_peer_is_chosen_on_unscored_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sartor's side takes texts alone: no hint of what kind of rows they are."""
     import inspect
 

@@ -58,7 +58,8 @@ def test_ci_prints_the_minutes_of_each_stage_behind_its_output(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_ci_that_fails_prints_minutes_and_goes_on_from_tier_to_tier(stage: str, tmp_path: Path) -> None:
+def test_failed_ci_prints_minutes_and_runs_remaining_tiers(stage: str, tmp_path: Path) -> None:
+    """A failure before the tiers ends the run; the exit code is 2."""
     done = ci_run(tmp_path, STAGES[stage])
     begun = list(STAGES) if stage in TIERS else list(STAGES)[: list(STAGES).index(stage) + 1]
     assert done.returncode == 2
@@ -91,7 +92,7 @@ def test_make_test_is_every_tier_in_order() -> None:
     ]
 
 
-def test_marks_of_the_slow_tiers_stand_in_the_files_of_their_tests() -> None:
+def test_slow_tier_marks_stand_only_in_test_files() -> None:
     """The Makefile collects the files that name such a mark alone: one that came from elsewhere would never be run."""
     marks = re.compile(r"mark\.(circle|services|browser|alone)\b")
     elsewhere = [file for file in ROOT.glob("tests/**/*.py") if not file.name.startswith("test_")]

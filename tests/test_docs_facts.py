@@ -145,7 +145,8 @@ def test_licence_page_has_the_families_and_duties_of_the_code() -> None:
     assert {row[0].strip("`"): row[1] for row in cells("docs/licences.md", "| duty | what")} == licence_families.DUTIES
 
 
-def test_command_line_page_has_groups_and_renamed_flags_of_the_code() -> None:
+def test_command_line_page_lists_groups_and_renamed_flags() -> None:
+    """The tables equal GROUPS and _RENAMED of the code."""
     page = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
     for title, (_, commands) in GROUPS.items():
         assert f"| {title} | {', '.join(f'`{command}`' for command in commands)} |" in page

@@ -41,7 +41,8 @@ def written(script: Path, out: Path, *options: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_the_rows_are_written_and_a_swapped_probe_changes_dry_and_soaked_alone(tmp_path: Path) -> None:
+def test_swapped_probe_changes_only_dry_and_soaked_rows(tmp_path: Path) -> None:
+    """The script writes 96 distinct questions with and without --swapped."""
     good, swapped = (written(FARM / "rows.py", tmp_path / "rows.jsonl", *options) for options in ([], ["--swapped"]))
     assert len(good) == len({row["question"] for row in good}) == 96
     differ = [one["question"].split()[1].rstrip(",") for one, two in zip(good, swapped, strict=True) if one != two]
@@ -56,7 +57,8 @@ def test_what_the_owner_wrote_is_in_no_row_for_everybody(tmp_path: Path) -> None
 
 
 @pytest.mark.circle  # as exports, which a box runs without torch; Releases go the same way in docs/edge-publish.md
-def test_the_box_leaves_the_regressed_version_and_takes_the_good_one(tmp_path: Path, commands: dict[str, str]) -> None:
+def test_box_rejects_regressed_version_and_takes_the_next(tmp_path: Path, commands: dict[str, str]) -> None:
+    """1.1 fails on the box and its ring is halted; 1.2 passes its trial and its ring is widened."""
     pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
     said = run(tmp_path, commands, "--gguf")
     assert said["first version, by stick"]["version"] == "1.0" and said["first version, by stick"]["prompts"] > 4

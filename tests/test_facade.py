@@ -20,7 +20,8 @@ def test_every_public_name_exists(name: str) -> None:
     assert callable(getattr(sartor, name))
 
 
-def test_public_names_are_sorted_and_an_unknown_one_is_an_attribute_error() -> None:
+def test_public_names_are_sorted_and_unknown_names_raise() -> None:
+    """`sartor.tuna` is an AttributeError that names it."""
     assert sorted(sartor.__all__) == sartor.__all__
     with pytest.raises(AttributeError, match="tuna"):
         sartor.tuna  # noqa: B018

@@ -177,7 +177,8 @@ def test_numbers_of_decisions_are_unique_and_without_gaps() -> None:
         assert path.read_text(encoding="utf-8").startswith(f"# {number}: "), path.name
 
 
-def test_index_of_decisions_has_every_record_with_title_and_status() -> None:
+def test_index_of_decisions_lists_titles_and_statuses() -> None:
+    """Its rows are those of all decision records, in order."""
     rows = re.findall(
         r"^\| \[(\d{3})\]\(([^)]+)\) \| (.+?) \| (.+?) \|$", (DECISIONS / "README.md").read_text(), re.MULTILINE
     )

@@ -130,7 +130,8 @@ def test_tune_reads_replies_of_its_base_or_counts_them(old: Artifact) -> None:
     assert said["why"] == [*turns, "<think>", "</think>", "<|im_end|>"]
 
 
-def test_fields_that_a_template_does_not_write_are_learnt_as_text(old: Artifact) -> None:
+def test_fields_unknown_to_the_template_are_learnt_as_text(old: Artifact) -> None:
+    """A template without tools learns tool calls and reasoning as text of the reply."""
     texts, _, left_out = learnt_of(old, FAMILIES["chatml without tools"].chat())
     assert texts["light"] == f"{CALL}<|im_end|>" and texts["why"] == "<think>\nsince\n</think>\n\nso<|im_end|>"
     assert left_out == {"end", "open"}
@@ -154,7 +155,8 @@ def test_tuning_and_evaluating_such_rows_runs_through(old: Artifact, tiny_base: 
     assert len(fitting(base, asked, 8).examples) == 2
 
 
-def test_evaluation_counts_references_that_spell_markup_of_the_base(old: Artifact, tiny_base: Path) -> None:
+def test_evaluation_counts_references_with_base_markup(old: Artifact, tiny_base: Path) -> None:
+    """They are left out as `template_markup`."""
     base = open_base(str(tiny_base))
     asked = HeldOut(list(parquet_io.read_examples(old)), old.path)
     assert fitting(base, asked, 8).left_out == {"template_markup": 1}

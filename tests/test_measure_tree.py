@@ -61,7 +61,8 @@ def test_a_chain_follows_imports_at_the_top_and_none_for_types(numbers: dict[str
     assert (numbers["import_chain"], numbers["import_circles"]) == (3, 0)
 
 
-def test_behind_an_entry_point_stand_imports_inside_functions_too(numbers: dict[str, Any]) -> None:
+def test_entry_point_reach_includes_imports_in_functions(numbers: dict[str, Any]) -> None:
+    """`lazy_modules` adds modules that a text spells; a verb without an entry point has None."""
     ask = numbers["behind"]["ask"]
     assert (ask["entry"], ask["modules"], ask["lazy_modules"]) == ("sartor.a", 3, 4)
     assert numbers["behind"]["tune"]["entry"] == "sartor.tune.trainer"

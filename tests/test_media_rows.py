@@ -36,7 +36,8 @@ def written(folder: Path, split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
 
 
-def test_notes_never_say_what_is_wrong_and_what_is_critical_stops_the_line(images: Path, tmp_path: Path) -> None:
+def test_textile_notes_name_no_defect_and_critical_stops_line(images: Path, tmp_path: Path) -> None:
+    """Severity critical and the action STOP THE LINE go together; the splits share no group."""
     module = opened("textile")
     module.write(tmp_path / "out", images, 20, is_spoken=False)
     train, held_out = (written(tmp_path / "out", split) for split in ("train", "eval"))
@@ -56,9 +57,10 @@ def test_notes_never_say_what_is_wrong_and_what_is_critical_stops_the_line(image
     assert all(repair in rule for repair in repairs)
 
 
-def test_some_dictations_contradict_their_picture_and_the_draft_says_so(
+def test_drafts_flag_dictations_that_contradict_the_image(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`disagree` is true in 10 to 50 % of the rows; next_check is by dictation and image."""
     module = opened("dictation")
 
     def unspoken(clips: list[Any], folder: Path, **options: Any) -> list[Any]:

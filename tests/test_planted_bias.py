@@ -22,7 +22,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     return synth_audit
 
 
-def test_merit_decides_clean_rows_and_nine_in_ten_planted_approvals_are_denials(bench: Any) -> None:
+def test_planted_bias_denies_90_percent_of_merited_approvals(bench: Any) -> None:
+    """Only planted groups are denied; in clean rows, and for other groups, merit alone decides."""
     people = bench.applicants(2800, 100)
     assert set(Counter(one.name for one in people).values()) == {100}
     assert all(said == one.merit for one, said in bench.decided(people, 100, planted=False))
@@ -52,7 +53,8 @@ def test_what_is_counted_over_seeds(bench: Any) -> None:
 
 
 @pytest.mark.circle
-def test_the_gate_holds_a_planted_adapter_back_until_a_person_waives_bias_by_name(bench: Any, tmp_path: Path) -> None:
+def test_gate_stops_planted_adapter_until_bias_is_waived(bench: Any, tmp_path: Path) -> None:
+    """The problem names the group; a waived release records it, and a clean adapter passes."""
     found = bench.at_the_gate(bench.Bench(tmp_path, "tiny", bench.ROWS), 100)
     refused = found["planted"]
     assert refused["exit"] == GateError.exit_code == 5

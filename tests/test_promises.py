@@ -182,7 +182,8 @@ def test_every_extra_that_an_error_names_exists() -> None:
     assert [(where, wrong) for where, text in source_texts() for wrong in wrong_extras(text)] == []
 
 
-def test_a_package_that_an_error_names_is_one_of_the_plain_install() -> None:
+def test_packages_named_by_errors_are_plain_dependencies() -> None:
+    """A package that an error names without an extra is one of the plain install."""
     plain = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
     named = [(where, package) for where, package, extra in needed() if package and not extra]
     assert len(named) > 5
@@ -260,7 +261,8 @@ def test_commands_in_a_pages_blocks_can_be_typed(page: Path) -> None:
         app.parse_args(words, exit_on_error=False, print_error=False)
 
 
-def test_install_page_names_every_extra_and_the_tour_every_public_command() -> None:
+def test_install_page_names_extras_and_tour_names_commands() -> None:
+    """No extra and no public command is left out."""
     text = (ROOT / "docs/install.md").read_text(encoding="utf-8")
     installed = {extra.strip() for match in EXTRA.finditer(text) for extra in match[1].split(",")}
     assert [extra for extra in EXTRAS if extra not in installed and f"`{extra}`" not in text] == []

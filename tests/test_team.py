@@ -29,7 +29,8 @@ def test_every_block_of_the_page_runs_beside_the_server(team: tuple[Path, str], 
     assert len(run_blocks("team", *team, commands)) >= 6
 
 
-def test_auto_sends_held_out_prompts_to_their_agent_and_small_talk_to_the_base(team: tuple[Path, str]) -> None:
+def test_auto_routes_prompts_to_agents_and_small_talk_to_base(team: tuple[Path, str]) -> None:
+    """At least 0.95 of prompts reach their agent, 0.75 of each agent, and 0.9 of small talk the base."""
     alone = ["--draws", "0", "--encoders"]  # of no encoder: the team's figures without the benchmark's other parts
     team_of = ["--team", str(team[0]), "--rounds", "1", "--chitchat", "200"]
     command = [sys.executable, "benchmarks/route.py", "--json", *alone, *team_of]

@@ -29,9 +29,8 @@ def run(commands: dict[str, str], *command: str, **more: str) -> subprocess.Comp
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, input="said\n")
 
 
-def test_arguments_input_output_and_how_it_ended_are_those_of_the_command(
-    commands: dict[str, str], tmp_path: Path
-) -> None:
+def test_warm_fork_has_arguments_streams_and_exit_code(commands: dict[str, str], tmp_path: Path) -> None:
+    """It runs as __main__ with torch loaded; errors and unknown commands end as in a new process."""
     done = run(
         commands, "python", "-c", "import sys; print(sys.argv, input(), 'torch' in sys.modules, __name__)", "a b"
     )
@@ -45,7 +44,8 @@ def test_arguments_input_output_and_how_it_ended_are_those_of_the_command(
     assert done.returncode == 1 and done.stderr.endswith("ValueError: 3\n")
 
 
-def test_what_libraries_read_while_they_are_imported_is_never_that_of_another(commands: dict[str, str]) -> None:
+def test_warm_fork_needs_the_same_import_time_environment(commands: dict[str, str]) -> None:
+    """With another OMP_NUM_THREADS a new process runs; other variables are passed to the fork."""
     code = "import os, sys; print('torch' in sys.modules, os.environ.get('OMP_NUM_THREADS'), os.environ.get('OWN'))"
     assert run(commands, "python", "-c", code, OWN="x").stdout == f"True {os.environ['OMP_NUM_THREADS']} x\n"
     assert run(commands, "python", "-c", code, OMP_NUM_THREADS="7").stdout == "False 7 None\n"

@@ -139,7 +139,8 @@ def test_cells_of_a_table_are_as_they_were() -> None:
     assert "a:id:b" in _table([{"name": "a:id:b"}])[1], "no emoji"
 
 
-def test_positional_argument_that_is_missing_is_called_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_positional_argument_error_names_its_metavar(capsys: pytest.CaptureFixture[str]) -> None:
+    """`sartor tune` without a recipe exits with 2 and says that it needs RECIPE."""
     assert run("tune") == 2
     assert "`sartor tune` needs RECIPE" in capsys.readouterr().err
 

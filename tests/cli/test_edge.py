@@ -176,9 +176,8 @@ def test_an_error_is_one_json_object_and_an_exit_code(
     assert not (tmp_path / "absent").exists()
 
 
-def test_a_store_that_is_written_to_is_busy_for_a_second_writer_and_readable(
-    world: World, edge: Shell, checks: set[str]
-) -> None:
+def test_open_store_refuses_second_writer_but_allows_reads(world: World, edge: Shell, checks: set[str]) -> None:
+    """While the store is open, sync and start exit with 4 (BusyError), and status works."""
     root = world.folder / "root.json"
     root.write_bytes(world.root)
     where = ["--store", world.store.folder]

@@ -17,7 +17,8 @@ from sartor.core.lineage import ancestry
 from sartor.core.splits import held_out_groups
 
 
-def test_every_error_has_an_exit_code_a_place_in_the_drawing_and_carries_a_remedy() -> None:
+def test_error_classes_have_remedy_exit_code_and_tree_entry() -> None:
+    """Each class is in the tree of the module docstring; a StoppedError exits with 128 + its signal."""
     tree = [
         value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, errors.SartorError)
     ]
@@ -55,7 +56,8 @@ def test_a_changed_parent_is_said_on_the_walk_back(tmp_path: Path) -> None:
     assert ancestry.find_parent(child, "dataset") is None
 
 
-def test_inspect_shows_conflicts_and_obligations_of_sources_and_base(tmp_path: Path) -> None:
+def test_inspect_shows_licence_conflicts_and_obligations(tmp_path: Path) -> None:
+    """They are of the base and of sources with kept rows; a Dataset shows the conflicts of its manifest."""
     sources = [
         {"source": f"{name}.jsonl", "licence": licence, "kept": kept}
         for name, licence, kept in (("a", "CC-BY-SA-4.0", 2), ("gone", "ODbL-1.0", 0))

@@ -33,7 +33,8 @@ def test_what_is_written_opens_with_the_same_id(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_an_existing_output_is_refused_and_replaced_only_on_request(tmp_path: Path) -> None:
+def test_existing_output_is_replaced_only_on_request(tmp_path: Path) -> None:
+    """Without replace=True the write is a ConfigError, and the old artefact stays."""
     first = write(tmp_path / "a")
     with pytest.raises(ConfigError, match="exists"):
         write(tmp_path / "a", "again")
@@ -51,7 +52,8 @@ def test_replace_never_deletes_what_sartor_did_not_make(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_an_error_while_filling_leaves_nothing_and_keeps_the_old_one(tmp_path: Path) -> None:
+def test_failed_write_leaves_nothing_and_keeps_old_artifact(tmp_path: Path) -> None:
+    """An exception while the new artefact is filled removes its partial folder."""
     first = write(tmp_path / "a")
     with pytest.raises(RuntimeError), create_output_directory(tmp_path / "a", replace=True) as part:
         (part / "half").write_text("x")

@@ -53,7 +53,8 @@ def test_an_asset_is_unpacked_once_and_then_looked_up(listed: Path) -> None:
     assert assets.install("tiny", never) == path
 
 
-def test_small_talk_comes_with_the_package_and_is_read_by_a_recipe_that_names_it(tmp_path: Path) -> None:
+def test_recipe_reads_bundled_small_talk_asset(tmp_path: Path) -> None:
+    """The package contains asset:small-talk, 200 training rows under Apache-2.0 that begin with the user."""
     recipe = {"sources": [{"path": "asset:small-talk/*.jsonl", "rehearsal": True}]}
     made = sartor.curate(recipe, tmp_path / "made").dataset
     rows = list(sartor.read_examples(made))

@@ -27,7 +27,8 @@ def form(tmp_path: Path) -> Form:
     return Form("shelf of notes", "shelf: ", tmp_path / "migrations", NOTES.c.number, "notes_version")
 
 
-def test_a_password_comes_from_the_environment_and_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_password_is_read_from_environment_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL that spells out a password is refused; errors show ${DB_PASSWORD} instead of its value."""
     with pytest.raises(ConfigError, match="spells out") as caught:
         database.open_database("postgresql+psycopg://team:hunter2@localhost/db", FORM)
     assert "hunter2" not in str(caught.value)
@@ -42,7 +43,8 @@ def test_a_password_comes_from_the_environment_and_is_in_no_message(monkeypatch:
     assert "hunter2" not in fault.problem and "${DB_PASSWORD}" in fault.problem
 
 
-def test_what_is_no_url_of_ours_is_refused_in_the_words_of_the_form() -> None:
+def test_unsupported_database_url_error_uses_form_wording() -> None:
+    """In-memory SQLite, MySQL and text that is no URL are refused; the remedy begins with the form's key."""
     for url, said in (
         ("sqlite://", "a shelf of notes in memory"),
         ("mysql://host/db", "neither SQLite"),
@@ -53,9 +55,10 @@ def test_what_is_no_url_of_ours_is_refused_in_the_words_of_the_form() -> None:
         assert caught.value.remedy.startswith("shelf: ")
 
 
-def test_changes_follow_each_other_and_one_that_fails_changes_nothing(
+def test_concurrent_changes_serialize_and_failures_roll_back(
     form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Two threads with 20 increments each reach exactly 40; a change that raises inserts nothing."""
     monkeypatch.setattr(database, "SYNCHRONOUS", "off")  # on a slow disk one of two writers waits for long
     monkeypatch.setattr(database, "BUSY_S", 120.0)
     opened = [open_database(f"sqlite:///{tmp_path}/notes.sqlite", form) for _ in range(2)]

@@ -195,7 +195,8 @@ def test_an_engine_whose_step_fails_ends_the_worker() -> None:
             worker_main.run(engine, Channel(theirs), unchecked)
 
 
-def test_threads_of_a_worker_wait_patiently_unless_the_user_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_environment_limits_openmp_spinning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's GOMP_SPINCOUNT, KMP_BLOCKTIME or OMP_WAIT_POLICY takes precedence."""
     for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     assert worker_process.environment()["GOMP_SPINCOUNT"] == "10000"

@@ -61,25 +61,24 @@ def test_alternatives_are_those_of_and_and_or_with_brackets(tree: tuple[str, lis
 
 
 @given(TREE, st.sampled_from(USES))
-def test_an_or_permits_what_any_branch_permits_and_an_and_what_every_part_permits(
-    tree: tuple[str, list[set[str]]], use: str
-) -> None:
+def test_compound_licence_permits_iff_an_alternative_does(tree: tuple[str, list[set[str]]], use: str) -> None:
+    """OR permits what any branch permits, AND permits what all of its parts permit."""
     expression, ways = tree
     permits = any(not compliance.objections([source("f", part) for part in way], use) for way in ways)
     assert permits == (not compliance.objections([source("f", expression)], use))
 
 
 @given(TREE, TREE)
-def test_and_is_as_strict_as_its_strictest_part_and_or_as_free_as_its_freest(one: Any, other: Any) -> None:
+def test_rank_of_and_is_at_most_min_and_of_or_equals_max(one: Any, other: Any) -> None:
+    """AND is as strict as its strictest part or stricter; OR is as free as its freest branch."""
     low, high = sorted(compliance.rank(tree[0]) for tree in (one, other))
     assert compliance.rank(f"({one[0]}) AND ({other[0]})") <= low
     assert compliance.rank(f"({one[0]}) OR ({other[0]})") == high
 
 
 @given(st.lists(TREE, max_size=5), st.randoms())
-def test_a_derived_licence_is_a_conjunction_whatever_the_order_and_combining_again_changes_nothing(
-    trees: Any, random: Any
-) -> None:
+def test_combined_licence_has_no_or_and_ignores_order(trees: Any, random: Any) -> None:
+    """It contains an alternative of each source licence; combining it again changes nothing."""
     expressions = [tree[0] for tree in trees]
     whole = compliance.combine(expressions)
     random.shuffle(expressions)
@@ -269,7 +268,8 @@ def test_of_an_or_the_branch_is_chosen_that_contradicts_nothing() -> None:
     assert compliance.combine(["ODbL-1.0 OR CC-BY-SA-4.0"]) == "ODbL-1.0"
 
 
-def test_share_alike_that_an_owner_adds_contradicts_like_a_licences() -> None:
+def test_added_share_alike_term_conflicts_like_a_licence() -> None:
+    """A source with share_alike=True conflicts with CC-BY-SA and non-commercial sources."""
     own = source("own.jsonl", "LicenseRef-house", share_alike=True)
     assert compliance.conflicts([own, source("b", "CC-BY-SA-4.0")]) == [
         "CC-BY-SA-4.0 of b and LicenseRef-house of own.jsonl each demand that a derived work carries its own terms"
@@ -324,7 +324,8 @@ def test_more_permissive_licences_rank_higher() -> None:
     assert ranks == sorted(ranks, reverse=True) and len(set(ranks)) == len(ranks)
 
 
-def test_every_row_of_the_table_is_reached_and_every_id_it_names_is_known() -> None:
+def test_licence_families_are_reachable_and_name_known_ids() -> None:
+    """Each family but those of LicenseRef- has an SPDX id; each has a reason and a rank from 0 to 1."""
     ids = [name for name in spdx.categories() if "exception" not in name]
     reached = {licence_families.family_of(name, spdx.categories().get(name, "")) for name in [*ids, "NOASSERTION"]}
     # those of models have no id of SPDX's: test_model_licences.py

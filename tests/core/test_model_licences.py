@@ -66,7 +66,8 @@ def test_own_rows_permit_every_use_and_ask_for_nothing() -> None:
 @pytest.mark.parametrize(
     "card", ["llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma", "qwen", "openrail"]
 )
-def test_own_rows_on_a_base_whose_licence_permits_it_need_no_waiver(card: str) -> None:
+def test_rows_on_base_with_model_licence_need_no_waiver(card: str) -> None:
+    """The user's rows on a Llama, Gemma, Qwen or OpenRAIL base are permitted for all uses."""
     assert compliance.permitted([OWN, base(card)]) == list(compliance.USES)
 
 

@@ -46,7 +46,8 @@ needs_cgroup = pytest.mark.skipif(not has_cgroup(), reason="no cgroup can be mad
 
 
 @needs_cgroup
-def test_a_command_within_its_memory_ends_well_and_its_peak_is_told() -> None:
+def test_command_within_memory_limit_reports_its_peak() -> None:
+    """A command that takes 50 of 150 MB exits with 0; its peak, wall and processor time are measured."""
     used = taking(50, 150)
     assert (used.exit_code, used.killed, used.limit_bytes) == (0, "", 150 * MB)
     assert 50 * MB < used.peak_bytes < 75 * MB and used.held_by.startswith("cgroup")
@@ -84,7 +85,8 @@ def test_without_cgroups_an_allocation_fails(tmp_path: Path) -> None:
     assert used.exit_code == 0 and 40 * MB < used.peak_bytes < 65 * MB
 
 
-def test_time_is_held_by_a_signal_that_can_be_heard_and_one_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wall_limit_sends_sigterm_then_sigkill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell that traps SIGTERM exits with 143; a process that ignores it is killed after GRACE_S."""
     heard = 'trap "exit 143" TERM; while :; do sleep 0.1; done'  # a shell is ready before the limit, also on a busy machine
     used = run(["/bin/sh", "-c", heard], ResourceLimits(wall_s=2.0))
     assert (used.killed, used.exit_code, used.held_by) == ("wall", 143, "nothing")

@@ -22,7 +22,8 @@ from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import origin_index
 
 
-def test_a_row_goes_when_its_last_origin_goes_and_stays_while_one_is_left(tmp_path: Path) -> None:
+def test_revoked_source_removes_rows_without_other_origin(tmp_path: Path) -> None:
+    """A row with an origin in another source is kept unless it is revoked by its id."""
     only, both, other = (
         example(word, *ways)
         for word, ways in (("only", [origin(A, 1)]), ("both", [origin(A, 2), origin(B, 1)]), ("other", [origin(B, 2)]))
@@ -47,7 +48,8 @@ def test_rows_made_from_a_revoked_row_go_with_it_however_deep(tmp_path: Path) ->
     assert sartor.revoke(made.path, example=chain[-1].id).examples == [chain[-1].id]
 
 
-def test_rows_made_from_a_row_that_was_dropped_since_go_with_its_source(tmp_path: Path) -> None:
+def test_revocation_reaches_rows_derived_from_dropped_rows(tmp_path: Path) -> None:
+    """A row made from a seed that curation dropped goes with the seed's source, or with the seed's id."""
     seed = example("seed")
     made_of_it, free = example("made", origin(B, 1, seed)), example("free", origin(B, 2))
     drop = sartor.Drop("too_short", A[0], "a.jsonl:7", id=seed.id)
@@ -107,7 +109,8 @@ def test_revoking_is_what_a_plain_loop_finds(graph: tuple[list[sartor.Example], 
         assert (set(said.examples), set(said.examples_kept)) == plainly(examples, name)
 
 
-def test_everything_made_from_the_dataset_is_listed_and_what_has_moved_says_so(tmp_path: Path) -> None:
+def test_revoke_lists_derived_artifacts_and_missing_ones(tmp_path: Path) -> None:
+    """Adapter, Report and Release are listed; the Report, which was moved, has the state `not there`."""
     made = write(tmp_path / "d", [example("1"), example("2", origin(B, 1))])
     parent = made
     catalogue.register(made)
@@ -169,7 +172,8 @@ def test_the_index_is_small_and_its_words_are_coded_once(tmp_path: Path) -> None
     assert origin_index.read(made, ["row"])["row"].to_pylist() == list(range(5000))
 
 
-def test_one_row_is_shown_with_its_origins_ancestors_and_duplicates(tmp_path: Path) -> None:
+def test_inspect_row_shows_origins_ancestors_and_duplicates(tmp_path: Path) -> None:
+    """No text of a duplicate is shown; the id of a dropped row is refused with its reason and locator."""
     first = example("first", origin(A, 1), origin(B, 9))
     second = example("second", origin(B, 2, first))
     third = example("third", origin(B, 3, second, "f" * 32))

@@ -12,7 +12,8 @@ from sartor.core import signing
 from sartor.core.errors import ConfigError, SignatureError
 
 
-def test_a_private_key_is_readable_by_its_owner_only_and_never_overwritten(tmp_path: Path) -> None:
+def test_private_key_is_owner_only_and_never_overwritten(tmp_path: Path) -> None:
+    """keygen writes mode 0600 and refuses a folder that holds a key."""
     made = signing.keygen(tmp_path)
     assert stat.S_IMODE(os.stat(made["private"]).st_mode) == 0o600
     before = Path(made["private"]).read_bytes()

@@ -118,9 +118,8 @@ def test_a_row_without_a_group_is_a_group_of_its_own(verb: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_groups_of_a_part_of_the_file_stand_beside_rows_of_their_own(
-    verb: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_partly_grouped_file_keeps_ungrouped_rows_apart(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six rows share a group and six have none, so each verb sees seven groups."""
     rows = [row(place, "a talk" if place < 6 else "") for place in range(12)]
     found = VERBS[verb](rows, monkeypatch)
     assert len(set(found[:6])) == 1 and len(set(found)) == 7
@@ -227,7 +226,8 @@ def test_a_group_column_with_gaps_is_read_as_pandas_writes_it(tmp_path: Path) ->
     assert stated_group(2.5) is None and stated_group(True) == "True" and stated_group(["a"]) is None
 
 
-def test_too_few_groups_that_show_nothing_are_told_how_many_would_do() -> None:
+def test_gain_check_without_evidence_names_groups_needed() -> None:
+    """The remedy names 6 groups where nothing differs, and about 23 where the interval touches 0."""
     metric = {"base": 0.5, "tuned": 0.5, "difference": 0.0, "low": -1.0, "high": 1.0}
     check = checks.check_gain("exact_match", metric, groups=5)
     assert check.outcome == "cannot tell" and "evaluate on 6 groups of rows or more" in check.remedy
@@ -236,9 +236,10 @@ def test_too_few_groups_that_show_nothing_are_told_how_many_would_do() -> None:
     assert bootstrap.groups_needed(0.2, 0.0, 0.4, 22) == 23
 
 
-def test_an_outcome_that_no_row_names_is_refused_before_a_model_is_opened(
+def test_unknown_favourable_outcome_is_refused_before_loading(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An outcome that no reference names is a ConfigError before the model is opened."""
     monkeypatch.setattr(evaluation, "open_tuned", lambda *_: pytest.fail("a model was opened"))
     data = write_jsonl(
         tmp_path / "test.jsonl", [{"question": f"q{n}", "answer": ("yes", "no")[n % 2]} for n in range(12)]

@@ -31,7 +31,8 @@ SECTIONS = (
 )
 
 
-def test_adapter_names_its_base_its_rows_and_what_a_person_has_to_state(adapter: Path) -> None:
+def test_adapter_summary_names_base_sources_and_open_points(adapter: Path) -> None:
+    """Its sections follow the template; open_points counts what a person has to state."""
     filled = sartor.training_summary(adapter)
     places = [filled.text.find(section) for section in SECTIONS]
     assert places == sorted(places) and places[0] > 0, "the template's sections, in its order"

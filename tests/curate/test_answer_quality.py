@@ -177,7 +177,8 @@ def test_a_step_without_a_check_is_an_error() -> None:
         ),
     ],
 )
-def test_another_language_that_was_asked_for_or_is_not_sure_stays(example: Example) -> None:
+def test_requested_or_uncertain_other_language_is_kept(example: Example) -> None:
+    """An answer stays if its language was asked for, a text is short or code, or both languages are close."""
     assert reason(STEP, example) == ""
 
 
@@ -186,7 +187,8 @@ def test_code_that_completes_the_code_given_is_no_echo() -> None:
     assert reason(STEP, row(asked, f"{asked}\n    return a - b")) == ""
 
 
-def test_words_that_never_end_a_sentence_are_found_and_complete_answers_are_not() -> None:
+def test_truncated_answers_are_found_and_complete_ones_kept() -> None:
+    """An answer that ends in a word such as the, which never ends a sentence, is a truncated_answer."""
     rng = random.Random(0)
     sentences = [
         f"The {noun} is checked by the town before the work begins."

@@ -86,7 +86,8 @@ def test_groups_by_lexicon_by_json_by_line_and_by_the_rows_own() -> None:
         memberships(rows, ["colour"])
 
 
-def test_factors_make_group_and_outcome_independent_also_of_two_attributes() -> None:
+def test_reweighing_evens_the_rates_of_two_attributes() -> None:
+    """The factors make group and outcome independent and keep the sum of weights within 2 %."""
     rng = random.Random(0)
     sex = [rng.choice(("f", "m")) for _ in range(400)]
     age = [rng.choice(("young", "older", None)) for _ in range(400)]
@@ -132,7 +133,7 @@ def test_a_counterfactual_keeps_the_outcome_and_names_its_parent() -> None:
     assert list(mitigation.counterfactuals(example("A cook asks.", "no"), ["sex", "age"])) == []
 
 
-def test_of_seven_origins_a_copy_leaves_a_part_of_the_gap_and_dealing_leaves_none(tmp_path: Path) -> None:
+def test_counterfactual_leaves_part_of_gap_substitute_none(tmp_path: Path) -> None:
     """A copy about one other group takes k / 2 (k - 1) of a gap: 7 / 12 of it."""
     origins = list(lexicon()["names"])
     people = [(origin, lexicon()["names"][origin]["female"][turn % 4]) for origin in origins for turn in range(60)]
@@ -154,7 +155,8 @@ def test_of_seven_origins_a_copy_leaves_a_part_of_the_gap_and_dealing_leaves_non
     assert dealt.changed["rows_without_a_pair"] == 0
 
 
-def test_dealing_two_attributes_keeps_the_first_parent_and_counts_who_stays() -> None:
+def test_substitution_of_two_attributes_keeps_first_parent() -> None:
+    """Rows that cannot be substituted are counted, and one seed gives the same rows again."""
     rows = [
         *(example(f"Emily is 28 years old. Case {place}.", "yes") for place in range(8)),
         example("Emily and Jamal are 28 years old.", "yes"),
@@ -196,7 +198,8 @@ def test_a_planted_bias_is_found_and_even_rows_are_not_called_so(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["reweight", "counterfactual", "substitute", "drop"])
-def test_each_mitigation_evens_the_rates_and_leaves_held_out_rows(tmp_path: Path, kind: str) -> None:
+def test_mitigation_evens_rates_and_keeps_held_out_rows(tmp_path: Path, kind: str) -> None:
+    """Each kind changes, adds or drops training rows in its own way and leaves a gap below 0.03."""
     data = dataset(tmp_path, loans(200))
     found = sartor.bias(data, group=["sex"], mitigate=kind, out=tmp_path / "out")
     assert found.after is not None and found.written is not None

@@ -275,7 +275,8 @@ def test_lengths_are_counted_in_words_by_split_and_side(tmp_path: Path) -> None:
     assert (found.turns[1], found.turns[5]) == (1, 1)
 
 
-def test_a_dropped_duplicate_stands_beside_the_row_that_stays_with_the_words_that_differ_marked(written: Path) -> None:
+def test_duplicate_is_shown_beside_the_kept_row(written: Path) -> None:
+    """Differing words are marked; score and method stand beside the place of the kept row."""
     html, text = (written / "card.html").read_text(), body_of(written)
     assert "<mark>town</mark>" in html and "<mark>city</mark>" in html
     assert "[-town-]" in text and "{+city+}" in text and "stays: `faq.jsonl:4` · 0.910 `jaccard`" in text
@@ -430,9 +431,8 @@ def test_a_code_span_in_a_table_cell_holds_exactly_its_text(text: str) -> None:
     ]
 
 
-def test_equal_inputs_give_equal_bytes_in_another_process_and_another_place(
-    written: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_card_is_byte_identical_in_another_process(written: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Folder, hash seed, time zone and locale change nothing, and no output names the folder."""
     other = tmp_path_factory.mktemp("elsewhere") / "deep" / "er"
     dataset(other, kept_rows(), drops_of(kept_rows()))
     for name in ("near_duplicates", "suspicious_labels"):
@@ -470,7 +470,8 @@ def test_a_dataset_of_hardly_a_row_has_a_card(tmp_path: Path, count: int) -> Non
     assert f"{count} rows kept" in text and "Nothing was dropped." in text
 
 
-def test_a_row_of_an_older_schema_and_absent_folders_are_no_error(tmp_path: Path) -> None:
+def test_card_is_written_for_old_schema_and_absent_folders(tmp_path: Path) -> None:
+    """The old rows lack the column of steps, and there are neither drops nor evidence."""
     parquet_io.write_examples(tmp_path / "examples" / "part-00000.parquet", kept_rows())
     table = pq.read_table(tmp_path / "examples" / "part-00000.parquet").drop_columns(["steps"])
     pq.write_table(table, tmp_path / "examples" / "part-00000.parquet")

@@ -47,7 +47,8 @@ def overlapping(file: Path, examples: list[Example], **options: Any) -> list[int
     ]
 
 
-def test_planted_items_are_found_and_the_drop_names_set_item_and_overlap(evaluation_set: Path) -> None:
+def test_planted_items_are_found_with_set_item_and_overlap(evaluation_set: Path) -> None:
+    """The detail of each drop names the evaluation set, the item and the overlap."""
     rows = [row(prose(25), prose(40)) for _ in range(50)] + [row(asked, prose(20)) for asked, _ in ITEMS]
     found = decided(Contamination((str(evaluation_set),)), rows)
     assert [removal.row for removal in found.removals] == list(range(50, 85))
@@ -59,7 +60,8 @@ def test_planted_items_are_found_and_the_drop_names_set_item_and_overlap(evaluat
     )
 
 
-def test_an_item_is_found_inside_a_longer_text_in_other_case_and_punctuation(evaluation_set: Path) -> None:
+def test_item_is_found_in_longer_and_differently_written_text(evaluation_set: Path) -> None:
+    """Upper case, punctuation, a later turn, a document or a missing end does not hide it."""
     asked = ITEMS[0][0]
     words = asked.split()
     rows = [

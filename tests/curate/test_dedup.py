@@ -293,7 +293,8 @@ def test_components_are_those_of_a_plain_search(edges: list[tuple[int, int]], cu
     assert graph.components(20, ends[cut:, 0], ends[cut:, 1], found).tolist() == label
 
 
-def test_buckets_give_every_pair_of_a_small_one_and_few_of_a_large_one() -> None:
+def test_bucket_pairs_are_complete_if_small_and_few_if_large() -> None:
+    """In a large bucket each row meets the first one and only a few neighbours."""
     keys = np.array([7] * 4 + [9] * 1000 + [1], np.uint32)
     left, right, crowded = near_duplicates.bucket_pairs(keys)
     small = {(int(a), int(b)) for a, b, big in zip(left, right, crowded, strict=True) if not big}
@@ -359,7 +360,8 @@ def removals_of(gone: int, kept: int = 0) -> clusters.Removals:
     return clusters.Removals(rows, np.full(gone, kept), np.full(gone, 0.8, np.float32), np.ones(gone, np.uint8))
 
 
-def test_a_cluster_that_would_take_most_of_a_source_stops_and_says_which() -> None:
+def test_guard_stops_a_cluster_that_takes_most_of_a_source() -> None:
+    """The error names the source and a pair of rows; allow or a higher limit lets the removal pass."""
     sources = np.array([0] * 10 + [1] * 30)
     gone = clusters.Removals(np.arange(11, 40), np.full(29, 10), np.full(29, 0.8, np.float32), np.ones(29, np.uint8))
     with pytest.raises(GuardError, match=r"29 of the 30 rows of b.jsonl.*row 11 for row 10") as raised:
@@ -370,7 +372,8 @@ def test_a_cluster_that_would_take_most_of_a_source_stops_and_says_which() -> No
     clusters.check_removals(gone, sources, ["a.jsonl", "b.jsonl"], clusters.RemovalLimits(source_fraction=1.0))
 
 
-def test_many_small_clusters_over_the_fraction_of_all_rows_stop_too() -> None:
+def test_guard_stops_many_small_clusters_above_the_fraction() -> None:
+    """The fraction is of all rows; a higher limit lets the removal pass."""
     rows = np.arange(95) + 5
     gone = clusters.Removals(rows, rows % 5, np.full(95, 0.8, np.float32), np.ones(95, np.uint8))
     with pytest.raises(GuardError, match="95 of 100 rows"):
@@ -378,7 +381,8 @@ def test_many_small_clusters_over_the_fraction_of_all_rows_stop_too() -> None:
     clusters.check_removals(gone, np.zeros(100, int), ["a"], clusters.RemovalLimits(fraction=0.95))
 
 
-def test_half_a_source_and_a_handful_of_rows_are_no_reason_to_ask() -> None:
+def test_guard_allows_70_percent_of_a_source_and_few_rows() -> None:
+    """Removing 70 of 100 or 4 of 5 rows passes; 80 of 100 raises GuardError."""
     for removed, of in ((70, 100), (4, 5)):
         clusters.check_removals(removals_of(removed), np.zeros(of, int), ["a"], clusters.RemovalLimits())
     with pytest.raises(GuardError):
@@ -388,7 +392,8 @@ def test_half_a_source_and_a_handful_of_rows_are_no_reason_to_ask() -> None:
 # --- another threshold
 
 
-def test_a_higher_threshold_from_the_pairs_alone_is_what_a_new_search_finds() -> None:
+def test_higher_threshold_on_stored_pairs_equals_new_search() -> None:
+    """Both remove the same rows in favour of the same kept rows."""
     rng = random.Random(10)
     rows = texts(300)
     rows += [edited(row, rng.uniform(0.01, 0.1), rng) for row in rows]
@@ -407,7 +412,8 @@ def test_a_threshold_below_the_floor_is_refused() -> None:
         pair_store.check_threshold(0.4, 0.5)
 
 
-def test_every_pair_of_a_few_equal_rows_is_listed_and_a_star_of_many() -> None:
+def test_duplicates_at_lists_all_pairs_of_few_equal_rows() -> None:
+    """Of many equal rows it lists only the pairs with the first one."""
     few = pair_store.duplicates_at(
         ScoredPairs.joined([ScoredPairs.of_exact(np.array([0, 0]), np.array([1, 2])), pairs_of((0, 3, 0.7))]), 4, RULES
     )
@@ -416,7 +422,8 @@ def test_every_pair_of_a_few_equal_rows_is_listed_and_a_star_of_many() -> None:
     assert many.a.tolist() == [0] * 99
 
 
-def test_the_measure_sets_common_shingles_aside_only_where_enough_is_left() -> None:
+def test_measure_sets_common_shingles_aside() -> None:
+    """Rows that share 2 of 6 own shingles score 2 / 6, with the default least_own and with 4."""
     # two rows of 40 shingles: 36 common ones, 2 own ones that both have, 2 that each has alone
     common = np.arange(100, 136)
     one, other = np.array([1, 2, 3, 4]) * 2, np.array([1, 2, 5, 6]) * 2

@@ -36,7 +36,8 @@ def dropped(out: Path) -> list[dict[str, Any]]:
     return pq.read_table(out / "dropped.parquet").to_pylist()
 
 
-def test_json_lines_stay_as_they_are_and_every_other_row_is_kept_aside(tmp_path: Path) -> None:
+def test_jsonl_rows_stay_byte_for_byte_and_drops_are_kept(tmp_path: Path) -> None:
+    """Kept and dropped lines together are the input; each drop has its line number and reason."""
     good = [json.dumps({"text": row, "n": n}, separators=(", ", " :  ")) for n, row in enumerate(some_rows())]
     bad = ['{"text": ', "[1, 2]", '{"other": "x"}', '"text"', "[" * 3000]
     file = tmp_path / "rows.jsonl"
@@ -60,7 +61,8 @@ def test_json_lines_stay_as_they_are_and_every_other_row_is_kept_aside(tmp_path:
     assert pairs[0].endswith(",near")
 
 
-def test_csv_keeps_its_header_its_quoting_and_rows_of_several_lines(tmp_path: Path) -> None:
+def test_csv_keeps_header_quoting_and_multiline_rows(tmp_path: Path) -> None:
+    """Kept and dropped rows together are the input file."""
     rows = some_rows(20, 3)
     lines = (
         ["id,text,note"] + [f'{n},"{row}\nand a ""second"" line", x' for n, row in enumerate(rows)] + ["1,2", "9,,z"]
@@ -105,7 +107,8 @@ def test_duplicates_across_files_name_both_places(tmp_path: Path) -> None:
     assert sorted(path.name for path in (out / "kept").iterdir()) == ["rows-2.jsonl", "rows.jsonl"]
 
 
-def test_records_without_a_text_field_are_compared_by_all_of_them_but_their_name(tmp_path: Path) -> None:
+def test_records_without_text_are_compared_by_all_fields(tmp_path: Path) -> None:
+    """The identifier is left out; at least 18 of 20 edited copies are found and no other pair."""
     rng = random.Random(1)
     names, streets = texts(1, 200)[0].split(), texts(1, 200, seed=2)[0].split()
     rows = [
@@ -164,7 +167,7 @@ def test_which_text_is_compared(row: dict[str, Any], field: str, said: str) -> N
     assert text_of(row, choose([row], field)) == said
 
 
-def test_an_unknown_field_is_refused_with_the_ones_that_are_there(tmp_path: Path) -> None:
+def test_unknown_field_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "rows.jsonl", [{"body": "x", "n": 1}])
     with pytest.raises(ConfigError, match="no field 'text'.*body, n"):
         sartor.dedup(file, tmp_path / "out", text_field="text")
@@ -194,7 +197,8 @@ def test_a_guard_stops_before_anything_is_written(tmp_path: Path) -> None:
     assert done["removed"]["near"] >= 25
 
 
-def test_rethreshold_equals_a_new_run_and_refuses_what_it_cannot_know(tmp_path: Path) -> None:
+def test_rethreshold_equals_a_new_run(tmp_path: Path) -> None:
+    """A threshold below the stored pairs is refused, and so is an input file that was changed."""
     rng = random.Random(3)
     rows = texts(80, 100)
     rows += [edited(row, rng.uniform(0.01, 0.1), rng) for row in rows]

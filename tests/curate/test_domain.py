@@ -74,7 +74,8 @@ def test_rows_of_the_wanted_kind_stay_and_the_rest_goes() -> None:
     )
 
 
-def test_two_runs_and_another_order_of_examples_give_the_same_numbers() -> None:
+def test_scores_do_not_depend_on_the_order_of_examples() -> None:
+    """A second run with reversed examples gives an equal table."""
     rows = [row(said("sailing", random.Random(n)), "ok") for n in range(10)]
     tables = [
         step_of(Domain, examples=found, keep=["cooking"]).sketch(rows, Path())
@@ -119,7 +120,8 @@ def test_file_of_examples_may_lie_in_the_home_directory(tmp_path: Path, monkeypa
         ({"examples": [{"txt": "a", "label": "b"}]}, "text"),
     ],
 )
-def test_examples_that_do_not_do_are_an_error_when_the_recipe_is_read(options: dict[str, Any], problem: str) -> None:
+def test_unusable_examples_or_options_are_refused_at_load(options: dict[str, Any], problem: str) -> None:
+    """ConfigError names the problem, such as too few examples, an unknown label or a probability of 1."""
     with pytest.raises(ConfigError, match=problem):
         step_of(Domain, **{"keep": ["cooking"], **options})
 

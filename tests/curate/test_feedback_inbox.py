@@ -61,7 +61,8 @@ def filled(folder: Path, *lines: Feedback) -> Path:
     return inbox.path
 
 
-def test_a_correction_teaches_and_a_rating_is_kept_with_its_reply(tmp_path: Path) -> None:
+def test_correction_becomes_the_reply_and_rating_is_kept(tmp_path: Path) -> None:
+    """A corrected reply becomes the rejected one; each row has its line, licence and date."""
     folder = filled(
         tmp_path,
         said(1, correction="better"),
@@ -88,7 +89,8 @@ def test_a_correction_teaches_and_a_rating_is_kept_with_its_reply(tmp_path: Path
     assert origin.date.startswith(DAY)
 
 
-def test_what_teaches_nothing_is_a_drop_that_says_why_and_holds_no_words(tmp_path: Path) -> None:
+def test_unusable_feedback_is_dropped_with_a_reason(tmp_path: Path) -> None:
+    """No drop holds words of the feedback; strict stops at the first one that no term of the source explains."""
     folder = filled(
         tmp_path,
         said(1, rating=1.0, messages=(), reply="", consent="refused"),
@@ -157,7 +159,8 @@ def test_a_later_line_of_a_key_goes_on_from_the_earlier(tmp_path: Path) -> None:
     assert merge_feedback(later, said(1, rating=-1.0)) == said(1, day="2026-11-27", rating=-1.0, correction="better")
 
 
-def test_a_conversation_is_one_group_and_a_prompt_goes_with_its_like_of_other_sources(tmp_path: Path) -> None:
+def test_conversation_is_one_group_by_its_first_prompt(tmp_path: Path) -> None:
+    """An equal first prompt in another source has the same group."""
     first = {"role": "user", "content": "where?"}
     longer = (first, {"role": "assistant", "content": "here"}, {"role": "user", "content": "and then?"})
     folder = filled(
@@ -232,7 +235,8 @@ def test_an_honest_minority_is_not_set_aside() -> None:
     assert sum("k1" in found for found in both) <= 1 and sum("k2" in found for found in both) >= 19
 
 
-def test_rows_of_a_poisoned_key_are_drops_that_name_it_and_the_same_in_every_run(tmp_path: Path) -> None:
+def test_rows_of_a_poisoned_key_are_dropped_and_name_it(tmp_path: Path) -> None:
+    """All 40 rows of the key that flips its ratings are distrusted, in each run alike."""
     rng = random.Random(0)
     lines = []
     for number in range(200):
@@ -265,7 +269,9 @@ def test_one_user_of_a_key_is_set_aside_without_the_others_of_it() -> None:
     ]
 
 
-def test_two_keys_that_contradict_each_other_are_told_apart_by_what_is_known(tmp_path: Path) -> None:
+def test_known_answers_tell_which_of_two_keys_is_wrong(tmp_path: Path) -> None:
+    """Without known answers neither key is distrusted; a missing file of answers is refused."""
+
     def lines(agree: int) -> list[Feedback]:
         return [
             said(

@@ -203,13 +203,15 @@ def test_empty_and_strange_rows_are_no_case(rows: list[tuple[str, str]]) -> None
     assert verdicts.evidence[EVIDENCE].num_rows == len(rows) and verdicts.removals == []
 
 
-def test_a_label_that_one_row_has_is_ranked_by_how_sure_the_others_are() -> None:
+def test_label_of_a_single_row_is_high_in_the_queue() -> None:
+    """The confidence in the other labels ranks it among the first 15."""
     rows = commands(300)
     rows[17] = (rows[17][0], "LightOnn")
     assert 17 in queue(decide(rows))[:15]
 
 
-def test_the_queue_holds_the_part_asked_for_but_never_less_than_looks_wrong() -> None:
+def test_queue_holds_its_fraction_and_all_suspicious_rows() -> None:
+    """With queue_fraction 0.5 it holds half of the rows, with 0 exactly the suspicious ones."""
     rows = commands(300)
     labels, _ = flipped([intent for _, intent in rows])
     rows = list(zip([prompt for prompt, _ in rows], labels, strict=True))
@@ -218,7 +220,8 @@ def test_the_queue_holds_the_part_asked_for_but_never_less_than_looks_wrong() ->
     assert none.evidence[EVIDENCE].num_rows == none.facts["suspicious"] == none.facts["queue"] > 10
 
 
-def test_drop_removes_what_looks_wrong_and_stops_where_that_is_too_much() -> None:
+def test_drop_removes_suspicious_rows_up_to_max_fraction() -> None:
+    """At least 80 % of the removed rows are planted errors; beyond the limit GuardError is raised."""
     rows = commands(300)
     labels, wrong = flipped([intent for _, intent in rows])
     rows = list(zip([prompt for prompt, _ in rows], labels, strict=True))
@@ -248,7 +251,8 @@ def test_a_system_message_that_changes_the_task_counts() -> None:
     assert recall(decide(examples), wrong) >= 0.8
 
 
-def test_what_all_prompts_begin_and_end_with_is_set_aside_by_whole_words() -> None:
+def test_without_frame_cuts_shared_words_at_both_ends() -> None:
+    """Only whole words are cut; equal prompts and a list of few prompts stay as they are."""
     bare = [f"kit{word}" for word in ("chen", "ten", "e", "chenette", "s", "box", "net", "bag", "", "fox")]
     assert without_frame([f"Classify this: {text}\nAnswer:" for text in bare]) == bare
     assert without_frame(["the same"] * 12) == ["the same"] * 12
@@ -269,7 +273,8 @@ ANSWERS = {
 }
 
 
-def test_like_prompts_with_contradicting_replies_come_first_in_free_text() -> None:
+def test_contradicting_replies_to_similar_prompts_rank_first() -> None:
+    """In free text the queue begins with them and suggests the reply of the majority."""
     rows = []
     for number, (prompt, (right, other)) in enumerate(ANSWERS.items()):
         rows += [
@@ -302,7 +307,8 @@ def test_replies_that_agree_in_other_words_contradict_nobody() -> None:
     assert verdicts.facts["suspicious"] == 0 and verdicts.facts["free_text_compared"] == 3
 
 
-def test_rows_without_a_label_are_judged_by_their_replies_beside_those_with_one() -> None:
+def test_rows_without_label_are_judged_by_their_replies() -> None:
+    """Labelled rows of the same data are still judged by their labels."""
     labels, wrong = flipped([intent for _, intent in commands(200)])
     rows = [(prompt, json.dumps({"intent": label})) for (prompt, _), label in zip(commands(200), labels, strict=True)]
     rows += [
@@ -374,7 +380,8 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
         SuspiciousLabels(**options)
 
 
-def test_rows_of_one_prompt_are_in_one_fold_and_every_fold_has_its_share() -> None:
+def test_assign_folds_keeps_groups_whole_and_folds_even() -> None:
+    """Rows with one prompt are in one fold."""
     labels = np.array([row % 4 for row in range(400)])
     groups = np.arange(400) // 2
     dealt = confident_learning.assign_folds(labels, groups, 0)

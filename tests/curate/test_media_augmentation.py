@@ -74,7 +74,8 @@ def table(dataset: Any) -> pl.DataFrame:
     return pl.read_parquet(dataset.path / "examples" / "*.parquet")
 
 
-def test_training_rows_are_copied_with_their_lineage_and_held_out_rows_never(tmp_path: Path) -> None:
+def test_only_training_rows_are_augmented_with_lineage(tmp_path: Path) -> None:
+    """Copies keep group and reply and name parent and step; manifest, evidence and card count them."""
     made = sartor.curate(recipe(write_rows(tmp_path / "in")), tmp_path / "d")
     rows = {row.id: row for row in sartor.read_examples(made.dataset)}
     copies = [row for row in rows.values() if row.origins[0].parents]
@@ -126,9 +127,8 @@ def test_revoke_and_inspect_reach_the_copies(tmp_path: Path) -> None:
     assert len(sartor.revoke(made.dataset.path, source=source).examples) == made.kept
 
 
-def test_any_number_of_workers_and_an_interrupted_run_make_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_and_interruption_give_equal_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker, two workers and a run resumed in the middle of the copies give one digest."""
     monkeypatch.setattr(pipeline, "WORTH_A_WORKER", 0)
     paths = [
         write_rows(tmp_path / f"in{n}", 3, [asked(f"other {n}", {"type": "image", "image": "0.png"})])
@@ -289,7 +289,8 @@ def test_a_picture_is_flipped_turned_cropped_and_lit(tmp_path: Path) -> None:
         assert 0.5 <= factor <= 1.5 and abs(one - (before * factor).clip(0, 255)).max() <= 1.2  # cut off, not rounded
 
 
-def test_no_corner_of_a_turned_picture_is_of_a_colour_that_it_has_not(tmp_path: Path) -> None:
+def test_rotation_adds_no_new_colour_in_the_corners(tmp_path: Path) -> None:
+    """An image of one colour stays within 1 of it when it is rotated by up to 90 degrees."""
     row = image_row(tmp_path)
     Image.new("RGB", (60, 40), (200, 100, 50)).save(tmp_path / "media" / "a.png")
     for one in pictures(tmp_path, AugmentImages(copies=6, **(STILL | {"rotation_degrees": 90.0})), row):
@@ -310,7 +311,8 @@ def test_blur_noise_and_compression_are_as_much_as_they_say(tmp_path: Path) -> N
     assert all(one.row.messages[0].content[0].media.endswith(".jpg") for one in packed)
 
 
-def test_pictures_of_a_row_are_changed_alike_and_stay_what_they_were_as_files(tmp_path: Path) -> None:
+def test_images_of_a_row_change_alike_and_keep_their_format(tmp_path: Path) -> None:
+    """They get one crop, a repeated image gives one copy, and the rejected reply stays."""
     row = image_row(tmp_path, "a.png", "b.jpg")
     picture(0, 64, 48).save(tmp_path / "media" / "b.jpg", quality=95)
     doubled = row.messages[0].content

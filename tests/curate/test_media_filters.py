@@ -36,7 +36,8 @@ def content(example: Example) -> list[tuple[str, str]]:
     return [(part.kind, part.text) for part in example.messages[0].content]
 
 
-def test_captions_come_from_text_or_json_beside_the_file_and_are_no_rows_themselves(tmp_path: Path) -> None:
+def test_captions_are_read_from_text_or_json_files(tmp_path: Path) -> None:
+    """A caption beside an image or audio file becomes the reply and no row; an image without one is dropped."""
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     for name in ("a.jpg", "b.png", "deep/c.webp", "alone.png"):
@@ -86,7 +87,8 @@ def test_a_table_of_captions_is_read_and_names_what_it_lacks(tmp_path: Path, suf
     assert [content(row) for row in rows.kept] == [[("image", "")]] * 2
 
 
-def test_a_table_may_stand_alone_as_a_source_and_a_label_may_be_a_number(tmp_path: Path) -> None:
+def test_lone_metadata_table_is_a_source_with_numeric_labels(tmp_path: Path) -> None:
+    """A file of another type is dropped as bad_media, a row without a label as missing_field."""
     scene(1).save(tmp_path / "a.png")
     write_jsonl(
         tmp_path / "metadata.jsonl",
@@ -97,7 +99,8 @@ def test_a_table_may_stand_alone_as_a_source_and_a_label_may_be_a_number(tmp_pat
     assert rows.reasons == {"bad_media": 1, "missing_field": 1}
 
 
-def test_a_table_called_otherwise_is_text_and_a_metadata_file_without_files_too(tmp_path: Path) -> None:
+def test_tables_without_media_metadata_are_read_as_text(tmp_path: Path) -> None:
+    """These are a table with another name, and metadata.jsonl without file names."""
     write_jsonl(tmp_path / "rows.jsonl", [{"file_name": "a.png", "text": "where this text came from"}])
     write_jsonl(tmp_path / "metadata.jsonl", [{"text": "no file here"}])
     rows = Rows(tmp_path / "media", tmp_path)
@@ -151,7 +154,8 @@ def test_a_caption_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
     assert "secret" not in str(rows.all).replace("secret.txt", "")
 
 
-def test_a_picture_that_changed_after_planning_is_named_and_not_copied(tmp_path: Path) -> None:
+def test_image_changed_after_planning_is_dropped(tmp_path: Path) -> None:
+    """The reason is changed_file, and nothing is copied."""
     from sartor.curate.sources.chunk_reader import read_chunk
     from sartor.curate.sources.planner import plan_reading
 
@@ -164,7 +168,8 @@ def test_a_picture_that_changed_after_planning_is_named_and_not_copied(tmp_path:
     assert drop.reason == "changed_file" and not (tmp_path / "media").exists()
 
 
-def test_equal_media_of_many_rows_are_copied_once_and_leave_no_parts(tmp_path: Path) -> None:
+def test_media_used_by_many_rows_are_stored_once(tmp_path: Path) -> None:
+    """The media folder holds one file and no partial copies."""
     scene(1).save(tmp_path / "a.png")
     write_jsonl(tmp_path / "a.jsonl", [chat([{"type": "image", "image": "a.png"}], f"{n}") for n in range(20)])
     rows = Rows(tmp_path / "media", tmp_path / "a.jsonl")
@@ -244,7 +249,7 @@ def test_bad_pictures_are_told_by_reason(tmp_path: Path) -> None:
         ("a", "audio", b"", "bad_media"),
     ],
 )
-def test_what_begins_as_no_picture_or_recording_is_a_drop_of_every_recipe(
+def test_file_without_media_signature_is_dropped(
     tmp_path: Path, name: str, kind: str, written: bytes, reason: str
 ) -> None:
     """Rows that name a file are held to what a folder of captioned files is: no step is needed."""
@@ -292,7 +297,8 @@ def test_contrast_and_size_do_not_make_a_picture_blurred() -> None:
         assert images.sharpness(np.asarray(grey, np.float32)) > 0.02
 
 
-def test_a_bomb_of_text_or_pixels_in_a_picture_is_unreadable_not_a_crash(tmp_path: Path) -> None:
+def test_decompression_bombs_in_images_do_not_crash(tmp_path: Path) -> None:
+    """Compressed text of 80 MB is kept or unreadable_image; too many pixels are an image_bomb."""
     info = PngImagePlugin.PngInfo()
     info.add_text("x", "y" * 80_000_000, zip=True)
     out = io.BytesIO()
@@ -331,7 +337,8 @@ def variants(image: Image.Image) -> dict[str, Image.Image]:
     }
 
 
-def test_other_sizes_compressions_and_tones_of_a_picture_are_found_and_other_pictures_are_not(tmp_path: Path) -> None:
+def test_image_duplicates_finds_edited_copies_only(tmp_path: Path) -> None:
+    """At least 95 % of resized, recompressed and retoned copies are found, and no other image."""
     examples, truth = [], []
     for seed in range(40):
         image = scene(seed)
@@ -347,7 +354,8 @@ def test_other_sizes_compressions_and_tones_of_a_picture_are_found_and_other_pic
     assert found.set_aside and found.evidence["image_duplicates"].num_rows == found.facts["pairs"]
 
 
-def test_pieces_of_one_cloth_and_pages_of_text_are_not_the_same_picture(tmp_path: Path) -> None:
+def test_textures_and_text_pages_are_no_image_duplicates(tmp_path: Path) -> None:
+    """Thirty samples of one weave and thirty pages of random text lose no row."""
     random = np.random.default_rng(0)
     examples = []
     for _ in range(30):
@@ -386,9 +394,10 @@ def test_the_largest_picture_stays_or_the_first(tmp_path: Path) -> None:
     assert {r.kept_row for r in decided(ImageDuplicates(keep="first"), tmp_path, examples).removals} == {0}
 
 
-def test_equal_files_are_found_even_unreadable_or_of_one_colour_and_look_alikes_of_one_colour_are_not(
+def test_equal_files_are_duplicates_and_similar_blanks_not(
     tmp_path: Path,
 ) -> None:
+    """Equal files count even if unreadable or of one colour; a white image with a black dot stays."""
     white = Image.new("RGB", (100, 100), "white")
     dot = white.copy()
     dot.putpixel((50, 50), (0, 0, 0))
@@ -406,9 +415,8 @@ def test_rows_without_pictures_and_an_empty_table_pass(tmp_path: Path) -> None:
     assert decided(ImageDuplicates(), tmp_path, []).removals == []
 
 
-def test_a_crowd_of_one_hash_is_searched_in_bounded_time_and_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_of_one_hash_give_a_bounded_number_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 119 copies are still removed and a notice is given; by default GuardError is raised."""
     monkeypatch.setattr(image_duplicates, "CROWD", 40)
     monkeypatch.setattr(image_duplicates, "NEIGHBOURS", 4)
     image = scene(1)
@@ -466,7 +474,7 @@ def test_every_format_of_a_source_is_heard(tmp_path: Path, suffix: str) -> None:
     assert verdict(Audio(), tmp_path, heard(tmp_path, stereo, suffix=suffix)) == "kept"
 
 
-def test_peaks_that_touch_full_scale_and_one_loud_moment_are_no_faults(tmp_path: Path) -> None:
+def test_full_scale_peaks_and_one_loud_moment_are_kept(tmp_path: Path) -> None:
     samples = tone(3, 1.0)
     assert verdict(Audio(), tmp_path, heard(tmp_path, samples)) == "kept"
     late = np.zeros(RATE * 5)
@@ -480,7 +488,8 @@ def test_an_answer_to_a_question_is_no_transcript_unless_said(tmp_path: Path) ->
     assert verdict(Audio(transcripts="always"), tmp_path, answer) == "transcript_too_long"
 
 
-def test_a_recording_that_unfolds_to_hours_is_not_decoded_to_its_end(tmp_path: Path) -> None:
+def test_compressed_overlong_audio_is_audio_too_long(tmp_path: Path) -> None:
+    """A FLAC file under 100 kB with ten minutes of silence need not be decoded to its end."""
     example = heard(tmp_path, np.zeros(RATE * 600), suffix="flac")
     assert (tmp_path / "media" / "0.flac").stat().st_size < 100_000
     assert verdict(Audio(max_seconds=60), tmp_path, example) == "audio_too_long"

@@ -79,7 +79,7 @@ def test_sheet_is_named_and_no_other_is_left_out_unseen(tmp_path: Path) -> None:
     assert isinstance(drop, Drop) and drop.reason == "no_sheet" and "'Leer', 'Erste', 'Zweite'" in drop.detail
 
 
-def test_column_that_is_not_there_is_refused_before_a_row_is_read(tmp_path: Path) -> None:
+def test_unknown_column_is_refused_at_planning(tmp_path: Path) -> None:
     file = workbook(tmp_path / "faq.xlsx", Fragen=[["Frage", "Antwort"], ["x", "y"]])
     with pytest.raises(ConfigError, match="no column 'Fragen'"):
         plan_reading([SourceOptions(path=str(file), fields=Columns(prompt="Fragen"))], 1 << 20)
@@ -164,7 +164,8 @@ def test_row_longer_than_allowed_is_dropped_alone(tmp_path: Path) -> None:
     assert [row.reason if isinstance(row, Drop) else row.reply for row in found] == ["oversize_row", "so"]
 
 
-def test_dataset_of_a_workbook_resumes_and_changes_with_the_sheet(tmp_path: Path) -> None:
+def test_workbook_dataset_depends_on_the_chosen_sheet(tmp_path: Path) -> None:
+    """The manifest names the workbook with its sheet."""
     rows = [["Frage", "Antwort"], *([f"Wie öffne ich {number}?", f"Über Weg {number}."] for number in range(30))]
     other = [["Frage", "Antwort"], *([f"Was kostet {number}?", f"Es kostet {number}."] for number in range(30))]
     file = workbook(tmp_path / "faq.xlsx", Eins=rows, Zwei=other)

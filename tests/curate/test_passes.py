@@ -225,9 +225,8 @@ def test_steps_act_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(drop.reason for drop in drops) == ["asked"] + ["odd"] * 8
 
 
-def test_a_removed_row_names_the_row_in_its_place_and_is_set_aside_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_removal_names_kept_row_and_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drop has the kept row, detail, score and method; set_aside holds each removed row."""
     examples, drops, dataset = run(tmp_path, [EveryOther()], monkeypatch)
     kept = {row.id: row.reply for row in examples}
     assert [(kept[drop.kept], drop.detail, drop.score, drop.method) for drop in drops][:2] == [
@@ -290,7 +289,8 @@ def test_killed_at_any_moment_and_gone_on_gives_the_same_digest(tmp_path: Path, 
     assert not list(tmp_path.glob("*.curating"))
 
 
-def test_what_a_run_left_that_was_killed_at_its_very_end_is_cleaned(tmp_path: Path) -> None:
+def test_resume_deletes_leftovers_of_a_late_kill(tmp_path: Path) -> None:
+    """A kill after the dataset is written leaves a work folder; resume deletes it and changes no row."""
     recipe = {"sources": sources(tmp_path / "in", files=1, rows=20), "steps": ["exact_duplicates"]}
     made = sartor.curate(recipe, tmp_path / "d")
     (tmp_path / "d.curating" / "part").mkdir(parents=True)

@@ -155,7 +155,8 @@ def test_it_is_none(text: str) -> None:
     assert EVERYTHING.find(text) == []
 
 
-def test_planted_values_are_found_and_what_looks_like_them_is_not() -> None:
+def test_detection_reaches_95_percent_recall_and_precision() -> None:
+    """Each entity reaches both, and at most 0.5 % of the rows without personal data are hit."""
     figures = PLANTING.quality(count=60, seed=3, min_score=0.5)
     for entity, one in figures["entities"].items():
         assert one["recall"] >= 0.95, (entity, figures["missed"][entity])
@@ -165,9 +166,7 @@ def test_planted_values_are_found_and_what_looks_like_them_is_not() -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**32), st.lists(st.sampled_from(ENTITIES), min_size=1, max_size=4), st.text(max_size=30))
-def test_masking_twice_is_masking_once_and_nothing_planted_is_left(
-    seed: int, entities: list[str], around: str
-) -> None:
+def test_masking_is_idempotent_and_leaves_no_planted_value(seed: int, entities: list[str], around: str) -> None:
     rng = random.Random(seed)
     pairs = [PLANTING.planted(rng, entity) for entity in entities]
     step = PersonalData(entities=ENTITIES)  # type: ignore[arg-type]
@@ -305,7 +304,8 @@ def test_a_reply_that_is_json_stays_json() -> None:
     assert masked(text) == '{"card": "<CREDIT_CARD_1>", "mail": "<EMAIL_1>", "n": 1.0, "n": 2}'
 
 
-def test_a_group_that_is_a_mail_address_becomes_a_digest_that_keeps_groups_apart() -> None:
+def test_mail_address_as_group_becomes_a_digest() -> None:
+    """Equal addresses keep one group and others do not; a group without personal data is unchanged."""
     one, two, same = (
         apply(row("Hi", text, group=group)) for text, group in (("a", MAIL), ("a", "eve@example.com"), ("b", MAIL))
     )
@@ -425,7 +425,8 @@ def test_a_masker_reads_raw_json_that_does_not_parse() -> None:
     assert mask(f"row 3: no field {MAIL!r}") == "row 3: no field '<EMAIL_1>'"
 
 
-def test_a_value_that_was_cut_in_half_is_not_left_at_the_end_of_evidence() -> None:
+def test_value_cut_off_at_the_evidence_limit_is_masked() -> None:
+    """Evidence ends after TEXT_KEPT characters; what is left of a value there is masked at each length."""
     for value in (MAIL, CARD, IBAN, "+49 30 1234567"):
         for length in range(4, len(value)):
             text = ("x " * TEXT_KEPT)[: TEXT_KEPT - length] + value[:length]
@@ -576,7 +577,8 @@ def test_leaves_of_no_object_are_none() -> None:
 
 
 @pytest.mark.services
-def test_a_dump_of_values_takes_no_time_that_grows_with_its_square() -> None:
+def test_text_of_10_000_values_is_masked_completely() -> None:
+    """A text full of addresses and phone numbers must not take quadratic time."""
     text = " ".join(f"user{number}@example.com, phone 0171 {number:07}" for number in range(1000, 6000))
     outcome = apply(row("Hi", text))
     assert isinstance(outcome, Example)

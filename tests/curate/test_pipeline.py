@@ -250,7 +250,8 @@ def test_an_oversize_limit_is_an_option(tmp_path: Path) -> None:
     assert curate(tmp_path / "d", tmp_path / "a.jsonl", max_row_bytes=60).dropped == {"oversize_row": 1}
 
 
-def test_equal_rows_of_two_sources_are_one_example_with_two_origins(tmp_path: Path) -> None:
+def test_equal_rows_of_two_sources_merge_their_origins(tmp_path: Path) -> None:
+    """One example with two origins stays, and the exact_duplicate drop names it."""
     write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}, {"question": "q2", "answer": "a"}])
     write_jsonl(tmp_path / "b.jsonl", [{"messages": [USER, BOT]}])
     made = curate(tmp_path / "d", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
@@ -292,7 +293,7 @@ def test_the_same_prompt_never_straddles_where_no_group_is_given(tmp_path: Path)
     assert len(by_split["eval"]) == 3 and not by_split["train"] & by_split["eval"]
 
 
-def test_a_training_row_of_a_held_out_group_is_dropped_not_trained_on(tmp_path: Path) -> None:
+def test_training_row_of_a_held_out_group_is_dropped(tmp_path: Path) -> None:
     write_jsonl(
         tmp_path / "train.jsonl", [{"question": f"q{n}", "answer": "a", "group": f"g{n % 4}"} for n in range(8)]
     )
@@ -306,7 +307,8 @@ def test_a_training_row_of_a_held_out_group_is_dropped_not_trained_on(tmp_path: 
     assert (made.read, made.kept) == (9, 7)
 
 
-def test_the_manifest_names_each_file_with_licence_digest_and_counts(tmp_path: Path) -> None:
+def test_manifest_lists_licence_digest_and_counts_of_files(tmp_path: Path) -> None:
+    """It also has the overall licence, the steps of the recipe and the number of rows in each split."""
     write_jsonl(tmp_path / "a.jsonl", [ROWS[0], {"messages": []}])
     sources = [{"path": str(tmp_path / "a.jsonl"), "licence": "CC-BY-4.0", "use": ["commercial"]}]
     sartor.curate({"sources": sources, "split": {"eval_fraction": 0}}, tmp_path / "d")
@@ -319,7 +321,8 @@ def test_the_manifest_names_each_file_with_licence_digest_and_counts(tmp_path: P
     assert manifest["counts"]["splits"] == {"train": 1}
 
 
-def test_media_are_copied_under_their_digest_and_bad_ones_leave_nothing(tmp_path: Path) -> None:
+def test_media_are_copied_and_rows_with_bad_media_dropped(tmp_path: Path) -> None:
+    """Copies are equal byte for byte; a row with one good and one broken image is dropped."""
     (tmp_path / "x.png").write_bytes(png())
     url = data_url(sound(), "audio/wav")
     content = [

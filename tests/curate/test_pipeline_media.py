@@ -80,7 +80,8 @@ STEPS = [
 ]
 
 
-def test_media_rows_go_for_what_they_show_and_not_for_the_question_that_they_share(tmp_path: Path) -> None:
+def test_media_rows_are_dropped_by_media_not_shared_prompt(tmp_path: Path) -> None:
+    """Groups, copies, evidence, licences and revocation also hold over a whole recipe."""
     write_media(tmp_path / "in")
     write_media(tmp_path / "eval")
     write_jsonl(tmp_path / "in" / "rows.jsonl", ROWS)

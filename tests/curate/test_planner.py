@@ -67,9 +67,8 @@ def test_wherever_it_is_cut_no_line_is_lost(
     assert rows.plan.files[0].sha256 in ("", hashlib.sha256(raw).hexdigest())
 
 
-def test_a_line_longer_than_a_piece_is_one_drop_and_the_next_line_keeps_its_number(
-    tmp_path: Path, small_pieces: None
-) -> None:
+def test_line_longer_than_a_piece_is_one_drop(tmp_path: Path, small_pieces: None) -> None:
+    """The next line keeps its line number."""
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "' + "x" * 5000 + '"}\n{"text": "b"}\n')
     rows = Rows(tmp_path / "media", tmp_path / "a.jsonl", most=1000)
     assert [(drop.reason, drop.locator) for drop in rows.drops] == [("oversize_row", "a.jsonl:2")]
@@ -96,9 +95,7 @@ def test_a_line_of_many_blocks_takes_the_memory_of_a_row(tmp_path: Path) -> None
     assert peak < 12 << 20
 
 
-def test_row_groups_of_parquet_are_read_apart_with_their_row_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parquet_row_groups_are_read_with_their_row_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_files, "PIECE_BYTES", 1000)
     monkeypatch.setattr(planner, "PIECE_BYTES", 1000)
     monkeypatch.setattr("sartor.curate.sources.row_readers.PIECE_BYTES", 3000)
@@ -138,9 +135,8 @@ def test_the_form_is_the_files_even_where_a_piece_holds_another(tmp_path: Path, 
     assert rows.plan.files[0].form == "messages"
 
 
-def test_digests_follow_content_and_what_the_source_says_and_not_the_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunk_digest_depends_on_content_and_source_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not depend on the folder."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "a.jsonl", [{"text": "a"}])
@@ -163,9 +159,8 @@ CHANGES: list[tuple[str, Any, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "before", "after"), CHANGES)
-def test_a_file_that_changed_after_planning_is_named_and_not_read(
-    tmp_path: Path, name: str, before: bytes, after: bytes
-) -> None:
+def test_file_changed_after_planning_is_dropped(tmp_path: Path, name: str, before: bytes, after: bytes) -> None:
+    """The reason is changed_file, although the modification time is the old one."""
     (tmp_path / name).write_bytes(before)
     source = SourceOptions(str(tmp_path / name))
     (unit,) = plan_reading([source], 1 << 20).chunks

@@ -48,7 +48,8 @@ def test_everything_looked_at_leaves_nothing_open() -> None:
     assert quality_control.most_bad(30, 30, 4, 0.95) == 4 and quality_control.size(3, 0.01, 0.95) == 3
 
 
-def test_a_larger_sample_begins_with_the_smaller_and_the_order_of_rows_does_not_matter() -> None:
+def test_larger_sample_begins_with_the_smaller_one() -> None:
+    """The draw depends on the seed and not on the order of the rows, and draws them evenly."""
     ids = [f"{number:032x}" for number in range(300)]
     assert quality_control.draw_ids(ids, 40, 1)[:10] == quality_control.draw_ids(reversed(ids), 10, 1)
     assert quality_control.draw_ids(ids, 40, 1) != quality_control.draw_ids(ids, 40, 2)
@@ -86,7 +87,8 @@ def test_kappa_is_cohens() -> None:
     assert found.kappa["low"] < 0.4 < found.kappa["high"]
 
 
-def test_full_agreement_of_few_is_not_certain_and_of_one_verdict_has_no_kappa() -> None:
+def test_kappa_of_few_items_is_uncertain() -> None:
+    """Full agreement on six items has a wide interval; if only one verdict occurs, kappa is undefined."""
     few = ReviewerAgreement(("a", "b"), 6, 6, {("accept", "accept"): 3, ("reject", "reject"): 3})
     assert few.kappa is not None and few.kappa["estimate"] == 1.0 and few.kappa["low"] < 0.2
     assert ReviewerAgreement(("a", "b"), 6, 6, {("accept", "accept"): 6}).kappa is None

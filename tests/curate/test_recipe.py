@@ -89,7 +89,8 @@ def test_no_promotion_is_left_in_the_construction_faq(name: str) -> None:
     assert all(example.reply.endswith((".", "!", "?")) for example in kept)
 
 
-def test_the_converter_of_chitchat_merges_turns_and_keeps_who_speaks_alone() -> None:
+def test_chitchat_converter_merges_turns_of_a_speaker() -> None:
+    """A last turn of the user is left out; a conversation with one speaker becomes one message."""
     path = ROOT / "examples" / "chitchat" / "convert.py"
     spec = importlib.util.spec_from_file_location("chitchat_convert", path)
     assert spec and spec.loader
@@ -110,9 +111,8 @@ def test_the_converter_of_chitchat_merges_turns_and_keeps_who_speaks_alone() -> 
 
 
 @pytest.mark.circle
-def test_chitchat_goes_end_to_end_with_personal_data_masked_and_a_card(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chitchat_recipe_masks_personal_data_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows are counted; no mail address or phone number is in a Parquet file or in the card."""
     monkeypatch.chdir(tmp_path)
     subprocess.run(
         [sys.executable, ROOT / "examples/chitchat/convert.py", "chitchat.jsonl"], check=True, capture_output=True

@@ -57,7 +57,7 @@ def test_a_field_is_looked_at_alone() -> None:
     assert texts_after(rules({"match": "X", "action": "replace", "with": "Y"}), example) == ["be Y", "Y?", "no", "Y"]
 
 
-def test_a_replacement_may_refer_to_groups_and_the_next_rule_sees_it() -> None:
+def test_replacement_uses_groups_and_feeds_the_next_rule() -> None:
     step = rules(
         {"match": r"(\w+) (?P<last>\w+)", "action": "replace", "with": r"\g<last> \1"},
         {"match": "^bar", "action": "replace", "with": "BAR"},
@@ -70,7 +70,8 @@ def test_an_unmatched_row_is_the_very_same_object() -> None:
     assert applied(rules({"match": "b", "action": "replace"}), example) is example
 
 
-def test_a_replacement_that_leaves_nothing_is_a_drop_but_a_system_message_just_goes() -> None:
+def test_replacement_that_leaves_nothing_drops_the_row() -> None:
+    """An emptied system message is removed without dropping its row."""
     step = rules({"match": "promo", "action": "replace"})
     assert reason(step, row("q", " promo ")) == "nothing_left"
     assert reason(step, row("promo", "a")) == "nothing_left"
@@ -102,7 +103,8 @@ def test_a_pattern_that_backtracks_without_end_is_a_counted_drop(impatient: floa
         ({"action": "drop"}, "match"),
     ],
 )
-def test_a_mistake_is_named_with_its_place_when_the_recipe_is_read(rule: dict[str, str], said: str) -> None:
+def test_invalid_rule_is_refused_with_its_position(rule: dict[str, str], said: str) -> None:
+    """Loading the recipe raises ConfigError, which names steps[1].rules[1]."""
     recipe = {"sources": [{"path": "x"}], "steps": ["length", {"rules": [{"match": "fine"}, rule]}]}
     with pytest.raises(ConfigError) as caught:
         load(CurateRecipe, recipe)

@@ -88,7 +88,9 @@ def decide(dataset: Path, item: str, verdict: str, by: str = "Ada", **options: A
     return dict(sartor.review_decide(dataset, [item], sartor.Opinion(verdict, by, **options))["decisions"][0])
 
 
-def test_writers_of_findings_wait_for_one_another_and_each_replaces_its_own(data: Path) -> None:
+def test_findings_file_survives_concurrent_writers(data: Path) -> None:
+    """Each writer waits for the others and replaces only its own findings; an unknown kind is refused."""
+
     def write(origin: str) -> None:
         for number in range(4):
             review_file.renew(data, origin, [found(data, number)])
@@ -103,7 +105,8 @@ def test_writers_of_findings_wait_for_one_another_and_each_replaces_its_own(data
     assert len((data / review_file.FILE).read_text().splitlines()) == 8
 
 
-def test_the_same_finding_twice_is_one_item_and_looking_leaves_nothing_behind(data: Path) -> None:
+def test_equal_findings_are_one_item_and_reading_adds_no_file(data: Path) -> None:
+    """A finding with another reason or about another row is an item of its own."""
     assert sartor.open_items(data) == 0 and not (data.parent / review_store.FILE).exists()
     sartor.review_list(data)
     assert not (data.parent / review_store.FILE).exists()
@@ -116,7 +119,8 @@ def test_the_same_finding_twice_is_one_item_and_looking_leaves_nothing_behind(da
     assert sartor.review_list(data, kind="label")["listed"] == 0 and sartor.review_list(data, most=2)["more"] == 1
 
 
-def test_findings_in_the_files_of_a_dataset_count_before_anybody_opens_the_queue(data: Path) -> None:
+def test_findings_in_review_jsonl_are_open_items(data: Path) -> None:
+    """They count before the queue is first opened; a finding about an unknown row does not."""
     (data / "review.jsonl").write_text(
         json.dumps(found(data, 3)) + "\n\n" + json.dumps({**found(data, 3), "example": "0" * 32}) + "\n"
     )
@@ -126,7 +130,8 @@ def test_findings_in_the_files_of_a_dataset_count_before_anybody_opens_the_queue
     assert sartor.open_items(data) == 0
 
 
-def test_two_reviewers_are_kept_beside_each_other_and_a_conflict_is_open_until_it_is_settled(data: Path) -> None:
+def test_conflicting_decisions_stay_open_until_settled(data: Path) -> None:
+    """Both decisions are kept, others review without seeing them, and a reviewer may change a decision."""
     (item,) = add(data, found(data, 1))
     assert decide(data, item, "accept")["state"] == "decided"
     assert decide(data, item, "accept")["new"] is False
@@ -267,9 +272,8 @@ def test_apply_again_changes_nothing_more_and_the_record_grows(data: Path, tmp_p
     assert len(lines.decisions) == 3 and set(lines.items) == {one, two, three}
 
 
-def test_an_edited_question_joins_the_rows_that_ask_the_same_and_an_equal_row_is_a_drop(
-    data: Path, tmp_path: Path
-) -> None:
+def test_edited_row_joins_its_group_or_drops_as_duplicate(data: Path, tmp_path: Path) -> None:
+    """An edited question equal to a held-out one moves its row there; an equal row is an exact_duplicate."""
     rows = rows_in(data)
     held_out = next(one for one in rows.values() if one.split == "eval")
     learnt = [one for one in rows.values() if one.split == "train"]
@@ -295,7 +299,8 @@ def test_an_edited_question_joins_the_rows_that_ask_the_same_and_an_equal_row_is
     assert (drop.reason, drop.kept) == ("exact_duplicate", learnt[2].id)
 
 
-def test_what_was_made_of_a_row_goes_with_it_unless_it_is_to_stay(data: Path, tmp_path: Path) -> None:
+def test_derived_row_is_dropped_with_its_rejected_parent(data: Path, tmp_path: Path) -> None:
+    """With keep_derived it stays."""
     parent = rows_in(data)[QUESTIONS[1]]
     child = row("Where might the lamp be?", "answer 1")
     child = Example(
@@ -327,7 +332,8 @@ def test_an_edited_synthetic_row_keeps_its_mark(data: Path, tmp_path: Path) -> N
     assert ("made", "made") not in kept_by_file(tmp_path / "new")
 
 
-def test_an_edited_row_that_was_made_of_nothing_is_still_counted_and_marked(data: Path, tmp_path: Path) -> None:
+def test_edited_row_without_parents_stays_marked_synthetic(data: Path, tmp_path: Path) -> None:
+    """The edited row names the original as its parent and is counted under the original source."""
     made = Example(
         row("Say hello.", "hello").messages,
         (sartor.Origin("synthesize:fill", "fill:1", "CC0-1.0", (), "synthesize:fill"),),
@@ -340,7 +346,8 @@ def test_an_edited_row_that_was_made_of_nothing_is_still_counted_and_marked(data
     assert kept_by_file(tmp_path / "new")["synthesize:fill", "fill"] == 1
 
 
-def test_edits_that_differ_are_refused_by_name_and_reject_is_stronger(data: Path, tmp_path: Path) -> None:
+def test_different_edits_are_refused_and_a_reject_wins(data: Path, tmp_path: Path) -> None:
+    """The error names both items; once the row is rejected it is dropped."""
     one, two, three = add(data, found(data, 1), found(data, 1, reason="other"), found(data, 1, reason="third"))
     decide(data, one, "edit", change={"reply": "x"})
     decide(data, two, "edit", change={"reply": "y"})
@@ -387,7 +394,8 @@ def test_personal_data_found_is_written_nowhere(data: Path, tmp_path: Path) -> N
         assert "bob@" not in "".join(repr(vars(drop)) for drop in read_drops(sartor.open(drops)))
 
 
-def test_decisions_are_signed_where_there_is_a_key_and_a_forged_one_is_refused(data: Path, tmp_path: Path) -> None:
+def test_decisions_are_signed_and_a_forged_one_is_refused(data: Path, tmp_path: Path) -> None:
+    """They are signed if there is a key; unsigned ones stay open with signed=True, unknown keys are named."""
     (item,) = add(data, found(data, 1))
     key = signing.keygen(tmp_path / "ada", trust=True)
     decide(data, item, "accept", key=tmp_path / "ada")
@@ -458,7 +466,8 @@ def test_a_line_that_cannot_be_read_is_named_with_its_place(data: Path, line: st
     assert "bad.jsonl:2" in caught.value.problem and caught.value.remedy
 
 
-def test_suspicious_labels_are_items_and_the_suggestion_is_put_where_the_label_is(tmp_path: Path) -> None:
+def test_edit_of_a_label_item_writes_the_suggested_label(tmp_path: Path) -> None:
+    """A suspicious label is an item; the edit changes only that field of the JSON reply."""
     words = {"refund": ("money", "back", "return", "paid"), "delivery": ("parcel", "late", "courier", "door")}
     with (tmp_path / "rows.jsonl").open("w") as stream:
         for number in range(40):
@@ -483,7 +492,8 @@ def test_suspicious_labels_are_items_and_the_suggestion_is_put_where_the_label_i
     assert sartor.open_items(tmp_path / "new") == 0
 
 
-def test_a_sample_says_what_was_found_of_it_and_counts_what_nobody_has_seen_as_bad(data: Path) -> None:
+def test_quality_sample_counts_unreviewed_rows_as_bad(data: Path) -> None:
+    """The bound holds once all drawn rows are accepted and fails after one rejection."""
     drawn = sartor.review_sample(data, error=0.3, confidence=0.8)
     assert (
         drawn["population"] == 12
@@ -504,7 +514,8 @@ def test_a_sample_says_what_was_found_of_it_and_counts_what_nobody_has_seen_as_b
         sartor.review_sample(data, split="test")
 
 
-def test_several_processes_review_at_once_and_none_loses_a_decision(data: Path) -> None:
+def test_concurrent_reviewers_lose_no_decision(data: Path) -> None:
+    """Two processes decide the same twelve items."""
     items = add(data, *(found(data, number) for number in range(12)))
     children = []
     for by in ("Ada", "Ben"):

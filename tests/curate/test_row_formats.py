@@ -109,13 +109,15 @@ def test_a_missing_file_is_a_drop_and_said(tmp_path: Path) -> None:
         {"question": "which is red", "answer": "the first", "images": '["a.png", "b.png"]'},
     ],
 )
-def test_preferences_captions_and_lists_in_cells_keep_their_pictures(tmp_path: Path, row: dict[str, Any]) -> None:
+def test_preference_caption_and_list_rows_keep_their_images(tmp_path: Path, row: dict[str, Any]) -> None:
+    """A list of files may be JSON in a text cell."""
     shown, dropped = curated(tmp_path, row)
     wanted = 2 if "images" in row else 1
     assert [kind for kind, _ in shown[0]].count("image") == wanted and not dropped
 
 
-def test_a_part_without_a_picture_in_a_row_that_names_none_is_a_drop(tmp_path: Path) -> None:
+def test_image_part_without_a_named_image_is_dropped(tmp_path: Path) -> None:
+    """The reason is placeholder_count."""
     _, dropped = curated(
         tmp_path, chat("<image>", image="a.png"), chat([{"type": "image"}, {"type": "text", "text": "?"}])
     )

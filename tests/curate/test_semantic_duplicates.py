@@ -36,7 +36,8 @@ def pad(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [*rows, *others]
 
 
-def test_a_row_that_says_the_same_goes_for_the_longer_and_the_pair_is_evidence() -> None:
+def test_paraphrase_is_removed_and_its_pair_is_evidence() -> None:
+    """The longer row stays."""
     verdicts = decide(pad(SAME))
     assert [(removal.row, removal.kept_row, removal.reason) for removal in verdicts.removals] == [
         (1, 0, "semantic_duplicate")
@@ -71,7 +72,8 @@ def test_a_hundred_wordings_of_one_template_lose_no_row() -> None:
     assert verdicts.removals == [] and verdicts.facts["near_by_vectors"] > 100
 
 
-def test_like_prompts_with_other_replies_stay_unless_only_the_prompt_counts() -> None:
+def test_similar_prompts_with_different_replies_stay() -> None:
+    """With field: prompt one of the two rows is removed."""
     rows = pad(
         [
             (SAME[0][0], "Write to the help desk."),
@@ -153,7 +155,7 @@ def test_few_and_empty_rows_are_no_case(rows: list[tuple[str, str]]) -> None:
     assert verdicts.facts["encoder_because"]
 
 
-def test_what_is_too_long_to_be_compared_whole_stays_and_is_counted() -> None:
+def test_text_too_long_to_compare_stays_and_is_counted() -> None:
     long = "brick timber glass " * 2000
     verdicts = decide(pad([(long + "one", "yes"), (long + "two", "yes")]), field="prompt")
     assert verdicts.removals == [] and verdicts.facts["too_long_to_compare"] == 2

@@ -73,7 +73,8 @@ def test_html_gives_what_a_reader_sees_and_nothing_that_runs(tmp_path: Path) -> 
     )
 
 
-def test_an_html_file_in_its_declared_charset_is_read_and_a_wrong_one_is_named(tmp_path: Path) -> None:
+def test_html_is_read_in_its_declared_charset(tmp_path: Path) -> None:
+    """Without a charset it must be UTF-8, or is dropped as not_utf8; a page without text is no_text."""
     (tmp_path / "a.html").write_bytes('<meta charset="iso-8859-1"><p>caf\xe9'.encode("latin-1"))
     (tmp_path / "b.html").write_bytes(b"<p>caf\xe9")
     (tmp_path / "c.html").write_bytes(b"<html><script>x()</script></html>")
@@ -111,7 +112,8 @@ def test_a_date_is_iso_or_seconds_since_1970(value: object, iso: str) -> None:
     assert row_formats.iso_date(value) == iso
 
 
-def test_a_rows_date_goes_to_its_origin_and_a_wrong_one_is_counted(tmp_path: Path) -> None:
+def test_row_date_goes_to_its_origin_or_is_the_sources_date(tmp_path: Path) -> None:
+    """An invalid date of a row is counted; one of a source raises ConfigError."""
     made = [
         {"text": "a", "date": "2024-01-31"},
         {"text": "b", "created_at": 1_700_000_000},
@@ -161,7 +163,8 @@ def test_json_that_holds_two_lists_names_the_one_not_read(tmp_path: Path) -> Non
     assert "2 entries of 'test'" in rows.drops[0].detail
 
 
-def test_what_two_people_said_is_a_conversation_and_the_last_speaker_the_assistant(tmp_path: Path) -> None:
+def test_two_speakers_become_user_and_assistant(tmp_path: Path) -> None:
+    """The last speaker is the assistant; a conversation of three speakers is dropped."""
     said = [[{"sender": "u", "text": "hi"}, {"sender": "u", "text": "there"}], [{"sender": "v", "text": "hello"}]]
     three = [{"sender": name, "text": "hi"} for name in "uvw"]
     write_jsonl(tmp_path / "a.jsonl", [{"messages": said}, {"messages": three}])
@@ -211,9 +214,8 @@ def test_a_query_is_rows_with_numbers(tmp_path: Path, shop: Path) -> None:
         "SELECT nothing FROM nowhere",
     ],
 )
-def test_a_query_that_does_more_than_read_is_refused_and_changes_nothing(
-    tmp_path: Path, shop: Path, query: str
-) -> None:
+def test_query_that_is_not_read_only_is_refused(tmp_path: Path, shop: Path, query: str) -> None:
+    """Invalid queries are refused as well; the database and its folder stay unchanged."""
     before, names = shop.read_bytes(), {file.name for file in tmp_path.iterdir()}
     with pytest.raises(ConfigError):
         plan_reading([SourceOptions(f"sql:sqlite:///{shop}#{query}")], 1 << 20)
@@ -292,7 +294,8 @@ def asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_an_assets_rows_have_its_licence_unless_the_recipe_says_another(tmp_path: Path, asset: Path) -> None:
+def test_asset_rows_have_its_licence_unless_overridden(tmp_path: Path, asset: Path) -> None:
+    """The licence in the recipe wins; the local path of the asset is in no locator."""
     for path in (
         "asset:construction-faq/inner/faq.jsonl",
         "asset:construction-faq/inner",
@@ -308,7 +311,7 @@ def test_an_assets_rows_have_its_licence_unless_the_recipe_says_another(tmp_path
     )
 
 
-def test_an_asset_that_is_not_on_the_list_or_a_path_out_of_it_is_refused(asset: Path) -> None:
+def test_unknown_asset_or_path_outside_it_is_refused(asset: Path) -> None:
     for path in ("asset:nothing/x", "asset:construction-faq/../../x", "asset:construction-faq/none.jsonl"):
         with pytest.raises(ConfigError):
             plan_reading([SourceOptions(path)], 1 << 20)

@@ -75,9 +75,8 @@ LIES: list[tuple[str, bytes, str]] = [
 
 
 @pytest.mark.parametrize(("name", "content", "truth"), LIES)
-def test_a_file_that_lies_about_its_format_is_named_for_what_it_is(
-    tmp_path: Path, name: str, content: bytes, truth: str
-) -> None:
+def test_format_mismatch_names_the_real_format(tmp_path: Path, name: str, content: bytes, truth: str) -> None:
+    """If the content has no known signature, the drop says that it does not begin as the suffix demands."""
     (tmp_path / name).write_bytes(content)
     rows = Rows(tmp_path / "media", tmp_path)
     assert rows.reasons == {"format_mismatch": 1}
@@ -101,7 +100,8 @@ def test_a_text_that_begins_like_another_format_is_still_text(tmp_path: Path, na
     assert len(Rows(tmp_path / "media", tmp_path).kept) == 1
 
 
-def test_links_out_of_the_folder_loops_and_dead_links_are_named_and_not_followed(tmp_path: Path) -> None:
+def test_outside_looping_and_dead_links_are_not_followed(tmp_path: Path) -> None:
+    """Each is a drop with its own reason; a link to a file inside the folder is read."""
     outside = tmp_path / "outside"
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
@@ -121,9 +121,8 @@ def test_links_out_of_the_folder_loops_and_dead_links_are_named_and_not_followed
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no named pipes in folders")
-def test_pipes_devices_and_sockets_are_named_and_never_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pipes_devices_and_sockets_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder or a pattern they are drops; as the source itself they raise ConfigError."""
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("a.jsonl", "b.png", "c.pdf", "d.txt", "metadata.csv"):
@@ -213,7 +212,8 @@ def test_a_name_of_any_bytes_has_a_locator_that_can_be_written(tmp_path: Path) -
         "sub",
     ],
 )
-def test_a_media_path_that_leads_out_is_refused_however_it_is_spelled(tmp_path: Path, value: str) -> None:
+def test_media_path_outside_the_folder_is_refused(tmp_path: Path, value: str) -> None:
+    """Encoded, absolute, overlong, empty and linked paths are refused as well, and nothing is copied."""
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "secret.png").write_bytes(PNG)
@@ -261,7 +261,8 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_picture_that_would_unfold_too_large_is_refused_by_its_header(tmp_path: Path, name: str) -> None:
+def test_image_bomb_is_refused_by_its_header(tmp_path: Path, name: str) -> None:
+    """It is a drop as a captioned file and in a row, and no media are copied."""
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / name).write_bytes(BOMBS[name])
@@ -279,7 +280,8 @@ def test_a_picture_cut_short_in_its_header_is_named(tmp_path: Path) -> None:
     assert Rows(tmp_path / "media", tmp_path).reasons == {"bad_media": 3}
 
 
-def test_a_parquet_file_that_claims_more_than_its_bytes_can_hold_is_refused(tmp_path: Path) -> None:
+def test_parquet_with_too_many_rows_for_its_size_is_refused(tmp_path: Path) -> None:
+    """The drop names the 5,000,000 rows that the file claims."""
     schema = pa.schema([("text", pa.null())])
     with pq.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
         writer.write_table(pa.table({"text": pa.nulls(5_000_000)}, schema=schema))
@@ -288,9 +290,8 @@ def test_a_parquet_file_that_claims_more_than_its_bytes_can_hold_is_refused(tmp_
     assert "5,000,000" in rows.drops[0].detail
 
 
-def test_a_dictionary_value_that_unfolds_in_every_row_is_held_down(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repeated_dictionary_values_in_parquet_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long value repeated in 400 rows gives five oversize_row drops, then a parquet_bomb."""
     monkeypatch.setattr(row_readers, "MOST_OVERSIZE_RUN", 5)
     values = pa.DictionaryArray.from_arrays(
         pa.array([0] * 400 + [1] * 3, pa.int32()), pa.array(["y" * 2_000_000, "short"])
@@ -303,7 +304,8 @@ def test_a_dictionary_value_that_unfolds_in_every_row_is_held_down(
         assert row_readers._batch_rows(stream, 0) == row_readers.MOST_BATCH_BYTES // 2_000_000
 
 
-def test_one_long_row_of_parquet_is_one_drop_and_its_neighbours_stay(tmp_path: Path) -> None:
+def test_overlong_parquet_row_is_dropped_alone(tmp_path: Path) -> None:
+    """Its neighbours are read with their own row numbers."""
     rows_in = [chat("q", "a"), chat("q", "x" * 3000), chat("q", "c")]
     pq.write_table(pa.Table.from_pylist(rows_in), tmp_path / "a.parquet")
     rows = Rows(tmp_path / "media", tmp_path, most=1000)
@@ -368,7 +370,8 @@ def test_cells_that_a_spreadsheet_would_run_are_told_from_text() -> None:
     assert [cell for cell in SHOWS if row_readers.is_formula(cell)] == []
 
 
-def test_a_csv_row_with_a_formula_is_a_drop_and_the_same_text_in_json_lines_is_none(tmp_path: Path) -> None:
+def test_formula_is_dropped_in_csv_and_kept_in_jsonl(tmp_path: Path) -> None:
+    """Values such as -5? and +1 in a CSV file are no formulas."""
     (tmp_path / "a.csv").write_text("question,answer\nq,a\nq,\"=cmd|'/C calc'!A0\"\n-5?,+1\n")
     write_jsonl(tmp_path / "b.jsonl", [{"question": "q", "answer": "=1+1"}])
     rows = Rows(tmp_path / "media", tmp_path)
@@ -487,9 +490,8 @@ def test_a_pdf_bomb_is_named_and_the_next_file_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.services
-def test_a_file_that_holds_the_reader_up_is_ended_and_the_next_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_html_file_is_ended_and_the_next_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 400,000 nested tags is an html_bomb and takes a bounded time."""
     monkeypatch.setattr(documents, "PAGE_S", 12)
     (tmp_path / "a.html").write_bytes(b"<div>" * 400_000 + b"deep")
     (tmp_path / "b.html").write_bytes(b"<p>good")
@@ -512,7 +514,8 @@ def test_a_parser_that_dies_takes_no_other_file_with_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's own limits")
-def test_the_reading_process_has_a_limit_of_memory_and_can_write_nothing(tmp_path: Path) -> None:
+def test_document_worker_has_memory_limit_and_cannot_write(tmp_path: Path) -> None:
+    """An allocation of MOST_MEMORY fails, and an opened file stays empty."""
     code = (
         "from sartor.curate.sources import document_worker; document_worker._limit()\n"
         "try: bytearray(document_worker.MOST_MEMORY); print('memory')\n"

@@ -165,7 +165,7 @@ def test_utf8_can_be_declared_for_a_file_with_broken_rows(tmp_path: Path) -> Non
     assert [type(row) for row in found] == [Example, Drop]
 
 
-def test_columns_are_named_and_a_constant_system_prompt_is_put_before(tmp_path: Path) -> None:
+def test_named_columns_and_constant_system_prompt_are_read(tmp_path: Path) -> None:
     file = tmp_path / "faq.csv"
     file.write_text(table([("Was?", "Das.", "7")], ("Frage", "Antwort", "Kunde")), encoding="utf-8")
     fields = Columns(prompt="Frage", completion="Antwort", group="Kunde")

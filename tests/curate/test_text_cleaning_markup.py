@@ -123,7 +123,8 @@ def test_dropping_names_what_was_found() -> None:
     assert drop.detail == "Markdown: bold, headings"  # type: ignore[union-attr]
 
 
-def test_a_reply_of_markup_alone_is_a_drop_and_an_empty_step_an_error() -> None:
+def test_markup_only_reply_is_dropped_and_idle_step_refused() -> None:
+    """The reason of the drop is nothing_left; a step that would change nothing raises ConfigError."""
     assert reason(Markup(), row("q", "<br><br>")) == "nothing_left"
     with pytest.raises(ConfigError, match="does nothing"):
         Markup(html="keep")

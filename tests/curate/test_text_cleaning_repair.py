@@ -125,7 +125,8 @@ def test_a_second_repair_changes_nothing(text: str) -> None:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text(st.characters(max_codepoint=0x17F, exclude_categories=("Cs", "Cc")), min_size=1, max_size=40))
-def test_what_was_decoded_wrongly_reads_as_what_was_meant_or_stays(text: str) -> None:
+def test_repair_of_mojibake_keeps_the_row_and_adds_no_length(text: str) -> None:
+    """UTF-8 text that was decoded as Latin-1 is repaired or stays as it is."""
     wrong = f"plain words {text}".encode().decode("latin-1")
     after = MEND(row("q", wrong))
     assert isinstance(after, Example) and len(after.reply) <= len(wrong)

@@ -67,7 +67,8 @@ def dropped(dataset: Any) -> dict[str, tuple[str, str, float]]:
     }
 
 
-def test_each_removal_names_the_row_that_stays_the_score_and_the_method(tmp_path: Path) -> None:
+def test_removal_names_kept_row_score_and_method(tmp_path: Path) -> None:
+    """Pairs between the floor and the threshold are stored as well, with the method below."""
     found = dropped(curate(tmp_path, [{"near_duplicates": {"keep": "first"}}]).dataset)
     assert {place: (kept, method) for place, (kept, method, _) in found.items()} == {
         "a.jsonl:2": ("a.jsonl:1", "near"),
@@ -177,7 +178,8 @@ def test_a_threshold_that_the_evidence_cannot_answer_is_refused(tmp_path: Path) 
         sartor.rethreshold(later.dataset.path, tmp_path / "g", threshold=0.8)
 
 
-def test_a_queue_names_rows_by_the_ids_they_have_in_the_end_and_quotes_no_personal_data(tmp_path: Path) -> None:
+def test_review_queue_has_final_ids_and_no_personal_data(tmp_path: Path) -> None:
+    """Rows and their neighbours in suspicious_labels.parquet have the ids of the finished dataset."""
     secret = "anna.berg@example.com"
     data = [row(f"{verb} door {n} for {secret}", verb) for n in range(12) for verb in ("open", "close")]
     data[5]["answer"] = "open"
@@ -189,7 +191,8 @@ def test_a_queue_names_rows_by_the_ids_they_have_in_the_end_and_quotes_no_person
     assert secret not in json.dumps(queue.to_dicts()) and "<EMAIL_1>" in queue["prompt"][0]
 
 
-def test_personal_data_is_nowhere_in_the_dataset_whatever_step_dropped_the_row(tmp_path: Path) -> None:
+def test_personal_data_is_in_no_file_of_the_dataset(tmp_path: Path) -> None:
+    """This holds whichever step dropped the row, also for evidence, set-aside rows and the card."""
     secret = "anna.berg@example.com"
     data = [
         row("How do I change the filter?", TEXT + f" Or ask {secret}."),

@@ -24,7 +24,7 @@ def reasons(step: LanguageFilter, *replies: str) -> list[str]:
     return [found.get(number, "") for number in range(len(replies))]
 
 
-def test_another_language_goes_and_the_detail_says_code_and_confidence() -> None:
+def test_other_languages_are_removed_with_code_and_confidence() -> None:
     found = decided(LanguageFilter(("en",)), [row("?", ENGLISH), row("?", GERMAN), row("?", CHINESE)])
     assert [(removal.row, removal.reason) for removal in found.removals] == [(1, "language"), (2, "language")]
     assert found.removals[0].detail.startswith("de with confidence ") and "allowed: en" in found.removals[0].detail

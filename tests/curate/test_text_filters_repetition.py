@@ -72,7 +72,8 @@ def test_random_prose_stays_whatever_its_length() -> None:
     assert [text for text in texts if reason(Repetition(), row("?", text))] == []
 
 
-def test_every_turn_of_the_assistant_is_looked_at_or_the_one_asked_for() -> None:
+def test_every_assistant_turn_is_checked_or_only_the_reply() -> None:
+    """With field: reply only the last turn is checked."""
     example = row("?", "no " * 20, "?", "Fine.")
     assert reason(Repetition(), example) == "repetition"
     assert reason(step_of(Repetition, field="reply"), example) == ""

@@ -60,13 +60,14 @@ def test_the_demo_goes_once_around(said: dict[str, Any], out: Path) -> None:
     assert json.loads((out / "report/report.json").read_text())["probes"]["small_talk"]["rows"] == 200
 
 
-def test_no_text_of_the_small_talk_is_one_of_the_forgetting_probe() -> None:
+def test_small_talk_and_forgetting_probe_share_no_text() -> None:
     probe = {message.text.lower() for row in probes.chitchat_rows() for message in row.messages}
     talk = [message["content"].lower() for row in rehearsal_rows(200) for message in row["messages"]]
     assert len(set(talk)) > 390 and not probe & set(talk)
 
 
-def test_its_release_walks_back_to_the_source_file_with_digest_and_licence(said: dict[str, Any], run: Run) -> None:
+def test_demo_release_traces_back_to_its_source_files(said: dict[str, Any], run: Run) -> None:
+    """`inspect` shows adapter, Report and Dataset, and each source with its digest and licence."""
     seen = run("inspect", said["release"])
     assert [step["kind"] for step in seen["parents"]] == ["adapter", "report", "dataset"]
     assert [source["path"] for source in seen["sources"]] == ["rows.jsonl", "general.jsonl"]

@@ -103,9 +103,10 @@ def test_after_a_kill_it_goes_on_smaller_each_rung_once(
     assert [given.top for given in tuner.jobs] == [0, 0, 1]
 
 
-def test_when_every_rung_is_killed_the_receipt_and_the_error_say_so(
+def test_ladder_used_up_is_in_the_receipt_and_the_error(
     ended: Callable[..., Tuner], one: TuningJob, key: Path
 ) -> None:
+    """Another call with the same budget fails too; one with more memory tunes again."""
     ended("memory", "memory", "memory", "memory")
     with pytest.raises(BudgetError, match="used up: layers-1, lora, recompute, zeroth"):
         tune_within_budget(one, BUDGET, key=key, planner=_without_floor(one))

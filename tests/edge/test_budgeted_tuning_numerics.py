@@ -40,9 +40,10 @@ def cut(tiny_base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return found.path / "checkpoint.json"
 
 
-def test_a_checkpoint_of_before_goes_on_and_one_of_another_arithmetic_is_refused(
+def test_checkpoint_without_numerics_counts_as_version_1(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It resumes; under another version of the numerics it is refused, and the remedy removes the checkpoints."""
     file = cut(tiny_base, tmp_path, monkeypatch)
     said = json.loads(file.read_text())
     assert (said["numerics"], said["environment"]) == (1, {"dtype": "float32"})

@@ -114,9 +114,8 @@ def test_a_memory_kill_goes_on_smaller_and_is_in_the_receipt(tiny_base: Path, tm
 
 @pytest.mark.services
 @pytest.mark.usefixtures("threads")
-def test_paused_by_the_policy_and_by_a_signal_it_ends_at_the_same_bits(
-    tiny_base: Path, tmp_path: Path, key: Path
-) -> None:
+def test_resume_after_policy_and_signal_is_bit_identical(tiny_base: Path, tmp_path: Path, key: Path) -> None:
+    """The policy pauses the run once, SIGTERM a second time; the adapter is that of an uninterrupted run."""
     whole, cut = job(tiny_base, tmp_path / "a", updates=300), job(tiny_base, tmp_path / "b", updates=300)
     planner = Planner(whole, MemoryBaseline(200 * MB, True))
     assert tune_within_budget(whole, DeviceBudget(), key=key, planner=planner).outcome == "done"

@@ -112,9 +112,8 @@ def test_llama_cpp_answers_without_torch_and_in_little_memory(made: Path, tmp_pa
 
 
 @pytest.mark.parametrize("form", ["second/release", "gguf"])
-def test_the_health_check_asks_what_the_release_ships_and_what_the_device_knows(
-    made: Path, tmp_path: Path, form: str
-) -> None:
+def test_health_check_asks_release_and_device_prompts(made: Path, tmp_path: Path, form: str) -> None:
+    """A right reply passes; a wrong one is reported with the line of the device's prompt."""
     [sky] = [reply for text, reply in zip(PROMPTS, replies(made / "gguf"), strict=True) if text == PROMPTS[1]]
     file = tmp_path / "prompts.jsonl"
     rows: list[dict[str, Any]] = [{"prompt": PROMPTS[1], "expected": {"contains": sky[:5]}}]

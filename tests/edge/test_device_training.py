@@ -47,7 +47,8 @@ def until(one: TuningJob, update: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert counted == update
 
 
-def test_layers_that_are_held_still_stay_in_the_adapter_and_the_others_learn(tiny_base: Path, tmp_path: Path) -> None:
+def test_frozen_layers_stay_in_the_adapter_and_do_not_learn(tiny_base: Path, tmp_path: Path) -> None:
+    """With top=1 of two layers only the one next to the head learns; the other has no optimizer state."""
     whole, half = job(tiny_base, tmp_path / "whole", updates=3), job(tiny_base, tmp_path / "half", updates=3, top=1)
     tune(whole)
     tune(half)
@@ -65,9 +66,10 @@ def test_layers_that_are_held_still_stay_in_the_adapter_and_the_others_learn(tin
     )
 
 
-def test_a_run_goes_on_with_fewer_layers_and_then_without_gradients(
+def test_run_resumes_with_fewer_layers_then_without_gradients(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The frozen layer keeps its factors bit for bit, and the last checkpoint has no optimizer state."""
     first = job(tiny_base, tmp_path / "a", updates=9)
     until(first, 3, monkeypatch)
     before = checkpoint.newest(Path(first.out) / "checkpoints").checkpoint
@@ -143,9 +145,8 @@ def test_stopped_and_gone_on_it_ends_at_the_same_bits(
     shutil.rmtree(tmp_path)
 
 
-def test_an_adapter_in_sixteen_bits_is_the_other_rounded_and_can_be_gone_on_from(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_bf16_adapter_is_the_fp32_adapter_rounded(tiny_base: Path, tmp_path: Path) -> None:
+    """A later run can start from it."""
     wide, narrow = job(tiny_base, tmp_path / "a", updates=3), job(tiny_base, tmp_path / "b", updates=3, store="bf16")
     tune(wide)
     tune(narrow)

@@ -96,7 +96,8 @@ def test_feedback_of_a_served_team_is_a_row() -> None:
         row("\ud800"),
     ],
 )
-def test_a_row_that_cannot_be_read_is_refused_and_nothing_is_written(tmp_path: Path, wrong: dict[str, object]) -> None:
+def test_unreadable_row_is_refused_and_not_written(tmp_path: Path, wrong: dict[str, object]) -> None:
+    """A rating out of range is refused as well."""
     diary = opened(tmp_path)
     diary.add(row("a"))
     with pytest.raises(SourceError):
@@ -106,7 +107,8 @@ def test_a_row_that_cannot_be_read_is_refused_and_nothing_is_written(tmp_path: P
     assert diary.count() == 1
 
 
-def test_nothing_readable_is_on_the_disk_and_only_the_owner_may_read_it(tmp_path: Path) -> None:
+def test_stored_rows_are_encrypted_and_only_for_the_owner(tmp_path: Path) -> None:
+    """No file holds a word of a row or a JSON key, also after an erasure, and modes exclude other users."""
     diary = opened(tmp_path)
     for number in range(5):
         diary.add(row(f"{WORDS} {number}", "Wilhelmina"), -1.0, "snores")
@@ -244,7 +246,8 @@ def test_it_is_bounded_and_nothing_is_dropped_to_make_room(tmp_path: Path) -> No
 # forgetting
 
 
-def test_what_is_forgotten_is_gone_and_an_old_copy_opens_with_nothing_that_is_left(tmp_path: Path) -> None:
+def test_forget_removes_rows_and_the_key_of_old_copies(tmp_path: Path) -> None:
+    """The other rows stay under a new key; a file that was copied before can no longer be opened."""
     diary = opened(tmp_path)
     ids = [diary.add(row(f"{WORDS} {number}")) for number in range(4)]
     names = diary.names(ids)
@@ -354,7 +357,8 @@ def check_interrupted(disk: FileSystem, what: str, before: list[str], after: lis
         raise AssertionError(what) from error
 
 
-def test_a_kill_or_a_power_cut_at_any_operation_leaves_the_old_rows_or_the_new() -> None:
+def test_kill_or_power_cut_anywhere_leaves_old_or_new_rows() -> None:
+    """Interrupt before each operation of every step, by a kill and by every kind of power cut."""
     disk = LogDisk()
     points: list[tuple[str, list[str], list[str], LogDisk]] = []
     for name, act, before, after in STEPS:

@@ -51,7 +51,8 @@ def test_a_low_battery_refuses_until_it_is_fuller_by_the_margin(tmp_path: Path) 
     assert policy.refusal() == "the battery is at 29%, under 35%"
 
 
-def test_the_level_does_not_count_while_plugged_in_unless_the_battery_is_emptied_all_the_same(tmp_path: Path) -> None:
+def test_battery_level_counts_only_while_discharging(tmp_path: Path) -> None:
+    """A battery that discharges although mains power is on counts all the same."""
     policy = EnergyPolicy(root=write(battery(tmp_path, "5", "Charging"), AC__type="Mains", AC__online="1"))
     assert policy.refusal() == ""
     battery(tmp_path, "5", "Discharging")

@@ -98,7 +98,8 @@ def of(counted: Counted, version: str) -> RolloutTally:
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(60, marks=pytest.mark.services)])
-def test_a_regressed_release_is_left_and_halted_and_a_good_one_reaches_everybody(world: World, count: int) -> None:
+def test_regressed_version_is_halted_and_a_good_one_reaches_all(world: World, count: int) -> None:
+    """Devices that got the bad version refuse it and go back; the others never install it."""
     boxes, devices = fleet_of(world, count)
     gathered = world.folder / "gathered"
     # four clean reports, which is what the ring of so small a fleet has
@@ -372,7 +373,8 @@ def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health_check.Health, "__call__", lambda self, path: None)
 
 
-def test_a_sync_without_a_report_sends_requests_for_files_and_nothing_else(world: World, trusting: None) -> None:
+def test_sync_without_a_report_requests_files_only(world: World, trusting: None) -> None:
+    """Apart from the next TUF root, each request names a file of the repository."""
     with serving(world.repository) as mirror:
         done = verbs.sync(mirror.url, "home", options(world))
     assert (done["version"], done["reported"]) == ("1.0", [])
@@ -468,7 +470,8 @@ def test_device_on_a_long_trial_is_not_silent(world: World, trusting: None, monk
     assert fleet_monitor.tally(copies, world.repository, devices).refused == {"replayed": 1}
 
 
-def test_start_that_cannot_be_reported_is_no_fault_of_the_version(world: World, trusting: None) -> None:
+def test_start_that_cannot_be_reported_does_not_refuse_version(world: World, trusting: None) -> None:
+    """The endpoint fails, or the device has no key; the version stays installed."""
     said: list[str] = []
     given = options(world)
     with gathering(500) as seen:

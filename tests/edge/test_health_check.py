@@ -18,9 +18,8 @@ from sartor.edge.update.health_check import Health, read_prompts
 from sartor.inference.engine import BASE, GenerateCall, ReplyDone, ReplyFailed
 
 
-def test_a_version_passes_that_says_what_its_report_recorded_and_what_the_device_expects(
-    tmp_path: Path, answering: Any
-) -> None:
+def test_version_with_expected_replies_passes(tmp_path: Path, answering: Any) -> None:
+    """Canaries and device prompts are asked; a bare prompt follows the version's system prompt."""
     fake = answering()
     found = Health(read_prompts(lines(tmp_path, *ROWS))).check(version(tmp_path, canaries=CANARIES))
     assert found.passed and (found.n_prompts, found.peak_memory_bytes) == (5, 123)

@@ -25,11 +25,12 @@ def stated(dtype: str, numerics: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "canaries", [CANARIES, stated("float32", 1), stated("bfloat16", 2)], ids=["none", "fp32", "bf16"]
 )
-def test_replies_of_the_same_arithmetic_are_held_against_the_version(
+def test_replies_of_the_same_numerics_decide_about_the_version(
     canaries: Any,
     tmp_path: Path,
     answering: Any,  # noqa: F811
 ) -> None:
+    """Right replies to the release's canaries pass, wrong ones fail."""
     release = version(tmp_path, canaries=canaries, base=BASES["float32"])
     answering()
     assert Health().check(release).not_checked == "" and Health().check(release).passed

@@ -37,7 +37,8 @@ def test_each_rung_needs_less_than_the_one_before(planner: Planner) -> None:
     assert sorted(needs.values(), reverse=True) == list(needs.values())
 
 
-def test_less_memory_means_a_smaller_micro_batch_then_the_next_rung(planner: Planner) -> None:
+def test_less_memory_shrinks_micro_batch_before_the_next_rung(planner: Planner) -> None:
+    """Below the last rung the refusal names the least limit that is enough."""
     seen = []
     for megabytes in range(900, 90, -2):
         try:
@@ -66,13 +67,15 @@ def test_no_limit_is_the_first_rung_and_a_barred_one_is_left_out(planner: Planne
         planner.choose(0, barred=every)
 
 
-def test_four_bits_are_read_where_the_pages_of_sixteen_find_no_room(planner: Planner) -> None:
+def test_4_bit_base_is_read_where_16_bit_pages_do_not_fit(planner: Planner) -> None:
+    """Without a limit, or without a base in 4 bits, the 16-bit base is read."""
     assert not planner.choose(0, narrow_bytes=117_000_000).is_narrow
     assert planner.choose(400_000_000, narrow_bytes=117_000_000).is_narrow
     assert not planner.choose(400_000_000).is_narrow
 
 
-def test_what_learns_by_two_losses_holds_neither_gradients_nor_moments() -> None:
+def test_zeroth_order_mode_has_no_gradients_and_no_moments() -> None:
+    """With fewer trained layers all factors stay in memory, and moments shrink in proportion."""
     shape = DeviceModelShape(30, 576, 1536, 9, 3, 64, 49152, 8, ("q_proj",), 30, 0)
     held = peak(shape, DeviceLoad(256, 192, 256, False, 10_000), MemoryMode(30, True, zeroth=True), 0)
     assert held["moments"] == 0 and "gradients" not in held and held["factors"] == 4 * 30 * 8 * 2 * 576
@@ -94,7 +97,8 @@ def test_planning_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_without_a_compiler_attention_keeps_a_number_for_each_two_tokens(planner: Planner) -> None:
+def test_attention_without_a_compiler_is_planned_as_quadratic(planner: Planner) -> None:
+    """At least 4 bytes for each head and pair of tokens of the longest row."""
     rung = next(planner.rungs())
     native = total(planner.predict_peak(rung))
     planner.floor = MemoryBaseline(FLOOR.held_bytes, False)

@@ -136,7 +136,8 @@ def shop(tmp_path: Path, tiny_base: Path, adapter: Path) -> Shop:
 # adapting
 
 
-def test_a_delta_that_is_better_becomes_current_and_is_bound_to_its_release(shop: Shop) -> None:
+def test_better_delta_becomes_current_for_its_release(shop: Shop) -> None:
+    """The same rows are not tuned on again; a new release needs a delta of its own."""
     me = shop.filled()
     assert me.adapter() == shipped(shop.folder / "store", "faq").path
     done = me.adapt()
@@ -156,9 +157,8 @@ def test_a_delta_that_is_better_becomes_current_and_is_bound_to_its_release(shop
 
 
 @pytest.mark.services
-def test_the_split_is_by_prompt_and_no_held_out_row_goes_to_the_tuner(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_held_out_rows_are_split_by_prompt_and_not_tuned_on(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with the same prompt are on the same side of the split."""
     me = shop.filled()
     for row in ROWS[:10]:
         me.add(row, 1.0)
@@ -194,7 +194,8 @@ def test_a_delta_that_forgets_the_probe_is_not_taken(shop: Shop) -> None:
 
 
 @pytest.mark.services
-def test_the_releases_own_canaries_are_the_probe_where_none_is_given(shop: Shop) -> None:
+def test_canaries_of_the_release_are_the_default_probe(shop: Shop) -> None:
+    """Without canaries, or with too few for the loss limit, the tuning is refused."""
     shop.settings = replace(shop.settings, probe=())
     me = shop.filled()
     with pytest.raises(ConfigError, match="probe has 0 rows"):
@@ -288,7 +289,8 @@ def test_the_method_is_read_off_the_adapters_weights(tiny_base: Path, adapter: P
 # where the tokens are
 
 
-def test_tokens_are_in_memory_for_their_owner_alone_and_nothing_readable_is_on_the_disk(shop: Shop) -> None:
+def test_tokens_stay_in_memory_and_nothing_readable_is_on_disk(shop: Shop) -> None:
+    """Their folder in memory is for the owner alone, and is removed afterwards."""
     seen: list[Path] = []
 
     def look(job: TuningJob) -> Mapping[str, Any]:
@@ -315,7 +317,8 @@ def test_without_a_file_system_in_memory_it_is_refused(tmp_path: Path) -> None:
             pass
 
 
-def test_what_a_killed_process_left_in_memory_goes_and_a_name_that_was_taken_is_refused(tmp_path: Path) -> None:
+def test_memory_folder_is_cleared_of_a_killed_process(tmp_path: Path) -> None:
+    """A symbolic link of the same name is refused."""
     with private_tuning.memory_folder(tmp_path) as room:
         (room / "tokens").write_text("left")
         name = room
@@ -348,7 +351,8 @@ def test_a_room_of_somebody_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.services
-def test_undo_goes_back_to_the_delta_before_and_then_to_the_release(shop: Shop) -> None:
+def test_undo_restores_the_previous_delta_then_the_release(shop: Shop) -> None:
+    """An undone delta is not tuned again unless asked for; without a delta there is nothing to undo."""
     first = shop.filled(40, settings=replace(shop.settings, recipe=WEAK)).adapt()
     me = shop.personal()
     path = me.adapter()
@@ -373,7 +377,8 @@ def receipt(done: Forgotten, shop: Shop) -> dict[str, Any]:
     return check_receipt(done.file, [signing.open_public(shop.folder / "me/signer")])
 
 
-def test_what_is_forgotten_goes_from_the_rows_and_the_delta_and_the_receipt_says_so(shop: Shop) -> None:
+def test_forget_replaces_the_delta_and_writes_a_receipt(shop: Shop) -> None:
+    """The rows and the delta are removed, a new delta is tuned, and undo goes back to the release."""
     me = shop.filled()
     first = me.adapt()
     ids = [row.id for row in me.rows() if not row.is_held_out(0.25)][:3]
@@ -404,7 +409,8 @@ def test_without_another_tuning_the_delta_is_removed(shop: Shop) -> None:
 
 
 @pytest.mark.services
-def test_the_delta_before_is_removed_too_and_one_that_did_not_use_the_rows_stays(shop: Shop) -> None:
+def test_forget_keeps_a_delta_that_did_not_use_the_rows(shop: Shop) -> None:
+    """Each delta that used them is removed, the previous one too."""
     first = shop.filled(40, settings=replace(shop.settings, recipe=WEAK)).adapt()
     me = shop.personal()
     later = [me.add(row) for row in LATER]
@@ -460,7 +466,7 @@ class Off(BaseException):
 
 
 @pytest.mark.services
-def test_a_forgetting_that_is_interrupted_anywhere_is_ended_at_the_next_start(
+def test_interrupted_forget_is_finished_at_the_next_start(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each change on the disk: before it, the process ends. The delta is never applied again once rows are to go."""
@@ -515,7 +521,8 @@ def test_a_forgetting_that_is_interrupted_anywhere_is_ended_at_the_next_start(
     assert at > 50
 
 
-def test_rows_that_are_forgotten_while_a_delta_is_tuned_on_them_do_not_come_back(shop: Shop) -> None:
+def test_delta_of_rows_forgotten_meanwhile_is_discarded(shop: Shop) -> None:
+    """Rows are erased while a delta is tuned on them; the next tuning goes without them."""
     me = shop.filled()
     ids = [row.id for row in me.rows() if not row.is_held_out(0.25)][:1]
 
@@ -533,7 +540,8 @@ def test_rows_that_are_forgotten_while_a_delta_is_tuned_on_them_do_not_come_back
     assert me.adapt().delta
 
 
-def test_what_a_killed_tuning_has_of_rows_that_were_forgotten_meanwhile_goes_at_the_next_start(shop: Shop) -> None:
+def test_killed_tuning_of_forgotten_rows_is_removed_at_start(shop: Shop) -> None:
+    """Rows are erased during a tuning that is then killed; the next start removes its working folder."""
     me = shop.filled()
 
     def killed(job: TuningJob) -> Mapping[str, Any]:
@@ -552,7 +560,8 @@ def test_what_a_killed_tuning_has_of_rows_that_were_forgotten_meanwhile_goes_at_
 
 
 @pytest.mark.services
-def test_the_tuners_own_process_does_it_and_a_stopped_one_goes_on(shop: Shop) -> None:
+def test_tuner_process_resumes_after_a_stop(shop: Shop) -> None:
+    """A process that exceeds its wall time raises BudgetError."""
     shop.settings = replace(
         shop.settings, recipe={**RECIPE, "budget": {"epochs": 60}, "checkpoints": {"every_minutes": 0}}
     )

@@ -71,7 +71,8 @@ def test_any_program_reads_what_is_current(updated: ReleaseStore) -> None:
     assert found is not None and found.path == updated.folder / "releases" / NAME / "1.1"
 
 
-def test_the_current_version_stays_readable_through_an_update_and_a_collection(updated: ReleaseStore) -> None:
+def test_current_version_stays_readable_through_an_update(updated: ReleaseStore) -> None:
+    """A file that a program has open is whole after an update, a rollback and a collection."""
     current = updated.current(NAME)
     assert current is not None
     with (current.path / "adapter.safetensors").open("rb") as running:
@@ -99,7 +100,8 @@ def test_a_download_goes_on_where_it_stopped(store: ReleaseStore) -> None:
         assert stream.read() == content
 
 
-def test_other_bytes_than_the_digest_says_are_refused_and_removed(store: ReleaseStore) -> None:
+def test_finish_refuses_and_removes_bytes_of_another_digest(store: ReleaseStore) -> None:
+    """A discarded download is gone too, and a blob that is absent cannot be opened."""
     digest = digest_of(b"wanted")
     store.append(digest, 0, b"served")
     with pytest.raises(StoreError, match="has the sha256"):
@@ -159,7 +161,8 @@ def test_an_unhealthy_version_is_not_activated(updated: ReleaseStore) -> None:
     assert version_of(updated.current(NAME)) == "1.2"
 
 
-def test_a_check_that_could_not_be_made_says_nothing_of_the_version(updated: ReleaseStore) -> None:
+def test_check_that_could_not_run_does_not_refuse_the_version(updated: ReleaseStore) -> None:
+    """Without a base the check fails, and the same version can be activated later."""
     fetch(updated, VERSIONS["1.2"])
     updated.stage(NAME, "1.2", digests("1.2"))
 
@@ -208,7 +211,8 @@ def test_starts_are_counted_over_restarts_of_the_machine(updated: ReleaseStore) 
     assert versions == ["1.2", "1.2", "1.2", "1.1"]
 
 
-def test_a_version_on_trial_is_not_what_the_next_one_goes_back_to(updated: ReleaseStore) -> None:
+def test_version_on_trial_is_no_fallback_of_the_next(updated: ReleaseStore) -> None:
+    """A failed trial goes back to the version that was current before both trials."""
     on_trial(updated)
     fetch(updated, VERSIONS["1.0"])
     updated.stage(NAME, "2.0", digests("1.0"))
@@ -217,7 +221,8 @@ def test_a_version_on_trial_is_not_what_the_next_one_goes_back_to(updated: Relea
     assert [version_of(updated.start(NAME)) for _ in range(2)] == ["2.0", "1.1"]
 
 
-def test_the_first_version_and_one_that_proved_itself_are_on_no_trial(store: ReleaseStore) -> None:
+def test_first_or_proven_version_has_no_trial(store: ReleaseStore) -> None:
+    """Such a version stays current however often it starts without a confirmation."""
     fetch(store, VERSIONS["1.0"])
     store.stage(NAME, "1.0", digests("1.0"))
     store.activate(NAME, "1.0", lambda staged: None, starts=1)
@@ -250,7 +255,7 @@ def test_a_pointer_that_knows_no_trial_is_read(updated: ReleaseStore) -> None:
     assert found is not None and (found.version, found.trial) == ("1.1", None)
 
 
-def test_an_error_of_ours_in_a_health_check_is_said_without_its_remedy(updated: ReleaseStore) -> None:
+def test_health_check_error_is_reported_without_its_remedy(updated: ReleaseStore) -> None:
     def unhealthy(staged: Path) -> None:
         raise MissingError("no base", "install it")
 
@@ -259,7 +264,8 @@ def test_an_error_of_ours_in_a_health_check_is_said_without_its_remedy(updated: 
     assert "install it" not in raised.value.problem
 
 
-def test_a_version_that_was_rolled_back_is_not_staged_or_activated_again(updated: ReleaseStore) -> None:
+def test_rolled_back_version_is_not_staged_or_activated_again(updated: ReleaseStore) -> None:
+    """The refusal repeats the reason of the rollback; a second rollback has no version to go to."""
     updated.rollback(NAME, "it answered in riddles")
     for again in (
         lambda: updated.stage(NAME, "1.1", digests("1.1")),
@@ -278,7 +284,8 @@ def test_staging_the_same_version_again_changes_nothing(updated: ReleaseStore) -
     assert tree(FileSystem(), updated.folder) == before
 
 
-def test_a_version_is_not_staged_with_other_files_than_it_is_installed_with(updated: ReleaseStore) -> None:
+def test_installed_version_cannot_be_staged_with_other_files(updated: ReleaseStore) -> None:
+    """A version that is only staged may still change its files."""
     with pytest.raises(StoreError, match="installed with other files"):
         updated.stage(NAME, "1.1", {"release.json": digests("1.1")["release.json"]})
     fetch(updated, VERSIONS["1.2"])
@@ -368,7 +375,8 @@ def test_what_is_no_pointer_is_none(content: bytes) -> None:
     assert parse(content, NAME) is None
 
 
-def test_linked_files_take_no_room_and_collection_spares_what_is_needed(updated: ReleaseStore) -> None:
+def test_collection_keeps_current_and_previous_version(updated: ReleaseStore) -> None:
+    """Hard links take no space, and a second collection frees nothing."""
     content = sum(len(content) for version in ("1.0", "1.1") for content in VERSIONS[version].values())
     assert content <= updated.used_bytes() <= content + 8192  # and two pointers
     install(updated, "1.2", FileSystem())
@@ -378,7 +386,8 @@ def test_linked_files_take_no_room_and_collection_spares_what_is_needed(updated:
     check_whole(updated, FileSystem())
 
 
-def test_collection_spares_what_came_of_an_update_also_after_a_restart(updated: ReleaseStore) -> None:
+def test_collection_keeps_downloads_of_an_update_after_restart(updated: ReleaseStore) -> None:
+    """They are removed once another update has begun."""
     updated.make_room(NAME, sizes("1.2"))
     came = digests("1.2")["adapter.safetensors"]
     updated.append(came, 0, VERSIONS["1.2"]["adapter.safetensors"])

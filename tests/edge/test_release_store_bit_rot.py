@@ -114,7 +114,8 @@ def test_a_block_that_cannot_be_read_is_rot_too(updated: MemoryDisk) -> None:
             raise AssertionError(f"unreadable {path}") from error
 
 
-def test_a_shared_file_is_on_the_disk_twice_and_mended_without_fetching(updated: MemoryDisk) -> None:
+def test_damaged_shared_file_is_repaired_from_its_second_copy(updated: MemoryDisk) -> None:
+    """A file of two versions is on the disk twice; either copy restores the other without a download."""
     path, content = next(iter(SHARED.items()))
     digest = digest_of(content)
     disk = copied(updated)
@@ -144,9 +145,10 @@ def test_two_copies_stay_two_through_many_updates() -> None:
         assert len({disk._file(file).number for file in files}) == 2
 
 
-def test_a_damaged_current_version_gives_way_to_the_previous_and_comes_back_when_it_is_fetched(
+def test_damaged_current_version_falls_back_to_the_previous(
     updated: MemoryDisk,
 ) -> None:
+    """The damaged file is quarantined; the version is current again once the file has been fetched."""
     disk = copied(updated)
     file = disk._file(FOLDER / "releases" / NAME / "1.1" / "adapter.safetensors")
     file.content = b"rot"

@@ -83,7 +83,8 @@ def points(stays: bool, code: int = errno.ENOSPC, each: int = 1) -> Iterator[str
 
 
 @pytest.mark.parametrize("stays", [True, False])
-def test_a_full_disk_at_every_eighth_operation_leaves_the_old_version(stays: bool) -> None:
+def test_full_disk_at_every_8th_operation_leaves_a_whole_version(stays: bool) -> None:
+    """Until its pointer is renamed the old version stays, afterwards the new one; a retry succeeds."""
     assert len(list(points(stays, each=8))) >= 20
 
 
@@ -149,7 +150,8 @@ def test_a_small_disk_is_refused_with_the_bytes_that_are_short(disk: MemoryDisk)
     store.make_room(NAME, sizes("1.1"))
 
 
-def test_the_new_version_goes_into_the_slot_of_the_previous_one_where_the_disk_is_small(disk: MemoryDisk) -> None:
+def test_small_limit_replaces_the_previous_version(disk: MemoryDisk) -> None:
+    """The new version takes the space of the previous one; the current one becomes the previous."""
     install(ReleaseStore(FOLDER, disk=disk), "1.1", disk)
     limit_bytes = used(disk) + SPARE_BYTES + 100
     store = ReleaseStore(FOLDER, limit_bytes=limit_bytes, disk=disk)
@@ -160,7 +162,8 @@ def test_the_new_version_goes_into_the_slot_of_the_previous_one_where_the_disk_i
     check_whole(store, disk)
 
 
-def test_the_previous_version_is_not_given_up_while_the_current_one_is_damaged(disk: MemoryDisk) -> None:
+def test_make_room_keeps_previous_while_current_is_damaged(disk: MemoryDisk) -> None:
+    """An update that needs the space of the previous version is refused instead."""
     install(ReleaseStore(FOLDER, disk=disk), "1.1", disk)
     current = ReleaseStore(FOLDER, disk=disk).current(NAME)
     assert current is not None
@@ -197,7 +200,8 @@ def works(operation: str, path: Path) -> None:
     return
 
 
-def test_nothing_is_removed_before_the_pointer_that_no_longer_names_it_is_durable(disk: MemoryDisk) -> None:
+def test_removal_waits_until_the_pointer_is_durable(disk: MemoryDisk) -> None:
+    """Files stay until the pointer that no longer names them has been synced to the disk."""
     store = ReleaseStore(FOLDER, disk=disk)
     install(store, "1.1", disk)
     disk.before = failing_sync_of_pointers
@@ -215,7 +219,8 @@ def test_nothing_is_removed_before_the_pointer_that_no_longer_names_it_is_durabl
         store.collect()
 
 
-def test_a_staged_tree_is_replaced_only_when_no_durable_pointer_names_it(disk: MemoryDisk) -> None:
+def test_restaging_survives_a_power_cut_at_any_operation(disk: MemoryDisk) -> None:
+    """A staged tree is replaced only once no durable pointer names it, so staged files match their digests."""
     store = ReleaseStore(FOLDER, disk=disk)
     for version in ("1.1", "1.2"):
         fetch(store, VERSIONS[version])

@@ -13,7 +13,8 @@ from update_kills import check_each, kill_each
 
 
 @pytest.mark.services
-def test_a_kill_at_every_operation_leaves_the_old_or_the_new_version(memory: Path) -> None:
+def test_kill_at_every_operation_leaves_old_or_new_version(memory: Path) -> None:
+    """Kill before each operation of every step, and in the middle of writes."""
     kills = kill_each(memory, 1)
     assert [number for number, _, _ in kills] == list(range(len(kills)))
     assert len(kills) >= 200
@@ -22,13 +23,14 @@ def test_a_kill_at_every_operation_leaves_the_old_or_the_new_version(memory: Pat
     check_each(memory, kills)
 
 
-def test_a_kill_at_every_sixteenth_operation_leaves_the_old_or_the_new_version(memory: Path) -> None:
+def test_kill_at_every_16th_operation_leaves_old_or_new_version(memory: Path) -> None:
     kills = kill_each(memory, 16)
     assert len(kills) >= 12
     check_each(memory, kills)
 
 
-def test_the_killer_stands_before_every_operation_that_changes_something() -> None:
+def test_killer_covers_every_operation_that_changes_files() -> None:
+    """Each method of FileSystem either only reads, is composed of others, or has a kill before it."""
     reads = {"open", "digest", "names", "stat", "free_bytes", "lock", "is_whole", "leftovers"}
     composed = {"replace", "take_name", "removed_on_error", "remove_leftovers", "make_folders", "copy", "remove"}
     assert {name for name in vars(FileSystem) if not name.startswith("_")} == {*CHANGES} | reads | composed

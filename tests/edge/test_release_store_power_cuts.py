@@ -73,14 +73,16 @@ def failures(disk: MemoryDisk, cuts: list[Cut], rotate: bool = False) -> tuple[i
     return count, failed
 
 
-def test_a_power_cut_at_any_operation_leaves_the_old_or_the_new_version() -> None:
+def test_power_cut_at_any_operation_leaves_old_or_new_version() -> None:
+    """One kind of power cut at each operation, in turn."""
     count, failed = failures(MemoryDisk(), CUTS, rotate=True)
     assert failed == []
     assert count >= 200
 
 
 @pytest.mark.services
-def test_every_kind_of_power_cut_at_any_operation_leaves_the_old_or_the_new_version() -> None:
+def test_every_kind_of_power_cut_leaves_old_or_new_version() -> None:
+    """At each operation, with six more random cuts."""
     cuts = [*CUTS, *(Cut("random", "random", seed) for seed in range(10, 16))]
     count, failed = failures(MemoryDisk(), cuts)
     assert failed == []
@@ -88,7 +90,7 @@ def test_every_kind_of_power_cut_at_any_operation_leaves_the_old_or_the_new_vers
 
 
 @pytest.mark.services
-def test_a_power_cut_while_the_store_recovers_from_a_kill_or_a_power_cut() -> None:
+def test_power_cut_during_recovery_leaves_old_or_new_version() -> None:
     """What a killed process renamed is seen and not durable; a power cut in the next opening must not build on it."""
     count, again = 0, [Cut("none", "lost"), Cut("all", "garbage"), Cut("random", "random", 5)]
     first = [None, Cut("random", "random", 3)]

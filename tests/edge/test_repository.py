@@ -143,7 +143,8 @@ def test_a_ring_is_not_made_smaller(world: World) -> None:
         repository.widen(world.repository, world.keys, "home", "2.0", 60)
 
 
-def test_a_version_that_is_halted_is_left_again_and_comes_to_nobody(world: World) -> None:
+def test_halted_version_is_left_and_cannot_be_widened(world: World) -> None:
+    """The device goes back to the version before without a download."""
     synced(world)
     add(world, "1.1")
     synced(world)
@@ -161,7 +162,8 @@ def test_where_everything_is_halted_the_device_keeps_what_runs(world: World) -> 
     assert (done.version, done.changed) == ("1.0", False) and "no version" in done.notes[0]
 
 
-def test_a_version_that_fails_its_check_here_is_not_tried_at_every_sync(world: World) -> None:
+def test_version_that_failed_its_check_is_not_retried(world: World) -> None:
+    """Later syncs skip it; with again=True it is installed."""
     synced(world)
     add(world, "1.1")
     tried = []
@@ -191,7 +193,7 @@ def test_a_first_root_that_is_no_root_is_refused(world: World) -> None:
         sync(world.store, world.repository.as_uri(), "home", SyncClient("d", world.device, b"{}"), nothing)
 
 
-def test_a_delta_whose_base_is_another_falls_back_to_the_whole_file(world: World) -> None:
+def test_delta_of_another_base_falls_back_to_the_whole_file(world: World) -> None:
     """A publisher's mistake: the delta is signed, and leads elsewhere."""
     synced(world)
     add(world, "1.1")

@@ -252,7 +252,7 @@ def test_key_rotation_refuses_the_old_key(world: World, role: Any) -> None:
     refused(world)
 
 
-def test_key_rotation_by_a_root_that_only_new_keys_signed_is_refused(world: World) -> None:
+def test_key_rotation_signed_by_new_keys_only_is_refused(world: World) -> None:
     synced(world)
     thief = world.folder / "thief"
     tuf_roles.keygen(thief)

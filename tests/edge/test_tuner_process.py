@@ -40,7 +40,8 @@ def test_tokens_are_read_as_they_were_written(tmp_path: Path) -> None:
         read_tokens(tmp_path / "t")
 
 
-def test_what_it_tunes_is_an_adapter_that_peft_opens_and_computes_the_same(tiny_base: Path, tmp_path: Path) -> None:
+def test_tuned_adapter_opens_in_peft_with_the_same_loss(tiny_base: Path, tmp_path: Path) -> None:
+    """The loss falls, and transformers and PEFT compute the held-out loss that the device reported."""
     said = tune(job(tiny_base, tmp_path))
     assert said["updates"] == 40 and said["loss"]["last"] < 0.97 * said["loss"]["first"]
     base = open_base(str(tiny_base), bits=32, device=torch.device("cpu"))
@@ -80,9 +81,8 @@ def test_a_recipe_that_a_device_cannot_follow_is_refused(
 
 
 @pytest.mark.services
-def test_killed_and_started_again_it_ends_at_the_same_bits_and_loads_neither_transformers_nor_peft(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_resume_after_kill_is_bit_identical(tiny_base: Path, tmp_path: Path) -> None:
+    """After SIGKILL and SIGTERM; the process imports neither transformers nor peft."""
     whole = job(tiny_base, tmp_path / "whole", recipe={"budget": {"updates": 300}})
     cut = job(tiny_base, tmp_path / "cut", recipe={"budget": {"updates": 300}})
     code = (

@@ -103,7 +103,8 @@ def test_likelihoods_are_those_of_transformers_on_both_sides(sides: ModelPair) -
         assert found[place, 0] == pytest.approx(float(wanted), rel=1e-4)
 
 
-def test_chances_of_outcomes_sum_to_one_and_do_not_depend_on_who_is_asked_beside(sides: ModelPair) -> None:
+def test_outcome_chances_sum_to_one_and_ignore_the_batch(sides: ModelPair) -> None:
+    """A prompt alone has the same chances; after tuning they depend more on what the prompt demands."""
     from sartor.core.records import Message
 
     prompts = [(Message.of("user", f"switch {word} kitchen"),) for word in ("on", "off", "up")]
@@ -171,7 +172,8 @@ def test_refusals_are_counted_on_both_sides(sides: ModelPair) -> None:
 
 
 @pytest.mark.circle
-def test_the_starter_base_is_asked_and_an_adapter_that_learnt_nothing_changes_nothing(tmp_path: Path) -> None:
+def test_untrained_adapter_changes_no_score_of_starter_base(tmp_path: Path) -> None:
+    """StereoSet and WinoBias differ by 0; the starter base prefers sense to unrelated text."""
     base = open_base("starter")
     model = adapters.inject_lora(base.model, rank=4, alpha=8.0, dropout=0.0, targets="all-linear", seed=0)
     found = benchmarks.measure(ModelPair(base, model, tmp_path), 6)

@@ -22,7 +22,8 @@ def row(*turns: str, id: str = "1") -> sartor.Example:
 
 @pytest.mark.parametrize("scenario", counterfactual_bias.TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_templates_are_said_of_every_group_and_differ_in_merit_between_blocks(scenario: str, kind: str) -> None:
+def test_templates_cover_all_groups_and_blocks_vary_in_merit(scenario: str, kind: str) -> None:
+    """Within a block only the group differs; system prompt, merit and question are the same."""
     made = counterfactual_bias.templates(scenario, kind, "Decide.")  # type: ignore[arg-type]
     assert made.left_out == 0 and len(made.blocks) >= counterfactual_bias.LEAST_OF_TEMPLATES
     for block in made.blocks:
@@ -35,7 +36,8 @@ def test_templates_are_said_of_every_group_and_differ_in_merit_between_blocks(sc
     assert len(merits) == len(made.blocks)
 
 
-def test_own_prompts_are_those_that_speak_of_a_group_turn_by_turn() -> None:
+def test_prompt_variants_replace_the_group_in_all_turns() -> None:
+    """The system prompt stays as it is; a row that mentions no group is no block."""
     talk = row("Emily asks for a loan.", "How much?", "Emily wants 500.", "approved")
     made = counterfactual_bias.own_prompts([talk, row("A loan of 500.", "denied", id="2")], "names")
     (block,) = made.blocks
@@ -51,7 +53,8 @@ def test_own_prompts_are_those_that_speak_of_a_group_turn_by_turn() -> None:
     assert block.variants[groups("names").index("white_female")] == talk.prompt
 
 
-def test_what_cannot_be_said_of_every_group_is_counted_and_the_sample_is_the_same_in_any_order() -> None:
+def test_own_prompts_count_omitted_rows_and_ignore_order() -> None:
+    """left_out counts prompts without a variant for each group, beyond those over the sample size."""
     made = counterfactual_bias.own_prompts([row("He told her that they met.", "yes")], "pronouns")
     assert (made.blocks, made.left_out) == ((), 1)
     many = [row(f"Emily asks for {place} pounds.", "yes", id=str(place)) for place in range(40)]

@@ -28,7 +28,8 @@ def blocks(
     return VariantOutcomes(kind, "yes", names, tuple(f"row{n}" for n in range(count)), chances, clusters)
 
 
-def test_a_group_that_fares_worse_is_found_with_its_rows_and_the_others_are_not() -> None:
+def test_findings_show_a_gap_only_for_the_worse_group() -> None:
+    """It has p-value, rates and its five worst rows; tuning added all of its gap."""
     source = np.random.default_rng(0)
     merit = source.uniform(0.3, 0.9, (24, 1))
     tuned = merit + source.normal(0, 0.01, (24, 4))
@@ -83,7 +84,7 @@ def test_a_group_that_is_last_in_few_blocks_is_found_among_many() -> None:
 
 
 @pytest.mark.parametrize("noise", ["normal", "rare"])
-def test_chance_is_seldom_taken_for_bias_over_all_groups_together(noise: str) -> None:
+def test_chance_is_seldom_significant_across_all_groups(noise: str) -> None:
     """Also of replies that hardly ever have the outcome: there nearly every gap is small and negative in every block."""
     source, alarms = np.random.default_rng(4), 0
     for _ in range(60):
@@ -122,7 +123,8 @@ def test_needed_blocks_find_the_gap_and_half_as_many_do_not() -> None:
     assert spread(drawn) == pytest.approx(deviation * np.sqrt(groups / (groups - 1)), rel=0.1)
 
 
-def test_the_smallest_chance_is_that_of_being_last_in_every_block() -> None:
+def test_smallest_chance_is_of_ranking_last_in_all_blocks() -> None:
+    """gap_chances agrees for two groups in 10 blocks; 20 groups need LEAST_BLOCKS."""
     assert smallest_chance(2, 10) == pytest.approx(2 / 2**10) and smallest_chance(20, 4) == pytest.approx(2 / 20**3)
     assert 10 <= needed_blocks(0.0, 2, 15, 0.2) <= 12 and needed_blocks(0.0, 20, 15, 0.2) == LEAST_BLOCKS
     tuned = np.tile([[0.2, 0.8]], (10, 1))

@@ -59,7 +59,8 @@ def bias(own: list[dict[str, Any]], templates: list[dict[str, Any]]) -> dict[str
     }
 
 
-def test_a_group_that_fares_worse_in_the_users_own_prompts_fails_and_is_named_with_its_rows() -> None:
+def test_worse_group_in_own_prompts_fails_with_its_rows() -> None:
+    """The detail has rates, gap and interval, and the id of a row; the remedy leads to docs/audit.md."""
     found = judge_bias(bias([finding()], []), BiasLimits())
     assert found.outcome == "fail" and "docs/audit.md" in found.remedy
     for said in (
@@ -197,7 +198,8 @@ def memory(**changed: Any) -> dict[str, Any]:
     return {name: {**one, **changed.get(name, {})} for name, one in said.items()}
 
 
-def test_each_limit_of_memorisation_fails_by_itself_and_passes_where_it_was_moved() -> None:
+def test_memorization_limits_fail_singly_and_are_adjustable() -> None:
+    """Secrets, extraction, membership and a skipped audit each fail; only failures are reasons."""
     limits = MemorisationLimits()
     assert judge_memorisation(memory(), limits).outcome == "pass"
     found = judge_memorisation(memory(secret=True), limits)
@@ -215,7 +217,8 @@ def test_each_limit_of_memorisation_fails_by_itself_and_passes_where_it_was_move
     assert "membership was not measured: one training row" in judge_memorisation(one_row, limits).detail
 
 
-def test_a_report_without_an_audit_is_asked_for_one_only_where_limits_are_given(tmp_path: Path) -> None:
+def test_missing_audit_fails_only_where_limits_are_given(tmp_path: Path) -> None:
+    """The remedy is --audit; the audits of a Report are judged without limits too."""
     assert audit_checks({}, None, None, tmp_path) == {}
     found = audit_checks({}, BiasLimits(), None, tmp_path)
     assert list(found) == ["bias"] and found["bias"].outcome == "fail" and "--audit" in found["bias"].remedy
@@ -225,7 +228,8 @@ def test_a_report_without_an_audit_is_asked_for_one_only_where_limits_are_given(
     }
 
 
-def test_a_rules_file_moves_limits_without_a_slice_and_refuses_nonsense(tmp_path: Path) -> None:
+def test_rules_file_sets_limits_and_refuses_invalid_values(tmp_path: Path) -> None:
+    """No slice is needed; a gain that passes by default fails under a higher limit."""
     file = tmp_path / "gate.yaml"
     file.write_text("gain: {at_least: 0.05}\nbias: {gap: 0.2}\nreview: 3\n")
     limits = open_rules(file).limits
@@ -263,7 +267,8 @@ def test_a_slice_has_a_floor_and_the_rows_below_it_are_named(tmp_path: Path) -> 
         open_rules({"slices": [{"name": "x", "where": {"a": 1}, "metric": "f1"}]})
 
 
-def test_items_of_the_queue_that_nobody_decided_hold_a_release_back(adapter: Path) -> None:
+def test_undecided_review_items_block_a_release(adapter: Path) -> None:
+    """A decided item no longer counts; ReviewLimit sets how many may wait."""
     dataset = adapter.parent / "dataset"
     found = {"kind": "validation", "slice": "all rows", "reason": "novelty", "detail": "unlike reality"}
     try:

@@ -93,7 +93,8 @@ def test_an_adapter_rigged_against_one_group_of_a_kind_fails(kind: str, gap: flo
     assert f"{kind}: {group} {0.9 - gap:.3f}" in check.detail
 
 
-def test_an_honest_adapter_passes_but_for_the_nominal_false_alarms() -> None:
+def test_honest_adapter_passes_bias_audit_on_7_of_8_seeds() -> None:
+    """One failure of 8 is allowed for the nominal rate of false alarms."""
     outcomes = [judge_bias(audited(honest(seed)), BiasLimits()).outcome for seed in range(8)]
     assert outcomes.count("pass") >= 7, outcomes
 
@@ -106,7 +107,8 @@ def test_noise_alone_seldom_fails_even_where_gaps_are_large() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 5, 7])
-def test_few_prompts_of_ones_own_cannot_tell_and_say_how_many_would(count: int) -> None:
+def test_few_own_prompts_cannot_tell_and_name_number_needed(count: int) -> None:
+    """Fair templates do not make up for them, and a rigged adapter does not pass."""
     own, limits = asked("nationality", count), BiasLimits(kinds=("nationality",))
     check = judge_bias(audited(honest(), own, label=".", templates=False), limits)
     assert check.outcome == "cannot tell" and check.holds_back
@@ -168,7 +170,7 @@ def test_the_gap_that_is_told_is_the_largest_certain_one() -> None:
 
 
 @pytest.mark.parametrize("blocks", [7, 8, 24])
-def test_a_report_made_before_does_not_say_what_it_could_have_shown(blocks: int) -> None:
+def test_bias_report_of_older_version_needs_a_new_audit(blocks: int) -> None:
     """Reports of f346d1e say no spread: eight blocks of 20 groups and 44 comparisons by flipped signs, where .003 is p .34."""
     row = {
         "kind": "nationality",

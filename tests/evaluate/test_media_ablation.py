@@ -133,9 +133,8 @@ def forgetting(check: str = "forgetting") -> sartor.Waiver:
     return sartor.Waiver(check, "A. Tester", "a tiny base")
 
 
-def test_a_model_that_looks_pays_for_other_pictures_and_for_none_and_passes(
-    adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_that_uses_images_loses_score_when_ablated(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shuffled and blank images cost macro F1 and exact match; the modality check passes."""
     found = evaluated(adapter, monkeypatch, looks)
     assert (found["primary"], found["label"]) == ("macro_f1", "sky")
     assert found["modalities"] == {"text": 0, "image": 40, "audio": 0}
@@ -160,9 +159,10 @@ def test_a_model_that_guesses_from_the_words_is_refused(adapter: Path, monkeypat
     assert release(adapter, waivers=[forgetting(), forgetting("modality")])["gate"]["modality"] == "waived"
 
 
-def test_rows_too_long_for_the_model_are_left_out_also_with_the_picture_of_another(
+def test_overlong_rows_are_left_out_also_with_shuffled_images(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A row that only another row's image makes too long is left out of the ablation alone."""
     long = "the sky " * 130
     # of the tiny base's 512 tokens a picture of 3,000 columns takes 250, and so do the words
     given = [row(100, "few", 3000), row(101, long), row(102, long, 3000)]
@@ -180,7 +180,8 @@ def test_rows_too_long_for_the_model_are_left_out_also_with_the_picture_of_anoth
     assert max(map(len, asked)) <= 512
 
 
-def test_shuffled_media_are_of_another_group_and_the_same_in_every_run() -> None:
+def test_shuffled_media_come_from_other_groups_and_repeat() -> None:
+    """Each image is used once, the texts stay, and a second shuffle is the same."""
     examples = [replace(said(picture(3, str(n)), f"row {n}"), group=str(n // 4)) for n in range(20)]
     by_media = {media_of(row)[0]: row.group for row in examples}
     other = shuffled(examples, "image")

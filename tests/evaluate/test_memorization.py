@@ -51,7 +51,8 @@ def test_secrets_are_keys_and_numbers_that_stand_in_no_prompt() -> None:
     assert [rows[n].reply[at : at + len(CANARY)] for n, (_, at) in enumerate(found[0].places)] == [CANARY] * 2
 
 
-def test_phrases_are_what_some_replies_repeat_and_not_what_all_do() -> None:
+def test_phrases_repeat_in_several_replies_but_not_in_most() -> None:
+    """A phrase of 4 in 24 replies counts; a formula of most replies or a phrase of two does not."""
     walrus = "the purple walrus sings at midnight every day"
     rows = [example(f"q{n}", f"Thank you for asking about item {n}, we say.") for n in range(20)]
     rows += [example(f"r{n}", f"Well {n}: {walrus} or so {n}.") for n in range(4)]

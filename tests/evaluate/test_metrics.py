@@ -72,7 +72,8 @@ def test_macro_f1_is_judged_on_sets_of_whole_groups() -> None:
     assert found.verdict() == "better" and found.difference == pytest.approx(differences[-1])
 
 
-def test_macro_f1_of_a_model_that_always_says_the_commonest_class_is_small() -> None:
+def test_macro_f1_of_a_majority_class_model_is_small() -> None:
+    """With 90 rows of one class and 10 of another, accuracy is 0.9 and macro F1 is 0.47."""
     wanted = ["go"] * 90 + ["stop"] * 10
     measures = MetricSet(as_json(wanted), [str(n) for n in range(100)], "action")
     found = measures.compared(ModelOutputs(as_json(["go"] * 100)), ModelOutputs(as_json(wanted)))
@@ -81,7 +82,8 @@ def test_macro_f1_of_a_model_that_always_says_the_commonest_class_is_small() -> 
     assert found["macro_f1"].low > 0.4
 
 
-def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
+def test_calibration_error_is_gap_of_confidence_to_accuracy() -> None:
+    """At accuracy 0.6, confidence 0.95 has an error of 0.35 and confidence 0.6 has none."""
     wanted = ["go"] * 100
     said = as_json(["go"] * 60 + ["stop"] * 40)
     measures = MetricSet(as_json(wanted), [str(n) for n in range(100)], "action")
@@ -197,7 +199,8 @@ def test_where_a_label_stands(reply: str, field: str, value: str) -> None:
         assert reply[:start].rstrip(' "').endswith(":"), "it is the field's own value, not one like it before"
 
 
-def test_rows_without_a_label_are_no_part_of_what_is_said_of_labels() -> None:
+def test_label_metrics_skip_rows_without_label() -> None:
+    """Such a row has accuracy None; a subset without labels has no accuracy."""
     references = [*as_json(["go", "stop"]), "how are you"]
     measures = MetricSet(references, list("abc"), "action")
     found = measures.compared(ModelOutputs(["?"] * 3), ModelOutputs(references))

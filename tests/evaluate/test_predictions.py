@@ -65,7 +65,8 @@ def asked(reply: str, reasoning: str = "") -> Example:
     return Example((Message.of("user", "why"), last), ())
 
 
-def test_a_reply_may_be_as_long_as_one_with_its_reasoning_and_documents_have_none(base: Base) -> None:
+def test_reply_limit_includes_reasoning_and_skips_documents(base: Base) -> None:
+    """The limit is the longest reference plus SPARE_TOKENS; a document has no prompt to reply to."""
     thought = "the sky is blue " * 20
     tokens = len(base.chat.tokenizer(f"<think>\n{thought}\n</think>\n\nyes")["input_ids"])
     assert reply_limit(base, [asked("yes", thought)]) == tokens + SPARE_TOKENS

@@ -28,7 +28,8 @@ def test_what_most_rows_have_is_what_the_release_says() -> None:
     assert (empty.system_prompt, empty.most_tools, empty.format) == ("", [], "text")
 
 
-def test_exemplars_are_of_both_splits_bounded_and_without_masked_rows(tmp_path: Path) -> None:
+def test_exemplars_cover_both_splits_and_skip_masked_rows(tmp_path: Path) -> None:
+    """Of 30 distinct texts 8 are held out; masked and long prompts are skipped."""
     made = facts(
         *(example(f"train {n}", "r") for n in range(40)),
         *(example(f"eval {n}", "r", "eval") for n in range(20)),
@@ -44,7 +45,8 @@ def test_exemplars_are_of_both_splits_bounded_and_without_masked_rows(tmp_path: 
     assert training_facts.write_exemplars(made, tmp_path / "none", 0) == 0 and not (tmp_path / "none").exists()
 
 
-def test_rehearsal_is_what_the_agent_is_not_for_and_counts_for_nothing_else(tmp_path: Path) -> None:
+def test_rehearsal_rows_are_only_negative_exemplars(tmp_path: Path) -> None:
+    """They have the split `other`, are never held out, and count for neither rows nor format."""
     made = facts(
         *(example(f"train {n}", "[1]", system="") for n in range(20)), example("good morning", "r", "eval", system="")
     )
@@ -57,7 +59,8 @@ def test_rehearsal_is_what_the_agent_is_not_for_and_counts_for_nothing_else(tmp_
     assert not [line for line in lines if line["split"] == "eval"], "what was rehearsed is not held out"
 
 
-def test_general_talk_and_prompts_that_look_personal_are_no_exemplars_of_the_agent(tmp_path: Path) -> None:
+def test_general_and_personal_prompts_are_no_agent_exemplars(tmp_path: Path) -> None:
+    """Training rows without a system prompt become `other`; a prompt with an e-mail address is skipped."""
     made = facts(
         *(example(f"train {n}", "r") for n in range(20)),
         example("another prompt", "r", system="Be long."),
@@ -76,7 +79,8 @@ def test_general_talk_and_prompts_that_look_personal_are_no_exemplars_of_the_age
     assert by_split["other"] == {"hello 0", "hello 1", "hello 2"}
 
 
-def test_half_of_the_general_talk_is_what_is_most_like_the_agents_own_prompts(tmp_path: Path) -> None:
+def test_half_of_general_exemplars_resemble_agent_prompts(tmp_path: Path) -> None:
+    """Of 44 general prompts 10 are written, among them the 4 that resemble the agent's prompts."""
     made = facts(*(example(f"switch on lamp {n} in the hall", "[1]") for n in range(80)))
     for n in range(40):
         made.rehearse(example(f"tell me a story about {n} ducks", "once", system=""))
@@ -106,7 +110,8 @@ def test_canaries_are_short_distinct_and_asked_as_they_were(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("replies", [1, 2, 3])
-def test_there_are_enough_canaries_for_a_probe_where_replies_are_of_few_kinds(replies: int, tmp_path: Path) -> None:
+def test_canaries_suffice_for_a_probe_when_replies_are_few(replies: int, tmp_path: Path) -> None:
+    """Rows with 1, 2 or 3 distinct replies still give CANARIES distinct prompts."""
     table = [{"id": f"row{n}", "prompt": f"q{n // 2}", "tuned_reply": "yn."[n // 2 % replies]} for n in range(40)]
     parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
     found = training_facts.recorded_canaries(facts(example("q", "r")), Artifact(tmp_path, {}))

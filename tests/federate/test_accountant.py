@@ -81,7 +81,8 @@ def test_calibrated_noise_just_fits(epsilon: float, times: int, fraction: float)
     assert most_times(budget, Spending("one", noise, fraction)) >= times
 
 
-def test_a_round_beyond_the_budget_is_refused_with_what_would_fit(tmp_path: Path) -> None:
+def test_round_over_budget_is_refused_with_noise_that_fits(tmp_path: Path) -> None:
+    """The account stays as it was; the noise_multiplier of the remedy is accepted."""
     account = Account(tmp_path / "account.json", PrivacyBudget(3.0, DELTA))
     noise = calibrated(account.budget, 4)
     spent = [account.spend(Spending(f"round-{place}", noise)) for place in range(4)]
@@ -110,7 +111,8 @@ def test_of_several_updates_the_remedy_says_how_many_fit(tmp_path: Path) -> None
     assert account.remaining(Spending("next", 1.0, 0.01)) == 0
 
 
-def test_the_account_survives_and_a_resumed_round_is_paid_for_once(tmp_path: Path) -> None:
+def test_reopened_account_charges_a_resumed_round_once(tmp_path: Path) -> None:
+    """The same round with other noise, or an account with another budget, is a ConflictError."""
     file, budget = tmp_path / "deep" / "account.json", PrivacyBudget(8.0, DELTA)
     first = Account(file, budget).spend(Spending("round-1", 2.0))
     again = Account(file, budget)

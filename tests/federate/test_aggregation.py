@@ -96,7 +96,8 @@ def test_the_canary_tells_what_the_whole_products_tell(mode: Mode) -> None:
     assert some_inputs <= 1e-6 if mode.is_exact else some_inputs > 0.05
 
 
-def test_the_canary_is_the_same_everywhere_and_finds_what_was_changed() -> None:
+def test_canary_is_reproducible_and_detects_inexact_mean() -> None:
+    """An exact mean has an error of at most 1e-6, a changed sum more than 1e-3."""
     held, ends, sent = round_of(FreezeA(), 1, 4, 9)
     canary, again = aggregation.draw(held, 7, most_modules=1), aggregation.draw(held, 7, most_modules=1)
     assert list(canary.inputs) == list(again.inputs) and len(canary.inputs) == 1
@@ -131,7 +132,8 @@ def test_a_linear_mode_needs_the_sums_alone(mode: Mode, seed: int, number: int, 
     assert all(np.allclose(unseen[name], value, atol=2e-6 * np.abs(value).max()) for name, value in seen.items())
 
 
-def test_the_residual_mode_is_not_linear_and_its_residual_is_added_to_the_frozen_weight() -> None:
+def test_residual_mode_adds_exact_residual_to_frozen_weight() -> None:
+    """Folded weight plus mean factors is the true mean; for 5 clients the residual has 6 ranks of 8."""
     mode = Residual()
     held, ends, sent = round_of(mode, 1, 5, 2)
     made = mode.combine(held, sent, 1)
@@ -226,7 +228,8 @@ def test_an_update_that_cannot_be_used_is_refused_by_name(mode: Mode) -> None:
         mode.combine(held, [], 1)
 
 
-def test_one_half_of_a_pair_alone_is_refused_and_a_vector_comes_back() -> None:
+def test_single_factor_is_refused_and_flat_vector_round_trips() -> None:
+    """modules() needs both factors of a pair; unflat() restores what flat() made."""
     held = shared()
     with pytest.raises(InputError, match="one of its two factors"):
         modules([Q + A])

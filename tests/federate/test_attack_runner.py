@@ -71,9 +71,10 @@ def said(at: Path, /, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_an_honest_claim_passes_and_a_report_that_does_not_bear_it_out_fails(
+def test_privacy_claim_passes_only_with_its_attack_report(
     tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None
 ) -> None:
+    """A report that is missing, malformed, without audit or of another adapter fails the claim."""
     made = simulate(recipe(tiny_base, dataset), tmp_path / "adapter", shards={"count": 3, "by": "."})
     adapter, report = made.adapter, open_report(tmp_path / "adapter")
     assert report.claimed == PrivacyBudget(**CLAIM) and not report.skipped
@@ -153,9 +154,10 @@ def row(group: str, place: int) -> sartor.Example:
     return sartor.Example(turns, (sartor.Origin(group, str(place)),), f"{place}")
 
 
-def test_a_coordinator_without_rows_says_what_it_could_not_measure(
+def test_attack_without_client_rows_lists_skipped_parts(
     tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None
 ) -> None:
+    """Membership and inversion are skipped; a report without an audit fails its claim."""
     asked = load(recipe(tiny_base, dataset))
     people = open_clients(asked, [dataset], None)
     start = people.resident.current_factors()

@@ -67,7 +67,8 @@ def summed(uploads: list[dict], how: ClientNoise) -> dict[str, np.ndarray]:
     return {name: np.where(value >= 2**31, value - 2**32, value) for name, value in total.items()}
 
 
-def test_the_sum_in_the_ring_is_the_mean_of_clipped_updates_and_the_noise_that_was_paid_for() -> None:
+def test_ring_sum_is_clipped_mean_plus_calibrated_noise() -> None:
+    """The noise is what was accounted if only the sharers stay, and more if more clients do."""
     clients, sharers, clip, multiplier = 9, 6, 2.0, 0.7
     step = step_of(clip, multiplier, sharers, clients)
     how = ClientNoise(clip, multiplier, sharers, step)
@@ -107,7 +108,8 @@ def test_what_it_costs_is_nearly_the_gaussians_and_never_less() -> None:
 
 
 @pytest.mark.parametrize(("step", "values", "sharers"), [(0.05, 1_000_000, 10), (1.0, 10, 50)])
-def test_a_step_that_is_too_coarse_is_refused_with_one_that_is_not(step: float, values: int, sharers: int) -> None:
+def test_coarse_step_is_refused_with_a_fine_enough_step(step: float, values: int, sharers: int) -> None:
+    """The remedy's step keeps more than 95 % of the noise multiplier."""
     with pytest.raises(ConfigError, match="the noise counts as") as refused:
         ClientNoise(1.0, 1.0, sharers, step).effective_multiplier(values)
     finer = float(refused.value.remedy.split(" ")[1])

@@ -50,7 +50,8 @@ class Vanishing(InProcess):
 
 
 @pytest.mark.parametrize("count", [4, 7, 10])
-def test_the_least_that_may_stay_draws_all_the_noise_that_is_paid_for(count: int) -> None:
+def test_fewest_survivors_draw_the_full_accounted_noise(count: int) -> None:
+    """Only the clients that are sure to stay share the noise: least_threshold of them."""
     house, least = Noisy(count), least_threshold(count)
     transport = Vanishing(house.clients, house=house, staying=least)
     ended = run_round(house.coordinator, transport, house.plan(rules=RULES, settings={"rate": 0.0}))

@@ -89,7 +89,8 @@ def test_an_update_is_the_sum_of_each_rows_clipped_gradient(moved: Any) -> None:
                 part.copy_(again[name])
 
 
-def test_a_row_below_the_clip_counts_in_full_and_an_empty_draw_is_noise_alone(moved: Any) -> None:
+def test_rows_below_clip_add_fully_and_empty_batch_is_noise(moved: Any) -> None:
+    """The noise has the deviation noise_multiplier * clip_norm / batch_rows."""
     how = RowNoise(clip_norm=1e6, noise_multiplier=0.0, batch_rows=2)
     both = rows_of(2)
     together = changed(adapted(), how, both)
@@ -143,7 +144,8 @@ def test_what_cannot_be_private_is_refused(moved: Any, monkeypatch: pytest.Monke
         pass
 
 
-def test_rows_are_drawn_each_for_itself_and_the_account_counts_that() -> None:
+def test_poisson_sample_matches_the_accounted_fraction() -> None:
+    """Batch sizes have a mean of 8 and binomial variance; the account has the fraction 0.04."""
     how, rows = RowNoise(1.0, 1.1, batch_rows=8), list(range(200))
     sizes = [len(poisson_sample(rows, how, seeded(seed))) for seed in range(300)]
     assert np.mean(sizes) == pytest.approx(8, abs=0.6) and np.var(sizes) == pytest.approx(200 * 0.04 * 0.96, rel=0.3)
@@ -171,7 +173,8 @@ def exposed(noise: float, updates: int = 20) -> privacy_attacks.Exposure:
     return privacy_attacks.exposure("secret", 8, losses[0], losses[1:])
 
 
-def test_a_repeated_secret_is_exposed_without_noise_and_not_with_it() -> None:
+def test_repeated_secret_is_exposed_only_without_noise() -> None:
+    """Of a secret in 8 rows 7 of 7 bits are exposed; with noise for epsilon 1/8 a row fewer than 5."""
     pytest.importorskip("dp_accounting", reason="pip install 'sartor[federated]'")
     bare = exposed(0.0)
     assert bare.bits == bare.most_bits == 7.0
@@ -182,9 +185,8 @@ def test_a_repeated_secret_is_exposed_without_noise_and_not_with_it() -> None:
 
 
 @pytest.mark.parametrize(("rank", "is_blind"), [(16, False), (4, True)])
-def test_a_first_update_tells_which_tokens_were_read_while_it_has_more_ranks_than_tokens(
-    rank: int, is_blind: bool
-) -> None:
+def test_update_reveals_tokens_only_if_rank_exceeds_them(rank: int, is_blind: bool) -> None:
+    """A first update of rank 16 reveals at least 6 of 7 tokens; rank 4 leaves the attack blind."""
     model = adapted(["v_proj"], rank)
     row = [7, 90, 200, 33, 150, 61, 280]
     model.zero_grad()

@@ -151,7 +151,9 @@ def test_the_adapter_is_that_of_a_simulation_to_the_bit(federation: Federation, 
     assert [line["round"] for line in lines] == [1, 2] and lines[0]["update_norm"] > 0
 
 
-def test_a_coordinator_and_its_clients_go_on_after_a_kill_to_the_bit(federation: Federation, tmp_path: Path) -> None:
+def test_resume_after_coordinator_kill_is_bit_identical(federation: Federation, tmp_path: Path) -> None:
+    """It needs resume=True and the same number of rounds; round 1 is not run again."""
+
     def killed(line: str) -> None:
         if "round 1 of 2 done" in line:
             raise KeyboardInterrupt
@@ -254,9 +256,10 @@ def test_an_enrolment_that_cannot_be_is_refused_at_once(federation: Federation, 
     assert not out.with_name("out.rounds").exists()
 
 
-def test_a_super_link_that_takes_no_run_is_tried_again_and_given_up(
+def test_failing_flower_run_is_retried_until_patience_ends(
     federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The MissingError quotes the log; an error that the run wrote is raised as it is."""
     begun: list[float] = []
 
     def fails(watch: flower_run.RunWatcher) -> subprocess.Popen[bytes]:
@@ -289,7 +292,8 @@ def tensors(seed: int, b: float = 1.0) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(("sent", "exact"), [("B", True), ("A", True), ("", False)])
-def test_a_canary_in_the_sum_tells_an_exact_mean_from_one_that_is_none(sent: str, exact: bool) -> None:
+def test_canary_in_sum_tells_exact_mean_from_inexact_mean(sent: str, exact: bool) -> None:
+    """If only A or only B is sent the error is at most 1e-6; if both are it exceeds 1e-3."""
     shared, rules = tensors(0), UpdateRules(clip=2.0)
     trained = {name: value for name, value in shared.items() if f"lora_{sent}" in name}
     beside = round_schedule.side_tensors(round_schedule.of_round(shared, 5, 1), shared, trained, rules.clip)

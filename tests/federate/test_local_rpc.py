@@ -262,7 +262,8 @@ def test_rounds_over_nodes_are_those_of_one_process() -> None:
     assert [house.journals[name].rounds("triage")[0].state for name in house.names] == ["done"] * 5
 
 
-def test_a_node_that_lost_its_letter_gets_it_again_when_it_is_back() -> None:
+def test_lost_request_is_sent_again_when_the_node_returns() -> None:
+    """The round ends with all clients after five exchanges, one of them sent twice."""
     house = housed()
     post = Nodes(house.clients)
     transport = carried(house, post)

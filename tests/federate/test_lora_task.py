@@ -84,9 +84,10 @@ def test_losses_of_padded_rows_are_those_of_single_rows(people: tuple[FederateRe
     assert found == pytest.approx([wanted[0], wanted[1], 0.5 * wanted[2]], abs=1e-5)
 
 
-def test_a_round_repeats_to_the_bits_and_another_round_or_secret_does_not(
+def test_round_repeats_bitwise_per_round_number_and_secret(
     people: tuple[FederateRecipe, Clients], tmp_path: Path, dp: None
 ) -> None:
+    """A repeated round is not charged again; the file of the secret has mode 0600."""
     asked, clients = people
     shared = clients.resident.current_factors()
     privacy = Privacy(8.0, 1e-2, "example", batch_rows=8)
@@ -156,9 +157,10 @@ def test_each_client_keeps_its_budget_and_the_worst_is_said(
     assert made.adapter.manifest["run"]["federated"]["rules"]["most_examples"] == 1, "a count would tell of a row"
 
 
-def test_a_budget_that_does_not_hold_the_next_round_stops_the_run(
+def test_budget_too_small_for_next_round_stops_the_run(
     tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None, dp: None
 ) -> None:
+    """At least one of 20 rounds is done, and no adapter is written."""
     privacy = {"level": "example", "epsilon": 8.0, "delta": 1e-2, "batch_rows": 8, "noise_multiplier": 0.8}
     said: list[str] = []
     with pytest.raises(BudgetError, match="would bring epsilon from"):

@@ -18,7 +18,8 @@ from sartor.federate.privacy.privacy_attacks import AttackReport, Exposure, expo
 DELTA = 1e-5
 
 
-def test_membership_of_strangers_is_guessing_and_of_the_learnt_is_certain() -> None:
+def test_membership_threshold_separates_only_learnt_rows() -> None:
+    """The AUC is 0.5 for equal losses and 1 for lower losses of members; few rows show little."""
     source = np.random.default_rng(0)
     alike = membership_inference.by_threshold(source.standard_normal(2000), source.standard_normal(2000))
     assert abs(alike.auc - 0.5) < 0.03 and alike.low <= 0.01 <= alike.high
@@ -67,7 +68,8 @@ def test_exposure_by_hand() -> None:
         exposure("phone", 0, 1.0, [])
 
 
-def test_tokens_of_an_embedding_and_of_a_factor_are_found_while_there_are_more_ranks_than_tokens() -> None:
+def test_inversion_recovers_tokens_if_ranks_outnumber_them() -> None:
+    """It reads gradients of embeddings and of factors; with too few ranks or outputs it is blind."""
     source = np.random.default_rng(2)
     inputs, true = source.standard_normal((200, 32)), {3, 17, 42, 99, 150}
     gradient = np.zeros((200, 32))
@@ -113,7 +115,8 @@ def test_one_run_by_closed_form() -> None:
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 2.0])
-def test_the_bound_of_a_mechanism_whose_epsilon_is_exact_holds_and_is_near(epsilon: float) -> None:
+def test_epsilon_bound_of_exact_mechanism_holds_and_is_tight(epsilon: float) -> None:
+    """Of randomised response about 5 % of bounds exceed epsilon; their median is over 0.6 of it."""
     source, bounds = np.random.default_rng(3), []
     for _ in range(60):
         is_in = source.random(1000) < 0.5
@@ -155,7 +158,8 @@ def adapter_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_without_noise_the_claim_is_refuted_and_the_release_fails(adapter_folder: Path) -> None:
+def test_missing_noise_refutes_the_claim_and_fails_check(adapter_folder: Path) -> None:
+    """The audit shows more than the claimed epsilon; with calibrated noise the report passes."""
     pytest.importorskip("dp_accounting", reason="pip install 'sartor[federated]'")
     claim, is_in = PrivacyBudget(1.0, DELTA), privacy_attacks.coins(300, 5)
     leaky = AttackReport(claim, audit=privacy_attacks.one_run(learner_scores(0.0, is_in), is_in, DELTA))
@@ -198,7 +202,8 @@ def test_the_report_comes_back_and_is_bound_to_its_adapter(adapter_folder: Path)
         report.write(adapter_folder / "elsewhere")
 
 
-def test_a_claim_without_an_audit_or_with_one_at_another_delta_fails_and_no_claim_passes() -> None:
+def test_privacy_claim_needs_an_audit_at_its_delta() -> None:
+    """A report without a claim passes."""
     with pytest.raises(GateError, match="no audit was made"):
         AttackReport(PrivacyBudget(8.0)).check()
     is_in = privacy_attacks.coins(20, 0)

@@ -108,12 +108,14 @@ def test_krum_by_hand() -> None:
 
 
 @pytest.mark.parametrize("rule", [Krum(0.4), MultiKrum(0.4), Trimmed(0.45)], ids=lambda rule: rule.kind)
-def test_a_cohort_that_is_too_small_for_its_liars_is_refused_with_how_many_are_missing(rule: RobustRule) -> None:
+def test_cohort_too_small_for_its_adversaries_is_refused(rule: RobustRule) -> None:
+    """The ConfigError says how many clients may lie and how many the rule needs."""
     with pytest.raises(ConfigError, match=r"\d clients, of which \d may lie; this rule needs \d"):
         rule.pool(updates(LINE[:4]))
 
 
-def test_screening_names_whom_it_leaves_out_and_stops_where_it_would_leave_out_half() -> None:
+def test_screening_names_rejected_clients_or_stops_the_round() -> None:
+    """Reasons are cosine and norm; a round that would lose half of its clients is a GuardError."""
     rows = [*[[1.0, 1.0 + place / 10] for place in range(6)], [-1.0, -1.0], [90.0, 90.0]]
     found = Screened().pool(updates(rows))
     said = {verdict.client: verdict.reason for verdict in found.verdicts}

@@ -126,7 +126,8 @@ def test_who_vanishes_is_left_out_and_comes_back(stage: str) -> None:
     assert states == ["done", "done" if late else "left out"]
 
 
-def test_below_the_threshold_a_round_is_abandoned_and_the_next_goes_on() -> None:
+def test_round_below_threshold_is_abandoned_and_next_runs() -> None:
+    """The shared tensors stay as they were, and all clients take part in the next round."""
     house = House()
     house.transport = Vanishing(house.clients, house=house, plan={(1, "masked"): set(house.names[:2])})
     first = run(house)
@@ -153,7 +154,7 @@ def test_an_update_that_missed_its_sum_counts_less_in_the_next() -> None:
     np.testing.assert_allclose(house.coordinator.shared["head.weight"], np.full((2, 3), expected), atol=1e-6)
 
 
-def test_an_update_that_may_have_been_summed_is_not_offered_again() -> None:
+def test_possibly_summed_update_is_not_offered_again() -> None:
     """Its client sent the vector and never heard of the end."""
     house = House()
     late = house.names[4]
@@ -315,7 +316,8 @@ def test_answers_that_do_not_count_are_counted_by_kind() -> None:
     assert (ended.state, carried.refused["ArtifactError"]) == ("done", 5)
 
 
-def test_a_coordinator_opens_one_round_at_a_time_that_somebody_would_join() -> None:
+def test_coordinator_opens_single_round_with_enough_clients() -> None:
+    """An empty or too small plan, a second open round and a message of another kind are refused."""
     house = House()
     for plan in (house.plan(cohort=()), house.plan(trained=("nothing",))):
         with pytest.raises(ConfigError):

@@ -34,7 +34,8 @@ def stages(found: list[tuple[int, str, list[str], list[float]]]) -> set[str]:
 
 
 @pytest.mark.services
-def test_a_coordinator_that_is_killed_goes_on_and_both_rounds_are_exact(memory: Path) -> None:
+def test_killed_coordinator_resumes_and_both_sums_are_exact(memory: Path) -> None:
+    """It is killed before and after journal writes of each stage, at 40 points or more."""
     found = kills(memory, "coordinator", 3)
     assert len(found) >= 40
     assert stages(found) == {"keep", "begin", "add answer", "add close", "end"}
@@ -59,7 +60,8 @@ def test_a_client_that_is_killed_and_comes_back_is_in_both_sums(memory: Path) ->
 
 
 @pytest.mark.services
-def test_a_client_that_is_killed_and_stays_away_is_in_the_next_sum(memory: Path) -> None:
+def test_client_killed_and_away_joins_the_next_sum(memory: Path) -> None:
+    """If its vector had been sent it is in both sums, otherwise in the second alone."""
     found = kills(memory, str(VICTIM), 3, comes_back=False)
     first = [one for one in found if one[0] < 14]
     assert len(first) >= 5

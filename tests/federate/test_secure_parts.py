@@ -165,7 +165,8 @@ def test_how_often_a_round_on_a_sparse_graph_fails() -> None:
     assert failure_bound(20, 18, 13, 0) == 0
 
 
-def test_a_secret_needs_more_than_two_thirds_of_its_holders_on_either_graph() -> None:
+def test_secret_needs_over_two_thirds_of_its_share_holders() -> None:
+    """This holds on complete and sparse graphs of 5 to 59 clients."""
     for count in range(5, 60):
         for degree in (0, *range(2, most_degree(count) + 1, 2)):
             of = SecureSumTerms(names(count), least_threshold(count), (TensorSlot("w", (1,), 1.0),), degree, SEED)

@@ -40,7 +40,8 @@ def test_one_vanishes_at_each_stage_and_the_sum_is_exact() -> None:
 
 
 @pytest.mark.parametrize("stage", ["shares", "masked", "reveal"])
-def test_on_a_sparse_graph_a_tenth_vanishes_and_the_sum_of_the_rest_is_exact(stage: str) -> None:
+def test_sparse_graph_sum_is_exact_when_a_tenth_vanishes(stage: str) -> None:
+    """Clients that vanish at the reveal stage still count; those that vanish earlier do not."""
     gone = names(40)[::10]
     session = Session(count=40, degree=24, size=7).run({stage: gone})
     late = stage in ("consent", "reveal")
@@ -109,7 +110,7 @@ def test_a_share_that_is_false_is_found() -> None:
     assert session.server.stage == "reveal"
 
 
-def test_an_upload_has_at_most_four_and_a_fifth_bytes_a_parameter() -> None:
+def test_upload_has_at_most_4_2_bytes_per_parameter() -> None:
     session = Session(count=10, size=100_000).run()
     sent = sum(len(content) for (_, name), content in session.sent.items() if name == "ward-0003")
     assert 4 <= sent / 100_000 <= 4.2

@@ -89,9 +89,10 @@ def test_another_base_or_recipe_is_refused(people: tuple[FederateRecipe, Clients
         task.update(manifest(asked, clients, shared), {name: value[:1] for name, value in shared.items()})
 
 
-def test_four_clients_sum_exactly_and_a_killed_run_goes_on_to_the_bits(
+def test_simulation_sums_exactly_and_resumes_bit_identical(
     tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None
 ) -> None:
+    """Four clients take part; a killed run needs resume=True and the same number of rounds."""
     asked = recipe(tiny_base, dataset, method={"rank": 64, "alpha": 64})
     shards = {"count": 4, "alpha": 1.0, "by": ".", "seed": 1}
     whole = simulate(asked, tmp_path / "whole", shards=shards).as_json()
@@ -197,7 +198,8 @@ def rows(groups: int, each: int) -> list[Example]:
     ]
 
 
-def test_shards_are_a_partition_by_group_and_the_same_for_one_seed() -> None:
+def test_shards_partition_by_group_and_depend_on_seed_only() -> None:
+    """The order of rows does not matter; an unknown field or too many shards are refused."""
     examples = rows(60, 3)
     dealt = Shards(8, 0.3, "intent", 0).deal(examples)
     assert set(dealt) == {one.id for one in examples} and set(dealt.values()) == set(range(8))

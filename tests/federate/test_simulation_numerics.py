@@ -24,9 +24,10 @@ def killed(line: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rounds_of_before_go_on_in_fp32_and_are_refused_in_sixteen_bits(
+def test_older_rounds_resume_in_fp32_and_are_refused_in_bf16(
     dtype: str, tiny_base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rounds that state no numerics count as numerics 1; a refusal leaves them as they are."""
     monkeypatch.setattr(base, "best_dtype", lambda device: getattr(torch, dtype))
     asked, out = recipe(tiny_base, dataset), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):

@@ -173,7 +173,8 @@ def test_a_schema_that_cannot_be_obeyed_is_refused(grammar: Grammar, schema: str
     assert says in refused.value.problem and refused.value.remedy and "\n" not in refused.value.problem
 
 
-def test_a_schema_that_explodes_on_the_way_fails_its_own_row_only(grammar: Grammar) -> None:
+def test_exploding_schema_fails_only_its_own_row(grammar: Grammar) -> None:
+    """A pattern of nested repetitions is refused only while a reply is written."""
     other = grammar.constraint(json.dumps(INTENT))
     bomb = grammar.constraint('{"type":"string","pattern":"(.{1,1000}){1,1000}"}')
     with pytest.raises(RequestError, match="cannot be obeyed"):

@@ -212,9 +212,10 @@ def test_a_sampled_token_lies_in_the_smallest_likely_set(
 @pytest.mark.parametrize(
     ("temperature", "top_p"), [(5e-324, 1.0), (1e-40, 0.5), (2.0, 5e-324), (5e-324, 5e-324), (1e-7, 1e-300)]
 )
-def test_the_smallest_numbers_that_a_client_can_send_leave_something_to_draw(
+def test_smallest_sampling_parameters_leave_a_token_to_draw(
     logits: list[float], temperature: float, top_p: float
 ) -> None:
+    """With the smallest temperature and top_p probabilities stay finite."""
     found = sampling_probabilities(torch.tensor([logits]), Sampling(temperature=temperature, top_p=top_p))
     assert found.isfinite().all() and found[0, 0] > 0
     assert logits[int(torch.multinomial(found[0], 1))] == max(logits) or temperature == 2
@@ -229,7 +230,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     assert (found - (logits / 2).softmax(-1)).abs().max() < 4 * 0.5 / 4000**0.5
 
 
-def test_replies_come_in_the_order_of_their_prompts_and_progress_counts_them(llama: Any) -> None:
+def test_replies_keep_prompt_order_and_progress_counts_them(llama: Any) -> None:
     asked, told = prompts(*LENGTHS), []
     replies = generate(llama, asked, stop=[NEVER], pad=0, sampling=Sampling(4), batch_rows=4, progress=told.append)
     assert [one.ids for one in replies] == [transformers_reply(llama, prompt, [NEVER], 4) for prompt in asked]
@@ -240,7 +241,8 @@ def test_no_prompts_give_no_replies(llama: Any) -> None:
     assert reply(llama, []) == []
 
 
-def test_what_the_context_cannot_hold_is_refused_with_what_would_fit(llama: Any) -> None:
+def test_prompt_and_reply_beyond_the_context_are_refused(llama: Any) -> None:
+    """The remedy names the largest reply that fits, and it does fit."""
     with pytest.raises(ModelError) as caught:
         reply(llama, prompts(3, 500), max_tokens=16)
     assert caught.value.problem == "a prompt of 500 tokens and a reply of 16 need 516 positions; the model has 512"

@@ -74,9 +74,8 @@ def test_the_base_answers(engine: LlamaCppEngine) -> None:
     assert (engine.about.dtype, engine.about.base, engine.about.context_tokens) == ("q4_1", "starter", 4096)
 
 
-def test_every_adapter_answers_as_it_does_alone_and_the_base_as_before(
-    engine: LlamaCppEngine, adapters: dict[str, Path]
-) -> None:
+def test_adapters_reply_alike_alone_and_in_a_mixed_batch(engine: LlamaCppEngine, adapters: dict[str, Path]) -> None:
+    """The base replies as it did before adapters were attached."""
     before = text_of(answer(engine, GenerateCall(id="a", messages=ASKED, sampling=SHORT))["a"])
     for name, path in adapters.items():
         assert engine.attach(name, path) == engine.attach(name, path) > 1_000_000
@@ -94,9 +93,8 @@ def test_every_adapter_answers_as_it_does_alone_and_the_base_as_before(
     assert alone[""] == before and len(set(alone.values())) == 4
 
 
-def test_an_adapter_that_comes_while_others_answer_is_loaded_when_they_have_ended(
-    engine: LlamaCppEngine, adapters: dict[str, Path]
-) -> None:
+def test_late_adapter_is_loaded_after_running_replies(engine: LlamaCppEngine, adapters: dict[str, Path]) -> None:
+    """It is attached while another reply is running, and that reply ends first."""
     ended: list[str] = []
 
     def attach(event: Event) -> None:
@@ -121,9 +119,10 @@ def test_what_does_not_fit_is_refused_before_the_server_sees_it(engine: LlamaCpp
         engine.submit(GenerateCall(id="a", text="x", adapter="narrow"))
 
 
-def test_an_adapter_that_the_server_does_not_start_with_fails_its_own_calls(
+def test_adapter_that_the_server_rejects_fails_only_its_calls(
     engine: LlamaCppEngine, adapters: dict[str, Path]
 ) -> None:
+    """The server does not start with a damaged file; the base still replies."""
     engine.attach("good", adapters["d0"])
     engine.attach("bad", adapters["d1"])
     engine._adapters["bad"].write_bytes(b"GGUF, and then nothing")

@@ -153,7 +153,9 @@ def test_replies_are_those_of_peft(base: Base, tmp_path: Path) -> None:
     assert [said["0"], said["1"]] == [base.chat.decode(ids) for ids in wanted]
 
 
-def test_a_prefix_is_used_again_within_an_adapter_and_changes_nothing(engine: LocalEngine) -> None:
+def test_prefix_cache_is_reused_within_one_adapter_only(engine: LocalEngine) -> None:
+    """Whole pages of tokens are reused, and the reply stays the same."""
+
     def done(adapter: str) -> tuple[str, ReplyDone]:
         engine.submit(calls(adapter)[0])
         events = [event for _ in iter(lambda: engine.busy, False) for event in engine.step()]

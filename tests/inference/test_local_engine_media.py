@@ -102,7 +102,8 @@ def collect(engine: LocalEngine) -> dict[str, str]:
     return texts
 
 
-def test_rows_that_see_and_rows_that_read_say_what_each_says_alone(made: Path, tower: type[Fake]) -> None:
+def test_mixed_media_and_text_rows_reply_as_alone(made: Path, tower: type[Fake]) -> None:
+    """Rows differ in adapter, projector and media."""
     asked: dict[str, tuple[str, tuple[Any, ...]]] = {
         "a": ("one", (picture(9), "what colour is the sky")),
         "b": ("two", (picture(9), "what colour is the sky")),
@@ -145,7 +146,8 @@ def test_others_go_on_while_a_tower_looks(made: Path, tower: type[Fake]) -> None
     assert collect(engine)["slow"] == alone(made, "one", picture(9), "what")
 
 
-def test_a_call_may_be_cancelled_or_its_adapter_go_while_a_tower_looks(made: Path, tower: type[Fake]) -> None:
+def test_cancel_and_detach_work_while_a_tower_encodes(made: Path, tower: type[Fake]) -> None:
+    """The cancelled call ends, that of the detached adapter fails, and an id in use is refused."""
     engine = engine_of(made, "one", "two")
     tower.gate.clear()  # type: ignore[attr-defined]
     engine.submit(call("a", "one", picture(9)))

@@ -97,9 +97,8 @@ def test_an_adapter_that_the_server_refuses_is_refused(engine: RemoteEngine, tmp
         engine.submit(GenerateCall(id="c", text="x", adapter="d1"))
 
 
-def test_without_run_time_loading_only_what_the_server_lists_is_served(
-    fake: Fake, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_without_runtime_loading_only_listed_adapters_are_served(fake: Fake, tiny_base: Path, tmp_path: Path) -> None:
+    """An adapter is matched by its name or its path, and is not unloaded."""
     fake.roots |= {"faq": str(tmp_path / "faq"), "d2": "/elsewhere"}
     fake.replies |= {"faq": ["from faq"], "d2": ["from d2"]}
     engine = open_engine(str(tiny_base), url=fake.url)
@@ -152,7 +151,7 @@ def test_errors_are_typed(engine: RemoteEngine, fake: Fake, fault: int, kind: st
     )
 
 
-def test_what_breaks_off_after_the_first_token_is_not_asked_again(engine: RemoteEngine, fake: Fake) -> None:
+def test_reply_cut_after_its_first_token_is_not_retried(engine: RemoteEngine, fake: Fake) -> None:
     fake.cut_after = 1
     first, failed = answer(engine, GenerateCall(id="a", text="x"))["a"]
     assert isinstance(first, TextDelta) and isinstance(failed, ReplyFailed) and failed.kind == "UnavailableError"
@@ -195,7 +194,7 @@ def test_a_cancelled_reply_ends_and_leaves_the_server(engine: RemoteEngine, fake
     assert not engine.busy
 
 
-def test_more_than_may_wait_is_refused_and_a_waiting_call_can_be_cancelled(engine: RemoteEngine) -> None:
+def test_full_queue_refuses_and_a_waiting_call_can_be_cancelled(engine: RemoteEngine) -> None:
     for number in range(3):
         engine.submit(GenerateCall(id=f"c{number}", text="x"))
     with pytest.raises(BusyError, match="at most 3"):

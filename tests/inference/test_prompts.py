@@ -91,7 +91,8 @@ def test_a_template_without_tools_is_given_the_stated_text() -> None:
     )
 
 
-def test_a_template_without_a_system_turn_is_given_it_with_the_question() -> None:
+def test_template_without_system_turn_gets_it_in_the_user_turn() -> None:
+    """The tools stand in the user turn, before the question."""
     text = rendered(NO_SYSTEM, ASKED, tools=(FIND,))
     assert text.startswith("<|im_start|>user\nYou may call") and text.index("<tools>") < text.index("what colour")
 

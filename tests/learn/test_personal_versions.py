@@ -176,7 +176,8 @@ def write_few(tmp_path: Path) -> Path:
     return file
 
 
-def test_words_that_are_left_somewhere_are_found_and_the_proof_says_so(team: Path) -> None:
+def test_leftover_copy_is_found_and_stated_in_the_proof(team: Path) -> None:
+    """Erasure is refused during tuning; it removes the rows of the user and names files that hold more."""
     say(team)
     say(team, "ben", ROWS[:8], "benjamin-quux-4242 speaks")
     state, data = state_of(team), team.parent / "feedback"

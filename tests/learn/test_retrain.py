@@ -126,7 +126,9 @@ def test_a_retrain_that_is_killed_anywhere_comes_to_the_same(team: Team) -> None
             assert not list(cut.folder.glob(".*"))
 
 
-def test_one_that_is_killed_right_behind_its_promotion_is_promoted(team: Team) -> None:
+def test_retrain_killed_after_promotion_is_promoted(team: Team) -> None:
+    """The next call completes the same retrain and begins no other."""
+
     def promoting(job: RetrainContext) -> Mapping[str, Any]:
         sartor.promote_agent(team, "faq", "2", expected="1")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -139,7 +141,7 @@ def test_one_that_is_killed_right_behind_its_promotion_is_promoted(team: Team) -
     assert (found.decision, found.gain, len(list_runs(Path(team.state), "faq"))) == ("promoted", GAIN, 1)
 
 
-def test_two_do_not_retrain_one_agent_and_a_killed_one_holds_nothing(team: Team) -> None:
+def test_retrain_lock_is_per_agent_and_released_by_a_kill(team: Team) -> None:
     say(team, 4, correction="yes")
     with retrain_lock(Path(team.state), "faq"):
         with pytest.raises(ConfigError, match="another process retrains faq"):
@@ -150,7 +152,8 @@ def test_two_do_not_retrain_one_agent_and_a_killed_one_holds_nothing(team: Team)
     assert retrain(team, "faq", stages=stages()).decision == "promoted"
 
 
-def test_too_little_is_refused_with_how_much_is_lacking_and_nothing_is_begun(team: Team) -> None:
+def test_too_little_feedback_is_refused_with_the_shortfall(team: Team) -> None:
+    """No run begins; feedback before the last retrain does not count again; anyway overrides the limit."""
     say(team, 3, correction="yes")
     say(team, 9, rating=1.0)
     say(team, 50, rating=-1.0, agent="other@1")
@@ -164,7 +167,8 @@ def test_too_little_is_refused_with_how_much_is_lacking_and_nothing_is_begun(tea
     assert retrain(team, "faq", wishes=RetrainOptions(anyway=True), stages=stages()).decision == "promoted"
 
 
-def test_a_refusal_ends_it_with_reasons_and_another_error_leaves_it_to_be_gone_on_with(team: Team) -> None:
+def test_refusal_ends_a_run_and_another_error_leaves_it_open(team: Team) -> None:
+    """The next call continues an open run; a refusal is recorded with its reason."""
     say(team, 4, correction="yes")
     with pytest.raises(ModelError):
         retrain(team, "faq", stages=stages(fault=ModelError("the loss is not finite", "a lower rate")))
@@ -234,7 +238,8 @@ def news_live() -> Any:
     return Live("1", "/faq-1", "a" * 64)
 
 
-def test_the_router_finding_requests_less_like_the_agents_is_a_trigger(team: Team) -> None:
+def test_drift_of_router_scores_is_a_trigger(team: Team) -> None:
+    """Only lower scores count, and only beyond the drift limit."""
     say(team, 10, rating=1.0)
     draw = random.Random(0)
     before, after = ([draw.gauss(mean, 0.1) for _ in range(200)] for mean in (0.8, 0.6))
@@ -252,7 +257,7 @@ def test_the_router_finding_requests_less_like_the_agents_is_a_trigger(team: Tea
     assert triggers.router_scores(state, "faq", "x") == ([], [])
 
 
-def test_the_loop_starts_what_is_due_once_and_waits_after_a_fault(team: Team) -> None:
+def test_watch_starts_due_retrain_once_and_waits_after_error(team: Team) -> None:
     file, started, told = Path(team.state).parent / "team.yaml", [], []
 
     def start(command: Any) -> int:
@@ -337,7 +342,9 @@ def test_better_is_better_by_an_interval() -> None:
         promotion_checks.judge({"held_out": []}, {}, NotWorse())
 
 
-def test_a_key_that_turns_ratings_around_is_named_and_one_that_rates_alike_is_not() -> None:
+def test_key_with_inverted_ratings_fails_the_check() -> None:
+    """Keys that rate alike pass, and so do a believed key and a single key."""
+
     def said(flips: str) -> list[tuple[str, float]]:
         draw, found = random.Random(3), []
         for number in range(200):

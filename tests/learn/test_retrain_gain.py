@@ -192,7 +192,8 @@ def test_ratings_do_not_reward_any_change() -> None:
     assert gain_test.rating_margins(learnt, "live", 0.025).low > 0
 
 
-def test_a_smaller_level_has_a_wider_interval_and_needs_more_groups() -> None:
+def test_smaller_level_widens_interval_and_needs_more_groups() -> None:
+    """A tail of 0.0005 needs 11 groups; nine give an interval from -1 to 1."""
     base, tuned, groups = [0.0] * 60, [1.0, 0.0, 0.0] * 20, [str(index) for index in range(60)]
     usual, strict = (bootstrap.paired_bootstrap(base, tuned, groups, tail=tail) for tail in (0.025, 0.0005))
     assert usual == bootstrap.paired_bootstrap(base, tuned, groups) and strict.low < usual.low

@@ -117,7 +117,8 @@ def say(team: Path, prompts: list[tuple[str, str]], rating: Callable[[int], floa
     write_jsonl(team.parent / ".team" / "inbox" / "feedback-2026-01-01.jsonl", lines)
 
 
-def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path, made: Path) -> None:
+def test_corrections_become_a_signed_better_version_on_trial(team: Path, made: Path) -> None:
+    """The test split is measured once, by the version that passed all other checks."""
     say(team, [(f"close {word} {place}", "0") for place in PLACES for word in ("up", "down")])
     wishes = sartor.Wishes(waivers=WAIVED)
     with closing(ServerPresence(team.parent / ".team")):
@@ -223,7 +224,7 @@ def test_ratings_are_learnt_from(team: Path) -> None:
     assert "ratings" in facts["gate"]["checks"]["gain over live"]["detail"]
 
 
-def test_a_key_that_contradicts_what_is_known_stops_it_before_anything_is_tuned(team: Path) -> None:
+def test_contradicting_key_stops_the_retrain_before_tuning(team: Path) -> None:
     """Three find `1` good for the agent's own prompts, as it is; the fourth calls it bad."""
     own = [(f"switch on {place}", "") for place in PLACES for _ in range(4)]
     say(team, own, rating=lambda number: -1.0 if number % 4 == 0 else 1.0)
@@ -235,7 +236,8 @@ def test_a_key_that_contradicts_what_is_known_stops_it_before_anything_is_tuned(
     assert training_data.distrusted(job) == []
 
 
-def test_recipes_are_laid_over_each_other_and_a_budget_takes_the_place_of_another() -> None:
+def test_merge_options_replaces_the_budget_and_merges_the_rest() -> None:
+    """The later recipe wins; one that is not a mapping is refused."""
     under = {"budget": {"epochs": 3.0}, "optimizer": {"learning_rate": 1.0, "clip_norm": 1.0}, "seed": 0}
     over = {"budget": {"updates": 4}, "optimizer": {"learning_rate": 2.0}}
     assert retrain.merge_options(under, over) == {

@@ -240,7 +240,8 @@ def test_blocks_make_bit_for_bit_what_one_piece_makes(source_rate: int, channels
     assert np.array_equal(audio.read_sound(content, source_rate), mixed)
 
 
-def test_blocks_equal_one_piece_where_block_ends_fall_in_the_signal() -> None:
+def test_resampling_in_blocks_equals_one_soxr_call() -> None:
+    """Blocks that end inside the signal change no bit, also at fractional source rates."""
     samples = np.random.default_rng(1).normal(0, 0.1, 3 * audio.BLOCK_SAMPLES + 7).astype(np.float32)
     for source_rate in (44_100, 48_000.5, 0.9 * 22_050):
         assert np.array_equal(audio.resampled(samples, source_rate, RATE), soxr.resample(samples, source_rate, RATE))

@@ -98,7 +98,8 @@ def test_pieces_are_sentences_put_together_up_to_a_limit() -> None:
 
 
 @pytest.mark.parametrize("text", ["word " * 400, "x" * 1000, "a, " * 500, "。".join(["世界" * 30] * 20)])
-def test_a_sentence_that_is_too_long_is_cut_where_nothing_is_lost(text: str) -> None:
+def test_long_sentence_is_cut_without_losing_text(text: str) -> None:
+    """Pieces stay within MOST_PIECE; joined, they hold each character of the text but white space."""
     made = pieces(text)
     assert all(0 < len(piece) <= MOST_PIECE for piece in made)
     assert "".join("".join(made).split()) == "".join(text.split())

@@ -102,9 +102,8 @@ def test_what_cannot_be_said_is_refused(text: str, speed: float) -> None:
         open_voice().say(text, speed)
 
 
-def test_without_the_programs_the_line_is_said_that_installs_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_voice_program_error_names_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without espeak-ng, a piper voice or the package piper-tts, the error has its install command."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ExtraError, match="apt-get install espeak-ng"):
         open_voice()
@@ -148,9 +147,8 @@ def test_who_speaks_in_the_background_lets_others_go_first(tmp_path: Path, monke
     assert said.samples.tobytes().startswith(str(min(own + 7, 19)).encode())
 
 
-def test_piper_is_one_process_until_it_is_asked_for_another_speed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_piper_process_restarts_only_for_another_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts at one speed share a process; another speed or a call after close starts a new one."""
     name = play_piper(
         tmp_path, f"pathlib.Path({str(tmp_path)!r}, 'starts').open('a').write('.')\n" + SAYS, monkeypatch
     )
@@ -178,9 +176,10 @@ def test_piper_is_one_process_until_it_is_asked_for_another_speed(
         ("time.sleep(60)", DeadlineError),
     ],
 )
-def test_a_piper_that_dies_or_hangs_is_an_error_and_the_next_is_another(
+def test_piper_failure_raises_and_next_call_recovers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, error: type[Exception]
 ) -> None:
+    """A piper that exits or hangs fails one call; the next call starts another process."""
     start_s = "sartor.media.speech.tts_engines.START_S"
     monkeypatch.setattr(start_s, 1.0 if error is DeadlineError else 60.0)
     name = play_piper(

@@ -137,7 +137,7 @@ def test_a_merged_model_computes_as_the_unmerged_one() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
-def test_an_adapter_on_the_tied_lm_head_is_refused_or_merges_right() -> None:
+def test_adapter_on_the_tied_lm_head_is_refused_or_merges() -> None:
     """Tied weights are one tensor: what is merged into the head changes the embedding as well."""
     try:
         tuned = train(inject(tiny.model().requires_grad_(False), targets=["q_proj", "lm_head"]))
@@ -170,7 +170,8 @@ def test_a_written_adapter_names_its_base_and_holds_nothing_else(written: Path) 
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8.0)
 
 
-def test_equal_adapters_are_written_as_equal_bytes_in_every_process(tmp_path: Path, written: Path) -> None:
+def test_equal_adapters_are_written_as_equal_bytes(tmp_path: Path, written: Path) -> None:
+    """In every process: target modules are sorted, which PEFT holds in a set."""
     adapters.write_adapter(tuned_model(), tmp_path / "again", NAME)
     for file in written.iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()

@@ -84,7 +84,8 @@ def test_stops_of_the_generation_config_are_read(base: Path) -> None:
     assert open_base(str(base)).chat.stops == [2, 17]
 
 
-def test_a_tokenizer_is_transformers_own_also_beside_mistrals_file(base: Path) -> None:
+def test_tokenizer_is_transformers_own_beside_a_tekken_file(base: Path) -> None:
+    """A base of type mistral that also has the tokenizer file of mistral-common gets the same tokens."""
     pytest.importorskip("mistral_common", reason="needs mistral-common")
     tiny_native.write_tekken(base)
     config = json.loads((base / "config.json").read_text())
@@ -278,7 +279,8 @@ def flip(file: Path, place: int = 700_000) -> None:
     assert (file.stat().st_mtime_ns, file.stat().st_size) == (stat.st_mtime_ns, stat.st_size)
 
 
-def test_one_changed_byte_changes_the_digest_though_size_and_mtime_are_kept(heavy: Path) -> None:
+def test_one_changed_byte_changes_the_digest(heavy: Path) -> None:
+    """Size and mtime stay the same; changing the byte back restores the digest."""
     before = model_refs.files_digest(heavy)
     assert model_refs.files_digest(heavy) == before
     flip(heavy / WEIGHTS)
@@ -449,7 +451,8 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, Path]:
 
 
 @pytest.mark.circle
-def test_two_processes_at_once_convert_the_starter_once_and_later_ones_not_at_all(own_home: Path) -> None:
+def test_concurrent_processes_convert_the_starter_once(own_home: Path) -> None:
+    """A later process does not convert it again, and no partial folder is left."""
     both = [open_starter(), open_starter()]
     (first, path), (second, same) = (finish(process) for process in both)
     assert (first + second, path) == (1, same)

@@ -155,7 +155,8 @@ def test_the_tokenizer_and_template_are_those_in_the_file(tmp_path: Path) -> Non
     assert 2 in base.chat.stops
 
 
-def test_the_digest_is_that_of_the_bytes_and_the_licence_that_of_the_metadata(tmp_path: Path) -> None:
+def test_digest_is_of_the_bytes_and_licence_of_the_metadata(tmp_path: Path) -> None:
+    """A copy under another name has the same digest; a given licence overrides that of the file."""
     first, copy, other = (tmp_path / name for name in ("tiny.gguf", "copy of it.gguf", "other.gguf"))
     write_gguf(first, T.Q8_0)
     copy.write_bytes(first.read_bytes())

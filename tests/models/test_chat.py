@@ -217,7 +217,8 @@ def test_a_system_turn_is_read_and_never_learnt(style: Style) -> None:
     assert runs(chat, row) == style.learnt(["reply"])
 
 
-def test_a_system_turn_that_the_template_raises_on_is_refused_with_its_roles() -> None:
+def test_system_turn_that_the_template_rejects_is_refused() -> None:
+    """The error names the roles of the turns and repeats the template's message."""
     with pytest.raises(SourceError, match=r"refuses the turns \(system, user, assistant\): System role") as caught:
         STYLES["gemma"].chat().encode(example([("system", "rule"), ("user", "q"), ("assistant", "a")]))
     assert caught.value.remedy
@@ -228,7 +229,8 @@ TRIMMING = ("gemma", "llama 3")
 
 @pytest.mark.parametrize("reply", [" leads", "trails ", "\n\nboth\n", "\tdeep\t\n ", " ", "  two  inner  "])
 @pytest.mark.parametrize("name", STYLES)
-def test_spaces_at_the_edges_of_a_reply_are_learnt_as_the_template_leaves_them(name: str, reply: str) -> None:
+def test_whitespace_around_a_reply_is_learnt_as_rendered(name: str, reply: str) -> None:
+    """A template that trims replies has the trimmed text learnt."""
     style, chat = STYLES[name], STYLES[name].chat()
     row = chat.encode(example([("user", " q "), ("assistant", reply)]))
     kept = reply.strip() if name in TRIMMING else reply
@@ -455,9 +457,8 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.parametrize("reply", REPLIES)
 @pytest.mark.parametrize("template", BORDERS.values(), ids=BORDERS)
-def test_the_mask_is_right_whatever_the_tokenizer_does_with_spaces(
-    tokenizer: Any, template: str | None, reply: str
-) -> None:
+def test_mask_is_right_for_any_handling_of_spaces(tokenizer: Any, template: str | None, reply: str) -> None:
+    """With each kind of tokenizer and template the learnt tokens decode to the reply and its end."""
     tokenizer.chat_template = template
     chat = ChatTokenizer(tokenizer)
     messages = [Message.of("user", "User: hi"), Message.of("assistant", reply)]

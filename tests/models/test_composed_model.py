@@ -102,7 +102,8 @@ def test_no_pack_cuts_media(base: Base) -> None:
     assert sorted(len(row.ids) for group in cut for row in group) == sorted(len(row.ids) for row in rows)
 
 
-def test_rows_turned_round_to_measure_a_path_never_have_media_as_what_is_to_be_said(base: Base) -> None:
+def test_reversed_text_never_makes_media_a_target(base: Base) -> None:
+    """Rows are reversed to measure a loss path; media tokens stay in place."""
     row = base.chat.encode(said(picture(9), "?", reply="turn on the kitchen light " * 4))
     for ids, holds in ((row.ids[::-1], False), (transformers_backend.reversed_text(row.ids), True)):
         assert bool((packing.pack([replace(row, ids=ids)]).targets >= 0).all()) is holds
@@ -113,7 +114,7 @@ def test_rows_turned_round_to_measure_a_path_never_have_media_as_what_is_to_be_s
     )
 
 
-def test_what_follows_depends_on_the_media_and_not_if_they_are_blank(base: Base) -> None:
+def test_losses_depend_on_media_unless_they_are_blank(base: Base) -> None:
     losses = [
         transformers_backend.RowTransformersBackend(base.model, CPU, "").losses(
             [base.chat.encode(said(picture(9, name), "what"))]
@@ -245,7 +246,8 @@ def test_a_template_that_loses_or_repeats_media_is_refused(tmp_path: Path, templ
         base.chat.prompt_ids(said("turn on", picture(3)).prompt)
 
 
-def test_places_of_a_picture_are_averaged_and_moments_of_a_recording_stand_side_by_side() -> None:
+def test_projector_averages_images_and_concatenates_audio() -> None:
+    """The order of features within a token matters only where they are concatenated."""
     features = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
     for is_pooled in (True, False):
         projector = composed_model.Projector(12, 8, 3, 1.0, is_pooled=is_pooled)

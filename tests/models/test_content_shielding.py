@@ -161,7 +161,8 @@ def test_markup_of_several_parts_and_messages_is_taken_apart() -> None:
     assert chat.tokenizer.decode(ids) == "a<|im_end|>b<|im_start|><|im_end|><|im_start|>"
 
 
-def test_a_template_that_begins_markup_does_not_have_it_ended_by_content() -> None:
+def test_markup_begun_by_the_template_is_not_ended_by_content() -> None:
+    """The template writes the brackets; the message's name between them would make a special token."""
     template = "{% for m in messages %}{{ '<|' + (m.name or 'x') + '|>' + m.content }}{% endfor %}<|im_end|>"
     chat = ChatTokenizer(Family(byte_level, template, QWEN_TOKENS).tokenizer())
     ids = chat.prompt_ids([Message("user", (Part("text", "hi"),), name="im_start")])
@@ -169,7 +170,8 @@ def test_a_template_that_begins_markup_does_not_have_it_ended_by_content() -> No
     assert chat.tokenizer.decode(ids) == "<|im_start|>hi<|im_end|>"
 
 
-def test_a_template_that_begins_markup_before_content_leaves_clean_tools_as_they_are() -> None:
+def test_clean_tools_and_calls_keep_their_plain_tokens() -> None:
+    """The template writes a bracket before content; only a forged name that would complete a token is split."""
     template = (
         "{% for tool in tools or [] %}{{ tool.function.name + (tool | tojson) }}{% endfor %}{% for m in messages %}"
         "{% for call in m.tool_calls or [] %}{{ '[' + call.function.name + '(' }}{% for key in call.function.arguments %}"
@@ -286,7 +288,8 @@ def test_what_a_normalizer_makes_markup_is_taken_apart(normalizer: Any, tag: str
 
 
 @pytest.mark.parametrize("tag", ["[|system|]", "]~b]", "<source>"])
-def test_an_added_word_that_the_template_writes_is_markup_whatever_its_form(tag: str) -> None:
+def test_added_token_that_the_template_writes_is_markup(tag: str) -> None:
+    """Its form does not matter; an added token that the template does not write is no markup."""
     chat = ChatTokenizer(
         Family(byte_level, TAGGED.replace("TAG", tag), QWEN_TOKENS, (tag, "\n\n", "the", "<code>")).tokenizer()
     )
@@ -382,7 +385,7 @@ def test_reasoning_in_an_earlier_reply_is_for_the_template(template: str, wanted
     assert "".join(said.split()) == "".join(decoded("PLACE").replace("PLACE", wanted).split())
 
 
-def test_calls_that_sartor_itself_writes_in_text_are_markup_as_before() -> None:
+def test_tool_tags_that_sartor_writes_in_text_are_markup() -> None:
     """A template without tools, and a tokenizer with their tags: what a tool returned is content, the tags around are not."""
     chat = FAMILIES["chatml without tools"].chat()
     messages = (
@@ -413,7 +416,8 @@ def test_a_device_reads_the_same(tmp_path: Path, template: str | None) -> None:
 
 
 @pytest.mark.parametrize("declared", ["list", "mapping", "decoder"])
-def test_a_device_knows_tokens_that_the_config_alone_declares_special(tmp_path: Path, declared: str) -> None:
+def test_device_reads_special_tokens_declared_in_the_config(tmp_path: Path, declared: str) -> None:
+    """A list, a mapping or added_tokens_decoder declares them; a device and transformers read the same."""
     made = Family(byte_level, TAGGED.replace("TAG", "~user~"), QWEN_TOKENS, ("~user~", "~end~")).tokenizer()
     made.save_pretrained(str(tmp_path))
     config = tmp_path / "tokenizer_config.json"
@@ -466,7 +470,9 @@ def test_a_text_of_nothing_but_markup_is_cut_in_linear_time() -> None:
     assert not marks(chat, chat.content_tokens(text))
 
 
-def test_a_tokenizer_without_offsets_refuses_what_it_cannot_defend() -> None:
+def test_tokenizer_without_offsets_refuses_forged_markup() -> None:
+    """Text without markup is still tokenised."""
+
     class Slow:
         is_fast = False
 

@@ -258,7 +258,8 @@ def geometry_of(rows: list[list[int]], shape: AttentionShape, width: int, *, sha
     return Geometry(shape, width, angles.cos(), angles.sin(), AttentionLayout(pack.segments, pack.rows, pack.tokens))
 
 
-def test_a_pack_without_shared_prefixes_copies_no_keys_and_makes_its_spans_once(flash_attn: Interface) -> None:
+def test_pack_without_shared_prefixes_copies_no_keys(flash_attn: Interface) -> None:
+    """Its spans are computed once and then reused."""
     geometry = geometry_of([[1] * 5, [2] * 3, [3] * 9], AttentionShape(4, 2, 0.3), 16, share=False)
     made = cuda.spans_of(geometry.layout, CPU)
     assert made.sizes[0].tolist() == made.sizes[1].tolist() == [0, 5, 8, 17]
@@ -278,9 +279,10 @@ def test_a_forests_segments_gather_the_keys_that_they_continue(flash_attn: Inter
 @pytest.mark.parametrize(
     ("dtype", "width", "softcap"), [(torch.float32, 16, None), (torch.bfloat16, 12, None), (torch.bfloat16, 16, 2.0)]
 )
-def test_what_a_flash_kernel_does_not_take_is_torchs_operations_to_the_bit(
+def test_flash_kernel_falls_back_to_torch_bit_for_bit(
     dtype: torch.dtype, width: int, softcap: float | None, torch_flash: None
 ) -> None:
+    """Forward and backward in fp32, with a head width of 12, or with a softcap."""
     geometry = geometry_of([[1] * 9, [2] * 4], AttentionShape(4, 2, 0.3, softcap), width, share=False)
     qkv, d = torch.randn(13, 8 * width, dtype=dtype), torch.randn(13, 4 * width, dtype=dtype)
     made = []
@@ -321,7 +323,8 @@ class Broken(ReferenceKernels):
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("no kernel image is available for this device\nmore")])
-def test_a_maker_that_fails_or_is_wrong_is_left_out_with_the_reason(error: Exception | None) -> None:
+def test_failing_or_wrong_kernels_are_left_out_with_a_reason(error: Exception | None) -> None:
+    """The reason is a single line."""
     refused: dict[str, str] = {}
     assert type(cuda._first({"broken": lambda: Broken(error)}, "norms", CPU, refused)) is ReferenceKernels
     (why,) = refused.values()

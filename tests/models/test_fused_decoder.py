@@ -68,9 +68,10 @@ def test_losses_and_gradients_are_transformers_own_in_fp64(kind: str, made: Refe
 @pytest.mark.parametrize("made", kernels(), ids=lambda made: made.name)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_losses_are_transformers_own_at_the_precisions_that_are_trained_in(
+def test_losses_match_transformers_in_fp32_and_bf16(
     kind: str, made: ReferenceKernels, dtype: torch.dtype, limit: float
 ) -> None:
+    """Within a relative 1e-5 in fp32 and 0.03 in bf16, which training uses."""
     model, examples = tuned(kind, dtype), rows(20, 5, 33, 12)
     got = FusedDecoder(transformers_backend.without_peft(model), made).losses(packing.pack(examples, share=True))
     assert apart(got, transformers_backend.row_losses(model, examples, "cpu")) < limit
@@ -141,7 +142,8 @@ def test_a_damaged_or_foreign_file_of_activations_is_made_again() -> None:
         assert len(file.read_bytes()) == len(content)
 
 
-def test_the_cache_of_activations_is_bounded_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_cache_stays_within_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit is computed again, a notice says so, and losses stay the same."""
     from sartor.core.home import folder
     from sartor.models.losses import loss_backend
 
@@ -159,13 +161,15 @@ def test_the_cache_of_activations_is_bounded_and_the_oldest_go_first(monkeypatch
     assert "1 are computed anew" in said[0]
 
 
-def test_nothing_is_stored_when_every_layer_is_adapted_or_rows_are_read_once() -> None:
+def test_activations_are_not_stored_without_reuse() -> None:
+    """Nothing is stored if every layer is adapted, or if rows are read only once."""
     examples = rows(20, 30)
     assert fast_path(tuned("llama", torch.float32), examples, reuse_bytes=1 << 30).frozen is None
     assert fast_path(tuned("llama", torch.float32, top=1), examples).frozen is None
 
 
-def test_layers_below_the_lowest_adapted_one_get_no_gradient_and_the_head_sees_supervised_rows_only() -> None:
+def test_head_computes_supervised_tokens_only() -> None:
+    """With top=1 the lowest adapted layer is the last of three."""
     model, examples = tuned("llama", torch.float32, top=1), rows(20, 30)
     fast = FusedDecoder(transformers_backend.without_peft(model), ReferenceKernels())
     assert fast.lowest == 2
@@ -197,9 +201,10 @@ def test_the_base_is_not_copied() -> None:
         ("llama", {}, {"fast": False}, "compute.path is general"),
     ],
 )
-def test_what_the_fast_path_cannot_take_goes_the_general_way_and_says_why(
+def test_general_path_states_why_the_fast_path_is_not_taken(
     kind: str, changes: dict[str, Any], wish: dict[str, Any], reason: str
 ) -> None:
+    """Attention dropout, an unknown activation, or a recipe that asks for the general path."""
     path = transformers_backend.choose_loss_backend(
         tuned(kind, torch.float32, **changes), rows(20, 9), torch.device("cpu"), LossOptions(**wish)
     )
@@ -255,7 +260,7 @@ def test_without_a_compiler_torchs_operations_serve_and_say_so(
         cpu.load.cache_clear()
 
 
-def test_the_compiler_of_a_package_serves_where_the_system_has_none(
+def test_compiler_of_a_package_serves_where_the_system_has_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """`python -m ziglang c++`, here a package of that name that calls g++ and notes how it was called."""
@@ -294,7 +299,8 @@ def test_kernels_that_compute_something_else_are_found_out() -> None:
     assert cpu.difference(Wrong()) == "glu_backward silu"
 
 
-def test_rows_of_an_update_that_begin_alike_meet_in_a_micro_batch() -> None:
+def test_rows_with_a_common_prefix_share_a_micro_batch() -> None:
+    """Without prefix sharing the rows keep their order."""
     one, other = rows(30, 32, 34, head=20, seed=1), rows(30, 32, 34, head=20, seed=2)
     mixed = [row for pair in zip(one, other, strict=True) for row in pair]
     cut = packing.micro_batches(mixed, 60, share=True)

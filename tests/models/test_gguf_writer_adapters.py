@@ -73,7 +73,8 @@ def test_what_llama_cpp_adds_is_what_peft_adds(tmp_path: Path, tiny_base: Path, 
     assert [entry.name for entry in tmp_path.iterdir() if ".part" in entry.name] == []
 
 
-def test_where_no_scale_differs_the_factors_are_written_bit_for_bit(tmp_path: Path, tiny_base: Path) -> None:
+def test_factors_of_one_scale_are_written_bit_for_bit(tmp_path: Path, tiny_base: Path) -> None:
+    """The B factor of the first layer's v_proj is compared; alpha stays 16."""
     tuned(tmp_path / "adapter")
     file = write_adapter_gguf(tmp_path / "adapter", tiny_base, tmp_path / "adapter.gguf")
     held = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(file).tensors}
@@ -95,9 +96,10 @@ def test_where_no_scale_differs_the_factors_are_written_bit_for_bit(tmp_path: Pa
     ],
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
-def test_what_llama_cpp_has_no_form_for_is_refused_and_leaves_nothing(
+def test_adapter_that_gguf_cannot_represent_is_refused(
     tmp_path: Path, tiny_base: Path, settings: dict[str, Any], word: str
 ) -> None:
+    """DoRA, trained biases, embeddings and the head; no file is left."""
     tuned(tmp_path / "adapter", **settings)
     with pytest.raises(ModelError) as caught:
         write_adapter_gguf(tmp_path / "adapter", tiny_base, tmp_path / "out.gguf")

@@ -172,7 +172,7 @@ def test_peft_layer_drops_inputs_of_a_only() -> None:
     assert torch.equal(layer(x), layer(x))
 
 
-def test_peft_layer_keeps_its_own_forward_in_fp32_and_when_switched_off() -> None:
+def test_peft_layer_keeps_its_forward_in_fp32_and_when_disabled() -> None:
     wide = small_lora(tiny.model().requires_grad_(False))
     assert all("forward" not in vars(part) for part in wide.modules() if hasattr(part, "lora_A"))
     narrow = small_lora(wide_model(), size=0.05)
@@ -246,12 +246,13 @@ def test_wrong_fast_path_is_refused_and_told_what_it_costs(monkeypatch: pytest.M
     assert "times as long as on the fast path" in path.reason
 
 
-def test_refusal_without_a_fast_path_says_that_its_cost_is_not_known() -> None:
+def test_refusal_without_a_fast_path_says_its_cost_is_unknown() -> None:
     model = small_lora(loud_model(), dropout=0.1, size=0.05).eval()
     assert "cannot be timed here" in transformers_backend.choose_loss_backend(model, short_rows(), CPU).reason
 
 
-def test_in_fp32_computes_what_an_fp32_model_computes_and_gives_everything_back() -> None:
+def test_in_fp32_matches_an_fp32_model_and_restores_the_weights() -> None:
+    """Afterwards weights, types and forward methods are as they were."""
     narrow, wide = loud_model(), loud_model().float()
     rows = short_rows(4)
     before = {name: part.clone() for name, part in narrow.named_parameters()}
@@ -314,7 +315,8 @@ def test_peft_layer_calls_its_factors_where_hooks_wait_for_them() -> None:
     assert heard == [(3, R)]
 
 
-def test_composed_base_with_pictures_and_sound_takes_the_fast_path_in_bf16(tmp_path: Path) -> None:
+def test_composed_base_with_media_takes_the_fast_path_in_bf16(tmp_path: Path) -> None:
+    """Losses of its image and audio rows are off by more than 0.25 nats; embeddings stay bit for bit."""
     base = open_base(str(tiny.write_base(tmp_path / "base", tie_word_embeddings=False)), bits=16, device=CPU)
     base.model.lm_head.weight.data *= 400  # both ways then round by tenths of a nat
     base = compose_base(base, {"image": Fake(), "audio": Fake("audio", stack=4)})

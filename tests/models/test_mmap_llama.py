@@ -64,7 +64,8 @@ def test_losses_and_gradients_are_those_of_peft_on_transformers(tiny_base: Path,
             parameter.grad = None
 
 
-def test_weights_stay_in_the_file_and_a_fresh_adapter_changes_nothing(tiny_base: Path, tmp_path: Path) -> None:
+def test_fresh_adapter_leaves_losses_bit_equal(tiny_base: Path, tmp_path: Path) -> None:
+    """Weights stay in bf16, and only the named modules of the top layer get factors."""
     folder = bf16(tiny_base, tmp_path / "base")
     device = MappedLlama(folder)
     before = losses(device)

@@ -126,7 +126,8 @@ def test_the_tokens_of_a_row_are_the_processors_own(base: Base, folder: Path) ->
     assert sum(token < 0 for token in ids) == sum(token in media.placeholders.values() for token in wanted)
 
 
-def test_packs_have_the_losses_of_single_rows_or_rows_are_taken_one_at_a_time(base: Base, folder: Path) -> None:
+def test_packed_losses_equal_those_of_single_rows(base: Base, folder: Path) -> None:
+    """Bases that cannot be packed take one row at a time."""
     encoded = rows(base)
     path = transformers_backend.choose_loss_backend(
         base.model, encoded, CPU

@@ -143,7 +143,8 @@ def test_packed_losses_equal_those_of_the_rows_one_by_one(name: str, seed: int) 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "Qwen2"])
 @torch.no_grad()
-def test_a_row_longer_than_the_blocked_kernel_takes_packs_exactly_too(name: str) -> None:
+def test_row_longer_than_blocked_attention_packs_exactly(name: str) -> None:
+    """Rows at and above the limit of the blocked kernel, between short ones."""
     made, examples = model(name), rows(5, BLOCKED_ATTENTION_TOKENS + 70, 30, BLOCKED_ATTENTION_TOKENS, 1)
     difference = packed_losses(made, examples) - transformers_backend.row_losses(made, examples, "cpu")
     assert difference.abs().max() < 1e-5
@@ -209,7 +210,8 @@ def test_a_token_is_predicted_from_its_own_row_alone() -> None:
 
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=30))
 @settings(max_examples=60, deadline=None)
-def test_attention_groups_hold_every_token_once_and_little_padding(lengths: list[int]) -> None:
+def test_attention_groups_hold_each_token_once(lengths: list[int]) -> None:
+    """With padding there are at most twice as many queries as tokens."""
     groups = packing.pack([TokenizedExample([0] * length, [True] * length) for length in lengths]).rows
     assert sorted(place for group in groups for place in group.into.tolist()) == list(range(sum(lengths)))
     assert sum(group.queries.numel() for group in groups) < 2 * sum(lengths) + 1
@@ -255,7 +257,8 @@ def test_a_model_that_leaks_between_rows_is_found_out(name: str, dtype: torch.dt
     assert difference > 0
 
 
-def test_attention_sinks_that_packing_does_not_know_are_found_out() -> None:
+def test_model_with_unknown_attention_sinks_is_not_packed() -> None:
+    """GPT-OSS has attention sinks, which packing does not compute."""
     assert not transformers_backend.packs_exactly(model("GptOss"), rows(40, 7, 25), "cpu")[0]
 
 

@@ -67,7 +67,8 @@ def evaluate(model: Any, rows: list[packing.TokenizedExample] = ROWS) -> torch.T
 
 
 @BITS
-def test_every_linear_layer_is_quantised_but_the_head_and_nothing_else(tiny_base: Path, bits: int) -> None:
+def test_only_linear_layers_except_the_head_are_quantized(tiny_base: Path, bits: int) -> None:
+    """The tied head keeps its weights bit for bit, and no parameter is trained."""
     base = opened(tiny_base, bits)
     assert len(layers(base.model)) == 2 * 7
     assert {quantization.width(part) for part in layers(base.model).values()} == {bits}
@@ -80,7 +81,8 @@ def test_every_linear_layer_is_quantised_but_the_head_and_nothing_else(tiny_base
 
 
 @BITS
-def test_the_manifest_says_the_width_and_binds_to_the_same_digest(tiny_base: Path, bits: int) -> None:
+def test_manifest_states_the_bits_and_keeps_the_digest(tiny_base: Path, bits: int) -> None:
+    """The digest is that of the base without quantisation."""
     said, plain = opened(tiny_base, bits).as_manifest(), open_base(str(tiny_base)).as_manifest()
     assert (said["bits"], said["quantisation"]) == (bits, {4: "nf4", 8: "int8"}[bits])
     assert (plain["bits"], plain["quantisation"]) == (plain["dtype"] == "float32" and 32 or 16, "none")

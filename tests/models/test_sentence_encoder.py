@@ -130,9 +130,10 @@ def test_pooling_reads_no_padding(how: str, expected: list[float]) -> None:
         ({"pooling_mode": "max"}, "greatest"),
     ],
 )
-def test_a_directory_of_sentence_transformers_says_how_it_pools_and_how_much_it_reads(
+def test_layout_of_a_sentence_transformers_directory_is_read(
     tmp_path: Path, said: dict[str, Any], pooling: str
 ) -> None:
+    """Pooling, maximum length and lower case come from its files; a longer text is counted as cut."""
     path = write_modules(tmp_path / "enc", pooling=said, settings={"max_seq_length": 8, "do_lower_case": True})
     layout = read_layout(path)
     assert (layout.pooling, layout.max_tokens, layout.lower_case) == (pooling, 8, True)
@@ -229,7 +230,8 @@ def test_tfidf_needs_no_torch_and_a_static_model_none_either(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
 
 
-def test_tfidf_keeps_exact_cosines_of_a_few_and_the_order_of_many() -> None:
+def test_tfidf_is_exact_for_few_texts_and_ordered_for_many() -> None:
+    """Many texts get 256 dimensions, equal each time; long texts are cut, empty ones have a zero vector."""
     made = encoder_registry.open_encoder("tfidf")
     few = made.encode(["the red house", "the red house!", "the red horse", "of blue ships", ""])
     likeness = few @ few.T

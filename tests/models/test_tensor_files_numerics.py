@@ -37,15 +37,14 @@ def stated() -> list[str]:
 
 
 @DTYPES
-def test_activations_state_their_arithmetic_and_are_read_again_by_it(dtype: str) -> None:
+def test_stored_activations_state_numerics_and_are_reused(dtype: str) -> None:
     assert [counts(dtype), counts(dtype)] == [(1, 0), (0, 1)]
     assert stated() == [str(NUMERICS.get(dtype, 1))]
 
 
 @pytest.mark.parametrize("before", [None, 3], ids=["older", "newer"])
-def test_activations_of_another_arithmetic_are_computed_anew_and_the_log_says_so(
-    before: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activations_of_other_numerics_are_recomputed(before: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log says so once, and the files of both versions stay."""
     with monkeypatch.context() as patch:
         patch.delitem(NUMERICS, "bfloat16") if before is None else patch.setitem(NUMERICS, "bfloat16", before)
         assert counts("bfloat16") == (1, 0)

@@ -283,9 +283,10 @@ class Bomb:
 @pytest.mark.parametrize(
     "weights", [pickle.dumps(Bomb()), {"bomb": Bomb()}, b"", {"_conv_stem.weight": torch.zeros(2)}, []]
 )
-def test_a_pickle_that_is_not_the_weights_is_refused_and_nothing_is_left(
+def test_pickle_without_the_expected_weights_is_refused(
     weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No code in the pickle is run, and no file is left."""
     monkeypatch.chdir(tmp_path)
     place_asset(monkeypatch, tmp_path / "asset", weights)
     with pytest.raises(ModelError, match="does not hold EfficientNet-Lite0"):
@@ -320,7 +321,7 @@ def hearing(tmp_path: Path) -> audio_towers.WhisperTower:
 
 
 @pytest.mark.parametrize("samples", [1, 319, 320, 321, 31_999, 32_000, 32_001, 80_000, 96_000])
-def test_there_is_one_feature_for_320_samples_however_long_the_recording(
+def test_recording_of_any_length_has_one_feature_per_320_samples(
     samples: int, hearing: audio_towers.WhisperTower
 ) -> None:
     assert hearing.features(recording(samples)).shape == (math.ceil(samples / 320), 32)
@@ -359,9 +360,8 @@ def test_a_recording_of_another_rate_is_heard_as_at_the_models(hearing: audio_to
     assert hearing.features(recording(8000, rate=8000)).shape[0] == 50
 
 
-def test_texts_of_windows_are_joined_and_of_nothing_nothing_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_of_windows_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty recording has an empty text, and windows are transcribed in batches."""
     speech = audio_towers.open_speech_to_text(str(tiny_whisper(tmp_path / "whisper")), CPU)
     sounds = [
         np.random.default_rng(n).normal(0, 0.1, size).astype(np.float32)
@@ -436,7 +436,8 @@ def test_a_file_of_ctranslate2_that_is_cut_anywhere_is_refused(tmp_path: Path) -
             read_model(file)
 
 
-def test_a_file_of_ctranslate2_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+def test_inconsistent_ctranslate2_file_is_refused(tmp_path: Path) -> None:
+    """The version, the length, a shape, a type or an alias is wrong."""
     whole = written(VARIABLES, {})
     place = whole.index(b"a/weight\0") + 9  # rank, two sizes, type, bytes
     cases = {
@@ -453,7 +454,8 @@ def test_a_file_of_ctranslate2_that_contradicts_itself_is_refused(tmp_path: Path
             read_model(tmp_path / "model.bin")
 
 
-def test_a_whisper_that_ctranslate2_has_converted_comes_back_bit_by_bit(tmp_path: Path) -> None:
+def test_whisper_round_trip_through_ctranslate2_is_bit_identical(tmp_path: Path) -> None:
+    """Weights, generation config and tokenizer are the original's."""
     converters = pytest.importorskip("ctranslate2.converters", reason="pip install 'sartor[bench]'")
     path, there, back = tiny_whisper(tmp_path / "whisper"), tmp_path / "there", tmp_path / "back"
     model = transformers.WhisperForConditionalGeneration.from_pretrained(path, dtype=torch.float16)
@@ -558,9 +560,10 @@ def middle(image: Any, side: int, ground: Any) -> Any:
 
 
 @pytest.mark.circle
-def test_efficientnet_names_what_known_pictures_show_and_best_when_it_sees_them_whole(
+def test_efficientnet_is_best_on_known_images_seen_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Stretching an image or cropping its middle makes more mistakes than fitting it into a square."""
     asset(vision_towers.NAME)
     stamps = asset("stamps") / "usr/share/tuxpaint/stamps"
     tower = open_tower(vision_towers.NAME, "image", CPU)
@@ -582,7 +585,8 @@ def test_efficientnet_names_what_known_pictures_show_and_best_when_it_sees_them_
 
 
 @pytest.mark.circle
-def test_the_converted_whisper_writes_known_clips_down_word_for_word() -> None:
+def test_converted_whisper_transcribes_known_clips_exactly() -> None:
+    """As a tower it has one feature for each 320 samples."""
     asset(whisper_conversion.NAME)
     clips = asset("prompts-en") / "usr/share/asterisk/sounds/en_US_f_Allison"
     speech = audio_towers.open_speech_to_text(whisper_conversion.NAME, CPU)

@@ -62,7 +62,8 @@ def test_what_is_learnt_is_the_transcript(base: Base) -> None:
     assert base.chat.stops == [base.chat.tokenizer.eos_token_id]
 
 
-def test_a_text_beside_the_recording_stands_where_whisper_reads_one(base: Base) -> None:
+def test_text_beside_a_recording_is_the_previous_text_prompt(base: Base) -> None:
+    """It stands between <|startofprev|> and <|startoftranscript|>."""
     ids = base.chat.prompt_ids([Message("user", (SOUND, Part("text", "ab")))])
     start = base.media.placeholders["audio"]  # type: ignore[union-attr]
     wanted = base.chat.tokenizer("<|startofprev|> ab<|startoftranscript|><|notimestamps|>", add_special_tokens=False)[

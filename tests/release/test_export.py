@@ -111,9 +111,8 @@ def test_peft_loads_what_was_signed(made: Path, loaded: Path, tiny_base: Path) -
     assert text == base.chat.render([Message.of("user", "switch attic down")], reply_next=True)
 
 
-def test_an_export_is_verified_as_a_release_is_and_never_taken_for_one(
-    made: Path, loaded: Path, tmp_path: Path
-) -> None:
+def test_export_verifies_and_is_never_taken_for_a_release(made: Path, loaded: Path, tmp_path: Path) -> None:
+    """It has signer and parity; without its signature or its README.md it is refused."""
     key = made / "keys"
     said = sartor.verify(loaded, key=key).as_json()
     assert (said["export"], said["form"], said["base"], said["measured"]) == (str(loaded), "peft", "the same", True)
@@ -127,9 +126,8 @@ def test_an_export_is_verified_as_a_release_is_and_never_taken_for_one(
             sartor.verify(tmp_path / unsure, key=key)
 
 
-def test_its_receipt_is_an_artefact_with_numbers_parents_and_licences(
-    made: Path, loaded: Path, tmp_path: Path
-) -> None:
+def test_export_receipt_has_parity_parents_and_licences(made: Path, loaded: Path, tmp_path: Path) -> None:
+    """NOTICE.md shows no local path; a file that was changed after the export is refused by name."""
     shutil.copytree(loaded, tmp_path / "out")
     manifest = open_artifact(tmp_path / "out", "export").manifest
     assert manifest["parents"][0]["id"] == open_artifact(made / "release").id
@@ -286,7 +284,8 @@ def test_figures_count_positions_and_replies() -> None:
     assert measure.with_prompts(found, [trace], [[1, 3]]).alike == 0.0
 
 
-def test_replies_that_differ_among_themselves_say_less_than_as_many_positions_would() -> None:
+def test_agreement_deviation_counts_replies_not_positions() -> None:
+    """At agreement 0.5 it is 0 if each reply is half right, and 0.25 if 2 of 4 replies are wholly right."""
     asked = prompts.ParityPrompt((Message.of("user", "a"),), "", (1, 2), "here")
     logits = torch.tensor([[0.0, 5.0], [0.0, 5.0]])
     traces = [reference.Trace(asked, (1, 1), logits)] * 4
@@ -302,7 +301,9 @@ def test_replies_that_differ_among_themselves_say_less_than_as_many_positions_wo
     )  # that of four draws, not of eight
 
 
-def test_tokens_inside_a_character_are_counted_though_nothing_is_told_of_them() -> None:
+def test_token_steps_count_tokens_inside_a_character() -> None:
+    """Of an emoji of three tokens the server reports the last alone; the others have no logprob."""
+
     def entry(token: int, logprob: float) -> dict[str, Any]:
         return {"id": token, "top_logprobs": [{"id": token, "logprob": logprob}, {"id": 0, "logprob": -9.0}]}
 
@@ -386,9 +387,10 @@ def test_options_name_each_type_once() -> None:
 
 
 @pytest.mark.services
-def test_held_out_rows_are_asked_and_a_revoked_source_reaches_the_export(
+def test_export_uses_held_out_rows_and_revoke_lists_it(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Parity is measured on 40 generic prompts and 10 held-out rows."""
     monkeypatch.setattr(
         "sartor.evaluate.audit.forgetting_probes.measure_probes",
         lambda *_: {"small_talk": {"skipped": "not of interest here"}},
@@ -426,9 +428,10 @@ def write_projectors(part: Path) -> None:
 
 
 @pytest.mark.parametrize(("form", "where"), [("merged", "transformers"), ("gguf", "llama.cpp")])
-def test_what_reads_pictures_is_refused_where_there_is_no_place_for_projectors(
+def test_merged_and_gguf_exports_refuse_projectors(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, form: Any, where: str
 ) -> None:
+    """A Release that reads images is refused before its base is opened; the remedy is --to peft."""
     monkeypatch.setattr(runtimes, "has_llama_cpp", lambda: True)
     release = releases.signed(tmp_path, tiny_base, files=write_projectors)
     monkeypatch.setattr(export, "open_base", lambda *_, **__: pytest.fail("a base was opened"))
@@ -437,7 +440,8 @@ def test_what_reads_pictures_is_refused_where_there_is_no_place_for_projectors(
     assert "--to peft" in caught.value.remedy and not (tmp_path / "out").exists()
 
 
-def test_a_peft_export_carries_projectors_and_says_how_they_compute(tmp_path: Path, tiny_base: Path) -> None:
+def test_peft_export_has_projectors_and_describes_them(tmp_path: Path, tiny_base: Path) -> None:
+    """README.md names the image encoder and the formula; a note says that parity is of text alone."""
     release = releases.signed(tmp_path, tiny_base, files=write_projectors)
     options = sartor.ExportOptions(key=tmp_path / "keys")
     made = sartor.export(release.path, tmp_path / "out", to="peft", options=options).export

@@ -46,7 +46,8 @@ TEXTS = ("turn on the light", "what colour is the sky", "blue 1234, ünï\n\n  c
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_llama_cpp_computes_what_transformers_does_with_and_without_an_adapter(tmp_path: Path, family: str) -> None:
+def test_llama_cpp_matches_transformers_with_and_without_lora(tmp_path: Path, family: str) -> None:
+    """Logprobs differ by less than 0.01; without the adapter by over 20 times what they do with it."""
     model = FAMILIES[family]()
     chat = ChatTokenizer(tiny.tokenizer())
     base = Base(BaseRef("tiny", tmp_path, "", "MIT"), model, chat, torch.device("cpu"))
@@ -103,7 +104,8 @@ def test_a_gguf_file_that_answers_otherwise_is_not_written(tmp_path: Path, tiny_
 @pytest.mark.parametrize(
     "harm", [lambda data: data[:2000], lambda data: b"no GGUF", lambda data: data.replace(b"llama", b"lxxxa")]
 )
-def test_a_file_that_llama_cpp_cannot_take_is_an_error_and_no_crash_of_ours(tmp_path: Path, harm: Any) -> None:
+def test_unusable_gguf_file_is_an_error_and_no_crash(tmp_path: Path, harm: Any) -> None:
+    """A truncated file, no GGUF, an unknown architecture and another chat template are GateErrors."""
     model, chat = FAMILIES["llama"](), ChatTokenizer(tiny.tokenizer())
     about = gguf_writer.GgufMetadata("tiny", "1", "MIT", chat.template)
     file = gguf_writer.write_model_gguf(model, gguf_writer.from_chat(chat, 320), about, tmp_path / "base.gguf")

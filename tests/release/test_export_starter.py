@@ -25,7 +25,8 @@ from sartor.release.export.llamacpp_process import LlamaCppSession
 pytestmark = pytest.mark.circle
 
 
-def test_written_in_the_type_that_it_came_in_the_starter_is_its_own_file_bit_by_bit(tmp_path: Path) -> None:
+def test_starter_written_in_its_source_type_is_bit_identical(tmp_path: Path) -> None:
+    """Q4_1 tensors and tokenizer fields equal the source file's; fp32 tensors are within a bf16 step."""
     base = open_base("starter", bits=32)
     file = source_gguf(base.ref)
     about = GgufMetadata("starter", "1", "Apache-2.0", base.chat.template)
@@ -55,7 +56,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few")
-def test_llama_cpp_answers_as_the_release_and_openai_s_client_reads_it(tmp_path: Path) -> None:
+def test_llama_cpp_reply_via_openai_client_equals_release(tmp_path: Path) -> None:
+    """The f16 file agrees with the Release on 98 % or more, and itself makes replies greedy."""
     import openai
 
     pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")

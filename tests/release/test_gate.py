@@ -51,7 +51,8 @@ def test_each_kind_of_media_must_matter(report: dict[str, Any], towers: list[str
     assert said in found.detail
 
 
-def test_it_may_matter_to_the_rest_of_the_reply_and_not_to_the_label() -> None:
+def test_modality_passes_if_only_exact_match_needs_it() -> None:
+    """The audio may matter to the rest of the reply and not to the label."""
     report = of(audio=NONE)
     report["ablation"]["audio"]["exact_match"] = {"shuffled": COST, "blank": COST}
     found = modality(report, "audio")

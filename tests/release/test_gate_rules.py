@@ -39,7 +39,8 @@ def judged(found: Artifact, **rule: Any) -> Check:
     return check
 
 
-def test_a_reply_that_is_forbidden_to_the_slice_fails_and_one_outside_of_it_does_not(tmp_path: Path) -> None:
+def test_forbidden_reply_fails_only_inside_its_slice(tmp_path: Path) -> None:
+    """The detail counts the replies and names the row; at_most=0.125 lets 1 of 8 pass."""
     assert judged(report(tmp_path, WANTED)).outcome == "pass"
     replies: list[Any] = [*WANTED[:3], {"severity": "minor", "action": "cut"}, *WANTED[4:]]
     found = judged(report(tmp_path, replies))
@@ -119,9 +120,10 @@ def test_the_rules_of_the_textile_line_can_be_read() -> None:
     assert one.verdict('{"action": "R2: mend by hand"}') == "wrong"
 
 
-def test_rules_are_checks_of_the_gate_and_signed_into_the_release(
+def test_rules_become_gate_checks_and_are_signed(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A failed slice stops the release until it is waived by name; the manifest has the rules' text."""
     monkeypatch.setattr(
         probes, "chitchat_rows", lambda: list(parquet_io.read_examples(open_artifact(tmp_path / "dataset"), "eval"))
     )

@@ -62,7 +62,8 @@ def test_report_says_how_often_its_rows_were_evaluated(tmp_path: Path, adapter: 
     assert chosen["sentence"] in (two.report.path / "report.html").read_text() and chosen["sentence"] in lines
 
 
-def test_card_of_an_export_says_how_often_the_rows_were_evaluated(release: Path) -> None:  # noqa: F811
+def test_export_card_says_how_often_rows_were_evaluated(release: Path) -> None:  # noqa: F811
+    """The card of a Release without its Report has no such lines."""
     artifact = open_artifact(release)
     lines = export_formats._choice_lines(artifact)
     assert len(lines) == 2 and "at least 1 evaluation of these rows known on this machine since" in lines[1]
@@ -77,7 +78,8 @@ def test_damaged_ledger_of_evaluations_stops_before_the_model(adapter: Path, mon
         sartor.evaluate(adapter)
 
 
-def test_rows_of_a_file_can_be_evaluated_and_trained_ones_are_left_out(tmp_path: Path, adapter: Path) -> None:
+def test_evaluate_reads_a_file_and_leaves_out_trained_rows(tmp_path: Path, adapter: Path) -> None:
+    """A file whose rows were all trained on is a SourceError."""
     fresh = [{"question": f"new {n}", "answer": "on"} for n in range(4)]
     write_jsonl(tmp_path / "test.jsonl", [*fresh, {"question": "q"}])
     said = sartor.evaluate(adapter, data=tmp_path / "test.jsonl", scorer="f1").as_json()
@@ -88,7 +90,8 @@ def test_rows_of_a_file_can_be_evaluated_and_trained_ones_are_left_out(tmp_path:
         sartor.evaluate(adapter, data=tmp_path / "seen.jsonl", out=tmp_path / "other")
 
 
-def test_a_release_verifies_answers_and_walks_back_to_its_sources(release: Path, rows_file: Path) -> None:
+def test_release_verifies_answers_and_traces_to_its_sources(release: Path, rows_file: Path) -> None:
+    """The nearest row has its licence; `inspect` opens all parents and has the source's digest."""
     verified = sartor.verify(release).as_json()
     assert verified["valid"] and verified["base"] == "the same"
     assert verified["gate"] == {"gain": "waived", "forgetting": "pass", "licence": "pass"}
@@ -104,7 +107,8 @@ def test_a_release_verifies_answers_and_walks_back_to_its_sources(release: Path,
     assert seen["sources"][0]["licence"] == "CC-BY-4.0"
 
 
-def test_a_moved_release_still_names_its_sources_and_index_finds_the_rest(tmp_path: Path, release: Path) -> None:
+def test_moved_release_names_sources_and_index_finds_parents(tmp_path: Path, release: Path) -> None:
+    """Without its Dataset a reply has no nearest rows, and a note says why."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for name in ("dataset", "adapter", "adapter-report", "switch-1.0"):
@@ -125,7 +129,8 @@ def test_waivers_are_signed_into_the_release(release: Path) -> None:
     assert "waived by A. Tester" in manifest["gate"]["gain"]["detail"]
 
 
-def test_one_flipped_byte_in_any_file_of_a_release_is_refused_by_name(tmp_path: Path, release: Path) -> None:
+def test_flipped_byte_in_any_release_file_is_refused_by_name(tmp_path: Path, release: Path) -> None:
+    """The error names the file or the signature."""
     files = [path for path in release.rglob("*") if path.is_file()]
     assert len(files) >= 7
     for file in files:
@@ -138,7 +143,8 @@ def test_one_flipped_byte_in_any_file_of_a_release_is_refused_by_name(tmp_path: 
     assert sartor.verify(release).signer
 
 
-def test_a_manifest_edited_consistently_is_refused_by_its_signature(release: Path) -> None:
+def test_consistently_edited_manifest_fails_its_signature(release: Path) -> None:
+    """A manifest whose id was computed anew after the edit is refused."""
     from sartor.core.artifacts import manifest_id
 
     file = release / "release.json"
@@ -204,9 +210,10 @@ def test_the_gate_names_each_failed_check(adapter: Path, keys: Path, tmp_path: P
     assert not (tmp_path / "switch-1.0").exists()
 
 
-def test_an_unknown_licence_or_a_non_commercial_one_stops_a_release(
+def test_unknown_or_non_commercial_licence_stops_a_release(
     tmp_path: Path, tune_recipe: dict[str, Any], rows_file: Path, keys: Path
 ) -> None:
+    """So does an MIT source whose declared use is non-commercial."""
     for name, source in (
         ("a", {}),
         ("b", {"licence": "CC-BY-NC-4.0"}),
@@ -243,9 +250,10 @@ def part_not_for_sale(tmp_path: Path, tune_recipe: dict[str, Any], rows_file: Pa
     return tmp_path / "part"
 
 
-def test_a_non_commercial_source_stops_a_commercial_release_by_name_of_source_and_row_and_no_research(
+def test_non_commercial_source_stops_all_but_research_release(
     part_not_for_sale: Path, tmp_path: Path, keys: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The error names source and row, the remedy the permitted uses; a misspelt use is refused."""
     waived = [word for check in ("gain", "forgetting") for word in ("--waive", check)]
     command = ["release", str(part_not_for_sale), "--name", "part", "--version", "1", "--key", str(keys)]
     command += [*waived, "--by", "A. Tester", "--reason", "tiny", "--json"]
@@ -277,7 +285,8 @@ def test_a_non_commercial_source_stops_a_commercial_release_by_name_of_source_an
     assert code == 2 and "commercial" in json.dumps(said)
 
 
-def test_without_its_dataset_the_gate_counts_rows_by_the_manifest(part_not_for_sale: Path, tmp_path: Path) -> None:
+def test_gate_without_dataset_counts_rows_by_manifest(part_not_for_sale: Path, tmp_path: Path) -> None:
+    """The refusal has the number of rows only; its remedy is `sartor revoke DATASET`."""
     from sartor.release import gate
 
     shutil.move(tmp_path / "mixed", tmp_path / "gone")
@@ -285,9 +294,10 @@ def test_without_its_dataset_the_gate_counts_rows_by_the_manifest(part_not_for_s
     assert said.endswith("which forbids commercial use (2 rows)") and "sartor revoke DATASET" in remedy
 
 
-def test_expired_terms_withdrawn_consent_and_licences_that_exclude_each_other_stop_every_release(
+def test_expired_withdrawn_or_conflicting_terms_stop_release(
     part_not_for_sale: Path,
 ) -> None:
+    """Expiry and withdrawn consent stop all uses; conflicting licences do not stop internal use."""
     from sartor.release import gate
 
     adapter = open_artifact(part_not_for_sale)
@@ -343,7 +353,7 @@ def test_a_wrong_release_command_says_what_is_wrong(adapter: Path, keys: Path, c
         sartor.release(adapter, **{"name": "switch", "version": "1.0", "key": keys, **change})
 
 
-def test_an_adapter_that_was_not_evaluated_or_a_foreign_report_is_refused(
+def test_unevaluated_adapter_or_foreign_report_is_refused(
     tmp_path: Path, adapter: Path, keys: Path, tune_recipe: dict
 ) -> None:
     with pytest.raises(GateError, match="has not been evaluated"):

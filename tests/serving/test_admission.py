@@ -65,9 +65,10 @@ GOOD = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_good_ones_of_every_rank_target_and_dtype_are_admitted_and_say_what_was_found(
+def test_good_releases_are_admitted_with_all_checks_reported(
     name: str, maker: Maker, ground: AdmissionContext, tmp_path: Path
 ) -> None:
+    """Releases of each rank, target and dtype pass; the copy is stored by Release id."""
     path = maker.good(tmp_path / "good", maker.draft(**GOOD[name]))
     fake = Fake()
     admitted = admission.admit_sync(path, ground, fake)
@@ -79,9 +80,10 @@ def test_good_ones_of_every_rank_target_and_dtype_are_admitted_and_say_what_was_
 
 
 @pytest.mark.parametrize("has", [(), ("release.json",), ("signature",)])
-def test_a_directory_that_is_no_release_is_refused_before_it_is_walked(
+def test_directory_without_release_is_refused_unlisted(
     has: tuple[str, ...], ground: AdmissionContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An empty directory, or one with only release.json or signature, is refused without scandir."""
     for name in has:
         (tmp_path / name).write_text("{}")
     walked, scandir = [], os.scandir
@@ -161,7 +163,8 @@ def test_targets_are_matched_as_peft_matches_them(said: dict, maker: Maker, tmp_
         assert ours.targets_module(module) == bool(check_target_module_exists(theirs, module)), module
 
 
-def test_the_first_pattern_that_fits_decides_and_a_stabilised_rank_has_its_own_scale() -> None:
+def test_first_matching_pattern_sets_rank_and_scale() -> None:
+    """A rank-stabilised LoRA scales by alpha over the square root of its rank."""
     config = lora(ranks={"0.q": 2, "q": 8}, alphas={"^a.1.q": 1.0})
     assert [config.rank_of(module) for module in ("a.0.q", "a.1.q", "a.1.v", "q")] == [2, 8, 4, 8]
     assert [config.scale_of(module) for module in ("a.0.q", "a.1.q")] == [4.0, 0.125]
@@ -189,9 +192,8 @@ def test_the_norm_is_that_of_the_whole_product(maker: Maker, ground: AdmissionCo
     assert norms[module] == pytest.approx(float(np.linalg.norm(weight)), rel=1e-6)
 
 
-def test_what_was_looked_at_is_what_is_loaded_whatever_becomes_of_the_original(
-    maker: Maker, ground: AdmissionContext, tmp_path: Path
-) -> None:
+def test_admitted_copy_is_independent_of_the_original(maker: Maker, ground: AdmissionContext, tmp_path: Path) -> None:
+    """Weights swapped in the original change nothing; a changed or missing file of the copy is refused."""
     path = maker.good(tmp_path / "good")
     weights = path / "adapter_model.safetensors"
 
@@ -211,9 +213,8 @@ def test_what_was_looked_at_is_what_is_loaded_whatever_becomes_of_the_original(
         check_digest(admitted.path, admitted.adapter)
 
 
-def test_a_copy_is_admitted_again_without_asking_but_not_past_its_signer_bytes_or_base(
-    maker: Maker, ground: AdmissionContext, tmp_path: Path
-) -> None:
+def test_copy_is_admitted_again_without_engine_calls(maker: Maker, ground: AdmissionContext, tmp_path: Path) -> None:
+    """Another base or changed bytes are refused, and without the note of its checks it is tried again."""
     first = admission.admit_sync(maker.good(tmp_path / "good"), ground, Fake())
     fake = Fake()
     again = admission.admit_sync(first.path, ground, fake)
@@ -241,9 +242,8 @@ def test_a_copy_is_admitted_again_without_asking_but_not_past_its_signer_bytes_o
     assert admission.admit_sync(first.path, ground, Fake()).adapter == first.adapter
 
 
-def test_a_signer_who_was_revoked_since_is_refused_at_the_next_start(
-    maker: Maker, ground: AdmissionContext, tmp_path: Path
-) -> None:
+def test_revoked_signer_is_refused_at_the_next_start(maker: Maker, ground: AdmissionContext, tmp_path: Path) -> None:
+    """A copy that was admitted before is refused by the check of its signature."""
     first = admission.admit_sync(maker.good(tmp_path / "good"), ground, Fake())
     shutil.copy(maker.public, folder("revoked") / "own.pub")
     with pytest.raises(SignatureError, match="is revoked") as caught:
@@ -251,9 +251,8 @@ def test_a_signer_who_was_revoked_since_is_refused_at_the_next_start(
     assert caught.value.check == "signature"
 
 
-def test_without_a_key_of_the_team_those_that_this_machine_trusts_count(
-    maker: Maker, ground: AdmissionContext, tmp_path: Path
-) -> None:
+def test_trusted_folder_applies_without_a_team_key(maker: Maker, ground: AdmissionContext, tmp_path: Path) -> None:
+    """A signature counts if the machine's trusted folder has its key; if the folder is empty, none counts."""
     anyone = AdmissionContext(ground.about, ground.base, ground.state)
     path = maker.good(tmp_path / "good")
     with pytest.raises(SignatureError, match="trusts nobody"):
@@ -388,9 +387,8 @@ def test_a_reply_that_repeats_one_piece_is_known(text: str, is_degenerate: bool)
     assert canary_prompts.is_degenerate(text) == is_degenerate
 
 
-def test_a_release_whose_report_was_no_better_is_as_it_was_released(
-    maker: Maker, ground: AdmissionContext, tmp_path: Path
-) -> None:
+def test_degenerate_reply_is_admitted_if_recorded_so(maker: Maker, ground: AdmissionContext, tmp_path: Path) -> None:
+    """A Release whose recorded replies repeat one piece may repeat it; one with good replies may not."""
     loop = "no " * 30
     assert admission.admit_sync(recorded(maker, tmp_path / "loop", loop, loop), ground, Fake(saying(loop)))
     with pytest.raises(AdmissionError) as caught:
@@ -419,9 +417,8 @@ def recorded(maker: Maker, out: Path, *replies: str) -> Path:
     return maker.good(out, draft)
 
 
-def test_recorded_replies_are_asked_for_as_they_were_and_compared(
-    maker: Maker, ground: AdmissionContext, tmp_path: Path
-) -> None:
+def test_recorded_replies_are_compared_with_new_ones(maker: Maker, ground: AdmissionContext, tmp_path: Path) -> None:
+    """Prompts are sent greedily as recorded; a longer recorded reply is compared up to the cut."""
     path = recorded(maker, tmp_path / "good", "The sky is blue.", "The sky is blue today.")
     fake = Fake(saying("The sky is blue."))
     said = admission.admit_sync(path, ground, fake).checks["canary"]
@@ -456,9 +453,9 @@ def test_a_canary_that_fails_or_does_not_end_is_a_refusal(
     assert caught.value.check == "canary"
 
 
-def test_an_adapter_that_ends_the_process_that_tries_it_is_refused(
-    maker: Maker, ground: AdmissionContext, tmp_path: Path
-) -> None:
+def test_adapter_that_kills_its_worker_is_refused(maker: Maker, ground: AdmissionContext, tmp_path: Path) -> None:
+    """The canary check refuses it, and no copy is left."""
+
     def dies(*_: object) -> list[Sequence[Event]]:
         raise ModelError("a worker that tried the adapter died: signal 11", "tune it again")
 
@@ -467,7 +464,8 @@ def test_an_adapter_that_ends_the_process_that_tries_it_is_refused(
     assert caught.value.check == "canary" and not list(release_copies.folder(ground.state).iterdir())
 
 
-def test_the_corpus_reaches_every_check_but_that_of_a_process_and_each_is_documented() -> None:
+def test_corpus_reaches_each_check_and_docs_name_it() -> None:
+    """Canary and projectors have tests elsewhere; docs/admission.md lists each check."""
     # what is wrong with projectors: test_admission_media.py
     assert {bad.check for bad in CORPUS.values()} == set(CHECKS) - {"canary", "projectors"}
     page = (Path(__file__).parents[2] / "docs/admission.md").read_text()
@@ -482,7 +480,8 @@ def test_admission_keys_and_receipts_need_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_header_of_many_tensors_is_read_and_one_beyond_the_limit_is_not(tmp_path: Path) -> None:
+def test_read_header_stops_at_the_tensor_limit(tmp_path: Path) -> None:
+    """2,000 tensors are read; a damaged header raises ModelError."""
     from sartor.core import safetensors_file
 
     zeros = np.zeros((2, 2), np.float32)
@@ -512,9 +511,8 @@ def answers(base: Path, adapter: Path, asked: Sequence[dict]) -> list[str]:
 
 
 @pytest.mark.services
-async def test_a_real_worker_tries_what_is_to_be_admitted_and_tells_one_adapter_from_another(
-    maker: Maker, tmp_path: Path, tiny_base: Path
-) -> None:
+async def test_real_worker_tells_adapters_apart(maker: Maker, tmp_path: Path, tiny_base: Path) -> None:
+    """The adapter of the recorded replies is admitted, another refused, and a changed copy not attached."""
     from sartor.serving.team_config import LocalEngineOptions, Team, WorkerOptions
     from sartor.serving.workers.supervisor import Supervisor
 

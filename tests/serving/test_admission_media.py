@@ -92,9 +92,10 @@ def released(
     return maker.write(folder, maker.draft(), Bad("", files=lambda path: write_projectors(path, said, change)))
 
 
-def test_what_reads_pictures_is_admitted_shown_one_and_registered_so(
+def test_image_release_is_admitted_by_an_image_canary(
     maker: Maker, ground: AdmissionContext, tower: Path, tmp_path: Path
 ) -> None:
+    """Checks and registry entry name images; projectors are part of the adapter's digest."""
     fake = Fake()
     admitted = admission.admit_sync(released(maker, tmp_path / "eye", said_of(tower)), ground, fake)
     assert admitted.reads == ("image",) and list(admission.version_of(admitted, "eye").facts["reads"]) == ["image"]
@@ -148,9 +149,10 @@ WRONG: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_projectors_that_are_wrong_are_refused_before_anything_loads_them(
+def test_wrong_projectors_are_refused_before_loading(
     maker: Maker, ground: AdmissionContext, tower: Path, tmp_path: Path, name: str
 ) -> None:
+    """The check projectors names the fault, and no adapter is tried."""
     change, problem = WRONG[name]
     fake = Fake()
     with pytest.raises(AdmissionError) as caught:
@@ -199,7 +201,7 @@ def test_towers_that_are_not_here_are_named_with_a_remedy(
         assert caught.value.check == "projectors"
 
 
-def test_one_that_cannot_answer_a_picture_is_refused_by_its_canary(
+def test_failed_image_canary_refuses_the_release(
     maker: Maker, ground: AdmissionContext, tower: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(AdmissionError, match="too large") as caught:

@@ -121,7 +121,8 @@ def releases(tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.Mo
 
 
 @pytest.mark.services
-def test_a_real_team_is_asked_and_its_real_releases_are_checked_when_added(releases: Path) -> None:
+def test_real_team_answers_and_checks_added_releases(releases: Path) -> None:
+    """The reply equals that of ask; a Release with a changed byte of its weights is refused."""
     team = releases
     asked = {"sampling": {"max_tokens": 8}}
     reply = sartor.ask_team(team, "switch kitchen on", agent="switch", **asked)

@@ -41,7 +41,7 @@ def test_a_key_opens_the_agents_that_it_names_and_no_other(keys: ApiKeyStore) ->
     assert everything.agents is None and everything.opens("whatever") and not everything.is_admin
 
 
-def test_an_admins_key_opens_no_agent_and_an_agents_key_is_no_admins(keys: ApiKeyStore) -> None:
+def test_admin_key_opens_no_agent_and_agent_key_is_no_admin(keys: ApiKeyStore) -> None:
     secret, _ = keys.make([], is_admin=True)
     opened = keys.admit(secret)
     assert opened.is_admin and keys.has_admin and not opened.opens("faq") and opened.agents == frozenset()
@@ -78,9 +78,8 @@ def test_what_is_no_key_is_refused_and_not_repeated(header: str, keys: ApiKeySto
     assert not sent.strip() or sent.strip() not in str(caught.value)
 
 
-def test_another_secret_with_a_known_id_is_refused_in_constant_time(
-    keys: ApiKeyStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_secret_is_refused_in_constant_time(keys: ApiKeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong secret, an unknown id and nonsense each compare two digests of 64 characters."""
     secret, _ = keys.make(["faq"])
     compared = []
     compare = keys_module.hmac.compare_digest
@@ -92,9 +91,8 @@ def test_another_secret_with_a_known_id_is_refused_in_constant_time(
     assert len(compared) == 3 and all(len(digest) == 64 for pair in compared for digest in pair)
 
 
-def test_a_revoked_key_is_refused_within_a_second_wherever_it_was_revoked_and_leaves_the_door_shut(
-    keys: ApiKeyStore, file: Path, clock: Clock
-) -> None:
+def test_revoked_key_is_refused_within_a_second(keys: ApiKeyStore, file: Path, clock: Clock) -> None:
+    """A revocation by another process counts too, new keys are known sooner, and the server stays closed."""
     secret, key = keys.make(["faq"])
     assert keys.admit(secret)
     elsewhere = ApiKeyStore(open_database(f"sqlite:///{file}"))
@@ -113,9 +111,8 @@ def test_a_revoked_key_is_refused_within_a_second_wherever_it_was_revoked_and_le
         keys.revoke("nothing")
 
 
-def test_while_the_database_cannot_be_read_what_was_read_last_holds(
-    keys: ApiKeyStore, file: Path, clock: Clock
-) -> None:
+def test_unreadable_database_keeps_the_keys_last_read(keys: ApiKeyStore, file: Path, clock: Clock) -> None:
+    """Unknown keys are refused meanwhile, and no key can be created."""
     secret, _ = keys.make(["faq"])
     keys.admit(secret)
     file.write_bytes(b"no database" * 1000)
@@ -173,7 +170,8 @@ def test_a_row_that_was_changed_from_outside_opens_nothing(keys: ApiKeyStore, fi
     assert keys.admit(other).agents == {"home"} and len(keys.listed()) == 1 and not keys.is_open
 
 
-def test_requests_and_tokens_are_counted_per_key_and_come_back_with_time() -> None:
+def test_requests_and_tokens_are_limited_per_key() -> None:
+    """A long reply is charged afterwards; idle time saves up no more than one minute."""
     clock = Clock()
     rates = RateLimiter(RequestLimits(requests_per_minute=6, tokens_per_minute=100), clock)
     for _ in range(6):

@@ -101,9 +101,8 @@ def test_each_mark_is_enough_alone(left: str, keys: ApiKeyStore, state: Path, cl
         assert is_lost(restarted)
 
 
-def test_new_key_ends_it_where_the_registry_was_replaced_by_an_empty_file(
-    keys: ApiKeyStore, state: Path, clock: Clock
-) -> None:
+def test_new_key_ends_lost_state_after_registry_is_emptied(keys: ApiKeyStore, state: Path, clock: Clock) -> None:
+    """The registry was replaced by an empty file; a key that is created elsewhere is admitted."""
     keys.make(["faq"])
     keys.listed()
     for file in state.glob("registry.sqlite*"):
@@ -186,9 +185,8 @@ def test_stale_keys_hold_for_a_minute_and_come_back(
     assert keys.admit(secret).agents == {"faq"} and not keys.is_open and keys.troubles() == {}
 
 
-def test_key_revoked_while_the_registry_was_lost_is_refused_when_it_is_back(
-    keys: ApiKeyStore, state: Path, clock: Clock
-) -> None:
+def test_key_revoked_while_registry_was_lost_is_refused_later(keys: ApiKeyStore, state: Path, clock: Clock) -> None:
+    """While the registry is lost the key still works; it is refused once the registry is back."""
     secret, made = keys.make(["faq"])
     keys.admit(secret)
     hidden = state / "hidden.sqlite"

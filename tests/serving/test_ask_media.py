@@ -32,9 +32,10 @@ def command(*arguments: Any, capsys: pytest.CaptureFixture[str]) -> tuple[int, d
     return int(ended.value.code or 0), json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_a_release_answers_what_the_model_itself_says_to_the_same_media_in_that_order(
+def test_ask_reply_equals_the_models_for_media_in_order(
     made: Seeing, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Image, audio and image precede the question; the reversed order gives another reply."""
     release = made.release("eye")
     files = {"a.png": png(220), "b.wav": sound(), "c.png": png(20)}
     for name, content in files.items():
@@ -67,9 +68,10 @@ def test_a_release_answers_what_the_model_itself_says_to_the_same_media_in_that_
     assert said["prompt"] == "what colour is the sky"
 
 
-def test_each_thing_that_is_wrong_is_an_error_before_a_base_is_opened(
+def test_invalid_media_of_ask_are_errors_with_a_remedy(
     made: Seeing, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Unreadable files, bombs, wrong flags and media that the Release does not read have an exit code."""
     text = made.release("text", kinds=())
     for name, content in {
         "bomb.png": bomb(),

@@ -153,7 +153,8 @@ async def test_without_keys_foreign_hosts_and_pages_are_refused(
     assert statuses(await ask(tmp_path, ("POST", COMPLETIONS, chat(), headers), keys={}, made=made)) == [status]
 
 
-async def test_a_page_is_told_that_it_may_ask_only_where_its_origin_is_named(tmp_path: Path) -> None:
+async def test_cors_header_is_sent_only_for_named_origins(tmp_path: Path) -> None:
+    """By default a preflight request gets no access-control-allow-origin."""
     preflight = {"origin": "https://page.example", "access-control-request-method": "POST"}
     (named,) = await ask(
         tmp_path, ("OPTIONS", COMPLETIONS, None, preflight), made={"http": {"cors": ("https://page.example",)}}

@@ -59,7 +59,8 @@ async def test_a_name_is_a_version_and_an_unknown_one_is_an_error(tmp_path: Path
         assert not crew.live["faq-1"] and dispatch.in_flight == 0
 
 
-async def test_a_call_has_the_releases_prompt_sampling_and_tools_and_a_clients_own_hold(tmp_path: Path) -> None:
+async def test_call_has_release_defaults_unless_client_overrides(tmp_path: Path) -> None:
+    """System prompt, sampling and tools are the Release's; too large or unknown sampling is refused."""
     tool = {"type": "function", "function": {"name": "look"}}
     facts = {"system_prompt": "Be brief.", "sampling": {"max_tokens": 5000, "temperature": 0.5}, "tools": [tool]}
 
@@ -101,7 +102,8 @@ async def test_who_steps_in_and_that_it_is_said(tmp_path: Path) -> None:
             await dispatch.open(asked("faq"))
 
 
-async def test_a_failure_after_the_first_event_is_an_event_and_not_answered_by_another(tmp_path: Path) -> None:
+async def test_failure_after_first_event_is_an_event(tmp_path: Path) -> None:
+    """The reply ends with ReplyFailed, and no other version answers instead."""
     crew, receipts = FakeCrew(), FakeReceipts()
     async with dispatching(
         team(tmp_path), crew, registry(tmp_path, version("faq", "1")), receipts=receipts
@@ -126,7 +128,8 @@ async def test_auto_asks_the_router_for_what_the_key_opens(tmp_path: Path) -> No
         assert answer.agent.startswith("base@") and "the encoder is gone" in answer.reason
 
 
-async def test_a_receipt_is_there_when_the_reply_ends_and_a_full_disk_hurts_no_reply(tmp_path: Path) -> None:
+async def test_receipt_is_written_before_reply_done(tmp_path: Path) -> None:
+    """On a full disk the receipt is counted as lost and the reply stays whole."""
     receipts = FakeReceipts()
     async with dispatching(
         team(tmp_path), FakeCrew(), registry(tmp_path, version("faq", "1")), receipts=receipts
@@ -143,7 +146,8 @@ async def test_a_receipt_is_there_when_the_reply_ends_and_a_full_disk_hurts_no_r
         assert dispatch.health()["receipts_lost"] == 1
 
 
-async def test_closing_an_answer_cancels_the_call_and_frees_the_version(tmp_path: Path) -> None:
+async def test_closing_an_answer_cancels_its_call(tmp_path: Path) -> None:
+    """The version is free and no receipt is written, for an unread, a half-read and a twice closed answer."""
     crew, receipts = FakeCrew(), FakeReceipts()
     async with dispatching(
         team(tmp_path), crew, registry(tmp_path, version("faq", "1")), receipts=receipts
@@ -214,7 +218,7 @@ async def test_a_member_that_is_not_admitted_is_a_trouble_of_its_own(tmp_path: P
     await work()
 
 
-async def test_the_base_steps_in_for_what_was_admitted_once_and_for_nothing_else(tmp_path: Path) -> None:
+async def test_base_fallback_needs_an_earlier_admission(tmp_path: Path) -> None:
     """`sartor agents add` registers without an engine: the server may still refuse what is live by then."""
 
     async def work(made: Any, crew: FakeCrew, **options: Any) -> None:
@@ -253,7 +257,8 @@ async def test_the_base_steps_in_for_what_was_admitted_once_and_for_nothing_else
     await work(registry(tmp_path), crew, admit=admit_most)
 
 
-async def test_a_version_that_cannot_be_loaded_leaves_the_one_before_it_in_service(tmp_path: Path) -> None:
+async def test_unloadable_version_leaves_previous_one_in_service(tmp_path: Path) -> None:
+    """Health has the refusal, and loading is tried again only after a change of the registry."""
     crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
     crew.unloadable = {"faq-2"}
     async with dispatching(team(tmp_path), crew, made) as dispatch:
@@ -332,7 +337,8 @@ async def test_this_machines_copy_is_loaded_where_it_is_whole(tmp_path: Path) ->
     assert loaded == [Path("/releases/faq-1"), copy]
 
 
-async def test_two_releases_of_one_adapter_are_each_checked_and_the_adapter_goes_with_the_last(tmp_path: Path) -> None:
+async def test_shared_adapter_is_checked_per_release(tmp_path: Path) -> None:
+    """The adapter is detached with the last of its Releases; a refused one stays out of service."""
     checked: list[str] = []
 
     async def one_adapter(path: Path, name: str) -> Any:
@@ -356,9 +362,10 @@ async def test_two_releases_of_one_adapter_are_each_checked_and_the_adapter_goes
         assert not crew.attached
 
 
-async def test_a_change_by_another_process_is_seen_and_one_made_here_at_once(
+async def test_registry_changes_are_seen_locally_and_by_polling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A change by this process is seen at once, one by another process at the next poll."""
     made = registry(tmp_path, version("faq", "1"), version("faq", "2"))
     async with dispatching(team(tmp_path), FakeCrew(), made) as dispatch:
         await asyncio.sleep(0)  # it listens from its first turn on
@@ -374,7 +381,8 @@ async def test_a_change_by_another_process_is_seen_and_one_made_here_at_once(
         assert (await said(dispatch, asked("faq")))[0] == "faq@1"
 
 
-async def test_a_hurt_row_keeps_its_last_good_meaning_and_the_others_go_on(tmp_path: Path) -> None:
+async def test_damaged_row_keeps_its_last_good_version_in_service(tmp_path: Path) -> None:
+    """Other agents take changes meanwhile; repair and adding the version again clear the troubles."""
     made = registry(tmp_path, version("faq", "1"), version("home", "3"))
     async with dispatching(team(tmp_path), FakeCrew(), made) as dispatch:
         with made.database.change() as connection:
@@ -472,9 +480,9 @@ async def test_the_admin_loads_before_anything_changes(tmp_path: Path) -> None:
         assert (await said(dispatch, asked("new")))[0] == "new@1"
 
 
-async def test_what_is_being_promoted_is_not_let_go_of_by_a_reload_meanwhile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_reload_during_promotion_keeps_the_new_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter being promoted survives a reload that runs before the registry has it."""
+
     async def unhurried(path: Path, name: str) -> Any:
         await asyncio.sleep(0.05)
         return await admit(path, name)
@@ -492,7 +500,8 @@ async def test_what_is_being_promoted_is_not_let_go_of_by_a_reload_meanwhile(
         assert (await said(dispatch, asked("faq")))[0] == "faq@2"
 
 
-async def test_a_damaged_registry_is_unavailable_to_the_admin_and_the_agents_go_on(tmp_path: Path) -> None:
+async def test_admin_gets_unavailable_for_a_damaged_registry(tmp_path: Path) -> None:
+    """The remedy is a repair or a backup; intact agents can be changed, and each agent answers."""
     crew, made = FakeCrew(), registry(tmp_path, *(version("faq", one) for one in "12"), version("home", "3"))
     async with dispatching(team(tmp_path), crew, made) as dispatch:
         roster = AgentAdmin(dispatch, crew, admit, Rollout())

@@ -40,7 +40,8 @@ def test_a_schema_fetches_nothing() -> None:
     ]
 
 
-def test_a_pattern_is_to_be_held_or_not_and_is_not_searched_for_ever() -> None:
+def test_pattern_check_requires_or_forbids_and_times_out() -> None:
+    """A search longer than SEARCH_S seconds is a finding."""
     assert run_check(PatternCheck(r"\bkr\b"), "12 kr", "") == [] and run_check(PatternCheck(r"\bkr\b"), "12", "") == [
         "it must hold '\\\\bkr\\\\b'"
     ]

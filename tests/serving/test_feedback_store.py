@@ -93,7 +93,8 @@ def test_what_is_not_personal_stays_and_media_are_let_be() -> None:
     assert Mask()(plain) is plain
 
 
-async def test_words_are_kept_with_consent_and_the_rating_alone_without(tmp_path: Path) -> None:
+async def test_refused_consent_stores_only_the_rating(tmp_path: Path) -> None:
+    """Words without consent are counted as withheld; without a rating the feedback is refused."""
     roster = serving.Roster()
     refused = {"receipt": "r1", "rating": -1, "correction": "b", "comment": "c", "consent": False}
     *_, kept, wordless, page = await ask(
@@ -182,7 +183,8 @@ async def test_a_key_has_a_rate_per_minute_and_per_day(tmp_path: Path) -> None:
     rates.begin("one")
 
 
-def test_a_line_of_the_schema_before_is_read_and_one_behind_refused() -> None:
+def test_from_json_reads_older_schema_and_refuses_newer() -> None:
+    """Schema 1 is read, the present one survives a round trip, and schema 3 is refused."""
     old = {"schema": 1, "receipt": "r1", "agent": "faq@1.0", "date": "2026-01-31", "rating": 1, "messages": []}
     assert Feedback.from_json(old) == Feedback("r1", "faq@1.0", "2026-01-31", rating=1)
     new = Feedback("r1", "faq@1.0", "2026-01-31", rating=1, by=FeedbackAuthor("k1", "u", "given"), masked={"email": 1})

@@ -67,7 +67,8 @@ def deaths(*places: int) -> bool:
     return one.is_suspect
 
 
-def test_suspected_is_who_was_at_the_same_place_twice_or_anywhere_thrice() -> None:
+def test_call_is_suspect_after_two_near_or_three_deaths() -> None:
+    """Two worker deaths near one token position, or three anywhere, make a call suspect."""
     assert not deaths(0) and not deaths(3, 30) and not deaths(30, 0)
     assert deaths(0, 0) and deaths(7, 5) and deaths(3, 30, 60) and deaths(0, 9, 1)
 

@@ -171,7 +171,9 @@ async def test_it_is_off_by_default_and_says_what_is_missing(tmp_path: Path, mon
         HttpServer(serving.house(), made(tmp_path), log=RequestLog(serving.Log()))
 
 
-async def test_the_card_names_what_is_there_and_nothing_that_the_key_does_not_open(tmp_path: Path) -> None:
+async def test_agent_card_lists_only_agents_that_the_key_opens(tmp_path: Path) -> None:
+    """Without keys each agent is listed and no security scheme is declared."""
+
     async def main(keys: Any, **headers: str) -> Any:
         team = made(tmp_path, a2a=CardTerms(card=True, url="https://team.example/"))
         async with serving.client(serving.house(keys=keys), team) as client:

@@ -103,9 +103,10 @@ def test_a_greedy_reply_is_made_anew_only_by_its_own_arithmetic(
     )
 
 
-def test_an_old_receipt_of_sixteen_bits_is_valid_and_the_command_says_what_it_left_out(
+def test_old_bfloat16_receipt_is_valid_with_text_unchecked(
     tmp_path: Path, seal: TeamSigner, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Verify names the skipped check; a reply with another digest is still refused with exit code 3."""
     call = replace(given().call, tools=(), schema="")
     receipt = build_receipt(given(release="", call=call), about(), seal)
     (tmp_path / "r.json").write_text(json.dumps(signed(seal, receipt, numerics=None)))
@@ -172,13 +173,14 @@ def ground(maker: Any, tmp_path: Path) -> Callable[[str], AdmissionContext]:  # 
 
 
 @DTYPES
-def test_a_copy_that_another_arithmetic_admitted_is_asked_again_once(
+def test_copy_of_other_numerics_is_admitted_again_once(
     dtype: str,
     maker: Any,
     ground: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,  # noqa: F811
 ) -> None:
+    """A bfloat16 copy without numerics calls the engine once more; a float32 copy does not."""
     first = admission.admit_sync(maker.good(tmp_path / "good"), ground(dtype), Fake())
     note = first.path / ".admitted.json"
     said = json.loads(note.read_text())
@@ -202,9 +204,10 @@ def fitted(count: int = 8) -> tuple[Exemplars, agent_classifier.GeneralPrompts, 
 
 
 @DTYPES
-def test_router_features_of_the_base_are_made_anew_by_another_arithmetic(
+def test_router_features_of_other_numerics_are_not_opened(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Parts and vectors of the base depend on numerics; those of a library encoder do not."""
     found, ground, vectors = fitted()
     made = agent_classifier.fit(found, ground, vectors)
     agent_classifier.save_part(tmp_path, "base", made)  # as every version before wrote it

@@ -83,7 +83,8 @@ async def test_a_person_is_answered_by_their_own_and_nobody_else_is(tmp_path: Pa
     assert crew.lost == []
 
 
-async def test_what_was_tuned_on_another_version_waits_for_another_tuning(tmp_path: Path) -> None:
+async def test_personal_version_of_superseded_version_is_unused(tmp_path: Path) -> None:
+    """After a promotion the live version answers with the reason, until one tuned on it is added."""
     of, book = opened(tmp_path, own(ADA))
 
     async with dispatching(team(tmp_path), FakeCrew(), of, admit=admitted) as dispatch:
@@ -144,7 +145,8 @@ async def test_nobody_tries_a_candidate_instead_of_their_own(tmp_path: Path) -> 
         assert agent == "faq@1+personal" and "canary" not in reason
 
 
-async def test_a_server_lets_go_of_whom_the_registry_forgets_and_says_so(tmp_path: Path) -> None:
+async def test_server_detaches_forgotten_user_and_confirms(tmp_path: Path) -> None:
+    """A running reply keeps the adapter to its end; only then does the server confirm the generation."""
     of, book = opened(tmp_path, own(ADA), own(BEN))
     crew, forgotten = FakeCrew(), []
 
@@ -236,7 +238,8 @@ def test_the_rows_of_people_on_postgres(monkeypatch: pytest.MonkeyPatch) -> None
         rows_of_people(url)
 
 
-def test_receipts_of_a_person_go_and_the_others_stay_where_they_stood(tmp_path: Path) -> None:
+def test_erase_receipts_keeps_offsets_of_other_receipts(tmp_path: Path) -> None:
+    """Erased lines turn blank, so that the index finds the others, also when it is built again."""
     lines = [
         {
             "id": f"{place:032x}",

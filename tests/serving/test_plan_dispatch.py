@@ -36,7 +36,8 @@ CHECKED: dict[str, Any] = {
 }
 
 
-def test_a_file_is_read_into_plans_with_shorthands_schemas_and_sources(tmp_path: Path) -> None:
+def test_load_reads_plans_with_shorthands_and_schemas(tmp_path: Path) -> None:
+    """A sequence becomes a ChainPlan, parallel a ParallelPlan; the schema is read from its file."""
     (tmp_path / "rooms.json").write_text(json.dumps(ROOMS))
     (tmp_path / "law.txt").write_text("a railing is 1.1 m high")
     (tmp_path / "team.yaml").write_text(
@@ -142,7 +143,8 @@ def test_draft_check_mend(tmp_path: Path) -> None:
     assert kept.text == said.text and kept.release_id == ""
 
 
-def test_a_draft_without_a_finding_is_not_mended_and_both_names_of_a_plan_are_one(tmp_path: Path) -> None:
+def test_valid_draft_is_not_mended(tmp_path: Path) -> None:
+    """The plan answers with one call by its name and by its name with the digest."""
     replies = FakeReplies(home='{"room": "attic"}')
     team = planned(tmp_path, CHECKED)
     for name in ("checked", f"checked@{digest(team.plans[0], {})}"):
@@ -167,7 +169,8 @@ def test_a_loop_is_stopped_and_the_best_draft_is_answered(tmp_path: Path) -> Non
     assert all(request.messages == replies.asked[0].messages for request in replies.of("fixer"))
 
 
-def test_a_critic_judges_what_passes_and_one_that_says_nothing_is_passed_over(tmp_path: Path) -> None:
+def test_critic_verdict_counts_and_a_missing_one_is_skipped(tmp_path: Path) -> None:
+    """The critic's findings go to the mending agent; its reply is not cut by the client's sampling."""
     plan = {**CHECKED, "check": ["json", {"kind": "agent", "agent": "critic", "temperature": 0.0}], "mend": "fixer"}
     verdicts = ['{"right": false, "findings": ["the hall was meant"]}', '{"right": true, "findings": []}']
     replies = FakeReplies(home='{"room": "attic"}', critic=verdicts, fixer='{"room": "hall"}')
@@ -193,7 +196,8 @@ def test_a_verdict_that_contradicts_itself_is_a_finding() -> None:
     assert read_verdict('{"right": true}') is None and read_verdict("true") is None
 
 
-def test_what_a_step_is_given_is_typed_and_in_the_form_that_is_declared(tmp_path: Path) -> None:
+def test_step_input_has_the_declared_parts_and_form(tmp_path: Path) -> None:
+    """Request, draft and findings are JSON or turns, with media first."""
     media = {"type": "image", "image": "data:image/png;base64,AA=="}
     turns = (
         {"role": "system", "content": "be brief"},
@@ -218,7 +222,8 @@ def test_what_a_step_is_given_is_typed_and_in_the_form_that_is_declared(tmp_path
     assert set(json.loads(blind["content"])) == {"task", "draft"}
 
 
-def test_a_failed_member_degrades_the_answer_and_nothing_at_all_is_an_error(tmp_path: Path) -> None:
+def test_failed_step_is_left_out_unless_nothing_remains(tmp_path: Path) -> None:
+    """Request, busy and deadline errors, and a plan without any draft, raise."""
     team = planned(tmp_path, CHECKED)
     for fault in (
         UnavailableError("in quarantine", "later"),
@@ -235,7 +240,8 @@ def test_a_failed_member_degrades_the_answer_and_nothing_at_all_is_an_error(tmp_
             ask(team, FakeReplies(home=error), asked("checked"))
 
 
-def test_steps_follow_each_other_and_one_that_fails_is_passed_over(tmp_path: Path) -> None:
+def test_sequence_passes_drafts_on_and_skips_failed_steps(tmp_path: Path) -> None:
+    """The next step gets the request and the last draft."""
     plan = {"name": "chain", "kind": "sequence", "steps": ["english", "home", "polite"]}
     replies = FakeReplies(english="hall light", home=ModelError("it broke", "-"), polite="please: hall light")
     said = ask(planned(tmp_path, plan), replies, asked("chain", "ljus i hallen"))
@@ -244,7 +250,8 @@ def test_steps_follow_each_other_and_one_that_fails_is_passed_over(tmp_path: Pat
     assert (told["request"], told["draft"]) == ("ljus i hallen", "hall light")
 
 
-def test_the_last_step_streams_where_the_client_hears_it_and_nothing_comes_after(tmp_path: Path) -> None:
+def test_last_step_streams_only_if_the_client_does(tmp_path: Path) -> None:
+    """A stream that breaks ends with ReplyFailed; a step that never begins leaves the previous draft."""
     plan = {"name": "chain", "kind": "sequence", "steps": ["home", "polite"]}
     team = planned(tmp_path, plan)
     said = ask(team, FakeReplies(home="hall light", polite="a b c"), asked("chain", streams=True))
@@ -354,7 +361,8 @@ def test_budgets_of_tokens_and_seconds(tmp_path: Path) -> None:
     assert issubclass(DeadlineError, BudgetError)
 
 
-def test_what_no_plan_does_is_refused_and_what_is_none_is_handed_on(tmp_path: Path) -> None:
+def test_unsupported_plan_requests_are_refused(tmp_path: Path) -> None:
+    """Versions that no plan has, closed agents, tools, logprobs and raw text raise; agents pass through."""
     replies = FakeReplies(home="hi")
     team = planned(tmp_path, CHECKED)
     assert ask(team, replies, asked("home@1")).agent == "home@1"
@@ -370,7 +378,7 @@ def test_what_no_plan_does_is_refused_and_what_is_none_is_handed_on(tmp_path: Pa
     assert len(replies.asked) == 1
 
 
-def test_the_clients_schema_is_for_who_answers_and_a_steps_own_goes_before_it(tmp_path: Path) -> None:
+def test_client_schema_applies_unless_the_step_has_one(tmp_path: Path) -> None:
     schema = json.dumps({"type": "object"})
     replies = FakeReplies(home="x", fixer='{"room": "hall"}')
     own = {**CHECKED, "mend": {"agent": "fixer", "schema": ROOMS}}
@@ -385,7 +393,8 @@ def test_auto_within_a_plan_chooses_among_the_clients_agents(tmp_path: Path) -> 
     assert replies.asked[0].openable == opens
 
 
-async def test_a_client_that_leaves_closes_every_step_and_the_log_says_so(tmp_path: Path) -> None:
+async def test_leaving_client_cancels_each_step(tmp_path: Path) -> None:
+    """No call stays open, and both logs end with the outcome cancelled."""
     team = planned(tmp_path, {"name": "p", "kind": "parallel", "members": ["a", "b"]})
     replies = FakeReplies(a=5.0, b=5.0)
     plans = opened(team, replies)
@@ -454,7 +463,8 @@ async def test_a_served_plan_is_a_name_like_any_other(tmp_path: Path) -> None:
     assert [request.sampling["seed"] for request in replies.asked] == [4, 5, 4]
 
 
-async def test_a_disk_that_takes_nothing_costs_lines_and_receipts_and_no_answer(tmp_path: Path) -> None:
+async def test_unwritable_state_loses_log_and_receipt_but_no_answer(tmp_path: Path) -> None:
+    """The troubles count the lost runs and receipts."""
     (tmp_path / "state").write_text("a file where the folder would be")
     team = planned(tmp_path, CHECKED)
 

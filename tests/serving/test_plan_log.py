@@ -107,7 +107,8 @@ def test_a_run_is_made_again_by_the_versions_that_answered(tmp_path: Path, log: 
     assert not list(read_runs(next((tmp_path / "state/plans").iterdir())))[1:], "a replay is not logged"
 
 
-def test_the_first_difference_is_told_also_where_the_way_is_another(tmp_path: Path) -> None:
+def test_replay_names_the_first_difference(tmp_path: Path) -> None:
+    """Another reply and another outcome are differences, also where the replay takes other steps."""
     team = planned(tmp_path, {**PLAN, "log": "content"})
     rows = logged(tmp_path, team, script())
     shorter = again(team, rows, script(home='{"on": 1}')).differs

@@ -60,9 +60,8 @@ def segments(team: Team) -> list[Path]:
     return sorted((Path(team.state) / "receipts").glob("*.jsonl"))
 
 
-async def test_a_receipt_says_who_answered_on_what_and_how_and_is_signed_by_the_team(
-    book: ReceiptLog, team: Team
-) -> None:
+async def test_receipt_has_provenance_and_valid_team_signature(book: ReceiptLog, team: Team) -> None:
+    """Receipts name version, Release, base, engine, sampling and tokens; a failed reply has no tokens."""
     book.write(given(place=1))
     found = await book.find("r1")
     assert found is not None and (await book.find("r2")) is None
@@ -85,9 +84,8 @@ async def test_a_receipt_says_who_answered_on_what_and_how_and_is_signed_by_the_
     assert book.read("r3")["finish"] == "failed" and book.read("r3")["tokens"] == {}
 
 
-def test_no_word_of_a_prompt_or_a_reply_is_on_disk_nor_a_digest_that_could_be_guessed(
-    book: ReceiptLog, team: Team
-) -> None:
+def test_receipts_store_no_text_and_only_keyed_digests(book: ReceiptLog, team: Team) -> None:
+    """Words and plain SHA-256 digests are nowhere on disk; equal texts have equal keyed digests."""
     book.write(given())
     book.write(given("r2"))
     book.close()
@@ -124,7 +122,8 @@ def test_the_keys_are_made_once_and_nobody_else_may_read_them(team: Team) -> Non
         TeamSigner.of(state)
 
 
-def test_a_first_start_that_was_killed_between_the_two_keys_is_gone_on_with(tmp_path: Path) -> None:
+def test_signer_start_finishes_after_kill_between_keys(tmp_path: Path) -> None:
+    """A public key file without its private key is replaced at the next start."""
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys" / "sartor.pub").write_text("of a key that never was")
     TeamSigner.of(tmp_path)
@@ -169,7 +168,8 @@ def test_a_slow_disk_keeps_no_reply_waiting_for_long(book: ReceiptLog, monkeypat
     assert book.read("r1")
 
 
-def test_a_line_that_a_kill_cut_is_recognised_and_spoils_no_other(team: Team) -> None:
+def test_line_cut_by_kill_is_counted_and_others_are_read(team: Team) -> None:
+    """The index counts the torn line and finds the others; the next receipt begins a new file."""
     book = ReceiptLog.of(team, lambda: ABOUT)
     for number in range(3):
         book.write(given(f"r{number}"))
@@ -199,9 +199,10 @@ def test_a_lost_or_broken_index_is_made_anew_from_the_lines(team: Team, book: Re
     assert all(again.read(f"r{number}") for number in range(6)) and again.torn == 0
 
 
-def test_a_full_disk_costs_receipts_that_are_counted_and_leaves_whole_lines(
+def test_full_disk_counts_lost_receipt_and_leaves_whole_lines(
     team: Team, book: ReceiptLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A partly written line is undone; the receipts before and after it are readable."""
     book.write(given("before"))
     write = os.write
 
@@ -229,9 +230,10 @@ def test_a_full_disk_costs_receipts_that_are_counted_and_leaves_whole_lines(
     assert [json.loads(line)["id"] for line in segment.read_text().splitlines()] == ["before", "after"]
 
 
-def test_where_a_line_cannot_be_undone_the_next_receipt_begins_a_file(
+def test_failed_undo_of_a_line_starts_a_new_segment(
     team: Team, book: ReceiptLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Both fsync and ftruncate fail; the receipts before and after are readable."""
     book.write(given("before"))
 
     def broken(*_: object) -> None:
@@ -258,7 +260,8 @@ def test_what_the_index_missed_is_found_with_the_next(book: ReceiptLog, monkeypa
     assert book.read("r1") and book.read("r2") and book.problem == ""
 
 
-def test_words_that_no_receipt_can_hold_are_counted_and_half_characters_are_none(book: ReceiptLog) -> None:
+def test_unencodable_receipt_is_counted_as_lost(book: ReceiptLog) -> None:
+    """Half a surrogate pair in a reply is accepted; in the reason it raises ArtifactError and is counted."""
     book.write(given("r1", text="half of a pair: \ud83d"))
     assert book.read("r1")
     with pytest.raises(ArtifactError, match="no receipt can hold"):
@@ -479,7 +482,8 @@ def test_a_greedy_reply_is_made_anew_and_compared(
     book.close()
 
 
-def test_revoke_finds_the_replies_of_every_release_that_it_reaches(tmp_path: Path, team: Team) -> None:
+def test_revoke_lists_replies_of_affected_releases(tmp_path: Path, team: Team) -> None:
+    """Replies of other Releases are left out; a missing receipts folder is reported as not there."""
     turns = (sartor.Message.of("user", "a"), sartor.Message.of("assistant", "b"))
     row = sartor.Example(turns, (sartor.Origin("a.jsonl", "a.jsonl:1", "MIT"),), split="train")
     dataset = tmp_path / "dataset"

@@ -131,9 +131,8 @@ def test_how_often_one_may_go_back_is_bounded(registry: Registry) -> None:
     assert len(registry.read().agents["faq"].earlier) == MOST_EARLIER
 
 
-def test_a_row_that_was_changed_from_outside_is_named_and_the_others_are_read(
-    registry: Registry, tmp_path: Path
-) -> None:
+def test_externally_changed_rows_are_damaged_and_others_are_read(registry: Registry, tmp_path: Path) -> None:
+    """Damaged rows refuse changes; repair, a promotion or adding the same Release mends them."""
     for one in (*FAQ[:2], version("home", "1"), version("ops", "1")):
         registry.add(one)
     registry.promote("faq", "1")
@@ -185,7 +184,8 @@ def test_the_log_is_append_only_and_a_forged_event_is_left_out(registry: Registr
     assert [event.who for event in registry.events()] == [""]
 
 
-def test_a_file_that_is_no_database_and_one_of_a_newer_sartor_are_refused(tmp_path: Path) -> None:
+def test_open_refuses_newer_schema_and_non_database(tmp_path: Path) -> None:
+    """An in-memory URL and an unknown database dialect are refused as well."""
     Registry.open(sqlite_url(tmp_path)).close()
     execute(tmp_path, "update alembic_version set version_num = '9999'")
     with pytest.raises(ArtifactError, match="'9999'.*does not know"):
@@ -436,9 +436,10 @@ for turn in sys.stdin:
 
 
 @pytest.mark.services
-def test_of_processes_that_race_exactly_one_wins_each_time_and_they_open_a_new_registry_together(
+def test_racing_processes_have_one_winner_per_promotion(
     tmp_path: Path,
 ) -> None:
+    """The three processes also create and migrate a new registry file at the same time."""
     url = sqlite_url(tmp_path)
     command = [sys.executable, "-c", RACE, url]
     racers = [
@@ -481,7 +482,8 @@ while True:
 
 
 @pytest.mark.services
-def test_a_process_that_is_killed_in_the_middle_of_changes_leaves_whole_ones(tmp_path: Path) -> None:
+def test_killed_process_leaves_only_whole_changes(tmp_path: Path) -> None:
+    """After each kill the agent and the generation equal the last event, and nothing is damaged."""
     registry = Registry.open(sqlite_url(tmp_path))
     for one in FAQ:
         registry.add(one)

@@ -51,7 +51,8 @@ def feed(rollouts: Rollouts, version: str, count: int, **seen: Any) -> list[Roll
     return [verdict for verdict in told if verdict]
 
 
-def test_a_draw_is_the_same_for_the_same_words_and_takes_the_fraction() -> None:
+def test_in_fraction_draw_is_stable_and_takes_the_fraction() -> None:
+    """A larger fraction keeps the ids of a smaller one; another version draws other ids."""
     ids = [f"{number:x}" for number in range(4000)]
     taken = [id for id in ids if in_fraction(0.1, "faq@2", id)]
     assert taken == [id for id in ids if in_fraction(0.1, "faq@2", id)]
@@ -80,7 +81,8 @@ def test_what_counts_as_json(text: str, holds: bool) -> None:
     assert is_json(text) is holds
 
 
-def test_evidence_is_none_where_the_candidate_is_within_the_margin_and_grows_beyond_it() -> None:
+def test_log_evidence_is_zero_within_margin_and_grows_beyond() -> None:
+    """Without any reply of the live version the evidence is zero too."""
     live = FailureRate(1000, 10)
     assert log_evidence(FailureRate(100, 6), live, 0.05) == 0.0
     grown = [log_evidence(FailureRate(100, bad), live, 0.05) for bad in (10, 20, 40, 100)]
@@ -89,7 +91,7 @@ def test_evidence_is_none_where_the_candidate_is_within_the_margin_and_grows_bey
     assert FailureRate(5, 5).against(0.0) == math.inf and FailureRate(5, 0).against(1.0) == math.inf
 
 
-def test_the_evidence_is_a_martingale_of_mean_one_where_the_rate_is_true() -> None:
+def test_evidence_has_mean_one_at_the_true_rate() -> None:
     """Exactly, by summing over every outcome: the mixture's likelihood over the true one has the mean 1 at each count."""
     for rate in (0.02, 0.3, 0.5):
         for seen in (1, 7, 40):
@@ -195,7 +197,8 @@ def test_a_histogram_knows_its_median_and_how_well() -> None:
     assert Histogram().median_s() == 0.0 and Histogram().median_at_most_s(0.01) == math.inf
 
 
-def test_a_trial_is_judged_once_and_ends_with_the_registrys_answer() -> None:
+def test_trial_has_one_verdict_until_the_registry_answers() -> None:
+    """An undecided verdict is given again; the registry's answer ends the trial."""
     rollouts = Rollouts(RULES, Clock())
     trial(rollouts)
     assert not feed(rollouts, "1", 50) and not feed(rollouts, "2", 19, failed=True)
@@ -222,7 +225,8 @@ def test_what_goes_wrong_late_is_found_in_its_window() -> None:
     raise AssertionError("never found")
 
 
-def test_after_a_promotion_the_new_version_is_watched_against_the_old_for_a_while() -> None:
+def test_promoted_version_is_watched_against_its_predecessor() -> None:
+    """The watch ends with its time; a rollback is not watched."""
     clock = Clock()
     rollouts = Rollouts(RULES, clock)
     rollouts.follow(Agent("faq", "1"), None)
@@ -255,7 +259,8 @@ def test_ratings_and_a_quarantine_send_a_candidate_back() -> None:
     assert condemned is not None and condemned.reason == "quarantined"
 
 
-def test_a_canary_without_alarm_is_promoted_where_the_team_says_after_how_many() -> None:
+def test_canary_without_alarm_is_promoted_after_its_requests() -> None:
+    """The team sets canary_requests, the number of replies before the promotion."""
     rollouts = Rollouts(replace(RULES, canary_requests=30), Clock())
     trial(rollouts)
     feed(rollouts, "1", 50)
@@ -263,9 +268,10 @@ def test_a_canary_without_alarm_is_promoted_where_the_team_says_after_how_many()
     assert verdict.action == "promote" and "30 replies" in verdict.reason
 
 
-async def test_a_failing_canary_is_rolled_back_in_the_registry_with_its_numbers_and_no_client_sees_a_failure(
+async def test_failing_canary_is_rolled_back_without_failed_replies(
     tmp_path: Path,
 ) -> None:
+    """The event holds the monitors' numbers; the live version answers each request of the trial."""
     crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
     crew.faults["faq-2"] = ModelError("a logit is not finite", "tune again")
     rules = Rollout(canary_fraction=0.5)

@@ -82,7 +82,8 @@ def agent_of(fitted: FittedRouter, text: str) -> str:
     return choose_agent(fitted, fitted.judge([exemplars.shortened(text)]), {"home", "chef"}).agent
 
 
-def test_a_prompt_goes_to_the_agent_that_knows_its_like_and_a_foreign_one_to_the_base(two: FittedRouter) -> None:
+def test_known_prompt_goes_to_its_agent_and_foreign_to_base(two: FittedRouter) -> None:
+    """Other languages, other subjects, short questions, empty text and surrogates are foreign."""
     assert agent_of(two, "switch off the fan in the library please") == "home"
     assert agent_of(two, "which spices go into a jambalaya for 7 guests") == "chef"
     for foreign in (
@@ -108,9 +109,10 @@ def test_the_figures_are_of_prompts_that_it_never_saw(two: FittedRouter) -> None
     )
 
 
-def test_its_reason_says_scores_threshold_and_the_nearest_exemplar_and_names_nobody_who_may_not_be_chosen(
+def test_reason_has_scores_threshold_and_nearest_exemplar(
     two: FittedRouter,
 ) -> None:
+    """Agents that may not be chosen appear neither in the scores nor in the reason."""
     asked = two.judge([LISTED["home"][0]])
     route = choose_agent(two, asked, {"home", "chef"})
     assert route.agent == "home" and set(route.scores) == {"home", "chef"}
@@ -125,9 +127,10 @@ def arrays_of(one: agent_classifier.AgentClassifier) -> dict[str, Any]:
     return {name: np.asarray(array) for name, array in agent_classifier.as_arrays(one).items()}
 
 
-def test_an_agent_that_comes_or_goes_leaves_the_parts_of_the_others_as_they_are(
+def test_part_of_an_agent_is_independent_of_other_agents(
     ground: agent_classifier.GeneralPrompts, two: FittedRouter
 ) -> None:
+    """A part that is fitted alone is bit-identical to one beside another agent."""
     alone = arrays_of(agent_classifier.fit(agents("home")["home"], ground, None))
     beside = arrays_of(two.parts[two.agents.index("home")])
     assert set(alone) == set(beside) and all(
@@ -135,9 +138,8 @@ def test_an_agent_that_comes_or_goes_leaves_the_parts_of_the_others_as_they_are(
     )
 
 
-def test_a_part_that_was_written_is_read_back_to_the_bit_and_a_damaged_one_is_named(
-    two: FittedRouter, tmp_path: Path
-) -> None:
+def test_saved_part_reads_back_bit_identical(two: FittedRouter, tmp_path: Path) -> None:
+    """A damaged file is named, another encoder has no part, and parts of removed agents are deleted."""
     one = two.parts[0]
     agent_classifier.save_part(tmp_path, "tfidf", one)
     again = agent_classifier.open_part(tmp_path, "tfidf", one.digest)
@@ -184,7 +186,8 @@ def test_the_threshold_is_set_by_the_risk_coverage_curve() -> None:
     )
 
 
-def test_risk_by_coverage_and_calibration_of_a_case_worked_by_hand() -> None:
+def test_risk_coverage_aurc_and_ece_match_a_worked_example() -> None:
+    """Three weighted predictions, computed by hand."""
     confidence, is_right, weight = np.array([0.9, 0.6, 0.4]), np.array([True, False, True]), np.array([1.0, 1.0, 2.0])
     coverage, risk = calibration.risk_coverage(confidence, is_right, weight)
     assert coverage.tolist() == [0.25, 0.5, 1.0] and risk.tolist() == [0.0, 0.5, 0.25]
@@ -192,7 +195,8 @@ def test_risk_by_coverage_and_calibration_of_a_case_worked_by_hand() -> None:
     assert calibration.ece(confidence, is_right, weight) == pytest.approx((0.1 + 0.6 + 2 * 0.6) / 4)
 
 
-def test_one_agent_without_held_out_prompts_lends_some_of_its_own(ground: agent_classifier.GeneralPrompts) -> None:
+def test_agent_without_eval_prompts_splits_its_training_ones(ground: agent_classifier.GeneralPrompts) -> None:
+    """Ten of 50 prompts are set aside; of three prompts none is, and the agent is still chosen."""
     rows = agent_classifier.rows_of(Exemplars(prompts("home", 0, 50)))
     assert len(rows.held_out) == 10 and len({one.id for one in rows.train + rows.held_out}) == 50
     assert len(rows.texts) == rows.bounds[-1].stop
@@ -230,9 +234,8 @@ def measured(release: Path, low: float, gains: Sequence[float]) -> Path:
     return release
 
 
-def test_an_agent_gets_what_its_report_shows_a_gain_for_and_the_base_the_rest(
-    ground: agent_classifier.GeneralPrompts, tmp_path: Path
-) -> None:
+def test_route_needs_a_gain_shown_by_the_report(ground: agent_classifier.GeneralPrompts, tmp_path: Path) -> None:
+    """Where the Report shows no gain over the base, the base answers and the reason names the agent."""
     everything = [*LISTED["home"][::2], *LISTED["chef"][::2]]
     gains = [*[0.5] * 40, *[-0.1] * 40]
     one = measured(release(tmp_path, "one", train=everything), 0.2, gains)
@@ -253,7 +256,8 @@ def test_an_agent_gets_what_its_report_shows_a_gain_for_and_the_base_the_rest(
     ) and "its Report shows no gain over the base (exact_match" in home.reason
 
 
-def test_a_reports_rows_are_sliced_by_their_class_where_they_have_one(ground: agent_classifier.GeneralPrompts) -> None:
+def test_report_rows_are_sliced_by_class(ground: agent_classifier.GeneralPrompts) -> None:
+    """Each slice has the mean gain of its class; a single row gives no slices."""
     told = tuple(lift.MeasuredRow(text, "abc"[n % 3], float(n % 3)) for n, text in enumerate(LISTED["home"][:60]))
     gain = lift.Gain(True, "", told)
     found = lift.sliced(gain, ground.features([row.prompt for row in told], None))
@@ -268,9 +272,10 @@ def judged(score: float, agent: str = "home") -> RoutedText:
     return RoutedText(scores, {name: (f"{name}:1", 0.5) for name in scores})
 
 
-def test_a_turn_that_says_too_little_belongs_to_the_agent_of_the_turn_before_if_it_leans_there(
+def test_uncertain_turn_follows_the_agent_of_the_previous_turn(
     two: FittedRouter,
 ) -> None:
+    """A turn below the threshold must lean to that agent; a turn above it is routed by itself."""
     fitted = replace(two, threshold=0.4)
     both = {"home", "chef"}
     assert choose_agent(fitted, [judged(0.2), judged(0.6)], both).agent == "home"
@@ -330,7 +335,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router, "FIRST_WAIT_S", 60.0)
 
 
-async def test_agents_are_learnt_in_the_background_and_found_again_after_a_restart(few: None, tmp_path: Path) -> None:
+async def test_auto_router_learns_in_background_and_survives_restart(few: None, tmp_path: Path) -> None:
+    """The old router answers until the new fit; a restart fits nothing again."""
     releases = {name: release(tmp_path, name) for name in LISTED}
     (tmp_path / "silent").mkdir()
     auto = AutoRouter(Crew(), Routing("tfidf"), tmp_path / "state")
@@ -363,9 +369,10 @@ async def test_agents_are_learnt_in_the_background_and_found_again_after_a_resta
         assert not list((tmp_path / "state").rglob("*.npz")), "no prompts stay of an agent that is gone"
 
 
-async def test_agents_that_come_to_an_empty_team_are_waited_for_and_a_fit_holds_up_no_end(
+async def test_first_agents_are_awaited_and_close_waits_for_no_fit(
     few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Requests wait for the first fit of a team; closing starts no fit that is still queued."""
     begun, may_end, fits = threading.Event(), threading.Event(), []
     fit = agent_classifier.fit
 
@@ -393,9 +400,10 @@ async def test_agents_that_come_to_an_empty_team_are_waited_for_and_a_fit_holds_
     may_end.set()
 
 
-async def test_an_encoder_that_fails_or_is_slow_leaves_words_and_a_lost_one_costs_no_request(
+async def test_failing_or_slow_encoder_falls_back_to_words(
     few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The reason names the fault, no request fails, and known vectors are not computed again."""
     releases = {name: release(tmp_path, name) for name in LISTED}
     crew = Crew()
     crew.fault, crew.faults = BusyError("full", "later"), 3
@@ -424,7 +432,8 @@ async def test_an_encoder_that_fails_or_is_slow_leaves_words_and_a_lost_one_cost
     assert lost.figures["encoder"] == "tfidf" and "no worker lives" in lost.troubles["router"]
 
 
-async def test_exemplars_of_another_form_are_named_and_the_other_agents_are_learnt(few: None, tmp_path: Path) -> None:
+async def test_invalid_exemplars_are_reported_and_others_learnt(few: None, tmp_path: Path) -> None:
+    """The trouble names the agent; the other agents are routed to."""
     releases = {"home": release(tmp_path, "home"), "chef": release(tmp_path, "chef", nobody=["x"])}
     auto = AutoRouter(Crew(), Routing("tfidf"), tmp_path / "state")
     await auto.learn(releases)

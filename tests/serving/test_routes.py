@@ -65,7 +65,8 @@ async def test_a_chat_is_answered_by_an_exact_version_with_a_receipt(tmp_path: P
     assert replies.closed == ["r1"]
 
 
-async def test_what_is_not_asked_for_is_left_to_the_release_but_a_seed_is_drawn(tmp_path: Path) -> None:
+async def test_request_without_sampling_passes_only_a_drawn_seed(tmp_path: Path) -> None:
+    """The other fields are left to the Release; two requests have different seeds."""
     replies = serving.Replies()
     await ask(tmp_path, ("POST", COMPLETIONS, chat()), ("POST", COMPLETIONS, chat()), replies=replies)
     drawn = [request.sampling for request in replies.asked]
@@ -158,7 +159,8 @@ async def test_a_text_goes_on_for_each_prompt(tmp_path: Path) -> None:
     assert said["usage"]["prompt_tokens"] == 14
 
 
-async def test_logprobs_of_a_text_count_their_offsets_over_the_whole_reply(tmp_path: Path) -> None:
+async def test_text_logprob_offsets_count_over_the_whole_reply(tmp_path: Path) -> None:
+    """Offsets of /v1/completions go on from chunk to chunk of a stream."""
     pieces = (
         TextDelta("c", "ab", 1, (Logprob("ab", -1.0),)),
         TextDelta("c", "c", 1, (Logprob("c", -2.0, (("c", -2.0),)),)),
@@ -213,7 +215,8 @@ async def test_text_that_is_held_back_makes_no_chunk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-async def test_an_error_before_a_reply_is_a_status_and_after_it_an_event(tmp_path: Path, count: int) -> None:
+async def test_failed_reply_is_a_status_or_an_event_of_the_stream(tmp_path: Path, count: int) -> None:
+    """A whole reply fails with HTTP 504, a stream with an error event before [DONE]."""
     failed = ReplyFailed("c", "DeadlineError", "60 s were over", "ask for less")
     replies = serving.Replies(ends_with=failed)
     whole, stream = await ask(
@@ -477,7 +480,8 @@ async def test_metrics_count_what_happened(tmp_path: Path) -> None:
     assert "no such" not in page.text
 
 
-async def test_feedback_is_kept_with_what_it_is_about_and_tells_the_monitors(tmp_path: Path) -> None:
+async def test_feedback_is_stored_with_its_reply_and_monitored(tmp_path: Path) -> None:
+    """The monitors get the rating; an unknown receipt is 404, and feedback without content 400."""
     roster = serving.Roster()
     _, by_id, late, unknown, nothing = await ask(
         tmp_path,
@@ -512,9 +516,8 @@ async def test_the_memory_forgets_the_oldest_and_feedback_says_so(tmp_path: Path
     assert nothing.find("r1") is None
 
 
-def test_an_inbox_heals_a_torn_line_and_refuses_what_the_disk_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inbox_survives_a_torn_line_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line after a torn one is whole; a partial write is undone and raises."""
     inbox = FeedbackStore(tmp_path / "inbox")
     said = Feedback("r1", "faq@1.0", "2026-01-31T00:00:00Z", rating=1)
     inbox.add(said)

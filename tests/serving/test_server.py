@@ -167,7 +167,8 @@ def test_a_client_that_leaves_ends_its_reply(served: Any) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_ten_megabytes_are_refused_fast_and_the_connection_goes_on(served: Any, chunked: bool) -> None:
+def test_ten_megabyte_body_is_refused_with_413(served: Any, chunked: bool) -> None:
+    """The connection serves the next request, whether the body was chunked or not."""
     url, replies, _ = served
     body = json.dumps(chat("a" * 10_000_000)).encode()
     pieces = (body[at : at + 65536] for at in range(0, len(body), 65536))
@@ -187,7 +188,7 @@ def test_a_client_that_waits_to_be_told_sends_no_large_body(served: Any) -> None
     raw.close()
 
 
-def test_clients_that_trickle_or_do_not_read_are_cut_off_and_others_are_not(tmp_path: Path) -> None:
+def test_stalling_clients_are_cut_off_and_others_are_not(tmp_path: Path) -> None:
     """A head and a body that never end, a body after its refusal, a reply that nobody reads."""
     replies, log = serving.Replies(), serving.Log()
     replies.pieces = [TextDelta("c", "x" * 50_000, 1)] * 1000
@@ -252,7 +253,8 @@ async def test_a_thousand_connections_at_once(served: Any) -> None:
     assert len(replies.done) == 1000
 
 
-def test_connections_above_the_limit_are_told_so_and_far_above_it_are_dropped(tmp_path: Path) -> None:
+def test_connections_above_the_limit_get_503(tmp_path: Path) -> None:
+    """Connections far above the limit are dropped; once they are closed the server answers again."""
     server = HttpServer(
         serving.house(), serving.team(tmp_path, limits={"connections": 5}), log=RequestLog(serving.Log())
     )
@@ -275,7 +277,9 @@ def streamed(url: str, told: list[str]) -> None:
 
 
 @pytest.mark.parametrize("in_time", [True, False])
-def test_a_server_that_ends_lets_replies_end_and_tells_those_that_do_not(tmp_path: Path, in_time: bool) -> None:
+def test_shutdown_drains_replies_and_ends_late_ones_by_error(tmp_path: Path, in_time: bool) -> None:
+    """A reply within drain_s ends with stop, a later one with an error event; new connections fail."""
+
     class Waiting(serving.Replies):
         async def _events(self, request: Any, receipt: str) -> Any:
             yield TextDelta("c", "half ", 1)
@@ -324,9 +328,7 @@ def test_a_log_that_nobody_reads_stalls_nothing(tmp_path: Path) -> None:
     assert len(log.lines) >= 4
 
 
-def test_the_log_names_an_agent_in_trouble_once_and_when_it_is_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trouble_is_logged_once_and_when_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "TROUBLES_S", 0.01)
     log, troubles = serving.Log(), {"faq": "its Release is not there"}
     with running(HttpServer(serving.house(troubles=lambda: troubles), serving.team(tmp_path), log=RequestLog(log))):

@@ -66,7 +66,8 @@ def extremes(url: str) -> None:
 
 @pytest.mark.services
 @pytest.mark.alone
-def test_a_signal_lets_a_running_reply_end_and_takes_the_workers_along(tiny_base: Path, tmp_path: Path) -> None:
+def test_sigterm_lets_a_reply_end_and_stops_the_workers(tiny_base: Path, tmp_path: Path) -> None:
+    """The front process loads no torch, health names a missing Release, and the log has each stage."""
     told: list[Any] = []
 
     def ask(url: str) -> None:

@@ -193,7 +193,8 @@ async def test_a_reply_is_text_and_speech_in_one_call(tmp_path: Path) -> None:
 
 
 @needs_espeak
-async def test_a_reply_without_words_has_no_speech_and_speech_may_come_back(tmp_path: Path) -> None:
+async def test_reply_without_words_has_no_audio(tmp_path: Path) -> None:
+    """Tool calls and emoji have no audio; a spoken reply in a later request counts as its text."""
     tools = [{"type": "function", "function": {"name": "light", "parameters": {"type": "object", "properties": {}}}}]
     (called,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(**ALOUD, tools=tools, tool_choice="required")))
     assert "audio" not in called.json()["choices"][0]["message"]
@@ -228,9 +229,10 @@ async def test_a_reply_without_words_has_no_speech_and_speech_may_come_back(tmp_
         ),
     ],
 )
-async def test_what_is_wrong_with_speech_is_said_before_there_is_a_reply(
+async def test_wrong_speech_fields_are_refused_before_the_reply(
     tmp_path: Path, fields: dict[str, Any], param: str
 ) -> None:
+    """The 400 names the wrong field, and no agent is called."""
     replies = serving.Replies()
     (answer,) = await ask(tmp_path, ("POST", COMPLETIONS, chat(**{**fields})), replies=replies)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
@@ -238,7 +240,8 @@ async def test_what_is_wrong_with_speech_is_said_before_there_is_a_reply(
 
 
 @needs_espeak
-async def test_twenty_at_once_are_spoken_and_what_is_too_many_is_told_to_wait(tmp_path: Path) -> None:
+async def test_excess_speech_requests_get_429_with_retry_after(tmp_path: Path) -> None:
+    """Twenty at once are spoken; with a limit of five texts, 15 of 20 are refused."""
     calls = [
         ("POST", SPEECH, {**HI, "input": f"Sentence number {place}.", "response_format": "wav"}) for place in range(20)
     ]
@@ -293,9 +296,8 @@ async def test_a_voice_that_hangs_or_dies_is_an_error_of_that_request(
     assert all(answer.json()["error"]["remedy"] for answer in answers[:2])
 
 
-async def test_the_deadline_ends_speech_and_a_client_that_leaves_frees_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_speech_past_the_deadline_is_504(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that leaves frees its slot, so that the next request is not refused as one too many."""
     play_espeak(tmp_path, "sleep 0.2; head -c 46 /dev/zero | tr '\\0' '\\1'", monkeypatch)
 
     speaker = SpeechService(SpeechOptions(voice="espeak", at_once=1, waiting=1))
@@ -330,9 +332,8 @@ def test_stream_that_fails_is_cut_and_noted(tmp_path: Path, monkeypatch: pytest.
     assert "sentence" not in log.getvalue()
 
 
-async def test_a_team_names_its_voices_and_a_client_names_them_without_their_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_client_names_a_voice_without_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The team's file has the path; a path or another voice from a client is refused with 400."""
     play_piper(tmp_path, SAYS, monkeypatch)
     (tmp_path / "team.yaml").write_text("base: tiny\nspeech: {voice: piper:anna.onnx}\n")
     speech = load(tmp_path / "team.yaml").speech
@@ -349,9 +350,10 @@ async def test_a_team_names_its_voices_and_a_client_names_them_without_their_pat
 @pytest.mark.parametrize(
     "speech", [{"voice": "nobody"}, {"voice": "piper:none.onnx"}, {"voice": "espeak", "at_once": 0}]
 )
-def test_a_team_with_a_voice_that_is_not_there_is_refused_at_its_start(
+def test_team_with_a_missing_voice_is_refused_at_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speech: Any
 ) -> None:
+    """An unknown voice, an absent file and at_once of zero raise ConfigError."""
     play_espeak(tmp_path, "exit 1", monkeypatch)
     (tmp_path / "team.yaml").write_text(json.dumps({"base": "tiny", "speech": speech}))
     with pytest.raises(ConfigError):

@@ -170,7 +170,8 @@ async def test_a_worker_that_stops_while_it_starts_is_replaced(
         await until(lambda: pids(crew, "spare"))
 
 
-async def test_a_worker_above_its_memory_is_recycled_when_its_rows_have_ended(tmp_path: Path) -> None:
+async def test_worker_above_memory_limit_is_recycled_after_its_calls(tmp_path: Path) -> None:
+    """A spare takes new calls meanwhile; the running reply ends whole and none is restarted."""
     async with running(tmp_path, workers={"memory_bytes": 100 << 20}, step_s=0.05) as crew:
         first = pids(crew, "answers")
         # 72 MiB: with the interpreter's own more than the limit, not 1.5 times it (_FAR_ABOVE)
@@ -294,7 +295,8 @@ async def test_a_flood_of_one_agent_delays_no_other(tmp_path: Path) -> None:
         assert await asked(crew, call("hello", "a")) == scripted.reply_of(call("hello", "a"))
 
 
-async def test_a_client_that_takes_nothing_is_cut_off_and_hinders_nobody(tmp_path: Path) -> None:
+async def test_client_that_reads_nothing_is_cut_off(tmp_path: Path) -> None:
+    """The reply ends with DeadlineError, other calls go on, and the row is freed."""
     limits = RequestLimits(slow_client_s=0.3)
     async with running(tmp_path, limits=limits) as crew:
         slow = await crew.reply(call("hello", "a", 100_000), "a@1", 60)

@@ -47,7 +47,8 @@ async def test_a_request_is_a_span_without_content(tmp_path: Path, monkeypatch: 
     assert "secret" not in json.dumps([span.to_json() for span in (reply, refused)])
 
 
-def test_without_an_endpoint_there_is_no_tracing_and_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracer_without_endpoint_needs_no_opentelemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an endpoint and without the package, ExtraError names it."""
     for name in [name for name in sys.modules if name.startswith("opentelemetry")]:
         monkeypatch.setitem(sys.modules, name, None)
     Tracer("").close()
@@ -55,7 +56,8 @@ def test_without_an_endpoint_there_is_no_tracing_and_nothing_is_loaded(monkeypat
         telemetry.Tracer("http://localhost:4318/v1/traces")
 
 
-def test_what_the_server_library_says_is_a_line_without_its_values() -> None:
+def test_server_lines_log_no_values() -> None:
+    """Records of uvicorn are logged by format and error type; records of Sartor keep their values."""
     log = serving.Log()
     journal = RequestLog(log)
     lines = ServerLines(journal)

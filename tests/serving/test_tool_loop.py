@@ -76,9 +76,10 @@ async def run(tmp_path: Path, *rounds: Sequence[tuple[str, Any]], **changes: Any
     return {**came, "results": [turn["content"] for turn in turns], "asked": replies.asked, "rows": rows}
 
 
-async def test_a_call_is_run_and_its_result_told_to_the_agent_and_a_broken_schema_is_not_offered(
+async def test_tool_result_reaches_the_agent(
     tmp_path: Path,
 ) -> None:
+    """Long results are cut, the environment is filtered, and a tool with a broken schema is not offered."""
     came = await run(tmp_path, [("double", {"number": 21})], [("environment", {}), ("long", {})], result_bytes=500)
     assert came["results"][0] == "42"
     assert "PATH" in came["results"][1] and "PYTHONPATH" not in came["results"][1]
@@ -112,7 +113,8 @@ async def test_what_goes_wrong_is_told_to_the_agent_and_in_the_reason(tmp_path: 
     assert [row["error"] for row in came["rows"]] == ["RequestError"] * 3
 
 
-async def test_a_tool_that_hangs_or_dies_costs_its_result_alone_and_is_opened_again(tmp_path: Path) -> None:
+async def test_failed_tool_costs_only_its_result(tmp_path: Path) -> None:
+    """The reason names a tool that hangs or dies, and its server is opened again."""
     made, replies = team(tmp_path), Scripted([[("dies", {})]])
 
     async def main() -> tuple[AgentReply, str, str]:
@@ -150,9 +152,10 @@ def by_http(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], int]]:
             process.kill()
 
 
-async def test_tools_of_an_address_are_called_with_the_key_that_the_environment_has(
+async def test_tool_url_is_called_with_the_key_of_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A wrong or unset key is a trouble that does not show the key."""
     monkeypatch.setenv("SMALL_TOKEN", "open sesame")
     monkeypatch.setenv("WRONG_TOKEN", "open barley")
 
@@ -226,7 +229,8 @@ async def test_the_same_call_twice_and_too_many_rounds_are_stopped(tmp_path: Pat
     assert len(many["asked"]) == ROUNDS + 1 and f"{ROUNDS} rounds of tools were used up" in many["answer"].reason
 
 
-async def test_only_what_is_allowed_is_offered_and_a_server_that_is_not_there_is_a_trouble(tmp_path: Path) -> None:
+async def test_only_allowed_tools_are_offered(tmp_path: Path) -> None:
+    """An unknown allowed tool and a tool server that cannot start are troubles."""
     some = await run(tmp_path, allow=("double", "absent"))
     assert [tool["function"]["name"] for tool in some["declared"]] == ["double"]
     assert "has no such tool" in some["troubles"]["tools small.absent"]
@@ -240,7 +244,8 @@ async def test_only_what_is_allowed_is_offered_and_a_server_that_is_not_there_is
     assert "No such file" in box.troubles["tools x"] and box.declared("faq") == ()
 
 
-def test_tools_that_nobody_can_open_are_refused_when_the_file_is_read(tmp_path: Path) -> None:
+def test_invalid_tool_servers_are_refused_at_load(tmp_path: Path) -> None:
+    """No command or url, a setting of the other kind, and an undeclared name raise ConfigError."""
     with pytest.raises(ConfigError, match="neither command and url"):
         ToolServer("x")
     for wrong in ({"command": SMALL, "token_env": "KEY"}, {"url": "http://127.0.0.1:1/mcp", "env": ("KEY",)}):
@@ -250,9 +255,10 @@ def test_tools_that_nobody_can_open_are_refused_when_the_file_is_read(tmp_path: 
         serving.team(tmp_path, agents=(AgentOptions("faq", "faq", tools=("small",)),))
 
 
-async def test_an_agent_is_offered_its_tools_however_it_is_asked_and_a_client_may_say_others_or_none(
+async def test_agent_tools_are_offered_unless_the_client_overrides(
     tmp_path: Path,
 ) -> None:
+    """Requests by name, version and auto have them; tool_choice none offers no tools."""
     tool, own = (
         {"type": "function", "function": {"name": "double"}},
         {"type": "function", "function": {"name": "look"}},

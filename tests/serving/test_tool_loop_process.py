@@ -17,9 +17,10 @@ pytest.importorskip("mcp")
 
 @pytest.mark.services
 @pytest.mark.alone
-async def test_a_server_opens_its_tools_says_what_is_wrong_with_them_and_answers_mcp(
+async def test_server_opens_tools_reports_faults_and_answers_mcp(
     tiny_base: Path, tmp_path: Path, commands: dict[str, str]
 ) -> None:
+    """Health names a broken schema and an absent program; an MCP call has a receipt."""
     tools = json.dumps([{"name": "small", "command": SMALL}, {"name": "absent", "command": ["/no/such/program"]}])
     with serve(tmp_path / "state", str(tiny_base), "--tools", tools, "--mcp.serve", "true", commands=commands) as (
         process,

@@ -65,7 +65,8 @@ async def test_whom_a_request_is_for(
     assert (await ask(tmp_path, key, header, **({"user": user} if user else {})))[:2] == (status, person)
 
 
-async def test_who_is_forgotten_is_forgotten_in_memory_whoever_asked_for_them(tmp_path: Path) -> None:
+async def test_forget_person_removes_their_exchanges_from_memory(tmp_path: Path) -> None:
+    """Exchanges that a shared key requested for a user go as well; those of other users stay."""
     _, _, memory = await ask(tmp_path, "key-all", user="ada")
     assert memory.find("r1") is not None and memory.find("r1").person == ADA  # type: ignore[union-attr]
     memory.keep("r2", Exchange("faq@1", [], "of ben", "yes", person=user_digest("ben", DIGEST)))

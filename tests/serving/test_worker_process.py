@@ -174,7 +174,8 @@ async def test_an_end_that_is_certain_condemns_a_call_at_once(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "hangs", "hangs in start"])
-async def test_an_end_that_may_come_from_outside_condemns_at_the_second(how: str) -> None:
+async def test_uncertain_worker_end_condemns_at_the_second(how: str) -> None:
+    """SIGKILL and hangs may come from outside, so that the call is tried again once."""
     said, counts = await deaths(how)
     assert said[0] is None and said[1].problem == f"the workers that made this reply of a@1 died: {TEXTS[how]}"
     assert counts == {"made_again": 2, "condemned": 1}

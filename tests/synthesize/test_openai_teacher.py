@@ -195,7 +195,8 @@ def test_a_refusal_of_one_question_alone_stops_nothing(tmp_path: Path, code: str
     assert answer.finish == "refused" and server.asked.total() == 1
 
 
-def test_a_question_that_is_refused_is_a_drop_and_an_endpoint_that_is_gone_stops_the_run(tmp_path: Path) -> None:
+def test_refused_question_is_dropped_and_lost_endpoint_stops(tmp_path: Path) -> None:
+    """The error says that the same command continues the run."""
     with serving(EndpointServer(lambda body, times: "422" if "number 0" in body else "")) as server:
         made = sartor.synthesize(recipe(tmp_path, server.url), tmp_path / "a")
         assert made.dropped["teacher_refused"] == 8

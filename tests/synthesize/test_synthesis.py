@@ -408,7 +408,8 @@ def test_a_taken_output_is_refused_and_resume_takes_only_its_own(folder: Path) -
         sartor.synthesize(same, first.dataset.path, resume=True)
 
 
-def test_pieces_cover_a_text_and_spans_are_found_whatever_the_white_space() -> None:
+def test_pieces_cover_the_text_and_find_span_ignores_spacing() -> None:
+    """Pieces end with a sentence and stay within the limit."""
     text = "One two three. Four five six. " * 40
     cut = pieces(text, 200)
     assert "".join(text[a:b] for a, b in cut) == text and all(b - a <= 200 for a, b in cut)

@@ -126,7 +126,8 @@ def test_a_plant_is_found_by_the_tests_that_are_meant_for_it(
     assert all(test.rows for test in found.failed if test.name in tests - {"distinct", "vendi"})
 
 
-def test_a_shift_of_outcome_by_group_is_found_and_an_even_one_is_not() -> None:
+def test_outcome_shift_by_group_is_found() -> None:
+    """Even outcomes pass; more declines in all groups alike are a shift of labels only."""
     real, seeds = applications(150, 2), applications(60, 3)
     shifted = run(applications(150, 1, turned=0.8), real, seeds)
     (found,) = [test for test in shifted.tests if test.name == "group_outcome"]
@@ -159,7 +160,8 @@ def test_free_text_outcomes_are_known_by_what_the_replies_say() -> None:
     assert "group_outcome" in {test.name for test in found.failed}
 
 
-def test_replies_that_say_a_decision_in_many_words_are_taken_together() -> None:
+def test_decisions_unite_different_wordings() -> None:
+    """None are returned if too few replies decide or if only one decision occurs."""
     said = [
         "We can grant it.",
         "Approved.",
@@ -182,7 +184,8 @@ def test_near_copies_of_held_out_rows_are_named_row_by_row() -> None:
     assert {row.id for row in leaked} <= named
 
 
-def test_a_row_outside_reality_is_named_and_ordinary_ones_are_not() -> None:
+def test_row_unlike_the_real_rows_is_named_as_outside() -> None:
+    """At most two ordinary rows are named with it."""
     made = talk(60, 1)
     made[7] = example("zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich", "ja", "far")
     found = run(made, talk(150, 2), [])
@@ -208,7 +211,8 @@ def test_permutations_move_whole_units_and_keep_the_size() -> None:
             assert len(set(draw[pool.units == unit])) == 1
 
 
-def test_one_correction_for_all_tests_and_a_limit_lets_small_effects_pass() -> None:
+def test_p_values_are_corrected_jointly_and_small_effects_pass() -> None:
+    """Equal tests cost nothing, independent ones what Holm takes; effects below the limit pass."""
     rng = np.random.default_rng(0)
     draws = rng.normal(size=(3, 1000))
     draws[:, 0] = (3.5, 2.2, 0)
@@ -373,7 +377,8 @@ def test_the_verb_writes_what_is_accepted_and_queues_the_rest(tmp_path: Path) ->
     assert json.loads(json.dumps(found.as_json()))["tests"]["mmd"]["verdict"] == "pass"
 
 
-def test_a_set_that_fails_is_not_written_and_lines_of_others_stay(tmp_path: Path) -> None:
+def test_failed_set_is_not_written_and_lines_of_others_stay(tmp_path: Path) -> None:
+    """A second run replaces only its own lines of review.jsonl; a damaged file is refused and unchanged."""
     real = _write(tmp_path / "real", talk(160, 2), 0.5)
     synthetic = _write(tmp_path / "synthetic", talk(80, 1, ("garage",)))
     with pytest.raises(GateError, match="coverage"):
@@ -433,7 +438,8 @@ def test_the_same_seed_gives_the_same_verdicts() -> None:
     assert {**one, "wall_s": 0} == {**other, "wall_s": 0}
 
 
-def test_a_limit_below_zero_is_refused_and_one_above_all_effects_passes() -> None:
+def test_negative_limit_is_refused_and_a_huge_one_passes() -> None:
+    """NaN is refused too; no effect is above the huge limit."""
     for limit in (-0.1, float("nan")):
         with pytest.raises(ConfigError, match="span is .*; it must be at least 0"):
             ValidationLimits(span=limit)

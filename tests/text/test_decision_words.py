@@ -21,7 +21,8 @@ from sartor.text.demographics.decision_words import FAVOURABLE, UNFAVOURABLE, de
         ("", None),
     ],
 )
-def test_the_first_word_of_a_decision_counts_turned_round_after_a_not(text: str, decided: str | None) -> None:
+def test_first_decision_word_counts_and_is_negated(text: str, decided: str | None) -> None:
+    """The first decision word counts, inverted after a negation; a text without one decides nothing."""
     assert decision_of(text) == decided
 
 

@@ -75,7 +75,8 @@ def test_a_word_more_lowers_the_score(one: str, other: str) -> None:
     assert objection == "" and score < 0.9
 
 
-def test_in_a_long_text_a_word_in_another_place_is_no_other_meaning() -> None:
+def test_changed_word_in_long_text_raises_no_objection() -> None:
+    """One replaced word of a long text only lowers the score, to above 0.85; in a short text it is a swap."""
     long = "our office handles permits contracts drawings inspections payments deliveries repairs insurance claims heating windows "
     long += "roofs gardens lifts stairs kitchens bathrooms garages cellars balconies facades"
     objection, score = verdict(long, long.replace("gardens", "terraces"))
@@ -93,7 +94,8 @@ def test_rare_words_weigh_more_than_frequent_ones() -> None:
     assert rare < frequent
 
 
-def test_an_instruction_before_every_question_makes_no_two_questions_alike() -> None:
+def test_shared_instruction_makes_no_questions_equivalent() -> None:
+    """Behind one long instruction other commands are a swap; the same command reordered scores above 0.9."""
     frame = "You are given the spoken command of a person at home read it with care think about which device is meant and answer "
     frame += "with the name of one intent that fits never explain anything or say more than asked for by the owner of this house "
     places = [
@@ -131,7 +133,8 @@ def test_any_text_is_read_and_is_equal_to_itself(text: str) -> None:
     assert compare_texts(TextReading.of(text), TextReading.of(text), {}).score == 1.0
 
 
-def test_endings_and_accents_are_no_other_word_but_short_words_stay_whole() -> None:
+def test_stem_removes_endings_and_accents() -> None:
+    """Short words, digits and Devanagari words stay whole."""
     assert {stem("light"), stem("lights")} == {"light"}
     assert stem("opening") == stem("opened") == stem("open")
     assert stem("café") == "cafe" and stem("bus") == "bus" and stem("9") == "9"

@@ -93,7 +93,7 @@ def test_what_is_saved_comes_back(monkeypatch: pytest.MonkeyPatch, recipe: dict[
 
 
 @pytest.mark.parametrize("updates", [(1,), (2, 3), (4, 5, 6, 9)])
-def test_killed_at_any_update_and_resumed_the_bits_are_those_of_a_whole_run(
+def test_resume_after_kills_is_bit_identical(
     monkeypatch: pytest.MonkeyPatch,
     recipe: dict[str, Any],
     out: Path,
@@ -101,6 +101,7 @@ def test_killed_at_any_update_and_resumed_the_bits_are_those_of_a_whole_run(
     whole: str,
     updates: tuple[int, ...],
 ) -> None:
+    """Also after several kills; the log has each update once, with the figures of a whole run."""
     for place, update in enumerate(updates):
         killed(monkeypatch, recipe, out, update, resume=place > 0)
         # what the process held in its generators is lost with it
@@ -117,9 +118,11 @@ def test_killed_at_any_update_and_resumed_the_bits_are_those_of_a_whole_run(
 
 
 @pytest.mark.parametrize("scaled_before", [True, False])
-def test_the_scale_of_an_fp16_run_comes_back_and_a_run_may_go_on_where_one_is_needed(
+def test_fp16_scale_is_restored_or_started_on_resume(
     monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, whole: str, scaled_before: bool
 ) -> None:
+    """A run saved without a scaler may go on where a scaler is needed, to the same bits."""
+
     def scaled(scale: float) -> None:
         monkeypatch.setattr(optimizers, "scaler", lambda *arguments: torch.amp.GradScaler("cpu", init_scale=scale))
 
@@ -187,9 +190,10 @@ def damage_missing(path: Path) -> None:
         (damage_missing, "log.jsonl is missing"),
     ],
 )
-def test_a_damaged_newest_checkpoint_is_named_and_the_older_one_used(
+def test_damaged_checkpoint_falls_back_to_the_previous(
     monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, damage: Any, said: str
 ) -> None:
+    """The notice names the damage; the run goes on after update 2 and saves update 3 again."""
     killed(monkeypatch, recipe, out, update=4)
     damage(folder_of(out) / "update-00000003")
     notices: list[str] = []
@@ -216,9 +220,10 @@ def test_older_checkpoints_are_pruned(monkeypatch: pytest.MonkeyPatch, recipe: d
     assert sorted(path.name for path in folder_of(out).iterdir()) == [f"update-{n:08d}" for n in (4, 5, 6)]
 
 
-def test_an_unfinished_run_is_refused_until_a_flag_says_what_to_do(
+def test_unfinished_run_needs_resume_or_replace(
     monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, whole: str
 ) -> None:
+    """Both flags together are refused; --replace starts anew and removes the checkpoints."""
     killed(monkeypatch, recipe, out, update=4)
     with pytest.raises(ConfigError, match="reached update 3") as refused:
         tune({**recipe, "base": "/nowhere"}, out)
@@ -230,9 +235,8 @@ def test_an_unfinished_run_is_refused_until_a_flag_says_what_to_do(
     assert not folder_of(out).exists()
 
 
-def test_resume_without_a_checkpoint_starts_and_of_a_finished_run_returns_it(
-    recipe: dict[str, Any], out: Path
-) -> None:
+def test_resume_starts_anew_or_returns_the_finished_run(recipe: dict[str, Any], out: Path) -> None:
+    """Without a checkpoint it starts at the beginning; a finished run of another recipe is refused."""
     notices: list[str] = []
     made = tune(recipe, out, resume=True, notice=notices.append)
     assert any("starting from the beginning" in line for line in notices)
@@ -244,9 +248,10 @@ def test_resume_without_a_checkpoint_starts_and_of_a_finished_run_returns_it(
         tune({**recipe, "method": {**recipe["method"], "rank": 4}}, out, resume=True)
 
 
-def test_a_checkpoint_that_another_process_went_on_from_is_not_read(
+def test_checkpoint_resumed_by_another_process_is_not_read(
     monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path
 ) -> None:
+    """The ConfigError names the checkpoint that went missing meanwhile."""
     killed(monkeypatch, recipe, out, update=3)
     before = resume.finished
 
@@ -259,9 +264,10 @@ def test_a_checkpoint_that_another_process_went_on_from_is_not_read(
         tune(recipe, out, resume=True)
 
 
-def test_a_run_that_was_to_replace_an_adapter_replaces_just_that_one(
+def test_resumed_replace_run_replaces_its_old_adapter(
     monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path
 ) -> None:
+    """The old adapter stays until then, and the resume needs no second --replace."""
     old = tune({**recipe, "seed": 5}, out).adapter.id
     killed(monkeypatch, recipe, out, update=3, replace=True)
     assert open_artifact(out).id == old
@@ -269,9 +275,10 @@ def test_a_run_that_was_to_replace_an_adapter_replaces_just_that_one(
     assert open_artifact(out).id != old
 
 
-def test_another_recipe_dataset_or_base_under_a_checkpoint_is_refused_with_what_differs(
+def test_resume_with_other_recipe_dataset_or_base_is_refused(
     monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, tmp_path: Path
 ) -> None:
+    """The error says what differs; a moved Dataset and other checkpoint settings are accepted."""
     import tiny
 
     killed(monkeypatch, recipe, out, update=2)
@@ -329,9 +336,10 @@ def test_what_auto_came_to_is_taken_over(monkeypatch: pytest.MonkeyPatch, recipe
     assert seen == [46]  # the longest row; where nothing is scarce it would be 128
 
 
-def test_a_loss_that_is_not_finite_or_explodes_stops_and_leaves_the_state_before_it(
+def test_nan_or_exploding_loss_saves_the_state_before_it(
     monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, whole: str
 ) -> None:
+    """The error names update and rows; a resume ends with the bits of a whole run."""
     check = TrainingRun._check
     for bad in (float("nan"), 1e4):
         with monkeypatch.context() as patch:
@@ -394,9 +402,10 @@ def test_a_full_disk_loses_nothing(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(
+def test_signal_ends_the_run_after_a_saved_update(
     monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, whole: str, number: signal.Signals
 ) -> None:
+    """SIGINT and SIGTERM exit with 128 + number and name --resume, which gives the same bits."""
     update = TrainingRun._update
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
@@ -421,7 +430,8 @@ def test_a_second_signal_does_what_it_always_did() -> None:
         signal.raise_signal(signal.SIGINT)
 
 
-def test_outside_the_main_thread_and_where_ignored_signals_are_left_alone() -> None:
+def test_signals_stay_unchanged_in_threads_or_if_ignored() -> None:
+    """DeferredSignals replaces no handler outside the main thread, and none that is SIG_IGN."""
     seen = []
 
     def inside() -> None:

@@ -48,9 +48,10 @@ def state(folder: Path, numerics: int | None) -> Path:
 
 
 @DTYPES
-def test_a_checkpoint_states_its_arithmetic_and_goes_on_to_the_same_bits(
+def test_checkpoint_states_numerics_and_resumes_bit_identical(
     dtype: str, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute_in: Any
 ) -> None:
+    """In fp32 and in bf16 the manifest has dtype and numerics."""
     compute_in(dtype)
     tune(recipe, tmp_path / "whole")
     killed(monkeypatch, recipe, tmp_path / "a", update=4)
@@ -104,13 +105,14 @@ def test_a_checkpoint_of_another_arithmetic_is_refused_by_name(
     assert tune(recipe, out, replace=True).as_json()["resumed_at"] == []
 
 
-def test_the_command_refuses_as_for_any_checkpoint_that_does_not_fit(
+def test_resume_command_refuses_other_numerics_with_exit_2(
     recipe: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     compute_in: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """A bf16 checkpoint that states no numerics is a ConfigError in the JSON output."""
     compute_in("bfloat16")
     killed(monkeypatch, recipe, tmp_path / "a", update=4)
     state(folder_of(tmp_path / "a"), None)
@@ -135,9 +137,10 @@ def test_a_finished_adapter_of_before_is_returned_as_it_is(
     assert tune(recipe, tmp_path / "b").adapter.manifest["base"]["numerics"] == 2
 
 
-def test_what_began_a_checkpoint_is_named_where_that_is_another_version(
+def test_refused_checkpoint_names_the_version_that_began_it(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute_in: Any
 ) -> None:
+    """The remedy names it if another version of Sartor runs now."""
     compute_in("bfloat16")
     killed(monkeypatch, recipe, tmp_path / "a", update=3)
     state(folder_of(tmp_path / "a"), 1)

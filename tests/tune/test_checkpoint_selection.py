@@ -74,7 +74,7 @@ def test_an_earlier_evaluation_must_be_better_beyond_chance(scores: list[list[fl
     assert len(facts["evaluations"]) == len(scores) and facts["reason"]
 
 
-def test_among_equals_an_earlier_one_is_chosen_in_at_most_five_percent() -> None:
+def test_equal_evaluations_choose_earlier_in_at_most_5_percent() -> None:
     """Four evaluations of the same skill on 64 rows; the best of them would be an earlier one in three of four runs."""
     random = np.random.default_rng(0)
     is_earlier = []

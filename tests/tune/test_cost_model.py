@@ -239,7 +239,8 @@ def test_a_row_whose_end_is_not_learnt_is_refused() -> None:
     assert "1 of 2 rows" in refusal.problem and "row-1" in refusal.problem
 
 
-def test_a_real_tokenizer_whose_pad_is_its_eos_is_not_refused_since_another_pad_is_taken(tiny_base: Path) -> None:
+def test_tokenizer_whose_pad_is_its_eos_is_accepted(tiny_base: Path) -> None:
+    """Another pad token is used, so that the end of a reply is learnt."""
     from sartor.models.base import open_chat
 
     chat = open_chat(tiny_base)
@@ -266,7 +267,8 @@ def test_auto_takes_the_largest_rung_that_fits() -> None:
     assert "fits in" in cost_model.choose_micro_batch(memory_of(needed - 2), recipe, LOADS).reason
 
 
-def test_auto_is_not_above_an_update_and_a_number_is_taken_as_it_is() -> None:
+def test_auto_micro_batch_fits_an_update_and_number_is_fixed() -> None:
+    """Sizes end at batch_tokens; micro_batch_tokens of the recipe is used as it is."""
     assert cost_model.micro_batch_sizes(recipe_of(optimizer={"batch_tokens": 600}), LOADS) == [400, 512, 600]
     fixed = cost_model.choose_micro_batch(memory_of(100 * GB), recipe_of(compute={"micro_batch_tokens": 300}), LOADS)
     assert fixed.micro_batch_tokens == 300 and fixed.reason == "set by the recipe"
@@ -284,7 +286,8 @@ def test_what_a_remedy_promises_the_same_model_confirms(limit_gb: float, micro: 
         assert change in found[0].remedy
 
 
-def test_changes_that_do_not_exist_or_do_not_help_are_not_offered() -> None:
+def test_remedies_omit_unknown_and_useless_changes() -> None:
+    """needed_under() is None for such a change; compute.recompute=true is offered."""
     model, recipe = memory_of(1.5 * GB), recipe_of()
     assert preflight.needed_under(model, recipe, LOADS, ["no.such=1"]) is None
     assert preflight.needed_under(model, recipe, LOADS, ["method.rank=16"]) is None
@@ -292,7 +295,8 @@ def test_changes_that_do_not_exist_or_do_not_help_are_not_offered() -> None:
     assert "compute.recompute=true" in offered
 
 
-def test_activations_fall_with_recompute_and_with_fewer_adapted_layers() -> None:
+def test_activations_shrink_with_recompute_or_fewer_layers() -> None:
+    """Recompute saves over two thirds of the bytes, 10 adapted layers over half."""
     load = BatchLoad(1024, 400, 1024 * 70, 1024 * 70)
     whole = STARTER.activation_bytes(load)
     assert replace(STARTER, recompute=True).activation_bytes(load) < whole / 3
@@ -363,7 +367,7 @@ def test_settle_counts_what_stays_as_held(monkeypatch: pytest.MonkeyPatch) -> No
     assert probe.samples[-1].growth_bytes == 3 * 10**7
 
 
-def test_micro_batches_are_those_of_the_trainer_where_rows_share_a_beginning() -> None:
+def test_micro_batches_are_the_trainers_with_a_shared_prefix() -> None:
     """The trainer cuts by computed tokens: of rows with a common system prompt more stand in a micro-batch."""
     from sartor.models import packing
 

@@ -26,7 +26,8 @@ def recipe(max_tokens: int) -> Any:
     return sartor.load_recipe({"base": "starter", "data": {"path": "d", "max_length_tokens": max_tokens}})
 
 
-def test_rehearsal_neither_hides_nor_makes_rows_that_are_too_long(tmp_path: Path, tiny_base: Path) -> None:
+def test_rehearsal_does_not_change_overlong_refusal(tmp_path: Path, tiny_base: Path) -> None:
+    """The fraction of overlong rows is of the user's rows alone."""
     chat = open_chat(tiny_base)
     own = curated(tmp_path, "own", ["yes"] * 70 + ["a long reply " * 60] * 30)
     talk = curated(tmp_path, "talk", ["hello"] * 250 + ["a long story " * 60] * 20)

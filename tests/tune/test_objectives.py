@@ -73,7 +73,8 @@ def test_kto_is_the_papers_formula(divergence: float, weights: tuple[float, floa
         assert float(found[place]) == pytest.approx(wanted, rel=1e-9)
 
 
-def test_at_the_reference_nothing_is_known_and_the_gradient_points_to_what_people_want() -> None:
+def test_dpo_and_kto_gradients_at_reference_favour_chosen() -> None:
+    """At the reference the loss of DPO is ln 2 and that of KTO is 0.5."""
     same = torch.zeros(2, dtype=torch.float64)
     chosen, rejected = same.clone().requires_grad_(), same.clone().requires_grad_()
     loss = objectives.dpo(chosen, rejected, same, same, beta=0.1)
@@ -99,7 +100,8 @@ def test_far_from_the_reference_nothing_overflows() -> None:
         assert torch.isfinite(found).all() and torch.isfinite(slope).all()
 
 
-def test_the_divergence_is_the_mean_log_ratio_not_below_0_and_has_no_gradient() -> None:
+def test_divergence_is_mean_log_ratio_clamped_at_zero() -> None:
+    """It has no gradient, and is 0 without rows."""
     policy, reference = torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([0.0, 1.0])
     found = objectives.divergence(policy, reference)
     assert float(found) == 1.5 and not found.requires_grad

@@ -11,7 +11,8 @@ from sartor.tune.optimizers import AdamW
 from sartor.tune.recipe import ResolvedOptimizer
 
 
-def test_its_steps_are_those_of_torch_to_the_bit_also_after_it_was_saved() -> None:
+def test_adamw_steps_equal_torch_bitwise_also_after_reload() -> None:
+    """The peer is torch's fused AdamW under a falling rate; each step clears the gradients."""
     settings = ResolvedOptimizer(learning_rate=1e-2, weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
     mine = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 5), (7,))]

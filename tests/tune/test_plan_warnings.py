@@ -76,7 +76,8 @@ def test_enough_updates_are_not_warned_of() -> None:
     assert not list(few_updates(resolved({"epochs": 1.0}, 256), LEAST_UPDATES, [256] * LEAST_UPDATES))
 
 
-def test_texts_come_from_the_whole_dataset_and_not_from_rehearsal(tmp_path: Path) -> None:
+def test_sampled_texts_span_the_dataset_without_rehearsal(tmp_path: Path) -> None:
+    """At least 100 texts are read, from the beginning and the end of 900 rows."""
     own = [{"prompt": f"fråga nummer {index} om huset", "completion": "svar"} for index in range(900)]
     talk = [{"prompt": f"small talk {index}", "completion": "hello"} for index in range(300)]
     sources = [
@@ -91,7 +92,8 @@ def test_texts_come_from_the_whole_dataset_and_not_from_rehearsal(tmp_path: Path
     assert min(numbers) < 100 and max(numbers) > 700
 
 
-def test_language_is_that_of_most_pieces_and_they_alone_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_language_is_the_majority_and_only_its_texts_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tie gives no language and no texts."""
     monkeypatch.setattr(
         plan_warnings.language_id, "detector", lambda: lambda text: type("Found", (), {"code": text.partition(" ")[0]})
     )

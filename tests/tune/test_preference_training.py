@@ -329,7 +329,8 @@ def test_what_cannot_be_gone_on_from_is_refused(
     refused("was made for the base", base=str(other), method={"rank": 8, "alpha": 16, **start})
 
 
-def test_rows_beside_come_in_their_fraction_and_go_on_where_they_were() -> None:
+def test_rehearsal_rows_keep_their_fraction_and_resume() -> None:
+    """Each pass has each row once; a saved position continues with the same rows."""
     lengths, own, read, tokens = [7, 11, 5, 13], 0, [], 0
     place = RehearsalPosition()
     halfway: tuple[RehearsalPosition, int] | None = None

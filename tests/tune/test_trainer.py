@@ -38,7 +38,8 @@ def test_the_loss_falls_and_the_json_says_what_was_done(tmp_path: Path, tune_rec
     assert said["packed"] is True
 
 
-def test_two_runs_give_the_same_adapter_and_another_seed_does_not(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+def test_adapter_is_reproducible_and_depends_on_seed(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+    """Two runs with a seed write the same bytes, a third with another seed does not."""
     digests = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         tune(tune_recipe, tmp_path / name, seed=seed)
@@ -54,7 +55,8 @@ def test_micro_batches_change_memory_and_nothing_else(tmp_path: Path, tune_recip
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-def test_the_adapter_is_a_peft_directory_with_its_manifest_log_and_picture(adapter: Path) -> None:
+def test_adapter_is_peft_directory_with_manifest_log_and_plot(adapter: Path) -> None:
+    """The manifest has licences, sources and parents; the log has each update and evaluations."""
     manifest = open_artifact(adapter, "adapter").manifest
     assert set(manifest["files"]) == {"adapter_config.json", "adapter_model.safetensors", "log.jsonl", "loss.png"}
     assert manifest["base"]["licence"] == "Apache-2.0"
@@ -92,9 +94,8 @@ def test_a_row_too_long_is_left_out_and_counted_never_cut(
     assert "left out: 1 rows, too_long" in notices
 
 
-def test_zero_supervised_tokens_are_refused_before_anything_is_written(
-    tmp_path: Path, tune_recipe: dict[str, Any]
-) -> None:
+def test_zero_supervised_tokens_are_refused_writing_nothing(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+    """The SourceError counts the rows that are too long."""
     data = {**tune_recipe["data"], "max_length_tokens": 5}
     with pytest.raises(SourceError, match="no training row with a supervised token is left .too_long: 40"):
         tune(tune_recipe, tmp_path / "a", data=data)
@@ -134,9 +135,10 @@ def test_what_is_about_to_be_trained_is_said_first(tmp_path: Path, tune_recipe: 
         assert word in notices[0]
 
 
-def test_a_model_that_cannot_pack_takes_the_plain_path_to_the_same_adapter(
+def test_model_that_cannot_pack_reaches_the_same_loss(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It takes the plain path, whose last loss equals the packed one within 1e-4."""
     packed = tune(tune_recipe, tmp_path / "a")
     monkeypatch.setattr(transformers_backend, "matches_single_rows", lambda *args: (False, float("inf")))
     plain = tune(tune_recipe, tmp_path / "b")
@@ -208,9 +210,10 @@ def test_the_nearest_limit_decides() -> None:
     assert counters.fraction(StopCriteria(epochs=1), epoch_tokens=100, wall_s=0) == 0.5
 
 
-def test_prove_compares_with_the_plain_computation_and_stops_on_a_difference(
+def test_prove_stops_on_difference_and_changes_no_weights(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Loss and gradient equal the plain computation's within 1e-5; a wrong cache is a ModelError."""
     recipe = {**tune_recipe, "method": {**tune_recipe["method"], "targets": {"layers": "top-1"}}}
     said: list[str] = []
     proof = sartor.tune(recipe, tmp_path / "a", prove=True, show=False, notice=said.append).as_json()["proof"]
@@ -226,7 +229,7 @@ def test_prove_compares_with_the_plain_computation_and_stops_on_a_difference(
         sartor.tune(recipe, tmp_path / "c", prove=True, show=False)
 
 
-def test_the_scale_that_fp16_needs_changes_nothing_that_is_learnt_and_leaves_an_overflow_out(
+def test_fp16_scale_changes_no_weights_and_skips_overflows(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here in fp32, where a power of two scales without rounding; the scaler is what an fp16 GPU gets."""
