@@ -277,8 +277,6 @@ def test_edited_row_joins_its_group_or_drops_as_duplicate(data: Path, tmp_path: 
     rows = rows_in(data)
     held_out = next(one for one in rows.values() if one.split == "eval")
     learnt = [one for one in rows.values() if one.split == "train"]
-    asks, says = (f"{{}}-{number}" for number in range(2))
-    del asks, says
     items = add(
         data,
         {**found(data, 1), "example": learnt[0].id},

@@ -206,11 +206,6 @@ def test_full_disk_counts_lost_receipt_and_leaves_whole_lines(
     book.write(given("before"))
     write = os.write
 
-    def full(descriptor: int, data: bytes) -> int:
-        if len(data) > 20:
-            return write(descriptor, data[:20])  # a part of it still fits
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     def fuller(descriptor: int, data: bytes) -> int:
         monkeypatch.setattr(receipts.os, "write", nothing)
         return write(descriptor, data[:20])

@@ -131,7 +131,7 @@ def test_outcome_shift_by_group_is_found() -> None:
     real, seeds = applications(150, 2), applications(60, 3)
     shifted = run(applications(150, 1, turned=0.8), real, seeds)
     (found,) = [test for test in shifted.tests if test.name == "group_outcome"]
-    assert found.verdict == "fail" and "female" in found.detail or "male" in found.detail
+    assert found.verdict == "fail" and "male" in found.detail
     assert found.effect > 0.25
     even = run(applications(150, 5), real, seeds)
     assert "group_outcome" not in {test.name for test in even.failed}
