@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).parents[1] / "durations.json"
-SLOW_S = 0.3
+SLOW_S = 0.2
 _seconds: dict[str, float] = defaultdict(float)
 
 
