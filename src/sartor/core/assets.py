@@ -134,7 +134,7 @@ def _fetch_into(
 ) -> None:
     download = part / ".download"
     download.mkdir()
-    with _watched(download, progress):
+    with _watched(download, progress, file.bytes / 1e6):
         archive = fetch(file, download)
     if (digest := file_digest(archive)) != file.sha256:
         raise AssetError(
@@ -150,19 +150,19 @@ def _fetch_into(
 
 
 @contextlib.contextmanager
-def _watched(folder: Path, progress: Progress) -> Iterator[None]:
+def _watched(folder: Path, progress: Progress, size_mb: float) -> Iterator[None]:
     """Report the bytes that arrive in `folder` to `progress` while the block runs.
 
-    pip and apt-get report no progress to a calling program, so a thread measures the folder.
+    pip and apt-get report no progress to a calling program, so a thread measures the folder. pip has a file there twice
+    for a moment: no more than `size_mb` is shown of it.
     """
     ended, before_mb = threading.Event(), progress.done
 
     def look() -> None:
         while not ended.wait(_SECONDS_BETWEEN_LOOKS):
             with contextlib.suppress(OSError):  # a file that was removed meanwhile
-                progress.show(
-                    before_mb + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-                )
+                found_mb = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+                progress.show(before_mb + min(found_mb, size_mb))
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
