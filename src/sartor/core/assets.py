@@ -153,8 +153,8 @@ def _fetch_into(
 def _watched(folder: Path, progress: Progress, size_mb: float) -> Iterator[None]:
     """Report the bytes that arrive in `folder` to `progress` while the block runs.
 
-    pip and apt-get report no progress to a calling program, so a thread measures the folder. pip has a file there twice
-    for a moment: no more than `size_mb` is shown of it.
+    pip and apt-get report no progress to a calling program, so a thread measures the folder. pip has a file there
+    twice for a moment: no more than `size_mb` is shown of it.
     """
     ended, before_mb = threading.Event(), progress.done
 
