@@ -69,11 +69,10 @@ class AugmentedShards:
 
     def _without_removed(self, part: Shard, table: Any) -> Any:
         removed_positions = {item.position for item in self.removed if item.part.path == part.path}
-        return (
-            table.take(pa.array([index for index in range(len(table)) if index not in removed_positions], pa.int64()))
-            if removed_positions
-            else table
-        )
+        if not removed_positions:
+            return table
+        kept_positions = [index for index in range(len(table)) if index not in removed_positions]
+        return table.take(pa.array(kept_positions, pa.int64()))
 
 
 def run_augmentation(
@@ -86,7 +85,7 @@ def run_augmentation(
     rehearsal = {source.path for source in recipe.sources if source.rehearsal}
     copies = AugmentedShards([step for step in recipe.steps if makes_copies(step)])
     for step in copies.steps:
-        tasks = _tasks(state, outcome, step, set() if step.rehearsal else rehearsal)
+        tasks = _tasks(state, outcome, step, excluded_sources=set() if step.rehearsal else rehearsal)
         copies.parts += [(step, part) for part in passes.copies(state, tasks)]
     if copies.steps:
         copies.removed = _equal(state, outcome, copies)
@@ -129,13 +128,20 @@ def _equal(state: PassState, outcome: SplitDecision, copies: AugmentedShards) ->
     known_ids = set(ids.take(pa.array(list(outcome.kept_row_numbers()), pa.int64())).to_pylist())
     removed = []
     for step, part in copies.parts:
-        for index, (copy, parent) in enumerate(
-            zip(part.index["id"].to_pylist(), part.index["was"].to_pylist(), strict=True)
-        ):
+        parents = part.index["was"].to_pylist()
+        for index, copy in enumerate(part.index["id"].to_pylist()):
             if copy in known_ids:
-                removal = Removal(
-                    index, "exact_duplicate", f"a copy of {parent} with the same content", method="equal content"
+                detail = f"a copy of {parents[index]} with the same content"
+                removed.append(
+                    Removed(
+                        part,
+                        position=index,
+                        removal=Removal(index, "exact_duplicate", detail, method="equal content"),
+                        step=step.kind,
+                        kept_id=copy,
+                        pass_count=len(state.moves),
+                        set_aside=False,
+                    )
                 )
-                removed.append(Removed(part, index, removal, step.kind, copy, len(state.moves), False))
             known_ids.add(copy)
     return removed

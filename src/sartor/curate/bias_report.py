@@ -23,7 +23,7 @@ from sartor.curate.bias import mitigation as pairs
 from sartor.curate.bias import mitigation as weights
 from sartor.curate.bias.group_membership import Memberships, memberships, outcomes, spoken_of
 from sartor.curate.bias.mitigation import Cell
-from sartor.curate.bias.outcome_rates import OutcomeRates, measure_rates
+from sartor.curate.bias.outcome_rates import Gap, OutcomeRates, measure_rates
 from sartor.curate.dataset_writer import write_dataset_from
 from sartor.text import equivalence
 from sartor.text.demographics import group_terms
@@ -59,18 +59,27 @@ def associated_words(rows: Sequence[Example], people: Memberships, seed: int = 0
     associations: list[WordAssociation] = []
     for attribute, values in people.items():
         named_rows = [index for index, value in enumerate(values) if value is not None]
+        named_count = len(named_rows)
         counts = Counter(word for index in named_rows for word in word_sets[index])
-        vocabulary = [word for word, count in counts.most_common(MOST_WORDS) if FEWEST <= count < len(named_rows)]
+        vocabulary = [word for word, count in counts.most_common(MOST_WORDS) if FEWEST <= count < named_count]
         if not vocabulary:
             continue
-        has_word = np.array([[word in word_sets[index] for word in vocabulary] for index in named_rows], np.float32)
+        has_word = np.zeros((named_count, len(vocabulary)), np.float32)
+        for position, index in enumerate(named_rows):
+            has_word[position] = [word in word_sets[index] for word in vocabulary]
         resamples = np.random.default_rng(seed).multinomial(
-            len(named_rows), np.full(len(named_rows), 1 / len(named_rows)), RESAMPLES
+            named_count, np.full(named_count, 1 / named_count), RESAMPLES
         )
-        multiplicities = np.concatenate([np.ones((1, len(named_rows))), resamples]).astype(np.float32)
+        multiplicities = np.concatenate([np.ones((1, named_count)), resamples]).astype(np.float32)
         for group in sorted({values[index] or "" for index in named_rows}):
-            in_group = np.array([values[index] == group for index in named_rows], np.float32)
-            associations += _strongest(attribute, group, vocabulary, has_word, in_group, multiplicities)
+            associations += _strongest(
+                attribute,
+                group,
+                vocabulary,
+                has_word=has_word,
+                in_group=np.array([values[index] == group for index in named_rows], np.float32),
+                multiplicities=multiplicities,
+            )
     return [asdict(item) for item in associations]
 
 
@@ -88,11 +97,9 @@ def _strongest(
     multiplicities: (1 + R, N) weights of the rows; row 0 is the data, the others are bootstrap resamples.
     """
     rows = multiplicities.shape[1]
-    joint, word_rows, group_rows = (
-        multiplicities @ (has_word * in_group[:, None]),
-        multiplicities @ has_word,
-        multiplicities @ in_group,
-    )
+    joint = multiplicities @ (has_word * in_group[:, None])
+    word_rows = multiplicities @ has_word
+    group_rows = multiplicities @ in_group
     # PMI(w, g) = log2( c(w, g) * N / (c(w) * c(g)) ), (1 + R, V), with counts c over each (re)sample of N rows
     with np.errstate(divide="ignore", invalid="ignore"):
         pmi = np.log2(joint * rows / (word_rows * group_rows[:, None]))
@@ -108,11 +115,11 @@ def _strongest(
         WordAssociation(
             attribute,
             group,
-            vocabulary[index],
-            int(joint_counts[index]),
-            float(pmi[0, index]),
-            float(low[index]),
-            float(high[index]),
+            word=vocabulary[index],
+            rows=int(joint_counts[index]),
+            pmi=float(pmi[0, index]),
+            low=float(low[index]),
+            high=float(high[index]),
         )
         for index in order[:SHOWN]
     ]
@@ -121,9 +128,10 @@ def _strongest(
 def _content_words(row: Example) -> frozenset[str]:
     """Return the words of a row without function words, numbers and words that name a group."""
     text = f"{spoken_of(row)}\n{row.reply}"
-    group_words = {
-        word for kind in group_terms.KINDS for item in group_terms.mentions(text, kind) for word in words(item.text)
-    }
+    group_words: set[str] = set()
+    for kind in group_terms.KINDS:
+        for mention in group_terms.mentions(text, kind):
+            group_words.update(words(mention.text))
     return frozenset(word for word in words(text) if not word.isdigit()) - group_words - equivalence.words().function
 
 
@@ -155,18 +163,18 @@ class Biased:
 
     def as_json(self) -> dict[str, Any]:
         """Return the command's JSON."""
+        needed = {}
+        for attribute, counts in self.needed.items():
+            needed[attribute] = [
+                {"group": group, "outcome": outcome, "rows": count} for (group, outcome), count in counts.items()
+            ]
         return {
             "dataset": str(self.dataset),
             "rows": self.rows,
             "outcome": self.outcome,
             "before": self.before.as_json(),
             "words": list(self.words),
-            "needed": {
-                attribute: [
-                    {"group": group, "outcome": outcome, "rows": count} for (group, outcome), count in counts.items()
-                ]
-                for attribute, counts in self.needed.items()
-            },
+            "needed": needed,
             "mitigation": self.mitigation,
             "after": self.after.as_json() if self.after else None,
             "changed": self.changed,
@@ -177,22 +185,23 @@ class Biased:
         """Return the lines shown to the user."""
         lines: list[tuple[str, Any]] = [("rows", self.rows), ("outcome", self.outcome)]
         for name, rates in (("before", self.before), ("after", self.after)):
-            if rates is not None:
-                lines += [(name, [_line(gap) for gap in rates.gaps[:8]] or "nothing can be compared")]
-                ratios = [ratio for ratio in rates.ratios if not ratio.passes_four_fifths]
-                lines += [
-                    (
-                        f"{name}: under four fifths",
-                        [f"{ratio.attribute}, {ratio.outcome!r:.40}: {ratio.ratio:.2f}" for ratio in ratios],
-                    )
-                ]
-        lines += [("words", [f"{word['group']}: {word['word']} (PMI {word['pmi']:.2f})" for word in self.words[:8]])]
+            if rates is None:
+                continue
+            lines.append((name, [_gap_line(gap) for gap in rates.gaps[:8]] or "nothing can be compared"))
+            failing = [
+                f"{ratio.attribute}, {ratio.outcome!r:.40}: {ratio.ratio:.2f}"
+                for ratio in rates.ratios
+                if not ratio.passes_four_fifths
+            ]
+            lines.append((f"{name}: under four fifths", failing))
+        shown_words = [f"{word['group']}: {word['word']} (PMI {word['pmi']:.2f})" for word in self.words[:8]]
+        lines.append(("words", shown_words))
         if self.written:
             lines += [("changed", self.changed), ("out", str(self.written.path))]
         return lines
 
 
-def _line(gap: Any) -> str:
+def _gap_line(gap: Gap) -> str:
     mark = " (notable)" if gap.is_notable else ""
     return (
         f"{gap.attribute} {gap.group}, {gap.outcome!r:.40}: {gap.rate:.0%} against {gap.others:.0%}, "
@@ -242,23 +251,25 @@ def bias(
     if not any(target.labels):
         raise SourceError("the replies have no outcome: they are free text", "--outcome KEY, or regex:PATTERN")
     tables = {name: cells.table(values, target.labels) for name, values in people.items()}
-    needed = {name: missing_rows for name, table in tables.items() if (missing_rows := cells.rows_to_add(table))}
+    needed = {}
+    for name, table in tables.items():
+        missing_rows = cells.rows_to_add(table)
+        if missing_rows:
+            needed[name] = missing_rows
     result = Biased(
         artifact.path,
-        len(training),
-        target.explanation,
-        measure_rates(people, target.labels, [row.weight for row in training]),
-        associated_words(training, people, seed),
-        needed,
+        rows=len(training),
+        outcome=target.explanation,
+        before=measure_rates(people, target.labels, [row.weight for row in training]),
+        words=associated_words(training, people, seed),
+        needed=needed,
     )
     if out is None:
         return result
     mitigator = _Mitigation(training, people, target.labels, seed)
     new_rows, drops = mitigator.run(mitigate, tables, needed, generate)
-    after_people, after_outcomes = (
-        _people(new_rows, group),
-        outcomes(new_rows, target.form if target.form != "text" else outcome),
-    )
+    after_people = _people(new_rows, group)
+    after_outcomes = outcomes(new_rows, target.form if target.form != "text" else outcome)
     after_rates = measure_rates(after_people, after_outcomes.labels, [row.weight for row in new_rows])
     # held-out rows come first: a new row equal to one of them is merged into it, and is not trained on
     held_out = [row for row in all_rows if row.split in HELD_OUT_SPLITS]

@@ -64,9 +64,10 @@ class SplitDecision:
         """
         undecided = [row for row in self.kept_row_numbers() if not self.splits[row]]
         undecided = self._draw_test(recipe, undecided)
-        held_out = held_out_groups(
-            (self.groups[row] for row in undecided), self._eval_fraction(recipe, undecided), recipe.seed
-        )
+        test_count = sum(self.splits[row] == TEST for row in self.kept_row_numbers())
+        # the fraction of the undecided rows that equals `eval_fraction` of undecided and test rows
+        fraction = recipe.split.eval_fraction * (len(undecided) + test_count) / max(len(undecided), 1)
+        held_out = held_out_groups((self.groups[row] for row in undecided), fraction, recipe.seed)
         for row in undecided:
             self.splits[row] = "eval" if self.groups[row] in held_out else "train"
 
@@ -88,11 +89,6 @@ class SplitDecision:
             if self.groups[row] in test_groups:
                 self.splits[row] = TEST
         return [row for row in undecided if not self.splits[row]]
-
-    def _eval_fraction(self, recipe: CurateRecipe, undecided: Sequence[int]) -> float:
-        """Return the fraction of the undecided rows that equals `eval_fraction` of undecided and test rows."""
-        test_count = sum(self.splits[row] == TEST for row in self.kept_row_numbers())
-        return recipe.split.eval_fraction * (len(undecided) + test_count) / max(len(undecided), 1)
 
     def _keep_groups_whole(self) -> list[int]:
         """Remove training rows whose group is held out in the eval split; return their numbers.
@@ -123,7 +119,8 @@ def _kept_rows(part: Shard, start: int, outcome: SplitDecision) -> Any:
     if any(start + position in outcome.merged for position in positions):
         origins = table["origins"].to_pylist()
         for index, position in enumerate(positions):
-            if inherited := outcome.merged.get(start + position):
+            inherited = outcome.merged.get(start + position)
+            if inherited is not None:
                 origins[index] = origins[index] + [asdict(origin) for origin in inherited.origins]
         columns["origins"] = pa.array(origins, parquet_io.EXAMPLES.field("origins").type)
     for name, column in columns.items():
@@ -138,7 +135,15 @@ def leaks(state: PassState, outcome: SplitDecision) -> list[Removed]:
         part_index, position = state.locate(row)
         detail = f"its group {outcome.groups[row][:80]!r} is held out for evaluation"
         result.append(
-            Removed(state.parts[part_index], position, Removal(row, "group_held_out", detail), "split", "", 0, False)
+            Removed(
+                state.parts[part_index],
+                position,
+                removal=Removal(row, "group_held_out", detail),
+                step="split",
+                kept_id="",
+                pass_count=0,
+                set_aside=False,
+            )
         )
     return result
 
@@ -162,9 +167,10 @@ def set_aside_rows(removed: Sequence[Removed], masks: Masks) -> Iterator[tuple[s
 
 
 # Text columns that never quote a row: ids, positions, reasons and other fixed words.
-NO_QUOTES = frozenset(["reason", "source", "locator", "step", "id", "kept", "method", "kind"]) | {
-    f"{name}{end}" for name in ("", "source_", "locator_") for end in "ab"
-}
+NO_QUOTES = frozenset(
+    ["reason", "source", "locator", "step", "id", "kept", "method", "kind"]
+    + ["a", "b", "source_a", "source_b", "locator_a", "locator_b"]
+)
 
 
 class _Quoting:
@@ -199,18 +205,13 @@ def _removed_drops(removed: Sequence[Removed]) -> Iterator[Drop]:
 
 def with_last_ids(state: PassState, removed: Sequence[Removed]) -> list[Removed]:
     """Return the removals sorted by shard and position, with `kept_id` replaced by the row's final id."""
-    removed = sorted(removed, key=_sort_key)
-    kept_ids: dict[int, str] = {}
-    for pass_count in {item.pass_count for item in removed}:
+    removed = sorted(removed, key=lambda entry: (str(entry.part.path), entry.position))
+    last_ids: dict[int, str] = {}
+    for pass_count in {entry.pass_count for entry in removed}:
         indices = [index for index, entry in enumerate(removed) if entry.pass_count == pass_count and entry.kept_id]
-        kept_ids.update(
-            zip(indices, moved_ids(state, pass_count, [removed[index].kept_id for index in indices]), strict=True)
-        )
-    return [replace(entry, kept_id=kept_ids.get(index, "")) for index, entry in enumerate(removed)]
-
-
-def _sort_key(entry: Removed) -> tuple[str, int]:
-    return str(entry.part.path), entry.position
+        ids = moved_ids(state, pass_count, [removed[index].kept_id for index in indices])
+        last_ids.update(zip(indices, ids, strict=True))
+    return [replace(entry, kept_id=last_ids.get(index, "")) for index, entry in enumerate(removed)]
 
 
 def _with_examples(removed: Sequence[Removed]) -> Iterator[tuple[Removed, Example]]:

@@ -125,8 +125,14 @@ class DatasetWriter:
         target = self.folder / "media"
         for file in sorted(source.glob("*")):
             target.mkdir(exist_ok=True)
-            if not (target / file.name).exists():
-                _link_or_copy(file, target / file.name)
+            if (target / file.name).exists():
+                continue
+            # a read-only file is copied, not linked: files of an artefact are opened to be synced
+            if os.access(file, os.W_OK):
+                with contextlib.suppress(OSError):
+                    os.link(file, target / file.name)
+                    continue
+            shutil.copyfile(file, target / file.name)
 
     def sources_with_kept(self, sources: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return the entries of `sources` with `kept`: the rows of `examples/` read from each file."""
@@ -151,14 +157,15 @@ class DatasetWriter:
         inherits: keep keys of the first parent that are not written anew, and its licence if `sources` is empty.
         """
         _remove_unused_media(self.folder)
-        inherited = (
-            {key: value for key, value in self.parents[0].manifest.items() if key not in SEAL} if inherits else {}
-        )
-        facts = {
-            **inherited,
-            **(_licence_facts(sources) if sources or not inherits else {}),
-            **({"recipe": recipe} if recipe is not None else {}),
-            **(extra_facts or {}),
+        facts: dict[str, Any] = {}
+        if inherits:
+            facts |= {key: value for key, value in self.parents[0].manifest.items() if key not in SEAL}
+        if sources or not inherits:
+            facts |= _licence_facts(sources)
+        if recipe is not None:
+            facts["recipe"] = recipe
+        facts |= extra_facts or {}
+        facts |= {
             "sources": sources,
             "counts": {
                 **counts,
@@ -172,7 +179,12 @@ class DatasetWriter:
         }
         origin_index.write(self.folder)
         card.write(self.folder, facts)
-        return {**facts, "digest": digest(_file_digests(self.folder))}
+        file_digests = {
+            file.relative_to(self.folder).as_posix(): file_digest(file)
+            for file in sorted(self.folder.rglob("*"))
+            if file.is_file()
+        }
+        return {**facts, "digest": digest(file_digests)}
 
     def _split_counts(self) -> dict[str, dict[str, int]]:
         """Return the rows and the groups of each split, counted in the written Examples."""
@@ -183,18 +195,6 @@ class DatasetWriter:
             "splits": dict(_value_counts(table["split"]).most_common()),
             "groups": dict(sorted(_value_counts(groups["split"]).items())),
         }
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it if it cannot be linked or is read-only.
-
-    A read-only file is copied because files of an artefact are opened to be synced.
-    """
-    if os.access(source, os.W_OK):
-        with contextlib.suppress(OSError):
-            os.link(source, target)
-            return
-    shutil.copyfile(source, target)
 
 
 def _value_counts(column: Any) -> Counter[str]:
@@ -211,13 +211,6 @@ def _licence_facts(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _file_digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file below a folder, by relative path."""
-    return {
-        file.relative_to(folder).as_posix(): file_digest(file) for file in sorted(folder.rglob("*")) if file.is_file()
-    }
-
-
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Yield lists of at most `size` items."""
     source = iter(items)
@@ -231,7 +224,8 @@ def write_tables(folder: Path, schema: Any, tables: Iterable[Any]) -> int:
     The files depend on the rows alone, not on their division into tables. At least one file is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    total, number, room, writer = 0, 0, 0, None
+    total, number, room = 0, 0, 0
+    writer = None
     try:
         for table in rechunk_tables(tables, schema, parquet_io.ROWS_PER_GROUP):
             if writer is None or room < len(table):
@@ -261,8 +255,10 @@ def rechunk_tables(tables: Iterable[Any], schema: Any, size: int) -> Iterator[An
             if count == size:
                 yield pa.concat_tables(pending).combine_chunks()
                 pending, count, has_yielded = [], 0, True
-    if pending or not has_yielded:
-        yield pa.concat_tables(pending).combine_chunks() if pending else schema.empty_table()
+    if pending:
+        yield pa.concat_tables(pending).combine_chunks()
+    elif not has_yielded:
+        yield schema.empty_table()
 
 
 def kept_by_file(folder: Path) -> Counter[tuple[str, str]]:
@@ -332,13 +328,18 @@ def write_dataset_from(
             writer.media(parent.path / "media")
         # from the rows: a derived row may be under both the licence of its source and the terms of a teacher
         licence = compliance.combine(sorted({origin.licence for example in rows for origin in example.origins}))
-        synthetic = [parent.manifest["synthetic"] for parent in parents if "synthetic" in parent.manifest][:1]
+        extra_facts = {"licence": licence}
+        steps: dict[str, Any] = {}
+        for parent in parents:
+            steps |= parent.manifest["steps"]
+            if "synthetic" in parent.manifest:
+                extra_facts.setdefault("synthetic", parent.manifest["synthetic"])
         return writer.finish(
             recipe={**parents[0].manifest["recipe"], "derived": list(step)},
             sources=_sources(parents, rows),
-            steps={**{name: facts for parent in parents for name, facts in parent.manifest["steps"].items()}, **step},
+            steps={**steps, **step},
             counts={"read": len(rows) + len(dropped), "made": 0},
-            extra_facts={"licence": licence, **({"synthetic": synthetic[0]} if synthetic else {})},
+            extra_facts=extra_facts,
         )
 
     return write_dataset(Path(out), fill, parents=parents, replace=replace)
@@ -348,9 +349,8 @@ def _merge_equal(examples: Iterable[Example]) -> list[Example]:
     results: dict[str, Example] = {}
     for example in examples:
         earlier = results.setdefault(example.id, example)
-        if earlier is not example and (
-            new_origins := [origin for origin in example.origins if origin not in earlier.origins]
-        ):
+        new_origins = [origin for origin in example.origins if origin not in earlier.origins]
+        if new_origins:
             # built field by field; as with dataclasses.replace, the cached id is not carried over
             results[example.id] = Example(
                 messages=earlier.messages,
@@ -371,8 +371,8 @@ def _sources(parents: Sequence[Artifact], examples: Sequence[Example]) -> list[d
 
     A row counts for the file of each origin, also if it was made from a row of that file.
     """
-    used = Counter(
-        (origin.source, re.sub(r":[^:]*$", "", origin.locator)) for example in examples for origin in example.origins
-    )
+    used: Counter[tuple[str, str]] = Counter()
+    for example in examples:
+        used.update((origin.source, re.sub(r":[^:]*$", "", origin.locator)) for origin in example.origins)
     entries = {(entry["source"], entry["path"]): entry for parent in parents for entry in parent.manifest["sources"]}
     return [{**entry, "kept": used[name]} for name, entry in entries.items()]

@@ -51,8 +51,12 @@ def memberships(rows: Sequence[Example], fields: Sequence[str] = ()) -> Membersh
         raise ConfigError(
             f"no row has the group field {absent[0]!r}", f"lexicon, {', '.join(ATTRIBUTES)}, or {_known(rows)}"
         )
-    several = {name: values for name, values in people.items() if len({value for value in values if value}) > 1}
-    return {name: values for name, values in several.items() if name in fields or len(set(values)) <= _MOST_VALUES}
+    result: Memberships = {}
+    for name, values in people.items():
+        has_several = len(set(values) - {None, ""}) > 1
+        if has_several and (name in fields or len(set(values)) <= _MOST_VALUES):
+            result[name] = values
+    return result
 
 
 def row_memberships(rows: Sequence[Example], fields: Sequence[str] = ()) -> Memberships:
@@ -84,10 +88,8 @@ def _by_lexicon(rows: Sequence[Example]) -> Memberships:
     for row in rows:
         text = spoken_of(row)
         row_groups = {"sex": sexes_of(text), "name_origin": origins_of(text)}
-        row_groups |= {
-            kind: {item.group for item in group_terms.mentions(text, kind)}
-            for kind in ("age", "nationality", "disability")
-        }
+        for kind in ("age", "nationality", "disability"):
+            row_groups[kind] = {item.group for item in group_terms.mentions(text, kind)}
         for name, values in row_groups.items():
             people[name].append(next(iter(values)) if len(values) == 1 else None)
     return people
@@ -113,9 +115,9 @@ def origins_of(text: str) -> set[str]:
 
 def spoken_of(row: Example) -> str:
     """Return the text that describes the person: the prompt without system messages, or a document itself."""
-    return (
-        row.reply if row.is_document else "\n".join(message.text for message in row.prompt if message.role != "system")
-    )
+    if row.is_document:
+        return row.reply
+    return "\n".join(message.text for message in row.prompt if message.role != "system")
 
 
 def field_value(row: Example, field: str) -> str | None:
@@ -133,7 +135,9 @@ def field_value(row: Example, field: str) -> str | None:
     )
     if match:
         return match.group(1).strip().casefold() or None
-    return row.group or None if field == ROW_GROUP else None
+    if field == ROW_GROUP:
+        return row.group or None
+    return None
 
 
 def _of_json(text: str, field: str) -> str | None:
@@ -145,7 +149,9 @@ def _of_json(text: str, field: str) -> str | None:
         return None
     for key in field.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
-    return None if value is None or isinstance(value, (dict, list)) else str(value).strip().casefold() or None
+    if value is None or isinstance(value, (dict, list)):
+        return None
+    return str(value).strip().casefold() or None
 
 
 def _known(rows: Sequence[Example]) -> str:
@@ -183,23 +189,20 @@ def outcomes(rows: Sequence[Example], form: str = "auto") -> ClassLabels:
 
 def of_replies(replies: Sequence[str], form: str = "auto") -> ClassLabels:
     """Return the outcome of each reply, as `outcomes` does for rows."""
-    form = form if _is_form(form) else f"json:{form}"
+    if form not in ("auto", "reply", "text") and form.partition(":")[0] not in ("json", "regex"):
+        form = f"json:{form}"
     class_labels.check(form)
     row_labels = class_labels.find(replies, form)
     if any(row_labels.labels):
         return row_labels
     if form not in ("auto", "text"):
         raise ConfigError(f"no reply has the outcome {form!r}", "auto, reply, json:KEY or regex:PATTERN")
-    label_counts = Counter(text for reply in replies if (text := class_labels.as_label(reply)))
+    labels = [class_labels.as_label(reply) for reply in replies]
+    label_counts = Counter(label for label in labels if label)
     if form == "auto" and 2 <= len(label_counts) <= min(_FEW, len(replies) / _ROWS_PER_REPLY):
-        labels = [class_labels.as_label(reply) for reply in replies]
         return ClassLabels(
             labels,
             "reply",
             f"whole replies: {len(label_counts)} values in {label_counts.total():,} of {len(replies):,} rows",
         )
     return row_labels
-
-
-def _is_form(form: str) -> bool:
-    return form in ("auto", "reply", "text") or form.partition(":")[0] in ("json", "regex")

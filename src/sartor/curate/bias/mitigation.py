@@ -28,7 +28,7 @@ def counterfactuals(row: Example, attributes: Sequence[str]) -> Iterator[tuple[E
     (`text/demographics/group_terms.py`), nor for a row that names several groups.
     """
     for attribute in attributes:
-        named_groups = {item for message in row.messages for item in _named(message.text, attribute)}
+        named_groups = {group for message in row.messages for group in _named(message.text, attribute)}
         other_groups = [group for group in _groups(attribute) if group not in named_groups]
         if len(named_groups) != 1 or not other_groups:
             continue
@@ -50,7 +50,9 @@ def substituted(
     new_rows, failed_rows = list(rows), set[int]()
     for attribute in attributes:
         group_names, rng = _groups(attribute), np.random.default_rng([seed, ATTRIBUTES.index(attribute)])
-        row_groups = [{item for message in row.messages for item in _named(message.text, attribute)} for row in rows]
+        row_groups = []
+        for row in rows:
+            row_groups.append({group for message in row.messages for group in _named(message.text, attribute)})
         for outcome in dict.fromkeys(outcomes):
             indices = [index for index, groups in enumerate(row_groups) if groups and outcomes[index] == outcome]
             first = int(rng.integers(len(group_names)))
@@ -58,9 +60,13 @@ def substituted(
                 target_group = group_names[(first + offset) % len(group_names)]
                 if row_groups[index] == {target_group}:
                     continue
-                changed = _changed(new_rows[index], attribute, target_group) if len(row_groups[index]) == 1 else None
-                new_rows[index] = _of_parent(changed, rows[index]) if changed else new_rows[index]
-                failed_rows |= {index} if changed is None else set()
+                changed = None
+                if len(row_groups[index]) == 1:
+                    changed = _changed(new_rows[index], attribute, target_group)
+                if changed is None:
+                    failed_rows.add(index)
+                else:
+                    new_rows[index] = _of_parent(changed, rows[index])
     return new_rows, len(failed_rows)
 
 
@@ -90,10 +96,8 @@ def _named(text: str, attribute: str) -> set[str]:
 
 
 def _changed(row: Example, attribute: str, target_group: str) -> Example | None:
-    messages, rejected = (
-        _swapped(row.messages, attribute, target_group),
-        _swapped(row.rejected, attribute, target_group),
-    )
+    messages = _swapped(row.messages, attribute, target_group)
+    rejected = _swapped(row.rejected, attribute, target_group)
     if messages is None or rejected is None or messages == row.messages:
         return None
     origins = tuple(
@@ -107,11 +111,9 @@ def _swapped(messages: Sequence[Message], attribute: str, target_group: str) -> 
     for message in messages:
         parts = []
         for part in message.content:
-            text = (
-                _turned(part.text, attribute, target_group)
-                if _named(part.text, attribute) - {target_group}
-                else part.text
-            )
+            text: str | None = part.text
+            if _named(part.text, attribute) - {target_group}:
+                text = _turned(part.text, attribute, target_group)
             if text is None:
                 return None
             parts.append(Part("text", text) if part.kind == "text" else part)
@@ -127,10 +129,14 @@ def _turned(text: str, attribute: str, target_group: str) -> str | None:
         if group_terms.mentions(text, "pronouns"):
             return group_terms.swap(text, "pronouns", _PRONOUN[target_group])
         origins = {name.rpartition("_")[0] for name in names}
-        return group_terms.swap(text, "names", f"{origins.pop()}_{target_group}") if len(origins) == 1 else None
+        if len(origins) != 1:
+            return None
+        return group_terms.swap(text, "names", f"{origins.pop()}_{target_group}")
     if attribute == "name_origin":
         sexes = {name.rpartition("_")[2] for name in names}
-        return group_terms.swap(text, "names", f"{target_group}_{sexes.pop()}") if len(sexes) == 1 else None
+        if len(sexes) != 1:
+            return None
+        return group_terms.swap(text, "names", f"{target_group}_{sexes.pop()}")
     return group_terms.swap(text, _KINDS[attribute], target_group)
 
 
@@ -160,7 +166,8 @@ def rows_to_drop(cells: dict[Cell, list[int]], seed: int) -> list[int]:
     """
     # A group may keep at most s = min_o n(group, o) / r(o) rows, with r(o) the overall rate of outcome o:
     # then s * r(o) <= n(group, o) for every o.
-    rates, rng, to_drop = _rates(cells), np.random.default_rng(seed), []
+    rates, rng = _rates(cells), np.random.default_rng(seed)
+    to_drop: list[int] = []
     for group in dict.fromkeys(cell[0] for cell in cells):
         group_cells = {outcome: rows for (name, outcome), rows in cells.items() if name == group}
         if not all(group_cells.values()):
@@ -180,7 +187,8 @@ def rows_to_add(cells: dict[Cell, list[int]]) -> dict[Cell, int]:
     for group in dict.fromkeys(cell[0] for cell in cells):
         size = max(len(rows) / rates[outcome] for (name, outcome), rows in cells.items() if name == group)
         for outcome, rate in rates.items():
-            if (missing := math.ceil(size * rate - 1e-9) - len(cells[group, outcome])) > 0:
+            missing = math.ceil(size * rate - 1e-9) - len(cells[group, outcome])
+            if missing > 0:
                 to_add[group, outcome] = missing
     return to_add
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -108,16 +108,15 @@ class OutcomeRates:
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields for a command's JSON and a manifest."""
+        rates: dict[str, dict[str, dict[str, Any]]] = {}
+        for attribute, groups in self.rates.items():
+            rates[attribute] = {}
+            for group, outcomes in groups.items():
+                rates[attribute][group] = {outcome: asdict(rate) for outcome, rate in outcomes.items()}
         return {
             "largest_gap": self.largest_gap,
             "notable": len(self.notable),
-            "rates": {
-                attribute: {
-                    group: {name: asdict(rate) for name, rate in outcomes.items()}
-                    for group, outcomes in groups.items()
-                }
-                for attribute, groups in self.rates.items()
-            },
+            "rates": rates,
             "gaps": [{**asdict(gap), "notable": gap.is_notable} for gap in self.gaps],
             "selection_ratios": [{**asdict(ratio), "four_fifths": ratio.passes_four_fifths} for ratio in self.ratios],
         }
@@ -133,44 +132,41 @@ def measure_rates(
     widen their intervals.
     """
     weight = np.ones(len(outcomes)) if weights is None else np.asarray(weights, float)
-    names = [
-        name for name, _ in Counter(outcome for outcome in outcomes if outcome is not None).most_common(MOST_OUTCOMES)
-    ]
-    hits = {name: np.array([outcome == name for outcome in outcomes]) for name in names}
+    outcome_counts = Counter(outcome for outcome in outcomes if outcome is not None)
+    hits = {
+        name: np.array([outcome == name for outcome in outcomes])
+        for name, _ in outcome_counts.most_common(MOST_OUTCOMES)
+    }
     has_outcome = np.array([outcome is not None for outcome in outcomes])
     rates: dict[str, dict[str, dict[str, OutcomeRate]]] = {}
-    gaps, ratios = [], []
+    gaps: list[Gap] = []
+    ratios: list[Ratio] = []
     for attribute, values in people.items():
-        groups = {
-            name: has_outcome & np.array([value == name for value in values])
-            for name in sorted({value for value in values if value})
-        }
-        groups = {name: members for name, members in groups.items() if members.any()}
-        rates[attribute] = {
-            name: {outcome: _rate(hit[members], weight[members]) for outcome, hit in hits.items()}
-            for name, members in groups.items()
-        }
+        groups: dict[str, NDArray[np.bool_]] = {}
+        for name in sorted({value for value in values if value}):
+            members = has_outcome & np.array([value == name for value in values])
+            if members.any():
+                groups[name] = members
+        rates[attribute] = {}
+        for name, members in groups.items():
+            rates[attribute][name] = {outcome: _rate(hit[members], weight[members]) for outcome, hit in hits.items()}
         compared = {name: members for name, members in groups.items() if members.sum() >= FEWEST}
-        if len(compared) > 1:
-            # of two outcomes only one is compared: the gaps of the other are the same with opposite sign
-            has_group = np.any(list(groups.values()), axis=0)
-            for outcome, hit in list(hits.items())[: 1 if len(hits) == 2 else None]:
-                gaps += [
-                    _gap((attribute, name, outcome), hit, members, has_group & ~members, weight)
-                    for name, members in compared.items()
-                ]
-            ratios += [
-                _ratio(
-                    attribute,
-                    outcome,
-                    {name: rates[attribute][name][outcome] for name in compared},
-                    {name: effective(weight[members]) for name, members in compared.items()},
-                )
-                for outcome in hits
-            ]
-    return OutcomeRates(
-        rates, sorted(_corrected(gaps), key=lambda gap: -abs(gap.difference)), [ratio for ratio in ratios if ratio]
-    )
+        if len(compared) < 2:
+            continue
+        has_group = np.any(list(groups.values()), axis=0)
+        # of two outcomes only one is compared: the gaps of the other are the same with opposite sign
+        for outcome in list(hits)[: 1 if len(hits) == 2 else None]:
+            for name, members in compared.items():
+                names = attribute, name, outcome
+                gaps.append(_gap(names, hits[outcome], members=members, others=has_group & ~members, weight=weight))
+        sizes = {name: effective(weight[members]) for name, members in compared.items()}
+        for outcome in hits:
+            ratio = _ratio(attribute, outcome, {name: rates[attribute][name][outcome] for name in compared}, sizes)
+            if ratio is not None:
+                ratios.append(ratio)
+    p_values = holm_correction([gap.p for gap in gaps])
+    gaps = [replace(gap, p_corrected=p) for gap, p in zip(gaps, p_values, strict=True)]
+    return OutcomeRates(rates, sorted(gaps, key=lambda gap: -abs(gap.difference)), ratios)
 
 
 def _rate(hit: NDArray[np.bool_], weight: F64) -> OutcomeRate:
@@ -207,7 +203,8 @@ def _gap(
 
 def _ratio(attribute: str, outcome: str, rates: dict[str, OutcomeRate], sizes: dict[str, float]) -> Ratio | None:
     """Return the lowest rate over the highest; None where both are 0. sizes: effective rows of each group."""
-    lowest, highest = (min(rates, key=lambda name: (sign * rates[name].rate, name)) for sign in (1, -1))
+    lowest = min(rates, key=lambda name: (rates[name].rate, name))
+    highest = min(rates, key=lambda name: (-rates[name].rate, name))
     low, high = rates[lowest], rates[highest]
     if high.rate <= 0:
         return None
@@ -219,10 +216,11 @@ def _ratio(attribute: str, outcome: str, rates: dict[str, OutcomeRate], sizes: d
     error = math.sqrt(sum(1 / hit - 1 / max(count, hit) for hit, count in zip(hits, counts, strict=True)))
     middle = math.log(hits[0] / max(counts[0], 1e-9)) - math.log(hits[1] / max(counts[1], 1e-9))
     return Ratio(
-        attribute, outcome, lowest, highest, ratio, math.exp(middle - Z * error), math.exp(middle + Z * error)
+        attribute,
+        outcome,
+        lowest=lowest,
+        highest=highest,
+        ratio=ratio,
+        low=math.exp(middle - Z * error),
+        high=math.exp(middle + Z * error),
     )
-
-
-def _corrected(gaps: Sequence[Gap]) -> list[Gap]:
-    p_values = holm_correction([gap.p for gap in gaps])
-    return [Gap(**{**asdict(gap), "p_corrected": p}) for gap, p in zip(gaps, p_values, strict=True)]

@@ -65,5 +65,7 @@ def _with_unique_names(sections: Sequence[Section]) -> tuple[list[Section], list
             return Folded(block.summary, [named(each) for each in block.blocks])
         return block
 
-    renamed = [Section(section.title, [named(block) for block in section.blocks]) for section in sections]
+    renamed = []
+    for section in sections:
+        renamed.append(Section(section.title, [named(block) for block in section.blocks]))
     return renamed, list(used.values())

@@ -99,7 +99,8 @@ def read_drops(files: Sequence[Path]) -> Drops:
     drops.clusters = _clusters(survivors)
     for row in (*least_alike.iter_rows(named=True), *by_lot.drop("lot", strict=False).iter_rows(named=True)):
         candidates = drops.shown.setdefault(row["reason"], [])
-        if (drop := Drop(**row)) not in candidates:
+        drop = Drop(**row)
+        if drop not in candidates:
             candidates.append(drop)
     return drops
 
@@ -226,7 +227,8 @@ class Contents:
     def splits(self) -> dict[str, int]:
         """Number of rows by split, train first."""
         splits = self.counts.get("splits")
-        splits = dict(self.rows.splits) if splits is None else dict(splits)
+        if splits is None:
+            splits = self.rows.splits
         return {name: splits[name] for name in sorted(splits, key=lambda name: (name != "train", name))}
 
     @property
@@ -247,8 +249,13 @@ class Contents:
     @property
     def step_kinds(self) -> list[str]:
         """Kinds of the recipe's steps in order, each once."""
-        listed = (self.facts.get("recipe") or {}).get("steps") or ()
-        return list(dict.fromkeys(_kind(step) for step in listed))
+        kinds = []
+        for step in (self.facts.get("recipe") or {}).get("steps") or ():
+            if isinstance(step, Mapping):
+                kinds.append(str(step["kind"] if "kind" in step else next(iter(step), "?")))
+            else:
+                kinds.append(str(step))
+        return list(dict.fromkeys(kinds))
 
     @property
     def name(self) -> str:
@@ -300,7 +307,11 @@ class Contents:
 
         The field is a key of JSON replies, or `reply` for whole replies.
         """
-        fields = {key: values for key, labels in self.rows.fields.items() if (values := self._as_labels(labels))}
+        fields: dict[str, Counter[str]] = {}
+        for name, labels in self.rows.fields.items():
+            values = self._as_labels(labels)
+            if values:
+                fields[name] = values
         named = (self.steps.get("suspicious_labels") or {}).get("label")
         for key in (named, *_LABEL_FIELDS, *sorted(fields, key=lambda key: (len(fields[key]), key))):
             if key in fields:
@@ -328,11 +339,11 @@ def gather(folder: Path, facts: Mapping[str, Any]) -> Contents:
     return Contents(
         folder,
         facts,
-        rows,
-        drops,
-        evidence,
-        dataset_statistics.media(folder),
-        dataset_statistics.languages(rows.sample),
+        rows=rows,
+        drops=drops,
+        evidence=evidence,
+        media=dataset_statistics.media(folder),
+        languages=dataset_statistics.languages(rows.sample),
     )
 
 
@@ -356,9 +367,3 @@ def _called(source: str) -> str:
     if (not name or name.lower() in _GENERIC) and len(parts) > 1 and parts[-2]:
         return parts[-2]
     return name or source
-
-
-def _kind(step: Any) -> str:
-    if isinstance(step, Mapping):
-        return str(step["kind"] if "kind" in step else next(iter(step), "?"))
-    return str(step)

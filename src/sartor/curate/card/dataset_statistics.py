@@ -100,19 +100,15 @@ def measure(files: Sequence[Path], wanted_ids: set[str]) -> DatasetStatistics:
     """
     rows = DatasetStatistics()
     ids = pa.array(sorted(wanted_ids), pa.string())
-    for batch in _batches(files):
-        _count(rows, batch)
-        _sample(rows, batch)
-        if len(ids):
-            mask = pc.is_in(batch["id"], value_set=ids)
-            rows.wanted.update((row.id, row) for row in _sampled(batch.filter(mask), TEXT_KEPT // 6))
-    return rows
-
-
-def _batches(files: Sequence[Path]) -> Iterator[Any]:
     for path in files:
         with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(BATCH)
+            for batch in file.iter_batches(BATCH):
+                _count(rows, batch)
+                _sample(rows, batch)
+                if len(ids):
+                    mask = pc.is_in(batch["id"], value_set=ids)
+                    rows.wanted.update((row.id, row) for row in _sampled(batch.filter(mask), TEXT_KEPT // 6))
+    return rows
 
 
 def _count(rows: DatasetStatistics, batch: Any) -> None:
@@ -127,7 +123,8 @@ def _count(rows: DatasetStatistics, batch: Any) -> None:
     of_row = np.repeat(np.arange(size), turns)
     content = pc.struct_field(messages, "content")
     parts = _lengths(content)
-    texts, spoken = _texts(content.flatten())
+    texts = pl.Series("text", pc.struct_field(content.flatten(), "text"), dtype=pl.String)
+    spoken = texts.str.count_matches(r"\S+").fill_null(0).to_numpy()
     of_message = np.repeat(np.arange(len(messages)), parts)
     words = np.bincount(of_message, weights=spoken, minlength=len(messages))
     replies = pc.equal(pc.struct_field(messages, "role"), "assistant").to_numpy(zero_copy_only=False).astype(bool)
@@ -151,12 +148,6 @@ def _count(rows: DatasetStatistics, batch: Any) -> None:
 
 def _lengths(lists: Any) -> Any:
     return pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _texts(parts: Any) -> tuple[pl.Series, Any]:
-    """Return the text of each part, and its number of words separated by white space."""
-    texts = pl.Series("text", pc.struct_field(parts, "text"), dtype=pl.String)
-    return texts, texts.str.count_matches(r"\S+").fill_null(0).to_numpy()
 
 
 def _count_words(rows: DatasetStatistics, key: tuple[str, str], words: Any) -> None:
@@ -221,23 +212,29 @@ def _sampled(batch: Any, max_messages: int = _TURNS) -> Iterator[Sampled]:
 
 
 def _sampled_row(row: dict[str, Any], messages: int) -> Sampled:
-    room, turns = _KEEP, []
-    for message in row["messages"][:_TURNS]:
-        text = " ".join(_part_text(part) for part in message["content"])[:room]
-        room -= len(text)
-        turns.append((message["role"], text))
-    text = "\n".join(f"{message['role']}: {_message_text(message)}" for message in row["messages"])[:TEXT_KEPT]
+    room, turns, lines = _KEEP, [], []
+    for index, message in enumerate(row["messages"]):
+        lines.append(f"{message['role']}: " + "".join(part["text"] or "" for part in message["content"]))
+        if index < _TURNS:
+            text = " ".join(_part_text(part) for part in message["content"])[:room]
+            room -= len(text)
+            turns.append((message["role"], text))
     origin = row["origins"][0]
-    return Sampled(row["id"], tuple(turns), messages - len(turns), text, origin["source"], origin["locator"])
+    return Sampled(
+        row["id"],
+        tuple(turns),
+        turns_left=messages - len(turns),
+        text="\n".join(lines)[:TEXT_KEPT],
+        source=origin["source"],
+        locator=origin["locator"],
+    )
 
 
 def _part_text(part: dict[str, Any]) -> str:
     kind = part["type"]
-    return part["text"] or "" if kind == "text" else f"[{kind} {part[kind]}]"
-
-
-def _message_text(message: dict[str, Any]) -> str:
-    return "".join(part["text"] or "" for part in message["content"])
+    if kind == "text":
+        return part["text"] or ""
+    return f"[{kind} {part[kind]}]"
 
 
 FILES = 2000  # files opened of each kind; names are digests, so the first by name are a random choice
@@ -275,8 +272,12 @@ def languages(sample: Sequence[Sampled]) -> Counter[str] | None:
     result: Counter[str] = Counter()
     for row in sample:
         text = " ".join(text for _, text in row.turns if not text.startswith("{"))[:1000].replace("\n", " ")
-        guess = detect(text, model="lite", k=1)[0] if sum(map(str.isalpha, text)) >= _LETTERS else None
-        result[str(guess["lang"]) if guess and float(guess["score"]) >= _SURE else UNCLEAR] += 1
+        language = UNCLEAR
+        if sum(map(str.isalpha, text)) >= _LETTERS:
+            guess = detect(text, model="lite", k=1)[0]
+            if float(guess["score"]) >= _SURE:
+                language = str(guess["lang"])
+        result[language] += 1
     return result
 
 

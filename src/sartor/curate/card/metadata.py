@@ -23,12 +23,9 @@ _RENAMED = {
     "ODbL-1.0": "odbl",
     "PDDL-1.0": "pddl",
     "BSL-1.0": "bsl-1.0",
-    **{
-        f"{family}-{version}-{ending}": f"{family.lower()}-{version}"
-        for family, version in (("GPL", "2.0"), ("GPL", "3.0"), ("LGPL", "2.1"), ("LGPL", "3.0"), ("AGPL", "3.0"))
-        for ending in ("only", "or-later")
-    },
 }
+for _name in ("GPL-2.0", "GPL-3.0", "LGPL-2.1", "LGPL-3.0", "AGPL-3.0"):
+    _RENAMED |= {f"{_name}-only": _name.lower(), f"{_name}-or-later": _name.lower()}
 _KNOWN = """
     apache-2.0 mit afl-3.0 artistic-2.0 bsl-1.0 bsd-2-clause bsd-3-clause bsd-3-clause-clear cc0-1.0 cc-by-2.0
     cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0
@@ -67,7 +64,10 @@ def head(contents: Contents) -> dict[str, Any]:
 
 def _config(name: str, path: str, *, default: bool = False) -> dict[str, Any]:
     files = [{"split": "train", "path": path}]
-    return {"config_name": name, "data_files": files, **({"default": True} if default else {})}
+    config: dict[str, Any] = {"config_name": name, "data_files": files}
+    if default:
+        config["default"] = True
+    return config
 
 
 def _licence(expression: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _licence(expression: str) -> dict[str, Any]:
 
 def conjuncts(expression: str) -> Sequence[str]:
     """Return the ids that an expression joins by AND; the whole expression if it contains OR."""
-    return re.split(r" AND ", expression) if " OR " not in expression else [expression]
+    return [expression] if " OR " in expression else expression.split(" AND ")
 
 
 def _tasks(contents: Contents) -> list[str]:
@@ -164,6 +164,9 @@ _DROPS = {
 
 def describe(contents: Contents) -> dict[str, Any]:
     """Return the Croissant JSON-LD of a Dataset."""
+    record_sets = [_examples()]
+    if contents.drops.total:
+        record_sets.append(_drops())
     result: dict[str, Any] = {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
@@ -175,7 +178,7 @@ def describe(contents: Contents) -> dict[str, Any]:
         "keywords": ["fine-tuning", "language model"],
         **_responsible(contents),
         "distribution": _distribution(contents.folder),
-        "recordSet": [_examples(), *([_drops()] if contents.drops.total else [])],
+        "recordSet": record_sets,
     }
     if languages := known_languages(contents):
         result["inLanguage"] = languages
@@ -200,8 +203,10 @@ def _description(contents: Contents) -> str:
 
 def _licence_url(part: str) -> str:
     """Return the SPDX address of a single licence id; any other expression as it is."""
-    known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", part) and part != UNKNOWN and not part.startswith("LicenseRef")
-    return f"https://spdx.org/licenses/{part}.html" if known else escape_control(part)
+    is_single_id = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", part)
+    if is_single_id and part != UNKNOWN and not part.startswith("LicenseRef"):
+        return f"https://spdx.org/licenses/{part}.html"
+    return escape_control(part)
 
 
 def _distribution(folder: Path) -> list[dict[str, Any]]:
@@ -287,13 +292,16 @@ def _drops() -> dict[str, Any]:
 
 def _responsible(contents: Contents) -> dict[str, Any]:
     """Return the fields of Croissant's RAI vocabulary that the facts can fill."""
-    sources = "; ".join(f"{file_name(file)} ({file.get('licence') or UNKNOWN})" for file in contents.sources[:20])
-    suffix = f"; and {len(contents.sources) - 20:,} more files" if len(contents.sources) > 20 else ""
+    collection = "Read from existing files."
+    if contents.sources:
+        sources = "; ".join(f"{file_name(file)} ({file.get('licence') or UNKNOWN})" for file in contents.sources[:20])
+        suffix = f"; and {len(contents.sources) - 20:,} more files" if len(contents.sources) > 20 else ""
+        collection = f"Read from existing files: {escape_control(sources)}{suffix}."
     unusable = sum(count for (step, _), count in contents.drops.by_step.items() if step == "read")
+    queued = sum(contents.evidence.files[name] for name in contents.evidence.queues)
+    annotation = f"{queued:,} rows are queued for a look as perhaps wrongly labelled (evidence/)." if queued else ""
     fields = {
-        "rai:dataCollection": f"Read from existing files: {escape_control(sources)}{suffix}."
-        if sources
-        else "Read from existing files.",
+        "rai:dataCollection": collection,
         "rai:dataCollectionType": "Software Generated" if contents.made_by else "Secondary data analysis",
         "rai:dataCollectionMissingData": f"{unusable:,} of {contents.rows_read:,} rows could not be used as they "
         "stood.",
@@ -301,20 +309,19 @@ def _responsible(contents: Contents) -> dict[str, Any]:
         "rai:dataUseCases": "Fine-tuning of language models.",
         "rai:personalSensitiveInformation": _personal(contents),
         "rai:dataLimitations": [escape_control(str(line)) for line in contents.facts.get("licence_conflicts") or ()],
-        "rai:dataAnnotationAnalysis": _labels(contents),
+        "rai:dataAnnotationAnalysis": annotation,
     }
     return {key: value for key, value in fields.items() if value}
 
 
 def _protocol(recipe: Mapping[str, Any]) -> list[str]:
-    return [
-        escape_control(
-            ", ".join(f"{key} {format_value(value)}" for key, value in flat(step).items())
-            if isinstance(step, Mapping)
-            else str(step)
-        )
-        for step in recipe.get("steps") or ()
-    ]
+    lines = []
+    for step in recipe.get("steps") or ():
+        text = str(step)
+        if isinstance(step, Mapping):
+            text = ", ".join(f"{key} {format_value(value)}" for key, value in flat(step).items())
+        lines.append(escape_control(text))
+    return lines
 
 
 def _personal(contents: Contents) -> str:
@@ -323,8 +330,3 @@ def _personal(contents: Contents) -> str:
         return "No step that looks for personal data was run."
     counted = ", ".join(f"{key} {format_value(value)}" for key, value in flat(facts).items())
     return f"Looked for by pattern, masked or dropped before anything was written. Counts: {escape_control(counted)}."
-
-
-def _labels(contents: Contents) -> str:
-    queued = sum(contents.evidence.files[name] for name in contents.evidence.queues)
-    return f"{queued:,} rows are queued for a look as perhaps wrongly labelled (evidence/)." if queued else ""

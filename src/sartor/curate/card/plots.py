@@ -36,17 +36,19 @@ def bars(
     """Draw horizontal bars. rows: (label, value, text at the bar's end)."""
     end_width = max((_wide(end) for _, _, end in rows), default=0) + 8
     left = min(max((_wide(_fit(label, 190)) for label, _, _ in rows), default=0) + 12, 200)
-    room, max_value = HALF - left - end_width, max((value for _, value, _ in rows), default=0) or 1
+    room = HALF - left - end_width
+    max_value = max((value for _, value, _ in rows), default=0) or 1
     marks = []
     for index, (label, value, end) in enumerate(rows):
         y = index * _STEP
         width = max(room * value / max_value, 1.5 if value else 0)
         marks.append(
             _text(left - 8, y + 13, _fit(label, 190), anchor="end", fill="var(--ink)")
-            + _rect(left, y, width, _BAR, colour)
+            + _rect(left, y, width=width, height=_BAR, fill=colour)
             + _text(left + width + 6, y + 13, end)
         )
-    return Picture(name, title, "".join(marks), HALF, max(len(rows), 1) * _STEP - 6, note)
+    height = max(len(rows), 1) * _STEP - 6
+    return Picture(name, title, svg="".join(marks), width=HALF, height=height, note=note)
 
 
 def columns(
@@ -71,10 +73,8 @@ def columns(
     marks.append(f'<line x1="0" y1="{bottom}" x2="{HALF}" y2="{bottom}" stroke="var(--line)"/>')
     for index, value in enumerate(series[0][1] if series else ()):
         height = max((bottom - top - 14) * value / max_value, 1.5 if value else 0)
-        x = left + index * step
-        marks.append(
-            _rect(x + min(step * 0.1, 4), bottom - height, step - 2 * min(step * 0.1, 4), height, _COLOURS[0])
-        )
+        x, gap = left + index * step, min(step * 0.1, 4)
+        marks.append(_rect(x + gap, bottom - height, width=step - 2 * gap, height=height, fill=_COLOURS[0]))
     for number, (_, values) in enumerate(series[1:], 1):
         points = "".join(
             f"{'L' if index else 'M'}{_n(left + index * step)} "
@@ -84,10 +84,9 @@ def columns(
         marks.append(f'<path d="{points}" fill="none" stroke="{_COLOURS[number]}" stroke-width="2.2"/>')
     if series and series[0][1]:
         highest = max(range(len(series[0][1])), key=lambda index: series[0][1][index])
-        neighbours = range(
-            max(highest - 2, 0), min(highest + 3, len(labels))
-        )  # the label must also clear the lines beside it
-        peak = max(values[index] for _, values in series for index in neighbours)
+        # the label must also clear the lines beside it
+        neighbours = slice(max(highest - 2, 0), min(highest + 3, len(labels)))
+        peak = max(max(values[neighbours]) for _, values in series)
         peak_label, x = tall.format(series[0][1][highest]), left + (highest + 0.5) * step
         x = min(max(x, _wide(peak_label) / 2), HALF - _wide(peak_label) / 2)
         marks.append(_text(x, bottom - (bottom - top - 14) * peak / max_value - 5, peak_label, anchor="middle"))
@@ -98,20 +97,22 @@ def columns(
         if index % label_step == 0
     ]
     marks.append(_text(HALF / 2, bottom + 34, axis, anchor="middle"))
-    return Picture(name, title, "".join(marks), HALF, bottom + 40, note)
+    return Picture(name, title, svg="".join(marks), width=HALF, height=bottom + 40, note=note)
 
 
 def shares(name: str, title: str, parts: Sequence[tuple[str, float, str]], *, note: str = "") -> Picture:
     """Draw one bar divided into parts, with a legend below. parts: (label, value, text)."""
-    total, x, marks = sum(value for _, value, _ in parts) or 1, 0.0, []
+    total, x = sum(value for _, value, _ in parts) or 1, 0.0
+    marks = []
     for index, (label, value, number) in enumerate(parts):
         colour, width = _COLOURS[min(index, len(_COLOURS) - 1)], HALF * value / total
         y = 36 + index * 24
-        marks.append(_rect(x, 0, max(width - 1.5, 0.5), 22, colour))
-        marks.append(_rect(0, y, 11, 11, colour) + _text(18, y + 10, _fit(label, 270), fill="var(--ink)"))
+        marks.append(_rect(x, 0, width=max(width - 1.5, 0.5), height=22, fill=colour))
+        marks.append(_rect(0, y, width=11, height=11, fill=colour))
+        marks.append(_text(18, y + 10, _fit(label, 270), fill="var(--ink)"))
         marks.append(_text(HALF, y + 10, number, anchor="end"))
         x += width
-    return Picture(name, title, "".join(marks), HALF, 28 + len(parts) * 24, note)
+    return Picture(name, title, svg="".join(marks), width=HALF, height=28 + len(parts) * 24, note=note)
 
 
 def funnel(name: str, title: str, stages: Sequence[tuple[str, int, int]], *, note: str = "") -> Picture:
@@ -121,21 +122,19 @@ def funnel(name: str, title: str, stages: Sequence[tuple[str, int, int]], *, not
     """
     left = min(max(_wide(_fit(label, 190)) for label, _, _ in stages) + 12, 200)
     end_width = max(_wide(_end_label(remaining, lost)) for _, remaining, lost in stages) + 12
-    room, max_value = (
-        WHOLE - left - end_width,
-        max((remaining + lost for _, remaining, lost in stages), default=0) or 1,
-    )
+    room = WHOLE - left - end_width
+    max_value = max((remaining + lost for _, remaining, lost in stages), default=0) or 1
     marks = []
     for index, (label, remaining, lost) in enumerate(stages):
         y, width, lost_width = index * (_STEP + 4), room * remaining / max_value, room * lost / max_value
         last = index == len(stages) - 1
-        marks.append(
-            _text(left - 10, y + 15, _fit(label, 190), anchor="end", fill="var(--ink)", bold=last)
-            + _rect(left, y, width, 20, "var(--green)" if last else "var(--blue)")
-            + (_rect(left + width, y, max(lost_width, 1.5), 20, "var(--red)", 0.55) if lost else "")
-            + _text(left + width + lost_width + 8, y + 15, _end_label(remaining, lost), bold=last)
-        )
-    return Picture(name, title, "".join(marks), WHOLE, len(stages) * (_STEP + 4), note)
+        marks.append(_text(left - 10, y + 15, _fit(label, 190), anchor="end", fill="var(--ink)", bold=last))
+        marks.append(_rect(left, y, width=width, height=20, fill="var(--green)" if last else "var(--blue)"))
+        if lost:
+            lost_mark = _rect(left + width, y, width=max(lost_width, 1.5), height=20, fill="var(--red)", opacity=0.55)
+            marks.append(lost_mark)
+        marks.append(_text(left + width + lost_width + 8, y + 15, _end_label(remaining, lost), bold=last))
+    return Picture(name, title, svg="".join(marks), width=WHOLE, height=len(stages) * (_STEP + 4), note=note)
 
 
 def _end_label(remaining: int, lost: int) -> str:
@@ -145,8 +144,11 @@ def _end_label(remaining: int, lost: int) -> str:
 def _legend(labels: Sequence[str], x: float) -> str:
     marks = []
     for index, label in enumerate(labels):
-        shape = _rect(x, 4, 11, 11, _COLOURS[0]) if index == 0 else _rect(x, 8, 14, 2.5, _COLOURS[index])
-        marks.append(shape + _text(x + 19, 14, _fit(label, 120)))
+        if index == 0:
+            marks.append(_rect(x, 4, width=11, height=11, fill=_COLOURS[0]))
+        else:
+            marks.append(_rect(x, 8, width=14, height=2.5, fill=_COLOURS[index]))
+        marks.append(_text(x + 19, 14, _fit(label, 120)))
         x += 19 + _wide(_fit(label, 120)) + 18
     return "".join(marks)
 
@@ -180,8 +182,11 @@ def _advance(letter: str) -> float:
         return 0
     if unicodedata.east_asian_width(letter) in "WF":
         return _TEXT
-    narrow, broad = letter in "iljtfI.,:;|!'()[] ", letter in "mwMW%@"
-    return _TEXT * (0.31 if narrow else 0.86 if broad else 0.68 if letter.isupper() else 0.6)
+    if letter in "iljtfI.,:;|!'()[] ":
+        return _TEXT * 0.31
+    if letter in "mwMW%@":
+        return _TEXT * 0.86
+    return _TEXT * (0.68 if letter.isupper() else 0.6)
 
 
 def _fit(text: str, room: float) -> str:
@@ -209,10 +214,11 @@ def ranked(counts: Mapping[str, int], total: int = 0) -> list[tuple[str, float, 
     rest = order[len(shown) :]
     if rest:
         shown = [*shown, (f"{len(rest):,} others", sum(count for _, count in rest))]
-    return [
-        (label or "(none)", count, f"{count:,}" + (f" · {percent(count / total)}" if total else ""))
-        for label, count in shown
-    ]
+    bar_rows: list[tuple[str, float, str]] = []
+    for label, count in shown:
+        share = f" · {percent(count / total)}" if total else ""
+        bar_rows.append((label or "(none)", count, f"{count:,}{share}"))
+    return bar_rows
 
 
 def percent(fraction: float) -> str:
@@ -235,14 +241,12 @@ def lengths(contents: Contents) -> Iterator[Picture]:
         binned = {split: _doubling(bins_by_split[split]) for split in order[:3]}
         size = max(len(bins) for bins in binned.values())
         labels = _bin_labels(size)
-        series = [
-            (
-                f"{split or 'all'}, median {median(bins_by_split[split]):,}",
-                np.pad(bins, (0, size - len(bins))) / max(bins.sum(), 1),
-            )
-            for split, bins in binned.items()
-        ]
-        first = next((index for index in range(size) if any(values[index] for _, values in series)), 0)
+        series = []
+        for split, bins in binned.items():
+            label = f"{split or 'all'}, median {median(bins_by_split[split]):,}"
+            series.append((label, np.pad(bins, (0, size - len(bins))) / max(bins.sum(), 1)))
+        used_bins = np.flatnonzero(np.any([values for _, values in series], axis=0))
+        first = int(used_bins[0]) if len(used_bins) else 0
         shown = [(label, values[first:].tolist()) for label, values in series]
         if len(shown) == 1:
             title = f"{title} (median {median(bins_by_split[order[0]]):,})"
@@ -257,7 +261,9 @@ def _doubling(bins: Any) -> Any:
 
 
 def _bin_labels(size: int) -> list[str]:
-    return (["0", "1"] + [f"{_short(2**k)}–{_short(2 ** (k + 1) - 1)}" for k in range(1, size - 1)])[:size]
+    labels = ["0", "1"]
+    labels += [f"{_short(2**k)}–{_short(2 ** (k + 1) - 1)}" for k in range(1, size - 1)]
+    return labels[:size]
 
 
 def _short(number: int) -> str:
@@ -279,7 +285,8 @@ def turns(contents: Contents) -> Iterator[Picture]:
     if len(used) < 2:
         return
     if used[-1] <= 16:
-        labels, values = [str(n) for n in range(used[0], used[-1] + 1)], counts[used[0] : used[-1] + 1].tolist()
+        labels = [str(n) for n in range(used[0], used[-1] + 1)]
+        values = counts[used[0] : used[-1] + 1].tolist()
     else:
         binned = _doubling(counts)
         labels = _bin_labels(len(binned))
@@ -317,14 +324,10 @@ def splits(contents: Contents) -> Iterator[Picture]:
     """Plot rows per split, with their groups."""
     groups = contents.counts.get("groups") or {}
     total = sum(contents.splits.values()) or 1
-    parts = [
-        (
-            name or "(none)",
-            count,
-            f"{count:,} rows, {percent(count / total)}" + (f", {groups[name]:,} groups" if name in groups else ""),
-        )
-        for name, count in contents.splits.items()
-    ]
+    parts: list[tuple[str, float, str]] = []
+    for name, count in contents.splits.items():
+        groups_text = f", {groups[name]:,} groups" if name in groups else ""
+        parts.append((name or "(none)", count, f"{count:,} rows, {percent(count / total)}{groups_text}"))
     yield shares("splits", "Splits", parts, note="a group stands in one split only")
 
 
@@ -373,8 +376,9 @@ def losers(contents: Contents) -> Iterator[Picture]:
 def clusters(contents: Contents) -> Iterator[Picture]:
     """Plot rows per duplicate cluster, for each step that removes duplicates."""
     for step, sizes in sorted(contents.drops.clusters.items()):
-        binned = {f"{low}" if low == high else f"{low}–{high}": count for (low, high), count in _sizes(sizes)}
-        rows = [(label, float(count), f"{count:,}") for label, count in binned.items()]
+        rows = []
+        for (low, high), count in _sizes(sizes):
+            rows.append((f"{low}" if low == high else f"{low}–{high}", float(count), f"{count:,}"))
         largest = max(sizes) + 1
         note = f"{sum(sizes.values()):,} clusters; the largest has {largest:,} rows, the one that was kept included"
         yield bars(f"clusters-{_file(step)}", f"Rows per cluster: {step.replace('_', ' ')}", rows, note=note)
@@ -385,8 +389,11 @@ def _sizes(sizes: Mapping[int, int]) -> list[tuple[tuple[int, int], int]]:
     results: Counter[tuple[int, int]] = Counter()
     for dropped, count in sizes.items():
         size = dropped + 1
-        high = size if size <= 4 else 2 ** math.ceil(math.log2(size))
-        results[(size if size <= 4 else high // 2 + 1, high)] += count
+        if size <= 4:
+            results[size, size] += count
+        else:
+            high = 2 ** math.ceil(math.log2(size))
+            results[high // 2 + 1, high] += count
     return sorted(results.items())
 
 

@@ -70,14 +70,14 @@ def _markdown_block(block: Block) -> str:
         case Prose():
             return ("> **Note:** " if block.kind == "warn" else "") + _markdown_line(block.line)
         case Headlines():
-            head = [(label,) for _, label in block.shown]
+            labels = [_cell(label) for _, label in block.shown]
             values = [f"**{_plain(value)}**" for value, _ in block.shown]
-            return "\n".join((_row([_cell(*label) for label in head]), _rule(len(head), frozenset()), _row(values)))
+            return "\n".join((_row(labels), _rule(len(labels), frozenset()), _row(values)))
         case Table():
-            rows = [_row([_cell(cell) for cell in row]) for row in block.rows]
-            return "\n".join(
-                (_row([_cell(cell) for cell in block.head]), _rule(len(block.head), block.numbers), *rows)
-            )
+            lines = [_row(list(map(_cell, block.head))), _rule(len(block.head), block.numbers)]
+            for row in block.rows:
+                lines.append(_row(list(map(_cell, row))))
+            return "\n".join(lines)
         case Plot():
             return _picture(block)
         case Pictures():
@@ -106,14 +106,15 @@ def _markdown_dropped(block: Dropped) -> str:
 
 
 def _markdown_pieces(pieces: Sequence[TextPiece], opening: str, closing: str) -> str:
-    return " ".join(
-        f"(… {piece.left_out:,} words …)"
-        if piece.left_out
-        else f"{opening}{piece.text}{closing}"
-        if piece.differs
-        else piece.text
-        for piece in pieces
-    )
+    texts = []
+    for piece in pieces:
+        if piece.left_out:
+            texts.append(f"(… {piece.left_out:,} words …)")
+        elif piece.differs:
+            texts.append(f"{opening}{piece.text}{closing}")
+        else:
+            texts.append(piece.text)
+    return " ".join(texts)
 
 
 def _picture(picture: Plot) -> str:
@@ -134,14 +135,14 @@ def _cell(cell: Line) -> str:
 
 
 def _markdown_line(line: Line, *, bar: str = "|") -> str:
-    return "".join(
-        _markdown_quoted(part, bar) if isinstance(part, QuotedText) else _plain(part) for part in _line_parts(line)
-    )
-
-
-def _markdown_quoted(quoted: QuotedText, bar: str) -> str:
-    text = clipped(quoted.text, quoted.max_chars)
-    return text if quoted.prose and _is_harmless(text) else code(text, bar)
+    result = ""
+    for part in _line_parts(line):
+        if isinstance(part, QuotedText):
+            text = clipped(part.text, part.max_chars)
+            result += text if part.prose and _is_harmless(text) else code(text, bar)
+        else:
+            result += _plain(part)
+    return result
 
 
 def _is_harmless(text: str) -> bool:

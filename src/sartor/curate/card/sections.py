@@ -43,10 +43,10 @@ def pieces(text: str) -> list[TextPiece]:
     """Return the start of a text that is not compared with another."""
     words = text.split(" ")
     hidden_count = len(words) - WORDS
-    return [
-        TextPiece(" ".join(map(_short, words[:WORDS]))),
-        *([TextPiece("", left_out=hidden_count)] if hidden_count > 0 else []),
-    ]
+    shown = [TextPiece(" ".join(map(_short, words[:WORDS])))]
+    if hidden_count > 0:
+        shown.append(TextPiece("", left_out=hidden_count))
+    return shown
 
 
 def differences(first: str, second: str) -> tuple[list[TextPiece], list[TextPiece]]:
@@ -61,8 +61,14 @@ def differences(first: str, second: str) -> tuple[list[TextPiece], list[TextPiec
     for index, step in enumerate(steps):
         ends = (index == 0, index == len(steps) - 1)
         for side, words in ((0, left[step.src_start : step.src_end]), (1, right[step.dest_start : step.dest_end])):
-            if words:
-                result[side].extend(_equal_pieces(words, ends) if step.tag == "equal" else _differing_pieces(words))
+            if not words:
+                continue
+            if step.tag == "equal":
+                result[side].extend(_equal_pieces(words, ends))
+                continue
+            result[side].append(TextPiece(_join(words[:WORDS]), differs=True))
+            if len(words) > WORDS:
+                result[side].append(TextPiece("", left_out=len(words) - WORDS))
     return result
 
 
@@ -71,21 +77,18 @@ def _words(text: str) -> list[str]:
 
 
 def _equal_pieces(words: Sequence[str], ends: tuple[bool, bool]) -> list[TextPiece]:
-    before, after = (0 if end else AROUND for end in ends)
-    if ends == (True, True):
-        before = 2 * AROUND
-    if ends[0] and not ends[1]:
-        before = AROUND // 2
+    is_first, is_last = ends
+    before = 0 if is_first else AROUND
+    after = 0 if is_last else AROUND
+    if is_first:
+        before = 2 * AROUND if is_last else AROUND // 2
     left_out = len(words) - before - after
     if left_out < AROUND:
         return [TextPiece(_join(words))]
     parts = [TextPiece(_join(words[:before])), TextPiece("", left_out=left_out)]
-    return parts + ([TextPiece(_join(words[-after:]))] if after else [])
-
-
-def _differing_pieces(words: Sequence[str]) -> list[TextPiece]:
-    shown = [TextPiece(_join(words[:WORDS]), differs=True)]
-    return shown + ([TextPiece("", left_out=len(words) - WORDS)] if len(words) > WORDS else [])
+    if after:
+        parts.append(TextPiece(_join(words[-after:])))
+    return parts
 
 
 def _join(words: Sequence[str]) -> str:
@@ -202,11 +205,9 @@ def _queue(contents: Contents, queue: Sequence[Mapping[str, Any]]) -> Table:
     rows: list[Sequence[Line]] = []
     for row in queue:
         sampled = contents.rows.wanted.get(str(row["id"]))
-        question = (
-            next((text for role, text in sampled.turns if role == "user"), sampled.text)
-            if sampled
-            else "(row is not in examples/)"
-        )
+        question = "(row is not in examples/)"
+        if sampled is not None:
+            question = next((text for role, text in sampled.turns if role == "user"), sampled.text)
         score = row.get("score")
         rows.append(
             (
@@ -243,21 +244,18 @@ def step(kind: str, facts: Mapping[str, Any]) -> Iterator[Block]:
             plain |= {f"{key}.{inner}": inner_value for inner, inner_value in flat(value).items()}
         else:
             plain[str(key)] = value
-    rows: list[Sequence[Line]] = [
-        (QuotedText(key.replace("_", " "), 60, prose=True), QuotedText(_list_text(value), 400))
-        for key, value in plain.items()
-    ]
+    rows: list[Sequence[Line]] = []
+    for key, value in plain.items():
+        if isinstance(value, (list, tuple)):
+            text = "; ".join(format_value(item)[:120] for item in value[:_LISTED])
+            text += f"; and {len(value) - _LISTED:,} more" if len(value) > _LISTED else ""
+        else:
+            text = format_value(value)
+        rows.append((QuotedText(key.replace("_", " "), 60, prose=True), QuotedText(text, 400)))
     if pictures:
         yield Pictures(pictures)
     if rows:
         yield Table((kind.replace("_", " "), ""), rows, names=True)
-
-
-def _list_text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        shown = "; ".join(format_value(item)[:120] for item in value[:_LISTED])
-        return shown + (f"; and {len(value) - _LISTED:,} more" if len(value) > _LISTED else "")
-    return format_value(value)
 
 
 _FILES_SHOWN = 40
@@ -293,11 +291,11 @@ def _lead(contents: Contents) -> Line:
             f"{contents.rows_kept:,} rows, made of {contents.rows_read:,} rows read and {contents.rows_made:,} "
             "changed copies of them,"
         )
+    if files:
+        summary += f" from {files:,} file{'s' if files != 1 else ''}"
     return (
-        f"A dataset for tuning, written by Sartor: {summary}"
-        + (f" from {files:,} file{'s' if files != 1 else ''}" if files else "")
-        + ". Every row that was dropped lies in drops/ with its reason; every number here can be recomputed from the "
-        "files.",
+        f"A dataset for tuning, written by Sartor: {summary}. Every row that was dropped lies in drops/ with its "
+        "reason; every number here can be recomputed from the files.",
     )
 
 
@@ -305,10 +303,12 @@ def _headlines(contents: Contents) -> list[tuple[str, str]]:
     dropped = sum(contents.dropped.values())
     words = contents.rows.total_words("prompt"), contents.rows.total_words("reply")
     sources = len({file.get("source") for file in contents.sources})
-    rows, unit = (
-        contents.rows_read + contents.rows_made,
-        "rows tried" if contents.made_by else "rows and copies" if contents.rows_made else "the rows read",
-    )
+    rows = contents.rows_read + contents.rows_made
+    unit = "the rows read"
+    if contents.made_by:
+        unit = "rows tried"
+    elif contents.rows_made:
+        unit = "rows and copies"
     headlines = [
         (f"{contents.rows_kept:,}", "rows kept"),
         (f"{dropped:,}", f"dropped, {plots.percent(dropped / rows)} of {unit}" if rows else "dropped"),
@@ -316,7 +316,8 @@ def _headlines(contents: Contents) -> list[tuple[str, str]]:
     ]
     if sources:
         headlines.append((f"{sources:,}", "source" if sources == 1 else "sources"))
-    if languages := known_languages(contents):
+    languages = known_languages(contents)
+    if languages:
         suffix = f" +{len(languages) - 3}" if len(languages) > 3 else ""
         headlines.append((", ".join(languages[:3]) + suffix, "languages" if len(languages) > 1 else "language"))
     return headlines
@@ -331,9 +332,12 @@ def known_languages(contents: Contents) -> list[str]:
 
 
 def _large(number: int) -> str:
-    for size, unit in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
-        if number >= size:
-            return f"{number / (size if unit != 'k' else 1000):.3g} {unit}"
+    if number >= 10**9:
+        return f"{number / 10**9:.3g} G"
+    if number >= 10**6:
+        return f"{number / 10**6:.3g} M"
+    if number >= 10**4:
+        return f"{number / 1000:.3g} k"
     return f"{number:,}"
 
 
@@ -381,13 +385,17 @@ def _source_table(contents: Contents) -> Table:
 
 def _without_empty(table: Table) -> Table:
     """Return the table without columns that are empty in every row."""
-    used = [n for n in range(len(table.head)) if any(_says(row[n]) for row in table.rows)]
-    rows = [[row[n] for n in used] for row in table.rows]
-    return Table([table.head[n] for n in used], rows, frozenset(used.index(n) for n in table.numbers if n in used))
-
-
-def _says(cell: Line) -> bool:
-    return bool(cell.text) if isinstance(cell, QuotedText) else bool(cell)
+    filled = set[int]()
+    for row in table.rows:
+        for index, cell in enumerate(row):
+            if cell.text if isinstance(cell, QuotedText) else cell:
+                filled.add(index)
+    columns = sorted(filled)
+    rows = []
+    for row in table.rows:
+        rows.append([row[index] for index in columns])
+    numbers = frozenset(position for position, index in enumerate(columns) if index in table.numbers)
+    return Table([table.head[index] for index in columns], rows, numbers)
 
 
 def file_name(file: Mapping[str, Any]) -> str:
