@@ -388,7 +388,8 @@ def _without_empty(table: Table) -> Table:
     filled = set[int]()
     for row in table.rows:
         for index, cell in enumerate(row):
-            if cell.text if isinstance(cell, QuotedText) else cell:
+            text = cell.text if isinstance(cell, QuotedText) else cell
+            if text:
                 filled.add(index)
     columns = sorted(filled)
     rows = []

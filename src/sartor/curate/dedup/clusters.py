@@ -159,13 +159,10 @@ class RemovalLimits:
 
     def option(self, name: str, value: str = "") -> str:
         """Return an option as the user would write it."""
-        if self.in_recipe:
-            return (
-                f"`{name.replace('-', '_')}: [{value}]` of the step"
-                if value
-                else f"{name.replace('-', '_')} of the step"
-            )
-        return f"--{name} {value}".rstrip()
+        if not self.in_recipe:
+            return f"--{name} {value}".rstrip()
+        key = name.replace("-", "_")
+        return f"`{key}: [{value}]` of the step" if value else f"{key} of the step"
 
 
 def check_removals(

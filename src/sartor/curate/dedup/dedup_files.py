@@ -59,7 +59,7 @@ class DedupProgress:
 # Less input than this is read and compared faster than two processes start.
 _PAYS_BYTES = 24 << 20
 _STORE = "shingles.bin"
-_SAID = ("path", "rows", "fields", "fields_reason", "left_out")
+_FILE_KEYS = ("path", "rows", "fields", "fields_reason", "left_out")
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,9 @@ class Deduplicated:
     def as_json(self) -> dict[str, Any]:
         """Return the command's JSON."""
         manifest = self.artifact.manifest
+        files = []
+        for file in manifest["inputs"]:
+            files.append({key: file[key] for key in _FILE_KEYS})
         return {
             "out": str(self.artifact.path),
             **manifest["counts"],
@@ -129,7 +132,7 @@ class Deduplicated:
             **{name: manifest[name] for name in ("unit", "size", "unit_reason")},
             **{name: manifest["rules"][name] for name in ("threshold", "floor", "contained")},
             **manifest["noticed"],
-            "files": [{key: file[key] for key in _SAID} for file in manifest["inputs"]],
+            "files": files,
             "wall_s": round(self.wall_s, 3),
             "rows_per_s": round(manifest["counts"]["read"] / self.wall_s, 1) if self.wall_s else math.inf,
         }
@@ -166,18 +169,37 @@ def dedup(
         with DedupProgress(show) as progress, WorkerPool(_processes(settings, paths)) as workers:
             executor = Executor(progress.show, workers.spread)
             inputs, shingling = inspect_files(
-                paths, settings.text_field, settings.unit, settings.size, settings.max_row_bytes
+                paths,
+                settings.text_field,
+                unit=settings.unit,
+                size=settings.size,
+                max_row_bytes=settings.max_row_bytes,
             )
             rules = rules_for(shingling, settings.threshold, settings.contained)
-            sketched = sketch_files(inputs, shingling, folder / _STORE, settings.max_row_bytes, executor)
-            if not len(sketched.rows.line) or len(sketched.rows.faults) == len(sketched.rows.line):
-                raise SourceError(_nothing(sketched.rows), "check the files and --text-field")
+            sketched = sketch_files(
+                inputs, shingling, store=folder / _STORE, max_row_bytes=settings.max_row_bytes, executor=executor
+            )
+            rows = sketched.rows
+            if not len(rows.line) or len(rows.faults) == len(rows.line):
+                raise SourceError(_nothing(rows), "check the files and --text-field")
             rank = sketched.lengths if settings.keep == "longest" else np.zeros(len(sketched.lengths))
-            near_pairs = near_duplicates(sketched.shingles, sketched.offsets, sketched.digests, rules, rank, executor)
+            near_pairs = near_duplicates(
+                sketched.shingles, sketched.offsets, sketched.digests, rules=rules, rank=rank, executor=executor
+            )
             (folder / _STORE).unlink()
             removals = resolve_clusters(near_pairs.pairs, rank, rules)
-            check_removals(removals, sketched.rows.file, sketched.rows.names, settings.limits, sketched.rows.describe)
-            write_rows(folder, inputs, sketched.counts, sketched.rows, removals, settings.max_row_bytes, executor)
+            check_removals(
+                removals, sources=rows.file, names=rows.names, limits=settings.limits, describe=rows.describe
+            )
+            write_rows(
+                folder,
+                inputs,
+                sketched.counts,
+                rows=rows,
+                removals=removals,
+                max_row_bytes=settings.max_row_bytes,
+                executor=executor,
+            )
         pair_store.write_pairs(folder / "pairs.parquet", near_pairs.pairs, rank, rules)
         duplicates = pair_store.duplicates_at(near_pairs.pairs, len(rank), rules)
         pair_counts.append(len(duplicates.a))
@@ -185,11 +207,11 @@ def dedup(
             pair_store.export(pairs, duplicates, rules)
         noticed = {
             "ignored_shingles": near_pairs.common,
-            "empty": near_pairs.empty - len(sketched.rows.faults),
+            "empty": near_pairs.empty - len(rows.faults),
             "candidates": near_pairs.candidates,
         }
         return {
-            **facts(inputs, sketched.counts, sketched.rows, removals, rules),
+            **facts(inputs, sketched.counts, rows=rows, removals=removals, rules=rules),
             "unit": shingling.unit,
             "size": shingling.size,
             "unit_reason": shingling.reason,
@@ -216,7 +238,8 @@ def write_rows(
     with Writer(folder, rows, removals) as writer:
         for file, count in zip(inputs, counts, strict=True):
             file.check_unchanged()
-            if writer.write(file.path, file.kind, first, file.name, max_row_bytes) != count:
+            written = writer.write(file.path, file.kind, first=first, name=file.name, max_row_bytes=max_row_bytes)
+            if written != count:
                 raise SourceError(f"{file.path} was changed while it was read", "run again when nobody writes it")
             file.check_unchanged()
             first += count
@@ -233,6 +256,9 @@ def facts(
     """Return the facts of the manifest, except those that only a first run knows."""
     read = len(rows.line)
     reasons = Counter(fault.reason for fault in rows.faults.values())
+    dropped = dict(sorted(reasons.items()))
+    if len(removals.rows):
+        dropped["duplicate"] = len(removals.rows)
     return {
         "rules": asdict(rules),
         "inputs": [_input_facts(file, count) for file, count in zip(inputs, counts, strict=True)],
@@ -240,10 +266,7 @@ def facts(
             "read": read,
             "kept": read - len(removals.rows) - len(rows.faults),
             "removed": removals.by_method(),
-            "dropped": {
-                **dict(sorted(reasons.items())),
-                **({"duplicate": len(removals.rows)} if len(removals.rows) else {}),
-            },
+            "dropped": dropped,
             "clusters": removals.clusters,
             "largest_cluster": removals.largest_cluster,
         },
@@ -277,20 +300,22 @@ def _options(options: Mapping[str, Any]) -> DedupOptions:
 
 
 def _processes(settings: DedupOptions, paths: Sequence[Path]) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = settings.processes or (
-        min(cores, 8) if sum(path.stat().st_size for path in paths if path.is_file()) >= _PAYS_BYTES else 1
-    )
+    """Return the number of worker processes; 0 for none besides this one."""
+    count = settings.processes
+    if not count and sum(path.stat().st_size for path in paths if path.is_file()) >= _PAYS_BYTES:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = min(cores, 8)
     return count if count > 1 else 0
 
 
 def _nothing(rows: RecordLocations) -> str:
-    reasons = ", ".join(
-        f"{reason} {count}" for reason, count in Counter(fault.reason for fault in rows.faults.values()).most_common()
-    )
-    first = next(iter(rows.faults.items()), None)
-    example = f"; the first: {rows.describe(first[0])}: {first[1].detail}" if first else ""
-    return f"no row of {len(rows.line)} can be used" + (f" ({reasons}{example})" if reasons else "")
+    if not rows.faults:
+        return f"no row of {len(rows.line)} can be used"
+    counts = Counter(fault.reason for fault in rows.faults.values())
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+    row, fault = next(iter(rows.faults.items()))
+    example = f"the first: {rows.describe(row)}: {fault.detail}"
+    return f"no row of {len(rows.line)} can be used ({reasons}; {example})"
 
 
 def rethreshold(
@@ -315,21 +340,24 @@ def rethreshold(
         rows = _rows(old, inputs, options["max_row_bytes"])
         pairs, rank = pair_store.read_pairs(old.path / "pairs.parquet", len(rows.line))
         removals = resolve_clusters(pairs, rank, rules)
-        check_removals(
-            removals,
-            rows.file,
-            rows.names,
-            RemovalLimits(options["max_source_fraction"], options["max_fraction"], allow=options["allow"]),
-            rows.describe,
-        )
+        limits = RemovalLimits(options["max_source_fraction"], options["max_fraction"], allow=options["allow"])
+        check_removals(removals, sources=rows.file, names=rows.names, limits=limits, describe=rows.describe)
         counts = [entry["rows"] for entry in manifest["inputs"]]
         with DedupProgress(show) as progress:
-            write_rows(folder, inputs, counts, rows, removals, options["max_row_bytes"], Executor(progress.show))
+            write_rows(
+                folder,
+                inputs,
+                counts,
+                rows=rows,
+                removals=removals,
+                max_row_bytes=options["max_row_bytes"],
+                executor=Executor(progress.show),
+            )
         pair_store.write_pairs(folder / "pairs.parquet", pairs, rank, rules)
         pair_counts.append(len(pair_store.duplicates_at(pairs, len(rank), rules).a))
         inherited = {name: manifest[name] for name in ("unit", "size", "unit_reason", "noticed")}
         return {
-            **facts(inputs, counts, rows, removals, rules),
+            **facts(inputs, counts, rows=rows, removals=removals, rules=rules),
             **inherited,
             "options": {**options, "threshold": threshold},
             "parents": [old.as_parent()],
@@ -348,7 +376,7 @@ def _input(entry: Mapping[str, Any]) -> FileOfRows:
     if file.stat().st_size != entry["bytes"] or file_digest(file) != entry["sha256"]:
         raise ArtifactError(f"the input file {file} was changed since it was de-duplicated", remedy)
     choice = ComparedFields(tuple(entry["fields"]), entry["joined"], tuple(entry["left_out"]), entry["fields_reason"])
-    return FileOfRows(file, entry["format"], choice, entry["name"], stamp_of(file))
+    return FileOfRows(file, kind=entry["format"], choice=choice, name=entry["name"], stamp=stamp_of(file))
 
 
 def _rows(old: Artifact, inputs: list[FileOfRows], max_row_bytes: int) -> RecordLocations:

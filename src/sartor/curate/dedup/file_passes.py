@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -123,10 +123,8 @@ class Writer:
         if fault is not None:
             fields |= {"reason": fault.reason, "detail": fault.detail, "content": self._content(raw, source)}
         else:
-            kept_row, method = (
-                int(self.removals.kept_rows[removal_index]),
-                METHODS[self.removals.method[removal_index]],
-            )
+            kept_row = int(self.removals.kept_rows[removal_index])
+            method = METHODS[self.removals.method[removal_index]]
             fields |= {
                 "reason": f"{method}_duplicate" if method != "contained" else method,
                 "detail": f"{method} of {self.rows.describe(kept_row)}, score "
@@ -186,7 +184,9 @@ class _Target(ABC):
 def _open_target(kind: str, source: Path, target: Path) -> _Target:
     if kind == "parquet":
         return _ParquetTarget(source, target)
-    return _JsonTarget(source, target) if kind == "json" else _LinesTarget(target)
+    if kind == "json":
+        return _JsonTarget(source, target)
+    return _LinesTarget(target)
 
 
 class _LinesTarget(_Target):
@@ -289,39 +289,36 @@ def inspect_files(
     """
     if not paths:
         raise ConfigError("no file was named", "sartor dedup FILE... --out DIR")
-    if len({path.resolve() for path in paths}) < len(paths):
+    by_resolved_path = {path.resolve(): path for path in paths}
+    if len(by_resolved_path) < len(paths):
         raise ConfigError(
             "a file is named twice: every row of it would be its own duplicate",
-            f"sartor dedup {' '.join(str(path) for path in {path.resolve(): path for path in paths}.values())} --out "
-            "DIR",
+            f"sartor dedup {' '.join(map(str, by_resolved_path.values()))} --out DIR",
         )
     files: list[FileOfRows] = []
     texts: list[str] = []
     joined = 0
     for path in paths:
         kind = format_of(path)
-        sample = _sample(path, kind, max_row_bytes)
+        rows = (row for block in blocks(path, kind, max_row_bytes) for row in block.rows)
+        sample = [row for row in map(_object_of, itertools.islice(rows, SAMPLE)) if isinstance(row, dict)]
         choice = choose(sample, text_field)
         joined = max(joined, len(choice.fields) * choice.joined)
         texts.extend(text_of(row, choice) or "" for row in sample)
-        name = (
-            path.name
-            if path.name not in {file.name for file in files}
-            else f"{path.stem}-{len(files) + 1}{path.suffix}"
-        )
-        files.append(FileOfRows(path, kind, choice, name, stamp_of(path)))
+        name = path.name
+        if any(file.name == name for file in files):
+            name = f"{path.stem}-{len(files) + 1}{path.suffix}"
+        files.append(FileOfRows(path, kind=kind, choice=choice, name=name, stamp=stamp_of(path)))
     return files, shingles.resolve(unit, size, texts, joined_fields=joined)
 
 
-def _sample(path: Path, kind: str, max_row_bytes: int) -> list[dict[str, Any]]:
-    rows = (_record(row, kind) for block in blocks(path, kind, max_row_bytes) for row in block.rows)
-    return [row for row in itertools.islice(rows, SAMPLE) if isinstance(row, dict)]
-
-
-def _record(row: Any, kind: str) -> Any:
+def _object_of(row: Any) -> Any:
+    """Return a row as an object with fields; anything else for a row that is none."""
     if isinstance(row, bytes):
         return parse_line(row, None)
-    return row.fields if kind == "csv" and not isinstance(row, BadRecord) else row
+    if isinstance(row, CsvRow):
+        return row.fields
+    return row
 
 
 def stamp_of(path: Path) -> tuple[int, int]:
@@ -355,20 +352,23 @@ def sketch_files(
     lines: list[I64] = []
     sizes, digests, lengths = [np.empty(0, np.int64)], [np.empty((0, 16), np.uint8)], [np.empty(0, np.int64)]
     faults: dict[int, BadRecord] = {}
-    counts, done, total = [0] * len(files), 0, sum(file.stamp[0] for file in files)
+    counts = [0] * len(files)
+    done, total = 0, sum(file.stamp[0] for file in files)
     block_facts: list[tuple[int, list[int], int]] = []
 
     def items() -> Iterator[tuple[Any, ...]]:
         for number, file in enumerate(files):
-            for block, size in _sized(file, max_row_bytes):
-                block_facts.append((number, block.lines, size))
+            for block in blocks(file.path, file.kind, max_row_bytes):
+                # approximate: other rows than bytes and CSV rows count as empty
+                raw = [row if isinstance(row, bytes) else getattr(row, "raw", b"") for row in block.rows]
+                block_facts.append((number, block.lines, sum(map(len, raw))))
                 yield block.rows, file.choice, file.kind, shingling
 
     with store.open("wb") as stream:
         for index, (sketches, text_lengths, block_faults) in enumerate(executor.spread(sketch_rows, items())):
             number, block_lines, size = block_facts[index]
             first = sum(counts)
-            _append(stream, sketches)
+            stream.write(sketches.shingles.tobytes())
             of_file.append(np.full(len(block_lines), number, np.int32))
             lines.append(np.array(block_lines, np.int64))
             sizes.append(np.diff(sketches.offsets))
@@ -386,19 +386,13 @@ def sketch_files(
         faults,
     )
     return SketchedRows(
-        rows, all_shingles, offsets_of(np.concatenate(sizes)), np.concatenate(digests), np.concatenate(lengths), counts
+        rows,
+        shingles=all_shingles,
+        offsets=offsets_of(np.concatenate(sizes)),
+        digests=np.concatenate(digests),
+        lengths=np.concatenate(lengths),
+        counts=counts,
     )
-
-
-def _sized(file: FileOfRows, max_row_bytes: int) -> Iterator[tuple[Any, int]]:
-    """Yield the blocks of a file, each with the approximate number of its bytes."""
-    for block in blocks(file.path, file.kind, max_row_bytes):
-        raw = [row if isinstance(row, bytes) else getattr(row, "raw", b"") for row in block.rows]
-        yield block, sum(map(len, raw))
-
-
-def _append(stream: BinaryIO, sketches: Sketches) -> None:
-    stream.write(sketches.shingles.tobytes())
 
 
 def sketch_rows(

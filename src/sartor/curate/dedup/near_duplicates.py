@@ -20,6 +20,7 @@ of rows behind one boilerplate without reading their sets.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,9 +61,14 @@ def band_keys(sets: Sets, rows: I64, *, whole: bool, executor: Executor) -> U32:
     whole: use the whole sets instead of the rows' own shingles.
     """
     keys = np.empty((BANDS, len(rows)), np.uint32)
-    blocks = (block for part in spans(sets.offsets, rows) for block in np.split(part, range(_ROWS, len(part), _ROWS)))
+
+    def tasks() -> Iterator[tuple[U32, I64]]:
+        for span in spans(sets.offsets, rows):
+            for block in np.split(span, range(_ROWS, len(span), _ROWS)):
+                yield _tokens(sets, block, whole)
+
     done = 0
-    for block_keys in executor.spread(_minhash_keys, (_tokens(sets, block, whole) for block in blocks)):
+    for block_keys in executor.spread(_minhash_keys, tasks()):
         keys[:, done : done + len(block_keys)] = block_keys.T
         done += len(block_keys)
         executor.show("signatures", done, len(rows))
@@ -205,7 +211,13 @@ def near_duplicates(
         return NearDuplicatePairs(exact_pairs, 0, int(empty.sum()), 0)
     common = common_shingles(shingles, offsets, rows, rules.common_limit(len(rows)))
     sets = Sets(shingles, offsets, levels(shingles, common))
-    search = _Search(sets, rules, np.zeros(1 << _SEEN_BITS, np.uint64), np.arange(len(sizes)), executor)
+    search = _Search(
+        sets,
+        rules,
+        checked=np.zeros(1 << _SEEN_BITS, np.uint64),
+        labels=np.arange(len(sizes)),
+        executor=executor,
+    )
     own_rows = rows[sets.own_sizes[rows] > 0]
     _search_bands(search, own_rows, "own", "comparing")
     if len(common.shingles):
@@ -311,29 +323,22 @@ def _complete(search: _Search, positions: I64) -> None:
     duplicates = ScoredPairs.joined(search.verified).unique().judged(search.rules.threshold, search.rules.contained)
     open_rows = np.unique(np.concatenate([duplicates.a, duplicates.b]))
     for _ in range(_COMPLETIONS):
-        heads = _heads(search.labels, open_rows, positions)
+        # (N,) by label the open row of lowest position: the last row that is written stays, so positions descend
+        heads = np.full(len(search.labels), -1, np.int64)
+        by_position = open_rows[np.argsort(-positions[open_rows])]
+        heads[search.labels[by_position]] = by_position
         a, b = heads[search.labels[open_rows]], open_rows
         linked = np.isin(_keys(a, b), _keys(duplicates.a, duplicates.b)) | (a == b)
         if linked.all():
             return
         verified_count = len(search.verified)
         search.verify(a[~linked], b[~linked])
-        duplicates = ScoredPairs.joined(
-            [
-                duplicates,
-                *[p.judged(search.rules.threshold, search.rules.contained) for p in search.verified[verified_count:]],
-            ]
-        )
+        new_duplicates = [
+            pairs.judged(search.rules.threshold, search.rules.contained) for pairs in search.verified[verified_count:]
+        ]
+        duplicates = ScoredPairs.joined([duplicates, *new_duplicates])
         linked = np.isin(_keys(a, b), _keys(duplicates.a, duplicates.b)) | (a == b)
         open_rows = open_rows[~linked]
-
-
-def _heads(labels: I64, rows: I64, positions: I64) -> I64:
-    """Return (N,) by label the row of lowest position among `rows`; -1 for labels without one."""
-    heads = np.full(len(labels), -1, np.int64)
-    by_position = rows[np.argsort(-positions[rows])]
-    heads[labels[by_position]] = by_position
-    return heads
 
 
 def _keys(a: I64, b: I64) -> U64:

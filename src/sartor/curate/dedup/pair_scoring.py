@@ -57,16 +57,19 @@ class ScoredPairs:
     def of_exact(a: I64, b: I64) -> ScoredPairs:
         """Return pairs of rows with equal content. a, b: (P,) row numbers, in any order."""
         ones = np.ones(len(a), np.float32)
-        return ScoredPairs(np.minimum(a, b), np.maximum(a, b), ones, ones, np.ones(len(a), bool))
+        return ScoredPairs(
+            np.minimum(a, b), np.maximum(a, b), jaccard=ones, containment=ones, exact=np.ones(len(a), bool)
+        )
 
     @staticmethod
     def joined(parts: Sequence[ScoredPairs]) -> ScoredPairs:
         """Return the pairs of all parts."""
         types = (np.int64, np.int64, np.float32, np.float32, np.bool_)
-        columns = zip([column.name for column in fields(ScoredPairs)], types, strict=True)
-        return ScoredPairs(
-            *[np.concatenate([np.empty(0, kind), *[getattr(part, name) for part in parts]]) for name, kind in columns]
-        )
+        columns = []
+        for field, kind in zip(fields(ScoredPairs), types, strict=True):
+            arrays = [getattr(part, field.name) for part in parts]
+            columns.append(np.concatenate([np.empty(0, kind), *arrays]))
+        return ScoredPairs(*columns)
 
     def select(self, chosen: Mask | I64) -> ScoredPairs:
         """Return the pairs chosen by a (P,) mask or an array of positions."""
@@ -86,7 +89,8 @@ class ScoredPairs:
 
     def is_judged(self, threshold: float, contained: float) -> Mask:
         """Return (P,) True for each pair that is a duplicate at the given limits."""
-        return self._near(threshold) | self._contained(contained)
+        is_contained = (self.containment >= np.float32(contained)) & (contained > 0)
+        return self._near(threshold) | is_contained
 
     def method(self, threshold: float) -> U8:
         """Return (P,) EXACT, NEAR or CONTAINED: the measure by which a duplicate pair qualifies."""
@@ -98,9 +102,6 @@ class ScoredPairs:
 
     def _near(self, threshold: float) -> Mask:
         return self.exact | (self.jaccard >= np.float32(threshold))
-
-    def _contained(self, contained: float) -> Mask:
-        return (self.containment >= np.float32(contained)) & (contained > 0)
 
 
 DISPLACED, EDITS = 0.25, 0.1
@@ -148,7 +149,8 @@ def rules_for(shingling: Shingling, threshold: float = 0.0, contained: float | N
             f"a threshold of {threshold:g} is out of range",
             "a Jaccard similarity from 0.2 to 1; 0.65 is the default for words",
         )
-    contained = (0.9 if shingling.unit == "words" else 0.0) if contained is None else contained
+    if contained is None:
+        contained = 0.9 if shingling.unit == "words" else 0.0
     if contained and not 0.5 <= contained <= 1:
         raise ConfigError(f"a containment of {contained:g} is out of range", "0.5 to 1, or 0 to switch it off")
     return DuplicateRules(
@@ -199,7 +201,13 @@ def _measure(sets: Sets, a: I64, b: I64, rules: DuplicateRules) -> ScoredPairs:
         counts.shared / np.minimum(sizes[a], sizes[b]), counts.shared_own / np.maximum(np.minimum(own_a, own_b), 1)
     )
     containment = np.where(has_enough, overlap, 0)
-    pairs = ScoredPairs(a, b, jaccard.astype(np.float32), containment.astype(np.float32), np.zeros(len(a), bool))
+    pairs = ScoredPairs(
+        a,
+        b,
+        jaccard=jaccard.astype(np.float32),
+        containment=containment.astype(np.float32),
+        exact=np.zeros(len(a), bool),
+    )
     if rules.numbers:
         lacking_a, lacking_b = sets.number_sizes[a] - counts.numbers, sets.number_sizes[b] - counts.numbers
         contradict = (np.minimum(lacking_a, lacking_b) > 0) & (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,8 +75,10 @@ def read_pairs(file: Path, count: int) -> tuple[ScoredPairs, F64]:
         ) from None
     columns = {name: table[name].to_numpy() for name in ("a", "b", "jaccard", "containment", "rank_a", "rank_b")}
     exact = np.asarray(table["method"].to_numpy() == METHODS[0], bool)
-    pairs = ScoredPairs(columns["a"], columns["b"], columns["jaccard"], columns["containment"], exact)
-    if len(pairs.a) and not (int(pairs.a.min()) >= 0 and int(max(pairs.a.max(), pairs.b.max())) < count):
+    pairs = ScoredPairs(
+        columns["a"], columns["b"], jaccard=columns["jaccard"], containment=columns["containment"], exact=exact
+    )
+    if len(pairs.a) and (pairs.a.min() < 0 or max(pairs.a.max(), pairs.b.max()) >= count):
         raise ArtifactError(
             f"{file} names rows that are not there", f"sartor dedup FILE... --out {file.parent} --replace"
         )
@@ -103,25 +106,23 @@ def duplicates_at(pairs: ScoredPairs, count: int, rules: DuplicateRules) -> Scor
     members = _members(labels, np.unique(labels[exact_pairs.b]))
     results = []
     for rows in members.values():
-        left, right = (
-            np.triu_indices(len(rows), 1)
-            if len(rows) <= LISTED
-            else (np.zeros(len(rows) - 1, int), np.arange(1, len(rows)))
-        )
+        if len(rows) <= LISTED:
+            left, right = np.triu_indices(len(rows), 1)
+        else:
+            left, right = np.zeros(len(rows) - 1, int), np.arange(1, len(rows))
         results.append(ScoredPairs.of_exact(rows[left], rows[right]))
     near_pairs = duplicates.select(~duplicates.exact)
     has_equals = np.isin(labels[near_pairs.a], list(members)) | np.isin(labels[near_pairs.b], list(members))
     results.append(near_pairs.select(~has_equals))
     for index in np.flatnonzero(has_equals).tolist():
-        ends = [
-            members.get(int(labels[end[index]]), end[index : index + 1])[:LISTED]
-            for end in (near_pairs.a, near_pairs.b)
-        ]
-        a, b = (grid.ravel() for grid in np.meshgrid(*ends))
+        # the pair stands for every pair of a row that equals its first end and one that equals its second
+        equals = []
+        for end in (near_pairs.a, near_pairs.b):
+            rows = members.get(int(labels[end[index]]), end[index : index + 1])
+            equals.append(rows[:LISTED])
+        a, b = (grid.ravel() for grid in np.meshgrid(*equals))
         copies = near_pairs.select(np.full(len(a), index))
-        results.append(
-            ScoredPairs(np.minimum(a, b), np.maximum(a, b), copies.jaccard, copies.containment, copies.exact)
-        )
+        results.append(replace(copies, a=np.minimum(a, b), b=np.maximum(a, b)))
     return ScoredPairs.joined(results).unique()
 
 

@@ -66,28 +66,31 @@ def choose(sample: Sequence[Mapping[str, Any]], text_field: str = "") -> Compare
     if text_field:
         fields = tuple(part.strip() for part in text_field.split(",") if part.strip())
         for field in fields:
-            if sample and not any(
-                field in row or next(_at(row, field.split(".")), None) is not None for row in sample
-            ):
+            path = field.split(".")
+            if sample and not any(field in row or next(_at(row, path), None) is not None for row in sample):
                 raise ConfigError(
                     f"there is no field {field!r} in the first {len(sample)} rows; they have "
                     f"{', '.join(field_names) or 'none'}",
                     "name one of these; a.b goes into an object, and several are separated by commas",
                 )
         return ComparedFields(fields, reason="as asked")
-    forms_found = [form for row in sample if (form := row_formats.detect_row_format(row))]
+    forms = [row_formats.detect_row_format(row) for row in sample]
+    forms_found = [form for form in forms if form]
     if sum("text" in row for row in sample) * 2 > len(sample):
         return ComparedFields(("text",), reason="the rows have a field `text`")
     if len(forms_found) * 2 > len(sample):
         form = max(set(forms_found), key=forms_found.count)
-        names = (*row_formats.FORMS[form], *(("input",) if form == "alpaca" else ()))
+        names = tuple(row_formats.FORMS[form])
+        if form == "alpaca":
+            names = (*names, "input")
         return ComparedFields(names, reason=f"the rows have the form {form}")
     fields = tuple(name for name in field_names if any(isinstance(row.get(name), (str, int, float)) for row in sample))
     left_out = tuple(name for name in fields if name.strip().lower() in _NAMES and _names_rows(sample, name))
     if len(left_out) == len(fields):
         left_out = ()
     compared = tuple(name for name in fields if name not in left_out)
-    return ComparedFields(compared, True, left_out, "there is no field `text` and no known form: all fields joined")
+    reason = "there is no field `text` and no known form: all fields joined"
+    return ComparedFields(compared, joined=True, left_out=left_out, reason=reason)
 
 
 def _names_rows(sample: Sequence[Mapping[str, Any]], field: str) -> bool:
@@ -98,8 +101,9 @@ def _names_rows(sample: Sequence[Mapping[str, Any]], field: str) -> bool:
 def text_of(row: Mapping[str, Any], choice: ComparedFields) -> str | None:
     """Return the text of a record, or None if every chosen field is absent."""
     if choice.joined:
-        names = [*choice.fields, *(name for name in row if name not in choice.fields and name not in choice.left_out)]
-        values = [value for name in names if (value := row.get(name)) is not None]
+        further = [name for name in row if name not in choice.fields and name not in choice.left_out]
+        values = [row.get(name) for name in (*choice.fields, *further)]
+        values = [value for value in values if value is not None]
     else:
         values = []
         for field in choice.fields:
@@ -127,9 +131,11 @@ def _at(value: Any, path: Sequence[str]) -> Iterator[Any]:
             yield from _at(value[path[0]], path[1:])
     elif isinstance(value, list):
         if path[0].lstrip("-").isdigit():
-            yield from (inner for item in value[int(path[0]) :][:1] for inner in _at(item, path[1:]))
+            for item in value[int(path[0]) :][:1]:
+                yield from _at(item, path[1:])
         else:
-            yield from (inner for item in value for inner in _at(item, path))
+            for item in value:
+                yield from _at(item, path)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -258,14 +264,10 @@ def lines(path: Path, max_row_bytes: int) -> Iterator[list[tuple[int, bytes | Ba
             results: list[tuple[int, bytes | BadRecord]] = []
             for piece in pieces:
                 number += 1
-                results.append(
-                    (
-                        number,
-                        piece + b"\n"
-                        if len(piece) <= max_row_bytes
-                        else _too_long(start, len(piece) + 1, max_row_bytes),
-                    )
-                )
+                if len(piece) <= max_row_bytes:
+                    results.append((number, piece + b"\n"))
+                else:
+                    results.append((number, _too_long(start, len(piece) + 1, max_row_bytes)))
                 start += len(piece) + 1
             if len(partial_line) > max_row_bytes:
                 size = len(partial_line) + _skip_line(stream)
@@ -273,15 +275,10 @@ def lines(path: Path, max_row_bytes: int) -> Iterator[list[tuple[int, bytes | Ba
                 results.append((number, _too_long(start, size, max_row_bytes)))
                 start, partial_line = start + size, b""
             yield results
-        if partial_line:
-            yield [
-                (
-                    number + 1,
-                    partial_line
-                    if len(partial_line) <= max_row_bytes
-                    else _too_long(start, len(partial_line), max_row_bytes),
-                )
-            ]
+        if len(partial_line) > max_row_bytes:
+            yield [(number + 1, _too_long(start, len(partial_line), max_row_bytes))]
+        elif partial_line:
+            yield [(number + 1, partial_line)]
 
 
 def _skip_line(stream: Any) -> int:
@@ -340,7 +337,9 @@ def parsed(row: Any, choice: ComparedFields | None) -> Any:
     if choice is None:
         return row
     text = text_of(row, choice)
-    return BadRecord("missing_field", f"the row has no {' and no '.join(choice.fields)}") if text is None else text
+    if text is None:
+        return BadRecord("missing_field", f"the row has no {' and no '.join(choice.fields)}")
+    return text
 
 
 class _Lines:
@@ -439,8 +438,11 @@ def json_rows(value: Any) -> list[Any]:
     """Return the rows in a JSON value: a list, the only list in an object, or that object itself."""
     if isinstance(value, list):
         return value
-    lists = [inner for inner in value.values() if isinstance(inner, list)] if isinstance(value, dict) else []
-    return lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else [value]
+    if isinstance(value, dict):
+        lists = [inner for inner in value.values() if isinstance(inner, list)]
+        if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]):
+            return lists[0]
+    return [value]
 
 
 def _parquet(path: Path) -> Iterator[RecordBlock]:

@@ -64,7 +64,11 @@ def find(replies: Sequence[str], form: str = "auto") -> ClassLabels:
         return _auto(replies)
     if form == "text":
         return ClassLabels([None] * len(replies), form, "as the recipe says: replies are free text")
-    reader = _json_reader(rest) if kind == "json" else _pattern_reader(rest) if kind == "regex" else as_label
+    reader: Callable[[str], str | None] = as_label
+    if kind == "json":
+        reader = _json_reader(rest)
+    elif kind == "regex":
+        reader = _pattern_reader(rest)
     labels = [reader(reply) for reply in replies]
     return ClassLabels(
         labels, form, _explanation(labels, "as the recipe says"), spelling=_spelling(labels, replies, form)
@@ -112,7 +116,7 @@ def _auto(replies: Sequence[str]) -> ClassLabels:
     labels = [as_label(reply) if _is_short(reply) else None for reply in replies]
     if _is_labelling(labels, len(replies)):
         label_counts = Counter(labels)
-        single_count = sum(1 for label, count in label_counts.items() if label is not None and count == 1)
+        single_count = sum(label is not None and count == 1 for label, count in label_counts.items())
         if single_count > ONCE * len(labels):  # labels mixed with answers: a reply that occurs once is an answer
             labels = [label if label_counts[label] > 1 else None for label in labels]
         spelling = _spelling(labels, replies, "reply")
@@ -122,6 +126,7 @@ def _auto(replies: Sequence[str]) -> ClassLabels:
 
 
 def _rank(name: str) -> int:
+    """Return the position in NAMES of the first of the field's parts that stands there; len(NAMES) if none does."""
     parts = [part.casefold() for part in name.split(".")]
     return min((NAMES.index(part) for part in parts if part in NAMES), default=len(NAMES))
 
@@ -173,7 +178,9 @@ def _explanation(labels: Sequence[str | None], description: str) -> str:
 def _json_reader(name: str) -> Callable[[str], str | None]:
     def read(reply: str) -> str | None:
         row = _object(reply)
-        return None if row is None or name not in row else _value(row[name])
+        if row is None or name not in row:
+            return None
+        return _value(row[name])
 
     return read
 
@@ -183,7 +190,9 @@ def _pattern_reader(pattern: str) -> Callable[[str], str | None]:
 
     def read(reply: str) -> str | None:
         match = compiled.search(reply)
-        return None if match is None else as_label(match.group(1 if compiled.groups else 0) or "")
+        if match is None:
+            return None
+        return as_label(match.group(1 if compiled.groups else 0) or "")
 
     return read
 
@@ -194,7 +203,8 @@ def _object(reply: str) -> dict[str, Any] | None:
     An object in a code fence counts as well.
     """
     text = reply.strip()
-    if fenced := _FENCE.match(text):
+    fenced = _FENCE.match(text)
+    if fenced:
         text = fenced.group(1).strip()
     if not text.startswith("{"):
         return None

@@ -78,14 +78,22 @@ def out_of_fold_probabilities(features: LabelFeatures, labels: I64, groups: I64,
         return _many_classes(features.vectors, labels, folds, count)
     columns = features.columns
     sparse = columns is not None and columns.nnz * count <= SPARSE_WORK
-    rows = _beside(columns, features.vectors) if sparse else features.vectors
+    rows = features.vectors
+    if sparse:
+        import scipy.sparse
+
+        parts = [columns, scipy.sparse.csr_matrix(features.vectors)]
+        rows = scipy.sparse.hstack(parts, format="csr", dtype=np.float64)
     top_classes = _TopClasses(len(labels), count)
     rng = np.random.default_rng(seed)
     for fold in range(int(folds.max()) + 1):
         train_indices, test_indices = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         if len(train_indices) > sample_size:
             train_indices = np.sort(rng.choice(train_indices, sample_size, replace=False))
-        for indices, block in _fitted(rows, labels, train_indices, test_indices, 10.0 if sparse else 30.0):
+        strength = 10.0 if sparse else 30.0
+        for indices, block in _fitted(
+            rows, labels, train_indices=train_indices, test_indices=test_indices, strength=strength
+        ):
             top_classes.put(indices, *block)
     feature_names = "words, pieces of words and vectors" if sparse else "vectors"
     return top_classes.likely(f"logistic regression over {feature_names}, {int(folds.max()) + 1} folds")
@@ -148,12 +156,6 @@ def _fitted(
     for start in range(0, len(test_indices), _BLOCK):
         indices = test_indices[start : start + _BLOCK]
         yield indices, (model.classes_, model.predict_proba(rows[indices]), labels)
-
-
-def _beside(columns: Any, vectors: F32) -> Any:
-    import scipy.sparse
-
-    return scipy.sparse.hstack([columns, scipy.sparse.csr_matrix(vectors)], format="csr", dtype=np.float64)
 
 
 def _many_classes(vectors: F32, labels: I64, folds: I64, count: int) -> Likely:
@@ -240,14 +242,15 @@ def confident_learning(prompts: Sequence[str], vectors: Any, labels: I64, *, see
     distinct = int(groups.max(initial=-1)) + 1
     for available, minimum, noun in (
         (len(labels), LEAST_ROWS, "rows"),
-        (distinct, 2, "prompts"),
-        (count, 2, "labels"),
+        (distinct, 2, "different prompts"),
+        (count, 2, "different labels"),
     ):
         if available < minimum:
-            reason = f"{available} different {noun}" if noun != "rows" else f"{available} rows"
-            blank = np.zeros(len(labels), np.int64)
             return LabelQuality(
-                np.ones(len(labels)), blank, blank > 0, reason=f"{reason}; it takes at least {minimum} to judge labels"
+                np.ones(len(labels)),
+                suggested=np.zeros(len(labels), np.int64),
+                wrong=np.zeros(len(labels), bool),
+                reason=f"{available} {noun}; it takes at least {minimum} to judge labels",
             )
     features = LabelFeatures(vectors, _columns(prompts))
     likely = _with_same_prompts(out_of_fold_probabilities(features, labels, groups, seed=seed), labels, groups)
@@ -258,7 +261,11 @@ def confident_learning(prompts: Sequence[str], vectors: Any, labels: I64, *, see
     wrong = np.zeros(len(labels), bool)
     wrong[np.argsort(quality, kind="stable")[:estimated]] = True
     return LabelQuality(
-        quality, np.where(best == labels, second, best), wrong & (best != labels), estimated, likely.method
+        quality,
+        suggested=np.where(best == labels, second, best),
+        wrong=wrong & (best != labels),
+        estimated_errors=estimated,
+        method=likely.method,
     )
 
 
@@ -283,9 +290,9 @@ def _columns(prompts: Sequence[str]) -> Any:
     half = features.shape[1] // 2
     features = hstack([normalize(features[:, :half]), normalize(features[:, half:])], format="csr")
     row_counts = np.bincount(features.indices, minlength=features.shape[1])
-    return features[
-        :, np.sort(np.argsort(-row_counts, kind="stable")[: min(MOST_COLUMNS, int((row_counts > 1).sum()))])
-    ]
+    column_count = min(MOST_COLUMNS, int((row_counts > 1).sum()))
+    most_frequent = np.argsort(-row_counts, kind="stable")[:column_count]
+    return features[:, np.sort(most_frequent)]
 
 
 def _with_same_prompts(likely: Likely, labels: I64, groups: I64) -> Likely:
@@ -296,7 +303,8 @@ def _with_same_prompts(likely: Likely, labels: I64, groups: I64) -> Likely:
     # Of a row with n other rows of its prompt, a fraction f of which has its label, and the model's probability p:
     #   t = n / (n + PROMPT_WEIGHT);  given = (1 - t) p + t f
     sizes = np.bincount(groups)
-    pairs, inverse, counts = np.unique(groups * (labels.max() + 1) + labels, return_inverse=True, return_counts=True)
+    base = labels.max() + 1
+    pairs, inverse, counts = np.unique(groups * base + labels, return_inverse=True, return_counts=True)
     others = sizes[groups] - 1
     same = counts[inverse.ravel()] - 1
     trust = others / (others + PROMPT_WEIGHT)
@@ -305,23 +313,15 @@ def _with_same_prompts(likely: Likely, labels: I64, groups: I64) -> Likely:
     probabilities, classes = likely.probabilities.copy(), likely.classes.copy()
     # the most frequent label of the prompt becomes the first class if it is not the given one and its weight t (1 - f)
     # exceeds that of the model's first class
-    commonest = _commonest(pairs, counts, labels.max() + 1, len(sizes))[groups]
+    order = np.argsort(counts, kind="stable")  # the last label that is written to a group stays
+    commonest_of_group = np.zeros(len(sizes), np.int64)
+    commonest_of_group[pairs[order] // base] = pairs[order] % base
+    commonest = commonest_of_group[groups]
     ahead = (others > 0) & (commonest != labels) & (trust * (1 - share) > probabilities[:, 0] * (1 - trust))
     probabilities *= (1 - trust)[:, None].astype(np.float32)
     classes[ahead, 0] = commonest[ahead]
     probabilities[ahead, 0] = (trust * (1 - share))[ahead]
     return replace(likely, given=given, probabilities=probabilities, classes=classes)
-
-
-def _commonest(pairs: I64, counts: I64, base: int, groups: int) -> I64:
-    """Return (groups,) the most frequent label of each group.
-
-    pairs: (U,) distinct group * base + label. counts: (U,) rows of each.
-    """
-    order = np.argsort(counts, kind="stable")
-    commonest = np.zeros(groups, np.int64)
-    commonest[pairs[order] // base] = pairs[order] % base
-    return commonest
 
 
 def _lone_labels(likely: Likely, labels: I64, count: int) -> Likely:

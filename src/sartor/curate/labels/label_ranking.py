@@ -80,16 +80,20 @@ def disagreement(
         quality[row] = (PRIOR * 0.5 + sum(agrees[row, other] for other, _ in neighbours)) / (PRIOR + len(neighbours))
         if quality[row] < WRONG:
             # the neighbour with which the other neighbours agree most; on a tie the nearest
-            suggested[row] = max(
-                neighbours,
-                key=lambda pair: (
-                    sum(agrees.get((pair[0], third), 0.0) for third, _ in neighbours),
-                    pair[1],
-                    -pair[0],
-                ),
-            )[0]
-    contradicting = sum(1 for (a, b), share in agrees.items() if a < b and share < WRONG)
-    return Disagreement(quality, suggested, quality < WRONG, near, len(near), len(agrees) // 2, contradicting)
+            candidates = []
+            for other, score in neighbours:
+                support = sum(agrees.get((other, third), 0.0) for third, _ in neighbours)
+                candidates.append((support, score, -other, other))
+            suggested[row] = max(candidates)[-1]
+    return Disagreement(
+        quality,
+        suggested,
+        wrong=quality < WRONG,
+        near=near,
+        compared=len(near),
+        pairs=len(agrees) // 2,
+        contradicting=sum(a < b and share < WRONG for (a, b), share in agrees.items()),
+    )
 
 
 def replies_agree(first: equivalence.TextReading, second: equivalence.TextReading) -> float:
@@ -104,7 +108,9 @@ def replies_agree(first: equivalence.TextReading, second: equivalence.TextReadin
     if not first.tokens or not second.tokens:
         return 0.0
     short, long = sorted((first, second), key=lambda read: len(read.tokens))
-    if _contains(long.tokens, short.tokens):
+    # a reply that stands word for word in the other agrees with it, unless the other negates it
+    is_contained = f" {' '.join(short.tokens)} " in f" {' '.join(long.tokens)} "
+    if is_contained and not any(map(equivalence.is_negation, long.tokens)):
         return 1.0
     if first.numbers and second.numbers and not _is_within(first.numbers, second.numbers):
         return 0.0
@@ -112,14 +118,6 @@ def replies_agree(first: equivalence.TextReading, second: equivalence.TextReadin
         return 0.0
     common = LCSseq.similarity(first.tokens, second.tokens)
     return 2 * common / (len(first.tokens) + len(second.tokens))
-
-
-def _contains(tokens: tuple[str, ...], part: tuple[str, ...]) -> bool:
-    return (
-        f" {' '.join(part)} " in f" {' '.join(tokens)} "
-        and len(part) >= 1
-        and not any(map(equivalence.is_negation, tokens))
-    )
 
 
 def _is_within(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
@@ -176,7 +174,13 @@ class LabelRanking:
     @classmethod
     def blank(cls, count: int, given: Callable[[int], str], vectors: Any) -> LabelRanking:
         """Return a ranking of `count` rows in which no row is judged."""
-        return cls(np.ones(count), np.zeros(count, bool), [NOT_JUDGED] * count, given, vectors)
+        return cls(
+            quality=np.ones(count),
+            wrong=np.zeros(count, bool),
+            kinds=[NOT_JUDGED] * count,
+            given=given,
+            vectors=vectors,
+        )
 
     def sentence(self, row: int) -> str:
         """Return the reason of suspicion against a row, for its Drop."""
@@ -198,8 +202,13 @@ def table(step_input: StepInput, ranking: LabelRanking, max_rows: int) -> Any:
     ids, locators = step_input.table["id"], step_input.table["locator"]
     near = dict(_nearest(ranking, rows))
     prompts = step_input.table["prompt"]
-    return pa.Table.from_pylist(
-        [
+    entries = []
+    for rank, row in enumerate(rows, 1):
+        evidence = [
+            {"id": ids[other].as_py(), "label": shortened(ranking.given(other), 80), "likeness": likeness}
+            for other, likeness in near.get(row, ())
+        ]
+        entries.append(
             {
                 "rank": rank,
                 "id": ids[row].as_py(),
@@ -210,15 +219,10 @@ def table(step_input: StepInput, ranking: LabelRanking, max_rows: int) -> Any:
                 "score": float(ranking.quality[row]),
                 "looks_wrong": bool(ranking.wrong[row]),
                 "kind": ranking.kinds[row],
-                "evidence": [
-                    {"id": ids[other].as_py(), "label": shortened(ranking.given(other), 80), "likeness": likeness}
-                    for other, likeness in near.get(row, ())
-                ],
+                "evidence": evidence,
             }
-            for rank, row in enumerate(rows, 1)
-        ],
-        schema=SCHEMA,
-    )
+        )
+    return pa.Table.from_pylist(entries, schema=SCHEMA)
 
 
 def _nearest(ranking: LabelRanking, rows: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, float]]]]:
@@ -287,17 +291,17 @@ def rank_labels(step_input: StepInput, settings: LabelSettings) -> LabelRanking:
         "label": row_labels.form,
         "label_because": row_labels.explanation,
         "other_labels": list(row_labels.others),
-    }
-    facts |= {
         **choice.facts(),
         "documents": int(documents.sum()),
         "prompts_cut": sum(step_input.table["cut"].to_pylist()),
     }
     if media.any():
         facts["rows_with_media"] = int(media.sum())
-    facts |= _by_label(ranking, np.flatnonzero(labelled), inputs, row_labels, settings.seed)
+    facts |= _by_label(ranking, np.flatnonzero(labelled), inputs=inputs, row_labels=row_labels, seed=settings.seed)
     likeness = choice.likeness if settings.likeness is None else settings.likeness
-    facts |= _by_replies(ranking, np.flatnonzero(free_text), (prompts, replies), likeness, settings.agreement)
+    facts |= _by_replies(
+        ranking, np.flatnonzero(free_text), texts=(prompts, replies), likeness=likeness, agreement=settings.agreement
+    )
     facts["not_judged"] = ranking.kinds.count(NOT_JUDGED)
     facts["suspicious"] = int(ranking.wrong.sum())
     facts["estimated_errors"] = facts.get("label_errors", 0) + facts.get("reply_errors", 0)
@@ -316,8 +320,11 @@ def without_frame(prompts: list[str]) -> list[str]:
     reversed_prompts = [prompt[::-1] for prompt in prompts]
     suffix = os.path.commonprefix([min(reversed_prompts), max(reversed_prompts)])
     # cut whole words only, and leave something of the shortest prompt
-    start = len(prefix) - len(prefix.split()[-1]) if prefix.split() and not prefix[-1].isspace() else len(prefix)
-    end = len(suffix) - len(suffix.split()[-1]) if suffix.split() and not suffix[-1].isspace() else len(suffix)
+    start, end = len(prefix), len(suffix)
+    if prefix and not prefix[-1].isspace():
+        start -= len(prefix.split()[-1])
+    if suffix and not suffix[-1].isspace():
+        end -= len(suffix.split()[-1])
     if start + end >= min(map(len, prompts)):
         return prompts
     return [prompt[start : len(prompt) - end] for prompt in prompts]
@@ -349,16 +356,17 @@ def _by_label(
     prompts = [inputs[row] for row in rows.tolist()]
     label_quality = confident_learning(prompts, ranking.vectors[rows], numbers, seed=seed)
     sizes = np.bincount(numbers)
+    # distinct (prompt, label): a prompt that occurs twice among them has more than one label
+    pairs = np.unique(np.stack([number(prompts), numbers]), axis=1)
+    is_estimate_loose = len(rows) < FEW * len(names) * 2
     facts = {
         "labelled": len(rows),
         "labels": len(names),
         "labels_of_few_rows": int((sizes < FEW).sum()),
-        "prompts_with_several_labels": _contested(prompts, numbers),
+        "prompts_with_several_labels": int((np.bincount(pairs[0]) > 1).sum()),
         "judged_by": label_quality.method,
         "label_errors": label_quality.estimated_errors,
-        "label_errors_are": "an estimate"
-        if len(rows) >= FEW * len(names) * 2
-        else "a loose estimate: too few rows per label",
+        "label_errors_are": "a loose estimate: too few rows per label" if is_estimate_loose else "an estimate",
     }
     if label_quality.reason:
         return {**facts, "not_judged_because": label_quality.reason}
@@ -367,12 +375,6 @@ def _by_label(
         ranking.kinds[row] = BY_LABEL
         ranking.suggested[row] = row_labels.spelling.get(names[suggested], names[suggested])
     return facts
-
-
-def _contested(prompts: Sequence[str], labels: I64) -> int:
-    """Count the prompts that occur with more than one label. labels: (N,)."""
-    pairs = np.unique(np.stack([number(prompts), labels]), axis=1)
-    return int((np.bincount(pairs[0]) > 1).sum())
 
 
 def _by_replies(
