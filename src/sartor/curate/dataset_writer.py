@@ -328,15 +328,23 @@ def write_dataset_from(
             writer.media(parent.path / "media")
         # from the rows: a derived row may be under both the licence of its source and the terms of a teacher
         licence = compliance.combine(sorted({origin.licence for example in rows for origin in example.origins}))
+        # a row counts for the file of each of its origins, also if it was made from a row of that file
+        kept: Counter[tuple[str, str]] = Counter()
+        for example in rows:
+            kept.update((origin.source, re.sub(r":[^:]*$", "", origin.locator)) for origin in example.origins)
         extra_facts = {"licence": licence}
+        sources: dict[tuple[str, str], dict[str, Any]] = {}
         steps: dict[str, Any] = {}
         for parent in parents:
+            for entry in parent.manifest["sources"]:
+                file = entry["source"], entry["path"]
+                sources[file] = {**entry, "kept": kept[file]}
             steps |= parent.manifest["steps"]
             if "synthetic" in parent.manifest:
                 extra_facts.setdefault("synthetic", parent.manifest["synthetic"])
         return writer.finish(
             recipe={**parents[0].manifest["recipe"], "derived": list(step)},
-            sources=_sources(parents, rows),
+            sources=list(sources.values()),
             steps={**steps, **step},
             counts={"read": len(rows) + len(dropped), "made": 0},
             extra_facts=extra_facts,
@@ -364,15 +372,3 @@ def _merge_equal(examples: Iterable[Example]) -> list[Example]:
                 rating=earlier.rating,
             )
     return list(results.values())
-
-
-def _sources(parents: Sequence[Artifact], examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """Return the parents' source entries with new counts of kept rows.
-
-    A row counts for the file of each origin, also if it was made from a row of that file.
-    """
-    used: Counter[tuple[str, str]] = Counter()
-    for example in examples:
-        used.update((origin.source, re.sub(r":[^:]*$", "", origin.locator)) for origin in example.origins)
-    entries = {(entry["source"], entry["path"]): entry for parent in parents for entry in parent.manifest["sources"]}
-    return [{**entry, "kept": used[name]} for name, entry in entries.items()]

@@ -297,6 +297,11 @@ def _responsible(contents: Contents) -> dict[str, Any]:
         sources = "; ".join(f"{file_name(file)} ({file.get('licence') or UNKNOWN})" for file in contents.sources[:20])
         suffix = f"; and {len(contents.sources) - 20:,} more files" if len(contents.sources) > 20 else ""
         collection = f"Read from existing files: {escape_control(sources)}{suffix}."
+    personal = "No step that looks for personal data was run."
+    if contents.steps.get("personal_data"):
+        facts = flat(contents.steps["personal_data"])
+        counted = escape_control(", ".join(f"{key} {format_value(value)}" for key, value in facts.items()))
+        personal = f"Looked for by pattern, masked or dropped before anything was written. Counts: {counted}."
     unusable = sum(count for (step, _), count in contents.drops.by_step.items() if step == "read")
     queued = sum(contents.evidence.files[name] for name in contents.evidence.queues)
     annotation = f"{queued:,} rows are queued for a look as perhaps wrongly labelled (evidence/)." if queued else ""
@@ -307,7 +312,7 @@ def _responsible(contents: Contents) -> dict[str, Any]:
         "stood.",
         "rai:dataPreprocessingProtocol": _protocol(contents.facts.get("recipe") or {}),
         "rai:dataUseCases": "Fine-tuning of language models.",
-        "rai:personalSensitiveInformation": _personal(contents),
+        "rai:personalSensitiveInformation": personal,
         "rai:dataLimitations": [escape_control(str(line)) for line in contents.facts.get("licence_conflicts") or ()],
         "rai:dataAnnotationAnalysis": annotation,
     }
@@ -322,11 +327,3 @@ def _protocol(recipe: Mapping[str, Any]) -> list[str]:
             text = ", ".join(f"{key} {format_value(value)}" for key, value in flat(step).items())
         lines.append(escape_control(text))
     return lines
-
-
-def _personal(contents: Contents) -> str:
-    facts = contents.steps.get("personal_data")
-    if not facts:
-        return "No step that looks for personal data was run."
-    counted = ", ".join(f"{key} {format_value(value)}" for key, value in flat(facts).items())
-    return f"Looked for by pattern, masked or dropped before anything was written. Counts: {escape_control(counted)}."

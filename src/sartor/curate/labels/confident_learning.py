@@ -254,7 +254,11 @@ def confident_learning(prompts: Sequence[str], vectors: Any, labels: I64, *, see
             )
     features = LabelFeatures(vectors, _columns(prompts))
     likely = _with_same_prompts(out_of_fold_probabilities(features, labels, groups, seed=seed), labels, groups)
-    likely = _lone_labels(likely, labels, count)
+    # A label that no other row has is unknown to the model that judges it, so it is as likely as the model is unsure
+    # of all others: (1 - p_max) / 2.
+    is_lone = np.bincount(labels, minlength=count)[labels] == 1
+    given = np.where(is_lone, (1 - likely.probabilities[:, 0]) / 2, likely.given).astype(np.float32)
+    likely = replace(likely, given=given)
     quality, estimated = _confident_learning(likely, labels, count)
     best = likely.classes[:, 0]
     second = likely.classes[:, min(1, likely.classes.shape[1] - 1)]
@@ -322,17 +326,6 @@ def _with_same_prompts(likely: Likely, labels: I64, groups: I64) -> Likely:
     classes[ahead, 0] = commonest[ahead]
     probabilities[ahead, 0] = (trust * (1 - share))[ahead]
     return replace(likely, given=given, probabilities=probabilities, classes=classes)
-
-
-def _lone_labels(likely: Likely, labels: I64, count: int) -> Likely:
-    """Set the given probability of labels that no other row has to (1 - p_max) / 2.
-
-    Such a label is unknown to the model that judges it, so it is as likely as the model is unsure of all others.
-    labels: (N,).
-    """
-    is_lone = np.bincount(labels, minlength=count)[labels] == 1
-    given = np.where(is_lone, (1 - likely.probabilities[:, 0]) / 2, likely.given).astype(np.float32)
-    return replace(likely, given=given)
 
 
 def _confident_learning(likely: Likely, labels: I64, count: int) -> tuple[NDArray[np.float64], int]:
