@@ -203,7 +203,7 @@ class Passes:
         def fetch(rows: Sequence[int]) -> list[Example]:
             return examples_of(state, [remaining_rows[row] for row in rows])
 
-        return StepInput(table, names, fetch, self.folder, self.workers, self.notice)
+        return StepInput(table, names, examples=fetch, folder=self.folder, workers=self.workers, notice=self.notice)
 
 
 def _step_options(step: Any) -> dict[str, Any]:
@@ -253,7 +253,13 @@ def record(state: PassState, step: SetStep, remaining_rows: Sequence[int], verdi
         kept_id = ids[kept_row] if kept_row >= 0 else ""
         state.removed.append(
             Removed(
-                state.parts[part_index], position, removal, step.kind, kept_id, len(state.moves), verdicts.set_aside
+                state.parts[part_index],
+                position,
+                removal=removal,
+                step=step.kind,
+                kept_id=kept_id,
+                pass_count=len(state.moves),
+                set_aside=verdicts.set_aside,
             )
         )
         if removal.merge:

@@ -380,7 +380,16 @@ class CurationRun:
                     "one"
                 )
         tasks = [
-            ShardTask(Path(), _key(unit), self.work_folder, (), (), unit, self.recipe.sources[unit.source], strict)
+            ShardTask(
+                Path(),
+                _key(unit),
+                folder=self.work_folder,
+                steps=(),
+                sets=(),
+                unit=unit,
+                source=self.recipe.sources[unit.source],
+                strict=strict,
+            )
             for unit in self.planned.chunks
         ]
         workers = self.recipe.workers or len(os.sched_getaffinity(0))

@@ -127,7 +127,9 @@ class _Rethreshold:
         limits = clusters.RemovalLimits(
             self.step.max_source_fraction, self.step.max_fraction, allow=self.step.allow, in_recipe=True
         )
-        clusters.check_removals(removals, numbers, names, limits, lambda row: self.ids[read_order[row]])
+        clusters.check_removals(
+            removals, numbers, names=names, limits=limits, describe=lambda row: self.ids[read_order[row]]
+        )
         self.rules, self.removals = rules, removals
         removal_facts = zip(
             read_order[removals.kept_rows].tolist(), removals.score.tolist(), removals.method.tolist(), strict=True

@@ -85,7 +85,9 @@ class AnswerCache:
         """Questions and costs so far."""
         with self._lock:
             calls, cached, tokens_in, tokens_out, estimated = (self._counts[name] for name in _COUNTED)
-            return Spent(calls, cached, tokens_in, tokens_out, estimated, self._cost())
+            return Spent(
+                calls, cached, tokens_in=tokens_in, tokens_out=tokens_out, estimated=estimated, cost=self._cost()
+            )
 
     def _cost(self) -> float:
         paid = self._counts["tokens_in"] * self.price.input + self._counts["tokens_out"] * self.price.output

@@ -79,7 +79,13 @@ def repair(question: TeacherQuestion, answer: TeacherAnswer, fault: Unusable) ->
         f"Answer again, with the JSON object alone, of this schema: {question.schema}"
     )
     messages = (*question.messages, ("assistant", answer.text[:_SHOWN]), ("user", repair_prompt))
-    return TeacherQuestion(messages, question.seed, question.max_tokens, question.temperature, question.schema)
+    return TeacherQuestion(
+        messages,
+        question.seed,
+        max_tokens=question.max_tokens,
+        temperature=question.temperature,
+        schema=question.schema,
+    )
 
 
 def _object_in(text: str) -> dict[str, Any] | None:
@@ -129,7 +135,7 @@ class Synthesized:
 
     def as_json(self) -> dict[str, Any]:
         """Return the command's JSON."""
-        spent = self.spent or Spent(0, 0, 0, 0, 0, 0.0)
+        spent = self.spent or Spent(0, 0, tokens_in=0, tokens_out=0, estimated=0, cost=0.0)
         fields = self.dataset.manifest["synthetic"]
         return {
             "dataset": str(self.dataset.path),
@@ -297,9 +303,9 @@ class SynthesisRun:
         return synthetic_dataset.write(
             writer,
             self.work,
-            self.rows,
-            seeds,
-            {"recipe": _manifest_recipe(self.recipe), "teacher": name, "of": seeds.digest},
+            synthetic_rows=self.rows,
+            seeds=seeds,
+            fields={"recipe": _manifest_recipe(self.recipe), "teacher": name, "of": seeds.digest},
         )
 
     def _open_answers(self) -> AnswerCache:
@@ -352,7 +358,13 @@ class SynthesisRun:
         assert self.answers is not None
         number = int(digest([self.recipe.seed, kind, request.number])[:8], 16) >> 1  # endpoints accept 31 bits
         schema = canonical_text(request.schema)
-        question = TeacherQuestion(request.messages, number, self.recipe.max_tokens, self.recipe.temperature, schema)
+        question = TeacherQuestion(
+            request.messages,
+            number,
+            max_tokens=self.recipe.max_tokens,
+            temperature=self.recipe.temperature,
+            schema=schema,
+        )
         answer = self.answers.answer(question)
         value = parse_answer(answer, request.schema)
         if isinstance(value, Unusable) and value.reason in _REPAIRED and self.recipe.repairs:

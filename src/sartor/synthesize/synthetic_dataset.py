@@ -199,7 +199,9 @@ class SyntheticRows:
                 origins[replace(origin, licence=licence, parents=(parent.id,), step=step, made_by=made_by)] = None
         if not generated.parents:
             licence = combine([of_nothing, of_teacher]) if of_teacher and provenance.teacher else of_nothing
-            origins[Origin(step, f"{kind}:{generated.number}", licence, (), step, made_by=made_by)] = None
+            origins[
+                Origin(step, f"{kind}:{generated.number}", licence=licence, parents=(), step=step, made_by=made_by)
+            ] = None
         content = generated.row
         row = Example(content.messages, tuple(origins), split="train", rejected=content.rejected, tools=content.tools)
         return replace(row, group=generated.group or split_group(row))

@@ -108,7 +108,7 @@ def prove(
         ).report
         scored[name] = {row["id"]: row for row in parquet_io.read_file(report.path / "rows.parquet")}
         metric = metric or str(report.manifest["primary"])
-    return _compared(scored, metric, (added, left_out), tuned, time.monotonic() - started)
+    return _compared(scored, metric, counts=(added, left_out), tuned=tuned, wall_s=time.monotonic() - started)
 
 
 def _together(real: Artifact, synthetic_artifact: Artifact, out: Path, replace: bool) -> tuple[Artifact, int, int]:

@@ -63,7 +63,13 @@ class Endpoint:
         """
         access = Access(self.url, self.model, key_of(self.key_env))
         pace = RequestThrottle(self.requests_per_minute, self.tokens_per_minute)
-        return EndpointTeacher(access, pace, Patience(self.tries, self.pause_s, self.timeout_s), self.at_once, notice)
+        return EndpointTeacher(
+            access,
+            pace,
+            patience=Patience(self.tries, self.pause_s, self.timeout_s),
+            at_once=self.at_once,
+            notice=notice,
+        )
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _plan(view: View, decided: Sequence[ReviewEntry], keep_derived: bool) -> Rev
         proposed = entry.item.proposed
         if proposed is not None and proposed.id not in view.ids and proposed.id not in rejected_ids:
             rows[proposed.id] = proposed
-            _join(plan, proposed, entry.item, decision, view)
+            _join(plan, proposed, item=entry.item, decision=decision, view=view)
         elif decision.verdict == "reject":
             for row_id in entry.item.examples:
                 if row_id in view.ids:

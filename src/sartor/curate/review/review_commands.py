@@ -68,7 +68,15 @@ def decide(view: View, key: str, opinion: Opinion) -> tuple[ReviewEntry, bool]:
             f"there is nothing to settle about {item.id}: {people} decided, none differs", "without --settle"
         )
     reason = masked_text(opinion.reason) if item.kind == "personal" else opinion.reason
-    decision = Decision(item.id, opinion.verdict, opinion.by.strip(), _now(), reason, change, opinion.settles)
+    decision = Decision(
+        item.id,
+        opinion.verdict,
+        by=opinion.by.strip(),
+        at=_now(),
+        reason=reason,
+        change=change,
+        settles=opinion.settles,
+    )
     earlier = newest([other for other in entry.decisions if other.settles == opinion.settles]).get(decision.by)
     if earlier is not None and replace(earlier, at="", signature={}) == replace(decision, at=""):
         return entry, False

@@ -164,12 +164,12 @@ def decision_of(fields: Mapping[str, Any]) -> Decision:
     return Decision(
         texts["item"],
         texts["verdict"],
-        texts["by"],
-        texts["at"],
-        texts["reason"],
-        mappings["change"],
-        bool(fields.get("settles")),
-        mappings["signature"],
+        by=texts["by"],
+        at=texts["at"],
+        reason=texts["reason"],
+        change=mappings["change"],
+        settles=bool(fields.get("settles")),
+        signature=mappings["signature"],
     )
 
 

@@ -88,7 +88,9 @@ counter = Table(
 
 def form() -> Form:
     """Return the description of the queue's database: tables, migrations and version."""
-    return Form("review queue", "--queue ", MIGRATIONS, counter.c.value, "review_version")
+    return Form(
+        "review queue", "--queue ", migrations=MIGRATIONS, counter=counter.c.value, version_table="review_version"
+    )
 
 
 AT_ONCE = 500  # ids per query: SQLite allows 32,766 parameters, old versions 999

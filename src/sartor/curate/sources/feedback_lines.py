@@ -85,15 +85,15 @@ def line_of(position: LinePosition, feedback: Feedback, known: int) -> FeedbackL
     return FeedbackLine(
         position,
         feedback.receipt,
-        giver.key,
-        giver.user,
-        feedback.agent,
-        giver.consent,
-        feedback.rating,
-        correction,
-        reply,
-        item,
-        known,
+        key=giver.key,
+        user=giver.user,
+        agent=feedback.agent,
+        consent=giver.consent,
+        rating=feedback.rating,
+        correction=correction,
+        reply=reply,
+        item=item,
+        known=known,
     )
 
 

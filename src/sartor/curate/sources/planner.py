@@ -62,7 +62,9 @@ def plan_reading(sources: Sequence[SourceOptions], max_row_bytes: int) -> ReadPl
             head = list(source_files.query_rows(source, max_row_bytes, source_files.HEAD_ROWS))
             form = source_files.form_of(head, source, source.path)
             plan.files.append(replace(facts, form=form or "unknown"))
-            plan.chunks.append(InputChunk(len(plan.chunks), index, _rows_digest(source), form, max_row_bytes))
+            plan.chunks.append(
+                InputChunk(len(plan.chunks), index, asked=_rows_digest(source), form=form, most_bytes=max_row_bytes)
+            )
             continue
         if source_files.scheme(source.path) == "inbox":
             files = tuple(_inbox_file(source_file, max_row_bytes) for source_file in source_files.files_of(source))
@@ -70,7 +72,11 @@ def plan_reading(sources: Sequence[SourceOptions], max_row_bytes: int) -> ReadPl
             rows_digest = records.digest(
                 [_rows_digest(source), asdict(source.inbox), feedback_lines.gold_replies_digest(source.inbox.known)]
             )[:16]
-            plan.chunks.append(InputChunk(len(plan.chunks), index, rows_digest, inbox.FORM, max_row_bytes, files))
+            plan.chunks.append(
+                InputChunk(
+                    len(plan.chunks), index, asked=rows_digest, form=inbox.FORM, most_bytes=max_row_bytes, files=files
+                )
+            )
             continue
         cutter = _Cutter(plan, index, _rows_digest(source), max_row_bytes)
         for file, pieces in _surveyed(source, max_row_bytes):
@@ -101,7 +107,16 @@ def _rows_digest(source: SourceOptions) -> str:
 
 def _facts(source: SourceOptions, file: InputFile) -> FileFacts:
     form = file.form or "unknown"
-    return FileFacts(source.path, file.name, file.sha256, file.bytes, source.licence, source.use, form, file.encoding)
+    return FileFacts(
+        source.path,
+        file.name,
+        sha256=file.sha256,
+        bytes=file.bytes,
+        licence=source.licence,
+        use=source.use,
+        form=form,
+        encoding=file.encoding,
+    )
 
 
 @dataclass
@@ -134,7 +149,15 @@ class _Cutter:
     def _add_chunk(self, files: tuple[InputFile, ...], piece: FilePiece | None = None) -> None:
         form = files[0].form if piece else ""
         self.plan.chunks.append(
-            InputChunk(len(self.plan.chunks), self.source, self.rows_digest, form, self.most_bytes, files, piece)
+            InputChunk(
+                len(self.plan.chunks),
+                self.source,
+                asked=self.rows_digest,
+                form=form,
+                most_bytes=self.most_bytes,
+                files=files,
+                piece=piece,
+            )
         )
 
 
@@ -208,7 +231,10 @@ def _head_rows(
         with documents.DocumentReader() as reader:
             rows = reader.read(file.path, file.sha256, file.kind, most_bytes, file.sheet)
             return list(itertools.islice(rows, source_files.HEAD_ROWS))
-    pieces_rows = (row_readers.encoded_rows(stream, file.kind, piece, most_bytes, file.encoding) for piece in pieces)
+    pieces_rows = (
+        row_readers.encoded_rows(stream, file.kind, piece=piece, most_bytes=most_bytes, encoding=file.encoding)
+        for piece in pieces
+    )
     return list(itertools.islice(itertools.chain.from_iterable(pieces_rows), source_files.HEAD_ROWS))
 
 
@@ -246,7 +272,9 @@ def _tables(files: Sequence[SourceFile], most_bytes: int) -> tuple[set[str], set
         folder = os.path.dirname(file.path)
         with open_regular(file.path) as stream:
             whole = FilePiece(0, table_file.bytes, 1, -1)
-            for _, row in row_readers.encoded_rows(stream, table_file.kind, whole, most_bytes, table_file.encoding):
+            for _, row in row_readers.encoded_rows(
+                stream, table_file.kind, piece=whole, most_bytes=most_bytes, encoding=table_file.encoding
+            ):
                 name = row.get("file_name") if isinstance(row, dict) else None
                 path = os.path.normpath(os.path.join(folder, name)) if isinstance(name, str) else ""
                 if path in media_paths:
@@ -317,7 +345,9 @@ def _caption(source_file: SourceFile) -> InputFile:
             raise MalformedRow(fault.reason, f"the caption {source_file.name!r}: {fault.detail}")
         sha256, size, _ = survey(stream, kind)
         encoding = encodings.detect_encoding(stream)
-    return InputFile(source_file.path, source_file.name, kind, sha256, size, form="caption", encoding=encoding)
+    return InputFile(
+        source_file.path, source_file.name, kind=kind, sha256=sha256, bytes=size, form="caption", encoding=encoding
+    )
 
 
 __all__ = [

@@ -113,10 +113,15 @@ def query_facts(source: SourceOptions) -> FileFacts:
     """Return the facts of a `sql:` or `hub:` source that are known before its rows are read."""
     if scheme(source.path) == "sql":
         sql.split(source.path)
-        return FileFacts(source.path, "query", "", 0, source.licence, source.use)
+        return FileFacts(source.path, "query", sha256="", bytes=0, licence=source.licence, use=source.use)
     dataset = _hub(source)
     return FileFacts(
-        source.path, source.path, str(dataset._fingerprint), int(dataset.dataset_size or 0), source.licence, source.use
+        source.path,
+        source.path,
+        sha256=str(dataset._fingerprint),
+        bytes=int(dataset.dataset_size or 0),
+        licence=source.licence,
+        use=source.use,
     )
 
 
@@ -202,7 +207,7 @@ def survey(stream: BinaryIO, kind: str) -> tuple[str, int, list[FilePiece]]:
         crc, size = zlib.crc32(block, crc), size + len(block)
     if kind == "parquet" and size > PIECE_BYTES and (spans := list(row_readers.pieces(stream))):
         pieces = [
-            FilePiece(start, length, row, checksum(stream, start, length), (begin, last))
+            FilePiece(start, length, first=row, crc=checksum(stream, start, length), groups=(begin, last))
             for start, length, row, begin, last in spans
         ]
         return digest.hexdigest(), size, pieces

@@ -331,7 +331,15 @@ def build_index(items: Sequence[Sequence[str]], ngram: int, hashes: WordHashes) 
     flat, flat_entries = np.concatenate(grams), np.concatenate(entries)
     order = np.argsort(flat, kind="stable")
     totals = np.bincount(flat_entries, minlength=len(owners))
-    index = Index(hashes, sorted(sizes), flat[order], flat_entries[order], totals, np.array(owners, np.int64), whole)
+    index = Index(
+        hashes,
+        sorted(sizes),
+        grams=flat[order],
+        entries=flat_entries[order],
+        totals=totals,
+        items=np.array(owners, np.int64),
+        whole=whole,
+    )
     return index, short
 
 
@@ -475,4 +483,4 @@ def _index(paths: tuple[str, ...], ngram: int, stamp: tuple[Any, ...]) -> _Index
         for start, eval_set in zip(starts, sets, strict=False)
         for digest, item in eval_set.media.items()
     }
-    return _Index(sets, grams, names, Counter(names[item][0] for item in short), media)
+    return _Index(sets, grams, names=names, too_short=Counter(names[item][0] for item in short), media=media)

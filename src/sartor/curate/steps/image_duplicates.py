@@ -109,7 +109,11 @@ class ImageDuplicates:
         locators = table["locator"]
         limits = clusters.RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         clusters.check_removals(
-            removals, table["source"].to_numpy(), step_input.sources, limits, lambda row: str(locators[row].as_py())
+            removals,
+            table["source"].to_numpy(),
+            names=step_input.sources,
+            limits=limits,
+            describe=lambda row: str(locators[row].as_py()),
         )
         row_removals = []
         for row, kept_row, score, method in zip(
@@ -126,10 +130,10 @@ class ImageDuplicates:
                 Removal(
                     row,
                     "image_duplicate",
-                    detail,
-                    kept_row,
-                    round(score, 6),
-                    "equal file" if same else "local correlation",
+                    detail=detail,
+                    kept_row=kept_row,
+                    score=round(score, 6),
+                    method="equal file" if same else "local correlation",
                 )
             )
         ids = table["id"]
@@ -160,7 +164,13 @@ class ImageDuplicates:
             is_match = np.nan_to_num(score, nan=-1.0) >= self.threshold
             zeros = np.zeros(int(is_match.sum()), np.float32)
             scored_pairs.append(
-                ScoredPairs(left[is_match], right[is_match], np.minimum(score[is_match], 1.0), zeros, zeros > 0)
+                ScoredPairs(
+                    left[is_match],
+                    right[is_match],
+                    jaccard=np.minimum(score[is_match], 1.0),
+                    containment=zeros,
+                    exact=zeros > 0,
+                )
             )
         if crowded:
             facts["crowded"] = crowded
@@ -187,7 +197,7 @@ def _candidates(hashes: NDArray[np.uint64], questions: I64) -> tuple[I64, I64, i
         crowd = np.searchsorted(ordered, keys, "right") - np.searchsorted(ordered, keys, "left") > CROWD
         crowded |= crowd
         for flip in (0, *(1 << index for index in range(BAND_BITS))):
-            pairs += _matches(keys, order, ordered, flip, crowd, hashes)
+            pairs += _matches(keys, order, ordered=ordered, flip=flip, crowd=crowd, hashes=hashes)
         if crowd.any():
             pairs.append(_neighbours(order[crowd[order]], keys, hashes))
     pair_codes = np.unique(np.concatenate(pairs))

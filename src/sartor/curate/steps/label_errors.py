@@ -84,7 +84,8 @@ class SuspiciousLabels:
         Raises GuardError if `drop` would remove more than `max_fraction`.
         """
         ranking = rank_labels(
-            step_input, LabelSettings(self.label, self.encoder, self.likeness, self.agreement, self.seed)
+            step_input,
+            LabelSettings(self.label, self.encoder, likeness=self.likeness, agreement=self.agreement, seed=self.seed),
         )
         removals = self._removals(step_input, ranking) if self.action == "drop" else []
         queue_size = max(int(np.ceil(self.queue_fraction * len(step_input))), int(ranking.wrong.sum()))

@@ -174,7 +174,7 @@ class Light:
 
     def __post_init__(self) -> None:
         for name, maximum in (("brightness", 0.9), ("contrast", 0.9), ("colour", 1.0)):
-            check_between(name, getattr(self, name), 0, maximum, 0.2)
+            check_between(name, getattr(self, name), minimum=0, maximum=maximum, remedy=0.2)
 
 
 @dataclass(frozen=True)
@@ -206,10 +206,10 @@ class AugmentImages:
     kind: Literal["augment_images"] = "augment_images"
 
     def __post_init__(self) -> None:
-        check_between("rotation_degrees", self.rotation_degrees, 0, 180, 5)
-        check_between("crop", self.crop, 0.1, 1, 0.9)
-        check_between("blur", self.blur, 0, 20, 2)
-        check_between("noise", self.noise, 0, 64, 8)
+        check_between("rotation_degrees", self.rotation_degrees, minimum=0, maximum=180, remedy=5)
+        check_between("crop", self.crop, minimum=0.1, maximum=1, remedy=0.9)
+        check_between("blur", self.blur, minimum=0, maximum=20, remedy=2)
+        check_between("noise", self.noise, minimum=0, maximum=64, remedy=8)
         if self.jpeg_quality and not 5 <= self.jpeg_quality <= 95:
             raise ConfigError(
                 f"jpeg_quality is {self.jpeg_quality}; it must be 0, or from 5 to 95", "jpeg_quality: 40"
@@ -364,7 +364,7 @@ class AugmentAudio:
             "time_mask_s": (10, 0.2),
         }
         for name, (maximum, default) in bounds.items():
-            check_between(name, getattr(self, name), 0, maximum, default)
+            check_between(name, getattr(self, name), minimum=0, maximum=maximum, remedy=default)
         if self.noise_db and not 5 <= self.noise_db <= QUIETEST_NOISE_DB:
             raise ConfigError(f"noise_db is {self.noise_db:g}; it must be 0, or from 5 to 40", "noise_db: 15")
         check_copies(self.copies, is_idle=not any([self.noise_db, *(getattr(self, name) for name in bounds)]))

@@ -178,10 +178,10 @@ class Masking:
             return Drop(
                 "personal_data",
                 origin.source,
-                origin.locator,
-                dropped_entities.describe(),
-                self._step.kind,
-                example.id,
+                locator=origin.locator,
+                detail=dropped_entities.describe(),
+                step=self._step.kind,
+                id=example.id,
             )
         return self._masked(example, entities, self._is_looked_at)
 

@@ -103,7 +103,11 @@ class SemanticDuplicates:
             rules = SemanticRules(threshold, self.agreement, self.neighbours)
             compared_replies = replies if self.field == "both" else None
             semantic_pairs = pairs(
-                texts, embedded, rules, compared_replies, step_input.table["rank"].to_numpy()[compared]
+                texts,
+                embedded,
+                rules=rules,
+                replies=compared_replies,
+                rank=step_input.table["rank"].to_numpy()[compared],
             )
         removals = self._removals(step_input, compared, semantic_pairs)
         facts = {
@@ -137,22 +141,24 @@ class SemanticDuplicates:
         a, b = (
             np.array(compared[[getattr(pair, end) for pair in semantic_pairs.pairs]], np.int64) for end in ("a", "b")
         )
-        edges = ScoredPairs(a, b, scores, np.zeros_like(scores), np.zeros(len(a), bool))
+        edges = ScoredPairs(a, b, jaccard=scores, containment=np.zeros_like(scores), exact=np.zeros(len(a), bool))
         removals = clusters.resolve_clusters(
             edges, step_input.table["rank"].to_numpy(), pair_scoring_Rules(threshold=0.0, floor=0.0, contained=0.0)
         )
         limits = clusters.RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         locators = step_input.table["locator"]
         sources = np.array(step_input.table["source"].to_pylist(), np.int64)
-        clusters.check_removals(removals, sources, step_input.sources, limits, lambda row: str(locators[row].as_py()))
+        clusters.check_removals(
+            removals, sources, names=step_input.sources, limits=limits, describe=lambda row: str(locators[row].as_py())
+        )
         return [
             Removal(
                 row,
                 "semantic_duplicate",
-                f"says the same as {locators[kept_row].as_py()}",
-                kept_row,
-                round(float(score), 4),
-                METHOD,
+                detail=f"says the same as {locators[kept_row].as_py()}",
+                kept_row=kept_row,
+                score=round(float(score), 4),
+                method=METHOD,
             )
             for row, kept_row, score in zip(
                 *(np.asarray(end).tolist() for end in (removals.rows, removals.kept_rows, removals.score)), strict=True

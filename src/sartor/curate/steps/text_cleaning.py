@@ -352,7 +352,13 @@ def _tags(text: str) -> Iterator[Tag]:
     while (position := text.find("<", position)) >= 0:
         match = _TAG.match(text, position, position + _LONGEST_TAG)
         if match:
-            yield Tag(position, match.end(), match.group(2).lower(), bool(match.group(1)), match.group(3))
+            yield Tag(
+                position,
+                match.end(),
+                name=match.group(2).lower(),
+                closes=bool(match.group(1)),
+                attributes=match.group(3),
+            )
             position = match.end()
         else:
             position += 1

@@ -104,7 +104,11 @@ class SlotSubstitution:
             words = "; ".join(f"{old} to {new}" for old, new in changes)
             result.append(
                 GeneratedRow(
-                    _changed(row, replacements), f"{row.id[:16]}.{len(result) + 1}", (row,), split_group(row), words
+                    _changed(row, replacements),
+                    f"{row.id[:16]}.{len(result) + 1}",
+                    parents=(row,),
+                    group=split_group(row),
+                    changes=words,
                 )
             )
         return result
@@ -193,9 +197,9 @@ class Counterfactual:
                     GeneratedRow(
                         _with_texts(row, changed.split(_APART)),
                         number,
-                        (row,),
-                        split_group(row),
-                        f"{kind} to {target}",
+                        parents=(row,),
+                        group=split_group(row),
+                        changes=f"{kind} to {target}",
                     )
                 )
         return result
@@ -261,9 +265,9 @@ class SpokenQuestions:
                 yield GeneratedRow(
                     spoken,
                     f"{row.id[:16]}.{speed:g}",
-                    (row,),
-                    split_group(row),
-                    f"spoken by {self.voice} at {speed:g}",
+                    parents=(row,),
+                    group=split_group(row),
+                    changes=f"spoken by {self.voice} at {speed:g}",
                 )
 
 
@@ -276,7 +280,13 @@ def copied(
         number = 0
         for number, outcome in enumerate(copies(row), 1):
             if isinstance(outcome, AugmentedRow):
-                yield GeneratedRow(outcome.row, f"{row.id[:16]}.{number}", (row,), split_group(row), outcome.changes)
+                yield GeneratedRow(
+                    outcome.row,
+                    f"{row.id[:16]}.{number}",
+                    parents=(row,),
+                    group=split_group(row),
+                    changes=outcome.changes,
+                )
             else:
                 yield outcome
         if not number:

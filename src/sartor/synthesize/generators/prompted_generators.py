@@ -81,9 +81,9 @@ class Questions:
                 yield TeacherRequest(
                     request_id,
                     (("system", SYSTEM), ("user", text)),
-                    texts("question", "answer", "span"),
-                    (document,),
-                    note,
+                    schema=texts("question", "answer", "span"),
+                    parents=(document,),
+                    note=note,
                 )
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
@@ -101,7 +101,14 @@ class Questions:
         user_text = f"{piece}\n\n{question}" if self.with_passage else question
         row = Example((Message.of("user", user_text), Message.of("assistant", answer)), document.origins)
         span = local_span[0] + request.note["start"], local_span[1] + request.note["start"]
-        return GeneratedRow(row, request.number, request.parents, split_group(document), "asked of the document", span)
+        return GeneratedRow(
+            row,
+            request.number,
+            parents=request.parents,
+            group=split_group(document),
+            changes="asked of the document",
+            span=span,
+        )
 
 
 def pieces(text: str, max_chars: int) -> list[tuple[int, int]]:
@@ -171,7 +178,11 @@ class Scenarios:
                 )
                 note = {"cell": "; ".join(cell), "group": f"scenario:{digest(cell)[:16]}"}
                 yield TeacherRequest(
-                    request_id, (("system", SYSTEM), ("user", text)), self._schema(), tuple(examples), note
+                    request_id,
+                    (("system", SYSTEM), ("user", text)),
+                    schema=self._schema(),
+                    parents=tuple(examples),
+                    note=note,
                 )
 
     def _schema(self) -> dict[str, Any]:
@@ -187,7 +198,11 @@ class Scenarios:
                 return Unusable("empty_answer", "a turn is empty")
             messages += [Message.of("user", question), Message.of("assistant", reply)]
         return GeneratedRow(
-            Example(tuple(messages), ()), request.number, request.parents, request.note["group"], request.note["cell"]
+            Example(tuple(messages), ()),
+            request.number,
+            parents=request.parents,
+            group=request.note["group"],
+            changes=request.note["cell"],
         )
 
 

@@ -124,4 +124,4 @@ def consistency(
     p = float(stats.binomtest(len(fault_by_row), citing, min(limits.span, 1.0), alternative="greater").pvalue)
     detail = f"{len(fault_by_row)} of {citing} cited spans do not hold"
     rows = tuple(ids[index] for index in sorted(fault_by_row))[:SHOWN_ROWS]
-    return StatisticResult("span", part, part, limits.span, p, detail, rows)
+    return StatisticResult("span", part, effect=part, limit=limits.span, p=p, detail=detail, rows=rows)

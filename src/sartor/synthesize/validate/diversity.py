@@ -214,7 +214,12 @@ def of_seeds(pool: Pool, seeds: Sequence[Example], members: F32, limits: Validat
     detail = f"{rate[0]:.0%} of the synthetic rows are near-copies of a seed; of the real rows {other_rate[0]:.0%}"
     ids = [pool.rows[row].id for row in np.flatnonzero(copies * members[0]).tolist()]
     return finding_of(
-        "copies_of_seeds", rate - other_rate, limits.copies, detail, ids, effect=float(rate[0] - other_rate[0])
+        "copies_of_seeds",
+        rate - other_rate,
+        limit=limits.copies,
+        detail=detail,
+        rows=ids,
+        effect=float(rate[0] - other_rate[0]),
     )
 
 
@@ -231,7 +236,7 @@ def of_held_out(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: Val
         f"{values[1:].mean():.0%}"
     )
     ids = [pool.rows[row].id for row in np.flatnonzero(copies[0]).tolist()]
-    return finding_of("copies_of_held_out", values, limits.copies, detail, ids)
+    return finding_of("copies_of_held_out", values, limit=limits.copies, detail=detail, rows=ids)
 
 
 def repeated(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: ValidationLimits) -> StatisticResult:
@@ -241,7 +246,7 @@ def repeated(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: Valida
     values = (repeats.sum(1) / members.sum(1)).astype(np.float64)
     detail = f"{values[0]:.0%} of the synthetic rows nearly repeat another one; chance gives {values[1:].mean():.0%}"
     ids = [pool.rows[row].id for row in np.flatnonzero(repeats[0]).tolist()]
-    return finding_of("repeated", values, limits.copies, detail, ids)
+    return finding_of("repeated", values, limit=limits.copies, detail=detail, rows=ids)
 
 
 def _graph(pool: Pool, pairs: Sequence[CopyPair]) -> sparse.csr_matrix:

@@ -64,7 +64,9 @@ def group_outcome(
     )
     rows = np.flatnonzero(is_synthetic * cell.inside * (cell.hit if change > 0 else 1 - cell.hit)).tolist()
     ids = [pool.rows[row].id for row in rows]
-    return finding_of("group_outcome", z.max(0), limits.group_outcome, detail, ids, effect=abs(change))
+    return finding_of(
+        "group_outcome", z.max(0), limit=limits.group_outcome, detail=detail, rows=ids, effect=abs(change)
+    )
 
 
 def _cells(people: Memberships, row_outcomes: Sequence[str | None], is_synthetic: NDArray[Any]) -> list[Cell]:

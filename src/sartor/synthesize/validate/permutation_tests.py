@@ -53,7 +53,7 @@ def _rounded(value: Any) -> Any:
 
 def not_tested(name: str, limit: float, reason: str) -> StatisticResult:
     """Return the result of a test that the rows do not allow, with the reason."""
-    return StatisticResult(name, 0.0, 0.0, limit, None, reason)
+    return StatisticResult(name, 0.0, effect=0.0, limit=limit, p=None, detail=reason)
 
 
 def permuted(pool: Pool, permutations: int, seed: int) -> F32:
@@ -91,7 +91,14 @@ def finding_of(
     draws = _as_large(values)
     excess = statistic - float(values[1:].mean()) if effect is None else effect
     return StatisticResult(
-        name, statistic, excess, limit, float(draws[0]), detail, tuple(rows)[:SHOWN_ROWS], draws=draws
+        name,
+        statistic,
+        effect=excess,
+        limit=limit,
+        p=float(draws[0]),
+        detail=detail,
+        rows=tuple(rows)[:SHOWN_ROWS],
+        draws=draws,
     )
 
 

@@ -76,7 +76,7 @@ def open_samples(synthetic: Path, reality: Path, seeds: Path | None) -> Validati
                 f"give {FEWEST_ROWS} {name} rows or more"
                 + (" that no seed is in a group with" if name != "synthetic" else ""),
             )
-    return ValidationSamples(synthetic_rows, unseen, seed_rows, left_out, _cited(synthetic))
+    return ValidationSamples(synthetic_rows, unseen, seeds=seed_rows, left_out=left_out, cited=_cited(synthetic))
 
 
 def _cited(synthetic: Path) -> dict[str, tuple[int, int]]:

@@ -213,13 +213,13 @@ def validate(
     return Validated(
         synthetic_path,
         real_path,
-        validated.rows,
-        validated.tests,
-        validated.flaws,
-        validated.facts,
-        written,
-        review,
-        time.monotonic() - started,
+        rows=validated.rows,
+        tests=validated.tests,
+        flaws=validated.flaws,
+        facts=validated.facts,
+        written=written,
+        review=review,
+        wall_s=time.monotonic() - started,
     )
 
 
@@ -292,7 +292,7 @@ def _embed_sides(sides: ValidationSamples, options: ValidateOptions) -> _Embedde
     )
     space = SampleSpace(pool, vectors, options.seed, embedded.replies_at)
     unit = np.asarray(replies / np.where(lengths > 0, lengths, 1), np.float32)
-    return _EmbeddedSides(chosen, embedded, space, unit, faults, citing)
+    return _EmbeddedSides(chosen, embedded, space=space, replies=unit, faults=faults, citing=citing)
 
 
 def _judged(
@@ -334,7 +334,11 @@ def _tests(
         diversity.distinct(pool, members, limits),
         diversity.vendi(space, members, limits),
         outcome_shift.group_outcome(
-            pool, people, _outcomes(embedded_sides, options.label, class_labels, people), members, limits
+            pool,
+            people,
+            row_outcomes=_outcomes(embedded_sides, options.label, class_labels, people),
+            members=members,
+            limits=limits,
         ),
     ]
 
