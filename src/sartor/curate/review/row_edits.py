@@ -38,7 +38,12 @@ def apply_edit(example: Example, change: Mapping[str, Any]) -> Example:
     if "value" in change:
         edited = _with_label(edited, str(change.get("label", "reply")), str(change["value"]))
     if "weight" in change:
-        edited = replace(edited, weight=_weight(change["weight"]))
+        weight = change["weight"]
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
+            raise ConfigError(
+                f"the weight is {weight!r}", "a number above 0; 1 is the usual; reject a row that is to weigh nothing"
+            )
+        edited = replace(edited, weight=float(weight))
     if change.get("mask"):
         edited = everywhere_masked(edited)
     if edited.id == example.id and edited.weight == example.weight:
@@ -82,9 +87,14 @@ def _child(origin: Origin, parent: Example) -> Origin:
 
 
 def _turns(example: Example, change: Mapping[str, Any]) -> list[tuple[int, str]]:
-    result = [(_turn_number(example, key), str(text)) for key, text in dict(change.get("turns") or {}).items()]
+    last = len(example.messages) - 1
+    result = []
+    for key, text in dict(change.get("turns") or {}).items():
+        if not str(key).isdecimal() or int(key) > last:
+            raise ConfigError(f"row {example.id} has no turn {key!r}", f"a number from 0 to {last}")
+        result.append((int(key), str(text)))
     if "reply" in change:
-        result.append((len(example.messages) - 1, str(change["reply"])))
+        result.append((last, str(change["reply"])))
     if "prompt" in change:
         users = [index for index, message in enumerate(example.messages) if message.role == "user"]
         if not users:
@@ -93,13 +103,6 @@ def _turns(example: Example, change: Mapping[str, Any]) -> list[tuple[int, str]]
             )
         result.append((users[-1], str(change["prompt"])))
     return result
-
-
-def _turn_number(example: Example, key: Any) -> int:
-    last = len(example.messages) - 1
-    if not str(key).isdecimal() or int(key) > last:
-        raise ConfigError(f"row {example.id} has no turn {key!r}", f"a number from 0 to {last}")
-    return int(key)
 
 
 def _with_text(example: Example, turn: int, text: str) -> Example:
@@ -126,14 +129,6 @@ def _with_label(example: Example, form: str, value: str) -> Example:
             f"the reply of row {example.id} has no label {form}", "edit its reply as a whole: --reply TEXT"
         )
     return _with_text(example, len(example.messages) - 1, reply)
-
-
-def _weight(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ConfigError(
-            f"the weight is {value!r}", "a number above 0; 1 is the usual; reject a row that is to weigh nothing"
-        )
-    return float(value)
 
 
 def rows_of(dataset: Artifact, ids: Iterable[str]) -> dict[str, Example]:

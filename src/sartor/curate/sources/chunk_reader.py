@@ -180,7 +180,9 @@ def _raw(
         if file.kind in file_formats.MEDIA_KINDS:
             yield "1", _captioned(file, chunk.most_bytes)
         elif file.kind in documents.MODULES:
-            yield from document_reader.read(file.path, file.sha256, file.kind, chunk.most_bytes, file.sheet)
+            yield from document_reader.read(
+                file.path, file.sha256, kind=file.kind, most_bytes=chunk.most_bytes, sheet=file.sheet
+            )
         elif file.kind in ("text", "markdown"):
             note_counts: Counter[str] = Counter()
             yield from documents.read_text_document(

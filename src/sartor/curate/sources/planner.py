@@ -69,9 +69,8 @@ def plan_reading(sources: Sequence[SourceOptions], max_row_bytes: int) -> ReadPl
         if source_files.scheme(source.path) == "inbox":
             files = tuple(_inbox_file(source_file, max_row_bytes) for source_file in source_files.files_of(source))
             plan.files += [_facts(source, file) for file in files]
-            rows_digest = records.digest(
-                [_rows_digest(source), asdict(source.inbox), feedback_lines.gold_replies_digest(source.inbox.known)]
-            )[:16]
+            known_digest = feedback_lines.gold_replies_digest(source.inbox.known)
+            rows_digest = records.digest([_rows_digest(source), asdict(source.inbox), known_digest])[:16]
             plan.chunks.append(
                 InputChunk(
                     len(plan.chunks), index, asked=rows_digest, form=inbox.FORM, most_bytes=max_row_bytes, files=files
@@ -175,9 +174,11 @@ def _surveyed(source: SourceOptions, most_bytes: int) -> Iterator[tuple[InputFil
         if kind not in file_formats.MEDIA_KINDS or file.refusal[0]:
             yield _inspect(file, kind, most_bytes, of_media=file.path in tables, source=source)
         elif file.path not in table_media:
-            caption_files = [
-                by_path.get(path) or SourceFile(path, _name_beside(file, path)) for path in captions.get(file.path, ())
-            ]
+            caption_files = []
+            for path in captions.get(file.path, ()):
+                # a caption that the source does not list has the name of a file beside its media file
+                name = file.name[: file.name.rfind("/") + 1] + safe_name(os.path.basename(path))
+                caption_files.append(by_path.get(path) or SourceFile(path, name))
             yield _with_caption(file, kind, source, caption_files), []
 
 
@@ -229,7 +230,7 @@ def _head_rows(
     """Return the first rows of a table, from which its format is found."""
     if file.kind == "xlsx":
         with documents.DocumentReader() as reader:
-            rows = reader.read(file.path, file.sha256, file.kind, most_bytes, file.sheet)
+            rows = reader.read(file.path, file.sha256, kind=file.kind, most_bytes=most_bytes, sheet=file.sheet)
             return list(itertools.islice(rows, source_files.HEAD_ROWS))
     pieces_rows = (
         row_readers.encoded_rows(stream, file.kind, piece=piece, most_bytes=most_bytes, encoding=file.encoding)
@@ -298,11 +299,6 @@ def _captions(files: Sequence[SourceFile], table_media: set[str]) -> dict[str, l
         if caption_paths:
             captions[file.path] = caption_paths
     return captions
-
-
-def _name_beside(media: SourceFile, path: str) -> str:
-    """Return the name of a file in the folder of a media file."""
-    return media.name[: media.name.rfind("/") + 1] + safe_name(os.path.basename(path))
 
 
 def _with_caption(

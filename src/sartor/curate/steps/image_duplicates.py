@@ -31,6 +31,15 @@ NEIGHBOURS, FIRST_OF_CROWD = 64, 8
 CHUNK = 2048
 
 I64 = NDArray[np.int64]
+_SCHEMA = pa.schema(
+    [
+        ("files", pa.binary(16)),
+        ("asked", pa.binary(16)),
+        ("hash", pa.uint64()),
+        ("thumbnail", pa.binary(SIDE * SIDE)),
+        ("pixels", pa.int64()),
+    ]
+)
 _BITS = np.array([bin(value).count("1") for value in range(1 << 16)], np.uint8)
 
 
@@ -61,18 +70,20 @@ class ImageDuplicates:
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """Return the columns files and asked (digests), hash, thumbnail and pixels."""
-        columns: dict[str, list[Any]] = {name: [] for name in ("files", "asked", "hash", "thumbnail", "pixels")}
+        rows = []
         for example in examples:
             names = list(media_of(example, "image"))
-            picture_facts = self._picture_facts(folder / names[0]) if len(names) == 1 else (None, None, 0)
-            question = self._question_digest(example)
-            files = _digest(names) if names else None
-            for column, value in zip(columns.values(), (files, question, *picture_facts), strict=True):
-                column.append(value)
-        types = (pa.binary(16), pa.binary(16), pa.uint64(), pa.binary(SIDE * SIDE), pa.int64())
-        return pa.table(
-            {name: pa.array(values, kind) for (name, values), kind in zip(columns.items(), types, strict=True)}
-        )
+            image_hash, thumb, pixels = self._picture_facts(folder / names[0]) if len(names) == 1 else (None, None, 0)
+            rows.append(
+                {
+                    "files": _digest(names) if names else None,
+                    "asked": self._question_digest(example),
+                    "hash": image_hash,
+                    "thumbnail": thumb,
+                    "pixels": pixels,
+                }
+            )
+        return pa.Table.from_pylist(rows, _SCHEMA)
 
     def _picture_facts(self, file: Path) -> tuple[int | None, bytes | None, int]:
         """Return (hash, thumbnail, pixels) of an image; an unreadable one is compared only as a file."""
@@ -226,7 +237,8 @@ def _neighbours(rows: I64, keys: I64, hashes: NDArray[np.uint64]) -> I64:
     pairs = [(rows[:-step], rows[step:]) for step in range(1, min(NEIGHBOURS, len(rows) - 1) + 1)]
     begin = np.searchsorted(keys[rows], keys[rows], "left")  # rows are sorted by key
     pairs += [(rows[np.minimum(begin + index, np.arange(len(rows)))], rows) for index in range(FIRST_OF_CROWD)]
-    a, b = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+    a = np.concatenate([first for first, _ in pairs])
+    b = np.concatenate([second for _, second in pairs])
     same = keys[a] == keys[b]
     return _close(a[same], b[same], hashes)
 

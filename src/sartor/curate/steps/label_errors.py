@@ -95,12 +95,12 @@ class SuspiciousLabels:
     def _removals(self, step_input: StepInput, ranking: LabelRanking) -> list[Removal]:
         rows = np.flatnonzero(ranking.wrong)
         if len(rows) > self.max_fraction * len(step_input):
+            # rounded up to hundredths
+            fraction = np.ceil(100 * (len(rows) / len(step_input)) - 1e-9) / 100
             raise GuardError(
                 f"{len(rows):,} of {len(step_input):,} labels look wrong, more than the fraction "
-                f"{self.max_fraction:g} that may "
-                "go without asking",
-                f"action: review, and look at evidence/{EVIDENCE}.parquet; else max_fraction: "
-                f"{_up(len(rows) / len(step_input))}",
+                f"{self.max_fraction:g} that may go without asking",
+                f"action: review, and look at evidence/{EVIDENCE}.parquet; else max_fraction: {fraction:g}",
             )
         return [
             Removal(
@@ -112,8 +112,3 @@ class SuspiciousLabels:
             )
             for row in rows.tolist()
         ]
-
-
-def _up(fraction: float) -> str:
-    """Return a fraction as text, rounded up to hundredths."""
-    return f"{np.ceil(100 * fraction - 1e-9) / 100:g}"

@@ -86,31 +86,28 @@ def copying(step: Changing[T], part: PartKind, folder: Path) -> CopyFunction:
 
     def copies(example: Example) -> Iterator[AugmentedRow | Drop]:
         names = list(dict.fromkeys(media_of(example, part)))
+        if not names:
+            return
         decoded: dict[str, T] = {}
-        for number in range(1, step.copies + 1) if names else ():
+        for number in range(1, step.copies + 1):
+            key = canonical([step.kind, step.seed, example.id, number])
+            random_seed = int.from_bytes(hashlib.sha256(key).digest(), "big")
+            augmented_files = {}
             try:
                 decoded = decoded or {name: step.decoded(folder / name) for name in names}
-                augmented_files = {
-                    name: step.changed(medium, folder / name, _draw(step.kind, step.seed, example.id, number))
-                    for name, medium in decoded.items()
-                }
+                for name, medium in decoded.items():
+                    augmented_files[name] = step.changed(medium, folder / name, np.random.default_rng(random_seed))
             except MediaError as error:
                 yield _failed(example, step.kind, number, error)
                 continue
-            row = _copy(
-                example, step.kind, {name: _stored(augmented, folder) for name, augmented in augmented_files.items()}
-            )
-            yield AugmentedRow(row, f"copy {number}: {', '.join(augmented_files[names[0]].changes) or 'nothing'}")
+            new_media = {}
+            for name, augmented in augmented_files.items():
+                content = io.BytesIO(augmented.content)
+                new_media[name] = media_files.copy(content, f"copy{augmented.suffix}", folder / "media")
+            changes = ", ".join(augmented_files[names[0]].changes) or "nothing"
+            yield AugmentedRow(_copy(example, step.kind, new_media), f"copy {number}: {changes}")
 
     return copies
-
-
-def _draw(kind: str, seed: int, row: str, number: int) -> np.random.Generator:
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(canonical([kind, seed, row, number])).digest(), "big"))
-
-
-def _stored(augmented: AugmentedFile, folder: Path) -> str:
-    return media_files.copy(io.BytesIO(augmented.content), f"copy{augmented.suffix}", folder / "media")
 
 
 def _copy(example: Example, kind: str, new_media: dict[str, str]) -> Example:
@@ -128,13 +125,11 @@ def _copy(example: Example, kind: str, new_media: dict[str, str]) -> Example:
 
 
 def _with_media(messages: tuple[Message, ...], new_media: dict[str, str]) -> tuple[Message, ...]:
-    return tuple(
-        replace(
-            message,
-            content=tuple(replace(part, media=new_media.get(part.media, part.media)) for part in message.content),
-        )
-        for message in messages
-    )
+    changed_messages = []
+    for message in messages:
+        content = tuple(replace(part, media=new_media.get(part.media, part.media)) for part in message.content)
+        changed_messages.append(replace(message, content=content))
+    return tuple(changed_messages)
 
 
 def _failed(example: Example, kind: str, number: int, error: MediaError) -> Drop:

@@ -66,10 +66,6 @@ def has_media_or_rating(example: Example) -> bool:
     return has_media(example) or bool(example.rating)
 
 
-def _length(example: Example, field: Field) -> float:
-    return float(len(text_of(example, field)))
-
-
 def _date(example: Example, field: Field) -> float:
     """Return the date of the newest origin, in seconds since 1970; UNDATED without a date."""
     timestamps = [UNDATED]
@@ -80,15 +76,11 @@ def _date(example: Example, field: Field) -> float:
     return float(max(timestamps))
 
 
-def _licence(example: Example, field: Field) -> float:
-    return max(compliance.rank(origin.licence) for origin in example.origins)
-
-
 _RULES: dict[str, Callable[[Example, Field], float]] = {
-    "longest": _length,
+    "longest": lambda example, field: float(len(text_of(example, field))),
     "first": lambda example, field: 0.0,
     "newest": _date,
-    "best_licence": _licence,
+    "best_licence": lambda example, field: max(compliance.rank(origin.licence) for origin in example.origins),
     "best_quality": lambda example, field: quality(example),
 }
 
