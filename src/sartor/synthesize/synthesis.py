@@ -191,7 +191,9 @@ def synthesize(
     """
     started = time.monotonic()
     recipe = load_recipe(recipe)
-    _check_teacher(recipe, teacher)
+    asking = [way.kind for way in recipe.ways if asks_teacher(way)]
+    if asking and teacher is None and recipe.teacher is None:
+        raise ConfigError(f"{asking[0]} asks a teacher, and the recipe names none", "teacher: local")
     out = Path(out).absolute()
     if resume and kind_of(out) == "dataset":
         return Synthesized(_finished(recipe, out), None, time.monotonic() - started, found=True)
@@ -221,12 +223,6 @@ def load_recipe(
 ) -> SynthesizeRecipe:
     """Return the recipe from any form that `synthesize` takes, with flags such as `--seed 1` applied."""
     return config.load_any(SynthesizeRecipe, recipe, flags)
-
-
-def _check_teacher(recipe: SynthesizeRecipe, teacher: Teacher | None) -> None:
-    asking = [way.kind for way in recipe.ways if asks_teacher(way)]
-    if asking and teacher is None and recipe.teacher is None:
-        raise ConfigError(f"{asking[0]} asks a teacher, and the recipe names none", "teacher: local")
 
 
 def _manifest_recipe(recipe: SynthesizeRecipe) -> dict[str, Any]:
@@ -289,7 +285,11 @@ class SynthesisRun:
         """Fill the directory of the Dataset; return the facts of its manifest."""
         seeds = synthetic_dataset.read_seeds(self.recipe.sources, self.recipe.max_row_bytes, self.work)
         if any(map(asks_teacher, self.recipe.ways)):
-            self.answers = self._open_answers()
+            configured = self.recipe.teacher
+            teacher = self._teacher or (configured.open(self.notice) if configured else None)
+            assert teacher is not None  # checked when the run began
+            price = configured.price if isinstance(configured, Endpoint) else Price()
+            self.answers = AnswerCache(teacher, self.folder, price)
         of_teacher = self.recipe.teacher.licence if self.recipe.teacher else ""
         self.rows = synthetic_dataset.SyntheticRows(
             (self.recipe.licence, of_teacher), {row.id: row.origins[0].locator for row in seeds.rows}
@@ -307,12 +307,6 @@ class SynthesisRun:
             seeds=seeds,
             fields={"recipe": _manifest_recipe(self.recipe), "teacher": name, "of": seeds.digest},
         )
-
-    def _open_answers(self) -> AnswerCache:
-        configured = self.recipe.teacher
-        teacher = self._teacher or (configured.open(self.notice) if configured else None)
-        assert teacher is not None  # checked when the run began
-        return AnswerCache(teacher, self.folder, configured.price if isinstance(configured, Endpoint) else Price())
 
     def _make(self, generator: Any, seeds: synthetic_dataset.Seeds) -> None:
         for item in make(generator, seeds.rows, self.recipe.seed, self.work):
@@ -375,11 +369,11 @@ class SynthesisRun:
 
     def _take(self, generator: PromptedGenerator, outcome: AskOutcome) -> None:
         assert self.answers is not None
-        generated = (
-            outcome.value
-            if isinstance(outcome.value, Unusable)
-            else generator.build_row(outcome.request, outcome.value)
-        )
+        generated: GeneratedRow | Unusable
+        if isinstance(outcome.value, Unusable):
+            generated = outcome.value
+        else:
+            generated = generator.build_row(outcome.request, outcome.value)
         if isinstance(generated, GeneratedRow):
             question = outcome.question
             provenance = synthetic_dataset.Provenance(

@@ -152,4 +152,6 @@ def _filled(schema: Any, draw: random.Random, text: str) -> Any:
         return [_filled(schema.get("items", {}), draw, text) for _ in range(count)]
     if kind in ("integer", "number"):
         return draw.randint(int(schema.get("minimum", 0)), int(schema.get("maximum", 100)))
-    return draw.random() < 0.5 if kind == "boolean" else None if kind == "null" else _run_of(text, draw)
+    if kind == "boolean":
+        return draw.random() < 0.5
+    return None if kind == "null" else _run_of(text, draw)

@@ -162,6 +162,13 @@ class Scenarios:
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """Yield the requests for every cell of the grid."""
+        turns = {"type": "array", "items": texts("user", "assistant"), "minItems": self.turns, "maxItems": self.turns}
+        schema = {
+            "type": "object",
+            "properties": {"turns": turns},
+            "required": ["turns"],
+            "additionalProperties": False,
+        }
         style_rows = [row for row in seeds if not refusal_reason(row)]
         for cell in itertools.product(self.personas, self.intents, self.edge_cases):
             for number in range(1, self.per_cell + 1):
@@ -180,14 +187,10 @@ class Scenarios:
                 yield TeacherRequest(
                     request_id,
                     (("system", SYSTEM), ("user", text)),
-                    schema=self._schema(),
+                    schema=schema,
                     parents=tuple(examples),
                     note=note,
                 )
-
-    def _schema(self) -> dict[str, Any]:
-        turns = {"type": "array", "items": texts("user", "assistant"), "minItems": self.turns, "maxItems": self.turns}
-        return {"type": "object", "properties": {"turns": turns}, "required": ["turns"], "additionalProperties": False}
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """Return the conversation as a row. All rows of a cell form one group."""

@@ -115,8 +115,12 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> float:
     It is high if texts repeat one another. Runs of up to four words count; from pairs on, 1 is added to hits and total
     (Lin and Och 2004).
     """
-    grams = [[_grams(text, size) for size in range(1, _GRAMS + 1)] for text in texts]
-    tops = [_tops([text_grams[size] for text_grams in grams]) for size in range(_GRAMS)]
+    grams = []  # of each text, its runs of 1, 2, ... words
+    for text in texts:
+        grams.append([_grams(text, size) for size in range(1, _GRAMS + 1)])
+    tops = []
+    for size in range(_GRAMS):
+        tops.append(_tops([text_grams[size] for text_grams in grams]))
     lengths = [len(text) for text in texts]
     scores = [_bleu(index, grams[index], tops, lengths) for index in range(len(texts)) if lengths[index]]
     return sum(scores) / len(scores) if scores else 0.0
@@ -189,10 +193,10 @@ def near_copies(rows: Sequence[Example]) -> list[CopyPair]:
     sketches = shingles.sketch([text_of(row, "both") for row in rows], shingling)
     pairs = near_duplicates.near_duplicates(sketches.shingles, sketches.offsets, sketches.digests, rules).pairs
     pairs = pairs.judged(rules.threshold, rules.contained)
-    columns = (pairs.a, pairs.b, pairs.score(rules.threshold), pairs.method(rules.threshold))
+    scores, methods = pairs.score(rules.threshold).tolist(), pairs.method(rules.threshold).tolist()
     return [
         CopyPair(a, b, score, METHODS[method])
-        for a, b, score, method in zip(*(column.tolist() for column in columns), strict=True)
+        for a, b, score, method in zip(pairs.a.tolist(), pairs.b.tolist(), scores, methods, strict=True)
     ]
 
 

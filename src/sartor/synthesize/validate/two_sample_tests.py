@@ -64,12 +64,10 @@ def topics(space: SampleSpace, members: F32, limits: ValidationLimits) -> Statis
     clusters, (values, shift) = space.topics[chosen], measured[chosen]
     grown = np.argsort(-shift)[:SHOWN]
     is_synthetic = space.pool.is_synthetic
-    rows = [
-        row
-        for topic in grown.tolist()
-        if shift[topic] > 0
-        for row in np.flatnonzero(is_synthetic & (clusters == topic)).tolist()
-    ]
+    rows: list[int] = []
+    for topic in grown.tolist():
+        if shift[topic] > 0:
+            rows += np.flatnonzero(is_synthetic & (clusters == topic)).tolist()
     detail = (
         f"of {len(shift)} topics one gains {shift.max():+.0%}, one {shift.min():+.0%} ; they differ by {values[0]:.0%}"
     )
@@ -93,12 +91,10 @@ def labels(pool: Pool, row_labels: Sequence[str | None], members: F32, limits: V
     label_shifts = Counter({str(names[index])[:60]: float(shift[index]) for index in largest})
     detail = "moved most: " + ", ".join(f"{name!r} {change:+.0%}" for name, change in label_shifts.items())
     is_synthetic = pool.is_synthetic
-    rows = [
-        row
-        for index in largest
-        if shift[index] > 0
-        for row in np.flatnonzero(is_synthetic & (member == index)).tolist()
-    ]
+    rows: list[int] = []
+    for index in largest:
+        if shift[index] > 0:
+            rows += np.flatnonzero(is_synthetic & (member == index)).tolist()
     return finding_of(
         "label",
         values,

@@ -105,16 +105,15 @@ class Validated:
     def table(self) -> list[tuple[str, Any]]:
         """Return the lines shown to the user."""
         fields = self.as_json()
-        lines = [(test.name, _line(test)) for test in self.tests]
+        lines = []
+        for test in self.tests:
+            line = f"{test.verdict}: {test.detail}"
+            if test.p is not None:
+                p = f"p {test.p_corrected:.3f} corrected" if test.p_corrected is not None else f"p {test.p:.3f}"
+                line = f"{line} (effect {test.effect:.3f}, limit {test.limit:g}, {p})"
+            lines.append((test.name, line))
         names = ("passed", "failed", "accepted", "rejected", "flaws", "rows", "dataset", "review")
         return [*lines, *((name, fields[name]) for name in names if fields[name] not in ("", []))]
-
-
-def _line(test: StatisticResult) -> str:
-    if test.p is None:
-        return f"{test.verdict}: {test.detail}"
-    p = f"p {test.p_corrected:.3f} corrected" if test.p_corrected is not None else f"p {test.p:.3f}"
-    return f"{test.verdict}: {test.detail} (effect {test.effect:.3f}, limit {test.limit:g}, {p})"
 
 
 STEP = "validate"
@@ -254,7 +253,7 @@ def validate_rows(
         "options": config.dump(options),
     }
     flaws = _flaws(sides, embedded_sides.encoded.vectors, options, faults)
-    return Validated(*paths, rows, _judged(embedded_sides, sides, options), flaws, facts)
+    return Validated(*paths, rows=rows, tests=_judged(embedded_sides, sides, options), flaws=flaws, facts=facts)
 
 
 def verdicts(sides: ValidationSamples, options: ValidateOptions) -> list[StatisticResult]:
