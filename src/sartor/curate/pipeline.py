@@ -432,7 +432,10 @@ class CurationRun:
             state, [*state.removed, *curation_outcome.leaks(state, self.outcome), *self.copies.removed]
         )
         writer.examples(itertools.chain(curation_outcome.kept_tables(state, self.outcome), self.copies.tables()))
-        masks = self._masks()
+        masks = curation_outcome.Masks()
+        personal_data = next((step for step in self.recipe.steps if isinstance(step, PersonalData)), None)
+        if personal_data is not None:
+            masks = curation_outcome.Masks(personal_data.masker(), personal_data.row_masker(), are_none=False)
         writer.drops(curation_outcome.drop_tables(state, removed, masks))
         read_count, copy_count, dropped_count = sum(self.read.values()), self.copies.total, writer.dropped.total()
         assert read_count + copy_count == writer.row_count + dropped_count, (
@@ -450,25 +453,17 @@ class CurationRun:
         if self.copies.steps:
             writer.evidence("copies", self.copies.evidence())
         tallied = {kind: dict(counts.most_common()) for kind, counts in self.tally.items()}
-        return writer.finish(
-            recipe=_recipe_fields(self.recipe),
-            sources=writer.sources_with_kept(self._sources()),
-            steps=curation_outcome.masked_facts({**state.facts, **tallied, **self.copies.facts()}, masks),
-            counts={"read": read_count, "made": copy_count},
-        )
-
-    def _masks(self) -> curation_outcome.Masks:
-        for step in self.recipe.steps:
-            if isinstance(step, PersonalData):
-                return curation_outcome.Masks(step.masker(), step.row_masker(), are_none=False)
-        return curation_outcome.Masks()
-
-    def _sources(self) -> Iterator[dict[str, Any]]:
-        """Yield a manifest entry for each planned file: terms of its source and counts of its rows."""
+        sources = []
         for file in self.planned.files:
             key = file.source, file.path
             terms = {name: getattr(self.declared[file.source], name) for name in (*TERMS, "rehearsal")}
-            yield {**asdict(file), **terms, "read": self.read[key], "notes": dict(self.notes.get(key, {}))}
+            sources.append({**asdict(file), **terms, "read": self.read[key], "notes": dict(self.notes.get(key, {}))})
+        return writer.finish(
+            recipe=_recipe_fields(self.recipe),
+            sources=writer.sources_with_kept(sources),
+            steps=curation_outcome.masked_facts({**state.facts, **tallied, **self.copies.facts()}, masks),
+            counts={"read": read_count, "made": copy_count},
+        )
 
 
 def _recipe_fields(recipe: CurateRecipe) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sartor.core.artifacts import Artifact, check_file
 from sartor.core.errors import ConfigError
 from sartor.core.lineage import origin_index
 from sartor.core.parquet_io import to_string_array
-from sartor.core.records import Example, Message, Origin, Part
+from sartor.core.records import Example, Message, Part
 from sartor.core.splits import prompt_group
 from sartor.curate.dataset_writer import EDITED
 from sartor.curate.labels import class_labels
@@ -53,10 +53,18 @@ def apply_edit(example: Example, change: Mapping[str, Any]) -> Example:
         )
     if edited.id == example.id:  # a new weight alone does not make a new row
         return replace(edited, steps=(*example.steps, STEP))
+    origins = []
+    for origin in example.origins:
+        step = origin.step
+        if not origin.parents and not step.endswith(STEP):
+            # a row that was read still counts as a row of its source, with the step of an edit. A row that a step made
+            # keeps the name of that step: `made+review` marks one that had no parent before the edit
+            step = STEP if step == "read" else f"{step}+{STEP}"
+        origins.append(replace(origin, parents=(example.id,), step=step))
     group = prompt_group(edited) if example.group == prompt_group(example) else edited.group
     return replace(
         edited,
-        origins=tuple(_child(origin, example) for origin in example.origins),
+        origins=tuple(origins),
         group=group,
         steps=(*example.steps, STEP),
     )
@@ -73,17 +81,6 @@ def everywhere_masked(example: Example) -> Example:
 def masked_text(text: str) -> str:
     """Return a person's sentence with placeholders for personal data."""
     return PersonalData(entities=ENTITIES).masker()(text)  # type: ignore[arg-type]
-
-
-def _child(origin: Origin, parent: Example) -> Origin:
-    """Return the origin of an edited row, with the unedited row as parent.
-
-    A row that was read still counts as a row of its source, with the step of an edit. A row that a step made keeps the
-    name of that step: `made+review` marks one that had no parent before the edit.
-    """
-    if origin.parents or origin.step.endswith(STEP):
-        return replace(origin, parents=(parent.id,))
-    return replace(origin, parents=(parent.id,), step=STEP if origin.step == "read" else f"{origin.step}+{STEP}")
 
 
 def _turns(example: Example, change: Mapping[str, Any]) -> list[tuple[int, str]]:

@@ -305,18 +305,9 @@ def rows_over_cap(lines: Sequence[FeedbackLine], terms: InboxTerms) -> dict[Line
 
     The seed decides which lines those are.
     """
-    over_cap: dict[LinePosition, str] = {}
-    for rater_of in (_user, _key):
-        over_cap |= _over_cap([line for line in lines if line.position not in over_cap], terms, rater_of)
-    return over_cap
-
-
-def _user(line: FeedbackLine) -> RaterId:
-    return line.key, line.user
-
-
-def _key(line: FeedbackLine) -> RaterId:
-    return line.key, ""
+    over_user_cap = _over_cap(lines, terms, lambda line: (line.key, line.user))
+    remaining_lines = [line for line in lines if line.position not in over_user_cap]
+    return over_user_cap | _over_cap(remaining_lines, terms, lambda line: (line.key, ""))
 
 
 def _over_cap(

@@ -74,10 +74,14 @@ class ImageDuplicates:
         for example in examples:
             names = list(media_of(example, "image"))
             image_hash, thumb, pixels = self._picture_facts(folder / names[0]) if len(names) == 1 else (None, None, 0)
+            question = bytes(16)
+            if self.text != "any":
+                turns = example.messages if self.text == "all" else example.prompt
+                question = _digest([[message.role, message.text] for message in turns])
             rows.append(
                 {
                     "files": _digest(names) if names else None,
-                    "asked": self._question_digest(example),
+                    "asked": question,
                     "hash": image_hash,
                     "thumbnail": thumb,
                     "pixels": pixels,
@@ -95,12 +99,6 @@ class ImageDuplicates:
             return None, None, 0
         thumb = thumbnail(picture.grey)
         return perceptual_hash(thumb), thumb.tobytes(), picture.width * picture.height
-
-    def _question_digest(self, example: Example) -> bytes:
-        if self.text == "any":
-            return bytes(16)
-        turns = example.messages if self.text == "all" else example.prompt
-        return _digest([[message.role, message.text] for message in turns])
 
     def decide(self, step_input: StepInput) -> StepResult:
         """Find the duplicates; return the removals, and the pairs as evidence.

@@ -98,7 +98,10 @@ def copying(step: Changing[T], part: PartKind, folder: Path) -> CopyFunction:
                 for name, medium in decoded.items():
                     augmented_files[name] = step.changed(medium, folder / name, np.random.default_rng(random_seed))
             except MediaError as error:
-                yield _failed(example, step.kind, number, error)
+                problem = f"copy {number} of {example.id}: {error.problem}"
+                drop = drop_of(example, f"{step.kind}:{error.reason}", problem, step=step.kind)
+                # the Drop of a copy has no id, since the row itself stays under that id
+                yield replace(drop, id="")
                 continue
             new_media = {}
             for name, augmented in augmented_files.items():
@@ -130,12 +133,6 @@ def _with_media(messages: tuple[Message, ...], new_media: dict[str, str]) -> tup
         content = tuple(replace(part, media=new_media.get(part.media, part.media)) for part in message.content)
         changed_messages.append(replace(message, content=content))
     return tuple(changed_messages)
-
-
-def _failed(example: Example, kind: str, number: int, error: MediaError) -> Drop:
-    """Return the Drop of one copy, without an id, since the row itself stays under that id."""
-    drop = drop_of(example, f"{kind}:{error.reason}", f"copy {number} of {example.id}: {error.problem}", step=kind)
-    return replace(drop, id="")
 
 
 def check_copies(copies: int, *, is_idle: bool) -> None:

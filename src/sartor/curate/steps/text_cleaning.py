@@ -132,13 +132,10 @@ def _blocks(tokens: list[Any], keeps_code: bool) -> str:
             mark = "  " if depth else ""
             if marks:
                 mark = f"{marks.pop()} "
-            lines += _indented(body, mark, depth)
+            outer = "  " * max(depth - 1, 0)
+            first, *others = body.split("\n")
+            lines += [outer + mark + first, *(outer + " " * len(mark) + line for line in others)]
     return "\n".join(lines)
-
-
-def _indented(body: str, mark: str, depth: int) -> list[str]:
-    outer = "  " * max(depth - 1, 0)
-    return [outer + (" " * len(mark) if index else mark) + line for index, line in enumerate(body.split("\n"))]
 
 
 def _inline(children: list[Any], keeps_code: bool) -> str:

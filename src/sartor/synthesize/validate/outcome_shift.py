@@ -74,7 +74,8 @@ def group_outcome(
 
 def _cells(people: Memberships, row_outcomes: Sequence[str | None], is_synthetic: NDArray[Any]) -> list[Cell]:
     has_outcome = np.array([name is not None for name in row_outcomes], np.float32)
-    outcomes = [name for name, _ in Counter(name for name in row_outcomes if name is not None).most_common(_OUTCOMES)]
+    counts = Counter(name for name in row_outcomes if name is not None)
+    outcomes = [name for name, _ in counts.most_common(_OUTCOMES)]
     # every division of the outcomes into two sides, once: several words may mean the same decision
     hits: dict[str, F32] = {}
     first, rest = outcomes[:1], outcomes[1:]
