@@ -120,24 +120,18 @@ class Passes:
         return result
 
     def _execute(self, tasks: Sequence[ShardTask]) -> list[Shard]:
-        steps = (
-            [[_step_options(step) for step in group] for group in (tasks[0].steps, tasks[0].sets, tasks[0].copying)]
-            if tasks
-            else []
-        )
-        keyed_tasks = [self._with_key(number, task, steps) for number, task in enumerate(tasks)]
+        steps: list[list[dict[str, Any]]] = []
+        if tasks:
+            for group in (tasks[0].steps, tasks[0].sets, tasks[0].copying):
+                steps.append([_step_options(step) for step in group])
         self.number += 1
+        keyed_tasks = []
+        for number, task in enumerate(tasks):
+            merged = [(position, config.dump(inherited)) for position, inherited in sorted(task.merged.items())]
+            key = digest([FORMAT, task.key, steps, sorted(task.removed_positions), merged])
+            part = self.folder / f"pass-{self.number}" / f"{number:06d}"
+            keyed_tasks.append(dataclasses.replace(task, key=key, part=part, folder=self.folder))
         return self.run(f"pass {self.number}", keyed_tasks)
-
-    def _with_key(self, number: int, task: ShardTask, steps: Any) -> ShardTask:
-        """Return the task with its key, its output directory and the work directory.
-
-        steps: options of the steps of the pass.
-        """
-        merged = [(position, config.dump(inherited)) for position, inherited in sorted(task.merged.items())]
-        key = digest([FORMAT, task.key, steps, sorted(task.removed_positions), merged])
-        part = self.folder / f"pass-{self.number + 1}" / f"{number:06d}"
-        return dataclasses.replace(task, key=key, part=part, folder=self.folder)
 
     def _run_next_pass(self, state: PassState, row_steps: tuple[RowStep, ...], sets: tuple[SetStep, ...]) -> None:
         """Apply the open removals and run the next row steps, in the workers."""
@@ -203,7 +197,7 @@ class Passes:
         def fetch(rows: Sequence[int]) -> list[Example]:
             return examples_of(state, [remaining_rows[row] for row in rows])
 
-        return StepInput(table, names, fetch, self.folder, self.workers, self.notice)
+        return StepInput(table, names, examples=fetch, folder=self.folder, workers=self.workers, notice=self.notice)
 
 
 def _step_options(step: Any) -> dict[str, Any]:
@@ -212,9 +206,9 @@ def _step_options(step: Any) -> dict[str, Any]:
     Guards are left out, so that a run stopped by a guard can resume after the guard is changed.
     """
     fields = {name: value for name, value in config.dump(step).items() if name not in GUARDS}
-    return (
-        {**fields, "files": [file_digest(file) for file in step.files()]} if isinstance(step, ReadsFiles) else fields
-    )
+    if isinstance(step, ReadsFiles):
+        fields["files"] = [file_digest(file) for file in step.files()]
+    return fields
 
 
 def split(steps: Sequence[Any]) -> tuple[tuple[RowStep, ...], tuple[SetStep, ...], list[Any]]:
@@ -253,7 +247,13 @@ def record(state: PassState, step: SetStep, remaining_rows: Sequence[int], verdi
         kept_id = ids[kept_row] if kept_row >= 0 else ""
         state.removed.append(
             Removed(
-                state.parts[part_index], position, removal, step.kind, kept_id, len(state.moves), verdicts.set_aside
+                state.parts[part_index],
+                position,
+                removal=removal,
+                step=step.kind,
+                kept_id=kept_id,
+                pass_count=len(state.moves),
+                set_aside=verdicts.set_aside,
             )
         )
         if removal.merge:
@@ -326,8 +326,9 @@ def rewritten(table: Any, names: Container[str], change: Callable[[str], Any]) -
     for index, column in enumerate(table.schema):
         is_named = column.type == pa.string() and column.name in names
         if is_named or pa.types.is_nested(column.type):
+            change_value = change if is_named else inside
             values = table[column.name].to_pylist()
-            changed = [None if value is None else change(value) if is_named else inside(value) for value in values]
+            changed = [None if value is None else change_value(value) for value in values]
             if not all(value is None for value in changed):
                 table = table.set_column(index, column, pa.array(changed, column.type))
     return table

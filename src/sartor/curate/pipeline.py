@@ -42,7 +42,7 @@ from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.passes import Passes, PassState, evidence_of, with_final_dedup
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.shards import Shard, ShardTask, execute
-from sartor.curate.sources import chunk_reader, planner
+from sartor.curate.sources import planner
 from sartor.curate.steps import makes_copies
 from sartor.curate.steps.personal_data import PersonalData
 
@@ -121,10 +121,9 @@ class Curated:
         Longer facts are in the manifest and on the card.
         """
         fields = self.as_json()
-        steps = [
-            (kind, {name: value for name, value in facts.items() if _is_short(value)})
-            for kind, facts in fields["steps"].items()
-        ]
+        steps = []
+        for kind, facts in fields["steps"].items():
+            steps.append((kind, {name: value for name, value in facts.items() if _is_short(value)}))
         names = ("dataset", "read", *(["made"] if self.made else []), "kept", "dropped", "splits", "licences", "forms")
         warnings = [("warning", f"{warning.problem}\n  try: {warning.remedy}") for warning in self.warnings]
         last = [*warnings, ("card", str(self.dataset.path / "card.html")), ("rows_per_s", fields["rows_per_s"])]
@@ -133,28 +132,25 @@ class Curated:
 
 def _forms(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the form found in each file; for many files, the number of files of each form by source."""
+    labels: dict[str, str] = {}
     if len(sources) <= FILES_LISTED:
-        return {_file_label(source): source["form"] for source in sources}
-    results: dict[str, Counter[str]] = {}
+        for source in sources:
+            name, path = source["source"], source["path"]
+            # two sources may hold files of the same name
+            labels[name if name.endswith(path) else f"{name}/{path}"] = source["form"]
+        return labels
+    form_counts: dict[str, Counter[str]] = {}
     for source in sources:
-        results.setdefault(source["source"], Counter())[source["form"]] += 1
-    return {
-        name: ", ".join(f"{form} ({count} files)" for form, count in forms.most_common())
-        for name, forms in results.items()
-    }
+        form_counts.setdefault(source["source"], Counter())[source["form"]] += 1
+    for name, counts in form_counts.items():
+        labels[name] = ", ".join(f"{form} ({count} files)" for form, count in counts.most_common())
+    return labels
 
 
 def _is_short(value: Any) -> bool:
-    return not isinstance(value, (dict, list)) or (
-        len(value) <= 6 and all(not isinstance(item, (dict, list)) for item in value)
-    )
-
-
-def _file_label(source: Mapping[str, Any]) -> str:
-    """Return the name of a file within its source: two sources may hold files of the same name."""
-    return str(
-        source["source"] if source["source"].endswith(source["path"]) else f"{source['source']}/{source['path']}"
-    )
+    if not isinstance(value, (dict, list)):
+        return True
+    return len(value) <= 6 and not any(isinstance(item, (dict, list)) for item in value)
 
 
 # Bytes of rows whose reading takes about as long as starting a worker.
@@ -379,10 +375,22 @@ class CurationRun:
                     f"{file.path} is read as {file.encoding}; `encoding: CODE-PAGE` of the source reads it by another "
                     "one"
                 )
-        tasks = [
-            ShardTask(Path(), _key(unit), self.work_folder, (), (), unit, self.recipe.sources[unit.source], strict)
-            for unit in self.planned.chunks
-        ]
+        tasks = []
+        for unit in self.planned.chunks:
+            # the result of a query is unknown before it runs: its key is new each time, its shards are never reused
+            key = unit.digest if unit.files else digest([unit.digest, time.time_ns()])
+            tasks.append(
+                ShardTask(
+                    Path(),
+                    key,
+                    folder=self.work_folder,
+                    steps=(),
+                    sets=(),
+                    unit=unit,
+                    source=self.recipe.sources[unit.source],
+                    strict=strict,
+                )
+            )
         workers = self.recipe.workers or len(os.sched_getaffinity(0))
         passes = Passes(self.work_folder, self._execute, workers, self.notice)
         state = passes.first(tasks, with_final_dedup([step for step in self.recipe.steps if not makes_copies(step)]))
@@ -391,7 +399,12 @@ class CurationRun:
         return state
 
     def _execute(self, name: str, tasks: Sequence[ShardTask]) -> list[Shard]:
-        sizes = [task.unit.bytes if task.unit else _size(task.before) for task in tasks]
+        sizes = []
+        for task in tasks:
+            if task.unit:
+                sizes.append(task.unit.bytes)
+            else:
+                sizes.append((task.before / "examples.parquet").stat().st_size if task.before else 0)
         result = []
         resumed_before = self.resumed_parts
         self.progress.begin(name, sum(sizes))
@@ -419,7 +432,10 @@ class CurationRun:
             state, [*state.removed, *curation_outcome.leaks(state, self.outcome), *self.copies.removed]
         )
         writer.examples(itertools.chain(curation_outcome.kept_tables(state, self.outcome), self.copies.tables()))
-        masks = self._masks()
+        masks = curation_outcome.Masks()
+        personal_data = next((step for step in self.recipe.steps if isinstance(step, PersonalData)), None)
+        if personal_data is not None:
+            masks = curation_outcome.Masks(personal_data.masker(), personal_data.row_masker(), are_none=False)
         writer.drops(curation_outcome.drop_tables(state, removed, masks))
         read_count, copy_count, dropped_count = sum(self.read.values()), self.copies.total, writer.dropped.total()
         assert read_count + copy_count == writer.row_count + dropped_count, (
@@ -437,34 +453,17 @@ class CurationRun:
         if self.copies.steps:
             writer.evidence("copies", self.copies.evidence())
         tallied = {kind: dict(counts.most_common()) for kind, counts in self.tally.items()}
-        return writer.finish(
-            recipe=_recipe_fields(self.recipe),
-            sources=writer.sources_with_kept(self._sources()),
-            steps=curation_outcome.masked_facts({**state.facts, **tallied, **self.copies.facts()}, masks),
-            counts={"read": read_count, "made": copy_count},
-        )
-
-    def _masks(self) -> curation_outcome.Masks:
-        for step in self.recipe.steps:
-            if isinstance(step, PersonalData):
-                return curation_outcome.Masks(step.masker(), step.row_masker(), are_none=False)
-        return curation_outcome.Masks()
-
-    def _sources(self) -> Iterator[dict[str, Any]]:
-        """Yield a manifest entry for each planned file: terms of its source and counts of its rows."""
+        sources = []
         for file in self.planned.files:
             key = file.source, file.path
             terms = {name: getattr(self.declared[file.source], name) for name in (*TERMS, "rehearsal")}
-            yield {**asdict(file), **terms, "read": self.read[key], "notes": dict(self.notes.get(key, {}))}
-
-
-def _key(unit: chunk_reader.InputChunk) -> str:
-    """Return the key of a chunk: the digest of its content.
-
-    The result of a query is unknown before it runs. Its key is therefore new each time, and its shards are never
-    reused.
-    """
-    return unit.digest if unit.files else digest([unit.digest, time.time_ns()])
+            sources.append({**asdict(file), **terms, "read": self.read[key], "notes": dict(self.notes.get(key, {}))})
+        return writer.finish(
+            recipe=_recipe_fields(self.recipe),
+            sources=writer.sources_with_kept(sources),
+            steps=curation_outcome.masked_facts({**state.facts, **tallied, **self.copies.facts()}, masks),
+            counts={"read": read_count, "made": copy_count},
+        )
 
 
 def _recipe_fields(recipe: CurateRecipe) -> dict[str, Any]:
@@ -475,14 +474,12 @@ def _recipe_fields(recipe: CurateRecipe) -> dict[str, Any]:
     return fields
 
 
-def _size(part: Path | None) -> int:
-    return (part / "examples.parquet").stat().st_size if part else 0
-
-
 def _nothing_kept(rows_read: int, folder: Path) -> str:
-    drops = [drop for file in sorted((folder / "drops").glob("*.parquet")) for drop in parquet_io.read_file(file)]
-    reasons = ", ".join(
-        f"{reason} {count}" for reason, count in records.count_values(drop["reason"] for drop in drops).items()
-    )
-    first = f"; the first: {drops[0]['locator']}: {drops[0]['detail']}" if drops else ""
-    return f"no row is left of {rows_read}" + (f" ({reasons}{first})" if reasons else "")
+    drops: list[dict[str, Any]] = []
+    for file in sorted((folder / "drops").glob("*.parquet")):
+        drops += parquet_io.read_file(file)
+    if not drops:
+        return f"no row is left of {rows_read}"
+    counts = records.count_values(drop["reason"] for drop in drops)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
+    return f"no row is left of {rows_read} ({reasons}; the first: {drops[0]['locator']}: {drops[0]['detail']})"

@@ -103,7 +103,8 @@ class _Rethreshold:
         pairs = pl.read_parquet(self.old.path / "evidence" / "near_duplicates.parquet")
         # a row that was neither kept nor set aside was removed by a later step
         pairs = pairs.filter(pl.col("a").is_in(self.ids) & pl.col("b").is_in(self.ids))
-        a, b = (np.array([self.number[name] for name in pairs[end]], np.int64) for end in ("a", "b"))
+        a = np.array([self.number[name] for name in pairs["a"]], np.int64)
+        b = np.array([self.number[name] for name in pairs["b"]], np.int64)
         count = len(self.ids)
         rank, order = np.zeros(count), np.arange(count, dtype=np.int64)
         for end, numbers in (("a", a), ("b", b)):
@@ -117,17 +118,17 @@ class _Rethreshold:
         measured = (pairs[name].to_numpy() for name in ("jaccard", "containment", "exact"))
         rules = self.step.rules()
         removals = clusters.resolve_clusters(ScoredPairs(low, high, *measured).unique(), rank[read_order], rules)
-        sources = [
-            origins[0]["source"]
-            for table in (self.kept_table, self.aside_table)
-            for origins in table["origins"].to_pylist()
-        ]
+        sources = []
+        for table in (self.kept_table, self.aside_table):
+            sources += [origins[0]["source"] for origins in table["origins"].to_pylist()]
         names = sorted(set(sources))
         numbers = np.array([names.index(sources[row]) for row in read_order], np.int64)
         limits = clusters.RemovalLimits(
             self.step.max_source_fraction, self.step.max_fraction, allow=self.step.allow, in_recipe=True
         )
-        clusters.check_removals(removals, numbers, names, limits, lambda row: self.ids[read_order[row]])
+        clusters.check_removals(
+            removals, numbers, names=names, limits=limits, describe=lambda row: self.ids[read_order[row]]
+        )
         self.rules, self.removals = rules, removals
         removal_facts = zip(
             read_order[removals.kept_rows].tolist(), removals.score.tolist(), removals.method.tolist(), strict=True
@@ -146,7 +147,9 @@ class _Rethreshold:
             [self.kept_table.take(pa.array(staying_rows, pa.int64())), parquet_io.examples_table(restored_rows)]
         )
         writer.set_aside((self.ids[index], self._example(index)) for index in sorted(self.removed))
-        writer.drop_file(self._drops(new_drops))
+        old_drops = _read(self.old, "drops").to_pylist()
+        other_drops = [Drop(**row) for row in old_drops if row["step"] != self.step.kind]
+        writer.drop_file([*other_drops, *new_drops, *self._near_drops()])
         writer.evidence("near_duplicates", self._evidence())
         writer.media(self.old.path / "media")
         steps = [config.dump(self.step if isinstance(step, NearDuplicates) else step) for step in self.recipe.steps]
@@ -213,19 +216,15 @@ class _Rethreshold:
             if row.split:
                 split_by_group.setdefault(self._group(row), row.split)
         new_groups = [self._group(row) for row in restored if self._group(row) not in split_by_group]
-        held_out = (
-            held_out_groups(new_groups, self.recipe.split.eval_fraction, self.recipe.seed) if new_groups else set()
-        )
-        return {**{group: "eval" if group in held_out else "train" for group in new_groups}, **split_by_group}
+        if new_groups:
+            held_out = held_out_groups(new_groups, self.recipe.split.eval_fraction, self.recipe.seed)
+            for group in new_groups:
+                split_by_group[group] = "eval" if group in held_out else "train"
+        return split_by_group
 
     def _group(self, row: Example) -> str:
         """Return the group that the recipe's split keeps together."""
         return split_group(row) if self.recipe.split.by == "group" else prompt_group(row)
-
-    def _drops(self, new_drops: Sequence[Drop]) -> list[Drop]:
-        old = _read(self.old, "drops")
-        others = [row for row in old.to_pylist() if row["step"] != self.step.kind] if len(old) else []
-        return [Drop(**row) for row in others] + list(new_drops) + list(self._near_drops())
 
     def _near_drops(self) -> Iterator[Drop]:
         for index, (kept_index, score, method) in sorted(self.removed.items()):

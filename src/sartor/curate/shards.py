@@ -242,7 +242,9 @@ class _TaskRun:
                     yield with_inherited(row, inherited) if inherited else row
             return
         assert task.unit is not None and task.source is not None
-        for item in read_chunk(task.unit, task.source, task.folder / "media", task.strict, self.notes):
+        for item in read_chunk(
+            task.unit, task.source, media_folder=task.folder / "media", strict=task.strict, notes=self.notes
+        ):
             locator = item.locator if isinstance(item, Drop) else item.origins[0].locator
             self.read[locator.rpartition(":")[0]] += 1
             item = item if isinstance(item, Drop) else _in_its_split(item, task.source)

@@ -64,14 +64,17 @@ class AnswerCache:
 
         Raises what the teacher raises, and BudgetError once `price.most` is spent.
         """
-        file = self._file(question)
+        name = question.digest(self.teacher.name)
+        file = self.folder / name[:2] / f"{name}.json"
         if (cached := _read(file)) is not None:
             self._count(cached=1)
             return cached
         with self._paid(question):
             answer = self.teacher.answer(question)
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _write(file, answer)
+            file.parent.mkdir(exist_ok=True, mode=0o700)
+            content = {"schema": SCHEMA, **asdict(answer)}
+            write_file_atomic(file, json.dumps(content).encode(), mode=0o600)
             counts = {
                 "tokens_in": answer.tokens_in,
                 "tokens_out": answer.tokens_out,
@@ -85,7 +88,9 @@ class AnswerCache:
         """Questions and costs so far."""
         with self._lock:
             calls, cached, tokens_in, tokens_out, estimated = (self._counts[name] for name in _COUNTED)
-            return Spent(calls, cached, tokens_in, tokens_out, estimated, self._cost())
+            return Spent(
+                calls, cached, tokens_in=tokens_in, tokens_out=tokens_out, estimated=estimated, cost=self._cost()
+            )
 
     def _cost(self) -> float:
         paid = self._counts["tokens_in"] * self.price.input + self._counts["tokens_out"] * self.price.output
@@ -97,11 +102,15 @@ class AnswerCache:
 
         A call that finds no other in progress may exceed the limit.
         """
-        may_cost = self._may_cost(question)
+        # a text has at most as many tokens as bytes
+        prompt_bytes = sum(len(text.encode()) for _, text in question.messages)
+        may_cost = (prompt_bytes * self.price.input + question.max_tokens * self.price.output) / PER
         with self._room:
             while self._under_way and self._cost() + sum(self._under_way) + may_cost > (self.price.most or math.inf):
                 self._room.wait()
-            self._check_cost()
+            if self.price.most and (cost := self._cost()) >= self.price.most:
+                problem = f"{cost:.4f} is spent, and price.most is {self.price.most:g}; what was answered is kept"
+                raise BudgetError(problem, f"--teacher.price.most {2 * self.price.most:g}")
             self._under_way.append(may_cost)
         try:
             yield
@@ -110,23 +119,9 @@ class AnswerCache:
                 self._under_way.remove(may_cost)
                 self._room.notify_all()
 
-    def _may_cost(self, question: TeacherQuestion) -> float:
-        # a text has at most as many tokens as bytes
-        prompt_bytes = sum(len(text.encode()) for _, text in question.messages)
-        return (prompt_bytes * self.price.input + question.max_tokens * self.price.output) / PER
-
-    def _check_cost(self) -> None:
-        if self.price.most and (cost := self._cost()) >= self.price.most:
-            problem = f"{cost:.4f} is spent, and price.most is {self.price.most:g}; what was answered is kept"
-            raise BudgetError(problem, f"--teacher.price.most {2 * self.price.most:g}")
-
     def _count(self, **counts: int) -> None:
         with self._lock:
             self._counts.update(counts)
-
-    def _file(self, question: TeacherQuestion) -> Path:
-        name = question.digest(self.teacher.name)
-        return self.folder / name[:2] / f"{name}.json"
 
 
 def _read(file: Path) -> TeacherAnswer | None:
@@ -137,8 +132,3 @@ def _read(file: Path) -> TeacherAnswer | None:
         return TeacherAnswer(**fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _write(file: Path, answer: TeacherAnswer) -> None:
-    file.parent.mkdir(exist_ok=True, mode=0o700)
-    write_file_atomic(file, json.dumps({"schema": SCHEMA, **asdict(answer)}).encode(), mode=0o600)

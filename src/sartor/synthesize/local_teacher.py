@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sartor.core.errors import ExtraError, ModelError, RequestError
 from sartor.core.ipc import error_of
-from sartor.inference.engine import Event, GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
+from sartor.inference.engine import GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
 from sartor.inference.local.local_engine import LocalEngine
 from sartor.models.base import open_base
 from sartor.synthesize.teacher import TeacherAnswer, TeacherQuestion
@@ -48,7 +48,10 @@ class LocalTeacher:
                 if name in self._final_events:
                     return self._answered(name)
                 for event in self._engine.step():
-                    self._take(event)
+                    if isinstance(event, TextDelta):
+                        self._texts[event.call].append(event.text)
+                    else:
+                        self._final_events[event.call] = event
 
     def _submit(self, question: TeacherQuestion) -> str:
         name = str(next(self._numbers))
@@ -68,12 +71,6 @@ class LocalTeacher:
             self._notice(f"answers are not held to their schema: {error.problem}")
             return self._submit(question)
         return name
-
-    def _take(self, event: Event) -> None:
-        if isinstance(event, TextDelta):
-            self._texts[event.call].append(event.text)
-        else:
-            self._final_events[event.call] = event
 
     def _answered(self, name: str) -> TeacherAnswer:
         final_event, text = self._final_events.pop(name), "".join(self._texts.pop(name))

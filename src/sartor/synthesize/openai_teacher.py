@@ -234,7 +234,11 @@ class EndpointTeacher:
         for attempt in range(self.patience.tries):
             self.pace.wait(size)
             try:
-                return _counted(self._request(body), question)
+                answer = self._request(body)
+                if not answer.is_estimated:
+                    return answer
+                tokens_out = len(answer.text) // CHARACTERS_PER_TOKEN + 1
+                return replace(answer, tokens_in=_tokens(question), tokens_out=tokens_out)
             except _AgainError as failure:
                 self._notice(f"{self.name}: {failure.problem}; try {attempt + 1} of {self.patience.tries}")
                 pause = min(LONGEST_PAUSE_S, self.patience.pause_s * 2**attempt) * jitter.uniform(0.5, 1.0)
@@ -353,9 +357,3 @@ def _retry_after(value: str) -> float:
 
 def _tokens(question: TeacherQuestion) -> int:
     return sum(len(text) for _, text in question.messages) // CHARACTERS_PER_TOKEN + 1
-
-
-def _counted(answer: TeacherAnswer, question: TeacherQuestion) -> TeacherAnswer:
-    if not answer.is_estimated:
-        return answer
-    return replace(answer, tokens_in=_tokens(question), tokens_out=len(answer.text) // CHARACTERS_PER_TOKEN + 1)

@@ -79,7 +79,13 @@ def repair(question: TeacherQuestion, answer: TeacherAnswer, fault: Unusable) ->
         f"Answer again, with the JSON object alone, of this schema: {question.schema}"
     )
     messages = (*question.messages, ("assistant", answer.text[:_SHOWN]), ("user", repair_prompt))
-    return TeacherQuestion(messages, question.seed, question.max_tokens, question.temperature, question.schema)
+    return TeacherQuestion(
+        messages,
+        question.seed,
+        max_tokens=question.max_tokens,
+        temperature=question.temperature,
+        schema=question.schema,
+    )
 
 
 def _object_in(text: str) -> dict[str, Any] | None:
@@ -129,7 +135,7 @@ class Synthesized:
 
     def as_json(self) -> dict[str, Any]:
         """Return the command's JSON."""
-        spent = self.spent or Spent(0, 0, 0, 0, 0, 0.0)
+        spent = self.spent or Spent(0, 0, tokens_in=0, tokens_out=0, estimated=0, cost=0.0)
         fields = self.dataset.manifest["synthetic"]
         return {
             "dataset": str(self.dataset.path),
@@ -185,7 +191,9 @@ def synthesize(
     """
     started = time.monotonic()
     recipe = load_recipe(recipe)
-    _check_teacher(recipe, teacher)
+    asking = [way.kind for way in recipe.ways if asks_teacher(way)]
+    if asking and teacher is None and recipe.teacher is None:
+        raise ConfigError(f"{asking[0]} asks a teacher, and the recipe names none", "teacher: local")
     out = Path(out).absolute()
     if resume and kind_of(out) == "dataset":
         return Synthesized(_finished(recipe, out), None, time.monotonic() - started, found=True)
@@ -215,12 +223,6 @@ def load_recipe(
 ) -> SynthesizeRecipe:
     """Return the recipe from any form that `synthesize` takes, with flags such as `--seed 1` applied."""
     return config.load_any(SynthesizeRecipe, recipe, flags)
-
-
-def _check_teacher(recipe: SynthesizeRecipe, teacher: Teacher | None) -> None:
-    asking = [way.kind for way in recipe.ways if asks_teacher(way)]
-    if asking and teacher is None and recipe.teacher is None:
-        raise ConfigError(f"{asking[0]} asks a teacher, and the recipe names none", "teacher: local")
 
 
 def _manifest_recipe(recipe: SynthesizeRecipe) -> dict[str, Any]:
@@ -283,7 +285,11 @@ class SynthesisRun:
         """Fill the directory of the Dataset; return the facts of its manifest."""
         seeds = synthetic_dataset.read_seeds(self.recipe.sources, self.recipe.max_row_bytes, self.work)
         if any(map(asks_teacher, self.recipe.ways)):
-            self.answers = self._open_answers()
+            configured = self.recipe.teacher
+            teacher = self._teacher or (configured.open(self.notice) if configured else None)
+            assert teacher is not None  # checked when the run began
+            price = configured.price if isinstance(configured, Endpoint) else Price()
+            self.answers = AnswerCache(teacher, self.folder, price)
         of_teacher = self.recipe.teacher.licence if self.recipe.teacher else ""
         self.rows = synthetic_dataset.SyntheticRows(
             (self.recipe.licence, of_teacher), {row.id: row.origins[0].locator for row in seeds.rows}
@@ -297,16 +303,10 @@ class SynthesisRun:
         return synthetic_dataset.write(
             writer,
             self.work,
-            self.rows,
-            seeds,
-            {"recipe": _manifest_recipe(self.recipe), "teacher": name, "of": seeds.digest},
+            synthetic_rows=self.rows,
+            seeds=seeds,
+            fields={"recipe": _manifest_recipe(self.recipe), "teacher": name, "of": seeds.digest},
         )
-
-    def _open_answers(self) -> AnswerCache:
-        configured = self.recipe.teacher
-        teacher = self._teacher or (configured.open(self.notice) if configured else None)
-        assert teacher is not None  # checked when the run began
-        return AnswerCache(teacher, self.folder, configured.price if isinstance(configured, Endpoint) else Price())
 
     def _make(self, generator: Any, seeds: synthetic_dataset.Seeds) -> None:
         for item in make(generator, seeds.rows, self.recipe.seed, self.work):
@@ -352,7 +352,13 @@ class SynthesisRun:
         assert self.answers is not None
         number = int(digest([self.recipe.seed, kind, request.number])[:8], 16) >> 1  # endpoints accept 31 bits
         schema = canonical_text(request.schema)
-        question = TeacherQuestion(request.messages, number, self.recipe.max_tokens, self.recipe.temperature, schema)
+        question = TeacherQuestion(
+            request.messages,
+            number,
+            max_tokens=self.recipe.max_tokens,
+            temperature=self.recipe.temperature,
+            schema=schema,
+        )
         answer = self.answers.answer(question)
         value = parse_answer(answer, request.schema)
         if isinstance(value, Unusable) and value.reason in _REPAIRED and self.recipe.repairs:
@@ -363,11 +369,11 @@ class SynthesisRun:
 
     def _take(self, generator: PromptedGenerator, outcome: AskOutcome) -> None:
         assert self.answers is not None
-        generated = (
-            outcome.value
-            if isinstance(outcome.value, Unusable)
-            else generator.build_row(outcome.request, outcome.value)
-        )
+        generated: GeneratedRow | Unusable
+        if isinstance(outcome.value, Unusable):
+            generated = outcome.value
+        else:
+            generated = generator.build_row(outcome.request, outcome.value)
         if isinstance(generated, GeneratedRow):
             question = outcome.question
             provenance = synthetic_dataset.Provenance(

@@ -99,8 +99,10 @@ def _of_dataset(dataset: Artifact, seeds: Seeds, folder: Path) -> Iterator[Examp
         for origin in row.origins[:1]:
             seeds.read[origin.source, origin.locator.rpartition(":")[0]] += 1
         if row.split not in HELD_OUT_SPLITS:
-            for part in (part for message in (*row.messages, *row.rejected) for part in message.content if part.media):
-                media_files.copy_file(dataset.path / part.media, folder / "media")
+            for message in (*row.messages, *row.rejected):
+                for part in message.content:
+                    if part.media:
+                        media_files.copy_file(dataset.path / part.media, folder / "media")
         yield row
 
 
@@ -193,13 +195,15 @@ class SyntheticRows:
         origins: dict[Origin, None] = {}
         for parent in generated.parents:
             for origin in parent.origins:
-                licence = (
-                    combine([origin.licence, of_teacher]) if of_teacher and provenance.teacher else origin.licence
-                )
+                licence = origin.licence
+                if of_teacher and provenance.teacher:
+                    licence = combine([licence, of_teacher])
                 origins[replace(origin, licence=licence, parents=(parent.id,), step=step, made_by=made_by)] = None
         if not generated.parents:
             licence = combine([of_nothing, of_teacher]) if of_teacher and provenance.teacher else of_nothing
-            origins[Origin(step, f"{kind}:{generated.number}", licence, (), step, made_by=made_by)] = None
+            locator = f"{kind}:{generated.number}"
+            origin = Origin(step, locator, licence=licence, parents=(), step=step, made_by=made_by)
+            origins[origin] = None
         content = generated.row
         row = Example(content.messages, tuple(origins), split="train", rejected=content.rejected, tools=content.tools)
         return replace(row, group=generated.group or split_group(row))
@@ -216,17 +220,21 @@ def write(
     if not synthetic_rows.rows:
         raise SourceError(_nothing_made(drops, synthetic_rows.ways), "mend the sources, the ways or the teacher")
     writer.parents = seeds.parents
-    writer.examples(_tables(synthetic_rows.rows.values()))
+    writer.examples(parquet_io.examples_table(batch) for batch in batched(synthetic_rows.rows.values(), 1024))
     writer.drops(_drop_tables(drops))
     writer.media(work / "media")
     writer.evidence("synthetic", pa.Table.from_pylist(synthetic_rows.evidence, EVIDENCE))
     row_count = sum(map(_tried, synthetic_rows.ways.values()))
     assert row_count + len(seeds.drops) == writer.row_count + writer.dropped.total()
     ways = {kind: dict(sorted(counts.items())) for kind, counts in synthetic_rows.ways.items()}
+    # source entries: the seeds' files, and one for each generator with rows made from nothing
+    of_nothing = sorted(file_key for file_key in kept_by_file(writer.folder) if file_key[0].startswith("synthesize:"))
+    entries = [*seeds.files, *(_pseudo(file_key, synthetic_rows.licences[0]) for file_key in of_nothing)]
+    entries = [{**entry, "read": seeds.read[entry["source"], entry["path"]]} for entry in entries]
     by_licence = {origin.licence for row in synthetic_rows.rows.values() for origin in row.origins}
     return writer.finish(
         recipe=fields["recipe"],
-        sources=_sources(writer, synthetic_rows, seeds),
+        sources=writer.sources_with_kept(entries),
         # `copies`: rows that a step adds; the card plots how many of them are left
         steps={f"synthesize:{kind}": {**counts, "copies": _tried(counts)} for kind, counts in ways.items()},
         counts={"read": len(seeds.drops), "made": row_count},
@@ -242,14 +250,6 @@ def _nothing_made(drops: Sequence[Drop], ways: Mapping[str, Counter[str]]) -> st
     first = f"; the first: {drops[0].detail}" if drops else ""
     counted = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "the ways had nothing to do"
     return f"no row was made ({counted}{first})"
-
-
-def _sources(writer: DatasetWriter, synthetic_rows: SyntheticRows, seeds: Seeds) -> list[dict[str, Any]]:
-    """Return the source entries: the seeds' files, and one for each generator with rows made from nothing."""
-    of_nothing = sorted(file_key for file_key in kept_by_file(writer.folder) if file_key[0].startswith("synthesize:"))
-    entries = [*seeds.files, *(_pseudo(file_key, synthetic_rows.licences[0]) for file_key in of_nothing)]
-    entries = [{**entry, "read": seeds.read[entry["source"], entry["path"]]} for entry in entries]
-    return writer.sources_with_kept(entries)
 
 
 def _synthetic(seeds: Seeds, ways: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,11 +292,6 @@ def _pseudo(file_key: tuple[str, str], licence: str) -> dict[str, Any]:
         "form": "synthetic",
     }
     return {**entry, **terms, "notes": {}}
-
-
-def _tables(examples: Any) -> Iterator[Any]:
-    for batch in batched(examples, 1024):
-        yield parquet_io.examples_table(batch)
 
 
 def _drop_tables(drops: Sequence[Drop]) -> Iterator[Any]:

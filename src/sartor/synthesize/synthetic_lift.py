@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
@@ -108,7 +108,7 @@ def prove(
         ).report
         scored[name] = {row["id"]: row for row in parquet_io.read_file(report.path / "rows.parquet")}
         metric = metric or str(report.manifest["primary"])
-    return _compared(scored, metric, (added, left_out), tuned, time.monotonic() - started)
+    return _compared(scored, metric, counts=(added, left_out), tuned=tuned, wall_s=time.monotonic() - started)
 
 
 def _together(real: Artifact, synthetic_artifact: Artifact, out: Path, replace: bool) -> tuple[Artifact, int, int]:
@@ -153,15 +153,23 @@ def _compared(
         )
     # a metric of the whole set, such as macro-F1, has no scores by row
     column = f"tuned_{metric}" if f"tuned_{metric}" in scored["without"][shared[0]] else "tuned_exact_match"
-    sides: list[Sequence[float]] = [
-        [float(scored[name][row][column]) for row in shared] for name in ("without", "with")
-    ]
+    scores_without = [float(scored["without"][row][column]) for row in shared]
+    scores_with = [float(scored["with"][row][column]) for row in shared]
     groups = [group_of_stored(scored["without"][row]) for row in shared]
     runs = {
         name: {"adapter": str(run.adapter.path), "updates": run.as_json()["updates"]} for name, run in tuned.items()
     }
-    comparison = bootstrap.paired_bootstrap(sides[0], sides[1], groups)
-    return LiftResult(comparison, column.removeprefix("tuned_"), len(shared), *counts, runs, wall_s)
+    comparison = bootstrap.paired_bootstrap(scores_without, scores_with, groups)
+    added, left_out = counts
+    return LiftResult(
+        comparison,
+        column.removeprefix("tuned_"),
+        rows=len(shared),
+        synthetic=added,
+        left_out=left_out,
+        runs=runs,
+        wall_s=wall_s,
+    )
 
 
 __all__ = ["LiftResult", "prove"]

@@ -63,7 +63,13 @@ class Endpoint:
         """
         access = Access(self.url, self.model, key_of(self.key_env))
         pace = RequestThrottle(self.requests_per_minute, self.tokens_per_minute)
-        return EndpointTeacher(access, pace, Patience(self.tries, self.pause_s, self.timeout_s), self.at_once, notice)
+        return EndpointTeacher(
+            access,
+            pace,
+            patience=Patience(self.tries, self.pause_s, self.timeout_s),
+            at_once=self.at_once,
+            notice=notice,
+        )
 
 
 @dataclass(frozen=True)
@@ -146,4 +152,6 @@ def _filled(schema: Any, draw: random.Random, text: str) -> Any:
         return [_filled(schema.get("items", {}), draw, text) for _ in range(count)]
     if kind in ("integer", "number"):
         return draw.randint(int(schema.get("minimum", 0)), int(schema.get("maximum", 100)))
-    return draw.random() < 0.5 if kind == "boolean" else None if kind == "null" else _run_of(text, draw)
+    if kind == "boolean":
+        return draw.random() < 0.5
+    return None if kind == "null" else _run_of(text, draw)

@@ -81,7 +81,10 @@ def _plan(view: View, decided: Sequence[ReviewEntry], keep_derived: bool) -> Rev
     example_ids = {example for entry in decided for example in entry.item.examples}
     rows = rows_of(view.dataset, example_ids)
     private_ids = {row_id for entry in view.items.values() if entry.kind == "personal" for row_id in entry.examples}
-    rejected_ids = _rejected_ids(view.dataset)
+    rejected_ids: set[str] = set()  # of rows that an earlier review rejected
+    for file in origin_index.example_files(view.dataset, "drops/"):
+        table = pq.read_table(file, columns=["id", "step"])
+        rejected_ids.update(table.filter(pc.equal(table["step"], STEP))["id"].to_pylist())
     for entry in decided:
         decision = entry.standing.decision
         assert decision is not None
@@ -89,7 +92,12 @@ def _plan(view: View, decided: Sequence[ReviewEntry], keep_derived: bool) -> Rev
         proposed = entry.item.proposed
         if proposed is not None and proposed.id not in view.ids and proposed.id not in rejected_ids:
             rows[proposed.id] = proposed
-            _join(plan, proposed, entry.item, decision, view)
+            if decision.verdict == "reject":
+                plan.drops[proposed.id] = _drop(proposed, entry.item, decision)
+                plan.counts["proposed_rejected"] += 1
+            else:
+                is_edit = decision.verdict == "edit"
+                plan.added.append(apply_edit(proposed, decision.change) if is_edit else proposed)
         elif decision.verdict == "reject":
             for row_id in entry.item.examples:
                 if row_id in view.ids:
@@ -102,15 +110,6 @@ def _plan(view: View, decided: Sequence[ReviewEntry], keep_derived: bool) -> Rev
     if not keep_derived:
         _drop_derived(plan, view.dataset)
     return plan
-
-
-def _join(plan: ReviewChanges, row: Example, item: ReviewItem, decision: Decision, view: View) -> None:
-    """Add a proposed row, edited or as it is, or record its Drop."""
-    if decision.verdict == "reject":
-        plan.drops[row.id] = _drop(row, item, decision)
-        plan.counts["proposed_rejected"] += 1
-        return
-    plan.added.append(apply_edit(row, decision.change) if decision.verdict == "edit" else row)
 
 
 def _edits(decided: Sequence[ReviewEntry], ids: frozenset[str]) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
@@ -182,12 +181,6 @@ def _drop_derived(plan: ReviewChanges, dataset: Artifact) -> None:
         plan.counts["derived"] += 1
 
 
-def _rejected_ids(dataset: Artifact) -> set[str]:
-    """Return the ids of rows that an earlier review rejected."""
-    tables = (pq.read_table(file, columns=["id", "step"]) for file in origin_index.example_files(dataset, "drops/"))
-    return {item for table in tables for item in table.filter(pc.equal(table["step"], STEP))["id"].to_pylist()}
-
-
 class _ReviewWriter:
     """Writer of the new Dataset's files, in order."""
 
@@ -198,7 +191,10 @@ class _ReviewWriter:
 
     def fill(self, writer: DatasetWriter) -> Mapping[str, Any]:
         """Write all files; return the fields of the manifest."""
-        self._bring_along(writer.folder)
+        for name in self.old.manifest["files"]:
+            if name.startswith("drops/") or not name.startswith(WRITTEN):
+                (writer.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.old.path / name, writer.folder / name)
         old_counts = self.old.manifest.get("counts", {})
         writer.dropped.update(old_counts.get("dropped", {}))
         writer.examples(self._tables())
@@ -223,10 +219,9 @@ class _ReviewWriter:
         counts = self.plan.counts
         open_entries = [entry for entry in self.entries if entry.is_open and self.view.concerns(entry.item)]
         return {
-            **{
-                name: counts[verdict]
-                for name, verdict in (("accepted", "accept"), ("edited", "edit"), ("rejected", "reject"))
-            },
+            "accepted": counts["accept"],
+            "edited": counts["edit"],
+            "rejected": counts["reject"],
             "rows_changed": len(self.plan.edited),
             "rows_dropped": len(self.plan.drops) - counts["derived"],
             "rows_dropped_with_their_parent": counts["derived"],
@@ -234,12 +229,6 @@ class _ReviewWriter:
             "rows_added": self.joined,
             "open": len(open_entries),
         }
-
-    def _bring_along(self, folder: Path) -> None:
-        for name in self.old.manifest["files"]:
-            if name.startswith("drops/") or not name.startswith(WRITTEN):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.old.path / name, folder / name)
 
     def _tables(self) -> Iterator[Any]:
         """Yield the remaining rows, with changed ones at their positions, then the added ones."""
@@ -257,9 +246,8 @@ class _ReviewWriter:
 
     def _changed(self, table: Any, changed_ids: Any, known_ids: set[str]) -> Iterator[Any]:
         table = _in_form(table)
-        positions = [
-            index for index, hit in enumerate(pc.is_in(table["id"], value_set=changed_ids).to_pylist()) if hit
-        ]
+        is_changed = pc.is_in(table["id"], value_set=changed_ids).to_pylist()
+        positions = [index for index, hit in enumerate(is_changed) if hit]
         start = 0
         for position in positions:
             if start < position:

@@ -80,12 +80,10 @@ def agreements(decisions: Sequence[Sequence[Decision]]) -> list[ReviewerAgreemen
         opinions = first_opinions(of_item)
         for first, second in combinations(sorted(opinions), 2):
             tables.setdefault((first, second), Counter())[opinions[first].verdict, opinions[second].verdict] += 1
-    results = [
-        ReviewerAgreement(
-            pair, table.total(), sum(count for (first, second), count in table.items() if first == second), dict(table)
-        )
-        for pair, table in tables.items()
-    ]
+    results = []
+    for pair, table in tables.items():
+        agreed = sum(count for (first, second), count in table.items() if first == second)
+        results.append(ReviewerAgreement(pair, table.total(), agreed, dict(table)))
     return sorted(results, key=lambda agreement: (-agreement.items, agreement.reviewers))
 
 

@@ -68,11 +68,24 @@ def decide(view: View, key: str, opinion: Opinion) -> tuple[ReviewEntry, bool]:
             f"there is nothing to settle about {item.id}: {people} decided, none differs", "without --settle"
         )
     reason = masked_text(opinion.reason) if item.kind == "personal" else opinion.reason
-    decision = Decision(item.id, opinion.verdict, opinion.by.strip(), _now(), reason, change, opinion.settles)
+    decision = Decision(
+        item.id,
+        opinion.verdict,
+        by=opinion.by.strip(),
+        at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        reason=reason,
+        change=change,
+        settles=opinion.settles,
+    )
     earlier = newest([other for other in entry.decisions if other.settles == opinion.settles]).get(decision.by)
     if earlier is not None and replace(earlier, at="", signature={}) == replace(decision, at=""):
         return entry, False
-    decision = _signed(decision, opinion.key)
+    private_key = opinion.key
+    if not private_key and (home() / KEY).is_dir():
+        private_key = home() / KEY
+    if private_key:
+        signature = signing.signature_of(decision.document, signing.open_private(private_key))
+        decision = replace(decision, signature=signature)
     view.queue.add(view.dataset.id, [item], [decision])
     decisions = (*entry.decisions, decision)
     return ReviewEntry(item, decisions, view.state_of(list(decisions))), True
@@ -103,17 +116,6 @@ def _change(view: View, item: ReviewItem, opinion: Opinion) -> dict[str, Any]:
         raise ConfigError(f"row {item.examples[0]} is not in {view.dataset.path.name}", "sartor review list DATASET")
     apply_edit(example, fields)
     return fields
-
-
-def _signed(decision: Decision, signed_with: Path | None) -> Decision:
-    path = signed_with or (home() / KEY if (home() / KEY).is_dir() else None)
-    if path is None:
-        return decision
-    return replace(decision, signature=signing.signature_of(decision.document, signing.open_private(path)))
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 DRAWN = "drawn"
@@ -153,8 +155,10 @@ def review_list(
         matches = [entry for entry in entries if not kind or entry.item.kind == kind]
         if by:
             matches = [entry for entry in matches if by not in newest(entry.decisions)]
+        elif state == "open":
+            matches = [entry for entry in matches if entry.is_open]
         elif state != "all":
-            matches = [entry for entry in matches if _is_in(entry, state)]
+            matches = [entry for entry in matches if entry.standing.state == state]
         lines = [_line(entry, blind=bool(by)) for entry in matches[:most]]
         return {**_counts(entries), "listed": len(lines), "more": len(matches) - len(lines), "items": lines}
 
@@ -190,14 +194,21 @@ def review_decide(dataset: Path | str, items: Sequence[str], opinion: Opinion, q
     if not items:
         raise ConfigError("no item is named", "sartor review list DATASET has their ids")
     with open_review(dataset, queue, make=True) as view:
-        results = [_decided(*decide(view, item, opinion), opinion) for item in items]
+        results = []
+        for item in items:
+            entry, is_new = decide(view, item, opinion)
+            results.append(
+                {
+                    "item": entry.item.id,
+                    "verdict": opinion.verdict,
+                    "by": opinion.by.strip(),
+                    "new": is_new,
+                    "signed": is_new and bool(entry.decisions[-1].signature),
+                    "state": entry.standing.state,
+                    "holds": entry.standing.verdict,
+                }
+            )
         return {"decisions": results, **_counts(view.entries())}
-
-
-def _decided(entry: ReviewEntry, is_new: bool, opinion: Opinion) -> dict[str, Any]:
-    fields = {"item": entry.item.id, "verdict": opinion.verdict, "by": opinion.by.strip(), "new": is_new}
-    signed = is_new and bool(entry.decisions[-1].signature)
-    return {**fields, "signed": signed, "state": entry.standing.state, "holds": entry.standing.verdict}
 
 
 def review_sample(
@@ -218,7 +229,7 @@ def review_sample(
     """
     with open_review(dataset, queue, make=True) as view:
         assert view.queue is not None
-        ids = _of_split(view, split)
+        ids = view.ids_of(split) if split else sorted(view.ids)
         count = quality_control.size(len(ids), error, confidence, allow)
         rows = quality_control.draw_ids(ids, count, seed)
         items = [ReviewItem("sample", (row,), reason=DRAWN, origin="review sample") for row in rows]
@@ -254,10 +265,8 @@ def review_agreement(dataset: Path | str, queue: str = "", *, kind: str = "") ->
     with open_review(dataset, queue) as view:
         entries = [entry for entry in view.all_entries() if not kind or entry.item.kind == kind]
     conflicts = [_line(entry) for entry in entries if entry.standing.state == "conflict"]
-    return {
-        "pairs": [item.as_json() for item in agreements([entry.decisions for entry in entries])],
-        "conflicts": conflicts,
-    }
+    pairs = agreements([entry.decisions for entry in entries])
+    return {"pairs": [pair.as_json() for pair in pairs], "conflicts": conflicts}
 
 
 def review_apply(
@@ -344,19 +353,11 @@ def review_export(dataset: Path | str, out: Path | str, queue: str = "") -> dict
     return {"file": str(out), "findings": len(entries), "decisions": len(decisions)}
 
 
-def _of_split(view: View, split: str) -> list[str]:
-    return sorted(view.ids) if not split else view.ids_of(split)
-
-
 def _counts(entries: list[ReviewEntry]) -> dict[str, int]:
     verdicts = Counter(entry.standing.verdict for entry in entries)
     conflicts = sum(entry.standing.state == "conflict" for entry in entries)
     decided = {"accepted": verdicts["accept"], "edited": verdicts["edit"], "rejected": verdicts["reject"]}
     return {"open": sum(entry.is_open for entry in entries), "conflicts": conflicts, **decided}
-
-
-def _is_in(entry: ReviewEntry, state: str) -> bool:
-    return entry.is_open if state == "open" else entry.standing.state == state
 
 
 def _line(entry: ReviewEntry, *, blind: bool = False) -> dict[str, Any]:
@@ -371,15 +372,12 @@ def _line(entry: ReviewEntry, *, blind: bool = False) -> dict[str, Any]:
 
 
 def _row(row: Any, identity: str) -> dict[str, Any]:
-    messages = [
-        {"role": message.role, "text": message.text, "media": [part.media for part in message.content if part.media]}
-        for message in row.messages
-    ]
-    return {
-        "id": identity,
-        "split": row.split,
-        "messages": [{k: v for k, v in message.items() if v} for message in messages],
-    }
+    messages = []
+    for message in row.messages:
+        media = [part.media for part in message.content if part.media]
+        fields = {"role": message.role, "text": message.text, "media": media}
+        messages.append({name: value for name, value in fields.items() if value})
+    return {"id": identity, "split": row.split, "messages": messages}
 
 
 def _would(item: ReviewItem, joins: bool) -> dict[str, str]:
@@ -392,10 +390,9 @@ def _would(item: ReviewItem, joins: bool) -> dict[str, str]:
             "reject": f"{len(item.examples)} rows become Drops",
         }
     edit = f"puts {dict(item.suggestion)}" if item.suggestion else "with --reply or --prompt"
-    accept, reject = (
-        ("the row joins", "the row stays out") if joins else ("the row stays as it is", "the row becomes a Drop")
-    )
-    return {"accept": accept, "edit": edit, "reject": reject}
+    if joins:
+        return {"accept": "the row joins", "edit": edit, "reject": "the row stays out"}
+    return {"accept": "the row stays as it is", "edit": edit, "reject": "the row becomes a Drop"}
 
 
 def _decision(decision: Any) -> dict[str, Any]:

@@ -149,21 +149,17 @@ def renew(dataset: Path, origin: str, findings: Iterable[Mapping[str, Any]]) -> 
     """
     file = dataset / FILE
     with FileLock(dataset / f".{FILE}.lock"):
-        lines = (
-            [line for _, line, fields in _lines_of(file) if not _is_finding_of(fields, origin)]
-            if file.is_file()
-            else []
-        )
+        lines = []
+        if file.is_file():
+            for _, line, fields in _lines_of(file):
+                what = fields.get("what", "decision" if "verdict" in fields else "finding")
+                if what != "finding" or fields.get("origin") != origin:
+                    lines.append(line)
         for finding in findings:
             item_of(finding)
             lines.append(canonical({**finding, "origin": origin}))
         write_file_atomic(file, b"".join(line + b"\n" for line in lines))
     return file
-
-
-def _is_finding_of(fields: Mapping[str, Any], origin: str) -> bool:
-    is_finding = fields.get("what", "decision" if "verdict" in fields else "finding") == "finding"
-    return is_finding and fields.get("origin") == origin
 
 
 def _suspicious(dataset: Artifact) -> Iterator[ReviewItem]:

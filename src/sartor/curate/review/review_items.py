@@ -11,7 +11,7 @@ that was curated again. Of personal data only kind and span are stored; a findin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -143,7 +143,12 @@ def item_of(fields: Mapping[str, Any], *, content_digest: str = "") -> ReviewIte
         of=str(fields.get("of") or content_digest),
         **texts,
     )
-    return _checked(_with_row_id(item))
+    item = _with_row_id(item)
+    if not item.examples and not item.slice:
+        raise SourceError("a finding names neither rows nor a slice", "examples: [id], or slice: in words")
+    if item.kind == "personal":
+        _check_personal(item)
+    return item
 
 
 def decision_of(fields: Mapping[str, Any]) -> Decision:
@@ -164,12 +169,12 @@ def decision_of(fields: Mapping[str, Any]) -> Decision:
     return Decision(
         texts["item"],
         texts["verdict"],
-        texts["by"],
-        texts["at"],
-        texts["reason"],
-        mappings["change"],
-        bool(fields.get("settles")),
-        mappings["signature"],
+        by=texts["by"],
+        at=texts["at"],
+        reason=texts["reason"],
+        change=mappings["change"],
+        settles=bool(fields.get("settles")),
+        signature=mappings["signature"],
     )
 
 
@@ -200,19 +205,7 @@ def _with_row_id(item: ReviewItem) -> ReviewItem:
         ) from None
     if proposed is None:
         return item
-    return ReviewItem(**{**_fields(item), "examples": (proposed.id,)})
-
-
-def _fields(item: ReviewItem) -> dict[str, Any]:
-    return {name: getattr(item, name) for name in ReviewItem.__dataclass_fields__}
-
-
-def _checked(item: ReviewItem) -> ReviewItem:
-    if not item.examples and not item.slice:
-        raise SourceError("a finding names neither rows nor a slice", "examples: [id], or slice: in words")
-    if item.kind == "personal":
-        _check_personal(item)
-    return item
+    return replace(item, examples=(proposed.id,))
 
 
 def _check_personal(item: ReviewItem) -> None:

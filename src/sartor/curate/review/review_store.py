@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,7 +88,9 @@ counter = Table(
 
 def form() -> Form:
     """Return the description of the queue's database: tables, migrations and version."""
-    return Form("review queue", "--queue ", MIGRATIONS, counter.c.value, "review_version")
+    return Form(
+        "review queue", "--queue ", migrations=MIGRATIONS, counter=counter.c.value, version_table="review_version"
+    )
 
 
 AT_ONCE = 500  # ids per query: SQLite allows 32,766 parameters, old versions 999
@@ -128,7 +130,8 @@ class Queue:
         result: dict[str, list[Decision]] = {}
         column = decisions.c
         with self.database.read() as connection:
-            for batch in _batched(items):
+            remaining_ids = iter(items)
+            while batch := list(islice(remaining_ids, AT_ONCE)):
                 query = select(column.key, column.item, column.said, column.checksum).where(column.item.in_(batch))
                 for row in connection.execute(query.order_by(column.number)).mappings():
                     result.setdefault(str(row["item"]), []).append(
@@ -188,12 +191,6 @@ def _verified_fields(row: Mapping[str, Any], kind: str, identity: str) -> dict[s
             "new one",
         )
     return dict(json.loads(row["said"]))
-
-
-def _batched(ids: Iterable[str]) -> Iterator[Sequence[str]]:
-    source = iter(ids)
-    while batch := list(islice(source, AT_ONCE)):
-        yield batch
 
 
 VARIABLE = "SARTOR_REVIEW"

@@ -15,7 +15,7 @@ from sartor.core.artifacts import Artifact, check_file
 from sartor.core.errors import ConfigError
 from sartor.core.lineage import origin_index
 from sartor.core.parquet_io import to_string_array
-from sartor.core.records import Example, Message, Origin, Part
+from sartor.core.records import Example, Message, Part
 from sartor.core.splits import prompt_group
 from sartor.curate.dataset_writer import EDITED
 from sartor.curate.labels import class_labels
@@ -38,7 +38,12 @@ def apply_edit(example: Example, change: Mapping[str, Any]) -> Example:
     if "value" in change:
         edited = _with_label(edited, str(change.get("label", "reply")), str(change["value"]))
     if "weight" in change:
-        edited = replace(edited, weight=_weight(change["weight"]))
+        weight = change["weight"]
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
+            raise ConfigError(
+                f"the weight is {weight!r}", "a number above 0; 1 is the usual; reject a row that is to weigh nothing"
+            )
+        edited = replace(edited, weight=float(weight))
     if change.get("mask"):
         edited = everywhere_masked(edited)
     if edited.id == example.id and edited.weight == example.weight:
@@ -48,10 +53,18 @@ def apply_edit(example: Example, change: Mapping[str, Any]) -> Example:
         )
     if edited.id == example.id:  # a new weight alone does not make a new row
         return replace(edited, steps=(*example.steps, STEP))
+    origins = []
+    for origin in example.origins:
+        step = origin.step
+        if not origin.parents and not step.endswith(STEP):
+            # a row that was read still counts as a row of its source, with the step of an edit. A row that a step made
+            # keeps the name of that step: `made+review` marks one that had no parent before the edit
+            step = STEP if step == "read" else f"{step}+{STEP}"
+        origins.append(replace(origin, parents=(example.id,), step=step))
     group = prompt_group(edited) if example.group == prompt_group(example) else edited.group
     return replace(
         edited,
-        origins=tuple(_child(origin, example) for origin in example.origins),
+        origins=tuple(origins),
         group=group,
         steps=(*example.steps, STEP),
     )
@@ -70,21 +83,15 @@ def masked_text(text: str) -> str:
     return PersonalData(entities=ENTITIES).masker()(text)  # type: ignore[arg-type]
 
 
-def _child(origin: Origin, parent: Example) -> Origin:
-    """Return the origin of an edited row, with the unedited row as parent.
-
-    A row that was read still counts as a row of its source, with the step of an edit. A row that a step made keeps the
-    name of that step: `made+review` marks one that had no parent before the edit.
-    """
-    if origin.parents or origin.step.endswith(STEP):
-        return replace(origin, parents=(parent.id,))
-    return replace(origin, parents=(parent.id,), step=STEP if origin.step == "read" else f"{origin.step}+{STEP}")
-
-
 def _turns(example: Example, change: Mapping[str, Any]) -> list[tuple[int, str]]:
-    result = [(_turn_number(example, key), str(text)) for key, text in dict(change.get("turns") or {}).items()]
+    last = len(example.messages) - 1
+    result = []
+    for key, text in dict(change.get("turns") or {}).items():
+        if not str(key).isdecimal() or int(key) > last:
+            raise ConfigError(f"row {example.id} has no turn {key!r}", f"a number from 0 to {last}")
+        result.append((int(key), str(text)))
     if "reply" in change:
-        result.append((len(example.messages) - 1, str(change["reply"])))
+        result.append((last, str(change["reply"])))
     if "prompt" in change:
         users = [index for index, message in enumerate(example.messages) if message.role == "user"]
         if not users:
@@ -93,13 +100,6 @@ def _turns(example: Example, change: Mapping[str, Any]) -> list[tuple[int, str]]
             )
         result.append((users[-1], str(change["prompt"])))
     return result
-
-
-def _turn_number(example: Example, key: Any) -> int:
-    last = len(example.messages) - 1
-    if not str(key).isdecimal() or int(key) > last:
-        raise ConfigError(f"row {example.id} has no turn {key!r}", f"a number from 0 to {last}")
-    return int(key)
 
 
 def _with_text(example: Example, turn: int, text: str) -> Example:
@@ -126,14 +126,6 @@ def _with_label(example: Example, form: str, value: str) -> Example:
             f"the reply of row {example.id} has no label {form}", "edit its reply as a whole: --reply TEXT"
         )
     return _with_text(example, len(example.messages) - 1, reply)
-
-
-def _weight(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ConfigError(
-            f"the weight is {value!r}", "a number above 0; 1 is the usual; reject a row that is to weigh nothing"
-        )
-    return float(value)
 
 
 def rows_of(dataset: Artifact, ids: Iterable[str]) -> dict[str, Example]:

@@ -122,7 +122,9 @@ def read_chunk(
     notes: (file name, observation) -> count, updated for observations that are no reason for a Drop.
     """
     note_counts: Counter[tuple[str, str]] = Counter() if notes is None else notes
-    reader = _ChunkReader(chunk, source_files.with_licence(source), media_folder, strict, note_counts)
+    reader = _ChunkReader(
+        chunk, source_files.with_licence(source), media_folder=media_folder, strict=strict, notes=note_counts
+    )
     if not chunk.files:
         name = "query" if source_files.scheme(source.path) == "sql" else source.path
         yield from reader.rows(
@@ -178,18 +180,27 @@ def _raw(
         if file.kind in file_formats.MEDIA_KINDS:
             yield "1", _captioned(file, chunk.most_bytes)
         elif file.kind in documents.MODULES:
-            yield from document_reader.read(file.path, file.sha256, file.kind, chunk.most_bytes, file.sheet)
+            yield from document_reader.read(
+                file.path, file.sha256, kind=file.kind, most_bytes=chunk.most_bytes, sheet=file.sheet
+            )
         elif file.kind in ("text", "markdown"):
             note_counts: Counter[str] = Counter()
             yield from documents.read_text_document(
-                file.path, file.sha256, file.kind, chunk.most_bytes, note_counts, file.encoding
+                file.path,
+                file.sha256,
+                kind=file.kind,
+                most_bytes=chunk.most_bytes,
+                notes=note_counts,
+                encoding=file.encoding,
             )
             notes.update({(file.name, note): count for note, count in note_counts.items()})
         else:
             with open_regular(file.path) as stream:
                 piece = chunk.piece or FilePiece(0, file.bytes, 1, -1)
                 _check_unchanged(stream, file, piece)
-                yield from row_readers.encoded_rows(stream, file.kind, piece, chunk.most_bytes, file.encoding)
+                yield from row_readers.encoded_rows(
+                    stream, file.kind, piece=piece, most_bytes=chunk.most_bytes, encoding=file.encoding
+                )
     except MalformedRow as fault:
         yield "1", fault
     except OSError as error:

@@ -135,18 +135,13 @@ def _lines_that_are_not_utf8(stream: BinaryIO) -> bytes:
             decoder.errors = "strict"
         if len(sample) < _SAMPLE_BYTES:
             sample += line
-    return _whole_lines(bytes(sample)) if broken > _MOST_BROKEN * (valid + broken) else b""
-
-
-def _whole_lines(sample: bytes) -> bytes:
-    """Return the complete lines within _SAMPLE_BYTES of a sample.
-
-    A character cut in two would be invalid in every code page.
-    """
+    if broken <= _MOST_BROKEN * (valid + broken):
+        return b""
     if len(sample) <= _SAMPLE_BYTES:
-        return sample
+        return bytes(sample)
+    # complete lines: a character cut in two would be invalid in every code page
     end = sample.rfind(b"\n", 0, _SAMPLE_BYTES) + 1
-    return sample[: end or _SAMPLE_BYTES]
+    return bytes(sample[: end or _SAMPLE_BYTES])
 
 
 def _code_page(sample: bytes) -> str:
@@ -163,7 +158,8 @@ def _code_page(sample: bytes) -> str:
         if confidence >= _LEAST_CONFIDENCE and (other is None or other[2] <= _MOST_OF_BEST * confidence):
             same_text = {name for name, other_text, _ in found if other_text == text}
             return next((name for name in _KNOWN if name in same_text), best)
-    likely = [name for name in _KNOWN if name in {candidate for candidate, _, _ in found}] or ["cp1252"]
+    names = {candidate for candidate, _, _ in found}
+    likely = [name for name in _KNOWN if name in names] or ["cp1252"]
     problem = f"the file is not UTF-8, and its code page cannot be told: it may be {' or '.join(likely[:3])}"
     raise MalformedRow("unknown_encoding", f"{problem}; say which, encoding: {likely[0]}, or save the file as UTF-8")
 

@@ -73,31 +73,30 @@ def rate_raters(lines: Sequence[FeedbackLine], terms: InboxTerms) -> list[RaterT
     Sorted by key and user.
     """
     votes, known_signs = _votes(lines)
-    users = _users(lines)
+    users: dict[str, set[str]] = defaultdict(set)  # key -> its users
+    for line in lines:
+        users[line.key].add(line.user)
     distrusted: dict[RaterId, RaterTrust] = {}
     while True:
-        standings = [
-            standing
-            for standing in _standings(votes, known_signs, users, terms)
-            if (standing.key, standing.user) not in distrusted
-        ]
+        standings = _standings(votes, known_signs, users, terms)
+        standings = [standing for standing in standings if (standing.key, standing.user) not in distrusted]
         worst = min(standings, key=lambda standing: (standing.p, -standing.against), default=None)
         if worst is None or worst.p > terms.alpha:
             return sorted([*distrusted.values(), *standings], key=lambda standing: (standing.key, standing.user))
         distrusted[worst.key, worst.user] = replace(worst, is_distrusted=True)
-        votes = {
-            item: {voter: vote_sum for voter, vote_sum in reply_votes.items() if not _is_voter_of(voter, worst)}
-            for item, reply_votes in votes.items()
-        }
+        trusted_votes: dict[str, dict[RaterId, int]] = {}
+        for item, reply_votes in votes.items():
+            trusted_votes[item] = {
+                (key, user): vote_sum
+                for (key, user), vote_sum in reply_votes.items()
+                if key != worst.key or worst.user not in (WHOLE, user)
+            }
+        votes = trusted_votes
 
 
 def distrusted_raters(standings: Iterable[RaterTrust]) -> Mapping[RaterId, RaterTrust]:
     """Return the distrusted raters by (key, user)."""
     return {(standing.key, standing.user): standing for standing in standings if standing.is_distrusted}
-
-
-def _is_voter_of(voter: RaterId, standing: RaterTrust) -> bool:
-    return voter[0] == standing.key and standing.user in (WHOLE, voter[1])
 
 
 def _votes(lines: Iterable[FeedbackLine]) -> tuple[Votes, Mapping[str, int]]:
@@ -107,17 +106,10 @@ def _votes(lines: Iterable[FeedbackLine]) -> tuple[Votes, Mapping[str, int]]:
         if line.item and line.sign:
             votes[line.item][line.key, line.user] += line.sign
             known_signs[line.item] = line.known
-    return {
+    comparable = {
         item: reply_votes for item, reply_votes in votes.items() if known_signs[item] or len(reply_votes) > 1
-    }, known_signs
-
-
-def _users(lines: Iterable[FeedbackLine]) -> Mapping[str, set[str]]:
-    """Return key -> its users."""
-    users: dict[str, set[str]] = defaultdict(set)
-    for line in lines:
-        users[line.key].add(line.user)
-    return users
+    }
+    return comparable, known_signs
 
 
 def _standings(
@@ -129,15 +121,13 @@ def _standings(
     """
     keys = _trials(votes, known_signs, lambda voter: (voter[0], WHOLE))
     people = _trials(votes, known_signs, lambda voter: voter)
-    named_users = [(key, user) for key, key_users in users.items() if len(key_users) > 1 for user in key_users if user]
-    standings = [
-        *(_standing_of(rater, keys, terms) for rater in ((key, WHOLE) for key in users)),
-        *(_standing_of(rater, people, terms) for rater in named_users),
-    ]
+    standings = [_standing_of((key, WHOLE), keys, terms) for key in users]
+    for key, key_users in users.items():
+        if len(key_users) > 1:
+            standings += [_standing_of((key, user), people, terms) for user in key_users if user]
     compared_indices = [index for index, item in enumerate(standings) if item.compared]
-    for index, p in zip(
-        compared_indices, holm_correction([standings[index].p for index in compared_indices]), strict=True
-    ):
+    corrected = holm_correction([standings[index].p for index in compared_indices])
+    for index, p in zip(compared_indices, corrected, strict=True):
         standings[index] = replace(standings[index], p=p)
     return standings
 
@@ -169,7 +159,8 @@ def _standing_of(rater: RaterId, trials: Mapping[RaterId, tuple[int, int]], term
     against, compared = trials.get(rater, (0, 0))
     if not compared:
         return RaterTrust(*rater)
-    all_against, all_compared = (sum(trial[index] for trial in trials.values()) for index in (0, 1))
+    all_against = sum(rater_against for rater_against, _ in trials.values())
+    all_compared = sum(rater_compared for _, rater_compared in trials.values())
     # p = max(P(Bin(compared, disagreement) >= against), P(Hypergeom >= against)): both tests must reject
     p = float(binom.sf(against - 1, compared, terms.disagreement))
     if all_compared > compared:
@@ -314,18 +305,9 @@ def rows_over_cap(lines: Sequence[FeedbackLine], terms: InboxTerms) -> dict[Line
 
     The seed decides which lines those are.
     """
-    over_cap: dict[LinePosition, str] = {}
-    for rater_of in (_user, _key):
-        over_cap |= _over_cap([line for line in lines if line.position not in over_cap], terms, rater_of)
-    return over_cap
-
-
-def _user(line: FeedbackLine) -> RaterId:
-    return line.key, line.user
-
-
-def _key(line: FeedbackLine) -> RaterId:
-    return line.key, ""
+    over_user_cap = _over_cap(lines, terms, lambda line: (line.key, line.user))
+    remaining_lines = [line for line in lines if line.position not in over_user_cap]
+    return over_user_cap | _over_cap(remaining_lines, terms, lambda line: (line.key, ""))
 
 
 def _over_cap(
@@ -335,7 +317,9 @@ def _over_cap(
     max_rows = allowed(list(counts.values()), terms)
     row_counts: Counter[RaterId] = Counter()
     over_cap: dict[LinePosition, str] = {}
-    for line in sorted(lines, key=lambda line: _draw(terms.seed, line)):
+    for line in sorted(
+        lines, key=lambda line: hashlib.sha256(f"{terms.seed}:{line.receipt}:{line.key}".encode()).digest()
+    ):
         rater = rater_of(line)
         row_counts[rater] += 1
         if row_counts[rater] > max_rows:
@@ -344,10 +328,6 @@ def _over_cap(
                 f"its {rater_kind} gives {counts[rater]} rows; of {len(counts)} that speak, one may give {max_rows}"
             )
     return over_cap
-
-
-def _draw(seed: int, line: FeedbackLine) -> bytes:
-    return hashlib.sha256(f"{seed}:{line.receipt}:{line.key}".encode()).digest()
 
 
 def allowed(counts: Sequence[int], terms: InboxTerms) -> int:

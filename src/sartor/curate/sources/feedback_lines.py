@@ -47,8 +47,12 @@ class FeedbackLine:
     def sign(self) -> int:
         """Judgement of the reply: 1 good, -1 bad, 0 none. A correction to another text counts as bad, rated or not."""
         if self.correction:
-            return 0 if not self.reply else 1 if self.correction == self.reply else -1
-        return 0 if not self.rating else 1 if self.rating > 0 else -1
+            if not self.reply:
+                return 0
+            return 1 if self.correction == self.reply else -1
+        if not self.rating:
+            return 0
+        return 1 if self.rating > 0 else -1
 
     def merge(self, older: FeedbackLine) -> FeedbackLine:
         """Return the line with gaps filled from an older line of the same key on the same reply."""
@@ -85,15 +89,15 @@ def line_of(position: LinePosition, feedback: Feedback, known: int) -> FeedbackL
     return FeedbackLine(
         position,
         feedback.receipt,
-        giver.key,
-        giver.user,
-        feedback.agent,
-        giver.consent,
-        feedback.rating,
-        correction,
-        reply,
-        item,
-        known,
+        key=giver.key,
+        user=giver.user,
+        agent=feedback.agent,
+        consent=giver.consent,
+        rating=feedback.rating,
+        correction=correction,
+        reply=reply,
+        item=item,
+        known=known,
     )
 
 
@@ -243,11 +247,10 @@ def read_gold_replies(path: str) -> GoldReplies:
 
 
 def _example(row: Any) -> Example | None:
-    if (
-        isinstance(row, MalformedRow)
-        or not isinstance(row, Mapping)
-        or (form := row_formats.detect_row_format(row)) is None
-    ):
+    if isinstance(row, MalformedRow) or not isinstance(row, Mapping):
+        return None
+    form = row_formats.detect_row_format(row)
+    if form is None:
         return None
     try:
         return row_formats.parse_row(row, form, Origin("", ""), _no_media)

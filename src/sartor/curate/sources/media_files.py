@@ -57,7 +57,10 @@ def store_media(kind: str, value: str, folder: Path | None, media_folder: Path) 
     accepted. Raises MalformedRow.
     """
     if value.startswith("data:"):
-        return _store_data_url(kind, value, media_folder)
+        content = of_data_url(kind, value)
+        mime = value.partition(",")[0].removeprefix("data:").partition(";")[0].lower()
+        suffix = _SUFFIXES.get(mime, "") or file_formats.suffix_of(content[: file_formats.HEAD_BYTES])
+        return copy(io.BytesIO(content), f"data URL{suffix}", media_folder)
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.\-]+://", value):
         raise MalformedRow("bad_media", f"the {kind} is an address to fetch ({value[:60]}); give a path or a data URL")
     return copy_file(locate(kind, value, folder), media_folder)
@@ -104,13 +107,6 @@ def locate(kind: str, value: str, folder: Path | None) -> Path:
     if not exists:
         raise MalformedRow("missing_media", f"there is no {kind} at {value[:80]!r} beside the file")
     return file
-
-
-def _store_data_url(kind: str, value: str, media_folder: Path) -> str:
-    mime = value.partition(",")[0].removeprefix("data:").partition(";")[0].lower()
-    content = of_data_url(kind, value)
-    suffix = _SUFFIXES.get(mime, "") or file_formats.suffix_of(content[: file_formats.HEAD_BYTES])
-    return copy(io.BytesIO(content), f"data URL{suffix}", media_folder)
 
 
 def of_data_url(kind: str, value: str) -> bytes:

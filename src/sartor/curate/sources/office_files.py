@@ -90,7 +90,7 @@ def workbook_rows(raw: bytes, sheet: str) -> Iterator[tuple[int, dict[str, Any] 
             ),
         )
         return
-    filled = [one for one in sheets if any(True for _ in _filled_rows(one))]
+    filled = [one for one in sheets if next(_filled_rows(one), None) is not None]
     if not filled:
         yield 1, MalformedRow("empty_file", "no sheet of the workbook holds a cell")
         return
@@ -167,7 +167,8 @@ def document_text(raw: bytes) -> str:
     lines = []
     for block in document.iter_inner_content():
         if hasattr(block, "rows"):
-            lines += ["\t".join(cell.text.strip() for cell in row.cells) for row in block.rows]
+            for row in block.rows:
+                lines.append("\t".join(cell.text.strip() for cell in row.cells))
         else:
             lines.append(block.text)
     text = "\n".join(lines).strip()

@@ -62,15 +62,20 @@ def plan_reading(sources: Sequence[SourceOptions], max_row_bytes: int) -> ReadPl
             head = list(source_files.query_rows(source, max_row_bytes, source_files.HEAD_ROWS))
             form = source_files.form_of(head, source, source.path)
             plan.files.append(replace(facts, form=form or "unknown"))
-            plan.chunks.append(InputChunk(len(plan.chunks), index, _rows_digest(source), form, max_row_bytes))
+            plan.chunks.append(
+                InputChunk(len(plan.chunks), index, asked=_rows_digest(source), form=form, most_bytes=max_row_bytes)
+            )
             continue
         if source_files.scheme(source.path) == "inbox":
             files = tuple(_inbox_file(source_file, max_row_bytes) for source_file in source_files.files_of(source))
             plan.files += [_facts(source, file) for file in files]
-            rows_digest = records.digest(
-                [_rows_digest(source), asdict(source.inbox), feedback_lines.gold_replies_digest(source.inbox.known)]
-            )[:16]
-            plan.chunks.append(InputChunk(len(plan.chunks), index, rows_digest, inbox.FORM, max_row_bytes, files))
+            known_digest = feedback_lines.gold_replies_digest(source.inbox.known)
+            rows_digest = records.digest([_rows_digest(source), asdict(source.inbox), known_digest])[:16]
+            plan.chunks.append(
+                InputChunk(
+                    len(plan.chunks), index, asked=rows_digest, form=inbox.FORM, most_bytes=max_row_bytes, files=files
+                )
+            )
             continue
         cutter = _Cutter(plan, index, _rows_digest(source), max_row_bytes)
         for file, pieces in _surveyed(source, max_row_bytes):
@@ -101,7 +106,16 @@ def _rows_digest(source: SourceOptions) -> str:
 
 def _facts(source: SourceOptions, file: InputFile) -> FileFacts:
     form = file.form or "unknown"
-    return FileFacts(source.path, file.name, file.sha256, file.bytes, source.licence, source.use, form, file.encoding)
+    return FileFacts(
+        source.path,
+        file.name,
+        sha256=file.sha256,
+        bytes=file.bytes,
+        licence=source.licence,
+        use=source.use,
+        form=form,
+        encoding=file.encoding,
+    )
 
 
 @dataclass
@@ -134,7 +148,15 @@ class _Cutter:
     def _add_chunk(self, files: tuple[InputFile, ...], piece: FilePiece | None = None) -> None:
         form = files[0].form if piece else ""
         self.plan.chunks.append(
-            InputChunk(len(self.plan.chunks), self.source, self.rows_digest, form, self.most_bytes, files, piece)
+            InputChunk(
+                len(self.plan.chunks),
+                self.source,
+                asked=self.rows_digest,
+                form=form,
+                most_bytes=self.most_bytes,
+                files=files,
+                piece=piece,
+            )
         )
 
 
@@ -152,9 +174,11 @@ def _surveyed(source: SourceOptions, most_bytes: int) -> Iterator[tuple[InputFil
         if kind not in file_formats.MEDIA_KINDS or file.refusal[0]:
             yield _inspect(file, kind, most_bytes, of_media=file.path in tables, source=source)
         elif file.path not in table_media:
-            caption_files = [
-                by_path.get(path) or SourceFile(path, _name_beside(file, path)) for path in captions.get(file.path, ())
-            ]
+            caption_files = []
+            for path in captions.get(file.path, ()):
+                # a caption that the source does not list has the name of a file beside its media file
+                name = file.name[: file.name.rfind("/") + 1] + safe_name(os.path.basename(path))
+                caption_files.append(by_path.get(path) or SourceFile(path, name))
             yield _with_caption(file, kind, source, caption_files), []
 
 
@@ -206,9 +230,12 @@ def _head_rows(
     """Return the first rows of a table, from which its format is found."""
     if file.kind == "xlsx":
         with documents.DocumentReader() as reader:
-            rows = reader.read(file.path, file.sha256, file.kind, most_bytes, file.sheet)
+            rows = reader.read(file.path, file.sha256, kind=file.kind, most_bytes=most_bytes, sheet=file.sheet)
             return list(itertools.islice(rows, source_files.HEAD_ROWS))
-    pieces_rows = (row_readers.encoded_rows(stream, file.kind, piece, most_bytes, file.encoding) for piece in pieces)
+    pieces_rows = (
+        row_readers.encoded_rows(stream, file.kind, piece=piece, most_bytes=most_bytes, encoding=file.encoding)
+        for piece in pieces
+    )
     return list(itertools.islice(itertools.chain.from_iterable(pieces_rows), source_files.HEAD_ROWS))
 
 
@@ -246,7 +273,9 @@ def _tables(files: Sequence[SourceFile], most_bytes: int) -> tuple[set[str], set
         folder = os.path.dirname(file.path)
         with open_regular(file.path) as stream:
             whole = FilePiece(0, table_file.bytes, 1, -1)
-            for _, row in row_readers.encoded_rows(stream, table_file.kind, whole, most_bytes, table_file.encoding):
+            for _, row in row_readers.encoded_rows(
+                stream, table_file.kind, piece=whole, most_bytes=most_bytes, encoding=table_file.encoding
+            ):
                 name = row.get("file_name") if isinstance(row, dict) else None
                 path = os.path.normpath(os.path.join(folder, name)) if isinstance(name, str) else ""
                 if path in media_paths:
@@ -270,11 +299,6 @@ def _captions(files: Sequence[SourceFile], table_media: set[str]) -> dict[str, l
         if caption_paths:
             captions[file.path] = caption_paths
     return captions
-
-
-def _name_beside(media: SourceFile, path: str) -> str:
-    """Return the name of a file in the folder of a media file."""
-    return media.name[: media.name.rfind("/") + 1] + safe_name(os.path.basename(path))
 
 
 def _with_caption(
@@ -317,7 +341,9 @@ def _caption(source_file: SourceFile) -> InputFile:
             raise MalformedRow(fault.reason, f"the caption {source_file.name!r}: {fault.detail}")
         sha256, size, _ = survey(stream, kind)
         encoding = encodings.detect_encoding(stream)
-    return InputFile(source_file.path, source_file.name, kind, sha256, size, form="caption", encoding=encoding)
+    return InputFile(
+        source_file.path, source_file.name, kind=kind, sha256=sha256, bytes=size, form="caption", encoding=encoding
+    )
 
 
 __all__ = [

@@ -178,8 +178,11 @@ def detect_row_format(row: Mapping[str, Any], *, of_media: bool = False) -> str 
     """
     if of_media and row.get("file_name") is not None and caption_field(row):
         return CAPTIONED
-    fitting = (form for form, keys in FORMS.items() if all(row.get(key) is not None for key in keys))
-    return next((form for form in fitting if form != "rated" or _stated_rating(row) is not None), None)
+    for form, keys in FORMS.items():
+        has_fields = all(row.get(key) is not None for key in keys)
+        if has_fields and (form != "rated" or _stated_rating(row) is not None):
+            return form
+    return None
 
 
 def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -355,21 +358,15 @@ def _origins(row: Mapping[str, Any], origin: Origin) -> tuple[Origin, ...]:
     origins = row.get("origins")
     if not isinstance(origins, Sequence) or isinstance(origins, (str, bytes)):
         return (origin,)
-    marks = [
-        item
-        for item in origins
-        if isinstance(item, Mapping) and isinstance(item.get("made_by"), str) and item["made_by"]
-    ]
-    synthetic_origins = [
-        replace(
-            origin,
-            parents=tuple(str(parent) for parent in mark.get("parents") or ()),
-            step=str(mark.get("step") or origin.step),
-            made_by=mark["made_by"],
-        )
-        for mark in marks
-    ]
-    return tuple(synthetic_origins) if marks and len(marks) == len(origins) else (origin, *synthetic_origins)
+    synthetic_origins = []
+    for item in origins:
+        if isinstance(item, Mapping) and isinstance(item.get("made_by"), str) and item["made_by"]:
+            parents = tuple(map(str, item.get("parents") or ()))
+            step = str(item.get("step") or origin.step)
+            synthetic_origins.append(replace(origin, parents=parents, step=step, made_by=item["made_by"]))
+    if synthetic_origins and len(synthetic_origins) == len(origins):
+        return tuple(synthetic_origins)
+    return (origin, *synthetic_origins)
 
 
 def date_of(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -420,11 +417,10 @@ def _other_form(row: Mapping[str, Any], form: str) -> MalformedRow:
 
 def _messages(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     turns = _loads(row["messages"])
-    entries = (
-        [item for turn in turns for item in (turn if isinstance(turn, list) else [turn])]
-        if isinstance(turns, list)
-        else []
-    )
+    entries: list[Any] = []
+    if isinstance(turns, list):
+        for turn in turns:
+            entries += turn if isinstance(turn, list) else [turn]
     if entries and all(
         isinstance(entry, Mapping) and "role" not in entry and "sender" in entry and "text" in entry
         for entry in entries
@@ -530,7 +526,7 @@ def _label_studio_answer(result: Any) -> str:
             spans.append({key: value[key] for key in ("start", "end", "text", "labels") if key in value})
         for key in ("choices", "text", "rating"):
             if key in value and "start" not in value:
-                said += [str(one) for one in (value[key] if isinstance(value[key], list) else [value[key]])]
+                said += map(str, value[key] if isinstance(value[key], list) else [value[key]])
     if spans:
         said.append(json.dumps(sorted(spans, key=lambda span: str(span)), ensure_ascii=False, sort_keys=True))
     return ", ".join(said)
@@ -550,12 +546,13 @@ def _argilla(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...],
         raise MalformedRow(
             "bad_field", f"several questions are answered ({names}); export one, or name it: fields.completion"
         )
-    answers = [
-        value if isinstance(value := one.get("value"), str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
-        for said in answered.values()
-        for one in said
-        if isinstance(one, Mapping) and one.get("status", "submitted") == "submitted"
-    ]
+    answers: list[str] = []
+    for question_responses in answered.values():
+        for response in question_responses:
+            if not isinstance(response, Mapping) or response.get("status", "submitted") != "submitted":
+                continue
+            value = response.get("value")
+            answers.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True))
     return _annotated(_only_text(fields, "fields"), answers)
 
 

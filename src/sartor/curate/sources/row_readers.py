@@ -554,7 +554,7 @@ def read_rows(file: Path, most_bytes: int) -> Read:
                 yield "1", document if isinstance(document, MalformedRow) else {"text": document[0]}
             else:
                 piece = FilePiece(0, encodings.size_of(stream), 1, -1)
-                yield from encoded_rows(stream, kind, piece, most_bytes, encoding)
+                yield from encoded_rows(stream, kind, piece=piece, most_bytes=most_bytes, encoding=encoding)
     except MalformedRow as fault:
         yield "1", fault
     except OSError as error:

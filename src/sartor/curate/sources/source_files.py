@@ -12,7 +12,7 @@ import hashlib
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -104,27 +104,29 @@ def _asset(path: str) -> tuple[str, str]:
 
 def query_rows(source: SourceOptions, most_bytes: int, most_rows: int = 0) -> Read:
     """Yield the rows of a `sql:` or `hub:` source; only the first `most_rows` unless that is 0."""
-    return (
-        sql.rows(source.path, most_bytes, most_rows) if scheme(source.path) == "sql" else _hub_rows(source, most_rows)
-    )
+    if scheme(source.path) == "sql":
+        yield from sql.rows(source.path, most_bytes, most_rows)
+        return
+    for number, row in enumerate(_hub(source), 1):
+        yield str(number), drop_nulls(dict(row))
+        if number == most_rows:
+            return
 
 
 def query_facts(source: SourceOptions) -> FileFacts:
     """Return the facts of a `sql:` or `hub:` source that are known before its rows are read."""
     if scheme(source.path) == "sql":
         sql.split(source.path)
-        return FileFacts(source.path, "query", "", 0, source.licence, source.use)
+        return FileFacts(source.path, "query", sha256="", bytes=0, licence=source.licence, use=source.use)
     dataset = _hub(source)
     return FileFacts(
-        source.path, source.path, str(dataset._fingerprint), int(dataset.dataset_size or 0), source.licence, source.use
+        source.path,
+        source.path,
+        sha256=str(dataset._fingerprint),
+        bytes=int(dataset.dataset_size or 0),
+        licence=source.licence,
+        use=source.use,
     )
-
-
-def _hub_rows(source: SourceOptions, most_rows: int) -> Read:
-    for number, row in enumerate(_hub(source), 1):
-        yield str(number), drop_nulls(dict(row))
-        if number == most_rows:
-            return
 
 
 def _hub(source: SourceOptions) -> Any:
@@ -202,7 +204,7 @@ def survey(stream: BinaryIO, kind: str) -> tuple[str, int, list[FilePiece]]:
         crc, size = zlib.crc32(block, crc), size + len(block)
     if kind == "parquet" and size > PIECE_BYTES and (spans := list(row_readers.pieces(stream))):
         pieces = [
-            FilePiece(start, length, row, checksum(stream, start, length), (begin, last))
+            FilePiece(start, length, first=row, crc=checksum(stream, start, length), groups=(begin, last))
             for start, length, row, begin, last in spans
         ]
         return digest.hexdigest(), size, pieces
@@ -229,14 +231,9 @@ def _survey_lines(stream: BinaryIO) -> tuple[str, int, list[FilePiece]]:
 
 def checksum(stream: BinaryIO, start: int, length: int) -> int:
     """Return the CRC-32 of a piece of a file."""
-    crc = 0
-    for block in _blocks(stream, start, length):
-        crc = zlib.crc32(block, crc)
-    return crc
-
-
-def _blocks(stream: BinaryIO, start: int, length: int) -> Iterator[bytes]:
     stream.seek(start)
+    crc = 0
     while length > 0 and (block := stream.read(min(BLOCK_BYTES, length))):
         length -= len(block)
-        yield block
+        crc = zlib.crc32(block, crc)
+    return crc

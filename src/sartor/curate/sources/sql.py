@@ -102,10 +102,15 @@ def _filled(url: str) -> tuple[Any, dict[str, str]]:
     """Return the URL with every ${NAME} filled in, and the filled values by name."""
     secrets: dict[str, str] = {}
 
+    def value_of(match: re.Match[str]) -> str:
+        name = match[1]
+        value = os.environ.get(name)
+        if not value:
+            raise ConfigError(f"the URL of a SQL source names ${{{name}}}, which is not set", f"export {name}=...")
+        return secrets.setdefault(name, value)
+
     def fill(text: str | None) -> str | None:
-        return (
-            None if text is None else _NAME.sub(lambda name: secrets.setdefault(name[1], _environment(name[1])), text)
-        )
+        return None if text is None else _NAME.sub(value_of, text)
 
     if _WHOLE_NAME.fullmatch(url):
         whole = _parse(str(fill(url)))
@@ -113,18 +118,11 @@ def _filled(url: str) -> tuple[Any, dict[str, str]]:
             secrets[f"{_NAME.match(url)[1]}'s password"] = str(whole.password)  # type: ignore[index]
         return whole, secrets
     parsed = _parse(url)
-    options = {
-        key: fill(value) if isinstance(value, str) else tuple(fill(item) for item in value)
-        for key, value in parsed.query.items()
-    }
+    options: dict[str, Any] = {}
+    for key, value in parsed.query.items():
+        options[key] = fill(value) if isinstance(value, str) else tuple(map(fill, value))
     parts = {part: fill(getattr(parsed, part)) for part in ("username", "password", "host", "database")}
     return parsed.set(query=options, **{part: value for part, value in parts.items() if value is not None}), secrets
-
-
-def _environment(name: str) -> str:
-    if not (value := os.environ.get(name)):
-        raise ConfigError(f"the URL of a SQL source names ${{{name}}}, which is not set", f"export {name}=...")
-    return value
 
 
 def rows(path: str, most_bytes: int, most_rows: int = 0) -> Read:

@@ -145,12 +145,10 @@ class SourceOptions(Owned):
             self, "licence", checked(self.licence)
         )  # canonical spelling, so that equal licences compare equal
         if self.expires:
-            object.__setattr__(self, "expires", _day(self.expires))
-
-
-def _day(text: str) -> str:
-    try:
-        return datetime.date.fromisoformat(text).isoformat()
-    except ValueError:
-        tomorrow = datetime.date.today() + datetime.timedelta(days=1)
-        raise ConfigError(f"expires is {text!r}; it must be a day, year-month-day", f"expires: {tomorrow}") from None
+            try:
+                last_day = datetime.date.fromisoformat(self.expires)
+            except ValueError:
+                tomorrow = datetime.date.today() + datetime.timedelta(days=1)
+                problem = f"expires is {self.expires!r}; it must be a day, year-month-day"
+                raise ConfigError(problem, f"expires: {tomorrow}") from None
+            object.__setattr__(self, "expires", last_day.isoformat())

@@ -228,13 +228,10 @@ def ngrams(hashes: Any, size: int) -> Any:
     total = np.zeros(count, np.uint64)
     with np.errstate(over="ignore"):
         for shift in range(size):
-            total += hashes[shift : shift + count] * _weight(shift)
+            multiplier = ((shift + 1) * 0xD1B54A32D192ED03 * 2 + 1) & 0xFFFFFFFFFFFFFFFF
+            total += hashes[shift : shift + count] * np.uint64(multiplier)
     # XOR with a number for the size: a sum over 5 words must not equal one over 6 whose last hash is small
     return total ^ np.uint64(size * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
-
-
-def _weight(shift: int) -> Any:
-    return np.uint64(((shift + 1) * 0xD1B54A32D192ED03 * 2 + 1) & 0xFFFFFFFFFFFFFFFF)
 
 
 def size_for(count: int, ngram: int) -> int:
@@ -266,8 +263,11 @@ class Index:
 
         rows: (user texts, assistant texts) of each row.
         """
-        row_words = [[words(text) for text in (*prompts, *replies)] for prompts, replies in rows]
-        texts = [text for row in row_words for text in row]
+        row_words = []
+        texts: list[list[str]] = []
+        for prompts, replies in rows:
+            row_words.append([words(text) for text in (*prompts, *replies)])
+            texts += row_words[-1]
         hashes = self.hashes.of([word for text in texts for word in text])
         text_of = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
         row_of = np.repeat(np.arange(len(row_words)), [len(row) for row in row_words])
@@ -278,7 +278,8 @@ class Index:
             positions = np.flatnonzero(
                 self.prefilter[grams & self.mask] & (text_of[: len(grams)] == text_of[size - 1 :][: len(grams)])
             )
-            low, high = (np.searchsorted(self.grams, grams[positions], side) for side in ("left", "right"))
+            low = np.searchsorted(self.grams, grams[positions], "left")
+            high = np.searchsorted(self.grams, grams[positions], "right")
             for position, start, end in zip(positions, low, high, strict=True):
                 hits[int(row_of[text_of[position]])].update(range(int(start), int(end)))
         return [
@@ -303,26 +304,32 @@ def _whole_key(row_words: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 def build_index(items: Sequence[Sequence[str]], ngram: int, hashes: WordHashes) -> tuple[Index, list[int]]:
     """Return the index of the items' texts, and the numbers of the items that are matched only as a whole."""
-    item_words = [[text for text in map(words, texts) if text] for texts in items]
-    arrays = [[hashes.of(text) for text in texts] for texts in item_words]
+    item_words, arrays = [], []
+    for texts in items:
+        text_words = [text for text in map(words, texts) if text]
+        item_words.append(text_words)
+        arrays.append([hashes.of(text) for text in text_words])
     common = _common(arrays)
     grams, entries = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     owners: list[int] = []
     sizes: set[int] = set()
     whole: dict[tuple[str, ...], int] = {}
     short: list[int] = []
-    for item, texts in enumerate(arrays):
-        for array in texts:
+    for item, item_arrays in enumerate(arrays):
+        for array in item_arrays:
             runs = _uncommon_runs(array, common)
             if not runs:
                 continue
-            sized_grams = [(size, ngrams(run, size)) for run in runs for size in (size_for(len(run), ngram),)]
-            sizes.update(size for size, _ in sized_grams)
-            unique = np.unique(np.concatenate([gram_hashes for _, gram_hashes in sized_grams]))
+            run_grams = []
+            for run in runs:
+                size = size_for(len(run), ngram)
+                sizes.add(size)
+                run_grams.append(ngrams(run, size))
+            unique = np.unique(np.concatenate(run_grams))
             grams.append(unique)
             entries.append(np.full(len(unique), len(owners), np.int64))
             owners.append(item)
-        if texts and not (owners and owners[-1] == item):
+        if item_arrays and not (owners and owners[-1] == item):
             short.append(item)
             whole.setdefault(_whole_key(item_words[item]), item)
             for text in item_words[item]:
@@ -331,13 +338,25 @@ def build_index(items: Sequence[Sequence[str]], ngram: int, hashes: WordHashes) 
     flat, flat_entries = np.concatenate(grams), np.concatenate(entries)
     order = np.argsort(flat, kind="stable")
     totals = np.bincount(flat_entries, minlength=len(owners))
-    index = Index(hashes, sorted(sizes), flat[order], flat_entries[order], totals, np.array(owners, np.int64), whole)
+    index = Index(
+        hashes,
+        sorted(sizes),
+        grams=flat[order],
+        entries=flat_entries[order],
+        totals=totals,
+        items=np.array(owners, np.int64),
+        whole=whole,
+    )
     return index, short
 
 
 def _common(arrays: Sequence[Sequence[Any]]) -> Any:
     """Return the sorted hashes of the shortest n-grams that occur in many items."""
-    of_items = [np.unique(np.concatenate([ngrams(array, SHORTEST) for array in texts])) for texts in arrays if texts]
+    of_items = []
+    for item_arrays in arrays:
+        if item_arrays:
+            item_grams = np.concatenate([ngrams(array, SHORTEST) for array in item_arrays])
+            of_items.append(np.unique(item_grams))
     if not of_items:
         return np.empty(0, np.uint64)
     unique_grams, counts = np.unique(np.concatenate(of_items), return_counts=True)
@@ -378,11 +397,16 @@ class Contamination:
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """Return the columns item (best match, -1 for none), overlap (0..1) and is_file (has media)."""
         index = _index(self.against, self.ngram, _stamp(self.against))
-        media = [_media_of(example) for example in examples]
-        row_texts = [
-            ([], []) if names else (example_text.texts(example, "prompt"), example_text.texts(example, "replies"))
-            for example, names in zip(examples, media, strict=True)
-        ]
+        media: list[list[str]] = []
+        row_texts: list[tuple[list[str], list[str]]] = []
+        for example in examples:
+            # SHA-256 digests of its images and recordings: their file names in a Dataset
+            names = [PurePath(name).stem for kind in ("image", "audio") for name in media_of(example, kind)]
+            media.append(names)
+            if names:
+                row_texts.append(([], []))
+            else:
+                row_texts.append((example_text.texts(example, "prompt"), example_text.texts(example, "replies")))
         matches = [
             index.of_media(names) or best for names, best in zip(media, index.grams.best(row_texts), strict=True)
         ]
@@ -428,25 +452,19 @@ class Contamination:
         return StepResult(removals, facts=facts)
 
 
-def _media_of(example: Example) -> list[str]:
-    """Return the SHA-256 digests of a row's images and recordings: their file names in a Dataset."""
-    return [PurePath(name).stem for kind in ("image", "audio") for name in media_of(example, kind)]
-
-
 def _stamp(paths: tuple[str, ...]) -> tuple[Any, ...]:
     """Return modification time and size of each path, as a cache key.
 
     A path that is no file or folder, such as a pattern or an asset, has (0, 0).
     """
-    return tuple(_file_stamp(path) for path in paths)
-
-
-def _file_stamp(path: str) -> tuple[int, int]:
-    try:
-        stat = os.stat(Path(path).expanduser())
-    except OSError:
-        return (0, 0)
-    return (stat.st_mtime_ns, stat.st_size)
+    stamps = []
+    for path in paths:
+        try:
+            stat = os.stat(Path(path).expanduser())
+            stamps.append((stat.st_mtime_ns, stat.st_size))
+        except OSError:
+            stamps.append((0, 0))
+    return tuple(stamps)
 
 
 @dataclass(frozen=True)
@@ -469,10 +487,9 @@ def _index(paths: tuple[str, ...], ngram: int, stamp: tuple[Any, ...]) -> _Index
     sets = [read_set(path) for path in paths]
     names = [(eval_set.name, location) for eval_set in sets for location, _ in eval_set.items]
     grams, short = build_index([texts for eval_set in sets for _, texts in eval_set.items], ngram, WordHashes())
-    starts = itertools.accumulate((len(eval_set.items) for eval_set in sets), initial=0)
-    media = {
-        digest: start + item
-        for start, eval_set in zip(starts, sets, strict=False)
-        for digest, item in eval_set.media.items()
-    }
-    return _Index(sets, grams, names, Counter(names[item][0] for item in short), media)
+    media: dict[str, int] = {}
+    start = 0
+    for eval_set in sets:
+        media.update({digest: start + item for digest, item in eval_set.media.items()})
+        start += len(eval_set.items)
+    return _Index(sets, grams, names=names, too_short=Counter(names[item][0] for item in short), media=media)

@@ -47,10 +47,12 @@ class Bias:
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """Return the columns people (attribute -> group, as JSON), reply and weight."""
         people = row_memberships(examples, self.group)
-        row_groups = [{name: values[row] for name, values in people.items()} for row in range(len(examples))]
+        people_json = []
+        for row in range(len(examples)):
+            people_json.append(json.dumps({name: values[row] for name, values in people.items()}))
         return pa.table(
             {
-                "people": pa.array([json.dumps(item) for item in row_groups], pa.string()),
+                "people": pa.array(people_json, pa.string()),
                 "reply": pa.array([example.reply for example in examples], pa.string()),
                 "weight": pa.array([example.weight for example in examples], pa.float64()),
             }
@@ -83,11 +85,10 @@ class Bias:
         if self.mitigate == "reweight":
             factors = mitigation.reweighing_factors(people, outcomes.labels, weight)
             then = Weigh(tuple((*key, factor) for key, factor in sorted(factors.items())), self.group, outcomes.form)
-            row_groups = ({name: values[row] for name, values in people.items()} for row in range(len(weight)))
-            rows = zip(weight, row_groups, outcomes.labels, strict=True)
-            new_weights = [
-                row_weight * mitigation.weight_factor(factors, groups, outcome) for row_weight, groups, outcome in rows
-            ]
+            new_weights = []
+            for row, (row_weight, outcome) in enumerate(zip(weight, outcomes.labels, strict=True)):
+                groups = {name: values[row] for name, values in people.items()}
+                new_weights.append(row_weight * mitigation.weight_factor(factors, groups, outcome))
             return [], then, measure_rates(people, outcomes.labels, new_weights)
         if self.mitigate == "drop":
             if len(people) > 1:
@@ -96,24 +97,15 @@ class Bias:
                 )
             (name, values), *_ = people.items()
             dropped_rows = mitigation.rows_to_drop(mitigation.table(values, outcomes.labels), self.seed)
-            details = [
-                f"{name} {values[row]}, {outcomes.labels[row]!r:.60}: more of it than of the other groups"
-                for row in dropped_rows
-            ]
-            removals = [
-                Removal(row, "group_outcome", detail) for row, detail in zip(dropped_rows, details, strict=True)
-            ]
+            removals = []
+            for row in dropped_rows:
+                detail = f"{name} {values[row]}, {outcomes.labels[row]!r:.60}: more of it than of the other groups"
+                removals.append(Removal(row, "group_outcome", detail))
             remaining_rows = sorted(set(range(len(step_input))) - set(dropped_rows))
             remaining_people = {name: [values[row] for row in remaining_rows]}
-            return (
-                removals,
-                None,
-                measure_rates(
-                    remaining_people,
-                    [outcomes.labels[row] for row in remaining_rows],
-                    [weight[row] for row in remaining_rows],
-                ),
-            )
+            remaining_labels = [outcomes.labels[row] for row in remaining_rows]
+            remaining_weights = [weight[row] for row in remaining_rows]
+            return removals, None, measure_rates(remaining_people, remaining_labels, remaining_weights)
         return [], None, None
 
 
@@ -146,20 +138,24 @@ class Weigh:
 def _people(json_rows: Sequence[str]) -> Memberships:
     """Return attribute -> the group of each row, for attributes with at least two groups."""
     rows: list[Mapping[str, str | None]] = [json.loads(item) for item in json_rows]
-    names = dict.fromkeys(name for row in rows for name in row)
-    people = {name: [row.get(name) for row in rows] for name in names}
-    return {name: values for name, values in people.items() if len({value for value in values if value}) > 1}
+    people = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        if len({value for value in values if value}) > 1:
+            people[name] = values
+    return people
 
 
 def _table(before: OutcomeRates, after: OutcomeRates | None) -> Any:
-    rows = [
-        {"when": when, "attribute": attribute, "group": group, "outcome": outcome, **asdict(rate)}
-        for when, rates in (("before", before), ("after", after))
-        if rates is not None
-        for attribute, groups in rates.rates.items()
-        for group, outcomes in groups.items()
-        for outcome, rate in outcomes.items()
-    ]
+    rows = []
+    for when, rates in (("before", before), ("after", after)):
+        if rates is None:
+            continue
+        for attribute, groups in rates.rates.items():
+            for group, outcomes in groups.items():
+                for outcome, rate in outcomes.items():
+                    labels = {"when": when, "attribute": attribute, "group": group, "outcome": outcome}
+                    rows.append({**labels, **asdict(rate)})
     return pa.Table.from_pylist(rows, _SCHEMA)
 
 

@@ -31,6 +31,15 @@ NEIGHBOURS, FIRST_OF_CROWD = 64, 8
 CHUNK = 2048
 
 I64 = NDArray[np.int64]
+_SCHEMA = pa.schema(
+    [
+        ("files", pa.binary(16)),
+        ("asked", pa.binary(16)),
+        ("hash", pa.uint64()),
+        ("thumbnail", pa.binary(SIDE * SIDE)),
+        ("pixels", pa.int64()),
+    ]
+)
 _BITS = np.array([bin(value).count("1") for value in range(1 << 16)], np.uint8)
 
 
@@ -61,18 +70,24 @@ class ImageDuplicates:
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """Return the columns files and asked (digests), hash, thumbnail and pixels."""
-        columns: dict[str, list[Any]] = {name: [] for name in ("files", "asked", "hash", "thumbnail", "pixels")}
+        rows = []
         for example in examples:
             names = list(media_of(example, "image"))
-            picture_facts = self._picture_facts(folder / names[0]) if len(names) == 1 else (None, None, 0)
-            question = self._question_digest(example)
-            files = _digest(names) if names else None
-            for column, value in zip(columns.values(), (files, question, *picture_facts), strict=True):
-                column.append(value)
-        types = (pa.binary(16), pa.binary(16), pa.uint64(), pa.binary(SIDE * SIDE), pa.int64())
-        return pa.table(
-            {name: pa.array(values, kind) for (name, values), kind in zip(columns.items(), types, strict=True)}
-        )
+            image_hash, thumb, pixels = self._picture_facts(folder / names[0]) if len(names) == 1 else (None, None, 0)
+            question = bytes(16)
+            if self.text != "any":
+                turns = example.messages if self.text == "all" else example.prompt
+                question = _digest([[message.role, message.text] for message in turns])
+            rows.append(
+                {
+                    "files": _digest(names) if names else None,
+                    "asked": question,
+                    "hash": image_hash,
+                    "thumbnail": thumb,
+                    "pixels": pixels,
+                }
+            )
+        return pa.Table.from_pylist(rows, _SCHEMA)
 
     def _picture_facts(self, file: Path) -> tuple[int | None, bytes | None, int]:
         """Return (hash, thumbnail, pixels) of an image; an unreadable one is compared only as a file."""
@@ -84,12 +99,6 @@ class ImageDuplicates:
             return None, None, 0
         thumb = thumbnail(picture.grey)
         return perceptual_hash(thumb), thumb.tobytes(), picture.width * picture.height
-
-    def _question_digest(self, example: Example) -> bytes:
-        if self.text == "any":
-            return bytes(16)
-        turns = example.messages if self.text == "all" else example.prompt
-        return _digest([[message.role, message.text] for message in turns])
 
     def decide(self, step_input: StepInput) -> StepResult:
         """Find the duplicates; return the removals, and the pairs as evidence.
@@ -109,7 +118,11 @@ class ImageDuplicates:
         locators = table["locator"]
         limits = clusters.RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         clusters.check_removals(
-            removals, table["source"].to_numpy(), step_input.sources, limits, lambda row: str(locators[row].as_py())
+            removals,
+            table["source"].to_numpy(),
+            names=step_input.sources,
+            limits=limits,
+            describe=lambda row: str(locators[row].as_py()),
         )
         row_removals = []
         for row, kept_row, score, method in zip(
@@ -126,10 +139,10 @@ class ImageDuplicates:
                 Removal(
                     row,
                     "image_duplicate",
-                    detail,
-                    kept_row,
-                    round(score, 6),
-                    "equal file" if same else "local correlation",
+                    detail=detail,
+                    kept_row=kept_row,
+                    score=round(score, 6),
+                    method="equal file" if same else "local correlation",
                 )
             )
         ids = table["id"]
@@ -160,7 +173,13 @@ class ImageDuplicates:
             is_match = np.nan_to_num(score, nan=-1.0) >= self.threshold
             zeros = np.zeros(int(is_match.sum()), np.float32)
             scored_pairs.append(
-                ScoredPairs(left[is_match], right[is_match], np.minimum(score[is_match], 1.0), zeros, zeros > 0)
+                ScoredPairs(
+                    left[is_match],
+                    right[is_match],
+                    jaccard=np.minimum(score[is_match], 1.0),
+                    containment=zeros,
+                    exact=zeros > 0,
+                )
             )
         if crowded:
             facts["crowded"] = crowded
@@ -187,7 +206,7 @@ def _candidates(hashes: NDArray[np.uint64], questions: I64) -> tuple[I64, I64, i
         crowd = np.searchsorted(ordered, keys, "right") - np.searchsorted(ordered, keys, "left") > CROWD
         crowded |= crowd
         for flip in (0, *(1 << index for index in range(BAND_BITS))):
-            pairs += _matches(keys, order, ordered, flip, crowd, hashes)
+            pairs += _matches(keys, order, ordered=ordered, flip=flip, crowd=crowd, hashes=hashes)
         if crowd.any():
             pairs.append(_neighbours(order[crowd[order]], keys, hashes))
     pair_codes = np.unique(np.concatenate(pairs))
@@ -216,7 +235,8 @@ def _neighbours(rows: I64, keys: I64, hashes: NDArray[np.uint64]) -> I64:
     pairs = [(rows[:-step], rows[step:]) for step in range(1, min(NEIGHBOURS, len(rows) - 1) + 1)]
     begin = np.searchsorted(keys[rows], keys[rows], "left")  # rows are sorted by key
     pairs += [(rows[np.minimum(begin + index, np.arange(len(rows)))], rows) for index in range(FIRST_OF_CROWD)]
-    a, b = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+    a = np.concatenate([first for first, _ in pairs])
+    b = np.concatenate([second for _, second in pairs])
     same = keys[a] == keys[b]
     return _close(a[same], b[same], hashes)
 

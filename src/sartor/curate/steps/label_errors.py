@@ -84,7 +84,8 @@ class SuspiciousLabels:
         Raises GuardError if `drop` would remove more than `max_fraction`.
         """
         ranking = rank_labels(
-            step_input, LabelSettings(self.label, self.encoder, self.likeness, self.agreement, self.seed)
+            step_input,
+            LabelSettings(self.label, self.encoder, likeness=self.likeness, agreement=self.agreement, seed=self.seed),
         )
         removals = self._removals(step_input, ranking) if self.action == "drop" else []
         queue_size = max(int(np.ceil(self.queue_fraction * len(step_input))), int(ranking.wrong.sum()))
@@ -94,12 +95,12 @@ class SuspiciousLabels:
     def _removals(self, step_input: StepInput, ranking: LabelRanking) -> list[Removal]:
         rows = np.flatnonzero(ranking.wrong)
         if len(rows) > self.max_fraction * len(step_input):
+            # rounded up to hundredths
+            fraction = np.ceil(100 * (len(rows) / len(step_input)) - 1e-9) / 100
             raise GuardError(
                 f"{len(rows):,} of {len(step_input):,} labels look wrong, more than the fraction "
-                f"{self.max_fraction:g} that may "
-                "go without asking",
-                f"action: review, and look at evidence/{EVIDENCE}.parquet; else max_fraction: "
-                f"{_up(len(rows) / len(step_input))}",
+                f"{self.max_fraction:g} that may go without asking",
+                f"action: review, and look at evidence/{EVIDENCE}.parquet; else max_fraction: {fraction:g}",
             )
         return [
             Removal(
@@ -111,8 +112,3 @@ class SuspiciousLabels:
             )
             for row in rows.tolist()
         ]
-
-
-def _up(fraction: float) -> str:
-    """Return a fraction as text, rounded up to hundredths."""
-    return f"{np.ceil(100 * fraction - 1e-9) / 100:g}"

@@ -86,31 +86,31 @@ def copying(step: Changing[T], part: PartKind, folder: Path) -> CopyFunction:
 
     def copies(example: Example) -> Iterator[AugmentedRow | Drop]:
         names = list(dict.fromkeys(media_of(example, part)))
+        if not names:
+            return
         decoded: dict[str, T] = {}
-        for number in range(1, step.copies + 1) if names else ():
+        for number in range(1, step.copies + 1):
+            key = canonical([step.kind, step.seed, example.id, number])
+            random_seed = int.from_bytes(hashlib.sha256(key).digest(), "big")
+            augmented_files = {}
             try:
                 decoded = decoded or {name: step.decoded(folder / name) for name in names}
-                augmented_files = {
-                    name: step.changed(medium, folder / name, _draw(step.kind, step.seed, example.id, number))
-                    for name, medium in decoded.items()
-                }
+                for name, medium in decoded.items():
+                    augmented_files[name] = step.changed(medium, folder / name, np.random.default_rng(random_seed))
             except MediaError as error:
-                yield _failed(example, step.kind, number, error)
+                problem = f"copy {number} of {example.id}: {error.problem}"
+                drop = drop_of(example, f"{step.kind}:{error.reason}", problem, step=step.kind)
+                # the Drop of a copy has no id, since the row itself stays under that id
+                yield replace(drop, id="")
                 continue
-            row = _copy(
-                example, step.kind, {name: _stored(augmented, folder) for name, augmented in augmented_files.items()}
-            )
-            yield AugmentedRow(row, f"copy {number}: {', '.join(augmented_files[names[0]].changes) or 'nothing'}")
+            new_media = {}
+            for name, augmented in augmented_files.items():
+                content = io.BytesIO(augmented.content)
+                new_media[name] = media_files.copy(content, f"copy{augmented.suffix}", folder / "media")
+            changes = ", ".join(augmented_files[names[0]].changes) or "nothing"
+            yield AugmentedRow(_copy(example, step.kind, new_media), f"copy {number}: {changes}")
 
     return copies
-
-
-def _draw(kind: str, seed: int, row: str, number: int) -> np.random.Generator:
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(canonical([kind, seed, row, number])).digest(), "big"))
-
-
-def _stored(augmented: AugmentedFile, folder: Path) -> str:
-    return media_files.copy(io.BytesIO(augmented.content), f"copy{augmented.suffix}", folder / "media")
 
 
 def _copy(example: Example, kind: str, new_media: dict[str, str]) -> Example:
@@ -128,19 +128,11 @@ def _copy(example: Example, kind: str, new_media: dict[str, str]) -> Example:
 
 
 def _with_media(messages: tuple[Message, ...], new_media: dict[str, str]) -> tuple[Message, ...]:
-    return tuple(
-        replace(
-            message,
-            content=tuple(replace(part, media=new_media.get(part.media, part.media)) for part in message.content),
-        )
-        for message in messages
-    )
-
-
-def _failed(example: Example, kind: str, number: int, error: MediaError) -> Drop:
-    """Return the Drop of one copy, without an id, since the row itself stays under that id."""
-    drop = drop_of(example, f"{kind}:{error.reason}", f"copy {number} of {example.id}: {error.problem}", step=kind)
-    return replace(drop, id="")
+    changed_messages = []
+    for message in messages:
+        content = tuple(replace(part, media=new_media.get(part.media, part.media)) for part in message.content)
+        changed_messages.append(replace(message, content=content))
+    return tuple(changed_messages)
 
 
 def check_copies(copies: int, *, is_idle: bool) -> None:
@@ -174,7 +166,7 @@ class Light:
 
     def __post_init__(self) -> None:
         for name, maximum in (("brightness", 0.9), ("contrast", 0.9), ("colour", 1.0)):
-            check_between(name, getattr(self, name), 0, maximum, 0.2)
+            check_between(name, getattr(self, name), minimum=0, maximum=maximum, remedy=0.2)
 
 
 @dataclass(frozen=True)
@@ -206,10 +198,10 @@ class AugmentImages:
     kind: Literal["augment_images"] = "augment_images"
 
     def __post_init__(self) -> None:
-        check_between("rotation_degrees", self.rotation_degrees, 0, 180, 5)
-        check_between("crop", self.crop, 0.1, 1, 0.9)
-        check_between("blur", self.blur, 0, 20, 2)
-        check_between("noise", self.noise, 0, 64, 8)
+        check_between("rotation_degrees", self.rotation_degrees, minimum=0, maximum=180, remedy=5)
+        check_between("crop", self.crop, minimum=0.1, maximum=1, remedy=0.9)
+        check_between("blur", self.blur, minimum=0, maximum=20, remedy=2)
+        check_between("noise", self.noise, minimum=0, maximum=64, remedy=8)
         if self.jpeg_quality and not 5 <= self.jpeg_quality <= 95:
             raise ConfigError(
                 f"jpeg_quality is {self.jpeg_quality}; it must be 0, or from 5 to 95", "jpeg_quality: 40"
@@ -364,7 +356,7 @@ class AugmentAudio:
             "time_mask_s": (10, 0.2),
         }
         for name, (maximum, default) in bounds.items():
-            check_between(name, getattr(self, name), 0, maximum, default)
+            check_between(name, getattr(self, name), minimum=0, maximum=maximum, remedy=default)
         if self.noise_db and not 5 <= self.noise_db <= QUIETEST_NOISE_DB:
             raise ConfigError(f"noise_db is {self.noise_db:g}; it must be 0, or from 5 to 40", "noise_db: 15")
         check_copies(self.copies, is_idle=not any([self.noise_db, *(getattr(self, name) for name in bounds)]))

@@ -137,7 +137,10 @@ class Audio:
                 if isinstance(facts, tuple):
                     return drop_of(example, facts[0], f"{name[:18]}...: {facts[1]}", step=self.kind)
                 seconds += facts.seconds
-            if seconds and self._is_transcript(example) and (fault := self._pace(example.reply, seconds)):
+            prompt_parts = [part for message in example.prompt for part in message.content]
+            is_only_audio = len(prompt_parts) == 1 and prompt_parts[0].kind == "audio"
+            is_transcript = self.transcripts == "always" or is_only_audio
+            if seconds and is_transcript and (fault := self._pace(example.reply, seconds)):
                 return drop_of(example, fault[0], fault[1], step=self.kind)
             return example
 
@@ -165,10 +168,6 @@ class Audio:
                 f"{sound.clipped_fraction:.3f} of the samples are clipped; at most {self.max_clipped:g}",
             )
         return sound
-
-    def _is_transcript(self, example: Example) -> bool:
-        prompt_parts = [part for message in example.prompt for part in message.content]
-        return self.transcripts == "always" or (len(prompt_parts) == 1 and prompt_parts[0].kind == "audio")
 
     def _pace(self, reply: str, seconds: float) -> tuple[str, str] | None:
         character_count = len(reply.strip())

@@ -141,9 +141,9 @@ class PersonalData:
         names = [field.name for field in fields(FieldActions)]
         if isinstance(self.fields, FieldActions):
             return {name: getattr(self.fields, name) or "" for name in names}
-        selected = (
-            names if self.fields == "all" else [self.fields] if isinstance(self.fields, str) else list(self.fields)
-        )
+        if self.fields == "all":
+            return dict.fromkeys(names, "")
+        selected = [self.fields] if isinstance(self.fields, str) else self.fields
         return {name: "" if name in selected else "keep" for name in names}
 
     def _wanted_entities(self) -> list[str]:
@@ -178,10 +178,10 @@ class Masking:
             return Drop(
                 "personal_data",
                 origin.source,
-                origin.locator,
-                dropped_entities.describe(),
-                self._step.kind,
-                example.id,
+                locator=origin.locator,
+                detail=dropped_entities.describe(),
+                step=self._step.kind,
+                id=example.id,
             )
         return self._masked(example, entities, self._is_looked_at)
 
@@ -208,4 +208,6 @@ class Masking:
         if slot.location[0] == "group":
             return "mask"
         fields = {self._entity_actions[finding.entity], self._field_actions[slot.field]} - {""}
-        return "drop" if "drop" in fields else "mask" if fields else self._step.action
+        if "drop" in fields:
+            return "drop"
+        return "mask" if fields else self._step.action

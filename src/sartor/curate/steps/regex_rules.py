@@ -164,7 +164,7 @@ class RegexRules:
     ) -> Example | Drop:
         for name, rule, pattern in numbered:
             if rule.action == "replace":
-                outcome = rewritten(example, partial(_replaced, rule, pattern, clock), rule.field, self.kind)
+                outcome = rewritten(example, partial(pattern.sub, rule.with_, clock=clock), rule.field, self.kind)
                 if isinstance(outcome, Drop):
                     return outcome
                 example = outcome
@@ -175,7 +175,3 @@ class RegexRules:
                         example, f"rule:{name}", f"{match.group()[:80]!r} matches {rule.match[:80]!r}", step=self.kind
                     )
         return example
-
-
-def _replaced(rule: RegexRule, pattern: BoundedPattern, clock: Clock, text: str) -> str:
-    return pattern.sub(rule.with_, text, clock)

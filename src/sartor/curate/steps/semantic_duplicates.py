@@ -103,15 +103,18 @@ class SemanticDuplicates:
             rules = SemanticRules(threshold, self.agreement, self.neighbours)
             compared_replies = replies if self.field == "both" else None
             semantic_pairs = pairs(
-                texts, embedded, rules, compared_replies, step_input.table["rank"].to_numpy()[compared]
+                texts,
+                embedded,
+                rules=rules,
+                replies=compared_replies,
+                rank=step_input.table["rank"].to_numpy()[compared],
             )
         removals = self._removals(step_input, compared, semantic_pairs)
+        encoder_facts = {"encoder": "none", "encoder_because": "there is nothing to compare"}
+        if len(compared) > 1:
+            encoder_facts = choice.facts()
         facts = {
-            **(
-                choice.facts()
-                if len(compared) > 1
-                else {"encoder": "none", "encoder_because": "there is nothing to compare"}
-            ),
+            **encoder_facts,
             "threshold": threshold,
             "compared": len(compared),
             "too_long_to_compare": sum(step_input.table["cut"].to_pylist()),
@@ -134,30 +137,33 @@ class SemanticDuplicates:
         if not semantic_pairs.pairs:
             return []
         scores = np.array([min(pair.likeness, pair.words) for pair in semantic_pairs.pairs], np.float32)
-        a, b = (
-            np.array(compared[[getattr(pair, end) for pair in semantic_pairs.pairs]], np.int64) for end in ("a", "b")
-        )
-        edges = ScoredPairs(a, b, scores, np.zeros_like(scores), np.zeros(len(a), bool))
+        a = np.array(compared[[pair.a for pair in semantic_pairs.pairs]], np.int64)
+        b = np.array(compared[[pair.b for pair in semantic_pairs.pairs]], np.int64)
+        edges = ScoredPairs(a, b, jaccard=scores, containment=np.zeros_like(scores), exact=np.zeros(len(a), bool))
         removals = clusters.resolve_clusters(
             edges, step_input.table["rank"].to_numpy(), pair_scoring_Rules(threshold=0.0, floor=0.0, contained=0.0)
         )
         limits = clusters.RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         locators = step_input.table["locator"]
         sources = np.array(step_input.table["source"].to_pylist(), np.int64)
-        clusters.check_removals(removals, sources, step_input.sources, limits, lambda row: str(locators[row].as_py()))
-        return [
-            Removal(
-                row,
-                "semantic_duplicate",
-                f"says the same as {locators[kept_row].as_py()}",
-                kept_row,
-                round(float(score), 4),
-                METHOD,
+        clusters.check_removals(
+            removals, sources, names=step_input.sources, limits=limits, describe=lambda row: str(locators[row].as_py())
+        )
+        row_removals = []
+        for row, kept_row, score in zip(
+            removals.rows.tolist(), removals.kept_rows.tolist(), removals.score.tolist(), strict=True
+        ):
+            row_removals.append(
+                Removal(
+                    row,
+                    "semantic_duplicate",
+                    detail=f"says the same as {locators[kept_row].as_py()}",
+                    kept_row=kept_row,
+                    score=round(float(score), 4),
+                    method=METHOD,
+                )
             )
-            for row, kept_row, score in zip(
-                *(np.asarray(end).tolist() for end in (removals.rows, removals.kept_rows, removals.score)), strict=True
-            )
-        ]
+        return row_removals
 
     def _evidence(self, step_input: StepInput, compared: Any, semantic_pairs: SemanticPairs) -> Any:
         ids, locators = step_input.table["id"], step_input.table["locator"]

@@ -96,7 +96,11 @@ def _tokens(text: str) -> list[Any]:
 
 
 def _flat(tokens: list[Any]) -> list[Any]:
-    return [inner for token in tokens for inner in (token, *(token.children or []))]
+    flat = []
+    for token in tokens:
+        flat.append(token)
+        flat += token.children or []
+    return flat
 
 
 def _blocks(tokens: list[Any], keeps_code: bool) -> str:
@@ -120,19 +124,18 @@ def _blocks(tokens: list[Any], keeps_code: bool) -> str:
             if lines and token.map[0] > upto:
                 lines.append("")
             upto = token.map[1]
-            body = _inline(token.children, keeps_code) if token.type == "inline" else _fence(token, keeps_code)
-            lines += _indented(body, f"{marks.pop()} " if marks else "  " if depth else "", depth)
+            if token.type == "inline":
+                body = _inline(token.children, keeps_code)
+            else:
+                body = token.content.removesuffix("\n")
+                body = f"{token.markup}{token.info}\n{body}\n{token.markup}" if keeps_code else body
+            mark = "  " if depth else ""
+            if marks:
+                mark = f"{marks.pop()} "
+            outer = "  " * max(depth - 1, 0)
+            first, *others = body.split("\n")
+            lines += [outer + mark + first, *(outer + " " * len(mark) + line for line in others)]
     return "\n".join(lines)
-
-
-def _indented(body: str, mark: str, depth: int) -> list[str]:
-    outer = "  " * max(depth - 1, 0)
-    return [outer + (" " * len(mark) if index else mark) + line for index, line in enumerate(body.split("\n"))]
-
-
-def _fence(token: Any, keeps_code: bool) -> str:
-    body = token.content.removesuffix("\n")
-    return f"{token.markup}{token.info}\n{body}\n{token.markup}" if keeps_code else body
 
 
 def _inline(children: list[Any], keeps_code: bool) -> str:
@@ -214,8 +217,10 @@ class Markup:
         """Return the row function."""
 
         def apply(example: Example) -> Example | Drop:
-            if fault := next((fault for text in texts(example, self.field) if (fault := self._fault(text))), ""):
-                return drop_of(example, "markup", fault, step=self.kind)
+            for text in texts(example, self.field):
+                fault = self._fault(text)
+                if fault:
+                    return drop_of(example, "markup", fault, step=self.kind)
             return rewritten(example, self._stripped, self.field, self.kind)
 
         return apply
@@ -235,15 +240,14 @@ class Markup:
 
     def _stripped(self, text: str) -> str:
         if self.html == "strip" and ("<" in text or "&" in text):
-            after = _outside_code(text) if self.code == "keep" else without_html(text)
+            if self.code == "keep":
+                # scripts first: one that holds backticks would be taken for code
+                pieces = split_code(_without_silent(text, unclosed=True, code=code_spans(text)))
+                after = "".join(piece if is_code else without_html(piece) for is_code, piece in pieces)
+            else:
+                after = without_html(text)
             text = after if after == text else after.strip()
         return plain_text(text, self.code == "keep") if self.markdown == "strip" else text
-
-
-def _outside_code(text: str) -> str:
-    """Return the text with HTML removed outside code; a script that holds backticks is removed too."""
-    text = _without_silent(text, unclosed=True, code=code_spans(text))
-    return "".join(piece if is_code else without_html(piece) for is_code, piece in split_code(text))
 
 
 def without_html(text: str) -> str:
@@ -290,8 +294,10 @@ def _replacement(tag: Tag, text: str) -> str:
     """Return the replacement of a tag, which keeps neighbouring words and lines apart."""
     before, after = text[tag.start - 1 : tag.start], text[tag.end : tag.end + 1]
     if tag.name in _ROW:
+        if tag.closes:
+            return ""
         mark = "- " if tag.name == "li" else ""
-        return "" if tag.closes else mark if before in ("", "\n") else f"\n{mark}"
+        return mark if before in ("", "\n") else f"\n{mark}"
     if tag.name in _LINE:
         return "\n"
     if tag.name in _CELL:
@@ -352,7 +358,13 @@ def _tags(text: str) -> Iterator[Tag]:
     while (position := text.find("<", position)) >= 0:
         match = _TAG.match(text, position, position + _LONGEST_TAG)
         if match:
-            yield Tag(position, match.end(), match.group(2).lower(), bool(match.group(1)), match.group(3))
+            yield Tag(
+                position,
+                match.end(),
+                name=match.group(2).lower(),
+                closes=bool(match.group(1)),
+                attributes=match.group(3),
+            )
             position = match.end()
         else:
             position += 1

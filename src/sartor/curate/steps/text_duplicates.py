@@ -66,10 +66,6 @@ def has_media_or_rating(example: Example) -> bool:
     return has_media(example) or bool(example.rating)
 
 
-def _length(example: Example, field: Field) -> float:
-    return float(len(text_of(example, field)))
-
-
 def _date(example: Example, field: Field) -> float:
     """Return the date of the newest origin, in seconds since 1970; UNDATED without a date."""
     timestamps = [UNDATED]
@@ -80,15 +76,11 @@ def _date(example: Example, field: Field) -> float:
     return float(max(timestamps))
 
 
-def _licence(example: Example, field: Field) -> float:
-    return max(compliance.rank(origin.licence) for origin in example.origins)
-
-
 _RULES: dict[str, Callable[[Example, Field], float]] = {
-    "longest": _length,
+    "longest": lambda example, field: float(len(text_of(example, field))),
     "first": lambda example, field: 0.0,
     "newest": _date,
-    "best_licence": _licence,
+    "best_licence": lambda example, field: max(compliance.rank(origin.licence) for origin in example.origins),
     "best_quality": lambda example, field: quality(example),
 }
 
@@ -168,14 +160,18 @@ class NearDuplicates:
         workers = step_input.workers if len(step_input) >= WORTH_WORKERS else 0
         with WorkerPool(workers if workers > 1 else 0) as pool:
             duplicate_pairs = near_duplicates.near_duplicates(
-                flat, offsets, digests, rules, rank, Executor(spread=pool.spread)
+                flat, offsets, digests=digests, rules=rules, rank=rank, executor=Executor(spread=pool.spread)
             )
         removals = clusters.resolve_clusters(duplicate_pairs.pairs, rank, rules)
         locators = table["locator"]
         media, rated = (sum(table[name].to_pylist()) for name in ("media", "rated"))
         limits = clusters.RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         clusters.check_removals(
-            removals, table["source"].to_numpy(), step_input.sources, limits, lambda row: str(locators[row].as_py())
+            removals,
+            table["source"].to_numpy(),
+            names=step_input.sources,
+            limits=limits,
+            describe=lambda row: str(locators[row].as_py()),
         )
         facts = {
             "rules": asdict(rules),
@@ -208,7 +204,9 @@ def _removals(removals: clusters.Removals, locators: Any) -> list[Removal]:
     ):
         name = METHODS[method]
         detail = f"{'' if name == 'exact' else f'{score:.3f} '}{_RELATIONS[name]} {locators[kept_row].as_py()}"
-        row_removals.append(Removal(row, "near_duplicate", detail, kept_row, round(score, 6), name))
+        row_removals.append(
+            Removal(row, "near_duplicate", detail=detail, kept_row=kept_row, score=round(score, 6), method=name)
+        )
     return row_removals
 
 
@@ -310,7 +308,15 @@ class ExactDuplicates:
         locators = step_input.table["locator"].take(pa.array(duplicates["kept"].to_list(), pa.int64())).to_pylist()
         method = "equal content" if merge else "equal words"
         return [
-            Removal(row, "exact_duplicate", f"{relation} {locator}", kept_row, 1.0, method, merge=merge)
+            Removal(
+                row,
+                "exact_duplicate",
+                detail=f"{relation} {locator}",
+                kept_row=kept_row,
+                score=1.0,
+                method=method,
+                merge=merge,
+            )
             for row, kept_row, locator in zip(
                 duplicates["row"].to_list(), duplicates["kept"].to_list(), locators, strict=True
             )

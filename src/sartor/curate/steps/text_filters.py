@@ -109,7 +109,9 @@ def _lines_fault(prose: str, scale: float) -> str:
         pieces = [piece for piece in pieces if piece and not _RULE.match(piece)]
         if len(pieces) < 3 or len(set(pieces)) == len(pieces):
             continue
-        repeats = [piece for piece, count in Counter(pieces).items() for _ in range(count - 1)]
+        repeats: list[str] = []
+        for piece, count in Counter(pieces).items():
+            repeats += [piece] * (count - 1)
         share = len(repeats) / len(pieces)
         characters = sum(map(len, repeats)) / sum(map(len, pieces))
         if share > max_share * scale:
@@ -189,11 +191,8 @@ class LanguageFilter:
         for code in self.allow:
             if code not in CODES:
                 near = code.lower().replace("_", "-").split("-")[0]
-                meant = (
-                    near
-                    if near in CODES
-                    else next(iter(difflib.get_close_matches(near[:2], sorted(CODES), n=1)), "en")
-                )
+                similar = difflib.get_close_matches(near[:2], sorted(CODES), n=1)
+                meant = near if near in CODES else next(iter(similar), "en")
                 raise ConfigError(f"allow: {code!r} is no language code that the model knows", f"allow: [{meant}]")
         if not 0 <= self.min_confidence <= 1:
             raise ConfigError(f"min_confidence is {self.min_confidence}; it must be 0 to 1", "min_confidence: 0.6")
@@ -203,17 +202,18 @@ class LanguageFilter:
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """Return code, confidence and letters of each judged text of a row, as list columns."""
         detect = detector()
-        rows = [
-            [detect("\n".join(field_texts)) for field in _FIELDS[self.field] if (field_texts := texts(example, field))]
-            for example in examples
-        ]
+        codes, confidences, letters = [], [], []
+        for example in examples:
+            field_texts = [texts(example, field) for field in _FIELDS[self.field]]
+            languages = [detect("\n".join(parts)) for parts in field_texts if parts]
+            codes.append([language.code for language in languages])
+            confidences.append([language.confidence for language in languages])
+            letters.append([language.letters for language in languages])
         return pa.table(
             {
-                "code": pa.array([[language.code for language in row] for row in rows], pa.list_(pa.string())),
-                "confidence": pa.array(
-                    [[language.confidence for language in row] for row in rows], pa.list_(pa.float32())
-                ),
-                "letters": pa.array([[language.letters for language in row] for row in rows], pa.list_(pa.int32())),
+                "code": pa.array(codes, pa.list_(pa.string())),
+                "confidence": pa.array(confidences, pa.list_(pa.float32())),
+                "letters": pa.array(letters, pa.list_(pa.int32())),
             }
         )
 

@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,24 +68,26 @@ class SlotSubstitution:
                 yield Skipped(reason)
                 continue
             question, reply = row.messages[-2].text, row.reply
-            values = [
-                value
-                for value in [*alternatives, *self._numbers(question)]
-                if _once(value, question) and _once(value, reply)
-            ]
-            copies = self._copies(row, _without_parts(values), alternatives, seed)
+            numbers = dict.fromkeys(_NUMBER.findall(question)) if self.numbers else {}
+            values = [value for value in (*alternatives, *numbers) if _once(value, question) and _once(value, reply)]
+            # no part of another value: with "living room" and "room", the longer one is meant
+            whole_values = []
+            for value in values:
+                pattern = _pattern(value)
+                if not any(value != other and pattern.search(other) for other in values):
+                    whole_values.append(value)
+            copies = self._copies(row, whole_values, alternatives, seed)
             if not copies:
                 yield Skipped("no_value_in_both")
             yield from copies
 
     def _alternatives(self) -> dict[str, list[str]]:
         """Return value -> the values of its list; values of two lists are left out."""
-        lists = [[str(value) for value in values] for values in self.slots.values()]
-        all_values = [value for values in lists for value in dict.fromkeys(values)]
-        return {value: values for values in lists for value in values if all_values.count(value) == 1}
-
-    def _numbers(self, text: str) -> list[str]:
-        return list(dict.fromkeys(_NUMBER.findall(text))) if self.numbers else []
+        lists = [list(map(str, values)) for values in self.slots.values()]
+        list_counts = Counter[str]()
+        for values in lists:
+            list_counts.update(set(values))
+        return {value: values for values in lists for value in values if list_counts[value] == 1}
 
     def _copies(
         self, row: Example, values: Sequence[str], alternatives: dict[str, list[str]], seed: int
@@ -104,7 +107,11 @@ class SlotSubstitution:
             words = "; ".join(f"{old} to {new}" for old, new in changes)
             result.append(
                 GeneratedRow(
-                    _changed(row, replacements), f"{row.id[:16]}.{len(result) + 1}", (row,), split_group(row), words
+                    _changed(row, replacements),
+                    f"{row.id[:16]}.{len(result) + 1}",
+                    parents=(row,),
+                    group=split_group(row),
+                    changes=words,
                 )
             )
         return result
@@ -120,11 +127,6 @@ def _pattern(value: str) -> re.Pattern[str]:
 
 def _once(value: str, text: str) -> bool:
     return len(_pattern(value).findall(text)) == 1
-
-
-def _without_parts(values: Sequence[str]) -> list[str]:
-    """Return the values that are no part of another: with "living room" and "room", the longer one is meant."""
-    return [value for value in values if not any(value != other and _pattern(value).search(other) for other in values)]
 
 
 def _other(value: str, choices: Sequence[str] | None, draw: random.Random) -> str:
@@ -175,7 +177,8 @@ class Counterfactual:
     def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
         """Yield the copies of each drawn seed, or why it is skipped."""
         for row in sample_seeds(seeds, self.rows, seed, self.kind):
-            text = _APART.join(_texts(row))
+            messages = row.messages + row.rejected
+            text = _APART.join(part.text for message in messages for part in message.content if part.kind == "text")
             named_kinds = [kind for kind in self.kinds if mentions(text, kind)]
             copies = [item for kind in named_kinds for item in self._swapped(row, text, kind, seed)]
             if not copies:
@@ -193,32 +196,25 @@ class Counterfactual:
                     GeneratedRow(
                         _with_texts(row, changed.split(_APART)),
                         number,
-                        (row,),
-                        split_group(row),
-                        f"{kind} to {target}",
+                        parents=(row,),
+                        group=split_group(row),
+                        changes=f"{kind} to {target}",
                     )
                 )
         return result
-
-
-def _texts(row: Example) -> list[str]:
-    """Return every text part of a row, in order."""
-    return [part.text for message in row.messages + row.rejected for part in message.content if part.kind == "text"]
 
 
 def _with_texts(row: Example, texts: Sequence[str]) -> Example:
     remaining_texts = iter(texts)
 
     def turned(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        return tuple(
-            replace(
-                message,
-                content=tuple(
-                    Part("text", next(remaining_texts)) if part.kind == "text" else part for part in message.content
-                ),
-            )
-            for message in messages
-        )
+        turned_messages = []
+        for message in messages:
+            content = [
+                Part("text", next(remaining_texts)) if part.kind == "text" else part for part in message.content
+            ]
+            turned_messages.append(replace(message, content=tuple(content)))
+        return tuple(turned_messages)
 
     return replace(row, messages=turned(row.messages), rejected=turned(row.rejected))
 
@@ -261,9 +257,9 @@ class SpokenQuestions:
                 yield GeneratedRow(
                     spoken,
                     f"{row.id[:16]}.{speed:g}",
-                    (row,),
-                    split_group(row),
-                    f"spoken by {self.voice} at {speed:g}",
+                    parents=(row,),
+                    group=split_group(row),
+                    changes=f"spoken by {self.voice} at {speed:g}",
                 )
 
 
@@ -276,7 +272,13 @@ def copied(
         number = 0
         for number, outcome in enumerate(copies(row), 1):
             if isinstance(outcome, AugmentedRow):
-                yield GeneratedRow(outcome.row, f"{row.id[:16]}.{number}", (row,), split_group(row), outcome.changes)
+                yield GeneratedRow(
+                    outcome.row,
+                    f"{row.id[:16]}.{number}",
+                    parents=(row,),
+                    group=split_group(row),
+                    changes=outcome.changes,
+                )
             else:
                 yield outcome
         if not number:
@@ -316,8 +318,12 @@ class Templates:
 
     def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
         """Yield the chosen combinations, in order."""
-        prompts = [(text, self._names(text)) for text in self.prompts]
-        sizes = [math.prod(len(self.slots[name]) for name in names) for _, names in prompts]
+        prompts: list[tuple[str, list[str]]] = []
+        sizes: list[int] = []
+        for text in self.prompts:
+            names = [name for name in dict.fromkeys(_SLOT.findall(text)) if name in self.slots]
+            prompts.append((text, names))
+            sizes.append(math.prod(len(self.slots[name]) for name in names))
         total = sum(sizes)
         numbers = range(total)
         chosen = sorted(draw_of(seed, self.kind).sample(numbers, self.count)) if 0 < self.count < total else numbers
@@ -327,12 +333,8 @@ class Templates:
             while number >= starts[index + 1]:
                 index += 1
             text, names = prompts[index]
-            yield self._row(
-                text, self._values(names, number - starts[index]), f"{index + 1}.{number - starts[index] + 1}"
-            )
-
-    def _names(self, text: str) -> list[str]:
-        return [name for name in dict.fromkeys(_SLOT.findall(text)) if name in self.slots]
+            position = number - starts[index]
+            yield self._row(text, self._values(names, position), f"{index + 1}.{position + 1}")
 
     def _values(self, names: Sequence[str], number: int) -> dict[str, str]:
         values = {}

@@ -81,9 +81,9 @@ class Questions:
                 yield TeacherRequest(
                     request_id,
                     (("system", SYSTEM), ("user", text)),
-                    texts("question", "answer", "span"),
-                    (document,),
-                    note,
+                    schema=texts("question", "answer", "span"),
+                    parents=(document,),
+                    note=note,
                 )
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
@@ -101,7 +101,14 @@ class Questions:
         user_text = f"{piece}\n\n{question}" if self.with_passage else question
         row = Example((Message.of("user", user_text), Message.of("assistant", answer)), document.origins)
         span = local_span[0] + request.note["start"], local_span[1] + request.note["start"]
-        return GeneratedRow(row, request.number, request.parents, split_group(document), "asked of the document", span)
+        return GeneratedRow(
+            row,
+            request.number,
+            parents=request.parents,
+            group=split_group(document),
+            changes="asked of the document",
+            span=span,
+        )
 
 
 def pieces(text: str, max_chars: int) -> list[tuple[int, int]]:
@@ -155,6 +162,13 @@ class Scenarios:
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """Yield the requests for every cell of the grid."""
+        turns = {"type": "array", "items": texts("user", "assistant"), "minItems": self.turns, "maxItems": self.turns}
+        schema = {
+            "type": "object",
+            "properties": {"turns": turns},
+            "required": ["turns"],
+            "additionalProperties": False,
+        }
         style_rows = [row for row in seeds if not refusal_reason(row)]
         for cell in itertools.product(self.personas, self.intents, self.edge_cases):
             for number in range(1, self.per_cell + 1):
@@ -171,12 +185,12 @@ class Scenarios:
                 )
                 note = {"cell": "; ".join(cell), "group": f"scenario:{digest(cell)[:16]}"}
                 yield TeacherRequest(
-                    request_id, (("system", SYSTEM), ("user", text)), self._schema(), tuple(examples), note
+                    request_id,
+                    (("system", SYSTEM), ("user", text)),
+                    schema=schema,
+                    parents=tuple(examples),
+                    note=note,
                 )
-
-    def _schema(self) -> dict[str, Any]:
-        turns = {"type": "array", "items": texts("user", "assistant"), "minItems": self.turns, "maxItems": self.turns}
-        return {"type": "object", "properties": {"turns": turns}, "required": ["turns"], "additionalProperties": False}
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """Return the conversation as a row. All rows of a cell form one group."""
@@ -187,7 +201,11 @@ class Scenarios:
                 return Unusable("empty_answer", "a turn is empty")
             messages += [Message.of("user", question), Message.of("assistant", reply)]
         return GeneratedRow(
-            Example(tuple(messages), ()), request.number, request.parents, request.note["group"], request.note["cell"]
+            Example(tuple(messages), ()),
+            request.number,
+            parents=request.parents,
+            group=request.note["group"],
+            changes=request.note["cell"],
         )
 
 

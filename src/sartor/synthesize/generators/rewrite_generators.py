@@ -70,7 +70,7 @@ def rewritten(request: TeacherRequest, question: str, reply: str | None, changes
         return Unusable("same_as_seed", "the question is the seed's own")
     last = parent.messages[-1] if reply is None else Message.of("assistant", reply.strip())
     row = replace(parent, messages=(*parent.messages[:-2], with_text(question_message, question), last))
-    return GeneratedRow(row, request.number, request.parents, split_group(parent), changes)
+    return GeneratedRow(row, request.number, parents=request.parents, group=split_group(parent), changes=changes)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ class Vary:
                 '\nAnswer with {"question": "..."}.'
             )
 
-        yield from teacher_requests(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("question"))
+        yield from teacher_requests(
+            self.kind, (self.per_row, self.rows), seeds=seeds, seed=seed, text=text, schema=texts("question")
+        )
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """Return the seed with the new question."""
@@ -135,7 +137,9 @@ class Persona:
                 'same answer is right. Keep names, numbers and codes as they are.\nAnswer with {"question": "..."}.'
             )
 
-        yield from teacher_requests(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("question"))
+        yield from teacher_requests(
+            self.kind, (self.per_row, self.rows), seeds=seeds, seed=seed, text=text, schema=texts("question")
+        )
 
     def _persona(self, row: Example, number: int) -> str:
         """Return the persona of a variant: in turn, starting with a different one for each row."""
@@ -161,7 +165,12 @@ class Extend:
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """Yield the requests for a question that asks for one thing more."""
         yield from teacher_requests(
-            self.kind, (self.per_row, self.rows), seeds, seed, _grown("asks for one thing more"), texts(*_BOTH)
+            self.kind,
+            (self.per_row, self.rows),
+            seeds=seeds,
+            seed=seed,
+            text=_grown("asks for one thing more"),
+            schema=texts(*_BOTH),
         )
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
@@ -183,7 +192,9 @@ class Harder:
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """Yield the requests for a harder question."""
         grown = _grown("is harder to answer: it needs another step of thought, or has a condition that matters")
-        yield from teacher_requests(self.kind, (self.per_row, self.rows), seeds, seed, grown, texts(*_BOTH))
+        yield from teacher_requests(
+            self.kind, (self.per_row, self.rows), seeds=seeds, seed=seed, text=grown, schema=texts(*_BOTH)
+        )
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """Return the seed with the new question and reply."""
@@ -241,7 +252,9 @@ class Preference:
                 f'that {self._flaw(row, number)}. It teaches to tell good from bad.\nAnswer with {{"reply": "..."}}.'
             )
 
-        yield from teacher_requests(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("reply"))
+        yield from teacher_requests(
+            self.kind, (self.per_row, self.rows), seeds=seeds, seed=seed, text=text, schema=texts("reply")
+        )
 
     def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """Return the seed with the flawed reply as the rejected one."""
@@ -255,7 +268,7 @@ class Preference:
         return GeneratedRow(
             replace(parent, rejected=(Message.of("assistant", flawed),)),
             request.number,
-            request.parents,
-            split_group(parent),
-            flaw,
+            parents=request.parents,
+            group=split_group(parent),
+            changes=flaw,
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy import stats
@@ -64,9 +64,13 @@ def cited_by(row: Example, seeds: Mapping[str, Example], span_range: tuple[int, 
     None is also returned for a cited position in a parent that is not among the seeds.
     """
     parents = [seeds[parent] for origin in row.origins for parent in origin.parents if parent in seeds]
-    documents = tuple("\n".join(message.text for message in parent.messages) for parent in parents)
+    documents: tuple[str, ...] = ()
+    for parent in parents:
+        documents += ("\n".join(message.text for message in parent.messages),)
     question = row.prompt[-1].text if row.prompt else ""
-    for answer, span in _answer_and_span(row.reply):
+    answer_and_span = _answer_and_span(row.reply)
+    if answer_and_span is not None:
+        answer, span = answer_and_span
         # a prompt message shorter than span and answer together cannot contain the source
         prompt_texts = tuple(message.text for message in row.prompt if len(message.text) > len(span) + len(answer))
         return Cited(answer, span, question, documents + prompt_texts)
@@ -76,7 +80,7 @@ def cited_by(row: Example, seeds: Mapping[str, Example], span_range: tuple[int, 
     return None
 
 
-def _answer_and_span(reply: str) -> Iterator[tuple[str, str]]:
+def _answer_and_span(reply: str) -> tuple[str, str] | None:
     try:
         data = json.loads(reply) if reply.lstrip().startswith("{") else None
     except (ValueError, RecursionError):
@@ -84,11 +88,11 @@ def _answer_and_span(reply: str) -> Iterator[tuple[str, str]]:
     if isinstance(data, dict):
         span = next((data[name] for name in QUOTES if isinstance(data.get(name), str)), None)
         answer = next((data[name] for name in _ANSWERS if isinstance(data.get(name), str)), "")
-        if span is not None:
-            yield answer, span
-        return
-    if line := _LINE.search(reply):
-        yield (reply[: line.start()] + reply[line.end() :]).strip(), line.group(1)
+        return None if span is None else (answer, span)
+    line = _LINE.search(reply)
+    if line is None:
+        return None
+    return (reply[: line.start()] + reply[line.end() :]).strip(), line.group(1)
 
 
 def fault_of(cited: Cited) -> str:
@@ -124,4 +128,4 @@ def consistency(
     p = float(stats.binomtest(len(fault_by_row), citing, min(limits.span, 1.0), alternative="greater").pvalue)
     detail = f"{len(fault_by_row)} of {citing} cited spans do not hold"
     rows = tuple(ids[index] for index in sorted(fault_by_row))[:SHOWN_ROWS]
-    return StatisticResult("span", part, part, limits.span, p, detail, rows)
+    return StatisticResult("span", part, effect=part, limit=limits.span, p=p, detail=detail, rows=rows)

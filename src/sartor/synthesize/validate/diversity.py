@@ -115,8 +115,12 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> float:
     It is high if texts repeat one another. Runs of up to four words count; from pairs on, 1 is added to hits and total
     (Lin and Och 2004).
     """
-    grams = [[_grams(text, size) for size in range(1, _GRAMS + 1)] for text in texts]
-    tops = [_tops([text_grams[size] for text_grams in grams]) for size in range(_GRAMS)]
+    grams = []  # of each text, its runs of 1, 2, ... words
+    for text in texts:
+        grams.append([_grams(text, size) for size in range(1, _GRAMS + 1)])
+    tops = []
+    for size in range(_GRAMS):
+        tops.append(_tops([text_grams[size] for text_grams in grams]))
     lengths = [len(text) for text in texts]
     scores = [_bleu(index, grams[index], tops, lengths) for index in range(len(texts)) if lengths[index]]
     return sum(scores) / len(scores) if scores else 0.0
@@ -189,10 +193,10 @@ def near_copies(rows: Sequence[Example]) -> list[CopyPair]:
     sketches = shingles.sketch([text_of(row, "both") for row in rows], shingling)
     pairs = near_duplicates.near_duplicates(sketches.shingles, sketches.offsets, sketches.digests, rules).pairs
     pairs = pairs.judged(rules.threshold, rules.contained)
-    columns = (pairs.a, pairs.b, pairs.score(rules.threshold), pairs.method(rules.threshold))
+    scores, methods = pairs.score(rules.threshold).tolist(), pairs.method(rules.threshold).tolist()
     return [
         CopyPair(a, b, score, METHODS[method])
-        for a, b, score, method in zip(*(column.tolist() for column in columns), strict=True)
+        for a, b, score, method in zip(pairs.a.tolist(), pairs.b.tolist(), scores, methods, strict=True)
     ]
 
 
@@ -214,7 +218,12 @@ def of_seeds(pool: Pool, seeds: Sequence[Example], members: F32, limits: Validat
     detail = f"{rate[0]:.0%} of the synthetic rows are near-copies of a seed; of the real rows {other_rate[0]:.0%}"
     ids = [pool.rows[row].id for row in np.flatnonzero(copies * members[0]).tolist()]
     return finding_of(
-        "copies_of_seeds", rate - other_rate, limits.copies, detail, ids, effect=float(rate[0] - other_rate[0])
+        "copies_of_seeds",
+        rate - other_rate,
+        limit=limits.copies,
+        detail=detail,
+        rows=ids,
+        effect=float(rate[0] - other_rate[0]),
     )
 
 
@@ -231,7 +240,7 @@ def of_held_out(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: Val
         f"{values[1:].mean():.0%}"
     )
     ids = [pool.rows[row].id for row in np.flatnonzero(copies[0]).tolist()]
-    return finding_of("copies_of_held_out", values, limits.copies, detail, ids)
+    return finding_of("copies_of_held_out", values, limit=limits.copies, detail=detail, rows=ids)
 
 
 def repeated(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: ValidationLimits) -> StatisticResult:
@@ -241,7 +250,7 @@ def repeated(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: Valida
     values = (repeats.sum(1) / members.sum(1)).astype(np.float64)
     detail = f"{values[0]:.0%} of the synthetic rows nearly repeat another one; chance gives {values[1:].mean():.0%}"
     ids = [pool.rows[row].id for row in np.flatnonzero(repeats[0]).tolist()]
-    return finding_of("repeated", values, limits.copies, detail, ids)
+    return finding_of("repeated", values, limit=limits.copies, detail=detail, rows=ids)
 
 
 def _graph(pool: Pool, pairs: Sequence[CopyPair]) -> sparse.csr_matrix:

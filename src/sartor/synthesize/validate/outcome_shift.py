@@ -57,43 +57,43 @@ def group_outcome(
     largest = int(z[:, 0].argmax())
     cell, change = cells[largest], float(changes[largest][0][0])
     is_synthetic = pool.is_synthetic
-    rates = [_rate(cell, side) for side in (is_synthetic, ~is_synthetic)]
+    rates = []
+    for side in (is_synthetic, ~is_synthetic):
+        for part in (cell.inside, cell.others):
+            rates.append(float((side * part * cell.hit).sum() / (side * part).sum()))
     detail = (
-        f"{cell.name}: {rates[0][0]:.0%} against {rates[0][1]:.0%} of the others in synthetic rows, "
-        f"{rates[1][0]:.0%} against {rates[1][1]:.0%} in reality ({len(cells)} cells)"
+        f"{cell.name}: {rates[0]:.0%} against {rates[1]:.0%} of the others in synthetic rows, "
+        f"{rates[2]:.0%} against {rates[3]:.0%} in reality ({len(cells)} cells)"
     )
     rows = np.flatnonzero(is_synthetic * cell.inside * (cell.hit if change > 0 else 1 - cell.hit)).tolist()
     ids = [pool.rows[row].id for row in rows]
-    return finding_of("group_outcome", z.max(0), limits.group_outcome, detail, ids, effect=abs(change))
+    return finding_of(
+        "group_outcome", z.max(0), limit=limits.group_outcome, detail=detail, rows=ids, effect=abs(change)
+    )
 
 
 def _cells(people: Memberships, row_outcomes: Sequence[str | None], is_synthetic: NDArray[Any]) -> list[Cell]:
     has_outcome = np.array([name is not None for name in row_outcomes], np.float32)
-    outcomes = [name for name, _ in Counter(name for name in row_outcomes if name is not None).most_common(_OUTCOMES)]
-    hits = {
-        " or ".join(f"{name!r:.40}" for name in outcome_set): np.isin(
-            np.array(row_outcomes, object), outcome_set
-        ).astype(np.float32)
-        for outcome_set in _sets(outcomes)
-    }
+    counts = Counter(name for name in row_outcomes if name is not None)
+    outcomes = [name for name, _ in counts.most_common(_OUTCOMES)]
+    # every division of the outcomes into two sides, once: several words may mean the same decision
+    hits: dict[str, F32] = {}
+    first, rest = outcomes[:1], outcomes[1:]
+    for size in range(len(rest)):
+        for combination in itertools.combinations(rest, size):
+            outcome_set = [*first, *combination]
+            set_name = " or ".join(f"{name!r:.40}" for name in outcome_set)
+            hits[set_name] = np.isin(np.array(row_outcomes, object), outcome_set).astype(np.float32)
     cells = []
     for attribute, values in people.items():
         spoken = np.array([value is not None for value in values], np.float32) * has_outcome
         for value in sorted({value for value in values if value is not None}):
             inside = np.array([group == value for group in values], np.float32) * has_outcome
             others = spoken - inside
-            if (
-                min((side * part).sum() for side in (is_synthetic, ~is_synthetic) for part in (inside, others))
-                >= FEWEST
-            ):
+            row_counts = [(side * part).sum() for side in (is_synthetic, ~is_synthetic) for part in (inside, others)]
+            if min(row_counts) >= FEWEST:
                 cells += [Cell(f"{attribute} {value}, {name}", inside, others, hit) for name, hit in hits.items()]
     return cells
-
-
-def _sets(outcomes: Sequence[str]) -> list[list[str]]:
-    """Return every division of the outcomes into two sides, once: several words may mean the same decision."""
-    first, rest = outcomes[:1], outcomes[1:]
-    return [[*first, *combination] for size in range(len(rest)) for combination in itertools.combinations(rest, size)]
 
 
 def _change(cell: Cell, members: F32) -> tuple[F64, F64]:
@@ -112,10 +112,6 @@ def _change(cell: Cell, members: F32) -> tuple[F64, F64]:
         squared += sum(rate * (1 - rate) / (side[:, column] + 2) for rate, column in zip(rates, (0, 2), strict=True))
         gap.append(rates[0] - rates[1])
     return gap[0] - gap[1], np.sqrt(squared)
-
-
-def _rate(cell: Cell, side: NDArray[Any]) -> tuple[float, float]:
-    return tuple(float((side * part * cell.hit).sum() / (side * part).sum()) for part in (cell.inside, cell.others))  # type: ignore[return-value]
 
 
 def decisions(replies: Sequence[str]) -> list[str | None]:

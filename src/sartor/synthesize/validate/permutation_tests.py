@@ -43,17 +43,16 @@ class StatisticResult:
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields for the command's JSON."""
-        fields = {key: _rounded(getattr(self, key)) for key in _JSON_FIELDS}
+        fields: dict[str, Any] = {}
+        for key in _JSON_FIELDS:
+            value = getattr(self, key)
+            fields[key] = round(value, 6) if isinstance(value, float) else value
         return {**fields, "rows": list(self.rows), **self.more}
-
-
-def _rounded(value: Any) -> Any:
-    return round(value, 6) if isinstance(value, float) else value
 
 
 def not_tested(name: str, limit: float, reason: str) -> StatisticResult:
     """Return the result of a test that the rows do not allow, with the reason."""
-    return StatisticResult(name, 0.0, 0.0, limit, None, reason)
+    return StatisticResult(name, 0.0, effect=0.0, limit=limit, p=None, detail=reason)
 
 
 def permuted(pool: Pool, permutations: int, seed: int) -> F32:
@@ -88,18 +87,21 @@ def finding_of(
     The observed value counts among the permutations (Phipson and Smyth 2010), so p is never 0.
     """
     statistic = float(values[0])
-    draws = _as_large(values)
+    # p of each value: the fraction of all values that are at least as large. float32 sums of the same membership in
+    # another order may differ in the last digits
+    slack = 1e-6 * np.maximum(1.0, np.abs(values))
+    draws = np.asarray((len(values) - np.searchsorted(np.sort(values), values - slack)) / len(values))
     excess = statistic - float(values[1:].mean()) if effect is None else effect
     return StatisticResult(
-        name, statistic, excess, limit, float(draws[0]), detail, tuple(rows)[:SHOWN_ROWS], draws=draws
+        name,
+        statistic,
+        effect=excess,
+        limit=limit,
+        p=float(draws[0]),
+        detail=detail,
+        rows=tuple(rows)[:SHOWN_ROWS],
+        draws=draws,
     )
-
-
-def _as_large(values: F64) -> F64:
-    """Return (B,) for each value the fraction of all B values that are at least as large."""
-    # float32 sums of the same membership in another order may differ in the last digits
-    slack = 1e-6 * np.maximum(1.0, np.abs(values))
-    return np.asarray((len(values) - np.searchsorted(np.sort(values), values - slack)) / len(values))
 
 
 def beyond_chance(values: F64) -> float:
@@ -118,13 +120,24 @@ def corrected_results(tests: Sequence[StatisticResult], alpha: float) -> list[St
     m tests it gets 1/m of alpha, and the others the rest (weighted Bonferroni).
     """
     tested = [index for index, test in enumerate(tests) if test.p is not None]
-    with_draws = [index for index in tested if tests[index].draws is not None]
+    draws_by_index: dict[int, F64] = {}
+    for index in tested:
+        draws = tests[index].draws
+        if draws is not None:
+            draws_by_index[index] = draws
     corrected = {index: min(1.0, (tests[index].p or 0.0) * len(tested)) for index in tested}
-    if with_draws:
-        shared = len(tested) / len(with_draws)
-        joint = westfall_young(np.stack([draws for index in with_draws if (draws := tests[index].draws) is not None]))
-        corrected |= {index: min(1.0, p * shared) for index, p in zip(with_draws, joint.tolist(), strict=True)}
-    return [_with_verdict(test, corrected.get(index), alpha) for index, test in enumerate(tests)]
+    if draws_by_index:
+        shared = len(tested) / len(draws_by_index)
+        joint = westfall_young(np.stack(list(draws_by_index.values())))
+        corrected |= {index: min(1.0, p * shared) for index, p in zip(draws_by_index, joint.tolist(), strict=True)}
+    results = []
+    for index, test in enumerate(tests):
+        p_corrected = corrected.get(index)
+        if p_corrected is not None:
+            is_failed = p_corrected <= alpha and test.effect > test.limit
+            test = replace(test, p_corrected=p_corrected, verdict="fail" if is_failed else "pass")
+        results.append(test)
+    return results
 
 
 def westfall_young(draws: F64) -> F64:
@@ -143,9 +156,3 @@ def westfall_young(draws: F64) -> F64:
     corrected = np.empty(len(draws))
     corrected[order] = stepped
     return corrected
-
-
-def _with_verdict(test: StatisticResult, p: float | None, alpha: float) -> StatisticResult:
-    if p is None:
-        return test
-    return replace(test, p_corrected=p, verdict="fail" if p <= alpha and test.effect > test.limit else "pass")

@@ -76,16 +76,13 @@ def open_samples(synthetic: Path, reality: Path, seeds: Path | None) -> Validati
                 f"give {FEWEST_ROWS} {name} rows or more"
                 + (" that no seed is in a group with" if name != "synthetic" else ""),
             )
-    return ValidationSamples(synthetic_rows, unseen, seed_rows, left_out, _cited(synthetic))
-
-
-def _cited(synthetic: Path) -> dict[str, tuple[int, int]]:
-    """Return the cited spans that `sartor synthesize` recorded, by row id."""
-    file = synthetic / "evidence" / "synthetic.parquet"
-    if not file.is_file():
-        return {}
-    evidence = parquet_io.read_file(file)
-    return {row["id"]: (row["span_start"], row["span_end"]) for row in evidence if row.get("span_start") is not None}
+    cited: dict[str, tuple[int, int]] = {}  # spans that `sartor synthesize` recorded, by row id
+    evidence_file = synthetic / "evidence" / "synthetic.parquet"
+    if evidence_file.is_file():
+        for entry in parquet_io.read_file(evidence_file):
+            if entry.get("span_start") is not None:
+                cited[entry["id"]] = (entry["span_start"], entry["span_end"])
+    return ValidationSamples(synthetic_rows, unseen, seeds=seed_rows, left_out=left_out, cited=cited)
 
 
 def _rows_of(path: Path) -> tuple[list[Example], list[str]]:

@@ -64,17 +64,17 @@ def topics(space: SampleSpace, members: F32, limits: ValidationLimits) -> Statis
     clusters, (values, shift) = space.topics[chosen], measured[chosen]
     grown = np.argsort(-shift)[:SHOWN]
     is_synthetic = space.pool.is_synthetic
-    rows = [
-        row
-        for topic in grown.tolist()
-        if shift[topic] > 0
-        for row in np.flatnonzero(is_synthetic & (clusters == topic)).tolist()
-    ]
+    rows: list[int] = []
+    for topic in grown.tolist():
+        if shift[topic] > 0:
+            rows += np.flatnonzero(is_synthetic & (clusters == topic)).tolist()
     detail = (
         f"of {len(shift)} topics one gains {shift.max():+.0%}, one {shift.min():+.0%} ; they differ by {values[0]:.0%}"
     )
     ids = [space.pool.rows[row].id for row in rows]
-    return finding_of("topic", beyond.mean(0), limits.topic, detail, ids, effect=beyond_chance(values))
+    return finding_of(
+        "topic", beyond.mean(0), limit=limits.topic, detail=detail, rows=ids, effect=beyond_chance(values)
+    )
 
 
 def labels(pool: Pool, row_labels: Sequence[str | None], members: F32, limits: ValidationLimits) -> StatisticResult:
@@ -91,14 +91,17 @@ def labels(pool: Pool, row_labels: Sequence[str | None], members: F32, limits: V
     label_shifts = Counter({str(names[index])[:60]: float(shift[index]) for index in largest})
     detail = "moved most: " + ", ".join(f"{name!r} {change:+.0%}" for name, change in label_shifts.items())
     is_synthetic = pool.is_synthetic
-    rows = [
-        row
-        for index in largest
-        if shift[index] > 0
-        for row in np.flatnonzero(is_synthetic & (member == index)).tolist()
-    ]
+    rows: list[int] = []
+    for index in largest:
+        if shift[index] > 0:
+            rows += np.flatnonzero(is_synthetic & (member == index)).tolist()
     return finding_of(
-        "label", values, limits.label, detail, [pool.rows[row].id for row in rows], effect=beyond_chance(values)
+        "label",
+        values,
+        limit=limits.label,
+        detail=detail,
+        rows=[pool.rows[row].id for row in rows],
+        effect=beyond_chance(values),
     )
 
 
@@ -154,7 +157,9 @@ def classifier_test(space: SampleSpace, members: F32, limits: ValidationLimits) 
     # the synthetic rows that are easiest to recognise first
     telling = np.argsort(-np.where(is_synthetic, scores[0], -np.inf))[: int(is_synthetic.sum())]
     ids = [space.pool.rows[row].id for row in telling.tolist()]
-    return finding_of("distinguishable", values, limits.distinguishable, detail, ids, effect=auc - 0.5)
+    return finding_of(
+        "distinguishable", values, limit=limits.distinguishable, detail=detail, rows=ids, effect=auc - 0.5
+    )
 
 
 def _hat(space: SampleSpace) -> F32:
@@ -226,7 +231,7 @@ def coverage(space: SampleSpace, members: F32, limits: ValidationLimits) -> Stat
     bare = np.flatnonzero(isolated[0] * outside[0])
     detail = f"{values[0]:.0%} of the real rows have no synthetic neighbour; chance gives {values[1:].mean():.0%}"
     ids = [space.pool.rows[row].id for row in bare.tolist()]
-    finding = finding_of("coverage", values.astype(np.float64), limits.coverage, detail, ids)
+    finding = finding_of("coverage", values.astype(np.float64), limit=limits.coverage, detail=detail, rows=ids)
     return replace(finding, more={"regions": _regions(space, isolated[0])})
 
 
@@ -241,7 +246,7 @@ def novelty(space: SampleSpace, members: F32, limits: ValidationLimits) -> Stati
     values = (isolated * members).sum(1) / members.sum(1)
     ids = [space.pool.rows[row].id for row in np.flatnonzero(isolated[0] * members[0]).tolist()]
     detail = f"{values[0]:.0%} of the synthetic rows have no real neighbour; chance gives {values[1:].mean():.0%}"
-    return finding_of("novelty", values.astype(np.float64), limits.novelty, detail, ids)
+    return finding_of("novelty", values.astype(np.float64), limit=limits.novelty, detail=detail, rows=ids)
 
 
 def _k(other: float, rows: int) -> int:

@@ -105,16 +105,15 @@ class Validated:
     def table(self) -> list[tuple[str, Any]]:
         """Return the lines shown to the user."""
         fields = self.as_json()
-        lines = [(test.name, _line(test)) for test in self.tests]
+        lines = []
+        for test in self.tests:
+            line = f"{test.verdict}: {test.detail}"
+            if test.p is not None:
+                p = f"p {test.p_corrected:.3f} corrected" if test.p_corrected is not None else f"p {test.p:.3f}"
+                line = f"{line} (effect {test.effect:.3f}, limit {test.limit:g}, {p})"
+            lines.append((test.name, line))
         names = ("passed", "failed", "accepted", "rejected", "flaws", "rows", "dataset", "review")
         return [*lines, *((name, fields[name]) for name in names if fields[name] not in ("", []))]
-
-
-def _line(test: StatisticResult) -> str:
-    if test.p is None:
-        return f"{test.verdict}: {test.detail}"
-    p = f"p {test.p_corrected:.3f} corrected" if test.p_corrected is not None else f"p {test.p:.3f}"
-    return f"{test.verdict}: {test.detail} (effect {test.effect:.3f}, limit {test.limit:g}, {p})"
 
 
 STEP = "validate"
@@ -213,13 +212,13 @@ def validate(
     return Validated(
         synthetic_path,
         real_path,
-        validated.rows,
-        validated.tests,
-        validated.flaws,
-        validated.facts,
-        written,
-        review,
-        time.monotonic() - started,
+        rows=validated.rows,
+        tests=validated.tests,
+        flaws=validated.flaws,
+        facts=validated.facts,
+        written=written,
+        review=review,
+        wall_s=time.monotonic() - started,
     )
 
 
@@ -254,7 +253,7 @@ def validate_rows(
         "options": config.dump(options),
     }
     flaws = _flaws(sides, embedded_sides.encoded.vectors, options, faults)
-    return Validated(*paths, rows, _judged(embedded_sides, sides, options), flaws, facts)
+    return Validated(*paths, rows=rows, tests=_judged(embedded_sides, sides, options), flaws=flaws, facts=facts)
 
 
 def verdicts(sides: ValidationSamples, options: ValidateOptions) -> list[StatisticResult]:
@@ -292,7 +291,7 @@ def _embed_sides(sides: ValidationSamples, options: ValidateOptions) -> _Embedde
     )
     space = SampleSpace(pool, vectors, options.seed, embedded.replies_at)
     unit = np.asarray(replies / np.where(lengths > 0, lengths, 1), np.float32)
-    return _EmbeddedSides(chosen, embedded, space, unit, faults, citing)
+    return _EmbeddedSides(chosen, embedded, space=space, replies=unit, faults=faults, citing=citing)
 
 
 def _judged(
@@ -334,7 +333,11 @@ def _tests(
         diversity.distinct(pool, members, limits),
         diversity.vendi(space, members, limits),
         outcome_shift.group_outcome(
-            pool, people, _outcomes(embedded_sides, options.label, class_labels, people), members, limits
+            pool,
+            people,
+            row_outcomes=_outcomes(embedded_sides, options.label, class_labels, people),
+            members=members,
+            limits=limits,
         ),
     ]
 
