@@ -64,9 +64,8 @@ def open_checked(content: bytes | Path) -> Iterator[PillowImage.Image]:
     file = content if isinstance(content, Path) else None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow warns of large and unusual images; those over the limit are refused below
+            # Pillow warns of large and unusual images; those over the limit are refused below
+            warnings.simplefilter("ignore")
             with Image.open(content if isinstance(content, Path) else io.BytesIO(content), formats=FORMATS) as image:
                 _check_size(*image.size)
                 yield image
