@@ -180,7 +180,10 @@ def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, M
         if match is None or match["module"] not in shapes:
             raise ModelError(f"the adapter {path} holds {key!r}, which has no place in this base", _REMEDY)
         results.setdefault(match["module"], {})[match["factor"]] = tensor
-    pairs = {module: _pair(path, config, module, factors, shapes[module]) for module, factors in results.items()}
+    pairs = {
+        module: _pair(path, config, module, factors=factors, shape=shapes[module])
+        for module, factors in results.items()
+    }
     if not pairs:
         raise ModelError(f"the adapter {path} holds no factors", "sartor tune RECIPE --out ADAPTER --replace")
     if missing := [module for module in shapes if module not in pairs and _is_target(config, module)]:
