@@ -152,15 +152,13 @@ def _refused(problem: str) -> RequestError:
     for pattern, explanation, remedy in _WORDS:
         if pattern in problem:
             return RequestError(f"the JSON Schema cannot be obeyed: {explanation}", remedy)
-    return RequestError(f"the JSON Schema cannot be obeyed: {_short(problem)}", _remedy(problem))
-
-
-def _remedy(problem: str) -> str:
     if "nimplemented" in problem or "oneOf" in problem:
-        return "leave that keyword out, or say it by anyOf, enum, properties, required, items, pattern or $ref"
-    if "too " in problem or "limit" in problem:
-        return "make it smaller: fewer optional properties, shorter patterns, lower maxLength and maxItems"
-    return "check the schema against https://json-schema.org"
+        remedy = "leave that keyword out, or say it by anyOf, enum, properties, required, items, pattern or $ref"
+    elif "too " in problem or "limit" in problem:
+        remedy = "make it smaller: fewer optional properties, shorter patterns, lower maxLength and maxItems"
+    else:
+        remedy = "check the schema against https://json-schema.org"
+    return RequestError(f"the JSON Schema cannot be obeyed: {_short(problem)}", remedy)
 
 
 def _short(problem: object) -> str:

@@ -175,10 +175,11 @@ def event_from_json(payload: Mapping[str, Any]) -> Event:
     """Return the event that `event_as_json` wrote."""
     fields = {key: value for key, value in payload.items() if key != "event"}
     if "logprobs" in fields:
-        fields["logprobs"] = tuple(
-            Logprob(item["token"], item["logprob"], tuple((token, value) for token, value in item["top"]))
-            for item in fields["logprobs"]
-        )
+        logprobs = []
+        for item in fields["logprobs"]:
+            top = tuple((token, value) for token, value in item["top"])
+            logprobs.append(Logprob(item["token"], item["logprob"], top))
+        fields["logprobs"] = tuple(logprobs)
     if "tool_calls" in fields:
         fields["tool_calls"] = tuple(fields["tool_calls"])
     return _EVENTS[payload["event"]](**fields)

@@ -156,7 +156,7 @@ def generate(
     sampling = sampling or Sampling()
     check_context(model, max((len(prompt) for prompt in prompts), default=0), sampling.max_tokens)
     choose = Chooser(sampling, len(prompts))
-    replies = _by_own_forward(model, prompts, stop, pad, choose)
+    replies = _by_own_forward(model, prompts, stop=stop, pad=pad, choose=choose)
     if replies:
         progress(len(replies))
     by_length = sorted(
@@ -164,7 +164,8 @@ def generate(
     )
     for start in range(0, len(by_length), batch_rows):
         rows = by_length[start : start + batch_rows]
-        replies.update(_generate_batch(model, {row: prompts[row] for row in rows}, set(stop), pad, choose))
+        batch = {row: prompts[row] for row in rows}
+        replies.update(_generate_batch(model, batch, stop=set(stop), pad=pad, choose=choose))
         progress(len(rows))
     return [replies[index] for index in range(len(prompts))]
 
@@ -186,7 +187,8 @@ def _by_own_forward(
             _check_finite(logits)
             return choose(logits, [row])[0]
 
-        ids = reply(base_model, media, prompt, stop, pad, choose.sampling.max_tokens, chosen)
+        max_tokens = choose.sampling.max_tokens
+        ids = reply(base_model, media, prompt, stop=stop, pad=pad, max_new_tokens=max_tokens, choose=chosen)
         has_ended = bool(ids) and ids[-1] in set(stop)
         result[row] = choose.ended(row, ids[:-1] if has_ended else ids, "stop" if has_ended else "length")
     return result

@@ -93,7 +93,7 @@ def open_base_file(path: Path, config: Mapping[str, Any]) -> BaseFile:
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    return {tensor.name: tuple(int(axis) for axis in tensor.shape) for tensor in gguf.GGUFReader(file).tensors}
+    return {tensor.name: tuple(map(int, tensor.shape)) for tensor in gguf.GGUFReader(file).tensors}
 
 
 def f16_file(ref: model_refs.BaseRef) -> Path:
@@ -153,8 +153,16 @@ class LlamaCppEngine(StreamEngine):
         dtype: the type in which most of the GGUF file's tensors are stored.
         """
         ref, context = self._reader.ref, self._reader.context_tokens
-        digest = self._reader.chat.template_digest
-        return EngineInfo("llamacpp", ref.name, ref.digest, digest, context, self.rows, self._base.stored, "cpu")
+        return EngineInfo(
+            kind="llamacpp",
+            base=ref.name,
+            base_digest=ref.digest,
+            template_digest=self._reader.chat.template_digest,
+            context_tokens=context,
+            rows=self.rows,
+            dtype=self._base.stored,
+            device="cpu",
+        )
 
     def attach(self, adapter: str, path: Path) -> int:
         """Convert an adapter to GGUF and return the file's bytes; it is loaded when a call needs it."""
@@ -274,9 +282,10 @@ class LlamaCppEngine(StreamEngine):
             raise _server_error(json.dumps(fields).encode())
         try:
             text, predicted_tokens = str(fields["content"]), int(fields["tokens_predicted"])
-            logprobs = tuple(
-                _logprob(item, reply.call.top_logprobs) for item in fields.get("completion_probabilities") or ()
-            )
+            logprobs = []
+            for item in fields.get("completion_probabilities") or ():
+                top = tuple((str(other["token"]), float(other["logprob"])) for other in item.get("top_logprobs") or ())
+                logprobs.append(Logprob(str(item["token"]), float(item["logprob"]), top[: reply.call.top_logprobs]))
             stopped = any(int(token) in self._reader.chat.stops for token in fields.get("tokens") or ())
             reply.cached = int((fields.get("timings") or {}).get("cache_n", reply.cached))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -286,7 +295,7 @@ class LlamaCppEngine(StreamEngine):
         if fields.get("stop"):  # its logprobs repeat those of the whole reply
             end_events = reply.end(_ENDS.get(str(fields.get("stop_type")), "stop"))
             return [reply.piece(text), *end_events] if text else end_events
-        piece = reply.piece(text, max(predicted_tokens - stopped - reply.tokens, 0), logprobs)
+        piece = reply.piece(text, max(predicted_tokens - stopped - reply.tokens, 0), tuple(logprobs))
         return [piece, *reply.end("stop")] if stopped else [piece]
 
     def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
@@ -308,22 +317,17 @@ def open_engine(base: str, *, gguf: str = "", rows: int = 4, waiting: int = 256,
     Raises what `open_reader` raises, ExtraError without xllamacpp, and ModelError for a GGUF file of another base.
     """
     reader = open_reader(base, MOST_CONTEXT)
-    file = open_base_file(_file_of(reader.ref, gguf), reader.config)
+    ref = reader.ref
+    if gguf:
+        path = Path(gguf)
+        if not path.is_file():
+            raise ModelError(f"there is no file {gguf}", "engine.gguf: a GGUF file of the base")
+    elif ref.gguf or ref.name == model_refs.STARTER:
+        path = model_refs.source_gguf(ref)  # the file from which the base was converted
+    else:
+        path = f16_file(ref)
+    file = open_base_file(path, reader.config)
     return LlamaCppEngine(reader, file, Bounds(rows, threads, reader.context_tokens), waiting)
-
-
-def _file_of(ref: model_refs.BaseRef, gguf_file: str) -> Path:
-    """Return the base's GGUF file: the given one, the one it was converted from, or a newly written one."""
-    if gguf_file:
-        if not Path(gguf_file).is_file():
-            raise ModelError(f"there is no file {gguf_file}", "engine.gguf: a GGUF file of the base")
-        return Path(gguf_file)
-    return model_refs.source_gguf(ref) if ref.gguf or ref.name == model_refs.STARTER else f16_file(ref)
-
-
-def _logprob(item: Mapping[str, Any], max_top: int) -> Logprob:
-    top = tuple((str(other["token"]), float(other["logprob"])) for other in item.get("top_logprobs") or ())
-    return Logprob(str(item["token"]), float(item["logprob"]), top[:max_top])
 
 
 def _detached_error() -> ModelError:

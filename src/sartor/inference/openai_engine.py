@@ -148,10 +148,12 @@ class OpenAiServer:
         """Return one vector of length 1 per text. Raises UnavailableError if the server gives none."""
         try:
             rows = self._ask("POST", "/embeddings", {"model": base, "input": list(texts)})["data"]
-            vectors = [
-                [float(value) for value in row["embedding"]] for row in sorted(rows, key=lambda row: int(row["index"]))
-            ]
-            return [[value / math.hypot(*vector) for value in vector] for vector in vectors]
+            vectors = []
+            for row in sorted(rows, key=lambda row: int(row["index"])):
+                vector = [float(value) for value in row["embedding"]]
+                norm = math.hypot(*vector)
+                vectors.append([value / norm for value in vector])
+            return vectors
         except (RequestError, ModelError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UnavailableError(f"{self.url} gives no embeddings: {error}", "router: {encoder: minilm}") from None
 
@@ -225,11 +227,9 @@ class RemoteEngine(StreamEngine):
         server.check_tokens(self._served.base, reader.chat)
         self._names = {BASE: self._served.base}
         # a llama-server answers a call without adapters with the last adapters of its slot, so name all with scale 0
-        self._zeros = [{"id": adapter_id, "scale": 0.0} for adapter_id in self._ids_of_llamacpp()]
+        adapter_ids = server.llamacpp_adapters() if self._served.kind == "llamacpp" else []
+        self._zeros = [{"id": adapter_id, "scale": 0.0} for adapter_id in adapter_ids]
         super().__init__(rows, waiting)
-
-    def _ids_of_llamacpp(self) -> list[int]:
-        return self._server.llamacpp_adapters() if self._served.kind == "llamacpp" else []
 
     @property
     def about(self) -> EngineInfo:
@@ -238,16 +238,14 @@ class RemoteEngine(StreamEngine):
         device: the server's name for itself.
         """
         reader = self._reader
-        digest = reader.chat.template_digest
         return EngineInfo(
-            "openai",
-            reader.ref.name,
-            reader.ref.digest,
-            digest,
-            reader.context_tokens,
-            self.rows,
-            "",
-            self._served.kind,
+            kind="openai",
+            base=reader.ref.name,
+            base_digest=reader.ref.digest,
+            template_digest=reader.chat.template_digest,
+            context_tokens=reader.context_tokens,
+            rows=self.rows,
+            device=self._served.kind,
         )
 
     def attach(self, adapter: str, path: Path) -> int:
@@ -393,27 +391,19 @@ def _read(reply: StreamedReply, fields: Mapping[str, Any]) -> tuple[TextDelta | 
 
 def _logprobs(fields: Mapping[str, Any], max_top: int) -> tuple[Logprob, ...]:
     """Read logprobs in the form of OpenAI's completions (vLLM, SGLang) or of its chat API (llama-server)."""
+    logprobs = []
+    max_top = max(max_top, 0)
     if "content" in fields:
-        return tuple(
-            Logprob(
-                str(item["token"]),
-                float(item["logprob"]),
-                tuple((str(other["token"]), float(other["logprob"])) for other in item.get("top_logprobs") or ())[
-                    : max(max_top, 0)
-                ],
-            )
-            for item in fields["content"] or ()
-        )
+        for item in fields["content"] or ():
+            top = tuple((str(other["token"]), float(other["logprob"])) for other in item.get("top_logprobs") or ())
+            logprobs.append(Logprob(str(item["token"]), float(item["logprob"]), top[:max_top]))
+        return tuple(logprobs)
     tokens, values = fields.get("tokens") or (), fields.get("token_logprobs") or ()
     tops = fields.get("top_logprobs") or [None] * len(tokens)
-    return tuple(
-        Logprob(
-            str(token),
-            float(value),
-            tuple((str(name), float(other)) for name, other in (top or {}).items())[: max(max_top, 0)],
-        )
-        for token, value, top in zip(tokens, values, tops, strict=False)
-    )
+    for token, value, alternatives in zip(tokens, values, tops, strict=False):
+        top = tuple((str(name), float(other)) for name, other in (alternatives or {}).items())
+        logprobs.append(Logprob(str(token), float(value), top[:max_top]))
+    return tuple(logprobs)
 
 
 def open_engine(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -164,7 +163,14 @@ def _message(fields: Any, index: int) -> Message:
         raise RequestError(f"messages[{index}] has a name or tool_call_id that is no text", _REMEDY)
     calls, reasoning = _calls(fields.get("tool_calls"), index), fields.get("reasoning_content")
     content = _content(fields.get("content"), index, bool(calls))
-    return Message(role, content, name, calls, tool_call_id, reasoning if isinstance(reasoning, str) else "")
+    return Message(
+        role,
+        content,
+        name=name,
+        tool_calls=calls,
+        tool_call_id=tool_call_id,
+        reasoning_content=reasoning if isinstance(reasoning, str) else "",
+    )
 
 
 def _content(content: Any, index: int, may_lack: bool) -> tuple[Part, ...]:
@@ -200,11 +206,12 @@ def _calls(tool_calls: Any, index: int) -> str:
     """
     if not tool_calls:
         return ""
+    if not isinstance(tool_calls, list | tuple):
+        raise _wrong_call(index)
     calls = []
-    for call in tool_calls if isinstance(tool_calls, list | tuple) else [None]:
-        if not isinstance(call, Mapping) or not isinstance(function := call.get("function"), Mapping):
-            raise _wrong_call(index)
-        if not isinstance(function.get("name"), str):
+    for call in tool_calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise _wrong_call(index)
         calls.append({**call, "function": {**function, "arguments": _mapping(function.get("arguments"))}})
     return json.dumps(calls)
@@ -243,16 +250,16 @@ def _in_plain_turns(messages: Sequence[Message]) -> list[Message]:
     turns: list[Message] = []
     is_tool_result = False
     for message in messages:
-        text = message.text
+        text, role = message.text, message.role
         if message.role == "tool":
-            text = f"<tool_response>\n{text}\n</tool_response>"
+            text, role = f"<tool_response>\n{text}\n</tool_response>", "user"
             if is_tool_result:
                 text = f"{turns.pop().text}\n{text}"
         if message.tool_calls:
             text = f"{text}\n{calls_as_text(message.tool_calls)}".lstrip("\n")
         is_tool_result = message.role == "tool"
-        media = any(part.kind != "text" for part in message.content)
-        turns.append(message if media else Message.of("user" if is_tool_result else message.role, text))
+        has_media = any(part.kind != "text" for part in message.content)
+        turns.append(message if has_media else Message.of(role, text))
     return turns
 
 
@@ -341,12 +348,8 @@ def open_reader(base: str, max_tokens: int) -> PromptReader:
         raise ModelError(
             f"{ref.path / 'config.json'} is not whole: {error}", restore_command(ref.path / "config.json")
         ) from None
-    return PromptReader(ref, open_chat(ref.path, _generation(ref.path)), config, min(trained, max_tokens))
-
-
-def _generation(path: Path) -> Any:
-    """Return a base's generation config, which states how replies end, or None."""
-    if not (path / "generation_config.json").is_file():
-        return None
-    with quiet_transformers():
-        return transformers.GenerationConfig.from_pretrained(str(path), local_files_only=True)
+    generation_config = None  # it states how replies end
+    if (ref.path / "generation_config.json").is_file():
+        with quiet_transformers():
+            generation_config = transformers.GenerationConfig.from_pretrained(str(ref.path), local_files_only=True)
+    return PromptReader(ref, open_chat(ref.path, generation_config), config, min(trained, max_tokens))

@@ -50,25 +50,28 @@ class StreamedReply:
     def piece(self, text: str, tokens: int = 0, logprobs: tuple[Logprob, ...] = ()) -> TextDelta:
         """Return the event for more text of the reply. Raises ModelError if the text violates the schema."""
         self.tokens += tokens
-        self._check_schema(text)
-        return TextDelta(self.call.id, self._reader.feed(text), tokens, logprobs)
-
-    def _check_schema(self, text: str) -> None:
-        """Raise ModelError if the reply violates its schema: the server ignored it or interprets it differently."""
         try:
             if self.constraint is not None:
                 self.constraint.accept(text)
-        except RequestError as error:
+        except RequestError as error:  # the server ignored the schema or interprets it differently
             raise ModelError(f"the reply left its schema: {error.problem}", "engine: {kind: local}") from None
+        return TextDelta(self.call.id, self._reader.feed(text), tokens, logprobs)
 
     def end(self, finish: Finish) -> list[Event]:
         """Return the last events of the reply."""
         self.is_ended = True
         rest_text, calls = self._reader.end()
-        done_event = ReplyDone(self.call.id, finish, len(self.prompt), self.tokens, self.cached, calls)
-        return (
-            [TextDelta(self.call.id, rest_text), done_event] if rest_text and finish != "cancelled" else [done_event]
+        done_event = ReplyDone(
+            self.call.id,
+            finish,
+            prompt_tokens=len(self.prompt),
+            reply_tokens=self.tokens,
+            cached_tokens=self.cached,
+            tool_calls=calls,
         )
+        if rest_text and finish != "cancelled":
+            return [TextDelta(self.call.id, rest_text), done_event]
+        return [done_event]
 
 
 class StreamEngine(ABC):

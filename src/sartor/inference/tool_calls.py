@@ -187,7 +187,13 @@ class CallReader:
         calls, rest = _bare_calls(self._buffer, self._names) if not self._has_emitted else ([], self._buffer)
         if not calls:
             calls, rest = _tagged_calls(self._buffer, self._names)
-        return rest, tuple(_as_openai(self._id, index, *call) for index, call in enumerate(calls))
+        openai_calls = []
+        for index, (name, arguments) in enumerate(calls):
+            # the id is derived from the reply's, so a repeated reply has the same ids
+            identity = hashlib.sha256(f"{self._id}/{index}".encode(errors="surrogatepass")).hexdigest()[:24]
+            function = {"name": name, "arguments": arguments}
+            openai_calls.append({"id": f"call_{identity}", "type": "function", "function": function})
+        return rest, tuple(openai_calls)
 
     def _certain(self) -> int:
         """Return the number of buffered characters that are text; set `_is_holding` if a call may have begun."""
@@ -224,7 +230,8 @@ def _tagged_calls(text: str, names: Collection[str]) -> tuple[list[tuple[str, st
     while (start := text.find(_OPEN, position)) >= 0:
         close = text.find(_CLOSE, start)
         end = len(text) if close < 0 else close
-        call = _one_call(_unfenced(text[start + len(_OPEN) : end]), names)
+        values = list(_values(_unfenced(text[start + len(_OPEN) : end])))
+        call = _read_call(values[0], names) if len(values) == 1 else None
         # if it is not a call, skip only the mark: another call may begin inside
         after = min(end + len(_CLOSE), len(text)) if call else start + len(_OPEN)
         plain_text += text[position:start] if call else text[position:after]
@@ -242,11 +249,6 @@ def _bare_calls(text: str, names: Collection[str]) -> tuple[list[tuple[str, str]
     parsed = [_read_call(value, names) for value in _values(_unfenced(text.strip().removeprefix(_TAG)))]
     calls = [call for call in parsed if call]
     return (calls, "") if parsed and len(calls) == len(parsed) else ([], text)
-
-
-def _one_call(text: str, names: Collection[str]) -> tuple[str, str] | None:
-    values = list(_values(text))
-    return _read_call(values[0], names) if len(values) == 1 else None
 
 
 def _unfenced(text: str) -> str:
@@ -284,12 +286,3 @@ def _read_call(value: Any, names: Collection[str]) -> tuple[str, str] | None:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no value of JSON")
-
-
-def _as_openai(reply: str, index: int, name: str, arguments: str) -> Mapping[str, Any]:
-    """Return a call in OpenAI's form.
-
-    Its id is derived from the reply's, so a repeated reply has the same ids.
-    """
-    identity = hashlib.sha256(f"{reply}/{index}".encode(errors="surrogatepass")).hexdigest()[:24]
-    return {"id": f"call_{identity}", "type": "function", "function": {"name": name, "arguments": arguments}}

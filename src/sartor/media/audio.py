@@ -56,7 +56,8 @@ def read_sound(content: bytes | Path, rate: int, max_seconds: float | None = Non
         source_rate, frames = int(sound.samplerate), 0
         mono = _Samples(math.ceil(sound.frames * rate / source_rate) + _SPARE)
         resampler = None if source_rate == rate else _Resampler(source_rate, rate)
-        for block in blocks(sound, longest, _block_frames(sound), most_samples(longest)):
+        block_frames = max(1, min(source_rate, BLOCK_SAMPLES // int(sound.channels)))
+        for block in blocks(sound, longest, block_frames, most_samples(longest)):
             frames += len(block)
             mixed = block.mean(1, dtype=np.float32)
             mono.add(mixed if resampler is None else resampler.next(mixed))
@@ -101,10 +102,6 @@ def _check_any(count: int, samples: int, source_rate: float, rate: float) -> Non
     if not count:
         problem = f"it holds {samples} samples at {source_rate:g} a second: none at {rate:g}"
         raise MediaError("unreadable_audio", problem, _REMEDY)
-
-
-def _block_frames(sound: Any) -> int:
-    return max(1, min(int(sound.samplerate), BLOCK_SAMPLES // int(sound.channels)))
 
 
 class _Samples:

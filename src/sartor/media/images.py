@@ -64,11 +64,16 @@ def open_checked(content: bytes | Path) -> Iterator[PillowImage.Image]:
     file = content if isinstance(content, Path) else None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow warns of large and unusual images; those over the limit are refused below
+            # Pillow warns of large and unusual images; those over the limit are refused below
+            warnings.simplefilter("ignore")
             with Image.open(content if isinstance(content, Path) else io.BytesIO(content), formats=FORMATS) as image:
-                _check_size(*image.size)
+                width, height = image.size
+                if width < 1 or height < 1:
+                    problem = f"the picture has {width} x {height} pixels: nothing to see"
+                    raise MediaError("unreadable_image", problem, _REMEDY)
+                if width * height > MOST_PIXELS:
+                    problem = f"{width:,} x {height:,} pixels; the limit is {MOST_PIXELS:,}"
+                    raise MediaError("image_bomb", problem, "scale the picture down")
                 yield image
     except (SartorError, MemoryError):
         raise
@@ -76,14 +81,6 @@ def open_checked(content: bytes | Path) -> Iterator[PillowImage.Image]:
         raise MediaError("image_bomb", str(error), "scale the picture down") from None
     except Exception as error:  # decoders raise many types on broken files
         raise MediaError("unreadable_image", decoder_message(error, file), _REMEDY) from None
-
-
-def _check_size(width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise MediaError("unreadable_image", f"the picture has {width} x {height} pixels: nothing to see", _REMEDY)
-    if width * height > MOST_PIXELS:
-        problem = f"{width:,} x {height:,} pixels; the limit is {MOST_PIXELS:,}"
-        raise MediaError("image_bomb", problem, "scale the picture down")
 
 
 def to_rgb(image: PillowImage.Image) -> PillowImage.Image:

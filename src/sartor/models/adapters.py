@@ -94,7 +94,9 @@ def _linear_names(model: Any) -> set[str]:
     head, media = model.get_output_embeddings(), embedding_of(model)
     excluded = {head, *(media.modules() if media else ())}
     return {
-        name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part) and part not in excluded
+        name.rpartition(".")[2]
+        for name, part in model.named_modules()
+        if isinstance(part, torch.nn.Linear) and part not in excluded
     }
 
 
@@ -287,8 +289,3 @@ def _composed(model: Any) -> ComposedMedia | None:
 
 
 _REMEDY = "give the directory that `sartor tune` wrote, with the base that it names"
-
-
-def _is_linear(module: Any) -> bool:
-    """Return whether a module is a linear module."""
-    return isinstance(module, torch.nn.Linear)

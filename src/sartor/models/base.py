@@ -109,10 +109,13 @@ def open_base(
     device = device or best_device()
     config = _config(ref.path)
     kind = native_loading.kind_of(ref.path, config)
-    model = _load(ref.path, config, kind, bits, device).requires_grad_(False).eval()
+    model = _load(ref.path, config, kind, bits=bits, device=device).requires_grad_(False).eval()
     if kind is transformers.AutoModelForCausalLM:
         return Base(ref, model, open_chat(ref.path, model.generation_config), device)
-    return _with_media(ref, model, _native_chat(ref, model), device)
+    chat = _native_chat(ref, model)
+    # the embedding of a multimodal model then accepts virtual ids
+    model.set_input_embeddings(MediaEmbedding(model.get_input_embeddings(), chat.media))
+    return Base(ref, model, chat, device=device, media=chat.media)
 
 
 def read_chat(ref: model_refs.BaseRef) -> ChatTokenizer:
@@ -146,12 +149,6 @@ def _native_chat(ref: model_refs.BaseRef, model: Any) -> ChatTokenizer:
     return NativeChat(processor.tokenizer, NativeMedia(processor, model), stops)
 
 
-def _with_media(ref: model_refs.BaseRef, model: Any, chat: ChatTokenizer, device: torch.device) -> Base:
-    """Return the Base of a multimodal model, whose embedding then accepts virtual ids."""
-    model.set_input_embeddings(MediaEmbedding(model.get_input_embeddings(), chat.media))
-    return Base(ref, model, chat, device, chat.media)
-
-
 def open_chat(path: Path, generation_config: Any = None) -> ChatTokenizer:
     """Return the tokenizer and template in a base's directory. Raises ModelError."""
     try:
@@ -170,7 +167,9 @@ def open_chat(path: Path, generation_config: Any = None) -> ChatTokenizer:
 def _stops(generation_config: Any) -> list[int]:
     """Return the end-of-sequence ids of a generation config."""
     stops = getattr(generation_config, "eos_token_id", None)
-    return stops if isinstance(stops, list) else [stops] if stops is not None else []
+    if stops is None:
+        return []
+    return stops if isinstance(stops, list) else [stops]
 
 
 def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.device) -> Any:

@@ -74,7 +74,10 @@ class ChatTokenizer:
         stops = {tokenizer.eos_token_id, *extra_stops}
         turn_end = self._end_of_turn()
         self.stops = sorted(stops | ({turn_end} if turn_end is not None else set()))
-        self.pad = self._pad()
+        # padding is masked, so any token that is not a stop token will do
+        special_ids = [tokenizer.pad_token_id, tokenizer.unk_token_id, *sorted(self.special)]
+        candidates = itertools.chain(special_ids, range(len(tokenizer)))
+        self.pad: int = next(token for token in candidates if token is not None and token not in self.stops)
         self.media: Media | None = None
         self.probed: Probed = probe(self)
 
@@ -187,17 +190,20 @@ class ChatTokenizer:
         if example.is_document:
             ids = self.content_tokens(example.messages[0].text)
             # if the tokenizer adds a bos token, it opens a document as in pretraining
-            first = [self.tokenizer.bos_token_id] if self._opens_with_bos() else []
+            bos = self.tokenizer.bos_token_id
+            first = [bos] if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else []
             ids = [*first, *ids, self.tokenizer.eos_token_id]
             return TokenizedExample(ids, [True] * len(ids), example.id, example.weight)
-        template_example = self._for_template(example)
+        messages = tuple(self.in_text(self.shielded(example.messages)))
+        template_example = replace(example, messages=messages, tools=self.shielded_json(example.tools))
         text = self.write(template_example.messages, tools=template_example.tools)
         spans = [
             self._span(template_example, index, text)
             for index, message in enumerate(template_example.messages)
             if message.role == "assistant"
         ]
-        if spans and not self._ends_in_stop(text[: spans[-1].end]):
+        stop_tokens = tuple(self.tokenizer.convert_ids_to_tokens(stop) for stop in self.stops)
+        if spans and not text[: spans[-1].end].endswith(stop_tokens):
             # the template writes no end-of-turn: without one the model would never learn to stop
             text = text[: spans[-1].end] + self.tokenizer.eos_token
             spans[-1] = replace(spans[-1], end=len(text))
@@ -209,14 +215,6 @@ class ChatTokenizer:
         _check_media(ids, media_ids)
         self._check(opened.text, spans, ids, learnt)
         return TokenizedExample(ids, learnt, example.id, example.weight)
-
-    def _for_template(self, example: Example) -> Example:
-        """Return the Example as the template receives it."""
-        messages = tuple(self.in_text(self.shielded(example.messages)))
-        tools = self.shielded_json(example.tools)
-        if messages == example.messages and tools == example.tools:
-            return example
-        return replace(example, messages=messages, tools=tools)
 
     def _span(self, example: Example, index: int, text: str) -> Span:
         """Return the characters of `text` that the assistant turn at `index` has to learn."""
@@ -256,16 +254,13 @@ class ChatTokenizer:
 
         0 if anything but white space precedes that token.
         """
-        ends = [
-            len(token) + after.find(token)
-            for token in (self.tokenizer.convert_ids_to_tokens(token_id) for token_id in self.special)
-            if token and after.lstrip().startswith(token)
-        ]
-        return max(ends, default=0)
-
-    def _ends_in_stop(self, text: str) -> bool:
-        """Return whether a text ends in a stop token."""
-        return any(text.endswith(self.tokenizer.convert_ids_to_tokens(stop)) for stop in self.stops)
+        ends = [0]
+        stripped = after.lstrip()
+        for token_id in self.special:
+            token = self.tokenizer.convert_ids_to_tokens(token_id)
+            if token and stripped.startswith(token):
+                ends.append(len(token) + after.find(token))
+        return max(ends)
 
     def _align(self, opened: Opened, spans: Sequence[Span], media_ids: Seen) -> tuple[list[int], list[bool]]:
         """Return the tokens of a text, cut at the start of every span, and whether each lies inside one.
@@ -284,12 +279,9 @@ class ChatTokenizer:
                 prefix = [piece for piece in coded if previous_end <= piece[1] and piece[2] <= span.start]
             end = max((piece[2] for piece in coded if piece[1] < span.start < piece[2]), default=span.start)
             cut = [(token, span.start, end) for token in self._continued(text[span.start : end])]
-            coded = [
-                *(p for p in coded if p[1] < previous_end),
-                *prefix,
-                *cut,
-                *(p for p in coded if p[1] >= span.start),
-            ]
+            before = [piece for piece in coded if piece[1] < previous_end]
+            after = [piece for piece in coded if piece[1] >= span.start]
+            coded = [*before, *prefix, *cut, *after]
             previous_end = span.end
         learnt = [any(span.start < end and start < span.end for span in spans) for _, start, end in coded]
         return [token for token, _, _ in coded], learnt
@@ -373,24 +365,15 @@ class ChatTokenizer:
         """Return the token ids of a text that is no rendering, without those of markup."""
         return self.tokens(self.markup.shield(text))
 
-    def _opens_with_bos(self) -> bool:
-        """Return whether the tokenizer itself puts a bos token in front of a text."""
-        return (
-            self.tokenizer.bos_token_id is not None
-            and self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id
-        )
-
     def _turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Return messages as chat templates of text models expect them, with a mark for each media part."""
         self.check_private(messages)
         indices = itertools.count()
-        return [
-            with_content(
-                message,
-                "".join(part.text if part.kind == "text" else MARK.format(next(indices)) for part in message.content),
-            )
-            for message in messages
-        ]
+        turns = []
+        for message in messages:
+            texts = [part.text if part.kind == "text" else MARK.format(next(indices)) for part in message.content]
+            turns.append(with_content(message, "".join(texts)))
+        return turns
 
     @staticmethod
     def check_private(messages: Sequence[Message]) -> None:
@@ -414,15 +397,6 @@ class ChatTokenizer:
             if token and after.startswith(token):
                 return int(token_id)
         return None
-
-    def _pad(self) -> int:
-        """Return a pad token that is not a stop token. Padding is masked, so any such token will do."""
-        candidates = [self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, *sorted(self.special)]
-        return next((token for token in candidates if token is not None and token not in self.stops), self._unused())
-
-    def _unused(self) -> int:
-        """Return the lowest token id that is not a stop token."""
-        return next(token for token in range(len(self.tokenizer)) if token not in self.stops)
 
 
 def _check_media(ids: Sequence[int], media_ids: Seen) -> None:

@@ -138,15 +138,12 @@ class TowerFeatureCache:
             if self.shelf:
                 self.shelf.write(name, raw_features)
         features: torch.Tensor = raw_features[:]
-        self._hold(key, features)
-        return features
-
-    def _hold(self, key: int, features: torch.Tensor) -> None:
-        """Cache features (T, W) in memory, and evict the least recently used beyond the bound."""
+        # cache them in memory, and evict the least recently used beyond the bound
         self._cached[key] = features
         self._free_bytes -= features.nbytes
         while self._free_bytes < 0 and len(self._cached) > 1:
             self._free_bytes += self._cached.popitem(last=False)[1].nbytes
+        return features
 
 
 class ComposedMedia(torch.nn.Module):
@@ -178,7 +175,11 @@ class ComposedMedia(torch.nn.Module):
                 continue
             projector = self._projector(kind)
             device, dtype = projector.gain.device, projector.gain.dtype
-            parts = [_filled(self.features.of(key).to(device, dtype), projector.stack) for key in kind_keys]
+            parts = []
+            for key in kind_keys:
+                features = self.features.of(key).to(device, dtype)
+                # zero rows up to a length that `stack` divides
+                parts.append(F.pad(features, (0, 0, 0, -len(features) % projector.stack)))
             sizes = [len(part) // projector.stack for part in parts]
             embeddings |= dict(zip(kind_keys, projector(torch.cat(parts)).split(sizes), strict=True))
         return [embeddings[key] for key in keys]
@@ -200,7 +201,13 @@ class ComposedMedia(torch.nn.Module):
     def towers(self) -> dict[str, TowerEntry]:
         """Return the towers as an adapter records them, by kind."""
         return {
-            kind: TowerEntry(tower.name, tower.digest, tower.licence, tower.width, self._projector(kind).stack)
+            kind: TowerEntry(
+                name=tower.name,
+                digest=tower.digest,
+                licence=tower.licence,
+                width=tower.width,
+                stack=self._projector(kind).stack,
+            )
             for kind, tower in self.features.towers.items()
         }
 
@@ -213,11 +220,6 @@ class ComposedMedia(torch.nn.Module):
         projector = self.projectors[kind]
         assert isinstance(projector, Projector)
         return projector
-
-
-def _filled(features: torch.Tensor, stack: int) -> torch.Tensor:
-    """Return features (T, W) with zero rows up to a length that `stack` divides."""
-    return F.pad(features, (0, 0, 0, -len(features) % stack))
 
 
 def open_towers(names: Mapping[str, str], device: torch.device, notice: Callable[[str], object]) -> dict[str, Tower]:

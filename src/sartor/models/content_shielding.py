@@ -36,8 +36,12 @@ def _shielded(markup: TemplateMarkup, message: Message) -> Message:
     has_fields = message.name or message.tool_calls or message.tool_call_id or message.reasoning_content
     if not has_fields and all(markup.shield(part.text) is part.text for part in message.content):
         return message
+    content = []
+    for part in message.content:
+        text = markup.shield(part.text) if part.kind == "text" else part.text
+        content.append(part if text == part.text else Part("text", text))
     fields: dict[str, Any] = {
-        "content": tuple(_shielded_part(markup, part) for part in message.content),
+        "content": tuple(content),
         "name": markup.shield(message.name),
         "tool_calls": shield_json(markup, message.tool_calls),
         "tool_call_id": markup.shield(message.tool_call_id),
@@ -45,14 +49,6 @@ def _shielded(markup: TemplateMarkup, message: Message) -> Message:
     }
     changed = {name: value for name, value in fields.items() if value != getattr(message, name)}
     return replace(message, **changed) if changed else message
-
-
-def _shielded_part(markup: TemplateMarkup, part: Part) -> Part:
-    """Return a part with its text shielded; media parts and unchanged parts are the same objects."""
-    if part.kind != "text":
-        return part
-    text = markup.shield(part.text)
-    return part if text == part.text else Part("text", text)
 
 
 def in_text(messages: Sequence[Message], *, calls: bool, reasoning: bool) -> list[Message]:

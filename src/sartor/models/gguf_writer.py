@@ -320,6 +320,9 @@ def from_chat(chat: ChatTokenizer, rows: int) -> Vocabulary:
         for index in range(rows)
     ]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    # whether prompts were tuned with a bos token in front: llama.cpp adds one, or leaves it out, by itself
+    bos = chat.tokenizer.bos_token
+    opens_with_bos = bool(bos) and chat.render([Message.of("user", "a")], reply_next=True).startswith(bos)
     keys = gguf.Keys.Tokenizer
     pairs: list[tuple[str, Any, gguf.GGUFValueType]] = [
         (keys.MODEL, "gpt2", _STRING),
@@ -327,7 +330,7 @@ def from_chat(chat: ChatTokenizer, rows: int) -> Vocabulary:
         (keys.LIST, [by_id.get(index, f"[PAD{index}]") for index in range(rows)], _ARRAY),
         (keys.TOKEN_TYPE, types, _ARRAY),
         (keys.MERGES, merges, _ARRAY),
-        (keys.ADD_BOS, _opens_with_bos(chat), _BOOL),
+        (keys.ADD_BOS, opens_with_bos, _BOOL),
         (keys.ADD_PREFIX, False, _BOOL),
     ]
     return Vocabulary((*pairs, *_ids(chat)))
@@ -365,15 +368,6 @@ def _steps(pre: Mapping[str, Any]) -> tuple[tuple[Any, ...], ...]:
     if kind == "Split":
         return (("Split", pre["pattern"].get("Regex"), pre["behavior"], bool(pre["invert"])),)
     return ((str(kind),),)
-
-
-def _opens_with_bos(chat: ChatTokenizer) -> bool:
-    """Return whether prompts were tuned with a bos token in front.
-
-    llama.cpp adds one, or leaves it out, by itself.
-    """
-    bos = chat.tokenizer.bos_token
-    return bool(bos) and chat.render([Message.of("user", "a")], reply_next=True).startswith(bos)
 
 
 def _ids(chat: ChatTokenizer) -> Sequence[tuple[str, Any, gguf.GGUFValueType]]:
@@ -434,7 +428,11 @@ def write_model_gguf(model: Any, vocabulary: Vocabulary, metadata: GgufMetadata,
         )
     config = model.config.to_dict()
     layout = GgufLayout(config)
-    weights = {layout.name(name): (name, value) for name, value in _parameters(model, config)}
+    is_tied = bool(config.get("tie_word_embeddings"))
+    weights = {}
+    for name, value in model.state_dict().items():
+        if not (is_tied and name == "lm_head.weight"):  # a head that is tied to the embedding is stored once
+            weights[layout.name(name)] = (name, value)
     stretched = _rope(config, layout)
     with new_file(out, layout.family.name, streamed=True) as writer:
         _add_metadata(writer, config, layout, metadata)
@@ -457,12 +455,6 @@ def write_model_gguf(model: Any, vocabulary: Vocabulary, metadata: GgufMetadata,
             ordered = layout.ordered(parameter, value.detach().float().cpu().numpy())
             writer.write_tensor_data(_packed(name, ordered, kinds[name]))
     return out
-
-
-def _parameters(model: Any, config: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
-    """Return names and weights, without a head that is tied to the embedding."""
-    tied = bool(config.get("tie_word_embeddings"))
-    return [(name, value) for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight")]
 
 
 def _stored_as(name: str, value: torch.Tensor, kind: Type) -> Type:

@@ -136,8 +136,13 @@ def available_bytes(device: torch.device | None = None) -> FreeMemory:
     if device is not None and device.type == "cuda":
         held_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return FreeMemory(int(torch.cuda.mem_get_info(device)[0] + held_unused), "the device's free memory")
+    machine_bytes = _fields(Path("/proc/meminfo")).get("MemAvailable")
+    if not machine_bytes:
+        import psutil  # comes with accelerate
+
+        machine_bytes = int(psutil.virtual_memory().available)
     bounds = [
-        FreeMemory(_machine_bytes(), "the machine's free memory"),
+        FreeMemory(machine_bytes, "the machine's free memory"),
         *_cgroups(PROC / "cgroup", CGROUPS),
         *_limits(),
     ]
@@ -157,15 +162,6 @@ def weights_in(folder: Path) -> int:
                 header = json.loads(stream.read(length))
                 count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
     return count
-
-
-def _machine_bytes() -> int:
-    """Return the machine's available memory, in bytes."""
-    if result := _fields(Path("/proc/meminfo")).get("MemAvailable"):
-        return result
-    import psutil  # comes with accelerate
-
-    return int(psutil.virtual_memory().available)
 
 
 def _cgroups(membership: Path, mount: Path) -> Iterator[FreeMemory]:

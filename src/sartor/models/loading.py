@@ -96,7 +96,9 @@ def convert_once(path: Path, digest: str, fill: Callable[[Path], Mapping[str, st
     with FileLock(path.parent / f".{path.name}.wait"):
         if _is_whole(path):
             return
-        with create_output_directory(path, replace=path.exists() and _set_aside(path)) as part:
+        if path.exists():
+            shutil.rmtree(path)  # a damaged conversion, which can be repeated at any time
+        with create_output_directory(path) as part:
             fields = fill(part)
             files = {file.name: model_refs.remembered_digest(file) for file in part.iterdir() if file.is_file()}
             (part / STAMP).write_text(json.dumps({"schema": 1, "digest": digest, **fields, "files": files}, indent=1))
@@ -110,12 +112,3 @@ def _is_whole(path: Path) -> bool:
         return whole and WEIGHTS in files
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _set_aside(path: Path) -> bool:
-    """Remove a damaged conversion, which can be repeated at any time.
-
-    Returns False: nothing is left to replace.
-    """
-    shutil.rmtree(path)
-    return False

@@ -42,7 +42,8 @@ class LoraPair:
 def modules(tensors: Iterable[str]) -> list[str]:
     """Return the names of the modules that have factors, sorted. Raises InputError for a single factor."""
     names = set(tensors)
-    with_a, with_b = ({name.removesuffix(suffix) for name in names if name.endswith(suffix)} for suffix in (A, B))
+    with_a = {name.removesuffix(A) for name in names if name.endswith(A)}
+    with_b = {name.removesuffix(B) for name in names if name.endswith(B)}
     if unpaired := sorted(with_a ^ with_b):
         raise InputError(f"{unpaired[0]} has one of its two factors", "send both, as the adapter's file has them")
     return sorted(with_a)

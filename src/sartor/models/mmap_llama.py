@@ -238,10 +238,11 @@ class MappedLlama(torch.nn.Module):
     def factors(self) -> dict[str, torch.nn.Parameter]:
         """Return the LoRA factors by their names in PEFT's adapter files."""
         adapted = {name: module for name, module in self.linear.items() if isinstance(module, LoraLinear)}
-        pairs = ((name, (("lora_A", module.a), ("lora_B", module.b))) for name, module in adapted.items())
-        return {
-            f"base_model.model.{name}.{kind}.weight": part for name, factor_pair in pairs for kind, part in factor_pair
-        }
+        factors = {}
+        for name, module in adapted.items():
+            factors[f"base_model.model.{name}.lora_A.weight"] = module.a
+            factors[f"base_model.model.{name}.lora_B.weight"] = module.b
+        return factors
 
     def learn(self, top: int, factors: str = "AB") -> None:
         """Make only the factors of the `top` layers next to the head trainable.

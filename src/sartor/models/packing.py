@@ -145,7 +145,7 @@ def attend(
     """
     out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
     for group in rows:
-        out = out.index_copy(0, group.into, _attend(query, key, value, group, shape, dropout))
+        out = out.index_copy(0, group.into, _attend(query, key, value, rows=group, shape=shape, dropout=dropout))
     return out
 
 
@@ -305,9 +305,8 @@ def micro_batches(examples: Sequence[TokenizedExample], capacity: int, *, share:
     neighbours, and the beginning counts once. The sum over an update does not depend on the grouping.
     """
     if not share:
-        groups = group_by_capacity(
-            [len(example.ids) for example in examples], max(capacity, *(len(example.ids) for example in examples))
-        )
+        lengths = [len(example.ids) for example in examples]
+        groups = group_by_capacity(lengths, max(capacity, *lengths))
         return [[examples[index] for index in group] for group in groups]
     packs: list[list[TokenizedExample]] = []
     free_tokens = 0

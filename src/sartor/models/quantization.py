@@ -64,7 +64,9 @@ def width(module: Any) -> int:
     layers = getattr(sys.modules.get("bitsandbytes"), "nn", None)
     if layers is None:
         return 0
-    return 4 if isinstance(module, layers.Linear4bit) else 8 if isinstance(module, layers.Linear8bitLt) else 0
+    if isinstance(module, layers.Linear4bit):
+        return 4
+    return 8 if isinstance(module, layers.Linear8bitLt) else 0
 
 
 def bits_of(model: Any) -> int:
@@ -112,16 +114,14 @@ def protect(model: Any) -> None:
     The module's docstring lists the behaviours of bitsandbytes that it prevents.
     """
     for module in model.modules():
-        if width(module) == 4:
+        bits, is_unsafe = width(module), False
+        if bits == 4:
             module.support_avx512bf16_for_cpu = False
-        if width(module) == 8 or _blocks_straddle_rows(module):
+            # a CPU might multiply with the wrong scales where blocks straddle rows
+            if module.weight.device.type == "cpu":
+                is_unsafe = module.in_features % module.weight.quant_state.blocksize != 0
+        if bits == 8 or is_unsafe:
             module.forward = MethodType(_dense_forward, module)
-
-
-def _blocks_straddle_rows(module: Any) -> bool:
-    """Return whether a CPU might multiply with the wrong scales."""
-    is_cpu = width(module) == 4 and module.weight.device.type == "cpu"
-    return is_cpu and module.in_features % module.weight.quant_state.blocksize != 0
 
 
 def narrow_embedding(model: Any) -> None:

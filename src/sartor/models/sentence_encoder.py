@@ -107,9 +107,15 @@ class SentenceEncoder:
             self._layout.prefix + (text.lower() if self._layout.lower_case else text)[:max_characters]
             for text in texts
         ]
-        encoded = self._tokenizer(prefixed, truncation=False, verbose=False)["input_ids"]
-        self._cut += sum(len(ids) > self._max_tokens for ids in encoded)
-        encoded = [self._shortened(ids) for ids in encoded]
+        encoded = []
+        for ids in self._tokenizer(prefixed, truncation=False, verbose=False)["input_ids"]:
+            if len(ids) <= self._max_tokens:
+                encoded.append(ids or [0])
+                continue
+            self._cut += 1
+            # a closing special token stays the last
+            closing = ids[-1:] if ids[-1] in self._tokenizer.all_special_ids else []
+            encoded.append(ids[: self._max_tokens - len(closing)] + closing)
         self._tokens += sum(map(len, encoded))
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         start = 0
@@ -117,13 +123,6 @@ class SentenceEncoder:
             if stop == len(order) or (stop + 1 - start) * len(encoded[order[stop]]) > BATCH_TOKENS:
                 yield [encoded[index] for index in order[start:stop]], order[start:stop]
                 start = stop
-
-    def _shortened(self, ids: list[int]) -> list[int]:
-        """Return at most `max_tokens` ids; a closing special token stays the last."""
-        if len(ids) <= self._max_tokens:
-            return ids or [0]
-        closing = ids[-1:] if ids[-1] in self._tokenizer.all_special_ids else []
-        return ids[: self._max_tokens - len(closing)] + closing
 
     def _vectors(self, batch: list[list[int]]) -> Any:
         """Return the vectors (B, D) of a batch of token ids."""
@@ -180,12 +179,15 @@ def read_layout(path: Path) -> EncoderLayout:
     transformer = folders.get("Transformer", path)
     settings = _read_json(transformer / "sentence_bert_config.json", {})
     prompts = _read_json(path / "config_sentence_transformers.json", {})
+    pooling = "mean"
+    if "Pooling" in folders:
+        pooling = _pooling(_read_json(folders["Pooling"] / "config.json", {}), path)
     return EncoderLayout(
         transformer,
-        _pooling(_read_json(folders["Pooling"] / "config.json", {}), path) if "Pooling" in folders else "mean",
-        settings.get("max_seq_length"),
-        bool(settings.get("do_lower_case")),
-        (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"), "") or "",
+        pooling=pooling,
+        max_tokens=settings.get("max_seq_length"),
+        lower_case=bool(settings.get("do_lower_case")),
+        prefix=(prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"), "") or "",
     )
 
 

@@ -242,14 +242,13 @@ def is_markup(token: str, *, special: bool, is_written: bool = False) -> bool:
     token = token.strip().strip("▁")
     if len(token) < 2 or _BYTE.fullmatch(token):
         return False
-    if special or (is_written and _is_between_marks(token)):
+    if special:
+        return True
+    # a word between marks: letters or digits inside, and neither at its ends
+    has_marks_at_ends = not (token[0].isalnum() or token[-1].isalnum())
+    if is_written and has_marks_at_ends and any(character.isalnum() for character in token):
         return True
     return bool(_FORM.fullmatch(token)) and token.strip("</>").lower() not in _HTML
-
-
-def _is_between_marks(token: str) -> bool:
-    """Return whether a token has letters or digits inside, and neither at its ends."""
-    return not (token[0].isalnum() or token[-1].isalnum()) and any(character.isalnum() for character in token)
 
 
 def plain_markup(text: str) -> list[str]:
@@ -328,9 +327,13 @@ def probe(chat: Any) -> Probed:
     pieces = [piece for text in texts for piece in _SENTINEL.split(text)]
     turns = "\n".join(renderings["turns"])
     markup = markup_in(texts, tokens, _fold(chat.tokenizer, {token.id for token in tokens}))
+    # control words and headers of turns that are plain text to the tokenizer: content that spells them cannot be
+    # distinguished from them
+    words = [word for piece in pieces for word in plain_markup(piece) if not markup.spelt(word)]
+    headers = [piece for piece in _SENTINEL.split(turns) if piece.strip() and not markup.spelt(piece)]
     return Probed(
         markup,
-        tuple(_plain_text(pieces, _SENTINEL.split(turns), markup)),
+        tuple(dict.fromkeys([*words, *headers])),
         writes_calls=any(_CALLED in text for text in renderings["tools"]),
         writes_reasoning=any(_REASON in text for text in renderings["reasoning"]),
     )
@@ -407,9 +410,10 @@ def _tokens(tokenizer: Any, renderings: dict[str, list[str]]) -> list[Vocabulary
     special = {token_id for token_id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     writers: dict[int, list[str]] = {}
     for name, texts in renderings.items():
-        for token_id in {
-            token_id for text in texts for token_id in tokenizer(text, add_special_tokens=False)["input_ids"]
-        }:
+        token_ids: set[int] = set()
+        for text in texts:
+            token_ids.update(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for token_id in token_ids:
             writers.setdefault(token_id, []).append(name)
     candidates = {token_id: token.content for token_id, token in added.items()}
     # undeclared tokens of the vocabulary, such as a <tool_call> that was learnt as a word
@@ -441,13 +445,3 @@ def _fold(tokenizer: Any, ids: set[int]) -> Callable[[str], str] | None:
         return written[len(before) :] if written.startswith(before) else character
 
     return fold
-
-
-def _plain_text(pieces: list[str], turns: list[str], markup: TemplateMarkup) -> list[str]:
-    """Return control words and headers of turns that are plain text to the tokenizer.
-
-    Content that spells them cannot be distinguished from them.
-    """
-    words = [word for piece in pieces for word in plain_markup(piece) if not markup.spelt(word)]
-    headers = [piece for piece in turns if piece.strip() and not markup.spelt(piece)]
-    return list(dict.fromkeys([*words, *headers]))

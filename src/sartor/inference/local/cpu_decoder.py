@@ -24,7 +24,7 @@ from sartor.models import kernels
 from sartor.models.kernels import cpu, cpu_forward
 from sartor.models.kernels.cpu_forward import PAGE, RANKS, CpuForward, Factor, Layer, Model, Tokens
 from sartor.models.kernels.reference import ReferenceKernels
-from sartor.models.losses.fused_decoder import DecoderBlock, FusedDecoder, Norm
+from sartor.models.losses.fused_decoder import DecoderBlock, FusedDecoder
 from sartor.models.losses.lora_linear import Projection, Unsupported
 
 
@@ -100,22 +100,18 @@ class LoraTables:
                 a[: len(pairs[module].a)] = pairs[module].a
                 entries[module].a, entries[module].rank = cpu_forward.address(a), ranks[module]
             for module, (outs, _) in tuned.items():
-                size = ranks[module] * _filled(outs)
-                rest[:size] = self._walker.laid_out(_padded(pairs[module], _filled(outs), ranks[module])).flatten()
-                entries[module].b, rest = cpu_forward.address(rest), rest[size:]
+                pair = pairs[module]
+                # scale * B, padded with zeros
+                b = torch.zeros(_filled(outs), ranks[module])
+                b[: len(pair.b), : len(pair.a)] = pair.b.float() * pair.scale
+                rest[: b.numel()] = self._walker.laid_out(b).flatten()
+                entries[module].b, rest = cpu_forward.address(rest), rest[b.numel() :]
         table = (Factor * len(entries))(*entries.values())
         return AdapterTable(ctypes.addressof(table), max(ranks.values()), (table, numbers), numbers.nbytes)
 
 
 def _filled(outs: int) -> int:
     return -(-outs // RANKS) * RANKS
-
-
-def _padded(pair: ModuleLora, outs: int, rank: int) -> torch.Tensor:
-    """Return scale * B, padded with zeros to shape (outs, rank)."""
-    b = torch.zeros(outs, rank)
-    b[: len(pair.b), : len(pair.a)] = pair.b.float() * pair.scale
-    return b
 
 
 def _shapes(site: Site) -> dict[str, tuple[int, int]]:
@@ -240,39 +236,39 @@ class CpuDecoder:
         self._layers = layers
         rotary = self._angles.turns(self._kinds[0], 1).cos.shape[1]
         return Model(
-            len(layers),
-            fast.head.shape[1],
-            block.shape.heads,
-            block.shape.groups,
-            block.width,
-            rotary,
-            block.activation != "silu",
-            self.vocabulary,
-            block.shape.scale,
-            block.shape.softcap or 0.0,
-            fast.norm.eps,
-            fast.norm.offset,
-            fast.softcap or 0.0,
-            layers,
-            cpu_forward.address(fast.norm.weight),
-            cpu_forward.address(fast.head),
+            layers=len(layers),
+            width=fast.head.shape[1],
+            heads=block.shape.heads,
+            groups=block.shape.groups,
+            head=block.width,
+            rotary=rotary,
+            gelu=block.activation != "silu",
+            vocabulary=self.vocabulary,
+            scale=block.shape.scale,
+            cap=block.shape.softcap or 0.0,
+            eps=fast.norm.eps,
+            offset=fast.norm.offset,
+            head_cap=fast.softcap or 0.0,
+            layer=layers,
+            norm=cpu_forward.address(fast.norm.weight),
+            lm_head=cpu_forward.address(fast.head),
         )
 
     def _layer(self, block: DecoderBlock, cache: torch.Tensor) -> Layer:
-        products = [
-            cpu_forward.product([m.weight.detach() for m in part.modules], [m.bias for m in part.modules])
-            for part in _projections(block)
-        ]
+        products = []
+        for part in _projections(block):
+            weights, biases = [m.weight.detach() for m in part.modules], [m.bias for m in part.modules]
+            products.append(cpu_forward.product(weights, biases))
         heads = [] if block.head_norms is None else block.head_norms.norms
         return Layer(
-            cpu_forward.address(block.norm.weight),
-            cpu_forward.address(block.mlp_norm.weight),
-            cpu_forward.pair([n.weight for n in block.post_norms]),
-            cpu_forward.pair([n.weight for n in heads]),
-            (cpu_forward.Product * 4)(*products),
-            cpu_forward.address(cache),
-            self._kinds.index(block.rope_kind),
-            block.shape.window or 0,
+            norm=cpu_forward.address(block.norm.weight),
+            mlp_norm=cpu_forward.address(block.mlp_norm.weight),
+            after=cpu_forward.pair([n.weight for n in block.post_norms]),
+            head_norms=cpu_forward.pair([n.weight for n in heads]),
+            products=(cpu_forward.Product * 4)(*products),
+            cache=cpu_forward.address(cache),
+            turns=self._kinds.index(block.rope_kind),
+            window=block.shape.window or 0,
         )
 
 
@@ -300,27 +296,25 @@ def _move(fast: FusedDecoder, projections: Sequence[Projection]) -> None:
 
 def _check(fast: FusedDecoder, projections: Sequence[Projection]) -> None:
     """Raise NoKernels for a base that decode_kernels.cpp does not support."""
-    norms = [fast.norm, *(norm for block in fast.blocks for norm in _norms(block))]
+    norms = [fast.norm]
+    sizes = set()
+    for block in fast.blocks:
+        norms += [block.norm, block.mlp_norm, *block.post_norms]
+        if block.head_norms is not None:
+            norms += block.head_norms.norms
+        shape = block.shape
+        outs = tuple(len(module.weight) for part in _projections(block) for module in part.modules)
+        sizes.add((block.width, shape.heads, shape.groups, shape.scale, shape.softcap, block.activation, outs))
     tensors = [fast.head, *(norm.weight for norm in norms), *(m.weight for part in projections for m in part.modules)]
     reasons = {
         "quantised weights": any(part.is_narrow for part in projections),
         "weights of unlike dtypes": any(tensor.dtype != fast.head.dtype for tensor in tensors),
         "weights that are no plain rows": not all(tensor.is_contiguous() for tensor in tensors),
         "norms of unlike epsilons": len({(norm.eps, norm.offset) for norm in norms}) > 1,
-        "layers of unlike sizes": len({_sizes(block) for block in fast.blocks}) > 1,
+        "layers of unlike sizes": len(sizes) > 1,
     }
     if problems := [reason for reason, is_so in reasons.items() if is_so]:
         raise cpu.NoKernels(f"the base has {problems[0]}")
-
-
-def _norms(block: DecoderBlock) -> list[Norm]:
-    return [block.norm, block.mlp_norm, *block.post_norms, *(block.head_norms.norms if block.head_norms else ())]
-
-
-def _sizes(block: DecoderBlock) -> tuple[Any, ...]:
-    shape = block.shape
-    outs = tuple(len(module.weight) for part in _projections(block) for module in part.modules)
-    return (block.width, shape.heads, shape.groups, shape.scale, shape.softcap, block.activation, outs)
 
 
 def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> TorchDecoder | CpuDecoder:
@@ -398,7 +392,8 @@ def difference(dtype: torch.dtype) -> str:
     finally:
         torch.set_rng_state(state)
     deviation = float((actual - expected).norm() / expected.norm())
-    return "" if deviation < (1e-4 if dtype == torch.float32 else 0.05) else f"logits are {deviation:.2g} apart"
+    allowed = 1e-4 if dtype == torch.float32 else 0.05
+    return "" if deviation < allowed else f"logits are {deviation:.2g} apart"
 
 
 def _few(blocks: TorchDecoder | CpuDecoder, pairs: Mapping[str, ModuleLora]) -> torch.Tensor:

@@ -60,14 +60,14 @@ class LocalEngine:
         self._blocks = open_blocks(base.model, self._pages.total, context)
         bits = base.as_manifest()
         self._about = EngineInfo(
-            LOCAL,
-            base.ref.name,
-            base.ref.digest,
-            base.chat.template_digest,
-            context,
-            rows,
-            bits["dtype"],
-            str(base.device),
+            kind=LOCAL,
+            base=base.ref.name,
+            base_digest=base.ref.digest,
+            template_digest=base.chat.template_digest,
+            context_tokens=context,
+            rows=rows,
+            dtype=bits["dtype"],
+            device=str(base.device),
         )
         self._numbers = itertools.count(1)
         self._adapters = {BASE: 0}
@@ -138,7 +138,8 @@ class LocalEngine:
 
     def _queue(self, call: GenerateCall, prompt: list[int], media: MediaPrompt | None) -> None:
         max_tokens = min(call.sampling.max_tokens, self._about.context_tokens - len(prompt))
-        sequence = SequenceState(call, prompt, self._base.chat, max_tokens, self._reader.constraint(call))
+        constraint = self._reader.constraint(call)
+        sequence = SequenceState(call, prompt, self._base.chat, max_tokens=max_tokens, constraint=constraint)
         sequence.media = media
         self._waiting.append(sequence)
 
@@ -268,27 +269,21 @@ class LocalEngine:
                     ),
                 )
                 continue
-            self._keep(sequence)
+            # Keep the row's complete pages for later calls with the same prefix: only after finite logits, since pages
+            # that produced others are useless
+            if not sequence.tokens:
+                self._pages.keep(sequence.number, sequence.prompt, sequence.pages)
+            elif self._blocks.keeps_replies and (len(sequence.prompt) + len(sequence.tokens)) % PAGE_TOKENS == 0:
+                self._pages.keep(sequence.number, [*sequence.prompt, *sequence.tokens], sequence.pages)
             try:
-                events = sequence.take(
-                    scores.likeliest[index] if sequence.is_plain else sequence.choose(scores.logits[index])
-                )
+                token = scores.likeliest[index] if sequence.is_plain else sequence.choose(scores.logits[index])
+                events = sequence.take(token)
             except SartorError as error:
                 self._fail(sequence, error)
                 continue
             self._pending_events += events
             if events and isinstance(events[-1], ReplyDone):
                 self._leave(sequence)
-
-    def _keep(self, sequence: SequenceState) -> None:
-        """Keep the row's complete pages for later calls with the same prefix.
-
-        It is called only after finite logits: pages that produced others are useless.
-        """
-        if not sequence.tokens:
-            self._pages.keep(sequence.number, sequence.prompt, sequence.pages)
-        elif self._blocks.keeps_replies and (len(sequence.prompt) + len(sequence.tokens)) % PAGE_TOKENS == 0:
-            self._pages.keep(sequence.number, [*sequence.prompt, *sequence.tokens], sequence.pages)
 
     def _fail(self, sequence: SequenceState, error: SartorError) -> None:
         self._leave(sequence)

@@ -98,9 +98,11 @@ class LoraStacks:
 
     def put(self, adapter: str, path: Path) -> int:
         """Load the PEFT directory `path` under a name; return its bytes. Raises ModelError if it does not fit."""
-        return self.add(
-            adapter, read_pairs(path, {module: self._shape(site, index) for site, index, module in self._modules()})
-        )
+        shapes = {}
+        for site in self.sites:
+            for index, module in enumerate(site.modules):
+                shapes[module] = self._shape(site, index)
+        return self.add(adapter, read_pairs(path, shapes))
 
     def add(self, adapter: str, pairs: Mapping[str, ModuleLora]) -> int:
         """Add an adapter given as factors by module; return its bytes."""
@@ -120,9 +122,6 @@ class LoraStacks:
         for stack in self.stacks:
             stack.scales[slot] = 0
 
-    def _modules(self) -> Sequence[tuple[Site, int, str]]:
-        return [(site, index, module) for site in self.sites for index, module in enumerate(site.modules)]
-
     @staticmethod
     def _shape(site: Site, index: int) -> tuple[int, int]:
         return site.high[index] - site.low[index], site.width
@@ -133,7 +132,7 @@ class LoraStacks:
         compute = torch.promote_types(self._dtype, torch.float32)
         scales = torch.zeros(slots, len(site.modules), dtype=compute, device=self._device)
         a, b = torch.zeros(slots, sum(ranks), site.width, **options), torch.zeros(slots, wide, **options)
-        return LoraStack(ranks, site.low, site.high, a, b, scales)
+        return LoraStack(ranks, low=site.low, high=site.high, a=a, b=b, scales=scales)
 
     def _make_room(self, stack_index: int, site: Site, ranks: Sequence[int], slot: int) -> None:
         """Replace a stack by a larger copy if the slot or a rank does not fit."""
@@ -181,7 +180,10 @@ def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, M
         if match is None or match["module"] not in shapes:
             raise ModelError(f"the adapter {path} holds {key!r}, which has no place in this base", _REMEDY)
         results.setdefault(match["module"], {})[match["factor"]] = tensor
-    pairs = {module: _pair(path, config, module, factors, shapes[module]) for module, factors in results.items()}
+    pairs = {
+        module: _pair(path, config, module, factors=factors, shape=shapes[module])
+        for module, factors in results.items()
+    }
     if not pairs:
         raise ModelError(f"the adapter {path} holds no factors", "sartor tune RECIPE --out ADAPTER --replace")
     if missing := [module for module in shapes if module not in pairs and _is_target(config, module)]:

@@ -166,7 +166,7 @@ def reply_to_rows(
     progress: called with the number of newly finished rows, once per row and side.
     Raises ModelError if logits are not finite.
     """
-    batch = _PairedBatch(decoder, rows, limits, sides, progress)
+    batch = _PairedBatch(decoder, rows, limits=limits, sides=sides, progress=progress)
     while batch.is_busy:
         batch.step()
     return batch.results
@@ -196,8 +196,12 @@ def shared_beginnings(rows: Sequence[PairedRow]) -> list[tuple[int, list[int]]]:
 
 def read_tokens(rows: Sequence[PairedRow]) -> int:
     """Return the number of tokens that one side reads, each shared beginning counted once."""
-    groups = shared_beginnings(rows)
-    return sum(length + sum(len(rows[index].ids) - length for index in indices) for length, indices in groups)
+    tokens = 0
+    for length, indices in shared_beginnings(rows):
+        tokens += length
+        for index in indices:
+            tokens += len(rows[index].ids) - length
+    return tokens
 
 
 def _shared_tokens(first: PairedRow, second: PairedRow) -> int:

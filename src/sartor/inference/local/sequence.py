@@ -151,7 +151,14 @@ class SequenceState:
         rest_text = "" if finish == "cancelled" else self._calls.feed(self._detokenizer.rest())
         last, calls = self._calls.end()
         events: list[Event] = list(self._delta_events(rest_text + last, at_end=True)) if finish != "cancelled" else []
-        done_event = ReplyDone(self.call.id, finish, len(self.prompt), len(self.tokens), self.cached, calls)
+        done_event = ReplyDone(
+            self.call.id,
+            finish,
+            prompt_tokens=len(self.prompt),
+            reply_tokens=len(self.tokens),
+            cached_tokens=self.cached,
+            tool_calls=calls,
+        )
         return [*events, done_event]
 
     def _delta_events(self, text: str, *, at_end: bool = False) -> list[Event]:

@@ -131,12 +131,12 @@ class TorchDecoder:
         self._linears = [linear(part) for part in projections]
         self._head = packed(self._fast.head, None)
         self.vocabulary = len(self._fast.head)
-        self._caches = [self._cache(block, cache_pages) for block in self._fast.blocks]
-
-    def _cache(self, block: DecoderBlock, pages: int) -> Cache:
-        shape = (pages, block.shape.groups, PAGE_TOKENS, block.width)
-        # not zeroed: unwritten memory is then not allocated by the system, and no row reads what it did not write
-        return Cache(*(torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
+        self._caches = []
+        for block in self._fast.blocks:
+            shape = (cache_pages, block.shape.groups, PAGE_TOKENS, block.width)
+            # not zeroed: unwritten memory is then not allocated by the system, and no row reads what it did not write
+            keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            self._caches.append(Cache(keys, values))
 
     @torch.inference_mode()
     def advance(self, runs: Sequence[TokenRun], scored_runs: Sequence[int]) -> Scores:
@@ -166,7 +166,9 @@ class TorchDecoder:
 
     def _scores(self, x: torch.Tensor) -> Scores:
         """Return the scores of hidden states x (N, D), N at most BLOCK_ROWS."""
-        logits = self._logits(_filled(self._normed(self._fast.norm, x)))[: len(x)]
+        hidden = self._normed(self._fast.norm, x)
+        padded = torch.cat([hidden, hidden.new_zeros(BLOCK_ROWS - len(x), x.shape[1])])
+        logits = self._logits(padded)[: len(x)]
         # soft cap c: z = c tanh(z / c)
         logits = logits if self._fast.softcap is None else self._fast.softcap * torch.tanh(logits / self._fast.softcap)
         values, token_ids = logits.max(-1)
@@ -277,11 +279,6 @@ class TorchDecoder:
 
 def _no_adapter(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
     """Do nothing: no row has an adapter."""
-
-
-def _filled(x: torch.Tensor) -> torch.Tensor:
-    """Return x (N, D) padded with zeros to (BLOCK_ROWS, D)."""
-    return torch.cat([x, x.new_zeros(BLOCK_ROWS - len(x), x.shape[1])])
 
 
 def sites_of(projections: Sequence[Projection], names: Mapping[int, str]) -> list[Site]:

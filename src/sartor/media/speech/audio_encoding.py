@@ -38,10 +38,10 @@ class Format:
 FORMATS = {
     form.name: form
     for form in (
-        Format("wav", "audio/wav", "WAV", "PCM_16"),
-        Format("flac", "audio/flac", "FLAC", "PCM_16"),
-        Format("mp3", "audio/mpeg", "MP3", "MPEG_LAYER_III"),
-        Format("opus", "audio/ogg", "OGG", "OPUS", 24_000),
+        Format("wav", "audio/wav", container="WAV", subtype="PCM_16"),
+        Format("flac", "audio/flac", container="FLAC", subtype="PCM_16"),
+        Format("mp3", "audio/mpeg", container="MP3", subtype="MPEG_LAYER_III"),
+        Format("opus", "audio/ogg", container="OGG", subtype="OPUS", rate=24_000),
         Format("pcm", "audio/pcm", rate=24_000),
     )
 }

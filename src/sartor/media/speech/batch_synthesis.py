@@ -59,7 +59,10 @@ def say_many(
         raise ConfigError(f"clips are not written as {form!r}", f"one of {', '.join(files)}")
     requested, output_folder = list(clips), Path(folder)
     output_folder.mkdir(parents=True, exist_ok=True)
-    planned = [replace(clip, path=output_folder / f"{_name(clip, rate)}.{form}") for clip in requested]
+    planned = []
+    for clip in requested:
+        name = digest({"voice": clip.voice, "speed": clip.speed, "rate": rate, "text": clip.text})[:32]
+        planned.append(replace(clip, path=output_folder / f"{name}.{form}"))
     clips_by_path: dict[Path | None, Clip] = {}
     # Equal clips are spoken once. They are sorted by speed, since a voice keeps its process while its speed is equal.
     todo = sorted({clip.path: clip for clip in planned}.values(), key=lambda clip: (clip.voice, clip.speed, clip.text))
@@ -77,10 +80,6 @@ def speak_to_files(texts: Sequence[str], voice: str, speed: float, folder: Path)
     """
     clips = say_many([Clip(spoken(text).text or text, voice, speed) for text in texts], folder)
     return [clip.path for clip in clips if clip.path]
-
-
-def _name(clip: Clip, rate: int) -> str:
-    return digest({"voice": clip.voice, "speed": clip.speed, "rate": rate, "text": clip.text})[:32]
 
 
 def _say_all(clips: Sequence[Clip], pool: ThreadPoolExecutor, form: str, rate: int) -> Iterator[Clip]:

@@ -52,17 +52,13 @@ def spoken(written: str) -> Spoken:
     written = written.replace("\0", " ").replace("\ufffd", "")
     value = _json(written)
     sentences = _sentences_of(value, left_out) if value is not None else _markdown(written, left_out)
-    lines = [
-        _end_sentence(line)
-        for line in (clean(sentence).replace("\n", " ") for sentence in sentences)
-        if is_sayable(line)
-    ]
+    lines = []
+    for sentence in sentences:
+        line = clean(sentence).replace("\n", " ")
+        if is_sayable(line):
+            line = line.rstrip(" ,;-")
+            lines.append(line if line.endswith(_ENDS) else line + ".")
     return Spoken("\n".join(lines), dict(left_out))
-
-
-def _end_sentence(sentence: str) -> str:
-    sentence = sentence.rstrip(" ,;-")
-    return sentence if sentence.endswith(_ENDS) else sentence + "."
 
 
 def _json(text: str) -> Any:

@@ -90,18 +90,14 @@ def clean(text: str) -> str:
 
     `[[` is separated, since it begins phonemes in both programs. Line ends stay, because a sentence may end there.
     """
-    cleaned = "".join(
-        letter if letter == "\n" or unicodedata.category(letter)[0] != "C" else _instead(letter) for letter in text
-    )
-    return re.sub(r"[^\S\n]+", " ", cleaned.replace("[[", "[ [")).strip()
-
-
-def _instead(letter: str) -> str:
-    """Return the replacement of a control character: "" for a format character, else a space.
-
-    Format characters (soft hyphen, joiner) stand inside words.
-    """
-    return "" if unicodedata.category(letter) == "Cf" else " "
+    letters = []
+    for letter in text:
+        category = unicodedata.category(letter)
+        if letter == "\n" or category[0] != "C":
+            letters.append(letter)
+        elif category != "Cf":  # format characters (soft hyphen, joiner) stand inside words, so no space replaces them
+            letters.append(" ")
+    return re.sub(r"[^\S\n]+", " ", "".join(letters).replace("[[", "[ [")).strip()
 
 
 def is_sayable(text: str) -> bool:

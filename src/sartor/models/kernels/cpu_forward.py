@@ -119,10 +119,15 @@ class CpuForward:
         library = cpu.load().library
         has_tiles = tiles and dtype == torch.bfloat16 and bool(library.sartor_amx())
         has_pairs = dtype == torch.bfloat16 and bool(library.sartor_pairs())
-        self.name = "amx" if has_tiles else "pairs" if has_pairs else cpu.SUFFIX[dtype]
-        self._walk, self._head, self._bytes = (
-            getattr(library, f"sartor_{name}_{self.name}") for name in ("walk", "head", "walk_bytes")
-        )
+        if has_tiles:
+            self.name = "amx"
+        elif has_pairs:
+            self.name = "pairs"
+        else:
+            self.name = cpu.SUFFIX[dtype]
+        self._walk = getattr(library, f"sartor_walk_{self.name}")
+        self._head = getattr(library, f"sartor_head_{self.name}")
+        self._bytes = getattr(library, f"sartor_walk_bytes_{self.name}")
         self._page_numbers = getattr(library, f"sartor_page_numbers_{self.name}")
         self._page_numbers.restype, self._page_numbers.argtypes = _Long, (_Long,)
         self._bytes.restype = _Long
@@ -154,16 +159,16 @@ class CpuForward:
         count, rank = len(tokens.x), max(tokens.rank, RANKS)
         cos, sin = zip(*tokens.turns, strict=True)
         batch = Batch(
-            count,
-            tokens.pages.shape[1],
-            rank,
-            tokens.positions.data_ptr(),
-            tokens.rows.data_ptr(),
-            tokens.pages.data_ptr(),
-            tokens.factors.data_ptr(),
-            _addresses(cos, _MOST_ROPES),
-            _addresses(sin, _MOST_ROPES),
-            tokens.x.data_ptr(),
+            tokens=count,
+            most_pages=tokens.pages.shape[1],
+            rank=rank,
+            positions=tokens.positions.data_ptr(),
+            rows=tokens.rows.data_ptr(),
+            pages=tokens.pages.data_ptr(),
+            factors=tokens.factors.data_ptr(),
+            cos=_addresses(cos, _MOST_ROPES),
+            sin=_addresses(sin, _MOST_ROPES),
+            x=tokens.x.data_ptr(),
         )
         memory = self._room(model, count, rank)
         self._walk(ctypes.addressof(model), ctypes.addressof(batch), memory, torch.get_num_threads())
@@ -212,7 +217,13 @@ def _addresses(tensors: Sequence[torch.Tensor | None], count: int) -> Any:
 def product(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> Product:
     """Return the Product of at most three modules' weights, each of shape (out, in)."""
     outs = (_Long * 3)(*(len(weight) for weight in weights))
-    return Product(len(weights), weights[0].shape[1], outs, _addresses(weights, 3), _addresses(biases, 3))
+    return Product(
+        count=len(weights),
+        ins=weights[0].shape[1],
+        outs=outs,
+        weight=_addresses(weights, 3),
+        bias=_addresses(biases, 3),
+    )
 
 
 def pair(tensors: Sequence[torch.Tensor]) -> Any:

@@ -178,11 +178,10 @@ def spans_of(layout: AttentionLayout, device: torch.device) -> Spans:
         reaches = [segment.first + segment.length for segment in order]
         gather = None
         if any(segment.ancestors for segment in order):
-            spans = [
-                span
-                for segment in order
-                for span in (*(layout.segments[index] for index in segment.ancestors), segment)
-            ]
+            spans = []
+            for segment in order:
+                spans += [layout.segments[index] for index in segment.ancestors]
+                spans.append(segment)
             gather = torch.cat([torch.arange(span.start, span.start + span.length) for span in spans]).to(device)
         queries, keys = (
             torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device) for counts in (lengths, reaches)
@@ -242,7 +241,7 @@ class Flash(ReferenceKernels):
     ) -> torch.Tensor:
         """Return dloss/dqkv, (T, (H + 2 G) K), as `ReferenceKernels.attention_backward` does."""
         if lse is None or not self._takes(qkv, geometry):
-            return super().attention_backward(d, qkv, mixed, lse, geometry)
+            return super().attention_backward(d, qkv, mixed, lse=lse, geometry=geometry)
         # The forward's inputs again: rotated q (T, H, K), and k, v (T', G, K) gathered per span. Then dq, dk, dv in
         # their shapes by the flash kernel (Dao 2023, algorithm 2): with P = exp(scale q k^T - lse), dv = P^T do,
         # ds = P (do v^T - rowsum(do o)), dq = scale ds k, dk = scale ds^T q.
@@ -449,7 +448,7 @@ def _call_and_flatten(maker: ReferenceKernels, operation: str, arguments: Sequen
     if operation == "attention":
         d, qkv, geometry = arguments
         mixed, lse = maker.attention(qkv, geometry)
-        results: Any = (mixed, maker.attention_backward(d, qkv, mixed, lse, geometry))
+        results: Any = (mixed, maker.attention_backward(d, qkv, mixed, lse=lse, geometry=geometry))
     else:
         results = getattr(maker, operation, rotate)(*arguments)
     parts = results if isinstance(results, tuple) else (results,)
@@ -490,7 +489,8 @@ def _cases(part: str, draw: Draw) -> Iterator[Case]:
             angles = draw(sum(segment.length for segment in segments), 4).repeat(1, 2)
             layout = AttentionLayout(segments, tuple(group_segments(segments, angles.device)), len(angles))
             for softcap, window in ((None, None), (None, 6), (2.0, 6)):
-                geometry = Geometry(AttentionShape(4, 2, 0.3, softcap, window), 16, angles.cos(), angles.sin(), layout)
+                shape = AttentionShape(heads=4, groups=2, scale=0.3, softcap=softcap, window=window)
+                geometry = Geometry(shape, width=16, cos=angles.cos(), sin=angles.sin(), layout=layout)
                 yield "attention", (draw(len(angles), 4 * 16), draw(len(angles), 8 * 16), geometry)
 
 

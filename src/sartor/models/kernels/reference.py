@@ -303,7 +303,12 @@ class PagedKernels:
             part[pages].transpose(0, 1).flatten(1, 2)[:, :end].repeat_interleave(shape.heads // shape.groups, 0)
             for part in (cache.keys, cache.values)
         )
-        return _mixed(query, keys, values, _sees(positions, end, shape), shape).transpose(0, 1).flatten(1)
+        # causal (and window) mask (T, end), true where a query sees a key
+        key_positions = torch.arange(end, device=qkv.device)
+        sees = key_positions <= positions[:, None]
+        if shape.window is not None:
+            sees = sees & (key_positions > positions[:, None] - shape.window)
+        return _mixed(query, keys, values, sees, shape).transpose(0, 1).flatten(1)
 
     def adapt(self, y: torch.Tensor, x: torch.Tensor, stack: LoraStack, slots: torch.Tensor) -> None:
         """Add scale x A^T B^T of each row's own adapter to y (N, O), in place.
@@ -319,13 +324,6 @@ class PagedKernels:
                 b = stack.b[adapter_slots, stack.module_b(index)].unflatten(1, (rank, -1))
                 part = torch.bmm(low[:, None, stack.module_a(index)], b)[:, 0].float() * scales[:, index, None]
                 y[:, stack.low[index] : stack.high[index]] += part.to(y.dtype)
-
-
-def _sees(positions: torch.Tensor, end: int, shape: AttentionShape) -> torch.Tensor:
-    """Return the causal (and window) mask (T, end), true where a query sees a key."""
-    keys = torch.arange(end, device=positions.device)
-    sees = keys <= positions[:, None]
-    return sees if shape.window is None else sees & (keys > positions[:, None] - shape.window)
 
 
 def _mixed(

@@ -43,7 +43,8 @@ def mapped_losses(
     slopes = torch.empty_like(normed) if needs_gradient else None
     for low in range(0, len(normed), rows):
         part = slice(low, low + rows)
-        _rows(normed[part], head, targets[part], losses[part], None if slopes is None else slopes[part])
+        part_slopes = None if slopes is None else slopes[part]
+        _rows(normed[part], head, targets[part], losses=losses[part], slopes=part_slopes)
     return losses, slopes
 
 
@@ -211,7 +212,9 @@ class DecoderBlock:
         if family.post_norms:
             modules = (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
             self.post_norms = [Norm(module, family, kernels) for module in modules]
-        self.head_norms = HeadNorms(attention, family, self.shape, self.width, kernels) if family.head_norms else None
+        self.head_norms: HeadNorms | None = None
+        if family.head_norms:
+            self.head_norms = HeadNorms(attention, family, shape=self.shape, width=self.width, kernels=kernels)
         self.attention_in = Projection([getattr(attention, name) for name in family.attention_in], dtype)
         self.attention_out = Projection([attention.o_proj], dtype)
         self.mlp_in = Projection([getattr(layer.mlp, name) for name in family.mlp_in], dtype)
@@ -256,11 +259,12 @@ class DecoderBlock:
         mixed, saved["lse"] = self.kernels.attention(rotary_input, geometry)
         # middle = x + L(mixed; W_o) (W, D), for the rows that are read
         mixed_rows, residual = (mixed, x) if output_rows is None else (mixed[output_rows], x[output_rows])
-        middle, saved["low_out"] = self._add(residual, self.attention_out, mixed_rows, saved, 0)
+        middle, saved["low_out"] = self._add(residual, self.attention_out, mixed_rows, saved=saved, index=0)
         # gate_up = L(norm(middle); W_gate_up) (W, 2 I);  out = middle + L(act(gate) * up; W_down) (W, D)
         h, saved["mlp_rstd"] = self.mlp_norm.forward(middle)
         gate_up, saved["low_mlp"] = self.mlp_in.forward(h)
-        out, saved["low_down"] = self._add(middle, self.mlp_out, self.kernels.glu(gate_up, self.activation), saved, 1)
+        glu = self.kernels.glu(gate_up, self.activation)
+        out, saved["low_down"] = self._add(middle, self.mlp_out, glu, saved=saved, index=1)
         saved.update(qkv=qkv, mixed=mixed, middle=middle, gate_up=gate_up)
         return out
 
@@ -330,7 +334,9 @@ class DecoderBlock:
         d_mixed = self.attention_out.input_gradient(d, lowered)
         # rows that nothing read have gradient zero: (W, .) -> (T, .)
         if output_rows is not None:
-            d_mixed, d_middle = (_scattered(part, output_rows, len(x)) for part in (d_mixed, d_middle))
+            d_mixed, d_middle = (
+                part.new_zeros(len(x), part.shape[1]).index_copy_(0, output_rows, part) for part in (d_mixed, d_middle)
+            )
         # d_qkv (T, (H + 2 G) K): backward of attention, of the rotation, and of the norms of single heads
         rotary_input = qkv if self.head_norms is None else self.head_norms.forward(qkv)
         d_qkv = self.kernels.attention_backward(d_mixed, rotary_input, mixed, saved["lse"], geometry)
@@ -365,12 +371,8 @@ class _BlockNode(torch.autograd.Function):
     ) -> torch.Tensor:
         saved: dict[str, Any] = {}
         out = block.forward(x, geometry, output_rows, saved)
-        ctx.block, ctx.geometry, ctx.output_rows, ctx.saved = (
-            block,
-            geometry,
-            output_rows,
-            None if recompute else saved,
-        )
+        ctx.block, ctx.geometry, ctx.output_rows = block, geometry, output_rows
+        ctx.saved = None if recompute else saved
         ctx.save_for_backward(x)
         return out
 
@@ -382,7 +384,7 @@ class _BlockNode(torch.autograd.Function):
             saved = {}
             ctx.block.forward(x, ctx.geometry, ctx.output_rows, saved)
         dx, gradients = ctx.block.backward(
-            dy.contiguous(), x, ctx.geometry, ctx.output_rows, saved, ctx.needs_input_grad[0]
+            dy.contiguous(), x, ctx.geometry, ctx.output_rows, saved=saved, want_dx=ctx.needs_input_grad[0]
         )
         return (dx, None, None, None, None, *gradients)
 
@@ -400,7 +402,9 @@ class _HeadNode(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         ctx.fast = decoder
         if decoder.mapped is not None:
-            result, slope = mapped_losses(normed, decoder.mapped, targets, needs_gradient, decoder.logits_bytes)
+            result, slope = mapped_losses(
+                normed, decoder.mapped, targets, needs_gradient=needs_gradient, logits_bytes=decoder.logits_bytes
+            )
             ctx.save_for_backward(hidden, rstd, *(() if slope is None else (slope,)))
             return result
         losses, slopes = [], []
@@ -451,20 +455,17 @@ class FusedDecoder:
         self.mapped = head if isinstance(head, MappedLinear) else None
         if self.mapped is not None and self.softcap:
             raise Unsupported("a mapped LM head whose logits are capped")
-        adapted = [
-            index for index, block in enumerate(self.blocks) if any(part.requires_grad for part in block.parameters)
-        ]
+        adapted: list[int] = []
+        covered = {id(parameter) for parameter in inputs}
+        for index, block in enumerate(self.blocks):
+            covered |= {id(parameter) for parameter in block.parameters}
+            if any(parameter.requires_grad for parameter in block.parameters):
+                adapted.append(index)
         # a trained projector of media makes inputs, so its gradient passes through every block
         self.lowest = 0 if inputs else min(adapted, default=len(self.blocks))
-        covered = {
-            id(parameter) for parameter in [*inputs, *(part for block in self.blocks for part in block.parameters)]
-        }
-        if uncovered := [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and id(parameter) not in covered
-        ]:
-            raise Unsupported(f"{uncovered[0]} is trained, which lies outside the blocks' linear modules")
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in covered:
+                raise Unsupported(f"{name} is trained, which lies outside the blocks' linear modules")
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits (N, V) of x (N, D), in a buffer that the next call overwrites.
@@ -510,7 +511,7 @@ class FusedDecoder:
                 kind = (block.rope_kind,) if block.rope_kind else ()
                 turns[block.rope_kind] = [part[0] for part in self.rope(like, batch.positions, *kind)]
             cos, sin = turns[block.rope_kind]
-            result.append(Geometry(block.shape, block.width, cos, sin, layout))
+            result.append(Geometry(block.shape, block.width, cos=cos, sin=sin, layout=layout))
         return result
 
     def frozen(self, x: torch.Tensor, geometries: Sequence[Geometry]) -> torch.Tensor:
@@ -529,8 +530,3 @@ class FusedDecoder:
         if self.lowest == len(self.blocks):
             x = x[output_rows]
         return _HeadNode.apply(x[inverse], self, batch.targets)
-
-
-def _scattered(part: torch.Tensor, output_rows: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return `part` (W, D) as rows `output_rows` of a (rows, D) tensor of zeros."""
-    return part.new_zeros(rows, part.shape[1]).index_copy_(0, output_rows, part)

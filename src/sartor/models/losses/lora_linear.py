@@ -170,7 +170,14 @@ class Projection:
             return self._fused
         if all(isinstance(base, MappedLinear) for base in self.modules):
             return self._widened()
-        parts = [_dense(base, self.dtype) for base in self.modules]
+        parts: list[torch.Tensor] = []
+        for base in self.modules:
+            if isinstance(base, MappedLinear):
+                parts.append(base.widen(torch.empty(base.out_features, base.in_features, dtype=self.dtype)))
+            elif is_quantised(base):
+                parts.append(dense_weight(base, self.dtype))
+            else:
+                parts.append(base.weight.detach().to(self.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _widened(self) -> torch.Tensor:
@@ -315,17 +322,10 @@ def _is_narrow(base: Any) -> bool:
     return isinstance(base, MappedLinear) or is_quantised(base)
 
 
-def _dense(base: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return a module's weight (out, in) in `dtype`."""
-    if isinstance(base, MappedLinear):
-        return base.widen(torch.empty(base.out_features, base.in_features, dtype=dtype))
-    return dense_weight(base, dtype) if is_quantised(base) else base.weight.detach().to(dtype)
-
-
 def _factors(module: Any, low: int, high: int, dropout: bool) -> list[LoraFactors]:
     """Return the active LoRA factors of a module. Raises Unsupported for adapters other than plain LoRA."""
     if isinstance(module, LoraLinear):
-        return [LoraFactors(low, high, module.a, module.b, module.scale)]
+        return [LoraFactors(low, high, a=module.a, b=module.b, scale=module.scale)]
     from peft.tuners.lora import LoraLayer  # imported here: it takes 190 MB, and an edge device does not have it
 
     if not isinstance(module, LoraLayer):
@@ -339,4 +339,4 @@ def _factors(module: Any, low: int, high: int, dropout: bool) -> list[LoraFactor
     if not dropout and not isinstance(module.lora_dropout["default"], torch.nn.Identity):
         raise Unsupported("dropout before A")
     a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-    return [LoraFactors(low, high, a, b, float(module.scaling["default"]))]
+    return [LoraFactors(low, high, a=a, b=b, scale=float(module.scaling["default"]))]

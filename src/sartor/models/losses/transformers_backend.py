@@ -60,7 +60,9 @@ def packed_attention(
         softcap=options.get("softcap"),
         window=options.get("sliding_window"),
     )
-    return attend(query[0], key[0], value[0], options["rows"], shape, options.get("dropout") or 0.0)[None], None
+    dropout = options.get("dropout") or 0.0
+    mixed = attend(query[0], key[0], value[0], rows=options["rows"], shape=shape, dropout=dropout)
+    return mixed[None], None
 
 
 AttentionInterface.register("sartor_packed", packed_attention)
@@ -221,8 +223,8 @@ def _few_rows(examples: Sequence[TokenizedExample], dtype: torch.dtype) -> list[
     rows = sorted((example for example in examples if example.supervised_tokens), key=lambda example: len(example.ids))
     few = [*rows[:2], *rows[-1:]]
     # packing of media can only be tested on a row that has some
-    if not any(token < 0 for row in few for token in row.ids):
-        few += [row for row in rows if any(token < 0 for token in row.ids)][:1]
+    if all(min(row.ids) >= 0 for row in few):
+        few += [row for row in rows if min(row.ids) < 0][:1]
     if rounds(dtype):
         for row in rows[2:-1]:
             if len(few) >= _ROUNDED_ROWS or sum(chosen.supervised_tokens for chosen in few) >= _ROUNDED_TOKENS:
@@ -328,7 +330,7 @@ def choose_loss_backend(
             )
             raise Unsupported(f"it {difference_text} on rows of this run")
     except Unsupported as error:
-        backend = _general(model, rows, device, options, f"not the fast path: {error}")
+        backend = _general(model, rows, device, options=options, reason=f"not the fast path: {error}")
         if options.fast:
             backend.reason += _cost(backend, fast, rows, device)
         return backend
@@ -336,7 +338,12 @@ def choose_loss_backend(
     if options.recompute:
         reason += f"; {RECOMPUTED}"
     return FusedBackend(
-        fast, device, reason, options.share, activation_cache_for(fast, rows, device, options), difference
+        fast,
+        device,
+        reason,
+        share=options.share,
+        frozen=activation_cache_for(fast, rows, device, options),
+        packing_difference=difference,
     )
 
 
@@ -383,7 +390,7 @@ def _general(
             f"differ by {difference:.2g} nats from single rows" if math.isfinite(difference) else "cannot be computed"
         )
         return RowTransformersBackend(model, device, f"{reason}; packed losses {difference_text}", difference)
-    backend = PackedTransformersBackend(model, device, reason, options.share, difference)
+    backend = PackedTransformersBackend(model, device, reason, share=options.share, packing_difference=difference)
     return with_recompute(backend) if options.recompute else backend
 
 

@@ -114,13 +114,23 @@ class NativeChat(ChatTokenizer):
             return
 
         def says(*turns: tuple[str, bool]) -> bool:
-            return _says(tokenizer, [{"role": role, "content": _probe(as_list)} for role, as_list in turns])
+            """Return whether the template writes each turn's text once, and not the list around it."""
+            messages = []
+            for role, as_list in turns:
+                content = [{"type": "text", "text": _PROBE}] if as_list else _PROBE
+                messages.append({"role": role, "content": content})
+            text = _rendered(tokenizer, messages)
+            return text.count(_PROBE) == len(turns) and "'type'" not in text
 
-        kinds = list(self._native.tokens)
-        self._names = {
-            kind: name for kind in kinds for name in _NAMES[kind] if self._has_written(tokenizer, kind, name)
-        }
-        self._has_parts = kinds[0] in self._names
+        # the types of media parts with which the template writes both the text and the placeholder
+        self._names = {}
+        for kind, token in self._native.tokens.items():
+            for name in _NAMES[kind]:
+                media = {"role": "user", "content": [{"type": name}, {"type": "text", "text": _PROBE}]}
+                text = _rendered(tokenizer, [media])
+                if text.count(_PROBE) == 1 and text.count(token) == 1:
+                    self._names[kind] = name
+        self._has_parts = next(iter(self._native.tokens)) in self._names
         forms = (_AS_TEXT, _AS_LIST)
         user = next((form for form in forms if says(("user", form))), _AS_LIST)
         self._lists["user"] = user
@@ -129,17 +139,6 @@ class NativeChat(ChatTokenizer):
         )
         self._lists["system"] = next((form for form in forms if says(("system", form), ("user", user))), _AS_LIST)
 
-    def _has_written(self, tokenizer: Any, kind: str, name: str) -> bool:
-        """Return whether the template writes text and placeholder of a media part with the type `name`."""
-        media = {"role": "user", "content": [{"type": name}, {"type": "text", "text": _PROBE}]}
-        text = _rendered(tokenizer, [media])
-        return text.count(_PROBE) == 1 and text.count(self._native.tokens[kind]) == 1
-
-
-def _probe(as_list: bool) -> Any:
-    """Return the probe text as message content, as a list of parts or plain."""
-    return [{"type": "text", "text": _PROBE}] if as_list else _PROBE
-
 
 def _rendered(tokenizer: Any, turns: list[dict[str, Any]]) -> str:
     """Return the template's text of some turns; empty if the template fails."""
@@ -147,12 +146,6 @@ def _rendered(tokenizer: Any, turns: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # templates raise various exceptions for forms that they do not support
         return ""
-
-
-def _says(tokenizer: Any, turns: list[dict[str, Any]]) -> bool:
-    """Return whether the template writes each turn's text once, and not the list around it."""
-    text = _rendered(tokenizer, turns)
-    return text.count(_PROBE) == len(turns) and "'type'" not in text
 
 
 class _ExpandedText:

@@ -14,7 +14,7 @@ import copy
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -246,12 +246,12 @@ class NativeMedia:
         end = altered[-max(1, int(END_S * rate)) :]
         end[::2], end[1::2] = 0.5, -0.5
         altered_inputs = self._process([key], None, {key: altered})
-        # a change of shape or of a value: the end was read
-        if any(
-            tensor.shape != altered_inputs[name].shape or not torch.equal(tensor, altered_inputs[name])
-            for name, tensor in _tensors(model_inputs)
-        ):
-            return
+        for name, tensor in model_inputs.items():
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                continue
+            # a change of shape or of a value: the end was read
+            if tensor.shape != altered_inputs[name].shape or not torch.equal(tensor, altered_inputs[name]):
+                return
         problem = f"the recording has {len(sound) / rate:.1f} s, and the base's processor cuts it"
         raise MediaError(
             "long_audio",
@@ -337,15 +337,6 @@ class _FixedIdsTokenizer:
             coded["input_ids"], coded["attention_mask"] = [self._ids], [[1] * len(self._ids)]
             coded.pop("token_type_ids", None)
         return coded
-
-
-def _tensors(model_inputs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Return the names and tensors of the floating-point inputs."""
-    return (
-        (name, tensor)
-        for name, tensor in model_inputs.items()
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-    )
 
 
 # Largest difference in nats between the log-probabilities of the two computations: the maximum, and in 16 bits the

@@ -67,15 +67,22 @@ def parts_of(model: Any) -> BaseParts:
     decoder, head = names[id(model.get_decoder())], model.get_output_embeddings()
     projector = tuple(_projectors(model, decoder))
     linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not head]
-    projector_linear = [name for name in linear if any(_is_in(name, item) for item in projector)]
     projector_children = {_child(name, decoder) for name in projector if _is_in(name, decoder)}
-    language = [
-        name
-        for name in linear
-        if _is_in(name, decoder) and name not in projector_linear and _child(name, decoder) not in projector_children
-    ]
-    tower = [name for name in linear if name not in projector_linear and name not in language]
-    return BaseParts(decoder, tuple(language), projector, tuple(projector_linear), tuple(tower))
+    projector_linear, language, tower = [], [], []
+    for name in linear:
+        if any(_is_in(name, item) for item in projector):
+            projector_linear.append(name)
+        elif _is_in(name, decoder) and _child(name, decoder) not in projector_children:
+            language.append(name)
+        else:
+            tower.append(name)
+    return BaseParts(
+        decoder,
+        language=tuple(language),
+        projector=projector,
+        projector_linear=tuple(projector_linear),
+        tower=tuple(tower),
+    )
 
 
 def choose_targets(model: Any, language: Sequence[str] | str, top: int | None, projector: str, tower: str) -> Targeted:
@@ -130,7 +137,7 @@ def _projectors(model: Any, decoder: str) -> Iterator[str]:
         # one without parameters cannot be trained; a convolution is a patch embedding
         if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d) or not any(True for _ in module.parameters()):
             continue
-        if _is_in(name, decoder) and _is_layer(name, decoder):
+        if _is_in(name, decoder) and name.removeprefix(f"{decoder}.").startswith("layers."):
             continue
         if not isinstance(module, torch.nn.ModuleList):
             projectors.append(name)
@@ -139,11 +146,6 @@ def _projectors(model: Any, decoder: str) -> Iterator[str]:
         for index in range(len(module)):
             projectors.append(f"{name}.{index}")
             yield f"{name}.{index}"
-
-
-def _is_layer(name: str, decoder: str) -> bool:
-    """Return whether a module is within the decoder's layers."""
-    return name.removeprefix(f"{decoder}.").startswith("layers.")
 
 
 def _child(name: str, outer: str) -> str:

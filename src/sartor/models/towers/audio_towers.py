@@ -43,12 +43,12 @@ class WhisperTower(Located):
     @torch.inference_mode()
     def heard(self, sound: F32) -> Any:
         """Return the features (T, width), fp16, of samples at the model's sampling rate."""
-        return torch.cat([stored(self._window(window)) for window in windows(sound, self.prepare.n_samples)])
-
-    def _window(self, window: F32) -> Any:
-        """Return the states (T, width) of one window, without those of its padding."""
-        states = self.encoder(spectrogram(self.prepare, [window], self.encoder.conv1.weight)).last_hidden_state[0]
-        return states[: -(-len(window) // self.samples_per_feature)]
+        parts = []
+        for window in windows(sound, self.prepare.n_samples):
+            states = self.encoder(spectrogram(self.prepare, [window], self.encoder.conv1.weight)).last_hidden_state[0]
+            # without the states (T, width) of the window's padding
+            parts.append(stored(states[: -(-len(window) // self.samples_per_feature)]))
+        return torch.cat(parts)
 
 
 def windows(sound: F32, size: int) -> Iterator[F32]:
@@ -109,17 +109,17 @@ class SpeechToText:
         sounds: samples of shape (N,) at `rate`. The texts of a long recording's windows are joined by spaces.
         language: for a multilingual Whisper, such as `de`; empty detects it for each window.
         """
-        pieces = [
-            (index, piece) for index, sound in enumerate(sounds) for piece in windows(sound, self.prepare.n_samples)
-        ]
+        pieces = []
+        for index, sound in enumerate(sounds):
+            pieces += [(index, piece) for piece in windows(sound, self.prepare.n_samples)]
         texts: list[list[str]] = [[] for _ in sounds]
         for start in range(0, len(pieces), BATCH):
             batch = pieces[start : start + BATCH]
-            for (index, _), text in zip(
-                batch, self._transcribe_windows([piece for _, piece in batch], language), strict=True
-            ):
-                texts[index].append(text.strip())
-        return [" ".join(text for text in window_texts if text) for window_texts in texts]
+            batch_texts = self._transcribe_windows([piece for _, piece in batch], language)
+            for (index, _), text in zip(batch, batch_texts, strict=True):
+                if text.strip():
+                    texts[index].append(text.strip())
+        return [" ".join(window_texts) for window_texts in texts]
 
     @torch.inference_mode()
     def _transcribe_windows(self, pieces: list[NDArray[np.float32]], language: str) -> list[str]:

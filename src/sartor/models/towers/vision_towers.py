@@ -106,7 +106,7 @@ def _blocks() -> Iterator[InvertedResidual]:
     width = STEM
     for count, kernel, stride, expansion, out in STAGES:
         for n in range(count):
-            yield InvertedResidual(width, out, kernel, stride if n == 0 else 1, expansion)
+            yield InvertedResidual(width, out, kernel=kernel, stride=stride if n == 0 else 1, expansion=expansion)
             width = out
 
 
@@ -170,16 +170,11 @@ def folded(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     def fold(target: str, convolution: str, norm: str) -> None:
         """Fold one batch norm into its convolution, under the name `target`."""
-        weight, *values = (
-            state_dict[name].double()
-            for name in (
-                f"{convolution}.weight",
-                *(f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var")),
-            )
-        )
+        weight = state_dict[f"{convolution}.weight"].double()
+        gain, offset = state_dict[f"{norm}.weight"].double(), state_dict[f"{norm}.bias"].double()
+        mean, variance = state_dict[f"{norm}.running_mean"].double(), state_dict[f"{norm}.running_var"].double()
         # batch norm after convolution: gain (W x - mean) / sqrt(variance + eps) + offset = W' x + b', with
         # scale (out,) = gain / sqrt(variance + eps), W' = W scale, b' = offset - mean scale
-        gain, offset, mean, variance = values
         scale = gain / (variance + NORM_EPSILON).sqrt()
         weights[f"{target}.convolution.weight"] = (weight * scale[:, None, None, None]).float().contiguous()
         weights[f"{target}.convolution.bias"] = (offset - mean * scale).float()
