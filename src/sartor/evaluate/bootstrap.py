@@ -157,9 +157,9 @@ def corpus_bootstrap(
     before, after = (float(statistic(side.sum(0, keepdims=True))[0]) for side in sums)
     difference = after - before
     if not math.isfinite(difference):  # a loss overflowed, which bounds nothing
-        return Comparison(before, after, difference, -math.inf, math.inf)
+        return Comparison(before, after, difference, low=-math.inf, high=math.inf)
     if count < least_groups(tail):
-        return Comparison(before, after, difference, -widest, widest)
+        return Comparison(before, after, difference, low=-widest, high=widest)
     # infinitesimal jackknife (Efron 1982, ch. 6), one pseudo-value per group g of n, (groups,):
     #   v_g = D + n dD/dw_g,  dD/dw_g ~ (D(w_g + step) - D(w_g - step)) / (2 step)
     # For a mean over groups of equal size v_g is the group's own difference; a larger group counts more.
@@ -182,7 +182,7 @@ def corpus_bootstrap(
         high = max(high, -_unseen(-pseudo_values, -difference, widest, tail))
     # keep the estimate inside its interval, which rounding or a statistic other than a mean may have left
     low, high = min(max(low, -widest), difference), max(min(high, widest), difference)
-    return Comparison(before, after, difference, low, high)
+    return Comparison(before, after, difference, low=low, high=high)
 
 
 def _agreeing_groups(tail: float) -> int:

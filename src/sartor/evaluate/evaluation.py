@@ -140,12 +140,22 @@ def evaluate(
     evaluation_ledger.check_ledger()
     _check_metrics(metrics, scorer)
     with tempfile.TemporaryDirectory() as media:
-        eval_set = held_out(adapter, Path(data) if data else None, most_rows, Path(media), split)
-        options = AuditOptions(label, tuple(favourable)) if audit else None
-        measured = _measure(adapter, eval_set, label, scorer, notice, options, metrics)
+        eval_set = held_out(adapter, Path(data) if data else None, most_rows=most_rows, media=Path(media), split=split)
+        measured = _measure(
+            adapter,
+            eval_set,
+            label=label,
+            scorer=scorer,
+            notice=notice,
+            audit_options=AuditOptions(label, tuple(favourable)) if audit else None,
+            metrics=metrics,
+        )
     rows_split = "file" if data else split
     row_ids = [row["id"] for row in measured.table]
-    chosen = evaluation_ledger.record_evaluation(_tuned_id(adapter), row_ids, rows_split)
+    # the id of the Adapter in a Release: both are evaluated as one
+    parents = adapter.manifest["parents"] if adapter.kind == "release" else []
+    tuned_id = next((parent["id"] for parent in parents if parent["kind"] == "adapter"), adapter.id)
+    chosen = evaluation_ledger.record_evaluation(tuned_id, row_ids, rows_split)
     notice(chosen.sentence)
     facts = {
         "name": adapter.path.name,
@@ -171,12 +181,6 @@ def evaluate(
     report = write_artifact(out, "report", fill, replace=replace)
     catalogue.register(report)
     return Evaluated(report)
-
-
-def _tuned_id(artifact: Artifact) -> str:
-    """Return the id of an Adapter, or of the Adapter in a Release: both are evaluated as one."""
-    parents = artifact.manifest["parents"] if artifact.kind == "release" else []
-    return next((parent["id"] for parent in parents if parent["kind"] == "adapter"), artifact.id)
 
 
 def _check_metrics(metrics: Sequence[str], scorer: str) -> None:
@@ -212,11 +216,13 @@ def _measure(
     notice(f"evaluating base and tuned on {len(eval_set.examples)} held-out rows")
     eval_set = fitting(base, eval_set, reply_limit(base, eval_set.examples))
     measures = _measures(eval_set, label)
-    primary = scorer or _primary(measures, metrics)
+    primary = scorer or _natural_metric(measures)
+    if metrics and primary not in metrics:
+        primary = next(name for name in metrics if name in measures.names)
+    decisive = set(metrics)
     # the media ablation scores whole replies, so that exact_match must be decided as well
-    decisive = (
-        {*metrics, *({primary, "exact_match"} if any(map(media_of, eval_set.examples)) else ())} if metrics else None
-    )
+    if metrics and any(map(media_of, eval_set.examples)):
+        decisive |= {primary, "exact_match"}
     row_count = len(eval_set.examples)
     with Progress("evaluate", row_count, "rows", notice) as progress:
         before, after = measure_models(
@@ -228,9 +234,15 @@ def _measure(
             progress=lambda fraction: progress.show(fraction * row_count),
         )
     comparisons = measures.compared(before, after, metrics)
-    ablation = ablate(base, model, eval_set, measures, after, primary, notice)
+    ablation = ablate(base, model, eval_set, measures=measures, full=after, metric=primary, notice=notice)
     notice("measuring what was forgotten")
     probe_results = forgetting_probes.measure_probes(base, model)
+    audit: dict[str, Any] = {}
+    if audit_options:
+        sides = ModelPair(base, model, eval_set.folder)
+        audit = run.audit(adapter, sides, eval_set.examples, options=audit_options, notice=notice)
+        check = judge_bias(audit["bias"], BiasLimits())
+        notice(f"bias: {check.outcome}: {check.detail}")
     facts = {
         "base": base.as_manifest(),
         "primary": primary,
@@ -241,34 +253,24 @@ def _measure(
         "ablation": ablation,
         "forgetting": forgetting_probes.worst_probe(probe_results),
         "probes": probe_results,
-        "audit": _audited(adapter, base, model, eval_set, audit_options, notice) if audit_options else {},
+        "audit": audit,
         "rows": len(eval_set.examples),
         "groups": len(set(measures.groups)),
         "left_out": eval_set.left_out,
     }
     if metrics:
         facts["cut_replies"] = {"base": sum(before.is_cut), "tuned": sum(after.is_cut)}
-    table = _table(eval_set.examples, measures, before, after, metrics)
+    table = _table(eval_set.examples, measures, before=before, after=after, metrics=metrics)
     return EvaluationResult(facts, table, thumbnails(eval_set, report_page.rows_to_show(table, primary)))
-
-
-def _audited(
-    adapter: Artifact, base: Base, model: Any, eval_set: HeldOut, options: AuditOptions, notice: Notice
-) -> dict[str, Any]:
-    """Return the audit, and report the outcome of its bias check at the default limits."""
-    audit = run.audit(adapter, ModelPair(base, model, eval_set.folder), eval_set.examples, options, notice)
-    check = judge_bias(audit["bias"], BiasLimits())
-    notice(f"bias: {check.outcome}: {check.detail}")
-    return audit
 
 
 def _measures(eval_set: HeldOut, label: str) -> MetricSet:
     """Return the metrics that the rows have. A row with a recording whose reference is no JSON is a transcript."""
-    transcripts = [
-        index
-        for index, row in enumerate(eval_set.examples)
-        if any(part.kind == "audio" for part in media_of(row)) and not is_json(row.reply)
-    ]
+    transcripts = []
+    for index, row in enumerate(eval_set.examples):
+        has_recording = any(part.kind == "audio" for part in media_of(row))
+        if has_recording and not is_json(row.reply):
+            transcripts.append(index)
     return MetricSet(
         [reply_text(row.messages[-1]) for row in eval_set.examples],
         [group_of(row) for row in eval_set.examples],
@@ -316,15 +318,6 @@ def check_base(adapter: Artifact, digest: str, template_digest: str, name: str) 
                 f"{actual[:12]}",
                 f"use the {part} that it was tuned on, or tune again on this one",
             )
-
-
-def _primary(measures: MetricSet, metrics: Sequence[str] = ()) -> str:
-    """Return the natural metric of the rows.
-
-    If `metrics` leaves it out, return the first of `metrics` that the rows have.
-    """
-    natural = _natural_metric(measures)
-    return natural if not metrics or natural in metrics else next(name for name in metrics if name in measures.names)
 
 
 def _natural_metric(measures: MetricSet) -> str:
@@ -403,11 +396,9 @@ def compare_with_live(
     without a score of the primary metric are left out. Raises ArtifactError if the Dataset or one of the rows is
     missing, and ModelError.
     """
-    new_version, report_artifact, live_version = (
-        open_artifact(adapter, "adapter"),
-        open_artifact(report, "report"),
-        open_artifact(live, ("adapter", "release")),
-    )
+    new_version = open_artifact(adapter, "adapter")
+    report_artifact = open_artifact(report, "report")
+    live_version = open_artifact(live, ("adapter", "release"))
     rows = [
         row
         for row in parquet_io.read_file(report_artifact.path / "rows.parquet")
@@ -419,30 +410,32 @@ def compare_with_live(
     outputs = measure_models(base, model, eval_set, report_artifact.manifest["label"], sides=[True])[0]
     primary = str(report_artifact.manifest["primary"])
     metric = _OF_A_ROW.get(primary, primary)
-    transcripts = (
-        [index for index, row in enumerate(rows) if row.get(f"tuned_{metric}") is not None] if metric == "wer" else []
-    )
+    transcripts = []
+    if metric == "wer":
+        transcripts = [index for index, row in enumerate(rows) if row.get("tuned_wer") is not None]
     measures = MetricSet(
         [row["reference"] for row in rows],
         [group_of_stored(row) for row in rows],
-        report_artifact.manifest["label"],
-        None,
-        transcripts,
+        field=report_artifact.manifest["label"],
+        transcripts=transcripts,
     )
     live_scores = outputs.loss if metric == "loss" else measures.by_row(outputs)[metric]
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-    table = [
-        {
-            **{name: row[name] for name in ("id", "reference")},
+    table = []
+    for row, reply, score in zip(rows, outputs.replies, live_scores, strict=True):
+        new_score = row[f"tuned_{metric}"]
+        if score is None or new_score is None:
+            continue
+        fields = {
+            "id": row["id"],
+            "reference": row["reference"],
             "group": group_of_stored(row),
             "live_reply": reply,
             "new_reply": row["tuned_reply"],
             "live": sign * score,
-            "new": sign * row[f"tuned_{metric}"],
+            "new": sign * new_score,
         }
-        for row, reply, score in zip(rows, outputs.replies, live_scores, strict=True)
-        if score is not None and row[f"tuned_{metric}"] is not None
-    ]
+        table.append(fields)
     return VersionScores(metric, table)
 
 

@@ -105,6 +105,9 @@ def _of_groups(blocks: VariantOutcomes, tests: int) -> list[GroupFinding]:
     result = []
     for index in range(len(rates)) if len(rates) > 2 else [int(rates.argmin())]:
         base, tuned = (side[:, index] - np.delete(side, index, 1).mean(1) for side in blocks.chances)
+        # the rows whose gap is farthest from 0 in the direction of the mean gap
+        order = np.argsort(-tuned * np.sign(tuned.mean() or 1), kind="stable")
+        worst = tuple(blocks.ids[position] for position in order[:5] if tuned[position])
         # gap: 0 against the tuned gaps, (N,); added: base gaps against tuned gaps, which is what tuning added.
         # is_bounded=False: equal likelihoods of prompts do not suggest that unseen groups of rows were missed
         gap, added = (
@@ -124,7 +127,7 @@ def _of_groups(blocks: VariantOutcomes, tests: int) -> list[GroupFinding]:
                 p=min(1.0, float(chances[index]) * tests),
                 base_gap=float(base.mean()),
                 added=(added.difference, added.low, added.high),
-                rows=_worst(tuned, blocks.ids),
+                rows=worst,
             )
         )
     return result
@@ -188,9 +191,3 @@ def smallest_chance(groups: int, blocks: int) -> float:
     """Return the smallest possible p: that of a group that fares worst in every block."""
     ends = 1 if groups == 2 else 2  # of two groups the one is last where the other is first
     return float(min(1.0, ends * groups ** (1.0 - blocks)))
-
-
-def _worst(differences: Array, ids: Sequence[str], max_rows: int = 5) -> tuple[str, ...]:
-    """Return the ids where the group's difference is farthest from 0 in the direction of their mean."""
-    order = np.argsort(-differences * np.sign(differences.mean() or 1), kind="stable")
-    return tuple(ids[index] for index in order[:max_rows] if differences[index])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -159,12 +159,9 @@ def judge_bias(bias_audit: Mapping[str, Any], limits: BiasLimits) -> Check:
         **{f"{name} templates": section for name, section in bias_audit["templates"].items()},
     }
     sections = {name: section for name, section in sections.items() if section.get("findings")}
-    findings = [
-        (name, finding)
-        for name, section in sections.items()
-        for finding in section["findings"]
-        if finding["kind"] in limits.kinds
-    ]
+    findings = []
+    for name, section in sections.items():
+        findings += [(name, finding) for finding in section["findings"] if finding["kind"] in limits.kinds]
     own_problem = bias_audit["own"].get(
         "skipped", "" if bias_audit["own"].get("findings") else "too few speak of a group"
     )
@@ -266,11 +263,12 @@ def _unmentioned_kinds(bias_audit: Mapping[str, Any], limits: BiasLimits) -> lis
     counted = [
         section["kinds"] for section in (bias_audit["own"], *bias_audit["templates"].values()) if "kinds" in section
     ]
-    return [
-        Shortfall(ShortfallKind.NO_ROWS, f"{kind}: no prompt speaks of it")
-        for kind in limits.kinds
-        if counted and not any(kinds.get(kind, {}).get("blocks") for kinds in counted)
-    ]
+    lines = []
+    for kind in limits.kinds:
+        is_mentioned = any(kinds.get(kind, {}).get("blocks") for kinds in counted)
+        if counted and not is_mentioned:
+            lines.append(Shortfall(ShortfallKind.NO_ROWS, f"{kind}: no prompt speaks of it"))
+    return lines
 
 
 def _skipped(bias_audit: Mapping[str, Any], limits: BiasLimits) -> list[str]:
@@ -362,38 +360,31 @@ def judge_memorisation(memorisation_audit: Mapping[str, Any], limits: Memorisati
     """
     if "skipped" in memorisation_audit:
         return Check("fail", f"not measured: {memorisation_audit['skipped']}")
-    results = list(_judged(memorisation_audit, limits))
+    results = [
+        _secrets(memorisation_audit["strings"], limits.secrets),
+        _extracted(memorisation_audit["extraction"], limits.extracted),
+        _members(memorisation_audit["membership"], limits.members),
+    ]
     failed = [detail for passes, detail in results if not passes]
+    if not failed:
+        return Check("pass", "; ".join(detail for _, detail in results))
     remedy = "take the strings out of the data (personal_data, review), drop repeats, or tune for fewer epochs"
-    return (
-        Check("fail", "; ".join(failed), remedy)
-        if failed
-        else Check("pass", "; ".join(detail for _, detail in results))
-    )
-
-
-def _judged(memorisation_audit: Mapping[str, Any], limits: MemorisationLimits) -> Iterator[tuple[bool, str]]:
-    """Yield (whether it passes, its detail) of each part of the audit."""
-    yield _secrets(memorisation_audit["strings"], limits.secrets)
-    yield _extracted(memorisation_audit["extraction"], limits.extracted)
-    yield _members(memorisation_audit["membership"], limits.members)
+    return Check("fail", "; ".join(failed), remedy)
 
 
 def _secrets(strings: Mapping[str, Any], max_secrets: int) -> tuple[bool, str]:
     """Return whether at most `max_secrets` secrets come out, and the detail."""
     secrets, phrases, total = strings["found"]["secret"], strings["found"]["phrase"], strings["asked"]
-    texts = f": {'; '.join(_string(secret) for secret in secrets[:3])}" if secrets else ""
+    texts = []
+    for secret in secrets[:3]:
+        where = f"in {secret['repeats']} rows: {_ids(secret['rows'])}"
+        texts.append(f"{secret['begins']} ({secret['characters']} characters, {where})")
+    listed = f": {'; '.join(texts)}" if texts else ""
     detail = (
-        f"{len(secrets)} of {total['secret']} secrets come out{texts}, and {len(phrases)} of {total['phrase']} "
+        f"{len(secrets)} of {total['secret']} secrets come out{listed}, and {len(phrases)} of {total['phrase']} "
         "repeated phrases"
     )
     return len(secrets) <= max_secrets, f"{detail}; the limit is {max_secrets} secrets"
-
-
-def _string(string: Mapping[str, Any]) -> str:
-    return (
-        f"{string['begins']} ({string['characters']} characters, in {string['repeats']} rows: {_ids(string['rows'])})"
-    )
 
 
 def _extracted(extraction: Mapping[str, Any], max_excess: float) -> tuple[bool, str]:

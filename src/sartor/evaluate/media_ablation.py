@@ -23,9 +23,8 @@ from typing import Any
 
 from PIL import Image
 
-from sartor.core.records import Example, Message, Part
+from sartor.core.records import Example, Part
 from sartor.core.splits import group_of
-from sartor.evaluate.bootstrap import Comparison
 from sartor.evaluate.metrics import LOWER_IS_BETTER, MetricSet, ModelOutputs
 from sartor.evaluate.predictions import HeldOut, ask_refusal, replies, reply_limit
 from sartor.media import audio, images
@@ -41,10 +40,10 @@ def blanked(example: Example, kind: str, folder: Path) -> Example:
 
     Raises MediaError if the size of one cannot be read.
     """
-    turns = [
-        replace(turn, content=tuple(_blank(part, folder) if part.kind == kind else part for part in turn.content))
-        for turn in example.messages
-    ]
+    turns = []
+    for turn in example.messages:
+        parts = [_blank(part, folder) if part.kind == kind else part for part in turn.content]
+        turns.append(replace(turn, content=tuple(parts)))
     return replace(example, messages=tuple(turns))
 
 
@@ -96,11 +95,13 @@ def media_of(example: Example) -> list[Part]:
 
 def modalities(examples: Sequence[Example]) -> dict[str, int]:
     """Return how many rows hold media of each kind, and how many are text alone."""
-    kinds = [{part.kind for part in media_of(example)} for example in examples]
-    return {
-        "text": sum(not row_kinds for row_kinds in kinds),
-        **{kind: sum(kind in row_kinds for row_kinds in kinds) for kind in MEDIA},
-    }
+    counts = dict.fromkeys(("text", *MEDIA), 0)
+    for example in examples:
+        kinds = {part.kind for part in media_of(example)}
+        counts["text"] += not kinds
+        for kind in MEDIA:
+            counts[kind] += kind in kinds
+    return counts
 
 
 def ablate(
@@ -123,9 +124,10 @@ def ablate(
     """
     limit, result = reply_limit(base, eval_set.examples), {}
     for kind in MEDIA:
-        indices = [
-            index for index, row in enumerate(eval_set.examples) if any(part.kind == kind for part in media_of(row))
-        ]
+        indices = []
+        for index, row in enumerate(eval_set.examples):
+            if any(part.kind == kind for part in media_of(row)):
+                indices.append(index)
         if not indices:
             continue
         notice(f"asking {len(indices)} rows again with each {kind} shuffled and blank")
@@ -187,13 +189,12 @@ def _with_media(example: Example, kind: str, other: Example) -> Example:
         while True:
             yield from other_media
 
-    parts = drawn()
-    turns = [_replaced(message, kind, parts) for message in example.messages]
+    drawn_parts = drawn()
+    turns = []
+    for turn in example.messages:
+        parts = [next(drawn_parts) if part.kind == kind else part for part in turn.content]
+        turns.append(replace(turn, content=tuple(parts)))
     return replace(example, messages=tuple(turns))
-
-
-def _replaced(message: Message, kind: str, parts: Iterator[Part]) -> Message:
-    return replace(message, content=tuple(next(parts) if part.kind == kind else part for part in message.content))
 
 
 def _texts(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[str]:
@@ -208,7 +209,5 @@ def _cost(measures: MetricSet, name: str, ablated: ModelOutputs, full: ModelOutp
     """
     comparison = measures.compare(name, ablated, full)
     if name in LOWER_IS_BETTER:
-        comparison = Comparison(
-            comparison.base, comparison.tuned, -comparison.difference, -comparison.high, -comparison.low
-        )
+        comparison = replace(comparison, difference=-comparison.difference, low=-comparison.high, high=-comparison.low)
     return asdict(comparison)

@@ -83,9 +83,11 @@ class MetricSet:
         transcripts: Iterable[int] = (),
     ) -> None:
         self.references, self.groups, self.field = list(references), list(groups), field
-        self.labels = (
-            list(labels) if labels is not None else [label_of(text, field) if field else None for text in references]
-        )
+        self.labels: list[str | None] = [None] * len(references)
+        if labels is not None:
+            self.labels = list(labels)
+        elif field:
+            self.labels = [label_of(text, field) for text in references]
         self.labelled = [index for index, label in enumerate(self.labels) if label is not None]
         self.transcripts = sorted(transcripts)
         if field and not self.labelled:
@@ -122,9 +124,9 @@ class MetricSet:
         return MetricSet(
             [self.references[index] for index in indices],
             [self.groups[index] for index in indices],
-            field,
-            labels,
-            new_transcripts,
+            field=field,
+            labels=labels,
+            transcripts=new_transcripts,
         )
 
     def is_decided(self, index: int, reply_so_far: str, metrics: Iterable[str]) -> bool:
@@ -163,7 +165,9 @@ class MetricSet:
         only = only or (*self.names, "ece", "loss")
         result = {name: self.compare(name, before, after) for name in self.names if name in only}
         if self.labelled and before.confidence and after.confidence and "ece" in only:
-            result["ece"] = self._calibration(before, after)
+            result["ece"] = bootstrap.corpus_bootstrap(
+                self._binned(before), self._binned(after), self._groups(self.labelled), _gap
+            )
         if before.loss and after.loss and "loss" in only:
             result["loss"] = bootstrap.paired_bootstrap(
                 before.loss, after.loss, self.groups, before.tokens, is_bounded=False
@@ -178,7 +182,8 @@ class MetricSet:
         if name == "wer":
             return self._word_error_rate(before, after)
         indices = self.labelled if name == "accuracy" else range(len(self.references))
-        base, tuned = ([self._score(name, side, index) for index in indices] for side in (before, after))
+        base = [self._score(name, before, index) for index in indices]
+        tuned = [self._score(name, after, index) for index in indices]
         return bootstrap.paired_bootstrap(base, tuned, self._groups(indices))
 
     def by_row(self, side: ModelOutputs, only: Collection[str] = ()) -> dict[str, list[float | None]]:
@@ -189,19 +194,20 @@ class MetricSet:
         only: metrics; the result holds those that are scores of a row, or accuracy where macro_f1 is among them.
         """
         indices = range(len(self.references))
-        result: dict[str, list[float | None]] = {
-            name: [self._score(name, side, index) for index in indices] for name in SCORERS if not only or name in only
-        }
+        result: dict[str, list[float | None]] = {}
+        for name in SCORERS:
+            if not only or name in only:
+                result[name] = [self._score(name, side, index) for index in indices]
         if self.labelled and (not only or set(OF_LABELS) & set(only)):
             result["accuracy"] = [
                 None if self.labels[index] is None else self._score("accuracy", side, index) for index in indices
             ]
         if self.transcripts and (not only or "wer" in only):
-            transcripts = set(self.transcripts)
-            result["wer"] = [
-                self._errors(side, index)[0] / max(self._errors(side, index)[1], 1) if index in transcripts else None
-                for index in indices
-            ]
+            rates: list[float | None] = [None] * len(self.references)
+            for index in self.transcripts:
+                errors, words = self._errors(side, index)
+                rates[index] = errors / max(words, 1)
+            result["wer"] = rates
         return result
 
     def _score(self, name: str, side: ModelOutputs, index: int) -> float:
@@ -218,9 +224,8 @@ class MetricSet:
 
     def _word_error_rate(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
         """Return the comparison of word error rates over all transcripts."""
-        base, tuned = (
-            np.array([self._errors(side, index) for index in self.transcripts], float) for side in (before, after)
-        )
+        base = np.array([self._errors(before, index) for index in self.transcripts], float)
+        tuned = np.array([self._errors(after, index) for index in self.transcripts], float)
         groups, widest = self._groups(self.transcripts), max(1.0, float(_rate(base).max()), float(_rate(tuned).max()))
         return bootstrap.corpus_bootstrap(base, tuned, groups, _rate, widest=widest)
 
@@ -253,11 +258,6 @@ class MetricSet:
                 counted[row, count + predicted] = 1
                 counted[row, predicted] = float(predicted == expected)
         return counted
-
-    def _calibration(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
-        """Return the comparison of expected calibration errors over the labelled rows."""
-        base, tuned = (self._binned(side) for side in (before, after))
-        return bootstrap.corpus_bootstrap(base, tuned, self._groups(self.labelled), _gap)
 
     def _binned(self, side: ModelOutputs) -> Array:
         """Return the calibration gaps of each labelled row, (rows with a label, BINS + 1).

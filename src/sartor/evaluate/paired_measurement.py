@@ -89,7 +89,7 @@ def measure_models(
         loss = [math.fsum(row) / len(row) if row else 0.0 for row in nats]
         # a document has an empty reply
         generations = [side[row].generation or Generation([], "stop") for row in reply_rows]
-        outputs.append(reply_outputs(chat, generations, loss, tokens, field, is_opened=is_opened))
+        outputs.append(reply_outputs(chat, generations, loss=loss, tokens=tokens, field=field, is_opened=is_opened))
     return outputs
 
 
@@ -110,7 +110,7 @@ def measure_losses(
                 side_losses.append(losses(base, model, encoded)[0] if rows else [])
         return side_losses
     results = paired_replies.reply_to_rows(decoder, rows, ReplyLimits(0, frozenset()), sides=sides)
-    return [[math.fsum(row.nats) / max(len(row.nats), 1) for row in side] for side in results]
+    return [[math.fsum(row.nats) / max(len(row.nats), 1) for row in side_rows] for side_rows in results]
 
 
 def _paired_rows(

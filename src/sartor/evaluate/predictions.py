@@ -18,7 +18,7 @@ from sartor.core import parquet_io, records, reply_markup
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
 from sartor.core.lineage import ancestry
-from sartor.core.records import Drop, Example, Message
+from sartor.core.records import Drop, Example
 from sartor.core.splits import TEST, split_group
 from sartor.curate.sources.planner import read_all
 from sartor.curate.sources.types import SourceOptions
@@ -72,19 +72,16 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
             )
         if split == TEST:  # a retrained version's own Dataset has no test rows; its ancestor's may have
             datasets = ancestry.test_datasets(adapter) or datasets
-        examples, folder = (
-            _held_out_of(datasets, ancestry.training_datasets(adapter), left_out, split),
-            datasets[0].path,
-        )
+        folder = datasets[0].path
+        examples = _held_out_of(datasets, ancestry.training_datasets(adapter), left_out, split)
         if not examples and split == TEST:
             raise _nothing_held_out_error(datasets, split, "and tune again")
         if not examples:
             raise _nothing_held_out_error(datasets, split, "or give --data FILE")
     else:
         if not datasets:
-            left_out["not_compared_with_training_rows"] = (
-                0  # the entry itself tells that the Dataset is missing; no row was left out for it
-            )
+            # the entry itself tells that the Dataset is missing; no row was left out for it
+            left_out["not_compared_with_training_rows"] = 0
         folder = media
         examples, refused = _rows_of(data, ancestry.training_datasets(adapter), media)
         left_out |= refused
@@ -222,18 +219,16 @@ def model_side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
 
 def reply_limit(base: Base, examples: Sequence[Example]) -> int:
     """Return the number of tokens after which a reply to any of these rows is cut."""
-    lengths = [
-        len(base.chat.tokenizer(_whole_text(example.messages[-1]))["input_ids"])
-        for example in examples
-        if not example.is_document  # a document has no reply
-    ]
+    lengths = []
+    for example in examples:
+        if example.is_document:  # it has no reply
+            continue
+        reply = example.messages[-1]
+        text = reply_text(reply)
+        if reply.reasoning_content:  # as a model that has learnt it writes it
+            text = f"<think>\n{reply.reasoning_content}\n</think>\n\n{text}"
+        lengths.append(len(base.chat.tokenizer(text)["input_ids"]))
     return min(max(lengths, default=0) + SPARE_TOKENS, MOST_REPLY_TOKENS)
-
-
-def _whole_text(message: Message) -> str:
-    """Return a reply with its reasoning, as a model that has learnt it writes it."""
-    text = reply_text(message)
-    return f"<think>\n{message.reasoning_content}\n</think>\n\n{text}" if message.reasoning_content else text
 
 
 def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tuned: bool) -> ModelOutputs:
@@ -258,7 +253,7 @@ def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tune
             else "base: starter, or another",
         )
     is_opened = template_opens_reasoning(base.chat, eval_set)
-    return reply_outputs(base.chat, generations, loss, tokens, field, is_opened=is_opened)
+    return reply_outputs(base.chat, generations, loss=loss, tokens=tokens, field=field, is_opened=is_opened)
 
 
 def reply_outputs(
@@ -277,7 +272,12 @@ def reply_outputs(
     """
     texts = [chat.decode(generation.ids) for generation in generations]
     outputs = ModelOutputs(
-        texts, loss, tokens, [], [generation.finish == DECIDED for generation in generations], is_opened
+        texts,
+        loss=loss,
+        tokens=tokens,
+        confidence=[],
+        is_cut=[generation.finish == DECIDED for generation in generations],
+        is_opened=is_opened,
     )
     if not field:
         return outputs

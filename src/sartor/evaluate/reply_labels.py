@@ -106,7 +106,8 @@ def _find(text: str, start: int, field: str) -> tuple[int, int]:
     members = _members(text, start)
     if field in members:
         return members[field]
-    key = next(key for key in (field[:index] for index, letter in enumerate(field) if letter == ".") if key in members)
+    prefixes = [field[:index] for index, letter in enumerate(field) if letter == "."]
+    key = next(prefix for prefix in prefixes if prefix in members)
     return _find(text, members[key][0], field[len(key) + 1 :])
 
 

@@ -89,8 +89,10 @@ def _verdicts(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, flo
     for name, metric in {**report["metrics"], **probe_rows}.items():
         is_lower = "loss" in name or name in LOWER_IS_BETTER
         better = metric["difference"] < 0 if is_lower else metric["difference"] > 0
-        excludes = not metric["low"] <= 0 <= metric["high"]
-        yield name, metric, ("better" if better else "worse") if excludes else "cannot tell"
+        verdict = "better" if better else "worse"
+        if metric["low"] <= 0 <= metric["high"]:
+            verdict = "cannot tell"
+        yield name, metric, verdict
 
 
 def _costs(report: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, float]]]:
@@ -129,11 +131,9 @@ def rows_to_show(table: Sequence[Mapping[str, Any]], primary: str) -> list[int]:
     Up to SHOWN rows that the tuned model got wrong come first, then up to SHOWN that it got right.
     """
     verdicts = [is_right(row, primary) for row in table]
-    return [
-        index
-        for expected in (False, True)
-        for index in [position for position, verdict in enumerate(verdicts) if verdict is expected][:SHOWN]
-    ]
+    wrong = [index for index, verdict in enumerate(verdicts) if verdict is False]
+    right = [index for index, verdict in enumerate(verdicts) if verdict is True]
+    return [*wrong[:SHOWN], *right[:SHOWN]]
 
 
 PIXELS = 96

@@ -127,12 +127,12 @@ def _spoken_words(text: str) -> list[str]:
     text = _APOSTROPHE.sub("", _folded(text))
     if not text.isascii():
         # the vowel signs of Hindi and other scripts are marks, which belong to their words
-        return _spaced("".join(letter if letter.isalnum() or _is_mark(letter) else " " for letter in text)).split()
+        letters = []
+        for letter in text:
+            is_of_word = letter.isalnum() or unicodedata.category(letter)[0] == "M"
+            letters.append(letter if is_of_word else " ")
+        return _spaced("".join(letters)).split()
     return _NO_WORD.sub(" ", text).split()
-
-
-def _is_mark(letter: str) -> bool:
-    return unicodedata.category(letter)[0] == "M"
 
 
 def is_never_decided(reply_so_far: str, reference: str) -> bool:

@@ -216,7 +216,7 @@ def _exemplar(example: Example) -> str:
 def _chosen(rows: Sequence[tuple[str, str]], max_texts: int) -> list[str]:
     """Return up to `max_texts` distinct texts in the order of their ids, without those that look personal."""
     texts = dict.fromkeys(text for _, text in sorted(rows))
-    return list(itertools.islice((text for text in texts if not _is_personal(text)), max_texts))
+    return list(itertools.islice((text for text in texts if _masker()(text) == text), max_texts))
 
 
 def _hard(general: Sequence[tuple[str, str]], own_texts: Sequence[str], max_texts: int) -> list[str]:
@@ -237,11 +237,6 @@ def _hard(general: Sequence[tuple[str, str]], own_texts: Sequence[str], max_text
     fair = texts[: max_texts - max_texts // 2]
     nearest = sorted(range(len(fair), len(texts)), key=lambda index: -likeness[index])
     return [*fair, *(texts[index] for index in nearest[: max_texts // 2])]
-
-
-def _is_personal(text: str) -> bool:
-    """Return whether the masking of personal data would change the text."""
-    return _masker()(text) != text
 
 
 @cache

@@ -122,20 +122,20 @@ def plan_claims(kinds: Mapping[str, Sequence[Row]], looks: Mapping[str, int]) ->
     claims = []
     for kind, share in shares.items():
         rows, look = _choose_rows(kinds[kind], looks)
-        claims.append(Claim(kind, OPPONENTS[kind], tuple(rows), look, share * level_of_look(look)))
+        level = share * level_of_look(look)
+        claims.append(Claim(kind, OPPONENTS[kind], rows=tuple(rows), look=look, level=level))
     return claims
 
 
 def judge_claims(claims: Sequence[Claim]) -> list[Claim]:
     """Return the claims with their results, as far as their opponent was measured on their rows."""
-    return [
-        replace(
-            claim,
-            result=_compare(claim, claim.opponent) if all(claim.opponent in row for row in claim.rows) else None,
-            over_live=_compare(claim, LIVE) if claim.opponent == CONTROL else None,
-        )
-        for claim in claims
-    ]
+    judged = []
+    for claim in claims:
+        is_measured = all(claim.opponent in row for row in claim.rows)
+        result = _compare(claim, claim.opponent) if is_measured else None
+        over_live = _compare(claim, LIVE) if claim.opponent == CONTROL else None
+        judged.append(replace(claim, result=result, over_live=over_live))
+    return judged
 
 
 def rating_margins(rows: Sequence[Row], opponent: str, tail: float) -> Comparison:
@@ -203,7 +203,8 @@ def _can_tell(kind: str, rows: Sequence[Row], looks: Mapping[str, int], share: f
     fewest = least_groups(share * level_of_look(look))
     if kind != "ratings":
         return len({group_of_stored(row) for row in chosen}) >= fewest
-    good, bad = ({group_of_stored(row) for row in chosen if sign * row.get("rating", 0) > 0} for sign in (1, -1))
+    good = {group_of_stored(row) for row in chosen if row.get("rating", 0) > 0}
+    bad = {group_of_stored(row) for row in chosen if row.get("rating", 0) < 0}
     return min(len(good), len(bad)) >= fewest
 
 

@@ -51,9 +51,9 @@ def count_looks(run: RunRecord) -> Counter[str]:
     """
     home = run.folder.parent
     lines = [line for line in _LEDGER.read_lines(home / FILE) if _key_of_line(line) != _key_of_run(run)]
-    counts = Counter(
-        digest for line in lines for digest in {digest for ids in line["rows"].values() for digest in ids}
-    )
+    counts: Counter[str] = Counter()
+    for line in lines:
+        counts.update({digest for ids in line["rows"].values() for digest in ids})
     counted = {*map(_key_of_line, lines), _key_of_run(run)}
     for other in list_runs(home.parent.parent, run.record.agent):
         if _key_of_run(other) not in counted and (other.folder / SCORES_FILE).exists():

@@ -71,7 +71,12 @@ def collect(inbox: FeedbackStore, query: RowQuery, folder: Path) -> Collected:
             )
         source.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     else:
-        source = _copied(Path(query.data), folder)
+        file = Path(query.data)
+        if not file.is_file():
+            raise ConfigError(
+                f"there is no file {file}", f"--data FILE in any form that curate reads, or --data {INBOX}"
+            )
+        source = Path(shutil.copyfile(file, folder / f"rows{file.suffix}"))
     recipe = {
         # the copy's name, as the file's own name may identify the user
         "sources": [{"path": str(source), "licence": LICENCE, "consent": "given"}],
@@ -84,12 +89,6 @@ def collect(inbox: FeedbackStore, query: RowQuery, folder: Path) -> Collected:
     finally:
         source.unlink()
     return Collected(dataset, dict(left_out))
-
-
-def _copied(file: Path, folder: Path) -> Path:
-    if not file.is_file():
-        raise ConfigError(f"there is no file {file}", f"--data FILE in any form that curate reads, or --data {INBOX}")
-    return Path(shutil.copyfile(file, folder / f"rows{file.suffix}"))
 
 
 def _learnable_rows(inbox: FeedbackStore, query: RowQuery, left_out: Counter[str]) -> Iterator[Mapping[str, Any]]:

@@ -159,14 +159,16 @@ def tune_personal(
     loaded_team = team if isinstance(team, Team) else load(Path(team))
     began = time.monotonic()
     with _open_context(loaded_team, options) as context, _tuning_folder(loaded_team, context) as folder:
+        with context.store.database.read() as connection:
+            users_by_key = speakers(connection)
         query = personal_rows.RowQuery(
-            context.person,
-            options.agent,
-            options.data,
-            _speakers(context),
-            options.eval_fraction,
-            options.seed,
-            context.release.manifest["system_prompt"],
+            person=context.person,
+            agent=options.agent,
+            data=options.data,
+            speakers=users_by_key,
+            eval_fraction=options.eval_fraction,
+            seed=options.seed,
+            system=context.release.manifest["system_prompt"],
         )
         collected = personal_rows.collect(FeedbackStore(Path(loaded_team.state) / "inbox"), query, folder)
         stack, rows = _prepare(context, collected.dataset, notice)
@@ -175,7 +177,11 @@ def tune_personal(
         notice(f"tuning {stack.rank} ranks on {len(rows.train)} rows; {len(held_out.encoded)} are held out")
         recipe = stack.resident.recipe
         tuned, losses = stack.tuned(
-            rows, stack.start, stack.personal_ranks, recipe.budget, recipe.optimizer.learning_rate
+            rows,
+            stack.start,
+            ranks=stack.personal_ranks,
+            budget=recipe.budget,
+            learning_rate=recipe.optimizer.learning_rate,
         )
         acceptance = accept(stack.pair(tuned, held_out), stack.pair(tuned, probe), rule)
         if acceptance.why:
@@ -224,7 +230,14 @@ def _open_context(team: Team, options: PersonalOptions) -> Iterator[_TuningConte
                 f"{options.agent!r} has no live version; there are: {known}",
                 "sartor serve TEAM.yaml, or sartor agents add",
             )
-        yield _TuningContext(team, UserVersionStore(registry.database), live, _release_of(team, live), options, person)
+        yield _TuningContext(
+            team=team,
+            store=UserVersionStore(registry.database),
+            live=live,
+            release=_release_of(team, live),
+            options=options,
+            person=person,
+        )
 
 
 def _release_of(team: Team, live: AgentVersion) -> Artifact:
@@ -236,11 +249,6 @@ def _release_of(team: Team, live: AgentVersion) -> Artifact:
     if result.id != live.release_id:
         raise ArtifactError(f"{result.path} is not the Release of {live.name} any more", "sartor agents list")
     return result
-
-
-def _speakers(context: _TuningContext) -> Mapping[str, frozenset[str]]:
-    with context.store.database.read() as connection:
-        return speakers(connection)
 
 
 @contextmanager
@@ -261,14 +269,10 @@ def _tuning_folder(team: Team, context: _TuningContext) -> Iterator[Path]:
         finally:
             version = context.store.read(context.person).versions.get((context.person, context.options.agent))
             current = Path(version.path).parent if version and version.path else None
-            for stale in (item for item in parent.iterdir() if item.is_dir() and item != current):
-                _remove(stale)
-
-
-def _remove(folder: Path) -> None:
-    for path in [item for item in folder.iterdir() if item.is_dir()]:
-        catalogue.forget(path)
-    shutil.rmtree(folder)
+            for stale in [item for item in parent.iterdir() if item.is_dir() and item != current]:
+                for artifact in [item for item in stale.iterdir() if item.is_dir()]:
+                    catalogue.forget(artifact)
+                shutil.rmtree(stale)
 
 
 def _prepare(context: _TuningContext, dataset: Artifact, notice: Notice) -> tuple[StackedAdapter, TokenizedDataset]:

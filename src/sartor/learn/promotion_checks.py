@@ -199,17 +199,16 @@ def slice_rows(
 
     fields: if empty, each field of the references that has few values.
     """
-    field_names = fields or [
-        name for name in known_fields(row["reference"] for row in table) if _has_few(table, name, min_rows)
-    ]
+    references = [row["reference"] for row in table]
+    field_names = fields or [name for name in known_fields(references) if _has_few(table, name, min_rows)]
     for field in field_names:
         by_value: dict[str, list[Row]] = {}
         for row in table:
             if (value := label_of(row["reference"], field)) is not None:
                 by_value.setdefault(value, []).append(row)
-        yield from (
-            (f"{field}={value}", rows) for value, rows in sorted(by_value.items()) if with_few or len(rows) >= min_rows
-        )
+        for value, rows in sorted(by_value.items()):
+            if with_few or len(rows) >= min_rows:
+                yield f"{field}={value}", rows
 
 
 def _has_few(table: Sequence[Row], field: str, min_rows: int) -> bool:

@@ -117,8 +117,7 @@ def is_auto_batch(release: Artifact) -> bool:
     It may have done so in its own tuning, or in an earlier one whose batch size it took over.
     """
     batch_tokens = training_data.read_recipe(release.path / "sartor.json")["optimizer"]["batch_tokens"]
-    earlier = [item for kind in ("adapter", "release") for item in ancestry.find_all(release, kind)]
-    for item in (release, *earlier):
+    for item in (release, *ancestry.find_all(release, "adapter"), *ancestry.find_all(release, "release")):
         manifest = json.loads((item.path / "sartor.json").read_text(encoding="utf-8"))
         setting = manifest.get("settings", {}).get(BATCH_TOKENS)  # an older Sartor has no settings
         if setting and setting["value"] == batch_tokens:
@@ -160,11 +159,14 @@ def _measure(job: RetrainContext, adapter: Path, out: Path, split: Literal["eval
 
     An existing Report is kept, unless its arithmetic differs from this version's.
     """
-    numerics_change = _numerics_difference(out)
-    if numerics_change:  # the live version runs with this version's arithmetic
+    numerics_change = ""
+    if kind_of(out) == "report":
+        base = open_artifact(out, "report").manifest["base"]
+        numerics_change = numerics.difference(base.get("numerics"), base["dtype"])
+        if not numerics_change:
+            return
+        # the live version runs with this version's arithmetic
         job.notice(f"{out} is measured anew: made by {numerics_change}")
-    elif kind_of(out) == "report":
-        return
     label = open_artifact(Path(job.run.record.live.release) / "report", "report").manifest["label"]
     measure(
         adapter,
@@ -178,32 +180,18 @@ def _measure(job: RetrainContext, adapter: Path, out: Path, split: Literal["eval
     )
 
 
-def _numerics_difference(report: Path) -> str:
-    """Return how the arithmetic of a Report differs from this version's; empty if it does not, or none exists."""
-    if kind_of(report) != "report":
-        return ""
-    base = open_artifact(report, "report").manifest["base"]
-    return numerics.difference(base.get("numerics"), base["dtype"])
-
-
 def _liked(job: RetrainContext, adapter: Path) -> dict[str, Any]:
     """Return the held-out rated replies with rating times mean log-likelihood under both versions."""
     rows = training_data.held_ratings(job)
     if not rows:
         return {"ratings": []}
-    live, new = (likelihoods(path, rows, job.notice) for path in (job.run.record.live.release, adapter))
-    return {
-        "ratings": [
-            {
-                "id": row.id,
-                "group": group_of(row),
-                "rating": row.rating,
-                "live": row.rating * before,
-                "new": row.rating * after,
-            }
-            for row, before, after in zip(rows, live, new, strict=True)
-        ]
-    }
+    live = likelihoods(job.run.record.live.release, rows, job.notice)
+    new = likelihoods(adapter, rows, job.notice)
+    ratings = []
+    for row, before, after in zip(rows, live, new, strict=True):
+        scores = {"live": row.rating * before, "new": row.rating * after}
+        ratings.append({"id": row.id, "group": group_of(row), "rating": row.rating, **scores})
+    return {"ratings": ratings}
 
 
 def control(job: RetrainContext) -> Mapping[str, Any]:

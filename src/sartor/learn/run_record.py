@@ -96,7 +96,8 @@ class RunRecord:
     def create(cls, state: Path, agent: str, live: Live) -> RunRecord:
         """Create the next retrain of an agent."""
         number = max((run.record.number for run in list_runs(state, agent)), default=0) + 1
-        run = cls(_home(state, agent) / str(number), Record(agent, number, now(), live, {}))
+        record = Record(agent, number, began=now(), live=live, stages={})
+        run = cls(_home(state, agent) / str(number), record)
         run._write()
         return run
 

@@ -115,9 +115,14 @@ def write_training_data(job: RetrainContext, feedback: Artifact) -> TrainingData
         "feedback": sum(row.split == "eval" for row in corrections),
         "ratings": sum(row.split == "eval" for row in ratings),
     }
-    ignored = len(all_rows) - len(rows)
     return TrainingData(
-        tuple(legs), len(corrections), len(ratings), {**counts, "all": len(held_out)}, rehearsal, ignored, rates
+        legs=tuple(legs),
+        corrections=len(corrections),
+        ratings=len(ratings),
+        held={**counts, "all": len(held_out)},
+        rehearsal=rehearsal,
+        ignored=len(all_rows) - len(rows),
+        rates=rates,
     )
 
 
@@ -202,7 +207,8 @@ def _held_out(job: RetrainContext, dataset: Artifact, corrections: Sequence[Exam
     Rows that fewer retrains have looked at come first: they carry more weight.
     """
     looks, most_rows = look_ledger.count_looks(job.run), job.rules.gate.rows
-    rows = {row.id: row for row in (*own_held_out(dataset), *(row for row in corrections if row.split == "eval"))}
+    held_out_corrections = [row for row in corrections if row.split == "eval"]
+    rows = {row.id: row for row in (*own_held_out(dataset), *held_out_corrections)}
     by_look = sorted(rows.values(), key=lambda row: (looks[row.id], hashlib.sha256(row.id.encode()).digest()))
     correction_ids = {row.id for row in corrections}
     feedback = [row for row in by_look if row.id in correction_ids or _is_feedback(row)]
@@ -224,14 +230,15 @@ def own_held_out(dataset: Artifact) -> list[Example]:
     if first is dataset:
         return rows
     ids = {row.id for row in rows}
-    trained = (row for item in (dataset, *ancestors) for row in parquet_io.read_examples(item, "train"))
-    trained_groups = {group for row in trained for group in (split_group(row), prompt_group(row))}
-    earlier = (row for row in parquet_io.read_examples(first, "eval") if not row.rating and row.id not in ids)
-    return [*rows, *(row for row in earlier if not _has_media(row) and not is_of_groups(row, trained_groups))]
-
-
-def _has_media(row: Example) -> bool:
-    return any(part.media for message in row.messages for part in message.content)
+    trained_groups: set[str] = set()
+    for item in (dataset, *ancestors):
+        for row in parquet_io.read_examples(item, "train"):
+            trained_groups |= {split_group(row), prompt_group(row)}
+    for row in parquet_io.read_examples(first, "eval"):
+        has_media = any(part.media for message in row.messages for part in message.content)
+        if not (row.rating or row.id in ids or has_media or is_of_groups(row, trained_groups)):
+            rows.append(row)
+    return rows
 
 
 def _before_retrains(dataset: Artifact, ancestors: Sequence[Artifact]) -> Artifact:
@@ -253,18 +260,16 @@ def _is_of_retrain(dataset: Artifact) -> bool:
     return list((dataset.manifest.get("recipe") or {}).get("derived", ())) == [STEP]
 
 
-def _test_groups(dataset: Artifact) -> set[str]:
-    """Return the groups of test rows of the live version's Dataset and of those it was made of."""
-    datasets = [item for item in (dataset, *ancestry.find_all(dataset, "dataset")) if test_rows(item.manifest)]
-    rows = (row for item in datasets for row in parquet_io.read_examples(item, TEST))
-    return {group for row in rows for group in (split_group(row), prompt_group(row))}
-
-
 def _write(out: Path, parents: Sequence[Artifact], train: Sequence[Example], held_out: Sequence[Example]) -> None:
     if kind_of(out) == "dataset":  # killed between this Dataset and the record
         return
     groups, train_rows, drops = {split_group(row) for row in held_out}, [], list[Drop]()
-    test_groups = _test_groups(parents[-1])
+    # of the live version's Dataset and of those it was made of
+    test_groups: set[str] = set()
+    for dataset in (parents[-1], *ancestry.find_all(parents[-1], "dataset")):
+        if test_rows(dataset.manifest):
+            for row in parquet_io.read_examples(dataset, TEST):
+                test_groups |= {split_group(row), prompt_group(row)}
     for row in train:
         if is_of_groups(row, test_groups):
             drops.append(drop_of(row, "group_held_out", "a row of the test split is of its group", step=STEP))

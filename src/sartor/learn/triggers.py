@@ -94,7 +94,7 @@ def feedback_counts(inbox: Path, agent: str, since: str) -> FeedbackCounts:
             (after if is_new else before).count(feedback.rating < 0)
         if is_new and feedback.correction:
             corrections, unlearnable = corrections + feedback.has_words, unlearnable + (not feedback.has_words)
-    return FeedbackCounts(agent, since, corrections, after, before, unlearnable)
+    return FeedbackCounts(agent, since, corrections=corrections, ratings=after, before=before, unlearnable=unlearnable)
 
 
 def lines(inbox: Path) -> Iterator[tuple[Path, int, Feedback]]:
@@ -133,7 +133,10 @@ def check_triggers(
         counts.corrections >= at_least.corrections * EARLY_FRACTION
         or counts.ratings.seen >= at_least.ratings * EARLY_FRACTION
     ):
-        triggers += [*_rating_drift(counts, drift.bad_ratings), *_input_drift(*scores, drift.input)]
+        before, after, margin = counts.before, counts.ratings, drift.bad_ratings
+        if margin < 1 and log_evidence(after, before, margin) >= -math.log(ALPHA):
+            triggers.append(f"bad ratings: {before.bad} of {before.seen} before, {after.bad} of {after.seen} since")
+        triggers += _input_drift(*scores, drift.input)
     hours = hours_since(since)
     if rules.every_hours and hours >= rules.every_hours and (counts.corrections or counts.ratings.seen):
         triggers.append(f"{hours:.0f} hours" if since else "never retrained")
@@ -156,12 +159,6 @@ def missing_feedback(counts: FeedbackCounts, rules: Retraining) -> str:
 def hours_since(date: str) -> float:
     """Return the hours since an ISO date; infinite for none."""
     return (datetime.now(UTC) - datetime.fromisoformat(date)).total_seconds() / 3600 if date else math.inf
-
-
-def _rating_drift(counts: FeedbackCounts, margin: float) -> Iterator[str]:
-    if margin < 1 and log_evidence(counts.ratings, counts.before, margin) >= -math.log(ALPHA):
-        before, after = counts.before, counts.ratings
-        yield f"bad ratings: {before.bad} of {before.seen} before, {after.bad} of {after.seen} since"
 
 
 def _input_drift(before: Sequence[float], after: Sequence[float], min_effect: float) -> Iterator[str]:
@@ -188,11 +185,9 @@ def router_scores(state: Path, agent: str, release_id: str) -> tuple[list[float]
         return [], []
     receipts = list(ReceiptIndex(folder).of_releases([release_id]))
     n_receipts = min(len(receipts) // 2, MOST_RECEIPTS)
-    early, late = (
-        [score for receipt in part if (score := _score(folder, receipt, agent)) is not None]
-        for part in (receipts[:n_receipts], receipts[len(receipts) - n_receipts :])
-    )
-    return early, late
+    early = [_score(folder, receipt, agent) for receipt in receipts[:n_receipts]]
+    late = [_score(folder, receipt, agent) for receipt in receipts[len(receipts) - n_receipts :]]
+    return [score for score in early if score is not None], [score for score in late if score is not None]
 
 
 def _score(folder: Path, receipt: ReceiptLocation, agent: str) -> float | None:
@@ -271,7 +266,12 @@ def watch(
     started, look, pause = 0, 0, threading.Event()
     while not looks or look < looks:
         look += 1
-        for name in _due_now(team, flags, notice):
+        try:
+            due = [str(row["agent"]) for row in list_due(team, flags).rows if row["due"]]
+        except SartorError as error:  # a locked registry, or a retrain started by hand: the next check may succeed
+            notice(f"{error.kind}: {error.problem}")
+            due = []
+        for name in due:
             if pausing.get(name, 0) > look:
                 continue
             command = [sys.executable, "-m", "sartor", "retrain", str(team), "--agent", name, *flags]
@@ -283,11 +283,3 @@ def watch(
         if look != looks:
             pause.wait(every_s)
     return started
-
-
-def _due_now(team: Path | str, flags: Sequence[str], notice: Notice) -> list[str]:
-    try:
-        return [str(row["agent"]) for row in list_due(team, flags).rows if row["due"]]
-    except SartorError as error:  # a locked registry, or a retrain started by hand: the next check may succeed
-        notice(f"{error.kind}: {error.problem}")
-        return []

@@ -50,14 +50,22 @@ class SearchTerms:
 
     def __init__(self, texts: Iterable[str], others: Iterable[str] = ()) -> None:
         unique, others_text = {text.strip() for text in texts} - {""}, "\0".join(others)
-        pieces = {
-            text: [piece for piece in _pieces(text) if piece not in others_text]
-            for text in unique
-            if len(text) >= LEAST
-        }
-        self.texts = sum(map(bool, pieces.values()))
-        self.too_short, self.said_by_others = len(unique) - len(pieces), len(pieces) - self.texts
-        windows = {window for text_pieces in pieces.values() for piece in text_pieces for window in _spelled(piece)}
+        long_texts = [text for text in unique if len(text) >= LEAST]
+        self.texts = 0
+        windows: set[bytes] = set()
+        for text in long_texts:
+            pieces = [piece for piece in _pieces(text) if piece not in others_text]
+            self.texts += bool(pieces)
+            for piece in pieces:
+                # as the files of Sartor encode it
+                spelled = {
+                    piece,
+                    json.dumps(piece)[1:-1],
+                    json.dumps(piece, ensure_ascii=False)[1:-1],
+                    html.escape(piece),
+                }
+                windows |= {item.encode("utf-8", "replace") for item in spelled}
+        self.too_short, self.said_by_others = len(unique) - len(long_texts), len(long_texts) - self.texts
         self._windows: dict[int, list[bytes]] = {}
         for window in windows:
             self._windows.setdefault(int.from_bytes(window[:_WORD], "little"), []).append(window)
@@ -90,12 +98,6 @@ def _pieces(text: str) -> Iterator[str]:
     """
     starts = [index for index in range(len(text)) if index % PIECE == 0 or text[index - 1].isspace()]
     yield from {piece for start in starts if len(piece := text[start : start + PIECE]) >= LEAST}
-
-
-def _spelled(piece: str) -> set[bytes]:
-    """Return the encodings of a piece in the files of Sartor."""
-    fields = {piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1], html.escape(piece)}
-    return {item.encode("utf-8", "replace") for item in fields}
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,11 @@ def search(needles: SearchTerms, folders: Collection[Path], left_out: Collection
             unread[str(file)] = str(error)
     elsewhere = [file for file in hits if _is_from_elsewhere(file, state)]
     return ScanResult(
-        files, total, [str(file) for file in hits if file not in elsewhere], [str(file) for file in elsewhere], unread
+        files=files,
+        bytes=total,
+        found=[str(file) for file in hits if file not in elsewhere],
+        same_words=[str(file) for file in elsewhere],
+        unread=unread,
     )
 
 
@@ -141,7 +147,10 @@ def _files(folder: Path, left_out: Collection[Path]) -> Iterator[Path]:
         yield folder
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if Path(root, name) not in left_out]
-        yield from (path for name in names if not (path := Path(root, name)).is_symlink() and path.is_file())
+        for name in names:
+            path = Path(root, name)
+            if not path.is_symlink() and path.is_file():
+                yield path
 
 
 def _holds(file: Path, needles: SearchTerms) -> bool:
@@ -257,8 +266,12 @@ def open_team_registry(team: Team | Path | str) -> Iterator[tuple[Team, Registry
 def _row(version: UserVersion, snapshot: Snapshot) -> dict[str, Any]:
     live = snapshot.agents[version.agent].live if version.agent in snapshot.agents else ""
     stands_on = snapshot.versions.get(f"{version.agent}@{live}")
-    answers = bool(version.adapter) and stands_on is not None and stands_on.release_id == version.release_id
-    state = "answers" if answers else "tuned on another version" if version.adapter else "refused"
+    if not version.adapter:
+        state = "refused"
+    elif stands_on is not None and stands_on.release_id == version.release_id:
+        state = "answers"
+    else:
+        state = "tuned on another version"
     fields = {
         "agent": version.agent,
         "version": version.version,

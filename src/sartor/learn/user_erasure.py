@@ -25,11 +25,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from sartor.core import catalogue, home, signing
 from sartor.core import parquet_io as stored
 from sartor.core.artifacts import Artifact, open_artifact
-from sartor.core.database import Database, scrub_file
+from sartor.core.database import scrub_file
 from sartor.core.errors import ArtifactError, BusyError, RefusedError
 from sartor.core.filesystem import FileSystem, file_digest, fsync_directory, writer_lock
 from sartor.core.lineage.receipt_index import INDEX
-from sartor.core.records import Example, Feedback
+from sartor.core.records import Feedback
 from sartor.curate.dataset_writer import write_dataset_from
 from sartor.learn.user_data import ScanResult, SearchTerms, is_made_of, open_team_registry, search
 from sartor.personalization.erasure_receipt import check_receipt, write_receipt
@@ -100,7 +100,10 @@ def forget_personal(
         done.receipts, _ = erase_receipts(state / "receipts", person)
         if any(line.feedback is not None and _has_media(line.feedback) for line in removed):
             done.caches = _empty_features()
-        scrubbed = _scrub_databases(state, registry.database)
+        scrubbed = {registry.database.name: registry.database.scrub("people", "speakers")}
+        for database_file in (state / "receipts" / INDEX, home.home() / "catalogue.sqlite"):
+            if database_file.is_file():
+                scrubbed[str(database_file)] = scrub_file(database_file)
         notice("searching")
         people = {file.name for file in (state / FOLDER).glob("*")}
         others = [*_words(inbox), *(text for item in people for text in _rows_of(state, item))]
@@ -170,13 +173,9 @@ def _rows_of(state: Path, person: str) -> Iterator[str]:
     for dataset in folder_of(state, person).glob("*/*/rows"):
         try:
             for example in stored.read_examples(open_artifact(dataset, "dataset")):
-                yield from _said_by(example)
+                yield from (message.text for message in example.messages if message.role != "system")
         except ArtifactError:
             continue  # damaged: it is removed as it is
-
-
-def _said_by(example: Example) -> Iterator[str]:
-    yield from (message.text for message in example.messages if message.role != "system")
 
 
 def _remove_files(state: Path, person: str, done: _Done) -> None:
@@ -206,7 +205,10 @@ def _remove_rows(dataset: Artifact, line_locators: set[str]) -> Iterator[dict[st
         return all(locator.rpartition("/")[2] in line_locators for locator in locators)
 
     examples, drops = list(stored.read_examples(dataset)), list(stored.read_drops(dataset))
-    remaining = [example for example in examples if not is_of([origin.locator for origin in example.origins])]
+    remaining = []
+    for example in examples:
+        if not is_of([origin.locator for origin in example.origins]):
+            remaining.append(example)
     remaining_drops = [drop for drop in drops if not is_of([drop.locator])]
     if (len(remaining), len(remaining_drops)) == (len(examples), len(drops)):
         return
@@ -245,28 +247,20 @@ def _empty_features() -> list[str]:
     return [str(folder)]
 
 
-def _scrub_databases(state: Path, registry: Database) -> dict[str, str]:
-    files = [state / "receipts" / INDEX, home.home() / "catalogue.sqlite"]
-    statuses = {registry.name: registry.scrub("people", "speakers")}
-    return {**statuses, **{str(file): scrub_file(file) for file in files if file.is_file()}}
-
-
 def _proof(team: Team, person: str, generation: int, done: _Done) -> dict[str, Any]:
+    not_reached = [*UNREACHED]
+    if isinstance(team.engine, OpenAiEngineOptions):
+        not_reached.append(f"caches of the server at {team.engine.url}, which is not this team's")
+    if not team.registry_url.startswith("sqlite"):
+        not_reached.append("state directories of other machines that share this registry: forget the user there, too")
     return {
         "person": person,
         "team": team.state,
         "registry_change": generation,
         "removed": asdict(done),
-        "not_reached": [*UNREACHED, *_elsewhere(team)],
+        "not_reached": not_reached,
         "backups": list(team.personal.backups),
     }
-
-
-def _elsewhere(team: Team) -> Iterator[str]:
-    if isinstance(team.engine, OpenAiEngineOptions):
-        yield f"caches of the server at {team.engine.url}, which is not this team's"
-    if not team.registry_url.startswith("sqlite"):
-        yield "state directories of other machines that share this registry: forget the user there, too"
 
 
 def _searched(

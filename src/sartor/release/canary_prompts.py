@@ -38,14 +38,16 @@ def sample(kind: str) -> str:
 
 
 def _picture() -> bytes:
-    shades = [[(4 * x, 4 * y, 255 - 2 * (x + y)) for x in range(SIDE)] for y in range(SIDE)]
-    rows = b"".join(b"\0" + bytes(value for pixel in row for value in pixel) for row in shades)
+    pixels = bytearray()
+    for y in range(SIDE):
+        pixels.append(0)  # each row begins with the number of its filter: none
+        for x in range(SIDE):
+            pixels += bytes((4 * x, 4 * y, 255 - 2 * (x + y)))
     header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks
-    )
+    png = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")):
+        png += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return png
 
 
 def _clip() -> bytes:
@@ -102,14 +104,26 @@ def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] 
     """
     canaries = [item for item in manifest.get("canaries", []) if _is_canary(item)][:MOST_CANARIES]
     system = [{"role": "system", "content": manifest["system_prompt"]}] if manifest["system_prompt"] else []
-    media_calls = tuple(_look(adapter, kind, system) for kind in reads)
+    media_calls = []
+    for kind in reads:
+        content = [{"type": kind, kind: sample(kind)}, {"type": "text", "text": GENERAL[1]}]
+        messages = (*system, {"role": "user", "content": content})
+        media_calls.append(GenerateCall(f"canary-{kind}", adapter, messages, sampling=SAMPLING))
     if canaries:
         calls = [
             GenerateCall(f"canary-{index}", adapter, tuple(canary["messages"]), sampling=SAMPLING)
             for index, canary in enumerate(canaries)
         ]
+        # a canary without a dtype has that of the Release's base
+        dtype = manifest.get("base", {}).get("dtype", "")
+        reasons = [
+            numerics.not_checked(canary.get("numerics"), str(canary.get("dtype", dtype))) for canary in canaries
+        ]
         return CanaryPrompts(
-            tuple(calls), tuple(canary["reply"] for canary in canaries), media_calls, _not_checked(canaries, manifest)
+            calls=tuple(calls),
+            recorded=tuple(canary["reply"] for canary in canaries),
+            media_calls=tuple(media_calls),
+            not_checked=next(filter(None, reasons), ""),
         )
     prompts = [(*system, {"role": "user", "content": text}) for text in GENERAL]
     pairs = [(target, messages) for target in (adapter, BASE) for messages in prompts]
@@ -117,35 +131,17 @@ def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] 
         GenerateCall(f"canary-{index}", target, messages, sampling=SAMPLING)
         for index, (target, messages) in enumerate(pairs)
     ]
-    return CanaryPrompts(tuple(calls), (), media_calls)
-
-
-def _not_checked(canaries: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> str:
-    """Return why the recorded replies cannot be compared; "" if they can.
-
-    A canary without a dtype has that of the Release's base.
-    """
-    dtype = manifest.get("base", {}).get("dtype", "")
-    reasons = [numerics.not_checked(canary.get("numerics"), str(canary.get("dtype", dtype))) for canary in canaries]
-    return next(filter(None, reasons), "")
-
-
-def _look(adapter: str, kind: str, system: Sequence[Mapping[str, Any]]) -> GenerateCall:
-    content = [{"type": kind, kind: sample(kind)}, {"type": "text", "text": GENERAL[1]}]
-    return GenerateCall(f"canary-{kind}", adapter, (*system, {"role": "user", "content": content}), sampling=SAMPLING)
+    return CanaryPrompts(tuple(calls), (), tuple(media_calls))
 
 
 def _is_canary(canary: Mapping[str, Any]) -> bool:
     messages = canary.get("messages")
-    return (
-        isinstance(canary.get("reply"), str)
-        and isinstance(messages, list)
-        and all(_is_message(message) for message in messages)
+    if not isinstance(canary.get("reply"), str) or not isinstance(messages, list):
+        return False
+    return all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+        for message in messages
     )
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
 def judge_canaries(canaries: CanaryPrompts, event_lists: Sequence[Sequence[Event]]) -> str:

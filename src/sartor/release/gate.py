@@ -172,7 +172,13 @@ def open_rules(rules: Mapping[str, Any] | Path | str) -> GateRules:
     return GateRules(
         gate_file.slices,
         text,
-        GateLimits(gate_file.gain, gate_file.forgetting, gate_file.bias, gate_file.memorisation, gate_file.review),
+        GateLimits(
+            gain=gate_file.gain,
+            forgetting=gate_file.forgetting,
+            bias=gate_file.bias,
+            memorisation=gate_file.memorisation,
+            review=gate_file.review,
+        ),
     )
 
 
@@ -197,7 +203,11 @@ def _offences(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
         return Check(
             "fail", f"{cut} of {len(rows)} replies were not written to their end", "sartor evaluate without --metrics"
         )
-    verdicts = [rule.verdict(_answer(row["tuned_reply"])) for row in rows]
+    # judged without its reasoning, whose opening tag the chat template may have written
+    verdicts = []
+    for row in rows:
+        reply = row["tuned_reply"]
+        verdicts.append(rule.verdict(without_reasoning(reply, is_opened="<think>" not in reply)))
     wrong, unreadable = verdicts.count("wrong"), verdicts.count("unreadable")
     offending = wrong + unreadable
     detail = (
@@ -210,11 +220,6 @@ def _offences(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
         return Check("pass", detail)
     first = next(row["id"] for row, verdict in zip(rows, verdicts, strict=True) if verdict != "right")
     return Check("fail", f"{detail}; the first is row {first}", "give more rows of this slice, or tune longer")
-
-
-def _answer(reply: str) -> str:
-    """Return a reply of a Report without its reasoning. The chat template may have written the opening tag."""
-    return without_reasoning(reply, is_opened="<think>" not in reply)
 
 
 def _floor(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
@@ -360,7 +365,7 @@ def licence_refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
         return [], ""
     base = adapter.manifest.get("base")
     base_source = compliance.base_source(base) if base else ""
-    return [*refused.values(), *clashes], _remedy(sources, dataset, list(refused), base_source, use)
+    return [*refused.values(), *clashes], _remedy(sources, dataset, list(refused), base_source=base_source, use=use)
 
 
 def _rows(

@@ -29,7 +29,7 @@ from sartor.core.splits import TEST
 from sartor.curate.review.review_store import open_items as items_to_review
 from sartor.evaluate import limits as verdicts
 from sartor.evaluate import training_facts
-from sartor.evaluate.limits import Check, GateLimits, ReviewLimit
+from sartor.evaluate.limits import Check, GateLimits
 from sartor.release import gate as attacked
 from sartor.release import gate as checks
 from sartor.release import gate as permission
@@ -104,7 +104,7 @@ def release(
     out = Path(out) if out else adapter.path.with_name(f"{name}-{version}")
     check_output_free(out.absolute(), replace=replace)
     evidence = _report_of(adapter, report)
-    gate_checks = gate(adapter, evidence, waivers, use, gate_rules, open_items, name)
+    gate_checks = gate(adapter, evidence, waivers, use=use, gate_rules=gate_rules, open_items=open_items, name=name)
     if failed := {check: result for check, result in gate_checks.items() if result.holds_back}:
         lines = "; ".join(f"{check}: {result.detail}" for check, result in failed.items())
         remedies = [result.remedy or "tune or curate again" for result in failed.values()]
@@ -114,7 +114,7 @@ def release(
     facts = {
         "use": use,
         **({"rules": gate_rules.as_manifest()} if gate_rules else {}),
-        **_facts(adapter, evidence, name, version, gate_checks, waivers),
+        **_facts(adapter, evidence, name=name, version=version, gate_checks=gate_checks, waivers=waivers),
         **_of_training(training, evidence),
     }
     with create_output_directory(out, replace=replace) as part:
@@ -178,18 +178,14 @@ def _report_of(adapter: Artifact, report: Path | str | None) -> Artifact:
             raise GateError(
                 f"{adapter.path.name} has not been evaluated", f"sartor evaluate {adapter.path}, or give --report DIR"
             )
-        report = _report_to_release(adapter, reports)
+        report = reports[0]
+        if ancestry.test_datasets(adapter):  # the newest on the test split, if there is one
+            on_test = (path for path in reports if read_manifest(path, ("report",)).get("split") == TEST)
+            report = next(on_test, report)
     evidence = open_artifact(report, "report")
     if adapter.id not in {parent["id"] for parent in evidence.manifest["parents"]}:
         raise GateError(f"{evidence.path} is not a Report of {adapter.path}", f"sartor evaluate {adapter.path}")
     return evidence
-
-
-def _report_to_release(adapter: Artifact, reports: Sequence[Path]) -> Path:
-    """Return the newest Report; if the Dataset has a test split, the newest one on it, if any."""
-    if not ancestry.test_datasets(adapter):
-        return reports[0]
-    return next((path for path in reports if read_manifest(path, ("report",)).get("split") == TEST), reports[0])
 
 
 def gate(
@@ -217,9 +213,14 @@ def gate(
         **checks.check_modality(adapter, manifest),
         **attacked.check_privacy(adapter),
         **verdicts.audit_checks(manifest.get("audit", {}), limits.bias, limits.memorisation, adapter.path),
-        **_review(dataset, open_items, limits.review),
-        **(gate_rules.judged(report) if gate_rules else {}),
     }
+    if dataset:
+        result |= checks.check_review(open_items(dataset), limits.review, str(dataset.path))
+    elif limits.review:
+        problem = "not looked at: the Dataset is not where it was"
+        result["review"] = Check("fail", problem, "sartor index DIR finds it")
+    if gate_rules:
+        result |= gate_rules.judged(report)
     for waiver in waivers:
         if waiver.check not in result:
             raise ConfigError(f"the gate has no check {waiver.check!r}", f"--waive {' | '.join(result)}")
@@ -229,12 +230,6 @@ def gate(
             detail = f"{result[waiver.check].detail}; waived by {waiver.by}: {waiver.reason}"
             result[waiver.check] = Check("waived", detail)
     return result
-
-
-def _review(dataset: Artifact | None, open_items: OpenItems, limit: ReviewLimit | None) -> dict[str, Check]:
-    if dataset is None and limit:
-        return {"review": Check("fail", "not looked at: the Dataset is not where it was", "sartor index DIR finds it")}
-    return checks.check_review(open_items(dataset), limit, str(dataset.path)) if dataset else {}
 
 
 def _facts(
@@ -329,7 +324,12 @@ def verify_release(
 
 def _verified(artifact: Artifact, key: Path | str | None, base: str, own: Ed25519PublicKey | None = None) -> Verified:
     document = (artifact.path / MANIFESTS[artifact.kind]).read_bytes()
-    trusted = [signing.open_public(Path(key))] if key else [*signing.trusted_keys(), *([own] if own else [])]
+    if key:
+        trusted = [signing.open_public(Path(key))]
+    else:
+        trusted = signing.trusted_keys()
+        if own:
+            trusted.append(own)
     signer = signing.check(document, artifact.path / "signature", trusted)
     return Verified(artifact, signer, _compare_base(artifact, base))
 

@@ -119,7 +119,9 @@ def choose_rehearsal(
     if recipe.data.rehearsal != "auto":
         return recipe, None
     setting = (earlier and earlier.setting(REHEARSAL)) or _rehearsal(recipe, dataset, base)
-    return _with_rehearsal(recipe, setting.value), setting
+    plain = config.dump(recipe)
+    plain["data"]["rehearsal"] = config.dump(setting.value)
+    return config.load(Recipe, plain), setting
 
 
 def _rehearsal(recipe: Recipe, dataset: Artifact, base: Base) -> Setting:
@@ -136,12 +138,6 @@ def _rehearsal(recipe: Recipe, dataset: Artifact, base: Base) -> Setting:
     return Setting(rehearsal, f"{rehearsal.fraction:.0%} of the tokens are small talk, against forgetting")
 
 
-def _with_rehearsal(recipe: Recipe, rehearsal: Rehearsal) -> Recipe:
-    return config.load(
-        Recipe, {**config.dump(recipe), "data": {**config.dump(recipe.data), "rehearsal": config.dump(rehearsal)}}
-    )
-
-
 def resolve(
     recipe: Recipe, data: TokenizedDataset, base: Base, rehearsal: Setting | None, earlier: EarlierRun | None = None
 ) -> tuple[ResolvedRecipe, dict[str, Setting]]:
@@ -154,12 +150,16 @@ def resolve(
     settings: dict[str, Setting] = {}
     for name in auto_options(recipe):
         taken_over = earlier.setting(name) if earlier else None
-        settings[name] = taken_over or _choose(name, recipe, data, base, settings)
+        settings[name] = taken_over or _choose(name, recipe, data, base=base, settings=settings)
     if recipe.weights == "auto":
         settings[WEIGHTS] = (earlier and earlier.setting(WEIGHTS)) or _weights(recipe, data)
     if recipe.evaluations == "auto":
         weights = settings[WEIGHTS].value if WEIGHTS in settings else recipe.weights
-        settings[EVALUATIONS] = (earlier and earlier.setting(EVALUATIONS)) or _evaluations(weights)
+        if weights == "best":
+            default = Setting(CHOSEN_EVALUATIONS, "to choose the best weights among")
+        else:
+            default = Setting(PLAIN_EVALUATIONS, "in the middle and at the end")
+        settings[EVALUATIONS] = (earlier and earlier.setting(EVALUATIONS)) or default
     plain = config.dump(recipe)
     for name, setting in settings.items():
         *path, last = name.split(".")
@@ -202,12 +202,6 @@ def _weights(recipe: Recipe, data: TokenizedDataset) -> Setting:
     return Setting(
         "best", f"an earlier evaluation's if better beyond chance, by replies to {len(data.held_out)} held-out rows"
     )
-
-
-def _evaluations(weights: str) -> Setting:
-    if weights == "best":
-        return Setting(CHOSEN_EVALUATIONS, "to choose the best weights among")
-    return Setting(PLAIN_EVALUATIONS, "in the middle and at the end")
 
 
 def batch_tokens(epoch_tokens: int, budget_tokens: int | None = None) -> Setting:

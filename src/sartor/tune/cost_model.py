@@ -55,13 +55,13 @@ class BatchLoad:
 
     def __add__(self, other: BatchLoad) -> BatchLoad:
         return BatchLoad(
-            self.tokens + other.tokens,
-            self.supervised + other.supervised,
-            self.pairs + other.pairs,
-            self.stored_pairs + other.stored_pairs,
-            self.aside + other.aside,
-            self.shared + other.shared,
-            max(self.beginning, other.beginning),
+            tokens=self.tokens + other.tokens,
+            supervised=self.supervised + other.supervised,
+            pairs=self.pairs + other.pairs,
+            stored_pairs=self.stored_pairs + other.stored_pairs,
+            aside=self.aside + other.aside,
+            shared=self.shared + other.shared,
+            beginning=max(self.beginning, other.beginning),
         )
 
 
@@ -414,14 +414,17 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
         # the heaviest sample is the nearest to the run's own micro-batches
         estimate = ratios[-1]
         low, high = min(ratios) * (1 - MEMORY_ALLOWANCE), max(ratios) * (1 + MEMORY_ALLOWANCE)
+    kernel_bytes = 0
+    if probe.device.type == "cpu":
+        kernel_bytes = probe.left_bytes * max(hardware.cached_batch_shapes() - PROBED_SHAPES, 0)
     return MemoryModel(
         shape,
-        probe.resident_bytes,
-        probe.peak_bytes(),
-        Interval(estimate, low, high),
-        resident_bytes + available.bytes,
-        available.bound,
-        probe.left_bytes * max(hardware.cached_batch_shapes() - PROBED_SHAPES, 0) if probe.device.type == "cpu" else 0,
+        resident_bytes=probe.resident_bytes,
+        past_peak_bytes=probe.peak_bytes(),
+        scale=Interval(estimate, low, high),
+        limit_bytes=resident_bytes + available.bytes,
+        bound=available.bound,
+        kernel_bytes=kernel_bytes,
     )
 
 
@@ -469,7 +472,13 @@ def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
         fitted = dict(zip(names, (float(value) for value in coefficients), strict=True))
         if min(fitted.values()) >= 0:
             break
-    model = TimeModel(fitted.get("base_s", 0.0), fitted["token_s"], fitted.get("pair_s", 0.0), update_s, 0.0)
+    model = TimeModel(
+        base_s=fitted.get("base_s", 0.0),
+        token_s=fitted["token_s"],
+        pair_s=fitted.get("pair_s", 0.0),
+        update_s=update_s,
+        half_width=0.0,
+    )
     residuals = [sample.seconds / model.seconds(sample.load) - 1 for sample in samples]
     freedom = max(len(samples) - len(fitted), 1)
     spread = float(np.sqrt(sum(residual**2 for residual in residuals) / freedom))

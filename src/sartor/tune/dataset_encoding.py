@@ -40,19 +40,13 @@ def encode_preference(
         return [(_lesson(good, "good"), example), (_lesson(bad, "bad"), rejected)]
     if example.rating and isinstance(objective, Kto):
         row = _last_reply(chat.encode(example, folder), example)
-        return [
-            (
-                _lesson(
-                    replace(row, weight=row.weight * abs(example.rating)), "good" if example.rating > 0 else "bad"
-                ),
-                example,
-            )
-        ]
+        row = replace(row, weight=row.weight * abs(example.rating))
+        return [(_lesson(row, "good" if example.rating > 0 else "bad"), example)]
     return [] if example.rating < 0 else [(chat.encode(example, folder), example)]
 
 
 def _lesson(row: TokenizedExample, term: Term, other: TokenizedExample | None = None) -> PreferenceExample:
-    return PreferenceExample(row.ids, row.learnt, row.example_id, row.weight, term, other)
+    return PreferenceExample(row.ids, row.learnt, example_id=row.example_id, weight=row.weight, term=term, other=other)
 
 
 def _last_reply(row: TokenizedExample, example: Example) -> TokenizedExample:
@@ -134,12 +128,10 @@ def encode_rows(
     # rows of the test split are neither learnt nor watched: a loss that influences tuning would select by them
     examples = [example for example in parquet_io.read_examples(dataset) if example.split != TEST]
     examples = _hold_out(examples, recipe.data, recipe.seed)
-    train = _encode_examples(
-        [example for example in examples if example.split == "train"], dataset, recipe, chat, data
-    )
-    held_out = _encode_examples(
-        [example for example in examples if example.split != "train"], dataset, recipe, chat, data
-    )
+    train_examples = [example for example in examples if example.split == "train"]
+    train = _encode_examples(train_examples, dataset, recipe=recipe, chat=chat, data=data)
+    held_out_examples = [example for example in examples if example.split != "train"]
+    held_out = _encode_examples(held_out_examples, dataset, recipe=recipe, chat=chat, data=data)
     if recipe.data.rows and (excess := train[recipe.data.rows :]):
         data.leave_out("beyond_data_rows", *dict.fromkeys(row.example_id for row, _ in excess))
         train = train[: recipe.data.rows]
@@ -160,7 +152,8 @@ def encode_rows(
         ]
         # counted apart, so that rehearsal rows do not count towards data.too_long_fraction
         beside = TokenizedDataset()
-        data.rehearsal = [row for row, _ in _encode_examples(rehearsal_examples, rehearsal, sft_recipe, chat, beside)]
+        encoded = _encode_examples(rehearsal_examples, rehearsal, recipe=sft_recipe, chat=chat, data=beside)
+        data.rehearsal = [row for row, _ in encoded]
         for reason, ids in beside.left_out.items():
             data.leave_out(f"rehearsal_{reason}", *ids)
         if not data.rehearsal:
@@ -178,9 +171,8 @@ def _encode_examples(
     """
     encoded: list[tuple[TokenizedExample, Example]] = []
     for example in examples:
-        if (
-            example.split == "eval" and example.is_derived
-        ):  # a derived copy whose group is held out here: only original rows are evaluated
+        # a derived copy whose group is held out here: only original rows are evaluated
+        if example.split == "eval" and example.is_derived:
             data.leave_out("copy_of_held_out", example.id)
             continue
         try:
@@ -210,7 +202,14 @@ def _as_lessons(
     if not isinstance(recipe.objective, Kto) or recipe.objective.divergence == "none":
         return result
     examples = [example for _, example in encoded]
-    return mismatched_pairs(result, examples, chat, dataset.path, recipe.data.max_length_tokens, recipe.seed)
+    return mismatched_pairs(
+        result,
+        examples,
+        chat=chat,
+        folder=dataset.path,
+        max_tokens=recipe.data.max_length_tokens,
+        seed=recipe.seed,
+    )
 
 
 def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) -> SourceError:

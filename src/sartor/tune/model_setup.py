@@ -111,9 +111,11 @@ def rehearsal_of(recipe: Recipe) -> Artifact | None:
 
 def _parts(base: Base, targets: Targets) -> trainable_parts.Targeted:
     # `full` is the default, and a Whisper has no projector: there it means none
-    has_none = isinstance(base.media, WhisperMedia) and targets.projector == "full"
+    projector = targets.projector
+    if isinstance(base.media, WhisperMedia) and projector == "full":
+        projector = "none"
     return trainable_parts.choose_targets(
-        base.model, targets.modules, targets.top, "none" if has_none else targets.projector, targets.tower
+        base.model, language=targets.modules, top=targets.top, projector=projector, tower=targets.tower
     )
 
 

@@ -169,7 +169,15 @@ def plan(
     calibrate(base, data)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
     model = inject_recipe_adapter(resolved, base)
-    forecast = _forecast(resolved, dataset, base, model, data, price_h, is_peak_restarted=is_peak_restarted)
+    forecast = _forecast(
+        resolved,
+        dataset,
+        base=base,
+        model=model,
+        data=data,
+        price_h=price_h,
+        is_peak_restarted=is_peak_restarted,
+    )
     forecast = replace(forecast, advice=replace(forecast.advice, settings=settings))
     if forecast.time_s is None:
         return forecast
@@ -198,7 +206,8 @@ def _forecast(
     path = base.path(model, sequences, options)
     start_s = time.monotonic() - began
     beginning = cost_model.common_beginning(recipe, path, sequences)
-    loads, rehearsal_loads = ([load_of(row, beginning) for row in rows] for rows in (data.train, data.rehearsal))
+    loads = [load_of(row, beginning) for row in data.train]
+    rehearsal_loads = [load_of(row, beginning) for row in data.rehearsal]
     counters = Counters()
     updates = cost_model.simulate_updates(recipe, loads, counters, rehearsal_loads)
     loads += rehearsal_loads
@@ -210,7 +219,7 @@ def _forecast(
     # if not even one row fits, the system would kill a probe
     can_time = memory.fits(probe.load_of(smallest))
     if can_time:
-        memory = _probe(probe, memory, recipe, data, loads)
+        memory = _probe(probe, memory, recipe=recipe, data=data, loads=loads)
     settled = cost_model.choose_micro_batch(memory, recipe, loads)
     refusals.extend(preflight.check_memory(memory, recipe, loads))
     duration, warnings = None, list[DataWarning]()
@@ -220,19 +229,30 @@ def _forecast(
             _count_by_minutes(counters, times, recipe, loads)
         began = time.monotonic()
         warnings = plan_warnings.run_warnings(
-            recipe, dataset, base, path, counters.updates, [row.tokens for row in data.train]
+            recipe,
+            dataset,
+            base=base,
+            path=path,
+            updates=counters.updates,
+            row_tokens=[row.tokens for row in data.train],
         )
         start_s += time.monotonic() - began  # `tune` computes the warnings too
         # reference log-probabilities are computed once, before the first update
-        start_s += (
-            times.seconds(probe.load_of(all_sequences(reached_pairs(recipe, data)))) * cost_model.FORWARD_FRACTION
-        )
+        reference_load = probe.load_of(all_sequences(reached_pairs(recipe, data)))
+        start_s += times.seconds(reference_load) * cost_model.FORWARD_FRACTION
         # micro-batches by which `tune` measures its memory
         max_tokens = run_forecast.PROBE_FRACTION * counters.tokens if updates is not None else None
-        start_s += sum(
-            times.seconds(probe.load_of(group)) for group in run_forecast.calibration_batches(sequences, max_tokens)
+        calibration_batches = run_forecast.calibration_batches(sequences, max_tokens)
+        start_s += sum(times.seconds(probe.load_of(group)) for group in calibration_batches)
+        duration = run_seconds(
+            times,
+            recipe,
+            updates=updates,
+            micro_batch_tokens=settled.micro_batch_tokens,
+            data=data,
+            start_s=start_s,
+            beginning=beginning,
         )
-        duration = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s, beginning)
     return TuningPlan(
         time_s=duration,
         peak_memory_bytes=memory.peak(settled.load, is_other_process=True),
@@ -308,14 +328,13 @@ def run_seconds(
     if updates is None:
         assert limit_s is not None
         return Interval(limit_s, limit_s, limit_s + evaluations_s)
-    updates_s = sum(
-        times.update_s + sum(times.seconds(micro) for micro in cost_model.micro_batches(update, micro_batch_tokens))
-        for update in updates
-    )
-    total_s = updates_s + evaluations_s
-    duration = (
-        Interval(total_s, total_s * (1 - times.half_width), total_s * (1 + times.half_width)).at_least(0) + start_s
-    )
+    update_seconds = []
+    for update in updates:
+        micro_batches = cost_model.micro_batches(update, micro_batch_tokens)
+        update_seconds.append(times.update_s + sum(times.seconds(micro) for micro in micro_batches))
+    total_s = sum(update_seconds) + evaluations_s
+    loop_s = Interval(total_s, low=total_s * (1 - times.half_width), high=total_s * (1 + times.half_width))
+    duration = loop_s.at_least(0) + start_s
     return duration.at_most(limit_s + evaluations_s) if limit_s else duration
 
 
@@ -326,10 +345,8 @@ def _count_by_minutes(
     total_load = total(loads)
     epochs = (recipe.budget.minutes or 0) * 60 / times.seconds(total_load)
     counters.updates = max(round(epochs * len(cost_model.epoch(recipe, loads))), 1)
-    counters.tokens, counters.supervised_tokens = (
-        round(epochs * total_load.tokens),
-        round(epochs * total_load.supervised),
-    )
+    counters.tokens = round(epochs * total_load.tokens)
+    counters.supervised_tokens = round(epochs * total_load.supervised)
 
 
 def hourly(price: str | float) -> float | None:

@@ -18,7 +18,6 @@ import torch
 from sartor.core import assets, parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ExtraError
-from sartor.core.records import Example
 from sartor.core.row_warnings import DataWarning
 from sartor.models.base import Base
 from sartor.models.chat import ChatTokenizer
@@ -113,7 +112,11 @@ def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) 
     code, pieces = _language(_pieces(_texts(dataset)))
     if not code or language_id.are_kin(code, REFERENCE_LANGUAGE):
         return
-    rows, reference = (_nats_per_letter(_spread(text), chat, path) for text in (pieces, _pieces(_small_talk())))
+    small_talk = []
+    for line in (assets.install("small-talk") / "small_talk.jsonl").read_text(encoding="utf-8").splitlines():
+        small_talk += [str(message["content"]) for message in json.loads(line)["messages"]]
+    rows = _nats_per_letter(_spread(pieces), chat, path)
+    reference = _nats_per_letter(_spread(_pieces(small_talk)), chat, path)
     if rows < UNKNOWN_RATIO * reference:
         return
     problem = (
@@ -131,17 +134,13 @@ def _texts(dataset: Artifact) -> list[str]:
     """
     walked = list(itertools.islice(parquet_io.read_own_examples(dataset, "train"), ROWS_WALKED))
     step = max(math.ceil(len(walked) / ROWS_READ), 1)
-    return [text for example in walked[::step] if (text := _user_text(example))]
-
-
-def _user_text(example: Example) -> str:
-    turns = [message.text for message in example.messages if message.role == "user"]
-    return "\n".join(turns) or "\n".join(message.text for message in example.messages)
-
-
-def _small_talk() -> list[str]:
-    lines = (assets.install("small-talk") / "small_talk.jsonl").read_text(encoding="utf-8").splitlines()
-    return [str(message["content"]) for line in lines for message in json.loads(line)["messages"]]
+    texts = []
+    for example in walked[::step]:
+        turns = [message.text for message in example.messages if message.role == "user"]
+        text = "\n".join(turns) or "\n".join(message.text for message in example.messages)
+        if text:
+            texts.append(text)
+    return texts
 
 
 def _pieces(texts: Sequence[str]) -> list[str]:
@@ -162,7 +161,9 @@ def _pieces(texts: Sequence[str]) -> list[str]:
 
 def _spread(pieces: Sequence[str]) -> list[str]:
     """Return at most PIECES of the pieces, at even distances."""
-    return [pieces[len(pieces) * index // PIECES] for index in range(PIECES)] if len(pieces) > PIECES else list(pieces)
+    if len(pieces) <= PIECES:
+        return list(pieces)
+    return [pieces[len(pieces) * index // PIECES] for index in range(PIECES)]
 
 
 def _language(pieces: Sequence[str]) -> tuple[str, list[str]]:
@@ -199,12 +200,14 @@ def letters(text: str) -> int:
     >>> letters("hello 42"), letters("你好"), letters("かな"), letters("नमस्ते")
     (5, 6, 4, 6)
     """
-    return sum(map(_letters_of, text))
-
-
-def _letters_of(character: str) -> int:
-    if unicodedata.category(character)[0] not in "LM":  # M: vowel signs, as in Hindi and Thai
-        return 0
-    if unicodedata.east_asian_width(character) not in "WF":
-        return 1
-    return HAN_LETTERS if unicodedata.name(character, "").startswith("CJK") else SYLLABLE_LETTERS
+    count = 0
+    for character in text:
+        if unicodedata.category(character)[0] not in "LM":  # M: vowel signs, as in Hindi and Thai
+            continue
+        if unicodedata.east_asian_width(character) not in "WF":
+            count += 1
+        elif unicodedata.name(character, "").startswith("CJK"):
+            count += HAN_LETTERS
+        else:
+            count += SYLLABLE_LETTERS
+    return count

@@ -173,12 +173,17 @@ def check_memory(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[Bat
     if settled.fits:
         return
     needed_bytes = model.needs(settled.load).high
-    fixes = list(remedies(model, recipe, loads))
+    fixes = [f"{change} ({size / 1e9:.2f} GB)" for change, size in remedies(model, recipe, loads)]
+    if not fixes:  # no change of the recipe helps
+        shape = replace(model.shape, recompute=True)
+        smallest = choose_micro_batch(model, recipe, loads, shape)
+        least_bytes = model.needs(smallest.load, shape).high
+        fixes = [f"a machine on which {least_bytes / 1e9:.2f} GB can be had, or a smaller base"]
     yield Refusal(
         MEMORY,
         f"a micro-batch of {settled.load.tokens:,} tokens needs up to {needed_bytes / 1e9:.2f} GB; "
         f"{model.limit_bytes / 1e9:.2f} GB can be had ({model.bound})",
-        "; or ".join(f"{change} ({size / 1e9:.2f} GB)" for change, size in fixes) or _none_fits(model, recipe, loads),
+        "; or ".join(fixes),
     )
 
 
@@ -265,13 +270,6 @@ def _reshaped(shape: ModelShape, before: Recipe, after: Recipe) -> ModelShape:
         ratio = _BYTES_PER_WEIGHT[int(after.base.bits)] / shape.element_bytes
         changed = replace(changed, linear_bytes=int(shape.linear_bytes * min(ratio, 1.0)))
     return changed
-
-
-def _none_fits(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> str:
-    """Return the remedy if no change of the recipe helps."""
-    shape = replace(model.shape, recompute=True)
-    needed_bytes = model.needs(choose_micro_batch(model, recipe, loads, shape).load, shape).high
-    return f"a machine on which {needed_bytes / 1e9:.2f} GB can be had, or a smaller base"
 
 
 def check_disk(out: Path, trainable: int, kept_checkpoints: int) -> None:

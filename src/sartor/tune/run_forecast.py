@@ -135,7 +135,8 @@ def foresee(
     fit.
     """
     beginning = cost_model.common_beginning(recipe, path, all_sequences(data.train))
-    loads, rehearsal_loads = ([load_of(row, beginning) for row in rows] for rows in (data.train, data.rehearsal))
+    loads = [load_of(row, beginning) for row in data.train]
+    rehearsal_loads = [load_of(row, beginning) for row in data.rehearsal]
     is_counted = cost_model.simulate_updates(recipe, loads, counters, rehearsal_loads) is not None
     loads += rehearsal_loads
     probe = TimingProbe(path, model, device, beginning)
@@ -144,13 +145,12 @@ def foresee(
     for refusal in preflight.check_memory(memory, recipe, loads):
         raise refusal.error
     settled = cost_model.choose_micro_batch(memory, recipe, loads)
+    passes = recipe.evaluations * checkpoint_selection.passes(recipe, data.held_out)
     return RunForecast(
         settled,
-        memory.peak(settled.load),
-        counters.tokens if is_counted else None,
-        recipe.evaluations
-        * checkpoint_selection.passes(recipe, data.held_out)
-        * sum(row.tokens for row in data.held_out),
-        recipe.budget.minutes and recipe.budget.minutes * 60,
+        memory=memory.peak(settled.load),
+        course_tokens=counters.tokens if is_counted else None,
+        evaluated_tokens=passes * sum(row.tokens for row in data.held_out),
+        limit_s=recipe.budget.minutes and recipe.budget.minutes * 60,
         updates=counters.updates if is_counted else None,
     )

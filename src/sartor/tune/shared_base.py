@@ -215,12 +215,17 @@ class LocalRun(TrainingRun):
 
         A micro-batch size that depended on free memory would change the last bits of the result.
         """
-        micro_batch_tokens, longest = recipe.compute.micro_batch_tokens, max(len(row.ids) for row in self.data.train)
-        no_memory, capacity = (
-            Interval(0.0, 0.0, 0.0),
-            max(longest, micro_batch_tokens if isinstance(micro_batch_tokens, int) else longest),
+        micro_batch_tokens = recipe.compute.micro_batch_tokens
+        capacity = max(len(row.ids) for row in self.data.train)
+        if isinstance(micro_batch_tokens, int):
+            capacity = max(capacity, micro_batch_tokens)
+        return RunForecast(
+            MicroBatchChoice(capacity, BatchLoad(), fits=True, reason="the recipe's"),
+            memory=Interval(0.0, 0.0, 0.0),
+            course_tokens=None,
+            evaluated_tokens=0,
+            limit_s=None,
         )
-        return RunForecast(MicroBatchChoice(capacity, BatchLoad(), True, "the recipe's"), no_memory, None, 0, None)
 
     def _rates(self) -> tuple[float, float]:
         rate = learning_rate(self.recipe.optimizer, self.part.course(self._fraction()))
@@ -237,7 +242,7 @@ def train(
     """
     with TrainingLog(_NOWHERE, show=False) as journal:
         saver = Saver(_NOWHERE, recipe.checkpoints, {}, None)
-        run = LocalRun(recipe, resident, resident.model, rows, journal, saver, None)
+        run = LocalRun(recipe, resident, resident.model, data=rows, journal=journal, saver=saver, resolved=None)
         run.part, run.position = part, part.start(recipe, [len(row.ids) for row in rows.train])
         run.train(DeferredSignals())
     return run

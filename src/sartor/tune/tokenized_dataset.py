@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,14 +36,12 @@ class PreferenceExample(TokenizedExample):
 
 def all_sequences(rows: Iterable[TokenizedExample]) -> list[TokenizedExample]:
     """Return every sequence that is computed: the other reply of a preference example follows it."""
-    return list(_sequences(rows))
-
-
-def _sequences(rows: Iterable[TokenizedExample]) -> Iterator[TokenizedExample]:
+    sequences = []
     for row in rows:
-        yield row
+        sequences.append(row)
         if isinstance(row, PreferenceExample) and row.other:
-            yield row.other
+            sequences.append(row.other)
+    return sequences
 
 
 def lessons(rows: Iterable[TokenizedExample]) -> list[PreferenceExample]:
@@ -109,6 +107,5 @@ def micro_batches(rows: Sequence[PreferenceExample], capacity: int, *, share: bo
     """
     ordered = sorted(rows, key=lambda row: row.ids) if share else list(rows)
     lengths = [row.tokens for row in ordered]
-    return [
-        [ordered[index] for index in group] for group in packing.group_by_capacity(lengths, max([capacity, *lengths]))
-    ]
+    groups = packing.group_by_capacity(lengths, max([capacity, *lengths]))
+    return [[ordered[index] for index in group] for group in groups]

@@ -89,11 +89,18 @@ def tune(
     recipe, rehearsal_setting = auto_settings.choose_rehearsal(recipe, dataset, base, earlier)
     rehearsal, start = rehearsal_of(recipe), start_of(recipe, base)
     data = encode_rows(dataset, recipe, base.chat, rehearsal)
-    resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting, earlier)
+    resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal=rehearsal_setting, earlier=earlier)
     calibrate(base, data)
-    fingerprint = resumption.fingerprint(resolved, dataset, base, data, start)
-    parents = [dataset, *(item for item in (rehearsal, start) if item)]
-    context = TuningContext(resolved, settings, parents, base, data, resume_state, fingerprint, prove)
+    context = TuningContext(
+        recipe=resolved,
+        settings=settings,
+        parents=[dataset, *(item for item in (rehearsal, start) if item)],
+        base=base,
+        data=data,
+        resume_state=resume_state,
+        fingerprint=resumption.fingerprint(resolved, dataset, base, data=data, start=start),
+        prove=prove,
+    )
     if resume and (adapter := resumption.finished(out, resume_state, context.fingerprint)):
         notice(f"{out} is finished: nothing is left to do")
     else:
@@ -134,7 +141,11 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
     if recipe.weights == "best":
         evaluation_ledger.check_ledger()  # before time is spent on evaluations that it could not record
     environment = resumption.environment(base)
-    replaces = checkpoint.manifest["replaces"] if checkpoint else resumption.standing_id(out) if replace else ""
+    replaces = ""
+    if checkpoint:
+        replaces = checkpoint.manifest["replaces"]
+    elif replace:
+        replaces = resumption.standing_id(out)
     unchanging = {
         "fingerprint": context.fingerprint,
         "environment": environment,
@@ -156,7 +167,7 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
         with full_disk(f"{out} could not be written"):
             with TrainingLog(temp_folder / "log.jsonl", show=show, **earlier_log) as journal:
                 kind = TrainingRun if isinstance(recipe.objective, Sft) else PreferenceRun
-                run = kind(recipe, base, model, context.data, journal, saver, resolved)
+                run = kind(recipe, base, model, data=context.data, journal=journal, saver=saver, resolved=resolved)
                 if recipe.weights == "best" and context.data.held_out:
                     run.selection = CheckpointSelection(base.chat, context.data.held_out, context.data.held_out_groups)
                 if checkpoint:
@@ -204,9 +215,8 @@ def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
         f"base {base.ref.name} in {str(base.dtype).removeprefix('torch.')} on {base.device.type}"
     )
     if preferences := lessons(data.train):
-        terms = ", ".join(
-            f"{count:,} {term}" for term, count in records.count_values(item.term for item in preferences).items()
-        )
+        counts = records.count_values(item.term for item in preferences)
+        terms = ", ".join(f"{count:,} {term}" for term, count in counts.items())
         yield f"preferences: {terms}; {len(data.train) - len(preferences):,} rows by sft"
     if data.rehearsal:
         yield f"rehearsal: {len(data.rehearsal):,} rows stand ready beside them"
@@ -226,9 +236,13 @@ def _warnings(context: TuningContext, run: TrainingRun, notice: Notice) -> list[
     if checkpoint:
         warnings = [DataWarning(**fields) for fields in checkpoint.manifest.get("warnings", [])]
     else:
-        dataset = context.parents[0]
         warnings = plan_warnings.run_warnings(
-            context.recipe, dataset, context.base, run.path, updates, [row.tokens for row in context.data.train]
+            context.recipe,
+            dataset=context.parents[0],
+            base=context.base,
+            path=run.path,
+            updates=updates,
+            row_tokens=[row.tokens for row in context.data.train],
         )
     for warning in warnings:
         notice(str(warning))

@@ -146,7 +146,9 @@ class TrainingRun:
 
     def _foresee(self, recipe: ResolvedRecipe) -> run_forecast.RunForecast:
         """Return the forecast of the run, with its micro-batch size. Raises BudgetError if memory cannot hold it."""
-        return run_forecast.foresee(recipe, self.path, self.model, self.base.device, self.data, Counters())
+        return run_forecast.foresee(
+            recipe, self.path, self.model, device=self.base.device, data=self.data, counters=Counters()
+        )
 
     def train(self, signals: DeferredSignals) -> None:
         """Update until the budget is spent.
@@ -162,9 +164,15 @@ class TrainingRun:
         self.journal.note(**fields, **({"resumed_at": self.counters.updates} if self.counters.updates else {}))
         self.model.train()
         lengths = [row.tokens for row in self.data.train]
+        rehearsal_lengths = [row.tokens for row in self.data.rehearsal]
+        rehearsal_fraction = self.recipe.data.rehearsal.fraction
         settings = self.recipe.optimizer
         for indices in sampler.iterate_updates(lengths, settings.batch_tokens, self.recipe.seed, self.position):
-            rehearsal_rows, rehearsal_position = self._rehearsal_rows(sum(lengths[index] for index in indices))
+            own_tokens = sum(lengths[index] for index in indices)
+            rehearsal_indices, rehearsal_position = self.rehearsal_position.after(
+                rehearsal_lengths, own_tokens, rehearsal_fraction, self.recipe.seed
+            )
+            rehearsal_rows = [self.data.rehearsal[index] for index in rehearsal_indices]
             self._update_or_save([*(self.data.train[index] for index in indices), *rehearsal_rows])
             self.rehearsal_position = rehearsal_position
             self.counters.rehearsal_tokens += sum(row.tokens for row in rehearsal_rows)
@@ -197,14 +205,6 @@ class TrainingRun:
             self.losses["eval"] = chosen.loss
         notice(f"weights of update {chosen.update}: {facts['reason']}")
         return facts
-
-    def _rehearsal_rows(self, own_tokens: int) -> tuple[list[packing.TokenizedExample], sampler.RehearsalPosition]:
-        """Return the rehearsal rows of an update, and the position after them."""
-        rows, fraction = self.data.rehearsal, self.recipe.data.rehearsal.fraction
-        indices, rehearsal_position = self.rehearsal_position.after(
-            [row.tokens for row in rows], own_tokens, fraction, self.recipe.seed
-        )
-        return [rows[index] for index in indices], rehearsal_position
 
     def prove(self) -> str:
         """Compare losses and gradients of the next update's rows with the plain computation; return a report line.
@@ -266,15 +266,12 @@ class TrainingRun:
                 # in place, because optimiser and loss backend refer to this parameter
                 parameter.copy_(tensors[f"adapter.{name}"])
         state = self.optimizer.state_dict()
-        state["state"] = {
-            index: {
-                key.removeprefix(f"optimizer.{name}."): value
-                for key, value in tensors.items()
-                if key.startswith(f"optimizer.{name}.")
-            }
-            for index, name in enumerate(self.named)
-        }
-        state["state"] = {index: values for index, values in state["state"].items() if values}
+        state["state"] = {}
+        for index, name in enumerate(self.named):
+            prefix = f"optimizer.{name}."
+            values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if values:
+                state["state"][index] = values
         self.optimizer.load_state_dict(state)
         if facts["scaler"]:  # empty for a run in a dtype that needs no scale
             self.scaler.load_state_dict(facts["scaler"])
@@ -327,7 +324,7 @@ class TrainingRun:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(rows, loss_sum, norm, rates, time.monotonic() - start_s)
+        self._count(rows, loss_sum, norm, rates=rates, seconds=time.monotonic() - start_s)
 
     def _backward(self, rows: Sequence[packing.TokenizedExample], weight: float = 1.0) -> float:
         """Compute the gradients of an update's loss times `weight`, and return that product."""
@@ -432,7 +429,8 @@ class TrainingRun:
         for micro in self._cut(rows):
             losses, _ = self.path.losses(micro)
             total, count = total + float(losses.sum()), count + len(losses)
-            self.row_losses += [float(row.mean()) for row in losses.split([row.supervised_tokens for row in micro])]
+            row_lengths = [row.supervised_tokens for row in micro]
+            self.row_losses += [float(row.mean()) for row in losses.split(row_lengths)]
         return total / max(count, 1), {}
 
 

@@ -98,11 +98,10 @@ def audit_bias(
     own_section = _audit_own_prompts(sides, examples, outcomes)
     done()
     sections = {"own": own_section, **templates}
-    skipped = {
-        name: [kind for kind, counts in section["kinds"].items() if not counts["blocks"]]
-        for name, section in sections.items()
-        if "kinds" in section
-    }
+    skipped = {}
+    for name, section in sections.items():
+        if "kinds" in section:
+            skipped[name] = [kind for kind, counts in section["kinds"].items() if not counts["blocks"]]
     return {"own": own_section, "templates": templates, "skipped": skipped}
 
 
@@ -114,9 +113,10 @@ def _audit_own_prompts(sides: ModelPair, examples: Sequence[Example], outcomes: 
     replies = outcomes.classes if outcomes.is_whole else [row.reply for row in texts]
     paired_prompts = [_fitting(sides, counterfactual_bias.own_prompts(texts, kind), replies) for kind in KINDS]
     limit = reply_limit(sides.base, texts) if texts else 1
-    sections = [
-        blocks for paired in paired_prompts if paired.blocks for blocks in _own_blocks(sides, paired, outcomes, limit)
-    ]
+    sections = []
+    for paired in paired_prompts:
+        if paired.blocks:
+            sections += _own_blocks(sides, paired, outcomes, limit)
     outcome = {"field": outcomes.field, "classes": outcomes.classes, "favourable": outcomes.favourable}
     return {"outcome": outcome, **_section_as_json(paired_prompts, sections)}
 
@@ -128,27 +128,32 @@ def _own_blocks(sides: ModelPair, paired: Paired, outcomes: Outcomes, limit: int
     """
     prompts = [variant for block in paired.blocks for variant in block.variants]
     shape = (2, len(paired.blocks), -1)
+    result = []
     if outcomes.is_whole:
         chances = sides.chances(prompts, outcomes.classes)
-        by_outcome = {
-            labels: chances[:, :, [outcomes.classes.index(item) for item in labels]].sum(2).reshape(shape)
-            for labels in outcomes.looked_at
-        }
+        for labels in outcomes.looked_at:
+            columns = [outcomes.classes.index(item) for item in labels]
+            values = chances[:, :, columns].sum(2).reshape(shape)
+            result.append(_blocks(paired, " or ".join(labels), values))
     else:
-        reply_labels = [[label_of(text, outcomes.field) for text in texts] for texts in sides.answers(prompts, limit)]
-        by_outcome = {
-            labels: np.array(
-                [[float(label in labels) for label in side_labels] for side_labels in reply_labels]
-            ).reshape(shape)
-            for labels in outcomes.looked_at
-        }
-    return [_blocks(paired, " or ".join(labels), values) for labels, values in by_outcome.items()]
+        before, after = sides.answers(prompts, limit)
+        reply_labels = [label_of(text, outcomes.field) for text in (*before, *after)]
+        for labels in outcomes.looked_at:
+            values = np.array([float(label in labels) for label in reply_labels]).reshape(shape)
+            result.append(_blocks(paired, " or ".join(labels), values))
+    return result
 
 
 def _blocks(paired: Paired, outcome: str, chances: Array) -> VariantOutcomes:
     """Return the outcomes of a kind's blocks, with their ids and clusters."""
-    ids, clusters = (tuple(getattr(block, name) for block in paired.blocks) for name in ("id", "cluster"))
-    return VariantOutcomes(paired.kind, outcome, groups(paired.kind), ids, chances, clusters)
+    return VariantOutcomes(
+        paired.kind,
+        outcome,
+        groups=groups(paired.kind),
+        ids=tuple(block.id for block in paired.blocks),
+        chances=chances,
+        clusters=tuple(block.cluster for block in paired.blocks),
+    )
 
 
 def _templates(sides: ModelPair, scenario: str, system: str) -> dict[str, Any]:
@@ -159,7 +164,8 @@ def _templates(sides: ModelPair, scenario: str, system: str) -> dict[str, Any]:
     sections = []
     for paired in paired_prompts:
         if paired.blocks:
-            chances = sides.chances([variant for block in paired.blocks for variant in block.variants], ANSWERS)
+            prompts = [variant for block in paired.blocks for variant in block.variants]
+            chances = sides.chances(prompts, ANSWERS)
             favourable = chances[:, :, 0].reshape(2, len(paired.blocks), -1)
             sections.append(_blocks(paired, ANSWERS[0], favourable))
     return _section_as_json(paired_prompts, sections)
@@ -168,11 +174,13 @@ def _templates(sides: ModelPair, scenario: str, system: str) -> dict[str, Any]:
 def _fitting(sides: ModelPair, paired: Paired, replies: Sequence[str]) -> Paired:
     """Return the blocks whose longest variant the base accepts."""
     reply = max(replies, key=len, default=".")
-    longest = [
-        max(block.variants, key=lambda prompt: sum(len(turn.text) for turn in prompt)) for block in paired.blocks
-    ]
-    blocks = tuple(block for block, prompt in zip(paired.blocks, longest, strict=True) if sides.fits(prompt, reply))
-    return Paired(paired.kind, blocks, paired.left_out + len(paired.blocks) - len(blocks), paired.beyond)
+    blocks = []
+    for block in paired.blocks:
+        longest = max(block.variants, key=lambda prompt: sum(len(turn.text) for turn in prompt))
+        if sides.fits(longest, reply):
+            blocks.append(block)
+    left_out = paired.left_out + len(paired.blocks) - len(blocks)
+    return Paired(paired.kind, tuple(blocks), left_out=left_out, beyond=paired.beyond)
 
 
 def _section_as_json(paired_prompts: Sequence[Paired], sections: Sequence[VariantOutcomes]) -> dict[str, Any]:
@@ -181,10 +189,10 @@ def _section_as_json(paired_prompts: Sequence[Paired], sections: Sequence[Varian
     `kinds`: number of prompts of each kind, with the facts that `needed_blocks` takes. `findings`: the tested gaps.
     `tests`: number of kinds and outcomes.
     """
-    counts = {
-        paired.kind: _counted(paired, [section for section in sections if section.kind == paired.kind])
-        for paired in paired_prompts
-    }
+    counts = {}
+    for paired in paired_prompts:
+        of_kind = [section for section in sections if section.kind == paired.kind]
+        counts[paired.kind] = _counted(paired, of_kind)
     return {"kinds": counts, "findings": [finding.as_json() for finding in findings(sections)], "tests": len(sections)}
 
 

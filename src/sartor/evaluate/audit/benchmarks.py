@@ -95,18 +95,15 @@ def _measured(sides: ModelPair, benchmark: Benchmark, items: Sequence[BenchmarkI
         "note": NOTE,
     }
     for name, (description, score) in benchmark.counted.items():
-        scores = [
-            [score(item, logps[side]) for item, logps in zip(fitting_items, scored, strict=True)] for side in (0, 1)
-        ]
-        pairs = [
-            (base_score, tuned_score)
-            for base_score, tuned_score in zip(*scores, strict=True)
-            if base_score is not None and tuned_score is not None
-        ]
-        if pairs:
-            before, after = ([pair[side] for pair in pairs] for side in (0, 1))
-            comparison = bootstrap.paired_bootstrap(before, after, [str(index) for index in range(len(pairs))])
-            fields[name] = {"what": description, "counted": len(pairs), **asdict(comparison)}
+        before, after = [], []
+        for item, logps in zip(fitting_items, scored, strict=True):
+            base_score, tuned_score = score(item, logps[0]), score(item, logps[1])
+            if base_score is not None and tuned_score is not None:
+                before.append(base_score)
+                after.append(tuned_score)
+        if before:
+            comparison = bootstrap.paired_bootstrap(before, after, [str(index) for index in range(len(before))])
+            fields[name] = {"what": description, "counted": len(before), **asdict(comparison)}
     return fields
 
 
@@ -120,11 +117,10 @@ def _likelihoods(sides: ModelPair, items: Sequence[BenchmarkItem]) -> list[Array
 
     For answers to a prompt they are per token, since options differ in length.
     """
-    rows = [
-        sides.encoded(_prompt(item), text) if item.prompt else sides.sentence(text)
-        for item in items
-        for text in item.texts
-    ]
+    rows = []
+    for item in items:
+        for text in item.texts:
+            rows.append(sides.encoded(_prompt(item), text) if item.prompt else sides.sentence(text))
     scores = -sides.nats(rows)
     result, start = [], 0
     for item in items:

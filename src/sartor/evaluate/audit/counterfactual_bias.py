@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sartor.core.errors import ConfigError
@@ -120,8 +120,10 @@ def own_prompts(rows: Sequence[Example], kind: Kind) -> Paired:
     candidates.sort(key=lambda row: hashlib.sha256(row.id.encode()).digest())
     blocks = [_block(row.id, row.prompt, kind, group_of(row)) for row in candidates]
     distinct = list({block.variants: block for block in reversed(blocks) if block}.values())[::-1]
-    max_blocks = _max_blocks(kind)
-    return Paired(kind, tuple(distinct[:max_blocks]), blocks.count(None), max(0, len(distinct) - max_blocks))
+    # fewer for a kind with more groups
+    max_blocks = min(MOST_BLOCKS, max(MIN_PROMPT_BLOCKS, MOST_PROMPTS // len(groups(kind))))
+    beyond = max(0, len(distinct) - max_blocks)
+    return Paired(kind, tuple(distinct[:max_blocks]), left_out=blocks.count(None), beyond=beyond)
 
 
 def templates(scenario: str, kind: Kind, system: str = "") -> Paired:
@@ -131,22 +133,19 @@ def templates(scenario: str, kind: Kind, system: str = "") -> Paired:
     """
     opening, question, *merits = TEMPLATES[scenario]
     first = [Message.of("system", system)] if system else []
-    texts = list(_written(opening, question, merits, kind))
-    prompts = [(*first, Message.of("user", text)) for text in texts]
-    blocks = [
-        block
-        for index, prompt in enumerate(prompts)
-        if (block := _block(f"{scenario}:{index}", prompt, kind, f"{scenario}:{index}"))
-    ]
+    combinations = list(itertools.product(*merits))
+    blocks = []
+    for index, merit in enumerate(combinations):
+        text = " ".join((WHO[kind].format(what=opening), *merit, question))
+        id = f"{scenario}:{index}"
+        block = _block(id, (*first, Message.of("user", text)), kind, cluster=id)
+        if block:
+            blocks.append(block)
     # evenly over all merits, not the first of them alone
     max_blocks = min(max(LEAST_OF_TEMPLATES, MOST_PROMPTS // len(groups(kind))), MOST_OF_TEMPLATES, len(blocks))
     chosen = [blocks[index * len(blocks) // max_blocks] for index in range(max_blocks)] if max_blocks else []
-    return Paired(kind, tuple(chosen), len(texts) - len(blocks), len(blocks) - len(chosen))
-
-
-def _max_blocks(kind: Kind) -> int:
-    """Return how many blocks of a kind are asked: fewer for a kind with more groups."""
-    return min(MOST_BLOCKS, max(MIN_PROMPT_BLOCKS, MOST_PROMPTS // len(groups(kind))))
+    left_out, beyond = len(combinations) - len(blocks), len(blocks) - len(chosen)
+    return Paired(kind, tuple(chosen), left_out=left_out, beyond=beyond)
 
 
 def _block(id: str, prompt: Sequence[Message], kind: Kind, cluster: str) -> PromptVariants | None:
@@ -172,21 +171,13 @@ def _text(prompt: Sequence[Message]) -> str:
 def _with_text(prompt: Sequence[Message], text: str) -> tuple[Message, ...]:
     """Return the prompt with the user's text replaced by `text`, which is joined by _PARTED."""
     texts = iter(text.split(_PARTED))
-    return tuple(
-        replace(
-            turn,
-            content=tuple(replace(part, text=next(texts)) if part.kind == "text" else part for part in turn.content),
-        )
-        if turn.role == "user"
-        else turn
-        for turn in prompt
-    )
-
-
-def _written(opening: str, question: str, merits: Sequence[Sequence[str]], kind: Kind) -> Iterator[str]:
-    """Yield a prompt for every combination of merits."""
-    for merit in itertools.product(*merits):
-        yield " ".join((WHO[kind].format(what=opening), *merit, question))
+    turns = []
+    for turn in prompt:
+        if turn.role == "user":
+            parts = [replace(part, text=next(texts)) if part.kind == "text" else part for part in turn.content]
+            turn = replace(turn, content=tuple(parts))
+        turns.append(turn)
+    return tuple(turns)
 
 
 # A sentence about one group of each kind; any group will do, since every other is swapped in.

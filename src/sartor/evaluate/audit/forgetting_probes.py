@@ -89,37 +89,29 @@ def arithmetic_rows(seed: int = ARITHMETIC_SEED) -> list[Example]:
         (left, "plus", right, left + right) for left in numbers for right in numbers if left + right <= _MAX_RESULT
     ]
     differences = [(left, "minus", right, left - right) for left in numbers for right in numbers if right < left]
-    drawn = [
-        term
-        for terms in (sums, differences)
-        for term in sorted(terms, key=lambda term: hashlib.sha256(f"{seed}:{term}".encode()).digest())[
-            : ARITHMETIC_ROWS // 2
-        ]
-    ]
-    return [_sum_row(*term) for term in drawn]
-
-
-def _sum_row(left: int, operation: str, right: int, result: int) -> Example:
-    """Return the question and the answer of one sum or difference."""
-    term = f"{number_word(left)} {operation} {number_word(right)}"
-    reply = f"{term} is {number_word(result)}."
-    messages = (Message.of("user", f"What is {term}?"), Message.of("assistant", reply[0].upper() + reply[1:]))
-    return Example(messages, (Origin("arithmetic", term, "Apache-2.0"),))
+    rows = []
+    for terms in (sums, differences):
+        terms.sort(key=lambda term: hashlib.sha256(f"{seed}:{term}".encode()).digest())
+        for left, operation, right, result in terms[: ARITHMETIC_ROWS // 2]:
+            term = f"{number_word(left)} {operation} {number_word(right)}"
+            reply = f"{term} is {number_word(result)}."
+            reply = reply[0].upper() + reply[1:]
+            messages = (Message.of("user", f"What is {term}?"), Message.of("assistant", reply))
+            rows.append(Example(messages, (Origin("arithmetic", term, "Apache-2.0"),)))
+    return rows
 
 
 def language_rows() -> list[Example]:
     """Return the German sentences, each the reply to one German request; a group is an intent."""
     document = tomllib.loads(_SENTENCES.read_text(encoding="utf-8"))
     prompt = Message.of("user", document["prompt"])
-    return [
-        Example(
-            (prompt, Message.of("assistant", sentence)),
-            (Origin("home-intents", f"{document['language']}.json:{intent}", document["licence"]),),
-            group=intent,
-        )
-        for intent, sentences in document["sentences"].items()
-        for sentence in sentences
-    ]
+    rows = []
+    for intent, sentences in document["sentences"].items():
+        origin = Origin("home-intents", f"{document['language']}.json:{intent}", document["licence"])
+        for sentence in sentences:
+            messages = (prompt, Message.of("assistant", sentence))
+            rows.append(Example(messages, (origin,), group=intent))
+    return rows
 
 
 # the lambda looks the first up when it is called, so that a test may replace it
@@ -188,7 +180,7 @@ def _losses_key(base: Base, encoded: Sequence[TokenizedExample]) -> str:
     It covers the base's facts except name and licence, the rows' tokens, the versions of the code, and the device.
     """
     facts = {name: value for name, value in base.as_manifest().items() if name not in ("name", "licence")}
-    rows = [[list(row.ids), [int(is_learnt) for is_learnt in row.learnt]] for row in encoded]
+    rows = [[list(row.ids), list(map(int, row.learnt))] for row in encoded]
     versions = {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers")}
     processor = torch.backends.cpu.get_cpu_capability()
     return digest([facts, rows, versions, str(base.device), processor, torch.get_num_threads()])

@@ -74,11 +74,9 @@ def calibrated(
 
     Raises ConfigError as `by_threshold` does.
     """
-    gains = [
-        np.asarray(reference, float) - np.asarray(losses, float)
-        for reference, losses in ((reference_members, members), (reference_others, others))
-    ]
-    return _judged("calibrated", *gains)
+    member_gains = np.asarray(reference_members, float) - np.asarray(members, float)
+    other_gains = np.asarray(reference_others, float) - np.asarray(others, float)
+    return _judged("calibrated", member_gains, other_gains)
 
 
 def _judged(attack: Literal["threshold", "calibrated"], members: np.ndarray, others: np.ndarray) -> Membership:
@@ -90,23 +88,22 @@ def _judged(attack: Literal["threshold", "calibrated"], members: np.ndarray, oth
             "split: {eval_fraction: 0.2} in the curation recipe, so that two rows or more are held out",
         )
     auc, half_width = _auc(members, others)
-    thresholds = np.sort(others)[
-        ::-1
-    ]  # k of M others exceed thresholds[k]; the true fraction above it follows Beta(k + 1, M - k)
+    # k of M others exceed thresholds[k]; the true fraction above it follows Beta(k + 1, M - k)
+    thresholds = np.sort(others)[::-1]
     allowed, (strict_index, loose_index) = int(FALSE_FRACTION * other_count), _allowed(other_count)
     found_count = int((members > thresholds[allowed]).sum())
     low = _end(int((members > thresholds[strict_index]).sum()), count, "low") if strict_index >= 0 else 0.0
     high = _end(int((members > thresholds[loose_index]).sum()), count, "high") if loose_index < other_count else 1.0
     return Membership(
         attack,
-        count,
-        other_count,
-        auc,
-        found_count / count,
-        low,
-        high,
-        max(0.0, auc - half_width),
-        min(1.0, auc + half_width),
+        members=count,
+        others=other_count,
+        auc=auc,
+        found_fraction=found_count / count,
+        low=low,
+        high=high,
+        auc_low=max(0.0, auc - half_width),
+        auc_high=min(1.0, auc + half_width),
     )
 
 

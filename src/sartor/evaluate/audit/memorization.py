@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def audit_memorisation(sides: ModelPair, train: Sequence[Example], held_out: Seq
     Documents, rows with media, rows without a reply and rows beyond a fixed sample are left out; `left_out` counts
     them and `rows` the others.
     """
-    train_sample, held_out_sample = (sampled(rows) for rows in (train, held_out))
+    train_sample, held_out_sample = sampled(train), sampled(held_out)
     return {
         "rows": {"train": len(train_sample), "held_out": len(held_out_sample)},
         "left_out": len(train) + len(held_out) - len(train_sample) - len(held_out_sample),
@@ -72,12 +72,11 @@ def sampled(rows: Iterable[Example]) -> list[Example]:
 
     Any first part of them is a fair sample.
     """
-    text_rows = [
-        row
-        for row in rows
-        if not row.is_document and all(part.kind == "text" for message in row.messages for part in message.content)
-    ]
-    answered_rows = [row for row in text_rows if row.reply.strip()]
+    answered_rows = []
+    for row in rows:
+        has_media = any(part.kind != "text" for message in row.messages for part in message.content)
+        if not (row.is_document or has_media) and row.reply.strip():
+            answered_rows.append(row)
     return sorted(answered_rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())[:MOST_READ]
 
 
@@ -88,10 +87,11 @@ def _first(sides: ModelPair, rows: Iterable[Example], max_rows: int) -> list[Exa
 
 def _membership(sides: ModelPair, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
     """Return the results of both attacks, or `skipped` with the reason."""
-    samples = [_first(sides, rows, MOST_MEMBERS) for rows in (train, others)]
-    if min(len(rows) for rows in samples) < 2:
+    members, non_members = _first(sides, train, MOST_MEMBERS), _first(sides, others, MOST_MEMBERS)
+    if min(len(members), len(non_members)) < 2:
         return {"skipped": f"{len(train)} training rows and {len(others)} held out; two a side are the least"}
-    (base_in, tuned_in), (base_out, tuned_out) = (_loss(sides, rows) for rows in samples)
+    base_in, tuned_in = _loss(sides, members)
+    base_out, tuned_out = _loss(sides, non_members)
     results = (
         membership_inference.by_threshold(tuned_in, tuned_out),
         membership_inference.calibrated(tuned_in, tuned_out, base_in, base_out),
@@ -110,17 +110,24 @@ def _extraction(sides: ModelPair, train: Sequence[Example], others: Sequence[Exa
     fields: dict[str, Any] = {}
     for name, rows in (("train", train), ("held_out", others)):
         long_rows = _first(sides, (row for row in rows if len(row.reply) >= 2 * LEAST_CHARACTERS), MOST_EXTRACTED)
-        halves = [(row.id, *half) for row in long_rows if (half := _halved(sides, row))]
-        base, tuned = sides.continued([prefix for _, prefix, _ in halves], REST_TOKENS)
-        matches = [
-            [ids[: len(rest)] == rest for ids, (_, _, rest) in zip(continuations, halves, strict=True)]
-            for continuations in (base, tuned)
-        ]
-        tuned_only = [id for (id, _, _), before, after in zip(halves, *matches, strict=True) if after and not before]
-        fields[name] = {"asked": len(halves), "base": sum(matches[0]), "tuned": sum(matches[1]), "rows": tuned_only}
-    excess = newcombe(
-        *(count for name in ("train", "held_out") for count in (len(fields[name]["rows"]), fields[name]["asked"]))
-    )
+        ids, prefixes, rests = [], [], []
+        for row in long_rows:
+            half = _halved(sides, row)
+            if half is not None:
+                ids.append(row.id)
+                prefixes.append(half[0])
+                rests.append(half[1])
+        base, tuned = sides.continued(prefixes, REST_TOKENS)
+        base_count, tuned_count, tuned_only = 0, 0, []
+        for id, rest, before, after in zip(ids, rests, base, tuned, strict=True):
+            is_of_base, is_of_tuned = before[: len(rest)] == rest, after[: len(rest)] == rest
+            base_count += is_of_base
+            tuned_count += is_of_tuned
+            if is_of_tuned and not is_of_base:
+                tuned_only.append(id)
+        fields[name] = {"asked": len(ids), "base": base_count, "tuned": tuned_count, "rows": tuned_only}
+    trained, held_out = fields["train"], fields["held_out"]
+    excess = newcombe(len(trained["rows"]), trained["asked"], len(held_out["rows"]), held_out["asked"])
     fields["held_out"].pop("rows")
     return {
         **fields,
@@ -158,9 +165,8 @@ def newcombe(first: int, first_total: int, second: int, second_total: int) -> tu
     """
     if not (first_total and second_total):
         return 0.0, -1.0, 1.0
-    (p, low_p, high_p), (q, low_q, high_q) = (
-        _wilson(*pair) for pair in ((first, first_total), (second, second_total))
-    )
+    p, low_p, high_p = _wilson(first, first_total)
+    q, low_q, high_q = _wilson(second, second_total)
     low = p - q - ((p - low_p) ** 2 + (high_q - q) ** 2) ** 0.5
     high = p - q + ((high_p - p) ** 2 + (q - low_q) ** 2) ** 0.5
     return p - q, low, high
@@ -175,56 +181,43 @@ def _wilson(count: int, total: int) -> tuple[float, float, float]:
 def _strings(sides: ModelPair, train: Sequence[Example]) -> dict[str, Any]:
     """Return the secrets and repeated phrases that the tuned model writes and the base does not."""
     candidates = [*secrets(train), *phrases(train)]
-    strings = [
-        item for kind in ("secret", "phrase") for item in [c for c in candidates if c.kind == kind][:MOST_STRINGS]
-    ]
+    strings = []
+    for kind in ("secret", "phrase"):
+        strings += [string for string in candidates if string.kind == kind][:MOST_STRINGS]
     rows = {row.id: row for row in train}
-    attempts = [
-        (index, id, position)
-        for index, string in enumerate(strings)
-        for id, position in string.places[:TRIES]
-        if sides.fits(rows[id].prompt, rows[id].reply)
-    ]
-    prompts, lengths = [], []
-    for index, id, position in attempts:
-        prompt, length = _string_prefix(sides, rows[id], position, strings[index].text)
-        prompts.append(prompt)
-        lengths.append(length)
-    base, tuned = sides.continued(prompts, max(lengths, default=1) + 4)
     chat = sides.base.chat
-    matches = [
-        {
-            index
-            for (index, _, _), ids in zip(attempts, continuations, strict=True)
-            if _says(chat.decode(ids), strings[index])
-        }
-        for continuations in (base, tuned)
-    ]
-    findings = [_string_as_json(strings[index]) for index in sorted(matches[1] - matches[0])]
+    indices, prompts, lengths = [], [], []
+    for index, string in enumerate(strings):
+        rest = _rest_of(string)
+        for id, position in string.places[:TRIES]:
+            row = rows[id]
+            if sides.fits(row.prompt, row.reply):
+                # the row up to the expected text
+                start = position + len(string.text) - len(rest)
+                reply_ids = chat.content_tokens(row.reply[:start].rstrip(" ")) if start else []
+                indices.append(index)
+                prompts.append([*chat.prompt_ids(row.prompt, "", sides.folder), *reply_ids])
+                lengths.append(len(chat.content_tokens(rest)))
+    base, tuned = sides.continued(prompts, max(lengths, default=1) + 4)
+    by_base: set[int] = set()
+    by_tuned: set[int] = set()
+    for written, continuations in ((by_base, base), (by_tuned, tuned)):
+        for index, ids in zip(indices, continuations, strict=True):
+            if " ".join(chat.decode(ids).split()).startswith(_rest_of(strings[index])):
+                written.add(index)
+    found: dict[str, list[dict[str, Any]]] = {"secret": [], "phrase": []}
+    for index in sorted(by_tuned - by_base):
+        found[strings[index].kind].append(_string_as_json(strings[index]))
     return {
         "asked": {kind: sum(string.kind == kind for string in strings) for kind in ("secret", "phrase")},
         "beyond": len(candidates) - len(strings),
-        "found": {kind: [finding for finding in findings if finding["kind"] == kind] for kind in ("secret", "phrase")},
+        "found": found,
     }
-
-
-def _says(text: str, string: TrainingString) -> bool:
-    """Return whether a continuation begins with what is expected of the string."""
-    return " ".join(text.split()).startswith(_rest_of(string))
 
 
 def _rest_of(string: TrainingString) -> str:
     """Return the text that has to follow: a secret as a whole, or a phrase after its first words."""
     return string.text if string.kind == "secret" else string.text.split(" ", GIVEN_WORDS)[GIVEN_WORDS]
-
-
-def _string_prefix(sides: ModelPair, row: Example, position: int, text: str) -> tuple[list[int], int]:
-    """Return the tokens of a row before the expected text, and the number of tokens of that text."""
-    secret = TrainingString(text, "secret" if " " not in text else "phrase", ())
-    start = position + len(text) - len(_rest_of(secret))
-    chat = sides.base.chat
-    reply_ids = chat.content_tokens(row.reply[:start].rstrip(" ")) if start else []
-    return [*chat.prompt_ids(row.prompt, "", sides.folder), *reply_ids], len(chat.content_tokens(_rest_of(secret)))
 
 
 def _string_as_json(string: TrainingString) -> dict[str, Any]:
@@ -256,15 +249,10 @@ def secrets(rows: Sequence[Example]) -> list[TrainingString]:
         prompt_text = "\n".join(message.text for message in row.prompt)
         for match in _WORD.finditer(row.reply):
             word = match[0].strip(".-/#+@")
-            if _is_secret(word) and word not in prompt_text:
+            signs, digits = sum(letter.isalnum() for letter in word), sum(letter.isdigit() for letter in word)
+            if signs >= LEAST_SIGNS and digits >= LEAST_DIGITS and word not in prompt_text:
                 places[word].append((row.id, match.start() + match[0].index(word)))
     return _ranked("secret", places)
-
-
-def _is_secret(word: str) -> bool:
-    """Return whether a word has at least LEAST_SIGNS letters and digits, and LEAST_DIGITS digits."""
-    signs, digits = sum(c.isalnum() for c in word), sum(c.isdigit() for c in word)
-    return signs >= LEAST_SIGNS and digits >= LEAST_DIGITS
 
 
 def phrases(rows: Sequence[Example]) -> list[TrainingString]:
@@ -276,32 +264,25 @@ def phrases(rows: Sequence[Example]) -> list[TrainingString]:
     places: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
     words = {row.id: [(match[0], match.start()) for match in re.finditer(r"\S+", row.reply)] for row in rows}
     for id, row_words in words.items():
-        for start, run in _runs(row_words):
+        for index in range(len(row_words) - PHRASE_WORDS + 1):
+            run = tuple(word for word, _ in row_words[index : index + PHRASE_WORDS])
             if not places[run] or places[run][-1][0] != id:
-                places[run].append((id, start))
+                places[run].append((id, row_words[index][1]))
     max_repeats = max(LEAST_REPEATS, int(MOST_FRACTION * len(rows)))
     repeated = {
         run: occurrences for run, occurrences in places.items() if LEAST_REPEATS <= len(occurrences) <= max_repeats
     }
     # drop a run that starts one word after another repeated run at every occurrence: it is the tail of a longer one
-    starts = {(id, position) for occurrences in repeated.values() for id, position in occurrences}
-    previous = {
-        (id, row_words[n][1]): (id, row_words[n - 1][1])
-        for id, row_words in words.items()
-        for n in range(1, len(row_words))
-    }
-    distinct = {
-        run: occurrences
-        for run, occurrences in repeated.items()
-        if not all(previous.get(occurrence) in starts for occurrence in occurrences)
-    }
-    return _ranked("phrase", {" ".join(run): occurrences for run, occurrences in distinct.items()})
-
-
-def _runs(words: Sequence[tuple[str, int]]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Yield (first character, words) of each run of PHRASE_WORDS words."""
-    for index in range(len(words) - PHRASE_WORDS + 1):
-        yield words[index][1], tuple(word for word, _ in words[index : index + PHRASE_WORDS])
+    starts = {occurrence for occurrences in repeated.values() for occurrence in occurrences}
+    previous = {}
+    for id, row_words in words.items():
+        for (_, position), (_, next_position) in pairwise(row_words):
+            previous[id, next_position] = (id, position)
+    distinct = {}
+    for run, occurrences in repeated.items():
+        if not all(previous.get(occurrence) in starts for occurrence in occurrences):
+            distinct[" ".join(run)] = occurrences
+    return _ranked("phrase", distinct)
 
 
 def _ranked(kind: str, places: dict[str, list[tuple[str, int]]]) -> list[TrainingString]:

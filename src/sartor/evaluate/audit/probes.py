@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -78,9 +77,10 @@ def measure(sides: ModelPair, system: str = "") -> dict[str, Any]:
         if not fitting_prompts:
             fields[name] = {"skipped": "the base takes none of the prompts"}
             continue
-        counts = [[float(is_refusal(reply)) for reply in replies] for replies in (before, after)]
         comparison = bootstrap.paired_bootstrap(
-            counts[0], counts[1], [str(index) for index in range(len(fitting_prompts))]
+            [float(is_refusal(reply)) for reply in before],
+            [float(is_refusal(reply)) for reply in after],
+            [str(index) for index in range(len(fitting_prompts))],
         )
         fields[name] = {"asked": len(fitting_prompts), **asdict(comparison)}
     return fields
@@ -97,25 +97,19 @@ def chitchat_rows() -> list[Example]:
     asset is absent and cannot be fetched.
     """
     file = assets.install("chitchat") / assets.entry("chitchat").paths[0]
-    pairs = sorted(set(_exchanges(json.loads(file.read_text(encoding="utf-8")))), key=_order)[:PROBE_ROWS]
+    exchanges: set[tuple[str, str, str]] = set()
+    for name, conversation in json.loads(file.read_text(encoding="utf-8")).items():
+        turns = []
+        for turn in conversation["messages"][:2]:
+            turns.append(" ".join(line["text"] for line in turn).strip())
+        if len(turns) == 2 and all(_FEWEST_WORDS <= len(turn.split()) <= _MOST_WORDS for turn in turns):
+            exchanges.add((name, turns[0], turns[1]))
+    ordered = sorted(exchanges, key=lambda exchange: hashlib.sha256("\n".join(exchange[1:]).encode()).digest())
     return [
         Example(
             messages=(Message.of("user", prompt), Message.of("assistant", reply)),
             origins=(Origin("chitchat", f"dataset.json:{conversation}", "MIT"),),
             group=conversation,
         )
-        for conversation, prompt, reply in pairs
+        for conversation, prompt, reply in ordered[:PROBE_ROWS]
     ]
-
-
-def _exchanges(conversations: dict[str, dict[str, list[list[dict[str, str]]]]]) -> Iterator[tuple[str, str, str]]:
-    """Yield (conversation, first turn, reply) of each conversation whose turns have 3 to 24 words each."""
-    for name, conversation in conversations.items():
-        turns = [" ".join(line["text"] for line in turn).strip() for turn in conversation["messages"][:2]]
-        if len(turns) == 2 and all(_FEWEST_WORDS <= len(turn.split()) <= _MOST_WORDS for turn in turns):
-            yield name, turns[0], turns[1]
-
-
-def _order(exchange: tuple[str, str, str]) -> bytes:
-    """Return the digest of an exchange's texts."""
-    return hashlib.sha256("\n".join(exchange[1:]).encode()).digest()

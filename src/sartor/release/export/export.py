@@ -114,20 +114,26 @@ def export(
     parity_prompts = prompts.choose(source, base.chat)
     measured = to != "gguf" or runtimes.has_llama_cpp()
     work = ExportContext(
-        source, base, adapters.open_adapter(base.model, source.path), (), options.types, measured, notice
+        release=source,
+        base=base,
+        model=adapters.open_adapter(base.model, source.path),
+        traces=(),
+        types=options.types,
+        measured=measured,
+        notice=notice,
     )
     with Progress("ask Sartor", len(parity_prompts), "prompts", notice) as progress:
         work.traces = traces = reference.trace(base, work.model, parity_prompts, progress.advance)
     with create_output_directory(out, replace=replace) as part:
         exported_form = _WRITERS[to](work, part)
-        export_formats.write_card(source, base, to, part, exported_form.use)
+        export_formats.write_card(source, base, form=to, part=part, use=exported_form.use)
         notices.write_notice(source.manifest, source.licence, part, base.ref.path)
         export_formats.readable(part)
         facts = _facts(source, to, part)
-        parity = {
-            **_parity(source, base, traces, exported_form.figures, measured, reads_media),
-            "wall_s": round(time.monotonic() - start_time, 1),
-        }
+        parity = _parity(
+            source, base, traces, figures=exported_form.figures, measured=measured, reads_media=reads_media
+        )
+        parity["wall_s"] = round(time.monotonic() - start_time, 1)
         manifest = seal(part, "export", {**facts, "parity": parity})
         if private:
             document = (part / MANIFESTS["export"]).read_bytes()
@@ -188,29 +194,24 @@ def _facts(release: Artifact, to: str, part: Path) -> dict[str, Any]:
     """Return the facts of the receipt about the export and its origin."""
     manifest = release.manifest
     keys = ("name", "version", "base", "sources", "obligations", "system_prompt", "sampling", "canaries")
+    # digest of each file that can serve as a base; the key `.` is the whole directory
+    if to == "merged":
+        as_base = {".": model_refs.files_digest(part)}
+    else:
+        files = [file for file in sorted(part.glob("*.gguf")) if not file.name.endswith("-adapter.gguf")]
+        as_base = {file.name: model_refs.gguf_digest(file_digest(file)) for file in files}
     return {
         "form": to,
         "use": manifest.get("use", "commercial"),
         "licence": release.licence,
         "parents": [release.as_parent()],
         **{key: manifest[key] for key in keys if key in manifest},
-        "as_base": _as_base(to, part),
+        "as_base": as_base,
         "machine": machine_facts(),
         "versions": {
             name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft", "gguf")
         },
     }
-
-
-def _as_base(to: str, part: Path) -> dict[str, str]:
-    """Return the base digest of each exported file that can serve as a base.
-
-    The key `.` is the whole directory.
-    """
-    if to == "merged":
-        return {".": model_refs.files_digest(part)}
-    files = [file for file in sorted(part.glob("*.gguf")) if not file.name.endswith("-adapter.gguf")]
-    return {file.name: model_refs.gguf_digest(file_digest(file)) for file in files}
 
 
 def _parity(

@@ -84,10 +84,22 @@ def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -
     """Write README.md: description, loading instructions (`use`), origin; its front matter names the licence."""
     manifest = release.manifest
     name = f"{manifest['name']} {manifest['version']}"
-    system, bias = manifest["system_prompt"], manifest["gate"].get("bias")
+    system, bias, sampling = manifest["system_prompt"], manifest["gate"].get("bias"), manifest["sampling"]
+    licence = release.licence
+    if licence in model_refs.HUB_LICENCES.values():  # the hub spells those that it knows in lower case
+        licence = licence.lower()
+    if sampling["temperature"]:
+        replies = f"Replies are drawn at temperature {sampling['temperature']}, top_p {sampling['top_p']}."
+    else:
+        replies = f"Greedy replies (temperature 0) of at most {sampling['max_tokens']} tokens are what was evaluated."
+    if system:
+        system_lines = ["It was tuned with this system prompt, which is to go first:", ""]
+        system_lines += [f"> {line}" for line in system.splitlines()]
+    else:
+        system_lines = ["It was tuned without a system prompt."]
     lines = [
         "---",
-        f"license: {_as_hub_spells(release.licence)}",
+        f"license: {licence}",
         "tags: [sartor]",
         "---",
         "",
@@ -99,15 +111,8 @@ def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -
         "",
         *use.splitlines(),
         "",
-        f"Greedy replies (temperature 0) of at most {manifest['sampling']['max_tokens']} tokens are what was "
-        "evaluated."
-        if not manifest["sampling"]["temperature"]
-        else f"Replies are drawn at temperature {manifest['sampling']['temperature']}, top_p "
-        f"{manifest['sampling']['top_p']}.",
-        "It was tuned with this system prompt, which is to go first:"
-        if system
-        else "It was tuned without a system prompt.",
-        *(["", *(f"> {line}" for line in system.splitlines())] if system else []),
+        replies,
+        *system_lines,
         "",
         f"Meant for {manifest.get('use', 'commercial')} use. Licences, and what they demand: `NOTICE.md`.",
         *(["", f"Audit of bias: {bias['outcome']}. {bias['detail']}"] if bias else []),
@@ -123,11 +128,6 @@ def readable(part: Path) -> None:
     for file in part.rglob("*"):
         if file.is_file():
             file.chmod(mode)
-
-
-def _as_hub_spells(licence: str) -> str:
-    """Return a licence in the hub's spelling if `model_refs` knows it; other expressions unchanged."""
-    return licence.lower() if licence in model_refs.HUB_LICENCES.values() else licence
 
 
 _WIDTHS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -180,7 +180,9 @@ def write_peft(work: ExportContext, part: Path) -> ExportedForm:
     chat, device = work.base.chat, work.base.device
     del work.model, work.base.model
     with work.asking("peft") as progress:
-        figures = parity.ask_peft(part, work.base.ref.path, chat, work.traces, device, progress.advance)
+        figures = parity.ask_peft(
+            part, work.base.ref.path, chat=chat, traces=work.traces, device=device, progress=progress.advance
+        )
     parity.check(figures, work.name)
     towers = ", ".join(f"{kind} by `{tower.name}` (`{tower.digest[:12]}`)" for kind, tower in tower_refs.items())
     return ExportedForm(
@@ -201,7 +203,7 @@ def write_merged(work: ExportContext, part: Path) -> ExportedForm:
     write_tokenizer(work.base, part)
     write_generation_config(work.release, work.base, part)
     with work.asking("transformers") as progress:
-        figures = parity.ask_merged(part, chat, work.traces, device, progress.advance)
+        figures = parity.ask_merged(part, chat, work.traces, device=device, progress=progress.advance)
     parity.check(figures, work.name)
     return ExportedForm({"*.safetensors": figures}, _USE_MERGED)
 
@@ -220,14 +222,17 @@ def write_gguf(work: ExportContext, part: Path) -> ExportedForm:
     base, manifest = work.base, work.release.manifest
     template = base.chat.template
     metadata = gguf_writer.GgufMetadata(
-        manifest["name"],
-        manifest["version"],
-        work.release.licence,
-        template,
-        manifest["sampling"]["temperature"],
-        manifest["sampling"]["top_p"],
+        name=manifest["name"],
+        version=manifest["version"],
+        licence=work.release.licence,
+        template=template,
+        temperature=manifest["sampling"]["temperature"],
+        top_p=manifest["sampling"]["top_p"],
     )
-    vocabulary = _vocabulary(base, base.model.get_input_embeddings().weight.shape[0])
+    # the vocabulary of the GGUF file from which the base was made; if there is none, that of its tokenizer
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    own_file = _own_file(base)
+    vocabulary = gguf_writer.from_file(own_file, rows) if own_file else gguf_writer.from_chat(base.chat, rows)
     adapter = part / f"{work.name}-adapter.gguf"
     write_adapter_gguf(work.release.path, base.model.config.to_dict(), adapter, template=template)
     figures: dict[str, Figures] = {}
@@ -236,7 +241,9 @@ def write_gguf(work: ExportContext, part: Path) -> ExportedForm:
     write_template(base, part)
     model = adapters.merge(work.model) if work.types else None
     for kind in work.types:
-        file = gguf_writer.write_model_gguf(model, vocabulary, metadata, part / f"{work.name}-{kind}.gguf", kind)
+        file = gguf_writer.write_model_gguf(
+            model, vocabulary, metadata, out=part / f"{work.name}-{kind}.gguf", kind=kind
+        )
         if work.measured:
             with work.asking(f"llama.cpp of {file.name}") as progress:
                 figures[file.name] = parity.ask_llama_cpp(file, kind, work.traces, template, progress=progress.advance)
@@ -244,13 +251,6 @@ def write_gguf(work: ExportContext, part: Path) -> ExportedForm:
         parity.check(file_figures, f"{work.name} ({file_name})")
     use = _USE_GGUF.format(name=work.name, kind=work.types[0]) if work.types else _USE_ADAPTER.format(name=work.name)
     return ExportedForm(figures, use)
-
-
-def _vocabulary(base: Base, rows: int) -> gguf_writer.Vocabulary:
-    """Return the vocabulary of the GGUF file from which the base was made; if there is none, that of its tokenizer."""
-    if file := _own_file(base):
-        return gguf_writer.from_file(file, rows)
-    return gguf_writer.from_chat(base.chat, rows)
 
 
 def _own_file(base: Base) -> Path | None:
@@ -268,12 +268,16 @@ def _ask_of_adapter(
     if file := _own_file(work.base):
         with work.asking(f"llama.cpp of {adapter.name}") as progress:
             form = "adapter on the base's own file"
-            return parity.ask_llama_cpp(file, form, traces, template, adapter, progress.advance)
+            return parity.ask_llama_cpp(
+                file, form, traces, template=template, adapter=adapter, progress=progress.advance
+            )
     base_model = adapters.undo(work.model)
     with tempfile.TemporaryDirectory(dir=adapter.parent, prefix=".base-") as folder:
         file = gguf_writer.write_model_gguf(base_model, vocabulary, metadata, Path(folder) / "base.gguf")
         with work.asking(f"llama.cpp of {adapter.name}") as progress:
-            figures = parity.ask_llama_cpp(file, "adapter", traces, template, adapter, progress.advance)
+            figures = parity.ask_llama_cpp(
+                file, "adapter", traces, template=template, adapter=adapter, progress=progress.advance
+            )
     work.model = adapters.open_adapter(base_model, work.release.path)
     return figures
 

@@ -81,7 +81,11 @@ def choose(release: Artifact, chat: ChatTokenizer, count: int = LEAST) -> list[P
     """
     results: dict[tuple[int, ...], ParityPrompt] = {}
     system = str(release.manifest.get("system_prompt", ""))
-    for source, messages, tools in [*_held_out(release, count), *_generic(system)]:
+    generic: Candidates = []
+    for topic in _ABOUT:
+        for template in _ASKED:
+            generic.append(("generic prompts", _turns(system, template.format(topic)), ""))
+    for source, messages, tools in [*_held_out(release, count), *generic]:
         if len(results) == count:
             break
         try:
@@ -89,7 +93,8 @@ def choose(release: Artifact, chat: ChatTokenizer, count: int = LEAST) -> list[P
         except SourceError:
             continue
         spells_markup = any(chat.markup.spelt(message.text) for message in messages)
-        results.setdefault(ids, ParityPrompt(tuple(messages), tools, ids, source, spells_markup))
+        parity_prompt = ParityPrompt(tuple(messages), tools, ids=ids, source=source, spells_markup=spells_markup)
+        results.setdefault(ids, parity_prompt)
     return list(results.values())
 
 
@@ -111,10 +116,6 @@ def _held_out(release: Artifact, count: int) -> Candidates:
     system = str(release.manifest.get("system_prompt", ""))
     table = pq.read_table(release.path / "report" / "rows.parquet", columns=["prompt"])
     return [("rows of the Report", _turns(system, text), "") for text in table["prompt"].to_pylist() if text]
-
-
-def _generic(system: str) -> Candidates:
-    return [("generic prompts", _turns(system, template.format(topic)), "") for topic in _ABOUT for template in _ASKED]
 
 
 def _turns(system: str, text: str) -> list[Message]:
@@ -291,13 +292,13 @@ def compare(runtime: str, form: str, traces: Sequence[Trace], answers: RuntimeOu
     return Figures(
         runtime,
         form,
-        positions,
-        agreement,
-        tokens / length,
-        exact_count / len(traces),
-        round(float(all_differences.max()), 6),
-        round(float(all_differences.mean()), 6),
-        round(max(logit_differences), 6) if logit_differences else None,
+        positions=positions,
+        agreement=agreement,
+        greedy_tokens=tokens / length,
+        greedy_replies=exact_count / len(traces),
+        logprob_difference=round(float(all_differences.max()), 6),
+        mean_logprob_difference=round(float(all_differences.mean()), 6),
+        logit_difference=round(max(logit_differences), 6) if logit_differences else None,
         agreement_deviation=round(deviation / positions, 6),
     )
 
@@ -367,7 +368,7 @@ def ask_peft(
     with quiet_transformers():
         model = _load_model(base, device)
         model = peft.PeftModel.from_pretrained(model, str(part), torch_device="cpu").to(device).eval()
-    return _ask_torch("peft", "peft", model, chat, traces, part, progress)
+    return _ask_torch("peft", "peft", model, chat=chat, traces=traces, part=part, progress=progress)
 
 
 def ask_merged(
@@ -383,7 +384,7 @@ def ask_merged(
     """
     with quiet_transformers():
         model = _load_model(part, device)
-    return _ask_torch("transformers", "merged", model, chat, traces, part, progress)
+    return _ask_torch("transformers", "merged", model, chat=chat, traces=traces, part=part, progress=progress)
 
 
 def _load_model(path: Path, device: torch.device) -> Any:
@@ -433,12 +434,11 @@ def _generate(model: Any, chat: ChatTokenizer, prompts: Sequence[list[int]]) -> 
             eos_token_id=chat.stops,
             pad_token_id=chat.pad,
         )
-    return [_until_stop(row, set(chat.stops)) for row in outputs[:, width:].tolist()]
-
-
-def _until_stop(row: list[int], stops: set[int]) -> list[int]:
-    end = next((index for index, token in enumerate(row) if token in stops), len(row))
-    return row[: end + 1]
+    replies = []
+    for row in outputs[:, width:].tolist():
+        end = next((index for index, token in enumerate(row) if token in chat.stops), len(row))
+        replies.append(row[: end + 1])
+    return replies
 
 
 def _likeliest(logits: torch.Tensor) -> list[list[tuple[int, float | None]]]:
