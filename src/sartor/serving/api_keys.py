@@ -191,7 +191,7 @@ def read_mark(connection: Connection) -> str:
 
 def write_mark(connection: Connection, mark: str, reason: str) -> None:
     """Write a mark into the registry's log, in the transaction of the change that it records."""
-    note(connection, mark, "", "", ChangeCause(_user(), reason), {})
+    note(connection, mark, agent="", version="", cause=ChangeCause(_user(), reason), numbers={})
 
 
 def _user() -> str:
@@ -597,7 +597,14 @@ def _whole(connection: Connection, identity: str) -> Mapping[str, Any] | None:
 
 def _key(row: Mapping[str, Any]) -> ApiKey:
     agents = tuple(json.loads(row["agents"]))
-    return ApiKey(row["id"], agents, bool(row["admin"]), row["created"], row["expires"], row["revoked"])
+    return ApiKey(
+        id=row["id"],
+        agents=agents,
+        is_admin=bool(row["admin"]),
+        created=row["created"],
+        expires=row["expires"],
+        revoked=row["revoked"],
+    )
 
 
 def _ends(expires: str) -> str:

@@ -113,7 +113,9 @@ class RequestDigestInput:
     @classmethod
     def of_call(cls, call: GenerateCall) -> RequestDigestInput:
         """Return the normal form of an engine's call."""
-        return cls._of(call.messages, call.text, call.tools, call.must_call, call.schema)
+        return cls._of(
+            messages=call.messages, text=call.text, tools=call.tools, must_call=call.must_call, schema=call.schema
+        )
 
     @classmethod
     def of_request(cls, body: Mapping[str, Any]) -> RequestDigestInput:
@@ -129,7 +131,13 @@ class RequestDigestInput:
         ):
             raise ArtifactError("the messages are no list of messages", '[{"role": "user", "content": "..."}]')
         tools, must_call = read_choice(body.get("tool_choice"), read_tools(_without_none(body.get("tools") or [])))
-        return cls._of(messages, text, tools, must_call, _schema_of(body.get("response_format")))
+        return cls._of(
+            messages=messages,
+            text=text,
+            tools=tools,
+            must_call=must_call,
+            schema=_schema_of(body.get("response_format")),
+        )
 
     @classmethod
     def _of(
@@ -142,7 +150,14 @@ class RequestDigestInput:
     ) -> RequestDigestInput:
         plain = tuple(_plain(message) for message in messages)
         leading = 1 if plain and plain[0].get("role") == "system" else 0
-        return cls(plain[:leading], plain[leading:], text, tuple(tools), must_call, schema)
+        return cls(
+            system=plain[:leading],
+            messages=plain[leading:],
+            text=text,
+            tools=tuple(tools),
+            must_call=must_call,
+            schema=schema,
+        )
 
     def digests(self, digest: Digest) -> dict[str, str]:
         """Return the digest of each part; empty for a part that is absent."""

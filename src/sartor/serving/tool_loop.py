@@ -131,7 +131,7 @@ class ToolCallingAgent:
             text = "".join(event.text for event in events if isinstance(event, TextDelta))
             turn = {"role": "assistant", "content": text, "tool_calls": list(tool_calls)}
             results = [
-                await self._result(answer, tools, tool_call, index, progress)
+                await self._result(answer, tools, tool_call, index=index, progress=progress)
                 for index, tool_call in enumerate(tool_calls)
             ]
             model = name if answer.agent.endswith(SUFFIX) else answer.agent
@@ -153,7 +153,7 @@ class ToolCallingAgent:
         name, arguments = str(tool_call["function"]["name"]), str(tool_call["function"]["arguments"])
         began, error = time.monotonic(), ""
         try:
-            text = await self._run(tools, name, arguments, index, progress)
+            text = await self._run(tools, name, arguments, index=index, progress=progress)
         except SartorError as tool_error:
             error, text = tool_error.kind, f"error: {tool_error.problem}"
             progress.notes.append(tool_error.problem)

@@ -309,7 +309,7 @@ def _tower(kind: Modality, entry: Any) -> TowerReference:
             raise _projectors_refusal(
                 f"says {key} {str(entry.get(key))[:20]!a} of the tower for {kind}; it lies in 1..{limit}"
             )
-    return TowerReference(kind, entry["name"], entry["digest"], entry["width"], entry["stack"])
+    return TowerReference(kind, name=entry["name"], digest=entry["digest"], width=entry["width"], stack=entry["stack"])
 
 
 def _check_tower(tower: TowerReference) -> None:

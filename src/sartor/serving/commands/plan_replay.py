@@ -204,7 +204,13 @@ def replay_plans(
 
 async def _replay(team: Team, runs: Sequence[Rows], question: Mapping[str, Any]) -> list[Replayed]:
     async with build_services(team) as services:
-        remaking = Remaking(team, services.replies, team_digest(Path(team.state)), question, services.workers.about)
+        remaking = Remaking(
+            team,
+            replies=services.replies,
+            digest=team_digest(Path(team.state)),
+            messages=question,
+            about=services.workers.about,
+        )
         return [await remaking.remake(rows) for rows in runs]
 
 
@@ -265,7 +271,13 @@ def _difference(logged: Rows, ran: FinishedRun, digest: Digest) -> Difference | 
     for row in logged:
         key = (row["role"], row["step"])
         if key not in current:
-            return Difference(row["step"], row["agent"], "outcome", row["outcome"], "it did not come to pass")
+            return Difference(
+                step=row["step"],
+                agent=row["agent"],
+                what="outcome",
+                then=row["outcome"],
+                now="it did not come to pass",
+            )
         if change := _compared(row, words[key] if keeps else current[key]):
             return Difference(row["step"] or row["role"], row["agent"], *change)
     return None

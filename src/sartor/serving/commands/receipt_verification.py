@@ -107,7 +107,11 @@ def verify_receipt(
     text = reply if reply is not None else payload.get("reply")
     release = _release_of(receipt, loaded_team)
     evidence = _Evidence(
-        receipt, _completed(content, receipt, release), text if isinstance(text, str) else None, loaded_team, release
+        receipt,
+        content=_completed(content, receipt, release),
+        reply=text if isinstance(text, str) else None,
+        team=loaded_team,
+        release=release,
     )
     checked = {
         "signature": f"signed by {signer}",
@@ -165,7 +169,9 @@ def _check_signature(receipt: Mapping[str, Any], file: Path, key: Path | None, t
             f"{file} holds what no receipt can: {error}", "give what GET /v1/receipts/ID answered"
         ) from None
     keys = [signing.open_public(trusted)] if trusted else None
-    return signing.check_signature(document, receipt["signature"], file, f"the receipt {receipt['id']}", keys)
+    return signing.check_signature(
+        document, receipt["signature"], file=file, subject=f"the receipt {receipt['id']}", trusted=keys
+    )
 
 
 def _release_of(receipt: Mapping[str, Any], team: Team | None) -> Artifact | None:
@@ -333,14 +339,14 @@ def _regenerate(engine: Engine, evidence: _Evidence, sampling: Sampling) -> str:
             )
         engine.attach(adapter, evidence.release.path)
     call = GenerateCall(
-        _CALL,
-        adapter,
-        (*content.system, *content.messages),
-        content.text,
-        sampling,
-        content.schema,
-        content.tools,
-        content.must_call,
+        id=_CALL,
+        adapter=adapter,
+        messages=(*content.system, *content.messages),
+        text=content.text,
+        sampling=sampling,
+        schema=content.schema,
+        tools=content.tools,
+        must_call=content.must_call,
     )
     engine.submit(call)
     pieces = []

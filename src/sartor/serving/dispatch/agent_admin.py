@@ -39,11 +39,11 @@ class AgentAdmin:
         return [
             AgentListing(
                 name,
-                agent.live,
-                agent.versions,
-                {**health[name], "note": agent.note},
-                name not in unadmitted,
-                {version: self._served.reads(f"{name}@{version}") for version in agent.versions},
+                live=agent.live,
+                versions=agent.versions,
+                state={**health[name], "note": agent.note},
+                is_ready=name not in unadmitted,
+                reads={version: self._served.reads(f"{name}@{version}") for version in agent.versions},
             )
             for name, agent in self._served.agents.items()
         ]

@@ -152,13 +152,21 @@ class Dispatcher:
         self._admit = admit
         self.leases = AdapterLeases(workers, admit, release_copies.folder(Path(team.state)))
         self.rollouts = Rollouts(team.rollout, clock)
-        self.served = ServedAgents(registry, workers, self.leases, self.rollouts, router)
+        self.served = ServedAgents(registry, workers, leases=self.leases, rollouts=self.rollouts, router=router)
         self.user_versions = UserVersionSelector(
-            UserVersionStore(registry.database), self.leases, workers, Path(team.state), team.personal.held
+            UserVersionStore(registry.database),
+            leases=self.leases,
+            workers=workers,
+            state=Path(team.state),
+            max_loaded=team.personal.held,
         )
         self.served.followers.append(self.user_versions.follow)
         self.shadows = Shadows(
-            workers, self._has_room, self.leases.leased, self._on_shadow_outcome, team.limits.deadline_s
+            workers,
+            has_room=self._has_room,
+            leased=self.leases.leased,
+            report=self._on_shadow_outcome,
+            deadline_s=team.limits.deadline_s,
         )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loops: list[asyncio.Task[None]] = []
@@ -202,7 +210,7 @@ class Dispatcher:
             async with asyncio.timeout(request.deadline_s):
                 public_request = self.user_versions.public_request(request)
                 selection = await select_candidates(
-                    public_request, self.served.agents, self._router, receipt, self.served.reads
+                    public_request, self.served.agents, router=self._router, id=receipt, reads=self.served.reads
                 )
                 selection = await self.user_versions.select(
                     selection, request, self.served.agents, self.served.versions
@@ -224,7 +232,11 @@ class Dispatcher:
                 reasons = (*selection.candidates[0].reasons, Reason(ReasonKind.FAILED, errors[0].problem), *reasons)
             try:
                 return await self._begin(
-                    replace(request, deadline_s=remaining_s), selection, index, receipt, join_reasons(reasons)
+                    replace(request, deadline_s=remaining_s),
+                    selection=selection,
+                    index=index,
+                    receipt=receipt,
+                    reason=join_reasons(reasons),
                 )
             except STEPS_IN as error:
                 errors.append(error)
@@ -292,7 +304,11 @@ class Dispatcher:
         elif event.finish != "cancelled":
             tokens = event.reply_tokens or stream.tokens
             self._observe_reply(
-                pending.agent, stream.text, bool(event.tool_calls), stream.took_s / max(1, tokens), pending.in_flight
+                pending.agent,
+                text=stream.text,
+                is_call=bool(event.tool_calls),
+                token_s=stream.took_s / max(1, tokens),
+                in_flight=pending.in_flight,
             )
             self._shadow(pending, stream.text)
         if self._receipts is not None:
@@ -340,11 +356,21 @@ class Dispatcher:
         elif event.finish != "cancelled":
             token_s = outcome.took_s / max(1, event.reply_tokens or outcome.tokens)
             self.rollouts.observe_comparison(shadow.agent, outcome.text == shadow.live_reply)
-            self._observe_reply(shadow.agent, outcome.text, bool(event.tool_calls), token_s, self.in_flight + 1)
+            self._observe_reply(
+                shadow.agent,
+                text=outcome.text,
+                is_call=bool(event.tool_calls),
+                token_s=token_s,
+                in_flight=self.in_flight + 1,
+            )
 
     def _observe_reply(self, agent: str, text: str, is_call: bool, token_s: float, in_flight: int) -> None:
         self._follow(
-            self.rollouts.observe_reply(ObservedReply(agent, False, is_call or is_json(text), token_s, in_flight))
+            self.rollouts.observe_reply(
+                ObservedReply(
+                    agent, failed=False, is_json=is_call or is_json(text), token_s=token_s, in_flight=in_flight
+                )
+            )
         )
 
     def _failed(self, agent: str, kind: str) -> None:

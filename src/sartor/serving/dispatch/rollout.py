@@ -116,10 +116,16 @@ class Rollouts:
                 or (current.candidate, current.live) != (agent.candidate, agent.live)
             ):
                 self._comparisons[agent.name] = _Comparison(
-                    agent.name, agent.candidate, agent.live, False, float("inf")
+                    agent.name, candidate=agent.candidate, live=agent.live, is_frozen=False, deadline=float("inf")
                 )
         elif previous is not None and previous.live != agent.live and agent.previous == previous.live:
-            watch = _Comparison(agent.name, agent.live, previous.live, True, self._clock() + self._rules.watch_s)
+            watch = _Comparison(
+                agent.name,
+                candidate=agent.live,
+                live=previous.live,
+                is_frozen=True,
+                deadline=self._clock() + self._rules.watch_s,
+            )
             for tally in self._live_tallies.get(f"{agent.name}@{previous.live}", ()):
                 watch.live_tally.add(tally)
             self._comparisons[agent.name] = watch
@@ -242,7 +248,9 @@ class Rollouts:
     ) -> RolloutVerdict:
         # No second verdict. The change in the registry removes the comparison.
         comparison.is_over = True
-        return RolloutVerdict(comparison.name, comparison.candidate, action, reason, numbers)
+        return RolloutVerdict(
+            agent=comparison.name, version=comparison.candidate, action=action, reason=reason, numbers=numbers
+        )
 
 
 def _numbers(alarm: Alarm, comparison: _Comparison) -> dict[str, Any]:
@@ -342,7 +350,9 @@ class Shadows:
         async for event in stream:
             if isinstance(event, (ReplyDone, ReplyFailed)):
                 self.answered += 1
-                self._report(ShadowOutcome(shadow, event, stream.text, stream.tokens, stream.took_s))
+                self._report(
+                    ShadowOutcome(shadow, event, text=stream.text, tokens=stream.tokens, took_s=stream.took_s)
+                )
             elif not self._has_room():
                 self.left_out += 1
                 return

@@ -127,11 +127,11 @@ class HttpError:
 
 BUG = HttpError(
     500,
-    "server_error",
-    "internal_error",
-    "the server made a mistake; it is logged under this request's id",
-    "report the x-request-id of this answer",
-    "Bug",
+    type="server_error",
+    code="internal_error",
+    problem="the server made a mistake; it is logged under this request's id",
+    remedy="report the x-request-id of this answer",
+    kind="Bug",
 )
 
 
@@ -144,7 +144,16 @@ def to_http_error(error: SartorError) -> HttpError:
     code = error.code if isinstance(error, MediaFaultError) else code
     param = error.param if isinstance(error, FieldError) else None
     param = "model" if isinstance(error, errors.UnknownAgentError) else param
-    return HttpError(status, kind, code, error.problem, error.remedy, _public(error), param, _headers(error, status))
+    return HttpError(
+        status,
+        type=kind,
+        code=code,
+        problem=error.problem,
+        remedy=error.remedy,
+        kind=_public(error),
+        param=param,
+        headers=_headers(error, status),
+    )
 
 
 def _public(error: SartorError) -> str:

@@ -49,11 +49,11 @@ UNREAD_BYTES = 64 << 10
 KERNEL_BYTES = 256 << 10
 _MALFORMED = HttpError(
     400,
-    "invalid_request_error",
-    "invalid_http",
-    "this is not an HTTP request",
-    "send HTTP/1.1 with a head below 64 KiB",
-    "RequestError",
+    type="invalid_request_error",
+    code="invalid_http",
+    problem="this is not an HTTP request",
+    remedy="send HTTP/1.1 with a head below 64 KiB",
+    kind="RequestError",
 )
 
 
@@ -195,9 +195,14 @@ class HttpServer:
         self._tools = McpServer(state, team, self.log.bug) if team.mcp.serve else None
         self.app = _app(state, team, self._tools)
         gate = RequestGate(
-            services.authenticator, services.rates, team.http, team.limits, self.lifetime, self.connections
+            authenticator=services.authenticator,
+            rates=services.rates,
+            http=team.http,
+            limits=team.limits,
+            lifetime=self.lifetime,
+            connections=self.connections,
         )
-        self.asgi = AuthMiddleware(self.app, gate, self.log, metrics, self._tracer)
+        self.asgi = AuthMiddleware(self.app, gate, log=self.log, metrics=metrics, tracer=self._tracer)
 
     def connections(self) -> int:
         """Return the number of open connections."""

@@ -97,7 +97,9 @@ async def build_services(team: Team, tell: Tell = lambda event, **fields: None) 
         stack.callback(receipts.close)
         release_copies.sweep(Path(team.state))
         admit = _admission(team, workers)
-        router = AutoRouter(workers, team.router, Path(team.state), workers.about.kind, workers.about.dtype)
+        router = AutoRouter(
+            workers, team.router, state=Path(team.state), engine=workers.about.kind, dtype=workers.about.dtype
+        )
         stack.push_async_callback(router.close)
         dispatcher = Dispatcher(
             team, workers, registry, _announced(admit, Path(team.state), tell), router=router, receipts=receipts

@@ -108,7 +108,9 @@ class PlanDispatcher:
         if plan is None:
             return await self._replies.open(request)
         self._check(plan, request, version if separator else self._digests[name])
-        run = PlanRun(secrets.token_hex(16), request, self._members, self._plans, self._max_tokens)
+        run = PlanRun(
+            secrets.token_hex(16), request, members=self._members, plans=self._plans, max_tokens=self._max_tokens
+        )
         return await self._open_plan(run, plan)
 
     async def close(self) -> None:
@@ -218,11 +220,25 @@ class _ActiveRun:
         tokens = {"prompt": self.allowance.prompt, "reply": self.allowance.reply, "cached": self.allowance.cached}
         took_s = time.time() - self.began
         last_entry = StepLogEntry(
-            "", "answer", self.version, outcome, error, reply=text, receipt=self.run.id, tokens=tokens, took_s=took_s
+            step_path="",
+            role="answer",
+            agent=self.version,
+            outcome=outcome,
+            error=error,
+            reply=text,
+            receipt=self.run.id,
+            tokens=tokens,
+            took_s=took_s,
         )
         first_entry = StepLogEntry("", "request", request.model, "asked", request_fields=request_fields)
         return FinishedRun(
-            self.run.id, self.version, first_entry, self.run.lines, last_entry, self.plan.log == "content", self.began
+            self.run.id,
+            plan=self.version,
+            request_entry=first_entry,
+            steps=self.run.lines,
+            answer_entry=last_entry,
+            content=self.plan.log == "content",
+            began=self.began,
         )
 
 
@@ -256,7 +272,11 @@ class _PlanEvents:
         )
         if isinstance(event, ReplyDone):
             return ReplyDone(
-                self._id, event.finish, self._allowance.prompt, self._allowance.reply, self._allowance.cached
+                self._id,
+                event.finish,
+                prompt_tokens=self._allowance.prompt,
+                reply_tokens=self._allowance.reply,
+                cached_tokens=self._allowance.cached,
             )
         return replace(event, call=self._id)
 

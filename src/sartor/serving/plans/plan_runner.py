@@ -310,7 +310,11 @@ class PlanRunner:
         request = request_of(task, self._request, allowance, self._run.max_tokens)
         inner_allowance = allowance_of(plan, request.deadline_s, allowance)
         runner = PlanRunner(
-            self._run, plan, replace(request, openable=self._request.openable), inner_allowance, task.step_path
+            self._run,
+            plan,
+            request=replace(request, openable=self._request.openable),
+            allowance=inner_allowance,
+            parent_path=task.step_path,
         )
         reply = await runner.follow()
         assert not isinstance(reply, OpenStep), "only the outermost plan streams"
@@ -329,7 +333,7 @@ class PlanRunner:
     def _task(
         self, step: PlanStep, role: Role, step_path: str, step_input: PlanStepInput, *, number: int = 0
     ) -> StepTask:
-        return StepTask(step, role, self._at(step_path), step_input, number)
+        return StepTask(step, role, step_path=self._at(step_path), step_input=step_input, number=number)
 
     def _at(self, step_path: str) -> str:
         return f"{self._parent_path}/{step_path}" if self._parent_path else step_path

@@ -263,7 +263,7 @@ async def begin(run: PlanRun, allowance: PlanAllowance, client_request: AgentReq
     began = time.monotonic()
     request = request_of(task, client_request, allowance, run.max_tokens)
     answer = await run.members.open(request, task.step_path)
-    return OpenStep(run, allowance, request, task, answer, began)
+    return OpenStep(run, allowance, request=request, task=task, answer=answer, began=began)
 
 
 async def ask(

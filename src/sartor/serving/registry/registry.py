@@ -142,7 +142,9 @@ class Registry:
             action = self._put_version(connection, version)
             if not is_new and not action:
                 return agent
-            return self._record(connection, action or "added", before, agent, version.version, cause)
+            return self._record(
+                connection, action or "added", before=before, after=agent, version=version.version, cause=cause
+            )
 
         return self._change(write)
 
@@ -162,7 +164,7 @@ class Registry:
             if before is not None and before.note == reason:
                 return before
             agent = Agent(name, "", fallback=tuple(fallback), note=reason)
-            return self._record(connection, "refused", before, agent, "", cause)
+            return self._record(connection, "refused", before=before, after=agent, version="", cause=cause)
 
         return self._change(write)
 
@@ -178,8 +180,8 @@ class Registry:
             name,
             "promoted",
             lambda agent: agent.expecting(expected).promoted(version),
-            cause,
-            version,
+            cause=cause,
+            version=version,
             heals=expected is None,
         )
 
@@ -198,7 +200,7 @@ class Registry:
             after = before.rolled_back()
             self._mark(connection, f"{name}@{withdrawn}", "rolled_back")
             self._mark(connection, f"{name}@{after.live}", "admitted")
-            return self._record(connection, "rolled back", before, after, withdrawn, cause)
+            return self._record(connection, "rolled back", before=before, after=after, version=withdrawn, cause=cause)
 
         return self._change(write)
 
@@ -210,8 +212,8 @@ class Registry:
             name,
             "canary",
             lambda agent: agent.expecting(expected).with_trial(version, canary_fraction=fraction),
-            cause,
-            version,
+            cause=cause,
+            version=version,
         )
 
     def start_shadow(
@@ -225,8 +227,8 @@ class Registry:
             name,
             "shadow",
             lambda agent: agent.expecting(expected).with_trial(version, shadow_fraction=fraction),
-            cause,
-            version,
+            cause=cause,
+            version=version,
         )
 
     def bring_in(
@@ -253,7 +255,7 @@ class Registry:
             return agent.with_trial(version, canary_fraction=canary, shadow_fraction=shadow)
 
         heals = expected is None and not (canary or shadow)
-        return self._edit(name, "", change, cause, version, heals=heals)
+        return self._edit(name, "", change=change, cause=cause, version=version, heals=heals)
 
     def drain(self, name: str, *, cause: ChangeCause = NOBODY) -> Agent:
         """Let an agent finish its running requests and accept no new ones, until a version is promoted."""
@@ -277,7 +279,9 @@ class Registry:
             row = self._row(connection, registry_schema.agents, name=name)
             if row is not None and is_whole(row):
                 raise ConflictError(f"the row of {name} is as it was written", f"sartor agents events {name}")
-            return self._record(connection, "repaired", None, self._recall(connection, name), "", cause)
+            return self._record(
+                connection, "repaired", before=None, after=self._recall(connection, name), version="", cause=cause
+            )
 
         return self._change(write)
 
@@ -296,7 +300,14 @@ class Registry:
             after = change(before)
             if version:
                 self._mark(connection, f"{name}@{version}", "admitted")
-            return self._record(connection, action or _action_of(after, version), before, after, version, cause)
+            return self._record(
+                connection,
+                action or _action_of(after, version),
+                before=before,
+                after=after,
+                version=version,
+                cause=cause,
+            )
 
         return self._change(write)
 

@@ -118,7 +118,9 @@ def _assembled(
     foreign = [sample for sample in foreign if len(sample.agent)]
     is_learnt = len(held_out.agent) > 0 and len(foreign) > 0
     shared = _shared(held_out, foreign) if is_learnt else UNLEARNT
-    fitted = FittedRouter(names, space, parts, shared, 0.5, {}, unproven)
+    fitted = FittedRouter(
+        agents=names, space=space, parts=parts, shared=shared, threshold=0.5, figures={}, unproven=unproven
+    )
     if not is_learnt:
         return replace(fitted, figures={"held_out": 0, "accuracy": 0.0, "to_base": 0.0})
     score, is_right = held_out.best_probability(shared)

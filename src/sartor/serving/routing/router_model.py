@@ -187,7 +187,12 @@ class Linear:
         dense = [part.dense for part in parts if part.dense is not None]
         general = np.stack([part.general for part in parts], axis=1)
         return cls(
-            space, parts, words, np.stack(dense, axis=1) if dense else None, general, np.array([p.bias for p in parts])
+            space,
+            parts,
+            words=words,
+            dense=np.stack(dense, axis=1) if dense else None,
+            general=general,
+            bias=np.array([p.bias for p in parts]),
         )
 
     def scores(self, features: TextFeatures, to_general: F32) -> F32:
