@@ -161,7 +161,11 @@ class Remaking:
         if difference := numerics_difference({"engine": engine, **opens}):
             return Replayed(*head, note=f"not checked: made by {difference}")
         content = RequestDigestInput.of_request(_words(opens, self.messages))
-        self._check_words(opens, content)
+        if "content" not in opens and self.digest("asked", content.digests(self.digest)) != opens["asked"]:
+            raise ArtifactError(
+                f"the messages are not those of the run {opens['run']}",
+                "give them as they were, and --run for one of several",
+            )
         log = ComparingLog()
         by_place = {row["step"]: row for row in rows[1:-1]}
         plans = PlanDispatcher(_patient(self.team), self.replies, log, members=Pinned(self.replies, by_place))
@@ -170,13 +174,6 @@ class Remaking:
         request = AgentRequest(name, (*content.system, *content.messages), sampling=sampling, schema=content.schema)
         await _to_the_end(plans, replace(request, deadline_s=_PATIENCE_S))
         return Replayed(*head, differs=_difference(rows, log.ran[0], self.digest))
-
-    def _check_words(self, opens: Mapping[str, Any], content: RequestDigestInput) -> None:
-        if "content" not in opens and self.digest("asked", content.digests(self.digest)) != opens["asked"]:
-            raise ArtifactError(
-                f"the messages are not those of the run {opens['run']}",
-                "give them as they were, and --run for one of several",
-            )
 
 
 def replay_plans(

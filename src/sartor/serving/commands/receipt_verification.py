@@ -92,18 +92,17 @@ def verify_receipt(
     reply: text of the reply.
     Raises ArtifactError (an invalid file, other texts), SignatureError, ConfigError, ModelError.
     """
-    document = _read(Path(file))
+    document = _json(Path(file))
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{Path(file)} is no receipt", "give what GET /v1/receipts/ID answered")
     payload = document if isinstance(document.get("receipt"), dict) else {"receipt": document}
     receipt = _form(payload["receipt"], Path(file))
     loaded_team = load(Path(team)) if team else None
     signer = _check_signature(receipt, Path(file), Path(key) if key else None, loaded_team)
     if messages is not None:
         payload = {**payload, **question_in(Path(messages))}
-    content = (
-        RequestDigestInput.of_request(payload)
-        if payload.get("messages") or payload.get("text") or payload.get("prompt")
-        else None
-    )
+    has_request = payload.get("messages") or payload.get("text") or payload.get("prompt")
+    content = RequestDigestInput.of_request(payload) if has_request else None
     text = reply if reply is not None else payload.get("reply")
     release = _release_of(receipt, loaded_team)
     evidence = _Evidence(
@@ -119,13 +118,6 @@ def verify_receipt(
         "text": _check_text(evidence, notice),
     }
     return CheckedReceipt(receipt, signer, checked)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    document = _json(file)
-    if not isinstance(document, dict):
-        raise ArtifactError(f"{file} is no receipt", "give what GET /v1/receipts/ID answered")
-    return document
 
 
 def _json(file: Path) -> Any:
