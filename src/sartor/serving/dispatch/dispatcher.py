@@ -71,10 +71,13 @@ def build_call(request: AgentRequest, version: AgentVersion | None, id: str, max
     Raises RequestError for an unknown option or more than `max_tokens` tokens; ConfigError for a value out of range.
     """
     facts = version.facts if version else {}
+    system, messages = str(facts.get("system_prompt", "")), request.messages
+    if system and messages and not any(message.get("role") in _SYSTEM for message in messages):
+        messages = ({"role": "system", "content": system}, *messages)
     return GenerateCall(
         id=id,
         adapter=version.adapter if version else BASE,
-        messages=_messages(request, str(facts.get("system_prompt", ""))),
+        messages=messages,
         text=request.text,
         sampling=_sampling(request, dict(facts.get("sampling", {})), max_tokens),
         schema=request.schema,
@@ -82,12 +85,6 @@ def build_call(request: AgentRequest, version: AgentVersion | None, id: str, max
         must_call=request.must_call,
         top_logprobs=request.top_logprobs,
     )
-
-
-def _messages(request: AgentRequest, system: str) -> tuple[Any, ...]:
-    if not system or not request.messages or any(message.get("role") in _SYSTEM for message in request.messages):
-        return request.messages
-    return ({"role": "system", "content": system}, *request.messages)
 
 
 def _sampling(request: AgentRequest, released: dict[str, Any], max_tokens: int) -> Sampling:
@@ -163,7 +160,7 @@ class Dispatcher:
         self.served.followers.append(self.user_versions.follow)
         self.shadows = Shadows(
             workers,
-            has_room=self._has_room,
+            has_room=lambda: self.in_flight <= self._workers.about.rows // 4,
             leased=self.leases.leased,
             report=self._on_shadow_outcome,
             deadline_s=team.limits.deadline_s,
@@ -313,16 +310,18 @@ class Dispatcher:
             self._shadow(pending, stream.text)
         if self._receipts is not None:
             done = event if isinstance(event, ReplyDone) else None
-            facts = (
-                pending.receipt,
-                pending.reported_agent,
-                pending.reason,
-                pending.release_id,
-                pending.call,
-                stream.text,
-                done,
+            finished = FinishedReply(
+                receipt=pending.receipt,
+                agent=pending.reported_agent,
+                reason=pending.reason,
+                release_id=pending.release_id,
+                call=pending.call,
+                text=stream.text,
+                done=done,
+                scores=pending.scores,
+                began=pending.began,
+                person=pending.person,
             )
-            finished = FinishedReply(*facts, scores=pending.scores, began=pending.began, person=pending.person)
             # shielded: a client that disconnects now must not prevent the receipt
             await asyncio.shield(self._spawn(self._keep(finished)))
 
@@ -376,11 +375,10 @@ class Dispatcher:
     def _failed(self, agent: str, kind: str) -> None:
         if kind in AGENT_FAULTS:
             self._follow(self.rollouts.observe_reply(ObservedReply(agent, True)))
-        elif kind == "UnavailableError" and self._breaker(agent) == "quarantined":
-            self._follow(self.rollouts.condemn(agent, "its breaker put it into quarantine"))
-
-    def _breaker(self, agent: str) -> str:
-        return str(self._workers.health().get("agents", {}).get(agent, {}).get("breaker", ""))
+        elif kind == "UnavailableError":
+            health = self._workers.health().get("agents", {}).get(agent, {})
+            if health.get("breaker") == "quarantined":
+                self._follow(self.rollouts.condemn(agent, "its breaker put it into quarantine"))
 
     def _follow(self, verdict: RolloutVerdict | None) -> None:
         if verdict is not None:
@@ -413,9 +411,6 @@ class Dispatcher:
             yield
         finally:
             self.in_flight -= 1
-
-    def _has_room(self) -> bool:
-        return self.in_flight <= self._workers.about.rows // 4
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
