@@ -144,29 +144,25 @@ def to_http_error(error: SartorError) -> HttpError:
     code = error.code if isinstance(error, MediaFaultError) else code
     param = error.param if isinstance(error, FieldError) else None
     param = "model" if isinstance(error, errors.UnknownAgentError) else param
+    # the nearest class defined in core/errors; classes of this package differ only in status
+    public_name = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
+    headers = {}
+    if isinstance(error, errors.BusyError):
+        headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+    elif status == 401:
+        headers = {"www-authenticate": "Bearer"}
+    elif status == 503:
+        headers = {"retry-after": str(ASK_AGAIN_S)}
     return HttpError(
         status,
         type=kind,
         code=code,
         problem=error.problem,
         remedy=error.remedy,
-        kind=_public(error),
+        kind=public_name,
         param=param,
-        headers=_headers(error, status),
+        headers=headers,
     )
-
-
-def _public(error: SartorError) -> str:
-    """Return the name of the nearest class defined in core/errors. Classes of this package differ only in status."""
-    return next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
-
-
-def _headers(error: SartorError, status: int) -> dict[str, str]:
-    if isinstance(error, errors.BusyError):
-        return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
-    if status == 401:
-        return {"www-authenticate": "Bearer"}
-    return {"retry-after": str(ASK_AGAIN_S)} if status == 503 else {}
 
 
 MOST_SHOWN = 80

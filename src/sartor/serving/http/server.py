@@ -228,8 +228,15 @@ class HttpServer:
             timeout_graceful_shutdown=round(self.team.http.drain_s + LAST_WORDS_S) + 1,
         )
         server = self._uvicorn = _Draining(config, self._drain)
-        watch_task = asyncio.ensure_future(self._watch(server))
-        tell_task = asyncio.ensure_future(self._tell(server, _address(sock), ready))
+
+        def on_cut(count: int) -> None:
+            self.log.say("slow clients cut off", count=count)
+
+        connections = server.server_state.connections
+        watch_task = asyncio.ensure_future(watch(connections, self.team.limits.slow_client_s, on_cut))
+        host, port = sock.getsockname()[:2]
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        tell_task = asyncio.ensure_future(self._tell(server, address, ready))
         with self._server_lines():
             try:
                 async with self._tools.running() if self._tools else contextlib.nullcontext():
@@ -249,12 +256,6 @@ class HttpServer:
         """Close the log and the traces; whatever they still hold is written first."""
         self._tracer.close()
         self.log.close()
-
-    async def _watch(self, server: uvicorn.Server) -> None:
-        def on_cut(count: int) -> None:
-            self.log.say("slow clients cut off", count=count)
-
-        await watch(server.server_state.connections, self.team.limits.slow_client_s, on_cut)
 
     async def _tell(self, server: uvicorn.Server, address: str, ready: Callable[[str], object]) -> None:
         while not server.started:
@@ -360,11 +361,6 @@ def bind(team: Team) -> socket.socket:
         raise ConfigError(
             f"{team.http.host}:{team.http.port} cannot be listened on: {reason}", "--http.port 0 takes a free port"
         ) from None
-
-
-def _address(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _raise_file_limit(wanted: int) -> None:
