@@ -128,11 +128,14 @@ def _assembled(
     right = [is_right[held_out.agent == index] for index in range(len(names))]
     foreign_scores = {sample.name: sample.best_probability(shared)[0] for sample in foreign}
     threshold = choose(agent_scores, right, list(foreign_scores.values()), *limits)
+    by_agent: dict[str, float | None] = {}
+    for name, own_scores, is_own_right in zip(names, agent_scores, right, strict=True):
+        right_scores = own_scores[is_own_right]
+        count = len(own_scores)
+        by_agent[name] = round(float((right_scores >= threshold).sum()) / count, 4) if count else None
     figures = {
         "held_out": len(held_out.agent),
-        "by_agent": {
-            name: _fraction(s[r], threshold, len(s)) for name, s, r in zip(names, agent_scores, right, strict=True)
-        },
+        "by_agent": by_agent,
         "foreign": sum(map(len, foreign_scores.values())),
         **{f"to_base_{name}": round(float((scores < threshold).mean()), 4) for name, scores in foreign_scores.items()},
         "general": int(np.isfinite(parts[0].unseen[0]).sum()),
@@ -247,10 +250,6 @@ def _curve(
         "aurc": round(aurc(score, is_right, weight), 4),
         "ece": round(ece(score, is_right, weight), 4),
     }
-
-
-def _fraction(right: F32, threshold: float, count: int) -> float | None:
-    return round(float((right >= threshold).sum()) / count, 4) if count else None
 
 
 def best_of(routers: Sequence[FittedRouter]) -> FittedRouter:

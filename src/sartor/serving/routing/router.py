@@ -386,14 +386,14 @@ def user_turns(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the non-empty texts of the user messages; content in parts counts with its text parts."""
     result = []
     for message in messages:
-        if message.get("role") == "user" and (text := _text(message.get("content")).strip()):
+        if message.get("role") != "user":
+            continue
+        content = message.get("content")
+        texts = [content] if isinstance(content, str) else []
+        if isinstance(content, list | tuple):
+            for part in content:
+                if isinstance(part, Mapping) and part.get("type") == "text":
+                    texts.append(str(part.get("text") or ""))
+        if text := "\n".join(texts).strip():
             result.append(text)
     return result
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list | tuple) else []
-    texts = [str(part.get("text") or "") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
-    return "\n".join(texts)
