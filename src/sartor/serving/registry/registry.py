@@ -300,9 +300,15 @@ class Registry:
             after = change(before)
             if version:
                 self._mark(connection, f"{name}@{version}", "admitted")
+            logged_action = action
+            if not action:  # it follows from the agent's state after the change
+                if after.live == version:
+                    logged_action = "promoted"
+                else:
+                    logged_action = "canary" if after.canary_fraction else "shadow"
             return self._record(
                 connection,
-                action or _action_of(after, version),
+                logged_action,
                 before=before,
                 after=after,
                 version=version,
@@ -366,7 +372,13 @@ class Registry:
             connection.execute(insert(registry_schema.versions).values(version.as_row()))
             return "added"
         is_intact = is_whole(row)
-        known_id = str(row["release_id"]) if is_intact else self._logged_id(connection, version)
+        known_id = str(row["release_id"])
+        if not is_intact:  # the id that the log has for this version, "" if it has none
+            known_id = ""
+            for event in self._events(connection, version.agent, 1000):
+                if event.version == version.version and "release_id" in event.numbers:
+                    known_id = str(event.numbers["release_id"])
+                    break
         if known_id not in ("", version.release_id):
             raise ConflictError(
                 f"{version.name} is the Release {known_id[:16]}, not {version.release_id[:16]}; a version is never "
@@ -379,10 +391,6 @@ class Registry:
         moved = replace(current, release=version.release, facts=version.facts, adapter=version.adapter)
         self._put(connection, registry_schema.versions, moved.as_row(), agent=version.agent, version=version.version)
         return "moved" if is_intact else "repaired"
-
-    def _logged_id(self, connection: Connection, version: AgentVersion) -> str:
-        added = [event for event in self._events(connection, version.agent, 1000) if event.version == version.version]
-        return next((str(event.numbers["release_id"]) for event in added if "release_id" in event.numbers), "")
 
     def _mark(self, connection: Connection, name: str, status: Any) -> None:
         agent, _, version = name.rpartition("@")
@@ -421,12 +429,12 @@ class Registry:
         query = select(registry_schema.events).order_by(column.id.desc()).limit(limit)
         if agent:
             query = query.where(column.agent == agent)
-        intact_rows = [
-            row
-            for row in _rows(connection, query)
-            if is_whole({name: value for name, value in row.items() if name != "id"})
-        ]
-        return [Event.from_row(row) for row in reversed(intact_rows)]
+        events = []
+        for row in _rows(connection, query):
+            sealed_fields = {name: value for name, value in row.items() if name != "id"}
+            if is_whole(sealed_fields):
+                events.append(Event.from_row(row))
+        return events[::-1]
 
     def _row(self, connection: Connection, table: Table, **key: str) -> Mapping[str, Any] | None:
         row = connection.execute(select(table).filter_by(**key)).mappings().first()
@@ -436,13 +444,6 @@ class Registry:
         """Write a row, replacing the one with this key."""
         if not connection.execute(table.update().filter_by(**key).values(row)).rowcount:
             connection.execute(insert(table).values(row))
-
-
-def _action_of(agent: Agent, version: str) -> str:
-    """Return the action that the agent's state after a change implies."""
-    if agent.live == version:
-        return "promoted"
-    return "canary" if agent.canary_fraction else "shadow"
 
 
 def _rows(connection: Connection, query: Select[Any]) -> list[dict[str, Any]]:
