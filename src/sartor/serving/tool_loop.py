@@ -44,9 +44,10 @@ class ToolServers:
     @property
     def troubles(self) -> dict[str, str]:
         """Reasons why something is not offered."""
-        return {
-            name: problem for connection in self._connections.values() for name, problem in connection.troubles.items()
-        }
+        troubles = {}
+        for connection in self._connections.values():
+            troubles.update(connection.troubles)
+        return troubles
 
     async def start(self) -> None:
         """Open all servers in parallel; a failure becomes a trouble. Raises ExtraError."""
@@ -167,7 +168,10 @@ class ToolCallingAgent:
             "said": self._digest("said", text),
             "took_s": round(time.monotonic() - began, 3),
         }
-        await asyncio.to_thread(self._write, row)
+        try:
+            await asyncio.to_thread(self._files.append, json.dumps(row).encode() + b"\n")
+        except OSError:
+            self.lost += 1
         return {"role": "tool", "tool_call_id": str(tool_call["id"]), "name": name, "content": text}
 
     async def _run(
@@ -195,12 +199,6 @@ class ToolCallingAgent:
             )
         progress.earlier_calls.add(key)
         return await tool.server.call(name, value, max(0.001, progress.deadline - time.monotonic()))
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        try:
-            self._files.append(json.dumps(row).encode() + b"\n")
-        except OSError:
-            self.lost += 1
 
 
 def _final_answer(answer: AgentReply, events: Sequence[Event], progress: _Progress) -> AgentReply:
