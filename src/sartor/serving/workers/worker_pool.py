@@ -184,10 +184,12 @@ class WorkerSlots:
             worker = slot.worker
             is_running = worker is not None and worker.state != "gone"
             state = worker.state if worker and is_running else "waiting"
-            role = ""
-            if worker and worker.state == "ready":
+            if worker is None or worker.state != "ready":
+                role = ""
+            elif worker.is_isolated:
+                role = "alone"
+            else:
                 role = "answers" if worker.is_serving else "spare"
-                role = "alone" if worker.is_isolated else role
             rows.append(
                 {
                     "state": "given up" if slot.restarts.is_given_up else state,
