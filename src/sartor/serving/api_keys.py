@@ -191,14 +191,11 @@ def read_mark(connection: Connection) -> str:
 
 def write_mark(connection: Connection, mark: str, reason: str) -> None:
     """Write a mark into the registry's log, in the transaction of the change that it records."""
-    note(connection, mark, "", "", ChangeCause(_user(), reason), {})
-
-
-def _user() -> str:
     try:
-        return getpass.getuser()
+        user = getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name
-        return ""
+        user = ""
+    note(connection, mark, agent="", version="", cause=ChangeCause(user, reason), numbers={})
 
 
 def has_file(state: Path | None) -> bool:
@@ -374,7 +371,13 @@ class ApiKeyStore:
         key = _key(row)
         if key.state != "valid":
             raise KeyRefusedError(f"the API key {key.id} is {key.state}", _REMEDY)
-        agents = frozenset() if key.is_admin else None if ANY in key.agents else frozenset(key.agents)
+        agents: frozenset[str] | None
+        if key.is_admin:
+            agents = frozenset()
+        elif ANY in key.agents:
+            agents = None
+        else:
+            agents = frozenset(key.agents)
         speakers_of = self._usable(FRESH_S).speakers
         return Principal(key.id, agents, key.is_admin, speakers_of.get(key.id, frozenset()))
 
@@ -597,7 +600,14 @@ def _whole(connection: Connection, identity: str) -> Mapping[str, Any] | None:
 
 def _key(row: Mapping[str, Any]) -> ApiKey:
     agents = tuple(json.loads(row["agents"]))
-    return ApiKey(row["id"], agents, bool(row["admin"]), row["created"], row["expires"], row["revoked"])
+    return ApiKey(
+        id=row["id"],
+        agents=agents,
+        is_admin=bool(row["admin"]),
+        created=row["created"],
+        expires=row["expires"],
+        revoked=row["revoked"],
+    )
 
 
 def _ends(expires: str) -> str:

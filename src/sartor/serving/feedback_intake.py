@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sartor.core.records import Example, Feedback, FeedbackAuthor, Message, Origin, Part
+from sartor.core.records import Agreed, Example, Feedback, FeedbackAuthor, Message, Origin, Part
 from sartor.curate.steps.personal_data import PersonalData
 from sartor.media.content_parts import is_media
 from sartor.serving.feedback_store import FeedbackStore
@@ -40,9 +40,10 @@ class Mask:
 
     def __call__(self, feedback: Feedback) -> Feedback:
         """Return the feedback without personal data; `masked` counts what was found, by kind."""
-        row = Example(
-            tuple(Message("user", tuple(Part("text", text) for text in texts)) for texts in _texts(feedback)), _NOWHERE
-        )
+        messages = []
+        for texts in _texts(feedback):
+            messages.append(Message("user", tuple(Part("text", text) for text in texts)))
+        row = Example(tuple(messages), _NOWHERE)
         counts: Counter[str] = Counter()
         with self._lock:
             self._masking.tally.clear()
@@ -51,26 +52,29 @@ class Mask:
                 counts[name.partition(".")[0]] += count
         if masked_row is row:
             return feedback
-        words = iter([part.text for message in masked_row.messages for part in message.content])
-        return replace(_map_texts(feedback, lambda text: next(words)), masked=dict(sorted(counts.items())))
+        # the masked texts stand in the order in which `_texts` yields them
+        masked_texts = iter([part.text for message in masked_row.messages for part in message.content])
+        masked_messages = tuple(_walk(message, lambda text: next(masked_texts)) for message in feedback.messages)
+        own_texts: dict[str, Any] = {name: next(masked_texts) for name in _OWN}
+        return replace(feedback, messages=masked_messages, masked=dict(sorted(counts.items())), **own_texts)
 
 
 _NOWHERE = (Origin("", ""),)
 
 
 def _texts(feedback: Feedback) -> Iterator[list[str]]:
-    """Yield the texts of each message, then each text field of the feedback, in the order of `_map_texts`."""
+    """Yield the texts of each message, then each text field of the feedback."""
     for message in feedback.messages:
         texts: list[str] = []
-        _walk(message, lambda text, texts=texts: texts.append(text) or text)  # type: ignore[misc]
+
+        def collect(text: str, texts: list[str] = texts) -> str:
+            texts.append(text)
+            return text
+
+        _walk(message, collect)
         yield texts
-    yield from ([getattr(feedback, name)] for name in _OWN)
-
-
-def _map_texts(feedback: Feedback, change: Change) -> Feedback:
-    messages = tuple(_walk(message, change) for message in feedback.messages)
-    own_texts: dict[str, Any] = {name: change(getattr(feedback, name)) for name in _OWN}
-    return replace(feedback, messages=messages, **own_texts)
+    for name in _OWN:
+        yield [getattr(feedback, name)]
 
 
 def _walk(value: Any, change: Change) -> Any:
@@ -102,9 +106,12 @@ class FeedbackIntake:
 
         user: the client's id of the user; only its digest under the team's key is stored.
         """
-        agreed = self._terms.consent == "assumed" if consent is None else consent
-        basis = ("assumed" if consent is None else "given") if agreed else "refused"
-        return FeedbackAuthor(key, self._digest("user", user), basis)  # type: ignore[arg-type]
+        consent_state: Agreed
+        if consent is None:
+            consent_state = "assumed" if self._terms.consent == "assumed" else "refused"
+        else:
+            consent_state = "given" if consent else "refused"
+        return FeedbackAuthor(key, self._digest("user", user), consent_state)
 
     def keep(self, feedback: Feedback) -> Feedback:
         """Write a feedback without personal data, and without texts if consent is refused; return what is written.

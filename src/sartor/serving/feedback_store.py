@@ -195,8 +195,10 @@ class FeedbackStore:
             end = os.fstat(descriptor).st_size
             # start a new line after one that a kill truncated, so that the new one stays readable
             torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
+            remaining = b"\n" + line if torn else line
             try:
-                _write(descriptor, b"\n" + line if torn else line)
+                while remaining:
+                    remaining = remaining[os.write(descriptor, remaining) :]
             except OSError:
                 os.ftruncate(descriptor, end)
                 raise
@@ -205,11 +207,6 @@ class FeedbackStore:
             os.close(descriptor)
         if is_new:
             fsync_directory(self.path)
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 def _read(line: bytes) -> Feedback | None:

@@ -113,7 +113,10 @@ class McpConnection:
                 f"the tool {name} failed: {type(error).__name__}",
                 f"send the request again; STATE/tools/{self.terms.name}.log says more",
             ) from None
-        text = _cut("\n".join(_text(part) for part in result.content), self.terms.result_bytes)
+        texts = []
+        for part in result.content:
+            texts.append(part.text if part.type == "text" else json.dumps({"left out": part.type}))
+        text = _cut("\n".join(texts), self.terms.result_bytes)
         if result.is_error:
             raise RequestError(
                 f"the tool {name} says: {text}", "call it again with arguments that its inputSchema allows"
@@ -134,7 +137,13 @@ class McpConnection:
                     await self._broken.wait()
                 reason = "it broke off, and is opened again"
             except Exception as error:  # any failure of a foreign program is a trouble of this server alone
-                reason = error.problem if isinstance(error, SartorError) else _cause(error)
+                if isinstance(error, SartorError):
+                    reason = error.problem
+                else:
+                    cause: Exception = error
+                    while isinstance(cause, ExceptionGroup):
+                        cause = cause.exceptions[0]
+                    reason = f"{type(cause).__name__}: {str(cause)[:200]}"
             self._session, self.troubles = None, {f"tools {self.terms.name}": reason}
             self._tried.set()
             with suppress(TimeoutError):
@@ -222,18 +231,8 @@ def _offered(server: McpConnection, tool: Any) -> OfferedTool:
     return OfferedTool(tool.name, server, declared, schema)
 
 
-def _text(part: Any) -> str:
-    return part.text if part.type == "text" else json.dumps({"left out": part.type})
-
-
 def _cut(text: str, max_bytes: int) -> str:
     data = text.encode("utf-8", "replace")
     if len(data) <= max_bytes:
         return text
     return data[:max_bytes].decode("utf-8", "ignore") + f"\n[cut: {len(data) - max_bytes} more bytes]"
-
-
-def _cause(error: Exception) -> str:
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return f"{type(error).__name__}: {str(error)[:200]}"

@@ -309,14 +309,12 @@ def _seen(value: Any, root: Path) -> Any:
     if isinstance(fields.get("schema"), str) and fields["schema"]:
         fields["schema"] = _schema_in(root / fields["schema"])
     if fields.get("kind") == "citations":
-        fields["sources"] = [str(_file(root / source)) for source in fields["sources"]]
+        paths = [root / source for source in fields["sources"]]
+        for path in paths:
+            if not path.is_file():
+                raise ConfigError(f"there is no file {path} to cite from", "sources: [a text file]")
+        fields["sources"] = [str(path) for path in paths]
     return fields
-
-
-def _file(path: Path) -> Path:
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path} to cite from", "sources: [a text file]")
-    return path
 
 
 def _schema_in(file: Path) -> Any:

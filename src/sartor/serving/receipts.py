@@ -113,7 +113,9 @@ class RequestDigestInput:
     @classmethod
     def of_call(cls, call: GenerateCall) -> RequestDigestInput:
         """Return the normal form of an engine's call."""
-        return cls._of(call.messages, call.text, call.tools, call.must_call, call.schema)
+        return cls._of(
+            messages=call.messages, text=call.text, tools=call.tools, must_call=call.must_call, schema=call.schema
+        )
 
     @classmethod
     def of_request(cls, body: Mapping[str, Any]) -> RequestDigestInput:
@@ -129,7 +131,13 @@ class RequestDigestInput:
         ):
             raise ArtifactError("the messages are no list of messages", '[{"role": "user", "content": "..."}]')
         tools, must_call = read_choice(body.get("tool_choice"), read_tools(_without_none(body.get("tools") or [])))
-        return cls._of(messages, text, tools, must_call, _schema_of(body.get("response_format")))
+        return cls._of(
+            messages=messages,
+            text=text,
+            tools=tools,
+            must_call=must_call,
+            schema=_schema_of(body.get("response_format")),
+        )
 
     @classmethod
     def _of(
@@ -142,13 +150,26 @@ class RequestDigestInput:
     ) -> RequestDigestInput:
         plain = tuple(_plain(message) for message in messages)
         leading = 1 if plain and plain[0].get("role") == "system" else 0
-        return cls(plain[:leading], plain[leading:], text, tuple(tools), must_call, schema)
+        return cls(
+            system=plain[:leading],
+            messages=plain[leading:],
+            text=text,
+            tools=tuple(tools),
+            must_call=must_call,
+            schema=schema,
+        )
 
     def digests(self, digest: Digest) -> dict[str, str]:
         """Return the digest of each part; empty for a part that is absent."""
+        messages: list[Mapping[str, Any]] = []
+        for message in self.messages:
+            if isinstance(message.get("content"), list):  # its media are replaced by digests of their bytes
+                messages.append({**message, "content": [_digested(part) for part in message["content"]]})
+            else:
+                messages.append(message)
         return {
             "system": digest("system", list(self.system)),
-            "messages": digest("messages", [_by_digest(message) for message in self.messages]),
+            "messages": digest("messages", messages),
             "text": digest("text", self.text),
             "tools": digest("tools", [list(self.tools), self.must_call] if self.tools else None),
             "schema": digest("schema", json.loads(self.schema) if self.schema else None),
@@ -181,15 +202,10 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
         fields["content"] = parts if has_media else "".join(str(part.get("text", "")) for part in parts)
     if isinstance(fields.get("tool_calls"), (list, tuple)):
         calls = [_without_none(call) for call in fields["tool_calls"] if isinstance(call, Mapping)]
-        fields["tool_calls"] = [{key: value for key, value in call.items() if key != "index"} for call in calls]
+        for call in calls:
+            call.pop("index", None)
+        fields["tool_calls"] = calls
     return fields
-
-
-def _by_digest(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a message whose media are replaced by digests of their bytes."""
-    if not isinstance(message.get("content"), list):
-        return message
-    return {**message, "content": [_digested(part) for part in message["content"]]}
 
 
 def _digested(part: Mapping[str, Any]) -> list[str]:
@@ -303,6 +319,9 @@ def build_receipt(finished: FinishedReply, about: EngineInfo, signer: TeamSigner
     call, done = finished.call, finished.done
     _, _, rank = call.id.removeprefix(finished.receipt).partition("-")
     tool_calls = [dict(tool_call) for tool_call in done.tool_calls] if done else []
+    tokens = {}
+    if done:
+        tokens = {"prompt": done.prompt_tokens, "reply": done.reply_tokens, "cached": done.cached_tokens}
     return signer.sign(
         {
             "schema": SCHEMA,
@@ -327,9 +346,7 @@ def build_receipt(finished: FinishedReply, about: EngineInfo, signer: TeamSigner
             },
             **({"person": finished.person} if finished.person else {}),
             "finish": done.finish if done else FAILED,
-            "tokens": {"prompt": done.prompt_tokens, "reply": done.reply_tokens, "cached": done.cached_tokens}
-            if done
-            else {},
+            "tokens": tokens,
             **({"steps": list(finished.steps)} if finished.steps else {}),
         }
     )
@@ -430,11 +447,9 @@ class ReceiptLog:
             placed = self._open_segment().append(receipts)
         except OSError as error:
             self._lose(len(receipts), f"{error.strerror or error} ({self._folder})")
-            shown = (
-                "the full disk: remove files from it"
-                if error.errno in DISK_FULL
-                else "whether the disk is there and whose it is"
-            )
+            shown = "whether the disk is there and whose it is"
+            if error.errno in DISK_FULL:
+                shown = "the full disk: remove files from it"
             remedy = f"df -h {self._folder} and ls -ld {self._folder} show {shown}"
             for written in waiting:
                 written.set_exception(MissingError(f"a receipt could not be written: {self.problem}", remedy))
@@ -462,8 +477,10 @@ class ReceiptLog:
 
     def _prune(self) -> None:
         """Remove segments whose newest receipt is older than the team's retention time."""
+        if not self._days:
+            return
         cutoff = time.time() - self._days * 86_400
-        for file in self._folder.glob(PATTERN) if self._days else ():
+        for file in self._folder.glob(PATTERN):
             is_current = self._segment is not None and file == self._segment.file
             if not is_current and file.stat().st_mtime < cutoff:
                 file.unlink(missing_ok=True)
@@ -507,7 +524,10 @@ class _Segment:
                 remaining = remaining[os.write(self._descriptor, remaining) :]
             os.fsync(self._descriptor)
         except OSError:
-            self._undo()
+            try:
+                os.ftruncate(self._descriptor, self._end)
+            except OSError:
+                self._broken = True
             raise
         placed = []
         for receipt, line in zip(receipts, lines, strict=True):
@@ -515,12 +535,6 @@ class _Segment:
             placed.append(ReceiptLocation(*texts, self.file.name, self._end, len(line) - 1))
             self._end += len(line)
         return placed
-
-    def _undo(self) -> None:
-        try:
-            os.ftruncate(self._descriptor, self._end)
-        except OSError:
-            self._broken = True
 
     def close(self) -> None:
         """Close the file."""

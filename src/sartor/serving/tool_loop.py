@@ -44,9 +44,10 @@ class ToolServers:
     @property
     def troubles(self) -> dict[str, str]:
         """Reasons why something is not offered."""
-        return {
-            name: problem for connection in self._connections.values() for name, problem in connection.troubles.items()
-        }
+        troubles = {}
+        for connection in self._connections.values():
+            troubles.update(connection.troubles)
+        return troubles
 
     async def start(self) -> None:
         """Open all servers in parallel; a failure becomes a trouble. Raises ExtraError."""
@@ -131,7 +132,7 @@ class ToolCallingAgent:
             text = "".join(event.text for event in events if isinstance(event, TextDelta))
             turn = {"role": "assistant", "content": text, "tool_calls": list(tool_calls)}
             results = [
-                await self._result(answer, tools, tool_call, index, progress)
+                await self._result(answer, tools, tool_call, index=index, progress=progress)
                 for index, tool_call in enumerate(tool_calls)
             ]
             model = name if answer.agent.endswith(SUFFIX) else answer.agent
@@ -153,7 +154,7 @@ class ToolCallingAgent:
         name, arguments = str(tool_call["function"]["name"]), str(tool_call["function"]["arguments"])
         began, error = time.monotonic(), ""
         try:
-            text = await self._run(tools, name, arguments, index, progress)
+            text = await self._run(tools, name, arguments, index=index, progress=progress)
         except SartorError as tool_error:
             error, text = tool_error.kind, f"error: {tool_error.problem}"
             progress.notes.append(tool_error.problem)
@@ -167,7 +168,10 @@ class ToolCallingAgent:
             "said": self._digest("said", text),
             "took_s": round(time.monotonic() - began, 3),
         }
-        await asyncio.to_thread(self._write, row)
+        try:
+            await asyncio.to_thread(self._files.append, json.dumps(row).encode() + b"\n")
+        except OSError:
+            self.lost += 1
         return {"role": "tool", "tool_call_id": str(tool_call["id"]), "name": name, "content": text}
 
     async def _run(
@@ -195,12 +199,6 @@ class ToolCallingAgent:
             )
         progress.earlier_calls.add(key)
         return await tool.server.call(name, value, max(0.001, progress.deadline - time.monotonic()))
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        try:
-            self._files.append(json.dumps(row).encode() + b"\n")
-        except OSError:
-            self.lost += 1
 
 
 def _final_answer(answer: AgentReply, events: Sequence[Event], progress: _Progress) -> AgentReply:

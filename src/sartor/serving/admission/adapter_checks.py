@@ -101,13 +101,15 @@ class LoraConfig:
         """Return whether peft would put factors on the base's module of that name."""
         if module in self.targets:
             return True
-        is_named = any(suffix in self.targets for suffix in _name_suffixes(module))
-        return is_named and (self.layers is None or self._layer_of(module) in self.layers)
-
-    def _layer_of(self, module: str) -> int | None:
+        if not any(suffix in self.targets for suffix in _name_suffixes(module)):
+            return False
+        if self.layers is None:
+            return True
         patterns = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern] or [r".*?\.[^.]*"]
-        matches = (re.match(rf"{pattern}\.(\d+)\.", module) for pattern in patterns)
-        return next((int(match[1]) for match in matches if match), None)
+        for pattern in patterns:
+            if match := re.match(rf"{pattern}\.(\d+)\.", module):
+                return int(match[1]) in self.layers
+        return False
 
 
 def _name_suffixes(module: str) -> list[str]:
@@ -309,7 +311,7 @@ def _tower(kind: Modality, entry: Any) -> TowerReference:
             raise _projectors_refusal(
                 f"says {key} {str(entry.get(key))[:20]!a} of the tower for {kind}; it lies in 1..{limit}"
             )
-    return TowerReference(kind, entry["name"], entry["digest"], entry["width"], entry["stack"])
+    return TowerReference(kind, name=entry["name"], digest=entry["digest"], width=entry["width"], stack=entry["stack"])
 
 
 def _check_tower(tower: TowerReference) -> None:
@@ -418,31 +420,21 @@ class BaseWeights:
         norms = self._read_norms()
         missing = [module for module in modules if module not in norms]
         for module in missing:
-            norms[module] = float(np.sqrt(sum(_squares(piece) for piece in self.matrices[module].pieces())))
+            wide_pieces = (piece.astype(np.float64) for piece in self.matrices[module].pieces())
+            norms[module] = float(np.sqrt(sum(float(wide @ wide) for wide in wide_pieces)))
         if missing:
-            self._write_norms(norms)
+            # a cache, so not durable: norms that a power cut loses are computed again from the base
+            content = json.dumps({"schema": 1, "base": self._digest, "norms": norms}).encode()
+            write_file_atomic(self._norms_file, content, durable=False)
         return norms
 
     def _read_norms(self) -> dict[str, float]:
         try:
             fields = json.loads(self._norms_file.read_text(encoding="utf-8"))
-            return (
-                {str(name): float(norm) for name, norm in fields["norms"].items()}
-                if fields["base"] == self._digest
-                else {}
-            )
+            norms = {str(name): float(norm) for name, norm in fields["norms"].items()}
+            return norms if fields["base"] == self._digest else {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
-
-    def _write_norms(self, norms: dict[str, float]) -> None:
-        # a cache, so not durable: norms that a power cut loses are computed again from the base
-        content = json.dumps({"schema": 1, "base": self._digest, "norms": norms}).encode()
-        write_file_atomic(self._norms_file, content, durable=False)
-
-
-def _squares(piece: safetensors_file.Values) -> float:
-    wide = piece.astype(np.float64)
-    return float(wide @ wide)
 
 
 def _vocabulary(path: Path) -> int:
@@ -545,11 +537,12 @@ def check_ranks(pairs: Sequence[LoraEntryPair], config: LoraConfig) -> None:
 
 def check_dtypes(pairs: Sequence[LoraEntryPair]) -> None:
     """Raise AdmissionError (`dtypes`) for a factor that is not stored as a float of 16 or 32 bits."""
-    for tensor in (tensor for pair in pairs for tensor in (pair.a, pair.b)):
-        if tensor.dtype not in FLOATS:
-            raise _lora_refusal(
-                "dtypes", f"{tensor.name} is stored as {tensor.dtype}; what is taken is {', '.join(FLOATS)}"
-            )
+    for pair in pairs:
+        for tensor in (pair.a, pair.b):
+            if tensor.dtype not in FLOATS:
+                raise _lora_refusal(
+                    "dtypes", f"{tensor.name} is stored as {tensor.dtype}; what is taken is {', '.join(FLOATS)}"
+                )
 
 
 def check_lora_values(pairs: Sequence[LoraEntryPair], base: BaseWeights) -> Norms:

@@ -269,7 +269,14 @@ def version_of(admitted: Admitted, agent: str) -> AgentVersion:
         "checks": dict(admitted.checks),
         "reads": list(admitted.reads),
     }
-    return AgentVersion(agent, admitted.version, str(admitted.path), admitted.release, admitted.adapter, facts)
+    return AgentVersion(
+        agent,
+        admitted.version,
+        release=str(admitted.path),
+        release_id=admitted.release,
+        adapter=admitted.adapter,
+        facts=facts,
+    )
 
 
 async def admit(release: Path | str, context: AdmissionContext, probe: TrialEngine) -> Admitted:
@@ -399,7 +406,9 @@ def _examine(path: Path, origin: Path, context: AdmissionContext) -> _ExaminedRe
         _check_listed(release)
     with _checking("projectors"):
         projectors = adapter_checks.read_projectors(path, release.manifest["files"], context.about)
-    return _ExaminedRelease(release, signer, adapter_digest(release.manifest["files"]), checks, projectors)
+    return _ExaminedRelease(
+        release, signer, adapter=adapter_digest(release.manifest["files"]), checks=checks, projectors=projectors
+    )
 
 
 def _check_tensor_values(examined: _ExaminedRelease, context: AdmissionContext) -> dict[str, str]:
@@ -507,4 +516,6 @@ def admit_personal(path: Path, agent: str, context: AdmissionContext) -> AgentVe
     adapter = open_artifact(path, "adapter")
     check_base(adapter, context.about)
     check_values(path, adapter_checks.read_projectors(path, adapter.manifest["files"], context.about), context)
-    return AgentVersion(agent, "", str(path), adapter.id, adapter_digest(adapter.manifest["files"]))
+    return AgentVersion(
+        agent, version="", release=str(path), release_id=adapter.id, adapter=adapter_digest(adapter.manifest["files"])
+    )

@@ -75,19 +75,13 @@ def keep(part: Path, state: Path, release_id: str, record: dict[str, Any]) -> Pa
     A valid copy that exists already is kept instead.
     """
     path = folder(state) / release_id
-    if _is_whole(path):
-        return path
+    with suppress(ArtifactError):  # the copy there is not whole
+        if open_artifact(path, "release").id == path.name and read_passed_record(path):
+            return path
     with _disk(state):
         (part / PASSED).write_bytes(records.canonical({"schema": 1, **record}))
         rename_directory_durably(part, path, replace=True)
     return path
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return open_artifact(path, "release").id == path.name and bool(read_passed_record(path))
-    except ArtifactError:
-        return False
 
 
 def is_copy(path: Path, state: Path) -> bool:

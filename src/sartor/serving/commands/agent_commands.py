@@ -6,7 +6,7 @@ A running server sees each change within a second. It loads what a change needs 
 from __future__ import annotations
 
 import getpass
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,11 +38,12 @@ class CommandRows:
 
     def table(self) -> list[tuple[str, Any]]:
         """Return a (name, fields) line for each row, for a reader."""
-        return [(str(next(iter(row.values()))), dict(list(_nonempty_fields(row))[1:])) for row in self.rows]
-
-
-def _nonempty_fields(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    return ((key, value) for key, value in row.items() if value)
+        lines = []
+        for row in self.rows:
+            name = str(next(iter(row.values())))
+            nonempty_fields = [(key, value) for key, value in row.items() if value]
+            lines.append((name, dict(nonempty_fields[1:])))
+        return lines
 
 
 def list_agents(team: Team | Path | str) -> CommandRows:
@@ -86,11 +87,9 @@ def promote_agent(
     """
     loaded_team = team if isinstance(team, Team) else load(Path(team))
     has_fractions = canary is not None or shadow is not None
-    fractions = (
-        (canary or 0.0, shadow or 0.0)
-        if has_fractions
-        else (loaded_team.rollout.canary_fraction, loaded_team.rollout.shadow_fraction)
-    )
+    fractions = (loaded_team.rollout.canary_fraction, loaded_team.rollout.shadow_fraction)
+    if has_fractions:
+        fractions = (canary or 0.0, shadow or 0.0)
 
     def change(registry: Registry, cause: ChangeCause) -> Agent:
         canary, shadow = fractions
@@ -209,17 +208,15 @@ def list_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> 
     """
     loaded_team, feedback_filter = _feedback_filter(team, key, user)
     inbox = _inbox(loaded_team)
-    counted = _count_by_giver(
-        line.feedback for line in inbox.lines() if line.feedback and feedback_filter.is_by(line.feedback)
-    )
+    counted: dict[feedback_inbox.RaterId, _FeedbackCounts] = {}
+    for line in inbox.lines():
+        feedback = line.feedback
+        if feedback and feedback_filter.is_by(feedback):
+            for giver in ((feedback.by.key, feedback_inbox.WHOLE), (feedback.by.key, feedback.by.user)):
+                counted.setdefault(giver, _FeedbackCounts()).count(feedback)
     trust_by_giver = {(trust.key, trust.user): trust for trust in feedback_inbox.of_folder(inbox.path).standings}
-    return CommandRows(
-        [
-            _feedback_book_row(trust_by_giver[voice], counted[voice])
-            for voice in sorted(counted)
-            if voice in trust_by_giver
-        ]
-    )
+    givers = [giver for giver in sorted(counted) if giver in trust_by_giver]
+    return CommandRows([_feedback_book_row(trust_by_giver[giver], counted[giver]) for giver in givers])
 
 
 def remove_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> dict[str, Any]:
@@ -246,14 +243,6 @@ def _feedback_filter(team: Team | Path | str, key: str, user: str) -> tuple[Team
 
 def _inbox(team: Team) -> FeedbackStore:
     return FeedbackStore(Path(team.state) / "inbox")
-
-
-def _count_by_giver(feedbacks: Iterable[Feedback]) -> Mapping[feedback_inbox.RaterId, _FeedbackCounts]:
-    result: dict[feedback_inbox.RaterId, _FeedbackCounts] = {}
-    for feedback in feedbacks:
-        for voice in ((feedback.by.key, feedback_inbox.WHOLE), (feedback.by.key, feedback.by.user)):
-            result.setdefault(voice, _FeedbackCounts()).count(feedback)
-    return result
 
 
 def _feedback_book_row(trust: feedback_inbox.RaterTrust, counted: _FeedbackCounts) -> dict[str, Any]:

@@ -62,13 +62,13 @@ def ask(
     generated = generate(model, [chat.prompt_ids(messages)], stop=chat.stops, pad=chat.pad, sampling=sampling)[0]
     nearest, note = nearest_examples(artifact, question.text, top)
     return AskReply(
-        question.text,
-        chat.decode(generated.ids),
-        generated.finish,
-        agent,
-        reason,
-        nearest,
-        note,
+        prompt=question.text,
+        reply=chat.decode(generated.ids),
+        finish=generated.finish,
+        agent=agent,
+        reason=reason,
+        nearest=nearest,
+        nearest_note=note,
         media=question.media_digests(),
         is_released=is_released,
     )

@@ -67,7 +67,13 @@ async def _ask(team: Team, request: AgentRequest) -> AskReply:
             raise UnavailableError("the reply stopped before its end", REQUEST_AGAIN)
         receipt = await services.receipts.find(answer.receipt)
         return AskReply(
-            "", text, final_event.finish, answer.agent, answer.reason, [], receipt=answer.receipt if receipt else None
+            prompt="",
+            reply=text,
+            finish=final_event.finish,
+            agent=answer.agent,
+            reason=answer.reason,
+            nearest=[],
+            receipt=answer.receipt if receipt else None,
         )
 
 

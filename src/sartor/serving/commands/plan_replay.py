@@ -161,7 +161,11 @@ class Remaking:
         if difference := numerics_difference({"engine": engine, **opens}):
             return Replayed(*head, note=f"not checked: made by {difference}")
         content = RequestDigestInput.of_request(_words(opens, self.messages))
-        self._check_words(opens, content)
+        if "content" not in opens and self.digest("asked", content.digests(self.digest)) != opens["asked"]:
+            raise ArtifactError(
+                f"the messages are not those of the run {opens['run']}",
+                "give them as they were, and --run for one of several",
+            )
         log = ComparingLog()
         by_place = {row["step"]: row for row in rows[1:-1]}
         plans = PlanDispatcher(_patient(self.team), self.replies, log, members=Pinned(self.replies, by_place))
@@ -170,13 +174,6 @@ class Remaking:
         request = AgentRequest(name, (*content.system, *content.messages), sampling=sampling, schema=content.schema)
         await _to_the_end(plans, replace(request, deadline_s=_PATIENCE_S))
         return Replayed(*head, differs=_difference(rows, log.ran[0], self.digest))
-
-    def _check_words(self, opens: Mapping[str, Any], content: RequestDigestInput) -> None:
-        if "content" not in opens and self.digest("asked", content.digests(self.digest)) != opens["asked"]:
-            raise ArtifactError(
-                f"the messages are not those of the run {opens['run']}",
-                "give them as they were, and --run for one of several",
-            )
 
 
 def replay_plans(
@@ -204,7 +201,13 @@ def replay_plans(
 
 async def _replay(team: Team, runs: Sequence[Rows], question: Mapping[str, Any]) -> list[Replayed]:
     async with build_services(team) as services:
-        remaking = Remaking(team, services.replies, team_digest(Path(team.state)), question, services.workers.about)
+        remaking = Remaking(
+            team,
+            replies=services.replies,
+            digest=team_digest(Path(team.state)),
+            messages=question,
+            about=services.workers.about,
+        )
         return [await remaking.remake(rows) for rows in runs]
 
 
@@ -265,7 +268,13 @@ def _difference(logged: Rows, ran: FinishedRun, digest: Digest) -> Difference | 
     for row in logged:
         key = (row["role"], row["step"])
         if key not in current:
-            return Difference(row["step"], row["agent"], "outcome", row["outcome"], "it did not come to pass")
+            return Difference(
+                step=row["step"],
+                agent=row["agent"],
+                what="outcome",
+                then=row["outcome"],
+                now="it did not come to pass",
+            )
         if change := _compared(row, words[key] if keeps else current[key]):
             return Difference(row["step"] or row["role"], row["agent"], *change)
     return None

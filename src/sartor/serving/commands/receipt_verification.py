@@ -92,22 +92,25 @@ def verify_receipt(
     reply: text of the reply.
     Raises ArtifactError (an invalid file, other texts), SignatureError, ConfigError, ModelError.
     """
-    document = _read(Path(file))
+    document = _json(Path(file))
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{Path(file)} is no receipt", "give what GET /v1/receipts/ID answered")
     payload = document if isinstance(document.get("receipt"), dict) else {"receipt": document}
     receipt = _form(payload["receipt"], Path(file))
     loaded_team = load(Path(team)) if team else None
     signer = _check_signature(receipt, Path(file), Path(key) if key else None, loaded_team)
     if messages is not None:
         payload = {**payload, **question_in(Path(messages))}
-    content = (
-        RequestDigestInput.of_request(payload)
-        if payload.get("messages") or payload.get("text") or payload.get("prompt")
-        else None
-    )
+    has_request = payload.get("messages") or payload.get("text") or payload.get("prompt")
+    content = RequestDigestInput.of_request(payload) if has_request else None
     text = reply if reply is not None else payload.get("reply")
     release = _release_of(receipt, loaded_team)
     evidence = _Evidence(
-        receipt, _completed(content, receipt, release), text if isinstance(text, str) else None, loaded_team, release
+        receipt,
+        content=_completed(content, receipt, release),
+        reply=text if isinstance(text, str) else None,
+        team=loaded_team,
+        release=release,
     )
     checked = {
         "signature": f"signed by {signer}",
@@ -115,13 +118,6 @@ def verify_receipt(
         "text": _check_text(evidence, notice),
     }
     return CheckedReceipt(receipt, signer, checked)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    document = _json(file)
-    if not isinstance(document, dict):
-        raise ArtifactError(f"{file} is no receipt", "give what GET /v1/receipts/ID answered")
-    return document
 
 
 def _json(file: Path) -> Any:
@@ -165,7 +161,9 @@ def _check_signature(receipt: Mapping[str, Any], file: Path, key: Path | None, t
             f"{file} holds what no receipt can: {error}", "give what GET /v1/receipts/ID answered"
         ) from None
     keys = [signing.open_public(trusted)] if trusted else None
-    return signing.check_signature(document, receipt["signature"], file, f"the receipt {receipt['id']}", keys)
+    return signing.check_signature(
+        document, receipt["signature"], file=file, subject=f"the receipt {receipt['id']}", trusted=keys
+    )
 
 
 def _release_of(receipt: Mapping[str, Any], team: Team | None) -> Artifact | None:
@@ -333,14 +331,14 @@ def _regenerate(engine: Engine, evidence: _Evidence, sampling: Sampling) -> str:
             )
         engine.attach(adapter, evidence.release.path)
     call = GenerateCall(
-        _CALL,
-        adapter,
-        (*content.system, *content.messages),
-        content.text,
-        sampling,
-        content.schema,
-        content.tools,
-        content.must_call,
+        id=_CALL,
+        adapter=adapter,
+        messages=(*content.system, *content.messages),
+        text=content.text,
+        sampling=sampling,
+        schema=content.schema,
+        tools=content.tools,
+        must_call=content.must_call,
     )
     engine.submit(call)
     pieces = []

@@ -57,7 +57,9 @@ def _team_of(path: Path, flags: Sequence[str], notice: Callable[[str], object]) 
             verify_release(path)
             name, release = artifact.manifest["name"], path
         else:
-            name, release = _name_of(path), Path(folder) / "release"
+            name, release = path.name.lower(), Path(folder) / "release"
+            if not is_valid_name(name) or name in RESERVED:
+                name = "adapter"
             key = signing.keygen(Path(folder) / "key")
             seal_unreleased(artifact, release, name, signing.open_private(Path(key["private"])))
             Path(key["private"]).unlink()
@@ -72,9 +74,3 @@ def _team_of(path: Path, flags: Sequence[str], notice: Callable[[str], object]) 
             router=Routing(lift="ignored" if trust else "measured"),
         )
         yield config.load_any(Team, team, flags)
-
-
-def _name_of(path: Path) -> str:
-    """Return the directory's name if it is a valid agent name, else `adapter`."""
-    name = path.name.lower()
-    return name if is_valid_name(name) and name not in RESERVED else "adapter"

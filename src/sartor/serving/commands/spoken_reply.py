@@ -40,7 +40,14 @@ def speaking(file: Path | str, voice: str = DEFAULT, speed: float = 1.0) -> Call
             sound = speaker.say(speech.text, speed)
         write_file_atomic(path, sound.encoded(form))
         return replace(
-            reply, spoken=SpokenFile(str(path), speech.text, round(sound.seconds, 3), speaker.name, speech.left_out)
+            reply,
+            spoken=SpokenFile(
+                str(path),
+                text=speech.text,
+                seconds=round(sound.seconds, 3),
+                voice=speaker.name,
+                left_out=speech.left_out,
+            ),
         )
 
     return speak

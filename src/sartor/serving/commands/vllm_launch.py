@@ -92,19 +92,17 @@ def command(team: Team, base: Path, releases: Sequence[Artifact]) -> Launch:
     if releases or engine.loads_adapters:
         argv += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(max(len(releases), 1))]
     if releases:
-        argv += ["--lora-modules", *(_module(release) for release in releases)]
+        argv.append("--lora-modules")
+        for release in releases:
+            name, path = adapter_digest(release.manifest["files"]), str(release.path)
+            # vLLM splits the short form at every =
+            needs_json = "=" in path or path.startswith("{")
+            argv.append(json.dumps({"name": name, "path": path}) if needs_json else f"{name}={path}")
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if engine.loads_adapters else {}
     if engine.key_env:
-        environment["VLLM_API_KEY"] = (
-            f"${engine.key_env}"  # not a flag, because other users of the machine could read it
-        )
+        # not a flag, because other users of the machine could read it
+        environment["VLLM_API_KEY"] = f"${engine.key_env}"
     return Launch(tuple(argv), environment)
-
-
-def _module(release: Artifact) -> str:
-    name, path = adapter_digest(release.manifest["files"]), str(release.path)
-    # vLLM splits the short form at every =
-    return json.dumps({"name": name, "path": path}) if "=" in path or path.startswith("{") else f"{name}={path}"
 
 
 def _check_templates(base: Path, releases: Sequence[Artifact]) -> None:

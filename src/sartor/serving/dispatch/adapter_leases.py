@@ -97,18 +97,26 @@ class AdapterLeases:
             return
         key = version.name, version.release_id  # personal versions of one agent have one name
         if key not in self._loading:
-            task = self._loading[key] = asyncio.ensure_future(self._load(version))
-            task.add_done_callback(lambda done: self._loading_done(key, done))
-        await asyncio.shield(self._loading[key])  # other callers may wait for the same load
 
-    def _loading_done(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
-        del self._loading[key]
-        if not task.cancelled():
-            task.exception()  # marks it as retrieved; the error is in `troubles`
+            def on_done(task: asyncio.Task[None]) -> None:
+                del self._loading[key]
+                if not task.cancelled():
+                    task.exception()  # marks it as retrieved; the error is in `troubles`
+
+            self._loading[key] = asyncio.ensure_future(self._load(version))
+            self._loading[key].add_done_callback(on_done)
+        await asyncio.shield(self._loading[key])  # other callers may wait for the same load
 
     async def _load(self, version: AgentVersion) -> None:
         try:
-            admitted = await self._recheck(version)
+            # admit the version again: from the copy if there is a valid one, else from its registered directory
+            admitted = None
+            copy = self._copies / version.release_id
+            if copy.is_dir():
+                with suppress(SartorError):
+                    admitted = await self._same(version, copy)
+            if admitted is None:
+                admitted = await self._same(version, Path(version.release))
             async with self._lock:
                 if version.adapter not in self._loaded:
                     await self._workers.attach(version.adapter, Path(admitted.release))
@@ -119,14 +127,6 @@ class AdapterLeases:
             self.troubles[version.name] = error
             raise
         self.troubles.pop(version.name, None)
-
-    async def _recheck(self, version: AgentVersion) -> AgentVersion:
-        """Admit the version again: from the copy if there is a valid one, else from its registered directory."""
-        copy = self._copies / version.release_id
-        if copy.is_dir():
-            with suppress(SartorError):
-                return await self._same(version, copy)
-        return await self._same(version, Path(version.release))
 
     async def _same(self, version: AgentVersion, path: Path) -> AgentVersion:
         result = await self._admit(path, version.agent)

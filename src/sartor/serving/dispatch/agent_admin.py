@@ -36,17 +36,18 @@ class AgentAdmin:
     async def listed(self) -> Sequence[AgentListing]:
         """Return every agent."""
         health, unadmitted = self._served.health()["agents"], self._served.unadmitted
-        return [
-            AgentListing(
+        listings = []
+        for name, agent in self._served.agents.items():
+            listing = AgentListing(
                 name,
-                agent.live,
-                agent.versions,
-                {**health[name], "note": agent.note},
-                name not in unadmitted,
-                {version: self._served.reads(f"{name}@{version}") for version in agent.versions},
+                live=agent.live,
+                versions=agent.versions,
+                state={**health[name], "note": agent.note},
+                is_ready=name not in unadmitted,
+                reads={version: self._served.reads(f"{name}@{version}") for version in agent.versions},
             )
-            for name, agent in self._served.agents.items()
-        ]
+            listings.append(listing)
+        return listings
 
     async def promote(self, name: str, release: str, version: str, expected: str | None) -> Mapping[str, Any]:
         """Make a Release or a registered version live, or put it on trial if TEAM.yaml demands that.

@@ -71,10 +71,13 @@ def build_call(request: AgentRequest, version: AgentVersion | None, id: str, max
     Raises RequestError for an unknown option or more than `max_tokens` tokens; ConfigError for a value out of range.
     """
     facts = version.facts if version else {}
+    system, messages = str(facts.get("system_prompt", "")), request.messages
+    if system and messages and not any(message.get("role") in _SYSTEM for message in messages):
+        messages = ({"role": "system", "content": system}, *messages)
     return GenerateCall(
         id=id,
         adapter=version.adapter if version else BASE,
-        messages=_messages(request, str(facts.get("system_prompt", ""))),
+        messages=messages,
         text=request.text,
         sampling=_sampling(request, dict(facts.get("sampling", {})), max_tokens),
         schema=request.schema,
@@ -82,12 +85,6 @@ def build_call(request: AgentRequest, version: AgentVersion | None, id: str, max
         must_call=request.must_call,
         top_logprobs=request.top_logprobs,
     )
-
-
-def _messages(request: AgentRequest, system: str) -> tuple[Any, ...]:
-    if not system or not request.messages or any(message.get("role") in _SYSTEM for message in request.messages):
-        return request.messages
-    return ({"role": "system", "content": system}, *request.messages)
 
 
 def _sampling(request: AgentRequest, released: dict[str, Any], max_tokens: int) -> Sampling:
@@ -152,13 +149,21 @@ class Dispatcher:
         self._admit = admit
         self.leases = AdapterLeases(workers, admit, release_copies.folder(Path(team.state)))
         self.rollouts = Rollouts(team.rollout, clock)
-        self.served = ServedAgents(registry, workers, self.leases, self.rollouts, router)
+        self.served = ServedAgents(registry, workers, leases=self.leases, rollouts=self.rollouts, router=router)
         self.user_versions = UserVersionSelector(
-            UserVersionStore(registry.database), self.leases, workers, Path(team.state), team.personal.held
+            UserVersionStore(registry.database),
+            leases=self.leases,
+            workers=workers,
+            state=Path(team.state),
+            max_loaded=team.personal.held,
         )
         self.served.followers.append(self.user_versions.follow)
         self.shadows = Shadows(
-            workers, self._has_room, self.leases.leased, self._on_shadow_outcome, team.limits.deadline_s
+            workers,
+            has_room=lambda: self.in_flight <= self._workers.about.rows // 4,
+            leased=self.leases.leased,
+            report=self._on_shadow_outcome,
+            deadline_s=team.limits.deadline_s,
         )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loops: list[asyncio.Task[None]] = []
@@ -202,7 +207,7 @@ class Dispatcher:
             async with asyncio.timeout(request.deadline_s):
                 public_request = self.user_versions.public_request(request)
                 selection = await select_candidates(
-                    public_request, self.served.agents, self._router, receipt, self.served.reads
+                    public_request, self.served.agents, router=self._router, id=receipt, reads=self.served.reads
                 )
                 selection = await self.user_versions.select(
                     selection, request, self.served.agents, self.served.versions
@@ -224,7 +229,11 @@ class Dispatcher:
                 reasons = (*selection.candidates[0].reasons, Reason(ReasonKind.FAILED, errors[0].problem), *reasons)
             try:
                 return await self._begin(
-                    replace(request, deadline_s=remaining_s), selection, index, receipt, join_reasons(reasons)
+                    replace(request, deadline_s=remaining_s),
+                    selection=selection,
+                    index=index,
+                    receipt=receipt,
+                    reason=join_reasons(reasons),
                 )
             except STEPS_IN as error:
                 errors.append(error)
@@ -292,21 +301,27 @@ class Dispatcher:
         elif event.finish != "cancelled":
             tokens = event.reply_tokens or stream.tokens
             self._observe_reply(
-                pending.agent, stream.text, bool(event.tool_calls), stream.took_s / max(1, tokens), pending.in_flight
+                pending.agent,
+                text=stream.text,
+                is_call=bool(event.tool_calls),
+                token_s=stream.took_s / max(1, tokens),
+                in_flight=pending.in_flight,
             )
             self._shadow(pending, stream.text)
         if self._receipts is not None:
             done = event if isinstance(event, ReplyDone) else None
-            facts = (
-                pending.receipt,
-                pending.reported_agent,
-                pending.reason,
-                pending.release_id,
-                pending.call,
-                stream.text,
-                done,
+            finished = FinishedReply(
+                receipt=pending.receipt,
+                agent=pending.reported_agent,
+                reason=pending.reason,
+                release_id=pending.release_id,
+                call=pending.call,
+                text=stream.text,
+                done=done,
+                scores=pending.scores,
+                began=pending.began,
+                person=pending.person,
             )
-            finished = FinishedReply(*facts, scores=pending.scores, began=pending.began, person=pending.person)
             # shielded: a client that disconnects now must not prevent the receipt
             await asyncio.shield(self._spawn(self._keep(finished)))
 
@@ -340,21 +355,30 @@ class Dispatcher:
         elif event.finish != "cancelled":
             token_s = outcome.took_s / max(1, event.reply_tokens or outcome.tokens)
             self.rollouts.observe_comparison(shadow.agent, outcome.text == shadow.live_reply)
-            self._observe_reply(shadow.agent, outcome.text, bool(event.tool_calls), token_s, self.in_flight + 1)
+            self._observe_reply(
+                shadow.agent,
+                text=outcome.text,
+                is_call=bool(event.tool_calls),
+                token_s=token_s,
+                in_flight=self.in_flight + 1,
+            )
 
     def _observe_reply(self, agent: str, text: str, is_call: bool, token_s: float, in_flight: int) -> None:
         self._follow(
-            self.rollouts.observe_reply(ObservedReply(agent, False, is_call or is_json(text), token_s, in_flight))
+            self.rollouts.observe_reply(
+                ObservedReply(
+                    agent, failed=False, is_json=is_call or is_json(text), token_s=token_s, in_flight=in_flight
+                )
+            )
         )
 
     def _failed(self, agent: str, kind: str) -> None:
         if kind in AGENT_FAULTS:
             self._follow(self.rollouts.observe_reply(ObservedReply(agent, True)))
-        elif kind == "UnavailableError" and self._breaker(agent) == "quarantined":
-            self._follow(self.rollouts.condemn(agent, "its breaker put it into quarantine"))
-
-    def _breaker(self, agent: str) -> str:
-        return str(self._workers.health().get("agents", {}).get(agent, {}).get("breaker", ""))
+        elif kind == "UnavailableError":
+            health = self._workers.health().get("agents", {}).get(agent, {})
+            if health.get("breaker") == "quarantined":
+                self._follow(self.rollouts.condemn(agent, "its breaker put it into quarantine"))
 
     def _follow(self, verdict: RolloutVerdict | None) -> None:
         if verdict is not None:
@@ -387,9 +411,6 @@ class Dispatcher:
             yield
         finally:
             self.in_flight -= 1
-
-    def _has_room(self) -> bool:
-        return self.in_flight <= self._workers.about.rows // 4
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)

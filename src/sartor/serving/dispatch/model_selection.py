@@ -124,7 +124,7 @@ async def select_candidates(
         modalities.check(BASE_AGENT)
         return CandidateList([Candidate(BASE_AGENT, (_BY_NAME,))])
     if request.model == AUTO:
-        return await _select_routed(request, agents, router, id, modalities)
+        return await _select_routed(request, agents, router, id=id, modalities=modalities)
     agent = _openable_agent(request, agents, name)
     if not separator:
         return CandidateList(list(_chain(agent, (_BY_NAME,), id, modalities)))

@@ -114,11 +114,9 @@ class UserVersionSelector:
         try:
             previous_generation = self._people.generation
             people = await asyncio.to_thread(self._store.read)
-            forgotten = (
-                await asyncio.to_thread(self._store.forgotten_since, previous_generation)
-                if previous_generation >= 0
-                else []
-            )
+            forgotten = []
+            if previous_generation >= 0:
+                forgotten = await asyncio.to_thread(self._store.forgotten_since, previous_generation)
         except SartorError:  # `ServedAgents` reports the troubles of the registry
             return
         self._people = people

@@ -21,7 +21,7 @@ from sartor.core.confidence_sequences import FailureRate
 from sartor.core.errors import SartorError
 from sartor.inference.engine import GenerateCall, ReplyDone, ReplyFailed
 from sartor.serving.dispatch.reply_stream import ReplyStream
-from sartor.serving.dispatch.sequential_tests import WINDOW_REPLIES, Alarm, VersionTally, first_alarm
+from sartor.serving.dispatch.sequential_tests import WINDOW_REPLIES, VersionTally, first_alarm
 from sartor.serving.registry.registry_schema import Agent
 from sartor.serving.team_config import Rollout
 from sartor.serving.types import EventStream, WorkerBackend
@@ -116,10 +116,16 @@ class Rollouts:
                 or (current.candidate, current.live) != (agent.candidate, agent.live)
             ):
                 self._comparisons[agent.name] = _Comparison(
-                    agent.name, agent.candidate, agent.live, False, float("inf")
+                    agent.name, candidate=agent.candidate, live=agent.live, is_frozen=False, deadline=float("inf")
                 )
         elif previous is not None and previous.live != agent.live and agent.previous == previous.live:
-            watch = _Comparison(agent.name, agent.live, previous.live, True, self._clock() + self._rules.watch_s)
+            watch = _Comparison(
+                agent.name,
+                candidate=agent.live,
+                live=previous.live,
+                is_frozen=True,
+                deadline=self._clock() + self._rules.watch_s,
+            )
             for tally in self._live_tallies.get(f"{agent.name}@{previous.live}", ()):
                 watch.live_tally.add(tally)
             self._comparisons[agent.name] = watch
@@ -227,7 +233,8 @@ class Rollouts:
     def _judge(self, comparison: _Comparison) -> RolloutVerdict | None:
         alarm = first_alarm(comparison.candidate_tally, comparison.live_tally, self._rules, comparison.window)
         if alarm is not None:
-            return self._over(comparison, "roll back", alarm.reason, _numbers(alarm, comparison))
+            numbers = {"monitor": alarm.monitor, "window": comparison.window, **alarm.numbers}
+            return self._over(comparison, "roll back", alarm.reason, numbers)
         required_replies = self._rules.canary_requests
         if required_replies and not comparison.is_frozen and comparison.replies >= required_replies:
             numbers = {"candidate": comparison.candidate_tally.as_json(), "live": comparison.live_tally.as_json()}
@@ -242,11 +249,9 @@ class Rollouts:
     ) -> RolloutVerdict:
         # No second verdict. The change in the registry removes the comparison.
         comparison.is_over = True
-        return RolloutVerdict(comparison.name, comparison.candidate, action, reason, numbers)
-
-
-def _numbers(alarm: Alarm, comparison: _Comparison) -> dict[str, Any]:
-    return {"monitor": alarm.monitor, "window": comparison.window, **alarm.numbers}
+        return RolloutVerdict(
+            agent=comparison.name, version=comparison.candidate, action=action, reason=reason, numbers=numbers
+        )
 
 
 MOST_WAITING = 16
@@ -332,7 +337,8 @@ class Shadows:
                     ShadowOutcome(shadow, ReplyFailed(shadow.call.id, error.kind, error.problem, error.remedy))
                 )
                 return
-            stream = ReplyStream(events, _keep_lease, _ended, time.monotonic() - began)
+            # the lease lasts as long as the shadow, not only until the stream ends
+            stream = ReplyStream(events, lambda: None, _ended, time.monotonic() - began)
             try:
                 await self._follow(shadow, stream)
             finally:
@@ -342,14 +348,12 @@ class Shadows:
         async for event in stream:
             if isinstance(event, (ReplyDone, ReplyFailed)):
                 self.answered += 1
-                self._report(ShadowOutcome(shadow, event, stream.text, stream.tokens, stream.took_s))
+                self._report(
+                    ShadowOutcome(shadow, event, text=stream.text, tokens=stream.tokens, took_s=stream.took_s)
+                )
             elif not self._has_room():
                 self.left_out += 1
                 return
-
-
-def _keep_lease() -> None:
-    """Do nothing: the lease lasts as long as the shadow."""
 
 
 async def _ended(stream: ReplyStream, event: ReplyDone | ReplyFailed) -> None:

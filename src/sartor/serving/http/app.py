@@ -185,11 +185,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     problem = f"there is no {endpoint}" if error.status_code in (404, 405) else f"{endpoint} is not possible"
     fault = HttpError(
         error.status_code,
-        "invalid_request_error",
-        "unknown_url",
-        problem,
-        "see GET /openapi.json",
-        "RequestError",
+        type="invalid_request_error",
+        code="unknown_url",
+        problem=problem,
+        remedy="see GET /openapi.json",
+        kind="RequestError",
         headers=dict(error.headers or {}),
     )
     return _answer(request, fault)

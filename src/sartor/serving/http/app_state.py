@@ -81,7 +81,9 @@ class AppState:
 
     def remember(self, key: str, person: str, answer: AgentReply, request: AgentRequest, reply: str) -> None:
         """Keep a complete reply with its key and user, so that later feedback on it can be learnt from."""
-        exchange = Exchange(answer.agent, request.messages, request.text, reply, key, person)
+        exchange = Exchange(
+            agent=answer.agent, messages=request.messages, text=request.text, reply=reply, key=key, person=person
+        )
         self.memory.keep(answer.receipt, exchange)
 
     def person(self, user: str, header: str) -> str:

@@ -11,7 +11,7 @@ import ipaddress
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +123,10 @@ class RequestGate:
         or by a form. The Host header must therefore name this machine, and the Origin must be this server or be
         allowed.
         """
-        host = _host(f"//{headers.get('host', '')}")
+        try:
+            host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        except ValueError:
+            host = ""
         if not (is_loopback(host) or host == self.http.host):
             raise ForeignError(f"the host {host[:80]!a} is not this server's", f"ask http://{self.http.host}:PORT")
         origin = headers.get("origin", "")
@@ -132,13 +135,6 @@ class RequestGate:
             raise ForeignError(
                 f"a page of {origin[:80]!a} may not ask this server", "name the origin in http.cors of TEAM.yaml"
             )
-
-
-def _host(address: str) -> str:
-    try:
-        return urlsplit(address).hostname or ""
-    except ValueError:
-        return ""
 
 
 def is_loopback(host: str) -> bool:
@@ -164,7 +160,10 @@ class AuthMiddleware:
         if scope["type"] != "http":
             return
         headers = Headers(scope=scope)
-        record = RequestRecord(_request_id(headers), scope["method"])
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = secrets.token_hex(12)
+        record = RequestRecord(request_id, scope["method"])
         scope.setdefault("state", {})["entry"] = record
         responder = _Responder(send, record)
         with self._tracer.span(record, headers):
@@ -209,20 +208,11 @@ class _Responder:
         self._record.error = fault.kind
         if not self._record.status:
             body = json.dumps(fault.as_json()).encode()
-            await self.send(
-                {"type": "http.response.start", "status": fault.status, "headers": _response_headers(fault, len(body))}
-            )
+            fields: dict[str, Any] = {
+                "content-type": "application/json",
+                "content-length": len(body),
+                **fault.headers,
+            }
+            headers = [(name.encode(), str(value).encode()) for name, value in fields.items()]
+            await self.send({"type": "http.response.start", "status": fault.status, "headers": headers})
             await self._send({"type": "http.response.body", "body": body})
-
-
-def _response_headers(fault: HttpError, size: int) -> list[tuple[bytes, bytes]]:
-    fields: Mapping[str, Any] = {"content-type": "application/json", "content-length": size, **fault.headers}
-    return [(name.encode(), str(value).encode()) for name, value in fields.items()]
-
-
-def _request_id(headers: Headers) -> str:
-    """Return the client's `x-request-id` if it is 1 to 64 characters of A-Z, a-z, 0-9, ".", "_" and "-"; else a new
-    id.
-    """
-    request_id = headers.get("x-request-id", "")
-    return request_id if _REQUEST_ID.fullmatch(request_id) else secrets.token_hex(12)

@@ -127,11 +127,11 @@ class HttpError:
 
 BUG = HttpError(
     500,
-    "server_error",
-    "internal_error",
-    "the server made a mistake; it is logged under this request's id",
-    "report the x-request-id of this answer",
-    "Bug",
+    type="server_error",
+    code="internal_error",
+    problem="the server made a mistake; it is logged under this request's id",
+    remedy="report the x-request-id of this answer",
+    kind="Bug",
 )
 
 
@@ -144,20 +144,25 @@ def to_http_error(error: SartorError) -> HttpError:
     code = error.code if isinstance(error, MediaFaultError) else code
     param = error.param if isinstance(error, FieldError) else None
     param = "model" if isinstance(error, errors.UnknownAgentError) else param
-    return HttpError(status, kind, code, error.problem, error.remedy, _public(error), param, _headers(error, status))
-
-
-def _public(error: SartorError) -> str:
-    """Return the name of the nearest class defined in core/errors. Classes of this package differ only in status."""
-    return next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
-
-
-def _headers(error: SartorError, status: int) -> dict[str, str]:
+    # the nearest class defined in core/errors; classes of this package differ only in status
+    public_name = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
+    headers = {}
     if isinstance(error, errors.BusyError):
-        return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
-    if status == 401:
-        return {"www-authenticate": "Bearer"}
-    return {"retry-after": str(ASK_AGAIN_S)} if status == 503 else {}
+        headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+    elif status == 401:
+        headers = {"www-authenticate": "Bearer"}
+    elif status == 503:
+        headers = {"retry-after": str(ASK_AGAIN_S)}
+    return HttpError(
+        status,
+        type=kind,
+        code=code,
+        problem=error.problem,
+        remedy=error.remedy,
+        kind=public_name,
+        param=param,
+        headers=headers,
+    )
 
 
 MOST_SHOWN = 80

@@ -181,21 +181,27 @@ class McpServer:
 
     async def _tools(self, request: Request) -> dict[str, Tool]:
         """Return the tools that the request's path and key open, by name."""
+        from mcp_types import Tool
+
         principal, agent = get_record(request).principal, request.path_params.get("agent", "")
         descriptions = await abilities(self._state, principal, self._about_texts)
         if agent:
-            return {tool.name: tool for tool in [_tool(_description_of(agent, descriptions))]}
+            tool = _tool(_description_of(agent, descriptions))
+            return {tool.name: tool}
         names = [
             *(name for name in SPECIAL if principal.opens(name)),
             *(description.name for description in descriptions),
         ]
-        # an agent named `ask` has no tool of its own: clients pass its name as `agent`
-        tools = (
-            [_team_tool(names), *(_tool(description) for description in descriptions if description.name != ASK)]
-            if names
-            else []
-        )
-        return {tool.name: tool for tool in tools}
+        if not names:
+            return {}
+        agent_schema = {"enum": names, "description": "Who is asked; auto, which it is if left out, chooses."}
+        input_schema = _object({"prompt": PROMPT, "agent": agent_schema})
+        tools = {ASK: Tool(name=ASK, description=ABOUT_AUTO, input_schema=input_schema)}
+        for description in descriptions:
+            if description.name != ASK:  # an agent of that name has no tool of its own: clients pass it as `agent`
+                tool = _tool(description)
+                tools[tool.name] = tool
+        return tools
 
 
 def _description_of(model: str, descriptions: list[ToolDescription]) -> ToolDescription:
@@ -215,13 +221,6 @@ def _tool(description: ToolDescription) -> Tool:
     from mcp_types import Tool
 
     return Tool(name=description.name, description=description.about, input_schema=_object({"prompt": PROMPT}))
-
-
-def _team_tool(names: list[str]) -> Tool:
-    from mcp_types import Tool
-
-    agent = {"enum": names, "description": "Who is asked; auto, which it is if left out, chooses."}
-    return Tool(name=ASK, description=ABOUT_AUTO, input_schema=_object({"prompt": PROMPT, "agent": agent}))
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:

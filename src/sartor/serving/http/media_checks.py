@@ -7,7 +7,7 @@ decode is an error of the request too.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -44,7 +44,12 @@ class MediaChecker:
         body_bytes: size of the request body. choices: number of replies; the media are counted once for each.
         Raises TooLargeError, BusyError (too many bytes held together), and MediaFaultError with the path of the part.
         """
-        parts = list(_media_parts(messages))
+        parts: list[tuple[str, str, str]] = []  # field path, kind, data URL
+        for turn_index, message in enumerate(messages):
+            content = message.get("content")
+            for index, part in enumerate(content if isinstance(content, list | tuple) else ()):
+                if is_media(part):
+                    parts.append((f"messages[{turn_index}].content[{index}]", MEDIA[part["type"]], url_in(part)))
         size = sum(len(url) for _, _, url in parts)
         self._check_size(len(parts), size, body_bytes, choices)
         size *= choices
@@ -107,15 +112,6 @@ class MediaChecker:
                 problem = f"the recording has {seconds:.1f} s; the limit is {self._media.seconds:g}"
                 raise MediaError("audio_too_long", problem, "cut it into pieces, or raise media.seconds in TEAM.yaml")
             audio.check_length(sound, self._media.seconds)
-
-
-def _media_parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """Yield (field path, kind, data URL) of each media part."""
-    for turn_index, message in enumerate(messages):
-        content = message.get("content")
-        for index, part in enumerate(content if isinstance(content, list | tuple) else ()):
-            if is_media(part):
-                yield f"messages[{turn_index}].content[{index}]", MEDIA[part["type"]], url_in(part)
 
 
 def data_url(url: str, kind: str, param: str) -> str:

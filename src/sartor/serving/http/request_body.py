@@ -173,7 +173,8 @@ def _whole(text: str) -> int:
 
 
 def _real(text: str) -> float:
-    if not math.isfinite(value := float(text)):
+    value = float(text)
+    if not math.isfinite(value):
         raise RequestError(f"the number {text[:MOST_DIGITS]} is too large for a double", "send a number below 1.8e308")
     return value
 

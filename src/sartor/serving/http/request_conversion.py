@@ -193,20 +193,17 @@ def _message(turn: Turn, index: int) -> dict[str, Any]:
         message["role"] = "system"
     for call in message.get("tool_calls", ()):
         call.pop("index", None)
-    return (
-        {**message, "content": _content(turn.content, f"messages[{index}].content")}
-        if turn.content is not None
-        else message
-    )
-
-
-def _content(content: str | Sequence[TextPart | MediaPart], param: str) -> str | list[dict[str, str]]:
-    """Return a string, or with media the list of parts in the short form that curation reads too."""
+    content = turn.content
+    if content is None:
+        return message
     if isinstance(content, str):
-        return content
-    if all(isinstance(part, TextPart) for part in content):
-        return "".join(part.text for part in content if isinstance(part, TextPart))
-    return [_part(part, f"{param}[{index}]").plain() for index, part in enumerate(content)]
+        return {**message, "content": content}
+    texts = [part.text for part in content if isinstance(part, TextPart)]
+    if len(texts) == len(content):
+        return {**message, "content": "".join(texts)}
+    # with media: the parts in the short form that curation reads too
+    parts = [_part(part, f"messages[{index}].content[{position}]").plain() for position, part in enumerate(content)]
+    return {**message, "content": parts}
 
 
 def _part(part: TextPart | MediaPart, param: str) -> Part:

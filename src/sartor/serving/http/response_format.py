@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
@@ -190,13 +190,10 @@ def _finish_reason(done: ReplyDone) -> FinishReason:
 
 
 def _chat_logprobs(logprobs: Sequence[Logprob]) -> ChatLogprobs:
-    content: list[TokenLogprob] = [
-        {
-            **_token(logprob.token, logprob.logprob),
-            "top_logprobs": [_token(token, value) for token, value in logprob.top],
-        }
-        for logprob in logprobs
-    ]
+    content: list[TokenLogprob] = []
+    for logprob in logprobs:
+        top_logprobs = [_token(token, value) for token, value in logprob.top]
+        content.append({**_token(logprob.token, logprob.logprob), "top_logprobs": top_logprobs})
     return {"content": content, "refusal": None}
 
 
@@ -233,17 +230,13 @@ async def chunks(
             yield chunk_of([choice])
     async with aclosing(group.merged()) as events:
         async for index, event in events:
-            for choice in _choices(formatter, index, event):
-                yield chunk_of([choice])
+            if isinstance(event, ReplyDone):
+                for choice in formatter.end(index, event):
+                    yield chunk_of([choice])
+            elif event.text or event.logprobs:  # without either (its text is still held back) it makes no chunk
+                yield chunk_of([formatter.delta(index, event)])
     if with_usage:
         yield chunk_of([], record.usage.as_json())
-
-
-def _choices(formatter: CompletionFormat[ChoiceT], index: int, event: TextDelta | ReplyDone) -> Iterable[ChoiceT]:
-    if isinstance(event, ReplyDone):
-        return formatter.end(index, event)
-    # an event without text or log-probabilities (its text is still held back) makes no chunk
-    return [formatter.delta(index, event)] if event.text or event.logprobs else []
 
 
 class SseResponse(Response):

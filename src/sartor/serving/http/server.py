@@ -49,11 +49,11 @@ UNREAD_BYTES = 64 << 10
 KERNEL_BYTES = 256 << 10
 _MALFORMED = HttpError(
     400,
-    "invalid_request_error",
-    "invalid_http",
-    "this is not an HTTP request",
-    "send HTTP/1.1 with a head below 64 KiB",
-    "RequestError",
+    type="invalid_request_error",
+    code="invalid_http",
+    problem="this is not an HTTP request",
+    remedy="send HTTP/1.1 with a head below 64 KiB",
+    kind="RequestError",
 )
 
 
@@ -195,9 +195,14 @@ class HttpServer:
         self._tools = McpServer(state, team, self.log.bug) if team.mcp.serve else None
         self.app = _app(state, team, self._tools)
         gate = RequestGate(
-            services.authenticator, services.rates, team.http, team.limits, self.lifetime, self.connections
+            authenticator=services.authenticator,
+            rates=services.rates,
+            http=team.http,
+            limits=team.limits,
+            lifetime=self.lifetime,
+            connections=self.connections,
         )
-        self.asgi = AuthMiddleware(self.app, gate, self.log, metrics, self._tracer)
+        self.asgi = AuthMiddleware(self.app, gate, log=self.log, metrics=metrics, tracer=self._tracer)
 
     def connections(self) -> int:
         """Return the number of open connections."""
@@ -223,8 +228,15 @@ class HttpServer:
             timeout_graceful_shutdown=round(self.team.http.drain_s + LAST_WORDS_S) + 1,
         )
         server = self._uvicorn = _Draining(config, self._drain)
-        watch_task = asyncio.ensure_future(self._watch(server))
-        tell_task = asyncio.ensure_future(self._tell(server, _address(sock), ready))
+
+        def on_cut(count: int) -> None:
+            self.log.say("slow clients cut off", count=count)
+
+        connections = server.server_state.connections
+        watch_task = asyncio.ensure_future(watch(connections, self.team.limits.slow_client_s, on_cut))
+        host, port = sock.getsockname()[:2]
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        tell_task = asyncio.ensure_future(self._tell(server, address, ready))
         with self._server_lines():
             try:
                 async with self._tools.running() if self._tools else contextlib.nullcontext():
@@ -244,12 +256,6 @@ class HttpServer:
         """Close the log and the traces; whatever they still hold is written first."""
         self._tracer.close()
         self.log.close()
-
-    async def _watch(self, server: uvicorn.Server) -> None:
-        def on_cut(count: int) -> None:
-            self.log.say("slow clients cut off", count=count)
-
-        await watch(server.server_state.connections, self.team.limits.slow_client_s, on_cut)
 
     async def _tell(self, server: uvicorn.Server, address: str, ready: Callable[[str], object]) -> None:
         while not server.started:
@@ -355,11 +361,6 @@ def bind(team: Team) -> socket.socket:
         raise ConfigError(
             f"{team.http.host}:{team.http.port} cannot be listened on: {reason}", "--http.port 0 takes a free port"
         ) from None
-
-
-def _address(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _raise_file_limit(wanted: int) -> None:

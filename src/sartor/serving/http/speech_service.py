@@ -49,7 +49,8 @@ class SpeechService:
         self._options = options
         self._terms = SpeechTerms(options.patience_s, NICE)
         default = _default(options.voice)
-        opened = [open_voice(name, self._terms) for name in ([default, *options.voices] if default else [])]
+        names = [default, *options.voices] if default else []
+        opened = [open_voice(name, self._terms) for name in names]
         self._voices = {voice.name: voice for voice in opened}
         self._pool = ThreadPoolExecutor(options.at_once, "sartor-voice", lambda: lower_priority(NICE))
         self._text_count = 0

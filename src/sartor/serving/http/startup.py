@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,25 +52,18 @@ def serve(team: Team | Path | str, flags: Sequence[str] = (), *, ready: Ready = 
 
 
 async def _serve(team: Team, ready: Ready) -> None:
-    log = RequestLog(sys.stderr)
-    try:
-        await _open_and_serve(team, ready, log)
-    finally:
-        log.close()
-
-
-async def _open_and_serve(team: Team, ready: Ready, log: RequestLog) -> None:
-    async with build_services(team, log.say) as services:
-        server = HttpServer(services, team, log=log)
-        names = [agent.name for agent in await services.agent_admin.listed() if agent.is_ready]
-        about = services.workers.about
-        facts = {
-            "base": about.base,
-            "engine": about.kind,
-            "agents": names,
-            "keys": asks_for_key(services.authenticator),
-        }
-        await server.serve(bind(team), lambda address: ready({"address": address, **facts}))
+    with closing(RequestLog(sys.stderr)) as log:
+        async with build_services(team, log.say) as services:
+            server = HttpServer(services, team, log=log)
+            names = [agent.name for agent in await services.agent_admin.listed() if agent.is_ready]
+            about = services.workers.about
+            facts = {
+                "base": about.base,
+                "engine": about.kind,
+                "agents": names,
+                "keys": asks_for_key(services.authenticator),
+            }
+            await server.serve(bind(team), lambda address: ready({"address": address, **facts}))
 
 
 @asynccontextmanager
@@ -97,7 +90,9 @@ async def build_services(team: Team, tell: Tell = lambda event, **fields: None) 
         stack.callback(receipts.close)
         release_copies.sweep(Path(team.state))
         admit = _admission(team, workers)
-        router = AutoRouter(workers, team.router, Path(team.state), workers.about.kind, workers.about.dtype)
+        router = AutoRouter(
+            workers, team.router, state=Path(team.state), engine=workers.about.kind, dtype=workers.about.dtype
+        )
         stack.push_async_callback(router.close)
         dispatcher = Dispatcher(
             team, workers, registry, _announced(admit, Path(team.state), tell), router=router, receipts=receipts

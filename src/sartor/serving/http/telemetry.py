@@ -62,9 +62,8 @@ class Metrics:
             "correction": submitted.correction,
             "comment": submitted.comment,
         }
-        kinds["withheld"] = (
-            submitted.has_words or submitted.correction or submitted.comment
-        ) and stored.by.consent == "refused"
+        had_words = submitted.has_words or submitted.correction or submitted.comment
+        kinds["withheld"] = had_words and stored.by.consent == "refused"
         for kind, is_present in kinds.items():
             if is_present:
                 self._feedback.labels(submitted.agent, kind).inc()

@@ -64,11 +64,15 @@ def _by_pattern(check: PatternCheck, draft: str) -> list[str]:
 
 
 def _by_arithmetic(check: Arithmetic, draft: str) -> list[str]:
-    problems = [
-        problem for problem in (_wrong_in(match[0]) for match in _EQUATION.finditer(draft)) if problem is not None
-    ]
-    shortfall = [f"it holds {len(problems)} equations; at least {check.least}"] if len(problems) < check.least else []
-    return [*(problem for problem in problems if problem), *shortfall]
+    problems = []
+    for match in _EQUATION.finditer(draft):
+        problem = _wrong_in(match[0])
+        if problem is not None:
+            problems.append(problem)
+    findings = [problem for problem in problems if problem]
+    if len(problems) < check.least:
+        findings.append(f"it holds {len(problems)} equations; at least {check.least}")
+    return findings
 
 
 def _wrong_in(equation: str) -> str | None:
@@ -78,7 +82,8 @@ def _wrong_in(equation: str) -> str | None:
     """
     sides = [side.strip().rstrip(".,+-*/x×÷(") for side in equation.split("=")]
     values = [_value(side) for side in sides]
-    if any(value is None for value in values) or not any(_is_sum(side) for side in sides):
+    has_operator = any(sign in side[1:] for side in sides for sign in "+-*/x×÷")
+    if any(value is None for value in values) or not has_operator:
         return None
     first = values[0]
     assert first is not None
@@ -86,20 +91,13 @@ def _wrong_in(equation: str) -> str | None:
         assert value is not None
         # a side with d decimals may be rounded: |first - value| <= 0.5 * 10^-d; one without decimals must be exact
         if abs(first - value) > Fraction(1, 2 * 10 ** _decimals(side)) or (first != value and not _decimals(side)):
-            return f"{sides[0]} is {_number_text(first)}, not {side}"
+            computed = str(first.numerator) if first.denominator == 1 else f"{float(first):.10g}"
+            return f"{sides[0]} is {computed}, not {side}"
     return ""
-
-
-def _is_sum(side: str) -> bool:
-    return any(sign in side[1:] for sign in "+-*/x×÷")
 
 
 def _decimals(side: str) -> int:
     return len(side.rpartition(".")[2]) if re.fullmatch(r"-?[\d,]+\.\d+", side) else 0
-
-
-def _number_text(value: Fraction) -> str:
-    return str(value.numerator) if value.denominator == 1 else f"{float(value):.10g}"
 
 
 def _value(side: str) -> Fraction | None:
@@ -134,22 +132,24 @@ def _by_citations(check: Citations, draft: str, request_text: str) -> list[str]:
         citations = _in_fields(draft, check.fields) if check.fields else _in_text(draft, check.pattern)
     except ValueError as error:
         return [str(error)]
-    shortfall = [f"it cites {len(citations)} times; at least {check.least}"] if len(citations) < check.least else []
-    return [
-        *(
-            f"{citation[:200]!r} is not in {sources_name}"
-            for citation in citations
-            if not _holds(sources, _plain(citation))
-        ),
-        *shortfall,
-    ]
+    findings = []
+    for citation in citations:
+        # whole words: `hall` is not in `shall`
+        if not re.search(rf"(?<!\w){re.escape(_plain(citation))}(?!\w)", sources):
+            findings.append(f"{citation[:200]!r} is not in {sources_name}")
+    if len(citations) < check.least:
+        findings.append(f"it cites {len(citations)} times; at least {check.least}")
+    return findings
 
 
 def _in_fields(draft: str, fields: Sequence[str]) -> list[str]:
     value = read_json(draft)
     if not isinstance(value, dict) or not is_json(value):
         raise ValueError("it is no JSON object")
-    return [str(item) for name in fields for item in _values(value.get(name)) if str(item).strip()]
+    texts = []
+    for name in fields:
+        texts += [str(item) for item in _values(value.get(name))]
+    return [text for text in texts if text.strip()]
 
 
 def _values(value: Any) -> Iterator[Any]:
@@ -165,13 +165,12 @@ def _in_text(draft: str, pattern: str) -> list[str]:
         matches = list(regex.finditer(pattern, draft, timeout=SEARCH_S))
     except TimeoutError:
         raise ValueError(f"the pattern {pattern!r} was searched for longer than {SEARCH_S:g} s") from None
-    citations = [next((group for group in match.groups() if group), match[0]) for match in matches]
-    return [citation for citation in citations if citation.strip()]
-
-
-def _holds(sources: str, phrase: str) -> bool:
-    """Return whether a text contains a phrase as whole words: `hall` is not in `shall`."""
-    return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", sources) is not None
+    citations = []
+    for match in matches:
+        citation = next(filter(None, match.groups()), match[0])
+        if citation.strip():
+            citations.append(citation)
+    return citations
 
 
 def _plain(text: str) -> str:

@@ -108,7 +108,9 @@ class PlanDispatcher:
         if plan is None:
             return await self._replies.open(request)
         self._check(plan, request, version if separator else self._digests[name])
-        run = PlanRun(secrets.token_hex(16), request, self._members, self._plans, self._max_tokens)
+        run = PlanRun(
+            secrets.token_hex(16), request, members=self._members, plans=self._plans, max_tokens=self._max_tokens
+        )
         return await self._open_plan(run, plan)
 
     async def close(self) -> None:
@@ -142,7 +144,12 @@ class PlanDispatcher:
         try:
             step_reply = await PlanRunner(run, plan, run.request, allowance).follow(run.request.streams)
             if step_reply is None:
-                raise _nothing(plan, run.errors)
+                if run.errors and isinstance(run.errors[0], _CLIENTS):
+                    raise run.errors[0]  # the client can do something about it
+                problems = "; ".join(dict.fromkeys(error.problem for error in run.errors))
+                raise UnavailableError(
+                    f"no step of the plan {plan.name} gave anything: {problems}", "ask again in a few seconds"
+                )
         except asyncio.CancelledError:
             self._spawn(self._write(active.finished_run("", "cancelled")))
             raise
@@ -159,16 +166,23 @@ class PlanDispatcher:
     async def _ended(self, active: _ActiveRun, text: str, event: ReplyDone | ReplyFailed) -> None:
         """Write the receipt of a finished answer, and log its run."""
         run = active.run
-        done, error = (
-            (event, None)
-            if isinstance(event, ReplyDone)
-            else (None, error_of(event.kind, event.problem, event.remedy))
-        )
+        done = event if isinstance(event, ReplyDone) else None
+        error = error_of(event.kind, event.problem, event.remedy) if isinstance(event, ReplyFailed) else None
         call = GenerateCall(
             run.id, BASE, run.request.messages, sampling=Sampling(**run.request.sampling), schema=run.request.schema
         )
-        facts = (run.id, active.version, active.reason, "", call, text, done)
-        finished = FinishedReply(*facts, scores={}, began=active.began, steps=run.receipts)
+        finished = FinishedReply(
+            receipt=run.id,
+            agent=active.version,
+            reason=active.reason,
+            release_id="",
+            call=call,
+            text=text,
+            done=done,
+            scores={},
+            began=active.began,
+            steps=run.receipts,
+        )
         # shielded, so that a client that disconnects now does not prevent either write
         await asyncio.shield(self._spawn(self._keep(finished)))
         await asyncio.shield(
@@ -218,11 +232,25 @@ class _ActiveRun:
         tokens = {"prompt": self.allowance.prompt, "reply": self.allowance.reply, "cached": self.allowance.cached}
         took_s = time.time() - self.began
         last_entry = StepLogEntry(
-            "", "answer", self.version, outcome, error, reply=text, receipt=self.run.id, tokens=tokens, took_s=took_s
+            step_path="",
+            role="answer",
+            agent=self.version,
+            outcome=outcome,
+            error=error,
+            reply=text,
+            receipt=self.run.id,
+            tokens=tokens,
+            took_s=took_s,
         )
         first_entry = StepLogEntry("", "request", request.model, "asked", request_fields=request_fields)
         return FinishedRun(
-            self.run.id, self.version, first_entry, self.run.lines, last_entry, self.plan.log == "content", self.began
+            self.run.id,
+            plan=self.version,
+            request_entry=first_entry,
+            steps=self.run.lines,
+            answer_entry=last_entry,
+            content=self.plan.log == "content",
+            began=self.began,
         )
 
 
@@ -245,18 +273,21 @@ class _PlanEvents:
     async def __anext__(self) -> Event:
         if not self._has_begun:
             self._has_begun = True
+            text = self._source.text if isinstance(self._source, StepReply) else ""
             # counts the tokens of the earlier steps, whose text is not sent
-            return TextDelta(
-                self._id, self._source.text if isinstance(self._source, StepReply) else "", self._allowance.reply
-            )
-        event = (
-            ReplyDone(self._id, self._source.finish, 0, 0)
-            if isinstance(self._source, StepReply)
-            else await anext(self._source)
-        )
+            return TextDelta(self._id, text, self._allowance.reply)
+        event: Event
+        if isinstance(self._source, StepReply):
+            event = ReplyDone(self._id, self._source.finish, 0, 0)
+        else:
+            event = await anext(self._source)
         if isinstance(event, ReplyDone):
             return ReplyDone(
-                self._id, event.finish, self._allowance.prompt, self._allowance.reply, self._allowance.cached
+                self._id,
+                event.finish,
+                prompt_tokens=self._allowance.prompt,
+                reply_tokens=self._allowance.reply,
+                cached_tokens=self._allowance.cached,
             )
         return replace(event, call=self._id)
 
@@ -265,14 +296,3 @@ class _PlanEvents:
         self._on_cancel()
         if isinstance(self._source, OpenStep):
             await self._source.aclose()
-
-
-def _nothing(plan: Plan, errors: list[SartorError]) -> SartorError:
-    """Return the error of a plan in which no step gave a reply.
-
-    It is the first step's error, if the client can do something about it.
-    """
-    if errors and isinstance(errors[0], _CLIENTS):
-        return errors[0]
-    problems = "; ".join(dict.fromkeys(error.problem for error in errors))
-    return UnavailableError(f"no step of the plan {plan.name} gave anything: {problems}", "ask again in a few seconds")

@@ -66,8 +66,10 @@ class DayFiles:
             self._prune()
 
     def _prune(self) -> None:
+        if not self._days:
+            return
         before = time.time() - self._days * 86_400
-        for file in self._folder.glob(f"{self._name}-*.jsonl") if self._days else ():
+        for file in self._folder.glob(f"{self._name}-*.jsonl"):
             if file.stat().st_mtime < before:
                 file.unlink(missing_ok=True)
 
@@ -105,12 +107,15 @@ class FinishedRun:
 
 def _log_row(entry: StepLogEntry, digest: Digest, content: bool) -> dict[str, Any]:
     request_fields = {name: value for name, value in entry.request_fields.items() if name != "sampling"}
+    sampling = {}
+    for name, value in entry.request_fields.get("sampling", {}).items():
+        sampling[name] = list(value) if isinstance(value, tuple) else value
     fields = {
         "step": entry.step_path,
         "role": entry.role,
         "agent": entry.agent,
         "outcome": entry.outcome,
-        "sampling": {name: _plain(value) for name, value in entry.request_fields.get("sampling", {}).items()},
+        "sampling": sampling,
         "receipt": entry.receipt,
         "tokens": dict(entry.tokens),
         "took_s": round(entry.took_s, DIGITS),
@@ -126,10 +131,6 @@ def _log_row(entry: StepLogEntry, digest: Digest, content: bool) -> dict[str, An
         "why": reason,
         "content": {"asked": request_fields, "said": entry.reply},
     }
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def digests(entry: StepLogEntry, digest: Digest) -> dict[str, Any]:

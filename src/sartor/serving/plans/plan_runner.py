@@ -95,12 +95,17 @@ def _merge_field(name: str, values: Sequence[Mapping[str, Any]], rule: Rule) -> 
     if rule == "longest":
         return max(present, key=lambda value: len(value if isinstance(value, str) else records.canonical_text(value)))
     if rule == "union":
-        items = [item for value in present for item in (value if isinstance(value, list) else [value])]
-        return list({records.canonical_text(item): item for item in items}.values())
+        item_by_text: dict[str, Any] = {}
+        for value in present:
+            for item in value if isinstance(value, list) else [value]:
+                item_by_text[records.canonical_text(item)] = item
+        return list(item_by_text.values())
     field_values = [value.get(name, _ABSENT) for value in values]
     forms = ["" if value is _ABSENT else records.canonical_text(value) for value in field_values]
+    # the most frequent form; of several the first
     counts = Counter(forms)
-    return field_values[next(index for index, form in enumerate(forms) if counts[form] == max(counts.values()))]
+    most_frequent = max(forms, key=lambda form: counts[form])
+    return field_values[forms.index(most_frequent)]
 
 
 _BETWEEN = "\n\n"
@@ -174,11 +179,9 @@ class PlanRunner:
         texts = [reply.text for reply in replies]
         if isinstance(plan.join, Merge):
             text, objects = merge_json_replies(texts, plan.join)
-            problems = (
-                schema_errors(read_json(text), read_json(self._request.schema))
-                if text and self._request.schema
-                else []
-            )
+            problems = []
+            if text and self._request.schema:
+                problems = schema_errors(read_json(text), read_json(self._request.schema))
             if text and not problems:
                 self._note(f"merged from {objects} of {len(plan.members)}")
                 return StepReply(text, ", ".join(dict.fromkeys(reply.agent for reply in replies)))
@@ -191,12 +194,10 @@ class PlanRunner:
         parts = await self._parts(plan)
         steps = {step.agent: step for step in plan.members}
         full_input = PlanStepInput(self._request.messages)
-        tasks = [
-            self._task(
-                steps[part.agent], "part", f"parts.{index}", _of_part(part) if part.task else full_input, number=index
-            )
-            for index, part in enumerate(parts)
-        ]
+        tasks = []
+        for index, part in enumerate(parts):
+            part_input = PlanStepInput(({"role": "user", "content": part.task},)) if part.task else full_input
+            tasks.append(self._task(steps[part.agent], "part", f"parts.{index}", part_input, number=index))
         replies = await self._together(tasks)
         answered_parts = [(part, reply) for part, reply in zip(parts, replies, strict=True) if reply]
         if not answered_parts:
@@ -310,7 +311,11 @@ class PlanRunner:
         request = request_of(task, self._request, allowance, self._run.max_tokens)
         inner_allowance = allowance_of(plan, request.deadline_s, allowance)
         runner = PlanRunner(
-            self._run, plan, replace(request, openable=self._request.openable), inner_allowance, task.step_path
+            self._run,
+            plan,
+            request=replace(request, openable=self._request.openable),
+            allowance=inner_allowance,
+            parent_path=task.step_path,
         )
         reply = await runner.follow()
         assert not isinstance(reply, OpenStep), "only the outermost plan streams"
@@ -329,7 +334,7 @@ class PlanRunner:
     def _task(
         self, step: PlanStep, role: Role, step_path: str, step_input: PlanStepInput, *, number: int = 0
     ) -> StepTask:
-        return StepTask(step, role, self._at(step_path), step_input, number)
+        return StepTask(step, role, step_path=self._at(step_path), step_input=step_input, number=number)
 
     def _at(self, step_path: str) -> str:
         return f"{self._parent_path}/{step_path}" if self._parent_path else step_path
@@ -345,10 +350,6 @@ _DOES: dict[Role, str] = {
     "part": "answers a part",
     "answer": "answers",
 }
-
-
-def _of_part(part: TaskPart) -> PlanStepInput:
-    return PlanStepInput(({"role": "user", "content": part.task},))
 
 
 def allowance_of(plan: Plan, deadline_s: float, part_of: PlanAllowance | None = None) -> PlanAllowance:

@@ -175,7 +175,9 @@ def request_of(
     if allowance.remaining_tokens < sampling.get("max_tokens", max_tokens):
         sampling["max_tokens"] = allowance.remaining_tokens
     sampling["seed"] = int(client_request.sampling.get("seed", 0)) + task.number
-    schema = json.dumps(task.schema, sort_keys=True) if task.schema else "" if has_own_form else client_request.schema
+    schema = "" if has_own_form else client_request.schema
+    if task.schema:
+        schema = json.dumps(task.schema, sort_keys=True)
     return AgentRequest(
         model=step.agent,
         messages=task.step_input.messages(step, task.role),
@@ -216,7 +218,11 @@ class OpenStep:
         elif isinstance(event, ReplyFailed):
             self.leave_out(error_of(event.kind, event.problem, event.remedy))
         elif event.finish != "cancelled":
-            self._end(event)
+            self._is_logged = True
+            self._allowance.spend(event.prompt_tokens, event.reply_tokens, event.cached_tokens)
+            tokens = {"prompt": event.prompt_tokens, "reply": event.reply_tokens, "cached": event.cached_tokens}
+            took_s = time.monotonic() - self._began
+            self._run.lines.append(replace(self._line, reply=self._text, tokens=tokens, took_s=took_s))
         return event
 
     async def aclose(self) -> None:
@@ -240,13 +246,6 @@ class OpenStep:
             self._allowance.spend(0, self._tokens, 0)
             self._run.leave_out(replace(self._line, took_s=time.monotonic() - self._began), error)
 
-    def _end(self, done: ReplyDone) -> None:
-        self._is_logged = True
-        self._allowance.spend(done.prompt_tokens, done.reply_tokens, done.cached_tokens)
-        tokens = {"prompt": done.prompt_tokens, "reply": done.reply_tokens, "cached": done.cached_tokens}
-        took_s = time.monotonic() - self._began
-        self._run.lines.append(replace(self._line, reply=self._text, tokens=tokens, took_s=took_s))
-
 
 def line_of(task: StepTask, request: AgentRequest) -> StepLogEntry:
     """Return the log entry of a step at its start."""
@@ -263,7 +262,7 @@ async def begin(run: PlanRun, allowance: PlanAllowance, client_request: AgentReq
     began = time.monotonic()
     request = request_of(task, client_request, allowance, run.max_tokens)
     answer = await run.members.open(request, task.step_path)
-    return OpenStep(run, allowance, request, task, answer, began)
+    return OpenStep(run, allowance, request=request, task=task, answer=answer, began=began)
 
 
 async def ask(

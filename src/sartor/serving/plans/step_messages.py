@@ -161,11 +161,9 @@ def parts_schema(members: Sequence[str], max_parts: int) -> dict[str, Any]:
 def read_parts(text: str, members: Sequence[str], max_parts: int) -> list[TaskPart]:
     """Return the parts of a planner's reply; empty if it is invalid."""
     value = read_json(text)
-    return (
-        []
-        if schema_errors(value, parts_schema(members, max_parts))
-        else [TaskPart(item["agent"], item["task"]) for item in value["parts"]]
-    )
+    if schema_errors(value, parts_schema(members, max_parts)):
+        return []
+    return [TaskPart(item["agent"], item["task"]) for item in value["parts"]]
 
 
 _NO_JSON = object()

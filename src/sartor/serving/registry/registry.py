@@ -142,7 +142,9 @@ class Registry:
             action = self._put_version(connection, version)
             if not is_new and not action:
                 return agent
-            return self._record(connection, action or "added", before, agent, version.version, cause)
+            return self._record(
+                connection, action or "added", before=before, after=agent, version=version.version, cause=cause
+            )
 
         return self._change(write)
 
@@ -162,7 +164,7 @@ class Registry:
             if before is not None and before.note == reason:
                 return before
             agent = Agent(name, "", fallback=tuple(fallback), note=reason)
-            return self._record(connection, "refused", before, agent, "", cause)
+            return self._record(connection, "refused", before=before, after=agent, version="", cause=cause)
 
         return self._change(write)
 
@@ -178,8 +180,8 @@ class Registry:
             name,
             "promoted",
             lambda agent: agent.expecting(expected).promoted(version),
-            cause,
-            version,
+            cause=cause,
+            version=version,
             heals=expected is None,
         )
 
@@ -198,7 +200,7 @@ class Registry:
             after = before.rolled_back()
             self._mark(connection, f"{name}@{withdrawn}", "rolled_back")
             self._mark(connection, f"{name}@{after.live}", "admitted")
-            return self._record(connection, "rolled back", before, after, withdrawn, cause)
+            return self._record(connection, "rolled back", before=before, after=after, version=withdrawn, cause=cause)
 
         return self._change(write)
 
@@ -210,8 +212,8 @@ class Registry:
             name,
             "canary",
             lambda agent: agent.expecting(expected).with_trial(version, canary_fraction=fraction),
-            cause,
-            version,
+            cause=cause,
+            version=version,
         )
 
     def start_shadow(
@@ -225,8 +227,8 @@ class Registry:
             name,
             "shadow",
             lambda agent: agent.expecting(expected).with_trial(version, shadow_fraction=fraction),
-            cause,
-            version,
+            cause=cause,
+            version=version,
         )
 
     def bring_in(
@@ -253,7 +255,7 @@ class Registry:
             return agent.with_trial(version, canary_fraction=canary, shadow_fraction=shadow)
 
         heals = expected is None and not (canary or shadow)
-        return self._edit(name, "", change, cause, version, heals=heals)
+        return self._edit(name, "", change=change, cause=cause, version=version, heals=heals)
 
     def drain(self, name: str, *, cause: ChangeCause = NOBODY) -> Agent:
         """Let an agent finish its running requests and accept no new ones, until a version is promoted."""
@@ -277,7 +279,9 @@ class Registry:
             row = self._row(connection, registry_schema.agents, name=name)
             if row is not None and is_whole(row):
                 raise ConflictError(f"the row of {name} is as it was written", f"sartor agents events {name}")
-            return self._record(connection, "repaired", None, self._recall(connection, name), "", cause)
+            return self._record(
+                connection, "repaired", before=None, after=self._recall(connection, name), version="", cause=cause
+            )
 
         return self._change(write)
 
@@ -296,7 +300,20 @@ class Registry:
             after = change(before)
             if version:
                 self._mark(connection, f"{name}@{version}", "admitted")
-            return self._record(connection, action or _action_of(after, version), before, after, version, cause)
+            logged_action = action
+            if not action:  # it follows from the agent's state after the change
+                if after.live == version:
+                    logged_action = "promoted"
+                else:
+                    logged_action = "canary" if after.canary_fraction else "shadow"
+            return self._record(
+                connection,
+                logged_action,
+                before=before,
+                after=after,
+                version=version,
+                cause=cause,
+            )
 
         return self._change(write)
 
@@ -355,7 +372,13 @@ class Registry:
             connection.execute(insert(registry_schema.versions).values(version.as_row()))
             return "added"
         is_intact = is_whole(row)
-        known_id = str(row["release_id"]) if is_intact else self._logged_id(connection, version)
+        known_id = str(row["release_id"])
+        if not is_intact:  # the id that the log has for this version, "" if it has none
+            known_id = ""
+            for event in self._events(connection, version.agent, 1000):
+                if event.version == version.version and "release_id" in event.numbers:
+                    known_id = str(event.numbers["release_id"])
+                    break
         if known_id not in ("", version.release_id):
             raise ConflictError(
                 f"{version.name} is the Release {known_id[:16]}, not {version.release_id[:16]}; a version is never "
@@ -368,10 +391,6 @@ class Registry:
         moved = replace(current, release=version.release, facts=version.facts, adapter=version.adapter)
         self._put(connection, registry_schema.versions, moved.as_row(), agent=version.agent, version=version.version)
         return "moved" if is_intact else "repaired"
-
-    def _logged_id(self, connection: Connection, version: AgentVersion) -> str:
-        added = [event for event in self._events(connection, version.agent, 1000) if event.version == version.version]
-        return next((str(event.numbers["release_id"]) for event in added if "release_id" in event.numbers), "")
 
     def _mark(self, connection: Connection, name: str, status: Any) -> None:
         agent, _, version = name.rpartition("@")
@@ -410,12 +429,12 @@ class Registry:
         query = select(registry_schema.events).order_by(column.id.desc()).limit(limit)
         if agent:
             query = query.where(column.agent == agent)
-        intact_rows = [
-            row
-            for row in _rows(connection, query)
-            if is_whole({name: value for name, value in row.items() if name != "id"})
-        ]
-        return [Event.from_row(row) for row in reversed(intact_rows)]
+        events = []
+        for row in _rows(connection, query):
+            sealed_fields = {name: value for name, value in row.items() if name != "id"}
+            if is_whole(sealed_fields):
+                events.append(Event.from_row(row))
+        return events[::-1]
 
     def _row(self, connection: Connection, table: Table, **key: str) -> Mapping[str, Any] | None:
         row = connection.execute(select(table).filter_by(**key)).mappings().first()
@@ -425,13 +444,6 @@ class Registry:
         """Write a row, replacing the one with this key."""
         if not connection.execute(table.update().filter_by(**key).values(row)).rowcount:
             connection.execute(insert(table).values(row))
-
-
-def _action_of(agent: Agent, version: str) -> str:
-    """Return the action that the agent's state after a change implies."""
-    if agent.live == version:
-        return "promoted"
-    return "canary" if agent.canary_fraction else "shadow"
 
 
 def _rows(connection: Connection, query: Select[Any]) -> list[dict[str, Any]]:

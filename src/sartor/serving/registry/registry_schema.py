@@ -106,7 +106,9 @@ class Agent:
 
         A trial ends, because the version that it was compared with is no longer live.
         """
-        earlier = self.earlier if self.live in ("", version) else (*self.earlier, self.live)[-MOST_EARLIER:]
+        earlier = self.earlier
+        if self.live not in ("", version):
+            earlier = (*earlier, self.live)[-MOST_EARLIER:]
         return replace(self.without_trial(), live=version, earlier=earlier, state="serving")
 
     def rolled_back(self) -> Agent:
@@ -236,9 +238,11 @@ class Event:
 
 
 def _json(value: Any) -> str:
-    return records.canonical(
-        list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
-    ).decode()
+    if isinstance(value, tuple):
+        value = list(value)
+    elif isinstance(value, Mapping):
+        value = dict(value)
+    return records.canonical(value).decode()
 
 
 metadata = MetaData()

@@ -148,7 +148,14 @@ class UserVersionStore:
         """
         with self.database.change() as connection:
             _replace(connection, replace(personal, added=_now()))
-            note(connection, TUNED, personal.agent, personal.version, cause, {"person": personal.person})
+            note(
+                connection,
+                TUNED,
+                agent=personal.agent,
+                version=personal.version,
+                cause=cause,
+                numbers={"person": personal.person},
+            )
 
     def refuse(self, personal: UserVersion, reason: str, cause: ChangeCause = NOBODY) -> None:
         """Store the reason why a tuning was refused. The person's current version stays."""
@@ -157,7 +164,14 @@ class UserVersionStore:
             row = connection.execute(select(registry_schema.people).filter_by(**key)).mappings().first()
             current = UserVersion.from_row(dict(row)) if row is not None and is_whole(dict(row)) else personal
             _replace(connection, replace(current, note=reason, added=current.added or _now()))
-            note(connection, REFUSED, personal.agent, personal.version, cause, {"person": personal.person})
+            note(
+                connection,
+                REFUSED,
+                agent=personal.agent,
+                version=personal.version,
+                cause=cause,
+                numbers={"person": personal.person},
+            )
 
     def forget(self, person: str, cause: ChangeCause = NOBODY) -> tuple[int, dict[str, int]]:
         """Remove every row of a person.
@@ -169,7 +183,7 @@ class UserVersionStore:
                 table.name: connection.execute(delete(table).where(table.c.person == person)).rowcount
                 for table in (registry_schema.people, registry_schema.speakers)
             }
-            return note(connection, FORGOTTEN, "", "", cause, {"person": person}), removed
+            return note(connection, FORGOTTEN, agent="", version="", cause=cause, numbers={"person": person}), removed
 
     def forgotten_since(self, generation: int) -> list[str]:
         """Return the persons that changes after this generation forget."""
@@ -185,7 +199,7 @@ class UserVersionStore:
         with self.database.change() as connection:
             connection.execute(delete(registry_schema.speakers).filter_by(key=key, person=person))
             connection.execute(insert(registry_schema.speakers).values(sealed({"key": key, "person": person})))
-            note(connection, ALLOWED, "", "", cause, {"key": key})
+            note(connection, ALLOWED, agent="", version="", cause=cause, numbers={"key": key})
 
     def mentions(self, person: str) -> dict[str, int]:
         """Return the number of a person's rows by table."""

@@ -84,7 +84,9 @@ def make(encoder: str, vectors: F32 | None) -> GeneralPrompts:
         inside, outside = np.flatnonzero(folds == index), np.flatnonzero(folds != index)
         if len(inside) and len(outside):
             foreign[inside] = neighbours(likeness[np.ix_(inside, outside)])
-    return GeneralPrompts(encoder, lexical, dense, features, folds, likeness, foreign)
+    return GeneralPrompts(
+        encoder, lexical=lexical, dense=dense, general=features, folds=folds, likeness=likeness, foreign=foreign
+    )
 
 
 # Most own prompts to fit on: fitting time grows with their cube, the time of a request with their number
@@ -165,7 +167,11 @@ def rows_of(exemplars: Exemplars) -> ClassifierRows:
     nobodys = (*(prompt.text for prompt in exemplars.other), *near_misses(train))
     measured = exemplars.gain.rows[:MEASURED] if exemplars.gain else ()
     return ClassifierRows(
-        train, nobodys, held_out, tuple(near_misses(held_out)), tuple(row.prompt for row in measured)
+        train=train,
+        nobodys=nobodys,
+        held_out=held_out,
+        missed=tuple(near_misses(held_out)),
+        measured=tuple(row.prompt for row in measured),
     )
 
 

@@ -118,7 +118,9 @@ def _assembled(
     foreign = [sample for sample in foreign if len(sample.agent)]
     is_learnt = len(held_out.agent) > 0 and len(foreign) > 0
     shared = _shared(held_out, foreign) if is_learnt else UNLEARNT
-    fitted = FittedRouter(names, space, parts, shared, 0.5, {}, unproven)
+    fitted = FittedRouter(
+        agents=names, space=space, parts=parts, shared=shared, threshold=0.5, figures={}, unproven=unproven
+    )
     if not is_learnt:
         return replace(fitted, figures={"held_out": 0, "accuracy": 0.0, "to_base": 0.0})
     score, is_right = held_out.best_probability(shared)
@@ -126,11 +128,14 @@ def _assembled(
     right = [is_right[held_out.agent == index] for index in range(len(names))]
     foreign_scores = {sample.name: sample.best_probability(shared)[0] for sample in foreign}
     threshold = choose(agent_scores, right, list(foreign_scores.values()), *limits)
+    by_agent: dict[str, float | None] = {}
+    for name, own_scores, is_own_right in zip(names, agent_scores, right, strict=True):
+        right_scores = own_scores[is_own_right]
+        count = len(own_scores)
+        by_agent[name] = round(float((right_scores >= threshold).sum()) / count, 4) if count else None
     figures = {
         "held_out": len(held_out.agent),
-        "by_agent": {
-            name: _fraction(s[r], threshold, len(s)) for name, s, r in zip(names, agent_scores, right, strict=True)
-        },
+        "by_agent": by_agent,
         "foreign": sum(map(len, foreign_scores.values())),
         **{f"to_base_{name}": round(float((scores < threshold).mean()), 4) for name, scores in foreign_scores.items()},
         "general": int(np.isfinite(parts[0].unseen[0]).sum()),
@@ -245,10 +250,6 @@ def _curve(
         "aurc": round(aurc(score, is_right, weight), 4),
         "ece": round(ece(score, is_right, weight), 4),
     }
-
-
-def _fraction(right: F32, threshold: float, count: int) -> float | None:
-    return round(float((right >= threshold).sum()) / count, 4) if count else None
 
 
 def best_of(routers: Sequence[FittedRouter]) -> FittedRouter:

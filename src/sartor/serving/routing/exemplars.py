@@ -152,11 +152,10 @@ def sliced(gain: Gain, features: TextFeatures) -> Slices | None:
     else:
         return None
     size = np.bincount(slice_of)
-    return (
-        Slices(features, slice_of, np.bincount(slice_of, [row.gain for row in rows]) / size, size)
-        if len(size) > 1
-        else None
-    )
+    if len(size) < 2:
+        return None
+    mean_gain = np.bincount(slice_of, [row.gain for row in rows]) / size
+    return Slices(features, slice_of, mean_gain, size)
 
 
 MOST_BYTES = 4 << 20
@@ -223,25 +222,28 @@ def general() -> Mapping[str, tuple[ExemplarPrompt, ...]]:
         .joinpath("serving/routing/general_prompts.yaml")
         .read_text(encoding="utf-8")
     )
-    return {
-        kind: tuple(ExemplarPrompt(f"{kind}:{number}", str(prompt)) for number, prompt in enumerate(prompts, 1))
-        for kind, prompts in yaml.safe_load(text).items()
-    }
+    prompts_by_kind = {}
+    for kind, prompts in yaml.safe_load(text).items():
+        numbered = enumerate(prompts, 1)
+        prompts_by_kind[kind] = tuple(ExemplarPrompt(f"{kind}:{number}", str(prompt)) for number, prompt in numbered)
+    return prompts_by_kind
 
 
 def digest(exemplars: Exemplars) -> str:
     """Return the digest of an agent's exemplars, its measured gain, and the general prompts."""
-    parts = [
-        [(prompt.id, prompt.text) for prompt in part]
-        for part in (exemplars.train, exemplars.held_out, exemplars.other)
-    ]
+    parts = []
+    for part in (exemplars.train, exemplars.held_out, exemplars.other):
+        parts.append([(prompt.id, prompt.text) for prompt in part])
     gain = [(row.prompt, row.label, row.gain) for row in exemplars.gain.rows] if exemplars.gain else None
     return records.digest([parts, gain, general_digest()])
 
 
 def general_digest() -> str:
     """Return the digest of the general prompts."""
-    return records.digest({kind: [prompt.text for prompt in prompts] for kind, prompts in general().items()})
+    texts_by_kind = {}
+    for kind, prompts in general().items():
+        texts_by_kind[kind] = [prompt.text for prompt in prompts]
+    return records.digest(texts_by_kind)
 
 
 def fold(kind: str) -> int:
@@ -277,12 +279,12 @@ def near_misses(prompts: Sequence[ExemplarPrompt], limit: int = MOST_NEAR_MISSES
 
     The prompt's digest selects frame and words.
     """
-    return [_framed(prompt.text) for prompt in prompts[:limit]]
-
-
-def _framed(text: str) -> str:
-    seed = int(records_digest(text), 16)
-    words = list(dict.fromkeys(_WORD.findall(text.lower()))) or [text]
-    first, second = words[(seed >> 8) % len(words)], words[(seed >> 24) % len(words)]
-    phrase = f"{first} and {second}" if first != second else first
-    return FRAMES[seed % len(FRAMES)].format(prompt=text, word=first, words=phrase)
+    framed = []
+    for prompt in prompts[:limit]:
+        text = prompt.text
+        seed = int(records_digest(text), 16)
+        words = list(dict.fromkeys(_WORD.findall(text.lower()))) or [text]
+        first, second = words[(seed >> 8) % len(words)], words[(seed >> 24) % len(words)]
+        phrase = f"{first} and {second}" if first != second else first
+        framed.append(FRAMES[seed % len(FRAMES)].format(prompt=text, word=first, words=phrase))
+    return framed

@@ -213,7 +213,9 @@ class AutoRouter:
             if measured and agent_exemplars.gain and not agent_exemplars.gain.is_shown
         }
         rules = self._rules
-        fitted = await _run_in_thread(lambda: calibration.assemble(parts, space, rules.target, rules.risk, unproven))
+        fitted = await _run_in_thread(
+            lambda: calibration.assemble(parts, space, target=rules.target, risk=rules.risk, unproven=unproven)
+        )
         with suppress(OSError):
             await asyncio.to_thread(agent_classifier.save_figures, self._folder, encoder, fitted.summary)
         return (
@@ -229,13 +231,13 @@ class AutoRouter:
         if encoder != WORDS:
             with suppress(ArtifactError):  # damaged vectors are computed again
                 vectors = await asyncio.to_thread(
-                    agent_classifier.open_vectors, self._folder, encoder, digest, made_in
+                    agent_classifier.open_vectors, self._folder, encoder, digest, dtype=made_in
                 )
             if vectors is None:
                 vectors = await self._embedded(agent_classifier.general_texts(), encoder)
                 with suppress(OSError):  # a full disk costs the next start a few seconds
                     await asyncio.to_thread(
-                        agent_classifier.save_vectors, self._folder, encoder, digest, vectors, made_in
+                        agent_classifier.save_vectors, self._folder, encoder, digest, vectors=vectors, dtype=made_in
                     )
         self._spaces = {
             f"{encoder} {digest}": await _run_in_thread(lambda: agent_classifier.make(encoder, vectors)),
@@ -252,7 +254,7 @@ class AutoRouter:
             with suppress(ArtifactError):  # a damaged one is fitted again
                 made_in = self._made_in(space.encoder)
                 stored = await asyncio.to_thread(
-                    agent_classifier.open_part, self._folder, space.encoder, digest, made_in
+                    agent_classifier.open_part, self._folder, space.encoder, digest, dtype=made_in
                 )
             self._parts[key] = stored or await self._fitted_part(agent_exemplars, space)
         return self._parts[key]
@@ -264,7 +266,7 @@ class AutoRouter:
         result = await _run_in_thread(lambda: agent_classifier.fit(agent_exemplars, space, vectors))
         with suppress(OSError):  # a full disk costs the next start a few seconds
             await asyncio.to_thread(
-                agent_classifier.save_part, self._folder, space.encoder, result, self._made_in(space.encoder)
+                agent_classifier.save_part, self._folder, space.encoder, result, dtype=self._made_in(space.encoder)
             )
         return result
 
@@ -384,14 +386,14 @@ def user_turns(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the non-empty texts of the user messages; content in parts counts with its text parts."""
     result = []
     for message in messages:
-        if message.get("role") == "user" and (text := _text(message.get("content")).strip()):
+        if message.get("role") != "user":
+            continue
+        content = message.get("content")
+        texts = [content] if isinstance(content, str) else []
+        if isinstance(content, list | tuple):
+            for part in content:
+                if isinstance(part, Mapping) and part.get("type") == "text":
+                    texts.append(str(part.get("text") or ""))
+        if text := "\n".join(texts).strip():
             result.append(text)
     return result
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list | tuple) else []
-    texts = [str(part.get("text") or "") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
-    return "\n".join(texts)

@@ -132,16 +132,14 @@ class FittedRouter:
         openable: agents that may be chosen; the best of them are candidates besides the best of all.
         """
         features = self.space.features(texts, vectors)
-        candidates = self._linear.look(features, self._columns(openable))
+        columns = None
+        if openable is not None and len(self.agents) > CANDIDATES:
+            columns = np.array([index for index, name in enumerate(self.agents) if name in openable], dtype=int)
+        candidates = self._linear.look(features, columns)
         probability = self.shared.probability(candidates)
         return [
             self._judged(features.at([row]), candidates.agents[row], probability[row]) for row in range(len(texts))
         ]
-
-    def _columns(self, openable: Collection[str] | None) -> Any:
-        if openable is None or len(self.agents) <= CANDIDATES:
-            return None
-        return np.array([index for index, name in enumerate(self.agents) if name in openable], dtype=int)
 
     def _judged(self, features: TextFeatures, agents: Any, probability: F32) -> RoutedText:
         score, nearest, poor = {}, {}, {}
@@ -187,7 +185,12 @@ class Linear:
         dense = [part.dense for part in parts if part.dense is not None]
         general = np.stack([part.general for part in parts], axis=1)
         return cls(
-            space, parts, words, np.stack(dense, axis=1) if dense else None, general, np.array([p.bias for p in parts])
+            space,
+            parts,
+            words=words,
+            dense=np.stack(dense, axis=1) if dense else None,
+            general=general,
+            bias=np.array([p.bias for p in parts]),
         )
 
     def scores(self, features: TextFeatures, to_general: F32) -> F32:

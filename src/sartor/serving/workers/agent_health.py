@@ -332,7 +332,11 @@ class AgentHealthTracker:
         if isinstance(event, ReplyFailed) and event.kind in AGENT_FAULTS:
             self.blame(in_flight.agent, event.problem, in_flight.trial)
         elif isinstance(event, ReplyDone) and event.finish != "cancelled":
-            self._praise(in_flight)
+            if in_flight.agent in self._breakers:
+                self._breakers[in_flight.agent].succeed(in_flight.trial)
+            if in_flight.is_suspect and in_flight.agent in self.watched:
+                self.watched[in_flight.agent] -= 1
+                self.watched += Counter()  # removes entries at 0
         else:
             self.leave(in_flight.agent, in_flight.trial)
 
@@ -370,13 +374,6 @@ class AgentHealthTracker:
         breaker = self._breakers.get(agent)
         fields = {"breaker": breaker.state, "why": breaker.reason} if breaker else {"breaker": "closed", "why": ""}
         return {**fields, "watched": self.watched[agent]}
-
-    def _praise(self, in_flight: InFlightCall) -> None:
-        if in_flight.agent in self._breakers:
-            self._breakers[in_flight.agent].succeed(in_flight.trial)
-        if in_flight.is_suspect and in_flight.agent in self.watched:
-            self.watched[in_flight.agent] -= 1
-            self.watched += Counter()  # removes entries at 0
 
 
 def _prompt(call: GenerateCall) -> str:

@@ -134,12 +134,13 @@ class CallScheduler:
             if worker.end is WorkerEnd.RECYCLED:
                 in_flight.restart()
                 self._queues.put(in_flight)
-            elif (
-                worker.is_isolated
-                and not worker.died_on_request
-                and in_flight.is_suspect
-                and _has_killed(in_flight, worker.end)
-            ):
+                continue
+            is_to_blame = False
+            if worker.is_isolated and not worker.died_on_request and in_flight.is_suspect:
+                # the worker ran only this call
+                in_flight.deaths_alone += 1
+                is_to_blame = in_flight.deaths_alone > 1 or worker.end not in _UNCERTAIN_ENDS
+            if is_to_blame:
                 self._condemn(in_flight, worker.end_reason)
             else:
                 in_flight.died()
@@ -270,9 +271,3 @@ class CallScheduler:
             return next(iter(spares), None)
         candidates = [worker for worker in candidates if not (worker.owes_turn and self._queues.any_waits())]
         return min(candidates, key=lambda worker: len(worker.calls), default=None)
-
-
-def _has_killed(in_flight: InFlightCall, end: WorkerEnd | None) -> bool:
-    """Count the end of a worker that ran only this call; return whether the call is to blame."""
-    in_flight.deaths_alone += 1
-    return in_flight.deaths_alone > 1 or end not in _UNCERTAIN_ENDS

@@ -151,19 +151,13 @@ class _Loop:
             embedding = self._embeddings.popleft()
             self._answer(embedding.request, lambda: self._embed_part(embedding))
         if self._engine.busy and self._channel.has_room:
-            self._step()
-        self._beat()
-        return not (self._closing or self._channel.closed)
-
-    def _step(self) -> None:
-        for event in self._engine.step():
-            self._channel.send(event_as_json(event))
-
-    def _beat(self) -> None:
+            for event in self._engine.step():
+                self._channel.send(event_as_json(event))
         now = time.monotonic()
         if now >= self._beat_at and self._channel.has_room:
             self._beat_at = now + BEAT_S
             self._channel.send({"op": "alive", "memory_bytes": resource_limits.resident_bytes()})
+        return not (self._closing or self._channel.closed)
 
     def _hear(self, message: Mapping[str, Any] | MalformedFrame) -> None:
         if isinstance(message, MalformedFrame):
@@ -202,7 +196,8 @@ class _Loop:
         """
         answer: dict[str, Any] = {"answer": request["ask"]}
         try:
-            if (result := work()) is None:
+            result = work()
+            if result is None:
                 return
             answer |= result
         except SartorError as error:
@@ -220,9 +215,14 @@ class _Loop:
         if request["op"] == "detach":
             self._engine.detach(str(request["adapter"]))
         elif request["op"] == "embed":
-            self._embeddings.append(
-                _Embedding(request, self._vectors([str(text) for text in request["texts"]], str(request["encoder"])))
-            )
+            texts, encoder = [str(text) for text in request["texts"]], str(request["encoder"])
+            if encoder == BASE_ENCODER:
+                vectors = self._engine.embed(texts)
+            else:
+                if encoder not in self._encoders:
+                    self._encoders[encoder] = open_encoder(encoder)
+                vectors = _encoded(self._encoders[encoder], texts)
+            self._embeddings.append(_Embedding(request, vectors))
             return None
         return {}
 
@@ -231,13 +231,6 @@ class _Loop:
             return answer
         self._embeddings.append(embedding)
         return None
-
-    def _vectors(self, texts: list[str], encoder: str) -> Iterator[TextEmbedding | None]:
-        if encoder == BASE_ENCODER:
-            return self._engine.embed(texts)
-        if encoder not in self._encoders:
-            self._encoders[encoder] = open_encoder(encoder)
-        return _encoded(self._encoders[encoder], texts)
 
 
 def _encoded(encoder: TextEncoder, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:

@@ -179,18 +179,29 @@ class WorkerSlots:
         state: starting, ready, retiring, waiting (for its restart), given up.
         role: of a ready worker: answers, spare, alone (makes a suspected call).
         """
-        return [
-            {
-                "state": "given up" if slot.restarts.is_given_up else _state(slot.worker),
-                "role": _role(slot.worker),
-                "pid": slot.worker.pid if slot.worker else 0,
-                "memory_bytes": slot.worker.memory_bytes if slot.worker and slot.worker.state != "gone" else 0,
-                "live": len(slot.worker.calls) if slot.worker else 0,
-                "restarts": slot.restarts.count,
-                "last_end": slot.worker.end_reason if slot.worker else "",
-            }
-            for slot in self._slots
-        ]
+        rows = []
+        for slot in self._slots:
+            worker = slot.worker
+            is_running = worker is not None and worker.state != "gone"
+            state = worker.state if worker and is_running else "waiting"
+            if worker is None or worker.state != "ready":
+                role = ""
+            elif worker.is_isolated:
+                role = "alone"
+            else:
+                role = "answers" if worker.is_serving else "spare"
+            rows.append(
+                {
+                    "state": "given up" if slot.restarts.is_given_up else state,
+                    "role": role,
+                    "pid": worker.pid if worker else 0,
+                    "memory_bytes": worker.memory_bytes if worker and is_running else 0,
+                    "live": len(worker.calls) if worker else 0,
+                    "restarts": slot.restarts.count,
+                    "last_end": worker.end_reason if worker else "",
+                }
+            )
+        return rows
 
     def _workers(self) -> list[WorkerProcess]:
         return [slot.worker for slot in self._slots if slot.worker is not None]
@@ -302,34 +313,19 @@ class WorkerSlots:
         if limit and worker.memory_bytes > _FAR_ABOVE * limit:
             worker.kill(WorkerEnd.MEMORY, f"it took {worker.memory_bytes} bytes; workers.memory_bytes is {limit}")
         elif worker.state == "retiring":
-            if not worker.calls or time.monotonic() - slot.retiring_since > _RETIRE_S:
-                self._replace(worker)
+            is_due = not worker.calls or time.monotonic() - slot.retiring_since > _RETIRE_S
+            if is_due and worker in self._outdated:
+                worker.kill(WorkerEnd.RENEWED, "nothing that it held is to stay in memory")
+            elif is_due:
+                worker.kill(WorkerEnd.RECYCLED, "it took more than workers.memory_bytes")
         elif self._is_to_retire(worker, limit):
             worker.state, slot.retiring_since = "retiring", time.monotonic()
             self._hooks.changed()
 
-    def _replace(self, worker: WorkerProcess) -> None:
-        if worker in self._outdated:
-            worker.kill(WorkerEnd.RENEWED, "nothing that it held is to stay in memory")
-        else:
-            worker.kill(WorkerEnd.RECYCLED, "it took more than workers.memory_bytes")
-
     def _is_to_retire(self, worker: WorkerProcess, limit: int) -> bool:
-        if worker.state != "ready" or self._is_one_retiring():
+        is_any_retiring = any(other.state == "retiring" for other in self._workers())
+        if worker.state != "ready" or is_any_retiring:
             return False
         if worker in self._outdated:  # only while all slots are ready, so one worker is replaced at a time
             return len(self.ready()) == len(self._slots)
         return bool(limit) and worker.memory_bytes > limit
-
-    def _is_one_retiring(self) -> bool:
-        return any(worker.state == "retiring" for worker in self._workers())
-
-
-def _state(worker: WorkerProcess | None) -> str:
-    return "waiting" if worker is None or worker.state == "gone" else worker.state
-
-
-def _role(worker: WorkerProcess | None) -> str:
-    if worker is None or worker.state != "ready":
-        return ""
-    return "alone" if worker.is_isolated else "answers" if worker.is_serving else "spare"

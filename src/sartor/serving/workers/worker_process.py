@@ -191,7 +191,13 @@ class WorkerProcess:
         await asyncio.wait([connection.lost], timeout=_LAST_WORDS_S)
         connection.close()
         was_killed = status == -signal.SIGKILL
-        self._note_end(WorkerEnd.KILLED if was_killed else WorkerEnd.CRASHED, _describe_exit(status))
+        if status >= 0:
+            reason = f"exit status {status}"
+        else:
+            reason = f"killed by signal {-status}"
+            with contextlib.suppress(ValueError):  # a signal without a name
+                reason = f"killed by {signal.Signals(-status).name}"
+        self._note_end(WorkerEnd.KILLED if was_killed else WorkerEnd.CRASHED, reason)
         self.died_serving = bool(self.calls)
         self.died_on_request = any(number != _PING for number in self._pending_answers)
         self.state = "gone"
@@ -350,15 +356,6 @@ def environment() -> dict[str, str]:
     hold. Nothing is set if OMP_WAIT_POLICY is, because GNU's spin count would override that policy.
     """
     return dict(os.environ) if "OMP_WAIT_POLICY" in os.environ else {**_PATIENT, **os.environ}
-
-
-def _describe_exit(status: int) -> str:
-    """Return how a process ended, in words."""
-    if status >= 0:
-        return f"exit status {status}"
-    with contextlib.suppress(ValueError):
-        return f"killed by {signal.Signals(-status).name}"
-    return f"killed by signal {-status}"
 
 
 def cores() -> int:

@@ -75,7 +75,7 @@ async def chat(body: ChatRequest, http_request: Request) -> Response:
     async with get_state(http_request).media_checker.looked_at(
         request.messages, http_request.state.body_bytes, body.n or 1
     ):
-        return await _deliver(http_request, [request], body, make_format, spoken_replies)
+        return await _deliver(http_request, [request], body, make_format=make_format, spoken_replies=spoken_replies)
 
 
 def _spoken_replies(body: ChatRequest, http_request: Request) -> SpokenReplies | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
 
@@ -47,15 +46,12 @@ async def embeddings(body: VectorRequest, request: Request) -> JsonResponse:
         raise FieldError(problem, 'split that text, or "model": "base"', "input")
     record = get_record(request)
     record.agent, record.usage.prompt = body.model, result.tokens
-    as_text = body.encoding_format == "base64"
-    data = [
-        EmbeddingObject(object="embedding", index=index, embedding=_packed(vector) if as_text else vector)
-        for index, vector in enumerate(result.vectors)
-    ]
+    data = []
+    for index, vector in enumerate(result.vectors):
+        embedding: str | list[float] = vector
+        if body.encoding_format == "base64":
+            # little-endian 32-bit floats, as OpenAI's clients unpack them
+            embedding = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        data.append(EmbeddingObject(object="embedding", index=index, embedding=embedding))
     usage = EmbeddingUsage(prompt_tokens=result.tokens, total_tokens=result.tokens)
     return JsonResponse(EmbeddingList(object="list", model=body.model, data=data, usage=usage))
-
-
-def _packed(vector: Sequence[float]) -> str:
-    """Return a vector as little-endian 32-bit floats in base64, as OpenAI's clients unpack them."""
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

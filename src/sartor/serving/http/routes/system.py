@@ -6,7 +6,7 @@ of them. A2A's specification leaves `protocolBinding` an open string.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -61,8 +61,11 @@ async def health(request: Request) -> JsonResponse:
     if (lockout := request.scope["state"].get("shut")) is not None:
         troubles["API keys"] = f"{lockout.problem}; try: {lockout.remedy}"
     can_answer = ready > 0 and lockout is None
+    status: Literal["ok", "degraded", "unavailable"] = "unavailable"
+    if can_answer:
+        status = "ok" if all_well else "degraded"
     body = ServerHealth(
-        status="unavailable" if not can_answer else "ok" if all_well else "degraded",
+        status=status,
         workers=workers,
         agents=agents,
         troubles=troubles,
