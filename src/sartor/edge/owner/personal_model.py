@@ -12,7 +12,7 @@ on.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,10 @@ class OwnerModel:
     def add(self, row: Mapping[str, Any] | Example, rating: float | None = None, correction: str = "") -> str:
         """Store a row and return its id, as `EncryptedRowStore.add`."""
         return self.diary.add(row, rating, correction)
+
+    def add_all(self, rows: Sequence[tuple[Mapping[str, Any] | Example, float | None, str]]) -> list[str]:
+        """Store rows, all or none, each with its rating and correction, as `EncryptedRowStore.add_all`."""
+        return self.diary.add_all(rows)
 
     def rows(self) -> list[UserRow]:
         """Return every row, in memory alone."""
