@@ -25,9 +25,9 @@ def until(one: TuningJob, update: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a job and stop it after an update, as SIGTERM does."""
     count, counted = DeviceRun._count, 0
 
-    def counting(run: DeviceRun, *arguments: Any) -> None:
+    def counting(run: DeviceRun, *arguments: Any, **named: Any) -> None:
         nonlocal counted
-        count(run, *arguments)
+        count(run, *arguments, **named)
         counted = run.counters.updates
         if counted == update:
             signals[0].received = signal.SIGTERM

@@ -112,13 +112,13 @@ class _StoreState:
 
     def rows(self) -> list[UserRow]:
         """Return every row."""
-        contents = (self.decrypt(index) for index in range(len(self.lines)))
-        names = (line.partition(b" ")[0].decode() for line in self.lines)
-        return [
-            UserRow.from_json(name, json.loads(row))
-            for name, row in zip(names, contents, strict=True)
-            if row is not None
-        ]
+        rows = []
+        for index, line in enumerate(self.lines):
+            content = self.decrypt(index)
+            if content is not None:
+                name = line.partition(b" ")[0].decode()
+                rows.append(UserRow.from_json(name, json.loads(content)))
+        return rows
 
     def _associated_data(self, id: str, index: int) -> bytes:
         """Return the data that bind a row to its file, generation, index and id."""
@@ -129,14 +129,6 @@ def _check_rating(rating: float | None) -> None:
     """Raise ConfigError for a rating outside -1..1."""
     if rating is not None and not -1 <= rating <= 1:
         raise ConfigError(f"the rating is {rating}; it is between -1 (bad) and 1 (good)", "rating=1.0")
-
-
-def _may_be_torn(tail: Sequence[bytes]) -> bool:
-    """Return whether an undecryptable end of the file may be one row that was being written.
-
-    Such a row is cut off, or garbage.
-    """
-    return sum(map(len, tail)) <= ROW_BYTES and not any(map(_LINE.fullmatch, tail[1:]))
 
 
 class EncryptedRowStore:
@@ -168,7 +160,7 @@ class EncryptedRowStore:
         _check_rating(rating)
         with self._exclusive("a row"):
             state = self._load()
-            user_row = UserRow(secrets.token_hex(8), now(), example_of(row), rating, correction)
+            user_row = UserRow(secrets.token_hex(8), now(), example_of(row), rating=rating, correction=correction)
             line = state.seal(user_row, len(state.lines))
             self._check_size(state, [line])
             if state.is_torn:
@@ -195,7 +187,7 @@ class EncryptedRowStore:
             earlier_content = state.content
             ids, lines = [], []
             for index, (row, rating, correction) in enumerate(rows, len(state.lines)):
-                user_row = UserRow(secrets.token_hex(8), now(), example_of(row), rating, correction)
+                user_row = UserRow(secrets.token_hex(8), now(), example_of(row), rating=rating, correction=correction)
                 ids.append(user_row.id)
                 lines.append(state.seal(user_row, index))
             self._check_size(state, lines)
@@ -274,10 +266,15 @@ class EncryptedRowStore:
             self._disk.replace(self._file, fresh_state.content)
         with self._disk.open(self._file) as stream:
             header, *lines = stream.read().split(b"\n")
-        state = _StoreState(header, self._secret(header), [line for line in lines if line], bool(lines and lines[-1]))
-        broken = next((index for index in range(len(state.lines)) if state.decrypt(index) is None), len(state.lines))
+        is_torn = bool(lines and lines[-1])  # a whole file ends with a line end
+        state = _StoreState(header, self._secret(header), [line for line in lines if line], is_torn)
+        broken = 0
+        while broken < len(state.lines) and state.decrypt(broken) is not None:
+            broken += 1
         if tail := state.lines[broken:]:
-            if not _may_be_torn(tail):
+            # one row that was being written is cut off, or garbage
+            may_be_torn = sum(map(len, tail)) <= ROW_BYTES and not any(map(_LINE.fullmatch, tail[1:]))
+            if not may_be_torn:
                 raise StoreError(
                     f"row {broken + 1} of {self._file} was changed, moved or brought from elsewhere",
                     f"cp BACKUP/{self._file.name} {self._file}",
