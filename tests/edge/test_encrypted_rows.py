@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +30,7 @@ from sartor.core.errors import (
     SourceError,
     StoreError,
 )
-from sartor.core.filesystem import FileSystem, PrivateFileSystem, temporary_path
+from sartor.core.filesystem import Content, FileSystem, PrivateFileSystem, temporary_path
 from sartor.core.records import Example, Feedback, Message
 from sartor.edge.owner import encrypted_rows as module
 from sartor.edge.owner.encrypted_rows import EncryptedRowStore
@@ -243,6 +244,26 @@ def test_it_is_bounded_and_nothing_is_dropped_to_make_room(tmp_path: Path) -> No
     assert diary.count() == held
 
 
+def test_many_rows_are_added_or_none(tmp_path: Path) -> None:
+    diary = opened(tmp_path, limit_bytes=4_000)
+    first = diary.add(row("first"))
+    ids = diary.add_all([(row("a"), 1.0, ""), (row("b"), None, "no")])
+    assert [one.id for one in opened(tmp_path).rows()] == [first, *ids]
+    assert [(one.rating, one.correction) for one in diary.rows()[1:]] == [(1.0, ""), (None, "no")]
+    before = (tmp_path / "rows/diary").read_bytes()
+    refused: list[tuple[list[tuple[Any, float | None, str]], type[SartorError], str]] = [
+        ([(row(str(number)), None, "") for number in range(20)], BudgetError, "and 20 more take"),
+        ([(row("c"), None, ""), (row("d" * module.ROW_BYTES), None, "")], BudgetError, "a row may take"),
+        ([(row("c"), None, ""), (row("d"), 7.0, "")], ConfigError, "the rating is 7"),
+        ([(row("c"), None, ""), ({"x": 1}, None, "")], SourceError, "x"),
+    ]
+    for rows, error, problem in refused:
+        with pytest.raises(error, match=problem):
+            diary.add_all(rows)
+        assert (tmp_path / "rows/diary").read_bytes() == before
+    assert diary.add_all([]) == [] and diary.count() == 3
+
+
 # forgetting
 
 
@@ -340,6 +361,7 @@ STEPS: list[tuple[str, Callable[[EncryptedRowStore], object], list[str], list[st
     ("forget", lambda diary: diary.forget(lambda one: one.text.startswith("a")), ["a", "b" * 500], ["b" * 500]),
     ("third", lambda diary: diary.add(row("c")), ["b" * 500], ["b" * 500, "c"]),
     ("forget all", lambda diary: diary.forget(lambda one: True), ["b" * 500, "c"], []),
+    ("many", lambda diary: diary.add_all([(row("d"), None, ""), (row("e"), 1.0, "")]), [], ["d", "e"]),
 ]
 
 
@@ -429,6 +451,18 @@ class Full(FileSystem):
             raise OSError(28, "No space left on device")
 
 
+class FullForNewFiles(FileSystem):
+    """A disk that takes half of the next new file and then nothing."""
+
+    full = False
+
+    def write(self, path: Path, content: Content) -> None:
+        assert isinstance(content, bytes)
+        super().write(path, content[: len(content) // 2] if self.full else content)
+        if self.full:
+            raise OSError(28, "No space left on device")
+
+
 def test_a_full_disk_is_said_and_costs_nothing_that_was_there(tmp_path: Path) -> None:
     disk = Full()
     diary = opened(tmp_path, disk=disk)
@@ -439,6 +473,39 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_there(tmp_path: Path) ->
     disk.full = False
     diary.add(row("c"))
     assert texts(diary.rows()) == ["a", "c"] and diary.notes == []
+
+
+def test_a_disk_that_fills_half_way_takes_none_of_many_rows(tmp_path: Path) -> None:
+    disk = FullForNewFiles()
+    diary = opened(tmp_path, disk=disk)
+    diary.add(row("a"))
+    disk.full = True
+    with pytest.raises(MissingError, match="the disk is full"):
+        diary.add_all([(row("b"), None, ""), (row("c"), None, "")])
+    disk.full = False
+    assert texts(diary.rows()) == ["a"] and diary.notes == []
+
+
+class UnsyncedFolder(PrivateFileSystem):
+    """A disk whose folders cannot be synced after a rename, once."""
+
+    fails = False
+
+    def sync_folder(self, path: Path) -> None:
+        if self.fails:
+            self.fails = False
+            raise OSError(5, "Input/output error")
+        super().sync_folder(path)
+
+
+def test_many_rows_are_taken_back_if_their_rename_is_not_synced(tmp_path: Path) -> None:
+    disk = UnsyncedFolder()
+    diary = opened(tmp_path, disk=disk)
+    diary.add(row("a"))
+    disk.fails = True
+    with pytest.raises(MissingError, match="could not be used"):
+        diary.add_all([(row("b"), None, ""), (row("c"), None, "")])
+    assert texts(opened(tmp_path).rows()) == ["a"]
 
 
 @pytest.mark.services

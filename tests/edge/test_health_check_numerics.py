@@ -68,7 +68,7 @@ def test_a_sync_says_what_it_did_not_compare(tmp_path: Path, answering: Any, mon
     release = version(tmp_path, canaries=CANARIES, base=BASES["bfloat16"])
     answering(**WRONG)
 
-    def bring(store: ReleaseStore, url: str, name: str, own: Any, healthy: Any, *, again: bool) -> Synced:
+    def bring(store: ReleaseStore, url: str, name: str, device: Any, healthy: Any, *, again: bool) -> Synced:
         healthy(release)
         return Synced(name, "1.0", "", True, 0)
 

@@ -12,6 +12,7 @@ import pytest
 import sartor
 from sample_data import ROWS, write_jsonl
 from sartor.cli import main
+from sartor.core.filesystem import PrivateFileSystem
 from sartor.edge import owner_commands
 from sartor.edge.store.release_store import ReleaseStore
 from updating import nothing
@@ -97,6 +98,25 @@ def test_nothing_is_added_of_a_file_with_a_bad_row(device: Device) -> None:
         assert why in device("add", file, code=3)["error"]["problem"]
     device("forget", "0" * 16)
     assert device("add", device.folder / "mine.jsonl")["rows"] == len(ROWS)
+
+
+def test_nothing_is_added_of_a_file_when_the_disk_fills_half_way(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    write = PrivateFileSystem.write
+
+    def fill(self: PrivateFileSystem, path: Path, content: Any) -> None:
+        write(self, path, content[: len(content) // 2])
+        written.append(path)
+        raise OSError(28, "No space left on device")
+
+    assert device("add", device.folder / "probe.jsonl")["rows"] == 2
+    monkeypatch.setattr(PrivateFileSystem, "write", fill)
+    assert "the disk is full" in device("add", device.folder / "mine.jsonl", code=6)["error"]["problem"]
+    assert written
+    monkeypatch.undo()
+    assert device("add", device.folder / "mine.jsonl")["rows"] == 2 + len(ROWS)
 
 
 def test_a_tuning_that_may_not_run_or_does_not_fit_says_so(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

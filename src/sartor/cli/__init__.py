@@ -109,51 +109,37 @@ def _add_options(command: str, *, is_whole: bool) -> None:
     """
     recipe, description = RECIPES[command]
     options = list(sartor.options(getattr(sartor, recipe)))
-    shown = [option for option in options if is_whole or _is_at_the_top(option[0])]
-    lines = [_help_line(command, *option) for option in shown]
+    lines = []
+    for name, declared, text in options:
+        path = name.split(" ")[0].split(".")
+        is_at_the_top = len(path) == 1 or (len(path) == 2 and (path[1] == "kind" or path[0] in _SECTIONS))
+        if is_whole or is_at_the_top:
+            # options of a file without flags, and of items of a list, have no dashes
+            dashes = "" if "[]" in name or command == "release" else "--"
+            form = "" if " " in name else f" ({declared})"  # a name with a space is one choice of a `kind`
+            lines.append(f"- `{dashes}{name}`{form}: {text}")
+    shown = len(lines)
     if command == "curate" and is_whole:  # describe_steps lists the options of each step under its name
         lines = [line for line in lines if not line.startswith("- `steps[].") or line.startswith("- `steps[].kind")]
         lines += ["", *sartor.describe_steps(table=False)]
     if not is_whole:
-        lines += ["", f"{len(shown)} of {len(options)} options; `sartor {command} --help-all` has all of them."]
+        lines += ["", f"{shown} of {len(options)} options; `sartor {command} --help-all` has all of them."]
     target = app
     for name in command.split():
         target = target[name]
     target.help_epilogue = "\n".join([f"Options of {description}:", "", *lines, "", app.help_epilogue or ""])
 
 
-def _is_at_the_top(name: str) -> bool:
-    """Return whether the short help of a command shows this option."""
-    path = name.split(" ")[0].split(".")
-    return len(path) == 1 or (len(path) == 2 and (path[1] == "kind" or path[0] in _SECTIONS))
-
-
-def _help_line(command: str, name: str, declared: str, text: str) -> str:
-    """Return the line of Markdown for an option.
-
-    Options of a file without flags, and of items of a list, have no dashes.
-    """
-    dashes = "" if "[]" in name or command == "release" else "--"
-    if " " in name:  # one choice of a `kind`
-        return f"- `{dashes}{name}`: {text}"
-    return f"- `{dashes}{name}` ({declared}): {text}"
-
-
 # short sections whose options a first recipe sets
 _SECTIONS = ("base", "data", "budget", "optimizer", "split")
-
-
-def _command_of(arguments: list[str]) -> str:
-    """Return the command with a recipe at the beginning of the arguments; empty for any other command."""
-    return next((name for length in (2, 1) if (name := " ".join(arguments[:length])) in RECIPES), "")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0, 2 usage, 3 input, 4 budget, 5 refused, 6 missing, 130/143 signals, 1 a bug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    as_json, is_quiet, is_verbose = (
-        _take(arguments, *names) for names in (("--json",), ("--quiet", "-q"), ("--verbose", "-v"))
-    )
+    as_json = _take(arguments, "--json")
+    is_quiet = _take(arguments, "--quiet", "-q")
+    is_verbose = _take(arguments, "--verbose", "-v")
     AS_JSON.set(as_json)
     signal.signal(signal.SIGTERM, _terminate)
     if is_verbose:
@@ -170,7 +156,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             traceback.print_exc()
         _fail(error, as_json)
     except CycloptsError as error:
-        _fail(ConfigError(_usage_problem(str(error), arguments), _help_of(arguments)), as_json)
+        _fail(_usage_error(str(error), arguments), as_json)
     except KeyboardInterrupt:
         print("\ninterrupted; the artefact in work was not written", file=sys.stderr)
         raise SystemExit(130) from None
@@ -209,30 +195,31 @@ def _help(arguments: list[str]) -> NoReturn:
             _leave_stdout()
             raise SystemExit(0)
 
-    if command := _command_of(arguments):
-        _add_options(command, is_whole="--help-all" in arguments)
+    for command in (" ".join(arguments[:2]), " ".join(arguments[:1])):  # of two words, or of one
+        if command in RECIPES:
+            _add_options(command, is_whole="--help-all" in arguments)
+            break
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     app(arguments, console=PatientConsole(), exit_on_error=False, print_error=False, result_action="return_value")
     raise SystemExit(0)
 
 
-def _usage_problem(text: str, arguments: list[str]) -> str:
-    """Return the description of a usage error.
+def _usage_error(text: str, arguments: list[str]) -> ConfigError:
+    """Return the error for a command line that Cyclopts refused.
 
     Cyclopts names a positional argument by a flag that users do not type; here it has its own name.
     """
     text = text.strip() or "the command line is wrong"
-    if (found := _MISSING.fullmatch(text)) and f"--{found['parameter']}" not in arguments:
-        return f"`sartor {found['command']}` needs {found['parameter'].upper()}"
-    return text.partition(" Available commands:")[0]  # Cyclopts lists only the first eight commands
+    missing = _MISSING.fullmatch(text)
+    if missing and f"--{missing['parameter']}" not in arguments:
+        problem = f"`sartor {missing['command']}` needs {missing['parameter'].upper()}"
+    else:
+        problem = text.partition(" Available commands:")[0]  # Cyclopts lists only the first eight commands
+    is_command = bool(arguments) and arguments[0] in app and not arguments[0].startswith("-")
+    return ConfigError(problem, f"sartor {arguments[0]} --help" if is_command else "sartor --help")
 
 
 _MISSING = re.compile(r'Command "(?P<command>[^"]+)" parameter --(?P<parameter>[\w-]+) requires an argument\.')
-
-
-def _help_of(arguments: list[str]) -> str:
-    is_command = bool(arguments) and arguments[0] in app and not arguments[0].startswith("-")
-    return f"sartor {arguments[0]} --help" if is_command else "sartor --help"
 
 
 def _terminate(signal_number: int, frame: object) -> NoReturn:
@@ -256,15 +243,11 @@ def _show(result: Any, as_json: bool) -> None:
     width = max(len(name) for name, _ in rows)
     lines: list[str] = []
     for name, value in rows:
-        if _is_table(value):
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             lines += [name, *_table(value)]
         else:
             lines += [f"{'' if index else name:{width}}  {line}" for index, line in enumerate(_lines(value))]
     _print(lines)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

@@ -70,7 +70,7 @@ def widen(repository: Path, name: str, version: str, percent: int, *, keys: Path
         percent: of the devices; never fewer than before
         keys: directory of the repository's keys
     """
-    return sartor.edge_widen(repository, keys, name, version, percent)
+    return sartor.edge_widen(repository, keys, name, version, percent=percent)
 
 
 @edge_app.command
@@ -162,7 +162,14 @@ def watch(
             for never
     """
     steps = tuple(int(step) if step.strip().isdigit() else 0 for step in rings.split(","))
-    policy = sartor.FleetPolicy(least_reports, halt_above, widen_below, confidence, steps, silent_after_days)
+    policy = sartor.FleetPolicy(
+        least_reports=least_reports,
+        halt_above=halt_above,
+        widen_below=widen_below,
+        confidence=confidence,
+        rings=steps,
+        silent_after_days=silent_after_days,
+    )
     return sartor.edge_watch(repository, reports, devices, keys=keys, widen=widen, policy=policy)
 
 
@@ -209,7 +216,18 @@ def sync(
         key: directory of the device's key, which signs reports (sartor keygen DIR)
         private: refuse every network address
     """
-    options = sartor.DeviceOptions(store, device, root, health, base, starts, check_s, memory_bytes, limit_bytes, key)
+    options = sartor.DeviceOptions(
+        store,
+        id=device,
+        root=root,
+        health=health,
+        base=base,
+        starts=starts,
+        check_s=check_s,
+        memory_bytes=memory_bytes,
+        limit_bytes=limit_bytes,
+        key=key,
+    )
     return sartor.edge_sync(url, name, options, again=again, report=report, private=private, notice=notice)
 
 
@@ -319,7 +337,7 @@ def add(
             (SARTOR_PERSON_PASSPHRASE)
         base: the base, if it is not where the release says, in transformers' layout
     """
-    return sartor.edge_add(sartor.PersonOptions(name, store, person, row_key, base), rows)
+    return sartor.edge_add(sartor.PersonOptions(name, store, person, key=row_key, base=base), rows)
 
 
 @edge_app.command
@@ -368,9 +386,18 @@ def tune(
         again: also on rows whose last tuning brought nothing, or was undone
     """
     recipe = {"budget": {"epochs": epochs}, "optimizer": {"learning_rate": learning_rate, "batch_tokens": 1024}}
-    budget = sartor.DeviceBudget(memory_bytes, wall_s, cpu_s, disk_bytes)
-    policy = sartor.EnergyPolicy(min_battery, ac_only, max_temperature_c)
-    options = sartor.PersonOptions(name, store, person, row_key, base, probe, most_probe_loss, recipe, budget, policy)
+    options = sartor.PersonOptions(
+        name,
+        store,
+        person,
+        key=row_key,
+        base=base,
+        probe=probe,
+        most_probe_loss=most_probe_loss,
+        recipe=recipe,
+        budget=sartor.DeviceBudget(memory_bytes, wall_s=wall_s, cpu_s=cpu_s, disk_bytes=disk_bytes),
+        policy=sartor.EnergyPolicy(min_battery, ac_only=ac_only, max_temperature_c=max_temperature_c),
+    )
     return sartor.edge_tune(options, again=again)
 
 
@@ -388,7 +415,7 @@ def undo(
         row_key: as in add
         base: the base, if it is not where the release says
     """
-    return sartor.edge_undo(sartor.PersonOptions(name, store, person, row_key, base), reason=reason)
+    return sartor.edge_undo(sartor.PersonOptions(name, store, person, key=row_key, base=base), reason=reason)
 
 
 @edge_app.command
@@ -425,5 +452,5 @@ def forget(
         memory_bytes: limit of the tuning's memory; 0 is none
     """
     budget = sartor.DeviceBudget(memory_bytes)
-    options = sartor.PersonOptions(name, store, person, row_key, base, probe, budget=budget)
+    options = sartor.PersonOptions(name, store, person, key=row_key, base=base, probe=probe, budget=budget)
     return sartor.edge_forget(options, ids, since=since, before=before, containing=containing, retune=retune)

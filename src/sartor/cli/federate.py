@@ -66,7 +66,15 @@ def coordinator(
         replace: start over, and replace an existing Adapter
     """
     options = sartor.CoordinatorOptions(
-        str(key), str(roster), name, clients, link, licence, stage_s, work_s, patience_s
+        str(key),
+        str(roster),
+        name=name,
+        clients=clients,
+        link=link,
+        licence=licence,
+        stage_s=stage_s,
+        work_s=work_s,
+        patience_s=patience_s,
     )
     return sartor.federate_coordinator(
         sartor.load_federate_recipe(recipe, flags), out, options, resume=resume, replace=replace, notice=notice
@@ -103,7 +111,15 @@ def client(
         hear: users whose processes may connect, such as the ClientApp's; by default this command's user
         group: group whose members may connect to the socket
     """
-    options = sartor.ClientOptions(str(key), str(roster), str(socket), journal, coordinator_name, hear, group)
+    options = sartor.ClientOptions(
+        str(key),
+        str(roster),
+        str(socket),
+        journal=journal,
+        coordinator=coordinator_name,
+        hear=hear,
+        group=group,
+    )
     return sartor.federate_client(sartor.load_federate_recipe(recipe, flags), dataset, name, options, notice=notice)
 
 

@@ -52,14 +52,11 @@ def renew(arguments: Sequence[str], notice: Callable[[str], object]) -> list[str
         flag, equals, value = argument.partition("=")
         new = renamed.get(flag)
         if arguments[0] == "export" and flag == "--key":
-            named = value if equals else " ".join(arguments[index + 1 : index + 2])
-            new = "--public-key" if _is_public_key(Path(named)) else None
+            file = Path(value if equals else " ".join(arguments[index + 1 : index + 2]))
+            # with a public key, `export --key FILE` means today's --public-key
+            is_public_key = file.is_file() and b"PUBLIC KEY" in file.read_bytes()[:200]
+            new = "--public-key" if is_public_key else None
         if new:
             notice(f"{flag} is called {new} now")
         result.append(f"{new}{equals}{value}" if new else argument)
     return result
-
-
-def _is_public_key(file: Path) -> bool:
-    """Return whether the file is a public key: then `export --key FILE` means today's --public-key."""
-    return file.is_file() and b"PUBLIC KEY" in file.read_bytes()[:200]

@@ -42,7 +42,16 @@ def tune(
         eval_fraction: fraction of the rows held out for the gate, by group
         seed: of the split, the initialisation and the order of rows
     """
-    options = sartor.PersonalOptions(agent, user, data, rank, epochs, learning_rate, eval_fraction, seed)
+    options = sartor.PersonalOptions(
+        agent,
+        user,
+        data,
+        rank=rank,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        eval_fraction=eval_fraction,
+        seed=seed,
+    )
     return sartor.tune_personal(team, options, notice=notice)
 
 

@@ -108,7 +108,8 @@ def accept(
         key: private key that signs the decision; by default that of SARTOR_HOME/keys/review, if there is one
         queue: file or Postgres URL, as in list
     """
-    return sartor.review_decide(dataset, items, sartor.Opinion("accept", by, reason, None, settle, key), queue)
+    opinion = sartor.Opinion("accept", by, reason, settles=settle, key=key)
+    return sartor.review_decide(dataset, items, opinion, queue)
 
 
 @review_app.command
@@ -132,7 +133,8 @@ def reject(
         key: private key that signs the decision
         queue: file or Postgres URL, as in list
     """
-    return sartor.review_decide(dataset, items, sartor.Opinion("reject", by, reason, None, settle, key), queue)
+    opinion = sartor.Opinion("reject", by, reason, settles=settle, key=key)
+    return sartor.review_decide(dataset, items, opinion, queue)
 
 
 @review_app.command
@@ -167,9 +169,8 @@ def edit(
         changes |= json.loads(change) if change else {}
     except (ValueError, TypeError):
         raise ConfigError(f"--change {change[:80]!r} is no JSON object", '--change \'{"reply": "..."}\'') from None
-    return sartor.review_decide(
-        dataset, items, sartor.Opinion("edit", by, reason, changes or None, settle, key), queue
-    )
+    opinion = sartor.Opinion("edit", by, reason, change=changes or None, settles=settle, key=key)
+    return sartor.review_decide(dataset, items, opinion, queue)
 
 
 @review_app.command

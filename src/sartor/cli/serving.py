@@ -46,7 +46,7 @@ def export(
         replace: replace an existing export
     """
     types = [kind.strip() for kind in quantise.split(",") if kind.strip()]
-    options = sartor.ExportOptions(types, allow_unmeasured, key, public_key, base)
+    options = sartor.ExportOptions(types, allow_unmeasured=allow_unmeasured, sign=key, key=public_key, base=base)
     return sartor.export(release, out, to=to, options=options, replace=replace, notice=notice)
 
 
@@ -351,5 +351,5 @@ def retrain(
         sartor.retrain_watch(team, flags, notice=notice)
         return None
     waivers = tuple(sartor.Waiver(check, by, reason) for check in waive)
-    wishes = sartor.Wishes(promote, anyway, believe, ignore, waivers)
+    wishes = sartor.Wishes(promote=promote, anyway=anyway, believe=believe, ignore=ignore, waivers=waivers)
     return sartor.retrain(team, agent, wishes=wishes, flags=flags, steps_back=True, notice=notice)

@@ -145,21 +145,17 @@ def chat(
         seed: of the sampling
     """
     sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    # the key stands in the environment, as other users of the machine can read command lines
+    if api_key_env and api_key_env not in os.environ:
+        raise ConfigError(
+            f"the environment variable {api_key_env} is not set", f"read -rs {api_key_env}; export {api_key_env}"
+        )
+    # without surrounding white space: a line end in a header would raise an error that contains the secret
+    key = os.environ.get(api_key_env, "").strip()
     try:
-        sartor.chat(target, sys.stdin, _say, agent=agent, key=_secret(api_key_env), sampling=sampling, notice=notice)
+        sartor.chat(target, sys.stdin, _say, agent=agent, key=key, sampling=sampling, notice=notice)
     except KeyboardInterrupt:  # no artefact is being written
         raise SystemExit(130) from None
-
-
-def _secret(variable: str) -> str:
-    """Return the value of an environment variable: other users of the machine can read command lines.
-
-    Surrounding white space is stripped: a line end in a header would raise an error that contains the secret. Raises
-    ConfigError if the variable is not set.
-    """
-    if variable and variable not in os.environ:
-        raise ConfigError(f"the environment variable {variable} is not set", f"read -rs {variable}; export {variable}")
-    return os.environ.get(variable, "").strip()
 
 
 def _say(text: str) -> None:

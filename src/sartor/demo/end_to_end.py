@@ -115,13 +115,20 @@ def demo(
     notice(f"adapter  {tuned.adapter.path}")
     evaluated = evaluate(out / "adapter", out=out / "report", replace=replace, notice=notice)
     notice(f"report   {evaluated.report.path / 'report.html'}")
+    key = folder("keys") / "demo"  # this machine's key pair for demos, generated and trusted once
+    if not (key / "sartor.key").is_file():
+        signing.keygen(key, trust=True)
+    waivers = []
+    if limit:
+        reason = f"a demo of {limit} rows shows the circle, not a gain"
+        waivers = [Waiver(check, "sartor demo --limit", reason) for check in ("gain", "forgetting")]
     released = release(
         out / "adapter",
         name="intents",
         version="1.0",
-        key=_demo_key(),
+        key=key,
         report=out / "report",
-        waivers=_waivers(limit),
+        waivers=waivers,
         replace=replace,
     )
     verify(released.release.path)
@@ -130,7 +137,14 @@ def demo(
     notice(f"asked    {PROMPT!r} -> {reply.reply}")
     for row in reply.nearest[:1]:
         notice(f"nearest  {row['prompt']!r} -> {row['reply']}  ({row['locator']}, {row['licence']})")
-    return DemoResult(curated, tuned, evaluated, released, reply, time.monotonic() - start_time)
+    return DemoResult(
+        curated=curated,
+        tuned=tuned,
+        evaluated=evaluated,
+        released=released,
+        reply=reply,
+        wall_s=time.monotonic() - start_time,
+    )
 
 
 def _write_inputs(out: Path, limit: int) -> None:
@@ -171,17 +185,3 @@ def _write_rows(file: Path, examples: list[dict[str, Any]]) -> None:
 def _write_yaml(file: Path, data: dict[str, Any]) -> None:
     """Write a YAML file."""
     file.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-
-
-def _demo_key() -> Path:
-    """Return this machine's key pair for demos, generated and trusted once."""
-    path = folder("keys") / "demo"
-    if not (path / "sartor.key").is_file():
-        signing.keygen(path, trust=True)
-    return path
-
-
-def _waivers(limit: int) -> list[Waiver]:
-    """Return the waivers of a limited demo."""
-    reason = f"a demo of {limit} rows shows the circle, not a gain"
-    return [Waiver(check, "sartor demo --limit", reason) for check in ("gain", "forgetting")] if limit else []

@@ -168,7 +168,8 @@ def rows(asset: Path, *, per_intent: int = 30, seed: int = 0) -> list[dict[str, 
             walk = Walk(rng, local, {**intents.expansion_rules, **block.expansion_rules})
             spoken, template = (" ".join(text.split()) for text in walk.words(sentence.expression))
             if template not in seen:
-                results[template] = _row(spoken, template, {"intent": intent_name, **_slots(block.slots, walk.slots)})
+                slots = dict(sorted({**block.slots, **walk.slots}.items()))
+                results[template] = _row(spoken, template, {"intent": intent_name, **slots})
                 seen.add(template)
             if len(results) == per_intent:
                 drawn |= results
@@ -176,11 +177,6 @@ def rows(asset: Path, *, per_intent: int = 30, seed: int = 0) -> list[dict[str, 
     shuffled = list(drawn.values())
     rng.shuffle(shuffled)
     return shuffled
-
-
-def _slots(fixed: dict[str, Any], drawn: dict[str, Any]) -> dict[str, Any]:
-    """Return fixed and drawn slots, sorted by name."""
-    return dict(sorted({**fixed, **drawn}.items()))
 
 
 def _row(spoken: str, template: str, reply: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sartor.edge.store.version_pointers import Installed, StoreState, states
 from sartor.edge.update import device_reports
 from sartor.edge.update import health_check as checks
 from sartor.edge.update.health_check import Health, Result
-from sartor.edge.update.sync import SyncClient, Synced
+from sartor.edge.update.sync import SyncClient
 from sartor.edge.update.sync import sync as bring
 
 Notice = Callable[[str], object]
@@ -88,7 +88,7 @@ def sync(
     def announce_and_check(path: Path) -> None:
         """Report the start of the trial, then run the health check."""
         nonlocal announced
-        announced = _announce(store, name, options, report, notice)
+        announced = _announce(store, name, options, report=report, notice=notice)
         health(path)
 
     device = SyncClient(options.id, options.store / _TRUST, options.root, options.starts)
@@ -96,16 +96,24 @@ def sync(
         for line in store.mended:
             notice(line)
         try:
-            synced = bring(store, url, name, device, announce_and_check, again=again)
+            synced = bring(store, url, name, device=device, healthy=announce_and_check, again=again)
         except HealthError:
-            _report_due(store, name, options, report, announced, notice)
+            _report_due(store, name, options, report=report, announced=announced, notice=notice)
             raise
-        reports = _report_due(store, name, options, report, announced, notice)
+        reports = _report_due(store, name, options, report=report, announced=announced, notice=notice)
         current = store.current(name)
     check_fields = _check_fields(health)
     if check_fields["not_checked"]:
         notice(f"the release's own check prompts: {check_fields['not_checked']}")
-    return {**_sync_fields(synced, current), **check_fields, "announced": bool(announced), "reported": reports}
+    return {
+        "release": str(current.path) if current else "",
+        **asdict(synced),
+        "notes": list(synced.notes),
+        **_trial_fields(current),
+        **check_fields,
+        "announced": bool(announced),
+        "reported": reports,
+    }
 
 
 def _check_private(url: str, report: str, private: bool) -> None:
@@ -156,18 +164,18 @@ def _report_due(
     try:
         trust = options.store / _TRUST
         sent_reports = device_reports.send_due(
-            store, name, options.id, options.key, report, trust, announced=announced
+            store,
+            name,
+            device=options.id,
+            key=options.key,
+            destination=report,
+            folder=trust,
+            announced=announced,
         )
     except MissingError as error:
         notice(f"not reported: {error.problem}")
         return []
     return [{"version": item.version, "outcome": item.outcome, "reason": item.reason} for item in sent_reports]
-
-
-def _sync_fields(synced: Synced, current: Installed | None) -> dict[str, Any]:
-    fields = asdict(synced)
-    fields["notes"] = list(synced.notes)
-    return {"release": str(current.path) if current else "", **fields, **_trial_fields(current)}
 
 
 def _check_fields(health: Health) -> dict[str, Any]:

@@ -60,15 +60,14 @@ class PersonOptions:
 def add(options: PersonOptions, rows: Path | str) -> dict[str, Any]:
     """Add rows of a JSONL file to the encrypted store.
 
-    Rows have any form that `curate` reads, with `rating` (-1 bad .. 1 good) and `correction` if there are. No row is
-    added if one cannot be read; then they are added one by one. The file itself stays, unencrypted: remove it.
+    Rows have any form that `curate` reads, with `rating` (-1 bad .. 1 good) and `correction` if there are. All rows
+    are added, or none. The file itself stays, unencrypted: remove it.
 
-    Raises SourceError for a row that cannot be read, with its line. Raises BudgetError at the first row above the
-    store's limit; earlier rows stay added.
+    Raises SourceError for a row that cannot be read, with its line, and BudgetError above the store's limit.
     """
     person = _person(options)
     parsed = _read_rows(Path(rows))
-    ids = [person.add(row, fields.get("rating"), str(fields.get("correction", ""))) for row, fields in parsed]
+    ids = person.add_all([(row, fields.get("rating"), str(fields.get("correction", ""))) for row, fields in parsed])
     return {"name": options.name, "added": len(ids), "ids": ids, "rows": person.diary.count()}
 
 

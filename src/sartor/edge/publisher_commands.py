@@ -36,7 +36,7 @@ def publish(
 
 def widen(repository: Path, keys: Path, name: str, version: str, percent: int) -> dict[str, Any]:
     """Offer a version to more devices."""
-    return _offer_fields(name, repositories.widen(repository, keys, name, version, percent))
+    return _offer_fields(name, repositories.widen(repository, keys, name, version, percent=percent))
 
 
 def halt(repository: Path, keys: Path, name: str, version: str) -> dict[str, Any]:
@@ -72,15 +72,13 @@ def watch(
     """Count the reports of devices; with `keys`, halt versions that fail, with `widen` widen ones that work."""
     counted = fleet_monitor.tally(found, repository, devices, policy)
     executed = fleet_monitor.watch(repository, keys, counted, widen=widen)
-    actions = [
-        {"name": item.name, "version": item.version, "did": item.action, **_percent_field(item.to)}
-        for item in executed
-    ]
+    actions = []
+    for item in executed:
+        fields: dict[str, Any] = {"name": item.name, "version": item.version, "did": item.action}
+        if item.to:
+            fields["percent"] = item.to
+        actions.append(fields)
     return {"versions": [tally.as_json() for tally in counted.tallies], "refused": counted.refused, "done": actions}
-
-
-def _percent_field(percent: int) -> dict[str, int]:
-    return {"percent": percent} if percent else {}
 
 
 def _offer_fields(name: str, offer: Offer) -> dict[str, Any]:

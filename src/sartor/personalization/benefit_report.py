@@ -111,14 +111,11 @@ def report(benefits: Mapping[str, ClientBenefit]) -> dict[str, Any]:
     """
     clients = {name: _benefit_fields(benefit) for name, benefit in benefits.items()}
     others = {side_name for item in benefits.values() for side_name in item.sides} - {"personal"}
-    verdicts = {
-        f"over_{side_name}": dict(
-            Counter(
-                client[f"over_{side_name}"]["loss"]["verdict"] for client in clients.values() if client["held_out"]
-            )
-        )
-        for side_name in sorted(others)
-    }
+    with_held_out = [client for client in clients.values() if client["held_out"]]
+    verdicts: dict[str, dict[str, int]] = {}
+    for side_name in sorted(others):
+        comparison = f"over_{side_name}"
+        verdicts[comparison] = dict(Counter(client[comparison]["loss"]["verdict"] for client in with_held_out))
     return {
         "schema": SCHEMA,
         "kind": KIND,
@@ -130,20 +127,18 @@ def report(benefits: Mapping[str, ClientBenefit]) -> dict[str, Any]:
 
 def _pool_clients(benefits: Mapping[str, ClientBenefit]) -> ClientBenefit:
     """Return all clients' rows as one set."""
-    with_rows = {name: benefit for name, benefit in benefits.items() if benefit.sides}
-    side_names = next(iter(with_rows.values())).sides if with_rows else {}
+    with_rows = [benefit for benefit in benefits.values() if benefit.sides]
     client_rows = ClientRows(
-        [row for benefit in with_rows.values() for row in benefit.rows.encoded],
-        [group for benefit in with_rows.values() for group in benefit.rows.groups],
-        HeldOut([row for benefit in with_rows.values() for row in benefit.rows.answerable.examples], Path()),
+        [row for benefit in with_rows for row in benefit.rows.encoded],
+        [group for benefit in with_rows for group in benefit.rows.groups],
+        HeldOut([row for benefit in with_rows for row in benefit.rows.answerable.examples], Path()),
     )
-    sides = {
-        side_name: AdapterScores(
-            [loss for benefit in with_rows.values() for loss in benefit.sides[side_name].losses],
-            [match for benefit in with_rows.values() for match in benefit.sides[side_name].matches],
+    sides: dict[str, AdapterScores] = {}
+    for side_name in with_rows[0].sides if with_rows else ():
+        sides[side_name] = AdapterScores(
+            [loss for benefit in with_rows for loss in benefit.sides[side_name].losses],
+            [match for benefit in with_rows for match in benefit.sides[side_name].matches],
         )
-        for side_name in side_names
-    }
     return ClientBenefit(client_rows, sides, sum(item.trained for item in benefits.values()))
 
 

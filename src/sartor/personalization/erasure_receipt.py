@@ -95,5 +95,5 @@ def check_receipt(file: Path, trusted: Iterable[Ed25519PublicKey] | None = None)
         document = records.canonical(fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SignatureError(f"{file} is no receipt of a forgetting", "get it again from the device") from None
-    signing.check_signature(document, signature, file, "the receipt", trusted)
+    signing.check_signature(document, signature, file, subject="the receipt", trusted=trusted)
     return dict(fields)

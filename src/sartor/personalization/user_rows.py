@@ -47,7 +47,8 @@ class UserRow:
         """Example that a tuning learns: the correction, or the reply unless it was rated bad; else None."""
         if self.correction:
             return replace(self.example, messages=(*self.example.prompt, Message.of("assistant", self.correction)))
-        return None if (self.example.rating if self.rating is None else self.rating) < 0 else self.example
+        rating = self.example.rating if self.rating is None else self.rating
+        return self.example if rating >= 0 else None
 
     def is_held_out(self, fraction: float) -> bool:
         """Return whether the row is never trained on.
@@ -64,13 +65,19 @@ class UserRow:
         }
         optional = {"tools": self.example.tools, "correction": self.correction}
         fields |= {name: value for name, value in optional.items() if value}
-        return fields | ({} if self.rating is None else {"rating": self.rating})
+        if self.rating is not None:
+            fields["rating"] = self.rating
+        return fields
 
     @classmethod
     def from_json(cls, id: str, fields: Mapping[str, Any]) -> UserRow:
         """Return the row with the fields of `as_json`. Raises SourceError, KeyError or TypeError for others."""
         return cls(
-            id, str(fields["date"]), example_of(fields), fields.get("rating"), str(fields.get("correction", ""))
+            id,
+            date=str(fields["date"]),
+            example=example_of(fields),
+            rating=fields.get("rating"),
+            correction=str(fields.get("correction", "")),
         )
 
 

@@ -124,10 +124,8 @@ def _method(adapter: Path, base: Path) -> dict[str, Any]:
             "sartor edge verify --store STORE, then sartor edge sync URL NAME --device ID --root 1.root.json",
         ) from None
     adapted_modules = {(int(match[1]), match[2]) for match in matches if match}
-    lowest, modules = (
-        min((layer for layer, _ in adapted_modules), default=layers),
-        sorted({module for _, module in adapted_modules}),
-    )
+    lowest = min((layer for layer, _ in adapted_modules), default=layers)
+    modules = sorted({module for _, module in adapted_modules})
     expected = {(layer, module) for layer in range(lowest, layers) for module in modules}
     unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if fields.get(name)]
     if unsupported or not adapted_modules or adapted_modules != expected or not all(matches):

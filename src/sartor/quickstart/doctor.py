@@ -5,6 +5,7 @@ It starts nothing, downloads nothing and compiles nothing. torch is imported onl
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -89,9 +90,8 @@ def doctor() -> Diagnosis:
     cpu, flags = _processor()
     gpu, has_torch = _gpu()
     extras = missing_by_extra()
-    compiler = next(
-        (found for name in (os.environ.get("CXX", ""), *_COMPILERS) if name and (found := shutil.which(name))), ""
-    )
+    compilers = [shutil.which(name) for name in (os.environ.get("CXX", ""), *_COMPILERS) if name]
+    compiler = next(filter(None, compilers), "")
     if not compiler and importlib.util.find_spec("ziglang"):
         compiler = "the package ziglang"
     memory, disk = _memory(), shutil.disk_usage(home()).free
@@ -189,19 +189,15 @@ def _cache() -> dict[str, int]:
     """Return the bytes of each folder below SARTOR_HOME that is not empty."""
     sizes = {}
     for folder in sorted(path for path in home().iterdir() if path.is_dir()):
-        size = sum(map(_bytes_of, folder.rglob("*")))
+        size = 0
+        for path in folder.rglob("*"):
+            with contextlib.suppress(OSError):  # it was removed meanwhile
+                status = path.stat(follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode):
+                    size += status.st_size
         if size:
             sizes[folder.name] = size
     return sizes
-
-
-def _bytes_of(path: Path) -> int:
-    """Return the bytes of a file; 0 for a directory, and for a path that was removed meanwhile."""
-    try:
-        status = path.stat(follow_symlinks=False)
-    except OSError:
-        return 0
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def _size(count: int) -> str:

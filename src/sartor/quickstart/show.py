@@ -18,7 +18,7 @@ from rich.text import Text
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
-from sartor.core.records import Example, Message
+from sartor.core.records import Message
 from sartor.core.row_warnings import dataset_warnings
 from sartor.curate.sources.row_readers import read_rows
 from sartor.evaluate.metrics import LOWER_IS_BETTER
@@ -90,22 +90,30 @@ def _dataset(dataset: Artifact, count: int, split: str) -> ArtifactPreview:
         return ArtifactPreview(
             dataset, facts, [{"locator": drop.locator, "reason": drop.reason, "detail": drop.detail} for drop in drops]
         )
-    examples = itertools.islice(parquet_io.read_examples(dataset, split), count)
-    return ArtifactPreview(dataset, facts, [_example(example) for example in examples])
-
-
-def _example(example: Example) -> dict[str, Any]:
-    """Return a row with its turns. The assistant's turns are marked as supervised, as every template treats them."""
-    turns = [{"role": turn.role, "text": _text(turn), "learnt": turn.role == "assistant"} for turn in example.messages]
-    rejected = {"rejected": _text(example.rejected[-1])} if example.rejected else {}
-    locators = [origin.locator for origin in example.origins]
-    return {"id": example.id, "locators": locators, "group": example.group, "turns": turns, **rejected}
+    rows = []
+    for example in itertools.islice(parquet_io.read_examples(dataset, split), count):
+        row: dict[str, Any] = {
+            "id": example.id,
+            "locators": [origin.locator for origin in example.origins],
+            "group": example.group,
+            # the assistant's turns are marked as supervised, as every template treats them
+            "turns": [
+                {"role": turn.role, "text": _text(turn), "learnt": turn.role == "assistant"}
+                for turn in example.messages
+            ],
+        }
+        if example.rejected:
+            row["rejected"] = _text(example.rejected[-1])
+        rows.append(row)
+    return ArtifactPreview(dataset, facts, rows)
 
 
 def _text(turn: Message) -> str:
     """Return a turn's text, with media as their paths and tool calls as JSON, at most _LONGEST characters."""
     parts = [part.text if part.kind == "text" else f"<{part.kind} {part.media}>" for part in turn.content]
-    return "".join([*parts, *([f"\n{turn.tool_calls}"] if turn.tool_calls else [])])[:_LONGEST]
+    if turn.tool_calls:
+        parts.append(f"\n{turn.tool_calls}")
+    return "".join(parts)[:_LONGEST]
 
 
 def _adapter(adapter: Artifact) -> ArtifactPreview:
@@ -133,18 +141,17 @@ def _curve(adapter: Artifact) -> Iterator[str]:
     file = adapter.path / "log.jsonl"
     if not file.is_file():
         return
-    losses = [row["loss"] for _, row in _lines(file) if isinstance(row.get("loss"), (int, float))]
+    losses = []
+    for _, row in read_rows(file, 1 << 20):
+        if isinstance(row, dict) and isinstance(row.get("loss"), (int, float)):
+            losses.append(row["loss"])
     width = min(_CURVE_WIDTH, len(losses))
-    means = [losses[len(losses) * index // width : len(losses) * (index + 1) // width] for index in range(width)]
-    levels = [sum(part) / len(part) for part in means if part]
+    parts = [losses[len(losses) * index // width : len(losses) * (index + 1) // width] for index in range(width)]
+    levels = [sum(part) / len(part) for part in parts if part]
     low, high = min(levels, default=0.0), max(levels, default=0.0)
     for level in levels:
-        yield _CURVE[round((level - low) / (high - low) * (len(_CURVE) - 1)) if high > low else 0]
-
-
-def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the lines of a JSON-lines file that are objects."""
-    return ((line, row) for line, row in read_rows(file, 1 << 20) if isinstance(row, dict))
+        height = (level - low) / (high - low) if high > low else 0.0
+        yield _CURVE[round(height * (len(_CURVE) - 1))]
 
 
 def _report(report: Artifact, count: int) -> ArtifactPreview:
@@ -176,7 +183,10 @@ def _report(report: Artifact, count: int) -> ArtifactPreview:
     worst = sorted(table, key=lost, reverse=True)[:count]
     keys = ("id", "prompt", "reference", "base_reply", "tuned_reply")
     facts["page"] = str(report.path / "report.html")
-    return ArtifactPreview(report, facts, [{key: row.get(key) for key in keys} for row in worst])
+    rows = []
+    for row in worst:
+        rows.append({key: row.get(key) for key in keys})
+    return ArtifactPreview(report, facts, rows)
 
 
 def _panel(row: Mapping[str, Any]) -> RenderableType:

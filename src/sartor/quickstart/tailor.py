@@ -217,14 +217,17 @@ def tailor(
     out = (Path(out) if out else Path(name)).absolute()
     if key:
         signing.open_private(Path(key))  # an invalid key raises here, before the long stages
-    job = changed(_job(data, name, base, fields or {}, system, licence, test), encoding=encoding)
+    job = _job(data, name=name, base=base, fields=fields or {}, system=system, licence=licence, test=test)
+    job = changed(job, encoding=encoding)
     _check_place(out, job)
     job = _recall(out, job, ask=ask, notice=notice, replace=replace)
 
-    _fetch(job, notice)
+    # before other work, as there may be no network
+    for asset in (STARTER, *_ASSETS) if job.base == STARTER else _ASSETS:
+        assets.install(asset, notice=notice)
     dataset = _curated(out, job, notice)
     _check_held_out(dataset, job)
-    with _planned(out, job, minutes, start_time, notice):
+    with _planned(out, job, minutes=minutes, start_time=start_time, notice=notice):
         adapter = tune(out / "tune.yaml", out / "adapter", resume=True, show=show, notice=notice).adapter
         notice(f"adapter  {adapter.path}")
         report = _made_of(out / "report", "report", adapter)
@@ -233,7 +236,10 @@ def tailor(
         notice(f"report   {report.path / 'report.html'}")
     checks = gate(adapter, report, (), name=name)
     is_held_back = any(check.holds_back for check in checks.values())
-    released = None if is_held_back else _released(out / f"{name}-{VERSION}", name, adapter, report, key, notice)
+    released = None
+    if not is_held_back:
+        path = out / f"{name}-{VERSION}"
+        released = _released(path, name, adapter=adapter, report=report, key=key, notice=notice)
     evidence, more_rows = _evidence(report)
     result = Tailored(
         dataset=dataset,
@@ -311,10 +317,10 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
     """Return the Dataset.
 
     If the recipe differs from the existing one (a licence is stated now), everything is made again. Raises ConfigError
-    if the rows are not those that the Dataset was made of, or if the user has changed the recipe.
+    if the rows are not those that the Dataset was made of, or if the user has changed the recipe or made it invalid.
     """
     recipe, file = _curation(job), out / "curate.yaml"
-    known = _known_curation(file)
+    known = read_yaml(file) if file.is_file() else {}
     if known.get("split", recipe["split"]) != recipe["split"] and (out / "data").exists():
         raise ConfigError(
             f"{out} was made of another number of rows", "--replace makes it anew; or --out DIR for another one"
@@ -330,11 +336,6 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
     for warning in curated.warnings:
         notice(f"warning  {warning.problem}\n         try: {warning.remedy}")
     return curated.dataset
-
-
-def _known_curation(file: Path) -> dict[str, Any]:
-    """Return the existing recipe; empty if there is none. Raises ConfigError for an invalid file."""
-    return read_yaml(file) if file.is_file() else {}
 
 
 def _without_licences(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -360,12 +361,6 @@ def _check_held_out(dataset: Artifact, job: _Job) -> None:
     )
 
 
-def _fetch(job: _Job, notice: Notice) -> None:
-    """Fetch the assets of every run before other work. Raises AssetError without a network."""
-    for name in (STARTER, *_ASSETS) if job.base == STARTER else _ASSETS:
-        assets.install(name, notice=notice)
-
-
 @contextlib.contextmanager
 def _planned(out: Path, job: _Job, minutes: float, start_time: float, notice: Notice) -> Iterator[None]:
     """Write the tuning recipe after reporting its plan, and show tuning and evaluation as one progress.
@@ -376,7 +371,7 @@ def _planned(out: Path, job: _Job, minutes: float, start_time: float, notice: No
     if (out / "tune.yaml").is_file():
         yield
         return
-    seconds = _foresee(out, job, minutes, start_time, notice)
+    seconds = _foresee(out, job, minutes=minutes, start_time=start_time, notice=notice)
     # the plan held a model, whose memory the tuning needs
     gc.collect()
     hardware.release_free_memory()
@@ -549,12 +544,16 @@ def _released(
 ) -> Artifact:
     """Return the Release of an Adapter that has passed the gate.
 
-    A Release of an earlier call is reused if the requested key signed it, or if no key is requested.
+    A Release of an earlier call is reused if the requested key signed it, or if no key is requested. Then a key of
+    this machine signs, generated once.
     """
     earlier = _made_of(path, "release", adapter)
     if earlier is not None and (not key or _is_signed_by(earlier, Path(key))):
         return earlier
-    signer = Path(key) if key else _machine_key(notice)
+    signer = Path(key) if key else folder("keys") / "default"
+    if not key and not (signer / "sartor.key").is_file():
+        signing.keygen(signer, trust=True)
+        notice(f"key      {signer}: made now, and trusted on this machine alone; --key DIR signs with another one")
     options: dict[str, Any] = {"name": name, "version": VERSION, "key": signer, "report": report.path}
     return release(adapter.path, out=path, replace=True, **options).release
 
@@ -585,15 +584,6 @@ def _evidence(report: Artifact) -> tuple[GainEvidence, int]:
     needed = groups_needed(difference, primary["low"], primary["high"], groups)
     # rows = groups needed * rows per group: in groups of several rows a new row is not a new group
     return GainEvidence.NOT_ENOUGH, math.ceil((needed - groups) * manifest["rows"] / groups)
-
-
-def _machine_key(notice: Notice) -> Path:
-    """Return the key of this machine, generated once, and trusted on this machine alone."""
-    path = folder("keys") / "default"
-    if not (path / "sartor.key").is_file():
-        signing.keygen(path, trust=True)
-        notice(f"key      {path}: made now, and trusted on this machine alone; --key DIR signs with another one")
-    return path
 
 
 def _next_steps(job: _Job, adapter: Artifact, released: Artifact | None, checks: Mapping[str, Check]) -> list[str]:

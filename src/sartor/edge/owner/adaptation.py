@@ -165,21 +165,29 @@ class AdapterTuner:
         if reason := self._skip_reason(material, key, again):
             return _adapted("", reason, material)
         out = self._work_folder(key)
-        job = _job(release, self.settings.base, recipe, memory_folder / "tokens.safetensors", out)
+        job = _job(release, self.settings.base, recipe, tokens=memory_folder / "tokens.safetensors", out=out)
         private_tuning.write_job(job, material.train)
         facts = dict(self._tune(job))
-        verdict = self._judge(release, out, material, probe, Judge(self.settings.base, loaded.method))
+        # own rows are judged against the active delta; the probe against the shipped release, as it could otherwise
+        # decay step by step
+        judge = Judge(self.settings.base, loaded.method)
+        active, _ = active_adapter(self.folder, self.store, self.settings.name)
+        before = active.path if active else release.path
+        own_rows = judge.pair(before, out, JudgedRows(material.held_out, material.groups))
+        verdict = accept(own_rows, judge.pair(release.path, out, probe), self.settings.rule)
         if verdict.why:
             self.settle(key, verdict.why)
             shutil.rmtree(out, ignore_errors=True)
-            return _adapted("", verdict.why, material, verdict, facts)
+            return _adapted("", verdict.why, material, verdict=verdict, facts=facts)
         try:
-            adapter = self._make_current(release, out, material, names, {"key": key, "verdict": asdict(verdict)})
+            adapter = self._make_current(
+                release, out, material, names=names, extra_fields={"key": key, "verdict": asdict(verdict)}
+            )
         except HealthError as error:
-            return _adapted("", error.problem, material, verdict, facts)
+            return _adapted("", error.problem, material, verdict=verdict, facts=facts)
         finally:
             shutil.rmtree(out, ignore_errors=True)
-        return _adapted(adapter.digest, str(adapter.manifest["why"]), material, verdict, facts)
+        return _adapted(adapter.digest, str(adapter.manifest["why"]), material, verdict=verdict, facts=facts)
 
     def evaluate(self) -> AcceptanceResult:
         """Return the judgement of the active delta against the shipped release, as `OwnerModel.evaluate`.
@@ -193,11 +201,9 @@ class AdapterTuner:
         active, _ = active_adapter(self.folder, self.store, self.settings.name)
         after = active.path if active else release.path
         judge = Judge(self.settings.base, loaded.method)
-        private, probe = (
-            judge.pair(release.path, after, rows)
-            for rows in (JudgedRows(material.held_out, material.groups), self._probe(release, chat, loaded))
-        )
-        return accept(private, probe, self.settings.rule)
+        own_rows = judge.pair(release.path, after, JudgedRows(material.held_out, material.groups))
+        probe = judge.pair(release.path, after, self._probe(release, chat, loaded))
+        return accept(own_rows, probe, self.settings.rule)
 
     def _read(self, release: Installed) -> tuple[dict[str, Any], ResolvedRecipe, ChatTokenizer, Material]:
         """Return the recipe, also parsed, the tokenizer, and the rows as tokens."""
@@ -229,18 +235,6 @@ class AdapterTuner:
             )
         return probe
 
-    def _judge(
-        self, release: Installed, out: Path, material: Material, probe: JudgedRows, judge: Judge
-    ) -> AcceptanceResult:
-        """Judge own rows against the active delta, and the probe against the shipped release.
-
-        Against the active delta, the probe could decay step by step.
-        """
-        active, _ = active_adapter(self.folder, self.store, self.settings.name)
-        before = active.path if active else release.path
-        private = judge.pair(before, out, JudgedRows(material.held_out, material.groups))
-        return accept(private, judge.pair(release.path, out, probe), self.settings.rule)
-
     def _make_current(
         self,
         release: Installed,
@@ -251,9 +245,10 @@ class AdapterTuner:
     ) -> LocalAdapter:
         """Put the delta into the store as the current one. Raises HealthError if its check fails."""
         files = {name: (out / name).read_bytes() for name in (CONFIG, WEIGHTS)}
-        trained, held_out = ([names[row.example_id] for row in rows] for rows in (material.train, material.held_out))
+        trained = [names[row.example_id] for row in material.train]
+        held_out = [names[row.example_id] for row in material.held_out]
         fields = {
-            "delta": _digest(files[WEIGHTS]),
+            "delta": hashlib.sha256(files[WEIGHTS]).hexdigest(),
             "of": {"name": release.name, "version": release.version, "digest": digest_of(release)},
             "rows": sorted(trained),
             "held_out": sorted(held_out),
@@ -299,10 +294,6 @@ class AdapterTuner:
         self._disk.replace(self._settled, records.canonical(dict(settled)))
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def _adapted(
     delta: str,
     reason: str,
@@ -311,7 +302,15 @@ def _adapted(
     facts: Mapping[str, Any] | None = None,
 ) -> Adapted:
     left_out = {reason: len(ids) for reason, ids in material.left_out.items()}
-    return Adapted(delta, reason, len(material.train), len(material.held_out), left_out, verdict, facts or {})
+    return Adapted(
+        delta,
+        reason,
+        trained=len(material.train),
+        held_out=len(material.held_out),
+        left_out=left_out,
+        verdict=verdict,
+        facts=facts or {},
+    )
 
 
 def _job(release: Installed, base: Path, recipe: dict[str, Any], tokens: Path, out: Path) -> TuningJob:

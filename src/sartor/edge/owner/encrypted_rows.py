@@ -9,6 +9,7 @@ older file cannot be decrypted. Rows are padded, so that their lengths reveal li
 or a missing end, cannot be detected.
 
 A row is on the disk when `add` returns. A power cut can damage at most the last line, which is left out and reported.
+`add_all` stores many rows or none of them.
 `forget` writes the other rows under a new key into a new file, which replaces the old one in one rename. Then the old
 key is removed.
 """
@@ -111,25 +112,23 @@ class _StoreState:
 
     def rows(self) -> list[UserRow]:
         """Return every row."""
-        contents = (self.decrypt(index) for index in range(len(self.lines)))
-        names = (line.partition(b" ")[0].decode() for line in self.lines)
-        return [
-            UserRow.from_json(name, json.loads(row))
-            for name, row in zip(names, contents, strict=True)
-            if row is not None
-        ]
+        rows = []
+        for index, line in enumerate(self.lines):
+            content = self.decrypt(index)
+            if content is not None:
+                name = line.partition(b" ")[0].decode()
+                rows.append(UserRow.from_json(name, json.loads(content)))
+        return rows
 
     def _associated_data(self, id: str, index: int) -> bytes:
         """Return the data that bind a row to its file, generation, index and id."""
         return records.canonical([self.header_fields["name"], self.header_fields["generation"], index, id])
 
 
-def _may_be_torn(tail: Sequence[bytes]) -> bool:
-    """Return whether an undecryptable end of the file may be one row that was being written.
-
-    Such a row is cut off, or garbage.
-    """
-    return sum(map(len, tail)) <= ROW_BYTES and not any(map(_LINE.fullmatch, tail[1:]))
+def _check_rating(rating: float | None) -> None:
+    """Raise ConfigError for a rating outside -1..1."""
+    if rating is not None and not -1 <= rating <= 1:
+        raise ConfigError(f"the rating is {rating}; it is between -1 (bad) and 1 (good)", "rating=1.0")
 
 
 class EncryptedRowStore:
@@ -158,13 +157,12 @@ class EncryptedRowStore:
         The row is then on the disk. Raises ConfigError for a rating outside -1..1, SourceError for a row that cannot
         be read, BudgetError above the limit: nothing is dropped to make room.
         """
-        if rating is not None and not -1 <= rating <= 1:
-            raise ConfigError(f"the rating is {rating}; it is between -1 (bad) and 1 (good)", "rating=1.0")
+        _check_rating(rating)
         with self._exclusive("a row"):
             state = self._load()
-            user_row = UserRow(secrets.token_hex(8), now(), example_of(row), rating, correction)
+            user_row = UserRow(secrets.token_hex(8), now(), example_of(row), rating=rating, correction=correction)
             line = state.seal(user_row, len(state.lines))
-            self._check_size(state, line)
+            self._check_size(state, [line])
             if state.is_torn:
                 self._disk.replace(self._file, state.content)
             try:
@@ -175,6 +173,32 @@ class EncryptedRowStore:
                     self._disk.replace(self._file, state.content)
                 raise
         return user_row.id
+
+    def add_all(self, rows: Sequence[tuple[Mapping[str, Any] | Example, float | None, str]]) -> list[str]:
+        """Store rows, each with its rating and correction, and return their ids.
+
+        The file is replaced in one rename: a kill, a power cut, a full disk or an error leaves none of them. Raises
+        what `add` raises.
+        """
+        for _, rating, _ in rows:
+            _check_rating(rating)
+        with self._exclusive("the rows"):
+            state = self._load()
+            earlier_content = state.content
+            ids, lines = [], []
+            for index, (row, rating, correction) in enumerate(rows, len(state.lines)):
+                user_row = UserRow(secrets.token_hex(8), now(), example_of(row), rating=rating, correction=correction)
+                ids.append(user_row.id)
+                lines.append(state.seal(user_row, index))
+            self._check_size(state, lines)
+            state.lines += lines
+            try:
+                self._disk.replace(self._file, state.content)
+            except OSError:
+                with suppress(OSError):  # the rename may be done, and only the sync of the folder have failed
+                    self._disk.replace(self._file, earlier_content)
+                raise
+        return ids
 
     def rows(self) -> list[UserRow]:
         """Return every row, the oldest first, in memory alone."""
@@ -242,10 +266,15 @@ class EncryptedRowStore:
             self._disk.replace(self._file, fresh_state.content)
         with self._disk.open(self._file) as stream:
             header, *lines = stream.read().split(b"\n")
-        state = _StoreState(header, self._secret(header), [line for line in lines if line], bool(lines and lines[-1]))
-        broken = next((index for index in range(len(state.lines)) if state.decrypt(index) is None), len(state.lines))
+        is_torn = bool(lines and lines[-1])  # a whole file ends with a line end
+        state = _StoreState(header, self._secret(header), [line for line in lines if line], is_torn)
+        broken = 0
+        while broken < len(state.lines) and state.decrypt(broken) is not None:
+            broken += 1
         if tail := state.lines[broken:]:
-            if not _may_be_torn(tail):
+            # one row that was being written is cut off, or garbage
+            may_be_torn = sum(map(len, tail)) <= ROW_BYTES and not any(map(_LINE.fullmatch, tail[1:]))
+            if not may_be_torn:
                 raise StoreError(
                     f"row {broken + 1} of {self._file} was changed, moved or brought from elsewhere",
                     f"cp BACKUP/{self._file.name} {self._file}",
@@ -283,16 +312,19 @@ class EncryptedRowStore:
         self._cached_secret = (header, secret)
         return secret
 
-    def _check_size(self, state: _StoreState, line: bytes) -> None:
-        """Raise BudgetError if a row or the file would be too large."""
-        if len(line) > ROW_BYTES:
+    def _check_size(self, state: _StoreState, lines: Sequence[bytes]) -> None:
+        """Raise BudgetError if a new line, or the file with all of them, would be too large."""
+        largest_bytes = max(map(len, lines), default=0)
+        if largest_bytes > ROW_BYTES:
             raise BudgetError(
-                f"the row takes {len(line):,} bytes; a row may take {ROW_BYTES:,}",
+                f"the row takes {largest_bytes:,} bytes; a row may take {ROW_BYTES:,}",
                 "cut the row into several lines of the JSONL file, then sartor edge add NAME ROWS",
             )
-        if state.size + len(line) + 1 > self.limit_bytes:
+        new_bytes = sum(len(line) + 1 for line in lines)
+        if state.size + new_bytes > self.limit_bytes:
+            new_rows = f", and {len(lines):,} more take {new_bytes:,}" if len(lines) > 1 else ""
             raise BudgetError(
-                f"{self._file} holds {len(state.lines):,} rows in {state.size:,} bytes; it may take "
+                f"{self._file} holds {len(state.lines):,} rows in {state.size:,} bytes{new_rows}; it may take "
                 f"{self.limit_bytes:,}",
                 "forget old rows (before=DATE), or raise limit_bytes",
             )

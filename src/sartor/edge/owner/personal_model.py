@@ -12,7 +12,7 @@ on.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +76,7 @@ class OwnerModel:
         self._disk = PrivateFileSystem()
         self.diary = EncryptedRowStore(self.folder / "rows", key, limit_bytes=settings.limit_bytes)
         tune = tune or private_tuning.tune_in_process(settings.limits, settings.stop)
-        self._adapting = AdapterTuner(self.folder, self.store, settings, self.diary, tune, self._disk)
+        self._adapting = AdapterTuner(self.folder, self.store, settings, diary=self.diary, tune=tune, disk=self._disk)
         self._locals = self._adapting.locals
         self._may_run = may_run
         self._signer = signer or self.folder / "signer"
@@ -88,6 +88,10 @@ class OwnerModel:
     def add(self, row: Mapping[str, Any] | Example, rating: float | None = None, correction: str = "") -> str:
         """Store a row and return its id, as `EncryptedRowStore.add`."""
         return self.diary.add(row, rating, correction)
+
+    def add_all(self, rows: Sequence[tuple[Mapping[str, Any] | Example, float | None, str]]) -> list[str]:
+        """Store rows, all or none, each with its rating and correction, as `EncryptedRowStore.add_all`."""
+        return self.diary.add_all(rows)
 
     def rows(self) -> list[UserRow]:
         """Return every row, in memory alone."""
@@ -106,10 +110,15 @@ class OwnerModel:
     def status(self) -> Status:
         """Return the current state, and the reason for it."""
         active, reason = active_adapter(self.folder, self.store, self.settings.name)
-        release = shipped(self.store, self.settings.name)
-        rows = self.diary.count()
-        digest = active.digest if active else ""
-        return Status(self.adapter(), digest, reason, release.version, rows, tuple(self.diary.notes))
+        rows = self.diary.count()  # before the notes: it reads the file, and notes damage
+        return Status(
+            adapter=self.adapter(),
+            delta=active.digest if active else "",
+            reason=reason,
+            release=shipped(self.store, self.settings.name).version,
+            rows=rows,
+            notes=tuple(self.diary.notes),
+        )
 
     # tuning
 
@@ -176,7 +185,7 @@ class OwnerModel:
                 and containing.casefold() in row.text.casefold()
             )
             if not matched_ids:
-                return Forgotten((), (), "", "no row is meant", None)
+                return Forgotten(rows=(), deltas=(), new_delta="", reason="no row is meant", file=None)
             Intent(matched_ids).write(self._disk, self._intent)
             intent = self._purge(Intent(matched_ids))
             return self._end(intent, *self._retune(intent, retune))
@@ -237,7 +246,7 @@ class OwnerModel:
         )
         self._disk.remove(self._intent)
         self._disk.sync_folder(self.folder)
-        return Forgotten(intent.ids, intent.deltas, new_delta, reason, file)
+        return Forgotten(rows=intent.ids, deltas=intent.deltas, new_delta=new_delta, reason=reason, file=file)
 
     def _resume(self) -> None:
         """Complete an erasure that was interrupted."""

@@ -43,7 +43,10 @@ def memory_folder(owner: Path, roots: Sequence[Path] | None = None) -> Iterator[
     Its leftovers are removed first, and its content at the end. Raises MissingError if there is no folder in memory,
     ConfigError if another user owns it.
     """
-    root_folder = next((root for root in (_roots() if roots is None else roots) if _is_in_memory(root)), None)
+    if roots is None:
+        runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
+        roots = [Path("/dev/shm"), Path(runtime_dir)] if runtime_dir else [Path("/dev/shm")]
+    root_folder = next(filter(_is_in_memory, roots), None)
     if root_folder is None:
         raise MissingError(
             "there is no folder in memory for what may not lie on the disk", "sudo mount -t tmpfs tmpfs /dev/shm"
@@ -66,11 +69,6 @@ def memory_folder(owner: Path, roots: Sequence[Path] | None = None) -> Iterator[
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _roots() -> list[Path]:
-    """Return the folders that may be in memory."""
-    return [Path("/dev/shm"), *([Path(runtime_dir)] if (runtime_dir := os.environ.get("XDG_RUNTIME_DIR")) else [])]
 
 
 def _is_in_memory(root: Path) -> bool:

@@ -75,13 +75,16 @@ def _count_start(store: Path, name: str) -> Iterator[Installed]:
     if release is None:
         raise StoreError(f"{store} holds no {name}", f"sartor edge sync URL {name} --store {store}")
     yield release
-    if release.trial:
-        _try_in_store(store, lambda opened: opened.confirm(name) if _is_current(opened, release) else None)
+    if not release.trial:
+        return
 
+    def confirm(opened: ReleaseStore) -> None:
+        """Confirm the version that answered, if it is still the current one."""
+        current = opened.current(release.name)
+        if current is not None and current.version == release.version:
+            opened.confirm(name)
 
-def _is_current(store: ReleaseStore, release: Installed) -> bool:
-    current = store.current(release.name)
-    return current is not None and current.version == release.version
+    _try_in_store(store, confirm)
 
 
 def _try_in_store(folder: Path, action: Any) -> Installed | None:

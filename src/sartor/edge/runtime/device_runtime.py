@@ -108,7 +108,10 @@ def ask_in_process(
     answers = _answers(finished, limits)
     if error := answers.get("error"):
         raise _error(error)
-    return [[event_from_json(event) for event in events] for events in answers["events"]], finished.usage
+    replies = []
+    for events in answers["events"]:
+        replies.append([event_from_json(event) for event in events])
+    return replies, finished.usage
 
 
 def _answers(finished: JobResult, limits: ResourceLimits) -> dict[str, Any]:
@@ -142,8 +145,8 @@ def main(job_file: str, result_file: str) -> None:
     answers: dict[str, Any]
     try:
         with open_runtime(Path(job["release"]), job["base"]) as (runtime, _):
-            events = runtime.answer([GenerateCall.from_json(call) for call in job["calls"]])
-        answers = {"events": [[event_as_json(event) for event in call_events] for call_events in events]}
+            replies = runtime.answer([GenerateCall.from_json(call) for call in job["calls"]])
+        answers = {"events": [list(map(event_as_json, events)) for events in replies]}
     except SartorError as error:
         answers = {"error": error_as_json(error)}
     Path(result_file).write_text(json.dumps(answers), encoding="utf-8")

@@ -9,7 +9,7 @@ a prompt that spells some is cut inside of them, and its pieces are tokenised on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ def markup_of(model: Path, inner: LlamaCppServer) -> TemplateMarkup:
     It consists of the file's control tokens, and of the added words that look like them or that its template writes.
     Raises ModelError.
     """
-    texts = [text for messages in plain_probes() for text in _render(inner, messages)]
+    texts: list[str] = []
+    for messages in plain_probes():
+        with suppress(UnavailableError, KeyError):  # the template refuses them
+            texts.append(str(inner.ask("/apply-template", {"messages": messages})["prompt"]))
     arrays = read_head(model, (_TOKENS, _TYPES)).arrays
     tokens = []
     for token_id, (text, kind) in enumerate(zip(arrays.get(_TOKENS, []), arrays.get(_TYPES, []), strict=False)):
@@ -45,14 +48,6 @@ def markup_of(model: Path, inner: LlamaCppServer) -> TemplateMarkup:
     return markup_in(texts, tokens)
 
 
-def _render(inner: LlamaCppServer, messages: list[dict[str, str]]) -> list[str]:
-    """Return the template's rendering of messages; an empty list if it refuses them."""
-    try:
-        return [str(inner.ask("/apply-template", {"messages": messages})["prompt"])]
-    except (UnavailableError, KeyError):
-        return []
-
-
 def prompt_of(call: GenerateCall, inner: LlamaCppServer, markup: TemplateMarkup) -> str | list[int]:
     """Return a call's prompt for llama.cpp: text, or token ids if a text spells markup.
 
@@ -60,7 +55,12 @@ def prompt_of(call: GenerateCall, inner: LlamaCppServer, markup: TemplateMarkup)
     """
     rendering = markup.shield(call.text)
     if call.messages:
-        messages = [_shielded(message, markup) for message in call.messages]
+        messages = []
+        for message in call.messages:
+            shielded: dict[str, Any] = markup.shield_values(dict(message))
+            if message.get("role") in ROLES:  # templates branch on a valid role
+                shielded["role"] = message["role"]
+            messages.append(shielded)
         rendering = str(inner.ask("/apply-template", {"messages": messages})["prompt"])
     opened = markup.opened(rendering)
     if not opened.cuts:
@@ -69,15 +69,6 @@ def prompt_of(call: GenerateCall, inner: LlamaCppServer, markup: TemplateMarkup)
     for start, end in zip(opened.cuts, [*opened.cuts[1:], len(opened.text)], strict=True):
         ids += _continuation_tokens(inner, opened.text[start:end])
     return ids
-
-
-def _shielded(message: Mapping[str, Any], markup: TemplateMarkup) -> dict[str, Any]:
-    """Return a message with its texts shielded.
-
-    A valid role stays as it is, since templates branch on it.
-    """
-    shielded: dict[str, Any] = markup.shield_values(dict(message))
-    return {**shielded, "role": message["role"]} if message.get("role") in ROLES else shielded
 
 
 def _continuation_tokens(inner: LlamaCppServer, text: str) -> list[int]:

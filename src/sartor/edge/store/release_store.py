@@ -64,7 +64,7 @@ class ReleaseStore:
         self._pointers = Pointers(self._disk, self.folder)
         self._blobs = Blobs(self._disk, self.folder)
         self._trees = VersionDirectories(self._disk, self.folder, self._blobs)
-        self._quota = DiskQuota(limit_bytes, self._disk, self._pointers, self._blobs, self._trees)
+        self._quota = DiskQuota(limit_bytes, self._disk, pointers=self._pointers, blobs=self._blobs, trees=self._trees)
         self._repair = IntegrityRepair(self._disk, self._pointers, self._blobs, self._trees)
         self._unlock: Callable[[], None] = lambda: None
         try:
@@ -128,25 +128,15 @@ class ReleaseStore:
                     f"{subject} could not be written to {self.folder}: {error.strerror or error}",
                     f"ls -ld {self.folder}; df -h {self.folder}; then the same command again",
                 ) from error
-            self._try_to_sweep()
+            with suppress(OSError):  # the next opening sweeps again
+                self._sweep()
+            # as text, since a commit whose fsync failed may be visible already
+            currents = [f"{item.name} {item.current.version}" for item in self._pointers.all() if item.current]
             raise MissingError(
-                f"the disk is full: {subject} could not be written; current: {self._current_versions()}",
+                f"the disk is full: {subject} could not be written; current: {', '.join(currents) or 'nothing yet'}",
                 f"free some space on the disk that holds {self.folder}; the same call then goes on where this one "
                 "stopped",
             ) from error
-
-    def _try_to_sweep(self) -> None:
-        try:
-            self._sweep()
-        except OSError:  # the next opening sweeps again
-            return
-
-    def _current_versions(self) -> str:
-        """Return the current versions as text: a commit whose fsync failed may be visible already."""
-        return (
-            ", ".join(f"{item.name} {item.current.version}" for item in self._pointers.all() if item.current)
-            or "nothing yet"
-        )
 
     # blobs
 
@@ -416,11 +406,12 @@ class ReleaseStore:
         """Remove what no version needs, and return the bytes freed."""
         used_before = self._quota.used_bytes()
         self._pointers.settle()
-        pointers = list(self._pointers.all())
-        trees = {
-            self._trees.path(pointer.name, version.version) for pointer in pointers for version in pointer.versions
-        }
-        digests = {digest for pointer in pointers for version in pointer.versions for digest in version.files.values()}
+        trees: set[Path] = set()
+        digests: set[str] = set()
+        for pointer in self._pointers.all():
+            for version in pointer.versions:
+                trees.add(self._trees.path(pointer.name, version.version))
+                digests.update(version.files.values())
         blobs, wanted = self._blobs, self._blobs.wanted
         garbage = [tree for tree in self._trees.all() if tree not in trees]
         garbage += [blobs.folder / name for name in blobs.digests() if name not in digests | wanted]

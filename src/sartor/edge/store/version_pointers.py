@@ -210,16 +210,19 @@ def parse(content: bytes, name: str) -> Pointer | None:
             f"{SCHEMA}",
             upgrade_command(),
         )
-    current, previous, staged = (_parse_version(fields[key]) for key in ("current", "previous", "staged"))
+    versions: dict[str, StoredVersion | None] = {}
+    for role in ("current", "previous", "staged"):
+        stored = fields[role]
+        versions[role] = StoredVersion(stored["version"], stored["files"], stored["since"]) if stored else None
     trial = fields.get("trial")
     return Pointer(
-        name, current, previous, staged, fields["refused"], Trial(trial["left"], trial["of"]) if trial else None
+        name,
+        current=versions["current"],
+        previous=versions["previous"],
+        staged=versions["staged"],
+        refused=fields["refused"],
+        trial=Trial(trial["left"], trial["of"]) if trial else None,
     )
-
-
-def _parse_version(fields: Mapping[str, Any] | None) -> StoredVersion | None:
-    """Return the version of JSON fields, or None."""
-    return StoredVersion(fields["version"], fields["files"], fields["since"]) if fields else None
 
 
 def activated(pointer: Pointer, new: StoredVersion, starts: int) -> Pointer:
@@ -326,10 +329,10 @@ def states(folder: Path) -> list[StoreState]:
     return [
         StoreState(
             item.name,
-            installed_version(folder, item.name, item.current, item.trial),
-            installed_version(folder, item.name, item.previous),
-            installed_version(folder, item.name, item.staged),
-            item.refused,
+            current=installed_version(folder, item.name, item.current, item.trial),
+            previous=installed_version(folder, item.name, item.previous),
+            staged=installed_version(folder, item.name, item.staged),
+            refused=item.refused,
         )
         for item in Pointers(FileSystem(), folder).all()
     ]
@@ -342,4 +345,4 @@ def installed_version(
     if version is None:
         return None
     path = folder / tree_of(name, version.version)
-    return Installed(name, version.version, path, version.since, version.files, trial)
+    return Installed(name, version.version, path, since=version.since, files=version.files, trial=trial)

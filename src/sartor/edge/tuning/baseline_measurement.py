@@ -40,7 +40,13 @@ def main(result_file: Path) -> None:
         "checkpoints": {"every_minutes": 0},
     }
     job = TuningJob(
-        str(_base(folder / "base")), "smallest", "-", "-", str(folder / "tokens"), str(folder / "out"), recipe
+        base=str(_base(folder / "base")),
+        name="smallest",
+        digest="-",
+        licence="-",
+        tokens=str(folder / "tokens"),
+        out=str(folder / "out"),
+        recipe=recipe,
     )
     job.write(folder / "tuning.json")
     if code := tuner_process.main([str(folder / "tuning.json")]):

@@ -105,12 +105,16 @@ def verify_receipt(folder: Path, trusted: Iterable[Ed25519PublicKey] | None = No
     file = folder / FILE
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-        receipt, signature = _parse_receipt(fields["said"]), fields["signature"]
+        said = fields["said"]
+        if said["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {said['schema']}; this Sartor reads {SCHEMA}")
+        attempts = [Attempt(**{**item, "usage": ResourceUsage(**item["usage"])}) for item in said["attempts"]]
+        receipt, signature = Receipt(**{**said, "attempts": attempts}), fields["signature"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"{file} is no receipt: {error!r}", "sartor edge tune writes one beside what it tunes"
         ) from None
-    check_signature(_canonical(fields["said"]), signature, file, "the receipt", trusted)
+    check_signature(_canonical(said), signature, file, subject="the receipt", trusted=trusted)
     for name, digest in receipt.adapter.items():
         if Path(name).name != name or not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise SignatureError(
@@ -121,13 +125,6 @@ def verify_receipt(folder: Path, trusted: Iterable[Ed25519PublicKey] | None = No
 
 def _canonical(document: Any) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _parse_receipt(fields: dict[str, Any]) -> Receipt:
-    if fields["schema"] != SCHEMA:
-        raise ValueError(f"its schema is {fields['schema']}; this Sartor reads {SCHEMA}")
-    attempts = [Attempt(**{**item, "usage": ResourceUsage(**item["usage"])}) for item in fields["attempts"]]
-    return Receipt(**{**fields, "attempts": attempts})
 
 
 # Interval in which the policy and the disk are checked
@@ -210,7 +207,7 @@ def tune_within_budget(
     The receipt is written whatever the outcome is. Raises BudgetError if no rung fits, naming the smallest limit that
     would, and the tuner's own error if it failed for another reason.
     """
-    ladder = FallbackTuning(job, budget, open_private(key), policy or _may_run, narrow)
+    ladder = FallbackTuning(job, budget, key=open_private(key), policy=policy or _may_run, narrow=narrow)
     if ladder.earlier and ladder.earlier.outcome == "done":
         return ladder.earlier
     with DeferredSignals() as signals:
@@ -267,13 +264,14 @@ class FallbackTuning:
 
     def _plan(self, planner: Planner, max_tokens: int) -> MemoryPlan:
         """Return the plan of the next rung. Raises BudgetError if none fits, or the disk budget is too small."""
-        killed = [
-            item.rung
-            for item in (*self.earlier_attempts, *self.attempts)
-            if _ran_out_of_memory(item) and self._would_fail_again(item)
-        ]
-        narrow_bytes = sum(file.stat().st_size for file in self.narrow.glob("*.safetensors")) if self.narrow else 0
         limit = self.budget.memory_bytes
+        killed = []
+        for attempt in (*self.earlier_attempts, *self.attempts):
+            # a rung that was killed would be killed again if the limit is no larger than then
+            earlier_limit = attempt.usage.limit_bytes
+            if _ran_out_of_memory(attempt) and (not earlier_limit or 0 < limit <= earlier_limit):
+                killed.append(attempt.rung)
+        narrow_bytes = sum(file.stat().st_size for file in self.narrow.glob("*.safetensors")) if self.narrow else 0
         plan = planner.choose(limit, killed, max_tokens=max_tokens, narrow_bytes=narrow_bytes)
         # checkpoints: those kept, the new one before the oldest is removed, and the adapter (smaller with bf16)
         needed_bytes = (planner.recipe.checkpoints.keep + 2) * plan.checkpoint_bytes + FILES_BYTES
@@ -285,10 +283,6 @@ class FallbackTuning:
             )
         return plan
 
-    def _would_fail_again(self, attempt: Attempt) -> bool:
-        """Return whether a rung that was killed would be killed again: the limit is no larger than then."""
-        return not attempt.usage.limit_bytes or 0 < self.budget.memory_bytes <= attempt.usage.limit_bytes
-
     def _attempt(self, plan: MemoryPlan, limits: ResourceLimits) -> Attempt:
         """Run the tuner on one rung."""
         self.out.mkdir(parents=True, exist_ok=True)
@@ -299,17 +293,27 @@ class FallbackTuning:
         usage = resource_limits.run(
             tuner_command(file),
             limits,
-            environment=_environment(),
+            # one malloc arena: the arenas of threads would hold memory that others need
+            environment={"MALLOC_ARENA_MAX": "1", **os.environ},
             log=self.out / "stderr.txt",
             stop=self._must_stop,
         )
         updates = _updates(self.out / "log.jsonl")
         if self._stop is not None:
             reason = self._stop.detail
+        elif not usage.killed and usage.exit_code == BUDGET_EXIT:
+            reason = "memory"
         else:
-            reason = usage.killed or ("memory" if usage.exit_code == BUDGET_EXIT else "")
-        rung: MemorySetting = plan.rung
-        return Attempt(rung.id, rung.micro_batch_tokens, plan.is_narrow, plan.peak_bytes, usage, updates, reason)
+            reason = usage.killed
+        return Attempt(
+            rung=plan.rung.id,
+            micro_batch_tokens=plan.rung.micro_batch_tokens,
+            is_narrow=plan.is_narrow,
+            predicted_peak_bytes=plan.peak_bytes,
+            usage=usage,
+            updates=updates,
+            reason=reason,
+        )
 
     def _must_stop(self) -> bool:
         """Return whether a signal, the policy or the disk stops the tuner now."""
@@ -346,22 +350,20 @@ class FallbackTuning:
 
     def _end(self, outcome: Outcome, reason: str, breakdown: dict[str, int]) -> Receipt:
         """Write the receipt of the call, and return it."""
-        job, resumed = (
-            self.job,
-            [item.updates for item in (*self.earlier_attempts, *self.attempts)[:-1] if item.updates],
-        )
+        job = self.job
+        attempts = [*self.earlier_attempts, *self.attempts]
         receipt = Receipt(
-            SCHEMA,
-            {"name": job.name, "digest": job.digest, "licence": job.licence},
-            job.recipe,
-            asdict(self.budget),
-            breakdown,
-            [*self.earlier_attempts, *self.attempts],
-            resumed,
-            digests(self.out) if outcome == "done" else {},
-            outcome,
-            reason,
-            numerics(DTYPE),
+            schema=SCHEMA,
+            base={"name": job.name, "digest": job.digest, "licence": job.licence},
+            recipe=job.recipe,
+            limits=asdict(self.budget),
+            plan=breakdown,
+            attempts=attempts,
+            resumed_at=[attempt.updates for attempt in attempts[:-1] if attempt.updates],
+            adapter=digests(self.out) if outcome == "done" else {},
+            outcome=outcome,
+            reason=reason,
+            numerics=numerics(DTYPE),
         )
         receipt.write(self.out, self.key)
         return receipt
@@ -389,11 +391,6 @@ def planned_job(job: TuningJob, rung: MemorySetting) -> TuningJob:
     compute = {"micro_batch_tokens": rung.micro_batch_tokens, "recompute": rung.mode.recompute}
     recipe = {**job.recipe, "compute": {**job.recipe.get("compute", {}), **compute}}
     return replace(job, recipe=recipe, top=rung.learning if rung.name == "layers" else 0, zeroth=rung.mode.zeroth)
-
-
-def _environment() -> dict[str, str]:
-    """Return this environment with one malloc arena: the arenas of threads would hold memory that others need."""
-    return {"MALLOC_ARENA_MAX": "1", **os.environ}
 
 
 def _updates(log: Path) -> int:

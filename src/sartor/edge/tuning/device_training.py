@@ -52,22 +52,17 @@ class DeviceRun(TrainingRun):
         """Return the forecast of the run, with the planned micro-batch."""
         rows, micro_batch_tokens = self.data.train, recipe.compute.micro_batch_tokens
         longest = max(len(row.ids) for row in rows)
-        max_tokens = max(
-            longest,
-            min(recipe.optimizer.batch_tokens, MICRO_BATCH_TOKENS)
-            if micro_batch_tokens == "auto"
-            else micro_batch_tokens,
-        )
-        no_memory = Interval(0.0, 0.0, 0.0)
-        course = self._course_tokens(recipe)
-        evaluated_tokens = recipe.evaluations * sum(len(row.ids) for row in self.data.held_out)
+        if micro_batch_tokens == "auto":
+            max_tokens = max(longest, min(recipe.optimizer.batch_tokens, MICRO_BATCH_TOKENS))
+        else:
+            max_tokens = max(longest, micro_batch_tokens)
         minutes = recipe.budget.minutes
         return RunForecast(
-            MicroBatchChoice(max_tokens, BatchLoad(), True, "planned"),
-            no_memory,
-            course,
-            evaluated_tokens,
-            minutes and minutes * 60,
+            settled=MicroBatchChoice(max_tokens, BatchLoad(), True, "planned"),
+            memory=Interval(0.0, 0.0, 0.0),
+            course_tokens=self._course_tokens(recipe),
+            evaluated_tokens=recipe.evaluations * sum(len(row.ids) for row in self.data.held_out),
+            limit_s=minutes and minutes * 60,
         )
 
     def _course_tokens(self, recipe: ResolvedRecipe) -> int | None:
@@ -152,7 +147,7 @@ class ZerothRun(DeviceRun):
             for parameter in self.parameters:
                 parameter.mul_(1 - rates[0] * settings.weight_decay)
         self._move(-rates[0] * max(-settings.clip_norm, min(slope, settings.clip_norm)))
-        self._count(rows, loss, abs(slope), rates, time.monotonic() - start_s)
+        self._count(rows, loss, abs(slope), rates=rates, seconds=time.monotonic() - start_s)
 
     def _move(self, distance: float) -> None:
         """Move every factor by `distance` along this update's direction."""

@@ -12,7 +12,7 @@ device without a battery and a supply counts as plugged in. One without a therma
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,8 @@ LOOK_S = 5.0
 OUTSIDE = ("Mains", "USB", "Wireless")
 
 Plugged = Literal["yes", "no", "unknown"]
+# value of a supply's `online`; 2 is a supply with a programmable voltage
+_ONLINE: Mapping[str, Plugged] = {"0": "no", "1": "yes", "2": "yes"}
 
 
 @dataclass(frozen=True)
@@ -132,25 +134,29 @@ def read_power(root: Path = Path("/sys")) -> PowerReading:
             else:
                 levels.append(level / 100)
         elif kind.startswith(OUTSIDE):
-            plugs.append(_plugged(_word(supply / "online")))
+            plugs.append(_ONLINE.get(_word(supply / "online"), "unknown"))
         else:
             faults.append(f"{supply.name} says {kind!r:.40} for what it is")
     plugged = _plugged_in(plugs, states)
     zones: dict[str, float] = {}
     for zone in sorted((root / "class/thermal").glob("thermal_zone*")):
         celsius = _number(zone / "temp", COLDEST_C * 1000, HOTTEST_C * 1000)
-        name = _unique_name(_word(zone / "type") or zone.name, zone.name, zones)
+        name = _word(zone / "type") or zone.name
+        if name in zones:  # another zone has it
+            name = f"{name} ({zone.name})"
         if celsius is None:
             notes.append(f"the thermal zone {name} says {_word(zone / 'temp')!r:.40} for its thousandths of a degree")
         else:
             zones[name] = celsius / 1000
     drains = plugged != "yes" or "Discharging" in states
-    return PowerReading(plugged, min(levels, default=None), drains, zones, tuple(faults), tuple(notes))
-
-
-def _plugged(online: str) -> Plugged:
-    """Return the state of a supply; 2 is online too: a supply with a programmable voltage."""
-    return {"0": "no", "1": "yes", "2": "yes"}.get(online, "unknown")  # type: ignore[return-value]
+    return PowerReading(
+        plugged=plugged,
+        level=min(levels, default=None),
+        drains=drains,
+        zones=zones,
+        faults=tuple(faults),
+        notes=tuple(notes),
+    )
 
 
 def _plugged_in(plugs: list[Plugged], states: list[str]) -> Plugged:
@@ -164,11 +170,6 @@ def _plugged_in(plugs: list[Plugged], states: list[str]) -> Plugged:
     if "Discharging" in states:
         return "no"
     return "yes" if all(state in ("Charging", "Full") for state in states) else "unknown"
-
-
-def _unique_name(name: str, suffix: str, zones: dict[str, float]) -> str:
-    """Return the name of a zone, with a suffix if another zone has it."""
-    return f"{name} ({suffix})" if name in zones else name
 
 
 def _word(file: Path) -> str:

@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
@@ -65,39 +66,32 @@ def floor() -> MemoryBaseline:
 
 @functools.cache
 def _floor(cache_folder: str) -> MemoryBaseline:
-    """Return the baseline from `cache_folder`, measured again if versions, sources or the machine changed."""
+    """Return the baseline from `cache_folder`, measured again if versions, sources or the machine changed.
+
+    A child process measures it. Raises MissingError if the tuner does not run here.
+    """
     versions = [importlib.metadata.version(name) for name in ("torch", "sartor")]
     threads = os.environ.get("OMP_NUM_THREADS", "")
     pip_compiler = "ziglang" if importlib.util.find_spec("ziglang") else "no compiler"
-    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), pip_compiler)
-    key = " ".join(
-        [str(SCHEMA), *versions, _sources(), platform.python_version(), platform.machine(), threads, compiler]
-    )
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), pip_compiler)
+    # sizes of Sartor's own modules: a checkout changes without its version
+    root = Path(__file__).parents[2]
+    sizes = [f"{file.relative_to(root)} {file.stat().st_size}" for file in sorted(root.rglob("*.py"))]
+    sources = hashlib.sha256("\n".join(sizes).encode()).hexdigest()[:12]
+    key = " ".join([str(SCHEMA), *versions, sources, platform.python_version(), platform.machine(), threads, compiler])
     file = Path(cache_folder) / "floor.json"
     try:
         cache: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         cache = {}
     if key not in cache:
-        cache[key] = _measure_baseline()
+        finished = run_job("sartor.edge.tuning.baseline_measurement", {}, ResourceLimits())
+        if finished.payload is None:
+            problem = f"the tuner does not run on this machine: {finished.log_tail[-1:]}"
+            raise MissingError(problem, install_command("edge"))
+        cache[key] = finished.payload
         write_file_atomic(file, json.dumps(cache).encode())
     return MemoryBaseline(**cache[key])
-
-
-def _sources() -> str:
-    """Return a digest of the sizes of Sartor's own modules: a checkout changes without its version."""
-    root = Path(__file__).parents[2]
-    sizes = [f"{file.relative_to(root)} {file.stat().st_size}" for file in sorted(root.rglob("*.py"))]
-    return hashlib.sha256("\n".join(sizes).encode()).hexdigest()[:12]
-
-
-def _measure_baseline() -> dict[str, Any]:
-    """Measure the baseline in a child process. Raises MissingError if the tuner does not run here."""
-    finished = run_job("sartor.edge.tuning.baseline_measurement", {}, ResourceLimits())
-    if finished.payload is None:
-        problem = f"the tuner does not run on this machine: {finished.log_tail[-1:]}"
-        raise MissingError(problem, install_command("edge"))
-    return finished.payload
 
 
 Name = Literal["lora", "recompute", "layers", "zeroth"]
@@ -219,7 +213,7 @@ class Planner:
         tokens = max(self.rows.longest, rung.micro_batch_tokens)
         supervised = min(tokens, round(tokens * self.rows.densest))
         is_part = tokens < max(self.recipe.optimizer.batch_tokens, self.rows.longest)
-        load = DeviceLoad(tokens, supervised, self.rows.longest, is_part, self.rows.tokens)
+        load = DeviceLoad(tokens, supervised, longest=self.rows.longest, is_part=is_part, rows_tokens=self.rows.tokens)
         mode = replace(rung.mode, native=self.floor.is_native)
         return peak(self.shape, load, mode, self.floor.held_bytes)
 
@@ -248,21 +242,19 @@ class Planner:
             raise BudgetError(
                 f"every rung is used up: {', '.join(sorted(barred))}", "a larger limit, or a smaller base"
             )
-        problem = f"no way to tune {self.job.name} fits in {limit_bytes / 1e6:,.0f} MB of memory"
+        needed_bytes, rung = smallest
+        least_bytes = math.ceil(needed_bytes / 1_000_000) * 1_000_000
         raise BudgetError(
-            problem,
-            f"at least {_round_up(smallest[0]):,} bytes ({smallest[1].id}); shorter rows or a lower rank need less",
+            f"no way to tune {self.job.name} fits in {limit_bytes / 1e6:,.0f} MB of memory",
+            f"at least {least_bytes:,} bytes ({rung.id}); shorter rows or a lower rank need less",
         )
 
     def _sizes(self) -> list[int]:
         """Return the micro-batches, the largest first: whole multiples of the longest row."""
         longest, micro_batch_tokens = self.rows.longest, self.recipe.compute.micro_batch_tokens
-        max_tokens = self.recipe.optimizer.batch_tokens
-        max_tokens = (
-            min(max_tokens, MICRO_BATCH_TOKENS)
-            if micro_batch_tokens == "auto"
-            else min(micro_batch_tokens, max_tokens)
-        )
+        if micro_batch_tokens == "auto":
+            micro_batch_tokens = MICRO_BATCH_TOKENS
+        max_tokens = min(micro_batch_tokens, self.recipe.optimizer.batch_tokens)
         sizes, count = [], max(1, max_tokens // longest)
         while count:
             sizes.append(count * longest)
@@ -277,9 +269,11 @@ class Planner:
         reason = f"the first that fits in {limit_bytes / 1e6:,.0f} MB" if limit_bytes else "no limit"
         if is_narrow:
             reason += f"; {free_bytes / 1e6:,.0f} MB are left for pages of the base, so it is read in 4 bits"
-        return MemoryPlan(rung, breakdown, limit_bytes, state_bytes(self.shape, rung.mode), is_narrow, reason)
-
-
-def _round_up(number: int) -> int:
-    """Return the number rounded up to a million."""
-    return -(-number // 1_000_000) * 1_000_000
+        return MemoryPlan(
+            rung,
+            breakdown,
+            limit_bytes=limit_bytes,
+            checkpoint_bytes=state_bytes(self.shape, rung.mode),
+            is_narrow=is_narrow,
+            reason=reason,
+        )

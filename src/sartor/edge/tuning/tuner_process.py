@@ -143,7 +143,8 @@ def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
     earlier_log = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
     with TrainingLog(out / "log.jsonl", show=show, **earlier_log) as journal:
         kind = ZerothRun if job.zeroth else DeviceRun
-        run = kind(recipe, device_base, model, read_tokens(Path(job.tokens)), journal, saver, resolved)
+        rows = read_tokens(Path(job.tokens))
+        run = kind(recipe, device_base, model, data=rows, journal=journal, saver=saver, resolved=resolved)
         run.take(job.share)
         if checkpoint:
             run.restore(checkpoint)
@@ -179,7 +180,7 @@ def adapted(model: MappedLlama, method: Lora, seed: int = 0) -> MappedLlama:
         )
     for parameter in model.parameters():
         parameter.requires_grad = False
-    model.adapt(method.rank, float(method.alpha), seed, targets, method.targets.top or 0)
+    model.adapt(method.rank, float(method.alpha), seed, targets=targets, top=method.targets.top or 0)
     return model
 
 

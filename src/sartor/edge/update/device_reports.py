@@ -104,9 +104,14 @@ def due(
     announced: version whose start this sync has reported already.
     """
     now, ring = int(time.time()), ring_of(device)
+
+    def report(version: str, outcome: Outcome, reason: str = "") -> Report:
+        """Return a report of this device, made now."""
+        return Report(device, name, version, ring=ring, outcome=outcome, reason=reason, time=now)
+
     for version, reason in store.refused(name).items():
         if outcomes.get(version) != "fail":
-            yield Report(device, name, version, ring, "fail", HealthReason.parse(reason).value, now)
+            yield report(version, "fail", HealthReason.parse(reason).value)
     current = store.current(name)
     for version, outcome in outcomes.items():
         if (
@@ -114,11 +119,11 @@ def due(
             and version not in store.refused(name)
             and not (current and current.version == version)
         ):
-            yield Report(device, name, version, ring, "deferred", "", now)
+            yield report(version, "deferred")
     if current and current.trial and current.version != announced:
-        yield Report(device, name, current.version, ring, "started", "", now)
+        yield report(current.version, "started")
     if current and not current.trial and outcomes.get(current.version) != "pass":
-        yield Report(device, name, current.version, ring, "pass", "", now)
+        yield report(current.version, "pass")
 
 
 def send_due(
@@ -157,7 +162,12 @@ class Outbox:
 
     def send(self, report: Report) -> None:
         """Sign, send and record a report. Raises MissingError if it cannot be sent."""
-        _deliver(report.signed(self.key), report, self.destination)
+        document = report.signed(self.key)
+        if self.destination.startswith(("http://", "https://")):
+            Fetcher().post(self.destination, document)
+        else:
+            file = Path(self.destination) / f"{report.device}.{report.name}.{report.version}.json"
+            write_file_atomic(file, document)
         memory = _read_memory(self.folder)
         memory.setdefault(report.name, {})[report.version] = report.outcome
         write_file_atomic(self.folder / _MEMORY, records.canonical(memory))
@@ -167,15 +177,8 @@ class Outbox:
 
         Raises MissingError if it cannot be sent.
         """
-        self.send(Report(self.device, name, version, ring_of(self.device), "started", "", int(time.time())))
-
-
-def _deliver(document: bytes, report: Report, destination: str) -> None:
-    """Send a report to an address, or write it into a folder."""
-    if destination.startswith(("http://", "https://")):
-        Fetcher().post(destination, document)
-    else:
-        write_file_atomic(Path(destination) / f"{report.device}.{report.name}.{report.version}.json", document)
+        ring = ring_of(self.device)
+        self.send(Report(self.device, name, version, ring=ring, outcome="started", reason="", time=int(time.time())))
 
 
 def _read_memory(folder: Path) -> dict[str, dict[str, str]]:

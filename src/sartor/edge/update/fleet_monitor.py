@@ -184,10 +184,10 @@ def tally(
     refused: Counter[str] = Counter()
     votes = _votes(_contents(reports) if isinstance(reports, Path) else reports, offers, devices, refused)
     now = time.time()
-    tallies = (
-        tally_offer(name, offer, votes, policy, now) for (name, _), offer in sorted(offers.items(), key=_newest_first)
-    )
-    return Counted(tuple(tallies), dict(sorted(refused.items())))
+    # by name, and of one name the newest version first
+    in_order = sorted(offers.items(), key=lambda item: (item[0][0], -item[1].order))
+    tallies = tuple(tally_offer(name, offer, votes, policy=policy, now=now) for (name, _), offer in in_order)
+    return Counted(tallies, dict(sorted(refused.items())))
 
 
 def watch(repository: Path, keys: Path | None, counted: Counted, *, widen: bool = False) -> list[RolloutTally]:
@@ -205,15 +205,11 @@ def watch(repository: Path, keys: Path | None, counted: Counted, *, widen: bool 
         if item.action == "halt":
             publish.halt(repository, keys, item.name, item.version)
         elif item.action == "widen" and widen:
-            publish.widen(repository, keys, item.name, item.version, item.to)
+            publish.widen(repository, keys, item.name, item.version, percent=item.to)
         else:
             continue
         executed.append(item)
     return executed
-
-
-def _newest_first(item: tuple[tuple[str, str], Offer]) -> tuple[str, int]:
-    return item[0][0], -item[1].order
 
 
 def _contents(folder: Path) -> Iterator[bytes]:
@@ -271,7 +267,8 @@ def _refusal_reason(report: Report, signature: Any, offers: dict[tuple[str, str]
     if not file.is_file():
         return "unknown device"
     try:
-        signing.check_signature(report.document(), signature, file, report.device, [signing.open_public(file)])
+        key = signing.open_public(file)
+        signing.check_signature(report.document(), signature, file, subject=report.device, trusted=[key])
     except SignatureError:
         return "forged"
     except SartorError:
@@ -294,37 +291,34 @@ def tally_offer(
     version_votes = [
         vote for (vote_name, version, _), vote in votes.items() if (vote_name, version) == (name, offer.version)
     ]
-    outcomes = [_outcome(vote, policy, now) for vote in version_votes]
-    newest = [
-        outcome for vote, outcome in zip(version_votes, outcomes, strict=True) if vote.ring >= offer.previous_percent
-    ]
+    deadline_s = policy.silent_after_days * _DAY_S
+    outcomes: list[str] = []
+    newest: list[str] = []  # outcomes of the newest ring
+    for vote in version_votes:
+        outcome: str = vote.outcome
+        if outcome == "started" and 0 < deadline_s < now - vote.time:  # no later report until the deadline
+            outcome = SILENT
+        outcomes.append(outcome)
+        if vote.ring >= offer.previous_percent:
+            newest.append(outcome)
     counts, ring = _count(outcomes), _count(newest)
     action, to = decide_action(offer, counts, ring, policy)
-    low = counts.fewest_failures.lower_limit(policy.confidence)
-    high = counts.most_failures.upper_limit(policy.confidence)
-    ring_high = ring.most_failures.upper_limit(policy.confidence)
     reasons = Counter(vote.reason for vote in version_votes if vote.outcome == "fail") + Counter(
         {SILENT: counts.silent}
     )
     return RolloutTally(
-        name,
-        offer.version,
-        offer.percent,
-        counts,
-        ring,
-        low,
-        high,
-        ring_high,
-        action,
-        to,
-        dict(sorted(reasons.items())),
+        name=name,
+        version=offer.version,
+        percent=offer.percent,
+        votes=counts,
+        ring=ring,
+        low=counts.fewest_failures.lower_limit(policy.confidence),
+        high=counts.most_failures.upper_limit(policy.confidence),
+        ring_high=ring.most_failures.upper_limit(policy.confidence),
+        action=action,
+        to=to,
+        reasons=dict(sorted(reasons.items())),
     )
-
-
-def _outcome(vote: Report, policy: FleetPolicy, now: float) -> str:
-    """Return a device's outcome; "silent" for a start without a later report until the deadline."""
-    deadline_s = policy.silent_after_days * _DAY_S
-    return SILENT if vote.outcome == "started" and 0 < deadline_s < now - vote.time else vote.outcome
 
 
 def _count(outcomes: Iterable[str]) -> VoteCounts:

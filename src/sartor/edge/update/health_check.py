@@ -118,7 +118,9 @@ class Health:
         """
         try:
             manifest = open_artifact(release, ("release", "export")).manifest
-            shipped = _shipped_canaries(manifest)
+            shipped = canary_prompts.canaries_of({"system_prompt": "", **manifest}, BASE)
+            if not shipped.recorded:  # one general question then, which only has to be answered
+                shipped = canary_prompts.CanaryPrompts(shipped.calls[:1], ())
             device_calls = [prompt.call(system_of(manifest)) for prompt in self.prompts]
             calls = [*shipped.calls, *device_calls]
             events, usage = device_runtime.ask_in_process(release, calls, self.limits, self.base)
@@ -132,15 +134,21 @@ class Health:
         ]
         if self.evaluation and not reasons and (problem := self._evaluate(release)):
             reasons.append(HealthReason.EVALUATION.text(problem))
-        return Result(len(calls), tuple(reasons), usage.peak_bytes, usage.wall_s, shipped.not_checked)
+        return Result(
+            len(calls),
+            tuple(reasons),
+            peak_memory_bytes=usage.peak_bytes,
+            wall_s=usage.wall_s,
+            not_checked=shipped.not_checked,
+        )
 
     def _prompt_failures(self, events: Sequence[Sequence[Event]]) -> list[str]:
         """Return the failures of the device's own prompts as at most one reason."""
-        failures = [
-            f"line {prompt.line} ({problem})"
-            for prompt, prompt_events in zip(self.prompts, events, strict=True)
-            if (problem := _failure(prompt_events) or prompt.mismatch(_text(prompt_events)))
-        ]
+        failures = []
+        for prompt, prompt_events in zip(self.prompts, events, strict=True):
+            reply = "".join(event.text for event in prompt_events if isinstance(event, TextDelta))
+            if problem := _failure(prompt_events) or prompt.mismatch(reply):
+                failures.append(f"line {prompt.line} ({problem})")
         if not failures:
             return []
         detail = f"{len(failures)} of {len(self.prompts)} of the device's prompts: {', '.join(failures)}"
@@ -155,15 +163,6 @@ class Health:
             return error.problem
         except Exception as error:  # the device's own program may raise anything
             return type(error).__name__
-
-
-def _shipped_canaries(manifest: Mapping[str, Any]) -> canary_prompts.CanaryPrompts:
-    """Return the Release's own canaries.
-
-    A Release that ships none gets one general question, which only has to be answered.
-    """
-    canaries = canary_prompts.canaries_of({"system_prompt": "", **manifest}, BASE)
-    return canaries if canaries.recorded else canary_prompts.CanaryPrompts(canaries.calls[:1], ())
 
 
 def _canary_failures(shipped: canary_prompts.CanaryPrompts, events: Sequence[Sequence[Event]]) -> list[str]:
@@ -182,10 +181,6 @@ def _failure(events: Sequence[Event]) -> str:
     """Return the kind of error that ended a reply, or ""."""
     end = events[-1]
     return f"no answer: {end.kind}" if isinstance(end, ReplyFailed) else ""
-
-
-def _text(events: Sequence[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
 def read_prompts(file: Path) -> tuple[HealthPrompt, ...]:
@@ -221,7 +216,7 @@ def _prompt(file: Path, line: int, text: str) -> HealthPrompt:
             raise ValueError("prompt is a text, messages a list of role and content")
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file}, line {line}: {error}", '{"prompt": "...", "expected": {"exact": "..."}}') from None
-    return HealthPrompt(line, tuple(messages), "prompt" in fields, kind, expected)
+    return HealthPrompt(line, tuple(messages), is_bare="prompt" in fields, kind=kind, expected=expected)
 
 
 def _expected(expected: Any) -> tuple[str, Any]:

@@ -89,16 +89,16 @@ def publish(
         earlier = [(offer.version, _content(documents, repository, name, offer)) for offer in offers]
         steps, fetched = _deltas(repository, earlier, files)
         order = 1 + max((offer.order for offer in offers), default=0)
-        offer = Offer(version, order, percent, False, int(time.time()))
+        offer = Offer(version, order, percent=percent, halted=False, published=int(time.time()))
         _set_target(documents, repository, VersionContent(name, version, files, steps), offer)
         documents.write(keys, expiry)
     total_bytes = sum(blob.bytes for blob in files.values())
     return Published(
         name,
         version,
-        total_bytes,
-        {earlier_version: round(count / total_bytes, 4) for earlier_version, count in fetched.items()},
-        percent,
+        release_bytes=total_bytes,
+        deltas={earlier_version: round(count / total_bytes, 4) for earlier_version, count in fetched.items()},
+        percent=percent,
     )
 
 
@@ -171,12 +171,12 @@ def widen(
             return offer
         return replace(offer, percent=percent, previous_percent=offer.percent)
 
-    return _change(repository, keys, name, version, change, expiry)
+    return _change(repository, keys, name, version, change=change, expiry=expiry)
 
 
 def halt(repository: Path, keys: Path, name: str, version: str, *, expiry: Expiry | None = None) -> Offer:
     """Stop offering a version; devices that have it go back to the newest that is offered to them."""
-    return _change(repository, keys, name, version, lambda offer: replace(offer, halted=True), expiry)
+    return _change(repository, keys, name, version, change=lambda offer: replace(offer, halted=True), expiry=expiry)
 
 
 def withdraw(repository: Path, keys: Path, name: str, version: str, *, expiry: Expiry | None = None) -> int:
@@ -258,19 +258,21 @@ def _deltas(
     fetched = {}
     large = {path: blob for path, blob in files.items() if blob.bytes >= LEAST_DELTA_BYTES}
     for blob in large.values():
-        _add_step(repository, "", blob, steps, PACKED_FRACTION)
+        _add_step(repository, "", blob, steps=steps, fraction=PACKED_FRACTION)
     packed = {result: step.bytes for (_, result), step in steps.items()}
     for version, earlier_content in earlier:
         count = 0
         for path, blob in files.items():
             if blob.sha256 in earlier_content.blobs:
                 continue
-            if path in large and path in earlier_content.files:
-                _add_step(repository, earlier_content.files[path].sha256, blob, steps, 1.0)
-            step = (
-                steps.get((earlier_content.files[path].sha256, blob.sha256)) if path in earlier_content.files else None
-            )
-            count += min(blob.bytes, packed.get(blob.sha256, blob.bytes), step.bytes if step else blob.bytes)
+            ways = [blob.bytes, packed.get(blob.sha256, blob.bytes)]
+            if path in earlier_content.files:
+                base = earlier_content.files[path].sha256
+                if path in large:
+                    _add_step(repository, base, blob, steps=steps, fraction=1.0)
+                if step := steps.get((base, blob.sha256)):
+                    ways.append(step.bytes)
+            count += min(ways)
         fetched[version] = count
     return tuple(steps.values()), fetched
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -118,7 +118,9 @@ class _Transfer:
             step for step in content.deltas if step.result == digest and (not step.base or self.store.has(step.base))
         ]
         best = min(usable, key=lambda step: self._missing(step.sha256, step.bytes), default=None)
-        return best if best and self._missing(best.sha256, best.bytes) < self._missing(digest, length) else None
+        if best is None or self._missing(best.sha256, best.bytes) >= self._missing(digest, length):
+            return None
+        return best
 
     def _by_delta(self, step: DeltaStep, length: int) -> bool:
         """Fetch one delta and apply it; return false if it does not lead to the file.
@@ -206,22 +208,32 @@ def sync(
         notes = [] if offer else [f"no version of {name} is offered to ring {ring}"]
         return Synced(
             name,
-            old_version,
-            old_version,
-            False,
-            ring,
+            version=old_version,
+            was=old_version,
+            changed=False,
+            ring=ring,
             fetched_bytes=fetcher.fetched_bytes,
             notes=(*notes, *fetcher.broken),
         )
     transfer = _Transfer(store, url, fetcher)
-    content = _read_content(url, name, offer, targets, fetcher)
+    content = _read_content(url, name, offer, targets=targets, fetcher=fetcher)
     transfer.bring(content)
     store.forgive(name, offer.version)
     store.stage(name, offer.version, {path: blob.sha256 for path, blob in content.files.items()})
     store.activate(name, offer.version, healthy, starts=device.starts)
     store.collect()  # removes deltas, and the files of the version before the previous one
-    synced = Synced(name, offer.version, old_version, True, ring, transfer.missing_bytes, fetcher.fetched_bytes)
-    return replace(synced, deltas=transfer.deltas, whole=transfer.whole, notes=(*transfer.notes, *fetcher.broken))
+    return Synced(
+        name,
+        version=offer.version,
+        was=old_version,
+        changed=True,
+        ring=ring,
+        missing_bytes=transfer.missing_bytes,
+        fetched_bytes=fetcher.fetched_bytes,
+        deltas=transfer.deltas,
+        whole=transfer.whole,
+        notes=(*transfer.notes, *fetcher.broken),
+    )
 
 
 def _choose(offers: list[Offer], device_id: str, old_version: str, refused: Mapping[str, str]) -> Offer | None:

@@ -127,19 +127,21 @@ def _layout(header: bytes) -> SafetensorsLayout:
     """Return the layout of a header, length included. Raises ArtifactError."""
     try:
         fields = json.loads(header[8:])
-        tensors = sorted(
-            (
+        tensors = []
+        for name, entry in fields.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            tensors.append(
                 TensorLocation(
                     name,
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    *(len(header) + int(offset) for offset in entry["data_offsets"]),
+                    dtype=entry["dtype"],
+                    shape=tuple(entry["shape"]),
+                    start=len(header) + int(start),
+                    end=len(header) + int(end),
                 )
-                for name, entry in fields.items()
-                if name != "__metadata__"
-            ),
-            key=lambda tensor: (tensor.start, tensor.end),
-        )
+            )
+        tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _layout_error(f"its header cannot be read ({type(error).__name__})") from None
     position = len(header)
@@ -171,14 +173,8 @@ def make(base: Path | None, result: Path, out: Path) -> TensorDelta | None:
             base_tensor = base_tensors.get(tensor.name)
             fits = base_tensor is not None and (base_tensor.dtype, base_tensor.shape) == (tensor.dtype, tensor.shape)
             words = _words(result_stream, tensor)
-            form.append(
-                _code(
-                    tensor,
-                    _words(base_stream, base_tensor) if base_stream and base_tensor and fits else None,
-                    words,
-                    planes,
-                )
-            )
+            old = _words(base_stream, base_tensor) if base_stream and base_tensor and fits else None
+            form.append(_code(tensor, old, words, planes))
         digests = [file_digest(path) for path in (base, result) if path]
     streams = planes.finish()
     head = {
@@ -214,7 +210,10 @@ def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator
         if target.file_bytes != result_bytes or len(head["form"]) != len(target.tensors):
             raise _delta_error(f"it makes {target.file_bytes:,} bytes; {result_bytes:,} are signed")
         base_tensors = {tensor.name: tensor for tensor in layout_of(base).tensors} if base else {}
-        streams = _open_streams(delta, head["streams"], position)
+        streams = {}
+        for key, length in head["streams"].items():
+            streams[key] = _Stream(delta, position, length)
+            position += length
         yield header
         for tensor, form in zip(target.tensors, head["form"], strict=True):
             base_tensor = base_tensors.get(tensor.name)
@@ -328,8 +327,9 @@ def _coded_bytes(words: Words) -> int:
 
     It uses Huffman coding alone, which takes a hundredth of LZMA's time and ranks the forms as LZMA does.
     """
-    coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    return sum(len(coder.compress(plane.tobytes())) for plane in _split(words)) + len(coder.flush())
+    coder = zlib.compressobj(level=1, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+    coded_bytes = sum(len(coder.compress(plane.tobytes())) for plane in _split(words))
+    return coded_bytes + len(coder.flush())
 
 
 def _split(words: Words) -> Words:
@@ -377,15 +377,6 @@ class _Stream:
                     raise EOFError
             parts += self.coder.decompress(piece, count - len(parts))
         return bytes(parts)
-
-
-def _open_streams(delta: BinaryIO, lengths: dict[str, int], position: int) -> dict[str, _Stream]:
-    """Return a reader of each stream."""
-    result = {}
-    for key, length in lengths.items():
-        result[key] = _Stream(delta, position, length)
-        position += length
-    return result
 
 
 def _head(delta: BinaryIO) -> tuple[dict[str, Any], bytes, int]:

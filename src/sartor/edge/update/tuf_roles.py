@@ -72,9 +72,8 @@ def keygen(keys: Path, thresholds: Mapping[RoleName, tuple[int, int]] = THRESHOL
     make_parent(keys)
     result: dict[RoleName, list[str]] = {}
     for role in ROLES:
-        result[role] = [
-            signing.keygen(keys / f"{role}-{number + 1}")["key_id"] for number in range(thresholds[role][0])
-        ]
+        key_count, _ = thresholds[role]
+        result[role] = [signing.keygen(keys / f"{role}-{number + 1}")["key_id"] for number in range(key_count)]
     lines = "".join(f"{role} {thresholds[role][1]}\n" for role in ROLES)
     (keys / "thresholds").write_text(lines, encoding="utf-8")
     return result
@@ -97,7 +96,10 @@ def first_root(keys: Path, expiry: Expiry) -> Root:
     """Return version 1 of the root, unsigned, with the keys that are here and the thresholds of `keygen`."""
     try:
         lines = (keys / "thresholds").read_text(encoding="utf-8").split("\n")
-        thresholds = {role: int(count) for role, count in (line.split() for line in lines if line)}
+        thresholds = {}
+        for line in filter(None, lines):
+            role_name, count = line.split()
+            thresholds[role_name] = int(count)
     except (OSError, ValueError):
         raise ConfigError(f"{keys} has no keys of an update repository", f"sartor edge keygen {keys}") from None
     roles: dict[str, Any] = {role: Role([], thresholds[role]) for role in ROLES}
@@ -169,7 +171,8 @@ class Documents:
         snapshot = _read(Snapshot, folder / f"{timestamp.signed.snapshot_meta.version}.snapshot.json")
         version = snapshot.signed.meta["targets.json"].version
         targets = _read(Targets, folder / f"{version}.targets.json")
-        return cls(folder, _read(Root, roots[-1][1]), targets, snapshot, timestamp)
+        root = _read(Root, roots[-1][1])
+        return cls(folder, root, targets=targets, snapshot=snapshot, timestamp=timestamp)
 
     def write_root(self, keys: Path, roots: Sequence[Root]) -> None:
         """Write the root as it stands, signed."""

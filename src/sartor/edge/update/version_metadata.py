@@ -123,7 +123,14 @@ def offer_of(path: str, custom: Any) -> tuple[str, Offer] | None:
     previous = custom.get("previous_percent", 0)
     if type(previous) is not int or not 0 <= previous <= custom["percent"]:
         return None
-    return name, Offer(version, custom["order"], custom["percent"], custom["halted"], custom["published"], previous)
+    return name, Offer(
+        version,
+        order=custom["order"],
+        percent=custom["percent"],
+        halted=custom["halted"],
+        published=custom["published"],
+        previous_percent=previous,
+    )
 
 
 def read_version_metadata(document: bytes, name: str, version: str) -> VersionContent:
