@@ -45,10 +45,10 @@ import sartor
 from sartor.core import assets, parquet_io
 from sartor.core.artifacts import open_artifact
 from sartor.demo.home_intents import rows as home_rows
-from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models.base import machine_facts
+from sartor.models.tuned_model import open_tuned
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES, BATCHES = (1e-4, 2e-4, 5e-4, 1e-3), (256, 1024, 4096)

@@ -33,9 +33,9 @@ from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.parquet_io import read_examples
 from sartor.core.records import Example
 from sartor.evaluate.bootstrap import paired_bootstrap
-from sartor.evaluate.evaluation import open_tuned
 from sartor.evaluate.predictions import HeldOut, replies, reply_limit
 from sartor.evaluate.scorers import exact_match
+from sartor.models.tuned_model import open_tuned
 
 TEAM = Path(__file__).parent.parent / "examples" / "team"
 LEARNERS = ("ana", "bo", "cem")

@@ -48,7 +48,6 @@ import sartor
 from sartor.core import assets, parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.records import Example
-from sartor.evaluate.evaluation import open_tuned
 from sartor.evaluate.metrics import MetricSet, ModelOutputs
 from sartor.evaluate.scorers import spoken, word_errors
 from sartor.inference.engine import Sampling
@@ -61,6 +60,7 @@ from sartor.models.losses import transformers_backend
 from sartor.models.tensor_files import TensorCache
 from sartor.models.towers import open_tower
 from sartor.models.towers.audio_towers import open_speech_to_text
+from sartor.models.tuned_model import open_tuned
 
 HERE = Path(__file__).parent
 TEXTILE = HERE.parent / "examples/media/textile"

@@ -48,8 +48,8 @@ from sartor.core.records import Example
 from sartor.evaluate import limits as verdicts
 from sartor.evaluate.audit import audit as run
 from sartor.evaluate.audit.model_pair import ModelPair
-from sartor.evaluate.evaluation import open_tuned
 from sartor.evaluate.limits import BiasLimits
+from sartor.models.tuned_model import open_tuned
 from sartor.text.demographics.group_terms import groups, lexicon
 
 HELPERS = Path(__file__).parent.parent / "tests" / "helpers"

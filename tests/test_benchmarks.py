@@ -282,8 +282,8 @@ def test_evaluation_computes_in_the_dtype_asked_for(
     import evaluate
 
     from sartor.core.artifacts import open_artifact
-    from sartor.evaluate.evaluation import open_tuned
     from sartor.models import base as base_module
+    from sartor.models.tuned_model import open_tuned
 
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     monkeypatch.setattr(base_module, "best_dtype", lambda device: other)

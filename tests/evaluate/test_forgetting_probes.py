@@ -15,9 +15,9 @@ from sartor.core.errors import AssetError
 from sartor.core.home import folder
 from sartor.core.splits import group_of
 from sartor.evaluate.audit import forgetting_probes, probes
-from sartor.evaluate.evaluation import open_tuned
 from sartor.evaluate.limits import ForgettingLimit
 from sartor.models.base import Base
+from sartor.models.tuned_model import open_tuned
 from sartor.release.gate import check_forgetting
 
 FIVE = {"base": 1.0, "tuned": 1.1, "difference": 0.1, "low": 0.0, "high": 0.2}

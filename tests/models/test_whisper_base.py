@@ -15,13 +15,13 @@ import tiny_native
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, MediaError, SourceError
 from sartor.core.records import Example, Message, Part
-from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
 from sartor.models.losses import transformers_backend
 from sartor.models.multimodal import trainable_parts, whisper_base
+from sartor.models.tuned_model import open_tuned
 from tiny_towers import tiny_whisper
 
 CPU = torch.device("cpu")

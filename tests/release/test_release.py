@@ -73,7 +73,7 @@ def test_export_card_says_how_often_rows_were_evaluated(release: Path) -> None: 
 
 def test_damaged_ledger_of_evaluations_stops_before_the_model(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluation_ledger.ledger_file().write_text("{\n")
-    monkeypatch.setattr("sartor.evaluate.evaluation.open_base", lambda *_, **__: pytest.fail("a base was opened"))
+    monkeypatch.setattr("sartor.evaluate.evaluation.open_tuned", lambda *_, **__: pytest.fail("a base was opened"))
     with pytest.raises(ArtifactError, match="no whole ledger of evaluations"):
         sartor.evaluate(adapter)
 
@@ -195,7 +195,7 @@ def test_another_base_is_refused_by_name(tmp_path: Path, release: Path, tiny_bas
 
 
 def test_another_chat_template_is_refused_by_name(release: Path) -> None:
-    from sartor.evaluate.evaluation import check_base
+    from sartor.models.tuned_model import check_base
 
     adapter = open_artifact(release, "release")
     with pytest.raises(ModelError, match="is bound to the chat template"):

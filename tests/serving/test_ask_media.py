@@ -15,9 +15,9 @@ from media_files import bomb, data_url, png, sound
 from sartor.cli import main
 from sartor.core.errors import ConfigError, MediaError, RequestError
 from sartor.core.records import Message, Part
-from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
+from sartor.models.tuned_model import open_tuned
 from sartor.serving.commands.ask_types import AskPrompt
 
 

@@ -18,12 +18,13 @@ from sartor.core import evaluation_ledger
 from sartor.core.artifacts import open_artifact, read_manifest
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.records import Message
-from sartor.evaluate.evaluation import evaluate, open_tuned
+from sartor.evaluate.evaluation import evaluate
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.models.packing import TokenizedExample
+from sartor.models.tuned_model import open_tuned
 from sartor.tune.checkpoint_selection import (
     LEVEL,
     CheckpointScore,

@@ -13,9 +13,9 @@ import tiny_native
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.records import Message, Part
-from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
+from sartor.models.tuned_model import open_tuned
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from sartor.core import catalogue, evaluation_ledger, parquet_io
 from sartor.core.artifacts import Artifact, check_output_free, open_artifact, write_artifact
-from sartor.core.errors import ArtifactError, ConfigError, ModelError
+from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import ancestry
 from sartor.core.progress import Progress
 from sartor.core.records import Example
@@ -39,9 +39,8 @@ from sartor.evaluate.predictions import HeldOut, fitting, held_out, losses, mode
 from sartor.evaluate.reply_labels import is_json
 from sartor.evaluate.report_page import thumbnails
 from sartor.evaluate.scorers import count_words
-from sartor.models import adapters, composed_model
-from sartor.models.base import Base, open_base
 from sartor.models.content_shielding import reply_text
+from sartor.models.tuned_model import open_tuned
 
 Notice = Callable[[str], object]
 # Up to this median number of words in the references exact match is the natural metric, above it F1
@@ -277,47 +276,6 @@ def _measures(eval_set: HeldOut, label: str) -> MetricSet:
         label,
         transcripts=transcripts,
     )
-
-
-def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name: str = "") -> tuple[Base, Any]:
-    """Return the base that an Adapter or Release is bound to, and the model with the adapter on it.
-
-    Raises what `open_bound_base` raises.
-    """
-    base = open_bound_base(adapter, notice, base_name)
-    return base, adapters.open_adapter(base.model, adapter.path)
-
-
-def open_bound_base(adapter: Artifact, notice: Notice = lambda line: None, base_name: str = "") -> Base:
-    """Return the base that an Adapter or Release is bound to, with its towers.
-
-    `base_name` gives another location of the same base. Raises ModelError if the base there is not the one that the
-    adapter was tuned on, or if its chat template differs.
-    """
-    base_manifest = adapter.manifest["base"]
-    # a quantised base answers a little differently, so an adapter tuned on one is measured on one
-    bits = base_manifest["bits"] if base_manifest.get("quantisation", "none") != "none" else "auto"
-    base = open_base(base_name or base_manifest["name"], licence=base_manifest["licence"], bits=bits, notice=notice)
-    check_base(adapter, base.ref.digest, base.chat.template_digest, base.ref.name)
-    if towers := composed_model.read_towers(adapter.path):
-        names = {kind: tower.name for kind, tower in towers.items()}
-        base = composed_model.compose_base(base, composed_model.open_towers(names, base.device, notice))
-    return base
-
-
-def check_base(adapter: Artifact, digest: str, template_digest: str, name: str) -> None:
-    """Raise ModelError unless a base and its chat template are those that `adapter` is bound to."""
-    base = adapter.manifest["base"]
-    for part, bound, actual in (
-        ("base", base["digest"], digest),
-        ("chat template", base["template_digest"], template_digest),
-    ):
-        if bound != actual:
-            raise ModelError(
-                f"{adapter.path.name} is bound to the {part} {bound[:12]} of {base['name']!r}; {name!r} here has "
-                f"{actual[:12]}",
-                f"use the {part} that it was tuned on, or tune again on this one",
-            )
 
 
 def _natural_metric(measures: MetricSet) -> str:

@@ -74,7 +74,7 @@ class LocalPartner:
             else:
                 self.name = f"{artifact.path.name} (unreleased)"
                 self._system = training_facts.read_facts(artifact).system_prompt
-            base = import_module("sartor.evaluate.evaluation").open_bound_base(artifact, notice)
+            base = import_module("sartor.models.tuned_model").open_bound_base(artifact, notice)
         # these three modules import torch, which a conversation with a server or a team does not need in this process
         self._engine = import_module("sartor.inference.local.local_engine").LocalEngine(base, rows=1)
         if artifact is not None:

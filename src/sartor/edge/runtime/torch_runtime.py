@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SartorError
-from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Event, Finish, GenerateCall, ReplyDone, ReplyFailed, TextDelta
 from sartor.inference.generate import context_tokens, generate
 from sartor.inference.prompts import prompt_ids
+from sartor.models.tuned_model import open_tuned
 
 # Context of a base whose configuration states none
 UNKNOWN_TOKENS = 4096

@@ -15,10 +15,10 @@ from sartor.core.errors import BudgetError, ConfigError, ModelError
 from sartor.core.filesystem import file_digest
 from sartor.core.lineage import ancestry
 from sartor.core.progress import Progress
-from sartor.evaluate.evaluation import check_base
 from sartor.models import adapters, composed_model, hardware
 from sartor.models.base import Base, machine_facts, open_base
 from sartor.models.gguf_writer import TYPES
+from sartor.models.tuned_model import check_base
 from sartor.release import notices
 from sartor.release.export import export_formats
 from sartor.release.export import parity as prompts

@@ -10,9 +10,9 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.records import Message
 from sartor.evaluate import training_facts
-from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
+from sartor.models.tuned_model import open_tuned
 from sartor.release.release import verify_release
 from sartor.serving.commands.ask_types import AskPrompt, AskReply, as_prompt, nearest_examples
 
