@@ -248,7 +248,7 @@ def run(
                 ["/bin/sh", "-c", script, "sh", *command], env=environment, stdin=stdin, stdout=output, stderr=output
             ) as process,
         ):
-            watch = _Watch(process, memory_holder, limits, start_time, stop)
+            watch = _Watch(process, memory_holder, limits=limits, start_time=start_time, stop=stop)
             try:
                 watch.wait_for_exit()
             finally:
@@ -263,13 +263,13 @@ def run(
         if memory_holder.has_killed():
             watch.killed = "memory"
         return ResourceUsage(
-            memory_holder.name,
-            limits.memory_bytes,
-            watch.peak_bytes,
-            round(time.monotonic() - start_time, 3),
-            round(watch.cpu_s, 3),
-            process.returncode,
-            watch.killed,
+            held_by=memory_holder.name,
+            limit_bytes=limits.memory_bytes,
+            peak_bytes=watch.peak_bytes,
+            wall_s=round(time.monotonic() - start_time, 3),
+            cpu_s=round(watch.cpu_s, 3),
+            exit_code=process.returncode,
+            killed=watch.killed,
         )
     finally:
         memory_holder.close()

@@ -65,7 +65,14 @@ def words() -> WordLists:
         frozenset(" ".join(lists[name]).split()) for name in ("function", "clitics", "negation")
     )
     phrases = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(lists['phrases'], key=len, reverse=True)))})\b")
-    return WordLists(function, clitics, phrases, negation, tuple(lists["negation_parts"]), opposites)
+    return WordLists(
+        function=function,
+        clitics=clitics,
+        phrases=phrases,
+        negation=negation,
+        negation_parts=tuple(lists["negation_parts"]),
+        opposites=opposites,
+    )
 
 
 Objection = Literal["", "numbers", "negation", "opposite", "swap"]

@@ -207,7 +207,15 @@ def walk(artifact: Artifact) -> list[Ancestor]:
         seen.add(parent["id"])
         path = catalogue.locate(parent["id"], parent.get("path", ""), str(child.parent / Path(parent["path"]).name))
         if path is None:
-            steps.append(Ancestor(parent["kind"], parent["id"], parent.get("path", ""), UNKNOWN, "moved away"))
+            steps.append(
+                Ancestor(
+                    kind=parent["kind"],
+                    id=parent["id"],
+                    path=parent.get("path", ""),
+                    licence=UNKNOWN,
+                    state="moved away",
+                )
+            )
             continue
         manifest = read_manifest(path)
         state = "opened"
@@ -215,7 +223,15 @@ def walk(artifact: Artifact) -> list[Ancestor]:
             open_artifact(path)
         except ArtifactError as error:
             state = f"changed: {error.problem}"
-        steps.append(Ancestor(manifest["kind"], manifest["id"], str(path), manifest.get("licence", UNKNOWN), state))
+        steps.append(
+            Ancestor(
+                kind=manifest["kind"],
+                id=manifest["id"],
+                path=str(path),
+                licence=manifest.get("licence", UNKNOWN),
+                state=state,
+            )
+        )
         waiting += [(grandparent, path) for grandparent in manifest.get("parents", [])]
     return steps
 

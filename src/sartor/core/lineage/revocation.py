@@ -143,7 +143,13 @@ def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocati
     releases = [child.id for child in descendants if child.kind == "release"]
     replies, receipts = _replies(releases) if releases else ([], [])
     return Revocation(
-        dataset, source or example, graph.ids_of(removed), graph.ids_of(affected), descendants, replies, receipts
+        dataset,
+        revoked=source or example,
+        examples=graph.ids_of(removed),
+        examples_kept=graph.ids_of(affected),
+        made_from_it=descendants,
+        replies=replies,
+        receipts=receipts,
     )
 
 

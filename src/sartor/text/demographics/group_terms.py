@@ -138,17 +138,17 @@ def _names(text: str) -> Iterator[Mention]:
     of_surname: dict[str, str] = {}
     for match in pattern.finditer(text):
         group, index = first[match[1]]
-        yield Mention(group, match.start(1), match.end(1), match[1], "first", index)
+        yield Mention(group, start=match.start(1), end=match.end(1), text=match[1], form="first", index=index)
         if match[2]:
             of_surname.setdefault(match[2], group)
     for surname_match in re.finditer(rf"\b(?:{_any(list(of_surname))})\b(?!-)", text) if of_surname else ():
         yield Mention(
             of_surname[surname_match[0]],
-            surname_match.start(),
-            surname_match.end(),
-            surname_match[0],
-            "last",
-            last[surname_match[0]][1],
+            start=surname_match.start(),
+            end=surname_match.end(),
+            text=surname_match[0],
+            form="last",
+            index=last[surname_match[0]][1],
         )
 
 
@@ -232,9 +232,9 @@ def _ages(text: str) -> Iterator[Mention]:
         term = text[start:end]
         if not term.isdigit():
             group = "young" if term in (*words["young"], *words["decades_young"]) else "older"
-            yield Mention(group, start, end, term, "decade" if match.lastindex == 7 else "word")
+            yield Mention(group, start=start, end=end, text=term, form="decade" if match.lastindex == 7 else "word")
         elif int(term) >= ADULT:  # ages of children are left alone
-            yield Mention("young" if int(term) < OLDER else "older", start, end, term, "number")
+            yield Mention("young" if int(term) < OLDER else "older", start=start, end=end, text=term, form="number")
 
 
 def _swap_age(text: str, to: str) -> str | None:
@@ -286,7 +286,7 @@ def _nationalities(text: str) -> Iterator[Mention]:
         form = _FORM_OF_GROUP[match.lastindex or 0]
         start, end = match.span(match.lastindex or 0)
         group = next(group for group, of in words[text[start:end]] if of == form)
-        yield Mention(group, start, end, text[start:end], form)
+        yield Mention(group, start=start, end=end, text=text[start:end], form=form)
 
 
 def _swap_nationality(text: str, to: str) -> str | None:
@@ -337,7 +337,7 @@ def _disabilities(text: str) -> Iterator[Mention]:
             group = "none" if term.startswith("without") else "disabled"
         else:
             group = next(group for group, words in lexicon()["disability"].items() if term in words)
-        yield Mention(group, start, end, term, form)
+        yield Mention(group, start=start, end=end, text=term, form=form)
 
 
 def _swap_disability(text: str, to: str) -> str | None:

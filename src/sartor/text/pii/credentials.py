@@ -132,7 +132,14 @@ def _issued(normalized: NormalizedText, subtype: str, pattern: re.Pattern[str]) 
             continue  # `sk-learn-contrib-package-name`
         if subtype == "url_credentials" and value.rpartition(":")[2].isdigit() and len(value.rpartition(":")[2]) < 6:
             continue  # a port number
-        yield PiiEntity(match.start(group), match.end(group), "secret", subtype, 0.9 if group else 1.0, value)
+        yield PiiEntity(
+            match.start(group),
+            match.end(group),
+            entity="secret",
+            subtype=subtype,
+            score=0.9 if group else 1.0,
+            value=value,
+        )
 
 
 def _named(normalized: NormalizedText, hint: str) -> Iterator[PiiEntity]:
@@ -153,7 +160,9 @@ def _named(normalized: NormalizedText, hint: str) -> Iterator[PiiEntity]:
             )
             if score:
                 start = match.start("value")
-                yield PiiEntity(start, start + len(value), "secret", "after_its_name", score, value)
+                yield PiiEntity(
+                    start, start + len(value), entity="secret", subtype="after_its_name", score=score, value=value
+                )
         position = text.find(hint, position + 1)
 
 

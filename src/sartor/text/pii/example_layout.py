@@ -54,10 +54,10 @@ def leaves(text: str, deep: int = 0) -> tuple[Leaf, ...] | None:
 def _leaf(match: re.Match[str], deep: int) -> Leaf:
     raw = match[0]
     if raw[0] != '"':
-        return Leaf(match.start(), match.end(), raw, False, False)
+        return Leaf(match.start(), match.end(), text=raw, quoted=False, escaped=False)
     text = json.loads(raw, strict=False)
     inner = leaves(text, deep + 1) if deep < DEEPEST and text[:1] in ("{", "[") else None
-    return Leaf(match.start(), match.end(), text, True, "\\u" in raw, inner or ())
+    return Leaf(match.start(), match.end(), text=text, quoted=True, escaped="\\u" in raw, inner=inner or ())
 
 
 def rebuilt(text: str, parts: Sequence[Leaf], changed: dict[int, str]) -> str:

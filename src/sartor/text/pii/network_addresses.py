@@ -94,7 +94,7 @@ def emails(normalized: NormalizedText) -> Iterator[PiiEntity]:
             start += len(local[0]) - len(local[0].lstrip("'`{|}~/=?.&*!#$%^-"))
             if start < position and not _is_remote(flat, start, position, domain.end()):
                 text = flat[start : domain.end()]
-                yield PiiEntity(start, domain.end(), "email", "email", 1.0, text.casefold())
+                yield PiiEntity(start, domain.end(), entity="email", subtype="email", score=1.0, value=text.casefold())
         position = flat.find("@", position + 1)
     if normalized.has(
         " dot ",
@@ -138,7 +138,12 @@ def _spelt(normalized: NormalizedText) -> Iterator[PiiEntity]:
         score = 0.9 if bracketed else _mailbox_score(normalized, start, local)
         if score and is_domain(domain):
             yield PiiEntity(
-                start, _end_of(after, domain), "email", "email_spelt", score, f"{local}@{domain}".casefold()
+                start,
+                _end_of(after, domain),
+                entity="email",
+                subtype="email_spelt",
+                score=score,
+                value=f"{local}@{domain}".casefold(),
             )
 
 
@@ -170,12 +175,14 @@ def ip_addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
         if match:
             before = normalized.before(start, 40)
             if not _NOT_IP.search(before) and _is_meant_v4(match[0], before):
-                yield PiiEntity(start, match.end(), "ip_address", "ipv4", 0.8, match[0])
+                yield PiiEntity(start, match.end(), entity="ip_address", subtype="ipv4", score=0.8, value=match[0])
     if normalized.numbers and _COLONS.search(normalized.flat):
         for match in _IPV6.finditer(normalized.flat):
             address = _v6(match[0])
             if address:
-                yield PiiEntity(match.start(), match.end(), "ip_address", "ipv6", 0.9, address)
+                yield PiiEntity(
+                    match.start(), match.end(), entity="ip_address", subtype="ipv6", score=0.9, value=address
+                )
 
 
 def _is_meant_v4(text: str, before: str) -> bool:
@@ -210,4 +217,4 @@ def mac_addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
         value = re.sub(r"[:.-]", "", match[0]).lower()
         is_sure = "." not in match[0] or not value.isdigit() or "mac" in normalized.before(match.start(), 24).lower()
         if is_sure and value not in ("0" * 12, "f" * 12):
-            yield PiiEntity(match.start(), match.end(), "mac_address", "mac", 0.95, value)
+            yield PiiEntity(match.start(), match.end(), entity="mac_address", subtype="mac", score=0.95, value=value)

@@ -107,4 +107,11 @@ def _person(match: re.Match[str], subtype: str, score: float) -> Iterator[PiiEnt
     names = list(itertools.takewhile(lambda word: not _NO_NAME.fullmatch(word.strip(".,")), words))
     if names:
         name = " ".join(names)
-        yield PiiEntity(match.start(1), match.start(1) + len(name), "person", subtype, score, name.casefold())
+        yield PiiEntity(
+            match.start(1),
+            match.start(1) + len(name),
+            entity="person",
+            subtype=subtype,
+            score=score,
+            value=name.casefold(),
+        )

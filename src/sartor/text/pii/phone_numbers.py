@@ -172,7 +172,14 @@ def _abroad(normalized: NormalizedText, library: Any) -> Iterator[PiiEntity]:
             if evidence > 0
             else 0.4
         )
-        yield PiiEntity(match.start(), match.end(), "phone", "international", score, _value(parsed, number, library))
+        yield PiiEntity(
+            match.start(),
+            match.end(),
+            entity="phone",
+            subtype="international",
+            score=score,
+            value=_value(parsed, number, library),
+        )
 
 
 def _national(normalized: NormalizedText, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[PiiEntity]:
@@ -215,8 +222,17 @@ def _finding(
         parsed = _parsed(plain, region, library)
         if parsed is not None and library.is_valid_number(parsed):
             score = min(1.0, score + (0.15 if _context_evidence(normalized, match.start()) > 0 else 0.05))
-            return PiiEntity(match.start(), match.end(), "phone", subtype, score, _value(parsed, "", library))
-    return PiiEntity(match.start(), match.end(), "phone", subtype, score, digits(plain).lstrip("0"))
+            return PiiEntity(
+                match.start(),
+                match.end(),
+                entity="phone",
+                subtype=subtype,
+                score=score,
+                value=_value(parsed, "", library),
+            )
+    return PiiEntity(
+        match.start(), match.end(), entity="phone", subtype=subtype, score=score, value=digits(plain).lstrip("0")
+    )
 
 
 def _parsed(text: str, region: str | None, library: Any) -> Any:

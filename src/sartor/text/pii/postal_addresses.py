@@ -298,7 +298,14 @@ def _finding(
     if tail:
         end, score = tail.end(), max(score, 0.85)
     text = normalized.flat[start:end].rstrip(" ,\n")
-    return PiiEntity(start, start + len(text), "address", subtype, score, " ".join(text.casefold().split()))
+    return PiiEntity(
+        start,
+        start + len(text),
+        entity="address",
+        subtype=subtype,
+        score=score,
+        value=" ".join(text.casefold().split()),
+    )
 
 
 def birth_dates(normalized: NormalizedText) -> Iterator[PiiEntity]:
@@ -311,4 +318,11 @@ def birth_dates(normalized: NormalizedText) -> Iterator[PiiEntity]:
     for match in _BORN.finditer(normalized.flat):
         year = next(value for name, value in match.groupdict().items() if value)
         if len(year) == 2 or 1900 <= int(year) <= _THIS_YEAR:
-            yield PiiEntity(match.start(1), match.end(1), "birth_date", "birth_date", 0.85, match[1].casefold())
+            yield PiiEntity(
+                match.start(1),
+                match.end(1),
+                entity="birth_date",
+                subtype="birth_date",
+                score=0.85,
+                value=match[1].casefold(),
+            )
