@@ -326,13 +326,11 @@ class _Watch:
         start_time: float,
         stop: Callable[[], bool],
     ) -> None:
-        self._process, self._memory_holder, self._limits, self._start_time, self._stop = (
-            process,
-            memory_holder,
-            limits,
-            start_time,
-            stop,
-        )
+        self._process = process
+        self._memory_holder = memory_holder
+        self._limits = limits
+        self._start_time = start_time
+        self._stop = stop
         self.peak_bytes, self.cpu_s = 0, 0.0
         self.killed: Killed = ""
         self._terminated_at = 0.0
@@ -352,11 +350,13 @@ class _Watch:
             if now - self._terminated_at > GRACE_S:
                 self._process.kill()
             return
-        exceeded: list[tuple[Killed, bool]] = [
-            ("wall", 0 < self._limits.wall_s < now - self._start_time),
-            ("cpu", 0 < self._limits.cpu_s < self.cpu_s),
-        ]
-        self.killed = next((name for name, is_over in exceeded if is_over), "stopped" if self._stop() else "")
+        is_stopped = self._stop()
+        if 0 < self._limits.wall_s < now - self._start_time:
+            self.killed = "wall"
+        elif 0 < self._limits.cpu_s < self.cpu_s:
+            self.killed = "cpu"
+        elif is_stopped:
+            self.killed = "stopped"
         if self.killed:
             self._terminated_at = now
             self._process.send_signal(signal.SIGTERM)
