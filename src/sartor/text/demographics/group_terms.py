@@ -141,7 +141,9 @@ def _names(text: str) -> Iterator[Mention]:
         yield Mention(group, start=match.start(1), end=match.end(1), text=match[1], form="first", index=index)
         if match[2]:
             of_surname.setdefault(match[2], group)
-    for surname_match in re.finditer(rf"\b(?:{_any(list(of_surname))})\b(?!-)", text) if of_surname else ():
+    if not of_surname:
+        return
+    for surname_match in re.finditer(rf"\b(?:{_any(list(of_surname))})\b(?!-)", text):
         yield Mention(
             of_surname[surname_match[0]],
             start=surname_match.start(),
@@ -263,10 +265,11 @@ def _nationality() -> tuple[re.Pattern[str], dict[str, list[tuple[str, str]]]]:
     for group, (adjective, noun, *countries) in lexicon()["nationality"].items():
         for word, form in [(adjective, "adjective"), (noun, "noun"), *((country, "country") for country in countries)]:
             words.setdefault(word, []).append((group, form))
-    of = {
-        form: _any([word for word, readings in words.items() if form in {item[1] for item in readings}])
-        for form in _FORMS
-    }
+    words_of: dict[str, list[str]] = {form: [] for form in _FORMS}
+    for word, readings in words.items():
+        for form in {form for _, form in readings}:
+            words_of[form].append(word)
+    of = {form: _any(form_words) for form, form_words in words_of.items()}
     return re.compile(
         rf"\b({of['adjective']})(?= {_person()}\b| (?:national|citizen|passport|origin|descent|nationality)\b)"
         rf"|{_BE} {_VERY}({of['adjective']})\b(?=\s*(?:[.,;:!?)]|$)|\s+(?:and|or|but|by|who)\b)"
@@ -311,8 +314,12 @@ def _disability_pattern() -> re.Pattern[str]:
     The forms are: before a noun, after "to be", a verb with a wheelchair, `with` and its noun, `in a wheelchair`.
     """
     lists = lexicon()["disability"]
-    before = _any([before for before, _, _ in lists.values()])
-    after = _any([word for _, single, plural in lists.values() for word in (single, plural)])
+    before_words: list[str] = []
+    after_words: list[str] = []
+    for word_before, single, plural in lists.values():
+        before_words.append(word_before)
+        after_words += [single, plural]
+    before, after = _any(before_words), _any(after_words)
     return re.compile(
         rf"\b({before})(?= {_person()}\b)|{_BE} (?:also |legally |fully )?({after})\b(?! to\b)"
         rf"|\b((?:uses?|used) a wheelchair)\b"

@@ -122,7 +122,8 @@ def lay_out_example(example: Example) -> ExampleLayout:
             slots.append(TextSlot(location, field, text))
             continue
         json[location] = json_leaves
-        slots += [TextSlot(location, field, leaf.text, leaf) for part in json_leaves for leaf in part.plain()]
+        for part in json_leaves:
+            slots += [TextSlot(location, field, leaf.text, leaf) for leaf in part.plain()]
     return ExampleLayout(tuple(slots), json)
 
 
@@ -150,7 +151,11 @@ def _texts(example: Example) -> Iterator[tuple[TextLocation, FieldName, str]]:
         yield ("tools", 0, "", 0), "tools", example.tools
     last = len(example.messages) - 1
     for number, message in enumerate(example.messages):
-        field: FieldName = "system" if message.role == "system" else "reply" if number == last else "prompt"
+        field: FieldName = "prompt"
+        if message.role == "system":
+            field = "system"
+        elif number == last:
+            field = "reply"
         yield from _of_message("messages", number, field, message)
     for number, message in enumerate(example.rejected):
         yield from _of_message("rejected", number, "reply", message)

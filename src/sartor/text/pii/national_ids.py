@@ -375,6 +375,8 @@ NUMBERS = (
     ),
 )
 COUNTRIES = tuple(sorted({number.country for number in NUMBERS}))
+# a text without any of these words is not searched with _DOCUMENT
+_DOCUMENT_WORDS = ("pass", "licen", "führerschein", "fuhrerschein", "pasaporte", "identity card", "ausweis")
 # a passport's or licence's number after its name: no form of its own that could be checked
 _DOCUMENT = re.compile(
     r"\b(?:passport|reisepass|passeport|pasaporte|passaporto|driver'?s?'? licen[cs]e|driving licen[cs]e"
@@ -398,11 +400,11 @@ class _Compiled:
     @classmethod
     def of(cls, number: NationalId) -> _Compiled:
         return cls(
-            number.subtype,
-            re.compile(rf"(?<![\w])(?:{number.form})(?![\w]|[.-]\d)"),
-            _stdnum(number.check) if isinstance(number.check, str) else number.check,
-            re.compile(rf"(?<![\w])(?:{number.words}|{_ANY_WORD})", re.IGNORECASE),
-            re.compile(number.standalone) if number.standalone else None,
+            subtype=number.subtype,
+            form=re.compile(rf"(?<![\w])(?:{number.form})(?![\w]|[.-]\d)"),
+            check=_stdnum(number.check) if isinstance(number.check, str) else number.check,
+            words=re.compile(rf"(?<![\w])(?:{number.words}|{_ANY_WORD})", re.IGNORECASE),
+            standalone=re.compile(number.standalone) if number.standalone else None,
         )
 
 
@@ -416,8 +418,8 @@ def opener(countries: Sequence[str]) -> Callable[[NormalizedText], Iterable[PiiE
         for start, end in _places(normalized):
             before = normalized.before(start, 60)
             for number in numbers:
-                yield from _in_span(normalized, start, end, before, number)
-        if normalized.has("pass", "licen", "führerschein", "fuhrerschein", "pasaporte", "identity card", "ausweis"):
+                yield from _in_span(normalized, number, start=start, end=end, before=before)
+        if normalized.has(*_DOCUMENT_WORDS):
             for match in _DOCUMENT.finditer(normalized.flat):
                 yield PiiEntity(
                     match.start(1),
@@ -436,7 +438,15 @@ def _places(normalized: NormalizedText) -> list[tuple[int, int]]:
 
     They are runs of digits with adjacent letters, and tokens of letters and digits.
     """
-    spans = [(_extend_left(normalized, start), _extend_right(normalized, end)) for start, end in normalized.runs]
+    spans = []
+    for start, end in normalized.runs:
+        n_before = 1 if start and normalized.at(start - 1) == " " else 0
+        while start - n_before > 0 and normalized.at(start - n_before - 1).isalnum() and n_before < 6:
+            n_before += 1
+        n_after = 1 if normalized.at(end) in " -+" else 0
+        while normalized.at(end + n_after).isalnum() and n_after < 6:
+            n_after += 1
+        spans.append((start - n_before, end + n_after))
     starts = [start for start, _ in spans]  # sorted, as the runs are
     for start, end in normalized.tokens:
         before = bisect_right(starts, start) - 1
@@ -445,21 +455,9 @@ def _places(normalized: NormalizedText) -> list[tuple[int, int]]:
     return spans
 
 
-def _extend_left(normalized: NormalizedText, position: int) -> int:
-    space = 1 if position and normalized.at(position - 1) == " " else 0
-    while position - space > 0 and normalized.at(position - space - 1).isalnum() and space < 6:
-        space += 1
-    return position - space
-
-
-def _extend_right(normalized: NormalizedText, position: int) -> int:
-    space = 1 if normalized.at(position) in " -+" else 0
-    while normalized.at(position + space).isalnum() and space < 6:
-        space += 1
-    return position + space
-
-
-def _in_span(normalized: NormalizedText, start: int, end: int, before: str, number: _Compiled) -> Iterator[PiiEntity]:
+def _in_span(
+    normalized: NormalizedText, number: _Compiled, *, start: int, end: int, before: str
+) -> Iterator[PiiEntity]:
     for match in number.form.finditer(normalized.flat, start, end):
         text = match[0]
         if (

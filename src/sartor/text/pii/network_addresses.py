@@ -82,6 +82,11 @@ def is_domain(text: str) -> bool:
     return "." in text and (last in RESERVED or last in top_domains())
 
 
+_AT_SIGNS = ("[at]", "(at)", "{at}", "<at>", "[@]", "(@)", "(ät)", "[ät]")
+# a text without any of them is not searched for spelt-out addresses
+_SPELT_SIGNS = (" dot ", "dot]", "dot)", " punkt ", " punto ", " point ", *_AT_SIGNS)
+
+
 def emails(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """Yield addresses with an @ and a valid domain, and spelt-out ones (`bob [at] example [dot] com`)."""
     flat = normalized.flat
@@ -92,34 +97,15 @@ def emails(normalized: NormalizedText) -> Iterator[PiiEntity]:
         if local and domain and is_domain(domain[0]):
             start = position - len(local[0])
             start += len(local[0]) - len(local[0].lstrip("'`{|}~/=?.&*!#$%^-"))
-            if start < position and not _is_remote(flat, start, position, domain.end()):
-                text = flat[start : domain.end()]
-                yield PiiEntity(start, domain.end(), entity="email", subtype="email", score=1.0, value=text.casefold())
+            end = domain.end()
+            is_git_remote = flat[start:position] == "git" and flat[end : end + 1] in (":", "/")  # git@host:owner/name
+            is_url_password = _USERINFO.search(flat, max(0, start - 128), start) is not None
+            if start < position and not is_git_remote and not is_url_password:
+                text = flat[start:end]
+                yield PiiEntity(start, end, entity="email", subtype="email", score=1.0, value=text.casefold())
         position = flat.find("@", position + 1)
-    if normalized.has(
-        " dot ",
-        "dot]",
-        "dot)",
-        "[at]",
-        "(at)",
-        "{at}",
-        "<at>",
-        " punkt ",
-        "[@]",
-        "(@)",
-        " punto ",
-        "(ät)",
-        "[ät]",
-        " point ",
-    ):
+    if normalized.has(*_SPELT_SIGNS):
         yield from _spelt(normalized)
-
-
-def _is_remote(flat: str, start: int, at: int, end: int) -> bool:
-    """Return whether an address is a git remote (`git@github.com:owner/name`) or the password of a URL."""
-    return (flat[start:at] == "git" and flat[end : end + 1] in (":", "/")) or _USERINFO.search(
-        flat, max(0, start - 128), start
-    ) is not None
 
 
 def _spelt(normalized: NormalizedText) -> Iterator[PiiEntity]:
@@ -137,9 +123,12 @@ def _spelt(normalized: NormalizedText) -> Iterator[PiiEntity]:
         start = at.start() - len(before[0])
         score = 0.9 if bracketed else _mailbox_score(normalized, start, local)
         if score and is_domain(domain):
+            end = after.start()
+            for label in domain.split("."):  # what stands after the domain may have looked like one more label
+                end = normalized.flat.index(label, end) + len(label)
             yield PiiEntity(
                 start,
-                _end_of(after, domain),
+                end,
                 entity="email",
                 subtype="email_spelt",
                 score=score,
@@ -158,14 +147,6 @@ def _mailbox_score(normalized: NormalizedText, start: int, local: str) -> float:
     if any(sign in local for sign in "._0123456789") or _MAIL_WORD.search(before):
         return 0.6
     return 0.0 if _ARTICLE.search(before) else 0.5
-
-
-def _end_of(match: re.Match[str], domain: str) -> int:
-    """Return the end of the last label of the domain; text after it may have looked like one more label."""
-    end = match.start()
-    for label in domain.split("."):
-        end = match.string.index(label, end) + len(label)
-    return end
 
 
 def ip_addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:

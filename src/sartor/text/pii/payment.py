@@ -133,19 +133,15 @@ def _card_in(flat: str, groups: list[Span]) -> Iterator[Span]:
         return
     first = 0
     while first < len(groups):
-        stop = next(
-            (last for last in range(min(first + 5, len(groups)), first, -1) if _usual(flat, groups[first:last])), 0
-        )
-        if stop:
-            yield groups[first][0], groups[stop - 1][1]
-        first = stop or first + 1
-
-
-def _usual(flat: str, groups: list[Span]) -> bool:
-    sizes = tuple(end - start for start, end in groups)
-    if sizes not in USUAL_GROUPS and not (len(sizes) == 1 and 13 <= sizes[0] <= 19):
-        return False
-    return is_card("".join(flat[start:end] for start, end in groups))
+        next_first = first + 1
+        for stop in range(min(first + 5, len(groups)), first, -1):
+            sizes = tuple(end - start for start, end in groups[first:stop])
+            is_usual = sizes in USUAL_GROUPS or (len(sizes) == 1 and 13 <= sizes[0] <= 19)
+            if is_usual and is_card("".join(flat[start:end] for start, end in groups[first:stop])):
+                yield groups[first][0], groups[stop - 1][1]
+                next_first = stop
+                break
+        first = next_first
 
 
 def ibans(normalized: NormalizedText) -> Iterator[PiiEntity]:
