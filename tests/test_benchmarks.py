@@ -307,16 +307,12 @@ async def test_arrivals_do_not_wait_for_a_server_that_stands_still(monkeypatch: 
         await asyncio.sleep(max(0.0, began[0] + stall_s - sent))
         return Reply(model, prompt, sent, time.monotonic(), model, "hello")
 
-    async def work() -> Load:
-        load = Load("http://127.0.0.1:9", "", 4, rate_per_s)
-        load.known = {("faq", prompt): "hello" for prompt in chaos_load.PROMPTS}
-        async with load.running(["faq"]):
-            await asyncio.sleep(last)
-            await load.answered_until(time.monotonic())
-        return load
-
     monkeypatch.setattr(chaos_load, "ask", stalled)
-    load = await work()
+    load = Load("http://127.0.0.1:9", "", 4, rate_per_s)
+    load.known = {("faq", prompt): "hello" for prompt in chaos_load.PROMPTS}
+    async with load.running(["faq"]):
+        await asyncio.sleep(last)
+        await load.answered_until(time.monotonic())
     waited = [reply for reply in load.replies if reply.latency_s > 0.05]
     assert len(waited) >= 5 and max(reply.latency_s for reply in waited) > 0.2
     assert not any(reply.wrong for reply in load.replies) and not load.pending

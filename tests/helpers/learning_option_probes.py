@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import Counter
 from dataclasses import replace
@@ -321,24 +320,20 @@ def _accepted(values: Any, workspace: Workspace) -> Any:
     return accept(private, probe, personal_tuning.acceptance_rule(load(PersonalTerms, values))).why
 
 
-def _loaded(values: Any, workspace: Workspace) -> Any:
+async def _loaded(values: Any, workspace: Workspace) -> Any:
     """How many personal adapters a dispatcher holds after four users asked."""
-
-    async def work() -> int:
-        folder = workspace.folder()
-        team = load(Team, {"base": "tiny", "state": str(folder), "personal": values})
-        registry = Registry.open(team.registry_url)
-        dispatcher = Dispatcher(team, FakeCrew(), registry, admit)
-        selector = dispatcher.user_versions
-        for index in range(4):
-            version = await admit(Path(f"/faq-{index}"), "faq")
-            await selector._hold(SimpleNamespace(name=version.name), version)  # type: ignore[arg-type]
-        count = selector.loaded_count
-        await selector.close()
-        registry.close()
-        return count
-
-    return asyncio.run(work())
+    folder = workspace.folder()
+    team = load(Team, {"base": "tiny", "state": str(folder), "personal": values})
+    registry = Registry.open(team.registry_url)
+    dispatcher = Dispatcher(team, FakeCrew(), registry, admit)
+    selector = dispatcher.user_versions
+    for index in range(4):
+        version = await admit(Path(f"/faq-{index}"), "faq")
+        await selector._hold(SimpleNamespace(name=version.name), version)  # type: ignore[arg-type]
+    count = selector.loaded_count
+    await selector.close()
+    registry.close()
+    return count
 
 
 def _proof(values: Any, workspace: Workspace) -> Any:

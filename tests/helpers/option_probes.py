@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,7 +45,13 @@ class Workspace:
         return folder
 
 
-Observer = Callable[[Any, Workspace], Any]
+Observer = Callable[[Any, Workspace], Any]  # a function or a coroutine function
+
+
+def observed_by(observe: Observer, value: Any, workspace: Workspace) -> Any:
+    """Return what an observer sees of a value; a coroutine runs to its end, in a loop of its own."""
+    outcome = observe(value, workspace)
+    return asyncio.run(outcome) if inspect.iscoroutine(outcome) else outcome
 
 
 class Probe(NamedTuple):
@@ -68,9 +76,9 @@ class Probe(NamedTuple):
 
     def _outcome(self, value: Any, workspace: Workspace) -> Any:
         if not self.may_refuse:
-            return self.observe(value, workspace)
+            return observed_by(self.observe, value, workspace)
         try:
-            return self.observe(value, workspace)
+            return observed_by(self.observe, value, workspace)
         except SartorError as error:
             return re.sub(r"observed-\d+", "observed", f"{type(error).__name__}: {error}")
 
@@ -101,10 +109,10 @@ def beside_default(
 
     def observed(values: Any, workspace: Workspace) -> Any:
         if values:
-            return observe(values, workspace)
+            return observed_by(observe, values, workspace)
         if len(outcomes) > 1:
             return outcomes[0]
-        outcomes.append(observe({}, workspace))
+        outcomes.append(observed_by(observe, {}, workspace))
         return outcomes[-1]
 
     return tuple(

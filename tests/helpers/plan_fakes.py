@@ -106,14 +106,10 @@ async def told(plans: PlanDispatcher, request: AgentRequest) -> Told:
     return Told(answer, [event async for event in answer.events])
 
 
-def ask(team: Team, replies: FakeReplies, request: AgentRequest, **options: Any) -> Told:
+async def ask(team: Team, replies: FakeReplies, request: AgentRequest, **options: Any) -> Told:
     """One answer, and nobody is left waiting."""
-
-    async def work() -> Told:
-        plans = opened(team, replies, **options)
-        said = await told(plans, request)
-        await plans.close()
-        assert replies.live == 0, "a reply was left open"
-        return said
-
-    return asyncio.run(work())
+    plans = opened(team, replies, **options)
+    said = await told(plans, request)
+    await plans.close()
+    assert replies.live == 0, "a reply was left open"
+    return said

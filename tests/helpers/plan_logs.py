@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,13 @@ def script(**changes: Any) -> FakeReplies:
     return FakeReplies(**{"home": "on", "critic": RIGHT, "fixer": '{"on": true}', **changes})
 
 
-def logged(tmp_path: Path, team: Team, replies: FakeReplies, **options: Any) -> list[dict[str, Any]]:
+async def logged(tmp_path: Path, team: Team, replies: FakeReplies, **options: Any) -> list[dict[str, Any]]:
     """The lines of a run."""
     request = asked("checked", sampling={"seed": 5, "stop": ("END",)}, **options)
-    ask(team, replies, request)
+    await ask(team, replies, request)
     newest = max((tmp_path / "state/plans").iterdir(), key=lambda file: file.stat().st_mtime_ns)
     return list(read_runs(newest))[-1]
 
 
-def again(team: Team, rows: list[dict[str, Any]], replies: FakeReplies, words: Any = None) -> Replayed:
-    return asyncio.run(Remaking(team, replies, DIGEST, words or {}).remake(rows))
+async def again(team: Team, rows: list[dict[str, Any]], replies: FakeReplies, words: Any = None) -> Replayed:
+    return await Remaking(team, replies, DIGEST, words or {}).remake(rows)

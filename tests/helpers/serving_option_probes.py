@@ -62,19 +62,15 @@ from sartor.serving.workers.worker_pool import Hooks, WorkerSlots
 # --- the application, asked without a socket
 
 
-def _answers(workspace: Workspace, *requests: tuple[str, str, Any], headers: Any = None, **team: Any) -> Any:
+async def _answers(workspace: Workspace, *requests: tuple[str, str, Any], headers: Any = None, **team: Any) -> Any:
     """Status and body of each request, one after the other, by a server that is built anew."""
-
-    async def work() -> Any:
-        made = serving.team(workspace.folder() / "state", **team)
-        async with serving.client(serving.house(), made, **(headers or {})) as client:
-            answers = [await client.request(method, path, json=body) for method, path, body in requests]
-            return [
-                (answer.status_code, answer.headers.get("access-control-allow-origin"), _body(answer))
-                for answer in answers
-            ]
-
-    return asyncio.run(work())
+    made = serving.team(workspace.folder() / "state", **team)
+    async with serving.client(serving.house(), made, **(headers or {})) as client:
+        answers = [await client.request(method, path, json=body) for method, path, body in requests]
+        return [
+            (answer.status_code, answer.headers.get("access-control-allow-origin"), _body(answer))
+            for answer in answers
+        ]
 
 
 def _body(answer: Any) -> Any:
@@ -109,13 +105,13 @@ def _cors(values: Any, workspace: Workspace) -> Any:
     return _answers(workspace, CHAT, headers=origin, http={name: tuple(value) for name, value in values.items()})
 
 
-def _remembered(values: Any, workspace: Workspace) -> Any:
+async def _remembered(values: Any, workspace: Workspace) -> Any:
     """Whether a rating of a reply that was given before can be learnt from."""
     rating = ("POST", "/v1/feedback", {"receipt": "r1", "rating": 1})
-    return _answers(workspace, CHAT, rating, limits=values)[1]
+    return (await _answers(workspace, CHAT, rating, limits=values))[1]
 
 
-def _deadline(values: Any, workspace: Workspace) -> Any:
+async def _deadline(values: Any, workspace: Workspace) -> Any:
     """What becomes of embeddings that take a tenth of a second."""
 
     class SlowCrew(serving.Crew):
@@ -123,15 +119,12 @@ def _deadline(values: Any, workspace: Workspace) -> Any:
             await asyncio.sleep(0.1)
             return await super().embed(texts, encoder)
 
-    async def work() -> Any:
-        made = serving.team(workspace.folder() / "state", limits=values)
-        async with serving.client(serving.house(workers=SlowCrew()), made) as client:
-            return (await client.post("/v1/embeddings", json={"model": "base", "input": "hello"})).status_code
-
-    return asyncio.run(work())
+    made = serving.team(workspace.folder() / "state", limits=values)
+    async with serving.client(serving.house(workers=SlowCrew()), made) as client:
+        return (await client.post("/v1/embeddings", json={"model": "base", "input": "hello"})).status_code
 
 
-def _slow_body(values: Any, workspace: Workspace) -> Any:
+async def _slow_body(values: Any, workspace: Workspace) -> Any:
     """What becomes of a request whose body takes a tenth of a second."""
 
     async def body() -> Any:
@@ -139,30 +132,23 @@ def _slow_body(values: Any, workspace: Workspace) -> Any:
         await asyncio.sleep(0.1)
         yield b'"messages": [{"role": "user", "content": "hello"}]}'
 
-    async def work() -> Any:
-        made = serving.team(workspace.folder() / "state", limits=values)
-        async with serving.client(serving.house(), made) as client:
-            headers = {"content-type": "application/json"}
-            return (await client.post("/v1/chat/completions", content=body(), headers=headers)).status_code
-
-    return asyncio.run(work())
+    made = serving.team(workspace.folder() / "state", limits=values)
+    async with serving.client(serving.house(), made) as client:
+        headers = {"content-type": "application/json"}
+        return (await client.post("/v1/chat/completions", content=body(), headers=headers)).status_code
 
 
-def _connections(values: Any, workspace: Workspace) -> Any:
+async def _connections(values: Any, workspace: Workspace) -> Any:
     """Whether the eleventh connection is let in."""
-
-    async def work() -> Any:
-        server = HttpServer(serving.house(), serving.team(workspace.folder(), limits=values))
-        gate = RequestGate(serving.Doors(), serving.Rates(), Http(), server.team.limits, server.lifetime, lambda: 11)
-        server.close()
-        scope = {"path": "/v1/models", "method": "GET", "state": {}}
-        try:
-            await gate.check(scope, {"host": "127.0.0.1"})  # type: ignore[arg-type]
-        except SartorError as error:
-            return type(error).__name__
-        return "let in"
-
-    return asyncio.run(work())
+    server = HttpServer(serving.house(), serving.team(workspace.folder(), limits=values))
+    gate = RequestGate(serving.Doors(), serving.Rates(), Http(), server.team.limits, server.lifetime, lambda: 11)
+    server.close()
+    scope = {"path": "/v1/models", "method": "GET", "state": {}}
+    try:
+        await gate.check(scope, {"host": "127.0.0.1"})  # type: ignore[arg-type]
+    except SartorError as error:
+        return type(error).__name__
+    return "let in"
 
 
 def _bound(values: Any, workspace: Workspace) -> Any:
@@ -181,17 +167,13 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def _drained(values: Any, workspace: Workspace) -> Any:
+async def _drained(values: Any, workspace: Workspace) -> Any:
     """Whether the working time is over a moment after the drain began."""
-
-    async def work() -> bool:
-        server = HttpServer(serving.house(), serving.team(workspace.folder(), http=values))
-        server._drain()
-        await asyncio.sleep(0.05)
-        server.close()
-        return server.lifetime.is_over
-
-    return asyncio.run(work())
+    server = HttpServer(serving.house(), serving.team(workspace.folder(), http=values))
+    server._drain()
+    await asyncio.sleep(0.05)
+    server.close()
+    return server.lifetime.is_over
 
 
 def _traced(values: Any, workspace: Workspace) -> Any:
@@ -272,26 +254,22 @@ RECORD_PROBES = (
 # --- who answers
 
 
-def _dispatched(workspace: Workspace, team: Team, *, ill: bool = False) -> Any:
+async def _dispatched(workspace: Workspace, team: Team, *, ill: bool = False) -> Any:
     """Agents of a team that is started anew, and who answers `faq`."""
-
-    async def work() -> Any:
-        crew = FakeCrew()
-        if ill:
-            crew.breakers = {"faq@1": "quarantined"}
-        async with dispatching(team, crew, registry(workspace.folder())) as dispatch:
-            await dispatch.served.settle()
-            outcome: list[Any] = sorted(dispatch.served.agents)
-            try:
-                answer = await dispatch.open(dispatched("faq"))
-                outcome.append(answer.agent)
-                async for _ in answer.events:
-                    pass
-            except SartorError as error:
-                outcome.append(type(error).__name__)
-            return outcome
-
-    return asyncio.run(work())
+    crew = FakeCrew()
+    if ill:
+        crew.breakers = {"faq@1": "quarantined"}
+    async with dispatching(team, crew, registry(workspace.folder())) as dispatch:
+        await dispatch.served.settle()
+        outcome: list[Any] = sorted(dispatch.served.agents)
+        try:
+            answer = await dispatch.open(dispatched("faq"))
+            outcome.append(answer.agent)
+            async for _ in answer.events:
+                pass
+        except SartorError as error:
+            outcome.append(type(error).__name__)
+        return outcome
 
 
 def _agent(values: Any, workspace: Workspace) -> Any:
@@ -323,20 +301,16 @@ def _tools_of(values: Any, workspace: Workspace) -> Any:
     return sorted(servers.of("faq"))
 
 
-def _promoted(values: Any, workspace: Workspace) -> Any:
+async def _promoted(values: Any, workspace: Workspace) -> Any:
     """The live version, the candidate and its fractions after a promotion."""
     options = AgentOptions("faq", "/releases/faq-1")
     team = team_of(workspace.folder(), agents=(options,), rollout=load(Rollout, values))
-
-    async def work() -> Any:
-        crew = FakeCrew()
-        async with dispatching(team, crew, registry(workspace.folder())) as dispatch:
-            await dispatch.served.settle()
-            await AgentAdmin(dispatch, crew, admit, team.rollout).promote("faq", "/releases/faq-2", "", None)
-            agent = dispatch.served.agents["faq"]
-            return agent.live, agent.candidate, agent.canary_fraction, agent.shadow_fraction
-
-    return asyncio.run(work())
+    crew = FakeCrew()
+    async with dispatching(team, crew, registry(workspace.folder())) as dispatch:
+        await dispatch.served.settle()
+        await AgentAdmin(dispatch, crew, admit, team.rollout).promote("faq", "/releases/faq-2", "", None)
+        agent = dispatch.served.agents["faq"]
+        return agent.live, agent.candidate, agent.canary_fraction, agent.shadow_fraction
 
 
 AGENT_PROBES = (
@@ -380,34 +354,30 @@ class _Voice:
         """End nothing."""
 
 
-def _speech(values: Any, workspace: Workspace) -> Any:
+async def _speech(values: Any, workspace: Workspace) -> Any:
     """Voices by name, how long each may take, how many pieces are spoken at once, which lengths and how many texts pass."""
     workspace.patch.setattr("sartor.serving.http.speech_service.open_voice", _Voice)
-
-    async def main() -> Any:
-        service = SpeechService(load(SpeechOptions, {"voice": "one", **values}))
-        outcomes = []
-        for attempt in (lambda: service.check_length("a" * 100), lambda: service.voice("two")):
-            try:
-                attempt()
-                outcomes.append("passes")
-            except SartorError as error:
-                outcomes.append(type(error).__name__)
-        taken = 0
-        slots = []
+    service = SpeechService(load(SpeechOptions, {"voice": "one", **values}))
+    outcomes = []
+    for attempt in (lambda: service.check_length("a" * 100), lambda: service.voice("two")):
         try:
-            for _ in range(40):
-                slot = service._slot()
-                slot.__enter__()
-                slots.append(slot)
-                taken += 1
-        except SartorError:
-            pass
-        patience_s = [voice.patience_s for voice in service._voices.values()]
-        await service.close()
-        return service.default, patience_s, service._pool._max_workers, outcomes, taken
-
-    return asyncio.run(main())
+            attempt()
+            outcomes.append("passes")
+        except SartorError as error:
+            outcomes.append(type(error).__name__)
+    taken = 0
+    slots = []
+    try:
+        for _ in range(40):
+            slot = service._slot()
+            slot.__enter__()
+            slots.append(slot)
+            taken += 1
+    except SartorError:
+        pass
+    patience_s = [voice.patience_s for voice in service._voices.values()]
+    await service.close()
+    return service.default, patience_s, service._pool._max_workers, outcomes, taken
 
 
 SPEECH_PROBES = (
@@ -594,7 +564,7 @@ def _small_talk(workspace: Workspace) -> list[str]:
     return [prompt.text for prompts in talk.values() for prompt in prompts]
 
 
-def _routed(values: Any, workspace: Workspace) -> Any:
+async def _routed(values: Any, workspace: Workspace) -> Any:
     """The encoder and the threshold of a router of one agent, of whose prompts some are small talk; and what it makes of one."""
     talk = _small_talk(workspace)
     own = [
@@ -602,21 +572,17 @@ def _routed(values: Any, workspace: Workspace) -> Any:
     ]
     prompts = tuple(ExemplarPrompt(f"home:{index}", text) for index, text in enumerate([*own, *talk[:6]]))
     agent = Exemplars(prompts[::2], prompts[1::2], gain=Gain(False, "no gain"))
-
-    async def work() -> Any:
-        router = AutoRouter(_Embedder(), load(Routing, values), workspace.folder())  # type: ignore[arg-type]
-        fitted = await router._fit_one({"home": agent}, (router._encoders() or ["tfidf"])[0])
-        await router.close()
-        return fitted.space.encoder, round(fitted.threshold, 4), dict(fitted.unproven)
-
-    return asyncio.run(work())
+    router = AutoRouter(_Embedder(), load(Routing, values), workspace.folder())  # type: ignore[arg-type]
+    fitted = await router._fit_one({"home": agent}, (router._encoders() or ["tfidf"])[0])
+    await router.close()
+    return fitted.space.encoder, round(fitted.threshold, 4), dict(fitted.unproven)
 
 
 class _Opened(Exception):
     """The router of a team that is being opened."""
 
 
-def _team_router(values: Any, workspace: Workspace) -> Any:
+async def _team_router(values: Any, workspace: Workspace) -> Any:
     """Which encoders the router of a served team looks at."""
 
     class Crew(FakeCrew):
@@ -635,12 +601,9 @@ def _team_router(values: Any, workspace: Workspace) -> Any:
     workspace.patch.setattr(startup, "Dispatcher", opened)
     team = load(Team, {"base": "tiny", "state": str(workspace.folder()), "http": {"port": 0}, "router": values})
 
-    async def work() -> None:
+    try:
         async with startup.build_services(team):
             pass
-
-    try:
-        asyncio.run(work())
     except _Opened as team_opened:
         return team_opened.args
 

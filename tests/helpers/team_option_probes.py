@@ -57,23 +57,18 @@ def _script() -> dict[str, Any]:
     }
 
 
-def _answer(workspace: Workspace, *plans: dict[str, Any], script: dict[str, Any] | None = None) -> Any:
+async def _answer(workspace: Workspace, *plans: dict[str, Any], script: dict[str, Any] | None = None) -> Any:
     """What the first of some plans answers, why, and what its members were asked."""
     replies = FakeReplies(**{**_script(), **(script or {})})
     team = planned(workspace.path, *plans)
-
-    async def work() -> Any:
-        dispatcher = opened(team, replies)
-        try:
-            return await told(dispatcher, asked(plans[0]["name"]))
-        finally:
-            await dispatcher.close()
-
+    dispatcher = opened(team, replies)
     try:
-        answer = asyncio.run(work())
+        answer = await told(dispatcher, asked(plans[0]["name"]))
         outcome = answer.text, answer.reason, getattr(answer.end, "kind", ""), getattr(answer.end, "problem", "")
     except SartorError as error:
         outcome = ("", type(error).__name__, error.problem, "")
+    finally:
+        await dispatcher.close()
     return outcome, [(each.model, each.messages, each.schema, dict(each.sampling)) for each in replies.asked]
 
 
@@ -103,19 +98,14 @@ def _within(make: Callable[[Any], dict[str, Any]]) -> Observer:
 def _logged(plan: dict[str, Any]) -> Observer:
     """Observe whether the log of a plan's run holds words."""
 
-    def observe(values: Any, workspace: Workspace) -> Any:
+    async def observe(values: Any, workspace: Workspace) -> Any:
+        from sartor.serving.plans.plan_dispatch import PlanDispatcher
+
         folder = workspace.folder()
         team = planned(folder, {**plan, **values})
-        replies = FakeReplies(**_script())
-
-        async def work() -> None:
-            from sartor.serving.plans.plan_dispatch import PlanDispatcher
-
-            dispatcher = PlanDispatcher(team, replies, PlanLog(folder / "plans", DIGEST))
-            await told(dispatcher, asked("plan"))
-            await dispatcher.close()
-
-        asyncio.run(work())
+        dispatcher = PlanDispatcher(team, FakeReplies(**_script()), PlanLog(folder / "plans", DIGEST))
+        await told(dispatcher, asked("plan"))
+        await dispatcher.close()
         lines = [
             json.loads(line) for file in (folder / "plans").glob("*.jsonl") for line in file.read_text().splitlines()
         ]
@@ -304,20 +294,16 @@ PLAN_PROBES = (
 )
 
 
-def _names(workspace: Workspace, plan: dict[str, Any]) -> Any:
+async def _names(workspace: Workspace, plan: dict[str, Any]) -> Any:
     """Whether a plan answers to the name `plan`."""
     replies = FakeReplies(**_script())
-
-    async def work() -> Any:
-        dispatcher = opened(planned(workspace.path, plan), replies)
-        try:
-            return (await told(dispatcher, asked("plan"))).text
-        except (SartorError, KeyError) as error:
-            return type(error).__name__
-        finally:
-            await dispatcher.close()
-
-    return asyncio.run(work())
+    dispatcher = opened(planned(workspace.path, plan), replies)
+    try:
+        return (await told(dispatcher, asked("plan"))).text
+    except (SartorError, KeyError) as error:
+        return type(error).__name__
+    finally:
+        await dispatcher.close()
 
 
 def _cited(sources: list[str], workspace: Workspace) -> Any:
@@ -464,16 +450,12 @@ MACHINE_PROBES = (
 # --- what one request may hold
 
 
-def _asked(workspace: Workspace, body: dict[str, Any], path: str = "/v1/chat/completions", **team: Any) -> Any:
+async def _asked(workspace: Workspace, body: dict[str, Any], path: str = "/v1/chat/completions", **team: Any) -> Any:
     """Status and error of one request to the application itself."""
-
-    async def work() -> Any:
-        made = serving.team(workspace.path, **team)
-        async with serving.client(serving.house(), made) as client:
-            response = await client.post(path, json=body)
-            return response.status_code, response.json().get("error", {}).get("message", "")
-
-    return asyncio.run(work())
+    made = serving.team(workspace.path, **team)
+    async with serving.client(serving.house(), made) as client:
+        response = await client.post(path, json=body)
+        return response.status_code, response.json().get("error", {}).get("message", "")
 
 
 def _limit(body: dict[str, Any]) -> Observer:
@@ -510,7 +492,7 @@ REQUEST_PROBES = (
 # --- tools: what a program is started with, and what is taken of it
 
 
-def _tool_connection(values: Any, workspace: Workspace) -> Any:
+async def _tool_connection(values: Any, workspace: Workspace) -> Any:
     """What a tool server is opened with, by its trouble: whoever opens it here only says so."""
 
     @asynccontextmanager
@@ -526,37 +508,30 @@ def _tool_connection(values: Any, workspace: Workspace) -> Any:
     workspace.patch.setattr("mcp.client.stdio.stdio_client", by_stdio)
     workspace.patch.setattr("mcp.client.streamable_http.streamable_http_client", by_http)
     workspace.patch.setenv("PROBE_TOKEN", "secret")
-
-    async def work() -> Any:
-        connection = McpConnection(load(ToolServer, values), workspace.path / "tools")
-        await connection.start()
-        troubles = dict(connection.troubles)
-        await connection.close()
-        return troubles
-
-    return asyncio.run(work())
+    connection = McpConnection(load(ToolServer, values), workspace.path / "tools")
+    await connection.start()
+    troubles = dict(connection.troubles)
+    await connection.close()
+    return troubles
 
 
-def _offered(values: Any, workspace: Workspace) -> Any:
+async def _offered(values: Any, workspace: Workspace) -> Any:
     """Tools that are offered of those of a server, and what a call of one gives."""
 
     async def slow(name: str, arguments: Any) -> Any:
         await asyncio.sleep(0.02)
         return SimpleNamespace(content=[SimpleNamespace(type="text", text="x" * 100)], is_error=False)
 
-    async def work() -> Any:
-        connection = McpConnection(load(ToolServer, {"name": "small", "command": ["x"], **values}), workspace.path)
-        connection._offer(
-            [SimpleNamespace(name=name, description="", input_schema={"type": "object"}) for name in ("one", "two")]
-        )
-        connection._session = SimpleNamespace(call_tool=slow)  # type: ignore[assignment]
-        try:
-            result = await connection.call("one", {}, 10.0)
-        except SartorError as error:
-            result = error.problem
-        return sorted(connection.tools), result
-
-    return asyncio.run(work())
+    connection = McpConnection(load(ToolServer, {"name": "small", "command": ["x"], **values}), workspace.path)
+    connection._offer(
+        [SimpleNamespace(name=name, description="", input_schema={"type": "object"}) for name in ("one", "two")]
+    )
+    connection._session = SimpleNamespace(call_tool=slow)  # type: ignore[assignment]
+    try:
+        result = await connection.call("one", {}, 10.0)
+    except SartorError as error:
+        result = error.problem
+    return sorted(connection.tools), result
 
 
 TOOL_PROBES = (

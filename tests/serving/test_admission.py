@@ -533,23 +533,19 @@ async def test_real_worker_tells_adapters_apart(maker: Maker, tmp_path: Path, ti
         workers=WorkerOptions(spare=0, start_s=600.0, hang_s=300.0),
     )
 
-    async def run() -> tuple[admission.Admitted, AdmissionError]:
-        crew = Supervisor(team)
-        await crew.start()
-        try:
-            ground = AdmissionContext.of(team, crew.about)
-            admitted = await admission.admit(maker.good(tmp_path / "one", one), ground, crew.probe)
+    crew = Supervisor(team)
+    await crew.start()
+    try:
+        ground = AdmissionContext.of(team, crew.about)
+        admitted = await admission.admit(maker.good(tmp_path / "one", one), ground, crew.probe)
+        await crew.attach(admitted.adapter, admitted.path)
+        with pytest.raises(AdmissionError) as caught:
+            await admission.admit(maker.good(tmp_path / "other", other), ground, crew.probe)
+        (admitted.path / "adapter_config.json").write_text("{}")
+        await crew.detach(admitted.adapter)
+        with pytest.raises(ArtifactError, match="as admitted"):
             await crew.attach(admitted.adapter, admitted.path)
-            with pytest.raises(AdmissionError) as caught:
-                await admission.admit(maker.good(tmp_path / "other", other), ground, crew.probe)
-            (admitted.path / "adapter_config.json").write_text("{}")
-            await crew.detach(admitted.adapter)
-            with pytest.raises(ArtifactError, match="as admitted"):
-                await crew.attach(admitted.adapter, admitted.path)
-            return admitted, caught.value
-        finally:
-            await crew.close()
-
-    admitted, refused = await run()
+    finally:
+        await crew.close()
     assert "2 begin word for word" in admitted.checks["canary"]
-    assert refused.check == "agreement"
+    assert caught.value.check == "agreement"

@@ -456,21 +456,15 @@ async def test_server_whose_keys_are_lost_starts_and_refuses(state: Path, clock:
     keys.close()
     for http in ({}, {"host": "0.0.0.0"}, {"cors": ("*",)}):
         restarted = opened(state, clock)
-
-        async def main(http: Any = http, restarted: ApiKeyStore = restarted) -> int:
-            async with serving.client(
-                serving.house(authenticator=restarted), serving.team(state, http=http)
-            ) as client:
-                return (await client.post("/v1/chat/completions", json=chat())).status_code
-
-        assert (await main()) == 503
+        house, team = serving.house(authenticator=restarted), serving.team(state, http=http)
+        async with serving.client(house, team) as client:
+            assert (await client.post("/v1/chat/completions", json=chat())).status_code == 503
         restarted.close()
 
 
 async def test_card_asks_for_a_key_where_there_are_keys_alone(tmp_path: Path) -> None:
-    async def card(**parts: Any) -> dict[str, Any]:
-        async with serving.client(serving.house(**parts), serving.team(tmp_path, a2a=CardTerms(card=True))) as client:
-            return dict((await client.get(CARD)).json())
-
-    assert "securitySchemes" not in (await card())
-    assert "securitySchemes" in (await card(keys=serving.KEYS))
+    team = serving.team(tmp_path, a2a=CardTerms(card=True))
+    async with serving.client(serving.house(), team) as client:
+        assert "securitySchemes" not in (await client.get(CARD)).json()
+    async with serving.client(serving.house(keys=serving.KEYS), team) as client:
+        assert "securitySchemes" in (await client.get(CARD)).json()

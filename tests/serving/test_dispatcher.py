@@ -187,74 +187,65 @@ async def test_a_member_that_is_not_admitted_is_a_trouble_of_its_own(tmp_path: P
         AgentOptions("shy", "/releases/bad-2", fallback=()),
     )
 
-    async def work() -> None:
-        async with dispatching(team(tmp_path, agents=members), FakeCrew(), registry(tmp_path)) as dispatch:
-            assert (await said(dispatch, asked("faq")))[0] == "faq@1"
-            for name, release in (("bad", "bad-1"), ("shy", "bad-2")):
-                with pytest.raises(UnavailableError, match=f"{release} holds NaN; try: tune again"):
-                    await dispatch.open(asked(name))
-            assert set(dispatch.health()["troubles"]) == {"bad", "shy"}
-            events = dispatch.served.registry.events()
-            assert {(event.what, event.agent) for event in events} == {
-                ("added", "faq"),
-                ("refused", "bad"),
-                ("refused", "shy"),
-            }
-        rows = {row["name"]: row for row in list_agents(team(tmp_path)).rows}
-        assert rows["bad"]["note"] == "not admitted: bad-1 holds NaN; try: tune again" and not rows["bad"]["versions"]
-        good = (replace(members[0], release="/releases/mended"), *members[1:])
-        async with dispatching(team(tmp_path, agents=good), FakeCrew(), registry(tmp_path), admit=lenient) as dispatch:
-            assert (await said(dispatch, asked("bad")))[0] == "bad@3"  # a later start tries again
-            assert not dispatch.served.agents["bad"].earlier
-            assert len(dispatch.served.registry.events("shy")) == 1  # what is known is not written again
-            with pytest.raises(ConflictError, match="added meanwhile"):
-                dispatch.served.registry.refuse("bad", "too late")
-
     async def lenient(path: Path, name: str) -> Any:
         if path.name == "mended":
             return replace(version("bad", "3"), release=str(path))
         return await admit(path, name)
 
-    await work()
+    async with dispatching(team(tmp_path, agents=members), FakeCrew(), registry(tmp_path)) as dispatch:
+        assert (await said(dispatch, asked("faq")))[0] == "faq@1"
+        for name, release in (("bad", "bad-1"), ("shy", "bad-2")):
+            with pytest.raises(UnavailableError, match=f"{release} holds NaN; try: tune again"):
+                await dispatch.open(asked(name))
+        assert set(dispatch.health()["troubles"]) == {"bad", "shy"}
+        events = dispatch.served.registry.events()
+        assert {(event.what, event.agent) for event in events} == {
+            ("added", "faq"),
+            ("refused", "bad"),
+            ("refused", "shy"),
+        }
+    rows = {row["name"]: row for row in list_agents(team(tmp_path)).rows}
+    assert rows["bad"]["note"] == "not admitted: bad-1 holds NaN; try: tune again" and not rows["bad"]["versions"]
+    good = (replace(members[0], release="/releases/mended"), *members[1:])
+    async with dispatching(team(tmp_path, agents=good), FakeCrew(), registry(tmp_path), admit=lenient) as dispatch:
+        assert (await said(dispatch, asked("bad")))[0] == "bad@3"  # a later start tries again
+        assert not dispatch.served.agents["bad"].earlier
+        assert len(dispatch.served.registry.events("shy")) == 1  # what is known is not written again
+        with pytest.raises(ConflictError, match="added meanwhile"):
+            dispatch.served.registry.refuse("bad", "too late")
 
 
 async def test_base_fallback_needs_an_earlier_admission(tmp_path: Path) -> None:
     """`sartor agents add` registers without an engine: the server may still refuse what is live by then."""
 
-    async def work(made: Any, crew: FakeCrew, **options: Any) -> None:
-        async with dispatching(team(tmp_path), crew, made, **options) as dispatch:
-            roster = AgentAdmin(dispatch, crew, admit, Rollout())
-            await check(dispatch, {one.name: one.is_ready for one in await roster.listed()})
-
-    async def never(dispatch: Any, ready: Any) -> None:
-        with pytest.raises(UnavailableError, match="home@1 cannot answer: home-1 does not fit"):
-            await dispatch.open(asked("home"))
-        assert (await said(dispatch, asked("faq")))[0] == "faq@1" and ready == {"faq": True, "home": False}
-        assert (
-            dispatch.served.registry.read().agents["home"].note
-            == "not admitted: home-1 does not fit; try: another one"
-        )
-
-    async def mended(dispatch: Any, ready: Any) -> None:
-        assert (await said(dispatch, asked("home")))[0] == "home@1" and ready["home"]
-        read = dispatch.served.registry.read().agents["home"]
-        assert (read.note, read.fallback) == ("", ("previous", "base"))
-        dispatch.leases.directories.clear()
-        refuse.append("home-1")
-        await dispatch.served.reload()
-        await dispatch.served.settle()
-        assert (await said(dispatch, asked("home")))[0].startswith("base@")  # it was admitted once: the chain holds
+    refuse = ["home-1"]
 
     async def admit_most(path: Path, name: str) -> Any:
         if path.name in refuse:
             raise ModelError(f"{path.name} does not fit", "another one")
         return await admit(path, name)
 
-    refuse, crew, check = ["home-1"], FakeCrew(), never
-    await work(registry(tmp_path, version("faq", "1"), version("home", "1")), crew, admit=admit_most)
+    crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("home", "1"))
+    async with dispatching(team(tmp_path), crew, made, admit=admit_most) as dispatch:
+        listed = await AgentAdmin(dispatch, crew, admit, Rollout()).listed()
+        assert {agent.name: agent.is_ready for agent in listed} == {"faq": True, "home": False}
+        with pytest.raises(UnavailableError, match="home@1 cannot answer: home-1 does not fit"):
+            await dispatch.open(asked("home"))
+        assert (await said(dispatch, asked("faq")))[0] == "faq@1"
+        note = dispatch.served.registry.read().agents["home"].note
+        assert note == "not admitted: home-1 does not fit; try: another one"
     refuse.clear()
-    check = mended
-    await work(registry(tmp_path), crew, admit=admit_most)
+    async with dispatching(team(tmp_path), crew, registry(tmp_path), admit=admit_most) as dispatch:
+        listed = await AgentAdmin(dispatch, crew, admit, Rollout()).listed()
+        assert {agent.name: agent.is_ready for agent in listed}["home"]
+        assert (await said(dispatch, asked("home")))[0] == "home@1"
+        home = dispatch.served.registry.read().agents["home"]
+        assert (home.note, home.fallback) == ("", ("previous", "base"))
+        dispatch.leases.directories.clear()
+        refuse.append("home-1")
+        await dispatch.served.reload()
+        await dispatch.served.settle()
+        assert (await said(dispatch, asked("home")))[0].startswith("base@")  # it was admitted once: the chain holds
 
 
 async def test_unloadable_version_leaves_previous_one_in_service(tmp_path: Path) -> None:
@@ -324,17 +315,14 @@ async def test_this_machines_copy_is_loaded_where_it_is_whole(tmp_path: Path) ->
             raise ArtifactError("the copy was changed", "remove it")
         return replace(version("faq", "1"), release=str(path)) if path == copy else await admit(path, name)
 
-    async def work(made: Any) -> None:
-        crew = FakeCrew()
-        async with dispatching(team(tmp_path), crew, made, admit=copied):
-            loaded.append(crew.attached["faq-1"])
-
-    loaded: list[Path] = []
     copy.mkdir(parents=True)
-    await work(registry(tmp_path, version("faq", "1")))
+    crew = FakeCrew()
+    async with dispatching(team(tmp_path), crew, registry(tmp_path, version("faq", "1")), admit=copied):
+        assert crew.attached["faq-1"] == Path("/releases/faq-1")
     (copy / "whole").touch()
-    await work(registry(tmp_path))
-    assert loaded == [Path("/releases/faq-1"), copy]
+    crew = FakeCrew()
+    async with dispatching(team(tmp_path), crew, registry(tmp_path), admit=copied):
+        assert crew.attached["faq-1"] == copy
 
 
 async def test_shared_adapter_is_checked_per_release(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ def made(tmp_path: Path, **changes: Any) -> Team:
     return serving.team(tmp_path, mcp=McpTerms(serve=True), agents=agents, **changes)
 
 
-def asked(
+async def asked(
     tmp_path: Path,
     work: Callable[[Any], Awaitable[Any]],
     *,
@@ -41,21 +40,17 @@ def asked(
     **parts: Any,
 ) -> Any:
     """What `work` returns of a client that is connected; old: by the handshake of the protocol's versions before 2026."""
+    import httpx2
+    from mcp.client import Client
+    from mcp.client.streamable_http import streamable_http_client
+
     server = HttpServer(serving.house(plans=[PLAN], **parts), made(tmp_path), log=RequestLog(serving.Log()))
-
-    async def main(url: str) -> Any:
-        import httpx2
-        from mcp.client import Client
-        from mcp.client.streamable_http import streamable_http_client
-
-        headers = {"authorization": f"Bearer {key}"} if key else {}
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with serving.running(server) as url:
         async with httpx2.AsyncClient(headers=headers, timeout=120) as http:
             transport = streamable_http_client(url + path, http_client=http)
             async with Client(transport, mode="legacy" if old else "auto") as client:
                 return await work(client)
-
-    with serving.running(server) as url:
-        return asyncio.run(main(url))
 
 
 async def names(client: Any) -> dict[str, str]:
@@ -67,13 +62,13 @@ def ask(tool: str, **arguments: Any) -> Callable[[Any], Awaitable[Any]]:
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_the_team_is_listed_and_answers_with_receipt_and_reason(tmp_path: Path, old: bool) -> None:
+async def test_the_team_is_listed_and_answers_with_receipt_and_reason(tmp_path: Path, old: bool) -> None:
     replies = serving.Replies()
 
     async def work(client: Any) -> Any:
         return await names(client), await client.call_tool("faq", {"prompt": "hello"})
 
-    listed, said = asked(tmp_path, work, replies=replies, old=old)
+    listed, said = await asked(tmp_path, work, replies=replies, old=old)
     assert list(listed) == ["ask", "faq", "home", "checked"]
     assert listed["faq"] == "Questions about the house." and "sequence" in listed["checked"]
     assert (said.is_error, said.content[0].text) == (False, "the sky is blue ")
@@ -83,7 +78,7 @@ def test_the_team_is_listed_and_answers_with_receipt_and_reason(tmp_path: Path, 
     assert replies.closed == ["r1"]
 
 
-def test_ask_chooses_by_auto_or_takes_the_agent_that_is_named(tmp_path: Path) -> None:
+async def test_ask_chooses_by_auto_or_takes_the_agent_that_is_named(tmp_path: Path) -> None:
     replies = serving.Replies()
 
     async def work(client: Any) -> None:
@@ -91,22 +86,22 @@ def test_ask_chooses_by_auto_or_takes_the_agent_that_is_named(tmp_path: Path) ->
         await client.call_tool("ask", {"prompt": "two", "agent": "home"})
         await client.call_tool("checked", {"prompt": "three"})
 
-    asked(tmp_path, work, replies=replies)
+    await asked(tmp_path, work, replies=replies)
     assert [request.model for request in replies.asked] == ["auto", "home", "checked"]
 
 
-def test_a_path_of_one_agent_has_that_one_alone(tmp_path: Path) -> None:
+async def test_a_path_of_one_agent_has_that_one_alone(tmp_path: Path) -> None:
     replies = serving.Replies()
 
     async def work(client: Any) -> Any:
         return await names(client), await client.call_tool("home", {"prompt": "light"})
 
-    listed, said = asked(tmp_path, work, path="/mcp/home@0.9", replies=replies)
+    listed, said = await asked(tmp_path, work, path="/mcp/home@0.9", replies=replies)
     assert list(listed) == ["home"] and said.meta["sartor/agent"] == "home@0.9"
     assert [request.model for request in replies.asked] == ["home@0.9"]
 
 
-def test_a_key_sees_and_calls_what_it_opens(tmp_path: Path) -> None:
+async def test_a_key_sees_and_calls_what_it_opens(tmp_path: Path) -> None:
     rates, replies = serving.Rates(), serving.Replies()
 
     async def work(client: Any) -> Any:
@@ -118,7 +113,7 @@ def test_a_key_sees_and_calls_what_it_opens(tmp_path: Path) -> None:
         return await names(client), refused, await client.call_tool("faq", {"prompt": "hello"})
 
     parts: dict[str, Any] = {"keys": serving.KEYS, "rates": rates, "replies": replies}
-    listed, refused, said = asked(tmp_path, work, key="key-faq", **parts)
+    listed, refused, said = await asked(tmp_path, work, key="key-faq", **parts)
     assert list(listed) == ["ask", "faq"] and not said.is_error
     assert refused.is_error and "'home' is not one of ['auto', 'faq']" in refused.content[0].text
     assert [request.openable for request in replies.asked] == [frozenset({"faq", "auto"})]
@@ -127,19 +122,19 @@ def test_a_key_sees_and_calls_what_it_opens(tmp_path: Path) -> None:
     }  # a call counts, and neither the handshake nor what was refused
 
 
-def test_what_goes_wrong_is_told_as_the_other_routes_tell_it(tmp_path: Path) -> None:
-    wrong = asked(tmp_path, ask("faq", text="hello"))
+async def test_what_goes_wrong_is_told_as_the_other_routes_tell_it(tmp_path: Path) -> None:
+    wrong = await asked(tmp_path, ask("faq", text="hello"))
     assert wrong.is_error and "'prompt' is a required property" in wrong.content[0].text
     assert (wrong.meta["sartor/kind"], wrong.meta["sartor/status"]) == ("RequestError", 400)
 
-    busy = asked(tmp_path, ask("faq", prompt="hello"), rates=serving.Rates(most=0))
+    busy = await asked(tmp_path, ask("faq", prompt="hello"), rates=serving.Rates(most=0))
     assert busy.is_error and (busy.meta["sartor/status"], busy.meta["sartor/retry_after_s"]) == (429, 13)
 
     fails = serving.Replies(fail=UnavailableError("faq is in quarantine", "sartor agents release faq"))
-    gone = asked(tmp_path, ask("faq", prompt="hello"), replies=fails)
+    gone = await asked(tmp_path, ask("faq", prompt="hello"), replies=fails)
     assert gone.content[0].text == "faq is in quarantine; try: sartor agents release faq"
 
-    bug = asked(tmp_path, ask("faq", prompt="hello"), replies=serving.Replies(fail=ValueError("secret")))
+    bug = await asked(tmp_path, ask("faq", prompt="hello"), replies=serving.Replies(fail=ValueError("secret")))
     assert bug.is_error and bug.meta["sartor/kind"] == "Bug" and "secret" not in bug.content[0].text
 
 
@@ -171,22 +166,23 @@ async def test_it_is_off_by_default_and_says_what_is_missing(tmp_path: Path, mon
         HttpServer(serving.house(), made(tmp_path), log=RequestLog(serving.Log()))
 
 
+async def card(tmp_path: Path, keys: Any, **headers: str) -> Any:
+    team = made(tmp_path, a2a=CardTerms(card=True, url="https://team.example/"))
+    async with serving.client(serving.house(keys=keys), team) as client:
+        return (await client.get(CARD, headers=headers)).json()
+
+
 async def test_agent_card_lists_only_agents_that_the_key_opens(tmp_path: Path) -> None:
     """Without keys each agent is listed and no security scheme is declared."""
 
-    async def main(keys: Any, **headers: str) -> Any:
-        team = made(tmp_path, a2a=CardTerms(card=True, url="https://team.example/"))
-        async with serving.client(serving.house(keys=keys), team) as client:
-            return (await client.get(CARD, headers=headers)).json()
-
-    open_to_all = await main(None)
+    open_to_all = await card(tmp_path, None)
     assert [skill["id"] for skill in open_to_all["skills"]] == ["auto", "faq", "home"]
     assert "securitySchemes" not in open_to_all
     assert [one["url"] for one in open_to_all["supportedInterfaces"]] == [
         "https://team.example/mcp",
         "https://team.example/v1/chat/completions",
     ]
-    stranger = await main(serving.KEYS)
+    stranger = await card(tmp_path, serving.KEYS)
     assert [skill["id"] for skill in stranger["skills"]] == ["auto"] and "key" in stranger["securitySchemes"]
-    known = await main(serving.KEYS, authorization="Bearer key-faq")
+    known = await card(tmp_path, serving.KEYS, authorization="Bearer key-faq")
     assert [skill["id"] for skill in known["skills"]] == ["auto", "faq"]

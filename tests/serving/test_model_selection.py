@@ -22,7 +22,6 @@ from dispatch_fakes import (
     version,
 )
 from sartor.core.errors import ModelError, UnavailableError
-from sartor.serving.dispatch.dispatcher import Dispatcher
 from sartor.serving.http.app_state import as_header
 from sartor.serving.registry.registry import ChangeCause, Registry
 from sartor.serving.registry.user_versions import UserVersion, UserVersionStore
@@ -158,16 +157,13 @@ async def test_routers_words_on_a_canary_stay(tmp_path: Path) -> None:
 
 
 async def test_reason_of_an_agent_without_a_version_is_golden(tmp_path: Path) -> None:
-    async def work(dispatch: Dispatcher) -> str:
+    of = registry(tmp_path, version("faq", "1"))
+    async with dispatching(team(tmp_path), FakeCrew(), of) as dispatch:
         agent = replace(
             dispatch.served.agents["faq"], live="", earlier=(), candidate="", note="not admitted: é; try: x"
         )
         dispatch.served.agents = {**dispatch.served.agents, "faq": agent}
-        return (await dispatch.open(asked("faq"))).reason
-
-    of = registry(tmp_path, version("faq", "1"))
-    async with dispatching(team(tmp_path), FakeCrew(), of) as dispatch:
-        reason = await work(dispatch)
+        reason = (await dispatch.open(asked("faq"))).reason
     assert reason == "asked by name; faq has no version: not admitted: é; try: x; the base steps in"
     assert as_header(reason) == "asked by name; faq has no version: not admitted: \\xe9; try: x; the base steps in"
 

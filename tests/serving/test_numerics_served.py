@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -141,26 +140,24 @@ def test_the_first_line_of_a_run_states_the_engine(tmp_path: Path) -> None:
     assert not any("numerics" in row for row in after[1:])
 
 
-def test_a_run_of_another_arithmetic_is_not_made_again(tmp_path: Path) -> None:
+async def test_a_run_of_another_arithmetic_is_not_made_again(tmp_path: Path) -> None:
     team = planned(tmp_path, PLAN)
-    rows = logged(tmp_path, team, script())
+    rows = await logged(tmp_path, team, script())
     stated = [{**rows[0], **about().made_by}, *rows[1:]]
-    assert again(team, stated, script(), WORDS).is_same
+    assert (await again(team, stated, script(), WORDS)).is_same
     stated[0]["numerics"] = 1
     replies = script()
-    done = again(team, stated, replies, WORDS)
+    done = await again(team, stated, replies, WORDS)
     assert done.note.startswith(OLD) and not done.is_same and done.differs is None and replies.asked == []
 
 
-def test_a_run_that_states_no_engine_is_of_this_one(tmp_path: Path) -> None:
+async def test_a_run_that_states_no_engine_is_of_this_one(tmp_path: Path) -> None:
     team = planned(tmp_path, PLAN)
-    rows = logged(tmp_path, team, script())
+    rows = await logged(tmp_path, team, script())
 
-    async def remake(dtype: str) -> Any:
-        return await Remaking(team, script(), DIGEST, WORDS, about(dtype=dtype)).remake(rows)
-
-    assert asyncio.run(remake("float32")).is_same
-    assert asyncio.run(remake("bfloat16")).note.startswith(OLD)
+    same = await Remaking(team, script(), DIGEST, WORDS, about(dtype="float32")).remake(rows)
+    other = await Remaking(team, script(), DIGEST, WORDS, about(dtype="bfloat16")).remake(rows)
+    assert same.is_same and other.note.startswith(OLD)
 
 
 @pytest.fixture

@@ -116,11 +116,11 @@ def test_a_plans_version_follows_from_all_that_it_declares(tmp_path: Path) -> No
     assert digest(log, {}) == digest(planned(tmp_path, CHECKED).plans[0], {})
 
 
-def test_draft_check_mend(tmp_path: Path) -> None:
+async def test_draft_check_mend(tmp_path: Path) -> None:
     replies = FakeReplies(home="the hall", fixer=['{"room": "cellar"}', '{"room": "hall"}'])
     receipts = FakeReceipts()
     team = planned(tmp_path, CHECKED)
-    said = ask(team, replies, asked("checked", sampling={"seed": 7}), receipts=receipts)
+    said = await ask(team, replies, asked("checked", sampling={"seed": 7}), receipts=receipts)
     assert said.text == '{"room": "hall"}'
     assert said.agent == f"checked@{digest(team.plans[0], {})}"
     assert said.reason == (
@@ -143,18 +143,18 @@ def test_draft_check_mend(tmp_path: Path) -> None:
     assert kept.text == said.text and kept.release_id == ""
 
 
-def test_valid_draft_is_not_mended(tmp_path: Path) -> None:
+async def test_valid_draft_is_not_mended(tmp_path: Path) -> None:
     """The plan answers with one call by its name and by its name with the digest."""
     replies = FakeReplies(home='{"room": "attic"}')
     team = planned(tmp_path, CHECKED)
     for name in ("checked", f"checked@{digest(team.plans[0], {})}"):
-        assert ask(team, replies, asked(name)).text == '{"room": "attic"}'
+        assert (await ask(team, replies, asked(name))).text == '{"room": "attic"}'
     assert [request.model for request in replies.asked] == ["home", "home"]
 
 
-def test_a_loop_is_stopped_and_the_best_draft_is_answered(tmp_path: Path) -> None:
+async def test_a_loop_is_stopped_and_the_best_draft_is_answered(tmp_path: Path) -> None:
     replies = FakeReplies(home='{"room": "cellar"}', fixer="the attic")
-    said = ask(planned(tmp_path, CHECKED), replies, asked("checked"))
+    said = await ask(planned(tmp_path, CHECKED), replies, asked("checked"))
     # no JSON is worse than JSON with a wrong room, so the draft is; and the same mend twice ends it, of three that may be
     assert said.text == '{"room": "cellar"}' and len(replies.of("fixer")) == 2
     assert "stopped at mend.2: what is said was said before" in said.reason
@@ -164,17 +164,19 @@ def test_a_loop_is_stopped_and_the_best_draft_is_answered(tmp_path: Path) -> Non
         "mend": {"agent": "fixer", "times": 3, "repeats": 5, "gets": ["request"], "temperature": 0.5},
     }
     replies = FakeReplies(home="x", fixer=["x", "x", '{"room": "hall"}'])
-    assert ask(planned(tmp_path, patient), replies, asked("checked")).text == '{"room": "hall"}'
+    assert (await ask(planned(tmp_path, patient), replies, asked("checked"))).text == '{"room": "hall"}'
     assert [request.sampling["seed"] for request in replies.of("fixer")] == [1, 2, 3]
     assert all(request.messages == replies.asked[0].messages for request in replies.of("fixer"))
 
 
-def test_critic_verdict_counts_and_a_missing_one_is_skipped(tmp_path: Path) -> None:
+async def test_critic_verdict_counts_and_a_missing_one_is_skipped(tmp_path: Path) -> None:
     """The critic's findings go to the mending agent; its reply is not cut by the client's sampling."""
     plan = {**CHECKED, "check": ["json", {"kind": "agent", "agent": "critic", "temperature": 0.0}], "mend": "fixer"}
     verdicts = ['{"right": false, "findings": ["the hall was meant"]}', '{"right": true, "findings": []}']
     replies = FakeReplies(home='{"room": "attic"}', critic=verdicts, fixer='{"room": "hall"}')
-    said = ask(planned(tmp_path, plan), replies, asked("checked", sampling={"temperature": 0.9, "max_tokens": 5}))
+    said = await ask(
+        planned(tmp_path, plan), replies, asked("checked", sampling={"temperature": 0.9, "max_tokens": 5})
+    )
     assert said.text == '{"room": "hall"}' and "1 agent found 1" in said.reason
     request = replies.of("critic")[0]
     assert json.loads(request.schema)["required"] == ["right", "findings"]
@@ -185,7 +187,7 @@ def test_critic_verdict_counts_and_a_missing_one_is_skipped(tmp_path: Path) -> N
     assert "the hall was meant" in replies.of("fixer")[0].messages[0]["content"]
     for nothing in ("fine by me", ModelError("it broke", "tune again")):
         replies = FakeReplies(home='{"room": "attic"}', critic=nothing)
-        said = ask(planned(tmp_path, plan), replies, asked("checked"))
+        said = await ask(planned(tmp_path, plan), replies, asked("checked"))
         assert said.text == '{"room": "attic"}'
         assert "no verdict at check.0.1" in said.reason or "critic is left out of check.0.1: it broke" in said.reason
 
@@ -222,7 +224,7 @@ def test_step_input_has_the_declared_parts_and_form(tmp_path: Path) -> None:
     assert set(json.loads(blind["content"])) == {"task", "draft"}
 
 
-def test_failed_step_is_left_out_unless_nothing_remains(tmp_path: Path) -> None:
+async def test_failed_step_is_left_out_unless_nothing_remains(tmp_path: Path) -> None:
     """Request, busy and deadline errors, and a plan without any draft, raise."""
     team = planned(tmp_path, CHECKED)
     for fault in (
@@ -230,31 +232,31 @@ def test_failed_step_is_left_out_unless_nothing_remains(tmp_path: Path) -> None:
         ReplyFailed("c", "ModelError", "a logit is not finite", "tune again"),
     ):
         replies = FakeReplies(home="the hall", fixer=fault)
-        said = ask(team, replies, asked("checked"))
+        said = await ask(team, replies, asked("checked"))
         assert said.text == "the hall" and "fixer" in said.reason and "is left out of mend.1" in said.reason
     with pytest.raises(UnavailableError, match="no step of the plan checked gave anything: it broke") as caught:
-        ask(team, FakeReplies(home=ModelError("it broke", "tune again")), asked("checked"))
+        await ask(team, FakeReplies(home=ModelError("it broke", "tune again")), asked("checked"))
     assert caught.value.remedy
     for error in (RequestError("too long", "less"), BusyError("full", "later"), DeadlineError("late", "more")):
         with pytest.raises(type(error), match=error.problem):
-            ask(team, FakeReplies(home=error), asked("checked"))
+            await ask(team, FakeReplies(home=error), asked("checked"))
 
 
-def test_sequence_passes_drafts_on_and_skips_failed_steps(tmp_path: Path) -> None:
+async def test_sequence_passes_drafts_on_and_skips_failed_steps(tmp_path: Path) -> None:
     """The next step gets the request and the last draft."""
     plan = {"name": "chain", "kind": "sequence", "steps": ["english", "home", "polite"]}
     replies = FakeReplies(english="hall light", home=ModelError("it broke", "-"), polite="please: hall light")
-    said = ask(planned(tmp_path, plan), replies, asked("chain", "ljus i hallen"))
+    said = await ask(planned(tmp_path, plan), replies, asked("chain", "ljus i hallen"))
     assert said.text == "please: hall light" and "home is left out of steps.1" in said.reason
     told = json.loads(replies.of("polite")[0].messages[0]["content"])
     assert (told["request"], told["draft"]) == ("ljus i hallen", "hall light")
 
 
-def test_last_step_streams_only_if_the_client_does(tmp_path: Path) -> None:
+async def test_last_step_streams_only_if_the_client_does(tmp_path: Path) -> None:
     """A stream that breaks ends with ReplyFailed; a step that never begins leaves the previous draft."""
     plan = {"name": "chain", "kind": "sequence", "steps": ["home", "polite"]}
     team = planned(tmp_path, plan)
-    said = ask(team, FakeReplies(home="hall light", polite="a b c"), asked("chain", streams=True))
+    said = await ask(team, FakeReplies(home="hall light", polite="a b c"), asked("chain", streams=True))
     assert [piece.text for piece in said.pieces] == ["", "a ", "b ", "c"] and [
         piece.tokens for piece in said.pieces
     ] == [
@@ -264,45 +266,45 @@ def test_last_step_streams_only_if_the_client_does(tmp_path: Path) -> None:
         1,
     ]
     assert said.end == ReplyDone(said.receipt, "stop", 20, 5, 4) and said.reason.endswith("polite@1 answers")
-    whole = ask(team, FakeReplies(home="hall light", polite="a b c"), asked("chain"))
+    whole = await ask(team, FakeReplies(home="hall light", polite="a b c"), asked("chain"))
     assert [piece.text for piece in whole.pieces] == ["a b c"] and whole.end.reply_tokens == 5
     broken = ReplyFailed("c", "ModelError", "it broke", "-")
-    cut = ask(team, FakeReplies(home="hall light", polite=broken), asked("chain", streams=True))
+    cut = await ask(team, FakeReplies(home="hall light", polite=broken), asked("chain", streams=True))
     assert cut.text == "half a " and isinstance(cut.end, ReplyFailed)
-    assert ask(team, FakeReplies(home="hall light", polite=broken), asked("chain")).text == "hall light"
+    assert (await ask(team, FakeReplies(home="hall light", polite=broken), asked("chain"))).text == "hall light"
     refused = FakeReplies(home="hall light", polite=ModelError("it broke", "-"))
-    assert ask(team, refused, asked("chain", streams=True)).text == "hall light"
+    assert (await ask(team, refused, asked("chain", streams=True))).text == "hall light"
 
 
-def test_a_vote_and_a_merge(tmp_path: Path) -> None:
+async def test_a_vote_and_a_merge(tmp_path: Path) -> None:
     voted = {"name": "voted", "kind": "parallel", "members": ["a", "b", "c"]}
     replies = FakeReplies(a='{"room":"attic"}', b='{"room": "hall"}', c='{ "room":"hall" }')
-    said = ask(planned(tmp_path, voted), replies, asked("voted", sampling={"seed": 3}))
+    said = await ask(planned(tmp_path, voted), replies, asked("voted", sampling={"seed": 3}))
     assert said.text == '{"room": "hall"}' and said.reason.endswith("2 of 3 say what b@1 says")
     assert sorted(request.sampling["seed"] for request in replies.asked) == [3, 4, 5]
     tie = FakeReplies(a="Yes.", b="no", c=ModelError("it broke", "-"))
-    said = ask(planned(tmp_path, voted), tie, asked("voted"))
+    said = await ask(planned(tmp_path, voted), tie, asked("voted"))
     assert said.text == "Yes." and "c is left out of members.2: it broke" in said.reason
     merged = {**voted, "name": "merged", "join": {"kind": "merge", "fields": [{"name": "rooms", "rule": "union"}]}}
     replies = FakeReplies(
         a='{"rooms": ["hall"], "on": true}', b='{"rooms": ["attic", "hall"], "on": false}', c='{"on": true}'
     )
-    said = ask(planned(tmp_path, merged), replies, asked("merged"))
+    said = await ask(planned(tmp_path, merged), replies, asked("merged"))
     assert json.loads(said.text) == {"rooms": ["hall", "attic"], "on": True} and "merged from 3 of 3" in said.reason
     strict = json.dumps({"type": "object", "properties": {"rooms": {"maxItems": 1}}})
     replies = FakeReplies(a='{"rooms": ["hall"]}', b='{"rooms": ["attic"]}', c='{"rooms": ["hall"]}')
-    said = ask(planned(tmp_path, merged), replies, asked("merged", schema=strict))
+    said = await ask(planned(tmp_path, merged), replies, asked("merged", schema=strict))
     assert said.text == '{"rooms": ["hall"]}' and "a vote instead of a merge: at $.rooms" in said.reason
     words = FakeReplies(a="x", b="y", c="y")
-    assert ask(planned(tmp_path, merged), words, asked("merged")).text == "y"
+    assert (await ask(planned(tmp_path, merged), words, asked("merged"))).text == "y"
 
 
-def test_a_request_is_divided_answered_and_put_together(tmp_path: Path) -> None:
+async def test_a_request_is_divided_answered_and_put_together(tmp_path: Path) -> None:
     plan = {"name": "divided", "kind": "verify", "plan": "base", "members": ["home", "law"], "answer": "writer"}
     parts = {"parts": [{"agent": "law", "task": "how high is a railing?"}, {"agent": "home", "task": "light on"}]}
     replies = FakeReplies(base=json.dumps(parts), law="1.1 m", home="on", writer="It is on; 1.1 m.")
     team = planned(tmp_path, plan)
-    said = ask(team, replies, asked("divided"))
+    said = await ask(team, replies, asked("divided"))
     assert said.text == "It is on; 1.1 m."
     assert json.loads(replies.of("base")[0].schema)["properties"]["parts"]["items"]["properties"]["agent"] == {
         "enum": ["home", "law"]
@@ -313,29 +315,29 @@ def test_a_request_is_divided_answered_and_put_together(tmp_path: Path) -> None:
     without = FakeReplies(
         base=json.dumps(parts), law=ModelError("it broke", "-"), home="on", writer=ModelError("it broke", "-")
     )
-    said = ask(team, without, asked("divided"))
+    said = await ask(team, without, asked("divided"))
     assert (
         said.text == "on"
         and "law is left out of parts.0" in said.reason
         and "writer is left out of answer" in said.reason
     )
     whole = FakeReplies(base="no idea", home="on")
-    said = ask(team, whole, asked("divided"))
+    said = await ask(team, whole, asked("divided"))
     assert said.text == "on" and "not divided: all of it is for home" in said.reason
     assert whole.of("home")[0].messages == asked("divided").messages
     joined = planned(tmp_path, {name: value for name, value in plan.items() if name != "answer"})
     assert isinstance(joined.plans[0], DividedPlan)
     replies = FakeReplies(base=json.dumps(parts), law="1.1 m", home="on")
-    assert ask(joined, replies, asked("divided")).text == "1.1 m\n\non"
+    assert (await ask(joined, replies, asked("divided"))).text == "1.1 m\n\non"
     with pytest.raises(RequestError, match="obey no schema"):
-        ask(joined, replies, asked("divided", schema="{}"))
+        await ask(joined, replies, asked("divided", schema="{}"))
 
 
-def test_a_plan_within_a_plan_shares_its_budget_and_its_log(tmp_path: Path) -> None:
+async def test_a_plan_within_a_plan_shares_its_budget_and_its_log(tmp_path: Path) -> None:
     outer = {"name": "outer", "kind": "parallel", "members": ["checked", "base"], "budget": {"depth": 2}}
     replies = FakeReplies(home="x", fixer='{"room": "hall"}', base='{"room":"hall"}')
     team = planned(tmp_path, CHECKED, outer)
-    said = ask(team, replies, asked("outer", openable=frozenset({"outer"})))
+    said = await ask(team, replies, asked("outer", openable=frozenset({"outer"})))
     assert said.text == '{"room": "hall"}' and said.end.prompt_tokens == 30
     lines = [json.loads(line) for line in next((tmp_path / "state/plans").iterdir()).read_text().splitlines()]
     places = {line["step"] for line in lines}
@@ -343,29 +345,29 @@ def test_a_plan_within_a_plan_shares_its_budget_and_its_log(tmp_path: Path) -> N
     assert {request.openable for request in replies.asked} == {None}
 
 
-def test_budgets_of_tokens_and_seconds(tmp_path: Path) -> None:
+async def test_budgets_of_tokens_and_seconds(tmp_path: Path) -> None:
     tight = planned(tmp_path, {**CHECKED, "budget": {"tokens": 20}})
     replies = FakeReplies(home="the hall", fixer=["x y", "z"])
-    said = ask(tight, replies, asked("checked"))
+    said = await ask(tight, replies, asked("checked"))
     assert [request.sampling["max_tokens"] for request in replies.asked] == [20, 8]
     assert "the budget of 20 tokens is used up" in said.reason and said.text == "the hall" and len(replies.asked) == 2
-    own = ask(tight, FakeReplies(home='{"room":"hall"}'), asked("checked", sampling={"max_tokens": 3}))
+    own = await ask(tight, FakeReplies(home='{"room":"hall"}'), asked("checked", sampling={"max_tokens": 3}))
     assert own.text == '{"room":"hall"}'
     slow = planned(tmp_path, {**CHECKED, "mend": {"agent": "fixer", "seconds": 0.05}})
-    said = ask(slow, FakeReplies(home="the hall", fixer=5.0), asked("checked"))
+    said = await ask(slow, FakeReplies(home="the hall", fixer=5.0), asked("checked"))
     assert said.text == "the hall" and "fixer@1 is left out of mend.1: it took longer than 0.05 s" in said.reason
     with pytest.raises(DeadlineError):
-        ask(planned(tmp_path, {**CHECKED, "budget": {"seconds": 0.05}}), FakeReplies(home=5.0), asked("checked"))
+        await ask(planned(tmp_path, {**CHECKED, "budget": {"seconds": 0.05}}), FakeReplies(home=5.0), asked("checked"))
     with pytest.raises(DeadlineError):
-        ask(planned(tmp_path, CHECKED), FakeReplies(home=5.0), asked("checked", deadline_s=0.05))
+        await ask(planned(tmp_path, CHECKED), FakeReplies(home=5.0), asked("checked", deadline_s=0.05))
     assert issubclass(DeadlineError, BudgetError)
 
 
-def test_unsupported_plan_requests_are_refused(tmp_path: Path) -> None:
+async def test_unsupported_plan_requests_are_refused(tmp_path: Path) -> None:
     """Versions that no plan has, closed agents, tools, logprobs and raw text raise; agents pass through."""
     replies = FakeReplies(home="hi")
     team = planned(tmp_path, CHECKED)
-    assert ask(team, replies, asked("home@1")).agent == "home@1"
+    assert (await ask(team, replies, asked("home@1"))).agent == "home@1"
     for request, error in (
         (asked("checked@1"), UnknownAgentError),
         (asked("checked", openable=frozenset({"home"})), KeyRefusedError),
@@ -374,22 +376,22 @@ def test_unsupported_plan_requests_are_refused(tmp_path: Path) -> None:
         (type(asked("checked"))("checked", text="raw"), RequestError),
     ):
         with pytest.raises(error):
-            ask(team, replies, request)
+            await ask(team, replies, request)
     assert len(replies.asked) == 1
 
 
-def test_client_schema_applies_unless_the_step_has_one(tmp_path: Path) -> None:
+async def test_client_schema_applies_unless_the_step_has_one(tmp_path: Path) -> None:
     schema = json.dumps({"type": "object"})
     replies = FakeReplies(home="x", fixer='{"room": "hall"}')
     own = {**CHECKED, "mend": {"agent": "fixer", "schema": ROOMS}}
-    ask(planned(tmp_path, own), replies, asked("checked", schema=schema))
+    await ask(planned(tmp_path, own), replies, asked("checked", schema=schema))
     assert replies.of("home")[0].schema == schema and json.loads(replies.of("fixer")[0].schema) == ROOMS
 
 
-def test_auto_within_a_plan_chooses_among_the_clients_agents(tmp_path: Path) -> None:
+async def test_auto_within_a_plan_chooses_among_the_clients_agents(tmp_path: Path) -> None:
     replies = FakeReplies(auto='{"room": "hall"}')
     opens = frozenset({"checked", "home"})
-    ask(planned(tmp_path, {**CHECKED, "steps": "auto"}), replies, asked("checked", openable=opens))
+    await ask(planned(tmp_path, {**CHECKED, "steps": "auto"}), replies, asked("checked", openable=opens))
     assert replies.asked[0].openable == opens
 
 

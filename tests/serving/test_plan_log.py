@@ -16,8 +16,8 @@ from sartor.serving.plans.plan_steps import StepLogEntry
 from sartor.serving.types import AgentRequest
 
 
-def test_every_step_is_a_line_and_no_word_is_in_it(tmp_path: Path) -> None:
-    rows = logged(tmp_path, planned(tmp_path, PLAN), script())
+async def test_every_step_is_a_line_and_no_word_is_in_it(tmp_path: Path) -> None:
+    rows = await logged(tmp_path, planned(tmp_path, PLAN), script())
     steps = [(row["role"], row["step"], row["agent"], row["outcome"]) for row in rows]
     version = rows[0]["plan"]
     assert steps == [
@@ -55,8 +55,8 @@ def test_old_files_are_removed_when_receipts_are(tmp_path: Path) -> None:
     assert log.lost == 0 and len(list(folder.iterdir())) == 2 and not (folder / "plans-old.jsonl").exists()
 
 
-def test_a_plan_that_declares_it_keeps_the_words(tmp_path: Path) -> None:
-    rows = logged(tmp_path, planned(tmp_path, {**PLAN, "log": "content"}), script())
+async def test_a_plan_that_declares_it_keeps_the_words(tmp_path: Path) -> None:
+    rows = await logged(tmp_path, planned(tmp_path, {**PLAN, "log": "content"}), script())
     assert rows[0]["content"]["asked"]["messages"] == WORDS["messages"] and rows[2]["findings"] == ["it is not JSON"]
     assert rows[-1]["content"]["said"] == '{"on": true}'
 
@@ -72,11 +72,11 @@ def test_a_plan_that_declares_it_keeps_the_words(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_why_of_a_step_that_is_left_out_is_golden(tmp_path: Path, log: str, step: str, answer: str) -> None:
+async def test_why_of_a_step_that_is_left_out_is_golden(tmp_path: Path, log: str, step: str, answer: str) -> None:
     """The error's kind alone, where the plan keeps no words."""
     team = planned(tmp_path, {**PLAN, "log": log})
     with pytest.raises(UnavailableError):
-        logged(tmp_path, team, script(home=ModelError("it broke: twice", "mend it")))
+        await logged(tmp_path, team, script(home=ModelError("it broke: twice", "mend it")))
     rows = list(read_runs(next((tmp_path / "state/plans").iterdir())))[-1]
     assert [(row["step"], row["outcome"], row["why"]) for row in rows] == [
         ("", "asked", ""),
@@ -86,17 +86,17 @@ def test_why_of_a_step_that_is_left_out_is_golden(tmp_path: Path, log: str, step
 
 
 @pytest.mark.parametrize("log", ["digests", "content"])
-def test_a_run_is_made_again_by_the_versions_that_answered(tmp_path: Path, log: str) -> None:
+async def test_a_run_is_made_again_by_the_versions_that_answered(tmp_path: Path, log: str) -> None:
     team = planned(tmp_path, {**PLAN, "log": log})
     schema = json.dumps({"type": "object"})
-    rows = logged(tmp_path, team, script(), schema=schema)
+    rows = await logged(tmp_path, team, script(), schema=schema)
     words = {**WORDS, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}}
     replies = script()
-    done = again(team, rows, replies, words if log == "digests" else None)
+    done = await again(team, rows, replies, words if log == "digests" else None)
     assert done.is_same and done.steps == 5
     assert [request.model for request in replies.asked] == ["home@1", "fixer@1", "critic@1"]
     assert replies.asked[0].sampling == {"seed": 5, "stop": ("END",)} and replies.asked[0].schema
-    other = again(team, rows, script(fixer='{"on": false}'), words if log == "digests" else None)
+    other = await again(team, rows, script(fixer='{"on": false}'), words if log == "digests" else None)
     assert other.differs and (other.differs.step, other.differs.agent, other.differs.what) == (
         "mend.1",
         "fixer@1",
@@ -107,55 +107,55 @@ def test_a_run_is_made_again_by_the_versions_that_answered(tmp_path: Path, log: 
     assert not list(read_runs(next((tmp_path / "state/plans").iterdir())))[1:], "a replay is not logged"
 
 
-def test_replay_names_the_first_difference(tmp_path: Path) -> None:
+async def test_replay_names_the_first_difference(tmp_path: Path) -> None:
     """Another reply and another outcome are differences, also where the replay takes other steps."""
     team = planned(tmp_path, {**PLAN, "log": "content"})
-    rows = logged(tmp_path, team, script())
-    shorter = again(team, rows, script(home='{"on": 1}')).differs
+    rows = await logged(tmp_path, team, script())
+    shorter = (await again(team, rows, script(home='{"on": 1}'))).differs
     assert shorter and (shorter.step, shorter.what, shorter.now) == ("steps.0", "said", '{"on": 1}')
-    gone = again(team, rows, script(fixer=ModelError("it broke", "-"))).differs
+    gone = (await again(team, rows, script(fixer=ModelError("it broke", "-")))).differs
     assert gone and (gone.step, gone.what) == ("mend.1", "outcome")
 
 
-def test_what_was_left_out_is_left_out_again(tmp_path: Path) -> None:
+async def test_what_was_left_out_is_left_out_again(tmp_path: Path) -> None:
     team = planned(tmp_path, {**PLAN, "log": "content"})
-    rows = logged(tmp_path, team, script(fixer=ModelError("it broke", "-")))
+    rows = await logged(tmp_path, team, script(fixer=ModelError("it broke", "-")))
     replies = script()
-    assert again(team, rows, replies).is_same and [request.model for request in replies.asked] == ["home@1"]
+    assert (await again(team, rows, replies)).is_same and [request.model for request in replies.asked] == ["home@1"]
 
 
-def test_steps_side_by_side_are_compared_by_their_places(tmp_path: Path) -> None:
+async def test_steps_side_by_side_are_compared_by_their_places(tmp_path: Path) -> None:
     plan = {"name": "checked", "kind": "parallel", "members": ["base", "home"], "log": "content"}
     team = planned(tmp_path, plan)
 
     def slow(request: AgentRequest) -> str:
         return f"seed {request.sampling['seed']}"
 
-    rows = logged(tmp_path, team, FakeReplies(base=slow, home=slow))
+    rows = await logged(tmp_path, team, FakeReplies(base=slow, home=slow))
     replies = FakeReplies(base=slow, home=slow)
-    assert again(team, rows, replies).is_same
+    assert (await again(team, rows, replies)).is_same
     assert sorted(request.model for request in replies.asked) == ["base", "home@1"]
 
 
-def test_what_cannot_be_made_again_is_said(tmp_path: Path) -> None:
+async def test_what_cannot_be_made_again_is_said(tmp_path: Path) -> None:
     team = planned(tmp_path, PLAN)
-    rows = logged(tmp_path, team, script())
+    rows = await logged(tmp_path, team, script())
     with pytest.raises(ConfigError, match="no words") as caught:
-        again(team, rows, script())
+        await again(team, rows, script())
     assert "--messages" in caught.value.remedy
     with pytest.raises(ArtifactError, match="not those of the run"):
-        again(team, rows, script(), {"messages": [{"role": "user", "content": "light in the attic"}]})
+        await again(team, rows, script(), {"messages": [{"role": "user", "content": "light in the attic"}]})
     changed = planned(tmp_path, {**PLAN, "mend": "base"})
     with pytest.raises(ConfigError, match="declared otherwise"):
-        again(changed, rows, script(), WORDS)
+        await again(changed, rows, script(), WORDS)
     with pytest.raises(ConfigError, match="no plan 'checked'"):
-        again(planned(tmp_path), rows, script(), WORDS)
-    left = again(team, [*rows[:-1], {**rows[-1], "outcome": "cancelled"}], script(), WORDS)
+        await again(planned(tmp_path), rows, script(), WORDS)
+    left = await again(team, [*rows[:-1], {**rows[-1], "outcome": "cancelled"}], script(), WORDS)
     assert not left.is_same and "client left" in left.note
 
 
-def test_a_log_that_is_none_or_not_whole_is_refused(tmp_path: Path) -> None:
-    logged(tmp_path, planned(tmp_path, PLAN), script())
+async def test_a_log_that_is_none_or_not_whole_is_refused(tmp_path: Path) -> None:
+    await logged(tmp_path, planned(tmp_path, PLAN), script())
     (file,) = (tmp_path / "state/plans").iterdir()
     lines = file.read_text().splitlines()
     for number, wrong in enumerate(("{}", lines[0][:40], "\n".join(lines[:3]), "\n".join([lines[0], *lines[2:]]))):

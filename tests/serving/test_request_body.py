@@ -160,26 +160,21 @@ HOSTILE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+async def answers(anyio_backend: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All of them, asked of one server; after each, an honest request."""
     replies = serving.Replies()
-
-    async def main() -> dict[str, Any]:
-        made = serving.team(tmp_path_factory.mktemp("state"))
-        async with serving.client(
-            serving.house(replies=replies), made, **{"content-type": "application/json"}
-        ) as client:
-            found = {}
-            for name, body in HOSTILE.items():
-                path = "/v1/completions" if isinstance(body, dict) and "prompt" in body else COMPLETIONS
-                content = body if isinstance(body, bytes) else json.dumps(body).encode()
-                began = time.process_time()  # of all threads; other processes do not count
-                answer = await client.post(path, content=content)
-                found[name] = (answer, time.process_time() - began)
-                assert (await client.post(COMPLETIONS, json=chat())).status_code == 200, name
-            return {**found, "log": client.log.lines}
-
-    found = asyncio.run(main())
+    made = serving.team(tmp_path_factory.mktemp("state"))
+    found: dict[str, Any] = {}
+    headers = {"content-type": "application/json"}
+    async with serving.client(serving.house(replies=replies), made, **headers) as client:
+        for name, body in HOSTILE.items():
+            path = "/v1/completions" if isinstance(body, dict) and "prompt" in body else COMPLETIONS
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            began = time.process_time()  # of all threads; other processes do not count
+            answer = await client.post(path, content=content)
+            found[name] = (answer, time.process_time() - began)
+            assert (await client.post(COMPLETIONS, json=chat())).status_code == 200, name
+        found["log"] = client.log.lines
     assert len(replies.asked) == len(HOSTILE), "a hostile request reached the house"
     return found
 

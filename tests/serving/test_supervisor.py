@@ -418,22 +418,19 @@ async def test_detach_waits_for_live_calls_and_yields_to_a_new_attach(tmp_path: 
 
 
 async def test_embeddings_survive_a_death(tmp_path: Path) -> None:
-    async def scene() -> None:
-        async with running(tmp_path) as crew:
-            made = await crew.embed(["a", "bc"] * 20 + ["d" * 9000], "base")
-            assert made == EmbeddingResult([[1.0, 1.0], [1.0, 2.0]] * 20 + [[1.0, 9000.0]], 9060)
-            with pytest.raises(SartorError, match="no encoder 'x'"):
-                await crew.embed(["a"], "x")
-            await asyncio.gather(load(crew), pytest_raises(UnavailableError, crew.embed(["DIE"], "base")))
-            restarts = sum(worker["restarts"] for worker in crew.health()["workers"])
-            await pytest_raises(ModelError, crew.embed(["DIE"], "base"))  # no more workers are given to it
-            assert sum(worker["restarts"] for worker in crew.health()["workers"]) <= restarts + 1
-
-    async def pytest_raises(kind: type[Exception], waited: Awaitable[object]) -> None:
-        with pytest.raises(kind):
-            await waited
-
-    await scene()
+    async with running(tmp_path) as crew:
+        made = await crew.embed(["a", "bc"] * 20 + ["d" * 9000], "base")
+        assert made == EmbeddingResult([[1.0, 1.0], [1.0, 2.0]] * 20 + [[1.0, 9000.0]], 9060)
+        with pytest.raises(SartorError, match="no encoder 'x'"):
+            await crew.embed(["a"], "x")
+        deadly = asyncio.ensure_future(crew.embed(["DIE"], "base"))
+        await load(crew)
+        with pytest.raises(UnavailableError):
+            await deadly
+        restarts = sum(worker["restarts"] for worker in crew.health()["workers"])
+        with pytest.raises(ModelError):
+            await crew.embed(["DIE"], "base")  # no more workers are given to it
+        assert sum(worker["restarts"] for worker in crew.health()["workers"]) <= restarts + 1
 
 
 async def test_too_many_deaths_give_up_for_a_while(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,27 +118,22 @@ async def test_failed_tool_costs_only_its_result(tmp_path: Path) -> None:
     """The reason names a tool that hangs or dies, and its server is opened again."""
     made, replies = team(tmp_path), Scripted([[("dies", {})]])
 
-    async def main() -> tuple[AgentReply, str, str]:
-        box = ToolServers(made)
-        await box.start()
-        server = box.of("faq")["slow"].server
-        try:
-            late = await ToolCallingAgent(Scripted([[("slow", {})]]), box, made).open(
-                AgentRequest("faq", ({"role": "user", "content": "q"},), deadline_s=1.0)
-            )
-            answer = await ToolCallingAgent(replies, box, made).open(
-                AgentRequest("faq", ({"role": "user", "content": "q"},))
-            )
-            async with asyncio.timeout(240):
-                while True:
-                    await asyncio.sleep(0.1)
-                    if not any(name == "tools small" for name in box.troubles) and server.is_open:
-                        return answer, late.reason, await server.call("double", {"number": 4}, 120)
-        finally:
-            await box.close()
-
-    answer, late, again = await main()
-    assert "the tool slow took longer than" in late
+    request = AgentRequest("faq", ({"role": "user", "content": "q"},))
+    box = ToolServers(made)
+    await box.start()
+    server = box.of("faq")["slow"].server
+    try:
+        hanging = ToolCallingAgent(Scripted([[("slow", {})]]), box, made)
+        late = await hanging.open(replace(request, deadline_s=1.0))
+        answer = await ToolCallingAgent(replies, box, made).open(request)
+        await asyncio.sleep(0.1)  # until its end is noticed
+        async with asyncio.timeout(240):
+            while "tools small" in box.troubles or not server.is_open:
+                await asyncio.sleep(0.1)
+        again = await server.call("double", {"number": 4}, 120)
+    finally:
+        await box.close()
+    assert "the tool slow took longer than" in late.reason
     assert "the tool dies failed" in answer.reason and again == "8"
 
 
@@ -159,17 +155,15 @@ async def test_tool_url_is_called_with_the_key_of_the_environment(
     monkeypatch.setenv("SMALL_TOKEN", "open sesame")
     monkeypatch.setenv("WRONG_TOKEN", "open barley")
 
-    async def main(port: int) -> list[str]:
-        url, said = f"http://127.0.0.1:{port}/mcp", []
+    said = []
+    with by_http() as (_, port):
         for name in ("SMALL_TOKEN", "WRONG_TOKEN", "NO_TOKEN"):
-            server = McpConnection(ToolServer("small", url=url, token_env=name, timeout_s=120.0), tmp_path)
+            tool_server = ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env=name, timeout_s=120.0)
+            server = McpConnection(tool_server, tmp_path)
             await server.start()
             said.append(await server.call("double", {"number": 21}, 120) if server.is_open else str(server.troubles))
             await server.close()
-        return said
-
-    with by_http() as (_, port):
-        right, wrong, none = await main(port)
+    right, wrong, none = said
     assert right == "42" and "NO_TOKEN is not set" in none
     assert "tools small" in wrong and "barley" not in wrong, wrong
 

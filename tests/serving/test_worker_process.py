@@ -130,12 +130,9 @@ async def test_first_end_of_a_worker_stays() -> None:
 
 
 async def test_question_of_a_worker_that_ended_has_the_text() -> None:
-    async def scenario() -> None:
-        child = await ended("SIGKILL")
-        await child.ask("embed")
-
+    child = await ended("SIGKILL")
     with pytest.raises(WorkerDiedError, match="^crashed: killed by SIGKILL$"):
-        await scenario()
+        await child.ask("embed")
 
 
 async def deaths(how: str) -> tuple[list[Any], dict[str, int]]:

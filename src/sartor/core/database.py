@@ -85,7 +85,13 @@ class Database:
         self._secrets = secrets
         self._is_sqlite = url.get_backend_name() == "sqlite"
         # opening SQLite takes a millisecond; a pooled connection would keep a file open that a restored copy replaced
-        pool: dict[str, Any] = {"poolclass": NullPool} if self._is_sqlite else _server_pool(url)
+        if self._is_sqlite:
+            pool: dict[str, Any] = {"poolclass": NullPool}
+        else:
+            # a Postgres server that stops answering is an error after some seconds, not minutes
+            is_libpq = url.get_driver_name() in ("psycopg", "psycopg2")
+            connect_args = {name: value for name, value in _LIBPQ.items() if is_libpq and name not in url.query}
+            pool = {"pool_pre_ping": True, "pool_size": 4, "connect_args": connect_args}
         self._engine: Engine = create_engine(url, **pool)
         if self._is_sqlite:
             event.listen(self._engine, "connect", _prepare)
@@ -221,32 +227,19 @@ class Database:
             return ArtifactError(
                 f"{subject} is damaged: {message}", f"cp BACKUP {file}; or mv {file} ELSEWHERE, and start anew"
             )
-        if primary == sqlite3.SQLITE_READONLY or (primary == sqlite3.SQLITE_CANTOPEN and not self._is_there()):
+        has_file = Path(self._engine.url.database or "").exists()
+        if primary == sqlite3.SQLITE_READONLY or (primary == sqlite3.SQLITE_CANTOPEN and not has_file):
             return ConfigError(f"{subject} cannot be written to: {message}", "give a directory that can be written to")
         if code in _FULL or primary == sqlite3.SQLITE_FULL or "53100" in str(getattr(error, "sqlstate", "")):
             return MissingError(
                 f"the disk of {subject} is full: {message}; nothing was changed",
                 "df -h shows the full disk; remove files from it, then the same command again",
             )
+        first_command = f"ls -l {file}" if self._is_sqlite else "start the database server"
         return MissingError(
             f"{subject} cannot be used: {message}; nothing was changed",
-            f"ls -l {file}; then the same command again"
-            if self._is_sqlite
-            else "start the database server; then the same command again",
+            f"{first_command}; then the same command again",
         )
-
-    def _is_there(self) -> bool:
-        return Path(self._engine.url.database or "").exists()
-
-
-def _server_pool(url: URL) -> dict[str, Any]:
-    """Return the engine options for Postgres.
-
-    A server that stops answering is an error after some seconds, not minutes.
-    """
-    is_libpq = url.get_driver_name() in ("psycopg", "psycopg2")
-    connect_args = {name: value for name, value in _LIBPQ.items() if is_libpq and name not in url.query}
-    return {"pool_pre_ping": True, "pool_size": 4, "connect_args": connect_args}
 
 
 def scrub_file(file: Path) -> str:
@@ -310,19 +303,21 @@ def _filled(url: str, form: Form) -> tuple[URL, dict[str, str], str]:
         raise ConfigError(f"the URL of the {form.noun} spells out a password", remedy)
     secrets: dict[str, str] = {}
 
+    def look_up(match: re.Match[str]) -> str:
+        name = match[1]
+        secret = os.environ.get(name)
+        if not secret:
+            raise ConfigError(f"the URL of the {form.noun} names ${{{name}}}, which is not set", f"export {name}=...")
+        secrets[name] = secret
+        return secret
+
     def fill(part: str) -> str:
-        return _NAME.sub(lambda name: secrets.setdefault(name[1], _environment(name[1], form)), part)
+        return _NAME.sub(look_up, part)
 
     parts = {part: fill(value) for part in _PARTS if (value := getattr(parsed, part))}
     query = {key: fill(value) if isinstance(value, str) else value for key, value in parsed.query.items()}
     filled = URL.create(parsed.drivername, port=parsed.port, query=query, **parts)
     return filled, secrets, url
-
-
-def _environment(name: str, form: Form) -> str:
-    if not (value := os.environ.get(name)):
-        raise ConfigError(f"the URL of the {form.noun} names ${{{name}}}, which is not set", f"export {name}=...")
-    return value
 
 
 def run_revisions() -> None:

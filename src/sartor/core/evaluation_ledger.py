@@ -99,7 +99,7 @@ def record_evaluation(adapter_id: str, row_ids: Iterable[str], split: str) -> Ch
     evaluation must not be lost. Raises ArtifactError for a damaged ledger.
     """
     ids = set(row_ids)
-    marks = {_mark(row_id) for row_id in ids}
+    marks = {hashlib.sha256(row_id.encode()).hexdigest()[:MARK_DIGITS] for row_id in ids}
     now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     row_digest = digest_rows(ids)
     line: dict[str, Any] = {
@@ -126,7 +126,3 @@ def record_evaluation(adapter_id: str, row_ids: Iterable[str], split: str) -> Ch
         since=min(other["time"] for other in lines)[:10],
         problem=problem,
     )
-
-
-def _mark(row_id: str) -> str:
-    return hashlib.sha256(row_id.encode()).hexdigest()[:MARK_DIGITS]

@@ -82,7 +82,9 @@ def locate_base(name: str, revision: str = "", licence: str = "") -> BaseRef:
     if name in (STARTER, WHISPER):
         entry = assets.entry(name)
         identity = digest({"asset": [file.sha256 for file in entry.files], "converter": CONVERTER_VERSION})
-        return BaseRef(name, folder("bases") / f"{name}-{identity[:12]}", identity, licence or entry.licence)
+        return BaseRef(
+            name, path=folder("bases") / f"{name}-{identity[:12]}", digest=identity, licence=licence or entry.licence
+        )
     if not name:
         raise ModelError("there is no base '': the name is empty", "base: starter")
     path = Path(name).expanduser()
@@ -120,7 +122,7 @@ def _local(name: str, path: Path, licence: str) -> BaseRef:
             f"only pickled weights ({pickled[0].name}), which can run code when read" if pickled else "no weights"
         )
         raise ModelError(f"{path} holds {weights}", "save the model with safetensors (`save_pretrained` does)")
-    return BaseRef(name, path, files_digest(path), licence or _stated_licence(path))
+    return BaseRef(name, path=path, digest=files_digest(path), licence=licence or _stated_licence(path))
 
 
 def _from_gguf(file: Path, licence: str) -> BaseRef:
@@ -133,7 +135,13 @@ def _from_gguf(file: Path, licence: str) -> BaseRef:
     stated_licence = _spdx(gguf_header.read_head(file).metadata.get("general.license"))
     identity = gguf_digest(remembered_digest(file))
     stem = re.sub(r"[^\w.-]", "-", file.stem)
-    return BaseRef(str(file), folder("bases") / f"{stem}-{identity[:12]}", identity, licence or stated_licence, file)
+    return BaseRef(
+        str(file),
+        path=folder("bases") / f"{stem}-{identity[:12]}",
+        digest=identity,
+        licence=licence or stated_licence,
+        gguf=file,
+    )
 
 
 def gguf_digest(sha256: str) -> str:
@@ -315,7 +323,9 @@ def _located(name: str, licence: str) -> TowerRef:
         entry = assets.entry(name)
         identity = digest({"asset": [file.sha256 for file in entry.files], "features": FEATURES_VERSION})
         path = folder("towers") / f"{name}-{identity[:12]}"
-        return TowerRef(name, path, identity, licence or entry.licence, ASSETS[name], name)
+        return TowerRef(
+            name, path=path, digest=identity, licence=licence or entry.licence, modality=ASSETS[name], model=name
+        )
     path = Path(name).expanduser()
     if (
         not name
@@ -334,7 +344,14 @@ def _located(name: str, licence: str) -> TowerRef:
             f"one of {', '.join(ASSETS)}, or a model of a type of {', '.join(MODEL_TYPES)}",
         )
     identity = digest({"files": base.digest, "features": FEATURES_VERSION})
-    return TowerRef(base.name, base.path, identity, base.licence, MODEL_TYPES[model_type], model_type)
+    return TowerRef(
+        base.name,
+        path=base.path,
+        digest=identity,
+        licence=base.licence,
+        modality=MODEL_TYPES[model_type],
+        model=model_type,
+    )
 
 
 def _model_type(path: Path) -> str:

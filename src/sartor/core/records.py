@@ -296,7 +296,15 @@ TEXT_KEPT = 2000  # characters of a row stored in a Drop as evidence
 def drop_of(example: Example, reason: str, detail: str, *, step: str) -> Drop:
     """Return the Drop of an Example: id, location and detail, with the start of its text as evidence."""
     origin = example.origins[0]
-    return Drop(reason, origin.source, origin.locator, detail, step, example.id, text=evidence_text(example))
+    return Drop(
+        reason,
+        source=origin.source,
+        locator=origin.locator,
+        detail=detail,
+        step=step,
+        id=example.id,
+        text=evidence_text(example),
+    )
 
 
 def evidence_text(example: Example) -> str:

@@ -51,9 +51,10 @@ def known(text: str) -> list[str]:
     result = [match.group() for match in KNOWN.finditer(text)]
     # <s>struck out</s> is HTML; an unpaired tag is the beginning or end of a sequence
     if not result and text.count("<s>") != text.count("</s>"):
-        result = [
-            mark for mark, ends in (("<s>", text.lstrip().startswith), ("</s>", text.rstrip().endswith)) if ends(mark)
-        ]
+        if text.lstrip().startswith("<s>"):
+            result.append("<s>")
+        if text.rstrip().endswith("</s>"):
+            result.append("</s>")
     return result
 
 
@@ -175,27 +176,27 @@ def _calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     if position < 0:
         return text, []
     preceding, call_text = text[:position], text[position:].strip()
-    bodies = (
-        _tagged(call_text)
-        if call_text.startswith(_OPEN)
-        else [call_text.removeprefix(_BEGINNINGS[0]).removeprefix(_BEGINNINGS[1])]
-    )
+    if call_text.startswith(_OPEN):
+        bodies = [body.strip() for body in call_text.split(_CLOSE)]
+        if bodies.pop() or not all(body.startswith(_OPEN) for body in bodies):
+            return text, []  # other text stands between the tags
+        bodies = [body.removeprefix(_OPEN) for body in bodies]
+    else:
+        bodies = [call_text.removeprefix(_BEGINNINGS[0]).removeprefix(_BEGINNINGS[1])]
+    values = []
     try:
-        values = [json.loads(body, parse_constant=_no_constant) for body in bodies]
+        for body in bodies:
+            value = json.loads(body, parse_constant=_no_constant)
+            values += value if isinstance(value, list) else [value]
     except (ValueError, RecursionError):
         return text, []
-    calls = [call for value in values for call in (value if isinstance(value, list) else [value])]
-    if not calls or not all(_is_call(call) for call in calls):
+    if not values or not all(_is_call(value) for value in values):
         return text, []
-    return preceding.rstrip("\n"), [_as_openai(call, index) for index, call in enumerate(calls)]
-
-
-def _tagged(text: str) -> list[str]:
-    """Return the bodies between the tags; one invalid body if other text stands between them."""
-    bodies = [body.strip() for body in text.split(_CLOSE)]
-    if bodies.pop() or not all(body.startswith(_OPEN) for body in bodies):
-        return [""]
-    return [body.removeprefix(_OPEN) for body in bodies]
+    calls = []
+    for index, call in enumerate(values):
+        function = {"name": call["name"], "arguments": call.get("arguments", call.get("parameters"))}
+        calls.append({"id": _ID.format(index), "type": "function", "function": function})
+    return preceding.rstrip("\n"), calls
 
 
 def _is_call(call: Any) -> bool:
@@ -207,11 +208,6 @@ def _is_call(call: Any) -> bool:
         "parameters",
         "id",
     }
-
-
-def _as_openai(call: dict[str, Any], index: int) -> dict[str, Any]:
-    arguments = call.get("arguments", call.get("parameters"))
-    return {"id": _ID.format(index), "type": "function", "function": {"name": call["name"], "arguments": arguments}}
 
 
 def is_from_text(calls: Any) -> bool:

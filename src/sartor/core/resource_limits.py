@@ -248,7 +248,7 @@ def run(
                 ["/bin/sh", "-c", script, "sh", *command], env=environment, stdin=stdin, stdout=output, stderr=output
             ) as process,
         ):
-            watch = _Watch(process, memory_holder, limits, start_time, stop)
+            watch = _Watch(process, memory_holder, limits=limits, start_time=start_time, stop=stop)
             try:
                 watch.wait_for_exit()
             finally:
@@ -263,13 +263,13 @@ def run(
         if memory_holder.has_killed():
             watch.killed = "memory"
         return ResourceUsage(
-            memory_holder.name,
-            limits.memory_bytes,
-            watch.peak_bytes,
-            round(time.monotonic() - start_time, 3),
-            round(watch.cpu_s, 3),
-            process.returncode,
-            watch.killed,
+            held_by=memory_holder.name,
+            limit_bytes=limits.memory_bytes,
+            peak_bytes=watch.peak_bytes,
+            wall_s=round(time.monotonic() - start_time, 3),
+            cpu_s=round(watch.cpu_s, 3),
+            exit_code=process.returncode,
+            killed=watch.killed,
         )
     finally:
         memory_holder.close()
@@ -326,13 +326,11 @@ class _Watch:
         start_time: float,
         stop: Callable[[], bool],
     ) -> None:
-        self._process, self._memory_holder, self._limits, self._start_time, self._stop = (
-            process,
-            memory_holder,
-            limits,
-            start_time,
-            stop,
-        )
+        self._process = process
+        self._memory_holder = memory_holder
+        self._limits = limits
+        self._start_time = start_time
+        self._stop = stop
         self.peak_bytes, self.cpu_s = 0, 0.0
         self.killed: Killed = ""
         self._terminated_at = 0.0
@@ -352,11 +350,13 @@ class _Watch:
             if now - self._terminated_at > GRACE_S:
                 self._process.kill()
             return
-        exceeded: list[tuple[Killed, bool]] = [
-            ("wall", 0 < self._limits.wall_s < now - self._start_time),
-            ("cpu", 0 < self._limits.cpu_s < self.cpu_s),
-        ]
-        self.killed = next((name for name, is_over in exceeded if is_over), "stopped" if self._stop() else "")
+        is_stopped = self._stop()
+        if 0 < self._limits.wall_s < now - self._start_time:
+            self.killed = "wall"
+        elif 0 < self._limits.cpu_s < self.cpu_s:
+            self.killed = "cpu"
+        elif is_stopped:
+            self.killed = "stopped"
         if self.killed:
             self._terminated_at = now
             self._process.send_signal(signal.SIGTERM)

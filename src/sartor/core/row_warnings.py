@@ -58,7 +58,12 @@ def dataset_warnings(examples: Iterable[Example]) -> list[DataWarning]:
         )
         fraction = min(0.5, -(-100 * LEAST_GROUPS // len(groups)) / 100)
         warnings.append(DataWarning("few_groups", problem, f"split.eval_fraction: {fraction:g}, or add rows"))
-    return warnings + reply_warnings([_reply(row) for row in rows if not row.is_document])
+    replies = []
+    for row in rows:
+        if not row.is_document:
+            last = row.messages[-1]
+            replies.append(f"{last.text}\n{last.tool_calls}" if last.tool_calls else last.text)
+    return warnings + reply_warnings(replies)
 
 
 def evaluation_warnings(replies: Sequence[str], groups: Sequence[str]) -> list[DataWarning]:
@@ -94,19 +99,12 @@ def reply_warnings(replies: Sequence[str]) -> list[DataWarning]:
     several = [variants for variants in spellings.values() if len(variants) > 1]
     if not several:
         return []
-    examples = "; ".join(
-        " and ".join(f"{_quoted(variant)} ({counts[variant]})" for variant in variants)
-        for variants in several[:_LISTED]
-    )
+    examples = []
+    for variants in several[:_LISTED]:
+        examples.append(" and ".join(f"{_quoted(variant)} ({counts[variant]})" for variant in variants))
     subject = "1 label stands" if len(several) == 1 else f"{len(several)} labels stand"
-    problem = f"{subject} in more than one spelling: {examples}"
+    problem = f"{subject} in more than one spelling: {'; '.join(examples)}"
     return [DataWarning("spellings", problem, f"write each in one spelling, such as {_quoted(several[0][0])}")]
-
-
-def _reply(row: Example) -> str:
-    """Return the target reply of a row, including its tool calls."""
-    last = row.messages[-1]
-    return f"{last.text}\n{last.tool_calls}" if last.tool_calls else last.text
 
 
 def _label_key(reply: str) -> str:

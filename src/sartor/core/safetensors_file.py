@@ -174,7 +174,7 @@ def _tensor(file: Path, name: str, entry: Any, start: int) -> SafetensorsEntry:
         raise ValueError(
             f"{name} of shape {shape} takes {byte_count:,} bytes; its offsets span {offsets[1] - offsets[0]:,}"
         )
-    return SafetensorsEntry(file, name, dtype, tuple(shape), start + offsets[0])
+    return SafetensorsEntry(file, name, dtype=dtype, shape=tuple(shape), start=start + offsets[0])
 
 
 def _counts(value: Any) -> bool:

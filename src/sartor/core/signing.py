@@ -133,7 +133,9 @@ def check(document: bytes, signature_file: Path, trusted: Iterable[Ed25519Public
         signature = json.loads(signature_file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         signature = None
-    return check_signature(document, signature, signature_file, signature_file.parent.name, trusted)
+    return check_signature(
+        document, signature, file=signature_file, subject=signature_file.parent.name, trusted=trusted
+    )
 
 
 def check_signature(

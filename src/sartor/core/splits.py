@@ -104,7 +104,9 @@ def _user_messages(row: Example) -> list[Any]:
 
 def _media(row: Example) -> str:
     """Return a name for the images and recordings in the user turns; empty if there are none."""
-    media = [part.plain() for message in _user_messages(row) for part in message.content if part.media]
+    media: list[Any] = []
+    for message in _user_messages(row):
+        media += [part.plain() for part in message.content if part.media]
     return f"media:{digest(media)[:16]}" if media else ""
 
 

@@ -174,14 +174,13 @@ class NearPairs:
         nonzero_rows = np.flatnonzero(np.abs(self._vectors).sum(1) > 0)
         for rows, neighbours, likeness in nearest(self._vectors, nonzero_rows, self._n_neighbours):
             is_near = likeness >= self._threshold
-            self.crowded += int(is_near.all(1).sum()) if is_near.shape[1] == self._n_neighbours else 0
+            if is_near.shape[1] == self._n_neighbours:
+                self.crowded += int(is_near.all(1).sum())
             near_rows, near_columns = np.nonzero(is_near)
-            columns = (
-                rows[near_rows],
-                neighbours[near_rows, near_columns],
-                np.minimum(likeness[near_rows, near_columns], 1),
-            )
-            for row, other, score in zip(*(column.tolist() for column in columns), strict=True):
+            firsts = rows[near_rows].tolist()
+            others = neighbours[near_rows, near_columns].tolist()
+            scores = np.minimum(likeness[near_rows, near_columns], 1).tolist()
+            for row, other, score in zip(firsts, others, scores, strict=True):
                 a, b = min(row, other), max(row, other)
                 if a * count + b not in yielded:
                     yielded.add(a * count + b)
@@ -191,19 +190,15 @@ class NearPairs:
 def _neighbours_exact(vectors: F32, rows: I64, n_neighbours: int) -> tuple[I64, F32]:
     likeness = vectors[rows] @ vectors.T
     likeness[np.arange(len(rows)), rows] = -2
-    neighbours = (
-        np.argpartition(-likeness, n_neighbours - 1, axis=1)[:, :n_neighbours]
-        if n_neighbours < len(vectors) - 1
-        else _all_but(len(vectors), rows)
-    )
+    if n_neighbours < len(vectors) - 1:
+        neighbours = np.argpartition(-likeness, n_neighbours - 1, axis=1)[:, :n_neighbours]
+    else:
+        all_rows = np.arange(len(vectors), dtype=np.int64)
+        neighbours = np.stack([np.delete(all_rows, row) for row in rows])
     scores = np.take_along_axis(likeness, neighbours, axis=1)
     # ties are ordered by row number, so that the order does not depend on the library
     order = np.lexsort((neighbours, -scores), axis=1)
     return np.take_along_axis(neighbours, order, axis=1), np.take_along_axis(scores, order, axis=1)
-
-
-def _all_but(count: int, rows: I64) -> I64:
-    return np.array([[other for other in range(count) if other != row] for row in rows.tolist()], np.int64)
 
 
 def _graph(vectors: F32) -> Any:

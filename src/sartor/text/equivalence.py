@@ -65,7 +65,14 @@ def words() -> WordLists:
         frozenset(" ".join(lists[name]).split()) for name in ("function", "clitics", "negation")
     )
     phrases = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(lists['phrases'], key=len, reverse=True)))})\b")
-    return WordLists(function, clitics, phrases, negation, tuple(lists["negation_parts"]), opposites)
+    return WordLists(
+        function=function,
+        clitics=clitics,
+        phrases=phrases,
+        negation=negation,
+        negation_parts=tuple(lists["negation_parts"]),
+        opposites=opposites,
+    )
 
 
 Objection = Literal["", "numbers", "negation", "opposite", "swap"]
@@ -106,28 +113,29 @@ class TextReading:
         for mark, word in _MARKS.items():
             folded = folded.replace(mark, f" {word} ")
         folded = words().phrases.sub(" ", folded)
-        tokens = tuple(part for token in _TOKEN.findall(folded) for part in _parts(token))
-        numbers = tuple(token for token in tokens if token[0].isdigit())
-        negations = sum(is_negation(token) for token in tokens) + sum(
-            folded.count(part) for part in words().negation_parts
+        tokens: list[str] = []
+        for token in _TOKEN.findall(folded):
+            if token.endswith("n't") or "'" not in token:  # `don't` stays whole, since it is a negation
+                tokens.append(token)
+                continue
+            # `what's` becomes `what`, `l'eau` becomes `eau`, and `n'est` becomes `ne` and `est`
+            for part in token.split("'"):
+                if part and part not in words().clitics:
+                    tokens.append("ne" if part == "n" else part)
+        negations = sum(is_negation(token) for token in tokens)
+        negations += sum(folded.count(part) for part in words().negation_parts)
+        return cls(
+            tokens=tuple(tokens),
+            stems=tuple(map(stem, tokens)),
+            numbers=tuple(token for token in tokens if token[0].isdigit()),
+            negations=negations,
         )
-        return cls(tokens, tuple(map(stem, tokens)), numbers, negations)
 
     def content(self, weights: Mapping[str, float]) -> list[str]:
         """Return the stems of content words: no function words, and no words of weight 0."""
         function = words().function
         pairs = zip(self.tokens, self.stems, strict=True)
         return [stem for token, stem in pairs if token not in function and weights.get(stem, 1.0)]
-
-
-def _parts(token: str) -> list[str]:
-    """Split a token at apostrophes: `what's` into `what`, `l'eau` into `eau`, `n'est` into `ne` and `est`.
-
-    `don't` stays whole, since it is a negation.
-    """
-    if token.endswith("n't") or "'" not in token:
-        return [token]
-    return ["ne" if part == "n" else part for part in token.split("'") if part and part not in words().clitics]
 
 
 def stem(token: str) -> str:
@@ -244,29 +252,24 @@ def swapped(first: TextReading, second: TextReading, weights: Mapping[str, float
         from rapidfuzz.distance import Levenshtein
     except ImportError:
         raise missing_package("rapidfuzz") from None
-    first, second = sorted(
-        (first, second), key=lambda reading: reading.stems
-    )  # a fixed order, so that the alignment is the same for both orders of the texts
+    # a fixed order, so that the alignment is the same for both orders of the texts
+    first, second = sorted((first, second), key=lambda reading: reading.stems)
     n_words = min(len(first.content(weights)), len(second.content(weights)))
     allowed = LONG_SHARE * n_words if n_words >= LONG else 0.0
     swap_pair: tuple[str, str] | None = None
     for step in Levenshtein.opcodes(first.stems, second.stems):
         if step.tag != "replace":
             continue
-        first_words, second_words = (
-            first.tokens[step.src_start : step.src_end],
-            second.tokens[step.dest_start : step.dest_end],
-        )
+        first_words = first.tokens[step.src_start : step.src_end]
+        second_words = second.tokens[step.dest_start : step.dest_end]
         if against := _against(first_words, second_words):  # opposites at one position: "from A to B", "to A from B"
             return against
-        unmatched = [
-            " ".join(_content(words_here, words_there))
-            for words_here, words_there in ((first_words, second_words), (second_words, first_words))
-        ]
-        size = max(len(text.split()) for text in unmatched)
-        if all(unmatched) and size <= _SWAP:
+        first_only = _content(first_words, second_words)
+        second_only = _content(second_words, first_words)
+        size = max(len(first_only), len(second_only))
+        if first_only and second_only and size <= _SWAP:
             allowed -= size
-            swap_pair = swap_pair or (unmatched[0], unmatched[1])
+            swap_pair = swap_pair or (" ".join(first_only), " ".join(second_only))
     return swap_pair if allowed < 0 else None
 
 
@@ -279,8 +282,9 @@ def _content(tokens: Sequence[str], others: Sequence[str]) -> list[str]:
 def _overlap(first: Sequence[str], second: Sequence[str], weights: Mapping[str, float]) -> float:
     """Return Ruzicka's similarity of two bags of words: sum_w weight min(n1, n2) / sum_w weight max(n1, n2)."""
     first_counts, second_counts = Counter(first), Counter(second)
-    shared, total = (
-        sum(n * weights.get(stem, 1.0) for stem, n in bag.items())
-        for bag in (first_counts & second_counts, first_counts | second_counts)
-    )
-    return shared / total if total else 0.0
+
+    def weigh(bag: Counter[str]) -> float:
+        return sum(n * weights.get(stem, 1.0) for stem, n in bag.items())
+
+    total = weigh(first_counts | second_counts)
+    return weigh(first_counts & second_counts) / total if total else 0.0

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
-from sartor.core.records import Drop, Example, Message, Part, drop_of
+from sartor.core.records import Drop, Example, Message, drop_of
 
 Field = Literal["reply", "replies", "prompt", "system", "all"]
 FIELD_TEXT = "reply (the last), replies (the assistant's turns), prompt (the user's turns), system, or all"
@@ -42,16 +42,19 @@ def is_chosen(field: str, index: int, example: Example) -> bool:
     """Return whether a field includes message number `index`."""
     if field == "all":
         return True
-    return index == len(example.messages) - 1 if field == "reply" else example.messages[index].role == _ROLES[field]
+    if field == "reply":
+        return index == len(example.messages) - 1
+    return example.messages[index].role == _ROLES[field]
 
 
 def texts(example: Example, field: str) -> list[str]:
     """Return the non-blank texts of a field, in order."""
-    return [
-        text
-        for index, message in enumerate(example.messages)
-        if is_chosen(field, index, example) and (text := message.text).strip()
-    ]
+    result = []
+    for index, message in enumerate(example.messages):
+        text = message.text if is_chosen(field, index, example) else ""
+        if text.strip():
+            result.append(text)
+    return result
 
 
 def rewritten(example: Example, change: Callable[[str], str], field: str, step: str) -> Example | Drop:
@@ -82,15 +85,11 @@ def rewritten(example: Example, change: Callable[[str], str], field: str, step: 
 
 
 def _changed(message: Message, change: Callable[[str], str]) -> Message:
-    parts = tuple(_changed_part(part, change) for part in message.content)
-    return message if _are_same(parts, message.content) else replace(message, content=parts)
-
-
-def _changed_part(part: Part, change: Callable[[str], str]) -> Part:
-    if part.kind != "text":
-        return part
-    text = change(part.text)
-    return part if text == part.text else replace(part, text=text)
+    parts = []
+    for part in message.content:
+        text = change(part.text) if part.kind == "text" else part.text
+        parts.append(part if text == part.text else replace(part, text=text))
+    return message if _are_same(parts, message.content) else replace(message, content=tuple(parts))
 
 
 def _are_same(first: object, second: object) -> bool:

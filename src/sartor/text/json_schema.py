@@ -45,12 +45,11 @@ def _check_depth(fields: dict[str, Any]) -> None:
             raise RequestError(
                 "the JSON Schema sets 'x-guidance', an option of the server's library", "leave 'x-guidance' out"
             )
-        level = [
-            part
-            for item in level
-            for part in (item.values() if isinstance(item, dict) else item)
-            if isinstance(part, dict | list)
-        ]
+        next_level: list[Any] = []
+        for item in level:
+            parts = item.values() if isinstance(item, dict) else item
+            next_level += [part for part in parts if isinstance(part, dict | list)]
+        level = next_level
         if not level:
             return
     raise _too_deep()

@@ -74,7 +74,9 @@ class Objection:
 def terms_of(source: Mapping[str, Any]) -> LicenceTerms:
     """Return the terms in an entry of a manifest's `sources`; keys missing in older manifests get their defaults."""
     values = {field.name: source[field.name] for field in fields(LicenceTerms) if source.get(field.name) is not None}
-    return LicenceTerms(**{**values, "licence": values.get("licence") or UNKNOWN, "use": tuple(values.get("use", ()))})
+    values["licence"] = values.get("licence") or UNKNOWN
+    values["use"] = tuple(values.get("use", ()))
+    return LicenceTerms(**values)
 
 
 def _family(licence: str) -> LicenceFamily:
@@ -87,7 +89,10 @@ def rank(expression: str) -> float:
 
     It is the maximum over the OR alternatives of the minimum over their AND parts.
     """
-    return max(min(_family(licence).rank for licence in item) for item in alternatives(expression))
+    result = 0.0
+    for branch in alternatives(expression):
+        result = max(result, min(_family(licence).rank for licence in branch))
+    return result
 
 
 def combine(licences: Iterable[str]) -> str:
@@ -148,17 +153,14 @@ def base_source(base: Mapping[str, Any]) -> str:
 
 def name_objection(sources: Sequence[Mapping[str, Any]], name: str) -> str:
     """Return why a derived work may not be published under a name; empty if it may."""
-    demanding = sorted(
-        {
-            f"{licence} of {terms.source}"
-            for terms in map(terms_of, sources)
-            for licence in _choose([terms.licence])[terms.licence]
-            if "llama-name" in _family(licence).duties
-        }
-    )
+    demanding = set()
+    for terms in map(terms_of, sources):
+        for licence in _choose([terms.licence])[terms.licence]:
+            if "llama-name" in _family(licence).duties:
+                demanding.add(f"{licence} of {terms.source}")
     if not demanding or name.lower().startswith("llama"):
         return ""
-    return f"{_names(demanding)} demands a name that begins with 'Llama', and {name!r} does not"
+    return f"{_names(sorted(demanding))} demands a name that begins with 'Llama', and {name!r} does not"
 
 
 def objections(sources: Sequence[Mapping[str, Any]], use: str = "commercial", today: str = "") -> list[Objection]:
@@ -168,20 +170,20 @@ def objections(sources: Sequence[Mapping[str, Any]], use: str = "commercial", to
     """
     today = today or datetime.datetime.now(datetime.UTC).date().isoformat()
     findings = []
-    bases = {
-        _family(licence).name
-        for terms in map(terms_of, sources)
-        if terms.source.startswith(_BASE)
-        for branch in alternatives(terms.licence)
-        for licence in branch
-    }
-    for source in sources:
-        terms = terms_of(source)
-        branches = [
-            [reason for licence in sorted(branch) for reason in _objections_to(licence, use, terms, bases)]
-            for branch in sorted(alternatives(terms.licence), key=_preference)
-        ]
-        reasons = min(branches, key=len) + _objections_of(terms, use, today)
+    all_terms = [terms_of(source) for source in sources]
+    bases = set()  # licence families of the tuned model
+    for terms in all_terms:
+        if terms.source.startswith(_BASE):
+            licences = frozenset().union(*alternatives(terms.licence))
+            bases |= {_family(licence).name for licence in licences}
+    for terms in all_terms:
+        reasons_by_branch = []
+        for branch in sorted(alternatives(terms.licence), key=_preference):
+            reasons: list[str] = []
+            for licence in sorted(branch):
+                reasons += _objections_to(licence, use, terms, bases)
+            reasons_by_branch.append(reasons)
+        reasons = min(reasons_by_branch, key=len) + _objections_of(terms, use, today)
         findings += [Objection(terms.source, terms.path, reason) for reason in reasons]
     return list(dict.fromkeys(findings))
 
@@ -267,13 +269,11 @@ def _conflicts_of_terms(all_terms: Sequence[LicenceTerms], chosen: Mapping[str, 
                 limits.setdefault(licence, []).append(terms.source)
             if family.demands_own_terms or terms.share_alike:
                 demands.setdefault(licence, []).append(terms.source)
-                owner_demanded |= set() if family.demands_own_terms else {licence}
+                if not family.demands_own_terms:
+                    owner_demanded.add(licence)
                 # own terms that are both share-alike and non-commercial do not contradict each other
-                free |= (
-                    {licence}
-                    if family.commercial and (family.demands_own_terms or not terms.non_commercial)
-                    else set()
-                )
+                if family.commercial and (family.demands_own_terms or not terms.non_commercial):
+                    free.add(licence)
     labels = {licence: f"{licence} of {_names(names)}" for licence, names in (demands | limits).items()}
     pairs = itertools.combinations(sorted(demands), 2)
     demanding_pairs = [
@@ -281,12 +281,10 @@ def _conflicts_of_terms(all_terms: Sequence[LicenceTerms], chosen: Mapping[str, 
         for first, second in pairs
         if {first, second} & owner_demanded and not _common_target([first, second])
     ]
-    strict = [
-        (licence, limit)
-        for licence in sorted(free)
-        for limit in sorted(limits)
-        if licence in owner_demanded or limit == "the terms"
-    ]
+    strict = []
+    for licence, limit in itertools.product(sorted(free), sorted(limits)):
+        if licence in owner_demanded or limit == "the terms":
+            strict.append((licence, limit))
     return [_EACH.format(a=labels[first], b=labels[second]) for first, second in demanding_pairs] + [
         _LIMITS.format(a=labels[licence], b=labels[limit]) for licence, limit in strict
     ]
@@ -318,14 +316,15 @@ def _clashes(licences: frozenset[str]) -> list[tuple[str, str, str]]:
 def _common_target(licences: Sequence[str]) -> bool:
     """Return whether one licence satisfies all of these share-alike ones."""
     bases = [without_exception(licence) for licence in licences]
-    return any(all(accepts(licence, target) for licence in bases) for base in bases for target in targets(base))
+    candidates = {target for base in bases for target in targets(base)}
+    return any(all(accepts(licence, target) for licence in bases) for target in candidates)
 
 
 def duties_by_licence(sources: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Obligation, ...]]:
     """Return the duties of each licence under which these sources are used."""
     all_terms = [terms_of(source) for source in sources]
     chosen = _choose(terms.licence for terms in all_terms)
-    licences = sorted({licence for terms in all_terms for licence in chosen[terms.licence]})
+    licences = sorted(frozenset().union(*(chosen[terms.licence] for terms in all_terms)))
     return {licence: _family(licence).duties for licence in licences}
 
 

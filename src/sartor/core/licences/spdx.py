@@ -8,6 +8,7 @@ anything, for licences in manifests and model cards.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from functools import cache
 from typing import Any
@@ -132,16 +133,19 @@ def _alternatives(tree: Any) -> Alternatives | None:
         return None
     operands = [part for part in parts if part is not None]
     if " OR " in tree.operator:
-        branches = [item for part in operands for item in part]
+        branches = list(itertools.chain.from_iterable(operands))
     else:
         branches = [frozenset()]
         for part in operands:
-            branches = [branch | extra for branch in branches for extra in part]
+            branches = [branch | extra for branch, extra in itertools.product(branches, part)]
             if len(branches) > MOST_ALTERNATIVES:
                 return None
     unique = dict.fromkeys(branches)
-    smallest = tuple(branch for branch in unique if not any(extra < branch for extra in unique))
-    return smallest if len(smallest) <= MOST_ALTERNATIVES else None
+    smallest = []
+    for branch in unique:
+        if not any(other < branch for other in unique):
+            smallest.append(branch)
+    return tuple(smallest) if len(smallest) <= MOST_ALTERNATIVES else None
 
 
 def _as_ref(licence: str) -> str:

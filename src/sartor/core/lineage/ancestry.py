@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -40,7 +39,12 @@ def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
     example = origin_index.whole_id(column(index, "id"), example)
     is_match = numbers(pc.is_in(column(index, "id"), value_set=to_string_array([example])))
     if not is_match.any():
-        raise ConfigError(f"{path.name} has no example {example!r}", _why_absent(dataset, example))
+        drops = _drops(dataset, "id", [example])
+        if drops:
+            remedy = f"it was dropped: {drops[0]['reason']} at {drops[0]['locator']}"
+        else:
+            remedy = f"the `id` column of {dataset.path / 'examples'} has them"
+        raise ConfigError(f"{path.name} has no example {example!r}", remedy)
     position = int(numbers(column(index, "row"))[np.flatnonzero(is_match)[0]])
     row = _row(dataset, position)
     if (digest := example_of(row).id) != example:
@@ -49,12 +53,15 @@ def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
             f"sartor curate RECIPE --out {path} --replace",
         )
     fields: dict[str, Any] = {name: row[name] for name in ("split", "group", "weight", "steps") if name in row}
+    parents: list[str] = []
+    for origin in row["origins"]:
+        parents += origin["parents"]
     return {
         "dataset": str(path),
         "id": example,
         **fields,
         "origins": row["origins"],
-        "ancestors": _ancestors(dataset, index, [parent for origin in row["origins"] for parent in origin["parents"]]),
+        "ancestors": _ancestors(dataset, index, parents),
         "changes": _changes(dataset, example),
         "made_from_it": _made_from(index, example),
         "duplicates": _drops(dataset, "kept", [example]),
@@ -97,27 +104,30 @@ def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[di
         origins: dict[str, list[dict[str, Any]]] = {}
         for origin in index.take(to_index_array(np.flatnonzero(is_member))).to_pylist():
             origins.setdefault(origin["id"], []).append(origin)
-        drops = {
-            drop["id"]: drop
-            for drop in _drops(dataset, "id", [identity for identity in level if identity not in origins])
-        }
+        absent = [identity for identity in level if identity not in origins]
+        drops = {drop["id"]: drop for drop in _drops(dataset, "id", absent)}
+        next_level: dict[str, None] = {}
         for item in level:
-            state = f"dropped: {drops[item]['reason']}" if item in drops else "kept" if item in origins else ABSENT
-            records = [*origins.get(item, []), *([drops[item]] if item in drops else [])]
-            locations = [{"source": origin["source"], "locator": origin["locator"]} for origin in records]
-            parent_ids = [parent for origin in origins.get(item, []) for parent in origin["parents"]]
+            records = list(origins.get(item, []))
+            parent_ids: list[str] = []
+            for origin in records:
+                parent_ids += origin["parents"]
+            state = "kept" if records else ABSENT
+            if item in drops:
+                state = f"dropped: {drops[item]['reason']}"
+                records.append(drops[item])
+            locations = [{"source": record["source"], "locator": record["locator"]} for record in records]
             result.append({"id": item, "state": state, "origins": locations, "parents": parent_ids})
-        parent_ids = [parent for entry in result[-len(level) :] for parent in entry["parents"]]
-        level = [identity for identity in dict.fromkeys(parent_ids) if identity not in visited]
+            next_level |= dict.fromkeys(parent_ids)
+        level = [identity for identity in next_level if identity not in visited]
     return result
 
 
 def _made_from(index: Any, example: str) -> list[str]:
     """Return the ids of the Examples that name this one as a parent, each once."""
     parents = column(index, "parents")
-    positions = numbers(pc.list_parent_indices(parents))[
-        numbers(pc.is_in(pc.list_flatten(parents), value_set=to_string_array([example])))
-    ]
+    is_match = numbers(pc.is_in(pc.list_flatten(parents), value_set=to_string_array([example])))
+    positions = numbers(pc.list_parent_indices(parents))[is_match]
     result: list[str] = column(index, "id").take(to_index_array(np.unique(positions))).unique().to_pylist()
     return result
 
@@ -130,9 +140,8 @@ def _changes(dataset: Artifact, example: str) -> list[str]:
     with pq.ParquetFile(dataset.path / COPIES) as parquet:
         table = parquet.read(["id", "step", "changes"])
     is_match = numbers(pc.is_in(column(table.combine_chunks(), "id"), value_set=to_string_array([example])))
-    return [
-        f"{row['step']}, {row['changes']}" for row in table.take(to_index_array(np.flatnonzero(is_match))).to_pylist()
-    ]
+    rows = table.take(to_index_array(np.flatnonzero(is_match))).to_pylist()
+    return [f"{row['step']}, {row['changes']}" for row in rows]
 
 
 def _drops(dataset: Artifact, key: str, ids: Sequence[str]) -> list[dict[str, Any]]:
@@ -140,39 +149,28 @@ def _drops(dataset: Artifact, key: str, ids: Sequence[str]) -> list[dict[str, An
 
     Their text is left out: it may be content that a step removed.
     """
+    if not ids:
+        return []
     rows: list[dict[str, Any]] = []
     value_set = to_string_array(ids)
-    for file in origin_index.example_files(dataset, "drops/") if ids else []:
+    for file in origin_index.example_files(dataset, "drops/"):
         check_file(dataset, file.relative_to(dataset.path).as_posix())
         with pq.ParquetFile(file) as parquet:
             names = [name for name in parquet.schema_arrow.names if name not in ("text", "kept")]
             for group in range(parquet.num_row_groups):
-                is_match = numbers(
-                    pc.is_in(_chunk(parquet.read_row_group(group, columns=[key]), key), value_set=value_set)
-                )
+                keys = parquet.read_row_group(group, columns=[key]).combine_chunks()
+                is_match = numbers(pc.is_in(column(keys, key), value_set=value_set))
                 if is_match.any():
-                    rows += (
-                        parquet.read_row_group(group, columns=names)
-                        .take(to_index_array(np.flatnonzero(is_match)))
-                        .to_pylist()
-                    )
+                    table = parquet.read_row_group(group, columns=names)
+                    rows += table.take(to_index_array(np.flatnonzero(is_match))).to_pylist()
     return rows
-
-
-def _chunk(table: Any, name: str) -> Any:
-    return column(pa.table({name: table[name].combine_chunks()}), name)
-
-
-def _why_absent(dataset: Artifact, example: str) -> str:
-    drops = _drops(dataset, "id", [example])
-    if drops:
-        return f"it was dropped: {drops[0]['reason']} at {drops[0]['locator']}"
-    return f"the `id` column of {dataset.path / 'examples'} has them"
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message without its empty columns."""
-    content = [{name: value for name, value in part.items() if value is not None} for part in message["content"]]
+    content = []
+    for part in message["content"]:
+        content.append({name: value for name, value in part.items() if value is not None})
     fields = {name: value for name, value in message.items() if value and name not in ("role", "content")}
     return {"role": message["role"], "content": content, **fields}
 
@@ -207,7 +205,15 @@ def walk(artifact: Artifact) -> list[Ancestor]:
         seen.add(parent["id"])
         path = catalogue.locate(parent["id"], parent.get("path", ""), str(child.parent / Path(parent["path"]).name))
         if path is None:
-            steps.append(Ancestor(parent["kind"], parent["id"], parent.get("path", ""), UNKNOWN, "moved away"))
+            steps.append(
+                Ancestor(
+                    kind=parent["kind"],
+                    id=parent["id"],
+                    path=parent.get("path", ""),
+                    licence=UNKNOWN,
+                    state="moved away",
+                )
+            )
             continue
         manifest = read_manifest(path)
         state = "opened"
@@ -215,7 +221,15 @@ def walk(artifact: Artifact) -> list[Ancestor]:
             open_artifact(path)
         except ArtifactError as error:
             state = f"changed: {error.problem}"
-        steps.append(Ancestor(manifest["kind"], manifest["id"], str(path), manifest.get("licence", UNKNOWN), state))
+        steps.append(
+            Ancestor(
+                kind=manifest["kind"],
+                id=manifest["id"],
+                path=str(path),
+                licence=manifest.get("licence", UNKNOWN),
+                state=state,
+            )
+        )
         waiting += [(grandparent, path) for grandparent in manifest.get("parents", [])]
     return steps
 
@@ -238,12 +252,10 @@ def training_datasets(artifact: Artifact) -> list[Artifact]:
     tuned = [
         open_artifact(step.path) for step in steps if step.kind in ("adapter", "release") and step.state == "opened"
     ]
-    dataset_ids = {
-        parent["id"]
-        for item in (artifact, *tuned)
-        for parent in item.manifest.get("parents", [])
-        if parent["kind"] == "dataset"
-    }
+    dataset_ids = set()
+    for item in (artifact, *tuned):
+        parents = item.manifest.get("parents", [])
+        dataset_ids |= {parent["id"] for parent in parents if parent["kind"] == "dataset"}
     return [open_artifact(step.path) for step in steps if step.id in dataset_ids and step.state == "opened"]
 
 
@@ -275,11 +287,11 @@ def test_datasets(artifact: Artifact) -> list[Artifact]:
     while level:
         if with_rows := [dataset for dataset in level if test_rows(dataset.manifest)]:
             return with_rows
-        derived = [
-            dataset for dataset in level if any(parent["kind"] == "dataset" for parent in dataset.manifest["parents"])
-        ]
-        parents = {parent.id: parent for dataset in derived for parent in find_parents(dataset, "dataset")}
-        level = list(parents.values())
+        next_level: dict[str, Artifact] = {}
+        for dataset in level:
+            if any(parent["kind"] == "dataset" for parent in dataset.manifest["parents"]):
+                next_level |= {parent.id: parent for parent in find_parents(dataset, "dataset")}
+        level = list(next_level.values())
     return []
 
 

@@ -71,17 +71,14 @@ class Revocation:
 
     def as_json(self) -> dict[str, Any]:
         """Return the command's JSON."""
-        kinds = {
-            "datasets": "dataset",
-            "adapters": "adapter",
-            "reports": "report",
-            "releases": "release",
-            "exports": "export",
-        }
-        descendants = {
-            name: [_without_kind(child) for child in self.made_from_it if child.kind == kind]
-            for name, kind in kinds.items()
-        }
+        descendants: dict[str, list[dict[str, str]]] = {}
+        for kind in ("dataset", "adapter", "report", "release", "export"):
+            descendants[f"{kind}s"] = []
+        for child in self.made_from_it:
+            fields = dataclasses.asdict(child)
+            kind = fields.pop("kind")
+            if f"{kind}s" in descendants:
+                descendants[f"{kind}s"].append(fields)
         return {
             "dataset": str(self.dataset.path),
             "revoked": self.revoked,
@@ -108,15 +105,9 @@ class Revocation:
 def _line(item: str | dict[str, str]) -> str:
     if isinstance(item, str):
         return item
-    return (
-        f"{item['receipt']} of {item['agent']}, {item['created']}"
-        if "receipt" in item
-        else f"{item['path']} ({item['state']})"
-    )
-
-
-def _without_kind(child: Descendant) -> dict[str, str]:
-    return {name: value for name, value in dataclasses.asdict(child).items() if name != "kind"}
+    if "receipt" in item:
+        return f"{item['receipt']} of {item['agent']}, {item['created']}"
+    return f"{item['path']} ({item['state']})"
 
 
 def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocation:
@@ -143,7 +134,13 @@ def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocati
     releases = [child.id for child in descendants if child.kind == "release"]
     replies, receipts = _replies(releases) if releases else ([], [])
     return Revocation(
-        dataset, source or example, graph.ids_of(removed), graph.ids_of(affected), descendants, replies, receipts
+        dataset,
+        revoked=source or example,
+        examples=graph.ids_of(removed),
+        examples_kept=graph.ids_of(affected),
+        made_from_it=descendants,
+        replies=replies,
+        receipts=receipts,
     )
 
 
@@ -178,12 +175,15 @@ def _pairs(dataset: Artifact, files: OriginFiles, source: str) -> set[Pair]:
             f"{source!r} names {len(matches)} files: {', '.join(sorted(matches)[:5])}", f"--source {min(matches)}"
         )
     if not matches:
-        names = sorted({name for pair in pairs for name in (pair[0], origin_index.display_name(*pair))})
+        names = sorted({pair[0] for pair in pairs} | {origin_index.display_name(*pair) for pair in pairs})
         suggestions = difflib.get_close_matches(source, names[:10_000], n=1, cutoff=0.4)
         suffix = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-        remedy = f"--source {suggestions[0] if suggestions else names[0] if names else '...'}"
+        closest = names[0] if names else "..."
+        if suggestions:
+            closest = suggestions[0]
         raise ConfigError(
-            f"{dataset.path.name} knows no source {source!r}; it has {', '.join(names[:5])}{suffix}", remedy
+            f"{dataset.path.name} knows no source {source!r}; it has {', '.join(names[:5])}{suffix}",
+            f"--source {closest}",
         )
     return next(iter(matches.values()))
 
@@ -212,7 +212,14 @@ class _Graph:
     def of(cls, dataset: Artifact, table: Any) -> _Graph:
         row = numbers(column(table, "row"))
         total = np.bincount(row)
-        return cls(dataset, row, total, column(table, "parents"), np.zeros(len(row), bool), np.zeros(len(total), bool))
+        return cls(
+            dataset,
+            row=row,
+            total=total,
+            parents=column(table, "parents"),
+            lost=np.zeros(len(row), bool),
+            removed=np.zeros(len(total), bool),
+        )
 
     def lose_origins(self, mask: Any) -> None:
         """Revoke the origins in `mask`, of shape (M,)."""

@@ -130,7 +130,9 @@ def _languages(datasets: Sequence[Artifact]) -> str:
 def _data_sources(artifact: Artifact, datasets: Sequence[Artifact], sources: Sequence[Mapping[str, Any]]) -> list[str]:
     by_kind: dict[str, list[Mapping[str, Any]]] = {}
     for source in sources:
-        by_kind.setdefault(_kind_of(source["source"]), []).append(source)
+        scheme = source["source"].partition(":")[0]
+        kind = {"hub": "hub", "asset": "hub", "inbox": "inbox", "sql": "sql"}.get(scheme, "file")
+        by_kind.setdefault(kind, []).append(source)
     teachers = {teacher for dataset in datasets if (teacher := dataset.manifest.get("teacher"))}
     synthetic = [dataset for dataset in datasets if "teacher" in dataset.manifest or "ways" in dataset.manifest]
     lines = [
@@ -169,11 +171,6 @@ def _data_sources(artifact: Artifact, datasets: Sequence[Artifact], sources: Seq
     return [*lines, "", "### 2.6 Other sources", "", *_listed([*by_kind.get("file", []), *by_kind.get("sql", [])]), ""]
 
 
-def _kind_of(source: str) -> str:
-    scheme = source.partition(":")[0]
-    return {"hub": "hub", "asset": "hub", "inbox": "inbox", "sql": "sql"}.get(scheme, "file")
-
-
 def _listed(sources: Iterable[Mapping[str, Any]]) -> list[str]:
     lines = []
     for source in sources:
@@ -188,9 +185,11 @@ def _listed(sources: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _processing(datasets: Sequence[Artifact], sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    steps = list(dict.fromkeys(step for dataset in datasets for step in _step_names(dataset)))
+    steps: dict[str, None] = {}  # names in order, each once
     dropped: dict[str, int] = {}
     for dataset in datasets:
+        for step in dataset.manifest.get("recipe", {}).get("steps", []) or []:
+            steps[str(step.get("kind", step) if isinstance(step, Mapping) else step)] = None
         for reason, count in dataset.manifest["counts"].get("dropped", {}).items():
             dropped[reason] = dropped.get(reason, 0) + count
     consents = sorted({source["consent"] for source in sources if source.get("consent")})
@@ -215,8 +214,3 @@ def _processing(datasets: Sequence[Artifact], sources: Sequence[Mapping[str, Any
         f"- {TO_STATE}, or nothing: this part is voluntary",
         "",
     ]
-
-
-def _step_names(dataset: Artifact) -> Iterable[str]:
-    for step in dataset.manifest.get("recipe", {}).get("steps", []) or []:
-        yield str(step.get("kind", step) if isinstance(step, Mapping) else step)

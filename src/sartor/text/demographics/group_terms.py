@@ -138,17 +138,19 @@ def _names(text: str) -> Iterator[Mention]:
     of_surname: dict[str, str] = {}
     for match in pattern.finditer(text):
         group, index = first[match[1]]
-        yield Mention(group, match.start(1), match.end(1), match[1], "first", index)
+        yield Mention(group, start=match.start(1), end=match.end(1), text=match[1], form="first", index=index)
         if match[2]:
             of_surname.setdefault(match[2], group)
-    for surname_match in re.finditer(rf"\b(?:{_any(list(of_surname))})\b(?!-)", text) if of_surname else ():
+    if not of_surname:
+        return
+    for surname_match in re.finditer(rf"\b(?:{_any(list(of_surname))})\b(?!-)", text):
         yield Mention(
             of_surname[surname_match[0]],
-            surname_match.start(),
-            surname_match.end(),
-            surname_match[0],
-            "last",
-            last[surname_match[0]][1],
+            start=surname_match.start(),
+            end=surname_match.end(),
+            text=surname_match[0],
+            form="last",
+            index=last[surname_match[0]][1],
         )
 
 
@@ -232,9 +234,9 @@ def _ages(text: str) -> Iterator[Mention]:
         term = text[start:end]
         if not term.isdigit():
             group = "young" if term in (*words["young"], *words["decades_young"]) else "older"
-            yield Mention(group, start, end, term, "decade" if match.lastindex == 7 else "word")
+            yield Mention(group, start=start, end=end, text=term, form="decade" if match.lastindex == 7 else "word")
         elif int(term) >= ADULT:  # ages of children are left alone
-            yield Mention("young" if int(term) < OLDER else "older", start, end, term, "number")
+            yield Mention("young" if int(term) < OLDER else "older", start=start, end=end, text=term, form="number")
 
 
 def _swap_age(text: str, to: str) -> str | None:
@@ -263,10 +265,11 @@ def _nationality() -> tuple[re.Pattern[str], dict[str, list[tuple[str, str]]]]:
     for group, (adjective, noun, *countries) in lexicon()["nationality"].items():
         for word, form in [(adjective, "adjective"), (noun, "noun"), *((country, "country") for country in countries)]:
             words.setdefault(word, []).append((group, form))
-    of = {
-        form: _any([word for word, readings in words.items() if form in {item[1] for item in readings}])
-        for form in _FORMS
-    }
+    words_of: dict[str, list[str]] = {form: [] for form in _FORMS}
+    for word, readings in words.items():
+        for form in {form for _, form in readings}:
+            words_of[form].append(word)
+    of = {form: _any(form_words) for form, form_words in words_of.items()}
     return re.compile(
         rf"\b({of['adjective']})(?= {_person()}\b| (?:national|citizen|passport|origin|descent|nationality)\b)"
         rf"|{_BE} {_VERY}({of['adjective']})\b(?=\s*(?:[.,;:!?)]|$)|\s+(?:and|or|but|by|who)\b)"
@@ -286,7 +289,7 @@ def _nationalities(text: str) -> Iterator[Mention]:
         form = _FORM_OF_GROUP[match.lastindex or 0]
         start, end = match.span(match.lastindex or 0)
         group = next(group for group, of in words[text[start:end]] if of == form)
-        yield Mention(group, start, end, text[start:end], form)
+        yield Mention(group, start=start, end=end, text=text[start:end], form=form)
 
 
 def _swap_nationality(text: str, to: str) -> str | None:
@@ -311,8 +314,12 @@ def _disability_pattern() -> re.Pattern[str]:
     The forms are: before a noun, after "to be", a verb with a wheelchair, `with` and its noun, `in a wheelchair`.
     """
     lists = lexicon()["disability"]
-    before = _any([before for before, _, _ in lists.values()])
-    after = _any([word for _, single, plural in lists.values() for word in (single, plural)])
+    before_words: list[str] = []
+    after_words: list[str] = []
+    for word_before, single, plural in lists.values():
+        before_words.append(word_before)
+        after_words += [single, plural]
+    before, after = _any(before_words), _any(after_words)
     return re.compile(
         rf"\b({before})(?= {_person()}\b)|{_BE} (?:also |legally |fully )?({after})\b(?! to\b)"
         rf"|\b((?:uses?|used) a wheelchair)\b"
@@ -337,7 +344,7 @@ def _disabilities(text: str) -> Iterator[Mention]:
             group = "none" if term.startswith("without") else "disabled"
         else:
             group = next(group for group, words in lexicon()["disability"].items() if term in words)
-        yield Mention(group, start, end, term, form)
+        yield Mention(group, start=start, end=end, text=term, form=form)
 
 
 def _swap_disability(text: str, to: str) -> str | None:

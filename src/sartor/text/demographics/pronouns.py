@@ -175,6 +175,7 @@ _AND_VERB = re.compile(
     r"\s*,? (?:and|or|but|then|and then)((?: [a-z]+ly| also| often| never| always| still| now| then)*) "
     r"([a-z]+(?:['’]t)?)\b"
 )
+_CLAUSE_END = re.compile(r"[.!?;\n]")
 _VERBS_ALONE = WORDS["verbs_alone"]
 # a noun behind this is about another person than the one whose pronouns change: her son, has a sister
 _OF_SOMEBODY = re.compile(
@@ -197,17 +198,14 @@ def find(text: str, gendered: Gendered) -> Iterator[tuple[str, int, int]]:
     partner (husband).
     """
     text = _EITHER_PATTERN.sub(lambda match: "_" * len(match[0]), text)
-    they = _is_of_one(text)
+    is_about_one = re.search(r"\bthemself\b", text, re.IGNORECASE) or _ONE_PERSON.search(text)
     for match in _PRONOUN.finditer(text):
         group = _ALL[match[1].lower()]
-        if group != "they" or they:
+        if group != "they" or is_about_one:
             yield group, match.start(1), match.end(1)
     for match in _nouns(_key(gendered), False).finditer(text):
-        if (
-            not _OF_SOMEBODY.search(text, *_ahead(match.start()))
-            and (group := _noun_group(match[0], gendered)) != "they"
-        ):
-            yield group, match.start(), match.end()
+        if not _OF_SOMEBODY.search(text, *_ahead(match.start())):
+            yield _noun_group(match[0], gendered), match.start(), match.end()
 
 
 def swap(text: str, to: str, gendered: Gendered) -> str | None:
@@ -235,10 +233,6 @@ def _form(group: str, role: str) -> str:
     return _FORMS[group][_ROLES.index(role)]
 
 
-def _is_of_one(text: str) -> bool:
-    return bool(re.search(r"\bthemself\b", text, re.IGNORECASE) or _ONE_PERSON.search(text))
-
-
 def _role(text: str, start: int, end: int, word: str) -> str:
     """Return the grammatical role of a pronoun."""
     following = _NEXT.match(text, end)
@@ -261,7 +255,11 @@ def _swap_forms(text: str, was: str, to: str) -> str | None:
 
     None if a form is ambiguous.
     """
-    agree = plural_verb if to == "they" else singular_verb if was == "they" else None
+    agree: Callable[[str], str] | None = None  # between he and she, verbs keep their form
+    if to == "they":
+        agree = plural_verb
+    elif was == "they":
+        agree = singular_verb
     out, at = "", 0
     for match in _PRONOUN.finditer(text):
         if at > match.start() or _ALL[match[1].lower()] != was:
@@ -312,12 +310,10 @@ def _verbs(text: str, at: int, agree: Callable[[str], str], has_verb: bool) -> t
     """
     out = ""
     if not has_verb:
-        while (
-            (match := _NEXT.match(text, at))
-            and match[1].lower() in ADVERBS | {"who"}
-            or (match and match[1].endswith("ly"))
-        ):
+        match = _NEXT.match(text, at)
+        while match and (match[1].lower() in ADVERBS | {"who"} or match[1].endswith("ly")):
             out, at = out + match[0], match.end()
+            match = _NEXT.match(text, at)
         if not match:
             return out, at
         out, at = out + " " + agree(match[1]), match.end()
@@ -326,7 +322,8 @@ def _verbs(text: str, at: int, agree: Callable[[str], str], has_verb: bool) -> t
             out += text[at : match.start(2)] + agree(match[2])
             at = match.end()
     if agree is plural_verb:
-        end = min((position for mark in ".!?;\n" if (position := text.find(mark, at)) >= 0), default=len(text))
+        clause_end = _CLAUSE_END.search(text, at)
+        end = clause_end.start() if clause_end else len(text)
         for match in _AND_VERB.finditer(text, at, end):
             if match[2] in _VERBS_ALONE:
                 out, at = out + text[at : match.start(2)] + agree(match[2]), match.end()
@@ -346,15 +343,17 @@ def _agreed(text: str, agree: Callable[[str], str], to: str) -> str:
 
 @functools.cache
 def _nouns(gendered: tuple[tuple[str, ...], ...], with_partners: bool) -> re.Pattern[str]:
-    words = sorted(
-        {word for row in gendered[: None if with_partners else -2] for word in row[:2]}, key=len, reverse=True
-    )
-    return re.compile(rf"(?<![\w-])(?:{'|'.join(words)})(?![\w-])", re.IGNORECASE)
+    words: set[str] = set()
+    for row in gendered if with_partners else gendered[:-2]:
+        words.update(row[:2])
+    alternatives = "|".join(sorted(words, key=len, reverse=True))
+    return re.compile(rf"(?<![\w-])(?:{alternatives})(?![\w-])", re.IGNORECASE)
 
 
 def _key(gendered: Gendered) -> tuple[tuple[str, ...], ...]:
     """Return the rows of the tables, partners last."""
-    return tuple(tuple(row) for table in ("nouns", "titles", "partners") for row in gendered[table])
+    rows = [*gendered["nouns"], *gendered["titles"], *gendered["partners"]]
+    return tuple(tuple(row) for row in rows)
 
 
 def _noun_group(word: str, gendered: Gendered) -> str:
@@ -373,7 +372,12 @@ def _with_nouns(text: str, was: str, to: str, gendered: Gendered) -> str:
         word = match[0].lower()
         row = next(row for row in _key(gendered) if word in (row[0].lower(), row[1].lower()))
         if word in partners:
-            new = row[2] if to == "they" else row[1 if word == row[0] else 0] if was != "they" else word
+            if to == "they":
+                new = row[2]
+            elif was == "they":
+                new = word
+            else:
+                new = row[1] if word == row[0] else row[0]
         elif _noun_group(word, gendered) == was and not _OF_SOMEBODY.search(text, *_ahead(match.start())):
             new = row[GROUPS.index(to)]
         else:

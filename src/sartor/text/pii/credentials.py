@@ -132,7 +132,14 @@ def _issued(normalized: NormalizedText, subtype: str, pattern: re.Pattern[str]) 
             continue  # `sk-learn-contrib-package-name`
         if subtype == "url_credentials" and value.rpartition(":")[2].isdigit() and len(value.rpartition(":")[2]) < 6:
             continue  # a port number
-        yield PiiEntity(match.start(group), match.end(group), "secret", subtype, 0.9 if group else 1.0, value)
+        yield PiiEntity(
+            match.start(group),
+            match.end(group),
+            entity="secret",
+            subtype=subtype,
+            score=0.9 if group else 1.0,
+            value=value,
+        )
 
 
 def _named(normalized: NormalizedText, hint: str) -> Iterator[PiiEntity]:
@@ -144,16 +151,17 @@ def _named(normalized: NormalizedText, hint: str) -> Iterator[PiiEntity]:
         if match and _is_subject(normalized, position, hint):
             value = match["value"].rstrip(".?:")
             called = normalized.at(match.end("value")) == "("  # `password = read_password2()`
-            glued = (
-                normalized.flat[match.end("subject") : match.start("value")] == "="
-            )  # a line of settings: `passwd=letmein`
             score = 0.0 if called else _like_a_secret(match["subject"].lower(), match["link"].lower(), value)
-            score = score or 0.55 * (
-                glued and normalized.at(match.end("value")).isspace() and _is_simple_password(match["subject"], value)
-            )
+            # a line of settings: `passwd=letmein`
+            is_glued = normalized.flat[match.end("subject") : match.start("value")] == "="
+            is_setting = is_glued and normalized.at(match.end("value")).isspace()
+            if not score and is_setting and _is_simple_password(match["subject"], value):
+                score = 0.55
             if score:
                 start = match.start("value")
-                yield PiiEntity(start, start + len(value), "secret", "after_its_name", score, value)
+                yield PiiEntity(
+                    start, start + len(value), entity="secret", subtype="after_its_name", score=score, value=value
+                )
         position = text.find(hint, position + 1)
 
 
@@ -187,9 +195,14 @@ def _like_a_secret(subject: str, link: str, value: str) -> float:
     """
     if len(value) < 4 or _STANDS_FOR.fullmatch(value) or _IDENTIFIER.fullmatch(value):
         return 0.0
-    kinds = sum(1 for test in (str.islower, str.isupper, str.isdigit) if any(test(sign) for sign in value))
-    kinds += any(not sign.isalnum() for sign in value.strip("-_."))
     digit = any(sign.isdigit() for sign in value)
+    has_kind = (  # lower case, upper case, digits, other signs
+        any(sign.islower() for sign in value),
+        any(sign.isupper() for sign in value),
+        digit,
+        any(not sign.isalnum() for sign in value.strip("-_.")),
+    )
+    kinds = sum(has_kind)
     is_password = subject.startswith(("pass", "pw", "kenn", "contra"))
     if (
         is_password

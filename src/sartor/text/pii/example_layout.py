@@ -54,10 +54,10 @@ def leaves(text: str, deep: int = 0) -> tuple[Leaf, ...] | None:
 def _leaf(match: re.Match[str], deep: int) -> Leaf:
     raw = match[0]
     if raw[0] != '"':
-        return Leaf(match.start(), match.end(), raw, False, False)
+        return Leaf(match.start(), match.end(), text=raw, quoted=False, escaped=False)
     text = json.loads(raw, strict=False)
     inner = leaves(text, deep + 1) if deep < DEEPEST and text[:1] in ("{", "[") else None
-    return Leaf(match.start(), match.end(), text, True, "\\u" in raw, inner or ())
+    return Leaf(match.start(), match.end(), text=text, quoted=True, escaped="\\u" in raw, inner=inner or ())
 
 
 def rebuilt(text: str, parts: Sequence[Leaf], changed: dict[int, str]) -> str:
@@ -122,7 +122,8 @@ def lay_out_example(example: Example) -> ExampleLayout:
             slots.append(TextSlot(location, field, text))
             continue
         json[location] = json_leaves
-        slots += [TextSlot(location, field, leaf.text, leaf) for part in json_leaves for leaf in part.plain()]
+        for part in json_leaves:
+            slots += [TextSlot(location, field, leaf.text, leaf) for leaf in part.plain()]
     return ExampleLayout(tuple(slots), json)
 
 
@@ -150,7 +151,11 @@ def _texts(example: Example) -> Iterator[tuple[TextLocation, FieldName, str]]:
         yield ("tools", 0, "", 0), "tools", example.tools
     last = len(example.messages) - 1
     for number, message in enumerate(example.messages):
-        field: FieldName = "system" if message.role == "system" else "reply" if number == last else "prompt"
+        field: FieldName = "prompt"
+        if message.role == "system":
+            field = "system"
+        elif number == last:
+            field = "reply"
         yield from _of_message("messages", number, field, message)
     for number, message in enumerate(example.rejected):
         yield from _of_message("rejected", number, "reply", message)

@@ -56,10 +56,9 @@ class RowEntities:
         slot = self.slot(hit)
         start, end = hit.start, hit.end
         if slot.leaf is not None:  # escapes may change positions within JSON, so the span is that of the whole string
-            outer = next(
-                part for part in self.layout.json[slot.location] if any(leaf is slot.leaf for leaf in part.plain())
-            )
-            start, end = outer.start, outer.end
+            for part in self.layout.json[slot.location]:
+                if any(leaf is slot.leaf for leaf in part.plain()):
+                    start, end = part.start, part.end
         subtype = "" if hit.finding.subtype == hit.finding.entity else f" ({hit.finding.subtype})"
         return f"{hit.finding.entity}{subtype} at {slot.name} {start}-{end}"
 
@@ -82,13 +81,11 @@ def find_in_row(scanner: Scanner, example: Example, *, escapes: bool = False) ->
         hits.append(Hit(number, finding.start - starts[number], finding.end - starts[number], finding))
     for numbers in joints(example, layout):
         across = _across(scanner, layout, numbers)
-        covered = [(hit.slot, hit.start, hit.end) for hit in across]
-        hits = [
-            hit
-            for hit in hits
-            if not any(hit.slot == slot and hit.start < end and start < hit.end for slot, start, end in covered)
-        ]
-        hits += across
+        outside = []
+        for hit in hits:
+            if not any(hit.slot == other.slot and hit.start < other.end and other.start < hit.end for other in across):
+                outside.append(hit)
+        hits = outside + across
     return RowEntities(layout, tuple(sorted(hits, key=lambda hit: (hit.slot, hit.start))))
 
 
@@ -121,7 +118,9 @@ class Placeholders:
         self._numbers: dict[tuple[str, str], int] = {}
         self._last: dict[str, int] = {}
         for text in texts:
-            for match in PLACEHOLDER.finditer(text) if "<" in text else ():
+            if "<" not in text:  # many times faster than the pattern
+                continue
+            for match in PLACEHOLDER.finditer(text):
                 self._last[match[1]] = max(self._last.get(match[1], 0), int(match[2] or 0))
 
     def of(self, finding: PiiEntity) -> str:

@@ -161,117 +161,222 @@ ANY = r"[\s\S]+"
 _ICAO = "CFGHJKLMNPRTVWXYZ"  # letters of documents' numbers (ICAO Doc 9303): none that is taken for another sign
 _DIGIT = "[0-9LMNPQRSTUV]"  # of an Italian code: letters stand for digits where two people's codes would be equal
 NUMBERS = (
-    NationalId("AT", "at_svnr", r"\d{4} ?\d{6}", "at.vnr", r"svnr|sv-?n|sozialvers|versicherungsnummer"),
-    NationalId("AU", "au_medicare", r"[2-6]\d{3} ?\d{5} ?\d", au_medicare, r"medicare"),
-    NationalId("AU", "au_tfn", r"\d{3} ?\d{3} ?\d{3}", "au.tfn", r"tfn|tax file"),
     NationalId(
-        "BE", "be_rn", r"\d\d\.?\d\d\.?\d\d-?\d{3}\.?\d\d", "be.nn", r"rijksreg|registre nat|niss|insz", r".*\..*-"
+        "AT", "at_svnr", form=r"\d{4} ?\d{6}", check="at.vnr", words=r"svnr|sv-?n|sozialvers|versicherungsnummer"
     ),
-    NationalId("BR", "br_cpf", r"\d{3}\.?\d{3}\.?\d{3}-?\d\d", "br.cpf", r"cpf\b", r".*\..*-"),
+    NationalId("AU", "au_medicare", form=r"[2-6]\d{3} ?\d{5} ?\d", check=au_medicare, words=r"medicare"),
+    NationalId("AU", "au_tfn", form=r"\d{3} ?\d{3} ?\d{3}", check="au.tfn", words=r"tfn|tax file"),
     NationalId(
-        "CA", "ca_sin", r"[1-79]\d\d([- ]?)\d{3}\1\d{3}", "ca.sin", r"sin\b|social insurance|nas\b|assurance sociale"
+        "BE",
+        "be_rn",
+        form=r"\d\d\.?\d\d\.?\d\d-?\d{3}\.?\d\d",
+        check="be.nn",
+        words=r"rijksreg|registre nat|niss|insz",
+        standalone=r".*\..*-",
     ),
-    NationalId("CH", "ch_ahv", r"756[. ]?\d{4}[. ]?\d{4}[. ]?\d\d", "ch.ssn", r"ahv|avs\b|sozialvers", ANY),
-    NationalId("CL", "cl_rut", r"\d{1,2}\.?\d{3}\.?\d{3}-[\dkK]", "cl.rut", r"rut\b|run\b", r".*\..*\."),
-    NationalId("CN", "cn_id", r"\d{6}(?:19|20)\d{9}[\dXx]", "cn.ric", r"身份证", ANY),
-    NationalId("CZ", "cz_rc", r"\d{6}/\d{3,4}", "cz.rc", r"rodn[ée]", r"\d{6}/\d{4}"),
+    NationalId(
+        "BR", "br_cpf", form=r"\d{3}\.?\d{3}\.?\d{3}-?\d\d", check="br.cpf", words=r"cpf\b", standalone=r".*\..*-"
+    ),
+    NationalId(
+        "CA",
+        "ca_sin",
+        form=r"[1-79]\d\d([- ]?)\d{3}\1\d{3}",
+        check="ca.sin",
+        words=r"sin\b|social insurance|nas\b|assurance sociale",
+    ),
+    NationalId(
+        "CH",
+        "ch_ahv",
+        form=r"756[. ]?\d{4}[. ]?\d{4}[. ]?\d\d",
+        check="ch.ssn",
+        words=r"ahv|avs\b|sozialvers",
+        standalone=ANY,
+    ),
+    NationalId(
+        "CL",
+        "cl_rut",
+        form=r"\d{1,2}\.?\d{3}\.?\d{3}-[\dkK]",
+        check="cl.rut",
+        words=r"rut\b|run\b",
+        standalone=r".*\..*\.",
+    ),
+    NationalId("CN", "cn_id", form=r"\d{6}(?:19|20)\d{9}[\dXx]", check="cn.ric", words=r"身份证", standalone=ANY),
+    NationalId("CZ", "cz_rc", form=r"\d{6}/\d{3,4}", check="cz.rc", words=r"rodn[ée]", standalone=r"\d{6}/\d{4}"),
     NationalId(
         "DE",
         "de_health",
-        r"[A-Za-z]\d{9}",
-        de_health,
-        r"krankenvers|krankenkasse|versicherten|kvnr|gesundheitskarte|egk\b|gkv\b",
+        form=r"[A-Za-z]\d{9}",
+        check=de_health,
+        words=r"krankenvers|krankenkasse|versicherten|kvnr|gesundheitskarte|egk\b|gkv\b",
     ),
     NationalId(
         "DE",
         "de_id_card",
-        rf"[{_ICAO}][{_ICAO}0-9]{{8}}\d?",
-        de_document,
-        r"ausweis|dokumentennummer|seriennummer|npa\b|identity card",
+        form=rf"[{_ICAO}][{_ICAO}0-9]{{8}}\d?",
+        check=de_document,
+        words=r"ausweis|dokumentennummer|seriennummer|npa\b|identity card",
     ),
     NationalId(
         "DE",
         "de_insurance",
-        r"\d{2} ?\d{6} ?[A-Za-z] ?\d{3}",
-        de_insurance,
-        r"versicherungs|rvnr|svnr|sv-nummer|renten|drv\b",
-        ANY,
+        form=r"\d{2} ?\d{6} ?[A-Za-z] ?\d{3}",
+        check=de_insurance,
+        words=r"versicherungs|rvnr|svnr|sv-nummer|renten|drv\b",
+        standalone=ANY,
     ),
     NationalId(
         "DE",
         "de_passport",
-        rf"[{_ICAO}][{_ICAO}0-9]{{8}}\d?",
-        de_document,
-        r"reisepass|passport|pass-?(?:nummer|nr)|dokumentennummer|mrz\b",
+        form=rf"[{_ICAO}][{_ICAO}0-9]{{8}}\d?",
+        check=de_document,
+        words=r"reisepass|passport|pass-?(?:nummer|nr)|dokumentennummer|mrz\b",
     ),
-    NationalId("DE", "de_tax_id", r"[1-9]\d(?: ?\d{3}){3}", "de.idnr", r"steuer|idnr|tin\b|bzst"),
-    NationalId("DK", "dk_cpr", r"\d{6}-?\d{4}", "dk.cpr", r"cpr\b|personnummer", r".*-"),
-    NationalId("ES", "es_nie", r"[XYZxyz]\d{7}-?[A-Za-z]", "es.nie", r"nie\b|extranjero", r"[XYZ]\d{7}-?[A-Z]$"),
+    NationalId("DE", "de_tax_id", form=r"[1-9]\d(?: ?\d{3}){3}", check="de.idnr", words=r"steuer|idnr|tin\b|bzst"),
+    NationalId("DK", "dk_cpr", form=r"\d{6}-?\d{4}", check="dk.cpr", words=r"cpr\b|personnummer", standalone=r".*-"),
     NationalId(
-        "ES", "es_nif", r"\d{7,8}-?[A-Za-z]", es_dni, r"dni\b|nif\b|documento nacional|identificaci", r"\d{8}-?[A-Z]$"
+        "ES",
+        "es_nie",
+        form=r"[XYZxyz]\d{7}-?[A-Za-z]",
+        check="es.nie",
+        words=r"nie\b|extranjero",
+        standalone=r"[XYZ]\d{7}-?[A-Z]$",
+    ),
+    NationalId(
+        "ES",
+        "es_nif",
+        form=r"\d{7,8}-?[A-Za-z]",
+        check=es_dni,
+        words=r"dni\b|nif\b|documento nacional|identificaci",
+        standalone=r"\d{8}-?[A-Z]$",
     ),
     NationalId(
         "FI",
         "fi_hetu",
-        r"\d{6}[-+A-FU-Ya-fu-y]\d{3}[0-9A-Ya-y]",
-        "fi.hetu",
-        r"hetu|henkil[öo]tunnus|personbeteck",
-        ANY,
+        form=r"\d{6}[-+A-FU-Ya-fu-y]\d{3}[0-9A-Ya-y]",
+        check="fi.hetu",
+        words=r"hetu|henkil[öo]tunnus|personbeteck",
+        standalone=ANY,
     ),
     NationalId(
-        "FR", "fr_nir", r"[12] ?\d\d ?\d\d ?\d[\dAB] ?\d{3} ?\d{3} ?\d\d", "fr.nir", r"nir\b|s[ée]cu|insee", ANY
+        "FR",
+        "fr_nir",
+        form=r"[12] ?\d\d ?\d\d ?\d[\dAB] ?\d{3} ?\d{3} ?\d\d",
+        check="fr.nir",
+        words=r"nir\b|s[ée]cu|insee",
+        standalone=ANY,
     ),
     NationalId(
-        "GB", "gb_nhs", r"\d{3}[- ]?\d{3}[- ]?\d{4}", "gb.nhs", r"nhs\b|national health|health (?:services )?authority"
+        "GB",
+        "gb_nhs",
+        form=r"\d{3}[- ]?\d{3}[- ]?\d{4}",
+        check="gb.nhs",
+        words=r"nhs\b|national health|health (?:services )?authority",
     ),
     NationalId(
-        "GB", "gb_nino", r"(?:[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z]|QQ)(?: ?\d\d){3} ?[A-D]", gb_nino, r"nino?", ANY
+        "GB",
+        "gb_nino",
+        form=r"(?:[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z]|QQ)(?: ?\d\d){3} ?[A-D]",
+        check=gb_nino,
+        words=r"nino?",
+        standalone=ANY,
     ),
-    NationalId("IL", "il_id", r"\d{8}-?\d", "il.idnr", r"teudat|זהות|israeli id"),
-    NationalId("IN", "in_aadhaar", r"\d{4}([- :]?)\d{4}\1\d{4}", "in_.aadhaar", r"a+dh?aa?r|uidai|\buid\b"),
-    NationalId("IN", "in_pan", r"[A-Z]{3}[ABCFGHJLPT][A-Z]\d{4}[A-Z]", "in_.pan", r"\bpan\b", ANY),
+    NationalId("IL", "il_id", form=r"\d{8}-?\d", check="il.idnr", words=r"teudat|זהות|israeli id"),
+    NationalId(
+        "IN", "in_aadhaar", form=r"\d{4}([- :]?)\d{4}\1\d{4}", check="in_.aadhaar", words=r"a+dh?aa?r|uidai|\buid\b"
+    ),
+    NationalId(
+        "IN", "in_pan", form=r"[A-Z]{3}[ABCFGHJLPT][A-Z]\d{4}[A-Z]", check="in_.pan", words=r"\bpan\b", standalone=ANY
+    ),
     NationalId(
         "IT",
         "it_fiscal_code",
-        rf"(?i:[A-Z]{{6}}{_DIGIT}{{2}}[A-EHLMPRST]{_DIGIT}{{2}}[A-Z]{_DIGIT}{{3}}[A-Z])",
-        "it.codicefiscale",
-        r"codice fiscale|c\.?f\.?\b",
-        ANY,
+        form=rf"(?i:[A-Z]{{6}}{_DIGIT}{{2}}[A-EHLMPRST]{_DIGIT}{{2}}[A-Z]{_DIGIT}{{3}}[A-Z])",
+        check="it.codicefiscale",
+        words=r"codice fiscale|c\.?f\.?\b",
+        standalone=ANY,
     ),
     NationalId(
         "KR",
         "kr_rrn",
-        r"\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])-?[1-4]\d{6}",
-        any_number,  # those issued since October 2020 have no check digit
-        r"주민|rrn\b|resident",
-        r"\d{6}-",
+        form=r"\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])-?[1-4]\d{6}",
+        check=any_number,  # those issued since October 2020 have no check digit
+        words=r"주민|rrn\b|resident",
+        standalone=r"\d{6}-",
     ),
-    NationalId("MX", "mx_curp", r"[A-Z][AEIOUX][A-Z]{2}\d{6}[HM][A-Z]{5}[A-Z\d]\d", "mx.curp", r"curp", ANY),
-    NationalId("NG", "ng_nin", r"\d{11}", ng_nin, r"\bnin\b|nimc|nigeria"),
-    NationalId("NL", "nl_bsn", r"\d{3}([ .]?)\d{3}\1\d{3}|\d{4}\.\d\d\.\d{3}", "nl.bsn", r"bsn\b|burgerservice|sofi"),
-    NationalId("NO", "no_fnr", r"\d{6} ?\d{5}", "no.fodselsnummer", r"f[øo]dselsnummer|fnr\b|personnummer", ANY),
-    NationalId("PL", "pl_pesel", r"\d{11}", "pl.pesel", r"pesel"),
-    NationalId("PT", "pt_nif", r"[1-3]\d{2} ?\d{3} ?\d{3}", "pt.nif", r"nif\b|contribuinte"),
-    NationalId("RO", "ro_cnp", r"[1-8]\d{12}", "ro.cnp", r"cnp\b|cod numeric"),
+    NationalId(
+        "MX",
+        "mx_curp",
+        form=r"[A-Z][AEIOUX][A-Z]{2}\d{6}[HM][A-Z]{5}[A-Z\d]\d",
+        check="mx.curp",
+        words=r"curp",
+        standalone=ANY,
+    ),
+    NationalId("NG", "ng_nin", form=r"\d{11}", check=ng_nin, words=r"\bnin\b|nimc|nigeria"),
+    NationalId(
+        "NL",
+        "nl_bsn",
+        form=r"\d{3}([ .]?)\d{3}\1\d{3}|\d{4}\.\d\d\.\d{3}",
+        check="nl.bsn",
+        words=r"bsn\b|burgerservice|sofi",
+    ),
+    NationalId(
+        "NO",
+        "no_fnr",
+        form=r"\d{6} ?\d{5}",
+        check="no.fodselsnummer",
+        words=r"f[øo]dselsnummer|fnr\b|personnummer",
+        standalone=ANY,
+    ),
+    NationalId("PL", "pl_pesel", form=r"\d{11}", check="pl.pesel", words=r"pesel"),
+    NationalId("PT", "pt_nif", form=r"[1-3]\d{2} ?\d{3} ?\d{3}", check="pt.nif", words=r"nif\b|contribuinte"),
+    NationalId("RO", "ro_cnp", form=r"[1-8]\d{12}", check="ro.cnp", words=r"cnp\b|cod numeric"),
     NationalId(
         "SE",
         "se_personnummer",
-        r"(?:\d{2})?\d{6}[-+]?\d{4}",
-        se_personnummer,
-        r"personnummer|pnr\b|samordning|svensk id|personal identity",
-        r"(?:\d{6}|\d{8})[-+]",
+        form=r"(?:\d{2})?\d{6}[-+]?\d{4}",
+        check=se_personnummer,
+        words=r"personnummer|pnr\b|samordning|svensk id|personal identity",
+        standalone=r"(?:\d{6}|\d{8})[-+]",
     ),
-    NationalId("SG", "sg_nric", r"[STFGM]\d{7}[A-Z]", sg_nric, r"nric|\bfin\b", ANY),
-    NationalId("SK", "sk_rc", r"\d{6}/\d{3,4}", "cz.rc", r"rodn[ée]", r"\d{6}/\d{4}"),
-    NationalId("TH", "th_id", r"[1-8](?:-?\d){12}", "th.pin", r"thai(?:land)? (?:national )?id|tnin|บัตร|ประชาชน"),
+    NationalId("SG", "sg_nric", form=r"[STFGM]\d{7}[A-Z]", check=sg_nric, words=r"nric|\bfin\b", standalone=ANY),
+    NationalId("SK", "sk_rc", form=r"\d{6}/\d{3,4}", check="cz.rc", words=r"rodn[ée]", standalone=r"\d{6}/\d{4}"),
     NationalId(
-        "TR", "tr_id", r"[1-9]\d{10}", "tr.tckimlik", r"t\.?c\.? ?(?:kimlik|no\b)|tckn|kimlik|n[üu]fus|turkish id"
+        "TH",
+        "th_id",
+        form=r"[1-8](?:-?\d){12}",
+        check="th.pin",
+        words=r"thai(?:land)? (?:national )?id|tnin|บัตร|ประชาชน",
     ),
-    NationalId("US", "us_itin", r"9\d\d([ -]?)[5-9]\d\1\d{4}", "us.itin", r"itin\b", r"9\d\d-\d\d-"),
-    NationalId("US", "us_ssn", r"\d{3}([ .\-]?)\d{2}\1\d{4}", us_ssn, r"ssns?\b|social\b|ss#", r"\d{3}-\d\d-\d{4}"),
-    NationalId("ZA", "za_id", r"\d{10}[0-2]\d\d", "za.idnr", r"\bid\b|identity|rsa id|south african|smart id"),
+    NationalId(
+        "TR",
+        "tr_id",
+        form=r"[1-9]\d{10}",
+        check="tr.tckimlik",
+        words=r"t\.?c\.? ?(?:kimlik|no\b)|tckn|kimlik|n[üu]fus|turkish id",
+    ),
+    NationalId(
+        "US",
+        "us_itin",
+        form=r"9\d\d([ -]?)[5-9]\d\1\d{4}",
+        check="us.itin",
+        words=r"itin\b",
+        standalone=r"9\d\d-\d\d-",
+    ),
+    NationalId(
+        "US",
+        "us_ssn",
+        form=r"\d{3}([ .\-]?)\d{2}\1\d{4}",
+        check=us_ssn,
+        words=r"ssns?\b|social\b|ss#",
+        standalone=r"\d{3}-\d\d-\d{4}",
+    ),
+    NationalId(
+        "ZA", "za_id", form=r"\d{10}[0-2]\d\d", check="za.idnr", words=r"\bid\b|identity|rsa id|south african|smart id"
+    ),
 )
 COUNTRIES = tuple(sorted({number.country for number in NUMBERS}))
+# a text without any of these words is not searched with _DOCUMENT
+_DOCUMENT_WORDS = ("pass", "licen", "führerschein", "fuhrerschein", "pasaporte", "identity card", "ausweis")
 # a passport's or licence's number after its name: no form of its own that could be checked
 _DOCUMENT = re.compile(
     r"\b(?:passport|reisepass|passeport|pasaporte|passaporto|driver'?s?'? licen[cs]e|driving licen[cs]e"
@@ -295,11 +400,11 @@ class _Compiled:
     @classmethod
     def of(cls, number: NationalId) -> _Compiled:
         return cls(
-            number.subtype,
-            re.compile(rf"(?<![\w])(?:{number.form})(?![\w]|[.-]\d)"),
-            _stdnum(number.check) if isinstance(number.check, str) else number.check,
-            re.compile(rf"(?<![\w])(?:{number.words}|{_ANY_WORD})", re.IGNORECASE),
-            re.compile(number.standalone) if number.standalone else None,
+            subtype=number.subtype,
+            form=re.compile(rf"(?<![\w])(?:{number.form})(?![\w]|[.-]\d)"),
+            check=_stdnum(number.check) if isinstance(number.check, str) else number.check,
+            words=re.compile(rf"(?<![\w])(?:{number.words}|{_ANY_WORD})", re.IGNORECASE),
+            standalone=re.compile(number.standalone) if number.standalone else None,
         )
 
 
@@ -313,10 +418,17 @@ def opener(countries: Sequence[str]) -> Callable[[NormalizedText], Iterable[PiiE
         for start, end in _places(normalized):
             before = normalized.before(start, 60)
             for number in numbers:
-                yield from _in_span(normalized, start, end, before, number)
-        if normalized.has("pass", "licen", "führerschein", "fuhrerschein", "pasaporte", "identity card", "ausweis"):
+                yield from _in_span(normalized, number, start=start, end=end, before=before)
+        if normalized.has(*_DOCUMENT_WORDS):
             for match in _DOCUMENT.finditer(normalized.flat):
-                yield PiiEntity(match.start(1), match.end(1), "national_id", "document", 0.7, _bare(match[1]))
+                yield PiiEntity(
+                    match.start(1),
+                    match.end(1),
+                    entity="national_id",
+                    subtype="document",
+                    score=0.7,
+                    value=_bare(match[1]),
+                )
 
     return find
 
@@ -326,7 +438,15 @@ def _places(normalized: NormalizedText) -> list[tuple[int, int]]:
 
     They are runs of digits with adjacent letters, and tokens of letters and digits.
     """
-    spans = [(_extend_left(normalized, start), _extend_right(normalized, end)) for start, end in normalized.runs]
+    spans = []
+    for start, end in normalized.runs:
+        n_before = 1 if start and normalized.at(start - 1) == " " else 0
+        while start - n_before > 0 and normalized.at(start - n_before - 1).isalnum() and n_before < 6:
+            n_before += 1
+        n_after = 1 if normalized.at(end) in " -+" else 0
+        while normalized.at(end + n_after).isalnum() and n_after < 6:
+            n_after += 1
+        spans.append((start - n_before, end + n_after))
     starts = [start for start, _ in spans]  # sorted, as the runs are
     for start, end in normalized.tokens:
         before = bisect_right(starts, start) - 1
@@ -335,21 +455,9 @@ def _places(normalized: NormalizedText) -> list[tuple[int, int]]:
     return spans
 
 
-def _extend_left(normalized: NormalizedText, position: int) -> int:
-    space = 1 if position and normalized.at(position - 1) == " " else 0
-    while position - space > 0 and normalized.at(position - space - 1).isalnum() and space < 6:
-        space += 1
-    return position - space
-
-
-def _extend_right(normalized: NormalizedText, position: int) -> int:
-    space = 1 if normalized.at(position) in " -+" else 0
-    while normalized.at(position + space).isalnum() and space < 6:
-        space += 1
-    return position + space
-
-
-def _in_span(normalized: NormalizedText, start: int, end: int, before: str, number: _Compiled) -> Iterator[PiiEntity]:
+def _in_span(
+    normalized: NormalizedText, number: _Compiled, *, start: int, end: int, before: str
+) -> Iterator[PiiEntity]:
     for match in number.form.finditer(normalized.flat, start, end):
         text = match[0]
         if (
@@ -363,7 +471,14 @@ def _in_span(normalized: NormalizedText, start: int, end: int, before: str, numb
         is_announced = number.words.search(before) is not None
         if is_announced or (number.standalone is not None and number.standalone.match(text)):
             score = 0.95 if is_announced else 0.75
-            yield PiiEntity(match.start(), match.end(), "national_id", number.subtype, score, _bare(text))
+            yield PiiEntity(
+                match.start(),
+                match.end(),
+                entity="national_id",
+                subtype=number.subtype,
+                score=score,
+                value=_bare(text),
+            )
 
 
 def _bare(text: str) -> str:

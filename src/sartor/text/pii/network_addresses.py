@@ -82,6 +82,11 @@ def is_domain(text: str) -> bool:
     return "." in text and (last in RESERVED or last in top_domains())
 
 
+_AT_SIGNS = ("[at]", "(at)", "{at}", "<at>", "[@]", "(@)", "(ät)", "[ät]")
+# a text without any of them is not searched for spelt-out addresses
+_SPELT_SIGNS = (" dot ", "dot]", "dot)", " punkt ", " punto ", " point ", *_AT_SIGNS)
+
+
 def emails(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """Yield addresses with an @ and a valid domain, and spelt-out ones (`bob [at] example [dot] com`)."""
     flat = normalized.flat
@@ -92,34 +97,15 @@ def emails(normalized: NormalizedText) -> Iterator[PiiEntity]:
         if local and domain and is_domain(domain[0]):
             start = position - len(local[0])
             start += len(local[0]) - len(local[0].lstrip("'`{|}~/=?.&*!#$%^-"))
-            if start < position and not _is_remote(flat, start, position, domain.end()):
-                text = flat[start : domain.end()]
-                yield PiiEntity(start, domain.end(), "email", "email", 1.0, text.casefold())
+            end = domain.end()
+            is_git_remote = flat[start:position] == "git" and flat[end : end + 1] in (":", "/")  # git@host:owner/name
+            is_url_password = _USERINFO.search(flat, max(0, start - 128), start) is not None
+            if start < position and not is_git_remote and not is_url_password:
+                text = flat[start:end]
+                yield PiiEntity(start, end, entity="email", subtype="email", score=1.0, value=text.casefold())
         position = flat.find("@", position + 1)
-    if normalized.has(
-        " dot ",
-        "dot]",
-        "dot)",
-        "[at]",
-        "(at)",
-        "{at}",
-        "<at>",
-        " punkt ",
-        "[@]",
-        "(@)",
-        " punto ",
-        "(ät)",
-        "[ät]",
-        " point ",
-    ):
+    if normalized.has(*_SPELT_SIGNS):
         yield from _spelt(normalized)
-
-
-def _is_remote(flat: str, start: int, at: int, end: int) -> bool:
-    """Return whether an address is a git remote (`git@github.com:owner/name`) or the password of a URL."""
-    return (flat[start:at] == "git" and flat[end : end + 1] in (":", "/")) or _USERINFO.search(
-        flat, max(0, start - 128), start
-    ) is not None
 
 
 def _spelt(normalized: NormalizedText) -> Iterator[PiiEntity]:
@@ -137,8 +123,16 @@ def _spelt(normalized: NormalizedText) -> Iterator[PiiEntity]:
         start = at.start() - len(before[0])
         score = 0.9 if bracketed else _mailbox_score(normalized, start, local)
         if score and is_domain(domain):
+            end = after.start()
+            for label in domain.split("."):  # what stands after the domain may have looked like one more label
+                end = normalized.flat.index(label, end) + len(label)
             yield PiiEntity(
-                start, _end_of(after, domain), "email", "email_spelt", score, f"{local}@{domain}".casefold()
+                start,
+                end,
+                entity="email",
+                subtype="email_spelt",
+                score=score,
+                value=f"{local}@{domain}".casefold(),
             )
 
 
@@ -155,14 +149,6 @@ def _mailbox_score(normalized: NormalizedText, start: int, local: str) -> float:
     return 0.0 if _ARTICLE.search(before) else 0.5
 
 
-def _end_of(match: re.Match[str], domain: str) -> int:
-    """Return the end of the last label of the domain; text after it may have looked like one more label."""
-    end = match.start()
-    for label in domain.split("."):
-        end = match.string.index(label, end) + len(label)
-    return end
-
-
 def ip_addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """Yield IPv4 and IPv6 addresses, without masks, loopback addresses, version and section numbers."""
     for start, end in normalized.numbers:
@@ -170,12 +156,14 @@ def ip_addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
         if match:
             before = normalized.before(start, 40)
             if not _NOT_IP.search(before) and _is_meant_v4(match[0], before):
-                yield PiiEntity(start, match.end(), "ip_address", "ipv4", 0.8, match[0])
+                yield PiiEntity(start, match.end(), entity="ip_address", subtype="ipv4", score=0.8, value=match[0])
     if normalized.numbers and _COLONS.search(normalized.flat):
         for match in _IPV6.finditer(normalized.flat):
             address = _v6(match[0])
             if address:
-                yield PiiEntity(match.start(), match.end(), "ip_address", "ipv6", 0.9, address)
+                yield PiiEntity(
+                    match.start(), match.end(), entity="ip_address", subtype="ipv6", score=0.9, value=address
+                )
 
 
 def _is_meant_v4(text: str, before: str) -> bool:
@@ -210,4 +198,4 @@ def mac_addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
         value = re.sub(r"[:.-]", "", match[0]).lower()
         is_sure = "." not in match[0] or not value.isdigit() or "mac" in normalized.before(match.start(), 24).lower()
         if is_sure and value not in ("0" * 12, "f" * 12):
-            yield PiiEntity(match.start(), match.end(), "mac_address", "mac", 0.95, value)
+            yield PiiEntity(match.start(), match.end(), entity="mac_address", subtype="mac", score=0.95, value=value)

@@ -94,7 +94,9 @@ def cards(normalized: NormalizedText) -> Iterator[PiiEntity]:
                 number = digits(normalized.flat[first:last])
                 # 13 digits that begin with 4 are more often barcodes (EAN) than old Visa numbers
                 old = len(number) == 13 and not _CARD_WORD.search(normalized.before(first))
-                yield PiiEntity(first, last, "credit_card", "card_number", 0.3 if old else 0.95, number)
+                yield PiiEntity(
+                    first, last, entity="credit_card", subtype="card_number", score=0.3 if old else 0.95, value=number
+                )
 
 
 def _trimmed(normalized: NormalizedText, start: int, end: int) -> Span:
@@ -131,19 +133,15 @@ def _card_in(flat: str, groups: list[Span]) -> Iterator[Span]:
         return
     first = 0
     while first < len(groups):
-        stop = next(
-            (last for last in range(min(first + 5, len(groups)), first, -1) if _usual(flat, groups[first:last])), 0
-        )
-        if stop:
-            yield groups[first][0], groups[stop - 1][1]
-        first = stop or first + 1
-
-
-def _usual(flat: str, groups: list[Span]) -> bool:
-    sizes = tuple(end - start for start, end in groups)
-    if sizes not in USUAL_GROUPS and not (len(sizes) == 1 and 13 <= sizes[0] <= 19):
-        return False
-    return is_card("".join(flat[start:end] for start, end in groups))
+        next_first = first + 1
+        for stop in range(min(first + 5, len(groups)), first, -1):
+            sizes = tuple(end - start for start, end in groups[first:stop])
+            is_usual = sizes in USUAL_GROUPS or (len(sizes) == 1 and 13 <= sizes[0] <= 19)
+            if is_usual and is_card("".join(flat[start:end] for start, end in groups[first:stop])):
+                yield groups[first][0], groups[stop - 1][1]
+                next_first = stop
+                break
+        first = next_first
 
 
 def ibans(normalized: NormalizedText) -> Iterator[PiiEntity]:
@@ -159,7 +157,9 @@ def ibans(normalized: NormalizedText) -> Iterator[PiiEntity]:
         text = "".join(match[0][position] for position in positions[: IBAN_LENGTHS[match[0][:2].upper()]])
         end = start + positions[len(text) - 1] + 1
         if is_iban(text) and not normalized.at(end).isalnum() and _is_written_as_one(normalized.flat[start:end]):
-            yield PiiEntity(start, end, "iban", f"iban_{text[:2].lower()}", 1.0, text.upper())
+            yield PiiEntity(
+                start, end, entity="iban", subtype=f"iban_{text[:2].lower()}", score=1.0, value=text.upper()
+            )
 
 
 def _is_written_as_one(text: str) -> bool:
@@ -214,8 +214,8 @@ def wallets(normalized: NormalizedText) -> Iterator[PiiEntity]:
         if len(text) < 26:
             continue
         if _BASE58.fullmatch(text) and base58_checked(text):
-            yield PiiEntity(start, end, "crypto_wallet", "base58", 1.0, text)
+            yield PiiEntity(start, end, entity="crypto_wallet", subtype="base58", score=1.0, value=text)
         elif _BECH32.fullmatch(text) and bech32_checked(text):
-            yield PiiEntity(start, end, "crypto_wallet", "bech32", 1.0, text.lower())
+            yield PiiEntity(start, end, entity="crypto_wallet", subtype="bech32", score=1.0, value=text.lower())
         elif _ETHER.fullmatch(text):
-            yield PiiEntity(start, end, "crypto_wallet", "ethereum", 0.7, text.lower())
+            yield PiiEntity(start, end, entity="crypto_wallet", subtype="ethereum", score=0.7, value=text.lower())

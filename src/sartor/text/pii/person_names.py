@@ -46,57 +46,63 @@ _NO_NAME = re.compile(
 )
 
 
+# a text without any of these words is not searched with the patterns, which are slower
+_INTRODUCTIONS = (
+    "name",
+    "call",
+    "heiße",
+    "appelle",
+    "llamo",
+    "nombre",
+    "chiamo",
+    "heet",
+    "naam",
+    "patient",
+    "customer",
+    "contact",
+    "regards",
+    "sign",
+    "sincerely",
+    "grüßen",
+    "cordial",
+    "nom est",
+)
+_TITLES = (
+    "mr",
+    "ms",
+    "miss",
+    "mister",
+    "dr.",
+    "prof",
+    "herr",
+    "frau",
+    "monsieur",
+    "madame",
+    "mme",
+    "señor",
+    "sr.",
+    "sra.",
+    "sig",
+    "doctor",
+    "mevrouw",
+    "meneer",
+    "mx",
+)
+_SPEAKERS = ("speaking", "here", "calling", "from", "apparat")
+
+
 def people(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """Yield names that are introduced, addressed with a title, or in a signature."""
     flat = normalized.flat
-    if normalized.has(
-        "name",
-        "call",
-        "heiße",
-        "appelle",
-        "llamo",
-        "nombre",
-        "chiamo",
-        "heet",
-        "naam",
-        "patient",
-        "customer",
-        "contact",
-        "regards",
-        "sign",
-        "sincerely",
-        "grüßen",
-        "cordial",
-        "nom est",
-    ):
+    if normalized.has(*_INTRODUCTIONS):
         for match in _INTRODUCED.finditer(flat):
             yield from _person(match, "introduced", 0.8)
         for match in _NAME_IS.finditer(flat):
             yield from _person(match, "introduced", 0.6)
-    if normalized.has(
-        "mr",
-        "ms",
-        "miss",
-        "mister",
-        "dr.",
-        "prof",
-        "herr",
-        "frau",
-        "monsieur",
-        "madame",
-        "mme",
-        "señor",
-        "sr.",
-        "sra.",
-        "sig",
-        "doctor",
-        "mevrouw",
-        "meneer",
-        "mx",
-    ):
+    if normalized.has(*_TITLES):
         for match in _TITLED.finditer(flat):
             yield from _person(match, "titled", 0.7)
-    if normalized.has("speaking", "here", "calling", "from", "apparat"):
+    if normalized.has(*_SPEAKERS):
         for match in _SPEAKING.finditer(flat):
             yield from _person(match, "introduced", 0.6)
 
@@ -107,4 +113,11 @@ def _person(match: re.Match[str], subtype: str, score: float) -> Iterator[PiiEnt
     names = list(itertools.takewhile(lambda word: not _NO_NAME.fullmatch(word.strip(".,")), words))
     if names:
         name = " ".join(names)
-        yield PiiEntity(match.start(1), match.start(1) + len(name), "person", subtype, score, name.casefold())
+        yield PiiEntity(
+            match.start(1),
+            match.start(1) + len(name),
+            entity="person",
+            subtype=subtype,
+            score=score,
+            value=name.casefold(),
+        )

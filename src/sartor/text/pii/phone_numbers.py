@@ -126,6 +126,7 @@ _NO = re.compile(
 )
 _NUMBERED = re.compile(r"(?:no|nr)", re.IGNORECASE)
 _DECIMAL = re.compile(r"\d*\.\d+|\d{1,3}(?:\.\d{3})+")
+_BETWEEN = re.compile(r"(?: (?:me|us|him|her|them|at|on|under|back|now))+ $")
 _YEARS = re.compile(r"\(?(?:1[5-9]|20)\d\d(?: ?[-/] ?| )(?:(?:1[5-9]|20)\d\d|\d\d)\)?$")
 
 
@@ -161,62 +162,86 @@ def _abroad(normalized: NormalizedText, library: Any) -> Iterator[PiiEntity]:
         plus = "+" in text
         if evidence < 0 and not plus:
             continue
-        score = (
-            0.95
-            if is_valid and plus
-            else 0.8
-            if is_valid
-            else 0.65
-            if plus and _in_groups(text)
-            else 0.6
-            if evidence > 0
-            else 0.4
+        is_in_groups = len(re.findall(r"\d+", text)) >= 3 or len(digits(text)) >= 10
+        if is_valid:
+            score = 0.95 if plus else 0.8
+        elif plus and is_in_groups:
+            score = 0.65
+        else:
+            score = 0.6 if evidence > 0 else 0.4
+        yield PiiEntity(
+            match.start(),
+            match.end(),
+            entity="phone",
+            subtype="international",
+            score=score,
+            value=_value(parsed, number, library),
         )
-        yield PiiEntity(match.start(), match.end(), "phone", "international", score, _value(parsed, number, library))
 
 
 def _national(normalized: NormalizedText, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[PiiEntity]:
     yield from _by_form(normalized, library, regions, nanp)
     for start, end in normalized.runs:
-        match = _ANY.match(normalized.flat, start - (normalized.at(start - 1) == "("), end + 8)
+        begin = start - 1 if normalized.at(start - 1) == "(" else start
+        match = _ANY.match(normalized.flat, begin, end + 8)
         evidence = _context_evidence(normalized, match.start()) if match else 0
         if match is None or evidence <= 0 or _is_date(match[0]) or _is_sum(match[0]):
             continue
         number = digits(match[0])
-        is_near = evidence > 1 or _perhaps_directly(normalized, match.start())
-        if (7 if is_near else 8) <= len(number) <= 15 and len(set(number)) > 2:
-            yield _finding(normalized, match, "after_its_name", 0.6, library, regions)
+        # a weak context word must precede the number directly; words such as "me", "at" and "on" do not count
+        before = _BETWEEN.sub(" ", normalized.before(match.start(), 40))
+        is_near = evidence > 1 or _last(_PERHAPS, before) >= len(before) - 2
+        min_digits = 7 if is_near else 8
+        if min_digits <= len(number) <= 15 and len(set(number)) > 2:
+            yield _finding(normalized, match, subtype="after_its_name", score=0.6, library=library, regions=regions)
 
 
 def _by_form(normalized: NormalizedText, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[PiiEntity]:
     if nanp:
         for match in _NANP.finditer(normalized.flat):
             if _context_evidence(normalized, match.start()) >= 0 and not _is_date(match[0]):
-                yield _finding(normalized, match, "north_american", 0.75, library, ["US"])
+                yield _finding(
+                    normalized, match, subtype="north_american", score=0.75, library=library, regions=["US"]
+                )
         for match in _SHORT.finditer(normalized.flat):
-            if _context_evidence(normalized, match.start()) > (
-                " " in match[0]
-            ):  # "contact: 108 2011" may be a room and a year
-                yield _finding(normalized, match, "local", 0.55, library, [])
+            min_evidence = 2 if " " in match[0] else 1  # "contact: 108 2011" may be a room and a year
+            if _context_evidence(normalized, match.start()) >= min_evidence:
+                yield _finding(normalized, match, subtype="local", score=0.55, library=library, regions=[])
     for match in _TRUNK.finditer(normalized.flat):
         number = digits(match[0])
         evidence = _context_evidence(normalized, match.start())
         if 8 <= len(number) <= 17 and evidence >= 0 and not _is_date(match[0]):
-            finding = _finding(normalized, match, "national", 0.7, library, regions)
+            finding = _finding(normalized, match, subtype="national", score=0.7, library=library, regions=regions)
             if evidence > 0 or finding.value.startswith("+") or len(number) in (10, 11):
                 yield finding
 
 
 def _finding(
-    normalized: NormalizedText, match: re.Match[str], subtype: str, score: float, library: Any, regions: Sequence[str]
+    normalized: NormalizedText,
+    match: re.Match[str],
+    *,
+    subtype: str,
+    score: float,
+    library: Any,
+    regions: Sequence[str],
 ) -> PiiEntity:
     plain = re.sub(r"[A-Za-z].*", "", match[0])
     for region in regions:
         parsed = _parsed(plain, region, library)
         if parsed is not None and library.is_valid_number(parsed):
-            score = min(1.0, score + (0.15 if _context_evidence(normalized, match.start()) > 0 else 0.05))
-            return PiiEntity(match.start(), match.end(), "phone", subtype, score, _value(parsed, "", library))
-    return PiiEntity(match.start(), match.end(), "phone", subtype, score, digits(plain).lstrip("0"))
+            score += 0.15 if _context_evidence(normalized, match.start()) > 0 else 0.05
+            score = min(1.0, score)
+            return PiiEntity(
+                match.start(),
+                match.end(),
+                entity="phone",
+                subtype=subtype,
+                score=score,
+                value=_value(parsed, "", library),
+            )
+    return PiiEntity(
+        match.start(), match.end(), entity="phone", subtype=subtype, score=score, value=digits(plain).lstrip("0")
+    )
 
 
 def _parsed(text: str, region: str | None, library: Any) -> Any:
@@ -228,10 +253,6 @@ def _parsed(text: str, region: str | None, library: Any) -> Any:
 
 def _value(parsed: Any, number: str, library: Any) -> str:
     return str(library.format_number(parsed, library.PhoneNumberFormat.E164)) if parsed is not None else number
-
-
-def _in_groups(text: str) -> bool:
-    return len(re.findall(r"\d+", text)) >= 3 or len(digits(text)) >= 10
 
 
 def _is_sum(text: str) -> bool:
@@ -263,15 +284,6 @@ def _context_evidence(normalized: NormalizedText, position: int) -> int:
     if sure_end >= 0:
         return 2
     return 1 if perhaps_end >= 0 and len(before) - perhaps_end < 28 else 0
-
-
-def _perhaps_directly(normalized: NormalizedText, position: int) -> bool:
-    """Return whether a weak context word directly precedes a number.
-
-    Words such as "me", "at" and "on" between them are ignored.
-    """
-    before = re.sub(r"(?: (?:me|us|him|her|them|at|on|under|back|now))+ $", " ", normalized.before(position, 40))
-    return _last(_PERHAPS, before) >= len(before) - 2
 
 
 def _last(words: re.Pattern[str], text: str) -> int:

@@ -216,15 +216,11 @@ def addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
             yield from _street_first(normalized, start)
         if end - start == 1 and normalized.at(end).isupper():
             match = _POSTCODE.search(flat, max(0, start - 5), end + 3)
-            if match and match.end() == end + 2:
-                spaced = " " in match[0]
-                if len(match[0]) >= 6:
-                    yield _address(
-                        normalized,
-                        match,
-                        "postcode_british",
-                        0.65 if spaced else 0.5 if _home(normalized, match.start()) else 0.3,
-                    )
+            if match and match.end() == end + 2 and len(match[0]) >= 6:
+                score = 0.5 if _home(normalized, match.start()) else 0.3
+                if " " in match[0]:
+                    score = 0.65
+                yield _address(normalized, match, "postcode_british", score)
 
 
 def _number_first(normalized: NormalizedText, start: int) -> Iterator[PiiEntity]:
@@ -235,14 +231,23 @@ def _number_first(normalized: NormalizedText, start: int) -> Iterator[PiiEntity]
         # "12 Wall Street analysts": if a lower-case word follows, a word such as "lives" must precede
         if _is_no_street(match, normalized):
             return
-        is_sure = _home(normalized, start) or (
-            not _SHORT_WAYS.fullmatch(match["way"]) and not _GOES_ON.match(normalized.flat, match.end())
-        )
-        yield _address(normalized, match, "street_english", 0.9 if match["town"] else 0.65 if is_sure else 0.45)
+        is_long_way = not _SHORT_WAYS.fullmatch(match["way"])
+        if match["town"]:
+            score = 0.9
+        elif _home(normalized, start) or (is_long_way and not _GOES_ON.match(normalized.flat, match.end())):
+            score = 0.65
+        else:
+            score = 0.45
+        yield _address(normalized, match, "street_english", score)
     match = _FRENCH.match(normalized.flat, start)
     if match and not _YEAR_COMMA.match(match[0]):
-        is_sure = match["way"].lower() in ("rue", "avenue", "boulevard") or _home(normalized, start)
-        yield _address(normalized, match, "street_french", 0.9 if match["town"] else 0.65 if is_sure else 0.4)
+        if match["town"]:
+            score = 0.9
+        elif match["way"].lower() in ("rue", "avenue", "boulevard") or _home(normalized, start):
+            score = 0.65
+        else:
+            score = 0.4
+        yield _address(normalized, match, "street_french", score)
 
 
 def _is_no_street(match: re.Match[str], normalized: NormalizedText) -> bool:
@@ -279,7 +284,7 @@ def _street_first(normalized: NormalizedText, start: int) -> Iterator[PiiEntity]
             score = max(score, 0.65)
         elif subtype == "street_german" and not _DE_WORD.search(before[0]):
             continue
-        yield _finding(normalized, first, match.end(), subtype, score, score == town_score)
+        yield _finding(normalized, first, match.end(), subtype=subtype, score=score, has_town=score == town_score)
 
 
 def _home(normalized: NormalizedText, position: int) -> bool:
@@ -287,18 +292,26 @@ def _home(normalized: NormalizedText, position: int) -> bool:
 
 
 def _address(normalized: NormalizedText, match: re.Match[str], subtype: str, score: float) -> PiiEntity:
-    return _finding(normalized, match.start(), match.end(), subtype, score, bool(match.groupdict().get("town")))
+    has_town = bool(match.groupdict().get("town"))
+    return _finding(normalized, match.start(), match.end(), subtype=subtype, score=score, has_town=has_town)
 
 
 def _finding(
-    normalized: NormalizedText, start: int, end: int, subtype: str, score: float, has_town: bool
+    normalized: NormalizedText, start: int, end: int, *, subtype: str, score: float, has_town: bool
 ) -> PiiEntity:
     """Return the address without punctuation at its end, extended by a town that precedes its postcode."""
     tail = None if has_town else _TAIL.match(normalized.flat, end)
     if tail:
         end, score = tail.end(), max(score, 0.85)
     text = normalized.flat[start:end].rstrip(" ,\n")
-    return PiiEntity(start, start + len(text), "address", subtype, score, " ".join(text.casefold().split()))
+    return PiiEntity(
+        start,
+        start + len(text),
+        entity="address",
+        subtype=subtype,
+        score=score,
+        value=" ".join(text.casefold().split()),
+    )
 
 
 def birth_dates(normalized: NormalizedText) -> Iterator[PiiEntity]:
@@ -311,4 +324,11 @@ def birth_dates(normalized: NormalizedText) -> Iterator[PiiEntity]:
     for match in _BORN.finditer(normalized.flat):
         year = next(value for name, value in match.groupdict().items() if value)
         if len(year) == 2 or 1900 <= int(year) <= _THIS_YEAR:
-            yield PiiEntity(match.start(1), match.end(1), "birth_date", "birth_date", 0.85, match[1].casefold())
+            yield PiiEntity(
+                match.start(1),
+                match.end(1),
+                entity="birth_date",
+                subtype="birth_date",
+                score=0.85,
+                value=match[1].casefold(),
+            )

@@ -78,7 +78,9 @@ class Allowed:
             if len(item) > 2 and item[0] == item[-1] == "/":
                 patterns.append(_compiled(item))
                 continue
-            values |= {_plain(item), *(finding.value for find in recognisers for finding in find(normalize(item)))}
+            values.add(_plain(item))
+            for find in recognisers:
+                values |= {finding.value for finding in find(normalize(item))}
         return cls(frozenset(values), tuple(patterns))
 
     def holds(self, finding: PiiEntity, text: str) -> bool:
@@ -102,9 +104,9 @@ def _compiled(expression: str) -> re.Pattern[str]:
 def _plain(text: str) -> str:
     """Return the form of a value for comparison: only digits for a number, else case-folded with single spaces."""
     number = digits(text)
-    return (
-        number if len(number) >= 6 and not any(sign.isalpha() for sign in text) else " ".join(text.casefold().split())
-    )
+    if len(number) >= 6 and not any(sign.isalpha() for sign in text):
+        return number
+    return " ".join(text.casefold().split())
 
 
 class Scanner:
