@@ -10,6 +10,9 @@ page cache). What was run before on the machine can only make it slower, so the 
 start {help, version, import, python}   each {median_s, least_s}: wall-clock seconds from the process's start to its
                                         end
 modules         how many modules `import sartor` loads beside Python's own
+behind {tune, ask, edge ask, edge ask of a GGUF}   {modules, own, cpu_s}: what is loaded where the work of a command
+                                        begins, before a model is read: all modules, Sartor's own, and seconds of
+                                        processor time
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import time
 from typing import Any
 
 import smallest
-from results import print_result
+from results import last_line, print_result
 
 COMMANDS = {
     "help": [sys.executable, "-m", "sartor", "--help"],
@@ -30,6 +33,20 @@ COMMANDS = {
     "import": [sys.executable, "-c", "import sartor"],
     "python": [sys.executable, "-c", "pass"],
 }
+# where the work of a command begins: what a run loads beside the model
+BEHIND = {
+    "tune": ("sartor.tune.trainer", "sartor.models.base"),
+    "ask": ("sartor.serving.commands.ask_release", "sartor.models.base"),
+    "edge ask": ("sartor.edge.runtime.device_runtime", "sartor.edge.runtime.torch_runtime"),
+    "edge ask of a GGUF": ("sartor.edge.runtime.device_runtime", "sartor.edge.runtime.gguf_runtime"),
+}
+LOAD = """
+import importlib, json, sys, time
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+own = sum(name.partition(".")[0] == "sartor" for name in sys.modules)
+print(json.dumps({"modules": len(sys.modules), "own": own, "cpu_s": round(time.process_time(), 2)}))
+"""
 MODULES = "import sys; before = set(sys.modules); import sartor; print(len(set(sys.modules) - before))"
 
 
@@ -48,7 +65,18 @@ def main() -> None:
             if number:
                 seconds[name].append(time.perf_counter() - began)
     modules = int(subprocess.run([sys.executable, "-c", MODULES], check=True, capture_output=True, text=True).stdout)
-    print_result({"start": {name: figures(values) for name, values in seconds.items()}, "modules": modules})
+    behind = {}
+    for name, entries in BEHIND.items():
+        # the second run counts: the first fills the page cache
+        for _ in range(2):
+            behind[name] = last_line([sys.executable, "-c", LOAD, *entries])
+    print_result(
+        {
+            "start": {name: figures(values) for name, values in seconds.items()},
+            "modules": modules,
+            "behind": behind,
+        }
+    )
 
 
 def figures(values: list[float]) -> dict[str, Any]:

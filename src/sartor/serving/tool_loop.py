@@ -111,36 +111,36 @@ class ToolCallingAgent:
 
     async def open(self, request: AgentRequest) -> AgentReply:
         """Begin a reply. The reply of an agent with tools is complete by then. Raises what `replies.open` raises."""
-        progress, round_request = _Progress(time.monotonic() + request.deadline_s), request
-        for round_index in range(ROUNDS + 1):
+        progress = _Progress(time.monotonic() + request.deadline_s)
+        round_request, tool_rounds = request, 0
+        while True:
             remaining_s = max(0.001, progress.deadline - time.monotonic())
             answer = await self._replies.open(replace(round_request, deadline_s=remaining_s))
             name = answer.agent.partition("@")[0]
-            tools = self._tool_servers.of(name) if request.tools is None and not request.schema else {}
-            if not tools and not round_index:
+            tools: Mapping[str, OfferedTool] = {}
+            if request.tools is None and not request.schema:
+                tools = self._tool_servers.of(name)
+            if not tools and not tool_rounds:
                 return answer
             async with aclosing(answer.events) as source:
                 events = [event async for event in source]
-            last_event = events[-1]
-            tool_calls = (
-                last_event.tool_calls if isinstance(last_event, ReplyDone) and round_request.tools is None else ()
-            )
-            if not tool_calls:
+            done = events[-1]
+            if round_request.tools is not None or not isinstance(done, ReplyDone) or not done.tool_calls:
                 return _final_answer(answer, events, progress)
-            assert isinstance(last_event, ReplyDone)
-            progress.count(last_event)
+
+            progress.count(done)
             text = "".join(event.text for event in events if isinstance(event, TextDelta))
-            turn = {"role": "assistant", "content": text, "tool_calls": list(tool_calls)}
-            results = [
-                await self._result(answer, tools, tool_call, index=index, progress=progress)
-                for index, tool_call in enumerate(tool_calls)
-            ]
+            turns: list[dict[str, Any]] = [{"role": "assistant", "content": text, "tool_calls": list(done.tool_calls)}]
+            for index, tool_call in enumerate(done.tool_calls):
+                turns.append(await self._result(answer, tools, tool_call, index=index, progress=progress))
+            # the version that called the tools also reads their results, but a person's own version is found again
             model = name if answer.agent.endswith(SUFFIX) else answer.agent
-            round_request = replace(round_request, model=model, messages=(*round_request.messages, turn, *results))
-            if progress.is_looping or round_index == ROUNDS - 1:
-                progress.notes += [] if progress.is_looping else [f"{ROUNDS} rounds of tools were used up"]
-                round_request = replace(round_request, tools=())
-        raise AssertionError("the last round has no tools")
+            round_request = replace(round_request, model=model, messages=(*round_request.messages, *turns))
+            tool_rounds += 1
+            if tool_rounds == ROUNDS and not progress.is_looping:
+                progress.notes.append(f"{ROUNDS} rounds of tools were used up")
+            if tool_rounds == ROUNDS or progress.is_looping:
+                round_request = replace(round_request, tools=())  # the next round ends the reply
 
     async def _result(
         self,
