@@ -27,7 +27,7 @@ from typing import Any
 from sartor.core.artifacts import create_output_directory
 from sartor.core.errors import BusyError, MissingError, missing_package
 from sartor.core.ipc import error_of
-from sartor.federate.flower.round_driver import RoundDriverOptions
+from sartor.federate.flower.driver_options import RoundDriverOptions
 from sartor.federate.rounds.round_journal import RoundJournal
 
 # Switches off Flower's telemetry, its update check, and the installation of a bundle's dependencies

@@ -39,7 +39,7 @@ from sartor.federate.secure.identities import PinnedKeys
 from sartor.federate.secure.messages import Invite, Payload, RoundOutcome, Shown, SurvivorLists
 from sartor.federate.secure.secagg_server import SecAggServer
 from sartor.federate.updates import Update
-from sartor.models.lora_tensors import Tensors, norm
+from sartor.models.lora_tensors import Tensors, add_changes, norm
 
 
 class Inspected:
@@ -132,11 +132,6 @@ Merge = Callable[[Tensors, Tensors], Tensors]
 Pool = Callable[[Sequence[Update]], Tensors]
 
 
-def added(shared: Tensors, mean: Tensors) -> Tensors:
-    """Return the shared tensors with the mean change added, in the shapes of `shared`."""
-    return {name: value + mean[name] if name in mean else value for name, value in shared.items()}
-
-
 @dataclass(frozen=True)
 class RoundPlan:
     """Plan of a round; its number, tensors and terms follow from the run.
@@ -209,7 +204,7 @@ class Coordinator:
         member: Participant,
         journal: RoundJournal,
         run: str,
-        merge: Merge = added,
+        merge: Merge = add_changes,
         clock: Callable[[], float] = time.time,
         pool: Pool | None = None,
     ) -> None:
@@ -246,9 +241,14 @@ class Coordinator:
         """Current tensors of the run. Raises ConfigError before `start`."""
         return arrays.unpack_tensors(self._packed())
 
+    @property
+    def has_tensors(self) -> bool:
+        """True once `start` has set the run's tensors."""
+        return self._journal.load(self._shared_key) is not None
+
     def start(self, tensors: Tensors) -> None:
         """Set the tensors that the run starts from, in any shapes. Raises ConflictError if it has tensors."""
-        if self._journal.load(self._shared_key) is not None:
+        if self.has_tensors:
             raise ConflictError(
                 f"the run {self.run} has tensors already", "begin its next round, or choose another name"
             )
