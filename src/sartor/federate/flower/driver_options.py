@@ -138,7 +138,10 @@ def drive_rounds(lead: RoundDriverOptions, transport: Transport) -> Iterator[str
         if not driver.coordinator.has_tensors:
             driver.coordinator.start(arrays.unpack_tensors(_read(Path(lead.start))))
         for finished_round in driver.run(lead.rounds):
-            yield _append_record(lead.record, _round_record(finished_round, transport))
+            line = json.dumps(_round_record(finished_round, transport))
+            with lead.record.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            yield line
 
 
 def _round_record(finished_round: FinishedRound, transport: Transport) -> dict[str, Any]:
@@ -155,13 +158,6 @@ def _round_record(finished_round: FinishedRound, transport: Transport) -> dict[s
     if isinstance(transport, FlowerTransport):
         record |= {"said_no": dict(transport.said_no), "lost": transport.lost, "away": sorted(transport.away)}
     return record
-
-
-def _append_record(path: Path, record: dict[str, Any]) -> str:
-    line = json.dumps(record)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-    return line
 
 
 def _open_journal(path: Path) -> RoundJournal:

@@ -119,7 +119,7 @@ def coordinate(
             return Simulated(finished)
         check_same(folder, fingerprint, str(clients.resident.dtype))
         lead, began = _write_lead(setup, options, clients, out.name), time.monotonic()
-        watch = RunWatcher(lead, folder / "lead.yaml", options.link, options.patience_s, notice)
+        watch = RunWatcher(lead, folder / "lead.yaml", link=options.link, patience_s=options.patience_s, notice=notice)
         with run_to_the_end(watch) as journal:
             lines, shared = lines_of(journal, lead.run), _shared(journal, lead.run)
         for line in lines:
@@ -134,7 +134,8 @@ def coordinate(
         licence = options.licence or UNKNOWN
         facts["sources"] = [{"source": f"client {name}", "licence": licence} for name in cohort]
         facts["licence"] = compliance.combine([facts["licence"], licence])
-        report = run_attacks(AttackTarget(setup, shared, {}, clients.held_out, recipe.data.attack_rows), notice)
+        target = AttackTarget(setup, shared, rows={}, held_out=clients.held_out, most_rows=recipe.data.attack_rows)
+        report = run_attacks(target, notice)
         facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
         abandoned = lead.rounds - len(lines)
         facts["run"]["federated"] |= {"transport": "flower", "run": lead.run, "abandoned": abandoned, "examples": None}
@@ -176,14 +177,21 @@ def _open_clients(recipe: FederateRecipe, cohort: Sequence[str], notice: Notice)
     resident, held_out = SharedBase.open(tuning(recipe, path), notice), []
     if path:
         held_out = encode_rows(open_artifact(Path(path), "dataset"), tuning(recipe, path), resident.base.chat).held_out
-    return Clients(resident, [], {name: TokenizedDataset() for name in cohort}, held_out, {})
+    return Clients(
+        resident,
+        datasets=[],
+        rows={name: TokenizedDataset() for name in cohort},
+        held_out=held_out,
+        left_out={},
+    )
 
 
 def _setup(recipe: FederateRecipe, clients: Clients, folder: Path) -> SimulationSetup:
     resident, start = clients.resident, clients.resident.current_factors()
     # clients do not train here: only the simulated clients of the attack report run these tasks
     tasks: dict[str, TuningTask] = {name: LoraTask(resident, rows) for name, rows in clients.rows.items()}
-    return SimulationSetup(recipe, resolve_rules(recipe, start, len(tasks), 1), resident, tasks, start, folder)
+    rules = resolve_rules(recipe, start, len(tasks), 1)
+    return SimulationSetup(recipe, rules, resident, tasks=tasks, start=start, folder=folder)
 
 
 def _write_lead(

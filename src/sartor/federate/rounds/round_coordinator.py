@@ -281,10 +281,12 @@ class Coordinator:
         previous = self._journal.rounds(self.run)
         manifest = Manifest(
             self.run,
-            previous[0].number + 1 if previous else 1,
-            self._member.identity.name,
-            ClientWork(plan.task, arrays.digest(packed), plan.base, plan.recipe, plan.settings),
-            terms_for(
+            number=previous[0].number + 1 if previous else 1,
+            coordinator=self._member.identity.name,
+            work=ClientWork(
+                plan.task, shared=arrays.digest(packed), base=plan.base, recipe=plan.recipe, settings=plan.settings
+            ),
+            terms=terms_for(
                 plan.cohort,
                 trained,
                 plan.rules,
@@ -292,14 +294,19 @@ class Coordinator:
                 threshold=plan.threshold,
                 side_tensors=side_tensors,
             ),
-            int(self._clock()) + plan.length_s,
-            plan.rules,
-            plan.stage_s,
-            plan.work_s,
+            deadline=int(self._clock()) + plan.length_s,
+            rules=plan.rules,
+            stage_s=plan.stage_s,
+            work_s=plan.work_s,
         )
         self._member.policy.check(manifest.terms, manifest.terms.cohort[0], self._member.roster.keys)
         stored_round = StoredRound(
-            manifest.digest, self.run, manifest.number, manifest.signed(self._member.identity), b"", "open"
+            manifest.digest,
+            self.run,
+            manifest.number,
+            manifest=manifest.signed(self._member.identity),
+            secret=b"",
+            state="open",
         )
         self._journal.begin(stored_round)
         self._go_on(stored_round)

@@ -114,7 +114,7 @@ class SimulationSetup:
         """Return the unsigned manifest of a round in which every update is seen; shared: in the adapter's shapes."""
         terms = terms_for(self.tasks, MODES[self.recipe.mode].sent(shared, number), self.rules, seed="0" * 64)
         work = ClientWork(shared=arrays.digest(arrays.pack_tensors(shared)), **self.work)
-        return Manifest(RUN, number, COORDINATOR, work, terms, _LENGTH_S, self.rules)
+        return Manifest(RUN, number, COORDINATOR, work=work, terms=terms, deadline=_LENGTH_S, rules=self.rules)
 
     def seen_metrics(self, number: int, local_updates: Mapping[str, LocalUpdate]) -> dict[str, Any]:
         """Return fields of RoundMetrics that only the updates tell.
@@ -249,9 +249,9 @@ class SecureRounds:
             Participant(identity, roster),
             self._open(name),
             {NAME: task},
-            noised,
-            lambda: 0.0,
-            lambda manifest: np.random.default_rng([seed, index, manifest.number]),
+            noise=noised,
+            clock=lambda: 0.0,
+            chance=lambda manifest: np.random.default_rng([seed, index, manifest.number]),
         )
 
     @property
@@ -288,8 +288,14 @@ class InspectedRounds:
     def __init__(self, setup: SimulationSetup, rule: AnyRule) -> None:
         self._setup, self._rule = setup, rule
         self._journal = RoundJournal(setup.folder / f"{COORDINATOR}.sqlite")
+        self._lines: list[dict[str, Any]]
+        self._shared: Tensors
         content = self._journal.load(RUN)
-        self._lines, self._shared = ([], setup.start) if content is None else _read(content)
+        if content is None:
+            self._lines, self._shared = [], setup.start
+        else:
+            lines, _, packed = content.partition(b"\n")
+            self._lines, self._shared = json.loads(lines), arrays.unpack_tensors(packed)
 
     @property
     def shared(self) -> Tensors:
@@ -364,11 +370,6 @@ def _collect_updates(
 
 def _decline_lines(declined: Mapping[str, BudgetError]) -> list[str]:
     return [f"{name} declined: {error.problem}" for name, error in declined.items()]
-
-
-def _read(content: bytes) -> tuple[list[dict[str, Any]], Tensors]:
-    lines, _, packed = content.partition(b"\n")
-    return json.loads(lines), arrays.unpack_tensors(packed)
 
 
 def _enrol(folder: Path, names: tuple[str, ...]) -> PinnedKeys:

@@ -162,12 +162,11 @@ def _setup(recipe: FederateRecipe, clients: Clients, folder: Path, devices: Sequ
         _check_devices(recipe)
     resident = clients.resident
     for device, (name, rows) in zip(devices, clients.rows.items(), strict=False):
-        tasks[name] = EdgeTask(device, resident.recipe, resident.digest, resident.ref, rows)
-    start = clients.resident.current_factors()
+        tasks[name] = EdgeTask(device, resident.recipe, resident.digest, ref=resident.ref, rows=rows)
+    start = resident.current_factors()
     largest = max(len(rows.train) for rows in clients.rows.values())
-    return SimulationSetup(
-        recipe, resolve_rules(recipe, start, len(tasks), largest), clients.resident, tasks, start, folder
-    )
+    rules = resolve_rules(recipe, start, len(tasks), largest)
+    return SimulationSetup(recipe, rules, resident, tasks=tasks, start=start, folder=folder)
 
 
 def _check_devices(recipe: FederateRecipe) -> None:
@@ -192,10 +191,13 @@ def resolve_rules(recipe: FederateRecipe, shared: Tensors, clients: int, largest
     round_rules = recipe.rules
     budget = recipe.of_clients
     noise = calibrated(budget, recipe.rounds) if budget and round_rules.noise == "auto" else recipe.noise_asked
-    # a weight by the number of rows would reveal rows
-    max_examples = (
-        round_rules.most_examples if round_rules.most_examples != "auto" else 1 if noise or recipe.privacy else largest
-    )
+    if round_rules.most_examples != "auto":
+        max_examples = round_rules.most_examples
+    elif noise or recipe.privacy:
+        # a weight by the number of rows would reveal rows
+        max_examples = 1
+    else:
+        max_examples = largest
     mode: Mode = "inspectable" if recipe.robust else "private"
     rules = UpdateRules(clip=round_rules.clip, noise=noise, most_examples=max_examples, mode=mode)
     if not (noise and round_rules.noise == "auto"):
@@ -269,7 +271,10 @@ def _run(
                 notice(round_line(rounds.lines[-1], recipe.rounds))
                 progress.advance()
         shared, lines = rounds.shared, rounds.lines
-    report = run_attacks(AttackTarget(setup, shared, clients.rows, clients.held_out, recipe.data.attack_rows), notice)
+    target = AttackTarget(
+        setup, shared, rows=clients.rows, held_out=clients.held_out, most_rows=recipe.data.attack_rows
+    )
+    report = run_attacks(target, notice)
     facts = facts_of(setup, clients, lines, shared, fingerprint)
     facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
     return write_adapter(out, clients.resident, lines, shared, facts, report, replace=replace)
@@ -329,10 +334,12 @@ def facts_of(
     # without the frozen ranks of a residual
     trained = sum(value.size for value in setup.start.values())
     uploaded = sum(line["uploaded_bytes"] for line in lines)
-    sent_values = sum(
-        line["clients"] * value.size for line in lines for value in mode.sent(setup.start, line["round"]).values()
-    )
-    rounding, errors = ([line[name] for line in lines] for name in ("quantisation_error", "exactness_error"))
+    sent_values = 0
+    for line in lines:
+        sent = mode.sent(setup.start, line["round"])
+        sent_values += line["clients"] * sum(value.size for value in sent.values())
+    rounding = [line["quantisation_error"] for line in lines]
+    errors = [line["exactness_error"] for line in lines]
     return {
         "base": base.as_manifest(),
         "recipe": config.dump(setup.recipe),
