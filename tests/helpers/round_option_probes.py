@@ -280,7 +280,7 @@ def _coordinated(values: Any, workspace: Workspace) -> Any:
         "_shared": lambda journal, run: {},
         "round_line": lambda line, rounds: "",
         "facts_of": lambda setup, clients, lines, shared, fingerprint: {"licence": "MIT", "run": {"federated": {}}},
-        "AttackTarget": lambda *arguments: None,
+        "AttackTarget": lambda *arguments, **fields: None,
         "run_attacks": lambda target, notice: None,
         "write_adapter": lambda out, resident, lines, shared, facts, report, replace: written.append(facts),
         "Simulated": lambda adapter: None,
