@@ -216,7 +216,7 @@ def tailor(
         raise ConfigError(f"minutes is {minutes:g}; it must be above 0", "--minutes 10")
     out = (Path(out) if out else Path(name)).absolute()
     if key:
-        signing.open_private(Path(key))  # an invalid key raises here, before the long stages
+        signing.open_private(Path(key), "release")  # an invalid key raises here, before the long stages
     job = changed(_job(data, name, base, fields or {}, system, licence, test), encoding=encoding)
     _check_place(out, job)
     job = _recall(out, job, ask=ask, notice=notice, replace=replace)

@@ -271,7 +271,8 @@ def _refusal_reason(report: Report, signature: Any, offers: dict[tuple[str, str]
     if not file.is_file():
         return "unknown device"
     try:
-        signing.check_signature(report.document(), signature, file, report.device, [signing.open_public(file)])
+        key = signing.open_public(file)
+        signing.check_signature(report.document(), signature, file, report.device, [key], "fleet")
     except SignatureError:
         return "forged"
     except SartorError:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,13 +25,18 @@ from tuf.api.metadata import Metadata, Targets
 from tuf.ngclient import Updater
 from tuf.ngclient.fetcher import FetcherInterface
 
+from sartor.core import signing
+from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SignatureError, StoreError
 from sartor.core.filesystem import write_file_atomic
+from sartor.core.home import folder
+from sartor.core.signing import PublicKey
 from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update import tensor_delta
 from sartor.edge.update import version_metadata as words
 from sartor.edge.update.downloader import DownloadLimits, Fetcher
 from sartor.edge.update.version_metadata import DeltaStep, Offer, VersionContent
+from sartor.release.release import check_signed
 
 _CHUNK_BYTES = 1 << 18
 # Tolerated lag of the device's clock behind the publisher's
@@ -47,12 +52,14 @@ class SyncClient:
     root: the first root document, or its file, which the device was set up with: all its trust comes from there.
     starts: number of starts within which a new version has to confirm that it works, or the device goes back
     (`ReleaseStore.start`); 0 means no trial.
+    signers: keys of which one must have signed the Release itself; None takes those in SARTOR_HOME/trusted.
     """
 
     id: str
     folder: Path
     root: bytes | Path
     starts: int = 0
+    signers: Sequence[PublicKey] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,8 @@ def sync(
     healthy: gets the staged version's path, and raises if the version must not become active.
     again: also accept a version that was refused here before, for its check, its trial or by a rollback.
 
-    Raises SignatureError for metadata that are forged, too old, expired, or newer than this device's clock;
+    Raises SignatureError for metadata that are forged, too old, expired, or newer than this device's clock, and for a
+    Release that none of the device's signers signed, or that is revoked;
     ArtifactError, StoreError for content that differs from what was signed; MissingError if the mirror is unreachable
     or too slow (fetched bytes are kept); and what the store raises. In each case the active version stays.
     """
@@ -217,11 +225,34 @@ def sync(
     content = _read_content(url, name, offer, targets, fetcher)
     transfer.bring(content)
     store.forgive(name, offer.version)
-    store.stage(name, offer.version, {path: blob.sha256 for path, blob in content.files.items()})
+    staged = store.stage(name, offer.version, {path: blob.sha256 for path, blob in content.files.items()})
+    _check_release(staged, name, offer.version, device.signers)
     store.activate(name, offer.version, healthy, starts=device.starts)
     store.collect()  # removes deltas, and the files of the version before the previous one
     synced = Synced(name, offer.version, old_version, True, ring, transfer.missing_bytes, fetcher.fetched_bytes)
     return replace(synced, deltas=transfer.deltas, whole=transfer.whole, notes=(*transfer.notes, *fetcher.broken))
+
+
+def _check_release(path: Path, name: str, version: str, signers: Sequence[PublicKey] | None) -> None:
+    """Check the signature of a staged Release or export, beside that of the update's metadata.
+
+    Whoever stole the keys of the repository cannot make devices run another Release than its signer's.
+    Raises SignatureError, ArtifactError.
+    """
+    artifact = open_artifact(path, ("release", "export"))
+    if (artifact.manifest.get("name"), artifact.manifest.get("version")) != (name, version):
+        raise SignatureError(
+            f"{name} {version} of the repository is the Release {artifact.manifest.get('name')} "
+            f"{artifact.manifest.get('version')}",
+            "tell its publisher: sartor edge publish RELEASE REPOSITORY",
+        )
+    keys = signing.trusted_keys() if signers is None else signers
+    if not any(key.allows("release") for key in keys):
+        raise SignatureError(
+            f"this device trusts no key for Releases, so nobody vouches for {name} {version} beside the repository",
+            f"cp SIGNER.pub {folder('trusted')}/ with the public key of who signs the Releases; or --public-key",
+        )
+    check_signed(artifact, keys)
 
 
 def _choose(offers: list[Offer], device_id: str, old_version: str, refused: Mapping[str, str]) -> Offer | None:

@@ -73,7 +73,8 @@ def keygen(keys: Path, thresholds: Mapping[RoleName, tuple[int, int]] = THRESHOL
     result: dict[RoleName, list[str]] = {}
     for role in ROLES:
         result[role] = [
-            signing.keygen(keys / f"{role}-{number + 1}")["key_id"] for number in range(thresholds[role][0])
+            signing.keygen(keys / f"{role}-{number + 1}", purposes=("fleet",))["key_id"]
+            for number in range(thresholds[role][0])
         ]
     lines = "".join(f"{role} {thresholds[role][1]}\n" for role in ROLES)
     (keys / "thresholds").write_text(lines, encoding="utf-8")
@@ -90,7 +91,7 @@ def folders(keys: Path, role: RoleName) -> list[Path]:
 
 def public(folder: Path) -> SSlibKey:
     """Return the public key in a folder as TUF writes it."""
-    return SSlibKey.from_crypto(signing.open_public(folder))
+    return SSlibKey.from_crypto(signing.open_public(folder).key)
 
 
 def first_root(keys: Path, expiry: Expiry) -> Root:
@@ -121,7 +122,7 @@ def sign(document: Metadata[Any], keys: Path, role: RoleName, roots: Iterable[Ro
     for folder in folders(keys, role):
         key = public(folder)
         if key.keyid in key_ids and (folder / "sartor.key").is_file():
-            document.sign(CryptoSigner(signing.open_private(folder), key), append=True)
+            document.sign(CryptoSigner(signing.open_private(folder, "fleet"), key), append=True)
     for root in roots:
         result = root.get_verification_result(role, document.signed_bytes, document.signatures)
         if not result:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from sartor.core import strict_json
 from sartor.core.config import is_valid_name
 from sartor.core.errors import ArtifactError
 from sartor.edge.store.version_pointers import DIGEST
@@ -133,7 +134,7 @@ def read_version_metadata(document: bytes, name: str, version: str) -> VersionCo
     digests. The document is signed, but a signer can be wrong too.
     """
     try:
-        fields = json.loads(document)
+        fields = strict_json.loads(document)
         files = {path: Blob(**blob) for path, blob in fields["files"].items()}
         result = VersionContent(
             fields["name"], fields["version"], files, tuple(DeltaStep(**step) for step in fields["deltas"])

@@ -49,6 +49,7 @@ from sartor.serving.dispatch.served_agents import ServedAgents
 from sartor.serving.registry.registry import ChangeCause, Registry
 from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.registry.user_versions import SUFFIX, UserVersionStore
+from sartor.serving.registry.version_rules import VersionRules
 from sartor.serving.team_config import Team
 from sartor.serving.types import (
     AgentReply,
@@ -152,7 +153,9 @@ class Dispatcher:
         self._admit = admit
         self.leases = AdapterLeases(workers, admit, release_copies.folder(Path(team.state)))
         self.rollouts = Rollouts(team.rollout, clock)
-        self.served = ServedAgents(registry, workers, self.leases, self.rollouts, router)
+        self.served = ServedAgents(
+            registry, workers, self.leases, self.rollouts, router, VersionRules.of(team).revoked_ids
+        )
         self.user_versions = UserVersionSelector(
             UserVersionStore(registry.database), self.leases, workers, Path(team.state), team.personal.held
         )
