@@ -354,8 +354,8 @@ def test_versions_are_ordered_as_people_expect() -> None:
 
 def registry_with(tmp_path: Path, rules: VersionRules, versions: tuple[str, ...]) -> Registry:
     registry = Registry.open(f"sqlite:///{tmp_path / 'r.sqlite'}")
-    for version in versions:
-        registry.add(AgentVersion("faq", version, str(tmp_path), f"id-{version}", "a", {}))
+    for number in versions:
+        registry.add(AgentVersion("faq", number, str(tmp_path), f"id-{number}", "a", {}))
     registry.promote("faq", versions[-1])
     registry.close()
     return Registry.open(f"sqlite:///{tmp_path / 'r.sqlite'}", rules)

@@ -9,9 +9,9 @@
 
 A manifest lists the sha256 of every file except those in UNLISTED. Its own `id` is the digest of all its other keys. A
 flipped byte, a missing or foreign file and a hand-edited manifest are therefore each refused by name; so are links and
-hidden files that it does not list. The manifest is read once: `Artifact.document` holds the bytes that were parsed, for
-who checks a signature. A writer fills a hidden sibling directory, fsyncs it and renames it. A kill leaves either nothing
-or a whole artefact; the next write names and removes leftovers.
+hidden files that it does not list. The manifest is read once: `Artifact.document` holds the bytes that were parsed,
+for a check of their signature. A writer fills a hidden sibling directory, fsyncs it and renames it. A kill leaves
+either nothing or a whole artefact; the next write names and removes leftovers.
 """
 
 from __future__ import annotations

@@ -76,7 +76,9 @@ def read_list(document: bytes, file: Path, trusted: Sequence[AnyPublicKey] | Non
     Raises SignatureError for bytes that are no list, or that no such key signed.
     """
     try:
-        fields = strict_json.loads(document) if len(document) <= MOST_BYTES else None
+        if len(document) > MOST_BYTES:
+            raise ValueError(f"it has {len(document):,} bytes; {MOST_BYTES:,} are the limit")
+        fields = strict_json.loads(document)
         signature = fields.pop("signature")
         signed_bytes = records.canonical(fields)
         if (fields["schema"], fields["kind"]) != (SCHEMA, KIND) or type(fields["serial"]) is not int:

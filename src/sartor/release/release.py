@@ -330,7 +330,9 @@ def verify_release(
 
 
 def _verified(artifact: Artifact, key: Path | str | None, base: str, own: Ed25519PublicKey | None = None) -> Verified:
-    trusted = [signing.open_public(Path(key))] if key else [*signing.trusted_keys(), *([own] if own else [])]
+    trusted: list[signing.AnyPublicKey] = [signing.open_public(Path(key))] if key else [*signing.trusted_keys()]
+    if own and not key:
+        trusted.append(own)
     signer, signature = check_signed(artifact, trusted)
     return Verified(artifact, signer, _compare_base(artifact, base), signature)
 

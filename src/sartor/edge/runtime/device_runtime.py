@@ -53,8 +53,8 @@ def open_runtime(
     base: another location of the base than the version names; for an export with its adapter alone, a GGUF file.
     delta: PEFT directory of a person's own adapter, used in place of the Release's adapter.
 
-    Raises ArtifactError for bytes that differ from the sealed ones, SignatureError for a revoked Release, ModelError for another base or a form without a
-    runtime, ExtraError if the library is missing.
+    Raises ArtifactError for bytes that differ from the sealed ones, SignatureError for a revoked Release, ModelError
+    for another base or a form without a runtime, ExtraError if the library is missing.
     """
     artifact = open_artifact(release, ("release", "export"))
     revoked_releases.check_not_revoked(artifact)  # its signature was checked before it was activated
