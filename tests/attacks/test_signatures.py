@@ -337,6 +337,18 @@ async def test_a_running_server_drops_a_revoked_release(tmp_path: Path, keys: Pa
         assert dispatch.served.version("law@1.0") is not None
 
 
+async def test_a_trial_that_was_revoked_is_not_promoted(tmp_path: Path, keys: Path) -> None:
+    """The version is in the registry's row already, as the candidate."""
+    opened = registry_with(tmp_path, VersionRules(), ("1.1", "1.0"))
+    opened.start_canary("faq", "1.1", 0.1)
+    revoked_releases.add_to_list(
+        {"id": "id-1.1", "name": "faq", "version": "1.1"}, signing.open_private(keys), "leaks"
+    )
+    with pytest.raises(SignatureError, match="leaks"):
+        opened.promote("faq", "1.1")
+    opened.close()
+
+
 async def test_a_lost_list_shows_in_health(tmp_path: Path, keys: Path) -> None:
     opened = registry(tmp_path, version("faq", "1.0"))
     result = revoked_releases.add_to_list({"id": "x", "name": "a", "version": "1"}, signing.open_private(keys), "bad")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 import sartor
 import updating
-from sartor.core import home, signing
+from sartor.core import home, revoked_releases, signing
 from sartor.core.artifacts import manifest_id
 from sartor.core.errors import ArtifactError, SignatureError
 from sartor.edge.runtime import device_runtime
@@ -164,6 +166,44 @@ def test_a_device_opens_no_revoked_release(world: World) -> None:
     sartor.revoke_release(current.path, key=world.key, reason="it leaks")
     with pytest.raises(SignatureError, match="it leaks"), device_runtime.open_runtime(current.path):
         pass
+
+
+def test_a_sync_brings_the_list_to_the_device(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The publisher revokes what devices already run; they learn it at their next sync and open it no more."""
+    synced(world)
+    current = world.store.current("home")
+    assert current is not None
+    sartor.revoke_release(current.path, key=world.key, reason="it leaks")
+    repositories.halt(world.repository, world.keys, "home", "1.0")
+    monkeypatch.setenv("SARTOR_HOME", str(world.folder / "device-home"))
+    signers = [signing.open_public(world.key)]
+    with device_runtime_checked(current.path):
+        pass
+    synced(world, signers=signers)
+    with pytest.raises(SignatureError, match="it leaks"), device_runtime_checked(current.path):
+        pass
+
+
+def test_stolen_repository_keys_revoke_nothing(world: World) -> None:
+    """A list by a signer whom the device does not trust is left out, and the sync goes on."""
+    synced(world)
+    current = world.store.current("home")
+    assert current is not None
+    signing.keygen(world.folder / "thief")
+    sartor.revoke_release(current.path, key=world.folder / "thief", reason="spite")
+    repositories.widen(world.repository, world.keys, "home", "1.0", 100)
+    shutil.rmtree(home.folder("revoked"))
+    assert any("was left out" in note for note in synced(world).notes)
+    with device_runtime_checked(current.path):
+        pass
+
+
+@contextmanager
+def device_runtime_checked(path: Path) -> Iterator[None]:
+    """What `open_runtime` checks of a version before it loads the base."""
+    artifact = sartor.open(path)
+    revoked_releases.check_not_revoked(artifact)
+    yield
 
 
 def test_update_metadata_with_a_key_twice_is_refused() -> None:

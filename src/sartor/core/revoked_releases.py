@@ -162,6 +162,26 @@ def import_list(file: Path) -> RevokedReleaseList:
     return result
 
 
+def take_over(content: bytes, file: Path, trusted: Sequence[AnyPublicKey]) -> bool:
+    """Install a list that came with an update if it is newer than the one here; return whether it was.
+
+    Raises SignatureError if no trusted key signed it.
+    """
+    present = read_list(content, file, trusted)
+    with writer_lock(folder("revoked") / _SERIALS):
+        seen = _seen_serials()
+        if present.signer in seen and present.serial <= seen[present.signer]["serial"]:
+            return False
+        _install(present, seen)
+    return True
+
+
+def newest_lists() -> dict[str, bytes]:
+    """Return the content of each list that this machine believes, by signer. Raises as `revoked`."""
+    revoked()
+    return {signer: (folder("revoked") / f"{signer}{SUFFIX}").read_bytes() for signer in sorted(_seen_serials())}
+
+
 def revoked(trusted: Sequence[AnyPublicKey] | None = None) -> dict[str, RevokedRelease]:
     """Return the revoked Releases by id, of all lists whose signers this machine trusts.
 
@@ -285,6 +305,6 @@ def _seen_serials() -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SignatureError(
             f"{file} cannot be read: {error}",
-            f"cp BACKUP/{_SERIALS} {file}; without a copy, rm {file}, then sartor revoke-release LIST with each newest list",
+            f"cp BACKUP/{_SERIALS} {file}; without a copy, rm {file}, then sartor revoke-release LIST for each list",
         ) from None
     return seen

@@ -109,7 +109,11 @@ def keygen(
     path.mkdir(parents=True, exist_ok=True)
     # Created with its final permissions, so that others can never read the secret, and under its own name, which a
     # second keygen at the same time cannot take. It is durable before anybody can trust the public key.
-    with os.fdopen(os.open(private_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+    try:
+        descriptor = os.open(private_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise ConfigError(f"another keygen made a key in {path} just now", "choose another directory") from None
+    with os.fdopen(descriptor, "wb") as stream:
         stream.write(_header(purposes) + secret)
         stream.flush()
         fsync_descriptor(stream.fileno())

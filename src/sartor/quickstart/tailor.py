@@ -561,7 +561,7 @@ def _released(
 
 def _is_signed_by(released: Artifact, key: Path) -> bool:
     """Return whether a key signed a Release."""
-    document = (released.path / MANIFESTS["release"]).read_bytes()
+    document = released.document or (released.path / MANIFESTS["release"]).read_bytes()
     try:
         signing.check(document, released.path / "signature", [signing.open_private(key).public_key()])
     except SignatureError:

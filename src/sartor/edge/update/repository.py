@@ -23,7 +23,7 @@ from typing import Any
 
 from tuf.api.metadata import TargetFile
 
-from sartor.core import signing
+from sartor.core import revoked_releases, signing
 from sartor.core.artifacts import MANIFESTS
 from sartor.core.config import is_valid_name
 from sartor.core.errors import ArtifactError, ConfigError
@@ -92,6 +92,7 @@ def publish(
         order = 1 + max((offer.order for offer in offers), default=0)
         offer = Offer(version, order, percent, False, int(time.time()))
         _set_target(documents, repository, VersionContent(name, version, files, steps), offer)
+        _add_lists(documents, repository)
         documents.write(keys, expiry)
     total_bytes = sum(blob.bytes for blob in files.values())
     return Published(
@@ -319,8 +320,18 @@ def _change(repository: Path, keys: Path, name: str, version: str, change: Any, 
         offer: Offer = change(_find(documents, name, version))
         target = documents.targets.signed.targets[words.target_path(name, version)]
         target.unrecognized_fields["custom"] = offer.as_custom()
+        _add_lists(documents, repository)
         documents.write(keys, expiry or Expiry())
     return offer
+
+
+def _add_lists(documents: Documents, repository: Path) -> None:
+    """List the signed lists of revoked Releases that this machine believes, for devices to take over."""
+    for signer, content in revoked_releases.newest_lists().items():
+        path = words.list_path(signer)
+        target = TargetFile.from_data(path, content, ["sha256"])
+        write_file_atomic(repository / "targets" / target.get_prefixed_paths()[0], content)
+        documents.targets.signed.targets[path] = target
 
 
 def _find(documents: Documents, name: str, version: str) -> Offer:

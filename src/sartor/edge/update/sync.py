@@ -25,7 +25,7 @@ from tuf.api.metadata import Metadata, Targets
 from tuf.ngclient import Updater
 from tuf.ngclient.fetcher import FetcherInterface
 
-from sartor.core import signing
+from sartor.core import revoked_releases, signing
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SignatureError, StoreError
 from sartor.core.filesystem import write_file_atomic
@@ -197,6 +197,7 @@ def sync(
     url = url.rstrip("/")
     fetcher = Fetcher(limits or DownloadLimits())
     offers, targets = _refresh_metadata(url, device, fetcher)
+    list_notes = _take_lists(url, targets, fetcher, device.signers)
     matching_offers = sorted(
         (offer for offer_name, offer in offers if offer_name == name), key=lambda offer: -offer.order
     )
@@ -211,7 +212,7 @@ def sync(
     old_version, ring = current.version if current else "", words.ring_of(device.id)
     offer = _choose(matching_offers, device.id, old_version, {} if again else store.refused(name))
     if offer is None or offer.version == old_version:
-        notes = [] if offer else [f"no version of {name} is offered to ring {ring}"]
+        notes = [*list_notes, *([] if offer else [f"no version of {name} is offered to ring {ring}"])]
         return Synced(
             name,
             old_version,
@@ -230,7 +231,34 @@ def sync(
     store.activate(name, offer.version, healthy, starts=device.starts)
     store.collect()  # removes deltas, and the files of the version before the previous one
     synced = Synced(name, offer.version, old_version, True, ring, transfer.missing_bytes, fetcher.fetched_bytes)
-    return replace(synced, deltas=transfer.deltas, whole=transfer.whole, notes=(*transfer.notes, *fetcher.broken))
+    all_notes = (*list_notes, *transfer.notes, *fetcher.broken)
+    return replace(synced, deltas=transfer.deltas, whole=transfer.whole, notes=all_notes)
+
+
+def _take_lists(
+    url: str, targets: Metadata[Targets], fetcher: Fetcher, signers: Sequence[PublicKey] | None
+) -> list[str]:
+    """Take over the lists of revoked Releases that the repository carries; return what was irregular.
+
+    A list by a signer whom this device does not trust is left out: the repository's keys alone revoke nothing.
+    """
+    notes = []
+    keys = signing.trusted_keys() if signers is None else list(signers)
+    for path, target in targets.signed.targets.items():
+        if not path.startswith(words.LISTS) or target.length > revoked_releases.MOST_BYTES:
+            continue
+        file = Path(path.removeprefix(words.LISTS))
+        try:
+            content = fetcher.small(f"{url}/targets/{target.get_prefixed_paths()[0]}", target.length)
+            if content is None:
+                raise MissingError(f"{url} lacks {path}", "the same command again later")
+            target.verify_length_and_hashes(content)
+            revoked_releases.take_over(content, file, keys)
+        except exceptions.LengthOrHashMismatchError:
+            notes.append(f"a list of revoked Releases is another one than was signed: {path}")
+        except (SignatureError, MissingError, ArtifactError) as error:
+            notes.append(f"a list of revoked Releases was left out: {error.problem}")
+    return notes
 
 
 def _check_release(path: Path, name: str, version: str, signers: Sequence[PublicKey] | None) -> None:

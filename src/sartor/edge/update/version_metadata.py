@@ -1,6 +1,7 @@
 """Files, deltas and rollout offer of a version.
 
 targets/NAME/DIGEST.VERSION.json   a TUF target: every file of the version by digest, and the deltas that lead to them
+targets/revoked-releases/...       the publisher's signed lists of revoked Releases (core/revoked_releases.py)
 its `custom` in targets.json       order, percent, halted, published: the offer (signed; it changes without the target)
 blobs/ab/abcd...                   content by sha256: named by a signed document, so no mirror has to be trusted
 """
@@ -21,6 +22,7 @@ from sartor.edge.store.version_pointers import DIGEST
 
 SCHEMA = 1
 MOST_FILES = 10_000
+LISTS = "revoked-releases/"  # targets without an offer, so that no device takes one for a version
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ def ring_of(device_id: str) -> int:
 def target_path(name: str, version: str) -> str:
     """Return the name of a version's document among the targets."""
     return f"{name}/{version}.json"
+
+
+def list_path(signer: str) -> str:
+    """Return the name of a signer's list of revoked Releases among the targets."""
+    return f"{LISTS}{signer}.json"
 
 
 def blob_path(digest: str) -> str:

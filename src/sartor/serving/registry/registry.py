@@ -396,9 +396,10 @@ class Registry:
         Raises what `VersionRules.check` raises for a version that becomes live or goes on trial by it.
         """
         if action != "repaired":
-            present = {before.live, before.candidate} if before else set()
-            for new in {after.live, after.candidate} - present - {""}:
-                self._check_rules(connection, after.name, new)
+            if after.live and (before is None or after.live != before.live):
+                self._check_rules(connection, after.name, after.live)
+            if after.candidate and (before is None or after.candidate != before.candidate):
+                self._check_rules(connection, after.name, after.candidate)
         after = replace(after, generation=registry_schema.next_generation(connection), changed=_now())
         self._put(connection, registry_schema.agents, after.as_row(), name=after.name)
         numbers = dict(cause.numbers)
