@@ -66,10 +66,14 @@ class PublicKey:
 AnyPublicKey = PublicKey | Ed25519PublicKey
 
 
+def bare_key(public: AnyPublicKey) -> Ed25519PublicKey:
+    """Return a public key without its purposes."""
+    return public.key if isinstance(public, PublicKey) else public
+
+
 def key_id(public: AnyPublicKey) -> str:
     """Return the first 16 hex digits of the sha256 of the raw public key."""
-    key = public.key if isinstance(public, PublicKey) else public
-    raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    raw = bare_key(public).public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
     return hashlib.sha256(raw).hexdigest()[:16]
 
 

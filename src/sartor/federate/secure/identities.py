@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sartor.core import signing
 from sartor.core.config import is_valid_name
 from sartor.core.errors import ConfigError, SignatureError
-from sartor.core.signing import PublicKey
+from sartor.core.signing import AnyPublicKey
 
 # domain separation: a signature made here is never valid for another kind of document of the same key
 _DOMAIN = b"sartor federated round\n"
@@ -60,7 +60,7 @@ class Identity:
 class PinnedKeys:
     """Pinned public keys by name."""
 
-    keys: Mapping[str, PublicKey]
+    keys: Mapping[str, AnyPublicKey]
 
     @classmethod
     def open(cls, folder: Path) -> PinnedKeys:
@@ -88,7 +88,7 @@ class PinnedKeys:
         if key is None:
             raise SignatureError(f"no key is pinned for {name!r:.80}", "enrol it, if you know it")
         try:
-            key.key.verify(signature, _DOMAIN + document)
+            signing.bare_key(key).verify(signature, _DOMAIN + document)
         except InvalidSignature:
             raise SignatureError(
                 f"this message is not {name}'s: the pinned key did not sign it, or it was changed",
