@@ -102,6 +102,7 @@ _NAMES = {
     "review_sample": "sartor.curate.review.review_commands:review_sample",
     "review_show": "sartor.curate.review.review_commands:review_show",
     "revoke": "sartor.core.lineage.revocation:revoke",
+    "revoke_release": "sartor.core.revoked_releases:revoke_release",
     "revoke_key": "sartor.serving.api_keys:revoke_key",
     "rollback_agent": "sartor.serving.commands.agent_commands:rollback_agent",
     "say_many": "sartor.media.speech.batch_synthesis:say_many",

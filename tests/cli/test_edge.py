@@ -76,7 +76,7 @@ def test_from_keys_to_a_version_on_a_device_and_back(
     said = edge("publish", made["1.0"], repository, "--keys", keys, "--key", world.key, "--days", 30)
     assert (said["name"], said["version"], said["percent"], said["deltas"]) == ("home", "1.0", 100, {})
     root = repository / "metadata" / "1.root.json"
-    signing.keygen(tmp_path / "device-key")
+    signing.keygen(tmp_path / "device-key", purposes=("fleet",))
     (tmp_path / "devices").mkdir()
     (tmp_path / "devices" / "box-1.pub").write_bytes((tmp_path / "device-key" / "sartor.pub").read_bytes())
     where = ["--store", store]

@@ -395,7 +395,7 @@ def test_personal_data_found_is_written_nowhere(data: Path, tmp_path: Path) -> N
 def test_decisions_are_signed_and_a_forged_one_is_refused(data: Path, tmp_path: Path) -> None:
     """They are signed if there is a key; unsigned ones stay open with signed=True, unknown keys are named."""
     (item,) = add(data, found(data, 1))
-    key = signing.keygen(tmp_path / "ada", trust=True)
+    key = signing.keygen(tmp_path / "ada", trust=True, purposes=("review",))
     decide(data, item, "accept", key=tmp_path / "ada")
     assert sartor.review_show(data, item)["decisions"][0]["signed_by"] == key["key_id"]
     (other,) = add(data, found(data, 2))
@@ -414,7 +414,7 @@ def test_decisions_are_signed_and_a_forged_one_is_refused(data: Path, tmp_path: 
         "new_decisions": 0,
         "signed": 1,
     }
-    signing.keygen(Path(os.environ["SARTOR_HOME"]) / "keys" / "review")
+    signing.keygen(Path(os.environ["SARTOR_HOME"]) / "keys" / "review", purposes=("review",))
     decide(data, other, "accept", "Ben")
     assert sartor.review_show(data, other)["decisions"][1]["signed_by"] == "an unknown key", (
         "a key that this machine does not trust"

@@ -58,7 +58,7 @@ def test_checkpoint_without_numerics_counts_as_version_1(
 
 
 def test_a_receipt_states_it_and_one_of_before_is_read(tmp_path: Path) -> None:
-    sartor.keygen(tmp_path / "keys")
+    sartor.keygen(tmp_path / "keys", purposes=("receipt",))
     key = signing.open_private(tmp_path / "keys")
     fields = (SCHEMA, {"name": "tiny"}, {}, {}, {}, [], [], {}, "paused", "a signal")
     receipt = Receipt(*fields, 1)  # type: ignore[arg-type]
@@ -68,5 +68,7 @@ def test_a_receipt_states_it_and_one_of_before_is_read(tmp_path: Path) -> None:
     assert verify_receipt(tmp_path, trusted) == receipt
     old = {name: value for name, value in asdict(receipt).items() if name != "numerics"}
     document = json.dumps(old, sort_keys=True, separators=(",", ":")).encode()
-    (tmp_path / "receipt.json").write_text(json.dumps({"said": old, "signature": signing.signature_of(document, key)}))
+    (tmp_path / "receipt.json").write_text(
+        json.dumps({"said": old, "signature": signing.signature_of(document, key, "receipt")})
+    )
     assert verify_receipt(tmp_path, trusted) == receipt

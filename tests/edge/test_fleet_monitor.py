@@ -82,7 +82,7 @@ def fleet_of(world: World, count: int) -> tuple[list[Box], Path]:
     devices.mkdir()
     for number in range(count):
         box = Box(f"box-{number}", world.folder / f"box-{number}", is_blind=number % 3 == 0)
-        signing.keygen(box.folder / "key")
+        signing.keygen(box.folder / "key", purposes=("fleet",))
         (devices / f"{box.id}.pub").write_bytes((box.folder / "key" / "sartor.pub").read_bytes())
         boxes.append(box)
     return boxes, devices
@@ -154,7 +154,7 @@ class Ballot:
     def key(self, device: str, enrolled: bool = True) -> Path:
         folder = self.world.folder / "keys-of-devices" / device
         if not folder.is_dir():
-            signing.keygen(folder)
+            signing.keygen(folder, purposes=("fleet",))
         if enrolled:
             (self.devices / f"{device}.pub").write_bytes((folder / "sartor.pub").read_bytes())
         return folder
@@ -363,7 +363,7 @@ def options(world: World, **more: Any) -> verbs.DeviceOptions:
     world.store.close()
     root = world.folder / "root.json"
     root.write_bytes(world.root)
-    (world.folder / "device-key").is_dir() or signing.keygen(world.folder / "device-key")
+    (world.folder / "device-key").is_dir() or signing.keygen(world.folder / "device-key", purposes=("fleet",))
     return verbs.DeviceOptions(world.folder / "store", "box-1", root, key=world.folder / "device-key", **more)
 
 

@@ -32,7 +32,7 @@ from tuning_rounds import manifest
 
 @pytest.fixture
 def key(tmp_path: Path) -> Path:
-    sartor.keygen(tmp_path / "device-key", trust=True)
+    sartor.keygen(tmp_path / "device-key", trust=True, purposes=("receipt",))
     return tmp_path / "device-key"
 
 

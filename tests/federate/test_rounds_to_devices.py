@@ -28,7 +28,7 @@ def device(folder: Path, name: str) -> Path:
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     source = {"path": str(file), "licence": "CC-BY-4.0"}
     sartor.curate({"sources": [source], "split": {"eval_fraction": 0.25}}, folder / f"data-{name}")
-    key = sartor.keygen(folder / f"key-{name}", trust=True)["private"]
+    key = sartor.keygen(folder / f"key-{name}", trust=True, purposes=("receipt",))["private"]
     said = {
         "data": str(folder / f"data-{name}"),
         "store": str(folder / name),

@@ -264,7 +264,7 @@ def test_what_is_no_message_is_refused_without_a_traceback(content: bytes) -> No
 def test_a_roster_is_a_folder_of_public_keys_without_the_revoked(tmp_path: Path) -> None:
     (tmp_path / "roster").mkdir()
     for name in ("ward-1", "ward-2"):
-        made = signing.keygen(tmp_path / name)
+        made = signing.keygen(tmp_path / name, purposes=("fleet",))
         (tmp_path / "roster" / f"{name}.pub").write_bytes(Path(made["public"]).read_bytes())
     me = Identity.open("ward-1", tmp_path / "ward-1")
     roster = PinnedKeys.open(tmp_path / "roster")

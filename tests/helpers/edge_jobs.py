@@ -47,4 +47,4 @@ def adapter(one: TuningJob) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def key(tmp_path: Path) -> Path:
-    return Path(keygen(tmp_path / "key")["private"])
+    return Path(keygen(tmp_path / "key", purposes=("receipt",))["private"])

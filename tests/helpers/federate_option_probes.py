@@ -270,7 +270,7 @@ def _device_task(values: Any, workspace: Workspace, base: Path) -> EdgeTask:
     """A device's part of a round, with a key."""
     folder = workspace.folder()
     if not (workspace.path / "key").exists():
-        keygen(workspace.path / "key")
+        keygen(workspace.path / "key", purposes=("receipt",))
     options = {"data": "rows", "store": str(folder / "store"), "key": "key", **values}
     options["key"] = str(workspace.path / options["key"])
     ref = BaseRef("tiny", base, "d" * 64, "MIT")

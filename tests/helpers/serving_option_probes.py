@@ -22,7 +22,7 @@ from sartor.core.config import load
 from sartor.core.errors import SartorError
 from sartor.core.model_refs import locate_base
 from sartor.core.records import Feedback
-from sartor.core.signing import keygen, open_private, sign
+from sartor.core.signing import keygen, open_private, open_public, sign
 from sartor.inference import llamacpp_engine
 from sartor.inference.engine import EngineInfo, GenerateCall
 from sartor.serving.admission import admission
@@ -35,6 +35,7 @@ from sartor.serving.http.auth_middleware import RequestGate
 from sartor.serving.http.server import HttpServer, bind, check_bind
 from sartor.serving.http.speech_service import SpeechService
 from sartor.serving.plans.plan_log import DayFiles, PlanLog
+from sartor.serving.registry.version_rules import VersionRules
 from sartor.serving.routing import agent_classifier, exemplars
 from sartor.serving.routing.exemplars import ExemplarPrompt, Exemplars, Gain
 from sartor.serving.routing.router import AutoRouter
@@ -313,7 +314,18 @@ async def _promoted(values: Any, workspace: Workspace) -> Any:
         return agent.live, agent.candidate, agent.canary_fraction, agent.shadow_fraction
 
 
+def _smallest_version(values: Any, workspace: Workspace) -> Any:
+    """Which versions of the agent may be served."""
+    team = team_of(workspace.folder(), agents=(load(AgentOptions, {"name": "faq", "release": "r", **values}),))
+    try:
+        VersionRules.of(team).check("faq", "1.1", "id")
+    except SartorError as error:
+        return error.check
+    return "served"
+
+
 AGENT_PROBES = (
+    *probes_of("AgentOptions", _smallest_version, {"min_version": ("1.0", "1.2")}),
     *probes_of("AgentOptions", _agent, {"name": ("faq", "help"), "release": ("/releases/faq-1", "/releases/bad-1")}),
     *probes_of("AgentOptions", _ill_agent, {"fallback": (["previous", "base"], [])}),
     *probes_of("AgentOptions", _about, {"about": ("", "Opening hours.")}),
@@ -538,7 +550,8 @@ def _trusted(values: Any, workspace: Workspace) -> Any:
     )
     context = AdmissionContext.of(team, EngineInfo("local", "tiny", "b", "t", 512, 4))
     try:
-        return bool(admission._signer(folder, folder, context.trust))
+        trusted = [open_public(context.trust)] if context.trust else None
+        return bool(admission._signer(folder, folder, trusted))
     except SartorError as error:
         return type(error).__name__, error.problem.partition(":")[0]
 

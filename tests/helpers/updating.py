@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from loopback import listening
-from sartor.core import signing
+from sartor.core import home, signing
 from sartor.core.artifacts import MANIFESTS, write_artifact
 from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update.downloader import DownloadLimits
@@ -196,5 +196,6 @@ def world(published: Path, tmp_path: Path) -> World:
     """A copy of `published`, and a device that never synced."""
     for name in ("signer", "keys", "repository"):
         shutil.copytree(published / name, tmp_path / name)
+    shutil.copyfile(tmp_path / "signer" / "sartor.pub", home.folder("trusted") / "signer.pub")
     store = ReleaseStore(tmp_path / "store")
     return World(tmp_path, tmp_path / "signer", tmp_path / "keys", tmp_path / "repository", store, tmp_path / "device")

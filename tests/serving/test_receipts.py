@@ -79,7 +79,9 @@ async def test_receipt_has_provenance_and_valid_team_signature(book: ReceiptLog,
     said = dict(found)
     signature = said.pop("signature")
     public = [signing.open_public(Path(team.state) / "keys")]
-    assert signing.check_signature(canonical(said), signature, Path("f"), "it", public) == signing.key_id(public[0])
+    assert signing.check_signature(canonical(said), signature, Path("f"), "it", public, "receipt") == signing.key_id(
+        public[0]
+    )
     book.write(given("r3", done=None))
     assert book.read("r3")["finish"] == "failed" and book.read("r3")["tokens"] == {}
 
@@ -381,14 +383,14 @@ def test_a_receipt_with_any_field_changed_is_refused(tmp_path: Path, file: Path)
 
 
 def test_another_teams_key_or_nobodys_is_not_believed(tmp_path: Path, file: Path) -> None:
-    sartor.keygen(tmp_path / "other")
+    sartor.keygen(tmp_path / "other", purposes=("receipt",))
     with pytest.raises(SignatureError, match="does not trust"):
         sartor.verify_receipt(file, key=tmp_path / "other")
     with pytest.raises(SignatureError, match="trusts nobody"):
         sartor.verify_receipt(file)
     forged = json.loads(file.read_text())
     del forged["signature"]
-    forged["signature"] = signing.signature_of(canonical(forged), signing.open_private(tmp_path / "other"))
+    forged["signature"] = signing.signature_of(canonical(forged), signing.open_private(tmp_path / "other"), "receipt")
     file.write_text(json.dumps(forged))
     with pytest.raises(SignatureError):
         sartor.verify_receipt(file, team=tmp_path / "team.yaml")

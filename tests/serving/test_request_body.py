@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import serving
+from sartor.core import strict_json
 from sartor.core.errors import BusyError, RequestError
-from sartor.serving.http import request_body
-from sartor.serving.http.request_body import MOST_NESTED, BodyReader, TooLargeError, nested, parse
+from sartor.core.strict_json import MOST_NESTED, nested
+from sartor.serving.http.request_body import BodyReader, TooLargeError, parse
 from serving import chat
 
 COMPLETIONS = "/v1/chat/completions"
@@ -235,7 +236,7 @@ def test_depth_does_not_depend_on_the_pieces_that_are_scanned(text: str, piece: 
     body = text.encode()
     with pytest.MonkeyPatch.context() as patch:
         whole = nested(body)
-        patch.setattr(request_body, "_PIECE", piece)
+        patch.setattr(strict_json, "_PIECE", piece)
         assert nested(body) == nested(bytearray(body)) == whole
 
 

@@ -17,6 +17,7 @@ import pytest
 from sartor.core import parquet_io
 from sartor.core.artifacts import MANIFESTS
 from sartor.core.errors import ArtifactError, BusyError, UnavailableError
+from sartor.core.filesystem import file_digest
 from sartor.evaluate.training_facts import EXEMPLARS
 from sartor.serving.routing import agent_classifier, calibration, exemplars, router
 from sartor.serving.routing import exemplars as lift
@@ -56,7 +57,17 @@ def release(folder: Path, agent: str, **splits: Sequence[str]) -> Path:
     found = splits or {"train": LISTED[agent][::2], "eval": LISTED[agent][1:40:2]}
     lines = [{"text": text, "split": split} for split, texts in found.items() for text in texts]
     (folder / agent / EXEMPLARS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    list_files(folder / agent, {})
     return folder / agent
+
+
+def list_files(folder: Path, facts: dict[str, Any]) -> None:
+    """Write a release.json that lists the files there are."""
+    files = {
+        file.relative_to(folder).as_posix(): {"sha256": file_digest(file), "bytes": file.stat().st_size}
+        for file in folder.glob("*/*")
+    }
+    (folder / MANIFESTS["release"]).write_text(json.dumps({**facts, "files": files}))
 
 
 def ask(text: str) -> list[dict[str, Any]]:
@@ -221,9 +232,6 @@ def test_of_many_agents_those_that_may_be_chosen_are_looked_at(ground: agent_cla
 def measured(release: Path, low: float, gains: Sequence[float]) -> Path:
     """A Release's Report on its rows about rooms and about dishes, as far as a router looks at it."""
     metric = {"base": 0.1, "tuned": 0.5, "difference": 0.4, "low": low, "high": 0.6}
-    (release / MANIFESTS["release"]).write_text(
-        json.dumps({"primary": "exact_match", "metrics": {"exact_match": metric}})
-    )
     texts = [*LISTED["home"][:40], *LISTED["chef"][:40]]
     table = [
         {"prompt": text, "media": "", "base_exact_match": 0.5, "tuned_exact_match": 0.5 + gain}
@@ -231,6 +239,7 @@ def measured(release: Path, low: float, gains: Sequence[float]) -> Path:
     ]
     (release / "report").mkdir()
     parquet_io.write_rows(release / "report" / "rows.parquet", pa.Table.from_pylist(table).schema, table)
+    list_files(release, {"primary": "exact_match", "metrics": {"exact_match": metric}})
     return release
 
 

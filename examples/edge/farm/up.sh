@@ -84,7 +84,7 @@ step "publish 1.0" 0 publish "$made" repository --days 30
 
 # the box is set up in the workshop: its key is made there and enrolled, the root document is copied on to it
 mkdir -p box devices
-[ -e box-key ] || sartor keygen box-key >&2
+[ -e box-key ] || sartor keygen box-key --purpose fleet >&2
 cp box-key/sartor.pub devices/box-04.pub
 cp repository/metadata/1.root.json box/root.json
 box=(--device box-04 --root box/root.json --store box/store --health "$here/health.jsonl" --key box-key)

@@ -83,7 +83,7 @@ GROUPS = {
     "Train": ("sartor tune tune.yaml --out adapters/faq", ("plan", "tune")),
     "Check and release": (
         "sartor release adapters/faq --name faq --version 1.0 --key keys",
-        ("evaluate", "keygen", "release", "verify", "export", "inspect", "index", "revoke"),
+        ("evaluate", "keygen", "release", "verify", "export", "inspect", "index", "revoke", "revoke-release"),
     ),
     "Serve and learn": ("sartor serve team.yaml", ("serve", "agents", "receipt", "retrain", "personal")),
     "Devices": ("sartor edge sync https://updates.example faq --device box-17 --root root.json", ("edge",)),

@@ -194,6 +194,7 @@ def sync(
     report: str = "",
     key: Path | None = None,
     private: REPLACE = False,
+    public_key: Path | None = None,
 ) -> Any:
     """Update a release to the newest version for this device; it becomes current if its health check passes.
 
@@ -213,8 +214,9 @@ def sync(
         again: also take a version that was refused here
         report: folder or http(s) address for signed reports (started, then pass, fail or deferred); without it nothing
             is sent
-        key: directory of the device's key, which signs reports (sartor keygen DIR)
+        key: directory of the device's key, which signs reports (sartor keygen DIR --purpose fleet)
         private: refuse every network address
+        public_key: take only Releases that this key signed, instead of those in SARTOR_HOME/trusted
     """
     options = sartor.DeviceOptions(
         store,
@@ -227,6 +229,7 @@ def sync(
         memory_bytes=memory_bytes,
         limit_bytes=limit_bytes,
         key=key,
+        public_key=public_key,
     )
     return sartor.edge_sync(url, name, options, again=again, report=report, private=private, notice=notice)
 

@@ -21,6 +21,7 @@ def _in_order(kind: object, tokens: Sequence[Token]) -> tuple[tuple[str, str], .
 
 
 # one parameter with two names, since the order in which a model reads media matters
+PURPOSE = Annotated[tuple[Literal["release", "receipt", "proof", "fleet", "review"], ...], Parameter(negative="")]
 MEDIA = Annotated[tuple[Any, ...], Parameter(name=("--image", "--audio"), converter=_in_order, negative="")]
 
 
@@ -381,11 +382,31 @@ def ask(
 
 
 @app.command
-def keygen(directory: Path, *, trust: REPLACE = False) -> Any:
-    """Make an Ed25519 key pair for signing releases.
+def keygen(
+    directory: Path, *, trust: REPLACE = False, purpose: PURPOSE = ("release",), upgrade: REPLACE = False
+) -> Any:
+    """Make an Ed25519 key pair for signing releases, or for another purpose.
 
     Args:
         directory: where sartor.key (keep it) and sartor.pub (give it away) go
         trust: also trust the public key on this machine
+        purpose: what the key may sign: release (also exports and lists of revoked Releases), receipt, proof (of an
+            erasure), fleet (rounds, device reports), review; repeat it for several
+        upgrade: write the purposes into a key from before keys had them; the key and all that it signed stay valid
     """
-    return sartor.keygen(directory, trust=trust)
+    return sartor.keygen(directory, trust=trust, purposes=purpose, upgrade=upgrade)
+
+
+@app.command
+def revoke_release(path: Path, *, key: Path | None = None, reason: str = "") -> Any:
+    """Revoke a Release, or take over a signed list of revoked ones from another machine.
+
+    verify, export, serve, ask, edge sync and edge ask refuse a revoked Release. The signed list is the file that the
+    command prints: give it to every machine that uses the Release, where this command takes it over.
+
+    Args:
+        path: the Release; or a list, KEYID.releases.json
+        key: private key for Releases that signs the list: its file, or the directory that keygen made
+        reason: recorded in the list
+    """
+    return sartor.revoke_release(path, key=key, reason=reason)

@@ -8,22 +8,25 @@
     export/    parity.json    signature (by option)  files that another runtime loads
 
 A manifest lists the sha256 of every file except those in UNLISTED. Its own `id` is the digest of all its other keys. A
-flipped byte, a missing or foreign file and a hand-edited manifest are therefore each refused by name. A writer fills a
-hidden sibling directory, fsyncs it and renames it. A kill leaves either nothing or a whole artefact; the next write
-names and removes leftovers.
+flipped byte, a missing or foreign file and a hand-edited manifest are therefore each refused by name; so are links and
+hidden files that it does not list. The manifest is read once: `Artifact.document` holds the bytes that were parsed,
+for a check of their signature. A writer fills a hidden sibling directory, fsyncs it and renames it. A kill leaves
+either nothing or a whole artefact; the next write names and removes leftovers.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from sartor.core import records
+from sartor.core import records, strict_json
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
 from sartor.core.filesystem import (
     DISK_FULL,
@@ -31,6 +34,7 @@ from sartor.core.filesystem import (
     create_directory_atomic,
     file_digest,
     make_parent,
+    replaced_versions,
     writer_lock,
 )
 
@@ -46,14 +50,21 @@ MANIFESTS: dict[str, str] = {
 }
 # Written after the manifest: a signature signs the manifest, and review decisions come later.
 UNLISTED = {"signature", "review.jsonl"}
+# Hidden files that Sartor itself keeps in an artefact: the record of a server's copy, and what a review is written by.
+_HIDDEN = re.compile(r"\.admitted\.json|\.{1,2}(admitted\.json|review\.jsonl)\.(part-.*|lock)")
+MOST_NESTED = 256  # brackets of a manifest, which holds the JSON schemas of tools
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An opened, checked artefact: its directory and its manifest."""
+    """An opened, checked artefact: its directory and its manifest.
+
+    document: the manifest's bytes, as read and parsed; empty if only its manifest's values are known.
+    """
 
     path: Path
     manifest: dict[str, Any]
+    document: bytes = field(default=b"", repr=False, compare=False)
 
     @property
     def kind(self) -> str:
@@ -93,6 +104,7 @@ def create_output_directory(path: Path, *, replace: bool = False) -> Iterator[Pa
     make_parent(path)
     with writer_lock(path):
         _remove_leftovers(path)
+        check_output_free(path, replace=replace)  # a leftover may be what was there before
         try:
             with create_directory_atomic(path, replace=replace) as part:
                 yield part
@@ -150,15 +162,18 @@ def write_artifact(
     return Artifact(path.absolute(), manifest)
 
 
-def open_artifact(path: Path | str, kind: Kind | Sequence[Kind] | None = None) -> Artifact:
+def open_artifact(
+    path: Path | str, kind: Kind | Sequence[Kind] | None = None, *, document: bytes | None = None
+) -> Artifact:
     """Open an artefact of one of the given kinds (None: any) and check every listed file.
 
+    document: the manifest's bytes, if the caller has read them and verified their signature.
     Raises ArtifactError naming the difference: missing, another kind, another schema, hand-edited, truncated, extra
     file.
     """
     path = Path(path).absolute()
     kinds: Sequence[str] = [kind] if isinstance(kind, str) else kind or tuple(MANIFESTS)
-    artifact = Artifact(path, read_manifest(path, kinds))
+    artifact = Artifact(path, *read_manifest_document(path, kinds, document))
     _check_files(artifact)
     return artifact
 
@@ -168,20 +183,34 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
 
     Raises ArtifactError if there is none of these kinds, or if it is damaged, changed or of another schema.
     """
+    return read_manifest_document(path, kinds)[0]
+
+
+def read_manifest_document(
+    path: Path, kinds: Sequence[str], document: bytes | None = None
+) -> tuple[dict[str, Any], bytes]:
+    """Return a manifest as `read_manifest` does, and the bytes from which it was parsed.
+
+    document: as in `open_artifact`.
+    """
     expected = " or ".join(kinds)
     kind = kind_of(path)
     if kind is None:
         problem = "there is nothing" if not path.exists() else "there is no artefact of Sartor"
+        aside = replaced_versions(path.absolute()) if not path.exists() else []
         raise ArtifactError(
             f"{problem} at {path}; {_a(expected)} was expected",
-            f"ls {path.parent}; sartor index DIR finds what was moved",
+            f"mv {aside[-1]} {path} brings back what a killed --replace moved aside"
+            if aside
+            else f"ls {path.parent}; sartor index DIR finds what was moved",
         )
     if kind not in kinds:
         raise ArtifactError(f"{path} is {_a(kind)}, not {_a(expected)}", f"give the path of {_a(expected)}")
     file = path / MANIFESTS[kind]
     remedy = _remake_command(kind, path)
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        document = file.read_bytes() if document is None else document
+        manifest = strict_json.loads(document, max_nested=MOST_NESTED)
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{file} is not a whole JSON manifest: {error}", remedy) from None
     if not isinstance(manifest, dict) or not _lists_files(manifest.get("files")) or manifest.get("kind") != kind:
@@ -202,7 +231,7 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
             f"it says {str(manifest.get('id'))[:16]}",
             remedy,
         )
-    return manifest
+    return manifest, document
 
 
 # kind -> command that makes one again
@@ -273,10 +302,22 @@ def _check_files(artifact: Artifact) -> None:
     for name in files:
         check_file(artifact, name)
     allowed = set(files) | {MANIFESTS[artifact.kind]} | UNLISTED
-    for file in sorted(root.rglob("*")):
-        name = file.relative_to(root).as_posix()
-        if file.is_file() and name not in allowed and not file.name.startswith("."):
-            raise ArtifactError(f"{root} holds {name!r}, which its manifest does not list", f"mv {file} ELSEWHERE")
+    folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    for folder, folder_names, file_names in os.walk(root):  # which follows no link
+        for item in sorted([*folder_names, *file_names]):
+            file = Path(folder, item)
+            name = file.relative_to(root).as_posix()
+            if file.is_symlink():
+                kind, is_listed = "the link ", name in files
+            elif item in folder_names:  # an empty folder with a plain name says nothing
+                kind, is_listed = "the hidden folder ", name in folders or not item.startswith(".")
+            else:
+                kind = "the hidden file " if item.startswith(".") else ""
+                is_listed = name in allowed or _HIDDEN.fullmatch(name) is not None
+            if not is_listed:
+                raise ArtifactError(
+                    f"{root} holds {kind}{name!r}, which its manifest does not list", f"mv {file} ELSEWHERE"
+                )
 
 
 def _a(kind: str) -> str:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -32,8 +32,15 @@ from sartor.core.errors import BusyError, ConfigError
 Content = bytes | Callable[[BinaryIO], object]
 PIECE_BYTES = 1 << 20
 LEFTOVER = ".part"
+REPLACED = ".replaced"  # a directory that stands aside while its successor takes its name; never cleaned by name alone
 # a name has at most 255 bytes on Linux, macOS and Windows; process, thread and time take up to 50
 _MAX_STEM_BYTES = 200
+_fcntl: Any
+try:
+    from fcntl import fcntl as _fcntl
+except ImportError:  # Windows
+    _fcntl = None
+_FULL_FSYNC: int | None = getattr(sys.modules.get("fcntl"), "F_FULLFSYNC", None)  # macOS
 # without it, os.open translates line ends on Windows
 _BINARY = getattr(os, "O_BINARY", 0)
 
@@ -91,15 +98,45 @@ def rename_directory_durably(part: Path, path: Path, *, replace: bool = False) -
     fsync_tree(part)
     if path.is_symlink() or path.is_file():
         raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(path))
-    while not _take_directory_name(part, path, replace=replace):
-        if _exchange(part, path):
-            break
-        # macOS and old kernels: two renames; a kill between them leaves the old directory under its `.part-` name
-        old = part.with_name(part.name + "-old")
-        with suppress(FileNotFoundError):  # another writer moved it
-            os.replace(path, old)
-        shutil.rmtree(old, ignore_errors=True)
+    replaced: list[Path] = []
+    try:
+        while not _take_directory_name(part, path, replace=replace):
+            if _exchange(part, path):
+                break
+            # macOS, NFS and old kernels: two renames. A kill between them leaves the only whole directory under the
+            # name of `old`, from which `restore_replaced` brings it back; it is removed after the new one is durable.
+            old = path.with_name(f"{_stem(path, REPLACED)}-{time.time_ns():020d}-{os.getpid()}")
+            with suppress(FileNotFoundError):  # another writer moved it
+                os.replace(path, old)
+                replaced.append(old)
+    except BaseException:
+        restore_replaced(path)
+        raise
     fsync_directory(path.parent)
+    for old in replaced:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def replaced_versions(path: Path) -> list[Path]:
+    """Return the directories that a replacement of `path` moved aside and a kill left there, oldest first."""
+    stems = f"{_stem(path, REPLACED)}-", f"{_stem(path)}-"  # the second, with `-old`, is of older versions of Sartor
+    filesystem = FileSystem()
+    current = [name for name in filesystem.names(path.parent) if name.startswith(stems[0])]
+    older = [name for name in filesystem.names(path.parent) if name.startswith(stems[1]) and name.endswith("-old")]
+    return [path.with_name(name) for name in (*older, *current)]
+
+
+def restore_replaced(path: Path) -> Path | None:
+    """Give a directory that a cut-short replacement moved aside its name back, if the name is free.
+
+    Returns what was restored, or None. The caller holds the writer's lock, or is the writer.
+    """
+    versions = replaced_versions(path)
+    if not versions or os.path.lexists(path):
+        return None
+    os.replace(versions[-1], path)
+    fsync_directory(path.parent)
+    return versions[-1]
 
 
 def _take_directory_name(part: Path, path: Path, *, replace: bool) -> bool:
@@ -124,12 +161,25 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{_stem(path)}-{os.getpid()}-{threading.get_ident():x}-{time.monotonic_ns():x}")
 
 
+def fsync_descriptor(descriptor: int) -> None:
+    """Make the content of an open file or directory survive a power cut.
+
+    On macOS, fsync leaves the content in the drive's cache; F_FULLFSYNC empties it. File systems that do not have it
+    (some network mounts) get fsync.
+    """
+    if _FULL_FSYNC is not None:
+        with suppress(OSError):
+            _fcntl(descriptor, _FULL_FSYNC)
+            return
+    os.fsync(descriptor)
+
+
 def fsync_tree(root: Path) -> None:
     """Make every file and every name below a directory survive a power cut."""
     for folder, _, files in os.walk(root):
         for name in files:
             with open(os.path.join(folder, name), "rb+") as stream:
-                os.fsync(stream.fileno())
+                fsync_descriptor(stream.fileno())
         fsync_directory(Path(folder))
 
 
@@ -138,7 +188,7 @@ def fsync_directory(path: Path) -> None:
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            fsync_descriptor(descriptor)
         finally:
             os.close(descriptor)
 
@@ -165,16 +215,35 @@ def writer_lock(path: Path) -> Iterator[None]:
 
     The lock ends with the process that holds it.
     """
-    lock = FileLock(path.parent / f".{path.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"another process is writing {path}", "wait for it, or choose another --out") from None
+    lock = _acquire_named(path.parent / f".{path.name}.lock")
+    if lock is None:
+        raise ConfigError(f"another process is writing {path}", "wait for it, or choose another --out")
     try:
         yield
     finally:
-        # unlink while held: a waiter that already opened the file then locks an unlinked file, and its rename fails
-        Path(lock.lock_file).unlink(missing_ok=True)
+        Path(lock.lock_file).unlink(missing_ok=True)  # while held: nobody else can hold a lock by this name
+        lock.release()
+
+
+def _acquire_named(file: Path) -> FileLock | None:
+    """Return the lock of a lock file, held, or None if another process holds it.
+
+    Its holder removes the file when it is done. A process that opened the file before that would then lock a file
+    without a name, beside another process that made the name anew. So a lock counts only if its file still has the
+    name after it was taken; otherwise it is tried again.
+    """
+    while True:
+        lock = FileLock(file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+        descriptor = lock._context.lock_file_fd  # filelock tells the descriptor in no other way
+        try:
+            if os.name == "nt" or descriptor is None or os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                return lock
+        except FileNotFoundError:
+            pass
         lock.release()
 
 
@@ -219,7 +288,7 @@ class FileSystem:
         """Make the content of a file survive a power cut; its name needs `sync_folder` as well."""
         descriptor = os.open(path, os.O_RDWR)
         try:
-            os.fsync(descriptor)
+            fsync_descriptor(descriptor)
         finally:
             os.close(descriptor)
 
@@ -399,12 +468,12 @@ def _write(descriptor: int, content: bytes) -> None:
         os.close(descriptor)
 
 
-def _stem(path: Path) -> str:
+def _stem(path: Path, suffix: str = LEFTOVER) -> str:
     """Return the common prefix of the names of all temporary files of one target."""
     name = path.name
     if len(os.fsencode(name)) > _MAX_STEM_BYTES:
         name = os.fsencode(name)[:_MAX_STEM_BYTES].decode(errors="ignore")
-    return f".{name}{LEFTOVER}"
+    return f".{name}{suffix}"
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -423,8 +492,11 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 def _remove_leftovers(path: Path) -> None:
     """Remove leftovers of killed runs beside `path`.
 
-    The caller holds the writer's lock, so no run is still writing them.
+    The caller holds the writer's lock, so no run is still writing them. What a replacement moved aside takes its name
+    back if nothing else has it; only then, or if the successor is there, are such directories leftovers.
     """
-    for leftover in FileSystem().leftovers(path):
+    if restored := restore_replaced(path):
+        print(f"restoring what a killed run moved aside: {restored} is {path} again", file=sys.stderr)
+    for leftover in {*FileSystem().leftovers(path), *replaced_versions(path)}:
         print(f"removing what a killed run left: {leftover}", file=sys.stderr)
         shutil.rmtree(leftover, ignore_errors=True)

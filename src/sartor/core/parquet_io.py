@@ -132,10 +132,13 @@ def _read(dataset: Artifact, folder: str) -> Iterator[dict[str, Any]]:
         yield from read_file(dataset.path / name)
 
 
-def read_file(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a Parquet file as mappings. Raises ArtifactError."""
+def read_file(path: Path, content: bytes | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file as mappings. Raises ArtifactError.
+
+    content: the file's bytes, if the caller has read and checked them.
+    """
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path if content is None else pa.BufferReader(content)) as file:
             for batch in file.iter_batches(ROWS_PER_GROUP):
                 yield from batch.to_pylist()
     except (OSError, pa.ArrowException) as error:

@@ -38,6 +38,7 @@ class DeviceOptions:
     limit_bytes: maximum size of the store; 0 means no limit.
     key: key that signs reports.
     evaluation: a private measure (`Health`).
+    public_key: the only key whose Releases are taken; by default those in SARTOR_HOME/trusted.
     """
 
     store: Path
@@ -51,6 +52,7 @@ class DeviceOptions:
     limit_bytes: int = 0
     key: Path | None = None
     evaluation: Callable[[Path], str | None] | None = None
+    public_key: Path | None = None
 
     def checked(self) -> Health:
         """Return the health check of this device."""
@@ -79,7 +81,9 @@ def sync(
     """
     _check_private(url, report, private)
     if report and not options.key:
-        raise ConfigError("a report is signed with the device's key", "sartor keygen KEYS, then --key KEYS")
+        raise ConfigError(
+            "a report is signed with the device's key", "sartor keygen KEYS --purpose fleet, then --key KEYS"
+        )
     if report:
         device_reports.check_id(options.id)
     health = options.checked()
@@ -91,7 +95,13 @@ def sync(
         announced = _announce(store, name, options, report=report, notice=notice)
         health(path)
 
-    device = SyncClient(options.id, options.store / _TRUST, options.root, options.starts)
+    device = SyncClient(
+        options.id,
+        options.store / _TRUST,
+        options.root,
+        options.starts,
+        [signing.open_public(options.public_key)] if options.public_key else None,
+    )
     with ReleaseStore(options.store, limit_bytes=options.limit_bytes) as store:
         for line in store.mended:
             notice(line)
@@ -138,7 +148,7 @@ def _announce(store: ReleaseStore, name: str, options: DeviceOptions, report: st
     if not report or not options.key or staged is None:
         return ""
     try:
-        key = signing.open_private(options.key)
+        key = signing.open_private(options.key, "fleet")
         outbox = device_reports.Outbox(options.id, key, report, options.store / _TRUST)
         outbox.send_started(name, staged.version)
     except SartorError as error:

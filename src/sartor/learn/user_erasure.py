@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from sartor.core import catalogue, home, signing
 from sartor.core import parquet_io as stored
 from sartor.core.artifacts import Artifact, open_artifact
@@ -30,6 +28,7 @@ from sartor.core.errors import ArtifactError, BusyError, RefusedError
 from sartor.core.filesystem import FileSystem, file_digest, fsync_directory, writer_lock
 from sartor.core.lineage.receipt_index import INDEX
 from sartor.core.records import Feedback
+from sartor.core.signing import PublicKey
 from sartor.curate.dataset_writer import write_dataset_from
 from sartor.learn.user_data import ScanResult, SearchTerms, is_made_of, open_team_registry, search
 from sartor.personalization.erasure_receipt import check_receipt, write_receipt
@@ -120,7 +119,7 @@ def forget_personal(
         TeamSigner.of(state)  # creates the team's keys, if no server did
         folder = state / "deletions"
         folder.mkdir(mode=0o700, exist_ok=True)
-        file = write_receipt(FileSystem(), folder, proof, signing.open_private(state / "keys"))
+        file = write_receipt(FileSystem(), folder, proof, signing.open_private(state / "keys", "proof"))
     _raise_for(file, unconfirmed, scan)
     return {**proof, "proof": str(file)}
 
@@ -130,7 +129,7 @@ def check_proof(file: Path | str, key: Path | str | None = None) -> dict[str, An
 
     Raises SignatureError.
     """
-    trusted: Sequence[Ed25519PublicKey] | None = [signing.open_public(Path(key))] if key else None
+    trusted: Sequence[PublicKey] | None = [signing.open_public(Path(key))] if key else None
     return check_receipt(Path(file), trusted)
 
 

@@ -20,7 +20,7 @@ import safetensors
 import torch
 from safetensors.torch import save
 
-from sartor.core.filesystem import write_file_atomic
+from sartor.core.filesystem import fsync_descriptor, write_file_atomic
 from sartor.core.numerics import FIRST, difference, numerics
 
 SCHEMA = 1
@@ -172,4 +172,4 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: Map
         for _, tensor in ordered:
             stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         stream.flush()
-        os.fsync(stream.fileno())
+        fsync_descriptor(stream.fileno())

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from sartor.core import records, signing
+from sartor.core import records, signing, strict_json
 from sartor.core.errors import SignatureError, StoreError
 from sartor.core.filesystem import FileSystem
+from sartor.core.signing import AnyPublicKey
 from sartor.personalization.user_rows import now
 
 SCHEMA = 1
@@ -75,7 +76,7 @@ class Forgotten:
 def write_receipt(disk: FileSystem, folder: Path, fields: Mapping[str, Any], key: Ed25519PrivateKey) -> Path:
     """Write the signed receipt of an erasure, and return its file."""
     document = {"schema": SCHEMA, "kind": "forgotten", "date": now(), **fields}
-    signature = signing.signature_of(records.canonical(document), key)
+    signature = signing.signature_of(records.canonical(document), key, "proof")
     if disk.stat(folder) is None:
         disk.mkdir(folder)
         disk.sync_folder(folder.parent)
@@ -84,16 +85,16 @@ def write_receipt(disk: FileSystem, folder: Path, fields: Mapping[str, Any], key
     return file
 
 
-def check_receipt(file: Path, trusted: Iterable[Ed25519PublicKey] | None = None) -> dict[str, Any]:
+def check_receipt(file: Path, trusted: Iterable[AnyPublicKey] | None = None) -> dict[str, Any]:
     """Return the fields of a receipt that a trusted key signed (`core.signing.check_signature`).
 
     Raises SignatureError.
     """
     try:
-        fields = json.loads(file.read_bytes())
+        fields = strict_json.loads(file.read_bytes())
         signature = fields.pop("signature")
         document = records.canonical(fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SignatureError(f"{file} is no receipt of a forgetting", "get it again from the device") from None
-    signing.check_signature(document, signature, file, subject="the receipt", trusted=trusted)
+    signing.check_signature(document, signature, file, subject="the receipt", trusted=trusted, purpose="proof")
     return dict(fields)

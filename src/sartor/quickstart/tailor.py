@@ -216,7 +216,7 @@ def tailor(
         raise ConfigError(f"minutes is {minutes:g}; it must be above 0", "--minutes 10")
     out = (Path(out) if out else Path(name)).absolute()
     if key:
-        signing.open_private(Path(key))  # an invalid key raises here, before the long stages
+        signing.open_private(Path(key), "release")  # an invalid key raises here, before the long stages
     job = _job(data, name=name, base=base, fields=fields or {}, system=system, licence=licence, test=test)
     job = changed(job, encoding=encoding)
     _check_place(out, job)
@@ -560,7 +560,7 @@ def _released(
 
 def _is_signed_by(released: Artifact, key: Path) -> bool:
     """Return whether a key signed a Release."""
-    document = (released.path / MANIFESTS["release"]).read_bytes()
+    document = released.document or (released.path / MANIFESTS["release"]).read_bytes()
     try:
         signing.check(document, released.path / "signature", [signing.open_private(key).public_key()])
     except SignatureError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from sartor.core import catalogue, model_refs, signing
+from sartor.core import catalogue, model_refs, revoked_releases, signing
 from sartor.core.artifacts import (
     MANIFESTS,
     Artifact,
@@ -21,7 +21,7 @@ from sartor.core.artifacts import (
     seal,
 )
 from sartor.core.config import is_valid_name
-from sartor.core.errors import ConfigError, GateError, HubError, ModelError
+from sartor.core.errors import ConfigError, GateError, HubError, ModelError, SignatureError
 from sartor.core.licences import compliance
 from sartor.core.licences.compliance import Use
 from sartor.core.lineage import ancestry
@@ -100,7 +100,7 @@ def release(
     permission.check_use(use)
     adapter = open_artifact(adapter_path, "adapter")
     gate_rules = open_rules(rules) if rules else None
-    private = signing.open_private(Path(key))
+    private = signing.open_private(Path(key), "release")
     out = Path(out) if out else adapter.path.with_name(f"{name}-{version}")
     check_output_free(out.absolute(), replace=replace)
     evidence = _report_of(adapter, report)
@@ -125,7 +125,7 @@ def release(
         notices.write_notice(facts, adapter.licence, part, notices.base_folder(facts))
         manifest = seal(part, "release", facts)
         document = (part / MANIFESTS["release"]).read_bytes()
-        (part / "signature").write_text(signing.sign(document, private), encoding="utf-8")
+        (part / "signature").write_text(signing.sign(document, private, "release"), encoding="utf-8")
     released = Artifact(out.absolute(), manifest)
     catalogue.register(released)
     return Released(released)
@@ -167,7 +167,7 @@ def seal_unreleased(adapter: Artifact, out: Path, name: str, private: Ed25519Pri
         facts["exemplars"] = training_facts.write_exemplars(training, part, 0)
         manifest = seal(part, "release", facts)
         document = (part / MANIFESTS["release"]).read_bytes()
-        (part / "signature").write_text(signing.sign(document, private), encoding="utf-8")
+        (part / "signature").write_text(signing.sign(document, private, "release"), encoding="utf-8")
     return Artifact(out.absolute(), manifest)
 
 
@@ -273,11 +273,13 @@ class Verified:
     """Release, or export of one, whose files, signer and base have been checked.
 
     base: result of the comparison with the base; it says if the base is not on this machine.
+    signature: content of the signature's file, as it was read and verified over `release.document`.
     """
 
     release: Artifact
     signer: str
     base: str
+    signature: bytes = b""
 
     def as_json(self) -> dict[str, Any]:
         """Return the command's JSON."""
@@ -323,15 +325,34 @@ def verify_release(
 
 
 def _verified(artifact: Artifact, key: Path | str | None, base: str, own: Ed25519PublicKey | None = None) -> Verified:
-    document = (artifact.path / MANIFESTS[artifact.kind]).read_bytes()
+    trusted: list[signing.AnyPublicKey]
     if key:
         trusted = [signing.open_public(Path(key))]
     else:
-        trusted = signing.trusted_keys()
+        trusted = [*signing.trusted_keys()]
         if own:
             trusted.append(own)
-    signer = signing.check(document, artifact.path / "signature", trusted)
-    return Verified(artifact, signer, _compare_base(artifact, base))
+    signer, signature = check_signed(artifact, trusted)
+    return Verified(artifact, signer, _compare_base(artifact, base), signature)
+
+
+def check_signed(artifact: Artifact, trusted: Sequence[signing.AnyPublicKey] | None = None) -> tuple[str, bytes]:
+    """Return the signer of an opened Release or export, and the signature's bytes.
+
+    The signature is checked over the bytes from which the manifest was parsed; nothing is read a second time.
+    trusted: the keys to accept; by default those in SARTOR_HOME/trusted.
+    Raises SignatureError as `signing.check` does, and for a Release that is on a list of revoked ones.
+    """
+    file = artifact.path / "signature"
+    if not file.is_file():
+        raise SignatureError(
+            f"{artifact.path} has no signature",
+            "sartor release signs an Adapter; sartor export --key KEYS signs an export",
+        )
+    signature = file.read_bytes()
+    signer = signing.check_signature_bytes(artifact.document, signature, file, artifact.path.name, trusted, "release")
+    revoked_releases.check_not_revoked(artifact, trusted)
+    return signer, signature
 
 
 def _compare_base(artifact: Artifact, name: str) -> str:

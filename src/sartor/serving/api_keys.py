@@ -23,7 +23,6 @@ import hashlib
 import hmac
 import json
 import math
-import os
 import re
 import secrets
 import threading
@@ -39,7 +38,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from sartor.core import records
 from sartor.core.database import Database, is_whole, sealed
 from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, SartorError, UnavailableError
-from sartor.core.filesystem import fsync_directory
+from sartor.core.filesystem import fsync_descriptor, fsync_directory
 from sartor.core.remedies import REPORT
 from sartor.serving.registry import registry_schema
 from sartor.serving.registry.registry import ChangeCause
@@ -219,7 +218,7 @@ def write_file(state: Path | None) -> None:
     with (state / FILE).open("w", encoding="utf-8") as file:
         file.write(_TEXT)
         file.flush()
-        os.fsync(file.fileno())
+        fsync_descriptor(file.fileno())
     fsync_directory(state)
 
 

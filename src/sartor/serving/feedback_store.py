@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from sartor.core.errors import MissingError, SourceError
-from sartor.core.filesystem import FileSystem, fsync_directory, write_file_atomic
+from sartor.core.filesystem import FileSystem, fsync_descriptor, fsync_directory, write_file_atomic
 from sartor.core.records import Feedback
 
 PATTERN = "feedback-{day}.jsonl"
@@ -202,7 +202,7 @@ class FeedbackStore:
             except OSError:
                 os.ftruncate(descriptor, end)
                 raise
-            os.fsync(descriptor)
+            fsync_descriptor(descriptor)
         finally:
             os.close(descriptor)
         if is_new:

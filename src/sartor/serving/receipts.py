@@ -40,7 +40,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sartor.core import catalogue, records, signing
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SourceError
-from sartor.core.filesystem import DISK_FULL, fsync_directory
+from sartor.core.filesystem import DISK_FULL, fsync_descriptor, fsync_directory
 from sartor.core.lineage.receipt_index import PATTERN, ReceiptIndex, ReceiptLocation
 from sartor.core.remedies import REPORT
 from sartor.inference.engine import EngineInfo, GenerateCall
@@ -71,7 +71,7 @@ def blank(file: Path, lines: Sequence[tuple[int, bytes]]) -> None:
     try:
         for start, line in lines:
             os.pwrite(descriptor, b" " * len(line), start)
-        os.fsync(descriptor)
+        fsync_descriptor(descriptor)
     finally:
         os.close(descriptor)
 
@@ -269,12 +269,12 @@ class TeamSigner:
         folder = state / "keys"
         if not (folder / "sartor.key").exists():
             (folder / "sartor.pub").unlink(missing_ok=True)  # left by a first start that was killed between both files
-            signing.keygen(folder)
-        return cls(signing.open_private(folder), _secret(state / "receipts.key"), folder / "sartor.pub")
+            signing.keygen(folder, purposes=("receipt", "proof"))
+        return cls(signing.open_private(folder, "receipt"), _secret(state / "receipts.key"), folder / "sartor.pub")
 
     def sign(self, receipt: Mapping[str, Any]) -> dict[str, Any]:
         """Return the receipt with its signature."""
-        return {**receipt, "signature": signing.signature_of(records.canonical(receipt), self._key)}
+        return {**receipt, "signature": signing.signature_of(records.canonical(receipt), self._key, "receipt")}
 
 
 def team_digest(state: Path) -> Digest:
@@ -294,7 +294,7 @@ def _secret(file: Path) -> bytes:
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(secrets.token_bytes(_SECRET_BYTES))
         stream.flush()
-        os.fsync(descriptor)
+        fsync_descriptor(descriptor)
     return read_secret(file)
 
 
@@ -522,7 +522,7 @@ class _Segment:
             remaining = b"".join(lines)
             while remaining:
                 remaining = remaining[os.write(self._descriptor, remaining) :]
-            os.fsync(self._descriptor)
+            fsync_descriptor(self._descriptor)
         except OSError:
             try:
                 os.ftruncate(self._descriptor, self._end)

@@ -182,8 +182,13 @@ class AgentOptions:
     )
     about: str = option("", "what it is for, in a sentence: told to who asks by MCP, and by the A2A card")
     tools: tuple[str, ...] = option((), "the servers of the team's `tools` whose tools it may call")
+    min_version: str = option(
+        "", "smallest version that may be served; an older one is not admitted, also by rollback"
+    )
 
     def __post_init__(self) -> None:
+        if self.min_version and not config.is_valid_name(self.min_version):
+            raise ConfigError(f"{self.name} has the min_version {self.min_version!r:.80}", 'min_version: "1.2"')
         if unknown := next((step for step in self.fallback if step not in ("previous", "base")), ""):
             raise ConfigError(f"{self.name} cannot fall back to {unknown!r}", "fallback: [previous, base]")
 

@@ -84,7 +84,7 @@ def decide(view: View, key: str, opinion: Opinion) -> tuple[ReviewEntry, bool]:
     if not private_key and (home() / KEY).is_dir():
         private_key = home() / KEY
     if private_key:
-        signature = signing.signature_of(decision.document, signing.open_private(private_key))
+        signature = signing.signature_of(decision.document, signing.open_private(private_key, "review"), "review")
         decision = replace(decision, signature=signature)
     view.queue.add(view.dataset.id, [item], [decision])
     decisions = (*entry.decisions, decision)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from sartor.core import strict_json
 from sartor.core.artifacts import Artifact, check_file
 from sartor.core.errors import SartorError, SourceError
 from sartor.core.filesystem import write_file_atomic
@@ -108,7 +108,7 @@ def _parsed(line: bytes, location: str) -> dict[str, Any]:
             f"{location} is longer than {MOST_LINE_BYTES:,} bytes", "no finding is: name rows by their ids"
         )
     try:
-        fields = json.loads(line)
+        fields = strict_json.loads(line)
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{location} is no JSON: {error}", "write the line as one JSON object, or delete it"

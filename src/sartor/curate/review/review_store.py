@@ -327,10 +327,10 @@ def signer(decision: Decision) -> str:
     Raises SignatureError if a trusted key's signature does not match the decision, or if the key is revoked.
     """
     identity = str(decision.signature.get("key_id", ""))
-    if not identity or identity not in signing.trusted_ids() | signing.revoked_ids():
+    if not identity or identity not in signing.trusted_ids("review") | signing.revoked_ids():
         return ""
     name = f"the decision of {decision.by} about {decision.item}"
-    return signing.check_signature(decision.document, dict(decision.signature), Path(name), name)
+    return signing.check_signature(decision.document, dict(decision.signature), Path(name), name, None, "review")
 
 
 def queue_url(dataset: Path, queue: str) -> str:

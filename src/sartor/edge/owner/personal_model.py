@@ -242,7 +242,7 @@ class OwnerModel:
             "release": {"name": release.name, "version": release.version, "digest": digest_of(release)},
         }
         file = write_receipt(
-            self._disk, self.folder / "receipts", fields, signing.open_private(signing_key(self._signer))
+            self._disk, self.folder / "receipts", fields, signing.open_private(signing_key(self._signer), "proof")
         )
         self._disk.remove(self._intent)
         self._disk.sync_folder(self.folder)
@@ -284,5 +284,5 @@ class OwnerModel:
 def signing_key(folder: Path) -> Path:
     """Return the folder of the key that signs a device's receipts, created if absent."""
     if not (folder / "sartor.key").exists():
-        signing.keygen(folder)
+        signing.keygen(folder, purposes=("receipt", "proof"))
     return folder

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from sartor.core import revoked_releases
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import BudgetError, HealthError, MissingError, ModelError, SartorError
 from sartor.core.ipc import error_as_json, error_from_json
@@ -52,10 +53,11 @@ def open_runtime(
     base: another location of the base than the version names; for an export with its adapter alone, a GGUF file.
     delta: PEFT directory of a person's own adapter, used in place of the Release's adapter.
 
-    Raises ArtifactError for bytes that differ from the sealed ones, ModelError for another base or a form without a
-    runtime, ExtraError if the library is missing.
+    Raises ArtifactError for bytes that differ from the sealed ones, SignatureError for a revoked Release, ModelError
+    for another base or a form without a runtime, ExtraError if the library is missing.
     """
     artifact = open_artifact(release, ("release", "export"))
+    revoked_releases.check_not_revoked(artifact)  # its signature was checked before it was activated
     module, kind = _MODULES.get((artifact.kind, artifact.manifest.get("form", "")), ("", ""))
     if not module:
         raise ModelError(

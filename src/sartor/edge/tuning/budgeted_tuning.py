@@ -24,9 +24,9 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from sartor.core import resource_limits
+from sartor.core import resource_limits, strict_json
 from sartor.core.artifacts import (
     digests,
 )
@@ -36,7 +36,7 @@ from sartor.core.ipc import error_of
 from sartor.core.numerics import FIRST, numerics
 from sartor.core.processes import DeferredSignals
 from sartor.core.resource_limits import ResourceLimits, ResourceUsage
-from sartor.core.signing import check_signature, open_private, signature_of
+from sartor.core.signing import AnyPublicKey, check_signature, open_private, signature_of
 from sartor.edge.tuning.memory_plan import MemoryPlan, MemorySetting, Planner
 from sartor.edge.tuning.tuning_job import DTYPE, TuningJob, tuner_command
 
@@ -91,12 +91,12 @@ class Receipt:
 
     def write(self, folder: Path, key: Ed25519PrivateKey) -> Path:
         """Sign the receipt and write it atomically into `folder`. Returns the file."""
-        fields = {"said": json.loads(self.document), "signature": signature_of(self.document, key)}
+        fields = {"said": json.loads(self.document), "signature": signature_of(self.document, key, "receipt")}
         write_file_atomic(folder / FILE, json.dumps(fields, indent=1).encode() + b"\n")
         return folder / FILE
 
 
-def verify_receipt(folder: Path, trusted: Iterable[Ed25519PublicKey] | None = None) -> Receipt:
+def verify_receipt(folder: Path, trusted: Iterable[AnyPublicKey] | None = None) -> Receipt:
     """Return the receipt in an adapter's folder, checked against trusted keys and the adapter's files.
 
     Trusted keys are those of `core.signing` by default. Raises ArtifactError if the receipt is missing or not whole,
@@ -104,17 +104,17 @@ def verify_receipt(folder: Path, trusted: Iterable[Ed25519PublicKey] | None = No
     """
     file = folder / FILE
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        said = fields["said"]
+        fields = strict_json.loads(file.read_bytes())
+        said, signature = fields["said"], fields["signature"]
         if said["schema"] != SCHEMA:
             raise ValueError(f"its schema is {said['schema']}; this Sartor reads {SCHEMA}")
         attempts = [Attempt(**{**item, "usage": ResourceUsage(**item["usage"])}) for item in said["attempts"]]
-        receipt, signature = Receipt(**{**said, "attempts": attempts}), fields["signature"]
+        receipt = Receipt(**{**said, "attempts": attempts})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"{file} is no receipt: {error!r}", "sartor edge tune writes one beside what it tunes"
         ) from None
-    check_signature(_canonical(said), signature, file, subject="the receipt", trusted=trusted)
+    check_signature(_canonical(said), signature, file, subject="the receipt", trusted=trusted, purpose="receipt")
     for name, digest in receipt.adapter.items():
         if Path(name).name != name or not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise SignatureError(
@@ -207,7 +207,7 @@ def tune_within_budget(
     The receipt is written whatever the outcome is. Raises BudgetError if no rung fits, naming the smallest limit that
     would, and the tuner's own error if it failed for another reason.
     """
-    ladder = FallbackTuning(job, budget, key=open_private(key), policy=policy or _may_run, narrow=narrow)
+    ladder = FallbackTuning(job, budget, key=open_private(key, "receipt"), policy=policy or _may_run, narrow=narrow)
     if ladder.earlier and ladder.earlier.outcome == "done":
         return ladder.earlier
     with DeferredSignals() as signals:

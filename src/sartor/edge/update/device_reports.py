@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from sartor.core import records, signing
+from sartor.core import records, signing, strict_json
 from sartor.core.config import is_valid_name
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.filesystem import write_file_atomic
@@ -61,13 +61,13 @@ class Report:
     def signed(self, key: Ed25519PrivateKey) -> bytes:
         """Return the bytes to send: the document with its signature."""
         fields = json.loads(self.document())
-        return records.canonical({**fields, "signature": signing.signature_of(self.document(), key)}) + b"\n"
+        return records.canonical({**fields, "signature": signing.signature_of(self.document(), key, "fleet")}) + b"\n"
 
 
 def read_report(content: bytes) -> tuple[Report, Any]:
     """Return a report and its signature, which is not checked here. Raises ArtifactError for no report."""
     try:
-        fields = json.loads(content) if len(content) <= MOST_BYTES else None
+        fields = strict_json.loads(content) if len(content) <= MOST_BYTES else None
         if not isinstance(fields, dict):
             raise TypeError("no JSON object of a report's size")
         signature = fields.pop("signature")
@@ -135,7 +135,7 @@ def send_due(
     sent: the next sync sends it again.
     """
     check_id(device)
-    outbox = Outbox(device, signing.open_private(key), destination, folder)
+    outbox = Outbox(device, signing.open_private(key, "fleet"), destination, folder)
     sent = []
     for report in due(store, name, device, outbox.outcomes(name), announced=announced):
         outbox.send(report)

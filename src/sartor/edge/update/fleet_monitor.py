@@ -268,7 +268,9 @@ def _refusal_reason(report: Report, signature: Any, offers: dict[tuple[str, str]
         return "unknown device"
     try:
         key = signing.open_public(file)
-        signing.check_signature(report.document(), signature, file, subject=report.device, trusted=[key])
+        signing.check_signature(
+            report.document(), signature, file, subject=report.device, trusted=[key], purpose="fleet"
+        )
     except SignatureError:
         return "forged"
     except SartorError:

@@ -12,6 +12,7 @@ changes nothing for a device. One publication at a time: the repository is locke
 from __future__ import annotations
 
 import copy
+import hashlib
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 
 from tuf.api.metadata import TargetFile
 
-from sartor.core import signing
+from sartor.core import revoked_releases, signing
 from sartor.core.artifacts import MANIFESTS
 from sartor.core.config import is_valid_name
 from sartor.core.errors import ArtifactError, ConfigError
@@ -91,6 +92,7 @@ def publish(
         order = 1 + max((offer.order for offer in offers), default=0)
         offer = Offer(version, order, percent=percent, halted=False, published=int(time.time()))
         _set_target(documents, repository, VersionContent(name, version, files, steps), offer)
+        _add_lists(documents, repository)
         documents.write(keys, expiry)
     total_bytes = sum(blob.bytes for blob in files.values())
     return Published(
@@ -140,7 +142,7 @@ def rotate(
         number = max([int(folder.name.rpartition("-")[2]) for folder in folders_by_id.values()], default=0)
         new_folders = [keys / f"{role}-{number + index + 1}" for index in range(len(revoked_ids))]
         for identity, folder in zip(revoked_ids, new_folders, strict=True):
-            signing.keygen(folder)
+            signing.keygen(folder, purposes=("fleet",))
             root.revoke_key(identity, role)
             root.add_key(public(folder), role)
         root.version += 1
@@ -227,24 +229,27 @@ def _add_files(repository: Path, checked: Verified) -> dict[str, Blob]:
     """Add every file of the release as a blob, with the manifest and its signature."""
     root = checked.release.path
     manifest = checked.release.manifest
-    names = [*manifest["files"], MANIFESTS[checked.release.kind], "signature"]
+    # manifest and signature as they were verified, never as they stand now
+    contents = {MANIFESTS[checked.release.kind]: checked.release.document, "signature": checked.signature}
     files = {}
-    for name in names:
-        digest = file_digest(root / name)
+    for name in [*manifest["files"], *contents]:
+        content = contents[name] if name in contents else (root / name).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
         if name in manifest["files"] and digest != manifest["files"][name]["sha256"]:
             raise ArtifactError(
                 f"{root / name} was changed while it was published",
                 f"sartor verify {root}; if it is whole, sartor edge publish {root} {repository}",
             )
-        _add_blob(repository, root / name, digest)
-        files[name] = Blob(digest, (root / name).stat().st_size)
+        _add_blob(repository, content, digest)
+        files[name] = Blob(digest, len(content))
     return files
 
 
-def _add_blob(repository: Path, source: Path, digest: str) -> None:
+def _add_blob(repository: Path, content: bytes, digest: str) -> None:
+    """Write a blob unless it is there whole."""
     target = repository / words.blob_path(digest)
-    if not target.is_file() or target.stat().st_size != source.stat().st_size:
-        write_file_atomic(target, source.read_bytes())
+    if not target.is_file() or file_digest(target) != digest:
+        write_file_atomic(target, content)
 
 
 def _deltas(
@@ -288,8 +293,9 @@ def _add_step(
         source = repository / words.blob_path(base) if base else None
         delta = tensor_delta.make(source, repository / words.blob_path(blob.sha256), out)
         if delta and delta.delta_bytes < fraction * blob.bytes:
-            digest = file_digest(out)
-            _add_blob(repository, out, digest)
+            content = out.read_bytes()
+            digest = hashlib.sha256(content).hexdigest()
+            _add_blob(repository, content, digest)
             steps[base, blob.sha256] = DeltaStep(base, blob.sha256, digest, delta.delta_bytes)
 
 
@@ -316,8 +322,18 @@ def _change(repository: Path, keys: Path, name: str, version: str, change: Any, 
         offer: Offer = change(_find(documents, name, version))
         target = documents.targets.signed.targets[words.target_path(name, version)]
         target.unrecognized_fields["custom"] = offer.as_custom()
+        _add_lists(documents, repository)
         documents.write(keys, expiry or Expiry())
     return offer
+
+
+def _add_lists(documents: Documents, repository: Path) -> None:
+    """List the signed lists of revoked Releases that this machine believes, for devices to take over."""
+    for signer, content in revoked_releases.newest_lists().items():
+        path = words.list_path(signer)
+        target = TargetFile.from_data(path, content, ["sha256"])
+        write_file_atomic(repository / "targets" / target.get_prefixed_paths()[0], content)
+        documents.targets.signed.targets[path] = target
 
 
 def _find(documents: Documents, name: str, version: str) -> Offer:

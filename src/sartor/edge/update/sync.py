@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +25,18 @@ from tuf.api.metadata import Metadata, Targets
 from tuf.ngclient import Updater
 from tuf.ngclient.fetcher import FetcherInterface
 
+from sartor.core import revoked_releases, signing
+from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SignatureError, StoreError
 from sartor.core.filesystem import write_file_atomic
+from sartor.core.home import folder
+from sartor.core.signing import PublicKey
 from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update import tensor_delta
 from sartor.edge.update import version_metadata as words
 from sartor.edge.update.downloader import DownloadLimits, Fetcher
 from sartor.edge.update.version_metadata import DeltaStep, Offer, VersionContent
+from sartor.release.release import check_signed
 
 _CHUNK_BYTES = 1 << 18
 # Tolerated lag of the device's clock behind the publisher's
@@ -47,12 +52,14 @@ class SyncClient:
     root: the first root document, or its file, which the device was set up with: all its trust comes from there.
     starts: number of starts within which a new version has to confirm that it works, or the device goes back
     (`ReleaseStore.start`); 0 means no trial.
+    signers: keys of which one must have signed the Release itself; None takes those in SARTOR_HOME/trusted.
     """
 
     id: str
     folder: Path
     root: bytes | Path
     starts: int = 0
+    signers: Sequence[PublicKey] | None = None
 
 
 @dataclass(frozen=True)
@@ -184,13 +191,15 @@ def sync(
     healthy: gets the staged version's path, and raises if the version must not become active.
     again: also accept a version that was refused here before, for its check, its trial or by a rollback.
 
-    Raises SignatureError for metadata that are forged, too old, expired, or newer than this device's clock;
+    Raises SignatureError for metadata that are forged, too old, expired, or newer than this device's clock, and for a
+    Release that none of the device's signers signed, or that is revoked;
     ArtifactError, StoreError for content that differs from what was signed; MissingError if the mirror is unreachable
     or too slow (fetched bytes are kept); and what the store raises. In each case the active version stays.
     """
     url = url.rstrip("/")
     fetcher = Fetcher(limits or DownloadLimits())
     offers, targets = _refresh_metadata(url, device, fetcher)
+    list_notes = _take_lists(url, targets, fetcher, device.signers)
     matching_offers = sorted(
         (offer for offer_name, offer in offers if offer_name == name), key=lambda offer: -offer.order
     )
@@ -205,7 +214,7 @@ def sync(
     old_version, ring = current.version if current else "", words.ring_of(device.id)
     offer = _choose(matching_offers, device.id, old_version, {} if again else store.refused(name))
     if offer is None or offer.version == old_version:
-        notes = [] if offer else [f"no version of {name} is offered to ring {ring}"]
+        notes = [*list_notes, *([] if offer else [f"no version of {name} is offered to ring {ring}"])]
         return Synced(
             name,
             version=old_version,
@@ -219,7 +228,8 @@ def sync(
     content = _read_content(url, name, offer, targets=targets, fetcher=fetcher)
     transfer.bring(content)
     store.forgive(name, offer.version)
-    store.stage(name, offer.version, {path: blob.sha256 for path, blob in content.files.items()})
+    staged = store.stage(name, offer.version, {path: blob.sha256 for path, blob in content.files.items()})
+    _check_release(staged, name, offer.version, device.signers)
     store.activate(name, offer.version, healthy, starts=device.starts)
     store.collect()  # removes deltas, and the files of the version before the previous one
     return Synced(
@@ -232,8 +242,56 @@ def sync(
         fetched_bytes=fetcher.fetched_bytes,
         deltas=transfer.deltas,
         whole=transfer.whole,
-        notes=(*transfer.notes, *fetcher.broken),
+        notes=(*list_notes, *transfer.notes, *fetcher.broken),
     )
+
+
+def _take_lists(
+    url: str, targets: Metadata[Targets], fetcher: Fetcher, signers: Sequence[PublicKey] | None
+) -> list[str]:
+    """Take over the lists of revoked Releases that the repository carries; return what was irregular.
+
+    A list by a signer whom this device does not trust is left out: the repository's keys alone revoke nothing.
+    """
+    notes = []
+    keys = signing.trusted_keys() if signers is None else list(signers)
+    for path, target in targets.signed.targets.items():
+        if not path.startswith(words.LISTS) or target.length > revoked_releases.MOST_BYTES:
+            continue
+        file = Path(path.removeprefix(words.LISTS))
+        try:
+            content = fetcher.small(f"{url}/targets/{target.get_prefixed_paths()[0]}", target.length)
+            if content is None:
+                raise MissingError(f"{url} lacks {path}", "the same command again later")
+            target.verify_length_and_hashes(content)
+            revoked_releases.take_over(content, file, keys)
+        except exceptions.LengthOrHashMismatchError:
+            notes.append(f"a list of revoked Releases is another one than was signed: {path}")
+        except (SignatureError, MissingError, ArtifactError) as error:
+            notes.append(f"a list of revoked Releases was left out: {error.problem}")
+    return notes
+
+
+def _check_release(path: Path, name: str, version: str, signers: Sequence[PublicKey] | None) -> None:
+    """Check the signature of a staged Release or export, beside that of the update's metadata.
+
+    Whoever stole the keys of the repository cannot make devices run another Release than its signer's.
+    Raises SignatureError, ArtifactError.
+    """
+    artifact = open_artifact(path, ("release", "export"))
+    if (artifact.manifest.get("name"), artifact.manifest.get("version")) != (name, version):
+        raise SignatureError(
+            f"{name} {version} of the repository is the Release {artifact.manifest.get('name')} "
+            f"{artifact.manifest.get('version')}",
+            "tell its publisher: sartor edge publish RELEASE REPOSITORY",
+        )
+    keys = signing.trusted_keys() if signers is None else signers
+    if not any(key.allows("release") for key in keys):
+        raise SignatureError(
+            f"this device trusts no key for Releases, so nobody vouches for {name} {version} beside the repository",
+            f"cp SIGNER.pub {folder('trusted')}/ with the public key of who signs the Releases; or --public-key",
+        )
+    check_signed(artifact, keys)
 
 
 def _choose(offers: list[Offer], device_id: str, old_version: str, refused: Mapping[str, str]) -> Offer | None:

@@ -73,7 +73,10 @@ def keygen(keys: Path, thresholds: Mapping[RoleName, tuple[int, int]] = THRESHOL
     result: dict[RoleName, list[str]] = {}
     for role in ROLES:
         key_count, _ = thresholds[role]
-        result[role] = [signing.keygen(keys / f"{role}-{number + 1}")["key_id"] for number in range(key_count)]
+        result[role] = []
+        for number in range(key_count):
+            made = signing.keygen(keys / f"{role}-{number + 1}", purposes=("fleet",))
+            result[role].append(made["key_id"])
     lines = "".join(f"{role} {thresholds[role][1]}\n" for role in ROLES)
     (keys / "thresholds").write_text(lines, encoding="utf-8")
     return result
@@ -89,7 +92,7 @@ def folders(keys: Path, role: RoleName) -> list[Path]:
 
 def public(folder: Path) -> SSlibKey:
     """Return the public key in a folder as TUF writes it."""
-    return SSlibKey.from_crypto(signing.open_public(folder))
+    return SSlibKey.from_crypto(signing.open_public(folder).key)
 
 
 def first_root(keys: Path, expiry: Expiry) -> Root:
@@ -123,7 +126,7 @@ def sign(document: Metadata[Any], keys: Path, role: RoleName, roots: Iterable[Ro
     for folder in folders(keys, role):
         key = public(folder)
         if key.keyid in key_ids and (folder / "sartor.key").is_file():
-            document.sign(CryptoSigner(signing.open_private(folder), key), append=True)
+            document.sign(CryptoSigner(signing.open_private(folder, "fleet"), key), append=True)
     for root in roots:
         result = root.get_verification_result(role, document.signed_bytes, document.signatures)
         if not result:

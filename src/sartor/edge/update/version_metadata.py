@@ -1,6 +1,7 @@
 """Files, deltas and rollout offer of a version.
 
 targets/NAME/DIGEST.VERSION.json   a TUF target: every file of the version by digest, and the deltas that lead to them
+targets/revoked-releases/...       the publisher's signed lists of revoked Releases (core/revoked_releases.py)
 its `custom` in targets.json       order, percent, halted, published: the offer (signed; it changes without the target)
 blobs/ab/abcd...                   content by sha256: named by a signed document, so no mirror has to be trusted
 """
@@ -14,12 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from sartor.core import strict_json
 from sartor.core.config import is_valid_name
 from sartor.core.errors import ArtifactError
 from sartor.edge.store.version_pointers import DIGEST
 
 SCHEMA = 1
 MOST_FILES = 10_000
+LISTS = "revoked-releases/"  # targets without an offer, so that no device takes one for a version
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,11 @@ def target_path(name: str, version: str) -> str:
     return f"{name}/{version}.json"
 
 
+def list_path(signer: str) -> str:
+    """Return the name of a signer's list of revoked Releases among the targets."""
+    return f"{LISTS}{signer}.json"
+
+
 def blob_path(digest: str) -> str:
     """Return the path of a blob in the repository."""
     return f"blobs/{digest[:2]}/{digest}"
@@ -140,7 +148,7 @@ def read_version_metadata(document: bytes, name: str, version: str) -> VersionCo
     digests. The document is signed, but a signer can be wrong too.
     """
     try:
-        fields = json.loads(document)
+        fields = strict_json.loads(document)
         files = {path: Blob(**blob) for path, blob in fields["files"].items()}
         result = VersionContent(
             fields["name"], fields["version"], files, tuple(DeltaStep(**step) for step in fields["deltas"])

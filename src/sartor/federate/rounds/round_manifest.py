@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from sartor.core import records, signing
+from sartor.core import records, signing, strict_json
 from sartor.core.config import is_valid_name
 from sartor.core.errors import ArtifactError, ConfigError, RoundError, SignatureError
 from sartor.federate.secure.fixed_point import layout_for, scale_for
@@ -144,7 +144,7 @@ class Manifest:
     def signed(self, identity: Identity) -> bytes:
         """Return the manifest as it is sent, signed by `identity`."""
         return records.canonical(
-            {**json.loads(self.document()), "signature": signing.signature_of(self.document(), identity.key)}
+            {**json.loads(self.document()), "signature": signing.signature_of(self.document(), identity.key, "fleet")}
         )
 
 
@@ -154,7 +154,7 @@ def read_manifest(content: bytes, coordinator: str, roster: PinnedKeys) -> Manif
     Raises ArtifactError for bytes that are no manifest, SignatureError for another signer.
     """
     try:
-        fields = json.loads(content) if len(content) <= MOST_BYTES else None
+        fields = strict_json.loads(content) if len(content) <= MOST_BYTES else None
         if not isinstance(fields, dict):
             raise TypeError("no JSON object of a manifest's size")
         signature = fields.pop("signature")
@@ -174,7 +174,8 @@ def read_manifest(content: bytes, coordinator: str, roster: PinnedKeys) -> Manif
             f"the manifest is of {manifest.coordinator}; this client listens to {coordinator}",
             "ask the coordinator that you enrolled with",
         )
-    signing.check_signature(manifest.document(), signature, Path("manifest"), "the round", [roster.keys[coordinator]])
+    key = roster.keys[coordinator]
+    signing.check_signature(manifest.document(), signature, Path("manifest"), "the round", [key], "fleet")
     return manifest
 
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sartor.core import signing
 from sartor.core.config import is_valid_name
 from sartor.core.errors import ConfigError, SignatureError
+from sartor.core.signing import AnyPublicKey
 
 # domain separation: a signature made here is never valid for another kind of document of the same key
 _DOMAIN = b"sartor federated round\n"
@@ -35,7 +36,7 @@ class Identity:
 
         Raises ConfigError as signing.open_private does.
         """
-        return cls(name, signing.open_private(path))
+        return cls(name, signing.open_private(path, "fleet"))
 
     def check_in(self, roster: PinnedKeys) -> None:
         """Raise ConfigError unless the roster has this key under this name."""
@@ -59,13 +60,13 @@ class Identity:
 class PinnedKeys:
     """Pinned public keys by name."""
 
-    keys: Mapping[str, Ed25519PublicKey]
+    keys: Mapping[str, AnyPublicKey]
 
     @classmethod
     def open(cls, folder: Path) -> PinnedKeys:
         """Return the keys of a folder, without those that this machine lists as revoked.
 
-        Raises ConfigError if the folder is missing.
+        Raises ConfigError if the folder is missing, or if a key is not for the purpose `fleet`.
         """
         if not folder.is_dir():
             raise ConfigError(f"there is no folder {folder}", "a folder of NAME.pub, as sartor keygen writes them")
@@ -73,6 +74,12 @@ class PinnedKeys:
         keys = {
             file.stem: signing.open_public(file) for file in sorted(folder.glob("*.pub")) if is_valid_name(file.stem)
         }
+        for name, key in keys.items():
+            if not key.allows("fleet"):
+                raise ConfigError(
+                    f"the key of {name} in {folder} is for {', '.join(sorted(key.purposes))}, not for fleet",
+                    f"sartor federate keygen DIR --name {name} makes one that is",
+                )
         return cls({name: key for name, key in keys.items() if signing.key_id(key) not in revoked})
 
     def check(self, name: str, document: bytes, signature: bytes) -> None:
@@ -81,7 +88,7 @@ class PinnedKeys:
         if key is None:
             raise SignatureError(f"no key is pinned for {name!r:.80}", "enrol it, if you know it")
         try:
-            key.verify(signature, _DOMAIN + document)
+            signing.bare_key(key).verify(signature, _DOMAIN + document)
         except InvalidSignature:
             raise SignatureError(
                 f"this message is not {name}'s: the pinned key did not sign it, or it was changed",
@@ -97,7 +104,7 @@ def keygen(directory: Path | str, name: str) -> dict[str, str]:
     """
     if not is_valid_name(name):
         raise ConfigError(f"{name!r:.80} is no name of a client", "lower-case letters, digits, - . _; such as ward-a")
-    key_files = signing.keygen(Path(directory))
+    key_files = signing.keygen(Path(directory), purposes=("fleet",))
     public = Path(directory) / f"{name}.pub"
     shutil.copyfile(key_files["public"], public)
     return {"name": name, "key_id": key_files["key_id"], "private": key_files["private"], "public": str(public)}

@@ -380,7 +380,7 @@ def _enrol(folder: Path, names: tuple[str, ...]) -> PinnedKeys:
         if not public.exists():
             # a kill between the two left a key that nobody has seen
             shutil.rmtree(folder / "keys" / name, ignore_errors=True)
-            signing.keygen(folder / "keys" / name)
+            signing.keygen(folder / "keys" / name, purposes=("fleet",))
             shutil.copyfile(folder / "keys" / name / "sartor.pub", public)
     return PinnedKeys.open(folder / "roster")
 

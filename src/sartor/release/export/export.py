@@ -102,7 +102,7 @@ def export(
     _check(to, options)
     out = Path(out).absolute()
     check_output_free(out, replace=replace)
-    private = signing.open_private(Path(options.sign)) if options.sign else None
+    private = signing.open_private(Path(options.sign), "release") if options.sign else None
     own = private.public_key() if private else None
     source = verify_release(release, key=options.key, base=options.base, own=own).release
     reads_media = _check_media(source, to)
@@ -137,7 +137,7 @@ def export(
         manifest = seal(part, "export", {**facts, "parity": parity})
         if private:
             document = (part / MANIFESTS["export"]).read_bytes()
-            (part / "signature").write_text(signing.sign(document, private), encoding="utf-8")
+            (part / "signature").write_text(signing.sign(document, private, "release"), encoding="utf-8")
     exported = Artifact(out, manifest)
     catalogue.register(exported)
     return Exported(exported)

@@ -13,11 +13,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sartor.core import model_refs, signing
+from sartor.core import model_refs, revoked_releases, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
 from sartor.core.config import is_valid_name
 from sartor.core.errors import (
@@ -37,6 +37,7 @@ from sartor.release import gate as permission
 from sartor.serving.admission import adapter_checks, release_copies
 from sartor.serving.admission.adapter_checks import BaseWeights, Projectors, read_config
 from sartor.serving.registry.registry_schema import AgentVersion
+from sartor.serving.registry.version_rules import VersionRules, check_min_version
 from sartor.serving.team_config import Team
 
 GATE = ("gain", "forgetting", "licence")
@@ -158,8 +159,10 @@ MOST_MANIFEST_BYTES = 64 << 20
 CHECKS = {
     "files": "regular files within limits, each byte as the manifest says, no other file (AdmissionError, "
     "ArtifactError)",
-    "signature": "signed by a trusted key that is not revoked (SignatureError)",
+    "signature": "signed by a trusted key for Releases that is not revoked (SignatureError)",
+    "revoked": "on no signed list of revoked Releases (SignatureError)",
     "manifest": "release.json has the form that `sartor release` writes",
+    "min_version": "not below the `min_version` of its agent in TEAM.yaml",
     "base": "bound to the base that the engine serves (ModelError)",
     "template": "bound to the chat template that the engine renders with (ModelError)",
     "gate": "each check of the release gate passed, or was waived by somebody for a reason",
@@ -202,12 +205,14 @@ class AdmissionContext:
     base: the base's directory.
     state: the team's state directory.
     trust: the only trusted key; None trusts the keys in SARTOR_HOME.
+    min_versions: agent -> smallest version that may be served.
     """
 
     about: EngineInfo
     base: Path
     state: Path
     trust: Path | None = None
+    min_versions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, team: Team, about: EngineInfo) -> AdmissionContext:
@@ -222,7 +227,8 @@ class AdmissionContext:
                 "with it",
                 f"python -c \"from sartor.models.base import open_base; open_base('{base_ref.name}')\"",
             )
-        return cls(about, base_ref.path, Path(team.state), Path(team.trust) if team.trust else None)
+        rules = VersionRules.of(team)
+        return cls(about, base_ref.path, Path(team.state), rules.trust, rules.min_versions)
 
     def passed_record(self, checks: Mapping[str, str]) -> dict[str, Any]:
         """Return the record of the passed checks: the base, the version of the arithmetic, and the findings."""
@@ -279,17 +285,17 @@ def version_of(admitted: Admitted, agent: str) -> AgentVersion:
     )
 
 
-async def admit(release: Path | str, context: AdmissionContext, probe: TrialEngine) -> Admitted:
+async def admit(release: Path | str, context: AdmissionContext, probe: TrialEngine, agent: str = "") -> Admitted:
     """Copy, check and store a Release. Raises what `admit_sync` raises."""
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(_threads, admit_sync, release, context, in_loop(probe, loop))
+    return await loop.run_in_executor(_threads, admit_sync, release, context, in_loop(probe, loop), agent)
 
 
 def release_registrar(context: AdmissionContext, probe: TrialEngine) -> Callable[[Path, str], Awaitable[AgentVersion]]:
     """Return the function with which `dispatch` admits a Release as a version of an agent."""
 
     async def admitting(release: Path, agent: str) -> AgentVersion:
-        return version_of(await admit(release, context, probe), agent)
+        return version_of(await admit(release, context, probe, agent), agent)
 
     return admitting
 
@@ -310,17 +316,18 @@ def in_loop(probe: TrialEngine, loop: asyncio.AbstractEventLoop) -> Ask:
     return ask
 
 
-def admit_sync(release: Path | str, context: AdmissionContext, ask: Ask) -> Admitted:
+def admit_sync(release: Path | str, context: AdmissionContext, ask: Ask, agent: str = "") -> Admitted:
     """Copy, check and store a Release, in a thread. One of the team's own copies is checked in place.
 
+    agent: name under which it will be served, by default its own.
     Raises AdmissionError, SignatureError, ArtifactError, LicenceError or ModelError, each with the name of its check;
     MissingError if the disk is full, and what `ask` raises if no process could be started.
     """
     path = Path(release).absolute()
     if release_copies.is_copy(path, context.state):
-        return _readmit(path, context, ask)
+        return _readmit(path, context, ask, agent)
     with _checking("files"), release_copies.staged(path, context.state) as part:
-        examined = _examine(part, path, context)
+        examined = _examine(part, path, context, agent)
         checks = {
             **examined.checks,
             **_check_tensor_values(examined, context),
@@ -330,13 +337,13 @@ def admit_sync(release: Path | str, context: AdmissionContext, ask: Ask) -> Admi
         return examined.admitted(copy, checks)
 
 
-def _readmit(path: Path, context: AdmissionContext, ask: Ask) -> Admitted:
+def _readmit(path: Path, context: AdmissionContext, ask: Ask, agent: str) -> Admitted:
     """Check a stored copy at a later start.
 
     Signature, files, form, base, gate, licence and projectors are always checked again. The other checks run only if
     the copy did not pass them on this base with this version's arithmetic.
     """
-    examined = _examine(path, path, context)
+    examined = _examine(path, path, context, agent)
     record = release_copies.read_passed_record(path)
     is_same_base = record.get("base") == context.about.base_digest and isinstance(record.get("checks"), dict)
     numerics_problem = numerics_difference({**context.about.made_by, "numerics": record.get("numerics")})
@@ -348,13 +355,13 @@ def _readmit(path: Path, context: AdmissionContext, ask: Ask) -> Admitted:
     return examined.admitted(path, checks)
 
 
-def check_release_files(release: Path | str, context: AdmissionContext) -> Admitted:
+def check_release_files(release: Path | str, context: AdmissionContext, agent: str = "") -> Admitted:
     """Run every check that needs no engine on a Release in place, and store nothing.
 
     Raises what `admit_sync` raises.
     """
     path = Path(release).absolute()
-    examined = _examine(path, path, context)
+    examined = _examine(path, path, context, agent)
     return examined.admitted(path, {**examined.checks, **_check_tensor_values(examined, context)})
 
 
@@ -386,17 +393,25 @@ class _ExaminedRelease:
         )
 
 
-def _examine(path: Path, origin: Path, context: AdmissionContext) -> _ExaminedRelease:
+def _examine(path: Path, origin: Path, context: AdmissionContext, agent: str) -> _ExaminedRelease:
     """Check signature, files, form, base, gate, licence and projectors of the copy in `path`."""
     checks: dict[str, str] = {}
     with _checking("signature"):
-        signer = _signer(path, origin, context.trust)
+        trusted = [signing.open_public(context.trust)] if context.trust else None
+        signer, document = _signer(path, origin, trusted)
         checks["signature"] = f"signed by {signer}"
     with _checking("files"):
-        release = open_artifact(path, "release")
+        release = open_artifact(path, "release", document=document)
+    with _checking("revoked"):
+        revoked_releases.check_not_revoked(release, trusted)
+        checks["revoked"] = "on no list of revoked Releases"
+    with _checking("files"):
         checks["files"] = f"{len(release.manifest['files'])} files as signed"
     with _checking("manifest"):
         check_form(release.manifest)
+    name = agent or release.manifest["name"]
+    check_min_version(name, release.manifest["version"], context.min_versions.get(name, ""))
+    checks["min_version"] = context.min_versions.get(name, "") or "none is set"
     check_base(release, context.about)
     checks |= {"base": context.about.base_digest[:12], "template": context.about.template_digest[:12]}
     checks["gate"] = check_gate(release.manifest)
@@ -453,8 +468,8 @@ def _check_canaries(examined: _ExaminedRelease, ask: Ask) -> str:
         )
 
 
-def _signer(path: Path, origin: Path, trust: Path | None) -> str:
-    """Return the signer of the copy's release.json; nothing of it is parsed before that."""
+def _signer(path: Path, origin: Path, trusted: Sequence[signing.PublicKey] | None) -> tuple[str, bytes]:
+    """Return the signer of the copy's release.json, and its bytes, of which nothing is parsed before that."""
     manifest, signature = path / MANIFESTS["release"], path / "signature"
     if not manifest.is_file() or not signature.is_file():
         raise SignatureError(f"{origin} is no signed Release", "sartor release signs an adapter")
@@ -464,7 +479,8 @@ def _signer(path: Path, origin: Path, trust: Path | None) -> str:
                 f"{file.name} of {origin} has {file.stat().st_size:,} bytes; {max_bytes:,} are the limit",
                 "sartor release ADAPTER --name NAME --version VERSION --key KEYS --replace",
             )
-    return signing.check(manifest.read_bytes(), signature, [signing.open_public(trust)] if trust else None)
+    document = manifest.read_bytes()
+    return signing.check(document, signature, trusted, "release"), document
 
 
 def check_base(release: Artifact, about: EngineInfo) -> None:

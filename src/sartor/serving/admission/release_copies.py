@@ -133,10 +133,11 @@ class _ReleaseCopier:
         if depth > MOST_DEPTH:
             raise _refused(f"{source} lies more than {MOST_DEPTH} folders deep")
         with os.scandir(source) as entries:
-            visible_entries = [
-                entry for entry in entries if not entry.name.startswith(".")
-            ]  # hidden files are no part of an artefact: core/artifacts.py
-        for entry in visible_entries:
+            # another server's record of its own copy is no part of the Release
+            copied_entries = [entry for entry in entries if depth or entry.name != PASSED]
+        for entry in copied_entries:
+            if entry.name.startswith("."):
+                raise _refused(f"{Path(entry.path)} is hidden, and no manifest lists it")
             if entry.is_dir(follow_symlinks=False):
                 (target / entry.name).mkdir(mode=0o700)
                 self._folder(Path(entry.path), target / entry.name, depth + 1)

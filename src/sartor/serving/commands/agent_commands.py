@@ -23,6 +23,7 @@ from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.receipts import team_digest
 from sartor.serving.registry.registry import ChangeCause, Registry, Snapshot
 from sartor.serving.registry.registry_schema import Agent, AgentVersion
+from sartor.serving.registry.version_rules import VersionRules
 from sartor.serving.team_config import Team, load
 
 
@@ -149,14 +150,14 @@ def _looked_at(team: Team, release: Path, name: str) -> AgentVersion:
     about = EngineInfo(
         team.engine.kind, base["name"], base["digest"], base["template_digest"], context_tokens=0, rows=0
     )
-    admitted = admission.check_release_files(release, AdmissionContext.of(team, about))
+    admitted = admission.check_release_files(release, AdmissionContext.of(team, about), name)
     return version_of(admitted, name or admitted.name)
 
 
 @contextmanager
 def _opened(team: Team | Path | str) -> Iterator[Registry]:
     loaded_team = team if isinstance(team, Team) else load(Path(team))
-    with closing(Registry.open(loaded_team.registry_url)) as registry:
+    with closing(Registry.open(loaded_team.registry_url, VersionRules.of(loaded_team))) as registry:
         yield registry
 
 

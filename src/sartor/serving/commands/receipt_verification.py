@@ -10,14 +10,13 @@ arithmetic (core/numerics.py) is not generated again, because this version may r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, config, model_refs, records, signing
+from sartor.core import catalogue, config, model_refs, records, signing, strict_json
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError
 from sartor.core.installation import upgrade_command
@@ -124,7 +123,7 @@ def _json(file: Path) -> Any:
     try:
         if file.stat().st_size > MOST_BYTES:
             raise ValueError(f"{file.stat().st_size:,} bytes; {MOST_BYTES:,} are the limit")
-        return json.loads(file.read_text(encoding="utf-8"))
+        return strict_json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{file} is no JSON file: {error}", "give what GET /v1/receipts/ID answered") from None
 
@@ -162,7 +161,12 @@ def _check_signature(receipt: Mapping[str, Any], file: Path, key: Path | None, t
         ) from None
     keys = [signing.open_public(trusted)] if trusted else None
     return signing.check_signature(
-        document, receipt["signature"], file=file, subject=f"the receipt {receipt['id']}", trusted=keys
+        document,
+        receipt["signature"],
+        file=file,
+        subject=f"the receipt {receipt['id']}",
+        trusted=keys,
+        purpose="receipt",
     )
 
 

@@ -25,6 +25,7 @@ class AdapterLeases:
     name a directory of another machine.
     directories: by Release id, the directory of each checked Release.
     troubles: by version name, the error of a version that could not be loaded.
+    revoked_ids: Releases that were revoked; a version of one is not held, whatever is loaded.
     """
 
     def __init__(self, workers: WorkerBackend, admit: Admit, copies: Path) -> None:
@@ -43,10 +44,12 @@ class AdapterLeases:
         self._lock = asyncio.Lock()
         self._detaching: set[asyncio.Task[None]] = set()
         self.troubles: dict[str, SartorError] = {}
+        self.revoked_ids: Collection[str] = ()
 
     def holds(self, version: AgentVersion) -> bool:
         """Return whether a call of this version can run now."""
-        return version.adapter in self._loaded and version.release_id in self.directories
+        is_revoked = version.release_id in self.revoked_ids
+        return version.adapter in self._loaded and version.release_id in self.directories and not is_revoked
 
     def was_admitted(self, version: AgentVersion) -> bool:
         """Return whether any server has admitted the version.

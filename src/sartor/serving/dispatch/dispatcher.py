@@ -49,6 +49,7 @@ from sartor.serving.dispatch.served_agents import ServedAgents
 from sartor.serving.registry.registry import ChangeCause, Registry
 from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.registry.user_versions import SUFFIX, UserVersionStore
+from sartor.serving.registry.version_rules import VersionRules
 from sartor.serving.team_config import Team
 from sartor.serving.types import (
     AgentReply,
@@ -149,7 +150,14 @@ class Dispatcher:
         self._admit = admit
         self.leases = AdapterLeases(workers, admit, release_copies.folder(Path(team.state)))
         self.rollouts = Rollouts(team.rollout, clock)
-        self.served = ServedAgents(registry, workers, leases=self.leases, rollouts=self.rollouts, router=router)
+        self.served = ServedAgents(
+            registry,
+            workers,
+            leases=self.leases,
+            rollouts=self.rollouts,
+            router=router,
+            revoked_ids=VersionRules.of(team).revoked_ids,
+        )
         self.user_versions = UserVersionSelector(
             UserVersionStore(registry.database),
             leases=self.leases,

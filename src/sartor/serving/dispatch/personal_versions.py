@@ -92,6 +92,8 @@ class UserVersionSelector:
             return _without(
                 selection, f"{WHY} was tuned on {user_version.version}, and is not used until it is tuned again"
             )
+        if live.release_id in self._leases.revoked_ids:
+            return selection  # the live version says why it does not answer
         version = user_version.on(live)
         try:
             await self._hold(user_version, version)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +48,7 @@ class ServedAgents:
         leases: AdapterLeases,
         rollouts: Rollouts,
         router: Router | None,
+        revoked_ids: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self.registry = registry
         self.agents: dict[str, Agent] = {}
@@ -71,6 +72,9 @@ class ServedAgents:
         # refused version -> (generation, monotonic time of the next try, length of the wait in s)
         self._retries: dict[str, tuple[int, float, float]] = {}
         self._registry_trouble = ""
+        # returns the ids of revoked Releases, as this machine knows them now
+        self._revoked_ids = revoked_ids
+        self._revocation_trouble = ""
         self._read_at = 0.0
         # called after each read of the registry; `settle` waits for them
         self.followers: list[Callable[[], Coroutine[Any, Any, None]]] = []
@@ -109,9 +113,26 @@ class ServedAgents:
                 self._registry_trouble = f"{error.problem}; what was read last is served"
                 return
             self._registry_trouble, self._read_at = "", time.monotonic()
+            await self._drop_revoked(snapshot)
             self._take(snapshot)
             for follower in self.followers:
                 self._spawn(follower())
+
+    async def _drop_revoked(self, snapshot: Snapshot) -> None:
+        """Let go of the versions whose Releases were revoked since they were admitted; a new load is refused.
+
+        If a list cannot be believed, nothing new is admitted; what is served stays, and /health says so.
+        """
+        try:
+            revoked_ids = await asyncio.to_thread(self._revoked_ids)
+        except SartorError as error:
+            self._revocation_trouble = f"{error.problem}; nothing is admitted until then"
+            return
+        self._revocation_trouble = ""
+        for version in {**self.versions, **snapshot.versions}.values():
+            if version.release_id in revoked_ids and self._leases.holds(version):
+                self._leases.drop(version)
+        self._leases.revoked_ids = revoked_ids
 
     async def settle(self) -> None:
         """Return when every fetch has succeeded or failed, and all background tasks are done."""
@@ -158,7 +179,11 @@ class ServedAgents:
 
     def health(self) -> dict[str, Any]:
         """Return the generation, the agents and the troubles, for /health."""
-        own_troubles = {"registry": self._registry_trouble, "router": self._router_trouble}
+        own_troubles = {
+            "registry": self._registry_trouble,
+            "router": self._router_trouble,
+            "revocations": self._revocation_trouble,
+        }
         troubles = {**self.troubles, **{name: problem for name, problem in own_troubles.items() if problem}}
         # troubles of personal versions are private, so they are left out
         troubles |= {name: error.problem for name, error in self._leases.troubles.items() if not name.endswith(SUFFIX)}

@@ -27,6 +27,7 @@ from sartor.serving.receipts import ReceiptLog, team_digest
 from sartor.serving.registry.registry import Registry
 from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.registry.user_versions import is_personal, user_digest
+from sartor.serving.registry.version_rules import VersionRules
 from sartor.serving.routing.router import AutoRouter
 from sartor.serving.team_config import Team, load
 from sartor.serving.tool_loop import ToolCallingAgent, ToolServers
@@ -75,7 +76,7 @@ async def build_services(team: Team, tell: Tell = lambda event, **fields: None) 
     async with AsyncExitStack() as stack:
         # private mode: the directory holds digests of keys, and receipts
         Path(team.state).mkdir(mode=0o700, parents=True, exist_ok=True)
-        registry = await asyncio.to_thread(Registry.open, team.registry_url)
+        registry = await asyncio.to_thread(Registry.open, team.registry_url, VersionRules.of(team))
         stack.callback(registry.close)
         authenticator = ApiKeyStore(registry.database, state=Path(team.state))
         await asyncio.to_thread(check_bind, authenticator, team.http)
@@ -150,7 +151,7 @@ def _admission(team: Team, workers: Supervisor) -> Admit:
         context = await asyncio.to_thread(AdmissionContext.of, team, workers.about)
         if is_personal(release, context.state):
             return await asyncio.to_thread(admit_personal, release, agent, context)
-        return version_of(await admission.admit(release, context, workers.probe), agent)
+        return version_of(await admission.admit(release, context, workers.probe, agent), agent)
 
     return admit
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ArtifactError, MissingError
-from sartor.core.filesystem import fsync_directory
+from sartor.core.filesystem import fsync_descriptor, fsync_directory
 from sartor.core.installation import upgrade_command
 from sartor.inference.engine import EngineInfo
 from sartor.serving.plans.plan_steps import StepLogEntry
@@ -55,7 +55,7 @@ class DayFiles:
             remaining = data
             while remaining:
                 remaining = remaining[os.write(descriptor, remaining) :]
-            os.fsync(descriptor)
+            fsync_descriptor(descriptor)
         except OSError:
             os.ftruncate(descriptor, end)
             raise

@@ -23,6 +23,7 @@ from sartor.core.database import Database, is_whole, sealed
 from sartor.core.errors import ArtifactError, ConflictError, UnknownAgentError
 from sartor.serving.registry import registry_schema
 from sartor.serving.registry.registry_schema import Agent, AgentVersion, Event
+from sartor.serving.registry.version_rules import VersionRules
 
 Change = Callable[[Agent], Agent]
 
@@ -59,17 +60,19 @@ class Snapshot:
 class Registry:
     """Agents of one team. Safe to use from several threads and processes."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, rules: VersionRules | None = None) -> None:
         self.database = database
+        self._rules = rules
         self._listeners: list[Callable[[], object]] = []
 
     @classmethod
-    def open(cls, url: str) -> Registry:
+    def open(cls, url: str, rules: VersionRules | None = None) -> Registry:
         """Open the registry at a SQLAlchemy URL; create it if absent, and upgrade an older one.
 
+        rules: what a version must meet to become live or go on trial; None only reads.
         Raises as `open_database`.
         """
-        return cls(registry_schema.open_database(url))
+        return cls(registry_schema.open_database(url), rules)
 
     def close(self) -> None:
         """Close the database connections."""
@@ -365,6 +368,11 @@ class Registry:
                 f"the row of {name}@{version} was changed from outside", f"sartor agents add {row['release']}"
             )
 
+    def _check_rules(self, connection: Connection, name: str, version: str) -> None:
+        if self._rules is not None:
+            row = self._row(connection, registry_schema.versions, agent=name, version=version)
+            self._rules.check(name, version, str(row["release_id"]) if row else "")
+
     def _put_version(self, connection: Connection, version: AgentVersion) -> str:
         """Write a version that is new, has moved, or has a damaged row; return the action, "" for none."""
         row = self._row(connection, registry_schema.versions, agent=version.agent, version=version.version)
@@ -402,7 +410,15 @@ class Registry:
     def _record(
         self, connection: Connection, action: str, before: Agent | None, after: Agent, version: str, cause: ChangeCause
     ) -> Agent:
-        """Write the agent and the event of its change, both under the next generation."""
+        """Write the agent and the event of its change, both under the next generation.
+
+        Raises what `VersionRules.check` raises for a version that becomes live or goes on trial by it.
+        """
+        if action != "repaired":
+            if after.live and (before is None or after.live != before.live):
+                self._check_rules(connection, after.name, after.live)
+            if after.candidate and (before is None or after.candidate != before.candidate):
+                self._check_rules(connection, after.name, after.candidate)
         after = replace(after, generation=registry_schema.next_generation(connection), changed=_now())
         self._put(connection, registry_schema.agents, after.as_row(), name=after.name)
         numbers = dict(cause.numbers)

@@ -10,6 +10,7 @@ them are put into such frames, always the same ones, and serve as negatives.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import json
 import re
@@ -23,8 +24,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sartor.core import parquet_io, records
-from sartor.core.artifacts import MANIFESTS
+from sartor.core import parquet_io, records, strict_json
+from sartor.core.artifacts import MANIFESTS, MOST_NESTED
 from sartor.core.errors import ArtifactError
 from sartor.core.records import digest as records_digest
 from sartor.evaluate.metrics import LOWER_IS_BETTER
@@ -36,6 +37,7 @@ from sartor.serving.routing.text_features import TextFeatures, neighbours_of
 MEASURED = 200
 SLICE_ROWS = 30
 SLICE_LEAST = 10
+REPORT_ROWS = "report/rows.parquet"
 # Row-level column of a metric that is defined only for the whole set
 BY_ROW = {"macro_f1": "accuracy"}
 
@@ -105,19 +107,55 @@ class Slices:
         )
 
 
+def _read_listed(release: Path, manifest: Mapping[str, Any], name: str) -> bytes | None:
+    """Return a file of a Release if its signed manifest lists it, else None: what lies beside it is nobody's.
+
+    Raises ArtifactError if it is not the listed file.
+    """
+    entry = manifest["files"].get(name)
+    if entry is None:
+        return None
+    try:
+        if (size := (release / name).stat().st_size) != entry["bytes"]:
+            raise ValueError(f"{size:,} bytes instead of {entry['bytes']:,}")
+        content = (release / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise ValueError("its sha256 is another one")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{release / name} is not the file that the manifest lists: {error}", f"cp -r BACKUP/. {release}"
+        ) from None
+    return content
+
+
+def _read_manifest(release: Path) -> dict[str, Any] | None:
+    """Return release.json, None without one. Its signature was checked at admission. Raises ArtifactError."""
+    file = release / MANIFESTS["release"]
+    if not file.is_file():
+        return None
+    try:
+        manifest = strict_json.loads(file.read_bytes(), max_nested=MOST_NESTED)
+        if not isinstance(manifest["files"], dict):
+            raise TypeError("`files` is no mapping")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{file} is not a manifest: {error}", f"cp -r BACKUP/. {release}") from None
+    return dict(manifest)
+
+
 def read_measured_gain(release: Path) -> Gain | None:
-    """Return the gain in the Report of a Release; None without a manifest.
+    """Return the gain in the Report of a Release; None without a manifest, or if it lists no rows of a Report.
 
     Raises ArtifactError for an invalid form.
     """
-    if not (release / MANIFESTS["release"]).is_file():
+    manifest = _read_manifest(release)
+    table = _read_listed(release, manifest, REPORT_ROWS) if manifest else None
+    if manifest is None or table is None:
         return None
     try:
-        manifest = json.loads((release / MANIFESTS["release"]).read_text(encoding="utf-8"))
         name = manifest["primary"]
         check = checked(name, manifest["metrics"][name])
         column, sign = BY_ROW.get(name, name), -1 if name in LOWER_IS_BETTER else 1
-        rows = parquet_io.read_file(release / "report" / "rows.parquet")
+        rows = parquet_io.read_file(release / REPORT_ROWS, table)
         measured_rows = [
             MeasuredRow(
                 row["prompt"], str(row.get("label") or ""), sign * (row[f"tuned_{column}"] - row[f"base_{column}"])
@@ -192,18 +230,20 @@ class Exemplars:
 def read_exemplars(release: Path, agent: str) -> Exemplars:
     """Return the exemplars and the measured gain of a Release.
 
-    Empty for one without exemplars (`sartor release --exemplars 0`, or an older Release).
+    Empty for one whose manifest lists no exemplars (`sartor release --exemplars 0`, or an older Release).
     Raises ArtifactError for a file with another form.
     """
     file = release / EXEMPLARS
-    if not file.is_file():
+    manifest = _read_manifest(release)
+    content = _read_listed(release, manifest, EXEMPLARS) if manifest else None
+    if content is None:
         return Exemplars()
     remedy = "sartor release ADAPTER --name NAME --version NEW --key KEYS"
-    if file.stat().st_size > MOST_BYTES:
-        raise ArtifactError(f"{file} has {file.stat().st_size:,} bytes; at most {MOST_BYTES:,} are read", remedy)
+    if len(content) > MOST_BYTES:
+        raise ArtifactError(f"{file} has {len(content):,} bytes; at most {MOST_BYTES:,} are read", remedy)
     by_split: dict[str, list[ExemplarPrompt]] = {"train": [], "eval": [], OTHER: []}
     try:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()[:MOST_LINES], 1):
+        for number, line in enumerate(content.decode("utf-8").splitlines()[:MOST_LINES], 1):
             fields = json.loads(line)
             if text := str(fields["text"]).strip():
                 by_split[fields["split"]].append(ExemplarPrompt(f"{agent}:{number}", text))
