@@ -49,6 +49,8 @@ HEADER = """\
 # What `make demo` installs, for each Python and processor of torch-cpu.lock: pip install --require-hashes --no-deps.
 # Made by `make lock` (tools/lock.py); torch itself is in torch-cpu.lock.
 """
+# of each file a hash; nothing that is not listed; no program of a source archive is run
+STRICT = ("--require-hashes", "--no-deps", "--only-binary", ":all:")
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 
 
@@ -114,6 +116,11 @@ def covered_environments() -> Iterator[dict[str, str]]:
         }
 
 
+def is_covered() -> bool:
+    """Return whether the lock is for this Python and processor."""
+    return platform.python_implementation() == "CPython" and any(entry.holds() for entry in read_lock(TORCH))
+
+
 def write_lock(uv: str = "", output: Path = LOCK) -> None:
     """Resolve anew, and write demo.lock.
 
@@ -162,7 +169,7 @@ def write_lock(uv: str = "", output: Path = LOCK) -> None:
 def install(run: Callable[[Sequence[str]], int] | None = None) -> int:
     """Install the package with its locked requirements into this Python's environment; 0 if it stands."""
     pip = run or _pip
-    if not any(entry.holds() for entry in read_lock(TORCH)):
+    if not is_covered():
         print(
             f"lock: {_this_platform()} has no line in requirements/torch-cpu.lock; installing without a lock: newest "
             "versions, whose files are not compared with recorded hashes",
@@ -170,8 +177,8 @@ def install(run: Callable[[Sequence[str]], int] | None = None) -> int:
         )
         return pip(["install", "--editable", f"{ROOT}[{','.join(EXTRAS)}]"])
     return (
-        _install_cpu_wheels(TORCH, pip)
-        or pip(["install", *_STRICT, "-r", str(LOCK)])
+        install_cpu_wheels(TORCH, pip)
+        or pip(["install", *STRICT, "-r", str(LOCK)])
         # without isolation pip builds by the locked hatchling, and not by the newest one of an index
         or pip(["install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)])
         or pip(["check"])
@@ -180,32 +187,29 @@ def install(run: Callable[[Sequence[str]], int] | None = None) -> int:
 
 def install_torchvision() -> int:
     """Install torchvision for CPUs beside the locked torch; nothing where torch is not the locked one."""
-    if any(entry.holds() for entry in read_lock(TORCH)) and any(entry.holds() for entry in read_lock(TORCHVISION)):
-        return _install_cpu_wheels(TORCHVISION, _pip)
+    if is_covered() and any(entry.holds() for entry in read_lock(TORCHVISION)):
+        return install_cpu_wheels(TORCHVISION, _pip)
     return 0
 
 
 def constraints() -> str:
     """Return the locked versions of this Python as pip's constraints; empty where there is no lock for it."""
-    if not any(entry.holds() for entry in read_lock(TORCH)):
+    if not is_covered():
         return ""
     entries = [entry for path in (TORCH, TORCHVISION, LOCK) for entry in read_lock(path) if entry.holds()]
     return "".join(f"{entry.requirement.name}=={entry.version}\n" for entry in entries)
 
 
-_STRICT = ("--require-hashes", "--no-deps", "--only-binary", ":all:")
-
-
-def _install_cpu_wheels(lock: Path, pip: Callable[[Sequence[str]], int]) -> int:
+def install_cpu_wheels(lock: Path, pip: Callable[[Sequence[str]], int]) -> int:
     """Install wheels of the index of CPU wheels, or the same from where pip's own settings look on this machine."""
     local = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", *_STRICT, "--no-index", "-r", str(lock)],
+        [sys.executable, "-m", "pip", "install", "--quiet", *STRICT, "--no-index", "-r", str(lock)],
         capture_output=True,
         check=False,
     )
     if local.returncode == 0:
         return 0
-    return pip(["install", *_STRICT, "--index-url", CPU_INDEX, "-r", str(lock)])
+    return pip(["install", *STRICT, "--index-url", CPU_INDEX, "-r", str(lock)])
 
 
 def _pip(arguments: Sequence[str]) -> int:

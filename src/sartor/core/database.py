@@ -29,6 +29,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 
 from sartor.core import records
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, MissingError, SartorError, missing_package
+from sartor.core.filesystem import make_private_folder, touch_private
 from sartor.core.installation import upgrade_command
 
 BUSY_S = 5.0
@@ -153,7 +154,8 @@ class Database:
         if not self._is_sqlite or file is None:
             return nullcontext()
         try:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            make_private_folder(Path(file).parent)
+            touch_private(Path(file))
             return FileLock(f"{file}.lock").acquire(timeout=OPEN_S)
         except Timeout:
             raise BusyError(
