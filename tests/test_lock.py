@@ -178,12 +178,15 @@ def test_install_is_strict_and_resolves_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2, 3])
-def test_refused_wheel_ends_the_install(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
-    """A mismatch never falls back to an install without hashes."""
+def test_refused_wheel_ends_the_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failing: int
+) -> None:
+    """A mismatch never falls back to an install without hashes, and says what to do."""
     on_this_platform(monkeypatch, True)
     pip = FakePip(failing)
     assert lock.install(pip) == 1
     assert len(pip.calls) == failing + 1
+    assert "never leave the hashes out" in capsys.readouterr().err
 
 
 def test_platform_without_a_lock_installs_plainly_and_says_so(

@@ -176,13 +176,21 @@ def install(run: Callable[[Sequence[str]], int] | None = None) -> int:
             file=sys.stderr,
         )
         return pip(["install", "--editable", f"{ROOT}[{','.join(EXTRAS)}]"])
-    return (
+    failed = (
         install_cpu_wheels(TORCH, pip)
         or pip(["install", *STRICT, "-r", str(LOCK)])
         # without isolation pip builds by the locked hatchling, and not by the newest one of an index
         or pip(["install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)])
         or pip(["check"])
     )
+    if failed:
+        print(
+            "lock: nothing was installed in the place of what pip refused above. A hash that does not match: another "
+            "index or network; never leave the hashes out. Versions that do not fit each other: make clean, then the "
+            "same again. No wheel for this system (glibc before 2.28, musl): make demo LOCKED=no",
+            file=sys.stderr,
+        )
+    return failed
 
 
 def install_torchvision() -> int:

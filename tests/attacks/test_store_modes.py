@@ -61,6 +61,13 @@ def test_kept_activations_are_owner_only() -> None:
     assert [is_open(folder) for folder in (file.parent, file.parent.parent, home.home())] == [False] * 3
 
 
+def test_doctor_tells_of_a_home_that_others_can_read() -> None:
+    """An older version made it so, or a person; it is not changed unasked, since it may be shared on purpose."""
+    assert not any("chmod" in line for line in sartor.doctor().advice)
+    home.home().chmod(0o755)
+    assert f"chmod -R go= {home.home()}" in "".join(sartor.doctor().advice)
+
+
 def test_revoke_names_the_caches_that_hold_something(tmp_path: Path) -> None:
     dataset = write(tmp_path / "d", [example("only")])
     assert sartor.revoke(dataset.path, source="a.jsonl").as_json()["caches"] == []
