@@ -1,29 +1,46 @@
-# Two commands on a fresh machine do everything: `make demo` and `make test`. Each makes its own .venv with plain pip.
+# Two commands on a fresh machine do everything: `make demo` and `make test`. Each makes its own .venv with pip, by the versions and
+# hashes of requirements/ (tools/lock.py). With LOCKED=no by plain pip, newest versions: for a GPU, or to see what became of the world.
 # `quick` is the inner loop; `check` is what a commit must pass; `bench` writes benchmarks/results/NAME.json and the scoreboard.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
+LOCKED ?= yes
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
 # pyproject's `all` without studio, which no test needs; tests/test_packaging.py holds the two together
 TESTED := tune,demo,hub,office,quant,ray,static,multimodal,serve,mcp,otel,llamacpp,edge,federated
 
-.PHONY: demo quick test assets test-default durations test-slow test-alone check bench bench-small bench-peers scoreboard docs clean
+.PHONY: demo lock quick test assets test-default durations test-slow test-alone check bench bench-small bench-peers scoreboard docs clean
 .DEFAULT_GOAL := demo
 
-$(VENV)/.demo: pyproject.toml
+$(VENV)/.demo: pyproject.toml $(wildcard requirements/*.lock)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: https://www.python.org/downloads/"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(LOCKED),yes)
+	$(BIN)/python tools/lock.py install
+	$(BIN)/python tools/lock.py constraints > $(VENV)/constraints.txt
+else
 	$(BIN)/python -m pip install --quiet --editable '.[tune,demo]'
+	: > $(VENV)/constraints.txt
+endif
 	touch $@
 
+# upon the locked environment: what is locked stays at its version, and the tests' own packages are the newest that fit
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --editable '.[$(TESTED),dev]'
+	test ! -s $(VENV)/constraints.txt || $(BIN)/python tools/lock.py install-more
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[$(TESTED),dev]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --editable '.[$(TESTED),dev,bench]'
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[$(TESTED),dev,bench]'
 	touch $@
+
+lock: $(VENV)-lock/bin/uv  ## requirements/demo.lock anew, after a change of pyproject or for newer versions
+	$(VENV)-lock/bin/python tools/lock.py write
+
+$(VENV)-lock/bin/uv:
+	test -x $(VENV)-lock/bin/python || $(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet uv
 
 demo: $(VENV)/.demo  ## the whole circle on real data
 	$(BIN)/sartor demo --out $(DEMO_OUT) --replace
@@ -102,4 +119,4 @@ docs: $(VENV)/.dev  ## every block of README and docs, run
 	$(BIN)/python -m pytest -q -m "" tests/test_docs.py
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) $(BENCH_OUT)
+	rm -rf $(VENV) $(VENV)-lock $(DEMO_OUT) $(BENCH_OUT)

@@ -47,7 +47,7 @@ def test_damaged_ledger_is_an_error(text: str, call: Callable[[], object]) -> No
 def test_home_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     record_evaluation("a", ["1"], "eval")
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(line_ledger, "write_file_atomic", refuse)

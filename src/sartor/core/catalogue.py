@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sartor.core.artifacts import Artifact, kind_of, read_manifest
 from sartor.core.errors import ArtifactError
+from sartor.core.filesystem import touch_private
 from sartor.core.home import home
 
 _TABLES = """
@@ -43,6 +44,7 @@ def _open() -> Iterator[sqlite3.Connection]:
     A file that is not a database is renamed to `.broken`, and ArtifactError is raised: the catalogue can be rebuilt.
     """
     file = home() / "catalogue.sqlite"
+    touch_private(file)
     with contextlib.closing(sqlite3.connect(file, timeout=30)) as connection, connection:
         try:
             connection.executescript(_TABLES)

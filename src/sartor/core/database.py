@@ -29,6 +29,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 
 from sartor.core import records
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, MissingError, SartorError, missing_package
+from sartor.core.filesystem import make_private_folder, touch_private
 from sartor.core.installation import upgrade_command
 
 BUSY_S = 5.0
@@ -65,6 +66,7 @@ class Form:
     migrations: directory of the Alembic revisions, whose env.py calls `run_revisions`.
     counter: column of the single row that every change locks.
     version_table: table in which Alembic stores the revision; two forms in one Postgres database need two.
+    is_private: whether a new SQLite file, and its folder, are for their owner alone; several reviewers share a queue.
     """
 
     noun: str
@@ -72,6 +74,7 @@ class Form:
     migrations: Path
     counter: Column[int]
     version_table: str = "alembic_version"
+    is_private: bool = False
 
 
 class Database:
@@ -159,6 +162,9 @@ class Database:
         if not self._is_sqlite or file is None:
             return nullcontext()
         try:
+            if self.form.is_private:
+                make_private_folder(Path(file).parent)
+                touch_private(Path(file))
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             return FileLock(f"{file}.lock").acquire(timeout=OPEN_S)
         except Timeout:

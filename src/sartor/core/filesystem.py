@@ -4,6 +4,7 @@
     create_file_atomic        the same for a library or a program that needs a path
     create_directory_atomic   a directory that is filled under another name
     FileSystem                every operation, one method each
+    touch_private, make_private_folder    what only its owner can read, from its creation on
 
 A temporary file is a hidden sibling, `.NAME.part-PID-THREAD-TIME`. Two writers of one target never share one, and a
 failing writer removes its own. Leftovers of a kill are recognised by their name (`FileSystem.leftovers`). A durable
@@ -33,6 +34,8 @@ Content = bytes | Callable[[BinaryIO], object]
 PIECE_BYTES = 1 << 20
 LEFTOVER = ".part"
 REPLACED = ".replaced"  # a directory that stands aside while its successor takes its name; never cleaned by name alone
+# mode of files that their owner alone can read
+PRIVATE = 0o600
 # a name has at most 255 bytes on Linux, macOS and Windows; process, thread and time take up to 50
 _MAX_STEM_BYTES = 200
 _fcntl: Any
@@ -48,16 +51,29 @@ _BINARY = getattr(os, "O_BINARY", 0)
 def write_file_atomic(path: Path, content: Content, *, mode: int = 0o644, durable: bool = True) -> None:
     """Write a file atomically: its name shows either the old or the whole new content.
 
-    Missing folders are created.
+    Missing folders are created, with mode 0700 if the file's is 0600.
     content: the bytes, or a function that writes them to the stream it receives.
     mode: permissions of the new file, less the umask.
     durable: whether the new content survives a power cut once this returns. False saves two fsyncs; a power cut may
         then leave a file with no or wrong bytes. Use it only for content that its reader checks and can rebuild.
     Raises OSError as the system calls do; the old file then stays, and no temporary file is left.
     """
-    filesystem = FileSystem(mode)
+    filesystem = PrivateFileSystem() if mode == PRIVATE else FileSystem(mode)
     filesystem.make_folders(path.parent, durable=durable)
     filesystem.replace(path, content, durable=durable)
+
+
+def make_private_folder(path: Path) -> None:
+    """Create a folder and its missing parents such that their owner alone can enter them."""
+    PrivateFileSystem().make_folders(path, durable=False)
+
+
+def touch_private(path: Path) -> None:
+    """Create an empty file that its owner alone can read, unless there is one.
+
+    SQLite creates its file as the umask allows, and its journals as the file.
+    """
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE))
 
 
 @contextmanager
@@ -199,9 +215,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def make_parent(path: Path) -> None:
-    """Create the folder of an output. Raises ConfigError if it cannot be created or written to."""
+def make_parent(path: Path, *, is_private: bool = False) -> None:
+    """Create the folder of an output. Raises ConfigError if it cannot be created or written to.
+
+    is_private: whether only its owner may enter what is created.
+    """
     try:
+        if is_private:
+            make_private_folder(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{path.parent} cannot be made: {error.strerror}", "choose another --out") from None
@@ -451,7 +472,7 @@ class PrivateFileSystem(FileSystem):
     """
 
     def __init__(self) -> None:
-        super().__init__(0o600)
+        super().__init__(PRIVATE)
 
     def mkdir(self, path: Path) -> None:
         """Create a folder that only its owner can enter; its parent must exist."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ArtifactError
-from sartor.core.filesystem import write_file_atomic
+from sartor.core.filesystem import PRIVATE, write_file_atomic
 from sartor.core.installation import upgrade_command
 
 Line = dict[str, Any]
@@ -50,4 +50,4 @@ class LineLedger:
 
     def write_lines(self, file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         """Replace the file by these lines atomically. Raises OSError."""
-        write_file_atomic(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_file_atomic(file, "".join(json.dumps(line) + "\n" for line in lines).encode(), mode=PRIVATE)

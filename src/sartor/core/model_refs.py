@@ -27,7 +27,7 @@ import yaml
 from sartor.core import assets, gguf_header
 from sartor.core.artifacts import kind_of
 from sartor.core.errors import ConfigError, ExtraError, HubError, ModelError, missing_package
-from sartor.core.filesystem import file_digest
+from sartor.core.filesystem import file_digest, touch_private
 from sartor.core.home import folder, home
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.core.records import digest
@@ -172,6 +172,8 @@ def remembered_digest(file: Path) -> str:
         return file_digest(file)
     # ctime is in the key because a program can reset mtime but not ctime
     key = f"{file.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+    with contextlib.suppress(OSError):
+        touch_private(home() / "digests.sqlite")
     with (
         contextlib.suppress(sqlite3.Error),
         contextlib.closing(sqlite3.connect(home() / "digests.sqlite", timeout=30)) as connection,

@@ -258,9 +258,7 @@ def _tuning_folder(team: Team, context: _TuningContext) -> Iterator[Path]:
     In the end the folder that the registry names stays, and all others are deleted.
     """
     parent = folder_of(Path(team.state), context.person, context.options.agent)
-    make_parent(parent)
-    for ancestor in (parent.parent.parent, parent.parent, parent):
-        ancestor.mkdir(mode=0o700, exist_ok=True)
+    make_parent(parent / TUNING, is_private=True)
     with writer_lock(parent / TUNING):
         folder = parent / secrets.token_hex(4)
         folder.mkdir(mode=0o700)

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, UnknownAgentError
-from sartor.core.filesystem import write_file_atomic, writer_lock
+from sartor.core.filesystem import PRIVATE, make_private_folder, write_file_atomic, writer_lock
 from sartor.core.installation import upgrade_command
 from sartor.core.lineage import ancestry
 from sartor.release.release import Waiver
@@ -138,7 +138,7 @@ class RunRecord:
 
     def _write(self) -> None:
         text = json.dumps(self.record.as_json(), indent=1, ensure_ascii=False) + "\n"
-        write_file_atomic(self.folder / FILE, text.encode())
+        write_file_atomic(self.folder / FILE, text.encode(), mode=PRIVATE)
 
 
 def list_runs(state: Path, agent: str) -> list[RunRecord]:
@@ -159,7 +159,7 @@ def retrain_lock(state: Path, agent: str) -> Iterator[None]:
     Raises ConfigError if another process holds it; a lock ends with its process.
     """
     home = _home(state, agent)
-    home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private_folder(home.parent)
     busy = True
     try:
         with writer_lock(home):

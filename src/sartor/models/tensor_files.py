@@ -20,7 +20,7 @@ import safetensors
 import torch
 from safetensors.torch import save
 
-from sartor.core.filesystem import fsync_descriptor, write_file_atomic
+from sartor.core.filesystem import PRIVATE, fsync_descriptor, write_file_atomic
 from sartor.core.numerics import FIRST, difference, numerics
 
 SCHEMA = 1
@@ -94,7 +94,7 @@ class TensorCache:
         try:
             self._make_room(len(content))
             # thousands of files, each checked against its digest when read: an fsync would cost more than it saves
-            write_file_atomic(file, content, durable=False)
+            write_file_atomic(file, content, mode=PRIVATE, durable=False)
         except OSError as error:
             self.notice(f"{self.folder.name} could not be stored ({error.strerror}); they are held in memory")
             return tensor

@@ -112,6 +112,7 @@ def doctor() -> Diagnosis:
         advice.append(f"sartor plan RECIPE   # before tuning: {_size(memory)} of memory is little")
     if disk < _LITTLE_DISK:
         advice.append(f"free some space below {home()}, or set SARTOR_HOME: {_size(disk)} is left")
+    advice += _mode_advice()
     if not assets.entry("starter").is_installed:
         advice.append("sartor assets install starter   # the small base; else it is fetched when it is first used")
     return Diagnosis(
@@ -127,6 +128,13 @@ def doctor() -> Diagnosis:
         extras=extras,
         advice=advice or ["sartor tailor rows.csv --name NAME"],
     )
+
+
+def _mode_advice() -> list[str]:
+    """Return what to do if other users may enter SARTOR_HOME, as one that an older version made."""
+    if os.name != "posix" or not home().stat().st_mode & 0o077:
+        return []
+    return [f"chmod -R go= {home()}   # other users of this machine can read what is stored there"]
 
 
 def missing_by_extra() -> dict[str, list[str]]:

@@ -38,7 +38,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from sartor.core import records
 from sartor.core.database import Database, is_whole, sealed
 from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, SartorError, UnavailableError
-from sartor.core.filesystem import fsync_descriptor, fsync_directory
+from sartor.core.filesystem import fsync_descriptor, fsync_directory, touch_private
 from sartor.core.remedies import REPORT
 from sartor.serving.registry import registry_schema
 from sartor.serving.registry.registry import ChangeCause
@@ -215,6 +215,7 @@ def write_file(state: Path | None) -> None:
     if state is None or has_file(state):
         return
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    touch_private(state / FILE)
     with (state / FILE).open("w", encoding="utf-8") as file:
         file.write(_TEXT)
         file.flush()

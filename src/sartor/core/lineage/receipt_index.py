@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sartor.core.filesystem import touch_private
+
 PATTERN = "receipts-*.jsonl"
 INDEX = "index.sqlite"
 _TABLES = """
@@ -119,6 +121,7 @@ class ReceiptIndex:
     def _open(self) -> Iterator[sqlite3.Connection]:
         """Open a connection that commits at the end of the block."""
         file = self.folder / INDEX
+        touch_private(file)
         with contextlib.closing(sqlite3.connect(file, timeout=10)) as connection:
             try:
                 # only the lines must be durable: an index lost in a power cut is rebuilt from them

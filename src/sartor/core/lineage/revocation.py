@@ -20,6 +20,7 @@ from sartor.core import catalogue
 from sartor.core.artifacts import Artifact, read_manifest
 from sartor.core.catalogue import Descendant
 from sartor.core.errors import ConfigError
+from sartor.core.home import ROW_CACHES, home
 from sartor.core.lineage import origin_index
 from sartor.core.lineage.origin_index import OriginFiles, Pair
 from sartor.core.lineage.receipt_index import ReceiptIndex
@@ -59,6 +60,8 @@ class Revocation:
 
     examples: Examples with no other origin left.
     examples_kept: Examples that lose an origin and keep another.
+    caches: folders of this machine that hold what was computed from rows, by digests of them: of which rows, nobody
+        can tell. `sartor assets prune --cache` empties them.
     """
 
     dataset: Artifact
@@ -68,6 +71,7 @@ class Revocation:
     made_from_it: list[Descendant]
     replies: list[RevokedReply]
     receipts: list[Folder]
+    caches: list[str]
 
     def as_json(self) -> dict[str, Any]:
         """Return the command's JSON."""
@@ -87,6 +91,7 @@ class Revocation:
             **descendants,
             "replies": [dataclasses.asdict(reply) for reply in self.replies],
             "receipts": [dataclasses.asdict(folder) for folder in self.receipts],
+            "caches": self.caches,
         }
 
     def table(self) -> list[tuple[str, Any]]:
@@ -141,7 +146,14 @@ def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocati
         made_from_it=descendants,
         replies=replies,
         receipts=receipts,
+        caches=_filled_caches() if len(removed) or len(affected) else [],
     )
+
+
+def _filled_caches() -> list[str]:
+    """Return the folders of SARTOR_HOME that hold values computed from rows, if there is anything in them."""
+    folders = [home() / name for name in ROW_CACHES]
+    return [str(folder) for folder in folders if folder.is_dir() and any(folder.iterdir())]
 
 
 def _replies(releases: list[str]) -> tuple[list[RevokedReply], list[Folder]]:

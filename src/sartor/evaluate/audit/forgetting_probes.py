@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from sartor.core.errors import AssetError, SourceError
-from sartor.core.filesystem import write_file_atomic
+from sartor.core.filesystem import PRIVATE, write_file_atomic
 from sartor.core.home import folder
 from sartor.core.records import Example, Message, Origin, canonical, digest
 from sartor.core.splits import group_of
@@ -170,7 +170,7 @@ def _measure_sides(base: Base, model: Any, encoded: Sequence[TokenizedExample]) 
         return losses, measure_losses(base, model, encoded, sides=[True])[0]
     before, after = measure_losses(base, model, encoded)
     with contextlib.suppress(OSError):  # without a writable home the next evaluation measures again
-        write_file_atomic(folder("probes") / f"{key}.json", canonical({"key": key, "losses": before}))
+        write_file_atomic(folder("probes") / f"{key}.json", canonical({"key": key, "losses": before}), mode=PRIVATE)
     return before, after
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from sartor.core import assets, model_refs, safetensors_file
 from sartor.core.errors import AdmissionError, AssetError, ModelError
-from sartor.core.filesystem import write_file_atomic
+from sartor.core.filesystem import PRIVATE, write_file_atomic
 from sartor.core.model_refs import Modality
 from sartor.core.remedies import restore_command
 from sartor.core.safetensors_file import FLOATS, SafetensorsEntry, Values, read_whole
@@ -425,7 +425,7 @@ class BaseWeights:
         if missing:
             # a cache, so not durable: norms that a power cut loses are computed again from the base
             content = json.dumps({"schema": 1, "base": self._digest, "norms": norms}).encode()
-            write_file_atomic(self._norms_file, content, durable=False)
+            write_file_atomic(self._norms_file, content, mode=PRIVATE, durable=False)
         return norms
 
     def _read_norms(self) -> dict[str, float]:

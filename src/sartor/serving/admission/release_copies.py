@@ -21,7 +21,7 @@ from typing import Any
 from sartor.core import records
 from sartor.core.artifacts import MANIFESTS, open_artifact
 from sartor.core.errors import AdmissionError, ArtifactError, MissingError, SartorError, SignatureError
-from sartor.core.filesystem import DISK_FULL, rename_directory_durably, write_file_atomic
+from sartor.core.filesystem import DISK_FULL, PRIVATE, rename_directory_durably, touch_private, write_file_atomic
 
 MOST_BYTES = 4 << 30
 MOST_FILES = 2_000
@@ -79,6 +79,7 @@ def keep(part: Path, state: Path, release_id: str, record: dict[str, Any]) -> Pa
         if open_artifact(path, "release").id == path.name and read_passed_record(path):
             return path
     with _disk(state):
+        touch_private(part / PASSED)
         (part / PASSED).write_bytes(records.canonical({"schema": 1, **record}))
         rename_directory_durably(part, path, replace=True)
     return path
@@ -156,7 +157,8 @@ class _ReleaseCopier:
         with os.fdopen(descriptor, "rb") as reading:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise _refused(f"{source} is no regular file")
-            with target.open("xb") as writing:
+            copy = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE)
+            with os.fdopen(copy, "wb") as writing:
                 while piece := reading.read(_PIECE):
                     self._bytes += len(piece)
                     if self._bytes > MOST_BYTES:

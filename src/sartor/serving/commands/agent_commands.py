@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ConfigError
+from sartor.core.filesystem import make_private_folder
 from sartor.core.records import Feedback
 from sartor.curate.sources import feedback_inbox
 from sartor.inference.engine import EngineInfo
@@ -145,7 +146,7 @@ def _looked_at(team: Team, release: Path, name: str) -> AgentVersion:
 
     A server checks again whatever it loads.
     """
-    Path(team.state).mkdir(parents=True, exist_ok=True)
+    make_private_folder(Path(team.state))
     base = verify_release(release, key=team.trust or None, base=team.base).release.manifest["base"]
     about = EngineInfo(
         team.engine.kind, base["name"], base["digest"], base["template_digest"], context_tokens=0, rows=0

@@ -36,6 +36,8 @@ CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Routes that count against the request rate: those that compute or write to disk
 _COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/feedback", "/v1/audio/speech")
+# Headers by which proxies tell whom they speak for
+_PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
 # Threads for key look-ups in the database. The loop's default threads may all be waiting for a slow disk.
 _threads = ThreadPoolExecutor(4, "sartor-doors")
 
@@ -121,8 +123,14 @@ class RequestGate:
         Anybody who reaches such a server may use it, and a page in the user's browser reaches loopback by DNS
         rebinding
         or by a form. The Host header must therefore name this machine, and the Origin must be this server or be
-        allowed.
+        allowed. Behind a proxy every client comes from loopback, and the Host header may be the proxy's own: what
+        shows a proxy is refused. HTTP/1.0 is what nginx's `proxy_pass` speaks if nothing else is set.
         """
+        if scope.get("http_version") == "1.0" or any(name in headers for name in _PROXY_HEADERS):
+            raise ForeignError(
+                "this server has no keys, and a proxy passed this request on, so that anybody could have sent it",
+                "sartor agents key NAME, then send the key; or ask the server itself, by HTTP/1.1",
+            )
         try:
             host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         except ValueError:

@@ -350,7 +350,7 @@ def open_database(url: str) -> Database:
 
     Raises as `sartor.core.database.open_database`.
     """
-    return database.open_database(url, Form("registry", "registry: ", MIGRATIONS, generation.c.value))
+    return database.open_database(url, Form("registry", "registry: ", MIGRATIONS, generation.c.value, is_private=True))
 
 
 def generation_of(connection: Connection) -> int:

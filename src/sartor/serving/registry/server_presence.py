@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sartor.core import records
-from sartor.core.filesystem import write_file_atomic
+from sartor.core.filesystem import PRIVATE, write_file_atomic
 
 FOLDER = "servers"
 _POLL_S = 0.1
@@ -50,7 +50,7 @@ class ServerPresence:
         with suppress(OSError):
             # not durable: after a power cut no server runs, and the number no longer matters
             content = records.canonical({"pid": os.getpid(), "generation": generation})
-            write_file_atomic(self._file, content, durable=False)
+            write_file_atomic(self._file, content, mode=PRIVATE, durable=False)
 
     def close(self) -> None:
         """Remove the file and release the lock."""

@@ -22,7 +22,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from sartor.core.errors import ArtifactError
-from sartor.core.filesystem import Content, write_file_atomic
+from sartor.core.filesystem import PRIVATE, Content, write_file_atomic
 from sartor.core.numerics import difference, numerics
 from sartor.core.records import digest as digest_of
 from sartor.serving.routing.exemplars import (
@@ -389,8 +389,7 @@ def _file(folder: Path, encoder: str, digest: str) -> Path:
 
 def _write(file: Path, content: Content) -> None:
     """Write a file in a folder that only the team may read."""
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_file_atomic(file, content)
+    write_file_atomic(file, content, mode=PRIVATE)
 
 
 def _name(digest: str) -> str:
