@@ -13,6 +13,9 @@ from pathlib import Path
 
 import platformdirs
 
+# what is computed of the rows of tunings and evaluations, under digests of what it was computed of
+ROW_CACHES = ("activations", "features")
+
 
 def home() -> Path:
     """Return the directory, creating it if absent."""

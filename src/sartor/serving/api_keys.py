@@ -319,6 +319,7 @@ class ApiKeyStore:
         self._state = state
         self._cache = KeyCache(self._read, clock)
         self._was_keyed = False
+        self._seen_expired: set[str] = set()
         self._marked_at = -math.inf
 
     @classmethod

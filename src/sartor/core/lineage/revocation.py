@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from sartor.core import catalogue
+from sartor.core import catalogue, home
 from sartor.core.artifacts import Artifact, read_manifest
 from sartor.core.catalogue import Descendant
 from sartor.core.errors import ConfigError
@@ -44,9 +44,9 @@ class RevokedReply:
 
 @dataclass(frozen=True)
 class Folder:
-    """Receipts of one served team.
+    """Receipts of one served team, or a cache.
 
-    state: "read", "not there" (moved or deleted), or "not read" with the reason.
+    state: "read", "not there" (moved or deleted), or "not read" with the reason; of a cache, what to do with it.
     """
 
     path: str
@@ -59,6 +59,7 @@ class Revocation:
 
     examples: Examples with no other origin left.
     examples_kept: Examples that lose an origin and keep another.
+    caches: folders of this machine that may hold features of the Examples, under digests that name no row.
     """
 
     dataset: Artifact
@@ -68,6 +69,7 @@ class Revocation:
     made_from_it: list[Descendant]
     replies: list[RevokedReply]
     receipts: list[Folder]
+    caches: list[Folder] = dataclasses.field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return the command's JSON."""
@@ -90,6 +92,7 @@ class Revocation:
             **descendants,
             "replies": [dataclasses.asdict(reply) for reply in self.replies],
             "receipts": [dataclasses.asdict(folder) for folder in self.receipts],
+            "caches": [dataclasses.asdict(folder) for folder in self.caches],
         }
 
     def table(self) -> list[tuple[str, Any]]:
@@ -143,8 +146,21 @@ def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocati
     releases = [child.id for child in descendants if child.kind == "release"]
     replies, receipts = _replies(releases) if releases else ([], [])
     return Revocation(
-        dataset, source or example, graph.ids_of(removed), graph.ids_of(affected), descendants, replies, receipts
+        dataset,
+        revoked=source or example,
+        examples=graph.ids_of(removed),
+        examples_kept=graph.ids_of(affected),
+        made_from_it=descendants,
+        replies=replies,
+        receipts=receipts,
+        caches=_caches() if len(removed) or len(affected) else [],
     )
+
+
+def _caches() -> list[Folder]:
+    """Return the caches of activations and features on this machine, which may hold some of revoked rows."""
+    folders = [home.home() / name for name in home.ROW_CACHES]
+    return [Folder(str(path), "may hold features of it; rm -r it") for path in folders if path.is_dir()]
 
 
 def _replies(releases: list[str]) -> tuple[list[RevokedReply], list[Folder]]:
