@@ -19,12 +19,15 @@ import pytest
 import sartor
 import serving
 from receipt_fakes import ABOUT, given
+from sample_data import ROWS, write_jsonl
 from sartor.core import model_refs
 from sartor.core.errors import ConfigError, ConflictError, KeyRefusedError
 from sartor.core.lineage.receipt_index import INDEX, ReceiptIndex
 from sartor.core.records import Feedback, FeedbackAuthor
+from sartor.curate.review.review_store import open_items
 from sartor.learn import personal_rows
 from sartor.learn.user_data import allow_personal
+from sartor.release.gate import check_review, open_rules
 from sartor.serving import api_keys, erased_users
 from sartor.serving.api_keys import ApiKeyStore
 from sartor.serving.erased_users import ErasedUsers
@@ -332,6 +335,21 @@ def test_digest_cache_that_others_can_write_is_not_believed(tmp_path: Path) -> N
         connection.execute("update digests set sha256 = 'of another file'")
     store.chmod(0o666)
     assert model_refs.remembered_digest(file) == digest
+
+
+def test_unsigned_decisions_do_not_open_signed_gate(tmp_path: Path) -> None:
+    """L11: whoever can write to the Dataset decides its open items by hand; no manifest lists review.jsonl."""
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    recipe = {"sources": [{"path": str(tmp_path / "rows.jsonl"), "licence": "MIT"}], "workers": 1}
+    dataset = sartor.curate(recipe, tmp_path / "data").dataset
+    found = {"kind": "validation", "slice": "all rows", "reason": "novelty", "detail": "unlike reality"}
+    sartor.review_add(dataset.path, [found])
+    (item,) = sartor.review_list(dataset.path)["items"]
+    sartor.review_decide(dataset.path, [item["id"]], sartor.Opinion("accept", by="Eve", reason="looks fine"))
+    limits = open_rules({"review": {"open": 0, "signed": True}}).limits
+    assert limits.review is not None and limits.review.signed
+    assert (open_items(dataset), open_items(dataset, signed=True)) == (0, 1)
+    assert check_review(open_items(dataset, signed=True), limits.review, "data")["review"].outcome == "fail"
 
 
 def test_exchange_of_foreign_key_is_erased_with_user() -> None:
