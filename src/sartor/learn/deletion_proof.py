@@ -64,8 +64,8 @@ def check_proof(file: Path | str, key: Path | str | None = None) -> dict[str, An
 
 
 def descended_from(dataset_id: str) -> list[Descended]:
-    """Return what was made of a Dataset, directly or not, and still stands."""
-    return [asdict(item) for item in catalogue.descendants(dataset_id) if item.state == STANDS]
+    """Return what was made of a Dataset, directly or not, also what is not where it was."""
+    return [asdict(item) for item in catalogue.descendants(dataset_id)]
 
 
 def tuned_on_user(state: Path, person: str, intent: DeletionIntent) -> list[Descended]:

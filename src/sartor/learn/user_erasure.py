@@ -32,7 +32,7 @@ from sartor.core.records import Feedback
 from sartor.curate.dataset_writer import write_dataset_from
 from sartor.learn.deletion_intent import FOLDER as DELETIONS
 from sartor.learn.deletion_intent import DeletionIntent, Descended
-from sartor.learn.deletion_proof import Verdict, descended_from, tuned_on_user, verdict_of
+from sartor.learn.deletion_proof import STANDS, Verdict, descended_from, tuned_on_user, verdict_of
 from sartor.learn.user_data import ScanResult, SearchTerms, is_made_of, open_team_registry, search
 from sartor.personalization.erasure_receipt import write_receipt
 from sartor.serving.feedback_store import FeedbackStore
@@ -136,7 +136,7 @@ def forget_personal(
             intent.remove()
     _raise_for(file, unconfirmed, scan, mentions)
     if verdict is Verdict.WEIGHTS_STAND:
-        notice(f"{verdict}: {', '.join(item['path'] for item in descended if item['state'] == 'stands')}")
+        notice(f"{verdict}: {', '.join(item['path'] for item in descended if item['state'] == STANDS)}")
     return {**proof, "proof": str(file)}
 
 
@@ -288,7 +288,7 @@ def _remove_rows(dataset: Artifact, intent: DeletionIntent) -> Iterator[dict[str
     else:
         catalogue.forget(dataset.path)
         shutil.rmtree(dataset.path)
-    yield {**fields, "tuned_on_it": descended}
+    yield {**fields, "tuned_on_it": [item for item in descended if item["state"] == STANDS]}
 
 
 def _has_media(feedback: Feedback) -> bool:
