@@ -13,7 +13,6 @@ and none of the words.
 from __future__ import annotations
 
 import getpass
-import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -44,6 +43,7 @@ from sartor.serving.registry.user_versions import FOLDER, TUNING, UserVersionSto
 from sartor.serving.team_config import OpenAiEngineOptions, Team
 
 WITHIN_S = 300.0
+_TRIES = 5
 # published files, checked against their digests whenever they are opened: they can hold nothing of a user
 SHARED = ("assets", "bases", "towers")
 UNREACHED = (
@@ -303,11 +303,14 @@ def _empty_caches(intent: DeletionIntent) -> list[str]:
     names = [*(["activations"] if intent.words else []), *(["features"] if intent.has_media else [])]
     folders = [home.home() / name for name in names if (home.home() / name).is_dir()]
     for folder in folders:
-        doomed = folder.with_name(f".erased-{secrets.token_hex(4)}")
-        folder.rename(doomed)  # a tuning that writes meanwhile makes a folder of its own
-        shutil.rmtree(doomed)
-    for leftover in home.home().glob(".erased-*"):  # of an erasure that was killed
-        shutil.rmtree(leftover)
+        for _ in range(_TRIES):  # a tuning may be writing into it
+            shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            raise BusyError(
+                f"{folder} cannot be emptied: another process writes to it, or may not be removed",
+                f"wait for the tunings that run, or rm -r {folder}; then sartor personal forget TEAM --user USER again",
+                WITHIN_S,
+            )
     return [str(folder) for folder in folders]
 
 
