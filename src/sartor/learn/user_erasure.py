@@ -305,10 +305,10 @@ def _empty_caches(intent: DeletionIntent) -> list[str]:
     for folder in folders:
         for _ in range(_TRIES):  # a tuning may be writing into it
             shutil.rmtree(folder, ignore_errors=True)
-        if folder.exists():
+        if any(file.is_file() for file in folder.rglob("*")):
             raise BusyError(
                 f"{folder} cannot be emptied: another process writes to it, or may not be removed",
-                f"wait for the tunings that run, or rm -r {folder}; then sartor personal forget TEAM --user USER again",
+                f"wait for running tunings, or rm -r {folder}; then sartor personal forget TEAM --user USER again",
                 WITHIN_S,
             )
     return [str(folder) for folder in folders]
