@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 _NAMES = {
     # verbs
     "allow_personal": "sartor.learn.user_data:allow_personal",
-    "check_personal_proof": "sartor.learn.user_erasure:check_proof",
+    "check_personal_proof": "sartor.learn.deletion_proof:check_proof",
     "forget_personal": "sartor.learn.user_erasure:forget_personal",
     "list_personal": "sartor.learn.user_data:list_personal",
     "show": "sartor.quickstart.show:show",

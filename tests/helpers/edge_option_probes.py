@@ -212,7 +212,9 @@ def _gate(rules: dict[str, Any], workspace: Workspace) -> Any:
             "audit": _audit(),
         }
     )
-    checks = release.gate(adapter, report, (), "commercial", open_rules(rules), lambda artifact: 2)
+    checks = release.gate(
+        adapter, report, (), "commercial", open_rules(rules), lambda artifact, signed=False: 0 if signed else 2
+    )
     return {name: check.outcome for name, check in checks.items()}
 
 
@@ -224,7 +226,7 @@ def _of_part(part: str) -> Any:
 GATE_PROBES = (
     *probes_of("GainLimit", _of_part("gain"), {"at_least": (0.1, 0.5)}),
     *probes_of("ForgettingLimit", _of_part("forgetting"), {"at_most": (0.6, 0.1)}),
-    *probes_of("ReviewLimit", _of_part("review"), {"open": (1, 2)}),
+    *probes_of("ReviewLimit", _of_part("review"), {"open": (1, 2), "signed": (False, True)}),
     *probes_of(
         "GateFile",
         lambda values, workspace: _gate({"slices": [RULE], **values}, workspace),

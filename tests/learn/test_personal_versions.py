@@ -197,7 +197,7 @@ def test_leftover_copy_is_found_and_stated_in_the_proof(team: Path) -> None:
     (state / "notes.txt").write_text(f"somebody wrote down: {CANARY}")
     with pytest.raises(RefusedError, match=r"notes\.txt"):
         sartor.forget_personal(team, "ada")
-    (proof,) = (state / "deletions").iterdir()
+    (proof,) = (state / "deletions").glob("forgotten-*")
     said = sartor.check_personal_proof(proof, state / "keys")
     (taken,) = said["removed"]["datasets"]
     assert (taken["path"], taken["rows"]) == (str(data), hers) and holding(CANARY, data) == []

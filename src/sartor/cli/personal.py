@@ -78,22 +78,24 @@ def show(team: Path, *, user: str) -> Any:
 
 
 @personal_app.command
-def allow(team: Path, *, key_id: str, user: str) -> Any:
+def allow(team: Path, *, key_id: str, user: str, withdraw: bool = False) -> Any:
     """Let an API key act for a user: the user's own versions answer its requests with that user.
 
     Args:
         team: the team's YAML file
         key_id: of the key, as listed by sartor agents key --list
         user: the id that clients send; * is anybody
+        withdraw: take it back; a running server follows within a second
     """
-    return sartor.allow_personal(team, key_id, user)
+    return sartor.allow_personal(team, key_id, user, withdraw=withdraw)
 
 
 @personal_app.command
 def forget(team: Path, *, user: str, by: str = "", within_s: float = 300.0) -> Any:
-    """Remove all data of a user, search for traces, and sign a proof.
+    """Remove all data of a user, search for traces, and sign a proof, whose verdict has three values.
 
-    Exits 4 while a server still holds data, 5 if words of the user are found.
+    Exits 4 while a server still holds data, 5 if words of the user are found. What was tuned on them stands, is
+    listed, and is no error: `complete` is false then.
 
     Args:
         team: the team's YAML file

@@ -162,7 +162,9 @@ def files_digest(path: Path) -> str:
 def remembered_digest(file: Path) -> str:
     """Return the sha256 of a file, cached in SARTOR_HOME/digests.sqlite.
 
-    The cache entry holds until the file's inode, size, mtime or ctime changes. Files below 1 MiB are not cached.
+    The cache entry holds until the file's inode, size, mtime or ctime changes. Files below 1 MiB are not cached. A
+    cache that others can write to is not believed. Not detected: a change by whoever can set the machine's clock, and
+    two changes within 0.1 s on a file system whose times are coarser than that.
     """
     stat = file.stat()
     if stat.st_size < 1 << 20:
@@ -175,8 +177,8 @@ def remembered_digest(file: Path) -> str:
     with contextlib.suppress(OSError):
         touch_private(home() / "digests.sqlite")
     with (
-        contextlib.suppress(sqlite3.Error),
-        contextlib.closing(sqlite3.connect(home() / "digests.sqlite", timeout=30)) as connection,
+        contextlib.suppress(sqlite3.Error, OSError),
+        contextlib.closing(sqlite3.connect(_private_store(), timeout=30)) as connection,
         connection,
     ):
         connection.execute("create table if not exists digests (key text primary key, sha256 text)")
@@ -185,6 +187,25 @@ def remembered_digest(file: Path) -> str:
         connection.execute("insert or replace into digests values (?, ?)", (key, sha256))
         return sha256
     return file_digest(file)
+
+
+def _private_store() -> Path:
+    """Return the cache of digests, which nobody else can write to; one that others can is made anew.
+
+    Raises OSError if it belongs to another user than root.
+    """
+    file = home() / "digests.sqlite"
+    if os.name != "posix":
+        return file
+    with contextlib.suppress(FileNotFoundError):
+        stat = file.lstat()
+        if stat.st_uid not in (0, os.getuid()):
+            raise PermissionError(f"{file} is another user's")
+        if stat.st_mode & 0o022:
+            file.unlink()
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    return file
 
 
 def chat_template(path: Path) -> str:

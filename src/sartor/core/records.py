@@ -231,6 +231,7 @@ class Feedback:
     text: a raw prompt, instead of `messages`. Prompt and `reply` are empty if the server no longer had them; a
         correction can then be stored but not learnt from. Without consent only the rating is stored.
     masked: number of personal values replaced by placeholders, by kind.
+    asker: keyed digest of the user whose prompt and reply these are, if that is another one than `by.user`.
     """
 
     receipt: str
@@ -244,6 +245,7 @@ class Feedback:
     reply: str = ""
     by: FeedbackAuthor = FeedbackAuthor()
     masked: Mapping[str, int] = field(default_factory=dict)
+    asker: str = ""
 
     @property
     def has_words(self) -> bool:
@@ -252,7 +254,12 @@ class Feedback:
 
     def as_json(self) -> dict[str, Any]:
         """Return the feedback as a line of the inbox, which `from_json` reads."""
-        return {"schema": FEEDBACK_SCHEMA, **asdict(self)}
+        fields = {name: value for name, value in asdict(self).items() if name != "asker" or value}
+        return {"schema": FEEDBACK_SCHEMA, **fields}
+
+    def is_of(self, user: str) -> bool:
+        """Return whether it holds words of a user, by keyed digest: the author, or the one who got the reply."""
+        return user in (self.by.user, self.asker)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Feedback:

@@ -92,6 +92,7 @@ class ReviewLimit:
     """Maximum length of the queue of items that a person still has to review."""
 
     open: int = option(0, "items of the Dataset's queue that may be open")
+    signed: bool = option(False, "count only decisions that a key in SARTOR_HOME/trusted has signed")
 
 
 @dataclass(frozen=True)

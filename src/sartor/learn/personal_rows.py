@@ -32,6 +32,8 @@ class RowQuery:
     data: `inbox`, or a file in any form that curate reads.
     speakers: key -> users that it may speak for. Where keys are used, feedback in a user's name from another key is
     not learnt from.
+    has_keys: whether the team's server asks for keys; what was said before it did is then not learnt from, because
+        anybody could say it.
     system: the live version's system prompt, put before prompts that clients send without one.
     """
 
@@ -42,6 +44,7 @@ class RowQuery:
     eval_fraction: float
     seed: int
     system: str = ""
+    has_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def _learnable_rows(inbox: FeedbackStore, query: RowQuery, left_out: Counter[str
 
     The row has the correction, or the reply if it was rated good.
     """
-    newest: dict[str, Feedback] = {}
+    newest: dict[tuple[str, str], Feedback] = {}  # receipt and key: one key does not speak for another
     for line in inbox.lines():
         feedback = line.feedback
         if (
@@ -104,12 +107,17 @@ def _learnable_rows(inbox: FeedbackStore, query: RowQuery, left_out: Counter[str
             and feedback.by.user == query.person
             and feedback.agent.partition("@")[0] == query.agent
         ):
-            older = newest.pop(feedback.receipt, None)
-            newest[feedback.receipt] = merge_feedback(feedback, older) if older else feedback
+            identity = feedback.receipt, feedback.by.key
+            older = newest.pop(identity, None)
+            newest[identity] = merge_feedback(feedback, older) if older else feedback
+    accepted: dict[str, Feedback] = {}
     for feedback in newest.values():
         if reason := _rejection(feedback, query):
             left_out[reason] += 1
             continue
+        accepted.pop(feedback.receipt, None)
+        accepted[feedback.receipt] = feedback  # of two keys that may speak for the user, the newer counts
+    for feedback in accepted.values():
         row = row_of(feedback)
         # as the server does, put the system prompt first
         has_system = row["prompt"][0]["role"] in ("system", "developer") or not query.system
@@ -119,6 +127,10 @@ def _learnable_rows(inbox: FeedbackStore, query: RowQuery, left_out: Counter[str
 
 
 def _rejection(feedback: Feedback, query: RowQuery) -> str:
+    if feedback.asker:
+        return "said of a reply to another user"
+    if query.has_keys and not feedback.by.key:
+        return "said before the team asked for keys"
     if feedback.by.key and not {query.person, ANYBODY} & set(query.speakers.get(feedback.by.key, ())):
         return "said by a key that may not speak for that user"
     if feedback.by.consent == "refused":

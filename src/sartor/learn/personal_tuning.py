@@ -34,6 +34,7 @@ from sartor.personalization.stacked_adapter import StackedAdapter
 from sartor.personalization.user_rows import canary_examples
 from sartor.personalization.user_tokens import encode_probe, recipe_of
 from sartor.serving.admission import release_copies
+from sartor.serving.api_keys import KEYED, read_mark
 from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.receipts import team_digest
 from sartor.serving.registry.registry import ChangeCause, Registry
@@ -128,7 +129,10 @@ Notice = Callable[[str], object]
 
 @dataclass(frozen=True)
 class _TuningContext:
-    """Context of a tuning: the agent's live version, its Release, and the registry."""
+    """Context of a tuning: the agent's live version, its Release, and the registry.
+
+    generation: of the registry when it began; nothing is stored of a user who was forgotten since.
+    """
 
     team: Team
     store: UserVersionStore
@@ -136,6 +140,7 @@ class _TuningContext:
     release: Artifact
     options: PersonalOptions
     person: str
+    generation: int
 
     @property
     def cause(self) -> ChangeCause:
@@ -161,11 +166,13 @@ def tune_personal(
     with _open_context(loaded_team, options) as context, _tuning_folder(loaded_team, context) as folder:
         with context.store.database.read() as connection:
             users_by_key = speakers(connection)
+            has_keys = read_mark(connection) == KEYED
         query = personal_rows.RowQuery(
             person=context.person,
             agent=options.agent,
             data=options.data,
             speakers=users_by_key,
+            has_keys=has_keys,
             eval_fraction=options.eval_fraction,
             seed=options.seed,
             system=context.release.manifest["system_prompt"],
@@ -185,7 +192,7 @@ def tune_personal(
         )
         acceptance = accept(stack.pair(tuned, held_out), stack.pair(tuned, probe), rule)
         if acceptance.why:
-            context.store.refuse(context.blank, acceptance.why, context.cause)
+            context.store.refuse(context.blank, acceptance.why, context.cause, since=context.generation)
             raise GateError(
                 f"{options.agent} stays as it is for that user: {acceptance.why}",
                 "more rows of that user, fewer --epochs, a lower --learning-rate; or `personal` in TEAM.yaml has "
@@ -237,6 +244,7 @@ def _open_context(team: Team, options: PersonalOptions) -> Iterator[_TuningConte
             release=_release_of(team, live),
             options=options,
             person=person,
+            generation=UserVersionStore(registry.database).read(person).generation,
         )
 
 
@@ -260,6 +268,8 @@ def _tuning_folder(team: Team, context: _TuningContext) -> Iterator[Path]:
     parent = folder_of(Path(team.state), context.person, context.options.agent)
     make_parent(parent / TUNING, is_private=True)
     with writer_lock(parent / TUNING):
+        # an erasure that began before the lock was there has not seen this tuning
+        context.store.check_not_forgotten(context.person, context.generation)
         folder = parent / secrets.token_hex(4)
         folder.mkdir(mode=0o700)
         try:
@@ -318,4 +328,4 @@ def _serve(context: _TuningContext, adapter: Artifact, facts: Mapping[str, Any])
         path=str(adapter.path),
         facts=facts,
     )
-    context.store.put(row, context.cause)
+    context.store.put(row, context.cause, since=context.generation)

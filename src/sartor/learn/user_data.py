@@ -1,9 +1,11 @@
 """Data that a team holds about a user, and the search for it.
 
 A text is searched by pieces of it, one from each word on, so that a part of it is found too. Each piece is searched in
-UTF-8 and as JSON and HTML spell it. Texts of under `LEAST` characters do not show whose they are, nor do those that
-others have written too: both are counted. Words that also stand in an artefact that was not made from this team's
-state ("switch on the light" in a public data set) are distinguished by that artefact's sources.
+UTF-8, in UTF-16, and as JSON, HTML and XML spell it, in files as they are, in the columns of Parquet and Arrow files
+and in what compressed files unfold into (`packed_contents.py`). Texts of under `LEAST` characters do not show whose
+they are, nor do those that others have written too: both are counted. Words that also stand in an artefact that was
+not made from this team's state ("switch on the light" in a public data set) are distinguished by that artefact's
+sources.
 """
 
 from __future__ import annotations
@@ -20,18 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sartor.core.artifacts import MANIFESTS, kind_of
 from sartor.core.errors import ConfigError, MissingError
 from sartor.core.lineage.receipt_index import PATTERN
+from sartor.learn.packed_contents import HEAD_BYTES, is_packed, unpacked
 from sartor.serving.api_keys import ApiKeyStore
 from sartor.serving.commands.agent_commands import CommandRows
 from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.receipts import lines_with, team_digest
 from sartor.serving.registry.registry import ChangeCause, Registry, Snapshot
-from sartor.serving.registry.user_versions import ANYBODY, UserVersion, UserVersionStore, required_user_digest
+from sartor.serving.registry.user_versions import (
+    ANYBODY,
+    UserVersion,
+    UserVersionStore,
+    required_user_digest,
+    speakers,
+)
 from sartor.serving.team_config import Team, load
 
 LEAST, PIECE = 12, 32  # characters
@@ -63,8 +71,10 @@ class SearchTerms:
                     json.dumps(piece)[1:-1],
                     json.dumps(piece, ensure_ascii=False)[1:-1],
                     html.escape(piece),
+                    html.escape(piece, quote=False),
                 }
                 windows |= {item.encode("utf-8", "replace") for item in spelled}
+                windows.add(piece.encode("utf-16-le", "replace"))
         self.too_short, self.said_by_others = len(unique) - len(long_texts), len(long_texts) - self.texts
         self._windows: dict[int, list[bytes]] = {}
         for window in windows:
@@ -117,8 +127,17 @@ class ScanResult:
     unread: dict[str, str] = field(default_factory=dict)
 
 
-def search(needles: SearchTerms, folders: Collection[Path], left_out: Collection[Path], state: Path) -> ScanResult:
-    """Search every file below these folders, but not below `left_out`. Links are not followed."""
+def search(
+    needles: SearchTerms,
+    folders: Collection[Path],
+    left_out: Collection[Path],
+    state: Path,
+    made_of_it: Collection[Path] = (),
+) -> ScanResult:
+    """Search every file below these folders, but not below `left_out`. Links are not followed.
+
+    made_of_it: artefacts made of the user's rows, in which words are the user's whatever their manifests name.
+    """
     files = total = 0
     hits: list[Path] = []
     unread: dict[str, str] = {}
@@ -132,7 +151,11 @@ def search(needles: SearchTerms, folders: Collection[Path], left_out: Collection
             continue
         except (OSError, MissingError) as error:
             unread[str(file)] = str(error)
-    elsewhere = [file for file in hits if _is_from_elsewhere(file, state)]
+    elsewhere = [
+        file
+        for file in hits
+        if _is_from_elsewhere(file, state) and not any(file.is_relative_to(folder) for folder in made_of_it)
+    ]
     return ScanResult(
         files=files,
         bytes=total,
@@ -143,13 +166,13 @@ def search(needles: SearchTerms, folders: Collection[Path], left_out: Collection
 
 
 def _files(folder: Path, left_out: Collection[Path]) -> Iterator[Path]:
-    if folder.is_file():
+    if folder.is_file() and folder not in left_out:
         yield folder
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if Path(root, name) not in left_out]
         for name in names:
             path = Path(root, name)
-            if not path.is_symlink() and path.is_file():
+            if not path.is_symlink() and path.is_file() and path not in left_out:
                 yield path
 
 
@@ -161,21 +184,13 @@ def _holds(file: Path, needles: SearchTerms) -> bool:
         try:
             if needles.are_in(view):
                 return True
+            head = bytes(view[:HEAD_BYTES])
         finally:
             view.release()
-    return file.suffix == ".parquet" and _in_columns(file, needles)
-
-
-def _in_columns(file: Path, needles: SearchTerms) -> bool:
-    try:
-        table = pq.read_table(file)
-    except (OSError, ValueError) as error:
-        raise MissingError(f"not read as Parquet: {error}", f"rm {file}, if nothing needs it") from None
-    for column in table.columns:
-        for chunk in column.chunks:
-            if any(needles.are_in(buffer) for buffer in chunk.buffers() if buffer is not None and buffer.size):
-                return True
-    return False
+    if file.suffix == ".parquet" and not is_packed(head):
+        raise MissingError("not read as Parquet: its first bytes are others", f"rm {file}, if nothing needs it")
+    with file.open("rb") as packed:
+        return is_packed(head) and any(needles.are_in(buffer) for buffer in unpacked(packed, _LONGEST))
 
 
 def _is_from_elsewhere(file: Path, state: Path) -> bool:
@@ -228,7 +243,7 @@ def show_personal(team: Team | Path | str, user: str) -> dict[str, Any]:
             {**_row(item, snapshot), **dict(item.facts or {})} for item in store.read(person).versions.values()
         ]
         lines = sum(
-            line.feedback is not None and line.feedback.by.user == person
+            line.feedback is not None and line.feedback.is_of(person)
             for line in FeedbackStore(state / "inbox").lines()
         )
         needle = f'"person":"{person}"'.encode()
@@ -242,9 +257,15 @@ def show_personal(team: Team | Path | str, user: str) -> dict[str, Any]:
         }
 
 
-def allow_personal(team: Team | Path | str, key: str, user: str) -> dict[str, Any]:
-    """Allow a key to speak for a user, or for anybody (`*`). Raises ConfigError for a key that does not exist."""
+def allow_personal(team: Team | Path | str, key: str, user: str, *, withdraw: bool = False) -> dict[str, Any]:
+    """Allow a key to speak for a user, or for anybody (`*`).
+
+    withdraw: take that back instead. What the key says in the user's name is then not learnt from, also what it said
+    before. Raises ConfigError for a key that does not exist, or that may not speak for that user.
+    """
     with open_team_registry(team) as (loaded_team, registry):
+        if withdraw:
+            return _withdraw(loaded_team, registry, key, user)
         known = [item.id for item in ApiKeyStore(registry.database).listed()]
         if key not in known:
             raise ConfigError(
@@ -253,6 +274,23 @@ def allow_personal(team: Team | Path | str, key: str, user: str) -> dict[str, An
         person = user if user == ANYBODY else required_user_digest(user, team_digest(Path(loaded_team.state)))
         UserVersionStore(registry.database).allow(key, person, ChangeCause(getpass.getuser(), "sartor personal allow"))
         return {"key": key, "speaks_for": person}
+
+
+def _withdraw(team: Team, registry: Registry, key: str, user: str) -> dict[str, Any]:
+    store = UserVersionStore(registry.database)
+    person = user if user == ANYBODY else required_user_digest(user, team_digest(Path(team.state)))
+    if not store.withdraw(key, person, ChangeCause(getpass.getuser(), "sartor personal allow --withdraw")):
+        with registry.database.read() as connection:
+            may = speakers(connection).get(key, frozenset())
+        problem = f"the key {key[:40]!a} was not let speak for that user"
+        remedy = "sartor personal allow TEAM --key-id ID --user ID --withdraw, with the key and user that were allowed"
+        if ANYBODY in may:
+            problem, remedy = (
+                f"{problem}, but for anybody",
+                "sartor personal allow TEAM --key-id ID --user '*' --withdraw",
+            )
+        raise ConfigError(problem, remedy)
+    return {"key": key, "speaks_for": person, "withdrawn": True}
 
 
 @contextmanager

@@ -3,13 +3,14 @@
     FOLDER/forgetting.json   the ids to erase; it exists until the receipt does
     FOLDER/receipts/         one signed document an erasure
 
-Neither contains a word of a row: ids are random.
+Neither contains a word of a row: ids are random. A team's key signs receipts of replies too, and a device's key other
+documents: a reader therefore tests the kind and the fields of what was signed, not the signature alone.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sartor.core import records, signing, strict_json
 from sartor.core.errors import SignatureError, StoreError
 from sartor.core.filesystem import FileSystem
+from sartor.core.installation import upgrade_command
 from sartor.core.signing import AnyPublicKey
 from sartor.personalization.user_rows import now
 
 SCHEMA = 1
+KIND = "forgotten"
+# fields that a device's receipt and a team's proof of deletion have; no other signed document has them
+DEVICE_FIELDS = ("rows", "deltas_gone", "release")
+TEAM_FIELDS = ("person", "team", "registry_change", "removed", "searched", "complete")
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Forgotten:
 
 def write_receipt(disk: FileSystem, folder: Path, fields: Mapping[str, Any], key: Ed25519PrivateKey) -> Path:
     """Write the signed receipt of an erasure, and return its file."""
-    document = {"schema": SCHEMA, "kind": "forgotten", "date": now(), **fields}
+    document = {**fields, "schema": SCHEMA, "kind": KIND, "date": now()}
     signature = signing.signature_of(records.canonical(document), key, "proof")
     if disk.stat(folder) is None:
         disk.mkdir(folder)
@@ -85,10 +91,13 @@ def write_receipt(disk: FileSystem, folder: Path, fields: Mapping[str, Any], key
     return file
 
 
-def check_receipt(file: Path, trusted: Iterable[AnyPublicKey] | None = None) -> dict[str, Any]:
-    """Return the fields of a receipt that a trusted key signed (`core.signing.check_signature`).
+def check_receipt(
+    file: Path, trusted: Iterable[AnyPublicKey] | None = None, *, required: Sequence[str] = DEVICE_FIELDS
+) -> dict[str, Any]:
+    """Return the fields of a receipt of an erasure that a trusted key signed (`core.signing.check_signature`).
 
-    Raises SignatureError.
+    required: fields that the document must have. Raises SignatureError, also for another kind of signed document, a
+    key that occurs twice and a schema that this version does not know.
     """
     try:
         fields = strict_json.loads(file.read_bytes())
@@ -97,4 +106,13 @@ def check_receipt(file: Path, trusted: Iterable[AnyPublicKey] | None = None) -> 
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SignatureError(f"{file} is no receipt of a forgetting", "get it again from the device") from None
     signing.check_signature(document, signature, file, subject="the receipt", trusted=trusted, purpose="proof")
+    kind, schema = fields.get("kind"), fields.get("schema")
+    if kind != KIND or (missing := [name for name in required if name not in fields]):
+        described = f"a signed document of the kind {kind!r:.40}" if kind != KIND else f"without {missing[0]!r}"
+        raise SignatureError(
+            f"{file} is no receipt of this forgetting: it is {described}",
+            "give the file that sartor personal forget, or the device, named",
+        )
+    if type(schema) is not int or schema != SCHEMA:
+        raise SignatureError(f"{file} has the schema {schema!r:.20}; this reads {SCHEMA}", upgrade_command())
     return dict(fields)

@@ -36,8 +36,8 @@ from sartor.release import gate as permission
 from sartor.release import notices
 from sartor.release.gate import GateRules, open_rules
 
-# Returns the number of items of a Dataset that wait for a review
-OpenItems = Callable[[Artifact], int]
+# Returns the number of items of a Dataset that wait for a review; with `signed=True` only signed decisions count
+OpenItems = Callable[..., int]
 _SAMPLING = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 256}
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
 # files of adapters that read media, and of federated adapters
@@ -215,7 +215,9 @@ def gate(
         **verdicts.audit_checks(manifest.get("audit", {}), limits.bias, limits.memorisation, adapter.path),
     }
     if dataset:
-        result |= checks.check_review(open_items(dataset), limits.review, str(dataset.path))
+        # review.jsonl is no part of the signed manifest: whoever can write to the Dataset can add decisions to it
+        options = {"signed": True} if limits.review and limits.review.signed else {}
+        result |= checks.check_review(open_items(dataset, **options), limits.review, str(dataset.path))
     elif limits.review:
         problem = "not looked at: the Dataset is not where it was"
         result["review"] = Check("fail", problem, "sartor index DIR finds it")

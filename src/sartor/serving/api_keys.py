@@ -319,6 +319,7 @@ class ApiKeyStore:
         self._state = state
         self._cache = KeyCache(self._read, clock)
         self._was_keyed = False
+        self._seen_expired: set[str] = set()
         self._marked_at = -math.inf
 
     @classmethod
@@ -342,7 +343,7 @@ class ApiKeyStore:
     @property
     def has_admin(self) -> bool:
         """Whether an admin key is valid; without one the admin routes are off."""
-        return any(key.is_admin and key.state == "valid" for key in self.listed())
+        return any(key.is_admin and self._is_valid(key) for key in self.listed())
 
     def troubles(self) -> dict[str, str]:
         """Return the problems of the keys at the last read.
@@ -369,8 +370,9 @@ class ApiKeyStore:
         if row is None or not is_same:
             raise KeyRefusedError("nobody has that API key", _REMEDY)
         key = _key(row)
-        if key.state != "valid":
-            raise KeyRefusedError(f"the API key {key.id} is {key.state}", _REMEDY)
+        if not self._is_valid(key):
+            state = "expired" if key.state == "valid" else key.state
+            raise KeyRefusedError(f"the API key {key.id} is {state}", _REMEDY)
         agents: frozenset[str] | None
         if key.is_admin:
             agents = frozenset()
@@ -466,6 +468,15 @@ class ApiKeyStore:
         keys = [_key(row) for row in self._cache.table(FRESH_S).rows.values() if row is not None]
         return sorted(keys, key=lambda key: (key.created, key.id))
 
+    def _is_valid(self, key: ApiKey) -> bool:
+        """Return whether a key is valid; one that was seen expired stays so while this process runs.
+
+        A clock that is set back, as by a battery that failed, does not revive it.
+        """
+        if key.state == "expired":
+            self._seen_expired.add(key.id)
+        return key.state == "valid" and key.id not in self._seen_expired
+
     def _row(self, identity: str) -> Mapping[str, Any] | None:
         rows = self._usable(FRESH_S).rows
         if identity not in rows:
@@ -505,6 +516,8 @@ class ApiKeyStore:
         with self._database.read() as connection:
             rows = [dict(row) for row in connection.execute(select(registry_schema.keys)).mappings()]
             mark, allowed = read_mark(connection), speakers(connection)
+        for row in filter(is_whole, rows):
+            self._is_valid(_key(row))
         if rows or is_on_file or mark == KEYED:
             self._was_keyed = True
         is_marked = mark == KEYED and (is_on_file or self._state is None)

@@ -6,14 +6,16 @@ placeholder. Images and recordings are not searched.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sartor.core.records import Agreed, Example, Feedback, FeedbackAuthor, Message, Origin, Part
 from sartor.curate.steps.personal_data import PersonalData
@@ -26,6 +28,8 @@ from sartor.serving.team_config import FeedbackTerms
 _NAMES = ("role", "type")  # fields whose values are words of the protocol
 _OWN = ("text", "reply", "correction", "comment")
 Change = Callable[[str], str]
+THREADS = 2
+T = TypeVar("T")
 
 
 class Mask:
@@ -100,6 +104,7 @@ class FeedbackIntake:
         self._terms = terms
         self._state = state
         self._mask = Mask(terms.allow)
+        self._threads = ThreadPoolExecutor(THREADS, "sartor-feedback")
 
     def voice(self, key: str, user: str, consent: bool | None) -> FeedbackAuthor:
         """Return the author of a feedback.
@@ -113,16 +118,24 @@ class FeedbackIntake:
             consent_state = "given" if consent else "refused"
         return FeedbackAuthor(key, self._digest("user", user), consent_state)
 
-    def keep(self, feedback: Feedback) -> Feedback:
+    def keep(self, feedback: Feedback, is_erased: Callable[[], bool] = lambda: False) -> Feedback:
         """Write a feedback without personal data, and without texts if consent is refused; return what is written.
 
-        Raises MissingError if the disk fails.
+        is_erased: returns whether a user of it was forgotten meanwhile. Raises ConflictError then, MissingError if the
+        disk fails.
         """
         if feedback.by.consent == "refused":
             feedback = replace(feedback, correction="", comment="", messages=(), text="", reply="")
         stored = self._mask(feedback)
-        self.inbox.add(stored)
+        self.inbox.add(stored, is_erased)
         return stored
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Return the result of a function of this object in its own threads.
+
+        The masking of long texts takes seconds, one at a time: in the event loop's threads it would hold up receipts.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     @cached_property
     def _digest(self) -> Digest:

@@ -8,6 +8,7 @@ kept in memory for a while. What a user comments on is written with the comment;
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from filelock import FileLock
 from sartor.core.errors import MissingError, SourceError
 from sartor.core.filesystem import FileSystem, fsync_descriptor, fsync_directory, write_file_atomic
 from sartor.core.records import Feedback
+from sartor.serving.erased_users import ErasedUsers, forgotten_meanwhile
 
 PATTERN = "feedback-{day}.jsonl"
 PATIENCE_S = 10.0  # wait for another process that holds the lock
@@ -67,19 +69,26 @@ class Memory:
     """Newest exchanges by receipt, up to `max_bytes` in total.
 
     For longer, up to MOST_RECEIPTS, it remembers the key of each reply and the keys that rated it.
+    erased: users who were forgotten; a reply that began before is not remembered when it ends.
     """
 
     def __init__(self, max_bytes: int) -> None:
+        self.erased = ErasedUsers()
         self._max_bytes = max_bytes
         self._exchanges: OrderedDict[str, Exchange] = OrderedDict()
         self._bytes = 0
         self._askers: OrderedDict[str, str] = OrderedDict()
         self._rated: OrderedDict[tuple[str, str], None] = OrderedDict()
 
-    def keep(self, receipt: str, exchange: Exchange) -> None:
-        """Remember an exchange, and forget the oldest ones beyond the limit."""
+    def keep(self, receipt: str, exchange: Exchange, began: float = math.inf) -> None:
+        """Remember an exchange, and forget the oldest ones beyond the limit.
+
+        began: start of the request on the monotonic clock; it is not remembered if its user was forgotten since.
+        """
         self._askers[receipt] = exchange.key
         _forget(self._askers)
+        if self.erased.covers(began, exchange.person):
+            return
         self._exchanges[receipt] = exchange
         self._bytes += exchange.size_bytes
         while self._bytes > self._max_bytes:
@@ -91,7 +100,8 @@ class Memory:
         return self._exchanges.get(receipt)
 
     def forget_person(self, person: str) -> None:
-        """Forget every exchange for a person, from whichever key."""
+        """Forget every exchange for a person, from whichever key, and those that have begun."""
+        self.erased.add(person)
         for receipt in [receipt for receipt, exchange in self._exchanges.items() if exchange.person == person]:
             self._bytes -= self._exchanges.pop(receipt).size_bytes
 
@@ -139,12 +149,18 @@ class FeedbackStore:
         self.path = path
         self._lock = threading.Lock()
 
-    def add(self, feedback: Feedback) -> None:
-        """Append a feedback, whole or not at all. Raises MissingError if the disk fails."""
+    def add(self, feedback: Feedback, is_erased: Callable[[], bool] = lambda: False) -> None:
+        """Append a feedback, whole or not at all.
+
+        is_erased: called while writers wait, so that a deletion either comes before it or removes the line; if it
+        returns true, ConflictError is raised. Raises MissingError if the disk fails.
+        """
         line = (json.dumps(feedback.as_json(), ensure_ascii=False) + "\n").encode()
         file = self.path / PATTERN.format(day=feedback.date[:10])
         try:
             with self._alone():
+                if is_erased():
+                    raise forgotten_meanwhile()
                 self._append(file, line)
         except OSError as error:
             raise MissingError(

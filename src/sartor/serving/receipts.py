@@ -47,6 +47,7 @@ from sartor.inference.engine import EngineInfo, GenerateCall
 from sartor.inference.tool_calls import read_choice, read_tools
 from sartor.media import content_parts
 from sartor.media.content_parts import MEDIA, is_media, url_in
+from sartor.serving.erased_users import ErasedUsers
 from sartor.serving.team_config import Team
 from sartor.serving.types import FinishedReply
 from sartor.text.json_schema import JSON_OBJECT
@@ -357,13 +358,15 @@ class ReceiptLog:
 
     lost: receipts that could not be written.
     problem: reason of the newest loss; empty once writing works again.
+    erased: users who were forgotten; receipts of their own versions that began before are not written.
     """
 
     def __init__(self, folder: Path, signer: TeamSigner, about: Callable[[], EngineInfo], days: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder, self._signer, self._about, self._days = folder, signer, about, days
         self._index = ReceiptIndex(folder)
-        self._queue: queue.Queue[tuple[dict[str, Any], Future[None]] | None] = queue.Queue(MOST_WAITING)
+        self._queue: queue.Queue[tuple[dict[str, Any], float, Future[None]] | None] = queue.Queue(MOST_WAITING)
+        self.erased = ErasedUsers()
         self._segment: _Segment | None = None
         self._prune()
         self.torn = self._index.catch_up()
@@ -392,7 +395,8 @@ class ReceiptLog:
         """
         written: Future[None] = Future()
         try:
-            self._queue.put_nowait((build_receipt(finished, self._about(), self._signer), written))
+            receipt = build_receipt(finished, self._about(), self._signer)
+            self._queue.put_nowait((receipt, finished.began, written))
         except queue.Full:
             self._lose(1, f"{MOST_WAITING} receipts wait for the disk")
             raise MissingError(
@@ -438,9 +442,27 @@ class ReceiptLog:
                 batch.append(self._queue.get())
             ended = None in batch
             if entries := [item for item in batch if item is not None]:
-                self._append([receipt for receipt, _ in entries], [written for _, written in entries])
+                self._append_living(entries)
         if self._segment is not None:
             self._segment.close()
+
+    def _append_living(self, entries: Sequence[tuple[Mapping[str, Any], float, Future[None]]]) -> None:
+        """Write the receipts but those of users who were forgotten meanwhile, and blank what came in between."""
+        living = []
+        for receipt, began, written in entries:
+            if self.erased.covers_unix(began, str(receipt.get("person", ""))):
+                written.set_result(None)
+            else:
+                living.append((receipt, began, written))
+        if not living:
+            return
+        self._append([receipt for receipt, _, _ in living], [written for _, _, written in living])
+        people = [(str(receipt.get("person", "")), began) for receipt, began, _ in living]
+        for person in {person for person, began in people if self.erased.covers_unix(began, person)}:
+            try:  # forgotten during the write: the deletion may have looked before the lines were there
+                erase_receipts(self._folder, person)
+            except (OSError, sqlite3.Error) as error:
+                self.problem = f"receipts of a forgotten user are left: {error}"
 
     def _append(self, receipts: Sequence[Mapping[str, Any]], waiting: Sequence[Future[None]]) -> None:
         try:

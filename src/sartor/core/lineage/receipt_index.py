@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from sartor.core.filesystem import touch_private
 
 PATTERN = "receipts-*.jsonl"
@@ -29,6 +31,7 @@ create table if not exists segments (name text primary key, bytes integer, damag
 """
 _PIECE = 1 << 24
 _ASKED = 500  # releases per query
+_LOCK_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,9 @@ class ReceiptIndex:
                 connection.execute("pragma synchronous = off")
                 connection.executescript(_TABLES)
             except sqlite3.DatabaseError as error:
-                if "not a database" not in str(error) and "malformed" not in str(error):
+                if not _is_damage(error):
                     raise
-                file.rename(file.with_suffix(".broken"))
+                self._set_aside(file)
                 rebuilt = ReceiptIndex(self.folder)
                 rebuilt.catch_up()
                 with rebuilt._open() as other:
@@ -138,6 +141,28 @@ class ReceiptIndex:
                 return
             with connection:
                 yield connection
+
+    def _set_aside(self, file: Path) -> None:
+        """Rename a damaged index, unless another process has just done so.
+
+        Its journal goes with it: SQLite would roll it back into the new file. A process that still has the old file
+        open writes into that; its lines are indexed when it adds the next ones.
+        """
+        with FileLock(file.with_suffix(".lock"), timeout=_LOCK_S):
+            with contextlib.closing(sqlite3.connect(file, timeout=_LOCK_S)) as connection:
+                try:
+                    connection.executescript(_TABLES)
+                    return
+                except sqlite3.DatabaseError as error:
+                    if not _is_damage(error):
+                        raise
+            for name in ("-journal", "-wal", "-shm"):
+                Path(f"{file}{name}").unlink(missing_ok=True)
+            file.rename(file.with_suffix(".broken"))
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    return "not a database" in str(error) or "malformed" in str(error)
 
 
 def _note(connection: sqlite3.Connection, locations: Sequence[ReceiptLocation]) -> None:

@@ -45,9 +45,9 @@ class RevokedReply:
 
 @dataclass(frozen=True)
 class Folder:
-    """Receipts of one served team.
+    """Receipts of one served team, or a cache.
 
-    state: "read", "not there" (moved or deleted), or "not read" with the reason.
+    state: "read", "not there" (moved or deleted), or "not read" with the reason; of a cache, what to do with it.
     """
 
     path: str

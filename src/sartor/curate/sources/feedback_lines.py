@@ -180,6 +180,7 @@ def _is_whole(feedback: Feedback) -> bool:
         feedback.reply,
         feedback.by.key,
         feedback.by.user,
+        feedback.asker,
     )
     is_rating_valid = feedback.rating is None or (
         isinstance(feedback.rating, int | float) and -1 <= feedback.rating <= 1

@@ -173,7 +173,7 @@ class _FeedbackFilter:
     user: str
 
     def is_by(self, feedback: Feedback) -> bool:
-        return self.key in ("", feedback.by.key) and self.user in ("", feedback.by.user)
+        return self.key in ("", feedback.by.key) and (not self.user or feedback.is_of(self.user))
 
 
 @dataclass

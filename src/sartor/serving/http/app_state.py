@@ -79,12 +79,19 @@ class AppState:
                 f"this key does not open {MODEL!r}", f"sartor agents key {MODEL} makes one that does"
             )
 
-    def remember(self, key: str, person: str, answer: AgentReply, request: AgentRequest, reply: str) -> None:
-        """Keep a complete reply with its key and user, so that later feedback on it can be learnt from."""
+    def remember(
+        self, record: RequestRecord, person: str, answer: AgentReply, request: AgentRequest, reply: str
+    ) -> None:
+        """Keep a complete reply with its key and user, so that later feedback on it can be learnt from.
+
+        Also with a user for whom the key may not speak: a deletion must reach it. It teaches that user's own version
+        nothing (`learn/personal_rows.py`).
+        """
+        key = record.principal.key
         exchange = Exchange(
             agent=answer.agent, messages=request.messages, text=request.text, reply=reply, key=key, person=person
         )
-        self.memory.keep(answer.receipt, exchange)
+        self.memory.keep(answer.receipt, exchange, record.began)
 
     def person(self, user: str, header: str) -> str:
         """Return the internal id of the user that a request names; "" for none.

@@ -230,7 +230,7 @@ async def open_replies(
     state, record = get_state(http_request), get_record(http_request)
     header, principal = http_request.headers.get(USER_HEADER, ""), record.principal
     person = state.person(user, header)
-    terms = ReplyTerms(record, state.lifetime, count, partial(state.remember, principal.key, person))
+    terms = ReplyTerms(record, state.lifetime, count, partial(state.remember, record, person))
     allowed_person, deadline_s = state.allowed_person(person, header, principal), state.limits.deadline_s
     choice_requests = [
         replace(choice_request, openable=principal.agents, deadline_s=deadline_s, person=allowed_person)

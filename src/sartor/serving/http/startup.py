@@ -109,10 +109,12 @@ async def build_services(team: Team, tell: Tell = lambda event, **fields: None) 
         await tool_servers.start()
         dispatcher.team_tools = tool_servers.declared
         tool_agent = ToolCallingAgent(dispatcher, tool_servers, team)
+        plan_log = PlanLog.of(team, lambda: workers.about)
+        dispatcher.user_versions.listeners += [receipts.erased.add, plan_log.erased.add]
         plans = PlanDispatcher(
             team,
             tool_agent,
-            PlanLog.of(team, lambda: workers.about),
+            plan_log,
             receipts=receipts,
             known=lambda: dispatcher.served.agents,
         )

@@ -251,6 +251,7 @@ class _ActiveRun:
             answer_entry=last_entry,
             content=self.plan.log == "content",
             began=self.began,
+            person=request.person,
         )
 
 

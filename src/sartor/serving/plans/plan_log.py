@@ -4,7 +4,8 @@
 
 A run is a line for the request, a line for each step, and a line for the answer. They are written together and fsynced
 when the answer ends. By default the log holds no texts, but digests by the team's key, as receipts do (`receipts.py`).
-A plan with `log: content` keeps the texts. If the disk fails, lines are lost and counted, but no answer is.
+A plan with `log: content` keeps the texts, with the keyed digest of the user for whom they were, so that `personal
+forget` finds and blanks them (`erase_runs`). If the disk fails, lines are lost and counted, but no answer is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from sartor.core.errors import ArtifactError, MissingError
 from sartor.core.filesystem import fsync_descriptor, fsync_directory
 from sartor.core.installation import upgrade_command
 from sartor.inference.engine import EngineInfo
+from sartor.serving.erased_users import ErasedUsers
 from sartor.serving.plans.plan_steps import StepLogEntry
-from sartor.serving.receipts import Digest, RequestDigestInput, team_digest
+from sartor.serving.receipts import Digest, RequestDigestInput, blank, lines_with, team_digest
 from sartor.serving.team_config import Team
 
 
@@ -85,6 +88,7 @@ class FinishedRun:
     plan: `name@digest`.
     content: whether the log keeps the texts.
     began: seconds since the epoch.
+    person: keyed digest of the user for whom it ran; it is kept only beside texts.
     """
 
     id: str
@@ -94,10 +98,13 @@ class FinishedRun:
     answer_entry: StepLogEntry
     content: bool
     began: float
+    person: str = ""
 
     def rows(self, digest: Digest) -> list[dict[str, Any]]:
         """Return the lines as JSON: the request, the steps, the answer."""
         head = {"schema": SCHEMA, "run": self.id, "plan": self.plan}
+        if self.content and self.person:
+            head["person"] = self.person
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.began))
         rows = [_log_row(line, digest, self.content) for line in (self.request_entry, *self.steps, self.answer_entry)]
         return [
@@ -154,12 +161,15 @@ class PlanLog:
     days: age at which a file is removed, as for receipts; 0 keeps all.
     about: returns the facts of the engine, which the request's line states as receipts do.
     lost: number of runs that could not be written.
+    erased: users who were forgotten; their runs that began before are logged without texts.
     """
 
     def __init__(
         self, folder: Path, digest: Digest, days: int = 0, about: Callable[[], EngineInfo] | None = None
     ) -> None:
         self._files, self._digest, self._about = DayFiles(folder, "plans", days), digest, about
+        self._folder = folder
+        self.erased = ErasedUsers()
         self.lost = 0
 
     @classmethod
@@ -170,14 +180,29 @@ class PlanLog:
 
     def write(self, finished_run: FinishedRun) -> None:
         """Append a run, whole, and fsync it; count it as lost on failure."""
+        is_erased = partial(self.erased.covers_unix, finished_run.began, finished_run.person)
+        if is_erased():
+            finished_run = replace(finished_run, content=False)
         try:
             rows = finished_run.rows(self._digest)
             if self._about is not None:
                 rows[0] |= self._about().made_by
             data = b"".join(json.dumps(row, ensure_ascii=True).encode() + b"\n" for row in rows)
             self._files.append(data)
+            if finished_run.content and is_erased():  # the deletion may have looked before the lines were there
+                erase_runs(self._folder, finished_run.person)
         except OSError:
             self.lost += 1
+
+
+def erase_runs(folder: Path, person: str) -> int:
+    """Blank every line of a person's runs, and return their number. A server may be appending to the files."""
+    count = 0
+    for file in sorted(folder.glob("plans-*.jsonl")):
+        if lines := lines_with(file, f'"person": "{person}"'.encode()):
+            blank(file, lines)
+            count += len(lines)
+    return count
 
 
 def read_runs(file: Path) -> Iterator[list[dict[str, Any]]]:
@@ -187,6 +212,8 @@ def read_runs(file: Path) -> Iterator[list[dict[str, Any]]]:
     """
     rows: list[dict[str, Any]] = []
     for number, text in enumerate(_lines(file), 1):
+        if not text:
+            continue
         try:
             row = json.loads(text)
             fits = row["number"] == len(rows) and (not rows or row["run"] == rows[0]["run"])
@@ -211,7 +238,8 @@ def read_runs(file: Path) -> Iterator[list[dict[str, Any]]]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        # a blank line is one of a forgotten user's
+        return [line if line.strip() else "" for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise MissingError(
             f"the log {file} cannot be read: {error}", "sartor agents replay STATE/plans/FILE.jsonl"

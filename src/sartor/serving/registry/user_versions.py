@@ -65,6 +65,7 @@ def is_personal(path: Path, state: Path) -> bool:
 
 
 TUNED, REFUSED, FORGOTTEN, ALLOWED = "personal tuned", "personal refused", "person forgotten", "key speaks"
+WITHDRAWN = "key speaks no more"
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,14 @@ class UserVersionStore:
             generation, {(version.person, version.agent): version for version in intact}, len(rows) - len(intact)
         )
 
-    def put(self, personal: UserVersion, cause: ChangeCause = NOBODY) -> None:
+    def put(self, personal: UserVersion, cause: ChangeCause = NOBODY, *, since: int | None = None) -> None:
         """Store a personal version, which replaces the person's earlier one of the agent.
-        Raises as `Database.change`.
+
+        since: generation at which its tuning began. Raises ConfigError if the person was forgotten after that, else as
+        `Database.change`.
         """
         with self.database.change() as connection:
+            _check_not_forgotten(connection, personal.person, since)
             _replace(connection, replace(personal, added=_now()))
             note(
                 connection,
@@ -157,9 +161,15 @@ class UserVersionStore:
                 numbers={"person": personal.person},
             )
 
-    def refuse(self, personal: UserVersion, reason: str, cause: ChangeCause = NOBODY) -> None:
-        """Store the reason why a tuning was refused. The person's current version stays."""
+    def refuse(
+        self, personal: UserVersion, reason: str, cause: ChangeCause = NOBODY, *, since: int | None = None
+    ) -> None:
+        """Store the reason why a tuning was refused. The person's current version stays.
+
+        since: as in `put`.
+        """
         with self.database.change() as connection:
+            _check_not_forgotten(connection, personal.person, since)
             key = {"person": personal.person, "agent": personal.agent}
             row = connection.execute(select(registry_schema.people).filter_by(**key)).mappings().first()
             current = UserVersion.from_row(dict(row)) if row is not None and is_whole(dict(row)) else personal
@@ -187,12 +197,13 @@ class UserVersionStore:
 
     def forgotten_since(self, generation: int) -> list[str]:
         """Return the persons that changes after this generation forget."""
-        column = registry_schema.events.c
-        query = (
-            select(column.numbers).where(column.generation > generation, column.what == FORGOTTEN).order_by(column.id)
-        )
         with self.database.read() as connection:
-            return [str(json.loads(numbers)["person"]) for numbers in connection.execute(query).scalars()]
+            return _forgotten_since(connection, generation)
+
+    def check_not_forgotten(self, person: str, since: int) -> None:
+        """Raise ConfigError if a person was forgotten after the generation `since`."""
+        with self.database.read() as connection:
+            _check_not_forgotten(connection, person, since)
 
     def allow(self, key: str, person: str, cause: ChangeCause = NOBODY) -> None:
         """Let a key speak for a person, or for anybody (`ANYBODY`)."""
@@ -200,6 +211,14 @@ class UserVersionStore:
             connection.execute(delete(registry_schema.speakers).filter_by(key=key, person=person))
             connection.execute(insert(registry_schema.speakers).values(sealed({"key": key, "person": person})))
             note(connection, ALLOWED, agent="", version="", cause=cause, numbers={"key": key})
+
+    def withdraw(self, key: str, person: str, cause: ChangeCause = NOBODY) -> bool:
+        """Let a key speak for a person, or for anybody, no more. Returns whether it could."""
+        with self.database.change() as connection:
+            rows = connection.execute(delete(registry_schema.speakers).filter_by(key=key, person=person)).rowcount
+            if rows:
+                note(connection, WITHDRAWN, agent="", version="", cause=cause, numbers={"key": key})
+            return bool(rows)
 
     def mentions(self, person: str) -> dict[str, int]:
         """Return the number of a person's rows by table."""
@@ -220,6 +239,20 @@ def speakers(connection: Connection) -> dict[str, frozenset[str]]:
         if is_whole(dict(row)):
             result[row["key"]] = result.get(row["key"], frozenset()) | {row["person"]}
     return result
+
+
+def _forgotten_since(connection: Connection, generation: int) -> list[str]:
+    column = registry_schema.events.c
+    query = select(column.numbers).where(column.generation > generation, column.what == FORGOTTEN).order_by(column.id)
+    return [str(json.loads(numbers)["person"]) for numbers in connection.execute(query).scalars()]
+
+
+def _check_not_forgotten(connection: Connection, person: str, since: int | None) -> None:
+    if since is not None and person in _forgotten_since(connection, since):
+        raise ConfigError(
+            "that user was forgotten while this ran; nothing of them is stored",
+            "sartor personal tune again, if there is new feedback of that user",
+        )
 
 
 def _replace(connection: Connection, personal: UserVersion) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request
@@ -37,10 +37,11 @@ async def feedback(body: FeedbackRequest, request: Request) -> JsonResponse:
     exchange = state.memory.find(receipt)
     agent = record.agent = exchange.agent if exchange else str((await _find(state, receipt))["agent"])
     _check_may_rate(record.principal, agent, state.memory.asker(receipt))
-    voice = await asyncio.to_thread(state.feedback_intake.voice, record.principal.key, body.user or "", body.consent)
+    intake, asker = state.feedback_intake, exchange.person if exchange else ""
+    voice = await intake.run(intake.voice, record.principal.key, body.user or "", body.consent)
     # attribute the feedback to the user of the reply, so that it can be erased with that user's data
-    if exchange and exchange.person and not voice.user:
-        voice = replace(voice, user=exchange.person)
+    if not voice.user:
+        voice = replace(voice, user=asker)
     submitted = Feedback(
         receipt=receipt,
         agent=agent,
@@ -52,10 +53,12 @@ async def feedback(body: FeedbackRequest, request: Request) -> JsonResponse:
         text=exchange.text if exchange else "",
         reply=exchange.reply if exchange else "",
         by=voice,
+        asker=asker if asker != voice.user else "",
     )
     if submitted.by.consent == "refused" and submitted.rating is None:
         raise FieldError("words without consent are not kept", '"consent": true, or a rating beside them', "consent")
-    stored = await asyncio.to_thread(state.feedback_intake.keep, submitted)
+    is_erased = partial(state.memory.erased.covers, record.began, voice.user, asker)
+    stored = await intake.run(intake.keep, submitted, is_erased)
     if submitted.rating is not None and state.memory.is_first(receipt, record.principal.key):
         await state.services.agent_admin.hear(agent, submitted.rating)
     state.metrics.count_feedback(submitted, stored)
