@@ -136,7 +136,12 @@ class ToolCallingAgent:
                 for index, tool_call in enumerate(tool_calls)
             ]
             model = name if answer.agent.endswith(SUFFIX) else answer.agent
-            round_request = replace(round_request, model=model, messages=(*round_request.messages, turn, *results))
+            round_request = replace(
+                round_request,
+                model=model,
+                messages=(*round_request.messages, turn, *results),
+                server_turns=round_request.server_turns + 1 + len(results),
+            )
             if progress.is_looping or round_index == ROUNDS - 1:
                 progress.notes += [] if progress.is_looping else [f"{ROUNDS} rounds of tools were used up"]
                 round_request = replace(round_request, tools=())
@@ -185,7 +190,7 @@ class ToolCallingAgent:
                 f"more than {MOST_CALLS} calls in one reply; {name} was not run",
                 f"make at most {MOST_CALLS} calls in one reply",
             )
-        if problems := schema_errors(value, tool.schema):
+        if problems := await asyncio.to_thread(schema_errors, value, tool.schema):
             raise RequestError(
                 f"the arguments of {name} are wrong: {'; '.join(problems)}",
                 f"call {name} with arguments that its schema allows",

@@ -57,7 +57,7 @@ async def feedback(body: FeedbackRequest, request: Request) -> JsonResponse:
         raise FieldError("words without consent are not kept", '"consent": true, or a rating beside them', "consent")
     stored = await asyncio.to_thread(state.feedback_intake.keep, submitted)
     if submitted.rating is not None and state.memory.is_first(receipt, record.principal.key):
-        await state.services.agent_admin.hear(agent, submitted.rating)
+        await state.services.agent_admin.hear(agent, submitted.rating, record.principal.key)
     state.metrics.count_feedback(submitted, stored)
     return JsonResponse(FeedbackResult(receipt=receipt, agent=agent, learnable=stored.has_words))
 
