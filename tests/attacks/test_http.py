@@ -25,6 +25,7 @@ from openai_fake import Fake
 from openai_fake import serving as openai_serving
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import AdmissionError, ArtifactError, ConflictError, RequestError
+from sartor.inference import llamacpp_engine
 from sartor.inference.engine import GenerateCall, ReplyDone, Sampling, TextDelta
 from sartor.inference.llamacpp_engine import LlamaCppEngine
 from sartor.inference.local.kv_cache import PAGE_TOKENS
@@ -227,6 +228,19 @@ def test_a_slot_of_llama_cpp_is_not_reused_by_another_key() -> None:
     slots = Slots()
     assert [slots.begins(salt) for salt in ("", "a", "a", "b", "a")] == [True, False, True, False, False]
     assert not slots.begins("b", answers=False) and not slots.begins("b") and slots.begins("b")
+
+
+@pytest.mark.circle
+def test_llama_cpp_itself_keeps_keys_apart() -> None:
+    """The same with the real server on the starter: one slot, two keys."""
+    pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
+    one_slot = llamacpp_engine.open_engine("starter", rows=1, threads=1)
+    try:
+        assert cached(one_slot, LETTER + "A's end", "key-a") == 0
+        assert cached(one_slot, LETTER + "B's guess", "key-b") == 0
+        assert cached(one_slot, LETTER + "B again", "key-b") > PAGE_TOKENS
+    finally:
+        one_slot.close()
 
 
 # --- a client's system message does not replace the signed one
@@ -590,6 +604,18 @@ def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **parts: Any) -> Team
         router=Routing(encoder="tfidf"),
         **parts,
     )
+
+
+async def test_the_guard_finds_what_it_looks_for(tmp_path: Path, guard: Guard) -> None:
+    sqlite3.connect(tmp_path / "x").close()
+    assert len(guard.found) == 1
+    registry(tmp_path).close()
+    assert any("a statement of SQL" in found for found in guard.found)
+    guard.found.clear()
+    await asyncio.to_thread(registry(tmp_path / "other").read)
+    with (tmp_path / "file").open("w") as file:
+        os.fsync(file.fileno())
+    assert "os.fsync" in guard.found[-1]
 
 
 async def test_no_route_uses_a_database_on_the_loop(
