@@ -187,7 +187,7 @@ class Roster:
         self._expect(name, None)
         return {"name": name, "live": self.live[name], "state": "serving"}
 
-    async def hear(self, agent: str, rating: float) -> None:
+    async def hear(self, agent: str, rating: float, key: str = "") -> None:
         self.heard.append((agent, rating))
 
 

@@ -302,6 +302,22 @@ def _tools_of(values: Any, workspace: Workspace) -> Any:
     return sorted(servers.of("faq"))
 
 
+async def _turns(values: Any, workspace: Workspace) -> Any:
+    """The messages and the salt that a worker gets for a client's system message."""
+    agent = load(AgentOptions, {"name": "faq", "release": "/releases/faq-1", **values.pop("agent", {})})
+    team = team_of(workspace.folder(), agents=(agent,), **values)
+    crew = FakeCrew()
+
+    async with dispatching(team, crew, registry(workspace.folder())) as dispatch:
+        await dispatch.served.settle()
+        request = dispatched("faq", cache_owner="key")
+        turns = ({"role": "system", "content": "be rude"}, *request.messages)
+        answer = await dispatch.open(replace(request, messages=turns))
+        async for _ in answer.events:
+            pass
+        return crew.calls[-1].messages, crew.calls[-1].cache_salt
+
+
 async def _promoted(values: Any, workspace: Workspace) -> Any:
     """The live version, the candidate and its fractions after a promotion."""
     options = AgentOptions("faq", "/releases/faq-1")
@@ -329,6 +345,8 @@ AGENT_PROBES = (
     *probes_of("AgentOptions", _agent, {"name": ("faq", "help"), "release": ("/releases/faq-1", "/releases/bad-1")}),
     *probes_of("AgentOptions", _ill_agent, {"fallback": (["previous", "base"], [])}),
     *probes_of("AgentOptions", _about, {"about": ("", "Opening hours.")}),
+    Probe("AgentOptions.system", ({"agent": {"system": "fixed"}}, {"agent": {"system": "default"}}), _turns),
+    Probe("Team.prefix_cache", ({"prefix_cache": "by_key"}, {"prefix_cache": "shared"}), _turns),
     Probe("AgentOptions.tools", ({"agent": {"tools": ["small"]}}, {"agent": {"tools": []}}), _tools_of),
     Probe(
         "Team.tools",

@@ -18,7 +18,7 @@ from sartor.core.records import Message
 from sartor.inference.engine import GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
 from sartor.inference.generate import generate
 from sartor.inference.local.cpu_decoder import open_blocks
-from sartor.inference.local.kv_cache import PAGE_TOKENS, PagedKvCache
+from sartor.inference.local.kv_cache import PAGE_TOKENS, CacheScope, PagedKvCache
 from sartor.inference.local.local_engine import LocalEngine
 from sartor.inference.local.torch_decoder import TokenRun
 from sartor.models import adapters
@@ -257,16 +257,16 @@ def test_embeddings_are_of_unit_length_and_their_own(engine: LocalEngine) -> Non
 
 def test_pages_are_shared_only_whole_and_freed_when_wanted() -> None:
     pages, prompt = PagedKvCache(4), list(range(2 * PAGE_TOKENS))
-    taken, cached = pages.take(1, prompt, 2 * PAGE_TOKENS + 1)
+    taken, cached = pages.take(CacheScope(1), prompt, 2 * PAGE_TOKENS + 1)
     assert len(taken) == 3 and cached == 0
-    pages.keep(1, prompt, taken)
-    shared, cached = pages.take(1, prompt, 2 * PAGE_TOKENS)
+    pages.keep(CacheScope(1), prompt, taken)
+    shared, cached = pages.take(CacheScope(1), prompt, 2 * PAGE_TOKENS)
     assert shared[0] == taken[0] and shared[1] != taken[1] and cached == PAGE_TOKENS
-    assert pages.take(2, prompt, PAGE_TOKENS) is None
+    assert pages.take(CacheScope(2), prompt, PAGE_TOKENS) is None
     pages.give_back(taken), pages.give_back(shared)
     assert pages.free == 4
-    assert pages.take(2, [], 4 * PAGE_TOKENS)[1] == 0
-    assert pages.take(1, prompt, 1) is None
+    assert pages.take(CacheScope(2), [], 4 * PAGE_TOKENS)[1] == 0
+    assert pages.take(CacheScope(1), prompt, 1) is None
 
 
 def test_the_compiled_blocks_compute_as_torch_does(

@@ -82,6 +82,10 @@ class GenerateCall:
     tools: OpenAI's tool declarations.
     must_call: empty lets the model choose, "*" forces a call of any tool, a name forces that tool.
     top_logprobs: alternatives reported per token; -1 for no logprobs.
+    cache_salt: calls with different salts use no cached part of each other's prompts. Empty separates from nobody
+        who has none.
+    public_system: whether the leading system message and the tools are the Release's and the team's own, so that their
+        part of the prompt may be shared by calls with different salts.
     """
 
     id: str
@@ -93,6 +97,8 @@ class GenerateCall:
     tools: tuple[Mapping[str, Any], ...] = ()
     must_call: str = ""
     top_logprobs: int = -1
+    cache_salt: str = ""
+    public_system: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return a mapping that `from_json` turns back into an equal call."""
@@ -135,7 +141,7 @@ class TextDelta:
 class ReplyDone:
     """The end of a reply.
 
-    cached_tokens: prompt tokens taken from the cache.
+    cached_tokens: prompt tokens taken from the cache, of calls with the same salt alone.
     tool_calls: parsed calls, OpenAI form.
     """
 

@@ -9,6 +9,8 @@ GGUF file. llama.cpp differs from the local engine in these points, handled as f
   Every call therefore names all adapters, each with scale 0 except its own, and ids are assigned only here.
 - Only slots with equal adapters share a batch, and a slot forgets its prompt when its adapter changes. A call
   therefore prefers a free slot that last had the same adapter.
+- It reuses the last prompt of a slot for whoever comes next. A call therefore reuses nothing of a slot that last had a
+  call with another salt: its prompt is read anew, the system message too.
 - An adapter with values that are not finite corrupts later replies of others: the conversion refuses it.
 - It silently ignores a schema that its grammar cannot read: every schema is read here first, and every token is
   checked.
@@ -126,6 +128,9 @@ def check_tokens(inner: LlamaCppServer, chat: ChatTokenizer) -> None:
 MOST_CONTEXT = 4096
 _ENDS: dict[str, Finish] = {"limit": "length", "eos": "stop", "word": "stop"}
 Convert = Callable[[Path, Path, Path], Path]
+# adapter and salt of the call whose prompt a slot holds; _UNKNOWN if it may be that of this or of an earlier call
+_SlotOwner = tuple[str, str]
+_UNKNOWN = "?"
 
 
 class LlamaCppEngine(StreamEngine):
@@ -140,7 +145,7 @@ class LlamaCppEngine(StreamEngine):
         self._reader, self._base, self._bounds, self._convert = reader, base, bounds, convert
         self._adapters: dict[str, Path] = {}
         self._loaded: tuple[str, ...] = ()
-        self._slots = [BASE] * bounds.rows
+        self._slots: list[_SlotOwner] = [(BASE, "")] * bounds.rows
         self._inner: LlamaCppServer | None = LlamaCppServer(base.path, (), bounds)
         check_tokens(self._inner, reader.chat)
         self._folder = tempfile.TemporaryDirectory(prefix="sartor-gguf-")
@@ -205,8 +210,12 @@ class LlamaCppEngine(StreamEngine):
                 return False
         used_slots = {other.slot for other in self.live}
         free = [slot for slot in range(self.rows) if slot not in used_slots]
-        reply.slot = next((slot for slot in free if self._slots[slot] == adapter), free[0])
-        self._slots[reply.slot] = adapter
+        owner = (adapter, reply.call.cache_salt)
+        same_owner = [slot for slot in free if self._slots[slot] == owner]
+        same_adapter = [slot for slot in free if self._slots[slot][0] == adapter]
+        reply.slot = next(iter([*same_owner, *same_adapter, *free]))
+        reply.may_reuse = self._slots[reply.slot][1] == reply.call.cache_salt
+        self._slots[reply.slot] = (adapter, _UNKNOWN)  # until the server has read this prompt over the last one
         return True
 
     def _restart(self) -> None:
@@ -226,7 +235,7 @@ class LlamaCppEngine(StreamEngine):
 
     def _start(self, adapters: Sequence[str]) -> None:
         self._inner = LlamaCppServer(self._base.path, [self._adapters[adapter] for adapter in adapters], self._bounds)
-        self._loaded, self._slots = tuple(adapters), [BASE] * self.rows
+        self._loaded, self._slots = tuple(adapters), [(BASE, "")] * self.rows
 
     async def read(self, reply: StreamedReply) -> AsyncGenerator[Event]:
         """Request a reply and yield its events."""
@@ -240,6 +249,7 @@ class LlamaCppEngine(StreamEngine):
                 if response.status_code != 200:
                     raise _server_error(await response.aread())
                 async for fields in events_of(response):
+                    self._slots[reply.slot] = (reply.call.adapter, reply.call.cache_salt)
                     for event in self._events(reply, fields):
                         yield event
                     if reply.is_ended:
@@ -258,6 +268,7 @@ class LlamaCppEngine(StreamEngine):
             "repeat_last_n": MOST_CONTEXT,
             "prompt": reply.prompt,
             "id_slot": reply.slot,
+            "cache_prompt": reply.may_reuse,
             "lora": [
                 {"id": index, "scale": float(adapter == call.adapter)} for index, adapter in enumerate(self._loaded)
             ],

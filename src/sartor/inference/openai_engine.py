@@ -7,6 +7,10 @@ from here: whoever starts it must use those of `base` (`serving/commands/vllm_la
 An adapter is requested by the name under which the server knows it. With `loads_adapters` that is its digest, given to
 vLLM's run-time route. Otherwise the server must have been started with it, under its digest or from the same path. An
 adapter that the server does not list is an error; the base never answers instead.
+
+A call with a salt is kept apart from other calls in the server's cache by the means that the server has: `cache_salt`
+of vLLM and SGLang, `cache_prompt: false` of llama-server. Another kind of server is asked for nothing, since it may
+refuse unknown fields; what it says of its cache is then not passed on.
 """
 
 from __future__ import annotations
@@ -213,6 +217,7 @@ MOST_CONTEXT = 1 << 20
 TRIES = 3
 BACKOFF_S = 0.2
 SILENT_S = 60.0  # limit between two events of one reply
+_SALTED_KINDS = ("vllm", "sglang")  # servers whose cache is separated by the field `cache_salt`
 
 
 class RemoteEngine(StreamEngine):
@@ -317,6 +322,8 @@ class RemoteEngine(StreamEngine):
                     if "error" in fields:
                         raise to_sartor_error(500, json.dumps(fields).encode(), server.url)
                     piece, finish_reason = _read(reply, fields)
+                    if reply.call.cache_salt and self._served.kind not in _SALTED_KINDS:
+                        reply.cached = 0
                     finish = finish_reason or finish
                     if piece:
                         yield piece
@@ -346,6 +353,10 @@ class RemoteEngine(StreamEngine):
         }
         if self._zeros:
             body["lora"] = self._zeros
+        if call.cache_salt and self._served.kind in _SALTED_KINDS:
+            body["cache_salt"] = call.cache_salt
+        elif call.cache_salt and self._served.kind == "llamacpp":
+            body["cache_prompt"] = False
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         if call.top_logprobs >= 0:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import transformers
@@ -41,6 +41,10 @@ TOOLS_TEXT = (
 # characters per available token in each part of a prompt that is tokenised to check its length
 FIRST_CHARACTERS = 16
 _PROBE = "sartor_probe_tool"
+# two user messages whose first characters differ, so that the prompts differ from there on
+_PUBLIC_PROBES = ("a", "7")
+# system messages with their tools whose tokens are remembered
+MOST_PUBLIC = 256
 _REMEDY = '{"role": "user", "content": "..."}'
 
 
@@ -279,6 +283,15 @@ def _noted(messages: Sequence[Message], note: str, role: str) -> list[Message]:
     return [*messages[:first], noted, *messages[first + 1 :]]
 
 
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    length = 0
+    for left, right in zip(first, second, strict=False):
+        if left != right:
+            break
+        length += 1
+    return length
+
+
 @dataclass
 class PromptReader:
     """Converter of calls to token ids, for a base without its weights.
@@ -292,6 +305,7 @@ class PromptReader:
     config: Mapping[str, Any]
     context_tokens: int
     _grammar: Grammar | None = None
+    _public_ids: dict[str, list[int]] = field(default_factory=dict)
 
     def within(self, max_tokens: int) -> PromptReader:
         """Return a copy with a context of at most `max_tokens`; 0 is no limit."""
@@ -309,6 +323,32 @@ class PromptReader:
                 f"leave {len(ids) - self.context_tokens + 1} tokens or more out of the prompt",
             )
         return ids
+
+    def public_tokens(self, call: GenerateCall, prompt: Sequence[int]) -> int:
+        """Return the number of leading tokens of a call's prompt that its system message and tools alone decide.
+
+        It is 0 without a leading system message. The prompts of two different user messages are alike exactly so far,
+        as long as the message and the tools are the same.
+        """
+        system = call.messages[0] if call.messages else {}
+        if system.get("role") != "system":
+            return 0
+        key = json.dumps([system, call.tools], sort_keys=True, default=str)
+        if key not in self._public_ids:
+            if len(self._public_ids) >= MOST_PUBLIC:
+                self._public_ids.pop(next(iter(self._public_ids)))
+            self._public_ids[key] = self._common_ids(call)
+        return _common_length(self._public_ids[key], prompt)
+
+    def _common_ids(self, call: GenerateCall) -> list[int]:
+        probes = []
+        for text in _PUBLIC_PROBES:
+            messages = (call.messages[0], {"role": "user", "content": text})
+            try:
+                probes.append(prompt_ids(self.chat, replace(call, messages=messages), self.context_tokens))
+            except RequestError:  # a template that takes no user turn there: nothing is shared
+                return []
+        return probes[0][: _common_length(*probes)]
 
     def text(self, text: str) -> list[int]:
         """Return the token ids of a text to embed. Raises RequestError, naming the text, if it is too long."""

@@ -33,6 +33,7 @@ class StreamedReply:
     """A reply being read: its call, prompt token ids, constraint and progress.
 
     slot: the server's slot for it, for engines that assign slots.
+    may_reuse: whether it may reuse the last prompt of its slot.
     tokens: reply tokens read so far.
     cached: prompt tokens that the server took from its cache.
     """
@@ -42,6 +43,7 @@ class StreamedReply:
         self.prompt = list(prompt)
         self.constraint = constraint
         self.slot = 0
+        self.may_reuse = True
         self.is_ended = False
         self.tokens = 0
         self.cached = 0

@@ -68,6 +68,8 @@ SAMPLING = Sampling(max_tokens=48)
 # are compared, because a long free text diverges after one rounding difference. docs/admission.md has measurements.
 LEAST_AGREEMENT = 0.65
 COMPARED_CHARACTERS = 80
+# A shorter recorded reply (a label, a number) is the same or not: `ham` and `spam` are 0.86 alike by edits
+SHORT_CHARACTERS = 20
 # A degenerate reply ends in repetitions of one piece of at most LONGEST_UNIT characters: at least LEAST_REPEATS times,
 # over at least REPEATED_FRACTION of the reply
 LONGEST_UNIT = 24
@@ -190,9 +192,10 @@ def _agreement(text: str, is_cut: bool, recorded: str) -> float:
     """Return the similarity 0..1 of a reply and the recorded one, over their beginnings of equal length.
 
     At most COMPARED_CHARACTERS are compared. The Report also truncates long replies without saying which, so text
-    beyond
-    the end of a recorded reply is ignored.
+    beyond the end of a recorded reply is ignored. One below SHORT_CHARACTERS is compared whole: 0 or 1.
     """
+    if len(recorded) < SHORT_CHARACTERS:
+        return float(text.strip() == recorded.strip())
     text, recorded = text[: min(COMPARED_CHARACTERS, len(recorded))], recorded[:COMPARED_CHARACTERS]
     return fuzz.ratio(text, recorded[: len(text)] if is_cut else recorded) / 100
 

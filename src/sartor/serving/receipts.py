@@ -21,6 +21,7 @@ compared as JSON. An image or a recording is replaced by the digest of its bytes
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -31,7 +32,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,8 @@ SEGMENT_BYTES = 32 << 20
 MOST_WAITING = 10_000
 _BATCH = 512
 _SECRET_BYTES = 32
+# Threads that look receipts up. While the index is locked they wait, and the loop's default threads do not.
+_threads = ThreadPoolExecutor(2, "sartor-receipts")
 
 
 class TeamSigner:
@@ -412,8 +415,11 @@ class ReceiptLog:
             return  # slow disk: the reply does not wait longer; the receipt is written later, or counted as lost
 
     async def find(self, receipt: str) -> Mapping[str, Any] | None:
-        """Return the signed receipt of that id, or None. Raises as `read`."""
-        return self.read(receipt)
+        """Return the signed receipt of that id, or None. Raises as `read`.
+
+        It is read in a thread: an erasure may lock the index for seconds.
+        """
+        return await asyncio.get_running_loop().run_in_executor(_threads, self.read, receipt)
 
     def read(self, receipt: str) -> Mapping[str, Any] | None:
         """Return the signed receipt of that id, or None, outside an event loop.

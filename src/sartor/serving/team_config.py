@@ -34,7 +34,9 @@ class CardTerms:
     card: bool = option(
         False, "tell at /.well-known/agent-card.json who is here, and by which protocols they are asked"
     )
-    url: str = option("", "the address by which others reach this server; by default the one that they asked")
+    url: str = option(
+        "", "the address by which others reach this server; by default the one of the socket that they reached"
+    )
 
 
 @dataclass(frozen=True)
@@ -185,12 +187,22 @@ class AgentOptions:
     min_version: str = option(
         "", "smallest version that may be served; an older one is not admitted, also by rollback"
     )
+    system: Literal["auto", "fixed", "default"] = option(
+        "auto",
+        "fixed: a client's system message is read as the user's, below the Release's signed prompt; default: it "
+        "replaces that prompt; auto: fixed if the agent has `tools`, else default",
+    )
 
     def __post_init__(self) -> None:
         if self.min_version and not config.is_valid_name(self.min_version):
             raise ConfigError(f"{self.name} has the min_version {self.min_version!r:.80}", 'min_version: "1.2"')
         if unknown := next((step for step in self.fallback if step not in ("previous", "base")), ""):
             raise ConfigError(f"{self.name} cannot fall back to {unknown!r}", "fallback: [previous, base]")
+
+    @property
+    def fixes_system(self) -> bool:
+        """Whether no client's system message replaces the Release's system prompt."""
+        return self.system == "fixed" or (self.system == "auto" and bool(self.tools))
 
 
 @dataclass(frozen=True)
@@ -455,6 +467,11 @@ class Team(Basis):
     )
     feedback: FeedbackTerms = option(FeedbackTerms(), "what is kept of what people say of replies")
     personal: PersonalTerms = option(PersonalTerms(), "versions of users' own")
+    prefix_cache: Literal["by_key", "shared"] = option(
+        "by_key",
+        "who uses what a worker keeps of earlier prompts: by_key: the same API key (and the same user, where a key "
+        "speaks for users); shared: every key, which tells each what others ask",
+    )
 
     def __post_init__(self) -> None:
         names = [member.name for member in self.agents]
@@ -467,6 +484,10 @@ class Team(Basis):
             )
         plan_options.check_plans(self.plans, names, RESERVED)
         check_tools([server.name for server in self.tools], {member.name: member.tools for member in self.agents})
+
+    def agent(self, name: str) -> AgentOptions | None:
+        """Return the options of an agent; None if the file does not name it."""
+        return next((member for member in self.agents if member.name == name), None)
 
     @property
     def registry_url(self) -> str:

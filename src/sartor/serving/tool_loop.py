@@ -135,7 +135,12 @@ class ToolCallingAgent:
                 turns.append(await self._result(answer, tools, tool_call, index=index, progress=progress))
             # the version that called the tools also reads their results, but a person's own version is found again
             model = name if answer.agent.endswith(SUFFIX) else answer.agent
-            round_request = replace(round_request, model=model, messages=(*round_request.messages, *turns))
+            round_request = replace(
+                round_request,
+                model=model,
+                messages=(*round_request.messages, *turns),
+                server_turns=round_request.server_turns + len(turns),
+            )
             tool_rounds += 1
             if tool_rounds == ROUNDS and not progress.is_looping:
                 progress.notes.append(f"{ROUNDS} rounds of tools were used up")
@@ -185,7 +190,7 @@ class ToolCallingAgent:
                 f"more than {MOST_CALLS} calls in one reply; {name} was not run",
                 f"make at most {MOST_CALLS} calls in one reply",
             )
-        if problems := schema_errors(value, tool.schema):
+        if problems := await asyncio.to_thread(schema_errors, value, tool.schema):
             raise RequestError(
                 f"the arguments of {name} are wrong: {'; '.join(problems)}",
                 f"call {name} with arguments that its schema allows",

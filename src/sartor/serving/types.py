@@ -26,7 +26,11 @@ class AgentRequest:
     openable: agents that the client's key opens, None for all; `auto` chooses among these.
     deadline_s: seconds from now.
     person: registry id of the user for whom the client speaks; empty for none.
+    key: id of the API key that asks; empty on a server without keys.
+    cache_owner: requests of other owners share no cached prompts with this one; empty on a server without keys.
     streams: whether the client receives the reply while it is generated.
+    has_team_system: whether the leading system message is the team's own, as in a step of a plan.
+    server_turns: number of messages at the end that the server's tool loop added.
     """
 
     model: str
@@ -40,7 +44,11 @@ class AgentRequest:
     openable: frozenset[str] | None = None
     deadline_s: float = 120.0
     person: str = ""
+    key: str = ""
+    cache_owner: str = ""
     streams: bool = False
+    has_team_system: bool = False
+    server_turns: int = 0
 
 
 class EventStream(Protocol):

@@ -1,20 +1,41 @@
 """Paged KV cache with prefix reuse.
 
-The key of a page is its tokens and the page before it, back to the number of the adapter that computed it. Only rows
-of the same adapter therefore share pages. An adapter that is attached again has a new number and never uses its old
-pages. A reused page has exactly the bits that recomputing it would give (see `torch_decoder.py`). Only complete pages
-are kept, and only after finite logits.
+The key of a page is its tokens, its salt and the page before it, back to the number of the adapter that computed it.
+Only rows of the same adapter and salt therefore share pages, so that no row learns what other keys sent. The pages of
+a public beginning (the signed system prompt) have no salt, and rows of every salt share them. An adapter that is
+attached again has a new number and never uses its old pages. A reused page has exactly the bits that recomputing it
+would give (see `torch_decoder.py`). Only complete pages are kept, and only after finite logits.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 PAGE_TOKENS = 64
 
-# (the page before, or -1 - the adapter's number; the page's tokens)
-_Key = tuple[int, tuple[int, ...]]
+# (the page before, or -1 - the adapter's number; the salt; the page's tokens)
+_Key = tuple[int, str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class CacheScope:
+    """Rows with which a row shares pages.
+
+    number: the adapter's number.
+    salt: rows with another salt share nothing beyond the public tokens.
+    public_tokens: leading tokens of the prompt that rows of every salt may share.
+    """
+
+    number: int
+    salt: str = ""
+    public_tokens: int = 0
+
+    def key(self, parent: int, start: int, tokens: Sequence[int]) -> _Key:
+        """Return the key of the page that begins at `start`."""
+        is_public = start + len(tokens) <= self.public_tokens
+        return parent, "" if is_public else self.salt, tuple(tokens)
 
 
 class PagedKvCache:
@@ -39,16 +60,15 @@ class PagedKvCache:
         """Number of pages available now: free ones, and kept ones without users."""
         return len(self._free) + len(self._idle)
 
-    def take(self, number: int, prompt: Sequence[int], tokens: int) -> tuple[list[int], int] | None:
+    def take(self, scope: CacheScope, prompt: Sequence[int], tokens: int) -> tuple[list[int], int] | None:
         """Return pages for a row of `tokens`, and the number of prompt tokens already in them; None without room.
 
-        number: the adapter's number.
         At least the last token of the prompt is left to compute, since its logits are needed.
         """
         shared: list[int] = []
-        parent = -1 - number
+        parent = -1 - scope.number
         for start in range(0, (len(prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS):
-            page = self._pages_by_key.get((parent, tuple(prompt[start : start + PAGE_TOKENS])))
+            page = self._pages_by_key.get(scope.key(parent, start, prompt[start : start + PAGE_TOKENS]))
             if page is None:
                 break
             shared.append(page)
@@ -62,18 +82,17 @@ class PagedKvCache:
             return None
         return [*shared, *(self._fresh() for _ in range(n_fresh))], len(shared) * PAGE_TOKENS
 
-    def keep(self, number: int, text: Sequence[int], pages: Sequence[int]) -> None:
-        """Let later rows use the complete pages of a computed text.
+    def keep(self, scope: CacheScope, text: Sequence[int], pages: Sequence[int]) -> None:
+        """Let later rows of the same scope use the complete pages of a computed text.
 
-        number: the adapter's number.
         The row keeps using the pages until `give_back`.
         """
-        parent = -1 - number
+        parent = -1 - scope.number
         for index in range(len(text) // PAGE_TOKENS):
-            key = (parent, tuple(text[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS]))
-            page = pages[index]
+            start = index * PAGE_TOKENS
+            key, page = scope.key(parent, start, text[start : start + PAGE_TOKENS]), pages[index]
             if key not in self._pages_by_key and page not in self._keys:
-                self._pages_by_key[key], self._keys[page], self._numbers[page] = page, key, number
+                self._pages_by_key[key], self._keys[page], self._numbers[page] = page, key, scope.number
                 if parent >= 0:
                     self._child_counts[parent] += 1
             if key not in self._pages_by_key:
@@ -111,7 +130,8 @@ class PagedKvCache:
         return page
 
     def _unname(self, page: int) -> None:
-        parent, _ = key = self._keys.pop(page)
+        key = self._keys.pop(page)
+        parent = key[0]
         del self._pages_by_key[key], self._numbers[page]
         if parent >= 0:
             self._child_counts[parent] -= 1

@@ -22,7 +22,7 @@ from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError,
 from sartor.core.remedies import REQUEST_AGAIN
 from sartor.inference.engine import BASE, LOCAL, EngineInfo, Event, GenerateCall, ReplyDone, ReplyFailed, TextEmbedding
 from sartor.inference.local.cpu_decoder import open_blocks
-from sartor.inference.local.kv_cache import PAGE_TOKENS, PagedKvCache
+from sartor.inference.local.kv_cache import PAGE_TOKENS, CacheScope, PagedKvCache
 from sartor.inference.local.media_inputs import MediaAdapters, MediaPrompt
 from sartor.inference.local.sequence import SequenceState
 from sartor.inference.local.torch_decoder import Scores, TokenRun
@@ -141,6 +141,8 @@ class LocalEngine:
         constraint = self._reader.constraint(call)
         sequence = SequenceState(call, prompt, self._base.chat, max_tokens=max_tokens, constraint=constraint)
         sequence.media = media
+        n_public = self._reader.public_tokens(call, prompt) if call.cache_salt and call.public_system else 0
+        sequence.scope = CacheScope(self._adapters[call.adapter], call.cache_salt, n_public)
         self._waiting.append(sequence)
 
     def _collect_media(self) -> None:
@@ -200,13 +202,14 @@ class LocalEngine:
         """
         while self._waiting and len(self._reading) + len(self._writing) < self._rows:
             sequence = self._waiting[0]
-            number = self._adapters[sequence.call.adapter]
-            allocation = self._pages.take(number, sequence.prompt, len(sequence.prompt) + sequence.max_tokens)
+            scope = sequence.scope
+            allocation = self._pages.take(scope, sequence.prompt, len(sequence.prompt) + sequence.max_tokens)
             if allocation is None:
                 return
-            sequence.number, sequence.slot = number, self._blocks.factors.slot(sequence.call.adapter)
-            sequence.pages, sequence.cached = allocation
-            sequence.read = sequence.cached
+            sequence.slot = self._blocks.factors.slot(sequence.call.adapter)
+            sequence.pages, sequence.read = allocation
+            n_public = scope.public_tokens // PAGE_TOKENS * PAGE_TOKENS if scope.salt else 0
+            sequence.cached = max(0, sequence.read - n_public)
             self._reading.append(self._waiting.popleft())
 
     def _chunks(self) -> list[tuple[SequenceState, list[int]]]:
@@ -272,9 +275,9 @@ class LocalEngine:
             # Keep the row's complete pages for later calls with the same prefix: only after finite logits, since pages
             # that produced others are useless
             if not sequence.tokens:
-                self._pages.keep(sequence.number, sequence.prompt, sequence.pages)
+                self._pages.keep(sequence.scope, sequence.prompt, sequence.pages)
             elif self._blocks.keeps_replies and (len(sequence.prompt) + len(sequence.tokens)) % PAGE_TOKENS == 0:
-                self._pages.keep(sequence.number, [*sequence.prompt, *sequence.tokens], sequence.pages)
+                self._pages.keep(sequence.scope, [*sequence.prompt, *sequence.tokens], sequence.pages)
             try:
                 token = scores.likeliest[index] if sequence.is_plain else sequence.choose(scores.logits[index])
                 events = sequence.take(token)
@@ -298,7 +301,7 @@ class LocalEngine:
 
     def _embed(self, text: str) -> Iterator[TextEmbedding | None]:
         ids = self._reader.text(text)
-        allocation = self._pages.take(0, [], len(ids))
+        allocation = self._pages.take(CacheScope(0), [], len(ids))
         if allocation is None:
             raise BusyError("the cache is full of replies in work", "ask again later, or raise engine.cache_tokens")
         pages, _ = allocation

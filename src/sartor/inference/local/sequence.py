@@ -12,6 +12,7 @@ import torch
 from sartor.inference.constrained_decoding import Constraint
 from sartor.inference.engine import Event, Finish, GenerateCall, Logprob, ReplyDone, TextDelta
 from sartor.inference.generate import prompt_generator, sample_token, sampling_probabilities
+from sartor.inference.local.kv_cache import CacheScope
 from sartor.inference.local.media_inputs import MediaPrompt
 from sartor.inference.tool_calls import CallReader
 from sartor.models.chat import ChatTokenizer
@@ -69,10 +70,12 @@ class IncrementalDetokenizer:
 class SequenceState:
     """A call in work.
 
-    number, slot: those of its adapter.
+    scope: rows with which it shares cache pages.
+    slot: that of its adapter.
     pages: cache pages with its keys and values.
     read: number of prompt tokens computed or found in the cache.
-    cached: number of prompt tokens found in the cache.
+    cached: number of prompt tokens found in the cache that rows of the same salt left there. Public ones are not
+        counted for a row with a salt, since anybody's call may have left them.
     """
 
     call: GenerateCall
@@ -80,7 +83,7 @@ class SequenceState:
     chat: ChatTokenizer
     max_tokens: int
     constraint: Constraint | None = None
-    number: int = 0
+    scope: CacheScope = CacheScope(0)
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     read: int = 0

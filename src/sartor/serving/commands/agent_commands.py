@@ -138,7 +138,9 @@ def _row(agent: Agent, snapshot: Snapshot) -> dict[str, Any]:
     fields = agent.as_json()
     shown = ("name", "live", "state", "candidate", "canary_fraction", "shadow_fraction", "changed", "note")
     versions = [version.version for version in snapshot.versions.values() if version.agent == agent.name]
-    return {**{key: fields[key] for key in shown}, "previous": agent.previous, "versions": versions}
+    freeze = snapshot.frozen.get(agent.name)
+    frozen = {"frozen": f"{agent.name}@{freeze.version}: {freeze.reason}"} if freeze else {}
+    return {**{key: fields[key] for key in shown}, "previous": agent.previous, "versions": versions, **frozen}
 
 
 def _looked_at(team: Team, release: Path, name: str) -> AgentVersion:

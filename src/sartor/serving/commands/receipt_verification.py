@@ -32,6 +32,7 @@ from sartor.inference.engine import (
     adapter_digest,
     numerics_difference,
 )
+from sartor.serving.dispatch.client_turns import fold_system
 from sartor.serving.receipts import FAILED, KIND, SCHEMA, RequestDigestInput, digest_by, read_secret
 from sartor.serving.team_config import LocalEngineOptions, Team, load
 from sartor.serving.workers.worker_main import open_engine
@@ -106,7 +107,7 @@ def verify_receipt(
     release = _release_of(receipt, loaded_team)
     evidence = _Evidence(
         receipt,
-        content=_completed(content, receipt, release),
+        content=_completed(content, receipt, release, loaded_team),
         reply=text if isinstance(text, str) else None,
         team=loaded_team,
         release=release,
@@ -182,12 +183,15 @@ def _release_of(receipt: Mapping[str, Any], team: Team | None) -> Artifact | Non
 
 
 def _completed(
-    content: RequestDigestInput | None, receipt: Mapping[str, Any], release: Artifact | None
+    content: RequestDigestInput | None, receipt: Mapping[str, Any], release: Artifact | None, team: Team | None
 ) -> RequestDigestInput | None:
-    """Return the request with the Release's system prompt and tools, if the client sent none."""
+    """Return the request with the Release's system prompt and tools, if the client sent none or they are fixed."""
     if content is None or release is None:
         return content
     prompt, tools = release.manifest["system_prompt"], release.manifest.get("tools", [])
+    options = team.agent(str(receipt["agent"]).partition("@")[0]) if team else None
+    if options is not None and options.fixes_system:
+        content = replace(content, system=(), messages=fold_system((*content.system, *content.messages)))
     if (
         prompt
         and content.messages

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sartor.core.errors import ArtifactError, UnavailableError
+from sartor.core.errors import ArtifactError, SartorError, UnavailableError
 from sartor.serving.dispatch.adapter_leases import Admit
 from sartor.serving.dispatch.dispatcher import Dispatcher
 from sartor.serving.registry.registry import ChangeCause
-from sartor.serving.registry.registry_schema import Agent
+from sartor.serving.registry.registry_schema import Agent, AgentVersion
 from sartor.serving.team_config import Rollout
 from sartor.serving.types import AgentListing, WorkerBackend
 
@@ -58,7 +59,7 @@ class AgentAdmin:
         """
         registry = self._served.registry
         if release:
-            admitted = await self._admit(Path(release), name)
+            admitted = await self._admitted(Path(release), name)
             await _change_registry(registry.add, admitted, cause=ADMIN)
             version = admitted.version
             await self._served.reload()  # makes the version known here
@@ -91,9 +92,27 @@ class AgentAdmin:
             self._workers.release(f"{name}@{version}")
         return await self._applied(agent)
 
-    async def hear(self, agent: str, rating: float) -> None:
-        """Pass a user's rating of a reply by this exact version to the monitors: -1 bad to 1 good."""
-        self._dispatcher.hear(agent, rating)
+    async def hear(self, agent: str, rating: float, key: str = "") -> None:
+        """Pass a user's rating of a reply by this exact version to the monitors: -1 bad to 1 good.
+
+        key: id of the API key that rates.
+        """
+        self._dispatcher.hear(agent, rating, key)
+
+    async def _admitted(self, release: Path, name: str) -> AgentVersion:
+        """Admit a Release whose path a client sent. Every path without one gets the same answer.
+
+        So nobody learns by it which other files this machine has. Raises what the admission raises.
+        """
+        try:
+            return await self._admit(release, name)
+        except SartorError:
+            if await asyncio.to_thread(os.path.isfile, release / "release.json"):
+                raise
+            raise ArtifactError(
+                f"there is no Release at {str(release)[:200]!a} that this server can read",
+                "the path of a directory with release.json on the server's machine; or name a registered version",
+            ) from None
 
     async def _applied(self, agent: Agent) -> Mapping[str, Any]:
         await self._served.reload()

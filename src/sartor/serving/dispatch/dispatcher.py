@@ -25,6 +25,7 @@ from sartor.inference.engine import BASE, GenerateCall, ReplyDone, ReplyFailed, 
 from sartor.media.content_parts import kinds_in
 from sartor.serving.admission import release_copies
 from sartor.serving.dispatch.adapter_leases import AdapterLeases, Admit
+from sartor.serving.dispatch.client_turns import FOLDED, SYSTEM_ROLES, check_no_tool_turns, fold_system
 from sartor.serving.dispatch.model_selection import (
     BASE_AGENT,
     CandidateList,
@@ -46,6 +47,7 @@ from sartor.serving.dispatch.rollout import (
     is_json,
 )
 from sartor.serving.dispatch.served_agents import ServedAgents
+from sartor.serving.receipts import Digest, team_digest
 from sartor.serving.registry.registry import ChangeCause, Registry
 from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.registry.user_versions import SUFFIX, UserVersionStore
@@ -62,30 +64,63 @@ from sartor.serving.types import (
 )
 
 _OPTIONS = frozenset(option.name for option in fields(Sampling))
-_SYSTEM = ("system", "developer")
+SALT_CHARACTERS = 32
 
 
-def build_call(request: AgentRequest, version: AgentVersion | None, id: str, max_tokens: int) -> GenerateCall:
+@dataclass(frozen=True)
+class CallTerms:
+    """What the team decides of the calls of an agent.
+
+    fixes_system: whether a client's system messages stand below the Release's system prompt, in user turns.
+    tools: tools that the team runs, offered if the client declares none; empty for those of the Release.
+    cache_salt: as in `GenerateCall`.
+    """
+
+    max_tokens: int
+    fixes_system: bool = False
+    tools: tuple[Mapping[str, Any], ...] = ()
+    cache_salt: str = ""
+
+
+def build_call(request: AgentRequest, version: AgentVersion | None, id: str, terms: CallTerms) -> GenerateCall:
     """Return the engine call of a request for a version, or for the base (None).
 
-    A system message, sampling options and tools of the client replace those of the Release.
-    Raises RequestError for an unknown option or more than `max_tokens` tokens; ConfigError for a value out of range.
+    Sampling options and tools of the client replace those of the Release, and so does a system message unless the
+    terms fix that of the Release.
+    Raises RequestError for an unknown option or more than `terms.max_tokens` tokens; ConfigError for a value out of
+    range.
     """
     facts = version.facts if version else {}
-    system, messages = str(facts.get("system_prompt", "")), request.messages
-    if system and messages and not any(message.get("role") in _SYSTEM for message in messages):
-        messages = ({"role": "system", "content": system}, *messages)
+    messages, has_own_system = _with_system(request, str(facts.get("system_prompt", "")), terms.fixes_system)
+    may_call = request.tools is None and not request.schema and bool(request.messages)
+    tools = terms.tools if may_call and terms.tools else tuple(facts.get("tools", ()))
     return GenerateCall(
         id=id,
         adapter=version.adapter if version else BASE,
         messages=messages,
         text=request.text,
-        sampling=_sampling(request, dict(facts.get("sampling", {})), max_tokens),
+        sampling=_sampling(request, dict(facts.get("sampling", {})), terms.max_tokens),
         schema=request.schema,
-        tools=tuple(facts.get("tools", ())) if request.tools is None else request.tools,
+        tools=tools if request.tools is None else request.tools,
         must_call=request.must_call,
         top_logprobs=request.top_logprobs,
+        cache_salt=terms.cache_salt,
+        public_system=has_own_system and request.tools is None,
     )
+
+
+def _with_system(
+    request: AgentRequest, released: str, fixes_system: bool
+) -> tuple[tuple[Mapping[str, Any], ...], bool]:
+    """Return the messages with their system message, and whether that is the Release's or the team's own."""
+    messages = request.messages
+    if not messages or request.has_team_system:
+        return messages, request.has_team_system
+    if fixes_system:
+        messages = fold_system(messages)
+    if not released or any(message.get("role") in SYSTEM_ROLES for message in messages):
+        return messages, False
+    return ({"role": "system", "content": released}, *messages), True
 
 
 def _sampling(request: AgentRequest, released: dict[str, Any], max_tokens: int) -> Sampling:
@@ -122,6 +157,7 @@ class _PendingReply:
     began: float  # Unix time, s
     in_flight: int  # replies running when this one started
     person: str  # keyed digest; empty unless a personal version answers
+    terms: CallTerms
 
 
 class Dispatcher:
@@ -177,6 +213,7 @@ class Dispatcher:
         self._loops: list[asyncio.Task[None]] = []
         self.in_flight = 0
         self.receipts_lost = 0
+        self._digest: Digest | None = None
         # returns the tools that the team runs for an agent, by the agent's name
         self.team_tools: Callable[[str], tuple[Mapping[str, Any], ...]] = lambda name: ()
 
@@ -187,6 +224,7 @@ class Dispatcher:
         admitted.
         Raises an error if the registry cannot be opened.
         """
+        self._digest = await asyncio.to_thread(team_digest, Path(self._team.state))
         await self.served.register({member.name: member for member in self._team.agents}, self._admit)
         await self.served.reload()
         await self.served.settle()
@@ -258,19 +296,23 @@ class Dispatcher:
         counts = {"in_flight": self.in_flight, "receipts_lost": self.receipts_lost, "shadows": shadows}
         return {**self.served.health(), **counts}
 
-    def hear(self, agent: str, rating: float) -> None:
-        """Count a user's rating of a reply by this exact version: -1 bad to 1 good."""
-        self._follow(self.rollouts.observe_rating(agent, rating < 0))
+    def hear(self, agent: str, rating: float, key: str = "") -> None:
+        """Count a user's rating of a reply by this exact version: -1 bad to 1 good.
+
+        key: id of the API key that rates.
+        """
+        self._follow(self.rollouts.observe_rating(agent, rating < 0, key))
 
     async def _begin(
         self, request: AgentRequest, selection: CandidateList, index: int, receipt: str, reason: str
     ) -> AgentReply:
         candidate = selection.candidates[index]
         version = candidate.personal_version or self.served.version(candidate.agent)
-        may_call = request.tools is None and not request.schema and bool(request.messages)
-        if may_call and (offered := self.team_tools(candidate.agent.partition("@")[0])):
-            request = replace(request, tools=offered)
-        call = build_call(request, version, f"{receipt}-{index}" if index else receipt, self._team.limits.reply_tokens)
+        terms = self._terms(request, candidate.agent)
+        is_folded = terms.fixes_system and not request.has_team_system
+        if is_folded and any(message.get("role") in SYSTEM_ROLES for message in request.messages):
+            reason = f"{reason}; {FOLDED}"
+        call = build_call(request, version, f"{receipt}-{index}" if index else receipt, terms)
         reported_agent = candidate.agent if version else f"{BASE_AGENT}@{self._workers.about.base_digest[:12]}"
         with ExitStack() as stack:
             stack.enter_context(self.leases.leased(call.adapter))
@@ -290,22 +332,49 @@ class Dispatcher:
                 began=time.time(),
                 in_flight=self.in_flight,
                 person=request.person if candidate.personal_version else "",
+                terms=terms,
             )
             began = time.monotonic()
             try:
                 events = cast(EventStream, await self._workers.reply(call, candidate.agent, request.deadline_s))
             except SartorError as error:
-                self._failed(candidate.agent, error.kind)
+                self._failed(candidate.agent, error.kind, request.key)
                 raise
             cleanup = stack.pop_all()
         took_s = time.monotonic() - began
         stream = ReplyStream(events, cleanup.close, lambda stream, event: self._ended(pending, stream, event), took_s)
         return AgentReply(reported_agent, reason, receipt, stream)
 
+    def _terms(self, request: AgentRequest, agent: str) -> CallTerms:
+        """Return the terms of an exact version's calls.
+
+        Raises RequestError for turns and raw texts that the agent does not take from a client.
+        """
+        name = agent.partition("@")[0]
+        options = self._team.agent(name)
+        fixes_system = options is not None and options.fixes_system
+        if fixes_system and not request.messages:
+            raise RequestError(
+                f"{name} has a fixed system prompt, and a raw text has no place for it",
+                "POST /v1/chat/completions with messages",
+            )
+        if options is not None and options.tools and request.tools is None:
+            check_no_tool_turns(request.messages[: len(request.messages) - request.server_turns], name)
+        return CallTerms(
+            self._team.limits.reply_tokens, fixes_system, tools=self.team_tools(name), cache_salt=self._salt(request)
+        )
+
+    def _salt(self, request: AgentRequest) -> str:
+        """Return the salt of a request's cached prompts: a keyed digest, from which no owner can be guessed."""
+        if self._team.prefix_cache == "shared" or not request.cache_owner:
+            return ""
+        assert self._digest is not None, "start() was awaited"
+        return self._digest("prefix cache", request.cache_owner)[:SALT_CHARACTERS]
+
     async def _ended(self, pending: _PendingReply, stream: ReplyStream, event: ReplyDone | ReplyFailed) -> None:
         """Count a reply that has ended, shadow it if it was live, and write its receipt."""
         if isinstance(event, ReplyFailed):
-            self._failed(pending.agent, event.kind)
+            self._failed(pending.agent, event.kind, pending.request.key)
         elif event.finish != "cancelled":
             tokens = event.reply_tokens or stream.tokens
             self._observe_reply(
@@ -314,6 +383,7 @@ class Dispatcher:
                 is_call=bool(event.tool_calls),
                 token_s=stream.took_s / max(1, tokens),
                 in_flight=pending.in_flight,
+                key=pending.request.key,
             )
             self._shadow(pending, stream.text)
         if self._receipts is not None:
@@ -353,13 +423,13 @@ class Dispatcher:
         with suppress(SartorError):  # a version that is not held is reported in the troubles already
             version = self.served.version(name)
             id = f"{pending.receipt}-shadow"
-            call = build_call(pending.request, version, id, self._team.limits.reply_tokens)
-            self.shadows.offer(Shadow(call, name, reply))
+            call = build_call(pending.request, version, id, pending.terms)
+            self.shadows.offer(Shadow(call, name, reply, pending.request.key))
 
     def _on_shadow_outcome(self, outcome: ShadowOutcome) -> None:
         shadow, event = outcome.shadow, outcome.event
         if isinstance(event, ReplyFailed):
-            self._failed(shadow.agent, event.kind)
+            self._failed(shadow.agent, event.kind, shadow.key)
         elif event.finish != "cancelled":
             token_s = outcome.took_s / max(1, event.reply_tokens or outcome.tokens)
             self.rollouts.observe_comparison(shadow.agent, outcome.text == shadow.live_reply)
@@ -369,24 +439,30 @@ class Dispatcher:
                 is_call=bool(event.tool_calls),
                 token_s=token_s,
                 in_flight=self.in_flight + 1,
+                key=shadow.key,
             )
 
-    def _observe_reply(self, agent: str, text: str, is_call: bool, token_s: float, in_flight: int) -> None:
+    def _observe_reply(self, agent: str, text: str, is_call: bool, token_s: float, in_flight: int, key: str) -> None:
         self._follow(
             self.rollouts.observe_reply(
                 ObservedReply(
-                    agent, failed=False, is_json=is_call or is_json(text), token_s=token_s, in_flight=in_flight
+                    agent,
+                    failed=False,
+                    is_json=is_call or is_json(text),
+                    token_s=token_s,
+                    in_flight=in_flight,
+                    key=key,
                 )
             )
         )
 
-    def _failed(self, agent: str, kind: str) -> None:
+    def _failed(self, agent: str, kind: str, key: str) -> None:
         if kind in AGENT_FAULTS:
-            self._follow(self.rollouts.observe_reply(ObservedReply(agent, True)))
+            self._follow(self.rollouts.observe_reply(ObservedReply(agent, True, key=key)))
         elif kind == "UnavailableError":
             health = self._workers.health().get("agents", {}).get(agent, {})
             if health.get("breaker") == "quarantined":
-                self._follow(self.rollouts.condemn(agent, "its breaker put it into quarantine"))
+                self._follow(self.rollouts.condemn(agent, "its breaker put it into quarantine", key))
 
     def _follow(self, verdict: RolloutVerdict | None) -> None:
         if verdict is not None:
@@ -402,7 +478,12 @@ class Dispatcher:
         try:
             if verdict.action == "promote":
                 await asyncio.to_thread(
-                    registry.promote, agent.name, verdict.version, expected=agent.live, cause=cause
+                    registry.promote, agent.name, verdict.version, expected=agent.live, heeds_freeze=True, cause=cause
+                )
+            elif verdict.action == "freeze":
+                trial = verdict.version if agent.candidate == verdict.version else ""
+                await asyncio.to_thread(
+                    registry.freeze, agent.name, verdict.version, expected=agent.live, trial=trial, cause=cause
                 )
             else:
                 trial = verdict.version if agent.candidate == verdict.version else ""

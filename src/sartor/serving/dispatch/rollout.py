@@ -2,7 +2,7 @@
 
 A trial (canary or shadow) compares the candidate with the live version on replies of the same period. After a
 promotion the new version is compared for `watch_s` with the last replies of its predecessor. `sequential_tests` holds
-the statistical test.
+the statistical test, `key_shares` the weight of API keys.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -20,8 +20,9 @@ from typing import Any, Literal, cast
 from sartor.core.confidence_sequences import FailureRate
 from sartor.core.errors import SartorError
 from sartor.inference.engine import GenerateCall, ReplyDone, ReplyFailed
+from sartor.serving.dispatch.key_shares import LEAST_KEYS, KeyShares
 from sartor.serving.dispatch.reply_stream import ReplyStream
-from sartor.serving.dispatch.sequential_tests import WINDOW_REPLIES, VersionTally, first_alarm
+from sartor.serving.dispatch.sequential_tests import WINDOW_REPLIES, Alarm, VersionTally, first_alarm
 from sartor.serving.registry.registry_schema import Agent
 from sartor.serving.team_config import Rollout
 from sartor.serving.types import EventStream, WorkerBackend
@@ -55,6 +56,7 @@ class ObservedReply:
     agent: exact version.
     token_s: seconds per token; 0 for a reply without tokens.
     in_flight: number of replies that ran when it began.
+    key: id of the API key that asked; empty on a server without keys.
     """
 
     agent: str
@@ -62,49 +64,143 @@ class ObservedReply:
     is_json: bool = False
     token_s: float = 0.0
     in_flight: int = 1
+    key: str = ""
 
 
 @dataclass(frozen=True)
 class RolloutVerdict:
-    """Decision about a version on trial or under watch, with its reason and numbers."""
+    """Decision about a version on trial or under watch, with its reason and numbers.
+
+    A freeze leaves everything as it is: the version keeps its share of the requests and is not promoted, until an
+    admin promotes it or rolls it back.
+    """
 
     agent: str
     version: str
-    action: Literal["roll back", "promote"]
+    action: Literal["roll back", "promote", "freeze"]
     reason: str
     numbers: Mapping[str, Any]
+
+
+@dataclass
+class _WeighedTally:
+    """Tally of one version in which no key has more than a third.
+
+    by_key: its parts; their sum is `tally`.
+    """
+
+    tally: VersionTally = field(default_factory=VersionTally)
+    by_key: dict[str, VersionTally] = field(default_factory=dict)
+    replies: KeyShares[ObservedReply] = field(default_factory=KeyShares)
+    ratings: KeyShares[bool] = field(default_factory=KeyShares)
+
+    def next_reply(self) -> bool:
+        """Count the next reply that has room; return whether there was one."""
+        admitted = self.replies.next()
+        if admitted is not None:
+            for tally in self._tallies(admitted[0]):
+                _count(tally, admitted[1])
+        return admitted is not None
+
+    def next_rating(self) -> bool:
+        """Count the next rating that has room; return whether there was one."""
+        admitted = self.ratings.next()
+        if admitted is not None:
+            for tally in self._tallies(admitted[0]):
+                tally.feedback.count(admitted[1])
+        return admitted is not None
+
+    def without_each(self) -> Iterator[VersionTally]:
+        """Yield the tally without one key, for each key; none for the owner of a server without keys."""
+        for left_out in filter(None, self.by_key):
+            rest = VersionTally()
+            for key, tally in self.by_key.items():
+                if key != left_out:
+                    rest.add(tally)
+            yield rest
+
+    def restart(self) -> None:
+        """Begin a new window."""
+        self.tally, self.by_key = VersionTally(), {}
+
+    def catch_up(self) -> None:
+        """Count everything that has room."""
+        while self.next_reply() or self.next_rating():
+            pass
+
+    def is_fair(self, monitor: str) -> bool:
+        """Return whether three keys are counted for a monitor and none has more than a third."""
+        return (self.ratings if monitor == "feedback" else self.replies).is_fair
+
+    def _tallies(self, key: str) -> tuple[VersionTally, VersionTally]:
+        return self.tally, self.by_key.setdefault(key, VersionTally())
+
+
+@dataclass
+class _VersionRecord:
+    """Observations of one version: all of them, and the same with the keys weighed."""
+
+    all: VersionTally = field(default_factory=VersionTally)
+    weighed: _WeighedTally = field(default_factory=_WeighedTally)
+
+    def add_reply(self, reply: ObservedReply) -> None:
+        """Take one reply; the weighed tally counts it when its key has room."""
+        _count(self.all, reply)
+        self.weighed.replies.add(reply.key, reply)
+
+    def add_rating(self, is_bad: bool, key: str) -> None:
+        """Take one rating."""
+        self.all.feedback.count(is_bad)
+        self.weighed.ratings.add(key, is_bad)
 
 
 @dataclass
 class _Comparison:
     """Comparison of one version with another.
 
-    live: version that the candidate is compared with. is_frozen: whether `live` answers no more (a watch).
-    deadline: monotonic time, s. window: number of the current window, from 1.
+    live: version that the candidate is compared with. is_watch: whether `live` answers no more.
+    deadline: monotonic time, s.
+    window, weighed_window: numbers of the current windows of all observations and of the weighed ones, from 1.
+    failed_keys: keys that the candidate failed.
+    frozen: reason why an admin is asked; empty if nobody is.
     """
 
     name: str
     candidate: str
     live: str
-    is_frozen: bool
+    is_watch: bool
     deadline: float
-    candidate_tally: VersionTally = field(default_factory=VersionTally)
-    live_tally: VersionTally = field(default_factory=VersionTally)
+    candidate_record: _VersionRecord = field(default_factory=_VersionRecord)
+    live_record: _VersionRecord = field(default_factory=_VersionRecord)
     window: int = 1
+    weighed_window: int = 1
     replies: int = 0
+    failed_keys: set[str] = field(default_factory=set)
+    frozen: str = ""
     differing: FailureRate = field(default_factory=FailureRate)
     is_over: bool = False
 
 
+def _count(tally: VersionTally, reply: ObservedReply) -> None:
+    tally.count_reply(failed=reply.failed, is_json=reply.is_json, token_s=reply.token_s, in_flight=reply.in_flight)
+
+
 class Rollouts:
-    """All trials and watches of a team. Not thread-safe; use it in the event loop's thread."""
+    """All trials and watches of a team. Not thread-safe; use it in the event loop's thread.
+
+    An alarm rolls a version back only if it also sounds where each API key has at most a third of the observations,
+    and without any one of the keys. Otherwise it freezes the trial and asks an admin. On a server without keys every
+    alarm rolls back.
+    """
 
     def __init__(self, rules: Rollout, clock: Callable[[], float] = time.monotonic) -> None:
         self._rules = rules
         self._clock = clock
         self._comparisons: dict[str, _Comparison] = {}
         # live version -> its last full window and the current one; its successor is compared with both
-        self._live_tallies: dict[str, tuple[VersionTally, VersionTally]] = {}
+        self._live_records: dict[str, tuple[_VersionRecord, _VersionRecord]] = {}
+        # by agent, the reasons of freezes in the registry
+        self._frozen: Mapping[str, str] = {}
 
     def follow(self, agent: Agent, previous: Agent | None) -> None:
         """Begin or end the trial or watch of an agent that has changed."""
@@ -112,65 +208,79 @@ class Rollouts:
         if agent.candidate:
             if (
                 current is None
-                or current.is_frozen
+                or current.is_watch
                 or (current.candidate, current.live) != (agent.candidate, agent.live)
             ):
                 self._comparisons[agent.name] = _Comparison(
-                    agent.name, candidate=agent.candidate, live=agent.live, is_frozen=False, deadline=float("inf")
+                    agent.name, candidate=agent.candidate, live=agent.live, is_watch=False, deadline=float("inf")
                 )
         elif previous is not None and previous.live != agent.live and agent.previous == previous.live:
             watch = _Comparison(
                 agent.name,
                 candidate=agent.live,
                 live=previous.live,
-                is_frozen=True,
+                is_watch=True,
                 deadline=self._clock() + self._rules.watch_s,
             )
-            for tally in self._live_tallies.get(f"{agent.name}@{previous.live}", ()):
-                watch.live_tally.add(tally)
+            for record in self._live_records.get(f"{agent.name}@{previous.live}", ()):
+                record.weighed.catch_up()
+                watch.live_record.all.add(record.all)
+                watch.live_record.weighed.tally.add(record.weighed.tally)
             self._comparisons[agent.name] = watch
-        elif current is not None and (not current.is_frozen or current.candidate != agent.live):
+        elif current is not None and (not current.is_watch or current.candidate != agent.live):
             del self._comparisons[agent.name]
         if previous is not None and previous.live != agent.live:
-            self._live_tallies.pop(f"{previous.name}@{previous.live}", None)
-        self._live_tallies.setdefault(f"{agent.name}@{agent.live}", (VersionTally(), VersionTally()))
+            self._live_records.pop(f"{previous.name}@{previous.live}", None)
+        self._live_records.setdefault(f"{agent.name}@{agent.live}", (_VersionRecord(), _VersionRecord()))
+        self._apply_freeze(agent.name)
+
+    def keep_frozen(self, frozen: Mapping[str, str]) -> None:
+        """Apply the freezes that the registry holds: the reason of each, by agent. Others have ended."""
+        self._frozen = dict(frozen)
+        for name in self._comparisons:
+            self._apply_freeze(name)
 
     def forget(self, name: str) -> None:
         """Remove an agent that is not served any more."""
         self._comparisons.pop(name, None)
-        self._live_tallies = {
-            version: tallies for version, tallies in self._live_tallies.items() if version.rpartition("@")[0] != name
+        self._live_records = {
+            version: records for version, records in self._live_records.items() if version.rpartition("@")[0] != name
         }
 
     def observe_reply(self, reply: ObservedReply) -> RolloutVerdict | None:
         """Count a reply that has ended; return a verdict if there is a new one."""
-        if reply.agent in self._live_tallies:
-            self._count(self._current(reply.agent), reply)
+        if reply.agent in self._live_records:
+            self._current(reply.agent).add_reply(reply)
         comparison = self._comparison(reply.agent)
         if comparison is None:
             return None
-        name, _, version = reply.agent.rpartition("@")
+        version = reply.agent.rpartition("@")[2]
         if version == comparison.candidate:
             comparison.replies += 1
-            self._count(comparison.candidate_tally, reply)
+            if reply.failed:
+                comparison.failed_keys.add(reply.key)
+            comparison.candidate_record.add_reply(reply)
             return self._judge(comparison)
-        if version == comparison.live and not comparison.is_frozen:
-            self._count(comparison.live_tally, reply)
+        if version == comparison.live and not comparison.is_watch:
+            comparison.live_record.add_reply(reply)
         return None
 
-    def observe_rating(self, agent: str, is_bad: bool) -> RolloutVerdict | None:
-        """Count a user's rating of a reply by this exact version; return a verdict if there is a new one."""
-        if agent in self._live_tallies:
-            self._current(agent).feedback.count(is_bad)
+    def observe_rating(self, agent: str, is_bad: bool, key: str = "") -> RolloutVerdict | None:
+        """Count a user's rating of a reply by this exact version; return a verdict if there is a new one.
+
+        key: id of the API key that rates; empty on a server without keys.
+        """
+        if agent in self._live_records:
+            self._current(agent).add_rating(is_bad, key)
         comparison = self._comparison(agent)
         if comparison is None:
             return None
         version = agent.rpartition("@")[2]
         if version == comparison.candidate:
-            comparison.candidate_tally.feedback.count(is_bad)
+            comparison.candidate_record.add_rating(is_bad, key)
             return self._judge(comparison)
-        if version == comparison.live and not comparison.is_frozen:
-            comparison.live_tally.feedback.count(is_bad)
+        if version == comparison.live and not comparison.is_watch:
+            comparison.live_record.add_rating(is_bad, key)
         return None
 
     def observe_comparison(self, agent: str, is_same: bool) -> None:
@@ -182,34 +292,46 @@ class Rollouts:
         if comparison is not None and agent == f"{comparison.name}@{comparison.candidate}":
             comparison.differing.count(not is_same)
 
-    def condemn(self, agent: str, reason: str) -> RolloutVerdict | None:
-        """Return a roll-back verdict for a version on trial or under watch that another check found bad.
+    def condemn(self, agent: str, reason: str, key: str = "") -> RolloutVerdict | None:
+        """Return the verdict on a version on trial or under watch that another check found bad.
 
-        One such check is the quarantine of its circuit breaker.
+        One such check is the quarantine of its circuit breaker. It rolls back if the version failed three keys, or on
+        a server without keys; else it freezes.
+        key: id of the API key whose request met the quarantine.
         """
         comparison = self._comparison(agent)
         if comparison is None or agent != f"{comparison.name}@{comparison.candidate}":
             return None
-        return self._over(comparison, "roll back", reason, {"candidate": comparison.candidate_tally.as_json()})
+        numbers = {"candidate": comparison.candidate_record.all.as_json(), "keys": len(comparison.failed_keys)}
+        if not key or len(comparison.failed_keys) >= LEAST_KEYS:
+            return self._over(comparison, "roll back", reason, numbers)
+        return self._freeze(comparison, reason, numbers)
 
     def undecided(self, name: str) -> None:
         """Allow a new verdict, because the last one could not be carried out."""
         if name in self._comparisons:
             self._comparisons[name].is_over = False
+            self._comparisons[name].frozen = self._frozen.get(name, "")
 
     def status(self, name: str) -> dict[str, Any]:
-        """Return the trial or watch of an agent, for /health; empty if there is none."""
+        """Return the trial or watch of an agent, for /health; empty if there is none.
+
+        `frozen`: why an admin is asked; empty if nobody is. `keys`: whose replies are weighed.
+        """
         comparison = self._comparisons.get(name)
         if comparison is None:
-            return {}
-        kind = "watch" if comparison.is_frozen else "trial"
+            return {"frozen": self._frozen[name]} if name in self._frozen else {}
+        kind = "watch" if comparison.is_watch else "trial"
+        record = comparison.candidate_record
         fields = {
             "kind": kind,
             "version": comparison.candidate,
             "against": comparison.live,
             "replies": comparison.replies,
+            "keys": record.weighed.replies.keys,
+            "frozen": comparison.frozen,
         }
-        return {**fields, "differing": vars(comparison.differing), "candidate": comparison.candidate_tally.as_json()}
+        return {**fields, "differing": vars(comparison.differing), "candidate": record.all.as_json()}
 
     def _comparison(self, agent: str) -> _Comparison | None:
         """Return the comparison of this version's agent if it is still undecided; else None."""
@@ -221,28 +343,70 @@ class Rollouts:
             return None
         return comparison
 
-    def _current(self, agent: str) -> VersionTally:
-        _, current = self._live_tallies[agent]
-        if current.failures.seen >= WINDOW_REPLIES:
-            self._live_tallies[agent] = (current, VersionTally())
-        return self._live_tallies[agent][1]
-
-    def _count(self, tally: VersionTally, reply: ObservedReply) -> None:
-        tally.count_reply(failed=reply.failed, is_json=reply.is_json, token_s=reply.token_s, in_flight=reply.in_flight)
+    def _current(self, agent: str) -> _VersionRecord:
+        _, current = self._live_records[agent]
+        if current.all.failures.seen >= WINDOW_REPLIES:
+            self._live_records[agent] = (current, _VersionRecord())
+        return self._live_records[agent][1]
 
     def _judge(self, comparison: _Comparison) -> RolloutVerdict | None:
-        alarm = first_alarm(comparison.candidate_tally, comparison.live_tally, self._rules, comparison.window)
-        if alarm is not None:
+        weighed_alarm = self._weighed_alarm(comparison)
+        if weighed_alarm is not None:
+            numbers = {"monitor": weighed_alarm.monitor, "window": comparison.weighed_window, **weighed_alarm.numbers}
+            return self._over(comparison, "roll back", weighed_alarm.reason, numbers)
+        mine, theirs = comparison.candidate_record, comparison.live_record
+        alarm = first_alarm(mine.all, theirs.all, self._rules, comparison.window)
+        if alarm is not None and not comparison.frozen:
             numbers = {"monitor": alarm.monitor, "window": comparison.window, **alarm.numbers}
-            return self._over(comparison, "roll back", alarm.reason, numbers)
+            return self._freeze(comparison, alarm.reason, numbers)
         required_replies = self._rules.canary_requests
-        if required_replies and not comparison.is_frozen and comparison.replies >= required_replies:
-            numbers = {"candidate": comparison.candidate_tally.as_json(), "live": comparison.live_tally.as_json()}
+        is_promotable = not comparison.is_watch and not comparison.frozen
+        if required_replies and is_promotable and comparison.replies >= required_replies:
+            numbers = {"candidate": mine.all.as_json(), "live": theirs.all.as_json()}
             return self._over(comparison, "promote", f"{comparison.replies} replies without alarm", numbers)
-        if comparison.candidate_tally.failures.seen >= WINDOW_REPLIES:
-            comparison.candidate_tally, comparison.window = VersionTally(), comparison.window + 1
-            comparison.live_tally = comparison.live_tally if comparison.is_frozen else VersionTally()
+        if mine.all.failures.seen >= WINDOW_REPLIES:
+            mine.all, comparison.window = VersionTally(), comparison.window + 1
+            theirs.all = theirs.all if comparison.is_watch else VersionTally()
         return None
+
+    def _weighed_alarm(self, comparison: _Comparison) -> Alarm | None:
+        """Count the observations that have room by now, and return the first alarm that three keys bear."""
+        mine, theirs = comparison.candidate_record, comparison.live_record
+        theirs.weighed.catch_up()
+        while mine.weighed.next_reply() or mine.weighed.next_rating():
+            weighed = mine.weighed
+            alarm = self._alarm(weighed.tally, comparison)
+            if alarm is not None and weighed.is_fair(alarm.monitor):
+                rest = [self._alarm(tally, comparison) for tally in weighed.without_each()]
+                if all(other is not None for other in rest):
+                    return alarm
+            if weighed.tally.failures.seen >= WINDOW_REPLIES:
+                weighed.restart()
+                comparison.weighed_window += 1
+                if not comparison.is_watch:
+                    theirs.weighed.restart()
+        return None
+
+    def _alarm(self, tally: VersionTally, comparison: _Comparison) -> Alarm | None:
+        """Return the first alarm of a weighed tally of the candidate."""
+        return first_alarm(tally, comparison.live_record.weighed.tally, self._rules, comparison.weighed_window)
+
+    def _apply_freeze(self, name: str) -> None:
+        if name in self._comparisons:
+            self._comparisons[name].frozen = self._frozen.get(name, "")
+
+    def _freeze(self, comparison: _Comparison, reason: str, numbers: Mapping[str, Any]) -> RolloutVerdict | None:
+        if comparison.frozen:
+            return None
+        keys = comparison.candidate_record.weighed.replies.keys
+        comparison.frozen = f"{reason}; fewer than {LEAST_KEYS} keys bear it, and nothing was changed"
+        return RolloutVerdict(
+            agent=comparison.name,
+            version=comparison.candidate,
+            action="freeze",
+            reason=comparison.frozen,
+            numbers={"keys": keys, **numbers},
+        )
 
     def _over(
         self, comparison: _Comparison, action: Literal["roll back", "promote"], reason: str, numbers: Mapping[str, Any]
@@ -263,11 +427,13 @@ class Shadow:
     """Answered request that the candidate repeats.
 
     agent: exact version of the candidate. live_reply: text of the live version's reply.
+    key: id of the API key that asked.
     """
 
     call: GenerateCall
     agent: str
     live_reply: str
+    key: str = ""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ SCRUB_S = 10.0
 # Longest wait before a refused version is tried again. The wait doubles each time, since a trial costs a process; a
 # change of the registry ends it.
 MOST_WAIT_S = 3600.0
+# What an admin may do about a frozen trial or watch
+FREEZE_REMEDY = "decide: sartor agents promote {name} VERSION, or sartor agents rollback {name}"
 
 
 class ServedAgents:
@@ -39,6 +41,7 @@ class ServedAgents:
 
     agents, versions: state by which requests are answered at this moment.
     troubles: problems by agent or version. generation: of the registry, as last read.
+    frozen: version whose trial or watch waits for an admin, by agent.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class ServedAgents:
         self.unadmitted: set[str] = set()
         self.troubles: dict[str, str] = {}
         self.generation = -1
+        self.frozen: dict[str, str] = {}
         self._workers = workers
         self._leases = leases
         self._rollouts = rollouts
@@ -208,7 +212,11 @@ class ServedAgents:
 
     def _take(self, snapshot: Snapshot) -> None:
         """Serve the registry's agents and fetch the versions that they lack."""
+        self.frozen = {name: freeze.version for name, freeze in snapshot.frozen.items()}
+        self._rollouts.keep_frozen({name: freeze.reason for name, freeze in snapshot.frozen.items()})
         troubles = dict(snapshot.damaged)
+        for name, freeze in snapshot.frozen.items():
+            troubles[f"{name}@{freeze.version}"] = f"frozen: {freeze.reason}; {FREEZE_REMEDY.format(name=name)}"
         for name in set(self.agents) - set(snapshot.agents) - set(snapshot.damaged):
             troubles[name] = self._refused.get(name, "its row is gone from the registry")
         # a version whose row is damaged keeps its former content

@@ -34,8 +34,9 @@ LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 # Status for the log only, as in nginx: the client disconnected before its answer
 CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# Routes that count against the request rate: those that compute or write to disk
+# Requests that count against the request rate: those that compute, or read or write the disk
 _COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/feedback", "/v1/audio/speech")
+_COUNTED_READS = "/v1/receipts/"
 # Headers by which proxies tell whom they speak for
 _PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
 # Threads for key look-ups in the database. The loop's default threads may all be waiting for a slow disk.
@@ -72,7 +73,8 @@ class RequestGate:
                 "the server is stopping and takes no more requests", f"ask another one, or this one in {ASK_AGAIN_S} s"
             )
         principal = await asyncio.get_running_loop().run_in_executor(_threads, self._enter, scope, headers)
-        if scope["method"] == "POST" and scope["path"] in _COUNTED:
+        is_read = scope["method"] in ("GET", "HEAD") and scope["path"].startswith(_COUNTED_READS)
+        if is_read or (scope["method"] == "POST" and scope["path"] in _COUNTED):
             self.rates.begin(principal.key)
         return principal
 

@@ -233,7 +233,14 @@ async def open_replies(
     terms = ReplyTerms(record, state.lifetime, count, partial(state.remember, record, person))
     allowed_person, deadline_s = state.allowed_person(person, header, principal), state.limits.deadline_s
     choice_requests = [
-        replace(choice_request, openable=principal.agents, deadline_s=deadline_s, person=allowed_person)
+        replace(
+            choice_request,
+            openable=principal.agents,
+            deadline_s=deadline_s,
+            person=allowed_person,
+            key=principal.key,
+            cache_owner=f"{principal.key} {allowed_person}" if principal.key else "",
+        )
         for request in requests
         for choice_request in choices(request, terms.per_prompt)
     ]

@@ -288,12 +288,15 @@ class ModelList(ResponseBody):
 
 
 class WorkerHealth(ResponseBody):
-    """Worker process. `role` says whether a ready worker answers or is spare."""
+    """Worker process. `role` says whether a ready worker answers or is spare.
+
+    memory_bytes, restarts: only for the admin's key and for keys that open every agent, as in /metrics.
+    """
 
     state: str
     role: str
-    memory_bytes: int
-    restarts: int
+    memory_bytes: NotRequired[int]
+    restarts: NotRequired[int]
 
 
 class AgentHealth(ResponseBody):

@@ -100,8 +100,11 @@ class AgentAdminProtocol(Protocol):
         """Return an agent to service after quarantine or drain."""
         ...
 
-    async def hear(self, agent: str, rating: float) -> None:
-        """Pass a user's rating of a reply by this exact version to the monitors: -1 bad to 1 good."""
+    async def hear(self, agent: str, rating: float, key: str = "") -> None:
+        """Pass a user's rating of a reply by this exact version to the monitors: -1 bad to 1 good.
+
+        key: id of the API key that rates.
+        """
         ...
 
 
@@ -132,6 +135,7 @@ class Services:
     troubles: reasons why something cannot be served as configured, by agent or version.
     receipts_lost: number of receipts that could not be written.
     plans: plans, which clients use like agents and which combine several of them.
+    frozen_rollouts: version whose trial or watch waits for an admin, by agent.
     """
 
     replies: Replier
@@ -145,3 +149,4 @@ class Services:
     people: UserDirectory = field(default_factory=UserDirectory)
     speech: SpeechService = field(default_factory=lambda: SpeechService(SpeechOptions(voice=OFF)))
     plans: Sequence[AgentListing] = ()
+    frozen_rollouts: Callable[[], Mapping[str, str]] = dict

@@ -140,6 +140,7 @@ async def build_services(team: Team, tell: Tell = lambda event, **fields: None) 
                 partial(user_digest, digest=team_digest(Path(team.state))), dispatcher.user_versions.listeners
             ),
             plans=plans.listed,
+            frozen_rollouts=lambda: dispatcher.served.frozen,
         )
 
 

@@ -94,11 +94,21 @@ class _StateCollector(Collector):
         health = self._services.workers.health()
         yield from _workers(health["workers"])
         yield from _agents(health["agents"])
+        yield _frozen(self._services.frozen_rollouts())
         yield GaugeMetricFamily("sartor_connections", "open connections", value=self._connections())
         yield CounterMetricFamily(
             "sartor_receipts_lost", "receipts that could not be written", value=self._services.receipts_lost()
         )
         yield CounterMetricFamily("sartor_log_lines_lost", "log lines that nobody took", value=self._lines_lost())
+
+
+def _frozen(versions: Mapping[str, str]) -> Metric:
+    family = GaugeMetricFamily(
+        "sartor_rollout_frozen", "trials and watches that wait for an admin", labels=["agent", "version"]
+    )
+    for agent, version in versions.items():
+        family.add_metric([agent, version], 1)
+    return family
 
 
 def _workers(workers: Any) -> Iterator[Metric]:

@@ -181,7 +181,7 @@ class PlanRunner:
             text, objects = merge_json_replies(texts, plan.join)
             problems = []
             if text and self._request.schema:
-                problems = schema_errors(read_json(text), read_json(self._request.schema))
+                problems = await asyncio.to_thread(schema_errors, read_json(text), read_json(self._request.schema))
             if text and not problems:
                 self._note(f"merged from {objects} of {len(plan.members)}")
                 return StepReply(text, ", ".join(dict.fromkeys(reply.agent for reply in replies)))
@@ -263,7 +263,7 @@ class PlanRunner:
             if isinstance(check, Critic):
                 findings = await self._criticised(check, reply, step_path)
             else:
-                findings = run_check(check, reply.text, request_text)
+                findings = await asyncio.to_thread(run_check, check, reply.text, request_text)
                 line = StepLogEntry(
                     self._at(step_path), "check", check.kind, "found" if findings else "passed", reply=reply.text
                 )

@@ -185,6 +185,9 @@ def request_of(
         schema=schema,
         openable=client_request.openable if step.agent == AUTO else None,
         deadline_s=min(step.seconds or allowance.remaining_s, allowance.remaining_s),
+        key=client_request.key,
+        cache_owner=client_request.cache_owner,
+        has_team_system=bool(step.system),
     )
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sqlalchemy import Connection, Select, Table, insert, select
+from sqlalchemy import Connection, Select, Table, func, insert, select
 
 from sartor.core import records
 from sartor.core.database import Database, is_whole, sealed
@@ -43,18 +43,33 @@ class ChangeCause:
 NOBODY = ChangeCause()
 
 
+# Changes that begin or end a trial or a watch; the newest of them says whether it is frozen
+FROZEN = "frozen"
+_ROLLOUT_CHANGES = (FROZEN, "promoted", "rolled back", "canary", "shadow", "removed")
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Trial or watch in which the monitors change nothing any more until an admin does."""
+
+    version: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """Complete registry at one generation.
 
     versions: by `agent@version`.
     damaged: what cannot be read -> reason.
+    frozen: trials and watches that wait for an admin, by agent.
     """
 
     generation: int
     agents: Mapping[str, Agent]
     versions: Mapping[str, AgentVersion]
     damaged: Mapping[str, str]
+    frozen: Mapping[str, Freeze] = field(default_factory=dict)
 
 
 class Registry:
@@ -102,6 +117,7 @@ class Registry:
             generation = registry_schema.generation_of(connection)
             agent_rows = _rows(connection, select(registry_schema.agents))
             version_rows = _rows(connection, select(registry_schema.versions))
+            frozen = self._freezes(connection)
         agents, versions = {}, {}
         for row in agent_rows:
             if is_whole(row):
@@ -114,7 +130,9 @@ class Registry:
                 versions[name] = AgentVersion.from_row(row)
             else:
                 damaged[name] = f"its row was changed from outside; sartor agents add {row['release']}"
-        return Snapshot(generation, agents, versions, damaged)
+        return Snapshot(
+            generation, agents, versions, damaged, {name: freeze for name, freeze in frozen.items() if name in agents}
+        )
 
     def events(self, agent: str = "", *, limit: int = 100) -> list[Event]:
         """Return the newest `limit` changes of one agent or of all, oldest first.
@@ -171,13 +189,22 @@ class Registry:
 
         return self._change(write)
 
-    def promote(self, name: str, version: str, *, expected: str | None = None, cause: ChangeCause = NOBODY) -> Agent:
+    def promote(
+        self,
+        name: str,
+        version: str,
+        *,
+        expected: str | None = None,
+        heeds_freeze: bool = False,
+        cause: ChangeCause = NOBODY,
+    ) -> Agent:
         """Make a registered version live, if `expected` is the live version (None: any).
 
         It also ends a trial, a drain or a quarantine. Without an expectation it repairs a row that was changed from
         outside.
         Raises ConflictError with the actual state, UnknownAgentError, and what `Database.change` raises; then nothing
         changed.
+        heeds_freeze: whether a frozen trial raises ConflictError, as it does for the monitors.
         """
         return self._edit(
             name,
@@ -186,7 +213,31 @@ class Registry:
             cause=cause,
             version=version,
             heals=expected is None,
+            heeds_freeze=heeds_freeze,
         )
+
+    def freeze(
+        self,
+        name: str,
+        version: str,
+        *,
+        expected: str | None = None,
+        trial: str | None = None,
+        cause: ChangeCause = NOBODY,
+    ) -> Agent:
+        """Record that the trial or watch of a version waits for an admin; nothing else changes.
+
+        It lasts until the agent is promoted, rolled back or removed, or its fractions are set anew. Nothing changes if
+        it is frozen already. Raises as `rollback`.
+        """
+
+        def write(connection: Connection) -> Agent:
+            agent = self._agent(connection, name).expecting(expected, trial)
+            if name in self._freezes(connection):
+                return agent
+            return self._record(connection, FROZEN, before=agent, after=agent, version=version, cause=cause)
+
+        return self._change(write)
 
     def rollback(
         self, name: str, *, expected: str | None = None, trial: str | None = None, cause: ChangeCause = NOBODY
@@ -289,15 +340,27 @@ class Registry:
         return self._change(write)
 
     def _edit(
-        self, name: str, action: str, change: Change, cause: ChangeCause, version: str = "", heals: bool = False
+        self,
+        name: str,
+        action: str,
+        change: Change,
+        cause: ChangeCause,
+        version: str = "",
+        heals: bool = False,
+        heeds_freeze: bool = False,
     ) -> Agent:
         """Make one change of one agent.
 
         heals: take the agent from the log if its row was changed from outside.
+        heeds_freeze: as in `promote`.
         """
 
         def write(connection: Connection) -> Agent:
             before = self._agent(connection, name, heals=heals)
+            if heeds_freeze and name in self._freezes(connection):
+                raise ConflictError(
+                    f"the trial of {name} is frozen; nothing was changed", f"see `sartor agents events {name}`"
+                )
             if version:
                 self._check_version(connection, name, version)
             after = change(before)
@@ -451,6 +514,13 @@ class Registry:
             if is_whole(sealed_fields):
                 events.append(Event.from_row(row))
         return events[::-1]
+
+    def _freezes(self, connection: Connection) -> dict[str, Freeze]:
+        """Return the freezes that hold, by agent."""
+        column = registry_schema.events.c
+        newest = select(func.max(column.id)).where(column.what.in_(_ROLLOUT_CHANGES)).group_by(column.agent)
+        query = select(registry_schema.events).where(column.id.in_(newest), column.what == FROZEN)
+        return {str(row["agent"]): Freeze(row["version"], row["why"]) for row in _rows(connection, query)}
 
     def _row(self, connection: Connection, table: Table, **key: str) -> Mapping[str, Any] | None:
         row = connection.execute(select(table).filter_by(**key)).mappings().first()

@@ -60,7 +60,7 @@ async def feedback(body: FeedbackRequest, request: Request) -> JsonResponse:
     is_erased = partial(state.memory.erased.covers, record.began, voice.user, asker)
     stored = await intake.run(intake.keep, submitted, is_erased)
     if submitted.rating is not None and state.memory.is_first(receipt, record.principal.key):
-        await state.services.agent_admin.hear(agent, submitted.rating)
+        await state.services.agent_admin.hear(agent, submitted.rating, record.principal.key)
     state.metrics.count_feedback(submitted, stored)
     return JsonResponse(FeedbackResult(receipt=receipt, agent=agent, learnable=stored.has_words))
 

@@ -6,6 +6,7 @@ of them. A2A's specification leaves `protocolBinding` an open string.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -32,17 +33,13 @@ _UNHEALTHY: dict[int | str, dict[str, Any]] = {
 async def health(request: Request) -> JsonResponse:
     """Return 200 while any agent can answer. No key is needed; with a key, the agents that it opens are listed.
 
+    Memory and restarts of the workers are for the admin's key, and for keys that open every agent.
     Returns 503 too if keys were set and are lost, or if the registry has been lost for a minute; `troubles` says so.
     """
     principal = get_record(request).principal
     worker_health = get_state(request).services.workers.health()
     workers = [
-        WorkerHealth(
-            state=worker["state"],
-            role=worker["role"],
-            memory_bytes=worker["memory_bytes"],
-            restarts=worker["restarts"],
-        )
+        _worker_body(worker, with_load=principal.is_admin or principal.agents is None)
         for worker in worker_health["workers"]
     ]
     ready = sum(worker["state"] == READY for worker in workers)
@@ -52,7 +49,11 @@ async def health(request: Request) -> JsonResponse:
         if principal.opens(agent_of(name))
     }
     all_troubles = get_state(request).services.troubles()
-    troubles = {name: problem for name, problem in all_troubles.items() if principal.opens(agent_of(name))}
+    troubles = {
+        name: problem
+        for name, problem in all_troubles.items()
+        if principal.is_admin or principal.opens(agent_of(name))
+    }
     all_well = (
         not all_troubles
         and ready == len(workers)
@@ -71,6 +72,13 @@ async def health(request: Request) -> JsonResponse:
         troubles=troubles,
     )
     return JsonResponse(body, 200 if can_answer else 503)
+
+
+def _worker_body(worker: Mapping[str, Any], *, with_load: bool) -> WorkerHealth:
+    body = WorkerHealth(state=worker["state"], role=worker["role"])
+    if with_load:
+        body["memory_bytes"], body["restarts"] = worker["memory_bytes"], worker["restarts"]
+    return body
 
 
 @router.get(
@@ -98,10 +106,19 @@ def agent_card_router(team: Team) -> APIRouter:
         """Return the card. Its skills are `auto` and the agents that the key opens."""
         state, principal = get_state(request), get_record(request).principal
         descriptions = await abilities(state, principal, about_texts)
-        url = (team.a2a.url or str(request.base_url)).rstrip("/")
+        url = (team.a2a.url or _own_address(request)).rstrip("/")
         return JsonResponse(_card(team, url, state.fingerprint(), descriptions, needs_key=principal != ANYBODY))
 
     return router
+
+
+def _own_address(request: Request) -> str:
+    """Return the address at which the client's connection reached this server.
+
+    The Host header is not asked: who sends a foreign one to a cache would have others told a foreign address.
+    """
+    host, port = request.scope["server"]
+    return f"{request.url.scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _card(
