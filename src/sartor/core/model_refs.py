@@ -162,19 +162,26 @@ def files_digest(path: Path) -> str:
 def remembered_digest(file: Path) -> str:
     """Return the sha256 of a file, cached in SARTOR_HOME/digests.sqlite.
 
-    The cache entry holds until the file's inode, size, mtime or ctime changes. Files below 1 MiB are not cached.
+    The cache entry holds until the file's inode, size, mtime or ctime changes. Files below 1 MiB are not cached. A
+    cache into which another user could write is not used. Who may write to it as this user could as well replace
+    Sartor; root can set the clock, and with it ctime.
     """
     stat = file.stat()
     if stat.st_size < 1 << 20:
         return file_digest(file)
-    # changed just now: a second change could fall into the same clock tick
-    if time.time() - stat.st_ctime < 0.1:
+    # changed just now: a second change could fall into the same clock tick, of up to 2 s on FAT and some NFS servers
+    if abs(time.time() - stat.st_ctime) < 2:
+        return file_digest(file)
+    cache = home() / "digests.sqlite"
+    with contextlib.suppress(OSError):
+        cache.touch(mode=0o600)
+    if not _is_own(cache):
         return file_digest(file)
     # ctime is in the key because a program can reset mtime but not ctime
     key = f"{file.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
     with (
         contextlib.suppress(sqlite3.Error),
-        contextlib.closing(sqlite3.connect(home() / "digests.sqlite", timeout=30)) as connection,
+        contextlib.closing(sqlite3.connect(cache, timeout=30)) as connection,
         connection,
     ):
         connection.execute("create table if not exists digests (key text primary key, sha256 text)")
@@ -183,6 +190,17 @@ def remembered_digest(file: Path) -> str:
         connection.execute("insert or replace into digests values (?, ?)", (key, sha256))
         return sha256
     return file_digest(file)
+
+
+def _is_own(file: Path) -> bool:
+    """Return whether nobody but this user and root can write to a file."""
+    if os.name != "posix":
+        return True
+    try:
+        status = file.stat()
+    except OSError:
+        return False
+    return status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
 
 
 def chat_template(path: Path) -> str:

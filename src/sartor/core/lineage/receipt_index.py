@@ -127,7 +127,7 @@ class ReceiptIndex:
             except sqlite3.DatabaseError as error:
                 if "not a database" not in str(error) and "malformed" not in str(error):
                     raise
-                file.rename(file.with_suffix(".broken"))
+                self._set_aside(file)
                 rebuilt = ReceiptIndex(self.folder)
                 rebuilt.catch_up()
                 with rebuilt._open() as other:
@@ -135,6 +135,18 @@ class ReceiptIndex:
                 return
             with connection:
                 yield connection
+
+    def _set_aside(self, file: Path) -> None:
+        """Rename a damaged index and its journals, which SQLite would else apply to the new one.
+
+        A process that still has it open writes to the renamed file; the new one reads every line again, so that
+        nothing is lost. Of two processes that see the damage at once, the second may set aside a new index, which is
+        then made once more.
+        """
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            part = file.with_name(file.name + suffix)
+            with contextlib.suppress(FileNotFoundError):
+                part.rename(part.with_name(f"{file.stem}.broken{suffix}"))
 
 
 def _note(connection: sqlite3.Connection, locations: Sequence[ReceiptLocation]) -> None:

@@ -75,7 +75,7 @@ async def build_services(team: Team, tell: Tell = lambda event, **fields: None) 
     async with AsyncExitStack() as stack:
         # private mode: the directory holds digests of keys, and receipts
         Path(team.state).mkdir(mode=0o700, parents=True, exist_ok=True)
-        registry = await asyncio.to_thread(Registry.open, team.registry_url)
+        registry = await asyncio.to_thread(Registry.of, team)
         stack.callback(registry.close)
         authenticator = ApiKeyStore(registry.database, state=Path(team.state))
         await asyncio.to_thread(check_bind, authenticator, team.http)
