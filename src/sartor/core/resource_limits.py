@@ -53,7 +53,7 @@ GRACE_S = 20.0
 # Seconds within which killed processes must have ended; the kernel needs longer only for one that waits for a device.
 END_S = 5.0
 # environment variable by which a descendant without a cgroup is recognised
-MARK = "SARTOR_COMMAND"
+MARK = "LIMITED_BY_SARTOR"
 LOG_LINES = 3
 # less memory than a Python process needs that has imported torch
 LEAST_BYTES = 64 << 20

@@ -1,4 +1,4 @@
-"""Key of the registry's row seals, STATE/registry.key, and the change from plain checksums to seals by it.
+"""Key of the registry's row seals, STATE/registry.key, and the change from plain checksums to it.
 
 The first start after an upgrade creates the key and seals every intact row, in one transaction. Until it is committed
 the key is called `registry.key.new`: a start that was killed is repeated by the next one. Once `registry.key` exists,
