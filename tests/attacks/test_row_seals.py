@@ -285,3 +285,5 @@ def test_postgres_rows_are_sealed_by_the_state_key(
                 connection.exec_driver_sql("update events set who = 'eve'")
         with pytest.raises(ConfigError, match="sealed by a key"):
             open_database(url, tmp_path / "elsewhere")
+        with pytest.raises(ConfigError, match="no state directory was given"):
+            open_database(url)

@@ -41,7 +41,7 @@ from sqlalchemy import (
 from sartor.core import database, records
 from sartor.core.database import Database, Form
 from sartor.core.errors import ConfigError, ConflictError
-from sartor.serving.registry.registry_seals import use_key
+from sartor.serving.registry.registry_seals import check_unkeyed, use_key
 
 # formerly live versions that are recorded, which is how often a rollback can be repeated
 MOST_EARLIER = 8
@@ -359,12 +359,14 @@ def open_database(url: str, state: Path | None = None) -> Database:
     """
     opened = open_unsealed(url)
     directory = state or opened.directory
-    if directory is not None:
-        try:
+    try:
+        if directory is None:
+            check_unkeyed(opened, SEALED)
+        else:
             use_key(opened, directory, SEALED)
-        except BaseException:
-            opened.close()
-            raise
+    except BaseException:
+        opened.close()
+        raise
     return opened
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Table, func, select
 
 from sartor.core.database import Database
 from sartor.core.errors import ConfigError
-from sartor.core.filesystem import fsync_directory
+from sartor.core.filesystem import FileSystem
 from sartor.core.row_seals import COLUMN, PREFIX, RowSeals, create_key, read_key
 
 FILE = "registry.key"
@@ -49,6 +49,17 @@ def use_key(database: Database, state: Path, tables: Sequence[Table]) -> None:
     database.seals = seals
 
 
+def check_unkeyed(database: Database, tables: Sequence[Table]) -> None:
+    """Raise ConfigError if rows are sealed by a key, for a database that is opened without one."""
+    with database.read() as connection:
+        used = _seal_ids(connection, tables)
+    if used:
+        raise ConfigError(
+            f"the rows of the registry {database.name} are sealed by a key, and no state directory was given",
+            "Registry.of(team), or Registry.open(url, state)",
+        )
+
+
 def reseal(database: Database, state: Path, tables: Sequence[Table]) -> dict[str, int]:
     """Seal every row as it is now, whoever wrote it, and return the number of rows by table.
 
@@ -76,8 +87,7 @@ def _introduce(database: Database, file: Path, tables: Sequence[Table]) -> None:
         if not used:
             _write_seals(connection, seals, tables, every=False)
     with suppress(FileNotFoundError):  # another process was first
-        pending.rename(file)
-    fsync_directory(file.parent)
+        FileSystem().take_name(pending, file)
 
 
 def _other_key(database: Database, key: str, file: Path) -> ConfigError:
