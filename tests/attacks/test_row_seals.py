@@ -268,6 +268,7 @@ def _opened(url: str, state: Path) -> None:
     database.close()
 
 
+@pytest.mark.services
 def test_postgres_rows_are_sealed_by_the_state_key(
     state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
