@@ -142,6 +142,20 @@ def test_a_process_that_cannot_be_ended_is_reported(monkeypatch: pytest.MonkeyPa
     assert used.not_ended == [f"process {pid_file.read_text()}"]
 
 
+def test_without_proc_the_process_group_is_ended(
+    tmp_path: Path, pid_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS: a child that stays in the session is ended with the command."""
+    monkeypatch.setattr(resource_limits, "PROC", tmp_path / "no proc")
+    code = "if os.fork() == 0:\n    open(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    used = run(attack(code, pid_file), ResourceLimits(wall_s=2), cgroups=tmp_path / "none")
+    assert used.killed == "wall" and used.wall_s < 30
+    deadline = time.monotonic() + 10
+    while is_alive(int(pid_file.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_sigterm_to_the_caller_ends_the_command(tmp_path: Path, pid_file: Path) -> None:
     """The command has a session of its own; a signal that ends the caller must not leave it running."""
     caller = subprocess.Popen(

@@ -45,6 +45,7 @@ from typing import Any, Literal, Protocol
 from sartor.core.errors import BudgetError, MissingError
 
 CGROUPS = Path("/sys/fs/cgroup")
+PROC = Path("/proc")
 # Interval at which memory and clocks are read, s. The report may miss a peak in between; the kernel does not.
 LOOK_S = 0.01
 # Interval at which processes without a cgroup are searched for, s. A scan reads one line per process of the machine.
@@ -300,7 +301,7 @@ class _Stat:
 
 def _stat(pid: int) -> _Stat:
     """Return the line of a process (proc(5)). Raises OSError if it has ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     user, system, reaped_user, reaped_system = (int(field) / _TICKS for field in fields[11:15])
     return _Stat(
         pid=pid,
@@ -373,7 +374,11 @@ class ProcessTree:
         return sorted(number for number in numbers if self._lives(number))
 
     def send(self, signal_number: int) -> None:
-        """Send a signal to every process."""
+        """Send a signal to every process; on a system without /proc, to the process group of the command."""
+        if not (PROC / "self" / "stat").exists():
+            with suppress(OSError):
+                os.killpg(self._root, signal_number)
+            return
         if signal_number == signal.SIGKILL:
             for folder in self._folders:
                 with suppress(OSError):
@@ -442,7 +447,7 @@ class ProcessTree:
                 self._update(stat)
         fresh = []
         with suppress(OSError):
-            for name in os.listdir("/proc"):
+            for name in os.listdir(PROC):
                 if name.isdigit():
                     with suppress(OSError, IndexError, ValueError):
                         stat = _stat(int(name))
@@ -652,9 +657,6 @@ class _Watch:
         """Kill what is left of the command; return the processes that have not ended."""
         with suppress(OSError):
             self._tree.look()
-        if self._process.poll() is None:
-            with suppress(OSError):  # without /proc and without a cgroup only the group is known
-                os.killpg(self._process.pid, signal.SIGKILL)
         return [number for number in self._tree.end() if number != self._process.pid]
 
     def _hold_time(self) -> None:
