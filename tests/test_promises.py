@@ -335,3 +335,52 @@ def test_a_planted_extra_is_found(text: str, wrong: list[str]) -> None:
 def test_a_planted_command_is_found(text: str, count: int) -> None:
     assert len(wrong_commands(text)) == count
     assert wrong_assets("sartor assets install nothing") == ["nothing"]
+
+
+# guarantees: each sentence is in its page, and its test exists
+
+
+GUARANTEES = ROOT / "docs" / "development" / "guarantees.md"
+_ROW = re.compile(r"^\| \[[\w.-]+\]\(([^)]+)\) \| (.+?) \| `(tests/[\w/]+\.py)::(test_\w+)` \|$", re.MULTILINE)
+_SECRET = re.compile(r"(?:^|[-_.])(?:password|passphrase|secret|token|api-?key|pin)$")
+
+
+def plain_text(page: str) -> str:
+    """The text of a page without line ends and without the marks of emphasis and of table columns."""
+    return " ".join(page.replace("**", "").replace(" | ", " ").split()).lower()
+
+
+def guarantees() -> list[tuple[str, str, str, str]]:
+    """Page, sentence, test file and test of every line of the table."""
+    text = GUARANTEES.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| [")]
+    rows = [match.groups() for match in _ROW.finditer(text)]
+    assert len(rows) == len(lines), "every line has a page, a sentence and a test"
+    return rows  # type: ignore[return-value]
+
+
+def test_each_guarantee_is_quoted_as_its_page_has_it() -> None:
+    wrong = [
+        (page, sentence)
+        for page, sentence, _, _ in guarantees()
+        if plain_text(sentence) not in plain_text((GUARANTEES.parent / page).read_text(encoding="utf-8"))
+    ]
+    assert not wrong
+
+
+def test_each_guarantee_has_a_test_that_exists() -> None:
+    missing = [
+        f"{file}::{name}"
+        for _, _, file, name in guarantees()
+        if not (ROOT / file).is_file()
+        or not re.search(rf"^(?:async )?def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert not missing
+
+
+def test_no_flag_takes_a_secret() -> None:
+    """A flag's value is seen by every user of the machine; the name of a variable or a file is none."""
+    # what `steps[].entities` does with a kind of finding is no secret itself
+    flags = [flag for flag in sorted(all_flags()) if not flag.startswith("--steps[]")]
+    assert not [flag for flag in flags if _SECRET.search(flag)]
+    assert _SECRET.search("--api-key") and not _SECRET.search("--api-key-env")

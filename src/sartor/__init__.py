@@ -86,6 +86,7 @@ _NAMES = {
     "remove_feedback": "sartor.serving.commands.agent_commands:remove_feedback",
     "remove_keys": "sartor.serving.api_keys:remove_keys",
     "repair_agent": "sartor.serving.commands.agent_commands:repair_agent",
+    "reseal_registry": "sartor.serving.commands.agent_commands:reseal_registry",
     "replay_plans": "sartor.serving.commands.plan_replay:replay_plans",
     "rethreshold": "sartor.curate.rethreshold:rethreshold",
     "retrain": "sartor.learn.retrain:retrain",

@@ -73,7 +73,7 @@ def test_page_cache_is_not_counted_and_kills_nobody(tmp_path: Path) -> None:
 
 @needs_cgroup
 def test_nothing_is_left_of_a_cgroup() -> None:
-    folders = [folder for folder in (CGROUPS, CGROUPS / "memory") if folder.is_dir()]
+    folders = [folder for folder in (CGROUPS, *CGROUPS.iterdir()) if folder.is_dir()]
     taking(10, 100)
     assert not [made for folder in folders for made in folder.glob(f"sartor-{os.getpid()}-*")]
 

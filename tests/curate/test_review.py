@@ -561,7 +561,7 @@ def test_a_busy_queue_and_a_damaged_one_are_told(data: Path, monkeypatch: pytest
         other.execute("update review_decisions set said = '{}'")
     other.execute("update review_items set said = replace(said, 'near_copy', 'far_copy')")
     other.close()
-    with pytest.raises(ArtifactError, match=f"item {item} was changed from outside"):
+    with pytest.raises(ArtifactError, match=f"item {item} does not match its checksum"):
         sartor.open_items(data)
     file.write_bytes(b"no database at all " * 99)
     with pytest.raises(ArtifactError, match="review queue .* damaged"):

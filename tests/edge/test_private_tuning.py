@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -620,3 +621,19 @@ def test_it_works_where_there_is_no_network_at_all(shop: Shop) -> None:
     )
     subprocess.run([*unshare, sys.executable, "-c", code, str(shop.folder), str(shop.base)], check=True)
     assert me.status().rows == 36
+
+
+def test_tuner_has_one_malloc_arena_as_the_public_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arenas of threads would hold memory that the forecast does not know."""
+    seen: list[Any] = []
+
+    def run(command: list[str], limits: ResourceLimits, **options: Any) -> Any:
+        seen.append(options["environment"]["MALLOC_ARENA_MAX"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(private_tuning, "run", run)
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    job = SimpleNamespace(tokens=str(tmp_path / "tokens"), write=lambda file: None)
+    with pytest.raises(KeyboardInterrupt):
+        private_tuning.tune_in_process(ResourceLimits())(job)  # type: ignore[arg-type]
+    assert seen == ["1"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,3 +171,27 @@ def test_gate_takes_the_worst_probe(name: str) -> None:
     assert check.outcome == "fail" and f"worst of its probes, {name.replace('_', ' ')}" in check.detail
     assert "rehearsal: true" in check.remedy
     assert check_forgetting(forgetting_probes.worst_probe(results), ForgettingLimit(0.7)).outcome == "pass"
+
+
+def test_small_talk_rows_ignore_the_order_of_a_set(tmp_path: Path) -> None:
+    """Conversations with equal words have one digest; their order must not depend on PYTHONHASHSEED."""
+    words = [[{"text": "hello there my friend"}], [{"text": "good day to you"}]]
+    (tmp_path / "dataset.json").write_text(json.dumps({f"talk-{number}": {"messages": words} for number in range(50)}))
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom types import SimpleNamespace\n"
+        "from sartor.core import assets\nfrom sartor.evaluate.audit import probes\n"
+        "assets.install = lambda name: Path(sys.argv[1])\n"
+        "assets.entry = lambda name: SimpleNamespace(paths=['dataset.json'])\n"
+        "print([row.group for row in probes.chitchat_rows()])\n"
+    )
+    results = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env=os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": os.pathsep.join(sys.path)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in (1, 2)
+    }
+    assert len(results) == 1

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ArtifactError, ConfigError
 from sartor.evaluate import bootstrap
 from sartor.evaluate.metrics import MetricSet, ModelOutputs
 from sartor.evaluate.reply_labels import label_of, span_of
@@ -273,3 +273,10 @@ def test_an_estimate_is_in_its_interval_whatever_the_statistic() -> None:
             [0.0] * 39, [score] * 39, [str(n // 3) for n in range(39)], is_bounded=False
         )
         assert equal.low <= equal.difference <= equal.high, "ends that are rounded otherwise leave nothing out"
+
+
+def test_span_of_an_absent_field_is_an_error() -> None:
+    """A field without a matching key, or below a value that is no object, has no span."""
+    for reply, field in (('{"a": 1}', "b"), ('{"a": 1}', "b.c"), ('{"a": 1}', "a.b"), ("[1]", "a"), ("word", "a")):
+        with pytest.raises(ArtifactError, match="no field"):
+            span_of(reply, field)

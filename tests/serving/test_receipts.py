@@ -582,3 +582,18 @@ def test_media_count_by_their_bytes_in_whichever_form_and_place() -> None:
             "messages"
         ]
     )
+
+
+def test_losses_of_many_threads_are_all_counted(book: ReceiptLog) -> None:
+    """Requests count lost receipts at the same time; a switch between read and write must lose none."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=lambda: [book._lose(1, "disk") for _ in range(2000)]) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert book.lost == 16_000

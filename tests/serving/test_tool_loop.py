@@ -271,3 +271,13 @@ async def test_agent_tools_are_offered_unless_the_client_overrides(
         for body, tools in [(told, ()), ({**told, "tool_choice": "auto"}, (own,))]:
             await said(dispatch, chat_request(ChatRequest.model_validate(body), RequestLimits()))
             assert crew.calls[-1].tools == tools
+
+
+async def test_a_tools_command_is_never_read_by_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments that a shell would run are arguments."""
+    mark = tmp_path / "mark"
+    start = f"import runpy, sys\nsys.argv = [{SMALL[1]!r}]\nrunpy.run_path({SMALL[1]!r}, run_name='__main__')"
+    attack = [f"; touch {mark}", f"$(touch {mark})", f"`touch {mark}`", f"| touch {mark}"]
+    monkeypatch.setitem(globals(), "SMALL", (SMALL[0], "-c", start, *attack))
+    came = await run(tmp_path, [("double", {"number": 2})])
+    assert came["results"] == ["4"] and not mark.exists()

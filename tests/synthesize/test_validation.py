@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from sartor.core.errors import ConfigError, GateError, SourceError
 from sartor.core.parquet_io import read_drops, read_examples
 from sartor.core.records import Example, Message, Origin
 from sartor.synthesize.validate import citation_check, diversity, outcome_shift, two_sample_tests
+from sartor.synthesize.validate import samples as samples_module
 from sartor.synthesize.validate.permutation_tests import StatisticResult, corrected_results, finding_of, permuted
 from sartor.synthesize.validate.samples import SampleSpace, ValidationSamples, pooled
 from sartor.synthesize.validate.types import ValidateOptions, ValidationLimits
@@ -445,3 +447,20 @@ def test_negative_limit_is_refused_and_a_huge_one_passes() -> None:
             ValidationLimits(span=limit)
     found = citation_check.consistency({0: "it is not there"}, 1, ["row"], ValidationLimits(span=5.0))
     assert corrected_results([found], 0.05)[0].verdict == "pass"
+
+
+def test_rows_of_the_test_split_are_held_out_too(tmp_path: Path) -> None:
+    """A Dataset without `eval`, but with `test`, is compared by its test rows; its training rows are the seeds."""
+    rows = [replace(row, split="test" if index % 2 else "train") for index, row in enumerate(talk(120, seed=1))]
+    samples = open_samples_of(rows, tmp_path)
+    assert samples.real and {row.split for row in samples.real} == {"test"}
+    assert samples.seeds and {row.split for row in samples.seeds} == {"train"}
+
+
+def open_samples_of(rows: list[Example], folder: Path) -> ValidationSamples:
+    """Samples of a validation whose real side is a Dataset with these splits."""
+    with pytest.MonkeyPatch.context() as patch:
+        synthetic = [replace(row, split="train") for row in talk(120, seed=2)]
+        sides = {folder / "synthetic": (synthetic, []), folder / "real": (rows, [])}
+        patch.setattr(samples_module, "_rows_of", sides.__getitem__)
+        return samples_module.open_samples(folder / "synthetic", folder / "real", None)

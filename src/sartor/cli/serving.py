@@ -270,6 +270,16 @@ def agents_repair(name: str, *, reason: str = "", team: Path = TEAM) -> Any:
     return sartor.repair_agent(team, name, why=reason)
 
 
+@agents_app.command(name="reseal")
+def agents_reseal(*, team: Path = TEAM) -> Any:
+    """Trust every row of the registry as it is, after the key of its seals was lost or an old copy was restored.
+
+    Args:
+        team: the team's YAML file
+    """
+    return sartor.reseal_registry(team)
+
+
 @agents_app.command(name="replay")
 def agents_replay(log: Path, *, run: str = "", messages: Path | None = None, team: Path = TEAM) -> Any:
     """Replay plan runs with the versions that made them, and report differences; greedy steps must be equal.

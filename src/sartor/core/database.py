@@ -2,8 +2,7 @@
 
 The default is SQLite (write-ahead log, foreign keys, a busy timeout for locks); a URL selects Postgres. The URL holds
 no secret: `${NAME}` in it is filled from the environment, and filled values are removed from every message. A `Form`
-describes the content: the registry of a team, or a review queue. A row carries the digest of its content, so that a
-change from outside is detected.
+describes the content: the registry of a team, or a review queue. Rows are sealed by `row_seals`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from alembic import command, context
 from alembic.config import Config
@@ -27,10 +26,10 @@ from filelock import FileLock, Timeout
 from sqlalchemy import URL, Column, Connection, Engine, NullPool, create_engine, event, make_url, select, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from sartor.core import records
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, MissingError, SartorError, missing_package
 from sartor.core.filesystem import make_private_folder, touch_private
 from sartor.core.installation import upgrade_command
+from sartor.core.row_seals import RowSeals
 
 BUSY_S = 5.0
 # a committed change survives a power cut
@@ -81,10 +80,12 @@ class Database:
     """Connections of one database.
 
     name: its URL without secrets.
+    seals: seals of its rows; plain checksums until a key is set.
     """
 
     def __init__(self, url: URL, secrets: dict[str, str], name: str, form: Form) -> None:
         self.name, self.form = name, form
+        self.seals = RowSeals()
         self._secrets = secrets
         self._is_sqlite = url.get_backend_name() == "sqlite"
         # opening SQLite takes a millisecond; a pooled connection would keep a file open that a restored copy replaced
@@ -95,7 +96,7 @@ class Database:
             is_libpq = url.get_driver_name() in ("psycopg", "psycopg2")
             connect_args = {name: value for name, value in _LIBPQ.items() if is_libpq and name not in url.query}
             pool = {"pool_pre_ping": True, "pool_size": 4, "connect_args": connect_args}
-        self._engine: Engine = create_engine(url, **pool)
+        self._engine: Engine = create_engine(url, execution_options={"sartor_database": self}, **pool)
         if self._is_sqlite:
             event.listen(self._engine, "connect", _prepare)
             event.listen(self._engine, "begin", _begin)
@@ -193,6 +194,11 @@ class Database:
             f"vacuum full of {', '.join(tables)}; the server's own log (WAL), its replicas and archives are not "
             "reached"
         )
+
+    @property
+    def directory(self) -> Path | None:
+        """Directory of a SQLite file; None for a server's database."""
+        return Path(str(self._engine.url.database)).parent if self._is_sqlite else None
 
     @property
     def files(self) -> list[Path]:
@@ -351,22 +357,16 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("begin immediate" if changes else "begin")
 
 
-def checksum(row: Mapping[str, Any]) -> str:
-    """Return the sha256 of every column of a row except `checksum`.
-
-    A row whose number the database assigns is digested before it has that number.
-    """
-    return records.digest({name: value for name, value in row.items() if name != "checksum"})
+def seals_of(connection: Connection) -> RowSeals:
+    """Return the seals of the database to which a connection belongs."""
+    return cast(Database, connection.get_execution_options()["sartor_database"]).seals
 
 
-def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row with its checksum, to be written."""
-    return {**row, "checksum": checksum(row)}
+def sealed(connection: Connection, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row with its seal, to be written through `connection`."""
+    return seals_of(connection).sealed(row)
 
 
-def is_whole(row: Mapping[str, Any]) -> bool:
-    """Return whether a row that was read matches its checksum."""
-    try:
-        return bool(checksum(row) == row["checksum"])
-    except (TypeError, ValueError):  # bytes, or text with a lone surrogate: Sartor never writes these
-        return False
+def is_whole(connection: Connection, row: Mapping[str, Any]) -> bool:
+    """Return whether a row that was read through `connection` matches its seal."""
+    return seals_of(connection).is_whole(row)

@@ -27,7 +27,7 @@ import yaml
 from sartor.core import assets, gguf_header
 from sartor.core.artifacts import kind_of
 from sartor.core.errors import ConfigError, ExtraError, HubError, ModelError, missing_package
-from sartor.core.filesystem import file_digest, touch_private
+from sartor.core.filesystem import file_digest
 from sartor.core.home import folder, home
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.core.records import digest
@@ -163,19 +163,16 @@ def remembered_digest(file: Path) -> str:
     """Return the sha256 of a file, cached in SARTOR_HOME/digests.sqlite.
 
     The cache entry holds until the file's inode, size, mtime or ctime changes. Files below 1 MiB are not cached. A
-    cache that others can write to is not believed. Not detected: a change by whoever can set the machine's clock, and
-    two changes within 0.1 s on a file system whose times are coarser than that.
+    cache that others can write to is not believed. Not detected: a change by whoever can set the machine's clock.
     """
     stat = file.stat()
     if stat.st_size < 1 << 20:
         return file_digest(file)
-    # changed just now: a second change could fall into the same clock tick
-    if time.time() - stat.st_ctime < 0.1:
+    # changed just now: a second change could fall into the same clock tick, of up to 2 s on FAT and some NFS servers
+    if abs(time.time() - stat.st_ctime) < 2:
         return file_digest(file)
     # ctime is in the key because a program can reset mtime but not ctime
     key = f"{file.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-    with contextlib.suppress(OSError):
-        touch_private(home() / "digests.sqlite")
     with (
         contextlib.suppress(sqlite3.Error, OSError),
         contextlib.closing(sqlite3.connect(_private_store(), timeout=30)) as connection,

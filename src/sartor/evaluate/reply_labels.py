@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from sartor.core.errors import ArtifactError
 from sartor.core.records import canonical_text
 
 # name of the field that is the whole reply
@@ -103,11 +104,13 @@ def _find(text: str, start: int, field: str) -> tuple[int, int]:
 
     As in `json`, the last of equal keys wins.
     """
-    members = _members(text, start)
+    members = _members(text, start) if text[start : start + 1] == "{" else {}
     if field in members:
         return members[field]
     prefixes = [field[:index] for index, letter in enumerate(field) if letter == "."]
-    key = next(prefix for prefix in prefixes if prefix in members)
+    key = next((prefix for prefix in prefixes if prefix in members), None)
+    if key is None:
+        raise ArtifactError(f"a reply has no field {field[:80]!a}", "--label with a field that every reply has")
     return _find(text, members[key][0], field[len(key) + 1 :])
 
 

@@ -227,7 +227,7 @@ def tune_personal(
 @contextmanager
 def _open_context(team: Team, options: PersonalOptions) -> Iterator[_TuningContext]:
     person = required_user_digest(options.user, team_digest(Path(team.state)))
-    with closing(Registry.open(team.registry_url)) as registry:
+    with closing(Registry.of(team)) as registry:
         snapshot = registry.read()
         agent = snapshot.agents.get(options.agent)
         live = snapshot.versions.get(f"{options.agent}@{agent.live}") if agent and agent.state != "removed" else None

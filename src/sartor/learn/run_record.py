@@ -258,7 +258,7 @@ class Stage(Protocol):
 
 def read_registry(team: Team) -> Snapshot:
     """Return every agent and version of a team."""
-    with closing(Registry.open(team.registry_url)) as registry:
+    with closing(Registry.of(team)) as registry:
         return registry.read()
 
 

@@ -297,7 +297,7 @@ def _withdraw(team: Team, registry: Registry, key: str, user: str) -> dict[str, 
 def open_team_registry(team: Team | Path | str) -> Iterator[tuple[Team, Registry]]:
     """Yield a team and its open registry."""
     loaded_team = team if isinstance(team, Team) else load(Path(team))
-    with closing(Registry.open(loaded_team.registry_url)) as registry:
+    with closing(Registry.of(loaded_team)) as registry:
         yield loaded_team, registry
 
 

@@ -184,7 +184,9 @@ def read_mark(connection: Connection) -> str:
     row = connection.execute(query.limit(1)).mappings().first()
     if row is None:
         return ""
-    is_unkeyed = row["what"] == UNKEYED and is_whole({name: value for name, value in row.items() if name != "id"})
+    is_unkeyed = row["what"] == UNKEYED and is_whole(
+        connection, {name: value for name, value in row.items() if name != "id"}
+    )
     return UNKEYED if is_unkeyed else KEYED
 
 
@@ -325,7 +327,7 @@ class ApiKeyStore:
     @classmethod
     def of(cls, team: Team) -> ApiKeyStore:
         """Open the keys of a team. Raises what `open_database` raises."""
-        return cls(registry_schema.open_database(team.registry_url), state=Path(team.state))
+        return cls(registry_schema.open_database(team.registry_url, Path(team.state)), state=Path(team.state))
 
     def close(self) -> None:
         """Close the database."""
@@ -408,22 +410,20 @@ class ApiKeyStore:
         ends = _ends(expires)
         identity = secrets.token_hex(6)
         secret = f"{PREFIX}-{identity}-{secrets.token_urlsafe(SECRET_BYTES)}"
-        row = sealed(
-            {
-                "id": identity,
-                "name": ", ".join(names) or "admin",
-                "agents": records.canonical(names).decode(),
-                "admin": int(is_admin),
-                "digest": hashlib.sha256(secret.encode()).hexdigest(),
-                "created": _now(),
-                "expires": ends,
-                "revoked": "",
-            }
-        )
+        row: dict[str, Any] = {
+            "id": identity,
+            "name": ", ".join(names) or "admin",
+            "agents": records.canonical(names).decode(),
+            "admin": int(is_admin),
+            "digest": hashlib.sha256(secret.encode()).hexdigest(),
+            "created": _now(),
+            "expires": ends,
+            "revoked": "",
+        }
         with self._database.change() as connection:
             if read_mark(connection) != KEYED:
                 write_mark(connection, KEYED, "sartor agents key")
-            connection.execute(insert(registry_schema.keys).values(row))
+            connection.execute(insert(registry_schema.keys).values(sealed(connection, row)))
         self._changed()
         return secret, _key(row)
 
@@ -439,7 +439,7 @@ class ApiKeyStore:
                 raise ConfigError(
                     f"there is no key {identity[:40]!a}; there are: {key_ids}", "sartor agents key --list"
                 )
-            row = sealed({**row, "revoked": row["revoked"] or _now()})
+            row = sealed(connection, {**row, "revoked": row["revoked"] or _now()})
             connection.execute(update(registry_schema.keys).where(registry_schema.keys.c.id == identity).values(row))
         self._changed()
         return _key(row)
@@ -516,15 +516,17 @@ class ApiKeyStore:
         with self._database.read() as connection:
             rows = [dict(row) for row in connection.execute(select(registry_schema.keys)).mappings()]
             mark, allowed = read_mark(connection), speakers(connection)
-        for row in filter(is_whole, rows):
-            self._is_valid(_key(row))
+            table_rows = {str(row["id"]): row if is_whole(connection, row) else None for row in rows}
+        for row in table_rows.values():
+            if row is not None:
+                self._is_valid(_key(row))
         if rows or is_on_file or mark == KEYED:
             self._was_keyed = True
         is_marked = mark == KEYED and (is_on_file or self._state is None)
         is_taken_back = mark == UNKEYED and not rows
         if self._was_keyed and not is_marked and not is_taken_back:
             self._mark()
-        return KeyTable({str(row["id"]): row if is_whole(row) else None for row in rows}, allowed, mark, is_on_file)
+        return KeyTable(table_rows, allowed, mark, is_on_file)
 
     def _mark(self) -> None:
         """Write missing marks, for keys of an older version or a registry that was replaced.
@@ -603,7 +605,7 @@ def _whole(connection: Connection, identity: str) -> Mapping[str, Any] | None:
     )
     if stored_row is None:
         return None
-    if not is_whole(row := dict(stored_row)):
+    if not is_whole(connection, row := dict(stored_row)):
         raise ArtifactError(
             f"the row of the key {identity} was changed from outside",
             f"sartor agents key --revoke {identity}, then sartor agents key NAME for a new one",

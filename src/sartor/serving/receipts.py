@@ -374,6 +374,7 @@ class ReceiptLog:
         self._prune()
         self.torn = self._index.catch_up()
         self.lost = 0
+        self._lost_lock = threading.Lock()
         self.problem = ""
         self._thread = threading.Thread(target=self._run, name="receipts", daemon=True)
         self._thread.start()
@@ -500,8 +501,9 @@ class ReceiptLog:
         return segment
 
     def _lose(self, count: int, problem: str) -> None:
-        self.lost += count
-        self.problem = problem
+        with self._lost_lock:  # requests lose receipts in their threads, the writer in its own
+            self.lost += count
+            self.problem = problem
 
     def _prune(self) -> None:
         """Remove segments whose newest receipt is older than the team's retention time."""

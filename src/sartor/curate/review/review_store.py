@@ -41,10 +41,11 @@ from sqlalchemy.exc import ArgumentError
 
 from sartor.core import records, signing
 from sartor.core.artifacts import Artifact, read_manifest
-from sartor.core.database import Database, Form, is_whole, open_database, sealed
+from sartor.core.database import Database, Form, open_database, sealed
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import origin_index
 from sartor.core.parquet_io import column
+from sartor.core.row_seals import RowSeals
 from sartor.curate.review import review_file
 from sartor.curate.review.review_items import Decision, ItemState, ReviewItem, decision_of, item_of, item_state
 
@@ -99,7 +100,7 @@ AT_ONCE = 500  # ids per query: SQLite allows 32,766 parameters, old versions 99
 class Queue:
     """Review queue in a database, safe to use from several threads and processes.
 
-    Each call may raise what `Database.change` raises, and ArtifactError for a row that was changed from outside.
+    Each call may raise what `Database.change` raises, and ArtifactError for a row that does not match its checksum.
     """
 
     def __init__(self, database: Database) -> None:
@@ -159,13 +160,13 @@ class Queue:
                 self._add(connection, dataset, item)
             if not _queue_is_there(connection, samples, id=identity):
                 row = {"id": identity, "dataset": dataset, "said": records.canonical(dict(plan)).decode()}
-                connection.execute(insert(samples).values(sealed(row)))
+                connection.execute(insert(samples).values(sealed(connection, row)))
 
     def _add(self, connection: Connection, dataset: str, item: ReviewItem) -> bool:
         is_new = not _queue_is_there(connection, items, id=item.id)
         if is_new:
             row = {"id": item.id, "said": records.canonical(item.as_json()).decode()}
-            connection.execute(insert(items).values(sealed(row)))
+            connection.execute(insert(items).values(sealed(connection, row)))
         if not _queue_is_there(connection, occurrences, item=item.id, dataset=dataset):
             connection.execute(insert(occurrences).values(item=item.id, dataset=dataset))
         return is_new
@@ -175,7 +176,7 @@ class Queue:
         if _queue_is_there(connection, decisions, key=key):
             return False
         row = {"key": key, "item": decision.item, "said": records.canonical(decision.as_json()).decode()}
-        connection.execute(insert(decisions).values(sealed(row)))
+        connection.execute(insert(decisions).values(sealed(connection, row)))
         return True
 
 
@@ -184,9 +185,9 @@ def _queue_is_there(connection: Connection, table: Table, **key: str) -> bool:
 
 
 def _verified_fields(row: Mapping[str, Any], kind: str, identity: str) -> dict[str, Any]:
-    if not is_whole(dict(row)):
+    if not RowSeals().is_whole(row):
         raise ArtifactError(
-            f"the {kind} {identity} was changed from outside",
+            f"the {kind} {identity} does not match its checksum: the queue is damaged, or was edited",
             "cp BACKUP/review.sqlite to the place of the queue; or sartor review import DATASET review.jsonl into a "
             "new one",
         )

@@ -28,7 +28,7 @@ from sartor.core.errors import (
 )
 from sartor.core.resource_limits import ResourceLimits, run
 from sartor.edge.tuning.tuner_process import write_tokens
-from sartor.edge.tuning.tuning_job import TuningJob, tuner_command
+from sartor.edge.tuning.tuning_job import TuningJob, tuner_command, tuner_environment
 from sartor.models.packing import TokenizedExample
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
@@ -101,7 +101,7 @@ def tune_in_process(limits: ResourceLimits, stop: Callable[[], bool] = lambda: F
         """
         file = Path(job.tokens).with_name("job.json")
         job.write(file)
-        usage = run(tuner_command(file), limits, stop=stop)
+        usage = run(tuner_command(file), limits, environment=tuner_environment(), stop=stop)
         if usage.killed == "stopped":
             raise BusyError(
                 "the tuning was stopped; what it has is saved",

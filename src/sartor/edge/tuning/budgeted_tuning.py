@@ -38,7 +38,7 @@ from sartor.core.processes import DeferredSignals
 from sartor.core.resource_limits import ResourceLimits, ResourceUsage
 from sartor.core.signing import AnyPublicKey, check_signature, open_private, signature_of
 from sartor.edge.tuning.memory_plan import MemoryPlan, MemorySetting, Planner
-from sartor.edge.tuning.tuning_job import DTYPE, TuningJob, tuner_command
+from sartor.edge.tuning.tuning_job import DTYPE, TuningJob, tuner_command, tuner_environment
 
 SCHEMA, FILE = 1, "receipt.json"
 # done; paused by the policy or a signal, can resume; spent: time or disk ran out, the state so far is saved
@@ -293,8 +293,7 @@ class FallbackTuning:
         usage = resource_limits.run(
             tuner_command(file),
             limits,
-            # one malloc arena: the arenas of threads would hold memory that others need
-            environment={"MALLOC_ARENA_MAX": "1", **os.environ},
+            environment=tuner_environment(),
             log=self.out / "stderr.txt",
             stop=self._must_stop,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,6 +72,11 @@ class TuningJob:
 def tuner_command(job_file: Path) -> list[str]:
     """Return the command that runs the tuner on a job file."""
     return [sys.executable, "-m", "sartor.edge.tuning.tuner_process", str(job_file)]
+
+
+def tuner_environment() -> dict[str, str]:
+    """Return the environment of the tuner: one malloc arena, since those of threads hold memory that others need."""
+    return {"MALLOC_ARENA_MAX": "1", **os.environ}
 
 
 def read_job(file: Path) -> TuningJob:

@@ -104,7 +104,10 @@ def chitchat_rows() -> list[Example]:
             turns.append(" ".join(line["text"] for line in turn).strip())
         if len(turns) == 2 and all(_FEWEST_WORDS <= len(turn.split()) <= _MOST_WORDS for turn in turns):
             exchanges.add((name, turns[0], turns[1]))
-    ordered = sorted(exchanges, key=lambda exchange: hashlib.sha256("\n".join(exchange[1:]).encode()).digest())
+    # equal exchanges of two conversations are ordered by the conversation: the order of a set differs between runs
+    ordered = sorted(
+        exchanges, key=lambda exchange: (hashlib.sha256("\n".join(exchange[1:]).encode()).digest(), exchange)
+    )
     return [
         Example(
             messages=(Message.of("user", prompt), Message.of("assistant", reply)),

@@ -20,11 +20,12 @@ from sartor.inference.engine import EngineInfo
 from sartor.release.release import verify_release
 from sartor.serving.admission import admission
 from sartor.serving.admission.admission import AdmissionContext, version_of
+from sartor.serving.api_keys import ApiKeyStore
 from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.receipts import team_digest
+from sartor.serving.registry import registry_schema, registry_seals
 from sartor.serving.registry.registry import ChangeCause, Registry, Snapshot
 from sartor.serving.registry.registry_schema import Agent, AgentVersion
-from sartor.serving.registry.version_rules import VersionRules
 from sartor.serving.team_config import Team, load
 
 
@@ -122,6 +123,18 @@ def repair_agent(team: Team | Path | str, name: str, *, why: str = "") -> Comman
     return _changed(team, lambda registry, cause: registry.repair(name, cause=cause), why)
 
 
+def reseal_registry(team: Team | Path | str) -> dict[str, Any]:
+    """Seal every row of a team's registry as it is now, for a lost key of the seals or a restored copy.
+
+    Returns the number of rows by table, and the API keys, which the caller must know: any of them opens what it names.
+    """
+    loaded_team = team if isinstance(team, Team) else load(Path(team))
+    with closing(registry_schema.open_unsealed(loaded_team.registry_url)) as database:
+        counts = registry_seals.reseal(database, Path(loaded_team.state), registry_schema.SEALED)
+        keys = [key.as_json() for key in ApiKeyStore(database).listed()]
+    return {"resealed": counts, "keys": keys, "note": "look through the keys: sartor agents key --revoke ID"}
+
+
 def agent_events(team: Team | Path | str, name: str = "", *, most: int = 100) -> CommandRows:
     """Return the newest `most` changes of one agent or of all, oldest first."""
     with _opened(team) as registry:
@@ -160,7 +173,7 @@ def _looked_at(team: Team, release: Path, name: str) -> AgentVersion:
 @contextmanager
 def _opened(team: Team | Path | str) -> Iterator[Registry]:
     loaded_team = team if isinstance(team, Team) else load(Path(team))
-    with closing(Registry.open(loaded_team.registry_url, VersionRules.of(loaded_team))) as registry:
+    with closing(Registry.of(loaded_team)) as registry:
         yield registry
 
 

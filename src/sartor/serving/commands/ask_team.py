@@ -82,7 +82,7 @@ def _nearest(team: Team, agent: str, prompt: str, top: int) -> tuple[list[dict[s
 
     Examples need the version's Dataset on this machine.
     """
-    with closing(Registry.open(team.registry_url)) as registry:
+    with closing(Registry.of(team)) as registry:
         version = registry.read().versions.get(agent)
     if any(agent.partition("@")[0] == plan.name for plan in team.plans):
         return [], "a plan answered; ask an agent by name for what it learnt from"

@@ -140,11 +140,18 @@ class RequestGate:
         if not (is_loopback(host) or host == self.http.host):
             raise ForeignError(f"the host {host[:80]!a} is not this server's", f"ask http://{self.http.host}:PORT")
         origin = headers.get("origin", "")
-        host_netloc = urlsplit(f"//{headers.get('host', '')}").netloc
-        if origin and origin not in self.http.cors and urlsplit(origin).netloc != host_netloc:
+        if origin and origin not in self.http.cors and not _is_same_host(origin, headers.get("host", "")):
             raise ForeignError(
                 f"a page of {origin[:80]!a} may not ask this server", "name the origin in http.cors of TEAM.yaml"
             )
+
+
+def _is_same_host(origin: str, host: str) -> bool:
+    """Return whether an Origin header names the host and port of a Host header."""
+    try:
+        return urlsplit(origin).netloc == urlsplit(f"//{host}").netloc
+    except ValueError:  # for example an opening bracket alone
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -27,7 +27,6 @@ from sartor.serving.receipts import ReceiptLog, team_digest
 from sartor.serving.registry.registry import Registry
 from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.registry.user_versions import is_personal, user_digest
-from sartor.serving.registry.version_rules import VersionRules
 from sartor.serving.routing.router import AutoRouter
 from sartor.serving.team_config import Team, load
 from sartor.serving.tool_loop import ToolCallingAgent, ToolServers
@@ -76,7 +75,7 @@ async def build_services(team: Team, tell: Tell = lambda event, **fields: None) 
     async with AsyncExitStack() as stack:
         # private mode: the directory holds digests of keys, and receipts
         Path(team.state).mkdir(mode=0o700, parents=True, exist_ok=True)
-        registry = await asyncio.to_thread(Registry.open, team.registry_url, VersionRules.of(team))
+        registry = await asyncio.to_thread(Registry.of, team)
         stack.callback(registry.close)
         authenticator = ApiKeyStore(registry.database, state=Path(team.state))
         await asyncio.to_thread(check_bind, authenticator, team.http)

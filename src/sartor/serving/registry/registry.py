@@ -5,7 +5,7 @@
 
 A change names the state that it expects, and raises ConflictError with the actual state if it differs. Every change
 raises the number `generation`, which a running server polls; `subscribed` reports changes of this object at once. A
-row with a wrong checksum is named in `Snapshot.damaged`; the others are read as usual.
+row with a wrong seal is named in `Snapshot.damaged`; the others are read as usual.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Select, Table, func, insert, select
@@ -24,6 +25,7 @@ from sartor.core.errors import ArtifactError, ConflictError, UnknownAgentError
 from sartor.serving.registry import registry_schema
 from sartor.serving.registry.registry_schema import Agent, AgentVersion, Event
 from sartor.serving.registry.version_rules import VersionRules
+from sartor.serving.team_config import Team
 
 Change = Callable[[Agent], Agent]
 
@@ -81,13 +83,19 @@ class Registry:
         self._listeners: list[Callable[[], object]] = []
 
     @classmethod
-    def open(cls, url: str, rules: VersionRules | None = None) -> Registry:
+    def open(cls, url: str, state: Path | None = None, rules: VersionRules | None = None) -> Registry:
         """Open the registry at a SQLAlchemy URL; create it if absent, and upgrade an older one.
 
+        state: as of `open_database`.
         rules: what a version must meet to become live or go on trial; None only reads.
         Raises as `open_database`.
         """
-        return cls(registry_schema.open_database(url), rules)
+        return cls(registry_schema.open_database(url, state), rules)
+
+    @classmethod
+    def of(cls, team: Team) -> Registry:
+        """Open the registry of a team, with the team's rules. Raises as `open_database`."""
+        return cls.open(team.registry_url, Path(team.state), VersionRules.of(team))
 
     def close(self) -> None:
         """Close the database connections."""
@@ -118,21 +126,20 @@ class Registry:
             agent_rows = _rows(connection, select(registry_schema.agents))
             version_rows = _rows(connection, select(registry_schema.versions))
             frozen = self._freezes(connection)
-        agents, versions = {}, {}
-        for row in agent_rows:
-            if is_whole(row):
-                agents[str(row["name"])] = Agent.from_row(row)
-            else:
-                damaged[str(row["name"])] = f"its row was changed from outside; sartor agents repair {row['name']}"
-        for row in version_rows:
-            name = f"{row['agent']}@{row['version']}"
-            if is_whole(row):
-                versions[name] = AgentVersion.from_row(row)
-            else:
-                damaged[name] = f"its row was changed from outside; sartor agents add {row['release']}"
-        return Snapshot(
-            generation, agents, versions, damaged, {name: freeze for name, freeze in frozen.items() if name in agents}
-        )
+            agents, versions = {}, {}
+            for row in agent_rows:
+                if is_whole(connection, row):
+                    agents[str(row["name"])] = Agent.from_row(row)
+                else:
+                    damaged[str(row["name"])] = f"its row was changed from outside; sartor agents repair {row['name']}"
+            for row in version_rows:
+                name = f"{row['agent']}@{row['version']}"
+                if is_whole(connection, row):
+                    versions[name] = AgentVersion.from_row(row)
+                else:
+                    damaged[name] = f"its row was changed from outside; sartor agents add {row['release']}"
+        known = {name: freeze for name, freeze in frozen.items() if name in agents}
+        return Snapshot(generation, agents, versions, damaged, known)
 
     def events(self, agent: str = "", *, limit: int = 100) -> list[Event]:
         """Return the newest `limit` changes of one agent or of all, oldest first.
@@ -154,12 +161,14 @@ class Registry:
 
         def write(connection: Connection) -> Agent:
             current = self._row(connection, registry_schema.agents, name=version.agent)
-            is_new = current is None or (is_whole(current) and (current["state"] == "removed" or not current["live"]))
+            is_new = current is None or (
+                is_whole(connection, current) and (current["state"] == "removed" or not current["live"])
+            )
             before = None if current is None else self._agent(connection, version.agent, removed=True)
             new_agent = Agent(version.agent, version.version, fallback=tuple(fallback))
             agent = before if before is not None and not is_new else new_agent
             if current is None:
-                connection.execute(insert(registry_schema.agents).values(agent.as_row()))
+                connection.execute(insert(registry_schema.agents).values(sealed(connection, agent.as_row())))
             action = self._put_version(connection, version)
             if not is_new and not action:
                 return agent
@@ -331,7 +340,7 @@ class Registry:
 
         def write(connection: Connection) -> Agent:
             row = self._row(connection, registry_schema.agents, name=name)
-            if row is not None and is_whole(row):
+            if row is not None and is_whole(connection, row):
                 raise ConflictError(f"the row of {name} is as it was written", f"sartor agents events {name}")
             return self._record(
                 connection, "repaired", before=None, after=self._recall(connection, name), version="", cause=cause
@@ -392,7 +401,7 @@ class Registry:
 
     def _agent(self, connection: Connection, name: str, *, heals: bool = False, removed: bool = False) -> Agent:
         row = self._row(connection, registry_schema.agents, name=name)
-        if row is not None and not is_whole(row):
+        if row is not None and not is_whole(connection, row):
             if heals:
                 return self._recall(connection, name)
             raise ArtifactError(f"the row of {name} was changed from outside", f"sartor agents repair {name}")
@@ -426,7 +435,7 @@ class Registry:
                 f"{name} has no version {version!r}; it has: {', '.join(versions) or 'none'}",
                 f"sartor agents add {name}-{version}",
             )
-        if not is_whole(row):
+        if not is_whole(connection, row):
             raise ArtifactError(
                 f"the row of {name}@{version} was changed from outside", f"sartor agents add {row['release']}"
             )
@@ -440,9 +449,9 @@ class Registry:
         """Write a version that is new, has moved, or has a damaged row; return the action, "" for none."""
         row = self._row(connection, registry_schema.versions, agent=version.agent, version=version.version)
         if row is None:
-            connection.execute(insert(registry_schema.versions).values(version.as_row()))
+            connection.execute(insert(registry_schema.versions).values(sealed(connection, version.as_row())))
             return "added"
-        is_intact = is_whole(row)
+        is_intact = is_whole(connection, row)
         known_id = str(row["release_id"])
         if not is_intact:  # the id that the log has for this version, "" if it has none
             known_id = ""
@@ -466,7 +475,7 @@ class Registry:
     def _mark(self, connection: Connection, name: str, status: Any) -> None:
         agent, _, version = name.rpartition("@")
         row = self._row(connection, registry_schema.versions, agent=agent, version=version)
-        if row is not None and is_whole(row) and row["status"] != status:
+        if row is not None and is_whole(connection, row) and row["status"] != status:
             marked = replace(AgentVersion.from_row(row), status=status)
             self._put(connection, registry_schema.versions, marked.as_row(), agent=agent, version=version)
 
@@ -500,7 +509,7 @@ class Registry:
             "became": records.canonical(after.as_json()).decode(),
             "numbers": records.canonical(numbers).decode(),
         }
-        connection.execute(insert(registry_schema.events).values(sealed(event)))
+        connection.execute(insert(registry_schema.events).values(sealed(connection, event)))
         return after
 
     def _events(self, connection: Connection, agent: str, limit: int) -> list[Event]:
@@ -511,7 +520,7 @@ class Registry:
         events = []
         for row in _rows(connection, query):
             sealed_fields = {name: value for name, value in row.items() if name != "id"}
-            if is_whole(sealed_fields):
+            if is_whole(connection, sealed_fields):
                 events.append(Event.from_row(row))
         return events[::-1]
 
@@ -528,8 +537,9 @@ class Registry:
 
     def _put(self, connection: Connection, table: Table, row: Mapping[str, Any], **key: str) -> None:
         """Write a row, replacing the one with this key."""
-        if not connection.execute(table.update().filter_by(**key).values(row)).rowcount:
-            connection.execute(insert(table).values(row))
+        values = sealed(connection, row)
+        if not connection.execute(table.update().filter_by(**key).values(values)).rowcount:
+            connection.execute(insert(table).values(values))
 
 
 def _rows(connection: Connection, query: Select[Any]) -> list[dict[str, Any]]:

@@ -39,8 +39,9 @@ from sqlalchemy import (
 )
 
 from sartor.core import database, records
-from sartor.core.database import Database, Form, sealed
+from sartor.core.database import Database, Form
 from sartor.core.errors import ConfigError, ConflictError
+from sartor.serving.registry.registry_seals import check_unkeyed, use_key
 
 # formerly live versions that are recorded, which is how often a rollback can be repeated
 MOST_EARLIER = 8
@@ -152,8 +153,8 @@ class Agent:
         return replace(self, candidate="", canary_fraction=0.0, shadow_fraction=0.0)
 
     def as_row(self) -> dict[str, Any]:
-        """Return the table row with its checksum."""
-        return sealed({**self.as_json(), "earlier": _json(self.earlier), "fallback": _json(self.fallback)})
+        """Return the table row, to be sealed."""
+        return {**self.as_json(), "earlier": _json(self.earlier), "fallback": _json(self.fallback)}
 
     def as_json(self) -> dict[str, Any]:
         """Return every field, as in an event and in `agents list`."""
@@ -195,8 +196,8 @@ class AgentVersion:
         return f"{self.agent}@{self.version}"
 
     def as_row(self) -> dict[str, Any]:
-        """Return the table row with its checksum."""
-        return sealed({**vars(self), "facts": _json(self.facts)})
+        """Return the table row, to be sealed."""
+        return {**vars(self), "facts": _json(self.facts)}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> AgentVersion:
@@ -345,11 +346,32 @@ generation = Table(
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
-def open_database(url: str) -> Database:
+# tables whose rows are sealed
+SEALED = (agents, versions, events, keys, people, speakers)
+
+
+def open_database(url: str, state: Path | None = None) -> Database:
     """Open the database of a team's registry at a SQLAlchemy URL.
 
-    Raises as `sartor.core.database.open_database`.
+    state: the team's directory, which holds the key of the seals; by default that of a SQLite file. Without one, on
+    Postgres, rows have plain checksums.
+    Raises as `sartor.core.database.open_database` and `use_key`.
     """
+    opened = open_unsealed(url)
+    directory = state or opened.directory
+    try:
+        if directory is None:
+            check_unkeyed(opened, SEALED)
+        else:
+            use_key(opened, directory, SEALED)
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+def open_unsealed(url: str) -> Database:
+    """Open the database without the key of its seals, whose rows then count as changed from outside."""
     return database.open_database(url, Form("registry", "registry: ", MIGRATIONS, generation.c.value, is_private=True))
 
 

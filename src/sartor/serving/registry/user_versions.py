@@ -102,8 +102,8 @@ class UserVersion:
         )
 
     def as_row(self) -> dict[str, Any]:
-        """Return the table row with its checksum."""
-        return sealed({**asdict(self), "facts": records.canonical(dict(self.facts or {})).decode()})
+        """Return the table row, to be sealed."""
+        return {**asdict(self), "facts": records.canonical(dict(self.facts or {})).decode()}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> UserVersion:
@@ -138,7 +138,7 @@ class UserVersionStore:
         with self.database.read() as connection:
             generation = registry_schema.generation_of(connection)
             rows = [dict(row) for row in connection.execute(query).mappings()]
-        intact = [UserVersion.from_row(row) for row in rows if is_whole(row)]
+            intact = [UserVersion.from_row(row) for row in rows if is_whole(connection, row)]
         return People(
             generation, {(version.person, version.agent): version for version in intact}, len(rows) - len(intact)
         )
@@ -172,7 +172,9 @@ class UserVersionStore:
             _check_not_forgotten(connection, personal.person, since)
             key = {"person": personal.person, "agent": personal.agent}
             row = connection.execute(select(registry_schema.people).filter_by(**key)).mappings().first()
-            current = UserVersion.from_row(dict(row)) if row is not None and is_whole(dict(row)) else personal
+            current = (
+                UserVersion.from_row(dict(row)) if row is not None and is_whole(connection, dict(row)) else personal
+            )
             _replace(connection, replace(current, note=reason, added=current.added or _now()))
             note(
                 connection,
@@ -209,7 +211,9 @@ class UserVersionStore:
         """Let a key speak for a person, or for anybody (`ANYBODY`)."""
         with self.database.change() as connection:
             connection.execute(delete(registry_schema.speakers).filter_by(key=key, person=person))
-            connection.execute(insert(registry_schema.speakers).values(sealed({"key": key, "person": person})))
+            connection.execute(
+                insert(registry_schema.speakers).values(sealed(connection, {"key": key, "person": person}))
+            )
             note(connection, ALLOWED, agent="", version="", cause=cause, numbers={"key": key})
 
     def withdraw(self, key: str, person: str, cause: ChangeCause = NOBODY) -> bool:
@@ -236,7 +240,7 @@ def speakers(connection: Connection) -> dict[str, frozenset[str]]:
     """Return the persons for whom each key may speak; rows that were changed from outside do not count."""
     result: dict[str, frozenset[str]] = {}
     for row in connection.execute(select(registry_schema.speakers)).mappings():
-        if is_whole(dict(row)):
+        if is_whole(connection, dict(row)):
             result[row["key"]] = result.get(row["key"], frozenset()) | {row["person"]}
     return result
 
@@ -257,7 +261,7 @@ def _check_not_forgotten(connection: Connection, person: str, since: int | None)
 
 def _replace(connection: Connection, personal: UserVersion) -> None:
     connection.execute(delete(registry_schema.people).filter_by(person=personal.person, agent=personal.agent))
-    connection.execute(insert(registry_schema.people).values(personal.as_row()))
+    connection.execute(insert(registry_schema.people).values(sealed(connection, personal.as_row())))
 
 
 def note(
@@ -277,7 +281,7 @@ def note(
         "became": "{}",
         "numbers": records.canonical({**cause.numbers, **numbers}).decode(),
     }
-    connection.execute(insert(registry_schema.events).values(sealed(event)))
+    connection.execute(insert(registry_schema.events).values(sealed(connection, event)))
     return generation
 
 

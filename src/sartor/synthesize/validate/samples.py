@@ -17,7 +17,7 @@ from sartor.core import parquet_io, records
 from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import SourceError
 from sartor.core.records import Drop, Example
-from sartor.core.splits import group_of, split_group
+from sartor.core.splits import HELD_OUT_SPLITS, group_of, split_group
 from sartor.curate.sources.planner import read_all
 from sartor.curate.sources.types import SourceOptions
 from sartor.text.encoders import MOST_CHARACTERS, ChosenEncoder, prompt_text
@@ -46,9 +46,9 @@ class ValidationSamples:
 def open_samples(synthetic: Path, reality: Path, seeds: Path | None) -> ValidationSamples:
     """Read synthetic rows, real rows and seeds.
 
-    A path is a Dataset, or a file or folder in any form that `curate` reads. If reality has rows of the eval split,
-    only these are used, and its training rows are the seeds unless seeds are named. A real row is left out if it is a
-    seed, a parent of a synthetic row, or in the group of one, since the generator knew it.
+    A path is a Dataset, or a file or folder in any form that `curate` reads. If reality has rows of the splits eval
+    or test, only these are used, and its training rows are the seeds unless seeds are named. A real row is left out if
+    it is a seed, a parent of a synthetic row, or in the group of one, since the generator knew it.
 
     Raises SourceError if fewer than FEWEST_ROWS rows are left on a side.
     """
@@ -60,10 +60,10 @@ def open_samples(synthetic: Path, reality: Path, seeds: Path | None) -> Validati
     real = [row for row in reality_rows if not row.is_synthetic]
     drop_reasons += ["synthetic"] * (len(reality_rows) - len(real))
     seed_rows = _rows_of(seeds)[0] if seeds else [row for row in real if row.split == "train"]
-    if any(row.split == "eval" for row in real):
-        real = [row for row in real if row.split == "eval"]
+    if any(row.split in HELD_OUT_SPLITS for row in real):
+        real = [row for row in real if row.split in HELD_OUT_SPLITS]
     elif not seeds:
-        seed_rows = []  # no eval split: every row counts as reality
+        seed_rows = []  # nothing is held out: every row counts as reality
     left_out = records.count_values([*dropped, *drop_reasons])
     unseen = _unseen(real, synthetic_rows, seed_rows)
     if len(unseen) < len(real):
