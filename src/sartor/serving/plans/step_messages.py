@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import jsonschema
-import referencing
-import referencing.exceptions
-
+from sartor.core.errors import ConfigError
 from sartor.media.content_parts import media_parts
 from sartor.serving.plan_options import Given, PlanStep
+from sartor.text import json_schema
 
 Role = Literal["draft", "check", "mend", "plan", "part", "answer"]
 Messages = tuple[Mapping[str, Any], ...]
@@ -185,15 +183,10 @@ def is_json(value: Any) -> bool:
 
 
 def schema_errors(value: Any, schema: Mapping[str, Any]) -> list[str]:
-    """Return the violations of a schema as at most eight sentences, ordered by path.
-
-    No remote reference is fetched.
-    """
+    """Return the violations of a schema as at most eight sentences, ordered by path (`text.json_schema`)."""
     if not is_json(value):
         return ["it is not JSON"]
-    checker = jsonschema.Draft202012Validator(dict(schema), registry=referencing.Registry())
     try:
-        errors = sorted(checker.iter_errors(value), key=lambda error: error.json_path)
-    except referencing.exceptions.Unresolvable as missing:
-        return [f"the schema refers to {missing.ref!r}, which is not in it"]
-    return [f"at {error.json_path}: {error.message[:200]}" for error in errors[:8]]
+        return json_schema.schema_errors(value, schema)
+    except ConfigError as error:
+        return [error.problem]
