@@ -622,6 +622,7 @@ def _artifacts() -> Path:
     """One artefact of each kind whose manifest is read, in a folder that lives as long as the process."""
     folder = Path(tempfile.mkdtemp(prefix="sartor-fuzz-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(shutil.rmtree, f"{folder}-scratch", ignore_errors=True)
     base = {"name": "nowhere", "digest": "0" * 64, "template_digest": "0" * 64}
     facts: dict[str, dict[str, Any]] = {
         "release": {"name": "home", "version": "1.0", "base": base, "gate": {}, "licence": "MIT", "system_prompt": ""},
@@ -637,6 +638,13 @@ def _artifacts() -> Path:
     return folder
 
 
+@functools.cache
+def _scratch() -> Path:
+    """A copy whose manifests are written over."""
+    return Path(shutil.copytree(_artifacts(), _artifacts().with_name(f"{_artifacts().name}-scratch")))
+
+
+@functools.cache
 def _manifests() -> list[bytes]:
     return [
         (_artifacts() / kind / MANIFESTS[kind]).read_bytes().replace(b"\n", b" ") for kind in ("release", "dataset")
@@ -644,8 +652,8 @@ def _manifests() -> list[bytes]:
 
 
 def _with_manifest(content: bytes, kind: str) -> Path:
-    written(_artifacts() / kind, MANIFESTS[kind], content)
-    return _artifacts() / kind
+    written(_scratch() / kind, MANIFESTS[kind], content)
+    return _scratch() / kind
 
 
 @parser(

@@ -81,7 +81,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.load(text, _UniqueKeys)  # based on SafeLoader: builds plain values only
     except ConfigError as error:
         raise ConfigError(f"{path}, {error.problem}", error.remedy) from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         position = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(
@@ -90,7 +90,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {_name_of(data)}, not a mapping of options", "write `key: value` lines")
+    if _written_out(data, {}) > _MOST_VALUES:
+        raise ConfigError(
+            f"{path} holds more than {_MOST_VALUES:,} values once its aliases (*NAME) are written out",
+            "write the values out where they are needed, without aliases of aliases",
+        )
     return data
+
+
+# A tag that does not fit its value (`!!int x`, `!!bool x`, `!!map [a]`) and numbers such as `0x_` end PyYAML's
+# constructors in plain errors of Python.
+_YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, TypeError, KeyError, AttributeError, OverflowError)
+_MOST_VALUES = 1_000_000
+
+
+def _written_out(value: Any, sizes: dict[int, int]) -> int:
+    """Return the number of values without aliases; infinite ones count as too many.
+
+    sizes: by the id of a container; 0 while it is counted, so that one that holds itself is found.
+    """
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) in sizes:
+        return sizes[id(value)] or _MOST_VALUES + 1
+    sizes[id(value)] = 0
+    parts = value.values() if isinstance(value, dict) else value
+    sizes[id(value)] = 1 + sum(_written_out(part, sizes) for part in parts)
+    return sizes[id(value)]
 
 
 def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:

@@ -204,17 +204,20 @@ def parse(content: bytes, name: str) -> Pointer | None:
             return None
     except (ValueError, RecursionError):
         return None
-    if fields["schema"] not in (SCHEMA - 1, SCHEMA):
+    if fields.get("schema") not in (SCHEMA - 1, SCHEMA):
         raise StoreError(
-            f"the pointer of {name} has schema {fields['schema']}; this version of Sartor reads {SCHEMA - 1} and "
+            f"the pointer of {name} has schema {fields.get('schema')}; this version of Sartor reads {SCHEMA - 1} and "
             f"{SCHEMA}",
             upgrade_command(),
         )
-    current, previous, staged = (_parse_version(fields[key]) for key in ("current", "previous", "staged"))
-    trial = fields.get("trial")
-    return Pointer(
-        name, current, previous, staged, fields["refused"], Trial(trial["left"], trial["of"]) if trial else None
-    )
+    try:
+        current, previous, staged = (_parse_version(fields[key]) for key in ("current", "previous", "staged"))
+        trial = fields.get("trial")
+        return Pointer(
+            name, current, previous, staged, dict(fields["refused"]), Trial(trial["left"], trial["of"]) if trial else None
+        )
+    except (KeyError, TypeError, ValueError):  # its id fits, so it was not torn: another program wrote it
+        return None
 
 
 def _parse_version(fields: Mapping[str, Any] | None) -> StoredVersion | None:
