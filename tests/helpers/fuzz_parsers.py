@@ -1048,7 +1048,7 @@ async def read_stream(content: bytes) -> None:
     engine: Any = object.__new__(RemoteEngine)
     engine._server = SimpleNamespace(url="http://127.0.0.1:9/v1", headers={})
     transport = httpx.MockTransport(lambda request: httpx.Response(200, content=content))
-    async with httpx.AsyncClient(transport=transport) as engine.client:
+    async with httpx.AsyncClient(transport=transport, verify=False, trust_env=False) as engine.client:
         async for _ in engine._read_once(StreamedReply(GenerateCall("c", top_logprobs=2), [1, 2, 3]), {}):
             pass
 
@@ -1082,7 +1082,7 @@ def _(content: bytes, folder: Path) -> None:
         return httpx.Response(200, content=content, headers={"content-type": "application/json"})
 
     server = OpenAiServer("http://127.0.0.1:9/v1")
-    server._client = lambda: httpx.Client(transport=httpx.MockTransport(answer))  # type: ignore[method-assign]
+    server._client = lambda: httpx.Client(transport=httpx.MockTransport(answer), verify=False, trust_env=False)  # type: ignore[method-assign]
     assert to_sartor_error(500, content, "u").remedy
     server.llamacpp_adapters()
     with contextlib.suppress(SartorError):

@@ -214,7 +214,12 @@ def parse(content: bytes, name: str) -> Pointer | None:
         current, previous, staged = (_parse_version(fields[key]) for key in ("current", "previous", "staged"))
         trial = fields.get("trial")
         return Pointer(
-            name, current, previous, staged, dict(fields["refused"]), Trial(trial["left"], trial["of"]) if trial else None
+            name,
+            current,
+            previous,
+            staged,
+            dict(fields["refused"]),
+            Trial(trial["left"], trial["of"]) if trial else None,
         )
     except (KeyError, TypeError, ValueError):  # its id fits, so it was not torn: another program wrote it
         return None
