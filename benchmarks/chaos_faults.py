@@ -542,7 +542,7 @@ async def registry_replaced(scene: Scene) -> Outcome:
         for file in _registry_files(scene):
             file.unlink(missing_ok=True)
         with contextlib.closing(sqlite3.connect(registry)) as empty:
-            empty.execute("create table nothing (a)")
+            empty.execute("create table another (a)")
         await asyncio.sleep(KEYS_S)
         other = await _statuses(scene)
     backup.unlink()

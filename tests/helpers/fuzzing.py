@@ -415,7 +415,7 @@ def _mutated_json(whole: list[Any], program: Program) -> None:
     elif kind == "add" and isinstance(value, list):
         value.append(new)
     elif kind == "number" and isinstance(value, int | float) and not isinstance(value, bool):
-        container[key] = [value + 1, value - 1, -value, value * 2**40, value + 0.5][which % 5]
+        container[key] = [value + 1, value - 1, -value, value * 2**40, 0.25][which % 5]
     else:
         container[key] = new
 

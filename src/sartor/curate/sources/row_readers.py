@@ -465,7 +465,9 @@ def _batch_rows(stream: BinaryIO, group: int) -> int:
     ]
     if not leaves or not metadata.row_group(group).num_rows:
         return BATCH_ROWS
-    batch = next(pq.ParquetFile(stream, read_dictionary=leaves).iter_batches(1, row_groups=[group]))
+    batch = next(pq.ParquetFile(stream, read_dictionary=leaves).iter_batches(1, row_groups=[group]), None)
+    if batch is None:  # fewer rows than the footer says
+        return BATCH_ROWS
     longest = max((_longest(column) for column in batch.columns), default=0)
     return max(1, min(BATCH_ROWS, MOST_BATCH_BYTES // max(1, longest)))
 
