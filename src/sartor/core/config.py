@@ -315,7 +315,10 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         except ValueError:
             raise _invalid_value(where, value, "a number") from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _invalid_value(where, value, "a number below 1.8e308") from None
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise _invalid_value(where, value, _describe_type(hint))
@@ -449,12 +452,17 @@ def _is_list(hint: Any) -> bool:
 
 
 def _closest_name(value: Any, choices: Sequence[Any]) -> str:
-    close = difflib.get_close_matches(str(value), [str(name) for name in choices], n=1, cutoff=0.5)
+    # names are short; a long text would be compared letter by letter
+    close = difflib.get_close_matches(str(value)[:100], [str(name) for name in choices], n=1, cutoff=0.5)
     return close[0] if close else ""
 
 
+_MOST_SHOWN = 1_000  # characters of a value in an error
+
+
 def _invalid_value(where: str, value: Any, expected: str, suggestion: str = "") -> ConfigError:
-    text = f"{where} is {value!r}; it must be {expected}" if where else f"{value!r} is not {expected}"
+    shown = repr(value) if len(repr(value)) <= _MOST_SHOWN else f"{repr(value)[:_MOST_SHOWN]}..."
+    text = f"{where} is {shown}; it must be {expected}" if where else f"{shown} is not {expected}"
     return ConfigError(text, f"{where}: {suggestion}" if suggestion else f"{where}: <{expected}>")
 
 
