@@ -689,7 +689,7 @@ FAULTS = (
     Fault("clock jumps", clock_jumps),
     Fault("all API keys lost", keys_lost, ALL),
     Fault("registry's file removed", registry_removed),
-    Fault("registry's file replaced", registry_replaced, ALL),
+    Fault("registry's file replaced", registry_replaced),
     Fault("decompression bombs", bombs),
     Fault("forged turns", forged_turns),
     Fault("promotions and rollbacks", promotions),
