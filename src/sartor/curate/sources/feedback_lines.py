@@ -163,7 +163,7 @@ def _feedback(row: Any) -> Feedback | MalformedRow:
         feedback = Feedback.from_json(row)
         if not _is_whole(feedback):
             return MalformedRow("not_feedback", "its fields are not those of feedback")
-        canonical([feedback.messages, feedback.text, feedback.reply])  # half a surrogate pair has no digest
+        canonical(feedback.as_json())  # half a surrogate pair has no digest
         return feedback
     except SourceError as error:
         return MalformedRow("newer_schema", error.problem)
