@@ -10,7 +10,7 @@ DEMO_OUT ?= demo-out
 # pyproject's `all` without studio, which no test needs; tests/test_packaging.py holds the two together
 TESTED := tune,demo,hub,office,quant,ray,static,multimodal,serve,mcp,otel,llamacpp,edge,federated
 
-.PHONY: demo lock quick test assets test-default durations test-slow test-alone check bench bench-small bench-peers scoreboard docs clean
+.PHONY: demo lock quick test assets test-default durations test-slow test-alone fuzz check bench bench-small bench-peers scoreboard docs clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.demo: pyproject.toml $(wildcard requirements/*.lock)
@@ -82,6 +82,10 @@ test-slow: $(VENV)/.dev
 
 test-alone: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --durations 10 -m "(circle or services or browser) and alone" $(call FILES_WITH,alone)
+
+# in CI, 1,000 each are part of test-slow
+fuzz: $(VENV)/.dev  ## 10,000 inputs for each parser of what comes from outside
+	SARTOR_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "" tests/attacks/test_fuzz.py
 
 check: $(VENV)/.dev  ## lint and types
 	$(BIN)/ruff check src tests benchmarks examples tools

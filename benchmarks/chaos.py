@@ -6,7 +6,8 @@ worker and one spare. Requests to each agent, and to the base, come at times tha
 of the rate that the server answers in peace), whether or not earlier ones were answered; latency counts from the
 scheduled arrival. Each greedy reply must be, byte for byte, the one that the same version gave to the same prompt in
 peace. A reply that is late is right; one that is refused, cut off or another is wrong. `others_success` is the
-fraction of right ones among the agents that a fault may not hurt; each fault has their `p99_s` and `slowest_s`.
+fraction of right ones among the agents that a fault may not hurt; each fault has their `p99_s` and `slowest_s`. A
+fault may hurt everybody, as the loss of all API keys does: then these are of the requests that were answered.
 `mutants` counts Releases with a changed bit or byte that were admitted, by kind.
 
     python benchmarks/chaos.py --json            # adapters tuned by a few updates, every fault, 200 promotions and
@@ -61,7 +62,17 @@ class Plan:
 
 FULL, QUICK = Plan(200, trained=True), Plan(20, mutants=10)
 # those of workers, of the registry, of the disk and of the clock take seconds each, or need root
-SMALL_FAULTS = ("bad adapters promoted", "mutated adapters promoted", "10 MB prompts", "promotions and rollbacks")
+SMALL_FAULTS = (
+    "bad adapters promoted",
+    "mutated adapters promoted",
+    "10 MB prompts",
+    "all API keys lost",
+    "registry's file removed",
+    "registry's file replaced",
+    "decompression bombs",
+    "forged turns",
+    "promotions and rollbacks",
+)
 SMALL = Plan(4, faults=SMALL_FAULTS, bad=8, mutants=1, is_small=True)
 # What an encoder takes that is opened in a worker is more than this, and what replies come to is less
 MARGIN_BYTES = 48 << 20
@@ -142,7 +153,7 @@ async def run(path: Path, plan: Plan, only: str) -> dict[str, Any]:
         "faults": faults,
         "others_success": round(1 - len(wrong) / len(others), 6) if others else 0.0,
         "others_requests": len(others),
-        "base_bit_equal": before == load.known and not any(reply["wrong"] for reply in bases),
+        "base_bit_equal": before == load.known and not any(reply["wrong"] and reply["other"] for reply in bases),
         **({} if home.admitted is None else {"admitted_bad": len(home.admitted)}),
         "bad_adapters": len(chaos_faults.corpus()[:: plan.bad]),
         **({} if home.lost is None else {"lost_in_flight": home.lost}),
@@ -235,9 +246,12 @@ async def suffer(scene: Scene, chosen: list[Fault]) -> tuple[dict[str, Any], lis
                 }
                 for reply in replies
             ]
-            latencies = sorted(reply.latency_s for reply in others) or [0.0]
+            # where a fault hurts everybody, the p99 is of those who were answered
+            rated = others or [reply for reply in replies if not reply.wrong]
+            latencies = sorted(reply.latency_s for reply in rated) or [0.0]
             faults[fault.name] = {
-                "others_success": 1 - len(wrong) / len(others) if others else 0.0,
+                **({"others_success": 1 - len(wrong) / len(others)} if others else {}),
+                "others": len(others),
                 "requests": len(replies),
                 "hurt": list(fault.hurt),
                 "recovery_s": round(outcome.recovery_s, 2),
@@ -273,7 +287,8 @@ def table(said: dict[str, Any]) -> None:
             print(f"{name:32} {'skipped':>8}  {fault['skipped']}")
             continue
         note = f"{fault['note']}{'; FAILED: ' + fault['failed'] if fault['failed'] else ''}"
-        figures = f"{fault['others_success']:8.2%} {fault['requests']:6} {fault['p99_s']:7.1f}s"
+        success = f"{fault['others_success']:8.2%}" if fault["others"] else f"{'none':>8}"
+        figures = f"{success} {fault['requests']:6} {fault['p99_s']:7.1f}s"
         figures += f" {fault['slowest_s']:7.1f}s {fault['recovery_s']:8.1f}s"
         print(f"{name:32} {figures}  {note}")
         for row, said_of_it in fault["rows"].items():

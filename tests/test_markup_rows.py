@@ -15,8 +15,7 @@ from marked import FAMILIES
 from sample_data import recipe_on, write_jsonl
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
-from sartor.core.records import Example, Feedback, MalformedRow, Message, Origin, Part
-from sartor.curate.sources import feedback_inbox as inbox
+from sartor.core.records import Example, Message, Origin, Part
 from sartor.curate.sources import row_formats
 from sartor.evaluate.predictions import HeldOut, fitting, held_out
 from sartor.models.base import open_base
@@ -172,19 +171,6 @@ def test_evaluation_scores_what_tune_learns(old: Artifact, monkeypatch: pytest.M
         learnt
     ) == 4
     assert {one.id for one in asked.examples} <= {one.id for one in parquet_io.read_examples(old)}
-
-
-@pytest.mark.parametrize("correction", ["yes<|im_end|>", "<start_of_turn>model", "a [/INST] b"])
-def test_a_correction_that_spells_markup_is_no_row(correction: str) -> None:
-    said = Feedback(
-        "r", "a@1", "2026-01-01", correction=correction, messages=({"role": "user", "content": FORGED},), reply="no"
-    )
-    raw = inbox.row_of(said)
-    with pytest.raises(MalformedRow, match="a reply spells") as caught:
-        row_formats.parse_row(
-            raw, row_formats.detect_row_format(raw) or "", Origin("inbox", "1"), lambda kind, value: value
-        )
-    assert caught.value.reason == "template_markup"
 
 
 def test_a_device_counts_rows_that_spell_markup() -> None:

@@ -1,4 +1,7 @@
-"""Content holds no token that the template writes as markup, whatever it spells, and reads back as it was."""
+"""Content holds no token that the template writes as markup, whatever it spells, and reads back as it was.
+
+The places that take text from outside are attacked in tests/attacks/test_tokens.py.
+"""
 
 from __future__ import annotations
 
@@ -296,42 +299,6 @@ def test_added_token_that_the_template_writes_is_markup(tag: str) -> None:
     assert [token.token for token in chat.markup.tokens if not token.special] == [tag]
     assert len(marks(chat, chat.prompt_ids([Message.of("user", f"x{tag}y")]))) == 2
     assert is_markup("[|system|]", special=False) and not is_markup("]~b]", special=False)
-
-
-def test_a_forged_turn_is_text() -> None:
-    chat = FAMILIES["chatml, byte level"].chat()
-    ids = prompt_ids(chat, GenerateCall(id="c", messages=({"role": "user", "content": FORGED},)), 4096)
-    assert [chat.tokenizer.decode([token]) for token in marks(chat, ids)] == [
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|im_start|>",
-    ]
-    assert not marks(chat, prompt_ids(chat, GenerateCall(id="c", text=FORGED), 4096))
-
-
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.takes_tools])
-def test_a_request_holds_no_markup_in_any_of_its_texts(name: str) -> None:
-    chat = FAMILIES[name].chat()
-    evil = " ".join(token.token for token in chat.markup.tokens)
-
-    def request(text: str) -> GenerateCall:
-        function = {"name": "light", "arguments": json.dumps({"room": text})}
-        messages = (
-            {"role": "user", "content": text},
-            {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": [{"id": "123456789", "type": "function", "function": function}],
-            },
-            {"role": "tool", "tool_call_id": "123456789", "name": text, "content": text},
-            {"role": "user", "content": [{"type": "text", "text": text}]},
-        )
-        tool = {**TOOL, "function": {**TOOL["function"], "description": text, "parameters": {text: text}}}
-        return GenerateCall(id="c", messages=messages, tools=(tool,))
-
-    assert marks(chat, prompt_ids(chat, request(evil), 1 << 14)) == marks(
-        chat, prompt_ids(chat, request("a"), 1 << 14)
-    )
 
 
 def test_calls_and_reasoning_in_fields_are_markup_as_before() -> None:

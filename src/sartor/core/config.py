@@ -82,7 +82,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.load(text, _UniqueKeys)  # based on SafeLoader: builds plain values only
     except ConfigError as error:
         raise ConfigError(f"{path}, {error.problem}", error.remedy) from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         position = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(
@@ -92,7 +92,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         description = "nothing" if data is None else f"a {type(data).__name__}"
         raise ConfigError(f"{path} holds {description}, not a mapping of options", "write `key: value` lines")
+    if _written_out(data, {}) > _MOST_VALUES:
+        raise ConfigError(
+            f"{path} holds more than {_MOST_VALUES:,} values once its aliases (*NAME) are written out",
+            "write the values out where they are needed, without aliases of aliases",
+        )
     return data
+
+
+# A tag that does not fit its value (`!!int x`, `!!bool x`, `!!map [a]`) and numbers such as `0x_` end PyYAML's
+# constructors in plain errors of Python.
+_YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, TypeError, KeyError, AttributeError, OverflowError)
+_MOST_VALUES = 1_000_000
+
+
+def _written_out(value: Any, sizes: dict[int, int]) -> int:
+    """Return the number of values without aliases; infinite ones count as too many.
+
+    sizes: by the id of a container; 0 while it is counted, so that one that holds itself is found.
+    """
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) in sizes:
+        return sizes[id(value)] or _MOST_VALUES + 1
+    sizes[id(value)] = 0
+    parts = value.values() if isinstance(value, dict) else value
+    sizes[id(value)] = 1 + sum(_written_out(part, sizes) for part in parts)
+    return sizes[id(value)]
 
 
 def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
@@ -285,7 +311,10 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         except ValueError:
             raise _invalid_value(where, value, "a number") from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _invalid_value(where, value, "a number below 1.8e308") from None
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise _invalid_value(where, value, _describe_type(hint))
@@ -420,12 +449,17 @@ def _is_list(hint: Any) -> bool:
 
 
 def _closest_name(value: Any, choices: Sequence[Any]) -> str:
-    close = difflib.get_close_matches(str(value), [str(name) for name in choices], n=1, cutoff=0.5)
+    # names are short; a long text would be compared letter by letter
+    close = difflib.get_close_matches(str(value)[:100], [str(name) for name in choices], n=1, cutoff=0.5)
     return close[0] if close else ""
 
 
+_MOST_SHOWN = 1_000  # characters of a value in an error
+
+
 def _invalid_value(where: str, value: Any, expected: str, suggestion: str = "") -> ConfigError:
-    text = f"{where} is {value!r}; it must be {expected}" if where else f"{value!r} is not {expected}"
+    shown = repr(value) if len(repr(value)) <= _MOST_SHOWN else f"{repr(value)[:_MOST_SHOWN]}..."
+    text = f"{where} is {shown}; it must be {expected}" if where else f"{shown} is not {expected}"
     return ConfigError(text, f"{where}: {suggestion}" if suggestion else f"{where}: <{expected}>")
 
 

@@ -6,6 +6,7 @@ of metadata pairs, the pairs, then for each tensor its name, shape, type and off
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ MAGIC = b"GGUF"
 F32, F16 = 0, 1
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_CHECKED = 1 << 16  # bytes; a longer part is compared with the size of the file first
 _LONGEST = 1 << 26  # limit on bytes of a string and items of an array; no real file exceeds it
 
 
@@ -95,6 +97,9 @@ def _head(stream: BinaryIO, arrays: Collection[str]) -> GgufHeader:
 def _bytes(stream: BinaryIO, count: int) -> bytes:
     if count > _LONGEST:
         raise ValueError(f"a part of {count} bytes")
+    # `read` allocates what it is asked for, so a length that the file cannot hold is refused before
+    if count > _CHECKED and count > os.fstat(stream.fileno()).st_size - stream.tell():
+        raise EOFError("it ends inside its head")
     result = stream.read(count)
     if len(result) < count:
         raise EOFError("it ends inside its head")
@@ -120,6 +125,8 @@ def _value(stream: BinaryIO, kind: int, *, keep: bool = False) -> Any:
             return list(struct.unpack(f"<{count}{_SCALARS[item_type]}", content)) if keep else None
         if count > _LONGEST:
             raise ValueError(f"an array of {count} items")
+        if item_type == _ARRAY:  # llama.cpp reads none; nested a thousand deep they would end the interpreter's stack
+            raise ValueError("an array of arrays")
         values = [_value(stream, item_type) for _ in range(count)] if keep else None
         for _ in range(0 if keep else count):
             _value(stream, item_type)

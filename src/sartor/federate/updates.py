@@ -50,7 +50,7 @@ def unpack_tensors(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
         for name in sorted(head):
             tensors[name] = np.frombuffer(values, "<f4", sizes[name], 4 * start).astype(np.float32).reshape(head[name])
             start += sizes[name]
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ArtifactError(
             f"these are no tensors of a round: {error}", "get them again from the coordinator"
         ) from None

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.records import Message
 from sartor.core.row_warnings import dataset_warnings
 from sartor.curate.sources.row_readers import read_rows
@@ -66,9 +66,16 @@ def show(
     if rows < 0:
         raise ConfigError(f"rows is {rows}; it must be 0 or more", "-n 5")
     artifact = open_artifact(path, ("dataset", "adapter", "report"))
-    if artifact.kind == "dataset":
-        return _dataset(artifact, rows, split)
-    return _adapter(artifact) if artifact.kind == "adapter" else _report(artifact, rows)
+    try:
+        if artifact.kind == "dataset":
+            return _dataset(artifact, rows, split)
+        return _adapter(artifact) if artifact.kind == "adapter" else _report(artifact, rows)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        # the manifest's id fits whoever wrote it; what stands in it may be anything
+        raise ArtifactError(
+            f"{artifact.path} does not state what a {artifact.kind} states ({type(error).__name__}: {error})",
+            "get it again from its maker, or make it again: sartor curate, tune or evaluate",
+        ) from None
 
 
 def _dataset(dataset: Artifact, count: int, split: str) -> ArtifactPreview:

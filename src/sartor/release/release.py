@@ -21,7 +21,7 @@ from sartor.core.artifacts import (
     seal,
 )
 from sartor.core.config import is_valid_name
-from sartor.core.errors import ConfigError, GateError, HubError, ModelError, SignatureError
+from sartor.core.errors import ArtifactError, ConfigError, GateError, HubError, ModelError, SignatureError
 from sartor.core.licences import compliance
 from sartor.core.licences.compliance import Use
 from sartor.core.lineage import ancestry
@@ -335,6 +335,7 @@ def _verified(artifact: Artifact, key: Path | str | None, base: str, own: Ed2551
         if own:
             trusted.append(own)
     signer, signature = check_signed(artifact, trusted)
+    _check_form(artifact)
     return Verified(artifact, signer, _compare_base(artifact, base), signature)
 
 
@@ -355,6 +356,26 @@ def check_signed(artifact: Artifact, trusted: Sequence[signing.AnyPublicKey] | N
     signer = signing.check_signature_bytes(artifact.document, signature, file, artifact.path.name, trusted, "release")
     revoked_releases.check_not_revoked(artifact, trusted)
     return signer, signature
+
+
+def _check_form(artifact: Artifact) -> None:
+    """Raise ArtifactError unless a manifest has what is read of it: a trusted signer can write any other."""
+    manifest = artifact.manifest
+    base, gate, parity = manifest.get("base"), manifest.get("gate"), manifest.get("parity")
+    texts = [manifest.get("name"), manifest.get("version")]
+    texts += [base.get(key) if isinstance(base, dict) else None for key in ("name", "digest", "template_digest")]
+    if artifact.kind == "export":
+        has_details = isinstance(parity, dict) and {"measured", "files"} <= set(parity) and "form" in manifest
+    else:
+        has_details = isinstance(gate, dict) and all(
+            isinstance(check, dict) and "outcome" in check for check in gate.values()
+        )
+    if not has_details or not all(isinstance(text, str) and "\0" not in text and len(text) < 1024 for text in texts):
+        raise ArtifactError(
+            f"{artifact.path / MANIFESTS[artifact.kind]} lacks the name, version, base or gate of a release, or has "
+            "another form",
+            "ask its signer for one that sartor release or sartor export wrote",
+        )
 
 
 def _compare_base(artifact: Artifact, name: str) -> str:

@@ -21,10 +21,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-import referencing
-import referencing.exceptions
-
 from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact, check_output_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError, MissingError, StoppedError
@@ -41,6 +37,7 @@ from sartor.synthesize.generators import asks_teacher, make
 from sartor.synthesize.recipe import SynthesizeRecipe
 from sartor.synthesize.teacher import Teacher, TeacherAnswer, TeacherQuestion
 from sartor.synthesize.teacher_options import Endpoint, Price
+from sartor.text.json_schema import violations
 
 MOST_STARTS = 50
 _SHOWN = 3000
@@ -58,17 +55,8 @@ def parse_answer(answer: TeacherAnswer, schema: Mapping[str, Any]) -> dict[str, 
         if answer.finish == "length":
             return Unusable("answer_cut", "the answer was cut at max_tokens, before its JSON ended")
         return Unusable("no_json", "there is no JSON object in the answer")
-    # an empty registry: a `$ref` to an address is an error, not a request
-    checker = jsonschema.Draft202012Validator(dict(schema), registry=referencing.Registry())
-    try:
-        error = next(iter(checker.iter_errors(result)), None)
-    except referencing.exceptions.Unresolvable as missing:
-        raise ConfigError(
-            f"the schema refers to {missing.ref!r}, which is not in it",
-            '"$defs": {"NAME": {...}} in the schema, and "$ref": "#/$defs/NAME"',
-        ) from None
-    if error is not None:
-        return Unusable("schema_mismatch", f"at {error.json_path}: {error.message[:200]}")
+    if errors := violations(result, schema):
+        return Unusable("schema_mismatch", errors[0])
     return result
 
 

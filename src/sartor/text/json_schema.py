@@ -131,7 +131,8 @@ def _too_slow(pattern: str) -> _UncheckedError:
 def violations(value: Any, schema: Mapping[str, Any]) -> list[str]:
     """Return the violations of a schema as sentences, ordered by path.
 
-    No remote reference is fetched. A schema that cannot be checked within CHECK_S is a violation too.
+    No remote reference is fetched. A schema that cannot be checked within CHECK_S, or that is none, is a violation
+    too. Raises ConfigError for a reference to what the schema lacks.
     """
     keywords = _BoundedKeywords(_CheckBudget(time.monotonic() + CHECK_S))
     validator_class = jsonschema.validators.extend(jsonschema.Draft202012Validator, keywords.as_mapping())
@@ -139,11 +140,16 @@ def violations(value: Any, schema: Mapping[str, Any]) -> list[str]:
     try:
         errors = sorted(checker.iter_errors(value), key=lambda error: error.json_path)
     except referencing.exceptions.Unresolvable as missing:
-        return [f"the schema refers to {missing.ref!r}, which is not in it"]
+        raise ConfigError(
+            f"the schema refers to {missing.ref!r}, which is not in it",
+            '"$defs": {"NAME": {...}} in the schema, and "$ref": "#/$defs/NAME"',
+        ) from None
     except _UncheckedError as reason:
         return [str(reason)]
     except RecursionError:
         return ["the schema leads to itself without an end"]
+    except Exception as error:  # many kinds, for a schema that is none and for numbers without a float
+        return [f"the schema cannot be checked: {type(error).__name__}: {str(error)[:200]}"]
     return [f"at {error.json_path}: {error.message[:200]}" for error in errors]
 
 

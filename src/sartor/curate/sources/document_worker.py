@@ -19,7 +19,7 @@ from typing import Any
 
 from sartor.core.records import MalformedRow
 from sartor.curate.sources import office_files
-from sartor.curate.sources.safe_paths import open_regular
+from sartor.curate.sources.safe_paths import open_regular, read_at_most
 
 MOST_BYTES = {"pdf": 256 << 20, "html": 32 << 20, "xlsx": 256 << 20, "docx": 256 << 20}  # of a file
 MOST_MEMORY = 3 << 30  # of this process
@@ -233,7 +233,7 @@ def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield replies to one request: {line, text}, {line, row} or {line, reason, detail} for each row of the file."""
     try:
         with open_regular(request["path"]) as stream:
-            raw = stream.read((max_bytes := MOST_BYTES[request["kind"]]) + 1)
+            raw = read_at_most(stream, max_bytes := MOST_BYTES[request["kind"]])
         if len(raw) > max_bytes:
             raise MalformedRow("oversize_file", f"the limit of a {request['kind']} file is {max_bytes:,} bytes")
         if hashlib.sha256(raw).hexdigest() != request["sha256"]:

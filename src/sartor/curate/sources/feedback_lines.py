@@ -161,11 +161,14 @@ def _feedback(row: Any) -> Feedback | MalformedRow:
         return MalformedRow("torn_line", torn) if row.reason == "bad_json" else row
     try:
         feedback = Feedback.from_json(row)
-        return (
-            feedback if _is_whole(feedback) else MalformedRow("not_feedback", "its fields are not those of feedback")
-        )
+        if not _is_whole(feedback):
+            return MalformedRow("not_feedback", "its fields are not those of feedback")
+        canonical(feedback.as_json())  # half a surrogate pair has no digest
+        return feedback
     except SourceError as error:
         return MalformedRow("newer_schema", error.problem)
+    except (UnicodeEncodeError, RecursionError):
+        return MalformedRow("not_feedback", "it holds text that no file can hold")
     except (KeyError, TypeError, AttributeError):
         return MalformedRow("not_feedback", "the line is no feedback of a team; its fields are others")
 
@@ -188,8 +191,15 @@ def _is_whole(feedback: Feedback) -> bool:
     return (
         is_rating_valid
         and all(isinstance(text, str) for text in texts)
-        and all(isinstance(message, Mapping) for message in feedback.messages)
+        and all(isinstance(message, Mapping) and _is_content(message.get("content")) for message in feedback.messages)
     )
+
+
+def _is_content(content: Any) -> bool:
+    """Return whether a value may be the content of a message: a text, or parts."""
+    if isinstance(content, list):
+        return all(isinstance(part, Mapping) for part in content)
+    return content is None or isinstance(content, str)
 
 
 _ROW_BYTES = 4 << 20

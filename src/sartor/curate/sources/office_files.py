@@ -11,6 +11,7 @@ import io
 import re
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -50,7 +51,7 @@ def check_package(raw: bytes, kind: str) -> None:
                         f"{member.filename} declares a document type, or begins with no element; Office writes neither"
                     )
                     raise MalformedRow(f"{kind}_bomb", detail)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError, ValueError) as error:
         raise MalformedRow(f"bad_{kind}", f"not a whole .{kind} file: {error}") from None
 
 

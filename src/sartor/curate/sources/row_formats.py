@@ -105,7 +105,11 @@ def _part(part: Any, remaining: Mapping[str, Iterator[Any]], counts: dict[str, i
     A part for which the row has no media left gets None; it is counted, so that the caller reports it.
     """
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in _FIELDS or any(part.get(name) is not None for name in (kind, "image_url", "input_audio")):
+    if (
+        not isinstance(kind, str)
+        or kind not in _FIELDS
+        or any(part.get(name) is not None for name in (kind, "image_url", "input_audio"))
+    ):
         return part
     counts[kind] += 1
     return {**part, kind: next(remaining[kind], None)}

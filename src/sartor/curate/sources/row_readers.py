@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from sartor.core.records import MalformedRow
 from sartor.curate.sources import encodings, file_formats, row_formats
-from sartor.curate.sources.safe_paths import open_regular
+from sartor.curate.sources.safe_paths import open_regular, read_at_most
 
 Read = Iterator[tuple[str, Any]]
 _SPACE = " \t\r\n,"
@@ -112,7 +112,7 @@ def whole_json(stream: BinaryIO, most_bytes: int) -> Read:
 
     Rows before a fault are kept.
     """
-    raw = stream.read(MOST_JSON_BYTES + 1)
+    raw = read_at_most(stream, MOST_JSON_BYTES)
     if len(raw) > MOST_JSON_BYTES:
         detail = (
             f"a .json file is read whole, and the limit is {MOST_JSON_BYTES:,} bytes; save it as JSON Lines: jq -c "
@@ -350,7 +350,7 @@ def read_document(stream: BinaryIO, most_bytes: int, encoding: str = "") -> tupl
 
     encoding: encoding of text that is not UTF-8.
     """
-    raw = stream.read(most_bytes + 1)
+    raw = read_at_most(stream, most_bytes)
     if len(raw) > most_bytes:
         size = stream.seek(0, io.SEEK_END)
         return MalformedRow(
@@ -423,7 +423,7 @@ def read_parquet(stream: BinaryIO, first: int, groups: tuple[int, int] | None, m
                 number = row_number
                 yield str(row_number), row
             number = expected
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # KeyError: a footer that names columns twice
         yield str(number), _not_whole(error)
 
 
@@ -465,7 +465,9 @@ def _batch_rows(stream: BinaryIO, group: int) -> int:
     ]
     if not leaves or not metadata.row_group(group).num_rows:
         return BATCH_ROWS
-    batch = next(pq.ParquetFile(stream, read_dictionary=leaves).iter_batches(1, row_groups=[group]))
+    batch = next(pq.ParquetFile(stream, read_dictionary=leaves).iter_batches(1, row_groups=[group]), None)
+    if batch is None:  # fewer rows than the footer says
+        return BATCH_ROWS
     longest = max((_longest(column) for column in batch.columns), default=0)
     return max(1, min(BATCH_ROWS, MOST_BATCH_BYTES // max(1, longest)))
 

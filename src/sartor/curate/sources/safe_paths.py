@@ -19,6 +19,7 @@ from typing import BinaryIO
 from sartor.core.errors import ConfigError
 from sartor.core.records import MalformedRow
 
+_BLOCK_BYTES = 1 << 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _KIND_NAMES = (
     (stat.S_ISFIFO, "a named pipe"),
@@ -93,6 +94,17 @@ def open_regular(path: str | Path) -> BinaryIO:
         os.close(descriptor)
         raise MalformedRow("not_a_file", f"this is {_kind_name(mode)}, not a regular file")
     return os.fdopen(descriptor, "rb", buffering=1 << 18)
+
+
+def read_at_most(stream: BinaryIO, max_bytes: int) -> bytes:
+    """Return what a stream holds, or its first `max_bytes` + 1 bytes if it holds more.
+
+    `read(n)` allocates n bytes before it reads, so a small file would take as much memory as the largest one.
+    """
+    content = bytearray()
+    while len(content) <= max_bytes and (block := stream.read(min(_BLOCK_BYTES, max_bytes + 1 - len(content)))):
+        content += block
+    return bytes(content)
 
 
 def safe_name(name: str) -> str:

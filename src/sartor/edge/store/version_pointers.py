@@ -204,25 +204,28 @@ def parse(content: bytes, name: str) -> Pointer | None:
             return None
     except (ValueError, RecursionError):
         return None
-    if fields["schema"] not in (SCHEMA - 1, SCHEMA):
+    if fields.get("schema") not in (SCHEMA - 1, SCHEMA):
         raise StoreError(
-            f"the pointer of {name} has schema {fields['schema']}; this version of Sartor reads {SCHEMA - 1} and "
+            f"the pointer of {name} has schema {fields.get('schema')}; this version of Sartor reads {SCHEMA - 1} and "
             f"{SCHEMA}",
             upgrade_command(),
         )
     versions: dict[str, StoredVersion | None] = {}
-    for role in ("current", "previous", "staged"):
-        stored = fields[role]
-        versions[role] = StoredVersion(stored["version"], stored["files"], stored["since"]) if stored else None
-    trial = fields.get("trial")
-    return Pointer(
-        name,
-        current=versions["current"],
-        previous=versions["previous"],
-        staged=versions["staged"],
-        refused=fields["refused"],
-        trial=Trial(trial["left"], trial["of"]) if trial else None,
-    )
+    try:
+        for role in ("current", "previous", "staged"):
+            stored = fields[role]
+            versions[role] = StoredVersion(stored["version"], stored["files"], stored["since"]) if stored else None
+        trial = fields.get("trial")
+        return Pointer(
+            name,
+            current=versions["current"],
+            previous=versions["previous"],
+            staged=versions["staged"],
+            refused=dict(fields["refused"]),
+            trial=Trial(trial["left"], trial["of"]) if trial else None,
+        )
+    except (KeyError, TypeError, ValueError):  # its id fits, so it was not torn: another program wrote it
+        return None
 
 
 def activated(pointer: Pointer, new: StoredVersion, starts: int) -> Pointer:

@@ -142,11 +142,11 @@ def _layout(header: bytes) -> SafetensorsLayout:
                 )
             )
         tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise _layout_error(f"its header cannot be read ({type(error).__name__})") from None
     position = len(header)
     for tensor in tensors:
-        width = _DTYPES.get(tensor.dtype, 0)
+        width = _DTYPES.get(tensor.dtype, 0) if isinstance(tensor.dtype, str) else 0
         if not width or tensor.start != position or tensor.end < position or (tensor.end - position) % width:
             raise _layout_error(f"the tensor {tensor.name[:80]!r} ({tensor.dtype}) lies where it cannot")
         position = tensor.end
@@ -232,6 +232,7 @@ def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator
         AttributeError,
         EOFError,
         RecursionError,
+        OverflowError,
     ) as error:
         raise _delta_error(f"it cannot be read ({type(error).__name__})") from None
 

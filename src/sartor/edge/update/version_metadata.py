@@ -163,8 +163,9 @@ def read_version_metadata(document: bytes, name: str, version: str) -> VersionCo
         raise _document_error(name, version, f"it is of {result.name} {result.version}")
     if len(files) > MOST_FILES or any(not _is_inside(path) for path in files):
         raise _document_error(name, version, "a path in it leads out of the release, or there are too many")
-    digests = [*result.blobs, *(step.sha256 for step in result.deltas), *(step.result for step in result.deltas)]
-    sizes = [*result.blobs.values(), *(step.bytes for step in result.deltas)]
+    digests = [*(blob.sha256 for blob in files.values()), *(step.sha256 for step in result.deltas)]
+    digests += [step.result for step in result.deltas]
+    sizes = [*(blob.bytes for blob in files.values()), *(step.bytes for step in result.deltas)]
     digests += [step.base for step in result.deltas if step.base]
     if not all(isinstance(digest, str) and DIGEST.fullmatch(digest) for digest in digests) or not all(
         type(size) is int and size >= 0 for size in sizes

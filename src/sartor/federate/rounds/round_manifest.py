@@ -167,7 +167,16 @@ def read_manifest(content: bytes, coordinator: str, roster: PinnedKeys) -> Manif
         )
         manifest = Manifest(work=work, rules=rules, terms=terms, **fields)
         _check(manifest)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError) as error:
+        manifest.document()  # text that no file can hold is found here
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+        ConfigError,
+    ) as error:
         raise ArtifactError(f"this is no manifest of a round: {error}", "look at who sends it") from None
     if manifest.coordinator != coordinator or coordinator not in roster.keys:
         raise SignatureError(

@@ -209,7 +209,7 @@ class SecureSumTerms:
                 degree=_whole(payload["degree"]),
                 seed=str(payload["seed"]),
             )
-        except (TypeError, KeyError, ValueError, AttributeError, ConfigError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError, ConfigError) as error:
             raise ArtifactError(f"the terms of a sum are malformed: {error}", "look at who sends them") from None
         return terms
 

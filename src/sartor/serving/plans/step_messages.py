@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from sartor.core.errors import ConfigError
 from sartor.media.content_parts import media_parts
 from sartor.serving.plan_options import Given, PlanStep
 from sartor.text import json_schema
@@ -187,4 +188,7 @@ def schema_errors(value: Any, schema: Mapping[str, Any]) -> list[str]:
     """
     if not is_json(value):
         return ["it is not JSON"]
-    return json_schema.violations(value, schema)[:8]
+    try:
+        return json_schema.violations(value, schema)[:8]
+    except ConfigError as error:
+        return [error.problem]
