@@ -11,10 +11,10 @@ Postgres database needs a copy, and is refused without it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from sqlalchemy import Connection, Table, func, select
 
 from sartor.core.database import Database
@@ -75,9 +75,23 @@ def reseal(database: Database, state: Path, tables: Sequence[Table]) -> dict[str
 
 def _introduce(database: Database, file: Path, tables: Sequence[Table]) -> None:
     pending = file.with_name(f"{FILE}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # the database's lock ends with the commit, before the key has its name
+        with FileLock(f"{file}.lock"):
+            if file.exists():  # another process was first
+                return
+            _seal_first(database, pending, file, tables)
+            FileSystem().take_name(pending, file)
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be made: {error.strerror}", f"give {file.parent} to the user who starts Sartor"
+        ) from None
+
+
+def _seal_first(database: Database, pending: Path, file: Path, tables: Sequence[Table]) -> None:
+    """Create the key as `pending`, and seal the rows by it in one transaction."""
     with database.change() as connection:
-        if file.exists():  # another process was first
-            return
         used = _seal_ids(connection, tables)
         if used and not pending.exists():
             raise _other_key(database, f"a key that {file.parent} lacks", file)
@@ -86,8 +100,6 @@ def _introduce(database: Database, file: Path, tables: Sequence[Table]) -> None:
             raise _other_key(database, f"another key than {pending}", file)
         if not used:
             _write_seals(connection, seals, tables, every=False)
-    with suppress(FileNotFoundError):  # another process was first
-        FileSystem().take_name(pending, file)
 
 
 def _other_key(database: Database, key: str, file: Path) -> ConfigError:
