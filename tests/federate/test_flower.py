@@ -24,8 +24,8 @@ from flower_trainer import certain
 from round_parties import Pull
 from sample_data import ROWS, write_jsonl
 from sartor.core.artifacts import open_artifact
+from sartor.federate.flower.driver_options import RoundDriverOptions, drive_rounds
 from sartor.federate.flower.local_rpc import ask
-from sartor.federate.flower.round_driver import RoundDriverOptions, drive_rounds
 from sartor.federate.rounds.round_client import Participant, RoundClient
 from sartor.federate.rounds.round_journal import RoundJournal
 from sartor.federate.rounds.transport import InProcess

@@ -21,9 +21,9 @@ from sartor.cli import main
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, GuardError, MissingError, RoundError, SartorError
 from sartor.federate.flower import flower_run
+from sartor.federate.flower.driver_options import RoundDriverOptions, drive_rounds
 from sartor.federate.flower.flower_client import ClientOptions, enrol, round_client, task_of
 from sartor.federate.flower.flower_coordinator import CoordinatorOptions, coordinate
-from sartor.federate.flower.round_driver import RoundDriverOptions, drive_rounds
 from sartor.federate.recipe import load
 from sartor.federate.rounds.round_client import RoundClient
 from sartor.federate.rounds.round_journal import RoundJournal

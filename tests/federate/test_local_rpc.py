@@ -24,11 +24,11 @@ from federating import write_keys
 from round_parties import START, House, mean_of_numbers
 from sartor.core.errors import BusyError, ConfigError, MissingError, RequestError, RoundError
 from sartor.federate import updates as arrays
-from sartor.federate.flower import round_driver as leading
+from sartor.federate.flower import driver_options as leading
+from sartor.federate.flower.driver_options import RoundDriverOptions, drive_rounds
 from sartor.federate.flower.flower_run import write_app
 from sartor.federate.flower.flower_transport import AGAIN, ANSWERED, FlowerTransport, Node, NodeReply
 from sartor.federate.flower.local_rpc import LocalRpcServer, RpcResponse, TransferLimits, ask, respond
-from sartor.federate.flower.round_driver import RoundDriverOptions, drive_rounds
 from sartor.federate.rounds.round_journal import RoundJournal
 from sartor.federate.rounds.transport import InProcess, run_round
 

@@ -12,9 +12,9 @@ from sartor.edge.tuning.energy_policy import EnergyPolicy
 from sartor.edge.update.fleet_monitor import FleetPolicy
 from sartor.edge.update.tuf_roles import Expiry
 from sartor.evaluate.audit.audit import AuditOptions
+from sartor.federate.flower.driver_options import RoundDriverOptions
 from sartor.federate.flower.flower_client import ClientOptions
 from sartor.federate.flower.flower_coordinator import CoordinatorOptions
-from sartor.federate.flower.round_driver import RoundDriverOptions
 from sartor.federate.recipe import FederateRecipe
 from sartor.federate.tuning.client_shards import Shards
 from sartor.federate.tuning.edge_client import DeviceFile

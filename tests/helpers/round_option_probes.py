@@ -21,9 +21,9 @@ from sartor.core.config import load
 from sartor.core.errors import MissingError, SartorError
 from sartor.federate import updates as arrays
 from sartor.federate.flower import flower_client, flower_coordinator, flower_run, local_rpc
+from sartor.federate.flower.driver_options import RoundDriverOptions, RoundOptions, drive_rounds
 from sartor.federate.flower.flower_client import ClientOptions
 from sartor.federate.flower.flower_coordinator import CoordinatorOptions
-from sartor.federate.flower.round_driver import RoundDriverOptions, RoundOptions, drive_rounds
 from sartor.federate.privacy.accountant import PrivacyBudget, calibrated
 from sartor.federate.recipe import load as load_recipe
 from sartor.federate.rounds.round_journal import RoundJournal
@@ -154,7 +154,7 @@ def _course(values: Any, workspace: Workspace) -> Any:
     plan = RoundOptions(task="pull", cohort=("a", "b", "c"), rules=UpdateRules(clip=1.0))
     lead = RoundDriverOptions("run", "key", "roster", str(workspace.path / "journal"), "start", plan, **values)
     with contextlib.closing(RoundJournal(None)) as journal:
-        return lead.course(journal).plan(1, FACTORS)[0].trained
+        return lead.schedule(journal).plan(1, FACTORS)[0].trained
 
 
 def _lora(values: Any, workspace: Workspace) -> Any:
@@ -167,8 +167,7 @@ def _lora(values: Any, workspace: Workspace) -> Any:
         trained, side_tensors = schedule.plan(1, FACTORS)
         house = House(3)
         noised = {"task": "pull", "cohort": list(house.names), "rules": {"noise": 9.0, "most_examples": 1}}
-        house.coordinator.begin(load(RoundOptions, noised).plan(), ())
-        schedule.opened(house.coordinator)
+        schedule.pay(house.coordinator.begin(load(RoundOptions, noised).plan(), ()))
         updates = [Update(str(index), {"weight": np.full(2, float(index**2))}) for index in range(5)]
         pooled = schedule.pool(updates)["weight"].tolist() if options.robust else []
     bounds = [
@@ -274,15 +273,14 @@ def _coordinated(values: Any, workspace: Workspace) -> Any:
     stubs: dict[str, Any] = {
         "_open_clients": lambda recipe, cohort, notice: SimpleNamespace(resident=resident, held_out=[], rows={}),
         "_setup": lambda recipe, clients, folder: folder.mkdir(parents=True, exist_ok=True),
-        "_fingerprint": lambda setup, clients, cohort: {},
+        "fingerprint_of": lambda recipe, resident, **of_clients: {},
         "check_same": lambda folder, fingerprint, dtype: None,
         "_write_lead": lambda setup, options, clients, name: lead,
         "lines_of": lambda journal, run: [{"round": 1}],
         "_shared": lambda journal, run: {},
         "round_line": lambda line, rounds: "",
-        "facts_of": lambda setup, clients, lines, shared: {"licence": "MIT", "run": {"federated": {}}},
-        "without_recipe": lambda fingerprint: {},
-        "AttackTarget": lambda *arguments: None,
+        "facts_of": lambda setup, clients, lines, shared, fingerprint: {"licence": "MIT", "run": {"federated": {}}},
+        "AttackTarget": lambda *arguments, **fields: None,
         "run_attacks": lambda target, notice: None,
         "write_adapter": lambda out, resident, lines, shared, facts, report, replace: written.append(facts),
         "Simulated": lambda adapter: None,

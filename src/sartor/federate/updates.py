@@ -150,9 +150,8 @@ def cohort(updates: Sequence[Update], like: Tensors) -> None:
 def mean(updates: Sequence[Update]) -> dict[str, Array]:
     """Return the mean weighted by examples, summed in fp64, in the shapes and dtypes of the updates."""
     total = sum(update.examples for update in updates)
-    return {
-        name: np.sum(
-            [(update.examples / total) * update.tensors[name].astype(np.float64) for update in updates], axis=0
-        ).astype(tensor.dtype)
-        for name, tensor in updates[0].tensors.items()
-    }
+    means = {}
+    for name, tensor in updates[0].tensors.items():
+        parts = [(update.examples / total) * update.tensors[name].astype(np.float64) for update in updates]
+        means[name] = np.sum(parts, axis=0).astype(tensor.dtype)
+    return means

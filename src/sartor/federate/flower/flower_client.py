@@ -181,8 +181,10 @@ def _users(names: Sequence[str]) -> frozenset[int] | None:
 
 
 def _group(name: str) -> int | None:
+    if not name:
+        return None
     try:
-        return None if not name else int(name) if name.isdigit() else grp.getgrnam(name).gr_gid
+        return int(name) if name.isdigit() else grp.getgrnam(name).gr_gid
     except KeyError as error:
         raise ConfigError(
             f"this machine has no such group: {error.args[0]}", "groupadd --system flower, or a number"

@@ -6,7 +6,7 @@
                   coordinator.rounds.jsonl    a line for each round that ended
 
 SuperLink runs the ServerApp on this machine. That process holds the journal while it leads
-(`round_driver.drive_rounds`). This process starts a Flower run where none leads, and waits. Once all rounds are over
+(`driver_options.drive_rounds`). This process starts a Flower run where none leads, and waits. Once all rounds are over
 it writes the Adapter from the journal. After a kill, start it again with `resume`; rounds continue meanwhile.
 """
 
@@ -31,16 +31,17 @@ from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.licences import compliance
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.federate import updates as arrays
+from sartor.federate.flower.driver_options import RoundDriverOptions, RoundOptions
 from sartor.federate.flower.flower_run import RunWatcher, run_to_the_end, write_app
-from sartor.federate.flower.round_driver import RoundDriverOptions, RoundOptions
 from sartor.federate.recipe import FederateRecipe, tuning
 from sartor.federate.recipe import load as load_recipe
+from sartor.federate.rounds.round_driver import lines_of
 from sartor.federate.rounds.round_journal import RoundJournal
 from sartor.federate.secure.identities import Identity, PinnedKeys
 from sartor.federate.secure.secagg_terms import SecureSumPolicy
 from sartor.federate.tuning.attack_runner import AttackTarget, run_attacks
 from sartor.federate.tuning.lora_task import LoraTask
-from sartor.federate.tuning.round_schedule import LoraOptions, lines_of
+from sartor.federate.tuning.round_schedule import LoraOptions
 from sartor.federate.tuning.simulated_clients import Clients
 from sartor.federate.tuning.simulated_rounds import SimulationSetup, TuningTask, work_of
 from sartor.federate.tuning.simulation import (
@@ -48,9 +49,9 @@ from sartor.federate.tuning.simulation import (
     check_outputs,
     check_same,
     facts_of,
+    fingerprint_of,
     resolve_rules,
     round_line,
-    without_recipe,
     write_adapter,
 )
 from sartor.models.lora_tensors import Tensors
@@ -112,13 +113,13 @@ def coordinate(
             shutil.rmtree(folder, ignore_errors=True)
         clients = _open_clients(recipe, cohort, notice)
         setup = _setup(recipe, clients, folder)
-        fingerprint = _fingerprint(setup, clients, cohort)
+        fingerprint = fingerprint_of(recipe, clients.resident, clients=list(cohort))
         if resume and (finished := resumption.finished(out, CheckpointState(), fingerprint)):
             notice(f"{out} is finished: nothing is left to do")
             return Simulated(finished)
         check_same(folder, fingerprint, str(clients.resident.dtype))
         lead, began = _write_lead(setup, options, clients, out.name), time.monotonic()
-        watch = RunWatcher(lead, folder / "lead.yaml", options.link, options.patience_s, notice)
+        watch = RunWatcher(lead, folder / "lead.yaml", link=options.link, patience_s=options.patience_s, notice=notice)
         with run_to_the_end(watch) as journal:
             lines, shared = lines_of(journal, lead.run), _shared(journal, lead.run)
         for line in lines:
@@ -128,9 +129,13 @@ def coordinate(
                 f"none of the {lead.rounds} rounds was done: {watch.reasons()}",
                 "look at the clients, and begin with --replace",
             )
-        facts = facts_of(setup, clients, lines, shared) | {"fingerprint": without_recipe(fingerprint)}
-        facts |= _sources(facts["licence"], options.licence or UNKNOWN, cohort)
-        report = run_attacks(AttackTarget(setup, shared, {}, clients.held_out, recipe.data.attack_rows), notice)
+        facts = facts_of(setup, clients, lines, shared, fingerprint)
+        # the sources of the rows are the clients, under the licence that was agreed with them
+        licence = options.licence or UNKNOWN
+        facts["sources"] = [{"source": f"client {name}", "licence": licence} for name in cohort]
+        facts["licence"] = compliance.combine([facts["licence"], licence])
+        target = AttackTarget(setup, shared, rows={}, held_out=clients.held_out, most_rows=recipe.data.attack_rows)
+        report = run_attacks(target, notice)
         facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
         abandoned = lead.rounds - len(lines)
         facts["run"]["federated"] |= {"transport": "flower", "run": lead.run, "abandoned": abandoned, "examples": None}
@@ -172,25 +177,21 @@ def _open_clients(recipe: FederateRecipe, cohort: Sequence[str], notice: Notice)
     resident, held_out = SharedBase.open(tuning(recipe, path), notice), []
     if path:
         held_out = encode_rows(open_artifact(Path(path), "dataset"), tuning(recipe, path), resident.base.chat).held_out
-    return Clients(resident, [], {name: TokenizedDataset() for name in cohort}, held_out, {})
+    return Clients(
+        resident,
+        datasets=[],
+        rows={name: TokenizedDataset() for name in cohort},
+        held_out=held_out,
+        left_out={},
+    )
 
 
 def _setup(recipe: FederateRecipe, clients: Clients, folder: Path) -> SimulationSetup:
     resident, start = clients.resident, clients.resident.current_factors()
     # clients do not train here: only the simulated clients of the attack report run these tasks
     tasks: dict[str, TuningTask] = {name: LoraTask(resident, rows) for name, rows in clients.rows.items()}
-    return SimulationSetup(recipe, resolve_rules(recipe, start, len(tasks), 1), resident, tasks, start, folder)
-
-
-def _fingerprint(setup: SimulationSetup, clients: Clients, cohort: Sequence[str]) -> dict[str, Any]:
-    """Return what a resumed run must have in common with the one that began."""
-    resident = clients.resident
-    return {
-        "recipe": config.dump(setup.recipe),
-        "base": resident.ref.digest,
-        "template": resident.base.chat.template_digest,
-        "clients": list(cohort),
-    }
+    rules = resolve_rules(recipe, start, len(tasks), 1)
+    return SimulationSetup(recipe, rules, resident, tasks=tasks, start=start, folder=folder)
 
 
 def _write_lead(
@@ -234,12 +235,6 @@ def _round(setup: SimulationSetup, options: CoordinatorOptions, clients: Clients
         length_s=exchanges * options.stage_s + options.work_s + 600,
         **work_of(setup.recipe, clients.resident),
     )
-
-
-def _sources(base: str, licence: str, cohort: Sequence[str]) -> dict[str, Any]:
-    """Return the sources of the rows, one a client, under the licence that was agreed with them."""
-    sources = [{"source": f"client {name}", "licence": licence} for name in cohort]
-    return {"sources": sources, "licence": compliance.combine([base, licence])}
 
 
 def _shared(journal: RoundJournal, run: str) -> Tensors:

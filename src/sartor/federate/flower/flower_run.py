@@ -27,7 +27,7 @@ from typing import Any
 from sartor.core.artifacts import create_output_directory
 from sartor.core.errors import BusyError, MissingError, missing_package
 from sartor.core.ipc import error_of
-from sartor.federate.flower.round_driver import RoundDriverOptions
+from sartor.federate.flower.driver_options import RoundDriverOptions
 from sartor.federate.rounds.round_journal import RoundJournal
 
 # Switches off Flower's telemetry, its update check, and the installation of a bundle's dependencies
@@ -127,7 +127,11 @@ class RunWatcher:
         """Report the rounds that ended since the last call; return whether there were any."""
         new_lines = self._lines()[self._lines_read :]
         for line in new_lines:
-            self.notice(_format_round(line, self.lead.rounds))
+            summary = f"{len(line['active'])} clients" if line["state"] == "done" else line["reason"]
+            away = f"; away: {', '.join(line['away'])}" if line.get("away") else ""
+            refusals = "".join(f"; {refusal} ({count} times)" for refusal, count in line.get("said_no", {}).items())
+            round_name = f"round {line['number']} of {self.lead.rounds} {line['state']}"
+            self.notice(f"{round_name}: {summary}, {line['took_s']:.0f} s{away}{refusals}")
         self._lines_read += len(new_lines)
         return bool(new_lines)
 
@@ -263,10 +267,3 @@ def _given_up(watch: RunWatcher) -> MissingError:
         f"for {watch.patience_s:.0f} s no round ended, and no run was taken or went on: {last or 'it says nothing'}"
     )
     return MissingError(problem, f"see to SuperLink and to {watch.link} in Flower's config.toml, then --resume")
-
-
-def _format_round(line: dict[str, Any], rounds: int) -> str:
-    summary = f"{len(line['active'])} clients" if line["state"] == "done" else line["reason"]
-    away = f"; away: {', '.join(line['away'])}" if line.get("away") else ""
-    refusals = "".join(f"; {refusal} ({count} times)" for refusal, count in line.get("said_no", {}).items())
-    return f"round {line['number']} of {rounds} {line['state']}: {summary}, {line['took_s']:.0f} s{away}{refusals}"

@@ -67,10 +67,6 @@ class TransferLimits:
     most_waiting: int = 4
 
 
-def _own_uid() -> frozenset[int]:
-    return frozenset({os.geteuid()})
-
-
 @dataclass
 class _Waiting:
     """Request that waits for its turn."""
@@ -98,7 +94,7 @@ class LocalRpcServer:
     ) -> None:
         self.path, self.allowed, self.limits = (
             path,
-            _own_uid() if allowed is None else allowed,
+            frozenset({os.geteuid()}) if allowed is None else allowed,
             limits or TransferLimits(),
         )
         # SimpleQueue: a signal handler may call stop() while the serving thread stands in the queue
@@ -276,7 +272,7 @@ def _check_folder(path: Path) -> None:
 
 
 def _listen(path: Path, group: int | None, backlog: int) -> socket.socket:
-    if not _has_peers():
+    if "SO_PEERCRED" not in vars(socket):
         raise MissingError("this system does not say who connects to a socket", "run sartor federate client on Linux")
     _clear(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -296,10 +292,6 @@ def _listen(path: Path, group: int | None, backlog: int) -> socket.socket:
     finally:
         os.umask(previous_umask)
     return listener
-
-
-def _has_peers() -> bool:
-    return "SO_PEERCRED" in vars(socket)
 
 
 def _clear(path: Path) -> None:

@@ -1,6 +1,6 @@
 """Flower ServerApp that runs the rounds over Flower's Grid.
 
-From the run's config it reads lead="ABSOLUTE PATH OF THE YAML", whose format is in `round_driver.py`.
+From the run's config it reads lead="ABSOLUTE PATH OF THE YAML", whose format is in `driver_options.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from flwr.serverapp import Grid, ServerApp
 from sartor.core.errors import SartorError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.ipc import error_as_json
+from sartor.federate.flower.driver_options import RoundDriverOptions, drive_rounds
 from sartor.federate.flower.flower_grid import GridPost
 from sartor.federate.flower.flower_transport import FlowerTransport
-from sartor.federate.flower.round_driver import RoundDriverOptions, drive_rounds
 
 # `flwr run --stream` shows the messages of this logger
 LOG = logging.getLogger("flwr")

@@ -265,10 +265,12 @@ class NoiseUtility:
     clients_needed: int
 
     def __str__(self) -> str:
+        ratio = self.noise_to_signal
+        times = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
         text = (
             f"epsilon {self.budget.epsilon:g} over {self.rounds} rounds of {self.clients} clients needs noise of "
             f"{self.noise_multiplier:.2f} clips: in the mean of {self.values:,} values the noise is "
-            f"{_figure(self.noise_to_signal)} times as long as the longest update"
+            f"{times} times as long as the longest update"
         )
         if self.noise_to_signal <= 1:
             return f"{text}; the mean can be learnt from"
@@ -295,8 +297,12 @@ def noise_utility(
     # n clients, t sharers: each adds sigma^2 = (z C)^2 / t, so the mean of P values has noise of norm
     # sqrt(P) z C sqrt(n / t) / n; the ratio divides it by C
     ratio = noise * math.sqrt(values) * math.sqrt(clients / (sharers or clients)) / clients
-    return NoiseUtility(clients, values, rounds, budget, noise, ratio, math.ceil(ratio * clients))
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+    return NoiseUtility(
+        clients,
+        values,
+        rounds,
+        budget,
+        noise_multiplier=noise,
+        noise_to_signal=ratio,
+        clients_needed=math.ceil(ratio * clients),
+    )

@@ -92,7 +92,7 @@ def one_run(scores: Sequence[float], is_in: Sequence[bool], delta: float, guess_
     order = np.argsort(values, kind="stable")
     right = int(truth[order[-n_each:]].sum() + (~truth[order[:n_each]]).sum())
     low, max_epsilon = (_least_epsilon(len(values), 2 * n_each, count, delta) for count in (right, 2 * n_each))
-    return Audit(low, max_epsilon, right, 2 * n_each, len(values), delta)
+    return Audit(epsilon_low=low, most=max_epsilon, right=right, guesses=2 * n_each, trials=len(values), delta=delta)
 
 
 def many_runs(scores_in: Sequence[float], scores_out: Sequence[float], delta: float, threshold: float) -> Audit:
@@ -108,17 +108,14 @@ def many_runs(scores_in: Sequence[float], scores_out: Sequence[float], delta: fl
         raise ConfigError(
             f"{runs} runs with the row and {runs_without} without", "scores_in and scores_out of one run or more each"
         )
-    low, max_epsilon = (
-        _of_rates(true_positives, runs, false_positives, runs_without, delta),
-        _of_rates(runs, runs, 0, runs_without, delta),
-    )
+    all_runs = runs + runs_without
     return Audit(
-        low,
-        max_epsilon,
-        true_positives + runs_without - false_positives,
-        runs + runs_without,
-        runs + runs_without,
-        delta,
+        epsilon_low=_of_rates(true_positives, runs, false_positives, runs_without, delta),
+        most=_of_rates(runs, runs, 0, runs_without, delta),
+        right=true_positives + runs_without - false_positives,
+        guesses=all_runs,
+        trials=all_runs,
+        delta=delta,
     )
 
 
@@ -198,7 +195,8 @@ def exposure(name: str, repeats: int, loss: float, candidates: Sequence[float]) 
             f"canary {name!r} has no candidates to be compared with", "255 other secrets show up to 8 bits"
         )
     rank, count = 1 + int((np.asarray(candidates, float) < loss).sum()), len(candidates) + 1
-    return Exposure(name, repeats, math.log2(count / rank), math.log2(count), rank / count)
+    bits, most_bits = math.log2(count / rank), math.log2(count)
+    return Exposure(name, repeats, bits=bits, most_bits=most_bits, chance=rank / count)
 
 
 @dataclass(frozen=True)

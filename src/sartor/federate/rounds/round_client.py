@@ -173,17 +173,12 @@ class RoundClient:
                 "replayed",
             )
         self._learn(manifest, invite.shared)
-        return (
-            self._shown(manifest)
-            if manifest.rules.mode == "inspectable"
-            else self._open_session(stored_round).client.keys()
-        )
-
-    def _shown(self, manifest: Manifest) -> bytes:
-        """Return the update as a message readable by its carriers: the same bytes until the round ends."""
-        return messages.sealed(
-            Shown(Payload(arrays.pack_tensors(self._outgoing(manifest)))), manifest.digest, self._member.identity
-        )
+        if manifest.rules.mode != "inspectable":
+            return self._open_session(stored_round).client.keys()
+        # the update is readable by its carriers, and the same bytes until the round ends
+        weight, tensors = self._clip(manifest)
+        content = arrays.pack_tensors({**tensors, arrays.WEIGHT: np.array([weight], np.float32)})
+        return messages.sealed(Shown(Payload(content)), manifest.digest, self._member.identity)
 
     def _begin(self, manifest: Manifest, content: bytes) -> StoredRound:
         """Check everything that a round demands, then store the round in the journal."""
@@ -210,7 +205,12 @@ class RoundClient:
         for open_round in (item for item in previous if item.state == "open"):
             self._give_up(open_round)
         stored_round = StoredRound(
-            manifest.digest, manifest.run, manifest.number, content, os.urandom(ROOT_BYTES), "open"
+            manifest.digest,
+            manifest.run,
+            manifest.number,
+            manifest=content,
+            secret=os.urandom(ROOT_BYTES),
+            state="open",
         )
         self._journal.begin(stored_round)
         return stored_round
@@ -278,10 +278,6 @@ class RoundClient:
         weight, tensors = self._clip(manifest)
         return fixed_point.encode(arrays.weighted(tensors, weight), manifest.terms, rounding, self._chance(manifest))
 
-    def _outgoing(self, manifest: Manifest) -> Tensors:
-        weight, tensors = self._clip(manifest)
-        return {**tensors, arrays.WEIGHT: np.array([weight], np.float32)}
-
     def _clip(self, manifest: Manifest) -> tuple[float, Tensors]:
         """Return the weight, and the tensors: clipped, with the side tensors and this client's share of the noise."""
         content = self._journal.load(_update_key(manifest.run))
@@ -302,7 +298,9 @@ class RoundClient:
             return self._session
         member = self._member
         manifest = read_manifest(stored_round.manifest, member.coordinator, member.roster)
-        client = SecAggClient(manifest.round, member.identity, member.roster, stored_round.secret, member.policy)
+        client = SecAggClient(
+            manifest.round, member.identity, member.roster, root=stored_round.secret, policy=member.policy
+        )
         session = _Session(manifest, client, {})
         entries = self._journal.entries(stored_round.digest)
         for (_, request), (kind, answer) in zip(entries[::2], entries[1::2], strict=True):
@@ -319,7 +317,13 @@ class RoundClient:
         if stored_round is None or stored_round.state != "open":
             return
         is_in = outcome.state == "done" and self._member.identity.name in outcome.active
-        state: State = "done" if is_in else "abandoned" if outcome.state == "abandoned" else "left out"
+        state: State
+        if is_in:
+            state = "done"
+        elif outcome.state == "abandoned":
+            state = "abandoned"
+        else:
+            state = "left out"
         self._journal.end(stored_round.digest, state, {_update_key(stored_round.run): None} if is_in else None)
         self._session = None
 

@@ -39,7 +39,7 @@ from sartor.federate.secure.identities import PinnedKeys
 from sartor.federate.secure.messages import Invite, Payload, RoundOutcome, Shown, SurvivorLists
 from sartor.federate.secure.secagg_server import SecAggServer
 from sartor.federate.updates import Update
-from sartor.models.lora_tensors import Tensors, norm
+from sartor.models.lora_tensors import Tensors, add_changes, norm
 
 
 class Inspected:
@@ -132,11 +132,6 @@ Merge = Callable[[Tensors, Tensors], Tensors]
 Pool = Callable[[Sequence[Update]], Tensors]
 
 
-def added(shared: Tensors, mean: Tensors) -> Tensors:
-    """Return the shared tensors with the mean change added, in the shapes of `shared`."""
-    return {name: value + mean[name] if name in mean else value for name, value in shared.items()}
-
-
 @dataclass(frozen=True)
 class RoundPlan:
     """Plan of a round; its number, tensors and terms follow from the run.
@@ -209,7 +204,7 @@ class Coordinator:
         member: Participant,
         journal: RoundJournal,
         run: str,
-        merge: Merge = added,
+        merge: Merge = add_changes,
         clock: Callable[[], float] = time.time,
         pool: Pool | None = None,
     ) -> None:
@@ -246,9 +241,14 @@ class Coordinator:
         """Current tensors of the run. Raises ConfigError before `start`."""
         return arrays.unpack_tensors(self._packed())
 
+    @property
+    def has_tensors(self) -> bool:
+        """True once `start` has set the run's tensors."""
+        return self._journal.load(self._shared_key) is not None
+
     def start(self, tensors: Tensors) -> None:
         """Set the tensors that the run starts from, in any shapes. Raises ConflictError if it has tensors."""
-        if self._journal.load(self._shared_key) is not None:
+        if self.has_tensors:
             raise ConflictError(
                 f"the run {self.run} has tensors already", "begin its next round, or choose another name"
             )
@@ -281,10 +281,12 @@ class Coordinator:
         previous = self._journal.rounds(self.run)
         manifest = Manifest(
             self.run,
-            previous[0].number + 1 if previous else 1,
-            self._member.identity.name,
-            ClientWork(plan.task, arrays.digest(packed), plan.base, plan.recipe, plan.settings),
-            terms_for(
+            number=previous[0].number + 1 if previous else 1,
+            coordinator=self._member.identity.name,
+            work=ClientWork(
+                plan.task, shared=arrays.digest(packed), base=plan.base, recipe=plan.recipe, settings=plan.settings
+            ),
+            terms=terms_for(
                 plan.cohort,
                 trained,
                 plan.rules,
@@ -292,14 +294,19 @@ class Coordinator:
                 threshold=plan.threshold,
                 side_tensors=side_tensors,
             ),
-            int(self._clock()) + plan.length_s,
-            plan.rules,
-            plan.stage_s,
-            plan.work_s,
+            deadline=int(self._clock()) + plan.length_s,
+            rules=plan.rules,
+            stage_s=plan.stage_s,
+            work_s=plan.work_s,
         )
         self._member.policy.check(manifest.terms, manifest.terms.cohort[0], self._member.roster.keys)
         stored_round = StoredRound(
-            manifest.digest, self.run, manifest.number, manifest.signed(self._member.identity), b"", "open"
+            manifest.digest,
+            self.run,
+            manifest.number,
+            manifest=manifest.signed(self._member.identity),
+            secret=b"",
+            state="open",
         )
         self._journal.begin(stored_round)
         self._go_on(stored_round)

@@ -174,7 +174,7 @@ class RoundJournal:
                 values,
             ).fetchall()
         return (
-            StoredRound(digest, run, number, manifest, secret or b"", state)
+            StoredRound(digest, run, number, manifest=manifest, secret=secret or b"", state=state)
             for digest, run, number, manifest, secret, state in rows
         )
 

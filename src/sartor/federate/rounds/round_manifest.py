@@ -236,7 +236,11 @@ def terms_for(
     side_slots = tuple(TensorSlot(item.name, item.shape, scale_for(item.bound, len(names))) for item in side_tensors)
     layout = layout_for(shapes, bounds, len(names))
     return SecureSumTerms(
-        names, threshold or least_threshold(len(names)), layout + side_slots, degree, seed or os.urandom(32).hex()
+        names,
+        threshold=threshold or least_threshold(len(names)),
+        layout=layout + side_slots,
+        degree=degree,
+        seed=seed or os.urandom(32).hex(),
     )
 
 

@@ -52,7 +52,10 @@ def finish(coordinator: Coordinator, transport: Transport, stats: TransferStats 
         stats.sent_bytes += sum(map(len, requests.values()))
         for answer in transport.exchange(requests, coordinator.left_s()):
             stats.received_bytes += len(answer)
-            n_answers += _take_answer(coordinator, answer, stats)
+            try:
+                n_answers += coordinator.take(answer)
+            except (InputError, RefusedError) as error:
+                stats.refused[error.kind] += 1
             if not coordinator.missing:
                 break
         coordinator.advance()
@@ -71,14 +74,6 @@ def run_round(
     result = finish(coordinator, transport, stats)
     assert result
     return result
-
-
-def _take_answer(coordinator: Coordinator, answer: bytes, stats: TransferStats) -> bool:
-    try:
-        return coordinator.take(answer)
-    except (InputError, RefusedError) as error:
-        stats.refused[error.kind] += 1
-        return False
 
 
 @dataclass

@@ -118,9 +118,9 @@ class SecAggClient:
             holder: masking_crypto.seal(
                 seed_shares[terms.share_indices[holder]] + key_shares[terms.share_indices[holder]],
                 self._agreed(holder),
-                digest,
-                self.name,
-                holder,
+                round_digest=digest,
+                sender=self.name,
+                recipient=holder,
             )
             for holder in sorted(peer_keys)
         }
@@ -137,7 +137,9 @@ class SecAggClient:
         self._check_count(len(boxes) + 1, "have shared their secrets")
         held_shares = {}
         for sender, box in boxes.items():
-            plain = masking_crypto.unseal(box, self._agreed(sender), self.round.digest, sender, self.name)
+            plain = masking_crypto.unseal(
+                box, self._agreed(sender), round_digest=self.round.digest, sender=sender, recipient=self.name
+            )
             if len(plain) != 2 * SHARE_BYTES:
                 raise RoundError(f"the shares of {sender} have {len(plain)} bytes", "leave that client out", "shares")
             held_shares[sender] = HeldShares(plain[:SHARE_BYTES], plain[SHARE_BYTES:])

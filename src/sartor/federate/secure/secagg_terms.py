@@ -203,11 +203,11 @@ class SecureSumTerms:
                 for item in payload["layout"]
             )
             terms = cls(
-                tuple(payload["cohort"]),
-                _whole(payload["threshold"]),
-                layout,
-                _whole(payload["degree"]),
-                str(payload["seed"]),
+                cohort=tuple(payload["cohort"]),
+                threshold=_whole(payload["threshold"]),
+                layout=layout,
+                degree=_whole(payload["degree"]),
+                seed=str(payload["seed"]),
             )
         except (TypeError, KeyError, ValueError, AttributeError, ConfigError) as error:
             raise ArtifactError(f"the terms of a sum are malformed: {error}", "look at who sends them") from None

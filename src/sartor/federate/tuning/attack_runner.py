@@ -149,7 +149,9 @@ def row_losses(resident: SharedBase, shared: Tensors, rows: Sequence[TokenizedEx
     resident.model.eval()
     path, means = resident.path(resident.model, rows, LossOptions()), list[float]()
     limit = resident.recipe.compute.micro_batch_tokens
-    for micro in packing.micro_batches(rows, limit if isinstance(limit, int) else 1, share=False) if rows else []:
+    if not rows:
+        return []
+    for micro in packing.micro_batches(rows, limit if isinstance(limit, int) else 1, share=False):
         losses, _ = path.losses(micro)
         parts = losses.float().split([row.supervised_tokens for row in micro])
         means += [float(part.mean()) for part in parts]
@@ -252,29 +254,25 @@ def run_attacks(target: AttackTarget, notice: Notice = lambda line: None) -> Att
     """
     recipe = target.setup.recipe
     claimed = recipe.privacy.budget if recipe.privacy else None
-    if reason := _unwanted(target):
+    reason = ""
+    if not target.most_rows:
+        reason = "data.attack_rows is 0: nobody asked for it"
+    elif recipe.mode == "residual":
+        reason = "mode residual changes its ranks as it goes, and the attacks are of rounds that do not"
+    if reason:
         return AttackReport(claimed, skipped=dict.fromkeys(("membership", "canaries", "inversion", "audit"), reason))
     skipped: dict[str, str] = {}
     report = AttackReport(
         claimed,
-        _membership(target, skipped),
-        _exposures(target),
-        _inversions(target, skipped),
-        _audit(target, skipped),
-        skipped,
+        membership=_membership(target, skipped),
+        canaries=_exposures(target),
+        inversions=_inversions(target, skipped),
+        audit=_audit(target, skipped),
+        skipped=skipped,
     )
     for line in report.sentences():
         notice(line)
     return report
-
-
-def _unwanted(target: AttackTarget) -> str:
-    """Return the reason why no attack is run; empty if they are."""
-    if not target.most_rows:
-        return "data.attack_rows is 0: nobody asked for it"
-    if target.setup.recipe.mode == "residual":
-        return "mode residual changes its ranks as it goes, and the attacks are of rounds that do not"
-    return ""
 
 
 def _task(target: AttackTarget, rows: TokenizedDataset, folder: str) -> LoraTask:
@@ -294,9 +292,8 @@ def _membership(target: AttackTarget, skipped: dict[str, str]) -> tuple[Membersh
         skipped["membership"] = problem if target.rows else _NOBODYS
         return ()
     resident, start = target.setup.resident, target.setup.start
-    losses, base = (
-        [row_losses(resident, shared, rows) for rows in (members, others)] for shared in (target.shared, start)
-    )
+    losses = [row_losses(resident, target.shared, rows) for rows in (members, others)]
+    base = [row_losses(resident, start, rows) for rows in (members, others)]
     return membership_inference.by_threshold(*losses), membership_inference.calibrated(*losses, *base)
 
 
@@ -370,15 +367,13 @@ def _inversions(target: AttackTarget, skipped: dict[str, str]) -> tuple[Inversio
         ),
         f"gradient of one row of {client}": (gradient(resident, setup.start, shortest, module + B), [shortest]),
     }
-    # the last token of a row is never an input
-    return tuple(
-        privacy_attacks.score_inversion(
-            attack,
-            privacy_attacks.from_factor(change, a, inputs),
-            {token for row in read_rows for token in row.ids[:-1]},
-        )
-        for attack, (change, read_rows) in observations.items()
-    )
+    inversions = []
+    for attack, (change, read_rows) in observations.items():
+        # the last token of a row is never an input
+        input_tokens = {token for row in read_rows for token in row.ids[:-1]}
+        guessed_tokens = privacy_attacks.from_factor(change, a, inputs)
+        inversions.append(privacy_attacks.score_inversion(attack, guessed_tokens, input_tokens))
+    return tuple(inversions)
 
 
 def _audit(target: AttackTarget, skipped: dict[str, str]) -> Audit | None:

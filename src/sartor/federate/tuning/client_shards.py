@@ -65,12 +65,10 @@ class Shards:
         owners: client of each row of `dealt`. Rows of a label that was not dealt are left out.
         """
         dealt_groups, members = _members(dealt), _members(others)
-        shares = {
-            label: np.bincount(
-                [owners[item.id] for group in groups for item in dealt_groups[group]], minlength=self.count
-            )
-            for label, groups in self._of_label(dealt_groups).items()
-        }
+        shares = {}
+        for label, groups in self._of_label(dealt_groups).items():
+            row_owners = [owners[item.id] for group in groups for item in dealt_groups[group]]
+            shares[label] = np.bincount(row_owners, minlength=self.count)
         shuffle, dealt_ids = random.Random(self.seed), {}
         for label, groups in sorted(self._of_label(members).items()):
             if label in shares:
@@ -83,15 +81,15 @@ class Shards:
 
     def _of_label(self, members: Mapping[str, Sequence[Example]]) -> dict[str, list[str]]:
         """Return label -> groups, sorted. A group has the label that most of its rows have."""
-        labels = self._labels([row for rows in members.values() for row in rows])
+        labels = {}
+        for rows in members.values():
+            for row in rows:
+                labels[row.id] = (label_of(row.reply, self.by) or "") if self.by else ""
         groups: dict[str, list[str]] = defaultdict(list)
         for group in sorted(members):
             counted = Counter(labels[member.id] for member in members[group])
             groups[min(counted, key=lambda label: (-counted[label], label))].append(group)
         return groups
-
-    def _labels(self, examples: Sequence[Example]) -> dict[str, str]:
-        return {example.id: (label_of(example.reply, self.by) or "") if self.by else "" for example in examples}
 
     def _owners(self, of_label: dict[str, list[str]], sizes: dict[str, int]) -> dict[str, int]:
         """Return the client of each group."""

@@ -130,10 +130,13 @@ class EdgeTask:
         mode, number, work = MODES[settings.mode], manifest.number, self.device.work
         base, start = self._stored(manifest, shared)
         out = work / f"round-{number}-{manifest.work.shared[:12]}"
-        self._sweep(out)
-        trained_factors = [
-            half for half in "AB" if any(mode.trains(name, number) for name in shared if f"lora_{half}." in name)
-        ]
+        # work on earlier rounds goes; work on this one that a kill left is resumed
+        work.mkdir(parents=True, exist_ok=True)
+        for folder in work.glob("round-*"):
+            if folder != out:
+                shutil.rmtree(folder, ignore_errors=True)
+        trained = [name for name in shared if mode.trains(name, number)]
+        trained_factors = [half for half in "AB" if any(f"lora_{half}." in name for name in trained)]
         with memory_folder(work) as scratch:
             job = TuningJob(
                 base=str(base),
@@ -161,13 +164,6 @@ class EdgeTask:
             base = put(store, f"{name}.base", self.ref.digest, files)
             version = f"round-{manifest.number}-{manifest.work.shared[:12]}"
             return base, put(store, f"{name}.shared", version, {ADAPTER: save(dict(shared))})
-
-    def _sweep(self, out: Path) -> None:
-        """Delete the work on earlier rounds; work on this one that a kill left is resumed."""
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for folder in out.parent.glob("round-*"):
-            if folder != out:
-                shutil.rmtree(folder, ignore_errors=True)
 
     def _tuned(self, job: TuningJob) -> Receipt:
         try:
@@ -222,8 +218,14 @@ def put(store: ReleaseStore, name: str, version: str, files: Mapping[str, Path |
     current = store.current(name)
     if current and current.version == version:
         return current.path
-    digests = {path: _digest(content) for path, content in files.items()}
-    store.make_room(name, {digests[path]: _bytes_of(content) for path, content in files.items()})
+    digests, sizes = {}, {}
+    for path, content in files.items():
+        if isinstance(content, Path):
+            digests[path], size = file_digest(content), content.stat().st_size
+        else:
+            digests[path], size = hashlib.sha256(content).hexdigest(), len(content)
+        sizes[digests[path]] = size
+    store.make_room(name, sizes)
     for path, content in files.items():
         if not store.has(digests[path]):
             store.discard(digests[path])
@@ -244,14 +246,6 @@ def _chunks(content: Path | bytes) -> Iterator[tuple[int, bytes]]:
         while chunk := stream.read(_CHUNK):
             yield offset, chunk
             offset += len(chunk)
-
-
-def _digest(content: Path | bytes) -> str:
-    return file_digest(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
-
-
-def _bytes_of(content: Path | bytes) -> int:
-    return content.stat().st_size if isinstance(content, Path) else len(content)
 
 
 def _pace(receipt: Receipt, out: Path) -> dict[str, Any]:

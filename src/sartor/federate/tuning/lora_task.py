@@ -112,7 +112,8 @@ class RowPrivacy:
             for index in range(spending.times):
                 fraction = (manifest.number - 1 + index / spending.times) / settings.rounds
                 for group in optimizer.param_groups:
-                    group["lr"] = _rate(resident, settings, min(1.0, fraction))
+                    rate = learning_rate(resident.recipe.optimizer, min(1.0, fraction))
+                    group["lr"] = rate * settings.learning_rate / resident.recipe.optimizer.learning_rate
                 update(poisson_sample(rows.train, row_noise, source))
 
 
@@ -136,11 +137,6 @@ def row_means(model: Any, rows: Sequence[TokenizedExample], device: torch.device
         supervised_logits = row_logits[batch.predict].to(torch.promote_types(row_logits.dtype, torch.float32))
         means.append(row.weight * F.cross_entropy(supervised_logits, batch.targets))
     return torch.stack(means)
-
-
-def _rate(resident: SharedBase, settings: RoundSettings, fraction: float) -> float:
-    optimizer = resident.recipe.optimizer
-    return learning_rate(optimizer, fraction) * settings.learning_rate / optimizer.learning_rate
 
 
 @functools.cache

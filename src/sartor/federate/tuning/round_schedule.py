@@ -9,15 +9,13 @@ sum reveals nothing that the sum of the updates does not. Under noise no client 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from sartor.core import records
 from sartor.core.config import REQUIRED, option
 from sartor.federate import aggregation
 from sartor.federate import updates as arrays
@@ -26,7 +24,7 @@ from sartor.federate.privacy.accountant import Account, PrivacyBudget
 from sartor.federate.privacy.client_noise import noise_of, values_of
 from sartor.federate.recipe import MODES, ModeName
 from sartor.federate.robust_aggregation import AnyRule, Pooled
-from sartor.federate.rounds.round_coordinator import Coordinator, RoundPlan
+from sartor.federate.rounds.round_coordinator import RoundPlan
 from sartor.federate.rounds.round_journal import RoundJournal
 from sartor.federate.rounds.round_manifest import LocalUpdate, Manifest, SideTensor, UpdateRules
 from sartor.federate.updates import Update, mean
@@ -170,38 +168,49 @@ class LoraOptions:
     robust: AnyRule | None = option(None, "of inspectable rounds: how the updates become one")
 
 
+class Observer(Protocol):
+    """Source of the metrics that only those who see every update know, as in a simulation."""
+
+    def metrics(self, manifest: Manifest, shared: Tensors, mean: Tensors) -> Mapping[str, Any]:
+        """Return fields of RoundMetrics, which replace the coordinator's; mean: of the updates."""
+        ...
+
+
 class LoraSchedule:
     """Round schedule of the task `lora`.
 
     plan: common part of all rounds.
     account: file in which spent privacy is recorded.
+    observer: of a simulation; its rounds sum no responses of a probe, as it measures the updates themselves.
     """
 
-    def __init__(self, options: LoraOptions, plan: RoundPlan, journal: RoundJournal, account: Path) -> None:
-        self._options, self._common, self._journal = options, plan, journal
+    def __init__(
+        self,
+        options: LoraOptions,
+        plan: RoundPlan,
+        journal: RoundJournal,
+        account: Path,
+        observer: Observer | None = None,
+    ) -> None:
+        self._options, self._common, self._journal, self._observer = options, plan, journal, observer
         self._account = Account(account, options.privacy) if options.privacy else None
-        self._coordinator: Coordinator | None = None
         self._seen: tuple[list[Update], Pooled] | None = None
 
     def plan(self, number: int, shared: Tensors) -> tuple[RoundPlan, Sequence[SideTensor]]:
         """Return the plan of a round, which trains what its mode sends, and its side tensors.
 
-        Private rounds without noise also sum the responses of a probe, one a module with shape (out, K).
+        Private rounds without noise and observer also sum the responses of a probe, one a module with shape (out, K).
         """
         trained = MODES[self._options.mode].sent(shared, number)
         plan = replace(self._common, trained=tuple(trained))
-        if plan.rules.noise or plan.rules.mode != "private":
+        if self._observer or plan.rules.noise or plan.rules.mode != "private":
             return plan, ()
         canary = of_round(shared, self._options.seed, number)
         return plan, side_tensors(canary, shared, trained, plan.rules.clip)
 
-    def opened(self, coordinator: Coordinator) -> None:
-        """Record the spending of the round's noise, before a noised number is seen.
-
-        Raises BudgetError for a round beyond the budget.
-        """
-        self._coordinator = coordinator
-        if self._account and (manifest := coordinator.manifest):
+    def pay(self, manifest: Manifest) -> None:
+        """Record the spending of the round's noise. Raises BudgetError for a round beyond the budget."""
+        if self._account:
             self._account.spend(noise_of(manifest).spending(f"round-{manifest.number}", values_of(manifest)))
 
     def pool(self, updates: Sequence[Update]) -> Tensors:
@@ -213,28 +222,13 @@ class LoraSchedule:
         self._seen = list(updates), self._options.robust.pool(updates)
         return self._seen[1].tensors
 
-    def merged(self, shared: Tensors, mean: Tensors) -> Tensors:
-        """Return the next shared adapter, in the shapes of `shared`.
-
-        The round's metrics are in the journal before the round's end is, once, even after a kill.
-        """
-        assert self._coordinator and self._coordinator.manifest
-        line = self._line(self._coordinator.manifest, self._coordinator.active, shared, mean)
-        if self._seen:
-            updates, pooled = self._seen
-            verdicts = tuple(f"{verdict.client} {verdict.action}: {verdict.reason}" for verdict in pooled.verdicts)
-            error = exactness_error(shared, updates, self._options.seed + line.round)
-            line = replace(line, exactness_error=error, quantisation_error=0.0, verdicts=verdicts)
-        self._journal.keep(line_key(line.round), records.canonical(line.as_json()))
-        return add_changes(shared, mean)
-
-    def _line(self, manifest: Manifest, active: Sequence[str], shared: Tensors, mean: Tensors) -> RoundMetrics:
-        change = {name: value for name, value in mean.items() if name in shared}
-        return RoundMetrics(
+    def line(self, manifest: Manifest, active: Sequence[str], shared: Tensors, mean: Tensors) -> dict[str, Any]:
+        """Return the metrics of a round, as RoundMetrics has them."""
+        metrics = RoundMetrics(
             manifest.number,
             clients=len(active),
             clipped=None,
-            update_norm=norm(change),
+            update_norm=norm({name: value for name, value in mean.items() if name in shared}),
             exactness_error=error_of(shared, mean, self._options.seed, manifest.number),
             quantisation_error=None,
             uploaded_bytes=self._journal.bytes_of(manifest.digest, "answer"),
@@ -242,14 +236,16 @@ class LoraSchedule:
             loss_last=None,
             epsilon=self._account.epsilon() if self._account else None,
         )
+        if self._seen:
+            updates, pooled = self._seen
+            error = exactness_error(shared, updates, self._options.seed + manifest.number)
+            verdicts = tuple(verdict_lines(pooled))
+            metrics = replace(metrics, exactness_error=error, quantisation_error=0.0, verdicts=verdicts)
+        if self._observer:
+            metrics = replace(metrics, **self._observer.metrics(manifest, shared, mean))
+        return metrics.as_json()
 
 
-def lines_of(journal: RoundJournal, run: str) -> list[dict[str, Any]]:
-    """Return the metrics of each finished round, in order."""
-    done = (stored_round.number for stored_round in reversed(journal.rounds(run)) if stored_round.state == "done")
-    return [json.loads(journal.load(line_key(number)) or b"{}") for number in done]
-
-
-def line_key(number: int) -> str:
-    """Return the journal's key for the metrics of a round."""
-    return f"line {number}"
+def verdict_lines(pooled: Pooled) -> list[str]:
+    """Return the verdicts of a robust rule, one a line."""
+    return [f"{verdict.client} {verdict.action}: {verdict.reason}" for verdict in pooled.verdicts]

@@ -106,12 +106,12 @@ def open_clients(
     if shards:
         rows = _deal(datasets[0], encoded[0], shards)
     else:
-        rows = {f"client-{index:0{len(str(len(encoded)))}}": tokenized for index, tokenized in enumerate(encoded)}
+        width = len(str(len(encoded)))
+        rows = {f"client-{index:0{width}}": tokenized for index, tokenized in enumerate(encoded)}
     trained = {row.example_id for tokenized in rows.values() for row in tokenized.train}
-    rows = {
-        name: replace(tokenized, held_out=[row for row in tokenized.held_out if row.example_id not in trained])
-        for name, tokenized in rows.items()
-    }
+    for name, tokenized in rows.items():
+        unseen = [row for row in tokenized.held_out if row.example_id not in trained]
+        rows[name] = replace(tokenized, held_out=unseen)
     held_out = {
         row.example_id: row for tokenized in encoded for row in tokenized.held_out if row.example_id not in trained
     }
@@ -119,7 +119,7 @@ def open_clients(
     for tokenized in encoded:
         for reason, ids in tokenized.left_out.items():
             left_out.setdefault(reason, []).extend(ids)
-    return Clients(resident, datasets, rows, list(held_out.values()), left_out)
+    return Clients(resident, datasets, rows, held_out=list(held_out.values()), left_out=left_out)
 
 
 def _deal(dataset: Artifact, encoded: TokenizedDataset, shards: Shards) -> dict[str, TokenizedDataset]:

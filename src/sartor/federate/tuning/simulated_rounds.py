@@ -30,12 +30,13 @@ from sartor.core.errors import BudgetError
 from sartor.federate import aggregation
 from sartor.federate import updates as arrays
 from sartor.federate.aggregation import Combined, Residual
-from sartor.federate.privacy.accountant import Account
-from sartor.federate.privacy.client_noise import noise_of, noised, values_of
+from sartor.federate.privacy.accountant import PrivacyBudget
+from sartor.federate.privacy.client_noise import noised
 from sartor.federate.recipe import MODES, FederateRecipe, RoundSettings
 from sartor.federate.robust_aggregation import AnyRule
 from sartor.federate.rounds.round_client import Participant, RoundClient
-from sartor.federate.rounds.round_coordinator import Coordinator, RoundPlan
+from sartor.federate.rounds.round_coordinator import RoundPlan
+from sartor.federate.rounds.round_driver import RoundDriver, lines_of
 from sartor.federate.rounds.round_journal import RoundJournal
 from sartor.federate.rounds.round_manifest import (
     ClientTask,
@@ -43,14 +44,13 @@ from sartor.federate.rounds.round_manifest import (
     LocalUpdate,
     Manifest,
     UpdateRules,
-    read_manifest,
     terms_for,
 )
-from sartor.federate.rounds.transport import InProcess, TransferStats, finish
+from sartor.federate.rounds.transport import InProcess
 from sartor.federate.secure.identities import Identity, PinnedKeys
 from sartor.federate.tuning import round_schedule
 from sartor.federate.tuning.lora_task import NAME, LoraTask, Losses
-from sartor.federate.tuning.round_schedule import RoundMetrics, line_key, lines_of
+from sartor.federate.tuning.round_schedule import LoraOptions, LoraSchedule, RoundMetrics
 from sartor.federate.updates import Update, mean
 from sartor.models.lora_tensors import (
     A,
@@ -114,23 +114,25 @@ class SimulationSetup:
         """Return the unsigned manifest of a round in which every update is seen; shared: in the adapter's shapes."""
         terms = terms_for(self.tasks, MODES[self.recipe.mode].sent(shared, number), self.rules, seed="0" * 64)
         work = ClientWork(shared=arrays.digest(arrays.pack_tensors(shared)), **self.work)
-        return Manifest(RUN, number, COORDINATOR, work, terms, _LENGTH_S, self.rules)
+        return Manifest(RUN, number, COORDINATOR, work=work, terms=terms, deadline=_LENGTH_S, rules=self.rules)
 
-    @property
-    def spent(self) -> tuple[float | None, dict[str, float]]:
-        """(epsilon of the worst client so far, epsilon of each client) of its rows; (None, {}) without
-        such a budget.
+    def seen_metrics(self, number: int, local_updates: Mapping[str, LocalUpdate]) -> dict[str, Any]:
+        """Return fields of RoundMetrics that only the updates tell.
+
+        The losses are means over the clients that trained in this process; the epsilons are there if clients have
+        budgets of their own.
         """
-        guards = {name: task.guard for name, task in sorted(self.tasks.items()) if isinstance(task, LoraTask)}
-        epsilons = {name: guard.account.epsilon() for name, guard in guards.items() if guard}
-        return (max(epsilons.values()) if epsilons else None), epsilons
-
-    def losses(self, number: int) -> tuple[float | None, float | None]:
-        """Return the mean first and last losses of a round, over the clients that trained in this process."""
         losses = [task.losses[number] for task in self.tasks.values() if number in task.losses]
         first = [loss for loss, _ in losses if loss is not None]
         last = [loss for _, loss in losses if loss is not None]
-        return (float(np.mean(first)) if first else None), (float(np.mean(last)) if last else None)
+        metrics: dict[str, Any] = {
+            "clipped": round_schedule.clipped_of(local_updates, self.rules),
+            "loss_first": float(np.mean(first)) if first else None,
+            "loss_last": float(np.mean(last)) if last else None,
+        }
+        guards = {name: task.guard for name, task in sorted(self.tasks.items()) if isinstance(task, LoraTask)}
+        epsilons = {name: guard.account.epsilon() for name, guard in guards.items() if guard}
+        return metrics | ({"epsilon": max(epsilons.values()), "epsilons": epsilons} if epsilons else {})
 
 
 class Rounds(Protocol):
@@ -188,40 +190,74 @@ class _Strict(InProcess):
                 raise error
 
 
-class SecureRounds:
-    """Rounds with a secure sum between a coordinator and clients, each with its journal."""
+@dataclass(frozen=True)
+class _UpdateObserver:
+    """Observer of secure rounds, by the tasks in this process."""
 
-    def __init__(self, setup: SimulationSetup, account: Account | None) -> None:
-        self._setup, self._account, self._stack, self._stats = setup, account, ExitStack(), TransferStats()
-        folder, names = setup.folder, tuple(sorted(setup.tasks))
+    setup: SimulationSetup
+    tasks: Mapping[str, _ObservedTask]
+    transport: _Strict
+
+    def metrics(self, manifest: Manifest, shared: Tensors, mean: Tensors) -> dict[str, Any]:
+        """Return the metrics of a round that only the updates tell; mean: of the updates."""
+        setup, declined = self.setup, self.transport.declined
+        local_updates = _collect_updates(
+            {name: task.of for name, task in self.tasks.items()}, manifest, shared, declined
+        )
+        updates = round_schedule.weighted_updates(local_updates, setup.rules)
+        return {
+            "exactness_error": round_schedule.exactness_error(shared, updates, setup.recipe.seed + manifest.number),
+            "quantisation_error": None if setup.rules.noise else round_schedule.rounding_error(mean, updates),
+            "verdicts": tuple(_decline_lines(declined)),
+            **setup.seen_metrics(manifest.number, local_updates),
+        }
+
+
+class SecureRounds:
+    """Rounds with a secure sum between a coordinator and clients, each with its journal.
+
+    budget: of the clients' privacy, spent by the rounds' noise; None keeps no account.
+    """
+
+    def __init__(self, setup: SimulationSetup, budget: PrivacyBudget | None) -> None:
+        self._setup, self._stack = setup, ExitStack()
+        recipe, folder, names = setup.recipe, setup.folder, tuple(sorted(setup.tasks))
         roster = _enrol(folder, (*names, COORDINATOR))
-        self._member = Participant(Identity.open(COORDINATOR, folder / "keys" / COORDINATOR), roster)
-        self._observed_tasks = {name: _ObservedTask(setup.tasks[name]) for name in names}
+        tasks = {name: _ObservedTask(setup.tasks[name]) for name in names}
         self._journal = self._open(COORDINATOR)
-        clients = {name: self._client(name, index, roster) for index, name in enumerate(names)}
-        self._transport = _Strict(clients)
-        self._coordinator = Coordinator(self._member, self._journal, RUN, self._merged, lambda: 0.0)
-        if self._journal.load(f"shared {RUN}") is None:
-            self._coordinator.start(setup.start)
+        self._transport = _Strict(
+            {name: self._client(name, index, task, roster) for index, (name, task) in enumerate(tasks.items())}
+        )
+        schedule = LoraSchedule(
+            LoraOptions(recipe.mode, recipe.seed, budget),
+            RoundPlan(cohort=names, rules=setup.rules, length_s=_LENGTH_S, stage_s=0, **setup.work),
+            self._journal,
+            folder / "privacy.json",
+            _UpdateObserver(setup, tasks, self._transport),
+        )
+        member = Participant(Identity.open(COORDINATOR, folder / "keys" / COORDINATOR), roster)
+        self._driver = RoundDriver(member, self._journal, RUN, schedule, self._transport, clock=lambda: 0.0)
+        if not self._driver.coordinator.has_tensors:
+            self._driver.coordinator.start(setup.start)
 
     def _open(self, name: str) -> RoundJournal:
         return self._stack.enter_context(RoundJournal(self._setup.folder / f"{name}.sqlite"))
 
-    def _client(self, name: str, index: int, roster: PinnedKeys) -> RoundClient:
+    def _client(self, name: str, index: int, task: ClientTask, roster: PinnedKeys) -> RoundClient:
         identity, seed = Identity.open(name, self._setup.folder / "keys" / name), self._setup.recipe.seed
         return RoundClient(
             Participant(identity, roster),
             self._open(name),
-            {NAME: self._observed_tasks[name]},
-            noised,
-            lambda: 0.0,
-            lambda manifest: np.random.default_rng([seed, index, manifest.number]),
+            {NAME: task},
+            noise=noised,
+            clock=lambda: 0.0,
+            chance=lambda manifest: np.random.default_rng([seed, index, manifest.number]),
         )
 
     @property
     def shared(self) -> Tensors:
         """Current shared adapter."""
-        return self._coordinator.shared
+        return self._driver.coordinator.shared
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -234,64 +270,12 @@ class SecureRounds:
         Raises the error of a client, and BudgetError for a round beyond the privacy budget or that too many clients
         decline.
         """
-        setup = self._setup
-        if not self._coordinator.is_open:
-            number = len(self._journal.rounds(RUN)) + 1
-            trained = tuple(MODES[setup.recipe.mode].sent(self.shared, number))
-            self._coordinator.begin(
-                RoundPlan(
-                    cohort=tuple(self._observed_tasks),
-                    rules=setup.rules,
-                    trained=trained,
-                    length_s=_LENGTH_S,
-                    stage_s=0,
-                    **setup.work,
-                )
-            )
-        if self._account:
-            # before a noised number is seen; an interrupted round is paid for already
-            self._account.spend(self._spending(self._manifest()))
-        self._stats = TransferStats()
         self._transport.said_no.clear()
-        result = finish(self._coordinator, self._transport, self._stats)
-        if result and result.state == "abandoned":
-            text = "; ".join(_decline_lines(self._transport.declined))
-            remedy = next((error.remedy for error in self._transport.declined.values()), "more clients")
-            raise BudgetError(f"round {result.number} was given up: {result.reason}{'; ' * bool(text)}{text}", remedy)
-
-    def _manifest(self) -> Manifest:
-        return read_manifest(self._journal.rounds(RUN)[0].manifest, COORDINATOR, self._member.roster)
-
-    def _spending(self, manifest: Manifest) -> Any:
-        return noise_of(manifest).spending(f"round-{manifest.number}", values_of(manifest))
-
-    def _merged(self, shared: Tensors, mean: Tensors) -> Tensors:
-        """Return the next shared adapter.
-
-        The round's metrics are in the journal before the round's end is, once, even after a kill.
-        """
-        manifest, rules = self._manifest(), self._setup.rules
-        declined = self._transport.declined
-        local_updates = _collect_updates(
-            {name: task.of for name, task in self._observed_tasks.items()}, manifest, shared, declined
-        )
-        updates = round_schedule.weighted_updates(local_updates, rules)
-        epsilon, epsilons = (self._account.epsilon(), {}) if self._account else self._setup.spent
-        line = RoundMetrics(
-            manifest.number,
-            len(updates),
-            round_schedule.clipped_of(local_updates, rules),
-            norm(mean),
-            round_schedule.exactness_error(shared, updates, self._setup.recipe.seed + manifest.number),
-            None if rules.noise else round_schedule.rounding_error(mean, updates),
-            self._stats.received_bytes,
-            *self._setup.losses(manifest.number),
-            epsilon,
-            epsilons,
-            verdicts=tuple(_decline_lines(declined)),
-        )
-        self._journal.keep(line_key(manifest.number), records.canonical(line.as_json()))
-        return add_changes(shared, mean)
+        result = self._driver.step().result
+        if result.state == "abandoned":
+            declined = self._transport.declined
+            problem = "; ".join([f"round {result.number} was given up: {result.reason}", *_decline_lines(declined)])
+            raise BudgetError(problem, next((error.remedy for error in declined.values()), "more clients"))
 
     def close(self) -> None:
         """Close the journals."""
@@ -304,8 +288,14 @@ class InspectedRounds:
     def __init__(self, setup: SimulationSetup, rule: AnyRule) -> None:
         self._setup, self._rule = setup, rule
         self._journal = RoundJournal(setup.folder / f"{COORDINATOR}.sqlite")
+        self._lines: list[dict[str, Any]]
+        self._shared: Tensors
         content = self._journal.load(RUN)
-        self._lines, self._shared = ([], setup.start) if content is None else _read(content)
+        if content is None:
+            self._lines, self._shared = [], setup.start
+        else:
+            lines, _, packed = content.partition(b"\n")
+            self._lines, self._shared = json.loads(lines), arrays.unpack_tensors(packed)
 
     @property
     def shared(self) -> Tensors:
@@ -329,18 +319,13 @@ class InspectedRounds:
         next_shared, error = self._next_shared(shared, updates, pooled.tensors, setup.recipe.seed + number)
         line = RoundMetrics(
             number,
-            len(updates),
-            round_schedule.clipped_of(local_updates, setup.rules),
-            norm(pooled.tensors),
-            error,
-            0.0,
-            sum(len(arrays.pack_tensors(update.tensors)) for update in updates),
-            *setup.losses(number),
-            *setup.spent,
-            verdicts=(
-                *_decline_lines(declined),
-                *(f"{verdict.client} {verdict.action}: {verdict.reason}" for verdict in pooled.verdicts),
-            ),
+            clients=len(updates),
+            update_norm=norm(pooled.tensors),
+            exactness_error=error,
+            quantisation_error=0.0,
+            uploaded_bytes=sum(len(arrays.pack_tensors(update.tensors)) for update in updates),
+            verdicts=(*_decline_lines(declined), *round_schedule.verdict_lines(pooled)),
+            **setup.seen_metrics(number, local_updates),
         )
         self._lines, self._shared = [*self._lines, line.as_json()], next_shared
         self._journal.keep(RUN, records.canonical(self._lines) + b"\n" + arrays.pack_tensors(next_shared))
@@ -385,11 +370,6 @@ def _collect_updates(
 
 def _decline_lines(declined: Mapping[str, BudgetError]) -> list[str]:
     return [f"{name} declined: {error.problem}" for name, error in declined.items()]
-
-
-def _read(content: bytes) -> tuple[list[dict[str, Any]], Tensors]:
-    lines, _, packed = content.partition(b"\n")
-    return json.loads(lines), arrays.unpack_tensors(packed)
 
 
 def _enrol(folder: Path, names: tuple[str, ...]) -> PinnedKeys:

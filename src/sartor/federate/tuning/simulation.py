@@ -25,7 +25,7 @@ from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.licences import compliance
 from sartor.core.progress import Progress
-from sartor.federate.privacy.accountant import Account, calibrated
+from sartor.federate.privacy.accountant import calibrated
 from sartor.federate.privacy.client_noise import ClientNoise
 from sartor.federate.privacy.privacy_attacks import AttackReport, open_report
 from sartor.federate.recipe import MODES, FederateRecipe
@@ -122,13 +122,14 @@ def simulate(
             shutil.rmtree(folder, ignore_errors=True)
         devices = devices_of(clients)
         loaded_clients = open_clients(recipe, list(devices) or clients, shard_options, notice)
-        fingerprint = _fingerprint(recipe, loaded_clients)
+        rows_digest = records.digest({name: rows.digest() for name, rows in loaded_clients.rows.items()})
+        fingerprint = fingerprint_of(recipe, loaded_clients.resident, rows=rows_digest)
         if resume and (adapter := resumption.finished(out, CheckpointState(), fingerprint)):
             notice(f"{out} is finished: no round is left to do")
         else:
             setup = _setup(recipe, loaded_clients, folder, list(devices.values()))
             check_same(folder, fingerprint, str(loaded_clients.resident.dtype))
-            adapter = _run(setup, loaded_clients, out, replace=replace, notice=notice)
+            adapter = _run(setup, loaded_clients, out, fingerprint, replace=replace, notice=notice)
             shutil.rmtree(folder, ignore_errors=True)
         if personal is None:
             return Simulated(adapter)
@@ -161,12 +162,11 @@ def _setup(recipe: FederateRecipe, clients: Clients, folder: Path, devices: Sequ
         _check_devices(recipe)
     resident = clients.resident
     for device, (name, rows) in zip(devices, clients.rows.items(), strict=False):
-        tasks[name] = EdgeTask(device, resident.recipe, resident.digest, resident.ref, rows)
-    start = clients.resident.current_factors()
+        tasks[name] = EdgeTask(device, resident.recipe, resident.digest, ref=resident.ref, rows=rows)
+    start = resident.current_factors()
     largest = max(len(rows.train) for rows in clients.rows.values())
-    return SimulationSetup(
-        recipe, resolve_rules(recipe, start, len(tasks), largest), clients.resident, tasks, start, folder
-    )
+    rules = resolve_rules(recipe, start, len(tasks), largest)
+    return SimulationSetup(recipe, rules, resident, tasks=tasks, start=start, folder=folder)
 
 
 def _check_devices(recipe: FederateRecipe) -> None:
@@ -191,10 +191,13 @@ def resolve_rules(recipe: FederateRecipe, shared: Tensors, clients: int, largest
     round_rules = recipe.rules
     budget = recipe.of_clients
     noise = calibrated(budget, recipe.rounds) if budget and round_rules.noise == "auto" else recipe.noise_asked
-    # a weight by the number of rows would reveal rows
-    max_examples = (
-        round_rules.most_examples if round_rules.most_examples != "auto" else 1 if noise or recipe.privacy else largest
-    )
+    if round_rules.most_examples != "auto":
+        max_examples = round_rules.most_examples
+    elif noise or recipe.privacy:
+        # a weight by the number of rows would reveal rows
+        max_examples = 1
+    else:
+        max_examples = largest
     mode: Mode = "inspectable" if recipe.robust else "private"
     rules = UpdateRules(clip=round_rules.clip, noise=noise, most_examples=max_examples, mode=mode)
     if not (noise and round_rules.noise == "auto"):
@@ -207,15 +210,13 @@ def resolve_rules(recipe: FederateRecipe, shared: Tensors, clients: int, largest
     return dataclasses.replace(rules, noise=noise * noise / effective * (1 + 1e-4))
 
 
-def _fingerprint(recipe: FederateRecipe, clients: Clients) -> dict[str, Any]:
-    """Return what determines the result."""
-    resident = clients.resident
-    rows = {name: rows.digest() for name, rows in clients.rows.items()}
+def fingerprint_of(recipe: FederateRecipe, resident: SharedBase, **of_clients: Any) -> dict[str, Any]:
+    """Return what determines the result, and what a resumed run must have in common with the one that began."""
     return {
         "recipe": config.dump(recipe),
         "base": resident.ref.digest,
         "template": resident.base.chat.template_digest,
-        "rows": records.digest(rows),
+        **of_clients,
     }
 
 
@@ -243,11 +244,22 @@ def check_same(folder: Path, fingerprint: Mapping[str, Any], dtype: str) -> None
     )
 
 
-def _run(setup: SimulationSetup, clients: Clients, out: Path, *, replace: bool, notice: Notice) -> Artifact:
+def _run(
+    setup: SimulationSetup,
+    clients: Clients,
+    out: Path,
+    fingerprint: Mapping[str, Any],
+    *,
+    replace: bool,
+    notice: Notice,
+) -> Artifact:
     """Run all rounds that are left, then the attacks, and write the Adapter."""
     began, recipe = time.monotonic(), setup.recipe
-    account = Account(setup.folder / "privacy.json", recipe.of_clients) if recipe.of_clients else None
-    rounds = _rounds(setup, account)
+    rounds: Rounds
+    if recipe.robust is None:
+        rounds = SecureRounds(setup, recipe.of_clients)
+    else:
+        rounds = (ResidualRounds if recipe.mode == "residual" else InspectedRounds)(setup, recipe.robust)
     with contextlib.closing(rounds):
         for line in clients.summary_lines(setup.rules):
             notice(line)
@@ -259,8 +271,11 @@ def _run(setup: SimulationSetup, clients: Clients, out: Path, *, replace: bool, 
                 notice(round_line(rounds.lines[-1], recipe.rounds))
                 progress.advance()
         shared, lines = rounds.shared, rounds.lines
-    report = run_attacks(AttackTarget(setup, shared, clients.rows, clients.held_out, recipe.data.attack_rows), notice)
-    facts = facts_of(setup, clients, lines, shared) | {"fingerprint": without_recipe(_fingerprint(recipe, clients))}
+    target = AttackTarget(
+        setup, shared, rows=clients.rows, held_out=clients.held_out, most_rows=recipe.data.attack_rows
+    )
+    report = run_attacks(target, notice)
+    facts = facts_of(setup, clients, lines, shared, fingerprint)
     facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
     return write_adapter(out, clients.resident, lines, shared, facts, report, replace=replace)
 
@@ -291,18 +306,6 @@ def write_adapter(
     return adapter
 
 
-def _rounds(setup: SimulationSetup, account: Account | None) -> Rounds:
-    recipe = setup.recipe
-    if recipe.robust is None:
-        return SecureRounds(setup, account)
-    return (ResidualRounds if recipe.mode == "residual" else InspectedRounds)(setup, recipe.robust)
-
-
-def without_recipe(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fingerprint as an Adapter keeps it: without the recipe, which stands beside it."""
-    return {name: digest for name, digest in fingerprint.items() if name != "recipe"}
-
-
 def round_line(line: Mapping[str, Any], rounds: int) -> str:
     """Return the metrics of a round as a line of the log."""
     loss = "" if line["loss_first"] is None else f"loss {line['loss_first']:.3f} -> {line['loss_last']:.3f}, "
@@ -314,7 +317,11 @@ def round_line(line: Mapping[str, Any], rounds: int) -> str:
 
 
 def facts_of(
-    setup: SimulationSetup, clients: Clients, lines: Sequence[Mapping[str, Any]], shared: Tensors
+    setup: SimulationSetup,
+    clients: Clients,
+    lines: Sequence[Mapping[str, Any]],
+    shared: Tensors,
+    fingerprint: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the manifest of the Adapter: that of `tune`, with the facts of the rounds.
 
@@ -327,10 +334,12 @@ def facts_of(
     # without the frozen ranks of a residual
     trained = sum(value.size for value in setup.start.values())
     uploaded = sum(line["uploaded_bytes"] for line in lines)
-    sent_values = sum(
-        line["clients"] * value.size for line in lines for value in mode.sent(setup.start, line["round"]).values()
-    )
-    rounding, errors = ([line[name] for line in lines] for name in ("quantisation_error", "exactness_error"))
+    sent_values = 0
+    for line in lines:
+        sent = mode.sent(setup.start, line["round"])
+        sent_values += line["clients"] * sum(value.size for value in sent.values())
+    rounding = [line["quantisation_error"] for line in lines]
+    errors = [line["exactness_error"] for line in lines]
     return {
         "base": base.as_manifest(),
         "recipe": config.dump(setup.recipe),
@@ -361,4 +370,6 @@ def facts_of(
         },
         "machine": machine_facts(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
+        # without the recipe, which stands beside it
+        "fingerprint": {name: digest for name, digest in fingerprint.items() if name != "recipe"},
     }

@@ -1,4 +1,4 @@
-"""Driver of rounds over any transport.
+"""File of a ServerApp: the rounds to drive, with whom and where.
 
     run: triage
     rounds: 10                      up to this number, also in a run that goes on
@@ -14,24 +14,24 @@ Beside the journal it writes NAME.rounds.jsonl, a line for each round that ended
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
-from sartor.core.errors import BusyError, ConflictError, MissingError
+from sartor.core.errors import BusyError, MissingError
 from sartor.federate import updates as arrays
 from sartor.federate.flower.flower_transport import FlowerTransport
 from sartor.federate.rounds.round_client import Participant
-from sartor.federate.rounds.round_coordinator import Coordinator, Pool, RoundPlan, RoundResult, added
+from sartor.federate.rounds.round_coordinator import RoundPlan
+from sartor.federate.rounds.round_driver import FinishedRound, RoundDriver, RoundSchedule
 from sartor.federate.rounds.round_journal import RoundJournal
-from sartor.federate.rounds.round_manifest import SideTensor, UpdateRules
-from sartor.federate.rounds.transport import TransferStats, Transport, finish
+from sartor.federate.rounds.round_manifest import Manifest, SideTensor, UpdateRules
+from sartor.federate.rounds.transport import Transport
 from sartor.federate.secure.identities import Identity, PinnedKeys
 from sartor.federate.tuning.round_schedule import LoraOptions, LoraSchedule
 from sartor.models.lora_tensors import Tensors
@@ -63,34 +63,9 @@ class RoundOptions:
         return RoundPlan(**{**values, "settings": self.settings or {}})
 
 
-class RoundSchedule(Protocol):
-    """Plan of each round of a run, and the use of its mean."""
-
-    def plan(self, number: int, shared: Tensors) -> tuple[RoundPlan, Sequence[SideTensor]]:
-        """Return the plan of the next round, and the shapes of what is summed besides; shared: the current tensors."""
-        ...
-
-    def opened(self, coordinator: Coordinator) -> None:
-        """Prepare an open round before anything of it is sent.
-
-        Called again where another process resumes the round.
-        """
-        ...
-
-    def merged(self, shared: Tensors, mean: Tensors) -> Tensors:
-        """Return the next shared tensors, in the shapes of `shared`, from the mean of the updates."""
-        ...
-
-    @property
-    def pool(self) -> Pool | None:
-        """Function that combines the updates of an inspectable round; None without one."""
-        ...
-
-
 class _Plain:
-    """Schedule whose rounds are all alike."""
+    """Schedule whose rounds are all alike, cost nothing and leave no line."""
 
-    merged = staticmethod(added)
     pool = None
 
     def __init__(self, plan: RoundPlan) -> None:
@@ -100,8 +75,11 @@ class _Plain:
         """Return the same plan for every round, without side tensors, whatever the shapes of `shared`."""
         return self._plan, ()
 
-    def opened(self, coordinator: Coordinator) -> None:
+    def pay(self, manifest: Manifest) -> None:
         """Do nothing."""
+
+    def line(self, manifest: Manifest, active: Sequence[str], shared: Tensors, mean: Tensors) -> None:
+        """Return no metrics, whatever the shapes of the tensors."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +116,7 @@ class RoundDriverOptions:
         """File with the error that ended a process that led."""
         return Path(self.journal).with_suffix(".error.json")
 
-    def course(self, journal: RoundJournal) -> RoundSchedule:
+    def schedule(self, journal: RoundJournal) -> RoundSchedule:
         """Return the schedule of the rounds."""
         plan = self.round.plan()
         if self.lora is None:
@@ -150,55 +128,36 @@ def drive_rounds(lead: RoundDriverOptions, transport: Transport) -> Iterator[str
     """Run an open round to its end, then the next ones up to `lead.rounds`; yield a JSON line for each.
 
     It may be stopped and called again at any point: it resumes from the journal. Raises BusyError if another process
-    leads, and the errors of Coordinator.
+    leads, and the errors of RoundDriver.
     """
     with _open_journal(Path(lead.journal)) as journal:
         identity = Identity.open(lead.name, Path(lead.key))
-        course = lead.course(journal)
+        schedule = lead.schedule(journal)
         member = Participant(identity, PinnedKeys.open(Path(lead.roster)), lead.name)
-        coordinator = Coordinator(member, journal, lead.run, course.merged, pool=course.pool)
-        if not journal.rounds(lead.run):
-            # a run that was stopped before its first round has its tensors already
-            with contextlib.suppress(ConflictError):
-                coordinator.start(arrays.unpack_tensors(_read(Path(lead.start))))
-        while True:
-            started, stats = time.monotonic(), TransferStats()
-            if not coordinator.is_open:
-                if (number := last_number(journal, lead.run)) >= lead.rounds:
-                    # clients that missed the last outcome get it now
-                    finish(coordinator, transport, stats)
-                    return
-                coordinator.begin(*course.plan(number + 1, coordinator.shared))
-            course.opened(coordinator)
-            result = finish(coordinator, transport, stats)
-            assert result
-            yield _append_record(lead.record, _round_record(result, stats, time.monotonic() - started, transport))
+        driver = RoundDriver(member, journal, lead.run, schedule, transport)
+        if not driver.coordinator.has_tensors:
+            driver.coordinator.start(arrays.unpack_tensors(_read(Path(lead.start))))
+        for finished_round in driver.run(lead.rounds):
+            line = json.dumps(_round_record(finished_round, transport))
+            with lead.record.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            yield line
 
 
-def last_number(journal: RoundJournal, run: str) -> int:
-    """Return the number of the last round that began; 0 before the first."""
-    return max((stored_round.number for stored_round in journal.rounds(run)), default=0)
-
-
-def _round_record(result: RoundResult, stats: TransferStats, took_s: float, transport: Transport) -> dict[str, Any]:
+def _round_record(finished_round: FinishedRound, transport: Transport) -> dict[str, Any]:
     """Return the record of a round, without its tensors."""
+    result = finished_round.result
     record: dict[str, Any] = {
         "number": result.number,
         "state": result.state,
         "active": result.active,
         "reason": result.reason,
+        "took_s": round(finished_round.took_s, 2),
+        **asdict(finished_round.stats),
     }
-    record |= {"took_s": round(took_s, 2), **asdict(stats)}
     if isinstance(transport, FlowerTransport):
         record |= {"said_no": dict(transport.said_no), "lost": transport.lost, "away": sorted(transport.away)}
     return record
-
-
-def _append_record(path: Path, record: dict[str, Any]) -> str:
-    line = json.dumps(record)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-    return line
 
 
 def _open_journal(path: Path) -> RoundJournal:
