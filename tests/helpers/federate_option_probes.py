@@ -127,7 +127,7 @@ def _resolved(values: Any, workspace: Workspace) -> Any:
     """The noise and the weights that a run's rules come to."""
     shared = {"weight": np.zeros(1000, np.float32)}
     rules = resolve_rules(load({"base": "tiny", "rounds": 3, **values}), shared, 8, 40)
-    return rules.noise, rules.most_examples, rules.clip
+    return rules.noise, rules.most_examples, rules.clip, rules.assumed_colluders
 
 
 def _loaded(values: Any, workspace: Workspace) -> Any:
@@ -189,6 +189,11 @@ ROUND_PROBES = (
         "RoundRules",
         lambda values, workspace: _resolved({"rules": values}, workspace),
         {"noise": ("auto", 1.0), "most_examples": ("auto", 3)},
+    ),
+    *probes_of(
+        "RoundRules",
+        lambda values, workspace: _resolved({"rules": {"noise": 1.0, **values}}, workspace),
+        {"assumed_colluders": ("auto", 1)},
     ),
     Probe("FederateRecipe.privacy", ({}, {"privacy": PRIVATE}), _resolved),
     *probes_of(

@@ -155,8 +155,16 @@ class RoundRules:
     most_examples: int | Literal["auto"] = option(
         "auto", "more examples count as these; auto: the largest client's, and 1 under noise"
     )
+    assumed_colluders: int | Literal["auto"] = option(
+        "auto",
+        "clients whose noise does not count, since they might collude; auto: fewer than a third of them, at least 1",
+    )
 
     def __post_init__(self) -> None:
+        if self.assumed_colluders != "auto" and self.assumed_colluders < 0:
+            raise ConfigError(
+                f"assumed_colluders is {self.assumed_colluders}; it must be at least 0", "assumed_colluders: auto"
+            )
         if self.clip <= 0 or (self.noise != "auto" and self.noise < 0):
             raise ConfigError(f"clip is {self.clip}, noise {self.noise}", "clip above 0, noise from 0 or auto")
         if self.most_examples != "auto" and self.most_examples < 1:
@@ -253,6 +261,11 @@ class FederateRecipe:
     def of_clients(self) -> PrivacyBudget | None:
         """Budget of one client, whose noise goes into the secure sum; None without one."""
         return self.privacy.budget if self.privacy and self.privacy.level == "client" else None
+
+    @property
+    def colluders_asked(self) -> int | None:
+        """Colluders that the recipe itself states; None for auto."""
+        return None if self.rules.assumed_colluders == "auto" else self.rules.assumed_colluders
 
     @property
     def noise_asked(self) -> float:
