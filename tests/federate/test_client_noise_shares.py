@@ -60,7 +60,9 @@ def test_fewest_survivors_draw_the_full_accounted_noise(count: int) -> None:
     assert transport.sharers == {sharers}, "no more than are sure to stay, less those who might collude"
     of_sum = float(ended.mean["head.weight"].std()) * least
     paid = RULES.noise * RULES.clip
-    assert of_sum == pytest.approx(paid * (least / sharers) ** 0.5, rel=0.03), "what was paid for, and the colluders' too"
+    assert of_sum == pytest.approx(paid * (least / sharers) ** 0.5, rel=0.03), (
+        "what was paid for, and the colluders' too"
+    )
 
 
 def test_with_one_fewer_the_sum_is_not_opened() -> None:

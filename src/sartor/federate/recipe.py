@@ -135,6 +135,9 @@ class LocalData:
     eval_rows: int = option(64, "most held-out rows of a Dataset whose loss is measured at the end")
     max_length_tokens: int = option(1024, "a longer row is left out and counted")
     micro_batch_tokens: int = option(2048, "tokens that a client computes at once")
+    reuse_frozen: bool = option(
+        False, "keep the activations below the lowest trained layer on disk for later rounds: for layers: top-N"
+    )
     attack_rows: int = option(
         128, "rows that the attack report looks at, of trained and of held-out ones; 0: no attack, and it says so"
     )

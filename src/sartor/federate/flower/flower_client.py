@@ -160,7 +160,10 @@ def task_of(recipe: FederateRecipe, dataset: Path | str, folder: Path, notice: N
     tuning_recipe = tuning(recipe, str(rows.path))
     resident = SharedBase.open(tuning_recipe, notice)
     guard = RowPrivacy.open(recipe.privacy, folder) if recipe.privacy and recipe.privacy.level == "example" else None
-    return LoraTask(resident, encode_rows(rows, tuning_recipe, resident.base.chat), guard=guard)
+    encoded = encode_rows(rows, tuning_recipe, resident.base.chat)
+    if recipe.data.reuse_frozen:
+        resident.keep_frozen([*encoded.train, *encoded.held_out], int(tuning_recipe.compute.cache_gb * 1e9))
+    return LoraTask(resident, encoded, guard=guard)
 
 
 def round_client(member: Participant, journal: RoundJournal, task: LoraTask, seed: int) -> RoundClient:
