@@ -13,7 +13,7 @@ a run: `resolve_rules`, `LoraTask`, `noised`, `fixed_point`. Only the masks are 
 `curve` has a point for each number of clients, rows and epsilon: exact match of greedy replies on held-out rows.
 `--train N` trains N of a point's clients: their mean stands for that of all, and the noise is that of all. With fewer
 clients the mean is less exact, so such a point is no better than the real one. `half` says at which points with noise
-exact match is at least half of that without.
+exact match is at least half of that without, and `over_without_noise` what it is at the first of them.
 """
 
 from __future__ import annotations
@@ -336,12 +336,14 @@ def main() -> None:
             options.intents, options.rounds, options.layers, options.updates = 3, 2, 1, 1
         study = Study(parts.work_folder(Path(temporary)), options)
         curve = [parts.run(point.name, lambda point=point: study.run(point)) for point in study.points]
+        compared = half(curve)
         result = {
             "benchmark": "federate_private",
             "machine": platform.processor() or platform.machine(),
             "delta": options.delta,
+            **({"over_without_noise": compared[0]["over_without_noise"]} if compared else {}),
             "curve": curve,
-            "half": half(curve),
+            "half": compared,
             "secure": parts.run("secure sum", study.secure),
         }
         print_result(result)
