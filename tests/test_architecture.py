@@ -265,7 +265,7 @@ def test_a_module_name_is_unique_in_its_package() -> None:
 
 TESTS = Path(__file__).parent
 # of the folders of tests, those that are no package of Sartor
-OTHER_TESTS = {"helpers", "artefacts", "frozen"}
+OTHER_TESTS = {"helpers", "artefacts", "frozen", "attacks"}
 
 
 def test_tests_lie_in_folders_of_the_packages() -> None:
