@@ -14,7 +14,7 @@ from sartor.federate.privacy.client_noise import noise_of, noised
 from sartor.federate.rounds.round_client import RoundClient
 from sartor.federate.rounds.round_manifest import UpdateRules
 from sartor.federate.rounds.transport import InProcess, run_round
-from sartor.federate.secure.secagg_terms import least_threshold
+from sartor.federate.secure.secagg_terms import default_colluders, least_threshold
 
 RULES = UpdateRules(clip=1.0, noise=3.0, most_examples=1)
 
@@ -51,14 +51,18 @@ class Vanishing(InProcess):
 
 @pytest.mark.parametrize("count", [4, 7, 10])
 def test_fewest_survivors_draw_the_full_accounted_noise(count: int) -> None:
-    """Only the clients that are sure to stay share the noise: least_threshold of them."""
+    """Only the clients that are sure to stay and not to collude share the noise."""
     house, least = Noisy(count), least_threshold(count)
+    sharers = least - default_colluders(count)
     transport = Vanishing(house.clients, house=house, staying=least)
     ended = run_round(house.coordinator, transport, house.plan(rules=RULES, settings={"rate": 0.0}))
     assert ended.state == "done" and len(ended.active) == least < count
-    assert transport.sharers == {least}, "no more than are sure to stay"
+    assert transport.sharers == {sharers}, "no more than are sure to stay, less those who might collude"
     of_sum = float(ended.mean["head.weight"].std()) * least
-    assert of_sum == pytest.approx(RULES.noise * RULES.clip, rel=0.03), "neither less than was paid for, nor much more"
+    paid = RULES.noise * RULES.clip
+    assert of_sum == pytest.approx(paid * (least / sharers) ** 0.5, rel=0.03), (
+        "what was paid for, and the colluders' too"
+    )
 
 
 def test_with_one_fewer_the_sum_is_not_opened() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import sartor
 from sartor.core.artifacts import open_artifact
@@ -154,10 +155,28 @@ def test_noise_is_accounted_for(tiny_base: Path, dataset: Path, tmp_path: Path, 
     asked = recipe(tiny_base, dataset, privacy={"epsilon": 8.0, "delta": 1e-2}, rules={"clip": 0.01})
     made = simulate(asked, tmp_path / "noised", shards={"count": 3, "by": "."}).as_json()
     assert 7 < made["epsilon"] <= 8 and made["quantisation_error"] is None
+    assert made["epsilon_without_collusion"] < made["epsilon"], "of three clients one is assumed to collude"
     lines = [json.loads(line) for line in (tmp_path / "noised" / "log.jsonl").read_text().splitlines()]
     assert all(line["clipped"] == 3 and line["update_norm"] > 0.02 for line in lines), (
         "the noise is far longer than the clip"
     )
+
+
+def test_kept_activations_give_the_same_adapter(
+    tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds that read the activations of frozen layers from disk end as those that compute them, up to rounding."""
+    monkeypatch.setenv("SARTOR_HOME", str(tmp_path / "home"))
+    method = {"rank": 8, "alpha": 16, "targets": {"modules": "all-linear", "layers": "top-1"}}
+    adapters = []
+    for kept in (False, True):
+        data = {"path": str(dataset), "attack_rows": 0, "reuse_frozen": kept}
+        asked = recipe(tiny_base, dataset, data=data, method=method)
+        simulate(asked, tmp_path / str(kept), shards={"count": 3, "by": "."})
+        adapters.append(load_file(tmp_path / str(kept) / "adapter_model.safetensors"))
+        assert any((tmp_path / "home" / "activations").rglob("*")) == kept
+    plain, reused = adapters
+    assert all(np.allclose(plain[name], value, atol=1e-4) for name, value in reused.items())
 
 
 def test_a_declared_rule_sees_the_updates(tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None) -> None:

@@ -25,8 +25,10 @@ from sartor.federate.robust_aggregation import Krum, MultiKrum, NormBound, Scree
 from sartor.federate.tuning import personal_adapters
 from sartor.federate.tuning.client_shards import Shards
 from sartor.federate.tuning.edge_client import DeviceFile, EdgeTask, devices_of
+from sartor.federate.tuning.simulated_clients import open_clients
 from sartor.federate.tuning.simulation import resolve_rules, simulate
 from sartor.federate.updates import Update
+from sartor.tune.shared_base import SharedBase
 from tune_option_probes import dataset
 
 # --- rules on updates
@@ -127,12 +129,20 @@ def _resolved(values: Any, workspace: Workspace) -> Any:
     """The noise and the weights that a run's rules come to."""
     shared = {"weight": np.zeros(1000, np.float32)}
     rules = resolve_rules(load({"base": "tiny", "rounds": 3, **values}), shared, 8, 40)
-    return rules.noise, rules.most_examples, rules.clip
+    return rules.noise, rules.most_examples, rules.clip, rules.assumed_colluders
 
 
 def _loaded(values: Any, workspace: Workspace) -> Any:
     """Whether a recipe is taken, by its rounds."""
     return load({"base": "tiny", **values}).rounds
+
+
+def _kept_activations(value: bool, workspace: Workspace) -> Any:
+    """Of how many rows activations are kept."""
+    kept: list[int] = []
+    workspace.patch.setattr(SharedBase, "keep_frozen", lambda self, rows, cache_bytes: kept.append(len(rows)))
+    open_clients(load(_recipe({"data": {"reuse_frozen": value}}, workspace)), [], Shards(3, 5.0, ".", 1))
+    return kept
 
 
 PRIVATE = {"epsilon": 5.0}
@@ -183,12 +193,18 @@ ROUND_PROBES = (
             "attack_rows": (0, 8),
         },
     ),
+    Probe("LocalData.reuse_frozen", (False, True), _kept_activations),
     *probes_of("LocalData", _part("data", path="dataset:whole"), {"eval_fraction": (0.1, 0.5)}),
     *probes_of("RoundRules", _part("rules"), {"clip": (10.0, 0.001)}),
     *probes_of(
         "RoundRules",
         lambda values, workspace: _resolved({"rules": values}, workspace),
         {"noise": ("auto", 1.0), "most_examples": ("auto", 3)},
+    ),
+    *probes_of(
+        "RoundRules",
+        lambda values, workspace: _resolved({"rules": {"noise": 1.0, **values}}, workspace),
+        {"assumed_colluders": ("auto", 1)},
     ),
     Probe("FederateRecipe.privacy", ({}, {"privacy": PRIVATE}), _resolved),
     *probes_of(

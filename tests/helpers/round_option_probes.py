@@ -25,6 +25,7 @@ from sartor.federate.flower.driver_options import RoundDriverOptions, RoundOptio
 from sartor.federate.flower.flower_client import ClientOptions
 from sartor.federate.flower.flower_coordinator import CoordinatorOptions
 from sartor.federate.privacy.accountant import PrivacyBudget, calibrated
+from sartor.federate.privacy.client_noise import noise_of
 from sartor.federate.recipe import load as load_recipe
 from sartor.federate.rounds.round_journal import RoundJournal
 from sartor.federate.rounds.round_manifest import UpdateRules, read_manifest
@@ -79,6 +80,13 @@ def _noised(values: Any, workspace: Workspace) -> Any:
     return _round({"rules": {"most_examples": 1, **values}}, workspace)
 
 
+def _assumed(values: Any, workspace: Workspace) -> Any:
+    """How many clients share the noise of a round."""
+    house = House()
+    plan = {"task": "pull", "cohort": list(house.names), "rules": {"noise": 1.0, "most_examples": 1, **values}}
+    return noise_of(house.coordinator.begin(load(RoundOptions, plan).plan(), ())).sharers
+
+
 def _stale(values: Any, workspace: Workspace) -> Any:
     """How often a client computed for two rounds, of which the first never ended."""
     house = House()
@@ -114,6 +122,7 @@ ROUND_PROBES = (
     ),
     *beside_default("UpdateRules", _rules, {"clip": 0.001, "most_examples": 1, "mode": "inspectable"}),
     *probes_of("UpdateRules", _noised, {"noise": (0.0, 1.0)}),
+    *probes_of("UpdateRules", _assumed, {"assumed_colluders": (None, 2)}),
     *probes_of("UpdateRules", _stale, {"stale_rounds": (0, 1)}),
 )
 
@@ -255,7 +264,8 @@ def _member(values: Any, workspace: Workspace) -> Any:
         heard = flower_client._users(chosen.hear), flower_client._group(chosen.group)
     except SartorError as error:
         return type(error).__name__
-    return member.identity.name, member.coordinator, flower_client._journal("a", chosen).name, heard
+    journal = flower_client._journal("a", chosen).name
+    return member.identity.name, member.coordinator, journal, heard, member.policy.least_cohort
 
 
 def _coordinated(values: Any, workspace: Workspace) -> Any:
@@ -358,6 +368,7 @@ ENROLMENT_PROBES = (
             "coordinator": (COORDINATOR, "nobody"),
             "hear": ([], [str(os.getuid() + 1)]),
             "group": ("", str(os.getgid() + 1)),
+            "min_cohort": (0, 5),
         },
     ),
 )

@@ -94,6 +94,7 @@ def client(
     coordinator_name: str = "coordinator",
     hear: NAMES = (),
     group: str = "",
+    min_cohort: int = 0,
 ) -> Any:
     """Take part in rounds: hold rows, key and model, and answer the SuperNode's ClientApp at a socket.
 
@@ -110,6 +111,7 @@ def client(
         coordinator_name: the coordinator's name in the roster
         hear: users whose processes may connect, such as the ClientApp's; by default this command's user
         group: group whose members may connect to the socket
+        min_cohort: fewest clients of a round that it joins; by default 3, or with noise everyone of its roster
     """
     options = sartor.ClientOptions(
         str(key),
@@ -119,6 +121,7 @@ def client(
         coordinator=coordinator_name,
         hear=hear,
         group=group,
+        min_cohort=min_cohort,
     )
     return sartor.federate_client(sartor.load_federate_recipe(recipe, flags), dataset, name, options, notice=notice)
 

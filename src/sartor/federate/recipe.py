@@ -135,6 +135,9 @@ class LocalData:
     eval_rows: int = option(64, "most held-out rows of a Dataset whose loss is measured at the end")
     max_length_tokens: int = option(1024, "a longer row is left out and counted")
     micro_batch_tokens: int = option(2048, "tokens that a client computes at once")
+    reuse_frozen: bool = option(
+        False, "keep the activations below the lowest trained layer on disk for later rounds: for layers: top-N"
+    )
     attack_rows: int = option(
         128, "rows that the attack report looks at, of trained and of held-out ones; 0: no attack, and it says so"
     )
@@ -155,8 +158,16 @@ class RoundRules:
     most_examples: int | Literal["auto"] = option(
         "auto", "more examples count as these; auto: the largest client's, and 1 under noise"
     )
+    assumed_colluders: int | Literal["auto"] = option(
+        "auto",
+        "clients whose noise does not count, since they might collude; auto: fewer than a third of them, at least 1",
+    )
 
     def __post_init__(self) -> None:
+        if self.assumed_colluders != "auto" and self.assumed_colluders < 0:
+            raise ConfigError(
+                f"assumed_colluders is {self.assumed_colluders}; it must be at least 0", "assumed_colluders: auto"
+            )
         if self.clip <= 0 or (self.noise != "auto" and self.noise < 0):
             raise ConfigError(f"clip is {self.clip}, noise {self.noise}", "clip above 0, noise from 0 or auto")
         if self.most_examples != "auto" and self.most_examples < 1:
@@ -253,6 +264,11 @@ class FederateRecipe:
     def of_clients(self) -> PrivacyBudget | None:
         """Budget of one client, whose noise goes into the secure sum; None without one."""
         return self.privacy.budget if self.privacy and self.privacy.level == "client" else None
+
+    @property
+    def colluders_asked(self) -> int | None:
+        """Colluders that the recipe itself states; None for auto."""
+        return None if self.rules.assumed_colluders == "auto" else self.rules.assumed_colluders
 
     @property
     def noise_asked(self) -> float:

@@ -143,8 +143,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """
     lines = []
     before, after = _flat(old.get("recipe", {})), _flat(new["recipe"])
-    # values that apply to a run older than these options: the last weights were kept, a base had no `use`
-    for name, value in (("weights", "last"), ("base.use", [])):
+    # values that apply to a run older than these options: the last weights were kept, a base had no `use`, and
+    # the default of colluders
+    for name, value in (("weights", "last"), ("base.use", []), ("rules.assumed_colluders", "auto")):
         if name in after:
             before.setdefault(name, value)
     for key in sorted(before.keys() | after.keys()):

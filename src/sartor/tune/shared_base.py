@@ -59,6 +59,8 @@ class SharedBase:
         self.recipe, self.base = recipe, base
         self.digest = recipe_digest(recipe, base.chat.template_digest)
         self.model: Any = None
+        self._kept_rows: tuple[packing.TokenizedExample, ...] = ()
+        self._kept_bytes = 0
         self._inject()
 
     def _inject(self) -> None:
@@ -112,9 +114,19 @@ class SharedBase:
         """Data type of the base."""
         return self.base.dtype
 
+    def keep_frozen(self, rows: Sequence[packing.TokenizedExample], cache_bytes: int) -> None:
+        """Keep the activations below the lowest trained layer of these rows on disk, for all rounds and clients.
+
+        rows: of every client, and those whose loss is measured. Call before the first loss is computed.
+        """
+        self._kept_rows, self._kept_bytes = tuple(rows), cache_bytes
+
     def path(self, model: Any, rows: Sequence[packing.TokenizedExample], wish: LossOptions) -> LossBackend:
         """Return the loss backend, chosen at the first call by its rows, with every factor trainable."""
         if self._path is None:
+            if self._kept_rows:
+                rows = self._kept_rows
+                wish = replace(wish, reuse_bytes=self._kept_bytes, identity=self.ref.digest)
             frozen = [factor for factor in self.factors.values() if not factor.requires_grad]
             for parameter in frozen:
                 parameter.requires_grad_(True)

@@ -22,14 +22,15 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.config import REQUIRED, is_valid_name, option
 from sartor.core.errors import ConfigError, RoundError
 from sartor.federate.flower.local_rpc import LOG, serve
-from sartor.federate.privacy.accountant import Account
-from sartor.federate.privacy.client_noise import noise_of, noised, values_of
+from sartor.federate.privacy.accountant import Account, epsilon_of
+from sartor.federate.privacy.client_noise import noise_of, noised, values_of, without_collusion
 from sartor.federate.recipe import FederateRecipe, tuning
 from sartor.federate.recipe import load as load_recipe
 from sartor.federate.rounds.round_client import EnrolmentPolicy, Participant, RoundClient
 from sartor.federate.rounds.round_journal import RoundJournal
 from sartor.federate.rounds.round_manifest import Manifest, read_manifest
 from sartor.federate.secure.identities import Identity, PinnedKeys
+from sartor.federate.secure.secagg_terms import SecureSumPolicy
 from sartor.federate.tuning.lora_task import NAME, LoraTask, RowPrivacy
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.shared_base import SharedBase
@@ -51,24 +52,34 @@ class ClientOptions:
     hear: tuple[str, ...] = option(
         (), "users whose processes are heard: the ClientApp's; this one's own, if nothing is said"
     )
+    min_cohort: int = option(
+        0, "fewest clients of a round that it joins; 0: everyone of its roster if the recipe has noise, else 3"
+    )
     group: str = option("", "whose members may connect to the socket; its owner alone, if nothing is said")
+
+    def __post_init__(self) -> None:
+        least = SecureSumPolicy().least_cohort
+        if self.min_cohort and self.min_cohort < least:
+            problem = f"min_cohort is {self.min_cohort}; of two each could subtract its own update from the sum"
+            raise ConfigError(problem, f"min_cohort: {least} or more, or 0")
 
 
 class RecipeAgreement(EnrolmentPolicy):
-    """Agreement of a client by its recipe: who sees its updates, and the privacy budget of all rounds.
+    """Agreement of a client by its recipe: who sees its updates, who might collude, and all rounds' privacy budget.
 
     account: file of this client's own account, of all rounds whose update it noised, whatever a coordinator reports.
     """
 
     def __init__(self, recipe: FederateRecipe, account: Path) -> None:
-        super().__init__("inspectable" if recipe.robust else "private")
+        super().__init__("inspectable" if recipe.robust else "private", recipe.colluders_asked)
         self._privacy = recipe.of_clients
         self._account = Account(account, recipe.of_clients) if recipe.of_clients else None
 
     def check(self, manifest: Manifest) -> None:
         """Raise an error for a round that the recipe does not allow, and spend its privacy.
 
-        RoundError for another mode or missing noise, BudgetError for a round beyond the budget.
+        RoundError for another mode, missing noise or too few assumed colluders, BudgetError for a round beyond the
+        budget.
         """
         super().check(manifest)
         if self._account is None:
@@ -76,12 +87,25 @@ class RecipeAgreement(EnrolmentPolicy):
         if not manifest.rules.noise:
             problem = f"the round adds no noise; this client agreed to {self._privacy}"
             raise RoundError(problem, "leave this coordinator, or agree to a recipe without privacy", "noise")
-        name = f"{manifest.run} round {manifest.number}"
-        self._account.spend(noise_of(manifest).spending(name, values_of(manifest)))
+        self._account.spend(noise_of(manifest).spending(_spending_name(manifest), values_of(manifest)))
 
     def epsilon(self) -> float | None:
         """Return the epsilon spent; None without a budget."""
         return self._account.epsilon() if self._account else None
+
+    def epsilon_without_collusion(self, manifests: Sequence[Manifest]) -> float | None:
+        """Return the epsilon spent if nobody colludes; None without a budget.
+
+        manifests: of rounds that were spent; what others spent counts as if the assumed colluders were.
+        """
+        if not self._account:
+            return None
+        names = {_spending_name(manifest): manifest for manifest in manifests}
+        return epsilon_of(without_collusion(self._account.spent(), names), self._account.budget.delta)
+
+
+def _spending_name(manifest: Manifest) -> str:
+    return f"{manifest.run} round {manifest.number}"
 
 
 @dataclass
@@ -136,7 +160,10 @@ def task_of(recipe: FederateRecipe, dataset: Path | str, folder: Path, notice: N
     tuning_recipe = tuning(recipe, str(rows.path))
     resident = SharedBase.open(tuning_recipe, notice)
     guard = RowPrivacy.open(recipe.privacy, folder) if recipe.privacy and recipe.privacy.level == "example" else None
-    return LoraTask(resident, encode_rows(rows, tuning_recipe, resident.base.chat), guard=guard)
+    encoded = encode_rows(rows, tuning_recipe, resident.base.chat)
+    if recipe.data.reuse_frozen:
+        resident.keep_frozen([*encoded.train, *encoded.held_out], int(tuning_recipe.compute.cache_gb * 1e9))
+    return LoraTask(resident, encoded, guard=guard)
 
 
 def round_client(member: Participant, journal: RoundJournal, task: LoraTask, seed: int) -> RoundClient:
@@ -164,7 +191,26 @@ def enrol(recipe: FederateRecipe, name: str, options: ClientOptions) -> Particip
         problem = f"{options.roster} has no key of {options.coordinator}, whose rounds are to be heard"
         raise ConfigError(problem, f"put {options.coordinator}.pub there, as its owner hands it over")
     account = _journal(name, options).with_suffix(".privacy.json")
-    return Participant(identity, roster, options.coordinator, agreement=RecipeAgreement(recipe, account))
+    return Participant(
+        identity,
+        roster,
+        options.coordinator,
+        SecureSumPolicy(least_cohort=_min_cohort(recipe, options, roster)),
+        RecipeAgreement(recipe, account),
+    )
+
+
+def _min_cohort(recipe: FederateRecipe, options: ClientOptions, roster: PinnedKeys) -> int:
+    """Return the fewest clients of a round that this client joins.
+
+    By default a round with noise has to have everyone of the roster: a coordinator that may choose whom to invite
+    could choose this client and those it colludes with.
+    """
+    least = SecureSumPolicy().least_cohort
+    if options.min_cohort:
+        return options.min_cohort
+    has_noise = recipe.of_clients is not None or recipe.noise_asked
+    return max(least, len(roster.keys) - 1) if has_noise else least
 
 
 def _journal(name: str, options: ClientOptions) -> Path:
@@ -220,7 +266,8 @@ def _summary(member: Participant, journal: RoundJournal, counted: _Counted, task
     agreement, latest = member.agreement, journal.latest()
     assert isinstance(agreement, RecipeAgreement)
     rounds = journal.rounds(latest.run) if latest else []
-    cohort = read_manifest(latest.manifest, member.coordinator, member.roster).terms.cohort if latest else ()
+    manifests = [read_manifest(item.manifest, member.coordinator, member.roster) for item in rounds]
+    cohort = manifests[0].terms.cohort if manifests else ()
     return {
         "client": member.identity.name,
         "rounds": sum(stored_round.state == "done" for stored_round in rounds),
@@ -228,5 +275,6 @@ def _summary(member: Participant, journal: RoundJournal, counted: _Counted, task
         "uploaded_bytes": counted.sent_bytes,
         "exactness_error": None,
         "epsilon": task.guard.account.epsilon() if task.guard else agreement.epsilon(),
+        "epsilon_without_collusion": agreement.epsilon_without_collusion(manifests),
         "metrics": {"loss": {"first": first, "last": last}},
     }

@@ -11,10 +11,10 @@ variance (z C)^2, up to tau. A sum of P values is then concentrated-DP like a Ga
 D is the sensitivity: C, and what rounding to the nearest step can add. Unlike the paper there is no random rotation
 and no conditional rounding: the 32-bit ring leaves steps so fine that D is C within a thousandth.
 
-Dropouts: t is the least number of clients that the round needs, less those who might tell each other their noise. If
-more survive, there is more noise than was paid for. If fewer survive, the secure sum must not be opened. Therefore t
-stands in the signed manifest beside the threshold, and is at most as high. A client that sends no noise leaves its
-share out, so t counts the clients that are trusted.
+Dropouts and colluders: t is the least number of clients that the round needs (its threshold), less those who might
+tell each other or the coordinator their noise, or send none (`rules.assumed_colluders`). If more stay or fewer
+collude, there is more noise than was paid for. If fewer than the threshold stay, the secure sum must not be opened.
+Both numbers stand in the signed manifest. A client refuses one that assumes fewer colluders than it does itself.
 
 All noise is integer, so the low bits of a float reveal nothing (Mironov 2012). Each probability is right to a relative
 1e-14, the accuracy of exp in fp64. Over P values that adds about P * 2e-14 to epsilon.
@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError, InputError, RoundError
 from sartor.federate.privacy.accountant import Spending
 from sartor.federate.rounds.round_manifest import Manifest
+from sartor.federate.secure.secagg_terms import default_colluders
 from sartor.federate.updates import WEIGHT
 from sartor.models.lora_tensors import Array, Tensors, norm
 
@@ -215,16 +216,52 @@ def step_of(clip_norm: float, noise_multiplier: float, sharers: int, clients: in
     return clients * bound_of(clip_norm, noise_multiplier, sharers) / (2 ** (bits - 1) - 1 - clients)
 
 
-def noise_of(manifest: Manifest) -> ClientNoise:
-    """Return the noise of a manifest, in units of the ring; t is the threshold of clients that must stay to the end.
+def sharers_of(threshold: int, colluders: int) -> int:
+    """Return t, the clients that surely add noise which nobody else knows. Raises ConfigError if there are none."""
+    if colluders >= threshold:
+        raise ConfigError(
+            f"{threshold} clients have to stay in the sum, and {colluders} might collude: nobody's noise is sure",
+            f"rules: {{assumed_colluders: {max(0, threshold - 1)}}} or fewer, or more clients",
+        )
+    return threshold - colluders
 
-    Colluding clients are not subtracted from t. Raises RoundError if its tensors have different units.
+
+def colluders_of(manifest: Manifest) -> int:
+    """Return the assumed colluders of a manifest; one of an older version counts with the default."""
+    stated, cohort_size = manifest.rules.assumed_colluders, len(manifest.terms.cohort)
+    # the default of a cohort of one, which only a simulated attack has, would leave nobody
+    return min(default_colluders(cohort_size), manifest.terms.threshold - 1) if stated is None else stated
+
+
+def noise_of(manifest: Manifest) -> ClientNoise:
+    """Return the noise of a manifest, in units of the ring; t is its threshold less its assumed colluders.
+
+    Raises RoundError if its tensors have different units, ConfigError if all who must stay might collude.
     """
     units = {slot.scale for slot in manifest.terms.layout if slot.name != WEIGHT}
     if len(units) != 1:
         problem = f"the tensors of the round have {len(units)} different units, and noise is fitted to one"
         raise RoundError(problem, "make the layout by terms_for(...), which gives all tensors one unit", "noise")
-    return ClientNoise(manifest.rules.clip, manifest.rules.noise, manifest.terms.threshold, units.pop())
+    sharers = sharers_of(manifest.terms.threshold, colluders_of(manifest))
+    return ClientNoise(manifest.rules.clip, manifest.rules.noise, sharers, units.pop())
+
+
+def without_collusion(spent: Sequence[Spending], manifests: Mapping[str, Manifest]) -> list[Spending]:
+    """Return the spendings as they are if nobody colludes.
+
+    The threshold's clients then share the noise instead of t: z' sqrt(threshold / t). manifests: of the spendings, by
+    name; others are returned as they are.
+    """
+
+    def scaled(spending: Spending) -> Spending:
+        manifest = manifests.get(spending.name)
+        if manifest is None:
+            return spending
+        threshold = manifest.terms.threshold
+        factor = math.sqrt(threshold / sharers_of(threshold, colluders_of(manifest)))
+        return replace(spending, noise_multiplier=spending.noise_multiplier * factor)
+
+    return [scaled(spending) for spending in spent]
 
 
 def values_of(manifest: Manifest) -> int:

@@ -33,23 +33,28 @@ from sartor.federate.secure.messages import (
     Unmask,
 )
 from sartor.federate.secure.secagg_client import ROOT_BYTES, SecAggClient
-from sartor.federate.secure.secagg_terms import SecureSumPolicy
+from sartor.federate.secure.secagg_terms import SecureSumPolicy, default_colluders
 from sartor.models.lora_tensors import Tensors
 
 Chance = Callable[[Manifest], np.random.Generator | None]
 
 
 class EnrolmentPolicy:
-    """Agreement of a client: it takes part in rounds of one mode and no others."""
+    """Agreement of a client: it takes part in rounds of one mode, whose noise counts with enough colluders.
 
-    def __init__(self, mode: Mode = "private") -> None:
-        self.mode = mode
+    assumed_colluders: the fewest that a round with noise must assume; None: `default_colluders` of its cohort.
+    """
+
+    def __init__(self, mode: Mode = "private", assumed_colluders: int | None = None) -> None:
+        self.mode, self.assumed_colluders = mode, assumed_colluders
 
     def check(self, manifest: Manifest) -> None:
         """Raise RoundError for a round that was not agreed to.
 
         Called once a round, before any message is sent in it.
         """
+        if manifest.rules.noise:
+            self._check_colluders(manifest)
         if (mode := manifest.rules.mode) != self.mode:
             descriptions = {
                 "private": "shows the sum alone",
@@ -59,6 +64,24 @@ class EnrolmentPolicy:
                 f"the round is {mode} ({descriptions[mode]}); this client enrolled for {self.mode} rounds",
                 f"leave this coordinator, or enrol for {mode} rounds if their owner agrees to that",
                 "mode",
+            )
+
+    def _check_colluders(self, manifest: Manifest) -> None:
+        """Raise RoundError for noise whose account trusts more clients than this client does."""
+        stated, cohort_size = manifest.rules.assumed_colluders, len(manifest.terms.cohort)
+        demanded = default_colluders(cohort_size) if self.assumed_colluders is None else self.assumed_colluders
+        if stated is None:
+            raise RoundError(
+                "the round adds noise, and does not state how many clients might collude: an older version signed it",
+                "pip install -U sartor on the coordinator's machine",
+                "colluders",
+            )
+        if stated < demanded:
+            raise RoundError(
+                f"the round's noise counts with {stated} colluding clients of {cohort_size}; this client assumes "
+                f"{demanded}",
+                f"rules: {{assumed_colluders: {demanded}}} in the coordinator's recipe",
+                "colluders",
             )
 
 

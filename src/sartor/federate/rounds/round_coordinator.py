@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ from sartor.federate.secure import fixed_point, messages
 from sartor.federate.secure.identities import PinnedKeys
 from sartor.federate.secure.messages import Invite, Payload, RoundOutcome, Shown, SurvivorLists
 from sartor.federate.secure.secagg_server import SecAggServer
+from sartor.federate.secure.secagg_terms import default_colluders
 from sartor.federate.updates import Update
 from sartor.models.lora_tensors import Tensors, add_changes, norm
 
@@ -272,6 +273,9 @@ class Coordinator:
             )
         packed = self._packed()
         shared = arrays.unpack_tensors(packed)
+        rules = plan.rules
+        if rules.noise and rules.assumed_colluders is None:
+            rules = replace(rules, assumed_colluders=default_colluders(len(set(plan.cohort))))
         unknown = sorted(set(plan.trained) - set(shared))
         if unknown or not plan.cohort:
             raise ConfigError(
@@ -289,13 +293,13 @@ class Coordinator:
             terms=terms_for(
                 plan.cohort,
                 trained,
-                plan.rules,
+                rules,
                 degree=plan.degree,
                 threshold=plan.threshold,
                 side_tensors=side_tensors,
             ),
             deadline=int(self._clock()) + plan.length_s,
-            rules=plan.rules,
+            rules=rules,
             stage_s=plan.stage_s,
             work_s=plan.work_s,
         )

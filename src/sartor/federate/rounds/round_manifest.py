@@ -62,6 +62,8 @@ class UpdateRules:
 
     clip: norm that an update is scaled down to.
     noise: standard deviation of the sum's noise, in clips; 0: none.
+    assumed_colluders: clients whose noise does not count, since they might tell it to each other or to the
+    coordinator; None in a manifest without noise, or of an older version.
     most_examples: more examples count as these; 1: every client counts the same, which noise requires.
     stale_rounds: age, in rounds, up to which an update that missed its sum is accepted; it counts 1 / sqrt(1 + age)
     (Nguyen et al. 2022, FedBuff).
@@ -73,6 +75,7 @@ class UpdateRules:
     most_examples: int = 1_000
     stale_rounds: int = 0
     mode: Mode = "private"
+    assumed_colluders: int | None = None
 
     def __post_init__(self) -> None:
         is_in_range = math.isfinite(self.clip) and self.clip > 0 and math.isfinite(self.noise) and self.noise >= 0
@@ -80,6 +83,8 @@ class UpdateRules:
             raise ConfigError(
                 f"a rule of the round is out of range: {self}", "clip above 0, noise from 0, most_examples from 1"
             )
+        if self.assumed_colluders is not None and self.assumed_colluders < 0:
+            raise ConfigError(f"assumed_colluders is {self.assumed_colluders}", "assumed_colluders: 0 or more")
         if self.mode not in get_args(Mode):
             raise ConfigError(f"the mode of the round is {self.mode!r:.40}", " or ".join(get_args(Mode)))
         if self.noise and (self.most_examples > 1 or self.stale_rounds):
@@ -128,7 +133,11 @@ class Manifest:
     @cached_property
     def _document(self) -> bytes:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        nested = {"work": asdict(self.work), "rules": asdict(self.rules), "terms": self.terms.as_json()}
+        rules = asdict(self.rules)
+        if rules["assumed_colluders"] is None:
+            # older versions signed no such field, and their rounds still have to be read
+            del rules["assumed_colluders"]
+        nested = {"work": asdict(self.work), "rules": rules, "terms": self.terms.as_json()}
         return records.canonical({"schema": SCHEMA, "kind": KIND, **values, **nested})
 
     @cached_property
@@ -196,6 +205,7 @@ def _check(manifest: Manifest) -> None:
         manifest.work_s,
         manifest.rules.most_examples,
         manifest.rules.stale_rounds,
+        manifest.rules.assumed_colluders or 0,
     )
     if (
         any(type(value) is not int for value in integers)
@@ -285,7 +295,7 @@ class ClientTask(Protocol):
 
 
 # Adds this client's share of the round's noise to a clipped update. The guarantee must hold if only terms.threshold
-# clients stay in the sum, so the whole noise is divided among so many, not among the cohort.
+# clients stay in the sum and the assumed colluders are among them, so the whole noise is divided among the rest.
 Noise = Callable[[Tensors, Manifest], Tensors]
 Tasks = Mapping[str, ClientTask]
 

@@ -97,6 +97,14 @@ def least_threshold(cohort_size: int) -> int:
     return 2 * cohort_size // 3 + 1
 
 
+def default_colluders(cohort_size: int) -> int:
+    """Return how many clients are assumed to pool their secrets, if nothing is stated: max(1, floor((n - 1) / 3)).
+
+    Fewer than a third, as the secure sum assumes too; at least one, since each client can subtract its own noise.
+    """
+    return max(1, (cohort_size - 1) // 3)
+
+
 @dataclass(frozen=True)
 class TensorSlot:
     """Position of a tensor in the vector.
@@ -246,7 +254,8 @@ class SecureSumPolicy:
         if count < self.least_cohort:
             raise RoundError(
                 f"the cohort has {count} clients; this client takes part among {self.least_cohort} or more",
-                f"sartor federate coordinator ... --clients with {self.least_cohort} names or more",
+                f"sartor federate coordinator ... --clients with {self.least_cohort} names or more; or a smaller "
+                "--min-cohort of this client, if its owner trusts the others",
                 "cohort",
             )
         if name not in terms.share_indices:

@@ -20,8 +20,8 @@ from sartor.core.config import REQUIRED, option
 from sartor.federate import aggregation
 from sartor.federate import updates as arrays
 from sartor.federate.aggregation import PREFIX, Combined, ExactnessProbe
-from sartor.federate.privacy.accountant import Account, PrivacyBudget
-from sartor.federate.privacy.client_noise import noise_of, values_of
+from sartor.federate.privacy.accountant import Account, PrivacyBudget, epsilon_of
+from sartor.federate.privacy.client_noise import noise_of, values_of, without_collusion
 from sartor.federate.recipe import MODES, ModeName
 from sartor.federate.robust_aggregation import AnyRule, Pooled
 from sartor.federate.rounds.round_coordinator import RoundPlan
@@ -103,6 +103,7 @@ class RoundMetrics:
     network.
     uploaded_bytes: of all clients.
     epsilon: spent with this round; None without privacy; of the worst client where each has a budget of its own.
+    epsilon_without_collusion: of noise in the secure sum, if none of the assumed colluders is one; else None.
     epsilons: of each client where each has a budget of its own.
     verdicts: of a robust rule, and of clients that declined.
     """
@@ -117,6 +118,7 @@ class RoundMetrics:
     loss_first: float | None
     loss_last: float | None
     epsilon: float | None = None
+    epsilon_without_collusion: float | None = None
     epsilons: Mapping[str, float] = field(default_factory=dict)
     verdicts: tuple[str, ...] = ()
 
@@ -211,7 +213,14 @@ class LoraSchedule:
     def pay(self, manifest: Manifest) -> None:
         """Record the spending of the round's noise. Raises BudgetError for a round beyond the budget."""
         if self._account:
-            self._account.spend(noise_of(manifest).spending(f"round-{manifest.number}", values_of(manifest)))
+            self._account.spend(noise_of(manifest).spending(_spending_name(manifest.number), values_of(manifest)))
+
+    def _epsilon_without_collusion(self, manifest: Manifest) -> float | None:
+        """Return the epsilon spent if nobody colludes; None without an account. All rounds of a run share terms."""
+        if not self._account:
+            return None
+        manifests = {_spending_name(number): manifest for number in range(1, manifest.number + 1)}
+        return epsilon_of(without_collusion(self._account.spent(), manifests), self._account.budget.delta)
 
     def pool(self, updates: Sequence[Update]) -> Tensors:
         """Return the result of the recipe's robust rule, in the shapes of an update.
@@ -235,6 +244,7 @@ class LoraSchedule:
             loss_first=None,
             loss_last=None,
             epsilon=self._account.epsilon() if self._account else None,
+            epsilon_without_collusion=self._epsilon_without_collusion(manifest),
         )
         if self._seen:
             updates, pooled = self._seen
@@ -244,6 +254,10 @@ class LoraSchedule:
         if self._observer:
             metrics = replace(metrics, **self._observer.metrics(manifest, shared, mean))
         return metrics.as_json()
+
+
+def _spending_name(number: int) -> str:
+    return f"round-{number}"
 
 
 def verdict_lines(pooled: Pooled) -> list[str]:

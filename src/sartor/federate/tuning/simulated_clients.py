@@ -115,6 +115,9 @@ def open_clients(
     held_out = {
         row.example_id: row for tokenized in encoded for row in tokenized.held_out if row.example_id not in trained
     }
+    if recipe.data.reuse_frozen:
+        known = [row for tokenized in rows.values() for row in (*tokenized.train, *tokenized.held_out)]
+        resident.keep_frozen([*known, *held_out.values()], int(resident.recipe.compute.cache_gb * 1e9))
     left_out: dict[str, list[str]] = {}
     for tokenized in encoded:
         for reason, ids in tokenized.left_out.items():

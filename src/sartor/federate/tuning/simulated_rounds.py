@@ -34,7 +34,7 @@ from sartor.federate.privacy.accountant import PrivacyBudget
 from sartor.federate.privacy.client_noise import noised
 from sartor.federate.recipe import MODES, FederateRecipe, RoundSettings
 from sartor.federate.robust_aggregation import AnyRule
-from sartor.federate.rounds.round_client import Participant, RoundClient
+from sartor.federate.rounds.round_client import EnrolmentPolicy, Participant, RoundClient
 from sartor.federate.rounds.round_coordinator import RoundPlan
 from sartor.federate.rounds.round_driver import RoundDriver, lines_of
 from sartor.federate.rounds.round_journal import RoundJournal
@@ -246,7 +246,7 @@ class SecureRounds:
     def _client(self, name: str, index: int, task: ClientTask, roster: PinnedKeys) -> RoundClient:
         identity, seed = Identity.open(name, self._setup.folder / "keys" / name), self._setup.recipe.seed
         return RoundClient(
-            Participant(identity, roster),
+            Participant(identity, roster, agreement=EnrolmentPolicy("private", self._setup.recipe.colluders_asked)),
             self._open(name),
             {NAME: task},
             noise=noised,

@@ -26,12 +26,12 @@ from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.licences import compliance
 from sartor.core.progress import Progress
 from sartor.federate.privacy.accountant import calibrated
-from sartor.federate.privacy.client_noise import ClientNoise
+from sartor.federate.privacy.client_noise import ClientNoise, sharers_of
 from sartor.federate.privacy.privacy_attacks import AttackReport, open_report
 from sartor.federate.recipe import MODES, FederateRecipe
 from sartor.federate.recipe import load as load_recipe
 from sartor.federate.rounds.round_manifest import Mode, UpdateRules, terms_for
-from sartor.federate.secure.secagg_terms import least_threshold
+from sartor.federate.secure.secagg_terms import default_colluders, least_threshold
 from sartor.federate.tuning.attack_runner import AttackTarget, run_attacks
 from sartor.federate.tuning.client_shards import Shards
 from sartor.federate.tuning.edge_client import DeviceFile, EdgeTask, devices_of
@@ -76,13 +76,15 @@ class Simulated:
             "exactness_error",
             "quantisation_error",
             "epsilon",
+            "epsilon_without_collusion",
             "metrics",
             "trainable",
             "wall_s",
         )
         fields = {
             "adapter": str(self.adapter.path),
-            **{name: run[name] for name in names},
+            # an Adapter of an older version has no epsilon_without_collusion
+            **{name: run.get(name) for name in names},
             "attacks": list(report.sentences()),
         }
         return fields if self.personal is None else {**fields, "personal": dict(self.personal)}
@@ -200,12 +202,19 @@ def resolve_rules(recipe: FederateRecipe, shared: Tensors, clients: int, largest
         max_examples = largest
     mode: Mode = "inspectable" if recipe.robust else "private"
     rules = UpdateRules(clip=round_rules.clip, noise=noise, most_examples=max_examples, mode=mode)
+    threshold = least_threshold(clients)
+    if noise:
+        asked = recipe.colluders_asked
+        colluders = default_colluders(clients) if asked is None else asked
+        rules = dataclasses.replace(rules, assumed_colluders=colluders)
+        # also where the noise is given: a run whose noise nobody is sure to add should not begin
+        sharers_of(threshold, colluders)
     if not (noise and round_rules.noise == "auto"):
         return rules
     # z' is lowest for the largest upload of any round, so P counts all factors
     upload = MODES[recipe.mode].sent(shared, 1)
     layout = terms_for([f"client-{index}" for index in range(clients)], upload, rules, seed="0" * 64).layout
-    client_noise = ClientNoise(rules.clip, noise, least_threshold(clients), layout[0].scale)
+    client_noise = ClientNoise(rules.clip, noise, sharers_of(threshold, colluders), layout[0].scale)
     effective = client_noise.effective_multiplier(sum(value.size for value in shared.values()))
     return dataclasses.replace(rules, noise=noise * noise / effective * (1 + 1e-4))
 
@@ -311,6 +320,9 @@ def round_line(line: Mapping[str, Any], rounds: int) -> str:
     loss = "" if line["loss_first"] is None else f"loss {line['loss_first']:.3f} -> {line['loss_last']:.3f}, "
     clipped = f", {line['clipped']} of {line['clients']} updates clipped" if line["clipped"] else ""
     epsilon = "" if line["epsilon"] is None else f", epsilon {line['epsilon']:.3g}"
+    # absent in lines of an older version
+    if (without := line.get("epsilon_without_collusion")) is not None:
+        epsilon += f" ({without:.3g} if nobody colludes)"
     verdicts = "".join(f"; {verdict}" for verdict in line["verdicts"])
     exact = "not measured" if line["exactness_error"] is None else f"{line['exactness_error']:.1e}"
     return f"round {line['round']} of {rounds}: {loss}exactness error {exact}{clipped}{epsilon}{verdicts}"
@@ -362,6 +374,7 @@ def facts_of(
             "exactness_error": None if None in errors else max(errors),
             "quantisation_error": None if None in rounding else max(rounding),
             "epsilon": lines[-1]["epsilon"],
+            "epsilon_without_collusion": lines[-1].get("epsilon_without_collusion"),
             "metrics": {"eval_loss": clients.losses(shared)},
             "loss": {"first": lines[0]["loss_first"], "last": lines[-1]["loss_last"], "eval": None},
             "peak_memory_bytes": hardware.peak_bytes(),
