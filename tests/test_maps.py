@@ -152,7 +152,11 @@ def test_grep_with_the_word_of_a_question_finds_its_file(question: tuple[str, st
     plain = word.removesuffix("/__init__").replace("_", " ").replace("/", " ")
     assert plain in bold[1].lower(), "the word stands in the question, bold"
     found = subprocess.run(
-        ["grep", "--", word], input="\n".join(tracked()), capture_output=True, text=True, check=True
+        ["grep", "--", word],
+        input="\n".join(path for path in tracked() if not path.startswith("tests/attacks/cases/")),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     hits = found.stdout.splitlines()
     assert f"src/sartor/{file}" in hits

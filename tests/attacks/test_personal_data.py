@@ -255,7 +255,7 @@ def test_reply_receipt_is_no_deletion_proof(team: Path) -> None:
     signer = TeamSigner.of(state_of(team))
     file = team.parent / "proof.json"
     file.write_text(json.dumps(signer.sign({"schema": 1, "kind": "receipt", "complete": True})))
-    with pytest.raises(SignatureError, match="no receipt of this forgetting.*'receipt'"):
+    with pytest.raises(SignatureError, match="the purpose 'receipt', not proof"):
         check_proof(file, state_of(team) / "keys")
 
 

@@ -183,7 +183,10 @@ def twice(content: bytes, key: str, value: str) -> bytes:
 def test_a_receipt_with_a_key_twice_is_refused(tmp_path: Path) -> None:
     """The signature covers the last value; a person, or another parser, reads the first."""
     file = erasure_receipt.write_receipt(
-        FileSystem(), tmp_path / "r", {"ids": ["a"]}, _fresh(tmp_path / "k", ("proof",))
+        FileSystem(),
+        tmp_path / "r",
+        {"rows": ["a"], "deltas_gone": [], "release": {}},
+        _fresh(tmp_path / "k", ("proof",)),
     )
     trusted = [signing.open_public(tmp_path / "k")]
     erasure_receipt.check_receipt(file, trusted)
@@ -370,7 +373,7 @@ def registry_with(tmp_path: Path, rules: VersionRules, versions: tuple[str, ...]
         registry.add(AgentVersion("faq", number, str(tmp_path), f"id-{number}", "a", {}))
     registry.promote("faq", versions[-1])
     registry.close()
-    return Registry.open(f"sqlite:///{tmp_path / 'r.sqlite'}", rules)
+    return Registry.open(f"sqlite:///{tmp_path / 'r.sqlite'}", rules=rules)
 
 
 CHANGES: dict[str, Callable[[Registry], object]] = {

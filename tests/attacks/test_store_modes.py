@@ -80,8 +80,8 @@ def test_revoke_names_the_caches_that_hold_something(tmp_path: Path) -> None:
 def test_stores_of_a_served_team_are_owner_only(team: Path) -> None:
     """A team that was tuned, evaluated, released, talked to, and learnt from for one person."""
     say(team)
-    sartor.make_key(team, ["switch"])
     made = sartor.tune_personal(team, sartor.PersonalOptions(agent="switch", user="ada", epochs=2.0))
+    sartor.make_key(team, ["switch"])
     assert {"registry.sqlite", "inbox", "people"} <= {path.name for path in state_of(team).iterdir()}
     assert {"catalogue.sqlite", "evaluations.jsonl"} <= {path.name for path in home.home().iterdir()}
     assert open_to_others(state_of(team)) == [], made

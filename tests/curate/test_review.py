@@ -538,7 +538,7 @@ def test_a_kill_in_a_decision_leaves_the_queue_whole(data: Path) -> None:
     if not child:
         queue = Queue.open(review_store.queue_url(data, ""))
         with queue.database.change() as connection:
-            row = database.sealed({"key": "k", "item": item, "said": "{}"})
+            row = database.sealed(connection, {"key": "k", "item": item, "said": "{}"})
             connection.execute(insert(review_store.decisions).values(row))
             os.kill(os.getpid(), 9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9

@@ -58,7 +58,7 @@ DEGENERATE = (
     "degenerate: of the release's own prompts: 2 of 2 replies to canary prompts say nothing or repeat one piece"
 )
 DIFFERENT = (
-    "canary: of the release's own prompts: the replies to 2 recorded prompts are 0.19 like those that its Report has; "
+    "canary: of the release's own prompts: the replies to 2 recorded prompts are 0.04 like those that its Report has; "
     "the limit is 0.65"
 )
 

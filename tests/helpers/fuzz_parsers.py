@@ -718,7 +718,7 @@ def _receipt() -> dict[str, Any]:
     from sartor.serving.receipts import build_receipt, digest_by
 
     def sign(receipt: dict[str, Any]) -> dict[str, Any]:
-        return {**receipt, "signature": signing.signature_of(records.canonical(receipt), key())}
+        return {**receipt, "signature": signing.signature_of(records.canonical(receipt), key(), "receipt")}
 
     signer: Any = SimpleNamespace(sign=sign, digest=digest_by(b"d" * 32))
     return build_receipt(given(release=""), ABOUT, signer)
@@ -745,7 +745,7 @@ def _(content: bytes, folder: Path) -> None:
         fields = json.loads(content)
         receipt = fields.get("receipt", fields)
         receipt.pop("signature", None)
-        receipt["signature"] = signing.signature_of(records.canonical(receipt), key())
+        receipt["signature"] = signing.signature_of(records.canonical(receipt), key(), "receipt")
         content = json.dumps(fields).encode()
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return
@@ -766,8 +766,15 @@ def _(content: bytes, folder: Path) -> None:
 
 
 def _erasures() -> list[bytes]:
-    document = {"schema": 1, "kind": "forgotten", "date": "2026-01-01T00:00:00Z", "rows": ["a"], "deltas": []}
-    return dumped({**document, "signature": signing.signature_of(records.canonical(document), key())})
+    document = {
+        "schema": 1,
+        "kind": "forgotten",
+        "date": "2026-01-01T00:00:00Z",
+        "rows": ["a"],
+        "deltas_gone": [],
+        "release": {},
+    }
+    return dumped({**document, "signature": signing.signature_of(records.canonical(document), key(), "proof")})
 
 
 @parser("erasure_receipt", _erasures, "json")
@@ -808,7 +815,7 @@ def _(content: bytes, folder: Path) -> None:
         fields = json.loads(content)
         fields.pop("signature", None)
         document = records.canonical(fields)
-        content = records.canonical({**fields, "signature": signing.signature_of(document, me.key)})
+        content = records.canonical({**fields, "signature": signing.signature_of(document, me.key, "fleet")})
     except (ValueError, TypeError, AttributeError, RecursionError):
         return
     manifest = round_manifest.read_manifest(content, COORDINATOR, roster_of(me))
@@ -908,7 +915,7 @@ def _(content: bytes, folder: Path) -> None:
     from sartor.edge.update.device_reports import read_report
 
     report, signature = read_report(content)
-    signing.check_signature(report.document(), signature, Path("report"), "the report", [key().public_key()])
+    signing.check_signature(report.document(), signature, Path("report"), "the report", [key().public_key()], "fleet")
 
 
 def _version() -> list[bytes]:

@@ -303,9 +303,10 @@ def _tools_of(values: Any, workspace: Workspace) -> Any:
 
 
 async def _turns(values: Any, workspace: Workspace) -> Any:
-    """The messages and the salt that a worker gets for a client's system message."""
-    agent = load(AgentOptions, {"name": "faq", "release": "/releases/faq-1", **values.pop("agent", {})})
-    team = team_of(workspace.folder(), agents=(agent,), **values)
+    """The messages that a worker gets for a client's system message, and whether its prompts are kept apart."""
+    of_agent, of_team = values.get("agent", {}), {name: values[name] for name in values if name != "agent"}
+    agent = load(AgentOptions, {"name": "faq", "release": "/releases/faq-1", **of_agent})
+    team = team_of(workspace.folder(), agents=(agent,), **of_team)
     crew = FakeCrew()
 
     async with dispatching(team, crew, registry(workspace.folder())) as dispatch:
@@ -315,7 +316,7 @@ async def _turns(values: Any, workspace: Workspace) -> Any:
         answer = await dispatch.open(replace(request, messages=turns))
         async for _ in answer.events:
             pass
-        return crew.calls[-1].messages, crew.calls[-1].cache_salt
+        return crew.calls[-1].messages, bool(crew.calls[-1].cache_salt)
 
 
 async def _promoted(values: Any, workspace: Workspace) -> Any:

@@ -210,7 +210,9 @@ def read_manifest_document(
     remedy = _remake_command(kind, path)
     try:
         document = file.read_bytes() if document is None else document
-        manifest = strict_json.loads(document, max_nested=MOST_NESTED)
+        # earlier versions wrote Infinity into some Adapters' manifests, which are not signed themselves
+        takes_infinity = kind not in ("release", "export")
+        manifest = strict_json.loads(document, max_nested=MOST_NESTED, takes_infinity=takes_infinity)
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{file} is not a whole JSON manifest: {error}", remedy) from None
     if not isinstance(manifest, dict) or not _lists_files(manifest.get("files")) or manifest.get("kind") != kind:

@@ -37,10 +37,11 @@ class StrictJsonError(ValueError):
         self.remedy = remedy
 
 
-def loads(document: bytes | bytearray | str, *, max_nested: int = MOST_NESTED) -> Any:
+def loads(document: bytes | bytearray | str, *, max_nested: int = MOST_NESTED, takes_infinity: bool = False) -> Any:
     """Return the value of a JSON text.
 
     max_nested: depth of brackets above which the text is refused; it bounds the parser's recursion.
+    takes_infinity: whether NaN and infinities are numbers, as Python writes them.
     Raises StrictJsonError for a text that is not UTF-8 or not JSON, for a key that stands twice in one object, for NaN
     and infinities, for numbers that are too long or too large, and for brackets that are nested too deeply.
     """
@@ -54,17 +55,21 @@ def loads(document: bytes | bytearray | str, *, max_nested: int = MOST_NESTED) -
             f"the JSON is nested {depth} deep; the limit is {max_nested}",
             f"send objects and arrays at most {max_nested} deep",
         )
-    return parse_text(text)
+    return parse_text(text, takes_infinity=takes_infinity)
 
 
-def parse_text(text: str, subject: str = "the text") -> Any:
+def parse_text(text: str, subject: str = "the text", *, takes_infinity: bool = False) -> Any:
     """Return the value of a JSON text whose nesting the caller has checked with `nested`. Raises as `loads`.
 
     subject: name of the text, for errors.
     """
     try:
         return json.loads(
-            text, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_real, object_pairs_hook=unique_keys
+            text,
+            parse_constant=float if takes_infinity else _refuse_constant,
+            parse_int=_integer,
+            parse_float=_real,
+            object_pairs_hook=unique_keys,
         )
     except json.JSONDecodeError as error:
         position = f"line {error.lineno}, column {error.colno}"

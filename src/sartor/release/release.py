@@ -216,7 +216,7 @@ def gate(
     }
     if dataset:
         # review.jsonl is no part of the signed manifest: whoever can write to the Dataset can add decisions to it
-        options = {"signed": True} if limits.review and limits.review.signed else {}
+        options = dict(signed=True) if limits.review and limits.review.signed else {}
         result |= checks.check_review(open_items(dataset, **options), limits.review, str(dataset.path))
     elif limits.review:
         problem = "not looked at: the Dataset is not where it was"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,6 +258,9 @@ def _facts(
 ) -> dict[str, Any]:
     """Return the manifest of the Adapter."""
     trained, total = adapters.trainable(run.model)
+    packing_difference = run.path.packing_difference
+    if packing_difference is not None and not math.isfinite(packing_difference):
+        packing_difference = None  # rows of this base cannot be packed; JSON has no infinity
     counters, wall_s = run.counters, run.journal.wall_s
     base = context.base
     return {
@@ -288,7 +292,7 @@ def _facts(
             "path": run.path.name,
             "path_reason": run.path.reason,
             "packed": run.path.name != "one-row",
-            "packing_difference_nats": run.path.packing_difference,
+            "packing_difference_nats": packing_difference,
             "proof": run.proof,
             "warnings": warnings,
             **({"selection": selection} if selection else {}),

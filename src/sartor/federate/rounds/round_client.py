@@ -73,7 +73,7 @@ class EnrolmentPolicy:
         if stated is None:
             raise RoundError(
                 "the round adds noise, and does not state how many clients might collude: an older version signed it",
-                "pip install -U sartor on the coordinator's machine",
+                "on the coordinator's machine: pip install --upgrade sartor",
                 "colluders",
             )
         if stated < demanded:
