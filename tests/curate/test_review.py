@@ -536,11 +536,14 @@ def test_a_kill_in_a_decision_leaves_the_queue_whole(data: Path) -> None:
     (item,) = add(data, found(data, 1))
     child = os.fork()
     if not child:
-        queue = Queue.open(review_store.queue_url(data, ""))
-        with queue.database.change() as connection:
-            row = database.sealed(connection, {"key": "k", "item": item, "said": "{}"})
-            connection.execute(insert(review_store.decisions).values(row))
-            os.kill(os.getpid(), 9)
+        try:
+            queue = Queue.open(review_store.queue_url(data, ""))
+            with queue.database.change() as connection:
+                row = database.sealed(connection, {"key": "k", "item": item, "said": "{}"})
+                connection.execute(insert(review_store.decisions).values(row))
+                os.kill(os.getpid(), 9)
+        finally:
+            os._exit(1)  # an error must not go on as a second pytest
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
     assert sartor.review_counts(data)["open"] == 1
     assert decide(data, item, "accept")["state"] == "decided"
