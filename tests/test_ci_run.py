@@ -25,13 +25,14 @@ MINUTES = re.compile(r"^(\w+) +(\d+\.\d) min(.*)$")
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here: apt-get install bash")
 
 
-def ci_run(folder: Path, failing: str = "") -> subprocess.CompletedProcess[str]:
-    """.ci/run with a `make` that prints what pytest would, and fails at one target; no package is installed."""
+def ci_run(folder: Path, failing: str = "", *, unlocked: str = "") -> subprocess.CompletedProcess[str]:
+    """.ci/run with a `make` that prints what pytest would, and fails at one target; no package is installed.
+
+    unlocked: a condition of the shell under which the target does not fail.
+    """
     programs = folder / "bin"
     programs.mkdir()
-    make = (
-        f'[ "$1" = "{failing}" ] && status=2\necho "making $1"\necho "3 passed, CI=$CI, in 1.00s"\nexit ${{status:-0}}'
-    )
+    make = f'[ "$1" = "{failing}" ] && {unlocked or "true"} && status=2\necho "making $1"\necho "3 passed, CI=$CI, in 1.00s"\nexit ${{status:-0}}'
     for name, body in (("make", make), ("apt-get", "exit 1")):
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
@@ -62,8 +63,17 @@ def test_failed_ci_prints_minutes_and_runs_remaining_tiers(stage: str, tmp_path:
     """A failure before the tiers ends the run; the exit code is 2."""
     done = ci_run(tmp_path, STAGES[stage])
     begun = list(STAGES) if stage in TIERS else list(STAGES)[: list(STAGES).index(stage) + 1]
+    failed = [stage, "plain"] if stage == "venv" else [stage]
     assert done.returncode == 2
-    assert minutes(done) == {**dict.fromkeys([*begun, "total"], ""), stage: "  FAILED (2)"}
+    assert minutes(done) == {**dict.fromkeys([*begun, "total"], ""), **dict.fromkeys(failed, "  FAILED (2)")}
+
+
+def test_ci_goes_on_where_the_lock_cannot_be_installed(tmp_path: Path) -> None:
+    """A registry that offers wheels of other hashes fails the locked install alone, and is named."""
+    done = ci_run(tmp_path, STAGES["venv"], unlocked='[ "$LOCKED" != no ]')
+    assert done.returncode == 0
+    assert minutes(done) == {**dict.fromkeys([*STAGES, "plain", "total"], ""), "venv": "  FAILED (2)"}
+    assert "going on with LOCKED=no" in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here: apt-get install make")
