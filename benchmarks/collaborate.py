@@ -55,7 +55,7 @@ from sartor.inference.engine import (
     event_from_json,
 )
 from sartor.inference.local.local_engine import open_engine
-from sartor.serving.dispatch.dispatcher import build_call
+from sartor.serving.dispatch.dispatcher import CallTerms, build_call
 from sartor.serving.plans.plan_dispatch import PlanDispatcher
 from sartor.serving.plans.plan_log import PlanLog
 from sartor.serving.receipts import digest_by
@@ -122,7 +122,7 @@ class House:
         part.replace(self.file)
 
     async def open(self, request: AgentRequest) -> AgentReply:
-        call = build_call(request, self.version, f"c{self.made}", MOST_TOKENS)
+        call = build_call(request, self.version, f"c{self.made}", CallTerms(MOST_TOKENS))
         self.made += 1
         key = key_of(call)
         events = Events(self.known.get(key, ()))
