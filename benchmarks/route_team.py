@@ -13,6 +13,7 @@ the router.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any
 
 from route_sets import small_talk
 
-from sartor.core.artifacts import open_artifact
+from sartor.core.artifacts import MANIFESTS, open_artifact
 from sartor.core.parquet_io import read_examples
 from sartor.evaluate.training_facts import EXEMPLARS
 from sartor.serving.routing.router import AutoRouter, Embedder
@@ -36,7 +37,11 @@ def halved(release: Path, part: Path, rng: random.Random) -> set[str]:
     out = {id(line) for line in rng.sample(held, len(held) // 2)}
     kept = [line for line in lines if id(line) not in out]
     (part / EXEMPLARS).parent.mkdir(parents=True)
-    (part / EXEMPLARS).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    content = "".join(json.dumps(line) + "\n" for line in kept).encode()
+    (part / EXEMPLARS).write_bytes(content)
+    # the router reads what a manifest lists, and nothing else
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (part / MANIFESTS["release"]).write_text(json.dumps({"files": {EXEMPLARS: entry}}), encoding="utf-8")
     return {line["text"] for line in kept}
 
 
