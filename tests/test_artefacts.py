@@ -365,7 +365,8 @@ def test_a_team_is_served_with_its_old_registry_and_keys(frozen: Path, run: Shel
 
 def synced(frozen: Path) -> list[object]:
     where = [(frozen / "repository").as_uri(), make.AGENT, "--store", frozen / "store"]
-    return ["edge", "sync", *where, "--device", make.DEVICE, "--root", frozen / "device-root.json", "--starts", 0]
+    device = ["--device", make.DEVICE, "--root", frozen / "device-root.json"]
+    return ["edge", "sync", *where, *device, "--public-key", frozen / "signer" / "sartor.pub", "--starts", 0]
 
 
 def test_a_store_is_read_verified_and_rolled_back(frozen: Path, run: Shell) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -160,6 +161,9 @@ def test_postgres_server_whose_keys_are_emptied_stays_shut(
         with team.serving() as client:
             refuses_everybody(client, "")
         other = TeamFolder(tmp_path / "other", str(tiny_base), commands, url)
+        # a state directory of its own and the same database: it needs the key of the rows' seals
+        (other.folder / ".team").mkdir(mode=0o700, exist_ok=True)
+        shutil.copy2(team.folder / ".team" / "registry.key", other.folder / ".team" / "registry.key")
         with other.serving() as client:
             refuses_everybody(client, "")
 
