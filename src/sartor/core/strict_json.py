@@ -12,8 +12,6 @@ import math
 import re
 from typing import Any, NoReturn
 
-import numpy as np
-
 MOST_NESTED = 64
 MOST_DIGITS = 40
 
@@ -21,8 +19,8 @@ MOST_DIGITS = 40
 # text.
 _PIECE = 1 << 16
 _ESCAPE = re.compile(rb"\\+.?", re.DOTALL)
-_STEPS = np.zeros(256, dtype=np.int8)
-_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
+_STRING = re.compile(rb'"[^"]*(?:"|\Z)')  # of a text without escaped characters
+_BRACKET = re.compile(rb"[\[\]{}]")
 
 
 class StrictJsonError(ValueError):
@@ -81,10 +79,21 @@ def parse_text(text: str, subject: str = "the text", *, takes_infinity: bool = F
 def nested(document: bytes | bytearray) -> int:
     """Return the nesting depth of brackets outside strings.
 
-    Takes linear time and does not copy the text. A backslash outside a string is invalid JSON; the depth from there
+    Takes linear time, and copies no large text. A backslash outside a string is invalid JSON; the depth from there
     on may be wrong, but the parser stops at it.
     """
     deepest = depth = quotes = start = 0
+    if len(document) <= _PIECE:  # without numpy, which a small device need not load for the manifests that it reads
+        plain = document.replace(b"\\\\", b"").replace(b'\\"', b"")
+        for bracket in _BRACKET.findall(_STRING.sub(b"", plain)):
+            depth += 1 if bracket in b"[{" else -1
+            deepest = max(deepest, depth)
+        return deepest
+
+    import numpy as np  # a large text: reads it at once, whatever is in it
+
+    steps = np.zeros(256, dtype=np.int8)
+    steps[list(b"[{")], steps[list(b"]}")] = 1, -1
     while start < len(document):
         end = start + _PIECE
         if match := _ESCAPE.match(document, end - 1):  # an escaped character belongs to the same piece
@@ -94,7 +103,7 @@ def nested(document: bytes | bytearray) -> int:
         if not len(signs):
             continue
         counts = np.cumsum(signs == ord('"')) + quotes
-        depths = np.cumsum(_STEPS[signs] * (counts % 2 == 0), dtype=np.int64) + depth
+        depths = np.cumsum(steps[signs] * (counts % 2 == 0), dtype=np.int64) + depth
         deepest, depth, quotes = max(deepest, int(depths.max())), int(depths[-1]), int(counts[-1])
     return deepest
 

@@ -192,9 +192,10 @@ def _agreement(text: str, is_cut: bool, recorded: str) -> float:
     """Return the similarity 0..1 of a reply and the recorded one, over their beginnings of equal length.
 
     At most COMPARED_CHARACTERS are compared. The Report also truncates long replies without saying which, so text
-    beyond the end of a recorded reply is ignored. One below SHORT_CHARACTERS is compared whole: 0 or 1.
+    beyond the end of a recorded reply is ignored. One below SHORT_CHARACTERS is compared whole, 0 or 1,
+    with a reply that ended by itself: where replies are cut, the recorded one may have been cut too.
     """
-    if len(recorded) < SHORT_CHARACTERS:
+    if len(recorded) < SHORT_CHARACTERS and not is_cut:
         return float(text.strip() == recorded.strip())
     text, recorded = text[: min(COMPARED_CHARACTERS, len(recorded))], recorded[:COMPARED_CHARACTERS]
     return fuzz.ratio(text, recorded[: len(text)] if is_cut else recorded) / 100
