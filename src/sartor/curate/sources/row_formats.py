@@ -723,8 +723,8 @@ def _weight(row: Mapping[str, Any]) -> float:
         return 1.0
     try:
         weight = float(value)
-    except (TypeError, ValueError):
-        raise MalformedRow("bad_field", f"`weight` is {value!r}, not a number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise MalformedRow("bad_field", f"`weight` is {value!r:.80}, not a number") from None
     if not 0 <= weight < float("inf"):
         raise MalformedRow("bad_field", f"`weight` is {value}; it must be finite and not negative")
     return weight
@@ -737,7 +737,10 @@ def _stated_rating(row: Mapping[str, Any]) -> float | None:
     """
     if isinstance(rating := row.get("rating"), (int, float, str)) and not isinstance(rating, bool):
         with contextlib.suppress(ValueError):
-            return float(rating)
+            try:
+                return float(rating)
+            except OverflowError:  # a whole number beyond any float, which the range refuses
+                return math.inf
     # CSV files hold true and false as text; the label of a row with `messages` is a class, not a rating
     return {"true": 1.0, "false": -1.0}.get(str(row.get("label")).lower()) if row.get("messages") is None else None
 
