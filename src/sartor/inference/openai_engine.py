@@ -99,7 +99,7 @@ class OpenAiServer:
             base, size = bases[0], bases[0].get("max_model_len") or (bases[0].get("meta") or {}).get("n_ctx") or 0
             adapters = {str(model["id"]): str(model.get("root") or "") for model in models if model.get("parent")}
             return RemoteModelInfo(str(base["id"]), str(base.get("owned_by") or ""), int(size), adapters)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UnavailableError(
                 f"{self.url}/models is not of OpenAI's form: {error!r}",
                 "engine.url: http://HOST:PORT/v1 of vLLM, SGLang or llama-server",
@@ -145,7 +145,7 @@ class OpenAiServer:
         try:
             with self._client() as client:
                 return [int(adapter["id"]) for adapter in client.get(f"{self._root}/lora-adapters").json()]
-        except (httpx.HTTPError, KeyError, TypeError, ValueError):
+        except (httpx.HTTPError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
             return []
 
     def embeddings(self, base: str, texts: Sequence[str]) -> list[list[float]]:
@@ -158,7 +158,7 @@ class OpenAiServer:
                 norm = math.hypot(*vector)
                 vectors.append([value / norm for value in vector])
             return vectors
-        except (RequestError, ModelError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (RequestError, ModelError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise UnavailableError(f"{self.url} gives no embeddings: {error}", "router: {encoder: minilm}") from None
 
     def _ask(self, method: str, route: str, body: Any = None, *, beside: bool = False) -> dict[str, Any]:
@@ -392,7 +392,7 @@ def _read(reply: StreamedReply, fields: Mapping[str, Any]) -> tuple[TextDelta | 
         choice = fields["choices"][0]
         text, logprobs = str(choice["text"]), _logprobs(choice.get("logprobs") or {}, reply.call.top_logprobs)
         finish = str(choice.get("finish_reason") or "")
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UnavailableError(
             f"the server sent an event of another form: {error!r}",
             "engine.url: http://HOST:PORT/v1 of vLLM, SGLang or llama-server",
