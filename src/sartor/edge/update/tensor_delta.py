@@ -55,6 +55,8 @@ _DTYPES = {
     "F8_E5M2": 1,
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# Three forms of elements of 1, 2, 4 and 8 bytes, a stream for each byte of an element
+_MOST_STREAMS = 3 * (1 + 2 + 4 + 8)
 _SAME, _SUBTRACTED, _XORED, _NEW = "=", "-", "^", "r"
 # Contexts of neighbouring bytes do not predict noise and dilute the statistics: lc=lp=pb=0 is an adaptive order-0
 # coder.
@@ -210,6 +212,8 @@ def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator
         if target.file_bytes != result_bytes or len(head["form"]) != len(target.tensors):
             raise _delta_error(f"it makes {target.file_bytes:,} bytes; {result_bytes:,} are signed")
         base_tensors = {tensor.name: tensor for tensor in layout_of(base).tensors} if base else {}
+        if len(head["streams"]) > _MOST_STREAMS:  # each holds a decompressor of a megabyte
+            raise _delta_error(f"it has {len(head['streams'])} streams; {_MOST_STREAMS} are the most")
         streams = {}
         for key, length in head["streams"].items():
             streams[key] = _Stream(delta, position, length)
