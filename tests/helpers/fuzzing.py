@@ -55,7 +55,7 @@ class Parser:
     memory_bytes: int = MEMORY_BYTES
     is_native: bool = False
     words: Sequence[bytes] = ()
-    read: list[bytes] = field(default_factory=list, compare=False)
+    read: list[bytes] = field(default_factory=list, compare=False, repr=False)
 
 
 def examples() -> int:

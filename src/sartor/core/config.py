@@ -78,6 +78,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as text: {error}",
             f"ls -l {path}; of another encoding: iconv -f CP1252 -t UTF-8 {path} > recipe.yaml",
         ) from None
+    depth = 0
+    for bracket in _BRACKET.findall(text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > _MOST_NESTED:  # PyYAML's time grows with the square of it
+            raise ConfigError(
+                f"{path} has more than {_MOST_NESTED} brackets open at once",
+                "close them, or write lists and mappings by lines and indentation",
+            )
     try:
         data = yaml.load(text, _UniqueKeys)  # based on SafeLoader: builds plain values only
     except ConfigError as error:
@@ -104,6 +112,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 # constructors in plain errors of Python.
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, TypeError, KeyError, AttributeError, OverflowError)
 _MOST_VALUES = 1_000_000
+_BRACKET = re.compile(r"[\[\]{}]")
+_MOST_NESTED = 1000
 
 
 def _written_out(value: Any, sizes: dict[int, int]) -> int:

@@ -216,8 +216,11 @@ def gate(
     }
     if dataset:
         # review.jsonl is no part of the signed manifest: whoever can write to the Dataset can add decisions to it
-        options = dict(signed=True) if limits.review and limits.review.signed else {}
-        result |= checks.check_review(open_items(dataset, **options), limits.review, str(dataset.path))
+        if limits.review and limits.review.signed:
+            open_count = open_items(dataset, signed=True)
+        else:
+            open_count = open_items(dataset)
+        result |= checks.check_review(open_count, limits.review, str(dataset.path))
     elif limits.review:
         problem = "not looked at: the Dataset is not where it was"
         result["review"] = Check("fail", problem, "sartor index DIR finds it")

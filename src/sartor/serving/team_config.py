@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -506,7 +507,7 @@ def load(path: Path, flags: Sequence[str] = ()) -> Team:
     return replace(
         team,
         engine=engine,
-        base=str(root / team.base) if (root / team.base).exists() else team.base,
+        base=str(root / team.base) if os.path.exists(root / team.base) else team.base,
         agents=tuple(replace(member, release=str(root / member.release)) for member in team.agents),
         state=str(root / (team.state or f".{path.stem}")),
         trust=str(root / team.trust) if team.trust else "",

@@ -736,11 +736,12 @@ def _stated_rating(row: Mapping[str, Any]) -> float | None:
     It is the number in `rating`, or 1 and -1 for true and false in `label`.
     """
     if isinstance(rating := row.get("rating"), (int, float, str)) and not isinstance(rating, bool):
-        with contextlib.suppress(ValueError):
-            try:
-                return float(rating)
-            except OverflowError:  # a whole number beyond any float, which the range refuses
-                return math.inf
+        try:
+            return float(rating)
+        except OverflowError:  # a whole number beyond any float, which the range refuses
+            return math.inf
+        except ValueError:
+            pass  # a word: see the label
     # CSV files hold true and false as text; the label of a row with `messages` is a class, not a rating
     return {"true": 1.0, "false": -1.0}.get(str(row.get("label")).lower()) if row.get("messages") is None else None
 
