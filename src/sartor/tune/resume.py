@@ -136,6 +136,15 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
         yield f"going on elsewhere: {names}; the result may differ from an uninterrupted run's in the last bits"
 
 
+# What holds for a run that is older than these options. A new option of a recipe goes in here, or such runs end.
+_OF_OLDER_RUNS: Mapping[str, Any] = {
+    "weights": "last",
+    "base.use": [],
+    "rules.assumed_colluders": "auto",
+    "data.reuse_frozen": False,
+}
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return the differences between two fingerprints as lines.
 
@@ -143,9 +152,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """
     lines = []
     before, after = _flat(old.get("recipe", {})), _flat(new["recipe"])
-    # values that apply to a run older than these options: the last weights were kept, a base had no `use`, and
-    # the default of colluders
-    for name, value in (("weights", "last"), ("base.use", []), ("rules.assumed_colluders", "auto")):
+    for name, value in _OF_OLDER_RUNS.items():
         if name in after:
             before.setdefault(name, value)
     for key in sorted(before.keys() | after.keys()):
