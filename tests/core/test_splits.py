@@ -171,7 +171,7 @@ def test_what_the_model_is_shown_is_the_group() -> None:
 
 def test_tuning_holds_out_rows_without_a_group_one_by_one() -> None:
     rows = [Example(one.messages, one.origins) for one in (row(place) for place in range(40))]
-    held = tuning._hold_out(rows, Data(path="x", eval_fraction=0.25), 0)
+    held = tuning.hold_out(rows, Data(path="x", eval_fraction=0.25), 0)
     assert sum(one.split == "eval" for one in held) == 10
 
 

@@ -127,7 +127,7 @@ def encode_rows(
     data = TokenizedDataset()
     # rows of the test split are neither learnt nor watched: a loss that influences tuning would select by them
     examples = [example for example in parquet_io.read_examples(dataset) if example.split != TEST]
-    examples = _hold_out(examples, recipe.data, recipe.seed)
+    examples = hold_out(examples, recipe.data, recipe.seed)
     train_examples = [example for example in examples if example.split == "train"]
     train = _encode_examples(train_examples, dataset, recipe=recipe, chat=chat, data=data)
     held_out_examples = [example for example in examples if example.split != "train"]
@@ -224,7 +224,7 @@ def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) ->
     return SourceError(f"no training row with a supervised token is left ({reasons})", remedy)
 
 
-def _hold_out(examples: list[Example], data: Data, seed: int) -> list[Example]:
+def hold_out(examples: list[Example], data: Data, seed: int) -> list[Example]:
     """Return the examples split by group as `data` says; unchanged if the Dataset itself holds out rows."""
     if not data.eval_fraction or any(example.split == "eval" for example in examples):
         return examples
