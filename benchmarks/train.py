@@ -15,7 +15,8 @@ Padding is not counted as tokens: peers pad, Sartor packs. Sartor's side is the 
 A peer has a ratio only if in every pair tokens, the loss of every update, and the gradient norm of every factor B at
 update 1 agree with Sartor's in the same dtype (peer_agreement.py derives the tolerances). Else `refused` has the
 reasons, and no ratio is printed. Where a peer computes in another dtype than Sartor does, one more run of Sartor's in
-that dtype is what it must agree with.
+that dtype is what it must agree with. In bf16 a peer may round as peft does, the frozen product before the low-rank
+term is added: then it must agree with a run of Sartor's that rounds so, and stands under `rounded_first`.
 
 `trl` is fp32 as its users on a CPU run it, `trl_bf16` the same in bf16, `unsloth` chooses its own dtype, and
 `unsloth_compile` is Unsloth with its opt-in torch.compile. `ratios_best` has the peers with their best documented
@@ -83,8 +84,9 @@ Result = dict[str, Any]
 class Runs:
     """What was measured: Sartor's results over all pairs, the pairs per peer, and why a peer has none.
 
-    references: by dtype, Sartor's result that others in this dtype must agree with. differences: per peer, the
-    largest.
+    references: by dtype, Sartor's result that others in this dtype must agree with. rounded_first: the same, of a run
+    that rounds as peft does (adapters in 16 bits). differences: per peer, the largest. peft_rounding: peers that agree
+    with such a run alone.
     """
 
     ours: list[Result] = field(default_factory=list)
@@ -92,6 +94,8 @@ class Runs:
     failed: dict[str, str] = field(default_factory=dict)
     refused: dict[str, list[str]] = field(default_factory=dict)
     references: dict[str, Result] = field(default_factory=dict)
+    rounded_first: dict[str, Result] = field(default_factory=dict)
+    peft_rounding: set[str] = field(default_factory=set)
     tolerances: dict[str, Tolerance] = field(default_factory=dict)
     differences: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -186,9 +190,10 @@ def measure(folder: Path, work: dict[str, Any], peers: dict[str, Side], argument
             if "failed" in theirs:
                 runs.failed[name] = theirs["failed"]
             else:
-                note_pair(
-                    runs, name, ours, theirs, reference_of(runs, folder, ours, dtype_of(theirs), work, arguments)
-                )
+                reference = reference_of(runs, folder, ours, dtype_of(theirs), work, arguments)
+                if find_disagreement(reference, theirs, runs.tolerances[dtype_of(reference)]):
+                    reference = rounded_first_of(runs, folder, name, reference, theirs, work, arguments)
+                note_pair(runs, name, ours, theirs, reference)
             _say(name, number, ours, theirs, runs.refused.get(name, []))
     return runs
 
@@ -236,6 +241,31 @@ def reference_of(
     return reference
 
 
+def rounded_first_of(
+    runs: Runs,
+    folder: Path,
+    name: str,
+    reference: Result,
+    theirs: Result,
+    work: dict[str, Any],
+    arguments: argparse.Namespace,
+) -> Result:
+    """Return Sartor's run that rounds as peft does, if a 16-bit peer agrees with it; else `reference`."""
+    dtype = dtype_of(reference)
+    if dtype != "bfloat16" or dtype_of(theirs) != dtype:
+        return reference
+    if dtype not in runs.rounded_first:
+        runs.rounded_first[dtype] = parts.run(
+            "reference that rounds as peft does",
+            lambda: _sound(run(folder, Side("sartor", dtype), work, arguments, is_reference=True, rounds_first=True)),
+        )
+    rounded = runs.rounded_first[dtype]
+    if find_disagreement(rounded, theirs, runs.tolerances[dtype]):
+        return reference
+    runs.peft_rounding.add(name)
+    return rounded
+
+
 def note_pair(runs: Runs, name: str, ours: Result, theirs: Result, reference: Result) -> None:
     """Take a pair in, or refuse its peer: then no pair of it counts."""
     reason = find_disagreement(reference, theirs, runs.tolerances[dtype_of(reference)])
@@ -250,7 +280,13 @@ def note_pair(runs: Runs, name: str, ours: Result, theirs: Result, reference: Re
 
 
 def run(
-    folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Namespace, *, is_reference: bool = False
+    folder: Path,
+    side: Side,
+    work: dict[str, Any],
+    arguments: argparse.Namespace,
+    *,
+    is_reference: bool = False,
+    rounds_first: bool = False,
 ) -> Result:
     """One side's result in a fresh process; `{"failed": reason}` if it gives none."""
     device = arguments.device
@@ -266,6 +302,7 @@ def run(
         "start": work["start"],
         "settings": side.settings,
         "is_reference": is_reference,
+        "rounds_first": rounds_first,
     }
     job |= {"rank": RANK, "alpha": ALPHA, "learning_rate": LEARNING_RATE, "clip_norm": CLIP_NORM}
     job_path, result_path = folder / "job.json", folder / "result.json"
@@ -324,6 +361,7 @@ def report(runs: Runs, work: dict[str, Any], arguments: argparse.Namespace) -> d
             name.removesuffix(BEST): ratios(pairs) for name, pairs in runs.pairs.items() if name.endswith(BEST)
         },
         "agreement": runs.differences,
+        "rounded_first": sorted(runs.peft_rounding),
         "tolerances": {
             dtype: {"b_gradient": tolerance.gradient, "first_loss": tolerance.first_loss}
             for dtype, tolerance in runs.tolerances.items()
