@@ -113,6 +113,34 @@ def test_one_refused_pair_takes_the_peers_ratio_away() -> None:
     assert runs.pairs == {} and "update 2" in runs.refused["peer"][0]
 
 
+@pytest.mark.parametrize(("their_loss", "is_compared"), [(1.70, True), (1.20, False)])
+def test_peer_that_rounds_as_peft_is_compared(
+    their_loss: float, is_compared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sartor's bf16 goes from 2.0 to 1.5, its run that rounds as peft does to 1.71."""
+    import peer_agreement
+    import train
+
+    bf16 = {"dtype": "torch.bfloat16"}
+    asked: list[bool] = []
+
+    def run(*_: Any, rounds_first: bool, **__: Any) -> dict[str, Any]:
+        asked.append(rounds_first)
+        return result_of(**bf16, losses=[2.0, 1.71])
+
+    monkeypatch.setattr(train, "run", run)
+    tolerance = peer_agreement.tolerance_of("bfloat16", layers=30, width=1536, rank=16, loss=2.0)
+    runs = train.Runs(tolerances={"bfloat16": tolerance})
+    ours, theirs = result_of(**bf16, losses=[2.0, 1.5]), result_of(**bf16, losses=[2.0, their_loss])
+    reference = train.rounded_first_of(
+        runs, Path(), "peer", reference=ours, theirs=theirs, work={}, arguments=argparse.Namespace()
+    )
+    train.note_pair(runs, "peer", ours, theirs, reference)
+    assert asked == [True]
+    assert (runs.pairs != {}) is is_compared
+    assert runs.peft_rounding == ({"peer"} if is_compared else set())
+
+
 def test_every_setting_of_a_peer_names_its_page() -> None:
     import train
     from peers import settings
