@@ -17,7 +17,8 @@ of the difference, and the bias of a norm, are
 
 Losses. At update 1 the adapters compute nothing: 0.02 nats in bf16 (as before), and in fp32 the same relative error of
 the loss. From then on each side walks along its own gradients, so the difference may grow by that relative error times
-the distance that the loss has moved since update 1.
+the distance that training has moved the loss. Each update has other rows, so the distance is that from the loss of the
+untuned base on the same rows, which Sartor's side measures.
 """
 
 from __future__ import annotations
@@ -45,9 +46,13 @@ class Tolerance:
     gradient: float
     first_loss: float
 
-    def loss(self, losses: Sequence[float], index: int) -> float:
-        """Return nats of difference that are allowed at an update (from 0), where `losses` are those of one side."""
-        moved = max(abs(loss - losses[0]) for loss in losses[: index + 1])
+    def loss(self, losses: Sequence[float], untuned: Sequence[float], index: int) -> float:
+        """Return nats of difference that are allowed at an update (from 0).
+
+        losses: of one side's updates. untuned: those of the base on the same rows.
+        """
+        pairs = list(zip(losses, untuned, strict=False))[: index + 1]
+        moved = max(abs(loss - before) for loss, before in pairs)
         return self.first_loss + self.gradient * moved
 
 
@@ -74,7 +79,7 @@ def find_disagreement(reference: dict[str, Any], result: dict[str, Any], toleran
     if any(reference[unit][:count] != result[unit][:count] for unit in ("tokens", "supervised_tokens")):
         return "the tokens differ"
     for index, (expected, loss) in enumerate(zip(reference["losses"], result["losses"], strict=False)):
-        limit = tolerance.loss(reference["losses"], index)
+        limit = tolerance.loss(reference["losses"], reference["untuned_losses"], index)
         if not abs(expected - loss) <= limit:  # also refuses NaN
             difference = f"{abs(expected - loss):.2g}: {expected:.5f} and {loss:.5f}"
             return f"the loss at update {index + 1} differs by {difference} (at most {limit:.2g} in {tolerance.dtype})"

@@ -63,6 +63,7 @@ def result_of(**changes: Any) -> dict[str, Any]:
         "tokens": [10, 12],
         "supervised_tokens": [4, 5],
         "losses": [2.0, 1.9],
+        "untuned_losses": [2.0, 2.0],
         "b_gradients": {"layers.0.q_proj": 0.5, "layers.0.v_proj": 0.25},
     }
     return {**result, **changes}
@@ -126,7 +127,7 @@ def test_peer_that_rounds_as_peft_is_compared(
 
     def run(*_: Any, rounds_first: bool, **__: Any) -> dict[str, Any]:
         asked.append(rounds_first)
-        return result_of(**bf16, losses=[2.0, 1.71])
+        return result_of(**bf16, losses=[2.0, 1.71], untuned_losses=[2.0, 2.2])
 
     monkeypatch.setattr(train, "run", run)
     tolerance = peer_agreement.tolerance_of("bfloat16", layers=30, width=1536, rank=16, loss=2.0)

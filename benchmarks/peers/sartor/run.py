@@ -53,7 +53,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
             model.eval(), examples, model.device, loss_backend.LossOptions(share=False)
         )
         return result | {"held_out": _held_out(job, path, model)}
-    result |= {"trained": adapters.trainable(model)[0]}
+    result |= {"trained": adapters.trainable(model)[0], "untuned_losses": _untuned(updates, model)}
     if job.is_reference:
         return result
     result |= _roofline(job, watch, model)
@@ -198,6 +198,26 @@ def _held_out(job: protocol.Job, path: Any, model: Any) -> float:
     with torch.no_grad():
         losses, weights = path.losses([packing.TokenizedExample(row.ids, row.learnt) for row in job.held_out])
     return float((losses * weights).sum() / weights.sum())
+
+
+def _untuned(updates: list[Any], model: Any) -> list[float]:
+    """Return the base's mean loss of each update's rows, nats a supervised token: B is 0 meanwhile."""
+    import torch
+
+    from sartor.models.losses import loss_backend, transformers_backend
+
+    factors = hugging_face.lora_b(model)
+    trained = {name: factor.detach().clone() for name, factor in factors.items()}
+    rows = [row for update in updates for row in update]
+    options = loss_backend.LossOptions(share=False)
+    path = transformers_backend.choose_loss_backend(model.eval(), rows, model.device, options)
+    with torch.no_grad():
+        for factor in factors.values():
+            factor.zero_()
+        losses = [float(path.losses(update)[0].mean()) for update in updates]
+        for name, factor in factors.items():
+            factor.copy_(trained[name])
+    return losses
 
 
 def _rate(losses: Any, updates: list[Any], optimizer: Any, clip_norm: float) -> float:
