@@ -1,9 +1,9 @@
 """Measured trust of attribution methods: retrains without random rows, and how well scores predict them.
 
-The linear datamodelling score (LDS) of a method is Spearman's correlation, over random subsets of the rows, of what its
-scores predict for a subset with what a retrain shows (Park et al. 2023, arXiv:2303.14186, definition 2.3 with the
-subset left out). Here a subset is a tenth of the rows, the prediction the sum of their scores, and the truth the change
-of the reply's loss, in nats, when they are left out: weight 0; divisor, order and seed as they were.
+The linear datamodelling score (LDS) of a method is Spearman's correlation, over random subsets of the rows, of the
+change that its scores predict with the change that a retrain shows (Park et al. 2023, arXiv:2303.14186, definition
+2.3; here the subset is what is left out). A subset is a tenth of the rows, the prediction the sum of their scores, and
+the truth the change of the reply's loss, in nats, without them: weight 0; divisor, order and seed as they were.
 
     SARTOR_HOME/trace/ADAPTER_ID/
       leave-out/0007.json   rows left out and the losses of the replies, a file a retrain; 0000 leaves out none
@@ -201,8 +201,12 @@ def linear_datamodelling_scores(scores: F64, subsets: Sequence[Sequence[int]], c
     changes: (R, Q) true changes of the losses.
     Scores that predict the same change for every subset have the LDS 0.
     """
-    predicted = np.stack([scores[:, list(subset)].sum(1) for subset in subsets])
-    return _rank_correlations(predicted, changes)
+    return _rank_correlations(_predicted_changes(scores, subsets), changes)
+
+
+def _predicted_changes(scores: F64, subsets: Sequence[Sequence[int]]) -> F64:
+    """Return the predicted changes (R, Q): sums of the scores (Q, N) over R subsets of row indices."""
+    return np.stack([scores[:, list(subset)].sum(1) for subset in subsets])
 
 
 def _rank_correlations(first: F64, second: F64) -> F64:
@@ -260,8 +264,8 @@ def _measure_trust(
     except SartorError as error:
         return MethodTrust(math.nan, problem=error.problem)
     seconds = round(time.monotonic() - start_s, 1)
-    by_query = linear_datamodelling_scores(scores, subsets, changes)
-    predicted = np.stack([scores[:, list(subset)].sum(1) for subset in subsets])
+    predicted = _predicted_changes(scores, subsets)
+    by_query = _rank_correlations(predicted, changes)
     generator = np.random.default_rng(SCHEMA)
     means = np.zeros(_DRAWS)
     for index in range(_DRAWS):
