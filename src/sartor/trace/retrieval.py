@@ -106,7 +106,8 @@ class WordIndex:
         """Return the BM25 weights (D, V) as a sparse matrix by columns, and the rarity (V,) of each word."""
         shape = (self.count, max(len(self._vocabulary), 1))
         ones = np.ones(len(self.tokens), dtype=np.float32)
-        counts = sparse.csr_matrix((ones, self.tokens, self.starts), shape=shape)
+        # a copy: sum_duplicates sorts the words of each text in place
+        counts = sparse.csr_matrix((ones, self.tokens.copy(), self.starts.copy()), shape=shape)
         counts.sum_duplicates()
         # rarity log(1 + (D - n + 1/2) / (n + 1/2)) of a word in n texts: Robertson and Sparck Jones's weight, kept
         # above 0 for words in most texts
