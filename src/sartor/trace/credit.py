@@ -68,7 +68,7 @@ def rank_groups(index: RetrievalIndex, scores: F64, method: Method, top: int) ->
     are alike by NEAR_PERCENT; the second is looked for among the best groups only.
     scores: (N,).
     """
-    _, owner = np.unique(index.equal_rows(), return_inverse=True)
+    _, owner = np.unique(index.equal_rows, return_inverse=True)
     group_scores = _combine(scores, owner, int(owner.max()) + 1, method)
     best = np.argsort(-group_scores, kind="stable")[: _CANDIDATES * max(top, 1)]
     members: dict[int, list[int]] = {int(group): [] for group in best}
