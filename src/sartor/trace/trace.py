@@ -221,7 +221,7 @@ class TraceResult:
         """How far the ranking can be trusted, in a sentence."""
         if self.lds is None:
             meaning = "rows that share words, which need not be causes" if self.method is Method.RETRIEVAL else ""
-            measure = f"sartor trace {self.traced.artifact.path} --calibrate measures it"
+            measure = f"sartor trace {self.traced.artifact.path} --calibrate measures it" if self.traced.is_own else ""
             return f"not measured ({'; '.join(part for part in (meaning, measure) if part)})"
         return f"LDS {self.lds:.2f}: correlation of its predictions with the effect of leaving rows out"
 
