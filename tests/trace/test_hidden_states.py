@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from sartor.models.losses.loss_backend import LossOptions
+from sartor.models.losses.transformers_backend import RowTransformersBackend
 from sartor.trace import ensemble, hidden_states
 from sartor.trace.traced_adapter import TraceQuery, open_traced
 from sartor.trace.traced_model import SignedSequence, TracedModel
@@ -38,8 +40,16 @@ def by_transformers(model: TracedModel, sequence: SignedSequence) -> np.ndarray:
         return (tuned - states()).numpy()
 
 
-def test_changes_are_those_of_single_rows(model: TracedModel) -> None:
+@pytest.mark.parametrize("name", ["fast", "general", "one-row"])
+def test_changes_are_those_of_single_rows(model: TracedModel, name: str) -> None:
     """Packed, with shared beginnings. The output of the last layer is left out: transformers norms it."""
+    backends = {
+        "fast": lambda: model.backend,
+        "general": lambda: model.base.path(model.model, [model.row(0)[0].tokens], LossOptions(fast=False)),
+        "one-row": lambda: RowTransformersBackend(model.model, model.base.device, ""),
+    }
+    model.backend = backends[name]()
+    assert model.backend.name == name
     items = [model.row(index) for index in range(5)]
     found = hidden_states.changes(model, items)
     for row, (sequence,) in zip(found, items, strict=True):
