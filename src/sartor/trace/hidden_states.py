@@ -25,7 +25,7 @@ _MIDDLE, _LATE = 0.5, 0.7
 
 
 def chosen_layers(model: TracedModel) -> list[int]:
-    """Return the indices of the middle and the late layer whose outputs are compared. Layers above are not computed."""
+    """Return the indices of the middle and the late layer whose outputs are compared."""
     layers = model.model.config.get_text_config().num_hidden_layers
     return sorted({int(layers * share) for share in (_MIDDLE, _LATE)})
 
