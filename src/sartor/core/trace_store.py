@@ -2,7 +2,7 @@
 
     origin.json       the Datasets and the path of the adapter
     calibration.json  measured trust of each method (trace/calibration.py)
-    LABEL/            sketches and states of one set of weights (trace/sketch_store.py)
+    LABEL/            sketches of the rows at one set of weights (sketch_matrix.py), and those weights
 
 Sketches of gradients and states of training lead back to the rows' text. So every folder has mode 0700 and every file
 0600. Nothing here is part of an artefact, and so of no Release or export. `sartor revoke` lists the folders that it
@@ -60,14 +60,15 @@ def read_trace_json(file: Path) -> dict[str, Any] | None:
 
 
 def record_origin(artifact: Artifact, dataset_ids: Sequence[str]) -> Path:
-    """Write the Datasets from whose rows an adapter's folder is computed, and return the folder.
+    """Add the Datasets from whose rows an adapter's folder is computed, and return the folder.
 
     Call it before anything computed from rows is written: by this file an erasure finds the folder.
     artifact: Adapter, or Release made from it.
     """
     folder = trace_folder(adapter_id(artifact))
-    fields = {"datasets": sorted(set(dataset_ids)), "path": str(artifact.path)}
-    if read_trace_json(folder / ORIGIN) != fields:
+    known = read_trace_json(folder / ORIGIN) or {}
+    fields = {"datasets": sorted({*dataset_ids, *known.get("datasets", [])}), "path": str(artifact.path)}
+    if known != fields:
         write_trace_file(folder / ORIGIN, json.dumps(fields).encode())
     return folder
 
