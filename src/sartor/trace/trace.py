@@ -214,6 +214,7 @@ class TraceResult:
             lines.append(("by retrieval", [_table_row(row) for row in self.retrieval]))
         if self.html:
             lines.append(("page", self.html))
+        lines = [(name, _one_line(value) if isinstance(value, str) else value) for name, value in lines]
         return [*lines, ("took", ", ".join(f"{name} {value:.2f} s" for name, value in self.seconds.items()))]
 
     @property
@@ -563,6 +564,9 @@ def _table_row(row: TracedRow) -> dict[str, Any]:
 
 def _cells(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: clipped(" ".join(escape_control(value).split()), _CELL) if isinstance(value, str) else value
-        for name, value in values.items()
+        name: clipped(_one_line(value), _CELL) if isinstance(value, str) else value for name, value in values.items()
     }
+
+
+def _one_line(text: str) -> str:
+    return " ".join(escape_control(text).split())
