@@ -17,7 +17,10 @@ from receipt_fakes import replied
 from sartor.cli import main
 from sartor.core.artifacts import open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, RequestError, SartorError
+from sartor.inference.engine import adapter_digest
+from sartor.serving.commands.receipt_verification import _adapter_of
 from sartor.serving.receipts import ReceiptLog
+from sartor.serving.registry.user_versions import folder_of
 from sartor.trace import calibration, unrolling
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.base_likelihood import ReplyLikelihood
@@ -271,6 +274,18 @@ def test_receipt_needs_its_teams_key_and_version(
     key.rename(tmp_path / "kept.key")
     error = error_of(lambda: sartor.trace(None, "turn on the light", reply, **asked))
     assert isinstance(error, ConfigError) and "--team" in error.remedy
+
+
+def test_receipt_of_a_user_names_their_own_adapter(tmp_path: Path, adapter: Path) -> None:
+    own = folder_of(tmp_path / "state", "p1", "faq") / "ab12" / "adapter"
+    shutil.copytree(adapter, own)
+    digest = adapter_digest(open_artifact(adapter).manifest["files"])
+    receipt = {"id": "r1", "person": "p1", "agent": "faq@1.0+own", "adapter": digest, "release": "d" * 64}
+    assert _adapter_of(receipt, None, tmp_path / "state") == own
+    error = error_of(lambda: _adapter_of({**receipt, "adapter": "0" * 64}, None, tmp_path / "state"))
+    assert "tuned again or forgotten" in error.remedy
+    error = error_of(lambda: _adapter_of({**receipt, "person": "", "release": ""}, None, tmp_path / "state"))
+    assert "the base gave" in error.problem
 
 
 def test_terminal_shows_a_line_a_row(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
