@@ -17,6 +17,7 @@ from receipt_fakes import replied
 from sartor.cli import main
 from sartor.core.artifacts import open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, RequestError, SartorError
+from sartor.core.records import Part
 from sartor.inference.engine import adapter_digest
 from sartor.serving.commands.receipt_verification import _adapter_of
 from sartor.serving.receipts import ReceiptLog
@@ -198,6 +199,8 @@ def test_federated_adapter_names_the_clients(tmp_path: Path) -> None:
         ({"by": "colour"}, ConfigError, "colour"),
         ({"top": 0}, ConfigError, "top"),
         ({"scores": "x.npy"}, ConfigError, "queries"),
+        ({"queries": "x.jsonl"}, ConfigError, "matrix"),
+        ({"prompt": [], "media": [Part("image", media="data:,")]}, ConfigError, "turns"),
         ({"target": None}, ConfigError, "no Release or Adapter"),
         ({"prompt": [{"role": "user"}]}, ConfigError, "no message"),
     ],

@@ -313,14 +313,12 @@ def trace(
     for file, flag in ((html, "--html"), (scores, "--scores")):
         if file is not None and Path(file).exists() and not replace:
             raise ConfigError(f"the output {file} exists", f"choose another {flag}, or add --replace")
-    if scores is not None and queries is None:
+    if scores is not None and (queries is None or html is not None):
         raise ConfigError(
-            "a matrix of scores needs queries", "--queries FILE.jsonl, a prompt and a reply in each line"
+            "a matrix of scores needs queries, and has no page", "--queries FILE.jsonl --scores FILE.npy alone"
         )
-    if by not in (None, "source"):
-        raise ConfigError(f"scores cannot be summed by {by!r}", "--by source")
-    if top < 1:
-        raise ConfigError(f"top is {top}; it must be 1 or more", f"--top {TOP}")
+    if queries is not None and scores is None and not calibrate:
+        raise ConfigError("queries are for a matrix or a calibration", f"--queries {queries} --scores FILE.npy")
     served = None
     if receipt is not None:
         served = _served(Path(receipt), prompt, reply, system=system, media=media, team=Path(team) if team else None)
@@ -346,12 +344,18 @@ def trace(
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """Options of the trace of one reply, as in `trace`."""
+    """Options of the trace of one reply, as in `trace`. Raises ConfigError for invalid ones."""
 
     method: Method = Method.RETRIEVAL
     by: By = None
     top: int = TOP
     likelihood: bool = True
+
+    def __post_init__(self) -> None:
+        if self.by not in (None, "source"):
+            raise ConfigError(f"scores cannot be summed by {self.by!r}", "--by source")
+        if self.top < 1:
+            raise ConfigError(f"top is {self.top}; it must be 1 or more", f"--top {TOP}")
 
 
 def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions, notice: Notice) -> TraceResult:

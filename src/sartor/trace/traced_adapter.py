@@ -117,6 +117,8 @@ class TracedAdapter:
         if isinstance(prompt, str):
             user = Message("user", (*media, *([Part("text", prompt)] if prompt else [])))
             messages = [user] if user.content else []
+        elif media:
+            raise ConfigError("media were given beside turns", "put them into the content of a turn, as data URLs")
         else:
             messages = [_message_of(turn) for turn in prompt]
         has_system = bool(messages) and messages[0].role == "system"
