@@ -58,7 +58,18 @@ class SourceCredit:
 
     def as_json(self) -> dict[str, Any]:
         """Return the source's entry in the trace's JSON."""
-        return {"source": self.source, "score": self.score, "rows": self.rows, "licence": self.licence}
+        return {
+            "source": self.source,
+            "score": self.score,
+            "rows": self.rows,
+            "mean": self.mean,
+            "licence": self.licence,
+        }
+
+    @property
+    def mean(self) -> float:
+        """Score per row: a sum grows with the source's size, where scores are likenesses and never below 0."""
+        return self.score / self.rows
 
 
 def rank_groups(index: RetrievalIndex, scores: F64, method: Method, top: int) -> list[RowGroup]:
