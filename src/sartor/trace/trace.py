@@ -130,7 +130,7 @@ class TraceResult:
     notes: what else a reader has to know.
     facts: further values of the method.
     rows: number of training rows that were searched.
-    seconds: index (made once for all queries), retrieval, method, and wall.
+    seconds: read (the rows), index (made once for all queries), retrieval, the method, and wall.
     """
 
     traced: TracedAdapter = field(repr=False)
@@ -325,7 +325,9 @@ def trace(
         target = _same_target(served, target)
     if target is None:
         raise ConfigError("there is no Release or Adapter to trace", "sartor trace RELEASE --prompt P --reply R")
+    start = time.monotonic()
     traced = open_traced(target, data)
+    read_s = time.monotonic() - start
     if prepare or calibrate:
         return _prepared(traced, queries, runs=runs, is_calibration=calibrate, notice=notice)
     if scores is not None and queries is not None:
@@ -333,7 +335,7 @@ def trace(
     query = traced.query(prompt, reply, system=system, media=media)
     options = TraceOptions(method=chosen, by=by, top=top, likelihood=likelihood)
     result = dataclasses.replace(trace_reply(traced, query, options, notice), served=served)
-    result = dataclasses.replace(result, seconds={**result.seconds, "wall": time.monotonic() - began})
+    result = dataclasses.replace(result, seconds={"read": read_s, **result.seconds, "wall": time.monotonic() - began})
     if html is None:
         return result
     result = dataclasses.replace(result, html=str(html))
