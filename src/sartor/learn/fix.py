@@ -170,7 +170,7 @@ def fix(
     signing.open_private(key_path, "release")
     live = open_artifact(release, "release")
     traced = open_traced(live.path)
-    record = _asked_record(live, traced, examples, options)
+    record = _requested_record(live, traced, examples, options)
     make_parent(out)
     with writer_lock(out):
         record = _begin(out, live, record, notice)
@@ -191,7 +191,9 @@ def _key_path(key: Path | str | None) -> Path:
     return home() / KEY
 
 
-def _asked_record(live: Artifact, traced: TracedAdapter, examples: Sequence[str], options: FixOptions) -> FixRecord:
+def _requested_record(
+    live: Artifact, traced: TracedAdapter, examples: Sequence[str], options: FixOptions
+) -> FixRecord:
     """Return the record of what is asked for, after every row and change was tried. Raises ConfigError."""
     if not examples:
         raise ConfigError("no row is named", f"--examples ID...; sartor show {traced.dataset.path} lists the ids")
@@ -260,27 +262,27 @@ def read_corrections(file: Path, ids: Sequence[str]) -> tuple[Mapping[str, Any],
     return tuple(named[id] for id in ids) if named else tuple(ordered)
 
 
-def _begin(out: Path, live: Artifact, asked: FixRecord, notice: Notice) -> FixRecord:
+def _begin(out: Path, live: Artifact, requested: FixRecord, notice: Notice) -> FixRecord:
     """Return the record of the fix in `out`, begun now or by an earlier call. Raises ConfigError for another one."""
     file = out / FILE
     if not file.is_file():
         check_output_free(out, replace=False)
-        if asked.case:
-            (before,) = measure_cases(live, [asked.case], notice)
-            asked = replace(asked, before=before.as_json())
+        if requested.case:
+            (before,) = measure_cases(live, [requested.case], notice)
+            requested = replace(requested, before=before.as_json())
             if not before.faults:
                 notice(f"{live.path.name} does not fail the case: it says {before.reply!r:.80}")
         else:
             notice("no regression case is kept: --prompt, --reply and --corrected would make one")
-        text = json.dumps(asked.as_json(), indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(requested.as_json(), indent=1, ensure_ascii=False) + "\n"
         out.mkdir(exist_ok=True)
         write_file_atomic(file, text.encode(), mode=PRIVATE)
-        return asked
+        return requested
     try:
         stored = FixRecord.from_json(strict_json.loads(file.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise ArtifactError(f"{file} is no whole record: {error}", "choose another --out") from None
-    if stored.asks_for() != asked.asks_for():
+    if stored.asks_for() != requested.asks_for():
         raise ConfigError(
             f"{out} holds another fix: of {len(stored.examples)} rows, by {stored.by}, {stored.reason!r:.80}",
             "choose another --out, or give the same arguments to go on with it",

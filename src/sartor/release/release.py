@@ -109,7 +109,7 @@ def release(
     check_output_free(out.absolute(), replace=replace)
     evidence = _report_of(adapter, report)
     inherited = regression_cases.inherited_cases(adapter)
-    kept_cases = regression_cases.merge_cases(inherited.cases, cases)
+    all_cases = regression_cases.merge_cases(inherited.cases, cases)
     gate_checks = gate(
         adapter,
         evidence,
@@ -118,7 +118,7 @@ def release(
         gate_rules=gate_rules,
         open_items=open_items,
         name=name,
-        cases=CaseEvidence(_measured(adapter, kept_cases), inherited.unknown_starts),
+        cases=CaseEvidence(_measured(adapter, all_cases), inherited.unknown_starts),
     )
     if failed := {check: result for check, result in gate_checks.items() if result.holds_back}:
         lines = "; ".join(f"{check}: {result.detail}" for check, result in failed.items())
@@ -136,8 +136,8 @@ def release(
         for file in (*_COPIED, *sorted(_SOME_HAVE & set(adapter.manifest["files"]))):
             shutil.copyfile(adapter.path / file, part / file)
         shutil.copytree(evidence.path, part / "report", ignore=shutil.ignore_patterns(".*"))
-        if kept_cases:
-            regression_cases.write_cases(part, kept_cases)
+        if all_cases:
+            regression_cases.write_cases(part, all_cases)
         facts["exemplars"] = training_facts.write_exemplars(training, part, exemplars)
         notices.write_notice(facts, adapter.licence, part, notices.base_folder(facts))
         manifest = seal(part, "release", facts)

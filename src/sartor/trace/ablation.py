@@ -46,7 +46,7 @@ from sartor.trace.ablation_proof import (
     judged_fields,
 )
 from sartor.trace.replay import Replay
-from sartor.trace.retrieval import retrieval_scores
+from sartor.trace.retrieval import RetrievalIndex
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, open_traced
 from sartor.tune.dataset_encoding import hold_out
 
@@ -226,19 +226,14 @@ def plan_ablation(
             f"all {len(suspects)} training rows are suspected: no row is left to tune on or to compare with",
             "name fewer --examples",
         )
-    scores = np.asarray(retrieval_scores(traced, [query]).scores[0], dtype=np.float64)
-    words = [_words(row.example) for row in traced.rows]
-    suspect_words = {words[index] for index in suspects}
-    suspect_set = set(suspects)
-    others = [index for index in range(len(traced.rows)) if index not in suspect_set]
-    duplicates = [index for index in others if words[index] in suspect_words]
+    retrieval = RetrievalIndex([row.example for row in traced.rows])
+    scores, equal_rows = retrieval.scores([query])[0], retrieval.equal_rows()
+    is_other = ~np.isin(np.arange(len(traced.rows)), suspects)
+    repeats = np.isin(equal_rows, equal_rows[suspects])
+    is_rehearsal = np.array([row.is_rehearsal for row in traced.rows])
     # rows of rehearsal are controls only where one is suspected
-    takes_rehearsal = any(traced.rows[index].is_rehearsal for index in suspects)
-    candidates = [
-        index
-        for index in others
-        if words[index] not in suspect_words and (takes_rehearsal or not traced.rows[index].is_rehearsal)
-    ]
+    is_candidate = is_other & ~repeats & (~is_rehearsal | is_rehearsal[suspects].any())
+    duplicates, candidates = np.flatnonzero(is_other & repeats).tolist(), np.flatnonzero(is_candidate).tolist()
     if len(candidates) < controls * len(suspects):
         possible = len(candidates) // len(suspects)
         raise ConfigError(
@@ -257,11 +252,6 @@ def plan_ablation(
         held_out=tuple(_held_out_rows(traced)),
         duplicates=tuple(duplicates),
     )
-
-
-def _words(example: Example) -> str:
-    """Return a row's text without case and white space that makes no other text."""
-    return "\n".join(f"{turn.role} {' '.join(turn.text.casefold().split())}" for turn in example.messages)
 
 
 def match_controls(
@@ -292,7 +282,7 @@ def match_controls(
 def _held_out_rows(traced: TracedAdapter) -> list[Example]:
     """Return a fixed sample of the held-out rows of a traced Adapter whose replies are text."""
     examples = [row for row in parquet_io.read_examples(traced.dataset) if row.split != TEST]
-    left_out = {id for ids in traced.artifact.manifest.get("left_out", {}).values() for id in ids}
+    left_out = {id for ids in traced.manifest.get("left_out", {}).values() for id in ids}
     rows = []
     for row in hold_out(examples, traced.recipe.data, traced.recipe.seed):
         is_text = bool(row.reply) and not (row.messages[-1].tool_calls or row.messages[-1].reasoning_content)
