@@ -111,8 +111,9 @@ class FixRecord:
     def asks_for(self) -> list[Any]:
         """Return what two calls must have in common: all but the times and measurements."""
         case = self.case.id if self.case else ""
-        changes = [dict(change) for change in self.changes]
-        return [self.release, sorted(self.examples), changes, self.by, self.reason, case]
+        changes = self.changes or ({},) * len(self.examples)
+        by_row = {id: dict(change) for id, change in zip(self.examples, changes, strict=True)}
+        return [self.release, by_row, self.by, self.reason, case]
 
 
 @dataclass(frozen=True)
