@@ -391,7 +391,7 @@ def keygen(
         directory: where sartor.key (keep it) and sartor.pub (give it away) go
         trust: also trust the public key on this machine
         purpose: what the key may sign: release (also exports and lists of revoked Releases), receipt, proof (of an
-            erasure), fleet (rounds, device reports), review; repeat it for several
+            erasure, or by retraining), fleet (rounds, device reports), review; repeat it for several
         upgrade: write the purposes into a key from before keys had them; the key and all that it signed stay valid
     """
     return sartor.keygen(directory, trust=trust, purposes=purpose, upgrade=upgrade)

@@ -40,7 +40,8 @@ PASSPHRASE_VARIABLE = "SARTOR_KEY_PASSPHRASE"
 SCHEMA = 2  # schema of a signature, which changes less often than a manifest's
 
 # release: Releases, exports and lists of revoked Releases. receipt: receipts of replies and of tunings. proof: proofs
-# of erasure. fleet: federated rounds, device reports, update metadata. review: decisions of a reviewer.
+# of erasure, and by retraining. fleet: federated rounds, device reports, update metadata. review: a reviewer's
+# decisions.
 Purpose = Literal["release", "receipt", "proof", "fleet", "review"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 _HEADER = re.compile(rb"^sartor-key-purposes:([a-z ]*)$", re.MULTILINE)
